@@ -1,0 +1,30 @@
+"""What a factory returns: the kernel function and everything needed to compile and launch it."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel, compiled by `compiler` or run by `simulator.launch`.
+
+    Attributes:
+        family: as in `configs.FAMILIES`.
+        function: the kernel; every parameter is annotated with a scalar type or a `Pointer`.
+        num_threads: threads per block, one-dimensional.
+        smem_bytes: dynamic shared memory per block.
+    """
+
+    family: str
+    function: Callable
+    num_threads: int
+    smem_bytes: int
+
+    @property
+    def parameters(self) -> dict[str, object]:
+        """Parameter name -> scalar type or `Pointer`, in order."""
+        return {
+            name: parameter.annotation
+            for name, parameter in inspect.signature(self.function).parameters.items()
+        }

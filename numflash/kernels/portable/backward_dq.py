@@ -1,0 +1,178 @@
+"""Backward for Q: dQ = softmax_scale dS K, with P computed again from lse.
+
+A block owns tile_m rows of Q and dO and walks over K and V in tiles of tile_n, exactly as the
+forward does; instead of O it accumulates dQ.
+
+Source: FlashAttention, arXiv 2205.14135, Algorithm 4, with the loop order that gives each block its
+own rows of dQ.
+"""
+
+from numflash.configs import BackwardDqConfig, Traits
+from numflash.kernels.kernel import Kernel
+from numflash.ptx import Pointer, cuda, f32, i32, i64
+from numflash.tiles.copies import make_load_tile, make_store_rows
+from numflash.tiles.elements import ELEMENTS
+from numflash.tiles.gradients import (
+    make_load_query_statistics,
+    make_softmax_backward,
+    make_store_scores,
+)
+from numflash.tiles.lanes import (
+    COLUMN_LANES,
+    ROW_LANES,
+    columns_per_thread,
+    groups_per_thread,
+    rows_per_thread,
+)
+from numflash.tiles.products import make_product_nn, make_product_nt
+from numflash.tiles.scores import (
+    band_block_begin,
+    band_block_end,
+    band_is_partial,
+    first_row_of_thread,
+    make_bend_scores,
+    make_mask_scores,
+)
+
+
+def make_backward_dq_kernel(config: BackwardDqConfig, traits: Traits) -> Kernel:
+    """The dQ kernel for one config; see the module's docstring."""
+    element = ELEMENTS[traits.dtype]
+    tile_m, tile_n, num_threads = config.tile_m, config.tile_n, config.num_threads
+    rows, columns = rows_per_thread(tile_m, config.num_warps), columns_per_thread(tile_n)
+    groups = groups_per_thread(traits.head_dim)
+    rows_per_warp = ROW_LANES * rows
+    n_scores, n_dq = rows * columns, rows * 4 * groups
+
+    layout = config.smem_layout(traits)
+    q_smem, do_smem = layout.offsets["q"], layout.offsets["do"]
+    k_smem, v_smem, ds_smem = (layout.offsets[name] for name in "kvp")
+    k_pitch, v_pitch, ds_pitch = (layout.pitches[name] for name in "kvp")
+
+    copy = (num_threads, traits.vectorized)
+    load_q = make_load_tile(element, tile_m, traits.head_dim, k_pitch, *copy)
+    load_do = make_load_tile(element, tile_m, traits.head_dim_v, v_pitch, *copy)
+    load_k = make_load_tile(element, tile_n, traits.head_dim, k_pitch, *copy)
+    load_v = make_load_tile(element, tile_n, traits.head_dim_v, v_pitch, *copy)
+    load_query_statistics = make_load_query_statistics(rows, ROW_LANES)
+    multiply_q_k = make_product_nt(rows, columns, traits.head_dim, k_pitch, k_pitch)
+    multiply_do_v = make_product_nt(rows, columns, traits.head_dim_v, v_pitch, v_pitch)
+    multiply_ds_k = make_product_nn(rows, groups, tile_n, ds_pitch, k_pitch)
+    bend_scores = make_bend_scores(rows, columns, traits.softcap, traits.alibi)
+    mask_scores = make_mask_scores(rows, columns)
+    softmax_backward = make_softmax_backward(rows, columns, traits.softcap, by_row=True)
+    store_scores = make_store_scores(rows, columns, ds_pitch)
+    store_dq = make_store_rows(element, rows, groups, traits.vectorized)
+    storage, bends, alibi = element.storage, traits.softcap or traits.alibi, traits.alibi
+    n_slopes = n_scores if traits.softcap else 1
+
+    def backward_dq(
+        q: Pointer(storage),
+        k: Pointer(storage),
+        v: Pointer(storage),
+        do: Pointer(storage),
+        lse: Pointer(f32),
+        delta: Pointer(f32),
+        dq: Pointer(storage),
+        alibi_slopes: Pointer(f32),
+        q_batch: i64,
+        q_row: i64,
+        q_head: i64,
+        k_batch: i64,
+        k_row: i64,
+        k_head: i64,
+        v_batch: i64,
+        v_row: i64,
+        v_head: i64,
+        do_batch: i64,
+        do_row: i64,
+        do_head: i64,
+        dq_batch: i64,
+        dq_row: i64,
+        dq_head: i64,
+        slopes_batch: i64,
+        slopes_head: i64,
+        seqlen_q: i32,
+        seqlen_k: i32,
+        num_heads_q: i32,
+        group_size: i32,
+        head_dim: i32,
+        head_dim_v: i32,
+        band_lo: i32,
+        band_hi: i32,
+        bias_shift: i32,
+        score_scale: f32,
+        softcap_log2: f32,
+        slope_scale: f32,
+        softmax_scale: f32,
+    ):
+        smem = cuda.shared.array(0, f32, alignment=16)
+        s_acc = cuda.local.array(n_scores, f32)
+        dp_acc = cuda.local.array(n_scores, f32)
+        slopes = cuda.local.array(n_slopes, f32)
+        dq_acc = cuda.local.array(n_dq, f32)
+        lse_log2 = cuda.local.array(rows, f32)
+        deltas = cuda.local.array(rows, f32)
+
+        # The last rows of a causal problem see the most keys: they start first.
+        num_m_blocks = (seqlen_q + tile_m - 1) // tile_m
+        m_start = (num_m_blocks - 1 - cuda.blockIdx.x % num_m_blocks) * tile_m
+        head_of_batch = cuda.blockIdx.x // num_m_blocks
+        head = head_of_batch % num_heads_q
+        batch = head_of_batch // num_heads_q
+        head_kv = head // group_size
+        k_base = batch * k_batch + head_kv * k_head
+        v_base = batch * v_batch + head_kv * v_head
+        slope_log2 = f32(0)
+        if alibi:
+            slope_log2 = slope_scale * alibi_slopes[batch * slopes_batch + head * slopes_head]
+
+        # This thread's first row and columns, in the tiles.
+        row = first_row_of_thread(rows_per_warp)
+        column = cuda.threadIdx.x % COLUMN_LANES
+        q_mine, k_mine = q_smem + row * k_pitch, k_smem + column * k_pitch
+        do_mine, v_mine = do_smem + row * v_pitch, v_smem + column * v_pitch
+        ds_mine, k_columns = ds_smem + row * ds_pitch, k_smem + 4 * column
+
+        # score_scale turns the scores of Q K^T into base 2 (see tiles.scores).
+        q_base = batch * q_batch + head * q_head
+        do_base = batch * do_batch + head * do_head
+        load_q(smem, q_smem, q, q_base, q_row, m_start, seqlen_q, head_dim, score_scale)
+        load_do(smem, do_smem, do, do_base, do_row, m_start, seqlen_q, head_dim_v, f32(1))
+        statistics = i64(head_of_batch) * seqlen_q
+        load_query_statistics(lse_log2, deltas, lse, delta, statistics, m_start + row, seqlen_q)
+        for i in range(n_dq):
+            dq_acc[i] = f32(0)
+
+        last_row = min(m_start + tile_m, seqlen_q) - 1
+        n_begin = band_block_begin(m_start, band_lo, tile_n)
+        n_end = band_block_end(last_row, band_hi, seqlen_k, tile_n)
+        for n_block in range(n_begin, n_end):
+            n_start = n_block * tile_n
+            cuda.syncthreads()  # the previous K and V have been read by all
+            load_k(smem, k_smem, k, k_base, k_row, n_start, seqlen_k, head_dim, f32(1))
+            load_v(smem, v_smem, v, v_base, v_row, n_start, seqlen_k, head_dim_v, f32(1))
+            cuda.syncthreads()  # Q, dO, K and V have arrived
+
+            # S = Q K^T, dP = dO V^T
+            multiply_q_k(s_acc, smem, q_mine, k_mine)
+            multiply_do_v(dp_acc, smem, do_mine, v_mine)
+            i, j = m_start + row, n_start + column
+            if bends:
+                bend_scores(s_acc, slopes, i, j, bias_shift, softcap_log2, slope_log2)
+            if band_is_partial(m_start, tile_m, n_start, tile_n, seqlen_k, band_lo, band_hi):
+                mask_scores(s_acc, i, j, seqlen_k, band_lo, band_hi)
+
+            # dS = P * (dP - delta), dQ += dS K
+            softmax_backward(s_acc, dp_acc, slopes, lse_log2, deltas)
+            store_scores(dp_acc, smem, ds_mine + column)
+            cuda.syncwarp()  # dS is exchanged within the warp that owns its rows
+            multiply_ds_k(dq_acc, smem, ds_mine, k_columns)
+            cuda.syncwarp()  # dS has been read
+
+        for i in range(n_dq):
+            dq_acc[i] *= softmax_scale
+        dq_base = batch * dq_batch + head * dq_head
+        store_dq(dq_acc, dq, dq_base, dq_row, m_start + row, seqlen_q, head_dim)
+
+    return Kernel(config.family, backward_dq, num_threads, layout.smem_bytes)

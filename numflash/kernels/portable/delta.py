@@ -1,0 +1,62 @@
+"""Delta: delta = rowsum(O * dO), the part of dS that all keys of a row share.
+
+dS = P * (dP - delta) is the gradient of softmax. One warp computes one row.
+
+Source: FlashAttention, arXiv 2205.14135, Appendix B.4.
+"""
+
+from numflash.configs import DeltaConfig, Traits
+from numflash.kernels.kernel import Kernel
+from numflash.ptx import Pointer, cuda, f32, i32, i64
+from numflash.tiles.elements import ELEMENTS
+from numflash.tiles.lanes import FULL_WARP
+
+
+def make_delta_kernel(config: DeltaConfig, traits: Traits) -> Kernel:
+    """The delta kernel for one config; see the module's docstring."""
+    element, num_warps = ELEMENTS[traits.dtype], config.num_warps
+    storage, to_f32, load_vector = element.storage, element.to_f32, element.load_vector
+    vector = element.vector if traits.vectorized else 1
+    vectorized, columns, step = traits.vectorized, traits.head_dim_v, 32 * vector
+
+    def delta(
+        out: Pointer(storage),
+        do: Pointer(storage),
+        delta: Pointer(f32),
+        out_batch: i64,
+        out_row: i64,
+        out_head: i64,
+        do_batch: i64,
+        do_row: i64,
+        do_head: i64,
+        seqlen_q: i32,
+        num_heads_q: i32,
+        head_dim_v: i32,
+    ):
+        out_values = cuda.local.array(vector, f32)
+        do_values = cuda.local.array(vector, f32)
+        lane = cuda.threadIdx.x % 32
+        num_blocks = (seqlen_q + num_warps - 1) // num_warps
+        row = cuda.blockIdx.x % num_blocks * num_warps + cuda.threadIdx.x // 32
+        head_of_batch = cuda.blockIdx.x // num_blocks
+        batch, head = head_of_batch // num_heads_q, head_of_batch % num_heads_q
+        out_base = batch * out_batch + head * out_head + row * out_row
+        do_base = batch * do_batch + head * do_head + row * do_row
+
+        total = f32(0)
+        for column in range(lane * vector, columns, step):
+            if row < seqlen_q and column < head_dim_v:
+                if vectorized:
+                    load_vector(out_values, out, out_base + column)
+                    load_vector(do_values, do, do_base + column)
+                else:
+                    out_values[0] = to_f32(out[out_base + column])
+                    do_values[0] = to_f32(do[do_base + column])
+                for i in range(vector):
+                    total += out_values[i] * do_values[i]
+        for distance in (16, 8, 4, 2, 1):
+            total += cuda.shfl_xor_sync(FULL_WARP, total, distance)
+        if lane == 0 and row < seqlen_q:
+            delta[i64(head_of_batch) * seqlen_q + row] = total
+
+    return Kernel(config.family, delta, config.num_threads, 0)

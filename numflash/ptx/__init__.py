@@ -1,0 +1,74 @@
+"""Layer 0: one function = one instruction, with its meaning in the simulator.
+
+Kernels take `cuda`, scalar types, `device_function` and instructions from here and touch nothing
+of Numba directly, so that the same source means GPU code or a simulation, and a second compiler
+back end can be added below.
+"""
+
+from numflash.ptx.arithmetic import (
+    bits_as_float,
+    cvt_f32_f16,
+    cvt_rn_f16_f32,
+    ex2_approx_ftz_f32,
+    float_as_bits,
+    max_f32,
+)
+from numflash.ptx.barriers import bar_arrive, bar_sync
+from numflash.ptx.instruction import INSTRUCTIONS, Global, Instruction, Regs, Shared, instruction
+from numflash.ptx.memory import (
+    ld_global_v4_f32,
+    ld_global_v4_u32,
+    ld_shared_v4_f32,
+    st_global_v2_u32,
+    st_global_v4_f32,
+    st_shared_v4_f32,
+)
+from numflash.ptx.mode import SIMULATED
+from numflash.ptx.scalars import Pointer, f32, i32, i64, u8, u16, u32, u64
+
+if SIMULATED:
+    from numflash.simulator import cuda, install
+
+    install()
+
+    def device_function(function):
+        """A function that kernels call; inlined into them on the GPU."""
+        return function
+else:
+    from numba import cuda
+
+    device_function = cuda.jit(device=True, forceinline=True)
+
+__all__ = [
+    "INSTRUCTIONS",
+    "SIMULATED",
+    "Global",
+    "Instruction",
+    "Pointer",
+    "Regs",
+    "Shared",
+    "bar_arrive",
+    "bar_sync",
+    "bits_as_float",
+    "cuda",
+    "cvt_f32_f16",
+    "cvt_rn_f16_f32",
+    "device_function",
+    "ex2_approx_ftz_f32",
+    "f32",
+    "float_as_bits",
+    "i32",
+    "i64",
+    "instruction",
+    "ld_global_v4_f32",
+    "ld_global_v4_u32",
+    "ld_shared_v4_f32",
+    "max_f32",
+    "st_global_v2_u32",
+    "st_global_v4_f32",
+    "st_shared_v4_f32",
+    "u8",
+    "u16",
+    "u32",
+    "u64",
+]

@@ -1,0 +1,135 @@
+"""One PTX instruction as one Python function with two meanings.
+
+    @instruction("ex2.approx.ftz.f32 <ret>, <x>;", sm=75)
+    def ex2_approx_ftz_f32(x: f32) -> f32:
+        \"\"\"2 ** x. PTX ISA 9.7.3.22.\"\"\"
+        return np.exp2(x)
+
+On the GPU a call emits the template as inline assembly; the body is never compiled. In the
+simulator the body runs; the template is never read. A parameter's annotation says what it is:
+
+* a scalar type (`f32`, `i32`, `u32`, ...): a register;
+* `Regs(type, n, mode)`: n elements of a local array, "r"ead, "w"ritten or both, which stay in
+  registers;
+* `Shared(type, index)` and `Global(type, index)`: an address: the element `index`, itself an
+  integer parameter of the function, of a shared array or of a `Pointer`.
+
+`collective="warp"` marks what the lanes of a warp do together. Its body runs once for the warp:
+scalars arrive as arrays of shape (lanes,), `Regs` as (lanes, n), and a scalar result goes back as
+(lanes,). Every instruction is listed in `INSTRUCTIONS`, where tests find it.
+
+The PTX ISA sections are those of "Parallel Thread Execution ISA", version 9.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from numflash.ptx.mode import SIMULATED
+
+INSTRUCTIONS: dict[str, "Instruction"] = {}
+
+_WARP_SIZES = {"warp": 32, "warpgroup": 128}
+
+
+@dataclass(frozen=True)
+class Regs:
+    """n registers of one type: a local array, or a slice of one with constant bounds."""
+
+    type: type
+    n: int
+    mode: str = "rw"
+
+    def __post_init__(self):
+        if self.mode not in ("r", "w", "rw"):
+            raise ValueError(f"mode of Regs must be 'r', 'w' or 'rw', got {self.mode!r}")
+
+
+@dataclass(frozen=True)
+class Shared:
+    """The 32-bit shared-memory address of element `index` of an array in shared memory."""
+
+    type: type
+    index: str
+
+
+@dataclass(frozen=True)
+class Global:
+    """The 64-bit address of element `index` behind a `Pointer`."""
+
+    type: type
+    index: str
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """What the decorator knows of an instruction; `call` is what kernels call."""
+
+    name: str
+    template: str
+    sm: int
+    collective: str | None
+    operands: dict[str, object]
+    result: type | None
+    body: Callable
+    call: Callable
+
+
+def instruction(template: str, *, sm: int, collective: str | None = None):
+    """Declare a PTX instruction; see the module's docstring.
+
+    Args:
+        template: PTX text; `<name>` stands for the parameter `name`, `<ret>` for the result.
+        sm: the lowest compute capability that has it, as in sm_75.
+        collective: None for one thread, "warp" or "warpgroup" for what 32 or 128 threads do together.
+    """
+
+    def declare(body: Callable) -> Callable:
+        operands = {
+            name: parameter.annotation
+            for name, parameter in inspect.signature(body).parameters.items()
+        }
+        result = inspect.signature(body).return_annotation
+        result = None if result in (inspect.Signature.empty, None) else result
+        if SIMULATED:
+            call = _simulated(body, operands, collective)
+        else:
+            from numflash.ptx.assembly import inline_assembly
+
+            writes_memory = any(isinstance(o, Shared | Global) for o in operands.values())
+            ordered = writes_memory or collective is not None or result is None
+            call = inline_assembly(body, template, operands, result, ordered)
+        INSTRUCTIONS[body.__name__] = Instruction(
+            body.__name__, template, sm, collective, operands, result, body, call
+        )
+        return call
+
+    return declare
+
+
+def _simulated(body: Callable, operands: dict[str, object], collective: str | None) -> Callable:
+    """The body itself, or for a collective: gather the lanes, run the body once, scatter."""
+    if collective is None:
+        return body
+    from numflash.simulator import engine
+
+    names = list(operands)
+    written = [i for i, o in enumerate(operands.values()) if isinstance(o, Regs) and "w" in o.mode]
+
+    def together(payloads: list[tuple]) -> list:
+        stacked = [np.stack([np.asarray(p[i]) for p in payloads]) for i in range(len(names))]
+        result = body(*stacked)
+        for i in written:
+            for lane, payload in enumerate(payloads):
+                payload[i][...] = stacked[i][lane]
+        return [None] * len(payloads) if result is None else list(result)
+
+    def call(*args):
+        return engine.current_thread().collective(
+            body.__name__, _WARP_SIZES[collective], args, together
+        )
+
+    call.__name__, call.__doc__ = body.__name__, body.__doc__
+    return call

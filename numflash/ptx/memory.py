@@ -1,0 +1,53 @@
+"""Vector loads and stores: 8 or 16 bytes of one thread in one instruction.
+
+The address must be a multiple of the size. PTX ISA 9.7.9.8 (ld) and 9.7.9.12 (st).
+"""
+
+from numflash.ptx.instruction import Global, Regs, Shared, instruction
+from numflash.ptx.scalars import f32, i32, i64, u32
+
+
+@instruction("ld.global.v4.u32 <frag>, [<source>];", sm=75)
+def ld_global_v4_u32(frag: Regs(u32, 4, "w"), source: Global(u32, "offset"), offset: i64):
+    """frag = the 16 bytes at element `offset` of `source`, whatever its element type."""
+    frag[:] = source.block(offset, 16).view(u32)
+
+
+@instruction("ld.global.v4.f32 <frag>, [<source>];", sm=75)
+def ld_global_v4_f32(frag: Regs(f32, 4, "w"), source: Global(f32, "offset"), offset: i64):
+    """frag = source[offset : offset + 4]."""
+    frag[:] = source.block(offset, 16).view(f32)
+
+
+@instruction("st.global.v4.f32 [<target>], <frag>;", sm=75)
+def st_global_v4_f32(target: Global(f32, "offset"), offset: i64, frag: Regs(f32, 4, "r")):
+    """target[offset : offset + 4] = frag."""
+    target.block(offset, 16).view(f32)[:] = frag
+
+
+@instruction("st.global.v2.u32 [<target>], <frag>;", sm=75)
+def st_global_v2_u32(target: Global(u32, "offset"), offset: i64, frag: Regs(u32, 2, "r")):
+    """The 8 bytes at element `offset` of `target` = frag, whatever its element type."""
+    target.block(offset, 8).view(u32)[:] = frag
+
+
+@instruction("ld.shared.v4.f32 <frag>, [<source>];", sm=75)
+def ld_shared_v4_f32(frag: Regs(f32, 4, "w"), source: Shared(f32, "offset"), offset: i32):
+    """frag = source[offset : offset + 4]."""
+    frag[:] = _shared_vector(source, offset)
+
+
+@instruction("st.shared.v4.f32 [<target>], <frag>;", sm=75)
+def st_shared_v4_f32(target: Shared(f32, "offset"), offset: i32, frag: Regs(f32, 4, "r")):
+    """target[offset : offset + 4] = frag."""
+    _shared_vector(target, offset)[:] = frag
+
+
+def _shared_vector(array, offset):
+    """Four floats of simulated shared memory, refused where the hardware would fault."""
+    if offset < 0 or offset + 4 > array.size:
+        raise IndexError(f"shared memory: elements {offset} to {offset + 3} of {array.size}")
+    # Shared arrays begin at least 16-byte aligned, so the index decides.
+    if offset % 4:
+        raise ValueError(f"shared memory: a 16-byte access at float {offset} is misaligned")
+    return array[offset : offset + 4]

@@ -1,0 +1,242 @@
+"""The block engine: one CUDA block as greenlets on one OS thread.
+
+A simulated thread runs until it has to wait for others, at a barrier or in a collective warp
+instruction; then the engine resumes a ready thread, chosen at random from a seeded generator.
+Which warp, and which lane, is first past a barrier therefore varies, as on hardware, and a kernel
+that forgot a barrier computes something else. The same seed repeats the same order.
+
+Everything that waits is built from `Block.park` and `Block.wake`; `Meeting` is the usual reason to
+wait. When no thread can run and some still wait, `DeadlockError` says who waits where.
+
+Numba's own simulator has one OS thread per CUDA thread and no warp instructions.
+"""
+
+import random
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from greenlet import getcurrent, greenlet
+
+from numflash.simulator.memory import SharedMemory
+from numflash.simulator.seed import SEED
+
+WARP_SIZE = 32
+
+_running: "Thread | None" = None
+
+
+class DeadlockError(RuntimeError):
+    """Threads of a block wait for others that will never come."""
+
+
+class SimulationError(RuntimeError):
+    """A kernel did what the hardware leaves undefined."""
+
+
+def current_thread() -> "Thread":
+    """The simulated thread that is running. Raises RuntimeError outside a kernel."""
+    if _running is None:
+        raise RuntimeError("this call is only possible inside a simulated kernel")
+    return _running
+
+
+@dataclass
+class Meeting:
+    """Threads that wait for each other at one barrier or in one collective instruction."""
+
+    name: str
+    expected: int
+    together: Callable | None = None
+    arrived: list["Thread"] = field(default_factory=list)
+    payloads: list = field(default_factory=list)
+    waiting: list["Thread"] = field(default_factory=list)
+
+
+class Thread:
+    """One simulated CUDA thread: its place in the block and the collectives it can take part in."""
+
+    __slots__ = ("block", "index", "lane", "warp", "threadIdx", "greenlet", "result", "waits_for")
+
+    def __init__(self, block: "Block", index: int, position):
+        self.block = block
+        self.index = index
+        self.lane = index % WARP_SIZE
+        self.warp = index // WARP_SIZE
+        self.threadIdx = position
+        self.greenlet = greenlet(block.kernel)
+        self.result = None
+        self.waits_for: Meeting | None = None
+
+    def sync_block(
+        self, name: str = "syncthreads", payload=None, together: Callable | None = None
+    ):
+        """Wait for every thread of the block that has not returned."""
+        return self.block.meet(self, ("block", name), name, self.block.live, payload, together)
+
+    def sync_named(self, barrier: int, count: int, wait: bool = True):
+        """`bar.sync barrier, count`, or `bar.arrive` where `wait` is false."""
+        if count % WARP_SIZE or not 0 < count <= 1024 or not 0 <= barrier < 16:
+            raise SimulationError(
+                f"named barrier {barrier} with {count} threads: the number must be 0 to 15 and the "
+                "count a multiple of 32"
+            )
+        name = f"named barrier {barrier}"
+        self.block.meet(self, ("named", barrier), name, count, None, None, wait)
+
+    def collective(self, name: str, size: int, payload, together: Callable):
+        """Do something once for the `size` consecutive threads this one belongs to.
+
+        `together` gets their payloads in thread order and returns one result for each.
+        """
+        group = self.index // size
+        expected = min(size, self.block.size - group * size)
+        return self.block.meet(self, (name, size, group), name, expected, payload, together)
+
+    def warp_collective(self, name: str, mask: int, payload, together: Callable):
+        """Do something once for the lanes of this warp that `mask` names."""
+        mask &= 0xFFFFFFFF
+        if not mask >> self.lane & 1:
+            raise SimulationError(f"{name}: lane {self.lane} is not in its own mask {mask:#010x}")
+        lanes = min(WARP_SIZE, self.block.size - self.warp * WARP_SIZE)
+        expected = (mask & ((1 << lanes) - 1)).bit_count()
+        key = (name, self.warp, mask)
+        return self.block.meet(self, key, name, expected, payload, together)
+
+
+class Block:
+    """One thread block: its threads, its shared memory, and who waits for whom."""
+
+    def __init__(self, kernel: Callable, positions: list, block_idx, dynamic_smem_bytes: int):
+        self.kernel = kernel
+        self.blockIdx = block_idx
+        self.seed = SEED.value
+        self.random = random.Random(f"{self.seed} {tuple(block_idx)}")
+        self.shared = SharedMemory(dynamic_smem_bytes)
+        self.size = self.live = len(positions)
+        self.threads = [Thread(self, i, position) for i, position in enumerate(positions)]
+        self.ready = list(self.threads)
+        self.meetings: dict[tuple, Meeting] = {}
+        self.scheduler = None
+
+    def run(self, *args) -> None:
+        """Run every thread to its end.
+
+        Raises:
+            DeadlockError: threads wait and none can run.
+            Exception: what a thread raised, with a note that names thread, block and seed.
+        """
+        global _running
+        outer, self.scheduler = _running, getcurrent()
+        try:
+            while self.ready:
+                # A random thread, taken out in constant time.
+                ready, pick = self.ready, int(self.random.random() * len(self.ready))
+                ready[pick], ready[-1] = ready[-1], ready[pick]
+                _running = thread = ready.pop()
+                if thread.greenlet:
+                    thread.greenlet.switch()
+                else:
+                    thread.greenlet.switch(*args)
+                if thread.greenlet.dead:
+                    self._returned()
+        except Exception as error:
+            error.add_note(
+                f"in thread {tuple(_running.threadIdx)} of block {tuple(self.blockIdx)}; "
+                f"{self._replay()}"
+            )
+            raise
+        finally:
+            _running = outer
+        if self.live:
+            raise DeadlockError(self._who_waits_where())
+
+    def park(self, thread: Thread, meeting: Meeting) -> None:
+        """Suspend `thread`, which must be the running one, until someone wakes it."""
+        thread.waits_for = meeting
+        self.scheduler.switch()
+
+    def wake(self, thread: Thread, result=None) -> None:
+        """Let a parked thread go on, at a time of the engine's choice."""
+        thread.result, thread.waits_for = result, None
+        self.ready.append(thread)
+
+    def meet(self, thread, key, name, expected, payload, together, wait: bool = True):
+        """Arrive at the meeting `key`; the last of `expected` threads ends it for all."""
+        meeting = self.meetings.get(key)
+        if meeting is None:
+            meeting = self.meetings[key] = Meeting(name, expected, together)
+        elif key[0] == "named" and meeting.expected != expected:
+            raise SimulationError(
+                f"{name}: one thread counts {meeting.expected} threads, another {expected}"
+            )
+        meeting.arrived.append(thread)
+        meeting.payloads.append(payload)
+        if wait:
+            meeting.waiting.append(thread)
+        if len(meeting.arrived) == expected:
+            self._complete(key, meeting)
+        if wait:
+            self.park(thread, meeting)
+            return thread.result
+        return None
+
+    def _complete(self, key, meeting: Meeting) -> None:
+        del self.meetings[key]
+        if meeting.together is None:
+            for thread in meeting.waiting:
+                self.wake(thread)
+            return
+        order = sorted(range(len(meeting.arrived)), key=lambda i: meeting.arrived[i].index)
+        results = meeting.together([meeting.payloads[i] for i in order])
+        for i, result in zip(order, results, strict=True):
+            self.wake(meeting.arrived[i], result)
+
+    def _returned(self) -> None:
+        """A thread returned: barriers of the whole block no longer wait for it."""
+        self.live -= 1
+        for key, meeting in list(self.meetings.items()):
+            if key[0] == "block" and len(meeting.arrived) == self.live:
+                self._complete(key, meeting)
+
+    def _replay(self) -> str:
+        return f"simulator seed {self.seed} (NUMFLASH_SIM_SEED={self.seed} repeats this order)"
+
+    def _who_waits_where(self) -> str:
+        returned = self.size - self.live
+        lines = [
+            f"deadlock in block {tuple(self.blockIdx)}: {self.live} of {self.size} threads wait, "
+            f"{returned} have returned; {self._replay()}"
+        ]
+        for meeting in self.meetings.values():
+            lines.append(
+                f"  {meeting.name}: {len(meeting.arrived)} of {meeting.expected} threads came"
+            )
+            places = defaultdict(list)
+            for thread in meeting.waiting:
+                places[_place(thread)].append(thread.index)
+            lines += [f"    threads {_ranges(who)} wait at {at}" for at, who in places.items()]
+        return "\n".join(lines)
+
+
+def _place(thread: Thread) -> str:
+    """File and line of the kernel code in which a suspended thread waits."""
+    frame = thread.greenlet.gr_frame
+    while frame is not None:
+        module = frame.f_globals.get("__name__", "")
+        if not module.startswith(("numflash.simulator", "numflash.ptx", "numba.")):
+            return f"{frame.f_code.co_filename}:{frame.f_lineno} ({frame.f_code.co_name})"
+        frame = frame.f_back
+    return "an unknown place"
+
+
+def _ranges(numbers: list[int]) -> str:
+    """[0, 1, 2, 5] as "0-2, 5"."""
+    parts, numbers = [], sorted(numbers)
+    start = previous = numbers[0]
+    for number in [*numbers[1:], None]:
+        if number is None or number != previous + 1:
+            parts.append(str(start) if start == previous else f"{start}-{previous}")
+            start = number
+        previous = number
+    return ", ".join(parts)

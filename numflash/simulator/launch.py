@@ -1,0 +1,83 @@
+"""Run a kernel in the simulator, block after block; and put the engine under Numba's simulator."""
+
+import functools
+import inspect
+import threading
+from collections.abc import Callable
+
+import numpy as np
+from numba import cuda as numba_cuda
+from numba.cuda.simulator import api as numba_api
+from numba.cuda.simulator import kernel as numba_kernel
+
+from numflash.simulator.cuda import Dim3, SimulatedCuda
+from numflash.simulator.engine import Block
+
+# The engine keeps the running thread in a global: one launch at a time in a process.
+_one_launch = threading.RLock()
+
+
+def launch(kernel: Callable, grid, block, args, dynamic_smem_bytes: int = 0) -> None:
+    """Run `kernel(*args)` for every thread of every block.
+
+    Args:
+        kernel: a plain Python function in the style of `numflash.kernels`.
+        grid, block: extents, one to three integers each.
+        args: what every thread gets; arrays as `GlobalPointer` for `Pointer` parameters.
+        dynamic_smem_bytes: size of the dynamic shared memory.
+    """
+    grid, block = _three(grid), _three(block)
+    # Kernels compute with infinities on purpose; NumPy would warn of each.
+    with _one_launch, np.errstate(all="ignore"):
+        for position in _positions(grid):
+            run_block(kernel, grid, block, position, args, dynamic_smem_bytes)
+
+
+def run_block(kernel, grid, block, position, args, dynamic_smem_bytes: int) -> None:
+    """Run one block of a launch."""
+    threads = [Dim3(*p) for p in _positions(block)]
+    simulated = Block(kernel, threads, Dim3(*position), dynamic_smem_bytes)
+    simulated.gridDim, simulated.blockDim = Dim3(*grid), Dim3(*block)
+    simulated.run(*args)
+
+
+def _three(extents) -> tuple[int, int, int]:
+    extents = (extents,) if np.isscalar(extents) else tuple(extents)
+    return (*(int(e) for e in extents), *(1,) * (3 - len(extents)))
+
+
+def _positions(extents):
+    """All (x, y, z), x running fastest, as hardware numbers threads."""
+    nx, ny, nz = extents
+    return [(x, y, z) for z in range(nz) for y in range(ny) for x in range(nx)]
+
+
+class _BlockManager:
+    """Stands in for Numba's class of this name: one block of a plain `@cuda.jit` kernel."""
+
+    def __init__(self, f, grid_dim, block_dim, debug):
+        self._launch = (f, tuple(grid_dim), tuple(block_dim))
+
+    def run(self, grid_point, *args):
+        context = numba_kernel._get_kernel_context()
+        run_block(*self._launch, grid_point, args, context.dynamic_smem_bytes)
+
+
+def _lenient_jit(numba_jit):
+    """`cuda.jit` that accepts the options of the compiler, which mean nothing here."""
+    known = set(inspect.signature(numba_jit).parameters)
+
+    @functools.wraps(numba_jit)
+    def jit(*args, **options):
+        return numba_jit(*args, **{k: v for k, v in options.items() if k in known})
+
+    return jit
+
+
+def install() -> None:
+    """Run every kernel of this process's Numba simulator, ours or not, on the block engine."""
+    if numba_kernel.BlockManager is _BlockManager:
+        return
+    numba_kernel.BlockManager = _BlockManager
+    numba_kernel.FakeCUDAModule = SimulatedCuda
+    numba_cuda.jit = numba_api.jit = _lenient_jit(numba_api.jit)

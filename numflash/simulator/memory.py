@@ -1,0 +1,139 @@
+"""Simulated memory: poisoned when it begins, checked when it is touched.
+
+Shared and local memory start as 0xFF bytes, which is NaN in every floating-point format, so that
+what a kernel reads before it wrote shows in the result. Global arrays are reached through
+`GlobalPointer`, which refuses to leave the array.
+"""
+
+import sys
+
+import numpy as np
+from numba.core import types
+from numba.np import numpy_support
+
+POISON = 0xFF
+# Where the hardware guarantees alignment: the start of shared memory.
+_SHARED_ALIGNMENT = 1024
+
+
+def numpy_dtype(dtype) -> np.dtype:
+    """The NumPy dtype of what a kernel may name as an array's dtype: a Numba type or NumPy's."""
+    if isinstance(dtype, types.Type):
+        return _NARROW_FLOATS.get(str(dtype)) or np.dtype(numpy_support.as_dtype(dtype))
+    return np.dtype(dtype)
+
+
+def _narrow_floats() -> dict[str, np.dtype]:
+    import ml_dtypes
+
+    return {
+        "bfloat16": np.dtype(ml_dtypes.bfloat16),
+        "__nv_bfloat16": np.dtype(ml_dtypes.bfloat16),
+        "fp8_e4m3": np.dtype(ml_dtypes.float8_e4m3fn),
+        "fp8_e5m2": np.dtype(ml_dtypes.float8_e5m2),
+    }
+
+
+_NARROW_FLOATS = _narrow_floats()
+
+
+def poisoned(shape, dtype) -> np.ndarray:
+    """A new array of 0xFF bytes."""
+    dtype = numpy_dtype(dtype)
+    count = int(np.prod(shape, dtype=np.int64))
+    return np.full(count * dtype.itemsize, POISON, np.uint8).view(dtype).reshape(shape)
+
+
+def is_aligned(array: np.ndarray, index: int, n_bytes: int) -> bool:
+    """Whether element `index` of a one-dimensional array has an address divisible by n_bytes."""
+    return (array.__array_interface__["data"][0] + int(index) * array.itemsize) % n_bytes == 0
+
+
+class SharedMemory:
+    """The shared memory of one block: a dynamic part, and one array for each static declaration."""
+
+    def __init__(self, dynamic_bytes: int):
+        whole = np.full(dynamic_bytes + _SHARED_ALIGNMENT, POISON, np.uint8)
+        start = -whole.__array_interface__["data"][0] % _SHARED_ALIGNMENT
+        self.dynamic = whole[start : start + dynamic_bytes]
+        self.static: dict[tuple, np.ndarray] = {}
+
+    def array(self, shape, dtype, alignment=None, *, site) -> np.ndarray:
+        """`cuda.shared.array`. `site` identifies the declaration; shape 0 means the dynamic part."""
+        dtype = numpy_dtype(dtype)
+        if shape == 0:
+            whole_elements = self.dynamic.size // dtype.itemsize * dtype.itemsize
+            return self.dynamic[:whole_elements].view(dtype)
+        if site not in self.static:
+            self.static[site] = poisoned(shape, dtype)
+        return self.static[site]
+
+
+def calling_site(depth: int) -> tuple:
+    """The instruction, not only the line, that calls: two declarations on a line are two arrays."""
+    frame = sys._getframe(depth + 1)
+    return frame.f_code, frame.f_lasti
+
+
+class GlobalPointer:
+    """A `Pointer` kernel parameter: element 0 of `array`, whose strides may have any sign.
+
+    Offsets are in elements, as in `pointer[offset]`. Touching memory outside the smallest range
+    that holds the array raises IndexError.
+    """
+
+    __slots__ = ("flat", "base", "name")
+
+    def __init__(self, array: np.ndarray, storage: np.dtype, name: str = "array"):
+        itemsize = array.itemsize
+        extents = [(n - 1) * s for n, s in zip(array.shape, array.strides, strict=True)]
+        low = sum(extent for extent in extents if extent < 0)
+        high = sum(extent for extent in extents if extent > 0) + itemsize
+        if array.size == 0:
+            low = high = 0
+        self.base = -low // itemsize
+        self.name = name
+        self.flat = _bytes_between(array, low, high).view(storage)
+
+    def _position(self, offset: int, count: int = 1) -> int:
+        position = self.base + int(offset)
+        if position < 0 or position + count > self.flat.size:
+            raise IndexError(
+                f"{self.name}: elements {offset} to {offset + count - 1} lie outside the array "
+                f"(elements {-self.base} to {self.flat.size - self.base - 1})"
+            )
+        return position
+
+    def __getitem__(self, offset):
+        return self.flat[self._position(offset)]
+
+    def __setitem__(self, offset, value):
+        self.flat[self._position(offset)] = value
+
+    def block(self, offset: int, n_bytes: int) -> np.ndarray:
+        """The n_bytes at element `offset` as bytes, for one vector access.
+
+        Raises:
+            ValueError: the address is not a multiple of n_bytes, which faults on the hardware.
+        """
+        position = self._position(offset, n_bytes // self.flat.itemsize)
+        if not is_aligned(self.flat, position, n_bytes):
+            raise ValueError(
+                f"{self.name}: a {n_bytes}-byte access at element {offset} is misaligned"
+            )
+        return self.flat.view(np.uint8)[position * self.flat.itemsize :][:n_bytes]
+
+
+def _bytes_between(array: np.ndarray, low: int, high: int) -> np.ndarray:
+    """The memory from `low` to `high` bytes around element 0 of `array`, as a flat byte array."""
+
+    class Window:
+        owner = array
+        __array_interface__ = {
+            "shape": (high - low,),
+            "typestr": "|u1",
+            "data": (array.__array_interface__["data"][0] + low, not array.flags.writeable),
+            "version": 3,
+        }
+
+    return np.asarray(Window())

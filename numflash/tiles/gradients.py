@@ -1,0 +1,75 @@
+"""The softmax backward on a tile in registers: P again from the scores, and dS.
+
+    P  = exp(S - lse)           from the forward's log-sum-exp, no second pass for the maximum
+    dS = P * (dP - delta)       delta = rowsum(O * dO)
+
+lse and delta belong to queries, which are the rows of a tile in the dQ kernel and the columns in
+the dK, dV kernel; `by_row` says which.
+"""
+
+import math
+from functools import cache
+
+from numflash.ptx import device_function, ex2_approx_ftz_f32, f32
+from numflash.tiles.lanes import COLUMN_LANES, ROW_LANES
+from numflash.tiles.scores import NEG_INF
+from numflash.tiles.softmax import LOG2_E
+
+
+@cache
+def make_load_query_statistics(count, step):
+    """load_query_statistics(lse_log2, deltas, lse, delta, base, first, end)
+
+    lse_log2[i], deltas[i] of the queries first + step * i. A query past `end`, and one that saw no
+    key, gets lse +inf, which makes its P zero everywhere.
+    """
+
+    @device_function
+    def load_query_statistics(lse_log2, deltas, lse, delta, base, first, end):
+        for i in range(count):
+            query = first + step * i
+            lse_log2[i] = f32(math.inf)
+            deltas[i] = f32(0)
+            if query < end and lse[base + query] > NEG_INF:
+                lse_log2[i] = lse[base + query] * f32(LOG2_E)
+                deltas[i] = delta[base + query]
+
+    return load_query_statistics
+
+
+@cache
+def make_softmax_backward(rows, columns, softcap, by_row):
+    """softmax_backward(s_acc, dp_acc, slopes, lse_log2, deltas): S -> P and dP -> dS, in place.
+
+    With softcap, `slopes` holds the derivative of the capped by the raw score.
+    """
+
+    @device_function
+    def softmax_backward(s_acc, dp_acc, slopes, lse_log2, deltas):
+        for r in range(rows):
+            for c in range(columns):
+                i, query = columns * r + c, r if by_row else c
+                probability = ex2_approx_ftz_f32(s_acc[i] - lse_log2[query])
+                gradient = probability * (dp_acc[i] - deltas[query])
+                if softcap:
+                    gradient *= slopes[i]
+                s_acc[i] = probability
+                dp_acc[i] = gradient
+
+    return softmax_backward
+
+
+@cache
+def make_store_scores(rows, columns, pitch):
+    """store_scores(acc, smem, p): a tile of P or dS to shared memory, for the next product.
+
+    `p` is this thread's first element of the tile.
+    """
+
+    @device_function
+    def store_scores(acc, smem, p):
+        for r in range(rows):
+            for c in range(columns):
+                smem[p + ROW_LANES * pitch * r + COLUMN_LANES * c] = acc[columns * r + c]
+
+    return store_scores
