@@ -3,7 +3,7 @@
 `Traits` is fixed by the problem: dtype, head dims, and which features the kernel contains. A config
 (`ForwardConfig`, `BackwardDkDvConfig`, `BackwardDqConfig`, `DeltaConfig`) is a free choice among
 equally right ones: tile sizes and warps. Both have a short string form, used in file names, test
-ids and on the command line: `float16-d64-dv64-banded-vec` and `m64n32w4`.
+ids and on the command line: `float16-d64-dv64-softcap-vec` and `m64n32w4`.
 
 Everything here is plain arithmetic; nothing imports Numba.
 """
@@ -31,7 +31,6 @@ class Traits:
     Attributes:
         dtype: "float16", "bfloat16" or "float32".
         head_dim, head_dim_v: padded to a multiple of 32.
-        banded: a causal mask or a sliding window.
         softcap, alibi: the feature is compiled in.
         vectorized: rows are 16-byte aligned, so that 16 bytes are loaded at once.
     """
@@ -39,13 +38,11 @@ class Traits:
     dtype: str
     head_dim: int
     head_dim_v: int
-    banded: bool = False
     softcap: bool = False
     alibi: bool = False
     vectorized: bool = True
 
     _FLAGS: ClassVar = {
-        "banded": "banded",
         "softcap": "softcap",
         "alibi": "alibi",
         "vectorized": "vec",
@@ -77,7 +74,7 @@ class Traits:
         match = re.fullmatch(r"(\w+)-d(\d+)-dv(\d+)((?:-\w+)*)", text)
         flags = set(match[4].split("-")[1:]) if match else set()
         if match is None or not flags <= set(cls._FLAGS.values()):
-            raise ValueError(f"traits must look like float16-d64-dv64-banded-vec, got {text!r}")
+            raise ValueError(f"traits must look like float16-d64-dv64-softcap-vec, got {text!r}")
         return cls(
             match[1],
             int(match[2]),

@@ -23,7 +23,7 @@ from numflash.ptx.memory import (
     st_global_v4_f32,
     st_shared_v4_f32,
 )
-from numflash.ptx.mode import SIMULATED
+from numflash.mode import SIMULATED
 from numflash.ptx.scalars import Pointer, f32, i32, i64, u8, u16, u32, u64
 
 if SIMULATED:

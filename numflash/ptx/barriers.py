@@ -5,7 +5,7 @@ who only announces its data arrives and goes on, who needs the data waits.
 """
 
 from numflash.ptx.instruction import instruction
-from numflash.ptx.mode import SIMULATED
+from numflash.mode import SIMULATED
 from numflash.ptx.scalars import i32
 
 if SIMULATED:

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from numflash.ptx.mode import SIMULATED
+from numflash.mode import SIMULATED
 
 INSTRUCTIONS: dict[str, "Instruction"] = {}
 

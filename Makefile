@@ -1,0 +1,38 @@
+# make run: install what this machine can use and do the main job on real input.
+# make test: the same, then every test layer this machine can run.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# CUDA 13 or 12 as the driver says; without a driver the simulator, and the compilers for inspecting.
+CUDA := $(shell nvidia-smi 2>/dev/null | sed -n 's/.*CUDA Version: *\([0-9]*\).*/\1/p')
+GPU_EXTRA := $(if $(filter 12,$(CUDA)),cu12,$(if $(CUDA),cu13,))
+SIMULATE := $(if $(GPU_EXTRA),,NUMBA_ENABLE_CUDASIM=1)
+# The newest drivers run both; an old one neither.
+EXTRA := $(or $(GPU_EXTRA),compile)
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: run test lint clean
+
+run: $(VENV)/run.done
+	@$(SIMULATE) $(BIN)/python examples/real_activations.py
+
+test: $(VENV)/test.done lint
+	@NUMBA_ENABLE_CUDASIM=1 $(BIN)/python -m pytest -q -n 2 tests/host tests/sim
+	@$(BIN)/python -m pytest -q -n 2 tests/compile tests/gpu
+
+lint: $(VENV)/test.done
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+$(VENV)/run.done: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -q -e ".[$(EXTRA)]"
+	@touch $@
+
+$(VENV)/test.done: $(VENV)/run.done
+	$(PIP) install -q -e ".[$(EXTRA),test]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache *.egg-info

@@ -1,0 +1,435 @@
+"""The public functions: check the arguments, pick the configs, allocate, launch.
+
+Checking and picking happen once for each distinct problem; calls with the same shapes, strides,
+dtypes and options then find a ready `_Forward` or `_Backward` under the problem's key and only
+allocate and launch.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from numflash.arrays import ArrayLibrary, ArrayView, library_of, overlap, stream_address
+from numflash.compiler import get_cubin
+from numflash.configs import FAMILIES, Traits, default_config, padded_head_dim
+from numflash.launch import Launcher, limits_of_device
+from numflash.mode import SIMULATED
+from numflash.problem import AttentionProblem, Tensor, as_tensor, describe, expect_like
+
+_ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4}
+# Ready launches by problem; emptied when it grows past this, so that varying shapes cannot leak.
+_MAX_READY = 4096
+_ready: dict[tuple, Any] = {}
+
+
+def attention(
+    q,
+    k,
+    v,
+    *,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    causal_align: str = "bottom_right",
+    window_size: tuple[int | None, int | None] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes=None,
+    layout: str = "bshd",
+    return_lse: bool = False,
+    out=None,
+    stream=None,
+):
+    """Attention, softmax(softmax_scale Q K^T) V, without storing the score matrix.
+
+    Args:
+        q: (batch, seqlen_q, num_heads_q, head_dim), float16, bfloat16 or float32. With layout
+            "bhsd" the two middle axes are swapped. Three dimensions mean one batch entry, two one
+            head. Any strides; only a last axis that is not contiguous is copied.
+        k: (batch, seqlen_k, num_heads_kv, head_dim); num_heads_kv divides num_heads_q, and each
+            group of num_heads_q // num_heads_kv query heads shares one key-value head.
+        v: (batch, seqlen_k, num_heads_kv, head_dim_v). Head dims are 1 to 256.
+        softmax_scale: factor of Q K^T; None means head_dim ** -0.5.
+        causal: each query sees the keys up to its own position.
+        causal_align: where the diagonal lies if seqlen_q != seqlen_k: "bottom_right" (the last
+            query sees the last key) or "top_left" (the first query sees only the first key). It
+            also aligns window_size and alibi_slopes.
+        window_size: (left, right): a query sees that many keys before and after its own position,
+            inclusive; -1 or None is no limit.
+        softcap: scores s become softcap * tanh(s / softcap); 0 is off.
+        alibi_slopes: float32, (num_heads_q,) or (batch, num_heads_q): slope * distance is
+            subtracted from a score, after softcap.
+        layout: "bshd" or "bhsd", of q, k, v and the result.
+        return_lse: also return the log-sum-exp.
+        out: an array to write the result to; it must not overlap an input.
+        stream: a CUDA stream (or its address); None is the array library's current one.
+
+    Returns:
+        out: (batch, seqlen_q, num_heads_q, head_dim_v) in the layout, dtype and kind of q. A
+            query that sees no key gives 0.
+        lse: with return_lse, (batch, num_heads_q, seqlen_q) float32: the natural logarithm of the
+            sum of exponentials of the scores; -inf where a query sees no key. Without batch or
+            heads axes in q, these are absent here too.
+
+    Raises:
+        TypeError: an argument of a wrong type or dtype, or not on a CUDA device.
+        ValueError: shapes that do not fit together, values out of range.
+        UnsupportedError: possible in principle, not here (head_dim above 256, an old GPU, ...).
+
+    The kernels are enqueued, not waited for. Memory beyond the results is O(1).
+
+    Source: FlashAttention-2, arXiv 2307.08691.
+    """
+    options = {
+        "softmax_scale": softmax_scale,
+        "causal": causal,
+        "causal_align": causal_align,
+        "window_size": window_size,
+        "softcap": softcap,
+        "alibi_slopes": alibi_slopes,
+        "layout": layout,
+    }
+    result, lse, launch = _bind_forward(q, k, v, out, options, stream)
+    launch()
+    return (result, lse) if return_lse else result
+
+
+def attention_backward(
+    dout,
+    q,
+    k,
+    v,
+    out,
+    lse,
+    *,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    causal_align: str = "bottom_right",
+    window_size: tuple[int | None, int | None] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes=None,
+    layout: str = "bshd",
+    stream=None,
+):
+    """The gradients of `attention` with respect to q, k and v.
+
+    Args:
+        dout: gradient of the result, shaped like it.
+        q, k, v: as given to `attention`.
+        out, lse: as returned by `attention(..., return_lse=True)`.
+        softmax_scale, causal, causal_align, window_size, softcap, alibi_slopes, layout, stream:
+            as given to `attention`.
+
+    Returns:
+        dq, dk, dv: shaped like q, k and v, contiguous. Queries that see no key have gradient 0.
+        The same call gives the same bits every time: no atomics.
+
+    Raises:
+        TypeError, ValueError, UnsupportedError: as `attention`.
+
+    Needs a float32 workspace of batch x num_heads_q x seqlen_q.
+
+    Source: FlashAttention, arXiv 2205.14135, Algorithm 4.
+    """
+    options = {
+        "softmax_scale": softmax_scale,
+        "causal": causal,
+        "causal_align": causal_align,
+        "window_size": window_size,
+        "softcap": softcap,
+        "alibi_slopes": alibi_slopes,
+        "layout": layout,
+    }
+    arrays = {"q": q, "k": k, "v": v, "do": dout, "out": out, "lse": lse}
+    library = library_of(q, "q")
+    views = {name: _view(name, array) for name, array in arrays.items()}
+    if alibi_slopes is not None:
+        views["alibi_slopes"] = _view("alibi_slopes", alibi_slopes, contiguous=False)
+    key = _key("backward", views, options)
+    backward = _find_ready(key) or _remember(key, _Backward(views, options))
+    stream = library.stream(views["q"].device) if stream is None else stream_address(stream)
+    gradients = backward(views, library, stream)
+    return tuple(library.hand_back(g, q) for g in gradients)
+
+
+class Plan:
+    """An attention call made ready: the same arrays, launched again and again.
+
+    Everything is checked, compiled, allocated and packed once, by `numflash.plan`. A launch reads
+    q, k and v where they are and writes `out` and `lse`.
+
+    Attributes:
+        out: the result, as `attention` returns it.
+        lse: the log-sum-exp, as `attention` returns it.
+    """
+
+    def __init__(self, out, lse, launch: Callable):
+        """Made by `numflash.plan`."""
+        self.out, self.lse, self._launch = out, lse, launch
+
+    def launch(self, stream=None):
+        """Enqueue the kernel and return `out`.
+
+        Args:
+            stream: a CUDA stream or its address; None is the one current when the plan was made.
+        """
+        self._launch(stream)
+        return self.out
+
+
+def plan(q, k, v, *, out=None, stream=None, **options) -> Plan:
+    """Prepare an attention call that is launched many times on the same arrays.
+
+    Args:
+        q, k, v, out, stream: as for `attention`. Changing the arrays' contents is what plans are
+            for; they must have a contiguous last axis, because a copy would not see the change.
+        options: the other options of `attention`, without return_lse.
+
+    Raises:
+        TypeError, ValueError, UnsupportedError: as `attention`.
+    """
+    defaults = {
+        "softmax_scale": None,
+        "causal": False,
+        "causal_align": "bottom_right",
+        "window_size": (-1, -1),
+        "softcap": 0.0,
+        "alibi_slopes": None,
+        "layout": "bshd",
+    }
+    unknown = set(options) - set(defaults)
+    if unknown:
+        raise TypeError(f"plan got unknown options: {', '.join(sorted(unknown))}")
+    for name, array in (("q", q), ("k", k), ("v", v)):
+        view = library_of(array, name).view(array)
+        if view.strides and view.strides[-1] != 1 and view.shape[-1] != 1:
+            raise ValueError(f"{name} of a plan must have a contiguous last axis")
+    return Plan(*_bind_forward(q, k, v, out, {**defaults, **options}, stream))
+
+
+def warmup(
+    dtype: str = "float16",
+    head_dim: int = 64,
+    head_dim_v: int | None = None,
+    *,
+    softcap: bool = False,
+    alibi: bool = False,
+    backward: bool = False,
+    device: int = 0,
+) -> None:
+    """Compile ahead what `attention` needs, so that the first call does not wait.
+
+    Args:
+        dtype: "float16", "bfloat16" or "float32".
+        head_dim, head_dim_v: as in the arrays to come; head_dim_v defaults to head_dim.
+        softcap, alibi: whether the calls will use them.
+        backward: also compile for `attention_backward`.
+        device: ordinal of the CUDA device.
+
+    Raises:
+        ValueError: a dtype or head_dim that does not exist.
+        UnsupportedError: no GPU, or no compiler.
+    """
+    head_dim_v = head_dim if head_dim_v is None else head_dim_v
+    vector = 4 if dtype == "float32" else 8
+    traits = Traits(
+        dtype,
+        padded_head_dim(head_dim),
+        padded_head_dim(head_dim_v),
+        softcap=bool(softcap),
+        alibi=bool(alibi),
+        vectorized=head_dim % vector == 0 and head_dim_v % vector == 0,
+    )
+    if SIMULATED:
+        return
+    limits = limits_of_device(device)
+    for family in FAMILIES if backward else ("forward",):
+        get_cubin(default_config(family, traits, limits.max_smem_per_block), traits, limits)
+
+
+def _bind_forward(q, k, v, out, options: dict, stream) -> tuple[Any, Any, Callable]:
+    """Check a forward call; its result, its lse, and the function that launches it."""
+    library = library_of(q, "q")
+    views = {name: _view(name, array) for name, array in (("q", q), ("k", k), ("v", v))}
+    if options["alibi_slopes"] is not None:
+        views["alibi_slopes"] = _view("alibi_slopes", options["alibi_slopes"], contiguous=False)
+    if out is not None:
+        views["out"] = _view("out", out, copy=False)
+    key = _key("forward", views, options)
+    forward = _find_ready(key) or _remember(key, _Forward(views, options))
+    if out is not None:
+        _refuse_overlap(views)
+    stream = library.stream(views["q"].device) if stream is None else stream_address(stream)
+    result, lse, launch = forward.bind(views, library, stream)
+    if out is not None:
+        return out, library.hand_back(lse, q), launch
+    return library.hand_back(result, q), library.hand_back(lse, q), launch
+
+
+def _view(name: str, array, contiguous: bool = True, copy: bool = True) -> ArrayView:
+    """The view of an argument, of a copy where its last axis is not contiguous."""
+    library = library_of(array, name)
+    try:
+        view = library.view(array)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name}: {error}") from error
+    if contiguous and view.strides and view.strides[-1] != 1 and view.shape[-1] > 1:
+        if not copy:
+            raise ValueError(
+                f"{name} must have a contiguous last axis, got stride {view.strides[-1]}"
+            )
+        view = library.view(library.with_contiguous_rows(array))
+    return view
+
+
+def _key(kind: str, views: dict[str, ArrayView], options: dict) -> tuple:
+    window = options["window_size"]
+    return (
+        kind,
+        *[(name, view.key()) for name, view in views.items()],
+        options["softmax_scale"],
+        options["causal"],
+        options["causal_align"],
+        tuple(window) if isinstance(window, list) else window,
+        options["softcap"],
+        options["layout"],
+    )
+
+
+def _find_ready(key: tuple):
+    try:
+        return _ready.get(key)
+    except TypeError:
+        # An unhashable option: checking it properly gives the better message.
+        return None
+
+
+def _remember(key: tuple, ready):
+    if len(_ready) >= _MAX_READY:
+        _ready.clear()
+    _ready[key] = ready
+    return ready
+
+
+def _describe(views: dict[str, ArrayView], options: dict) -> tuple[AttentionProblem, dict]:
+    described = {**options, "alibi_slopes": views.get("alibi_slopes")}
+    return describe(views["q"], views["k"], views["v"], **described)
+
+
+class _Forward:
+    """A forward problem with its kernel bound to everything but addresses."""
+
+    def __init__(self, views: dict[str, ArrayView], options: dict):
+        problem, tensors = _describe(views, options)
+        q = views["q"]
+        self.out_shape = (*q.shape[:-1], problem.head_dim_v)
+        self.lse_shape = _lse_shape(problem, q)
+        self.dtype = problem.dtype
+        if "out" in views:
+            expect_like("out", views["out"], self.out_shape, q.dtype, q.device)
+            out = views["out"]
+        else:
+            out = _fresh(self.out_shape, q)
+        tensors["out"] = as_tensor("out", out, options["layout"])
+        self.launcher = None
+        if problem.batch * problem.seqlen_q:
+            self.launcher = _launcher("forward", problem, tensors, q.device)
+
+    def bind(self, views, library: ArrayLibrary, stream: int):
+        """Allocate, and return (out, lse, launch)."""
+        q = views["q"]
+        given = views.get("out")
+        out = given.array if given is not None else library.empty(self.out_shape, self.dtype, q)
+        lse = library.empty(self.lse_shape, "float32", q)
+        if self.launcher is None:
+            return out, lse, lambda other=None: None
+        arrays = {
+            "q": q,
+            "k": views["k"],
+            "v": views["v"],
+            "out": given or library.view(out),
+            "lse": library.view(lse),
+            "alibi_slopes": views.get("alibi_slopes"),
+        }
+        return out, lse, self.launcher.bind(arrays, stream)
+
+
+class _Backward:
+    """A backward problem with its three kernels bound to everything but addresses."""
+
+    def __init__(self, views: dict[str, ArrayView], options: dict):
+        problem, tensors = _describe(views, options)
+        q, layout = views["q"], options["layout"]
+        out_shape = (*q.shape[:-1], problem.head_dim_v)
+        expect_like("dout", views["do"], out_shape, q.dtype, q.device)
+        expect_like("out", views["out"], out_shape, q.dtype, q.device)
+        expect_like("lse", views["lse"], _lse_shape(problem, q), "float32", q.device)
+        lse = views["lse"]
+        if lse.strides != _contiguous_strides(lse.shape):
+            raise ValueError(f"lse must be contiguous, got strides {lse.strides} for {lse.shape}")
+        for name in ("do", "out"):
+            tensors[name] = as_tensor(name, views[name], layout)
+        for name in ("q", "k", "v"):
+            tensors["d" + name] = as_tensor("d" + name, _fresh(views[name].shape, q), layout)
+        self.dtype = problem.dtype
+        self.delta_size = (problem.batch * problem.num_heads_q * problem.seqlen_q,)
+        self.launchers = []
+        if problem.batch and problem.seqlen_q:
+            self.launchers.append(_launcher("delta", problem, tensors, q.device))
+        if problem.batch and problem.seqlen_k:
+            self.launchers.append(_launcher("backward-dkdv", problem, tensors, q.device))
+        if problem.batch and problem.seqlen_q:
+            self.launchers.append(_launcher("backward-dq", problem, tensors, q.device))
+
+    def __call__(self, views, library: ArrayLibrary, stream: int):
+        """Allocate and launch; the three gradients."""
+        q = views["q"]
+        gradients = [library.empty(views[name].shape, self.dtype, q) for name in "qkv"]
+        delta = library.empty(self.delta_size, "float32", q)
+        arrays = {**views, "delta": library.view(delta)}
+        arrays.setdefault("alibi_slopes", None)
+        for name, gradient in zip(("dq", "dk", "dv"), gradients, strict=True):
+            arrays[name] = library.view(gradient)
+        for launcher in self.launchers:
+            launcher(arrays, stream)
+        return gradients
+
+
+def _launcher(family: str, problem, tensors: dict[str, Tensor], device: int) -> Launcher:
+    """The kernel of a family for a problem, with its strides and scalars bound."""
+    traits = problem.traits(all(tensor.is_vectorizable for tensor in tensors.values()))
+    config = default_config(family, traits, limits_of_device(device).max_smem_per_block)
+    rows, heads = problem.seqlen_q, problem.num_heads_q
+    if family == "backward-dkdv":
+        rows, heads = problem.seqlen_k, problem.num_heads_kv
+    scalars = problem.scalars()
+    for name, tensor in tensors.items():
+        batch, row, head, _ = tensor.strides
+        scalars |= {f"{name}_batch": batch, f"{name}_row": row, f"{name}_head": head}
+    num_blocks = problem.num_blocks(rows, heads, config.block_rows)
+    return Launcher(config, traits, device, num_blocks, scalars)
+
+
+def _lse_shape(problem: AttentionProblem, q: ArrayView) -> tuple[int, ...]:
+    """(batch, heads, seqlen_q), without the axes that q does not have."""
+    return (problem.batch, problem.num_heads_q, problem.seqlen_q)[4 - len(q.shape) :]
+
+
+def _fresh(shape: tuple[int, ...], like: ArrayView) -> ArrayView:
+    """The view of a contiguous array still to be allocated; allocators align to 16 bytes."""
+    return ArrayView(0, shape, _contiguous_strides(shape), like.dtype, like.device, None)
+
+
+def _contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    strides, step = [], 1
+    for extent in reversed(shape):
+        strides.append(step)
+        step *= max(extent, 1)
+    return tuple(reversed(strides))
+
+
+def _refuse_overlap(views: dict[str, ArrayView]) -> None:
+    out = views["out"]
+    for name, view in views.items():
+        if name != "out" and overlap(out, view, _ITEMSIZE[out.dtype], _ITEMSIZE[view.dtype]):
+            raise ValueError(f"out must not overlap {name}: they share memory")
+
+
+__all__ = ["Plan", "attention", "attention_backward", "plan", "warmup"]

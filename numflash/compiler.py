@@ -1,0 +1,283 @@
+"""From a kernel's Python source to machine code: LTO-IR by Numba and NVVM, a cubin by nvJitLink.
+
+    Python --numba-cuda--> LLVM IR --NVVM--> LTO-IR --nvJitLink -lto--> cubin
+
+No GPU and no driver are needed. The way through LTO-IR is essential: nvJitLink compiles PTX as
+relocatable code, which spills registers and ignores `setmaxnreg`. The linker's log yields
+registers, spills and warnings.
+
+A cubin is cached in memory and on disk under everything that decides its bytes: kernel source,
+config, traits, architecture and compiler versions. With a warm cache Numba is not even imported.
+"""
+
+import hashlib
+import logging
+import re
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
+
+from numflash import cache as disk
+from numflash.configs import Config, Traits
+from numflash.devices import Architecture
+from numflash.errors import UnsupportedError
+
+_log = logging.getLogger("numflash")
+_lock = threading.Lock()
+_cubins: dict[str, "Cubin"] = {}
+
+# Distributions whose version changes the machine code.
+_COMPILERS = (
+    "numba",
+    "llvmlite",
+    "numba-cuda",
+    "nvidia-nvvm",
+    "nvidia-cuda-nvcc-cu12",
+    "nvidia-nvjitlink",
+    "nvidia-nvjitlink-cu12",
+)
+_PACKAGE = Path(__file__).parent
+_SOURCES = ("ptx", "tiles", "kernels", "configs.py", "compiler.py")
+
+
+@dataclass(frozen=True)
+class Cubin:
+    """A compiled kernel.
+
+    Attributes:
+        entry: the kernel's symbol.
+        parameters: (name, letter) in order; letters are those of `struct`, "P" for a pointer.
+        num_threads, smem_bytes: how it is launched.
+        registers: per thread.
+        spill_store_bytes, spill_load_bytes, stack_bytes: per thread; 0 when all stays in registers.
+        warnings: what the assembler complained about.
+        compile_ms: time from Python source to machine code.
+        code: the ELF image.
+    """
+
+    entry: str
+    parameters: tuple[tuple[str, str], ...]
+    num_threads: int
+    smem_bytes: int
+    registers: int
+    spill_store_bytes: int
+    spill_load_bytes: int
+    stack_bytes: int
+    warnings: tuple[str, ...]
+    compile_ms: float
+    code: bytes
+
+
+def get_cubin(config: Config, traits: Traits, limits: Architecture) -> Cubin:
+    """The machine code of a kernel, from memory, from disk, or compiled now.
+
+    Raises:
+        UnsupportedError: the compiler packages are missing.
+    """
+    key = "|".join([config.family, str(config), str(traits), limits.arch, _toolchain()])
+    cubin = _cubins.get(key)
+    if cubin is None:
+        with _lock:
+            cubin = (
+                _cubins.get(key) or _from_disk(key) or _compile_logged(key, config, traits, limits)
+            )
+            _cubins[key] = cubin
+    return cubin
+
+
+def _from_disk(key: str) -> Cubin | None:
+    stored = disk.read(key)
+    if stored is None:
+        return None
+    header, code = stored
+    try:
+        header["parameters"] = tuple((name, letter) for name, letter in header["parameters"])
+        header["warnings"] = tuple(header["warnings"])
+        return Cubin(**header, code=code)
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def _compile_logged(key: str, config: Config, traits: Traits, limits: Architecture) -> Cubin:
+    what = f"{config.family} {config} {traits} for {limits.arch}"
+    _log.info("compiling %s ...", what)
+    cubin = compile_cubin(config, traits, limits)
+    _log.info("compiled %s in %.1f s", what, cubin.compile_ms / 1e3)
+    header = {name: value for name, value in asdict(cubin).items() if name != "code"}
+    disk.write(key, header, cubin.code)
+    return cubin
+
+
+def compile_cubin(config: Config, traits: Traits, limits: Architecture) -> Cubin:
+    """Compile a kernel, whatever the caches hold. Raises UnsupportedError."""
+    start = time.perf_counter()
+    kernel, ltoir = _front_end(config, traits, limits, "ltoir")
+    code, log = _link(ltoir, limits.arch)
+    return Cubin(
+        parameters=tuple((name, _letter(t)) for name, t in kernel.parameters.items()),
+        num_threads=kernel.num_threads,
+        smem_bytes=kernel.smem_bytes,
+        compile_ms=(time.perf_counter() - start) * 1e3,
+        code=code,
+        **_resources(log),
+    )
+
+
+def compile_ptx(config: Config, traits: Traits, limits: Architecture) -> str:
+    """The PTX of a kernel, for reading: the machine code is made from LTO-IR."""
+    return _front_end(config, traits, limits, "ptx")[1]
+
+
+def _front_end(config: Config, traits: Traits, limits: Architecture, output: str):
+    """The kernel object, and its code as LTO-IR or PTX."""
+    with _numba_for(limits) as numba_cuda:
+        from numflash.kernels.portable import FACTORIES
+
+        kernel = FACTORIES[config.family](config, traits)
+        codes, _ = numba_cuda.compile_all(
+            kernel.function,
+            _signature(kernel.parameters),
+            cc=_compute_capability(limits.arch),
+            device=False,
+            abi="numba",
+            output=output,
+            launch_bounds=kernel.num_threads,
+        )
+    if len(codes) != 1:
+        raise UnsupportedError(f"the {config.family} kernel compiled to {len(codes)} modules")
+    return kernel, codes[0]
+
+
+@contextmanager
+def _numba_for(limits: Architecture):
+    """Numba's CUDA target, made to compile device functions for `limits` without a driver."""
+    try:
+        from numba import cuda
+        from numba.cuda import dispatcher
+    except ImportError as error:
+        raise UnsupportedError(f"Numba cannot be imported: {error}. {INSTALL_HINT}") from error
+    # compile_all knows the architecture, but Numba asks the current device for that of the device
+    # functions a kernel calls.
+    ask_driver = dispatcher.get_current_device
+    device = SimpleNamespace(compute_capability=_compute_capability(limits.arch))
+    dispatcher.get_current_device = lambda: device
+    try:
+        yield cuda
+    except Exception as error:
+        if type(error).__name__ in ("DynamicLibNotFoundError", "NvvmSupportError"):
+            raise UnsupportedError(
+                f"the compiler cannot be loaded: {error}. {INSTALL_HINT}"
+            ) from error
+        raise
+    finally:
+        dispatcher.get_current_device = ask_driver
+
+
+INSTALL_HINT = 'Install the CUDA packages with pip install "numflash[cu13]" (or [cu12]).'
+
+
+def _compute_capability(arch: str) -> tuple:
+    digits = arch.removeprefix("sm_")
+    number = digits.rstrip("af")
+    flavour = digits[len(number) :]
+    return (int(number[:-1]), int(number[-1])) + ((flavour,) if flavour else ())
+
+
+def _signature(parameters: dict[str, object]):
+    """The Numba signature of a kernel with annotated parameters."""
+    from numba import types
+    from numba.np import numpy_support
+
+    from numflash.ptx import Pointer
+
+    def numba_type(annotation):
+        if isinstance(annotation, Pointer):
+            return types.CPointer(numpy_support.from_dtype(annotation.element))
+        return numpy_support.from_dtype(annotation)
+
+    return types.void(*map(numba_type, parameters.values()))
+
+
+def _letter(annotation) -> str:
+    """The `struct` letter of a parameter."""
+    letters = {"float32": "f", "int32": "i", "int64": "q"}
+    return letters.get(getattr(annotation, "__name__", ""), "P")
+
+
+def _link(ltoir: bytes, arch: str) -> tuple[bytes, str]:
+    """The machine code and the assembler's log."""
+    try:
+        from cuda.bindings import nvjitlink
+    except ImportError as error:
+        raise UnsupportedError(f"nvJitLink cannot be imported: {error}. {INSTALL_HINT}") from error
+    options = [f"-arch={arch}", "-lto", "-verbose"]
+    handle = nvjitlink.create(len(options), options)
+    try:
+        nvjitlink.add_data(handle, nvjitlink.InputType.LTOIR, ltoir, len(ltoir), "kernel")
+        nvjitlink.complete(handle)
+        log = bytearray(nvjitlink.get_info_log_size(handle))
+        nvjitlink.get_info_log(handle, log)
+        code = bytearray(nvjitlink.get_linked_cubin_size(handle))
+        nvjitlink.get_linked_cubin(handle, code)
+    finally:
+        nvjitlink.destroy(handle)
+    return bytes(code), log.decode(errors="replace").replace("\0", "")
+
+
+def _resources(log: str) -> dict:
+    """Entry, registers, spills and warnings from the assembler's log."""
+
+    def number(pattern: str) -> int:
+        found = re.search(pattern, log)
+        if found is None:
+            raise RuntimeError(f"the linker's log does not say {pattern!r}:\n{log}")
+        return int(found[1])
+
+    entry = re.search(r"Compiling entry function '([^']+)'", log)
+    if entry is None:
+        raise RuntimeError(f"the linker's log names no kernel:\n{log}")
+    return {
+        "entry": entry[1],
+        "registers": number(r"Used (\d+) registers"),
+        "spill_store_bytes": number(r"(\d+) bytes spill stores"),
+        "spill_load_bytes": number(r"(\d+) bytes spill loads"),
+        "stack_bytes": number(r"(\d+) bytes stack frame"),
+        "warnings": tuple(
+            line.strip()
+            for line in log.splitlines()
+            if re.search(r"\bC75\d\d\b|warning|Potential Performance Loss", line, re.IGNORECASE)
+        ),
+    }
+
+
+@cache
+def _toolchain() -> str:
+    """Hash of the kernel sources and of the compilers' versions."""
+    digest = hashlib.sha256()
+    for name in _SOURCES:
+        path = _PACKAGE / name
+        files = sorted(path.rglob("*.py")) if path.is_dir() else [path]
+        for file in files:
+            digest.update(str(file.relative_to(_PACKAGE)).encode())
+            digest.update(file.read_bytes())
+    for name in _COMPILERS:
+        digest.update(f"{name}={_version(name)};".encode())
+    return digest.hexdigest()
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def versions() -> dict[str, str]:
+    """The installed compiler packages and their versions."""
+    found = {name: _version(name) for name in _COMPILERS}
+    return {name: version for name, version in found.items() if version is not None}

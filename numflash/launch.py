@@ -1,0 +1,225 @@
+"""Launching: a kernel with its arguments, on the GPU or in the simulator.
+
+`Launcher` binds a kernel to a device and to all arguments but the addresses of its arrays. On the
+GPU a launch packs those addresses next to the arguments packed before and makes one driver call on
+the caller's stream: no allocation, no synchronisation, capturable in a CUDA graph.
+"""
+
+import ctypes
+import struct
+import threading
+from collections.abc import Callable
+from functools import cache
+
+import numpy as np
+
+from numflash.arrays import ArrayView, stream_address
+from numflash.compiler import Cubin, get_cubin
+from numflash.configs import Config, Traits
+from numflash.devices import ARCHITECTURES, Architecture, architecture_of
+from numflash.errors import UnsupportedError
+from numflash.mode import SIMULATED
+
+# The simulator models the GPU with the least shared memory.
+SIMULATED_ARCHITECTURE = "sm_75"
+_SLOT_BYTES = 8
+_DEFAULT_SMEM_LIMIT = 48 * 1024
+
+
+@cache
+def limits_of_device(device: int) -> Architecture:
+    """The architecture of a CUDA device, or of the simulator.
+
+    Raises:
+        UnsupportedError: no driver, or a GPU older than Turing.
+    """
+    if SIMULATED:
+        return ARCHITECTURES[SIMULATED_ARCHITECTURE]
+    driver = _driver()
+    attribute = driver.CUdevice_attribute
+    handle = _checked(driver.cuDeviceGet(device))
+    names = ("MAJOR", "MINOR")
+    capability = tuple(
+        _checked(
+            driver.cuDeviceGetAttribute(
+                getattr(attribute, f"CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_{name}"), handle
+            )
+        )
+        for name in names
+    )
+    try:
+        return architecture_of(capability)
+    except ValueError as error:
+        raise UnsupportedError(f"device {device}: {error}") from error
+
+
+class Launcher:
+    """One kernel with every argument but its arrays' addresses."""
+
+    def __init__(
+        self,
+        config: Config,
+        traits: Traits,
+        device: int,
+        num_blocks: int,
+        scalars: dict[str, int | float],
+    ):
+        """Compile (or find) the kernel and pack its scalar arguments.
+
+        Args:
+            config, traits: which kernel.
+            device: ordinal of the CUDA device.
+            num_blocks: blocks of the grid.
+            scalars: a value for every parameter that is not a pointer; more are ignored.
+        """
+        launcher = _SimulatedLaunch if SIMULATED else _DriverLaunch
+        self._launch = launcher(config, traits, device, num_blocks, scalars)
+        self.config, self.num_blocks = config, num_blocks
+
+    def __call__(self, arrays: dict[str, ArrayView | None], stream: int) -> None:
+        """Launch. `arrays` holds every pointer parameter by name; None where it is not read."""
+        self._launch.bind(arrays)(stream)
+
+    def bind(self, arrays: dict[str, ArrayView | None], stream: int) -> Callable:
+        """A function that launches on these arrays, on `stream` unless it is given another."""
+        launch = self._launch.bind(arrays)
+        return lambda other=None: launch(stream if other is None else stream_address(other))
+
+
+class _DriverLaunch:
+    """A launch through the CUDA driver."""
+
+    def __init__(self, config, traits, device, num_blocks, scalars):
+        cubin = get_cubin(config, traits, limits_of_device(device))
+        self.driver, self.device = _driver(), device
+        self.function = _load(cubin, device)
+        self.geometry = (num_blocks, 1, 1, cubin.num_threads, 1, 1, cubin.smem_bytes)
+        self.pointer_names = [name for name, letter in cubin.parameters if letter == "P"]
+        # One 8-byte slot a parameter, pointers first as in every kernel's signature.
+        self.slots = ctypes.create_string_buffer(_SLOT_BYTES * len(cubin.parameters))
+        self.pack_pointers = struct.Struct(f"<{len(self.pointer_names)}Q").pack_into
+        for i, (name, letter) in enumerate(cubin.parameters):
+            if letter != "P":
+                struct.pack_into(f"<{letter}", self.slots, _SLOT_BYTES * i, scalars[name])
+        base = ctypes.addressof(self.slots)
+        addresses = [base + _SLOT_BYTES * i for i in range(len(cubin.parameters))]
+        self.addresses = (ctypes.c_void_p * len(addresses))(*addresses)
+        self.parameters = ctypes.addressof(self.addresses)
+        # Packing and launching must not interleave with another thread's.
+        self.lock = threading.Lock()
+
+    def bind(self, arrays):
+        """A function of the stream that launches on these arrays, which it keeps alive."""
+        bound = [arrays[name] for name in self.pointer_names]
+        pointers = [0 if array is None else array.pointer for array in bound]
+
+        def launch(stream: int, _keep_alive=bound) -> None:
+            driver = self.driver
+            status, current = driver.cuCtxGetDevice()
+            if status or int(current) != self.device:
+                _checked(driver.cuCtxPushCurrent(_primary_context(self.device)))
+                try:
+                    self._launch(pointers, stream)
+                finally:
+                    _checked(driver.cuCtxPopCurrent())
+            else:
+                self._launch(pointers, stream)
+
+        return launch
+
+    def _launch(self, pointers: list[int], stream: int) -> None:
+        with self.lock:
+            self.pack_pointers(self.slots, 0, *pointers)
+            status = self.driver.cuLaunchKernel(
+                self.function, *self.geometry, stream, self.parameters, 0
+            )
+        if status[0]:
+            _raise(status[0])
+
+
+class _SimulatedLaunch:
+    """A launch in the simulator."""
+
+    def __init__(self, config, traits, device, num_blocks, scalars):
+        from numflash.kernels.portable import FACTORIES
+
+        self.kernel = FACTORIES[config.family](config, traits)
+        self.num_blocks, self.scalars = num_blocks, scalars
+
+    def bind(self, arrays):
+        """A function of the stream, which means nothing here, that runs on these arrays."""
+        from numflash.ptx import Pointer
+        from numflash.simulator import GlobalPointer, launch
+
+        def argument(name, annotation):
+            if not isinstance(annotation, Pointer):
+                return annotation(self.scalars[name])
+            view = arrays[name]
+            array = np.empty(0, annotation.element) if view is None else view.array
+            return GlobalPointer(array, np.dtype(annotation.element), name)
+
+        kernel = self.kernel
+        args = [argument(name, t) for name, t in kernel.parameters.items()]
+        geometry = self.num_blocks, kernel.num_threads
+        return lambda stream: launch(kernel.function, *geometry, args, kernel.smem_bytes)
+
+
+@cache
+def _driver():
+    """cuda.bindings.driver, initialised. Raises UnsupportedError."""
+    try:
+        from cuda.bindings import driver
+
+        _checked(driver.cuInit(0))
+    except (ImportError, RuntimeError) as error:
+        raise UnsupportedError(
+            f"the CUDA driver cannot be used: {error}. Kernels run on an NVIDIA GPU with its "
+            'driver and pip install "numflash[cu13]" (or [cu12]), or, with '
+            "NUMBA_ENABLE_CUDASIM=1 set before Python starts, on NumPy arrays in the simulator."
+        ) from error
+    return driver
+
+
+@cache
+def _primary_context(device: int):
+    """The context that the CUDA runtime, and so every array library, uses on a device."""
+    driver = _driver()
+    return _checked(driver.cuDevicePrimaryCtxRetain(_checked(driver.cuDeviceGet(device))))
+
+
+_loaded: dict[tuple[str, int, bytes], object] = {}
+_loading = threading.Lock()
+
+
+def _load(cubin: Cubin, device: int):
+    """The kernel of a cubin on a device, allowed all the shared memory it needs."""
+    # Machine code of equal bytes is the same kernel.
+    key = (cubin.entry, device, cubin.code)
+    with _loading:
+        if key not in _loaded:
+            driver = _driver()
+            library = _checked(driver.cuLibraryLoadData(cubin.code, [], [], 0, [], [], 0))
+            kernel = _checked(driver.cuLibraryGetKernel(library, cubin.entry.encode()))
+            if cubin.smem_bytes > _DEFAULT_SMEM_LIMIT:
+                _checked(
+                    driver.cuKernelSetAttribute(
+                        driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+                        cubin.smem_bytes,
+                        kernel,
+                        _checked(driver.cuDeviceGet(device)),
+                    )
+                )
+            # The driver takes a kernel wherever it takes a function.
+            _loaded[key] = driver.CUfunction(int(kernel))
+        return _loaded[key]
+
+
+def _checked(result: tuple):
+    """The value of a driver call. Raises RuntimeError with the driver's name of the error."""
+    if result[0]:
+        _raise(result[0])
+    return result[1] if len(result) == 2 else result[1:]
+
+
+def _raise(status):
+    raise RuntimeError(f"the CUDA driver reports {getattr(status, 'name', status)}")

@@ -1,0 +1,193 @@
+"""Attention as defined, in NumPy: the specification that every kernel is tested against.
+
+Float64, the whole score matrix at once, one line of code per line of mathematics. `naive` is the
+same computation the way a straightforward program does it in a lower precision: each kernel's
+error budget is twice the error of `naive` in the kernel's input precision.
+
+All functions take NumPy arrays of shape (batch, seqlen, heads, head_dim), or what `layout` says,
+with any number of key-value heads that divides the query heads.
+"""
+
+import ml_dtypes
+import numpy as np
+
+_PRECISIONS = {
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float32": np.dtype(np.float32),
+    "float64": np.dtype(np.float64),
+}
+
+
+def attention(q, k, v, **options) -> tuple[np.ndarray, np.ndarray]:
+    """O = softmax(softmax_scale Q K^T) V in float64.
+
+    Args:
+        q: (batch, seqlen_q, num_heads_q, head_dim).
+        k: (batch, seqlen_k, num_heads_kv, head_dim).
+        v: (batch, seqlen_k, num_heads_kv, head_dim_v).
+        options: as for `numflash.attention`: softmax_scale, causal, causal_align, window_size,
+            softcap, alibi_slopes, layout.
+
+    Returns:
+        out: (batch, seqlen_q, num_heads_q, head_dim_v), in the layout of q.
+        lse: (batch, num_heads_q, seqlen_q), without the axes that q does not have: natural
+            log-sum-exp of the scores. A query that sees no key has out 0 and lse -inf.
+    """
+    return naive(q, k, v, precision="float64", **options)
+
+
+def attention_backward(dout, q, k, v, **options):
+    """The gradients of `attention`, in float64.
+
+    Args:
+        dout: gradient of the output, shaped like it.
+        q, k, v, options: as for `attention`.
+
+    Returns:
+        dq, dk, dv, shaped like q, k and v.
+    """
+    return naive_backward(dout, q, k, v, precision="float64", **options)
+
+
+def naive(q, k, v, *, precision: str, **options) -> tuple[np.ndarray, np.ndarray]:
+    """`attention` computed step by step in `precision`, every intermediate rounded to it."""
+    dtype = _PRECISIONS[precision]
+    bhsd = options.get("layout", "bshd") == "bhsd"
+    out, lse, *_ = _forward(*(_heads_first(x, bhsd) for x in (q, k, v)), dtype, options)
+    ndim = np.ndim(q)
+    return _heads_back(out, bhsd, ndim), lse.reshape(lse.shape[4 - ndim :])
+
+
+def naive_backward(dout, q, k, v, *, precision: str, **options):
+    """`attention_backward` computed step by step in `precision`.
+
+    As `numflash.attention_backward` does, it starts from lse, in no less than float32.
+    """
+    dtype = _PRECISIONS[precision]
+    bhsd = options.get("layout", "bshd") == "bhsd"
+    do, q4, k4, v4 = (_heads_first(x, bhsd) for x in (dout, q, k, v))
+    out, lse, s, slope, scale = _forward(q4, k4, v4, dtype, options)
+    group = q4.shape[1] // k4.shape[1]
+    do = do.astype(dtype)
+    with np.errstate(invalid="ignore"):
+        p = np.exp(s - lse[..., None]).astype(dtype)
+    p = np.where(np.isneginf(s), dtype.type(0), p)
+
+    dv = _matmul(p.swapaxes(-1, -2), do, dtype)
+    dp = _matmul(do, _repeat(v4.astype(dtype), group).swapaxes(-1, -2), dtype)
+    delta = (do * out).sum(-1, keepdims=True, dtype=_sums(dtype)).astype(dtype)
+    ds = p * (dp - delta) * slope
+    dq = _matmul(ds, _repeat(k4.astype(dtype), group), dtype) * scale
+    dk = _matmul(ds.swapaxes(-1, -2), q4.astype(dtype), dtype) * scale
+    gradients = dq, _sum_groups(dk, group, dtype), _sum_groups(dv, group, dtype)
+    return tuple(_heads_back(g, bhsd, np.ndim(q)) for g in gradients)
+
+
+def visible(
+    seqlen_q: int,
+    seqlen_k: int,
+    causal: bool = False,
+    causal_align: str = "bottom_right",
+    window_size=(-1, -1),
+) -> np.ndarray:
+    """Which keys (columns) each query (row) sees: a boolean (seqlen_q, seqlen_k) array."""
+    i = np.arange(seqlen_q)[:, None] + _alignment(seqlen_q, seqlen_k, causal_align)
+    j = np.arange(seqlen_k)[None, :]
+    left, right = window_size
+    seen = np.ones((seqlen_q, seqlen_k), bool)
+    if causal:
+        seen &= j <= i
+    if left is not None and left >= 0:
+        seen &= j >= i - left
+    if right is not None and right >= 0:
+        seen &= j <= i + right
+    return seen
+
+
+def _forward(q, k, v, dtype, options):
+    """Attention on (batch, heads, seqlen, head_dim); also S, the slope of the cap, the scale."""
+    batch, num_heads, seqlen_q, head_dim = q.shape
+    seqlen_k, group = k.shape[2], num_heads // k.shape[1]
+    causal_align = options.get("causal_align", "bottom_right")
+    scale, softcap = options.get("softmax_scale"), options.get("softcap", 0.0)
+    scale = dtype.type(head_dim**-0.5 if scale is None else scale)
+
+    s = _matmul(q.astype(dtype), _repeat(k.astype(dtype), group).swapaxes(-1, -2), dtype) * scale
+    slope = np.ones((), dtype)
+    if softcap:
+        bent = np.tanh(s / dtype.type(softcap))
+        s, slope = bent * dtype.type(softcap), 1 - bent * bent
+    if options.get("alibi_slopes") is not None:
+        slopes = np.asarray(options["alibi_slopes"]).astype(dtype)
+        slopes = np.broadcast_to(slopes, (batch, num_heads))[:, :, None, None]
+        i = np.arange(seqlen_q)[:, None] + _alignment(seqlen_q, seqlen_k, causal_align)
+        s = s - slopes * np.abs(i - np.arange(seqlen_k)).astype(dtype)
+    seen = visible(
+        seqlen_q,
+        seqlen_k,
+        options.get("causal", False),
+        causal_align,
+        options.get("window_size", (-1, -1)),
+    )
+    s = np.where(seen, s, dtype.type(-np.inf))
+
+    with np.errstate(divide="ignore", invalid="ignore"):
+        row_max = s.max(-1, keepdims=True, initial=dtype.type(-np.inf))
+        # -inf - -inf is NaN: rows that see no key subtract 0 instead.
+        e = np.exp(s - np.where(np.isneginf(row_max), dtype.type(0), row_max))
+        row_sum = e.sum(-1, keepdims=True, dtype=_sums(dtype)).astype(dtype)
+        p = np.where(row_sum == 0, dtype.type(0), e / row_sum)
+        exact_sum = e.sum(-1, dtype=_sums(dtype))
+        lse = row_max[..., 0].astype(_sums(dtype)) + np.log(exact_sum)
+    out = _matmul(p, _repeat(v.astype(dtype), group), dtype)
+    return out, lse, s, slope, scale
+
+
+def _alignment(seqlen_q: int, seqlen_k: int, causal_align: str) -> int:
+    """What is added to a query's index to get the key it stands at."""
+    return seqlen_k - seqlen_q if causal_align == "bottom_right" else 0
+
+
+def _sums(dtype):
+    """Sums and products accumulate in at least float32, as tensor cores and BLAS do."""
+    return np.float64 if dtype == np.float64 else np.float32
+
+
+def _matmul(a, b, dtype):
+    a, b = a.astype(_sums(dtype)), b.astype(_sums(dtype))
+    if dtype != np.float32:
+        return np.matmul(a, b).astype(dtype)
+    # Naive means term after term; a BLAS sums in a different, more exact order.
+    total = np.zeros((*a.shape[:-1], b.shape[-1]), dtype)
+    for k in range(a.shape[-1]):
+        total += a[..., k, None] * b[..., None, k, :]
+    return total
+
+
+def _repeat(x, group):
+    return np.repeat(x, group, axis=1)
+
+
+def _sum_groups(x, group, dtype):
+    batch, heads, seqlen, head_dim = x.shape
+    grouped = x.reshape(batch, heads // group, group, seqlen, head_dim)
+    return grouped.sum(2, dtype=_sums(dtype)).astype(dtype)
+
+
+def _heads_first(x, bhsd: bool) -> np.ndarray:
+    """(batch, heads, seqlen, head_dim) of an array with two to four dimensions."""
+    x = np.asarray(x)
+    if x.ndim == 2:
+        return x[None, None]
+    if x.ndim == 3:
+        x = x[None]
+    return x if bhsd else x.swapaxes(1, 2)
+
+
+def _heads_back(x, bhsd: bool, ndim: int) -> np.ndarray:
+    """The inverse of `_heads_first`."""
+    if ndim == 2:
+        return x[0, 0]
+    x = x if bhsd else x.swapaxes(1, 2)
+    return x[0] if ndim == 3 else x

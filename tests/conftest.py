@@ -1,0 +1,82 @@
+"""The four test layers, chosen by folder: host, sim, compile, gpu.
+
+The simulator is chosen when Numba is imported, so one process runs either `host` and `sim`
+(NUMBA_ENABLE_CUDASIM=1) or `compile` and `gpu`. `make test` runs both.
+"""
+
+import os
+import zlib
+from pathlib import Path
+
+import pytest
+
+from numflash.mode import SIMULATED
+
+_HERE = Path(__file__).parent
+_LAYERS = ("host", "sim", "compile", "gpu")
+
+
+def pytest_configure(config):
+    """Register a marker for each layer, so that `-m sim` selects it."""
+    for layer in _LAYERS:
+        config.addinivalue_line("markers", f"{layer}: tests of the {layer} layer")
+
+
+def pytest_collection_modifyitems(items):
+    """Mark each test with its layer; skip what this process cannot run, saying why."""
+    missing = {
+        "sim": None if SIMULATED else "needs NUMBA_ENABLE_CUDASIM=1",
+        "compile": "needs NUMBA_ENABLE_CUDASIM unset" if SIMULATED else None,
+        "gpu": "needs NUMBA_ENABLE_CUDASIM unset" if SIMULATED else _no_gpu(),
+    }
+    for item in items:
+        layer = item.path.relative_to(_HERE).parts[0]
+        if layer not in _LAYERS:
+            continue
+        item.add_marker(getattr(pytest.mark, layer))
+        if reason := missing.get(layer):
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _no_gpu() -> str | None:
+    """Why there is no GPU to test on; None if there is one."""
+    from numflash.errors import UnsupportedError
+    from numflash.launch import limits_of_device
+
+    try:
+        limits_of_device(0)
+    except (UnsupportedError, RuntimeError) as error:
+        return f"no GPU: {str(error).splitlines()[0][:80]}"
+    return None
+
+
+@pytest.fixture(autouse=True)
+def cache_of_its_own(tmp_path_factory, monkeypatch):
+    """Keep tests out of the user's cache, and share compiled kernels within a test run."""
+    if "NUMFLASH_CACHE_DIR" not in os.environ:
+        monkeypatch.setenv("NUMFLASH_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(autouse=True)
+def simulator_seed(request):
+    """Give each test its own thread order, the same in every run unless the seed is set."""
+    if not SIMULATED:
+        yield None
+        return
+    from numflash.simulator import SEED
+
+    before = SEED.value
+    if "NUMFLASH_SIM_SEED" not in os.environ:
+        SEED.value = zlib.crc32(request.node.nodeid.encode())
+    yield SEED.value
+    SEED.value = before
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Print the simulator's seed with a failure: it repeats the thread order."""
+    outcome = yield
+    report = outcome.get_result()
+    if SIMULATED and report.failed and "simulator_seed" in item.funcargs:
+        seed = item.funcargs["simulator_seed"]
+        report.sections.append(("simulator", f"repeat with NUMFLASH_SIM_SEED={seed}"))
