@@ -53,6 +53,7 @@ def reference_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarr
 
 
 def main() -> int:
+    """Encode, rank, print and compare; the exit status."""
     parser = argparse.ArgumentParser(description="Rank a few sentences by closeness to a query.")
     parser.add_argument("query", nargs="?", default=QUERY)
     query = parser.parse_args().query

@@ -100,11 +100,6 @@ class AttentionProblem:
 
     def scalars(self) -> dict[str, int | float]:
         """The scalar kernel arguments, by parameter name (see `kernels.portable.forward`)."""
-        log2_e = math.log2(math.e)
-        # Raw products become base-2 scores; with softcap they become the argument of tanh.
-        score_scale = self.softmax_scale * log2_e
-        if self.softcap:
-            score_scale = self.softmax_scale / self.softcap
         slopes_batch, slopes_head = self.alibi_strides or (0, 0)
         return {
             "seqlen_q": self.seqlen_q,
@@ -116,9 +111,9 @@ class AttentionProblem:
             "band_lo": self.band_lo,
             "band_hi": self.band_hi,
             "bias_shift": self.bias_shift,
-            "score_scale": score_scale,
-            "softcap_log2": self.softcap * log2_e,
-            "slope_scale": log2_e,
+            # With softcap the scaled product is the argument of tanh.
+            "score_scale": self.softmax_scale / (self.softcap or 1.0),
+            "softcap": self.softcap,
             "softmax_scale": self.softmax_scale,
             "slopes_batch": slopes_batch,
             "slopes_head": slopes_head,

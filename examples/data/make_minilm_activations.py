@@ -16,27 +16,27 @@ from pathlib import Path
 
 import numpy as np
 
-FOLDER = Path(__file__).resolve().parent
-sys.path.insert(0, str(FOLDER.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import minilm
 
-import minilm  # noqa: E402
-
-PATH = FOLDER / "minilm_layer.npz"
+PATH = Path(__file__).resolve().parent / "minilm_layer.npz"
 LAYER = 3
 # 64 + 8 + 1: no tile of 8 rows or more divides it.
 SEQLEN = 73
-# Public domain: Melville, Moby-Dick (1851); Darwin, On the Origin of Species (1859).
-TEXTS = (
+# Public domain: Moby-Dick (1851) and On the Origin of Species (1859).
+MELVILLE = (
     "Call me Ishmael. Some years ago - never mind how long precisely - having little or no money"
     " in my purse, and nothing particular to interest me on shore, I thought I would sail about a"
     " little and see the watery part of the world. It is a way I have of driving off the spleen"
     " and regulating the circulation. Whenever I find myself growing grim about the mouth;"
-    " whenever it is a damp, drizzly November in my soul",
+    " whenever it is a damp, drizzly November in my soul"
+)
+DARWIN = (
     "It is interesting to contemplate an entangled bank, clothed with many plants of many kinds,"
     " with birds singing on the bushes, with various insects flitting about, and with worms"
     " crawling through the damp earth, and to reflect that these elaborately constructed forms,"
     " so different from each other, and dependent on each other in so complex a manner, have all"
-    " been produced by laws acting around us.",
+    " been produced by laws acting around us."
 )
 
 
@@ -72,14 +72,16 @@ def check(path: Path) -> None:
 
 
 def main() -> None:
+    """Write the file, then check it."""
     model = minilm.load_model()
-    token_ids = np.array([model.tokenize(text, SEQLEN) for text in TEXTS], dtype=np.int32)
+    texts = (MELVILLE, DARWIN)
+    token_ids = np.array([model.tokenize(text, SEQLEN) for text in texts], dtype=np.int32)
     np.savez_compressed(
         PATH,
         **record_layers(model, token_ids)[LAYER],
         softmax_scale=np.float64(minilm.HEAD_DIM**-0.5),
         layer=np.int64(LAYER),
-        texts=np.array(TEXTS),
+        texts=np.array(texts),
         token_ids=token_ids,
     )
     check(PATH)

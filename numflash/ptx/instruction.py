@@ -15,8 +15,8 @@ simulator the body runs; the template is never read. A parameter's annotation sa
   integer parameter of the function, of a shared array or of a `Pointer`.
 
 `collective="warp"` marks what the lanes of a warp do together. Its body runs once for the warp:
-scalars arrive as arrays of shape (lanes,), `Regs` as (lanes, n), and a scalar result goes back as
-(lanes,). Every instruction is listed in `INSTRUCTIONS`, where tests find it.
+scalars arrive as arrays of shape (lanes,), `Regs` as (lanes, n), `Shared` and `Global` as a list
+of each lane's array, and a scalar result goes back as (lanes,). Every instruction is listed in `INSTRUCTIONS`, where tests find it.
 
 The PTX ISA sections are those of "Parallel Thread Execution ISA", version 9.
 """
@@ -115,11 +115,14 @@ def _simulated(body: Callable, operands: dict[str, object], collective: str | No
         return body
     from numflash.simulator import engine
 
-    names = list(operands)
+    is_memory = [isinstance(o, Shared | Global) for o in operands.values()]
     written = [i for i, o in enumerate(operands.values()) if isinstance(o, Regs) and "w" in o.mode]
 
     def together(payloads: list[tuple]) -> list:
-        stacked = [np.stack([np.asarray(p[i]) for p in payloads]) for i in range(len(names))]
+        stacked = [
+            list(lanes) if memory else np.stack([np.asarray(x) for x in lanes])
+            for memory, lanes in zip(is_memory, zip(*payloads, strict=True), strict=True)
+        ]
         result = body(*stacked)
         for i in written:
             for lane, payload in enumerate(payloads):

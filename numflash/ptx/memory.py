@@ -34,20 +34,21 @@ def st_global_v2_u32(target: Global(u32, "offset"), offset: i64, frag: Regs(u32,
 @instruction("ld.shared.v4.f32 <frag>, [<source>];", sm=75)
 def ld_shared_v4_f32(frag: Regs(f32, 4, "w"), source: Shared(f32, "offset"), offset: i32):
     """frag = source[offset : offset + 4]."""
-    frag[:] = _shared_vector(source, offset)
+    if offset & 3 or not 0 <= offset <= source.size - 4:
+        _refuse(source, offset)
+    frag[:] = source[offset : offset + 4]
 
 
 @instruction("st.shared.v4.f32 [<target>], <frag>;", sm=75)
 def st_shared_v4_f32(target: Shared(f32, "offset"), offset: i32, frag: Regs(f32, 4, "r")):
     """target[offset : offset + 4] = frag."""
-    _shared_vector(target, offset)[:] = frag
+    if offset & 3 or not 0 <= offset <= target.size - 4:
+        _refuse(target, offset)
+    target[offset : offset + 4] = frag
 
 
-def _shared_vector(array, offset):
-    """Four floats of simulated shared memory, refused where the hardware would fault."""
-    if offset < 0 or offset + 4 > array.size:
-        raise IndexError(f"shared memory: elements {offset} to {offset + 3} of {array.size}")
-    # Shared arrays begin at least 16-byte aligned, so the index decides.
-    if offset % 4:
+def _refuse(array, offset):
+    """Raise what a misaligned or wild 16-byte access to a (16-byte aligned) shared array is."""
+    if offset & 3:
         raise ValueError(f"shared memory: a 16-byte access at float {offset} is misaligned")
-    return array[offset : offset + 4]
+    raise IndexError(f"shared memory: floats {offset} to {offset + 3} of {array.size}")

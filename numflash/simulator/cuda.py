@@ -18,6 +18,17 @@ class _Shared:
         return shared.array(shape, dtype, alignment, site=calling_site(1))
 
 
+class _GridGroup:
+    def sync(self):
+        # Numba allows cooperative grids of one block only.
+        current_thread().sync_block("grid.sync")
+
+
+class _CooperativeGroups:
+    def this_grid(self):
+        return _GridGroup()
+
+
 class _Local:
     def array(self, shape, dtype, alignment=None):
         return poisoned(shape, dtype)
@@ -38,6 +49,7 @@ class SimulatedCuda(FakeCUDAModule):
         self.dynamic_smem_bytes = dynamic_smem_bytes
         self._shared = _Shared()
         self._local = _Local()
+        self._cg = _CooperativeGroups()
 
     gridDim = _of_block("gridDim")
     blockDim = _of_block("blockDim")
@@ -75,19 +87,26 @@ class SimulatedCuda(FakeCUDAModule):
     def syncwarp(self, mask=0xFFFFFFFF):
         current_thread().warp_collective("syncwarp", mask, None, lambda payloads: payloads)
 
-    # Shuffles: what a lane gets from a lane that does not take part is poison.
+    # Shuffles: what a lane gets from a lane that does not take part is poison. The hardware uses
+    # the low five bits of a source lane, mask or distance.
 
     def shfl_sync(self, mask, value, src_lane):
         return _shuffle("shfl_sync", mask, value, int(src_lane) % WARP_SIZE)
 
     def shfl_xor_sync(self, mask, value, lane_mask):
-        return _shuffle("shfl_xor_sync", mask, value, current_thread().lane ^ int(lane_mask))
+        return _shuffle(
+            "shfl_xor_sync", mask, value, current_thread().lane ^ int(lane_mask) % WARP_SIZE
+        )
 
     def shfl_up_sync(self, mask, value, delta):
-        return _shuffle("shfl_up_sync", mask, value, current_thread().lane - int(delta))
+        return _shuffle(
+            "shfl_up_sync", mask, value, current_thread().lane - int(delta) % WARP_SIZE
+        )
 
     def shfl_down_sync(self, mask, value, delta):
-        return _shuffle("shfl_down_sync", mask, value, current_thread().lane + int(delta))
+        return _shuffle(
+            "shfl_down_sync", mask, value, current_thread().lane + int(delta) % WARP_SIZE
+        )
 
     # Votes and matches
 
@@ -111,16 +130,17 @@ class SimulatedCuda(FakeCUDAModule):
 
     def match_any_sync(self, mask, value):
         def match(lanes, values):
+            bits = [_bits(v) for v in values]
             return [
-                sum(1 << lane for lane, v in zip(lanes, values, strict=True) if v == own)
-                for own in values
+                sum(1 << lane for lane, b in zip(lanes, bits, strict=True) if b == own)
+                for own in bits
             ]
 
         return _together("match_any_sync", mask, value, match)
 
     def match_all_sync(self, mask, value):
         def match(lanes, values):
-            same = all(v == values[0] for v in values)
+            same = len({_bits(v) for v in values}) == 1
             members = sum(1 << lane for lane in lanes)
             return [(members if same else 0, same)] * len(lanes)
 
@@ -149,13 +169,21 @@ def _shuffle(name, mask, value, source):
 
     def exchange(payloads):
         values = {lane: value for lane, value, _ in payloads}
-        return [
+
+        def received(own_value, wanted):
+            if wanted in values:
+                return values[wanted]
             # Past either end of the warp a lane keeps its own value.
-            own_value if not 0 <= wanted < WARP_SIZE else values.get(wanted, _poison(own_value))
-            for _, own_value, wanted in payloads
-        ]
+            return _poison(own_value) if 0 <= wanted < WARP_SIZE else own_value
+
+        return [received(own_value, wanted) for _, own_value, wanted in payloads]
 
     return current_thread().warp_collective(name, int(mask), (own, value, source), exchange)
+
+
+def _bits(value):
+    """What a match compares: -0.0 differs from 0.0, a NaN equals itself."""
+    return np.float64(value).tobytes() if isinstance(value, float | np.floating) else value
 
 
 def _poison(like):

@@ -14,6 +14,7 @@ Numba's own simulator has one OS thread per CUDA thread and no warp instructions
 import random
 from collections import defaultdict
 from collections.abc import Callable
+from contextvars import copy_context
 from dataclasses import dataclass, field
 
 from greenlet import getcurrent, greenlet
@@ -65,6 +66,8 @@ class Thread:
         self.warp = index // WARP_SIZE
         self.threadIdx = position
         self.greenlet = greenlet(block.kernel)
+        # NumPy keeps its floating-point error settings in the context.
+        self.greenlet.gr_context = copy_context()
         self.result = None
         self.waits_for: Meeting | None = None
 
@@ -91,16 +94,16 @@ class Thread:
         """
         group = self.index // size
         expected = min(size, self.block.size - group * size)
-        return self.block.meet(self, (name, size, group), name, expected, payload, together)
+        key = ("collective", name, size, group)
+        return self.block.meet(self, key, name, expected, payload, together)
 
     def warp_collective(self, name: str, mask: int, payload, together: Callable):
         """Do something once for the lanes of this warp that `mask` names."""
         mask &= 0xFFFFFFFF
         if not mask >> self.lane & 1:
             raise SimulationError(f"{name}: lane {self.lane} is not in its own mask {mask:#010x}")
-        lanes = min(WARP_SIZE, self.block.size - self.warp * WARP_SIZE)
-        expected = (mask & ((1 << lanes) - 1)).bit_count()
-        key = (name, self.warp, mask)
+        expected = (mask & self.block.live_lanes[self.warp]).bit_count()
+        key = ("warp", name, self.warp, mask)
         return self.block.meet(self, key, name, expected, payload, together)
 
 
@@ -115,6 +118,10 @@ class Block:
         self.shared = SharedMemory(dynamic_smem_bytes)
         self.size = self.live = len(positions)
         self.threads = [Thread(self, i, position) for i, position in enumerate(positions)]
+        self.live_lanes = [
+            (1 << min(WARP_SIZE, self.size - first)) - 1
+            for first in range(0, self.size, WARP_SIZE)
+        ]
         self.ready = list(self.threads)
         self.meetings: dict[tuple, Meeting] = {}
         self.scheduler = None
@@ -129,6 +136,16 @@ class Block:
         global _running
         outer, self.scheduler = _running, getcurrent()
         try:
+            self._run_ready_threads(args)
+            if self.live:
+                raise DeadlockError(self._who_waits_where())
+        finally:
+            self._end_waiting_threads()
+            _running = outer
+
+    def _run_ready_threads(self, args: tuple) -> None:
+        global _running
+        try:
             while self.ready:
                 # A random thread, taken out in constant time.
                 ready, pick = self.ready, int(self.random.random() * len(self.ready))
@@ -139,17 +156,13 @@ class Block:
                 else:
                     thread.greenlet.switch(*args)
                 if thread.greenlet.dead:
-                    self._returned()
+                    self._returned(thread)
         except Exception as error:
             error.add_note(
                 f"in thread {tuple(_running.threadIdx)} of block {tuple(self.blockIdx)}; "
                 f"{self._replay()}"
             )
             raise
-        finally:
-            _running = outer
-        if self.live:
-            raise DeadlockError(self._who_waits_where())
 
     def park(self, thread: Thread, meeting: Meeting) -> None:
         """Suspend `thread`, which must be the running one, until someone wakes it."""
@@ -170,6 +183,7 @@ class Block:
             raise SimulationError(
                 f"{name}: one thread counts {meeting.expected} threads, another {expected}"
             )
+        meeting.expected = expected
         meeting.arrived.append(thread)
         meeting.payloads.append(payload)
         if wait:
@@ -192,12 +206,30 @@ class Block:
         for i, result in zip(order, results, strict=True):
             self.wake(meeting.arrived[i], result)
 
-    def _returned(self) -> None:
-        """A thread returned: barriers of the whole block no longer wait for it."""
+    def _returned(self, thread: Thread) -> None:
+        """A thread returned: barriers of its block and its warp no longer wait for it.
+
+        Named barriers do, and so do collective instructions, which need every thread.
+        """
         self.live -= 1
+        self.live_lanes[thread.warp] &= ~(1 << thread.lane)
         for key, meeting in list(self.meetings.items()):
-            if key[0] == "block" and len(meeting.arrived) == self.live:
+            if key[0] == "block":
+                meeting.expected = self.live
+            elif key[0] == "warp" and key[2] == thread.warp:
+                meeting.expected = (key[3] & self.live_lanes[thread.warp]).bit_count()
+            else:
+                continue
+            if len(meeting.arrived) == meeting.expected:
                 self._complete(key, meeting)
+
+    def _end_waiting_threads(self) -> None:
+        """After a failure: unwind the threads that wait, so that what they opened is closed."""
+        global _running
+        for thread in self.threads:
+            if thread.greenlet:
+                _running = thread
+                thread.greenlet.throw()
 
     def _replay(self) -> str:
         return f"simulator seed {self.seed} (NUMFLASH_SIM_SEED={self.seed} repeats this order)"

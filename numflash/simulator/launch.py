@@ -1,5 +1,6 @@
 """Run a kernel in the simulator, block after block; and put the engine under Numba's simulator."""
 
+import contextlib
 import functools
 import inspect
 import threading
@@ -10,7 +11,7 @@ from numba import cuda as numba_cuda
 from numba.cuda.simulator import api as numba_api
 from numba.cuda.simulator import kernel as numba_kernel
 
-from numflash.simulator.cuda import Dim3, SimulatedCuda
+from numflash.simulator.cuda import Dim3, SimulatedCuda, cuda
 from numflash.simulator.engine import Block
 
 # The engine keeps the running thread in a global: one launch at a time in a process.
@@ -27,10 +28,20 @@ def launch(kernel: Callable, grid, block, args, dynamic_smem_bytes: int = 0) -> 
         dynamic_smem_bytes: size of the dynamic shared memory.
     """
     grid, block = _three(grid), _three(block)
-    # Kernels compute with infinities on purpose; NumPy would warn of each.
-    with _one_launch, np.errstate(all="ignore"):
+    # Kernels compute with infinities on purpose; NumPy would warn of each. Numba's own device
+    # functions, which a kernel may be given, ask for the context of the launch.
+    with _one_launch, np.errstate(all="ignore"), _numba_context():
         for position in _positions(grid):
             run_block(kernel, grid, block, position, args, dynamic_smem_bytes)
+
+
+@contextlib.contextmanager
+def _numba_context():
+    outer, numba_kernel._kernel_context = numba_kernel._kernel_context, cuda
+    try:
+        yield
+    finally:
+        numba_kernel._kernel_context = outer
 
 
 def run_block(kernel, grid, block, position, args, dynamic_smem_bytes: int) -> None:
@@ -57,10 +68,12 @@ class _BlockManager:
 
     def __init__(self, f, grid_dim, block_dim, debug):
         self._launch = (f, tuple(grid_dim), tuple(block_dim))
+        self._errors = {"divide": "raise"} if debug else {}
 
     def run(self, grid_point, *args):
         context = numba_kernel._get_kernel_context()
-        run_block(*self._launch, grid_point, args, context.dynamic_smem_bytes)
+        with np.errstate(**self._errors):
+            run_block(*self._launch, grid_point, args, context.dynamic_smem_bytes)
 
 
 def _lenient_jit(numba_jit):

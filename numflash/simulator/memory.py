@@ -5,17 +5,21 @@ what a kernel reads before it wrote shows in the result. Global arrays are reach
 `GlobalPointer`, which refuses to leave the array.
 """
 
+import math
 import sys
+from functools import cache
 
 import numpy as np
 from numba.core import types
 from numba.np import numpy_support
 
 POISON = 0xFF
+_POISON_BYTE = bytes([POISON])
 # Where the hardware guarantees alignment: the start of shared memory.
 _SHARED_ALIGNMENT = 1024
 
 
+@cache
 def numpy_dtype(dtype) -> np.dtype:
     """The NumPy dtype of what a kernel may name as an array's dtype: a Numba type or NumPy's."""
     if isinstance(dtype, types.Type):
@@ -40,8 +44,9 @@ _NARROW_FLOATS = _narrow_floats()
 def poisoned(shape, dtype) -> np.ndarray:
     """A new array of 0xFF bytes."""
     dtype = numpy_dtype(dtype)
-    count = int(np.prod(shape, dtype=np.int64))
-    return np.full(count * dtype.itemsize, POISON, np.uint8).view(dtype).reshape(shape)
+    count = shape if isinstance(shape, int) else math.prod(shape)
+    flat = np.frombuffer(bytearray(_POISON_BYTE * (count * dtype.itemsize)), dtype)
+    return flat if isinstance(shape, int) else flat.reshape(shape)
 
 
 def is_aligned(array: np.ndarray, index: int, n_bytes: int) -> bool:
@@ -64,9 +69,11 @@ class SharedMemory:
         if shape == 0:
             whole_elements = self.dynamic.size // dtype.itemsize * dtype.itemsize
             return self.dynamic[:whole_elements].view(dtype)
-        if site not in self.static:
-            self.static[site] = poisoned(shape, dtype)
-        return self.static[site]
+        # Functions of one factory share their code, not their arrays.
+        key = (site, shape, dtype)
+        if key not in self.static:
+            self.static[key] = poisoned(shape, dtype)
+        return self.static[key]
 
 
 def calling_site(depth: int) -> tuple:

@@ -17,9 +17,9 @@ _BATCH = 4
 
 @cache
 def make_load_tile(element: Element, rows, columns, pitch, num_threads, vectorized):
-    """load_tile(smem, tile, source, base, row_stride, first_row, end_row, num_columns, scale)
+    """load_tile(smem, tile, source, base, row_stride, first_row, end_row, num_columns)
 
-    smem[tile + pitch * r + c] = scale * source[base + row_stride * (first_row + r) + c] for the
+    smem[tile + pitch * r + c] = source[base + row_stride * (first_row + r) + c] for the
     rows x columns of the tile; zero from end_row and from num_columns on.
     """
     vector = element.vector if vectorized else 1
@@ -31,7 +31,7 @@ def make_load_tile(element: Element, rows, columns, pitch, num_threads, vectoriz
     load_vector, to_f32 = element.load_vector, element.to_f32
 
     @device_function
-    def load_tile(smem, tile, source, base, row_stride, first_row, end_row, num_columns, scale):
+    def load_tile(smem, tile, source, base, row_stride, first_row, end_row, num_columns):
         values = cuda.local.array(n_values, f32)
         my_row = cuda.threadIdx.x // threads_per_row
         my_column = cuda.threadIdx.x % threads_per_row * vector
@@ -50,8 +50,6 @@ def make_load_tile(element: Element, rows, columns, pitch, num_threads, vectoriz
                             )
                         else:
                             values[i] = to_f32(source[element_offset])
-                for i in range(n_values):
-                    values[i] *= scale
                 target = tile + row * pitch + column
                 for i in range(batch):
                     if row + i * row_step < rows:

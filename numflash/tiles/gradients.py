@@ -10,28 +10,28 @@ the dK, dV kernel; `by_row` says which.
 import math
 from functools import cache
 
-from numflash.ptx import device_function, ex2_approx_ftz_f32, f32
+from numflash.ptx import device_function, f32
 from numflash.tiles.lanes import COLUMN_LANES, ROW_LANES
 from numflash.tiles.scores import NEG_INF
-from numflash.tiles.softmax import LOG2_E
+from numflash.tiles.softmax import exp_f32
 
 
 @cache
 def make_load_query_statistics(count, step):
-    """load_query_statistics(lse_log2, deltas, lse, delta, base, first, end)
+    """load_query_statistics(lses, deltas, lse, delta, base, first, end)
 
-    lse_log2[i], deltas[i] of the queries first + step * i. A query past `end`, and one that saw no
+    lses[i], deltas[i] of the queries first + step * i. A query past `end`, and one that saw no
     key, gets lse +inf, which makes its P zero everywhere.
     """
 
     @device_function
-    def load_query_statistics(lse_log2, deltas, lse, delta, base, first, end):
+    def load_query_statistics(lses, deltas, lse, delta, base, first, end):
         for i in range(count):
             query = first + step * i
-            lse_log2[i] = f32(math.inf)
+            lses[i] = f32(math.inf)
             deltas[i] = f32(0)
             if query < end and lse[base + query] > NEG_INF:
-                lse_log2[i] = lse[base + query] * f32(LOG2_E)
+                lses[i] = lse[base + query]
                 deltas[i] = delta[base + query]
 
     return load_query_statistics
@@ -39,20 +39,20 @@ def make_load_query_statistics(count, step):
 
 @cache
 def make_softmax_backward(rows, columns, softcap, by_row):
-    """softmax_backward(s_acc, dp_acc, slopes, lse_log2, deltas): S -> P and dP -> dS, in place.
+    """softmax_backward(s_acc, dp_acc, cap_slopes, lses, deltas): S -> P and dP -> dS, in place.
 
-    With softcap, `slopes` holds the derivative of the capped by the raw score.
+    With softcap, `cap_slopes` holds the derivative of the capped by the raw score.
     """
 
     @device_function
-    def softmax_backward(s_acc, dp_acc, slopes, lse_log2, deltas):
+    def softmax_backward(s_acc, dp_acc, cap_slopes, lses, deltas):
         for r in range(rows):
             for c in range(columns):
                 i, query = columns * r + c, r if by_row else c
-                probability = ex2_approx_ftz_f32(s_acc[i] - lse_log2[query])
+                probability = exp_f32(s_acc[i] - lses[query])
                 gradient = probability * (dp_acc[i] - deltas[query])
                 if softcap:
-                    gradient *= slopes[i]
+                    gradient *= cap_slopes[i]
                 s_acc[i] = probability
                 dp_acc[i] = gradient
 

@@ -1,8 +1,4 @@
-"""From raw products to attention scores: softcap, ALiBi, and which keys a query may see.
-
-Scores are kept in base 2: a score here is log2(e) times the score of the paper, so that the
-softmax needs `ex2`, the exponential that the hardware has. The factor is folded, with
-softmax_scale, into one operand of the product when its tile is loaded.
+"""From raw products to attention scores: scale, softcap, ALiBi, and which keys a query may see.
 
 Masks are bands: query i sees the keys j with band_lo <= j - i <= band_hi, and j < seqlen_k.
 Causal attention and sliding windows are bands; without either, the band is everything.
@@ -14,34 +10,34 @@ from functools import cache
 from numflash.ptx import cuda, device_function, f32
 from numflash.tiles.lanes import COLUMN_LANES, ROW_LANES
 
-
 NEG_INF = f32(-math.inf)
 
 
 @cache
-def make_bend_scores(rows, columns, softcap, alibi):
-    """bend_scores(s_acc, slopes, row, column, bias_shift, softcap_log2, slope_log2)
+def make_scale_scores(rows, columns, softcap, alibi):
+    """scale_scores(s_acc, cap_slopes, row, column, bias_shift, score_scale, cap, alibi_slope)
 
-    Applies softcap, then ALiBi, to raw products in base 2, in place:
-    s = softcap_log2 * tanh(s), then s -= slope_log2 * |row + bias_shift - column|.
-    Where softcap is on, `slopes` receives its derivative 1 - tanh(s)^2, which the backward needs.
+    Turns products Q K^T into scores, in place: s = score_scale * s; with softcap, where
+    score_scale is softmax_scale / cap, s = cap * tanh(s); with ALiBi,
+    s -= alibi_slope * |row + bias_shift - column|. `cap_slopes` receives the derivative
+    1 - tanh(s)^2 of the capped by the raw score, which the backward needs.
     """
 
     @device_function
-    def bend_scores(s_acc, slopes, row, column, bias_shift, softcap_log2, slope_log2):
+    def scale_scores(s_acc, cap_slopes, row, column, bias_shift, score_scale, cap, alibi_slope):
         for r in range(rows):
             for c in range(columns):
-                s = s_acc[columns * r + c]
+                s = s_acc[columns * r + c] * score_scale
                 if softcap:
                     bent = f32(math.tanh(s))
-                    slopes[columns * r + c] = f32(1) - bent * bent
-                    s = softcap_log2 * bent
+                    cap_slopes[columns * r + c] = f32(1) - bent * bent
+                    s = cap * bent
                 if alibi:
                     distance = row + ROW_LANES * r + bias_shift - column - COLUMN_LANES * c
-                    s -= slope_log2 * f32(abs(distance))
+                    s -= alibi_slope * f32(abs(distance))
                 s_acc[columns * r + c] = s
 
-    return bend_scores
+    return scale_scores
 
 
 @cache

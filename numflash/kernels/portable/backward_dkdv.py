@@ -30,7 +30,7 @@ from numflash.tiles.scores import (
     band_block_end,
     band_is_partial,
     first_row_of_thread,
-    make_bend_scores,
+    make_scale_scores,
     make_mask_scores,
 )
 
@@ -59,14 +59,14 @@ def make_backward_dkdv_kernel(config: BackwardDkDvConfig, traits: Traits) -> Ker
     multiply_v_do = make_product_nt(rows, columns, traits.head_dim_v, v_pitch, v_pitch)
     multiply_p_do = make_product_nn(rows, groups_v, tile_m, p_pitch, v_pitch)
     multiply_ds_q = make_product_nn(rows, groups, tile_m, p_pitch, k_pitch)
-    bend_scores = make_bend_scores(rows, columns, traits.softcap, traits.alibi)
+    scale_scores = make_scale_scores(rows, columns, traits.softcap, traits.alibi)
     mask_scores = make_mask_scores(rows, columns)
     softmax_backward = make_softmax_backward(rows, columns, traits.softcap, by_row=False)
     store_scores = make_store_scores(rows, columns, p_pitch)
     store_dk = make_store_rows(element, rows, groups, traits.vectorized)
     store_dv = make_store_rows(element, rows, groups_v, traits.vectorized)
-    storage, bends, alibi = element.storage, traits.softcap or traits.alibi, traits.alibi
-    n_slopes = n_scores if traits.softcap else 1
+    storage, alibi = element.storage, traits.alibi
+    n_cap_slopes = n_scores if traits.softcap else 1
 
     def backward_dkdv(
         q: Pointer(storage),
@@ -108,17 +108,16 @@ def make_backward_dkdv_kernel(config: BackwardDkDvConfig, traits: Traits) -> Ker
         band_hi: i32,
         bias_shift: i32,
         score_scale: f32,
-        softcap_log2: f32,
-        slope_scale: f32,
+        softcap: f32,
         softmax_scale: f32,
     ):
         smem = cuda.shared.array(0, f32, alignment=16)
         s_acc = cuda.local.array(n_scores, f32)
         dp_acc = cuda.local.array(n_scores, f32)
-        slopes = cuda.local.array(n_slopes, f32)
+        cap_slopes = cuda.local.array(n_cap_slopes, f32)
         dk_acc = cuda.local.array(n_dk, f32)
         dv_acc = cuda.local.array(n_dv, f32)
-        lse_log2 = cuda.local.array(columns, f32)
+        lses = cuda.local.array(columns, f32)
         deltas = cuda.local.array(columns, f32)
 
         # The first keys of a causal problem are seen by the most queries: they start first.
@@ -136,11 +135,10 @@ def make_backward_dkdv_kernel(config: BackwardDkDvConfig, traits: Traits) -> Ker
         p_mine = p_smem + row * p_pitch
         q_columns, do_columns = q_smem + 4 * column, do_smem + 4 * column
 
-        # score_scale turns the scores of K Q^T into base 2 (see tiles.scores).
         k_base = batch * k_batch + head_kv * k_head
         v_base = batch * v_batch + head_kv * v_head
-        load_k(smem, k_smem, k, k_base, k_row, n_start, seqlen_k, head_dim, score_scale)
-        load_v(smem, v_smem, v, v_base, v_row, n_start, seqlen_k, head_dim_v, f32(1))
+        load_k(smem, k_smem, k, k_base, k_row, n_start, seqlen_k, head_dim)
+        load_v(smem, v_smem, v, v_base, v_row, n_start, seqlen_k, head_dim_v)
         for i in range(n_dk):
             dk_acc[i] = f32(0)
         for i in range(n_dv):
@@ -153,28 +151,29 @@ def make_backward_dkdv_kernel(config: BackwardDkDvConfig, traits: Traits) -> Ker
             q_base = batch * q_batch + head * q_head
             do_base = batch * do_batch + head * do_head
             statistics = i64(batch * num_heads_q + head) * seqlen_q
-            slope_log2 = f32(0)
+            alibi_slope = f32(0)
             if alibi:
-                slope_log2 = slope_scale * alibi_slopes[batch * slopes_batch + head * slopes_head]
+                alibi_slope = alibi_slopes[batch * slopes_batch + head * slopes_head]
             for m_block in range(m_begin, m_end):
                 m_start = m_block * tile_m
                 i, j = m_start + column, n_start + row
                 cuda.syncthreads()  # the previous Q and dO have been read by all
-                load_q(smem, q_smem, q, q_base, q_row, m_start, seqlen_q, head_dim, f32(1))
-                load_do(smem, do_smem, do, do_base, do_row, m_start, seqlen_q, head_dim_v, f32(1))
-                load_query_statistics(lse_log2, deltas, lse, delta, statistics, i, seqlen_q)
+                load_q(smem, q_smem, q, q_base, q_row, m_start, seqlen_q, head_dim)
+                load_do(smem, do_smem, do, do_base, do_row, m_start, seqlen_q, head_dim_v)
+                load_query_statistics(lses, deltas, lse, delta, statistics, i, seqlen_q)
                 cuda.syncthreads()  # K, V, Q and dO have arrived
 
                 # S^T = K Q^T, dP^T = V dO^T
                 multiply_k_q(s_acc, smem, k_mine, q_mine)
                 multiply_v_do(dp_acc, smem, v_mine, do_mine)
-                if bends:
-                    bend_scores(s_acc, slopes, j, i, -bias_shift, softcap_log2, slope_log2)
+                scale_scores(
+                    s_acc, cap_slopes, j, i, -bias_shift, score_scale, softcap, alibi_slope
+                )
                 if band_is_partial(n_start, tile_n, m_start, tile_m, seqlen_q, -band_hi, -band_lo):
                     mask_scores(s_acc, j, i, seqlen_q, -band_hi, -band_lo)
 
                 # dV += P^T dO, dK += dS^T Q; P and dS take turns in one tile
-                softmax_backward(s_acc, dp_acc, slopes, lse_log2, deltas)
+                softmax_backward(s_acc, dp_acc, cap_slopes, lses, deltas)
                 store_scores(s_acc, smem, p_mine + column)
                 cuda.syncwarp()  # P is exchanged within the warp that owns its rows
                 multiply_p_do(dv_acc, smem, p_mine, do_columns)

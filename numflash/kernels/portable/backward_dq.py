@@ -30,7 +30,7 @@ from numflash.tiles.scores import (
     band_block_end,
     band_is_partial,
     first_row_of_thread,
-    make_bend_scores,
+    make_scale_scores,
     make_mask_scores,
 )
 
@@ -58,13 +58,13 @@ def make_backward_dq_kernel(config: BackwardDqConfig, traits: Traits) -> Kernel:
     multiply_q_k = make_product_nt(rows, columns, traits.head_dim, k_pitch, k_pitch)
     multiply_do_v = make_product_nt(rows, columns, traits.head_dim_v, v_pitch, v_pitch)
     multiply_ds_k = make_product_nn(rows, groups, tile_n, ds_pitch, k_pitch)
-    bend_scores = make_bend_scores(rows, columns, traits.softcap, traits.alibi)
+    scale_scores = make_scale_scores(rows, columns, traits.softcap, traits.alibi)
     mask_scores = make_mask_scores(rows, columns)
     softmax_backward = make_softmax_backward(rows, columns, traits.softcap, by_row=True)
     store_scores = make_store_scores(rows, columns, ds_pitch)
     store_dq = make_store_rows(element, rows, groups, traits.vectorized)
-    storage, bends, alibi = element.storage, traits.softcap or traits.alibi, traits.alibi
-    n_slopes = n_scores if traits.softcap else 1
+    storage, alibi = element.storage, traits.alibi
+    n_cap_slopes = n_scores if traits.softcap else 1
 
     def backward_dq(
         q: Pointer(storage),
@@ -102,16 +102,15 @@ def make_backward_dq_kernel(config: BackwardDqConfig, traits: Traits) -> Kernel:
         band_hi: i32,
         bias_shift: i32,
         score_scale: f32,
-        softcap_log2: f32,
-        slope_scale: f32,
+        softcap: f32,
         softmax_scale: f32,
     ):
         smem = cuda.shared.array(0, f32, alignment=16)
         s_acc = cuda.local.array(n_scores, f32)
         dp_acc = cuda.local.array(n_scores, f32)
-        slopes = cuda.local.array(n_slopes, f32)
+        cap_slopes = cuda.local.array(n_cap_slopes, f32)
         dq_acc = cuda.local.array(n_dq, f32)
-        lse_log2 = cuda.local.array(rows, f32)
+        lses = cuda.local.array(rows, f32)
         deltas = cuda.local.array(rows, f32)
 
         # The last rows of a causal problem see the most keys: they start first.
@@ -123,9 +122,9 @@ def make_backward_dq_kernel(config: BackwardDqConfig, traits: Traits) -> Kernel:
         head_kv = head // group_size
         k_base = batch * k_batch + head_kv * k_head
         v_base = batch * v_batch + head_kv * v_head
-        slope_log2 = f32(0)
+        alibi_slope = f32(0)
         if alibi:
-            slope_log2 = slope_scale * alibi_slopes[batch * slopes_batch + head * slopes_head]
+            alibi_slope = alibi_slopes[batch * slopes_batch + head * slopes_head]
 
         # This thread's first row and columns, in the tiles.
         row = first_row_of_thread(rows_per_warp)
@@ -134,13 +133,12 @@ def make_backward_dq_kernel(config: BackwardDqConfig, traits: Traits) -> Kernel:
         do_mine, v_mine = do_smem + row * v_pitch, v_smem + column * v_pitch
         ds_mine, k_columns = ds_smem + row * ds_pitch, k_smem + 4 * column
 
-        # score_scale turns the scores of Q K^T into base 2 (see tiles.scores).
         q_base = batch * q_batch + head * q_head
         do_base = batch * do_batch + head * do_head
-        load_q(smem, q_smem, q, q_base, q_row, m_start, seqlen_q, head_dim, score_scale)
-        load_do(smem, do_smem, do, do_base, do_row, m_start, seqlen_q, head_dim_v, f32(1))
+        load_q(smem, q_smem, q, q_base, q_row, m_start, seqlen_q, head_dim)
+        load_do(smem, do_smem, do, do_base, do_row, m_start, seqlen_q, head_dim_v)
         statistics = i64(head_of_batch) * seqlen_q
-        load_query_statistics(lse_log2, deltas, lse, delta, statistics, m_start + row, seqlen_q)
+        load_query_statistics(lses, deltas, lse, delta, statistics, m_start + row, seqlen_q)
         for i in range(n_dq):
             dq_acc[i] = f32(0)
 
@@ -150,21 +148,20 @@ def make_backward_dq_kernel(config: BackwardDqConfig, traits: Traits) -> Kernel:
         for n_block in range(n_begin, n_end):
             n_start = n_block * tile_n
             cuda.syncthreads()  # the previous K and V have been read by all
-            load_k(smem, k_smem, k, k_base, k_row, n_start, seqlen_k, head_dim, f32(1))
-            load_v(smem, v_smem, v, v_base, v_row, n_start, seqlen_k, head_dim_v, f32(1))
+            load_k(smem, k_smem, k, k_base, k_row, n_start, seqlen_k, head_dim)
+            load_v(smem, v_smem, v, v_base, v_row, n_start, seqlen_k, head_dim_v)
             cuda.syncthreads()  # Q, dO, K and V have arrived
 
             # S = Q K^T, dP = dO V^T
             multiply_q_k(s_acc, smem, q_mine, k_mine)
             multiply_do_v(dp_acc, smem, do_mine, v_mine)
             i, j = m_start + row, n_start + column
-            if bends:
-                bend_scores(s_acc, slopes, i, j, bias_shift, softcap_log2, slope_log2)
+            scale_scores(s_acc, cap_slopes, i, j, bias_shift, score_scale, softcap, alibi_slope)
             if band_is_partial(m_start, tile_m, n_start, tile_n, seqlen_k, band_lo, band_hi):
                 mask_scores(s_acc, i, j, seqlen_k, band_lo, band_hi)
 
             # dS = P * (dP - delta), dQ += dS K
-            softmax_backward(s_acc, dp_acc, slopes, lse_log2, deltas)
+            softmax_backward(s_acc, dp_acc, cap_slopes, lses, deltas)
             store_scores(dp_acc, smem, ds_mine + column)
             cuda.syncwarp()  # dS is exchanged within the warp that owns its rows
             multiply_ds_k(dq_acc, smem, ds_mine, k_columns)

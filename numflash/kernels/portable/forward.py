@@ -28,10 +28,10 @@ from numflash.tiles.scores import (
     band_block_end,
     band_is_partial,
     first_row_of_thread,
-    make_bend_scores,
+    make_scale_scores,
     make_mask_scores,
 )
-from numflash.tiles.softmax import LN_2, make_online_softmax, row_sum_of_lanes
+from numflash.tiles.softmax import make_online_softmax, row_sum_of_lanes
 
 
 def make_forward_kernel(config: ForwardConfig, traits: Traits) -> Kernel:
@@ -55,12 +55,12 @@ def make_forward_kernel(config: ForwardConfig, traits: Traits) -> Kernel:
     load_v = make_load_tile(element, tile_n, traits.head_dim_v, v_pitch, *copy)
     multiply_q_k = make_product_nt(rows, columns, traits.head_dim, k_pitch, k_pitch)
     multiply_p_v = make_product_nn(rows, groups, tile_n, p_pitch, v_pitch)
-    bend_scores = make_bend_scores(rows, columns, traits.softcap, traits.alibi)
+    scale_scores = make_scale_scores(rows, columns, traits.softcap, traits.alibi)
     mask_scores = make_mask_scores(rows, columns)
     online_softmax = make_online_softmax(rows, columns, n_out, p_pitch)
     store_o = make_store_rows(element, rows, groups, traits.vectorized)
-    storage, bends, alibi = element.storage, traits.softcap or traits.alibi, traits.alibi
-    n_slopes = n_scores if traits.softcap else 1
+    storage, alibi = element.storage, traits.alibi
+    n_cap_slopes = n_scores if traits.softcap else 1
 
     def forward(
         q: Pointer(storage),
@@ -93,12 +93,11 @@ def make_forward_kernel(config: ForwardConfig, traits: Traits) -> Kernel:
         band_hi: i32,
         bias_shift: i32,
         score_scale: f32,
-        softcap_log2: f32,
-        slope_scale: f32,
+        softcap: f32,
     ):
         smem = cuda.shared.array(0, f32, alignment=16)
         s_acc = cuda.local.array(n_scores, f32)
-        slopes = cuda.local.array(n_slopes, f32)
+        cap_slopes = cuda.local.array(n_cap_slopes, f32)
         o_acc = cuda.local.array(n_o, f32)
         row_max = cuda.local.array(rows, f32)
         row_sum = cuda.local.array(rows, f32)
@@ -114,9 +113,9 @@ def make_forward_kernel(config: ForwardConfig, traits: Traits) -> Kernel:
         k_base = batch * k_batch + head_kv * k_head
         v_base = batch * v_batch + head_kv * v_head
         out_base = batch * out_batch + head * out_head
-        slope_log2 = f32(0)
+        alibi_slope = f32(0)
         if alibi:
-            slope_log2 = slope_scale * alibi_slopes[batch * slopes_batch + head * slopes_head]
+            alibi_slope = alibi_slopes[batch * slopes_batch + head * slopes_head]
 
         # This thread's first row and columns, in the tiles.
         row = first_row_of_thread(rows_per_warp)
@@ -124,8 +123,7 @@ def make_forward_kernel(config: ForwardConfig, traits: Traits) -> Kernel:
         q_mine, k_mine = q_smem + row * k_pitch, k_smem + column * k_pitch
         p_mine, v_mine = p_smem + row * p_pitch, v_smem + 4 * column
 
-        # score_scale turns the scores of Q K^T into base 2 (see tiles.scores).
-        load_q(smem, q_smem, q, q_base, q_row, m_start, seqlen_q, head_dim, score_scale)
+        load_q(smem, q_smem, q, q_base, q_row, m_start, seqlen_q, head_dim)
         for i in range(n_o):
             o_acc[i] = f32(0)
         for r in range(rows):
@@ -138,19 +136,18 @@ def make_forward_kernel(config: ForwardConfig, traits: Traits) -> Kernel:
         for n_block in range(n_begin, n_end):
             n_start = n_block * tile_n
             cuda.syncthreads()  # the previous K and V have been read by all
-            load_k(smem, k_smem, k, k_base, k_row, n_start, seqlen_k, head_dim, f32(1))
-            load_v(smem, v_smem, v, v_base, v_row, n_start, seqlen_k, head_dim_v, f32(1))
+            load_k(smem, k_smem, k, k_base, k_row, n_start, seqlen_k, head_dim)
+            load_v(smem, v_smem, v, v_base, v_row, n_start, seqlen_k, head_dim_v)
             cuda.syncthreads()  # Q, K and V have arrived
 
-            # S = Q K^T, then masked where the block crosses an edge of the band
+            # S = softmax_scale Q K^T, masked where the block crosses an edge of the band
             multiply_q_k(s_acc, smem, q_mine, k_mine)
             i, j = m_start + row, n_start + column
-            if bends:
-                bend_scores(s_acc, slopes, i, j, bias_shift, softcap_log2, slope_log2)
+            scale_scores(s_acc, cap_slopes, i, j, bias_shift, score_scale, softcap, alibi_slope)
             if band_is_partial(m_start, tile_m, n_start, tile_n, seqlen_k, band_lo, band_hi):
                 mask_scores(s_acc, i, j, seqlen_k, band_lo, band_hi)
 
-            # P = 2 ** (S - row_max), O += P V
+            # P = exp(S - row_max), O += P V
             online_softmax(s_acc, row_max, row_sum, o_acc, smem, p_mine + column)
             cuda.syncwarp()  # P is exchanged within the warp that owns its rows
             multiply_p_v(o_acc, smem, p_mine, v_mine)
@@ -166,7 +163,7 @@ def make_forward_kernel(config: ForwardConfig, traits: Traits) -> Kernel:
             if column == 0 and i < seqlen_q:
                 row_lse = NEG_INF
                 if total != f32(0):
-                    row_lse = row_max[r] * f32(LN_2) + f32(math.log(total))
+                    row_lse = row_max[r] + f32(math.log(total))
                 lse[i64(head_of_batch) * seqlen_q + i] = row_lse
         store_o(o_acc, out, out_base, out_row, m_start + row, seqlen_q, head_dim_v)
 
