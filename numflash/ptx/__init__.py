@@ -21,6 +21,7 @@ from numflash.ptx.memory import (
     ld_shared_v4_f32,
     st_global_v2_u32,
     st_global_v4_f32,
+    st_shared_f32,
     st_shared_v4_f32,
 )
 from numflash.mode import SIMULATED
@@ -66,6 +67,7 @@ __all__ = [
     "max_f32",
     "st_global_v2_u32",
     "st_global_v4_f32",
+    "st_shared_f32",
     "st_shared_v4_f32",
     "u8",
     "u16",

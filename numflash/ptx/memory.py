@@ -1,10 +1,10 @@
-"""Vector loads and stores: 8 or 16 bytes of one thread in one instruction.
+"""Loads and stores; vectors of 8 or 16 bytes move in one instruction.
 
 The address must be a multiple of the size. PTX ISA 9.7.9.8 (ld) and 9.7.9.12 (st).
 """
 
 from numflash.ptx.instruction import Global, Regs, Shared, instruction
-from numflash.ptx.scalars import f32, i32, i64, u32
+from numflash.ptx.scalars import f32, i64, u32
 
 
 @instruction("ld.global.v4.u32 <frag>, [<source>];", sm=75)
@@ -32,7 +32,7 @@ def st_global_v2_u32(target: Global(u32, "offset"), offset: i64, frag: Regs(u32,
 
 
 @instruction("ld.shared.v4.f32 <frag>, [<source>];", sm=75)
-def ld_shared_v4_f32(frag: Regs(f32, 4, "w"), source: Shared(f32, "offset"), offset: i32):
+def ld_shared_v4_f32(frag: Regs(f32, 4, "w"), source: Shared(f32, "offset"), offset: i64):
     """frag = source[offset : offset + 4]."""
     if offset & 3 or not 0 <= offset <= source.size - 4:
         _refuse(source, offset)
@@ -40,11 +40,19 @@ def ld_shared_v4_f32(frag: Regs(f32, 4, "w"), source: Shared(f32, "offset"), off
 
 
 @instruction("st.shared.v4.f32 [<target>], <frag>;", sm=75)
-def st_shared_v4_f32(target: Shared(f32, "offset"), offset: i32, frag: Regs(f32, 4, "r")):
+def st_shared_v4_f32(target: Shared(f32, "offset"), offset: i64, frag: Regs(f32, 4, "r")):
     """target[offset : offset + 4] = frag."""
     if offset & 3 or not 0 <= offset <= target.size - 4:
         _refuse(target, offset)
     target[offset : offset + 4] = frag
+
+
+@instruction("st.shared.f32 [<target>], <x>;", sm=75)
+def st_shared_f32(target: Shared(f32, "offset"), offset: i64, x: f32):
+    """target[offset] = x, without the negative indices that Numba's arrays allow for."""
+    if not 0 <= offset < target.size:
+        raise IndexError(f"shared memory: float {offset} of {target.size}")
+    target[offset] = x
 
 
 def _refuse(array, offset):

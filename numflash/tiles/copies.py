@@ -7,7 +7,7 @@ tile is read, and precede when the tile's last readers may still be at work.
 import math
 from functools import cache
 
-from numflash.ptx import cuda, device_function, f32, st_shared_v4_f32
+from numflash.ptx import cuda, device_function, f32, st_shared_f32, st_shared_v4_f32
 from numflash.tiles.elements import Element
 from numflash.tiles.lanes import COLUMN_LANES, OUTPUT_STEP, ROW_LANES
 
@@ -58,7 +58,7 @@ def make_load_tile(element: Element, rows, columns, pitch, num_threads, vectoriz
                                 four = values[i * vector + j : i * vector + j + 4]
                                 st_shared_v4_f32(smem, target + i * row_step * pitch + j, four)
                         else:
-                            smem[target + i * row_step * pitch] = values[i]
+                            st_shared_f32(smem, target + i * row_step * pitch, values[i])
 
     return load_tile
 

@@ -10,7 +10,7 @@ the dK, dV kernel; `by_row` says which.
 import math
 from functools import cache
 
-from numflash.ptx import device_function, f32
+from numflash.ptx import device_function, f32, st_shared_f32
 from numflash.tiles.lanes import COLUMN_LANES, ROW_LANES
 from numflash.tiles.scores import NEG_INF
 from numflash.tiles.softmax import exp_f32
@@ -70,6 +70,7 @@ def make_store_scores(rows, columns, pitch):
     def store_scores(acc, smem, p):
         for r in range(rows):
             for c in range(columns):
-                smem[p + ROW_LANES * pitch * r + COLUMN_LANES * c] = acc[columns * r + c]
+                target = p + ROW_LANES * pitch * r + COLUMN_LANES * c
+                st_shared_f32(smem, target, acc[columns * r + c])
 
     return store_scores

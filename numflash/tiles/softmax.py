@@ -10,7 +10,7 @@ used in FlashAttention (arXiv 2205.14135, Algorithm 1) and FlashAttention-2 (arX
 import math
 from functools import cache
 
-from numflash.ptx import cuda, device_function, ex2_approx_ftz_f32, f32, max_f32
+from numflash.ptx import cuda, device_function, ex2_approx_ftz_f32, f32, max_f32, st_shared_f32
 from numflash.tiles.lanes import COLUMN_LANES, FULL_WARP, ROW_LANES
 from numflash.tiles.scores import NEG_INF
 
@@ -63,7 +63,7 @@ def make_online_softmax(rows, columns, n_out, p_pitch):
             for c in range(columns):
                 probability = exp_f32(s_acc[columns * r + c] - shift)
                 row_sum[r] += probability
-                smem[p + ROW_LANES * r * p_pitch + COLUMN_LANES * c] = probability
+                st_shared_f32(smem, p + ROW_LANES * p_pitch * r + COLUMN_LANES * c, probability)
             for j in range(n_out):
                 o_acc[n_out * r + j] *= row_scale
 

@@ -1,4 +1,4 @@
-"""What lanes of a warp do together: syncwarp, shuffles, votes, matches, collective instructions."""
+"""What a warp does together: syncwarp, shuffles, votes, matches, collective instructions."""
 
 import inspect
 

@@ -1,0 +1,334 @@
+"""A GPU that exists only as metadata: stand-ins for CuPy, PyTorch and the CUDA driver.
+
+Arrays have addresses, shapes and strides but no memory. The driver records what it is asked to do
+and reads the arguments of a launch where a real driver would. It knows only the calls that a launch
+may make: anything else, above all a synchronisation, is an AttributeError.
+"""
+
+import ast
+import ctypes
+import types
+from functools import cache
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+import numflash
+from numflash.compiler import Cubin
+
+_DTYPES = {
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float32": np.dtype(np.float32),
+    "float64": np.dtype(np.float64),
+    "int32": np.dtype(np.int32),
+}
+_ALLOCATION = 512
+_LETTERS = {"i64": "q", "i32": "i", "f32": "f"}
+_KERNELS = Path(numflash.__file__).parent / "kernels" / "portable"
+
+
+def _contiguous(shape, itemsize):
+    strides = []
+    for extent in reversed(shape):
+        strides.append(itemsize)
+        itemsize *= max(extent, 1)
+    return tuple(reversed(strides)), itemsize
+
+
+class Memory:
+    """Hands out addresses, aligned as CUDA allocators align them."""
+
+    def __init__(self):
+        self.next = 0x7F00_0000_0000
+
+    def take(self, n_bytes: int) -> int:
+        """The address of a new allocation."""
+        address = self.next
+        self.next += -(-n_bytes // _ALLOCATION) * _ALLOCATION + _ALLOCATION
+        return address
+
+
+class _Pointer:
+    __slots__ = ("device_id", "ptr")
+
+    def __init__(self, ptr, device_id):
+        self.ptr, self.device_id = ptr, device_id
+
+
+class CuPyArray:
+    """What numflash reads of a CuPy array. Strides are in bytes."""
+
+    __slots__ = ("data", "dtype", "shape", "strides")
+
+    def __init__(self, shape, dtype, pointer, strides=None, device=0):
+        self.shape, self.dtype = tuple(shape), dtype
+        self.strides = strides or _contiguous(self.shape, dtype.itemsize)[0]
+        self.data = _Pointer(pointer, device)
+
+    def __getitem__(self, index):
+        ghost = np.lib.stride_tricks.as_strided(np.empty(1, self.dtype), self.shape, self.strides)
+        return self._seen_as(ghost, ghost[index])
+
+    def transpose(self, *axes):
+        """A view with permuted axes."""
+        ghost = np.lib.stride_tricks.as_strided(np.empty(1, self.dtype), self.shape, self.strides)
+        return self._seen_as(ghost, ghost.transpose(*axes))
+
+    def _seen_as(self, whole, part):
+        begins = [array.__array_interface__["data"][0] for array in (whole, part)]
+        pointer = self.data.ptr + begins[1] - begins[0]
+        return CuPyArray(part.shape, self.dtype, pointer, part.strides, self.data.device_id)
+
+
+CuPyArray.__module__ = "cupy"
+
+
+def fake_cupy(memory: Memory) -> types.ModuleType:
+    """A module `cupy`. Its current device and stream are `cupy.current`."""
+    cupy = types.ModuleType("cupy")
+    cupy.current = types.SimpleNamespace(device=0, stream=0x5000)
+    cupy.ndarray = CuPyArray
+
+    def empty(shape, dtype):
+        strides, n_bytes = _contiguous(shape, dtype.itemsize)
+        return CuPyArray(shape, dtype, memory.take(n_bytes), strides, cupy.current.device)
+
+    class Device:
+        def __init__(self, device):
+            self.device = device
+
+        def __enter__(self):
+            self.before, cupy.current.device = cupy.current.device, self.device
+
+        def __exit__(self, *_):
+            cupy.current.device = self.before
+
+    cupy.empty = empty
+    cupy.ascontiguousarray = lambda array: empty(array.shape, array.dtype)
+    cupy.from_dlpack = lambda array: array.__dlpack__()
+    cupy.asarray = lambda array: array.as_cupy
+    cupy.cuda = types.SimpleNamespace(
+        runtime=types.SimpleNamespace(getDevice=lambda: cupy.current.device),
+        get_current_stream=lambda device: types.SimpleNamespace(
+            ptr=cupy.current.stream + 0x100 * device
+        ),
+        Device=Device,
+    )
+    return cupy
+
+
+def fake_torch(memory: Memory) -> types.ModuleType:
+    """A module `torch`, whose tensors are contiguous."""
+    torch = types.ModuleType("torch")
+    torch.current = types.SimpleNamespace(stream=0x6000)
+
+    class DType:
+        def __init__(self, name):
+            self.name = name
+
+        def __repr__(self):
+            return f"torch.{self.name}"
+
+    class Device:
+        def __init__(self, kind, index):
+            self.type, self.index = kind, index
+
+        def __repr__(self):
+            return self.type if self.index is None else f"{self.type}:{self.index}"
+
+    class Tensor:
+        def __init__(self, shape, dtype, device):
+            self.shape, self.dtype, self.device = tuple(shape), dtype, device
+            self.is_cuda = device.type == "cuda"
+            self._strides, n_bytes = _contiguous(self.shape, _DTYPES[dtype.name].itemsize)
+            self._pointer = memory.take(n_bytes)
+
+        def data_ptr(self):
+            return self._pointer
+
+        def stride(self):
+            itemsize = _DTYPES[self.dtype.name].itemsize
+            return tuple(stride // itemsize for stride in self._strides)
+
+        def __array__(self, *_, **__):
+            raise AssertionError("a CUDA tensor was asked for its contents")
+
+    for name in _DTYPES:
+        setattr(torch, name, DType(name))
+    torch.Tensor, torch.device = Tensor, Device
+    torch.empty = lambda shape, *, dtype, device: Tensor(shape, dtype, device)
+    torch.cuda = types.SimpleNamespace(
+        current_stream=lambda device: types.SimpleNamespace(cuda_stream=torch.current.stream)
+    )
+    return torch
+
+
+class Status(int):
+    """A driver's status; it has a name, as an enum member has."""
+
+    @property
+    def name(self):
+        """As in the driver's header."""
+        return {0: "CUDA_SUCCESS", 2: "CUDA_ERROR_OUT_OF_MEMORY"}.get(self, "CUDA_ERROR_UNKNOWN")
+
+
+OK = Status(0)
+
+
+class Driver:
+    """What numflash may ask of `cuda.bindings.driver`.
+
+    Attributes:
+        calls: (name, arguments) of all calls but those of a launch that change nothing.
+        launches: one `Launch` for each call of cuLaunchKernel.
+        device: the current device, or None without a current context.
+        launch_status: what cuLaunchKernel answers.
+        on_launch: replaces cuLaunchKernel when time is measured.
+    """
+
+    CUdevice_attribute = types.SimpleNamespace(
+        CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR=75,
+        CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR=76,
+    )
+    CUfunction_attribute = types.SimpleNamespace(
+        CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES="max dynamic smem"
+    )
+    CUfunction = int
+
+    def __init__(self, capability=(7, 5)):
+        self.capability, self.device, self.launch_status = capability, 0, OK
+        self.calls, self.launches, self.kernels = [], [], []
+
+    def cuDeviceGet(self, ordinal):
+        return OK, ordinal
+
+    def cuDeviceGetAttribute(self, attribute, device):
+        return OK, self.capability[attribute - 75]
+
+    def cuLibraryLoadData(self, code, *_):
+        self.kernels.append(code.decode())
+        return OK, len(self.kernels)
+
+    def cuLibraryGetKernel(self, library, entry):
+        return OK, library
+
+    def cuKernelSetAttribute(self, attribute, value, kernel, device):
+        self.calls.append(("cuKernelSetAttribute", attribute, value, kernel, device))
+        return (OK,)
+
+    def cuDevicePrimaryCtxRetain(self, device):
+        return OK, 0xC0 + device
+
+    def cuCtxGetDevice(self):
+        return (Status(201), None) if self.device is None else (OK, self.device)
+
+    def cuCtxPushCurrent(self, context):
+        self.calls.append(("cuCtxPushCurrent", context))
+        return (OK,)
+
+    def cuCtxPopCurrent(self):
+        self.calls.append(("cuCtxPopCurrent",))
+        return OK, 0
+
+    def cuLaunchKernel(self, function, *rest):
+        *geometry, stream, parameters, extra = rest
+        kernel = self.kernels[function - 1]
+        self.calls.append(("cuLaunchKernel", kernel))
+        self.launches.append(Launch(kernel, tuple(geometry), stream, parameters, extra))
+        return (self.launch_status,)
+
+
+class Launch:
+    """One recorded launch.
+
+    Attributes:
+        family, config, traits: which kernel.
+        grid, block, smem_bytes, stream: how.
+        arguments: parameter name -> value, read from the addresses the driver was given.
+    """
+
+    def __init__(self, kernel, geometry, stream, parameters, extra):
+        self.family, self.config, self.traits = kernel.split("|")
+        self.grid, self.block, self.smem_bytes = geometry[:3], geometry[3:6], geometry[6]
+        self.stream, self.extra = stream, extra
+        self.arguments = {}
+        kinds = {
+            "P": ctypes.c_uint64,
+            "q": ctypes.c_int64,
+            "i": ctypes.c_int32,
+            "f": ctypes.c_float,
+        }
+        declared = parameters_of(self.family)
+        addresses = (ctypes.c_void_p * len(declared)).from_address(parameters)
+        for address, (name, letter) in zip(addresses, declared, strict=True):
+            self.arguments[name] = kinds[letter].from_address(address).value
+
+
+@cache
+def parameters_of(family: str) -> tuple[tuple[str, str], ...]:
+    """(name, letter) of a kernel's parameters, read from its source: no Numba needed."""
+    name = family.replace("-", "_")
+    tree = ast.parse((_KERNELS / f"{name}.py").read_text())
+    (kernel,) = [
+        node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == name
+    ]
+    return tuple(
+        (argument.arg, _LETTERS.get(getattr(argument.annotation, "id", None), "P"))
+        for argument in kernel.args.args
+    )
+
+
+def fake_get_cubin(config, traits, limits) -> Cubin:
+    """A `Cubin` whose code says which kernel it is."""
+    return Cubin(
+        entry=config.family,
+        parameters=parameters_of(config.family),
+        num_threads=config.num_threads,
+        smem_bytes=config.smem_bytes(traits),
+        registers=64,
+        spill_store_bytes=0,
+        spill_load_bytes=0,
+        stack_bytes=0,
+        warnings=(),
+        compile_ms=0.0,
+        code=f"{config.family}|{config}|{traits}".encode(),
+    )
+
+
+class Gpu:
+    """The fake machine: `cupy`, `torch`, `driver`, and arrays to call numflash with."""
+
+    def __init__(self, capability=(7, 5)):
+        self.memory = Memory()
+        self.cupy, self.torch = fake_cupy(self.memory), fake_torch(self.memory)
+        self.driver = Driver(capability)
+
+    def array(self, shape, dtype="float16", device=0, offset_bytes=0) -> CuPyArray:
+        """A contiguous CuPy array, `offset_bytes` behind an aligned address."""
+        dtype = _DTYPES[dtype]
+        n_bytes = _contiguous(shape, dtype.itemsize)[1] + offset_bytes
+        return CuPyArray(shape, dtype, self.memory.take(n_bytes) + offset_bytes, device=device)
+
+    def tensor(self, shape, dtype="float16", device=("cuda", 0)):
+        """A contiguous PyTorch tensor."""
+        return self.torch.Tensor(shape, getattr(self.torch, dtype), self.torch.device(*device))
+
+
+def install(monkeypatch, capability=(7, 5)) -> Gpu:
+    """Put a fake machine under numflash for one test."""
+    from numflash import api, arrays, launch
+
+    gpu = Gpu(capability)
+    monkeypatch.setitem(__import__("sys").modules, "cupy", gpu.cupy)
+    monkeypatch.setitem(__import__("sys").modules, "torch", gpu.torch)
+    monkeypatch.setattr(launch, "_driver", lambda: gpu.driver)
+    monkeypatch.setattr(launch, "get_cubin", fake_get_cubin)
+    monkeypatch.setattr(api, "get_cubin", fake_get_cubin)
+    monkeypatch.setattr(launch, "_loaded", {})
+    monkeypatch.setattr(api, "_ready", {})
+    monkeypatch.setattr(arrays, "_libraries", {})
+    launch.limits_of_device.cache_clear()
+    launch._primary_context.cache_clear()
+    return gpu

@@ -1,0 +1,498 @@
+"""The engine finds bugs: kernels that are right, and the same kernels broken on purpose.
+
+A mutation replaces a piece of source text, which must be there. The kernel as it is must give the
+right result for every seed; a mutated one must give a wrong result, or an error, for at least one
+of them. This is the proof that a missing barrier cannot pass the tests of a kernel.
+
+What the engine does not see: a thread runs undisturbed from one barrier, shuffle or vote to the
+next, so that an update of shared memory that should be atomic is.
+"""
+
+import importlib
+import inspect
+import math
+import sys
+from dataclasses import dataclass
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from numflash import reference
+from numflash.configs import BackwardDkDvConfig, BackwardDqConfig, ForwardConfig, Traits
+from numflash.ptx import Pointer, bar_arrive, bar_sync, cuda, f32
+from numflash.simulator import SEED, GlobalPointer, launch
+
+SEEDS = (0, 1, 2)
+FULL = 0xFFFFFFFF
+TILE = 8
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """`old`, which the source holds exactly `times` times, becomes `new`."""
+
+    name: str
+    old: str
+    new: str
+    times: int = 1
+
+    def apply(self, source: str) -> str:
+        """The mutated source. Raises AssertionError if `old` is not what was expected."""
+        found = source.count(self.old)
+        assert found == self.times, f"{self.name}: {self.old!r} stands {found} times in the source"
+        return source.replace(self.old, self.new)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def seeds_that_catch(run, monkeypatch) -> dict[int, str]:
+    """Seed -> how `run`, which raises or returns whether its result is right, was found wrong."""
+    caught = {}
+    for seed in SEEDS:
+        monkeypatch.setattr(SEED, "value", seed)
+        try:
+            if not run():
+                caught[seed] = "wrong result"
+        except Exception as error:
+            caught[seed] = type(error).__name__
+    return caught
+
+
+# Small kernels
+
+
+def transpose(x, y, sums):
+    """y = x^T and sums = the sum of each tile; a block of 8 x 8 threads for a tile of 8 x 8."""
+    tile = cuda.shared.array((TILE, TILE), f32)
+    partial = cuda.shared.array(TILE * TILE, f32)
+    tx, ty = cuda.threadIdx.x, cuda.threadIdx.y
+    index = TILE * ty + tx
+    row, column = TILE * cuda.blockIdx.y, TILE * cuda.blockIdx.x
+    tile[ty, tx] = x[row + ty, column + tx]
+    partial[index] = x[row + ty, column + tx]
+    cuda.syncthreads()  # the tile has arrived
+    y[column + ty, row + tx] = tile[tx, ty]
+    half = TILE * TILE // 2
+    while half > 0:
+        if index < half:
+            partial[index] += partial[index + half]
+        cuda.syncthreads()  # the sums of this step
+        half //= 2
+    if index == 0:
+        sums[cuda.blockIdx.y, cuda.blockIdx.x] = partial[0]
+
+
+def run_transpose(kernel) -> bool:
+    """Whether `kernel` transposes."""
+    x = np.random.default_rng(0).integers(-9, 9, (16, 24)).astype(np.float32)
+    y, sums = np.full((24, 16), np.nan, np.float32), np.full((2, 3), np.nan, np.float32)
+    launch(kernel, (3, 2), (TILE, TILE), (x, y, sums))
+    expected = x.reshape(2, TILE, 3, TILE).sum((1, 3))
+    return bool((y == x.T).all() and (sums == expected).all())
+
+
+def pipeline(x, y, steps):
+    """y = x^T of each 2 x 32 chunk; warp 0 loads chunks into a ring of two, warp 1 empties it."""
+    ring = cuda.shared.array((2, 2, 32), f32)
+    is_producer, lane = cuda.threadIdx.x < 32, cuda.threadIdx.x % 32
+    for step in range(steps):
+        stage = step % 2
+        if is_producer:
+            if step >= 2:
+                bar_sync(3 + stage, 64)  # the stage is empty
+            ring[stage, 0, lane] = x[step, 0, lane]
+            ring[stage, 1, lane] = x[step, 1, lane]
+            bar_arrive(1 + stage, 64)  # the stage is full
+        else:
+            bar_sync(1 + stage, 64)  # the stage is full
+            for i in range(2):
+                y[step, lane, i] = ring[stage, i, 31 - lane]
+            if step < steps - 2:
+                bar_arrive(3 + stage, 64)  # the stage is empty
+
+
+def run_pipeline(kernel) -> bool:
+    """Whether `kernel` passes every chunk on."""
+    steps = 6
+    x = np.arange(steps * 64, dtype=np.float32).reshape(steps, 2, 32)
+    y = np.full((steps, 32, 2), np.nan, np.float32)
+    launch(kernel, 1, 64, (x, y, steps))
+    return bool((y == x[:, :, ::-1].swapaxes(1, 2)).all())
+
+
+def softmax(x, y):
+    """y = softmax of 64 values of x: shuffles in a warp, shared memory between the two."""
+    warps = cuda.shared.array((2, 2), f32)
+    t = cuda.threadIdx.x
+    warp, lane = t // 32, t % 32
+    largest = x[cuda.blockIdx.x, t]
+    for distance in (16, 8, 4, 2, 1):
+        largest = max(largest, cuda.shfl_xor_sync(FULL, largest, distance))
+    if lane == 0:
+        warps[0, warp] = largest
+    cuda.syncthreads()  # both maxima
+    e = f32(2) ** (x[cuda.blockIdx.x, t] - max(warps[0, 0], warps[0, 1]))
+    total = e
+    for distance in (16, 8, 4, 2, 1):
+        total += cuda.shfl_xor_sync(FULL, total, distance)
+    if lane == 0:
+        warps[1, warp] = total
+    cuda.syncthreads()  # both sums
+    y[cuda.blockIdx.x, t] = e / (warps[1, 0] + warps[1, 1])
+
+
+def run_softmax(kernel) -> bool:
+    """Whether `kernel` computes softmax, in base 2 on integers, where it is exact."""
+    x = np.random.default_rng(0).integers(-4, 4, (2, 64)).astype(np.float32)
+    y = np.full_like(x, np.nan)
+    launch(kernel, 2, 64, (x, y))
+    e = np.exp2(x - x.max(1, keepdims=True))
+    return bool((y == e / e.sum(1, keepdims=True)).all())
+
+
+SMALL_KERNELS = {transpose: run_transpose, pipeline: run_pipeline, softmax: run_softmax}
+SMALL_MUTATIONS = [
+    (
+        transpose,
+        Mutation("no barrier before the tile is read", "cuda.syncthreads()  # the t", "#"),
+    ),
+    (transpose, Mutation("no barrier between steps", "cuda.syncthreads()  # the s", "#")),
+    (
+        transpose,
+        Mutation(
+            "barrier after the read instead of before",
+            """    cuda.syncthreads()  # the tile has arrived
+    y[column + ty, row + tx] = tile[tx, ty]
+""",
+            """    y[column + ty, row + tx] = tile[tx, ty]
+    cuda.syncthreads()
+""",
+        ),
+    ),
+    (
+        transpose,
+        Mutation(
+            "barrier in a branch that not all threads take",
+            """            partial[index] += partial[index + half]
+        cuda.syncthreads()  # the sums of this step
+""",
+            """            partial[index] += partial[index + half]
+            if half > 1:
+                cuda.syncthreads()
+            else:
+                bar_sync(1, 64)
+""",
+        ),
+    ),
+    (transpose, Mutation("reads what nobody wrote", "partial[index] = x[", "partial[index] + x[")),
+    (transpose, Mutation("the last column is not loaded", "tile[ty, tx] =", "tile[ty, tx & 6] =")),
+    (transpose, Mutation("one step too few", "while half > 0", "while half > 1")),
+    (pipeline, Mutation("consumer does not wait", "bar_sync(1 + stage", "bar_arrive(1 + stage")),
+    (pipeline, Mutation("producer does not wait", "bar_sync(3 + stage", "bar_arrive(3 + stage")),
+    (pipeline, Mutation("no barrier for empty", "bar_sync(3 + stage, 64)", "pass")),
+    (pipeline, Mutation("full is never announced", "bar_arrive(1 + stage, 64)", "pass")),
+    (pipeline, Mutation("empty is never announced", "bar_arrive(3 + stage, 64)", "pass")),
+    (
+        pipeline,
+        Mutation(
+            "full is announced before the last load",
+            """            ring[stage, 1, lane] = x[step, 1, lane]
+            bar_arrive(1 + stage, 64)  # the stage is full
+""",
+            """            bar_arrive(1 + stage, 64)
+            cuda.syncwarp()
+            ring[stage, 1, lane] = x[step, 1, lane]
+""",
+        ),
+    ),
+    (
+        pipeline,
+        Mutation(
+            "empty is announced before the last read",
+            """            for i in range(2):
+                y[step, lane, i] = ring[stage, i, 31 - lane]
+            if step < steps - 2:
+                bar_arrive(3 + stage, 64)  # the stage is empty
+""",
+            """            if step < steps - 2:
+                bar_arrive(3 + stage, 64)
+            for i in range(2):
+                cuda.syncwarp()
+                y[step, lane, i] = ring[stage, i, 31 - lane]
+""",
+        ),
+    ),
+    (pipeline, Mutation("waits for the other stage", "bar_sync(1 + stage", "bar_sync(2 - stage")),
+    (
+        pipeline,
+        Mutation("counts one warp only", "bar_sync(1 + stage, 64)", "bar_sync(1 + stage, 32)"),
+    ),
+    (softmax, Mutation("no barrier for the maxima", "cuda.syncthreads()  # both m", "#")),
+    (softmax, Mutation("no barrier for the sums", "cuda.syncthreads()  # both s", "#")),
+    (
+        softmax,
+        Mutation("syncwarp for the maxima", "cuda.syncthreads()  # both m", "cuda.syncwarp() #"),
+    ),
+    (
+        softmax,
+        Mutation(
+            "two lanes swapped in a shuffle",
+            "total += cuda.shfl_xor_sync(FULL, total, distance)",
+            "total += cuda.shfl_sync(FULL, total, {4: 5, 5: 4}.get(lane ^ distance, lane ^ distance))",
+        ),
+    ),
+    (softmax, Mutation("a step of the sum is missing", "16, 8, 4, 2, 1", "16, 8, 2, 1", times=2)),
+    (softmax, Mutation("xor became up", "total += cuda.shfl_xor", "total += cuda.shfl_up")),
+    (
+        softmax,
+        Mutation(
+            "half of the lanes shuffle",
+            "total += cuda.shfl_xor_sync(FULL, total, distance)",
+            "total += cuda.shfl_xor_sync(FULL, total, distance) if lane < 16 else total",
+        ),
+    ),
+    (
+        softmax,
+        Mutation(
+            "half of the lanes are in the mask",
+            "total += cuda.shfl_xor_sync(FULL, total, distance)",
+            "total += cuda.shfl_xor_sync(0xFFFF << (lane & 16), total, distance)",
+        ),
+    ),
+    (softmax, Mutation("only one warp writes its sum", "warps[1, warp] =", "warps[1, 0] =")),
+]
+
+
+@pytest.mark.parametrize("kernel", SMALL_KERNELS, ids=lambda kernel: kernel.__name__)
+def test_a_correct_kernel_is_right_for_every_seed(kernel, monkeypatch):
+    assert seeds_that_catch(lambda: SMALL_KERNELS[kernel](kernel), monkeypatch) == {}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "mutation"), SMALL_MUTATIONS, ids=lambda p: getattr(p, "__name__", p and str(p))
+)
+def test_a_broken_kernel_is_caught(kernel, mutation, monkeypatch, record_property):
+    scope = dict(globals())
+    exec(mutation.apply(inspect.getsource(kernel)), scope)
+    broken = scope[kernel.__name__]
+    caught = seeds_that_catch(lambda: SMALL_KERNELS[kernel](broken), monkeypatch)
+    record_property("caught", caught)
+    assert caught
+
+
+# The portable attention kernels
+
+PORTABLE = "numflash.kernels.portable"
+TRAITS = Traits("float32", 32, 32)
+CONFIGS = {
+    "forward": ForwardConfig(16, 8, 2),
+    "backward_dkdv": BackwardDkDvConfig(8, 16, 2),
+    "backward_dq": BackwardDqConfig(16, 8, 2),
+}
+BARRIERS = ("cuda.syncthreads()", "cuda.syncwarp()")
+# Barriers that another one makes unnecessary: between such a line and the next write to what it
+# guards lies the `cuda.syncthreads()` with which the main loop begins.
+REDUNDANT = {
+    ("forward", "cuda.syncwarp()  # P has been read"),
+    ("backward_dkdv", "cuda.syncwarp()  # dS has been read"),
+    ("backward_dq", "cuda.syncwarp()  # dS has been read"),
+}
+
+
+class Problem:
+    """Few queries and keys, yet several tiles of both, a band with two edges and rows without keys.
+
+    Two query heads share a head of keys and values.
+    """
+
+    seqlen_q, seqlen_k, window = 29, 20, (11, 0)
+
+    def __init__(self):
+        rng = np.random.default_rng(0)
+
+        def tokens(seqlen, heads):
+            return rng.standard_normal((1, seqlen, heads, 32)).astype(np.float32)
+
+        q, do = tokens(self.seqlen_q, 2), tokens(self.seqlen_q, 2)
+        k, v = tokens(self.seqlen_k, 1), tokens(self.seqlen_k, 1)
+        options = {"window_size": self.window}
+        out, lse = reference.attention(q, k, v, **options)
+        dq, dk, dv = reference.attention_backward(do, q, k, v, **options)
+        self.expected = {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
+        delta = (out * do).sum(-1).swapaxes(1, 2)
+        self.inputs = {"q": q, "k": k, "v": v, "do": do, "lse": lse, "delta": delta}
+
+    def is_solved_by(self, kernel, outputs: tuple[str, ...], block_rows: int) -> bool:
+        """Whether the outputs of `kernel` are right."""
+        inputs = {n: a for n, a in self.inputs.items() if n not in outputs}
+        inputs = {n: np.ascontiguousarray(a, np.float32) for n, a in inputs.items()}
+        results = {n: np.full(self.expected[n].shape, np.nan, np.float32) for n in outputs}
+        arrays = {**inputs, **results}
+        shift = self.seqlen_k - self.seqlen_q
+        scalars = {
+            "seqlen_q": self.seqlen_q,
+            "seqlen_k": self.seqlen_k,
+            "num_heads_q": 2,
+            "group_size": 2,
+            "head_dim": 32,
+            "head_dim_v": 32,
+            "band_lo": shift - self.window[0],
+            "band_hi": shift + self.window[1],
+            "score_scale": 32**-0.5 * math.log2(math.e),
+            "softmax_scale": 32**-0.5,
+        }
+        for name, array in arrays.items():
+            if array.ndim == 4:
+                batch, row, head, _ = (stride // 4 for stride in array.strides)
+                scalars |= {f"{name}_batch": batch, f"{name}_row": row, f"{name}_head": head}
+
+        def argument(name, annotation):
+            if isinstance(annotation, Pointer):
+                return GlobalPointer(arrays.get(name, np.empty(0, np.float32)), f32, name)
+            return annotation(scalars.get(name, 0))
+
+        args = [argument(name, annotation) for name, annotation in kernel.parameters.items()]
+        rows, heads = results[outputs[0]].shape[1:3]
+        num_blocks = -(-rows // block_rows) * heads
+        launch(kernel.function, num_blocks, kernel.num_threads, args, kernel.smem_bytes)
+        # Far above rounding, far below what any bug does.
+        return all(np.allclose(results[n], self.expected[n], 1e-3, 1e-4) for n in outputs)
+
+
+OUTPUTS = {"forward": ("out", "lse"), "backward_dkdv": ("dk", "dv"), "backward_dq": ("dq",)}
+PROBLEM = Problem()
+
+
+def source_of(module: str) -> str:
+    """The source text of a module of numflash."""
+    return inspect.getsource(importlib.import_module(module))
+
+
+def mutated_factory(family: str, module: str, mutation: Mutation, monkeypatch):
+    """The factory of a portable kernel, built with a mutated `module`, its own or one it imports."""
+    kernel_module = f"{PORTABLE}.{family}"
+    for name in dict.fromkeys((module, kernel_module)):
+        source = source_of(name)
+        changed = ModuleType(name)
+        monkeypatch.setitem(sys.modules, name, changed)
+        exec(mutation.apply(source) if name == module else source, changed.__dict__)
+    return getattr(changed, f"make_{family}_kernel")
+
+
+def seeds_that_catch_kernel(family: str, factory, monkeypatch) -> dict[int, str]:
+    """Seed -> how the kernel from `factory` was found wrong."""
+    config = CONFIGS[family]
+    kernel = factory(config, TRAITS)
+    return seeds_that_catch(
+        lambda: PROBLEM.is_solved_by(kernel, OUTPUTS[family], config.block_rows), monkeypatch
+    )
+
+
+def barrier_lines() -> list[tuple[str, str]]:
+    """(family, text) of every barrier in the portable kernels."""
+    return [
+        (family, line.strip())
+        for family in CONFIGS
+        for line in source_of(f"{PORTABLE}.{family}").splitlines()
+        if line.strip().startswith(BARRIERS)
+    ]
+
+
+# (family, module, mutation): one for each idea that a kernel could get wrong without a barrier.
+KERNEL_MUTATIONS = [
+    (
+        "forward",
+        "tiles.scores",
+        Mutation("the upper edge of the band", "distance > band_hi", "distance >= band_hi"),
+    ),
+    (
+        "forward",
+        "tiles.scores",
+        Mutation("the lower edge of the band", "distance < band_lo", "distance <= band_lo"),
+    ),
+    ("forward", "tiles.scores", Mutation("the end of the keys", "j >= end", "j > end")),
+    (
+        "forward",
+        "tiles.scores",
+        Mutation("one block of keys too few", "+ tile - 1) // tile", ") // tile"),
+    ),
+    (
+        "forward",
+        f"{PORTABLE[9:]}.forward",
+        Mutation("columns of the lanes", "% COLUMN_LANES", "% ROW_LANES"),
+    ),
+    (
+        "forward",
+        f"{PORTABLE[9:]}.forward",
+        Mutation("rows of the lanes", "+ ROW_LANES * r", "+ COLUMN_LANES * r"),
+    ),
+    (
+        "forward",
+        "tiles.softmax",
+        Mutation("a step of the shuffles", "(1, 2, 4)", "(1, 2)", times=2),
+    ),
+    (
+        "forward",
+        "tiles.softmax",
+        Mutation("two lanes swapped", "FULL_WARP, x, distance", "FULL_WARP, x, distance ^ 8", 2),
+    ),
+    ("forward", "tiles.softmax", Mutation("the scale", "row_sum[r] *= row_scale", "pass")),
+    (
+        "forward",
+        "tiles.softmax",
+        Mutation(
+            "the guard of rows without keys", "new_max if new_max > NEG_INF else f32(0)", "new_max"
+        ),
+    ),
+    (
+        "forward",
+        f"{PORTABLE[9:]}.forward",
+        Mutation(
+            "a barrier that one warp takes",
+            "cuda.syncthreads()  # Q",
+            "cuda.threadIdx.x >= 32 or cuda.syncthreads()  # Q",
+        ),
+    ),
+    (
+        "forward",
+        "tiles.copies",
+        Mutation("rows past the end are loaded", "< valid_rows and", "< rows and"),
+    ),
+]
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_portable_kernel_is_right_for_every_seed(family, monkeypatch):
+    factory = getattr(importlib.import_module(f"{PORTABLE}.{family}"), f"make_{family}_kernel")
+    assert seeds_that_catch_kernel(family, factory, monkeypatch) == {}
+
+
+@pytest.mark.parametrize(("family", "line"), barrier_lines())
+def test_no_barrier_can_be_left_out(family, line, monkeypatch, record_property):
+    mutation = Mutation("no barrier", line, "pass")
+    factory = mutated_factory(family, f"{PORTABLE}.{family}", mutation, monkeypatch)
+    caught = seeds_that_catch_kernel(family, factory, monkeypatch)
+    record_property("caught", caught)
+    assert bool(caught) == ((family, line) not in REDUNDANT)
+
+
+@pytest.mark.parametrize(
+    ("family", "module", "mutation"),
+    KERNEL_MUTATIONS,
+    ids=[f"{family}-{mutation}" for family, _, mutation in KERNEL_MUTATIONS],
+)
+def test_a_broken_portable_kernel_is_caught(
+    family, module, mutation, monkeypatch, record_property
+):
+    factory = mutated_factory(family, f"numflash.{module}", mutation, monkeypatch)
+    caught = seeds_that_catch_kernel(family, factory, monkeypatch)
+    record_property("caught", caught)
+    assert caught
+
+
+def test_a_mutation_whose_text_is_gone_fails():
+    mutation = Mutation("renamed", "cuda.barrier_of_old()", "pass")
+    with pytest.raises(AssertionError, match="stands 0 times"):
+        mutation.apply(source_of(f"{PORTABLE}.forward"))
