@@ -86,7 +86,7 @@ def attention(
         "alibi_slopes": alibi_slopes,
         "layout": layout,
     }
-    result, lse, launch = _bind_forward(q, k, v, out, options, stream)
+    result, lse, launch, _ = _bind_forward(q, k, v, out, options, stream)
     launch()
     return (result, lse) if return_lse else result
 
@@ -158,11 +158,12 @@ class Plan:
     Attributes:
         out: the result, as `attention` returns it.
         lse: the log-sum-exp, as `attention` returns it.
+        kernel: which kernel runs: family, config and what it was compiled for.
     """
 
-    def __init__(self, out, lse, launch: Callable):
+    def __init__(self, out, lse, launch: Callable, kernel: str):
         """Made by `numflash.plan`."""
-        self.out, self.lse, self._launch = out, lse, launch
+        self.out, self.lse, self.kernel, self._launch = out, lse, kernel, launch
 
     def launch(self, stream=None):
         """Enqueue the kernel and return `out`.
@@ -244,8 +245,8 @@ def warmup(
         get_cubin(default_config(family, traits, limits.max_smem_per_block), traits, limits)
 
 
-def _bind_forward(q, k, v, out, options: dict, stream) -> tuple[Any, Any, Callable]:
-    """Check a forward call; its result, its lse, and the function that launches it."""
+def _bind_forward(q, k, v, out, options: dict, stream) -> tuple[Any, Any, Callable, str]:
+    """Check a forward call; its result, its lse, what launches it, and the kernel's name."""
     library = library_of(q, "q")
     views = {name: _view(name, array) for name, array in (("q", q), ("k", k), ("v", v))}
     if options["alibi_slopes"] is not None:
@@ -259,8 +260,10 @@ def _bind_forward(q, k, v, out, options: dict, stream) -> tuple[Any, Any, Callab
     stream = library.stream(views["q"].device) if stream is None else stream_address(stream)
     result, lse, launch = forward.bind(views, library, stream)
     if out is not None:
-        return out, library.hand_back(lse, q), launch
-    return library.hand_back(result, q), library.hand_back(lse, q), launch
+        result = out
+    else:
+        result = library.hand_back(result, q)
+    return result, library.hand_back(lse, q), launch, forward.kernel
 
 
 def _view(name: str, array, contiguous: bool = True, copy: bool = True) -> ArrayView:
@@ -328,9 +331,10 @@ class _Forward:
         else:
             out = _fresh(self.out_shape, q)
         tensors["out"] = as_tensor("out", out, options["layout"])
-        self.launcher = None
+        self.launcher, self.kernel = None, "none: the result is empty"
         if problem.batch * problem.seqlen_q:
             self.launcher = _launcher("forward", problem, tensors, q.device)
+            self.kernel = str(self.launcher)
 
     def bind(self, views, library: ArrayLibrary, stream: int):
         """Allocate, and return (out, lse, launch)."""

@@ -8,8 +8,11 @@ Nothing here imports a library that the caller has not: an array's type says whi
 """
 
 import sys
+from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import cache
+from types import SimpleNamespace
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -17,17 +20,28 @@ from numflash.errors import UnsupportedError
 from numflash.mode import SIMULATED
 
 
-@dataclass(slots=True)
-class ArrayView:
-    """What a kernel needs to know of an array.
+class Operand(NamedTuple):
+    """An array as a kernel's argument.
 
     Attributes:
         pointer: address of element 0.
+        array: keeps the memory alive; in the simulator the memory itself.
+    """
+
+    pointer: int
+    array: Any
+
+
+@dataclass(frozen=True, slots=True)
+class ArrayView:
+    """What is checked, and compiled for, of an array.
+
+    Attributes:
+        pointer: address of element 0; of an array yet to be allocated, 0.
         shape: extents.
         strides: in elements; they may have any sign.
         dtype: name, as in "bfloat16".
         device: ordinal of the CUDA device; -1 in the simulator.
-        array: keeps the memory alive; in the simulator the memory itself.
     """
 
     pointer: int
@@ -35,21 +49,55 @@ class ArrayView:
     strides: tuple[int, ...]
     dtype: str
     device: int
-    array: Any
 
-    def key(self) -> tuple:
-        """Everything a kernel's code and arguments depend on, except the pointer itself."""
-        return self.shape, self.strides, self.dtype, self.device, self.pointer % 16 == 0
+    @property
+    def has_contiguous_rows(self) -> bool:
+        """Whether the elements of the last axis are neighbours."""
+        return not self.shape or self.shape[-1] <= 1 or self.strides[-1] == 1
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether all elements are neighbours, in C order."""
+        wanted = contiguous_strides(self.shape)
+        axes = zip(self.shape, self.strides, wanted, strict=True)
+        return 0 in self.shape or all(n == 1 or step == want for n, step, want in axes)
+
+    def span(self, itemsize: int) -> tuple[int, int]:
+        """The bytes it touches, from and to, counted from its pointer."""
+        if 0 in self.shape:
+            return 0, 0
+        axes = zip(self.shape, self.strides, strict=True)
+        reach = [(n - 1) * step * itemsize for n, step in axes]
+        return sum(r for r in reach if r < 0), sum(r for r in reach if r > 0) + itemsize
+
+
+def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides, in elements, of an array in C order."""
+    strides, step = [], 1
+    for extent in reversed(shape):
+        strides.append(step)
+        step *= max(extent, 1)
+    return tuple(reversed(strides))
 
 
 class ArrayLibrary(Protocol):
     """One array library."""
 
-    def view(self, array) -> ArrayView:
-        """How a kernel sees the array."""
+    def glance(self, array) -> tuple[Operand, Hashable]:
+        """The array as an argument, and a key: arrays with equal keys have equal views.
 
-    def empty(self, shape: tuple[int, ...], dtype: str, like: ArrayView):
-        """A new array of this library on the device of `like`, from the library's own pool."""
+        Every call does this for every array, so nothing is checked or converted here. (The views'
+        pointers need not be equal, only aligned to 16 bytes or not.)
+        """
+
+    def view(self, array, name: str = "array") -> ArrayView:
+        """What is to know of an array. Raises TypeError or ValueError, which speak of `name`."""
+
+    def operand(self, array) -> Operand:
+        """An array made by `empty` or `with_contiguous_rows`, as an argument."""
+
+    def empty(self, shape: tuple[int, ...], dtype: str, device: int):
+        """A new contiguous array on a device, from the library's own pool, aligned to 16 bytes."""
 
     def with_contiguous_rows(self, array):
         """The array, copied so that its last dimension is contiguous."""
@@ -64,21 +112,27 @@ class ArrayLibrary(Protocol):
 class _NumPy:
     """NumPy arrays, and what NumPy can see without a copy; in the simulator only."""
 
-    def view(self, array) -> ArrayView:
-        array = np.asarray(array)
-        itemsize = array.itemsize
-        if any(stride % itemsize for stride in array.strides):
-            raise ValueError(f"strides must be whole elements, got {array.strides} bytes")
-        return ArrayView(
-            array.__array_interface__["data"][0],
-            array.shape,
-            tuple(stride // itemsize for stride in array.strides),
-            array.dtype.name,
-            -1,
-            array,
-        )
+    def glance(self, array):
+        operand = self.operand(np.asarray(array))
+        array = operand.array
+        return operand, (array.shape, array.strides, array.dtype, operand.pointer % 16 == 0)
 
-    def empty(self, shape, dtype, like):
+    def view(self, array, name="array"):
+        array = np.asarray(array)
+        if not array.dtype.isnative:
+            raise TypeError(f"{name} must have this machine's byte order, got {array.dtype}")
+        if any(stride % array.itemsize for stride in array.strides):
+            raise ValueError(
+                f"{name} must have strides of whole elements, {array.itemsize} bytes, got "
+                f"{array.strides} bytes"
+            )
+        strides = tuple([stride // array.itemsize for stride in array.strides])
+        return ArrayView(self.operand(array).pointer, array.shape, strides, array.dtype.name, -1)
+
+    def operand(self, array):
+        return Operand(array.__array_interface__["data"][0], array)
+
+    def empty(self, shape, dtype, device):
         return np.empty(shape, numpy_dtype(dtype))
 
     def with_contiguous_rows(self, array):
@@ -98,22 +152,25 @@ class _CuPy:
         import cupy
 
         self.cupy = cupy
-        self.dtype_names: dict = {}
 
-    def view(self, array) -> ArrayView:
-        dtype = array.dtype
-        name = self.dtype_names.get(dtype)
-        if name is None:
-            name = self.dtype_names[dtype] = dtype.name
-        itemsize = dtype.itemsize
-        strides = tuple([stride // itemsize for stride in array.strides])
+    def glance(self, array):
         data = array.data
-        return ArrayView(data.ptr, array.shape, strides, name, data.device_id, array)
+        pointer = data.ptr
+        key = array.shape, array.strides, array.dtype, data.device_id, pointer % 16 == 0
+        return Operand(pointer, array), key
 
-    def empty(self, shape, dtype, like):
-        if self.cupy.cuda.runtime.getDevice() == like.device:
+    def view(self, array, name="array"):
+        dtype, data = array.dtype, array.data
+        strides = tuple([stride // dtype.itemsize for stride in array.strides])
+        return ArrayView(data.ptr, array.shape, strides, dtype.name, data.device_id)
+
+    def operand(self, array):
+        return Operand(array.data.ptr, array)
+
+    def empty(self, shape, dtype, device):
+        if self.cupy.cuda.runtime.getDevice() == device:
             return self.cupy.empty(shape, numpy_dtype(dtype))
-        with self.cupy.cuda.Device(like.device):
+        with self.cupy.cuda.Device(device):
             return self.cupy.empty(shape, numpy_dtype(dtype))
 
     def with_contiguous_rows(self, array):
@@ -132,21 +189,24 @@ class _Torch:
     def __init__(self):
         self.torch = sys.modules["torch"]
 
-    def view(self, array) -> ArrayView:
-        if not array.is_cuda:
-            raise TypeError(f"a tensor on a CUDA device is needed, got one on {array.device}")
-        return ArrayView(
-            array.data_ptr(),
-            tuple(array.shape),
-            array.stride(),
-            str(array.dtype).removeprefix("torch."),
-            array.device.index,
-            array,
-        )
+    def glance(self, array):
+        pointer = array.data_ptr()
+        key = array.shape, array.stride(), array.dtype, array.device, pointer % 16 == 0
+        return Operand(pointer, array), key
 
-    def empty(self, shape, dtype, like):
+    def view(self, array, name="array"):
+        if not array.is_cuda:
+            raise TypeError(f"{name} must be a tensor on a CUDA device, got one on {array.device}")
+        dtype = str(array.dtype).removeprefix("torch.")
+        shape, strides = tuple(array.shape), tuple(array.stride())
+        return ArrayView(array.data_ptr(), shape, strides, dtype, array.device.index)
+
+    def operand(self, array):
+        return Operand(array.data_ptr(), array)
+
+    def empty(self, shape, dtype, device):
         torch = self.torch
-        return torch.empty(shape, dtype=getattr(torch, dtype), device=like.array.device)
+        return torch.empty(shape, dtype=getattr(torch, dtype), device=torch.device("cuda", device))
 
     def with_contiguous_rows(self, array):
         return array.contiguous()
@@ -171,17 +231,18 @@ class _Foreign(_CuPy):
             ) from error
 
     def _as_cupy(self, array):
+        if isinstance(array, self.cupy.ndarray):
+            return array
         # DLPack first: it knows bfloat16, and says where the memory lies.
         if hasattr(array, "__dlpack__"):
             return self.cupy.from_dlpack(array)
         return self.cupy.asarray(array)
 
-    def view(self, array) -> ArrayView:
-        seen = array if isinstance(array, self.cupy.ndarray) else self._as_cupy(array)
-        return super().view(seen)
+    def glance(self, array):
+        return super().glance(self._as_cupy(array))
 
-    def with_contiguous_rows(self, array):
-        return self.cupy.ascontiguousarray(self._as_cupy(array))
+    def view(self, array, name="array"):
+        return super().view(self._as_cupy(array), name)
 
     def hand_back(self, array, like):
         namespace = getattr(like, "__array_namespace__", None)
@@ -217,8 +278,7 @@ def _find_library(array, name: str) -> ArrayLibrary:
         if not hasattr(array, "__array_interface__") and not hasattr(array, "__array__"):
             raise TypeError(f"{name} must be a NumPy array in the simulator, got {kind}")
         return _NumPy()
-    top = kind.split(".")[0]
-    if top == "cupy":
+    if "cupy" in sys.modules and isinstance(array, sys.modules["cupy"].ndarray):
         return _CuPy()
     if "torch" in sys.modules and isinstance(array, sys.modules["torch"].Tensor):
         return _Torch()
@@ -242,6 +302,7 @@ def _dlpack_device(array) -> int | None:
         return None
 
 
+@cache
 def numpy_dtype(name: str) -> np.dtype:
     """The NumPy dtype with this name, bfloat16 included."""
     if name == "bfloat16":
@@ -259,15 +320,18 @@ def stream_address(stream) -> int:
     """
     if isinstance(stream, int) and not isinstance(stream, bool):
         return stream
-    if hasattr(stream, "__cuda_stream__"):
-        return int(stream.__cuda_stream__()[1])
-    for attribute in ("ptr", "cuda_stream", "handle"):
-        address = getattr(stream, attribute, None)
-        if address is not None:
-            return int(getattr(address, "value", address) or 0)
+    try:
+        if hasattr(stream, "__cuda_stream__"):
+            return int(stream.__cuda_stream__()[1])
+        for attribute in ("ptr", "cuda_stream", "handle"):
+            address = getattr(stream, attribute, None)
+            if address is not None:
+                return int(getattr(address, "value", address) or 0)
+    except (TypeError, ValueError, IndexError):
+        pass  # it has the attribute of a stream, but no address there
     raise TypeError(
         "stream must be a CUDA stream (CuPy, PyTorch, Numba, cuda.core) or its address, got "
-        f"{type(stream).__name__}"
+        f"{stream!r} ({type(stream).__name__})"
     )
 
 
@@ -278,14 +342,11 @@ def overlap(a: ArrayView, b: ArrayView, itemsize_a: int, itemsize_b: int) -> boo
 
 def _ghost(view: ArrayView, itemsize: int) -> np.ndarray:
     """A NumPy array with the view's address and strides, never to be read."""
-
-    class Interface:
-        __array_interface__ = {
-            "shape": view.shape,
-            "typestr": f"|V{itemsize}",
-            "data": (view.pointer, True),
-            "strides": tuple(stride * itemsize for stride in view.strides),
-            "version": 3,
-        }
-
-    return np.asarray(Interface())
+    interface = {
+        "shape": view.shape,
+        "typestr": f"|V{itemsize}",
+        "data": (view.pointer, True),
+        "strides": tuple(stride * itemsize for stride in view.strides),
+        "version": 3,
+    }
+    return np.asarray(SimpleNamespace(__array_interface__=interface))

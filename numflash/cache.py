@@ -1,4 +1,4 @@
-"""The on-disk cache of compiled kernels: one file per kernel, named by the hash of its content key.
+"""The on-disk cache of compiled kernels: one file each, named by the hash of its content key.
 
 A file is a header line of JSON and the machine code, with a checksum over both. It appears by an
 atomic rename, so that any number of processes can write; what cannot be read, is cut short or was
@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 _MAGIC = b"numflash-cubin-1\n"
@@ -18,7 +19,7 @@ _log = logging.getLogger("numflash")
 
 
 def cache_dir() -> Path:
-    """Where numflash keeps files: NUMFLASH_CACHE_DIR, or numflash in the user's cache directory."""
+    """Where numflash keeps files: NUMFLASH_CACHE_DIR, or a folder in the user's cache."""
     if chosen := os.environ.get("NUMFLASH_CACHE_DIR"):
         return Path(chosen)
     if sys.platform == "win32":
@@ -68,10 +69,8 @@ def write(key: str, header: dict, code: bytes) -> None:
     except OSError as error:
         _log.info("cannot write %s (%s); this kernel is compiled again next time", path, error)
         if temporary is not None:
-            try:
+            with suppress(OSError):
                 os.unlink(temporary)
-            except OSError:
-                pass
 
 
 def contents() -> tuple[int, int]:

@@ -15,12 +15,14 @@ import logging
 import re
 import threading
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 from numflash import cache as disk
 from numflash.configs import Config, Traits
@@ -54,7 +56,7 @@ class Cubin:
         parameters: (name, letter) in order; letters are those of `struct`, "P" for a pointer.
         num_threads, smem_bytes: how it is launched.
         registers: per thread.
-        spill_store_bytes, spill_load_bytes, stack_bytes: per thread; 0 when all stays in registers.
+        spill_store_bytes, spill_load_bytes, stack_bytes: per thread; 0 if all is in registers.
         warnings: what the assembler complained about.
         compile_ms: time from Python source to machine code.
         code: the ELF image.
@@ -114,9 +116,18 @@ def _compile_logged(key: str, config: Config, traits: Traits, limits: Architectu
 
 
 def compile_cubin(config: Config, traits: Traits, limits: Architecture) -> Cubin:
-    """Compile a kernel, whatever the caches hold. Raises UnsupportedError."""
+    """Compile a kernel of numflash, whatever the caches hold. Raises UnsupportedError."""
+    return compile_kernel(lambda: _make(config, traits), limits)
+
+
+def compile_kernel(make: Callable[[], Any], limits: Architecture) -> Cubin:
+    """Compile the `Kernel` that `make` returns, also one that is not numflash's own.
+
+    Raises:
+        UnsupportedError: the compiler packages are missing.
+    """
     start = time.perf_counter()
-    kernel, ltoir = _front_end(config, traits, limits, "ltoir")
+    kernel, ltoir = _front_end(make, limits, "ltoir")
     code, log = _link(ltoir, limits.arch)
     return Cubin(
         parameters=tuple((name, _letter(t)) for name, t in kernel.parameters.items()),
@@ -130,15 +141,20 @@ def compile_cubin(config: Config, traits: Traits, limits: Architecture) -> Cubin
 
 def compile_ptx(config: Config, traits: Traits, limits: Architecture) -> str:
     """The PTX of a kernel, for reading: the machine code is made from LTO-IR."""
-    return _front_end(config, traits, limits, "ptx")[1]
+    return _front_end(lambda: _make(config, traits), limits, "ptx")[1]
 
 
-def _front_end(config: Config, traits: Traits, limits: Architecture, output: str):
+def _make(config: Config, traits: Traits):
+    """The kernel for a config. Imports Numba."""
+    from numflash.kernels.portable import FACTORIES
+
+    return FACTORIES[config.family](config, traits)
+
+
+def _front_end(make: Callable[[], Any], limits: Architecture, output: str):
     """The kernel object, and its code as LTO-IR or PTX."""
     with _numba_for(limits) as numba_cuda:
-        from numflash.kernels.portable import FACTORIES
-
-        kernel = FACTORIES[config.family](config, traits)
+        kernel = make()
         codes, _ = numba_cuda.compile_all(
             kernel.function,
             _signature(kernel.parameters),
@@ -149,7 +165,7 @@ def _front_end(config: Config, traits: Traits, limits: Architecture, output: str
             launch_bounds=kernel.num_threads,
         )
     if len(codes) != 1:
-        raise UnsupportedError(f"the {config.family} kernel compiled to {len(codes)} modules")
+        raise UnsupportedError(f"the {kernel.family} kernel compiled to {len(codes)} modules")
     return kernel, codes[0]
 
 
@@ -256,8 +272,8 @@ def _resources(log: str) -> dict:
 
 
 @cache
-def _toolchain() -> str:
-    """Hash of the kernel sources and of the compilers' versions."""
+def source_hash() -> str:
+    """Hash of everything in numflash that decides the machine code."""
     digest = hashlib.sha256()
     for name in _SOURCES:
         path = _PACKAGE / name
@@ -265,9 +281,13 @@ def _toolchain() -> str:
         for file in files:
             digest.update(str(file.relative_to(_PACKAGE)).encode())
             digest.update(file.read_bytes())
-    for name in _COMPILERS:
-        digest.update(f"{name}={_version(name)};".encode())
     return digest.hexdigest()
+
+
+@cache
+def _toolchain() -> str:
+    """The kernel sources and the compilers' versions."""
+    return ";".join([source_hash(), *(f"{name}={_version(name)}" for name in _COMPILERS)])
 
 
 def _version(distribution: str) -> str | None:

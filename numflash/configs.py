@@ -1,6 +1,6 @@
 """Kernel configs: what a kernel is compiled for, and what may be tuned about it.
 
-`Traits` is fixed by the problem: dtype, head dims, and which features the kernel contains. A config
+`Traits` is fixed by the problem: dtype, head dims, and which features the kernel has. A config
 (`ForwardConfig`, `BackwardDkDvConfig`, `BackwardDqConfig`, `DeltaConfig`) is a free choice among
 equally right ones: tile sizes and warps. Both have a short string form, used in file names, test
 ids and on the command line: `float16-d64-dv64-softcap-vec` and `m64n32w4`.
@@ -175,6 +175,7 @@ class ForwardConfig(_Tiled):
     family: ClassVar = "forward"
 
     def smem_layout(self, traits: Traits) -> SmemLayout:
+        """The shared-memory tiles of a kernel with these traits."""
         return SmemLayout(
             q=(self.tile_m, traits.head_dim),
             k=(self.tile_n, traits.head_dim),
@@ -190,6 +191,7 @@ class BackwardDqConfig(_Tiled):
     family: ClassVar = "backward-dq"
 
     def smem_layout(self, traits: Traits) -> SmemLayout:
+        """The shared-memory tiles of a kernel with these traits."""
         return SmemLayout(
             q=(self.tile_m, traits.head_dim),
             do=(self.tile_m, traits.head_dim_v),
@@ -207,6 +209,7 @@ class BackwardDkDvConfig(_Tiled):
     _row_tile: ClassVar = "tile_n"
 
     def smem_layout(self, traits: Traits) -> SmemLayout:
+        """The shared-memory tiles of a kernel with these traits."""
         return SmemLayout(
             k=(self.tile_n, traits.head_dim),
             v=(self.tile_n, traits.head_dim_v),

@@ -72,9 +72,15 @@ class Launcher:
             num_blocks: blocks of the grid.
             scalars: a value for every parameter that is not a pointer; more are ignored.
         """
-        launcher = _SimulatedLaunch if SIMULATED else _DriverLaunch
-        self._launch = launcher(config, traits, device, num_blocks, scalars)
-        self.config, self.num_blocks = config, num_blocks
+        if SIMULATED:
+            self._launch = SimulatedLaunch(_simulated_kernel(config, traits), num_blocks, scalars)
+        else:
+            cubin = get_cubin(config, traits, limits_of_device(device))
+            self._launch = DriverLaunch(cubin, device, num_blocks, scalars)
+        self._name = f"{config.family} {config} {traits}"
+
+    def __str__(self) -> str:
+        return self._name
 
     def __call__(self, arrays: dict[str, ArrayView | None], stream: int) -> None:
         """Launch. `arrays` holds every pointer parameter by name; None where it is not read."""
@@ -86,11 +92,10 @@ class Launcher:
         return lambda other=None: launch(stream if other is None else stream_address(other))
 
 
-class _DriverLaunch:
-    """A launch through the CUDA driver."""
+class DriverLaunch:
+    """A launch of machine code through the CUDA driver."""
 
-    def __init__(self, config, traits, device, num_blocks, scalars):
-        cubin = get_cubin(config, traits, limits_of_device(device))
+    def __init__(self, cubin: Cubin, device: int, num_blocks: int, scalars: dict):
         self.driver, self.device = _driver(), device
         self.function = _load(cubin, device)
         self.geometry = (num_blocks, 1, 1, cubin.num_threads, 1, 1, cubin.smem_bytes)
@@ -137,14 +142,17 @@ class _DriverLaunch:
             _raise(status[0])
 
 
-class _SimulatedLaunch:
-    """A launch in the simulator."""
+def _simulated_kernel(config: Config, traits: Traits):
+    from numflash.kernels.portable import FACTORIES
 
-    def __init__(self, config, traits, device, num_blocks, scalars):
-        from numflash.kernels.portable import FACTORIES
+    return FACTORIES[config.family](config, traits)
 
-        self.kernel = FACTORIES[config.family](config, traits)
-        self.num_blocks, self.scalars = num_blocks, scalars
+
+class SimulatedLaunch:
+    """A launch of a `Kernel` in the simulator."""
+
+    def __init__(self, kernel, num_blocks: int, scalars: dict):
+        self.kernel, self.num_blocks, self.scalars = kernel, num_blocks, scalars
 
     def bind(self, arrays):
         """A function of the stream, which means nothing here, that runs on these arrays."""

@@ -5,6 +5,7 @@ of Numba directly, so that the same source means GPU code or a simulation, and a
 back end can be added below.
 """
 
+from numflash.mode import SIMULATED
 from numflash.ptx.arithmetic import (
     bits_as_float,
     cvt_f32_f16,
@@ -24,7 +25,6 @@ from numflash.ptx.memory import (
     st_shared_f32,
     st_shared_v4_f32,
 )
-from numflash.mode import SIMULATED
 from numflash.ptx.scalars import Pointer, f32, i32, i64, u8, u16, u32, u64
 
 if SIMULATED:

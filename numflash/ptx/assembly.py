@@ -72,7 +72,7 @@ def inline_assembly(
 
 
 def _with_parameters(body: Callable, typer: Callable) -> Callable:
-    """A typing function with the parameter names of `body`, which Numba reads off its signature."""
+    """A typing function with the parameter names of `body`: Numba reads its signature."""
     names = ", ".join(inspect.signature(body).parameters)
     scope = {"typer": typer}
     exec(f"def {body.__name__}(typingctx, {names}):\n    return typer({names})\n", scope)

@@ -4,8 +4,8 @@
 who only announces its data arrives and goes on, who needs the data waits.
 """
 
-from numflash.ptx.instruction import instruction
 from numflash.mode import SIMULATED
+from numflash.ptx.instruction import instruction
 from numflash.ptx.scalars import i32
 
 if SIMULATED:

@@ -16,7 +16,8 @@ simulator the body runs; the template is never read. A parameter's annotation sa
 
 `collective="warp"` marks what the lanes of a warp do together. Its body runs once for the warp:
 scalars arrive as arrays of shape (lanes,), `Regs` as (lanes, n), `Shared` and `Global` as a list
-of each lane's array, and a scalar result goes back as (lanes,). Every instruction is listed in `INSTRUCTIONS`, where tests find it.
+of each lane's array, and a scalar result goes back as (lanes,). Every instruction is
+listed in `INSTRUCTIONS`, where tests find it.
 
 The PTX ISA sections are those of "Parallel Thread Execution ISA", version 9.
 """
@@ -83,7 +84,7 @@ def instruction(template: str, *, sm: int, collective: str | None = None):
     Args:
         template: PTX text; `<name>` stands for the parameter `name`, `<ret>` for the result.
         sm: the lowest compute capability that has it, as in sm_75.
-        collective: None for one thread, "warp" or "warpgroup" for what 32 or 128 threads do together.
+        collective: None for one thread, "warp" or "warpgroup" for what 32 or 128 threads do.
     """
 
     def declare(body: Callable) -> Callable:

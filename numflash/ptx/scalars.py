@@ -1,4 +1,4 @@
-"""The scalar types of kernels: NumPy scalar classes, which Numba and the simulator both understand.
+"""The scalar types of kernels: NumPy scalar classes, known to Numba and the simulator.
 
 `f32(x)` converts, `cuda.local.array(n, f32)` declares, on the GPU and in the simulator alike.
 `Pointer(f32)` annotates a kernel parameter: the address of an array's first element. In a kernel

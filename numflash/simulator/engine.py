@@ -55,7 +55,7 @@ class Meeting:
 
 
 class Thread:
-    """One simulated CUDA thread: its place in the block and the collectives it can take part in."""
+    """One simulated CUDA thread: its place in the block, and how it meets others."""
 
     __slots__ = ("block", "index", "lane", "warp", "threadIdx", "greenlet", "result", "waits_for")
 
@@ -81,7 +81,7 @@ class Thread:
         """`bar.sync barrier, count`, or `bar.arrive` where `wait` is false."""
         if count % WARP_SIZE or not 0 < count <= 1024 or not 0 <= barrier < 16:
             raise SimulationError(
-                f"named barrier {barrier} with {count} threads: the number must be 0 to 15 and the "
+                f"named barrier {barrier} with {count} threads: the number must be 0 to 15, the "
                 "count a multiple of 32"
             )
         name = f"named barrier {barrier}"

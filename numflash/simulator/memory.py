@@ -55,7 +55,7 @@ def is_aligned(array: np.ndarray, index: int, n_bytes: int) -> bool:
 
 
 class SharedMemory:
-    """The shared memory of one block: a dynamic part, and one array for each static declaration."""
+    """The shared memory of one block: a dynamic part, and one array a static declaration."""
 
     def __init__(self, dynamic_bytes: int):
         whole = np.full(dynamic_bytes + _SHARED_ALIGNMENT, POISON, np.uint8)
@@ -64,7 +64,7 @@ class SharedMemory:
         self.static: dict[tuple, np.ndarray] = {}
 
     def array(self, shape, dtype, alignment=None, *, site) -> np.ndarray:
-        """`cuda.shared.array`. `site` identifies the declaration; shape 0 means the dynamic part."""
+        """`cuda.shared.array`. `site` tells declarations apart; shape 0 is the dynamic part."""
         dtype = numpy_dtype(dtype)
         if shape == 0:
             whole_elements = self.dynamic.size // dtype.itemsize * dtype.itemsize
@@ -77,7 +77,7 @@ class SharedMemory:
 
 
 def calling_site(depth: int) -> tuple:
-    """The instruction, not only the line, that calls: two declarations on a line are two arrays."""
+    """The instruction that calls, not only its line: a line can declare two arrays."""
     frame = sys._getframe(depth + 1)
     return frame.f_code, frame.f_lasti
 

@@ -1,8 +1,8 @@
 """Backward for K and V: dV = P^T dO and dK = softmax_scale dS^T Q, with P computed again from lse.
 
-A block owns tile_n rows of K and V and walks over Q and dO in tiles of tile_m, for every query head
-of the group that shares the key-value head. It works on transposed tiles, S^T = K Q^T, so that its
-own rows are rows here too; a mask then is the same band seen from the other side.
+A block owns tile_n rows of K and V and walks over Q and dO in tiles of tile_m, for every query
+head of the group that shares the key-value head. It works on transposed tiles, S^T = K Q^T, so
+that its own rows are rows here too; a mask then is the same band seen from the other side.
 
 Source: FlashAttention, arXiv 2205.14135, Algorithm 4.
 """
@@ -30,8 +30,8 @@ from numflash.tiles.scores import (
     band_block_end,
     band_is_partial,
     first_row_of_thread,
-    make_scale_scores,
     make_mask_scores,
+    make_scale_scores,
 )
 
 

@@ -3,8 +3,8 @@
 A block owns tile_m rows of Q and dO and walks over K and V in tiles of tile_n, exactly as the
 forward does; instead of O it accumulates dQ.
 
-Source: FlashAttention, arXiv 2205.14135, Algorithm 4, with the loop order that gives each block its
-own rows of dQ.
+Source: FlashAttention, arXiv 2205.14135, Algorithm 4, with the loop order that gives each block
+its own rows of dQ.
 """
 
 from numflash.configs import BackwardDqConfig, Traits
@@ -30,8 +30,8 @@ from numflash.tiles.scores import (
     band_block_end,
     band_is_partial,
     first_row_of_thread,
-    make_scale_scores,
     make_mask_scores,
+    make_scale_scores,
 )
 
 

@@ -28,8 +28,8 @@ from numflash.tiles.scores import (
     band_block_end,
     band_is_partial,
     first_row_of_thread,
-    make_scale_scores,
     make_mask_scores,
+    make_scale_scores,
 )
 from numflash.tiles.softmax import make_online_softmax, row_sum_of_lanes
 
