@@ -1,8 +1,8 @@
 """The main job on real input: attention forward and backward on a sentence encoder's activations.
 
 Reads q, k, v of one layer of all-MiniLM-L6-v2 on two English passages (see data/README.md), runs
-numflash on the GPU, or in the simulator where there is none, and compares output and gradients with
-float64. Prints one line a problem and exits non-zero if an error exceeds its budget.
+numflash on the GPU, or in the simulator where there is none, and compares output and gradients
+with float64. Prints one line a problem and exits non-zero if an error exceeds its budget.
 """
 
 import platform
@@ -96,9 +96,9 @@ def main() -> int:
             stored = np.abs(results["out"].astype(np.float64) - data["out"][:entries, :, :heads])
             passed &= bool(stored.max() <= report.errors[0].budget)
     print(
-        "\nError: the largest absolute one of output, log-sum-exp and the three gradients, relative"
+        "\nError: the largest one of output, log-sum-exp and the three gradients, relative to its"
     )
-    print("to its budget: twice what a naive implementation in the same precision makes.")
+    print("budget: twice what a naive implementation in the same precision makes.")
     return 0 if passed else 1
 
 

@@ -6,16 +6,32 @@ allocate and launch.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
-from numflash.arrays import ArrayLibrary, ArrayView, library_of, overlap, stream_address
+from numflash.arrays import (
+    ArrayLibrary,
+    ArrayView,
+    Operand,
+    contiguous_strides,
+    library_of,
+    overlap,
+    stream_address,
+)
 from numflash.compiler import get_cubin
 from numflash.configs import FAMILIES, Traits, default_config, padded_head_dim
 from numflash.launch import Launcher, limits_of_device
 from numflash.mode import SIMULATED
-from numflash.problem import AttentionProblem, Tensor, as_tensor, describe, expect_like
+from numflash.problem import (
+    AttentionProblem,
+    Tensor,
+    as_tensor,
+    describe,
+    expect_contiguous_rows,
+    expect_head_dim,
+    expect_like,
+)
 
-_ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4}
 # Ready launches by problem; emptied when it grows past this, so that varying shapes cannot leak.
 _MAX_READY = 4096
 _ready: dict[tuple, Any] = {}
@@ -86,8 +102,8 @@ def attention(
         "alibi_slopes": alibi_slopes,
         "layout": layout,
     }
-    result, lse, launch, _ = _bind_forward(q, k, v, out, options, stream)
-    launch()
+    result, lse, launch, stream, _ = _bind_forward(q, k, v, out, options, stream)
+    launch(stream)
     return (result, lse) if return_lse else result
 
 
@@ -137,15 +153,14 @@ def attention_backward(
         "alibi_slopes": alibi_slopes,
         "layout": layout,
     }
-    arrays = {"q": q, "k": k, "v": v, "do": dout, "out": out, "lse": lse}
+    arrays = {"q": q, "k": k, "v": v, "dout": dout, "out": out, "lse": lse}
+    backward, operands, stream = _prepare(_Backward, arrays, options, stream)
     library = library_of(q, "q")
-    views = {name: _view(name, array) for name, array in arrays.items()}
-    if alibi_slopes is not None:
-        views["alibi_slopes"] = _view("alibi_slopes", alibi_slopes, contiguous=False)
-    key = _key("backward", views, options)
-    backward = _find_ready(key) or _remember(key, _Backward(views, options))
-    stream = library.stream(views["q"].device) if stream is None else stream_address(stream)
-    gradients = backward(views, library, stream)
+    if stream is None:
+        gradients = backward(operands, library, library.stream(backward.device))
+    else:
+        with library.ordered_on(stream, backward.device):
+            gradients = backward(operands, library, stream)
     return tuple(library.hand_back(g, q) for g in gradients)
 
 
@@ -161,9 +176,10 @@ class Plan:
         kernel: which kernel runs: family, config and what it was compiled for.
     """
 
-    def __init__(self, out, lse, launch: Callable, kernel: str):
+    def __init__(self, out, lse, launch: Callable[[int], None], stream: int, kernel: str):
         """Made by `numflash.plan`."""
-        self.out, self.lse, self.kernel, self._launch = out, lse, kernel, launch
+        self.out, self.lse, self.kernel = out, lse, kernel
+        self._launch, self._stream = launch, stream
 
     def launch(self, stream=None):
         """Enqueue the kernel and return `out`.
@@ -171,7 +187,7 @@ class Plan:
         Args:
             stream: a CUDA stream or its address; None is the one current when the plan was made.
         """
-        self._launch(stream)
+        self._launch(self._stream if stream is None else stream_address(stream))
         return self.out
 
 
@@ -197,11 +213,13 @@ def plan(q, k, v, *, out=None, stream=None, **options) -> Plan:
     }
     unknown = set(options) - set(defaults)
     if unknown:
-        raise TypeError(f"plan got unknown options: {', '.join(sorted(unknown))}")
+        raise TypeError(
+            f"plan got unknown options: {', '.join(sorted(unknown))}; it takes out, stream, "
+            f"{', '.join(defaults)}"
+        )
     for name, array in (("q", q), ("k", k), ("v", v)):
-        view = library_of(array, name).view(array)
-        if view.strides and view.strides[-1] != 1 and view.shape[-1] != 1:
-            raise ValueError(f"{name} of a plan must have a contiguous last axis")
+        view = library_of(array, name).view(array, name)
+        expect_contiguous_rows(f"{name} of a plan", view)
     return Plan(*_bind_forward(q, k, v, out, {**defaults, **options}, stream))
 
 
@@ -225,10 +243,13 @@ def warmup(
         device: ordinal of the CUDA device.
 
     Raises:
-        ValueError: a dtype or head_dim that does not exist.
-        UnsupportedError: no GPU, or no compiler.
+        TypeError: a head_dim that is not an integer.
+        ValueError: a dtype that does not exist, or a head_dim below 1.
+        UnsupportedError: a head_dim above 256, no GPU, or no compiler.
     """
     head_dim_v = head_dim if head_dim_v is None else head_dim_v
+    for name, value in (("head_dim", head_dim), ("head_dim_v", head_dim_v)):
+        expect_head_dim(name, value)
     vector = 4 if dtype == "float32" else 8
     traits = Traits(
         dtype,
@@ -245,70 +266,59 @@ def warmup(
         get_cubin(default_config(family, traits, limits.max_smem_per_block), traits, limits)
 
 
-def _bind_forward(q, k, v, out, options: dict, stream) -> tuple[Any, Any, Callable, str]:
-    """Check a forward call; its result, its lse, what launches it, and the kernel's name."""
+def _bind_forward(q, k, v, out, options: dict, stream):
+    """Check a forward call; what `Plan` takes: result, lse, launch, stream, kernel."""
+    arrays = {"q": q, "k": k, "v": v}
+    if out is not None:
+        arrays["out"] = out
+    forward, operands, stream = _prepare(_Forward, arrays, options, stream)
     library = library_of(q, "q")
-    views = {name: _view(name, array) for name, array in (("q", q), ("k", k), ("v", v))}
-    if options["alibi_slopes"] is not None:
-        views["alibi_slopes"] = _view("alibi_slopes", options["alibi_slopes"], contiguous=False)
-    if out is not None:
-        views["out"] = _view("out", out, copy=False)
-    key = _key("forward", views, options)
-    forward = _find_ready(key) or _remember(key, _Forward(views, options))
-    if out is not None:
-        _refuse_overlap(views)
-    stream = library.stream(views["q"].device) if stream is None else stream_address(stream)
-    result, lse, launch = forward.bind(views, library, stream)
-    if out is not None:
-        result = out
+    if stream is None:
+        stream = library.stream(forward.device)
+        result, lse, launch = forward.bind(operands, library)
     else:
-        result = library.hand_back(result, q)
-    return result, library.hand_back(lse, q), launch, forward.kernel
+        with library.ordered_on(stream, forward.device):
+            result, lse, launch = forward.bind(operands, library)
+    result = library.hand_back(result, q) if out is None else out
+    return result, library.hand_back(lse, q), launch, stream, forward.kernel
 
 
-def _view(name: str, array, contiguous: bool = True, copy: bool = True) -> ArrayView:
-    """The view of an argument, of a copy where its last axis is not contiguous."""
-    library = library_of(array, name)
+def _prepare(kind: type, arrays: dict[str, Any], options: dict, stream):
+    """Check a call.
+
+    Returns:
+        The `kind`, _Forward or _Backward, for this call: found, or made now; the call's arrays as
+        operands; the address of `stream`, or None.
+    """
+    if options["alibi_slopes"] is not None:
+        arrays["alibi_slopes"] = options["alibi_slopes"]
+    key, operands = [kind], {}
+    for name, array in arrays.items():
+        operands[name], identity = library_of(array, name).glance(array)
+        key += name, identity
+    if stream is not None:
+        stream = stream_address(stream)
     try:
-        view = library.view(array)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{name}: {error}") from error
-    if contiguous and view.strides and view.strides[-1] != 1 and view.shape[-1] > 1:
-        if not copy:
-            raise ValueError(
-                f"{name} must have a contiguous last axis, got stride {view.strides[-1]}"
-            )
-        view = library.view(library.with_contiguous_rows(array))
-    return view
-
-
-def _key(kind: str, views: dict[str, ArrayView], options: dict) -> tuple:
-    window = options["window_size"]
-    return (
-        kind,
-        *[(name, view.key()) for name, view in views.items()],
-        options["softmax_scale"],
-        options["causal"],
-        options["causal_align"],
-        tuple(window) if isinstance(window, list) else window,
-        options["softcap"],
-        options["layout"],
-    )
-
-
-def _find_ready(key: tuple):
-    try:
-        return _ready.get(key)
+        key = (*key, *_option_key(**options))
+        ready = _ready.get(key)
     except TypeError:
-        # An unhashable option: checking it properly gives the better message.
-        return None
+        ready = None  # an option cannot even be hashed: `kind` finds what is wrong with it
+    if ready is None:
+        views = {name: library_of(x, name).view(x, name) for name, x in arrays.items()}
+        ready = kind(views, options)
+        if len(_ready) >= _MAX_READY:
+            _ready.clear()
+        _ready[key] = ready
+    return ready, operands, stream
 
 
-def _remember(key: tuple, ready):
-    if len(_ready) >= _MAX_READY:
-        _ready.clear()
-    _ready[key] = ready
-    return ready
+def _option_key(
+    softmax_scale, causal, causal_align, window_size, softcap, alibi_slopes, layout
+) -> tuple:
+    """A key of the options; the slopes' is that of an array."""
+    values = softmax_scale, causal, softcap, *window_size
+    # With their types: what an equal 1 made ready must not let a wrong True pass.
+    return *values, *map(type, values), type(window_size), causal_align, layout
 
 
 def _describe(views: dict[str, ArrayView], options: dict) -> tuple[AttentionProblem, dict]:
@@ -320,59 +330,75 @@ class _Forward:
     """A forward problem with its kernel bound to everything but addresses."""
 
     def __init__(self, views: dict[str, ArrayView], options: dict):
-        problem, tensors = _describe(views, options)
-        q = views["q"]
+        rows, self.copied = _with_contiguous_rows(views, ("q", "k", "v"))
+        problem, tensors = _describe(rows, options)
+        q = rows["q"]
+        self.views, self.dtype, self.device = views, problem.dtype, q.device
         self.out_shape = (*q.shape[:-1], problem.head_dim_v)
         self.lse_shape = _lse_shape(problem, q)
-        self.dtype = problem.dtype
-        if "out" in views:
+        self.is_given_out = "out" in views
+        if self.is_given_out:
             expect_like("out", views["out"], self.out_shape, q.dtype, q.device)
-            out = views["out"]
-        else:
-            out = _fresh(self.out_shape, q)
+            expect_contiguous_rows("out", views["out"])
+            self.spans = {name: view.span() for name, view in views.items()}
+            self._refuse_overlap({name: view.pointer for name, view in views.items()})
+        out = views.get("out") or _fresh(self.out_shape, q)
         tensors["out"] = as_tensor("out", out, options["layout"])
         self.launcher, self.kernel = None, "none: the result is empty"
         if problem.batch * problem.seqlen_q:
             self.launcher = _launcher("forward", problem, tensors, q.device)
             self.kernel = str(self.launcher)
 
-    def bind(self, views, library: ArrayLibrary, stream: int):
-        """Allocate, and return (out, lse, launch)."""
-        q = views["q"]
-        given = views.get("out")
-        out = given.array if given is not None else library.empty(self.out_shape, self.dtype, q)
-        lse = library.empty(self.lse_shape, "float32", q)
+    def bind(self, operands: dict[str, Operand], library: ArrayLibrary):
+        """Allocate; (out, lse, function of the stream that launches)."""
+        if self.is_given_out:
+            self._refuse_overlap({name: o.pointer for name, o in operands.items()})
+            out = operands["out"].array
+        else:
+            out = library.empty(self.out_shape, self.dtype, self.device)
+            operands["out"] = library.operand(out)
+        lse = library.empty(self.lse_shape, "float32", self.device)
         if self.launcher is None:
-            return out, lse, lambda other=None: None
-        arrays = {
-            "q": q,
-            "k": views["k"],
-            "v": views["v"],
-            "out": given or library.view(out),
-            "lse": library.view(lse),
-            "alibi_slopes": views.get("alibi_slopes"),
-        }
-        return out, lse, self.launcher.bind(arrays, stream)
+            return out, lse, lambda stream: None
+        operands["lse"] = library.operand(lse)
+        operands.setdefault("alibi_slopes", None)
+        _copy_rows(self.copied, operands)
+        return out, lse, self.launcher.bind(operands)
+
+    def _refuse_overlap(self, pointers: dict[str, int]) -> None:
+        """Raise ValueError if `out` shares memory with an input, all at these addresses."""
+        first, end = (pointers["out"] + offset for offset in self.spans["out"])
+        for name, (low, high) in self.spans.items():
+            # Most arrays lie apart, which is quick to see; those that interleave need a proof.
+            apart = pointers[name] + high <= first or end <= pointers[name] + low
+            if name != "out" and not apart:
+                out = replace(self.views["out"], pointer=pointers["out"])
+                if overlap(out, replace(self.views[name], pointer=pointers[name])):
+                    raise ValueError(f"out must not overlap {name}, but they share memory")
 
 
 class _Backward:
     """A backward problem with its three kernels bound to everything but addresses."""
 
     def __init__(self, views: dict[str, ArrayView], options: dict):
-        problem, tensors = _describe(views, options)
-        q, layout = views["q"], options["layout"]
+        rows, self.copied = _with_contiguous_rows(views, ("q", "k", "v", "dout", "out"))
+        problem, tensors = _describe(rows, options)
+        q, layout = rows["q"], options["layout"]
         out_shape = (*q.shape[:-1], problem.head_dim_v)
-        expect_like("dout", views["do"], out_shape, q.dtype, q.device)
-        expect_like("out", views["out"], out_shape, q.dtype, q.device)
-        expect_like("lse", views["lse"], _lse_shape(problem, q), "float32", q.device)
-        lse = views["lse"]
-        if lse.strides != _contiguous_strides(lse.shape):
-            raise ValueError(f"lse must be contiguous, got strides {lse.strides} for {lse.shape}")
-        for name in ("do", "out"):
-            tensors[name] = as_tensor(name, views[name], layout)
+        expect_like("dout", rows["dout"], out_shape, q.dtype, q.device)
+        expect_like("out", rows["out"], out_shape, q.dtype, q.device)
+        expect_like("lse", rows["lse"], _lse_shape(problem, q), "float32", q.device)
+        if not rows["lse"].is_contiguous:
+            raise ValueError(
+                f"lse must be contiguous, as `attention` returns it, got strides "
+                f"{rows['lse'].strides} for shape {rows['lse'].shape}"
+            )
+        tensors["do"] = as_tensor("dout", rows["dout"], layout)
+        tensors["out"] = as_tensor("out", rows["out"], layout)
         for name in ("q", "k", "v"):
-            tensors["d" + name] = as_tensor("d" + name, _fresh(views[name].shape, q), layout)
-        self.dtype = problem.dtype
+            tensors["d" + name] = as_tensor("d" + name, _fresh(rows[name].shape, q), layout)
+        self.shapes = {"d" + name: rows[name].shape for name in ("q", "k", "v")}
+        self.dtype, self.device = problem.dtype, q.device
         self.delta_size = (problem.batch * problem.num_heads_q * problem.seqlen_q,)
         self.launchers = []
         if problem.batch and problem.seqlen_q:
@@ -382,17 +408,19 @@ class _Backward:
         if problem.batch and problem.seqlen_q:
             self.launchers.append(_launcher("backward-dq", problem, tensors, q.device))
 
-    def __call__(self, views, library: ArrayLibrary, stream: int):
+    def __call__(self, operands: dict[str, Operand], library: ArrayLibrary, stream: int):
         """Allocate and launch; the three gradients."""
-        q = views["q"]
-        gradients = [library.empty(views[name].shape, self.dtype, q) for name in "qkv"]
-        delta = library.empty(self.delta_size, "float32", q)
-        arrays = {**views, "delta": library.view(delta)}
-        arrays.setdefault("alibi_slopes", None)
-        for name, gradient in zip(("dq", "dk", "dv"), gradients, strict=True):
-            arrays[name] = library.view(gradient)
+        _copy_rows(self.copied, operands)
+        operands["do"] = operands["dout"]
+        operands.setdefault("alibi_slopes", None)
+        delta = library.empty(self.delta_size, "float32", self.device)
+        operands["delta"] = library.operand(delta)
+        gradients = []
+        for name, shape in self.shapes.items():
+            gradients.append(library.empty(shape, self.dtype, self.device))
+            operands[name] = library.operand(gradients[-1])
         for launcher in self.launchers:
-            launcher(arrays, stream)
+            launcher.bind(operands)(stream)
         return gradients
 
 
@@ -418,22 +446,21 @@ def _lse_shape(problem: AttentionProblem, q: ArrayView) -> tuple[int, ...]:
 
 def _fresh(shape: tuple[int, ...], like: ArrayView) -> ArrayView:
     """The view of a contiguous array still to be allocated; allocators align to 16 bytes."""
-    return ArrayView(0, shape, _contiguous_strides(shape), like.dtype, like.device, None)
+    return ArrayView(0, shape, contiguous_strides(shape), like.dtype, like.device)
 
 
-def _contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    strides, step = [], 1
-    for extent in reversed(shape):
-        strides.append(step)
-        step *= max(extent, 1)
-    return tuple(reversed(strides))
+def _with_contiguous_rows(views: dict[str, ArrayView], names: tuple[str, ...]):
+    """The views, with those of the copies of `names` that must be copied; and their names."""
+    copied = [name for name in names if not views[name].has_contiguous_rows]
+    return views | {name: _fresh(views[name].shape, views[name]) for name in copied}, copied
 
 
-def _refuse_overlap(views: dict[str, ArrayView]) -> None:
-    out = views["out"]
-    for name, view in views.items():
-        if name != "out" and overlap(out, view, _ITEMSIZE[out.dtype], _ITEMSIZE[view.dtype]):
-            raise ValueError(f"out must not overlap {name}: they share memory")
+def _copy_rows(names: list[str], operands: dict[str, Operand]) -> None:
+    """Replace these operands by copies whose last axis is contiguous."""
+    for name in names:
+        array = operands[name].array
+        library = library_of(array, name)
+        operands[name] = library.operand(library.with_contiguous_rows(array))
 
 
 __all__ = ["Plan", "attention", "attention_backward", "plan", "warmup"]

@@ -9,6 +9,7 @@ Nothing here imports a library that the caller has not: an array's type says whi
 
 import sys
 from collections.abc import Hashable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from types import SimpleNamespace
@@ -51,6 +52,11 @@ class ArrayView:
     device: int
 
     @property
+    def itemsize(self) -> int:
+        """Bytes of an element."""
+        return numpy_dtype(self.dtype).itemsize
+
+    @property
     def has_contiguous_rows(self) -> bool:
         """Whether the elements of the last axis are neighbours."""
         return not self.shape or self.shape[-1] <= 1 or self.strides[-1] == 1
@@ -62,13 +68,13 @@ class ArrayView:
         axes = zip(self.shape, self.strides, wanted, strict=True)
         return 0 in self.shape or all(n == 1 or step == want for n, step, want in axes)
 
-    def span(self, itemsize: int) -> tuple[int, int]:
-        """The bytes it touches, from and to, counted from its pointer."""
+    def span(self) -> tuple[int, int]:
+        """The bytes between which its elements lie, from and to, counted from the pointer."""
         if 0 in self.shape:
             return 0, 0
-        axes = zip(self.shape, self.strides, strict=True)
-        reach = [(n - 1) * step * itemsize for n, step in axes]
-        return sum(r for r in reach if r < 0), sum(r for r in reach if r > 0) + itemsize
+        steps = [(n - 1) * step for n, step in zip(self.shape, self.strides, strict=True)]
+        low, high = sum(s for s in steps if s < 0), 1 + sum(s for s in steps if s > 0)
+        return low * self.itemsize, high * self.itemsize
 
 
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -105,6 +111,13 @@ class ArrayLibrary(Protocol):
     def stream(self, device: int) -> int:
         """The library's current stream on a device, as an address."""
 
+    def ordered_on(self, stream: int, device: int) -> AbstractContextManager:
+        """Inside, the library allocates and copies on this stream.
+
+        Memory that is freed while a kernel on another stream still uses it would be handed out
+        again too early.
+        """
+
     def hand_back(self, array, like):
         """A result made by `empty`, as the same kind of object as `like`."""
 
@@ -140,6 +153,9 @@ class _NumPy:
 
     def stream(self, device):
         return 0
+
+    def ordered_on(self, stream, device):
+        return nullcontext()
 
     def hand_back(self, array, like):
         return array
@@ -179,6 +195,9 @@ class _CuPy:
     def stream(self, device):
         return self.cupy.cuda.get_current_stream(device).ptr
 
+    def ordered_on(self, stream, device):
+        return self.cupy.cuda.ExternalStream(stream, device)
+
     def hand_back(self, array, like):
         return array
 
@@ -213,6 +232,10 @@ class _Torch:
 
     def stream(self, device):
         return self.torch.cuda.current_stream(device).cuda_stream
+
+    def ordered_on(self, stream, device):
+        cuda = self.torch.cuda
+        return cuda.stream(cuda.ExternalStream(stream, device=device))
 
     def hand_back(self, array, like):
         return array
@@ -335,18 +358,18 @@ def stream_address(stream) -> int:
     )
 
 
-def overlap(a: ArrayView, b: ArrayView, itemsize_a: int, itemsize_b: int) -> bool:
+def overlap(a: ArrayView, b: ArrayView) -> bool:
     """Whether two arrays share an element's memory. Exact; reads metadata only."""
-    return np.shares_memory(_ghost(a, itemsize_a), _ghost(b, itemsize_b))
+    return np.shares_memory(_ghost(a), _ghost(b))
 
 
-def _ghost(view: ArrayView, itemsize: int) -> np.ndarray:
+def _ghost(view: ArrayView) -> np.ndarray:
     """A NumPy array with the view's address and strides, never to be read."""
     interface = {
         "shape": view.shape,
-        "typestr": f"|V{itemsize}",
+        "typestr": f"|V{view.itemsize}",
         "data": (view.pointer, True),
-        "strides": tuple(stride * itemsize for stride in view.strides),
+        "strides": tuple(stride * view.itemsize for stride in view.strides),
         "version": 3,
     }
     return np.asarray(SimpleNamespace(__array_interface__=interface))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from numflash import api, reference
-from numflash.arrays import library_of
+from numflash.arrays import library_of, stream_address
 
 _EPSILON = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24}
 
@@ -74,6 +74,13 @@ def check(q, k, v, *, dout=None, **options) -> CheckReport:
 
     The comparison runs in NumPy on the host and holds the whole score matrix.
     """
+    stream = options.pop("stream", None)
+    if stream is not None:
+        # Results are copied to the host on the current stream, which this one becomes.
+        library = library_of(q, "q")
+        device = library.view(q, "q").device
+        with library.ordered_on(stream_address(stream), device):
+            return check(q, k, v, dout=dout, **options)
     options.pop("return_lse", None)
     out, lse = api.attention(q, k, v, return_lse=True, **options)
     got = {"out": out, "lse": lse}
@@ -83,10 +90,10 @@ def check(q, k, v, *, dout=None, **options) -> CheckReport:
         got |= zip(("dq", "dk", "dv"), gradients, strict=True)
 
     host = {name: to_numpy(array) for name, array in (("q", q), ("k", k), ("v", v))}
-    host_options = {n: o for n, o in options.items() if n not in ("out", "stream")}
+    host_options = {n: o for n, o in options.items() if n != "out"}
     if host_options.get("alibi_slopes") is not None:
         host_options["alibi_slopes"] = to_numpy(host_options["alibi_slopes"])
-    precision = library_of(q, "q").view(q).dtype
+    precision = library_of(q, "q").view(q, "q").dtype
     return compare(
         {name: to_numpy(array) for name, array in got.items()},
         *host.values(),

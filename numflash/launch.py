@@ -13,7 +13,7 @@ from functools import cache
 
 import numpy as np
 
-from numflash.arrays import ArrayView, stream_address
+from numflash.arrays import Operand
 from numflash.compiler import Cubin, get_cubin
 from numflash.configs import Config, Traits
 from numflash.devices import ARCHITECTURES, Architecture, architecture_of
@@ -82,14 +82,12 @@ class Launcher:
     def __str__(self) -> str:
         return self._name
 
-    def __call__(self, arrays: dict[str, ArrayView | None], stream: int) -> None:
-        """Launch. `arrays` holds every pointer parameter by name; None where it is not read."""
-        self._launch.bind(arrays)(stream)
+    def bind(self, operands: dict[str, Operand | None]) -> Callable[[int], None]:
+        """A function of the stream's address that launches on these arrays and keeps them alive.
 
-    def bind(self, arrays: dict[str, ArrayView | None], stream: int) -> Callable:
-        """A function that launches on these arrays, on `stream` unless it is given another."""
-        launch = self._launch.bind(arrays)
-        return lambda other=None: launch(stream if other is None else stream_address(other))
+        `operands` holds every pointer parameter by name; None where it is not read.
+        """
+        return self._launch.bind(operands)
 
 
 class DriverLaunch:
@@ -113,22 +111,21 @@ class DriverLaunch:
         # Packing and launching must not interleave with another thread's.
         self.lock = threading.Lock()
 
-    def bind(self, arrays):
-        """A function of the stream that launches on these arrays, which it keeps alive."""
-        bound = [arrays[name] for name in self.pointer_names]
-        pointers = [0 if array is None else array.pointer for array in bound]
+    def bind(self, operands):
+        """See `Launcher.bind`."""
+        bound = [operands[name] for name in self.pointer_names]
+        pointers = [0 if operand is None else operand.pointer for operand in bound]
 
         def launch(stream: int, _keep_alive=bound) -> None:
             driver = self.driver
             status, current = driver.cuCtxGetDevice()
-            if status or int(current) != self.device:
-                _checked(driver.cuCtxPushCurrent(_primary_context(self.device)))
-                try:
-                    self._launch(pointers, stream)
-                finally:
-                    _checked(driver.cuCtxPopCurrent())
-            else:
+            if not status and int(current) == self.device:
+                return self._launch(pointers, stream)
+            _checked(driver.cuCtxPushCurrent(_primary_context(self.device)))
+            try:
                 self._launch(pointers, stream)
+            finally:
+                _checked(driver.cuCtxPopCurrent())
 
         return launch
 
@@ -154,16 +151,16 @@ class SimulatedLaunch:
     def __init__(self, kernel, num_blocks: int, scalars: dict):
         self.kernel, self.num_blocks, self.scalars = kernel, num_blocks, scalars
 
-    def bind(self, arrays):
-        """A function of the stream, which means nothing here, that runs on these arrays."""
+    def bind(self, operands):
+        """See `Launcher.bind`; streams mean nothing here."""
         from numflash.ptx import Pointer
         from numflash.simulator import GlobalPointer, launch
 
         def argument(name, annotation):
             if not isinstance(annotation, Pointer):
                 return annotation(self.scalars[name])
-            view = arrays[name]
-            array = np.empty(0, annotation.element) if view is None else view.array
+            operand = operands[name]
+            array = np.empty(0, annotation.element) if operand is None else operand.array
             return GlobalPointer(array, np.dtype(annotation.element), name)
 
         kernel = self.kernel

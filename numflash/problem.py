@@ -4,7 +4,6 @@ The only place that interprets the user's arrays and options. What passes here c
 message names the argument, what it was, and the rule.
 """
 
-import math
 from dataclasses import dataclass
 from numbers import Integral, Real
 
@@ -17,6 +16,7 @@ ALIGNMENTS = ("bottom_right", "top_left")
 # Token indices, and their differences, are 32-bit in kernels.
 _MAX_SEQLEN = 2**30
 _MAX_BLOCKS = 2**31 - 1
+_MAX_FLOAT32 = (2 - 2**-23) * 2.0**127
 
 
 @dataclass(frozen=True)
@@ -141,10 +141,9 @@ def describe(
     Raises:
         TypeError, ValueError, UnsupportedError: as `numflash.attention` documents.
     """
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
+    _one_of("layout", layout, LAYOUTS)
     if q.dtype not in DTYPES:
-        raise TypeError(f"q must be {', '.join(DTYPES)}, got {q.dtype}")
+        raise TypeError(f"q must have one of the dtypes {', '.join(DTYPES)}, got {q.dtype}")
     tensors = {}
     for name, view in (("q", q), ("k", k), ("v", v)):
         if view.dtype != q.dtype:
@@ -167,14 +166,11 @@ def describe(
     _expect("v", "seqlen", tensors["v"].shape[1], "k", seqlen_k)
     _expect("v", "heads", tensors["v"].shape[2], "k", num_heads_kv)
     for name, value in (("head_dim of q and k", head_dim), ("head_dim of v", head_dim_v)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-        if value > MAX_HEAD_DIM:
-            raise UnsupportedError(f"{name} must be at most {MAX_HEAD_DIM}, got {value}")
+        expect_head_dim(name, value)
     if num_heads_kv == 0 or num_heads_q == 0 or num_heads_q % num_heads_kv:
         raise ValueError(
-            f"heads of q must be a multiple of the heads of k and v, got {num_heads_q} and "
-            f"{num_heads_kv}"
+            "heads of q must be a positive multiple of the heads of k and v, got "
+            f"{num_heads_q} and {num_heads_kv}"
         )
     for name, value in (("seqlen of q", seqlen_q), ("seqlen of k", seqlen_k)):
         if value >= _MAX_SEQLEN:
@@ -183,11 +179,17 @@ def describe(
     scale = head_dim**-0.5 if softmax_scale is None else _real("softmax_scale", softmax_scale)
     cap = _real("softcap", softcap)
     if cap < 0:
-        raise ValueError(f"softcap must be 0 (none) or positive, got {softcap}")
-    shift = seqlen_k - seqlen_q if _alignment(causal_align) == "bottom_right" else 0
+        raise ValueError(f"softcap must be positive, or 0 for none, got {softcap}")
+    if cap and abs(scale) / cap > _MAX_FLOAT32:
+        raise ValueError(
+            f"softcap must not be so small that softmax_scale / softcap overflows float32, got "
+            f"{softcap} with softmax_scale {scale}"
+        )
+    _one_of("causal_align", causal_align, ALIGNMENTS)
+    shift = seqlen_k - seqlen_q if causal_align == "bottom_right" else 0
     left, right = _window(window_size)
     if not isinstance(causal, bool):
-        raise TypeError(f"causal must be True or False, got {type(causal).__name__}")
+        raise TypeError(f"causal must be True or False, got {causal!r} ({_kind(causal)})")
     if causal:
         right = 0
     problem = AttentionProblem(
@@ -233,6 +235,22 @@ def as_tensor(name: str, view: ArrayView, layout: str) -> Tensor:
     return Tensor(name, view, shape, strides)
 
 
+def expect_head_dim(name: str, value: int) -> None:
+    """Check a head_dim.
+
+    Raises:
+        TypeError: not an integer.
+        ValueError: below 1.
+        UnsupportedError: above what kernels are made for.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an integer, got {value!r} ({_kind(value)})")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+    if value > MAX_HEAD_DIM:
+        raise UnsupportedError(f"{name} must be at most {MAX_HEAD_DIM}, got {value}")
+
+
 def expect_like(name: str, view: ArrayView, shape: tuple, dtype: str, device: int) -> None:
     """Check an argument whose shape, dtype and device are given by the others.
 
@@ -248,40 +266,53 @@ def expect_like(name: str, view: ArrayView, shape: tuple, dtype: str, device: in
         raise ValueError(f"{name} must lie on the device of q, {device}, got device {view.device}")
 
 
+def expect_contiguous_rows(name: str, view: ArrayView) -> None:
+    """Check an argument that cannot be copied. Raises ValueError."""
+    if not view.has_contiguous_rows:
+        raise ValueError(
+            f"{name} must have a contiguous last axis, stride 1, got stride {view.strides[-1]}"
+        )
+
+
 def _expect(name: str, axis: str, value: int, other: str, wanted: int) -> None:
     if value != wanted:
         raise ValueError(f"{name} must have the {axis} of {other}, {wanted}, got {value}")
 
 
+def _kind(value) -> str:
+    return type(value).__name__
+
+
 def _real(name: str, value) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a real number, got {type(value).__name__}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, got {value}")
+        raise TypeError(f"{name} must be a real number, got {value!r} ({_kind(value)})")
+    # Kernels take it as float32. Comparing first also spares integers that no float can hold.
+    if not -_MAX_FLOAT32 <= value <= _MAX_FLOAT32:
+        raise ValueError(f"{name} must be finite in float32, got {value}")
     return float(value)
 
 
-def _alignment(causal_align: str) -> str:
-    if causal_align not in ALIGNMENTS:
-        raise ValueError(
-            f"causal_align must be one of {', '.join(ALIGNMENTS)}, got {causal_align!r}"
-        )
-    return causal_align
+def _one_of(name: str, value, choices: tuple[str, ...]) -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a string, got {value!r} ({_kind(value)})")
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
 def _window(window_size) -> tuple[int | None, int | None]:
     """(left, right), None for unlimited."""
-    if not isinstance(window_size, tuple | list) or len(window_size) != 2:
-        raise TypeError(f"window_size must be a pair (left, right), got {window_size!r}")
+    rule = "window_size must be a pair (left, right) of numbers of tokens, -1 or None for all"
+    if not isinstance(window_size, tuple | list):
+        raise TypeError(f"{rule}, got {window_size!r} ({_kind(window_size)})")
+    if len(window_size) != 2:
+        raise ValueError(f"{rule}, got {window_size!r}")
     for side in window_size:
         if side is None:
             continue
         if isinstance(side, bool) or not isinstance(side, Integral):
-            raise TypeError(f"window_size must hold integers or None, got {window_size!r}")
+            raise TypeError(f"{rule}, got {window_size!r}")
         if side < -1:
-            raise ValueError(
-                f"window_size must hold numbers of tokens, -1 or None for all, got {window_size!r}"
-            )
+            raise ValueError(f"{rule}, got {window_size!r}")
     return tuple(None if side is None or side == -1 else int(side) for side in window_size)
 
 

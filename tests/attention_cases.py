@@ -1,4 +1,4 @@
-"""The attention problems that every kernel must solve: small for the simulator, full size for a GPU.
+"""The attention problems that every kernel must solve: small for the simulator, large for a GPU.
 
 One table for both. A case names its sizes, its options and what is special about its inputs.
 """

@@ -1,4 +1,8 @@
-"""Arithmetic and conversions of single values."""
+"""Arithmetic and conversions of single values.
+
+What an instruction makes of a NaN is always the same NaN: 0x7fffffff, as float16 0x7fff. Moves
+keep every bit.
+"""
 
 import numpy as np
 
@@ -9,26 +13,36 @@ from numflash.ptx.scalars import f32, u16, u32
 @instruction("ex2.approx.ftz.f32 <ret>, <x>;", sm=75)
 def ex2_approx_ftz_f32(x: f32) -> f32:
     """2 ** x, to 2 ulp; 0 for -inf and for results below the normal range. PTX ISA 9.7.3.22."""
-    y = np.exp2(f32(x))
-    return f32(0) if y < _SMALLEST_NORMAL else y
+    y = f32(np.exp2(np.float64(x)))
+    if y < _SMALLEST_NORMAL:
+        return f32(0)
+    return y if y == y else _NAN
 
 
 @instruction("max.f32 <ret>, <a>, <b>;", sm=75)
 def max_f32(a: f32, b: f32) -> f32:
-    """The larger of a and b; the other one where one is NaN. PTX ISA 9.7.3.12."""
-    return a if a > b or b != b else b
+    """The larger of a and b, +0 above -0; the other one where one is NaN. PTX ISA 9.7.3.12."""
+    if a > b:
+        return a
+    if b > a:
+        return b
+    if a == b:
+        return a if a else a + b
+    return a if a == a else b if b == b else _NAN
 
 
 @instruction("cvt.f32.f16 <ret>, <bits>;", sm=75)
 def cvt_f32_f16(bits: u16) -> f32:
     """The float32 that equals a float16, given by its bits. PTX ISA 9.7.9.22."""
-    return f32(u16(bits).view(np.float16))
+    x = f32(u16(bits).view(np.float16))
+    return x if x == x else _NAN
 
 
 @instruction("cvt.rn.f16.f32 <ret>, <x>;", sm=75)
 def cvt_rn_f16_f32(x: f32) -> u16:
     """The bits of the float16 nearest to x, ties to even. PTX ISA 9.7.9.22."""
-    return np.float16(x).view(u16)
+    x = f32(x)
+    return np.float16(x).view(u16) if x == x else u16(0x7FFF)
 
 
 @instruction("mov.b32 <ret>, <x>;", sm=75)
@@ -44,3 +58,4 @@ def bits_as_float(bits: u32) -> f32:
 
 
 _SMALLEST_NORMAL = np.finfo(np.float32).tiny
+_NAN = u32(0x7FFFFFFF).view(f32)

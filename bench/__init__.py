@@ -1,0 +1,1 @@
+"""Measurements on a real GPU: `python -m bench verify`."""

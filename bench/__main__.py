@@ -1,0 +1,19 @@
+"""`python -m bench COMMAND`: what to do with the rare hour on a GPU machine."""
+
+import argparse
+import sys
+
+from bench import verify
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    verify.add_command(commands)
+    arguments = parser.parse_args(argv)
+    return arguments.run(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

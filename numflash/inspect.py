@@ -1,0 +1,251 @@
+"""`numflash-inspect`: what a kernel is on a GPU, without having that GPU.
+
+Registers, spills, shared memory, how many blocks fit on an SM and what allows no more, which
+instructions the kernel consists of, and what the compiler complained about.
+"""
+
+import argparse
+import json
+import logging
+import sys
+from dataclasses import asdict, dataclass
+
+from numflash.compiler import compile_ptx, get_cubin
+from numflash.configs import (
+    DTYPES,
+    FAMILIES,
+    MAX_HEAD_DIM,
+    Config,
+    Traits,
+    default_config,
+    padded_head_dim,
+)
+from numflash.devices import ARCHITECTURES, KB, Architecture, architecture, blocks_per_sm
+from numflash.errors import UnsupportedError
+from numflash.mode import SIMULATED
+from numflash.sass import count_instructions, disassemble
+
+_log = logging.getLogger("numflash")
+_NO_SIMULATOR = (
+    "kernels cannot be compiled while NUMBA_ENABLE_CUDASIM is set, because it replaces Numba's "
+    "compiler by its simulator; unset it"
+)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a kernel is on one architecture.
+
+    Attributes:
+        kernel: family, as in `configs.FAMILIES`.
+        arch: as in "sm_90a".
+        config, traits: string forms.
+        registers, spill_store_bytes, spill_load_bytes, stack_bytes: per thread.
+        smem_bytes, threads: per block.
+        blocks_per_sm: blocks that fit on an SM at once; 0 if the kernel cannot run.
+        limited_by: "threads", "blocks", "registers" or "shared memory".
+        instructions: see `sass.count_instructions`; empty where there is no disassembler.
+        warnings: lines of the compiler's log.
+        compile_ms: when it was compiled, from Python source to machine code.
+    """
+
+    kernel: str
+    arch: str
+    config: str
+    traits: str
+    registers: int
+    spill_store_bytes: int
+    spill_load_bytes: int
+    stack_bytes: int
+    smem_bytes: int
+    threads: int
+    blocks_per_sm: int
+    limited_by: str
+    instructions: dict[str, int]
+    warnings: tuple[str, ...]
+    compile_ms: float
+
+    @property
+    def faults(self) -> tuple[str, ...]:
+        """What no shipped kernel may have: spills, local memory, float64, warnings, no room."""
+        counts = {name: self.instructions.get(name, 0) for name in ("LDL", "STL", "F64")}
+        found = {
+            "spill stores": self.spill_store_bytes,
+            "spill loads": self.spill_load_bytes,
+            "stack": self.stack_bytes,
+            "loads from local memory": counts["LDL"],
+            "stores to local memory": counts["STL"],
+            "float64 instructions": counts["F64"],
+            "compiler warnings": len(self.warnings),
+        }
+        faults = [f"{what}: {amount}" for what, amount in found.items() if amount]
+        if self.blocks_per_sm == 0:
+            faults.append(f"no block fits: {self.limited_by}")
+        return tuple(faults)
+
+
+def inspect_kernel(config: Config, traits: Traits, limits: Architecture) -> Report:
+    """Compile a kernel (or find it in the cache) and report on it.
+
+    Without a disassembler `instructions` is empty and a warning is logged.
+
+    Raises:
+        UnsupportedError: the compiler packages are missing, or this is the simulator.
+    """
+    if SIMULATED:
+        raise UnsupportedError(_NO_SIMULATOR)
+    cubin = get_cubin(config, traits, limits)
+    try:
+        instructions = count_instructions(disassemble(cubin.code))
+    except UnsupportedError as error:
+        _log.warning("instructions are not counted: %s", error)
+        instructions = {}
+    blocks, limited_by = blocks_per_sm(
+        limits, cubin.num_threads, cubin.registers, cubin.smem_bytes
+    )
+    return Report(
+        kernel=config.family,
+        arch=limits.arch,
+        config=str(config),
+        traits=str(traits),
+        registers=cubin.registers,
+        spill_store_bytes=cubin.spill_store_bytes,
+        spill_load_bytes=cubin.spill_load_bytes,
+        stack_bytes=cubin.stack_bytes,
+        smem_bytes=cubin.smem_bytes,
+        threads=cubin.num_threads,
+        blocks_per_sm=blocks,
+        limited_by=limited_by,
+        instructions=instructions,
+        warnings=cubin.warnings,
+        compile_ms=round(cubin.compile_ms, 1),
+    )
+
+
+def describe(report: Report, limits: Architecture) -> str:
+    """A report to be read by people."""
+    spills = f"{report.spill_store_bytes} B stored, {report.spill_load_bytes} B loaded"
+    present = {name: n for name, n in report.instructions.items() if n}
+    counts = "   ".join(f"{name} {n}" for name, n in present.items())
+    occupied = report.blocks_per_sm * report.threads
+    rows = {
+        "traits": report.traits,
+        "registers": f"{report.registers} per thread",
+        "spills": spills if report.spill_store_bytes or report.spill_load_bytes else "none",
+        "stack": f"{report.stack_bytes} B per thread" if report.stack_bytes else "none",
+        "shared memory": f"{report.smem_bytes / KB:.1f} KiB per block "
+        f"(limit {limits.max_smem_per_block // KB} KiB)",
+        "threads": f"{report.threads} per block",
+        "blocks per SM": f"{report.blocks_per_sm}, limited by {report.limited_by} "
+        f"({occupied} of {limits.max_threads_per_sm} threads)",
+        "instructions": counts or "not counted",
+        "warnings": "\n".join(report.warnings) or "none",
+        "compile time": f"{report.compile_ms / 1e3:.2f} s",
+    }
+    indent = "\n" + " " * 17
+    lines = [f"  {name:<15}{text.replace(chr(10), indent)}" for name, text in rows.items()]
+    return "\n".join([f"{report.kernel} {report.config} on {report.arch}", *lines])
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a bad argument in one line."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="numflash-inspect",
+        description="What a kernel is on a GPU, without having that GPU: registers, spills, "
+        "shared memory, occupancy, instructions, compiler warnings.",
+    )
+    parser.add_argument("kernel", choices=tuple(FAMILIES))
+    parser.add_argument(
+        "--arch", required=True, metavar="ARCH", help=f"one of {', '.join(ARCHITECTURES)}"
+    )
+    parser.add_argument("--dtype", default="float16", choices=DTYPES, help="default: float16")
+    parser.add_argument(
+        "--head-dim", type=int, default=64, metavar="N", help=f"1 to {MAX_HEAD_DIM}; default: 64"
+    )
+    parser.add_argument(
+        "--head-dim-v", type=int, metavar="N", help="head dim of V; default: as --head-dim"
+    )
+    parser.add_argument(
+        "--causal",
+        action="store_true",
+        help="accepted and without effect: a mask is data of the portable kernels, not code, so "
+        "the same kernel runs",
+    )
+    parser.add_argument(
+        "--window",
+        type=int,
+        nargs=2,
+        metavar=("L", "R"),
+        help="accepted and without effect, as --causal",
+    )
+    parser.add_argument("--softcap", action="store_true", help="with soft capping compiled in")
+    parser.add_argument("--alibi", action="store_true", help="with ALiBi compiled in")
+    parser.add_argument(
+        "--unaligned",
+        action="store_true",
+        help="for rows that are not 16-byte aligned; implied by head dims that do not fill "
+        "16 bytes",
+    )
+    parser.add_argument(
+        "--config", metavar="STR", help="as in m64n32w4; default: what attention would use"
+    )
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument("--json", action="store_true", help="print the report as JSON")
+    output.add_argument("--sass", action="store_true", help="print the disassembly instead")
+    output.add_argument("--ptx", action="store_true", help="print the PTX instead")
+    return parser
+
+
+def _traits(args: argparse.Namespace) -> Traits:
+    head_dim_v = args.head_dim if args.head_dim_v is None else args.head_dim_v
+    for option, value in (("--head-dim", args.head_dim), ("--head-dim-v", head_dim_v)):
+        if not 1 <= value <= MAX_HEAD_DIM:
+            raise ValueError(f"{option} must be 1 to {MAX_HEAD_DIM}, got {value}")
+    vector = 4 if args.dtype == "float32" else 8
+    aligned = args.head_dim % vector == 0 and head_dim_v % vector == 0
+    return Traits(
+        args.dtype,
+        padded_head_dim(args.head_dim),
+        padded_head_dim(head_dim_v),
+        softcap=args.softcap,
+        alibi=args.alibi,
+        vectorized=aligned and not args.unaligned,
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run `numflash-inspect`; the exit status. Bad arguments exit with 2."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if SIMULATED:
+        parser.error(_NO_SIMULATOR)
+    try:
+        limits, traits = architecture(args.arch), _traits(args)
+        if args.config is None:
+            config = default_config(args.kernel, traits, limits.max_smem_per_block)
+        else:
+            config = FAMILIES[args.kernel].parse(args.config)
+    except ValueError as error:
+        parser.error(str(error))
+    try:
+        if args.ptx:
+            print(compile_ptx(config, traits, limits))
+        elif args.sass:
+            print(disassemble(get_cubin(config, traits, limits).code))
+        else:
+            report = inspect_kernel(config, traits, limits)
+            text = json.dumps(asdict(report), indent=2) if args.json else describe(report, limits)
+            print(text)
+    except UnsupportedError as error:
+        parser.exit(1, f"{parser.prog}: error: {error}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

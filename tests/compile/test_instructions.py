@@ -1,0 +1,44 @@
+"""Every instruction's PTX passes the assembler: NVVM itself does not look inside inline assembly."""
+
+import pytest
+
+from numflash.compiler import compile_kernel
+from numflash.devices import ARCHITECTURES
+from numflash.kernels.kernel import Kernel
+from numflash.ptx import INSTRUCTIONS, Pointer, f32, instruction
+from tests.instruction_cases import CASES
+
+_CASES = [case for cases in CASES.values() for case in cases]
+
+
+def _compile(case, arch):
+    kernel = Kernel(case.instruction, case.kernel, case.block, case.smem_bytes)
+    return compile_kernel(lambda: kernel, ARCHITECTURES[arch])
+
+
+@pytest.mark.parametrize("case", _CASES, ids=str)
+def test_it_assembles_for_the_oldest_gpu_that_has_it(case):
+    oldest = f"sm_{INSTRUCTIONS[case.instruction].sm}"
+    cubin = _compile(case, oldest)
+    assert cubin.warnings == ()
+    assert cubin.stack_bytes == cubin.spill_store_bytes == 0
+
+
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_120"])
+def test_it_assembles_for_newer_gpus(arch):
+    for case in _CASES:
+        assert _compile(case, arch).warnings == ()
+
+
+def test_a_wrong_template_is_refused_by_the_assembler():
+    @instruction("ex2.approx.nonsense.f32 <ret>, <x>;", sm=75)
+    def nonsense(x: f32) -> f32:
+        """No such instruction."""
+
+    INSTRUCTIONS.pop("nonsense")
+
+    def kernel(x: Pointer(f32)):
+        x[0] = nonsense(x[0])
+
+    with pytest.raises(Exception, match=r"(?i)nvjitlink|ptx"):
+        compile_kernel(lambda: Kernel("nonsense", kernel, 32, 0), ARCHITECTURES["sm_80"])
