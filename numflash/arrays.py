@@ -9,7 +9,7 @@ Nothing here imports a library that the caller has not: an array's type says whi
 
 import sys
 from collections.abc import Hashable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from types import SimpleNamespace
@@ -183,20 +183,26 @@ class _CuPy:
     def operand(self, array):
         return Operand(array.data.ptr, array)
 
+    def _on(self, device: int) -> AbstractContextManager:
+        """CuPy allocates and copies on the current device, which this makes `device`."""
+        cuda = self.cupy.cuda
+        return nullcontext() if cuda.runtime.getDevice() == device else cuda.Device(device)
+
     def empty(self, shape, dtype, device):
-        if self.cupy.cuda.runtime.getDevice() == device:
-            return self.cupy.empty(shape, numpy_dtype(dtype))
-        with self.cupy.cuda.Device(device):
+        with self._on(device):
             return self.cupy.empty(shape, numpy_dtype(dtype))
 
     def with_contiguous_rows(self, array):
-        return self.cupy.ascontiguousarray(array)
+        with self._on(array.data.device_id):
+            return self.cupy.ascontiguousarray(array)
 
     def stream(self, device):
         return self.cupy.cuda.get_current_stream(device).ptr
 
+    @contextmanager
     def ordered_on(self, stream, device):
-        return self.cupy.cuda.ExternalStream(stream, device)
+        with self._on(device), self.cupy.cuda.ExternalStream(stream, device):
+            yield
 
     def hand_back(self, array, like):
         return array

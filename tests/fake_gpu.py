@@ -1,12 +1,13 @@
 """A GPU that exists only as metadata: stand-ins for CuPy, PyTorch and the CUDA driver.
 
 Arrays have addresses, shapes and strides but no memory. The driver records what it is asked to do
-and reads the arguments of a launch where a real driver would. It knows only the calls that a launch
-may make: anything else, above all a synchronisation, is an AttributeError.
+and reads the arguments of a launch where a real driver would. It knows only the calls that a
+launch may make: anything else, above all a synchronisation, is an AttributeError.
 """
 
 import ast
 import ctypes
+import sys
 import types
 from functools import cache
 from pathlib import Path
@@ -15,6 +16,7 @@ import ml_dtypes
 import numpy as np
 
 import numflash
+from numflash import api, arrays, launch
 from numflash.compiler import Cubin
 
 _DTYPES = {
@@ -86,13 +88,19 @@ CuPyArray.__module__ = "cupy"
 
 
 def fake_cupy(memory: Memory) -> types.ModuleType:
-    """A module `cupy`. Its current device and stream are `cupy.current`."""
+    """A module `cupy`.
+
+    `cupy.current` holds the current device and stream; `cupy.allocations` the (stream, device) on
+    which each array was allocated.
+    """
     cupy = types.ModuleType("cupy")
     cupy.current = types.SimpleNamespace(device=0, stream=0x5000)
+    cupy.allocations = []
     cupy.ndarray = CuPyArray
 
     def empty(shape, dtype):
         strides, n_bytes = _contiguous(shape, dtype.itemsize)
+        cupy.allocations.append((cupy.current.stream, cupy.current.device))
         return CuPyArray(shape, dtype, memory.take(n_bytes), strides, cupy.current.device)
 
     class Device:
@@ -105,24 +113,42 @@ def fake_cupy(memory: Memory) -> types.ModuleType:
         def __exit__(self, *_):
             cupy.current.device = self.before
 
-    cupy.empty = empty
-    cupy.ascontiguousarray = lambda array: empty(array.shape, array.dtype)
+    class ExternalStream:
+        def __init__(self, ptr, device_id=-1):
+            self.ptr, self.device_id = ptr, device_id
+
+        def __enter__(self):
+            if self.device_id not in (-1, cupy.current.device):
+                raise RuntimeError("the stream's device does not match the current device")
+            self.before, cupy.current.stream = cupy.current.stream, self.ptr
+
+        def __exit__(self, *_):
+            cupy.current.stream = self.before
+
+    def ascontiguousarray(array):
+        if array.data.device_id != cupy.current.device:
+            raise RuntimeError("the array's device does not match the current device")
+        return empty(array.shape, array.dtype)
+
+    cupy.empty, cupy.ascontiguousarray = empty, ascontiguousarray
     cupy.from_dlpack = lambda array: array.__dlpack__()
     cupy.asarray = lambda array: array.as_cupy
     cupy.cuda = types.SimpleNamespace(
         runtime=types.SimpleNamespace(getDevice=lambda: cupy.current.device),
-        get_current_stream=lambda device: types.SimpleNamespace(
-            ptr=cupy.current.stream + 0x100 * device
-        ),
+        get_current_stream=lambda device: ExternalStream(cupy.current.stream, device),
         Device=Device,
+        ExternalStream=ExternalStream,
     )
     return cupy
 
 
 def fake_torch(memory: Memory) -> types.ModuleType:
-    """A module `torch`, whose tensors are contiguous."""
+    """A module `torch`, whose tensors are contiguous.
+
+    `torch.current_stream` is an address; `torch.allocations` as those of `fake_cupy`.
+    """
     torch = types.ModuleType("torch")
-    torch.current = types.SimpleNamespace(stream=0x6000)
+    torch.current_stream, torch.allocations = 0x6000, []
 
     class DType:
         def __init__(self, name):
@@ -132,35 +158,61 @@ def fake_torch(memory: Memory) -> types.ModuleType:
             return f"torch.{self.name}"
 
     class Device:
-        def __init__(self, kind, index):
+        def __init__(self, kind, index=None):
             self.type, self.index = kind, index
 
         def __repr__(self):
             return self.type if self.index is None else f"{self.type}:{self.index}"
 
+        def __eq__(self, other):
+            return repr(self) == repr(other)
+
+        def __hash__(self):
+            return hash((self.type, self.index))
+
     class Tensor:
         def __init__(self, shape, dtype, device):
             self.shape, self.dtype, self.device = tuple(shape), dtype, device
             self.is_cuda = device.type == "cuda"
-            self._strides, n_bytes = _contiguous(self.shape, _DTYPES[dtype.name].itemsize)
+            itemsize = _DTYPES[dtype.name].itemsize
+            strides, n_bytes = _contiguous(self.shape, itemsize)
+            self._strides = tuple(stride // itemsize for stride in strides)
             self._pointer = memory.take(n_bytes)
 
         def data_ptr(self):
             return self._pointer
 
         def stride(self):
-            itemsize = _DTYPES[self.dtype.name].itemsize
-            return tuple(stride // itemsize for stride in self._strides)
+            return self._strides
 
         def __array__(self, *_, **__):
             raise AssertionError("a CUDA tensor was asked for its contents")
 
+    def empty(shape, *, dtype, device):
+        torch.allocations.append((torch.current_stream, device.index))
+        return Tensor(shape, dtype, device)
+
+    class ExternalStream:
+        def __init__(self, address, device=None):
+            self.cuda_stream = address
+
+    class StreamContext:
+        def __init__(self, stream):
+            self.stream = stream
+
+        def __enter__(self):
+            self.before, torch.current_stream = torch.current_stream, self.stream.cuda_stream
+
+        def __exit__(self, *_):
+            torch.current_stream = self.before
+
     for name in _DTYPES:
         setattr(torch, name, DType(name))
-    torch.Tensor, torch.device = Tensor, Device
-    torch.empty = lambda shape, *, dtype, device: Tensor(shape, dtype, device)
+    torch.Tensor, torch.device, torch.empty = Tensor, Device, empty
     torch.cuda = types.SimpleNamespace(
-        current_stream=lambda device: types.SimpleNamespace(cuda_stream=torch.current.stream)
+        current_stream=lambda device: ExternalStream(torch.current_stream, device),
+        ExternalStream=ExternalStream,
+        stream=StreamContext,
     )
     return torch
 
@@ -181,11 +233,10 @@ class Driver:
     """What numflash may ask of `cuda.bindings.driver`.
 
     Attributes:
-        calls: (name, arguments) of all calls but those of a launch that change nothing.
+        calls: (name, *arguments) of the calls that change something, in order.
         launches: one `Launch` for each call of cuLaunchKernel.
         device: the current device, or None without a current context.
         launch_status: what cuLaunchKernel answers.
-        on_launch: replaces cuLaunchKernel when time is measured.
     """
 
     CUdevice_attribute = types.SimpleNamespace(
@@ -318,11 +369,9 @@ class Gpu:
 
 def install(monkeypatch, capability=(7, 5)) -> Gpu:
     """Put a fake machine under numflash for one test."""
-    from numflash import api, arrays, launch
-
     gpu = Gpu(capability)
-    monkeypatch.setitem(__import__("sys").modules, "cupy", gpu.cupy)
-    monkeypatch.setitem(__import__("sys").modules, "torch", gpu.torch)
+    monkeypatch.setitem(sys.modules, "cupy", gpu.cupy)
+    monkeypatch.setitem(sys.modules, "torch", gpu.torch)
     monkeypatch.setattr(launch, "_driver", lambda: gpu.driver)
     monkeypatch.setattr(launch, "get_cubin", fake_get_cubin)
     monkeypatch.setattr(api, "get_cubin", fake_get_cubin)
