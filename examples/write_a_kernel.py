@@ -1,8 +1,7 @@
 """A kernel of your own in numflash's style: softmax of each row, one warp a row.
 
-    NUMBA_ENABLE_CUDASIM=1 python examples/write_a_kernel.py     runs it on the CPU, lane by lane
-    python examples/write_a_kernel.py                            compiles it for an H100 and says
-                                                                 what became of it; needs no GPU
+With NUMBA_ENABLE_CUDASIM=1 this runs it on the CPU, lane by lane; without, it compiles it for an
+H100 and says what became of it, which needs no GPU either.
 """
 
 import numpy as np

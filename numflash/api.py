@@ -30,6 +30,7 @@ from numflash.problem import (
     expect_contiguous_rows,
     expect_head_dim,
     expect_like,
+    expect_writeable,
 )
 
 # Ready launches by problem; emptied when it grows past this, so that varying shapes cannot leak.
@@ -339,7 +340,7 @@ class _Forward:
         self.is_given_out = "out" in views
         if self.is_given_out:
             expect_like("out", views["out"], self.out_shape, q.dtype, q.device)
-            expect_contiguous_rows("out", views["out"])
+            expect_writeable("out", views["out"])
             self.spans = {name: view.span() for name, view in views.items()}
             self._refuse_overlap({name: view.pointer for name, view in views.items()})
         out = views.get("out") or _fresh(self.out_shape, q)

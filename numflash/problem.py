@@ -274,6 +274,19 @@ def expect_contiguous_rows(name: str, view: ArrayView) -> None:
         )
 
 
+def expect_writeable(name: str, view: ArrayView) -> None:
+    """Check an argument that is written to. Raises ValueError."""
+    expect_contiguous_rows(name, view)
+    if not view.writeable:
+        raise ValueError(f"{name} must be writeable, got a read-only array")
+    axes = zip(view.shape, view.strides, strict=True)
+    if 0 not in view.shape and any(step == 0 and n > 1 for n, step in axes):
+        raise ValueError(
+            f"{name} must not be a broadcast view, whose elements share memory, got strides "
+            f"{view.strides}"
+        )
+
+
 def _expect(name: str, axis: str, value: int, other: str, wanted: int) -> None:
     if value != wanted:
         raise ValueError(f"{name} must have the {axis} of {other}, {wanted}, got {value}")

@@ -378,6 +378,9 @@ def install(monkeypatch, capability=(7, 5)) -> Gpu:
     monkeypatch.setattr(launch, "_loaded", {})
     monkeypatch.setattr(api, "_ready", {})
     monkeypatch.setattr(arrays, "_libraries", {})
-    launch.limits_of_device.cache_clear()
-    launch._primary_context.cache_clear()
+    # Caches of this test's own, so that nothing fake outlives it.
+    limits_of_device = cache(launch.limits_of_device.__wrapped__)
+    monkeypatch.setattr(launch, "limits_of_device", limits_of_device)
+    monkeypatch.setattr(api, "limits_of_device", limits_of_device)
+    monkeypatch.setattr(launch, "_primary_context", cache(launch._primary_context.__wrapped__))
     return gpu

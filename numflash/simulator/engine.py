@@ -79,10 +79,10 @@ class Thread:
 
     def sync_named(self, barrier: int, count: int, wait: bool = True):
         """`bar.sync barrier, count`, or `bar.arrive` where `wait` is false."""
-        if count % WARP_SIZE or not 0 < count <= 1024 or not 0 <= barrier < 16:
+        if count % WARP_SIZE or not 0 < count <= 1024 or not 0 < barrier < 16:
             raise SimulationError(
-                f"named barrier {barrier} with {count} threads: the number must be 0 to 15, the "
-                "count a multiple of 32"
+                f"named barrier {barrier} with {count} threads: the number must be 1 to 15 (0 is "
+                "syncthreads), the count a multiple of 32"
             )
         name = f"named barrier {barrier}"
         self.block.meet(self, ("named", barrier), name, count, None, None, wait)

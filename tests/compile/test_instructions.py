@@ -1,4 +1,4 @@
-"""Every instruction's PTX passes the assembler: NVVM itself does not look inside inline assembly."""
+"""Every instruction's PTX passes the assembler: NVVM does not look inside inline assembly."""
 
 import pytest
 

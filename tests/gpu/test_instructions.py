@@ -1,4 +1,4 @@
-"""Every instruction on a GPU gives what its simulator body gives: so the simulator is tested too."""
+"""Every instruction on a GPU gives what its simulator body gives; that tests the simulator."""
 
 import os
 import subprocess

@@ -181,7 +181,6 @@ def make_backward_dkdv_kernel(config: BackwardDkDvConfig, traits: Traits) -> Ker
                 store_scores(dp_acc, smem, p_mine + column)
                 cuda.syncwarp()  # dS likewise
                 multiply_ds_q(dk_acc, smem, p_mine, q_columns)
-                cuda.syncwarp()  # dS has been read
 
         for i in range(n_dk):
             dk_acc[i] *= softmax_scale

@@ -165,7 +165,6 @@ def make_backward_dq_kernel(config: BackwardDqConfig, traits: Traits) -> Kernel:
             store_scores(dp_acc, smem, ds_mine + column)
             cuda.syncwarp()  # dS is exchanged within the warp that owns its rows
             multiply_ds_k(dq_acc, smem, ds_mine, k_columns)
-            cuda.syncwarp()  # dS has been read
 
         for i in range(n_dq):
             dq_acc[i] *= softmax_scale

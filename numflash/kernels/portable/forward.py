@@ -151,7 +151,6 @@ def make_forward_kernel(config: ForwardConfig, traits: Traits) -> Kernel:
             online_softmax(s_acc, row_max, row_sum, o_acc, smem, p_mine + column)
             cuda.syncwarp()  # P is exchanged within the warp that owns its rows
             multiply_p_v(o_acc, smem, p_mine, v_mine)
-            cuda.syncwarp()  # P has been read
 
         for r in range(rows):
             total = row_sum_of_lanes(row_sum[r])

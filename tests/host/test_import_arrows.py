@@ -1,0 +1,152 @@
+"""Which module imports which: the folders are the architecture (docs/architecture.md)."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import numflash
+
+ROOT = Path(numflash.__file__).parent
+
+# What each module or folder of numflash may import of numflash. One that is not listed stands
+# above all of them: it may import any, and none of them may import it.
+ARROWS = {
+    "errors": "",
+    "mode": "",
+    "devices": "",
+    "cache": "",
+    "configs": "",
+    "reference": "",
+    "arrays": "errors mode",
+    "problem": "arrays configs errors",
+    "simulator": "mode",
+    "ptx": "mode simulator",
+    "tiles": "ptx",
+    "kernels": "configs ptx tiles",
+    "compiler": "cache configs devices errors kernels ptx",
+    "launch": "arrays compiler configs devices errors kernels mode ptx simulator",
+    "api": "arrays compiler configs launch mode problem",
+    "check": "api arrays reference",
+}
+# What else may be imported, and by whom: "*" everywhere, "f" only inside a function.
+OUTSIDE = {
+    "numpy": "*",
+    "ml_dtypes": "*",
+    "greenlet": "simulator",
+    "llvmlite": "ptx compiler",
+    "numba": "ptx compiler launch simulator arrays(f)",
+    "cuda": "compiler(f) launch(f)",
+    "cupy": "arrays(f)",
+}
+NO_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}
+
+
+def _modules():
+    return sorted(ROOT.rglob("*.py"))
+
+
+def _unit(path: Path) -> str:
+    """The row of the table that a file belongs to."""
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def _imports(path: Path) -> list[tuple[str, bool]]:
+    """(dotted name, whether inside a function) of everything a file imports."""
+    found = []
+
+    def visit(node, inside):
+        inside = inside or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        if isinstance(node, ast.Import):
+            found.extend((alias.name, inside) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            package = path.relative_to(ROOT.parent).parts[: -node.level] if node.level else ()
+            module = ".".join([*package, *filter(None, [node.module])])
+            if module == "numflash":
+                # `from numflash import arrays` imports a module.
+                found.extend((f"numflash.{alias.name}", inside) for alias in node.names)
+            else:
+                found.append((module, inside))
+        for child in ast.iter_child_nodes(node):
+            visit(child, inside)
+
+    visit(ast.parse(path.read_text()), False)
+    return found
+
+
+def _violations(path: Path) -> list[str]:
+    unit, wrong = _unit(path), []
+    for name, inside in _imports(path):
+        top, _, rest = name.partition(".")
+        if top == "numflash":
+            target = rest.partition(".")[0]
+            allowed = ARROWS.get(unit)
+            if allowed is not None and target != unit and target not in allowed.split():
+                wrong.append(f"{unit} imports numflash.{target}")
+        elif top not in sys.stdlib_module_names:
+            allowed = OUTSIDE.get(top, "").split()
+            if not {"*", unit} & set(allowed) and not (inside and f"{unit}(f)" in allowed):
+                wrong.append(f"{unit} imports {name}{' in a function' if inside else ''}")
+    return wrong
+
+
+@pytest.mark.parametrize("path", _modules(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_down(path):
+    assert _violations(path) == []
+
+
+def test_the_table_names_only_what_exists():
+    units = {_unit(path) for path in _modules()}
+    assert set(ARROWS) <= units
+    for allowed in ARROWS.values():
+        assert set(allowed.split()) <= set(ARROWS)
+
+
+def test_the_table_has_no_cycle():
+    done = set()
+    while len(done) < len(ARROWS):
+        ready = {u for u, below in ARROWS.items() if u not in done and done >= set(below.split())}
+        assert ready, f"a cycle among {sorted(set(ARROWS) - done)}"
+        done |= ready
+
+
+def test_no_module_is_named_after_nothing():
+    assert [path for path in _modules() if path.stem in NO_NAMES] == []
+    assert [path for path in ROOT.rglob("*") if path.is_dir() and path.name in NO_NAMES] == []
+
+
+@pytest.mark.parametrize(
+    "unit, line, message",
+    [
+        ("configs", "from numflash.arrays import ArrayView", "configs imports numflash.arrays"),
+        ("configs", "from numflash import api", "configs imports numflash.api"),
+        ("tiles", "import numba", "tiles imports numba"),
+        ("kernels", "def f():\n    from numba import cuda", "kernels imports numba in a function"),
+        ("kernels", "from ..launch import Launcher", "kernels imports numflash.launch"),
+        ("arrays", "import cupy", "arrays imports cupy"),
+        ("api", "import torch", "api imports torch"),
+        ("above", "import optuna", "above imports optuna"),
+        ("launch", "import bench", "launch imports bench"),
+        ("ptx", "from numflash.tiles import lanes", "ptx imports numflash.tiles"),
+    ],
+)
+def test_a_wrong_arrow_is_seen(monkeypatch, tmp_path, unit, line, message):
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path / "numflash")
+    path = tmp_path / "numflash" / unit / "module.py"
+    path.parent.mkdir(parents=True)
+    path.write_text(line)
+    assert [wrong.partition(".module")[0] for wrong in _violations(path)] == [message]
+
+
+def test_importing_numflash_imports_no_compiler_and_no_array_library():
+    absent = ("numba", "llvmlite", "cuda", "torch", "cupy", "optuna", "tuner", "bench")
+    program = f"import sys, numflash; print([m for m in {absent} if m in sys.modules])"
+    environment = {n: v for n, v in os.environ.items() if n != "NUMBA_ENABLE_CUDASIM"}
+    environment["PYTHONPATH"] = str(ROOT.parent)
+    result = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True
+    )
+    assert (result.stdout.strip(), result.returncode) == ("[]", 0), result.stderr

@@ -1,0 +1,489 @@
+"""The way from a call to the CUDA driver, with array libraries and the driver stubbed.
+
+What a GPU would be asked to do is read where the driver would read it: the argument block, the
+grid, the stream. See `tests.fake_gpu`.
+"""
+
+import ctypes
+import gc
+import math
+import sys
+import threading
+import timeit
+import types
+
+import numpy as np
+import pytest
+
+import numflash
+from numflash import api, launch
+from numflash.mode import SIMULATED
+from tests import fake_gpu
+
+pytestmark = pytest.mark.skipif(SIMULATED, reason="needs NUMBA_ENABLE_CUDASIM unset")
+
+B, SQ, SK, H, HKV, D, DV = 2, 100, 70, 4, 2, 64, 96
+POINTERS = {"out", "lse", "delta", "dq", "dk", "dv"}
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A fake Turing."""
+    return fake_gpu.install(monkeypatch)
+
+
+@pytest.fixture
+def qkv(gpu):
+    """Contiguous float16 arrays of the sizes above."""
+    return gpu.array((B, SQ, H, D)), gpu.array((B, SK, HKV, D)), gpu.array((B, SK, HKV, DV))
+
+
+def strides(array) -> tuple[int, ...]:
+    return tuple(stride // array.dtype.itemsize for stride in array.strides)
+
+
+def test_every_kernel_has_its_pointers_before_its_scalars():
+    for family in ("forward", "delta", "backward-dq", "backward-dkdv"):
+        letters = [letter for _, letter in fake_gpu.parameters_of(family)]
+        n_pointers = letters.count("P")
+        assert 0 < n_pointers < len(letters)
+        assert letters[:n_pointers] == ["P"] * n_pointers
+
+
+def test_forward_arguments_arrive_where_the_driver_reads_them(gpu, qkv):
+    q, k, v = qkv
+    slopes = gpu.array((B, H), "float32")
+    out, lse = numflash.attention(
+        q,
+        k,
+        v,
+        softmax_scale=0.25,
+        causal=True,
+        window_size=(11, 5),
+        softcap=8.0,
+        alibi_slopes=slopes,
+        return_lse=True,
+    )
+    (run,) = gpu.driver.launches
+    expected = {
+        "q": q.data.ptr,
+        "k": k.data.ptr,
+        "v": v.data.ptr,
+        "out": out.data.ptr,
+        "lse": lse.data.ptr,
+        "alibi_slopes": slopes.data.ptr,
+        "slopes_batch": H,
+        "slopes_head": 1,
+        "seqlen_q": SQ,
+        "seqlen_k": SK,
+        "num_heads_q": H,
+        "group_size": 2,
+        "head_dim": D,
+        "head_dim_v": DV,
+        "band_lo": SK - SQ - 11,
+        "band_hi": SK - SQ,
+        "bias_shift": SK - SQ,
+        "score_scale": 0.25 / 8.0,
+        "softcap": 8.0,
+    }
+    for name, array in {"q": q, "k": k, "v": v, "out": out}.items():
+        batch, row, head, _ = strides(array)
+        expected |= {f"{name}_batch": batch, f"{name}_row": row, f"{name}_head": head}
+    assert run.arguments == expected
+    assert (run.family, run.extra) == ("forward", 0)
+    assert run.traits == "float16-d64-dv96-softcap-alibi-vec"
+    tile_m = int(run.config[1:].partition("n")[0])
+    assert run.grid == (math.ceil(SQ / tile_m) * H * B, 1, 1)
+    assert run.block == (128, 1, 1)
+
+
+def test_backward_runs_delta_before_the_gradients_that_read_it(gpu, qkv):
+    q, k, v = qkv
+    out, lse = numflash.attention(q, k, v, return_lse=True)
+    dout = gpu.array(out.shape)
+    gpu.driver.launches.clear()
+    dq, dk, dv = numflash.attention_backward(dout, q, k, v, out, lse)
+    assert [(g.shape, g.dtype) for g in (dq, dk, dv)] == [(x.shape, x.dtype) for x in qkv]
+    delta, dkdv, for_dq = gpu.driver.launches
+    assert [run.family for run in gpu.driver.launches] == ["delta", "backward-dkdv", "backward-dq"]
+    for run in (dkdv, for_dq):
+        assert run.arguments["do"] == dout.data.ptr
+        assert run.arguments["lse"] == lse.data.ptr
+        assert run.arguments["delta"] == delta.arguments["delta"]
+        assert run.arguments["alibi_slopes"] == 0
+        assert run.arguments["softmax_scale"] == D**-0.5
+        assert run.arguments["do_row"] == strides(dout)[1]
+    assert delta.arguments["out"] == out.data.ptr
+    assert for_dq.arguments["dq"] == dq.data.ptr
+    assert (dkdv.arguments["dk"], dkdv.arguments["dv"]) == (dk.data.ptr, dv.data.ptr)
+    tile_n = int(dkdv.config.partition("n")[2].partition("w")[0])
+    assert dkdv.grid == (math.ceil(SK / tile_n) * HKV * B, 1, 1)
+    assert delta.grid == (math.ceil(SQ / 8) * H * B, 1, 1)
+
+
+def test_strides_arrive_as_they_are_whatever_their_sign(gpu):
+    whole = gpu.array((B, 2 * SK, 3, H, D))
+    q, k, v = (whole[:, ::-2, i] for i in range(3))
+    numflash.attention(q, k, v)
+    (run,) = gpu.driver.launches
+    assert run.arguments["q"] == q.data.ptr == whole.data.ptr + 2 * (2 * SK - 1) * 3 * H * D
+    assert run.arguments["v_row"] == -2 * 3 * H * D
+    assert run.arguments["k_head"] == D
+    assert run.arguments["q_batch"] == 2 * SK * 3 * H * D
+
+
+def test_strides_beyond_32_bits_arrive_whole(gpu):
+    q = fake_gpu.CuPyArray(
+        (2, 8, 1, 32), np.dtype(np.float16), 0x7F0000000000, (2**40, 2**36, 64, 2)
+    )
+    numflash.attention(q, q, q)
+    (run,) = gpu.driver.launches
+    assert (run.arguments["q_batch"], run.arguments["q_row"]) == (2**39, 2**35)
+
+
+def test_layout_bhsd_swaps_heads_and_rows(gpu):
+    q, k, v = (gpu.array((B, H, s, D)) for s in (SQ, SK, SK))
+    out = numflash.attention(q, k, v, layout="bhsd")
+    (run,) = gpu.driver.launches
+    assert (run.arguments["q_row"], run.arguments["q_head"]) == (D, SQ * D)
+    assert (run.arguments["out_row"], run.arguments["out_head"]) == (D, SQ * D)
+    assert (run.arguments["seqlen_q"], run.arguments["num_heads_q"]) == (SQ, H)
+    assert out.shape == (B, H, SQ, D)
+
+
+@pytest.mark.parametrize("offset_bytes, vectorized", [(0, True), (8, False), (16, True)])
+def test_unaligned_rows_are_not_read_16_bytes_at_a_time(gpu, offset_bytes, vectorized):
+    q = gpu.array((B, SQ, H, D), offset_bytes=offset_bytes)
+    k = gpu.array((B, SQ, H, D))
+    numflash.attention(k, k, k)  # the same problem but for the alignment
+    numflash.attention(q, k, k)
+    assert gpu.driver.launches[-1].traits.endswith("-vec") is vectorized
+
+
+def test_a_last_axis_that_is_not_contiguous_is_copied(gpu, qkv):
+    q, k, _ = qkv
+    spread = gpu.array((B, SK, HKV, 2 * DV))[..., ::2]
+    for array in (spread, spread):
+        numflash.attention(q, k, array)
+        run = gpu.driver.launches[-1]
+        assert run.arguments["v"] != array.data.ptr
+        assert run.arguments["v_row"] == HKV * DV
+    assert gpu.driver.launches[0].arguments["v"] != gpu.driver.launches[1].arguments["v"]
+
+
+def _stream(**attributes):
+    return types.SimpleNamespace(**attributes)
+
+
+class _Protocol:
+    def __cuda_stream__(self):
+        return 0, 0xABC0
+
+
+@pytest.mark.parametrize(
+    "stream, address",
+    [
+        (None, 0x5000),
+        (0, 0),
+        (0xABC0, 0xABC0),
+        (_stream(ptr=0xABC0), 0xABC0),
+        (_stream(cuda_stream=0xABC0), 0xABC0),
+        (_stream(handle=0xABC0), 0xABC0),
+        (_stream(handle=ctypes.c_void_p(0xABC0)), 0xABC0),
+        (_stream(handle=ctypes.c_void_p(None)), 0),
+        (_Protocol(), 0xABC0),
+    ],
+    ids=["current", "0", "int", "ptr", "cuda_stream", "handle", "c_void_p", "null", "protocol"],
+)
+def test_the_stream_arrives_and_memory_is_allocated_on_it(gpu, qkv, stream, address):
+    numflash.attention(*qkv, stream=stream)
+    assert [run.stream for run in gpu.driver.launches] == [address]
+    # What is freed while the kernel runs must not be handed out to another stream.
+    assert {on for on, _ in gpu.cupy.allocations} == {address}
+    assert gpu.cupy.current.stream == 0x5000
+
+
+def test_backward_allocates_and_launches_on_the_stream(gpu, qkv):
+    out, lse = numflash.attention(*qkv, return_lse=True)
+    gpu.driver.launches.clear()
+    gpu.cupy.allocations.clear()
+    numflash.attention_backward(out, *qkv, out, lse, stream=0xABC0)
+    assert [run.stream for run in gpu.driver.launches] == [0xABC0] * 3
+    assert gpu.cupy.allocations == [(0xABC0, 0)] * 4
+
+
+def test_the_current_stream_is_asked_for_in_every_call(gpu, qkv):
+    numflash.attention(*qkv)
+    gpu.cupy.current.stream = 0x5100
+    numflash.attention(*qkv)
+    assert [run.stream for run in gpu.driver.launches] == [0x5000, 0x5100]
+
+
+@pytest.mark.parametrize("head_dim, raised", [(64, False), (128, True)])
+def test_shared_memory_above_48_kb_is_asked_for_once(gpu, head_dim, raised):
+    q = gpu.array((B, SQ, H, head_dim))
+    for _ in range(2):
+        numflash.attention(q, q, q)
+    smem_bytes = gpu.driver.launches[0].smem_bytes
+    assert (smem_bytes > 48 * 1024) is raised
+    asked = [call for call in gpu.driver.calls if call[0] == "cuKernelSetAttribute"]
+    assert [call[1:3] for call in asked] == [("max dynamic smem", smem_bytes)] * raised
+
+
+def test_nothing_is_launched_for_empty_results(gpu, qkv):
+    _, k, v = qkv
+    none = gpu.array((0, SQ, H, D))
+    out, lse = numflash.attention(none, none, none, return_lse=True)
+    assert (out.shape, lse.shape) == ((0, SQ, H, D), (0, H, SQ))
+    out, lse = numflash.attention(gpu.array((B, 0, H, D)), k, v, return_lse=True)
+    assert (out.shape, lse.shape) == ((B, 0, H, DV), (B, H, 0))
+    assert numflash.plan(none, none, none).launch().shape == none.shape
+    numflash.attention_backward(none, none, none, none, none, gpu.array((0, H, SQ), "float32"))
+    assert gpu.driver.calls == []
+
+
+def test_zeros_are_written_where_there_is_no_key(gpu):
+    q, none = gpu.array((B, SQ, H, D)), gpu.array((B, 0, H, D))
+    out, lse = numflash.attention(q, none, none, return_lse=True)
+    assert [run.family for run in gpu.driver.launches] == ["forward"]
+    gpu.driver.launches.clear()
+    _, dk, _ = numflash.attention_backward(out, q, none, none, out, lse)
+    assert [run.family for run in gpu.driver.launches] == ["delta", "backward-dq"]
+    assert dk.shape == none.shape
+    # And no query: dK and dV are zeros.
+    gpu.driver.launches.clear()
+    lse = gpu.array((B, H, 0), "float32")
+    numflash.attention_backward(none, none, q, q, none, lse)
+    assert [run.family for run in gpu.driver.launches] == ["backward-dkdv"]
+
+
+def test_cupy_arrays_give_cupy_arrays(gpu, qkv):
+    out, lse = numflash.attention(*qkv, return_lse=True)
+    assert type(out) is type(lse) is gpu.cupy.ndarray
+    assert (out.shape, out.dtype) == ((B, SQ, H, DV), np.float16)
+    assert (lse.shape, lse.dtype) == ((B, H, SQ), np.float32)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_torch_tensors_give_torch_tensors_from_torchs_pool_and_stream(gpu, dtype):
+    q, k, v = (gpu.tensor((B, s, H, D), dtype, ("cuda", 1)) for s in (SQ, SK, SK))
+    gpu.driver.device = 1
+    out, lse = numflash.attention(q, k, v, return_lse=True)
+    assert isinstance(out, gpu.torch.Tensor) and isinstance(lse, gpu.torch.Tensor)
+    assert out.dtype is getattr(gpu.torch, dtype) and lse.dtype is gpu.torch.float32
+    assert out.device.index == lse.device.index == 1
+    assert gpu.torch.allocations == [(0x6000, 1)] * 2 and gpu.cupy.allocations == []
+    (run,) = gpu.driver.launches
+    assert (run.stream, run.arguments["q"]) == (0x6000, q.data_ptr())
+    numflash.attention(q, k, v, stream=0xABC0)
+    assert gpu.torch.allocations[2:] == [(0xABC0, 1)] * 2
+    assert gpu.driver.launches[-1].stream == 0xABC0
+
+
+def test_arrays_of_other_libraries_are_seen_through_cupy_and_given_back(gpu):
+    class Namespace:
+        @staticmethod
+        def from_dlpack(array):
+            return Foreign(array)
+
+    class Foreign:
+        def __init__(self, seen):
+            self.seen = seen
+
+        def __dlpack_device__(self):
+            return 2, 0
+
+        def __dlpack__(self):
+            return self.seen
+
+        def __array_namespace__(self):
+            return Namespace
+
+    q = Foreign(gpu.array((B, SQ, H, D)))
+    for _ in range(2):
+        out, lse = numflash.attention(q, q, q, return_lse=True)
+        assert isinstance(out, Foreign) and isinstance(lse, Foreign)
+        assert gpu.driver.launches[-1].arguments["q"] == q.seen.data.ptr
+        assert gpu.driver.launches[-1].arguments["out"] == out.seen.data.ptr
+
+
+def test_cuda_array_interface_alone_is_enough(gpu):
+    class Foreign:
+        __cuda_array_interface__ = None
+
+        def __init__(self, seen):
+            self.as_cupy = seen
+
+    q = Foreign(gpu.array((B, SQ, H, D)))
+    out = numflash.attention(q, q, q)
+    assert type(out) is gpu.cupy.ndarray
+    assert gpu.driver.launches[-1].arguments["q"] == q.as_cupy.data.ptr
+
+
+@pytest.mark.parametrize("current", [1, None], ids=["another-device", "no-context"])
+def test_another_current_context_is_put_aside_for_the_launch(gpu, qkv, current):
+    gpu.driver.device = current
+    numflash.attention(*qkv)
+    assert gpu.driver.calls[-3:] == [
+        ("cuCtxPushCurrent", 0xC0),
+        ("cuLaunchKernel", gpu.driver.kernels[0]),
+        ("cuCtxPopCurrent",),
+    ]
+
+
+def test_results_lie_on_the_device_of_the_inputs(gpu):
+    q = gpu.array((B, SQ, H, D), device=1)
+    spread = gpu.array((B, SQ, H, 2 * D), device=1)[..., ::2]
+    out, lse = numflash.attention(q, q, spread, return_lse=True, stream=0xABC0)
+    assert out.data.device_id == lse.data.device_id == 1
+    assert gpu.cupy.allocations == [(0xABC0, 1)] * 3
+    assert gpu.cupy.current.device == 0
+    numflash.attention(q, q, q)
+    assert gpu.driver.launches[-1].stream == 0x5000
+    assert ("cuCtxPushCurrent", 0xC1) in gpu.driver.calls
+
+
+@pytest.mark.parametrize("current", [0, 1])
+def test_a_driver_error_has_the_drivers_name_and_leaves_the_context_alone(gpu, qkv, current):
+    gpu.driver.device = current
+    gpu.driver.launch_status = fake_gpu.Status(2)
+    with pytest.raises(RuntimeError, match="CUDA_ERROR_OUT_OF_MEMORY"):
+        numflash.attention(*qkv)
+    names = [name for name, *_ in gpu.driver.calls]
+    assert names.count("cuCtxPushCurrent") == names.count("cuCtxPopCurrent") == current
+
+
+def test_the_driver_is_asked_for_nothing_but_launches_once_a_kernel_is_loaded(gpu, qkv):
+    numflash.attention(*qkv)
+    gpu.driver.calls.clear()
+    numflash.attention(*qkv)
+    assert [name for name, *_ in gpu.driver.calls] == ["cuLaunchKernel"]
+    # The stub has no synchronisation at all: to ask for one is an error.
+    with pytest.raises(AttributeError):
+        gpu.driver.cuStreamSynchronize  # noqa: B018
+    with pytest.raises(AttributeError):
+        gpu.cupy.cuda.Stream  # noqa: B018
+
+
+def test_another_shape_does_not_find_the_launch_of_the_first(gpu, qkv):
+    q, k, v = qkv
+    numflash.attention(q, k, v)
+    numflash.attention(q[:, : SQ // 2], k, v)
+    numflash.attention(q, k, v, causal=True)
+    first, second, third = gpu.driver.launches
+    assert (first.arguments["seqlen_q"], second.arguments["seqlen_q"]) == (SQ, SQ // 2)
+    assert first.arguments["band_hi"] != third.arguments["band_hi"]
+
+
+def test_out_is_written_in_place(gpu, qkv):
+    whole = gpu.array((B, SQ, 3, DV, H))
+    out = whole.transpose(0, 1, 4, 2, 3)[..., 1, :]
+    assert out.shape == (B, SQ, H, DV) and strides(out)[-1] == H
+    with pytest.raises(ValueError, match="out must have a contiguous last axis"):
+        numflash.attention(*qkv, out=out)
+    out = gpu.array((B, SQ, 3, H, DV))[:, :, 1]
+    for array in (out, gpu.array(out.shape)):
+        assert numflash.attention(*qkv, out=array) is array
+        run = gpu.driver.launches[-1]
+        assert run.arguments["out"] == array.data.ptr
+        assert run.arguments["out_row"] == strides(array)[1]
+
+
+def test_a_plan_repeats_its_launch_with_the_same_addresses(gpu, qkv):
+    plan = numflash.plan(*qkv, causal=True)
+    assert gpu.driver.launches == []
+    numflash.attention(*qkv, causal=True)  # the same kernel, with other results
+    allocations = len(gpu.cupy.allocations)
+    assert plan.launch() is plan.out
+    assert plan.launch(stream=_stream(ptr=0xABC0)) is plan.out
+    other, first, second = gpu.driver.launches
+    assert first.arguments == second.arguments
+    assert first.arguments["out"] == plan.out.data.ptr != other.arguments["out"]
+    assert first.arguments["lse"] == plan.lse.data.ptr
+    assert (first.stream, second.stream) == (0x5000, 0xABC0)
+    assert len(gpu.cupy.allocations) == allocations
+    assert plan.kernel.startswith("forward m")
+    assert numflash.plan(*qkv, stream=0xABC0).launch() is not plan.out
+    assert gpu.driver.launches[-1].stream == 0xABC0
+
+
+def test_a_plan_keeps_its_arrays_alive(gpu):
+    def keepers():
+        gc.collect()
+        return sum(isinstance(x, gpu.cupy.ndarray) for x in gc.get_objects())
+
+    before = keepers()
+    plan = numflash.plan(*(gpu.array((B, SK, H, D)) for _ in range(3)))
+    assert keepers() - before == 5
+    del plan
+    assert keepers() == before
+
+
+def test_threads_do_not_mix_their_arguments(gpu, qkv):
+    plans = [numflash.plan(*qkv) for _ in range(4)]
+    threads = [threading.Thread(target=lambda p=p: [p.launch() for _ in range(50)]) for p in plans]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for run in gpu.driver.launches:
+        pairs = {p.out.data.ptr: p.lse.data.ptr for p in plans}
+        assert pairs[run.arguments["out"]] == run.arguments["lse"]
+
+
+def test_warmup_compiles_what_attention_will_launch(gpu, monkeypatch, qkv):
+    compiled = []
+
+    def get_cubin(config, traits, limits):
+        compiled.append(f"{config.family}|{config}|{traits}")
+        return fake_gpu.fake_get_cubin(config, traits, limits)
+
+    monkeypatch.setattr(api, "get_cubin", get_cubin)
+    numflash.warmup("float16", D, DV, backward=True)
+    out, lse = numflash.attention(*qkv, return_lse=True)
+    numflash.attention_backward(out, *qkv, out, lse)
+    assert sorted(compiled) == sorted(gpu.driver.kernels)
+
+
+def test_a_gpu_older_than_turing_is_unsupported(monkeypatch):
+    gpu = fake_gpu.install(monkeypatch, capability=(7, 0))
+    q = gpu.array((B, SQ, H, D))
+    with pytest.raises(numflash.UnsupportedError, match=r"device 0: .*sm_70.*not supported"):
+        numflash.attention(q, q, q)
+
+
+def test_without_a_driver_the_error_says_what_to_do(monkeypatch):
+    bindings = types.ModuleType("cuda.bindings")
+    bindings.driver = types.SimpleNamespace(cuInit=lambda flags: (fake_gpu.Status(100),))
+    monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
+    monkeypatch.setattr(launch, "_driver", launch._driver.__wrapped__)
+    monkeypatch.setattr(api, "limits_of_device", launch.limits_of_device.__wrapped__)
+    with pytest.raises(numflash.UnsupportedError) as error:
+        numflash.warmup()
+    for words in ("the CUDA driver cannot be used", "numflash[cu13]", "NUMBA_ENABLE_CUDASIM=1"):
+        assert words in str(error.value)
+
+
+# Host time. The promise is for a quiet machine; these limits leave room for a busy one.
+PROMISED_CALL_US, PROMISED_LAUNCH_US, ROOM = 25, 8, 4
+
+
+def _microseconds(call) -> float:
+    return min(timeit.repeat(call, number=200, repeat=10)) / 200 * 1e6
+
+
+@pytest.fixture
+def silent(gpu, monkeypatch):
+    """The fake machine with a driver that does not even record."""
+    status = (fake_gpu.OK,)
+    monkeypatch.setattr(fake_gpu.Driver, "cuLaunchKernel", lambda self, *_: status)
+    return gpu
+
+
+def test_a_warm_call_costs_little_host_time(silent, qkv):
+    numflash.attention(*qkv)
+    assert _microseconds(lambda: numflash.attention(*qkv)) < ROOM * PROMISED_CALL_US
+
+
+def test_a_planned_launch_costs_little_host_time(silent, qkv):
+    assert _microseconds(numflash.plan(*qkv).launch) < ROOM * PROMISED_LAUNCH_US
