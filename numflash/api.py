@@ -76,7 +76,8 @@ def attention(
         layout: "bshd" or "bhsd", of q, k, v and the result.
         return_lse: also return the log-sum-exp.
         out: an array to write the result to; it must not overlap an input.
-        stream: a CUDA stream (or its address); None is the array library's current one.
+        stream: a CUDA stream, or its address, to allocate and launch on; None is the current one
+            of the array library of q.
 
     Returns:
         out: (batch, seqlen_q, num_heads_q, head_dim_v) in the layout, dtype and kind of q. A

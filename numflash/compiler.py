@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -127,13 +127,26 @@ def compile_kernel(make: Callable[[], Any], limits: Architecture) -> Cubin:
         UnsupportedError: the compiler packages are missing.
     """
     start = time.perf_counter()
-    kernel, ltoir = _front_end(make, limits, "ltoir")
+    cubin = _compile(make, limits)
+    if cubin.spill_store_bytes or cubin.spill_load_bytes:
+        # The assembler spills a little where that lets one more block fit on an SM; told that one
+        # block is enough, it takes the registers.
+        roomy = _compile(make, limits, min_blocks=1)
+        cubin = min(cubin, roomy, key=lambda c: c.spill_store_bytes + c.spill_load_bytes)
+    return replace(cubin, compile_ms=(time.perf_counter() - start) * 1e3)
+
+
+def _compile(
+    make: Callable[[], Any], limits: Architecture, min_blocks: int | None = None
+) -> Cubin:
+    """A kernel compiled once; `min_blocks` as for `_front_end`."""
+    kernel, ltoir = _front_end(make, limits, "ltoir", min_blocks)
     code, log = _link(ltoir, limits.arch)
     return Cubin(
         parameters=tuple((name, _letter(t)) for name, t in kernel.parameters.items()),
         num_threads=kernel.num_threads,
         smem_bytes=kernel.smem_bytes,
-        compile_ms=(time.perf_counter() - start) * 1e3,
+        compile_ms=0.0,
         code=code,
         **_resources(log),
     )
@@ -151,10 +164,17 @@ def _make(config: Config, traits: Traits):
     return FACTORIES[config.family](config, traits)
 
 
-def _front_end(make: Callable[[], Any], limits: Architecture, output: str):
-    """The kernel object, and its code as LTO-IR or PTX."""
+def _front_end(
+    make: Callable[[], Any], limits: Architecture, output: str, min_blocks: int | None = None
+):
+    """The kernel object, and its code as LTO-IR or PTX.
+
+    `min_blocks` per SM is promised to the assembler, which bounds the registers; None leaves it
+    the choice.
+    """
     with _numba_for(limits) as numba_cuda:
         kernel = make()
+        threads = kernel.num_threads
         codes, _ = numba_cuda.compile_all(
             kernel.function,
             _signature(kernel.parameters),
@@ -162,7 +182,7 @@ def _front_end(make: Callable[[], Any], limits: Architecture, output: str):
             device=False,
             abi="numba",
             output=output,
-            launch_bounds=kernel.num_threads,
+            launch_bounds=threads if min_blocks is None else (threads, min_blocks),
         )
     if len(codes) != 1:
         raise UnsupportedError(f"the {kernel.family} kernel compiled to {len(codes)} modules")
@@ -177,21 +197,32 @@ def _numba_for(limits: Architecture):
         from numba.cuda import dispatcher
     except ImportError as error:
         raise UnsupportedError(f"Numba cannot be imported: {error}. {INSTALL_HINT}") from error
+    if not hasattr(cuda, "compile_all"):
+        raise UnsupportedError(f"Numba is installed without numba-cuda. {INSTALL_HINT}")
     # compile_all knows the architecture, but Numba asks the current device for that of the device
     # functions a kernel calls.
     ask_driver = dispatcher.get_current_device
     device = SimpleNamespace(compute_capability=_compute_capability(limits.arch))
     dispatcher.get_current_device = lambda: device
     try:
-        yield cuda
-    except Exception as error:
-        if type(error).__name__ in ("DynamicLibNotFoundError", "NvvmSupportError"):
-            raise UnsupportedError(
-                f"the compiler cannot be loaded: {error}. {INSTALL_HINT}"
-            ) from error
-        raise
+        with _compiler_libraries():
+            yield cuda
     finally:
         dispatcher.get_current_device = ask_driver
+
+
+@contextmanager
+def _compiler_libraries():
+    """Raises UnsupportedError where a library of the CUDA toolkit is not found."""
+    try:
+        yield
+    except Exception as error:
+        if type(error).__name__ not in ("DynamicLibNotFoundError", "NvvmSupportError"):
+            raise
+        reason = " ".join(str(error).split())
+        raise UnsupportedError(
+            f"the compiler cannot be loaded: {reason}. {INSTALL_HINT}"
+        ) from error
 
 
 INSTALL_HINT = 'Install the CUDA packages with pip install "numflash[cu13]" (or [cu12]).'
@@ -226,23 +257,33 @@ def _letter(annotation) -> str:
 
 
 def _link(ltoir: bytes, arch: str) -> tuple[bytes, str]:
-    """The machine code and the assembler's log."""
+    """The machine code and the assembler's log. Raises RuntimeError with it if it refuses."""
     try:
         from cuda.bindings import nvjitlink
     except ImportError as error:
         raise UnsupportedError(f"nvJitLink cannot be imported: {error}. {INSTALL_HINT}") from error
     options = [f"-arch={arch}", "-lto", "-verbose"]
-    handle = nvjitlink.create(len(options), options)
+    with _compiler_libraries():
+        handle = nvjitlink.create(len(options), options)
     try:
         nvjitlink.add_data(handle, nvjitlink.InputType.LTOIR, ltoir, len(ltoir), "kernel")
-        nvjitlink.complete(handle)
+        try:
+            nvjitlink.complete(handle)
+        except nvjitlink.nvJitLinkError as error:
+            log = bytearray(nvjitlink.get_error_log_size(handle))
+            nvjitlink.get_error_log(handle, log)
+            raise RuntimeError(f"{error} for {arch}: {_text(log)}") from error
         log = bytearray(nvjitlink.get_info_log_size(handle))
         nvjitlink.get_info_log(handle, log)
         code = bytearray(nvjitlink.get_linked_cubin_size(handle))
         nvjitlink.get_linked_cubin(handle, code)
     finally:
         nvjitlink.destroy(handle)
-    return bytes(code), log.decode(errors="replace").replace("\0", "")
+    return bytes(code), _text(log)
+
+
+def _text(log: bytearray) -> str:
+    return log.decode(errors="replace").replace("\0", "").strip()
 
 
 def _resources(log: str) -> dict:

@@ -71,23 +71,21 @@ class Traits:
     @classmethod
     def parse(cls, text: str) -> "Traits":
         """The inverse of `str`. Raises ValueError for anything else."""
-        match = re.fullmatch(r"(\w+)-d(\d+)-dv(\d+)((?:-\w+)*)", text)
-        flags = set(match[4].split("-")[1:]) if match else set()
-        if match is None or not flags <= set(cls._FLAGS.values()):
-            raise ValueError(f"traits must look like float16-d64-dv64-softcap-vec, got {text!r}")
-        return cls(
-            match[1],
-            int(match[2]),
-            int(match[3]),
-            **{name: short in flags for name, short in cls._FLAGS.items()},
-        )
+        match = re.fullmatch(r"(\w+)-d(\d+)-dv(\d+)((?:-\w+)*)", text, re.ASCII)
+        if match is not None:
+            flags = {name: short in match[4].split("-") for name, short in cls._FLAGS.items()}
+            traits = cls(match[1], int(match[2]), int(match[3]), **flags)
+            if str(traits) == text:
+                return traits
+        raise ValueError(f"traits must look like float16-d64-dv64-softcap-vec, got {text!r}")
 
 
 class SmemLayout:
     """Where the float32 tiles of a block lie in its shared memory.
 
-    A pitch is the distance between rows, in floats. Rows of `head_dim` floats are padded by 4 and
-    rows of scores by 8, which spreads the lanes of `tiles.lanes` over all banks.
+    A pitch is the distance between rows, in floats. Rows of `head_dim` floats are padded by 4;
+    rows of scores, a multiple of 8, to an odd multiple of 8. This spreads the lanes of
+    `tiles.lanes` over all banks.
     """
 
     def __init__(self, **shapes: tuple[int, int]):
@@ -96,7 +94,7 @@ class SmemLayout:
         end = 0
         for name, (rows, columns) in shapes.items():
             self.offsets[name] = end
-            self.pitches[name] = columns + (8 if name == "p" else 4)
+            self.pitches[name] = columns | 8 if name == "p" else columns + 4
             end += rows * self.pitches[name]
         self.smem_bytes = end * FLOAT_BYTES
 
@@ -162,7 +160,7 @@ class _Tiled:
     @classmethod
     def parse(cls, text: str) -> "_Tiled":
         """The inverse of `str`. Raises ValueError for anything else."""
-        match = re.fullmatch(r"m(\d+)n(\d+)w(\d+)", text)
+        match = re.fullmatch(r"m([1-9]\d*)n([1-9]\d*)w([1-9]\d*)", text, re.ASCII)
         if match is None:
             raise ValueError(f"a {cls.family} config must look like m64n32w4, got {text!r}")
         return cls(*map(int, match.groups()))
@@ -251,7 +249,7 @@ class DeltaConfig:
     @classmethod
     def parse(cls, text: str) -> "DeltaConfig":
         """The inverse of `str`. Raises ValueError for anything else."""
-        match = re.fullmatch(r"w(\d+)", text)
+        match = re.fullmatch(r"w([1-9]\d*)", text, re.ASCII)
         if match is None:
             raise ValueError(f"a {cls.family} config must look like w8, got {text!r}")
         return cls(int(match[1]))

@@ -1,6 +1,7 @@
 """What a GPU has: limits per compute capability, and how many blocks of a kernel fit on an SM.
 
-Source: CUDA C++ Programming Guide, "Compute Capabilities", tables of technical specifications.
+Sources: CUDA C++ Programming Guide, "Compute Capabilities", tables of technical specifications;
+cuda/__device/arch_traits.h of CCCL 3; cuda_occupancy.h of CUDA 13.
 """
 
 from dataclasses import dataclass
@@ -8,6 +9,8 @@ from dataclasses import dataclass
 KB = 1024
 REGISTER_UNIT = 256
 _WARP = 32
+# An SM consists of four partitions, each with its own registers and warps.
+_PARTITIONS = 4
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,7 @@ class Architecture:
         max_threads_per_sm, max_blocks_per_sm: what an SM holds at once.
         registers_per_sm: 32-bit registers of an SM.
         reserved_smem_per_block: shared memory the system takes for each block, bytes.
+        smem_unit: shared memory is handed out to blocks in multiples of this, bytes.
     """
 
     arch: str
@@ -30,6 +34,7 @@ class Architecture:
     max_blocks_per_sm: int
     registers_per_sm: int = 65536
     reserved_smem_per_block: int = KB
+    smem_unit: int = 128
 
     @property
     def compute_capability(self) -> tuple[int, int]:
@@ -41,14 +46,18 @@ class Architecture:
 ARCHITECTURES: dict[str, Architecture] = {
     a.arch: a
     for a in (
-        Architecture("sm_75", 64 * KB, 64 * KB, 1024, 16, reserved_smem_per_block=0),
+        Architecture(
+            "sm_75", 64 * KB, 64 * KB, 1024, 16, reserved_smem_per_block=0, smem_unit=256
+        ),
         Architecture("sm_80", 163 * KB, 164 * KB, 2048, 32),
         Architecture("sm_86", 99 * KB, 100 * KB, 1536, 16),
         Architecture("sm_87", 163 * KB, 164 * KB, 1536, 16),
+        Architecture("sm_88", 99 * KB, 100 * KB, 1536, 16),
         Architecture("sm_89", 99 * KB, 100 * KB, 1536, 24),
         Architecture("sm_90a", 227 * KB, 228 * KB, 2048, 32),
         Architecture("sm_100", 227 * KB, 228 * KB, 2048, 32),
         Architecture("sm_103", 227 * KB, 228 * KB, 2048, 32),
+        Architecture("sm_110", 227 * KB, 228 * KB, 1536, 24),
         Architecture("sm_120", 99 * KB, 100 * KB, 1536, 24),
         Architecture("sm_121", 99 * KB, 100 * KB, 1536, 24),
     )
@@ -101,18 +110,20 @@ def blocks_per_sm(
         (blocks, "threads" | "blocks" | "registers" | "shared memory"); 0 blocks if it cannot run.
     """
     warps = -(-num_threads // _WARP)
-    # Registers are handed out to warps in units of 256, from four partitions of the file.
-    per_warp = -(-max(registers, 1) * _WARP // REGISTER_UNIT) * REGISTER_UNIT
-    warps_by_registers = limits.registers_per_sm // 4 // per_warp * 4
+    # Registers are handed out to warps, each of which lives in one partition.
+    per_warp = _round_up(max(registers, 1) * _WARP, REGISTER_UNIT)
+    warps_by_registers = limits.registers_per_sm // _PARTITIONS // per_warp * _PARTITIONS
+    taken = _round_up(smem_bytes + limits.reserved_smem_per_block, limits.smem_unit)
+    by_smem = limits.smem_per_sm // max(taken, limits.smem_unit)
     candidates = {
         "threads": limits.max_threads_per_sm // (warps * _WARP),
         "blocks": limits.max_blocks_per_sm,
         "registers": warps_by_registers // warps,
+        "shared memory": by_smem if smem_bytes <= limits.max_smem_per_block else 0,
     }
-    if smem_bytes > limits.max_smem_per_block:
-        candidates["shared memory"] = 0
-    else:
-        taken = smem_bytes + limits.reserved_smem_per_block
-        candidates["shared memory"] = limits.smem_per_sm // max(taken, 1)
     limited_by = min(candidates, key=candidates.get)
     return candidates[limited_by], limited_by
+
+
+def _round_up(n: int, unit: int) -> int:
+    return -(-n // unit) * unit

@@ -177,10 +177,11 @@ def _driver():
 
         _checked(driver.cuInit(0))
     except (ImportError, RuntimeError) as error:
+        why = str(error).rstrip(".")
         raise UnsupportedError(
-            f"the CUDA driver cannot be used: {error}. Kernels run on an NVIDIA GPU with its "
-            'driver and pip install "numflash[cu13]" (or [cu12]), or, with '
-            "NUMBA_ENABLE_CUDASIM=1 set before Python starts, on NumPy arrays in the simulator."
+            f"the CUDA driver cannot be used: {why}. Kernels run on an NVIDIA GPU with its driver "
+            'and pip install "numflash[cu13]" (or [cu12]), or, with NUMBA_ENABLE_CUDASIM=1 set '
+            "before Python starts, on NumPy arrays in the simulator."
         ) from error
     return driver
 

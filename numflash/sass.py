@@ -1,7 +1,7 @@
 """Machine code as text: NVIDIA's disassembler, and what it says counted by instruction.
 
-`nvdisasm` comes with pip (`nvidia-cuda-nvdisasm`) or with a CUDA toolkit. It needs neither GPU nor
-driver.
+`nvdisasm` comes from pip (`nvidia-cuda-nvdisasm`, which reads the cubins of every CUDA version) or
+with a CUDA toolkit. It needs neither GPU nor driver.
 """
 
 import os
@@ -14,9 +14,7 @@ from pathlib import Path
 
 from numflash.errors import UnsupportedError
 
-INSTALL_HINT = (
-    "pip install nvidia-cuda-nvdisasm (or nvidia-cuda-nvdisasm-cu12) brings the disassembler"
-)
+INSTALL_HINT = "pip install nvidia-cuda-nvdisasm brings one"
 
 COUNTED = (
     "HGMMA",
@@ -34,7 +32,7 @@ COUNTED = (
 )
 """Opcodes that are counted one by one, whatever modifiers follow them."""
 
-_DISTRIBUTIONS = ("nvidia-cuda-nvdisasm", "nvidia-cuda-nvdisasm-cu12")
+_DISTRIBUTION = "nvidia-cuda-nvdisasm"
 # Arithmetic in float64, and conversions from and to it.
 _F64_OPCODES = {"DFMA", "DADD", "DMUL", "DSETP", "DMNMX", "DMMA"}
 _F64_MODIFIERS = {"F64", "RCP64H", "RSQ64H"}
@@ -47,14 +45,13 @@ _INSTRUCTION = re.compile(
 
 def find_disassembler() -> Path | None:
     """nvdisasm of the pip package, of PATH or of the CUDA toolkit; None if there is none."""
-    for distribution in _DISTRIBUTIONS:
-        try:
-            files = metadata.files(distribution) or ()
-        except metadata.PackageNotFoundError:
-            continue
-        for file in files:
-            if file.stem == "nvdisasm" and file.locate().is_file():
-                return Path(file.locate())
+    try:
+        files = metadata.files(_DISTRIBUTION) or ()
+    except metadata.PackageNotFoundError:
+        files = ()
+    for file in files:
+        if file.stem == "nvdisasm" and file.locate().is_file():
+            return Path(file.locate())
     if on_path := shutil.which("nvdisasm"):
         return Path(on_path)
     for variable in ("CUDA_HOME", "CUDA_PATH"):
@@ -73,7 +70,7 @@ def disassemble(code: bytes) -> str:
     """
     program = find_disassembler()
     if program is None:
-        raise UnsupportedError(f"nvdisasm was not found; {INSTALL_HINT}")
+        raise UnsupportedError(f"there is no disassembler; {INSTALL_HINT}")
     with tempfile.TemporaryDirectory() as directory:
         cubin = Path(directory) / "kernel.cubin"
         cubin.write_bytes(code)

@@ -43,18 +43,18 @@ def make_softmax_backward(rows, columns, softcap, by_row):
 
     With softcap, `cap_slopes` holds the derivative of the capped by the raw score.
     """
+    n_scores = rows * columns
 
     @device_function
     def softmax_backward(s_acc, dp_acc, cap_slopes, lses, deltas):
-        for r in range(rows):
-            for c in range(columns):
-                i, query = columns * r + c, r if by_row else c
-                probability = exp_f32(s_acc[i] - lses[query])
-                gradient = probability * (dp_acc[i] - deltas[query])
-                if softcap:
-                    gradient *= cap_slopes[i]
-                s_acc[i] = probability
-                dp_acc[i] = gradient
+        for i in range(n_scores):
+            query = i // columns if by_row else i % columns
+            probability = exp_f32(s_acc[i] - lses[query])
+            gradient = probability * (dp_acc[i] - deltas[query])
+            if softcap:
+                gradient *= cap_slopes[i]
+            s_acc[i] = probability
+            dp_acc[i] = gradient
 
     return softmax_backward
 

@@ -2,6 +2,10 @@
 
 Masks are bands: query i sees the keys j with band_lo <= j - i <= band_hi, and j < seqlen_k.
 Causal attention and sliding windows are bands; without either, the band is everything.
+
+Score i of a thread is in its row i // columns and its column i % columns. The loops over scores
+are flat because the compiler for Blackwell does not unroll nested ones, and a tile that is indexed
+by a loop's variable lies in local memory, not in registers.
 """
 
 import math
@@ -22,20 +26,21 @@ def make_scale_scores(rows, columns, softcap, alibi):
     s -= alibi_slope * |row + bias_shift - column|. `cap_slopes` receives the derivative
     1 - tanh(s)^2 of the capped by the raw score, which the backward needs.
     """
+    n_scores = rows * columns
 
     @device_function
     def scale_scores(s_acc, cap_slopes, row, column, bias_shift, score_scale, cap, alibi_slope):
-        for r in range(rows):
-            for c in range(columns):
-                s = s_acc[columns * r + c] * score_scale
-                if softcap:
-                    bent = f32(math.tanh(s))
-                    cap_slopes[columns * r + c] = f32(1) - bent * bent
-                    s = cap * bent
-                if alibi:
-                    distance = row + ROW_LANES * r + bias_shift - column - COLUMN_LANES * c
-                    s -= alibi_slope * f32(abs(distance))
-                s_acc[columns * r + c] = s
+        for i in range(n_scores):
+            s = s_acc[i] * score_scale
+            if softcap:
+                bent = f32(math.tanh(s))
+                cap_slopes[i] = f32(1) - bent * bent
+                s = cap * bent
+            if alibi:
+                r, c = i // columns, i % columns
+                distance = row + ROW_LANES * r + bias_shift - column - COLUMN_LANES * c
+                s -= alibi_slope * f32(abs(distance))
+            s_acc[i] = s
 
     return scale_scores
 
@@ -46,15 +51,15 @@ def make_mask_scores(rows, columns):
 
     Sets scores to -inf where column - row is outside the band or column is past the end.
     """
+    n_scores = rows * columns
 
     @device_function
     def mask_scores(s_acc, row, column, end, band_lo, band_hi):
-        for r in range(rows):
-            for c in range(columns):
-                j = column + COLUMN_LANES * c
-                distance = j - row - ROW_LANES * r
-                if j >= end or distance < band_lo or distance > band_hi:
-                    s_acc[columns * r + c] = NEG_INF
+        for i in range(n_scores):
+            j = column + COLUMN_LANES * (i % columns)
+            distance = j - row - ROW_LANES * (i // columns)
+            if j >= end or distance < band_lo or distance > band_hi:
+                s_acc[i] = NEG_INF
 
     return mask_scores
 

@@ -26,7 +26,8 @@ def exp_f32(x):
 @device_function
 def row_max_of_lanes(x):
     """The maximum over the 8 lanes that share a row, in all of them."""
-    for distance in (1, 2, 4):
+    for i in range(3):
+        distance = 1 << i
         x = max_f32(x, cuda.shfl_xor_sync(FULL_WARP, x, distance))
     return x
 
@@ -34,7 +35,8 @@ def row_max_of_lanes(x):
 @device_function
 def row_sum_of_lanes(x):
     """The sum over the 8 lanes that share a row, in all of them."""
-    for distance in (1, 2, 4):
+    for i in range(3):
+        distance = 1 << i
         x += cuda.shfl_xor_sync(FULL_WARP, x, distance)
     return x
 

@@ -17,6 +17,7 @@ ROOT = Path(numflash.__file__).parent
 ARROWS = {
     "errors": "",
     "mode": "",
+    "sass": "errors",
     "devices": "",
     "cache": "",
     "configs": "",
@@ -39,7 +40,7 @@ OUTSIDE = {
     "greenlet": "simulator",
     "llvmlite": "ptx compiler",
     "numba": "ptx compiler launch simulator arrays(f)",
-    "cuda": "compiler(f) launch(f)",
+    "cuda": "compiler(f) launch(f) info(f)",
     "cupy": "arrays(f)",
 }
 NO_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}

@@ -9,8 +9,10 @@ import gc
 import math
 import sys
 import threading
+import time
 import timeit
 import types
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -419,16 +421,25 @@ def test_a_plan_keeps_its_arrays_alive(gpu):
     assert keepers() == before
 
 
-def test_threads_do_not_mix_their_arguments(gpu, qkv):
+def test_threads_do_not_mix_their_arguments(gpu, qkv, monkeypatch):
+    launch_kernel = fake_gpu.Driver.cuLaunchKernel
+
+    def slow(driver, *arguments):
+        time.sleep(1e-3)  # other threads run before the arguments are read
+        return launch_kernel(driver, *arguments)
+
+    monkeypatch.setattr(fake_gpu.Driver, "cuLaunchKernel", slow)
     plans = [numflash.plan(*qkv) for _ in range(4)]
-    threads = [threading.Thread(target=lambda p=p: [p.launch() for _ in range(50)]) for p in plans]
+    threads = [threading.Thread(target=lambda p=p: [p.launch() for _ in range(5)]) for p in plans]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    launched = Counter(run.arguments["out"] for run in gpu.driver.launches)
+    assert launched == {plan.out.data.ptr: 5 for plan in plans}
+    lse_of = {plan.out.data.ptr: plan.lse.data.ptr for plan in plans}
     for run in gpu.driver.launches:
-        pairs = {p.out.data.ptr: p.lse.data.ptr for p in plans}
-        assert pairs[run.arguments["out"]] == run.arguments["lse"]
+        assert run.arguments["lse"] == lse_of[run.arguments["out"]]
 
 
 def test_warmup_compiles_what_attention_will_launch(gpu, monkeypatch, qkv):
@@ -452,16 +463,34 @@ def test_a_gpu_older_than_turing_is_unsupported(monkeypatch):
         numflash.attention(q, q, q)
 
 
-def test_without_a_driver_the_error_says_what_to_do(monkeypatch):
-    bindings = types.ModuleType("cuda.bindings")
-    bindings.driver = types.SimpleNamespace(cuInit=lambda flags: (fake_gpu.Status(100),))
+def _bindings(initialise):
+    module = types.ModuleType("cuda.bindings")
+    module.driver = types.SimpleNamespace(cuInit=initialise)
+    return module
+
+
+def _not_found(flags):
+    raise RuntimeError("libcuda.so.1 was not found.")
+
+
+@pytest.mark.parametrize(
+    "bindings, reason",
+    [
+        (None, "cuda.bindings"),
+        (_bindings(_not_found), "libcuda.so.1 was not found. Kernels"),
+        (_bindings(lambda flags: (fake_gpu.Status(100),)), "CUDA_ERROR_UNKNOWN"),
+    ],
+    ids=["not-installed", "not-found", "no-device"],
+)
+def test_without_a_driver_the_error_says_why_and_what_to_do(monkeypatch, bindings, reason):
     monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
     monkeypatch.setattr(launch, "_driver", launch._driver.__wrapped__)
     monkeypatch.setattr(api, "limits_of_device", launch.limits_of_device.__wrapped__)
     with pytest.raises(numflash.UnsupportedError) as error:
         numflash.warmup()
-    for words in ("the CUDA driver cannot be used", "numflash[cu13]", "NUMBA_ENABLE_CUDASIM=1"):
-        assert words in str(error.value)
+    words = ["the CUDA driver cannot be used", reason, "numflash[cu13]", "NUMBA_ENABLE_CUDASIM=1"]
+    for word in words:
+        assert word in str(error.value)
 
 
 # Host time. The promise is for a quiet machine; these limits leave room for a busy one.

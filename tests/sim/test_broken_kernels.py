@@ -453,7 +453,7 @@ FORWARD_MUTATIONS = [
     ),
     (
         "numflash.tiles.softmax",
-        Mutation("a step of the shuffles", "(1, 2, 4)", "(1, 2)", times=2),
+        Mutation("a step of the shuffles", "range(3)", "range(2)", times=2),
     ),
     (
         "numflash.tiles.softmax",

@@ -1,0 +1,258 @@
+"""`numflash-inspect` and `numflash-info`: what they print, and how they refuse."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from numflash import info, sass
+from numflash.configs import DeltaConfig, ForwardConfig, Traits
+from numflash.devices import ARCHITECTURES, blocks_per_sm
+from numflash.inspect import inspect_kernel, main
+
+KEYS = {
+    "kernel",
+    "arch",
+    "config",
+    "traits",
+    "registers",
+    "spill_store_bytes",
+    "spill_load_bytes",
+    "stack_bytes",
+    "smem_bytes",
+    "threads",
+    "blocks_per_sm",
+    "limited_by",
+    "instructions",
+    "warnings",
+    "compile_ms",
+}
+TRAITS = Traits("float16", 64, 64)
+FORWARD = ["forward", "--arch", "sm_80", "--dtype", "float16", "--head-dim", "64"]
+DELTA = ["delta", "--arch", "sm_80"]
+
+
+def printed(capsys, *argv):
+    """What a successful run prints."""
+    assert main(list(argv)) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    return captured.out
+
+
+def refusal(capsys, *argv):
+    """The one line that a refused command line prints."""
+    with pytest.raises(SystemExit) as stopped:
+        main(list(argv))
+    assert stopped.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+def run(*argv, **environment):
+    """A process of its own, with a Python program as its arguments."""
+    return subprocess.run(
+        [sys.executable, *argv],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_json(capsys):
+    report = json.loads(printed(capsys, *FORWARD, "--json"))
+    assert set(report) == KEYS
+    config = ForwardConfig.parse(report["config"])
+    assert report["kernel"] == "forward"
+    assert report["arch"] == "sm_80"
+    assert report["traits"] == str(TRAITS)
+    assert report["threads"] == config.num_threads
+    assert report["smem_bytes"] == config.smem_bytes(TRAITS)
+    assert 32 < report["registers"] < 256
+    assert report["spill_store_bytes"] == report["spill_load_bytes"] == report["stack_bytes"] == 0
+    assert report["warnings"] == []
+    assert report["compile_ms"] > 0
+    assert (report["blocks_per_sm"], report["limited_by"]) == blocks_per_sm(
+        ARCHITECTURES["sm_80"], report["threads"], report["registers"], report["smem_bytes"]
+    )
+    instructions = report["instructions"]
+    assert set(instructions) == {*sass.COUNTED, "F64"}
+    for name in ("FFMA", "MUFU.EX2", "LDS", "LDG", "SHFL", "BAR"):
+        assert instructions[name] > 0, name
+    for name in ("HMMA", "HGMMA", "LDL", "STL", "F64"):
+        assert instructions[name] == 0, name
+
+
+def test_readable_report(capsys):
+    text = printed(capsys, *FORWARD, "--causal", "--window", "-1", "0")
+    assert text.startswith("forward m64n64w4 on sm_80\n")
+    for row in ("registers", "spills", "shared memory", "blocks per SM", "limited by", "FFMA"):
+        assert row in text
+    assert max(map(len, text.splitlines())) < 100
+
+
+def test_sass(capsys):
+    text = printed(capsys, *FORWARD, "--sass")
+    assert sass.count_instructions(text)["FFMA"] > 0
+    assert "EXIT" in sass.opcodes(text)
+
+
+def test_ptx(capsys):
+    text = printed(capsys, *FORWARD, "--ptx")
+    for part in (".target sm_80", "ld.global.v4.u32", "ex2.approx.ftz.f32", ".maxntid 128"):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("argv", "config", "traits"),
+    [
+        (["--config", "w4"], "w4", "float16-d64-dv64-vec"),
+        (["--dtype", "bfloat16", "--head-dim", "120"], "w8", "bfloat16-d128-dv128-vec"),
+        (["--head-dim", "40", "--head-dim-v", "72"], "w8", "float16-d64-dv96-vec"),
+        (["--head-dim", "42"], "w8", "float16-d64-dv64"),
+        (["--head-dim", "44", "--dtype", "float32"], "w8", "float32-d64-dv64-vec"),
+        (["--unaligned"], "w8", "float16-d64-dv64"),
+        (["--softcap", "--alibi"], "w8", "float16-d64-dv64-softcap-alibi-vec"),
+    ],
+    ids=lambda argument: " ".join(argument) if isinstance(argument, list) else argument,
+)
+def test_options(argv, config, traits, capsys):
+    report = json.loads(printed(capsys, *DELTA, *argv, "--json"))
+    assert (report["config"], report["traits"]) == (config, traits)
+
+
+def test_architecture_without_its_suffix(capsys):
+    report = json.loads(printed(capsys, "delta", "--arch", "90", "--json"))
+    assert report["arch"] == "sm_90a"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "required: kernel"),
+        (["sideways", "--arch", "sm_80"], "'sideways'"),
+        (["forward"], "--arch"),
+        (["forward", "--arch", "sm_70"], "'sm_70'"),
+        ([*DELTA, "--dtype", "float64"], "'float64'"),
+        ([*DELTA, "--head-dim", "0"], "--head-dim must be 1 to 256, got 0"),
+        ([*DELTA, "--head-dim", "257"], "--head-dim must be 1 to 256, got 257"),
+        ([*DELTA, "--head-dim-v", "300"], "--head-dim-v must be 1 to 256, got 300"),
+        ([*DELTA, "--head-dim", "many"], "'many'"),
+        ([*DELTA, "--config", "m64n32w4"], "must look like w8, got 'm64n32w4'"),
+        (["forward", "--arch", "sm_80", "--config", "64x32"], "got '64x32'"),
+        (["forward", "--arch", "sm_80", "--config", "m60n32w4"], "m60n32w4"),
+        ([*DELTA, "--json", "--sass"], "not allowed with"),
+        ([*DELTA, "--window", "1"], "--window"),
+    ],
+    ids=lambda argument: " ".join(argument) if isinstance(argument, list) else "",
+)
+def test_refusals(argv, message, capsys):
+    assert message in refusal(capsys, *argv)
+
+
+def test_help_says_that_masks_are_data(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--help"])
+    assert stopped.value.code == 0
+    assert "a mask is data" in " ".join(capsys.readouterr().out.split())
+
+
+def test_it_refuses_the_simulator():
+    done = run("-m", "numflash.inspect", *DELTA, NUMBA_ENABLE_CUDASIM="1")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "unset it" in done.stderr
+
+
+def test_without_a_disassembler():
+    program = (
+        "from numflash import inspect, sass\n"
+        "sass.find_disassembler = lambda: None\n"
+        f"raise SystemExit(inspect.main({[*DELTA, '--json']!r}))"
+    )
+    done = run("-c", program)
+    assert done.returncode == 0
+    assert "pip install nvidia-cuda-nvdisasm" in done.stderr
+    assert done.stderr.count("\n") == 1
+    report = json.loads(done.stdout)
+    assert set(report) == KEYS
+    assert report["instructions"] == {}
+    assert report["registers"] > 0
+
+
+def test_no_sass_without_a_disassembler(monkeypatch, capsys):
+    monkeypatch.setattr(sass, "find_disassembler", lambda: None)
+    with pytest.raises(SystemExit) as stopped:
+        main([*DELTA, "--sass"])
+    assert stopped.value.code == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_report_of_a_config_that_no_block_can_have():
+    config = ForwardConfig.parse("m64n64w4")
+    report = inspect_kernel(config, TRAITS, ARCHITECTURES["sm_75"])
+    assert (report.blocks_per_sm, report.limited_by) == (0, "shared memory")
+    assert "no block fits: shared memory" in report.faults
+
+
+def test_a_report_without_faults():
+    assert inspect_kernel(DeltaConfig(8), TRAITS, ARCHITECTURES["sm_80"]).faults == ()
+
+
+def test_info_json(capsys):
+    inspect_kernel(DeltaConfig(8), TRAITS, ARCHITECTURES["sm_80"])
+    assert info.main(["--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    keys = {"simulator", "devices", "no_devices", "versions", "cache", "missing"}
+    assert set(found) == keys
+    assert bool(found["devices"]) == (found["no_devices"] is None)
+    assert found["versions"]["numba"] is not None
+    assert found["cache"]["kernels"] > 0
+    assert found["cache"]["bytes"] > 1000
+
+
+def test_info_with_a_gpu(monkeypatch, capsys):
+    device = {
+        "name": "NVIDIA H200",
+        "compute_capability": [9, 0],
+        "arch": "sm_90a",
+        "multiprocessors": 132,
+        "memory_bytes": 139 * 2**30,
+    }
+    monkeypatch.setattr(info, "_ask_driver", lambda: (12080, [device], None))
+    monkeypatch.setattr(info, "_version", lambda *names: None)
+    assert info.main([]) == 0
+    text = capsys.readouterr().out
+    assert "0  NVIDIA H200, compute capability 9.0 (sm_90a), 132 SMs, 139.0 GiB" in text
+    assert "12.8" in text
+    assert 'pip install "numflash[cu12]"' in text
+
+
+def test_info_with_nothing_installed():
+    program = (
+        "import sys\n"
+        "for name in ('numba', 'cuda', 'cuda.bindings', 'cuda.pathfinder', 'cupy', 'torch'):\n"
+        "    sys.modules[name] = None\n"
+        "from importlib import metadata\n"
+        "def missing(name):\n"
+        "    raise metadata.PackageNotFoundError(name)\n"
+        "metadata.version = metadata.files = missing\n"
+        "from numflash import info\n"
+        "raise SystemExit(info.main([]))"
+    )
+    done = run("-c", program)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "numba and numba-cuda, which compile the kernels" in done.stdout
+    assert "pip install nvidia-cuda-nvdisasm" in done.stdout
+
+
+def test_info_of_the_simulator():
+    done = run("-m", "numflash.info", NUMBA_ENABLE_CUDASIM="1")
+    assert done.returncode == 0
+    assert "kernels run in the simulator" in done.stdout

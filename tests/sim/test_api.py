@@ -1,0 +1,402 @@
+"""The public functions end to end in the simulator: shapes, strides, empties, plans, streams.
+
+Whether the numbers are right for every dtype, mask and size is `test_attention`'s business; here
+each call is compared with the reference to see that it read and wrote where it should.
+"""
+
+import types
+
+import numpy as np
+import pytest
+
+import numflash
+from numflash import api, reference
+from numflash.arrays import _NumPy
+from numflash.configs import FAMILIES
+from numflash.simulator import SEED
+
+# A ragged tile of queries, two of keys.
+TILES = {"forward": "m8n8w1", "backward-dq": "m8n8w1", "backward-dkdv": "m8n8w1", "delta": "w1"}
+B, SQ, SK, H, HKV, D, DV = 1, 5, 11, 2, 1, 32, 32
+NAN = np.float32(np.nan)
+
+
+@pytest.fixture(autouse=True)
+def small_tiles_and_poisoned_results(monkeypatch):
+    """Small tiles; and NaN wherever a kernel leaves a result out."""
+    configs = {family: FAMILIES[family].parse(text) for family, text in TILES.items()}
+    monkeypatch.setattr(api, "default_config", lambda family, *_: configs[family])
+    monkeypatch.setattr(api, "_ready", {})
+    empty = _NumPy.empty
+
+    def poisoned(self, shape, dtype, device):
+        array = empty(self, shape, dtype, device)
+        array.fill(np.nan)
+        return array
+
+    monkeypatch.setattr(_NumPy, "empty", poisoned)
+
+
+@pytest.fixture
+def rng():
+    """Random numbers, the same in every run."""
+    return np.random.default_rng(0)
+
+
+def arrays(rng, batch=B, layout="bshd", dtype=np.float32):
+    """q, k, v of the sizes above."""
+    q = rng.standard_normal((batch, SQ, H, D)).astype(dtype)
+    k = rng.standard_normal((batch, SK, HKV, D)).astype(dtype)
+    v = rng.standard_normal((batch, SK, HKV, DV)).astype(dtype)
+    if layout == "bhsd":
+        q, k, v = (np.ascontiguousarray(x.swapaxes(1, 2)) for x in (q, k, v))
+    return q, k, v
+
+
+def assert_close(got, expected):
+    """Equal up to float32's roundings; a value left out, or read from beside, is far off."""
+    assert got.shape == expected.shape
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def assert_right(q, k, v, **options):
+    """Compare a forward and a backward call with the reference."""
+    out, lse = numflash.attention(q, k, v, return_lse=True, **options)
+    exact_out, exact_lse = reference.attention(q, k, v, **options)
+    assert_close(out, exact_out)
+    assert_close(lse, exact_lse)
+    assert (out.dtype, lse.dtype) == (q.dtype, np.float32)
+    gradients = numflash.attention_backward(out, q, k, v, out, lse, **options)
+    exact = reference.attention_backward(out, q, k, v, **options)
+    for gradient, array, expected in zip(gradients, (q, k, v), exact, strict=True):
+        assert gradient.dtype == array.dtype and gradient.flags.c_contiguous
+        assert_close(gradient, expected)
+
+
+def test_simulating_says_where_kernels_run():
+    assert numflash.simulating() is True
+
+
+# Layouts and ranks
+
+
+@pytest.mark.parametrize("layout", ["bshd", "bhsd"])
+def test_arrays_of_4_3_and_2_dimensions(rng, layout):
+    q, k, v = arrays(rng, 2, layout)
+    assert_right(q, k, v, layout=layout, causal=True)
+    assert_right(q[1], k[1], v[1], layout=layout)
+    head = np.s_[0, :, 0] if layout == "bshd" else np.s_[0, 0]
+    assert_right(q[head], k[head], v[head], layout=layout)
+
+
+def test_lse_has_the_axes_of_q_with_heads_before_rows(rng):
+    q, k, v = arrays(rng, 2)
+    for index, shape in (((), (2, H, SQ)), ((0,), (H, SQ)), (np.s_[0, :, 0], (SQ,))):
+        result = numflash.attention(q[index], k[index], v[index], return_lse=True)
+        assert isinstance(result, tuple) and result[1].shape == shape
+    assert isinstance(numflash.attention(q, k, v), np.ndarray)
+
+
+# Strides
+
+
+STRIDED = {
+    "negative": lambda x: np.ascontiguousarray(x[::-1, ::-1, ::-1])[::-1, ::-1, ::-1],
+    "transposed": lambda x: np.ascontiguousarray(x.transpose(2, 1, 0, 3)).transpose(2, 1, 0, 3),
+    "every-other-column": lambda x: np.repeat(x, 2, axis=3)[..., ::2],
+    "last-axis-reversed": lambda x: np.ascontiguousarray(x[..., ::-1])[..., ::-1],
+    "last-axis-first": lambda x: np.ascontiguousarray(x.transpose(3, 0, 1, 2)).transpose(
+        1, 2, 3, 0
+    ),
+    "unaligned": lambda x: np.concatenate([x.ravel()[:1], x.ravel()])[1:].reshape(x.shape),
+}
+
+
+def _amid_nan(x):
+    """A view of the same values with NaN before, after and between its rows."""
+    whole = np.full((x.shape[0] + 1, 2 * x.shape[1] + 1, x.shape[2] + 2, x.shape[3] + 7), NAN)
+    view = whole[1:, 1::2, 1:-1, 3:-4]
+    view[...] = x
+    return view
+
+
+@pytest.mark.parametrize("stride", [*STRIDED.values(), _amid_nan], ids=[*STRIDED, "amid-nan"])
+def test_strides_are_honoured(rng, stride):
+    q, k, v = arrays(rng, 2)
+    strided = [stride(x) for x in (q, k, v)]
+    for x, original in zip(strided, (q, k, v), strict=True):
+        assert (x == original).all()
+    assert_right(*strided, causal=True)
+
+
+def test_broadcast_inputs_are_read_in_place(rng):
+    q, k, v = arrays(rng, 2)
+    k, v = (np.broadcast_to(x[:1, :, :1], (2, SK, H, D)) for x in (k, v))
+    assert 0 in k.strides
+    assert_right(q, k, v)
+
+
+def test_slopes_may_have_strides(rng):
+    q, k, v = arrays(rng, 2)
+    slopes = np.array([0.5, NAN, 0.25, NAN], np.float32)[::2]
+    assert_right(q[:1], k[:1], v[:1], alibi_slopes=slopes)
+    per_batch = np.array([[0.5, 0.25], [NAN, NAN], [0.125, 1.0]], np.float32)[::2, ::-1]
+    assert_right(q, k, v, alibi_slopes=per_batch)
+    broadcast = np.broadcast_to(np.float32(0.5), (1, H))
+    assert_right(q[:1], k[:1], v[:1], alibi_slopes=broadcast)
+
+
+def test_gradients_and_results_may_be_strided_in_backward(rng):
+    q, k, v = arrays(rng)
+    out, lse = numflash.attention(q, k, v, return_lse=True)
+    dout = rng.standard_normal(out.shape).astype(np.float32)
+    expected = numflash.attention_backward(dout, q, k, v, out, lse)
+    for stride in (_amid_nan, STRIDED["last-axis-reversed"]):
+        got = numflash.attention_backward(stride(dout), q, k, v, stride(out), lse)
+        for a, b in zip(got, expected, strict=True):
+            assert_close(a, b)
+
+
+# What is written
+
+
+def test_results_are_written_to_the_last_row_and_column(rng):
+    shape = (1, 23, 1, 29)
+    q, k, v = (rng.standard_normal(shape).astype(np.float32) for _ in range(3))
+    assert_right(q, k, v)
+
+
+@pytest.mark.parametrize("head_dim_v", [24, 27], ids=["vectors", "elements"])
+def test_out_is_written_and_nothing_beside_it(rng, head_dim_v):
+    q, k, v = arrays(rng)
+    v = v[..., :head_dim_v]
+    whole = np.full((B + 1, SQ + 5, H + 2, head_dim_v + 16), np.float32(7))
+    out = whole[1:, 2:-3, 1:-1, 8:-8]
+    result = numflash.attention(q, k, v, out=out)
+    assert result is out
+    assert_close(out, reference.attention(q, k, v)[0])
+    out[...] = 7
+    assert (whole == 7).all()
+
+
+def test_out_may_be_interleaved_with_the_inputs(rng):
+    packed = rng.standard_normal((B, SQ, 4, H, D)).astype(np.float32)
+    inputs = packed[:, :, :3].copy()
+    q, k, v, out = (packed[:, :, i] for i in range(4))
+    out.fill(NAN)
+    numflash.attention(q, k, v, out=out)
+    assert (packed[:, :, :3] == inputs).all()
+    assert_close(out, reference.attention(q, k, v)[0])
+
+
+def test_out_of_another_call_is_not_found(rng):
+    q, k, v = arrays(rng)
+    first, second = np.empty_like(q), np.empty_like(q)
+    assert numflash.attention(q, k, v, out=first) is first
+    assert numflash.attention(q, k, v, out=second) is second
+    assert (first == second).all()
+
+
+def test_inputs_are_left_alone(rng):
+    q, k, v = arrays(rng)
+    before = [x.copy() for x in (q, k, v)]
+    out, lse = numflash.attention(q, k, v, return_lse=True)
+    kept = out.copy(), lse.copy()
+    numflash.attention_backward(out, q, k, v, out, lse)
+    assert all((a == b).all() for a, b in zip((q, k, v), before, strict=True))
+    assert (out == kept[0]).all() and (lse == kept[1]).all()
+
+
+def test_read_only_inputs_are_read(rng):
+    q, k, v = arrays(rng)
+    for x in (q, k, v):
+        x.flags.writeable = False
+    assert_right(q, k, v)
+
+
+# Empties
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_empty_batches_give_empty_results(causal):
+    q, k = np.zeros((0, SQ, H, D), np.float32), np.zeros((0, SK, HKV, D), np.float32)
+    out, lse = numflash.attention(q, k, k, causal=causal, return_lse=True)
+    assert (out.shape, lse.shape) == ((0, SQ, H, D), (0, H, SQ))
+    gradients = numflash.attention_backward(out, q, k, k, out, lse, causal=causal)
+    assert [g.shape for g in gradients] == [q.shape, k.shape, k.shape]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_without_queries_results_are_empty_and_gradients_0(rng, causal):
+    q, k, v = arrays(rng)
+    q = q[:, :0]
+    out, lse = numflash.attention(q, k, v, causal=causal, return_lse=True)
+    assert (out.shape, lse.shape) == ((B, 0, H, DV), (B, H, 0))
+    dq, dk, dv = numflash.attention_backward(out, q, k, v, out, lse, causal=causal)
+    assert dq.shape == q.shape
+    assert (dk.shape, dv.shape) == (k.shape, v.shape)
+    assert (dk == 0).all() and (dv == 0).all()
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window_size": (3, 3)}], ids=str)
+def test_without_keys_results_are_0_and_lse_is_minus_infinity(rng, options):
+    q, k, v = arrays(rng)
+    k, v = k[:, :0], v[:, :0]
+    out, lse = numflash.attention(q, k, v, return_lse=True, **options)
+    assert out.shape == (B, SQ, H, DV) and (out == 0).all()
+    assert lse.shape == (B, H, SQ) and (lse == -np.inf).all()
+    dq, dk, dv = numflash.attention_backward(out, q, k, v, out, lse, **options)
+    assert dq.shape == q.shape and (dq == 0).all()
+    assert (dk.shape, dv.shape) == (k.shape, v.shape)
+
+
+def test_out_may_be_empty():
+    q, k = np.zeros((B, 0, H, D), np.float32), np.zeros((B, SK, H, D), np.float32)
+    out = np.zeros((B, 0, H, D), np.float32)
+    assert numflash.attention(q, k, k, out=out) is out
+
+
+# Streams, plans, warmup
+
+
+@pytest.mark.parametrize(
+    "stream", [0, 7, types.SimpleNamespace(ptr=7), types.SimpleNamespace(cuda_stream=0)], ids=str
+)
+def test_streams_are_accepted(rng, stream):
+    q, k, v = arrays(rng)
+    expected = numflash.attention(q, k, v, return_lse=True)
+    got = numflash.attention(q, k, v, return_lse=True, stream=stream)
+    assert all((a == b).all() for a, b in zip(got, expected, strict=True))
+    assert (numflash.plan(q, k, v, stream=stream).launch(stream) == expected[0]).all()
+
+
+def test_backward_accepts_a_stream(rng):
+    q, k, v = arrays(rng)
+    out, lse = numflash.attention(q, k, v, return_lse=True)
+    expected = numflash.attention_backward(out, q, k, v, out, lse)
+    got = numflash.attention_backward(out, q, k, v, out, lse, stream=7)
+    assert all((a == b).all() for a, b in zip(got, expected, strict=True))
+
+
+def test_a_plan_reads_the_arrays_as_they_are_at_each_launch(rng):
+    q, k, v = arrays(rng)
+    plan = numflash.plan(q, k, v, causal=True, window_size=(3, None))
+    options = {"causal": True, "window_size": (3, None)}
+    for _ in range(2):
+        out = plan.launch()
+        assert out is plan.out
+        exact_out, exact_lse = reference.attention(q, k, v, **options)
+        assert_close(out, exact_out)
+        assert_close(plan.lse, exact_lse)
+        for x in (q, k, v):
+            x[...] = rng.standard_normal(x.shape)
+
+
+def test_a_plan_writes_to_the_out_it_is_given(rng):
+    q, k, v = arrays(rng)
+    out = np.full((B, SQ, H, DV), NAN)
+    plan = numflash.plan(q, k, v, out=out)
+    assert np.isnan(out).all()
+    assert plan.launch() is out is plan.out
+    assert (out == numflash.attention(q, k, v)).all()
+
+
+def test_a_plan_names_its_kernel(rng):
+    q, k, v = arrays(rng)
+    plan = numflash.plan(q, k, v)
+    assert plan.kernel == f"forward {TILES['forward']} float32-d32-dv32-vec"
+    assert "empty" in numflash.plan(q[:, :0], k, v).kernel
+
+
+def test_a_plan_of_an_empty_problem_launches_nothing():
+    q, k = np.zeros((0, SQ, H, D), np.float32), np.zeros((0, SK, H, D), np.float32)
+    assert numflash.plan(q, k, k).launch().shape == q.shape
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_warmup_passes_where_there_is_nothing_to_compile(dtype):
+    assert numflash.warmup(dtype, 80, 128, softcap=True, alibi=True, backward=True) is None
+    assert api._ready == {}
+
+
+# check
+
+
+def test_check_reports_every_error_and_its_budget(rng):
+    q, k, v = arrays(rng)
+    report = numflash.check(q, k, v, causal=True)
+    assert isinstance(report, numflash.CheckReport) and report.passed
+    assert [error.name for error in report.errors] == ["out", "lse"]
+    for error in report.errors:
+        assert 0 < error.error <= error.budget and error.naive_error > 0
+    header, *lines = str(report).splitlines()
+    assert header.split() == ["error", "naive", "budget"]
+    assert [line.split()[0] for line in lines] == ["out", "lse"]
+    assert all(line.endswith("  ok") for line in lines)
+
+
+def test_check_takes_every_option_of_attention(rng):
+    q, k, v = arrays(rng, layout="bhsd")
+    out = np.full((B, H, SQ, DV), NAN)
+    report = numflash.check(
+        q,
+        k,
+        v,
+        dout=rng.standard_normal(out.shape).astype(np.float32),
+        softmax_scale=0.2,
+        causal=True,
+        causal_align="top_left",
+        window_size=(30, -1),
+        softcap=5.0,
+        alibi_slopes=np.array([0.5, 0.25], np.float32),
+        layout="bhsd",
+        out=out,
+        stream=0,
+        return_lse=True,
+    )
+    assert report.passed, f"\n{report}"
+    assert [error.name for error in report.errors] == ["out", "lse", "dq", "dk", "dv"]
+    assert not np.isnan(out).any()
+
+
+def test_check_says_which_result_is_wrong(rng, monkeypatch):
+    attention = api.attention
+
+    def wrong(*args, **options):
+        out, lse = attention(*args, **options)
+        out[0, 2, 0, 3] += 0.01
+        return out, lse
+
+    monkeypatch.setattr(api, "attention", wrong)
+    report = numflash.check(*arrays(rng))
+    assert not report.passed
+    assert [error.passed for error in report.errors] == [False, True]
+    out_line, lse_line = str(report).splitlines()[1:]
+    assert out_line.endswith("TOO LARGE") and lse_line.endswith("ok")
+
+
+def test_check_counts_nan_as_an_infinite_error(rng):
+    q, k, v = arrays(rng)
+    v[0, 5, 0, 7] = np.nan
+    exact = reference.attention(q, k, v)[0]
+    assert np.isnan(exact).any()
+    report = numflash.check(q, k, v)
+    out = np.nan_to_num(numflash.attention(q, k, v))
+    from numflash.check import measure
+
+    assert not np.isnan(report.errors[0].error)
+    assert measure("out", out, exact, exact, 2**-24).error == np.inf
+
+
+# Order
+
+
+def test_the_order_of_threads_does_not_change_a_bit(rng, monkeypatch):
+    q, k, v = arrays(rng, dtype=np.float16)
+    results = []
+    for seed in (1, 2):
+        monkeypatch.setattr(SEED, "value", seed)
+        out, lse = numflash.attention(q, k, v, causal=True, return_lse=True)
+        gradients = numflash.attention_backward(out, q, k, v, out, lse, causal=True)
+        results.append([x.tobytes() for x in (out, lse, *gradients)])
+    assert results[0] == results[1]
