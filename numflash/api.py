@@ -9,15 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from numflash.arrays import (
-    ArrayLibrary,
-    ArrayView,
-    Operand,
-    contiguous_strides,
-    library_of,
-    overlap,
-    stream_address,
-)
+from numflash.arrays import ArrayLibrary, library_of, stream_address
 from numflash.compiler import get_cubin
 from numflash.configs import FAMILIES, Traits, default_config, padded_head_dim
 from numflash.launch import Launcher, limits_of_device
@@ -32,6 +24,7 @@ from numflash.problem import (
     expect_like,
     expect_writeable,
 )
+from numflash.views import ArrayView, Operand, contiguous_strides, overlap
 
 # Ready launches by problem; emptied when it grows past this, so that varying shapes cannot leak.
 _MAX_READY = 4096

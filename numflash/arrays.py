@@ -10,83 +10,13 @@ Nothing here imports a library that the caller has not: an array's type says whi
 import sys
 from collections.abc import Hashable
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
-from functools import cache
-from types import SimpleNamespace
-from typing import Any, NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from numflash.errors import UnsupportedError
 from numflash.mode import SIMULATED
-
-
-class Operand(NamedTuple):
-    """An array as a kernel's argument.
-
-    Attributes:
-        pointer: address of element 0.
-        array: keeps the memory alive; in the simulator the memory itself.
-    """
-
-    pointer: int
-    array: Any
-
-
-@dataclass(frozen=True, slots=True)
-class ArrayView:
-    """What is checked, and compiled for, of an array.
-
-    Attributes:
-        pointer: address of element 0; of an array yet to be allocated, 0.
-        shape: extents.
-        strides: in elements; they may have any sign.
-        dtype: name, as in "bfloat16".
-        device: ordinal of the CUDA device; -1 in the simulator.
-        writeable: whether a kernel may write to it.
-    """
-
-    pointer: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    dtype: str
-    device: int
-    writeable: bool = True
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes of an element."""
-        return numpy_dtype(self.dtype).itemsize
-
-    @property
-    def has_contiguous_rows(self) -> bool:
-        """Whether the elements of the last axis are neighbours."""
-        has_neighbours = self.shape and self.shape[-1] > 1 and 0 not in self.shape
-        return not has_neighbours or self.strides[-1] == 1
-
-    @property
-    def is_contiguous(self) -> bool:
-        """Whether all elements are neighbours, in C order."""
-        wanted = contiguous_strides(self.shape)
-        axes = zip(self.shape, self.strides, wanted, strict=True)
-        return 0 in self.shape or all(n == 1 or step == want for n, step, want in axes)
-
-    def span(self) -> tuple[int, int]:
-        """The bytes between which its elements lie, from and to, counted from the pointer."""
-        if 0 in self.shape:
-            return 0, 0
-        steps = [(n - 1) * step for n, step in zip(self.shape, self.strides, strict=True)]
-        low, high = sum(s for s in steps if s < 0), 1 + sum(s for s in steps if s > 0)
-        return low * self.itemsize, high * self.itemsize
-
-
-def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides, in elements, of an array in C order."""
-    strides, step = [], 1
-    for extent in reversed(shape):
-        strides.append(step)
-        step *= max(extent, 1)
-    return tuple(reversed(strides))
+from numflash.views import ArrayView, Operand, numpy_dtype
 
 
 class ArrayLibrary(Protocol):
@@ -356,16 +286,6 @@ def _type_name(array) -> str:
     return f"{type(array).__module__}.{type(array).__qualname__}"
 
 
-@cache
-def numpy_dtype(name: str) -> np.dtype:
-    """The NumPy dtype with this name, bfloat16 included."""
-    if name == "bfloat16":
-        import ml_dtypes
-
-        return np.dtype(ml_dtypes.bfloat16)
-    return np.dtype(name)
-
-
 def stream_address(stream) -> int:
     """The address of a stream object of any library, or of an integer address.
 
@@ -390,20 +310,3 @@ def stream_address(stream) -> int:
         "stream must be a CUDA stream (CuPy, PyTorch, Numba, cuda.core) or its address, got "
         f"{stream!r} ({type(stream).__name__})"
     )
-
-
-def overlap(a: ArrayView, b: ArrayView) -> bool:
-    """Whether two arrays share an element's memory. Exact; reads metadata only."""
-    return np.shares_memory(_ghost(a), _ghost(b))
-
-
-def _ghost(view: ArrayView) -> np.ndarray:
-    """A NumPy array with the view's address and strides, never to be read."""
-    interface = {
-        "shape": view.shape,
-        "typestr": f"|V{view.itemsize}",
-        "data": (view.pointer, True),
-        "strides": tuple(stride * view.itemsize for stride in view.strides),
-        "version": 3,
-    }
-    return np.asarray(SimpleNamespace(__array_interface__=interface))

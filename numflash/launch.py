@@ -13,12 +13,12 @@ from functools import cache
 
 import numpy as np
 
-from numflash.arrays import Operand
 from numflash.compiler import Cubin, get_cubin
 from numflash.configs import Config, Traits
 from numflash.devices import ARCHITECTURES, Architecture, architecture_of
 from numflash.errors import UnsupportedError
 from numflash.mode import SIMULATED
+from numflash.views import Operand
 
 # The simulator models the GPU with the least shared memory.
 SIMULATED_ARCHITECTURE = "sm_75"

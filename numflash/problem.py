@@ -7,9 +7,9 @@ message names the argument, what it was, and the rule.
 from dataclasses import dataclass
 from numbers import Integral, Real
 
-from numflash.arrays import ArrayView
 from numflash.configs import DTYPES, MAX_HEAD_DIM, Traits, padded_head_dim
 from numflash.errors import UnsupportedError
+from numflash.views import ArrayView
 
 LAYOUTS = ("bshd", "bhsd")
 ALIGNMENTS = ("bottom_right", "top_left")

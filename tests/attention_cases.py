@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from numflash.arrays import numpy_dtype
+from numflash.views import numpy_dtype
 
 # One small config for each kernel, so that small problems have several tiles in both directions.
 SMALL_CONFIGS = {

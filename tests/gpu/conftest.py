@@ -10,8 +10,8 @@ def poisoned_pool(monkeypatch):
 
     empty = _CuPy.empty
 
-    def poisoned(self, shape, dtype, like):
-        array = empty(self, shape, dtype, like)
+    def poisoned(self, shape, dtype, device):
+        array = empty(self, shape, dtype, device)
         array.view("u1").fill(0xFF)
         return array
 

@@ -51,8 +51,8 @@ def test_hardware_agrees_with_the_simulator(case, simulated):
     inputs = [cupy.asarray(a) for a in case.inputs]
     outputs = [cupy.asarray(a) for a in case.new_outputs()]
     library = _CuPy()
-    views = [library.view(array) for array in (*inputs, *outputs)]
-    arrays = dict(zip(kernel.parameters, views, strict=True))
+    operands = [library.operand(array) for array in (*inputs, *outputs)]
+    arrays = dict(zip(kernel.parameters, operands, strict=True))
     stream = cupy.cuda.get_current_stream().ptr
     DriverLaunch(cubin, 0, 1, {}).bind(arrays)(stream)
     got = [output.get() for output in outputs]

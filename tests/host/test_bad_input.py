@@ -14,8 +14,8 @@ import pytest
 
 import numflash
 from numflash import api
-from numflash.arrays import numpy_dtype
 from numflash.mode import SIMULATED
+from numflash.views import numpy_dtype
 from tests import fake_gpu
 
 needs_gpu_mode = pytest.mark.skipif(SIMULATED, reason="needs NUMBA_ENABLE_CUDASIM unset")

@@ -23,8 +23,8 @@ def poisoned_results(monkeypatch):
     """Fill what the library allocates with NaN, so that what a kernel leaves out shows."""
     empty = _NumPy.empty
 
-    def poisoned(self, shape, dtype, like):
-        array = empty(self, shape, dtype, like)
+    def poisoned(self, shape, dtype, device):
+        array = empty(self, shape, dtype, device)
         array.fill(np.nan)
         return array
 

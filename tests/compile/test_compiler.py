@@ -1,0 +1,436 @@
+"""From config to cubin: the caches, what decides their key, the log, and what may be missing."""
+
+import json
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+from importlib import metadata
+
+import pytest
+
+from numflash import cache, compiler
+from numflash.compiler import compile_kernel, get_cubin
+from numflash.configs import DeltaConfig, Traits
+from numflash.devices import ARCHITECTURES
+from numflash.errors import UnsupportedError
+from numflash.kernels.kernel import Kernel
+from numflash.ptx import INSTRUCTIONS, Pointer, cuda, f32, i32, instruction
+
+CONFIG, TRAITS, LIMITS = DeltaConfig(8), Traits("float16", 64, 64), ARCHITECTURES["sm_80"]
+ELF = b"\x7fELF"
+
+# Loads or compiles the kernel of this file in a process of its own, and says how that went.
+CHILD = """
+import json, sys, time
+from numflash.compiler import get_cubin
+from numflash.configs import DeltaConfig, Traits
+from numflash.devices import ARCHITECTURES
+arguments = DeltaConfig(8), Traits("float16", 64, 64), ARCHITECTURES["sm_80"]
+start = time.perf_counter()
+cubin = get_cubin(*arguments)
+print(json.dumps({
+    "seconds": time.perf_counter() - start,
+    "numba": "numba" in sys.modules,
+    "code": cubin.code.hex(),
+    "registers": cubin.registers,
+}))
+"""
+
+
+@pytest.fixture
+def cache_directory(tmp_path, monkeypatch):
+    """An empty disk cache, and an empty one in memory."""
+    monkeypatch.setenv("NUMFLASH_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(compiler, "_cubins", {})
+    return tmp_path / "cubins"
+
+
+@pytest.fixture(scope="module")
+def good():
+    """The cubin that this file compiles, and recompiles, all the time."""
+    return compiler.compile_cubin(CONFIG, TRAITS, LIMITS)
+
+
+@pytest.fixture
+def compilations(monkeypatch, good):
+    """Instead of compiling, note what would be compiled."""
+    compiled = []
+
+    def compile_cubin(config, traits, limits):
+        compiled.append((config, traits, limits))
+        return good
+
+    monkeypatch.setattr(compiler, "compile_cubin", compile_cubin)
+    return compiled
+
+
+def start(program, directory):
+    environment = {**os.environ, "NUMFLASH_CACHE_DIR": str(directory)}
+    return subprocess.Popen(
+        [sys.executable, "-c", program],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process):
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    return json.loads(out)
+
+
+def forget():
+    """As a new process would: nothing in memory."""
+    compiler._cubins.clear()
+
+
+def test_a_cubin(good):
+    assert good.code.startswith(ELF)
+    assert good.entry.encode() in good.code
+    assert good.num_threads == 256
+    assert good.smem_bytes == 0
+    assert 0 < good.registers < 64
+    assert good.spill_store_bytes == good.spill_load_bytes == good.stack_bytes == 0
+    assert good.warnings == ()
+    assert good.parameters[:3] == (("out", "P"), ("do", "P"), ("delta", "P"))
+    assert {letter for _, letter in good.parameters} <= set("Pqif")
+
+
+def test_it_is_compiled_once(cache_directory, compilations):
+    first = get_cubin(CONFIG, TRAITS, LIMITS)
+    assert get_cubin(CONFIG, TRAITS, LIMITS) is first
+    forget()
+    assert get_cubin(CONFIG, TRAITS, LIMITS) == first
+    assert len(compilations) == 1
+    assert len(list(cache_directory.iterdir())) == 1
+
+
+def test_a_warm_cache_needs_no_numba(cache_directory, good, compilations):
+    get_cubin(CONFIG, TRAITS, LIMITS)
+    loaded = finish(start(CHILD, cache_directory.parent))
+    assert not loaded["numba"]
+    assert loaded["seconds"] < 0.3
+    assert bytes.fromhex(loaded["code"]) == good.code
+    assert loaded["registers"] == good.registers
+
+
+def test_two_processes_compile_at_once(cache_directory, good):
+    children = [start(CHILD, cache_directory.parent) for _ in range(2)]
+    for child in [finish(child) for child in children]:
+        assert bytes.fromhex(child["code"]).startswith(ELF)
+        assert child["registers"] == good.registers
+    (file,) = cache_directory.iterdir()
+    assert file.suffix == ".cubin"
+    assert compiler._from_disk(key_of(CONFIG, TRAITS, LIMITS)).registers == good.registers
+
+
+def key_of(*arguments):
+    """The key under which `get_cubin` looks for a kernel."""
+    with pytest.MonkeyPatch.context() as patch:
+        keys = []
+        patch.setattr(compiler, "_cubins", {})
+        patch.setattr(compiler.disk, "read", lambda key: keys.append(key))
+        patch.setattr(compiler, "_compile_logged", lambda *_: None)
+        get_cubin(*arguments)
+    return keys[0]
+
+
+def cut_short(data):
+    return data[: len(data) // 2]
+
+
+def one_bit_flipped(data):
+    return data[:-100] + bytes([data[-100] ^ 1]) + data[-99:]
+
+
+def one_bit_of_the_header_flipped(data):
+    at = data.index(b'"registers"') + 14
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+
+
+def empty(data):
+    return b""
+
+
+def magic_only(data):
+    return data[: data.index(b"\n") + 1]
+
+
+def foreign(data):
+    return b"PK\x03\x04 not a cubin"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [cut_short, one_bit_flipped, one_bit_of_the_header_flipped, empty, magic_only, foreign],
+)
+def test_a_damaged_file_is_compiled_again(damage, cache_directory, compilations, good):
+    get_cubin(CONFIG, TRAITS, LIMITS)
+    (file,) = cache_directory.iterdir()
+    intact = file.read_bytes()
+    file.write_bytes(damage(intact))
+    forget()
+    assert get_cubin(CONFIG, TRAITS, LIMITS) == good
+    assert len(compilations) == 2
+    assert file.read_bytes() == intact
+
+
+@pytest.mark.parametrize(
+    "header",
+    [{}, {"registers": 1}, {"surprise": 1, "parameters": [], "warnings": []}, {"parameters": 3}],
+)
+def test_a_header_of_another_version_is_compiled_again(
+    header, cache_directory, compilations, good
+):
+    cache.write(key_of(CONFIG, TRAITS, LIMITS), header, good.code)
+    assert get_cubin(CONFIG, TRAITS, LIMITS) == good
+    assert len(compilations) == 1
+
+
+def test_a_file_under_another_kernels_name_is_not_taken(cache_directory, compilations):
+    get_cubin(CONFIG, TRAITS, LIMITS)
+    (file,) = cache_directory.iterdir()
+    other = DeltaConfig(4)
+    shutil.copy(file, cache._path(key_of(other, TRAITS, LIMITS)))
+    get_cubin(other, TRAITS, LIMITS)
+    assert compilations[-1][0] == other
+
+
+def test_a_cache_that_is_a_file(tmp_path, monkeypatch, compilations, good, caplog):
+    occupied = tmp_path / "occupied"
+    occupied.write_text("not a folder")
+    monkeypatch.setenv("NUMFLASH_CACHE_DIR", str(occupied))
+    monkeypatch.setattr(compiler, "_cubins", {})
+    with caplog.at_level(logging.INFO, logger="numflash"):
+        assert get_cubin(CONFIG, TRAITS, LIMITS) == good
+    assert "cannot write" in caplog.text
+    assert occupied.read_text() == "not a folder"
+    assert cache.contents() == (0, 0)
+
+
+@pytest.mark.parametrize("call", ["os.replace", "tempfile.mkstemp", "os.fdopen"])
+def test_a_cache_that_cannot_be_written(call, cache_directory, compilations, good, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    module, _, function = call.partition(".")
+    monkeypatch.setattr(getattr(cache, module), function, refuse)
+    assert get_cubin(CONFIG, TRAITS, LIMITS) == good
+    assert list(cache_directory.iterdir()) == []
+
+
+def test_a_cache_that_cannot_be_read(cache_directory, compilations, good):
+    # A folder in the file's place: neither read nor replaced.
+    cache._path(key_of(CONFIG, TRAITS, LIMITS)).mkdir(parents=True)
+    assert get_cubin(CONFIG, TRAITS, LIMITS) == good
+
+
+def test_what_the_key_depends_on():
+    keys = [
+        key_of(CONFIG, TRAITS, LIMITS),
+        key_of(DeltaConfig(4), TRAITS, LIMITS),
+        key_of(CONFIG, replace(TRAITS, dtype="bfloat16"), LIMITS),
+        key_of(CONFIG, replace(TRAITS, head_dim=96), LIMITS),
+        key_of(CONFIG, replace(TRAITS, head_dim_v=96), LIMITS),
+        key_of(CONFIG, replace(TRAITS, softcap=True), LIMITS),
+        key_of(CONFIG, replace(TRAITS, alibi=True), LIMITS),
+        key_of(CONFIG, replace(TRAITS, vectorized=False), LIMITS),
+        key_of(CONFIG, TRAITS, ARCHITECTURES["sm_86"]),
+    ]
+    assert len(set(keys)) == len(keys)
+    assert key_of(CONFIG, TRAITS, LIMITS) == keys[0]
+
+
+def test_the_key_depends_on_the_compilers(monkeypatch):
+    before = key_of(CONFIG, TRAITS, LIMITS)
+    real = compiler._version
+    monkeypatch.setattr(compiler, "_version", lambda n: "99" if n == "numba-cuda" else real(n))
+    compiler._toolchain.cache_clear()
+    assert key_of(CONFIG, TRAITS, LIMITS) != before
+    compiler._toolchain.cache_clear()
+
+
+def test_the_key_depends_on_the_sources(tmp_path, monkeypatch):
+    def hash_of_copy(change=None):
+        copy = tmp_path / str(change)
+        for name in compiler._SOURCES:
+            source = compiler._PACKAGE / name
+            if source.is_dir():
+                shutil.copytree(source, copy / name, ignore=shutil.ignore_patterns("*.pyc"))
+            else:
+                shutil.copy(source, copy / name)
+        if change is not None:
+            (copy / change).write_text((copy / change).read_text() + "\n")
+        monkeypatch.setattr(compiler, "_PACKAGE", copy)
+        return compiler.source_hash.__wrapped__()
+
+    before = compiler.source_hash()
+    assert hash_of_copy() == before
+    for change in ("ptx/memory.py", "tiles/scores.py", "kernels/portable/delta.py", "configs.py"):
+        assert hash_of_copy(change) != before, change
+    assert before in key_of(CONFIG, TRAITS, LIMITS)
+
+
+def test_the_log(cache_directory, caplog):
+    with caplog.at_level(logging.INFO, logger="numflash"):
+        get_cubin(CONFIG, TRAITS, LIMITS)
+        forget()
+        get_cubin(CONFIG, TRAITS, LIMITS)
+    what = "delta w8 float16-d64-dv64-vec for sm_80"
+    begun, ended = [record.getMessage() for record in caplog.records]
+    assert begun == f"compiling {what} ..."
+    assert ended.startswith(f"compiled {what} in ")
+    assert ended.endswith(" s")
+
+
+def test_a_kernel_compiles_quickly():
+    # About 3 s on a quiet machine, once Numba is imported; the bound is for a busy one.
+    program = (
+        "import json\n"
+        "from numba import cuda\n"
+        "from numflash.compiler import compile_cubin\n"
+        "from numflash.configs import ForwardConfig, Traits\n"
+        "from numflash.devices import ARCHITECTURES\n"
+        "config = ForwardConfig.parse('m64n64w4')\n"
+        "cubin = compile_cubin(config, Traits('float16', 64, 64), ARCHITECTURES['sm_80'])\n"
+        "print(json.dumps(cubin.compile_ms))"
+    )
+    assert finish(start(program, "unused")) < 20_000
+
+
+@pytest.mark.parametrize(
+    ("spills", "calls", "kept"), [((0, 0), 1, 0), ((8, 0), 2, 1), ((8, 8), 2, 0), ((8, 12), 2, 0)]
+)
+def test_a_kernel_that_spills_gets_more_registers(spills, calls, kept, good, monkeypatch):
+    made = []
+
+    def compile_once(make, limits, min_blocks=None):
+        assert min_blocks == (1 if made else None)
+        cubin = replace(good, spill_load_bytes=spills[len(made)], code=bytes([len(made)]))
+        made.append(cubin)
+        return cubin
+
+    monkeypatch.setattr(compiler, "_compile", compile_once)
+    assert compiler.compile_cubin(CONFIG, TRAITS, LIMITS).code == bytes([kept])
+    assert len(made) == calls
+
+
+def test_min_blocks_reaches_the_assembler():
+    def directives(min_blocks):
+        make = partial(compiler._make, CONFIG, TRAITS)
+        _, ptx = compiler._front_end(make, LIMITS, "ptx", min_blocks)
+        return set(re.findall(r"\.(?:maxntid|minnctapersm) \d+", ptx))
+
+    assert directives(None) == {".maxntid 256"}
+    assert directives(1) == {".maxntid 256", ".minnctapersm 1"}
+
+
+def test_the_assemblers_complaint_is_quoted():
+    @instruction("ex2.approx.nonsense.f32 <ret>, <x>;", sm=75)
+    def nonsense(x: f32) -> f32:
+        """No such instruction."""
+
+    INSTRUCTIONS.pop("nonsense")
+
+    def kernel(x: Pointer(f32)):
+        x[0] = nonsense(x[0])
+
+    with pytest.raises(RuntimeError, match=r"for sm_80: .*\.nonsense"):
+        compile_kernel(lambda: Kernel("nonsense", kernel, 32, 0), LIMITS)
+
+
+def test_local_memory_is_reported():
+    def kernel(x: Pointer(f32), n: i32):
+        array = cuda.local.array(64, f32)
+        for i in range(n):
+            array[i * i % 64] += x[i]
+        x[0] = array[n]
+
+    cubin = compile_kernel(lambda: Kernel("local", kernel, 32, 0), LIMITS)
+    assert cubin.stack_bytes >= 256
+    assert cubin.parameters == (("x", "P"), ("n", "i"))
+
+
+def missing(monkeypatch, *names):
+    for name in names:
+        monkeypatch.setitem(sys.modules, name, None)
+
+
+def test_numba_is_missing(monkeypatch, cache_directory):
+    missing(monkeypatch, "numba")
+    with pytest.raises(UnsupportedError, match=r'Numba .* pip install "numflash\[cu13\]"'):
+        get_cubin(CONFIG, TRAITS, LIMITS)
+
+
+def test_numba_cuda_is_missing(monkeypatch, cache_directory):
+    # Numba then offers the CUDA target that it once had itself.
+    from numba import cuda as numba_cuda
+
+    monkeypatch.delattr(numba_cuda, "compile_all")
+    with pytest.raises(UnsupportedError, match=r'without numba-cuda\. .* pip install "numflash'):
+        get_cubin(CONFIG, TRAITS, LIMITS)
+
+
+def test_nvjitlink_is_missing(monkeypatch):
+    import cuda.bindings
+
+    missing(monkeypatch, "cuda.bindings.nvjitlink")
+    monkeypatch.delattr(cuda.bindings, "nvjitlink", raising=False)
+    with pytest.raises(UnsupportedError, match=r'nvJitLink .* pip install "numflash\[cu13\]"'):
+        compiler._link(b"", "sm_80")
+
+
+class DynamicLibNotFoundError(RuntimeError):
+    """Named like the one of cuda-pathfinder."""
+
+
+def not_found(*args, **kwargs):
+    raise DynamicLibNotFoundError('Failure finding "libnvrtc.so.13"\n  No such file\n')
+
+
+def test_a_library_of_the_front_end_is_missing(monkeypatch, cache_directory):
+    from numba import cuda as numba_cuda
+
+    monkeypatch.setattr(numba_cuda, "compile_all", not_found)
+    with pytest.raises(UnsupportedError, match=r"libnvrtc.so.13.* pip install") as raised:
+        get_cubin(CONFIG, TRAITS, LIMITS)
+    assert "\n" not in str(raised.value)
+    assert not cache_directory.exists()
+
+
+def test_a_library_of_the_linker_is_missing(monkeypatch):
+    from cuda.bindings import nvjitlink
+
+    monkeypatch.setattr(nvjitlink, "create", not_found)
+    with pytest.raises(UnsupportedError, match=r"libnvrtc.so.13.* pip install"):
+        compiler._link(b"", "sm_80")
+
+
+def test_errors_of_ones_own_are_not_disguised(monkeypatch):
+    from numba import cuda as numba_cuda
+
+    ask_driver = compiler_asks()
+    monkeypatch.setattr(numba_cuda, "compile_all", lambda *a, **k: [][0])
+    with pytest.raises(IndexError):
+        compiler.compile_cubin(CONFIG, TRAITS, LIMITS)
+    assert compiler_asks() is ask_driver
+
+
+def compiler_asks():
+    """The function by which Numba learns the current device; compiling borrows it."""
+    from numba.cuda import dispatcher
+
+    return dispatcher.get_current_device
+
+
+def test_versions():
+    versions = compiler.versions()
+    assert versions["numba-cuda"] == metadata.version("numba-cuda")
+    assert None not in versions.values()
