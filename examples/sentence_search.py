@@ -1,6 +1,6 @@
 """Finds the sentences closest in meaning to a query, with numflash as the encoder's attention.
 
-Without a GPU (Numba's simulator, a minute or two), or on one (CuPy):
+Without a GPU (Numba's simulator, half a minute), or on one (CuPy):
 
     NUMBA_ENABLE_CUDASIM=1 python examples/sentence_search.py
     python examples/sentence_search.py "where can I get something to eat?"

@@ -28,6 +28,7 @@ from numflash.views import ArrayView, Operand, contiguous_strides, overlap
 
 # Ready launches by problem; emptied when it grows past this, so that varying shapes cannot leak.
 _MAX_READY = 4096
+_LONG = 2**20
 _ready: dict[tuple, Any] = {}
 
 
@@ -223,6 +224,8 @@ def warmup(
     head_dim: int = 64,
     head_dim_v: int | None = None,
     *,
+    seqlen_q: int = _LONG,
+    seqlen_k: int = _LONG,
     softcap: bool = False,
     alibi: bool = False,
     backward: bool = False,
@@ -233,6 +236,7 @@ def warmup(
     Args:
         dtype: "float16", "bfloat16" or "float32".
         head_dim, head_dim_v: as in the arrays to come; head_dim_v defaults to head_dim.
+        seqlen_q, seqlen_k: likewise; sequences of up to 32 tokens have kernels of their own.
         softcap, alibi: whether the calls will use them.
         backward: also compile for `attention_backward`.
         device: ordinal of the CUDA device.
@@ -258,7 +262,9 @@ def warmup(
         return
     limits = limits_of_device(device)
     for family in FAMILIES if backward else ("forward",):
-        get_cubin(default_config(family, traits, limits.max_smem_per_block), traits, limits)
+        rows = seqlen_k if family == "backward-dkdv" else seqlen_q
+        config = default_config(family, traits, limits.max_smem_per_block, rows)
+        get_cubin(config, traits, limits)
 
 
 def _bind_forward(q, k, v, out, options: dict, stream):
@@ -422,10 +428,10 @@ class _Backward:
 def _launcher(family: str, problem, tensors: dict[str, Tensor], device: int) -> Launcher:
     """The kernel of a family for a problem, with its strides and scalars bound."""
     traits = problem.traits(all(tensor.is_vectorizable for tensor in tensors.values()))
-    config = default_config(family, traits, limits_of_device(device).max_smem_per_block)
     rows, heads = problem.seqlen_q, problem.num_heads_q
     if family == "backward-dkdv":
         rows, heads = problem.seqlen_k, problem.num_heads_kv
+    config = default_config(family, traits, limits_of_device(device).max_smem_per_block, rows)
     scalars = problem.scalars()
     for name, tensor in tensors.items():
         batch, row, head, _ = tensor.strides

@@ -262,8 +262,8 @@ FAMILIES: dict[str, type] = {
 }
 """Kernel family -> its config class."""
 
-# Preferred first. The first whose registers fit the head dims and whose shared memory fits the
-# device is the default.
+# Preferred first. The first that the rows fill, whose registers fit the head dims and whose shared
+# memory fits the device is the default.
 _PREFERENCES = {
     "forward": ("m64n64w4", "m64n32w4", "m32n32w4", "m32n16w4", "m16n16w4"),
     "backward-dq": ("m64n32w4", "m32n32w4", "m32n16w4", "m16n16w4", "m16n8w4"),
@@ -288,13 +288,14 @@ def accumulators_per_thread(config: Config, traits: Traits) -> int:
     return 2 * scores + rows * (columns + columns_v)
 
 
-def default_config(family: str, traits: Traits, max_smem_bytes: int) -> Config:
+def default_config(family: str, traits: Traits, max_smem_bytes: int, rows: int = 2**30) -> Config:
     """The config to use where nothing better is known.
 
     Args:
         family: "forward", "backward-dkdv", "backward-dq" or "delta".
         traits: what the kernel is compiled for.
         max_smem_bytes: shared memory that one block of the device can have.
+        rows: rows of the output per head; tiles of twice as many and more would mostly idle.
 
     Raises:
         ValueError: the family is unknown.
@@ -304,6 +305,7 @@ def default_config(family: str, traits: Traits, max_smem_bytes: int) -> Config:
     configs = [FAMILIES[family].parse(text) for text in _PREFERENCES[family]]
     for config in configs:
         fits = config.smem_bytes(traits) <= max_smem_bytes
-        if fits and accumulators_per_thread(config, traits) <= _MAX_ACCUMULATORS:
+        is_filled = config.block_rows < 2 * rows
+        if fits and is_filled and accumulators_per_thread(config, traits) <= _MAX_ACCUMULATORS:
             return config
     return configs[-1]
