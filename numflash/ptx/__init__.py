@@ -9,23 +9,46 @@ from numflash.mode import SIMULATED
 from numflash.ptx.arithmetic import (
     bits_as_float,
     cvt_f32_f16,
+    cvt_rn_bf16x2_f32,
     cvt_rn_f16_f32,
+    cvt_rn_f16x2_f32,
+    cvt_rna_tf32_f32,
     ex2_approx_ftz_f32,
     float_as_bits,
     max_f32,
+)
+from numflash.ptx.async_copies import (
+    CP_ASYNC_WAIT_GROUP,
+    cp_async_4,
+    cp_async_16,
+    cp_async_commit_group,
 )
 from numflash.ptx.barriers import bar_arrive, bar_sync
 from numflash.ptx.instruction import INSTRUCTIONS, Global, Instruction, Regs, Shared, instruction
 from numflash.ptx.memory import (
     ld_global_v4_f32,
     ld_global_v4_u32,
+    ld_shared_u32,
+    ld_shared_v2_f32,
     ld_shared_v4_f32,
+    st_global_v2_f32,
     st_global_v2_u32,
     st_global_v4_f32,
+    st_global_v4_u32,
     st_shared_f32,
+    st_shared_u32,
     st_shared_v4_f32,
+    st_shared_v4_u32,
 )
 from numflash.ptx.scalars import Pointer, f32, i32, i64, u8, u16, u32, u64
+from numflash.ptx.tensor_cores import (
+    ldmatrix_x4,
+    ldmatrix_x4_trans,
+    mma_m16n8k8_f16,
+    mma_m16n8k8_tf32,
+    mma_m16n8k16_bf16,
+    mma_m16n8k16_f16,
+)
 
 if SIMULATED:
     from numflash.simulator import cuda, install
@@ -41,6 +64,7 @@ else:
     device_function = cuda.jit(device=True, forceinline=True)
 
 __all__ = [
+    "CP_ASYNC_WAIT_GROUP",
     "INSTRUCTIONS",
     "SIMULATED",
     "Global",
@@ -51,9 +75,15 @@ __all__ = [
     "bar_arrive",
     "bar_sync",
     "bits_as_float",
+    "cp_async_4",
+    "cp_async_16",
+    "cp_async_commit_group",
     "cuda",
     "cvt_f32_f16",
+    "cvt_rn_bf16x2_f32",
     "cvt_rn_f16_f32",
+    "cvt_rn_f16x2_f32",
+    "cvt_rna_tf32_f32",
     "device_function",
     "ex2_approx_ftz_f32",
     "f32",
@@ -63,12 +93,24 @@ __all__ = [
     "instruction",
     "ld_global_v4_f32",
     "ld_global_v4_u32",
+    "ld_shared_u32",
+    "ld_shared_v2_f32",
     "ld_shared_v4_f32",
+    "ldmatrix_x4",
+    "ldmatrix_x4_trans",
     "max_f32",
+    "mma_m16n8k8_f16",
+    "mma_m16n8k8_tf32",
+    "mma_m16n8k16_bf16",
+    "mma_m16n8k16_f16",
+    "st_global_v2_f32",
     "st_global_v2_u32",
     "st_global_v4_f32",
+    "st_global_v4_u32",
     "st_shared_f32",
+    "st_shared_u32",
     "st_shared_v4_f32",
+    "st_shared_v4_u32",
     "u8",
     "u16",
     "u32",

@@ -45,6 +45,30 @@ def cvt_rn_f16_f32(x: f32) -> u16:
     return np.float16(x).view(u16) if x == x else u16(0x7FFF)
 
 
+@instruction("cvt.rn.f16x2.f32 <ret>, <high>, <low>;", sm=80)
+def cvt_rn_f16x2_f32(high: f32, low: f32) -> u32:
+    """Two float16 in one register, each nearest to its source, ties to even. PTX ISA 9.7.9.22."""
+    return u32(cvt_rn_f16_f32(low)) | u32(cvt_rn_f16_f32(high)) << u32(16)
+
+
+@instruction("cvt.rn.bf16x2.f32 <ret>, <high>, <low>;", sm=80)
+def cvt_rn_bf16x2_f32(high: f32, low: f32) -> u32:
+    """Two bfloat16 in one register, each nearest to its source, ties to even. PTX ISA 9.7.9.22."""
+    return u32(_bf16_bits(low)) | u32(_bf16_bits(high)) << u32(16)
+
+
+@instruction("cvt.rna.tf32.f32 <ret>, <x>;", sm=80)
+def cvt_rna_tf32_f32(x: f32) -> u32:
+    """The bits of the tf32 nearest to x, ties away from zero; 13 low bits are 0.
+
+    PTX ISA 9.7.9.22.
+    """
+    bits = int(f32(x).view(u32))
+    if x != x:
+        return u32(0x7FFFE000)
+    return u32((bits if np.isinf(x) else bits + 0x1000) & 0xFFFFE000)
+
+
 @instruction("mov.b32 <ret>, <x>;", sm=75)
 def float_as_bits(x: f32) -> u32:
     """The bits of x. PTX ISA 9.7.9.1."""
@@ -55,6 +79,11 @@ def float_as_bits(x: f32) -> u32:
 def bits_as_float(bits: u32) -> f32:
     """The float32 with these bits. PTX ISA 9.7.9.1."""
     return u32(bits).view(f32)
+
+
+def _bf16_bits(x) -> int:
+    bits = int(f32(x).view(u32))
+    return 0x7FFF if x != x else bits + 0x7FFF + (bits >> 16 & 1) >> 16
 
 
 _SMALLEST_NORMAL = np.finfo(np.float32).tiny

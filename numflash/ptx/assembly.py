@@ -28,11 +28,17 @@ _SHARED_SPACE = 3
 
 
 def inline_assembly(
-    body: Callable, template: str, operands: dict[str, object], result: type | None, ordered: bool
+    body: Callable,
+    template: str,
+    operands: dict[str, object],
+    result: type | None,
+    touches_memory: bool,
+    convergent: bool,
 ) -> Callable:
     """A Numba intrinsic named like `body` that emits `template`.
 
-    `ordered` keeps the compiler from moving, merging or dropping it, as memory needs.
+    `touches_memory` keeps the compiler from moving, merging or dropping it. `convergent` keeps it
+    from moving where only some lanes of the warp would come by.
     """
 
     def codegen(context, builder, signature, args):
@@ -57,7 +63,7 @@ def inline_assembly(
                 asm.input(name, np.uint64, [builder.ptrtoint(element, ir.IntType(64))])
             else:
                 asm.input(name, operand, [values[name]])
-        returned = asm.emit(template, ordered)
+        returned = asm.emit(template, touches_memory, convergent)
         return returned if result is not None else context.get_dummy_value()
 
     def typer(*argument_types):
@@ -125,7 +131,7 @@ class _Operands:
         else:
             self.input(name, operand.type, [self.builder.load(p) for p in pointers])
 
-    def emit(self, template: str, ordered: bool):
+    def emit(self, template: str, touches_memory: bool, convergent: bool):
         builder = self.builder
         tied_values = [builder.load(pointer) for _, pointer in self.tied]
         first_input = len(self.output_types) + len(tied_values)
@@ -139,7 +145,7 @@ class _Operands:
         constraints = (
             self.output_letters + [str(number) for number, _ in self.tied] + self.input_constraints
         )
-        if ordered:
+        if touches_memory:
             constraints.append("~{memory}")
         values = tied_values + self.input_values
         if not self.output_types:
@@ -152,9 +158,9 @@ class _Operands:
             ir.FunctionType(returned_type, [value.type for value in values]),
             text,
             ",".join(constraints),
-            side_effect=ordered,
+            side_effect=touches_memory,
         )
-        returned = builder.call(assembly, values)
+        returned = builder.call(assembly, values, attrs=("convergent",) if convergent else ())
         single = len(self.output_types) == 1
         for number, pointer in self.stores:
             builder.store(returned if single else builder.extract_value(returned, number), pointer)

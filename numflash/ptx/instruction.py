@@ -99,9 +99,13 @@ def instruction(template: str, *, sm: int, collective: str | None = None):
         else:
             from numflash.ptx.assembly import inline_assembly
 
-            writes_memory = any(isinstance(o, Shared | Global) for o in operands.values())
-            ordered = writes_memory or collective is not None or result is None
-            call = inline_assembly(body, template, operands, result, ordered)
+            outputs = [o for o in operands.values() if isinstance(o, Regs) and "w" in o.mode]
+            in_memory = any(isinstance(o, Shared | Global) for o in operands.values())
+            # What yields nothing is there for its effect on memory: barriers, commits, waits.
+            touches_memory = in_memory or (result is None and not outputs)
+            call = inline_assembly(
+                body, template, operands, result, touches_memory, collective is not None
+            )
         INSTRUCTIONS[body.__name__] = Instruction(
             body.__name__, template, sm, collective, operands, result, body, call
         )

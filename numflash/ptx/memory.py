@@ -31,6 +31,18 @@ def st_global_v2_u32(target: Global(u32, "offset"), offset: i64, frag: Regs(u32,
     target.block(offset, 8).view(u32)[:] = frag
 
 
+@instruction("st.global.v4.u32 [<target>], <frag>;", sm=75)
+def st_global_v4_u32(target: Global(u32, "offset"), offset: i64, frag: Regs(u32, 4, "r")):
+    """The 16 bytes at element `offset` of `target` = frag, whatever its element type."""
+    target.block(offset, 16).view(u32)[:] = frag
+
+
+@instruction("st.global.v2.f32 [<target>], <frag>;", sm=75)
+def st_global_v2_f32(target: Global(f32, "offset"), offset: i64, frag: Regs(f32, 2, "r")):
+    """target[offset : offset + 2] = frag."""
+    target.block(offset, 8).view(f32)[:] = frag
+
+
 @instruction("ld.shared.v4.f32 <frag>, [<source>];", sm=75)
 def ld_shared_v4_f32(frag: Regs(f32, 4, "w"), source: Shared(f32, "offset"), offset: i64):
     """frag = source[offset : offset + 4]."""
@@ -55,8 +67,42 @@ def st_shared_f32(target: Shared(f32, "offset"), offset: i64, x: f32):
     target[offset] = x
 
 
-def _refuse(array, offset):
-    """Raise what a misaligned or wild 16-byte access to a (16-byte aligned) shared array is."""
-    if offset & 3:
-        raise ValueError(f"shared memory: a 16-byte access at float {offset} is misaligned")
-    raise IndexError(f"shared memory: floats {offset} to {offset + 3} of {array.size}")
+@instruction("ld.shared.v2.f32 <frag>, [<source>];", sm=75)
+def ld_shared_v2_f32(frag: Regs(f32, 2, "w"), source: Shared(f32, "offset"), offset: i64):
+    """frag = the float32 whose bits are the words `offset` and `offset` + 1."""
+    if offset & 1 or not 0 <= offset <= source.size - 2:
+        _refuse(source, offset, 2)
+    frag[:] = source[offset : offset + 2].view(f32)
+
+
+@instruction("ld.shared.u32 <ret>, [<source>];", sm=75)
+def ld_shared_u32(source: Shared(u32, "offset"), offset: i64) -> u32:
+    """source[offset]."""
+    if not 0 <= offset < source.size:
+        raise IndexError(f"shared memory: word {offset} of {source.size}")
+    return source[offset]
+
+
+@instruction("st.shared.v4.u32 [<target>], <frag>;", sm=75)
+def st_shared_v4_u32(target: Shared(u32, "offset"), offset: i64, frag: Regs(u32, 4, "r")):
+    """target[offset : offset + 4] = frag."""
+    if offset & 3 or not 0 <= offset <= target.size - 4:
+        _refuse(target, offset)
+    target[offset : offset + 4] = frag
+
+
+@instruction("st.shared.u32 [<target>], <x>;", sm=75)
+def st_shared_u32(target: Shared(u32, "offset"), offset: i64, x: u32):
+    """target[offset] = x."""
+    if not 0 <= offset < target.size:
+        raise IndexError(f"shared memory: word {offset} of {target.size}")
+    target[offset] = x
+
+
+def _refuse(array, offset, count=4):
+    """Raise what a misaligned or wild access to `count` words of a (16-byte aligned) array is."""
+    if offset % count:
+        raise ValueError(
+            f"shared memory: a {4 * count}-byte access at word {offset} is misaligned"
+        )
+    raise IndexError(f"shared memory: words {offset} to {offset + count - 1} of {array.size}")

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 from greenlet import getcurrent, greenlet
 
-from numflash.simulator.memory import SharedMemory
+from numflash.simulator.memory import POISON, SharedMemory
 from numflash.simulator.seed import SEED
 
 WARP_SIZE = 32
@@ -57,7 +57,18 @@ class Meeting:
 class Thread:
     """One simulated CUDA thread: its place in the block, and how it meets others."""
 
-    __slots__ = ("block", "index", "lane", "warp", "threadIdx", "greenlet", "result", "waits_for")
+    __slots__ = (
+        "block",
+        "index",
+        "lane",
+        "warp",
+        "threadIdx",
+        "greenlet",
+        "result",
+        "waits_for",
+        "copies",
+        "copy_groups",
+    )
 
     def __init__(self, block: "Block", index: int, position):
         self.block = block
@@ -70,6 +81,27 @@ class Thread:
         self.greenlet.gr_context = copy_context()
         self.result = None
         self.waits_for: Meeting | None = None
+        # Asynchronous copies: those of no group yet, and the groups that have not been waited for.
+        self.copies: list[tuple] = []
+        self.copy_groups: list[list[tuple]] = []
+
+    def issue_copy(self, target, origin) -> None:
+        """Begin to copy the bytes `origin` to the bytes `target`; zeros where it is None."""
+        target[:] = POISON
+        self.copies.append((target, origin))
+
+    def commit_copies(self) -> None:
+        """Make a group of the copies issued since the last one."""
+        self.copy_groups.append(self.copies)
+        self.copies = []
+
+    def wait_for_copies(self, pending: int) -> None:
+        """Deliver all groups but the newest `pending`."""
+        arriving = len(self.copy_groups) - pending
+        for group in self.copy_groups[: max(0, arriving)]:
+            for target, origin in group:
+                target[:] = 0 if origin is None else origin
+        del self.copy_groups[: max(0, arriving)]
 
     def sync_block(
         self, name: str = "syncthreads", payload=None, together: Callable | None = None

@@ -1,0 +1,81 @@
+"""Copies from global to shared memory that pass by the registers. PTX ISA 9.7.9.25.
+
+A copy is issued, joins the group that its thread commits next, and has arrived once the thread has
+waited for that group; other threads see it after a barrier. In the simulator the destination holds
+0xFF bytes until then, so reading too early shows, and so does writing over what is still read.
+"""
+
+from numflash.mode import SIMULATED
+from numflash.ptx.instruction import Global, Shared, instruction
+from numflash.ptx.scalars import i32, i64, u8, u32
+
+if SIMULATED:
+    from numflash.simulator.engine import current_thread
+
+
+@instruction(
+    "cp.async.cg.shared.global.L2::128B [<target>], [<source>], 16, <n_bytes>;",
+    sm=80,
+)
+def cp_async_16(
+    target: Shared(u32, "target_offset"),
+    target_offset: i64,
+    source: Global(u32, "source_offset"),
+    source_offset: i64,
+    n_bytes: i32,
+):
+    """Four words of `target` = the first n_bytes (0 or 16) at element source_offset; then zeros.
+
+    Where n_bytes is 0 the source is not read. PTX ISA 9.7.9.25.3.1.
+    """
+    _issue(target, target_offset, source, source_offset, n_bytes, 16)
+
+
+@instruction("cp.async.ca.shared.global [<target>], [<source>], 4, <n_bytes>;", sm=80)
+def cp_async_4(
+    target: Shared(u32, "target_offset"),
+    target_offset: i64,
+    source: Global(u32, "source_offset"),
+    source_offset: i64,
+    n_bytes: i32,
+):
+    """As `cp_async_16` with one word. PTX ISA 9.7.9.25.3.1."""
+    _issue(target, target_offset, source, source_offset, n_bytes, 4)
+
+
+@instruction("cp.async.commit_group;", sm=80)
+def cp_async_commit_group():
+    """Make a group of the copies that this thread issued since the last one.
+
+    PTX ISA 9.7.9.25.3.2.
+    """
+    current_thread().commit_copies()
+
+
+def _make_wait_group(pending: int):
+    def cp_async_wait_group():
+        current_thread().wait_for_copies(pending)
+
+    cp_async_wait_group.__name__ = f"cp_async_wait_group_{pending}"
+    cp_async_wait_group.__doc__ = (
+        f"Wait until all but the newest {pending} groups of this thread have arrived.\n\n"
+        "PTX ISA 9.7.9.25.3.3."
+    )
+    return instruction(f"cp.async.wait_group {pending};", sm=80)(cp_async_wait_group)
+
+
+CP_ASYNC_WAIT_GROUP = tuple(_make_wait_group(pending) for pending in range(4))
+"""`CP_ASYNC_WAIT_GROUP[n]()` waits for all groups but the newest n, which is an immediate."""
+
+
+def _issue(target, target_offset, source, source_offset, n_bytes, size):
+    n_words = size // 4
+    if target_offset % n_words:
+        raise ValueError(f"cp.async: word {target_offset} is not a multiple of {size} bytes")
+    if not 0 <= target_offset <= target.size - n_words:
+        raise IndexError(f"cp.async: shared memory: word {target_offset} of {target.size}")
+    if n_bytes not in (0, size):
+        raise ValueError(f"cp.async: {n_bytes} of {size} bytes; kernels copy all or nothing")
+    into = target[target_offset : target_offset + n_words].view(u8)
+    origin = source.block(source_offset, size) if n_bytes else None
+    current_thread().issue_copy(into, origin)

@@ -1,0 +1,149 @@
+"""Matrix products of one warp, and the loads that bring their operands. PTX ISA 9.7.14 and 9.7.15.
+
+Every product is d += a b with a of 16 x k, b of k x 8 and d of 16 x 8. Lane l stands at
+(g, t) = (l // 4, l % 4), and a register holds, as the ISA's figures have it,
+
+    d[i]     (g + 8 (i // 2), 2 t + i % 2)                             float32
+    a[i]     (g + 8 (i % 2), 2 t + h + 8 (i // 2))     h = 0, 1        two 16-bit elements
+    b[i]     (2 t + h + 8 i, g)
+    a[i]     (g + 8 (i % 2), t + 4 (i // 2))                           one tf32 element
+    b[i]     (t + 4 i, g)
+
+Sums are exact here and rounded once; the hardware aligns the terms of a sum to the largest and
+cuts off what lies below, so its last bits may differ.
+"""
+
+import ml_dtypes
+import numpy as np
+
+from numflash.ptx.instruction import Regs, Shared, instruction
+from numflash.ptx.scalars import f32, i64, u16, u32
+
+_LANES = np.arange(32)
+_G, _T = _LANES // 4, _LANES % 4
+_F16, _BF16 = np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)
+
+
+def _d_index():
+    i = np.arange(4)
+    return _G[:, None] + 8 * (i // 2), 2 * _T[:, None] + i % 2
+
+
+def _index_16_bit(registers):
+    """Row and column of both halves of every register of a, (32, registers, 2)."""
+    i, h = np.arange(registers)[None, :, None], np.arange(2)
+    rows = _G[:, None, None] + 8 * (i % 2) + 0 * h
+    return rows, 2 * _T[:, None, None] + h + 8 * (i // 2)
+
+
+def _multiply_16_bit(d, a, b, dtype):
+    a_matrix = np.empty((16, 4 * a.shape[1]), np.float64)
+    a_matrix[_index_16_bit(a.shape[1])] = _halves(a, dtype)
+    b_matrix = np.empty((8 * b.shape[1], 8), np.float64)
+    k = 2 * _T[:, None, None] + np.arange(2) + 8 * np.arange(b.shape[1])[None, :, None]
+    b_matrix[k, _G[:, None, None] + 0 * k] = _halves(b, dtype)
+    _accumulate(d, a_matrix @ b_matrix)
+
+
+def _halves(registers, dtype):
+    """(32, registers, 2): the low and the high half of each register."""
+    words = np.ascontiguousarray(registers, u32)
+    return words.view(u16).view(dtype).reshape(*words.shape, 2).astype(np.float64)
+
+
+def _accumulate(d, product):
+    d[...] = (d.astype(np.float64) + product[_d_index()]).astype(f32)
+
+
+@instruction(
+    "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 <d>, <a>, <b>, <d>;",
+    sm=80,
+    collective="warp",
+)
+def mma_m16n8k16_f16(d: Regs(f32, 4), a: Regs(u32, 4, "r"), b: Regs(u32, 2, "r")):
+    """d += a b; a: 16 x 16, b: 16 x 8 float16. PTX ISA 9.7.14.5.8."""
+    _multiply_16_bit(d, a, b, _F16)
+
+
+@instruction(
+    "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 <d>, <a>, <b>, <d>;",
+    sm=80,
+    collective="warp",
+)
+def mma_m16n8k16_bf16(d: Regs(f32, 4), a: Regs(u32, 4, "r"), b: Regs(u32, 2, "r")):
+    """d += a b; a: 16 x 16, b: 16 x 8 bfloat16. PTX ISA 9.7.14.5.8."""
+    _multiply_16_bit(d, a, b, _BF16)
+
+
+@instruction(
+    "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 <d>, <a>, {<b>}, <d>;",
+    sm=75,
+    collective="warp",
+)
+def mma_m16n8k8_f16(d: Regs(f32, 4), a: Regs(u32, 2, "r"), b: u32):
+    """d += a b; a: 16 x 8, b: 8 x 8 float16. PTX ISA 9.7.14.5.7."""
+    _multiply_16_bit(d, a, b[:, None], _F16)
+
+
+@instruction(
+    "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 <d>, <a>, <b>, <d>;",
+    sm=80,
+    collective="warp",
+)
+def mma_m16n8k8_tf32(d: Regs(f32, 4), a: Regs(u32, 4, "r"), b: Regs(u32, 2, "r")):
+    """d += a b; a: 16 x 8, b: 8 x 8 float32, of which the low 13 bits are ignored.
+
+    PTX ISA 9.7.14.5.7.
+    """
+    i, j = np.arange(4), np.arange(2)
+    a_matrix, b_matrix = np.empty((16, 8), np.float64), np.empty((8, 8), np.float64)
+    a_matrix[_G[:, None] + 8 * (i % 2), _T[:, None] + 4 * (i // 2)] = _tf32(a)
+    b_matrix[_T[:, None] + 4 * j, _G[:, None] + 0 * j] = _tf32(b)
+    _accumulate(d, a_matrix @ b_matrix)
+
+
+def _tf32(registers):
+    words = np.ascontiguousarray(registers, u32) & u32(0xFFFFE000)
+    return words.view(f32).astype(np.float64)
+
+
+@instruction(
+    "ldmatrix.sync.aligned.m8n8.x4.shared.b16 <frag>, [<source>];", sm=75, collective="warp"
+)
+def ldmatrix_x4(frag: Regs(u32, 4, "w"), source: Shared(u32, "offset"), offset: i64):
+    """Four 8 x 8 matrices of 16-bit elements; lanes 8 m to 8 m + 7 name the rows of matrix m.
+
+    `offset` is the first of a row's four words. frag[m] is word t of row g of matrix m, which are
+    its columns 2 t and 2 t + 1. PTX ISA 9.7.14.5.15.
+    """
+    rows = _rows(source, offset)
+    frag[...] = rows[:, _G, _T].T
+
+
+@instruction(
+    "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 <frag>, [<source>];",
+    sm=75,
+    collective="warp",
+)
+def ldmatrix_x4_trans(frag: Regs(u32, 4, "w"), source: Shared(u32, "offset"), offset: i64):
+    """As `ldmatrix_x4`, each matrix transposed: frag[m] is column g of its rows 2 t and 2 t + 1.
+
+    PTX ISA 9.7.14.5.15.
+    """
+    elements = _rows(source, offset).view(u16)
+    low, high = elements[:, 2 * _T, _G].T, elements[:, 2 * _T + 1, _G].T
+    frag[...] = low.astype(u32) | high.astype(u32) << u32(16)
+
+
+def _rows(source, offset) -> np.ndarray:
+    """The four words at each lane's offset, (4 matrices, 8 rows, 4 words)."""
+    smem = source[0]
+    for lane, first in enumerate(offset):
+        if first & 3:
+            raise ValueError(
+                f"ldmatrix: lane {lane} names a row at word {first}, which is not a multiple of "
+                "16 bytes"
+            )
+        if not 0 <= first <= smem.size - 4:
+            raise IndexError(f"ldmatrix: lane {lane} names word {first} of {smem.size}")
+    return smem[np.asarray(offset)[:, None] + np.arange(4)].reshape(4, 8, 4)
