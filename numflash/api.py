@@ -11,8 +11,17 @@ from typing import Any
 
 from numflash.arrays import ArrayLibrary, library_of, stream_address
 from numflash.compiler import get_cubin
-from numflash.configs import FAMILIES, Traits, default_config, padded_head_dim
-from numflash.launch import Launcher, limits_of_device
+from numflash.configs import Config, MmaConfig, Traits, padded_head_dim
+from numflash.dispatch import (
+    Choice,
+    Geometry,
+    choose,
+    force,
+    heads_in_flight,
+    num_splits,
+    rows_packed,
+)
+from numflash.launch import Launcher, limits_of_device, multiprocessors
 from numflash.mode import SIMULATED
 from numflash.problem import (
     AttentionProblem,
@@ -29,6 +38,7 @@ from numflash.views import ArrayView, Operand, contiguous_strides, overlap
 # Ready launches by problem; emptied when it grows past this, so that varying shapes cannot leak.
 _MAX_READY = 4096
 _LONG = 2**20
+_BACKWARD = ("backward-dkdv", "backward-dq")
 _ready: dict[tuple, Any] = {}
 
 
@@ -44,9 +54,11 @@ def attention(
     softcap: float = 0.0,
     alibi_slopes=None,
     layout: str = "bshd",
+    precision: str | None = None,
     return_lse: bool = False,
     out=None,
     stream=None,
+    config: str | Config | None = None,
 ):
     """Attention, softmax(softmax_scale Q K^T) V, without storing the score matrix.
 
@@ -68,10 +80,14 @@ def attention(
         alibi_slopes: float32, (num_heads_q,) or (batch, num_heads_q): slope * distance is
             subtracted from a score, after softcap.
         layout: "bshd" or "bhsd", of q, k, v and the result.
+        precision: "tf32" multiplies float32 on the tensor cores, with operands rounded to 10 bits
+            after the point; None multiplies exactly. Sums are float32 either way.
         return_lse: also return the log-sum-exp.
         out: an array to write the result to; it must not overlap an input.
         stream: a CUDA stream, or its address, to allocate and launch on; None is the current one
             of the array library of q.
+        config: run the kernel with this config, as in "sm80-m128n64w4s1"; None lets numflash
+            choose. `explain_dispatch` tells what it chooses.
 
     Returns:
         out: (batch, seqlen_q, num_heads_q, head_dim_v) in the layout, dtype and kind of q. A
@@ -85,7 +101,9 @@ def attention(
         ValueError: shapes that do not fit together, values out of range.
         UnsupportedError: possible in principle, not here (head_dim above 256, an old GPU, ...).
 
-    The kernels are enqueued, not waited for. Memory beyond the results is O(1).
+    The kernels are enqueued, not waited for. Memory beyond the results: nothing, or, where few
+    queries make it worthwhile to split the keys over blocks, num_splits float32 copies of the
+    results.
 
     Source: FlashAttention-2, arXiv 2307.08691.
     """
@@ -97,6 +115,8 @@ def attention(
         "softcap": softcap,
         "alibi_slopes": alibi_slopes,
         "layout": layout,
+        "precision": precision,
+        "config": config,
     }
     result, lse, launch, stream, _ = _bind_forward(q, k, v, out, options, stream)
     launch(stream)
@@ -118,7 +138,9 @@ def attention_backward(
     softcap: float = 0.0,
     alibi_slopes=None,
     layout: str = "bshd",
+    precision: str | None = None,
     stream=None,
+    config: dict[str, str | Config] | None = None,
 ):
     """The gradients of `attention` with respect to q, k and v.
 
@@ -126,8 +148,10 @@ def attention_backward(
         dout: gradient of the result, shaped like it.
         q, k, v: as given to `attention`.
         out, lse: as returned by `attention(..., return_lse=True)`.
-        softmax_scale, causal, causal_align, window_size, softcap, alibi_slopes, layout, stream:
-            as given to `attention`.
+        softmax_scale, causal, causal_align, window_size, softcap, alibi_slopes, layout, precision,
+            stream: as given to `attention`.
+        config: kernels to run instead of those that numflash chooses, by family: "backward-dkdv"
+            and "backward-dq".
 
     Returns:
         dq, dk, dv: shaped like q, k and v, contiguous. Queries that see no key have gradient 0.
@@ -136,7 +160,7 @@ def attention_backward(
     Raises:
         TypeError, ValueError, UnsupportedError: as `attention`.
 
-    Needs a float32 workspace of batch x num_heads_q x seqlen_q.
+    Needs two float32 workspaces of batch x num_heads_q x seqlen_q.
 
     Source: FlashAttention, arXiv 2205.14135, Algorithm 4.
     """
@@ -148,6 +172,8 @@ def attention_backward(
         "softcap": softcap,
         "alibi_slopes": alibi_slopes,
         "layout": layout,
+        "precision": precision,
+        "config": config,
     }
     arrays = {"q": q, "k": k, "v": v, "dout": dout, "out": out, "lse": lse}
     backward, operands, stream = _prepare(_Backward, arrays, options, stream)
@@ -206,6 +232,8 @@ def plan(q, k, v, *, out=None, stream=None, **options) -> Plan:
         "softcap": 0.0,
         "alibi_slopes": None,
         "layout": "bshd",
+        "precision": None,
+        "config": None,
     }
     unknown = set(options) - set(defaults)
     if unknown:
@@ -228,6 +256,7 @@ def warmup(
     seqlen_k: int = _LONG,
     softcap: bool = False,
     alibi: bool = False,
+    precision: str | None = None,
     backward: bool = False,
     device: int = 0,
 ) -> None:
@@ -238,6 +267,7 @@ def warmup(
         head_dim, head_dim_v: as in the arrays to come; head_dim_v defaults to head_dim.
         seqlen_q, seqlen_k: likewise; sequences of up to 32 tokens have kernels of their own.
         softcap, alibi: whether the calls will use them.
+        precision: as in the calls to come.
         backward: also compile for `attention_backward`.
         device: ordinal of the CUDA device.
 
@@ -257,14 +287,15 @@ def warmup(
         softcap=bool(softcap),
         alibi=bool(alibi),
         vectorized=head_dim % vector == 0 and head_dim_v % vector == 0,
+        tf32=precision == "tf32",
     )
     if SIMULATED:
         return
     limits = limits_of_device(device)
-    for family in FAMILIES if backward else ("forward",):
+    for family in ("forward", "delta", *_BACKWARD) if backward else ("forward",):
         rows = seqlen_k if family == "backward-dkdv" else seqlen_q
-        config = default_config(family, traits, limits.max_smem_per_block, rows)
-        get_cubin(config, traits, limits)
+        choice = choose(family, traits, limits, rows)
+        get_cubin(choice.config, choice.traits, limits)
 
 
 def _bind_forward(q, k, v, out, options: dict, stream):
@@ -314,16 +345,27 @@ def _prepare(kind: type, arrays: dict[str, Any], options: dict, stream):
 
 
 def _option_key(
-    softmax_scale, causal, causal_align, window_size, softcap, alibi_slopes, layout
+    softmax_scale,
+    causal,
+    causal_align,
+    window_size,
+    softcap,
+    alibi_slopes,
+    layout,
+    precision,
+    config,
 ) -> tuple:
     """A key of the options; the slopes' is that of an array."""
     values = softmax_scale, causal, softcap, *window_size
     # With their types: what an equal 1 made ready must not let a wrong True pass.
-    return *values, *map(type, values), type(window_size), causal_align, layout
+    if isinstance(config, dict):
+        config = tuple(config.items())
+    return *values, *map(type, values), type(window_size), causal_align, layout, precision, config
 
 
 def _describe(views: dict[str, ArrayView], options: dict) -> tuple[AttentionProblem, dict]:
     described = {**options, "alibi_slopes": views.get("alibi_slopes")}
+    del described["config"]
     return describe(views["q"], views["k"], views["v"], **described)
 
 
@@ -345,10 +387,10 @@ class _Forward:
             self._refuse_overlap({name: view.pointer for name, view in views.items()})
         out = views.get("out") or _fresh(self.out_shape, q)
         tensors["out"] = as_tensor("out", out, options["layout"])
-        self.launcher, self.kernel = None, "none: the result is empty"
+        self.launchers, self.workspaces, self.kernel = [], {}, "none: the result is empty"
         if problem.batch * problem.seqlen_q:
-            self.launcher = _launcher("forward", problem, tensors, q.device)
-            self.kernel = str(self.launcher)
+            self._choose_launchers(problem, tensors, options["config"])
+            self.kernel = str(self.launchers[0])
 
     def bind(self, operands: dict[str, Operand], library: ArrayLibrary):
         """Allocate; (out, lse, function of the stream that launches)."""
@@ -359,12 +401,60 @@ class _Forward:
             out = library.empty(self.out_shape, self.dtype, self.device)
             operands["out"] = library.operand(out)
         lse = library.empty(self.lse_shape, "float32", self.device)
-        if self.launcher is None:
-            return out, lse, lambda stream: None
         operands["lse"] = library.operand(lse)
         operands.setdefault("alibi_slopes", None)
         _copy_rows(self.copied, operands)
-        return out, lse, self.launcher.bind(operands)
+        if not self.workspaces:
+            return out, lse, self.launchers[0].bind(operands) if self.launchers else _do_nothing
+        for name, size in self.workspaces.items():
+            operands[name] = library.operand(library.empty((size,), "float32", self.device))
+        parts = {**operands, "out": operands["parts"], "lse": operands["part_lses"]}
+        forward, combine = self.launchers[0].bind(parts), self.launchers[1].bind(operands)
+
+        def launch(stream: int) -> None:
+            forward(stream)
+            combine(stream)
+
+        return out, lse, launch
+
+    def _choose_launchers(self, problem, tensors: dict[str, Tensor], config) -> None:
+        """The forward, and where it splits the keys the kernel that puts the parts together."""
+        device = self.device
+        traits = problem.traits(all(tensor.is_vectorizable for tensor in tensors.values()))
+        choice, geometry = forward_choice(problem, traits, device, config)
+        scalars = _scalars(problem, tensors) | {
+            "pack": geometry.pack,
+            "num_splits": geometry.num_splits,
+            "heads_in_flight": geometry.heads_in_flight,
+            "out_split": 0,
+        }
+        rows, heads = problem.seqlen_q * geometry.pack, problem.num_heads_q // geometry.pack
+        num_blocks = problem.num_blocks(
+            rows, heads * geometry.num_splits, choice.config.block_rows
+        )
+        if geometry.num_splits == 1:
+            self.launchers = [Launcher(choice.config, choice.traits, device, num_blocks, scalars)]
+            return
+        row = traits.head_dim_v
+        rows = problem.batch * problem.seqlen_q * problem.num_heads_q
+        self.workspaces = {
+            "parts": geometry.num_splits * rows * row,
+            "part_lses": geometry.num_splits * rows,
+        }
+        into_parts = {
+            "out_split": rows * row,
+            "out_batch": problem.seqlen_q * problem.num_heads_q * row,
+            "out_row": problem.num_heads_q * row,
+            "out_head": row,
+        }
+        combine = choose("combine", traits, limits_of_device(device))
+        blocks = problem.num_blocks(
+            problem.seqlen_q, problem.num_heads_q, combine.config.block_rows
+        )
+        self.launchers = [
+            Launcher(choice.config, choice.traits, device, num_blocks, scalars | into_parts),
+            Launcher(combine.config, combine.traits, device, blocks, scalars),
+        ]
 
     def _refuse_overlap(self, pointers: dict[str, int]) -> None:
         """Raise ValueError if `out` shares memory with an input, all at these addresses."""
@@ -403,19 +493,27 @@ class _Backward:
         self.delta_size = (problem.batch * problem.num_heads_q * problem.seqlen_q,)
         self.launchers = []
         if problem.batch and problem.seqlen_q:
-            self.launchers.append(_launcher("delta", problem, tensors, q.device))
+            self.launchers.append(_launcher("delta", problem, tensors, q.device, None))
+        forced = backward_configs(options["config"])
         if problem.batch and problem.seqlen_k:
-            self.launchers.append(_launcher("backward-dkdv", problem, tensors, q.device))
+            family = "backward-dkdv"
+            self.launchers.append(
+                _launcher(family, problem, tensors, q.device, forced.get(family))
+            )
         if problem.batch and problem.seqlen_q:
-            self.launchers.append(_launcher("backward-dq", problem, tensors, q.device))
+            family = "backward-dq"
+            self.launchers.append(
+                _launcher(family, problem, tensors, q.device, forced.get(family))
+            )
 
     def __call__(self, operands: dict[str, Operand], library: ArrayLibrary, stream: int):
         """Allocate and launch; the three gradients."""
         _copy_rows(self.copied, operands)
         operands["do"] = operands["dout"]
         operands.setdefault("alibi_slopes", None)
-        delta = library.empty(self.delta_size, "float32", self.device)
-        operands["delta"] = library.operand(delta)
+        for name in ("delta", "lse_log2"):
+            workspace = library.empty(self.delta_size, "float32", self.device)
+            operands[name] = library.operand(workspace)
         gradients = []
         for name, shape in self.shapes.items():
             gradients.append(library.empty(shape, self.dtype, self.device))
@@ -425,19 +523,78 @@ class _Backward:
         return gradients
 
 
-def _launcher(family: str, problem, tensors: dict[str, Tensor], device: int) -> Launcher:
-    """The kernel of a family for a problem, with its strides and scalars bound."""
+def _launcher(
+    family: str, problem, tensors: dict[str, Tensor], device: int, config: str | Config | None
+) -> Launcher:
+    """A backward kernel for a problem, with its strides and scalars bound."""
     traits = problem.traits(all(tensor.is_vectorizable for tensor in tensors.values()))
+    choice = backward_choice(family, problem, traits, device, config)
     rows, heads = problem.seqlen_q, problem.num_heads_q
     if family == "backward-dkdv":
         rows, heads = problem.seqlen_k, problem.num_heads_kv
-    config = default_config(family, traits, limits_of_device(device).max_smem_per_block, rows)
+    num_blocks = problem.num_blocks(rows, heads, choice.config.block_rows)
+    scalars = _scalars(problem, tensors)
+    return Launcher(choice.config, choice.traits, device, num_blocks, scalars)
+
+
+def backward_configs(config) -> dict[str, str | Config]:
+    """The forced configs of a backward call by family. Raises TypeError, ValueError."""
+    if config is None:
+        return {}
+    if not isinstance(config, dict):
+        raise TypeError(f"config of a backward must map families to configs, got {config!r}")
+    for family in config:
+        if family not in _BACKWARD:
+            raise ValueError(
+                f"config of a backward has the keys {', '.join(_BACKWARD)}, got {family!r}"
+            )
+    return config
+
+
+def backward_choice(family: str, problem, traits: Traits, device: int, config) -> Choice:
+    """The kernel of a backward family for a problem."""
+    limits, positive = limits_of_device(device), problem.softmax_scale > 0
+    if config is not None:
+        return force(family, config, traits, limits, positive)
+    rows = problem.seqlen_k if family == "backward-dkdv" else problem.seqlen_q
+    return choose(family, traits, limits, rows, positive)
+
+
+def forward_choice(problem, traits: Traits, device: int, config) -> tuple[Choice, Geometry]:
+    """The forward kernel for a problem, and how it is laid over the machine."""
+    limits, positive = limits_of_device(device), problem.softmax_scale > 0
+    pack = rows_packed(problem)
+    if config is not None:
+        choice = force("forward", config, traits, limits, positive)
+    else:
+        choice = choose("forward", traits, limits, problem.seqlen_q * pack, positive)
+    if not isinstance(choice.config, MmaConfig):
+        if pack > 1 and config is None:
+            choice = choose("forward", traits, limits, problem.seqlen_q, positive)
+        return choice, Geometry()
+    splits = choice.config.num_splits
+    num_sms, l2_bytes = multiprocessors(device)
+    if config is None:
+        heads = problem.num_heads_q // pack
+        blocks = problem.num_blocks(problem.seqlen_q * pack, heads, choice.config.block_rows)
+        splits = num_splits(choice.config, traits, limits, num_sms, blocks, problem.seqlen_k)
+        choice = replace(choice, config=replace(choice.config, num_splits=splits))
+    # Packed heads are one: K and V are read once for all of them.
+    in_flight = max(1, heads_in_flight(problem, traits.dtype_bytes, l2_bytes) // pack)
+    return choice, Geometry(pack, splits, in_flight)
+
+
+def _scalars(problem, tensors: dict[str, Tensor]) -> dict[str, int | float]:
+    """The scalar arguments of any kernel for a problem, and its tensors' strides."""
     scalars = problem.scalars()
     for name, tensor in tensors.items():
         batch, row, head, _ = tensor.strides
         scalars |= {f"{name}_batch": batch, f"{name}_row": row, f"{name}_head": head}
-    num_blocks = problem.num_blocks(rows, heads, config.block_rows)
-    return Launcher(config, traits, device, num_blocks, scalars)
+    return scalars
+
+
+def _do_nothing(stream: int) -> None:
+    """Launch nothing: the result is empty."""
 
 
 def _lse_shape(problem: AttentionProblem, q: ArrayView) -> tuple[int, ...]:

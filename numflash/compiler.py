@@ -45,7 +45,7 @@ _COMPILERS = (
     "nvidia-nvjitlink-cu12",
 )
 _PACKAGE = Path(__file__).parent
-_SOURCES = ("ptx", "tiles", "kernels", "configs.py", "compiler.py")
+_SOURCES = ("ptx", "tiles", "kernels", "configs", "compiler.py")
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,7 @@ def get_cubin(config: Config, traits: Traits, limits: Architecture) -> Cubin:
     Raises:
         UnsupportedError: the compiler packages are missing.
     """
+    config = getattr(config, "compiled", config)
     key = "|".join([config.family, str(config), str(traits), limits.arch, _toolchain()])
     cubin = _cubins.get(key)
     if cubin is None:
@@ -160,9 +161,9 @@ def compile_ptx(config: Config, traits: Traits, limits: Architecture) -> str:
 
 def _make(config: Config, traits: Traits):
     """The kernel for a config. Imports Numba."""
-    from numflash.kernels.portable import FACTORIES
+    from numflash.kernels.factories import make_kernel
 
-    return FACTORIES[config.family](config, traits)
+    return make_kernel(config, traits)
 
 
 def _front_end(

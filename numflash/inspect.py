@@ -17,10 +17,11 @@ from numflash.configs import (
     MAX_HEAD_DIM,
     Config,
     Traits,
-    default_config,
     padded_head_dim,
+    parse_config,
 )
 from numflash.devices import ARCHITECTURES, KB, Architecture, architecture, blocks_per_sm
+from numflash.dispatch import choose, force
 from numflash.errors import UnsupportedError
 from numflash.mode import SIMULATED
 from numflash.sass import count_instructions, disassemble
@@ -174,8 +175,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--causal",
         action="store_true",
-        help="accepted and without effect: a mask is data of the portable kernels, not code, so "
-        "the same kernel runs",
+        help="accepted and without effect: a mask is data of the kernels, not code, so the same "
+        "kernel runs",
     )
     parser.add_argument(
         "--window",
@@ -193,7 +194,12 @@ def _parser() -> argparse.ArgumentParser:
         "16 bytes",
     )
     parser.add_argument(
-        "--config", metavar="STR", help="as in m64n32w4; default: what attention would use"
+        "--precision", choices=("tf32",), help="multiply float32 as tf32, on the tensor cores"
+    )
+    parser.add_argument(
+        "--config",
+        metavar="STR",
+        help="as in m64n32w4 or sm80-m128n64w4s1; default: what attention would use",
     )
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print the report as JSON")
@@ -216,6 +222,7 @@ def _traits(args: argparse.Namespace) -> Traits:
         softcap=args.softcap,
         alibi=args.alibi,
         vectorized=aligned and not args.unaligned,
+        tf32=args.precision == "tf32",
     )
 
 
@@ -228,10 +235,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         limits, traits = architecture(args.arch), _traits(args)
         if args.config is None:
-            config = default_config(args.kernel, traits, limits.max_smem_per_block)
+            choice = choose(args.kernel, traits, limits)
         else:
-            config = FAMILIES[args.kernel].parse(args.config)
-    except ValueError as error:
+            choice = force(args.kernel, parse_config(args.kernel, args.config), traits, limits)
+        config, traits = choice.config, choice.traits
+    except (ValueError, UnsupportedError) as error:
         parser.error(str(error))
     try:
         if args.ptx:

@@ -6,6 +6,7 @@ the caller's stream: no allocation, no synchronisation, capturable in a CUDA gra
 """
 
 import ctypes
+import os
 import struct
 import threading
 from collections.abc import Callable
@@ -15,13 +16,13 @@ import numpy as np
 
 from numflash.compiler import Cubin, get_cubin
 from numflash.configs import Config, Traits
-from numflash.devices import ARCHITECTURES, Architecture, architecture_of
+from numflash.devices import Architecture, architecture, architecture_of
 from numflash.errors import UnsupportedError
 from numflash.mode import SIMULATED
 from numflash.views import Operand
 
-# The simulator models the GPU with the least shared memory.
-SIMULATED_ARCHITECTURE = "sm_75"
+# What the simulator models unless NUMFLASH_SIM_ARCH names another.
+_SIMULATED_ARCHITECTURE = "sm_80"
 _SLOT_BYTES = 8
 _DEFAULT_SMEM_LIMIT = 48 * 1024
 
@@ -34,7 +35,7 @@ def limits_of_device(device: int) -> Architecture:
         UnsupportedError: no driver, or a GPU older than Turing.
     """
     if SIMULATED:
-        return ARCHITECTURES[SIMULATED_ARCHITECTURE]
+        return architecture(os.environ.get("NUMFLASH_SIM_ARCH", _SIMULATED_ARCHITECTURE))
     driver = _driver()
     attribute = driver.CUdevice_attribute
     handle = _checked(driver.cuDeviceGet(device))
@@ -51,6 +52,28 @@ def limits_of_device(device: int) -> Architecture:
         return architecture_of(capability)
     except ValueError as error:
         raise UnsupportedError(f"device {device}: {error}") from error
+
+
+# What a simulated device has: one multiprocessor, so that nothing is split unless asked for.
+_SIMULATED_MULTIPROCESSORS = 1, 2**20
+
+
+@cache
+def multiprocessors(device: int) -> tuple[int, int]:
+    """(streaming multiprocessors, bytes of L2 cache) of a CUDA device, or of the simulator."""
+    if SIMULATED:
+        return _SIMULATED_MULTIPROCESSORS
+    driver = _driver()
+    handle = _checked(driver.cuDeviceGet(device))
+    names = ("MULTIPROCESSOR_COUNT", "L2_CACHE_SIZE")
+    return tuple(
+        _checked(
+            driver.cuDeviceGetAttribute(
+                getattr(driver.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}"), handle
+            )
+        )
+        for name in names
+    )
 
 
 class Launcher:
@@ -140,9 +163,9 @@ class DriverLaunch:
 
 
 def _simulated_kernel(config: Config, traits: Traits):
-    from numflash.kernels.portable import FACTORIES
+    from numflash.kernels.factories import make_kernel
 
-    return FACTORIES[config.family](config, traits)
+    return make_kernel(config, traits)
 
 
 class SimulatedLaunch:

@@ -13,6 +13,7 @@ from numflash.views import ArrayView
 
 LAYOUTS = ("bshd", "bhsd")
 ALIGNMENTS = ("bottom_right", "top_left")
+PRECISIONS = ("tf32",)
 # Token indices, and their differences, are 32-bit in kernels.
 _MAX_SEQLEN = 2**30
 _MAX_BLOCKS = 2**31 - 1
@@ -52,6 +53,7 @@ class AttentionProblem:
         bias_shift: ALiBi's distance is |i + bias_shift - j|.
         softcap: 0 for none.
         alibi_strides: (batch, head) strides of the slopes in elements; None without ALiBi.
+        tf32: whether float32 may be multiplied as tf32.
     """
 
     batch: int
@@ -68,6 +70,7 @@ class AttentionProblem:
     bias_shift: int
     softcap: float
     alibi_strides: tuple[int, int] | None
+    tf32: bool = False
 
     @property
     def group_size(self) -> int:
@@ -83,6 +86,7 @@ class AttentionProblem:
             softcap=self.softcap != 0,
             alibi=self.alibi_strides is not None,
             vectorized=vectorized,
+            tf32=self.tf32,
         )
 
     def num_blocks(self, rows: int, heads: int, block_rows: int) -> int:
@@ -102,6 +106,7 @@ class AttentionProblem:
         """The scalar kernel arguments, by parameter name (see `kernels.portable.forward`)."""
         slopes_batch, slopes_head = self.alibi_strides or (0, 0)
         return {
+            "batch_size": self.batch,
             "seqlen_q": self.seqlen_q,
             "seqlen_k": self.seqlen_k,
             "num_heads_q": self.num_heads_q,
@@ -132,6 +137,7 @@ def describe(
     softcap: float = 0.0,
     alibi_slopes: ArrayView | None = None,
     layout: str = "bshd",
+    precision: str | None = None,
 ) -> tuple[AttentionProblem, dict[str, Tensor]]:
     """Check q, k, v and the options of a call.
 
@@ -188,6 +194,12 @@ def describe(
     _one_of("causal_align", causal_align, ALIGNMENTS)
     shift = seqlen_k - seqlen_q if causal_align == "bottom_right" else 0
     left, right = _window(window_size)
+    if precision is not None:
+        _one_of("precision", precision, PRECISIONS)
+        if q.dtype != "float32":
+            raise ValueError(
+                f'precision="tf32" is a way to multiply float32; q, k and v are {q.dtype}'
+            )
     if not isinstance(causal, bool):
         raise TypeError(f"causal must be True or False, got {causal!r} ({_kind(causal)})")
     if causal:
@@ -208,6 +220,7 @@ def describe(
         bias_shift=shift,
         softcap=cap,
         alibi_strides=_slope_strides(alibi_slopes, q.device, batch, num_heads_q),
+        tf32=precision == "tf32",
     )
     return problem, tensors
 

@@ -64,7 +64,7 @@ def _make_wait_group(pending: int):
     return instruction(f"cp.async.wait_group {pending};", sm=80)(cp_async_wait_group)
 
 
-CP_ASYNC_WAIT_GROUP = tuple(_make_wait_group(pending) for pending in range(4))
+CP_ASYNC_WAIT_GROUP = tuple(_make_wait_group(pending) for pending in range(5))
 """`CP_ASYNC_WAIT_GROUP[n]()` waits for all groups but the newest n, which is an immediate."""
 
 

@@ -15,6 +15,7 @@ from numflash.tiles.lanes import COLUMN_LANES, FULL_WARP, ROW_LANES
 from numflash.tiles.scores import NEG_INF
 
 LOG2_E = f32(math.log2(math.e))
+LN_2 = f32(math.log(2))
 
 
 @device_function

@@ -1,15 +1,20 @@
-"""Delta: delta = rowsum(O * dO), the part of dS that all keys of a row share.
+"""Delta: delta = rowsum(O * dO), the part of dS that all keys of a row share; and lse in base 2.
 
-dS = P * (dP - delta) is the gradient of softmax. One warp computes one row.
+dS = P * (dP - delta) is the gradient of softmax. One warp computes one row. lse_log2 = lse log2 e
+is what kernels in base 2 subtract; +inf for a query without keys, which makes its P zero.
 
 Source: FlashAttention, arXiv 2205.14135, Appendix B.4.
 """
+
+import math
 
 from numflash.configs import DeltaConfig, Traits
 from numflash.kernels.kernel import Kernel
 from numflash.ptx import Pointer, cuda, f32, i32, i64
 from numflash.tiles.elements import ELEMENTS
 from numflash.tiles.lanes import FULL_WARP
+from numflash.tiles.scores import NEG_INF
+from numflash.tiles.softmax import LOG2_E
 
 
 def make_delta_kernel(config: DeltaConfig, traits: Traits) -> Kernel:
@@ -22,7 +27,9 @@ def make_delta_kernel(config: DeltaConfig, traits: Traits) -> Kernel:
     def delta(
         out: Pointer(storage),
         do: Pointer(storage),
+        lse: Pointer(f32),
         delta: Pointer(f32),
+        lse_log2: Pointer(f32),
         out_batch: i64,
         out_row: i64,
         out_head: i64,
@@ -57,6 +64,8 @@ def make_delta_kernel(config: DeltaConfig, traits: Traits) -> Kernel:
         for distance in (16, 8, 4, 2, 1):
             total += cuda.shfl_xor_sync(FULL_WARP, total, distance)
         if lane == 0 and row < seqlen_q:
-            delta[i64(head_of_batch) * seqlen_q + row] = total
+            i = i64(head_of_batch) * seqlen_q + row
+            delta[i] = total
+            lse_log2[i] = lse[i] * LOG2_E if lse[i] > NEG_INF else f32(math.inf)
 
     return Kernel(config.family, delta, config.num_threads, 0)

@@ -1,83 +1,16 @@
-"""Kernel configs: what a kernel is compiled for, and what may be tuned about it.
+"""Configs of the portable kernels, which compute on the FMA units.
 
-`Traits` is fixed by the problem: dtype, head dims, and which features the kernel has. A config
-(`ForwardConfig`, `BackwardDkDvConfig`, `BackwardDqConfig`, `DeltaConfig`) is a free choice among
-equally right ones: tile sizes and warps. Both have a short string form, used in file names, test
-ids and on the command line: `float16-d64-dv64-softcap-vec` and `m64n32w4`.
-
-Everything here is plain arithmetic; nothing imports Numba.
+Their string form: `m64n32w4`.
 """
 
 import re
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
+from numflash.configs.traits import Traits
+from numflash.devices import Architecture
+
 FLOAT_BYTES = 4
-HEAD_DIM_STEP = 32
-MAX_HEAD_DIM = 256
-DTYPES = ("float16", "bfloat16", "float32")
-_DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
-
-
-def padded_head_dim(head_dim: int) -> int:
-    """The head_dim that kernels compute with: the next multiple of 32."""
-    return -(-head_dim // HEAD_DIM_STEP) * HEAD_DIM_STEP
-
-
-@dataclass(frozen=True)
-class Traits:
-    """What a kernel is compiled for.
-
-    Attributes:
-        dtype: "float16", "bfloat16" or "float32".
-        head_dim, head_dim_v: padded to a multiple of 32.
-        softcap, alibi: the feature is compiled in.
-        vectorized: rows are 16-byte aligned, so that 16 bytes are loaded at once.
-    """
-
-    dtype: str
-    head_dim: int
-    head_dim_v: int
-    softcap: bool = False
-    alibi: bool = False
-    vectorized: bool = True
-
-    _FLAGS: ClassVar = {
-        "softcap": "softcap",
-        "alibi": "alibi",
-        "vectorized": "vec",
-    }
-
-    def __post_init__(self):
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
-        for name in ("head_dim", "head_dim_v"):
-            value = getattr(self, name)
-            if value % HEAD_DIM_STEP or not 0 < value <= MAX_HEAD_DIM:
-                raise ValueError(
-                    f"{name} of a kernel must be a multiple of {HEAD_DIM_STEP} up to "
-                    f"{MAX_HEAD_DIM}, got {value}"
-                )
-
-    @property
-    def dtype_bytes(self) -> int:
-        """Bytes of one element in global memory."""
-        return _DTYPE_BYTES[self.dtype]
-
-    def __str__(self) -> str:
-        flags = [short for name, short in self._FLAGS.items() if getattr(self, name)]
-        return "-".join([self.dtype, f"d{self.head_dim}", f"dv{self.head_dim_v}", *flags])
-
-    @classmethod
-    def parse(cls, text: str) -> "Traits":
-        """The inverse of `str`. Raises ValueError for anything else."""
-        match = re.fullmatch(r"(\w+)-d(\d+)-dv(\d+)((?:-\w+)*)", text, re.ASCII)
-        if match is not None:
-            flags = {name: short in match[4].split("-") for name, short in cls._FLAGS.items()}
-            traits = cls(match[1], int(match[2]), int(match[3]), **flags)
-            if str(traits) == text:
-                return traits
-        raise ValueError(f"traits must look like float16-d64-dv64-softcap-vec, got {text!r}")
 
 
 class SmemLayout:
@@ -107,6 +40,7 @@ class _Tiled:
     tile_n: int
     num_warps: int
 
+    implementation: ClassVar = "portable"
     family: ClassVar[str]
     _row_tile: ClassVar[str] = "tile_m"
 
@@ -218,16 +152,19 @@ class BackwardDkDvConfig(_Tiled):
 
 
 @dataclass(frozen=True)
-class DeltaConfig:
-    """A block computes delta = rowsum(O * dO) for one row a warp."""
+class _RowPerWarp:
+    """Common to the kernels in which one warp computes one row."""
 
-    num_warps: int = 8
+    num_warps: int
 
-    family: ClassVar = "delta"
+    implementation: ClassVar = "portable"
+    family: ClassVar[str]
 
     def __post_init__(self):
         if not 0 < self.num_warps <= 32:
-            raise ValueError(f"num_warps of DeltaConfig must be 1 to 32, got {self.num_warps}")
+            raise ValueError(
+                f"num_warps of {type(self).__name__} must be 1 to 32, got {self.num_warps}"
+            )
 
     @property
     def num_threads(self) -> int:
@@ -247,7 +184,7 @@ class DeltaConfig:
         return f"w{self.num_warps}"
 
     @classmethod
-    def parse(cls, text: str) -> "DeltaConfig":
+    def parse(cls, text: str) -> "_RowPerWarp":
         """The inverse of `str`. Raises ValueError for anything else."""
         match = re.fullmatch(r"w([1-9]\d*)", text, re.ASCII)
         if match is None:
@@ -255,10 +192,27 @@ class DeltaConfig:
         return cls(int(match[1]))
 
 
-Config = ForwardConfig | BackwardDkDvConfig | BackwardDqConfig | DeltaConfig
-FAMILIES: dict[str, type] = {
+@dataclass(frozen=True)
+class DeltaConfig(_RowPerWarp):
+    """Each warp computes delta = rowsum(O * dO) of one row."""
+
+    num_warps: int = 8
+
+    family: ClassVar = "delta"
+
+
+@dataclass(frozen=True)
+class CombineConfig(_RowPerWarp):
+    """Each warp puts one row of O together from the parts of a forward split over keys."""
+
+    num_warps: int = 4
+
+    family: ClassVar = "combine"
+
+
+PORTABLE_CONFIGS: dict[str, type] = {
     config.family: config
-    for config in (ForwardConfig, BackwardDkDvConfig, BackwardDqConfig, DeltaConfig)
+    for config in (ForwardConfig, BackwardDkDvConfig, BackwardDqConfig, DeltaConfig, CombineConfig)
 }
 """Kernel family -> its config class."""
 
@@ -269,14 +223,15 @@ _PREFERENCES = {
     "backward-dq": ("m64n32w4", "m32n32w4", "m32n16w4", "m16n16w4", "m16n8w4"),
     "backward-dkdv": ("m32n64w4", "m32n32w4", "m16n32w4", "m16n16w4", "m8n16w4"),
     "delta": ("w8",),
+    "combine": ("w4",),
 }
 # float32 accumulators a thread can hold next to its operands without spilling.
 _MAX_ACCUMULATORS = 112
 
 
-def accumulators_per_thread(config: Config, traits: Traits) -> int:
+def accumulators_per_thread(config, traits: Traits) -> int:
     """float32 accumulators that one thread of a tiled kernel keeps through the main loop."""
-    if isinstance(config, DeltaConfig):
+    if not isinstance(config, _Tiled):
         return 1
     rows = config.row_tile // (4 * config.num_warps)
     scores = rows * config.column_tile // 8
@@ -288,24 +243,20 @@ def accumulators_per_thread(config: Config, traits: Traits) -> int:
     return 2 * scores + rows * (columns + columns_v)
 
 
-def default_config(family: str, traits: Traits, max_smem_bytes: int, rows: int = 2**30) -> Config:
-    """The config to use where nothing better is known.
+def candidates(family: str) -> list:
+    """The configs that are shipped for a family, preferred first."""
+    return [PORTABLE_CONFIGS[family].parse(text) for text in _PREFERENCES[family]]
 
-    Args:
-        family: "forward", "backward-dkdv", "backward-dq" or "delta".
-        traits: what the kernel is compiled for.
-        max_smem_bytes: shared memory that one block of the device can have.
-        rows: rows of the output per head; tiles of twice as many and more would mostly idle.
 
-    Raises:
-        ValueError: the family is unknown.
-    """
-    if family not in FAMILIES:
-        raise ValueError(f"kernel family must be one of {', '.join(FAMILIES)}, got {family!r}")
-    configs = [FAMILIES[family].parse(text) for text in _PREFERENCES[family]]
-    for config in configs:
-        fits = config.smem_bytes(traits) <= max_smem_bytes
-        is_filled = config.block_rows < 2 * rows
-        if fits and is_filled and accumulators_per_thread(config, traits) <= _MAX_ACCUMULATORS:
-            return config
-    return configs[-1]
+def misfit(config, traits: Traits, limits: Architecture, rows: int = 2**30) -> str | None:
+    """Why a candidate is not the one to use; None if it is."""
+    if (needed := config.smem_bytes(traits)) > limits.max_smem_per_block:
+        return (
+            f"needs {needed} bytes of shared memory per block, {limits.arch} has "
+            f"{limits.max_smem_per_block}"
+        )
+    if (needed := accumulators_per_thread(config, traits)) > _MAX_ACCUMULATORS:
+        return f"keeps {needed} accumulators a thread, at most {_MAX_ACCUMULATORS} do not spill"
+    if config.block_rows >= 2 * rows:
+        return f"computes {config.block_rows} rows at a time, there are {rows}"
+    return None

@@ -1,0 +1,79 @@
+"""Kernel configs: what a kernel is compiled for, and what may be tuned about it.
+
+`Traits` is fixed by the problem: dtype, head dims, and which features the kernel has. A config is
+a free choice among equally right ones: tile sizes, warps, stages. Each kernel family, such as
+"forward", has a config class for each of its implementations: the portable kernels
+(`configs.portable`) and those for tensor cores (`configs.sm80`). Traits and configs have short
+string forms, used in file names, test ids and on the command line: `float16-d64-dv64-softcap-vec`,
+`m64n32w4`, `sm80-m128n64w4s1`.
+
+Everything here is plain arithmetic; nothing imports Numba.
+"""
+
+from numflash.configs.portable import (
+    PORTABLE_CONFIGS,
+    BackwardDkDvConfig,
+    BackwardDqConfig,
+    CombineConfig,
+    DeltaConfig,
+    ForwardConfig,
+    SmemLayout,
+    accumulators_per_thread,
+)
+from numflash.configs.sm80 import (
+    MMA_CONFIGS,
+    MmaBackwardDkDvConfig,
+    MmaBackwardDqConfig,
+    MmaConfig,
+    MmaForwardConfig,
+)
+from numflash.configs.traits import (
+    DTYPES,
+    HEAD_DIM_STEP,
+    MAX_HEAD_DIM,
+    Traits,
+    padded_head_dim,
+)
+
+FAMILIES = tuple(PORTABLE_CONFIGS)
+"""Every kernel family."""
+Config = (
+    ForwardConfig | BackwardDkDvConfig | BackwardDqConfig | DeltaConfig | CombineConfig | MmaConfig
+)
+
+
+def parse_config(family: str, text: str) -> Config:
+    """The config of a kernel family with this string form.
+
+    Raises:
+        ValueError: the family is unknown, or the text is no config of it.
+    """
+    if family not in FAMILIES:
+        raise ValueError(f"kernel family must be one of {', '.join(FAMILIES)}, got {family!r}")
+    is_mma = text.startswith("sm") and family in MMA_CONFIGS
+    return (MMA_CONFIGS if is_mma else PORTABLE_CONFIGS)[family].parse(text)
+
+
+__all__ = [
+    "DTYPES",
+    "FAMILIES",
+    "HEAD_DIM_STEP",
+    "MAX_HEAD_DIM",
+    "MMA_CONFIGS",
+    "PORTABLE_CONFIGS",
+    "BackwardDkDvConfig",
+    "BackwardDqConfig",
+    "CombineConfig",
+    "Config",
+    "DeltaConfig",
+    "ForwardConfig",
+    "MmaBackwardDkDvConfig",
+    "MmaBackwardDqConfig",
+    "MmaConfig",
+    "MmaForwardConfig",
+    "SmemLayout",
+    "Traits",
+    "accumulators_per_thread",
+    "padded_head_dim",
+    "parse_config",
+]

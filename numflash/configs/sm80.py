@@ -1,0 +1,273 @@
+"""Configs of the kernels for tensor cores through `mma.sync`.
+
+Their string form: `sm80-m128n64w4s2`, which is the generation of instructions, tile_m, tile_n,
+warps and stages; `x8` is appended for 8 splits over the keys, `-linear` for tiles that are not
+swizzled.
+"""
+
+import re
+from dataclasses import dataclass, fields, replace
+from typing import ClassVar
+
+from numflash.configs.traits import Traits
+from numflash.devices import Architecture
+
+GENERATIONS = ("sm75", "sm80")
+"""sm75 has half-size products of float16 only, and copies that pass by registers."""
+MAX_STAGES = 3
+_ROW_STEP, _COLUMN_STEP = 16, 16
+_WORD_BYTES = 4
+
+
+@dataclass(frozen=True)
+class MmaConfig:
+    """Common to the kernels for tensor cores.
+
+    Attributes:
+        generation: which instructions: "sm75" or "sm80".
+        tile_m: rows of Q in a tile.
+        tile_n: rows of K and V in a tile.
+        num_warps: per block; they share the rows of the result.
+        num_stages: tiles of the walk in shared memory at once, for loads that run ahead.
+        num_splits: parts that the keys are dealt out to, each with its own blocks; forward only.
+        swizzled: False only to measure what the swizzle is worth.
+    """
+
+    generation: str
+    tile_m: int
+    tile_n: int
+    num_warps: int
+    num_stages: int
+    num_splits: int = 1
+    swizzled: bool = True
+
+    implementation: ClassVar = "sm80"
+    family: ClassVar[str]
+    _row_tile: ClassVar[str] = "tile_m"
+
+    def __post_init__(self):
+        if self.generation not in GENERATIONS:
+            raise ValueError(
+                f"{type(self).__name__} must begin with one of {', '.join(GENERATIONS)}, "
+                f"got {self.generation!r}"
+            )
+        for field in fields(self)[1:6]:
+            if getattr(self, field.name) <= 0:
+                raise ValueError(
+                    f"{field.name} of {type(self).__name__} must be positive, "
+                    f"got {getattr(self, field.name)}"
+                )
+        rows, columns = self.row_tile, self.column_tile
+        if rows % (_ROW_STEP * self.num_warps) or columns % _COLUMN_STEP:
+            raise ValueError(
+                f"{type(self).__name__} {self}: the row tile ({self._row_tile} = {rows}) must be "
+                f"a multiple of {_ROW_STEP} x num_warps and the other tile ({columns}) of "
+                f"{_COLUMN_STEP}"
+            )
+        if self.num_threads > 1024:
+            raise ValueError(f"{type(self).__name__} {self}: a block has at most 32 warps")
+        if self.num_stages > MAX_STAGES:
+            raise ValueError(f"{type(self).__name__} {self}: at most {MAX_STAGES} stages")
+        if self.num_splits > 1 and self.family != "forward":
+            raise ValueError(f"{type(self).__name__} {self}: only the forward can be split")
+
+    @property
+    def row_tile(self) -> int:
+        """The tile whose rows are shared out over the warps."""
+        return getattr(self, self._row_tile)
+
+    @property
+    def column_tile(self) -> int:
+        """The tile that the main loop walks in."""
+        return self.tile_n if self._row_tile == "tile_m" else self.tile_m
+
+    @property
+    def m_tiles(self) -> int:
+        """Products of 16 rows that one warp keeps below each other."""
+        return self.row_tile // (_ROW_STEP * self.num_warps)
+
+    @property
+    def num_threads(self) -> int:
+        """Threads per block."""
+        return 32 * self.num_warps
+
+    @property
+    def block_rows(self) -> int:
+        """Rows of the output that one block computes."""
+        return self.row_tile
+
+    @property
+    def compiled(self) -> "MmaConfig":
+        """The config whose machine code this one shares: how many splits is an argument."""
+        return replace(self, num_splits=min(self.num_splits, 2))
+
+    def tiles(self, traits: Traits) -> dict[str, int]:
+        """The words of each tile in shared memory, in order."""
+        raise NotImplementedError
+
+    def accumulators_per_thread(self, traits: Traits) -> int:
+        """float32 accumulators that a thread keeps through the main loop."""
+        raise NotImplementedError
+
+    def smem_offsets(self, traits: Traits) -> dict[str, int]:
+        """Where each tile begins, in words."""
+        offsets, end = {}, 0
+        for name, words in self.tiles(traits).items():
+            offsets[name] = end
+            end += words
+        return offsets
+
+    def smem_bytes(self, traits: Traits) -> int:
+        """Bytes of dynamic shared memory per block."""
+        return _WORD_BYTES * sum(self.tiles(traits).values())
+
+    def _scores_per_thread(self) -> int:
+        return self.m_tiles * self.column_tile // 2
+
+    def __str__(self) -> str:
+        text = f"{self.generation}-m{self.tile_m}n{self.tile_n}w{self.num_warps}s{self.num_stages}"
+        if self.num_splits > 1:
+            text += f"x{self.num_splits}"
+        return text if self.swizzled else text + "-linear"
+
+    @classmethod
+    def parse(cls, text: str) -> "MmaConfig":
+        """The inverse of `str`. Raises ValueError for anything else."""
+        number = r"([1-9]\d*)"
+        pattern = rf"(sm\d+)-m{number}n{number}w{number}s{number}(?:x{number})?(-linear)?"
+        match = re.fullmatch(pattern, text, re.ASCII)
+        if match is None or match[6] == "1":
+            raise ValueError(
+                f"a {cls.family} config must look like m64n32w4 or sm80-m64n32w4s2, got {text!r}"
+            )
+        sizes = (int(match[i]) for i in range(2, 6))
+        return cls(match[1], *sizes, int(match[6] or 1), swizzled=match[7] is None)
+
+
+def _words(rows: int, columns: int, traits: Traits) -> int:
+    return rows * columns * traits.dtype_bytes // _WORD_BYTES
+
+
+@dataclass(frozen=True)
+class MmaForwardConfig(MmaConfig):
+    """A block computes tile_m rows of O; K and V come in tiles of tile_n."""
+
+    family: ClassVar = "forward"
+
+    def tiles(self, traits: Traits) -> dict[str, int]:
+        """The words of each tile in shared memory, in order."""
+        return {
+            "q": _words(self.tile_m, traits.head_dim, traits),
+            "k": self.num_stages * _words(self.tile_n, traits.head_dim, traits),
+            "v": self.num_stages * _words(self.tile_n, traits.head_dim_v, traits),
+        }
+
+    def accumulators_per_thread(self, traits: Traits) -> int:
+        """float32 accumulators that a thread keeps through the main loop."""
+        return self._scores_per_thread() + self.m_tiles * traits.head_dim_v // 2
+
+
+@dataclass(frozen=True)
+class MmaBackwardDqConfig(MmaConfig):
+    """A block computes tile_m rows of dQ; K and V come in tiles of tile_n."""
+
+    family: ClassVar = "backward-dq"
+
+    def tiles(self, traits: Traits) -> dict[str, int]:
+        """The words of each tile in shared memory, in order."""
+        return {
+            "q": _words(self.tile_m, traits.head_dim, traits),
+            "do": _words(self.tile_m, traits.head_dim_v, traits),
+            "k": self.num_stages * _words(self.tile_n, traits.head_dim, traits),
+            "v": self.num_stages * _words(self.tile_n, traits.head_dim_v, traits),
+        }
+
+    def accumulators_per_thread(self, traits: Traits) -> int:
+        """float32 accumulators that a thread keeps through the main loop."""
+        return 2 * self._scores_per_thread() + self.m_tiles * traits.head_dim // 2
+
+
+@dataclass(frozen=True)
+class MmaBackwardDkDvConfig(MmaConfig):
+    """A block computes tile_n rows of dK and dV; Q and dO come in tiles of tile_m."""
+
+    family: ClassVar = "backward-dkdv"
+    _row_tile: ClassVar = "tile_n"
+
+    def tiles(self, traits: Traits) -> dict[str, int]:
+        """The words of each tile in shared memory, in order."""
+        return {
+            "k": _words(self.tile_n, traits.head_dim, traits),
+            "v": _words(self.tile_n, traits.head_dim_v, traits),
+            "q": self.num_stages * _words(self.tile_m, traits.head_dim, traits),
+            "do": self.num_stages * _words(self.tile_m, traits.head_dim_v, traits),
+            "lse": self.num_stages * self.tile_m,
+            "delta": self.num_stages * self.tile_m,
+        }
+
+    def accumulators_per_thread(self, traits: Traits) -> int:
+        """float32 accumulators that a thread keeps through the main loop."""
+        columns = traits.head_dim + traits.head_dim_v
+        return 2 * self._scores_per_thread() + self.m_tiles * columns // 2
+
+
+MMA_CONFIGS: dict[str, type] = {
+    config.family: config
+    for config in (MmaForwardConfig, MmaBackwardDkDvConfig, MmaBackwardDqConfig)
+}
+"""Kernel family -> its config class."""
+
+# Preferred first, in the order in which `misfit` accepts them.
+_PREFERENCES = {
+    "forward": (
+        "m128n64w4s1",
+        "m128n32w4s1",
+        "m64n64w4s1",
+        "m64n32w4s1",
+        "m64n16w4s1",
+        "m32n64w2s1",
+        "m16n64w1s1",
+        "m16n32w1s1",
+        "m16n16w1s1",
+    ),
+    "backward-dq": (
+        "m64n64w4s1",
+        "m64n32w4s1",
+        "m64n16w4s1",
+        "m32n32w2s1",
+        "m16n32w1s1",
+        "m16n16w1s1",
+    ),
+    "backward-dkdv": (
+        "m64n64w4s1",
+        "m32n64w4s1",
+        "m16n64w4s1",
+        "m32n32w2s1",
+        "m32n16w1s1",
+        "m16n16w1s1",
+    ),
+}
+# float32 accumulators a thread can hold next to its operands without spilling.
+_MAX_ACCUMULATORS = 192
+
+
+def candidates(family: str, generation: str) -> list[MmaConfig]:
+    """The configs that are shipped for a family, preferred first."""
+    texts = _PREFERENCES.get(family, ())
+    return [MMA_CONFIGS[family].parse(f"{generation}-{text}") for text in texts]
+
+
+def misfit(
+    config: MmaConfig, traits: Traits, limits: Architecture, rows: int = 2**30
+) -> str | None:
+    """Why a candidate is not the one to use; None if it is."""
+    if (needed := config.smem_bytes(traits)) > limits.max_smem_per_block:
+        return (
+            f"needs {needed} bytes of shared memory per block, {limits.arch} has "
+            f"{limits.max_smem_per_block}"
+        )
+    if (needed := config.accumulators_per_thread(traits)) > _MAX_ACCUMULATORS:
+        return f"keeps {needed} accumulators a thread, at most {_MAX_ACCUMULATORS} do not spill"
+    if config.block_rows >= 2 * rows:
+        return f"computes {config.block_rows} rows at a time, there are {rows}"
+    return None

@@ -1,0 +1,77 @@
+"""Traits: what a kernel is compiled for, fixed by the problem."""
+
+import re
+from dataclasses import dataclass
+from typing import ClassVar
+
+HEAD_DIM_STEP = 32
+MAX_HEAD_DIM = 256
+DTYPES = ("float16", "bfloat16", "float32")
+_DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """The head_dim that kernels compute with: the next multiple of 32."""
+    return -(-head_dim // HEAD_DIM_STEP) * HEAD_DIM_STEP
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What a kernel is compiled for.
+
+    Attributes:
+        dtype: "float16", "bfloat16" or "float32".
+        head_dim, head_dim_v: padded to a multiple of 32.
+        softcap, alibi: the feature is compiled in.
+        vectorized: rows are 16-byte aligned, so that 16 bytes are loaded at once.
+        tf32: float32 is multiplied as tf32, on the tensor cores.
+    """
+
+    dtype: str
+    head_dim: int
+    head_dim_v: int
+    softcap: bool = False
+    alibi: bool = False
+    vectorized: bool = True
+    tf32: bool = False
+
+    _FLAGS: ClassVar = {
+        "softcap": "softcap",
+        "alibi": "alibi",
+        "vectorized": "vec",
+        "tf32": "tf32",
+    }
+
+    def __post_init__(self):
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        for name in ("head_dim", "head_dim_v"):
+            value = getattr(self, name)
+            if value % HEAD_DIM_STEP or not 0 < value <= MAX_HEAD_DIM:
+                raise ValueError(
+                    f"{name} of a kernel must be a multiple of {HEAD_DIM_STEP} up to "
+                    f"{MAX_HEAD_DIM}, got {value}"
+                )
+
+        if self.tf32 and self.dtype != "float32":
+            raise ValueError(f"tf32 is a way to multiply float32, not {self.dtype}")
+
+    @property
+    def dtype_bytes(self) -> int:
+        """Bytes of one element in global memory."""
+        return _DTYPE_BYTES[self.dtype]
+
+    def __str__(self) -> str:
+        flags = [short for name, short in self._FLAGS.items() if getattr(self, name)]
+        return "-".join([self.dtype, f"d{self.head_dim}", f"dv{self.head_dim_v}", *flags])
+
+    @classmethod
+    def parse(cls, text: str) -> "Traits":
+        """The inverse of `str`. Raises ValueError for anything else."""
+        match = re.fullmatch(r"(\w+)-d(\d+)-dv(\d+)((?:-\w+)*)", text, re.ASCII)
+        if match is not None:
+            flags = {name: short in match[4].split("-") for name, short in cls._FLAGS.items()}
+            traits = cls(match[1], int(match[2]), int(match[3]), **flags)
+            if str(traits) == text:
+                return traits
+        raise ValueError(f"traits must look like float16-d64-dv64-softcap-vec, got {text!r}")

@@ -1,0 +1,189 @@
+"""Which kernel runs a problem, with which config, and why not the others.
+
+Kernels for tensor cores come before the portable ones; of each, configs come in the order of
+preference of `configs`. The first that no rule excludes runs. A config that the caller forces is
+held to the same rules, except those that only concern speed.
+"""
+
+from dataclasses import dataclass, replace
+
+from numflash.configs import FAMILIES, Config, MmaConfig, Traits, parse_config, portable, sm80
+from numflash.devices import Architecture, blocks_per_sm
+from numflash.errors import UnsupportedError
+from numflash.problem import AttentionProblem
+
+_MANY_ROWS = 2**30
+# Query heads are packed into the rows of a tile while one head would fill at most half of one.
+_PACKED_SEQLEN = 32
+_MAX_SPLITS = 128
+_MIN_BLOCKS_PER_SPLIT = 2
+# Registers that a kernel is taken to use where occupancy is estimated before it is compiled.
+_REGISTERS = 255
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A kernel chosen.
+
+    Attributes:
+        family, config, traits: the kernel.
+        rule: what chose it.
+        passed_over: (what, why not) of every candidate before it and of each other implementation.
+    """
+
+    family: str
+    config: Config
+    traits: Traits
+    rule: str
+    passed_over: tuple[tuple[str, str], ...]
+
+    def __str__(self) -> str:
+        lines = [f"{self.family}: {self.config} ({self.config.implementation}), {self.rule}"]
+        return "\n".join([*lines, *(f"  not {what}: {why}" for what, why in self.passed_over)])
+
+
+def choose(
+    family: str,
+    traits: Traits,
+    limits: Architecture,
+    rows: int = _MANY_ROWS,
+    positive_scale: bool = True,
+) -> Choice:
+    """The kernel to run.
+
+    Args:
+        family: one of `configs.FAMILIES`.
+        traits: what the problem needs.
+        limits: the GPU.
+        rows: rows of the output per head; tiles of twice as many and more would mostly idle.
+        positive_scale: whether softmax_scale is above 0.
+
+    Raises:
+        ValueError: the family is unknown.
+    """
+    if family not in FAMILIES:
+        raise ValueError(f"kernel family must be one of {', '.join(FAMILIES)}, got {family!r}")
+    passed_over = []
+    generation = _generation(limits)
+    mma_candidates = sm80.candidates(family, generation)
+    why = _no_tensor_cores(traits, generation, positive_scale)
+    if mma_candidates and why is not None:
+        passed_over.append((f"{generation} (tensor cores)", why))
+        mma_candidates = []
+    for config in mma_candidates:
+        why = sm80.misfit(config, traits, limits, rows)
+        if why is None:
+            passed_over.append(("portable", "tensor cores are faster"))
+            rule = "the first that fits of the tensor-core configs"
+            return Choice(family, config, traits, rule, tuple(passed_over))
+        passed_over.append((str(config), why))
+    plain = replace(traits, tf32=False)
+    candidates = portable.candidates(family)
+    for config in candidates:
+        why = portable.misfit(config, plain, limits, rows)
+        if why is None or config is candidates[-1]:
+            rule = "the first that fits of the portable configs"
+            return Choice(family, config, plain, rule, tuple(passed_over))
+        passed_over.append((str(config), why))
+    raise AssertionError("portable.candidates is never empty")
+
+
+def force(
+    family: str,
+    config: str | Config,
+    traits: Traits,
+    limits: Architecture,
+    positive_scale: bool = True,
+) -> Choice:
+    """The kernel that the caller asks for.
+
+    Raises:
+        TypeError: `config` is neither a string nor a config of this family.
+        ValueError: the string is no config of this family.
+        UnsupportedError: it cannot run this problem on this GPU.
+    """
+    if isinstance(config, str):
+        config = parse_config(family, config)
+    if getattr(config, "family", None) != family:
+        raise TypeError(f"config must be a string or a config of {family}, got {config!r}")
+    why = None
+    if isinstance(config, MmaConfig):
+        why = _no_tensor_cores(traits, config.generation, positive_scale)
+        if config.generation == "sm80" and _generation(limits) == "sm75":
+            why = f"its instructions begin with sm_80, this GPU is {limits.arch}"
+    else:
+        traits = replace(traits, tf32=False)
+    if (needed := config.smem_bytes(traits)) > limits.max_smem_per_block:
+        why = (
+            f"it needs {needed} bytes of shared memory per block with head dims "
+            f"{traits.head_dim} and {traits.head_dim_v}, {limits.arch} has "
+            f"{limits.max_smem_per_block}"
+        )
+    if why is not None:
+        raise UnsupportedError(f"config {config} cannot run this {family}: {why}")
+    return Choice(family, config, traits, "as the caller asks", ())
+
+
+def _generation(limits: Architecture) -> str:
+    return "sm75" if limits.compute_capability < (8, 0) else "sm80"
+
+
+def _no_tensor_cores(traits: Traits, generation: str, positive_scale: bool) -> str | None:
+    """Why the tensor cores cannot be used; None if they can."""
+    if traits.dtype == "float32" and not traits.tf32:
+        return 'float32 is multiplied exactly unless precision="tf32"'
+    if generation == "sm75" and traits.dtype != "float16":
+        return f"Turing's tensor cores have float16, not {'tf32' if traits.tf32 else traits.dtype}"
+    if not positive_scale:
+        return "softmax_scale is not positive, and the softmax in base 2 folds it into its maximum"
+    return None
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a forward for tensor cores is laid over the machine.
+
+    Attributes:
+        pack: query heads that are neighbouring rows of a tile.
+        num_splits: parts that the keys are dealt out to.
+        heads_in_flight: heads whose blocks are interleaved.
+    """
+
+    pack: int = 1
+    num_splits: int = 1
+    heads_in_flight: int = 1
+
+
+def rows_packed(problem: AttentionProblem) -> int:
+    """Query heads to pack into the rows of a tile: all of a group, or one."""
+    few = problem.seqlen_q <= _PACKED_SEQLEN
+    return problem.group_size if few and problem.alibi_strides is None else 1
+
+
+def heads_in_flight(problem: AttentionProblem, dtype_bytes: int, l2_bytes: int) -> int:
+    """Heads whose K and V fit half of the L2 cache together; at least one."""
+    head_bytes = problem.seqlen_k * (problem.head_dim + problem.head_dim_v) * dtype_bytes
+    # Query heads of a group share K and V, and follow each other.
+    heads = l2_bytes // 2 // max(1, head_bytes) * problem.group_size
+    return max(1, min(heads, problem.num_heads_q * problem.batch))
+
+
+def num_splits(
+    config: MmaConfig, traits: Traits, limits: Architecture, num_sms: int, blocks: int, seqlen_k
+) -> int:
+    """Parts to split the keys into, so that few blocks still fill the machine.
+
+    The fewest splits whose last wave is at least 85 % as full as the best number's.
+    Source: `num_splits_heuristic` of FlashAttention-3.
+    """
+    fit, _ = blocks_per_sm(limits, config.num_threads, _REGISTERS, config.smem_bytes(traits))
+    slots = num_sms * max(1, min(fit, 8 // config.num_warps))
+    num_n_blocks = -(-seqlen_k // config.tile_n)
+    if blocks == 0 or blocks >= 0.8 * slots or num_n_blocks <= 2 * _MIN_BLOCKS_PER_SPLIT:
+        return 1
+    most = min(_MAX_SPLITS, num_n_blocks // _MIN_BLOCKS_PER_SPLIT, -(-slots // blocks))
+    fullness = {}
+    for splits in range(1, most + 1):
+        waves = blocks * splits / slots
+        fullness[splits] = waves / -(-blocks * splits // slots)
+    return min(s for s in fullness if fullness[s] >= 0.85 * max(fullness.values()))

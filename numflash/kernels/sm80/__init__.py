@@ -1,0 +1,16 @@
+"""FlashAttention-2 on the tensor cores through `mma.sync`, for every GPU from Turing on.
+
+    forward         O and lse; with splits over the keys, parts that `portable.combine` adds up
+    backward_dkdv   dK and dV, one block per row block of K and V
+    backward_dq     dQ, one block per row block of Q
+
+The generation in a config chooses the instructions: sm80 has products of 16 x 8 x 16 and copies
+that run ahead; sm75 products of half that depth, float16 only, and copies through registers.
+"""
+
+from numflash.kernels.sm80.forward import make_forward_kernel
+
+FACTORIES = {
+    "forward": make_forward_kernel,
+}
+"""Kernel family -> factory(config, traits) -> Kernel."""

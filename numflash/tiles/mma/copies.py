@@ -1,0 +1,210 @@
+"""Tiles from global to swizzled shared memory, and accumulators to global memory.
+
+All threads of a block call `copy_tile` together. Asynchronous copies must be committed and waited
+for (`numflash.ptx.async_copies`); a barrier makes them visible to all.
+"""
+
+import math
+from functools import cache
+
+from numflash.ptx import (
+    cp_async_4,
+    cp_async_16,
+    cuda,
+    device_function,
+    f32,
+    float_as_bits,
+    i32,
+    ld_global_v4_u32,
+    st_global_v2_f32,
+    st_global_v4_u32,
+    st_shared_u32,
+    st_shared_v4_u32,
+    u16,
+    u32,
+)
+from numflash.tiles.lanes import FULL_WARP
+from numflash.tiles.mma.elements import MmaElement
+from numflash.tiles.mma.fragments import ROW_STEP
+from numflash.tiles.mma.layouts import TileLayout, make_word
+from numflash.tiles.mma.scores import token_of_row
+
+
+@cache
+def make_copy_tile(
+    element: MmaElement,
+    layout: TileLayout,
+    rows,
+    num_threads,
+    vectorized,
+    asynchronous,
+    packed=False,
+):
+    """copy_tile(smem, tile, source, base, row_stride, first, end, num_columns, pack, pack_stride)
+
+    The tile at word `tile` = rows first to first + rows of `source`; zeros from row `end` and
+    from `num_columns` on. With `packed`, `pack` consecutive rows are `pack_stride` apart, and
+    row_stride is from one such group to the next.
+    """
+    chunks, per_chunk = layout.chunks, element.per_chunk
+    # Neighbouring threads copy neighbouring chunks: as many of them share a row as divide it.
+    threads_per_row = math.gcd(chunks, num_threads)
+    row_step = num_threads // threads_per_row
+    row_passes, chunk_passes = -(-rows // row_step), chunks // threads_per_row
+    is_exact = rows % row_step == 0
+    word = make_word(layout)
+    is_float32, cp_async = element.storage is f32, vectorized and asynchronous
+    per_word = per_chunk // 4
+
+    @device_function
+    def load_chunk(frag, source, offset, is_inside, columns):
+        for i in range(4):
+            frag[i] = u32(0)
+        if vectorized:
+            if is_inside and columns > 0:
+                ld_global_v4_u32(frag, source, offset)
+        else:
+            for i in range(per_chunk):
+                if is_inside and i < columns:
+                    if is_float32:
+                        frag[i] = float_as_bits(source[offset + i])
+                    else:
+                        frag[i // per_word] |= u32(source[offset + i]) << u32(16 * (i % 2))
+
+    @device_function
+    def copy_tile(
+        smem, tile, source, base, row_stride, first, end, num_columns, pack, pack_stride
+    ):
+        frag = cuda.local.array(4, u32)
+        my_row = cuda.threadIdx.x // threads_per_row
+        my_chunk = cuda.threadIdx.x % threads_per_row
+        for p in range(chunk_passes):
+            chunk = my_chunk + p * threads_per_row
+            for r in range(row_passes):
+                row = my_row + r * row_step
+                source_row = first + row
+                is_inside = source_row < end
+                offset = base + per_chunk * chunk
+                if packed:
+                    token = token_of_row(source_row, pack)
+                    offset += token * row_stride + (source_row - token * pack) * pack_stride
+                else:
+                    offset += source_row * row_stride
+                target = tile + word(row, chunk)
+                if is_exact or row < rows:
+                    if cp_async:
+                        n_bytes = 16 if is_inside and per_chunk * chunk < num_columns else 0
+                        cp_async_16(smem, target, source, offset, n_bytes)
+                    else:
+                        load_chunk(
+                            frag, source, offset, is_inside, num_columns - per_chunk * chunk
+                        )
+                        st_shared_v4_u32(smem, target, frag)
+
+    return copy_tile
+
+
+@cache
+def make_copy_vector(rows, num_threads, asynchronous):
+    """copy_vector(smem, target, source, base, first, end): `rows` float32; zeros from `end` on."""
+    passes = -(-rows // num_threads)
+
+    @device_function
+    def copy_vector(smem, target, source, base, first, end):
+        for p in range(passes):
+            i = cuda.threadIdx.x + p * num_threads
+            if i < rows:
+                is_inside = first + i < end
+                if asynchronous:
+                    n_bytes = 4 if is_inside else 0
+                    cp_async_4(smem, target + i, source, base + first + i, n_bytes)
+                else:
+                    bits = u32(0)
+                    if is_inside:
+                        bits = float_as_bits(source[base + first + i])
+                    st_shared_u32(smem, target + i, bits)
+
+    return copy_vector
+
+
+@cache
+def make_store_rows(element: MmaElement, m_tiles, n_tiles, vectorized, as_float32, packed=False):
+    """store_rows(acc, target, base, row_stride, first, end, num_columns, pack, pack_stride)
+
+    Each warp writes its accumulator; `first` is this lane's first row. Rows from `end` and columns
+    from `num_columns` on are left out. With `packed` rows lie as `make_copy_tile` says. With
+    `as_float32` the target holds float32, otherwise the element type.
+    """
+    rows, as_float32 = 2 * m_tiles, as_float32 or element.pack_two is None
+    pack_two = element.pack_two
+
+    @device_function
+    def row_offset(base, row, row_stride, pack, pack_stride):
+        if packed:
+            token = token_of_row(row, pack)
+            return base + token * row_stride + (row - token * pack) * pack_stride
+        return base + row * row_stride
+
+    @device_function
+    def store_float32(acc, target, base, row_stride, first, end, columns, pack, pack_stride):
+        first_column = cuda.threadIdx.x % 4 * 2
+        for r in range(rows):
+            row = first + ROW_STEP * r
+            if row < end:
+                offset = row_offset(base, row, row_stride, pack, pack_stride)
+                for j in range(n_tiles):
+                    column = first_column + 8 * j
+                    i = 4 * (n_tiles * (r // 2) + j) + r % 2 * 2
+                    if vectorized:
+                        if column < columns:
+                            st_global_v2_f32(target, offset + column, acc[i : i + 2])
+                    else:
+                        for e in range(2):
+                            if column + e < columns:
+                                target[offset + column + e] = acc[i + e]
+
+    @device_function
+    def store_packed(acc, target, base, row_stride, first, end, columns, pack, pack_stride):
+        words = cuda.local.array(4, u32)
+        t = cuda.threadIdx.x % 4
+        for r in range(rows):
+            row = first + ROW_STEP * r
+            offset = row_offset(base, row, row_stride, pack, pack_stride)
+            for group in range(n_tiles // 4):
+                for j in range(4):
+                    i = 4 * (n_tiles * (r // 2) + 4 * group + j) + r % 2 * 2
+                    words[j] = pack_two(acc[i], acc[i + 1])
+                if vectorized:
+                    transpose_quad(words, t)
+                    column = 32 * group + 8 * t
+                    if row < end and column < columns:
+                        st_global_v4_u32(target, offset + column, words)
+                else:
+                    for j in range(4):
+                        column = 32 * group + 8 * j + 2 * t
+                        if row < end and column < columns:
+                            target[offset + column] = u16(words[j] & 0xFFFF)
+                        if row < end and column + 1 < columns:
+                            target[offset + column + 1] = u16(words[j] >> 16)
+
+    return store_float32 if as_float32 else store_packed
+
+
+@device_function
+def transpose_quad(words, t):
+    """words[j] of lane t of each quad of lanes becomes words[t] of lane j.
+
+    A lane that holds two elements of each of four 16-byte chunks then holds one chunk whole.
+    """
+    for i in range(2):
+        # Lanes whose bit i of t differs swap the words whose bit i of j is the other's.
+        bit = 1 << i
+        for k in range(2):
+            low = k << 1 if i == 0 else k
+            high = low + bit
+            sent = words[low] if t & bit else words[high]
+            received = u32(cuda.shfl_xor_sync(FULL_WARP, i32(sent), bit))
+            if t & bit:
+                words[low] = received
+            else:
+                words[high] = received

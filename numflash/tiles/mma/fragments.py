@@ -1,0 +1,58 @@
+"""Which elements of a tile a lane holds, and where it reads them.
+
+Lane l stands at (g, t) = (l // 4, l % 4). Rows and columns are relative to the warp's part of the
+tile. An accumulator is made of 16 x 8 products; register 4 (n_tiles i + j) + e of a thread is
+
+    row 16 i + g + 8 (e // 2),   column 8 j + 2 t + e % 2
+
+so that a thread has two rows in each 16, a row lies in four neighbouring lanes, and two
+neighbouring products are, packed, an operand A of the next product.
+"""
+
+from numflash.ptx import cuda, device_function
+
+MMA_ROWS = 16
+MMA_COLUMNS = 8
+ROW_STEP = 8  # from one row of a thread to its next
+
+
+@device_function
+def accumulator_row(lane):
+    """A lane's first row in an accumulator; the next ones follow in steps of `ROW_STEP`."""
+    return lane // 4
+
+
+@device_function
+def accumulator_column(lane):
+    """A lane's first column in an accumulator."""
+    return lane % 4 * 2
+
+
+@device_function
+def row_operand_row(lane):
+    """The row whose address a lane gives to ldmatrix for 16 rows x 2 chunks, rows first."""
+    return lane % 16
+
+
+@device_function
+def row_operand_chunk(lane):
+    """The chunk, 0 or 1, whose address a lane gives for 16 rows x 2 chunks, rows first."""
+    return lane // 16
+
+
+@device_function
+def column_operand_row(lane):
+    """The row whose address a lane gives to ldmatrix for 16 rows x 2 chunks, chunks first."""
+    return lane % 8 + lane // 16 * 8
+
+
+@device_function
+def column_operand_chunk(lane):
+    """The chunk, 0 or 1, whose address a lane gives for 16 rows x 2 chunks, chunks first."""
+    return lane // 8 % 2
+
+
+@device_function
+def first_row_of_warp(rows_per_warp):
+    """This warp's first row in a tile."""
+    return cuda.threadIdx.x // 32 * rows_per_warp

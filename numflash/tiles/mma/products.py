@@ -1,0 +1,79 @@
+"""Matrix products of one warp on the tensor cores, accumulated in float32 registers.
+
+An operand B is read once for all `m_tiles` 16-row tiles of the warp: with two, a load of 512 bytes
+from shared memory feeds four products, which keeps shared memory below the tensor cores' pace.
+"""
+
+from functools import cache
+
+from numflash.ptx import cuda, device_function, f32, u32
+from numflash.tiles.mma.elements import MmaElement, make_transposed_operand
+from numflash.tiles.mma.fragments import MMA_ROWS
+from numflash.tiles.mma.layouts import TileLayout, make_advance
+
+
+@cache
+def make_product_nt(element: MmaElement, m_tiles, n_tiles, a_layout: TileLayout, b_layout):
+    """product_nt(acc, smem, a, b): acc = A B^T; both lie in shared memory by rows, equally wide.
+
+    `a` is this lane's position in A as a row operand of the warp's first 16 rows, `b` in B as a
+    column operand (see `fragments`). n_tiles is even.
+    """
+    n_acc, n_a = 4 * m_tiles * n_tiles, 4 * m_tiles
+    steps = a_layout.chunks // 2
+    a_tile, b_tile = MMA_ROWS * a_layout.pitch, MMA_ROWS * b_layout.pitch
+    advance_a, advance_b = make_advance(a_layout), make_advance(b_layout)
+    mma, load_frag = element.mma, element.load_frag
+
+    @device_function
+    def product_nt(acc, smem, a, b):
+        a_frag = cuda.local.array(n_a, u32)
+        b_frag = cuda.local.array(4, u32)
+        for i in range(n_acc):
+            acc[i] = f32(0)
+        for step in range(steps):
+            for i in range(m_tiles):
+                load_frag(a_frag[4 * i : 4 * i + 4], smem, advance_a(a, step) + i * a_tile)
+            for j in range(n_tiles // 2):
+                load_frag(b_frag, smem, advance_b(b, step) + j * b_tile)
+                for i in range(m_tiles):
+                    left = 4 * (n_tiles * i + 2 * j)
+                    mma(acc[left : left + 4], a_frag[4 * i : 4 * i + 4], b_frag[0:2])
+                    mma(acc[left + 4 : left + 8], a_frag[4 * i : 4 * i + 4], b_frag[2:4])
+
+    return product_nt
+
+
+@cache
+def make_product_pn(element: MmaElement, m_tiles, k_tiles, n_tiles, b_layout: TileLayout):
+    """product_pn(acc, p_acc, smem, b): acc += P B, P from the accumulators of another product.
+
+    P is 16 m_tiles x 8 k_tiles, rounded to the element type in registers; B lies in shared memory
+    by rows of k. `b` is this lane's position in B as a transposed operand.
+    """
+    side_by_side = element.tiles_per_step
+    steps, columns = 8 * k_tiles // element.k_step, n_tiles // side_by_side
+    b_step, n_a, n_p = element.k_step * b_layout.pitch, 4 * m_tiles, 4 * element.k_step // 8
+    advance = make_advance(b_layout)
+    _, load_transposed = make_transposed_operand(element, b_layout)
+    mma, pack = element.mma, element.pack
+
+    @device_function
+    def product_pn(acc, p_acc, smem, b):
+        a_frag = cuda.local.array(n_a, u32)
+        b_frag = cuda.local.array(4, u32)
+        for step in range(steps):
+            for i in range(m_tiles):
+                pack(a_frag[4 * i : 4 * i + 4], p_acc, 4 * k_tiles * i + n_p * step)
+            for j in range(columns):
+                load_transposed(b_frag, smem, advance(b, j) + step * b_step)
+                for i in range(m_tiles):
+                    for side in range(side_by_side):
+                        left = 4 * (n_tiles * i + side_by_side * j + side)
+                        mma(
+                            acc[left : left + 4],
+                            a_frag[4 * i : 4 * i + 4],
+                            b_frag[2 * side : 2 * side + 2],
+                        )
+
+    return product_pn

@@ -1,0 +1,84 @@
+"""Masks, scale, softcap and ALiBi on accumulators; see `tiles.scores` for what they mean.
+
+The loops run over products of 16 x 8, four scores of a thread at a time: written out like this the
+compiler unrolls them for every GPU, and the scores stay in registers.
+"""
+
+import math
+from functools import cache
+
+from numflash.ptx import cuda, device_function, f32, i32, u32
+from numflash.tiles.mma.fragments import MMA_COLUMNS, MMA_ROWS, ROW_STEP
+from numflash.tiles.scores import NEG_INF
+
+
+@device_function
+def token_of_row(row, pack):
+    """The token of a row where `pack` query heads of a token are neighbouring rows."""
+    # Unsigned 32-bit division is a quarter of the code of Python's.
+    return i32(u32(row) // u32(pack))
+
+
+@device_function
+def _masked(score, token, key, end, band_lo, band_hi):
+    distance = key - token
+    is_masked = (key >= end) | (distance < band_lo) | (distance > band_hi)
+    return NEG_INF if is_masked else score
+
+
+@cache
+def make_mask_scores(m_tiles, n_tiles):
+    """mask_scores(s_acc, row, column, end, band_lo, band_hi, pack)
+
+    As `tiles.scores.make_mask_scores`; `pack` consecutive rows stand at the same place.
+    """
+    rows, tiles = 2 * m_tiles, m_tiles * n_tiles
+
+    @device_function
+    def mask_scores(s_acc, row, column, end, band_lo, band_hi, pack):
+        tokens = cuda.local.array(rows, i32)
+        for r in range(rows):
+            tokens[r] = token_of_row(row + ROW_STEP * r, pack)
+        for tile in range(tiles):
+            i, r = 4 * tile, tile // n_tiles * 2
+            key = i32(column + tile % n_tiles * MMA_COLUMNS)
+            s_acc[i] = _masked(s_acc[i], tokens[r], key, end, band_lo, band_hi)
+            s_acc[i + 1] = _masked(s_acc[i + 1], tokens[r], key + 1, end, band_lo, band_hi)
+            s_acc[i + 2] = _masked(s_acc[i + 2], tokens[r + 1], key, end, band_lo, band_hi)
+            s_acc[i + 3] = _masked(s_acc[i + 3], tokens[r + 1], key + 1, end, band_lo, band_hi)
+
+    return mask_scores
+
+
+@cache
+def make_scale_scores(m_tiles, n_tiles, softcap, alibi):
+    """scale_scores(s_acc, cap_slopes, row, column, bias_shift, score_scale, cap, alibi_slope)
+
+    As `tiles.scores.make_scale_scores`.
+    """
+    tiles = m_tiles * n_tiles
+
+    @device_function
+    def scale_one(s_acc, cap_slopes, i, distance, score_scale, cap, alibi_slope):
+        s = s_acc[i] * score_scale
+        if softcap:
+            bent = f32(math.tanh(s))
+            cap_slopes[i] = f32(1) - bent * bent
+            s = cap * bent
+        if alibi:
+            s -= alibi_slope * f32(abs(distance))
+        s_acc[i] = s
+
+    @device_function
+    def scale_scores(s_acc, cap_slopes, row, column, bias_shift, score_scale, cap, alibi_slope):
+        for tile in range(tiles):
+            i = 4 * tile
+            above = row + tile // n_tiles * MMA_ROWS + bias_shift
+            above -= column + tile % n_tiles * MMA_COLUMNS
+            below = above + ROW_STEP
+            scale_one(s_acc, cap_slopes, i, above, score_scale, cap, alibi_slope)
+            scale_one(s_acc, cap_slopes, i + 1, above - 1, score_scale, cap, alibi_slope)
+            scale_one(s_acc, cap_slopes, i + 2, below, score_scale, cap, alibi_slope)
+            scale_one(s_acc, cap_slopes, i + 3, below - 1, score_scale, cap, alibi_slope)
+
+    return scale_scores
