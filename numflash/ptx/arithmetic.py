@@ -1,7 +1,7 @@
 """Arithmetic and conversions of single values.
 
-What an instruction makes of a NaN is always the same NaN: 0x7fffffff, as float16 0x7fff. Moves
-keep every bit.
+What an instruction makes of a NaN is always the same NaN: 0x7fffffff, as float16 and bfloat16
+0x7fff. Moves keep every bit, and the conversion to tf32 cuts a NaN off.
 """
 
 import numpy as np
@@ -61,12 +61,11 @@ def cvt_rn_bf16x2_f32(high: f32, low: f32) -> u32:
 def cvt_rna_tf32_f32(x: f32) -> u32:
     """The bits of the tf32 nearest to x, ties away from zero; 13 low bits are 0.
 
-    PTX ISA 9.7.9.22.
+    A NaN loses its low bits, and is an infinity where it had no others: machine code tests for
+    |x| < inf, adds half a unit, and cuts. PTX ISA 9.7.9.22.
     """
     bits = int(f32(x).view(u32))
-    if x != x:
-        return u32(0x7FFFE000)
-    return u32((bits if np.isinf(x) else bits + 0x1000) & 0xFFFFE000)
+    return u32((bits + 0x1000 if abs(x) < np.inf else bits) & 0xFFFFE000)
 
 
 @instruction("mov.b32 <ret>, <x>;", sm=75)

@@ -65,7 +65,10 @@ def _make_wait_group(pending: int):
 
 
 CP_ASYNC_WAIT_GROUP = tuple(_make_wait_group(pending) for pending in range(5))
-"""`CP_ASYNC_WAIT_GROUP[n]()` waits for all groups but the newest n, which is an immediate."""
+"""The element n waits for all groups but the newest n, which is an immediate.
+
+Numba does not know such a tuple: take the element outside the kernel.
+"""
 
 
 def _issue(target, target_offset, source, source_offset, n_bytes, size):
