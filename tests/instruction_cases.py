@@ -1,12 +1,7 @@
 """Inputs for every instruction, and kernels that apply it: to compare hardware with its meaning.
 
-Each case is a kernel that compiles for a GPU and runs in the simulator. Its parameters are
-pointers, to the inputs and then to the outputs. A run on hardware must give what
-`run_simulated` gives: the same bits, or for approximations a result within `tolerance_ulp`.
+`CASES` has them all. Those of tensor cores and of asynchronous copies have files of their own.
 """
-
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -17,111 +12,33 @@ from numflash.ptx import (
     bits_as_float,
     cuda,
     cvt_f32_f16,
+    cvt_rn_bf16x2_f32,
     cvt_rn_f16_f32,
+    cvt_rn_f16x2_f32,
+    cvt_rna_tf32_f32,
     ex2_approx_ftz_f32,
     f32,
     float_as_bits,
     ld_global_v4_f32,
     ld_global_v4_u32,
+    ld_shared_u32,
+    ld_shared_v2_f32,
     ld_shared_v4_f32,
     max_f32,
+    st_global_v2_f32,
     st_global_v2_u32,
     st_global_v4_f32,
+    st_global_v4_u32,
     st_shared_f32,
+    st_shared_u32,
     st_shared_v4_f32,
+    st_shared_v4_u32,
     u16,
     u32,
 )
-
-# Allocators on the GPU align at least to this.
-_ALIGNMENT = 256
-_THREADS = 64
-
-
-@dataclass(frozen=True)
-class InstructionCase:
-    """One kernel for one instruction, with its arguments.
-
-    Attributes:
-        instruction: name in `INSTRUCTIONS`.
-        variant: tells cases of one instruction apart.
-        kernel: takes pointers to the inputs, then to the outputs.
-        inputs: arrays of the storage type of their pointers.
-        outputs: shape and dtype of each output, which must hold 0xFF bytes before the launch.
-        block: threads of the only block.
-        smem_bytes: dynamic shared memory.
-        tolerance_ulp: largest difference between hardware and simulator, in units in the last
-            place; 0 means the same bits, also of a NaN.
-    """
-
-    instruction: str
-    variant: str
-    kernel: Callable
-    inputs: tuple[np.ndarray, ...]
-    outputs: tuple[tuple[tuple[int, ...], type], ...]
-    block: int = _THREADS
-    smem_bytes: int = 0
-    tolerance_ulp: int = 0
-
-    def __str__(self) -> str:
-        return f"{self.instruction}-{self.variant}" if self.variant else self.instruction
-
-    def new_outputs(self) -> list[np.ndarray]:
-        """The outputs as they must be before the launch."""
-        return [_aligned(shape, dtype) for shape, dtype in self.outputs]
-
-    def difference(self, expected: list[np.ndarray], got: list[np.ndarray]) -> str | None:
-        """The first element in which a run differs from what was expected; None if none does."""
-        for number, (x, y) in enumerate(zip(expected, got, strict=True)):
-            distance = bit_distance(x, y)
-            if self.tolerance_ulp:
-                distance[np.isnan(x) & np.isnan(y)] = 0
-            wrong = np.flatnonzero(distance > self.tolerance_ulp)
-            if wrong.size:
-                first = wrong[0]
-                inputs = [str(a.flat[first]) for a in self.inputs if a.size == x.size]
-                return (
-                    f"{self}: {wrong.size} of {x.size} elements of output {number} differ, first "
-                    f"element {first} (input {', '.join(inputs) or 'elsewhere'}): expected "
-                    f"{x.flat[first]!r}, got {y.flat[first]!r}"
-                )
-        return None
-
-
-def run_simulated(case: InstructionCase) -> list[np.ndarray]:
-    """The outputs of the case's kernel in the simulator."""
-    from numflash.simulator import GlobalPointer, launch
-
-    outputs = case.new_outputs()
-    arrays = [_aligned(a.shape, a.dtype, a) for a in case.inputs] + outputs
-    args = [GlobalPointer(array, array.dtype) for array in arrays]
-    launch(case.kernel, 1, case.block, args, case.smem_bytes)
-    return outputs
-
-
-def bit_distance(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """How many representable values lie between x and y; for integers |x - y|."""
-    return np.abs(_position(x) - _position(y))
-
-
-def _position(x: np.ndarray) -> np.ndarray:
-    """Integers in the order of the values, -0.0 just below 0.0."""
-    if x.dtype.kind != "f":
-        return x.astype(np.int64).ravel()
-    signed = x.ravel().view(f"i{x.itemsize}").astype(np.int64)
-    return np.where(signed < 0, -(signed & (2 ** (8 * x.itemsize - 1) - 1)) - 1, signed)
-
-
-def _aligned(shape, dtype, content=None) -> np.ndarray:
-    """A copy of `content`, or 0xFF bytes, at an address like that of a GPU allocation."""
-    n_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    whole = np.full(n_bytes + _ALIGNMENT, 0xFF, np.uint8)
-    start = -whole.__array_interface__["data"][0] % _ALIGNMENT
-    array = whole[start : start + n_bytes].view(dtype).reshape(shape)
-    if content is not None:
-        array[...] = content
-    return array
-
+from tests.async_copy_cases import ASYNC_COPY_CASES
+from tests.instruction_harness import THREADS, InstructionCase
+from tests.tensor_core_cases import TENSOR_CORE_CASES
 
 # Inputs
 
@@ -189,32 +106,58 @@ def _to_round() -> np.ndarray:
     return np.concatenate([exact, *around, *(-a for a in around), SPECIALS, _random_floats(500)])
 
 
+def _to_round_in_pairs() -> tuple[np.ndarray, np.ndarray]:
+    """What lies between float16 values, each with another number beside it."""
+    x = _to_round()[65536:]
+    return x, np.roll(x, 1001)
+
+
+def _between_bfloat16() -> tuple[np.ndarray, np.ndarray]:
+    """bfloat16 values of every kind, their midpoints and what lies around, likewise in pairs."""
+    high = np.concatenate([np.arange(0, 65536, 61), [0x7F7E, 0x7F7F, 0xFF7F, 0, 1, 0x7F, 0x80]])
+    low = np.array([0, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
+    bits = (high[:, None] << 16 | low).astype(np.uint32).ravel()
+    x = np.concatenate([bits.view(np.float32), SPECIALS])
+    return x, np.roll(x, 1001)
+
+
+def _between_tf32() -> np.ndarray:
+    """Normal and subnormal numbers with tf32 values, midpoints and what lies around; infinities.
+
+    Also NaNs.
+    """
+    high = np.concatenate([np.arange(0, 2**19, 509), [0x3FBFF, 0x7FBFF, 0, 1, 0x3FF, 0x400]])
+    low = np.array([0, 0xFFF, 0x1000, 0x1001, 0x1FFF])
+    bits = (high[:, None] << 13 | low).astype(np.uint32).ravel()
+    return np.concatenate([bits.view(np.float32), SPECIALS, _random_floats(500)])
+
+
 # Kernels
 
 
 def _map(instruction, x_type, y_type, n):
     def apply(x: Pointer(x_type), y: Pointer(y_type)):
-        for i in range(cuda.threadIdx.x, n, _THREADS):
+        for i in range(cuda.threadIdx.x, n, THREADS):
             y[i] = instruction(x[i])
 
     return apply
 
 
-def _map_pairs(instruction, n):
-    def apply(a: Pointer(f32), b: Pointer(f32), y: Pointer(f32)):
-        for i in range(cuda.threadIdx.x, n, _THREADS):
+def _map_pairs(instruction, y_type, n):
+    def apply(a: Pointer(f32), b: Pointer(f32), y: Pointer(y_type)):
+        for i in range(cuda.threadIdx.x, n, THREADS):
             y[i] = instruction(a[i], b[i])
 
     return apply
 
 
 def _load_global(instruction, storage, register, step):
-    """Thread t loads the vector `_THREADS - 1 - t`; `step` elements of `storage` are 16 bytes."""
+    """Thread t loads the vector `THREADS - 1 - t`; `step` elements of `storage` are 16 bytes."""
 
     def load(x: Pointer(storage), y: Pointer(register)):
         frag = cuda.local.array(4, register)
         t = cuda.threadIdx.x
-        instruction(frag, x, step * (_THREADS - 1 - t))
+        instruction(frag, x, step * (THREADS - 1 - t))
         for i in range(4):
             y[4 * t + i] = frag[i]
 
@@ -234,41 +177,64 @@ def _store_global(instruction, storage, register, n, step):
     return store
 
 
-def _load_shared(x: Pointer(f32), y: Pointer(f32)):
-    smem = cuda.shared.array(0, f32, alignment=16)
-    frag = cuda.local.array(4, f32)
+def _load_shared(instruction, storage, register, n):
+    """Thread t loads the vector `THREADS - 1 - t`."""
+
+    def load(x: Pointer(storage), y: Pointer(register)):
+        smem = cuda.shared.array(0, storage, alignment=16)
+        frag = cuda.local.array(n, register)
+        t = cuda.threadIdx.x
+        for i in range(n):
+            smem[n * t + i] = x[n * t + i]
+        cuda.syncthreads()
+        instruction(frag, smem, n * (THREADS - 1 - t))
+        for i in range(n):
+            y[n * t + i] = frag[i]
+
+    return load
+
+
+def _load_shared_word(x: Pointer(u32), y: Pointer(u32)):
+    smem = cuda.shared.array(0, u32, alignment=16)
     t = cuda.threadIdx.x
     for i in range(4):
         smem[4 * t + i] = x[4 * t + i]
     cuda.syncthreads()
-    ld_shared_v4_f32(frag, smem, 4 * (_THREADS - 1 - t))
     for i in range(4):
-        y[4 * t + i] = frag[i]
+        y[4 * t + i] = ld_shared_u32(smem, 4 * (THREADS - 1 - t) + i)
 
 
-def _store_shared_vector(x: Pointer(f32), y: Pointer(f32)):
-    smem = cuda.shared.array(0, f32, alignment=16)
-    frag = cuda.local.array(4, f32)
-    t = cuda.threadIdx.x
-    for i in range(8):
-        smem[8 * t + i] = f32(-1)
-    cuda.syncthreads()
-    for i in range(4):
-        frag[i] = x[4 * t + i]
-    st_shared_v4_f32(smem, 8 * (_THREADS - 1 - t), frag)
-    cuda.syncthreads()
-    for i in range(8):
-        y[8 * t + i] = smem[8 * t + i]
+def _store_shared_vector(instruction, scalar):
+    """Thread t stores vector `2 (THREADS - 1 - t)`: what lies between must stay 1."""
+
+    def store(x: Pointer(scalar), y: Pointer(scalar)):
+        smem = cuda.shared.array(0, scalar, alignment=16)
+        frag = cuda.local.array(4, scalar)
+        t = cuda.threadIdx.x
+        for i in range(8):
+            smem[8 * t + i] = scalar(1)
+        cuda.syncthreads()
+        for i in range(4):
+            frag[i] = x[4 * t + i]
+        instruction(smem, 8 * (THREADS - 1 - t), frag)
+        cuda.syncthreads()
+        for i in range(8):
+            y[8 * t + i] = smem[8 * t + i]
+
+    return store
 
 
-def _store_shared(x: Pointer(f32), y: Pointer(f32)):
-    smem = cuda.shared.array(0, f32, alignment=16)
-    t = cuda.threadIdx.x
-    for i in range(4):
-        st_shared_f32(smem, 4 * (_THREADS - 1 - t) + i, x[4 * t + i])
-    cuda.syncthreads()
-    for i in range(4):
-        y[4 * t + i] = smem[4 * t + i]
+def _store_shared(instruction, scalar):
+    def store(x: Pointer(scalar), y: Pointer(scalar)):
+        smem = cuda.shared.array(0, scalar, alignment=16)
+        t = cuda.threadIdx.x
+        for i in range(4):
+            instruction(smem, 4 * (THREADS - 1 - t) + i, x[4 * t + i])
+        cuda.syncthreads()
+        for i in range(4):
+            y[4 * t + i] = smem[4 * t + i]
+
+    return store
 
 
 _STEPS = 6
@@ -319,89 +285,84 @@ def _map_case(instruction, x, x_type, y_type, tolerance_ulp=0) -> InstructionCas
     )
 
 
-def _cases() -> list[InstructionCase]:
-    a, b = _pairs()
+def _pairs_case(instruction, pairs, y_type) -> InstructionCase:
+    return InstructionCase(
+        instruction.__name__,
+        "",
+        _map_pairs(instruction, y_type, pairs[0].size),
+        pairs,
+        ((pairs[0].shape, y_type),),
+    )
+
+
+def _memory_case(instruction, kernel, x, y_type=None, *, variant="", spread=1, smem=False):
+    """The output is `spread` times as large as the input; shared memory as large as the output."""
+    y_type = y_type or x.dtype.type
+    n_bytes = spread * x.nbytes
+    return InstructionCase(
+        instruction.__name__,
+        variant,
+        kernel,
+        (x,),
+        (((n_bytes // np.dtype(y_type).itemsize,), y_type),),
+        smem_bytes=n_bytes if smem else 0,
+    )
+
+
+def _arithmetic_cases() -> list[InstructionCase]:
     bits = np.concatenate([SPECIALS, _random_floats(1000)])
-    vectors = _random_floats(4 * _THREADS)
-    words = vectors.view(np.uint32)
-    pairs = words[: 2 * _THREADS]
-    steps = np.arange(64 * _STEPS, dtype=np.uint32) * np.uint32(2654435761)
-    n = vectors.size
     return [
         _map_case(ex2_approx_ftz_f32, _exponents(), f32, f32, tolerance_ulp=2),
-        InstructionCase(
-            "max_f32", "", _map_pairs(max_f32, a.size), (a, b), ((a.shape, np.float32),)
-        ),
+        _pairs_case(max_f32, _pairs(), f32),
         _map_case(cvt_f32_f16, HALF_CODES, u16, f32),
         _map_case(cvt_rn_f16_f32, _to_round(), f32, u16),
+        _pairs_case(cvt_rn_f16x2_f32, _to_round_in_pairs(), u32),
+        _pairs_case(cvt_rn_bf16x2_f32, _between_bfloat16(), u32),
+        _map_case(cvt_rna_tf32_f32, _between_tf32(), f32, u32),
         _map_case(float_as_bits, bits, f32, u32),
         _map_case(bits_as_float, bits.view(np.uint32), u32, f32),
-        InstructionCase(
-            "ld_global_v4_u32",
-            "from u32",
-            _load_global(ld_global_v4_u32, u32, u32, 4),
-            (words,),
-            ((words.shape, np.uint32),),
-        ),
-        InstructionCase(
-            "ld_global_v4_u32",
-            "from u16",
-            _load_global(ld_global_v4_u32, u16, u32, 8),
-            (words.view(np.uint16),),
-            ((words.shape, np.uint32),),
-        ),
-        InstructionCase(
-            "ld_global_v4_f32",
-            "",
-            _load_global(ld_global_v4_f32, f32, f32, 4),
-            (vectors,),
-            ((vectors.shape, np.float32),),
-        ),
-        InstructionCase(
-            "st_global_v4_f32",
-            "",
-            _store_global(st_global_v4_f32, f32, f32, 4, 4),
-            (vectors,),
-            (((2 * n,), np.float32),),
-        ),
-        InstructionCase(
-            "st_global_v2_u32",
-            "to u32",
-            _store_global(st_global_v2_u32, u32, u32, 2, 2),
-            (pairs,),
-            (((2 * pairs.size,), np.uint32),),
-        ),
-        InstructionCase(
-            "st_global_v2_u32",
-            "to u16",
-            _store_global(st_global_v2_u32, u16, u32, 2, 4),
-            (pairs,),
-            (((4 * pairs.size,), np.uint16),),
-        ),
-        InstructionCase(
-            "ld_shared_v4_f32",
-            "",
-            _load_shared,
-            (vectors,),
-            ((vectors.shape, np.float32),),
-            smem_bytes=4 * n,
-        ),
-        InstructionCase(
-            "st_shared_v4_f32",
-            "",
-            _store_shared_vector,
-            (vectors,),
-            (((2 * n,), np.float32),),
-            smem_bytes=8 * n,
-        ),
-        InstructionCase(
-            "st_shared_f32",
-            "",
-            _store_shared,
-            (vectors,),
-            ((vectors.shape, np.float32),),
-            smem_bytes=4 * n,
-        ),
+    ]
+
+
+def _memory_cases() -> list[InstructionCase]:
+    x = _random_floats(4 * THREADS)
+    words, halves = x.view(np.uint32), x.view(np.uint16)
+    pairs = slice(2 * THREADS)
+    cases = []
+
+    def load_global(instruction, x, register, step, variant=""):
+        kernel = _load_global(instruction, x.dtype.type, register, step)
+        cases.append(_memory_case(instruction, kernel, x, register, variant=variant))
+
+    def store_global(instruction, x, storage, n, step, variant=""):
+        kernel = _store_global(instruction, storage, x.dtype.type, n, step)
+        cases.append(_memory_case(instruction, kernel, x, storage, variant=variant, spread=2))
+
+    def shared(instruction, kernel, x, y_type=None, spread=1):
+        cases.append(_memory_case(instruction, kernel, x, y_type, spread=spread, smem=True))
+
+    load_global(ld_global_v4_u32, words, u32, 4, "from u32")
+    load_global(ld_global_v4_u32, halves, u32, 8, "from u16")
+    load_global(ld_global_v4_f32, x, f32, 4)
+    store_global(st_global_v4_f32, x, f32, 4, 4)
+    store_global(st_global_v2_f32, x[pairs], f32, 2, 2)
+    store_global(st_global_v2_u32, words[pairs], u32, 2, 2, "to u32")
+    store_global(st_global_v2_u32, words[pairs], u16, 2, 4, "to u16")
+    store_global(st_global_v4_u32, words, u32, 4, 4, "to u32")
+    store_global(st_global_v4_u32, words, u16, 4, 8, "to u16")
+    shared(ld_shared_v4_f32, _load_shared(ld_shared_v4_f32, f32, f32, 4), x)
+    shared(ld_shared_v2_f32, _load_shared(ld_shared_v2_f32, u32, f32, 2), words[pairs], f32)
+    shared(ld_shared_u32, _load_shared_word, words)
+    shared(st_shared_v4_f32, _store_shared_vector(st_shared_v4_f32, f32), x, spread=2)
+    shared(st_shared_v4_u32, _store_shared_vector(st_shared_v4_u32, u32), words, spread=2)
+    shared(st_shared_f32, _store_shared(st_shared_f32, f32), x)
+    shared(st_shared_u32, _store_shared(st_shared_u32, u32), words)
+    return cases
+
+
+def _barrier_cases() -> list[InstructionCase]:
+    steps = np.arange(64 * _STEPS, dtype=np.uint32) * np.uint32(2654435761)
+    return [
         InstructionCase(
             "bar_sync",
             "",
@@ -420,7 +381,8 @@ def _cases() -> list[InstructionCase]:
     ]
 
 
+BASIC_CASES = [*_arithmetic_cases(), *_memory_cases(), *_barrier_cases()]
 CASES: dict[str, list[InstructionCase]] = {}
 """Instruction name -> its cases."""
-for _case in _cases():
+for _case in [*BASIC_CASES, *TENSOR_CORE_CASES, *ASYNC_COPY_CASES]:
     CASES.setdefault(_case.instruction, []).append(_case)

@@ -26,8 +26,11 @@ def test_it_assembles_for_the_oldest_gpu_that_has_it(case):
 
 @pytest.mark.parametrize("arch", ["sm_90a", "sm_120"])
 def test_it_assembles_for_newer_gpus(arch):
-    for case in _CASES:
-        assert _compile(case, arch).warnings == ()
+    major, minor = ARCHITECTURES[arch].compute_capability
+    for cases in CASES.values():
+        # Variants differ in their data and the types around the instruction: one is enough.
+        if INSTRUCTIONS[cases[0].instruction].sm <= 10 * major + minor:
+            assert _compile(cases[0], arch).warnings == ()
 
 
 def test_a_wrong_template_is_refused_by_the_assembler():
