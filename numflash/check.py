@@ -12,7 +12,7 @@ import numpy as np
 from numflash import api, reference
 from numflash.arrays import library_of, stream_address
 
-_EPSILON = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24}
+_EPSILON = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "tf32": 2.0**-11}
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,8 @@ def check(q, k, v, *, dout=None, **options) -> CheckReport:
     Args:
         q, k, v: as for `numflash.attention`.
         dout: gradient of the output; with it the gradients are checked as well.
-        options: the options of `numflash.attention`.
+        options: the options of `numflash.attention`. `config` may be a dictionary that also names
+            configs for the backward, by family.
 
     Returns:
         The errors of out and lse, and with dout of dq, dk and dv.
@@ -82,18 +83,23 @@ def check(q, k, v, *, dout=None, **options) -> CheckReport:
         with library.ordered_on(stream_address(stream), device):
             return check(q, k, v, dout=dout, **options)
     options.pop("return_lse", None)
-    out, lse = api.attention(q, k, v, return_lse=True, **options)
+    configs = options.pop("config", None)
+    configs = dict(configs) if isinstance(configs, dict) else {"forward": configs}
+    forward_config = configs.pop("forward", None)
+    out, lse = api.attention(q, k, v, return_lse=True, config=forward_config, **options)
     got = {"out": out, "lse": lse}
     if dout is not None:
         backward_options = {n: o for n, o in options.items() if n != "out"}
-        gradients = api.attention_backward(dout, q, k, v, out, lse, **backward_options)
+        gradients = api.attention_backward(
+            dout, q, k, v, out, lse, config=configs or None, **backward_options
+        )
         got |= zip(("dq", "dk", "dv"), gradients, strict=True)
 
     host = {name: to_numpy(array) for name, array in (("q", q), ("k", k), ("v", v))}
     host_options = {n: o for n, o in options.items() if n != "out"}
     if host_options.get("alibi_slopes") is not None:
         host_options["alibi_slopes"] = to_numpy(host_options["alibi_slopes"])
-    precision = library_of(q, "q").view(q, "q").dtype
+    precision = host_options.pop("precision", None) or library_of(q, "q").view(q, "q").dtype
     return compare(
         {name: to_numpy(array) for name, array in got.items()},
         *host.values(),

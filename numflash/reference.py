@@ -15,6 +15,7 @@ _PRECISIONS = {
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float32": np.dtype(np.float32),
+    "tf32": np.dtype(np.float32),
     "float64": np.dtype(np.float64),
 }
 
@@ -51,10 +52,14 @@ def attention_backward(dout, q, k, v, **options):
 
 
 def naive(q, k, v, *, precision: str, **options) -> tuple[np.ndarray, np.ndarray]:
-    """`attention` computed step by step in `precision`, every intermediate rounded to it."""
-    dtype = _PRECISIONS[precision]
+    """`attention` computed step by step in `precision`, every intermediate rounded to it.
+
+    "tf32" rounds the operands of each product, and keeps everything else in float32.
+    """
+    dtype, matmul = _PRECISIONS[precision], _multiplication(precision)
     bhsd = options.get("layout", "bshd") == "bhsd"
-    out, lse, *_ = _forward(*(_heads_first(x, bhsd) for x in (q, k, v)), dtype, options)
+    arrays = (_heads_first(x, bhsd) for x in (q, k, v))
+    out, lse, *_ = _forward(*arrays, dtype, matmul, options)
     ndim = np.ndim(q)
     return _heads_back(out, bhsd, ndim), lse.reshape(lse.shape[4 - ndim :])
 
@@ -64,22 +69,22 @@ def naive_backward(dout, q, k, v, *, precision: str, **options):
 
     As `numflash.attention_backward` does, it starts from lse, in no less than float32.
     """
-    dtype = _PRECISIONS[precision]
+    dtype, matmul = _PRECISIONS[precision], _multiplication(precision)
     bhsd = options.get("layout", "bshd") == "bhsd"
     do, q4, k4, v4 = (_heads_first(x, bhsd) for x in (dout, q, k, v))
-    out, lse, s, slope, scale = _forward(q4, k4, v4, dtype, options)
+    out, lse, s, slope, scale = _forward(q4, k4, v4, dtype, matmul, options)
     group = q4.shape[1] // k4.shape[1]
     do = do.astype(dtype)
     with np.errstate(invalid="ignore"):
         p = np.exp(s - lse[..., None]).astype(dtype)
     p = np.where(np.isneginf(s), dtype.type(0), p)
 
-    dv = _matmul(p.swapaxes(-1, -2), do, dtype)
-    dp = _matmul(do, _repeat(v4.astype(dtype), group).swapaxes(-1, -2), dtype)
+    dv = matmul(p.swapaxes(-1, -2), do, dtype)
+    dp = matmul(do, _repeat(v4.astype(dtype), group).swapaxes(-1, -2), dtype)
     delta = (do * out).sum(-1, keepdims=True, dtype=_sums(dtype)).astype(dtype)
     ds = p * (dp - delta) * slope
-    dq = _matmul(ds, _repeat(k4.astype(dtype), group), dtype) * scale
-    dk = _matmul(ds.swapaxes(-1, -2), q4.astype(dtype), dtype) * scale
+    dq = matmul(ds, _repeat(k4.astype(dtype), group), dtype) * scale
+    dk = matmul(ds.swapaxes(-1, -2), q4.astype(dtype), dtype) * scale
     gradients = dq, _sum_groups(dk, group, dtype), _sum_groups(dv, group, dtype)
     return tuple(_heads_back(g, bhsd, np.ndim(q)) for g in gradients)
 
@@ -105,7 +110,7 @@ def visible(
     return seen
 
 
-def _forward(q, k, v, dtype, options):
+def _forward(q, k, v, dtype, matmul, options):
     """Attention on (batch, heads, seqlen, head_dim); also S, the slope of the cap, the scale."""
     batch, num_heads, seqlen_q, head_dim = q.shape
     seqlen_k, group = k.shape[2], num_heads // k.shape[1]
@@ -113,7 +118,7 @@ def _forward(q, k, v, dtype, options):
     scale, softcap = options.get("softmax_scale"), options.get("softcap", 0.0)
     scale = dtype.type(head_dim**-0.5 if scale is None else scale)
 
-    s = _matmul(q.astype(dtype), _repeat(k.astype(dtype), group).swapaxes(-1, -2), dtype) * scale
+    s = matmul(q.astype(dtype), _repeat(k.astype(dtype), group).swapaxes(-1, -2), dtype) * scale
     slope = np.ones((), dtype)
     if softcap:
         bent = np.tanh(s / dtype.type(softcap))
@@ -140,7 +145,7 @@ def _forward(q, k, v, dtype, options):
         p = np.where(row_sum == 0, dtype.type(0), e / row_sum)
         exact_sum = e.sum(-1, dtype=_sums(dtype))
         lse = row_max[..., 0].astype(_sums(dtype)) + np.log(exact_sum)
-    out = _matmul(p, _repeat(v.astype(dtype), group), dtype)
+    out = matmul(p, _repeat(v.astype(dtype), group), dtype)
     return out, lse, s, slope, scale
 
 
@@ -163,6 +168,21 @@ def _matmul(a, b, dtype):
     for k in range(a.shape[-1]):
         total += a[..., k, None] * b[..., None, k, :]
     return total
+
+
+def _multiplication(precision: str):
+    return _matmul_tf32 if precision == "tf32" else _matmul
+
+
+def _matmul_tf32(a, b, dtype):
+    return np.matmul(_rounded_to_tf32(a), _rounded_to_tf32(b)).astype(dtype)
+
+
+def _rounded_to_tf32(x) -> np.ndarray:
+    """float32 with 10 bits after the point, ties away from zero; as float64."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    rounded = np.where(np.isfinite(x), bits + np.uint32(0x1000), bits) & np.uint32(0xFFFFE000)
+    return rounded.astype(np.uint32).view(np.float32).astype(np.float64)
 
 
 def _repeat(x, group):

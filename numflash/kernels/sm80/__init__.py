@@ -8,9 +8,13 @@ The generation in a config chooses the instructions: sm80 has products of 16 x 8
 that run ahead; sm75 products of half that depth, float16 only, and copies through registers.
 """
 
+from numflash.kernels.sm80.backward_dkdv import make_backward_dkdv_kernel
+from numflash.kernels.sm80.backward_dq import make_backward_dq_kernel
 from numflash.kernels.sm80.forward import make_forward_kernel
 
 FACTORIES = {
     "forward": make_forward_kernel,
+    "backward-dkdv": make_backward_dkdv_kernel,
+    "backward-dq": make_backward_dq_kernel,
 }
 """Kernel family -> factory(config, traits) -> Kernel."""
