@@ -1,1 +1,1 @@
-"""Measurements on a real GPU: `python -m bench verify`."""
+"""Measurements on a real GPU: `python -m bench verify`, `forward`, `backward`, `report`."""

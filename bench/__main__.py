@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from bench import verify
+from bench import report, speed, verify
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -11,6 +11,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     verify.add_command(commands)
+    speed.add_commands(commands)
+    report.add_command(commands)
     arguments = parser.parse_args(argv)
     return arguments.run(arguments)
 

@@ -41,7 +41,9 @@ HANG_SECONDS = 120
 def collect(group: Group) -> list[str]:
     """The ids of a group's tests."""
     command = [*_pytest(), "--collect-only", *group.selection]
-    done = subprocess.run(command, cwd=ROOT, env=_environment(), capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=ROOT, env=child_environment(), capture_output=True, text=True
+    )
     return [line for line in done.stdout.splitlines() if "::" in line]
 
 
@@ -83,7 +85,7 @@ def _run_child(ids: list[str], folder: Path, deadline: float, note) -> dict[str,
     command = [*_pytest(), f"--record={record}", f"--only-ids={wanted}", *files]
     with open(folder / "output", "w+") as output:
         child = subprocess.Popen(
-            command, cwd=ROOT, env=_environment(), stdout=output, stderr=subprocess.STDOUT
+            command, cwd=ROOT, env=child_environment(), stdout=output, stderr=subprocess.STDOUT
         )
         last_change, size, hung = time.monotonic(), 0, False
         while child.poll() is None:
@@ -129,8 +131,8 @@ def _pytest() -> list[str]:
     return [sys.executable, "-m", "pytest", "-q", *plugins, "-o", "addopts="]
 
 
-def _environment() -> dict[str, str]:
-    """This process's, without the simulator, and with the checkout importable."""
+def child_environment() -> dict[str, str]:
+    """This process's environment, without the simulator, and with the checkout importable."""
     environment = {k: v for k, v in os.environ.items() if k != "NUMBA_ENABLE_CUDASIM"}
     environment["PYTHONPATH"] = os.pathsep.join(
         [_CHECKOUT, *filter(None, [os.environ.get("PYTHONPATH")])]

@@ -1,11 +1,13 @@
-"""Hardware records: one JSON file for each device and date in `bench/results/`.
+"""Hardware records: JSON files in `bench/results/`, named after device and date.
 
-A record says which commit and kernel sources ran on which device with which software, which checks
-passed there, and what was timed. A check counts as verified on a device while a record of it has
-passed with the kernel sources of today.
+A record says which commit and kernel sources ran on which device with which software. Its `kind`
+is "verify" (which checks passed; a check counts as verified on a device while a record of it has
+passed with the kernel sources of today) or "forward", "backward" and their variants (what was
+measured; see `bench.measure`). Records without a kind, of schema 1, are of `verify`.
 """
 
 import json
+import os
 import platform
 import re
 import subprocess
@@ -16,7 +18,7 @@ from pathlib import Path
 
 from numflash import compiler
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 RESULTS = Path(__file__).parent / "results"
 _PACKAGES = (
     "numpy",
@@ -26,10 +28,16 @@ _PACKAGES = (
     "cupy-cuda13x",
     "cupy-cuda12x",
     "torch",
+    "triton",
+    "nvidia-cudnn-cu13",
+    "nvidia-cudnn-cu12",
+    "flash-attn",
+    "flash-attn-3",
+    "fa3-fwd",
 )
 
 
-def describe_machine() -> dict:
+def describe_machine(device: int = 0) -> dict:
     """Commit, device, driver and versions of this machine."""
     versions = {"python": platform.python_version(), **compiler.versions()}
     for name in _PACKAGES:
@@ -37,58 +45,101 @@ def describe_machine() -> dict:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
+    changes = _output("git", "status", "--porcelain", "--untracked-files=no")
     return {
         "schema_version": SCHEMA_VERSION,
+        "kind": "verify",
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "commit": _output("git", "rev-parse", "HEAD"),
+        "has_uncommitted_changes": None if changes is None else bool(changes),
         "source_hash": compiler.source_hash(),
-        "device": _gpu("name"),
-        "compute_capability": _gpu("compute_cap"),
-        "driver": _gpu("driver_version"),
+        "device": _gpu("name", device),
+        "compute_capability": _gpu("compute_cap", device),
+        "max_sm_clock_mhz": _number(_gpu("clocks.max.sm", device)),
+        "power_limit": _gpu("power.limit", device),
+        "driver": _gpu("driver_version", device),
         "versions": versions,
         "command": " ".join(["python -m bench", *sys.argv[1:]]),
     }
 
 
-def clocks() -> dict[str, str | None]:
-    """Clocks, power and temperature of the first GPU, as nvidia-smi prints them."""
+def clocks(device: int = 0) -> dict[str, str | None]:
+    """Clocks, power and temperature of a GPU, as nvidia-smi prints them."""
     names = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
-    return {name: _gpu(name) for name in names}
+    return {name: _gpu(name, device) for name in names}
 
 
-def verified_checks(device: str | None, source_hash: str, folder: Path = RESULTS) -> set[str]:
-    """Ids of the checks that have passed on this device with these kernel sources."""
-    verified = set()
+def read_all(folder: Path = RESULTS) -> list[dict]:
+    """The records of a folder that can be read, oldest first, each with its file's "name"."""
+    records = []
     for path in folder.glob("*.json"):
         try:
             record = json.loads(path.read_text())
         except (OSError, ValueError):
             continue
+        if isinstance(record, dict):
+            records.append({"kind": "verify", **record, "name": path.name})
+    return sorted(records, key=lambda record: (record.get("date", ""), _order(record["name"])))
+
+
+def verified_checks(device: str | None, source_hash: str, folder: Path = RESULTS) -> set[str]:
+    """Ids of the checks that have passed on this device with these kernel sources."""
+    verified = set()
+    for record in read_all(folder):
         if record.get("device") == device and record.get("source_hash") == source_hash:
             checks = record.get("checks", {})
             verified |= {name for name, check in checks.items() if check["outcome"] == "passed"}
     return verified
 
 
-def write(record: dict, folder: Path) -> Path:
-    """Write a record; its path: device and date, numbered if there is one already."""
+def reserve(record: dict, folder: Path) -> Path:
+    """A path for a record: device and date, and a number if there is one already."""
     folder.mkdir(parents=True, exist_ok=True)
     device = re.sub(r"[^a-z0-9]+", "-", (record["device"] or "no-gpu").lower()).strip("-")
-    stem = f"{device}-{record['date']}"
-    names = [f"{stem}.json", *(f"{stem}-{n}.json" for n in range(2, 100))]
-    path = next(folder / name for name in names if not (folder / name).exists())
-    path.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+    kind = "" if record.get("kind", "verify") == "verify" else f"-{record['kind']}"
+    stem = f"{device}-{record['date']}{kind}"
+    names = [f"{stem}.json", *(f"{stem}-{n}.json" for n in range(2, 1000))]
+    return next(folder / name for name in names if not (folder / name).exists())
+
+
+def save(record: dict, path: Path) -> None:
+    """Write a record, at once or not at all."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+    os.replace(partial, path)
+
+
+def write(record: dict, folder: Path) -> Path:
+    """Write a record under a new name; its path."""
+    path = reserve(record, folder)
+    save(record, path)
     return path
 
 
-def _gpu(field: str) -> str | None:
-    query = _output("nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader", "--id=0")
+def _order(name: str) -> tuple[int, str]:
+    """Records of one day and kind in the order of their numbers."""
+    number = re.search(r"\d{4}-\d\d-\d\d(?:-[a-z-]*?)?(?:-(\d+))?\.json$", name)
+    return int(number[1] or 1) if number else 1, name
+
+
+def _gpu(field: str, device: int = 0) -> str | None:
+    query = _output(
+        "nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader", f"--id={device}"
+    )
     return query.splitlines()[0].strip() if query else None
+
+
+def _number(text: str | None) -> float | None:
+    """The number that "1980 MHz" begins with."""
+    match = re.match(r"[\d.]+", text or "")
+    return float(match[0]) if match else None
 
 
 def _output(*command: str) -> str | None:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=20, check=False, cwd=RESULTS.parent
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None

@@ -69,6 +69,6 @@ def test_only_passes_with_the_same_sources_on_the_same_device_count(tmp_path):
 
 
 def test_without_a_gpu_verify_says_so(monkeypatch, capsys):
-    monkeypatch.setattr(record, "_gpu", lambda field: None)
+    monkeypatch.setattr(record, "_gpu", lambda *_: None)
     assert bench.main(["verify"]) == 1
     assert "no NVIDIA GPU" in capsys.readouterr().out

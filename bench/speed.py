@@ -1,0 +1,271 @@
+"""`python -m bench forward` and `backward`: the FlashAttention papers' grid against every peer.
+
+Prints a line for each point as it is measured, then tables; writes a JSON record and, with
+matplotlib, plots. Without a GPU it says so and prints what can be said without one: machine code,
+and for --traffic and --memory the counts.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+from bench import ablation, analytic, figures, peers, points, profiler, record, static, tables
+from bench.measure import is_right
+from bench.session import Session, point_tasks
+from numflash.devices import ARCHITECTURES, Architecture, architecture_of
+
+_NO_GPU = "There is no NVIDIA GPU here (nvidia-smi finds none): nothing is measured."
+_STATIC_ARCH = "sm_80"
+_MEMORY_PEERS = [peers.OURS, "torch-flash", "torch-math", "cupy"]
+
+
+def add_commands(commands) -> None:
+    """Add `forward` and `backward` to the commands of `python -m bench`."""
+    for direction in points.DIRECTIONS:
+        parser = commands.add_parser(direction, help=f"time the {direction} against every peer")
+        parser.add_argument("--device", type=int, default=0, help="ordinal of the GPU")
+        parser.add_argument("--peers", default=peers.ALL, help="names with commas; default: all")
+        parser.add_argument("--quick", action="store_true", help="a useful part of the grid")
+        parser.add_argument("--out", type=Path, default=record.RESULTS, help="folder of records")
+        parser.add_argument("--time-limit", type=float, default=540.0, metavar="SECONDS")
+        parser.add_argument("--seqlen", type=int, nargs="+", help="of the grid")
+        parser.add_argument("--head-dim", type=int, nargs="+", help="of the grid")
+        parser.add_argument("--dtype", nargs="+", choices=points.DTYPES, help="of the grid")
+        mode = parser.add_mutually_exclusive_group()
+        for option, text in (
+            ("--ablate", "turn off one idea at a time"),
+            ("--block-sizes", "the sensitivity to tile sizes"),
+            ("--memory", "bytes over seqlen against standard attention"),
+            ("--traffic", "FLOPs and global-memory bytes against standard attention"),
+        ):
+            flag = option[2:].replace("-", "_")
+            mode.add_argument(option, dest="mode", action="store_const", const=flag, help=text)
+        parser.set_defaults(run=run, direction=direction)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure, or without a GPU print the static figures; the exit status."""
+    deadline = time.monotonic() + arguments.time_limit
+    try:
+        names = peers.chosen(arguments.peers)
+    except ValueError as error:
+        print(f"--peers: {error}")
+        return 2
+    machine = record.describe_machine(arguments.device)
+    if machine["device"] is None:
+        print(_NO_GPU)
+        return without_gpu(arguments, deadline)
+    print(f"{machine['device']}, driver {machine['driver']}, commit {machine['commit']}")
+    capability = tuple(map(int, (machine["compute_capability"] or "9.0").split(".")))
+    limits = architecture_of(capability)
+    kind = "-".join(filter(None, [arguments.direction, (arguments.mode or "").replace("_", "-")]))
+    session = Session(machine, arguments.direction, kind, arguments.out, arguments.device)
+    tasks, finish = _TASKS[arguments.mode](arguments, names, limits)
+    session.run([{"kind": "ceilings"}, *tasks], deadline)
+    if session.no_device is not None:
+        print(f"no device could be opened: {session.no_device}")
+        return 1
+    finish(session, deadline)
+    _print_ceilings(session)
+    if troubles := tables.problems(session.measured()):
+        print(f"\nWithout a time:\n{troubles}")
+    print(f"\nrecord: {session.path}")
+    return 0
+
+
+def without_gpu(arguments: argparse.Namespace, deadline: float) -> int:
+    """Print what can be said without a GPU; 0."""
+    direction = arguments.direction
+    dims = arguments.head_dim or (points.QUICK_HEAD_DIMS if arguments.quick else points.HEAD_DIMS)
+    dtypes = arguments.dtype or (points.QUICK_DTYPES if arguments.quick else points.DTYPES)
+    limits = ARCHITECTURES[_STATIC_ARCH]
+    if arguments.mode == "traffic":
+        _print_traffic(arguments, limits)
+    elif arguments.mode == "memory":
+        print(analytic.memory_table(_one_head_dim(arguments)))
+    elif arguments.mode == "ablate":
+        _print_ideas(direction, limits)
+        static.print_rows(ablation.static_rows(direction), ablation.STATIC_COLUMNS, deadline)
+    elif arguments.mode == "block_sizes":
+        rows = (
+            static.row(family, static.traits_of("bfloat16", head_dim), limits, config)
+            for family in static.FAMILIES[direction]
+            for head_dim in dims
+            for config in ablation.block_sizes(family, head_dim, "bfloat16", limits)
+        )
+        static.print_rows(rows, static.COLUMNS, deadline)
+    else:
+        static.print_rows(static.rows(direction, dims, dtypes), static.COLUMNS, deadline)
+    return 0
+
+
+def _grid_tasks(arguments, names, limits):
+    chosen = points.plan(
+        arguments.direction,
+        arguments.quick,
+        arguments.seqlen,
+        arguments.head_dim,
+        arguments.dtype,
+    )
+    tasks = point_tasks(chosen, names)
+    # After what a short visit is for, before the rest of the grid.
+    at = sum(p.kind != "grid" or points.is_quick(p) for p in chosen)
+    tasks.insert(at, {"kind": "host", "peers": names})
+
+    def finish(session: Session, deadline: float) -> None:
+        grid = session.measured("grid")
+        ceilings = tables.ceilings_of(session.record)
+        print(f"\n{tables.speeds(grid)}\n\n{tables.point_ratios(grid)}\n\n{tables.ratios(grid)}")
+        if ceilings is not None:
+            print(f"\n{tables.fractions(session.measured(), ceilings)}")
+        if decoding := session.measured("decode"):
+            print(f"\n{tables.decode(decoding, ceilings)}")
+        host = session.record["host_microseconds"]
+        if host and "failed" not in host:
+            print(f"\n{tables.host(host)}")
+        _draw(session, grid, ceilings)
+
+    return tasks, finish
+
+
+def _draw(session: Session, grid: list[dict], ceilings) -> None:
+    for dtype in sorted({entry["dtype"] for entry in grid}):
+        title = f"{session.record['device']}, {session.record['direction']}, {dtype}"
+        chosen = [entry for entry in grid if entry["dtype"] == dtype]
+        stem = f"{session.path.stem}-{dtype}"
+        try:
+            drawn = figures.draw(chosen, ceilings, title, stem, session.path.parent)
+        except ImportError:
+            print(figures.NO_MATPLOTLIB)
+            return
+        print("\n".join(f"plot: {path}" for path in drawn))
+
+
+def _ablation_tasks(arguments, names, limits):
+    ideas = ablation.ideas(arguments.direction, limits)
+    by_point: dict[points.Point, list[str]] = {}
+    for idea in ideas:
+        wanted = by_point.setdefault(idea.point, [peers.OURS])
+        wanted += [n for n in (idea.with_it, idea.without) if n and n not in wanted]
+    tasks = [task for p, wanted in by_point.items() for task in point_tasks([p], wanted)]
+
+    def finish(session: Session, deadline: float) -> None:
+        found = {points.Point.from_dict(e): e["methods"] for e in session.measured()}
+        print(f"\n{ablation.table(ideas, found)}")
+
+    return tasks, finish
+
+
+def _block_size_tasks(arguments, names, limits):
+    tasks = []
+    for point in _sensitivity_points(arguments):
+        wanted = ablation.block_size_peers(point, limits)
+        tasks += point_tasks([point], [peers.OURS, *wanted])
+
+    def finish(session: Session, deadline: float) -> None:
+        for entry in session.measured():
+            timed = {n: m for n, m in entry["methods"].items() if is_right(m)}
+            ranked = sorted(timed.items(), key=lambda item: item[1]["median_ms"])
+            rows = [[n, f"{m['median_ms']:.3f}", f"{m['tflops']:.0f}"] for n, m in ranked]
+            header = [points.Point.from_dict(entry), "ms", "TFLOP/s"]
+            print(f"\n{tables.markdown(header, rows)}")
+
+    return tasks, finish
+
+
+def _memory_tasks(arguments, names, limits):
+    chosen = _one_head_dim(arguments)
+
+    def finish(session: Session, deadline: float) -> None:
+        measured = {
+            points.Point.from_dict(entry): {
+                name: method["peak_bytes"]
+                for name, method in entry["methods"].items()
+                if "peak_bytes" in method
+            }
+            for entry in session.measured()
+        }
+        print(f"\n{analytic.memory_table(chosen, measured)}")
+
+    return point_tasks(chosen, _MEMORY_PEERS), finish
+
+
+def _traffic_tasks(arguments, names, limits):
+    chosen = [points.gpt2_medium(arguments.direction)]
+
+    def finish(session: Session, deadline: float) -> None:
+        _print_traffic(arguments, limits)
+        for point in [*_sensitivity_points(arguments), *chosen]:
+            try:
+                counted = profiler.count(point, max(10.0, deadline - time.monotonic()))
+            except RuntimeError as error:
+                print(f"not measured by a profiler: {error}")
+                return
+            session.record.setdefault("profiled", []).append({**point.as_dict(), **counted})
+            record.save(session.record, session.path)
+            total = sum(counted.values()) / 1e9
+            print(f"measured by ncu: {point}: {total:.3f} GB of device memory", flush=True)
+
+    return point_tasks(chosen, [peers.OURS, "torch-math", "cupy"]), finish
+
+
+_TASKS = {
+    None: _grid_tasks,
+    "ablate": _ablation_tasks,
+    "block_sizes": _block_size_tasks,
+    "memory": _memory_tasks,
+    "traffic": _traffic_tasks,
+}
+
+
+def _sensitivity_points(arguments) -> list[points.Point]:
+    """Seqlen 4,096 for each head dim."""
+    dims = tuple(arguments.head_dim or points.QUICK_HEAD_DIMS)
+    dtypes = tuple(arguments.dtype or points.QUICK_DTYPES)
+    grid = points.grid(arguments.direction, (4096,), dims, dtypes)
+    return [point for point in grid if not point.causal]
+
+
+def _one_head_dim(arguments) -> list[points.Point]:
+    dims = tuple(arguments.head_dim or (128,))
+    grid = points.grid(arguments.direction, points.SEQLENS, dims, ("bfloat16",))
+    return sorted((p for p in grid if not p.causal), key=lambda p: (p.head_dim, p.seqlen_q))
+
+
+def _print_traffic(arguments, limits: Architecture) -> None:
+    dims = tuple(arguments.head_dim or points.QUICK_HEAD_DIMS)
+    grid = points.grid(arguments.direction, points.QUICK_SEQLENS, dims, ("bfloat16",))
+    print(f"Counted from the tile schedule on {limits.arch}, not measured:")
+    print(analytic.traffic_table([*grid, points.gpt2_medium(arguments.direction)], limits))
+    print(f"\nForward and backward:\n{analytic.gpt2_table(limits)}")
+    if profiler.find() is None:
+        print("\nThere is no profiler (ncu) here: no bytes are measured.")
+
+
+def _print_ideas(direction: str, limits: Architecture) -> None:
+    """Which comparisons would run, and what the swizzle does to banks."""
+    rows = [
+        [i.name, i.point, i.with_it, i.without or "-", i.how]
+        for i in ablation.ideas(direction, limits)
+    ]
+    header = ["idea", "point", "with it", "without it", "how it is turned off"]
+    print(f"What would be timed on a GPU:\n{tables.markdown(header, rows)}\n")
+    for head_dim in (64, 128, 256):
+        on, off = (ablation.bank_conflicts(head_dim, swizzled) for swizzled in (True, False))
+        if on is None:
+            print("bank conflicts: these kernels have no layout function to count them with")
+            break
+        print(
+            f"bank conflicts of ldmatrix at head_dim {head_dim}: {on}-way with the swizzle, "
+            f"{off}-way without"
+        )
+    print()
+
+
+def _print_ceilings(session: Session) -> None:
+    ceilings = tables.ceilings_of(session.record)
+    if ceilings is not None:
+        print(
+            f"\nIn this run: matrix product {ceilings.matmul_tflops:.0f} TFLOP/s "
+            f"({session.record['ceilings']['matmul']}), copy {ceilings.copy_gbps:.0f} GB/s"
+        )

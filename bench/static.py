@@ -1,0 +1,117 @@
+"""What can be said of the kernels without a GPU: their machine code for each architecture.
+
+Registers, spills, shared memory, blocks per SM and tensor-core instructions, from
+`numflash.inspect`. None of it is a speed.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from numflash.configs import Traits, padded_head_dim
+from numflash.devices import ARCHITECTURES, Architecture
+
+ARCHS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_120")
+FAMILIES = {"forward": ("forward",), "backward": ("backward-dkdv", "backward-dq")}
+COLUMNS = (
+    "kernel",
+    "dtype",
+    "head_dim",
+    "arch",
+    "config",
+    "registers",
+    "spill bytes",
+    "smem bytes",
+    "blocks/SM",
+    "HMMA",
+    "EX2",
+    "instructions counted",
+)
+
+
+def traits_of(dtype: str, head_dim: int) -> Traits:
+    """What a kernel is compiled for at a point of the grid."""
+    padded = padded_head_dim(head_dim)
+    return Traits(dtype, padded, padded)
+
+
+def choose_config(family: str, traits: Traits, limits: Architecture, **options) -> Any:
+    """The config that numflash uses on an architecture, without asking a GPU."""
+    try:
+        from numflash import dispatch
+    except ImportError:
+        from numflash.configs import default_config
+
+        return default_config(family, traits, limits.max_smem_per_block, **options)
+    choice = dispatch.choose(family, traits, limits, **options)
+    return getattr(choice, "config", choice)
+
+
+def row(family: str, traits: Traits, limits: Architecture, config: Any) -> dict:
+    """One kernel's figures, or the reason why there are none."""
+    from numflash.inspect import inspect_kernel
+
+    found: dict = {
+        "kernel": family,
+        "dtype": traits.dtype,
+        "head_dim": traits.head_dim,
+        "arch": limits.arch,
+        "config": str(config),
+    }
+    try:
+        report = inspect_kernel(config, traits, limits)
+    except Exception as error:
+        return {**found, "reason": " ".join(f"{type(error).__name__}: {error}".split())}
+    counts = report.instructions
+    return {
+        **found,
+        "registers": report.registers,
+        "spill bytes": report.spill_store_bytes + report.spill_load_bytes,
+        "smem bytes": report.smem_bytes,
+        "blocks/SM": report.blocks_per_sm,
+        "HMMA": counts.get("HMMA"),
+        "EX2": counts.get("MUFU.EX2"),
+        "instructions counted": sum(counts.values()) if counts else None,
+    }
+
+
+def rows(
+    direction: str,
+    head_dims: Iterable[int],
+    dtypes: Iterable[str],
+    archs: Iterable[str] = ARCHS,
+) -> Iterator[dict]:
+    """The figures of the kernels that each architecture would run."""
+    for family in FAMILIES[direction]:
+        for dtype in dtypes:
+            for head_dim in head_dims:
+                for arch in archs:
+                    limits, traits = ARCHITECTURES[arch], traits_of(dtype, head_dim)
+                    yield row(family, traits, limits, choose_config(family, traits, limits))
+
+
+def print_rows(
+    rows: Iterator[dict], columns: tuple[str, ...], deadline: float, show: Callable = print
+) -> int:
+    """Print rows as they come, until `deadline`; how many."""
+    widths = [max(len(column), 10) for column in columns]
+    show("  ".join(column.ljust(width) for column, width in zip(columns, widths, strict=True)))
+    printed = 0
+    for found in rows:
+        cells = [_cell(found.get(column)) for column in columns]
+        if "reason" in found:
+            cells = [*cells[: columns.index("config") + 1], found["reason"]]
+            widths_here = widths[: len(cells)]
+        else:
+            widths_here = widths
+        line = "  ".join(c.ljust(w) for c, w in zip(cells, widths_here, strict=True))
+        show(line.rstrip(), flush=True)
+        printed += 1
+        if time.monotonic() > deadline:
+            show("out of time (--time-limit); what has been compiled is cached for the next run")
+            break
+    return printed
+
+
+def _cell(value: Any) -> str:
+    return "-" if value is None else str(value)

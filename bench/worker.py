@@ -1,0 +1,97 @@
+"""The child process that measures: reads tasks from a file, writes what it finds to a journal.
+
+`python -m bench.worker TASKS JOURNAL`. A journal line is written before anything that can take
+the process down, so that `bench.supervisor` knows what to leave out next time.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+from bench import measure, peers
+from bench.device import Device, open_device
+from bench.points import Point
+
+BROKEN = 3
+
+
+class Journal:
+    """Lines of JSON, each on disk before the next thing happens."""
+
+    def __init__(self, file: TextIO):
+        self._file = file
+
+    def write(self, **line: Any) -> None:
+        """Append a line."""
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+
+def run_tasks(device: Device, tasks: list[dict], settings: dict, journal: Journal) -> None:
+    """Run the tasks until done or until the deadline."""
+    for task in tasks:
+        if time.monotonic() > settings["deadline"]:
+            break
+        index = task["index"]
+
+        def begin(method: str | None, index=index) -> None:
+            journal.write(task=index, begin=method)
+
+        begin(None)
+        try:
+            journal.write(task=index, done=_run_task(device, task, settings, begin))
+        except measure.BrokenDeviceError:
+            raise
+        except Exception as error:
+            journal.write(task=index, failed=" ".join(f"{type(error).__name__}: {error}".split()))
+    journal.write(end=True)
+
+
+def _run_task(device: Device, task: dict, settings: dict, begin) -> dict:
+    kind = task["kind"]
+    if kind == "ceilings":
+        return device.ceilings()
+    exclude = task["exclude"]
+    if kind == "host":
+        names = [name for name in task["peers"] if name not in exclude]
+        return measure.host_microseconds(device, names, begin)
+    point = Point.from_dict(task["point"])
+    result = measure.measure_point(
+        device,
+        point,
+        task["peers"],
+        exclude=exclude,
+        begin=begin,
+        deadline=settings["deadline"],
+        budget_ms=settings["budget_ms"],
+    )
+    begin(peers.OURS)
+    return {**result, "kernel": measure.kernels_of(device, point)}
+
+
+def main(tasks: str, journal: str) -> int:
+    """Run the tasks of a file; 3 if the device is broken and the process of no further use."""
+    settings = json.loads(Path(tasks).read_text())
+    with open(journal, "a") as file:
+        lines = Journal(file)
+        try:
+            device = open_device(settings["device"])
+        except RuntimeError as error:
+            lines.write(no_device=str(error))
+            return 1
+        lines.write(library=device.library)
+        try:
+            run_tasks(device, settings["tasks"], settings, lines)
+        except measure.BrokenDeviceError as error:
+            lines.write(broken=str(error))
+            # The context is beyond repair: nothing that runs at exit could succeed.
+            file.flush()
+            os._exit(BROKEN)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
