@@ -41,6 +41,7 @@ from numflash.ptx.memory import (
     st_shared_v4_u32,
 )
 from numflash.ptx.scalars import Pointer, f32, i32, i64, u8, u16, u32, u64
+from numflash.ptx.special_registers import mov_tid_x
 from numflash.ptx.tensor_cores import (
     ldmatrix_x4,
     ldmatrix_x4_trans,
@@ -103,6 +104,7 @@ __all__ = [
     "mma_m16n8k8_tf32",
     "mma_m16n8k16_bf16",
     "mma_m16n8k16_f16",
+    "mov_tid_x",
     "st_global_v2_f32",
     "st_global_v2_u32",
     "st_global_v4_f32",

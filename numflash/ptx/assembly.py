@@ -32,13 +32,15 @@ def inline_assembly(
     template: str,
     operands: dict[str, object],
     result: type | None,
+    *,
     touches_memory: bool,
+    volatile: bool,
     convergent: bool,
 ) -> Callable:
     """A Numba intrinsic named like `body` that emits `template`.
 
-    `touches_memory` keeps the compiler from moving, merging or dropping it. `convergent` keeps it
-    from moving where only some lanes of the warp would come by.
+    `volatile` keeps the compiler from merging or dropping it, `touches_memory` from moving loads
+    and stores across it, `convergent` from moving it to where only some lanes would come by.
     """
 
     def codegen(context, builder, signature, args):
@@ -63,7 +65,7 @@ def inline_assembly(
                 asm.input(name, np.uint64, [builder.ptrtoint(element, ir.IntType(64))])
             else:
                 asm.input(name, operand, [values[name]])
-        returned = asm.emit(template, touches_memory, convergent)
+        returned = asm.emit(template, touches_memory, volatile, convergent)
         return returned if result is not None else context.get_dummy_value()
 
     def typer(*argument_types):
@@ -131,7 +133,7 @@ class _Operands:
         else:
             self.input(name, operand.type, [self.builder.load(p) for p in pointers])
 
-    def emit(self, template: str, touches_memory: bool, convergent: bool):
+    def emit(self, template: str, touches_memory: bool, volatile: bool, convergent: bool):
         builder = self.builder
         tied_values = [builder.load(pointer) for _, pointer in self.tied]
         first_input = len(self.output_types) + len(tied_values)
@@ -158,7 +160,7 @@ class _Operands:
             ir.FunctionType(returned_type, [value.type for value in values]),
             text,
             ",".join(constraints),
-            side_effect=touches_memory,
+            side_effect=volatile,
         )
         returned = builder.call(assembly, values, attrs=("convergent",) if convergent else ())
         single = len(self.output_types) == 1

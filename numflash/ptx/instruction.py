@@ -78,13 +78,14 @@ class Instruction:
     call: Callable
 
 
-def instruction(template: str, *, sm: int, collective: str | None = None):
+def instruction(template: str, *, sm: int, collective: str | None = None, volatile: bool = False):
     """Declare a PTX instruction; see the module's docstring.
 
     Args:
         template: PTX text; `<name>` stands for the parameter `name`, `<ret>` for the result.
         sm: the lowest compute capability that has it, as in sm_75.
         collective: None for one thread, "warp" or "warpgroup" for what 32 or 128 threads do.
+        volatile: keep the compiler from executing it once for several calls.
     """
 
     def declare(body: Callable) -> Callable:
@@ -104,7 +105,13 @@ def instruction(template: str, *, sm: int, collective: str | None = None):
             # What yields nothing is there for its effect on memory: barriers, commits, waits.
             touches_memory = in_memory or (result is None and not outputs)
             call = inline_assembly(
-                body, template, operands, result, touches_memory, collective is not None
+                body,
+                template,
+                operands,
+                result,
+                touches_memory=touches_memory,
+                volatile=volatile or touches_memory,
+                convergent=collective is not None,
             )
         INSTRUCTIONS[body.__name__] = Instruction(
             body.__name__, template, sm, collective, operands, result, body, call

@@ -143,8 +143,8 @@ def make_backward_dkdv_kernel(config: MmaBackwardDkDvConfig, traits: Traits) -> 
         if not (softcapped or alibi):
             scale_log2 = score_scale * LOG2_E
         last_row = min(n_start + tile_n, seqlen_k) - 1
-        m_begin = band_block_begin(n_start, -band_hi, tile_m)
-        m_end = band_block_end(last_row, -band_lo, seqlen_q, tile_m)
+        m_begin = i32(band_block_begin(n_start, -band_hi, tile_m))
+        m_end = i32(band_block_end(last_row, -band_lo, seqlen_q, tile_m))
 
         # Where this lane reads operands, and where its scores lie in the tile.
         lane = cuda.threadIdx.x % 32
@@ -155,9 +155,8 @@ def make_backward_dkdv_kernel(config: MmaBackwardDkDvConfig, traits: Traits) -> 
         q_mine = q_smem + k_word(column_operand_row(lane), column_operand_chunk(lane))
         do_mine = do_smem + v_word(column_operand_row(lane), column_operand_chunk(lane))
         q_transposed, do_transposed = q_smem + first_of_q(lane), do_smem + first_of_do(lane)
-        row = n_start + warp_row + accumulator_row(lane)
-        column = accumulator_column(lane)
-        lse_mine, delta_mine = lse_smem + column, delta_smem + column
+        lse_mine = lse_smem + accumulator_column()
+        delta_mine = delta_smem + accumulator_column()
 
         k_base = batch * k_batch + head_kv * k_head
         v_base = batch * v_batch + head_kv * v_head
@@ -186,7 +185,7 @@ def make_backward_dkdv_kernel(config: MmaBackwardDkDvConfig, traits: Traits) -> 
                 q_base = batch * q_batch + next_head * q_head
                 do_base = batch * do_batch + next_head * do_head
                 statistics = i64(batch * num_heads_q + next_head) * seqlen_q
-                m = next_m * tile_m
+                m = i32(next_m * tile_m)
                 q_tile, do_tile = q_smem + q_words * into, do_smem + do_words * into
                 lse_tile, delta_tile = lse_smem + tile_m * into, delta_smem + tile_m * into
                 copy_q(smem, q_tile, q, q_base, q_row, m, seqlen_q, head_dim, 1, 0)
@@ -207,17 +206,20 @@ def make_backward_dkdv_kernel(config: MmaBackwardDkDvConfig, traits: Traits) -> 
                 # S^T = K Q^T, dP^T = V dO^T
                 multiply_k_q(s_acc, smem, k_mine, q_mine + q_words * stage)
                 multiply_v_do(dp_acc, smem, v_mine, do_mine + do_words * stage)
-                m_start = m_block * tile_m
-                i = m_start + column
+                m_start = i32(m_block * tile_m)
                 if softcapped or alibi:
+                    j = i32(n_start + accumulator_row(rows_per_warp))
+                    i = i32(m_start + accumulator_column())
                     alibi_slope = f32(0)
                     if alibi:
                         alibi_slope = alibi_slopes[batch * slopes_batch + head * slopes_head]
                     scale_scores(
-                        s_acc, cap_slopes, row, i, -bias_shift, score_scale, softcap, alibi_slope
+                        s_acc, cap_slopes, j, i, -bias_shift, score_scale, softcap, alibi_slope
                     )
                 if band_is_partial(n_start, tile_n, m_start, tile_m, seqlen_q, -band_hi, -band_lo):
-                    mask_scores(s_acc, row, i, seqlen_q, -band_hi, -band_lo, 1)
+                    j = i32(n_start + accumulator_row(rows_per_warp))
+                    i = i32(m_start + accumulator_column())
+                    mask_scores(s_acc, j, i, seqlen_q, -band_hi, -band_lo, 1)
 
                 # dS = P * (dP - delta); dV += P^T dO, dK += dS^T Q
                 statistics_of_stage = tile_m * stage
@@ -238,6 +240,7 @@ def make_backward_dkdv_kernel(config: MmaBackwardDkDvConfig, traits: Traits) -> 
                 if m_block == m_end:
                     m_block, head = m_begin, head + 1
 
+        row = i32(n_start + accumulator_row(rows_per_warp))
         for i in range(n_dk):
             dk_acc[i] *= softmax_scale
         dk_base = batch * dk_batch + head_kv * dk_head

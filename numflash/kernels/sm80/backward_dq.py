@@ -141,8 +141,8 @@ def make_backward_dq_kernel(config: MmaBackwardDqConfig, traits: Traits) -> Kern
         if not (softcapped or alibi):
             scale_log2 = score_scale * LOG2_E
         last_row = min(m_start + tile_m, seqlen_q) - 1
-        n_begin = band_block_begin(m_start, band_lo, tile_n)
-        n_end = band_block_end(last_row, band_hi, seqlen_k, tile_n)
+        n_begin = i32(band_block_begin(m_start, band_lo, tile_n))
+        n_end = i32(band_block_end(last_row, band_hi, seqlen_k, tile_n))
 
         # Where this lane reads operands, and where its scores lie in the tile.
         lane = cuda.threadIdx.x % 32
@@ -153,8 +153,6 @@ def make_backward_dq_kernel(config: MmaBackwardDqConfig, traits: Traits) -> Kern
         k_mine = k_smem + k_word(column_operand_row(lane), column_operand_chunk(lane))
         v_mine = v_smem + v_word(column_operand_row(lane), column_operand_chunk(lane))
         k_transposed = k_smem + first_of_k(lane)
-        row = m_start + warp_row + accumulator_row(lane)
-        column = accumulator_column(lane)
 
         copy_q(smem, q_smem, q, q_base, q_row, m_start, seqlen_q, head_dim, 1, 0)
         copy_do(smem, do_smem, do, do_base, do_row, m_start, seqlen_q, head_dim_v, 1, 0)
@@ -162,12 +160,13 @@ def make_backward_dq_kernel(config: MmaBackwardDqConfig, traits: Traits) -> Kern
             n = n_begin + stage
             if n < n_end:
                 k_tile, v_tile = k_smem + k_words * stage, v_smem + v_words * stage
-                copy_k(smem, k_tile, k, k_base, k_row, n * tile_n, seqlen_k, head_dim, 1, 0)
-                copy_v(smem, v_tile, v, v_base, v_row, n * tile_n, seqlen_k, head_dim_v, 1, 0)
+                copy_k(smem, k_tile, k, k_base, k_row, i32(n * tile_n), seqlen_k, head_dim, 1, 0)
+                copy_v(smem, v_tile, v, v_base, v_row, i32(n * tile_n), seqlen_k, head_dim_v, 1, 0)
             if asynchronous:
                 cp_async_commit_group()
         for i in range(n_dq):
             dq_acc[i] = f32(0)
+        row = i32(m_start + accumulator_row(rows_per_warp))
         for r in range(rows):
             i = row + ROW_STEP * r
             # A row past the end is like one that sees no key: its P is zero.
@@ -187,8 +186,8 @@ def make_backward_dq_kernel(config: MmaBackwardDqConfig, traits: Traits) -> Kern
             n = n_block + num_stages - 1
             if n < n_end:
                 k_tile, v_tile = k_smem + k_words * last_stage, v_smem + v_words * last_stage
-                copy_k(smem, k_tile, k, k_base, k_row, n * tile_n, seqlen_k, head_dim, 1, 0)
-                copy_v(smem, v_tile, v, v_base, v_row, n * tile_n, seqlen_k, head_dim_v, 1, 0)
+                copy_k(smem, k_tile, k, k_base, k_row, i32(n * tile_n), seqlen_k, head_dim, 1, 0)
+                copy_v(smem, v_tile, v, v_base, v_row, i32(n * tile_n), seqlen_k, head_dim_v, 1, 0)
             if asynchronous:
                 cp_async_commit_group()
             if num_stages == 1:
@@ -199,14 +198,17 @@ def make_backward_dq_kernel(config: MmaBackwardDqConfig, traits: Traits) -> Kern
             # S = Q K^T, dP = dO V^T
             multiply_q_k(s_acc, smem, q_mine, k_mine + k_words * stage)
             multiply_do_v(dp_acc, smem, do_mine, v_mine + v_words * stage)
-            n_start = n_block * tile_n
-            j = n_start + column
+            n_start = i32(n_block * tile_n)
             if softcapped or alibi:
+                i = i32(m_start + accumulator_row(rows_per_warp))
+                j = i32(n_start + accumulator_column())
                 scale_scores(
-                    s_acc, cap_slopes, row, j, bias_shift, score_scale, softcap, alibi_slope
+                    s_acc, cap_slopes, i, j, bias_shift, score_scale, softcap, alibi_slope
                 )
             if band_is_partial(m_start, tile_m, n_start, tile_n, seqlen_k, band_lo, band_hi):
-                mask_scores(s_acc, row, j, seqlen_k, band_lo, band_hi, 1)
+                i = i32(m_start + accumulator_row(rows_per_warp))
+                j = i32(n_start + accumulator_column())
+                mask_scores(s_acc, i, j, seqlen_k, band_lo, band_hi, 1)
 
             # dS = P * (dP - delta), dQ += dS K
             softmax_backward(s_acc, dp_acc, cap_slopes, lses, deltas, scale_log2)
@@ -214,6 +216,7 @@ def make_backward_dq_kernel(config: MmaBackwardDqConfig, traits: Traits) -> Kern
             last_stage = stage
             stage = stage + 1 if stage + 1 < num_stages else 0
 
+        row = i32(m_start + accumulator_row(rows_per_warp))
         for i in range(n_dq):
             dq_acc[i] *= softmax_scale
         dq_base = batch * dq_batch + head * dq_head

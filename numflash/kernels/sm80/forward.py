@@ -159,12 +159,12 @@ def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
         # The tokens of this block's rows, the keys they see, and this split's share of those.
         first_token = token_of_row(m_start, pack)
         last_token = token_of_row(min(m_start + tile_m, num_rows) - 1, pack)
-        n_begin = band_block_begin(first_token, band_lo, tile_n)
-        n_end = band_block_end(last_token, band_hi, seqlen_k, tile_n)
+        n_begin = i32(band_block_begin(first_token, band_lo, tile_n))
+        n_end = i32(band_block_end(last_token, band_hi, seqlen_k, tile_n))
         if is_split:
             share = (max(0, n_end - n_begin) + num_splits - 1) // num_splits
-            n_begin += split * share
-            n_end = min(n_end, n_begin + share)
+            n_begin = i32(n_begin + split * share)
+            n_end = i32(min(n_end, n_begin + share))
 
         # Where this lane reads operands, and where its scores lie in the tile.
         lane = cuda.threadIdx.x % 32
@@ -172,21 +172,21 @@ def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
         q_mine = q_smem + word(warp_row + row_operand_row(lane), row_operand_chunk(lane))
         k_mine = k_smem + word(column_operand_row(lane), column_operand_chunk(lane))
         v_mine = v_smem + first_of_v(lane)
-        row = m_start + warp_row + accumulator_row(lane)
-        column = accumulator_column(lane)
 
         copy_q(smem, q_smem, q, q_base, q_row, m_start, num_rows, head_dim, pack, q_head)
         for stage in range(num_stages):
             n = n_begin + stage
             if n < n_end:
                 k_tile = k_smem + k_words * stage
-                copy_k(smem, k_tile, k, k_base, k_row, n * tile_n, seqlen_k, head_dim, 1, 0)
+                copy_k(smem, k_tile, k, k_base, k_row, i32(n * tile_n), seqlen_k, head_dim, 1, 0)
             if asynchronous:
                 cp_async_commit_group()
             if stage < num_stages - 1:
                 if n < n_end:
                     v_tile = v_smem + v_words * stage
-                    copy_v(smem, v_tile, v, v_base, v_row, n * tile_n, seqlen_k, head_dim_v, 1, 0)
+                    copy_v(
+                        smem, v_tile, v, v_base, v_row, i32(n * tile_n), seqlen_k, head_dim_v, 1, 0
+                    )
                 if asynchronous:
                     cp_async_commit_group()
         for i in range(n_o):
@@ -205,7 +205,7 @@ def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
             n = n_block + num_stages - 1
             if n < n_end:
                 v_tile = v_smem + v_words * last_stage
-                copy_v(smem, v_tile, v, v_base, v_row, n * tile_n, seqlen_k, head_dim_v, 1, 0)
+                copy_v(smem, v_tile, v, v_base, v_row, i32(n * tile_n), seqlen_k, head_dim_v, 1, 0)
             if asynchronous:
                 cp_async_commit_group()
 
@@ -219,19 +219,22 @@ def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
             n = n_block + num_stages
             if n < n_end:
                 k_tile = k_smem + k_words * stage
-                copy_k(smem, k_tile, k, k_base, k_row, n * tile_n, seqlen_k, head_dim, 1, 0)
+                copy_k(smem, k_tile, k, k_base, k_row, i32(n * tile_n), seqlen_k, head_dim, 1, 0)
             if asynchronous:
                 cp_async_commit_group()
 
-            n_start = n_block * tile_n
-            j = n_start + column
+            n_start = i32(n_block * tile_n)
             if softcapped or alibi:
+                i = i32(m_start + accumulator_row(rows_per_warp))
+                j = i32(n_start + accumulator_column())
                 scale_scores(
-                    s_acc, cap_slopes, row, j, bias_shift, score_scale, softcap, alibi_slope
+                    s_acc, cap_slopes, i, j, bias_shift, score_scale, softcap, alibi_slope
                 )
             tokens = last_token + 1 - first_token
             if band_is_partial(first_token, tokens, n_start, tile_n, seqlen_k, band_lo, band_hi):
-                mask_scores(s_acc, row, j, seqlen_k, band_lo, band_hi, pack)
+                i = i32(m_start + accumulator_row(rows_per_warp))
+                j = i32(n_start + accumulator_column())
+                mask_scores(s_acc, i, j, seqlen_k, band_lo, band_hi, pack)
 
             # P = softmax(S), O += P V
             online_softmax(s_acc, row_max, row_sum, o_acc, scale_log2)
@@ -239,6 +242,7 @@ def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
             last_stage = stage
             stage = stage + 1 if stage + 1 < num_stages else 0
 
+        row = i32(m_start + accumulator_row(rows_per_warp))
         num_parts = batch_size * num_heads_q
         for r in range(rows):
             total = row_sum_of_quad(row_sum[r])
@@ -246,8 +250,8 @@ def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
             reciprocal = f32(1) / total if total != f32(0) else f32(0)
             for i in range(2 * o_tiles):
                 o_acc[4 * (o_tiles * (r // 2) + i // 2) + r % 2 * 2 + i % 2] *= reciprocal
-            i = row + ROW_STEP * r
-            if column == 0 and i < num_rows:
+            i = i32(row + ROW_STEP * r)
+            if accumulator_column() == 0 and i < num_rows:
                 row_lse = NEG_INF
                 if total != f32(0):
                     row_lse = (row_max[r] * scale_log2) * LN_2 + f32(math.log(total))

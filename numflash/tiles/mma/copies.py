@@ -16,6 +16,7 @@ from numflash.ptx import (
     float_as_bits,
     i32,
     ld_global_v4_u32,
+    mov_tid_x,
     st_global_v2_f32,
     st_global_v4_u32,
     st_shared_u32,
@@ -52,6 +53,8 @@ def make_copy_tile(
     row_step = num_threads // threads_per_row
     row_passes, chunk_passes = -(-rows // row_step), chunks // threads_per_row
     is_exact = rows % row_step == 0
+    # The swizzle is the same eight rows further on.
+    repeats, row_words = row_step % 8 == 0, row_step * layout.pitch
     word = make_word(layout)
     is_float32, cp_async = element.storage is f32, vectorized and asynchronous
     per_word = per_chunk // 4
@@ -76,21 +79,30 @@ def make_copy_tile(
         smem, tile, source, base, row_stride, first, end, num_columns, pack, pack_stride
     ):
         frag = cuda.local.array(4, u32)
-        my_row = cuda.threadIdx.x // threads_per_row
-        my_chunk = cuda.threadIdx.x % threads_per_row
+        # Copies are few and registers scarce in the loops they stand in: nothing is kept.
+        thread = mov_tid_x()
+        my_row, my_chunk = thread // threads_per_row, thread % threads_per_row
+        # Rows are 32-bit and offsets grow by a step: one addition and one comparison a chunk.
+        first_row = i32(first + my_row)
+        step = row_step * row_stride
         for p in range(chunk_passes):
             chunk = my_chunk + p * threads_per_row
+            left = base + per_chunk * chunk
+            first_target = tile + word(my_row, chunk)
+            offset = left + first_row * row_stride
             for r in range(row_passes):
                 row = my_row + r * row_step
-                source_row = first + row
+                source_row = i32(first_row + r * row_step)
                 is_inside = source_row < end
-                offset = base + per_chunk * chunk
                 if packed:
                     token = token_of_row(source_row, pack)
-                    offset += token * row_stride + (source_row - token * pack) * pack_stride
+                    offset = left + token * row_stride + (source_row - token * pack) * pack_stride
+                elif r > 0:
+                    offset += step
+                if repeats:
+                    target = first_target + r * row_words
                 else:
-                    offset += source_row * row_stride
-                target = tile + word(row, chunk)
+                    target = tile + word(row, chunk)
                 if is_exact or row < rows:
                     if cp_async:
                         n_bytes = 16 if is_inside and per_chunk * chunk < num_columns else 0

@@ -9,7 +9,7 @@ so that a thread has two rows in each 16, a row lies in four neighbouring lanes,
 neighbouring products are, packed, an operand A of the next product.
 """
 
-from numflash.ptx import cuda, device_function
+from numflash.ptx import cuda, device_function, mov_tid_x
 
 MMA_ROWS = 16
 MMA_COLUMNS = 8
@@ -17,15 +17,20 @@ ROW_STEP = 8  # from one row of a thread to its next
 
 
 @device_function
-def accumulator_row(lane):
-    """A lane's first row in an accumulator; the next ones follow in steps of `ROW_STEP`."""
-    return lane // 4
+def accumulator_row(rows_per_warp):
+    """This thread's first row in the block's tile; the next ones follow in steps of `ROW_STEP`.
+
+    Computed where it is needed, like `accumulator_column`: masks are rare, and registers that
+    waited for them would be missing in the products.
+    """
+    thread = mov_tid_x()
+    return thread // 32 * rows_per_warp + thread % 32 // 4
 
 
 @device_function
-def accumulator_column(lane):
-    """A lane's first column in an accumulator."""
-    return lane % 4 * 2
+def accumulator_column():
+    """This thread's first column in an accumulator."""
+    return mov_tid_x() % 4 * 2
 
 
 @device_function

@@ -57,13 +57,13 @@ def make_advance(layout: TileLayout):
 
     One exclusive or with a constant, and an addition that the load's immediate absorbs.
     """
-    period_words, swizzled = CHUNK_WORDS * layout.period, layout.swizzled
+    within_period, swizzled = CHUNK_WORDS * layout.period - 1, layout.swizzled
 
     @device_function
     def advance(word, step):
         words = 2 * CHUNK_WORDS * step
         if swizzled:
-            return (word ^ (words % period_words)) + words // period_words * period_words
+            return (word ^ (words & within_period)) + (words & ~within_period)
         return word + words
 
     return advance

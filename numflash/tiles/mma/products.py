@@ -9,7 +9,7 @@ from functools import cache
 from numflash.ptx import cuda, device_function, f32, u32
 from numflash.tiles.mma.elements import MmaElement, make_transposed_operand
 from numflash.tiles.mma.fragments import MMA_ROWS
-from numflash.tiles.mma.layouts import TileLayout, make_advance
+from numflash.tiles.mma.layouts import CHUNK_WORDS, TileLayout, make_advance
 
 
 @cache
@@ -20,8 +20,9 @@ def make_product_nt(element: MmaElement, m_tiles, n_tiles, a_layout: TileLayout,
     column operand (see `fragments`). n_tiles is even.
     """
     n_acc, n_a = 4 * m_tiles * n_tiles, 4 * m_tiles
-    steps = a_layout.chunks // 2
-    a_tile, b_tile = MMA_ROWS * a_layout.pitch, MMA_ROWS * b_layout.pitch
+    steps, periods = a_layout.period // 2, a_layout.chunks // a_layout.period
+    period_words = CHUNK_WORDS * a_layout.period
+    a_tile_words, b_tile_words = MMA_ROWS * a_layout.pitch, MMA_ROWS * b_layout.pitch
     advance_a, advance_b = make_advance(a_layout), make_advance(b_layout)
     mma, load_frag = element.mma, element.load_frag
 
@@ -31,15 +32,20 @@ def make_product_nt(element: MmaElement, m_tiles, n_tiles, a_layout: TileLayout,
         b_frag = cuda.local.array(4, u32)
         for i in range(n_acc):
             acc[i] = f32(0)
-        for step in range(steps):
-            for i in range(m_tiles):
-                load_frag(a_frag[4 * i : 4 * i + 4], smem, advance_a(a, step) + i * a_tile)
-            for j in range(n_tiles // 2):
-                load_frag(b_frag, smem, advance_b(b, step) + j * b_tile)
+        # Within a period of the swizzle addresses differ by constants, from one to the next by a
+        # sum: the compiler may or may not unroll the outer loop.
+        for period in range(periods):
+            a_period, b_period = a + period * period_words, b + period * period_words
+            for step in range(steps):
                 for i in range(m_tiles):
-                    left = 4 * (n_tiles * i + 2 * j)
-                    mma(acc[left : left + 4], a_frag[4 * i : 4 * i + 4], b_frag[0:2])
-                    mma(acc[left + 4 : left + 8], a_frag[4 * i : 4 * i + 4], b_frag[2:4])
+                    a_tile = advance_a(a_period, step) + i * a_tile_words
+                    load_frag(a_frag[4 * i : 4 * i + 4], smem, a_tile)
+                for j in range(n_tiles // 2):
+                    load_frag(b_frag, smem, advance_b(b_period, step) + j * b_tile_words)
+                    for i in range(m_tiles):
+                        left = 4 * (n_tiles * i + 2 * j)
+                        mma(acc[left : left + 4], a_frag[4 * i : 4 * i + 4], b_frag[0:2])
+                        mma(acc[left + 4 : left + 8], a_frag[4 * i : 4 * i + 4], b_frag[2:4])
 
     return product_nt
 

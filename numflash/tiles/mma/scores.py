@@ -20,10 +20,8 @@ def token_of_row(row, pack):
 
 
 @device_function
-def _masked(score, token, key, end, band_lo, band_hi):
-    distance = key - token
-    is_masked = (key >= end) | (distance < band_lo) | (distance > band_hi)
-    return NEG_INF if is_masked else score
+def _masked(score, column, first, last):
+    return score if (column >= first) & (column <= last) else NEG_INF
 
 
 @cache
@@ -36,16 +34,19 @@ def make_mask_scores(m_tiles, n_tiles):
 
     @device_function
     def mask_scores(s_acc, row, column, end, band_lo, band_hi, pack):
-        tokens = cuda.local.array(rows, i32)
+        # The columns that each row sees, from this thread's first column on.
+        firsts = cuda.local.array(rows, i32)
+        lasts = cuda.local.array(rows, i32)
         for r in range(rows):
-            tokens[r] = token_of_row(row + ROW_STEP * r, pack)
+            token = token_of_row(row + ROW_STEP * r, pack)
+            firsts[r] = i32(token + band_lo - column)
+            lasts[r] = i32(min(token + band_hi, end - 1) - column)
         for tile in range(tiles):
-            i, r = 4 * tile, tile // n_tiles * 2
-            key = i32(column + tile % n_tiles * MMA_COLUMNS)
-            s_acc[i] = _masked(s_acc[i], tokens[r], key, end, band_lo, band_hi)
-            s_acc[i + 1] = _masked(s_acc[i + 1], tokens[r], key + 1, end, band_lo, band_hi)
-            s_acc[i + 2] = _masked(s_acc[i + 2], tokens[r + 1], key, end, band_lo, band_hi)
-            s_acc[i + 3] = _masked(s_acc[i + 3], tokens[r + 1], key + 1, end, band_lo, band_hi)
+            i, r, c = 4 * tile, tile // n_tiles * 2, tile % n_tiles * MMA_COLUMNS
+            s_acc[i] = _masked(s_acc[i], c, firsts[r], lasts[r])
+            s_acc[i + 1] = _masked(s_acc[i + 1], c + 1, firsts[r], lasts[r])
+            s_acc[i + 2] = _masked(s_acc[i + 2], c, firsts[r + 1], lasts[r + 1])
+            s_acc[i + 3] = _masked(s_acc[i + 3], c + 1, firsts[r + 1], lasts[r + 1])
 
     return mask_scores
 

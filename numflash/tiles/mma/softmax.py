@@ -15,6 +15,7 @@ from functools import cache
 
 from numflash.ptx import cuda, device_function, ex2_approx_ftz_f32, f32, ld_shared_v2_f32, max_f32
 from numflash.tiles.lanes import FULL_WARP
+from numflash.tiles.mma.fragments import MMA_COLUMNS
 from numflash.tiles.scores import NEG_INF
 
 LAG = f32(8)
@@ -55,7 +56,7 @@ def make_online_softmax(m_tiles, n_tiles, o_tiles):
                     largest, s_acc[4 * (n_tiles * (r // 2) + c // 2) + r % 2 * 2 + c % 2]
                 )
             new_max[r] = row_max_of_quad(largest)
-            lags = lags or (new_max[r] - row_max[r]) * scale_log2 > LAG
+            lags |= (new_max[r] - row_max[r]) * scale_log2 > LAG
         if cuda.any_sync(FULL_WARP, lags):
             for r in range(rows):
                 # Where a row has seen no key its maximum is -inf, and -inf - -inf would be NaN.
@@ -86,25 +87,26 @@ def make_online_softmax(m_tiles, n_tiles, o_tiles):
 
 @cache
 def make_softmax_backward_by_row(m_tiles, n_tiles, softcap):
-    """softmax_backward(s_acc, dp_acc, cap_slopes, lses, deltas, scale_log2): dP -> dS in place.
+    """softmax_backward(s_acc, dp_acc, cap_slopes, lses, deltas, scale_log2): S -> P, dP -> dS.
 
         P  = 2 ** (scale_log2 S - lse log2 e)
         dS = P * (dP - delta), times the cap's slope with softcap
 
     The rows are queries: lses (in base 2, +inf for a query without keys) and deltas are a
-    thread's. S is left as it is.
+    thread's.
     """
-    n_scores = 4 * m_tiles * n_tiles
+    tiles, gradient_of_score = m_tiles * n_tiles, _make_gradient_of_score(softcap)
 
     @device_function
     def softmax_backward(s_acc, dp_acc, cap_slopes, lses, deltas, scale_log2):
-        for i in range(n_scores):
-            r = i // (4 * n_tiles) * 2 + i % 4 // 2
-            probability = ex2_approx_ftz_f32(s_acc[i] * scale_log2 - lses[r])
-            gradient = probability * (dp_acc[i] - deltas[r])
-            if softcap:
-                gradient *= cap_slopes[i]
-            dp_acc[i] = gradient
+        for tile in range(tiles):
+            i, r = 4 * tile, tile // n_tiles * 2
+            lse, delta = lses[r], deltas[r]
+            gradient_of_score(s_acc, dp_acc, cap_slopes, i, lse, delta, scale_log2)
+            gradient_of_score(s_acc, dp_acc, cap_slopes, i + 1, lse, delta, scale_log2)
+            lse, delta = lses[r + 1], deltas[r + 1]
+            gradient_of_score(s_acc, dp_acc, cap_slopes, i + 2, lse, delta, scale_log2)
+            gradient_of_score(s_acc, dp_acc, cap_slopes, i + 3, lse, delta, scale_log2)
 
     return softmax_backward
 
@@ -116,22 +118,35 @@ def make_softmax_backward_by_column(m_tiles, n_tiles, softcap):
     As `make_softmax_backward_by_row` where the columns are queries. `lse` and `delta` are the
     positions in smem of the values of this thread's first column.
     """
+    tiles, gradient_of_score = m_tiles * n_tiles, _make_gradient_of_score(softcap)
 
     @device_function
     def softmax_backward(s_acc, dp_acc, cap_slopes, smem, lse, delta, scale_log2):
         lses = cuda.local.array(2, f32)
         deltas = cuda.local.array(2, f32)
-        for j in range(n_tiles):
-            ld_shared_v2_f32(lses, smem, lse + 8 * j)
-            ld_shared_v2_f32(deltas, smem, delta + 8 * j)
-            for i in range(m_tiles):
-                for e in range(4):
-                    score = 4 * (n_tiles * i + j) + e
-                    probability = ex2_approx_ftz_f32(s_acc[score] * scale_log2 - lses[e % 2])
-                    gradient = probability * (dp_acc[score] - deltas[e % 2])
-                    if softcap:
-                        gradient *= cap_slopes[score]
-                    s_acc[score] = probability
-                    dp_acc[score] = gradient
+        for tile in range(tiles):
+            i, first = 4 * tile, tile % n_tiles * MMA_COLUMNS
+            ld_shared_v2_f32(lses, smem, lse + first)
+            ld_shared_v2_f32(deltas, smem, delta + first)
+            gradient_of_score(s_acc, dp_acc, cap_slopes, i, lses[0], deltas[0], scale_log2)
+            gradient_of_score(s_acc, dp_acc, cap_slopes, i + 1, lses[1], deltas[1], scale_log2)
+            gradient_of_score(s_acc, dp_acc, cap_slopes, i + 2, lses[0], deltas[0], scale_log2)
+            gradient_of_score(s_acc, dp_acc, cap_slopes, i + 3, lses[1], deltas[1], scale_log2)
 
     return softmax_backward
+
+
+@cache
+def _make_gradient_of_score(softcap):
+    """gradient_of_score(s_acc, dp_acc, cap_slopes, i, lse, delta, scale_log2) for one score."""
+
+    @device_function
+    def gradient_of_score(s_acc, dp_acc, cap_slopes, i, lse, delta, scale_log2):
+        probability = ex2_approx_ftz_f32(s_acc[i] * scale_log2 - lse)
+        gradient = probability * (dp_acc[i] - delta)
+        if softcap:
+            gradient *= cap_slopes[i]
+        s_acc[i] = probability
+        dp_acc[i] = gradient
+
+    return gradient_of_score

@@ -1,0 +1,18 @@
+"""Special registers. PTX ISA 10."""
+
+from numflash.mode import SIMULATED
+from numflash.ptx.instruction import instruction
+from numflash.ptx.scalars import i32
+
+if SIMULATED:
+    from numflash.simulator.engine import current_thread
+
+
+@instruction("mov.u32 <ret>, %tid.x;", sm=75, volatile=True)
+def mov_tid_x() -> i32:
+    """threadIdx.x, read anew at each call.
+
+    What is computed from `cuda.threadIdx.x` the compiler keeps in registers through a loop; from
+    this it is computed where it is needed. PTX ISA 10.1.
+    """
+    return i32(current_thread().threadIdx.x)
