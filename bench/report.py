@@ -116,6 +116,8 @@ def _section(device, direction, points, figures_folder: Path, relative_to: Path)
         tables.speeds(points),
         tables.ratios(points),
     ]
+    if untimed := tables.untimed(points):
+        parts.append(f"No time at any point: {untimed}.")
     if stale := sum(p["record"].get("source_hash") != compiler.source_hash() for p in points):
         parts.append(f"{stale} of {len(points)} points were measured with older kernels.")
     ceilings = tables.ceilings_of(last)

@@ -59,6 +59,13 @@ def method_names(points: list[dict]) -> list[str]:
     return list(dict.fromkeys([*known, *names]))
 
 
+def untimed(points: list[dict]) -> str:
+    """The methods that gave no time at any point, and why not in a word; "" if there are none."""
+    timed = method_names(points)
+    why = {n: e["status"] for p in points for n, e in p["methods"].items() if n not in timed}
+    return ", ".join(f"{name} ({status})" for name, status in why.items())
+
+
 def speeds(points: list[dict]) -> str:
     """TFLOP/s of every method, a row for each point of the grid."""
     names = method_names(points)
