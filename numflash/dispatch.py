@@ -70,13 +70,16 @@ def choose(
     if mma_candidates and why is not None:
         passed_over.append((f"{generation} (tensor cores)", why))
         mma_candidates = []
-    for config in mma_candidates:
-        why = sm80.misfit(config, traits, limits, rows)
-        if why is None:
-            passed_over.append(("portable", "tensor cores are faster"))
-            rule = "the first that fits of the tensor-core configs"
-            return Choice(family, config, traits, rule, tuple(passed_over))
-        passed_over.append((str(config), why))
+    for blocks in (2, 1):
+        reasons = []
+        for config in mma_candidates:
+            why = sm80.misfit(config, traits, limits, rows, blocks)
+            if why is None:
+                reasons += [*passed_over, ("portable", "tensor cores are faster")]
+                rule = f"the first tensor-core config of which {blocks} fit on an SM"
+                return Choice(family, config, traits, rule, tuple(reasons))
+            reasons.append((str(config), why))
+    passed_over += reasons
     plain = replace(traits, tf32=False)
     candidates = portable.candidates(family)
     for config in candidates:

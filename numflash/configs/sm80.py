@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 from typing import ClassVar
 
 from numflash.configs.traits import Traits
-from numflash.devices import Architecture
+from numflash.devices import Architecture, blocks_per_sm
 
 GENERATIONS = ("sm75", "sm80")
 """sm75 has half-size products of float16 only, and copies that pass by registers."""
@@ -217,7 +217,7 @@ MMA_CONFIGS: dict[str, type] = {
 }
 """Kernel family -> its config class."""
 
-# Preferred first, in the order in which `misfit` accepts them.
+# Preferred first. Two products of 16 rows below each other halve the traffic with shared memory.
 _PREFERENCES = {
     "forward": (
         "m128n64w4s1",
@@ -226,11 +226,17 @@ _PREFERENCES = {
         "m64n32w4s1",
         "m64n16w4s1",
         "m32n64w2s1",
-        "m16n64w1s1",
+        "m32n32w2s1",
+        "m16n64w1s2",
         "m16n32w1s1",
         "m16n16w1s1",
     ),
     "backward-dq": (
+        "m128n64w4s2",
+        "m128n64w4s1",
+        "m128n32w4s2",
+        "m128n32w4s1",
+        "m64n64w4s2",
         "m64n64w4s1",
         "m64n32w4s1",
         "m64n16w4s1",
@@ -239,16 +245,21 @@ _PREFERENCES = {
         "m16n16w1s1",
     ),
     "backward-dkdv": (
+        "m32n128w4s2",
+        "m32n128w4s1",
+        "m64n64w4s2",
         "m64n64w4s1",
         "m32n64w4s1",
         "m16n64w4s1",
         "m32n32w2s1",
+        "m16n32w2s1",
         "m32n16w1s1",
         "m16n16w1s1",
     ),
 }
-# float32 accumulators a thread can hold next to its operands without spilling.
-_MAX_ACCUMULATORS = 192
+# float32 accumulators a thread can hold next to its operands without spilling; rounding to tf32
+# takes registers, too.
+_MAX_ACCUMULATORS, _MAX_ACCUMULATORS_TF32 = 192, 128
 
 
 def candidates(family: str, generation: str) -> list[MmaConfig]:
@@ -258,16 +269,24 @@ def candidates(family: str, generation: str) -> list[MmaConfig]:
 
 
 def misfit(
-    config: MmaConfig, traits: Traits, limits: Architecture, rows: int = 2**30
+    config: MmaConfig, traits: Traits, limits: Architecture, rows: int, blocks: int
 ) -> str | None:
-    """Why a candidate is not the one to use; None if it is."""
+    """Why a candidate is not the one to use; None if it is.
+
+    `blocks` of it must fit on an SM: while one waits for its copies another computes.
+    """
     if (needed := config.smem_bytes(traits)) > limits.max_smem_per_block:
         return (
             f"needs {needed} bytes of shared memory per block, {limits.arch} has "
             f"{limits.max_smem_per_block}"
         )
-    if (needed := config.accumulators_per_thread(traits)) > _MAX_ACCUMULATORS:
-        return f"keeps {needed} accumulators a thread, at most {_MAX_ACCUMULATORS} do not spill"
+    most = _MAX_ACCUMULATORS_TF32 if traits.tf32 else _MAX_ACCUMULATORS
+    if (accumulators := config.accumulators_per_thread(traits)) > most:
+        return f"keeps {accumulators} accumulators a thread, at most {most} do not spill"
     if config.block_rows >= 2 * rows:
         return f"computes {config.block_rows} rows at a time, there are {rows}"
+    # Registers in full; shared memory alone tells.
+    fit, _ = blocks_per_sm(limits, config.num_threads, 1, needed)
+    if fit < blocks:
+        return f"needs {needed} bytes of shared memory: {fit} per SM instead of {blocks}"
     return None

@@ -45,7 +45,7 @@ from numflash.tiles.mma.fragments import (
 from numflash.tiles.mma.layouts import TileLayout, make_word
 from numflash.tiles.mma.products import make_product_nt, make_product_pn
 from numflash.tiles.mma.scores import make_mask_scores, make_scale_scores, token_of_row
-from numflash.tiles.mma.softmax import make_online_softmax, row_sum_of_quad
+from numflash.tiles.mma.softmax import make_online_softmax, make_scale_rows, row_sum_of_quad
 from numflash.tiles.scores import NEG_INF, band_block_begin, band_block_end, band_is_partial
 from numflash.tiles.softmax import LN_2, LOG2_E
 
@@ -77,6 +77,7 @@ def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
     scale_scores = make_scale_scores(m_tiles, n_tiles, traits.softcap, traits.alibi)
     mask_scores = make_mask_scores(m_tiles, n_tiles)
     online_softmax = make_online_softmax(m_tiles, n_tiles, o_tiles)
+    scale_rows = make_scale_rows(m_tiles, o_tiles)
     store_o = make_store_rows(
         element, m_tiles, o_tiles, traits.vectorized or is_split, is_split, packed=True
     )
@@ -247,9 +248,7 @@ def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
         for r in range(rows):
             total = row_sum_of_quad(row_sum[r])
             # A row that sees no key has output 0 and lse -inf.
-            reciprocal = f32(1) / total if total != f32(0) else f32(0)
-            for i in range(2 * o_tiles):
-                o_acc[4 * (o_tiles * (r // 2) + i // 2) + r % 2 * 2 + i % 2] *= reciprocal
+            row_sum[r] = f32(1) / total if total != f32(0) else f32(0)
             i = i32(row + ROW_STEP * r)
             if accumulator_column() == 0 and i < num_rows:
                 row_lse = NEG_INF
@@ -258,6 +257,7 @@ def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
                 token = token_of_row(i, pack)
                 part = i64(split) * num_parts + head_of_batch + i - token * pack
                 lse[part * seqlen_q + token] = row_lse
+        scale_rows(o_acc, row_sum)
         out_base = split * out_split + batch * out_batch + head * out_head
         store_o(o_acc, out, out_base, out_row, row, num_rows, head_dim_v, pack, out_head)
 

@@ -147,8 +147,8 @@ def make_store_rows(element: MmaElement, m_tiles, n_tiles, vectorized, as_float3
     from `num_columns` on are left out. With `packed` rows lie as `make_copy_tile` says. With
     `as_float32` the target holds float32, otherwise the element type.
     """
-    rows, as_float32 = 2 * m_tiles, as_float32 or element.pack_two is None
-    pack_two = element.pack_two
+    rows, groups, pack_two = 2 * m_tiles, n_tiles // 4, element.pack_two
+    as_float32 = as_float32 or pack_two is None
 
     @device_function
     def row_offset(base, row, row_stride, pack, pack_stride):
@@ -160,44 +160,44 @@ def make_store_rows(element: MmaElement, m_tiles, n_tiles, vectorized, as_float3
     @device_function
     def store_float32(acc, target, base, row_stride, first, end, columns, pack, pack_stride):
         first_column = cuda.threadIdx.x % 4 * 2
-        for r in range(rows):
-            row = first + ROW_STEP * r
-            if row < end:
-                offset = row_offset(base, row, row_stride, pack, pack_stride)
-                for j in range(n_tiles):
-                    column = first_column + 8 * j
-                    i = 4 * (n_tiles * (r // 2) + j) + r % 2 * 2
-                    if vectorized:
-                        if column < columns:
-                            st_global_v2_f32(target, offset + column, acc[i : i + 2])
-                    else:
-                        for e in range(2):
-                            if column + e < columns:
-                                target[offset + column + e] = acc[i + e]
+        for x in range(rows * n_tiles):
+            r, j = x // n_tiles, x % n_tiles
+            row = i32(first + ROW_STEP * r)
+            column = first_column + 8 * j
+            i = 4 * (n_tiles * (r // 2) + j) + r % 2 * 2
+            offset = row_offset(base, row, row_stride, pack, pack_stride) + column
+            if vectorized:
+                if row < end and column < columns:
+                    st_global_v2_f32(target, offset, acc[i : i + 2])
+            else:
+                if row < end and column < columns:
+                    target[offset] = acc[i]
+                if row < end and column + 1 < columns:
+                    target[offset + 1] = acc[i + 1]
 
     @device_function
     def store_packed(acc, target, base, row_stride, first, end, columns, pack, pack_stride):
         words = cuda.local.array(4, u32)
         t = cuda.threadIdx.x % 4
-        for r in range(rows):
-            row = first + ROW_STEP * r
+        for x in range(rows * groups):
+            r, group = x // groups, x % groups
+            row = i32(first + ROW_STEP * r)
             offset = row_offset(base, row, row_stride, pack, pack_stride)
-            for group in range(n_tiles // 4):
+            for j in range(4):
+                i = 4 * (n_tiles * (r // 2) + 4 * group + j) + r % 2 * 2
+                words[j] = pack_two(acc[i], acc[i + 1])
+            if vectorized:
+                transpose_quad(words, t)
+                column = 32 * group + 8 * t
+                if row < end and column < columns:
+                    st_global_v4_u32(target, offset + column, words)
+            else:
                 for j in range(4):
-                    i = 4 * (n_tiles * (r // 2) + 4 * group + j) + r % 2 * 2
-                    words[j] = pack_two(acc[i], acc[i + 1])
-                if vectorized:
-                    transpose_quad(words, t)
-                    column = 32 * group + 8 * t
+                    column = 32 * group + 8 * j + 2 * t
                     if row < end and column < columns:
-                        st_global_v4_u32(target, offset + column, words)
-                else:
-                    for j in range(4):
-                        column = 32 * group + 8 * j + 2 * t
-                        if row < end and column < columns:
-                            target[offset + column] = u16(words[j] & 0xFFFF)
-                        if row < end and column + 1 < columns:
-                            target[offset + column + 1] = u16(words[j] >> 16)
+                        target[offset + column] = u16(words[j] & 0xFFFF)
+                    if row < end and column + 1 < columns:
+                        target[offset + column + 1] = u16(words[j] >> 16)
 
     return store_float32 if as_float32 else store_packed
 

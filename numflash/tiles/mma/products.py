@@ -74,12 +74,9 @@ def make_product_pn(element: MmaElement, m_tiles, k_tiles, n_tiles, b_layout: Ti
             for j in range(columns):
                 load_transposed(b_frag, smem, advance(b, j) + step * b_step)
                 for i in range(m_tiles):
-                    for side in range(side_by_side):
-                        left = 4 * (n_tiles * i + side_by_side * j + side)
-                        mma(
-                            acc[left : left + 4],
-                            a_frag[4 * i : 4 * i + 4],
-                            b_frag[2 * side : 2 * side + 2],
-                        )
+                    left = 4 * (n_tiles * i + side_by_side * j)
+                    mma(acc[left : left + 4], a_frag[4 * i : 4 * i + 4], b_frag[0:2])
+                    if side_by_side == 2:
+                        mma(acc[left + 4 : left + 8], a_frag[4 * i : 4 * i + 4], b_frag[2:4])
 
     return product_pn

@@ -36,13 +36,30 @@ def row_sum_of_quad(x):
 
 
 @cache
+def make_scale_rows(m_tiles, n_tiles):
+    """scale_rows(acc, factors): multiply each row of an accumulator by its factor."""
+    tiles = m_tiles * n_tiles
+
+    @device_function
+    def scale_rows(acc, factors):
+        for tile in range(tiles):
+            i, r = 4 * tile, tile // n_tiles * 2
+            acc[i] *= factors[r]
+            acc[i + 1] *= factors[r]
+            acc[i + 2] *= factors[r + 1]
+            acc[i + 3] *= factors[r + 1]
+
+    return scale_rows
+
+
+@cache
 def make_online_softmax(m_tiles, n_tiles, o_tiles):
     """online_softmax(s_acc, row_max, row_sum, o_acc, scale_log2): S -> P in place.
 
     scale_log2 is positive. row_sum stays this lane's share until the end.
     """
     rows = 2 * m_tiles
-    n_columns = 2 * n_tiles
+    n_columns, scale_rows = 2 * n_tiles, make_scale_rows(m_tiles, o_tiles)
 
     @device_function
     def online_softmax(s_acc, row_max, row_sum, o_acc, scale_log2):
@@ -64,12 +81,7 @@ def make_online_softmax(m_tiles, n_tiles, o_tiles):
                 factors[r] = ex2_approx_ftz_f32((row_max[r] - shift) * scale_log2)
                 row_max[r] = new_max[r]
                 row_sum[r] *= factors[r]
-            for tile in range(m_tiles * o_tiles):
-                r = tile // o_tiles * 2
-                o_acc[4 * tile] *= factors[r]
-                o_acc[4 * tile + 1] *= factors[r]
-                o_acc[4 * tile + 2] *= factors[r + 1]
-                o_acc[4 * tile + 3] *= factors[r + 1]
+            scale_rows(o_acc, factors)
         for r in range(rows):
             factors[r] = (row_max[r] if row_max[r] > NEG_INF else f32(0)) * scale_log2
         for tile in range(m_tiles * n_tiles):
