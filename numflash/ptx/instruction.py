@@ -132,7 +132,7 @@ def _simulated(body: Callable, operands: dict[str, object], collective: str | No
 
     def together(payloads: list[tuple]) -> list:
         stacked = [
-            list(lanes) if memory else np.stack([np.asarray(x) for x in lanes])
+            list(lanes) if memory else np.array(lanes)
             for memory, lanes in zip(is_memory, zip(*payloads, strict=True), strict=True)
         ]
         result = body(*stacked)

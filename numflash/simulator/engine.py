@@ -178,17 +178,16 @@ class Block:
     def _run_ready_threads(self, args: tuple) -> None:
         global _running
         try:
+            # Threads hand over to each other. Control comes back when one has ended, when one is
+            # to begin, and when all that are left wait.
             while self.ready:
-                # A random thread, taken out in constant time.
-                ready, pick = self.ready, int(self.random.random() * len(self.ready))
-                ready[pick], ready[-1] = ready[-1], ready[pick]
-                _running = thread = ready.pop()
+                _running = thread = self._pick()
                 if thread.greenlet:
                     thread.greenlet.switch()
                 else:
                     thread.greenlet.switch(*args)
-                if thread.greenlet.dead:
-                    self._returned(thread)
+                if _running.greenlet.dead:
+                    self._returned(_running)
         except Exception as error:
             error.add_note(
                 f"in thread {tuple(_running.threadIdx)} of block {tuple(self.blockIdx)}; "
@@ -196,9 +195,23 @@ class Block:
             )
             raise
 
+    def _pick(self) -> Thread:
+        """A random ready thread, taken out in constant time."""
+        ready, pick = self.ready, int(self.random.random() * len(self.ready))
+        ready[pick], ready[-1] = ready[-1], ready[pick]
+        return ready.pop()
+
     def park(self, thread: Thread, meeting: Meeting) -> None:
         """Suspend `thread`, which must be the running one, until someone wakes it."""
+        global _running
         thread.waits_for = meeting
+        if self.ready:
+            following = self._pick()
+            if following.greenlet:
+                _running = following
+                following.greenlet.switch()
+                return
+            self.ready.append(following)
         self.scheduler.switch()
 
     def wake(self, thread: Thread, result=None) -> None:
@@ -258,6 +271,7 @@ class Block:
     def _end_waiting_threads(self) -> None:
         """After a failure: unwind the threads that wait, so that what they opened is closed."""
         global _running
+        self.ready.clear()
         for thread in self.threads:
             if thread.greenlet:
                 _running = thread
