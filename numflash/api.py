@@ -38,7 +38,7 @@ from numflash.views import ArrayView, Operand, contiguous_strides, overlap
 # Ready launches by problem; emptied when it grows past this, so that varying shapes cannot leak.
 _MAX_READY = 4096
 _LONG = 2**20
-_BACKWARD = ("backward-dkdv", "backward-dq")
+BACKWARD = ("backward-dkdv", "backward-dq")
 _ready: dict[tuple, Any] = {}
 
 
@@ -292,7 +292,7 @@ def warmup(
     if SIMULATED:
         return
     limits = limits_of_device(device)
-    for family in ("forward", "delta", *_BACKWARD) if backward else ("forward",):
+    for family in ("forward", "delta", *BACKWARD) if backward else ("forward",):
         rows = seqlen_k if family == "backward-dkdv" else seqlen_q
         choice = choose(family, traits, limits, rows)
         get_cubin(choice.config, choice.traits, limits)
@@ -369,6 +369,16 @@ def _describe(views: dict[str, ArrayView], options: dict) -> tuple[AttentionProb
     return describe(views["q"], views["k"], views["v"], **described)
 
 
+def problem_of(views: dict[str, ArrayView], options: dict) -> tuple[AttentionProblem, Traits, int]:
+    """The problem of a call, the traits of its kernels and its device. Raises as `attention`."""
+    rows, _ = _with_contiguous_rows(views, ("q", "k", "v"))
+    problem, tensors = _describe(rows, {"config": None, **options})
+    q = rows["q"]
+    out = _fresh((*q.shape[:-1], problem.head_dim_v), q)
+    tensors["out"] = as_tensor("out", out, options.get("layout", "bshd"))
+    return problem, _traits(problem, tensors), q.device
+
+
 class _Forward:
     """A forward problem with its kernel bound to everything but addresses."""
 
@@ -420,7 +430,7 @@ class _Forward:
     def _choose_launchers(self, problem, tensors: dict[str, Tensor], config) -> None:
         """The forward, and where it splits the keys the kernel that puts the parts together."""
         device = self.device
-        traits = problem.traits(all(tensor.is_vectorizable for tensor in tensors.values()))
+        traits = _traits(problem, tensors)
         choice, geometry = forward_choice(problem, traits, device, config)
         scalars = _scalars(problem, tensors) | {
             "pack": geometry.pack,
@@ -527,7 +537,7 @@ def _launcher(
     family: str, problem, tensors: dict[str, Tensor], device: int, config: str | Config | None
 ) -> Launcher:
     """A backward kernel for a problem, with its strides and scalars bound."""
-    traits = problem.traits(all(tensor.is_vectorizable for tensor in tensors.values()))
+    traits = _traits(problem, tensors)
     choice = backward_choice(family, problem, traits, device, config)
     rows, heads = problem.seqlen_q, problem.num_heads_q
     if family == "backward-dkdv":
@@ -544,9 +554,9 @@ def backward_configs(config) -> dict[str, str | Config]:
     if not isinstance(config, dict):
         raise TypeError(f"config of a backward must map families to configs, got {config!r}")
     for family in config:
-        if family not in _BACKWARD:
+        if family not in BACKWARD:
             raise ValueError(
-                f"config of a backward has the keys {', '.join(_BACKWARD)}, got {family!r}"
+                f"config of a backward has the keys {', '.join(BACKWARD)}, got {family!r}"
             )
     return config
 
@@ -582,6 +592,11 @@ def forward_choice(problem, traits: Traits, device: int, config) -> tuple[Choice
     # Packed heads are one: K and V are read once for all of them.
     in_flight = max(1, heads_in_flight(problem, traits.dtype_bytes, l2_bytes) // pack)
     return choice, Geometry(pack, splits, in_flight)
+
+
+def _traits(problem, tensors: dict[str, Tensor]) -> Traits:
+    """What the kernels for a problem with these tensors are compiled for."""
+    return problem.traits(all(tensor.is_vectorizable for tensor in tensors.values()))
 
 
 def _scalars(problem, tensors: dict[str, Tensor]) -> dict[str, int | float]:
