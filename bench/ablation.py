@@ -16,6 +16,8 @@ from bench.points import Point, decode
 from numflash.devices import ARCHITECTURES, Architecture
 
 STATIC_COLUMNS = ("idea", "variant", *static.COLUMNS[1:])
+# float16, because CuPy's bfloat16 is minimal.
+_DTYPE = "float16"
 # A tile for one query has as few rows as tensor cores multiply.
 _DECODE_ROWS = 16
 _STATIC_ARCHS = ("sm_80", "sm_90a")
@@ -45,7 +47,7 @@ def ideas(direction: str, limits: Architecture) -> list[Idea]:
     found = []
     for head_dim in (64, 128):
         point = Point(
-            direction, "ablation", "bfloat16", 4, 4096, 4096, *[2048 // head_dim] * 2, head_dim,
+            direction, "ablation", _DTYPE, 4, 4096, 4096, *[2048 // head_dim] * 2, head_dim,
             False,
         )  # fmt: skip
         found += _algorithm(point) + _machine(point, limits)
@@ -221,7 +223,7 @@ def static_rows(direction: str) -> Iterator[dict]:
     for arch in _STATIC_ARCHS:
         limits = ARCHITECTURES[arch]
         for head_dim in (64, 128):
-            traits = static.traits_of("bfloat16", head_dim)
+            traits = static.traits_of(_DTYPE, head_dim)
             for family in static.FAMILIES[direction]:
                 config = static.choose_config(family, traits, limits)
                 variants = {

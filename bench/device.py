@@ -61,7 +61,7 @@ class TorchDevice:
         self.xp = self.torch = torch
         torch.cuda.set_device(ordinal)
         self.device = torch.device("cuda", ordinal)
-        torch.backends.cuda.matmul.allow_tf32 = False  # the references are float32
+        torch.set_float32_matmul_precision("highest")  # the references are float32
         _let_cupy_allocate_from(torch, ordinal)
         self.buffer = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=self.device)
         self.fills = 1

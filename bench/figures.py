@@ -59,7 +59,8 @@ def _draw_panels(points, panels, title: str, label: str, value, path: Path) -> N
     head_dims = sorted({head_dim for _, head_dim in panels})
     masks = sorted({causal for causal, _ in panels})
     names = tables.method_names(points)
-    colours = dict(zip(names, pyplot.cm.tab20.colors, strict=False))
+    shades = pyplot.cm.tab20.colors
+    colours = dict(zip(names, shades[::2] + shades[1::2], strict=False))
     figure, axes = pyplot.subplots(
         len(masks), len(head_dims), figsize=(4 * len(head_dims) + 2, 3 * len(masks) + 1),
         squeeze=False, sharey=True,

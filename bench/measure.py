@@ -231,6 +231,8 @@ def kernels_of(device: Device, point: Point) -> str | None:
         explain = getattr(numflash, "explain_dispatch", None)
         if explain is not None:
             return str(explain(*arrays, causal=point.causal))
+        if point.direction == "backward":
+            return None
         return numflash.plan(*arrays, causal=point.causal).kernel
     except Exception:
         return None

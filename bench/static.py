@@ -10,6 +10,7 @@ from typing import Any
 
 from numflash.configs import Traits, padded_head_dim
 from numflash.devices import ARCHITECTURES, Architecture
+from numflash.dispatch import choose
 
 ARCHS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_120")
 FAMILIES = {"forward": ("forward",), "backward": ("backward-dkdv", "backward-dq")}
@@ -37,14 +38,7 @@ def traits_of(dtype: str, head_dim: int) -> Traits:
 
 def choose_config(family: str, traits: Traits, limits: Architecture, **options) -> Any:
     """The config that numflash uses on an architecture, without asking a GPU."""
-    try:
-        from numflash import dispatch
-    except ImportError:
-        from numflash.configs import default_config
-
-        return default_config(family, traits, limits.max_smem_per_block, **options)
-    choice = dispatch.choose(family, traits, limits, **options)
-    return getattr(choice, "config", choice)
+    return choose(family, traits, limits, **options).config
 
 
 def row(family: str, traits: Traits, limits: Architecture, config: Any) -> dict:

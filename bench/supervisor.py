@@ -53,8 +53,8 @@ def run(
         if end.is_regular:
             break
         if end.task is None:
-            # It died before its first task: another one would, too.
-            for index in list(left):
+            # It died before its first task: another one would, too. After one, it may not.
+            for index in [] if end.has_finished_one else list(left):
                 finish(index, {"failed": end.reason})
         elif end.method is None or end.method in left[end.task]["exclude"]:
             finish(end.task, {"failed": end.reason})

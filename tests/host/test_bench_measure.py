@@ -211,6 +211,14 @@ def test_right_results_pass_and_wrong_ones_do_not(point):
     assert checked["errors"][name] == "not finite"
 
 
+def test_without_a_budget_nothing_passes():
+    # As where the naive implementation overflows.
+    inputs, samples = _samples(FORWARD)
+    samples = [replace(sample, budgets={"out": np.nan}) for sample in samples]
+    results = _exact(FORWARD, inputs).call()
+    assert agreement.compare(results, samples)["outcome"] == "failed"
+
+
 def test_a_wrong_shape_fails():
     inputs, samples = _samples(FORWARD)
     out = _exact(FORWARD, inputs).call()["out"]

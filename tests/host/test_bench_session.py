@@ -9,7 +9,18 @@ import time
 import pytest
 
 from bench import __main__ as bench
-from bench import ablation, measure, peers, profiler, record, speed, static, supervisor, worker
+from bench import (
+    ablation,
+    checks,
+    measure,
+    peers,
+    profiler,
+    record,
+    speed,
+    static,
+    supervisor,
+    worker,
+)
 from bench.points import gpt2_medium, grid
 from bench.session import Session, point_tasks
 from numflash.devices import ARCHITECTURES
@@ -28,6 +39,9 @@ for task in settings["tasks"]:
             continue
         if step == "die at once":
             os._exit(7)
+        if step == "die afterwards":
+            write(task=task["index"], done={"excluded": task["exclude"]})
+            os._exit(9)
         if step == "no device":
             write(no_device="none here")
             os._exit(1)
@@ -103,6 +117,11 @@ def test_a_task_that_dies_outside_any_method_is_given_up():
     results, _ = _supervise(["a"], ["die at once"], ["b"])
     assert "exit status 7" in results[1]["failed"]
     assert results[0] == results[2] == {"excluded": {}}
+
+
+def test_a_worker_that_dies_between_tasks_is_replaced():
+    results, _ = _supervise(["a"], ["die afterwards"], ["b"])
+    assert results == {index: {"excluded": {}} for index in range(3)}
 
 
 def test_a_worker_that_cannot_start_is_not_started_again():
@@ -264,6 +283,26 @@ def test_every_command_measures_prints_and_records(tmp_path, gpu, monkeypatch, c
     assert len(list(tmp_path.glob("*.json"))) == 2
 
 
+def test_verify_ends_with_a_quick_forward(tmp_path, gpu, monkeypatch, capsys):
+    monkeypatch.setattr(checks, "GROUPS", ())
+    seen = []
+
+    def run(tasks, settings, *, on_result, command):
+        seen.extend(task for task in tasks if task["kind"] == "point")
+
+    monkeypatch.setattr(supervisor, "run", run)
+    assert bench.main(["verify", f"--out={tmp_path}"]) == 0
+    assert seen and {len(task["peers"]) for task in seen} == {4}
+    kinds = [json.loads(path.read_text())["kind"] for path in sorted(tmp_path.glob("*.json"))]
+    assert sorted(kinds) == ["forward", "verify"]
+    monkeypatch.setattr(supervisor, "run", lambda *a, **o: 1 / 0)
+    assert bench.main(["verify", f"--out={tmp_path}"]) == 0, "the checks decide"
+    assert "timing stopped: ZeroDivisionError" in capsys.readouterr().out
+    seen.clear()
+    assert bench.main(["verify", f"--out={tmp_path}", "--no-timing"]) == 0
+    assert seen == []
+
+
 def test_a_device_that_cannot_be_opened_is_an_error(tmp_path, gpu, monkeypatch, capsys):
     monkeypatch.setattr(supervisor, "run", lambda *a, **o: "torch: no CUDA")
     assert bench.main(["forward", f"--out={tmp_path}"]) == 1
@@ -376,12 +415,13 @@ def test_the_table_of_ideas_by_hand():
 
 
 def test_block_sizes_fit_and_begin_with_the_default():
-    limits = ARCHITECTURES["sm_80"]
-    traits = static.traits_of("float16", 128)
+    limits = ARCHITECTURES["sm_86"]
+    traits = static.traits_of("float16", 256)
     for family in ("forward", "backward-dq", "backward-dkdv"):
-        configs = ablation.block_sizes(family, 128, "float16", limits)
+        configs = ablation.block_sizes(family, 256, "float16", limits)
         assert configs[0] == static.choose_config(family, traits, limits)
-        assert len(configs) == len(set(map(str, configs))) > 2
+        assert len(configs) == len(set(map(str, configs)))
+        assert len(configs) > 2 or family != "forward"
         assert all(c.smem_bytes(traits) <= limits.max_smem_per_block for c in configs)
 
 
