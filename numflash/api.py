@@ -542,6 +542,8 @@ def _launcher(
     rows, heads = problem.seqlen_q, problem.num_heads_q
     if family == "backward-dkdv":
         rows, heads = problem.seqlen_k, problem.num_heads_kv
+    if getattr(choice.config, "apart", False):
+        heads *= 2
     num_blocks = problem.num_blocks(rows, heads, choice.config.block_rows)
     scalars = _scalars(problem, tensors)
     return Launcher(choice.config, choice.traits, device, num_blocks, scalars)

@@ -1,8 +1,8 @@
 """Configs of the kernels for tensor cores through `mma.sync`.
 
 Their string form: `sm80-m128n64w4s2`, which is the generation of instructions, tile_m, tile_n,
-warps and stages; `x8` is appended for 8 splits over the keys, `-linear` for tiles that are not
-swizzled.
+warps and stages; `x8` is appended for 8 splits over the keys, `-apart` where dK and dV have blocks
+of their own, `-linear` for tiles that are not swizzled.
 """
 
 import re
@@ -30,6 +30,8 @@ class MmaConfig:
         num_warps: per block; they share the rows of the result.
         num_stages: tiles of the walk in shared memory at once, for loads that run ahead.
         num_splits: parts that the keys are dealt out to, each with its own blocks; forward only.
+        apart: dK and dV are computed by blocks of their own, for head dims whose accumulators a
+            thread cannot hold both; backward-dkdv only.
         swizzled: False only to measure what the swizzle is worth.
     """
 
@@ -39,6 +41,7 @@ class MmaConfig:
     num_warps: int
     num_stages: int
     num_splits: int = 1
+    apart: bool = False
     swizzled: bool = True
 
     implementation: ClassVar = "sm80"
@@ -70,6 +73,8 @@ class MmaConfig:
             raise ValueError(f"{type(self).__name__} {self}: at most {MAX_STAGES} stages")
         if self.num_splits > 1 and self.family != "forward":
             raise ValueError(f"{type(self).__name__} {self}: only the forward can be split")
+        if self.apart and self.family != "backward-dkdv":
+            raise ValueError(f"{type(self).__name__} {self}: only dK and dV can be apart")
 
     @property
     def row_tile(self) -> int:
@@ -124,24 +129,30 @@ class MmaConfig:
     def _scores_per_thread(self) -> int:
         return self.m_tiles * self.column_tile // 2
 
+    def _gradient_scores(self, traits: Traits) -> int:
+        # S and dP, and with softcap its slope.
+        return (3 if traits.softcap else 2) * self._scores_per_thread()
+
     def __str__(self) -> str:
         text = f"{self.generation}-m{self.tile_m}n{self.tile_n}w{self.num_warps}s{self.num_stages}"
         if self.num_splits > 1:
             text += f"x{self.num_splits}"
+        text += "-apart" if self.apart else ""
         return text if self.swizzled else text + "-linear"
 
     @classmethod
     def parse(cls, text: str) -> "MmaConfig":
         """The inverse of `str`. Raises ValueError for anything else."""
         number = r"([1-9]\d*)"
-        pattern = rf"(sm\d+)-m{number}n{number}w{number}s{number}(?:x{number})?(-linear)?"
+        pattern = rf"(sm\d+)-m{number}n{number}w{number}s{number}(?:x{number})?(-apart)?(-linear)?"
         match = re.fullmatch(pattern, text, re.ASCII)
         if match is None or match[6] == "1":
             raise ValueError(
                 f"a {cls.family} config must look like m64n32w4 or sm80-m64n32w4s2, got {text!r}"
             )
         sizes = (int(match[i]) for i in range(2, 6))
-        return cls(match[1], *sizes, int(match[6] or 1), swizzled=match[7] is None)
+        apart, swizzled = match[7] is not None, match[8] is None
+        return cls(match[1], *sizes, int(match[6] or 1), apart, swizzled)
 
 
 def _words(rows: int, columns: int, traits: Traits) -> int:
@@ -184,7 +195,7 @@ class MmaBackwardDqConfig(MmaConfig):
 
     def accumulators_per_thread(self, traits: Traits) -> int:
         """float32 accumulators that a thread keeps through the main loop."""
-        return 2 * self._scores_per_thread() + self.m_tiles * traits.head_dim // 2
+        return self._gradient_scores(traits) + self.m_tiles * traits.head_dim // 2
 
 
 @dataclass(frozen=True)
@@ -208,7 +219,9 @@ class MmaBackwardDkDvConfig(MmaConfig):
     def accumulators_per_thread(self, traits: Traits) -> int:
         """float32 accumulators that a thread keeps through the main loop."""
         columns = traits.head_dim + traits.head_dim_v
-        return 2 * self._scores_per_thread() + self.m_tiles * columns // 2
+        if self.apart:
+            columns = max(traits.head_dim, traits.head_dim_v)
+        return self._gradient_scores(traits) + self.m_tiles * columns // 2
 
 
 MMA_CONFIGS: dict[str, type] = {
@@ -251,15 +264,20 @@ _PREFERENCES = {
         "m64n64w4s1",
         "m32n64w4s1",
         "m16n64w4s1",
+        "m64n64w4s1-apart",
+        "m32n64w4s1-apart",
+        "m16n64w4s1-apart",
         "m32n32w2s1",
         "m16n32w2s1",
+        "m16n32w2s1-apart",
         "m32n16w1s1",
         "m16n16w1s1",
+        "m16n16w1s1-apart",
     ),
 }
-# float32 accumulators a thread can hold next to its operands without spilling; rounding to tf32
-# takes registers, too.
-_MAX_ACCUMULATORS, _MAX_ACCUMULATORS_TF32 = 192, 128
+# float32 accumulators a thread can hold next to its operands without spilling: plainly, with
+# softcap or ALiBi, and where operands are rounded to tf32.
+_MAX_ACCUMULATORS, _MAX_ACCUMULATORS_BIASED, _MAX_ACCUMULATORS_TF32 = 192, 176, 112
 
 
 def candidates(family: str, generation: str) -> list[MmaConfig]:
@@ -280,10 +298,12 @@ def misfit(
             f"needs {needed} bytes of shared memory per block, {limits.arch} has "
             f"{limits.max_smem_per_block}"
         )
-    most = _MAX_ACCUMULATORS_TF32 if traits.tf32 else _MAX_ACCUMULATORS
+    most = _MAX_ACCUMULATORS_BIASED if traits.softcap or traits.alibi else _MAX_ACCUMULATORS
+    if traits.tf32:
+        most = _MAX_ACCUMULATORS_TF32
     if (accumulators := config.accumulators_per_thread(traits)) > most:
         return f"keeps {accumulators} accumulators a thread, at most {most} do not spill"
-    if config.block_rows >= 2 * rows:
+    if config.block_rows >= max(2 * rows, 2 * _ROW_STEP):
         return f"computes {config.block_rows} rows at a time, there are {rows}"
     # Registers in full; shared memory alone tells.
     fit, _ = blocks_per_sm(limits, config.num_threads, 1, needed)

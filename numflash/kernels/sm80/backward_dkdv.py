@@ -6,6 +6,9 @@ rows are its own: P^T and dS^T go from accumulator to operand in registers, and 
 band seen from the other side. Q and dO serve twice, by rows for S^T and dP^T and transposed for dK
 and dV.
 
+Where the accumulators of both do not fit the registers, dK and dV are `apart`: one half of the
+blocks computes dV, the other dK. That is five products instead of four.
+
 Source: FlashAttention-2, arXiv 2307.08691, Algorithm 2.
 """
 
@@ -50,7 +53,9 @@ def make_backward_dkdv_kernel(config: MmaBackwardDkDvConfig, traits: Traits) -> 
     dk_tiles, dv_tiles = traits.head_dim // 8, traits.head_dim_v // 8
     rows_per_warp = MMA_ROWS * m_tiles
     n_scores = 4 * m_tiles * n_tiles
-    n_dk, n_dv = 4 * m_tiles * dk_tiles, 4 * m_tiles * dv_tiles
+    n_dk, n_dv, apart = 4 * m_tiles * dk_tiles, 4 * m_tiles * dv_tiles, config.apart
+    if apart:
+        n_dk = n_dv = max(n_dk, n_dv)
 
     offsets = config.smem_offsets(traits)
     k_smem, v_smem, q_smem, do_smem = (offsets[name] for name in ("k", "v", "q", "do"))
@@ -131,14 +136,22 @@ def make_backward_dkdv_kernel(config: MmaBackwardDkDvConfig, traits: Traits) -> 
         dp_acc = cuda.local.array(n_scores, f32)
         cap_slopes = cuda.local.array(n_cap_slopes, f32)
         dk_acc = cuda.local.array(n_dk, f32)
-        dv_acc = cuda.local.array(n_dv, f32)
+        dv_acc = dk_acc
+        if not apart:
+            dv_acc = cuda.local.array(n_dv, f32)
 
         # The first keys of a causal problem are seen by the most queries: they start first.
+        block = cuda.blockIdx.x
+        with_dk = with_dv = True
+        if apart:
+            with_dv = block % 2 == 0
+            with_dk = not with_dv
+            block //= 2
         num_n_blocks = (seqlen_k + tile_n - 1) // tile_n
-        n_start = cuda.blockIdx.x % num_n_blocks * tile_n
+        n_start = block % num_n_blocks * tile_n
         num_heads_kv = num_heads_q // group_size
-        head_kv = cuda.blockIdx.x // num_n_blocks % num_heads_kv
-        batch = cuda.blockIdx.x // num_n_blocks // num_heads_kv
+        head_kv = block // num_n_blocks % num_heads_kv
+        batch = block // num_n_blocks // num_heads_kv
         scale_log2 = LOG2_E
         if not (softcapped or alibi):
             scale_log2 = score_scale * LOG2_E
@@ -205,7 +218,8 @@ def make_backward_dkdv_kernel(config: MmaBackwardDkDvConfig, traits: Traits) -> 
 
                 # S^T = K Q^T, dP^T = V dO^T
                 multiply_k_q(s_acc, smem, k_mine, q_mine + q_words * stage)
-                multiply_v_do(dp_acc, smem, v_mine, do_mine + do_words * stage)
+                if with_dk:
+                    multiply_v_do(dp_acc, smem, v_mine, do_mine + do_words * stage)
                 m_start = i32(m_block * tile_m)
                 if softcapped or alibi:
                     j = i32(n_start + accumulator_row(rows_per_warp))
@@ -232,8 +246,10 @@ def make_backward_dkdv_kernel(config: MmaBackwardDkDvConfig, traits: Traits) -> 
                     delta_mine + statistics_of_stage,
                     scale_log2,
                 )
-                multiply_p_do(dv_acc, s_acc, smem, do_transposed + do_words * stage)
-                multiply_ds_q(dk_acc, dp_acc, smem, q_transposed + q_words * stage)
+                if with_dv:
+                    multiply_p_do(dv_acc, s_acc, smem, do_transposed + do_words * stage)
+                if with_dk:
+                    multiply_ds_q(dk_acc, dp_acc, smem, q_transposed + q_words * stage)
                 last_stage = stage
                 stage = stage + 1 if stage + 1 < num_stages else 0
                 m_block += 1
@@ -241,11 +257,13 @@ def make_backward_dkdv_kernel(config: MmaBackwardDkDvConfig, traits: Traits) -> 
                     m_block, head = m_begin, head + 1
 
         row = i32(n_start + accumulator_row(rows_per_warp))
-        for i in range(n_dk):
-            dk_acc[i] *= softmax_scale
         dk_base = batch * dk_batch + head_kv * dk_head
         dv_base = batch * dv_batch + head_kv * dv_head
-        store_dk(dk_acc, dk, dk_base, dk_row, row, seqlen_k, head_dim, 1, 0)
-        store_dv(dv_acc, dv, dv_base, dv_row, row, seqlen_k, head_dim_v, 1, 0)
+        if with_dv:
+            store_dv(dv_acc, dv, dv_base, dv_row, row, seqlen_k, head_dim_v, 1, 0)
+        if with_dk:
+            for i in range(n_dk):
+                dk_acc[i] *= softmax_scale
+            store_dk(dk_acc, dk, dk_base, dk_row, row, seqlen_k, head_dim, 1, 0)
 
     return Kernel(config.family, backward_dkdv, num_threads, config.smem_bytes(traits))
