@@ -28,6 +28,7 @@ COLUMNS = (
     "EX2",
     "instructions counted",
 )
+_WIDTHS = {"kernel": 13, "config": 23, "variant": 36, "idea": 9}
 
 
 def traits_of(dtype: str, head_dim: int) -> Traits:
@@ -88,7 +89,7 @@ def print_rows(
     rows: Iterator[dict], columns: tuple[str, ...], deadline: float, show: Callable = print
 ) -> int:
     """Print rows as they come, until `deadline`; how many."""
-    widths = [max(len(column), 10) for column in columns]
+    widths = [max(len(column), _WIDTHS.get(column, 9)) for column in columns]
     show("  ".join(column.ljust(width) for column, width in zip(columns, widths, strict=True)))
     printed = 0
     for found in rows:
