@@ -159,7 +159,7 @@ def host(found: dict) -> str:
         [name, f"{entry['median_us']:.1f}" if "median_us" in entry else entry["reason"]]
         for name, entry in found.items()
     ]
-    return markdown(["method", "host microseconds a call"], rows)
+    return markdown(["method", "host microseconds of a forward call"], rows)
 
 
 def problems(points: list[dict]) -> str:
