@@ -25,6 +25,7 @@ from numflash.ptx import (
     ld_shared_v2_f32,
     ld_shared_v4_f32,
     max_f32,
+    mov_tid_x,
     st_global_v2_f32,
     st_global_v2_u32,
     st_global_v4_f32,
@@ -237,6 +238,13 @@ def _store_shared(instruction, scalar):
     return store
 
 
+def _thread_index(x: Pointer(u32), y: Pointer(u32)):
+    """Read before and after a barrier, behind which other threads have run."""
+    y[2 * cuda.threadIdx.x] = mov_tid_x()
+    cuda.syncthreads()
+    y[2 * cuda.threadIdx.x + 1] = x[mov_tid_x()]
+
+
 _STEPS = 6
 
 
@@ -360,6 +368,11 @@ def _memory_cases() -> list[InstructionCase]:
     return cases
 
 
+def _register_cases() -> list[InstructionCase]:
+    x = np.arange(THREADS, dtype=np.uint32) * np.uint32(2654435761)
+    return [InstructionCase("mov_tid_x", "", _thread_index, (x,), (((2 * THREADS,), np.uint32),))]
+
+
 def _barrier_cases() -> list[InstructionCase]:
     steps = np.arange(64 * _STEPS, dtype=np.uint32) * np.uint32(2654435761)
     return [
@@ -381,7 +394,12 @@ def _barrier_cases() -> list[InstructionCase]:
     ]
 
 
-BASIC_CASES = [*_arithmetic_cases(), *_memory_cases(), *_barrier_cases()]
+BASIC_CASES = [
+    *_arithmetic_cases(),
+    *_memory_cases(),
+    *_register_cases(),
+    *_barrier_cases(),
+]
 CASES: dict[str, list[InstructionCase]] = {}
 """Instruction name -> its cases."""
 for _case in [*BASIC_CASES, *TENSOR_CORE_CASES, *ASYNC_COPY_CASES]:

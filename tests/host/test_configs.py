@@ -1,44 +1,86 @@
-"""Configs and traits: string forms, what is refused, shared memory, defaults that fit."""
+"""Configs and traits: string forms, what is refused, shared memory, registers."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 
 from numflash.configs import (
     DTYPES,
     FAMILIES,
+    MMA_CONFIGS,
+    PORTABLE_CONFIGS,
     BackwardDkDvConfig,
     BackwardDqConfig,
+    CombineConfig,
     DeltaConfig,
     ForwardConfig,
+    MmaBackwardDkDvConfig,
+    MmaBackwardDqConfig,
+    MmaForwardConfig,
     Traits,
     accumulators_per_thread,
-    default_config,
     padded_head_dim,
+    parse_config,
+    portable,
+    sm80,
 )
 from numflash.devices import ARCHITECTURES
 
 HEAD_DIMS = range(32, 257, 32)
 TILED = ("forward", "backward-dq", "backward-dkdv")
-SMEM_SIZES = sorted({a.max_smem_per_block for a in ARCHITECTURES.values()})
+BY_ROW = ("delta", "combine")
 
 
-def all_traits():
-    """Every combination of head dims; shared memory depends on nothing else."""
-    return [Traits("float16", d, dv) for d, dv in itertools.product(HEAD_DIMS, HEAD_DIMS)]
+def all_traits(dtype="float16"):
+    """Every combination of head dims; shared memory depends on nothing but these and the dtype."""
+    return [Traits(dtype, d, dv) for d, dv in itertools.product(HEAD_DIMS, HEAD_DIMS)]
 
 
 # String forms
 
 
+TEXTS = {
+    **{family: ["m64n32w4", "m16n16w2", "m128n128w8"] for family in TILED},
+    **{family: ["w1", "w8", "w32"] for family in BY_ROW},
+}
+MMA_TEXTS = ["sm80-m128n64w4s1", "sm75-m32n32w2s3", "sm80-m16n16w1s2-linear"]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_config_round_trips_through_its_string(family):
-    texts = ["w1", "w8", "w32"] if family == "delta" else ["m64n32w4", "m16n16w2", "m128n128w8"]
-    for text in texts:
-        config = FAMILIES[family].parse(text)
+    for text in TEXTS[family]:
+        config = parse_config(family, text)
+        assert type(config) is PORTABLE_CONFIGS[family]
         assert str(config) == text
-        assert FAMILIES[family].parse(str(config)) == config
-        assert config.family == family
+        assert (config.family, config.implementation) == (family, "portable")
+
+
+@pytest.mark.parametrize("family", MMA_CONFIGS)
+def test_a_tensor_core_config_round_trips_through_its_string(family):
+    texts = [text.replace("n32", "n64") for text in MMA_TEXTS]
+    for text in [*MMA_TEXTS, *texts]:
+        if family == "backward-dkdv":
+            # Rows and columns change places.
+            text = text.replace("m128n64", "m64n128")
+        config = parse_config(family, text)
+        assert type(config) is MMA_CONFIGS[family]
+        assert str(config) == text
+        assert (config.family, config.implementation) == (family, "sm80")
+
+
+def test_the_parts_of_a_tensor_core_string_are_those_of_the_config():
+    config = parse_config("forward", "sm80-m128n48w2s3x7-linear")
+    assert config == MmaForwardConfig("sm80", 128, 48, 2, 3, 7, swizzled=False)
+    assert str(config) == "sm80-m128n48w2s3x7-linear"
+    assert str(replace(config, swizzled=True)) == "sm80-m128n48w2s3x7"
+    assert (config.m_tiles, config.num_threads, config.block_rows) == (4, 64, 128)
+
+
+def test_splits_share_their_machine_code_but_not_with_a_forward_that_is_not_split():
+    whole, two, seven = (parse_config("forward", f"sm80-m16n16w1s1{x}") for x in ("", "x2", "x7"))
+    assert whole.compiled == whole
+    assert seven.compiled == two.compiled == two != whole
 
 
 def test_traits_round_trip_through_their_string():
@@ -46,6 +88,10 @@ def test_traits_round_trip_through_their_string():
     for dtype, (softcap, alibi, vectorized) in itertools.product(DTYPES, flags):
         traits = Traits(dtype, 64, 256, softcap=softcap, alibi=alibi, vectorized=vectorized)
         assert Traits.parse(str(traits)) == traits
+        if dtype == "float32":
+            tf32 = replace(traits, tf32=True)
+            assert Traits.parse(str(tf32)) == tf32 != traits
+    assert str(Traits("float32", 32, 64, tf32=True)) == "float32-d32-dv64-vec-tf32"
     assert str(Traits("float16", 64, 96, softcap=True)) == "float16-d64-dv96-softcap-vec"
 
 
@@ -58,21 +104,53 @@ def test_different_configs_and_traits_have_different_strings():
     assert len(set(map(str, traits))) == len(traits)
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["", "m64n32", "m64n32w4x", "64x32x4", "m-64n32w4", "w4", "M8n8w1", "m064n32w4", "m0n8w1"],
-)
+WRONG_TILES = [
+    "",
+    "m64n32",
+    "m64n32w4x",
+    "64x32x4",
+    "m-64n32w4",
+    "w4",
+    "M8n8w1",
+    "m064n32w4",
+    "m0n8w1",
+    "sm80",
+    "sm80-m64n64w4",
+    "sm80-m64n64w4s0",
+    "sm80-m064n64w4s1",
+    "sm80-m64n64w4s1x0",
+    "sm80-m64n64w4s1x1",
+    "sm80-m64n64w4s1-swizzled",
+    "sm80-m64n64w4s1-linearx2",
+    "sm80-m64n64w4s1 ",
+    "sm80m64n64w4s1",
+    "sm-m64n64w4s1",
+]
+
+
+@pytest.mark.parametrize("text", WRONG_TILES)
 @pytest.mark.parametrize("family", TILED)
 def test_a_wrong_config_string_is_refused(family, text):
     with pytest.raises(ValueError, match=f"{family} config must look like") as error:
-        FAMILIES[family].parse(text)
+        parse_config(family, text)
     assert repr(text) in str(error.value)
 
 
-@pytest.mark.parametrize("text", ["", "8", "w", "w8x", "m64n32w4", "w-1", "w08", "w0"])
-def test_a_wrong_delta_string_is_refused(text):
-    with pytest.raises(ValueError, match="delta config must look like w8"):
-        DeltaConfig.parse(text)
+@pytest.mark.parametrize(
+    "text", ["", "8", "w", "w8x", "m64n32w4", "w-1", "w08", "w0", "sm80-m64n64w4s1"]
+)
+@pytest.mark.parametrize("family", BY_ROW)
+def test_a_wrong_string_of_a_kernel_by_rows_is_refused(family, text):
+    with pytest.raises(ValueError, match=f"{family} config must look like w8") as error:
+        parse_config(family, text)
+    assert repr(text) in str(error.value)
+
+
+@pytest.mark.parametrize("family", ["sideways", "", "Forward", None])
+def test_an_unknown_family_is_refused(family):
+    with pytest.raises(ValueError, match="kernel family must be one of forward, ") as error:
+        parse_config(family, "m64n32w4")
+    assert repr(family) in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -89,6 +167,7 @@ def test_a_wrong_delta_string_is_refused(text):
         "float16-d064-dv64",
         "float16-d64-dv64-vec-softcap",
         "float16-d64-dv64-vec-vec",
+        "float32-d64-dv64-tf32-vec",
     ],
 )
 def test_wrong_traits_strings_are_refused(text):
@@ -118,6 +197,35 @@ def test_wrong_tiles_are_refused(arguments, words):
         assert word in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (("sm90", 64, 64, 4, 1), ["must begin with one of sm75, sm80", "'sm90'"]),
+        (("sm80", 0, 64, 4, 1), ["tile_m of MmaForwardConfig must be positive", "got 0"]),
+        (("sm80", 64, -16, 4, 1), ["tile_n of MmaForwardConfig must be positive", "got -16"]),
+        (("sm80", 64, 64, 0, 1), ["num_warps of MmaForwardConfig must be positive", "got 0"]),
+        (("sm80", 64, 64, 4, 0), ["num_stages of MmaForwardConfig must be positive", "got 0"]),
+        (("sm80", 64, 64, 4, 1, 0), ["num_splits of MmaForwardConfig must be", "got 0"]),
+        (("sm80", 96, 64, 4, 1), ["tile_m = 96", "multiple of 16 x num_warps"]),
+        (("sm80", 64, 24, 4, 1), ["the other tile (24)", "of 16"]),
+        (("sm80", 528, 64, 33, 1), ["at most 32 warps"]),
+        (("sm80", 64, 64, 4, 4), ["at most 3 stages"]),
+    ],
+    ids=str,
+)
+def test_wrong_tensor_core_tiles_are_refused(arguments, words):
+    with pytest.raises(ValueError) as error:
+        MmaForwardConfig(*arguments)
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize("family", ["backward-dkdv", "backward-dq"])
+def test_only_the_forward_is_split(family):
+    with pytest.raises(ValueError, match="sm80-m64n64w4s1x2: only the forward can be split"):
+        parse_config(family, "sm80-m64n64w4s1x2")
+
+
 def test_the_row_tile_of_the_dkdv_kernel_is_tile_n():
     with pytest.raises(ValueError, match="tile_n = 24"):
         BackwardDkDvConfig(32, 24, 4)
@@ -125,12 +233,18 @@ def test_the_row_tile_of_the_dkdv_kernel_is_tile_n():
     assert (config.row_tile, config.column_tile, config.block_rows) == (16, 8, 16)
     config = BackwardDqConfig(16, 8, 4)
     assert (config.row_tile, config.column_tile, config.block_rows) == (16, 8, 16)
+    with pytest.raises(ValueError, match="tile_n = 48"):
+        MmaBackwardDkDvConfig("sm80", 64, 48, 4, 1)
+    config = MmaBackwardDkDvConfig("sm80", 16, 128, 4, 1)
+    assert (config.row_tile, config.column_tile, config.block_rows) == (128, 16, 128)
+    assert config.m_tiles == 2
 
 
 @pytest.mark.parametrize("num_warps", [0, -1, 33])
-def test_wrong_warps_of_delta_are_refused(num_warps):
+@pytest.mark.parametrize("config", [DeltaConfig, CombineConfig])
+def test_wrong_warps_of_a_kernel_by_rows_are_refused(config, num_warps):
     with pytest.raises(ValueError, match=f"num_warps .* 1 to 32, got {num_warps}"):
-        DeltaConfig(num_warps)
+        config(num_warps)
 
 
 @pytest.mark.parametrize(
@@ -141,6 +255,7 @@ def test_wrong_warps_of_delta_are_refused(num_warps):
         (("float16", 32, 0), ["head_dim_v of a kernel", "got 0"]),
         (("float16", 288, 32), ["head_dim of a kernel", "up to 256", "got 288"]),
         (("float16", -32, 32), ["head_dim of a kernel", "got -32"]),
+        (("bfloat16", 32, 32, False, False, True, True), ["tf32 is a way", "not bfloat16"]),
     ],
 )
 def test_wrong_traits_are_refused(arguments, words):
@@ -169,6 +284,7 @@ def test_head_dims_are_padded_to_the_next_multiple_of_32():
         (BackwardDqConfig(16, 8, 4), (16 + 8) * 100 + (16 + 8) * 68 + 16 * 8),
         (BackwardDkDvConfig(64, 32, 4), (64 + 32) * 100 + (64 + 32) * 68 + 32 * 72),
         (DeltaConfig(8), 0),
+        (CombineConfig(4), 0),
     ],
     ids=str,
 )
@@ -176,10 +292,29 @@ def test_smem_bytes_are_those_computed_by_hand(config, expected_floats):
     assert config.smem_bytes(Traits("float16", 96, 64)) == 4 * expected_floats
 
 
+@pytest.mark.parametrize(
+    "config, expected_elements, expected_words",
+    [
+        # Nothing is padded; the stages' tiles of the walk lie behind each other.
+        (MmaForwardConfig("sm80", 128, 64, 4, 1), (128 + 64) * 96 + 64 * 64, 0),
+        (MmaForwardConfig("sm80", 128, 64, 4, 2, 9), (128 + 2 * 64) * 96 + 2 * 64 * 64, 0),
+        (MmaBackwardDqConfig("sm80", 64, 32, 4, 2), (64 + 2 * 32) * (96 + 64), 0),
+        (MmaBackwardDkDvConfig("sm80", 32, 64, 4, 2), (64 + 2 * 32) * (96 + 64), 2 * 2 * 32),
+    ],
+    ids=str,
+)
+def test_smem_bytes_of_tensor_core_kernels_are_those_computed_by_hand(
+    config, expected_elements, expected_words
+):
+    for traits in (Traits("bfloat16", 96, 64), Traits("float32", 96, 64, tf32=True)):
+        expected = traits.dtype_bytes * expected_elements + 4 * expected_words
+        assert config.smem_bytes(traits) == expected
+        assert replace(config, swizzled=False).smem_bytes(traits) == expected
+
+
 @pytest.mark.parametrize("family", TILED)
 def test_shared_tiles_follow_each_other_and_begin_16_byte_aligned(family):
-    for traits, smem in itertools.product(all_traits(), SMEM_SIZES):
-        config = default_config(family, traits, smem)
+    for traits, config in itertools.product(all_traits(), portable.candidates(family)):
         layout = config.smem_layout(traits)
         rows = {"q": config.tile_m, "do": config.tile_m, "k": config.tile_n, "v": config.tile_n}
         rows["p"] = config.row_tile
@@ -194,25 +329,31 @@ def test_shared_tiles_follow_each_other_and_begin_16_byte_aligned(family):
         assert end * 4 == layout.smem_bytes
 
 
-# Defaults
-
-
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_default_config_fits_every_gpu(family, arch):
-    limit = ARCHITECTURES[arch].max_smem_per_block
-    for traits in all_traits():
-        config = default_config(family, traits, limit)
-        assert config.smem_bytes(traits) <= limit, f"{config} {traits}"
-        assert config.num_threads <= 1024
-
-
 @pytest.mark.parametrize("family", TILED)
-def test_the_default_config_leaves_registers_for_its_operands(family):
-    for traits, smem in itertools.product(all_traits(), SMEM_SIZES):
-        config = default_config(family, traits, smem)
-        # 255 registers a thread; a row of operands and the addresses need about 100 of them.
-        assert accumulators_per_thread(config, traits) <= 144, f"{config} {traits}"
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_tensor_core_tiles_follow_each_other_and_begin_in_the_first_bank(family, dtype):
+    for traits, config in itertools.product(all_traits(dtype), sm80.candidates(family, "sm80")):
+        tiles, offsets = config.tiles(traits), config.smem_offsets(traits)
+        assert list(tiles) == list(offsets)
+        end = 0
+        for name, words in tiles.items():
+            assert offsets[name] == end, (config, traits)
+            # The swizzle is that of addresses: it counts rows from a multiple of 32 words.
+            if name not in ("lse", "delta"):
+                stages = config.num_stages if name in walked(family) else 1
+                assert end % 32 == 0 and words // stages % 32 == 0, (config, traits)
+            # Pairs of float32 are read at once.
+            assert end % 2 == 0
+            end += words
+        assert end * 4 == config.smem_bytes(traits)
+
+
+def walked(family):
+    """The tiles that come in stages."""
+    return ("q", "do") if family == "backward-dkdv" else ("k", "v")
+
+
+# Registers
 
 
 def test_accumulators_are_those_counted_by_hand():
@@ -223,16 +364,25 @@ def test_accumulators_are_those_counted_by_hand():
     assert accumulators_per_thread(BackwardDkDvConfig(32, 64, 4), traits) == 2 * 16 + 4 * 20
 
 
-@pytest.mark.parametrize("family", TILED)
-def test_more_shared_memory_never_means_a_smaller_tile(family):
-    for traits in all_traits():
-        configs = [default_config(family, traits, smem) for smem in SMEM_SIZES]
-        sizes = [config.tile_m * config.tile_n for config in configs]
-        assert sizes == sorted(sizes)
+def test_accumulators_of_tensor_core_kernels_are_those_counted_by_hand():
+    traits = Traits("float16", 64, 96)
+    # 32 rows a warp = 4 a thread, two columns in eight: 8 of 32, 16 of 64 and 24 of 96.
+    forward = MmaForwardConfig("sm80", 128, 32, 4, 1)
+    assert forward.accumulators_per_thread(traits) == 4 * 8 + 4 * 24
+    dq = MmaBackwardDqConfig("sm80", 128, 32, 4, 1)
+    assert dq.accumulators_per_thread(traits) == 2 * 4 * 8 + 4 * 16
+    dkdv = MmaBackwardDkDvConfig("sm80", 32, 128, 4, 1)
+    assert dkdv.accumulators_per_thread(traits) == 2 * 4 * 8 + 4 * (16 + 24)
 
 
-def test_an_unknown_family_is_refused():
-    with pytest.raises(
-        ValueError, match=r"kernel family must be one of forward, .* got 'sideways'"
-    ):
-        default_config("sideways", Traits("float16", 32, 32), 65536)
+def test_candidates_are_configs_of_their_family_and_no_two_are_the_same():
+    for family in FAMILIES:
+        candidates = [*portable.candidates(family)]
+        for generation in ("sm75", "sm80"):
+            candidates += sm80.candidates(family, generation)
+        assert {config.family for config in candidates} == {family}
+        assert len(set(map(str, candidates))) == len(candidates) > 0
+        # Shared memory of the largest is for the largest GPUs, the smallest must do everywhere.
+        least = min(a.max_smem_per_block for a in ARCHITECTURES.values())
+        for traits in (Traits("float32", 256, 256), Traits("float16", 256, 256)):
+            assert portable.candidates(family)[-1].smem_bytes(traits) <= least

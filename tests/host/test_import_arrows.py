@@ -20,19 +20,30 @@ ARROWS = {
     "sass": "errors",
     "devices": "",
     "cache": "",
-    "configs": "",
+    "configs": "devices",
     "reference": "",
     "views": "",
     "arrays": "errors mode views",
     "problem": "configs errors views",
+    "dispatch": "configs devices errors problem",
     "simulator": "mode",
     "ptx": "mode simulator",
     "tiles": "ptx",
     "kernels": "configs ptx tiles",
     "compiler": "cache configs devices errors kernels ptx",
     "launch": "compiler configs devices errors kernels mode ptx simulator views",
-    "api": "arrays compiler configs launch mode problem views",
+    "api": "arrays compiler configs dispatch launch mode problem views",
     "check": "api arrays reference",
+    "explain": "api arrays dispatch views",
+}
+# Within a layer: the files of a folder import none of these folders. The portable kernels stay
+# readable by themselves, and each implementation can be taken out.
+APART = {
+    "configs/portable.py": "configs.sm80",
+    "configs/sm80.py": "configs.portable",
+    "kernels/portable": "kernels.sm80 tiles.mma",
+    "kernels/sm80": "kernels.portable",
+    "tiles/[a-z]*.py": "tiles.mma",
 }
 # What else may be imported, and by whom: "*" everywhere, "f" only inside a function.
 OUTSIDE = {
@@ -100,6 +111,15 @@ def test_imports_go_down(path):
     assert _violations(path) == []
 
 
+@pytest.mark.parametrize("place", APART)
+def test_implementations_stay_apart(place):
+    found = sorted(ROOT.glob(place if place.endswith(".py") else f"{place}/*.py"))
+    assert found
+    refused = tuple(f"numflash.{other}." for other in APART[place].split())
+    for path in found:
+        assert [name for name, _ in _imports(path) if f"{name}.".startswith(refused)] == [], path
+
+
 def test_the_table_names_only_what_exists():
     units = {_unit(path) for path in _modules()}
     assert set(ARROWS) <= units
@@ -125,6 +145,8 @@ def test_no_module_is_named_after_nothing():
     [
         ("configs", "from numflash.arrays import ArrayView", "configs imports numflash.arrays"),
         ("configs", "from numflash import api", "configs imports numflash.api"),
+        ("dispatch", "from numflash.launch import x", "dispatch imports numflash.launch"),
+        ("kernels", "from numflash import dispatch", "kernels imports numflash.dispatch"),
         ("tiles", "import numba", "tiles imports numba"),
         ("kernels", "def f():\n    from numba import cuda", "kernels imports numba in a function"),
         ("kernels", "from ..launch import Launcher", "kernels imports numflash.launch"),

@@ -1,4 +1,4 @@
-"""Who owns which element of a tile, and that shared memory is reached without bank conflicts.
+"""The portable kernels: who owns which element of a tile; no bank conflicts in shared memory.
 
 The index arithmetic that is proven here is that of the kernels themselves: the functions of
 `numflash.tiles` run as plain Python, lane after lane, and every address they touch is noted.
@@ -8,16 +8,13 @@ for a whole warp at once, one of 16 bytes in four phases of 8 lanes. In a phase 
 word; lanes that want the same word share it. Two different words of one bank are a conflict.
 """
 
-import itertools
 import types
 from array import array
 from collections import Counter
-from functools import cache
 
 import pytest
 
-from numflash.configs import FAMILIES, SmemLayout, Traits, default_config
-from numflash.devices import ARCHITECTURES
+from numflash.configs import SmemLayout, Traits, portable
 from numflash.tiles import copies, gradients, lanes, products, scores, softmax
 
 HEAD_DIMS = range(32, 257, 32)
@@ -25,18 +22,9 @@ WARP = range(32)
 BANKS = 32
 
 
-@cache
-def shipped_configs() -> tuple:
-    """Every tiled config that `default_config` gives on some GPU for some head dims."""
-    families = [family for family in FAMILIES if family != "delta"]
-    limits = {architecture.max_smem_per_block for architecture in ARCHITECTURES.values()}
-    traits = [Traits("float16", d, dv) for d, dv in itertools.product(HEAD_DIMS, HEAD_DIMS)]
-    found = {default_config(*case) for case in itertools.product(families, traits, limits)}
-    return tuple(sorted(found, key=lambda config: (config.family, str(config))))
-
-
+CONFIGS = [c for f in ("forward", "backward-dkdv", "backward-dq") for c in portable.candidates(f)]
 each_config = pytest.mark.parametrize(
-    "config", shipped_configs(), ids=lambda config: f"{config.family}-{config}"
+    "config", CONFIGS, ids=lambda config: f"{config.family}-{config}"
 )
 
 
@@ -254,7 +242,7 @@ def test_each_output_belongs_to_one_thread(thread, config, vectorized, head_dim)
 COPIES = sorted(
     {
         (rows, config.num_threads)
-        for config in shipped_configs()
+        for config in CONFIGS
         for rows in (config.row_tile, config.column_tile)
     }
 )

@@ -210,6 +210,7 @@ EXPECTED = {
     "st_shared_v4_u32": between_ones,
     "st_shared_f32": backwards(4),
     "st_shared_u32": backwards(4),
+    "mov_tid_x": lambda x: np.stack([np.arange(x.size, dtype=u32), x], axis=1).ravel(),
     "bar_sync": expected_pairs_of_warps,
     "bar_arrive": lambda x: x.reshape(-1, 32)[:, ::-1].ravel(),
 }
