@@ -12,20 +12,39 @@ import pytest
 import numflash
 from numflash import api, reference
 from numflash.arrays import _NumPy
-from numflash.configs import FAMILIES
+from numflash.configs import parse_config
+from numflash.dispatch import Choice
 from numflash.simulator import SEED
 
 # A ragged tile of queries, two of keys.
-TILES = {"forward": "m8n8w1", "backward-dq": "m8n8w1", "backward-dkdv": "m8n8w1", "delta": "w1"}
+PORTABLE = {
+    "forward": "m8n8w1",
+    "backward-dq": "m8n8w1",
+    "backward-dkdv": "m8n8w1",
+    "delta": "w1",
+    "combine": "w1",
+}
+# A ragged tile of each; of rows of packed heads, too.
+TENSOR_CORES = {
+    "forward": "sm80-m16n16w1s1",
+    "backward-dq": "sm80-m16n16w1s2",
+    "backward-dkdv": "sm80-m16n16w1s2",
+}
 B, SQ, SK, H, HKV, D, DV = 1, 5, 11, 2, 1, 32, 32
 NAN = np.float32(np.nan)
+
+
+def choose_small(family, traits, limits, rows=None, positive_scale=True):
+    """float16 on the tensor cores, float32 on the portable kernels."""
+    on_tensor_cores = traits.dtype == "float16" and family in TENSOR_CORES
+    config = parse_config(family, (TENSOR_CORES if on_tensor_cores else PORTABLE)[family])
+    return Choice(family, config, traits, "small", ())
 
 
 @pytest.fixture(autouse=True)
 def small_tiles_and_poisoned_results(monkeypatch):
     """Small tiles; and NaN wherever a kernel leaves a result out."""
-    configs = {family: FAMILIES[family].parse(text) for family, text in TILES.items()}
-    monkeypatch.setattr(api, "default_config", lambda family, *_: configs[family])
+    monkeypatch.setattr(api, "choose", choose_small)
     monkeypatch.setattr(api, "_ready", {})
     empty = _NumPy.empty
 
@@ -35,6 +54,12 @@ def small_tiles_and_poisoned_results(monkeypatch):
         return array
 
     monkeypatch.setattr(_NumPy, "empty", poisoned)
+
+
+@pytest.fixture(params=[np.float32, np.float16], ids=["portable", "tensor-cores"])
+def dtype(request):
+    """The dtype that each implementation's kernels get here."""
+    return request.param
 
 
 @pytest.fixture
@@ -53,24 +78,25 @@ def arrays(rng, batch=B, layout="bshd", dtype=np.float32):
     return q, k, v
 
 
-def assert_close(got, expected):
-    """Equal up to float32's roundings; a value left out, or read from beside, is far off."""
+def assert_close(got, expected, dtype=np.float32):
+    """Equal up to the roundings; a value left out, or read from beside, is far off."""
     assert got.shape == expected.shape
-    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+    relative, absolute = (1e-4, 1e-5) if dtype == np.float32 else (1e-2, 1e-2)
+    np.testing.assert_allclose(got, expected, rtol=relative, atol=absolute)
 
 
 def assert_right(q, k, v, **options):
     """Compare a forward and a backward call with the reference."""
     out, lse = numflash.attention(q, k, v, return_lse=True, **options)
     exact_out, exact_lse = reference.attention(q, k, v, **options)
-    assert_close(out, exact_out)
-    assert_close(lse, exact_lse)
+    assert_close(out, exact_out, q.dtype)
+    assert_close(lse, exact_lse, q.dtype)
     assert (out.dtype, lse.dtype) == (q.dtype, np.float32)
     gradients = numflash.attention_backward(out, q, k, v, out, lse, **options)
     exact = reference.attention_backward(out, q, k, v, **options)
     for gradient, array, expected in zip(gradients, (q, k, v), exact, strict=True):
         assert gradient.dtype == array.dtype and gradient.flags.c_contiguous
-        assert_close(gradient, expected)
+        assert_close(gradient, expected, q.dtype)
 
 
 def test_simulating_says_where_kernels_run():
@@ -81,8 +107,8 @@ def test_simulating_says_where_kernels_run():
 
 
 @pytest.mark.parametrize("layout", ["bshd", "bhsd"])
-def test_arrays_of_4_3_and_2_dimensions(rng, layout):
-    q, k, v = arrays(rng, 2, layout)
+def test_arrays_of_4_3_and_2_dimensions(rng, dtype, layout):
+    q, k, v = arrays(rng, 2, layout, dtype)
     assert_right(q, k, v, layout=layout, causal=True)
     assert_right(q[1], k[1], v[1], layout=layout)
     head = np.s_[0, :, 0] if layout == "bshd" else np.s_[0, 0]
@@ -114,30 +140,31 @@ STRIDED = {
 
 def _amid_nan(x):
     """A view of the same values with NaN before, after and between its rows."""
-    whole = np.full((x.shape[0] + 1, 2 * x.shape[1] + 1, x.shape[2] + 2, x.shape[3] + 7), NAN)
+    shape = (x.shape[0] + 1, 2 * x.shape[1] + 1, x.shape[2] + 2, x.shape[3] + 7)
+    whole = np.full(shape, NAN, x.dtype)
     view = whole[1:, 1::2, 1:-1, 3:-4]
     view[...] = x
     return view
 
 
 @pytest.mark.parametrize("stride", [*STRIDED.values(), _amid_nan], ids=[*STRIDED, "amid-nan"])
-def test_strides_are_honoured(rng, stride):
-    q, k, v = arrays(rng, 2)
+def test_strides_are_honoured(rng, dtype, stride):
+    q, k, v = arrays(rng, 2, dtype=dtype)
     strided = [stride(x) for x in (q, k, v)]
     for x, original in zip(strided, (q, k, v), strict=True):
         assert (x == original).all()
     assert_right(*strided, causal=True)
 
 
-def test_broadcast_inputs_are_read_in_place(rng):
-    q, k, v = arrays(rng, 2)
+def test_broadcast_inputs_are_read_in_place(rng, dtype):
+    q, k, v = arrays(rng, 2, dtype=dtype)
     k, v = (np.broadcast_to(x[:1, :, :1], (2, SK, H, D)) for x in (k, v))
     assert 0 in k.strides
     assert_right(q, k, v)
 
 
-def test_slopes_may_have_strides(rng):
-    q, k, v = arrays(rng, 2)
+def test_slopes_may_have_strides(rng, dtype):
+    q, k, v = arrays(rng, 2, dtype=dtype)
     slopes = np.array([0.5, NAN, 0.25, NAN], np.float32)[::2]
     assert_right(q[:1], k[:1], v[:1], alibi_slopes=slopes)
     per_batch = np.array([[0.5, 0.25], [NAN, NAN], [0.125, 1.0]], np.float32)[::2, ::-1]
@@ -146,47 +173,47 @@ def test_slopes_may_have_strides(rng):
     assert_right(q[:1], k[:1], v[:1], alibi_slopes=broadcast)
 
 
-def test_gradients_and_results_may_be_strided_in_backward(rng):
-    q, k, v = arrays(rng)
+def test_gradients_and_results_may_be_strided_in_backward(rng, dtype):
+    q, k, v = arrays(rng, dtype=dtype)
     out, lse = numflash.attention(q, k, v, return_lse=True)
-    dout = rng.standard_normal(out.shape).astype(np.float32)
+    dout = rng.standard_normal(out.shape).astype(dtype)
     expected = numflash.attention_backward(dout, q, k, v, out, lse)
     for stride in (_amid_nan, STRIDED["last-axis-reversed"]):
         got = numflash.attention_backward(stride(dout), q, k, v, stride(out), lse)
         for a, b in zip(got, expected, strict=True):
-            assert_close(a, b)
+            assert_close(a, b, dtype)
 
 
 # What is written
 
 
-def test_results_are_written_to_the_last_row_and_column(rng):
+def test_results_are_written_to_the_last_row_and_column(rng, dtype):
     shape = (1, 23, 1, 29)
-    q, k, v = (rng.standard_normal(shape).astype(np.float32) for _ in range(3))
+    q, k, v = (rng.standard_normal(shape).astype(dtype) for _ in range(3))
     assert_right(q, k, v)
 
 
 @pytest.mark.parametrize("head_dim_v", [24, 27], ids=["vectors", "elements"])
-def test_out_is_written_and_nothing_beside_it(rng, head_dim_v):
-    q, k, v = arrays(rng)
+def test_out_is_written_and_nothing_beside_it(rng, dtype, head_dim_v):
+    q, k, v = arrays(rng, dtype=dtype)
     v = v[..., :head_dim_v]
-    whole = np.full((B + 1, SQ + 5, H + 2, head_dim_v + 16), np.float32(7))
+    whole = np.full((B + 1, SQ + 5, H + 2, head_dim_v + 16), dtype(7))
     out = whole[1:, 2:-3, 1:-1, 8:-8]
     result = numflash.attention(q, k, v, out=out)
     assert result is out
-    assert_close(out, reference.attention(q, k, v)[0])
+    assert_close(out, reference.attention(q, k, v)[0], dtype)
     out[...] = 7
     assert (whole == 7).all()
 
 
-def test_out_may_be_interleaved_with_the_inputs(rng):
-    packed = rng.standard_normal((B, SQ, 4, H, D)).astype(np.float32)
+def test_out_may_be_interleaved_with_the_inputs(rng, dtype):
+    packed = rng.standard_normal((B, SQ, 4, H, D)).astype(dtype)
     inputs = packed[:, :, :3].copy()
     q, k, v, out = (packed[:, :, i] for i in range(4))
     out.fill(NAN)
     numflash.attention(q, k, v, out=out)
     assert (packed[:, :, :3] == inputs).all()
-    assert_close(out, reference.attention(q, k, v)[0])
+    assert_close(out, reference.attention(q, k, v)[0], dtype)
 
 
 def test_out_of_another_call_is_not_found(rng):
@@ -197,8 +224,8 @@ def test_out_of_another_call_is_not_found(rng):
     assert (first == second).all()
 
 
-def test_inputs_are_left_alone(rng):
-    q, k, v = arrays(rng)
+def test_inputs_are_left_alone(rng, dtype):
+    q, k, v = arrays(rng, dtype=dtype)
     before = [x.copy() for x in (q, k, v)]
     out, lse = numflash.attention(q, k, v, return_lse=True)
     kept = out.copy(), lse.copy()
@@ -207,8 +234,8 @@ def test_inputs_are_left_alone(rng):
     assert (out == kept[0]).all() and (lse == kept[1]).all()
 
 
-def test_read_only_inputs_are_read(rng):
-    q, k, v = arrays(rng)
+def test_read_only_inputs_are_read(rng, dtype):
+    q, k, v = arrays(rng, dtype=dtype)
     for x in (q, k, v):
         x.flags.writeable = False
     assert_right(q, k, v)
@@ -227,8 +254,8 @@ def test_empty_batches_give_empty_results(causal):
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_without_queries_results_are_empty_and_gradients_0(rng, causal):
-    q, k, v = arrays(rng)
+def test_without_queries_results_are_empty_and_gradients_0(rng, dtype, causal):
+    q, k, v = arrays(rng, dtype=dtype)
     q = q[:, :0]
     out, lse = numflash.attention(q, k, v, causal=causal, return_lse=True)
     assert (out.shape, lse.shape) == ((B, 0, H, DV), (B, H, 0))
@@ -239,8 +266,8 @@ def test_without_queries_results_are_empty_and_gradients_0(rng, causal):
 
 
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"window_size": (3, 3)}], ids=str)
-def test_without_keys_results_are_0_and_lse_is_minus_infinity(rng, options):
-    q, k, v = arrays(rng)
+def test_without_keys_results_are_0_and_lse_is_minus_infinity(rng, dtype, options):
+    q, k, v = arrays(rng, dtype=dtype)
     k, v = k[:, :0], v[:, :0]
     out, lse = numflash.attention(q, k, v, return_lse=True, **options)
     assert out.shape == (B, SQ, H, DV) and (out == 0).all()
@@ -270,24 +297,24 @@ def test_streams_are_accepted(rng, stream):
     assert (numflash.plan(q, k, v, stream=stream).launch(stream) == expected[0]).all()
 
 
-def test_backward_accepts_a_stream(rng):
-    q, k, v = arrays(rng)
+def test_backward_accepts_a_stream(rng, dtype):
+    q, k, v = arrays(rng, dtype=dtype)
     out, lse = numflash.attention(q, k, v, return_lse=True)
     expected = numflash.attention_backward(out, q, k, v, out, lse)
     got = numflash.attention_backward(out, q, k, v, out, lse, stream=7)
     assert all((a == b).all() for a, b in zip(got, expected, strict=True))
 
 
-def test_a_plan_reads_the_arrays_as_they_are_at_each_launch(rng):
-    q, k, v = arrays(rng)
+def test_a_plan_reads_the_arrays_as_they_are_at_each_launch(rng, dtype):
+    q, k, v = arrays(rng, dtype=dtype)
     plan = numflash.plan(q, k, v, causal=True, window_size=(3, None))
     options = {"causal": True, "window_size": (3, None)}
     for _ in range(2):
         out = plan.launch()
         assert out is plan.out
         exact_out, exact_lse = reference.attention(q, k, v, **options)
-        assert_close(out, exact_out)
-        assert_close(plan.lse, exact_lse)
+        assert_close(out, exact_out, dtype)
+        assert_close(plan.lse, exact_lse, dtype)
         for x in (q, k, v):
             x[...] = rng.standard_normal(x.shape)
 
@@ -304,7 +331,7 @@ def test_a_plan_writes_to_the_out_it_is_given(rng):
 def test_a_plan_names_its_kernel(rng):
     q, k, v = arrays(rng)
     plan = numflash.plan(q, k, v)
-    assert plan.kernel == f"forward {TILES['forward']} float32-d32-dv32-vec"
+    assert plan.kernel == f"forward {PORTABLE['forward']} float32-d32-dv32-vec"
     assert "empty" in numflash.plan(q[:, :0], k, v).kernel
 
 
@@ -317,6 +344,120 @@ def test_a_plan_of_an_empty_problem_launches_nothing():
 def test_warmup_passes_where_there_is_nothing_to_compile(dtype):
     assert numflash.warmup(dtype, 80, 128, softcap=True, alibi=True, backward=True) is None
     assert api._ready == {}
+
+
+# Configs, precision, splits
+
+
+@pytest.mark.parametrize("config", ["m16n16w2", "sm80-m32n16w1s3", "sm75-m16n16w1s1"])
+def test_the_config_that_is_asked_for_runs(rng, config):
+    q, k, v = arrays(rng, dtype=np.float16)
+    plan = numflash.plan(q, k, v, config=config)
+    assert plan.kernel == f"forward {config} float16-d32-dv32-vec"
+    assert_close(plan.launch(), reference.attention(q, k, v)[0], q.dtype)
+    parsed = parse_config("forward", config)
+    assert numflash.plan(q, k, v, config=parsed).kernel == plan.kernel
+    assert (numflash.attention(q, k, v, config=parsed) == plan.out).all()
+    default = numflash.plan(q, k, v).kernel
+    assert default == f"forward {TENSOR_CORES['forward']} float16-d32-dv32-vec"
+
+
+def test_the_backward_runs_the_configs_that_are_asked_for(rng, monkeypatch):
+    made = []
+    launcher = api.Launcher
+
+    def noted(config, *arguments):
+        made.append(str(config))
+        return launcher(config, *arguments)
+
+    monkeypatch.setattr(api, "Launcher", noted)
+    q, k, v = arrays(rng, dtype=np.float16)
+    out, lse = numflash.attention(q, k, v, return_lse=True)
+    exact = reference.attention_backward(out, q, k, v)
+    dkdv, dq = TENSOR_CORES["backward-dkdv"], TENSOR_CORES["backward-dq"]
+    for config, expected in (
+        (None, [dkdv, dq]),
+        ({}, [dkdv, dq]),
+        ({"backward-dq": "m16n16w2"}, [dkdv, "m16n16w2"]),
+        ({"backward-dkdv": "m16n16w2"}, ["m16n16w2", dq]),
+        (
+            {"backward-dq": "sm75-m16n16w1s1", "backward-dkdv": "sm80-m16n32w1s1"},
+            ["sm80-m16n32w1s1", "sm75-m16n16w1s1"],
+        ),
+    ):
+        made.clear()
+        got = numflash.attention_backward(out, q, k, v, out, lse, config=config)
+        assert made == ["w1", *expected]
+        for gradient, right in zip(got, exact, strict=True):
+            assert_close(gradient, right, q.dtype)
+
+
+def test_tf32_is_less_exact_than_float32_and_not_wrong(rng):
+    q, k, v = arrays(rng)
+    exact = reference.attention(q, k, v)[0]
+    forced = "sm80-m16n16w1s2"
+    errors = {}
+    for precision, config in ((None, None), ("tf32", None), ("tf32", forced)):
+        out = numflash.attention(q, k, v, precision=precision, config=config)
+        errors[precision, config] = float(abs(out - exact).max())
+    # The portable kernels multiply exactly, asked for tf32 or not.
+    assert errors[None, None] == errors["tf32", None] < 1e-5
+    assert 1e-5 < errors["tf32", forced] < 5e-3
+
+
+@pytest.mark.parametrize("num_splits", [2, 3, 5])
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window_size": (2, 0)}], ids=str)
+def test_splits_over_the_keys_give_the_whole(rng, num_splits, options):
+    # Three blocks of keys: with 5 splits two are left with nothing.
+    q = rng.standard_normal((2, SQ, 4, D)).astype(np.float16)
+    k, v = (rng.standard_normal((2, 41, 2, n)).astype(np.float16) for n in (D, DV))
+    config = f"sm80-m16n16w1s2x{num_splits}"
+    out, lse = numflash.attention(q, k, v, return_lse=True, config=config, **options)
+    exact_out, exact_lse = reference.attention(q, k, v, **options)
+    assert_close(out, exact_out, q.dtype)
+    assert_close(lse, exact_lse, q.dtype)
+    plan = numflash.plan(q, k, v, config=config, **options)
+    assert plan.kernel == f"forward {config} float16-d32-dv32-vec"
+    for _ in range(2):
+        assert (plan.launch() == out).all() and (plan.lse == lse).all()
+        plan.out[...], plan.lse[...] = np.nan, np.nan
+
+
+def test_splits_write_where_they_are_told_and_nothing_beside_it(rng):
+    q, k, v = arrays(rng, dtype=np.float16)
+    whole = np.full((B, SQ + 2, H + 2, DV + 16), np.float16(7))
+    out = whole[:, 1:-1, 1:-1, 8:-8]
+    slopes = np.array([0.5, 0.25], np.float32)
+    for options in ({}, {"alibi_slopes": slopes}, {"softcap": 5.0}):
+        result = numflash.attention(q, k, v, out=out, config="sm80-m16n16w1s1x2", **options)
+        assert result is out
+        assert_close(out, reference.attention(q, k, v, **options)[0], q.dtype)
+        out[...] = 7
+        assert (whole == 7).all()
+
+
+def test_splits_of_queries_without_keys_give_0_and_minus_infinity(rng):
+    q, k, v = arrays(rng, dtype=np.float16)
+    q = np.concatenate([q] * 4, axis=1)
+    options = {"causal": True, "config": "sm80-m16n16w1s1x2"}
+    out, lse = numflash.attention(q, k, v, return_lse=True, **options)
+    unseen = q.shape[1] - SK
+    assert (out[:, :unseen] == 0).all() and (lse[:, :, :unseen] == -np.inf).all()
+    assert_close(out, reference.attention(q, k, v, causal=True)[0], q.dtype)
+    out, lse = numflash.attention(q, k[:, :0], v[:, :0], return_lse=True, **options)
+    assert (out == 0).all() and (lse == -np.inf).all()
+
+
+def test_what_is_explained_is_what_runs(rng, monkeypatch):
+    q, k, v = arrays(rng, dtype=np.float16)
+    explanation = numflash.explain_dispatch(q, k, v, causal=True)
+    choice = explanation.forward
+    plan = numflash.plan(q, k, v, causal=True)
+    assert plan.kernel == f"forward {choice.config} {choice.traits}"
+    assert str(choice.config) == TENSOR_CORES["forward"]
+    assert explanation.geometry.pack == H // HKV
+    for family, backward in explanation.backward.items():
+        assert str(backward.config) == TENSOR_CORES[family]
 
 
 # check
@@ -357,6 +498,34 @@ def test_check_takes_every_option_of_attention(rng):
     assert report.passed, f"\n{report}"
     assert [error.name for error in report.errors] == ["out", "lse", "dq", "dk", "dv"]
     assert not np.isnan(out).any()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision", "config"),
+    [
+        (np.float16, None, None),
+        (np.float16, None, "sm80-m16n16w1s1x2"),
+        (np.float16, None, {"forward": "m16n16w2", "backward-dq": "sm75-m16n16w1s1"}),
+        (np.float32, "tf32", {"backward-dkdv": "sm80-m16n16w1s1"}),
+    ],
+)
+def test_check_takes_configs_and_precision(rng, dtype, precision, config):
+    q, k, v = arrays(rng, dtype=dtype)
+    before = dict(config) if isinstance(config, dict) else config
+    report = numflash.check(q, k, v, dout=q, precision=precision, config=config)
+    assert report.passed, f"\n{report}"
+    assert [error.name for error in report.errors] == ["out", "lse", "dq", "dk", "dv"]
+    assert config == before
+
+
+def test_check_of_tf32_allows_more_than_that_of_float32(rng):
+    q, k, v = arrays(rng)
+    exact, rounded = (
+        numflash.check(q, k, v, precision=precision, config="m8n8w1")
+        for precision in (None, "tf32")
+    )
+    for strict, lax in zip(exact.errors, rounded.errors, strict=True):
+        assert strict.error == lax.error and strict.budget * 100 < lax.budget
 
 
 def test_check_says_which_result_is_wrong(rng, monkeypatch):
