@@ -70,13 +70,13 @@ def choose(
     if mma_candidates and why is not None:
         passed_over.append((f"{generation} (tensor cores)", why))
         mma_candidates = []
-    for blocks in (2, 1):
+    for warps in sm80.WARPS_PER_SM:
         reasons = []
         for config in mma_candidates:
-            why = sm80.misfit(config, traits, limits, rows, blocks)
+            why = sm80.misfit(config, traits, limits, rows, warps)
             if why is None:
                 reasons += [*passed_over, ("portable", "tensor cores are faster")]
-                rule = f"the first tensor-core config of which {blocks} fit on an SM"
+                rule = f"the first tensor-core config of which {warps} warps fit on an SM"
                 return Choice(family, config, traits, rule, tuple(reasons))
             reasons.append((str(config), why))
     passed_over += reasons

@@ -3,19 +3,53 @@
 One table for both. A case names its sizes, its options and what is special about its inputs.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from numflash.views import numpy_dtype
 
-# One small config for each kernel, so that small problems have several tiles in both directions.
+# Small configs for each implementation, so that small problems have several tiles in both
+# directions. Those of the tensor cores go round: one or two rows of products a warp, one to three
+# stages, one or two warps, keys split or not, dK and dV together or apart.
 SMALL_CONFIGS = {
-    "forward": "m16n16w2",
-    "backward-dq": "m16n16w2",
-    "backward-dkdv": "m16n16w2",
-    "delta": "w2",
+    "portable": ({"forward": "m16n16w2", "backward-dq": "m16n16w2", "backward-dkdv": "m16n16w2"},),
+    "sm80": (
+        {
+            "forward": "sm80-m16n16w1s1",
+            "backward-dq": "sm80-m32n16w2s2",
+            "backward-dkdv": "sm80-m16n16w1s1",
+        },
+        {
+            "forward": "sm80-m32n16w2s2",
+            "backward-dq": "sm80-m16n16w1s1",
+            "backward-dkdv": "sm80-m16n32w2s2",
+        },
+        {
+            "forward": "sm80-m32n16w1s1x2",
+            "backward-dq": "sm80-m32n16w1s2",
+            "backward-dkdv": "sm80-m16n32w1s3-apart",
+        },
+        {
+            "forward": "sm80-m16n16w1s3x3",
+            "backward-dq": "sm80-m16n32w1s3",
+            "backward-dkdv": "sm80-m16n16w1s2",
+        },
+    ),
+    "sm75": (
+        {
+            "forward": "sm75-m32n16w2s1",
+            "backward-dq": "sm75-m16n16w1s1",
+            "backward-dkdv": "sm75-m16n16w1s1-apart",
+        },
+        {
+            "forward": "sm75-m16n16w1s1x2",
+            "backward-dq": "sm75-m32n16w1s1",
+            "backward-dkdv": "sm75-m16n32w2s1",
+        },
+    ),
 }
+SMALL_CONFIGS["tf32"] = SMALL_CONFIGS["sm80"]
 
 
 @dataclass(frozen=True)
@@ -189,6 +223,22 @@ def _large() -> list[AttentionCase]:
             AttentionCase("groups-of-8", (1, 300, 300, 16, 2, 128, 128), dtype),
         ]
     return [*cases, *_small()]
+
+
+def on_tensor_cores(cases: list[AttentionCase], implementation: str) -> list[AttentionCase]:
+    """The cases that "sm80", "sm75" or "tf32" kernels can run, in a dtype that they have."""
+    dtypes = {"sm80": ("bfloat16", "float16"), "sm75": ("float16",), "tf32": ("float32",)}
+    moved = []
+    for i, case in enumerate(cases):
+        choices = dtypes[implementation]
+        dtype = case.dtype if case.dtype in choices else choices[i % len(choices)]
+        options = case.options
+        if implementation == "tf32":
+            options = {**options, "precision": "tf32"}
+        # A scale that is not positive is left to the portable kernels.
+        if options.get("softmax_scale", 1) > 0:
+            moved.append(replace(case, dtype=dtype, options=options))
+    return moved
 
 
 SIM_CASES = _small()

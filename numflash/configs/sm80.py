@@ -275,9 +275,13 @@ _PREFERENCES = {
         "m16n16w1s1-apart",
     ),
 }
+WARPS_PER_SM = (8, 4, 1)
+"""How many warps should fit on an SM at once: the most wanted first."""
+
 # float32 accumulators a thread can hold next to its operands without spilling: plainly, with
-# softcap or ALiBi, and where operands are rounded to tf32.
-_MAX_ACCUMULATORS, _MAX_ACCUMULATORS_BIASED, _MAX_ACCUMULATORS_TF32 = 192, 176, 112
+# softcap, ALiBi or rows that are not aligned, and where operands are rounded to tf32.
+_MAX_REGISTERS = 255
+_MAX_ACCUMULATORS, _MAX_ACCUMULATORS_LESS, _MAX_ACCUMULATORS_TF32 = 192, 176, 112
 
 
 def candidates(family: str, generation: str) -> list[MmaConfig]:
@@ -287,26 +291,29 @@ def candidates(family: str, generation: str) -> list[MmaConfig]:
 
 
 def misfit(
-    config: MmaConfig, traits: Traits, limits: Architecture, rows: int, blocks: int
+    config: MmaConfig, traits: Traits, limits: Architecture, rows: int, warps: int
 ) -> str | None:
     """Why a candidate is not the one to use; None if it is.
 
-    `blocks` of it must fit on an SM: while one waits for its copies another computes.
+    At least `warps` must fit on an SM: while some wait for copies and barriers, others compute.
     """
     if (needed := config.smem_bytes(traits)) > limits.max_smem_per_block:
         return (
             f"needs {needed} bytes of shared memory per block, {limits.arch} has "
             f"{limits.max_smem_per_block}"
         )
-    most = _MAX_ACCUMULATORS_BIASED if traits.softcap or traits.alibi else _MAX_ACCUMULATORS
+    plain = traits.vectorized and not (traits.softcap or traits.alibi)
+    most = _MAX_ACCUMULATORS if plain else _MAX_ACCUMULATORS_LESS
     if traits.tf32:
         most = _MAX_ACCUMULATORS_TF32
     if (accumulators := config.accumulators_per_thread(traits)) > most:
         return f"keeps {accumulators} accumulators a thread, at most {most} do not spill"
     if config.block_rows >= max(2 * rows, 2 * _ROW_STEP):
         return f"computes {config.block_rows} rows at a time, there are {rows}"
-    # Registers in full; shared memory alone tells.
-    fit, _ = blocks_per_sm(limits, config.num_threads, 1, needed)
-    if fit < blocks:
-        return f"needs {needed} bytes of shared memory: {fit} per SM instead of {blocks}"
+    fit, _ = blocks_per_sm(limits, config.num_threads, _MAX_REGISTERS, needed)
+    if fit * config.num_warps < warps:
+        return (
+            f"needs {needed} bytes of shared memory per block, which leaves room for "
+            f"{fit * config.num_warps} warps per SM instead of {warps}"
+        )
     return None

@@ -5,8 +5,8 @@ instruction; then the engine resumes a ready thread, chosen at random from a see
 Which warp, and which lane, is first past a barrier therefore varies, as on hardware, and a kernel
 that forgot a barrier computes something else. The same seed repeats the same order.
 
-Everything that waits is built from `Block.park` and `Block.wake`; `Meeting` is the usual reason to
-wait. When no thread can run and some still wait, `DeadlockError` says who waits where.
+Everything that waits is built from `Block.park` and `Block.ready`; `Meeting` is the usual reason
+to wait. When no thread can run and some still wait, `DeadlockError` says who waits where.
 
 Numba's own simulator has one OS thread per CUDA thread and no warp instructions.
 """
@@ -49,8 +49,8 @@ class Meeting:
     name: str
     expected: int
     together: Callable | None = None
-    arrived: list["Thread"] = field(default_factory=list)
-    payloads: list = field(default_factory=list)
+    # (index, thread, payload) of those who came, and who of them waits.
+    arrived: list[tuple] = field(default_factory=list)
     waiting: list["Thread"] = field(default_factory=list)
 
 
@@ -65,7 +65,6 @@ class Thread:
         "threadIdx",
         "greenlet",
         "result",
-        "waits_for",
         "copies",
         "copy_groups",
     )
@@ -80,7 +79,6 @@ class Thread:
         # NumPy keeps its floating-point error settings in the context.
         self.greenlet.gr_context = copy_context()
         self.result = None
-        self.waits_for: Meeting | None = None
         # Asynchronous copies: those of no group yet, and the groups that have not been waited for.
         self.copies: list[tuple] = []
         self.copy_groups: list[list[tuple]] = []
@@ -146,7 +144,7 @@ class Block:
         self.kernel = kernel
         self.blockIdx = block_idx
         self.seed = SEED.value
-        self.random = random.Random(f"{self.seed} {tuple(block_idx)}")
+        self.random = random.Random(f"{self.seed} {tuple(block_idx)}").random
         self.shared = SharedMemory(dynamic_smem_bytes)
         self.size = self.live = len(positions)
         self.threads = [Thread(self, i, position) for i, position in enumerate(positions)]
@@ -197,27 +195,23 @@ class Block:
 
     def _pick(self) -> Thread:
         """A random ready thread, taken out in constant time."""
-        ready, pick = self.ready, int(self.random.random() * len(self.ready))
+        ready = self.ready
+        pick = int(self.random() * len(ready))
         ready[pick], ready[-1] = ready[-1], ready[pick]
         return ready.pop()
 
-    def park(self, thread: Thread, meeting: Meeting) -> None:
-        """Suspend `thread`, which must be the running one, until someone wakes it."""
+    def park(self) -> None:
+        """Suspend the running thread until it is in `ready` again and chosen."""
         global _running
-        thread.waits_for = meeting
         if self.ready:
             following = self._pick()
             if following.greenlet:
                 _running = following
                 following.greenlet.switch()
                 return
+            # Only the scheduler begins a thread: who begins one lends it part of its own stack.
             self.ready.append(following)
         self.scheduler.switch()
-
-    def wake(self, thread: Thread, result=None) -> None:
-        """Let a parked thread go on, at a time of the engine's choice."""
-        thread.result, thread.waits_for = result, None
-        self.ready.append(thread)
 
     def meet(self, thread, key, name, expected, payload, together, wait: bool = True):
         """Arrive at the meeting `key`; the last of `expected` threads ends it for all."""
@@ -229,27 +223,27 @@ class Block:
                 f"{name}: one thread counts {meeting.expected} threads, another {expected}"
             )
         meeting.expected = expected
-        meeting.arrived.append(thread)
-        meeting.payloads.append(payload)
+        arrived = meeting.arrived
+        arrived.append((thread.index, thread, payload))
         if wait:
             meeting.waiting.append(thread)
-        if len(meeting.arrived) == expected:
+        if len(arrived) == expected:
             self._complete(key, meeting)
-        if wait:
-            self.park(thread, meeting)
-            return thread.result
-        return None
+        if not wait:
+            return None
+        self.park()
+        return thread.result
 
     def _complete(self, key, meeting: Meeting) -> None:
         del self.meetings[key]
         if meeting.together is None:
-            for thread in meeting.waiting:
-                self.wake(thread)
+            self.ready += meeting.waiting
             return
-        order = sorted(range(len(meeting.arrived)), key=lambda i: meeting.arrived[i].index)
-        results = meeting.together([meeting.payloads[i] for i in order])
-        for i, result in zip(order, results, strict=True):
-            self.wake(meeting.arrived[i], result)
+        meeting.arrived.sort()  # by index, which no two share
+        results = meeting.together([payload for _, _, payload in meeting.arrived])
+        for (_, thread, _), result in zip(meeting.arrived, results, strict=True):
+            thread.result = result
+            self.ready.append(thread)
 
     def _returned(self, thread: Thread) -> None:
         """A thread returned: barriers of its block and its warp no longer wait for it.

@@ -1,21 +1,26 @@
-"""Forward and all three gradients of the portable kernels, against float64, in the simulator."""
+"""Forward and all three gradients of every kernel, against float64, in the simulator."""
 
 import numpy as np
 import pytest
 
 import numflash
-from numflash import api
 from numflash.arrays import _NumPy
-from numflash.configs import FAMILIES
-from tests.attention_cases import SIM_CASES, SMALL_CONFIGS
+from tests.attention_cases import SIM_CASES, SMALL_CONFIGS, on_tensor_cores
 
 
-@pytest.fixture
-def small_configs(monkeypatch):
-    """Make every kernel use its small config, so that small problems have several tiles."""
-    configs = {family: FAMILIES[family].parse(text) for family, text in SMALL_CONFIGS.items()}
-    monkeypatch.setattr(api, "default_config", lambda family, *_: configs[family])
-    monkeypatch.setattr(api, "_ready", {})
+def _cases():
+    """(case, configs): all cases on all kernels, a third of them on tf32."""
+    found = [
+        pytest.param(case, SMALL_CONFIGS["portable"][0], id=f"portable-{case}")
+        for case in SIM_CASES
+    ]
+    for implementation in ("sm80", "sm75", "tf32"):
+        cases = on_tensor_cores(SIM_CASES, implementation)
+        configs = SMALL_CONFIGS[implementation]
+        for i, case in enumerate(cases[::3] if implementation == "tf32" else cases):
+            name = f"{implementation}-{case}"
+            found.append(pytest.param(case, configs[i % len(configs)], id=name))
+    return found
 
 
 @pytest.fixture
@@ -31,18 +36,40 @@ def poisoned_results(monkeypatch):
     monkeypatch.setattr(_NumPy, "empty", poisoned)
 
 
-@pytest.mark.parametrize("case", SIM_CASES, ids=str)
-def test_errors_are_within_budget(case, small_configs, poisoned_results):
-    arrays = case.arrays()
-    report = numflash.check(**arrays, **case.call_options())
+@pytest.mark.parametrize(("case", "configs"), _cases())
+def test_errors_are_within_budget(case, configs, poisoned_results):
+    report = numflash.check(**case.arrays(), config=configs, **case.call_options())
     assert [error.name for error in report.errors] == ["out", "lse", "dq", "dk", "dv"]
     assert report.passed, f"\n{report}"
 
 
+@pytest.mark.parametrize("implementation", ["sm80", "sm75"])
+def test_no_order_of_threads_changes_a_bit(implementation, monkeypatch):
+    from numflash.simulator import SEED
+
+    cases = on_tensor_cores(SIM_CASES, implementation)
+    (case,) = (case for case in cases if case.name == "square-causal-window")
+    configs = SMALL_CONFIGS[implementation][1]
+    q, k, v, dout = case.arrays().values()
+    backward = {family: config for family, config in configs.items() if family != "forward"}
+
+    def run(seed):
+        monkeypatch.setattr(SEED, "value", seed)
+        forward = dict(case.options, config=configs["forward"], return_lse=True)
+        out, lse = numflash.attention(q, k, v, **forward)
+        gradients = numflash.attention_backward(
+            dout, q, k, v, out, lse, config=backward, **case.options
+        )
+        return [x.tobytes() for x in (out, lse, *gradients)]
+
+    assert run(1) == run(2) == run(3)
+
+
 @pytest.mark.parametrize("head_dim", [64, 256])
-def test_default_configs_are_within_budget(head_dim, poisoned_results):
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_default_configs_are_within_budget(head_dim, dtype, poisoned_results):
     rng = np.random.default_rng(head_dim)
-    q, k, v, dout = (rng.standard_normal((1, 18, 1, head_dim)).astype(np.float16) for _ in "qkvd")
+    q, k, v, dout = (rng.standard_normal((1, 18, 1, head_dim)).astype(dtype) for _ in "qkvd")
     report = numflash.check(q, k, v, dout=dout, causal=True)
     assert report.passed, f"\n{report}"
 

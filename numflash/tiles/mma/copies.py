@@ -15,6 +15,7 @@ from numflash.ptx import (
     f32,
     float_as_bits,
     i32,
+    i64,
     ld_global_v4_u32,
     mov_tid_x,
     st_global_v2_f32,
@@ -60,19 +61,26 @@ def make_copy_tile(
     per_word = per_chunk // 4
 
     @device_function
+    def load_word(source, offset, columns):
+        bits = u32(0)
+        if columns > 0:
+            bits = float_as_bits(source[offset]) if is_float32 else u32(source[offset])
+        if not is_float32 and columns > 1:
+            bits |= u32(source[offset + 1]) << u32(16)
+        return bits
+
+    @device_function
     def load_chunk(frag, source, offset, is_inside, columns):
-        for i in range(4):
-            frag[i] = u32(0)
         if vectorized:
+            frag[0], frag[1], frag[2], frag[3] = u32(0), u32(0), u32(0), u32(0)
             if is_inside and columns > 0:
                 ld_global_v4_u32(frag, source, offset)
         else:
-            for i in range(per_chunk):
-                if is_inside and i < columns:
-                    if is_float32:
-                        frag[i] = float_as_bits(source[offset + i])
-                    else:
-                        frag[i // per_word] |= u32(source[offset + i]) << u32(16 * (i % 2))
+            left = columns if is_inside else 0
+            frag[0] = load_word(source, offset, left)
+            frag[1] = load_word(source, offset + per_word, left - per_word)
+            frag[2] = load_word(source, offset + 2 * per_word, left - 2 * per_word)
+            frag[3] = load_word(source, offset + 3 * per_word, left - 3 * per_word)
 
     @device_function
     def copy_tile(
@@ -151,53 +159,70 @@ def make_store_rows(element: MmaElement, m_tiles, n_tiles, vectorized, as_float3
     as_float32 = as_float32 or pack_two is None
 
     @device_function
-    def row_offset(base, row, row_stride, pack, pack_stride):
-        if packed:
-            token = token_of_row(row, pack)
-            return base + token * row_stride + (row - token * pack) * pack_stride
-        return base + row * row_stride
+    def locate_rows(offsets, widths, base, row_stride, first, end, columns, pack, pack_stride):
+        """Where this thread's rows begin, and how many columns of them there are."""
+        for r in range(rows):
+            row = i32(first + ROW_STEP * r)
+            widths[r] = columns if row < end else i32(0)
+            if packed:
+                token = token_of_row(row, pack)
+                offsets[r] = base + token * row_stride + (row - token * pack) * pack_stride
+            else:
+                offsets[r] = base + row * row_stride
 
     @device_function
     def store_float32(acc, target, base, row_stride, first, end, columns, pack, pack_stride):
+        offsets = cuda.local.array(rows, i64)
+        widths = cuda.local.array(rows, i32)
+        locate_rows(offsets, widths, base, row_stride, first, end, columns, pack, pack_stride)
         first_column = cuda.threadIdx.x % 4 * 2
         for x in range(rows * n_tiles):
             r, j = x // n_tiles, x % n_tiles
-            row = i32(first + ROW_STEP * r)
-            column = first_column + 8 * j
             i = 4 * (n_tiles * (r // 2) + j) + r % 2 * 2
-            offset = row_offset(base, row, row_stride, pack, pack_stride) + column
+            column = first_column + 8 * j
+            left, offset = widths[r] - column, offsets[r] + column
             if vectorized:
-                if row < end and column < columns:
+                if left > 0:
                     st_global_v2_f32(target, offset, acc[i : i + 2])
             else:
-                if row < end and column < columns:
+                if left > 0:
                     target[offset] = acc[i]
-                if row < end and column + 1 < columns:
+                if left > 1:
                     target[offset + 1] = acc[i + 1]
 
     @device_function
+    def store_word(target, offset, columns, word):
+        if columns > 0:
+            target[offset] = u16(word & 0xFFFF)
+        if columns > 1:
+            target[offset + 1] = u16(word >> 16)
+
+    @device_function
     def store_packed(acc, target, base, row_stride, first, end, columns, pack, pack_stride):
+        offsets = cuda.local.array(rows, i64)
+        widths = cuda.local.array(rows, i32)
+        locate_rows(offsets, widths, base, row_stride, first, end, columns, pack, pack_stride)
         words = cuda.local.array(4, u32)
         t = cuda.threadIdx.x % 4
         for x in range(rows * groups):
             r, group = x // groups, x % groups
-            row = i32(first + ROW_STEP * r)
-            offset = row_offset(base, row, row_stride, pack, pack_stride)
-            for j in range(4):
-                i = 4 * (n_tiles * (r // 2) + 4 * group + j) + r % 2 * 2
-                words[j] = pack_two(acc[i], acc[i + 1])
+            i = 4 * (n_tiles * (r // 2) + 4 * group) + r % 2 * 2
+            words[0] = pack_two(acc[i], acc[i + 1])
+            words[1] = pack_two(acc[i + 4], acc[i + 5])
+            words[2] = pack_two(acc[i + 8], acc[i + 9])
+            words[3] = pack_two(acc[i + 12], acc[i + 13])
             if vectorized:
                 transpose_quad(words, t)
                 column = 32 * group + 8 * t
-                if row < end and column < columns:
-                    st_global_v4_u32(target, offset + column, words)
+                if column < widths[r]:
+                    st_global_v4_u32(target, offsets[r] + column, words)
             else:
-                for j in range(4):
-                    column = 32 * group + 8 * j + 2 * t
-                    if row < end and column < columns:
-                        target[offset + column] = u16(words[j] & 0xFFFF)
-                    if row < end and column + 1 < columns:
-                        target[offset + column + 1] = u16(words[j] >> 16)
+                column = 32 * group + 2 * t
+                left, offset = widths[r] - column, offsets[r] + column
+                store_word(target, offset, left, words[0])
+                store_word(target, offset + 8, left - 8, words[1])
+                store_word(target, offset + 16, left - 16, words[2])
+                store_word(target, offset + 24, left - 24, words[3])
 
     return store_float32 if as_float32 else store_packed
 
