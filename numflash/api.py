@@ -31,6 +31,7 @@ from numflash.problem import (
     expect_contiguous_rows,
     expect_head_dim,
     expect_like,
+    expect_precision,
     expect_writeable,
 )
 from numflash.views import ArrayView, Operand, contiguous_strides, overlap
@@ -279,6 +280,7 @@ def warmup(
     head_dim_v = head_dim if head_dim_v is None else head_dim_v
     for name, value in (("head_dim", head_dim), ("head_dim_v", head_dim_v)):
         expect_head_dim(name, value)
+    expect_precision(precision, dtype)
     vector = 4 if dtype == "float32" else 8
     traits = Traits(
         dtype,
@@ -358,9 +360,11 @@ def _option_key(
     """A key of the options; the slopes' is that of an array."""
     values = softmax_scale, causal, softcap, *window_size
     # With their types: what an equal 1 made ready must not let a wrong True pass.
+    kind = type(config)
     if isinstance(config, dict):
         config = tuple(config.items())
-    return *values, *map(type, values), type(window_size), causal_align, layout, precision, config
+    kinds = *map(type, values), type(window_size), kind
+    return *values, *kinds, causal_align, layout, precision, config
 
 
 def _describe(views: dict[str, ArrayView], options: dict) -> tuple[AttentionProblem, dict]:
@@ -501,20 +505,16 @@ class _Backward:
         self.shapes = {"d" + name: rows[name].shape for name in ("q", "k", "v")}
         self.dtype, self.device = problem.dtype, q.device
         self.delta_size = (problem.batch * problem.num_heads_q * problem.seqlen_q,)
-        self.launchers = []
-        if problem.batch and problem.seqlen_q:
-            self.launchers.append(_launcher("delta", problem, tensors, q.device, None))
-        forced = backward_configs(options["config"])
-        if problem.batch and problem.seqlen_k:
-            family = "backward-dkdv"
-            self.launchers.append(
-                _launcher(family, problem, tensors, q.device, forced.get(family))
-            )
-        if problem.batch and problem.seqlen_q:
-            family = "backward-dq"
-            self.launchers.append(
-                _launcher(family, problem, tensors, q.device, forced.get(family))
-            )
+        forced, traits = backward_configs(options["config"]), _traits(problem, tensors)
+        rows = {"delta": problem.seqlen_q} | dict.fromkeys(BACKWARD, problem.seqlen_q)
+        rows["backward-dkdv"] = problem.seqlen_k
+        # All are chosen before one is compiled: a wrong config must not cost a wait.
+        choices = [
+            backward_choice(family, problem, traits, q.device, forced.get(family))
+            for family in rows
+            if problem.batch and rows[family]
+        ]
+        self.launchers = [_launcher(choice, problem, tensors, q.device) for choice in choices]
 
     def __call__(self, operands: dict[str, Operand], library: ArrayLibrary, stream: int):
         """Allocate and launch; the three gradients."""
@@ -533,14 +533,10 @@ class _Backward:
         return gradients
 
 
-def _launcher(
-    family: str, problem, tensors: dict[str, Tensor], device: int, config: str | Config | None
-) -> Launcher:
+def _launcher(choice: Choice, problem, tensors: dict[str, Tensor], device: int) -> Launcher:
     """A backward kernel for a problem, with its strides and scalars bound."""
-    traits = _traits(problem, tensors)
-    choice = backward_choice(family, problem, traits, device, config)
     rows, heads = problem.seqlen_q, problem.num_heads_q
-    if family == "backward-dkdv":
+    if choice.family == "backward-dkdv":
         rows, heads = problem.seqlen_k, problem.num_heads_kv
     if getattr(choice.config, "apart", False):
         heads *= 2

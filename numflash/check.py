@@ -86,6 +86,7 @@ def check(q, k, v, *, dout=None, **options) -> CheckReport:
     configs = options.pop("config", None)
     configs = dict(configs) if isinstance(configs, dict) else {"forward": configs}
     forward_config = configs.pop("forward", None)
+    api.backward_configs(configs)
     out, lse = api.attention(q, k, v, return_lse=True, config=forward_config, **options)
     got = {"out": out, "lse": lse}
     if dout is not None:

@@ -194,12 +194,7 @@ def describe(
     _one_of("causal_align", causal_align, ALIGNMENTS)
     shift = seqlen_k - seqlen_q if causal_align == "bottom_right" else 0
     left, right = _window(window_size)
-    if precision is not None:
-        _one_of("precision", precision, PRECISIONS)
-        if q.dtype != "float32":
-            raise ValueError(
-                f'precision="tf32" is a way to multiply float32; q, k and v are {q.dtype}'
-            )
+    expect_precision(precision, q.dtype)
     if not isinstance(causal, bool):
         raise TypeError(f"causal must be True or False, got {causal!r} ({_kind(causal)})")
     if causal:
@@ -262,6 +257,16 @@ def expect_head_dim(name: str, value: int) -> None:
         raise ValueError(f"{name} must be at least 1, got {value}")
     if value > MAX_HEAD_DIM:
         raise UnsupportedError(f"{name} must be at most {MAX_HEAD_DIM}, got {value}")
+
+
+def expect_precision(precision: str | None, dtype: str) -> None:
+    """Check a precision. Raises TypeError, ValueError."""
+    if precision is not None:
+        _one_of("precision", precision, PRECISIONS)
+        if dtype != "float32":
+            raise ValueError(
+                f'precision="tf32" is a way to multiply float32; q, k and v are {dtype}'
+            )
 
 
 def expect_like(name: str, view: ArrayView, shape: tuple, dtype: str, device: int) -> None:
