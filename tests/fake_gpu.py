@@ -18,6 +18,7 @@ import numpy as np
 import numflash
 from numflash import api, arrays, launch
 from numflash.compiler import Cubin
+from numflash.configs import MmaConfig
 
 _DTYPES = {
     "float16": np.dtype(np.float16),
@@ -28,7 +29,7 @@ _DTYPES = {
 }
 _ALLOCATION = 512
 _LETTERS = {"i64": "q", "i32": "i", "f32": "f"}
-_KERNELS = Path(numflash.__file__).parent / "kernels" / "portable"
+_KERNELS = Path(numflash.__file__).parent / "kernels"
 
 
 def _contiguous(shape, itemsize):
@@ -242,21 +243,30 @@ class Driver:
     CUdevice_attribute = types.SimpleNamespace(
         CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR=75,
         CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR=76,
+        CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT=16,
+        CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE=38,
     )
     CUfunction_attribute = types.SimpleNamespace(
         CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES="max dynamic smem"
     )
     CUfunction = int
 
-    def __init__(self, capability=(7, 5)):
-        self.capability, self.device, self.launch_status = capability, 0, OK
+    def __init__(self, capability, num_sms, l2_bytes):
+        attributes = self.CUdevice_attribute
+        self.attributes = {
+            attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR: capability[0],
+            attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR: capability[1],
+            attributes.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT: num_sms,
+            attributes.CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE: l2_bytes,
+        }
+        self.device, self.launch_status = 0, OK
         self.calls, self.launches, self.kernels = [], [], []
 
     def cuDeviceGet(self, ordinal):
         return OK, ordinal
 
     def cuDeviceGetAttribute(self, attribute, device):
-        return OK, self.capability[attribute - 75]
+        return OK, self.attributes[attribute]
 
     def cuLibraryLoadData(self, code, *_):
         self.kernels.append(code.decode())
@@ -311,17 +321,18 @@ class Launch:
             "i": ctypes.c_int32,
             "f": ctypes.c_float,
         }
-        declared = parameters_of(self.family)
+        declared = parameters_of(self.family, is_mma=self.config.startswith("sm"))
         addresses = (ctypes.c_void_p * len(declared)).from_address(parameters)
         for address, (name, letter) in zip(addresses, declared, strict=True):
             self.arguments[name] = kinds[letter].from_address(address).value
 
 
 @cache
-def parameters_of(family: str) -> tuple[tuple[str, str], ...]:
+def parameters_of(family: str, is_mma: bool = False) -> tuple[tuple[str, str], ...]:
     """(name, letter) of a kernel's parameters, read from its source: no Numba needed."""
     name = family.replace("-", "_")
-    tree = ast.parse((_KERNELS / f"{name}.py").read_text())
+    folder = _KERNELS / ("sm80" if is_mma else "portable")
+    tree = ast.parse((folder / f"{name}.py").read_text())
     (kernel,) = [
         node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == name
     ]
@@ -335,7 +346,7 @@ def fake_get_cubin(config, traits, limits) -> Cubin:
     """A `Cubin` whose code says which kernel it is."""
     return Cubin(
         entry=config.family,
-        parameters=parameters_of(config.family),
+        parameters=parameters_of(config.family, isinstance(config, MmaConfig)),
         num_threads=config.num_threads,
         smem_bytes=config.smem_bytes(traits),
         registers=64,
@@ -351,10 +362,10 @@ def fake_get_cubin(config, traits, limits) -> Cubin:
 class Gpu:
     """The fake machine: `cupy`, `torch`, `driver`, and arrays to call numflash with."""
 
-    def __init__(self, capability=(7, 5)):
+    def __init__(self, *device):
         self.memory = Memory()
         self.cupy, self.torch = fake_cupy(self.memory), fake_torch(self.memory)
-        self.driver = Driver(capability)
+        self.driver = Driver(*device)
 
     def array(self, shape, dtype="float16", device=0, offset_bytes=0) -> CuPyArray:
         """A contiguous CuPy array, `offset_bytes` behind an aligned address."""
@@ -367,9 +378,9 @@ class Gpu:
         return self.torch.Tensor(shape, getattr(self.torch, dtype), self.torch.device(*device))
 
 
-def install(monkeypatch, capability=(7, 5)) -> Gpu:
-    """Put a fake machine under numflash for one test."""
-    gpu = Gpu(capability)
+def install(monkeypatch, capability=(7, 5), num_sms=40, l2_bytes=4 * 2**20) -> Gpu:
+    """Put a fake machine, a T4 unless told otherwise, under numflash for one test."""
+    gpu = Gpu(capability, num_sms, l2_bytes)
     monkeypatch.setitem(sys.modules, "cupy", gpu.cupy)
     monkeypatch.setitem(sys.modules, "torch", gpu.torch)
     monkeypatch.setattr(launch, "_driver", lambda: gpu.driver)
@@ -379,8 +390,9 @@ def install(monkeypatch, capability=(7, 5)) -> Gpu:
     monkeypatch.setattr(api, "_ready", {})
     monkeypatch.setattr(arrays, "_libraries", {})
     # Caches of this test's own, so that nothing fake outlives it.
-    limits_of_device = cache(launch.limits_of_device.__wrapped__)
-    monkeypatch.setattr(launch, "limits_of_device", limits_of_device)
-    monkeypatch.setattr(api, "limits_of_device", limits_of_device)
+    for name in ("limits_of_device", "multiprocessors"):
+        function = cache(getattr(launch, name).__wrapped__)
+        monkeypatch.setattr(launch, name, function)
+        monkeypatch.setattr(api, name, function)
     monkeypatch.setattr(launch, "_primary_context", cache(launch._primary_context.__wrapped__))
     return gpu

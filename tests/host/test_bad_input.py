@@ -14,6 +14,7 @@ import pytest
 
 import numflash
 from numflash import api
+from numflash.configs import BackwardDqConfig, ForwardConfig
 from numflash.mode import SIMULATED
 from numflash.views import numpy_dtype
 from tests import fake_gpu
@@ -229,6 +230,70 @@ BAD_FORWARD = {
         TypeError,
         "stream must be a CUDA stream",
     ),
+    # Precision and config
+    "precision-name": ({"precision": "fp8"}, ValueError, "precision must be one of tf32", "'fp8'"),
+    "precision-float16": (
+        {"precision": "tf32"},
+        ValueError,
+        'precision="tf32" is a way to multiply float32',
+        "float16",
+    ),
+    "precision-bool": ({"precision": True}, TypeError, "precision must be a string", "True"),
+    "precision-list": ({"precision": ["tf32"]}, TypeError, "precision must be a string", "['tf32"),
+    "config-text": (
+        {"config": "64x64"},
+        ValueError,
+        "a forward config must look like m64n32w4",
+        "'64x64'",
+    ),
+    "config-mma-text": (
+        {"config": "sm80-64x64"},
+        ValueError,
+        "a forward config must look like m64n32w4 or sm80-m64n32w4s2",
+        "'sm80-64x64'",
+    ),
+    "config-empty": ({"config": ""}, ValueError, "a forward config must look like", "got ''"),
+    "config-tiles": ({"config": "sm80-m60n64w4s1"}, ValueError, "tile_m = 60", "16 x num_warps"),
+    "config-generation": ({"config": "sm90-m64n64w4s1"}, ValueError, "sm75, sm80", "'sm90'"),
+    "config-of-another-family": (
+        {"config": BackwardDqConfig(64, 32, 4)},
+        TypeError,
+        "config must be a string or a config of forward",
+        "BackwardDqConfig",
+    ),
+    "config-number": ({"config": 64}, TypeError, "config must be a string or a config", "64"),
+    "config-list": ({"config": ["m64n32w4"]}, TypeError, "config must be a string", "['m64n32w4"),
+    "config-dict": (
+        {"config": {"forward": "m64n32w4"}},
+        TypeError,
+        "config must be a string or a config of forward",
+        "{'forward'",
+    ),
+    "config-too-large": (
+        {"config": "m512n512w32"},
+        numflash.UnsupportedError,
+        "config m512n512w32 cannot run this forward",
+        "needs 1286144 bytes of shared memory per block with head dims 32 and 32",
+    ),
+    "config-of-tensor-cores-for-float32": (
+        {name: A(spec.shape, "float32") for name, spec in FORWARD.items()}
+        | {"config": "sm75-m64n64w4s1"},
+        numflash.UnsupportedError,
+        "config sm75-m64n64w4s1 cannot run this forward",
+        'float32 is multiplied exactly unless precision="tf32"',
+    ),
+    "config-of-tensor-cores-for-a-negative-scale": (
+        {"softmax_scale": -1.0, "config": "sm75-m64n64w4s1"},
+        numflash.UnsupportedError,
+        "config sm75-m64n64w4s1 cannot run this forward",
+        "softmax_scale is not positive",
+    ),
+    "config-of-tensor-cores-for-tf32-on-turing": (
+        {name: A(spec.shape, "float32") for name, spec in FORWARD.items()}
+        | {"config": "sm75-m64n64w4s1", "precision": "tf32"},
+        numflash.UnsupportedError,
+        "Turing's tensor cores have float16, not tf32",
+    ),
     # Names
     "unknown-option": ({"dropout": 0.1}, TypeError, "dropout"),
 }
@@ -264,6 +329,50 @@ BAD_BACKWARD = {
     "k-heads": ({"k": A((2, 11, 3, 16))}, ValueError, "v must have the heads of k, 3", "got 2"),
     "scale-bool": ({"softmax_scale": True}, TypeError, "softmax_scale must be a real", "True"),
     "stream": ({"stream": "main"}, TypeError, "stream must be a CUDA stream", "'main'"),
+    "precision-name": ({"precision": "fp8"}, ValueError, "precision must be one of tf32", "'fp8'"),
+    "precision-float16": ({"precision": "tf32"}, ValueError, 'precision="tf32"', "float16"),
+    "config-string": (
+        {"config": "m64n32w4"},
+        TypeError,
+        "config of a backward must map families to configs, got 'm64n32w4'",
+    ),
+    "config-list": ({"config": ["m64n32w4"]}, TypeError, "must map families to configs"),
+    "config-pairs": ({"config": (("backward-dq", "m64n32w4"),)}, TypeError, "must map families"),
+    "config-family": (
+        {"config": {"forward": "m64n32w4"}},
+        ValueError,
+        "config of a backward has the keys backward-dkdv, backward-dq, got 'forward'",
+    ),
+    "config-delta": ({"config": {"delta": "w8"}}, ValueError, "has the keys", "got 'delta'"),
+    "config-text": (
+        {"config": {"backward-dq": "64x64"}},
+        ValueError,
+        "a backward-dq config must look like",
+        "'64x64'",
+    ),
+    "config-number": (
+        {"config": {"backward-dkdv": 7}},
+        TypeError,
+        "config must be a string or a config of backward-dkdv",
+        "7",
+    ),
+    "config-of-another-family": (
+        {"config": {"backward-dkdv": BackwardDqConfig(64, 32, 4)}},
+        TypeError,
+        "config must be a string or a config of backward-dkdv",
+        "BackwardDqConfig",
+    ),
+    "config-unhashable": (
+        {"config": {"backward-dq": ["m64n32w4"]}},
+        TypeError,
+        "config must be a string or a config of backward-dq",
+    ),
+    "config-too-large": (
+        {"config": {"backward-dq": "m512n512w32"}},
+        numflash.UnsupportedError,
+        "config m512n512w32 cannot run this backward-dq",
+        "bytes of shared memory",
+    ),
     "unknown-option": ({"return_lse": True}, TypeError, "return_lse"),
 }
 # Only arrays of a GPU can lie on another device.
@@ -346,6 +455,7 @@ def test_arrays_on_several_devices_are_refused(machine, changes, error, words):
         ({"softcap": 1}, {"softcap": True}),
         ({"window_size": (1, 0)}, {"window_size": (1.0, 0)}),
         ({"window_size": (1, 0)}, {"window_size": (True, 0)}),
+        ({"config": "m64n32w4"}, {"config": b"m64n32w4"}),
     ],
     ids=str,
 )
@@ -373,6 +483,11 @@ def test_a_wrong_value_is_refused_though_an_equal_right_one_is_ready(machine, ri
         {"stream": 0},
         {"out": OUT},
         {"out": A((2, 9, 4, 32), index=np.s_[..., :24])},
+        {"precision": None, "config": None},
+        {"config": "m64n32w4"},
+        {"config": ForwardConfig(64, 32, 4)},
+        {"config": "sm75-m64n64w4s1"},
+        {"softmax_scale": -1.5, "config": "m64n32w4"},
     ],
     ids=str,
 )
@@ -505,6 +620,12 @@ def test_a_plan_refuses_what_it_would_have_to_copy(machine):
         ({"head_dim": 257}, numflash.UnsupportedError, ["head_dim must be at most 256, got 257"]),
         ({"head_dim": 64.0}, TypeError, ["head_dim must be an integer", "64.0"]),
         ({"head_dim": "64"}, TypeError, ["head_dim must be an integer", "'64'"]),
+        ({"precision": "tf32"}, ValueError, ['precision="tf32"', "float16"]),
+        (
+            {"dtype": "float32", "precision": "fp8"},
+            ValueError,
+            ["precision must be one of tf32", "'fp8'"],
+        ),
     ],
 )
 def test_warmup_refuses(machine, arguments, error, words):
@@ -512,8 +633,44 @@ def test_warmup_refuses(machine, arguments, error, words):
 
 
 def test_check_refuses_what_attention_refuses(machine):
-    for changes, error, *words in (BAD_FORWARD["q-list"], BAD_FORWARD["stream-string"]):
+    for name in ("q-list", "stream-string", "precision-name", "config-text", "config-too-large"):
+        changes, error, *words = BAD_FORWARD[name]
         refused(machine, numflash.check, FORWARD | changes, error, words)
+
+
+@cases(
+    {name: BAD_FORWARD[name] for name in BAD_FORWARD if not name.startswith(("out-", "stream"))}
+)
+def test_explain_dispatch_refuses_what_attention_refuses(machine, changes, error, words):
+    if isinstance(changes.get("config"), dict):
+        changes = {"config": {"sideways": "m64n32w4"}}
+        error, words = ValueError, ["has the keys backward-dkdv, backward-dq, got 'sideways'"]
+    refused(machine, numflash.explain_dispatch, FORWARD | changes, error, words)
+
+
+@pytest.mark.parametrize(
+    "config, error, words",
+    [
+        ({"sideways": "w8"}, ValueError, ["got 'sideways'"]),
+        ({"forward": "w8"}, ValueError, ["a forward config must look like", "'w8'"]),
+        ({"backward-dq": "w8"}, ValueError, ["a backward-dq config must look like", "'w8'"]),
+        ({"backward-dq": 8}, TypeError, ["config must be a string or a config of backward-dq"]),
+    ],
+    ids=str,
+)
+def test_configs_by_family_are_refused(machine, config, error, words):
+    refused(machine, numflash.explain_dispatch, FORWARD | {"config": config}, error, words)
+    if "backward-dq" not in config:
+        refused(machine, numflash.check, FORWARD | {"config": config}, error, words)
+
+
+@pytest.mark.parametrize("wrong", [(("backward-dq", "m64n32w4"),), "m64n32w4"], ids=str)
+def test_a_wrong_config_is_refused_though_one_of_equal_parts_is_ready(machine, wrong):
+    right = {"config": {"backward-dq": "m64n32w4"}}
+    machine.call(numflash.attention_backward, **BACKWARD, **right)
+    changes = {"config": wrong}
+    words = ["config of a backward must map families to configs"]
+    refused(machine, numflash.attention_backward, BACKWARD | changes, TypeError, words)
 
 
 @needs_gpu_mode

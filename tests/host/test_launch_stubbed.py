@@ -19,19 +19,25 @@ import pytest
 
 import numflash
 from numflash import api, launch
+from numflash.configs import FAMILIES, MMA_CONFIGS, Traits, parse_config
 from numflash.mode import SIMULATED
 from tests import fake_gpu
 
 pytestmark = pytest.mark.skipif(SIMULATED, reason="needs NUMBA_ENABLE_CUDASIM unset")
 
 B, SQ, SK, H, HKV, D, DV = 2, 100, 70, 4, 2, 64, 96
-POINTERS = {"out", "lse", "delta", "dq", "dk", "dv"}
 
 
 @pytest.fixture
 def gpu(monkeypatch):
     """A fake Turing."""
     return fake_gpu.install(monkeypatch)
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """A fake H200."""
+    return fake_gpu.install(monkeypatch, (9, 0), num_sms=132, l2_bytes=50 * 2**20)
 
 
 @pytest.fixture
@@ -44,16 +50,20 @@ def strides(array) -> tuple[int, ...]:
     return tuple(stride // array.dtype.itemsize for stride in array.strides)
 
 
+KERNELS = [(family, False) for family in FAMILIES] + [(family, True) for family in MMA_CONFIGS]
+
+
 def test_every_kernel_has_its_pointers_before_its_scalars():
-    for family in ("forward", "delta", "backward-dq", "backward-dkdv"):
-        letters = [letter for _, letter in fake_gpu.parameters_of(family)]
+    for kernel in KERNELS:
+        letters = [letter for _, letter in fake_gpu.parameters_of(*kernel)]
         n_pointers = letters.count("P")
         assert 0 < n_pointers < len(letters)
         assert letters[:n_pointers] == ["P"] * n_pointers
 
 
-def test_forward_arguments_arrive_where_the_driver_reads_them(gpu, qkv):
-    q, k, v = qkv
+@pytest.mark.parametrize("dtype", ["float32", "float16"], ids=["portable", "tensor-cores"])
+def test_forward_arguments_arrive_where_the_driver_reads_them(gpu, dtype):
+    q, k, v = (gpu.array(s, dtype) for s in ((B, SQ, H, D), (B, SK, HKV, D), (B, SK, HKV, DV)))
     slopes = gpu.array((B, H), "float32")
     out, lse = numflash.attention(
         q,
@@ -88,39 +98,160 @@ def test_forward_arguments_arrive_where_the_driver_reads_them(gpu, qkv):
         "score_scale": 0.25 / 8.0,
         "softcap": 8.0,
     }
+    if dtype == "float16":
+        # K and V of all heads fit the L2 cache.
+        expected |= {"batch_size": B, "heads_in_flight": B * H}
+        expected |= {"pack": 1, "num_splits": 1, "out_split": 0}
     for name, array in {"q": q, "k": k, "v": v, "out": out}.items():
         batch, row, head, _ = strides(array)
         expected |= {f"{name}_batch": batch, f"{name}_row": row, f"{name}_head": head}
     assert run.arguments == expected
     assert (run.family, run.extra) == ("forward", 0)
-    assert run.traits == "float16-d64-dv96-softcap-alibi-vec"
-    tile_m = int(run.config[1:].partition("n")[0])
-    assert run.grid == (math.ceil(SQ / tile_m) * H * B, 1, 1)
-    assert run.block == (128, 1, 1)
+    assert run.traits == f"{dtype}-d64-dv96-softcap-alibi-vec"
+    config = parse_config("forward", run.config)
+    assert config.implementation == ("portable" if dtype == "float32" else "sm80")
+    assert run.grid == (math.ceil(SQ / config.tile_m) * H * B, 1, 1)
+    assert run.block == (config.num_threads, 1, 1) == (128, 1, 1)
+    assert run.smem_bytes == config.smem_bytes(Traits.parse(run.traits))
 
 
-def test_backward_runs_delta_before_the_gradients_that_read_it(gpu, qkv):
+@pytest.mark.parametrize(
+    "config",
+    [None, {"backward-dkdv": "m16n16w4", "backward-dq": "m16n16w4"}],
+    ids=["tensor-cores", "portable"],
+)
+def test_backward_runs_delta_before_the_gradients_that_read_it(gpu, qkv, config):
     q, k, v = qkv
     out, lse = numflash.attention(q, k, v, return_lse=True)
     dout = gpu.array(out.shape)
     gpu.driver.launches.clear()
-    dq, dk, dv = numflash.attention_backward(dout, q, k, v, out, lse)
+    dq, dk, dv = numflash.attention_backward(dout, q, k, v, out, lse, config=config)
     assert [(g.shape, g.dtype) for g in (dq, dk, dv)] == [(x.shape, x.dtype) for x in qkv]
     delta, dkdv, for_dq = gpu.driver.launches
     assert [run.family for run in gpu.driver.launches] == ["delta", "backward-dkdv", "backward-dq"]
+    assert delta.arguments["lse"] == lse.data.ptr
+    workspaces = delta.arguments["delta"], delta.arguments["lse_log2"]
+    # Both hold a float32 for each row of each head, and neither is anything else.
+    assert workspaces[1] - workspaces[0] >= 4 * B * H * SQ
+    pointers = [x.data.ptr for x in (*qkv, out, lse, dout, dq, dk, dv)]
+    assert not set(workspaces) & set(pointers)
     for run in (dkdv, for_dq):
         assert run.arguments["do"] == dout.data.ptr
-        assert run.arguments["lse"] == lse.data.ptr
-        assert run.arguments["delta"] == delta.arguments["delta"]
+        assert run.arguments["delta"] == workspaces[0]
+        if config is None:
+            assert run.arguments["lse_log2"] == workspaces[1]
+        else:
+            assert (run.config, run.arguments["lse"]) == ("m16n16w4", lse.data.ptr)
         assert run.arguments["alibi_slopes"] == 0
         assert run.arguments["softmax_scale"] == D**-0.5
         assert run.arguments["do_row"] == strides(dout)[1]
     assert delta.arguments["out"] == out.data.ptr
     assert for_dq.arguments["dq"] == dq.data.ptr
     assert (dkdv.arguments["dk"], dkdv.arguments["dv"]) == (dk.data.ptr, dv.data.ptr)
-    tile_n = int(dkdv.config.partition("n")[2].partition("w")[0])
+    tile_n = parse_config(dkdv.family, dkdv.config).tile_n
     assert dkdv.grid == (math.ceil(SK / tile_n) * HKV * B, 1, 1)
+    tile_m = parse_config(for_dq.family, for_dq.config).tile_m
+    assert for_dq.grid == (math.ceil(SQ / tile_m) * H * B, 1, 1)
     assert delta.grid == (math.ceil(SQ / 8) * H * B, 1, 1)
+
+
+# Packed heads, splits over the keys
+
+
+def test_heads_of_a_group_are_packed_where_queries_are_few(gpu):
+    seqlen_q, heads = 10, 8
+    # So few keys that they are not split.
+    q, k = gpu.array((B, seqlen_q, heads, D)), gpu.array((B, 20, HKV, D))
+    numflash.attention(q, k, k)
+    (run,) = gpu.driver.launches
+    pack = heads // HKV
+    tile_m = parse_config("forward", run.config).tile_m
+    assert run.arguments["pack"] == pack
+    assert run.arguments["heads_in_flight"] == B * heads // pack
+    assert run.grid == (math.ceil(seqlen_q * pack / tile_m) * HKV * B, 1, 1)
+    # Slopes differ between the heads; the portable kernels pack nothing.
+    numflash.attention(q, k, k, alibi_slopes=gpu.array((heads,), "float32"))
+    assert gpu.driver.launches[-1].arguments["pack"] == 1
+    assert gpu.driver.launches[-1].grid == (heads * B, 1, 1)
+    numflash.attention(q, k, k, config="m16n16w4")
+    assert "pack" not in gpu.driver.launches[-1].arguments
+    assert gpu.driver.launches[-1].grid == (heads * B, 1, 1)
+
+
+def assert_split(gpu, forward, combine, num_splits, q, out, lse):
+    """Check that a forward wrote parts and `combine` put them together."""
+    batch, seqlen_q, heads, _ = q.shape
+    rows, row = batch * seqlen_q * heads, 128  # head dims are padded
+    assert (forward.family, combine.family) == ("forward", "combine")
+    config = parse_config("forward", forward.config)
+    assert config.num_splits == forward.arguments["num_splits"] == num_splits
+    assert combine.arguments["num_splits"] == num_splits
+    pack = forward.arguments["pack"]
+    blocks = math.ceil(seqlen_q * pack / config.tile_m) * heads // pack * batch
+    assert forward.grid == (num_splits * blocks, 1, 1)
+    parts, part_lses = (combine.arguments[name] for name in ("parts", "part_lses"))
+    assert (forward.arguments["out"], forward.arguments["lse"]) == (parts, part_lses)
+    assert (combine.arguments["out"], combine.arguments["lse"]) == (out.data.ptr, lse.data.ptr)
+    # The parts are contiguous float32 with nothing else in their memory.
+    assert forward.arguments["out_split"] == rows * row
+    assert forward.arguments["out_batch"] == seqlen_q * heads * row
+    assert (forward.arguments["out_row"], forward.arguments["out_head"]) == (heads * row, row)
+    room = sorted([parts, part_lses, gpu.memory.next])
+    assert room[room.index(parts) + 1] - parts >= 4 * num_splits * rows * row
+    assert room[room.index(part_lses) + 1] - part_lses >= 4 * num_splits * rows
+    batch_stride, row_stride, head_stride, _ = strides(out)
+    assert combine.arguments["out_batch"] == batch_stride
+    assert (combine.arguments["out_row"], combine.arguments["out_head"]) == (
+        row_stride,
+        head_stride,
+    )
+    assert combine.stream == forward.stream
+
+
+def test_a_query_with_many_keys_is_split_over_the_machine(hopper):
+    q, k = hopper.array((1, 1, 8, 120)), hopper.array((1, 65536, 8, 120))
+    for stream in (None, 0xABC0):
+        hopper.driver.launches.clear()
+        hopper.cupy.allocations.clear()
+        out, lse = numflash.attention(q, k, k, return_lse=True, stream=stream)
+        forward, combine = hopper.driver.launches
+        assert forward.grid[0] >= 132
+        assert_split(hopper, forward, combine, forward.grid[0] // 8, q, out, lse)
+        assert forward.stream == (stream or 0x5000)
+        assert hopper.cupy.allocations == [(stream or 0x5000, 0)] * 4
+
+
+def test_keys_are_split_as_often_as_the_config_says(gpu):
+    q, k = gpu.array((B, 6, 4, 100)), gpu.array((B, SK, 2, 100))
+    for config, num_splits in (("sm75-m32n16w1s1x3", 3), ("sm75-m32n16w1s1", 1)):
+        gpu.driver.launches.clear()
+        out, lse = numflash.attention(q, k, k, return_lse=True, config=config)
+        if num_splits == 1:
+            (forward,) = gpu.driver.launches
+            assert forward.arguments["out"] == out.data.ptr
+        else:
+            assert_split(gpu, *gpu.driver.launches, num_splits, q, out, lse)
+        assert gpu.driver.launches[0].config == config
+
+
+def test_a_plan_of_a_split_forward_repeats_both_launches(gpu):
+    q, k = gpu.array((B, 6, 4, 100)), gpu.array((B, SK, 2, 100))
+    plan = numflash.plan(q, k, k, config="sm75-m32n16w1s1x3")
+    assert plan.kernel == "forward sm75-m32n16w1s1x3 float16-d128-dv128"
+    numflash.attention(q, k, k, config="sm75-m32n16w1s1x3")
+    allocations = len(gpu.cupy.allocations)
+    plan.launch()
+    plan.launch(0xABC0)
+    _, other, *runs = gpu.driver.launches
+    assert [run.family for run in runs] == ["forward", "combine"] * 2
+    assert [run.stream for run in runs] == [0x5000] * 2 + [0xABC0] * 2
+    assert_split(gpu, *runs[:2], 3, q, plan.out, plan.lse)
+    assert [run.arguments for run in runs[:2]] == [run.arguments for run in runs[2:]]
+    assert runs[1].arguments["parts"] != other.arguments["parts"]
+    assert len(gpu.cupy.allocations) == allocations
+
+
+# Strides, alignment, layouts
 
 
 def test_strides_arrive_as_they_are_whatever_their_sign(gpu):
@@ -211,7 +342,7 @@ def test_backward_allocates_and_launches_on_the_stream(gpu, qkv):
     gpu.cupy.allocations.clear()
     numflash.attention_backward(out, *qkv, out, lse, stream=0xABC0)
     assert [run.stream for run in gpu.driver.launches] == [0xABC0] * 3
-    assert gpu.cupy.allocations == [(0xABC0, 0)] * 4
+    assert gpu.cupy.allocations == [(0xABC0, 0)] * 5
 
 
 def test_the_current_stream_is_asked_for_in_every_call(gpu, qkv):
@@ -222,7 +353,8 @@ def test_the_current_stream_is_asked_for_in_every_call(gpu, qkv):
 
 
 @pytest.mark.parametrize("head_dim, raised", [(64, False), (128, True)])
-def test_shared_memory_above_48_kb_is_asked_for_once(gpu, head_dim, raised):
+def test_shared_memory_above_48_kb_is_asked_for_once(hopper, head_dim, raised):
+    gpu = hopper
     q = gpu.array((B, SQ, H, head_dim))
     for _ in range(2):
         numflash.attention(q, q, q)
@@ -404,7 +536,7 @@ def test_a_plan_repeats_its_launch_with_the_same_addresses(gpu, qkv):
     assert first.arguments["lse"] == plan.lse.data.ptr
     assert (first.stream, second.stream) == (0x5000, 0xABC0)
     assert len(gpu.cupy.allocations) == allocations
-    assert plan.kernel.startswith("forward m")
+    assert plan.kernel == f"forward {first.config} float16-d64-dv96-vec"
     assert numflash.plan(*qkv, stream=0xABC0).launch() is not plan.out
     assert gpu.driver.launches[-1].stream == 0xABC0
 
@@ -442,7 +574,9 @@ def test_threads_do_not_mix_their_arguments(gpu, qkv, monkeypatch):
         assert run.arguments["lse"] == lse_of[run.arguments["out"]]
 
 
-def test_warmup_compiles_what_attention_will_launch(gpu, monkeypatch, qkv):
+@pytest.fixture
+def compiled(monkeypatch):
+    """What `warmup` compiles."""
     compiled = []
 
     def get_cubin(config, traits, limits):
@@ -450,10 +584,24 @@ def test_warmup_compiles_what_attention_will_launch(gpu, monkeypatch, qkv):
         return fake_gpu.fake_get_cubin(config, traits, limits)
 
     monkeypatch.setattr(api, "get_cubin", get_cubin)
+    return compiled
+
+
+def test_warmup_compiles_what_attention_will_launch(gpu, compiled, qkv):
     numflash.warmup("float16", D, DV, backward=True)
     out, lse = numflash.attention(*qkv, return_lse=True)
     numflash.attention_backward(out, *qkv, out, lse)
     assert sorted(compiled) == sorted(gpu.driver.kernels)
+
+
+@pytest.mark.parametrize("precision", [None, "tf32"])
+def test_warmup_compiles_for_the_precision_of_the_calls(hopper, compiled, precision):
+    numflash.warmup("float32", D, backward=True, precision=precision)
+    q = hopper.array((16, 512, 8, D), "float32")
+    out, lse = numflash.attention(q, q, q, return_lse=True, precision=precision)
+    numflash.attention_backward(out, q, q, q, out, lse, precision=precision)
+    assert sorted(compiled) == sorted(hopper.driver.kernels)
+    assert any("tf32" in kernel for kernel in compiled) is (precision is not None)
 
 
 def test_a_gpu_older_than_turing_is_unsupported(monkeypatch):
