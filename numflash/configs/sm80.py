@@ -278,9 +278,9 @@ _PREFERENCES = {
 WARPS_PER_SM = (8, 4, 1)
 """How many warps should fit on an SM at once: the most wanted first."""
 
+_MAX_REGISTERS = 255
 # float32 accumulators a thread can hold next to its operands without spilling: plainly, with
 # softcap, ALiBi or rows that are not aligned, and where operands are rounded to tf32.
-_MAX_REGISTERS = 255
 _MAX_ACCUMULATORS, _MAX_ACCUMULATORS_LESS, _MAX_ACCUMULATORS_TF32 = 192, 176, 112
 
 

@@ -136,6 +136,25 @@ def test_jax_arrays_in_and_out(cupy):
     assert isinstance(out, jax.Array)
 
 
+def test_few_queries_are_split_over_the_machine(cupy):
+    q = _inputs(cupy, (1, 1, 32, 128), count=1)[0]
+    k, v = _inputs(cupy, (1, 8192, 8, 128), count=2)
+    chosen = numflash.explain_dispatch(q, k, v)
+    assert chosen.geometry.num_splits > 1 and chosen.geometry.pack == 4
+    report = numflash.check(q, k, v)
+    assert report.passed, f"\n{report}"
+
+
+def test_memory_is_what_is_documented(cupy):
+    pool = cupy.get_default_memory_pool()
+    q, k, v = _inputs(cupy, (2, 1024, 4, 64))
+    numflash.attention(q, k, v)
+    pool.free_all_blocks()
+    before = pool.used_bytes()
+    out, lse = numflash.attention(q, k, v, return_lse=True)
+    assert pool.used_bytes() - before == out.nbytes + lse.nbytes
+
+
 def test_warmup_compiles_ahead(cupy, caplog):
     numflash.warmup("bfloat16", 96, backward=True)
     q, k, v = _inputs(cupy, (1, 50, 1, 96), "bfloat16")
