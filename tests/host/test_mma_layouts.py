@@ -1,4 +1,4 @@
-"""The tensor-core kernels' tiles: where chunks lie, which elements a lane holds, no bank conflicts.
+"""Tiles for tensor cores: where chunks lie, which elements a lane holds, no bank conflicts.
 
 What is proven is the index arithmetic of the kernels themselves: in the simulator's mode the
 functions of `numflash.tiles.mma` are plain Python, which runs here lane after lane, and every
@@ -338,19 +338,14 @@ def copies_of_threads(thread, make, num_threads, arguments):
 def conflicts_of_stores(threads) -> int:
     """Over all the stores of a block, warp by warp."""
     found = 0
-    for lanes in (
-        itertools.batched(threads, 32) if hasattr(itertools, "batched") else batched(threads)
-    ):
+    for first in range(0, len(threads), 32):
+        lanes = threads[first : first + 32]
         passes = max(map(len, lanes))
         # A thread without a row in the tile has none in any pass.
         assert {len(lane) for lane in lanes} <= {0, passes}
         for i in range(passes):
             found += conflicts([lane[i][0] if lane else None for lane in lanes], 8)
     return found
-
-
-def batched(threads):
-    return [threads[i : i + 32] for i in range(0, len(threads), 32)]
 
 
 @pytest.mark.parametrize("product", [("sm80", "float16"), ("sm80", "float32")], ids="-".join)
