@@ -40,6 +40,7 @@ from numflash.views import ArrayView, Operand, contiguous_strides, overlap
 _MAX_READY = 4096
 _LONG = 2**20
 BACKWARD = ("backward-dkdv", "backward-dq")
+_FUSED = "backward"
 _ready: dict[tuple, Any] = {}
 
 
@@ -152,7 +153,8 @@ def attention_backward(
         softmax_scale, causal, causal_align, window_size, softcap, alibi_slopes, layout, precision,
             stream: as given to `attention`.
         config: kernels to run instead of those that numflash chooses, by family: "backward-dkdv"
-            and "backward-dq".
+            and "backward-dq"; or "backward", one kernel for all gradients, which takes five
+            products a tile instead of seven and num_splits more float32 copies of dq.
 
     Returns:
         dq, dk, dv: shaped like q, k and v, contiguous. Queries that see no key have gradient 0.
@@ -483,7 +485,7 @@ class _Forward:
 
 
 class _Backward:
-    """A backward problem with its three kernels bound to everything but addresses."""
+    """A backward problem with its kernels bound to everything but addresses."""
 
     def __init__(self, views: dict[str, ArrayView], options: dict):
         rows, self.copied = _with_contiguous_rows(views, ("q", "k", "v", "dout", "out"))
@@ -506,8 +508,10 @@ class _Backward:
         self.dtype, self.device = problem.dtype, q.device
         self.delta_size = (problem.batch * problem.num_heads_q * problem.seqlen_q,)
         forced, traits = backward_configs(options["config"]), _traits(problem, tensors)
-        rows = {"delta": problem.seqlen_q} | dict.fromkeys(BACKWARD, problem.seqlen_q)
-        rows["backward-dkdv"] = problem.seqlen_k
+        self.workspaces = dict.fromkeys(("delta", "lse_log2"), self.delta_size)
+        rows = {"delta": problem.seqlen_q}
+        if _FUSED not in forced:
+            rows |= {"backward-dkdv": problem.seqlen_k, "backward-dq": problem.seqlen_q}
         # All are chosen before one is compiled: a wrong config must not cost a wait.
         choices = [
             backward_choice(family, problem, traits, q.device, forced.get(family))
@@ -515,15 +519,33 @@ class _Backward:
             if problem.batch and rows[family]
         ]
         self.launchers = [_launcher(choice, problem, tensors, q.device) for choice in choices]
+        if _FUSED in forced:
+            self._add_fused(problem, tensors, forced[_FUSED])
+
+    def _add_fused(self, problem, tensors: dict[str, Tensor], config: str | Config) -> None:
+        """The one kernel for all gradients, and the one that adds up its parts of dQ."""
+        limits, traits = limits_of_device(self.device), _traits(problem, tensors)
+        choice = force(_FUSED, config, traits, limits, problem.softmax_scale > 0)
+        config, scalars = choice.config, _scalars(problem, tensors)
+        scalars["num_splits"] = config.num_splits
+        tiles = -(-problem.seqlen_q // config.tile_m) * problem.num_heads_q * problem.batch
+        part = tiles * config.tile_m * traits.head_dim
+        self.workspaces["dq_parts"] = (config.num_splits * part,)
+        if problem.batch and problem.seqlen_k:
+            blocks = problem.num_blocks(1, problem.num_heads_kv * config.num_splits, 1)
+            launcher = Launcher(config, choice.traits, self.device, blocks, scalars)
+            self.launchers.append(launcher)
+        if tiles:
+            launcher = Launcher(config.reduction(), choice.traits, self.device, tiles, scalars)
+            self.launchers.append(launcher)
 
     def __call__(self, operands: dict[str, Operand], library: ArrayLibrary, stream: int):
         """Allocate and launch; the three gradients."""
         _copy_rows(self.copied, operands)
         operands["do"] = operands["dout"]
         operands.setdefault("alibi_slopes", None)
-        for name in ("delta", "lse_log2"):
-            workspace = library.empty(self.delta_size, "float32", self.device)
-            operands[name] = library.operand(workspace)
+        for name, shape in self.workspaces.items():
+            operands[name] = library.operand(library.empty(shape, "float32", self.device))
         gradients = []
         for name, shape in self.shapes.items():
             gradients.append(library.empty(shape, self.dtype, self.device))
@@ -552,9 +574,10 @@ def backward_configs(config) -> dict[str, str | Config]:
     if not isinstance(config, dict):
         raise TypeError(f"config of a backward must map families to configs, got {config!r}")
     for family in config:
-        if family not in BACKWARD:
+        if family not in (*BACKWARD, _FUSED):
             raise ValueError(
-                f"config of a backward has the keys {', '.join(BACKWARD)}, got {family!r}"
+                f"config of a backward has the keys {', '.join(BACKWARD)} or {_FUSED}, got "
+                f"{family!r}"
             )
     return config
 

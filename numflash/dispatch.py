@@ -7,7 +7,16 @@ held to the same rules, except those that only concern speed.
 
 from dataclasses import dataclass, replace
 
-from numflash.configs import FAMILIES, Config, MmaConfig, Traits, parse_config, portable, sm80
+from numflash.configs import (
+    FAMILIES,
+    PORTABLE_CONFIGS,
+    Config,
+    MmaConfig,
+    Traits,
+    parse_config,
+    portable,
+    sm80,
+)
 from numflash.devices import Architecture, blocks_per_sm
 from numflash.errors import UnsupportedError
 from numflash.problem import AttentionProblem
@@ -60,6 +69,7 @@ def choose(
 
     Raises:
         ValueError: the family is unknown.
+        UnsupportedError: the family has no portable kernel, and none for tensor cores fits.
     """
     if family not in FAMILIES:
         raise ValueError(f"kernel family must be one of {', '.join(FAMILIES)}, got {family!r}")
@@ -70,6 +80,7 @@ def choose(
     if mma_candidates and why is not None:
         passed_over.append((f"{generation} (tensor cores)", why))
         mma_candidates = []
+    reasons = []
     for warps in sm80.WARPS_PER_SM:
         reasons = []
         for config in mma_candidates:
@@ -80,6 +91,9 @@ def choose(
                 return Choice(family, config, traits, rule, tuple(reasons))
             reasons.append((str(config), why))
     passed_over += reasons
+    if family not in PORTABLE_CONFIGS:
+        found = "; ".join(f"{what}: {why}" for what, why in passed_over)
+        raise UnsupportedError(f"no {family} kernel runs {traits} on {limits.arch}: {found}")
     plain = replace(traits, tf32=False)
     candidates = portable.candidates(family)
     for config in candidates:
@@ -112,6 +126,7 @@ def force(
     why = None
     if isinstance(config, MmaConfig):
         why = _no_tensor_cores(traits, config.generation, positive_scale)
+        why = why or config.misfit(traits)
         if config.generation == "sm80" and _generation(limits) == "sm75":
             why = f"its instructions begin with sm_80, this GPU is {limits.arch}"
     else:

@@ -22,10 +22,12 @@ from numflash.configs.portable import (
 )
 from numflash.configs.sm80 import (
     MMA_CONFIGS,
+    MmaBackwardConfig,
     MmaBackwardDkDvConfig,
     MmaBackwardDqConfig,
     MmaConfig,
     MmaForwardConfig,
+    ReduceDqConfig,
 )
 from numflash.configs.traits import (
     DTYPES,
@@ -35,7 +37,7 @@ from numflash.configs.traits import (
     padded_head_dim,
 )
 
-FAMILIES = tuple(PORTABLE_CONFIGS)
+FAMILIES = tuple(dict.fromkeys([*PORTABLE_CONFIGS, *MMA_CONFIGS]))
 """Every kernel family."""
 Config = (
     ForwardConfig | BackwardDkDvConfig | BackwardDqConfig | DeltaConfig | CombineConfig | MmaConfig
@@ -50,8 +52,11 @@ def parse_config(family: str, text: str) -> Config:
     """
     if family not in FAMILIES:
         raise ValueError(f"kernel family must be one of {', '.join(FAMILIES)}, got {family!r}")
-    is_mma = text.startswith("sm") and family in MMA_CONFIGS
-    return (MMA_CONFIGS if is_mma else PORTABLE_CONFIGS)[family].parse(text)
+    implementations = [MMA_CONFIGS, PORTABLE_CONFIGS]
+    if not text.startswith("sm"):
+        implementations.reverse()
+    (config, *_) = (configs[family] for configs in implementations if family in configs)
+    return config.parse(text)
 
 
 __all__ = [
@@ -67,10 +72,12 @@ __all__ = [
     "Config",
     "DeltaConfig",
     "ForwardConfig",
+    "MmaBackwardConfig",
     "MmaBackwardDkDvConfig",
     "MmaBackwardDqConfig",
     "MmaConfig",
     "MmaForwardConfig",
+    "ReduceDqConfig",
     "SmemLayout",
     "Traits",
     "accumulators_per_thread",

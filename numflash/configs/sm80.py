@@ -29,7 +29,8 @@ class MmaConfig:
         tile_n: rows of K and V in a tile.
         num_warps: per block; they share the rows of the result.
         num_stages: tiles of the walk in shared memory at once, for loads that run ahead.
-        num_splits: parts that the keys are dealt out to, each with its own blocks; forward only.
+        num_splits: parts that the keys are dealt out to, each with its own blocks; forward and
+            backward only.
         apart: dK and dV are computed by blocks of their own, for head dims whose accumulators a
             thread cannot hold both; backward-dkdv only.
         swizzled: False only to measure what the swizzle is worth.
@@ -71,8 +72,8 @@ class MmaConfig:
             raise ValueError(f"{type(self).__name__} {self}: a block has at most 32 warps")
         if self.num_stages > MAX_STAGES:
             raise ValueError(f"{type(self).__name__} {self}: at most {MAX_STAGES} stages")
-        if self.num_splits > 1 and self.family != "forward":
-            raise ValueError(f"{type(self).__name__} {self}: only the forward can be split")
+        if self.num_splits > 1 and self.family in ("backward-dkdv", "backward-dq"):
+            raise ValueError(f"{type(self).__name__} {self}: only other kernels can be split")
         if self.apart and self.family != "backward-dkdv":
             raise ValueError(f"{type(self).__name__} {self}: only dK and dV can be apart")
 
@@ -100,6 +101,10 @@ class MmaConfig:
     def block_rows(self) -> int:
         """Rows of the output that one block computes."""
         return self.row_tile
+
+    def misfit(self, traits: Traits) -> str | None:
+        """Why it cannot be built for these traits; None if it can."""
+        return None
 
     @property
     def compiled(self) -> "MmaConfig":
@@ -224,9 +229,88 @@ class MmaBackwardDkDvConfig(MmaConfig):
         return self._gradient_scores(traits) + self.m_tiles * columns // 2
 
 
+@dataclass(frozen=True)
+class MmaBackwardConfig(MmaConfig):
+    """A block computes dK and dV of row blocks of tile_n, and their share of dQ, in one walk."""
+
+    family: ClassVar = "backward"
+    _row_tile: ClassVar = "tile_n"
+
+    def __post_init__(self):
+        super().__post_init__()
+        m_warps = self.tile_m // _ROW_STEP
+        if self.m_tiles != 1 or self.num_warps % m_warps:
+            raise ValueError(
+                f"{type(self).__name__} {self}: tile_n must be {_ROW_STEP} x num_warps, and "
+                f"num_warps a multiple of tile_m / {_ROW_STEP} = {m_warps}"
+            )
+
+    @property
+    def ds_columns(self) -> int:
+        """Columns of the tile of dS in shared memory."""
+        return max(32, self.tile_m)
+
+    def misfit(self, traits: Traits) -> str | None:
+        """Why it cannot be built for these traits; None if it can."""
+        if traits.tf32:
+            return "dS goes through shared memory transposed, which only 16-bit elements can"
+        if self.tile_m % 32 and self.tile_m != 16:
+            return f"tile_m must be 16 or a multiple of 32, got {self.tile_m}"
+        column_warps = self.num_warps * _ROW_STEP // self.tile_m
+        columns = traits.head_dim // column_warps
+        if columns % 32 or (column_warps > 1 and columns & (columns - 1)):
+            return (
+                f"{column_warps} warps share the columns of dQ, and head_dim / {column_warps} = "
+                f"{traits.head_dim / column_warps:g} is no power of two from 32 on"
+            )
+        return None
+
+    def tiles(self, traits: Traits) -> dict[str, int]:
+        """The words of each tile in shared memory, in order."""
+        return {
+            "k": _words(self.tile_n, traits.head_dim, traits),
+            "v": _words(self.tile_n, traits.head_dim_v, traits),
+            "q": self.num_stages * _words(self.tile_m, traits.head_dim, traits),
+            "do": self.num_stages * _words(self.tile_m, traits.head_dim_v, traits),
+            "ds": _words(self.tile_n, self.ds_columns, traits),
+            "lse": self.num_stages * self.tile_m,
+            "delta": self.num_stages * self.tile_m,
+        }
+
+    def accumulators_per_thread(self, traits: Traits) -> int:
+        """float32 accumulators that a thread keeps through the main loop."""
+        return self._gradient_scores(traits) + (traits.head_dim + traits.head_dim_v) // 2
+
+    def reduction(self) -> "ReduceDqConfig":
+        """The config of the kernel that adds up the parts of dQ."""
+        return ReduceDqConfig(**{field.name: getattr(self, field.name) for field in fields(self)})
+
+
+@dataclass(frozen=True)
+class ReduceDqConfig(MmaBackwardConfig):
+    """A block adds up tile_m rows of dQ from the parts of a `MmaBackwardConfig`."""
+
+    family: ClassVar = "reduce-dq"
+
+    @property
+    def block_rows(self) -> int:
+        """Rows of the output that one block computes."""
+        return self.tile_m
+
+    def tiles(self, traits: Traits) -> dict[str, int]:
+        """The words of each tile in shared memory: none."""
+        return {}
+
+
 MMA_CONFIGS: dict[str, type] = {
     config.family: config
-    for config in (MmaForwardConfig, MmaBackwardDkDvConfig, MmaBackwardDqConfig)
+    for config in (
+        MmaForwardConfig,
+        MmaBackwardDkDvConfig,
+        MmaBackwardDqConfig,
+        MmaBackwardConfig,
+        ReduceDqConfig,
+    )
 }
 """Kernel family -> its config class."""
 
@@ -255,6 +339,15 @@ _PREFERENCES = {
         "m64n16w4s1",
         "m32n32w2s1",
         "m16n32w1s1",
+        "m16n16w1s1",
+    ),
+    "backward": (
+        "m64n128w8s2",
+        "m64n128w8s1",
+        "m128n128w8s1",
+        "m64n64w4s1",
+        "m32n64w4s1",
+        "m32n32w2s1",
         "m16n16w1s1",
     ),
     "backward-dkdv": (
@@ -297,6 +390,8 @@ def misfit(
 
     At least `warps` must fit on an SM: while some wait for copies and barriers, others compute.
     """
+    if (why := config.misfit(traits)) is not None:
+        return why
     if (needed := config.smem_bytes(traits)) > limits.max_smem_per_block:
         return (
             f"needs {needed} bytes of shared memory per block, {limits.arch} has "

@@ -227,6 +227,27 @@ def make_store_rows(element: MmaElement, m_tiles, n_tiles, vectorized, as_float3
     return store_float32 if as_float32 else store_packed
 
 
+@cache
+def make_store_scores(element: MmaElement, n_tiles, layout: TileLayout):
+    """store_scores(acc, smem, tile, first): a warp's 16 rows of scores, packed, to shared memory.
+
+    `first` is the warp's first row in the tile. Words of eight rows go to different banks.
+    """
+    word, pack_two, layout_pitch = make_word(layout), element.pack_two, layout.pitch
+
+    @device_function
+    def store_scores(acc, smem, tile, first):
+        lane = cuda.threadIdx.x % 32
+        row = first + lane // 4
+        for j in range(n_tiles):
+            above = tile + word(row, j) + lane % 4
+            st_shared_u32(smem, above, pack_two(acc[4 * j], acc[4 * j + 1]))
+            below = above + ROW_STEP * layout_pitch
+            st_shared_u32(smem, below, pack_two(acc[4 * j + 2], acc[4 * j + 3]))
+
+    return store_scores
+
+
 @device_function
 def transpose_quad(words, t):
     """words[j] of lane t of each quad of lanes becomes words[t] of lane j.

@@ -6,7 +6,7 @@ from shared memory feeds four products, which keeps shared memory below the tens
 
 from functools import cache
 
-from numflash.ptx import cuda, device_function, f32, u32
+from numflash.ptx import cuda, device_function, f32, ldmatrix_x4_trans, u32
 from numflash.tiles.mma.elements import MmaElement, make_transposed_operand
 from numflash.tiles.mma.fragments import MMA_ROWS
 from numflash.tiles.mma.layouts import CHUNK_WORDS, TileLayout, make_advance
@@ -80,3 +80,28 @@ def make_product_pn(element: MmaElement, m_tiles, k_tiles, n_tiles, b_layout: Ti
                         mma(acc[left + 4 : left + 8], a_frag[4 * i : 4 * i + 4], b_frag[2:4])
 
     return product_pn
+
+
+@cache
+def make_product_tn(element: MmaElement, depth, n_tiles, a_layout: TileLayout, b_layout):
+    """product_tn(acc, smem, a, b): acc += A^T B for 16-bit elements, 16 rows of the result a warp.
+
+    Both lie in shared memory by rows of `depth`. `a` is this lane's position in A as a column
+    operand, at the chunks of the warp's 16 columns of A; `b` in B as a transposed operand.
+    """
+    steps = depth // element.k_step
+    a_step, b_step = element.k_step * a_layout.pitch, element.k_step * b_layout.pitch
+    advance, mma = make_advance(b_layout), element.mma
+
+    @device_function
+    def product_tn(acc, smem, a, b):
+        a_frag = cuda.local.array(4, u32)
+        b_frag = cuda.local.array(4, u32)
+        for step in range(steps):
+            ldmatrix_x4_trans(a_frag, smem, a + step * a_step)
+            for j in range(n_tiles // 2):
+                ldmatrix_x4_trans(b_frag, smem, advance(b, j) + step * b_step)
+                mma(acc[8 * j : 8 * j + 4], a_frag, b_frag[0:2])
+                mma(acc[8 * j + 4 : 8 * j + 8], a_frag, b_frag[2:4])
+
+    return product_tn

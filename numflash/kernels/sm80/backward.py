@@ -1,0 +1,313 @@
+"""Backward on the tensor cores in one walk: dK, dV and dQ from five products a tile, not seven.
+
+A block owns tile_n rows of K and V and walks over Q and dO, as `backward_dkdv` does. dS^T, which
+the warps hold by keys, then goes through shared memory, and each warp computes dQ = dS K for its
+rows of queries and its part of head_dim.
+
+dQ of a query is a sum over all keys, which are dealt out to `num_splits` blocks: each of them
+walks over every num_splits-th row block of K and V, adds to float32 parts of dQ of its own, and so
+needs no atomics; `reduce_dq` adds the parts up. The result is the same in every run. The parts lie
+as the threads hold them, 16 bytes a lane.
+
+Per tile of 64 queries and 128 keys and warp, bfloat16, head_dim 128: 320 HMMA, 176 LDSM, 32
+exponentials, 32 stores of dS, 8 loads and 8 stores of 16 bytes for dQ.
+
+Source: FlashAttention-2, arXiv 2307.08691, Algorithm 2; one buffer of dQ a split as in its
+deterministic mode.
+"""
+
+from numflash.configs import MmaBackwardConfig, Traits
+from numflash.kernels.kernel import Kernel
+from numflash.ptx import (
+    CP_ASYNC_WAIT_GROUP,
+    Pointer,
+    cp_async_commit_group,
+    cuda,
+    f32,
+    i32,
+    i64,
+    ld_global_v4_f32,
+    mov_tid_x,
+    st_global_v4_f32,
+    u32,
+)
+from numflash.tiles.mma.copies import (
+    make_copy_tile,
+    make_copy_vector,
+    make_store_rows,
+    make_store_scores,
+)
+from numflash.tiles.mma.elements import MMA_ELEMENTS, make_transposed_operand
+from numflash.tiles.mma.fragments import (
+    MMA_ROWS,
+    accumulator_column,
+    accumulator_row,
+    column_operand_chunk,
+    column_operand_row,
+    first_row_of_warp,
+    row_operand_chunk,
+    row_operand_row,
+)
+from numflash.tiles.mma.layouts import TileLayout, make_word
+from numflash.tiles.mma.products import make_product_nt, make_product_pn, make_product_tn
+from numflash.tiles.mma.scores import make_mask_scores, make_scale_scores
+from numflash.tiles.mma.softmax import make_softmax_backward_by_column
+from numflash.tiles.scores import band_block_begin, band_block_end, band_is_partial
+from numflash.tiles.softmax import LOG2_E
+
+
+def make_backward_kernel(config: MmaBackwardConfig, traits: Traits) -> Kernel:
+    """The backward kernel for one config; see the module's docstring."""
+    element = MMA_ELEMENTS[config.generation, traits.dtype]
+    tile_m, tile_n, num_threads = config.tile_m, config.tile_n, config.num_threads
+    num_stages = config.num_stages
+    n_tiles = tile_m // 8
+    dk_tiles, dv_tiles = traits.head_dim // 8, traits.head_dim_v // 8
+    n_scores, n_dk, n_dv = 4 * n_tiles, 4 * dk_tiles, 4 * dv_tiles
+    # dQ of a tile: the warps share its rows, and where there are more of them its columns.
+    m_warps = tile_m // MMA_ROWS
+    dq_tiles = dk_tiles // (config.num_warps // m_warps)
+    n_dq, dq_words = 4 * dq_tiles, tile_m * traits.head_dim
+
+    offsets = config.smem_offsets(traits)
+    k_smem, v_smem, q_smem, do_smem = (offsets[name] for name in ("k", "v", "q", "do"))
+    lse_smem, delta_smem, ds_smem = offsets["lse"], offsets["delta"], offsets["ds"]
+    k_layout = TileLayout(traits.head_dim // element.per_chunk, config.swizzled)
+    v_layout = TileLayout(traits.head_dim_v // element.per_chunk, config.swizzled)
+    ds_layout = TileLayout(config.ds_columns // element.per_chunk, config.swizzled)
+    q_words, do_words = tile_m * k_layout.pitch, tile_m * v_layout.pitch
+
+    asynchronous = config.generation != "sm75" and traits.vectorized
+    copy = (num_threads, traits.vectorized, asynchronous)
+    copy_k = make_copy_tile(element, k_layout, tile_n, *copy)
+    copy_v = make_copy_tile(element, v_layout, tile_n, *copy)
+    copy_q = make_copy_tile(element, k_layout, tile_m, *copy)
+    copy_do = make_copy_tile(element, v_layout, tile_m, *copy)
+    copy_vector = make_copy_vector(tile_m, num_threads, asynchronous)
+    k_word, v_word, ds_word = make_word(k_layout), make_word(v_layout), make_word(ds_layout)
+    first_of_q, _ = make_transposed_operand(element, k_layout)
+    first_of_do, _ = make_transposed_operand(element, v_layout)
+    multiply_k_q = make_product_nt(element, 1, n_tiles, k_layout, k_layout)
+    multiply_v_do = make_product_nt(element, 1, n_tiles, v_layout, v_layout)
+    multiply_p_do = make_product_pn(element, 1, n_tiles, dv_tiles, v_layout)
+    multiply_ds_q = make_product_pn(element, 1, n_tiles, dk_tiles, k_layout)
+    multiply_ds_k = make_product_tn(element, tile_n, dq_tiles, ds_layout, k_layout)
+    scale_scores = make_scale_scores(1, n_tiles, traits.softcap, traits.alibi)
+    mask_scores = make_mask_scores(1, n_tiles)
+    softmax_backward = make_softmax_backward_by_column(1, n_tiles, traits.softcap)
+    store_ds = make_store_scores(element, n_tiles, ds_layout)
+    store_dk = make_store_rows(element, 1, dk_tiles, traits.vectorized, False)
+    store_dv = make_store_rows(element, 1, dv_tiles, traits.vectorized, False)
+    storage, alibi, softcapped = element.storage, traits.alibi, traits.softcap
+    n_cap_slopes = n_scores if softcapped else 1
+    # Tiles that may be on their way while one is used.
+    wait_for_tile = CP_ASYNC_WAIT_GROUP[max(0, num_stages - 2)]
+
+    def backward(
+        q: Pointer(storage),
+        k: Pointer(storage),
+        v: Pointer(storage),
+        do: Pointer(storage),
+        lse_log2: Pointer(f32),
+        delta: Pointer(f32),
+        dk: Pointer(storage),
+        dv: Pointer(storage),
+        dq_parts: Pointer(f32),
+        alibi_slopes: Pointer(f32),
+        q_batch: i64,
+        q_row: i64,
+        q_head: i64,
+        k_batch: i64,
+        k_row: i64,
+        k_head: i64,
+        v_batch: i64,
+        v_row: i64,
+        v_head: i64,
+        do_batch: i64,
+        do_row: i64,
+        do_head: i64,
+        dk_batch: i64,
+        dk_row: i64,
+        dk_head: i64,
+        dv_batch: i64,
+        dv_row: i64,
+        dv_head: i64,
+        slopes_batch: i64,
+        slopes_head: i64,
+        batch_size: i32,
+        seqlen_q: i32,
+        seqlen_k: i32,
+        num_heads_q: i32,
+        group_size: i32,
+        head_dim: i32,
+        head_dim_v: i32,
+        band_lo: i32,
+        band_hi: i32,
+        bias_shift: i32,
+        num_splits: i32,
+        score_scale: f32,
+        softcap: f32,
+        softmax_scale: f32,
+    ):
+        smem = cuda.shared.array(0, u32, alignment=128)
+        s_acc = cuda.local.array(n_scores, f32)
+        dp_acc = cuda.local.array(n_scores, f32)
+        cap_slopes = cuda.local.array(n_cap_slopes, f32)
+        dk_acc = cuda.local.array(n_dk, f32)
+        dv_acc = cuda.local.array(n_dv, f32)
+        dq_acc = cuda.local.array(n_dq, f32)
+
+        num_n_blocks = (seqlen_k + tile_n - 1) // tile_n
+        num_m_blocks = (seqlen_q + tile_m - 1) // tile_m
+        num_heads_kv = num_heads_q // group_size
+        split = i32(cuda.blockIdx.x % num_splits)
+        head_kv = cuda.blockIdx.x // num_splits % num_heads_kv
+        batch = cuda.blockIdx.x // num_splits // num_heads_kv
+        k_base = batch * k_batch + head_kv * k_head
+        v_base = batch * v_batch + head_kv * v_head
+        scale_log2 = LOG2_E
+        if not (softcapped or alibi):
+            scale_log2 = score_scale * LOG2_E
+
+        # Where this lane reads operands, and where it writes dS^T.
+        warp, lane = cuda.threadIdx.x // 32, cuda.threadIdx.x % 32
+        warp_row = first_row_of_warp(MMA_ROWS)
+        row_operand = warp_row + row_operand_row(lane)
+        k_mine = k_smem + k_word(row_operand, row_operand_chunk(lane))
+        v_mine = v_smem + v_word(row_operand, row_operand_chunk(lane))
+        q_mine = q_smem + k_word(column_operand_row(lane), column_operand_chunk(lane))
+        do_mine = do_smem + v_word(column_operand_row(lane), column_operand_chunk(lane))
+        q_transposed, do_transposed = (
+            q_smem + first_of_q(lane),
+            do_smem + first_of_do(lane),
+        )
+        lse_mine = lse_smem + accumulator_column()
+        delta_mine = delta_smem + accumulator_column()
+        # dQ: 16 rows of queries and dq_tiles of the columns for each warp. Its operand A lies in
+        # shared memory as the rows of keys that the warps wrote.
+        ds_chunk = 2 * (warp % m_warps) + column_operand_chunk(lane)
+        ds_mine = ds_smem + ds_word(column_operand_row(lane), ds_chunk)
+        k_chunk = warp // m_warps * dq_tiles + row_operand_chunk(lane)
+        k_transposed = k_smem + k_word(row_operand_row(lane), k_chunk)
+
+        for n_block in range(split, num_n_blocks, num_splits):
+            n_start = i32(n_block * tile_n)
+            last_row = min(n_start + tile_n, seqlen_k) - 1
+            m_begin = i32(band_block_begin(n_start, -band_hi, tile_m))
+            m_end = i32(band_block_end(last_row, -band_lo, seqlen_q, tile_m))
+            cuda.syncthreads()  # the previous K and V have been read by all
+            copy_k(smem, k_smem, k, k_base, k_row, n_start, seqlen_k, head_dim, 1, 0)
+            copy_v(smem, v_smem, v, v_base, v_row, n_start, seqlen_k, head_dim_v, 1, 0)
+            for i in range(n_dk):
+                dk_acc[i] = f32(0)
+            for i in range(n_dv):
+                dv_acc[i] = f32(0)
+
+            num_tiles = (m_end - m_begin) * group_size
+            next_head, next_m = head_kv * group_size, m_begin
+            head, m_block = next_head, m_begin
+            stage = 0
+            last_stage = num_stages - 1
+            for tile in range(1 - num_stages, num_tiles):
+                if tile >= 0:
+                    # The tile has arrived, unless there is only one stage; the one before it,
+                    # and dS, have been read.
+                    if asynchronous and num_stages > 1:
+                        wait_for_tile()
+                    cuda.syncthreads()
+                if tile + num_stages - 1 < num_tiles:
+                    into = last_stage if tile >= 0 else tile + num_stages - 1
+                    q_base = batch * q_batch + next_head * q_head
+                    do_base = batch * do_batch + next_head * do_head
+                    statistics = i64(batch * num_heads_q + next_head) * seqlen_q
+                    m = i32(next_m * tile_m)
+                    q_tile, do_tile = q_smem + q_words * into, do_smem + do_words * into
+                    lse_tile, delta_tile = lse_smem + tile_m * into, delta_smem + tile_m * into
+                    copy_q(smem, q_tile, q, q_base, q_row, m, seqlen_q, head_dim, 1, 0)
+                    copy_do(smem, do_tile, do, do_base, do_row, m, seqlen_q, head_dim_v, 1, 0)
+                    copy_vector(smem, lse_tile, lse_log2, statistics, m, seqlen_q)
+                    copy_vector(smem, delta_tile, delta, statistics, m, seqlen_q)
+                    next_m += 1
+                    if next_m == m_end:
+                        next_m, next_head = m_begin, next_head + 1
+                if asynchronous:
+                    cp_async_commit_group()
+                if tile >= 0:
+                    if num_stages == 1:
+                        if asynchronous:
+                            wait_for_tile()
+                        cuda.syncthreads()
+
+                    # S^T = K Q^T, dP^T = V dO^T
+                    multiply_k_q(s_acc, smem, k_mine, q_mine + q_words * stage)
+                    multiply_v_do(dp_acc, smem, v_mine, do_mine + do_words * stage)
+                    m_start = i32(m_block * tile_m)
+                    if softcapped or alibi:
+                        alibi_slope = f32(0)
+                        if alibi:
+                            alibi_slope = alibi_slopes[batch * slopes_batch + head * slopes_head]
+                        j = i32(n_start + accumulator_row(MMA_ROWS))
+                        i = i32(m_start + accumulator_column())
+                        scale_scores(
+                            s_acc,
+                            cap_slopes,
+                            j,
+                            i,
+                            -bias_shift,
+                            score_scale,
+                            softcap,
+                            alibi_slope,
+                        )
+                    if band_is_partial(
+                        n_start, tile_n, m_start, tile_m, seqlen_q, -band_hi, -band_lo
+                    ):
+                        j = i32(n_start + accumulator_row(MMA_ROWS))
+                        i = i32(m_start + accumulator_column())
+                        mask_scores(s_acc, j, i, seqlen_q, -band_hi, -band_lo, 1)
+
+                    # dS = P * (dP - delta); dV += P^T dO, dK += dS^T Q
+                    statistics_of_stage = tile_m * stage
+                    softmax_backward(
+                        s_acc,
+                        dp_acc,
+                        cap_slopes,
+                        smem,
+                        lse_mine + statistics_of_stage,
+                        delta_mine + statistics_of_stage,
+                        scale_log2,
+                    )
+                    store_ds(dp_acc, smem, ds_smem, warp_row)
+                    multiply_p_do(dv_acc, s_acc, smem, do_transposed + do_words * stage)
+                    multiply_ds_q(dk_acc, dp_acc, smem, q_transposed + q_words * stage)
+                    cuda.syncthreads()  # dS of all warps has arrived
+
+                    # dQ += dS K, on top of what this split's earlier keys gave
+                    part = i64((split * batch_size + batch) * num_heads_q + head)
+                    thread = mov_tid_x()
+                    dq_mine = (thread // 32 * dq_tiles * 32 + thread % 32) * 4
+                    place = (part * num_m_blocks + m_block) * dq_words + dq_mine
+                    first_seen = band_block_begin(m_start, band_lo, tile_n)
+                    if n_block - num_splits < first_seen:
+                        for i in range(n_dq):
+                            dq_acc[i] = f32(0)
+                    else:
+                        for i in range(dq_tiles):
+                            ld_global_v4_f32(dq_acc[4 * i : 4 * i + 4], dq_parts, place + 128 * i)
+                    multiply_ds_k(dq_acc, smem, ds_mine, k_transposed)
+                    for i in range(dq_tiles):
+                        st_global_v4_f32(dq_parts, place + 128 * i, dq_acc[4 * i : 4 * i + 4])
+                    last_stage = stage
+                    stage = stage + 1 if stage + 1 < num_stages else 0
+                    m_block += 1
+                    if m_block == m_end:
+                        m_block, head = m_begin, head + 1
+
+            row = i32(n_start + accumulator_row(MMA_ROWS))
+            dk_base = batch * dk_batch + head_kv * dk_head
+            dv_base = batch * dv_batch + head_kv * dv_head
+            store_dv(dv_acc, dv, dv_base, dv_row, row, seqlen_k, head_dim_v, 1, 0)
+            for i in range(n_dk):
+                dk_acc[i] *= softmax_scale
+            store_dk(dk_acc, dk, dk_base, dk_row, row, seqlen_k, head_dim, 1, 0)
+
+    return Kernel(config.family, backward, num_threads, config.smem_bytes(traits))
