@@ -15,7 +15,7 @@ import pytest
 
 from numflash import cache, compiler
 from numflash.compiler import compile_kernel, get_cubin
-from numflash.configs import DeltaConfig, Traits
+from numflash.configs import DeltaConfig, Traits, parse_config
 from numflash.devices import ARCHITECTURES
 from numflash.errors import UnsupportedError
 from numflash.kernels.kernel import Kernel
@@ -99,7 +99,9 @@ def test_a_cubin(good):
     assert 0 < good.registers < 64
     assert good.spill_store_bytes == good.spill_load_bytes == good.stack_bytes == 0
     assert good.warnings == ()
-    assert good.parameters[:3] == (("out", "P"), ("do", "P"), ("delta", "P"))
+    pointers = [name for name, letter in good.parameters if letter == "P"]
+    assert pointers == ["out", "do", "lse", "delta", "lse_log2"]
+    assert [name for name, _ in good.parameters[: len(pointers)]] == pointers
     assert {letter for _, letter in good.parameters} <= set("Pqif")
 
 
@@ -110,6 +112,15 @@ def test_it_is_compiled_once(cache_directory, compilations):
     assert get_cubin(CONFIG, TRAITS, LIMITS) == first
     assert len(compilations) == 1
     assert len(list(cache_directory.iterdir())) == 1
+
+
+def test_how_many_splits_is_no_matter_of_machine_code(cache_directory, compilations):
+    for text in ("sm80-m16n16w1s1x2", "sm80-m16n16w1s1x7", "sm80-m16n16w1s1x64"):
+        get_cubin(parse_config("forward", text), TRAITS, LIMITS)
+    assert len(compilations) == 1
+    # But parts are float32, whatever the result is.
+    get_cubin(parse_config("forward", "sm80-m16n16w1s1"), TRAITS, LIMITS)
+    assert len(compilations) == len(list(cache_directory.iterdir())) == 2
 
 
 def test_a_warm_cache_needs_no_numba(cache_directory, good, compilations):
@@ -273,7 +284,15 @@ def test_the_key_depends_on_the_sources(tmp_path, monkeypatch):
 
     before = compiler.source_hash()
     assert hash_of_copy() == before
-    for change in ("ptx/memory.py", "tiles/scores.py", "kernels/portable/delta.py", "configs.py"):
+    for change in (
+        "ptx/memory.py",
+        "tiles/scores.py",
+        "tiles/mma/products.py",
+        "kernels/portable/delta.py",
+        "kernels/sm80/forward.py",
+        "configs/sm80.py",
+        "configs/traits.py",
+    ):
         assert hash_of_copy(change) != before, change
     assert before in key_of(CONFIG, TRAITS, LIMITS)
 

@@ -10,6 +10,7 @@ import pytest
 from numflash import info, sass
 from numflash.configs import DeltaConfig, ForwardConfig, Traits
 from numflash.devices import ARCHITECTURES, blocks_per_sm
+from numflash.dispatch import choose
 from numflash.inspect import inspect_kernel, main
 
 KEYS = {
@@ -31,6 +32,7 @@ KEYS = {
 }
 TRAITS = Traits("float16", 64, 64)
 FORWARD = ["forward", "--arch", "sm_80", "--dtype", "float16", "--head-dim", "64"]
+PORTABLE = ["forward", "--arch", "sm_80", "--dtype", "float32", "--head-dim", "64"]
 DELTA = ["delta", "--arch", "sm_80"]
 
 
@@ -64,48 +66,62 @@ def run(*argv, **environment):
     )
 
 
-def test_json(capsys):
-    report = json.loads(printed(capsys, *FORWARD, "--json"))
+@pytest.mark.parametrize(
+    ("argv", "present", "absent"),
+    [
+        (FORWARD, ("HMMA", "LDGSTS", "FFMA"), ("HGMMA", "LDG")),
+        (PORTABLE, ("FFMA", "LDG"), ("HGMMA", "HMMA", "LDGSTS")),
+    ],
+    ids=["tensor-cores", "portable"],
+)
+def test_json(capsys, argv, present, absent):
+    report = json.loads(printed(capsys, *argv, "--json"))
     assert set(report) == KEYS
-    config = ForwardConfig.parse(report["config"])
+    traits = Traits.parse(report["traits"])
+    assert traits == Traits(argv[4], 64, 64)
+    limits = ARCHITECTURES["sm_80"]
+    config = choose("forward", traits, limits).config
     assert report["kernel"] == "forward"
     assert report["arch"] == "sm_80"
-    assert report["traits"] == str(TRAITS)
+    assert report["config"] == str(config)
     assert report["threads"] == config.num_threads
-    assert report["smem_bytes"] == config.smem_bytes(TRAITS)
+    assert report["smem_bytes"] == config.smem_bytes(traits)
     assert 32 < report["registers"] < 256
     assert report["spill_store_bytes"] == report["spill_load_bytes"] == report["stack_bytes"] == 0
     assert report["warnings"] == []
     assert report["compile_ms"] > 0
     assert (report["blocks_per_sm"], report["limited_by"]) == blocks_per_sm(
-        ARCHITECTURES["sm_80"], report["threads"], report["registers"], report["smem_bytes"]
+        limits, report["threads"], report["registers"], report["smem_bytes"]
     )
     instructions = report["instructions"]
     assert set(instructions) == {*sass.COUNTED, "F64"}
-    for name in ("FFMA", "MUFU.EX2", "LDS", "LDG", "SHFL", "BAR"):
+    for name in ("MUFU.EX2", "LDS", "SHFL", "BAR", *present):
         assert instructions[name] > 0, name
-    for name in ("HMMA", "HGMMA", "LDL", "STL", "F64"):
+    for name in ("LDL", "STL", "F64", *absent):
         assert instructions[name] == 0, name
 
 
 def test_readable_report(capsys):
     text = printed(capsys, *FORWARD, "--causal", "--window", "-1", "0")
-    assert text.startswith("forward m64n64w4 on sm_80\n")
-    for row in ("registers", "spills", "shared memory", "blocks per SM", "limited by", "FFMA"):
+    config = choose("forward", TRAITS, ARCHITECTURES["sm_80"]).config
+    assert text.startswith(f"forward {config} on sm_80\n")
+    for row in ("registers", "spills", "shared memory", "blocks per SM", "limited by", "HMMA"):
         assert row in text
     assert max(map(len, text.splitlines())) < 100
 
 
 def test_sass(capsys):
     text = printed(capsys, *FORWARD, "--sass")
-    assert sass.count_instructions(text)["FFMA"] > 0
+    assert sass.count_instructions(text)["HMMA"] > 0
     assert "EXIT" in sass.opcodes(text)
 
 
 def test_ptx(capsys):
-    text = printed(capsys, *FORWARD, "--ptx")
-    for part in (".target sm_80", "ld.global.v4.u32", "ex2.approx.ftz.f32", ".maxntid 128"):
+    argv = ["--config", "sm80-m16n16w1s1", "--head-dim", "32"]
+    text = printed(capsys, *FORWARD, *argv, "--ptx")
+    for part in (".target sm_80", "mma.sync.aligned.m16n8k16", "cp.async.cg", ".maxntid 32"):
         assert part in text
+    assert "ex2.approx.ftz.f32" in text and "ld.local" not in text
 
 
 @pytest.mark.parametrize(
@@ -118,6 +134,8 @@ def test_ptx(capsys):
         (["--head-dim", "44", "--dtype", "float32"], "w8", "float32-d64-dv64-vec"),
         (["--unaligned"], "w8", "float16-d64-dv64"),
         (["--softcap", "--alibi"], "w8", "float16-d64-dv64-softcap-alibi-vec"),
+        # A kernel without products is the same whatever they are.
+        (["--dtype", "float32", "--precision", "tf32"], "w8", "float32-d64-dv64-vec"),
     ],
     ids=lambda argument: " ".join(argument) if isinstance(argument, list) else argument,
 )
@@ -146,6 +164,13 @@ def test_architecture_without_its_suffix(capsys):
         ([*DELTA, "--config", "m64n32w4"], "must look like w8, got 'm64n32w4'"),
         (["forward", "--arch", "sm_80", "--config", "64x32"], "got '64x32'"),
         (["forward", "--arch", "sm_80", "--config", "m60n32w4"], "m60n32w4"),
+        (["forward", "--arch", "sm_80", "--config", "sm80-m64n64w4"], "or sm80-m64n32w4s2"),
+        ([*DELTA, "--config", "sm80-m64n64w4s1"], "must look like w8"),
+        ([*FORWARD, "--arch", "sm_75", "--config", "sm80-m64n64w4s1"], "begin with sm_80"),
+        ([*PORTABLE, "--config", "sm80-m64n64w4s1"], 'exactly unless precision="tf32"'),
+        ([*FORWARD, "--config", "m512n512w32"], "bytes of shared memory"),
+        ([*FORWARD, "--precision", "tf32"], "tf32 is a way to multiply float32, not float16"),
+        ([*PORTABLE, "--precision", "fp8"], "'fp8'"),
         ([*DELTA, "--json", "--sass"], "not allowed with"),
         ([*DELTA, "--window", "1"], "--window"),
     ],
