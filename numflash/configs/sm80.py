@@ -372,6 +372,10 @@ WARPS_PER_SM = (8, 4, 1)
 """How many warps should fit on an SM at once: the most wanted first."""
 
 _MAX_REGISTERS = 255
+# Copies through registers hold 16 bytes of four rows at once.
+_REGISTERS_OF_A_COPY = 16
+# Elements of one output: the compiler does not unroll longer loops over them.
+_MAX_OUTPUTS = 128
 # float32 accumulators a thread can hold next to its operands without spilling: plainly, with
 # softcap, ALiBi or rows that are not aligned, and where operands are rounded to tf32.
 _MAX_ACCUMULATORS, _MAX_ACCUMULATORS_LESS, _MAX_ACCUMULATORS_TF32 = 192, 176, 112
@@ -401,6 +405,11 @@ def misfit(
     most = _MAX_ACCUMULATORS if plain else _MAX_ACCUMULATORS_LESS
     if traits.tf32:
         most = _MAX_ACCUMULATORS_TF32
+    if config.generation == "sm75":
+        most -= _REGISTERS_OF_A_COPY
+    columns = traits.head_dim if config.family == "backward-dq" else traits.head_dim_v
+    if config.m_tiles * columns // 2 > _MAX_OUTPUTS:
+        return f"keeps {config.m_tiles * columns // 2} outputs a thread, at most {_MAX_OUTPUTS}"
     if (accumulators := config.accumulators_per_thread(traits)) > most:
         return f"keeps {accumulators} accumulators a thread, at most {most} do not spill"
     if config.block_rows >= max(2 * rows, 2 * _ROW_STEP):

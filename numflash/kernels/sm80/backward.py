@@ -44,7 +44,6 @@ from numflash.tiles.mma.fragments import (
     accumulator_row,
     column_operand_chunk,
     column_operand_row,
-    first_row_of_warp,
     row_operand_chunk,
     row_operand_row,
 )
@@ -169,28 +168,8 @@ def make_backward_kernel(config: MmaBackwardConfig, traits: Traits) -> Kernel:
         if not (softcapped or alibi):
             scale_log2 = score_scale * LOG2_E
 
-        # Where this lane reads operands, and where it writes dS^T.
-        warp, lane = cuda.threadIdx.x // 32, cuda.threadIdx.x % 32
-        warp_row = first_row_of_warp(MMA_ROWS)
-        row_operand = warp_row + row_operand_row(lane)
-        k_mine = k_smem + k_word(row_operand, row_operand_chunk(lane))
-        v_mine = v_smem + v_word(row_operand, row_operand_chunk(lane))
-        q_mine = q_smem + k_word(column_operand_row(lane), column_operand_chunk(lane))
-        do_mine = do_smem + v_word(column_operand_row(lane), column_operand_chunk(lane))
-        q_transposed, do_transposed = (
-            q_smem + first_of_q(lane),
-            do_smem + first_of_do(lane),
-        )
-        lse_mine = lse_smem + accumulator_column()
-        delta_mine = delta_smem + accumulator_column()
-        # dQ: 16 rows of queries and dq_tiles of the columns for each warp. Its operand A lies in
-        # shared memory as the rows of keys that the warps wrote.
-        ds_chunk = 2 * (warp % m_warps) + column_operand_chunk(lane)
-        ds_mine = ds_smem + ds_word(column_operand_row(lane), ds_chunk)
-        k_chunk = warp // m_warps * dq_tiles + row_operand_chunk(lane)
-        k_transposed = k_smem + k_word(row_operand_row(lane), k_chunk)
-
-        for n_block in range(split, num_n_blocks, num_splits):
+        for walk in range(i32((num_n_blocks - split + num_splits - 1) // num_splits)):
+            n_block = i32(split + walk * num_splits)
             n_start = i32(n_block * tile_n)
             last_row = min(n_start + tile_n, seqlen_k) - 1
             m_begin = i32(band_block_begin(n_start, -band_hi, tile_m))
@@ -203,8 +182,8 @@ def make_backward_kernel(config: MmaBackwardConfig, traits: Traits) -> Kernel:
             for i in range(n_dv):
                 dv_acc[i] = f32(0)
 
-            num_tiles = (m_end - m_begin) * group_size
-            next_head, next_m = head_kv * group_size, m_begin
+            num_tiles = i32((m_end - m_begin) * group_size)
+            next_head, next_m = i32(head_kv * group_size), m_begin
             head, m_block = next_head, m_begin
             stage = 0
             last_stage = num_stages - 1
@@ -227,9 +206,9 @@ def make_backward_kernel(config: MmaBackwardConfig, traits: Traits) -> Kernel:
                     copy_do(smem, do_tile, do, do_base, do_row, m, seqlen_q, head_dim_v, 1, 0)
                     copy_vector(smem, lse_tile, lse_log2, statistics, m, seqlen_q)
                     copy_vector(smem, delta_tile, delta, statistics, m, seqlen_q)
-                    next_m += 1
+                    next_m = i32(next_m + 1)
                     if next_m == m_end:
-                        next_m, next_head = m_begin, next_head + 1
+                        next_m, next_head = m_begin, i32(next_head + 1)
                 if asynchronous:
                     cp_async_commit_group()
                 if tile >= 0:
@@ -238,9 +217,22 @@ def make_backward_kernel(config: MmaBackwardConfig, traits: Traits) -> Kernel:
                             wait_for_tile()
                         cuda.syncthreads()
 
+                    # Where this lane reads operands. All gradients in registers leave none to keep
+                    # this in, so it is computed anew for each tile.
+                    thread = mov_tid_x()
+                    warp, lane = thread // 32, thread % 32
+                    row_operand = warp * MMA_ROWS + row_operand_row(lane)
+                    row_chunk = row_operand_chunk(lane)
+                    column_operand = column_operand_row(lane)
+                    column_chunk = column_operand_chunk(lane)
+                    k_mine = k_smem + k_word(row_operand, row_chunk)
+                    v_mine = v_smem + v_word(row_operand, row_chunk)
+                    q_mine = q_smem + k_word(column_operand, column_chunk) + q_words * stage
+                    do_mine = do_smem + v_word(column_operand, column_chunk) + do_words * stage
+
                     # S^T = K Q^T, dP^T = V dO^T
-                    multiply_k_q(s_acc, smem, k_mine, q_mine + q_words * stage)
-                    multiply_v_do(dp_acc, smem, v_mine, do_mine + do_words * stage)
+                    multiply_k_q(s_acc, smem, k_mine, q_mine)
+                    multiply_v_do(dp_acc, smem, v_mine, do_mine)
                     m_start = i32(m_block * tile_m)
                     if softcapped or alibi:
                         alibi_slope = f32(0)
@@ -266,24 +258,29 @@ def make_backward_kernel(config: MmaBackwardConfig, traits: Traits) -> Kernel:
                         mask_scores(s_acc, j, i, seqlen_q, -band_hi, -band_lo, 1)
 
                     # dS = P * (dP - delta); dV += P^T dO, dK += dS^T Q
-                    statistics_of_stage = tile_m * stage
+                    first_query = tile_m * stage + accumulator_column()
+                    lse_mine, delta_mine = lse_smem + first_query, delta_smem + first_query
                     softmax_backward(
-                        s_acc,
-                        dp_acc,
-                        cap_slopes,
-                        smem,
-                        lse_mine + statistics_of_stage,
-                        delta_mine + statistics_of_stage,
-                        scale_log2,
+                        s_acc, dp_acc, cap_slopes, smem, lse_mine, delta_mine, scale_log2
                     )
-                    store_ds(dp_acc, smem, ds_smem, warp_row)
-                    multiply_p_do(dv_acc, s_acc, smem, do_transposed + do_words * stage)
-                    multiply_ds_q(dk_acc, dp_acc, smem, q_transposed + q_words * stage)
+                    store_ds(dp_acc, smem, ds_smem)
+                    lane = mov_tid_x() % 32
+                    do_transposed = do_smem + first_of_do(lane) + do_words * stage
+                    q_transposed = q_smem + first_of_q(lane) + q_words * stage
+                    multiply_p_do(dv_acc, s_acc, smem, do_transposed)
+                    multiply_ds_q(dk_acc, dp_acc, smem, q_transposed)
                     cuda.syncthreads()  # dS of all warps has arrived
 
                     # dQ += dS K, on top of what this split's earlier keys gave
                     part = i64((split * batch_size + batch) * num_heads_q + head)
+                    # A warp has 16 rows of queries and dq_tiles of the columns of head_dim. dS
+                    # lies by rows of keys, as the warps wrote it.
                     thread = mov_tid_x()
+                    warp, lane = thread // 32, thread % 32
+                    ds_chunk = 2 * (warp % m_warps) + column_operand_chunk(lane)
+                    ds_mine = ds_smem + ds_word(column_operand_row(lane), ds_chunk)
+                    k_chunk = warp // m_warps * dq_tiles + row_operand_chunk(lane)
+                    k_transposed = k_smem + k_word(row_operand_row(lane), k_chunk)
                     dq_mine = (thread // 32 * dq_tiles * 32 + thread % 32) * 4
                     place = (part * num_m_blocks + m_block) * dq_words + dq_mine
                     first_seen = band_block_begin(m_start, band_lo, tile_n)
@@ -298,9 +295,9 @@ def make_backward_kernel(config: MmaBackwardConfig, traits: Traits) -> Kernel:
                         st_global_v4_f32(dq_parts, place + 128 * i, dq_acc[4 * i : 4 * i + 4])
                     last_stage = stage
                     stage = stage + 1 if stage + 1 < num_stages else 0
-                    m_block += 1
+                    m_block = i32(m_block + 1)
                     if m_block == m_end:
-                        m_block, head = m_begin, head + 1
+                        m_block, head = m_begin, i32(head + 1)
 
             row = i32(n_start + accumulator_row(MMA_ROWS))
             dk_base = batch * dk_batch + head_kv * dk_head

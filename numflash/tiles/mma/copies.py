@@ -27,7 +27,7 @@ from numflash.ptx import (
 )
 from numflash.tiles.lanes import FULL_WARP
 from numflash.tiles.mma.elements import MmaElement
-from numflash.tiles.mma.fragments import ROW_STEP
+from numflash.tiles.mma.fragments import MMA_ROWS, ROW_STEP
 from numflash.tiles.mma.layouts import TileLayout, make_word
 from numflash.tiles.mma.scores import token_of_row
 
@@ -229,18 +229,18 @@ def make_store_rows(element: MmaElement, m_tiles, n_tiles, vectorized, as_float3
 
 @cache
 def make_store_scores(element: MmaElement, n_tiles, layout: TileLayout):
-    """store_scores(acc, smem, tile, first): a warp's 16 rows of scores, packed, to shared memory.
+    """store_scores(acc, smem, tile): each warp's 16 rows of scores, packed, to shared memory.
 
-    `first` is the warp's first row in the tile. Words of eight rows go to different banks.
+    Words of eight rows go to different banks.
     """
     word, pack_two, layout_pitch = make_word(layout), element.pack_two, layout.pitch
 
     @device_function
-    def store_scores(acc, smem, tile, first):
-        lane = cuda.threadIdx.x % 32
-        row = first + lane // 4
+    def store_scores(acc, smem, tile):
+        thread = mov_tid_x()
+        row = thread // 32 * MMA_ROWS + thread % 32 // 4
         for j in range(n_tiles):
-            above = tile + word(row, j) + lane % 4
+            above = tile + word(row, j) + thread % 4
             st_shared_u32(smem, above, pack_two(acc[4 * j], acc[4 * j + 1]))
             below = above + ROW_STEP * layout_pitch
             st_shared_u32(smem, below, pack_two(acc[4 * j + 2], acc[4 * j + 3]))
