@@ -11,7 +11,7 @@ from numflash.views import numpy_dtype
 
 # Small configs for each implementation, so that small problems have several tiles in both
 # directions. Those of the tensor cores go round: one or two rows of products a warp, one to three
-# stages, one or two warps, keys split or not, dK and dV together or apart.
+# stages, one or two warps, keys split or not, gradients by one kernel, by two or by three.
 SMALL_CONFIGS = {
     "portable": ({"forward": "m16n16w2", "backward-dq": "m16n16w2", "backward-dkdv": "m16n16w2"},),
     "sm80": (
@@ -35,6 +35,8 @@ SMALL_CONFIGS = {
             "backward-dq": "sm80-m16n32w1s3",
             "backward-dkdv": "sm80-m16n16w1s2",
         },
+        {"forward": "sm80-m32n32w2s1", "backward": "sm80-m16n16w1s2x2"},
+        {"forward": "sm80-m16n16w1s2", "backward": "sm80-m32n32w2s1x3"},
     ),
     "sm75": (
         {
@@ -47,9 +49,10 @@ SMALL_CONFIGS = {
             "backward-dq": "sm75-m32n16w1s1",
             "backward-dkdv": "sm75-m16n32w2s1",
         },
+        {"forward": "sm75-m16n16w1s1", "backward": "sm75-m16n16w1s1x2"},
     ),
 }
-SMALL_CONFIGS["tf32"] = SMALL_CONFIGS["sm80"]
+SMALL_CONFIGS["tf32"] = SMALL_CONFIGS["sm80"][:4]
 
 
 @dataclass(frozen=True)

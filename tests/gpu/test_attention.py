@@ -26,6 +26,7 @@ _FORCED = {
         "backward-dkdv": "sm80-m16n64w4s3",
     },
     "split": {"forward": "sm80-m64n32w4s1x7"},
+    "fused": {"forward": "sm80-m64n32w4s1", "backward": "sm80-m64n64w4s1x3"},
 }
 
 
@@ -37,6 +38,7 @@ def _forced():
         "turing": on_tensor_cores(GPU_CASES, "sm75"),
         "stages": [c for c in sixteen_bit if max(c.shape[5:]) <= 128],
         "split": sixteen_bit,
+        "fused": [c for c in sixteen_bit if max(c.shape[5:]) <= 128],
         "tf32": on_tensor_cores([c for c in GPU_CASES if c.dtype == "float32"], "tf32"),
     }
     for name, configs in _FORCED.items():

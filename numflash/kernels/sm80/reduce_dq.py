@@ -50,6 +50,9 @@ def make_reduce_dq_kernel(config: MmaBackwardConfig, traits: Traits) -> Kernel:
         last_row = min(m_start + tile_m, seqlen_q) - 1
         n_begin = i32(band_block_begin(m_start, band_lo, tile_n))
         n_end = i32(band_block_end(last_row, band_hi, seqlen_k, tile_n))
+        # Queries past the last key's window see the rest of its block, which does not exist.
+        if m_start + band_lo >= seqlen_k:
+            n_end = n_begin
         warp, lane = cuda.threadIdx.x // 32, cuda.threadIdx.x % 32
         dq_mine = i64(warp * dq_tiles * 32 + lane) * 4
         # The splits whose keys these queries see: n_block belongs to split n_block % num_splits.
