@@ -372,13 +372,16 @@ WARPS_PER_SM = (8, 4, 1)
 """How many warps should fit on an SM at once: the most wanted first."""
 
 _MAX_REGISTERS = 255
-# Copies through registers hold 16 bytes of four rows at once.
-_REGISTERS_OF_A_COPY = 16
-# Elements of one output: the compiler does not unroll longer loops over them.
+# Elements of one output a thread: the compiler does not unroll longer loops over them, and half of
+# that for tf32, whose loops do more.
 _MAX_OUTPUTS = 128
-# float32 accumulators a thread can hold next to its operands without spilling: plainly, with
-# softcap, ALiBi or rows that are not aligned, and where operands are rounded to tf32.
-_MAX_ACCUMULATORS, _MAX_ACCUMULATORS_LESS, _MAX_ACCUMULATORS_TF32 = 192, 176, 112
+# float32 accumulators a thread can hold next to its operands without spilling, found by compiling:
+# plainly; with softcap, ALiBi or rows that are not aligned; where operands are rounded to tf32.
+# Turing's copies take registers, too.
+_MAX_ACCUMULATORS = {
+    "sm80": {"plain": 192, "features": 176, "tf32": 112},
+    "sm75": {"plain": 152, "features": 136},
+}
 
 
 def candidates(family: str, generation: str) -> list[MmaConfig]:
@@ -401,15 +404,14 @@ def misfit(
             f"needs {needed} bytes of shared memory per block, {limits.arch} has "
             f"{limits.max_smem_per_block}"
         )
-    plain = traits.vectorized and not (traits.softcap or traits.alibi)
-    most = _MAX_ACCUMULATORS if plain else _MAX_ACCUMULATORS_LESS
-    if traits.tf32:
-        most = _MAX_ACCUMULATORS_TF32
-    if config.generation == "sm75":
-        most -= _REGISTERS_OF_A_COPY
+    kind = "plain" if traits.vectorized and not (traits.softcap or traits.alibi) else "features"
+    most = _MAX_ACCUMULATORS[config.generation]["tf32" if traits.tf32 else kind]
     columns = traits.head_dim if config.family == "backward-dq" else traits.head_dim_v
-    if config.m_tiles * columns // 2 > _MAX_OUTPUTS:
-        return f"keeps {config.m_tiles * columns // 2} outputs a thread, at most {_MAX_OUTPUTS}"
+    outputs, most_outputs = config.m_tiles * columns // 2, _MAX_OUTPUTS
+    if traits.tf32:
+        most_outputs //= 2
+    if outputs > most_outputs:
+        return f"keeps {outputs} outputs a thread, loops over at most {most_outputs} are unrolled"
     if (accumulators := config.accumulators_per_thread(traits)) > most:
         return f"keeps {accumulators} accumulators a thread, at most {most} do not spill"
     if config.block_rows >= max(2 * rows, 2 * _ROW_STEP):

@@ -9,6 +9,15 @@ and dV.
 Where the accumulators of both do not fit the registers, dK and dV are `apart`: one half of the
 blocks computes dV, the other dK. That is five products instead of four.
 
+The main loop in machine code, for one warp and tile (bfloat16, head_dim 128, tile 64 x 64, sm_90a):
+
+    256 HMMA             S^T, dP^T, dV and dK
+    144 LDSM             operands: 8 of K, 8 of V, 32 each of Q and dO, by rows and transposed
+     32 MUFU, FFMA       P from S and lse; 16 LDS for lse and delta
+     32 FADD, FMUL       dS from P, dP and delta; 32 F2FP for P and dS to bfloat16
+     18 LDGSTS           Q, dO, lse and delta, with addresses and bounds; 1 BAR
+     96 ISETP, FSEL      the mask, only on tiles that an edge crosses
+
 Source: FlashAttention-2, arXiv 2307.08691, Algorithm 2.
 """
 

@@ -3,6 +3,15 @@
 A block owns tile_m rows of Q and dO and walks over K and V in tiles of tile_n, as the forward
 does. S, dP and dS stay in registers; K serves twice, by rows for S and transposed for dQ.
 
+The main loop in machine code, for one warp and tile (bfloat16, head_dim 128, tile 128 x 32, sm_90a):
+
+    192 HMMA             S = Q K^T, dP = dO V^T and dQ += dS K
+     80 LDSM             operands: 16 each of Q, K, dO and V, 16 of K transposed
+     32 MUFU, FFMA       P from S and lse
+     32 FADD, FMUL       dS from P, dP and delta; 16 F2FP to bfloat16
+      8 LDGSTS           K and V, with addresses and bounds; 1 BAR
+     96 ISETP, FSEL      the mask, only on tiles that an edge crosses
+
 Source: FlashAttention-2, arXiv 2307.08691, Algorithm 2, with the loop order that gives each block
 its own rows of dQ.
 """

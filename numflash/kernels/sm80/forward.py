@@ -12,6 +12,17 @@ r // pack of head r % pack.
 The keys may be split over `num_splits` blocks, which write float32 parts of O, each normalised by
 itself, and their lse; `portable.combine` puts the parts together.
 
+The main loop in machine code, for one warp and tile (bfloat16, head_dim 128, tile 128 x 64, sm_90a):
+
+    256 HMMA          S = Q K^T and O += P V, two rows of products a warp
+     80 LDSM          operands from shared memory: 16 of Q, 32 of K, 32 of V
+     64 MUFU, FFMA    one exponential and one multiply-add a score
+     64 FMNMX, FADD   the row's maximum and sum; 8 SHFL and FMNMX across its four lanes
+     32 F2FP          P to bfloat16
+     16 LDGSTS        K and V, each with about 5 instructions for address and bounds; 2 BAR
+    128 FMUL          O rescaled, only when a maximum has grown by 2 ** 8
+    192 ISETP, FSEL   the mask, only on tiles that an edge crosses, with 2 divisions for the tokens
+
 Source: FlashAttention-2, arXiv 2307.08691, Algorithm 1; Flash-Decoding for the splits.
 """
 
