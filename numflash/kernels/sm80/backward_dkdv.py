@@ -9,7 +9,7 @@ and dV.
 Where the accumulators of both do not fit the registers, dK and dV are `apart`: one half of the
 blocks computes dV, the other dK. That is five products instead of four.
 
-The main loop in machine code, for one warp and tile (bfloat16, head_dim 128, tile 64 x 64, sm_90a):
+The main loop in machine code, a warp and a tile (bfloat16, head_dim 128, tile 64 x 64, sm_90a):
 
     256 HMMA             S^T, dP^T, dV and dK
     144 LDSM             operands: 8 of K, 8 of V, 32 each of Q and dO, by rows and transposed

@@ -3,7 +3,7 @@
 A block owns tile_m rows of Q and dO and walks over K and V in tiles of tile_n, as the forward
 does. S, dP and dS stay in registers; K serves twice, by rows for S and transposed for dQ.
 
-The main loop in machine code, for one warp and tile (bfloat16, head_dim 128, tile 128 x 32, sm_90a):
+The main loop in machine code, a warp and a tile (bfloat16, head_dim 128, tile 128 x 32, sm_90a):
 
     192 HMMA             S = Q K^T, dP = dO V^T and dQ += dS K
      80 LDSM             operands: 16 each of Q, K, dO and V, 16 of K transposed

@@ -12,7 +12,7 @@ r // pack of head r % pack.
 The keys may be split over `num_splits` blocks, which write float32 parts of O, each normalised by
 itself, and their lse; `portable.combine` puts the parts together.
 
-The main loop in machine code, for one warp and tile (bfloat16, head_dim 128, tile 128 x 64, sm_90a):
+The main loop in machine code, a warp and a tile (bfloat16, head_dim 128, tile 128 x 64, sm_90a):
 
     256 HMMA          S = Q K^T and O += P V, two rows of products a warp
      80 LDSM          operands from shared memory: 16 of Q, 32 of K, 32 of V
