@@ -5,6 +5,7 @@ Their string form: `m64n32w4`.
 
 import re
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import ClassVar
 
 from numflash.configs.traits import Traits
@@ -243,9 +244,10 @@ def accumulators_per_thread(config, traits: Traits) -> int:
     return 2 * scores + rows * (columns + columns_v)
 
 
-def candidates(family: str) -> list:
+@cache
+def candidates(family: str) -> tuple:
     """The configs that are shipped for a family, preferred first."""
-    return [PORTABLE_CONFIGS[family].parse(text) for text in _PREFERENCES[family]]
+    return tuple(PORTABLE_CONFIGS[family].parse(text) for text in _PREFERENCES[family])
 
 
 def misfit(config, traits: Traits, limits: Architecture, rows: int = 2**30) -> str | None:

@@ -7,6 +7,7 @@ of their own, `-linear` for tiles that are not swizzled.
 
 import re
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from typing import ClassVar
 
 from numflash.configs.traits import Traits
@@ -384,10 +385,11 @@ _MAX_ACCUMULATORS = {
 }
 
 
-def candidates(family: str, generation: str) -> list[MmaConfig]:
+@cache
+def candidates(family: str, generation: str) -> tuple[MmaConfig, ...]:
     """The configs that are shipped for a family, preferred first."""
     texts = _PREFERENCES.get(family, ())
-    return [MMA_CONFIGS[family].parse(f"{generation}-{text}") for text in texts]
+    return tuple(MMA_CONFIGS[family].parse(f"{generation}-{text}") for text in texts)
 
 
 def misfit(
