@@ -40,7 +40,7 @@ from numflash.views import ArrayView, Operand, contiguous_strides, overlap
 _MAX_READY = 4096
 _LONG = 2**20
 BACKWARD = ("backward-dkdv", "backward-dq")
-_FUSED = "backward"
+FUSED = "backward"
 _ready: dict[tuple, Any] = {}
 
 
@@ -510,7 +510,7 @@ class _Backward:
         forced, traits = backward_configs(options["config"]), _traits(problem, tensors)
         self.workspaces = dict.fromkeys(("delta", "lse_log2"), self.delta_size)
         rows = {"delta": problem.seqlen_q}
-        if _FUSED not in forced:
+        if FUSED not in forced:
             rows |= {"backward-dkdv": problem.seqlen_k, "backward-dq": problem.seqlen_q}
         # All are chosen before one is compiled: a wrong config must not cost a wait.
         choices = [
@@ -519,13 +519,13 @@ class _Backward:
             if problem.batch and rows[family]
         ]
         self.launchers = [_launcher(choice, problem, tensors, q.device) for choice in choices]
-        if _FUSED in forced:
-            self._add_fused(problem, tensors, forced[_FUSED])
+        if FUSED in forced:
+            self._add_fused(problem, tensors, forced[FUSED])
 
     def _add_fused(self, problem, tensors: dict[str, Tensor], config: str | Config) -> None:
         """The one kernel for all gradients, and the one that adds up its parts of dQ."""
-        limits, traits = limits_of_device(self.device), _traits(problem, tensors)
-        choice = force(_FUSED, config, traits, limits, problem.softmax_scale > 0)
+        traits = _traits(problem, tensors)
+        choice = backward_choice(FUSED, problem, traits, self.device, config)
         config, scalars = choice.config, _scalars(problem, tensors)
         scalars["num_splits"] = config.num_splits
         tiles = -(-problem.seqlen_q // config.tile_m) * problem.num_heads_q * problem.batch
@@ -574,9 +574,9 @@ def backward_configs(config) -> dict[str, str | Config]:
     if not isinstance(config, dict):
         raise TypeError(f"config of a backward must map families to configs, got {config!r}")
     for family in config:
-        if family not in (*BACKWARD, _FUSED):
+        if family not in (*BACKWARD, FUSED):
             raise ValueError(
-                f"config of a backward has the keys {', '.join(BACKWARD)} or {_FUSED}, got "
+                f"config of a backward has the keys {', '.join(BACKWARD)} or {FUSED}, got "
                 f"{family!r}"
             )
     return config

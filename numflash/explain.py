@@ -56,9 +56,10 @@ def explain_dispatch(q, k, v, **options) -> Explanation:
     problem, traits, device = api.problem_of(views, options)
     choice, geometry = api.forward_choice(problem, traits, device, forward_config)
     forced = api.backward_configs(configs or None)
+    families = (api.FUSED,) if api.FUSED in forced else api.BACKWARD
     backward = {
         family: api.backward_choice(family, problem, traits, device, forced.get(family))
-        for family in api.BACKWARD
+        for family in families
     }
     return Explanation(choice, geometry, backward)
 

@@ -246,8 +246,8 @@ def accumulators_per_thread(config, traits: Traits) -> int:
 
 @cache
 def candidates(family: str) -> tuple:
-    """The configs that are shipped for a family, preferred first."""
-    return tuple(PORTABLE_CONFIGS[family].parse(text) for text in _PREFERENCES[family])
+    """The configs that are shipped for a family, preferred first; none if it has none."""
+    return tuple(PORTABLE_CONFIGS[family].parse(text) for text in _PREFERENCES.get(family, ()))
 
 
 def misfit(config, traits: Traits, limits: Architecture, rows: int = 2**30) -> str | None:

@@ -74,7 +74,10 @@ class MmaConfig:
         if self.num_stages > MAX_STAGES:
             raise ValueError(f"{type(self).__name__} {self}: at most {MAX_STAGES} stages")
         if self.num_splits > 1 and self.family in ("backward-dkdv", "backward-dq"):
-            raise ValueError(f"{type(self).__name__} {self}: only other kernels can be split")
+            raise ValueError(
+                f"{type(self).__name__} {self}: only forward and backward can be split, not "
+                f"{self.family}"
+            )
         if self.apart and self.family != "backward-dkdv":
             raise ValueError(f"{type(self).__name__} {self}: only dK and dV can be apart")
 
@@ -369,6 +372,7 @@ _PREFERENCES = {
         "m16n16w1s1-apart",
     ),
 }
+_PREFERENCES["reduce-dq"] = _PREFERENCES["backward"]
 WARPS_PER_SM = (8, 4, 1)
 """How many warps should fit on an SM at once: the most wanted first."""
 

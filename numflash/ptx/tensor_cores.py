@@ -13,6 +13,8 @@ Sums are exact here and rounded once; the hardware aligns the terms of a sum to 
 cuts off what lies below, so its last bits may differ.
 """
 
+from functools import cache
+
 import ml_dtypes
 import numpy as np
 
@@ -24,24 +26,31 @@ _G, _T = _LANES // 4, _LANES % 4
 _F16, _BF16 = np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)
 
 
-def _d_index():
-    i = np.arange(4)
-    return _G[:, None] + 8 * (i // 2), 2 * _T[:, None] + i % 2
+_D_REGISTER = np.arange(4)
+_D_INDEX = _G[:, None] + 8 * (_D_REGISTER // 2), 2 * _T[:, None] + _D_REGISTER % 2
 
 
-def _index_16_bit(registers):
+@cache
+def _a_index_16_bit(registers):
     """Row and column of both halves of every register of a, (32, registers, 2)."""
     i, h = np.arange(registers)[None, :, None], np.arange(2)
     rows = _G[:, None, None] + 8 * (i % 2) + 0 * h
     return rows, 2 * _T[:, None, None] + h + 8 * (i // 2)
 
 
+@cache
+def _b_index_16_bit(registers):
+    """Row and column of both halves of every register of b, (32, registers, 2)."""
+    i, h = np.arange(registers)[None, :, None], np.arange(2)
+    k = 2 * _T[:, None, None] + h + 8 * i
+    return k, _G[:, None, None] + 0 * k
+
+
 def _multiply_16_bit(d, a, b, dtype):
     a_matrix = np.empty((16, 4 * a.shape[1]), np.float64)
-    a_matrix[_index_16_bit(a.shape[1])] = _halves(a, dtype)
+    a_matrix[_a_index_16_bit(a.shape[1])] = _halves(a, dtype)
     b_matrix = np.empty((8 * b.shape[1], 8), np.float64)
-    k = 2 * _T[:, None, None] + np.arange(2) + 8 * np.arange(b.shape[1])[None, :, None]
-    b_matrix[k, _G[:, None, None] + 0 * k] = _halves(b, dtype)
+    b_matrix[_b_index_16_bit(b.shape[1])] = _halves(b, dtype)
     _accumulate(d, a_matrix @ b_matrix)
 
 
@@ -52,7 +61,7 @@ def _halves(registers, dtype):
 
 
 def _accumulate(d, product):
-    d[...] = (d.astype(np.float64) + product[_d_index()]).astype(f32)
+    d[...] = (d.astype(np.float64) + product[_D_INDEX]).astype(f32)
 
 
 @instruction(

@@ -42,7 +42,7 @@ def current_thread() -> "Thread":
     return _running
 
 
-@dataclass
+@dataclass(slots=True)
 class Meeting:
     """Threads that wait for each other at one barrier or in one collective instruction."""
 
@@ -218,11 +218,12 @@ class Block:
         meeting = self.meetings.get(key)
         if meeting is None:
             meeting = self.meetings[key] = Meeting(name, expected, together)
-        elif key[0] == "named" and meeting.expected != expected:
-            raise SimulationError(
-                f"{name}: one thread counts {meeting.expected} threads, another {expected}"
-            )
-        meeting.expected = expected
+        elif meeting.expected != expected:
+            if key[0] == "named":
+                raise SimulationError(
+                    f"{name}: one thread counts {meeting.expected} threads, another {expected}"
+                )
+            meeting.expected = expected
         arrived = meeting.arrived
         arrived.append((thread.index, thread, payload))
         if wait:

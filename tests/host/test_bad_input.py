@@ -341,7 +341,7 @@ BAD_BACKWARD = {
     "config-family": (
         {"config": {"forward": "m64n32w4"}},
         ValueError,
-        "config of a backward has the keys backward-dkdv, backward-dq, got 'forward'",
+        "config of a backward has the keys backward-dkdv, backward-dq or backward, got 'forward'",
     ),
     "config-delta": ({"config": {"delta": "w8"}}, ValueError, "has the keys", "got 'delta'"),
     "config-text": (
@@ -644,7 +644,7 @@ def test_check_refuses_what_attention_refuses(machine):
 def test_explain_dispatch_refuses_what_attention_refuses(machine, changes, error, words):
     if isinstance(changes.get("config"), dict):
         changes = {"config": {"sideways": "m64n32w4"}}
-        error, words = ValueError, ["has the keys backward-dkdv, backward-dq, got 'sideways'"]
+        error, words = ValueError, ["backward-dkdv, backward-dq or backward, got 'sideways'"]
     refused(machine, numflash.explain_dispatch, FORWARD | changes, error, words)
 
 
