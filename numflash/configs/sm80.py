@@ -346,9 +346,8 @@ _PREFERENCES = {
         "m16n16w1s1",
     ),
     "backward": (
-        "m64n128w8s2",
-        "m64n128w8s1",
-        "m128n128w8s1",
+        "m32n128w8s2",
+        "m32n128w8s1",
         "m64n64w4s1",
         "m32n64w4s1",
         "m32n32w2s1",

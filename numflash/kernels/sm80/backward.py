@@ -9,8 +9,14 @@ walks over every num_splits-th row block of K and V, adds to float32 parts of dQ
 needs no atomics; `reduce_dq` adds the parts up. The result is the same in every run. The parts lie
 as the threads hold them, 16 bytes a lane.
 
-Per tile of 64 queries and 128 keys and warp, bfloat16, head_dim 128: 320 HMMA, 176 LDSM, 32
-exponentials, 32 stores of dS, 8 loads and 8 stores of 16 bytes for dQ.
+The main loop in machine code, a warp and a tile (bfloat16, head_dim 128, tile 32 x 128, sm_90a):
+
+    160 HMMA             S^T, dP^T, dV, dK and dQ
+    104 LDSM             operands: 8 of K, 8 of V, 16 each of Q and dO, by rows and transposed,
+                         8 of dS and 16 of K transposed
+     16 MUFU, FFMA       P from S and lse; 8 LDS for lse and delta
+     16 FADD, FMUL       dS from P, dP and delta; 16 F2FP, 8 STS of dS
+      4 LDG, STG         16 bytes each of this split's dQ; 6 LDGSTS, 2 BAR
 
 Source: FlashAttention-2, arXiv 2307.08691, Algorithm 2; one buffer of dQ a split as in its
 deterministic mode.
