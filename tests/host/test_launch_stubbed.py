@@ -19,7 +19,7 @@ import pytest
 
 import numflash
 from numflash import api, launch
-from numflash.configs import FAMILIES, MMA_CONFIGS, Traits, parse_config
+from numflash.configs import MMA_CONFIGS, PORTABLE_CONFIGS, Traits, parse_config
 from numflash.mode import SIMULATED
 from tests import fake_gpu
 
@@ -50,7 +50,7 @@ def strides(array) -> tuple[int, ...]:
     return tuple(stride // array.dtype.itemsize for stride in array.strides)
 
 
-KERNELS = [(family, False) for family in FAMILIES] + [(family, True) for family in MMA_CONFIGS]
+KERNELS = [(family, False) for family in PORTABLE_CONFIGS] + [(family, True) for family in MMA_CONFIGS]
 
 
 def test_every_kernel_has_its_pointers_before_its_scalars():
