@@ -67,7 +67,7 @@ def main() -> int:
     print(f"on {device_name()}:")
     for text in data["texts"]:
         print(f'  "{text[:68]}..."')
-    header = f"{'problem':15}{'shape (b, s, h, d)':20}{'dtype':10}{'forward kernel':16}"
+    header = f"{'problem':15}{'shape (b, s, h, d)':20}{'dtype':10}{'forward kernel':26}"
     print(f"\n{header}{'error':>9}{'budget':>9}{'time':>10}")
     passed = True
     for name, dtype, heads, options in PROBLEMS:
@@ -86,7 +86,7 @@ def main() -> int:
         duration = f"{seconds:.1f} s" if seconds > 0.1 else f"{seconds * 1e6:.0f} us"
         config = " ".join(kernel.split()[:2])
         print(
-            f"{name:15}{q.shape!s:20}{precision:10}{config:16}"
+            f"{name:15}{q.shape!s:20}{precision:10}{config:26}"
             f"{worst.error:9.1e}{worst.budget:9.1e}{duration:>10}"
             f"  {'ok' if report.passed else 'TOO LARGE'}",
             flush=True,
