@@ -3,9 +3,10 @@
 A simulated thread runs until it has to wait for others, at a barrier or in a collective warp
 instruction; then the engine resumes a ready thread, chosen at random from a seeded generator.
 Which warp, and which lane, is first past a barrier therefore varies, as on hardware, and a kernel
-that forgot a barrier computes something else. The same seed repeats the same order.
+that forgot a barrier computes something else. In some blocks warps go side by side, in others one
+runs far ahead. The same seed repeats the same order.
 
-Everything that waits is built from `Block.park` and `Block.ready`; `Meeting` is the usual reason
+Everything that waits is built from `Block.park` and `Block.wake`; `Meeting` is the usual reason
 to wait. When no thread can run and some still wait, `DeadlockError` says who waits where.
 
 Numba's own simulator has one OS thread per CUDA thread and no warp instructions.
@@ -23,6 +24,9 @@ from numflash.simulator.memory import POISON, SharedMemory
 from numflash.simulator.seed import SEED
 
 WARP_SIZE = 32
+# How often the engine turns to another warp: always, so that warps go side by side, or so seldom
+# that one runs far ahead of the others, until a barrier stops it. A block has one of them.
+_RESTLESSNESS = (1.0, 1 / 64, 1 / 2048)
 
 _running: "Thread | None" = None
 
@@ -152,7 +156,13 @@ class Block:
             (1 << min(WARP_SIZE, self.size - first)) - 1
             for first in range(0, self.size, WARP_SIZE)
         ]
-        self.ready = list(self.threads)
+        # The threads that can run, by warp.
+        self.ready: list[list[Thread]] = [[] for _ in self.live_lanes]
+        self.num_ready = 0
+        for thread in self.threads:
+            self.wake(thread)
+        self.favourite = 0
+        self.restlessness = _RESTLESSNESS[int(self.random() * len(_RESTLESSNESS))]
         self.meetings: dict[tuple, Meeting] = {}
         self.scheduler = None
 
@@ -178,7 +188,7 @@ class Block:
         try:
             # Threads hand over to each other. Control comes back when one has ended, when one is
             # to begin, and when all that are left wait.
-            while self.ready:
+            while self.num_ready:
                 _running = thread = self._pick()
                 if thread.greenlet:
                     thread.greenlet.switch()
@@ -194,23 +204,33 @@ class Block:
             raise
 
     def _pick(self) -> Thread:
-        """A random ready thread, taken out in constant time."""
-        ready = self.ready
+        """A random ready thread of the favoured warp, taken out in constant time."""
+        ready = self.ready[self.favourite]
+        if not ready or self.random() < self.restlessness:
+            warps = [warp for warp in self.ready if warp]
+            ready = warps[int(self.random() * len(warps))]
+            self.favourite = ready[0].warp
         pick = int(self.random() * len(ready))
         ready[pick], ready[-1] = ready[-1], ready[pick]
+        self.num_ready -= 1
         return ready.pop()
 
+    def wake(self, thread: Thread) -> None:
+        """Let a parked thread go on, at a time of the engine's choice."""
+        self.ready[thread.warp].append(thread)
+        self.num_ready += 1
+
     def park(self) -> None:
-        """Suspend the running thread until it is in `ready` again and chosen."""
+        """Suspend the running thread until it has been woken and is chosen."""
         global _running
-        if self.ready:
+        if self.num_ready:
             following = self._pick()
             if following.greenlet:
                 _running = following
                 following.greenlet.switch()
                 return
             # Only the scheduler begins a thread: who begins one lends it part of its own stack.
-            self.ready.append(following)
+            self.wake(following)
         self.scheduler.switch()
 
     def meet(self, thread, key, name, expected, payload, together, wait: bool = True):
@@ -238,13 +258,14 @@ class Block:
     def _complete(self, key, meeting: Meeting) -> None:
         del self.meetings[key]
         if meeting.together is None:
-            self.ready += meeting.waiting
+            for thread in meeting.waiting:
+                self.wake(thread)
             return
         meeting.arrived.sort()  # by index, which no two share
         results = meeting.together([payload for _, _, payload in meeting.arrived])
         for (_, thread, _), result in zip(meeting.arrived, results, strict=True):
             thread.result = result
-            self.ready.append(thread)
+            self.wake(thread)
 
     def _returned(self, thread: Thread) -> None:
         """A thread returned: barriers of its block and its warp no longer wait for it.
@@ -266,7 +287,9 @@ class Block:
     def _end_waiting_threads(self) -> None:
         """After a failure: unwind the threads that wait, so that what they opened is closed."""
         global _running
-        self.ready.clear()
+        for warp in self.ready:
+            warp.clear()
+        self.num_ready = 0
         for thread in self.threads:
             if thread.greenlet:
                 _running = thread
@@ -288,7 +311,8 @@ class Block:
             places = defaultdict(list)
             for thread in meeting.waiting:
                 places[_place(thread)].append(thread.index)
-            lines += [f"    threads {_ranges(who)} wait at {at}" for at, who in places.items()]
+            by_thread = sorted(places.items(), key=lambda place: min(place[1]))
+            lines += [f"    threads {_ranges(who)} wait at {at}" for at, who in by_thread]
         return "\n".join(lines)
 
 

@@ -1,0 +1,185 @@
+"""Tensor-core kernels broken on purpose: every barrier and every wait is needed, and every idea.
+
+As `test_broken_kernels`: a mutation replaces a piece of source text, and the kernel must then give
+a wrong result, or an error, for at least one seed.
+"""
+
+import importlib
+import inspect
+import sys
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+import numflash
+from numflash import api
+from numflash.kernels import sm80
+from tests.sim.test_broken_kernels import Mutation, first_failure
+
+KERNELS = "numflash.kernels.sm80"
+TILES = "numflash.tiles.mma"
+# Two warps, so that they need each other; several tiles to walk over.
+CONFIGS = {
+    "forward": ("sm80-m32n16w2s1", "sm80-m32n16w2s2"),
+    "backward-dq": ("sm80-m32n16w2s1", "sm80-m32n16w2s2"),
+    "backward-dkdv": ("sm80-m16n32w2s1", "sm80-m16n32w2s2"),
+    "backward": ("sm80-m32n32w2s1", "sm80-m32n32w2s2x2"),
+}
+SEEDS = range(3)
+
+
+def module_of(family: str) -> str:
+    """The module of a family's kernel."""
+    return f"{KERNELS}.{family.replace('-', '_')}"
+
+
+def check(family: str, config: str) -> bool:
+    """Whether the family's kernel with this config solves a small problem."""
+    rng = np.random.default_rng(0)
+    seqlen_q, seqlen_k = (18, 50) if family != "backward-dkdv" else (50, 18)
+    q, k, v, dout = (
+        rng.standard_normal((1, n, 1, 32)).astype(np.float16)
+        for n in (seqlen_q, seqlen_k, seqlen_k, seqlen_q)
+    )
+    # Scores grow along the keys, so that maxima move and what was summed is rescaled.
+    k *= np.linspace(1, 12, seqlen_k, dtype=np.float16)[:, None, None]
+    options = {"causal": True, "window_size": (30, 0)}
+    if family == "forward":
+        return numflash.check(q, k, v, config=config, **options).passed
+    return numflash.check(q, k, v, dout=dout, config={family: config}, **options).passed
+
+
+def first_failure_of(family: str, monkeypatch, module=None, mutation=None) -> str | None:
+    """How the family's kernel with a mutated `module` fails, for any config and seed."""
+    if mutation is not None:
+        kernel_module = module_of(family)
+        for name in dict.fromkeys((module, kernel_module)):
+            source = inspect.getsource(importlib.import_module(name))
+            changed = ModuleType(name)
+            monkeypatch.setitem(sys.modules, name, changed)
+            exec(mutation.apply(source) if name == module else source, changed.__dict__)
+        factory = getattr(changed, f"make_{family.replace('-', '_')}_kernel")
+        monkeypatch.setitem(sm80.FACTORIES, family, factory)
+    monkeypatch.setattr(api, "_ready", {})
+
+    def run(config):
+        api._ready.clear()
+        return check(family, config)
+
+    for config in CONFIGS[family]:
+        failure = first_failure(lambda config=config: run(config), monkeypatch, SEEDS)
+        if failure:
+            return f"{config}: {failure}"
+    return None
+
+
+def synchronisations() -> list:
+    """(family, mutation) that leaves out one barrier or wait, for each of them."""
+    found = []
+    for family in CONFIGS:
+        lines = inspect.getsource(importlib.import_module(module_of(family))).splitlines()
+        for number, line in enumerate(lines):
+            if line.strip().startswith(("cuda.syncthreads()", "wait_for_tile()")):
+                # With what stands around it, as it may stand there more than once.
+                before = "\n".join(lines[max(0, number - 3) : number])
+                indent = line[: len(line) - len(line.lstrip())]
+                old, new = f"{before}\n{line}", f"{before}\n{indent}pass"
+                name = f"{family} without {line.split('#')[0].strip()} of line {number + 1}"
+                found.append(pytest.param(family, Mutation(name, old, new), id=name))
+    return found
+
+
+# (family, module of the tiles, mutation): one for each idea that a kernel could get wrong.
+MUTATIONS = [
+    (
+        "forward",
+        "copies",
+        Mutation("rows past the end", "is_inside = source_row < end", "is_inside = True"),
+    ),
+    (
+        "forward",
+        "softmax",
+        Mutation("a maximum that never moves", "row_max[r] = new_max[r]", "pass"),
+    ),
+    (
+        "forward",
+        "softmax",
+        Mutation("sums that are not rescaled", "row_sum[r] *= factors[r]", "pass"),
+    ),
+    (
+        "forward",
+        "softmax",
+        Mutation("outputs that are not rescaled", "    scale_rows(o_acc, factors)", "    pass"),
+    ),
+    (
+        "forward",
+        "softmax",
+        Mutation(
+            "a maximum of half a row", "max_f32(x, cuda.shfl_xor_sync(FULL_WARP, x, 2))", "x"
+        ),
+    ),
+    (
+        "forward",
+        "scores",
+        Mutation("the first column of the mask", "(column >= first)", "(column > first)"),
+    ),
+    (
+        "forward",
+        "scores",
+        Mutation("the last column of the mask", "(column <= last)", "(column < last)"),
+    ),
+    (
+        "forward",
+        "products",
+        Mutation("operand A of the first step", "advance_a(a_period, step)", "a_period"),
+    ),
+    (
+        "forward",
+        "copies",
+        Mutation(
+            "chunks that are not transposed", "                transpose_quad(words, t)\n", ""
+        ),
+    ),
+    (
+        "backward-dq",
+        "softmax",
+        Mutation("delta left out", "(dp_acc[i] - delta)", "dp_acc[i]"),
+    ),
+    (
+        "backward-dkdv",
+        "copies",
+        Mutation(
+            "statistics of one query", "source, base + first + i, n", "source, base + first, n"
+        ),
+    ),
+    (
+        "backward",
+        "products",
+        Mutation("dS of the first keys", "smem, a + step * a_step)", "smem, a)"),
+    ),
+    (
+        "backward",
+        "copies",
+        Mutation("rows of dS on top of others", "above + ROW_STEP * layout_pitch", "above"),
+    ),
+]
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_tensor_core_kernel_is_right_for_every_seed(family, monkeypatch):
+    assert first_failure_of(family, monkeypatch) is None
+
+
+@pytest.mark.parametrize(("family", "mutation"), synchronisations())
+def test_no_barrier_and_no_wait_can_be_left_out(family, mutation, monkeypatch, record_property):
+    caught = first_failure_of(family, monkeypatch, module_of(family), mutation)
+    record_property("caught", caught)
+    assert caught
+
+
+@pytest.mark.parametrize(("family", "module", "mutation"), MUTATIONS, ids=str)
+def test_a_broken_tile_is_caught(family, module, mutation, monkeypatch, record_property):
+    caught = first_failure_of(family, monkeypatch, f"{TILES}.{module}", mutation)
+    record_property("caught", caught)
+    assert caught
