@@ -355,7 +355,6 @@ _PREFERENCES = {
     ),
     "backward-dkdv": (
         "m32n128w4s2",
-        "m32n128w4s1",
         "m64n64w4s2",
         "m64n64w4s1",
         "m32n64w4s1",
@@ -376,15 +375,15 @@ WARPS_PER_SM = (8, 4, 1)
 """How many warps should fit on an SM at once: the most wanted first."""
 
 _MAX_REGISTERS = 255
-# Elements of one output a thread: the compiler does not unroll longer loops over them, and half of
-# that for tf32, whose loops do more.
+# Elements of one output a thread: the compiler does not unroll longer loops over them. Half of it
+# for tf32, whose loops do more; a little less for Turing where rows are not aligned.
 _MAX_OUTPUTS = 128
 # float32 accumulators a thread can hold next to its operands without spilling, found by compiling:
 # plainly; with softcap, ALiBi or rows that are not aligned; where operands are rounded to tf32.
-# Turing's copies take registers, too.
+# Turing's copies take registers, too, and its forward spills earlier than its gradients.
 _MAX_ACCUMULATORS = {
     "sm80": {"plain": 192, "features": 176, "tf32": 112},
-    "sm75": {"plain": 152, "features": 136},
+    "sm75": {"plain": 152, "features": 136, "forward": 136},
 }
 
 
@@ -410,11 +409,15 @@ def misfit(
             f"{limits.max_smem_per_block}"
         )
     kind = "plain" if traits.vectorized and not (traits.softcap or traits.alibi) else "features"
-    most = _MAX_ACCUMULATORS[config.generation]["tf32" if traits.tf32 else kind]
+    most_of = _MAX_ACCUMULATORS[config.generation]
+    most = most_of["tf32" if traits.tf32 else kind]
+    most = min(most, most_of.get(config.family, most))
     columns = traits.head_dim if config.family == "backward-dq" else traits.head_dim_v
     outputs, most_outputs = config.m_tiles * columns // 2, _MAX_OUTPUTS
     if traits.tf32:
         most_outputs //= 2
+    elif config.generation == "sm75" and not traits.vectorized:
+        most_outputs -= 16
     if outputs > most_outputs:
         return f"keeps {outputs} outputs a thread, loops over at most {most_outputs} are unrolled"
     if (accumulators := config.accumulators_per_thread(traits)) > most:
