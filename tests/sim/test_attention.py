@@ -1,5 +1,7 @@
 """Forward and all three gradients of every kernel, against float64, in the simulator."""
 
+import os
+
 import numpy as np
 import pytest
 
@@ -9,7 +11,12 @@ from tests.attention_cases import SIM_CASES, SMALL_CONFIGS, on_tensor_cores
 
 
 def _cases():
-    """(case, configs): all cases on all kernels, a sixth of them on tf32."""
+    """(case, configs): all cases on all kernels.
+
+    Of the kernels that share all but instructions with sm80's, half of the cases on sm75 and a
+    sixth on tf32, unless NUMFLASH_TEST_EVERY_CONFIG=1.
+    """
+    every = {} if os.environ.get("NUMFLASH_TEST_EVERY_CONFIG") else {"sm75": 2, "tf32": 6}
     found = [
         pytest.param(case, SMALL_CONFIGS["portable"][0], id=f"portable-{case}")
         for case in SIM_CASES
@@ -17,7 +24,7 @@ def _cases():
     for implementation in ("sm80", "sm75", "tf32"):
         cases = on_tensor_cores(SIM_CASES, implementation)
         configs = SMALL_CONFIGS[implementation]
-        for i, case in enumerate(cases[::6] if implementation == "tf32" else cases):
+        for i, case in enumerate(cases[:: every.get(implementation, 1)]):
             name = f"{implementation}-{case}"
             found.append(pytest.param(case, configs[i % len(configs)], id=name))
     return found
