@@ -34,6 +34,7 @@ TRAITS = Traits("float16", 64, 64)
 FORWARD = ["forward", "--arch", "sm_80", "--dtype", "float16", "--head-dim", "64"]
 PORTABLE = ["forward", "--arch", "sm_80", "--dtype", "float32", "--head-dim", "64"]
 DELTA = ["delta", "--arch", "sm_80"]
+SMALL = ["forward", "--arch", "sm_80", "--head-dim", "32", "--config", "sm80-m16n16w1s1"]
 
 
 def printed(capsys, *argv):
@@ -102,23 +103,21 @@ def test_json(capsys, argv, present, absent):
 
 
 def test_readable_report(capsys):
-    text = printed(capsys, *FORWARD, "--causal", "--window", "-1", "0")
-    config = choose("forward", TRAITS, ARCHITECTURES["sm_80"]).config
-    assert text.startswith(f"forward {config} on sm_80\n")
+    text = printed(capsys, *SMALL, "--causal", "--window", "-1", "0")
+    assert text.startswith("forward sm80-m16n16w1s1 on sm_80\n")
     for row in ("registers", "spills", "shared memory", "blocks per SM", "limited by", "HMMA"):
         assert row in text
     assert max(map(len, text.splitlines())) < 100
 
 
 def test_sass(capsys):
-    text = printed(capsys, *FORWARD, "--sass")
+    text = printed(capsys, *SMALL, "--sass")
     assert sass.count_instructions(text)["HMMA"] > 0
     assert "EXIT" in sass.opcodes(text)
 
 
 def test_ptx(capsys):
-    argv = ["--config", "sm80-m16n16w1s1", "--head-dim", "32"]
-    text = printed(capsys, *FORWARD, *argv, "--ptx")
+    text = printed(capsys, *SMALL, "--ptx")
     for part in (".target sm_80", "mma.sync.aligned.m16n8k16", "cp.async.cg", ".maxntid 32"):
         assert part in text
     assert "ex2.approx.ftz.f32" in text and "ld.local" not in text

@@ -1,40 +1,50 @@
 """Every shipped config, for every target GPU, becomes machine code that stays in registers.
 
-Shipped is what `default_config` returns. Which config that is depends on head dims, shared memory
-and the number of rows, so a case is a kernel family, a pair of head dims and a config, with the
-GPUs that it is shipped for; dtypes and features go round. One case is one test, because Numba's
-work on a kernel's device functions is shared between GPUs.
+Shipped is what `choose` returns. Which config that is depends on dtype, head dims, features, the
+number of rows and the GPU; a case is a kernel with the GPUs that it is compiled for here.
 
-Each config is compiled with the largest head dims that it is shipped for, where registers are
-scarcest. With NUMFLASH_TEST_EVERY_CONFIG=1 every head dim has its turn, which takes many minutes.
+Compiling a tensor-core kernel takes seconds, so by default every config is compiled once, with the
+head dims of those that it is shipped for where registers are scarcest; dtypes, features and GPUs
+go round, and every family is compiled for every GPU. Turing, which has the fewest instructions to
+do the same with, and splits over the keys have cases of their own. NUMFLASH_TEST_EVERY_CONFIG=1
+compiles everything that is shipped for `PAIRS` of head dims, which takes hours.
 """
 
 import itertools
 import os
+from collections import Counter
 from dataclasses import dataclass, replace
 
 import pytest
 
 from numflash.compiler import compile_kernel, get_cubin
 from numflash.configs import (
-    DTYPES,
-    FAMILIES,
     HEAD_DIM_STEP,
     MAX_HEAD_DIM,
     ForwardConfig,
+    MmaConfig,
     Traits,
-    default_config,
+    accumulators_per_thread,
+    parse_config,
 )
 from numflash.devices import ARCHITECTURES
+from numflash.dispatch import choose
 from numflash.inspect import inspect_kernel
 from numflash.kernels.kernel import Kernel
 from numflash.ptx import Pointer, f32
 from numflash.sass import count_instructions, disassemble
 
+FAMILIES = ("forward", "backward-dkdv", "backward-dq", "delta", "combine")
+TENSOR_CORE_FAMILIES = FAMILIES[:3]
 ARCHS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_120")
 # From a single row to more than any tile has.
-ROWS = (1, 8, 16, 32, 2**30)
+ROWS = (1, 16, 32, 64, 2**30)
 HEAD_DIMS = range(HEAD_DIM_STEP, MAX_HEAD_DIM + 1, HEAD_DIM_STEP)
+# Some configs are shipped for unequal head dims only.
+PAIRS = [(d, dv) for d, dv in itertools.product(HEAD_DIMS, HEAD_DIMS) if d == dv or 256 in (d, dv)]
+# Shared memory decides which config is chosen, and these have as much as sm_86.
+LIKE_SM_86 = ("sm_89", "sm_120")
+DTYPES = (("float16", {}), ("bfloat16", {}), ("float32", {"tf32": True}), ("float32", {}))
 FEATURES = (
     {},
     {"softcap": True, "alibi": True},
@@ -42,11 +52,43 @@ FEATURES = (
     {"alibi": True},
     {"softcap": True, "vectorized": False},
 )
+# Which config is chosen depends on which of these kinds the features are of.
+KINDS = (
+    ({},),
+    ({"softcap": True}, {"softcap": True, "alibi": True}, {"alibi": True}),
+    ({"softcap": True, "vectorized": False}, {"vectorized": False}),
+)
+# Of each family.
+TURING_CASES, TF32_CASES = 2, 2
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """A kernel that some call runs on one GPU."""
+
+    family: str
+    config: str
+    traits: Traits
+    arch: str
+
+    @property
+    def accumulators(self) -> int:
+        """float32 accumulators a thread: the more, the scarcer are registers."""
+        config = parse_config(self.family, self.config)
+        if isinstance(config, MmaConfig):
+            return config.accumulators_per_thread(self.traits)
+        return accumulators_per_thread(config, self.traits)
+
+    @property
+    def scarcity(self) -> tuple:
+        """Ascending with how hard it is to stay in registers."""
+        traits = self.traits
+        return self.accumulators, traits.head_dim + traits.head_dim_v, str(traits)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel and the GPUs that it is shipped for."""
+    """One kernel and the GPUs that it is compiled for."""
 
     family: str
     config: str
@@ -54,48 +96,151 @@ class Case:
     archs: tuple[str, ...]
 
     def __str__(self):
-        return f"{self.family}-{self.config}-{self.traits}"
+        return f"{self.family}-{self.config}-{self.traits}-{'-'.join(self.archs)}"
 
 
-def shipped_configs(family, head_dim, head_dim_v, arch):
-    """The string forms of all configs that are shipped for these head dims."""
-    traits = Traits("float16", head_dim, head_dim_v)
-    limit = ARCHITECTURES[arch].max_smem_per_block
-    return dict.fromkeys(str(default_config(family, traits, limit, rows)) for rows in ROWS)
+def shipped(families=FAMILIES, dtypes=DTYPES, features=FEATURES, pairs=PAIRS) -> list[Shipped]:
+    """All kernels that are shipped for these."""
+    found = {}
+    for family, (dtype, precision), flags in itertools.product(families, dtypes, features):
+        for dims, arch, rows in itertools.product(pairs, ARCHS, ROWS):
+            traits = Traits(dtype, *dims, **precision, **flags)
+            if arch not in LIKE_SM_86:
+                choice = choose(family, traits, ARCHITECTURES[arch], rows)
+                found[Shipped(family, str(choice.config), choice.traits, arch)] = None
+    alike = [replace(k, arch=arch) for k in found for arch in LIKE_SM_86 if k.arch == "sm_86"]
+    return [*found, *alike]
 
 
-def shapes_of(family):
-    """(head_dim, head_dim_v): all equal ones, and a few others."""
-    if family == "delta":
-        return [(32, 32), (64, 128), (256, 256)]
-    # (160, 256) brings a config that no equal head dims have.
-    return [*((d, d) for d in HEAD_DIMS), (160, 256) if family == "backward-dkdv" else (192, 128)]
+def generation(config: str) -> str:
+    """Of a tensor-core config; empty for a portable one."""
+    return config.partition("-")[0] if config.startswith("sm") else ""
 
 
-def every_case():
-    """All that is shipped, the largest head dims first; dtypes and features go round."""
-    cases = []
-    for family in FAMILIES:
-        for dims in sorted(shapes_of(family), key=sum, reverse=True):
-            archs = {}
-            for arch in ARCHS:
-                for config in shipped_configs(family, *dims, arch):
-                    archs.setdefault(config, []).append(arch)
-            for config, shipped_for in archs.items():
-                i = len(cases)
-                traits = Traits(DTYPES[i % len(DTYPES)], *dims, **FEATURES[i % len(FEATURES)])
-                cases.append(Case(family, config, traits, tuple(shipped_for)))
+def tile(config: str) -> str:
+    """A config without its generation."""
+    return config.partition("-")[2] if config.startswith("sm") else config
+
+
+def every_case() -> list[Case]:
+    """All that is shipped, features in turn."""
+    archs = {}
+    for i, dtype in enumerate(DTYPES):
+        for j, pair in enumerate(PAIRS):
+            features = (FEATURES[(i + j) % len(FEATURES)],)
+            for kernel in shipped(dtypes=(dtype,), features=features, pairs=(pair,)):
+                key = kernel.family, kernel.config, kernel.traits
+                archs.setdefault(key, []).append(kernel.arch)
+    cases = [Case(*key, tuple(archs)) for key, archs in archs.items()]
+    return [*cases, *split_cases()]
+
+
+def fewest_cases() -> list[Case]:
+    """Every config once, where registers are scarcest; dtypes, features and GPUs in turn."""
+    return [*portable_cases(), *tensor_core_cases(), *split_cases()]
+
+
+def portable_cases() -> list[Case]:
+    """Every portable config; every family for all GPUs."""
+    by_config = {}
+    for kernel in shipped(dtypes=DTYPES[3:], features=FEATURES[:1]):
+        by_config.setdefault((kernel.family, kernel.config), []).append(kernel)
+    cases, unused = [], {family: list(ARCHS) for family in FAMILIES}
+    for i, ((family, config), kernels) in enumerate(by_config.items()):
+        remaining = len({c for f, c in by_config if f == family}) - len(
+            [case for case in cases if case.family == family]
+        )
+        possible = list(dict.fromkeys(kernel.arch for kernel in kernels))
+        fresh = [arch for arch in unused[family] if arch in possible]
+        archs = fresh[: 1 + max(0, len(unused[family]) - remaining)] or possible[:1]
+        unused[family] = [arch for arch in unused[family] if arch not in archs]
+        scarcest = max((k for k in kernels if k.arch in archs), key=lambda k: k.scarcity)
+        # Turing has no tensor-core kernel for bfloat16, and any dtype can have a scale that is
+        # not positive: all have portable kernels.
+        dtype = "bfloat16" if "sm_75" in archs else ("float32", "float16")[i % 2]
+        traits = replace(scarcest.traits, dtype=dtype, **FEATURES[i % len(FEATURES)])
+        cases.append(Case(family, config, traits, tuple(archs)))
     return cases
 
 
-def fewest_cases():
-    """Every config on every GPU once, with the largest head dims that it is shipped for there."""
-    covered, cases = set(), []
-    for case in every_case():
-        archs = [a for a in case.archs if (case.family, case.config, a) not in covered]
-        if archs:
-            covered |= {(case.family, case.config, arch) for arch in archs}
-            cases.append(replace(case, archs=tuple(archs)))
+def tensor_core_cases() -> list[Case]:
+    """Every tile once; and of each family those of Turing and of tf32 that keep the most."""
+    dtypes = DTYPES[0], DTYPES[2]
+    every = shipped(TENSOR_CORE_FAMILIES, dtypes, [features[0] for features in KINDS])
+    kernels = [kernel for kernel in every if generation(kernel.config)]
+    return [case for family in TENSOR_CORE_FAMILIES for case in cases_of_family(family, kernels)]
+
+
+def cases_of_family(family: str, kernels: list[Shipped]) -> list[Case]:
+    """Those of one family."""
+    of_family = [kernel for kernel in kernels if kernel.family == family]
+    cases, uses = [], Counter()
+    features = [itertools.cycle(features) for features in KINDS]
+
+    def add(kernel):
+        traits = kernel.traits
+        if traits.dtype == "float16" and kernel.arch != "sm_75":
+            traits = replace(traits, dtype=("float16", "bfloat16")[len(cases) % 2])
+        plain = replace(traits, softcap=False, alibi=False, vectorized=True)
+        varied = replace(plain, **next(features[kind_of(traits)]))
+        case = Case(family, kernel.config, varied, (kernel.arch,))
+        cases.append(case if is_shipped(case) else replace(case, traits=traits))
+        uses[kernel.arch] += 1
+
+    def scarcest(found) -> list[Shipped]:
+        """Of each config the kernel with the most accumulators, ascending with these."""
+        by_config = {}
+        for k in sorted(found, key=lambda k: (k.scarcity, -uses[k.arch])):
+            by_config[k.config] = k
+        return sorted(by_config.values(), key=lambda k: k.scarcity)
+
+    # Blackwell's compiler unrolls other loops over scores than that of older GPUs does.
+    capped = [k for k in of_family if k.arch == "sm_120" and kind_of(k.traits) == 1]
+    add(scarcest(k for k in capped if not k.traits.tf32)[-1])
+    capped_tiles = {tile(case.config) for case in cases}
+    for kernel in scarcest(k for k in of_family if k.arch == "sm_75")[-TURING_CASES:]:
+        add(kernel)
+    for kernel in scarcest(k for k in of_family if k.traits.tf32)[-TF32_CASES:]:
+        add(kernel)
+    newer = [k for k in of_family if not k.traits.tf32 and k.arch != "sm_75"]
+    done = {tile(case.config) for case in cases}
+    for i, text in enumerate(dict.fromkeys(tile(k.config) for k in of_family)):
+        of_tile = [k for k in newer if tile(k.config) == text]
+        if text in (done if of_tile == [] else capped_tiles):
+            continue
+        of_tile = of_tile or [k for k in of_family if tile(k.config) == text]
+        of_kind = [k for k in of_tile if kind_of(k.traits) == i % len(KINDS)]
+        add(scarcest(of_kind or of_tile)[-1])
+    return cases
+
+
+def is_shipped(case: Case) -> bool:
+    """Whether some call runs the case's kernel, on each of its GPUs."""
+    config = case.config.removesuffix("x2")
+    choices = [
+        [
+            str(choose(case.family, case.traits, ARCHITECTURES[arch], rows, positive).config)
+            for rows, positive in itertools.product(ROWS, (True, False))
+        ]
+        for arch in case.archs
+    ]
+    return all(config in configs for configs in choices)
+
+
+def kind_of(traits: Traits) -> int:
+    """Which of `KINDS` traits are of."""
+    if not traits.vectorized:
+        return 2
+    return int(traits.softcap or traits.alibi)
+
+
+def split_cases() -> list[Case]:
+    """Forwards split over the keys: another end of the kernel, with results in float32."""
+    cases = []
+    for arch, dtype, rows in (("sm_75", "float16", 16), ("sm_90a", "bfloat16", 64)):
+        traits = Traits(dtype, 128, 128)
+        config = choose("forward", traits, ARCHITECTURES[arch], rows).config
+        cases.append(Case("forward", str(replace(config, num_splits=2)), traits, (arch,)))
     return cases
 
 
@@ -104,39 +249,67 @@ CASES = every_case() if os.environ.get("NUMFLASH_TEST_EVERY_CONFIG") else fewest
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_shipped_config(case):
-    config = FAMILIES[case.family].parse(case.config)
+    config = parse_config(case.family, case.config)
     for arch in case.archs:
         cubin = get_cubin(config, case.traits, ARCHITECTURES[arch])
         assert cubin.spill_store_bytes == cubin.spill_load_bytes == cubin.stack_bytes == 0, arch
         assert cubin.warnings == (), arch
         assert cubin.smem_bytes <= ARCHITECTURES[arch].max_smem_per_block, arch
-    # Disassembling takes as long as compiling, so one GPU stands for all.
-    arch = case.archs[CASES.index(case) % len(case.archs)]
-    report = inspect_kernel(config, case.traits, ARCHITECTURES[arch])
-    assert report.faults == (), arch
-    assert report.instructions["FFMA"] > 0
+    # Disassembling takes long, so one GPU stands for all, and a quarter of the cases for the rest.
+    if CASES.index(case) % 4 == 0:
+        arch = case.archs[-1]
+        report = inspect_kernel(config, case.traits, ARCHITECTURES[arch])
+        assert report.faults == (), arch
+        assert (report.instructions["HMMA"] > 0) is (config.implementation == "sm80")
+        assert report.instructions["FFMA"] > 0
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_case_is_shipped(case):
+    assert is_shipped(case)
 
 
 def test_the_cases_cover_everything():
-    covered = {(c.family, c.config, arch) for c in CASES for arch in c.archs}
-    for family, arch in itertools.product(FAMILIES, ARCHS):
-        for dims in itertools.product(HEAD_DIMS, HEAD_DIMS):
-            for config in shipped_configs(family, *dims, arch):
-                assert (family, config, arch) in covered, dims
-    for family in set(FAMILIES) - {"delta"}:
-        traits = [c.traits for c in CASES if c.family == family]
-        assert {t.dtype for t in traits} == set(DTYPES)
-        for name in ("softcap", "alibi", "vectorized"):
-            assert {getattr(t, name) for t in traits} == {True, False}
+    tiles = {(c.family, tile(c.config)) for c in CASES}
+    pairs = list(itertools.product(HEAD_DIMS, HEAD_DIMS))
+    features = [features[0] for features in KINDS]
+    kernels = shipped(TENSOR_CORE_FAMILIES, DTYPES[1:3], features, pairs)
+    for kernel in [*kernels, *shipped(dtypes=DTYPES[3:], features=FEATURES[:1], pairs=pairs)]:
+        assert (kernel.family, tile(kernel.config)) in tiles, kernel
+    for family in FAMILIES:
+        of_family = [c for c in CASES if c.family == family]
+        implementations = {bool(generation(c.config)) for c in of_family}
+        assert implementations == {False, family in TENSOR_CORE_FAMILIES}
+        for is_mma in implementations:
+            some = [c for c in of_family if bool(generation(c.config)) is is_mma]
+            assert {arch for c in some for arch in c.archs} == set(ARCHS), (family, is_mma)
+            if len(some) > 1:
+                assert any(CASES.index(c) % 4 == 0 for c in some), "disassembled"
+            if family not in TENSOR_CORE_FAMILIES:
+                continue
+            assert any("sm_120" in c.archs and c.traits.softcap for c in some), family
+            assert {c.traits.dtype for c in some} == {"float16", "bfloat16", "float32"}
+            for name in ("softcap", "alibi", "vectorized"):
+                assert {getattr(c.traits, name) for c in some} == {True, False}, (family, name)
+
+
+@pytest.mark.parametrize("arch", LIKE_SM_86)
+def test_what_is_like_sm_86_chooses_like_it(arch):
+    for family, (dtype, precision), rows in itertools.product(FAMILIES, DTYPES[1:], ROWS):
+        for dims in PAIRS:
+            traits = Traits(dtype, *dims, **precision)
+            choices = [choose(family, traits, ARCHITECTURES[a], rows) for a in ("sm_86", arch)]
+            assert choices[0].config == choices[1].config
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_default_fits_the_shared_memory(family, arch):
+def test_every_choice_fits_the_shared_memory(family, arch):
     limit = ARCHITECTURES[arch].max_smem_per_block
-    for *dims, rows in itertools.product(HEAD_DIMS, HEAD_DIMS, ROWS):
-        traits = Traits("float32", *dims)
-        assert default_config(family, traits, limit, rows).smem_bytes(traits) <= limit, dims
+    for (dtype, precision), dims, rows in itertools.product(DTYPES[1:], PAIRS, ROWS):
+        traits = Traits(dtype, *dims, **precision)
+        choice = choose(family, traits, ARCHITECTURES[arch], rows)
+        assert choice.config.smem_bytes(choice.traits) <= limit, dims
 
 
 def test_a_monstrous_config_is_found_out():
