@@ -50,7 +50,9 @@ def strides(array) -> tuple[int, ...]:
     return tuple(stride // array.dtype.itemsize for stride in array.strides)
 
 
-KERNELS = [(family, False) for family in PORTABLE_CONFIGS] + [(family, True) for family in MMA_CONFIGS]
+KERNELS = [(family, False) for family in PORTABLE_CONFIGS] + [
+    (family, True) for family in MMA_CONFIGS
+]
 
 
 def test_every_kernel_has_its_pointers_before_its_scalars():
