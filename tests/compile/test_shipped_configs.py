@@ -4,10 +4,11 @@ Shipped is what `choose` returns. Which config that is depends on dtype, head di
 number of rows and the GPU; a case is a kernel with the GPUs that it is compiled for here.
 
 Compiling a tensor-core kernel takes seconds, so by default every config is compiled once, with the
-head dims of those that it is shipped for where registers are scarcest; dtypes, features and GPUs
-go round, and every family is compiled for every GPU. Turing, which has the fewest instructions to
-do the same with, and splits over the keys have cases of their own. NUMFLASH_TEST_EVERY_CONFIG=1
-compiles everything that is shipped for `PAIRS` of head dims, which takes hours.
+head dims of those that it is shipped for where registers are scarcest; configs that differ in
+nothing but their warps, each of which does the same, count as one. Dtypes, features and GPUs go
+round, and every family is compiled for every GPU. Turing, Blackwell with softcap, tf32 and splits
+over the keys have cases of their own. NUMFLASH_TEST_EVERY_CONFIG=1 compiles everything that is
+shipped for `PAIRS` of head dims, which takes hours.
 """
 
 import itertools
@@ -117,9 +118,14 @@ def generation(config: str) -> str:
     return config.partition("-")[0] if config.startswith("sm") else ""
 
 
-def tile(config: str) -> str:
-    """A config without its generation."""
-    return config.partition("-")[2] if config.startswith("sm") else config
+def work(kernel) -> str:
+    """What a warp of a kernel or case does: all of a config but its generation and warps."""
+    config = parse_config(kernel.family, kernel.config)
+    if not isinstance(config, MmaConfig):
+        return kernel.config
+    one_warp = {"generation": "sm80", "num_warps": 1, "num_splits": 1}
+    rows = "tile_n" if kernel.family == "backward-dkdv" else "tile_m"
+    return str(replace(config, **one_warp, **{rows: config.row_tile // config.num_warps}))
 
 
 def every_case() -> list[Case]:
@@ -164,7 +170,7 @@ def portable_cases() -> list[Case]:
 
 
 def tensor_core_cases() -> list[Case]:
-    """Every tile once; and of each family those of Turing and of tf32 that keep the most."""
+    """All that a warp does once; and of Turing and of tf32 what keeps the most in registers."""
     dtypes = DTYPES[0], DTYPES[2]
     every = shipped(TENSOR_CORE_FAMILIES, dtypes, [features[0] for features in KINDS])
     kernels = [kernel for kernel in every if generation(kernel.config)]
@@ -197,20 +203,25 @@ def cases_of_family(family: str, kernels: list[Shipped]) -> list[Case]:
     # Blackwell's compiler unrolls other loops over scores than that of older GPUs does.
     capped = [k for k in of_family if k.arch == "sm_120" and kind_of(k.traits) == 1]
     add(scarcest(k for k in capped if not k.traits.tf32)[-1])
-    capped_tiles = {tile(case.config) for case in cases}
+    capped_work = {work(case) for case in cases}
     for kernel in scarcest(k for k in of_family if k.arch == "sm_75")[-TURING_CASES:]:
         add(kernel)
     for kernel in scarcest(k for k in of_family if k.traits.tf32)[-TF32_CASES:]:
         add(kernel)
     newer = [k for k in of_family if not k.traits.tf32 and k.arch != "sm_75"]
-    done = {tile(case.config) for case in cases}
-    for i, text in enumerate(dict.fromkeys(tile(k.config) for k in of_family)):
-        of_tile = [k for k in newer if tile(k.config) == text]
-        if text in (done if of_tile == [] else capped_tiles):
-            continue
-        of_tile = of_tile or [k for k in of_family if tile(k.config) == text]
-        of_kind = [k for k in of_tile if kind_of(k.traits) == i % len(KINDS)]
-        add(scarcest(of_kind or of_tile)[-1])
+    by_work = {}
+    for kernel in newer:
+        by_work.setdefault(work(kernel), []).append(kernel)
+    rest = [found for text, found in by_work.items() if text not in capped_work]
+    for i, found in enumerate(rest, 2):
+        of_kind = [k for k in found if kind_of(k.traits) == i % len(KINDS)]
+        add(max(of_kind or found, key=lambda k: (k.scarcity, -uses[k.arch])))
+    # What only Turing or tf32 has, if anything.
+    done = {work(case) for case in cases}
+    for kernel in of_family:
+        if work(kernel) not in done:
+            done.add(work(kernel))
+            add(kernel)
     return cases
 
 
@@ -270,12 +281,12 @@ def test_a_case_is_shipped(case):
 
 
 def test_the_cases_cover_everything():
-    tiles = {(c.family, tile(c.config)) for c in CASES}
+    done = {(c.family, work(c)) for c in CASES}
     pairs = list(itertools.product(HEAD_DIMS, HEAD_DIMS))
     features = [features[0] for features in KINDS]
     kernels = shipped(TENSOR_CORE_FAMILIES, DTYPES[1:3], features, pairs)
     for kernel in [*kernels, *shipped(dtypes=DTYPES[3:], features=FEATURES[:1], pairs=pairs)]:
-        assert (kernel.family, tile(kernel.config)) in tiles, kernel
+        assert (kernel.family, work(kernel)) in done, kernel
     for family in FAMILIES:
         of_family = [c for c in CASES if c.family == family]
         implementations = {bool(generation(c.config)) for c in of_family}
