@@ -18,8 +18,8 @@ run: $(VENV)/run.done
 	@$(SIMULATE) $(BIN)/python examples/real_activations.py
 
 test: $(VENV)/test.done lint
-	@NUMBA_ENABLE_CUDASIM=1 $(BIN)/python -m pytest -q -n 2 tests/host tests/sim
-	@$(BIN)/python -m pytest -q -n 2 tests/host/test_bad_input.py tests/host/test_launch_stubbed.py \
+	@NUMBA_ENABLE_CUDASIM=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal tests/host tests/sim
+	@$(BIN)/python -m pytest -q -n 2 --dist worksteal tests/host/test_bad_input.py tests/host/test_launch_stubbed.py \
 		tests/compile tests/gpu
 
 lint: $(VENV)/test.done

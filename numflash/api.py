@@ -300,6 +300,14 @@ def warmup(
         rows = seqlen_k if family == "backward-dkdv" else seqlen_q
         choice = choose(family, traits, limits, rows)
         get_cubin(choice.config, choice.traits, limits)
+        if family == "forward" and isinstance(choice.config, MmaConfig):
+            blocks = -(-seqlen_q // choice.config.block_rows)
+            num_sms, _ = multiprocessors(device)
+            if num_splits(choice.config, traits, limits, num_sms, blocks, seqlen_k) > 1:
+                split = replace(choice.config, num_splits=2)
+                combine = choose("combine", traits, limits)
+                get_cubin(split, choice.traits, limits)
+                get_cubin(combine.config, combine.traits, limits)
 
 
 def _bind_forward(q, k, v, out, options: dict, stream):

@@ -121,7 +121,7 @@ def force(
     """
     if isinstance(config, str):
         config = parse_config(family, config)
-    if getattr(config, "family", None) != family:
+    if isinstance(config, type) or getattr(config, "family", None) != family:
         raise TypeError(f"config must be a string or a config of {family}, got {config!r}")
     why = None
     if isinstance(config, MmaConfig):
@@ -199,7 +199,9 @@ def num_splits(
     num_n_blocks = -(-seqlen_k // config.tile_n)
     if blocks == 0 or blocks >= 0.8 * slots or num_n_blocks <= 2 * _MIN_BLOCKS_PER_SPLIT:
         return 1
-    most = min(_MAX_SPLITS, num_n_blocks // _MIN_BLOCKS_PER_SPLIT, -(-slots // blocks))
+    # Of blocks of one warp it takes more to fill an SM.
+    most = _MAX_SPLITS * max(1, 4 // config.num_warps)
+    most = min(most, num_n_blocks // _MIN_BLOCKS_PER_SPLIT, -(-slots // blocks))
     fullness = {}
     for splits in range(1, most + 1):
         waves = blocks * splits / slots

@@ -54,7 +54,7 @@ def limits_of_device(device: int) -> Architecture:
         raise UnsupportedError(f"device {device}: {error}") from error
 
 
-# What a simulated device has: one multiprocessor, so that nothing is split unless asked for.
+# What a simulated device has: one multiprocessor, so that little is split unless asked for.
 _SIMULATED_MULTIPROCESSORS = 1, 2**20
 
 

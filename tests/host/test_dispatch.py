@@ -396,7 +396,8 @@ def test_splits_fill_the_last_wave_or_as_much_of_it_as_any_number_does():
         if blocks >= full:
             assert splits == 1
         elif splits > 1:
-            others = range(1, min(128, -(-full // blocks)) + 1)
+            most = 128 * max(1, 4 // DECODE.num_warps)
+            others = range(1, min(most, -(-full // blocks)) + 1)
             best = max(map(fullness, others))
             assert fullness(splits) >= 0.85 * best
             assert all(fullness(fewer) < 0.85 * best for fewer in range(1, splits))
