@@ -82,8 +82,9 @@ def attention(
         alibi_slopes: float32, (num_heads_q,) or (batch, num_heads_q): slope * distance is
             subtracted from a score, after softcap.
         layout: "bshd" or "bhsd", of q, k, v and the result.
-        precision: "tf32" multiplies float32 on the tensor cores, with operands rounded to 10 bits
-            after the point; None multiplies exactly. Sums are float32 either way.
+        precision: "tf32" allows float32 to be multiplied on tensor cores, with operands rounded
+            to 10 bits after the point; where they have no kernel for it (head dims above 128,
+            Turing) and with None products are exact. Sums are float32 either way.
         return_lse: also return the log-sum-exp.
         out: an array to write the result to; it must not overlap an input.
         stream: a CUDA stream, or its address, to allocate and launch on; None is the current one

@@ -37,7 +37,7 @@ class Choice:
     Attributes:
         family, config, traits: the kernel.
         rule: what chose it.
-        passed_over: (what, why not) of every candidate before it and of each other implementation.
+        passed_over: (what, why not) of every other candidate and of each other implementation.
     """
 
     family: str
@@ -86,6 +86,10 @@ def choose(
         for config in mma_candidates:
             why = sm80.misfit(config, traits, limits, rows, warps)
             if why is None:
+                later = mma_candidates[mma_candidates.index(config) + 1 :]
+                for other in later:
+                    why = sm80.misfit(other, traits, limits, rows, warps)
+                    reasons.append((str(other), why or f"fits too, and comes after {config}"))
                 reasons += [*passed_over, ("portable", "tensor cores are faster")]
                 rule = f"the first tensor-core config of which {warps} warps fit on an SM"
                 return Choice(family, config, traits, rule, tuple(reasons))
@@ -99,6 +103,9 @@ def choose(
     for config in candidates:
         why = portable.misfit(config, plain, limits, rows)
         if why is None or config is candidates[-1]:
+            for other in candidates[candidates.index(config) + 1 :]:
+                why = portable.misfit(other, plain, limits, rows)
+                passed_over.append((str(other), why or f"fits too, and comes after {config}"))
             rule = "the first that fits of the portable configs"
             return Choice(family, config, plain, rule, tuple(passed_over))
         passed_over.append((str(config), why))

@@ -42,8 +42,7 @@ def explain_dispatch(q, k, v, **options) -> Explanation:
             may be a dictionary that also names configs for the backward, by family.
 
     Returns:
-        The chosen kernels. `str` lists, below each, the candidates that would have come before it
-        and the other implementation, and why they will not run.
+        The chosen kernels. `str` lists, below each, every other candidate and why it will not run.
 
     Raises:
         TypeError, ValueError, UnsupportedError: as `numflash.attention`.
