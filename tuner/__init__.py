@@ -1,0 +1,4 @@
+"""numflash-tune: finds, proves and remembers the best config of each kernel on each GPU.
+
+Installed as the package `numflash_tuner`. `numflash` never imports it.
+"""

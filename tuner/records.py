@@ -1,0 +1,128 @@
+"""What the tuner knows of one config: the record that a trial leaves behind.
+
+A record is data, also where something failed. It travels through Optuna's storages, the journals
+of exhaustive runs and the report as JSON.
+"""
+
+import json
+import math
+import statistics
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+FAILURES = (
+    "invalid",
+    "over_budget",
+    "compile_failed",
+    "spilled",
+    "wrong_result",
+    "launch_failed",
+    "timeout",
+)
+"""Why a config was given up: against a rule of the kernel; beyond a budget of the user or the
+device; the compiler refused it; it spilled registers or drew compiler warnings; its results were
+beyond the error budget; the launch or the kernel failed; it took too long."""
+OUTCOMES = ("measured", "predicted", "slow", *FAILURES)
+"""`slow` was measured a few times and stopped, far behind the best."""
+
+
+@dataclass(frozen=True)
+class Machinery:
+    """What a config's machine code is on the device it was compiled for.
+
+    Attributes:
+        registers: per thread.
+        spill_bytes: stored and loaded, per thread.
+        smem_bytes, num_threads: per block.
+        blocks_per_sm: that fit at once.
+        limited_by: what allows no more: "threads", "blocks", "registers" or "shared memory".
+        warnings: of the compiler.
+        compile_ms: from Python source to machine code; 0 if it was in the cache.
+    """
+
+    registers: int
+    spill_bytes: int
+    smem_bytes: int
+    num_threads: int
+    blocks_per_sm: int
+    limited_by: str
+    warnings: tuple[str, ...] = ()
+    compile_ms: float = 0.0
+
+
+@dataclass(frozen=True)
+class Record:
+    """One config, tried.
+
+    Attributes:
+        config: its string form.
+        outcome: one of OUTCOMES.
+        reason: why, if it failed.
+        machinery: what was compiled; None if it never was.
+        predicted_ms: what the offline model says; None if it was not asked.
+        parts: milliseconds that each resource alone would take by the model, by name.
+        samples_ms: times measured.
+        clock_mhz: median SM clock while it was timed; None if unknown.
+        seconds: what the trial took.
+        finished: seconds since the epoch.
+    """
+
+    config: str
+    outcome: str
+    reason: str = ""
+    machinery: Machinery | None = None
+    predicted_ms: float | None = None
+    parts: dict[str, float] | None = None
+    samples_ms: tuple[float, ...] = ()
+    clock_mhz: float | None = None
+    seconds: float = 0.0
+    finished: float = 0.0
+
+    def __post_init__(self):
+        if self.outcome not in OUTCOMES:
+            raise ValueError(f"outcome must be one of {', '.join(OUTCOMES)}, got {self.outcome!r}")
+
+    @property
+    def median_ms(self) -> float | None:
+        """Median of the samples; None without any."""
+        return statistics.median(self.samples_ms) if self.samples_ms else None
+
+    @property
+    def spread(self) -> float | None:
+        """Interquartile range of the samples over their median; None with fewer than two."""
+        if len(self.samples_ms) < 2:
+            return None
+        low, median, high = statistics.quantiles(self.samples_ms, n=4, method="inclusive")
+        return (high - low) / median
+
+    @property
+    def time_ms(self) -> float:
+        """What the search minimises: measured, else predicted; infinite if it failed."""
+        if self.outcome in FAILURES:
+            return math.inf
+        time = self.predicted_ms if self.median_ms is None else self.median_ms
+        return math.inf if time is None else time
+
+    def failed(self, outcome: str, reason: str) -> "Record":
+        """This record with the reason why the config was given up."""
+        return replace(self, outcome=outcome, reason=reason)
+
+    def to_json(self) -> str:
+        """The inverse of `from_json`."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Record":
+        """Read a record. Raises ValueError if it is none."""
+        try:
+            found: dict[str, Any] = json.loads(text)
+            known = {field.name for field in fields(cls)}
+            found = {name: value for name, value in found.items() if name in known}
+            found["samples_ms"] = tuple(found.get("samples_ms") or ())
+            if found.get("machinery") is not None:
+                machinery = dict(found["machinery"])
+                machinery["warnings"] = tuple(machinery.get("warnings", ()))
+                found["machinery"] = Machinery(**machinery)
+            return cls(**found)
+        except (TypeError, AttributeError, json.JSONDecodeError) as error:
+            raise ValueError(f"not a record of a trial: {error}") from error
