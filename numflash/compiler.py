@@ -119,18 +119,26 @@ def _compile_logged(key: str, config: Config, traits: Traits, limits: Architectu
 
 def compile_cubin(config: Config, traits: Traits, limits: Architecture) -> Cubin:
     """Compile a kernel of numflash, whatever the caches hold. Raises UnsupportedError."""
-    return compile_kernel(lambda: _make(config, traits), limits)
+    min_blocks = getattr(config, "min_blocks", 0) or None
+    return compile_kernel(lambda: _make(config, traits), limits, min_blocks)
 
 
-def compile_kernel(make: Callable[[], Any], limits: Architecture) -> Cubin:
+def compile_kernel(
+    make: Callable[[], Any], limits: Architecture, min_blocks: int | None = None
+) -> Cubin:
     """Compile the `Kernel` that `make` returns, also one that is not numflash's own.
+
+    Args:
+        make: makes the kernel.
+        limits: the GPU to compile for.
+        min_blocks: blocks per SM for which registers must suffice; None lets the compiler decide.
 
     Raises:
         UnsupportedError: the compiler packages are missing.
     """
     start = time.perf_counter()
-    cubin = _compile(make, limits)
-    if cubin.spill_store_bytes or cubin.spill_load_bytes:
+    cubin = _compile(make, limits, min_blocks)
+    if min_blocks is None and (cubin.spill_store_bytes or cubin.spill_load_bytes):
         # The assembler spills a little where that lets one more block fit on an SM; told that one
         # block is enough, it takes the registers.
         roomy = _compile(make, limits, min_blocks=1)

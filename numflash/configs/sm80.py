@@ -1,8 +1,9 @@
 """Configs of the kernels for tensor cores through `mma.sync`.
 
 Their string form: `sm80-m128n64w4s2`, which is the generation of instructions, tile_m, tile_n,
-warps and stages; `x8` is appended for 8 splits over the keys, `-apart` where dK and dV have blocks
-of their own, `-linear` for tiles that are not swizzled.
+warps and stages. Appended are `b2` if registers must leave room for 2 blocks per SM, `x8` for 8
+splits over the keys, `-h4` for 4 heads in flight, `-packed` or `-unpacked` heads, `-apart` where dK
+and dV have blocks of their own, `-linear` for tiles that are not swizzled.
 """
 
 import re
@@ -18,6 +19,14 @@ GENERATIONS = ("sm75", "sm80")
 MAX_STAGES = 3
 _ROW_STEP, _COLUMN_STEP = 16, 16
 _WORD_BYTES = 4
+_NUMBER = r"[1-9]\d*"
+_PATTERN = re.compile(
+    rf"(?P<generation>sm\d+)-m(?P<tile_m>{_NUMBER})n(?P<tile_n>{_NUMBER})w(?P<num_warps>{_NUMBER})"
+    rf"s(?P<num_stages>{_NUMBER})(?:b(?P<min_blocks>{_NUMBER}))?(?:x(?P<num_splits>{_NUMBER}))?"
+    rf"(?:-h(?P<heads_in_flight>{_NUMBER}))?(?P<packed>-(?:un)?packed)?(?P<apart>-apart)?"
+    r"(?P<linear>-linear)?",
+    re.ASCII,
+)
 
 
 @dataclass(frozen=True)
@@ -35,6 +44,11 @@ class MmaConfig:
         apart: dK and dV are computed by blocks of their own, for head dims whose accumulators a
             thread cannot hold both; backward-dkdv only.
         swizzled: False only to measure what the swizzle is worth.
+        min_blocks: blocks for which registers must suffice on an SM; 0 leaves it to the assembler.
+        packed: whether the query heads of a group are neighbouring rows of a tile; None packs
+            them where there are few queries. Forward only.
+        heads_in_flight: heads whose blocks are interleaved; 0 takes as many as have their K and V
+            in half of the L2 cache. Forward only.
     """
 
     generation: str
@@ -45,6 +59,9 @@ class MmaConfig:
     num_splits: int = 1
     apart: bool = False
     swizzled: bool = True
+    min_blocks: int = 0
+    packed: bool | None = None
+    heads_in_flight: int = 0
 
     implementation: ClassVar = "sm80"
     family: ClassVar[str]
@@ -80,6 +97,10 @@ class MmaConfig:
             )
         if self.apart and self.family != "backward-dkdv":
             raise ValueError(f"{type(self).__name__} {self}: only dK and dV can be apart")
+        if self.family != "forward" and (self.packed is not None or self.heads_in_flight):
+            raise ValueError(
+                f"{type(self).__name__} {self}: only the forward packs heads and orders its blocks"
+            )
 
     @property
     def row_tile(self) -> int:
@@ -112,8 +133,9 @@ class MmaConfig:
 
     @property
     def compiled(self) -> "MmaConfig":
-        """The config whose machine code this one shares: how many splits is an argument."""
-        return replace(self, num_splits=min(self.num_splits, 2))
+        """The config whose machine code this one shares: how it is laid out is an argument."""
+        splits = min(self.num_splits, 2)
+        return replace(self, num_splits=splits, packed=None, heads_in_flight=0)
 
     def tiles(self, traits: Traits) -> dict[str, int]:
         """The words of each tile in shared memory, in order."""
@@ -144,24 +166,29 @@ class MmaConfig:
 
     def __str__(self) -> str:
         text = f"{self.generation}-m{self.tile_m}n{self.tile_n}w{self.num_warps}s{self.num_stages}"
-        if self.num_splits > 1:
-            text += f"x{self.num_splits}"
+        text += f"b{self.min_blocks}" if self.min_blocks else ""
+        text += f"x{self.num_splits}" if self.num_splits > 1 else ""
+        text += f"-h{self.heads_in_flight}" if self.heads_in_flight else ""
+        text += {None: "", True: "-packed", False: "-unpacked"}[self.packed]
         text += "-apart" if self.apart else ""
         return text if self.swizzled else text + "-linear"
 
     @classmethod
     def parse(cls, text: str) -> "MmaConfig":
         """The inverse of `str`. Raises ValueError for anything else."""
-        number = r"([1-9]\d*)"
-        pattern = rf"(sm\d+)-m{number}n{number}w{number}s{number}(?:x{number})?(-apart)?(-linear)?"
-        match = re.fullmatch(pattern, text, re.ASCII)
-        if match is None or match[6] == "1":
-            raise ValueError(
-                f"a {cls.family} config must look like m64n32w4 or sm80-m64n32w4s2, got {text!r}"
+        match = _PATTERN.fullmatch(text)
+        if match is not None:
+            sizes = {name: int(n) for name, n in match.groupdict().items() if n and n.isdecimal()}
+            packed = {None: None, "-packed": True, "-unpacked": False}[match["packed"]]
+            apart, swizzled = match["apart"] is not None, match["linear"] is None
+            config = cls(
+                match["generation"], **sizes, packed=packed, apart=apart, swizzled=swizzled
             )
-        sizes = (int(match[i]) for i in range(2, 6))
-        apart, swizzled = match[7] is not None, match[8] is None
-        return cls(match[1], *sizes, int(match[6] or 1), apart, swizzled)
+            if str(config) == text:
+                return config
+        raise ValueError(
+            f"a {cls.family} config must look like m64n32w4 or sm80-m64n32w4s2, got {text!r}"
+        )
 
 
 def _words(rows: int, columns: int, traits: Traits) -> int:
