@@ -1,0 +1,87 @@
+"""The tuner's reading of machine code, on kernels compiled for machines that are not here.
+
+The counts are those that the kernels' docstrings and docs/architecture.md give.
+"""
+
+from functools import cache
+
+import pytest
+
+from numflash import sass
+from numflash.compiler import get_cubin
+from numflash.configs import Traits, parse_config
+from numflash.devices import architecture
+from numflash_tuner.machine_code import MachineCode, analyse
+
+pytestmark = pytest.mark.skipif(
+    sass.find_disassembler() is None, reason=f"there is no disassembler; {sass.INSTALL_HINT}"
+)
+
+FORWARD = ("forward", "sm80-m128n64w4s1", "bfloat16-d128-dv128-vec", "sm_90a")
+
+
+@cache
+def machine_code(family: str, config: str, traits: str, arch: str) -> MachineCode:
+    cubin = get_cubin(parse_config(family, config), Traits.parse(traits), architecture(arch))
+    return analyse(sass.disassemble(cubin.code))
+
+
+def test_forward_is_what_its_docstring_says():
+    loop = machine_code(*FORWARD).main
+    counts = loop.counts
+    assert not loop.inner
+    assert counts.matrix == 256
+    # 32 rows a warp, 64 keys, two products of depth and width 128.
+    assert counts.multiply_adds == 2 * 32 * 64 * 128
+    assert counts.exponentials == counts.special == 64
+    assert counts.shared == 80
+    # 80 LDSM of 512 bytes; K and V, of which a warp copies a quarter.
+    copied = 2 * 64 * 128 * 2 // 4
+    assert counts.global_bytes == copied
+    assert counts.shared_bytes == 80 * 512 + copied
+    assert counts.conversions == 32
+    assert counts.shuffles == 8
+    assert counts.barriers == 2
+    assert counts.ffma == 64
+    # 64 FADD for the sum and the IMAD of addresses come on top; rescaling O does not.
+    assert 128 <= counts.fma < 128 + 64
+    # 64 FMNMX and 8 across lanes; the mask does not.
+    assert 72 <= counts.alu < 72 + 150
+    assert counts.issued < 900
+    assert counts.local == 0
+
+
+def test_mask_and_rescaling_are_rare():
+    rare = machine_code(*FORWARD).main.rare
+    # O is rescaled with 128 FMUL; the mask takes 192 comparisons and selections.
+    assert rare.fma >= 128
+    assert rare.alu >= 192
+    assert rare.exponentials == 4
+    assert rare.matrix == rare.shared == rare.global_bytes == 0
+
+
+def test_fused_backward_walks_in_the_inner_loop():
+    code = machine_code("backward", "sm80-m32n128w8s2", "bfloat16-d128-dv128-vec", "sm_90a")
+    (walk,) = code.loops
+    assert code.main is walk.inner[0]
+    counts = code.main.counts
+    assert counts.matrix == 160
+    # 104 LDSM, 8 LDS for lse and delta, 8 STS of dS.
+    assert counts.shared == 120
+    assert counts.exponentials == 16
+    # dQ is loaded where it was not just begun.
+    assert counts.global_loads == 4
+    assert counts.barriers == 2
+
+
+def test_portable_products_are_loops_of_their_own():
+    code = machine_code("forward", "m64n64w4", "float32-d64-dv64-vec", "sm_90a")
+    products = [loop.counts for loop in code.main.inner if loop.counts.ffma]
+    # Four steps of depth: 4 rows and 8 columns a thread, of S and of O.
+    assert [counts.ffma for counts in products] == [128, 128]
+    # 12 loads of 16 bytes each.
+    assert [counts.shared_bytes for counts in products] == [12 * 512, 12 * 512]
+    assert code.main.counts.exponentials == 32 + 4
+    assert code.main.rare.alu > 100
+    copies = [loop for loop in code.main.inner if loop.counts.global_loads]
+    assert len(copies) == 2
