@@ -1,46 +1,28 @@
 """The public functions: check the arguments, pick the configs, allocate, launch.
 
 Checking and picking happen once for each distinct problem; calls with the same shapes, strides,
-dtypes and options then find a ready `_Forward` or `_Backward` under the problem's key and only
-allocate and launch.
+dtypes and options then find a ready `calls.Forward` or `calls.Backward` under the problem's key
+and only allocate and launch.
 """
 
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from numflash.arrays import ArrayLibrary, library_of, stream_address
+from numflash import tuned
+from numflash.arrays import library_of, stream_address
+from numflash.calls import Backward, Forward
 from numflash.compiler import get_cubin
 from numflash.configs import Config, MmaConfig, Traits, padded_head_dim
-from numflash.dispatch import (
-    Choice,
-    Geometry,
-    choose,
-    force,
-    heads_in_flight,
-    num_splits,
-    rows_packed,
-)
-from numflash.launch import Launcher, limits_of_device, multiprocessors
+from numflash.dispatch import choose, force, num_splits
+from numflash.launch import limits_of_device, multiprocessors
 from numflash.mode import SIMULATED
-from numflash.problem import (
-    AttentionProblem,
-    Tensor,
-    as_tensor,
-    describe,
-    expect_contiguous_rows,
-    expect_head_dim,
-    expect_like,
-    expect_precision,
-    expect_writeable,
-)
-from numflash.views import ArrayView, Operand, contiguous_strides, overlap
+from numflash.problem import expect_contiguous_rows, expect_head_dim, expect_precision
+from numflash.selection import BACKWARD, device_key
 
 # Ready launches by problem; emptied when it grows past this, so that varying shapes cannot leak.
 _MAX_READY = 4096
 _LONG = 2**20
-BACKWARD = ("backward-dkdv", "backward-dq")
-FUSED = "backward"
 _ready: dict[tuple, Any] = {}
 
 
@@ -60,7 +42,7 @@ def attention(
     return_lse: bool = False,
     out=None,
     stream=None,
-    config: str | Config | None = None,
+    config: str | Config | dict[str, str | Config] | None = None,
 ):
     """Attention, softmax(softmax_scale Q K^T) V, without storing the score matrix.
 
@@ -89,8 +71,9 @@ def attention(
         out: an array to write the result to; it must not overlap an input.
         stream: a CUDA stream, or its address, to allocate and launch on; None is the current one
             of the array library of q.
-        config: run the kernel with this config, as in "sm80-m128n64w4s1"; None lets numflash
-            choose. `explain_dispatch` tells what it chooses.
+        config: run the kernel with this config, as in "sm80-m128n64w4s1"; a dictionary may also
+            name one for the "combine" of split keys, next to "forward". None lets numflash choose:
+            what `numflash-tune` has found, else by rule. `explain_dispatch` tells what it chooses.
 
     Returns:
         out: (batch, seqlen_q, num_heads_q, head_dim_v) in the layout, dtype and kind of q. A
@@ -180,7 +163,7 @@ def attention_backward(
         "config": config,
     }
     arrays = {"q": q, "k": k, "v": v, "dout": dout, "out": out, "lse": lse}
-    backward, operands, stream = _prepare(_Backward, arrays, options, stream)
+    backward, operands, stream = _prepare(Backward, arrays, options, stream)
     library = library_of(q, "q")
     if stream is None:
         gradients = backward(operands, library, library.stream(backward.device))
@@ -299,8 +282,14 @@ def warmup(
     limits = limits_of_device(device)
     for family in ("forward", "delta", *BACKWARD) if backward else ("forward",):
         rows = seqlen_k if family == "backward-dkdv" else seqlen_q
-        choice = choose(family, traits, limits, rows)
-        get_cubin(choice.config, choice.traits, limits)
+        choices = [choose(family, traits, limits, rows)]
+        if tuned.enabled():
+            # Which of them a call takes depends on sizes that are not known yet.
+            configs = tuned.configs(family, traits, device_key(device))
+            choices += [force(family, config, traits, limits) for config in configs]
+        for choice in choices:
+            get_cubin(choice.config, choice.traits, limits)
+        choice = choices[0]
         if family == "forward" and isinstance(choice.config, MmaConfig):
             blocks = -(-seqlen_q // choice.config.block_rows)
             num_sms, _ = multiprocessors(device)
@@ -316,7 +305,7 @@ def _bind_forward(q, k, v, out, options: dict, stream):
     arrays = {"q": q, "k": k, "v": v}
     if out is not None:
         arrays["out"] = out
-    forward, operands, stream = _prepare(_Forward, arrays, options, stream)
+    forward, operands, stream = _prepare(Forward, arrays, options, stream)
     library = library_of(q, "q")
     if stream is None:
         stream = library.stream(forward.device)
@@ -332,7 +321,7 @@ def _prepare(kind: type, arrays: dict[str, Any], options: dict, stream):
     """Check a call.
 
     Returns:
-        The `kind`, _Forward or _Backward, for this call: found, or made now; the call's arrays as
+        The `kind`, Forward or Backward, for this call: found, or made now; the call's arrays as
         operands; the address of `stream`, or None.
     """
     if options["alibi_slopes"] is not None:
@@ -376,294 +365,6 @@ def _option_key(
         config = tuple(config.items())
     kinds = *map(type, values), type(window_size), kind
     return *values, *kinds, causal_align, layout, precision, config
-
-
-def _describe(views: dict[str, ArrayView], options: dict) -> tuple[AttentionProblem, dict]:
-    described = {**options, "alibi_slopes": views.get("alibi_slopes")}
-    del described["config"]
-    return describe(views["q"], views["k"], views["v"], **described)
-
-
-def problem_of(views: dict[str, ArrayView], options: dict) -> tuple[AttentionProblem, Traits, int]:
-    """The problem of a call, the traits of its kernels and its device. Raises as `attention`."""
-    rows, _ = _with_contiguous_rows(views, ("q", "k", "v"))
-    problem, tensors = _describe(rows, {"config": None, **options})
-    q = rows["q"]
-    out = _fresh((*q.shape[:-1], problem.head_dim_v), q)
-    tensors["out"] = as_tensor("out", out, options.get("layout", "bshd"))
-    return problem, _traits(problem, tensors), q.device
-
-
-class _Forward:
-    """A forward problem with its kernel bound to everything but addresses."""
-
-    def __init__(self, views: dict[str, ArrayView], options: dict):
-        rows, self.copied = _with_contiguous_rows(views, ("q", "k", "v"))
-        problem, tensors = _describe(rows, options)
-        q = rows["q"]
-        self.views, self.dtype, self.device = views, problem.dtype, q.device
-        self.out_shape = (*q.shape[:-1], problem.head_dim_v)
-        self.lse_shape = _lse_shape(problem, q)
-        self.is_given_out = "out" in views
-        if self.is_given_out:
-            expect_like("out", views["out"], self.out_shape, q.dtype, q.device)
-            expect_writeable("out", views["out"])
-            self.spans = {name: view.span() for name, view in views.items()}
-            self._refuse_overlap({name: view.pointer for name, view in views.items()})
-        out = views.get("out") or _fresh(self.out_shape, q)
-        tensors["out"] = as_tensor("out", out, options["layout"])
-        self.launchers, self.workspaces, self.kernel = [], {}, "none: the result is empty"
-        if problem.batch * problem.seqlen_q:
-            self._choose_launchers(problem, tensors, options["config"])
-            self.kernel = str(self.launchers[0])
-
-    def bind(self, operands: dict[str, Operand], library: ArrayLibrary):
-        """Allocate; (out, lse, function of the stream that launches)."""
-        if self.is_given_out:
-            self._refuse_overlap({name: o.pointer for name, o in operands.items()})
-            out = operands["out"].array
-        else:
-            out = library.empty(self.out_shape, self.dtype, self.device)
-            operands["out"] = library.operand(out)
-        lse = library.empty(self.lse_shape, "float32", self.device)
-        operands["lse"] = library.operand(lse)
-        operands.setdefault("alibi_slopes", None)
-        _copy_rows(self.copied, operands)
-        if not self.workspaces:
-            return out, lse, self.launchers[0].bind(operands) if self.launchers else _do_nothing
-        for name, size in self.workspaces.items():
-            operands[name] = library.operand(library.empty((size,), "float32", self.device))
-        parts = {**operands, "out": operands["parts"], "lse": operands["part_lses"]}
-        forward, combine = self.launchers[0].bind(parts), self.launchers[1].bind(operands)
-
-        def launch(stream: int) -> None:
-            forward(stream)
-            combine(stream)
-
-        return out, lse, launch
-
-    def _choose_launchers(self, problem, tensors: dict[str, Tensor], config) -> None:
-        """The forward, and where it splits the keys the kernel that puts the parts together."""
-        device = self.device
-        traits = _traits(problem, tensors)
-        choice, geometry = forward_choice(problem, traits, device, config)
-        scalars = _scalars(problem, tensors) | {
-            "pack": geometry.pack,
-            "num_splits": geometry.num_splits,
-            "heads_in_flight": geometry.heads_in_flight,
-            "out_split": 0,
-        }
-        rows, heads = problem.seqlen_q * geometry.pack, problem.num_heads_q // geometry.pack
-        num_blocks = problem.num_blocks(
-            rows, heads * geometry.num_splits, choice.config.block_rows
-        )
-        if geometry.num_splits == 1:
-            self.launchers = [Launcher(choice.config, choice.traits, device, num_blocks, scalars)]
-            return
-        row = traits.head_dim_v
-        rows = problem.batch * problem.seqlen_q * problem.num_heads_q
-        self.workspaces = {
-            "parts": geometry.num_splits * rows * row,
-            "part_lses": geometry.num_splits * rows,
-        }
-        into_parts = {
-            "out_split": rows * row,
-            "out_batch": problem.seqlen_q * problem.num_heads_q * row,
-            "out_row": problem.num_heads_q * row,
-            "out_head": row,
-        }
-        combine = choose("combine", traits, limits_of_device(device))
-        blocks = problem.num_blocks(
-            problem.seqlen_q, problem.num_heads_q, combine.config.block_rows
-        )
-        self.launchers = [
-            Launcher(choice.config, choice.traits, device, num_blocks, scalars | into_parts),
-            Launcher(combine.config, combine.traits, device, blocks, scalars),
-        ]
-
-    def _refuse_overlap(self, pointers: dict[str, int]) -> None:
-        """Raise ValueError if `out` shares memory with an input, all at these addresses."""
-        first, end = (pointers["out"] + offset for offset in self.spans["out"])
-        for name, (low, high) in self.spans.items():
-            # Most arrays lie apart, which is quick to see; those that interleave need a proof.
-            apart = pointers[name] + high <= first or end <= pointers[name] + low
-            if name != "out" and not apart:
-                out = replace(self.views["out"], pointer=pointers["out"])
-                if overlap(out, replace(self.views[name], pointer=pointers[name])):
-                    raise ValueError(f"out must not overlap {name}, but they share memory")
-
-
-class _Backward:
-    """A backward problem with its kernels bound to everything but addresses."""
-
-    def __init__(self, views: dict[str, ArrayView], options: dict):
-        rows, self.copied = _with_contiguous_rows(views, ("q", "k", "v", "dout", "out"))
-        problem, tensors = _describe(rows, options)
-        q, layout = rows["q"], options["layout"]
-        out_shape = (*q.shape[:-1], problem.head_dim_v)
-        expect_like("dout", rows["dout"], out_shape, q.dtype, q.device)
-        expect_like("out", rows["out"], out_shape, q.dtype, q.device)
-        expect_like("lse", rows["lse"], _lse_shape(problem, q), "float32", q.device)
-        if not rows["lse"].is_contiguous:
-            raise ValueError(
-                f"lse must be contiguous, as `attention` returns it, got strides "
-                f"{rows['lse'].strides} for shape {rows['lse'].shape}"
-            )
-        tensors["do"] = as_tensor("dout", rows["dout"], layout)
-        tensors["out"] = as_tensor("out", rows["out"], layout)
-        for name in ("q", "k", "v"):
-            tensors["d" + name] = as_tensor("d" + name, _fresh(rows[name].shape, q), layout)
-        self.shapes = {"d" + name: rows[name].shape for name in ("q", "k", "v")}
-        self.dtype, self.device = problem.dtype, q.device
-        self.delta_size = (problem.batch * problem.num_heads_q * problem.seqlen_q,)
-        forced, traits = backward_configs(options["config"]), _traits(problem, tensors)
-        self.workspaces = dict.fromkeys(("delta", "lse_log2"), self.delta_size)
-        rows = {"delta": problem.seqlen_q}
-        if FUSED not in forced:
-            rows |= {"backward-dkdv": problem.seqlen_k, "backward-dq": problem.seqlen_q}
-        # All are chosen before one is compiled: a wrong config must not cost a wait.
-        choices = [
-            backward_choice(family, problem, traits, q.device, forced.get(family))
-            for family in rows
-            if problem.batch and rows[family]
-        ]
-        self.launchers = [_launcher(choice, problem, tensors, q.device) for choice in choices]
-        if FUSED in forced:
-            self._add_fused(problem, tensors, forced[FUSED])
-
-    def _add_fused(self, problem, tensors: dict[str, Tensor], config: str | Config) -> None:
-        """The one kernel for all gradients, and the one that adds up its parts of dQ."""
-        traits = _traits(problem, tensors)
-        choice = backward_choice(FUSED, problem, traits, self.device, config)
-        config, scalars = choice.config, _scalars(problem, tensors)
-        scalars["num_splits"] = config.num_splits
-        tiles = -(-problem.seqlen_q // config.tile_m) * problem.num_heads_q * problem.batch
-        part = tiles * config.tile_m * traits.head_dim
-        self.workspaces["dq_parts"] = (config.num_splits * part,)
-        if problem.batch and problem.seqlen_k:
-            blocks = problem.num_blocks(1, problem.num_heads_kv * config.num_splits, 1)
-            launcher = Launcher(config, choice.traits, self.device, blocks, scalars)
-            self.launchers.append(launcher)
-        if tiles:
-            launcher = Launcher(config.reduction(), choice.traits, self.device, tiles, scalars)
-            self.launchers.append(launcher)
-
-    def __call__(self, operands: dict[str, Operand], library: ArrayLibrary, stream: int):
-        """Allocate and launch; the three gradients."""
-        _copy_rows(self.copied, operands)
-        operands["do"] = operands["dout"]
-        operands.setdefault("alibi_slopes", None)
-        for name, shape in self.workspaces.items():
-            operands[name] = library.operand(library.empty(shape, "float32", self.device))
-        gradients = []
-        for name, shape in self.shapes.items():
-            gradients.append(library.empty(shape, self.dtype, self.device))
-            operands[name] = library.operand(gradients[-1])
-        for launcher in self.launchers:
-            launcher.bind(operands)(stream)
-        return gradients
-
-
-def _launcher(choice: Choice, problem, tensors: dict[str, Tensor], device: int) -> Launcher:
-    """A backward kernel for a problem, with its strides and scalars bound."""
-    rows, heads = problem.seqlen_q, problem.num_heads_q
-    if choice.family == "backward-dkdv":
-        rows, heads = problem.seqlen_k, problem.num_heads_kv
-    if getattr(choice.config, "apart", False):
-        heads *= 2
-    num_blocks = problem.num_blocks(rows, heads, choice.config.block_rows)
-    scalars = _scalars(problem, tensors)
-    return Launcher(choice.config, choice.traits, device, num_blocks, scalars)
-
-
-def backward_configs(config) -> dict[str, str | Config]:
-    """The forced configs of a backward call by family. Raises TypeError, ValueError."""
-    if config is None:
-        return {}
-    if not isinstance(config, dict):
-        raise TypeError(f"config of a backward must map families to configs, got {config!r}")
-    for family in config:
-        if family not in (*BACKWARD, FUSED):
-            raise ValueError(
-                f"config of a backward has the keys {', '.join(BACKWARD)} or {FUSED}, got "
-                f"{family!r}"
-            )
-    return config
-
-
-def backward_choice(family: str, problem, traits: Traits, device: int, config) -> Choice:
-    """The kernel of a backward family for a problem."""
-    limits, positive = limits_of_device(device), problem.softmax_scale > 0
-    if config is not None:
-        return force(family, config, traits, limits, positive)
-    rows = problem.seqlen_k if family == "backward-dkdv" else problem.seqlen_q
-    return choose(family, traits, limits, rows, positive)
-
-
-def forward_choice(problem, traits: Traits, device: int, config) -> tuple[Choice, Geometry]:
-    """The forward kernel for a problem, and how it is laid over the machine."""
-    limits, positive = limits_of_device(device), problem.softmax_scale > 0
-    pack = rows_packed(problem)
-    if config is not None:
-        choice = force("forward", config, traits, limits, positive)
-    else:
-        choice = choose("forward", traits, limits, problem.seqlen_q * pack, positive)
-    if not isinstance(choice.config, MmaConfig):
-        if pack > 1 and config is None:
-            choice = choose("forward", traits, limits, problem.seqlen_q, positive)
-        return choice, Geometry()
-    splits = choice.config.num_splits
-    num_sms, l2_bytes = multiprocessors(device)
-    if config is None:
-        heads = problem.num_heads_q // pack
-        blocks = problem.num_blocks(problem.seqlen_q * pack, heads, choice.config.block_rows)
-        splits = num_splits(choice.config, traits, limits, num_sms, blocks, problem.seqlen_k)
-        choice = replace(choice, config=replace(choice.config, num_splits=splits))
-    # Packed heads are one: K and V are read once for all of them.
-    in_flight = max(1, heads_in_flight(problem, traits.dtype_bytes, l2_bytes) // pack)
-    return choice, Geometry(pack, splits, in_flight)
-
-
-def _traits(problem, tensors: dict[str, Tensor]) -> Traits:
-    """What the kernels for a problem with these tensors are compiled for."""
-    return problem.traits(all(tensor.is_vectorizable for tensor in tensors.values()))
-
-
-def _scalars(problem, tensors: dict[str, Tensor]) -> dict[str, int | float]:
-    """The scalar arguments of any kernel for a problem, and its tensors' strides."""
-    scalars = problem.scalars()
-    for name, tensor in tensors.items():
-        batch, row, head, _ = tensor.strides
-        scalars |= {f"{name}_batch": batch, f"{name}_row": row, f"{name}_head": head}
-    return scalars
-
-
-def _do_nothing(stream: int) -> None:
-    """Launch nothing: the result is empty."""
-
-
-def _lse_shape(problem: AttentionProblem, q: ArrayView) -> tuple[int, ...]:
-    """(batch, heads, seqlen_q), without the axes that q does not have."""
-    return (problem.batch, problem.num_heads_q, problem.seqlen_q)[4 - len(q.shape) :]
-
-
-def _fresh(shape: tuple[int, ...], like: ArrayView) -> ArrayView:
-    """The view of a contiguous array still to be allocated; allocators align to 16 bytes."""
-    return ArrayView(0, shape, contiguous_strides(shape), like.dtype, like.device)
-
-
-def _with_contiguous_rows(views: dict[str, ArrayView], names: tuple[str, ...]):
-    """The views, with those of the copies of `names` that must be copied; and their names."""
-    copied = [name for name in names if not views[name].has_contiguous_rows]
-    return views | {name: _fresh(views[name].shape, views[name]) for name in copied}, copied
-
-
-def _copy_rows(names: list[str], operands: dict[str, Operand]) -> None:
-    """Replace these operands by copies whose last axis is contiguous."""
-    for name in names:
-        array = operands[name].array
-        library = library_of(array, name)
-        operands[name] = library.operand(library.with_contiguous_rows(array))
 
 
 __all__ = ["Plan", "attention", "attention_backward", "plan", "warmup"]

@@ -11,6 +11,7 @@ import numpy as np
 
 from numflash import api, reference
 from numflash.arrays import library_of, stream_address
+from numflash.selection import split_configs
 
 _EPSILON = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "tf32": 2.0**-11}
 
@@ -83,16 +84,13 @@ def check(q, k, v, *, dout=None, **options) -> CheckReport:
         with library.ordered_on(stream_address(stream), device):
             return check(q, k, v, dout=dout, **options)
     options.pop("return_lse", None)
-    configs = options.pop("config", None)
-    configs = dict(configs) if isinstance(configs, dict) else {"forward": configs}
-    forward_config = configs.pop("forward", None)
-    api.backward_configs(configs)
-    out, lse = api.attention(q, k, v, return_lse=True, config=forward_config, **options)
+    forward_configs, backward_configs = split_configs(options.pop("config", None))
+    out, lse = api.attention(q, k, v, return_lse=True, config=forward_configs, **options)
     got = {"out": out, "lse": lse}
     if dout is not None:
         backward_options = {n: o for n, o in options.items() if n != "out"}
         gradients = api.attention_backward(
-            dout, q, k, v, out, lse, config=configs or None, **backward_options
+            dout, q, k, v, out, lse, config=backward_configs, **backward_options
         )
         got |= zip(("dq", "dk", "dv"), gradients, strict=True)
 

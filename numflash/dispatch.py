@@ -22,8 +22,10 @@ from numflash.errors import UnsupportedError
 from numflash.problem import AttentionProblem
 
 _MANY_ROWS = 2**30
-# Query heads are packed into the rows of a tile while one head would fill at most half of one.
-_PACKED_SEQLEN = 32
+PACKED_SEQLEN = 32
+"""Query heads are packed into the rows of a tile while one head would fill at most half of one."""
+# Rows of the smallest product: fewer cost as much.
+_MIN_ROWS = 16
 _MAX_SPLITS = 128
 _MIN_BLOCKS_PER_SPLIT = 2
 # Registers that a kernel is taken to use where occupancy is estimated before it is compiled.
@@ -38,6 +40,9 @@ class Choice:
         family, config, traits: the kernel.
         rule: what chose it.
         passed_over: (what, why not) of every other candidate and of each other implementation.
+        is_final: whether splits, packing and order are the config's own; otherwise they follow
+            from the problem.
+        measured_ms: how long it took where it was measured on this device; None if it was not.
     """
 
     family: str
@@ -45,6 +50,8 @@ class Choice:
     traits: Traits
     rule: str
     passed_over: tuple[tuple[str, str], ...]
+    is_final: bool = False
+    measured_ms: float | None = None
 
     def __str__(self) -> str:
         lines = [f"{self.family}: {self.config} ({self.config.implementation}), {self.rule}"]
@@ -146,7 +153,7 @@ def force(
         )
     if why is not None:
         raise UnsupportedError(f"config {config} cannot run this {family}: {why}")
-    return Choice(family, config, traits, "as the caller asks", ())
+    return Choice(family, config, traits, "as the caller asks", (), is_final=True)
 
 
 def _generation(limits: Architecture) -> str:
@@ -179,10 +186,35 @@ class Geometry:
     heads_in_flight: int = 1
 
 
-def rows_packed(problem: AttentionProblem) -> int:
-    """Query heads to pack into the rows of a tile: all of a group, or one."""
-    few = problem.seqlen_q <= _PACKED_SEQLEN
-    return problem.group_size if few and problem.alibi_strides is None else 1
+def rows_packed(problem: AttentionProblem, packed: bool | None = None) -> int:
+    """Query heads to pack into the rows of a tile: all of a group, or one.
+
+    `packed` is the config's word; None packs where there are few queries.
+    """
+    if packed is None:
+        packed = problem.seqlen_q <= PACKED_SEQLEN and problem.alibi_strides is None
+    return problem.group_size if packed else 1
+
+
+def unfit(
+    config: Config, traits: Traits, limits: Architecture, rows: int, proven: bool
+) -> str | None:
+    """Why a config tuned for another problem should not run this one; None if it may.
+
+    Args:
+        config: the config.
+        traits: of this problem.
+        limits: the GPU.
+        rows: rows of this problem's output per head.
+        proven: the config was compiled for just these traits, and did not spill.
+    """
+    if proven:
+        if config.block_rows >= 2 * max(rows, _MIN_ROWS):
+            return f"computes {config.block_rows} rows at a time, there are {rows}"
+        return None
+    if isinstance(config, MmaConfig):
+        return sm80.misfit(config, traits, limits, rows, warps=1)
+    return portable.misfit(config, replace(traits, tf32=False), limits, rows)
 
 
 def heads_in_flight(problem: AttentionProblem, dtype_bytes: int, l2_bytes: int) -> int:

@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 
-from numflash import api
 from numflash.arrays import library_of
+from numflash.calls import problem_of
 from numflash.dispatch import Choice, Geometry
+from numflash.selection import backward_choices, combine_choice, forward_choice, split_configs
 from numflash.views import ArrayView
 
 
@@ -15,11 +16,13 @@ class Explanation:
     Attributes:
         forward: the kernel of `attention`.
         geometry: how the forward is laid over the machine; all ones for a portable kernel.
+        combine: the kernel that puts the parts of split keys together; None without splits.
         backward: the kernels of `attention_backward`, by family.
     """
 
     forward: Choice
     geometry: Geometry
+    combine: Choice | None
     backward: dict[str, Choice]
 
     def __str__(self) -> str:
@@ -30,7 +33,8 @@ class Explanation:
             )
         if self.geometry.num_splits > 1:
             lines.append(f"  the keys are split over {self.geometry.num_splits} blocks")
-        return "\n".join([*lines, *map(str, self.backward.values())])
+        others = [self.combine] if self.combine is not None else []
+        return "\n".join([*lines, *map(str, [*others, *self.backward.values()])])
 
 
 def explain_dispatch(q, k, v, **options) -> Explanation:
@@ -47,21 +51,17 @@ def explain_dispatch(q, k, v, **options) -> Explanation:
     Raises:
         TypeError, ValueError, UnsupportedError: as `numflash.attention`.
     """
-    configs = options.pop("config", None)
-    configs = dict(configs) if isinstance(configs, dict) else {"forward": configs}
-    forward_config = configs.pop("forward", None)
+    forward_configs, backward_configs = split_configs(options.pop("config", None))
     views = {name: _view(name, x) for name, x in (("q", q), ("k", k), ("v", v))}
     if options.get("alibi_slopes") is not None:
         views["alibi_slopes"] = _view("alibi_slopes", options["alibi_slopes"])
-    problem, traits, device = api.problem_of(views, options)
-    choice, geometry = api.forward_choice(problem, traits, device, forward_config)
-    forced = api.backward_configs(configs or None)
-    families = (api.FUSED,) if api.FUSED in forced else api.BACKWARD
-    backward = {
-        family: api.backward_choice(family, problem, traits, device, forced.get(family))
-        for family in families
-    }
-    return Explanation(choice, geometry, backward)
+    problem, traits, device = problem_of(views, options)
+    forward, geometry = forward_choice(problem, traits, device, forward_configs.get("forward"))
+    combine = None
+    if geometry.num_splits > 1:
+        combine = combine_choice(problem, traits, device, forward_configs.get("combine"))
+    backward = backward_choices(problem, traits, device, backward_configs)
+    return Explanation(forward, geometry, combine, backward)
 
 
 def _view(name: str, array) -> ArrayView:

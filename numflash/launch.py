@@ -76,6 +76,16 @@ def multiprocessors(device: int) -> tuple[int, int]:
     )
 
 
+@cache
+def device_name(device: int) -> str:
+    """The driver's name of a CUDA device; in the simulator that of the architecture."""
+    if SIMULATED:
+        return limits_of_device(device).arch.rstrip("af")
+    driver = _driver()
+    handle = _checked(driver.cuDeviceGet(device))
+    return _checked(driver.cuDeviceGetName(256, handle)).split(b"\0")[0].decode()
+
+
 class Launcher:
     """One kernel with every argument but its arrays' addresses."""
 

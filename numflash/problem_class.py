@@ -22,8 +22,9 @@ _PATTERN = re.compile(
 
 @dataclass(frozen=True)
 class ProblemClass:
-    """The problems that one tuned config serves. String form:
-    `forward float16-d64-dv64-vec causal q4096 k4096 bh64 g1`.
+    """The problems that one tuned config serves.
+
+    String form: `forward float16-d64-dv64-vec causal q4096 k4096 bh64 g1`.
 
     Attributes:
         family: the kernel, one of `configs.FAMILIES`.

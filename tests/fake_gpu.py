@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 
 import numflash
-from numflash import api, arrays, launch
+from numflash import api, arrays, calls, launch, selection
 from numflash.compiler import Cubin
 from numflash.configs import MmaConfig
 
@@ -390,9 +390,10 @@ def install(monkeypatch, capability=(7, 5), num_sms=40, l2_bytes=4 * 2**20) -> G
     monkeypatch.setattr(api, "_ready", {})
     monkeypatch.setattr(arrays, "_libraries", {})
     # Caches of this test's own, so that nothing fake outlives it.
-    for name in ("limits_of_device", "multiprocessors"):
+    for name in ("limits_of_device", "multiprocessors", "device_name"):
         function = cache(getattr(launch, name).__wrapped__)
-        monkeypatch.setattr(launch, name, function)
-        monkeypatch.setattr(api, name, function)
+        for module in (launch, api, calls, selection):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, function)
     monkeypatch.setattr(launch, "_primary_context", cache(launch._primary_context.__wrapped__))
     return gpu

@@ -2,8 +2,8 @@
 
 Their string form: `sm80-m128n64w4s2`, which is the generation of instructions, tile_m, tile_n,
 warps and stages. Appended are `b2` if registers must leave room for 2 blocks per SM, `x8` for 8
-splits over the keys, `-h4` for 4 heads in flight, `-packed` or `-unpacked` heads, `-apart` where dK
-and dV have blocks of their own, `-linear` for tiles that are not swizzled.
+splits over the keys, `-h4` for 4 heads in flight, `-packed` or `-unpacked` heads, `-apart` where
+dK and dV have blocks of their own, `-linear` for tiles that are not swizzled.
 """
 
 import re
@@ -129,6 +129,8 @@ class MmaConfig:
 
     def misfit(self, traits: Traits) -> str | None:
         """Why it cannot be built for these traits; None if it can."""
+        if self.packed and traits.alibi:
+            return "heads with ALiBi slopes of their own cannot be packed"
         return None
 
     @property

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import numflash
-from numflash import api
+from numflash import api, calls
 from numflash.configs import BackwardDqConfig, ForwardConfig
 from numflash.mode import SIMULATED
 from numflash.views import numpy_dtype
@@ -47,7 +47,7 @@ class Machine:
             def bind(self, operands):
                 return machine.launched.append
 
-        monkeypatch.setattr(api, "Launcher", Launcher)
+        monkeypatch.setattr(calls, "Launcher", Launcher)
         monkeypatch.setattr(api, "_ready", {})
 
     def array(self, spec: A):
@@ -264,10 +264,10 @@ BAD_FORWARD = {
     "config-number": ({"config": 64}, TypeError, "config must be a string or a config", "64"),
     "config-list": ({"config": ["m64n32w4"]}, TypeError, "config must be a string", "['m64n32w4"),
     "config-dict": (
-        {"config": {"forward": "m64n32w4"}},
-        TypeError,
-        "config must be a string or a config of forward",
-        "{'forward'",
+        {"config": {"backward-dq": "m64n32w4"}},
+        ValueError,
+        "config of a forward has the keys forward or combine",
+        "'backward-dq'",
     ),
     "config-too-large": (
         {"config": "m512n512w32"},

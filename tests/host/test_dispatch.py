@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import numflash
-from numflash import api
+from numflash import api, calls, selection
 from numflash.configs import (
     FAMILIES,
     BackwardDqConfig,
@@ -472,8 +472,9 @@ class Machine:
 
     def be(self, limits, num_sms=1, l2_bytes=2**20):
         """Have these limits."""
-        self.patch.setattr(api, "limits_of_device", lambda device: limits)
-        self.patch.setattr(api, "multiprocessors", lambda device: (num_sms, l2_bytes))
+        for module in (calls, selection):
+            self.patch.setattr(module, "limits_of_device", lambda device: limits)
+        self.patch.setattr(selection, "multiprocessors", lambda device: (num_sms, l2_bytes))
         self.patch.setattr(api, "_ready", {})
 
     def arrays(self, *shapes, dtype="float16"):

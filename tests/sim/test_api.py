@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import numflash
-from numflash import api, reference
+from numflash import api, calls, reference, selection
 from numflash.arrays import _NumPy
 from numflash.configs import parse_config
 from numflash.dispatch import Choice
@@ -44,7 +44,8 @@ def choose_small(family, traits, limits, rows=None, positive_scale=True):
 @pytest.fixture(autouse=True)
 def small_tiles_and_poisoned_results(monkeypatch):
     """Small tiles; and NaN wherever a kernel leaves a result out."""
-    monkeypatch.setattr(api, "choose", choose_small)
+    for module in (api, calls, selection):
+        monkeypatch.setattr(module, "choose", choose_small)
     monkeypatch.setattr(api, "_ready", {})
     empty = _NumPy.empty
 
@@ -364,13 +365,13 @@ def test_the_config_that_is_asked_for_runs(rng, config):
 
 def test_the_backward_runs_the_configs_that_are_asked_for(rng, monkeypatch):
     made = []
-    launcher = api.Launcher
+    launcher = calls.Launcher
 
     def noted(config, *arguments):
         made.append(str(config))
         return launcher(config, *arguments)
 
-    monkeypatch.setattr(api, "Launcher", noted)
+    monkeypatch.setattr(calls, "Launcher", noted)
     q, k, v = arrays(rng, dtype=np.float16)
     out, lse = numflash.attention(q, k, v, return_lse=True)
     exact = reference.attention_backward(out, q, k, v)

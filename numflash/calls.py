@@ -1,0 +1,278 @@
+"""Calls made ready: a problem checked, its kernels chosen and bound to all but addresses.
+
+`api` keeps one `Forward` or `Backward` for each distinct problem and calls it again and again; the
+tuner binds the kernels of a `Backward` one by one.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from numflash.arrays import ArrayLibrary, library_of
+from numflash.configs import Traits
+from numflash.dispatch import Choice, choose
+from numflash.launch import Launcher, limits_of_device
+from numflash.problem import (
+    AttentionProblem,
+    Tensor,
+    as_tensor,
+    describe,
+    expect_like,
+    expect_writeable,
+)
+from numflash.selection import (
+    FUSED,
+    backward_choices,
+    backward_configs,
+    combine_choice,
+    forward_choice,
+    forward_configs,
+)
+from numflash.views import ArrayView, Operand, contiguous_strides, overlap
+
+
+def _describe(views: dict[str, ArrayView], options: dict) -> tuple[AttentionProblem, dict]:
+    described = {**options, "alibi_slopes": views.get("alibi_slopes")}
+    del described["config"]
+    return describe(views["q"], views["k"], views["v"], **described)
+
+
+def problem_of(views: dict[str, ArrayView], options: dict) -> tuple[AttentionProblem, Traits, int]:
+    """The problem of a call, the traits of its kernels and its device. Raises as `attention`."""
+    rows, _ = _with_contiguous_rows(views, ("q", "k", "v"))
+    problem, tensors = _describe(rows, {"config": None, **options})
+    q = rows["q"]
+    out = _fresh((*q.shape[:-1], problem.head_dim_v), q)
+    tensors["out"] = as_tensor("out", out, options.get("layout", "bshd"))
+    return problem, _traits(problem, tensors), q.device
+
+
+class Forward:
+    """A forward problem with its kernel bound to everything but addresses."""
+
+    def __init__(self, views: dict[str, ArrayView], options: dict):
+        rows, self.copied = _with_contiguous_rows(views, ("q", "k", "v"))
+        problem, tensors = _describe(rows, options)
+        q = rows["q"]
+        self.views, self.dtype, self.device = views, problem.dtype, q.device
+        self.out_shape = (*q.shape[:-1], problem.head_dim_v)
+        self.lse_shape = _lse_shape(problem, q)
+        self.is_given_out = "out" in views
+        if self.is_given_out:
+            expect_like("out", views["out"], self.out_shape, q.dtype, q.device)
+            expect_writeable("out", views["out"])
+            self.spans = {name: view.span() for name, view in views.items()}
+            self._refuse_overlap({name: view.pointer for name, view in views.items()})
+        out = views.get("out") or _fresh(self.out_shape, q)
+        tensors["out"] = as_tensor("out", out, options["layout"])
+        self.launchers, self.workspaces, self.kernel = [], {}, "none: the result is empty"
+        if problem.batch * problem.seqlen_q:
+            self._choose_launchers(problem, tensors, options["config"])
+            self.kernel = str(self.launchers[0])
+
+    def bind(self, operands: dict[str, Operand], library: ArrayLibrary):
+        """Allocate; (out, lse, function of the stream that launches)."""
+        if self.is_given_out:
+            self._refuse_overlap({name: o.pointer for name, o in operands.items()})
+            out = operands["out"].array
+        else:
+            out = library.empty(self.out_shape, self.dtype, self.device)
+            operands["out"] = library.operand(out)
+        lse = library.empty(self.lse_shape, "float32", self.device)
+        operands["lse"] = library.operand(lse)
+        operands.setdefault("alibi_slopes", None)
+        _copy_rows(self.copied, operands)
+        if not self.workspaces:
+            return out, lse, self.launchers[0].bind(operands) if self.launchers else _do_nothing
+        for name, size in self.workspaces.items():
+            operands[name] = library.operand(library.empty((size,), "float32", self.device))
+        parts = {**operands, "out": operands["parts"], "lse": operands["part_lses"]}
+        forward, combine = self.launchers[0].bind(parts), self.launchers[1].bind(operands)
+
+        def launch(stream: int) -> None:
+            forward(stream)
+            combine(stream)
+
+        return out, lse, launch
+
+    def _choose_launchers(self, problem, tensors: dict[str, Tensor], config) -> None:
+        """The forward, and where it splits the keys the kernel that puts the parts together."""
+        device = self.device
+        traits = _traits(problem, tensors)
+        configs = forward_configs(config)
+        choice, geometry = forward_choice(problem, traits, device, configs.get("forward"))
+        scalars = _scalars(problem, tensors) | {
+            "pack": geometry.pack,
+            "num_splits": geometry.num_splits,
+            "heads_in_flight": geometry.heads_in_flight,
+            "out_split": 0,
+        }
+        rows, heads = problem.seqlen_q * geometry.pack, problem.num_heads_q // geometry.pack
+        num_blocks = problem.num_blocks(
+            rows, heads * geometry.num_splits, choice.config.block_rows
+        )
+        if geometry.num_splits == 1:
+            self.launchers = [Launcher(choice.config, choice.traits, device, num_blocks, scalars)]
+            return
+        row = traits.head_dim_v
+        rows = problem.batch * problem.seqlen_q * problem.num_heads_q
+        self.workspaces = {
+            "parts": geometry.num_splits * rows * row,
+            "part_lses": geometry.num_splits * rows,
+        }
+        into_parts = {
+            "out_split": rows * row,
+            "out_batch": problem.seqlen_q * problem.num_heads_q * row,
+            "out_row": problem.num_heads_q * row,
+            "out_head": row,
+        }
+        combine = combine_choice(problem, traits, device, configs.get("combine"))
+        blocks = problem.num_blocks(
+            problem.seqlen_q, problem.num_heads_q, combine.config.block_rows
+        )
+        self.launchers = [
+            Launcher(choice.config, choice.traits, device, num_blocks, scalars | into_parts),
+            Launcher(combine.config, combine.traits, device, blocks, scalars),
+        ]
+
+    def _refuse_overlap(self, pointers: dict[str, int]) -> None:
+        """Raise ValueError if `out` shares memory with an input, all at these addresses."""
+        first, end = (pointers["out"] + offset for offset in self.spans["out"])
+        for name, (low, high) in self.spans.items():
+            # Most arrays lie apart, which is quick to see; those that interleave need a proof.
+            apart = pointers[name] + high <= first or end <= pointers[name] + low
+            if name != "out" and not apart:
+                out = replace(self.views["out"], pointer=pointers["out"])
+                if overlap(out, replace(self.views[name], pointer=pointers[name])):
+                    raise ValueError(f"out must not overlap {name}, but they share memory")
+
+
+class Backward:
+    """A backward problem with its kernels bound to everything but addresses."""
+
+    def __init__(self, views: dict[str, ArrayView], options: dict):
+        rows, self.copied = _with_contiguous_rows(views, ("q", "k", "v", "dout", "out"))
+        problem, tensors = _describe(rows, options)
+        q, layout = rows["q"], options["layout"]
+        out_shape = (*q.shape[:-1], problem.head_dim_v)
+        expect_like("dout", rows["dout"], out_shape, q.dtype, q.device)
+        expect_like("out", rows["out"], out_shape, q.dtype, q.device)
+        expect_like("lse", rows["lse"], _lse_shape(problem, q), "float32", q.device)
+        if not rows["lse"].is_contiguous:
+            raise ValueError(
+                f"lse must be contiguous, as `attention` returns it, got strides "
+                f"{rows['lse'].strides} for shape {rows['lse'].shape}"
+            )
+        tensors["do"] = as_tensor("dout", rows["dout"], layout)
+        tensors["out"] = as_tensor("out", rows["out"], layout)
+        for name in ("q", "k", "v"):
+            tensors["d" + name] = as_tensor("d" + name, _fresh(rows[name].shape, q), layout)
+        self.shapes = {"d" + name: rows[name].shape for name in ("q", "k", "v")}
+        self.dtype, self.device = problem.dtype, q.device
+        self.delta_size = (problem.batch * problem.num_heads_q * problem.seqlen_q,)
+        self.workspaces = dict.fromkeys(("delta", "lse_log2"), self.delta_size)
+        # All are chosen before one is compiled: a wrong config must not cost a wait.
+        forced, traits = backward_configs(options["config"]), _traits(problem, tensors)
+        choices = {
+            "delta": choose("delta", traits, limits_of_device(q.device), problem.seqlen_q),
+            **backward_choices(problem, traits, q.device, forced),
+        }
+        rows = {"delta": problem.seqlen_q, "backward-dkdv": problem.seqlen_k}
+        self.launchers = {}
+        for family, choice in choices.items():
+            if family == FUSED:
+                self._add_fused(problem, tensors, choice)
+            elif problem.batch and rows.get(family, problem.seqlen_q):
+                self.launchers[family] = _launcher(choice, problem, tensors, q.device)
+
+    def _add_fused(self, problem, tensors: dict[str, Tensor], choice: Choice) -> None:
+        """The one kernel for all gradients, and the one that adds up its parts of dQ."""
+        config, scalars = choice.config, _scalars(problem, tensors)
+        scalars["num_splits"] = config.num_splits
+        tiles = -(-problem.seqlen_q // config.tile_m) * problem.num_heads_q * problem.batch
+        part = tiles * config.tile_m * choice.traits.head_dim
+        self.workspaces["dq_parts"] = (config.num_splits * part,)
+        if problem.batch and problem.seqlen_k:
+            blocks = problem.num_blocks(1, problem.num_heads_kv * config.num_splits, 1)
+            launcher = Launcher(config, choice.traits, self.device, blocks, scalars)
+            self.launchers[FUSED] = launcher
+        if tiles:
+            reduction = config.reduction()
+            launcher = Launcher(reduction, choice.traits, self.device, tiles, scalars)
+            self.launchers[reduction.family] = launcher
+
+    def __call__(self, operands: dict[str, Operand], library: ArrayLibrary, stream: int):
+        """Allocate and launch; the three gradients."""
+        gradients, launches = self.bind(operands, library)
+        for launch in launches.values():
+            launch(stream)
+        return gradients
+
+    def bind(
+        self, operands: dict[str, Operand], library: ArrayLibrary
+    ) -> tuple[list, dict[str, Callable[[int], None]]]:
+        """Allocate; the three gradients, and by family, in order, functions that launch."""
+        _copy_rows(self.copied, operands)
+        operands["do"] = operands["dout"]
+        operands.setdefault("alibi_slopes", None)
+        for name, shape in self.workspaces.items():
+            operands[name] = library.operand(library.empty(shape, "float32", self.device))
+        gradients = []
+        for name, shape in self.shapes.items():
+            gradients.append(library.empty(shape, self.dtype, self.device))
+            operands[name] = library.operand(gradients[-1])
+        launches = {family: each.bind(operands) for family, each in self.launchers.items()}
+        return gradients, launches
+
+
+def _launcher(choice: Choice, problem, tensors: dict[str, Tensor], device: int) -> Launcher:
+    """A backward kernel for a problem, with its strides and scalars bound."""
+    rows, heads = problem.seqlen_q, problem.num_heads_q
+    if choice.family == "backward-dkdv":
+        rows, heads = problem.seqlen_k, problem.num_heads_kv
+    if getattr(choice.config, "apart", False):
+        heads *= 2
+    num_blocks = problem.num_blocks(rows, heads, choice.config.block_rows)
+    scalars = _scalars(problem, tensors)
+    return Launcher(choice.config, choice.traits, device, num_blocks, scalars)
+
+
+def _traits(problem, tensors: dict[str, Tensor]) -> Traits:
+    """What the kernels for a problem with these tensors are compiled for."""
+    return problem.traits(all(tensor.is_vectorizable for tensor in tensors.values()))
+
+
+def _scalars(problem, tensors: dict[str, Tensor]) -> dict[str, int | float]:
+    """The scalar arguments of any kernel for a problem, and its tensors' strides."""
+    scalars = problem.scalars()
+    for name, tensor in tensors.items():
+        batch, row, head, _ = tensor.strides
+        scalars |= {f"{name}_batch": batch, f"{name}_row": row, f"{name}_head": head}
+    return scalars
+
+
+def _do_nothing(stream: int) -> None:
+    """Launch nothing: the result is empty."""
+
+
+def _lse_shape(problem: AttentionProblem, q: ArrayView) -> tuple[int, ...]:
+    """(batch, heads, seqlen_q), without the axes that q does not have."""
+    return (problem.batch, problem.num_heads_q, problem.seqlen_q)[4 - len(q.shape) :]
+
+
+def _fresh(shape: tuple[int, ...], like: ArrayView) -> ArrayView:
+    """The view of a contiguous array still to be allocated; allocators align to 16 bytes."""
+    return ArrayView(0, shape, contiguous_strides(shape), like.dtype, like.device)
+
+
+def _with_contiguous_rows(views: dict[str, ArrayView], names: tuple[str, ...]):
+    """The views, with those of the copies of `names` that must be copied; and their names."""
+    copied = [name for name in names if not views[name].has_contiguous_rows]
+    return views | {name: _fresh(views[name].shape, views[name]) for name in copied}, copied
+
+
+def _copy_rows(names: list[str], operands: dict[str, Operand]) -> None:
+    """Replace these operands by copies whose last axis is contiguous."""
+    for name in names:
+        array = operands[name].array
+        library = library_of(array, name)
+        operands[name] = library.operand(library.with_contiguous_rows(array))

@@ -1,0 +1,156 @@
+"""Which kernels run a call: those the caller forces, those that were tuned, else those by rule.
+
+`dispatch` knows the rules and `tuned` the configs that numflash-tune has found; here they meet the
+device and the problem.
+"""
+
+from dataclasses import replace
+
+from numflash import autotune, capture, tuned
+from numflash.configs import Config, MmaConfig, Traits
+from numflash.dispatch import (
+    Choice,
+    Geometry,
+    choose,
+    force,
+    heads_in_flight,
+    num_splits,
+    rows_packed,
+)
+from numflash.entries import DeviceKey
+from numflash.launch import device_name, limits_of_device, multiprocessors
+from numflash.mode import SIMULATED
+from numflash.problem import AttentionProblem
+from numflash.problem_class import ProblemClass
+
+FORWARD = ("forward", "combine")
+BACKWARD = ("backward-dkdv", "backward-dq")
+FUSED = "backward"
+
+
+def device_key(device: int) -> DeviceKey:
+    """What tuned configs know a CUDA device, or the simulated architecture, by."""
+    num_sms = 0 if SIMULATED else multiprocessors(device)[0]
+    return DeviceKey(device_name(device), limits_of_device(device).arch, num_sms)
+
+
+def forward_configs(config) -> dict[str, str | Config]:
+    """The forced configs of a forward call by family. Raises TypeError, ValueError."""
+    if config is None:
+        return {}
+    if not isinstance(config, dict):
+        return {"forward": config}
+    return _expect_families("forward", config, FORWARD)
+
+
+def backward_configs(config) -> dict[str, str | Config]:
+    """The forced configs of a backward call by family. Raises TypeError, ValueError."""
+    if config is None:
+        return {}
+    if not isinstance(config, dict):
+        raise TypeError(f"config of a backward must map families to configs, got {config!r}")
+    return _expect_families("backward", config, (*BACKWARD, FUSED))
+
+
+def split_configs(config) -> tuple[dict, dict]:
+    """What a dictionary forces for the forward and for the backward. Raises as both."""
+    if not isinstance(config, dict):
+        return forward_configs(config), {}
+    forward = {family: each for family, each in config.items() if family in FORWARD}
+    others = {family: each for family, each in config.items() if family not in FORWARD}
+    return forward, backward_configs(others)
+
+
+def _expect_families(call: str, config: dict, families: tuple[str, ...]) -> dict:
+    for family in config:
+        if family not in families:
+            names = ", ".join(families[:-1]) + f" or {families[-1]}"
+            raise ValueError(f"config of a {call} has the keys {names}, got {family!r}")
+    return config
+
+
+def forward_choice(
+    problem: AttentionProblem, traits: Traits, device: int, config: str | Config | None
+) -> tuple[Choice, Geometry]:
+    """The forward kernel for a problem, and how it is laid over the machine."""
+    limits, positive = limits_of_device(device), problem.softmax_scale > 0
+    rows = problem.seqlen_q * rows_packed(problem)
+    if config is not None:
+        choice = force("forward", config, traits, limits, positive)
+    else:
+        choice = choose("forward", traits, limits, rows, positive)
+        if not isinstance(choice.config, MmaConfig):
+            choice = choose("forward", traits, limits, problem.seqlen_q, positive)
+        choice = _tuned(choice, problem, traits, device, rows)
+    config = choice.config
+    if not isinstance(config, MmaConfig):
+        return choice, Geometry()
+    pack = rows_packed(problem, config.packed)
+    if not choice.is_final:
+        num_sms, _ = multiprocessors(device)
+        heads = problem.num_heads_q // pack
+        blocks = problem.num_blocks(problem.seqlen_q * pack, heads, config.block_rows)
+        splits = num_splits(config, traits, limits, num_sms, blocks, problem.seqlen_k)
+        choice = replace(choice, config=replace(config, num_splits=splits))
+    in_flight = config.heads_in_flight
+    if not in_flight:
+        _, l2_bytes = multiprocessors(device)
+        # Packed heads are one: K and V are read once for all of them.
+        in_flight = max(1, heads_in_flight(problem, traits.dtype_bytes, l2_bytes) // pack)
+    in_flight = min(in_flight, max(1, problem.num_heads_q // pack * problem.batch))
+    return choice, Geometry(pack, choice.config.num_splits, in_flight)
+
+
+def combine_choice(problem, traits: Traits, device: int, config: str | Config | None) -> Choice:
+    """The kernel that puts the parts of split keys together."""
+    limits = limits_of_device(device)
+    if config is not None:
+        return force("combine", config, traits, limits)
+    return _tuned(choose("combine", traits, limits), problem, traits, device, problem.seqlen_q)
+
+
+def backward_choices(
+    problem: AttentionProblem, traits: Traits, device: int, forced: dict[str, str | Config]
+) -> dict[str, Choice]:
+    """The kernels of the backward by family, in the order in which they run.
+
+    One kernel for all gradients runs if it is forced, or measured to be faster than two.
+    """
+    limits, positive = limits_of_device(device), problem.softmax_scale > 0
+    if FUSED in forced:
+        return {FUSED: force(FUSED, forced[FUSED], traits, limits, positive)}
+    choices, times = {}, []
+    for family in BACKWARD:
+        rows = problem.seqlen_k if family == "backward-dkdv" else problem.seqlen_q
+        if family in forced:
+            choices[family] = force(family, forced[family], traits, limits, positive)
+            continue
+        choice = choose(family, traits, limits, rows, positive)
+        choices[family] = _tuned(choice, problem, traits, device, rows)
+        times.append(choices[family].measured_ms)
+    if not forced and None not in times:
+        fused = tuned.measured(ProblemClass.of(FUSED, problem, traits), device_key(device), limits)
+        if fused is not None and fused.measured_ms < sum(times):
+            return {FUSED: fused}
+    return choices
+
+
+def _tuned(
+    choice: Choice, problem: AttentionProblem, traits: Traits, device: int, rows: int
+) -> Choice:
+    """The tuned config for a problem in the place of the one by rule, if there is one."""
+    wanted = ProblemClass.of(choice.family, problem, traits)
+    capture.note(wanted)
+    if not tuned.enabled():
+        return choice
+    limits = limits_of_device(device)
+    if not problem.softmax_scale > 0:
+        return choice
+    found = tuned.find(wanted, device_key(device), limits, rows)
+    is_measured = found is not None and found.measured_ms is not None
+    if not is_measured and autotune.tune(wanted, device):
+        found = tuned.find(wanted, device_key(device), limits, rows)
+    if found is None:
+        return choice
+    default = (str(choice.config), f"the default ({choice.rule}); what was tuned comes first")
+    return replace(found, passed_over=(default, *choice.passed_over))

@@ -1,0 +1,181 @@
+"""Which tuned config serves a problem: the rules, from the nearest to the farthest.
+
+1. An entry of this device for this very class, made with these kernels and compilers.
+2. The nearest class that was tuned on this device.
+3. The nearest that was tuned on another device of this architecture.
+4. The nearest of the tables that numflash ships.
+
+Only kernels for the same dtype and head dims are near. Beyond the first rule the splits, packing
+and order of blocks follow from the problem, as they do for default configs. NUMFLASH_TUNED=0 turns
+all of it off.
+"""
+
+import logging
+import math
+import os
+from dataclasses import replace
+
+from numflash import store
+from numflash.compiler import source_hash, versions
+from numflash.configs import Config, MmaConfig, Traits, parse_config
+from numflash.devices import Architecture
+from numflash.dispatch import Choice, force, unfit
+from numflash.entries import DeviceKey, Entry
+from numflash.errors import UnsupportedError
+from numflash.problem_class import ProblemClass
+
+_log = logging.getLogger("numflash")
+# Farther classes say nothing: sizes that differ by a factor of 2 are 1 apart.
+_MAX_DISTANCE = 8
+_OTHER_MASK = 2
+_found: dict[tuple, Choice | None] = {}
+_state: list = []
+_warned: set[tuple] = set()
+
+
+def enabled() -> bool:
+    """Whether tuned configs are used."""
+    return os.environ.get("NUMFLASH_TUNED", "1") != "0"
+
+
+def find(
+    wanted: ProblemClass, device: DeviceKey, limits: Architecture, rows: int
+) -> Choice | None:
+    """The tuned config for a problem; None if none is near.
+
+    Args:
+        wanted: the problem's class.
+        device: what it runs on.
+        limits: the device's.
+        rows: rows of the output per head; tiles of twice as many and more would mostly idle.
+
+    The config cache is read once; entries that this process adds are seen at once.
+    """
+    _refresh()
+    key = wanted, device, rows
+    if key not in _found:
+        _found[key] = _find(wanted, device, limits, rows)
+    return _found[key]
+
+
+def measured(wanted: ProblemClass, device: DeviceKey, limits: Architecture) -> Choice | None:
+    """What was measured on this device for this very class; None if nothing was."""
+    found = find(wanted, device, limits, max(wanted.seqlen_q, wanted.seqlen_k))
+    return found if found is not None and found.measured_ms is not None else None
+
+
+def configs(family: str, traits: Traits, device: DeviceKey) -> list[Config]:
+    """Every config that was tuned on a device for a kernel with these traits."""
+    problems = [e for e in store.read(device) if e.problem.family == family]
+    found = [parse_config(family, e.config) for e in problems if e.problem.traits == traits]
+    return list(dict.fromkeys(found))
+
+
+def distance(a: ProblemClass, b: ProblemClass) -> float:
+    """How far apart two classes are; infinite if the one's config is no advice for the other."""
+    kernels = [
+        (c.family, c.traits.dtype, c.traits.tf32, c.traits.head_dim, c.traits.head_dim_v)
+        for c in (a, b)
+    ]
+    if kernels[0] != kernels[1]:
+        return math.inf
+    sizes = "seqlen_q", "seqlen_k", "batch_heads", "group_size"
+    apart = sum(abs(math.log2(getattr(a, name) / getattr(b, name))) for name in sizes)
+    flags = "softcap", "alibi", "vectorized"
+    apart += sum(getattr(a.traits, name) != getattr(b.traits, name) for name in flags)
+    if (a.window is None) != (b.window is None) or (a.window is None and a.mask != b.mask):
+        apart += _OTHER_MASK
+    elif a.window is not None:
+        apart += abs(math.log2(a.window / b.window)) / 2
+    return apart if apart <= _MAX_DISTANCE else math.inf
+
+
+def _refresh() -> None:
+    """Forget what was found where the cache has changed since."""
+    state = [store.config_dir(), store.generation()]
+    if state != _state:
+        _found.clear()
+        _state[:] = state
+
+
+def _find(wanted, device: DeviceKey, limits: Architecture, rows: int) -> Choice | None:
+    own = store.read(device)
+    for entry in own:
+        if entry.problem == wanted and _is_current(entry):
+            choice = _usable(entry, wanted, limits)
+            if choice is not None:
+                rule = f"tuned on this device for this class ({_facts(entry)})"
+                time = entry.time_ms if entry.origin == "measured" else None
+                return replace(choice, rule=rule, is_final=True, measured_ms=time)
+    shipped = store.read_shipped()
+    tiers = (
+        ("on this device", own),
+        (f"on another {limits.arch}", _same_architecture(store.read_all(), device)),
+        ("in the table that numflash ships for this device", shipped.get(device, [])),
+        (
+            f"in the table that numflash ships for {limits.arch}",
+            _same_architecture(shipped, device),
+        ),
+    )
+    for where, entries in tiers:
+        for entry in _nearest(entries, wanted):
+            choice = _usable(entry, wanted, limits)
+            if choice is None:
+                continue
+            proven = entry.problem.traits == wanted.traits
+            config = _without_geometry(choice.config)
+            if unfit(config, choice.traits, limits, rows, proven) is None:
+                rule = f"tuned {where} for {_relation(entry, wanted)} ({_facts(entry)})"
+                return replace(choice, config=config, rule=rule, is_final=False)
+    return None
+
+
+def _same_architecture(tables: dict[DeviceKey, list[Entry]], device: DeviceKey) -> list[Entry]:
+    return [
+        entry
+        for other, entries in tables.items()
+        if other.arch == device.arch and other != device
+        for entry in entries
+    ]
+
+
+def _nearest(entries: list[Entry], wanted: ProblemClass) -> list[Entry]:
+    """The entries near enough, nearest first; current before old, measured before predicted."""
+    ranked = [(distance(entry.problem, wanted), entry) for entry in entries]
+    near = [(apart, entry) for apart, entry in ranked if apart < math.inf]
+    near.sort(key=lambda e: (e[0], not _is_current(e[1]), e[1].origin == "predicted"))
+    return [entry for _, entry in near]
+
+
+def _usable(entry: Entry, wanted: ProblemClass, limits: Architecture) -> Choice | None:
+    """The choice that an entry stands for; None, and a warning, if it is not possible here."""
+    try:
+        return force(wanted.family, entry.config, wanted.traits, limits)
+    except (UnsupportedError, ValueError) as error:
+        # Another class may need more shared memory; for its own the entry is wrong.
+        known = entry.problem, entry.config
+        if entry.problem == wanted and known not in _warned:
+            _warned.add(known)
+            _log.warning("ignoring the tuned config for %s: %s", entry.problem, error)
+        return None
+
+
+def _without_geometry(config: Config) -> Config:
+    """The config without what belongs to one class only."""
+    if not isinstance(config, MmaConfig):
+        return config
+    return replace(config, num_splits=1, packed=None, heads_in_flight=0)
+
+
+def _is_current(entry: Entry) -> bool:
+    return entry.kernels == source_hash() and entry.compilers == versions()
+
+
+def _relation(entry: Entry, wanted: ProblemClass) -> str:
+    if entry.problem != wanted:
+        return f"the nearest class, {entry.problem}"
+    return "this class" if _is_current(entry) else "this class with other kernels or compilers"
+
+
+def _facts(entry: Entry) -> str:
+    return f"{entry.origin} {entry.time_ms:.4g} ms, {entry.date[:10]}"

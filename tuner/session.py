@@ -1,0 +1,208 @@
+"""A run of the tuner: problem classes on one device, one after the other, and what it remembers.
+
+Each class has its search and its study. What wins goes to the config cache at once, so that a run
+that is stopped keeps what it has found.
+"""
+
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from hashlib import sha256
+
+from numflash import store
+from numflash.compiler import source_hash, versions
+from numflash.entries import DeviceKey, Entry
+from numflash.problem_class import ProblemClass
+from numflash_tuner.machines import Machine
+from numflash_tuner.measure import Measurer
+from numflash_tuner.pool import CompilePool
+from numflash_tuner.progress import Progress
+from numflash_tuner.records import Record
+from numflash_tuner.results import Result
+from numflash_tuner.search import Limits, Search, make_sampler
+from numflash_tuner.space import Budgets, Space
+from numflash_tuner.studies import open_study
+
+_log = logging.getLogger("numflash")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to search.
+
+    Attributes:
+        limits: when a class is done; its seconds are those of the whole run.
+        budgets: what a kernel may take.
+        sampler: a name of `search.SAMPLERS`.
+        seed: of the sampler; None for another order each time.
+        jobs: compiler processes.
+        storage: as `studies.open_storage` takes it.
+    """
+
+    limits: Limits = field(default_factory=Limits)
+    budgets: Budgets = field(default_factory=Budgets)
+    sampler: str = "tpe"
+    seed: int | None = None
+    jobs: int = field(default_factory=lambda: os.cpu_count() or 1)
+    storage: str | None = None
+
+
+class Session:
+    """Tunes classes on one device. A context manager, which ends the compilers."""
+
+    def __init__(
+        self,
+        device: DeviceKey,
+        machine: Machine,
+        measurer: Measurer | None,
+        options: Options,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        """Nothing runs yet.
+
+        Args:
+            device: whose configs these are.
+            machine: the device, as the model knows it.
+            measurer: measures on the device; None has the model judge.
+            options: how to search.
+            clock: seconds.
+        """
+        self.device, self.machine, self.measurer = device, machine, measurer
+        self.options, self._clock = options, clock
+        self.origin = "predicted" if measurer is None else "measured"
+        self._pool = CompilePool(device.arch, options.jobs)
+        self._deadline = None
+        if options.limits.seconds is not None:
+            self._deadline = clock() + options.limits.seconds
+
+    def __enter__(self) -> "Session":
+        self._pool.__enter__()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._pool.__exit__(*exception)
+
+    def spaces(self, problems: list[ProblemClass]) -> list[Space]:
+        """The spaces of these classes.
+
+        Raises:
+            EmptySpaceError: one of them is empty.
+        """
+        spaces = [Space(problem, self.machine, self.options.budgets) for problem in problems]
+        for space in spaces:
+            space.expect_any()
+        return spaces
+
+    def tune(self, space: Space, classes_left: int, title: str, quiet: bool = False) -> Result:
+        """Search a space, and remember what won.
+
+        Args:
+            space: of the class to tune.
+            classes_left: classes that share the time left, this one included.
+            title: for the progress bar.
+            quiet: show no progress.
+
+        Raises:
+            StorageError: the study cannot be used.
+            LookupError: no config worked.
+            KeyboardInterrupt: after the best so far was remembered.
+        """
+        limits, sampler = self._limits(classes_left), self.options.sampler
+        study = open_study(
+            self.options.storage,
+            self._study_name(space),
+            make_sampler(sampler, self.options.seed),
+        )
+        search = Search(
+            space,
+            study,
+            self._pool,
+            self.measurer,
+            limits,
+            in_order=sampler == "grid",
+            ahead=self.options.jobs + 2,
+            clock=self._clock,
+        )
+        with _shown(search, title, limits.seconds, quiet) as (on_record, on_idle):
+            try:
+                search.run(on_record, on_idle)
+            except KeyboardInterrupt:
+                if search.best() is not None:
+                    self._remember(space, *search.crown())
+                raise
+        default, best = search.crown()
+        self._remember(space, default, best)
+        return Result(
+            device=self.device.name,
+            arch=self.device.arch,
+            num_sms=self.machine.num_sms,
+            problem=space.problem,
+            origin=self.origin,
+            default=default,
+            best=best,
+            records=search.ledger.records(),
+            floor_ms=search.floor_ms,
+            space_size=len(space.feasible) + space.excluded.total(),
+            pruned=dict(space.excluded),
+            importances=search.importances(),
+            budgets={
+                "smem_limit_bytes": space.machine.limits.max_smem_per_block,
+                "sram_budget_bytes": space.budgets.smem_bytes,
+                "min_occupancy": space.budgets.min_occupancy or None,
+                "max_registers": 255,
+            },
+        )
+
+    def _limits(self, classes_left: int) -> Limits:
+        """The limits of one class; the time left is shared evenly."""
+        limits = self.options.limits
+        if self._deadline is None:
+            return limits
+        left = max(0.0, self._deadline - self._clock())
+        return Limits(limits.trials, left / max(1, classes_left), limits.target)
+
+    def _study_name(self, space: Space) -> str:
+        """What trials of one study have in common, so that they can be compared."""
+        made = [source_hash(), sorted(versions().items()), space.budgets, space.dimensions]
+        digest = sha256(repr(made).encode()).hexdigest()[:12]
+        return f"{space.problem} on {self.device}, {self.origin}, {digest}"
+
+    def _remember(self, space: Space, default: Record, best: Record) -> None:
+        """Write the winner to the config cache; what goes wrong is logged."""
+        if not math.isfinite(best.time_ms):
+            return
+        entry = Entry(
+            problem=space.problem,
+            config=best.config,
+            time_ms=best.time_ms,
+            spread=best.spread,
+            origin=self.origin,
+            date=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            kernels=source_hash(),
+            compilers=versions(),
+            default_config=default.config,
+            default_ms=default.time_ms if math.isfinite(default.time_ms) else best.time_ms,
+        )
+        try:
+            store.add(self.device, [entry])
+        except OSError as error:
+            path = store.path_of(self.device)
+            _log.warning("cannot write %s (%s): the config found is not remembered", path, error)
+
+
+@contextmanager
+def _shown(
+    search: Search, title: str, seconds: float | None, quiet: bool
+) -> Iterator[tuple[Callable[[Record], None], Callable[[], None]]]:
+    """What is told of records and of waiting: a progress bar, or nobody."""
+    if quiet:
+        yield lambda record: None, lambda: None
+        return
+    earlier = search.ledger.records()
+    with Progress(search.size, title, time_budget=seconds, earlier=earlier) as progress:
+        yield progress.update, progress.refresh

@@ -1,0 +1,308 @@
+"""The configs that may be tried for a class of problems on a machine, and why the others may not.
+
+A space is a product of dimensions, such as tile_m and num_warps, each an ordered list of choices.
+What obeys the rules that are known before anything is compiled is `feasible`; everything else is
+counted by the constraint that excludes it. What only the compiler knows is judged by
+`judge_machinery`.
+"""
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+from numflash.configs import MMA_CONFIGS, PORTABLE_CONFIGS, Config, MmaConfig, parse_config
+from numflash.devices import Architecture, blocks_per_sm
+from numflash.dispatch import PACKED_SEQLEN, choose, num_splits
+from numflash.errors import UnsupportedError
+from numflash.problem_class import ProblemClass
+from numflash_tuner.machines import Machine
+from numflash_tuner.records import Machinery
+
+_MIN_REGISTERS = 24
+"""Registers that every kernel needs beside its accumulators: addresses, operands, counters."""
+_MAX_REGISTERS = 255
+_BLOCKS_PER_SM = 8
+"""More blocks than this per SM fill a machine whatever they are."""
+
+_GEOMETRY = ("num_splits", "packed", "heads_in_flight")
+"""Dimensions that are arguments of a kernel rather than its code."""
+
+Failure = tuple[str, str]
+"""(outcome, reason), outcomes as in `records.FAILURES`."""
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """What the user grants a kernel.
+
+    Attributes:
+        smem_bytes: shared memory per block; None is what the device has.
+        min_occupancy: the part of an SM's threads that must be resident at once, 0 to 1.
+    """
+
+    smem_bytes: int | None = None
+    min_occupancy: float = 0.0
+
+    def __post_init__(self):
+        if self.smem_bytes is not None and self.smem_bytes <= 0:
+            raise ValueError(f"the shared-memory budget must be positive, got {self.smem_bytes}")
+        if not 0 <= self.min_occupancy <= 1:
+            raise ValueError(f"the occupancy must be between 0 and 1, got {self.min_occupancy}")
+
+
+class EmptySpaceError(ValueError):
+    """No config obeys every constraint; the message says which constraint excludes how many."""
+
+
+@dataclass(frozen=True)
+class Space:
+    """The configs for a problem class on a machine.
+
+    Attributes:
+        problem: the class.
+        machine: the GPU.
+        budgets: the user's.
+    """
+
+    problem: ProblemClass
+    machine: Machine
+    budgets: Budgets = field(default_factory=Budgets)
+
+    @cached_property
+    def default(self) -> Config:
+        """What runs untuned."""
+        problem, limits = self.problem, self.machine.limits
+        rows, pack = problem.seqlen_q, self._default_pack
+        if problem.family == "backward-dkdv":
+            rows = problem.seqlen_k
+        if problem.family == "forward":
+            rows *= pack
+        config = choose(problem.family, problem.traits, limits, rows).config
+        if problem.family != "forward" or not isinstance(config, MmaConfig):
+            return config
+        blocks = -(-rows // config.block_rows) * (problem.batch_heads // pack)
+        num_sms = self.machine.num_sms
+        splits = num_splits(config, problem.traits, limits, num_sms, blocks, problem.seqlen_k)
+        packed = None if "packed" not in self.dimensions_of(config) else pack > 1
+        return replace(config, num_splits=splits, packed=packed)
+
+    @property
+    def _default_pack(self) -> int:
+        """Query heads that are packed into a tile untuned."""
+        few = self.problem.seqlen_q <= PACKED_SEQLEN and not self.problem.traits.alibi
+        return self.problem.group_size if few else 1
+
+    @cached_property
+    def dimensions(self) -> dict[str, tuple]:
+        """Name -> choices in order; the names are those of the config's fields."""
+        found = self.dimensions_of(self.default)
+        if "num_splits" in found:
+            found["num_splits"] = tuple(sorted({*found["num_splits"], self.default.num_splits}))
+        return found
+
+    def dimensions_of(self, config: Config) -> dict[str, tuple]:
+        """The dimensions of the implementation that a config belongs to."""
+        if isinstance(config, MmaConfig):
+            return self._mma_dimensions()
+        if self.problem.family in ("combine", "delta"):
+            return {"num_warps": (1, 2, 4, 8, 16)}
+        return {
+            "tile_m": (8, 16, 32, 64, 128),
+            "tile_n": (8, 16, 32, 64, 128),
+            "num_warps": (1, 2, 4, 8),
+        }
+
+    def _mma_dimensions(self) -> dict[str, tuple]:
+        problem = self.problem
+        dimensions: dict[str, tuple] = {
+            "tile_m": (16, 32, 48, 64, 96, 128, 192, 256),
+            "tile_n": (16, 32, 48, 64, 96, 128, 192, 256),
+            "num_warps": (1, 2, 4, 8),
+            "num_stages": (1, 2, 3),
+            "min_blocks": (0, 1, 2, 3, 4),
+        }
+        if problem.family == "backward-dkdv":
+            dimensions["apart"] = (False, True)
+        if problem.family == "backward":
+            dimensions["num_splits"] = (1, 2, 4, 8)
+        if problem.family == "forward":
+            # Where one row block a head fills the machine, splitting the keys only costs.
+            fewest = problem.batch_heads // self._default_pack * -(-problem.seqlen_q // 256)
+            most = max(1, _BLOCKS_PER_SM * self.machine.num_sms // fewest)
+            dimensions["num_splits"] = tuple(2**i for i in range(8) if 2**i <= most)
+            if problem.group_size > 1 and not problem.traits.alibi:
+                dimensions["packed"] = (False, True)
+            dimensions["heads_in_flight"] = self._orders()
+        return dimensions
+
+    def _orders(self) -> tuple[int, ...]:
+        """How many heads may be in flight; 0 is as many as the L2 has room for."""
+        traits = self.problem.traits
+        head = self.problem.seqlen_k * (traits.head_dim + traits.head_dim_v) * traits.dtype_bytes
+        if head * self.problem.batch_heads <= self.machine.l2_bytes // 2:
+            return (0,)
+        return tuple(n for n in (0, 1, 4, 16, 64) if n < self.problem.batch_heads) or (0,)
+
+    def config(self, values: dict) -> tuple[Config | None, Failure | None]:
+        """The config with these values by name; or why there is none."""
+        try:
+            config = self._make(values)
+        except ValueError as error:
+            return None, ("invalid", str(error))
+        return config, self.failure(config)
+
+    def _make(self, values: dict) -> Config:
+        family, default = self.problem.family, self.default
+        if isinstance(default, MmaConfig):
+            return MMA_CONFIGS[family](default.generation, **values)
+        return PORTABLE_CONFIGS[family](**values)
+
+    def failure(self, config: Config) -> Failure | None:
+        """Why a config may not be tried; None if it may."""
+        found = self._violation(config)
+        return None if found is None else found[1]
+
+    def _violation(self, config: Config) -> tuple[str, Failure] | None:
+        """(constraint, failure) of the first constraint that a config violates."""
+        traits, limits = self.problem.traits, self.machine.limits
+        if isinstance(config, MmaConfig) and (why := config.misfit(traits)) is not None:
+            return "instruction shapes", ("invalid", why)
+        if (why := self._idle(config)) is not None:
+            return "rows of the problem", ("invalid", why)
+        needed, granted = config.smem_bytes(traits), limits.max_smem_per_block
+        if needed > granted:
+            why = f"needs {needed} bytes of shared memory, {limits.arch} has {granted} per block"
+            return "shared memory of the device", ("over_budget", why)
+        if self.budgets.smem_bytes is not None and needed > self.budgets.smem_bytes:
+            why = f"needs {needed} bytes of shared memory, granted are {self.budgets.smem_bytes}"
+            return "--sram-budget", ("over_budget", why)
+        if isinstance(config, MmaConfig):
+            if (why := self._pointless_cap(config, limits)) is not None:
+                return "register caps", ("invalid", why)
+            most = _register_cap(config, limits) - _MIN_REGISTERS
+            if (kept := config.accumulators_per_thread(traits)) > most:
+                why = f"keeps {kept} accumulators a thread, registers leave room for {most}"
+                return "registers", ("over_budget", why)
+        # With the fewest registers that it could have.
+        fit, by = blocks_per_sm(limits, config.num_threads, _MIN_REGISTERS, needed)
+        if (why := self._below_occupancy(fit, by, config.num_threads)) is not None:
+            return "--min-occupancy", ("over_budget", why)
+        return None
+
+    def _idle(self, config: Config) -> str | None:
+        """Why most of a block would idle; None if it would not."""
+        rows = self.problem.seqlen_q
+        if self.problem.family == "backward-dkdv":
+            rows = self.problem.seqlen_k
+        if getattr(config, "packed", False):
+            rows *= self.problem.group_size
+        columns = getattr(config, "column_tile", 0)
+        keys = self.problem.seqlen_q if rows == self.problem.seqlen_k else self.problem.seqlen_k
+        if config.block_rows >= 2 * max(rows, 16):
+            return f"computes {config.block_rows} rows at a time, there are {rows}"
+        if columns >= 2 * max(keys, 16):
+            return f"walks in tiles of {columns} rows, there are {keys}"
+        return None
+
+    def _pointless_cap(self, config: MmaConfig, limits: Architecture) -> str | None:
+        """Why a register cap would change nothing or cannot be met; None if it may help."""
+        if not config.min_blocks:
+            return None
+        smem = config.smem_bytes(self.problem.traits)
+        fit, by = blocks_per_sm(limits, config.num_threads, _MIN_REGISTERS, smem)
+        if fit < config.min_blocks:
+            return f"{by} leaves room for {fit} blocks per SM, not {config.min_blocks}"
+        if config.min_blocks > 1 and _register_cap(config, limits) >= _MAX_REGISTERS:
+            return f"{config.min_blocks} blocks per SM leave all registers to each thread"
+        return None
+
+    def _below_occupancy(self, fit: int, limited_by: str, num_threads: int) -> str | None:
+        occupied = fit * num_threads / self.machine.limits.max_threads_per_sm
+        if occupied < self.budgets.min_occupancy:
+            return (
+                f"{limited_by} leaves room for {fit} blocks of {num_threads} threads per SM, "
+                f"{occupied:.0%} of it, wanted are {self.budgets.min_occupancy:.0%}"
+            )
+        return None
+
+    @cached_property
+    def _walked(self) -> tuple[dict[Config, dict], Counter]:
+        feasible, excluded = {}, Counter()
+        code = {n: c for n, c in self.dimensions.items() if n not in _GEOMETRY}
+        orders = {n: c for n, c in self.dimensions.items() if n in _GEOMETRY and n != "packed"}
+        packings = [{"packed": each} for each in self.dimensions.get("packed", ())] or [{}]
+        laid_out = list(_combinations(orders))
+        for shape in _combinations(code):
+            for packing in packings:
+                try:
+                    base = self._make(shape | packing)
+                except ValueError:
+                    excluded["instruction shapes"] += len(laid_out)
+                    continue
+                if (violation := self._violation(base)) is not None:
+                    excluded[violation[0]] += len(laid_out)
+                    continue
+                for layout in laid_out:
+                    values = shape | packing | layout
+                    feasible[replace(base, **layout)] = {n: values[n] for n in self.dimensions}
+        return feasible, excluded
+
+    @property
+    def feasible(self) -> dict[Config, dict]:
+        """Every config that may be tried -> its values by name."""
+        return self._walked[0]
+
+    @property
+    def excluded(self) -> Counter:
+        """Constraint -> how many configs it excludes."""
+        return self._walked[1]
+
+    def expect_any(self) -> None:
+        """Raise EmptySpaceError if nothing is feasible."""
+        if not self.feasible:
+            counts = ", ".join(f"{name} {n}" for name, n in self.excluded.most_common())
+            raise EmptySpaceError(
+                f"no config of {self.problem} is possible on {self.machine.name}: of "
+                f"{self.excluded.total()} configs each was excluded by a constraint ({counts})"
+            )
+
+    def judge_machinery(self, machinery: Machinery) -> Failure | None:
+        """Why a compiled config may not be used; None if it may."""
+        if machinery.spill_bytes:
+            why = f"{machinery.spill_bytes} bytes of registers spilled per thread"
+            return "spilled", why
+        if machinery.warnings:
+            return "spilled", f"the compiler warns: {machinery.warnings[0]}"
+        if machinery.blocks_per_sm == 0:
+            return "over_budget", f"no block fits on an SM: {machinery.limited_by}"
+        why = self._below_occupancy(
+            machinery.blocks_per_sm, machinery.limited_by, machinery.num_threads
+        )
+        return None if why is None else ("over_budget", why)
+
+    def values(self, text: str) -> dict | None:
+        """The values by name of a config in its string form; None if it is not in the space."""
+        try:
+            config = parse_config(self.problem.family, text)
+        except (ValueError, UnsupportedError):
+            return None
+        if "packed" in self.dimensions and config.packed is None:
+            config = replace(config, packed=self._default_pack > 1)
+        values = {name: getattr(config, name, None) for name in self.dimensions}
+        known = all(value in self.dimensions[name] for name, value in values.items())
+        return values if known and self._make(values) == config else None
+
+
+def _combinations(dimensions: dict[str, tuple]) -> Iterator[dict]:
+    """Every combination of choices, as values by name."""
+    for chosen in itertools.product(*dimensions.values()):
+        yield dict(zip(dimensions, chosen, strict=True))
+
+
+def _register_cap(config: MmaConfig, limits: Architecture) -> int:
+    """Registers that a thread may have."""
+    blocks = max(1, config.min_blocks)
+    per_thread = limits.registers_per_sm // (config.num_threads * blocks)
+    return min(_MAX_REGISTERS, per_thread // 8 * 8)
