@@ -209,6 +209,15 @@ def test_which_entry_stays(first, second, stays, at_once):
         store.add(H200, batch)
     expected = {"first": [first], "second": [second], "both": [first, second]}[stays]
     assert sorted(store.read(H200), key=str) == sorted(expected, key=str)
+    assert len(parse_table(store.path_of(H200).read_bytes())[H200]) == len(expected)
+
+
+def test_a_device_in_several_files_has_one_entry_of_each_kind():
+    put(content(ENTRY.to_dict(), OTHER.to_dict()), device=A100)
+    store.add(H200, [replace(ENTRY, time_ms=9.0, **LATER), replace(OTHER, origin="predicted")])
+    assert {e.problem: e.time_ms for e in store.read_all()[H200]} == {FORWARD: 9.0, BACKWARD: 3.0}
+    assert {e.origin for e in store.read_all()[H200]} == {"measured"}
+    assert store.read(A100) == []
 
 
 def test_the_generation_tells_of_writes():
@@ -484,11 +493,21 @@ def test_the_text_is_on_the_disk_before_it_has_its_name(monkeypatch):
     assert steps[:2] == ["fsync", "replace"]
 
 
+PREAMBLE = """
+import os, signal, sys, time
+from dataclasses import replace
+from numflash import files, store
+from numflash.entries import parse_table
+((A100, (OTHER,)), (H200, (ENTRY,))) = parse_table(sys.argv[1].encode()).items()
+ENTRY, OTHER = ENTRY.entry, OTHER.entry
+"""
+
+
 def run(program: str, *arguments: str) -> subprocess.Popen:
-    """Another process that knows this module's names."""
-    preamble = "import sys; from tests.host.test_store import *\n"
+    """Another process, that knows some names of this module."""
+    table = format_table({A100: [Row.of(OTHER)], H200: [Row.of(ENTRY)]})
     return subprocess.Popen(
-        [sys.executable, "-c", preamble + program, *arguments],
+        [sys.executable, "-c", PREAMBLE + program, table, *arguments],
         cwd=Path(__file__).parents[2],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -522,7 +541,7 @@ def test_a_killed_writer_loses_nothing_and_leaves_no_lock():
 # Many writers
 
 ADD_MANY = """
-worker, most = int(sys.argv[1]), int(sys.argv[2])
+worker, most = map(int, sys.argv[2:])
 print("ready", flush=True)
 sys.stdin.readline()
 for n in range(most):
