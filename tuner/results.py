@@ -68,6 +68,11 @@ class Result:
         return time if time is not None and math.isfinite(time) and time > 0 else None
 
     @property
+    def winner(self) -> Record | None:
+        """The best, if it has a time; None if nothing worked."""
+        return None if self.time_ms(self.best) is None else self.best
+
+    @property
     def speedup(self) -> float | None:
         """Time of the default over that of the best; None if either has none."""
         default, best = self.time_ms(self.default), self.time_ms(self.best)
@@ -75,8 +80,8 @@ class Result:
 
     @property
     def spread(self) -> float | None:
-        """Interquartile range of the best's samples over their median; None if predicted."""
-        return self.best.spread if self.origin == "measured" else None
+        """Interquartile range of the best's samples over their median; None if not measured."""
+        return self.best.spread if self.origin == "measured" and self.winner else None
 
     @property
     def floor(self) -> float | None:

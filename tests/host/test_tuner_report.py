@@ -1,0 +1,574 @@
+"""The tuner's table and page: parsed, and the numbers in them compared with the records."""
+
+import html
+import itertools
+import math
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from numflash.devices import architecture, blocks_per_sm
+from numflash.problem_class import ProblemClass
+from numflash_tuner import charts, report, report_style, report_tables
+from numflash_tuner.records import FAILURES, Machinery, Record
+from numflash_tuner.report_axes import Axis
+from numflash_tuner.report_occupancy import corner, occupancy
+from numflash_tuner.results import Result, parameters, rank_correlation
+
+SVG = "{http://www.w3.org/2000/svg}"
+PROBLEM = ProblemClass.parse("forward float16-d64-dv64-vec causal q4096 k4096 bh64 g1")
+VOID = {"meta"}
+
+
+def machinery(registers=128, smem_bytes=32768, num_threads=128, spill_bytes=0):
+    blocks, limited_by = blocks_per_sm(architecture("sm_90a"), num_threads, registers, smem_bytes)
+    return Machinery(registers, spill_bytes, smem_bytes, num_threads, blocks, limited_by)
+
+
+def measured(config, milliseconds, predicted_ms=None, **changes):
+    samples = (milliseconds * 0.99, milliseconds, milliseconds * 1.01)
+    return replace(
+        Record(config, "measured", predicted_ms=predicted_ms, samples_ms=samples), **changes
+    )
+
+
+RECORDS = [
+    measured("sm80-m64n64w4s1", 2.0, 1.9, machinery=machinery()),
+    measured("sm80-m64n64w4s2", 1.5, 1.6, machinery=machinery(168, 49152)),
+    measured("sm80-m128n64w4s1", 1.25, 1.2, machinery=machinery(255, 49152), finished=1.79e9),
+    measured("sm80-m128n64w8s1", 3.0, 2.5, machinery=machinery(128, 49152, 256)),
+    measured("sm80-m32n32w2s1", 9.0, 8.0, outcome="slow", machinery=machinery(90, 8192, 64)),
+    Record("sm80-m256n128w4s1", "spilled", "812 bytes", machinery(255, 90000)),
+    Record("sm80-m256n128w4s2", "spilled", "96 bytes", machinery(255, 90000)),
+    Record("sm80-m256n32w4s1", "spilled", "a warning", machinery(255, 90000)),
+    Record("sm80-m512n64w4s1", "over_budget", "needs <much> & 'more'"),
+    Record("sm80-m16n16w1s1", "wrong_result", "out: 0.3", samples_ms=(0.1, 0.1)),
+]
+BEST = RECORDS[2]
+
+
+def result(records=RECORDS, **changes):
+    made = Result(
+        device="NVIDIA H200",
+        arch="sm_90a",
+        num_sms=132,
+        problem=PROBLEM,
+        origin="measured",
+        default=records[0],
+        best=min(records, key=lambda record: record.time_ms),
+        records=list(records),
+        floor_ms={"matrix": 0.5, "exponential": 0.75},
+        space_size=1000,
+        pruned={"shared memory": 600, "threads": 250},
+        importances={"tile_m": 0.7, "num_stages": 0.3},
+        budgets={"sram_budget_bytes": 65536, "min_occupancy": 0.125, "max_registers": 200},
+    )
+    return replace(made, **changes)
+
+
+def predicted_result():
+    records = [
+        Record(f"sm80-m{m}n64w4s1", "predicted", predicted_ms=ms, machinery=machinery())
+        for m, ms in ((64, 2.0), (128, 1.6))
+    ]
+    parts = {"matrix": 1.0, "shared_memory": 1.5}
+    best = replace(records[1], parts=parts)
+    return result([records[0], best], origin="predicted", default=records[0], best=best)
+
+
+class Page(HTMLParser):
+    """What a page consists of; fails where elements do not nest."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.attributes, self.text = [], [], [], []
+        self.tables, self.ids, self.links = [], set(), []
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, name, attributes):
+        attributes = dict(attributes)
+        self.tags.append(name)
+        self.attributes.append(attributes)
+        self.ids.add(attributes.get("id"))
+        if name == "a":
+            self.links.append(attributes["href"])
+        if name not in VOID:
+            self.open.append(name)
+        if name == "table":
+            self.tables.append([])
+        elif name == "tr":
+            self.tables[-1].append([])
+        elif name in ("td", "th"):
+            self.tables[-1][-1].append("")
+
+    def handle_startendtag(self, name, attributes):
+        assert name in VOID
+
+    def handle_endtag(self, name):
+        assert self.open.pop() == name
+
+    def handle_data(self, data):
+        if "style" in self.open:
+            return
+        self.text.append(data)
+        if "td" in self.open or "th" in self.open:
+            self.tables[-1][-1][-1] += data
+
+    def table(self, first):
+        """The rows of the table whose first column has this name."""
+        (found,) = [rows[1:] for rows in self.tables if rows[0][0] == first]
+        return found
+
+    @property
+    def all_text(self):
+        return " ".join(self.text)
+
+
+def parsed(*results):
+    return Page(report.page(list(results)))
+
+
+def svg(figure):
+    return ElementTree.fromstring(figure.svg)
+
+
+def of_class(drawing, name):
+    return [e for e in drawing.iter() if name in e.get("class", "").split()]
+
+
+def texts(drawing):
+    return ["".join(e.itertext()) for e in drawing.iter(SVG + "text")]
+
+
+def titles(elements):
+    return [e.findtext(SVG + "title") for e in elements]
+
+
+# --- results
+
+
+def test_rank_correlation():
+    x = [1.0, 2.0, 3.0, 4.0, 5.0]
+    assert rank_correlation(x, [v**3 for v in x]) == pytest.approx(1)
+    assert rank_correlation(x, [-v for v in x]) == pytest.approx(-1)
+    # 1 - 6 sum d^2 / n (n^2 - 1), d = 1, -1, 1, -1, 0
+    assert rank_correlation(x, [2, 1, 4, 3, 5]) == pytest.approx(1 - 6 * 4 / 120)
+    # ranks 1 2.5 2.5 4 and 1 2 3 4: Pearson of these
+    tied = np.corrcoef([1, 2.5, 2.5, 4], [1, 2, 3, 4])[0, 1]
+    assert rank_correlation([1, 5, 5, 7], [10, 20, 30, 40]) == pytest.approx(tied)
+
+
+@pytest.mark.parametrize("x", [[], [1.0], [2.0, 2.0, 2.0]])
+def test_rank_correlation_is_undefined(x):
+    assert rank_correlation(x, list(range(len(x)))) is None
+    assert rank_correlation(list(range(len(x))), x) is None
+
+
+def test_rank_correlation_wants_pairs():
+    with pytest.raises(ValueError, match="got 2 and 1"):
+        rank_correlation([1, 2], [1])
+
+
+def test_times_of_one_kind_only_are_compared():
+    mixed = measured("sm80-m64n64w4s1", 2.0)
+    only_predicted = Record("sm80-m128n64w4s1", "predicted", predicted_ms=0.1)
+    found = result([mixed, only_predicted], best=only_predicted)
+    assert found.time_ms(only_predicted) is None
+    assert found.speedup is None and found.winner is None
+    assert result(origin="predicted").time_ms(RECORDS[0]) == 1.9
+    assert result().speedup == pytest.approx(1.6)
+    assert result().spread == pytest.approx(0.01)
+    assert result(origin="predicted").spread is None
+    assert result().floor == 0.75 and result(floor_ms={}).floor is None
+
+
+def test_an_unknown_origin_is_rejected():
+    with pytest.raises(ValueError, match="measured, predicted, got 'guessed'"):
+        result(origin="guessed")
+
+
+def test_parameters():
+    assert parameters("forward", "m64n32w4") == {"tile_m": 64, "tile_n": 32, "num_warps": 4}
+    assert parameters("forward", "sm80-m64n32w4s2")["num_stages"] == 2
+    assert parameters("forward", "nonsense") == {}
+
+
+# --- the table for a terminal
+
+
+def test_table():
+    lines = report.table([result(), predicted_result()]).splitlines()
+    assert lines[1] == "NVIDIA H200 (sm_90a, 132 SMs)"
+    assert lines[2].strip() == str(PROBLEM)
+    assert lines[3].split() == [
+        *("sm80-m64n64w4s1", "2.000", "sm80-m128n64w4s1", "1.250", "1.60x", "1.0%", "measured"),
+    ]
+    assert lines[5].split() == [
+        *("sm80-m64n64w4s1", "~2.000", "sm80-m128n64w4s1", "~1.600", "1.25x", "-", "predicted"),
+    ]
+    assert lines[-1] == "~ predicted by the offline model, not measured."
+    assert lines[3].index("2.000") + 5 == lines[5].index("~2.000") + 6
+    assert "predicted" not in report.table([result()])
+
+
+def test_table_without_a_winner():
+    text = report.table([result([RECORDS[-1]])])
+    assert text.splitlines()[-1].split() == [
+        *("sm80-m16n16w1s1", "failed", "none", "-", "-", "-", "measured")
+    ]
+    assert report.table([]) == "Nothing was tuned."
+
+
+def test_table_keeps_control_characters_from_the_terminal():
+    assert "\x1b" not in report.table([result(device="GPU\x1b[2J")])
+
+
+# --- the page as a whole
+
+HOSTILE = "<script>alert('x')</script> & \"GPU\" \x1b\x00\ud800 名"
+
+
+def many():
+    sizes = (2**n for n in range(4, 10))
+    return [result(problem=replace(PROBLEM, seqlen_q=n)) for n in sizes] + [predicted_result()]
+
+
+@pytest.mark.parametrize(
+    "results",
+    [
+        [],
+        [result()],
+        [result(RECORDS[:1])],
+        [result([r for r in RECORDS if r.outcome in FAILURES])],
+        [predicted_result()],
+        [result(device=HOSTILE, pruned={HOSTILE: 3}, importances={HOSTILE: 0.5})],
+        [result([RECORDS[0].failed(o, HOSTILE) for o in FAILURES], floor_ms={HOSTILE: 1.0})],
+        [result([Record(HOSTILE, "invalid", HOSTILE)])],
+        [result(arch="sm_999"), result(records=[BEST], floor_ms={}, importances={}, budgets={})],
+        many(),
+    ],
+    ids=itertools.count(),
+)
+def test_the_page_is_well_formed_and_needs_nothing_else(tmp_path, results):
+    path = tmp_path / "report.html"
+    report.write_html(path, results)
+    text = path.read_text(encoding="utf-8")
+    page = Page(text)
+    root = ElementTree.fromstring(text.removeprefix("<!DOCTYPE html>\n"))
+    assert root.tag == "html"
+    assert not {"script", "link", "img", "iframe", "object", "image", "use"} & set(page.tags)
+    for attributes in page.attributes:
+        assert not [name for name in attributes if name.startswith("on") or name == "src"]
+    assert all(link.startswith("#") and link[1:] in page.ids for link in page.links)
+    urls = re.findall(r"https?://[^\"' )]*|url\([^)]*\)|@import", text)
+    assert set(urls) <= {"http://www.w3.org/2000/svg", "url(#hatch)"}
+    assert "hatch" in page.ids
+    assert not re.search(r"\b(nan|inf)\b", page.all_text)
+    for name in ("x", "y", "cx", "cy", "x1", "x2", "y1", "y2", "width", "height", "r"):
+        for attributes in page.attributes:
+            if name in attributes:
+                assert -1 <= float(attributes[name]) < 2000
+
+
+def test_names_are_text():
+    page = parsed(result(device=HOSTILE), result())
+    assert "<script>alert('x')</script> & \"GPU\" \ufffd\ufffd\ufffd 名" in page.all_text
+
+
+def test_a_page_that_cannot_be_written(tmp_path):
+    with pytest.raises(OSError):
+        report.write_html(tmp_path / "missing" / "report.html", [])
+
+
+def test_facts_and_subtitle():
+    text = parsed(result()).all_text
+    assert "1 problem class, 10 trials, the last of them on 2026-09-21" in text
+    for fact in ("2.000 ms", "1.250 ms", "1.60x", "1.0%", "0.7500 ms", "1.67 times as long"):
+        assert fact in text
+    assert "predicted by the offline model" not in text
+
+
+def test_predicted_times_are_never_called_measured():
+    page = parsed(predicted_result())
+    assert "All times are predicted by the offline model, not measured." in page.all_text
+    assert "best (predicted)" in page.all_text
+    said = page.all_text.replace("not measured", "").replace("measured, ms", "")
+    said = said.replace("Predicted against measured", "")
+    assert "measured" not in said
+
+
+def test_several_results_have_an_index():
+    page = parsed(*many())
+    index = page.table("problem class")
+    assert len(index) == 7
+    assert index[0][1:] == [
+        *("sm80-m64n64w4s1", "2.000", "sm80-m128n64w4s1", "1.250", "1.60x", "1.0%", "measured")
+    ]
+    assert index[-1][2] == "~2.000" and index[-1][-1] == "predicted"
+    assert page.links == [f"#result-{n}" for n in range(1, 8)]
+    assert "Times of 1 of the classes are predicted" in page.all_text
+    assert not [rows for rows in parsed(result()).tables if rows[0][0] == "problem class"]
+
+
+# --- its tables
+
+
+def test_all_tried_by_time():
+    rows = parsed(result()).table("config")
+    assert len(rows) == len(RECORDS)
+    assert [row[2] for row in rows[:5]] == ["1.250", "1.500", "2.000", "3.000", "9.000"]
+    blocks = str(BEST.machinery.blocks_per_sm)
+    assert rows[0][1:] == ["measured", "1.250", "1.0%", "1.200", "255", "48.0", blocks]
+    assert [row[0] for row in rows[5:]] == [record.config for record in RECORDS[5:]]
+    assert rows[8][1:] == ["over budget", *["-"] * 6]
+    # Its samples were of a wrong result.
+    assert rows[9][1:4] == ["wrong result", "-", "-"]
+
+
+def test_pruned_and_failed_are_counted():
+    page = parsed(result())
+    assert page.table("constraint") == [
+        ["shared memory", "600", "60.0%"],
+        ["threads", "250", "25.0%"],
+    ]
+    assert "Pruned before anything was compiled: 850 of 1,000 in the space" in page.all_text
+    assert page.table("outcome")[0] == ["spilled", "2", "812 bytes", "sm80-m256n128w4s1"]
+    assert ["over budget", "1", "needs <much> & 'more'", "sm80-m512n64w4s1"] in page.table(
+        "outcome"
+    )
+    assert sum(int(row[1]) for row in page.table("outcome")) == 5
+    assert "Failed: 5 of 10 tried" in page.all_text
+
+
+def test_failures_that_differ_in_numbers_are_one():
+    groups = report_tables.failure_groups(RECORDS)
+    assert [(outcome, len(found)) for outcome, found in groups] == [
+        ("spilled", 2),
+        ("over_budget", 1),
+        ("spilled", 1),
+        ("wrong_result", 1),
+    ]
+
+
+# --- its charts
+
+
+def test_history():
+    drawing = svg(charts.history(result()))
+    dots, hollow, ticks = (of_class(drawing, name) for name in ("dot", "hollow", "cross"))
+    assert (len(dots), len(hollow), len(ticks)) == (4, 1, 5)
+    assert titles(ticks)[0] == "trial 6: sm80-m256n128w4s1, spilled: 812 bytes"
+    # On a logarithmic axis equal ratios are equal distances: 2 / 1.5 and 1.5 / 1.25, 3 / 1.25.
+    y = [float(dot.get("cy")) for dot in dots]
+    scale = (y[2] - y[3]) / math.log(3 / 1.25)
+    assert y[1] - y[0] == pytest.approx(scale * math.log(2 / 1.5), abs=0.11)
+    assert [float(dot.get("cx")) for dot in dots] == sorted(float(dot.get("cx")) for dot in dots)
+    (step,) = of_class(drawing, "step")
+    levels = [float(n) for n in re.findall(r"V([\d.]+)", step.get("d"))]
+    assert levels == [pytest.approx(y[1]), pytest.approx(y[2])]
+    assert {"best 1.250", "default 2.000", "floor 0.7500"} <= set(texts(drawing))
+    assert "failed (5)" in charts.history(result()).caption
+
+
+def test_history_leaves_a_far_floor_out_and_says_so():
+    figure = charts.history(result(floor_ms={"matrix": 0.01}))
+    assert not of_class(svg(figure), "floor")
+    assert "0.01000 ms, is below the picture" in figure.caption
+
+
+def test_history_counts_what_has_no_comparable_time():
+    figure = charts.history(result([*RECORDS, Record("m64n32w4", "predicted", predicted_ms=0.1)]))
+    assert "1 without a measured time are not shown" in figure.caption
+    assert "best 1.250" in texts(svg(figure))
+
+
+def test_heat_map():
+    drawing = svg(charts.heat_map(result()))
+    cells = {title: e for e in drawing.iter(SVG + "rect") if (title := e.findtext(SVG + "title"))}
+    # 6 tile_m, of them 512 and 16, times 4 tile_n.
+    assert len(cells) == 6 * 4
+    (best,) = [e for title, e in cells.items() if title.startswith("tile 128 x 64: ")]
+    assert best.get("class") == "heat0"
+    (slowest,) = [e for title, e in cells.items() if title.startswith("tile 32 x 32: ")]
+    assert slowest.get("class") == "heat6"
+    (ring,) = of_class(drawing, "ring-heat")
+    assert float(ring.get("x")) == pytest.approx(float(best.get("x")) + 1.5, abs=0.11)
+    assert float(ring.get("y")) == pytest.approx(float(best.get("y")) + 1.5, abs=0.11)
+    # 64 x 64 was tried with one stage and with two: the better one counts.
+    shown = [t for t in texts(drawing) if "." in t]
+    assert sorted(shown) == ["1.25", "1.50", "9.00"]
+    assert len(of_class(drawing, "hatched")) == 21
+    assert cells["tile 256 x 128: 2 tried, none has a time"].get("class") == "hatched"
+    assert cells["tile 16 x 128: not tried"].get("class") == "hatched"
+    assert texts(drawing).count("x") == 4
+
+
+def test_heat_map_of_a_kernel_without_tiles():
+    problem = replace(PROBLEM, family="delta")
+    figure = charts.heat_map(result([measured("w8", 1.0), measured("w4", 2.0)], problem=problem))
+    assert figure.svg is None and "has tiles" in figure.caption
+
+
+def test_importances():
+    drawing = svg(charts.importances(result()))
+    bars = [float(bar.get("width")) for bar in of_class(drawing, "bar")]
+    assert bars[0] / bars[1] == pytest.approx(7 / 3, rel=0.01)
+    assert texts(drawing) == ["tile_m", "70.0%", "num_stages", "30.0%"]
+    assert charts.importances(result(importances={})).svg is None
+
+
+def test_agreement():
+    figure = charts.agreement(result())
+    assert html.unescape(figure.caption) == "Spearman's rank correlation 1.000, 5 configs."
+    drawing = svg(figure)
+    assert len(of_class(drawing, "dot")) == 5 and len(of_class(drawing, "ring")) == 1
+    # Both axes are the same: a config as fast as predicted lies on the diagonal.
+    exact = [measured("sm80-m64n64w4s1", 2.0, 2.0), measured("sm80-m128n64w4s1", 1.0, 1.0)]
+    drawing = svg(charts.agreement(result(exact)))
+    (diagonal,) = [e for e in of_class(drawing, "default") if e.tag == SVG + "line"]
+    x1, y1, x2, y2 = (float(diagonal.get(name)) for name in ("x1", "y1", "x2", "y2"))
+    for dot in of_class(drawing, "dot"):
+        share = (float(dot.get("cx")) - x1) / (x2 - x1)
+        assert float(dot.get("cy")) == pytest.approx(y1 + share * (y2 - y1), abs=0.2)
+
+
+def test_agreement_when_nothing_is_measured():
+    figure = charts.agreement(predicted_result())
+    assert figure.svg is None and "Nothing to compare" in figure.caption
+    one = charts.agreement(result(RECORDS[:1]))
+    assert one.caption == "Rank correlation is undefined for 1 config."
+
+
+def test_parts():
+    drawing = svg(charts.parts(predicted_result()))
+    bars, floors = of_class(drawing, "bar"), of_class(drawing, "bar-floor")
+    assert titles(bars) == ["shared_memory: 1.500 ms", "matrix: 1.000 ms"]
+    assert titles(floors) == ["matrix: 0.5000 ms", "exponential: 0.7500 ms"]
+    widths = [float(bar.get("width")) for bar in [*bars, *floors]]
+    assert widths[0] / widths[1] == pytest.approx(1.5, rel=0.01)
+    assert widths[1] / widths[2] == pytest.approx(2, rel=0.01)
+    assert "predicted 1.600 ms" in texts(drawing)
+    assert charts.parts(result()).svg is None
+    assert "no best" in charts.parts(result([RECORDS[-1]])).caption
+
+
+@pytest.mark.parametrize("arch", ["sm_75", "sm_80", "sm_89", "sm_90a", "sm_120"])
+@pytest.mark.parametrize("num_threads", [32, 128, 256, 1024])
+def test_corners_are_where_a_block_less_fits(arch, num_threads):
+    limits = architecture(arch)
+    for blocks in range(1, 40):
+        found = corner(limits, num_threads, blocks)
+        most = blocks_per_sm(limits, num_threads, 1, 0)[0]
+        assert (found is None) == (blocks > most)
+        if found is None:
+            continue
+        smem, registers = found
+        assert blocks_per_sm(limits, num_threads, registers, smem)[0] >= blocks
+        assert registers == 255 or (
+            blocks_per_sm(limits, num_threads, registers + 1, 0)[0] < blocks
+        )
+        assert blocks_per_sm(limits, num_threads, 1, smem + 1)[0] < blocks
+
+
+def test_occupancy():
+    figures = occupancy(result())
+    assert [figure.title for figure in figures] == [
+        f"Occupancy, {n} threads per block" for n in (128, 64, 256)
+    ]
+    drawing = svg(figures[0])
+    assert len(of_class(drawing, "dot")) == 3 and len(of_class(drawing, "cross")) == 3
+    blocks = BEST.machinery.blocks_per_sm
+    (best,) = [title for title in titles(of_class(drawing, "dot")) if BEST.config + "," in title]
+    assert best.endswith(
+        f"255 registers, 49152 bytes, {blocks} blocks per SM, limited by registers"
+    )
+    ring, dot = of_class(drawing, "ring")[0], of_class(drawing, "dot")[2]
+    assert ring.get("cx") == dot.get("cx") and ring.get("cy") == dot.get("cy")
+    # An eighth of 2048 threads are two blocks of 128.
+    assert {"64 KB", "200 registers", "at least 2 blocks"} <= set(texts(drawing))
+    assert len(of_class(drawing, "budget")) == 3
+    bare = svg(occupancy(result(budgets={}))[0])
+    assert not of_class(bare, "budget")
+    # A dot lies inside the curves of exactly as many blocks as fit.
+    for dot, record in zip(of_class(bare, "dot"), RECORDS, strict=False):
+        inside = 0
+        for curve in of_class(bare, "curve"):
+            y, x = map(float, re.match(r"M46 ([\d.]+)H([\d.]+)", curve.get("d")).groups())
+            inside += float(dot.get("cx")) <= x and float(dot.get("cy")) >= y - 0.05
+        assert inside == record.machinery.blocks_per_sm
+
+
+def test_occupancy_that_cannot_be_drawn():
+    (unknown,) = occupancy(result(arch="sm_999"))
+    assert unknown.svg is None and "sm_999" in unknown.caption
+    (nothing,) = occupancy(result([Record("m64n32w4", "invalid", "no")]))
+    assert nothing.svg is None and "No config was compiled" in nothing.caption
+    threads = [
+        replace(BEST, config=f"m64n32w{n}", machinery=machinery(num_threads=32 * n))
+        for n in range(1, 7)
+    ]
+    figures = occupancy(result(threads))
+    assert [figure.svg is None for figure in figures] == [False] * 4 + [True]
+    assert "160, 192" in figures[-1].caption
+
+
+@pytest.mark.parametrize(
+    ("axis", "ticks"),
+    [
+        (Axis(0, 100, 0, 1), [0, 20, 40, 60, 80, 100]),
+        (Axis(0.5, 3.5, 0, 1), [1, 2, 3]),
+        (Axis(0.9, 120, 0, 1, log=True), [1, 2, 5, 10, 20, 50, 100]),
+        (Axis(1.02, 1.13, 0, 1, log=True), [1.05, 1.1]),
+    ],
+)
+def test_ticks_are_round(axis, ticks):
+    assert axis.ticks() == pytest.approx(ticks)
+
+
+@pytest.mark.parametrize("low", [1e-4, 0.03, 1.7, 900.0])
+@pytest.mark.parametrize("ratio", [1.001, 1.5, 5, 40, 1e4])
+def test_there_are_always_a_few_ticks(low, ratio):
+    axis = Axis.around([low, low * ratio], 0, 100)
+    ticks = axis.ticks()
+    assert 2 <= len(ticks) <= 8
+    assert all(-0.01 <= axis(tick) <= 100.01 for tick in ticks)
+
+
+# --- colours
+
+
+def luminance(color):
+    parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(a, b):
+    low, high = sorted((luminance(a), luminance(b)))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("scheme", [report_style.LIGHT, report_style.DARK])
+def test_contrasts(scheme):
+    for ground, name in itertools.product(
+        ("page", "card"), ("text", "muted", "accent", "second", "failed")
+    ):
+        assert contrast(scheme[ground], scheme[name]) >= 4.5, (ground, name)
+    assert contrast(scheme["card"], scheme["axis"]) >= 3
+    for i in range(report_style.HEAT_STEPS):
+        assert contrast(scheme[f"heat{i}"], scheme[f"on-heat{i}"]) >= 4.5, i
+    steps = [luminance(scheme[f"heat{i}"]) for i in range(report_style.HEAT_STEPS)]
+    assert steps in (sorted(steps), sorted(steps, reverse=True))
+
+
+def test_every_colour_of_the_style_is_a_token_of_both_schemes():
+    used = set(re.findall(r"var\(--([\w-]+)\)", report_style.STYLE))
+    assert used <= set(report_style.LIGHT) and set(report_style.LIGHT) == set(report_style.DARK)
+    rules = report_style.STYLE.split("@media screen", 1)[1].split("\n", 1)[1]
+    assert not re.search(r"#[0-9a-f]{3,6}\b", rules)

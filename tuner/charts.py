@@ -1,0 +1,296 @@
+"""The charts of a result, each a `Figure`; those of occupancy are in `report_occupancy`."""
+
+import math
+from dataclasses import dataclass
+
+from numflash_tuner.records import FAILURES, Record
+from numflash_tuner.report_axes import (
+    BOTTOM,
+    HEIGHT,
+    LEFT,
+    RIGHT,
+    TOP,
+    WIDTH,
+    Axis,
+    chart,
+    circle,
+    frame,
+    line,
+    text,
+)
+from numflash_tuner.report_markup import Markup, escaped, joined, tag
+from numflash_tuner.report_style import HEAT_STEPS
+from numflash_tuner.results import Result, format_ms, parameters, rank_correlation
+
+# A floor further below the best than this would squeeze everything else.
+_FLOOR_IN_SIGHT = 3.0
+_STRIP = 12
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A chart with its title and caption; without a chart, the caption says why."""
+
+    title: str
+    caption: Markup
+    svg: Markup | None = None
+
+
+def described(record: Record) -> str:
+    """A record in one line, for a tooltip."""
+    parts = [record.config, record.outcome.replace("_", " ")]
+    if record.median_ms is not None:
+        parts.append(f"{format_ms(record.median_ms)} ms measured")
+    if record.predicted_ms is not None:
+        parts.append(f"{format_ms(record.predicted_ms)} ms predicted")
+    return ", ".join(parts) + (f": {record.reason}" if record.reason else "")
+
+
+def key(symbol: str, class_: str, meaning: str) -> Markup:
+    """An entry of a legend."""
+    return tag("span", tag("span", symbol, class_=class_), f" {meaning} ", class_="key")
+
+
+def history(result: Result) -> Figure:
+    """Time of each trial, and the best so far."""
+    title = f"History ({result.origin} time)"
+    times = [result.time_ms(record) for record in result.records]
+    found = [time for time in times if time is not None]
+    failures = sum(record.outcome in FAILURES for record in result.records)
+    if not found:
+        reason = f"No trial has a {result.origin} time; {failures} of {len(times)} failed."
+        return Figure(title, escaped(reason))
+    default, floor, best = result.time_ms(result.default), result.floor, min(found)
+    shown = [*found, *([default] if default else [])]
+    if floor and floor * _FLOOR_IN_SIGHT > best:
+        shown.append(floor)
+    x = Axis(0.5, len(times) + 0.5, LEFT, RIGHT)
+    y = Axis.around(shown, BOTTOM - _STRIP, TOP + _STRIP)
+    ticks = [tick for tick in x.ticks() if tick == int(tick) and tick >= 1]
+    marks, path, so_far = [], "", math.inf
+    for number, (record, time) in enumerate(zip(result.records, times, strict=True), 1):
+        about = f"trial {number}: {described(record)}"
+        if time is not None:
+            measured = record.outcome == result.origin
+            class_ = "dot" if measured else "hollow"
+            marks.append(circle(x(number), y(time), 2.5, class_, about))
+        elif record.outcome in FAILURES:
+            marks.append(line(x(number), TOP, x(number), TOP + 7, "cross", about))
+        if time is not None and time < so_far:
+            path += (
+                f"H{x(number):.1f}V{y(time):.1f}" if path else f"M{x(number):.1f} {y(time):.1f}"
+            )
+            so_far = time
+    lines = [tag("path", d=f"{path}H{RIGHT}", class_="step")]
+    labels = []
+    if default:
+        lines.append(line(LEFT, y(default), RIGHT, y(default), "default"))
+        label = f"default {format_ms(default)}"
+        labels.append(text(RIGHT, y(default) - 4, label, "label-default halo", "end"))
+    if floor and floor * _FLOOR_IN_SIGHT > best:
+        lines.append(line(LEFT, y(floor), RIGHT, y(floor), "floor"))
+        labels.append(text(LEFT + 4, y(floor) - 4, f"floor {format_ms(floor)}", "muted halo"))
+    labels.append(text(RIGHT, y(so_far) + 13, f"best {format_ms(best)}", "label-best halo", "end"))
+    legend = [key("●", "k-accent", result.origin)]
+    if any(record.outcome == "slow" for record in result.records):
+        legend.append(key("○", "k-accent", "stopped early, slow"))
+    if failures:
+        legend.append(key("|", "failed", f"failed ({failures})"))
+    if others := len(times) - len(found) - failures:
+        legend.append(f"{others} without a {result.origin} time are not shown. ")
+    if floor and floor * _FLOOR_IN_SIGHT <= best:
+        legend.append(f"The floor, {format_ms(floor)} ms, is below the picture.")
+    return Figure(
+        title,
+        joined(legend),
+        chart(
+            f"Time of {len(found)} trials; best {format_ms(best)} ms, "
+            f"default {format_ms(default)} ms",
+            frame(x, y, "trial", "ms", ticks),
+            *lines,
+            *marks,
+            *labels,
+        ),
+    )
+
+
+def heat_map(result: Result) -> Figure:
+    """The best time for each tile_m and tile_n, whatever the other parameters are."""
+    title = f"Best {result.origin} time by tile, ms"
+    cells: dict[tuple[int, int], list[Record]] = {}
+    for record in result.records:
+        config = parameters(result.problem.family, record.config)
+        if "tile_m" in config:
+            cells.setdefault((config["tile_m"], config["tile_n"]), []).append(record)
+    if not cells:
+        return Figure(title, escaped("No config that was tried has tiles."))
+    times = {}
+    for cell, records in cells.items():
+        timed = [(result.time_ms(record), record) for record in records if result.time_ms(record)]
+        if timed:
+            times[cell] = min(timed, key=lambda pair: pair[0])
+    fastest = min((time for time, _ in times.values()), default=1.0)
+    slowest = max((time for time, _ in times.values()), default=1.0)
+    rows, columns = sorted({m for m, _ in cells}, reverse=True), sorted({n for _, n in cells})
+    width = min(64.0, (WIDTH - LEFT - 8) / len(columns))
+    height = min(32.0, max(16.0, 180 / len(rows)))
+    marks, outline = [], []
+    for i, m in enumerate(rows):
+        y = TOP + 6 + i * height
+        marks.append(text(LEFT - 6, y + height / 2 + 4, m, "muted", "end"))
+        for j, n in enumerate(columns):
+            x, tried = LEFT + j * width, cells.get((m, n), [])
+            box = {"x": x + 0.5, "y": y + 0.5, "width": width - 1.0, "height": height - 1.0}
+            where, middle = f"tile {m} x {n}: ", (x + width / 2, y + height / 2 + 4)
+            if (m, n) not in times:
+                about = where + (f"{len(tried)} tried, none has a time" if tried else "not tried")
+                marks.append(tag("rect", tag("title", about), class_="hatched", **box))
+                if tried:
+                    marks.append(text(*middle, "x", "muted halo", "middle"))
+                continue
+            time, record = times[m, n]
+            step = _heat_step(time, fastest, slowest)
+            about = f"{where}{described(record)}; {len(tried)} tried"
+            marks.append(tag("rect", tag("title", about), class_=f"heat{step}", **box))
+            if width >= 30:
+                marks.append(text(*middle, _short(time), f"on-heat{step}", "middle"))
+            if time == fastest and not outline:
+                inner = {"x": x + 2, "y": y + 2, "width": width - 4, "height": height - 4}
+                outline.append(tag("rect", class_="ring-heat", **inner))
+    end = TOP + 6 + len(rows) * height
+    for j, n in enumerate(columns):
+        marks.append(text(LEFT + (j + 0.5) * width, end + 14, n, "muted", "middle"))
+    marks += [
+        text(2, 10, "tile_m", "muted"),
+        text(LEFT + len(columns) * width, end + 29, "tile_n", "muted", "end"),
+    ]
+    ramp = [tag("i", class_=f"heat{i}") for i in range(HEAT_STEPS)]
+    legend = [
+        tag("span", f"{format_ms(fastest)} ", *ramp, f" {format_ms(slowest)} ms", class_="ramp"),
+        "; outlined: the best; hatched: no time, x if it was tried.",
+    ]
+    return Figure(
+        title,
+        joined(legend) if times else escaped("All of them failed."),
+        chart(
+            f"Best time by tile, {len(times)} tiles from {format_ms(fastest)} to "
+            f"{format_ms(slowest)} ms",
+            *marks,
+            *outline,
+            height=end + 34,
+        ),
+    )
+
+
+def _short(time: float) -> str:
+    """Three significant digits, which is what a cell has room for."""
+    return f"{time:.{max(0, 2 - math.floor(math.log10(time)))}f}"
+
+
+def _heat_step(time: float, fastest: float, slowest: float) -> int:
+    """0 for the fastest, on a logarithmic scale."""
+    if slowest <= fastest:
+        return 0
+    share = math.log(time / fastest) / math.log(slowest / fastest)
+    return min(HEAT_STEPS - 1, int(share * HEAT_STEPS))
+
+
+def importances(result: Result) -> Figure:
+    """What share of the variation in time each parameter explains."""
+    title = "Which parameters matter"
+    shares = sorted(result.importances.items(), key=lambda item: (-item[1], item[0]))
+    if not shares:
+        return Figure(title, escaped("Too few trials with a time to tell."))
+    row, left = 24, 108
+    x = Axis(0.0, max(max(share for _, share in shares), 1e-9), left, RIGHT - 44)
+    marks = []
+    for i, (name, share) in enumerate(shares):
+        y = 6 + i * row
+        width = max(0.0, x(share) - left)
+        marks += [
+            text(left - 6, y + 13, name, None, "end"),
+            tag("rect", x=left, y=y, width=width, height=row - 8, class_="bar"),
+            text(left + width + 5, y + 13, f"{share:.1%}", "muted"),
+        ]
+    label = ", ".join(f"{name} {share:.0%}" for name, share in shares)
+    return Figure(
+        title,
+        escaped("Share of the variation of the time among the trials."),
+        chart(label, *marks, height=len(shares) * row + 8),
+    )
+
+
+def agreement(result: Result) -> Figure:
+    """Predicted against measured time of each config that has both."""
+    title = "Predicted against measured"
+    pairs = result.pairs()
+    if not pairs:
+        return Figure(title, escaped("Nothing to compare: no config has both times."))
+    times = [time for _, *both in pairs for time in both]
+    x = Axis.around(times, LEFT, RIGHT)
+    y = Axis(x.low, x.high, BOTTOM, TOP, log=True)
+    marks = [
+        line(LEFT, BOTTOM, RIGHT, TOP, "default"),
+        text(RIGHT - 30, TOP + 12, "equal", "label-default halo", "end"),
+    ]
+    for record, predicted, measured in pairs:
+        marks.append(circle(x(measured), y(predicted), 2.5, "dot", described(record)))
+        if record.config == result.best.config:
+            at = x(measured), y(predicted)
+            marks += [circle(*at, 5, "ring"), text(at[0] + 8, at[1] + 4, "best", "halo")]
+    rho = rank_correlation([p for _, p, _ in pairs], [m for _, _, m in pairs])
+    points = f"{len(pairs)} config" + ("s" if len(pairs) != 1 else "")
+    summary = (
+        f"Rank correlation is undefined for {points}."
+        if rho is None
+        else f"Spearman's rank correlation {rho:.3f}, {points}."
+    )
+    return Figure(
+        title,
+        escaped(summary),
+        chart(summary, frame(x, y, "measured, ms", "predicted, ms"), *marks),
+    )
+
+
+def parts(result: Result) -> Figure:
+    """What each resource alone would take for the best config, next to the floor."""
+    title = "What bounds the best, by the model"
+    if result.winner is None:
+        return Figure(title, escaped("There is no best: no config has a time."))
+    times = result.winner.parts or {}
+    if not times:
+        return Figure(title, escaped("The model was not asked about the best config."))
+    names = sorted({*times, *result.floor_ms}, key=lambda name: -times.get(name, 0.0))
+    totals = [("predicted", result.best.predicted_ms), ("measured", result.best.median_ms)]
+    totals = [(name, time) for name, time in totals if time]
+    row, left, top = 34, 100, 8 + 14 * len(totals)
+    end = top + len(names) * row
+    longest = max(*times.values(), *result.floor_ms.values(), *(time for _, time in totals), 1e-9)
+    x = Axis(0.0, longest, left, RIGHT - 46)
+    marks = []
+    for i, (name, time) in enumerate(totals):
+        marks.append(line(x(time), 6 + 14 * i, x(time), end, "default" if i == 0 else "axis"))
+        label = f"{name} {format_ms(time)} ms"
+        side = (x(time) + 4, "start") if x(time) < WIDTH / 2 else (x(time) - 4, "end")
+        marks.append(text(side[0], 14 + 14 * i, label, "halo", side[1]))
+    for i, name in enumerate(names):
+        y = top + i * row
+        marks.append(text(left - 6, y + 12, name.replace("_", " "), None, "end"))
+        for time, class_, at in (
+            (times.get(name), "bar", y + 2),
+            (result.floor_ms.get(name), "bar-floor", y + 16),
+        ):
+            if time is not None:
+                about = tag("title", f"{name}: {format_ms(time)} ms")
+                marks += [
+                    tag(
+                        "rect", about, x=left, y=at, width=x(time) - left, height=11, class_=class_
+                    ),
+                    text(x(time) + 4, at + 10, format_ms(time), "muted halo"),
+                ]
+    legend = [
+        key("■", "k-accent", "the best config, each resource alone"),
+        key("■", "k-axis", "floor of the problem"),
+    ]
+    label = ", ".join(f"{name} {format_ms(times[name])} ms" for name in names if name in times)
+    return Figure(title, joined(legend), chart(label, *marks, height=min(end + 6, 4 * HEIGHT)))

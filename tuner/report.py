@@ -1,0 +1,210 @@
+"""What the tuner shows at the end: a table for the terminal, and a page that explains it.
+
+The page is one file without scripts and without anything from elsewhere. A time is called measured
+only if it was; predicted ones are marked wherever they stand.
+"""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from numflash_tuner import charts, report_tables
+from numflash_tuner.records import FAILURES
+from numflash_tuner.report_markup import Markup, escaped, joined, tag
+from numflash_tuner.report_occupancy import occupancy
+from numflash_tuner.report_style import STYLE
+from numflash_tuner.report_tables import format_share, format_speedup, format_time
+from numflash_tuner.results import Result, format_ms
+
+_OPEN_ROWS = 40
+_PREDICTED = "Predicted by the offline model, not measured."
+
+
+def table(results: Sequence[Result]) -> str:
+    """The end of a run, for a terminal: each problem class with its default and its best config.
+
+    Predicted times begin with ~.
+    """
+    if not results:
+        return "Nothing was tuned."
+    head = ("default", "ms", "best", "ms", "speed-up", "spread", "times")
+    rows = [head, *(_columns(result) for result in results)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines, device = ["  " + _aligned(head, widths)], None
+    for result, row in zip(results, rows[1:], strict=True):
+        if (result.device, result.num_sms) != device:
+            device = result.device, result.num_sms
+            lines.append(_printable(_device(result)))
+        lines += [f"  {result.problem}", "  " + _aligned(row, widths)]
+    if any(result.origin == "predicted" for result in results):
+        lines.append(f"~ {_PREDICTED[0].lower()}{_PREDICTED[1:]}")
+    return "\n".join(lines)
+
+
+def write_html(path: str | Path, results: Sequence[Result]) -> None:
+    """Write the report: one page, complete in itself. Raises OSError if it cannot be written."""
+    Path(path).write_text(page(list(results)), encoding="utf-8")
+
+
+def page(results: list[Result]) -> str:
+    """The report as HTML."""
+    title = "numflash-tune"
+    if len(results) == 1:
+        title += f": {results[0].problem} on {results[0].device}"
+    body: list[object] = [tag("h1", "numflash-tune"), tag("p", _subtitle(results), class_="muted")]
+    if len(results) > 1:
+        body.append(report_tables.summary(results))
+    body += [_section(number, result, results) for number, result in enumerate(results, 1)]
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"/>'
+        '<meta name="viewport" content="width=device-width,initial-scale=1"/>'
+        f"{tag('title', title)}<style>{STYLE}</style></head>\n"
+        f"<body>{_HATCH}{tag('main', *body)}</body></html>\n"
+    )
+
+
+_HATCH = tag(
+    "svg",
+    tag(
+        "defs",
+        tag(
+            "pattern",
+            tag("line", x1=0, y1=0, x2=0, y2=6, class_="hatch"),
+            id="hatch",
+            width=6,
+            height=6,
+            patternUnits="userSpaceOnUse",
+            patternTransform="rotate(45)",
+        ),
+    ),
+    xmlns="http://www.w3.org/2000/svg",
+    class_="defs",
+    width=0,
+    height=0,
+    aria_hidden="true",
+)
+
+
+def _section(number: int, result: Result, results: list[Result]) -> Markup:
+    figures = [
+        charts.history(result),
+        charts.heat_map(result),
+        charts.importances(result),
+        charts.agreement(result),
+        *occupancy(result),
+        charts.parts(result),
+    ]
+    tried, failed = len(result.records), report_tables.failure_groups(result.records)
+    figures.sort(key=lambda figure: figure.svg is None)
+    alone = len(results) == 1
+    contents = [
+        tag("h2", result.problem),
+        tag("p", _device(result), class_="muted"),
+        _facts(result),
+        tag("div", *map(_figure, figures), class_="charts"),
+        _folded(f"Tried: {tried}", report_tables.tried(result), alone and tried <= _OPEN_ROWS),
+    ]
+    if result.pruned:
+        removed = sum(result.pruned.values())
+        summary = f"Pruned before anything was compiled: {removed:,}"
+        if result.space_size:
+            summary += f" of {result.space_size:,} in the space"
+        contents.append(_folded(summary, report_tables.pruned(result), alone))
+    if failed:
+        count = sum(len(records) for _, records in failed)
+        summary = f"Failed: {count} of {tried} tried"
+        contents.append(_folded(summary, report_tables.failures(result), alone))
+    return tag("section", *contents, id=f"result-{number}")
+
+
+def _facts(result: Result) -> Markup:
+    """The outcome in a few figures."""
+    about = "" if result.origin == "measured" else " (predicted)"
+    default, best = result.time_ms(result.default), result.time_ms(result.best)
+    entries = [
+        (f"default{about}", tag("b", f"{format_ms(default)} ms"), result.default.config),
+        (f"best{about}", tag("b", f"{format_ms(best)} ms"), result.best.config),
+        (f"speed-up{about}", tag("b", format_speedup(result.speedup)), None),
+    ]
+    if result.default.outcome in FAILURES:
+        entries[0] = ("default", tag("b", "failed", class_="failed"), result.default.config)
+    if result.winner is None:
+        entries[1] = ("best", tag("b", "none", class_="failed"), None)
+    if result.spread is not None:
+        entries.append(("spread of the best", tag("b", format_share(result.spread)), None))
+    if result.floor and best:
+        reached = f"the best takes {best / result.floor:.2f} times as long"
+        entries.append(("floor, by the model", tag("b", f"{format_ms(result.floor)} ms"), reached))
+    return tag(
+        "dl",
+        *(
+            tag("div", tag("dt", name), tag("dd", value, *([" ", _detail(more)] if more else [])))
+            for name, value, more in entries
+        ),
+        class_="facts",
+    )
+
+
+def _detail(text: str) -> Markup:
+    return tag("span", text, class_="muted") if " " in text else tag("code", text)
+
+
+def _figure(figure: charts.Figure) -> Markup:
+    drawn = [] if figure.svg is None else [figure.svg]
+    return tag("figure", tag("h3", figure.title), *drawn, tag("figcaption", figure.caption))
+
+
+def _folded(summary: str, contents: Markup, opened: bool) -> Markup:
+    return tag("details", tag("summary", summary), contents, open="" if opened else None)
+
+
+def _subtitle(results: list[Result]) -> Markup:
+    if not results:
+        return escaped("Nothing was tuned.")
+    tried = sum(len(result.records) for result in results)
+    classes = "1 problem class" if len(results) == 1 else f"{len(results)} problem classes"
+    text = f"{classes}, {tried:,} trial" + ("s" if tried != 1 else "")
+    finished = max((r.finished for result in results for r in result.records), default=0.0)
+    if finished:
+        text += f", the last of them on {datetime.fromtimestamp(finished, UTC):%Y-%m-%d %H:%M} UTC"
+    predicted = sum(result.origin == "predicted" for result in results)
+    if not predicted:
+        return escaped(text + ".")
+    which = (
+        "All times are"
+        if predicted == len(results)
+        else f"Times of {predicted} of the classes are"
+    )
+    return joined([text + ". ", tag("b", f"{which} {_PREDICTED[0].lower()}{_PREDICTED[1:]}")])
+
+
+def _device(result: Result) -> str:
+    if result.device == result.arch:
+        return f"{result.device}, {result.num_sms} SMs"
+    return f"{result.device} ({result.arch}, {result.num_sms} SMs)"
+
+
+def _columns(result: Result) -> tuple[str, ...]:
+    return (
+        result.default.config,
+        format_time(result, result.default),
+        result.best.config if result.winner else "none",
+        format_time(result, result.best) if result.winner else "-",
+        format_speedup(result.speedup),
+        format_share(result.spread),
+        result.origin,
+    )
+
+
+def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
+    """A line of the table; configs and words to the left, numbers to the right."""
+    aligned = [
+        _printable(cell).ljust(width) if i in (0, 2, 6) else cell.rjust(width)
+        for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+    ]
+    return "  " + "  ".join(aligned).rstrip()
+
+
+def _printable(text: str) -> str:
+    """Names come from files: control characters must not reach the terminal."""
+    return "".join(c if c.isprintable() else "?" for c in text)

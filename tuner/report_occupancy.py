@@ -1,0 +1,171 @@
+"""The occupancy picture: how many blocks of each compiled config fit on an SM, and the budgets.
+
+How many registers a block takes depends on its threads, so there is a chart per number of threads.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable
+
+from numflash.devices import KB, Architecture, architecture, blocks_per_sm
+from numflash_tuner.charts import Figure, described, key
+from numflash_tuner.records import FAILURES, Record
+from numflash_tuner.report_axes import (
+    BOTTOM,
+    LEFT,
+    RIGHT,
+    TOP,
+    Axis,
+    chart,
+    circle,
+    cross,
+    frame,
+    line,
+    text,
+)
+from numflash_tuner.report_markup import Markup, escaped, joined, tag
+from numflash_tuner.results import Result
+
+MAX_REGISTERS = 255
+"""Of a thread, on every architecture."""
+MAX_CHARTS = 4
+# Corners of curves closer than this, in pixels, get no label.
+_LABEL_ROOM = 13
+_TITLE = "Occupancy"
+
+
+def occupancy(result: Result) -> list[Figure]:
+    """A figure for each number of threads that compiled configs have, that of the best first."""
+    try:
+        limits = architecture(result.arch)
+    except ValueError as error:
+        return [Figure(_TITLE, escaped(f"Limits are unknown: {error}."))]
+    threads = Counter(
+        record.machinery.num_threads for record in result.records if record.machinery is not None
+    )
+    if not threads:
+        return [Figure(_TITLE, escaped("No config was compiled."))]
+    winner = result.winner
+    of_best = winner.machinery.num_threads if winner and winner.machinery else None
+    order = sorted(threads, key=lambda n: (n != of_best, -threads[n], n))
+    figures = [_figure(result, limits, n) for n in order[:MAX_CHARTS]]
+    if left_out := order[MAX_CHARTS:]:
+        names = ", ".join(map(str, sorted(left_out)))
+        figures.append(Figure(_TITLE, escaped(f"Not drawn: blocks of {names} threads.")))
+    return figures
+
+
+def corner(limits: Architecture, num_threads: int, blocks: int) -> tuple[int, int] | None:
+    """The most (shared memory in bytes, registers) with which so many blocks fit on an SM.
+
+    Each is the most with next to nothing of the other; None if the threads alone are too many.
+    """
+
+    def fits(registers: int, smem_bytes: int) -> bool:
+        return blocks_per_sm(limits, num_threads, registers, smem_bytes)[0] >= blocks
+
+    if not fits(1, 0):
+        return None
+    return (
+        _most(limits.max_smem_per_block, lambda smem: fits(1, smem)),
+        _most(MAX_REGISTERS, lambda registers: fits(registers, 0)),
+    )
+
+
+def _most(high: int, fits: Callable[[int], bool]) -> int:
+    """The largest number up to `high` that fits, by bisection; 0 fits."""
+    low = 0
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def _figure(result: Result, limits: Architecture, num_threads: int) -> Figure:
+    records = [r for r in result.records if r.machinery and r.machinery.num_threads == num_threads]
+    widest = max(limits.max_smem_per_block, *(r.machinery.smem_bytes for r in records))
+    x = Axis(0.0, widest / KB * 1.04, LEFT, RIGHT)
+    y = Axis(0.0, 272.0, BOTTOM, TOP)
+    marks, last, blocks = [], math.inf, 1
+    while (at := corner(limits, num_threads, blocks)) is not None and min(at) > 0:
+        px, py = x(at[0] / KB), y(at[1])
+        if last - px > _LABEL_ROOM:
+            marks.append(_bounded(px, py, "curve"))
+            label = "1 block" if blocks == 1 else f"{blocks}"
+            marks.append(text(px - 3, py + 11, label, "muted halo", "end"))
+            last = px
+        blocks += 1
+    marks += _budgets(result, limits, num_threads, x, y)
+    marks += [_point(record, result, x, y) for record in records]
+    failed = sum(record.outcome in FAILURES for record in records)
+    legend = []
+    if len(records) > failed:
+        legend.append(key("●", "k-accent", f"compiled ({len(records) - failed})"))
+    if failed:
+        legend.append(key("x", "failed", f"compiled, but failed ({failed})"))
+    legend.append(
+        f"Curves: the most registers and shared memory for 1, 2, 3 ... blocks on an SM "
+        f"of {limits.arch}. "
+    )
+    if _has_budget(result):
+        legend.append(key("- -", "k-second", "budgets"))
+    return Figure(
+        f"Occupancy, {num_threads} threads per block",
+        joined(legend),
+        chart(
+            f"{len(records)} configs of {num_threads} threads by shared memory and registers",
+            frame(x, y, "shared memory per block, KB", "registers per thread"),
+            *marks,
+        ),
+    )
+
+
+def _bounded(px: float, py: float, class_: str) -> Markup:
+    return tag("path", d=f"M{LEFT} {py:.1f}H{px:.1f}V{BOTTOM}", class_=class_)
+
+
+def _point(record: Record, result: Result, x: Axis, y: Axis) -> Markup:
+    machinery = record.machinery
+    px, py = x(machinery.smem_bytes / KB), y(min(machinery.registers, 272))
+    about = (
+        f"{described(record)}; {machinery.registers} registers, {machinery.smem_bytes} bytes, "
+        f"{machinery.blocks_per_sm} blocks per SM, limited by {machinery.limited_by}"
+    )
+    if record.outcome in FAILURES:
+        return cross(px, py, "cross", about)
+    dot = circle(px, py, 2.5, "dot", about)
+    if record.config != result.best.config:
+        return dot
+    return joined([dot, circle(px, py, 5, "ring"), text(px + 8, py + 4, "best", "halo")])
+
+
+def _has_budget(result: Result) -> bool:
+    names = ("sram_budget_bytes", "min_occupancy", "max_registers")
+    return any(result.budgets.get(name) for name in names)
+
+
+def _budgets(
+    result: Result, limits: Architecture, num_threads: int, x: Axis, y: Axis
+) -> list[Markup]:
+    """The limits that the user has set, and the device's limit of shared memory."""
+    budgets, marks = result.budgets, []
+    limit = (budgets.get("smem_limit_bytes") or limits.max_smem_per_block) / KB
+    marks.append(line(x(limit), BOTTOM, x(limit), TOP, "axis", f"limit of a block: {limit:g} KB"))
+    if (smem := budgets.get("sram_budget_bytes")) is not None:
+        px = x(min(smem / KB, x.high))
+        marks.append(line(px, BOTTOM, px, TOP, "budget", f"budget: {smem / KB:g} KB"))
+        marks.append(text(px - 4, BOTTOM - 5, f"{smem / KB:g} KB", "label-default halo", "end"))
+    if (registers := budgets.get("max_registers")) is not None:
+        py = y(min(registers, 272))
+        marks.append(line(LEFT, py, RIGHT, py, "budget", f"budget: {registers} registers"))
+        marks.append(
+            text(RIGHT - 4, py - 4, f"{registers} registers", "label-default halo", "end")
+        )
+    if share := budgets.get("min_occupancy"):
+        blocks = math.ceil(share * limits.max_threads_per_sm / num_threads)
+        if (at := corner(limits, num_threads, blocks)) is not None:
+            px, py = x(at[0] / KB), y(at[1])
+            marks.append(_bounded(px, py, "budget"))
+            label = f"at least {blocks} block" + ("s" if blocks > 1 else "")
+            marks.append(text(LEFT + 4, py + 12, label, "label-default halo"))
+    return marks

@@ -1,0 +1,152 @@
+"""The report's tables: the summary, all that was tried, what was pruned and what failed."""
+
+import re
+from collections.abc import Iterable
+
+from numflash_tuner.records import FAILURES, Record
+from numflash_tuner.report_markup import Markup, escaped, joined, tag
+from numflash_tuner.results import Result, format_ms
+
+_NUMBER = re.compile(r"\d+(?:\.\d+)?")
+
+
+def summary(results: list[Result]) -> Markup:
+    """A row per result, linked to its section; predicted times begin with ~."""
+    device = ("device",) if len({result.device for result in results}) > 1 else ()
+    head = ("problem class", *device, "default", "ms", "best", "ms", "speed-up", "spread", "times")
+    numbers = [i for i, name in enumerate(head) if name in ("ms", "speed-up", "spread")]
+    rows = [
+        _row(
+            tag("a", result.problem, href=f"#result-{number}"),
+            *([result.device] if device else []),
+            tag("code", result.default.config),
+            format_time(result, result.default),
+            tag("code", result.best.config) if result.winner else "none",
+            format_time(result, result.best) if result.winner else "-",
+            format_speedup(result.speedup),
+            format_share(result.spread),
+            result.origin,
+            numbers=numbers,
+            classes={0: "class"},
+        )
+        for number, result in enumerate(results, 1)
+    ]
+    return _table(head, rows, numbers)
+
+
+def tried(result: Result) -> Markup:
+    """All records by time, those without one at the end in order of trial."""
+    records = sorted(result.records, key=lambda record: result.time_ms(record) or float("inf"))
+    rows, winner = [], result.winner
+    for record in records:
+        machinery = record.machinery
+        failed = record.outcome in FAILURES
+        compiled = ("-", "-", "-")
+        if machinery is not None:
+            smem = f"{machinery.smem_bytes / 1024:.1f}"
+            compiled = (machinery.registers, smem, machinery.blocks_per_sm)
+        rows.append(
+            _row(
+                tag("code", record.config),
+                tag("span", record.outcome.replace("_", " "), class_="failed" if failed else None),
+                "-" if failed else format_ms(record.median_ms),
+                "-" if failed else format_share(record.spread),
+                format_ms(record.predicted_ms),
+                *compiled,
+                numbers=range(2, 8),
+                class_="best" if winner and record.config == winner.config else None,
+            )
+        )
+    head = (
+        "config",
+        "outcome",
+        "measured, ms",
+        "spread",
+        "predicted, ms",
+        "registers",
+        "shared, KB",
+        "blocks/SM",
+    )
+    return _table(head, rows, numbers=range(2, 8))
+
+
+def pruned(result: Result) -> Markup:
+    """How many configs each constraint removed before anything was compiled."""
+    ordered = sorted(result.pruned.items(), key=lambda item: (-item[1], item[0]))
+    rows = []
+    for name, count in ordered:
+        share = f"{count / result.space_size:.1%}" if result.space_size else "-"
+        rows.append(_row(name, count, share, numbers=(1, 2)))
+    return _table(("constraint", "configs", "of the space"), rows, numbers=(1, 2))
+
+
+def failures(result: Result) -> Markup:
+    """The failed, grouped by outcome and reason, with one of each group as its example."""
+    rows = [
+        _row(
+            tag("span", outcome.replace("_", " "), class_="failed"),
+            len(records),
+            records[0].reason or "no reason given",
+            tag("code", records[0].config),
+            numbers=(1,),
+            classes={2: "reason"},
+        )
+        for outcome, records in failure_groups(result.records)
+    ]
+    return _table(("outcome", "configs", "reason (of the example)", "example"), rows, numbers=(1,))
+
+
+def failure_groups(records: Iterable[Record]) -> list[tuple[str, list[Record]]]:
+    """Failed records by outcome and reason, most frequent first.
+
+    Reasons that differ only in numbers are one.
+    """
+    groups: dict[tuple[str, str], list[Record]] = {}
+    for record in records:
+        if record.outcome in FAILURES:
+            reason = _NUMBER.sub("#", record.reason)
+            groups.setdefault((record.outcome, reason), []).append(record)
+    ordered = sorted(groups.items(), key=lambda group: (-len(group[1]), group[0]))
+    return [(outcome, members) for (outcome, _), members in ordered]
+
+
+def format_time(result: Result, record: Record) -> str:
+    """Milliseconds as they compare in the result, marked by ~ if predicted; or "failed"."""
+    if record.outcome in FAILURES:
+        return "failed"
+    time = result.time_ms(record)
+    mark = "~" if time is not None and result.origin == "predicted" else ""
+    return mark + format_ms(time)
+
+
+def format_speedup(speedup: float | None) -> str:
+    """As in 1.25x; a dash if unknown."""
+    return "-" if speedup is None else f"{speedup:.2f}x"
+
+
+def format_share(share: float | None) -> str:
+    """In percent; a dash if unknown."""
+    return "-" if share is None else f"{share:.1%}"
+
+
+def _row(
+    *cells: object,
+    numbers: Iterable[int] = (),
+    classes: dict[int, str] | None = None,
+    class_: str | None = None,
+) -> Markup:
+    """A row; columns in `numbers` are aligned to the right."""
+    classes = {**dict.fromkeys(numbers, "n"), **(classes or {})}
+    contents = [tag("td", cell, class_=classes.get(i)) for i, cell in enumerate(cells)]
+    return tag("tr", *contents, class_=class_)
+
+
+def _table(head: tuple[str, ...], rows: list[Markup], numbers: Iterable[int]) -> Markup:
+    """A table that scrolls by itself where the page is narrow."""
+    names = [
+        tag("th", name, scope="col", class_="n" if i in numbers else None)
+        for i, name in enumerate(head)
+    ]
+    body = joined(rows) if rows else escaped("")
+    table = tag("table", tag("thead", tag("tr", *names)), tag("tbody", body))
+    return tag("div", table, class_="scroll", tabindex="0")
