@@ -22,6 +22,7 @@ ORIGINS = ("predicted", "measured")
 """How a time was found, the weaker first."""
 _MAX_INT = 2**31 - 1
 _MAX_DIGITS = 400
+_SIZES = ("seqlen_q", "seqlen_k", "batch_heads", "group_size")
 
 
 @dataclass(frozen=True, order=True)
@@ -67,7 +68,8 @@ class Entry:
         default_config, default_ms: what runs untuned, and its time in the same run.
 
     Raises:
-        ValueError: one of them cannot be that; the configs must be of the problem's family.
+        ValueError: one of them cannot be that: sizes of a class are powers of two, and the configs
+            are of its family.
     """
 
     problem: ProblemClass
@@ -84,6 +86,9 @@ class Entry:
     def __post_init__(self):
         known = isinstance(self.problem, ProblemClass)
         _require(known, "problem", "a ProblemClass", self.problem)
+        sizes = [getattr(self.problem, name) for name in _SIZES]
+        rounded = all(_is_power_of_two(n) for n in [*sizes, self.problem.window or 1])
+        _require(rounded, "problem", "of sizes that are powers of two", str(self.problem))
         for name in ("config", "default_config"):
             text = getattr(self, name)
             _require(isinstance(text, str), name, "the string form of a config", text)
@@ -269,6 +274,10 @@ def _require(valid: Any, name: str, rule: str, value: Any) -> None:
 def _brief(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _is_power_of_two(n: int) -> bool:
+    return 0 < n <= _MAX_INT and n & (n - 1) == 0
 
 
 def _finite(value: Any) -> bool:
