@@ -36,18 +36,8 @@ def limits_of_device(device: int) -> Architecture:
     """
     if SIMULATED:
         return architecture(os.environ.get("NUMFLASH_SIM_ARCH", _SIMULATED_ARCHITECTURE))
-    driver = _driver()
-    attribute = driver.CUdevice_attribute
-    handle = _checked(driver.cuDeviceGet(device))
-    names = ("MAJOR", "MINOR")
-    capability = tuple(
-        _checked(
-            driver.cuDeviceGetAttribute(
-                getattr(attribute, f"CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_{name}"), handle
-            )
-        )
-        for name in names
-    )
+    names = "COMPUTE_CAPABILITY_MAJOR", "COMPUTE_CAPABILITY_MINOR"
+    capability = _attributes(device, *names)
     try:
         return architecture_of(capability)
     except ValueError as error:
@@ -63,17 +53,20 @@ def multiprocessors(device: int) -> tuple[int, int]:
     """(streaming multiprocessors, bytes of L2 cache) of a CUDA device, or of the simulator."""
     if SIMULATED:
         return _SIMULATED_MULTIPROCESSORS
-    driver = _driver()
-    handle = _checked(driver.cuDeviceGet(device))
-    names = ("MULTIPROCESSOR_COUNT", "L2_CACHE_SIZE")
-    return tuple(
-        _checked(
-            driver.cuDeviceGetAttribute(
-                getattr(driver.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}"), handle
-            )
-        )
-        for name in names
-    )
+    return _attributes(device, "MULTIPROCESSOR_COUNT", "L2_CACHE_SIZE")
+
+
+def clocks(device: int) -> tuple[float, float]:
+    """(MHz of the SMs at most, 1e9 bytes per second of memory) of a CUDA device."""
+    names = "CLOCK_RATE", "MEMORY_CLOCK_RATE", "GLOBAL_MEMORY_BUS_WIDTH"
+    clock_khz, memory_khz, bits = _attributes(device, *names)
+    # Memory moves data at both edges of its clock.
+    return clock_khz / 1e3, 2 * memory_khz * 1e3 * bits / 8 / 1e9
+
+
+def num_devices() -> int:
+    """How many CUDA devices there are. Raises UnsupportedError without a driver."""
+    return _checked(_driver().cuDeviceGetCount())
 
 
 @cache
@@ -84,6 +77,17 @@ def device_name(device: int) -> str:
     driver = _driver()
     handle = _checked(driver.cuDeviceGet(device))
     return _checked(driver.cuDeviceGetName(256, handle)).split(b"\0")[0].decode()
+
+
+def _attributes(device: int, *names: str) -> tuple[int, ...]:
+    """Attributes of a CUDA device."""
+    driver = _driver()
+    handle = _checked(driver.cuDeviceGet(device))
+    kinds = driver.CUdevice_attribute
+    return tuple(
+        _checked(driver.cuDeviceGetAttribute(getattr(kinds, f"CU_DEVICE_ATTRIBUTE_{n}"), handle))
+        for n in names
+    )
 
 
 class Launcher:

@@ -56,10 +56,10 @@ class ProblemClass:
             family,
             traits,
             _mask(problem),
-            _bucket(problem.seqlen_q, _MAX_SEQLEN),
-            _bucket(problem.seqlen_k, _MAX_SEQLEN),
-            _bucket(problem.batch * problem.num_heads_q, _MAX_BATCH_HEADS),
-            _bucket(problem.group_size, _MAX_BATCH_HEADS),
+            round_up(problem.seqlen_q, _MAX_SEQLEN),
+            round_up(problem.seqlen_k, _MAX_SEQLEN),
+            round_up(problem.batch * problem.num_heads_q, _MAX_BATCH_HEADS),
+            round_up(problem.group_size, _MAX_BATCH_HEADS),
         )
 
     @classmethod
@@ -88,8 +88,8 @@ class ProblemClass:
         return int(self.mask.removeprefix("window")) if self.mask.startswith("window") else None
 
 
-def _bucket(n: int, most: int) -> int:
-    """The next power of two."""
+def round_up(n: int, most: int = _MAX_SEQLEN) -> int:
+    """The next power of two, at most `most`: what a class keeps of a size."""
     return min(1 << max(0, n - 1).bit_length(), most)
 
 
@@ -97,5 +97,5 @@ def _mask(problem: AttentionProblem) -> str:
     """The kind of a problem's mask, by what it hides rather than by how it was asked for."""
     if problem.band_lo > 1 - problem.seqlen_q:
         width = max(1, problem.band_hi - problem.band_lo + 1)
-        return f"window{_bucket(width, _MAX_SEQLEN)}"
+        return f"window{round_up(width, _MAX_SEQLEN)}"
     return "causal" if problem.band_hi < problem.seqlen_k - 1 else "full"

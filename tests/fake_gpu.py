@@ -265,6 +265,9 @@ class Driver:
     def cuDeviceGet(self, ordinal):
         return OK, ordinal
 
+    def cuDeviceGetName(self, length, device):
+        return OK, b"Fake GPU".ljust(length, b"\0")
+
     def cuDeviceGetAttribute(self, attribute, device):
         return OK, self.attributes[attribute]
 

@@ -1,0 +1,8 @@
+"""`python -m numflash_tuner` is `numflash-tune`."""
+
+import sys
+
+from numflash_tuner.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,35 @@
+"""NUMFLASH_AUTOTUNE: what numflash calls when it meets a class of problems for the first time."""
+
+import logging
+
+from numflash.problem_class import ProblemClass
+from numflash_tuner.measure import DeviceMeasurer
+from numflash_tuner.search import Limits
+from numflash_tuner.session import Options, Session
+from numflash_tuner.target import find_target
+
+_log = logging.getLogger("numflash")
+
+
+def autotune(problem: ProblemClass, device: int, seconds: float) -> None:
+    """Tune a class on a CUDA device and remember the winner.
+
+    Args:
+        problem: the class.
+        device: ordinal of the CUDA device.
+        seconds: what the search may take; compiling what it has begun may take a little longer.
+
+    Raises:
+        LookupError: no config worked.
+        RuntimeError: the device or the storage of trials cannot be used.
+    """
+    target = find_target(str(device), offline=False)
+    options = Options(limits=Limits(trials=None, seconds=seconds))
+    _log.info("tuning %s for %g s ...", problem, seconds)
+    with (
+        DeviceMeasurer(device) as measurer,
+        Session(target.key, target.machine, measurer, options) as session,
+    ):
+        (space,) = session.spaces([problem])
+        result = session.tune(space, 1, str(problem), quiet=True)
+    _log.info("tuned %s: %s", problem, result.best.config)

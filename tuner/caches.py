@@ -1,0 +1,114 @@
+"""`numflash-tune show | validate | export | merge | clear`: the config cache by command line."""
+
+import argparse
+import sys
+from collections.abc import Callable
+
+from numflash import store
+from numflash.entries import DeviceKey, Entry
+
+COMMANDS = ("show", "validate", "export", "merge", "clear")
+
+
+def main(argv: list[str]) -> int:
+    """Run a subcommand; the exit status. Bad arguments exit with 2."""
+    parser = argparse.ArgumentParser(
+        prog="numflash-tune", description=f"The config cache, {store.config_dir()}."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    show = commands.add_parser("show", help="what is remembered for each device")
+    show.add_argument("--device", help="only devices whose name contains this")
+    show.add_argument("--shipped", action="store_true", help="the tables that come with numflash")
+    validate = commands.add_parser("validate", help="what is wrong with files; exit 1 if anything")
+    validate.add_argument("files", nargs="*", help="default: those of the cache")
+    export = commands.add_parser("export", help="write the cache to one file")
+    export.add_argument("file")
+    export.add_argument("--device", help="only devices whose name contains this")
+    merge = commands.add_parser("merge", help="add the entries of files to the cache")
+    merge.add_argument("files", nargs="+")
+    clear = commands.add_parser("clear", help="forget what was tuned")
+    clear.add_argument("--device", help="only devices whose name contains this")
+    args = parser.parse_args(argv)
+    run: Callable[[argparse.Namespace], int] = globals()[f"_{args.command}"]
+    try:
+        return run(args)
+    except (OSError, ValueError) as error:
+        parser.exit(1, f"{parser.prog} {args.command}: error: {error}\n")
+
+
+def _show(args: argparse.Namespace) -> int:
+    tables = store.read_shipped() if args.shipped else store.read_all()
+    chosen = _chosen(tables, args.device)
+    for device in chosen:
+        print(device)
+        print("\n".join(_lines(tables[device])))
+    if not chosen:
+        of = f" of a device like {args.device!r}" if args.device else ""
+        print(f"no entries{of} in {store.config_dir()}", file=sys.stderr)
+    return 0
+
+
+def _lines(entries: list[Entry]) -> list[str]:
+    header = ("problem class", "config", "ms", "default", "ms", "speed-up", "origin", "date")
+    rows = [header]
+    for entry in sorted(entries, key=lambda entry: str(entry.problem)):
+        rows.append(
+            (
+                str(entry.problem),
+                entry.config,
+                f"{entry.time_ms:.4g}",
+                entry.default_config,
+                f"{entry.default_ms:.4g}",
+                f"{entry.default_ms / entry.time_ms:.2f}",
+                entry.origin,
+                entry.date[:10],
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  "
+        + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+
+
+def _validate(args: argparse.Namespace) -> int:
+    paths = args.files or sorted(map(str, store.config_dir().glob("*.json")))
+    wrong = [problem for path in paths for problem in store.validate(path)]
+    print("\n".join(wrong) if wrong else f"{len(paths)} files, nothing wrong")
+    return 1 if wrong else 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    devices = None
+    if args.device:
+        devices = _chosen(store.read_all(), args.device)
+        if not devices:
+            raise ValueError(f"the config cache has no device like {args.device!r}")
+    print(f"{store.export(args.file, devices)} entries in {args.file}")
+    return 0
+
+
+def _merge(args: argparse.Namespace) -> int:
+    counts = store.merge(args.files)
+    print(
+        f"{counts.added} added, {counts.replaced} replaced, {counts.unchanged} unchanged, "
+        f"{counts.skipped} skipped"
+    )
+    return 0
+
+
+def _clear(args: argparse.Namespace) -> int:
+    removed = []
+    if args.device is None:
+        removed = store.clear()
+    else:
+        for device in _chosen(store.read_all(), args.device):
+            removed += store.clear(device)
+    print("\n".join(f"removed {path}" for path in removed) or "nothing to remove")
+    return 0
+
+
+def _chosen(tables: dict[DeviceKey, list[Entry]], part: str | None) -> list[DeviceKey]:
+    wanted = (part or "").lower()
+    return sorted((d for d in tables if wanted in d.name.lower()), key=str)

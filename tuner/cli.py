@@ -1,0 +1,309 @@
+"""`numflash-tune`: find, prove and remember the best config of each kernel on a GPU.
+
+numflash-tune                                        this machine's GPU, common problems
+numflash-tune --device "NVIDIA A100" --offline       predict for a GPU that is not here
+numflash-tune --capture FILE -- python program.py    note what a program runs
+numflash-tune --from-capture FILE                    and tune that
+numflash-tune show | validate | export | merge | clear
+"""
+
+import argparse
+import itertools
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from numflash.capture import read as read_capture
+from numflash.configs import DTYPES, MAX_HEAD_DIM, Traits, padded_head_dim
+from numflash.errors import UnsupportedError
+from numflash.problem_class import ProblemClass, round_up
+from numflash_tuner import caches
+
+FAMILIES = {"forward": ("forward",), "backward": ("backward-dkdv", "backward-dq", "backward")}
+_SAMPLERS = ("tpe", "grid", "random", "cmaes")
+_TRIALS = 48
+_INTERRUPTED = 130
+_UNITS = {"": 1, "K": 1024, "M": 1024**2}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a bad argument in one line."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="numflash-tune",
+        description="Find, prove and remember the best config of each kernel on a GPU. "
+        f"Subcommands for the config cache: {', '.join(caches.COMMANDS)}.",
+    )
+    where = parser.add_argument_group("where")
+    where.add_argument(
+        "--device",
+        metavar="D",
+        help='a GPU of this machine by number (default: 0), or by name, as in "NVIDIA A100", or '
+        "an architecture, as in sm_89",
+    )
+    where.add_argument(
+        "--offline",
+        action="store_true",
+        help="predict from machine code instead of measuring; needs no GPU",
+    )
+    where.add_argument("--list-devices", action="store_true", help="the GPUs known by name")
+    what = parser.add_argument_group("what: every combination of these is a class of problems")
+    what.add_argument(
+        "--pass", dest="passes", nargs="+", choices=tuple(FAMILIES), default=list(FAMILIES)
+    )
+    what.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float16", "bfloat16"])
+    what.add_argument("--head-dim", nargs="+", type=int, default=[64, 128], metavar="N")
+    what.add_argument("--head-dim-v", type=int, metavar="N", help="default: as --head-dim")
+    what.add_argument(
+        "--mask",
+        nargs="+",
+        default=["full", "causal"],
+        metavar="MASK",
+        help="full, causal, or windowN: a query sees N keys (default: full causal)",
+    )
+    what.add_argument("--seqlen", nargs="+", type=int, default=[4096], metavar="N", help="keys")
+    what.add_argument("--seqlen-q", type=int, metavar="N", help="queries; default: as --seqlen")
+    what.add_argument("--batch", type=int, default=4, metavar="N", help="default: 4")
+    what.add_argument("--heads", type=int, default=16, metavar="N", help="default: 16")
+    what.add_argument("--heads-kv", type=int, metavar="N", help="default: as --heads")
+    what.add_argument("--softcap", action="store_true", help="with soft capping")
+    what.add_argument("--alibi", action="store_true", help="with ALiBi slopes")
+    what.add_argument("--precision", choices=("tf32",), help="float32 on the tensor cores")
+    what.add_argument(
+        "--from-capture", metavar="FILE", help="the classes that --capture noted, instead"
+    )
+    how = parser.add_argument_group("how")
+    how.add_argument(
+        "--trials", type=int, default=_TRIALS, metavar="N", help=f"per class; default: {_TRIALS}"
+    )
+    how.add_argument("--time-budget", type=float, metavar="SECONDS", help="of the whole run")
+    how.add_argument(
+        "--target",
+        type=float,
+        metavar="PERCENT",
+        help="stop a class that is within so much of the time no kernel can beat",
+    )
+    how.add_argument("--sampler", choices=_SAMPLERS, default="tpe", help="default: tpe")
+    how.add_argument("--seed", type=int, metavar="N", help="of the sampler")
+    how.add_argument(
+        "--sram-budget", metavar="BYTES", help="shared memory a block may take, as in 48K"
+    )
+    how.add_argument(
+        "--min-occupancy",
+        type=float,
+        default=0.0,
+        metavar="PART",
+        help="part of an SM's threads that must be resident, 0 to 1",
+    )
+    how.add_argument(
+        "--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="compiler processes"
+    )
+    how.add_argument(
+        "--storage",
+        metavar="URL",
+        help="a database, as in postgresql://user@host/name, or a journal file, that several "
+        "processes and hosts work on together; default: a journal in the user's cache",
+    )
+    how.add_argument(
+        "--report", metavar="FILE", help="write a page with everything that was tried"
+    )
+    how.add_argument("--quiet", action="store_true", help="no progress bar")
+    how.add_argument(
+        "--capture",
+        metavar="FILE",
+        help="run the program after -- and note the classes of problems that it runs",
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run `numflash-tune`; the exit status. Bad arguments exit with 2, Ctrl-C with 130."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(format="numflash: %(message)s", level=logging.WARNING)
+    if argv and argv[0] in caches.COMMANDS:
+        return caches.main(argv)
+    program = []
+    if "--" in argv:
+        at = argv.index("--")
+        argv, program = argv[:at], argv[at + 1 :]
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if (args.capture is None) != (not program):
+        parser.error("--capture FILE goes with a program: --capture FILE -- python program.py")
+    if program:
+        return _capture(args.capture, program, parser)
+    try:
+        return _tune(args, parser)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return _INTERRUPTED
+
+
+def _capture(path: str, program: list[str], parser: argparse.ArgumentParser) -> int:
+    """Run a program that notes its problem classes; its exit status."""
+    environment = {**os.environ, "NUMFLASH_CAPTURE": os.path.abspath(path)}
+    try:
+        status = subprocess.run(program, env=environment, check=False).returncode
+    except OSError as error:
+        parser.error(f"cannot run {program[0]}: {error}")
+    try:
+        print(f"{len(read_capture(path))} classes of problems are in {path}")
+    except FileNotFoundError:
+        print(f"{program[0]} ran no attention: {path} was not written", file=sys.stderr)
+    return status
+
+
+def _tune(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    try:
+        from numflash_tuner import report
+        from numflash_tuner.machines import names
+        from numflash_tuner.measure import DeviceMeasurer, DeviceUnavailableError
+        from numflash_tuner.search import Limits, make_sampler
+        from numflash_tuner.session import Options, Session
+        from numflash_tuner.space import Budgets
+        from numflash_tuner.studies import StorageError
+        from numflash_tuner.target import find_target
+    except ImportError as error:
+        parser.error(f'{error}; the tuner needs: pip install "numflash[tune]"')
+    if args.list_devices:
+        print("\n".join(names()))
+        return 0
+    try:
+        problems = _problems(args)
+        target = find_target(args.device, args.offline)
+        options = Options(
+            limits=Limits(
+                _positive("--trials", args.trials),
+                _positive("--time-budget", args.time_budget),
+                None if args.target is None else _positive("--target", args.target) / 100,
+            ),
+            budgets=Budgets(_bytes(args.sram_budget), args.min_occupancy),
+            sampler=args.sampler,
+            seed=args.seed,
+            jobs=_positive("--jobs", args.jobs),
+            storage=args.storage,
+        )
+        make_sampler(args.sampler, args.seed)
+    except UnsupportedError as error:
+        parser.error(
+            f'{error} To tune for a GPU that is not here: --device "NVIDIA A100" --offline'
+        )
+    except (ValueError, ImportError, OSError) as error:
+        parser.error(str(error))
+    measurer = None if target.ordinal is None else DeviceMeasurer(target.ordinal)
+    results, failed = [], 0
+    try:
+        with Session(target.key, target.machine, measurer, options) as session:
+            spaces = session.spaces(problems)
+            for number, space in enumerate(spaces):
+                title = f"[{number + 1}/{len(spaces)}] {space.problem}"
+                left = len(spaces) - number
+                try:
+                    results.append(session.tune(space, left, title, args.quiet))
+                except LookupError as error:
+                    print(f"numflash-tune: {error.args[0]}", file=sys.stderr)
+                    failed += 1
+    except (ValueError, StorageError, DeviceUnavailableError) as error:
+        parser.exit(1, f"{parser.prog}: error: {error}\n")
+    finally:
+        if measurer is not None:
+            measurer.close()
+        if results:
+            print(report.table(results))
+            _write_report(args.report, results, report.write_html)
+    return 1 if failed else 0
+
+
+def _write_report(path: str | None, results: list, write) -> None:
+    if path is None:
+        return
+    try:
+        write(path, results)
+    except OSError as error:
+        print(f"numflash-tune: cannot write the report: {error}", file=sys.stderr)
+    else:
+        print(f"report: {Path(path).resolve()}")
+
+
+def _problems(args: argparse.Namespace) -> list[ProblemClass]:
+    """The classes to tune. Raises ValueError, OSError."""
+    families = [family for name in args.passes for family in FAMILIES[name]]
+    if args.from_capture is not None:
+        found = read_capture(args.from_capture)
+        chosen = [problem for problem in found if problem.family in families]
+        if not chosen:
+            raise ValueError(f"{args.from_capture} holds no class of {', '.join(args.passes)}")
+        return chosen
+    heads_kv = args.heads if args.heads_kv is None else args.heads_kv
+    for name in ("batch", "heads"):
+        _positive(f"--{name}", getattr(args, name))
+    if heads_kv < 1 or args.heads % heads_kv:
+        raise ValueError(f"--heads-kv must divide --heads, {args.heads}, got {heads_kv}")
+    problems = []
+    for dtype, head_dim, seqlen, mask, family in itertools.product(
+        args.dtype, args.head_dim, args.seqlen, args.mask, families
+    ):
+        seqlen_q = seqlen if args.seqlen_q is None else args.seqlen_q
+        sizes = seqlen_q, seqlen, args.batch * args.heads, args.heads // heads_kv
+        text = " ".join(
+            f"{letters}{round_up(_positive('--seqlen', size))}"
+            for letters, size in zip(("q", "k", "bh", "g"), sizes, strict=True)
+        )
+        problems.append(
+            ProblemClass.parse(f"{family} {_traits(args, dtype, head_dim)} {_mask(mask)} {text}")
+        )
+    return problems
+
+
+def _traits(args: argparse.Namespace, dtype: str, head_dim: int) -> Traits:
+    head_dim_v = head_dim if args.head_dim_v is None else args.head_dim_v
+    for option, value in (("--head-dim", head_dim), ("--head-dim-v", head_dim_v)):
+        if not 1 <= value <= MAX_HEAD_DIM:
+            raise ValueError(f"{option} must be 1 to {MAX_HEAD_DIM}, got {value}")
+    vector = 4 if dtype == "float32" else 8
+    return Traits(
+        dtype,
+        padded_head_dim(head_dim),
+        padded_head_dim(head_dim_v),
+        softcap=args.softcap,
+        alibi=args.alibi,
+        vectorized=head_dim % vector == 0 and head_dim_v % vector == 0,
+        tf32=args.precision == "tf32",
+    )
+
+
+def _mask(text: str) -> str:
+    digits = text.removeprefix("window")
+    if text.startswith("window") and digits.isdecimal() and int(digits) > 0:
+        return f"window{round_up(int(digits))}"
+    if text not in ("full", "causal"):
+        raise ValueError(f"--mask must be full, causal or windowN, as in window1024, got {text!r}")
+    return text
+
+
+def _positive(option: str, value):
+    if value is not None and not 0 < value < float("inf"):
+        raise ValueError(f"{option} must be positive, got {value}")
+    return value
+
+
+def _bytes(text: str | None) -> int | None:
+    """A number of bytes, as in 49152 or 48K."""
+    if text is None:
+        return None
+    unit = text[-1:].upper() if text[-1:].isalpha() else ""
+    digits = text.removesuffix(text[-1:]) if unit else text
+    if unit not in _UNITS or not digits.isdecimal():
+        raise ValueError(f"--sram-budget must be a number of bytes, as in 48K, got {text!r}")
+    return int(digits) * _UNITS[unit]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
