@@ -1,0 +1,283 @@
+"""Measuring configs on a GPU, in a child process that may hang or crash.
+
+The child (`worker`) checks a config before its time counts. The limits here are those of the
+watchdog: what exceeds one costs the config a record, and the child its life. Processes that share
+a GPU measure one at a time, under a lock in the cache directory.
+"""
+
+import logging
+import os
+import random
+import re
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from numflash.cache import cache_dir
+from numflash.problem_class import ProblemClass
+from numflash_tuner.child import Child, DeviceUnavailableError, FailedError
+from numflash_tuner.clocks import ClockLog
+from numflash_tuner.records import Record
+
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
+
+_log = logging.getLogger("numflash")
+
+
+class Measurer(Protocol):
+    """What the search asks for times."""
+
+    def measure(
+        self, problem: ProblemClass, config: str, stop: Callable[[list[float]], bool]
+    ) -> Record:
+        """Check and time a config.
+
+        Args:
+            problem: the class it is tuned for.
+            config: its string form.
+            stop: told the samples so far, in milliseconds; True gives the config up as "slow".
+
+        Returns:
+            Its record, "measured", "slow" or why not; nothing that a config does is raised.
+        """
+
+    def remeasure(
+        self, problem: ProblemClass, configs: list[str], rounds: int
+    ) -> dict[str, list[float]]:
+        """Time configs in turn: in every round each one once, in random order.
+
+        Returns:
+            Config -> milliseconds, one for each round; none of a config that failed.
+        """
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long a child may take, and how often is measured.
+
+    Attributes:
+        start_s: until a child is ready.
+        prepare_s: to compile, check and warm up a config.
+        sample_s: for one sample.
+        min_repeats, max_repeats: samples of a config.
+        budget_ms: of kernel time for the samples of a config, which chooses their number.
+    """
+
+    start_s: float = 120.0
+    prepare_s: float = 180.0
+    sample_s: float = 30.0
+    min_repeats: int = 5
+    max_repeats: int = 25
+    budget_ms: float = 500.0
+
+    def repeats(self, warm_ms: float) -> int:
+        """Samples of a config whose warm-up took `warm_ms`."""
+        fits = self.budget_ms / max(warm_ms, 1e-3)
+        return int(min(max(fits, self.min_repeats), self.max_repeats))
+
+
+class DeviceMeasurer:
+    """Measures on a GPU of this machine. A `Measurer`, and a context manager.
+
+    The child is started when it is first needed, and replaced when it has died.
+    """
+
+    def __init__(
+        self,
+        ordinal: int = 0,
+        *,
+        limits: Limits | None = None,
+        command: list[str] | None = None,
+        seed: int = 0,
+    ):
+        """Nothing is started yet.
+
+        Args:
+            ordinal: of the CUDA device.
+            limits: of the watchdog.
+            command: that runs a child; `numflash_tuner.worker` by default.
+            seed: of the order in which `remeasure` goes.
+        """
+        self.limits = limits or Limits()
+        self._command = command or [sys.executable, "-m", "numflash_tuner.worker", str(ordinal)]
+        self._order = random.Random(seed)
+        self._child: Child | None = None
+        self._clocks: ClockLog | None = None
+        # What a class was measured with, so that a child started later measures the same.
+        self._batch_heads: dict[ProblemClass, int] = {}
+
+    def __enter__(self) -> "DeviceMeasurer":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the child, if there is one."""
+        child, self._child = self._child, None
+        clocks, self._clocks = self._clocks, None
+        if child is not None:
+            child.close()
+        if clocks is not None:
+            clocks.close()
+
+    def device(self) -> dict[str, Any]:
+        """`name`, `arch`, `num_sms` and `bus` of the GPU. Raises DeviceUnavailableError."""
+        return dict(self._started().device)
+
+    def measure(self, problem, config, stop) -> Record:
+        """As `Measurer.measure`. Raises DeviceUnavailableError."""
+        samples: list[float] = []
+        clock = None
+        with self._locked():
+            begun = time.monotonic()
+            outcome, reason = "measured", ""
+            try:
+                self._drop()
+                warm_ms = self._prepare(problem, config)
+                timed = time.monotonic()
+                repeats = self.limits.repeats(warm_ms)
+                while len(samples) < repeats:
+                    samples.append(self._sample(config))
+                    if len(samples) < repeats and stop(list(samples)):
+                        outcome = "slow"
+                        reason = f"stopped after {len(samples)} of {repeats} repeats"
+                        break
+                clock = self._clocks.between(timed, time.monotonic())
+                reason = "; ".join(filter(None, [reason, self._note(problem)]))
+            except FailedError as error:
+                outcome, reason = error.outcome, error.reason
+            seconds = time.monotonic() - begun
+        return Record(
+            config,
+            outcome,
+            reason,
+            samples_ms=tuple(samples),
+            clock_mhz=clock,
+            seconds=seconds,
+            finished=time.time(),
+        )
+
+    def remeasure(self, problem, configs, rounds) -> dict[str, list[float]]:
+        """As `Measurer.remeasure`. Raises DeviceUnavailableError."""
+        samples: dict[str, list[float]] = {config: [] for config in configs}
+        with self._locked():
+            self._drop()
+            alive = self._prepare_all(problem, list(samples))
+            for _ in range(rounds):
+                for config in self._order.sample(alive, len(alive)):
+                    if config not in alive:
+                        continue
+                    try:
+                        samples[config].append(self._sample(config))
+                    except FailedError as error:
+                        _log.warning("%s failed when measured again: %s", config, error)
+                        alive.remove(config)
+                        if not self._child.is_alive:
+                            alive = self._prepare_all(problem, alive)
+        return {config: times if config in alive else [] for config, times in samples.items()}
+
+    def _prepare_all(self, problem: ProblemClass, configs: list[str]) -> list[str]:
+        """Prepare configs next to each other in one child; those that could be."""
+        ready, waiting = [], list(configs)
+        while ready or waiting:
+            if not self._child.is_alive:
+                self._started()
+                ready, waiting = [], ready + waiting
+            if not waiting:
+                break
+            config = waiting.pop(0)
+            try:
+                self._prepare(problem, config)
+                ready.append(config)
+            except FailedError as error:
+                _log.warning("%s failed when measured again: %s", config, error)
+        return ready
+
+    def _drop(self) -> None:
+        """Let the child forget what it has prepared, or replace it."""
+        try:
+            self._child.ask(self.limits.sample_s, do="drop")
+        except FailedError:
+            self._started()
+
+    def _prepare(self, problem: ProblemClass, config: str) -> float:
+        """Milliseconds of a warm-up. Raises FailedError."""
+        reply = self._child.ask(
+            self.limits.prepare_s,
+            do="prepare",
+            problem=str(problem),
+            config=config,
+            batch_heads=self._batch_heads.get(problem),
+        )
+        self._batch_heads[problem] = reply["batch_heads"]
+        return reply["warm_ms"]
+
+    def _sample(self, config: str) -> float:
+        """Milliseconds of one launch. Raises FailedError."""
+        return self._child.ask(self.limits.sample_s, do="time", config=config)["ms"]
+
+    def _note(self, problem: ProblemClass) -> str:
+        batch_heads = self._batch_heads[problem]
+        if batch_heads == problem.batch_heads:
+            return ""
+        return f"batch x heads was {batch_heads}, for lack of memory"
+
+    def _started(self) -> Child:
+        if self._child is None or not self._child.is_alive:
+            self.close()
+            environment = {**os.environ, "NUMFLASH_TUNED": "0"}
+            for name in ("NUMFLASH_AUTOTUNE", "NUMFLASH_CAPTURE"):
+                environment.pop(name, None)
+            self._child = Child(self._command, environment, self.limits.start_s)
+            self._clocks = ClockLog(str(self._child.device["bus"]))
+        return self._child
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """A child is running, and no other process measures on its device."""
+        device = self._started().device
+        with _device_lock(f"{socket.gethostname()}-{device['bus']}"):
+            self._started()
+            yield
+
+
+@contextmanager
+def _device_lock(name: str) -> Iterator[None]:
+    """Wait for the lock of a device; without one where the cache directory has no room for it."""
+    path = cache_dir() / "locks" / (re.sub(r"[^A-Za-z0-9.-]+", "_", name) + ".lock")
+    handle = None
+    try:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            _lock(handle)
+        except OSError as error:
+            _log.warning("measuring without the lock that keeps other processes away: %s", error)
+        yield
+    finally:
+        if handle is not None:
+            # This gives the lock back, as does the end of the process.
+            os.close(handle)
+
+
+def _lock(handle: int) -> None:
+    """Wait for the lock of an open file. Raises OSError where files cannot be locked."""
+    if sys.platform != "win32":
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        return
+    while True:
+        # Windows gives up after ten seconds.
+        with suppress(PermissionError):
+            msvcrt.locking(handle, msvcrt.LK_LOCK, 1)
+            return
+
+
+__all__ = ["DeviceMeasurer", "DeviceUnavailableError", "Limits", "Measurer"]

@@ -1,0 +1,161 @@
+"""Which attention call stands for a problem class: the one that is timed, and the one checked."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from numflash.problem_class import ProblemClass
+
+CHECK_SEQLENS = (113, 257)
+"""(seqlen_q, seqlen_k) that no tile divides."""
+SOFTCAP = 30.0
+FORWARD = "forward"
+BACKWARD = ("backward-dkdv", "backward-dq", "backward")
+_HEADS = 32
+_CHECKED_WINDOW = 64
+# Up to here query heads are packed into the rows of a tile, as many as share K and V.
+_FEW_QUERIES = 32
+
+
+@dataclass(frozen=True)
+class Call:
+    """One attention call in numbers.
+
+    Attributes:
+        batch, seqlen_q, seqlen_k, num_heads_q, num_heads_kv, head_dim, head_dim_v: sizes.
+        dtype: of q, k and v.
+        is_aligned: rows are 16-byte aligned.
+        has_alibi: the call has `alibi_slopes`.
+        options: the other options of `numflash.attention`, without config.
+    """
+
+    batch: int
+    seqlen_q: int
+    seqlen_k: int
+    num_heads_q: int
+    num_heads_kv: int
+    head_dim: int
+    head_dim_v: int
+    dtype: str
+    is_aligned: bool
+    has_alibi: bool
+    options: Mapping[str, Any]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int, int, int]]:
+        """(batch, seqlen, heads, head_dim) of q, k, v and dout."""
+        q, k = (
+            (self.batch, self.seqlen_q, self.num_heads_q),
+            (self.batch, self.seqlen_k, self.num_heads_kv),
+        )
+        return {
+            "q": (*q, self.head_dim),
+            "k": (*k, self.head_dim),
+            "v": (*k, self.head_dim_v),
+            "dout": (*q, self.head_dim_v),
+        }
+
+    def num_bytes(self, family: str) -> int:
+        """Memory of the inputs and results; of the gradients too if the family makes them."""
+        element = 4 if self.dtype == "float32" else 2
+        rows_q = self.batch * self.seqlen_q * self.num_heads_q
+        rows_k = self.batch * self.seqlen_k * self.num_heads_kv
+        q_and_out, k_and_v = rows_q * self.head_dims, rows_k * self.head_dims
+        if family == FORWARD:
+            return (q_and_out + k_and_v) * element + 4 * rows_q
+        # q, out, dout, dq; k, v, dk, dv; lse, delta and lse_log2.
+        return 2 * (q_and_out + k_and_v) * element + 3 * 4 * rows_q
+
+    @property
+    def head_dims(self) -> int:
+        """head_dim and head_dim_v together."""
+        return self.head_dim + self.head_dim_v
+
+
+def timed(problem: ProblemClass, batch_heads: int | None = None) -> Call:
+    """The call whose time stands for a class: its sizes are those that the class rounds up to.
+
+    Args:
+        problem: the class.
+        batch_heads: instead of the class's, where memory is short.
+
+    Raises:
+        ValueError: batch_heads is no multiple of the group size.
+    """
+    batch_heads = problem.batch_heads if batch_heads is None else batch_heads
+    group = problem.group_size
+    if batch_heads % group:
+        raise ValueError(
+            f"batch_heads must be a multiple of the group size, {group}, got {batch_heads}"
+        )
+    choices = range(group, max(group, min(batch_heads, _HEADS)) + 1, group)
+    heads = max(n for n in choices if batch_heads % n == 0)
+    traits = problem.traits
+    return Call(
+        batch_heads // heads,
+        problem.seqlen_q,
+        problem.seqlen_k,
+        heads,
+        heads // group,
+        traits.head_dim,
+        traits.head_dim_v,
+        traits.dtype,
+        traits.vectorized,
+        traits.alibi,
+        _options(problem, problem.seqlen_k, problem.window),
+    )
+
+
+def fitting(problem: ProblemClass, num_bytes: float) -> Call:
+    """The call of `timed`, with batch x heads halved until inputs and results fit.
+
+    Raises:
+        MemoryError: not even one group of heads does.
+    """
+    batch_heads = problem.batch_heads
+    while (call := timed(problem, batch_heads)).num_bytes(problem.family) > num_bytes:
+        if batch_heads % (2 * problem.group_size):
+            raise MemoryError(
+                f"{problem} takes {call.num_bytes(problem.family)} bytes with no more than "
+                f"{batch_heads} heads, {int(num_bytes)} are allowed"
+            )
+        batch_heads //= 2
+    return call
+
+
+def checked(problem: ProblemClass, seqlens: tuple[int, int] = CHECK_SEQLENS) -> Call:
+    """A small call of the same kernel, of sizes that no tile divides."""
+    seqlen_q, seqlen_k = (
+        min(odd, max(1, seqlen - 1))
+        for odd, seqlen in zip(seqlens, (problem.seqlen_q, problem.seqlen_k), strict=True)
+    )
+    group = min(problem.group_size, 8 if seqlen_q <= _FEW_QUERIES else 2)
+    window = None if problem.window is None else min(problem.window, _CHECKED_WINDOW)
+    # Whole vectors are left out where rows must stay aligned.
+    padding = (4 if problem.traits.dtype == "float32" else 8) if problem.traits.vectorized else 3
+    return replace(
+        timed(replace(problem, batch_heads=2 * group, group_size=group)),
+        batch=1,
+        seqlen_q=seqlen_q,
+        seqlen_k=seqlen_k,
+        num_heads_q=2 * group,
+        num_heads_kv=2,
+        head_dim=problem.traits.head_dim - padding,
+        head_dim_v=problem.traits.head_dim_v - padding,
+        options=_options(problem, seqlen_k, window),
+    )
+
+
+def _options(problem: ProblemClass, seqlen_k: int, window: int | None) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    if problem.mask == "causal":
+        options["causal"] = True
+    if window is not None:
+        # Half of the keys on either side, but no window so wide that it hides none to the left.
+        left = min((window - 1) // 2, max(0, seqlen_k - 2))
+        options["window_size"] = (left, window - 1 - left)
+    if problem.traits.softcap:
+        options["softcap"] = SOFTCAP
+    if problem.traits.tf32:
+        options["precision"] = "tf32"
+    return options
