@@ -32,7 +32,7 @@ class DeviceKey:
     Attributes:
         name: the driver's, as in "NVIDIA H200"; or an architecture's own, as in "sm_80".
         arch: the compiler's name of its architecture, as in "sm_90a".
-        num_sms: how many SMs it has.
+        num_sms: how many SMs it has; 0 for an architecture by itself.
 
     Raises:
         ValueError: one of them cannot be that.
@@ -46,11 +46,11 @@ class DeviceKey:
         _require(isinstance(self.name, str) and self.name, "name", "a name", self.name)
         named = isinstance(self.arch, str) and re.fullmatch(r"sm_[0-9]{2,3}[af]?", self.arch)
         _require(named, "arch", "like sm_80 or sm_90a", self.arch)
-        counted = type(self.num_sms) is int and 0 < self.num_sms <= _MAX_INT
-        _require(counted, "num_sms", "a positive integer", self.num_sms)
+        counted = type(self.num_sms) is int and 0 <= self.num_sms <= _MAX_INT
+        _require(counted, "num_sms", "an integer from 0 on", self.num_sms)
 
     def __str__(self) -> str:
-        return f"{self.name} ({self.arch}, {self.num_sms} SMs)"
+        return f"{self.name} ({self.arch}, {self.num_sms} SMs)" if self.num_sms else self.name
 
 
 @dataclass(frozen=True)

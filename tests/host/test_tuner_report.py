@@ -369,10 +369,12 @@ def test_history():
     scale = (y[2] - y[3]) / math.log(3 / 1.25)
     assert y[1] - y[0] == pytest.approx(scale * math.log(2 / 1.5), abs=0.11)
     assert [float(dot.get("cx")) for dot in dots] == sorted(float(dot.get("cx")) for dot in dots)
+    (ring,) = of_class(drawing, "ring")
+    assert ring.get("cx") == dots[2].get("cx") and ring.get("cy") == dots[2].get("cy")
     (step,) = of_class(drawing, "step")
     levels = [float(n) for n in re.findall(r"V([\d.]+)", step.get("d"))]
     assert levels == [pytest.approx(y[1]), pytest.approx(y[2])]
-    assert {"best 1.250", "default 2.000", "floor 0.7500"} <= set(texts(drawing))
+    assert {"best so far 1.250", "default 2.000", "floor 0.7500"} <= set(texts(drawing))
     assert "failed (5)" in charts.history(result()).caption
 
 
@@ -385,11 +387,11 @@ def test_history_leaves_a_far_floor_out_and_says_so():
 def test_history_counts_what_has_no_comparable_time():
     figure = charts.history(result([*RECORDS, Record("m64n32w4", "predicted", predicted_ms=0.1)]))
     assert "1 without a measured time are not shown" in figure.caption
-    assert "best 1.250" in texts(svg(figure))
+    assert "best so far 1.250" in texts(svg(figure))
 
 
 def test_heat_map():
-    drawing = svg(charts.heat_map(result()))
+    drawing = svg(charts.heat_map(result([*RECORDS, measured("sm80-m256n32w8s1", 4.0)])))
     cells = {title: e for e in drawing.iter(SVG + "rect") if (title := e.findtext(SVG + "title"))}
     # 6 tile_m, of them 512 and 16, times 4 tile_n.
     assert len(cells) == 6 * 4
@@ -402,11 +404,11 @@ def test_heat_map():
     assert float(ring.get("y")) == pytest.approx(float(best.get("y")) + 1.5, abs=0.11)
     # 64 x 64 was tried with one stage and with two: the better one counts.
     shown = [t for t in texts(drawing) if "." in t]
-    assert sorted(shown) == ["1.25", "1.50", "9.00"]
-    assert len(of_class(drawing, "hatched")) == 21
+    assert sorted(shown) == ["1.25", "1.50", "4.00", "9.00"]
+    assert len(of_class(drawing, "hatched")) == 20
     assert cells["tile 256 x 128: 2 tried, none has a time"].get("class") == "hatched"
     assert cells["tile 16 x 128: not tried"].get("class") == "hatched"
-    assert texts(drawing).count("x") == 4
+    assert texts(drawing).count("x") == 3
 
 
 def test_heat_map_of_a_kernel_without_tiles():
@@ -428,6 +430,11 @@ def test_agreement():
     assert html.unescape(figure.caption) == "Spearman's rank correlation 1.000, 5 configs."
     drawing = svg(figure)
     assert len(of_class(drawing, "dot")) == 5 and len(of_class(drawing, "ring")) == 1
+    # Predicted too slow: above the diagonal, and further up than to the right.
+    pessimistic = [measured("sm80-m64n64w4s1", 1.0, 3.0), measured("sm80-m128n64w4s1", 1.0, 1.0)]
+    dots = of_class(svg(charts.agreement(result(pessimistic))), "dot")
+    assert dots[0].get("cx") == dots[1].get("cx")
+    assert float(dots[0].get("cy")) < float(dots[1].get("cy")) - 50
     # Both axes are the same: a config as fast as predicted lies on the diagonal.
     exact = [measured("sm80-m64n64w4s1", 2.0, 2.0), measured("sm80-m128n64w4s1", 1.0, 1.0)]
     drawing = svg(charts.agreement(result(exact)))
