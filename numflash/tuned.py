@@ -53,9 +53,10 @@ def find(
     """
     _refresh()
     key = wanted, device, rows
-    if key not in _found:
-        _found[key] = _find(wanted, device, limits, rows)
-    return _found[key]
+    try:
+        return _found[key]
+    except KeyError:
+        return _found.setdefault(key, _find(wanted, device, limits, rows))
 
 
 def measured(wanted: ProblemClass, device: DeviceKey, limits: Architecture) -> Choice | None:
@@ -92,7 +93,8 @@ def distance(a: ProblemClass, b: ProblemClass) -> float:
 
 def _refresh() -> None:
     """Forget what was found where the cache has changed since."""
-    state = [store.config_dir(), store.generation()]
+    # Not config_dir(): making a path takes as long as the whole lookup may.
+    state = [os.environ.get("NUMFLASH_CACHE_DIR"), store.generation()]
     if state != _state:
         _found.clear()
         _state[:] = state
