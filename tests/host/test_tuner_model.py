@@ -1,0 +1,327 @@
+"""The offline model: tiles against the masks themselves, and what must hold for any constants.
+
+Speeds of FlashAttention-2 are those of its paper and README.
+"""
+
+import heapq
+import itertools
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from numflash.configs import MMA_CONFIGS, PORTABLE_CONFIGS, parse_config
+from numflash.problem_class import ProblemClass
+from numflash_tuner import grid, machines, model
+from numflash_tuner.records import Machinery
+
+A100 = machines.find("A100")
+MACHINES = ["T4", "A100", "A10", "RTX 4090", "H100", "B200", "5090"]
+# Of each family: configs of several shapes that fit most machines.
+CONFIGS = {
+    "forward": ["m128n64w4s1", "m64n64w4s2", "m16n16w1s1", "m32n32w2s1"],
+    "backward-dq": ["m128n32w4s1", "m64n32w4s1", "m16n16w1s1"],
+    "backward-dkdv": ["m32n64w4s1", "m32n32w2s1", "m16n16w1s1", "m32n64w4s1-apart"],
+    "backward": ["m32n64w4s1", "m32n64w4s1x4", "m16n16w1s1"],
+    "reduce-dq": ["m32n64w4s1x4"],
+}
+PORTABLE = {
+    "forward": ["m64n32w4", "m16n16w4"],
+    "backward-dq": ["m32n32w4", "m16n8w4"],
+    "backward-dkdv": ["m32n32w4", "m8n16w4"],
+    "delta": ["w8", "w1"],
+    "combine": ["w4", "w16"],
+}
+
+
+def problem_class(
+    family="forward",
+    traits="float16-d128-dv128-vec",
+    mask="full",
+    q=4096,
+    k=4096,
+    heads=64,
+    group=1,
+):
+    return ProblemClass.parse(f"{family} {traits} {mask} q{q} k{k} bh{heads} g{group}")
+
+
+def config_of(machine, family, text):
+    """The config; for tensor cores those of the machine's generation."""
+    if text not in PORTABLE.get(family, ()):
+        text = ("sm75-" if machine.arch == "sm_75" else "sm80-") + text
+    return parse_config(family, text)
+
+
+def estimate_ms(text, problem, machine=A100):
+    return model.estimate(machine, problem, config_of(machine, problem.family, text)).ms
+
+
+def tflops(text, problem, machine=A100):
+    traits = problem.traits
+    flops = 2 * grid.visible_scores(problem) * (traits.head_dim + traits.head_dim_v)
+    return flops / estimate_ms(text, problem, machine) / 1e9
+
+
+def visible(problem):
+    """The mask of one head, from the definition of a class."""
+    i, j = np.ogrid[: problem.seqlen_q, : problem.seqlen_k]
+    last = i + problem.seqlen_k - problem.seqlen_q
+    mask = np.ones((problem.seqlen_q, problem.seqlen_k), bool)
+    if problem.mask != "full":
+        mask &= j <= last
+    if problem.window:
+        mask &= j > last - problem.window
+    return mask
+
+
+def tiles_with_scores(mask, row_tile, column_tile):
+    """Of each row block, how many column tiles have a visible score."""
+    found = []
+    for first in range(0, mask.shape[0], row_tile):
+        columns = np.flatnonzero(mask[first : first + row_tile].any(axis=0))
+        found.append(len(np.unique(columns // column_tile)))
+    return sorted(found, reverse=True)
+
+
+SHAPES = [(256, 256), (64, 512), (512, 64), (1, 1024)]
+
+
+@pytest.mark.parametrize("mask", ["full", "causal", "window16", "window128"])
+@pytest.mark.parametrize(("q", "k"), SHAPES)
+def test_tiles_visited_are_those_with_a_visible_score(mask, q, k):
+    problem = problem_class(mask=mask, q=q, k=k, heads=8)
+    seen = visible(problem)
+    for m, n in [(64, 32), (48, 96), (128, 128)]:
+        config = parse_config("forward", f"sm80-m{m}n{n}w1s1")
+        assert grid.lay(problem, config).walks.tiles.tolist() == tiles_with_scores(seen, m, n)
+        back = replace(problem, family="backward-dkdv")
+        config = parse_config("backward-dkdv", f"sm80-m{m}n{n}w1s1")
+        assert grid.lay(back, config).walks.tiles.tolist() == tiles_with_scores(seen.T, n, m)
+    assert grid.visible_scores(problem) == 8 * seen.sum()
+
+
+def test_splits_share_the_tiles_of_a_walk():
+    problem = problem_class(q=1, k=4096, heads=8)
+    whole = grid.lay(problem, parse_config("forward", "sm80-m16n64w1s1"))
+    split = grid.lay(problem, parse_config("forward", "sm80-m16n64w1s1x6"))
+    assert whole.walks.tiles.tolist() == [64]
+    assert split.walks.tiles.tolist() == [11] * 5 + [9]
+    assert split.blocks == 6 * whole.blocks == 48
+    fused = problem_class("backward", mask="causal", q=512, k=512, heads=8)
+    dealt = grid.lay(fused, parse_config("backward", "sm80-m32n64w4s1x4"))
+    alone = grid.lay(fused, parse_config("backward", "sm80-m32n64w4s1"))
+    assert len(dealt.walks.tiles) == 4
+    assert dealt.walks.total == alone.walks.total
+
+
+def test_packed_heads_share_a_walk():
+    decode = problem_class(q=1, k=8192, heads=32, group=8)
+    packed = grid.lay(decode, parse_config("forward", "sm80-m16n64w1s1"))
+    apart = grid.lay(decode, parse_config("forward", "sm80-m16n64w1s1-unpacked"))
+    assert (packed.packed, packed.blocks) == (8, 4)
+    assert (apart.packed, apart.blocks) == (1, 32)
+    causal = problem_class(mask="causal", q=8, k=64, heads=4, group=4)
+    config = parse_config("forward", "sm80-m16n16w1s1-packed")
+    rows = np.repeat(visible(causal), 4, axis=0)
+    assert grid.lay(causal, config).walks.tiles.tolist() == tiles_with_scores(rows, 16, 16)
+
+
+def dealt_out(tiles, slots, per_tile):
+    """When the last of the blocks is done, each given to the first slot that is free."""
+    free = [0.0] * slots
+    for tile in sorted(tiles, reverse=True):
+        heapq.heappush(free, heapq.heappop(free) + tile * per_tile)
+    return max(free)
+
+
+@pytest.mark.parametrize("mask", ["full", "causal", "window512"])
+@pytest.mark.parametrize("heads", [1, 8, 64, 256])
+def test_waves_are_those_of_a_scheduler(mask, heads):
+    problem = problem_class(mask=mask, q=2048, k=2048, heads=heads)
+    laid = grid.lay(problem, parse_config("forward", "sm80-m128n64w4s1"))
+    # One block on an SM, so that blocks do not slow each other down.
+    found = model._schedule(laid, 108, 1, lambda tiles, together: 10.0 * tiles)
+    true = dealt_out(list(laid.walks.tiles) * laid.heads, 108, 10.0)
+    assert 0.85 * true <= found <= 1.001 * true
+
+
+def every_case():
+    for machine, mma in itertools.product(MACHINES, (True, False)):
+        for family, texts in (CONFIGS if mma else PORTABLE).items():
+            for text in texts:
+                yield machines.find(machine), family, text
+
+
+@pytest.mark.parametrize("mask", ["full", "causal", "window256"])
+@pytest.mark.parametrize(("q", "k", "heads"), [(4096, 4096, 32), (1, 8192, 8), (128, 128, 1)])
+def test_nothing_is_faster_than_the_floor_or_than_any_part(mask, q, k, heads):
+    for machine, family, text in every_case():
+        problem = problem_class(family, "float16-d64-dv64-vec", mask, q, k, heads)
+        found = model.estimate(machine, problem, config_of(machine, family, text))
+        floor = model.floor_ms(machine, problem)
+        assert found.ms >= floor["floor"] == max(floor.values()), (machine.name, family, text)
+        assert all(0 <= part < found.ms for part in found.parts.values()), (family, text)
+        assert found.parts[found.bound_by] == max(found.parts.values())
+
+
+@pytest.mark.parametrize(
+    "rate",
+    [
+        "memory_gbps",
+        "clock_mhz",
+        "l2_bytes_per_clock",
+        "mma_f16",
+        "fp32_lanes",
+        "alu_lanes",
+        "sfu_lanes",
+        "smem_bytes_per_clock",
+    ],
+)
+def test_a_faster_machine_is_never_slower(rate):
+    faster = replace(A100, **{rate: 2 * getattr(A100, rate)})
+    gains = []
+    for family, texts in CONFIGS.items():
+        for text, q in itertools.product(texts, (1, 128, 4096)):
+            problem = problem_class(family, "float16-d64-dv64-vec", q=q)
+            before, after = (estimate_ms(text, problem, machine) for machine in (A100, faster))
+            assert after <= before * 1.0001, (family, text, q)
+            gains.append(before / after)
+    assert max(gains) > 1.002
+
+
+def test_twice_the_heads_take_twice_as_long_on_a_full_machine():
+    for family, texts in CONFIGS.items():
+        times = [
+            estimate_ms(texts[0], problem_class(family, "float16-d64-dv64-vec", heads=heads))
+            for heads in (512, 1024)
+        ]
+        assert times[1] / times[0] == pytest.approx(2, rel=0.03), family
+
+
+def test_a_causal_mask_costs_about_half():
+    full, causal = (
+        estimate_ms("m128n64w4s1", problem_class(mask=mask, q=8192, k=8192))
+        for mask in ("full", "causal")
+    )
+    assert 0.48 < causal / full < 0.6
+    windows = [
+        estimate_ms("m128n64w4s1", problem_class(mask=f"window{n}", q=8192, k=8192))
+        for n in (256, 1024, 4096)
+    ]
+    assert windows[0] < windows[1] < windows[2] < causal
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_tiny_tiles_lose_for_long_sequences(machine):
+    machine = machines.find(machine)
+    problem = problem_class(traits="float16-d64-dv64-vec")
+    assert estimate_ms("m128n64w4s1", problem, machine) < 0.8 * estimate_ms(
+        "m16n16w1s1", problem, machine
+    )
+
+
+@pytest.mark.parametrize("machine", ["A100", "H100", "4090"])
+def test_many_rows_lose_for_a_single_query(machine):
+    machine = machines.find(machine)
+    problem = problem_class(q=1, k=8192, heads=512)
+    few = min(estimate_ms(f"m16n{n}w1s2", problem, machine) for n in (32, 64))
+    assert few < estimate_ms("m128n32w4s1", problem, machine)
+
+
+def test_splits_win_where_blocks_are_few_and_lose_where_they_are_many():
+    few, many = problem_class(q=1, k=16384, heads=8), problem_class(q=4096, k=4096, heads=64)
+    assert estimate_ms("m16n64w1s2x16", few) < 0.3 * estimate_ms("m16n64w1s2", few)
+    assert estimate_ms("m128n64w4s1x4", many) > estimate_ms("m128n64w4s1", many)
+
+
+def test_packed_heads_win_for_few_queries():
+    decode = problem_class(q=1, k=8192, heads=512, group=8)
+    assert estimate_ms("m16n64w1s2", decode) < 0.5 * estimate_ms("m16n64w1s2-unpacked", decode)
+
+
+TILES = ["m128n128w4s1", "m128n64w4s1", "m128n32w4s1", "m64n64w4s1", "m64n16w4s1", "m16n16w1s1"]
+
+
+@pytest.mark.parametrize(
+    ("traits", "best"),
+    [
+        ("float16-d64-dv64-vec", {"m128n128w4s1", "m128n64w4s1"}),
+        ("float16-d128-dv128-vec", {"m128n64w4s1", "m128n32w4s1"}),
+    ],
+)
+def test_the_best_tiles_on_an_a100_are_those_of_flash_attention_2(traits, best):
+    problem = problem_class(traits=traits)
+    order = sorted(TILES, key=lambda text: estimate_ms(text, problem))
+    assert set(order[:2]) == best
+
+
+@pytest.mark.parametrize(
+    ("machine", "head_dim", "published"),
+    [("A100", 64, 192), ("A100", 128, 227), ("H100", 64, 324), ("H100", 128, 370)],
+)
+def test_speed_is_about_that_of_flash_attention_2(machine, head_dim, published):
+    problem = problem_class(traits=f"float16-d{head_dim}-dv{head_dim}-vec", q=16384, k=16384)
+    found = tflops("m128n64w4s1", problem, machines.find(machine))
+    assert found == pytest.approx(published, rel=0.15)
+
+
+def test_machine_rates_order_the_machines():
+    problem = problem_class(traits="float16-d64-dv64-vec")
+    order = ["B200", "H100", "A100", "A10", "T4"]
+    times = [estimate_ms("m128n64w4s1", problem, machines.find(name)) for name in order[1:]]
+    assert times == sorted(times)
+
+
+def test_occupancy_and_spills_cost():
+    problem, config = problem_class(), parse_config("forward", "sm80-m128n64w4s1")
+    machinery = Machinery(255, 0, 65536, 128, 2, "registers")
+    two = model.predict(A100, problem, config, machinery, None)
+    one = model.predict(A100, problem, config, replace(machinery, blocks_per_sm=1), None)
+    assert two.ms < one.ms
+    assert two.blocks_per_sm == 2
+    with pytest.raises(ValueError, match="no block of sm80-m128n64w4s1 fits"):
+        model.predict(A100, problem, config, replace(machinery, blocks_per_sm=0), None)
+    with pytest.raises(ValueError, match="shared memory"):
+        model.estimate(machines.find("T4"), problem, parse_config("forward", "sm75-m128n128w4s1"))
+    # 128 x 4 blocks leave 128 registers, where 192 accumulators alone need more.
+    crowded = parse_config("forward", "sm80-m128n64w4s1b4")
+    assert model.expected_registers(crowded, problem.traits) == (128, 88)
+    assert model.estimate(A100, problem, crowded).ms > two.ms
+
+
+def test_features_and_dtypes_are_counted():
+    plain = estimate_ms("m128n64w4s1", problem_class(traits="float16-d64-dv64-vec"))
+    capped = estimate_ms("m128n64w4s1", problem_class(traits="float16-d64-dv64-softcap-vec"))
+    assert capped > 1.3 * plain
+    tf32 = problem_class(traits="float32-d64-dv64-vec-tf32")
+    exact = problem_class(traits="float32-d64-dv64-vec")
+    assert plain < estimate_ms("m64n64w4s1", tf32)
+    portable = model.estimate(A100, exact, parse_config("forward", "m64n64w4"))
+    assert estimate_ms("m64n64w4s1", tf32) < portable.ms
+    assert portable.bound_by == "fma"
+    floors = [model.floor_ms(A100, p)["matrix"] for p in (tf32, exact)]
+    assert floors[1] / floors[0] == pytest.approx(512 / 64)
+
+
+def test_every_family_has_a_prediction():
+    assert {*CONFIGS, *PORTABLE} == {*MMA_CONFIGS, *PORTABLE_CONFIGS}
+
+
+def test_it_is_quick():
+    config = parse_config("forward", "sm80-m128n64w4s1")
+    problem = problem_class(mask="causal", q=32768, k=32768)
+    machinery = Machinery(255, 0, 65536, 128, 2, "registers")
+    model.estimate(A100, problem, config)
+
+    def best_seconds(call):
+        times = []
+        for _ in range(50):
+            start = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    assert best_seconds(lambda: model.estimate(A100, problem, config)) < 0.3e-3
+    assert best_seconds(lambda: model.predict(A100, problem, config, machinery, None)) < 1e-3

@@ -1,0 +1,248 @@
+"""What a warp does for a tile, and a block once, by formula, before anything is compiled.
+
+The formulas follow the kernels' docstrings: products and operands exactly, softmax by instructions
+a score, copies by instructions a load. `complete` puts the same together from machine code.
+"""
+
+from dataclasses import dataclass, replace
+
+from numflash.configs import Config, MmaConfig, Traits
+from numflash_tuner.machine_code import Counts, Loop
+
+_WARP = 32
+_VECTOR_BYTES = 16
+_LOAD_BYTES = _WARP * _VECTOR_BYTES
+# Multiply-adds of one instruction.
+_MMA = {"sm80": 16 * 8 * 16, "sm75": 16 * 8 * 8, "tf32": 16 * 8 * 8}
+# Instructions beside each 16-byte copy to shared memory, for its address and bounds: in the
+# docstring of `kernels.sm80.forward`; in the portable kernels, which also convert, by disassembly.
+_COPY_FMA, _COPY_ALU = 2, 5
+_PORTABLE_COPY_FMA, _PORTABLE_COPY_ALU = 9, 11
+# Instructions a score of the features, by disassembly.
+_SOFTCAP = Counts(issued=16, special=2, fma=10, alu=4)
+_ALIBI = Counts(issued=4, fma=2, alu=2)
+# (fma, alu) for the addresses and bounds of a tile, by disassembly.
+_ADDRESSES = {
+    "forward": (10, 70),
+    "backward-dq": (20, 70),
+    "backward-dkdv": (30, 55),
+    "backward": (90, 200),
+}
+_PORTABLE_ADDRESSES = (230, 250)
+# A masked score takes two comparisons and a selection.
+_MASK_ALU = 3
+# A loop's counter, stages and branches; the indices of a block; storing one output.
+_LOOP_CONTROL, _BLOCK_CONTROL, _STORE = 50, 600, 8
+_CODE_EXECUTED = 0.5
+"""Share of the code outside loops that a warp executes: alternatives exclude each other, such as
+aligned and unaligned stores, and slow paths of divisions. Assumed."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the warps of a block do.
+
+    Attributes:
+        tile: by one warp, for each tile.
+        rare: by one warp, more for a tile that an edge crosses.
+        once: by one warp, before and after its walk over tiles.
+        steps: multiplications that wait for each other, for each tile.
+        products: matrix products that follow each other, for each tile.
+        loads: copies in a row that a thread waits for, for each tile; 0 if they are asynchronous.
+        phases: of a tile, between which asynchronous copies are fetched.
+    """
+
+    tile: Counts
+    rare: Counts
+    once: Counts
+    steps: int
+    products: int
+    loads: float
+    phases: int
+
+
+def by_formula(config: Config, traits: Traits) -> Work:
+    """The counts of a tiled kernel."""
+    return _mma(config, traits) if isinstance(config, MmaConfig) else _portable(config, traits)
+
+
+def complete(work: Work, loop: Loop, outside: Counts) -> Work:
+    """The same from machine code: `work` tells how often its inner loops turn.
+
+    Args:
+        work: by formula, of the same kernel.
+        loop: the kernel's loop over tiles.
+        outside: what is in no loop.
+    """
+    tile, wanted = loop.counts, work.tile
+    leaves = [inner for top in loop.inner for inner in top.walk() if not inner.inner]
+    products = [leaf.counts for leaf in leaves if leaf.counts.matrix]
+    if not wanted.matrix:
+        products = [leaf.counts for leaf in leaves if leaf.counts.ffma]
+    copies = [leaf.counts for leaf in leaves if leaf.counts.global_bytes]
+    tile = _turned(tile, products, "matrix" if wanted.matrix else "ffma", wanted)
+    tile = _turned(tile, copies, "global_bytes", wanted)
+    once = replace(work.once, issued=_CODE_EXECUTED * outside.issued)
+    return replace(work, tile=tile, rare=loop.rare, once=once)
+
+
+def _turned(tile: Counts, loops: list[Counts], kind: str, wanted: Counts) -> Counts:
+    """`tile` and so many turns of its inner loops as what is missing of `kind` takes."""
+    each = sum(getattr(counts, kind) for counts in loops)
+    missing = getattr(wanted, kind) - getattr(tile, kind)
+    turns = max(0.0, missing / each) if each else 0.0
+    for counts in loops:
+        tile = tile.plus(counts, turns)
+    return tile
+
+
+def _mma(config: MmaConfig, traits: Traits) -> Work:
+    """Of a kernel for tensor cores: products by operands, in bytes of shared memory."""
+    size, family = traits.dtype_bytes, config.family
+    d, dv, warps = traits.head_dim, traits.head_dim_v, config.num_warps
+    rows, columns = 16 * config.m_tiles, config.column_tile
+    scores = rows * columns // _WARP
+    # Rows stay, columns are walked over: operands of S (and dP), and of what they are summed to.
+    row_bytes, column_bytes = rows * d * size, columns * (d + dv) * size
+    if family == "forward":
+        multiply_adds, products, depth = rows * columns * (d + dv), 2, d + columns
+        loads = row_bytes + column_bytes
+        kinds = Counts(special=scores, exponentials=scores, fma=2 * scores, alu=scores)
+        outputs, phases, shuffles = rows * dv // _WARP, 2, 4 * config.m_tiles
+        converted = scores // 2
+    else:
+        row_bytes += rows * dv * size
+        kinds = Counts(special=scores, exponentials=scores, fma=3 * scores)
+        phases, shuffles, converted = 1, 0, scores
+        if family == "backward-dq":
+            multiply_adds, products = rows * columns * (2 * d + dv), 3
+            loads = row_bytes + column_bytes + columns * d * size
+            outputs, converted = rows * d // _WARP, scores // 2
+        else:
+            multiply_adds, products = rows * columns * 2 * (d + dv), 4
+            loads = row_bytes + 2 * column_bytes
+            outputs = rows * (d + dv) // _WARP
+        depth = d + dv + columns * (products - 2)
+        if config.apart:
+            # Half of the blocks compute S and dV, the others S, dP and dK.
+            multiply_adds, loads, outputs = 5 * multiply_adds // 8, 5 * loads // 8, outputs // 2
+    extra_global, extra_shared = 0, 0
+    if family == "backward":
+        products, depth = 5, depth + config.tile_n
+        multiply_adds += config.tile_m * config.tile_n * d // warps
+        column_warps = warps * 16 // config.tile_m
+        loads += (16 + d // column_warps) * config.tile_n * size
+        extra_global = 2 * config.tile_m * d * 4 // warps
+        extra_shared = scores // 2 * 4 * _WARP
+    is_tf32 = traits.tf32
+    matrix = multiply_adds // _MMA["tf32" if is_tf32 else config.generation]
+    copied = (column_bytes + (0 if family == "forward" else 8 * columns)) // warps
+    copies = -(-column_bytes // warps // (_LOAD_BYTES if traits.vectorized else _WARP * size))
+    asynchronous = config.generation != "sm75" and traits.vectorized
+    statistics = 0 if family in ("forward", "backward-dq") else columns // 4
+    shared_loads = loads // _LOAD_BYTES + statistics + extra_shared // (4 * _WARP)
+    # A tf32 operand is rounded when it is loaded, and V cannot be loaded transposed.
+    rounded = loads // (4 * _WARP) if is_tf32 else 0
+    if is_tf32:
+        shared_loads += 3 * columns * dv * size // _LOAD_BYTES
+    tile = Counts(
+        matrix=matrix,
+        multiply_adds=0 if is_tf32 else multiply_adds,
+        multiply_adds_tf32=multiply_adds if is_tf32 else 0,
+        special=kinds.special,
+        exponentials=kinds.exponentials,
+        fma=kinds.fma + _COPY_FMA * copies + rounded,
+        ffma=scores,
+        alu=kinds.alu + _COPY_ALU * copies + rounded,
+        conversions=0 if is_tf32 else converted,
+        shared=shared_loads + (0 if asynchronous else copies),
+        shared_bytes=loads + statistics * 8 * _WARP + extra_shared + copied,
+        global_bytes=copied + extra_global,
+        global_loads=(0 if asynchronous else copies) + extra_global // 2 // _LOAD_BYTES,
+        shuffles=shuffles,
+        barriers=2 if config.num_stages == 1 or family in ("forward", "backward") else 1,
+    )
+    tile = _with_issued(tile, _ADDRESSES[family], copies if asynchronous else 0)
+    tile = _with_features(tile, traits, scores)
+    blocking = 0.0 if asynchronous else float(phases)
+    return Work(
+        tile,
+        Counts(issued=_MASK_ALU * scores, alu=_MASK_ALU * scores),
+        _once(config, traits, rows, outputs),
+        depth // (8 if is_tf32 else 16),
+        products,
+        blocking,
+        phases,
+    )
+
+
+def _portable(config: Config, traits: Traits) -> Work:
+    """Of a portable kernel: one FFMA a term, each 16-byte load feeds a row or column of them."""
+    d, dv, warps, size = traits.head_dim, traits.head_dim_v, config.num_warps, traits.dtype_bytes
+    rows, columns = config.row_tile // (4 * warps), config.column_tile // 8
+    scores, depth = rows * columns, config.column_tile
+    score_products = [d] if config.family == "forward" else [d, dv]
+    outputs = {"forward": [dv], "backward-dq": [d], "backward-dkdv": [dv, d]}[config.family]
+    ffma = sum(scores * k for k in score_products) + sum(rows * n // 8 * depth for n in outputs)
+    loads = sum((rows + columns) * k // 4 for k in score_products)
+    loads += sum((rows + n // 8) * depth // 4 for n in outputs)
+    written = len(outputs) * scores
+    copied = config.column_tile * (d + dv) * size // warps
+    copies = -(-copied // (_LOAD_BYTES if traits.vectorized else _WARP * size))
+    stored = -(-config.column_tile * (d + dv) * 4 // warps // _LOAD_BYTES)
+    softmax_fma = 4 * scores + rows * dv // 8 if config.family == "forward" else 5 * scores
+    tile = Counts(
+        special=scores,
+        exponentials=scores,
+        fma=ffma + softmax_fma + _PORTABLE_COPY_FMA * copies,
+        ffma=ffma,
+        alu=(2 if config.family == "forward" else 1) * scores + _PORTABLE_COPY_ALU * copies,
+        shared=loads + written + stored,
+        shared_bytes=_LOAD_BYTES * (loads + stored) + 4 * _WARP * written,
+        global_bytes=copied,
+        global_loads=copies,
+        shuffles=3 * rows if config.family == "forward" else 0,
+        barriers=2,
+    )
+    tile = _with_features(_with_issued(tile, _PORTABLE_ADDRESSES, 0), traits, scores)
+    steps = (sum(score_products) + len(outputs) * depth) // 4
+    # Four loads are in flight at a time.
+    blocking = max(2.0, copies / 4)
+    return Work(
+        tile,
+        Counts(issued=_MASK_ALU * scores, alu=_MASK_ALU * scores),
+        _once(config, traits, 4 * rows, rows * sum(outputs) // 8),
+        steps,
+        len(score_products) + len(outputs),
+        blocking,
+        1,
+    )
+
+
+def _with_issued(tile: Counts, addresses: tuple[int, int], asynchronous_copies: int) -> Counts:
+    """With what addresses take, and the sum of all."""
+    fma, alu = addresses
+    tile = replace(tile, fma=tile.fma + fma, alu=tile.alu + alu)
+    kinds = ("matrix", "special", "fma", "alu", "conversions", "shared", "shuffles", "barriers")
+    issued = sum(getattr(tile, kind) for kind in kinds) + tile.global_loads + asynchronous_copies
+    return replace(tile, issued=issued + _LOOP_CONTROL)
+
+
+def _with_features(tile: Counts, traits: Traits, scores: int) -> Counts:
+    if traits.softcap:
+        tile = tile.plus(_SOFTCAP, scores)
+    return tile.plus(_ALIBI, scores) if traits.alibi else tile
+
+
+def _once(config: Config, traits: Traits, rows: int, outputs: int) -> Counts:
+    """Loading the rows that stay, and storing the outputs, by one warp."""
+    columns = (
+        traits.head_dim if config.family == "forward" else traits.head_dim + traits.head_dim_v
+    )
+    loaded = rows * columns * traits.dtype_bytes
+    stored = outputs * _WARP * (4 if getattr(config, "num_splits", 1) > 1 else traits.dtype_bytes)
+    return Counts(
+        issued=_BLOCK_CONTROL + _STORE * outputs + 8 * loaded // _LOAD_BYTES,
+        shared_bytes=loaded,
+        global_bytes=loaded + stored,
+    )

@@ -1,0 +1,239 @@
+"""How a kernel is laid over a problem: blocks, the tiles each visits, bytes of device memory.
+
+Tiles are counted as the kernels do, `tiles.scores.band_block_begin` and `band_block_end`, for each
+row block. A problem class stands for the problem with its rounded sizes.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import numpy as np
+
+from numflash.configs import Config, MmaConfig
+from numflash.dispatch import PACKED_SEQLEN
+from numflash.problem_class import ProblemClass
+from numflash_tuner.machines import Machine
+
+_UNBOUNDED = 2**40
+_FLOAT_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Walks:
+    """The walks over tiles of the blocks of one head.
+
+    Attributes:
+        tiles: of each walk, longest first.
+        edges: tiles of a walk that are masked, on average.
+    """
+
+    tiles: np.ndarray
+    edges: float
+
+    @cached_property
+    def total(self) -> int:
+        """Tiles of all walks."""
+        return int(self.tiles.sum())
+
+    @cached_property
+    def most(self) -> int:
+        """Tiles of the longest walk."""
+        return int(self.tiles[0])
+
+    @property
+    def is_even(self) -> bool:
+        """Whether all walks are equally long."""
+        return int(self.tiles[-1]) == self.most
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The blocks of a launch.
+
+    Attributes:
+        walks: of one head.
+        heads: how often those are launched.
+        packed: query heads in the rows of a tile.
+        splits: blocks that share one walk of the problem.
+        rows: rows of the problem's result.
+    """
+
+    walks: Walks
+    heads: int
+    packed: int
+    splits: int
+    rows: int
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of the launch."""
+        return len(self.walks.tiles) * self.heads
+
+    @property
+    def mean_tiles(self) -> float:
+        """Tiles that a block visits on average."""
+        return self.walks.total / len(self.walks.tiles)
+
+
+def band(problem: ProblemClass) -> tuple[int, int]:
+    """Query i sees the keys j with band_lo <= j - i <= band_hi."""
+    if problem.mask == "full":
+        return -_UNBOUNDED, _UNBOUNDED
+    high = problem.seqlen_k - problem.seqlen_q
+    return (-_UNBOUNDED if problem.window is None else high - problem.window + 1), high
+
+
+@lru_cache(maxsize=64)
+def visible_scores(problem: ProblemClass) -> int:
+    """Scores that are not masked, over all heads."""
+    low, high = band(problem)
+    rows = np.arange(problem.seqlen_q)
+    seen = np.minimum(problem.seqlen_k - 1, rows + high) - np.maximum(0, rows + low) + 1
+    return int(np.maximum(0, seen).sum()) * problem.batch_heads
+
+
+def lay(problem: ProblemClass, config: Config) -> Grid:
+    """The blocks of a tiled kernel."""
+    heads, group = problem.batch_heads, problem.group_size
+    low, high = band(problem)
+    splits = getattr(config, "num_splits", 1)
+    tiles = config.row_tile, config.column_tile
+    if problem.family in ("forward", "backward-dq"):
+        packed = heads_packed(problem, config)
+        rows = problem.seqlen_q * packed
+        walks = _walks(rows, problem.seqlen_k, *tiles, low, high, packed, 1, splits)
+        return Grid(walks, heads // packed, packed, splits, rows * heads // packed)
+    rows = problem.seqlen_k
+    walks = _walks(rows, problem.seqlen_q, *tiles, -high, -low, 1, group, 1)
+    if problem.family == "backward":
+        walks = _dealt(walks, splits)
+    apart = 2 if getattr(config, "apart", False) else 1
+    return Grid(walks, heads // group * apart, 1, splits, rows * heads // group)
+
+
+def heads_packed(problem: ProblemClass, config: Config) -> int:
+    """Query heads in the rows of a tile, by the rule of `dispatch.rows_packed`."""
+    if not isinstance(config, MmaConfig) or problem.family != "forward":
+        return 1
+    few = problem.seqlen_q <= PACKED_SEQLEN and not problem.traits.alibi
+    return problem.group_size if (few if config.packed is None else config.packed) else 1
+
+
+@lru_cache(maxsize=1024)
+def _walks(
+    rows: int,
+    columns: int,
+    row_tile: int,
+    column_tile: int,
+    low: int,
+    high: int,
+    packed: int,
+    repeats: int,
+    splits: int,
+) -> Walks:
+    """The walks of one head: rows see the columns of a band; each walk `repeats` over heads."""
+    first = np.arange(0, rows, row_tile)
+    last = np.minimum(first + row_tile, rows) - 1
+    begin = np.maximum(0, first // packed + low) // column_tile
+    end = np.minimum(columns, np.maximum(0, last // packed + high + 1))
+    found = np.maximum(0, -(-end // column_tile) - begin) * repeats
+    tokens = -(-row_tile // packed)
+    bounds = (low > -columns - rows) + (high < columns)
+    per_bound = -(-tokens // column_tile)
+    edges = (bounds * per_bound + (columns % column_tile != 0)) * repeats
+    if splits > 1:
+        share = -(-found // splits)
+        parts = np.clip(found[:, None] - share[:, None] * np.arange(splits), 0, share[:, None])
+        found = parts.ravel()
+        edges = edges / splits
+    found = np.sort(found)[::-1]
+    return Walks(found, min(float(edges), float(found.mean())))
+
+
+def _dealt(walks: Walks, splits: int) -> Walks:
+    """Row blocks dealt out to `splits` blocks, each of which walks over all of its own."""
+    # The longest and the shortest meet in a block: every splits-th one in the order of keys.
+    ordered = [int(walks.tiles[part::splits].sum()) for part in range(splits)]
+    edges = walks.edges * len(walks.tiles) / splits
+    return Walks(np.array(sorted(ordered, reverse=True)), edges)
+
+
+def io_bytes(problem: ProblemClass) -> int:
+    """Bytes if every input is read once and every result written once; of the fewest parts."""
+    traits = problem.traits
+    queries = problem.batch_heads * problem.seqlen_q
+    keys = problem.batch_heads // problem.group_size * problem.seqlen_k
+    d, dv, size = traits.head_dim, traits.head_dim_v, traits.dtype_bytes
+    rows, columns = queries * d * size, keys * (d + dv) * size
+    if problem.family == "forward":
+        return rows + columns + queries * (dv * size + _FLOAT_BYTES)
+    statistics = 2 * queries * _FLOAT_BYTES
+    if problem.family == "delta":
+        return 2 * queries * dv * size + 3 * queries * _FLOAT_BYTES
+    if problem.family == "combine":
+        return queries * (dv * size + _FLOAT_BYTES + 2 * (dv + 1) * _FLOAT_BYTES)
+    if problem.family == "reduce-dq":
+        return queries * d * (size + _FLOAT_BYTES)
+    inputs = rows + queries * dv * size + columns + statistics
+    results = {"backward-dq": rows, "backward-dkdv": columns, "backward": rows + columns}
+    return inputs + results.get(problem.family, 0)
+
+
+def memory_bytes(problem: ProblemClass, config: Config, grid: Grid, slots: int, l2: int) -> float:
+    """Bytes from and to device memory: what the L2 does not hold is read once per wave of blocks.
+
+    Args:
+        problem: the class.
+        config: the kernel's.
+        grid: its blocks.
+        slots: blocks that run at once.
+        l2: bytes of the L2 cache.
+    """
+    traits = problem.traits
+    least = io_bytes(problem)
+    d, size = traits.head_dim + traits.head_dim_v, traits.dtype_bytes
+    by_queries = problem.family in ("forward", "backward-dq")
+    walked = problem.seqlen_k if by_queries else problem.seqlen_q * problem.group_size
+    head_bytes = walked * d * size
+    row_blocks = len(grid.walks.tiles) / grid.splits
+    # Blocks that read the same keys (or queries) follow each other, unless heads are interleaved.
+    readers = row_blocks * grid.splits * (problem.group_size // grid.packed if by_queries else 1)
+    at_once = slots / max(1.0, readers)
+    if problem.family == "forward" and isinstance(config, MmaConfig):
+        in_flight = config.heads_in_flight * grid.packed / problem.group_size
+        at_once = max(at_once, in_flight or l2 // 2 // head_bytes)
+    heads = problem.batch_heads // problem.group_size
+    at_once = min(max(1.0, at_once), heads)
+    waves = 1.0
+    if at_once * head_bytes > l2:
+        waves = max(1.0, at_once * readers / slots)
+    share = grid.walks.total * config.column_tile / max(1, row_blocks * walked)
+    found = least + (waves - 1) * heads * head_bytes * min(1.0, share)
+    return found + _parts_bytes(problem, grid)
+
+
+def _parts_bytes(problem: ProblemClass, grid: Grid) -> float:
+    """float32 parts of a result that splits write."""
+    traits = problem.traits
+    queries = problem.batch_heads * problem.seqlen_q
+    if problem.family == "backward":
+        return float(queries * traits.head_dim * _FLOAT_BYTES * grid.splits)
+    if problem.family == "forward" and grid.splits > 1:
+        return float(queries * (traits.head_dim_v + 1) * _FLOAT_BYTES * grid.splits)
+    return 0.0
+
+
+def part_bytes(problem: ProblemClass, grid: Grid) -> float:
+    """What the kernel that joins the parts of `grid` reads and writes; 0 if there are no parts."""
+    parts = _parts_bytes(problem, grid)
+    queries = problem.batch_heads * problem.seqlen_q
+    columns = (
+        problem.traits.head_dim if problem.family == "backward" else problem.traits.head_dim_v
+    )
+    return parts + queries * columns * problem.traits.dtype_bytes if parts else 0.0
+
+
+def l2_share(machine: Machine, blocks: int) -> float:
+    """Bytes a clock that an SM gets of the L2 when so many blocks run."""
+    active = max(1, min(machine.num_sms, blocks))
+    return min(64.0, machine.l2_bytes_per_clock / active)

@@ -1,0 +1,354 @@
+"""The offline model: how long a kernel takes on a machine, from counts and rates alone.
+
+`estimate` counts by formula, before anything is compiled; `predict` takes the counts from machine
+code. Otherwise they are the same:
+
+1. What a block does for a tile, and once, is spread over the pipes of an SM: tensor cores, special
+   functions, float32, ALU, instruction issue, shared memory, L2. With r blocks on an SM a pipe is
+   busy r times as long.
+2. A warp's chain S -> softmax -> O for a tile has a length of its own, with latencies, barriers
+   and the part of the copies that nothing hides. More warps hide it.
+3. A block takes the smooth maximum of those. Blocks are dealt out to SMs in waves; the last one,
+   and unequal blocks under a mask, leave SMs idle.
+4. Bytes from device memory bound the whole; kernels that join parts follow.
+
+Nothing is fitted to measurements of these kernels. Constants that nobody publishes are marked as
+assumed.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from numflash.configs import Config, MmaConfig, Traits, accumulators_per_thread
+from numflash.devices import blocks_per_sm
+from numflash.problem_class import ProblemClass
+from numflash_tuner import counts
+from numflash_tuner.grid import (
+    Grid,
+    io_bytes,
+    l2_share,
+    lay,
+    memory_bytes,
+    part_bytes,
+    visible_scores,
+)
+from numflash_tuner.machine_code import Counts, MachineCode
+from numflash_tuner.machines import Machine
+from numflash_tuner.records import Machinery
+
+PARTITIONS = 4
+"""Of an SM, each with its own pipes; a warp stays in one. One instruction is issued per clock."""
+SHUFFLE_LANES = 32
+"""Per clock and SM. Source: CUDA C++ Programming Guide, arithmetic throughput."""
+OVERLAP_NORM = 3.0
+"""Pipes overlap imperfectly: times t combine to (sum t ** norm) ** (1 / norm). Assumed."""
+MATRIX_EFFICIENCY = 0.9
+"""Share of the peak that large matrix products reach: about 280 of 312 TFLOP/s on an A100."""
+MEMORY_EFFICIENCY = 0.9
+"""Share of the bandwidth that large copies reach: 4.3 of 4.8 TB/s measured on an H200."""
+BROADCAST = 0.5
+"""Share of the nominal bytes of shared memory that the portable kernels' loads take: their lanes
+read 4 or 8 different addresses of 16 bytes, and half a warp reads equal ones once. Assumed."""
+
+MATRIX_LATENCY, FMA_LATENCY, SHARED_LATENCY = 33, 4, 30
+"""Clocks until a result can be used: of a 16 x 8 x 16 product, an FFMA, a load from shared memory.
+Source: Sun et al., arXiv 2206.02874, for the A100; other machines are assumed to be alike."""
+SOFTMAX_LATENCY = 200
+"""Clocks of a chain maximum, two shuffles, vote, exponential, sum, conversion. Assumed."""
+BARRIER_LATENCY = 40
+"""Clocks that the warps of a block lose at a barrier. Assumed."""
+L2_LATENCY, MEMORY_LATENCY = 300, 700
+"""Clocks of a load from the L2 and from device memory. Source: Luo et al., arXiv 2402.13499."""
+BLOCK_LATENCY = 600
+"""Clocks to start a block and to drain its stores, beside its first loads. Assumed."""
+LAUNCH_MS = 0.002
+"""From one kernel's end to the next one's start, in one stream. Assumed."""
+COMBINED_SPLITS = 8
+"""Parts that a `combine` of which nothing else is known puts together. Assumed."""
+
+_WARP, _FLOAT_BYTES, _MAX_REGISTERS = 32, 4, 255
+# Registers beside accumulators: operands, addresses, bounds. By compiling.
+_OTHER_REGISTERS = {"sm80": 64, "sm75": 100, "portable": 110}
+_FEWEST_OTHER_REGISTERS = 24
+_ROW_KERNELS = ("combine", "delta", "reduce-dq")
+_PRODUCTS = {"forward": 2, "backward-dq": 3, "backward-dkdv": 4, "backward": 5}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the model says of a config.
+
+    Attributes:
+        ms: milliseconds.
+        parts: milliseconds that each resource alone would take: "matrix", "exponential", "fma",
+            "alu", "issue", "shared memory", "L2", "memory"; "latency" if every other resource
+            were free.
+        bound_by: the largest part.
+        blocks_per_sm: that fit at once.
+    """
+
+    ms: float
+    parts: dict[str, float]
+    bound_by: str
+    blocks_per_sm: int
+
+
+def predict(
+    machine: Machine,
+    problem: ProblemClass,
+    config: Config,
+    machinery: Machinery,
+    code: MachineCode | None,
+) -> Prediction:
+    """How long a compiled kernel takes.
+
+    Args:
+        machine: the GPU.
+        problem: the class; it stands for the problem with its rounded sizes.
+        config: of the problem's family.
+        machinery: what was compiled.
+        code: its instructions; None counts by formula.
+
+    Raises:
+        ValueError: not even one block fits on an SM.
+    """
+    fit = machinery.blocks_per_sm
+    if fit < 1:
+        raise ValueError(f"no block of {config} fits on an SM of {machine.name}")
+    if problem.family in _ROW_KERNELS:
+        return _rows(machine, problem, config, fit)
+    work = counts.by_formula(config, problem.traits)
+    if code is not None and code.main is not None:
+        work = counts.complete(work, code.main, code.outside)
+    return _tiled(machine, problem, config, work, fit)
+
+
+def estimate(machine: Machine, problem: ProblemClass, config: Config) -> Prediction:
+    """How long a kernel takes, by formula only. Registers that cannot suffice count as spilled.
+
+    Raises:
+        ValueError: not even one block fits on an SM.
+    """
+    traits = problem.traits
+    smem = config.smem_bytes(traits)
+    if problem.family in _ROW_KERNELS:
+        fit, _ = blocks_per_sm(machine.limits, config.num_threads, 48, smem)
+        return _rows(machine, problem, config, max(1, fit))
+    registers, spilled = expected_registers(config, traits)
+    fit, limited_by = blocks_per_sm(machine.limits, config.num_threads, registers, smem)
+    if fit < 1:
+        raise ValueError(f"no block of {config} fits on an SM of {machine.name}: {limited_by}")
+    work = counts.by_formula(config, traits)
+    if spilled:
+        # Each spilled register is stored and loaded once a tile, through the L1.
+        moved = Counts(issued=2, shared=2, shared_bytes=2 * _WARP * _FLOAT_BYTES, local=2)
+        work = replace(work, tile=work.tile.plus(moved, spilled))
+    return _tiled(machine, problem, config, work, fit)
+
+
+def expected_registers(config: Config, traits: Traits) -> tuple[int, int]:
+    """Registers of a tiled kernel before it is compiled, and how many more it would need."""
+    if isinstance(config, MmaConfig):
+        accumulators = config.accumulators_per_thread(traits)
+        kind, min_blocks = config.generation, config.min_blocks
+    else:
+        accumulators, kind, min_blocks = accumulators_per_thread(config, traits), "portable", 0
+    most = _MAX_REGISTERS
+    if min_blocks:
+        most = min(most, 65536 // (min_blocks * config.num_threads) // 8 * 8)
+    wanted = accumulators + _OTHER_REGISTERS[kind]
+    fewest = accumulators + _FEWEST_OTHER_REGISTERS
+    return min(wanted, most), max(0, fewest - most)
+
+
+def floor_ms(machine: Machine, problem: ProblemClass) -> dict[str, float]:
+    """Milliseconds that no kernel can beat: of each resource alone, and the largest as "floor".
+
+    Products and exponentials are those of scores that are not masked, bytes those of inputs read
+    and results written once. The matrix rate is that of `mma.sync`, or of FFMA where the tensor
+    cores have no such product.
+    """
+    traits, scores = problem.traits, visible_scores(problem)
+    per_ms = machine.num_sms * machine.clock_mhz * 1e3
+    parts = {"memory": io_bytes(problem) / machine.memory_gbps / 1e6}
+    if problem.family in _PRODUCTS:
+        products = _PRODUCTS[problem.family]
+        columns = products // 2 * (traits.head_dim + traits.head_dim_v)
+        columns += products % 2 * traits.head_dim
+        parts["matrix"] = scores * columns / (_matrix_rate(machine, traits) * per_ms)
+        parts["exponential"] = scores / (machine.sfu_lanes * per_ms)
+    return {**parts, "floor": max(parts.values())}
+
+
+def _matrix_rate(machine: Machine, traits: Traits) -> float:
+    """Multiply-adds per clock and SM of the fastest way to multiply these elements."""
+    if traits.dtype == "float32":
+        return (machine.mma_tf32 if traits.tf32 else 0) or machine.fp32_lanes
+    if traits.dtype == "bfloat16" and machine.arch == "sm_75":
+        return machine.fp32_lanes
+    return machine.mma_f16
+
+
+@dataclass(frozen=True)
+class _Clocks:
+    """Clocks of an SM for one block: `busy` by pipe, and `chain` of a warp with nobody else."""
+
+    busy: np.ndarray
+    chain: float
+
+
+_PIPES = ("matrix", "exponential", "fma", "alu", "issue", "shared memory", "L2")
+
+
+def _busy(machine: Machine, c: Counts, warps: int, shared_share: float, l2: float) -> np.ndarray:
+    """Clocks that each of _PIPES needs for one block whose warps all do `c`."""
+    matrix = c.multiply_adds / machine.mma_f16
+    if c.multiply_adds_tf32:
+        matrix += c.multiply_adds_tf32 / machine.mma_tf32
+    return warps * np.array(
+        [
+            matrix / MATRIX_EFFICIENCY,
+            _WARP * c.special / machine.sfu_lanes,
+            _WARP * c.fma / machine.fp32_lanes,
+            _WARP * (c.alu + c.conversions) / machine.alu_lanes,
+            c.issued / PARTITIONS,
+            shared_share * c.shared_bytes / machine.smem_bytes_per_clock
+            + _WARP * c.shuffles / SHUFFLE_LANES,
+            c.global_bytes / l2,
+        ]
+    )
+
+
+def _chain(
+    machine: Machine,
+    config: Config,
+    work: counts.Work,
+    busy: np.ndarray,
+    load_latency: float,
+) -> float:
+    """Clocks of one tile for a block that is alone on an SM: its warps wait for each other."""
+    c, warps = work.tile, config.num_warps
+    # Warps of a block in one partition do the same at the same time.
+    per_partition = -(-warps // PARTITIONS) * PARTITIONS / warps
+    tensor = bool(c.matrix)
+    step = MATRIX_LATENCY if tensor else 4 * FMA_LATENCY + SHARED_LATENCY
+    pipe = busy[0] if tensor else busy[2]
+    multiplying = max(
+        per_partition * pipe,
+        busy[5],
+        work.steps * step,
+        (c.matrix + c.shared) if tensor else per_partition * busy[4],
+    )
+    multiplying += work.products * SHARED_LATENCY
+    rest = max(c.issued - c.matrix - c.shared, 0) * -(-warps // PARTITIONS)
+    softmax = max(per_partition * busy[1], rest if tensor else 0.0)
+    own = multiplying + softmax + SOFTMAX_LATENCY + c.barriers * BARRIER_LATENCY
+    if work.loads:
+        return own + work.loads * load_latency
+    # An asynchronous copy has the time of the phase before it, and with more stages whole tiles.
+    ahead = (config.num_stages - 1) * own + (own / 2 if work.phases == 2 else 0.0)
+    return own + work.phases * max(0.0, load_latency - ahead)
+
+
+def _tiled(
+    machine: Machine, problem: ProblemClass, config: Config, work: counts.Work, fit: int
+) -> Prediction:
+    grid = lay(problem, config)
+    blocks = grid.blocks
+    resident = min(fit, -(-blocks // machine.num_sms))
+    slots = machine.num_sms * resident
+    l2 = l2_share(machine, blocks)
+    warps = config.num_warps
+    shared_share = 1.0 if isinstance(config, MmaConfig) else BROADCAST
+    from_memory = memory_bytes(problem, config, grid, slots, machine.l2_bytes)
+
+    tile = _busy(machine, work.tile, warps, shared_share, l2)
+    once = _busy(machine, work.once, warps, shared_share, l2)
+    once += _busy(machine, work.rare, warps, shared_share, l2) * (grid.walks.edges + 1)
+    asked = blocks * warps * (grid.mean_tiles * work.tile.global_bytes + work.once.global_bytes)
+    missed = min(1.0, from_memory / max(1.0, asked))
+    latency = L2_LATENCY + missed * (MEMORY_LATENCY - L2_LATENCY)
+    transfer = warps * work.tile.global_bytes / max(1, work.phases) / l2
+    chain = _chain(machine, config, work, tile, latency + transfer)
+    first = BLOCK_LATENCY + 2 * MEMORY_LATENCY + float(once[4]) * PARTITIONS / warps
+    walks_per_block = 1
+    if problem.family == "backward":
+        walks_per_block = -(-grid.rows // config.tile_n // max(1, blocks))
+    once, first = once * walks_per_block, first * walks_per_block
+
+    def clocks(tiles: float, together: int) -> float:
+        busy = together * (tiles * tile + once)
+        return float(np.sum(busy**OVERLAP_NORM) + (tiles * chain + first) ** OVERLAP_NORM) ** (
+            1 / OVERLAP_NORM
+        )
+
+    spread = _schedule(grid, machine.num_sms, resident, clocks)
+    to_ms = 1 / (machine.clock_mhz * 1e3)
+    memory_ms = from_memory / (machine.memory_gbps * MEMORY_EFFICIENCY * 1e6)
+    ms = _combine(spread * to_ms, memory_ms) + LAUNCH_MS
+    joined = part_bytes(problem, grid)
+    if joined:
+        ms += LAUNCH_MS + joined / _row_bandwidth(machine, joined) / 1e6
+    totals = blocks / machine.num_sms * (grid.mean_tiles * tile + once) * to_ms
+    parts = dict(zip(_PIPES, map(float, totals), strict=True))
+    parts["memory"] = memory_ms
+    alone = max(grid.walks.most, grid.mean_tiles * blocks / slots) * chain
+    parts["latency"] = float(alone + first * max(1.0, blocks / slots)) * to_ms
+    return Prediction(ms, parts, max(parts, key=parts.get), fit)
+
+
+def _schedule(grid: Grid, num_sms: int, resident: int, clocks) -> float:
+    """Clocks until the last block is done, the longest started first.
+
+    At least the work of an SM, the longest block, and, since some slot must take k of them, k of
+    the first (k - 1) slots + 1 blocks.
+    """
+    blocks, slots, walks = grid.blocks, num_sms * resident, grid.walks
+    balanced = blocks / num_sms * clocks(grid.mean_tiles, resident) / resident
+    longest = clocks(walks.most, 1)
+    waves = -(-blocks // slots)
+    if waves == 1:
+        if walks.is_even:
+            return clocks(walks.most, resident)
+        return max(longest, min(balanced, clocks(walks.most, resident)))
+    # Beyond so many waves the rest of the last one no longer matters.
+    k = np.arange(1, min(waves, 64))
+    firsts = walks.tiles[k * slots // grid.heads]
+    best = int(np.argmax((k + 1) * (firsts + 1)))
+    k, tiles = int(k[best]), float(firsts[best])
+    in_last = resident if k + 1 < waves else -(-(blocks - k * slots) // num_sms)
+    crowded = k * clocks(tiles, resident) + clocks(tiles, in_last)
+    return max(balanced, longest, crowded)
+
+
+def _combine(*times: float) -> float:
+    """The smooth maximum."""
+    return sum(t**OVERLAP_NORM for t in times) ** (1 / OVERLAP_NORM)
+
+
+def _row_bandwidth(machine: Machine, moved: float) -> float:
+    """1e9 bytes per second for data that another kernel has just written."""
+    if moved <= machine.l2_bytes:
+        return machine.l2_bytes_per_clock * machine.clock_mhz / 1e3
+    return machine.memory_gbps * MEMORY_EFFICIENCY
+
+
+def _rows(machine: Machine, problem: ProblemClass, config: Config, fit: int) -> Prediction:
+    """Of kernels that stream rows: bandwidth, or the latency of their loads."""
+    traits, rows = problem.traits, problem.batch_heads * problem.seqlen_q
+    moved, rounds = io_bytes(problem), 2
+    if problem.family == "combine":
+        moved += rows * (COMBINED_SPLITS - 2) * (traits.head_dim_v + 1) * _FLOAT_BYTES
+        rounds += COMBINED_SPLITS
+    elif problem.family == "reduce-dq":
+        moved += rows * (config.num_splits - 1) * traits.head_dim * _FLOAT_BYTES
+        rounds += config.num_splits
+    per_block = config.block_rows
+    blocks = -(-problem.seqlen_q // per_block) * problem.batch_heads
+    waves = -(-blocks // (machine.num_sms * fit))
+    latency = waves * (BLOCK_LATENCY + rounds * MEMORY_LATENCY) / (machine.clock_mhz * 1e3)
+    memory = moved / (machine.memory_gbps * MEMORY_EFFICIENCY * 1e6)
+    parts = {"memory": memory, "latency": latency}
+    ms = _combine(memory, latency) + LAUNCH_MS
+    return Prediction(ms, parts, max(parts, key=parts.get), fit)
