@@ -11,7 +11,10 @@ from numflash import sass
 from numflash.compiler import get_cubin
 from numflash.configs import Traits, parse_config
 from numflash.devices import architecture
+from numflash.problem_class import ProblemClass
+from numflash_tuner import counts, machines, model
 from numflash_tuner.machine_code import MachineCode, analyse
+from numflash_tuner.records import Machinery
 
 pytestmark = pytest.mark.skipif(
     sass.find_disassembler() is None, reason=f"there is no disassembler; {sass.INSTALL_HINT}"
@@ -28,27 +31,27 @@ def machine_code(family: str, config: str, traits: str, arch: str) -> MachineCod
 
 def test_forward_is_what_its_docstring_says():
     loop = machine_code(*FORWARD).main
-    counts = loop.counts
+    turn = loop.counts
     assert not loop.inner
-    assert counts.matrix == 256
+    assert turn.matrix == 256
     # 32 rows a warp, 64 keys, two products of depth and width 128.
-    assert counts.multiply_adds == 2 * 32 * 64 * 128
-    assert counts.exponentials == counts.special == 64
-    assert counts.shared == 80
+    assert turn.multiply_adds == 2 * 32 * 64 * 128
+    assert turn.exponentials == turn.special == 64
+    assert turn.shared == 80
     # 80 LDSM of 512 bytes; K and V, of which a warp copies a quarter.
     copied = 2 * 64 * 128 * 2 // 4
-    assert counts.global_bytes == copied
-    assert counts.shared_bytes == 80 * 512 + copied
-    assert counts.conversions == 32
-    assert counts.shuffles == 8
-    assert counts.barriers == 2
-    assert counts.ffma == 64
+    assert turn.global_bytes == copied
+    assert turn.shared_bytes == 80 * 512 + copied
+    assert turn.conversions == 32
+    assert turn.shuffles == 8
+    assert turn.barriers == 2
+    assert turn.ffma == 64
     # 64 FADD for the sum and the IMAD of addresses come on top; rescaling O does not.
-    assert 128 <= counts.fma < 128 + 64
+    assert 128 <= turn.fma < 128 + 64
     # 64 FMNMX and 8 across lanes; the mask does not.
-    assert 72 <= counts.alu < 72 + 150
-    assert counts.issued < 900
-    assert counts.local == 0
+    assert 72 <= turn.alu < 72 + 150
+    assert turn.issued < 900
+    assert turn.local == 0
 
 
 def test_mask_and_rescaling_are_rare():
@@ -64,14 +67,14 @@ def test_fused_backward_walks_in_the_inner_loop():
     code = machine_code("backward", "sm80-m32n128w8s2", "bfloat16-d128-dv128-vec", "sm_90a")
     (walk,) = code.loops
     assert code.main is walk.inner[0]
-    counts = code.main.counts
-    assert counts.matrix == 160
+    turn = code.main.counts
+    assert turn.matrix == 160
     # 104 LDSM, 8 LDS for lse and delta, 8 STS of dS.
-    assert counts.shared == 120
-    assert counts.exponentials == 16
+    assert turn.shared == 120
+    assert turn.exponentials == 16
     # dQ is loaded where it was not just begun.
-    assert counts.global_loads == 4
-    assert counts.barriers == 2
+    assert turn.global_loads == 4
+    assert turn.barriers == 2
 
 
 def test_portable_products_are_loops_of_their_own():
@@ -85,3 +88,35 @@ def test_portable_products_are_loops_of_their_own():
     assert code.main.rare.alu > 100
     copies = [loop for loop in code.main.inner if loop.counts.global_loads]
     assert len(copies) == 2
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "traits", "arch"),
+    [
+        FORWARD,
+        ("backward", "sm80-m32n128w8s2", "bfloat16-d128-dv128-vec", "sm_90a"),
+        ("forward", "m64n64w4", "float32-d64-dv64-vec", "sm_90a"),
+    ],
+    ids=lambda text: text,
+)
+def test_formulas_agree_with_machine_code(family, config, traits, arch):
+    code = machine_code(family, config, traits, arch)
+    formula = counts.by_formula(parse_config(family, config), Traits.parse(traits))
+    compiled = counts.complete(formula, code.main, code.outside)
+    for kind in ("matrix", "multiply_adds", "ffma", "shuffles", "barriers"):
+        assert getattr(formula.tile, kind) == pytest.approx(getattr(compiled.tile, kind), rel=0.01)
+    for kind in ("exponentials", "conversions", "shared", "shared_bytes", "global_bytes"):
+        assert getattr(formula.tile, kind) == pytest.approx(getattr(compiled.tile, kind), rel=0.15)
+    for kind in ("issued", "fma", "alu"):
+        assert getattr(formula.tile, kind) == pytest.approx(getattr(compiled.tile, kind), rel=0.25)
+
+
+def test_prediction_from_machine_code_is_near_that_by_formula():
+    machine = machines.find("H100")
+    problem = ProblemClass.parse(f"forward {FORWARD[2]} causal q4096 k4096 bh64 g1")
+    config = parse_config(*FORWARD[:2])
+    machinery = Machinery(255, 0, 65536, 128, 2, "registers")
+    predicted = model.predict(machine, problem, config, machinery, machine_code(*FORWARD))
+    estimated = model.estimate(machine, problem, config)
+    assert predicted.ms == pytest.approx(estimated.ms, rel=0.05)
+    assert predicted.ms != estimated.ms
