@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from numflash_tuner.records import FAILURES, Record
 from numflash_tuner.report_axes import (
     BOTTOM,
-    HEIGHT,
     LEFT,
     RIGHT,
     TOP,
@@ -74,6 +73,8 @@ def history(result: Result) -> Figure:
             measured = record.outcome == result.origin
             class_ = "dot" if measured else "hollow"
             marks.append(circle(x(number), y(time), 2.5, class_, about))
+            if result.winner and record.config == result.winner.config:
+                marks.append(circle(x(number), y(time), 5, "ring"))
         elif record.outcome in FAILURES:
             marks.append(line(x(number), TOP, x(number), TOP + 7, "cross", about))
         if time is not None and time < so_far:
@@ -90,8 +91,11 @@ def history(result: Result) -> Figure:
     if floor and floor * _FLOOR_IN_SIGHT > best:
         lines.append(line(LEFT, y(floor), RIGHT, y(floor), "floor"))
         labels.append(text(LEFT + 4, y(floor) - 4, f"floor {format_ms(floor)}", "muted halo"))
-    labels.append(text(RIGHT, y(so_far) + 13, f"best {format_ms(best)}", "label-best halo", "end"))
+    label = f"best so far {format_ms(best)}"
+    labels.append(text(RIGHT, y(so_far) + 13, label, "label-best halo", "end"))
     legend = [key("●", "k-accent", result.origin)]
+    if result.winner:
+        legend.append(key("◯", "k-text", "the best"))
     if any(record.outcome == "slow" for record in result.records):
         legend.append(key("○", "k-accent", "stopped early, slow"))
     if failures:
@@ -167,7 +171,7 @@ def heat_map(result: Result) -> Figure:
     ramp = [tag("i", class_=f"heat{i}") for i in range(HEAT_STEPS)]
     legend = [
         tag("span", f"{format_ms(fastest)} ", *ramp, f" {format_ms(slowest)} ms", class_="ramp"),
-        "; outlined: the best; hatched: no time, x if it was tried.",
+        "; outlined: the fastest; hatched: no time, x if it was tried.",
     ]
     return Figure(
         title,
@@ -293,4 +297,4 @@ def parts(result: Result) -> Figure:
         key("■", "k-axis", "floor of the problem"),
     ]
     label = ", ".join(f"{name} {format_ms(times[name])} ms" for name in names if name in times)
-    return Figure(title, joined(legend), chart(label, *marks, height=min(end + 6, 4 * HEIGHT)))
+    return Figure(title, joined(legend), chart(label, *marks, height=end + 6))

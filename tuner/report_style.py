@@ -111,7 +111,7 @@ svg .label-default{fill:var(--second)}
 svg .label-best{fill:var(--accent);font-weight:600}
 .hatch{stroke:var(--line);stroke-width:2}
 .hatched{fill:url(#hatch);stroke:var(--line)}
-.k-accent{color:var(--accent)}.k-second{color:var(--second)}.k-axis{color:var(--axis)}
+.k-text{color:var(--text)}.k-accent{color:var(--accent)}.k-second{color:var(--second)}.k-axis{color:var(--axis)}
 .ramp i{display:inline-block;width:14px;height:9px;print-color-adjust:exact}
 .key{display:inline-block;margin-right:.8em}
 details{margin-top:10px}
