@@ -547,6 +547,12 @@ def test_there_are_always_a_few_ticks(low, ratio):
     assert all(-0.01 <= axis(tick) <= 100.01 for tick in ticks)
 
 
+def test_what_cannot_be_drawn_comes_last():
+    page = report.page([result(importances={})])
+    drawn = ["<svg" in figure for figure in page.split("<figure>")[1:]]
+    assert drawn == sorted(drawn, reverse=True) and not drawn[-1]
+
+
 # --- colours
 
 
