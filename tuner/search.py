@@ -27,8 +27,9 @@ from numflash_tuner.studies import Ledger
 SAMPLERS = ("tpe", "grid", "random", "cmaes")
 _FAVOURITES = 8
 """Configs of distinct machine code that the model has tried first."""
-_HOPELESS = 2.0
-"""Without a GPU, a config whose estimate is so many times the best time is not compiled."""
+_HOPELESS = 1.25
+"""Without a GPU, a config whose estimate is so many times the best time is not compiled: estimates
+are within a few percent of what the model says of machine code."""
 _SLOW, _FEW_SAMPLES = 1.25, 3
 """A config that is so many times as slow as the best after so many samples is stopped."""
 _FINALISTS, _FINAL_ROUNDS = 5, 15
@@ -37,6 +38,8 @@ _TIE = 0.01
 MODEL_MARGIN = 0.05
 """What a prediction must gain over the default to displace it: the model is no better."""
 _ASK_ATTEMPTS = 20
+_OF_THE_CODE = ("compile_failed", "spilled", "over_budget", "wrong_result")
+"""Failures that all configs of the same machine code share."""
 
 
 @dataclass(frozen=True)
@@ -106,11 +109,17 @@ class Search:
             if len(choices) > 1
         }
         machine, problem = space.machine, space.problem
-        self._estimates = {
-            config: model.estimate(machine, problem, config).ms for config in space.feasible
-        }
+        self._estimates = {config: self._estimate(config) for config in space.feasible}
+        self._broken: set[Config] = set()
         self._by_text = {str(config): config for config in space.feasible}
         self.floor_ms = model.floor_ms(machine, problem)
+
+    def _estimate(self, config: Config) -> float:
+        """What the model says before anything is compiled; infinite if no block would fit."""
+        try:
+            return model.estimate(self.space.machine, self.space.problem, config).ms
+        except ValueError:
+            return math.inf
 
     @property
     def size(self) -> int:
@@ -134,6 +143,8 @@ class Search:
         A KeyboardInterrupt leaves the study as it should be, ready to go on.
         """
         self.ledger.give_up_abandoned()
+        for record in self.ledger.records():
+            self._note_broken(record)
         if not self.ledger.taken():
             self._enqueue_first()
         waiting: dict[Future, list[tuple[Trial, Config, float]]] = {}
@@ -179,13 +190,12 @@ class Search:
     def _enqueue_first(self) -> None:
         """The default, and the model's favourites, each of machine code of its own."""
         first = [str(self.space.default)]
-        seen = {self.space.default}
+        seen = {_compiled(self.space.default)}
         for config in sorted(self._estimates, key=self._estimates.get):
-            compiled = getattr(config, "compiled", config)
             if len(first) > _FAVOURITES:
                 break
-            if compiled not in seen:
-                seen.add(compiled)
+            if _compiled(config) not in seen:
+                seen.add(_compiled(config))
                 first.append(str(config))
         if not self._in_order:
             for text in first:
@@ -201,7 +211,11 @@ class Search:
         """A trial, and the config that it has claimed; None if every config is taken."""
         while True:
             taken = self.ledger.taken()
-            free = [config for text, config in self._by_text.items() if text not in taken]
+            free = [
+                config
+                for text, config in self._by_text.items()
+                if text not in taken and _compiled(config) not in self._broken
+            ]
             if not free:
                 return None
             if self._in_order:
@@ -210,7 +224,7 @@ class Search:
                 trial = self._study.ask(self._distributions)
                 self.ledger.begin(trial)
                 wanted = self._proposed(trial)
-                if wanted is not None and str(wanted) not in taken:
+                if wanted in free:
                     if self.ledger.claim(trial, str(wanted)):
                         return trial, wanted
                     self.ledger.give_up(trial)
@@ -282,7 +296,13 @@ class Search:
         seconds = self._clock() - began
         record = replace(record, seconds=round(seconds, 3), finished=time.time())
         self.ledger.finish(trial, record)
+        self._note_broken(record)
         on_record(record)
+
+    def _note_broken(self, record: Record) -> None:
+        """Remember machine code that failed: other layouts of it need not be tried."""
+        if record.outcome in _OF_THE_CODE and record.config in self._by_text:
+            self._broken.add(_compiled(self._by_text[record.config]))
 
     def crown(self) -> tuple[Record, Record]:
         """(the default's record, the winner's), after measuring the finalists against each other.
@@ -298,7 +318,7 @@ class Search:
         default = records.get(str(self.space.default))
         finalists = usable[:_FINALISTS]
         if default is not None and default.outcome in ("measured", "predicted"):
-            finalists = list(dict.fromkeys([*finalists, default]))
+            finalists += [] if default in finalists else [default]
         if self._measurer is not None and len(finalists) > 1:
             configs = [record.config for record in finalists]
             samples = self._measurer.remeasure(self.space.problem, configs, _FINAL_ROUNDS)
@@ -326,6 +346,11 @@ class Search:
             )
         except (ValueError, RuntimeError, ImportError):
             return {}
+
+
+def _compiled(config: Config) -> Config:
+    """What stands for all configs of the same machine code."""
+    return getattr(config, "compiled", config)
 
 
 def _outcomes(records: dict[str, Record]) -> str:

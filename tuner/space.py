@@ -21,7 +21,9 @@ from numflash_tuner.machines import Machine
 from numflash_tuner.records import Machinery
 
 _MIN_REGISTERS = 24
-"""Registers that every kernel needs beside its accumulators: addresses, operands, counters."""
+"""Registers that every kernel needs beside its accumulators: addresses, counters."""
+_ACCUMULATORS_PER_OPERAND = 8
+"""Larger tiles need more operands at once: a register for so many accumulators. By compiling."""
 _MAX_REGISTERS = 255
 _BLOCKS_PER_SM = 8
 """More blocks than this per SM fill a machine whatever they are."""
@@ -121,7 +123,8 @@ class Space:
             "tile_n": (16, 32, 48, 64, 96, 128, 192, 256),
             "num_warps": (1, 2, 4, 8),
             "num_stages": (1, 2, 3),
-            "min_blocks": (0, 1, 2, 3, 4),
+            # One block is promised anyway, where a kernel spills without.
+            "min_blocks": (0, 2, 3, 4),
         }
         if problem.family == "backward-dkdv":
             dimensions["apart"] = (False, True)
@@ -181,9 +184,9 @@ class Space:
         if isinstance(config, MmaConfig):
             if (why := self._pointless_cap(config, limits)) is not None:
                 return "register caps", ("invalid", why)
-            most = _register_cap(config, limits) - _MIN_REGISTERS
-            if (kept := config.accumulators_per_thread(traits)) > most:
-                why = f"keeps {kept} accumulators a thread, registers leave room for {most}"
+            cap, kept = _register_cap(config, limits), config.accumulators_per_thread(traits)
+            if (needed_registers := _registers(kept)) > cap:
+                why = f"needs {needed_registers} registers for {kept} accumulators, may have {cap}"
                 return "registers", ("over_budget", why)
         # With the fewest registers that it could have.
         fit, by = blocks_per_sm(limits, config.num_threads, _MIN_REGISTERS, needed)
@@ -214,7 +217,7 @@ class Space:
         fit, by = blocks_per_sm(limits, config.num_threads, _MIN_REGISTERS, smem)
         if fit < config.min_blocks:
             return f"{by} leaves room for {fit} blocks per SM, not {config.min_blocks}"
-        if config.min_blocks > 1 and _register_cap(config, limits) >= _MAX_REGISTERS:
+        if _register_cap(config, limits) >= _MAX_REGISTERS:
             return f"{config.min_blocks} blocks per SM leave all registers to each thread"
         return None
 
@@ -299,6 +302,11 @@ def _combinations(dimensions: dict[str, tuple]) -> Iterator[dict]:
     """Every combination of choices, as values by name."""
     for chosen in itertools.product(*dimensions.values()):
         yield dict(zip(dimensions, chosen, strict=True))
+
+
+def _registers(accumulators: int) -> int:
+    """Registers without which a kernel with so many accumulators is sure to spill."""
+    return accumulators + accumulators // _ACCUMULATORS_PER_OPERAND + _MIN_REGISTERS
 
 
 def _register_cap(config: MmaConfig, limits: Architecture) -> int:

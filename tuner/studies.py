@@ -116,6 +116,8 @@ def _can_import(module: str) -> bool:
 def open_study(url: str | None, name: str, sampler: optuna.samplers.BaseSampler) -> optuna.Study:
     """The study with this name, made if there is none. Raises StorageError."""
     storage = open_storage(url, name)
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)  # of a new study nobody need be told
     try:
         return optuna.create_study(
             storage=storage,
@@ -128,6 +130,8 @@ def open_study(url: str | None, name: str, sampler: optuna.samplers.BaseSampler)
     except Exception as error:
         reason = " ".join(str(error).split())
         raise StorageError(f"the study cannot be opened in {url or name}: {reason}") from error
+    finally:
+        optuna.logging.set_verbosity(before)
 
 
 class Ledger:

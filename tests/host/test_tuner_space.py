@@ -1,0 +1,164 @@
+"""The space of configs: what is feasible, what is not and why."""
+
+from dataclasses import replace
+
+import pytest
+
+from numflash.configs import MmaConfig, parse_config
+from numflash.problem_class import ProblemClass
+from numflash_tuner import machines
+from numflash_tuner.records import Machinery
+from numflash_tuner.space import Budgets, EmptySpaceError, Space
+
+FORWARD = "forward float16-d64-dv64-vec full q4096 k4096 bh64 g1"
+DECODE = "forward bfloat16-d128-dv128-vec full q1 k65536 bh32 g4"
+PROBLEMS = [
+    FORWARD,
+    DECODE,
+    "forward float16-d256-dv256-softcap-alibi full q4096 k4096 bh64 g1",
+    "forward float32-d64-dv64-vec causal q512 k512 bh8 g1",
+    "forward float32-d64-dv64-vec-tf32 causal q512 k512 bh8 g1",
+    "backward-dkdv bfloat16-d128-dv128-vec causal q4096 k4096 bh64 g1",
+    "backward-dq float16-d128-dv64-vec window256 q4096 k4096 bh64 g1",
+    "backward float16-d128-dv128-vec full q4096 k4096 bh64 g1",
+    "combine float16-d64-dv64-vec full q1 k65536 bh32 g1",
+]
+MACHINERY = Machinery(128, 0, 32768, 128, 4, "registers")
+
+
+def space(problem=FORWARD, machine="NVIDIA A100-SXM4-80GB", budgets=None):
+    """The space of a class."""
+    return Space(ProblemClass.parse(problem), machines.find(machine), budgets or Budgets())
+
+
+@pytest.mark.parametrize("machine", ["Tesla T4", "NVIDIA A100-SXM4-80GB", "NVIDIA H200", "sm_120"])
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_every_feasible_config_obeys_the_rules_and_the_default_is_among_them(problem, machine):
+    if problem.startswith("backward ") and machine == "Tesla T4":
+        pytest.skip("there is nothing to find the default in: Turing runs two kernels")
+    found = space(problem, machine)
+    found.expect_any()
+    limits = found.machine.limits
+    for config, values in found.feasible.items():
+        assert config.smem_bytes(found.problem.traits) <= limits.max_smem_per_block
+        assert found.failure(config) is None
+        assert found.config(values) == (config, None)
+        assert parse_config(found.problem.family, str(config)) == config
+    assert found.default in found.feasible
+    assert found.values(str(found.default)) == found.feasible[found.default]
+
+
+def test_feasible_and_excluded_are_the_whole_product():
+    found = space()
+    product = 1
+    for choices in found.dimensions.values():
+        product *= len(choices)
+    assert len(found.feasible) + found.excluded.total() == product
+
+
+def test_the_default_is_what_dispatch_would_run():
+    decode = space(DECODE).default
+    assert decode.packed and decode.num_splits > 8
+    assert space().default == parse_config("forward", "sm80-m128n64w4s1")
+
+
+def test_splits_are_tried_only_where_blocks_are_few():
+    assert space().dimensions["num_splits"] == (1,)
+    assert max(space(DECODE).dimensions["num_splits"]) >= 64
+
+
+def test_orders_are_tried_only_where_keys_and_values_outgrow_the_cache():
+    assert len(space().dimensions["heads_in_flight"]) > 1
+    small = "forward float16-d64-dv64-vec full q512 k512 bh8 g1"
+    assert space(small).dimensions["heads_in_flight"] == (0,)
+
+
+@pytest.mark.parametrize(
+    "config, outcome, words",
+    [
+        ("sm80-m128n128w4s3", None, ""),
+        ("sm80-m256n128w8s3", None, ""),
+        ("sm80-m256n256w8s3", "over_budget", "shared memory"),
+        ("sm80-m256n64w4s1", "over_budget", "registers"),
+        ("sm80-m128n64w4s1b2", "invalid", "leave all registers"),
+        ("sm80-m128n128w4s3b3", "invalid", "room for 1 blocks"),
+        ("sm80-m64n64w4s1-packed", None, ""),
+    ],
+)
+def test_a_config_that_may_not_be_tried_has_a_reason(config, outcome, words):
+    failure = space().failure(parse_config("forward", config))
+    if outcome is None:
+        assert failure is None or failure[0] == "over_budget"
+    else:
+        assert failure[0] == outcome and words in failure[1]
+
+
+def test_tiles_larger_than_the_problem_are_excluded():
+    few = space("forward float16-d64-dv64-vec full q64 k64 bh8 g1")
+    assert max(config.tile_m for config in few.feasible) == 64 + 32
+    assert max(config.tile_n for config in few.feasible) <= 96
+
+
+def test_values_that_make_no_config_are_invalid():
+    found = space()
+    values = found.feasible[found.default] | {"tile_m": 48, "num_warps": 4}
+    config, (outcome, why) = found.config(values)
+    assert config is None and outcome == "invalid" and "multiple of 16 x num_warps" in why
+
+
+def test_a_shared_memory_budget_is_kept():
+    found = space(budgets=Budgets(smem_bytes=24 * 1024))
+    needed = [config.smem_bytes(found.problem.traits) for config in found.feasible]
+    assert 0 < max(needed) <= 24 * 1024 and found.excluded["--sram-budget"] > 0
+    failure = found.failure(parse_config("forward", "sm80-m128n64w4s1"))
+    assert failure == ("over_budget", "needs 32768 bytes of shared memory, granted are 24576")
+
+
+def test_an_occupancy_is_kept_before_and_after_compiling():
+    found = space(budgets=Budgets(min_occupancy=0.25))
+    assert found.excluded["--min-occupancy"] > 0
+    # 4 blocks of 128 threads are a quarter of 2048.
+    assert found.judge_machinery(MACHINERY) is None
+    outcome, why = found.judge_machinery(replace(MACHINERY, blocks_per_sm=3))
+    assert outcome == "over_budget" and "3 blocks of 128 threads" in why and "25%" in why
+
+
+@pytest.mark.parametrize(
+    "changes, outcome, words",
+    [
+        ({"spill_bytes": 8}, "spilled", "8 bytes"),
+        ({"warnings": ("C7510: wgmma serialised",)}, "spilled", "C7510"),
+        ({"blocks_per_sm": 0}, "over_budget", "no block fits"),
+    ],
+)
+def test_what_the_compiler_found_excludes(changes, outcome, words):
+    found = space().judge_machinery(replace(MACHINERY, **changes))
+    assert found[0] == outcome and words in found[1]
+
+
+def test_an_impossible_budget_names_the_constraints():
+    with pytest.raises(EmptySpaceError) as error:
+        space(budgets=Budgets(smem_bytes=1024)).expect_any()
+    assert "--sram-budget" in str(error.value) and "NVIDIA A100" in str(error.value)
+    with pytest.raises(EmptySpaceError, match="--min-occupancy"):
+        space(budgets=Budgets(min_occupancy=1.0, smem_bytes=60000)).expect_any()
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"smem_bytes": 0}, {"min_occupancy": 1.5}, {"min_occupancy": -1}]
+)
+def test_budgets_are_checked(wrong):
+    with pytest.raises(ValueError):
+        Budgets(**wrong)
+
+
+def test_float32_and_bfloat16_on_turing_search_the_portable_kernels():
+    for problem in (PROBLEMS[3], "forward bfloat16-d64-dv64-vec full q512 k512 bh8 g1"):
+        found = space(problem, "Tesla T4")
+        assert not any(isinstance(config, MmaConfig) for config in found.feasible)
+
+
+def test_values_of_a_config_outside_the_space_are_none():
+    assert space().values("sm80-m80n64w5s1") is None
+    assert space().values("nonsense") is None
+    assert space().values("m64n64w4") is None
