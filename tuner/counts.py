@@ -220,12 +220,13 @@ def _portable(config: Config, traits: Traits) -> Work:
 
 
 def _with_issued(tile: Counts, addresses: tuple[int, int], asynchronous_copies: int) -> Counts:
-    """With what addresses take, and the sum of all."""
+    """Add what addresses take, and the sum of all."""
     fma, alu = addresses
-    tile = replace(tile, fma=tile.fma + fma, alu=tile.alu + alu)
+    tile.fma, tile.alu = tile.fma + fma, tile.alu + alu
     kinds = ("matrix", "special", "fma", "alu", "conversions", "shared", "shuffles", "barriers")
     issued = sum(getattr(tile, kind) for kind in kinds) + tile.global_loads + asynchronous_copies
-    return replace(tile, issued=issued + _LOOP_CONTROL)
+    tile.issued = issued + _LOOP_CONTROL
+    return tile
 
 
 def _with_features(tile: Counts, traits: Traits, scores: int) -> Counts:

@@ -190,33 +190,28 @@ def _matrix_rate(machine: Machine, traits: Traits) -> float:
     return machine.mma_f16
 
 
-@dataclass(frozen=True)
-class _Clocks:
-    """Clocks of an SM for one block: `busy` by pipe, and `chain` of a warp with nobody else."""
-
-    busy: np.ndarray
-    chain: float
-
-
 _PIPES = ("matrix", "exponential", "fma", "alu", "issue", "shared memory", "L2")
 
 
-def _busy(machine: Machine, c: Counts, warps: int, shared_share: float, l2: float) -> np.ndarray:
+def _busy(
+    machine: Machine, c: Counts, warps: int, shared_share: float, l2: float
+) -> tuple[float, ...]:
     """Clocks that each of _PIPES needs for one block whose warps all do `c`."""
     matrix = c.multiply_adds / machine.mma_f16
     if c.multiply_adds_tf32:
         matrix += c.multiply_adds_tf32 / machine.mma_tf32
-    return warps * np.array(
-        [
-            matrix / MATRIX_EFFICIENCY,
-            _WARP * c.special / machine.sfu_lanes,
-            _WARP * c.fma / machine.fp32_lanes,
-            _WARP * (c.alu + c.conversions) / machine.alu_lanes,
-            c.issued / PARTITIONS,
+    return (
+        warps * matrix / MATRIX_EFFICIENCY,
+        warps * _WARP * c.special / machine.sfu_lanes,
+        warps * _WARP * c.fma / machine.fp32_lanes,
+        warps * _WARP * (c.alu + c.conversions) / machine.alu_lanes,
+        warps * c.issued / PARTITIONS,
+        warps
+        * (
             shared_share * c.shared_bytes / machine.smem_bytes_per_clock
-            + _WARP * c.shuffles / SHUFFLE_LANES,
-            c.global_bytes / l2,
-        ]
+            + _WARP * c.shuffles / SHUFFLE_LANES
+        ),
+        warps * c.global_bytes / l2,
     )
 
 
@@ -224,7 +219,7 @@ def _chain(
     machine: Machine,
     config: Config,
     work: counts.Work,
-    busy: np.ndarray,
+    busy: tuple[float, ...],
     load_latency: float,
 ) -> float:
     """Clocks of one tile for a block that is alone on an SM: its warps wait for each other."""
@@ -264,24 +259,22 @@ def _tiled(
     from_memory = memory_bytes(problem, config, grid, slots, machine.l2_bytes)
 
     tile = _busy(machine, work.tile, warps, shared_share, l2)
-    once = _busy(machine, work.once, warps, shared_share, l2)
-    once += _busy(machine, work.rare, warps, shared_share, l2) * (grid.walks.edges + 1)
+    # The first tile rescales, tiles at an edge are masked.
+    once = _busy(machine, work.once.plus(work.rare, grid.walks.edges + 1), warps, shared_share, l2)
     asked = blocks * warps * (grid.mean_tiles * work.tile.global_bytes + work.once.global_bytes)
     missed = min(1.0, from_memory / max(1.0, asked))
     latency = L2_LATENCY + missed * (MEMORY_LATENCY - L2_LATENCY)
     transfer = warps * work.tile.global_bytes / max(1, work.phases) / l2
     chain = _chain(machine, config, work, tile, latency + transfer)
-    first = BLOCK_LATENCY + 2 * MEMORY_LATENCY + float(once[4]) * PARTITIONS / warps
+    first = BLOCK_LATENCY + 2 * MEMORY_LATENCY + once[4] * PARTITIONS / warps
     walks_per_block = 1
     if problem.family == "backward":
         walks_per_block = -(-grid.rows // config.tile_n // max(1, blocks))
-    once, first = once * walks_per_block, first * walks_per_block
+    once, first = tuple(walks_per_block * t for t in once), first * walks_per_block
 
     def clocks(tiles: float, together: int) -> float:
-        busy = together * (tiles * tile + once)
-        return float(np.sum(busy**OVERLAP_NORM) + (tiles * chain + first) ** OVERLAP_NORM) ** (
-            1 / OVERLAP_NORM
-        )
+        busy = (together * (tiles * each + t) for each, t in zip(tile, once, strict=True))
+        return _combine(tiles * chain + first, *busy)
 
     spread = _schedule(grid, machine.num_sms, resident, clocks)
     to_ms = 1 / (machine.clock_mhz * 1e3)
@@ -290,8 +283,11 @@ def _tiled(
     joined = part_bytes(problem, grid)
     if joined:
         ms += LAUNCH_MS + joined / _row_bandwidth(machine, joined) / 1e6
-    totals = blocks / machine.num_sms * (grid.mean_tiles * tile + once) * to_ms
-    parts = dict(zip(_PIPES, map(float, totals), strict=True))
+    per_sm = blocks / machine.num_sms * to_ms
+    parts = {
+        pipe: per_sm * (grid.mean_tiles * each + t)
+        for pipe, each, t in zip(_PIPES, tile, once, strict=True)
+    }
     parts["memory"] = memory_ms
     alone = max(grid.walks.most, grid.mean_tiles * blocks / slots) * chain
     parts["latency"] = float(alone + first * max(1.0, blocks / slots)) * to_ms

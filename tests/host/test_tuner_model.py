@@ -13,7 +13,8 @@ import pytest
 
 from numflash.configs import MMA_CONFIGS, PORTABLE_CONFIGS, parse_config
 from numflash.problem_class import ProblemClass
-from numflash_tuner import grid, machines, model
+from numflash_tuner import counts, grid, machines, model
+from numflash_tuner.machine_code import Counts, Loop
 from numflash_tuner.records import Machinery
 
 A100 = machines.find("A100")
@@ -85,7 +86,7 @@ def tiles_with_scores(mask, row_tile, column_tile):
     return sorted(found, reverse=True)
 
 
-SHAPES = [(256, 256), (64, 512), (512, 64), (1, 1024)]
+SHAPES = [(256, 256), (64, 512), (512, 64), (1, 1024), (33, 97)]
 
 
 @pytest.mark.parametrize("mask", ["full", "causal", "window16", "window128"])
@@ -93,7 +94,7 @@ SHAPES = [(256, 256), (64, 512), (512, 64), (1, 1024)]
 def test_tiles_visited_are_those_with_a_visible_score(mask, q, k):
     problem = problem_class(mask=mask, q=q, k=k, heads=8)
     seen = visible(problem)
-    for m, n in [(64, 32), (48, 96), (128, 128)]:
+    for m, n in [(64, 32), (16, 32), (48, 96), (128, 128)]:
         config = parse_config("forward", f"sm80-m{m}n{n}w1s1")
         assert grid.lay(problem, config).walks.tiles.tolist() == tiles_with_scores(seen, m, n)
         back = replace(problem, family="backward-dkdv")
@@ -291,6 +292,52 @@ def test_occupancy_and_spills_cost():
     assert model.estimate(A100, problem, crowded).ms > two.ms
 
 
+def test_copies_that_run_further_ahead_are_hidden():
+    problem = problem_class(q=1, k=16384, heads=8)
+    machinery = Machinery(255, 0, 65536, 32, 1, "registers")
+
+    def latency(text):
+        config = parse_config("forward", text)
+        return model.predict(A100, problem, config, machinery, None).parts["latency"]
+
+    assert latency("sm80-m16n16w1s2") < 0.8 * latency("sm80-m16n16w1s1")
+    assert latency("sm80-m16n16w1s3") <= latency("sm80-m16n16w1s2")
+    # Turing waits for every copy.
+    turing = model.estimate(
+        machines.find("T4"), problem, parse_config("forward", "sm75-m16n64w1s1")
+    )
+    waits = 2 * model.L2_LATENCY * 16384 / 64
+    assert turing.parts["latency"] * 1590e3 > waits
+
+
+def test_products_that_wait_for_each_other_bound_a_single_warp():
+    problem = problem_class(q=16, k=4096, heads=1)
+    found = model.estimate(A100, problem, parse_config("forward", "sm80-m16n16w1s3"))
+    # Of each tile of 16 keys 8 steps of depth for S and one for O.
+    steps = 9 * 4096 // 16
+    assert found.parts["latency"] * A100.clock_mhz * 1e3 > steps * model.MATRIX_LATENCY
+    assert found.bound_by == "latency"
+    work = counts.by_formula(parse_config("forward", "sm80-m16n16w1s3"), problem.traits)
+    assert work.steps == 9
+
+
+def test_inner_loops_turn_as_often_as_the_formula_asks_for():
+    config = parse_config("forward", "sm80-m128n64w4s1")
+    traits = problem_class().traits
+    work = counts.by_formula(config, traits)
+    product = Loop(Counts(issued=40, matrix=32, shared=10), Counts(), ())
+    copy = Loop(Counts(issued=6, global_bytes=2048), Counts(), ())
+    around_copy = Loop(Counts(issued=3), Counts(), (copy,))
+    walk = Loop(Counts(issued=100, matrix=128), Counts(alu=5), (around_copy, product))
+    found = counts.complete(work, walk, Counts(issued=1000))
+    # 128 of 256 products are missing, and all of 8192 bytes.
+    assert found.tile == Counts(
+        issued=100 + 4 * 40 + 4 * 6, matrix=256, shared=40, global_bytes=8192
+    )
+    assert found.rare == Counts(alu=5)
+    assert 0 < found.once.issued < 1000
+
+
 def test_features_and_dtypes_are_counted():
     plain = estimate_ms("m128n64w4s1", problem_class(traits="float16-d64-dv64-vec"))
     capped = estimate_ms("m128n64w4s1", problem_class(traits="float16-d64-dv64-softcap-vec"))
@@ -317,7 +364,7 @@ def test_it_is_quick():
 
     def best_seconds(call):
         times = []
-        for _ in range(50):
+        for _ in range(200):
             start = time.perf_counter()
             call()
             times.append(time.perf_counter() - start)
