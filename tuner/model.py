@@ -141,9 +141,10 @@ def estimate(machine: Machine, problem: ProblemClass, config: Config) -> Predict
         raise ValueError(f"no block of {config} fits on an SM of {machine.name}: {limited_by}")
     work = counts.by_formula(config, traits)
     if spilled:
-        # Each spilled register is stored and loaded once a tile, through the L1.
+        # Accumulators that do not fit are loaded and stored, through the L1, at every step.
         moved = Counts(issued=2, shared=2, shared_bytes=2 * _WARP * _FLOAT_BYTES, local=2)
-        work = replace(work, tile=work.tile.plus(moved, spilled))
+        times = spilled * max(1.0, work.steps / work.products)
+        work = replace(work, tile=work.tile.plus(moved, times))
     return _tiled(machine, problem, config, work, fit)
 
 

@@ -289,36 +289,70 @@ def test_occupancy_and_spills_cost():
     # 128 x 4 blocks leave 128 registers, where 192 accumulators alone need more.
     crowded = parse_config("forward", "sm80-m128n64w4s1b4")
     assert model.expected_registers(crowded, problem.traits) == (128, 88)
-    assert model.estimate(A100, problem, crowded).ms > two.ms
+    assert model.estimate(A100, problem, crowded).ms > 2 * two.ms
+    # 448 accumulators are more than any thread has.
+    assert estimate_ms("m256n96w4s1", problem) > 2 * two.ms
 
 
-def test_copies_that_run_further_ahead_are_hidden():
-    problem = problem_class(q=1, k=16384, heads=8)
-    machinery = Machinery(255, 0, 65536, 32, 1, "registers")
+def latency_clocks(text, problem, machine=A100):
+    """Of the critical path, in clocks."""
+    found = model.estimate(machine, problem, config_of(machine, problem.family, text))
+    return found.parts["latency"] * machine.clock_mhz * 1e3
 
-    def latency(text):
-        config = parse_config("forward", text)
-        return model.predict(A100, problem, config, machinery, None).parts["latency"]
 
-    assert latency("sm80-m16n16w1s2") < 0.8 * latency("sm80-m16n16w1s1")
-    assert latency("sm80-m16n16w1s3") <= latency("sm80-m16n16w1s2")
-    # Turing waits for every copy.
-    turing = model.estimate(
-        machines.find("T4"), problem, parse_config("forward", "sm75-m16n64w1s1")
+def test_copies_that_run_further_ahead_are_hidden(monkeypatch):
+    problem, turing = problem_class(q=1, k=16384, heads=8), machines.find("T4")
+    clocks = {s: latency_clocks(f"m16n16w1s{s}", problem) for s in (1, 2, 3)}
+    assert clocks[2] < 0.8 * clocks[1]
+    assert clocks[3] <= clocks[2]
+    before = {m: latency_clocks("m16n64w1s1", problem, m) for m in (A100, turing)}
+    monkeypatch.setattr(model, "L2_LATENCY", model.L2_LATENCY + 100)
+    monkeypatch.setattr(model, "MEMORY_LATENCY", model.MEMORY_LATENCY + 100)
+    after = {m: latency_clocks("m16n64w1s1", problem, m) for m in (A100, turing)}
+    # Turing waits twice for each of 256 tiles, and both before the first.
+    assert after[turing] - before[turing] == pytest.approx(2 * 256 * 100 + 200)
+    assert after[A100] - before[A100] < 2 * 256 * 100
+
+
+def test_products_that_wait_for_each_other_bound_a_single_warp(monkeypatch):
+    problem, text = problem_class(q=16, k=4096, heads=1), "m16n16w1s3"
+    assert model.estimate(A100, problem, parse_config("forward", f"sm80-{text}")).bound_by == (
+        "latency"
     )
-    waits = 2 * model.L2_LATENCY * 16384 / 64
-    assert turing.parts["latency"] * 1590e3 > waits
+    monkeypatch.setattr(model, "MATRIX_LATENCY", 1000)
+    slow = latency_clocks(text, problem)
+    monkeypatch.setattr(model, "MATRIX_LATENCY", 2000)
+    # Of each of 256 tiles 8 steps of depth for S and one for O.
+    assert latency_clocks(text, problem) - slow == pytest.approx(256 * 9 * 1000)
 
 
-def test_products_that_wait_for_each_other_bound_a_single_warp():
-    problem = problem_class(q=16, k=4096, heads=1)
-    found = model.estimate(A100, problem, parse_config("forward", "sm80-m16n16w1s3"))
-    # Of each tile of 16 keys 8 steps of depth for S and one for O.
-    steps = 9 * 4096 // 16
-    assert found.parts["latency"] * A100.clock_mhz * 1e3 > steps * model.MATRIX_LATENCY
-    assert found.bound_by == "latency"
-    work = counts.by_formula(parse_config("forward", "sm80-m16n16w1s3"), problem.traits)
-    assert work.steps == 9
+def test_a_block_that_walks_again_begins_again(monkeypatch):
+    problem = problem_class("backward", "float16-d64-dv64-vec", q=512, k=512, heads=8)
+    before = [latency_clocks(f"m32n64w4s1{x}", problem) for x in ("", "x2")]
+    monkeypatch.setattr(model, "BLOCK_LATENCY", model.BLOCK_LATENCY + 1000)
+    after = [latency_clocks(f"m32n64w4s1{x}", problem) for x in ("", "x2")]
+    # 512 keys are 8 row blocks.
+    assert [t - b for t, b in zip(after, before, strict=True)] == pytest.approx([8000, 4000])
+
+
+def test_a_last_wave_with_fewer_blocks_is_shorter():
+    walks = grid.Walks(np.array([10]), 0.0)
+    laid = grid.Grid(walks, 2 * 108 + 1, 1, 1, 1)
+    assert model._schedule(laid, 108, 2, lambda tiles, together: tiles * together) == 20 + 10
+
+
+def test_keys_beyond_the_l2_are_read_again_by_every_wave():
+    problem = problem_class(traits="float16-d64-dv64-vec", q=32768, k=32768, heads=8)
+    config = parse_config("forward", "sm80-m128n64w4s1")
+    laid, least = grid.lay(problem, config), grid.io_bytes(problem)
+    head_bytes = 32768 * 128 * 2
+    # 256 row blocks in waves of 64.
+    small = grid.memory_bytes(problem, config, laid, slots=64, l2=head_bytes // 2)
+    assert small == least + 3 * 8 * head_bytes
+    assert grid.memory_bytes(problem, config, laid, slots=64, l2=2 * head_bytes) == least
+    # Interleaved heads share the L2.
+    interleaved = replace(config, heads_in_flight=4)
+    assert grid.memory_bytes(problem, interleaved, laid, slots=64, l2=2 * head_bytes) > least
 
 
 def test_inner_loops_turn_as_often_as_the_formula_asks_for():
