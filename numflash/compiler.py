@@ -209,6 +209,8 @@ def _numba_for(limits: Architecture):
         raise UnsupportedError(f"Numba cannot be imported: {error}. {INSTALL_HINT}") from error
     if not hasattr(cuda, "compile_all"):
         raise UnsupportedError(f"Numba is installed without numba-cuda. {INSTALL_HINT}")
+    from numflash.ptx.repeated_work import without_repeated_work
+
     # compile_all knows the architecture, but Numba asks the current device for that of the device
     # functions a kernel calls.
     ask_driver = dispatcher.get_current_device
@@ -218,7 +220,7 @@ def _numba_for(limits: Architecture):
     collects = gc.isenabled()
     gc.disable()
     try:
-        with _compiler_libraries():
+        with _compiler_libraries(), without_repeated_work():
             yield cuda
     finally:
         dispatcher.get_current_device = ask_driver
