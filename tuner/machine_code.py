@@ -12,17 +12,12 @@ a block that dominates it, and everything on the way. Its counts are those of on
 - Of two alternatives the longer one counts.
 """
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
+from numflash_tuner.control_flow import Graph, read_blocks
+
 _LANES = 32
-_INSTRUCTION = re.compile(
-    r"^\s*/\*[0-9a-f]{4,}\*/\s+\{?\s*(?P<guard>@!?U?P(?:\d+|T)\s+)?"
-    r"(?P<opcode>[A-Z][A-Z0-9_]*(?:\.\w+)*)(?P<operands>[^;]*)"
-)
-_LABEL = re.compile(r"^(\.L_\w+|\$?[\w$.]+):\s*$")
-_TARGET = re.compile(r"`\(([^)]+)\)")
 _WIDTHS = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 
 _SHARED = {"LDS", "STS", "LDSM", "STSM", "ATOMS"}
@@ -32,6 +27,8 @@ _MATRIX = {"HMMA", "IMMA", "QMMA", "HGMMA", "DMMA"}
 _MEETINGS = {"BAR", "UTMALDG", "SYNCS"}
 _FMA = {"FFMA", "FADD", "FMUL", "IMAD", "HFMA2", "HADD2", "HMUL2", "FFMA2", "FADD2", "FMUL2"}
 _CONVERSIONS = {"F2FP", "F2F", "F2I", "I2F", "I2FP", "FRND", "F2IP", "I2IP"}
+# A branch around these guards an edge: it is nearly always taken.
+_WORK = _SHARED | _GLOBAL | _MATRIX | _MEETINGS
 # Neither arithmetic nor memory: branches, waits, moves of special registers.
 _CONTROL = {
     *("BRA", "BRX", "JMP", "EXIT", "RET", "CALL", "BREAK", "KILL", "BSSY", "BSYNC", "WARPSYNC"),
@@ -175,12 +172,12 @@ def analyse(sass: str) -> MachineCode:
     Raises:
         ValueError: it holds no instructions.
     """
-    blocks = _blocks(sass)
+    blocks = read_blocks(sass)
     if not blocks:
         raise ValueError("the disassembly holds no instructions")
-    graph = _Graph(blocks)
+    graph = Graph(blocks)
     loops = graph.loops()
-    rare = graph.rare(loops)
+    rare = graph.rare(loops, _WORK)
     innermost = graph.innermost(loops)
     own = [(Counts(), Counts()) for _ in loops]
     outside = Counts()
@@ -240,193 +237,6 @@ def _bytes(name: str, modifiers: list[str]) -> int:
         # "16.M88.4": that many 8 x 8 matrices of 16 bits.
         return 8 * 8 * 2 * next((int(m) for m in modifiers if m in ("2", "4")), 1)
     return _LANES * next((_WIDTHS[m] for m in modifiers if m in _WIDTHS), 4)
-
-
-@dataclass
-class _Block:
-    """Instructions that are executed one after another, and the blocks that may follow."""
-
-    opcodes: list[str]
-    followers: list[int]
-
-
-def _blocks(sass: str) -> list[_Block]:
-    """The basic blocks of the first kernel."""
-    blocks: list[_Block] = []
-    labels: dict[str, int] = {}
-    jumps: list[tuple[int, str]] = []
-    ends: set[int] = set()
-    start_new = True
-    for line in sass.splitlines():
-        if line.startswith((".section", "\t.section")) and blocks:
-            break
-        if label := _LABEL.match(line):
-            labels[label[1]] = len(blocks)
-            start_new = True
-            continue
-        found = _INSTRUCTION.match(line)
-        if found is None:
-            continue
-        if start_new:
-            blocks.append(_Block([], []))
-            start_new = False
-        index, opcode = len(blocks) - 1, found["opcode"]
-        guard = (found["guard"] or "").strip()
-        # What never happens takes an issue slot only: the assembler waits with such loads.
-        blocks[index].opcodes.append("NOP" if guard == "@!PT" else opcode)
-        name = opcode.split(".")[0]
-        target = _TARGET.search(found["operands"])
-        # A call of a label within the kernel does not come back: it is a jump.
-        leaves = name in ("BRA", "JMP", "EXIT", "RET")
-        if leaves or (name == "CALL" and target and target[1].startswith(".L_x")):
-            if target and name != "RET":
-                jumps.append((index, target[1]))
-            start_new = True
-            if not _is_conditional(guard, found["operands"], name):
-                ends.add(index)
-    for index, block in enumerate(blocks):
-        if index not in ends and index + 1 < len(blocks):
-            block.followers.append(index + 1)
-    for index, label in jumps:
-        target = labels.get(label)
-        if target is not None and target < len(blocks) and target not in blocks[index].followers:
-            blocks[index].followers.append(target)
-    return blocks
-
-
-def _is_conditional(guard: str, operands: str, name: str) -> bool:
-    """Whether execution may go on behind this branch."""
-    if guard and guard not in ("@PT", "@UPT"):
-        return True
-    before_target = operands.split("`")[0]
-    return name in ("BRA", "JMP") and re.search(r"\bU?P\d|\bUR\d|~?URZ", before_target) is not None
-
-
-class _Graph:
-    """Who follows whom, who dominates whom, which blocks form loops."""
-
-    def __init__(self, blocks: list[_Block]):
-        self.blocks = blocks
-        self.followers = [block.followers for block in blocks]
-        self.leaders: list[list[int]] = [[] for _ in blocks]
-        for index, block in enumerate(blocks):
-            for follower in block.followers:
-                self.leaders[follower].append(index)
-        self.reachable = self._reachable()
-        self.dominators = _dominators(self.leaders, {0})
-        exits = {index for index, followers in enumerate(self.followers) if not followers}
-        self.post_dominators = _dominators(self.followers, exits)
-
-    def _reachable(self) -> set[int]:
-        """Blocks of the kernel itself, not of functions that it calls."""
-        found, todo = {0}, [0]
-        while todo:
-            new = set(self.followers[todo.pop()]) - found
-            found |= new
-            todo += new
-        return found
-
-    def loops(self) -> list[set[int]]:
-        """The blocks of each loop, inner loops' included; by header, smallest first."""
-        bodies: dict[int, set[int]] = {}
-        for index in sorted(self.reachable):
-            for header in self.followers[index]:
-                if self.dominators[index] >> header & 1:
-                    bodies.setdefault(header, {header}).update(self._body(header, index))
-        return [bodies[header] for header in sorted(bodies, key=lambda h: (len(bodies[h]), h))]
-
-    def _body(self, header: int, latch: int) -> set[int]:
-        body, todo = {header, latch}, [latch]
-        while todo:
-            index = todo.pop()
-            if index == header:
-                continue
-            for leader in self.leaders[index]:
-                if leader not in body:
-                    body.add(leader)
-                    todo.append(leader)
-        return body
-
-    def innermost(self, loops: list[set[int]]) -> list[int | None]:
-        """Of each block the innermost loop that it is in."""
-        return [
-            next((number for number, body in enumerate(loops) if index in body), None)
-            for index in range(len(self.blocks))
-        ]
-
-    def rare(self, loops: list[set[int]]) -> set[int]:
-        """Blocks in loops that most turns skip."""
-        rare: set[int] = set()
-        innermost = self.innermost(loops)
-        for index, followers in enumerate(self.followers):
-            if innermost[index] is None or len(followers) != 2:
-                continue
-            body = loops[innermost[index]]
-            join = self._join(index)
-            if join is None or join not in body or not body.issuperset(followers):
-                continue
-            sides = [self._region(follower, index, join, body) for follower in followers]
-            if not any(map(self._does_work, sides)):
-                rare |= sides[0] | sides[1]
-            elif all(sides) and sides[0].isdisjoint(sides[1]):
-                rare |= min(sides, key=self._length)
-        return rare
-
-    def _join(self, index: int) -> int | None:
-        """Where the ways from a block meet again: its nearest post-dominator."""
-        candidates = self.post_dominators[index] & ~(1 << index)
-        nearest, count = None, -1
-        while candidates:
-            bit = candidates & -candidates
-            candidates ^= bit
-            other = bit.bit_length() - 1
-            if (passed := self.post_dominators[other].bit_count()) > count:
-                nearest, count = other, passed
-        return nearest
-
-    def _region(self, start: int, branch: int, join: int, body: set[int]) -> set[int]:
-        """Blocks on the way from `start` to `join`."""
-        region, todo = set(), [start]
-        while todo:
-            index = todo.pop()
-            if index in (join, branch) or index in region or index not in body:
-                continue
-            region.add(index)
-            todo += self.followers[index]
-        return region
-
-    def _does_work(self, region: set[int]) -> bool:
-        """Whether it moves data, multiplies matrices or meets others."""
-        kinds = _SHARED | _GLOBAL | _MATRIX | _MEETINGS
-        return any(
-            opcode.split(".")[0] in kinds
-            for index in region
-            for opcode in self.blocks[index].opcodes
-        )
-
-    def _length(self, region: set[int]) -> int:
-        return sum(len(self.blocks[index].opcodes) for index in region)
-
-
-def _dominators(leaders: list[list[int]], roots: set[int]) -> list[int]:
-    """Of each block those that lie on every way to it from the roots, itself included, as bits."""
-    everything = (1 << len(leaders)) - 1
-    found = [1 << i if i in roots else everything for i in range(len(leaders))]
-    order = range(len(leaders)) if 0 in roots else range(len(leaders) - 1, -1, -1)
-    changed = True
-    while changed:
-        changed = False
-        for index in order:
-            if index in roots:
-                continue
-            common = everything
-            for leader in leaders[index]:
-                common &= found[leader]
-            common |= 1 << index
-            if common != found[index]:
-                found[index] = common
-                changed = True
-    return found
 
 
 def _nest(bodies: list[set[int]], own: list[tuple[Counts, Counts]]) -> tuple[Loop, ...]:

@@ -111,7 +111,7 @@ def predict(
         code: its instructions; None counts by formula.
 
     Raises:
-        ValueError: not even one block fits on an SM.
+        ValueError: not even one block fits on an SM, or its tensor cores have no such product.
     """
     fit = machinery.blocks_per_sm
     if fit < 1:
@@ -128,7 +128,7 @@ def estimate(machine: Machine, problem: ProblemClass, config: Config) -> Predict
     """How long a kernel takes, by formula only. Registers that cannot suffice count as spilled.
 
     Raises:
-        ValueError: not even one block fits on an SM.
+        ValueError: as `predict`.
     """
     traits = problem.traits
     smem = config.smem_bytes(traits)
@@ -250,6 +250,8 @@ def _chain(
 def _tiled(
     machine: Machine, problem: ProblemClass, config: Config, work: counts.Work, fit: int
 ) -> Prediction:
+    if work.tile.multiply_adds_tf32 and not machine.mma_tf32:
+        raise ValueError(f"the tensor cores of {machine.name} have no tf32, which {config} needs")
     grid = lay(problem, config)
     blocks = grid.blocks
     resident = min(fit, -(-blocks // machine.num_sms))

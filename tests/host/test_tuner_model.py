@@ -286,6 +286,9 @@ def test_occupancy_and_spills_cost():
         model.predict(A100, problem, config, replace(machinery, blocks_per_sm=0), None)
     with pytest.raises(ValueError, match="shared memory"):
         model.estimate(machines.find("T4"), problem, parse_config("forward", "sm75-m128n128w4s1"))
+    tf32 = problem_class(traits="float32-d64-dv64-vec-tf32")
+    with pytest.raises(ValueError, match="Tesla T4 have no tf32"):
+        model.estimate(machines.find("T4"), tf32, parse_config("forward", "sm80-m64n32w4s1"))
     # 128 x 4 blocks leave 128 registers, where 192 accumulators alone need more.
     crowded = parse_config("forward", "sm80-m128n64w4s1b4")
     assert model.expected_registers(crowded, problem.traits) == (128, 88)
