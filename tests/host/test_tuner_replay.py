@@ -129,6 +129,13 @@ def test_a_seed_gives_a_config_its_samples_in_any_order(recording):
     assert forward != samples(2, FAST.config, SLOW.config)
 
 
+def test_configs_do_not_vary_together(recording):
+    twin = dataclasses.replace(FAST, config="m32n64w4")
+    measurer = Replay(dataclasses.replace(recording, records={**RECORDS, twin.config: twin}))
+    drawn = measurer.remeasure(PROBLEM, [FAST.config, twin.config], 50)
+    assert drawn[FAST.config] != drawn[twin.config]
+
+
 def test_measuring_again_draws_again(measurer):
     drawn = {measurer.measure(PROBLEM, FAST.config, _never).samples_ms for _ in range(5)}
     assert len(drawn) > 1
