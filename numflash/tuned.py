@@ -5,7 +5,7 @@
 3. The nearest that was tuned on another device of this architecture.
 4. The nearest of the tables that numflash ships.
 
-Only kernels for the same dtype and head dims are near. Beyond the first rule the splits, packing
+Only kernels for dtypes of the same size and for the same head dims are near. Beyond the first rule the splits, packing
 and order of blocks follow from the problem, as they do for default configs. NUMFLASH_TUNED=0 turns
 all of it off.
 """
@@ -75,15 +75,16 @@ def configs(family: str, traits: Traits, device: DeviceKey) -> list[Config]:
 def distance(a: ProblemClass, b: ProblemClass) -> float:
     """How far apart two classes are; infinite if the one's config is no advice for the other."""
     kernels = [
-        (c.family, c.traits.dtype, c.traits.tf32, c.traits.head_dim, c.traits.head_dim_v)
+        (c.family, c.traits.dtype_bytes, c.traits.tf32, c.traits.head_dim, c.traits.head_dim_v)
         for c in (a, b)
     ]
     if kernels[0] != kernels[1]:
         return math.inf
+    # float16 and bfloat16 differ in one letter of the instructions.
     sizes = "seqlen_q", "seqlen_k", "batch_heads", "group_size"
     apart = sum(abs(math.log2(getattr(a, name) / getattr(b, name))) for name in sizes)
-    flags = "softcap", "alibi", "vectorized"
-    apart += sum(getattr(a.traits, name) != getattr(b.traits, name) for name in flags)
+    kinds = "dtype", "softcap", "alibi", "vectorized"
+    apart += sum(getattr(a.traits, name) != getattr(b.traits, name) for name in kinds)
     if (a.window is None) != (b.window is None) or (a.window is None and a.mask != b.mask):
         apart += _OTHER_MASK
     elif a.window is not None:

@@ -1,6 +1,7 @@
 """The search for the best config of one problem class: ask, compile, judge, tell, and crown.
 
 Optuna proposes; what it proposes is moved to the nearest feasible config that nobody has tried.
+Every second proposal is the model's, corrected by what has been measured.
 Compilers work ahead in other processes. Where there is a GPU the judge is a `Measurer`; offline it
 is the model. The default and the configs that the model likes best come first.
 """
@@ -13,11 +14,11 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, replace
 
 import optuna
-from optuna.distributions import IntDistribution
 from optuna.trial import Trial
 
 from numflash.configs import Config
 from numflash_tuner import model
+from numflash_tuner.candidates import Candidates
 from numflash_tuner.measure import Measurer
 from numflash_tuner.pool import CompilePool, Examined
 from numflash_tuner.records import Record
@@ -38,6 +39,8 @@ _TIE = 0.01
 MODEL_MARGIN = 0.05
 """What a prediction must gain over the default to displace it: the model is no better."""
 _ASK_ATTEMPTS = 20
+_USABLE = ("measured", "predicted")
+"""Outcomes of configs that may win."""
 _OF_THE_CODE = ("compile_failed", "spilled", "over_budget", "wrong_result")
 """Failures that all configs of the same machine code share."""
 
@@ -72,6 +75,16 @@ def make_sampler(name: str, seed: int | None) -> optuna.samplers.BaseSampler:
     return optuna.samplers.RandomSampler(seed=seed)
 
 
+@dataclass(frozen=True)
+class _Waiting:
+    """A trial whose config is being compiled."""
+
+    trial: Trial
+    config: Config
+    began: float
+    future: "Future[Examined]"
+
+
 class Search:
     """The search in one study."""
 
@@ -83,7 +96,7 @@ class Search:
         measurer: Measurer | None,
         limits: Limits,
         *,
-        in_order: bool = False,
+        sampler: str = "tpe",
         ahead: int = 4,
         clock: Callable[[], float] = time.monotonic,
     ):
@@ -91,35 +104,22 @@ class Search:
 
         Args:
             space: what may be tried.
-            study: where trials are kept.
+            study: where trials are kept; its sampler is asked.
             pool: compiles for the space's machine.
             measurer: judges compiled configs; None has the model judge.
             limits: when to stop.
-            in_order: walk the space in its order instead of asking the sampler.
+            sampler: of SAMPLERS. "grid" walks the space in its order; "random" is not guided by
+                the model.
             ahead: configs being compiled at once.
             clock: seconds.
         """
-        self.space, self.ledger = space, Ledger(study)
+        self.space, self.ledger, self.candidates = space, Ledger(study), Candidates(space)
         self._study, self._pool, self._measurer = study, pool, measurer
-        self._limits, self._in_order, self._ahead = limits, in_order, ahead
+        self._limits, self._sampler, self._ahead = limits, sampler, ahead
         self._clock, self._began = clock, clock()
-        self._distributions = {
-            name: IntDistribution(0, len(choices) - 1)
-            for name, choices in space.dimensions.items()
-            if len(choices) > 1
-        }
-        machine, problem = space.machine, space.problem
-        self._estimates = {config: self._estimate(config) for config in space.feasible}
-        self._broken: set[Config] = set()
-        self._by_text = {str(config): config for config in space.feasible}
-        self.floor_ms = model.floor_ms(machine, problem)
-
-    def _estimate(self, config: Config) -> float:
-        """What the model says before anything is compiled; infinite if no block would fit."""
-        try:
-            return model.estimate(self.space.machine, self.space.problem, config).ms
-        except ValueError:
-            return math.inf
+        self._broken: set[str] = set()
+        self._asks_model = False
+        self.floor_ms = model.floor_ms(space.machine, space.problem)
 
     @property
     def size(self) -> int:
@@ -129,9 +129,8 @@ class Search:
 
     def best(self) -> Record | None:
         """The fastest record so far, of all processes; None if nothing succeeded."""
-        records = [r for r in self.ledger.records() if math.isfinite(r.time_ms)]
-        records = [r for r in records if r.outcome != "slow"]
-        return min(records, key=lambda record: record.time_ms, default=None)
+        usable = [r for r in self.ledger.records() if r.outcome in _USABLE]
+        return min(usable, key=lambda record: record.time_ms, default=None)
 
     def run(self, on_record: Callable[[Record], None], on_idle: Callable[[], None]) -> None:
         """Try configs until a limit is reached or all are tried.
@@ -145,34 +144,33 @@ class Search:
         self.ledger.give_up_abandoned()
         for record in self.ledger.records():
             self._note_broken(record)
-        if not self.ledger.taken():
+        if self._is_guided and not self.ledger.taken():
             self._enqueue_first()
-        waiting: dict[Future, list[tuple[Trial, Config, float]]] = {}
+        waiting: list[_Waiting] = []
         exhausted = False
         try:
             while True:
-                while not exhausted and self._may_begin(waiting):
+                while not exhausted and self._may_begin(len(waiting)):
                     begun = self._begin()
                     exhausted = begun is None
                     if begun is not None:
-                        self._look_at(*begun, waiting, on_record)
+                        waiting += self._look_at(*begun, on_record)
                 if not waiting:
                     return
-                done, _ = wait(waiting, timeout=0.1, return_when=FIRST_COMPLETED)
+                wait([each.future for each in waiting], 0.1, FIRST_COMPLETED)
                 on_idle()
-                for future in done:
-                    for trial, config, began in waiting.pop(future):
-                        record = self._judge(config, future.result())
-                        self._finish(trial, record, began, on_record)
+                for each in [each for each in waiting if each.future.done()]:
+                    record = self._judge(each.config, each.future.result())
+                    self._finish(each.trial, record, each.began, on_record)
+                    waiting.remove(each)
                 if self._is_over():
                     return
         finally:
-            for trial, _, _ in (each for several in waiting.values() for each in several):
-                self.ledger.give_up(trial)
+            for each in waiting:
+                self.ledger.give_up(each.trial)
 
-    def _may_begin(self, waiting: dict) -> bool:
-        running = sum(map(len, waiting.values()))
-        if running >= self._ahead or self._is_over():
+    def _may_begin(self, waiting: int) -> bool:
+        if waiting >= self._ahead or self._is_over():
             return False
         return self._limits.trials is None or len(self.ledger.taken()) < self._limits.trials
 
@@ -187,72 +185,57 @@ class Search:
             return False
         return best.time_ms <= (1 + limits.target) * max(self.floor_ms.values())
 
-    def _enqueue_first(self) -> None:
-        """The default, and the model's favourites, each of machine code of its own."""
-        first = [str(self.space.default)]
-        seen = {_compiled(self.space.default)}
-        for config in sorted(self._estimates, key=self._estimates.get):
-            if len(first) > _FAVOURITES:
-                break
-            if _compiled(config) not in seen:
-                seen.add(_compiled(config))
-                first.append(str(config))
-        if not self._in_order:
-            for text in first:
-                if text in self._by_text:
-                    self._enqueue(self._by_text[text])
+    @property
+    def _is_guided(self) -> bool:
+        """Whether the model has a say in what is tried."""
+        return self._sampler not in ("grid", "random")
 
-    def _enqueue(self, config: Config) -> None:
-        values = self.space.feasible[config]
-        chosen = {n: self.space.dimensions[n].index(values[n]) for n in self._distributions}
-        self._study.enqueue_trial(chosen)
+    def _enqueue_first(self) -> None:
+        """The default, and the model's favourites."""
+        default = self.candidates.numbers.get(str(self.space.default))
+        first = [] if default is None else [default]
+        for number in dict.fromkeys([*first, *self.candidates.favourites(_FAVOURITES)]):
+            self._enqueue(number)
+
+    def _enqueue(self, number: int) -> None:
+        self._study.enqueue_trial(self.candidates.choices(number))
 
     def _begin(self) -> tuple[Trial, Config] | None:
-        """A trial, and the config that it has claimed; None if every config is taken."""
+        """A trial, and the config that it has claimed; None if every config is taken.
+
+        The sampler and the corrected model propose in turn.
+        """
+        candidates = self.candidates
         while True:
-            taken = self.ledger.taken()
-            free = [
-                config
-                for text, config in self._by_text.items()
-                if text not in taken and _compiled(config) not in self._broken
-            ]
-            if not free:
+            is_free = candidates.free(self.ledger.taken(), self._broken)
+            if not is_free.any():
                 return None
-            if self._in_order:
-                self._enqueue(free[0])
+            if self._sampler == "grid":
+                self._enqueue(int(is_free.argmax()))
+            elif self._is_guided and self._asks_model:
+                self._enqueue(candidates.favourite(self._times_ms(), is_free))
             for _ in range(_ASK_ATTEMPTS):
-                trial = self._study.ask(self._distributions)
+                trial = self._study.ask(candidates.distributions)
                 self.ledger.begin(trial)
-                wanted = self._proposed(trial)
-                if wanted in free:
-                    if self.ledger.claim(trial, str(wanted)):
-                        return trial, wanted
+                wanted = candidates.at(trial.params)
+                if wanted is not None and is_free[wanted]:
+                    if self.ledger.claim(trial, candidates.texts[wanted]):
+                        self._asks_model = not self._asks_model
+                        return trial, candidates.configs[wanted]
                     self.ledger.give_up(trial)
                     break
                 self.ledger.give_up(trial)
-                self._enqueue(self._nearest(trial.params, free))
+                self._enqueue(candidates.nearest(trial.params, is_free))
 
-    def _proposed(self, trial: Trial) -> Config | None:
-        """The config that a trial stands for; None if it is not feasible."""
-        values = {
-            n: choices[trial.params.get(n, 0)] for n, choices in self.space.dimensions.items()
-        }
-        config, failure = self.space.config(values)
-        return config if failure is None else None
+    def _times_ms(self) -> dict[str, float]:
+        """The times of what was tried, also of what was stopped because it was slow."""
+        records = self.ledger.records()
+        return {r.config: r.time_ms for r in records if math.isfinite(r.time_ms)}
 
-    def _nearest(self, chosen: dict[str, int], free: list[Config]) -> Config:
-        """The free config the fewest steps away; of several the one with the best estimate."""
-        dimensions, feasible = self.space.dimensions, self.space.feasible
-
-        def steps(config: Config) -> int:
-            values = feasible[config]
-            return sum(abs(dimensions[n].index(values[n]) - i) for n, i in chosen.items())
-
-        return min(free, key=lambda config: (steps(config), self._estimates[config]))
-
-    def _look_at(self, trial: Trial, config: Config, waiting: dict, on_record) -> None:
+    def _look_at(self, trial: Trial, config: Config, on_record) -> list[_Waiting]:
         """Have a config compiled, unless the model knows already that it is hopeless."""
-        began, estimate, best = self._clock(), self._estimates[config], self.best()
+        began, best = self._clock(), self.best()
+        estimate = float(self.candidates.estimates[self.candidates.numbers[str(config)]])
         is_default = config == self.space.default
         if self._measurer is None and best is not None and not is_default:
             times = estimate / best.time_ms
@@ -260,9 +243,9 @@ class Search:
                 why = f"not compiled: the model's estimate is {times:.1f} times the best time"
                 record = Record(str(config), "slow", why, predicted_ms=estimate)
                 self._finish(trial, record, began, on_record)
-                return
+                return []
         future = self._pool.submit(config, self.space.problem.traits)
-        waiting.setdefault(future, []).append((trial, config, began))
+        return [_Waiting(trial, config, began, future)]
 
     def _judge(self, config: Config, examined: Examined) -> Record:
         """The record of a config that came out of the compiler."""
@@ -301,8 +284,8 @@ class Search:
 
     def _note_broken(self, record: Record) -> None:
         """Remember machine code that failed: other layouts of it need not be tried."""
-        if record.outcome in _OF_THE_CODE and record.config in self._by_text:
-            self._broken.add(_compiled(self._by_text[record.config]))
+        if record.outcome in _OF_THE_CODE:
+            self._broken.add(record.config)
 
     def crown(self) -> tuple[Record, Record]:
         """(the default's record, the winner's), after measuring the finalists against each other.
@@ -311,13 +294,13 @@ class Search:
             LookupError: nothing that was tried can be used.
         """
         records = {record.config: record for record in self.ledger.records()}
-        usable = [r for r in records.values() if r.outcome in ("measured", "predicted")]
+        usable = [r for r in records.values() if r.outcome in _USABLE]
         if not usable:
             raise LookupError(f"no config of {self.space.problem} worked: {_outcomes(records)}")
         usable.sort(key=lambda record: record.time_ms)
         default = records.get(str(self.space.default))
         finalists = usable[:_FINALISTS]
-        if default is not None and default.outcome in ("measured", "predicted"):
+        if default is not None and default.outcome in _USABLE:
             finalists += [] if default in finalists else [default]
         if self._measurer is not None and len(finalists) > 1:
             configs = [record.config for record in finalists]
@@ -346,11 +329,6 @@ class Search:
             )
         except (ValueError, RuntimeError, ImportError):
             return {}
-
-
-def _compiled(config: Config) -> Config:
-    """What stands for all configs of the same machine code."""
-    return getattr(config, "compiled", config)
 
 
 def _outcomes(records: dict[str, Record]) -> str:

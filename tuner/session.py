@@ -124,7 +124,7 @@ class Session:
             self._pool,
             self.measurer,
             limits,
-            in_order=sampler == "grid",
+            sampler=sampler,
             ahead=self.options.jobs + 2,
             clock=self._clock,
         )

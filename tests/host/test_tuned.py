@@ -131,7 +131,7 @@ def test_a_shipped_table_serves_its_architecture(monkeypatch):
     "other",
     [
         "backward-dq float16-d64-dv64-vec full q512 k512 bh8 g1",
-        "forward bfloat16-d64-dv64-vec full q512 k512 bh8 g1",
+        "forward float32-d64-dv64-vec full q512 k512 bh8 g1",
         "forward float16-d96-dv64-vec full q512 k512 bh8 g1",
         "forward float16-d64-dv96-vec full q512 k512 bh8 g1",
         "forward float16-d64-dv64-vec full q1 k65536 bh8 g1",

@@ -1,0 +1,250 @@
+"""The search: what is tried first, what never twice, when it stops, and what wins."""
+
+import itertools
+import math
+import random
+from collections import Counter
+from concurrent.futures import Future
+from dataclasses import replace
+
+import pytest
+
+pytest.importorskip("optuna")
+import optuna
+
+from numflash.problem_class import ProblemClass
+from numflash_tuner import machines, model
+from numflash_tuner.pool import Examined
+from numflash_tuner.records import Machinery, Record
+from numflash_tuner.replay import Recording, Replay
+from numflash_tuner.search import SAMPLERS, Limits, Search, make_sampler
+from numflash_tuner.space import Budgets, Space
+from numflash_tuner.studies import Ledger
+
+MACHINE = machines.find("NVIDIA A100-SXM4-80GB")
+DQ = ProblemClass.parse("backward-dq float16-d128-dv128-vec full q4096 k4096 bh64 g1")
+FORWARD = ProblemClass.parse("forward float16-d64-dv64-vec causal q4096 k4096 bh64 g1")
+
+
+class InstantPool:
+    """A CompilePool that knows the outcome at once: `spills` configs do, all others are fine."""
+
+    def __init__(self, space, spills=()):
+        self.space, self.spills, self.submitted = space, set(spills), []
+
+    def submit(self, config, traits):
+        """The future of a config, already done."""
+        self.submitted.append(str(config))
+        future = Future()
+        spill = 64 if str(config) in self.spills else 0
+        machinery = Machinery(
+            128, spill, config.smem_bytes(traits), config.num_threads, 2, "registers"
+        )
+        future.set_result(Examined(machinery))
+        return future
+
+
+def make_search(
+    space, measurer=None, limits=None, *, sampler="tpe", pool=None, study=None, **more
+):
+    """A search in memory."""
+    if study is None:
+        study = optuna.create_study(sampler=make_sampler(sampler, 0), direction="minimize")
+    pool = pool or InstantPool(space)
+    return Search(space, study, pool, measurer, limits or Limits(), sampler=sampler, **more)
+
+
+def run(search):
+    """Run a search; the records that it told of."""
+    told = []
+    search.run(told.append, lambda: None)
+    return told
+
+
+def space_of(problem=DQ, budgets=None):
+    """The space of a class on an A100."""
+    return Space(problem, MACHINE, budgets or Budgets())
+
+
+def recording_of(space, seed):
+    """An exhaustive run whose times are not the model's.
+
+    Each choice, and each pair of choices, is better or worse than the model knows, and every
+    config a little for itself.
+    """
+    random_of = random.Random(seed)
+    factors: dict = {}
+    records = {}
+    for config, values in space.feasible.items():
+        ms = model.estimate(MACHINE, space.problem, config).ms * random_of.uniform(0.98, 1.02)
+        for item in values.items():
+            ms *= factors.setdefault(item, random_of.uniform(0.9, 1.12))
+        for pair in itertools.combinations(values.items(), 2):
+            ms *= factors.setdefault(pair, random_of.uniform(0.97, 1.03))
+        samples = tuple(ms * random_of.uniform(0.995, 1.01) for _ in range(9))
+        records[str(config)] = Record(str(config), "measured", samples_ms=samples, seconds=1.0)
+    return Recording({"name": MACHINE.name}, space.problem, {}, records)
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("problem", [DQ, FORWARD], ids=lambda problem: problem.family)
+def test_a_quarter_of_the_time_comes_within_two_percent_of_the_best(problem, seed):
+    space = space_of(problem)
+    recording = recording_of(space, seed)
+    replay = Replay(recording)
+    limits = Limits(seconds=recording.seconds / 4)
+    search = make_search(space, replay, limits, clock=lambda: replay.seconds)
+    run(search)
+    _, best = search.crown()
+    assert replay.seconds <= recording.seconds / 4 + 60
+    assert recording.records[best.config].median_ms <= 1.02 * recording.best.median_ms
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_tries_every_config_once_and_then_ends(sampler):
+    if sampler == "cmaes":
+        pytest.importorskip("cmaes")
+    space = space_of()
+    told = run(make_search(space, Replay(recording_of(space, 0)), sampler=sampler))
+    counts = Counter(record.config for record in told)
+    assert counts == Counter(map(str, space.feasible))
+
+
+def test_the_default_and_the_favourites_come_first():
+    space = space_of()
+    told = run(make_search(space, limits=Limits(trials=9)))
+    assert told[0].config == str(space.default)
+    estimates = sorted(space.feasible, key=lambda c: model.estimate(MACHINE, DQ, c).ms)
+    assert {record.config for record in told[1:4]} <= set(map(str, estimates[:4]))
+
+
+def test_without_a_gpu_hopeless_configs_are_not_compiled():
+    space = space_of()
+    search = make_search(space)
+    told = run(search)
+    slow = [record for record in told if record.outcome == "slow"]
+    assert slow and not {record.config for record in slow} & set(search._pool.submitted)
+    assert all("the model's estimate is" in record.reason for record in slow)
+    best = min(record.time_ms for record in told if record.outcome == "predicted")
+    assert min(record.predicted_ms for record in slow) > 1.2 * best
+
+
+def test_trials_are_counted_over_runs():
+    space = space_of()
+    study = optuna.create_study(direction="minimize")
+    assert len(run(make_search(space, study=study, limits=Limits(trials=10)))) == 10
+    assert len(run(make_search(space, study=study, limits=Limits(trials=15)))) == 5
+    assert run(make_search(space, study=study, limits=Limits(trials=15))) == []
+
+
+def test_a_target_ends_the_search():
+    space = space_of()
+    search = make_search(space, limits=Limits(target=100.0))
+    assert len(run(search)) < 10
+    assert search.best().time_ms <= 101 * max(search.floor_ms.values())
+
+
+def test_slow_configs_are_stopped_after_a_few_samples():
+    space = space_of()
+    told = run(make_search(space, Replay(recording_of(space, 1))))
+    slow = [record for record in told if record.outcome == "slow"]
+    assert slow and all(len(record.samples_ms) == 3 for record in slow)
+
+
+def test_what_fails_is_a_record_and_other_layouts_of_its_code_are_left_out():
+    space = space_of(FORWARD)
+    default = space.default
+    same_code = [config for config in space.feasible if config.compiled == default.compiled]
+    assert len(same_code) > 1
+    pool = InstantPool(space, spills=map(str, same_code))
+    limits = Limits(trials=40)
+    told = {record.config: record for record in run(make_search(space, limits=limits, pool=pool))}
+    assert told[str(default)].outcome == "spilled" and "64 bytes" in told[str(default)].reason
+    # A few may have been on their way together.
+    assert sum(str(config) in told for config in same_code) < len(same_code)
+
+
+class Dying(Replay):
+    """A measurer that is interrupted."""
+
+    def measure(self, problem, config, stop):
+        """Raise at the fifth config."""
+        if len(self._random) == 4:
+            raise KeyboardInterrupt
+        return super().measure(problem, config, stop)
+
+
+def test_an_interrupted_search_frees_what_it_was_trying():
+    space = space_of()
+    study = optuna.create_study(direction="minimize")
+    recording = recording_of(space, 0)
+    with pytest.raises(KeyboardInterrupt):
+        run(make_search(space, Dying(recording), study=study))
+    ledger = Ledger(study)
+    done = {record.config for record in ledger.records()}
+    assert len(done) == 4 and ledger.taken() == done
+    told = run(make_search(space, Replay(recording), study=study))
+    assert {record.config for record in told} == set(map(str, space.feasible)) - done
+
+
+def crowned(times, *, measured=False, smem=None, final=None):
+    """(default, best) of a search in which configs took these times."""
+    space = space_of()
+    study = optuna.create_study(direction="minimize")
+    ledger = Ledger(study)
+    for config, ms in times.items():
+        machinery = Machinery(128, 0, (smem or {}).get(config, 1000), 128, 2, "registers")
+        record = Record(config, "predicted", machinery=machinery, predicted_ms=ms)
+        if measured:
+            record = replace(record, outcome="measured", samples_ms=(ms,) * 5)
+        ledger.finish(study.ask(), record)
+    measurer = None
+    if measured:
+        final = {**times, **(final or {})}
+        records = {
+            config: Record(config, "measured", samples_ms=(ms,) * 5)
+            for config, ms in final.items()
+        }
+        measurer = Replay(Recording({}, DQ, {}, records))
+    default, best = make_search(space, measurer, study=study).crown()
+    return default.config, best.config
+
+
+DEFAULT = str(space_of().default)
+A, B = "sm80-m64n64w4s1", "sm80-m64n32w4s1"
+
+
+def test_a_prediction_displaces_the_default_only_beyond_the_models_margin():
+    assert crowned({DEFAULT: 1.0, A: 0.96}) == (DEFAULT, DEFAULT)
+    assert crowned({DEFAULT: 1.0, A: 0.94}) == (DEFAULT, A)
+
+
+def test_a_measurement_displaces_the_default_by_any_gain():
+    assert crowned({DEFAULT: 1.0, A: 0.97}, measured=True) == (DEFAULT, A)
+
+
+def test_finalists_are_measured_again_before_one_wins():
+    assert crowned({DEFAULT: 1.0, A: 0.8, B: 0.9}, measured=True, final={A: 0.95}) == (DEFAULT, B)
+
+
+def test_ties_go_to_less_shared_memory():
+    times = {DEFAULT: 2.0, A: 1.0, B: 1.005}
+    assert crowned(times, measured=True, smem={A: 2000, B: 1000}) == (DEFAULT, B)
+    assert crowned(times, measured=True, smem={A: 1000, B: 2000}) == (DEFAULT, A)
+
+
+def test_nothing_that_works_is_an_error_that_says_what_failed():
+    space = space_of()
+    search = make_search(space, pool=InstantPool(space, spills=map(str, space.feasible)))
+    run(search)
+    with pytest.raises(LookupError, match=r"\d+ spilled \(64 bytes"):
+        search.crown()
+
+
+def test_importances_are_shares():
+    space = space_of()
+    search = make_search(space)
+    run(search)
+    shares = search.importances()
+    assert set(shares) <= set(space.dimensions)
+    assert math.isclose(sum(shares.values()), 1.0, abs_tol=1e-6)
