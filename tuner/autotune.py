@@ -3,7 +3,7 @@
 import logging
 
 from numflash.problem_class import ProblemClass
-from numflash_tuner.measure import DeviceMeasurer
+from numflash_tuner.measuring.measurer import DeviceMeasurer
 from numflash_tuner.search import Limits
 from numflash_tuner.session import Options, Session
 from numflash_tuner.target import find_target

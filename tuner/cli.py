@@ -164,7 +164,7 @@ def _tune(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     try:
         from numflash_tuner import report
         from numflash_tuner.machines import names
-        from numflash_tuner.measure import DeviceMeasurer, DeviceUnavailableError
+        from numflash_tuner.measuring.measurer import DeviceMeasurer, DeviceUnavailableError
         from numflash_tuner.search import Limits, make_sampler
         from numflash_tuner.session import Options, Session
         from numflash_tuner.space import Budgets

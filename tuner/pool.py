@@ -16,7 +16,7 @@ from queue import SimpleQueue
 
 from numflash.configs import Config, Traits, parse_config
 from numflash.devices import architecture, blocks_per_sm
-from numflash_tuner.machine_code import MachineCode, analyse
+from numflash_tuner.model.machine_code import MachineCode, analyse
 from numflash_tuner.records import Machinery
 
 _SIMULATOR = "NUMBA_ENABLE_CUDASIM"

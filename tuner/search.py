@@ -19,7 +19,7 @@ from optuna.trial import Trial
 from numflash.configs import Config
 from numflash_tuner import model
 from numflash_tuner.candidates import Candidates
-from numflash_tuner.measure import Measurer
+from numflash_tuner.measuring.measurer import Measurer
 from numflash_tuner.pool import CompilePool, Examined
 from numflash_tuner.records import Record
 from numflash_tuner.space import Space

@@ -19,7 +19,7 @@ from numflash.compiler import source_hash, versions
 from numflash.entries import DeviceKey, Entry
 from numflash.problem_class import ProblemClass
 from numflash_tuner.machines import Machine
-from numflash_tuner.measure import Measurer
+from numflash_tuner.measuring.measurer import Measurer
 from numflash_tuner.pool import CompilePool
 from numflash_tuner.progress import Progress
 from numflash_tuner.records import Record

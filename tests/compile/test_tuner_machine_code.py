@@ -12,8 +12,9 @@ from numflash.compiler import get_cubin
 from numflash.configs import Traits, parse_config
 from numflash.devices import architecture
 from numflash.problem_class import ProblemClass
-from numflash_tuner import counts, machines, model
-from numflash_tuner.machine_code import MachineCode, analyse
+from numflash_tuner import machines, model
+from numflash_tuner.model import counts
+from numflash_tuner.model.machine_code import MachineCode, analyse
 from numflash_tuner.records import Machinery
 
 pytestmark = pytest.mark.skipif(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from numflash_tuner.machine_code import Counts, analyse
+from numflash_tuner.model.machine_code import Counts, analyse
 
 HEAD = """
 	.section	.text.kernel,"ax",@progbits

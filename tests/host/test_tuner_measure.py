@@ -20,9 +20,9 @@ from numflash.arrays import library_of
 from numflash.problem import describe
 from numflash.problem_class import ProblemClass
 from numflash.views import numpy_dtype
-from numflash_tuner import gpu, representative, worker
-from numflash_tuner.clocks import ClockLog
-from numflash_tuner.measure import DeviceMeasurer, DeviceUnavailableError, Limits
+from numflash_tuner.measuring import gpu, representative, worker
+from numflash_tuner.measuring.clocks import ClockLog
+from numflash_tuner.measuring.measurer import DeviceMeasurer, DeviceUnavailableError, Limits
 
 ROOT = Path(__file__).parents[2]
 PROBLEM = ProblemClass.parse("forward float16-d64-dv64-vec causal q4096 k4096 bh64 g1")
@@ -687,7 +687,7 @@ SERVER = """
 import sys
 sys.path.insert(0, {root!r})
 from tests.host.test_tuner_measure import FakeDevice
-from numflash_tuner import worker
+from numflash_tuner.measuring import worker
 worker._ORPHAN_SECONDS = 0.2
 device = {device}
 worker.serve(device, check_seqlens=(3, 5))

@@ -13,8 +13,9 @@ import pytest
 
 from numflash.configs import MMA_CONFIGS, PORTABLE_CONFIGS, parse_config
 from numflash.problem_class import ProblemClass
-from numflash_tuner import counts, grid, machines, model
-from numflash_tuner.machine_code import Counts, Loop
+from numflash_tuner import machines, model
+from numflash_tuner.model import counts, grid, prediction
+from numflash_tuner.model.machine_code import Counts, Loop
 from numflash_tuner.records import Machinery
 
 A100 = machines.find("A100")
@@ -143,7 +144,7 @@ def test_waves_are_those_of_a_scheduler(mask, heads):
     problem = problem_class(mask=mask, q=2048, k=2048, heads=heads)
     laid = grid.lay(problem, parse_config("forward", "sm80-m128n64w4s1"))
     # One block on an SM, so that blocks do not slow each other down.
-    found = model._schedule(laid, 108, 1, lambda tiles, together: 10.0 * tiles)
+    found = prediction._schedule(laid, 108, 1, lambda tiles, together: 10.0 * tiles)
     true = dealt_out(list(laid.walks.tiles) * laid.heads, 108, 10.0)
     assert 0.85 * true <= found <= 1.001 * true
 
@@ -291,7 +292,7 @@ def test_occupancy_and_spills_cost():
         model.estimate(machines.find("T4"), tf32, parse_config("forward", "sm80-m64n32w4s1"))
     # 128 x 4 blocks leave 128 registers, where 192 accumulators alone need more.
     crowded = parse_config("forward", "sm80-m128n64w4s1b4")
-    assert model.expected_registers(crowded, problem.traits) == (128, 88)
+    assert prediction.expected_registers(crowded, problem.traits) == (128, 88)
     assert model.estimate(A100, problem, crowded).ms > 2 * two.ms
     # 448 accumulators are more than any thread has.
     assert estimate_ms("m256n96w4s1", problem) > 2 * two.ms
@@ -309,8 +310,8 @@ def test_copies_that_run_further_ahead_are_hidden(monkeypatch):
     assert clocks[2] < 0.8 * clocks[1]
     assert clocks[3] <= clocks[2]
     before = {m: latency_clocks("m16n64w1s1", problem, m) for m in (A100, turing)}
-    monkeypatch.setattr(model, "L2_LATENCY", model.L2_LATENCY + 100)
-    monkeypatch.setattr(model, "MEMORY_LATENCY", model.MEMORY_LATENCY + 100)
+    monkeypatch.setattr(prediction, "L2_LATENCY", prediction.L2_LATENCY + 100)
+    monkeypatch.setattr(prediction, "MEMORY_LATENCY", prediction.MEMORY_LATENCY + 100)
     after = {m: latency_clocks("m16n64w1s1", problem, m) for m in (A100, turing)}
     # Turing waits twice for each of 256 tiles, and both before the first.
     assert after[turing] - before[turing] == pytest.approx(2 * 256 * 100 + 200)
@@ -322,9 +323,9 @@ def test_products_that_wait_for_each_other_bound_a_single_warp(monkeypatch):
     assert model.estimate(A100, problem, parse_config("forward", f"sm80-{text}")).bound_by == (
         "latency"
     )
-    monkeypatch.setattr(model, "MATRIX_LATENCY", 1000)
+    monkeypatch.setattr(prediction, "MATRIX_LATENCY", 1000)
     slow = latency_clocks(text, problem)
-    monkeypatch.setattr(model, "MATRIX_LATENCY", 2000)
+    monkeypatch.setattr(prediction, "MATRIX_LATENCY", 2000)
     # Of each of 256 tiles 8 steps of depth for S and one for O.
     assert latency_clocks(text, problem) - slow == pytest.approx(256 * 9 * 1000)
 
@@ -332,7 +333,7 @@ def test_products_that_wait_for_each_other_bound_a_single_warp(monkeypatch):
 def test_a_block_that_walks_again_begins_again(monkeypatch):
     problem = problem_class("backward", "float16-d64-dv64-vec", q=512, k=512, heads=8)
     before = [latency_clocks(f"m32n64w4s1{x}", problem) for x in ("", "x2")]
-    monkeypatch.setattr(model, "BLOCK_LATENCY", model.BLOCK_LATENCY + 1000)
+    monkeypatch.setattr(prediction, "BLOCK_LATENCY", prediction.BLOCK_LATENCY + 1000)
     after = [latency_clocks(f"m32n64w4s1{x}", problem) for x in ("", "x2")]
     # 512 keys are 8 row blocks.
     assert [t - b for t, b in zip(after, before, strict=True)] == pytest.approx([8000, 4000])
@@ -341,7 +342,7 @@ def test_a_block_that_walks_again_begins_again(monkeypatch):
 def test_a_last_wave_with_fewer_blocks_is_shorter():
     walks = grid.Walks(np.array([10]), 0.0)
     laid = grid.Grid(walks, 2 * 108 + 1, 1, 1, 1)
-    assert model._schedule(laid, 108, 2, lambda tiles, together: tiles * together) == 20 + 10
+    assert prediction._schedule(laid, 108, 2, lambda tiles, together: tiles * together) == 20 + 10
 
 
 def test_keys_beyond_the_l2_are_read_again_by_every_wave():

@@ -7,10 +7,10 @@ import statistics
 import pytest
 
 from numflash.problem_class import ProblemClass
-from numflash_tuner import replay
-from numflash_tuner.measure import Measurer
+from numflash_tuner.measuring import replay
+from numflash_tuner.measuring.measurer import Measurer
+from numflash_tuner.measuring.replay import Replay
 from numflash_tuner.records import Machinery, Record
-from numflash_tuner.replay import Replay
 
 PROBLEM = ProblemClass.parse("forward float16-d64-dv64-vec causal q4096 k4096 bh64 g1")
 OTHER = dataclasses.replace(PROBLEM, mask="full")

@@ -13,10 +13,11 @@ import pytest
 
 from numflash.devices import architecture, blocks_per_sm
 from numflash.problem_class import ProblemClass
-from numflash_tuner import charts, report, report_style, report_tables
+from numflash_tuner import report
 from numflash_tuner.records import FAILURES, Machinery, Record
-from numflash_tuner.report_axes import Axis
-from numflash_tuner.report_occupancy import corner, occupancy
+from numflash_tuner.report import charts, style, tables
+from numflash_tuner.report.axes import Axis
+from numflash_tuner.report.occupancy import corner, occupancy
 from numflash_tuner.results import Result, parameters, rank_correlation
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -347,7 +348,7 @@ def test_pruned_and_failed_are_counted():
 
 
 def test_failures_that_differ_in_numbers_are_one():
-    groups = report_tables.failure_groups(RECORDS)
+    groups = tables.failure_groups(RECORDS)
     assert [(outcome, len(found)) for outcome, found in groups] == [
         ("spilled", 2),
         ("over_budget", 1),
@@ -567,21 +568,21 @@ def contrast(a, b):
     return (high + 0.05) / (low + 0.05)
 
 
-@pytest.mark.parametrize("scheme", [report_style.LIGHT, report_style.DARK])
+@pytest.mark.parametrize("scheme", [style.LIGHT, style.DARK])
 def test_contrasts(scheme):
     for ground, name in itertools.product(
         ("page", "card"), ("text", "muted", "accent", "second", "failed")
     ):
         assert contrast(scheme[ground], scheme[name]) >= 4.5, (ground, name)
     assert contrast(scheme["card"], scheme["axis"]) >= 3
-    for i in range(report_style.HEAT_STEPS):
+    for i in range(style.HEAT_STEPS):
         assert contrast(scheme[f"heat{i}"], scheme[f"on-heat{i}"]) >= 4.5, i
-    steps = [luminance(scheme[f"heat{i}"]) for i in range(report_style.HEAT_STEPS)]
+    steps = [luminance(scheme[f"heat{i}"]) for i in range(style.HEAT_STEPS)]
     assert steps in (sorted(steps), sorted(steps, reverse=True))
 
 
 def test_every_colour_of_the_style_is_a_token_of_both_schemes():
-    used = set(re.findall(r"var\(--([\w-]+)\)", report_style.STYLE))
-    assert used <= set(report_style.LIGHT) and set(report_style.LIGHT) == set(report_style.DARK)
-    rules = report_style.STYLE.split("@media screen", 1)[1].split("\n", 1)[1]
+    used = set(re.findall(r"var\(--([\w-]+)\)", style.STYLE))
+    assert used <= set(style.LIGHT) and set(style.LIGHT) == set(style.DARK)
+    rules = style.STYLE.split("@media screen", 1)[1].split("\n", 1)[1]
     assert not re.search(r"#[0-9a-f]{3,6}\b", rules)

@@ -14,9 +14,9 @@ import optuna
 
 from numflash.problem_class import ProblemClass
 from numflash_tuner import machines, model
+from numflash_tuner.measuring.replay import Recording, Replay
 from numflash_tuner.pool import Examined
 from numflash_tuner.records import Machinery, Record
-from numflash_tuner.replay import Recording, Replay
 from numflash_tuner.search import SAMPLERS, Limits, Search, make_sampler
 from numflash_tuner.space import Budgets, Space
 from numflash_tuner.studies import Ledger

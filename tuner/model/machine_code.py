@@ -15,7 +15,7 @@ a block that dominates it, and everything on the way. Its counts are those of on
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
-from numflash_tuner.control_flow import Graph, read_blocks
+from numflash_tuner.model.control_flow import Graph, read_blocks
 
 _LANES = 32
 _WIDTHS = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}

@@ -1,10 +1,10 @@
-"""The charts of a result, each a `Figure`; those of occupancy are in `report_occupancy`."""
+"""The charts of a result, each a `Figure`; those of occupancy are in `report.occupancy`."""
 
 import math
 from dataclasses import dataclass
 
 from numflash_tuner.records import FAILURES, Record
-from numflash_tuner.report_axes import (
+from numflash_tuner.report.axes import (
     BOTTOM,
     LEFT,
     RIGHT,
@@ -17,8 +17,8 @@ from numflash_tuner.report_axes import (
     line,
     text,
 )
-from numflash_tuner.report_markup import Markup, escaped, joined, tag
-from numflash_tuner.report_style import HEAT_STEPS
+from numflash_tuner.report.markup import Markup, escaped, joined, tag
+from numflash_tuner.report.style import HEAT_STEPS
 from numflash_tuner.results import Result, format_ms, parameters, rank_correlation
 
 # A floor further below the best than this would squeeze everything else.

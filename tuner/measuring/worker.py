@@ -1,4 +1,4 @@
-"""The child process that runs kernels: `python -m numflash_tuner.worker ORDINAL`.
+"""The child process that runs kernels: `python -m numflash_tuner.measuring.worker ORDINAL`.
 
 Requests come as lines of JSON on its standard input, replies leave on what was its standard
 output; whatever else is printed goes to standard error. `child.Child` is the other end. The child
@@ -26,9 +26,9 @@ from numflash.errors import UnsupportedError
 from numflash.launch import limits_of_device
 from numflash.mode import SIMULATED
 from numflash.problem_class import ProblemClass
-from numflash_tuner import representative
-from numflash_tuner.gpu import Device, open_gpu
-from numflash_tuner.representative import CHECK_SEQLENS, Call
+from numflash_tuner.measuring import representative
+from numflash_tuner.measuring.gpu import Device, open_gpu
+from numflash_tuner.measuring.representative import CHECK_SEQLENS, Call
 
 BROKEN = 3
 """The exit status after a fault that the device does not recover from."""

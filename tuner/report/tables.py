@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable
 
 from numflash_tuner.records import FAILURES, Record
-from numflash_tuner.report_markup import Markup, escaped, joined, tag
+from numflash_tuner.report.markup import Markup, escaped, joined, tag
 from numflash_tuner.results import Result, format_ms
 
 _NUMBER = re.compile(r"\d+(?:\.\d+)?")

@@ -19,8 +19,8 @@ from typing import Any, Protocol
 
 from numflash.cache import cache_dir
 from numflash.problem_class import ProblemClass
-from numflash_tuner.child import Child, DeviceUnavailableError, FailedError
-from numflash_tuner.clocks import ClockLog
+from numflash_tuner.measuring.child import Child, DeviceUnavailableError, FailedError
+from numflash_tuner.measuring.clocks import ClockLog
 from numflash_tuner.records import Record
 
 if sys.platform == "win32":
@@ -102,11 +102,16 @@ class DeviceMeasurer:
         Args:
             ordinal: of the CUDA device.
             limits: of the watchdog.
-            command: that runs a child; `numflash_tuner.worker` by default.
+            command: that runs a child; `numflash_tuner.measuring.worker` by default.
             seed: of the order in which `remeasure` goes.
         """
         self.limits = limits or Limits()
-        self._command = command or [sys.executable, "-m", "numflash_tuner.worker", str(ordinal)]
+        self._command = command or [
+            sys.executable,
+            "-m",
+            "numflash_tuner.measuring.worker",
+            str(ordinal),
+        ]
         self._order = random.Random(seed)
         self._child: Child | None = None
         self._clocks: ClockLog | None = None

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from numflash_tuner import charts, report_tables
 from numflash_tuner.records import FAILURES
-from numflash_tuner.report_markup import Markup, escaped, joined, tag
-from numflash_tuner.report_occupancy import occupancy
-from numflash_tuner.report_style import STYLE
-from numflash_tuner.report_tables import format_share, format_speedup, format_time
+from numflash_tuner.report import charts, tables
+from numflash_tuner.report.markup import Markup, escaped, joined, tag
+from numflash_tuner.report.occupancy import occupancy
+from numflash_tuner.report.style import STYLE
+from numflash_tuner.report.tables import format_share, format_speedup, format_time
 from numflash_tuner.results import Result, format_ms
 
 _OPEN_ROWS = 40
@@ -53,7 +53,7 @@ def page(results: list[Result]) -> str:
         title += f": {results[0].problem} on {results[0].device}"
     body: list[object] = [tag("h1", "numflash-tune"), tag("p", _subtitle(results), class_="muted")]
     if len(results) > 1:
-        body.append(report_tables.summary(results))
+        body.append(tables.summary(results))
     body += [_section(number, result, results) for number, result in enumerate(results, 1)]
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"/>'
@@ -94,7 +94,7 @@ def _section(number: int, result: Result, results: list[Result]) -> Markup:
         *occupancy(result),
         charts.parts(result),
     ]
-    tried, failed = len(result.records), report_tables.failure_groups(result.records)
+    tried, failed = len(result.records), tables.failure_groups(result.records)
     figures.sort(key=lambda figure: figure.svg is None)
     alone = len(results) == 1
     contents = [
@@ -102,18 +102,18 @@ def _section(number: int, result: Result, results: list[Result]) -> Markup:
         tag("p", _device(result), class_="muted"),
         _facts(result),
         tag("div", *map(_figure, figures), class_="charts"),
-        _folded(f"Tried: {tried}", report_tables.tried(result), alone and tried <= _OPEN_ROWS),
+        _folded(f"Tried: {tried}", tables.tried(result), alone and tried <= _OPEN_ROWS),
     ]
     if result.pruned:
         removed = sum(result.pruned.values())
         summary = f"Pruned before anything was compiled: {removed:,}"
         if result.space_size:
             summary += f" of {result.space_size:,} in the space"
-        contents.append(_folded(summary, report_tables.pruned(result), alone))
+        contents.append(_folded(summary, tables.pruned(result), alone))
     if failed:
         count = sum(len(records) for _, records in failed)
         summary = f"Failed: {count} of {tried} tried"
-        contents.append(_folded(summary, report_tables.failures(result), alone))
+        contents.append(_folded(summary, tables.failures(result), alone))
     return tag("section", *contents, id=f"result-{number}")
 
 

@@ -8,9 +8,8 @@ from collections import Counter
 from collections.abc import Callable
 
 from numflash.devices import KB, Architecture, architecture, blocks_per_sm
-from numflash_tuner.charts import Figure, described, key
 from numflash_tuner.records import FAILURES, Record
-from numflash_tuner.report_axes import (
+from numflash_tuner.report.axes import (
     BOTTOM,
     LEFT,
     RIGHT,
@@ -23,7 +22,8 @@ from numflash_tuner.report_axes import (
     line,
     text,
 )
-from numflash_tuner.report_markup import Markup, escaped, joined, tag
+from numflash_tuner.report.charts import Figure, described, key
+from numflash_tuner.report.markup import Markup, escaped, joined, tag
 from numflash_tuner.results import Result
 
 MAX_REGISTERS = 255
