@@ -21,7 +21,10 @@ from numflash.errors import UnsupportedError
 from numflash.problem_class import ProblemClass, round_up
 from numflash_tuner import caches
 
-FAMILIES = {"forward": ("forward",), "backward": ("backward-dkdv", "backward-dq", "backward")}
+FAMILIES = {
+    "forward": ("forward", "combine"),
+    "backward": ("backward-dkdv", "backward-dq", "backward"),
+}
 _SAMPLERS = ("tpe", "grid", "random", "cmaes")
 _TRIALS = 48
 _INTERRUPTED = 130
@@ -202,6 +205,8 @@ def _tune(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     try:
         with Session(target.key, target.machine, measurer, options) as session:
             spaces = session.spaces(problems)
+            if not spaces:
+                parser.error("nothing to tune: keys are not split in these problems")
             for number, space in enumerate(spaces):
                 title = f"[{number + 1}/{len(spaces)}] {space.problem}"
                 left = len(spaces) - number

@@ -18,6 +18,7 @@ from numflash import store
 from numflash.compiler import source_hash, versions
 from numflash.entries import DeviceKey, Entry
 from numflash.problem_class import ProblemClass
+from numflash.selection import FUSED
 from numflash_tuner.machines import Machine
 from numflash_tuner.measuring.measurer import Measurer
 from numflash_tuner.pool import CompilePool
@@ -88,12 +89,16 @@ class Session:
         self._pool.__exit__(*exception)
 
     def spaces(self, problems: list[ProblemClass]) -> list[Space]:
-        """The spaces of these classes.
+        """The spaces of these classes, without those whose kernel would not run on the machine.
 
         Raises:
             EmptySpaceError: one of them is empty.
         """
         spaces = [Space(problem, self.machine, self.options.budgets) for problem in problems]
+        spaces = [space for space in spaces if space.runs]
+        if self.measurer is None:
+            # One kernel for all gradients runs only where it was measured to be faster.
+            spaces = [space for space in spaces if space.problem.family != FUSED]
         for space in spaces:
             space.expect_any()
         return spaces

@@ -91,6 +91,18 @@ class Space:
         return replace(config, num_splits=splits, packed=packed)
 
     @property
+    def runs(self) -> bool:
+        """Whether calls of this class run this kernel at all, tuned or not."""
+        problem = self.problem
+        if problem.family == "combine":
+            forward = Space(replace(problem, family="forward"), self.machine, self.budgets)
+            return getattr(forward.default, "num_splits", 1) > 1
+        try:
+            return self.default is not None
+        except UnsupportedError:
+            return False
+
+    @property
     def _default_pack(self) -> int:
         """Query heads that are packed into a tile untuned."""
         few = self.problem.seqlen_q <= PACKED_SEQLEN and not self.problem.traits.alibi

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import numflash
 from numflash.arrays import library_of
 from numflash.problem import describe
 from numflash.problem_class import ProblemClass
@@ -679,8 +680,24 @@ def test_outcomes_of_errors(error, outcome):
 def test_a_config_that_is_none_is_invalid(served):
     with pytest.raises(ValueError):
         served.prepare(str(SMALL), "m16")
-    with pytest.raises(worker.RefusedError, match="combine"):
-        served.prepare(str(SMALL).replace("forward", "combine"), "w4")
+    with pytest.raises(worker.RefusedError, match="delta"):
+        served.prepare(str(SMALL).replace("forward", "delta"), "w8")
+
+
+def test_a_combine_is_measured_with_a_forward_in_parts(served, monkeypatch):
+    made = []
+    plan = numflash.plan
+
+    def noted(*args, config, **options):
+        made.append(config)
+        return plan(*args, config=config, **options)
+
+    monkeypatch.setattr(worker.numflash, "plan", noted)
+    problem = "combine float16-d32-dv32-vec full q8 k8 bh1 g1"
+    assert served.prepare(problem, "w2")["warm_ms"] == 0.25
+    assert made[0]["combine"] == "w2" and made[0]["forward"].num_splits == 2
+    with pytest.raises(worker.RefusedError, match="does not split its keys"):
+        served.prepare(str(SMALL).replace("forward", "combine"), "w2")
 
 
 SERVER = """

@@ -9,7 +9,7 @@ from numflash.problem_class import ProblemClass
 CHECK_SEQLENS = (113, 257)
 """(seqlen_q, seqlen_k) that no tile divides."""
 SOFTCAP = 30.0
-FORWARD = "forward"
+FORWARD = ("forward", "combine")
 BACKWARD = ("backward-dkdv", "backward-dq", "backward")
 _HEADS = 32
 _CHECKED_WINDOW = 64
@@ -61,7 +61,7 @@ class Call:
         rows_q = self.batch * self.seqlen_q * self.num_heads_q
         rows_k = self.batch * self.seqlen_k * self.num_heads_kv
         q_and_out, k_and_v = rows_q * self.head_dims, rows_k * self.head_dims
-        if family == FORWARD:
+        if family in FORWARD:
             return (q_and_out + k_and_v) * element + 4 * rows_q
         # q, out, dout, dq; k, v, dk, dv; lse, delta and lse_log2.
         return 2 * (q_and_out + k_and_v) * element + 3 * 4 * rows_q

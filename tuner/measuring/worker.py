@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ import numflash
 from numflash.arrays import library_of
 from numflash.check import check
 from numflash.compiler import get_cubin
+from numflash.configs import MmaConfig
 from numflash.dispatch import force
 from numflash.errors import UnsupportedError
 from numflash.launch import limits_of_device
@@ -85,7 +87,7 @@ class Worker:
             RefusedError: the config is to be given up. Anything else means that it failed.
         """
         wanted = ProblemClass.parse(problem)
-        if wanted.family not in (representative.FORWARD, *representative.BACKWARD):
+        if wanted.family not in (*representative.FORWARD, *representative.BACKWARD):
             raise RefusedError("invalid", f"there is no measurement of {wanted.family} by itself")
         self._compile(wanted, config)
         self._check(wanted, config)
@@ -117,7 +119,8 @@ class Worker:
         arrays = make_arrays(self.device, problem.family, call, seed=10 * self._checks)
         dout = arrays.pop("dout", None)
         options = {**call.options, "alibi_slopes": arrays.pop("alibi_slopes", None)}
-        report = check(**arrays, dout=dout, config={problem.family: config}, **options)
+        configs = forced(problem.family, config, *(arrays[n] for n in "qkv"), options)
+        report = check(**arrays, dout=dout, config=configs, **options)
         if not report.passed:
             wrong = [
                 f"{e.name} is off by {e.error:.3g}, allowed are {e.budget:.3g}"
@@ -146,7 +149,7 @@ class Worker:
 def make_arrays(device: Device, family: str, call: Call, seed: int) -> dict[str, Any]:
     """q, k and v of a call, with `dout` for a backward, and its `alibi_slopes`."""
     arrays = {}
-    names = ("q", "k", "v") if family == representative.FORWARD else ("q", "k", "v", "dout")
+    names = ("q", "k", "v") if family in representative.FORWARD else ("q", "k", "v", "dout")
     for i, name in enumerate(names):
         shape = call.shapes[name]
         if not call.is_aligned:
@@ -167,8 +170,9 @@ def bind(family: str, config: str, call: Call, arrays: dict[str, Any]) -> Callab
     arrays = dict(arrays)
     options = {**_DEFAULTS, **call.options, "alibi_slopes": arrays.get("alibi_slopes")}
     q, k, v = (arrays[name] for name in ("q", "k", "v"))
-    if family == representative.FORWARD:
-        return numflash.plan(q, k, v, config=config, **options).launch
+    if family in representative.FORWARD:
+        configs = forced(family, config, q, k, v, options)
+        return numflash.plan(q, k, v, config=configs, **options).launch
     from numflash.calls import Backward
 
     out, lse = numflash.attention(q, k, v, return_lse=True, **options)
@@ -184,6 +188,21 @@ def bind(family: str, config: str, call: Call, arrays: dict[str, Any]) -> Callab
     # How many parts of dQ there are to add up is the fused kernel's config.
     timed = [launches[name] for name in (family, _AFTER.get(family)) if name in launches]
     return lambda: [launch(stream) for launch in timed]
+
+
+def forced(family: str, config: str, q, k, v, options: dict) -> dict[str, Any]:
+    """The configs that have a call run this one: what combines needs a forward in parts.
+
+    Raises:
+        RefusedError: no forward of this call splits its keys.
+    """
+    if family != "combine":
+        return {family: config}
+    forward = numflash.explain_dispatch(q, k, v, **options).forward.config
+    if not isinstance(forward, MmaConfig):
+        raise RefusedError("invalid", f"the forward {forward} does not split its keys")
+    parts = max(2, forward.num_splits)
+    return {"forward": replace(forward, num_splits=parts), family: config}
 
 
 class Channel:
