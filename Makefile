@@ -1,4 +1,4 @@
-# make run: install what this machine can use and do the main job on real input.
+# make run: install what this machine can use, tune, and do the main job on real input.
 # make test: the same, then every test layer this machine can run.
 
 PYTHON ?= python3
@@ -10,11 +10,15 @@ GPU_EXTRA := $(if $(filter 12,$(CUDA)),cu12,$(if $(CUDA),cu13,))
 SIMULATE := $(if $(GPU_EXTRA),,NUMBA_ENABLE_CUDASIM=1)
 # The newest drivers run both; an old one neither.
 EXTRA := $(or $(GPU_EXTRA),compile)
+# What examples/real_activations.py runs: measured on a GPU, predicted for what the simulator is.
+TUNE := --pass forward --dtype float16 --head-dim 32 --seqlen 128 --mask full
+TUNE += $(if $(GPU_EXTRA),--batch 2 --heads 12 --time-budget 60,--batch 1 --heads 4 --device sm_80 --offline --trials 12)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .PHONY: run test lint clean
 
 run: $(VENV)/run.done
+	@$(BIN)/numflash-tune $(TUNE)
 	@$(SIMULATE) $(BIN)/python examples/real_activations.py
 
 test: $(VENV)/test.done lint
@@ -28,11 +32,11 @@ lint: $(VENV)/test.done
 
 $(VENV)/run.done: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install -q -e ".[$(EXTRA)]"
+	$(PIP) install -q -e ".[$(EXTRA),tune]"
 	@touch $@
 
 $(VENV)/test.done: $(VENV)/run.done
-	$(PIP) install -q -e ".[$(EXTRA),test]"
+	$(PIP) install -q -e ".[$(EXTRA),postgresql,test]"
 	@touch $@
 
 clean:
