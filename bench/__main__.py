@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from bench import report, speed, verify
+from bench import report, speed, tuner, verify
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -13,6 +13,7 @@ def main(argv: list[str] | None = None) -> int:
     verify.add_command(commands)
     speed.add_commands(commands)
     report.add_command(commands)
+    tuner.add_command(commands)
     arguments = parser.parse_args(argv)
     return arguments.run(arguments)
 

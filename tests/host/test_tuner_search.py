@@ -1,8 +1,6 @@
 """The search: what is tried first, what never twice, when it stops, and what wins."""
 
-import itertools
 import math
-import random
 from collections import Counter
 from concurrent.futures import Future
 from dataclasses import replace
@@ -20,6 +18,7 @@ from numflash_tuner.records import Machinery, Record
 from numflash_tuner.search import SAMPLERS, Limits, Search, make_sampler
 from numflash_tuner.space import Budgets, Space
 from numflash_tuner.studies import Ledger
+from tests.synthetic_recording import recording_of
 
 MACHINE = machines.find("NVIDIA A100-SXM4-80GB")
 DQ = ProblemClass.parse("backward-dq float16-d128-dv128-vec full q4096 k4096 bh64 g1")
@@ -64,26 +63,6 @@ def run(search):
 def space_of(problem=DQ, budgets=None):
     """The space of a class on an A100."""
     return Space(problem, MACHINE, budgets or Budgets())
-
-
-def recording_of(space, seed):
-    """An exhaustive run whose times are not the model's.
-
-    Each choice, and each pair of choices, is better or worse than the model knows, and every
-    config a little for itself.
-    """
-    random_of = random.Random(seed)
-    factors: dict = {}
-    records = {}
-    for config, values in space.feasible.items():
-        ms = model.estimate(MACHINE, space.problem, config).ms * random_of.uniform(0.98, 1.02)
-        for item in values.items():
-            ms *= factors.setdefault(item, random_of.uniform(0.9, 1.12))
-        for pair in itertools.combinations(values.items(), 2):
-            ms *= factors.setdefault(pair, random_of.uniform(0.97, 1.03))
-        samples = tuple(ms * random_of.uniform(0.995, 1.01) for _ in range(9))
-        records[str(config)] = Record(str(config), "measured", samples_ms=samples, seconds=1.0)
-    return Recording({"name": MACHINE.name}, space.problem, {}, records)
 
 
 @pytest.mark.parametrize("seed", range(2))
