@@ -10,7 +10,7 @@ import sys
 from importlib import metadata, util
 from typing import Any
 
-from numflash import __version__, cache, compiler
+from numflash import __version__, cache, compiler, store
 from numflash.devices import architecture_of
 from numflash.mode import SIMULATED
 from numflash.sass import find_disassembler
@@ -40,7 +40,7 @@ def collect() -> dict[str, Any]:
         no_devices: why there are none; None if there are.
         versions: of numflash, Python, the newest CUDA that the driver can run, and each package;
             None where there is none.
-        cache: directory, kernels and bytes.
+        cache: directory, kernels, bytes and tuned configs.
         missing: what, and the command that mends it.
     """
     driver_version, devices, no_devices = _ask_driver()
@@ -62,6 +62,7 @@ def collect() -> dict[str, Any]:
             "directory": str(cache.cache_dir()),
             "kernels": num_kernels,
             "bytes": num_bytes,
+            "tuned_configs": sum(map(len, store.read_all().values())),
         },
         "missing": _missing(driver_version, no_devices),
     }
@@ -191,7 +192,8 @@ def describe(info: dict[str, Any]) -> str:
     cached = info["cache"]
     lines.append("Cache")
     lines.append(
-        f"  {cached['directory']}: {cached['kernels']} kernels, {cached['bytes'] / 2**20:.1f} MiB"
+        f"  {cached['directory']}: {cached['kernels']} kernels, {cached['bytes'] / 2**20:.1f} MiB; "
+        f"{cached['tuned_configs']} tuned configs"
     )
     lines.append("Missing")
     for lack in info["missing"]:

@@ -238,6 +238,7 @@ def test_info_json(capsys):
     assert found["versions"]["numba"] is not None
     assert found["cache"]["kernels"] > 0
     assert found["cache"]["bytes"] > 1000
+    assert found["cache"]["tuned_configs"] >= 0
 
 
 def test_info_with_a_gpu(monkeypatch, capsys):
