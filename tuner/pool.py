@@ -7,6 +7,7 @@ code, and are compiled once. A compiler that crashes or never ends costs its own
 import gc
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
+from types import ModuleType
 
 from numflash.configs import Config, Traits, parse_config
 from numflash.devices import architecture, blocks_per_sm
@@ -49,8 +51,7 @@ def examine(family: str, config: str, traits: str, arch: str) -> Examined:
     try:
         cubin = get_cubin(parse_config(family, config), Traits.parse(traits), limits)
     except Exception as error:
-        why = " ".join(f"{type(error).__name__}: {error}".split())
-        return Examined(failure=("compile_failed", why[:500]))
+        return _failed(error)
     blocks, limited_by = blocks_per_sm(
         limits, cubin.num_threads, cubin.registers, cubin.smem_bytes
     )
@@ -139,6 +140,8 @@ class CompilePool:
             return Examined(failure=("timeout", why))
         except (EOFError, OSError):
             return Examined(failure=("compile_failed", f"the compiler died ({worker.ending})"))
+        except Exception as error:
+            return _failed(error)
 
 
 class _Worker:
@@ -160,17 +163,20 @@ class _Worker:
                 if waited > timeout or closing():
                     raise TimeoutError
             return self._pipe.recv()
-        except (TimeoutError, EOFError, OSError):
+        except Exception:
             self.stop()
             raise
 
     def _start(self) -> None:
         context = get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_work_off, args=(theirs, self._work), daemon=True)
-        with _without_simulator():
-            self._process.start()
-        theirs.close()
+        process = context.Process(target=_work_off, args=(theirs, self._work), daemon=True)
+        try:
+            with _as_compiler():
+                process.start()
+        finally:
+            theirs.close()
+        self._process = process
 
     def stop(self) -> None:
         """End the process."""
@@ -193,8 +199,15 @@ def _work_off(pipe: Connection, work: Callable[..., Examined]) -> None:
     while True:
         try:
             task = pipe.recv()
-            pipe.send(work(*task))
         except (EOFError, OSError):
+            return
+        try:
+            examined = work(*task)
+        except Exception as error:
+            examined = _failed(error)
+        try:
+            pipe.send(examined)
+        except OSError:
             return
         if not gc.get_freeze_count():
             # What Numba has loaded by now lives to the end: looking through it for garbage after
@@ -203,16 +216,27 @@ def _work_off(pipe: Connection, work: Callable[..., Examined]) -> None:
             gc.freeze()
 
 
+def _failed(error: Exception) -> Examined:
+    why = " ".join(f"{type(error).__name__}: {error}".split())
+    return Examined(failure=("compile_failed", why[:500]))
+
+
 _environment = threading.Lock()
 
 
 @contextmanager
-def _without_simulator() -> Iterator[None]:
-    """For what is started within, Numba is a compiler: the simulator has none."""
+def _as_compiler() -> Iterator[None]:
+    """For processes started within, Numba is a compiler, and there is no main module.
+
+    The simulator has no compiler. A new process would run the user's program once more, up to
+    where it starts processes, unless the program guards against that.
+    """
     with _environment:
-        before = os.environ.pop(_SIMULATOR, None)
+        simulated, program = os.environ.pop(_SIMULATOR, None), sys.modules["__main__"]
+        sys.modules["__main__"] = ModuleType("__main__")
         try:
             yield
         finally:
-            if before is not None:
-                os.environ[_SIMULATOR] = before
+            sys.modules["__main__"] = program
+            if simulated is not None:
+                os.environ[_SIMULATOR] = simulated
