@@ -191,8 +191,9 @@ def describe(info: dict[str, Any]) -> str:
     ]
     cached = info["cache"]
     lines.append("Cache")
+    size = f"{cached['bytes'] / 2**20:.1f} MiB"
     lines.append(
-        f"  {cached['directory']}: {cached['kernels']} kernels, {cached['bytes'] / 2**20:.1f} MiB; "
+        f"  {cached['directory']}: {cached['kernels']} kernels, {size}; "
         f"{cached['tuned_configs']} tuned configs"
     )
     lines.append("Missing")

@@ -5,9 +5,9 @@
 3. The nearest that was tuned on another device of this architecture.
 4. The nearest of the tables that numflash ships.
 
-Only kernels for dtypes of the same size and for the same head dims are near. Beyond the first rule the splits, packing
-and order of blocks follow from the problem, as they do for default configs. NUMFLASH_TUNED=0 turns
-all of it off.
+Only kernels for dtypes of the same size and for the same head dims are near. Beyond the first rule
+the splits, packing and order of blocks follow from the problem, as they do for default configs.
+NUMFLASH_TUNED=0 turns all of it off.
 """
 
 import logging
