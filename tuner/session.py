@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from hashlib import sha256
 
+import optuna
+
 from numflash import store
 from numflash.compiler import source_hash, versions
 from numflash.entries import DeviceKey, Entry
@@ -27,7 +29,7 @@ from numflash_tuner.records import Record
 from numflash_tuner.results import Result
 from numflash_tuner.search import Limits, Search, make_sampler
 from numflash_tuner.space import Budgets, Space
-from numflash_tuner.studies import open_study
+from numflash_tuner.studies import StorageError, open_study
 
 _log = logging.getLogger("numflash")
 
@@ -118,11 +120,7 @@ class Session:
             KeyboardInterrupt: after the best so far was remembered.
         """
         limits, sampler = self._limits(classes_left), self.options.sampler
-        study = open_study(
-            self.options.storage,
-            self._study_name(space),
-            make_sampler(sampler, self.options.seed),
-        )
+        study = self._study(space)
         search = Search(
             space,
             study,
@@ -140,6 +138,8 @@ class Session:
                 if search.best() is not None:
                     self._remember(space, *search.crown())
                 raise
+        if not search.ledger.records():
+            raise LookupError(f"no config of {space.problem} was tried: the time was over before")
         default, best = search.crown()
         self._remember(space, default, best)
         return Result(
@@ -171,6 +171,18 @@ class Session:
         left = max(0.0, self._deadline - self._clock())
         return Limits(limits.trials, left / max(1, classes_left), limits.target)
 
+    def _study(self, space: Space) -> optuna.Study:
+        """The study of a space; one in memory where the user's cache cannot be written."""
+        name, storage = self._study_name(space), self.options.storage
+        sampler = make_sampler(self.options.sampler, self.options.seed)
+        try:
+            return open_study(storage, name, sampler)
+        except StorageError as error:
+            if storage is not None or not isinstance(error.__cause__, OSError):
+                raise
+            _log.warning("%s; this run cannot be continued later", error)
+            return _study_in_memory(name, sampler)
+
     def _study_name(self, space: Space) -> str:
         """What trials of one study have in common, so that they can be compared."""
         made = [source_hash(), sorted(versions().items()), space.budgets, space.dimensions]
@@ -198,6 +210,15 @@ class Session:
         except OSError as error:
             path = store.path_of(self.device)
             _log.warning("cannot write %s (%s): the config found is not remembered", path, error)
+
+
+def _study_in_memory(name: str, sampler: optuna.samplers.BaseSampler) -> optuna.Study:
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)  # of a new study nobody need be told
+    try:
+        return optuna.create_study(sampler=sampler, study_name=name, direction="minimize")
+    finally:
+        optuna.logging.set_verbosity(before)
 
 
 @contextmanager

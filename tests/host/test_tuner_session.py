@@ -1,0 +1,324 @@
+"""A run of the tuner: what it remembers, also when it is stopped, and where its trials are."""
+
+import json
+import time
+import zlib
+from concurrent.futures import Future
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+pytest.importorskip("optuna")
+
+from numflash import store
+from numflash.compiler import source_hash, versions
+from numflash.entries import DeviceKey
+from numflash.problem_class import ProblemClass
+from numflash_tuner import autotune, machines, session
+from numflash_tuner.pool import Examined
+from numflash_tuner.records import Machinery, Record
+from numflash_tuner.search import Limits
+from numflash_tuner.session import Options, Session
+from numflash_tuner.space import Budgets, EmptySpaceError
+from numflash_tuner.studies import StorageError
+from numflash_tuner.target import Target
+
+DQ = ProblemClass.parse("backward-dq float32-d64-dv64-vec full q4096 k4096 bh64 g1")
+LONGER = ProblemClass.parse("backward-dq float32-d64-dv64-vec full q8192 k8192 bh64 g1")
+MACHINE = machines.find("NVIDIA A100-SXM4-80GB")
+DEVICE = DeviceKey(MACHINE.name, MACHINE.arch, MACHINE.num_sms)
+
+
+class InstantPool:
+    """A CompilePool whose compilers take no time; all configs spill if `spill_bytes` is set."""
+
+    spill_bytes = 0
+
+    def __init__(self, arch, jobs):
+        self.arch = arch
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        pass
+
+    def submit(self, config, traits):
+        """The future of a config, already done."""
+        future = Future()
+        smem, threads = config.smem_bytes(traits), config.num_threads
+        machinery = Machinery(128, self.spill_bytes, smem, threads, 2, "registers")
+        future.set_result(Examined(machinery))
+        return future
+
+
+class Stopwatch:
+    """A Measurer whose times are a hash of the config; each takes a second by its own clock."""
+
+    def __init__(self, interrupt_at=None):
+        self.seconds, self.measured, self.interrupt_at = 0.0, [], interrupt_at
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        pass
+
+    def measure(self, problem, config, stop):
+        """Five samples around the config's time."""
+        if len(self.measured) == self.interrupt_at:
+            raise KeyboardInterrupt
+        self.seconds += 1
+        self.measured.append(config)
+        return Record(config, "measured", samples_ms=self.samples(config, 5))
+
+    def remeasure(self, problem, configs, rounds):
+        """The same again."""
+        return {config: list(self.samples(config, rounds)) for config in configs}
+
+    @staticmethod
+    def samples(config, count):
+        """Times within 1 % of each other."""
+        ms = 1 + zlib.crc32(config.encode()) % 1000 / 1000
+        return tuple(ms * (1 + i / 100 / count) for i in range(count))
+
+
+@pytest.fixture(autouse=True)
+def instant(tmp_path, monkeypatch):
+    """No compilers, and a cache of the test's own."""
+    monkeypatch.setattr(session, "CompilePool", InstantPool)
+    monkeypatch.setattr(InstantPool, "spill_bytes", 0)
+    monkeypatch.setenv("NUMFLASH_CACHE_DIR", str(tmp_path / "cache"))
+
+
+def tune(measurer=None, problems=(DQ,), trials=6, clock=None, **options):
+    """Tune classes; the results. Time passes where a Stopwatch measures, or by `clock`."""
+    limits = Limits(trials, options.pop("seconds", None))
+    chosen = Options(limits, options.pop("budgets", Budgets()), seed=0, jobs=1, **options)
+    clock = clock or (lambda: 0.0 if measurer is None else measurer.seconds)
+    with Session(DEVICE, MACHINE, measurer, chosen, clock) as running:
+        spaces = running.spaces(list(problems))
+        return [
+            running.tune(space, len(spaces) - i, str(space.problem), quiet=True)
+            for i, space in enumerate(spaces)
+        ]
+
+
+def journals(tmp_path):
+    """The journals in the cache."""
+    return sorted(path.name for path in (tmp_path / "cache" / "studies").glob("*.journal"))
+
+
+def test_a_predicted_winner_is_an_entry_with_all_its_facts():
+    (result,) = tune()
+    (entry,) = store.read(DEVICE)
+    assert (entry.problem, entry.config) == (DQ, result.best.config)
+    assert (entry.time_ms, entry.spread) == (result.best.predicted_ms, None)
+    assert (entry.default_config, entry.default_ms) == (
+        result.default.config,
+        result.default.predicted_ms,
+    )
+    assert entry.origin == result.origin == "predicted"
+    assert (entry.kernels, entry.compilers) == (source_hash(), versions())
+    found = datetime.strptime(entry.date, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC)
+    assert timedelta() <= datetime.now(UTC) - found < timedelta(minutes=1)
+
+
+def test_a_measured_winner_is_an_entry_with_its_spread():
+    watch = Stopwatch()
+    (result,) = tune(watch)
+    (entry,) = store.read(DEVICE)
+    assert entry.origin == "measured" and entry.config == result.best.config
+    assert entry.config == min(watch.measured, key=lambda config: watch.samples(config, 5)[0])
+    assert entry.spread == result.best.spread > 0
+    assert entry.default_ms == pytest.approx(watch.samples(entry.default_config, 15)[7])
+
+
+def test_a_result_carries_what_the_report_shows():
+    (result,) = tune(budgets=Budgets(smem_bytes=32 * 1024, min_occupancy=0.1))
+    assert (result.device, result.arch, result.num_sms) == (MACHINE.name, "sm_80", 108)
+    assert len(result.records) == 6
+    assert result.pruned["--sram-budget"] > 0
+    assert sum(result.pruned.values()) < result.space_size
+    assert result.budgets == {
+        "smem_limit_bytes": 163 * 1024,
+        "sram_budget_bytes": 32 * 1024,
+        "min_occupancy": 0.1,
+        "max_registers": 255,
+    }
+    assert result.floor_ms and result.best.time_ms >= max(result.floor_ms.values())
+
+
+def test_predicted_gives_way_to_measured_and_not_the_other_way_round():
+    tune()
+    tune(Stopwatch())
+    (measured,) = store.read(DEVICE)
+    assert measured.origin == "measured"
+    tune(trials=8)
+    assert store.read(DEVICE) == [measured]
+
+
+def test_ctrl_c_remembers_the_best_so_far():
+    watch = Stopwatch(interrupt_at=4)
+    with pytest.raises(KeyboardInterrupt):
+        tune(watch)
+    (entry,) = store.read(DEVICE)
+    assert len(watch.measured) == 4
+    assert entry.config == min(watch.measured, key=lambda config: watch.samples(config, 5)[0])
+
+
+def test_ctrl_c_before_anything_was_tried_remembers_nothing():
+    with pytest.raises(KeyboardInterrupt):
+        tune(Stopwatch(interrupt_at=0))
+    assert store.read(DEVICE) == []
+
+
+def test_classes_tuned_before_a_stop_are_remembered():
+    with pytest.raises(KeyboardInterrupt):
+        tune(Stopwatch(interrupt_at=6), problems=(DQ, LONGER))
+    assert [entry.problem for entry in store.read(DEVICE)] == [DQ]
+
+
+def test_the_second_start_goes_on_where_the_first_was_stopped():
+    first, second = Stopwatch(interrupt_at=4), Stopwatch()
+    with pytest.raises(KeyboardInterrupt):
+        tune(first)
+    (result,) = tune(second)
+    assert len(second.measured) == 2 and len(result.records) == 6
+    assert not set(first.measured) & set(second.measured)
+    assert (result.best.config,) == tuple(entry.config for entry in store.read(DEVICE))
+
+
+def test_classes_share_the_time():
+    first, second = tune(Stopwatch(), (DQ, LONGER), trials=None, seconds=20)
+    assert 9 <= len(first.records) <= 12
+    assert 8 <= len(second.records) <= 12
+
+
+def test_what_a_class_leaves_of_its_time_is_the_others():
+    target = Stopwatch()
+    tune(target, (DQ,), trials=6, seconds=20)
+    assert target.seconds == 6
+    watch = Stopwatch()
+    _, second = tune(watch, (DQ, LONGER), trials=16, seconds=22)
+    assert watch.seconds - (16 - 6) >= 10 and len(second.records) >= 11
+
+
+def test_no_time_at_all_is_said():
+    with pytest.raises(LookupError, match=f"no config of {DQ} was tried: the time was over"):
+        tune(seconds=1e-6, clock=time.monotonic)
+    assert store.read(DEVICE) == []
+
+
+def test_nothing_that_works_is_an_error_that_says_why(monkeypatch):
+    monkeypatch.setattr(InstantPool, "spill_bytes", 64)
+    with pytest.raises(LookupError, match=f"no config of {DQ} worked: 6 spilled"):
+        tune()
+    assert store.read(DEVICE) == []
+
+
+def test_an_empty_space_is_named_before_anything_is_tried(tmp_path):
+    with pytest.raises(EmptySpaceError, match=r"--sram-budget \d+"):
+        tune(problems=(LONGER, DQ), budgets=Budgets(smem_bytes=64))
+    assert journals(tmp_path) == []
+
+
+def test_trials_are_shared_by_runs_that_compare_and_by_no_others(tmp_path, monkeypatch):
+    tune()
+    tune(trials=7)
+    assert len(journals(tmp_path)) == 1
+    tune(Stopwatch())
+    assert len(journals(tmp_path)) == 2
+    tune(budgets=Budgets(min_occupancy=0.2))
+    assert len(journals(tmp_path)) == 3
+    monkeypatch.setattr(session, "source_hash", lambda: "0" * 64)
+    tune()
+    assert len(journals(tmp_path)) == 4
+    monkeypatch.setattr(session, "versions", lambda: {**versions(), "numba": "99"})
+    tune()
+    assert len(journals(tmp_path)) == 5
+
+
+def test_a_storage_of_the_users_is_used(tmp_path):
+    path = tmp_path / "mine" / "trials.journal"
+    tune(storage=str(path))
+    assert path.stat().st_size and journals(tmp_path) == []
+
+
+@pytest.fixture
+def unwritable(tmp_path, monkeypatch):
+    """A cache folder that cannot be: something else has its name. Holds for root, too."""
+    blocked = tmp_path / "blocked"
+    blocked.write_text("")
+    monkeypatch.setenv("NUMFLASH_CACHE_DIR", str(blocked / "cache"))
+    return blocked / "cache"
+
+
+def test_where_the_cache_cannot_be_written_work_goes_on(unwritable, caplog, capsys):
+    (result,) = tune()
+    assert len(result.records) == 6 and capsys.readouterr() == ("", "")
+    studies, configs = (record.getMessage() for record in caplog.records)
+    assert str(unwritable / "studies") in studies and "cannot be continued" in studies
+    assert str(unwritable / "configs") in configs and "not remembered" in configs
+
+
+def test_a_storage_of_the_users_that_cannot_be_written_is_an_error(unwritable):
+    with pytest.raises(StorageError, match="cannot be written"):
+        tune(storage=str(unwritable / "trials.journal"))
+
+
+def test_a_damaged_journal_is_an_error_and_not_lost(tmp_path):
+    tune()
+    (name,) = journals(tmp_path)
+    path = tmp_path / "cache" / "studies" / name
+    lines = path.read_text().splitlines(keepends=True)
+    damaged = "".join([lines[0], "{]\n", *lines[1:]])
+    path.write_text(damaged)
+    with pytest.raises(StorageError, match=f"{name} is damaged"):
+        tune()
+    assert path.read_text() == damaged
+
+
+def test_a_damaged_table_is_set_aside(caplog):
+    path = store.path_of(DEVICE)
+    path.parent.mkdir(parents=True)
+    path.write_text("{")
+    tune()
+    assert path.with_name(f"{path.name}.corrupt-1").read_text() == "{"
+    assert json.loads(path.read_text())["devices"][0]["entries"]
+    assert "is set aside" in caplog.text
+
+
+def test_progress_goes_to_the_terminal_unless_it_shall_be_quiet(capsys):
+    with Session(DEVICE, MACHINE, None, Options(Limits(3), jobs=1)) as running:
+        (space,) = running.spaces([DQ])
+        running.tune(space, 1, "a title", quiet=True)
+        assert capsys.readouterr() == ("", "")
+        running.tune(space, 1, "a title")
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("a title  3/3  best predicted ")
+
+
+def test_autotune_measures_on_the_device_for_the_time_given(monkeypatch):
+    watch, asked = Stopwatch(), []
+
+    def find_target(device, offline):
+        asked.append((device, offline))
+        return Target(DEVICE, MACHINE, 3)
+
+    def make(ordinal):
+        asked.append(ordinal)
+        return watch
+
+    def make_session(*arguments):
+        return Session(*arguments, clock=lambda: watch.seconds)
+
+    monkeypatch.setattr(autotune, "find_target", find_target)
+    monkeypatch.setattr(autotune, "DeviceMeasurer", make)
+    monkeypatch.setattr(autotune, "Session", make_session)
+    autotune.autotune(DQ, 3, 8.0)
+    assert asked == [("3", False), 3]
+    assert 8 <= watch.seconds <= 16
+    (entry,) = store.read(DEVICE)
+    assert (entry.problem, entry.origin) == (DQ, "measured")
+    assert entry.config in watch.measured
