@@ -7,14 +7,21 @@ from collections.abc import Callable
 from numflash import store
 from numflash.entries import DeviceKey, Entry
 
+
+class Parser(argparse.ArgumentParser):
+    """Reports a bad argument in one line."""
+
+    def error(self, message: str):
+        """Exit with 2."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
 COMMANDS = ("show", "validate", "export", "merge", "clear")
 
 
 def main(argv: list[str]) -> int:
     """Run a subcommand; the exit status. Bad arguments exit with 2."""
-    parser = argparse.ArgumentParser(
-        prog="numflash-tune", description=f"The config cache, {store.config_dir()}."
-    )
+    parser = Parser(prog="numflash-tune", description=f"The config cache, {store.config_dir()}.")
     commands = parser.add_subparsers(dest="command", required=True)
     show = commands.add_parser("show", help="what is remembered for each device")
     show.add_argument("--device", help="only devices whose name contains this")

@@ -28,18 +28,13 @@ FAMILIES = {
 _SAMPLERS = ("tpe", "grid", "random", "cmaes")
 _TRIALS = 48
 _INTERRUPTED = 130
+# As `ProblemClass.of` rounds.
+_MAX_BATCH_HEADS = 2**12
 _UNITS = {"": 1, "K": 1024, "M": 1024**2}
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports a bad argument in one line."""
-
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = caches.Parser(
         prog="numflash-tune",
         description="Find, prove and remember the best config of each kernel on a GPU. "
         f"Subcommands for the config cache: {', '.join(caches.COMMANDS)}.",
@@ -140,12 +135,13 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if (args.capture is None) != (not program):
         parser.error("--capture FILE goes with a program: --capture FILE -- python program.py")
-    if program:
-        return _capture(args.capture, program, parser)
     try:
+        if program:
+            return _capture(args.capture, program, parser)
         return _tune(args, parser)
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        hint = "" if program else "; the same command goes on from here"
+        print(f"stopped{hint}", file=sys.stderr)
         return _INTERRUPTED
 
 
@@ -160,11 +156,16 @@ def _capture(path: str, program: list[str], parser: argparse.ArgumentParser) -> 
         print(f"{len(read_capture(path))} classes of problems are in {path}")
     except FileNotFoundError:
         print(f"{program[0]} ran no attention: {path} was not written", file=sys.stderr)
-    return status
+    except (OSError, ValueError) as error:
+        print(f"numflash-tune: {path} is no capture: {error}", file=sys.stderr)
+    # As a shell has it of a program that a signal ended.
+    return status if status >= 0 else 128 - status
 
 
 def _tune(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     try:
+        from optuna.exceptions import OptunaError
+
         from numflash_tuner import report
         from numflash_tuner.machines import names
         from numflash_tuner.measuring.measurer import DeviceMeasurer, DeviceUnavailableError
@@ -196,7 +197,8 @@ def _tune(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         make_sampler(args.sampler, args.seed)
     except UnsupportedError as error:
         parser.error(
-            f'{error} To tune for a GPU that is not here: --device "NVIDIA A100" --offline'
+            f"{str(error).rstrip('.')}. To tune for a GPU that is not here: "
+            '--device "NVIDIA A100" --offline'
         )
     except (ValueError, ImportError, OSError) as error:
         parser.error(str(error))
@@ -215,8 +217,8 @@ def _tune(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
                 except LookupError as error:
                     print(f"numflash-tune: {error.args[0]}", file=sys.stderr)
                     failed += 1
-    except (ValueError, StorageError, DeviceUnavailableError) as error:
-        parser.exit(1, f"{parser.prog}: error: {error}\n")
+    except (ValueError, OSError, StorageError, DeviceUnavailableError, OptunaError) as error:
+        parser.exit(1, f"{parser.prog}: error: {' '.join(str(error).split())}\n")
     finally:
         if measurer is not None:
             measurer.close()
@@ -241,14 +243,17 @@ def _problems(args: argparse.Namespace) -> list[ProblemClass]:
     """The classes to tune. Raises ValueError, OSError."""
     families = [family for name in args.passes for family in FAMILIES[name]]
     if args.from_capture is not None:
-        found = read_capture(args.from_capture)
+        try:
+            found = read_capture(args.from_capture)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{args.from_capture} is no capture: {error}") from error
         chosen = [problem for problem in found if problem.family in families]
         if not chosen:
             raise ValueError(f"{args.from_capture} holds no class of {', '.join(args.passes)}")
         return chosen
     heads_kv = args.heads if args.heads_kv is None else args.heads_kv
-    for name in ("batch", "heads"):
-        _positive(f"--{name}", getattr(args, name))
+    for name in ("batch", "heads", "seqlen_q"):
+        _positive(f"--{name.replace('_', '-')}", getattr(args, name))
     if heads_kv < 1 or args.heads % heads_kv:
         raise ValueError(f"--heads-kv must divide --heads, {args.heads}, got {heads_kv}")
     problems = []
@@ -256,15 +261,14 @@ def _problems(args: argparse.Namespace) -> list[ProblemClass]:
         args.dtype, args.head_dim, args.seqlen, args.mask, families
     ):
         seqlen_q = seqlen if args.seqlen_q is None else args.seqlen_q
-        sizes = seqlen_q, seqlen, args.batch * args.heads, args.heads // heads_kv
-        text = " ".join(
-            f"{letters}{round_up(_positive('--seqlen', size))}"
-            for letters, size in zip(("q", "k", "bh", "g"), sizes, strict=True)
-        )
+        _positive("--seqlen", seqlen)
+        batch_heads = round_up(args.batch * args.heads, _MAX_BATCH_HEADS)
+        group_size = round_up(args.heads // heads_kv, _MAX_BATCH_HEADS)
+        text = f"q{round_up(seqlen_q)} k{round_up(seqlen)} bh{batch_heads} g{group_size}"
         problems.append(
             ProblemClass.parse(f"{family} {_traits(args, dtype, head_dim)} {_mask(mask)} {text}")
         )
-    return problems
+    return list(dict.fromkeys(problems))
 
 
 def _traits(args: argparse.Namespace, dtype: str, head_dim: int) -> Traits:

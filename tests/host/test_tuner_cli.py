@@ -1,0 +1,365 @@
+"""The command line of the tuner: what it does, and that every error is one line and no traceback."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+pytest.importorskip("optuna")
+
+from numflash import store
+from numflash.compiler import source_hash, versions
+from numflash.entries import DeviceKey, Entry
+from numflash.mode import SIMULATED
+from numflash.problem import AttentionProblem
+from numflash.problem_class import ProblemClass
+from numflash_tuner import caches, cli, machines, session
+from numflash_tuner import target as targets
+from tests.host.test_tuner_session import InstantPool, Stopwatch
+
+OFFLINE = ("--device", "sm_80", "--offline")
+SMALL = ("--pass", "forward", "--dtype", "float32", "--head-dim", "64", "--mask", "full")
+CLASS = "forward float32-d64-dv64-vec full q4096 k4096 bh64 g1"
+A100 = DeviceKey("NVIDIA A100-SXM4-80GB", "sm_80", 108)
+T4 = DeviceKey("Tesla T4", "sm_75", 40)
+
+
+@pytest.fixture(autouse=True)
+def instant(tmp_path, monkeypatch):
+    """No compilers, a cache and a working directory of the test's own."""
+    monkeypatch.setattr(session, "CompilePool", InstantPool)
+    monkeypatch.setattr(InstantPool, "spill_bytes", 0)
+    monkeypatch.setenv("NUMFLASH_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def run(capsys):
+    """Runs the command line; (exit status, stdout, stderr)."""
+
+    def run(*argv):
+        try:
+            status = cli.main([str(argument) for argument in argv])
+        except SystemExit as error:
+            status = error.code
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        return status, out, err
+
+    return run
+
+
+@pytest.fixture
+def refused(run):
+    """Runs what must be refused; the only line that it writes."""
+
+    def refused(*argv, status=2):
+        found, out, err = run(*argv)
+        assert (found, out) == (status, "")
+        assert err.count("\n") == 1 and err.startswith("numflash-tune"), err
+        return err
+
+    return refused
+
+
+def entry(problem=CLASS, config="m64n32w4", **changes):
+    """An entry of the config cache."""
+    facts = {
+        "problem": ProblemClass.parse(problem),
+        "config": config,
+        "time_ms": 1.0,
+        "spread": None,
+        "origin": "predicted",
+        "date": "2026-11-21T00:00:00Z",
+        "kernels": source_hash(),
+        "compilers": versions(),
+        "default_config": config,
+        "default_ms": 1.5,
+    }
+    return Entry(**{**facts, **changes})
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (("--trials", "0"), "--trials must be positive, got 0"),
+        (("--trials", "many"), "--trials: invalid int value: 'many'"),
+        (("--time-budget", "-1"), "--time-budget must be positive, got -1.0"),
+        (("--time-budget", "nan"), "--time-budget must be positive, got nan"),
+        (("--target", "0"), "--target must be positive, got 0.0"),
+        (("--jobs", "0"), "--jobs must be positive, got 0"),
+        (("--sampler", "best"), "--sampler: invalid choice: 'best'"),
+        (("--seed", "-1"), "Seed must be between 0 and"),
+        (
+            ("--sram-budget", "48Q"),
+            "--sram-budget must be a number of bytes, as in 48K, got '48Q'",
+        ),
+        (("--sram-budget", "K"), "--sram-budget must be a number of bytes, as in 48K, got 'K'"),
+        (("--sram-budget", ""), "--sram-budget must be a number of bytes, as in 48K, got ''"),
+        (("--sram-budget", "0"), "the shared-memory budget must be positive, got 0"),
+        (("--min-occupancy", "1.5"), "the occupancy must be between 0 and 1, got 1.5"),
+        (("--min-occupancy", "nan"), "the occupancy must be between 0 and 1, got nan"),
+        (("--mask", "diagonal"), "--mask must be full, causal or windowN"),
+        (("--mask", "window"), "--mask must be full, causal or windowN"),
+        (("--mask", "window0"), "--mask must be full, causal or windowN"),
+        (("--mask", "window-5"), "--mask must be full, causal or windowN"),
+        (("--heads", "8", "--heads-kv", "3"), "--heads-kv must divide --heads, 8, got 3"),
+        (("--heads-kv", "0"), "--heads-kv must divide --heads, 16, got 0"),
+        (("--heads", "0"), "--heads must be positive, got 0"),
+        (("--batch", "-2"), "--batch must be positive, got -2"),
+        (("--seqlen", "4096", "0"), "--seqlen must be positive, got 0"),
+        (("--seqlen-q", "-1"), "--seqlen-q must be positive, got -1"),
+        (("--head-dim", "0"), "--head-dim must be 1 to 256, got 0"),
+        (("--head-dim-v", "257"), "--head-dim-v must be 1 to 256, got 257"),
+        (("--dtype", "float8"), "--dtype: invalid choice: 'float8'"),
+        (("--pass", "sideways"), "--pass: invalid choice: 'sideways'"),
+        (("--pass",), "--pass: expected at least one argument"),
+        (("--precision", "tf16"), "--precision: invalid choice: 'tf16'"),
+        (("--frobnicate",), "unrecognized arguments: --frobnicate"),
+        (("nonsense",), "unrecognized arguments: nonsense"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_bad_arguments_are_named(refused, argv, words):
+    assert words in refused(*OFFLINE, *argv)
+
+
+def test_an_unknown_device_names_the_nearest(refused):
+    said = refused("--device", "RTX 409", "--offline")
+    assert "'RTX 409'" in said and "did you mean NVIDIA GeForce RTX 4090" in said
+
+
+@pytest.mark.parametrize("device", ["sm_99", "", "sm_70", "-1x"])
+def test_what_is_no_device_is_quoted(refused, device):
+    assert repr(device) in refused(f"--device={device}", "--offline")
+
+
+@pytest.mark.parametrize("device", [(), ("--device", "0"), ("--device", "5", "--offline")])
+@pytest.mark.skipif(not SIMULATED, reason="needs NUMBA_ENABLE_CUDASIM=1")
+def test_without_a_gpu_it_says_what_can_be_done(refused, device):
+    said = refused(*device)
+    assert "no GPU in the simulator" in said
+    assert said.endswith(
+        '. To tune for a GPU that is not here: --device "NVIDIA A100" --offline\n'
+    )
+
+
+@pytest.mark.parametrize(
+    ("here", "words"),
+    [([], "it has no GPU"), (["Tesla T4", "NVIDIA L4"], "its GPUs are Tesla T4, NVIDIA L4")],
+)
+def test_a_gpu_that_is_not_here_cannot_be_measured(refused, monkeypatch, here, words):
+    monkeypatch.setattr(targets, "_local_names", lambda: here)
+    said = refused("--device", "A100")
+    assert f"NVIDIA A100-SXM4-80GB cannot be measured on this machine: {words}" in said
+    assert "use --offline" in said
+
+
+@pytest.mark.parametrize(
+    ("argv", "constraint"),
+    [
+        (("--sram-budget", "64"), "--sram-budget"),
+        (("--dtype", "float16", "--min-occupancy", "1", "--head-dim", "256"), "--min-occupancy"),
+    ],
+)
+def test_impossible_budgets_name_the_constraint_that_empties_the_space(refused, argv, constraint):
+    said = refused(*OFFLINE, *SMALL, *argv, status=1)
+    assert "is possible on sm_80" in said and re.search(rf"{constraint} [1-9]\d*", said)
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("postgresql://me:secret@127.0.0.1:1/x", "postgresql://me:***@127.0.0.1:1/x"),
+        ("nonsense://x", "the storage must be a database URL or a path"),
+        ("/dev/null/trials", "the journal /dev/null/trials cannot be written"),
+    ],
+)
+def test_a_storage_that_does_not_answer_is_named(refused, url, words):
+    if url.startswith("postgresql"):
+        pytest.importorskip("psycopg")
+    said = refused(*OFFLINE, *SMALL, "--quiet", "--storage", url, status=1)
+    assert words in said and "secret" not in said
+
+
+def test_a_storage_that_fails_in_the_middle_is_one_line(refused, monkeypatch):
+    from optuna.exceptions import StorageInternalError
+
+    def fail(self, trial, record):
+        raise StorageInternalError("the connection\nis lost")
+
+    monkeypatch.setattr("numflash_tuner.studies.Ledger.finish", fail)
+    assert "the connection is lost" in refused(*OFFLINE, *SMALL, "--quiet", status=1)
+
+
+def test_a_class_that_fails_does_not_end_the_others(run, monkeypatch):
+    monkeypatch.setattr(InstantPool, "spill_bytes", 4)
+    status, out, err = run(*OFFLINE, *SMALL, "--seqlen", 512, 1024, "--trials", 2, "--quiet")
+    assert (status, out) == (1, "")
+    assert [line.partition(" worked: ")[0] for line in err.splitlines()] == [
+        f"numflash-tune: no config of {CLASS.replace('4096', size)}" for size in ("512", "1024")
+    ]
+
+
+def test_a_missing_package_says_how_to_get_it(refused, monkeypatch):
+    monkeypatch.setitem(sys.modules, "numflash_tuner.search", None)
+    assert 'pip install "numflash[tune]"' in refused(*OFFLINE)
+
+
+def test_devices_are_listed(run):
+    status, out, err = run("--list-devices")
+    assert (status, err) == (0, "") and out.splitlines() == machines.names()
+
+
+def test_help_names_the_subcommands(run):
+    status, out, _ = run("--help")
+    assert status == 0
+    assert all(command in out for command in caches.COMMANDS)
+
+
+class Page(HTMLParser):
+    """Which elements of a page are open, and its text."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.text = [], ""
+
+    def handle_starttag(self, tag, attributes):
+        """It is open until it ends."""
+        self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        """It has no contents."""
+
+    def handle_endtag(self, tag):
+        """What ends was the last to begin."""
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        """Collect it."""
+        self.text += data
+
+
+def test_an_offline_run_remembers_shows_and_reports(run, tmp_path):
+    status, out, err = run(*OFFLINE, *SMALL, "--trials", 5, "--report", "r.html")
+    assert status == 0
+    (found,) = store.read(DeviceKey("sm_80", "sm_80", 0))
+    assert (str(found.problem), found.origin) == (CLASS, "predicted")
+    assert CLASS in out and found.config in out and f"report: {tmp_path / 'r.html'}" in out
+    assert err.startswith(f"[1/1] {CLASS}  5/5  best predicted ")
+    page = Page()
+    page.feed((tmp_path / "r.html").read_text())
+    page.close()
+    assert page.open == [] and CLASS in page.text and found.config in page.text
+    assert "Tried: 5" in page.text
+
+
+def test_the_same_command_goes_on_and_a_larger_one_adds(run):
+    command = (*OFFLINE, *SMALL, "--seed", 1)
+    assert "  3/3  " in run(*command, "--trials", 3)[2]
+    again = run(*command, "--trials", 3)[2]
+    assert "  3/3  " in again and again.endswith("0:00\n")
+    assert "  5/5  " in run(*command, "--trials", 5)[2]
+
+
+def test_a_report_that_cannot_be_written_costs_the_report_only(run):
+    status, out, err = run(*OFFLINE, *SMALL, "--trials", 2, "--quiet", "--report", "no/r.html")
+    assert status == 0 and CLASS in out
+    assert err.startswith("numflash-tune: cannot write the report: ") and "no/r.html" in err
+    assert store.read_all()
+
+
+def test_where_the_cache_cannot_be_written_work_goes_on(run, tmp_path, monkeypatch, caplog):
+    (tmp_path / "blocked").write_text("")
+    monkeypatch.setenv("NUMFLASH_CACHE_DIR", str(tmp_path / "blocked" / "cache"))
+    status, out, _ = run(*OFFLINE, *SMALL, "--trials", 2, "--quiet")
+    assert status == 0 and CLASS in out
+    assert all(str(tmp_path / "blocked") in r.getMessage() for r in caplog.records)
+    assert "the config found is not remembered" in caplog.text
+
+
+def test_ctrl_c_says_how_to_go_on_and_shows_what_there_is(run, monkeypatch):
+    real = InstantPool.submit
+
+    def submit(self, config, traits):
+        if str(config) in seen:
+            raise KeyboardInterrupt
+        seen.append(str(config))
+        return real(self, config, traits)
+
+    seen = []
+    command = (*OFFLINE, *SMALL, "--trials", 2, "--seqlen", 4096, 8192, "--quiet")
+    monkeypatch.setattr(InstantPool, "submit", submit)
+    status, out, err = run(*command)
+    assert (status, err) == (130, "stopped; the same command goes on from here\n")
+    assert CLASS in out and "q8192" not in out
+    monkeypatch.setattr(InstantPool, "submit", real)
+    status, out, _ = run(*command)
+    assert status == 0 and CLASS in out and "q8192" in out
+
+
+def test_a_measured_run_closes_its_measurer(run, monkeypatch):
+    watch, closed = Stopwatch(), []
+    watch.close = lambda: closed.append(True)
+    monkeypatch.setattr("numflash_tuner.measuring.measurer.DeviceMeasurer", lambda ordinal: watch)
+    local = targets.Target(A100, machines.find(A100.name), 0)
+    monkeypatch.setattr(targets, "find_target", lambda device, offline: local)
+    status, out, _ = run(*SMALL, "--trials", 3, "--quiet")
+    assert status == 0 and closed == [True]
+    assert "measured" in out and "predicted" not in out
+    assert [found.origin for found in store.read(A100)] == ["measured"]
+
+
+def classes(*argv):
+    """The classes that arguments mean."""
+    return [str(found) for found in cli._problems(cli._parser().parse_args(argv))]
+
+
+def test_classes_are_every_combination_once():
+    found = classes("--dtype", "float16", "--seqlen", "1000", "1024", "--head-dim", "64")
+    assert len(found) == len(set(found)) and len({text.split()[0] for text in found}) >= 4
+    assert {tuple(text.split()[1:3]) for text in found} == {
+        ("float16-d64-dv64-vec", "full"),
+        ("float16-d64-dv64-vec", "causal"),
+    }
+    assert all(text.endswith("q1024 k1024 bh64 g1") for text in found)
+
+
+@pytest.mark.parametrize(
+    ("argv", "shape", "options"),
+    [
+        (("--batch", "3", "--heads", "12", "--heads-kv", "4"), (3, 4096, 4096, 12, 4), {}),
+        # Beyond these sizes classes do not differ.
+        (("--batch", "2000", "--heads", "16"), (2000, 4096, 4096, 16, 16), {}),
+        (("--seqlen", "300000", "--seqlen-q", "7"), (4, 7, 300000, 16, 16), {}),
+        (("--mask", "causal", "--seqlen", "77"), (4, 77, 77, 16, 16), {"causal": True}),
+        (
+            ("--mask", "window1000"),
+            (4, 4096, 4096, 16, 16),
+            {"causal": True, "window_size": (999, 0)},
+        ),
+    ],
+)
+@pytest.mark.skipif(not SIMULATED, reason="needs NUMBA_ENABLE_CUDASIM=1")
+def test_a_class_is_the_one_that_its_problems_are_of(tmp_path, monkeypatch, argv, shape, options):
+    from numflash import explain_dispatch
+
+    batch, seqlen_q, seqlen_k, heads, heads_kv = shape
+    q = np.lib.stride_tricks.as_strided(
+        np.zeros(64, np.float16), (batch, seqlen_q, heads, 64), (0, 0, 0, 2)
+    )
+    k = np.lib.stride_tricks.as_strided(q[0, 0, 0], (batch, seqlen_k, heads_kv, 64), (0, 0, 0, 2))
+    monkeypatch.setenv("NUMFLASH_CAPTURE", str(tmp_path / "capture"))
+    monkeypatch.setenv("NUMFLASH_TUNED", "1")
+    explain_dispatch(q, k, k, **options)
+    noted = (tmp_path / "capture").read_text().splitlines()
+    full = () if "--mask" in argv else ("--mask", "full")
+    forward = ("--pass", "forward", "--dtype", "float16", "--head-dim", "64")
+    (asked,) = (c for c in classes(*forward, *full, *argv) if c.startswith("forward "))
+    assert asked in noted
