@@ -206,6 +206,9 @@ def cases_of_family(family: str, kernels: list[Shipped]) -> list[Case]:
     capped_work = {work(case) for case in cases}
     for kernel in scarcest(k for k in of_family if k.arch == "sm_75")[-TURING_CASES:]:
         add(kernel)
+    # What keeps dK and dV together spills before what keeps as many accumulators of one.
+    together = [k for k in of_family if k.arch == "sm_75" and not k.config.endswith("-apart")]
+    add(scarcest(together)[-1])
     for kernel in scarcest(k for k in of_family if k.traits.tf32)[-TF32_CASES:]:
         add(kernel)
     newer = [k for k in of_family if not k.traits.tf32 and k.arch != "sm_75"]
