@@ -276,6 +276,10 @@ def _traits(args: argparse.Namespace, dtype: str, head_dim: int) -> Traits:
     for option, value in (("--head-dim", head_dim), ("--head-dim-v", head_dim_v)):
         if not 1 <= value <= MAX_HEAD_DIM:
             raise ValueError(f"{option} must be 1 to {MAX_HEAD_DIM}, got {value}")
+    if args.precision is not None and dtype != "float32":
+        raise ValueError(
+            f"--precision {args.precision} is a way to multiply float32, got --dtype {dtype}"
+        )
     vector = 4 if dtype == "float32" else 8
     return Traits(
         dtype,

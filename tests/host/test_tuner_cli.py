@@ -1,9 +1,8 @@
-"""The command line of the tuner: what it does, and that every error is one line and no traceback."""
+"""The command line of the tuner: what it does, and that every error is one line."""
 
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -17,7 +16,6 @@ from numflash import store
 from numflash.compiler import source_hash, versions
 from numflash.entries import DeviceKey, Entry
 from numflash.mode import SIMULATED
-from numflash.problem import AttentionProblem
 from numflash.problem_class import ProblemClass
 from numflash_tuner import caches, cli, machines, session
 from numflash_tuner import target as targets
@@ -363,3 +361,203 @@ def test_a_class_is_the_one_that_its_problems_are_of(tmp_path, monkeypatch, argv
     forward = ("--pass", "forward", "--dtype", "float16", "--head-dim", "64")
     (asked,) = (c for c in classes(*forward, *full, *argv) if c.startswith("forward "))
     assert asked in noted
+
+
+def test_tf32_is_for_float32_only(refused):
+    said = refused(*OFFLINE, "--precision", "tf32", "--dtype", "float32", "float16")
+    assert "--precision tf32 is a way to multiply float32, got --dtype float16" in said
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (("--capture", "noted"), "--capture FILE goes with a program"),
+        (("--", sys.executable, "-c", "1"), "--capture FILE goes with a program"),
+        (("--capture", "noted", "--"), "--capture FILE goes with a program"),
+        (("--capture", "noted", "--", "no-such-program"), "cannot run no-such-program: "),
+    ],
+)
+def test_a_capture_needs_a_file_and_a_program(refused, tmp_path, argv, words):
+    assert words in refused(*argv)
+    assert not (tmp_path / "noted").exists()
+
+
+PROGRAM = """
+import sys, numpy as np
+from numflash import explain_dispatch
+q = np.zeros((2, 300, 4, 64), np.float16)
+explain_dispatch(q, q, q, causal=True)
+sys.exit(7)
+"""
+
+
+def test_a_program_notes_its_classes_and_these_are_tuned(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("NUMBA_ENABLE_CUDASIM", "1")
+    status, out, err = run("--capture", "noted", "--", sys.executable, "-c", PROGRAM)
+    assert (status, err) == (7, "")
+    noted = (tmp_path / "noted").read_text().splitlines()
+    assert out == f"{len(noted)} classes of problems are in noted\n"
+    forward = "forward float16-d64-dv64-vec causal q512 k512 bh8 g1"
+    assert forward in noted
+    command = (*OFFLINE, "--from-capture", "noted", "--trials", 1, "--quiet")
+    status, out, _ = run(*command, "--pass", "forward")
+    tuned = {str(found.problem) for found in store.read(DeviceKey("sm_80", "sm_80", 0))}
+    assert status == 0 and forward in tuned
+    assert {text.split()[0] for text in tuned} <= {"forward", "combine"}
+    run(*command)
+    tuned = {str(found.problem) for found in store.read(DeviceKey("sm_80", "sm_80", 0))}
+    assert {text.split()[0] for text in tuned} >= {"backward-dq", "backward-dkdv"}
+    assert tuned <= set(noted)
+
+
+@pytest.mark.parametrize(
+    ("program", "status"),
+    [("import sys; sys.exit(3)", 3), ("import os; os.kill(os.getpid(), 9)", 137)],
+)
+def test_a_program_without_attention_keeps_its_status(run, program, status):
+    found, out, err = run("--capture", "noted", "--", sys.executable, "-c", program)
+    assert (found, out) == (status, "")
+    assert err == f"{sys.executable} ran no attention: noted was not written\n"
+
+
+def test_what_a_capture_is_not_written_to(run, tmp_path):
+    (tmp_path / "noted").write_text("a letter\n")
+    status, out, err = run("--capture", "noted", "--", sys.executable, "-c", "")
+    assert (status, out) == (0, "")
+    assert err.startswith("numflash-tune: noted is no capture: noted, line 1: ")
+    status, out, err = run("--capture", ".", "--", sys.executable, "-c", "")
+    assert (status, out) == (0, "") and "[Errno 21]" in err
+
+
+def test_ctrl_c_ends_a_program_that_notes(run, monkeypatch):
+    def stop(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess, "run", stop)
+    assert run("--capture", "noted", "--", "true") == (130, "", "stopped\n")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "'noted'"),
+        (b"", "noted holds no class of forward"),
+        (b"backward-dq float16-d64-dv64-vec full q64 k64 bh1 g1\n", "no class of forward"),
+        (f"{CLASS}\nforward float17 full\n".encode(), "noted, line 2: a problem class must look"),
+        (bytes(range(128, 256)), "noted is no capture"),
+    ],
+)
+def test_a_capture_that_is_of_no_use_is_named(refused, tmp_path, content, words):
+    if content is not None:
+        (tmp_path / "noted").write_bytes(content)
+    assert words in refused(*OFFLINE, "--pass", "forward", "--from-capture", "noted")
+
+
+def test_show_lists_each_device_with_its_entries(run, tmp_path):
+    status, out, err = run("show")
+    assert (status, out) == (0, "") and err == f"no entries in {store.config_dir()}\n"
+    other = CLASS.replace("full", "causal")
+    store.add(A100, [entry(), entry(other, config="m32n32w2", origin="measured", spread=0.01)])
+    store.add(T4, [entry(time_ms=2.0, default_ms=5.0)])
+    status, out, _ = run("show")
+    lines = out.splitlines()
+    assert status == 0
+    assert [line for line in lines if line[0] != " "] == [str(A100), str(T4)]
+    row = next(line for line in lines if "measured" in line)
+    assert [other, "m32n32w2", "1.50", "2026-11-21"] == [
+        word for word in (other, "m32n32w2", "1.50", "2026-11-21") if word in row
+    ]
+    assert "2.50" in lines[-1] and "predicted" in lines[-1]
+    _, out, _ = run("show", "--device", "tesla")
+    assert str(T4) in out and str(A100) not in out
+    status, out, err = run("show", "--device", "riva")
+    assert (status, out) == (0, "") and "no entries of a device like 'riva'" in err
+
+
+def test_shipped_tables_are_shown(run, monkeypatch):
+    monkeypatch.setattr(store, "read_shipped", lambda: {T4: [entry()]})
+    assert str(T4) in run("show", "--shipped")[1]
+    assert run("show")[1] == ""
+
+
+def test_export_clear_and_merge_are_a_round_trip(run, tmp_path):
+    store.add(A100, [entry()])
+    store.add(T4, [entry(time_ms=2.0)])
+    before = store.read_all()
+    assert run("export", "all.json") == (0, "2 entries in all.json\n", "")
+    assert run("export", "t4.json", "--device", "t4") == (0, "1 entries in t4.json\n", "")
+    assert run("validate", "all.json", "t4.json") == (0, "2 files, nothing wrong\n", "")
+    assert run("validate") == (0, "2 files, nothing wrong\n", "")
+    path = store.path_of(T4)
+    assert run("clear", "--device", "tesla") == (0, f"removed {path}\n", "")
+    assert set(store.read_all()) == {A100}
+    assert run("clear")[1].count("removed ") == 1 and store.read_all() == {}
+    assert run("clear") == (0, "nothing to remove\n", "")
+    counts = "1 added, 0 replaced, 0 unchanged, 0 skipped\n"
+    assert run("merge", "t4.json") == (0, counts, "")
+    assert run("merge", "t4.json", "all.json")[1] == (
+        "1 added, 0 replaced, 2 unchanged, 0 skipped\n"
+    )
+    assert store.read_all() == before
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (("merge", "broken.json"), "numflash-tune merge: error: broken.json: it is not JSON"),
+        (("merge", "all.json", "absent.json"), "'absent.json'"),
+        (("export", "no/all.json"), "no/all.json"),
+        (("export", "all.json", "--device", "riva"), "no device like 'riva'"),
+    ],
+)
+def test_files_that_are_of_no_use_are_named(refused, tmp_path, argv, words):
+    store.add(A100, [entry()])
+    store.export("all.json")
+    before = store.read_all()
+    (tmp_path / "broken.json").write_text("[1, 2")
+    assert words in refused(*argv, status=1)
+    assert store.read_all() == before
+
+
+def test_an_empty_cache_is_not_exported(refused, tmp_path):
+    assert f"the config cache {store.config_dir()} has no entries" in refused(
+        "export", "all.json", status=1
+    )
+    assert not (tmp_path / "all.json").exists()
+
+
+def test_validate_says_all_that_is_wrong(run, tmp_path):
+    store.add(T4, [entry(), entry(CLASS.replace("full", "causal"), config="m128n128w4")])
+    content = json.loads(store.path_of(T4).read_text())
+    content["devices"][0]["entries"][0]["time_ms"] = -1
+    (tmp_path / "wrong.json").write_text(json.dumps(content))
+    (tmp_path / "broken.json").write_text("{")
+    status, out, err = run("validate", "wrong.json", "absent.json", "broken.json")
+    assert (status, err) == (1, "")
+    lines = out.splitlines()
+    assert "wrong.json: entry 1 of Tesla T4" in lines[0] and "time_ms" in lines[0]
+    assert "'absent.json'" in lines[-2] and lines[-1].startswith("broken.json: it is not JSON")
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (("show", "--frobnicate"), "unrecognized arguments: --frobnicate"),
+        (("export",), "required: file"),
+        (("merge",), "required: files"),
+        (("show", "--device"), "--device: expected one argument"),
+    ],
+)
+def test_bad_arguments_of_subcommands_are_one_line(refused, argv, words):
+    assert words in refused(*argv)
+
+
+def test_it_is_a_module_too():
+    finished = subprocess.run(
+        [sys.executable, "-m", "numflash_tuner", *OFFLINE, "--trials", "0"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "NUMBA_ENABLE_CUDASIM": "1"},
+    )
+    assert (finished.returncode, finished.stdout) == (2, "")
+    assert finished.stderr == "numflash-tune: error: --trials must be positive, got 0\n"
