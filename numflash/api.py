@@ -14,11 +14,12 @@ from numflash.arrays import library_of, stream_address
 from numflash.calls import Backward, Forward
 from numflash.compiler import get_cubin
 from numflash.configs import Config, MmaConfig, Traits, padded_head_dim
-from numflash.dispatch import choose, force, num_splits
+from numflash.dispatch import choose, num_splits
 from numflash.launch import limits_of_device, multiprocessors
 from numflash.mode import SIMULATED
 from numflash.problem import expect_contiguous_rows, expect_head_dim, expect_precision
 from numflash.selection import BACKWARD, device_key
+from numflash.store import generation
 
 # Ready launches by problem; emptied when it grows past this, so that varying shapes cannot leak.
 _MAX_READY = 4096
@@ -285,8 +286,7 @@ def warmup(
         choices = [choose(family, traits, limits, rows)]
         if tuned.enabled():
             # Which of them a call takes depends on sizes that are not known yet.
-            configs = tuned.configs(family, traits, device_key(device))
-            choices += [force(family, config, traits, limits) for config in configs]
+            choices += tuned.choices(family, traits, device_key(device), limits)
         for choice in choices:
             get_cubin(choice.config, choice.traits, limits)
         choice = choices[0]
@@ -309,12 +309,25 @@ def _bind_forward(q, k, v, out, options: dict, stream):
     library = library_of(q, "q")
     if stream is None:
         stream = library.stream(forward.device)
-        result, lse, launch = forward.bind(operands, library)
+        result, lse, launches = forward.bind(operands, library)
     else:
         with library.ordered_on(stream, forward.device):
-            result, lse, launch = forward.bind(operands, library)
+            result, lse, launches = forward.bind(operands, library)
     result = library.hand_back(result, q) if out is None else out
+    launch = _in_turn(*launches.values())
     return result, library.hand_back(lse, q), launch, stream, forward.kernel
+
+
+def _in_turn(*launches: Callable[[int], None]) -> Callable[[int], None]:
+    """One function of the stream for several."""
+    if len(launches) == 1:
+        return launches[0]
+
+    def launch(stream: int) -> None:
+        for each in launches:
+            each(stream)
+
+    return launch
 
 
 def _prepare(kind: type, arrays: dict[str, Any], options: dict, stream):
@@ -326,7 +339,8 @@ def _prepare(kind: type, arrays: dict[str, Any], options: dict, stream):
     """
     if options["alibi_slopes"] is not None:
         arrays["alibi_slopes"] = options["alibi_slopes"]
-    key, operands = [kind], {}
+    # What this process tunes changes what is ready.
+    key, operands = [kind, generation()], {}
     for name, array in arrays.items():
         operands[name], identity = library_of(array, name).glance(array)
         key += name, identity

@@ -26,7 +26,10 @@ def cache_dir() -> Path:
         base = os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
     else:
         base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "numflash"
+    try:
+        return Path(base).expanduser() / "numflash"
+    except RuntimeError:  # a user without a home, as in some containers
+        return Path(tempfile.gettempdir()) / f"numflash-{os.getuid()}"
 
 
 def _path(key: str) -> Path:

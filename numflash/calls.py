@@ -6,6 +6,7 @@ tuner binds the kernels of a `Backward` one by one.
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from numflash.arrays import ArrayLibrary, library_of
 from numflash.configs import Traits
@@ -69,8 +70,10 @@ class Forward:
             self._choose_launchers(problem, tensors, options["config"])
             self.kernel = str(self.launchers[0])
 
-    def bind(self, operands: dict[str, Operand], library: ArrayLibrary):
-        """Allocate; (out, lse, function of the stream that launches)."""
+    def bind(
+        self, operands: dict[str, Operand], library: ArrayLibrary
+    ) -> tuple[Any, Any, dict[str, Callable[[int], None]]]:
+        """Allocate; (out, lse, and by family, in order, functions that launch on a stream)."""
         if self.is_given_out:
             self._refuse_overlap({name: o.pointer for name, o in operands.items()})
             out = operands["out"].array
@@ -81,18 +84,15 @@ class Forward:
         operands["lse"] = library.operand(lse)
         operands.setdefault("alibi_slopes", None)
         _copy_rows(self.copied, operands)
+        if not self.launchers:
+            return out, lse, {}
         if not self.workspaces:
-            return out, lse, self.launchers[0].bind(operands) if self.launchers else _do_nothing
+            return out, lse, {"forward": self.launchers[0].bind(operands)}
         for name, size in self.workspaces.items():
             operands[name] = library.operand(library.empty((size,), "float32", self.device))
         parts = {**operands, "out": operands["parts"], "lse": operands["part_lses"]}
         forward, combine = self.launchers[0].bind(parts), self.launchers[1].bind(operands)
-
-        def launch(stream: int) -> None:
-            forward(stream)
-            combine(stream)
-
-        return out, lse, launch
+        return out, lse, {"forward": forward, "combine": combine}
 
     def _choose_launchers(self, problem, tensors: dict[str, Tensor], config) -> None:
         """The forward, and where it splits the keys the kernel that puts the parts together."""
@@ -248,10 +248,6 @@ def _scalars(problem, tensors: dict[str, Tensor]) -> dict[str, int | float]:
         batch, row, head, _ = tensor.strides
         scalars |= {f"{name}_batch": batch, f"{name}_row": row, f"{name}_head": head}
     return scalars
-
-
-def _do_nothing(stream: int) -> None:
-    """Launch nothing: the result is empty."""
 
 
 def _lse_shape(problem: AttentionProblem, q: ArrayView) -> tuple[int, ...]:

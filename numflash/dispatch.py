@@ -119,6 +119,19 @@ def choose(
     raise AssertionError("portable.candidates is never empty")
 
 
+def choose_forward(
+    problem: AttentionProblem, traits: Traits, limits: Architecture, num_sms: int
+) -> Choice:
+    """The forward kernel to run, with its splits over keys. As `choose`."""
+    positive, packed_rows = problem.softmax_scale > 0, problem.seqlen_q * rows_packed(problem)
+    choice = choose("forward", traits, limits, packed_rows, positive)
+    if not isinstance(choice.config, MmaConfig):
+        # The portable kernels do not pack.
+        return choose("forward", traits, limits, problem.seqlen_q, positive)
+    config = with_splits(choice.config, problem, traits, limits, num_sms)
+    return replace(choice, config=config)
+
+
 def force(
     family: str,
     config: str | Config,
@@ -223,6 +236,21 @@ def heads_in_flight(problem: AttentionProblem, dtype_bytes: int, l2_bytes: int) 
     # Query heads of a group share K and V, and follow each other.
     heads = l2_bytes // 2 // max(1, head_bytes) * problem.group_size
     return max(1, min(heads, problem.num_heads_q * problem.batch))
+
+
+def with_splits(
+    config: MmaConfig,
+    problem: AttentionProblem,
+    traits: Traits,
+    limits: Architecture,
+    num_sms: int,
+) -> MmaConfig:
+    """A forward config with as many splits over keys as fill the machine."""
+    pack = rows_packed(problem, config.packed)
+    heads = problem.num_heads_q // pack
+    blocks = problem.num_blocks(problem.seqlen_q * pack, heads, config.block_rows)
+    splits = num_splits(config, traits, limits, num_sms, blocks, problem.seqlen_k)
+    return replace(config, num_splits=splits)
 
 
 def num_splits(

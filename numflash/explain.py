@@ -56,11 +56,15 @@ def explain_dispatch(q, k, v, **options) -> Explanation:
     if options.get("alibi_slopes") is not None:
         views["alibi_slopes"] = _view("alibi_slopes", options["alibi_slopes"])
     problem, traits, device = problem_of(views, options)
-    forward, geometry = forward_choice(problem, traits, device, forward_configs.get("forward"))
+    forward, geometry = forward_choice(
+        problem, traits, device, forward_configs.get("forward"), runs=False
+    )
     combine = None
     if geometry.num_splits > 1:
-        combine = combine_choice(problem, traits, device, forward_configs.get("combine"))
-    backward = backward_choices(problem, traits, device, backward_configs)
+        combine = combine_choice(
+            problem, traits, device, forward_configs.get("combine"), runs=False
+        )
+    backward = backward_choices(problem, traits, device, backward_configs, runs=False)
     return Explanation(forward, geometry, combine, backward)
 
 

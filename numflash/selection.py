@@ -12,10 +12,11 @@ from numflash.dispatch import (
     Choice,
     Geometry,
     choose,
+    choose_forward,
     force,
     heads_in_flight,
-    num_splits,
     rows_packed,
+    with_splits,
 )
 from numflash.entries import DeviceKey
 from numflash.launch import device_name, limits_of_device, multiprocessors
@@ -70,28 +71,31 @@ def _expect_families(call: str, config: dict, families: tuple[str, ...]) -> dict
 
 
 def forward_choice(
-    problem: AttentionProblem, traits: Traits, device: int, config: str | Config | None
+    problem: AttentionProblem,
+    traits: Traits,
+    device: int,
+    config: str | Config | None,
+    runs: bool = True,
 ) -> tuple[Choice, Geometry]:
-    """The forward kernel for a problem, and how it is laid over the machine."""
+    """The forward kernel for a problem, and how it is laid over the machine.
+
+    `runs` tells a call from a question: only for calls are classes captured and tuned.
+    """
     limits, positive = limits_of_device(device), problem.softmax_scale > 0
-    rows = problem.seqlen_q * rows_packed(problem)
+    num_sms, _ = multiprocessors(device)
     if config is not None:
         choice = force("forward", config, traits, limits, positive)
     else:
-        choice = choose("forward", traits, limits, rows, positive)
-        if not isinstance(choice.config, MmaConfig):
-            choice = choose("forward", traits, limits, problem.seqlen_q, positive)
-        choice = _tuned(choice, problem, traits, device, rows)
+        choice = choose_forward(problem, traits, limits, num_sms)
+        rows = problem.seqlen_q * rows_packed(problem)
+        choice = _tuned(choice, problem, traits, device, rows, runs)
     config = choice.config
     if not isinstance(config, MmaConfig):
         return choice, Geometry()
     pack = rows_packed(problem, config.packed)
     if not choice.is_final:
-        num_sms, _ = multiprocessors(device)
-        heads = problem.num_heads_q // pack
-        blocks = problem.num_blocks(problem.seqlen_q * pack, heads, config.block_rows)
-        splits = num_splits(config, traits, limits, num_sms, blocks, problem.seqlen_k)
-        choice = replace(choice, config=replace(config, num_splits=splits))
+        config = with_splits(config, problem, traits, limits, num_sms)
+        choice = replace(choice, config=config)
     in_flight = config.heads_in_flight
     if not in_flight:
         _, l2_bytes = multiprocessors(device)
@@ -101,20 +105,28 @@ def forward_choice(
     return choice, Geometry(pack, choice.config.num_splits, in_flight)
 
 
-def combine_choice(problem, traits: Traits, device: int, config: str | Config | None) -> Choice:
-    """The kernel that puts the parts of split keys together."""
+def combine_choice(
+    problem, traits: Traits, device: int, config: str | Config | None, runs: bool = True
+) -> Choice:
+    """The kernel that puts the parts of split keys together; `runs` as in `forward_choice`."""
     limits = limits_of_device(device)
     if config is not None:
         return force("combine", config, traits, limits)
-    return _tuned(choose("combine", traits, limits), problem, traits, device, problem.seqlen_q)
+    choice = choose("combine", traits, limits)
+    return _tuned(choice, problem, traits, device, problem.seqlen_q, runs)
 
 
 def backward_choices(
-    problem: AttentionProblem, traits: Traits, device: int, forced: dict[str, str | Config]
+    problem: AttentionProblem,
+    traits: Traits,
+    device: int,
+    forced: dict[str, str | Config],
+    runs: bool = True,
 ) -> dict[str, Choice]:
     """The kernels of the backward by family, in the order in which they run.
 
-    One kernel for all gradients runs if it is forced, or measured to be faster than two.
+    One kernel for all gradients runs if it is forced, or measured to be faster than two. `runs`
+    as in `forward_choice`.
     """
     limits, positive = limits_of_device(device), problem.softmax_scale > 0
     if FUSED in forced:
@@ -126,7 +138,7 @@ def backward_choices(
             choices[family] = force(family, forced[family], traits, limits, positive)
             continue
         choice = choose(family, traits, limits, rows, positive)
-        choices[family] = _tuned(choice, problem, traits, device, rows)
+        choices[family] = _tuned(choice, problem, traits, device, rows, runs)
         times.append(choices[family].measured_ms)
     if not forced and None not in times:
         fused = tuned.measured(ProblemClass.of(FUSED, problem, traits), device_key(device), limits)
@@ -136,11 +148,12 @@ def backward_choices(
 
 
 def _tuned(
-    choice: Choice, problem: AttentionProblem, traits: Traits, device: int, rows: int
+    choice: Choice, problem: AttentionProblem, traits: Traits, device: int, rows: int, runs: bool
 ) -> Choice:
     """The tuned config for a problem in the place of the one by rule, if there is one."""
     wanted = ProblemClass.of(choice.family, problem, traits)
-    capture.note(wanted)
+    if runs:
+        capture.note(wanted)
     if not tuned.enabled():
         return choice
     limits = limits_of_device(device)
@@ -148,7 +161,7 @@ def _tuned(
         return choice
     found = tuned.find(wanted, device_key(device), limits, rows)
     is_measured = found is not None and found.measured_ms is not None
-    if not is_measured and autotune.tune(wanted, device):
+    if runs and not is_measured and autotune.tune(wanted, device):
         found = tuned.find(wanted, device_key(device), limits, rows)
     if found is None:
         return choice

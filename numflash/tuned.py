@@ -13,7 +13,7 @@ NUMFLASH_TUNED=0 turns all of it off.
 import logging
 import math
 import os
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from numflash import store
 from numflash.compiler import source_hash, versions
@@ -28,7 +28,25 @@ _log = logging.getLogger("numflash")
 # Farther classes say nothing: sizes that differ by a factor of 2 are 1 apart.
 _MAX_DISTANCE = 8
 _OTHER_MASK = 2
+_MAX_FOUND = 4096
+
+
+@dataclass(frozen=True)
+class _Advice:
+    """What the config cache says of one class on one device.
+
+    Attributes:
+        exact: the choice of the class itself; None if there is none.
+        near: (choice, whether it is proven for these traits) of other entries, nearest first.
+    """
+
+    exact: Choice | None
+    near: tuple[tuple[Choice, bool], ...]
+
+
 _found: dict[tuple, Choice | None] = {}
+_advice: dict[tuple, _Advice] = {}
+_tables: list[dict[DeviceKey, list[Entry]]] = []
 _state: list = []
 _warned: set[tuple] = set()
 
@@ -49,27 +67,34 @@ def find(
         limits: the device's.
         rows: rows of the output per head; tiles of twice as many and more would mostly idle.
 
-    The config cache is read once; entries that this process adds are seen at once.
+    The config cache is read once, and again when this process has added to it.
     """
     _refresh()
     key = wanted, device, rows
     try:
         return _found[key]
     except KeyError:
+        if len(_found) >= _MAX_FOUND:
+            _found.clear()
         return _found.setdefault(key, _find(wanted, device, limits, rows))
 
 
 def measured(wanted: ProblemClass, device: DeviceKey, limits: Architecture) -> Choice | None:
     """What was measured on this device for this very class; None if nothing was."""
-    found = find(wanted, device, limits, max(wanted.seqlen_q, wanted.seqlen_k))
-    return found if found is not None and found.measured_ms is not None else None
+    _refresh()
+    exact = _advise(wanted, device, limits).exact
+    return exact if exact is not None and exact.measured_ms is not None else None
 
 
-def configs(family: str, traits: Traits, device: DeviceKey) -> list[Config]:
-    """Every config that was tuned on a device for a kernel with these traits."""
-    problems = [e for e in store.read(device) if e.problem.family == family]
-    found = [parse_config(family, e.config) for e in problems if e.problem.traits == traits]
-    return list(dict.fromkeys(found))
+def choices(family: str, traits: Traits, device: DeviceKey, limits: Architecture) -> list[Choice]:
+    """What was tuned on a device for a kernel with these traits, these kernels and compilers."""
+    _refresh()
+    found = {}
+    for entry in _read()[0].get(device, []):
+        problem = entry.problem
+        if (problem.family, problem.traits) == (family, traits) and _is_current(entry):
+            found[entry.config] = _usable(entry, problem, limits)
+    return [choice for choice in found.values() if choice is not None]
 
 
 def distance(a: ProblemClass, b: ProblemClass) -> float:
@@ -97,40 +122,66 @@ def _refresh() -> None:
     # Not config_dir(): making a path takes as long as the whole lookup may.
     state = [os.environ.get("NUMFLASH_CACHE_DIR"), store.generation()]
     if state != _state:
-        _found.clear()
+        for known in (_found, _advice, _tables):
+            known.clear()
         _state[:] = state
 
 
+def _read() -> list[dict[DeviceKey, list[Entry]]]:
+    """The user's tables and the shipped ones, read once."""
+    if not _tables:
+        _tables[:] = store.read_all(), store.read_shipped()
+    return _tables
+
+
 def _find(wanted, device: DeviceKey, limits: Architecture, rows: int) -> Choice | None:
-    own = store.read(device)
+    advice = _advise(wanted, device, limits)
+    if advice.exact is not None:
+        return advice.exact
+    for choice, proven in advice.near:
+        if unfit(choice.config, choice.traits, limits, rows, proven) is None:
+            return choice
+    return None
+
+
+def _advise(wanted: ProblemClass, device: DeviceKey, limits: Architecture) -> _Advice:
+    key = wanted, device
+    if key not in _advice:
+        if len(_advice) >= _MAX_FOUND:
+            _advice.clear()
+        _advice[key] = _look_up(wanted, device, limits)
+    return _advice[key]
+
+
+def _look_up(wanted: ProblemClass, device: DeviceKey, limits: Architecture) -> _Advice:
+    """Go through the tables, from the nearest to the farthest."""
+    users, shipped = _read()
+    own = users.get(device, [])
     for entry in own:
         if entry.problem == wanted and _is_current(entry):
             choice = _usable(entry, wanted, limits)
             if choice is not None:
                 rule = f"tuned on this device for this class ({_facts(entry)})"
                 time = entry.time_ms if entry.origin == "measured" else None
-                return replace(choice, rule=rule, is_final=True, measured_ms=time)
-    shipped = store.read_shipped()
+                return _Advice(replace(choice, rule=rule, is_final=True, measured_ms=time), ())
     tiers = (
         ("on this device", own),
-        (f"on another {limits.arch}", _same_architecture(store.read_all(), device)),
+        (f"on another {limits.arch}", _same_architecture(users, device)),
         ("in the table that numflash ships for this device", shipped.get(device, [])),
         (
             f"in the table that numflash ships for {limits.arch}",
             _same_architecture(shipped, device),
         ),
     )
+    near = []
     for where, entries in tiers:
         for entry in _nearest(entries, wanted):
-            choice = _usable(entry, wanted, limits)
-            if choice is None:
-                continue
-            proven = entry.problem.traits == wanted.traits
-            config = _without_geometry(choice.config)
-            if unfit(config, choice.traits, limits, rows, proven) is None:
+            choice = _usable(entry, wanted, limits, with_geometry=False)
+            if choice is not None:
                 rule = f"tuned {where} for {_relation(entry, wanted)} ({_facts(entry)})"
-                return replace(choice, config=config, rule=rule, is_final=False)
-    return None
+                proven = entry.problem.traits == wanted.traits and _is_current(entry)
+                near.append((replace(choice, rule=rule, is_final=False), proven))
+    return _Advice(None, tuple(near))
 
 
 def _same_architecture(tables: dict[DeviceKey, list[Entry]], device: DeviceKey) -> list[Entry]:
@@ -150,10 +201,14 @@ def _nearest(entries: list[Entry], wanted: ProblemClass) -> list[Entry]:
     return [entry for _, entry in near]
 
 
-def _usable(entry: Entry, wanted: ProblemClass, limits: Architecture) -> Choice | None:
+def _usable(
+    entry: Entry, wanted: ProblemClass, limits: Architecture, with_geometry: bool = True
+) -> Choice | None:
     """The choice that an entry stands for; None, and a warning, if it is not possible here."""
     try:
-        return force(wanted.family, entry.config, wanted.traits, limits)
+        config = parse_config(wanted.family, entry.config)
+        config = config if with_geometry else _without_geometry(config)
+        return force(wanted.family, config, wanted.traits, limits)
     except (UnsupportedError, ValueError) as error:
         # Another class may need more shared memory; for its own the entry is wrong.
         known = entry.problem, entry.config

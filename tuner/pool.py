@@ -71,6 +71,10 @@ def examine(family: str, config: str, traits: str, arch: str) -> Examined:
         return Examined(machinery)
 
 
+class NoCompilerError(RuntimeError):
+    """Compiler processes cannot be started here."""
+
+
 class CompilePool:
     """Processes that examine configs. A context manager."""
 
@@ -109,7 +113,10 @@ class CompilePool:
                 thread.join()
 
     def submit(self, config: Config, traits: Traits) -> "Future[Examined]":
-        """Have a config examined; the same machine code only once."""
+        """Have a config examined; the same machine code only once.
+
+        The future's result raises NoCompilerError where processes cannot be started.
+        """
         compiled = getattr(config, "compiled", config)
         task = (config.family, str(compiled), str(traits), self._arch)
         if task not in self._futures:
@@ -128,7 +135,10 @@ class CompilePool:
             while (task := self._queue.get()) is not None and not self._closing:
                 future = self._futures[task]
                 if future.set_running_or_notify_cancel():
-                    future.set_result(self._run(worker, task))
+                    try:
+                        future.set_result(self._run(worker, task))
+                    except NoCompilerError as error:
+                        future.set_exception(error)
         finally:
             worker.stop()
 
@@ -138,6 +148,8 @@ class CompilePool:
         except TimeoutError:
             why = f"compiling took more than {self._timeout:g} s"
             return Examined(failure=("timeout", why))
+        except NoCompilerError:
+            raise
         except (EOFError, OSError):
             return Examined(failure=("compile_failed", f"the compiler died ({worker.ending})"))
         except Exception as error:
@@ -174,6 +186,9 @@ class _Worker:
         try:
             with _as_compiler():
                 process.start()
+        except Exception as error:
+            # Not the config's fault: a daemonic parent, no memory, no processes left.
+            raise NoCompilerError(f"no compiler process can be started: {error}") from error
         finally:
             theirs.close()
         self._process = process

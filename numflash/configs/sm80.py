@@ -409,8 +409,8 @@ _MAX_REGISTERS = 255
 _MAX_OUTPUTS = 128
 # float32 accumulators a thread can hold next to its operands without spilling, found by compiling:
 # plainly; with softcap, ALiBi or rows that are not aligned; where operands are rounded to tf32.
-# Turing's copies take registers, too; its forward spills earlier than its dQ, and so does what keeps
-# dK and dV together.
+# Turing's copies take registers, too; its forward spills earlier than its dQ, and so does what
+# keeps dK and dV together.
 _MAX_ACCUMULATORS = {
     "sm80": {"plain": 192, "features": 176, "tf32": 112},
     "sm75": {"plain": 152, "features": 136, "forward": 136, "dK and dV": 136},

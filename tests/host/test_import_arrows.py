@@ -42,7 +42,7 @@ ARROWS = {
     "selection": "autotune capture configs dispatch entries launch mode problem problem_class "
     "tuned",
     "calls": "arrays configs dispatch launch problem selection views",
-    "api": "arrays calls compiler configs dispatch launch mode problem selection tuned",
+    "api": "arrays calls compiler configs dispatch launch mode problem selection store tuned",
     "check": "api arrays reference selection",
     "explain": "arrays calls dispatch selection views",
 }

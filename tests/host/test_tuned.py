@@ -32,8 +32,8 @@ def empty_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("NUMFLASH_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("NUMFLASH_TUNED", "1")
     monkeypatch.setattr(store, "read_shipped", dict)
-    monkeypatch.setattr(tuned, "_found", {})
-    monkeypatch.setattr(tuned, "_state", [])
+    for name, empty in (("_found", {}), ("_advice", {}), ("_tables", []), ("_state", [])):
+        monkeypatch.setattr(tuned, name, empty)
     monkeypatch.setattr(tuned, "_warned", set())
     monkeypatch.setattr(api, "_ready", {})
 
@@ -123,7 +123,7 @@ def test_a_shipped_table_serves_its_architecture(monkeypatch):
     monkeypatch.setattr(store, "read_shipped", lambda: {OTHER: [entry()], ELSEWHERE: [entry()]})
     assert "numflash ships for sm_80" in find().rule
     monkeypatch.setattr(store, "read_shipped", lambda: {ELSEWHERE: [entry()]})
-    tuned._found.clear()
+    tuned._state.clear()
     assert find() is None
 
 
@@ -179,7 +179,7 @@ def test_a_config_that_cannot_run_here_is_ignored_with_a_warning(caplog):
     store.add(HERE, [entry(wanted, config)])
     with caplog.at_level(logging.WARNING, "numflash"):
         assert find(wanted) is None
-        tuned._found.clear()
+        tuned._state.clear()
         assert find(wanted) is None
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == 1 and "shared memory" in messages[0] and str(wanted) in messages[0]
@@ -197,6 +197,38 @@ def test_entries_added_by_this_process_are_seen_at_once():
     assert find() is None
     store.add(HERE, [entry()])
     assert find() is not None
+
+
+def test_the_cache_is_read_once_for_all_sizes(monkeypatch):
+    store.add(HERE, [entry()])
+    find()
+    monkeypatch.setattr(store, "read_all", None)
+    for rows in range(1, 100):
+        find(rows=rows)
+        find(near(f"forward float16-d64-dv64-vec full q{2 ** (rows % 8)} k512 bh8 g1"))
+
+
+def test_the_packing_of_a_near_entry_is_no_hindrance():
+    alibi = replace(WANTED, traits=replace(WANTED.traits, alibi=True))
+    store.add(HERE, [entry(config="sm80-m64n32w4s2x4-packed")])
+    assert str(find(alibi).config) == "sm80-m64n32w4s2"
+
+
+@needs_simulator
+def test_what_was_ready_before_an_entry_was_added_is_chosen_anew():
+    q, k, v = arrays()
+    numflash.plan(q, k, v)
+    store.add(SIMULATED_DEVICE, [entry(config="sm80-m32n16w2s1")])
+    assert "sm80-m32n16w2s1 " in numflash.plan(q, k, v).kernel
+
+
+def test_warmup_takes_what_was_tuned_and_passes_over_what_cannot_run():
+    big = replace(WANTED, traits=replace(WANTED.traits, head_dim=256, head_dim_v=256))
+    store.add(HERE, [entry(), entry(big, "sm80-m256n128w8s3")])
+    found = tuned.choices("forward", WANTED.traits, HERE, LIMITS)
+    assert [str(choice.config) for choice in found] == ["sm80-m64n32w4s2"]
+    assert tuned.choices("forward", big.traits, HERE, LIMITS) == []
+    assert tuned.choices("backward-dq", WANTED.traits, HERE, LIMITS) == []
 
 
 def arrays(batch=1, seqlen=512, heads=8, head_dim=64):
@@ -278,11 +310,13 @@ def test_classes_are_captured_once_and_read_back(tmp_path, monkeypatch):
     path = tmp_path / "classes.txt"
     monkeypatch.setattr(capture, "_noted", set())
     monkeypatch.setenv("NUMFLASH_CAPTURE", str(path))
+    numflash.explain_dispatch(*arrays())
+    assert not path.exists()  # to ask is not to run
     for seqlen in (512, 400, 600):
-        numflash.explain_dispatch(*arrays(seqlen=seqlen))
+        numflash.plan(*arrays(seqlen=seqlen))
     found = capture.read(path)
-    assert len(path.read_text().splitlines()) == len(found) == 6
-    assert WANTED in found and replace(WANTED, family="backward-dq") in found
+    assert len(path.read_text().splitlines()) == len(found) == 2
+    assert WANTED in found and replace(WANTED, seqlen_q=1024, seqlen_k=1024) in found
 
 
 def test_a_capture_that_cannot_be_written_is_only_a_warning(tmp_path, monkeypatch, caplog):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import numflash
-from numflash import api, calls, reference, selection
+from numflash import api, calls, dispatch, reference, selection
 from numflash.arrays import _NumPy
 from numflash.configs import parse_config
 from numflash.dispatch import Choice
@@ -44,7 +44,7 @@ def choose_small(family, traits, limits, rows=None, positive_scale=True):
 @pytest.fixture(autouse=True)
 def small_tiles_and_poisoned_results(monkeypatch):
     """Small tiles; and NaN wherever a kernel leaves a result out."""
-    for module in (api, calls, selection):
+    for module in (api, calls, dispatch, selection):
         monkeypatch.setattr(module, "choose", choose_small)
     monkeypatch.setattr(api, "_ready", {})
     empty = _NumPy.empty
