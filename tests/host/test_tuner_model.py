@@ -87,6 +87,16 @@ def tiles_with_scores(mask, row_tile, column_tile):
     return sorted(found, reverse=True)
 
 
+def tiles_at_an_edge(mask, row_tile, column_tile):
+    """Column tiles with scores of both kinds, or cut by the last column, of a row block's mean."""
+    found, blocks = 0, range(0, mask.shape[0], row_tile)
+    for first in blocks:
+        rows = mask[first : first + row_tile]
+        tiles = [rows[:, at : at + column_tile] for at in range(0, mask.shape[1], column_tile)]
+        found += sum(t.any() and not (t.all() and t.shape[1] == column_tile) for t in tiles)
+    return found / len(blocks)
+
+
 SHAPES = [(256, 256), (64, 512), (512, 64), (1, 1024), (33, 97)]
 
 
@@ -97,10 +107,14 @@ def test_tiles_visited_are_those_with_a_visible_score(mask, q, k):
     seen = visible(problem)
     for m, n in [(64, 32), (16, 32), (48, 96), (128, 128)]:
         config = parse_config("forward", f"sm80-m{m}n{n}w1s1")
-        assert grid.lay(problem, config).walks.tiles.tolist() == tiles_with_scores(seen, m, n)
+        walks = grid.lay(problem, config).walks
+        assert walks.tiles.tolist() == tiles_with_scores(seen, m, n)
+        assert walks.edges == pytest.approx(tiles_at_an_edge(seen, m, n))
         back = replace(problem, family="backward-dkdv")
         config = parse_config("backward-dkdv", f"sm80-m{m}n{n}w1s1")
-        assert grid.lay(back, config).walks.tiles.tolist() == tiles_with_scores(seen.T, n, m)
+        walks = grid.lay(back, config).walks
+        assert walks.tiles.tolist() == tiles_with_scores(seen.T, n, m)
+        assert walks.edges == pytest.approx(tiles_at_an_edge(seen.T, n, m))
     assert grid.visible_scores(problem) == 8 * seen.sum()
 
 
@@ -114,7 +128,9 @@ def test_splits_share_the_tiles_of_a_walk():
     fused = problem_class("backward", mask="causal", q=512, k=512, heads=8)
     dealt = grid.lay(fused, parse_config("backward", "sm80-m32n64w4s1x4"))
     alone = grid.lay(fused, parse_config("backward", "sm80-m32n64w4s1"))
-    assert len(dealt.walks.tiles) == 4
+    # Of 512 keys 8 row blocks, each with 2 tiles of queries at the diagonal.
+    assert (len(dealt.walks.tiles), dealt.walks.row_blocks, dealt.walks.edges) == (4, 2, 4)
+    assert (len(alone.walks.tiles), alone.walks.row_blocks, alone.walks.edges) == (1, 8, 16)
     assert dealt.walks.total == alone.walks.total
 
 
@@ -213,6 +229,51 @@ def test_a_causal_mask_costs_about_half():
         for n in (256, 1024, 4096)
     ]
     assert windows[0] < windows[1] < windows[2] < causal
+
+
+SEQLENS = (1, 32, 128, 1024, 16384)
+HEADS = ((1, 1), (8, 1), (64, 8), (512, 1))
+# Besides the mask, tiles at an edge cost a masking, and the longest block begins first.
+TOLERANCE = 1.05
+
+
+def times_by_class(machine, family, text, heads, group):
+    """(mask, seqlen_q, seqlen_k) -> milliseconds."""
+    config = config_of(machine, family, text)
+    found = {}
+    for key in itertools.product(("full", "causal", "window256"), SEQLENS, SEQLENS):
+        problem = problem_class(family, "float16-d64-dv64-vec", *key, heads, group)
+        found[key] = model.estimate(machine, problem, config).ms
+    return found
+
+
+@pytest.mark.parametrize("machine", ["A100", "T4"])
+@pytest.mark.parametrize("family", ["forward", "backward-dq", "backward-dkdv", "backward"])
+def test_more_to_do_never_takes_less_time(family, machine):
+    machine = machines.find(machine)
+    texts = [*CONFIGS[family], *(["m32n32w2s3"] if machine.arch != "sm_75" else [])]
+    for text, (heads, group) in itertools.product(texts[:2] + texts[-1:], HEADS):
+        found = times_by_class(machine, family, text, heads, group)
+        for (mask, q, k), ms in found.items():
+            assert ms <= TOLERANCE * found["full", q, k], (text, heads, mask, q, k)
+            for shorter in itertools.product(*[[n for n in SEQLENS if n <= s] for s in (q, k)]):
+                least = found[(mask, *shorter)]
+                if mask != "window256":
+                    assert least <= TOLERANCE * ms, (text, heads, mask, q, k, shorter)
+
+
+def test_a_fused_backward_masks_each_tile_once():
+    # The edge crosses one of 512 tiles; each of 512 walks ends amid a tile where queries are few.
+    times = {
+        (mask, q): estimate_ms(
+            "m32n32w2s3",
+            problem_class("backward", "float16-d64-dv64-vec", mask, q, 16384, heads=512),
+        )
+        for mask, q in (("full", 32), ("causal", 32), ("full", 8), ("full", 16))
+    }
+    assert times["causal", 32] == pytest.approx(times["full", 32], rel=0.01)
+    assert times["full", 8] == pytest.approx(times["full", 16], rel=0.01)
+    assert times["full", 8] == pytest.approx(times["full", 32], rel=0.05)
 
 
 @pytest.mark.parametrize("machine", MACHINES)
@@ -341,7 +402,7 @@ def test_a_block_that_walks_again_begins_again(monkeypatch):
 
 def test_a_last_wave_with_fewer_blocks_is_shorter():
     walks = grid.Walks(np.array([10]), 0.0)
-    laid = grid.Grid(walks, 2 * 108 + 1, 1, 1, 1)
+    laid = grid.Grid(walks, 2 * 108 + 1, 1, 1)
     assert prediction._schedule(laid, 108, 2, lambda tiles, together: tiles * together) == 20 + 10
 
 

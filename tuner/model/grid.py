@@ -20,29 +20,32 @@ _FLOAT_BYTES = 4
 
 @dataclass(frozen=True)
 class Walks:
-    """The walks over tiles of the blocks of one head.
+    """What the blocks of one head walk over.
 
     Attributes:
-        tiles: of each walk, longest first.
-        edges: tiles of a walk that are masked, on average.
+        tiles: of each block, most first.
+        edges: tiles of a block that an edge of the mask or the end of the columns crosses, on
+            average.
+        row_blocks: walks of a block, one after another.
     """
 
     tiles: np.ndarray
     edges: float
+    row_blocks: int = 1
 
     @cached_property
     def total(self) -> int:
-        """Tiles of all walks."""
+        """Tiles of all blocks."""
         return int(self.tiles.sum())
 
     @cached_property
     def most(self) -> int:
-        """Tiles of the longest walk."""
+        """Tiles of the block with the most."""
         return int(self.tiles[0])
 
     @property
     def is_even(self) -> bool:
-        """Whether all walks are equally long."""
+        """Whether all blocks have as many."""
         return int(self.tiles[-1]) == self.most
 
 
@@ -51,18 +54,16 @@ class Grid:
     """The blocks of a launch.
 
     Attributes:
-        walks: of one head.
+        walks: of the blocks of one head.
         heads: how often those are launched.
         packed: query heads in the rows of a tile.
         splits: blocks that share one walk of the problem.
-        rows: rows of the problem's result.
     """
 
     walks: Walks
     heads: int
     packed: int
     splits: int
-    rows: int
 
     @property
     def blocks(self) -> int:
@@ -102,13 +103,13 @@ def lay(problem: ProblemClass, config: Config) -> Grid:
         packed = heads_packed(problem, config)
         rows = problem.seqlen_q * packed
         walks = _walks(rows, problem.seqlen_k, *tiles, low, high, packed, 1, splits)
-        return Grid(walks, heads // packed, packed, splits, rows * heads // packed)
+        return Grid(walks, heads // packed, packed, splits)
     rows = problem.seqlen_k
     walks = _walks(rows, problem.seqlen_q, *tiles, -high, -low, 1, group, 1)
     if problem.family == "backward":
         walks = _dealt(walks, splits)
     apart = 2 if getattr(config, "apart", False) else 1
-    return Grid(walks, heads // group * apart, 1, splits, rows * heads // group)
+    return Grid(walks, heads // group * apart, 1, splits)
 
 
 def heads_packed(problem: ProblemClass, config: Config) -> int:
@@ -134,20 +135,21 @@ def _walks(
     """The walks of one head: rows see the columns of a band; each walk `repeats` over heads."""
     first = np.arange(0, rows, row_tile)
     last = np.minimum(first + row_tile, rows) - 1
-    begin = np.maximum(0, first // packed + low) // column_tile
-    end = np.minimum(columns, np.maximum(0, last // packed + high + 1))
-    found = np.maximum(0, -(-end // column_tile) - begin) * repeats
-    tokens = -(-row_tile // packed)
-    bounds = (low > -columns - rows) + (high < columns)
-    per_bound = -(-tokens // column_tile)
-    edges = (bounds * per_bound + (columns % column_tile != 0)) * repeats
+    first, last = first // packed, last // packed
+    begin = np.maximum(0, first + low) // column_tile
+    end = -(-np.minimum(columns, np.maximum(0, last + high + 1)) // column_tile)
+    found = np.maximum(0, end - begin)
+    # Tiles of which every row sees every column, as `tiles.scores.band_is_partial` tells.
+    whole_begin = np.maximum(begin, -(-(last + low) // column_tile))
+    whole_end = np.minimum(columns, first + high + 1) // column_tile
+    whole = np.clip(whole_end - whole_begin, 0, found)
+    edges = float((found - whole).mean()) * repeats / splits
+    found = found * repeats
     if splits > 1:
         share = -(-found // splits)
         parts = np.clip(found[:, None] - share[:, None] * np.arange(splits), 0, share[:, None])
         found = parts.ravel()
-        edges = edges / splits
-    found = np.sort(found)[::-1]
-    return Walks(found, min(float(edges), float(found.mean())))
+    return Walks(np.sort(found)[::-1], edges)
 
 
 def _dealt(walks: Walks, splits: int) -> Walks:
@@ -155,7 +157,8 @@ def _dealt(walks: Walks, splits: int) -> Walks:
     # The longest and the shortest meet in a block: every splits-th one in the order of keys.
     ordered = [int(walks.tiles[part::splits].sum()) for part in range(splits)]
     edges = walks.edges * len(walks.tiles) / splits
-    return Walks(np.array(sorted(ordered, reverse=True)), edges)
+    row_blocks = -(-len(walks.tiles) // splits)
+    return Walks(np.array(sorted(ordered, reverse=True)), edges, row_blocks)
 
 
 def io_bytes(problem: ProblemClass) -> int:

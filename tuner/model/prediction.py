@@ -263,18 +263,21 @@ def _tiled(
     from_memory = memory_bytes(problem, config, grid, slots, machine.l2_bytes)
 
     tile = _busy(machine, work.tile, warps, shared_share, l2)
-    # The first tile rescales, tiles at an edge are masked.
-    once = _busy(machine, work.once.plus(work.rare, grid.walks.edges + 1), warps, shared_share, l2)
-    asked = blocks * warps * (grid.mean_tiles * work.tile.global_bytes + work.once.global_bytes)
-    missed = min(1.0, from_memory / max(1.0, asked))
+    # Each walk begins and ends, tiles at an edge are masked, a forward's first tile rescales.
+    walks = grid.walks.row_blocks
+    special = grid.walks.edges + (walks if problem.family == "forward" else 0)
+    around = Counts().plus(work.once, walks).plus(work.rare, special)
+    once = _busy(machine, around, warps, shared_share, l2)
+    asked = blocks * warps * (grid.mean_tiles * work.tile.global_bytes + around.global_bytes)
+    # Of blocks that walk over the same tiles at once, all wait for the first one's loads.
+    sharing = blocks * problem.group_size / problem.batch_heads
+    if problem.family == "forward":
+        sharing /= grid.splits
+    missed = min(1.0, min(slots, sharing) * from_memory / max(1.0, asked))
     latency = L2_LATENCY + missed * (MEMORY_LATENCY - L2_LATENCY)
     transfer = warps * work.tile.global_bytes / max(1, work.phases) / l2
     chain = _chain(machine, config, work, tile, latency + transfer)
-    first = BLOCK_LATENCY + 2 * MEMORY_LATENCY + once[4] * PARTITIONS / warps
-    walks_per_block = 1
-    if problem.family == "backward":
-        walks_per_block = -(-grid.rows // config.tile_n // max(1, blocks))
-    once, first = tuple(walks_per_block * t for t in once), first * walks_per_block
+    first = walks * (BLOCK_LATENCY + 2 * MEMORY_LATENCY) + once[4] * PARTITIONS / warps
 
     def clocks(tiles: float, together: int) -> float:
         busy = (together * (tiles * each + t) for each, t in zip(tile, once, strict=True))
