@@ -169,6 +169,7 @@ def _tune(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         from numflash_tuner import report
         from numflash_tuner.machines import names
         from numflash_tuner.measuring.measurer import DeviceMeasurer, DeviceUnavailableError
+        from numflash_tuner.pool import NoCompilerError
         from numflash_tuner.search import Limits, make_sampler
         from numflash_tuner.session import Options, Session
         from numflash_tuner.space import Budgets
@@ -217,7 +218,14 @@ def _tune(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
                 except LookupError as error:
                     print(f"numflash-tune: {error.args[0]}", file=sys.stderr)
                     failed += 1
-    except (ValueError, OSError, StorageError, DeviceUnavailableError, OptunaError) as error:
+    except (
+        ValueError,
+        OSError,
+        OptunaError,
+        StorageError,
+        DeviceUnavailableError,
+        NoCompilerError,
+    ) as error:
         parser.exit(1, f"{parser.prog}: error: {' '.join(str(error).split())}\n")
     finally:
         if measurer is not None:

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import Future
 from html.parser import HTMLParser
 
 import numpy as np
@@ -13,12 +14,15 @@ import pytest
 pytest.importorskip("optuna")
 
 from numflash import store
+from numflash.arrays import library_of
+from numflash.calls import problem_of
 from numflash.compiler import source_hash, versions
 from numflash.entries import DeviceKey, Entry
 from numflash.mode import SIMULATED
 from numflash.problem_class import ProblemClass
 from numflash_tuner import caches, cli, machines, session
 from numflash_tuner import target as targets
+from numflash_tuner.pool import NoCompilerError
 from tests.host.test_tuner_session import InstantPool, Stopwatch
 
 OFFLINE = ("--device", "sm_80", "--offline")
@@ -196,6 +200,17 @@ def test_a_storage_that_fails_in_the_middle_is_one_line(refused, monkeypatch):
     assert "the connection is lost" in refused(*OFFLINE, *SMALL, "--quiet", status=1)
 
 
+def test_where_no_compiler_can_be_started_it_is_one_line(refused, monkeypatch):
+    def submit(self, config, traits):
+        future = Future()
+        future.set_exception(NoCompilerError("no compiler process can be started: no memory"))
+        return future
+
+    monkeypatch.setattr(InstantPool, "submit", submit)
+    said = refused(*OFFLINE, *SMALL, "--quiet", status=1)
+    assert said.endswith("error: no compiler process can be started: no memory\n")
+
+
 def test_a_class_that_fails_does_not_end_the_others(run, monkeypatch):
     monkeypatch.setattr(InstantPool, "spill_bytes", 4)
     status, out, err = run(*OFFLINE, *SMALL, "--seqlen", 512, 1024, "--trials", 2, "--quiet")
@@ -345,22 +360,20 @@ def test_classes_are_every_combination_once():
     ],
 )
 @pytest.mark.skipif(not SIMULATED, reason="needs NUMBA_ENABLE_CUDASIM=1")
-def test_a_class_is_the_one_that_its_problems_are_of(tmp_path, monkeypatch, argv, shape, options):
-    from numflash import explain_dispatch
-
+def test_a_class_is_the_one_that_its_problems_are_of(argv, shape, options):
     batch, seqlen_q, seqlen_k, heads, heads_kv = shape
     q = np.lib.stride_tricks.as_strided(
         np.zeros(64, np.float16), (batch, seqlen_q, heads, 64), (0, 0, 0, 2)
     )
     k = np.lib.stride_tricks.as_strided(q[0, 0, 0], (batch, seqlen_k, heads_kv, 64), (0, 0, 0, 2))
-    monkeypatch.setenv("NUMFLASH_CAPTURE", str(tmp_path / "capture"))
-    monkeypatch.setenv("NUMFLASH_TUNED", "1")
-    explain_dispatch(q, k, k, **options)
-    noted = (tmp_path / "capture").read_text().splitlines()
+    views = {
+        name: library_of(x, name).view(x, name) for name, x in zip("qkv", (q, k, k), strict=True)
+    }
+    problem, traits, _ = problem_of(views, options)
     full = () if "--mask" in argv else ("--mask", "full")
     forward = ("--pass", "forward", "--dtype", "float16", "--head-dim", "64")
-    (asked,) = (c for c in classes(*forward, *full, *argv) if c.startswith("forward "))
-    assert asked in noted
+    asked = classes(*forward, *full, *argv)
+    assert str(ProblemClass.of("forward", problem, traits)) in asked
 
 
 def test_tf32_is_for_float32_only(refused):
@@ -384,9 +397,10 @@ def test_a_capture_needs_a_file_and_a_program(refused, tmp_path, argv, words):
 
 PROGRAM = """
 import sys, numpy as np
-from numflash import explain_dispatch
-q = np.zeros((2, 300, 4, 64), np.float16)
-explain_dispatch(q, q, q, causal=True)
+from numflash import attention, attention_backward
+q = np.zeros((1, 5, 2, 16), np.float16)
+out, lse = attention(q, q, q, causal=True, return_lse=True)
+attention_backward(out, q, q, q, out, lse, causal=True)
 sys.exit(7)
 """
 
@@ -397,7 +411,7 @@ def test_a_program_notes_its_classes_and_these_are_tuned(run, tmp_path, monkeypa
     assert (status, err) == (7, "")
     noted = (tmp_path / "noted").read_text().splitlines()
     assert out == f"{len(noted)} classes of problems are in noted\n"
-    forward = "forward float16-d64-dv64-vec causal q512 k512 bh8 g1"
+    forward = "forward float16-d32-dv32-vec causal q8 k8 bh2 g1"
     assert forward in noted
     command = (*OFFLINE, "--from-capture", "noted", "--trials", 1, "--quiet")
     status, out, _ = run(*command, "--pass", "forward")

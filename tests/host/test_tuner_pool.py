@@ -9,7 +9,7 @@ import time
 import pytest
 
 from numflash.configs import Traits, parse_config
-from numflash_tuner.pool import CompilePool, Examined
+from numflash_tuner.pool import CompilePool, Examined, NoCompilerError
 from numflash_tuner.records import Machinery
 
 TRAITS = Traits.parse("float16-d64-dv64-vec")
@@ -100,10 +100,11 @@ def test_a_process_that_leaves_is_reported_with_its_status():
     assert failure == ("compile_failed", "the compiler died (exit status 3)")
 
 
-def test_a_process_that_cannot_be_started_is_a_failure_too():
+def test_where_no_process_can_be_started_it_is_not_the_configs_fault():
     with CompilePool("sm_80", 1, work=lambda *task: None) as pool:
-        failure = pool.submit(config(FINE), TRAITS).result(timeout=30).failure
-    assert failure[0] == "compile_failed" and "pickle" in failure[1]
+        for text in (FINE, SLOW):
+            with pytest.raises(NoCompilerError, match=r"can be started: .*pickle"):
+                pool.submit(config(text), TRAITS).result(timeout=30)
 
 
 def test_compilers_know_neither_the_simulator_nor_the_main_module(monkeypatch):
