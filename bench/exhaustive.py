@@ -66,7 +66,7 @@ def replay(path: Path, sampler: str, seed: int, part: float) -> float:
         clock=lambda: measurer.seconds,
     )
     search.run(lambda record: None, lambda: None)
-    _, best = search.crown()
+    _, best = search.winner()
     return recording.records[best.config].time_ms / recording.best.time_ms - 1
 
 

@@ -65,7 +65,8 @@ class Entry:
         date: when it was found, ISO 8601 in UTC, as in "2026-11-21T09:14:04Z".
         kernels: hash of the kernels' source.
         compilers: version of each compiler, by name.
-        default_config, default_ms: what runs untuned, and its time in the same run.
+        default_config, default_ms: what runs untuned, and its time in the same run; None if it
+            has none.
 
     Raises:
         ValueError: one of them cannot be that: sizes of a class are powers of two, and the configs
@@ -81,7 +82,7 @@ class Entry:
     kernels: str
     compilers: dict[str, str] = field(hash=False)
     default_config: str
-    default_ms: float
+    default_ms: float | None
 
     def __post_init__(self):
         known = isinstance(self.problem, ProblemClass)
@@ -95,6 +96,8 @@ class Entry:
             parse_config(self.problem.family, text)
         for name in ("time_ms", "default_ms"):
             value = getattr(self, name)
+            if name == "default_ms" and value is None:
+                continue
             _require(_finite(value) and value > 0, name, "a positive number", value)
             object.__setattr__(self, name, float(value))
         if self.spread is not None:

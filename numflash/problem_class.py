@@ -55,7 +55,7 @@ class ProblemClass:
         return cls(
             family,
             traits,
-            _mask(problem),
+            mask_kind(problem.band_lo, problem.band_hi, problem.seqlen_q, problem.seqlen_k),
             round_up(problem.seqlen_q, _MAX_SEQLEN),
             round_up(problem.seqlen_k, _MAX_SEQLEN),
             round_up(problem.batch * problem.num_heads_q, _MAX_BATCH_HEADS),
@@ -93,9 +93,11 @@ def round_up(n: int, most: int = _MAX_SEQLEN) -> int:
     return min(1 << max(0, n - 1).bit_length(), most)
 
 
-def _mask(problem: AttentionProblem) -> str:
-    """The kind of a problem's mask, by what it hides rather than by how it was asked for."""
-    if problem.band_lo > 1 - problem.seqlen_q:
-        width = max(1, problem.band_hi - problem.band_lo + 1)
-        return f"window{round_up(width, _MAX_SEQLEN)}"
-    return "causal" if problem.band_hi < problem.seqlen_k - 1 else "full"
+def mask_kind(band_lo: int, band_hi: int, seqlen_q: int, seqlen_k: int) -> str:
+    """The kind of a mask, by what it hides rather than by how it was asked for.
+
+    Query i sees the keys j with band_lo <= j - i <= band_hi.
+    """
+    if band_lo > 1 - seqlen_q:
+        return f"window{round_up(max(1, band_hi - band_lo + 1))}"
+    return "causal" if band_hi < seqlen_k - 1 else "full"

@@ -30,6 +30,9 @@ def autotune(problem: ProblemClass, device: int, seconds: float) -> None:
         DeviceMeasurer(device) as measurer,
         Session(target.key, target.machine, measurer, options) as session,
     ):
-        (space,) = session.spaces([problem])
+        spaces = session.spaces([problem])
+        if not spaces:
+            return
+        (space,) = spaces
         result = session.tune(space, 1, str(problem), quiet=True)
     _log.info("tuned %s: %s", problem, result.best.config)

@@ -65,8 +65,8 @@ def _lines(entries: list[Entry]) -> list[str]:
                 entry.config,
                 f"{entry.time_ms:.4g}",
                 entry.default_config,
-                f"{entry.default_ms:.4g}",
-                f"{entry.default_ms / entry.time_ms:.2f}",
+                "-" if entry.default_ms is None else f"{entry.default_ms:.4g}",
+                "-" if entry.default_ms is None else f"{entry.default_ms / entry.time_ms:.2f}",
                 entry.origin,
                 entry.date[:10],
             )

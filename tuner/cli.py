@@ -16,9 +16,11 @@ import sys
 from pathlib import Path
 
 from numflash.capture import read as read_capture
-from numflash.configs import DTYPES, MAX_HEAD_DIM, Traits, padded_head_dim
+from numflash.configs import DTYPES, MAX_HEAD_DIM
 from numflash.errors import UnsupportedError
-from numflash.problem_class import ProblemClass, round_up
+from numflash.problem import AttentionProblem, describe
+from numflash.problem_class import ProblemClass
+from numflash.views import ArrayView, contiguous_strides
 from numflash_tuner import caches
 
 FAMILIES = {
@@ -29,7 +31,8 @@ _SAMPLERS = ("tpe", "grid", "random", "cmaes")
 _TRIALS = 48
 _INTERRUPTED = 130
 # As `ProblemClass.of` rounds.
-_MAX_BATCH_HEADS = 2**12
+# Any softcap is of the class with softcap.
+_SOFTCAP = 30.0
 _UNITS = {"": 1, "K": 1024, "M": 1024**2}
 
 
@@ -259,54 +262,59 @@ def _problems(args: argparse.Namespace) -> list[ProblemClass]:
         if not chosen:
             raise ValueError(f"{args.from_capture} holds no class of {', '.join(args.passes)}")
         return chosen
-    heads_kv = args.heads if args.heads_kv is None else args.heads_kv
-    for name in ("batch", "heads", "seqlen_q"):
-        _positive(f"--{name.replace('_', '-')}", getattr(args, name))
-    if heads_kv < 1 or args.heads % heads_kv:
-        raise ValueError(f"--heads-kv must divide --heads, {args.heads}, got {heads_kv}")
     problems = []
-    for dtype, head_dim, seqlen, mask, family in itertools.product(
-        args.dtype, args.head_dim, args.seqlen, args.mask, families
+    for dtype, head_dim, seqlen, mask in itertools.product(
+        args.dtype, args.head_dim, args.seqlen, args.mask
     ):
-        seqlen_q = seqlen if args.seqlen_q is None else args.seqlen_q
-        _positive("--seqlen", seqlen)
-        batch_heads = round_up(args.batch * args.heads, _MAX_BATCH_HEADS)
-        group_size = round_up(args.heads // heads_kv, _MAX_BATCH_HEADS)
-        text = f"q{round_up(seqlen_q)} k{round_up(seqlen)} bh{batch_heads} g{group_size}"
-        problems.append(
-            ProblemClass.parse(f"{family} {_traits(args, dtype, head_dim)} {_mask(mask)} {text}")
-        )
+        problem = _problem(args, dtype, head_dim, seqlen, mask)
+        # Rows are 16-byte aligned where head dims allow it.
+        vector = 4 if dtype == "float32" else 8
+        aligned = problem.head_dim % vector == 0 and problem.head_dim_v % vector == 0
+        traits = problem.traits(vectorized=aligned)
+        problems += [ProblemClass.of(family, problem, traits) for family in families]
     return list(dict.fromkeys(problems))
 
 
-def _traits(args: argparse.Namespace, dtype: str, head_dim: int) -> Traits:
+def _problem(
+    args: argparse.Namespace, dtype: str, head_dim: int, seqlen: int, mask: str
+) -> AttentionProblem:
+    """The problem of one combination of options. Raises TypeError, ValueError."""
+    seqlen_q = seqlen if args.seqlen_q is None else args.seqlen_q
+    heads_kv = args.heads if args.heads_kv is None else args.heads_kv
     head_dim_v = head_dim if args.head_dim_v is None else args.head_dim_v
+    sizes = {"seqlen": seqlen, "seqlen-q": seqlen_q, "batch": args.batch, "heads": args.heads}
+    for name, size in sizes.items():
+        _positive(f"--{name}", size)
+    if heads_kv < 1 or args.heads % heads_kv:
+        raise ValueError(f"--heads-kv must divide --heads, {args.heads}, got {heads_kv}")
     for option, value in (("--head-dim", head_dim), ("--head-dim-v", head_dim_v)):
         if not 1 <= value <= MAX_HEAD_DIM:
             raise ValueError(f"{option} must be 1 to {MAX_HEAD_DIM}, got {value}")
-    if args.precision is not None and dtype != "float32":
-        raise ValueError(
-            f"--precision {args.precision} is a way to multiply float32, got --dtype {dtype}"
-        )
-    vector = 4 if dtype == "float32" else 8
-    return Traits(
-        dtype,
-        padded_head_dim(head_dim),
-        padded_head_dim(head_dim_v),
-        softcap=args.softcap,
-        alibi=args.alibi,
-        vectorized=head_dim % vector == 0 and head_dim_v % vector == 0,
-        tf32=args.precision == "tf32",
+
+    def view(*shape: int, dtype: str = dtype) -> ArrayView:
+        return ArrayView(0, shape, contiguous_strides(shape), dtype, 0)
+
+    problem, _ = describe(
+        view(args.batch, seqlen_q, args.heads, head_dim),
+        view(args.batch, seqlen, heads_kv, head_dim),
+        view(args.batch, seqlen, heads_kv, head_dim_v),
+        softcap=_SOFTCAP if args.softcap else 0.0,
+        alibi_slopes=view(args.heads, dtype="float32") if args.alibi else None,
+        precision=args.precision,
+        **_mask_options(mask),
     )
+    return problem
 
 
-def _mask(text: str) -> str:
-    digits = text.removeprefix("window")
-    if text.startswith("window") and digits.isdecimal() and int(digits) > 0:
-        return f"window{round_up(int(digits))}"
-    if text not in ("full", "causal"):
-        raise ValueError(f"--mask must be full, causal or windowN, as in window1024, got {text!r}")
-    return text
+def _mask_options(text: str) -> dict:
+    """The options of `attention` for a mask, as in "causal" or "window1024"."""
+    if text in ("full", "causal"):
+        return {"causal": text == "causal"}
+    width = text.removeprefix("window")
+    if text.startswith("window") and width.isdecimal() and int(width) > 0:
+        left = (int(width) - 1) // 2
+        return {"window_size": (left, int(width) - 1 - left)}
+    raise ValueError(f"--mask must be full, causal or windowN, as in window1024, got {text!r}")
 
 
 def _positive(option: str, value):

@@ -1,4 +1,4 @@
-"""The search for the best config of one problem class: ask, compile, judge, tell, and crown.
+"""The search for the best config of one problem class: ask, compile, judge, tell, choose.
 
 Optuna proposes; what it proposes is moved to the nearest feasible config that nobody has tried.
 Every second proposal is the model's, corrected by what has been measured.
@@ -9,7 +9,7 @@ is the model. The default and the configs that the model likes best come first.
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, replace
 
@@ -41,6 +41,10 @@ MODEL_MARGIN = 0.05
 _ASK_ATTEMPTS = 20
 _USABLE = ("measured", "predicted")
 """Outcomes of configs that may win."""
+_OF_THE_ENVIRONMENT = ("compile_failed", "launch_failed", "timeout")
+"""Failures that need not be the config's fault."""
+_HOPELESS_RUN = 12
+"""So many of them in a row are nobody's but the environment's."""
 _OF_THE_CODE = ("compile_failed", "spilled", "over_budget", "wrong_result")
 """Failures that all configs of the same machine code share."""
 
@@ -97,6 +101,7 @@ class Search:
         limits: Limits,
         *,
         sampler: str = "tpe",
+        first: Sequence[str] = (),
         ahead: int = 4,
         clock: Callable[[], float] = time.monotonic,
     ):
@@ -110,6 +115,7 @@ class Search:
             limits: when to stop.
             sampler: of SAMPLERS. "grid" walks the space in its order; "random" is not guided by
                 the model.
+            first: configs to try after the default, before anything else.
             ahead: configs being compiled at once.
             clock: seconds.
         """
@@ -117,7 +123,9 @@ class Search:
         self._study, self._pool, self._measurer = study, pool, measurer
         self._limits, self._sampler, self._ahead = limits, sampler, ahead
         self._clock, self._began = clock, clock()
+        self._first = [str(space.default), *first]
         self._broken: set[str] = set()
+        self._failed_in_a_row = 0
         self._asks_model = False
         self.floor_ms = model.floor_ms(space.machine, space.problem)
 
@@ -139,13 +147,16 @@ class Search:
             on_record: told each record when it is done.
             on_idle: called several times a second while compilers are waited for.
 
-        A KeyboardInterrupt leaves the study as it should be, ready to go on.
+        Whatever ends it early leaves the study as it should be, ready to go on.
+
+        Raises:
+            LookupError: many configs in a row failed for reasons that are hardly theirs.
+            NoCompilerError: compiler processes cannot be started.
         """
         self.ledger.give_up_abandoned()
         for record in self.ledger.records():
             self._note_broken(record)
-        if self._is_guided and not self.ledger.taken():
-            self._enqueue_first()
+        self._enqueue_first()
         waiting: list[_Waiting] = []
         exhausted = False
         try:
@@ -191,10 +202,13 @@ class Search:
         return self._sampler not in ("grid", "random")
 
     def _enqueue_first(self) -> None:
-        """The default, and the model's favourites."""
-        default = self.candidates.numbers.get(str(self.space.default))
-        first = [] if default is None else [default]
-        for number in dict.fromkeys([*first, *self.candidates.favourites(_FAVOURITES)]):
+        """The default, what the caller wants first, and in a new study the model's favourites."""
+        taken = self.ledger.taken()
+        texts = [text for text in self._first if text in self.candidates.numbers]
+        numbers = [self.candidates.numbers[text] for text in texts if text not in taken]
+        if self._is_guided and not taken:
+            numbers += self.candidates.favourites(_FAVOURITES)
+        for number in dict.fromkeys(numbers):
             self._enqueue(number)
 
     def _enqueue(self, number: int) -> None:
@@ -228,9 +242,9 @@ class Search:
                 self._enqueue(candidates.nearest(trial.params, is_free))
 
     def _times_ms(self) -> dict[str, float]:
-        """The times of what was tried, also of what was stopped because it was slow."""
-        records = self.ledger.records()
-        return {r.config: r.time_ms for r in records if math.isfinite(r.time_ms)}
+        """The times of what was compiled, also of what was stopped because it was slow."""
+        tried = [r for r in self.ledger.records() if r.machinery is not None]
+        return {r.config: r.time_ms for r in tried if math.isfinite(r.time_ms)}
 
     def _look_at(self, trial: Trial, config: Config, on_record) -> list[_Waiting]:
         """Have a config compiled, unless the model knows already that it is hopeless."""
@@ -281,14 +295,25 @@ class Search:
         self.ledger.finish(trial, record)
         self._note_broken(record)
         on_record(record)
+        self._failed_in_a_row += 1
+        if record.outcome not in _OF_THE_ENVIRONMENT:
+            self._failed_in_a_row = 0
+        if self._failed_in_a_row >= _HOPELESS_RUN:
+            raise LookupError(
+                f"{self._failed_in_a_row} configs of {self.space.problem} in a row failed, the "
+                f"last with {record.outcome}: {record.reason}"
+            )
 
     def _note_broken(self, record: Record) -> None:
         """Remember machine code that failed: other layouts of it need not be tried."""
         if record.outcome in _OF_THE_CODE:
             self._broken.add(record.config)
 
-    def crown(self) -> tuple[Record, Record]:
-        """(the default's record, the winner's), after measuring the finalists against each other.
+    def winner(self, again: bool = True) -> tuple[Record, Record]:
+        """(the default's record, the winner's).
+
+        Args:
+            again: measure the finalists against each other first, where there is a GPU.
 
         Raises:
             LookupError: nothing that was tried can be used.
@@ -299,10 +324,9 @@ class Search:
             raise LookupError(f"no config of {self.space.problem} worked: {_outcomes(records)}")
         usable.sort(key=lambda record: record.time_ms)
         default = records.get(str(self.space.default))
-        finalists = usable[:_FINALISTS]
-        if default is not None and default.outcome in _USABLE:
-            finalists += [] if default in finalists else [default]
-        if self._measurer is not None and len(finalists) > 1:
+        firsts = [record for record in usable[_FINALISTS:] if record.config in self._first]
+        finalists = usable[:_FINALISTS] + firsts
+        if again and self._measurer is not None and len(finalists) > 1:
             configs = [record.config for record in finalists]
             samples = self._measurer.remeasure(self.space.problem, configs, _FINAL_ROUNDS)
             again = [
@@ -315,7 +339,12 @@ class Search:
         tied = [r for r in finalists if r.time_ms <= (1 + _TIE) * best.time_ms]
         best = min(tied, key=lambda record: (record.machinery.smem_bytes, record.time_ms))
         default = next((r for r in finalists if r.config == str(self.space.default)), default)
-        default = default or best
+        if default is None:
+            outcome, why = self.space.failure(self.space.default) or (
+                "invalid",
+                "it was not tried",
+            )
+            default = Record(str(self.space.default), outcome, why)
         is_only_predicted = self._measurer is None and math.isfinite(default.time_ms)
         if is_only_predicted and best.time_ms > (1 - MODEL_MARGIN) * default.time_ms:
             best = default
@@ -323,12 +352,16 @@ class Search:
 
     def importances(self) -> dict[str, float]:
         """Each dimension's share in the variation of the time; empty while too little is known."""
+        before = optuna.logging.get_verbosity()
+        optuna.logging.set_verbosity(optuna.logging.ERROR)  # too few trials are no news
         try:
             return optuna.importance.get_param_importances(
                 self._study, evaluator=optuna.importance.PedAnovaImportanceEvaluator()
             )
         except (ValueError, RuntimeError, ImportError):
             return {}
+        finally:
+            optuna.logging.set_verbosity(before)
 
 
 def _outcomes(records: dict[str, Record]) -> str:

@@ -9,10 +9,12 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cache
 from hashlib import sha256
+from pathlib import Path
 
 import optuna
 
@@ -117,7 +119,9 @@ class Session:
         Raises:
             StorageError: the study cannot be used.
             LookupError: no config worked.
-            KeyboardInterrupt: after the best so far was remembered.
+            NoCompilerError: compiler processes cannot be started.
+
+        Whatever ends the search early, the best so far is remembered.
         """
         limits, sampler = self._limits(classes_left), self.options.sampler
         study = self._study(space)
@@ -128,19 +132,20 @@ class Session:
             self.measurer,
             limits,
             sampler=sampler,
+            first=self._incumbent(space),
             ahead=self.options.jobs + 2,
             clock=self._clock,
         )
         with _shown(search, title, limits.seconds, quiet) as (on_record, on_idle):
             try:
                 search.run(on_record, on_idle)
-            except KeyboardInterrupt:
-                if search.best() is not None:
-                    self._remember(space, *search.crown())
+            except BaseException:
+                with suppress(LookupError):
+                    self._remember(space, *search.winner(again=False))
                 raise
         if not search.ledger.records():
             raise LookupError(f"no config of {space.problem} was tried: the time was over before")
-        default, best = search.crown()
+        default, best = search.winner()
         self._remember(space, default, best)
         return Result(
             device=self.device.name,
@@ -186,8 +191,14 @@ class Session:
     def _study_name(self, space: Space) -> str:
         """What trials of one study have in common, so that they can be compared."""
         made = [source_hash(), sorted(versions().items()), space.budgets, space.dimensions]
+        made.append(_model_hash())
         digest = sha256(repr(made).encode()).hexdigest()[:12]
         return f"{space.problem} on {self.device}, {self.origin}, {digest}"
+
+    def _incumbent(self, space: Space) -> list[str]:
+        """The config that is remembered for a class: it has to be beaten."""
+        entries = store.read(self.device)
+        return [entry.config for entry in entries if entry.problem == space.problem]
 
     def _remember(self, space: Space, default: Record, best: Record) -> None:
         """Write the winner to the config cache; what goes wrong is logged."""
@@ -203,13 +214,22 @@ class Session:
             kernels=source_hash(),
             compilers=versions(),
             default_config=default.config,
-            default_ms=default.time_ms if math.isfinite(default.time_ms) else best.time_ms,
+            default_ms=default.time_ms if math.isfinite(default.time_ms) else None,
         )
         try:
             store.add(self.device, [entry])
         except OSError as error:
             path = store.path_of(self.device)
             _log.warning("cannot write %s (%s): the config found is not remembered", path, error)
+
+
+@cache
+def _model_hash() -> str:
+    """Hash of everything that decides a prediction, the kernels aside."""
+    digest, folder = sha256(), Path(__file__).parent
+    for file in sorted([*folder.glob("model/*.py"), *folder.glob("machines.*")]):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def _study_in_memory(name: str, sampler: optuna.samplers.BaseSampler) -> optuna.Study:

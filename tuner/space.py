@@ -14,8 +14,9 @@ from functools import cached_property
 
 from numflash.configs import MMA_CONFIGS, PORTABLE_CONFIGS, Config, MmaConfig, parse_config
 from numflash.devices import Architecture, blocks_per_sm
-from numflash.dispatch import PACKED_SEQLEN, choose, num_splits
+from numflash.dispatch import choose, choose_forward, rows_packed
 from numflash.errors import UnsupportedError
+from numflash.problem import AttentionProblem
 from numflash.problem_class import ProblemClass
 from numflash_tuner.machines import Machine
 from numflash_tuner.records import Machinery
@@ -30,6 +31,9 @@ _BLOCKS_PER_SM = 8
 
 _GEOMETRY = ("num_splits", "packed", "heads_in_flight")
 """Dimensions that are arguments of a kernel rather than its code."""
+
+_OF_THE_USER = ("--sram-budget", "--min-occupancy")
+"""Constraints that hold for the default, too."""
 
 Failure = tuple[str, str]
 """(outcome, reason), outcomes as in `records.FAILURES`."""
@@ -76,19 +80,36 @@ class Space:
     def default(self) -> Config:
         """What runs untuned."""
         problem, limits = self.problem, self.machine.limits
-        rows, pack = problem.seqlen_q, self._default_pack
-        if problem.family == "backward-dkdv":
-            rows = problem.seqlen_k
-        if problem.family == "forward":
-            rows *= pack
-        config = choose(problem.family, problem.traits, limits, rows).config
-        if problem.family != "forward" or not isinstance(config, MmaConfig):
-            return config
-        blocks = -(-rows // config.block_rows) * (problem.batch_heads // pack)
-        num_sms = self.machine.num_sms
-        splits = num_splits(config, problem.traits, limits, num_sms, blocks, problem.seqlen_k)
-        packed = None if "packed" not in self.dimensions_of(config) else pack > 1
-        return replace(config, num_splits=splits, packed=packed)
+        if problem.family != "forward":
+            rows = problem.seqlen_k if problem.family == "backward-dkdv" else problem.seqlen_q
+            return choose(problem.family, problem.traits, limits, rows).config
+        stands_for = self._stands_for
+        config = choose_forward(stands_for, problem.traits, limits, self.machine.num_sms).config
+        if "packed" in self._choices_of(config):
+            config = replace(config, packed=rows_packed(stands_for) > 1)
+        return config
+
+    @property
+    def _stands_for(self) -> AttentionProblem:
+        """A problem of the class, its mask aside."""
+        problem, traits = self.problem, self.problem.traits
+        return AttentionProblem(
+            batch=1,
+            seqlen_q=problem.seqlen_q,
+            seqlen_k=problem.seqlen_k,
+            num_heads_q=problem.batch_heads,
+            num_heads_kv=max(1, problem.batch_heads // problem.group_size),
+            head_dim=traits.head_dim,
+            head_dim_v=traits.head_dim_v,
+            dtype=traits.dtype,
+            softmax_scale=1.0,
+            band_lo=-problem.seqlen_q,
+            band_hi=problem.seqlen_k,
+            bias_shift=0,
+            softcap=float(traits.softcap),
+            alibi_strides=(0, 0) if traits.alibi else None,
+            tf32=traits.tf32,
+        )
 
     @property
     def runs(self) -> bool:
@@ -102,21 +123,15 @@ class Space:
         except UnsupportedError:
             return False
 
-    @property
-    def _default_pack(self) -> int:
-        """Query heads that are packed into a tile untuned."""
-        few = self.problem.seqlen_q <= PACKED_SEQLEN and not self.problem.traits.alibi
-        return self.problem.group_size if few else 1
-
     @cached_property
     def dimensions(self) -> dict[str, tuple]:
         """Name -> choices in order; the names are those of the config's fields."""
-        found = self.dimensions_of(self.default)
-        if "num_splits" in found:
-            found["num_splits"] = tuple(sorted({*found["num_splits"], self.default.num_splits}))
-        return found
+        return {
+            name: tuple(sorted({*choices, getattr(self.default, name)}))
+            for name, choices in self._choices_of(self.default).items()
+        }
 
-    def dimensions_of(self, config: Config) -> dict[str, tuple]:
+    def _choices_of(self, config: Config) -> dict[str, tuple]:
         """The dimensions of the implementation that a config belongs to."""
         if isinstance(config, MmaConfig):
             return self._mma_dimensions()
@@ -144,7 +159,8 @@ class Space:
             dimensions["num_splits"] = (1, 2, 4, 8)
         if problem.family == "forward":
             # Where one row block a head fills the machine, splitting the keys only costs.
-            fewest = problem.batch_heads // self._default_pack * -(-problem.seqlen_q // 256)
+            heads = problem.batch_heads // rows_packed(self._stands_for)
+            fewest = max(1, heads) * -(-problem.seqlen_q // 256)
             most = max(1, _BLOCKS_PER_SM * self.machine.num_sms // fewest)
             dimensions["num_splits"] = tuple(2**i for i in range(8) if 2**i <= most)
             if problem.group_size > 1 and not problem.traits.alibi:
@@ -262,6 +278,11 @@ class Space:
                 for layout in laid_out:
                     values = shape | packing | layout
                     feasible[replace(base, **layout)] = {n: values[n] for n in self.dimensions}
+        violation = self._violation(self.default)
+        if violation is not None and violation[0] not in _OF_THE_USER:
+            # Whatever it is worth, it is what runs untuned.
+            feasible[self.default] = {n: getattr(self.default, n) for n in self.dimensions}
+            excluded[violation[0]] -= 1
         return feasible, excluded
 
     @property
@@ -304,7 +325,7 @@ class Space:
         except (ValueError, UnsupportedError):
             return None
         if "packed" in self.dimensions and config.packed is None:
-            config = replace(config, packed=self._default_pack > 1)
+            config = replace(config, packed=rows_packed(self._stands_for) > 1)
         values = {name: getattr(config, name, None) for name in self.dimensions}
         known = all(value in self.dimensions[name] for name, value in values.items())
         return values if known and self._make(values) == config else None

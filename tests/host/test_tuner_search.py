@@ -74,7 +74,7 @@ def test_a_quarter_of_the_time_comes_within_two_percent_of_the_best(problem, see
     limits = Limits(seconds=recording.seconds / 4)
     search = make_search(space, replay, limits, clock=lambda: replay.seconds)
     run(search)
-    _, best = search.crown()
+    _, best = search.winner()
     assert replay.seconds <= recording.seconds / 4 + 60
     assert recording.records[best.config].median_ms <= 1.02 * recording.best.median_ms
 
@@ -166,7 +166,7 @@ def test_an_interrupted_search_frees_what_it_was_trying():
     assert {record.config for record in told} == set(map(str, space.feasible)) - done
 
 
-def crowned(times, *, measured=False, smem=None, final=None):
+def chosen(times, *, measured=False, smem=None, final=None):
     """(default, best) of a search in which configs took these times."""
     space = space_of()
     study = optuna.create_study(direction="minimize")
@@ -185,7 +185,7 @@ def crowned(times, *, measured=False, smem=None, final=None):
             for config, ms in final.items()
         }
         measurer = Replay(Recording({}, DQ, {}, records))
-    default, best = make_search(space, measurer, study=study).crown()
+    default, best = make_search(space, measurer, study=study).winner()
     return default.config, best.config
 
 
@@ -194,22 +194,22 @@ A, B = "sm80-m64n64w4s1", "sm80-m64n32w4s1"
 
 
 def test_a_prediction_displaces_the_default_only_beyond_the_models_margin():
-    assert crowned({DEFAULT: 1.0, A: 0.96}) == (DEFAULT, DEFAULT)
-    assert crowned({DEFAULT: 1.0, A: 0.94}) == (DEFAULT, A)
+    assert chosen({DEFAULT: 1.0, A: 0.96}) == (DEFAULT, DEFAULT)
+    assert chosen({DEFAULT: 1.0, A: 0.94}) == (DEFAULT, A)
 
 
 def test_a_measurement_displaces_the_default_by_any_gain():
-    assert crowned({DEFAULT: 1.0, A: 0.97}, measured=True) == (DEFAULT, A)
+    assert chosen({DEFAULT: 1.0, A: 0.97}, measured=True) == (DEFAULT, A)
 
 
 def test_finalists_are_measured_again_before_one_wins():
-    assert crowned({DEFAULT: 1.0, A: 0.8, B: 0.9}, measured=True, final={A: 0.95}) == (DEFAULT, B)
+    assert chosen({DEFAULT: 1.0, A: 0.8, B: 0.9}, measured=True, final={A: 0.95}) == (DEFAULT, B)
 
 
 def test_ties_go_to_less_shared_memory():
     times = {DEFAULT: 2.0, A: 1.0, B: 1.005}
-    assert crowned(times, measured=True, smem={A: 2000, B: 1000}) == (DEFAULT, B)
-    assert crowned(times, measured=True, smem={A: 1000, B: 2000}) == (DEFAULT, A)
+    assert chosen(times, measured=True, smem={A: 2000, B: 1000}) == (DEFAULT, B)
+    assert chosen(times, measured=True, smem={A: 1000, B: 2000}) == (DEFAULT, A)
 
 
 def test_nothing_that_works_is_an_error_that_says_what_failed():
@@ -217,7 +217,7 @@ def test_nothing_that_works_is_an_error_that_says_what_failed():
     search = make_search(space, pool=InstantPool(space, spills=map(str, space.feasible)))
     run(search)
     with pytest.raises(LookupError, match=r"\d+ spilled \(64 bytes"):
-        search.crown()
+        search.winner()
 
 
 def test_importances_are_shares():
