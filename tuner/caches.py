@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 
 from numflash import store
+from numflash.cache import cache_dir
 from numflash.entries import DeviceKey, Entry
 
 
@@ -35,6 +36,9 @@ def main(argv: list[str]) -> int:
     merge.add_argument("files", nargs="+")
     clear = commands.add_parser("clear", help="forget what was tuned")
     clear.add_argument("--device", help="only devices whose name contains this")
+    clear.add_argument(
+        "--studies", action="store_true", help="also what was tried, of all devices"
+    )
     args = parser.parse_args(argv)
     run: Callable[[argparse.Namespace], int] = globals()[f"_{args.command}"]
     try:
@@ -112,6 +116,12 @@ def _clear(args: argparse.Namespace) -> int:
     else:
         for device in _chosen(store.read_all(), args.device):
             removed += store.clear(device)
+    if args.studies:
+        folder = cache_dir() / "studies"
+        found = sorted(folder.iterdir()) if folder.is_dir() else []
+        for path in found:
+            path.unlink()
+        removed += found
     print("\n".join(f"removed {path}" for path in removed) or "nothing to remove")
     return 0
 

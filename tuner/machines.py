@@ -85,7 +85,7 @@ def find(name: str) -> Machine:
     hint = f"; did you mean {' or '.join(near_names)}?" if near_names else ";"
     raise ValueError(
         f"device must be a GPU of the table or an architecture such as sm_80, got {name!r}{hint} "
-        "numflash_tuner.machines.names() lists all"
+        "numflash-tune --list-devices lists all"
     )
 
 

@@ -39,6 +39,8 @@ _TIE = 0.01
 MODEL_MARGIN = 0.05
 """What a prediction must gain over the default to displace it: the model is no better."""
 _ASK_ATTEMPTS = 20
+_FEW_TRIALS = 10
+"""From so many on it can be told which parameters matter."""
 _USABLE = ("measured", "predicted")
 """Outcomes of configs that may win."""
 _OF_THE_ENVIRONMENT = ("compile_failed", "launch_failed", "timeout")
@@ -352,16 +354,14 @@ class Search:
 
     def importances(self) -> dict[str, float]:
         """Each dimension's share in the variation of the time; empty while too little is known."""
-        before = optuna.logging.get_verbosity()
-        optuna.logging.set_verbosity(optuna.logging.ERROR)  # too few trials are no news
+        if sum(record.outcome in _USABLE for record in self.ledger.records()) < _FEW_TRIALS:
+            return {}
         try:
             return optuna.importance.get_param_importances(
                 self._study, evaluator=optuna.importance.PedAnovaImportanceEvaluator()
             )
         except (ValueError, RuntimeError, ImportError):
             return {}
-        finally:
-            optuna.logging.set_verbosity(before)
 
 
 def _outcomes(records: dict[str, Record]) -> str:

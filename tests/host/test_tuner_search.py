@@ -116,6 +116,41 @@ def test_trials_are_counted_over_runs():
     assert run(make_search(space, study=study, limits=Limits(trials=15))) == []
 
 
+@pytest.mark.parametrize("sampler", ["tpe", "grid", "random"])
+def test_the_default_and_what_is_remembered_are_tried_whatever_the_sampler(sampler):
+    space = space_of()
+    incumbent = str(list(space.feasible)[-1])
+    search = make_search(space, limits=Limits(trials=2), sampler=sampler, first=[incumbent])
+    assert [record.config for record in run(search)] == [str(space.default), incumbent]
+    default, _ = search.winner()
+    assert default.config == str(space.default) and default.time_ms > 0
+
+
+def test_what_is_remembered_is_measured_against_the_finalists():
+    space = space_of()
+    incumbent = str(list(space.feasible)[-1])
+    recording = recording_of(space, 0)
+    best = replace(recording.records[incumbent], samples_ms=(1e-3,) * 9)
+    recording.records[incumbent] = replace(best, samples_ms=(1e3, 1e3, 1e3))
+    search = make_search(space, Replay(recording), Limits(trials=20), first=[incumbent])
+    run(search)
+    recording.records[incumbent] = best
+    assert search.winner()[1].config == incumbent
+
+
+def test_a_run_in_which_everything_fails_ends():
+    space = space_of(FORWARD)
+
+    class Broken(InstantPool):
+        def submit(self, config, traits):
+            future = Future()
+            future.set_result(Examined(failure=("compile_failed", "no memory")))
+            return future
+
+    with pytest.raises(LookupError, match="12 configs .* in a row failed, .* no memory"):
+        run(make_search(space, pool=Broken(space)))
+
+
 def test_a_target_ends_the_search():
     space = space_of()
     search = make_search(space, limits=Limits(target=100.0))
@@ -222,7 +257,8 @@ def test_nothing_that_works_is_an_error_that_says_what_failed():
 
 def test_importances_are_shares():
     space = space_of()
-    search = make_search(space)
+    search = make_search(space, Replay(recording_of(space, 0)))
+    assert search.importances() == {}  # nothing is known yet
     run(search)
     shares = search.importances()
     assert set(shares) <= set(space.dimensions)

@@ -62,6 +62,20 @@ def test_the_default_is_what_dispatch_would_run():
     assert space().default == parse_config("forward", "sm80-m128n64w4s1")
 
 
+@pytest.mark.parametrize("machine", ["Tesla T4", "NVIDIA H200"])
+@pytest.mark.parametrize("seqlens", [(1, 1), (1, 4096), (16, 4096), (64, 16), (4096, 32)])
+@pytest.mark.parametrize("family", ["forward", "backward-dkdv", "backward-dq"])
+@pytest.mark.parametrize(
+    "traits", ["float16-d64-dv64-vec", "float32-d128-dv128", "float32-d64-dv64-vec"]
+)
+def test_what_runs_untuned_is_always_feasible(machine, seqlens, family, traits):
+    q, k = seqlens
+    found = space(f"{family} {traits} full q{q} k{k} bh64 g8", machine)
+    assert found.default in found.feasible
+    assert found.config(found.feasible[found.default])[0] == found.default
+    assert min(found.excluded.values(), default=0) >= 0
+
+
 def test_splits_are_tried_only_where_blocks_are_few():
     assert space().dimensions["num_splits"] == (1,)
     assert max(space(DECODE).dimensions["num_splits"]) >= 64
