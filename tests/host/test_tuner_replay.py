@@ -24,7 +24,8 @@ SLOW = Record("m16n32w1", "measured", samples_ms=(50.0, 51.0, 52.0, 53.0), secon
 WRONG = Record("m32n32w2", "wrong_result", "out is off by 1", samples_ms=(1.0,), seconds=0.25)
 HUNG = Record("m32n64w2", "timeout", "time took longer than 30 s; killed", seconds=31.0)
 GUESS = Record("m64n32w4", "predicted", predicted_ms=1.0)
-RECORDS = {record.config: record for record in (FAST, SLOW, WRONG, HUNG, GUESS)}
+BEHIND = Record("m16n64w1", "slow", "the model's estimate is far behind", predicted_ms=9.0)
+RECORDS = {record.config: record for record in (FAST, SLOW, WRONG, HUNG, GUESS, BEHIND)}
 
 
 @pytest.fixture
@@ -147,7 +148,7 @@ def test_a_slow_config_is_stopped(measurer):
     assert "2 of 4" in record.reason
 
 
-@pytest.mark.parametrize("failed", [WRONG, HUNG, GUESS], ids=lambda record: record.outcome)
+@pytest.mark.parametrize("failed", [WRONG, HUNG, GUESS, BEHIND], ids=lambda record: record.outcome)
 def test_what_has_no_time_is_replayed_as_it_is(measurer, failed):
     record = measurer.measure(PROBLEM, failed.config, _never)
     assert dataclasses.replace(record, finished=failed.finished) == failed

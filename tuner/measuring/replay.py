@@ -8,14 +8,13 @@ that the measurements would have taken.
 import json
 import os
 import random
-import tempfile
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from numflash.files import replace_file
 from numflash.problem_class import ProblemClass
 from numflash_tuner.records import FAILURES, Record
 
@@ -88,17 +87,7 @@ def save(
         "compilers": compilers,
         "records": {config: json.loads(record.to_json()) for config, record in records.items()},
     }
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1)
-            file.write("\n")
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(temporary)
-        raise
+    replace_file(Path(path), json.dumps(content, indent=1) + "\n")
 
 
 def load(path: str | os.PathLike) -> Recording:
