@@ -11,6 +11,7 @@ import threading
 import time
 import types
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -82,7 +83,7 @@ CHILD = textwrap.dedent("""
         if kind == "pauses":
             time.sleep(0.01)
         ms = float(ms or 1)
-        send(id=number, ms=ms, warm_ms=ms, batch_heads=request.get("batch_heads") or 64)
+        send(id=number, ms=ms, warm_ms=ms, batch_heads=64)
 """)
 
 
@@ -236,14 +237,6 @@ def test_a_child_that_died_in_between_is_replaced(measurer, log):
     os.kill(_entries(log)[0]["pid"], 9)
     time.sleep(0.1)
     assert _works(measurer) and _children(log) == 2
-
-
-def test_every_child_measures_the_same_sizes(measurer, log):
-    measurer.measure(PROBLEM, "takes-1", _never)
-    measurer.measure(PROBLEM, "crashes", _never)
-    measurer.measure(PROBLEM, "takes-1", _never)
-    asked = [entry["batch_heads"] for entry in _entries(log) if entry["do"] == "prepare"]
-    assert asked == [None, 64, 64]
 
 
 def test_a_reduced_batch_is_said(measurer):
@@ -449,7 +442,7 @@ def test_without_a_library_both_reasons_are_given(monkeypatch):
 class FakeDevice:
     """A `gpu.Device` of NumPy arrays and invented times. `trouble` is raised when timing."""
 
-    ordinal = 0
+    ordinal, memory = 0, 2**30
 
     def __init__(self, trouble=None, stays_broken=False):
         self.trouble, self.stays_broken, self.launches = trouble, stays_broken, 0
@@ -467,8 +460,8 @@ class FakeDevice:
     def upload(self, array):
         return array
 
-    def free_bytes(self):
-        return 2**30
+    def total_bytes(self):
+        return self.memory
 
     def time(self, launch):
         print("a kernel prints")
@@ -485,6 +478,14 @@ class FakeDevice:
 
     def release(self):
         pass
+
+
+def _roomy(device, num_sms):
+    """The device with arrays that take no memory, all zero."""
+    device.describe = lambda: {"num_sms": num_sms}
+    device.empty = lambda shape, dtype: np.broadcast_to(np.zeros((), numpy_dtype(dtype)), shape)
+    device.fill_normal = lambda array, seed: None
+    return device
 
 
 def _arrays(call, family="forward"):
@@ -558,13 +559,24 @@ def test_a_call_is_made_smaller_until_it_fits():
     whole = representative.timed(PROBLEM)
     needed = whole.num_bytes("forward")
     assert needed == 64 * 4096 * (4 * 64 * 2 + 4)
-    assert representative.fitting(PROBLEM, needed) == whole
-    halved = representative.fitting(PROBLEM, needed - 1)
+    assert representative.fitting(PROBLEM, needed, math.inf) == whole
+    halved = representative.fitting(PROBLEM, needed - 1, math.inf)
     assert halved.batch * halved.num_heads_q == 32
     grouped = ProblemClass.parse("forward float16-d64-dv64-vec full q4096 k4096 bh64 g16")
-    assert representative.fitting(grouped, needed / 4).num_heads_q == 16
+    assert representative.fitting(grouped, needed / 4, math.inf).num_heads_q == 16
     with pytest.raises(MemoryError, match="16 heads"):
-        representative.fitting(grouped, 1000)
+        representative.fitting(grouped, 1000, math.inf)
+
+
+def test_a_call_is_made_smaller_until_it_is_quick():
+    work = 64 * 4096 * 4096 * 128
+    assert representative.timed(PROBLEM).multiply_adds(PROBLEM.window) == work
+    assert representative.fitting(PROBLEM, math.inf, work) == representative.timed(PROBLEM)
+    halved = representative.fitting(PROBLEM, math.inf, work - 1)
+    assert halved.batch * halved.num_heads_q == 32
+    assert representative.fitting(PROBLEM, math.inf, 1).num_heads_q == 1
+    window = replace(PROBLEM, mask="window256")
+    assert representative.fitting(window, math.inf, work / 16) == representative.timed(window)
 
 
 def test_gradients_take_memory_too():
@@ -572,6 +584,21 @@ def test_gradients_take_memory_too():
     call = representative.timed(backward)
     arrays = 8 * 64 * 64 * 2
     assert call.num_bytes("backward-dq") == arrays + 3 * 4 * 64
+
+
+def test_no_class_takes_longer_than_the_watchdog_waits():
+    # A T4, whose 40 SMs multiply 64 float32 numbers a clock, at 40 percent of that.
+    device = _roomy(FakeDevice(), num_sms=40)
+    device.memory = 16 * 2**30
+    largest = "full q131072 k131072 bh4096 g1"
+    for traits, rate in (("float32-d128-dv128-vec", 64), ("float16-d128-dv128-vec", 512)):
+        problem = ProblemClass.parse(f"forward {traits} {largest}")
+        call = worker.Worker(device)._make_inputs(problem)
+        seconds = call.multiply_adds(None) / (0.4 * rate * 40 * 1.5e9)
+        # One kernel of a backward takes 2.5 times as long; the slowest may take twice that.
+        assert seconds * 2.5 * 2 < Limits().sample_s
+        # It still fills the machine, with 128 rows a block.
+        assert call.batch * call.num_heads_q * 131072 / 128 > 8 * 40
 
 
 @pytest.fixture
@@ -600,26 +627,18 @@ def _small(family, traits="float32-d32-dv32-vec"):
     ids=lambda value: value.partition(" full")[0] if isinstance(value, str) else None,
 )
 def test_a_worker_checks_and_times_a_kernel(served, monkeypatch, problem, config, launched):
-    ran = []
-    simulated = importlib.import_module("numflash.launch").Launcher
-    original = simulated.bind
-
-    def bind(self, operands):
-        launch = original(self, operands)
-        return lambda stream: (ran.append(str(self)), launch(stream))
-
-    monkeypatch.setattr(simulated, "bind", bind)
+    ran = _ran(monkeypatch)
     assert served.prepare(problem, config) == {"batch_heads": 2, "warm_ms": 0.25}
     assert served.device.launches == 2
     # Everything ran in the check and, before the first warm-up, to make what the kernel reads.
-    backward = [name.split()[0] for name in ran if not name.startswith("forward")]
+    backward = [family for family, _ in ran if family != "forward"]
     if backward:
         half = (len(backward) - 2 * len(launched)) // 2
         assert backward == 2 * backward[:half] + 2 * launched and "delta" in backward[:half]
     ran.clear()
     assert served.time(config) == {"ms": 0.25}
-    assert [name.split()[0] for name in ran] == launched
-    assert ran[0].split()[1] == config
+    assert [family for family, _ in ran] == launched
+    assert ran[0][1] == config
 
 
 def test_a_wrong_result_is_refused(served, monkeypatch):
@@ -667,7 +686,7 @@ def test_a_compiler_error_is_its_own_outcome(served, monkeypatch):
 @pytest.mark.parametrize(
     "error, outcome",
     [
-        (MemoryError("too much"), "over_budget"),
+        (MemoryError("too much"), "launch_failed"),
         (ValueError("no config"), "invalid"),
         (RuntimeError("CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES"), "launch_failed"),
         (worker.RefusedError("wrong_result", "off"), "wrong_result"),
@@ -677,6 +696,70 @@ def test_outcomes_of_errors(error, outcome):
     assert worker._failure(error)[0] == outcome
 
 
+class OutOfMemoryError(RuntimeError):
+    """As CuPy and PyTorch call theirs."""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("no room"),
+        OutOfMemoryError("no room"),
+        RuntimeError("the CUDA driver reports CUDA_ERROR_OUT_OF_MEMORY"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_memory_that_others_hold_does_not_condemn_the_machine_code(error):
+    outcome, reason = worker._failure(error)
+    assert outcome == "launch_failed"
+    assert reason.startswith("out of memory: ") and str(error) in reason
+
+
+def test_the_size_follows_from_the_whole_memory():
+    needed = representative.timed(PROBLEM).num_bytes("forward")
+    device = _roomy(FakeDevice(), num_sms=108)
+    for memory, heads in ((math.ceil(needed / 0.35), 64), (needed / 0.35 - 8, 32)):
+        device.memory = memory
+        call = worker.Worker(device)._make_inputs(PROBLEM)
+        assert call.batch * call.num_heads_q == heads
+
+
+def test_where_memory_is_short_configs_are_bound_one_at_a_time(served, monkeypatch):
+    bound = []
+
+    def bind(family, config, *args):
+        bound.append(config)
+        if served._launches:
+            raise MemoryError("the results of another config are in the way")
+        return lambda: None
+
+    monkeypatch.setattr(worker, "bind", bind)
+    configs = [CONFIG, "m32n32w1"]
+    for config in configs:
+        served.prepare(str(SMALL), config)
+    assert bound == [CONFIG, *["m32n32w1"] * 2]
+    bound.clear()
+    for config in (*configs, configs[1]):
+        assert served.time(config) == {"ms": 0.25}
+    assert bound == [CONFIG] * 2 + ["m32n32w1"] * 2
+    served.drop()
+    monkeypatch.setattr(worker, "bind", lambda *args: (_ for _ in ()).throw(MemoryError("no")))
+    with pytest.raises(MemoryError):
+        served.prepare(str(SMALL), CONFIG)
+
+
+def test_what_a_backward_reads_is_made_once(served, monkeypatch):
+    made = []
+    attention = numflash.attention
+    monkeypatch.setattr(
+        worker.numflash, "attention", lambda *a, **o: (made.append(1), attention(*a, **o))[1]
+    )
+    problem = ProblemClass.parse(_small("backward-dq"))
+    assert served._make_inputs(problem) == served._make_inputs(problem)
+    assert len(made) == 1
+    assert served._inputs[2].keys() == {"q", "k", "v", "dout", "out", "lse"}
+
+
 def test_a_config_that_is_none_is_invalid(served):
     with pytest.raises(ValueError):
         served.prepare(str(SMALL), "m16")
@@ -684,20 +767,42 @@ def test_a_config_that_is_none_is_invalid(served):
         served.prepare(str(SMALL).replace("forward", "delta"), "w8")
 
 
-def test_a_combine_is_measured_with_a_forward_in_parts(served, monkeypatch):
-    made = []
-    plan = numflash.plan
+def _ran(monkeypatch):
+    """The kernels that run from now on, by family."""
+    ran = []
+    launcher = importlib.import_module("numflash.launch").Launcher
+    original = launcher.bind
 
-    def noted(*args, config, **options):
-        made.append(config)
-        return plan(*args, config=config, **options)
+    def bind(self, operands):
+        launch = original(self, operands)
+        return lambda stream: (ran.append(str(self).split()[:2]), launch(stream))
 
-    monkeypatch.setattr(worker.numflash, "plan", noted)
+    monkeypatch.setattr(launcher, "bind", bind)
+    return ran
+
+
+def test_a_combine_is_timed_alone_after_a_forward_in_parts(served, monkeypatch):
     problem = "combine float16-d32-dv32-vec full q8 k8 bh1 g1"
+    ran = _ran(monkeypatch)
     assert served.prepare(problem, "w2")["warm_ms"] == 0.25
-    assert made[0]["combine"] == "w2" and made[0]["forward"].num_splits == 2
+    # In the check, to make the parts, and to warm up twice.
+    assert [family for family, _ in ran] == ["forward", "combine"] * 2 + ["combine"] * 2
+    assert all("x2" in config for family, config in ran if family == "forward")
+    ran.clear()
+    served.time("w2")
+    assert ran == [["combine", "w2"]]
     with pytest.raises(worker.RefusedError, match="does not split its keys"):
         served.prepare(str(SMALL).replace("forward", "combine"), "w2")
+
+
+def test_a_split_forward_is_timed_with_its_combine(served, monkeypatch):
+    problem, config = "forward float16-d32-dv32-vec full q8 k8 bh1 g1", "sm80-m16n16w1s1x2"
+    ran = _ran(monkeypatch)
+    served.prepare(problem, config)
+    ran.clear()
+    served.time(config)
+    assert [family for family, _ in ran] == ["forward", "combine"]
+    assert ran[0][1] == config
 
 
 SERVER = """

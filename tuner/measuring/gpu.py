@@ -36,8 +36,8 @@ class Device(Protocol):
     def upload(self, array):
         """A NumPy float32 array, on this device."""
 
-    def free_bytes(self) -> int:
-        """Memory that could be allocated."""
+    def total_bytes(self) -> int:
+        """Its memory, whoever uses it."""
 
     def time(self, launch: Callable[[], Any]) -> float:
         """Milliseconds of one launch on the current stream, with a cold L2."""
@@ -105,10 +105,9 @@ class CupyGpu(_Gpu):
         """As `Device.upload`."""
         return self._cupy.asarray(array)
 
-    def free_bytes(self):
-        """As `Device.free_bytes`."""
-        self.release()
-        return self._device.mem_info[0]
+    def total_bytes(self):
+        """As `Device.total_bytes`."""
+        return self._device.mem_info[1]
 
     def synchronize(self):
         """As `Device.synchronize`."""
@@ -149,10 +148,9 @@ class TorchGpu(_Gpu):
         """As `Device.upload`."""
         return self._torch.from_numpy(array).to(self._device)
 
-    def free_bytes(self):
-        """As `Device.free_bytes`."""
-        self.release()
-        return self._torch.cuda.mem_get_info(self._device)[0]
+    def total_bytes(self):
+        """As `Device.total_bytes`."""
+        return self._torch.cuda.mem_get_info(self._device)[1]
 
     def synchronize(self):
         """As `Device.synchronize`."""

@@ -8,25 +8,19 @@ a GPU measure one at a time, under a lock in the cache directory.
 import logging
 import os
 import random
-import re
 import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from numflash.cache import cache_dir
 from numflash.problem_class import ProblemClass
 from numflash_tuner.measuring.child import Child, DeviceUnavailableError, FailedError
 from numflash_tuner.measuring.clocks import ClockLog
+from numflash_tuner.measuring.device_lock import device_lock
 from numflash_tuner.records import Record
-
-if sys.platform == "win32":
-    import msvcrt
-else:
-    import fcntl
 
 _log = logging.getLogger("numflash")
 
@@ -61,6 +55,12 @@ class Measurer(Protocol):
 @dataclass(frozen=True)
 class Limits:
     """How long a child may take, and how often is measured.
+
+    A call is chosen such that a good kernel takes no more than a few seconds (`worker`), and these
+    leave room for one that is several times slower: what exceeds them hangs, or has lost anyway.
+    Only where a single group of heads takes longer, as of 64 heads of 131072 tokens in float32,
+    may every config of a class be a "timeout". Of launches that take more than budget_ms /
+    min_repeats there are min_repeats samples.
 
     Attributes:
         start_s: until a child is ready.
@@ -115,7 +115,6 @@ class DeviceMeasurer:
         self._order = random.Random(seed)
         self._child: Child | None = None
         self._clocks: ClockLog | None = None
-        # What a class was measured with, so that a child started later measures the same.
         self._batch_heads: dict[ProblemClass, int] = {}
 
     def __enter__(self) -> "DeviceMeasurer":
@@ -216,11 +215,7 @@ class DeviceMeasurer:
     def _prepare(self, problem: ProblemClass, config: str) -> float:
         """Milliseconds of a warm-up. Raises FailedError."""
         reply = self._child.ask(
-            self.limits.prepare_s,
-            do="prepare",
-            problem=str(problem),
-            config=config,
-            batch_heads=self._batch_heads.get(problem),
+            self.limits.prepare_s, do="prepare", problem=str(problem), config=config
         )
         self._batch_heads[problem] = reply["batch_heads"]
         return reply["warm_ms"]
@@ -233,7 +228,7 @@ class DeviceMeasurer:
         batch_heads = self._batch_heads[problem]
         if batch_heads == problem.batch_heads:
             return ""
-        return f"batch x heads was {batch_heads}, for lack of memory"
+        return f"batch x heads was {batch_heads}, by memory and time"
 
     def _started(self) -> Child:
         if self._child is None or not self._child.is_alive:
@@ -241,48 +236,18 @@ class DeviceMeasurer:
             environment = {**os.environ, "NUMFLASH_TUNED": "0"}
             for name in ("NUMFLASH_AUTOTUNE", "NUMFLASH_CAPTURE"):
                 environment.pop(name, None)
-            self._child = Child(self._command, environment, self.limits.start_s)
-            self._clocks = ClockLog(str(self._child.device["bus"]))
+            child = Child(self._command, environment, self.limits.start_s)
+            self._child = child
+            self._clocks = ClockLog(str(child.device["bus"]))
         return self._child
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
         """A child is running, and no other process measures on its device."""
         device = self._started().device
-        with _device_lock(f"{socket.gethostname()}-{device['bus']}"):
+        with device_lock(f"{socket.gethostname()}-{device['bus']}"):
             self._started()
             yield
-
-
-@contextmanager
-def _device_lock(name: str) -> Iterator[None]:
-    """Wait for the lock of a device; without one where the cache directory has no room for it."""
-    path = cache_dir() / "locks" / (re.sub(r"[^A-Za-z0-9.-]+", "_", name) + ".lock")
-    handle = None
-    try:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-            _lock(handle)
-        except OSError as error:
-            _log.warning("measuring without the lock that keeps other processes away: %s", error)
-        yield
-    finally:
-        if handle is not None:
-            # This gives the lock back, as does the end of the process.
-            os.close(handle)
-
-
-def _lock(handle: int) -> None:
-    """Wait for the lock of an open file. Raises OSError where files cannot be locked."""
-    if sys.platform != "win32":
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        return
-    while True:
-        # Windows gives up after ten seconds.
-        with suppress(PermissionError):
-            msvcrt.locking(handle, msvcrt.LK_LOCK, 1)
-            return
 
 
 __all__ = ["DeviceMeasurer", "DeviceUnavailableError", "Limits", "Measurer"]

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from numflash.dispatch import PACKED_SEQLEN
 from numflash.problem_class import ProblemClass
 
 CHECK_SEQLENS = (113, 257)
@@ -13,8 +14,6 @@ FORWARD = ("forward", "combine")
 BACKWARD = ("backward-dkdv", "backward-dq", "backward")
 _HEADS = 32
 _CHECKED_WINDOW = 64
-# Up to here query heads are packed into the rows of a tile, as many as share K and V.
-_FEW_QUERIES = 32
 
 
 @dataclass(frozen=True)
@@ -66,6 +65,11 @@ class Call:
         # q, out, dout, dq; k, v, dk, dv; lse, delta and lse_log2.
         return 2 * (q_and_out + k_and_v) * element + 3 * 4 * rows_q
 
+    def multiply_adds(self, window: int | None) -> int:
+        """Of a forward whose queries each see all keys, or a window of them."""
+        keys = self.seqlen_k if window is None else min(self.seqlen_k, window)
+        return self.batch * self.num_heads_q * self.seqlen_q * keys * self.head_dims
+
     @property
     def head_dims(self) -> int:
         """head_dim and head_dim_v together."""
@@ -106,20 +110,31 @@ def timed(problem: ProblemClass, batch_heads: int | None = None) -> Call:
     )
 
 
-def fitting(problem: ProblemClass, num_bytes: float) -> Call:
-    """The call of `timed`, with batch x heads halved until inputs and results fit.
+def fitting(problem: ProblemClass, num_bytes: float, multiply_adds: float) -> Call:
+    """The call of `timed`, with batch x heads halved until it is small enough.
+
+    Args:
+        problem: the class.
+        num_bytes: for inputs and results.
+        multiply_adds: of a forward; beyond these too, a single group of heads is still timed.
 
     Raises:
-        MemoryError: not even one group of heads does.
+        MemoryError: not even one group of heads has room.
     """
     batch_heads = problem.batch_heads
-    while (call := timed(problem, batch_heads)).num_bytes(problem.family) > num_bytes:
+    while True:
+        call = timed(problem, batch_heads)
+        needed = call.num_bytes(problem.family)
+        if needed <= num_bytes and call.multiply_adds(problem.window) <= multiply_adds:
+            return call
         if batch_heads % (2 * problem.group_size):
-            raise MemoryError(
-                f"{problem} takes {call.num_bytes(problem.family)} bytes with no more than "
-                f"{batch_heads} heads, {int(num_bytes)} are allowed"
-            )
+            break
         batch_heads //= 2
+    if needed > num_bytes:
+        raise MemoryError(
+            f"{problem} takes {needed} bytes with no more than {batch_heads} heads, "
+            f"{int(num_bytes)} are allowed"
+        )
     return call
 
 
@@ -129,7 +144,7 @@ def checked(problem: ProblemClass, seqlens: tuple[int, int] = CHECK_SEQLENS) -> 
         min(odd, max(1, seqlen - 1))
         for odd, seqlen in zip(seqlens, (problem.seqlen_q, problem.seqlen_k), strict=True)
     )
-    group = min(problem.group_size, 8 if seqlen_q <= _FEW_QUERIES else 2)
+    group = min(problem.group_size, 8 if seqlen_q <= PACKED_SEQLEN else 2)
     window = None if problem.window is None else min(problem.window, _CHECKED_WINDOW)
     # Whole vectors are left out where rows must stay aligned.
     padding = (4 if problem.traits.dtype == "float32" else 8) if problem.traits.vectorized else 3

@@ -13,45 +13,32 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 import numflash
-from numflash.arrays import library_of
 from numflash.check import check
 from numflash.compiler import get_cubin
 from numflash.configs import MmaConfig
-from numflash.dispatch import force
+from numflash.dispatch import choose, force
 from numflash.errors import UnsupportedError
 from numflash.launch import limits_of_device
 from numflash.mode import SIMULATED
 from numflash.problem_class import ProblemClass
 from numflash_tuner.measuring import representative
 from numflash_tuner.measuring.gpu import Device, open_gpu
+from numflash_tuner.measuring.launches import RefusedError, bind, forced, make_arrays
 from numflash_tuner.measuring.representative import CHECK_SEQLENS, Call
 
 BROKEN = 3
 """The exit status after a fault that the device does not recover from."""
-_MEMORY_SHARE = 0.4
+_MEMORY_SHARE = 0.35
+"""Of the device's whole memory, for inputs and results: all processes on such a device then
+measure the same call, whatever else is on it. Workspaces of splits come on top."""
+_CALL_SECONDS = 2.0
+_TENSOR_RATE, _PORTABLE_RATE = 2**38, 2**35
+"""Multiply-adds per second and SM that kernels reach on slow devices: about a T4's."""
 _WARM_UPS = 2
 _ORPHAN_SECONDS = 5
-_AFTER = {"backward": "reduce-dq"}
-_DEFAULTS = {
-    "softmax_scale": None,
-    "causal": False,
-    "causal_align": "bottom_right",
-    "window_size": (-1, -1),
-    "softcap": 0.0,
-    "alibi_slopes": None,
-    "layout": "bshd",
-    "precision": None,
-}
-
-
-class RefusedError(Exception):
-    """A config is given up: `args` are the outcome of its record and the reason."""
 
 
 class Worker:
@@ -72,13 +59,12 @@ class Worker:
         """Forget one config, if it was prepared."""
         self._launches.pop(config, None)
 
-    def prepare(self, problem: str, config: str, batch_heads: int | None = None) -> dict:
+    def prepare(self, problem: str, config: str) -> dict:
         """Compile, check and warm up a config.
 
         Args:
             problem: the class, as a string.
             config: as a string.
-            batch_heads: of the call that is timed; None lets the memory decide.
 
         Returns:
             `batch_heads` of the call that is timed, and `warm_ms`, the time of a warm-up.
@@ -91,14 +77,14 @@ class Worker:
             raise RefusedError("invalid", f"there is no measurement of {wanted.family} by itself")
         self._compile(wanted, config)
         self._check(wanted, config)
-        call, arrays = self._make_inputs(wanted, batch_heads)
-        launch = self._launches[config] = bind(wanted.family, config, call, arrays)
+        call = self._make_inputs(wanted)
+        launch = self._bind(config)
         times = [self.device.time(launch) for _ in range(_WARM_UPS)]
         return {"batch_heads": call.batch * call.num_heads_q, "warm_ms": times[-1]}
 
     def time(self, config: str) -> dict:
         """`ms`, the milliseconds of one launch of a config that was prepared."""
-        return {"ms": self.device.time(self._launches[config])}
+        return {"ms": self.device.time(self._launches.get(config) or self._bind(config))}
 
     def _compile(self, problem: ProblemClass, config: str) -> None:
         limits = limits_of_device(self.device.ordinal)
@@ -129,80 +115,43 @@ class Worker:
             ]
             raise RefusedError("wrong_result", "; ".join(wrong))
 
-    def _make_inputs(self, problem: ProblemClass, batch_heads: int | None) -> tuple[Call, dict]:
-        """The call to time and its arrays: the same for all configs of a class."""
-        key, call, arrays = self._inputs
-        same = key == problem and batch_heads in (None, call.batch * call.num_heads_q)
-        if not same:
+    def _make_inputs(self, problem: ProblemClass) -> Call:
+        """The call to time, and its arrays: the same for all configs of a class."""
+        key, call, _ = self._inputs
+        if key != problem:
             self._launches.clear()
             self._inputs = (None, None, {})
-            del arrays
-            if batch_heads is None:
-                call = representative.fitting(problem, _MEMORY_SHARE * self.device.free_bytes())
-            else:
-                call = representative.timed(problem, batch_heads)
+            limits = limits_of_device(self.device.ordinal)
+            default = choose("forward", problem.traits, limits).config
+            rate = _TENSOR_RATE if isinstance(default, MmaConfig) else _PORTABLE_RATE
+            num_sms = self.device.describe()["num_sms"]
+            num_bytes = _MEMORY_SHARE * self.device.total_bytes()
+            call = representative.fitting(problem, num_bytes, _CALL_SECONDS * rate * num_sms)
             arrays = make_arrays(self.device, problem.family, call, seed=1)
+            if problem.family in representative.BACKWARD:
+                q, k, v = (arrays[name] for name in "qkv")
+                options = {**call.options, "alibi_slopes": arrays.get("alibi_slopes")}
+                out, lse = numflash.attention(q, k, v, return_lse=True, **options)
+                arrays |= {"out": out, "lse": lse}
             self._inputs = (problem, call, arrays)
-        return call, arrays
+        return call
 
-
-def make_arrays(device: Device, family: str, call: Call, seed: int) -> dict[str, Any]:
-    """q, k and v of a call, with `dout` for a backward, and its `alibi_slopes`."""
-    arrays = {}
-    names = ("q", "k", "v") if family in representative.FORWARD else ("q", "k", "v", "dout")
-    for i, name in enumerate(names):
-        shape = call.shapes[name]
-        if not call.is_aligned:
-            # No row of an odd number of elements follows another at a multiple of 16 bytes.
-            shape = (*shape[:-1], shape[-1] + 1 + shape[-1] % 2)
-        array = device.empty(shape, call.dtype)
-        array = array if call.is_aligned else array[..., -call.shapes[name][-1] :]
-        device.fill_normal(array, seed + i)
-        arrays[name] = array
-    if call.has_alibi:
-        head = np.arange(1, call.num_heads_q + 1, dtype=np.float32)
-        arrays["alibi_slopes"] = device.upload(2 ** (-8 * head / call.num_heads_q))
-    return arrays
-
-
-def bind(family: str, config: str, call: Call, arrays: dict[str, Any]) -> Callable[[], Any]:
-    """A function that launches a family's kernel on these arrays, what it needs having run."""
-    arrays = dict(arrays)
-    options = {**_DEFAULTS, **call.options, "alibi_slopes": arrays.get("alibi_slopes")}
-    q, k, v = (arrays[name] for name in ("q", "k", "v"))
-    if family in representative.FORWARD:
-        configs = forced(family, config, q, k, v, options)
-        return numflash.plan(q, k, v, config=configs, **options).launch
-    from numflash.calls import Backward
-
-    out, lse = numflash.attention(q, k, v, return_lse=True, **options)
-    arrays |= {"out": out, "lse": lse}
-    library = library_of(q, "q")
-    views = {name: library.view(array, name) for name, array in arrays.items()}
-    operands = {name: library.operand(array) for name, array in arrays.items()}
-    backward = Backward(views, {**options, "config": {family: config}})
-    _, launches = backward.bind(operands, library)
-    stream = library.stream(backward.device)
-    for launch in launches.values():
-        launch(stream)
-    # How many parts of dQ there are to add up is the fused kernel's config.
-    timed = [launches[name] for name in (family, _AFTER.get(family)) if name in launches]
-    return lambda: [launch(stream) for launch in timed]
-
-
-def forced(family: str, config: str, q, k, v, options: dict) -> dict[str, Any]:
-    """The configs that have a call run this one: what combines needs a forward in parts.
-
-    Raises:
-        RefusedError: no forward of this call splits its keys.
-    """
-    if family != "combine":
-        return {family: config}
-    forward = numflash.explain_dispatch(q, k, v, **options).forward.config
-    if not isinstance(forward, MmaConfig):
-        raise RefusedError("invalid", f"the forward {forward} does not split its keys")
-    parts = max(2, forward.num_splits)
-    return {"forward": replace(forward, num_splits=parts), family: config}
+    def _bind(self, config: str) -> Callable[[], Any]:
+        """The launch of a config; where memory is short the results of others make room for it."""
+        problem, call, arrays = self._inputs
+        try:
+            launch = bind(problem.family, config, call, arrays)
+        except Exception as error:
+            if not (self._launches and _is_out_of_memory(error)):
+                raise
+            launch = None
+        if launch is None:
+            # They are bound again when they are timed.
+            self._launches.clear()
+            self.device.release()
+            launch = bind(problem.family, config, call, arrays)
+        self._launches[config] = launch
+        return launch
 
 
 class Channel:
@@ -269,11 +218,18 @@ def _failure(error: Exception) -> tuple[str, str]:
     """(outcome, reason) of the record."""
     if isinstance(error, RefusedError):
         return error.args
-    if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__:
-        return "over_budget", _line(error)
+    if _is_out_of_memory(error):
+        # Another process may hold the memory: this says nothing about the machine code.
+        return "launch_failed", f"out of memory: {_line(error)}"
     if isinstance(error, TypeError | ValueError | UnsupportedError):
         return "invalid", _line(error)
     return "launch_failed", _line(error)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """NumPy's, CuPy's and PyTorch's errors, and the CUDA driver's."""
+    named = "OutOfMemory" in type(error).__name__ or "CUDA_ERROR_OUT_OF_MEMORY" in str(error)
+    return named or isinstance(error, MemoryError)
 
 
 def _recovers(device: Device) -> bool:

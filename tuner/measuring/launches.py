@@ -1,0 +1,89 @@
+"""The arrays of a call, and the launch of one kernel on them."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+import numflash
+from numflash.arrays import library_of
+from numflash.calls import Backward, Forward
+from numflash.configs import MmaConfig
+from numflash_tuner.measuring import representative
+from numflash_tuner.measuring.gpu import Device
+from numflash_tuner.measuring.representative import Call
+
+_AFTER = {"forward": "combine", "backward": "reduce-dq"}
+"""What puts the parts together that a family's kernel may write: timed with it."""
+_DEFAULTS = {
+    "softmax_scale": None,
+    "causal": False,
+    "causal_align": "bottom_right",
+    "window_size": (-1, -1),
+    "softcap": 0.0,
+    "alibi_slopes": None,
+    "layout": "bshd",
+    "precision": None,
+}
+
+
+class RefusedError(Exception):
+    """A config is given up: `args` are the outcome of its record and the reason."""
+
+
+def make_arrays(device: Device, family: str, call: Call, seed: int) -> dict[str, Any]:
+    """q, k and v of a call, with `dout` for a backward, and its `alibi_slopes`."""
+    arrays = {}
+    names = ("q", "k", "v") if family in representative.FORWARD else ("q", "k", "v", "dout")
+    for i, name in enumerate(names):
+        shape = call.shapes[name]
+        if not call.is_aligned:
+            # No row of an odd number of elements follows another at a multiple of 16 bytes.
+            shape = (*shape[:-1], shape[-1] + 1 + shape[-1] % 2)
+        array = device.empty(shape, call.dtype)
+        array = array if call.is_aligned else array[..., -call.shapes[name][-1] :]
+        device.fill_normal(array, seed + i)
+        arrays[name] = array
+    if call.has_alibi:
+        head = np.arange(1, call.num_heads_q + 1, dtype=np.float32)
+        arrays["alibi_slopes"] = device.upload(2 ** (-8 * head / call.num_heads_q))
+    return arrays
+
+
+def bind(family: str, config: str, call: Call, arrays: dict[str, Any]) -> Callable[[], Any]:
+    """A function that launches a family's kernel on these arrays, what it needs having run.
+
+    A forward that splits the keys, and a backward that splits dQ, includes the kernel that puts
+    the parts together.
+    """
+    options = {**_DEFAULTS, **call.options, "alibi_slopes": arrays.get("alibi_slopes")}
+    configs = forced(family, config, *(arrays[name] for name in "qkv"), options)
+    library = library_of(arrays["q"], "q")
+    views = {name: library.view(array, name) for name, array in arrays.items()}
+    operands = {name: library.operand(array) for name, array in arrays.items()}
+    kind = Forward if family in representative.FORWARD else Backward
+    ready = kind(views, {**options, "config": configs})
+    *_, launches = ready.bind(operands, library)
+    stream = library.stream(ready.device)
+    for launch in launches.values():
+        launch(stream)
+    timed = [launches[family]]
+    if _AFTER.get(family) in launches:
+        timed.append(launches[_AFTER[family]])
+    return lambda: [launch(stream) for launch in timed]
+
+
+def forced(family: str, config: str, q, k, v, options: dict) -> dict[str, Any]:
+    """The configs that have a call run this one: what combines needs a forward in parts.
+
+    Raises:
+        RefusedError: no forward of this call splits its keys.
+    """
+    if family != "combine":
+        return {family: config}
+    forward = numflash.explain_dispatch(q, k, v, **options).forward.config
+    if not isinstance(forward, MmaConfig):
+        raise RefusedError("invalid", f"the forward {forward} does not split its keys")
+    parts = max(2, forward.num_splits)
+    return {"forward": replace(forward, num_splits=parts), family: config}
