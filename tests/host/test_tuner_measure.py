@@ -19,6 +19,7 @@ import pytest
 
 import numflash
 from numflash.arrays import library_of
+from numflash.entries import DeviceKey
 from numflash.problem import describe
 from numflash.problem_class import ProblemClass
 from numflash.views import numpy_dtype
@@ -318,6 +319,21 @@ def test_close_ends_the_child(measurer, log):
     assert _ends(_entries(log)[0]["pid"])
 
 
+def test_a_child_with_another_device_is_refused(command, log, tmp_path, monkeypatch):
+    monkeypatch.setenv("NUMFLASH_CACHE_DIR", str(tmp_path / "cache"))
+    fake = DeviceKey("Fake", "sm_80", 1)
+    with DeviceMeasurer(command=command, expected=fake) as measurer:
+        assert _works(measurer)
+    for other in (DeviceKey("Fake", "sm_80", 2), DeviceKey("Mock", "sm_80", 1)):
+        with (
+            DeviceMeasurer(command=command, expected=other) as measurer,
+            pytest.raises(DeviceUnavailableError) as caught,
+        ):
+            measurer.measure(PROBLEM, "takes-2", _never)
+        assert f"has {fake}, not {other}" in str(caught.value)
+        assert "CUDA_VISIBLE_DEVICES" in str(caught.value)
+
+
 @pytest.mark.parametrize(
     "code, reason",
     [
@@ -336,6 +352,14 @@ def test_without_a_device_it_says_so(code, reason):
 def test_a_command_that_does_not_exist():
     with pytest.raises(DeviceUnavailableError, match="no-such-program"):
         DeviceMeasurer(command=["/no-such-program"]).device()
+
+
+def test_files_of_the_working_folder_are_not_imported(tmp_path, monkeypatch):
+    for name in ("numpy", "numflash", "queue"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('the file of a user ran')")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DeviceUnavailableError, match="NUMBA_ENABLE_CUDASIM"):
+        DeviceMeasurer().device()
 
 
 def test_the_worker_refuses_the_simulator():

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from numflash.entries import DeviceKey
 from numflash.problem_class import ProblemClass
 from numflash_tuner.measuring.child import Child, DeviceUnavailableError, FailedError
 from numflash_tuner.measuring.clocks import ClockLog
@@ -93,6 +94,7 @@ class DeviceMeasurer:
         self,
         ordinal: int = 0,
         *,
+        expected: DeviceKey | None = None,
         limits: Limits | None = None,
         command: list[str] | None = None,
         seed: int = 0,
@@ -101,13 +103,18 @@ class DeviceMeasurer:
 
         Args:
             ordinal: of the CUDA device.
+            expected: the device that it must be, since a child reads CUDA_VISIBLE_DEVICES anew;
+                None takes any.
             limits: of the watchdog.
             command: that runs a child; `numflash_tuner.measuring.worker` by default.
             seed: of the order in which `remeasure` goes.
         """
         self.limits = limits or Limits()
+        self._expected = expected
+        # Without -P a file of the working folder could pass for a module that the child imports.
         self._command = command or [
             sys.executable,
+            "-P",
             "-m",
             "numflash_tuner.measuring.worker",
             str(ordinal),
@@ -237,6 +244,14 @@ class DeviceMeasurer:
             for name in ("NUMFLASH_AUTOTUNE", "NUMFLASH_CAPTURE"):
                 environment.pop(name, None)
             child = Child(self._command, environment, self.limits.start_s)
+            if self._expected is not None:
+                found = DeviceKey(*(child.device[name] for name in ("name", "arch", "num_sms")))
+                if found != self._expected:
+                    child.close()
+                    raise DeviceUnavailableError(
+                        f"the child that measures has {found}, not {self._expected}; has "
+                        "CUDA_VISIBLE_DEVICES changed since this process began to use CUDA?"
+                    )
             self._child = child
             self._clocks = ClockLog(str(child.device["bus"]))
         return self._child
