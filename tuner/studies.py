@@ -1,116 +1,54 @@
-"""Where trials are kept: Optuna studies in a journal file or a database, shared by processes.
+"""Studies of Optuna, shared by processes and hosts, and what was tried in them.
 
 Every trial that counts carries the config that it tried; `Ledger.claim` sees to it that no config
 is tried twice, however many processes and hosts work on a study. A process that dies leaves its
-trial running: the next one to look gives it up, and its config is free again.
+trial running: the next one to look gives it up, and its config is free again. A process of
+another host is taken for dead when it has not shown for some minutes that it works.
 """
 
 import contextlib
 import functools
-import os
-import re
-import socket
-import sys
+import json
+import logging
 import time
-from collections.abc import Callable
-from hashlib import sha256
-from pathlib import Path
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import optuna
-from optuna.storages import BaseStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.distributions import BaseDistribution
+from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from numflash.cache import cache_dir
-from numflash.files import locked
+from numflash_tuner.owners import is_gone, this_process
 from numflash_tuner.records import Record
+from numflash_tuner.storages import (
+    StorageError,
+    hide_password,
+    journal_path,
+    open_storage,
+    reason_of,
+    shown,
+)
 
-_CONNECT_SECONDS = 10
-# No trial takes as long: compiling and measuring both have limits far below.
-_ABANDONED_SECONDS = 1800
+__all__ = ["ENVIRONMENT", "Ledger", "StorageError", "journal_path", "open_study"]
+
+ENVIRONMENT = ("timeout", "launch_failed", "compile_failed")
+"""Outcomes that may be the machine's fault: a later run tries the config once more."""
+_BEAT_SECONDS = 30
+# A start without an owner is in the local time of a host unknown: they are 26 hours apart.
+_ORPHANED_SECONDS = 27 * 3600
 # Between a trial's beginning and its claim lies one answer of the sampler.
-_CHOOSING_SECONDS = 10
+_CHOOSING_SECONDS = 20
+_PAUSES_SECONDS = 1, 2, 4
+"""Between attempts to reach a storage that fails."""
 _COUNTED = TrialState.COMPLETE, TrialState.PRUNED
 
-
-class StorageError(RuntimeError):
-    """A storage cannot be used; the message names it and says why."""
-
-
-def journal_path(name: str) -> Path:
-    """The journal file of a study."""
-    readable = re.sub(r"[^A-Za-z0-9]+", "-", name)[:80].strip("-")
-    return cache_dir() / "studies" / f"{readable}-{sha256(name.encode()).hexdigest()[:8]}.journal"
-
-
-def open_storage(url: str | None, name: str) -> BaseStorage:
-    """The storage for a study.
-
-    Args:
-        url: of a database that SQLAlchemy knows, as in "postgresql://user@host/database", or the
-            path of a journal file; None is a journal file in numflash's cache.
-        name: of the study.
-
-    Raises:
-        StorageError: it does not answer, or cannot be written.
-    """
-    if url is not None and "://" in url:
-        return _open_database(url)
-    path = journal_path(name) if url is None else Path(url)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with locked(path.parent):
-            _cut_torn_line(path)
-        return JournalStorage(JournalFileBackend(str(path)))
-    except OSError as error:
-        raise StorageError(f"the journal {path} cannot be written: {error}") from error
-    except (ValueError, KeyError) as error:
-        aside = path.with_name(f"{path.name}.corrupt-{int(time.time())}")
-        raise StorageError(
-            f"the journal {path} is damaged ({error}); move it away, for example to {aside}, to "
-            "begin anew"
-        ) from error
-
-
-def _cut_torn_line(path: Path) -> None:
-    """Remove the end of a line that a killed process did not finish."""
-    with contextlib.suppress(FileNotFoundError), open(path, "r+b") as file:
-        data = file.read()
-        if data and not data.endswith(b"\n"):
-            file.truncate(data.rfind(b"\n") + 1)
-
-
-def _open_database(url: str) -> RDBStorage:
-    import sqlalchemy
-
-    options = {}
-    try:
-        parsed = sqlalchemy.make_url(url)
-        shown = parsed.render_as_string(hide_password=True)
-        if parsed.get_backend_name() == "postgresql":
-            options = {"connect_args": {"connect_timeout": _CONNECT_SECONDS}}
-            if parsed.drivername == "postgresql" and _can_import("psycopg"):
-                parsed = parsed.set(drivername="postgresql+psycopg")
-        engine = {**options, "pool_pre_ping": True}
-        return RDBStorage(parsed.render_as_string(hide_password=False), engine_kwargs=engine)
-    except sqlalchemy.exc.ArgumentError as error:
-        raise StorageError(f"the storage must be a database URL or a path: {error}") from error
-    except (ImportError, sqlalchemy.exc.NoSuchModuleError) as error:
-        raise StorageError(
-            f"the driver for {shown} is missing: {error}; for PostgreSQL, "
-            'pip install "numflash[postgresql]"'
-        ) from error
-    except (sqlalchemy.exc.SQLAlchemyError, OSError) as error:
-        reason = " ".join(str(getattr(error, "orig", None) or error).split())
-        raise StorageError(f"the storage {shown} does not answer: {reason}") from error
-
-
-def _can_import(module: str) -> bool:
-    try:
-        __import__(module)
-    except ImportError:
-        return False
-    return True
+_log = logging.getLogger("numflash")
+# How messages call the storage of a study, and its URL.
+_places: "WeakKeyDictionary[optuna.Study, tuple[str, str | None]]" = WeakKeyDictionary()
+_Answer = TypeVar("_Answer")
 
 
 def open_study(url: str | None, name: str, sampler: optuna.samplers.BaseSampler) -> optuna.Study:
@@ -119,7 +57,7 @@ def open_study(url: str | None, name: str, sampler: optuna.samplers.BaseSampler)
     before = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)  # of a new study nobody need be told
     try:
-        return optuna.create_study(
+        study = optuna.create_study(
             storage=storage,
             study_name=name,
             sampler=sampler,
@@ -128,43 +66,100 @@ def open_study(url: str | None, name: str, sampler: optuna.samplers.BaseSampler)
             direction="minimize",
         )
     except Exception as error:
-        reason = " ".join(str(error).split())
-        raise StorageError(f"the study cannot be opened in {url or name}: {reason}") from error
+        reason = hide_password(reason_of(error), url)
+        raise StorageError(
+            f"the study cannot be opened in {shown(url, name)}: {reason}"
+        ) from error
     finally:
         optuna.logging.set_verbosity(before)
+    _places[study] = shown(url, name), url
+    return study
 
 
 class Ledger:
-    """Which configs of a study are tried, by whom, and what came of it."""
+    """Which configs of a study are tried, by whom, and what came of it.
 
-    def __init__(self, study: optuna.Study, clock: Callable[[], float] = time.time):
-        self.study, self._clock = study, clock
-        self._read: dict[int, Record | None] = {}
+    A storage that fails is tried again a few times. Every method but `records`, `tried` and
+    `give_up` raises StorageError when that is in vain, and at once from then on.
+    """
+
+    def __init__(
+        self,
+        study: optuna.Study,
+        clock: Callable[[], float] = time.time,
+        sleep: Callable[[float], None] = time.sleep,
+    ):
+        """A ledger of one run: what failed in `ENVIRONMENT` before now may be tried once more.
+
+        Args:
+            study: where trials are kept.
+            clock: seconds since the epoch.
+            sleep: waits for seconds.
+
+        Raises:
+            StorageError: the study cannot be read.
+        """
+        self.study, self._clock, self._sleep = study, clock, sleep
+        self._lost: StorageError | None = None
+        self._records: dict[int, Record | None] = {}
+        self._working: dict[int, Trial] = {}
+        self._beaten = clock()
+        self._awaited_since: dict[int, float] = {}
+        self._earlier_failures = frozenset(self._failures(self._trials()))
 
     def records(self) -> list[Record]:
-        """What was tried, in order of trial."""
-        for trial in self._trials():
-            if trial.state in _COUNTED and trial.number not in self._read:
-                try:
-                    record = Record.from_json(trial.user_attrs["record"])
-                except (KeyError, ValueError):
-                    record = None  # somebody else's trial
-                self._read[trial.number] = record
-        found = (self._read[number] for number in sorted(self._read))
-        return [record for record in found if record is not None]
+        """The latest record of each config, in order of trial; what is known if it fails."""
+        with contextlib.suppress(StorageError):
+            self._read(self._trials())
+        latest = {}
+        for number in sorted(self._records):
+            if (record := self._records[number]) is not None:
+                latest.pop(record.config, None)
+                latest[record.config] = record
+        return list(latest.values())
+
+    def tried(self) -> set[str]:
+        """The configs with a record that stands: without those that may be tried once more."""
+        with contextlib.suppress(StorageError):
+            self._read(self._trials())
+        forgiven = self._forgiven()
+        return {
+            record.config
+            for number, record in self._records.items()
+            if record is not None and number not in forgiven
+        }
 
     def taken(self) -> set[str]:
         """The configs that were tried or are being tried."""
-        return {
-            trial.user_attrs["config"]
-            for trial in self._trials()
-            if "config" in trial.user_attrs
-            and (trial.state in _COUNTED or trial.state == TrialState.RUNNING)
-        }
+        return {trial.user_attrs["config"] for trial in self._holders(self._trials())}
+
+    def enqueue(self, params: Mapping[str, Any]) -> None:
+        """Have parameters proposed by a later `ask`, of whatever process."""
+        self._reach(self.study.enqueue_trial, dict(params))
+
+    def ask(self, distributions: Mapping[str, BaseDistribution] | None = None) -> Trial:
+        """A new trial of this process, with the parameters that the sampler proposes."""
+        trial = self._reach(self.study.ask, dict(distributions or {}))
+        self.begin(trial)
+        return trial
 
     def begin(self, trial: Trial) -> None:
-        """Note who works on a trial."""
-        trial.set_user_attr("owner", _owner())
+        """Note that this process works on a trial; `ask` has done so."""
+        if trial.number not in self._working:
+            self._working[trial.number] = trial
+            self._show(trial)
+
+    def beat(self) -> None:
+        """Show that this process is at work. To be called often; it writes twice a minute."""
+        if 0 <= self._clock() - self._beaten < _BEAT_SECONDS:
+            return
+        self._beaten = self._clock()
+        for trial in list(self._working.values()):
+            self._show(trial)
+
+    def _show(self, trial: Trial) -> None:
+        with contextlib.suppress(UpdateFinishedTrialError):
+            self._reach(trial.set_user_attr, "owner", this_process(self._clock()))
 
     def claim(self, trial: Trial, config: str) -> bool:
         """Take a config for a trial; False if another trial has it.
@@ -172,41 +167,55 @@ class Ledger:
         Of trials that want a config at once the one that was begun first gets it: a later one
         waits until every earlier one has said which config it wants (Lamport's bakery).
         """
-        trial.set_user_attr("config", config)
-        while True:
-            earlier = [t for t in self._trials() if t.number != trial.number]
-            if any(self._has(t, config, trial.number) for t in earlier):
-                return False
-            if not any(self._is_choosing(t) for t in earlier if t.number < trial.number):
-                return True
-            time.sleep(0.02)
-
-    def _has(self, trial: FrozenTrial, config: str, before: int) -> bool:
-        if trial.user_attrs.get("config") != config:
+        try:
+            self._reach(trial.set_user_attr, "config", config)
+        except UpdateFinishedTrialError:
             return False
-        running = trial.state == TrialState.RUNNING and trial.number < before
-        return trial.state in _COUNTED or running
+        while True:
+            others = [t for t in self._trials() if t.number != trial.number]
+            for holder in self._holders(others):
+                is_first = holder.state in _COUNTED or holder.number < trial.number
+                if is_first and holder.user_attrs["config"] == config:
+                    return False
+            if not any(self._is_choosing(t) for t in others if t.number < trial.number):
+                return True
+            self._sleep(0.02)
 
     def _is_choosing(self, trial: FrozenTrial) -> bool:
         if trial.state != TrialState.RUNNING or "config" in trial.user_attrs:
             return False
-        begun = trial.datetime_start.timestamp() if trial.datetime_start else 0.0
-        return self._clock() - begun < _CHOOSING_SECONDS
+        # By this process's clock, from when it first waited: hosts need not agree on the time.
+        first = self._awaited_since.setdefault(trial.number, self._clock())
+        return self._clock() - first < _CHOOSING_SECONDS and not self._is_gone(trial)
 
-    def finish(self, trial: Trial, record: Record) -> None:
-        """Keep the record of a trial."""
-        trial.set_user_attr("record", record.to_json())
-        if record.outcome in ("measured", "predicted"):
-            self.study.tell(trial, record.time_ms)
-            return
-        if record.outcome == "slow":
-            trial.report(record.time_ms, len(record.samples_ms))
-        self.study.tell(trial, state=TrialState.PRUNED)
+    def finish(self, trial: Trial, record: Record) -> bool:
+        """Keep the record of a trial; False if another process gave the trial up meanwhile."""
+        text = record.to_json()
+        self._records[trial.number] = record
+        self._working.pop(trial.number, None)
+        with contextlib.suppress(UpdateFinishedTrialError):
+            self._reach(trial.set_user_attr, "record", text)
+            if record.outcome == "slow":
+                self._reach(trial.report, record.time_ms, len(record.samples_ms))
+            is_time = record.outcome in ("measured", "predicted")
+            value, state = (record.time_ms, None) if is_time else (None, TrialState.PRUNED)
+            self._reach(self.study.tell, trial, value, state, skip_if_finished=True)
+        # Asked of the storage: an attempt that failed may have been carried out all the same.
+        kept = self._trials()[trial.number]
+        if kept.state in _COUNTED and kept.user_attrs.get("record") == text:
+            return True
+        del self._records[trial.number]
+        _log.warning(
+            "the trial of %s was given up by another process, and its record is dropped",
+            record.config,
+        )
+        return False
 
     def give_up(self, trial: Trial) -> None:
         """Free the config of a trial that was not tried after all."""
-        with contextlib.suppress(Exception):
-            self.study.tell(trial, state=TrialState.FAIL)
+        self._working.pop(trial.number, None)
+        with contextlib.suppress(StorageError):
+            self._fail(trial)
 
     def give_up_abandoned(self) -> int:
         """Give up the trials of processes that are gone; how many."""
@@ -214,44 +223,83 @@ class Ledger:
             t for t in self._trials() if t.state == TrialState.RUNNING and self._is_gone(t)
         ]
         for trial in abandoned:
-            with contextlib.suppress(Exception):
-                self.study.tell(trial.number, state=TrialState.FAIL)
+            self._fail(trial.number)
         return len(abandoned)
+
+    def _fail(self, trial: Trial | int) -> None:
+        # Told that a trial has ended already, Optuna raises one or the other.
+        with contextlib.suppress(UpdateFinishedTrialError, ValueError):
+            self._reach(self.study.tell, trial, state=TrialState.FAIL)
 
     def _is_gone(self, trial: FrozenTrial) -> bool:
         owner = trial.user_attrs.get("owner")
-        if owner and owner["host"] == socket.gethostname():
-            return _process_start(owner["pid"]) != owner["start"]
+        if owner is not None:
+            return is_gone(owner, self._clock())
         begun = trial.datetime_start.timestamp() if trial.datetime_start else 0.0
-        return self._clock() - begun > _ABANDONED_SECONDS
+        return self._clock() - begun > _ORPHANED_SECONDS
+
+    def _holders(self, trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
+        """The trials whose config others may not try."""
+        self._read(trials)
+        forgiven = self._forgiven()
+        return [
+            trial
+            for trial in trials
+            if "config" in trial.user_attrs
+            and (trial.state in _COUNTED or trial.state == TrialState.RUNNING)
+            and trial.number not in forgiven
+        ]
+
+    def _failures(self, trials: Iterable[FrozenTrial]) -> dict[int, str]:
+        """Trial and config of what the environment may have failed."""
+        self._read(trials)
+        found = {n: r for n, r in self._records.items() if r is not None}
+        return {n: r.config for n, r in found.items() if r.outcome in ENVIRONMENT}
+
+    def _forgiven(self) -> set[int]:
+        """Failures of earlier runs, unless their config has failed again."""
+        failures = self._failures(())
+        times = Counter(failures.values())
+        return {n for n, c in failures.items() if n in self._earlier_failures and times[c] == 1}
+
+    def _read(self, trials: Iterable[FrozenTrial]) -> None:
+        for trial in trials:
+            if trial.state in _COUNTED and trial.number not in self._records:
+                try:
+                    record = Record.from_json(trial.user_attrs["record"])
+                except (KeyError, ValueError):
+                    record = None  # somebody else's trial
+                self._records[trial.number] = record
 
     def _trials(self) -> list[FrozenTrial]:
-        return self.study.get_trials(deepcopy=False)
+        return self._reach(self.study.get_trials, deepcopy=False)
+
+    def _reach(self, action: Callable[..., _Answer], *args, **kwargs) -> _Answer:
+        """What a call of the storage answers, which is repeated while the storage fails."""
+        if self._lost is not None:
+            raise self._lost
+        pauses = list(_PAUSES_SECONDS)
+        while True:
+            try:
+                return action(*args, **kwargs)
+            except _outages() as error:
+                pause = pauses.pop(0) if pauses else None
+                reason, cause = reason_of(error), error
+            except (json.JSONDecodeError, KeyError) as error:
+                # The storage answers, but no longer with this study.
+                pause, reason, cause = None, f"it is damaged: {error}", error
+            place, url = _places.get(self.study, (f"the study {self.study.study_name}", None))
+            reason = hide_password(reason, url)
+            if pause is None:
+                self._lost = StorageError(f"{place} can no longer be used: {reason}")
+                raise self._lost from cause
+            _log.warning("%s fails (%s); trying again in %g s", place, reason, pause)
+            self._sleep(pause)
 
 
 @functools.cache
-def _owner_of(pid: int) -> dict:
-    return {"host": socket.gethostname(), "pid": pid, "start": _process_start(pid)}
+def _outages() -> tuple[type[Exception], ...]:
+    """What Optuna raises when a storage cannot be reached or written."""
+    import sqlalchemy.exc
 
-
-def _owner() -> dict:
-    """This process, distinct from a later one with the same number."""
-    return _owner_of(os.getpid())
-
-
-def _process_start(pid: int) -> str | None:
-    """When a process of this host began, as far as the system tells; None if it is gone."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return None if fields[0] == "Z" else fields[19]
-    except OSError:
-        pass
-    if Path("/proc/self/stat").exists():
-        return None
-    if sys.platform == "win32":
-        return "unknown"
-    try:
-        os.kill(pid, 0)
-    except OSError:
-        return None
-    return "running"
+    return StorageInternalError, sqlalchemy.exc.SQLAlchemyError, OSError
