@@ -5,6 +5,7 @@ import pwd
 import shutil
 import socket
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from glob import glob
@@ -13,32 +14,52 @@ from pathlib import Path
 _DEBIAN = "/usr/lib/postgresql/*/bin"
 
 
+class Server:
+    """A server that can be stopped and started.
+
+    Attributes:
+        url: of its database.
+    """
+
+    def __init__(self, folder: Path):
+        self._user, self._data, self._log = _unprivileged(), folder / "data", folder / "log"
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self._port = probe.getsockname()[1]
+        self.url = f"postgresql://tuner@127.0.0.1:{self._port}/postgres"
+        if self._user is not None:
+            shutil.chown(folder, self._user.pw_name)
+        program = _program("initdb")
+        _run(self._user, program, "-D", self._data, "-U", "tuner", "--auth=trust", "-E", "UTF8")
+
+    def start(self) -> None:
+        """Returns when it answers."""
+        options = f"-p {self._port} -c listen_addresses=127.0.0.1 -c unix_socket_directories="
+        self._control("-l", self._log, "-o", options, "-w", "-t", "60", "start")
+
+    def stop(self) -> None:
+        """Every connection is dropped."""
+        self._control("-m", "immediate", "stop")
+
+    def _control(self, *command) -> None:
+        _run(self._user, _program("pg_ctl"), "-D", self._data, *command)
+
+
 @contextmanager
-def serve(folder: Path) -> Iterator[str]:
-    """Start a server; the URL of its database. It is stopped at the end.
+def serve() -> Iterator[Server]:
+    """Start a server, which is stopped at the end.
 
     Raises:
         FileNotFoundError: PostgreSQL is not installed (Debian: apt-get install postgresql).
     """
-    user = _unprivileged()
-    data, log = folder / "data", folder / "log"
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    if user is not None:
-        for each in (folder, *folder.parents):
-            if each == Path("/tmp") or each == Path("/"):
-                break
-            each.chmod(0o755)
-        shutil.chown(folder, user.pw_name)
-    _run(user, _program("initdb"), "-D", data, "-U", "tuner", "--auth=trust", "-E", "UTF8")
-    options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories="
-    control = _program("pg_ctl")
-    _run(user, control, "-D", data, "-l", log, "-o", options, "-w", "-t", "60", "start")
-    try:
-        yield f"postgresql://tuner@127.0.0.1:{port}/postgres"
-    finally:
-        _run(user, control, "-D", data, "-m", "immediate", "stop")
+    # Not in pytest's folders: those are root's alone, and the server refuses root.
+    with tempfile.TemporaryDirectory(prefix="numflash-postgresql-") as folder:
+        server = Server(Path(folder))
+        server.start()
+        try:
+            yield server
+        finally:
+            server.stop()
 
 
 def _program(name: str) -> str:

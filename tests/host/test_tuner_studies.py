@@ -3,19 +3,26 @@
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
+from contextlib import closing
 
 import pytest
 
 pytest.importorskip("optuna")
 import optuna
+from optuna.exceptions import StorageInternalError
+from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
 
+from numflash.files import locked
+from numflash_tuner import owners, storages
 from numflash_tuner.records import Record
-from numflash_tuner.studies import Ledger, StorageError, journal_path, open_study
+from numflash_tuner.studies import ENVIRONMENT, Ledger, StorageError, journal_path, open_study
 
 # A worker that tries numbers 0 to 11 as "configs", each once, and takes a moment for each.
 WORKER = """
@@ -30,8 +37,7 @@ optuna.logging.set_verbosity(optuna.logging.ERROR)
 ledger = Ledger(open_study(url, name, optuna.samplers.RandomSampler(seed=0)))
 ledger.give_up_abandoned()
 while len(ledger.records()) < 12:
-    trial = ledger.study.ask({"x": IntDistribution(0, 11)})
-    ledger.begin(trial)
+    trial = ledger.ask({"x": IntDistribution(0, 11)})
     config = str(trial.params["x"])
     if config in ledger.taken() or not ledger.claim(trial, config):
         ledger.give_up(trial)
@@ -96,37 +102,183 @@ def test_after_a_kill_the_next_process_goes_on(tmp_path):
     assert not states[TrialState.RUNNING]
 
 
+def keep(ledger, config, outcome="predicted", **fields):
+    """Try a config: a trial from its beginning to its end."""
+    if outcome == "predicted":
+        fields = {"predicted_ms": 1.0, **fields}
+    trial = ledger.ask()
+    assert ledger.claim(trial, config)
+    assert ledger.finish(trial, Record(config, outcome, **fields))
+    return trial
+
+
+def loses(ledger, config):
+    """Whether the ledger may not have a config."""
+    trial = ledger.ask()
+    claimed = ledger.claim(trial, config)
+    ledger.give_up(trial)
+    return not claimed
+
+
+def configs_of(ledger):
+    """The configs with records, in order of trial."""
+    return [record.config for record in ledger.records()]
+
+
 def test_a_line_cut_short_by_a_kill_does_no_harm(tmp_path):
     path = tmp_path / "study.journal"
-    ledger = ledger_of(path)
-    trial = ledger.study.ask()
-    ledger.finish(trial, Record("a", "predicted", predicted_ms=1.0))
+    open_before = ledger_of(path)
+    keep(open_before, "a")
     whole = path.read_bytes()
-    path.write_bytes(whole + b'{"op_code":5,"worker_id":"x","stu')
-    assert [record.config for record in ledger_of(path).records()] == ["a"]
+    with open(path, "ab") as file:
+        file.write(b'{"op_code":5,"worker_id":"x","stu')
+    assert configs_of(open_before) == ["a"]
+    keep(open_before, "b")
     assert path.read_bytes().startswith(whole)
-    again = ledger_of(path)
-    trial = again.study.ask()
-    again.finish(trial, Record("b", "predicted", predicted_ms=1.0))
-    assert [record.config for record in ledger_of(path).records()] == ["a", "b"]
+    with open(path, "ab") as file:
+        file.write(b'{"op_code":5,"worker_id":"x","stu')
+    opened_after = ledger_of(path)
+    keep(opened_after, "c")
+    for ledger in (open_before, opened_after, ledger_of(path)):
+        assert configs_of(ledger) == ["a", "b", "c"]
+    assert all(json.loads(line) for line in path.read_text().splitlines())
+
+
+def test_a_line_that_a_peer_is_writing_is_not_cut(tmp_path):
+    path = tmp_path / "study.journal"
+    keep(ledger_of(path), "a")
+    line = json.dumps({"op_code": 2, "worker_id": "x", "study_id": 0, "user_attr": {"b": 1}})
+    found = []
+
+    def join():
+        found.append(ledger_of(path).study.user_attrs)
+
+    with locked(tmp_path), open(path, "ab", buffering=0) as file:
+        file.write(line[:30].encode())
+        thread = threading.Thread(target=join)
+        thread.start()
+        time.sleep(0.2)
+        file.write(f"{line[30:]}\n".encode())
+    thread.join(10)
+    assert found == [{"b": 1}]
 
 
 def test_a_trial_of_a_living_process_is_not_given_up(tmp_path):
     ledger = ledger_of(tmp_path / "study.journal")
-    trial = ledger.study.ask()
-    ledger.begin(trial)
-    assert ledger.claim(trial, "a")
-    assert ledger.give_up_abandoned() == 0 and ledger.taken() == {"a"}
+    assert ledger.claim(ledger.ask(), "a")
+    later = Ledger(ledger.study, clock=lambda: time.time() + 7 * 86400)
+    assert later.give_up_abandoned() == 0 and later.taken() == {"a"}
 
 
-def test_a_trial_of_another_host_is_given_up_when_it_is_too_old(tmp_path):
-    ledger = ledger_of(tmp_path / "study.journal")
-    trial = ledger.study.ask()
-    trial.set_user_attr("owner", {"host": "elsewhere", "pid": 1, "start": "1"})
-    assert ledger.claim(trial, "a")
+class Clock:
+    """A clock to set."""
+
+    def __init__(self):
+        self.now = time.time()
+
+    def __call__(self):
+        return self.now
+
+
+def test_a_trial_of_another_host_is_given_up_when_it_no_longer_beats(tmp_path, monkeypatch):
+    clock = Clock()
+    ledger = Ledger(ledger_of(tmp_path / "study.journal").study, clock)
+    done, running = keep(ledger, "a"), ledger.ask()
+    assert ledger.claim(running, "b")
+    monkeypatch.setattr(owners, "_host", lambda: "elsewhere")
+    for _ in range(100):
+        clock.now += 29
+        ledger.beat()
+    assert ledger.give_up_abandoned() == 0 and ledger.taken() == {"a", "b"}
+    clock.now += 599
     assert ledger.give_up_abandoned() == 0
-    later = Ledger(ledger.study, clock=lambda: time.time() + 3600)
-    assert later.give_up_abandoned() == 1 and later.taken() == set()
+    clock.now += 60
+    assert ledger.give_up_abandoned() == 1 and ledger.taken() == {"a"}
+    ledger.beat()  # of a trial that is no longer its own, without an error
+    assert done.number == 0
+
+
+def test_beats_are_written_twice_a_minute(tmp_path):
+    clock = Clock()
+    ledger = Ledger(ledger_of(tmp_path / "study.journal").study, clock)
+    began, trial = clock.now, ledger.ask()
+    beats = set()
+    for second in range(90):
+        clock.now = began + second
+        ledger.beat()
+        beats.add(ledger.study.trials[trial.number].user_attrs["owner"]["beat"] - began)
+    assert sorted(map(round, beats)) == [0, 30, 60]
+
+
+@pytest.fixture
+def time_zone(monkeypatch):
+    """Sets this process's time zone."""
+
+    def set_to(name):
+        monkeypatch.setenv("TZ", name)
+        time.tzset()
+
+    yield set_to
+    monkeypatch.undo()
+    time.tzset()
+
+
+@pytest.mark.skipif(not hasattr(time, "tzset"), reason="the system cannot set a time zone")
+def test_hosts_of_all_time_zones_see_who_works(tmp_path, monkeypatch, time_zone):
+    time_zone("UTC")
+    url = f"sqlite:///{tmp_path}/study.db"
+    theirs = ledger_of(url)
+    assert theirs.claim(theirs.ask(), "a")
+    monkeypatch.setattr(owners, "_host", lambda: "elsewhere")
+    for zone in ("UTC-14", "UTC+12"):
+        time_zone("UTC")
+        choosing, slept = theirs.study.ask(), []
+
+        def sleep(seconds, choosing=choosing, zone=zone, slept=slept):
+            slept.append(seconds)
+            choosing.set_user_attr("config", zone)
+
+        time_zone(zone)
+        ours = Ledger(ledger_of(url).study, sleep=sleep)
+        assert ours.give_up_abandoned() == 0 and "a" in ours.taken()
+        # The earlier trial is waited for, wherever it began, and then has its config.
+        assert loses(ours, zone)
+        assert len(slept) == 1
+
+
+def test_a_trial_that_never_claims_is_waited_for_once(tmp_path):
+    clock, slept = Clock(), []
+
+    def sleep(seconds):
+        slept.append(seconds)
+        clock.now += 1
+
+    ledger = Ledger(ledger_of(tmp_path / "study.journal").study, clock, sleep)
+    ledger.study.ask()
+    assert ledger.claim(ledger.ask(), "a") and 5 <= len(slept) <= 30
+    slept.clear()
+    assert ledger.claim(ledger.ask(), "b") and not slept
+
+
+def test_a_record_of_a_trial_that_was_given_up_is_dropped(tmp_path, caplog):
+    path = tmp_path / "study.journal"
+    ledger = ledger_of(path)
+    trial = ledger.ask()
+    assert ledger.claim(trial, "a")
+    ledger_of(path).study.tell(trial.number, state=TrialState.FAIL)
+    assert not ledger.finish(trial, Record("a", "predicted", predicted_ms=1.0))
+    assert "given up by another process" in caplog.text
+    assert ledger.records() == [] and ledger.taken() == set()
+    keep(ledger, "a")
+    assert configs_of(ledger_of(path)) == ["a"]
+
+
+def test_a_trial_that_was_given_up_claims_nothing(tmp_path):
+    ledger = ledger_of(tmp_path / "study.journal")
+    trial = ledger.ask()
+    ledger.study.tell(trial.number, state=TrialState.FAIL)
+    assert not ledger.claim(trial, "a")
+    ledger.give_up(trial)
 
 
 def test_the_earlier_of_two_claims_wins_whoever_asks_first(tmp_path):
@@ -140,21 +292,161 @@ def test_the_earlier_of_two_claims_wins_whoever_asks_first(tmp_path):
     assert not ledger.claim(third, "a")
 
 
+class Fragile(InMemoryStorage):
+    """A storage that fails so many times; of the method `late` only after it was carried out."""
+
+    failures, late = 0, None
+
+
+def _fragile(name):
+    method = getattr(InMemoryStorage, name)
+
+    def call(self, *args, **kwargs):
+        fails = self.failures > 0 and self.late in (None, name)
+        self.failures -= fails
+        if self.late is not None or not fails:
+            answer = method(self, *args, **kwargs)
+        if fails:
+            raise StorageInternalError("as Optuna puts it") from OSError("the line is cut")
+        return answer
+
+    return call
+
+
+for _name in (
+    *("create_new_trial", "set_trial_param", "set_trial_user_attr", "set_trial_state_values"),
+    *("set_trial_intermediate_value", "get_all_trials"),
+):
+    setattr(Fragile, _name, _fragile(_name))
+
+
+def fragile_ledger():
+    """(ledger, its storage, how long it slept)."""
+    storage, slept = Fragile(), []
+    study = optuna.create_study(storage=storage, study_name="numbers")
+    return Ledger(study, sleep=slept.append), storage, slept
+
+
+def test_a_storage_that_fails_is_tried_again(caplog):
+    ledger, storage, slept = fragile_ledger()
+    distributions = {"x": optuna.distributions.IntDistribution(0, 11)}
+    for config in "abcde":
+        storage.failures = 3
+        ledger.enqueue({"x": ord(config) - ord("a")})
+        assert slept == [1, 2, 4]
+        storage.failures = 2
+        trial = ledger.ask(distributions)
+        storage.failures = 1
+        assert ledger.claim(trial, config)
+        storage.failures = 3
+        assert ledger.finish(trial, Record(config, "slow", samples_ms=(5.0,)))
+        storage.failures = 3
+        ledger.beat()
+        assert len(ledger.taken()) == len(ledger.records())
+        slept.clear()
+    assert configs_of(Ledger(ledger.study)) == list("abcde")
+    assert "the line is cut" in caplog.text and "trying again in 4 s" in caplog.text
+
+
+def test_what_a_failing_storage_did_all_the_same_is_not_lost():
+    ledger, storage, slept = fragile_ledger()
+    storage.late = "set_trial_state_values"
+    for config, outcome in (("a", "measured"), ("b", "spilled")):
+        trial = ledger.ask()
+        assert ledger.claim(trial, config)
+        storage.failures = 1
+        assert ledger.finish(trial, Record(config, outcome, samples_ms=(1.0,)))
+        assert storage.failures == 0
+    assert slept == [1, 1] and configs_of(Ledger(ledger.study)) == ["a", "b"]
+
+
+def test_a_storage_that_is_gone_is_an_error_and_records_stay():
+    ledger, storage, slept = fragile_ledger()
+    keep(ledger, "a")
+    trial = ledger.ask()
+    assert ledger.claim(trial, "b")
+    storage.failures = 10**6
+    with pytest.raises(StorageError, match="numbers can no longer be used: the line is cut"):
+        ledger.finish(trial, Record("b", "predicted", predicted_ms=1.0))
+    assert slept == [1, 2, 4]
+    assert configs_of(ledger) == ["a", "b"] and ledger.tried() == {"a", "b"}
+    for use in (ledger.ask, ledger.taken, ledger.give_up_abandoned, lambda: ledger.enqueue({})):
+        with pytest.raises(StorageError):
+            use()
+    ledger.give_up(trial)
+    assert slept == [1, 2, 4]  # nobody waits for it any more
+
+
+def test_a_journal_that_is_gone_is_named(tmp_path):
+    path = tmp_path / "studies" / "x.journal"
+    ledger = Ledger(ledger_of(path).study, sleep=lambda seconds: None)
+    keep(ledger, "a")
+    path.unlink()
+    with pytest.raises(StorageError, match=r"the journal .*x\.journal can no longer be used"):
+        ledger.taken()
+    assert configs_of(ledger) == ["a"]
+
+
+def test_a_journal_that_is_damaged_meanwhile_is_named(tmp_path):
+    path = tmp_path / "x.journal"
+    ledger = ledger_of(path)
+    with open(path, "ab") as file:
+        file.write(b"this is\nno journal\n")
+    with pytest.raises(StorageError, match=r"x\.journal .* damaged"):
+        ledger.taken()
+
+
+def test_what_the_environment_failed_is_tried_once_more_by_a_later_run(tmp_path):
+    path = tmp_path / "study.journal"
+    first, beside = ledger_of(path), ledger_of(path)
+    for outcome in ENVIRONMENT:
+        keep(first, outcome, outcome, reason="first")
+    keep(first, "spilled", "spilled")
+    keep(first, "fine")
+    everything = {*ENVIRONMENT, "spilled", "fine"}
+    for ledger in (first, beside):
+        assert ledger.taken() == ledger.tried() == everything
+        assert loses(ledger, "timeout")
+
+    second = ledger_of(path)
+    assert second.taken() == second.tried() == {"spilled", "fine"}
+    assert set(configs_of(second)) == everything
+    trial = second.ask()
+    assert second.claim(trial, "timeout") and second.taken() == {"spilled", "fine", "timeout"}
+    assert second.finish(trial, Record("timeout", "timeout", "second"))
+    keep(second, "launch_failed", predicted_ms=2.0)
+    assert second.taken() == second.tried() == everything - {"compile_failed"}
+    assert loses(second, "timeout") and loses(second, "spilled")
+
+    third = ledger_of(path)
+    assert third.taken() == everything - {"compile_failed"}
+    records = {record.config: record for record in third.records()}
+    assert records["timeout"].reason == "second" and len(records) == len(third.records())
+    assert records["launch_failed"].outcome == "predicted"
+
+
+def test_two_runs_that_try_a_failure_once_more_do_not_do_it_twice(tmp_path):
+    path = tmp_path / "study.journal"
+    keep(ledger_of(path), "a", "timeout")
+    one, other = ledger_of(path), ledger_of(path)
+    trial = one.ask()
+    assert one.claim(trial, "a") and loses(other, "a")
+    assert one.finish(trial, Record("a", "timeout"))
+    assert loses(one, "a") and loses(other, "a") and loses(ledger_of(path), "a")
+
+
 def test_a_claim_waits_for_earlier_trials_that_are_still_choosing(tmp_path):
-    ledger = ledger_of(tmp_path / "study.journal")
-    earlier, later = ledger.study.ask(), ledger.study.ask()
-    waited = []
+    study = ledger_of(tmp_path / "study.journal").study
+    earlier, later = study.ask(), study.ask()
+    slept = []
 
-    class Patient(Ledger):
-        def _is_choosing(self, trial):
-            choosing = super()._is_choosing(trial)
-            if choosing:
-                waited.append(trial.number)
-                earlier.set_user_attr("config", "a")
-            return choosing
+    def sleep(seconds):
+        slept.append(seconds)
+        if len(slept) == 3:
+            earlier.set_user_attr("config", "a")
 
-    assert not Patient(ledger.study).claim(later, "a")
-    assert waited == [earlier.number]
+    assert not Ledger(study, sleep=sleep).claim(later, "a")
+    assert len(slept) == 3
 
 
 def test_failures_and_slow_configs_are_records_too(tmp_path):
@@ -165,7 +457,7 @@ def test_failures_and_slow_configs_are_records_too(tmp_path):
         Record("c", "spilled", "64 bytes"),
     ]
     for record in records:
-        ledger.finish(ledger.study.ask(), record)
+        assert ledger.finish(ledger.ask(), record)
     assert ledger_of(tmp_path / "study.journal").records() == records
     states = [trial.state for trial in ledger.study.get_trials()]
     assert states == [TrialState.COMPLETE, TrialState.PRUNED, TrialState.PRUNED]
@@ -207,32 +499,119 @@ def test_a_damaged_journal_is_named(tmp_path):
         open_study(str(path), "x", optuna.samplers.RandomSampler())
 
 
+@pytest.mark.parametrize(
+    "url, words",
+    [
+        ("postgresql://me:SECRET@h:54x/db", ["54x", "neither"]),
+        ("://me:SECRET@h/db", ["neither"]),
+        ("nosuchbase://me:SECRET@h/db", ["nosuchbase", "driver"]),
+        ("postgresql://me:SE@CRET@h/db", ["%40"]),
+        ("postgresql://me:SE/CRET@h/db", ["%2F"]),
+        ("nosuchbase://h/db?password=SECRET&x=1", ["nosuchbase", "x=1"]),
+    ],
+)
+def test_no_message_tells_a_password(url, words):
+    with pytest.raises(StorageError) as error:
+        open_study(url, "x", optuna.samplers.RandomSampler())
+    message = str(error.value)
+    assert all(word in message for word in words)
+    assert "SE" not in message and "CRET" not in message
+
+
+@pytest.mark.parametrize(
+    "url, shown",
+    [
+        ("postgresql://me:SECRET@h/db", "postgresql://me:***@h/db"),
+        ("postgresql://me@h/db?email=a:b@c", "postgresql://me@h/db?email=a:b@c"),
+        ("postgresql://me:a@h/db?to=b@c", "postgresql://me:***@h/db?to=b@c"),
+        ("mysql://h/db?user=me&password=SECRET&x=1", "mysql://h/db?user=me&password=***&x=1"),
+    ],
+)
+def test_a_storage_is_shown_without_its_password(url, shown):
+    assert storages.shown(url, "x") == f"the storage {shown}"
+
+
+def test_a_reason_is_told_without_the_password():
+    text = "no 'S%40T' in\npostgresql://me:S%40T@h/db, nor is S@T one"
+    expected = "no '***' in postgresql://me:***@h/db, nor is *** one"
+    assert storages.hide_password(text, "postgresql://me:S%40T@h/db") == expected
+
+
+def test_a_study_that_cannot_be_opened_tells_no_password(tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("postgresql://me:SECRET@h/db is not to my liking")
+
+    monkeypatch.setattr(storages, "RDBStorage", lambda *args, **kwargs: InMemoryStorage())
+    monkeypatch.setattr(optuna, "create_study", fail)
+    with pytest.raises(StorageError, match="not to my liking") as error:
+        open_study("postgresql://me:SECRET@h/db", "x", optuna.samplers.RandomSampler())
+    assert "SECRET" not in str(error.value) and "me:***@h/db" in str(error.value)
+
+
+def test_tables_of_another_version_of_optuna_are_an_error(tmp_path):
+    path = tmp_path / "x.db"
+    ledger_of(f"sqlite:///{path}")
+    for version, advice in (("v3.0.0.a", "storage upgrade"), ("v99", "pip install")):
+        with closing(sqlite3.connect(path)) as database:
+            database.execute("update alembic_version set version_num = ?", (version,))
+            database.commit()
+        with pytest.raises(StorageError, match=f"another version of Optuna: .*{advice}"):
+            ledger_of(f"sqlite:///{path}")
+
+
 @pytest.fixture(scope="module")
-def postgresql(tmp_path_factory):
-    """The URL of a PostgreSQL server on loopback, started for these tests."""
+def postgresql():
+    """A PostgreSQL server on loopback, started for these tests."""
     if os.environ.get("NUMFLASH_TEST_POSTGRESQL") != "1":
         pytest.skip("set NUMFLASH_TEST_POSTGRESQL=1 to start a PostgreSQL server and test on it")
     pytest.importorskip("psycopg")
     from tests.postgresql import serve
 
-    with serve(tmp_path_factory.mktemp("postgresql")) as url:
-        yield url
+    with serve() as server:
+        yield server
 
 
-def test_two_processes_share_a_postgresql_database(postgresql):
-    configs = tried(start(postgresql, 0.02), start(postgresql, 0.02))
+def test_processes_share_a_postgresql_database_that_all_find_empty(postgresql):
+    url = postgresql.url
+    configs = tried(*(start(url, 0.02) for _ in range(3)))
     assert sorted(map(int, configs)) == list(range(12))
-    expect_each_once(ledger_of(postgresql))
+    expect_each_once(ledger_of(url))
 
 
 def test_after_a_kill_a_postgresql_study_goes_on(postgresql):
-    worker = start(postgresql, 0.3, "killed")
+    worker = start(postgresql.url, 0.3, "killed")
     worker.stdout.readline()
     worker.stdout.readline()
     worker.kill()
     worker.wait()
-    tried(start(postgresql, name="killed"))
-    expect_each_once(ledger_of(postgresql, "killed"))
+    tried(start(postgresql.url, name="killed"))
+    expect_each_once(ledger_of(postgresql.url, "killed"))
+
+
+def test_a_postgresql_server_may_restart_in_the_middle(postgresql):
+    worker = start(postgresql.url, 0.2, "restarted")
+    for _ in range(3):
+        worker.stdout.readline()
+    postgresql.stop()
+    time.sleep(1.5)
+    postgresql.start()
+    assert len(tried(worker)) == 9
+    expect_each_once(ledger_of(postgresql.url, "restarted"))
+
+
+def test_a_postgresql_server_that_stays_away_is_named_without_its_password(postgresql):
+    url = postgresql.url.replace("tuner@", "tuner:SECRET@")
+    slept = []
+    ledger = Ledger(ledger_of(url, "lost").study, sleep=slept.append)
+    keep(ledger, "a")
+    postgresql.stop()
+    try:
+        with pytest.raises(StorageError, match=r"tuner:\*\*\*@127.*: .*refused") as error:
+            ledger.taken()
+    finally:
+        postgresql.start()
+    assert "SECRET" not in str(error.value) and slept == [1, 2, 4]
+    assert configs_of(ledger) == ["a"]
 
 
 def test_records_are_json_of_any_version():
