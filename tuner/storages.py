@@ -136,8 +136,8 @@ def _open_database(url: str) -> RDBStorage:
 
     place = shown(url, "")
     found = _PASSWORD.search(url)
-    if found is not None and re.search(r"[@/]", found["password"]):
-        raise StorageError(f'{place} has "@" or "/" in its password: write %40 for @, %2F for /')
+    if found is not None and "@" in found["password"]:
+        raise StorageError(f'{place} has "@" in its password: write %40 for it')
     options = {}
     try:
         parsed = sqlalchemy.make_url(url)

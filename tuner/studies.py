@@ -17,7 +17,12 @@ from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import optuna
-from optuna.distributions import BaseDistribution
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
 from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, Trial, TrialState
 
@@ -108,7 +113,7 @@ class Ledger:
         self._earlier_failures = frozenset(self._failures(self._trials()))
 
     def records(self) -> list[Record]:
-        """The latest record of each config, in order of trial; what is known if it fails."""
+        """The latest record of each config, in order of trial; those known if storage fails."""
         with contextlib.suppress(StorageError):
             self._read(self._trials())
         latest = {}
@@ -139,8 +144,11 @@ class Ledger:
 
     def ask(self, distributions: Mapping[str, BaseDistribution] | None = None) -> Trial:
         """A new trial of this process, with the parameters that the sampler proposes."""
-        trial = self._reach(self.study.ask, dict(distributions or {}))
+        # Step by step, so that what fails is repeated alone and the trial is not lost.
+        trial = self._reach(self.study.ask)
         self.begin(trial)
+        for name, distribution in (distributions or {}).items():
+            self._reach(_suggest, trial, name, distribution)
         return trial
 
     def begin(self, trial: Trial) -> None:
@@ -295,6 +303,16 @@ class Ledger:
                 raise self._lost from cause
             _log.warning("%s fails (%s); trying again in %g s", place, reason, pause)
             self._sleep(pause)
+
+
+def _suggest(trial: Trial, name: str, distribution: BaseDistribution) -> None:
+    """Have a trial's parameter proposed."""
+    if isinstance(distribution, CategoricalDistribution):
+        trial.suggest_categorical(name, distribution.choices)
+    else:
+        suggest = {IntDistribution: trial.suggest_int, FloatDistribution: trial.suggest_float}
+        low, high = distribution.low, distribution.high
+        suggest[type(distribution)](name, low, high, step=distribution.step, log=distribution.log)
 
 
 @functools.cache

@@ -292,19 +292,25 @@ def test_the_earlier_of_two_claims_wins_whoever_asks_first(tmp_path):
     assert not ledger.claim(third, "a")
 
 
-class Fragile(InMemoryStorage):
-    """A storage that fails so many times; of the method `late` only after it was carried out."""
+METHODS = (
+    *("create_new_trial", "set_trial_param", "set_trial_user_attr", "set_trial_state_values"),
+    *("set_trial_intermediate_value", "get_all_trials"),
+)
 
-    failures, late = 0, None
+
+class Fragile(InMemoryStorage):
+    """A storage in which some methods fail so many times, before or after they did their work."""
+
+    failures, failing, late = 0, METHODS, False
 
 
 def _fragile(name):
     method = getattr(InMemoryStorage, name)
 
     def call(self, *args, **kwargs):
-        fails = self.failures > 0 and self.late in (None, name)
+        fails = self.failures > 0 and name in self.failing
         self.failures -= fails
-        if self.late is not None or not fails:
+        if self.late or not fails:
             answer = method(self, *args, **kwargs)
         if fails:
             raise StorageInternalError("as Optuna puts it") from OSError("the line is cut")
@@ -313,10 +319,7 @@ def _fragile(name):
     return call
 
 
-for _name in (
-    *("create_new_trial", "set_trial_param", "set_trial_user_attr", "set_trial_state_values"),
-    *("set_trial_intermediate_value", "get_all_trials"),
-):
+for _name in METHODS:
     setattr(Fragile, _name, _fragile(_name))
 
 
@@ -329,28 +332,43 @@ def fragile_ledger():
 
 def test_a_storage_that_fails_is_tried_again(caplog):
     ledger, storage, slept = fragile_ledger()
-    distributions = {"x": optuna.distributions.IntDistribution(0, 11)}
+    distributions = {
+        "x": optuna.distributions.IntDistribution(0, 11),
+        "y": optuna.distributions.CategoricalDistribution(["p", "q"]),
+        "z": optuna.distributions.FloatDistribution(0.5, 8.0, log=True),
+    }
     for config in "abcde":
+        proposed = {"x": ord(config) - ord("a"), "y": "q", "z": 2.0}
         storage.failures = 3
-        ledger.enqueue({"x": ord(config) - ord("a")})
+        ledger.enqueue(proposed)
         assert slept == [1, 2, 4]
         storage.failures = 2
         trial = ledger.ask(distributions)
+        assert trial.params == proposed and trial.distributions == distributions
         storage.failures = 1
         assert ledger.claim(trial, config)
         storage.failures = 3
         assert ledger.finish(trial, Record(config, "slow", samples_ms=(5.0,)))
         storage.failures = 3
-        ledger.beat()
         assert len(ledger.taken()) == len(ledger.records())
         slept.clear()
     assert configs_of(Ledger(ledger.study)) == list("abcde")
+    assert len(ledger.study.trials) == 5
     assert "the line is cut" in caplog.text and "trying again in 4 s" in caplog.text
+
+
+def test_a_proposal_is_not_lost_to_a_storage_that_fails():
+    ledger, storage, slept = fragile_ledger()
+    ledger.enqueue({"x": 7})
+    storage.failing = ("set_trial_param",)
+    storage.failures = 2
+    trial = ledger.ask({"x": optuna.distributions.IntDistribution(0, 11)})
+    assert trial.params == {"x": 7} and slept == [1, 2] and len(ledger.study.trials) == 1
 
 
 def test_what_a_failing_storage_did_all_the_same_is_not_lost():
     ledger, storage, slept = fragile_ledger()
-    storage.late = "set_trial_state_values"
+    storage.failing, storage.late = ("set_trial_state_values",), True
     for config, outcome in (("a", "measured"), ("b", "spilled")):
         trial = ledger.ask()
         assert ledger.claim(trial, config)
@@ -506,7 +524,8 @@ def test_a_damaged_journal_is_named(tmp_path):
         ("://me:SECRET@h/db", ["neither"]),
         ("nosuchbase://me:SECRET@h/db", ["nosuchbase", "driver"]),
         ("postgresql://me:SE@CRET@h/db", ["%40"]),
-        ("postgresql://me:SE/CRET@h/db", ["%2F"]),
+        ("nosuchbase://me:SE/CRET@h/db", ["nosuchbase", "driver"]),
+        ("nosuchbase://me:SE?CRET@h/db", ["nosuchbase", "driver"]),
         ("nosuchbase://h/db?password=SECRET&x=1", ["nosuchbase", "x=1"]),
     ],
 )
