@@ -125,6 +125,12 @@ def test_splits_share_the_tiles_of_a_walk():
     assert whole.walks.tiles.tolist() == [64]
     assert split.walks.tiles.tolist() == [11] * 5 + [9]
     assert split.blocks == 6 * whole.blocks == 48
+    causal = problem_class(mask="causal", q=512, k=512, heads=8)
+    edges = [
+        grid.lay(causal, parse_config("forward", f"sm80-m64n64w4s1{x}")).walks.edges
+        for x in ("", "x4")
+    ]
+    assert edges == [1, 1 / 4]
     fused = problem_class("backward", mask="causal", q=512, k=512, heads=8)
     dealt = grid.lay(fused, parse_config("backward", "sm80-m32n64w4s1x4"))
     alone = grid.lay(fused, parse_config("backward", "sm80-m32n64w4s1"))
@@ -398,6 +404,17 @@ def test_a_block_that_walks_again_begins_again(monkeypatch):
     after = [latency_clocks(f"m32n64w4s1{x}", problem) for x in ("", "x2")]
     # 512 keys are 8 row blocks.
     assert [t - b for t, b in zip(after, before, strict=True)] == pytest.approx([8000, 4000])
+
+
+def test_each_walk_of_a_block_loads_and_stores_its_keys():
+    parts = []
+    for k in (8192, 16384):
+        problem = problem_class("backward", "float16-d64-dv64-vec", q=16, k=k, heads=512)
+        parts.append(
+            model.estimate(A100, problem, config_of(A100, "backward", "m32n64w4s1")).parts
+        )
+    for kind in ("issue", "L2", "shared memory"):
+        assert parts[1][kind] == pytest.approx(2 * parts[0][kind], rel=1e-3)
 
 
 def test_a_last_wave_with_fewer_blocks_is_shorter():

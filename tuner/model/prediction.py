@@ -270,10 +270,8 @@ def _tiled(
     once = _busy(machine, around, warps, shared_share, l2)
     asked = blocks * warps * (grid.mean_tiles * work.tile.global_bytes + around.global_bytes)
     # Of blocks that walk over the same tiles at once, all wait for the first one's loads.
-    sharing = blocks * problem.group_size / problem.batch_heads
-    if problem.family == "forward":
-        sharing /= grid.splits
-    missed = min(1.0, min(slots, sharing) * from_memory / max(1.0, asked))
+    at_once = min(slots, blocks * problem.group_size / problem.batch_heads)
+    missed = min(1.0, at_once * from_memory / max(1.0, asked))
     latency = L2_LATENCY + missed * (MEMORY_LATENCY - L2_LATENCY)
     transfer = warps * work.tile.global_bytes / max(1, work.phases) / l2
     chain = _chain(machine, config, work, tile, latency + transfer)
