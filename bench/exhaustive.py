@@ -29,7 +29,10 @@ def exhaust(target: Target, problem: ProblemClass, seconds: float, path: Path) -
         What was done, in words.
     """
     space, jobs = Space(problem, target.machine), os.cpu_count() or 1
-    with DeviceMeasurer(target.ordinal) as measurer, CompilePool(target.key.arch, jobs) as pool:
+    with (
+        DeviceMeasurer(target.ordinal, expected=target.key) as measurer,
+        CompilePool(target.key.arch, jobs) as pool,
+    ):
         search = Search(
             space,
             _study("grid", 0),

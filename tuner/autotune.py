@@ -27,7 +27,7 @@ def autotune(problem: ProblemClass, device: int, seconds: float) -> None:
     options = Options(limits=Limits(trials=None, seconds=seconds))
     _log.info("tuning %s for %g s ...", problem, seconds)
     with (
-        DeviceMeasurer(device) as measurer,
+        DeviceMeasurer(device, expected=target.key) as measurer,
         Session(target.key, target.machine, measurer, options) as session,
     ):
         spaces = session.spaces([problem])

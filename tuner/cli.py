@@ -206,7 +206,9 @@ def _tune(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         )
     except (ValueError, ImportError, OSError) as error:
         parser.error(str(error))
-    measurer = None if target.ordinal is None else DeviceMeasurer(target.ordinal)
+    measurer = (
+        None if target.ordinal is None else DeviceMeasurer(target.ordinal, expected=target.key)
+    )
     results, failed = [], 0
     try:
         with Session(target.key, target.machine, measurer, options) as session:

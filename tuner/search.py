@@ -23,7 +23,7 @@ from numflash_tuner.measuring.measurer import Measurer
 from numflash_tuner.pool import CompilePool, Examined
 from numflash_tuner.records import Record
 from numflash_tuner.space import Space
-from numflash_tuner.studies import Ledger
+from numflash_tuner.studies import ENVIRONMENT, Ledger
 
 SAMPLERS = ("tpe", "grid", "random", "cmaes")
 _FAVOURITES = 8
@@ -43,10 +43,8 @@ _FEW_TRIALS = 10
 """From so many on it can be told which parameters matter."""
 _USABLE = ("measured", "predicted")
 """Outcomes of configs that may win."""
-_OF_THE_ENVIRONMENT = ("compile_failed", "launch_failed", "timeout")
-"""Failures that need not be the config's fault."""
 _HOPELESS_RUN = 12
-"""So many of them in a row are nobody's but the environment's."""
+"""So many failures in a row that need not be the config's fault are the environment's."""
 _OF_THE_CODE = ("compile_failed", "spilled", "over_budget", "wrong_result")
 """Failures that all configs of the same machine code share."""
 
@@ -156,8 +154,10 @@ class Search:
             NoCompilerError: compiler processes cannot be started.
         """
         self.ledger.give_up_abandoned()
+        tried = self.ledger.tried()
         for record in self.ledger.records():
-            self._note_broken(record)
+            if record.config in tried:
+                self._note_broken(record)
         self._enqueue_first()
         waiting: list[_Waiting] = []
         exhausted = False
@@ -172,6 +172,7 @@ class Search:
                     return
                 wait([each.future for each in waiting], 0.1, FIRST_COMPLETED)
                 on_idle()
+                self.ledger.beat()
                 for each in [each for each in waiting if each.future.done()]:
                     record = self._judge(each.config, each.future.result())
                     self._finish(each.trial, record, each.began, on_record)
@@ -191,7 +192,7 @@ class Search:
         limits = self._limits
         if limits.seconds is not None and self._clock() - self._began > limits.seconds:
             return True
-        if limits.trials is not None and len(self.ledger.records()) >= limits.trials:
+        if limits.trials is not None and len(self.ledger.tried()) >= limits.trials:
             return True
         best = self.best()
         if limits.target is None or best is None:
@@ -214,7 +215,7 @@ class Search:
             self._enqueue(number)
 
     def _enqueue(self, number: int) -> None:
-        self._study.enqueue_trial(self.candidates.choices(number))
+        self.ledger.enqueue(self.candidates.choices(number))
 
     def _begin(self) -> tuple[Trial, Config] | None:
         """A trial, and the config that it has claimed; None if every config is taken.
@@ -231,8 +232,7 @@ class Search:
             elif self._is_guided and self._asks_model:
                 self._enqueue(candidates.favourite(self._times_ms(), is_free))
             for _ in range(_ASK_ATTEMPTS):
-                trial = self._study.ask(candidates.distributions)
-                self.ledger.begin(trial)
+                trial = self.ledger.ask(candidates.distributions)
                 wanted = candidates.at(trial.params)
                 if wanted is not None and is_free[wanted]:
                     if self.ledger.claim(trial, candidates.texts[wanted]):
@@ -294,11 +294,12 @@ class Search:
     def _finish(self, trial: Trial, record: Record, began: float, on_record) -> None:
         seconds = self._clock() - began
         record = replace(record, seconds=round(seconds, 3), finished=time.time())
-        self.ledger.finish(trial, record)
+        if not self.ledger.finish(trial, record):
+            return
         self._note_broken(record)
         on_record(record)
         self._failed_in_a_row += 1
-        if record.outcome not in _OF_THE_ENVIRONMENT:
+        if record.outcome not in ENVIRONMENT:
             self._failed_in_a_row = 0
         if self._failed_in_a_row >= _HOPELESS_RUN:
             raise LookupError(

@@ -179,7 +179,7 @@ def test_impossible_budgets_name_the_constraint_that_empties_the_space(refused, 
     ("url", "words"),
     [
         ("postgresql://me:secret@127.0.0.1:1/x", "postgresql://me:***@127.0.0.1:1/x"),
-        ("nonsense://x", "the storage must be a database URL or a path"),
+        ("nonsense://x", "the driver for nonsense://x is missing"),
         ("/dev/null/trials", "the journal /dev/null/trials cannot be written"),
     ],
 )
@@ -320,7 +320,12 @@ def test_ctrl_c_says_how_to_go_on_and_shows_what_there_is(run, monkeypatch):
 def test_a_measured_run_closes_its_measurer(run, monkeypatch):
     watch, closed = Stopwatch(), []
     watch.close = lambda: closed.append(True)
-    monkeypatch.setattr("numflash_tuner.measuring.measurer.DeviceMeasurer", lambda ordinal: watch)
+
+    def make(ordinal, expected):
+        assert (ordinal, expected) == (0, A100)
+        return watch
+
+    monkeypatch.setattr("numflash_tuner.measuring.measurer.DeviceMeasurer", make)
     local = targets.Target(A100, machines.find(A100.name), 0)
     monkeypatch.setattr(targets, "find_target", lambda device, offline: local)
     status, out, _ = run(*SMALL, "--trials", 3, "--quiet")

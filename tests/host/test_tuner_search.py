@@ -147,7 +147,7 @@ def test_a_run_in_which_everything_fails_ends():
             future.set_result(Examined(failure=("compile_failed", "no memory")))
             return future
 
-    with pytest.raises(LookupError, match="12 configs .* in a row failed, .* no memory"):
+    with pytest.raises(LookupError, match=r"12 configs .* in a row failed, .* no memory"):
         run(make_search(space, pool=Broken(space)))
 
 

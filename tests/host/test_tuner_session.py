@@ -306,7 +306,8 @@ def test_autotune_measures_on_the_device_for_the_time_given(monkeypatch):
         asked.append((device, offline))
         return Target(DEVICE, MACHINE, 3)
 
-    def make(ordinal):
+    def make(ordinal, expected):
+        assert expected == DEVICE
         asked.append(ordinal)
         return watch
 
