@@ -42,7 +42,8 @@ __all__ = ["ENVIRONMENT", "Ledger", "StorageError", "journal_path", "open_study"
 ENVIRONMENT = ("timeout", "launch_failed", "compile_failed")
 """Outcomes that may be the machine's fault: a later run tries the config once more."""
 _BEAT_SECONDS = 30
-# A start without an owner is in the local time of a host unknown: they are 26 hours apart.
+# Databases of Optuna 4 keep a trial's start in the local time of its host, unknown without an
+# owner: local times are up to 26 hours apart.
 _ORPHANED_SECONDS = 27 * 3600
 # Between a trial's beginning and its claim lies one answer of the sampler.
 _CHOOSING_SECONDS = 20
