@@ -11,7 +11,7 @@ from numflash_tuner import machines
 from numflash_tuner.measuring.measurer import DeviceMeasurer
 from numflash_tuner.measuring.replay import Recording, Replay, load, save
 from numflash_tuner.pool import CompilePool, Examined
-from numflash_tuner.search import Limits, Search, make_sampler
+from numflash_tuner.search import Search, StoppingRules, make_sampler
 from numflash_tuner.space import Space
 from numflash_tuner.target import Target
 
@@ -38,7 +38,7 @@ def exhaust(target: Target, problem: ProblemClass, seconds: float, path: Path) -
             _study("grid", 0),
             pool,
             _Patient(measurer),
-            Limits(seconds=seconds),
+            StoppingRules(seconds=seconds),
             sampler="grid",
             ahead=2 * jobs,
         )
@@ -64,7 +64,7 @@ def replay(path: Path, sampler: str, seed: int, part: float) -> float:
         _study(sampler, seed),
         _Compiled(recording),
         measurer,
-        Limits(seconds=part * recording.seconds),
+        StoppingRules(seconds=part * recording.seconds),
         sampler=sampler,
         clock=lambda: measurer.seconds,
     )
@@ -98,10 +98,10 @@ class _Compiled:
     def submit(self, config, traits) -> "Future[Examined]":
         """The future of a config, already done."""
         recorded = self._recording.records.get(str(config))
-        if recorded is None or recorded.machinery is None:
+        if recorded is None or recorded.resources is None:
             examined = Examined(failure=("invalid", "it is not in the recording"))
         elif recorded.samples_ms:
-            examined = Examined(recorded.machinery)
+            examined = Examined(recorded.resources)
         else:
             examined = Examined(failure=(recorded.outcome, recorded.reason))
         future: Future = Future()

@@ -5,7 +5,7 @@ import random
 
 from numflash_tuner import model
 from numflash_tuner.measuring.replay import Recording
-from numflash_tuner.records import Machinery, Record
+from numflash_tuner.records import Record, ResourceUsage
 from numflash_tuner.space import Space
 
 
@@ -27,9 +27,9 @@ def recording_of(space: Space, seed: int) -> Recording:
             ms *= factors.setdefault(pair, random_of.uniform(0.97, 1.03))
         samples = tuple(ms * random_of.uniform(0.995, 1.01) for _ in range(9))
         smem = config.smem_bytes(problem.traits)
-        machinery = Machinery(128, 0, smem, config.num_threads, 2, "registers")
+        resources = ResourceUsage(128, 0, smem, config.num_threads, 2, "registers")
         records[str(config)] = Record(
-            str(config), "measured", machinery=machinery, samples_ms=samples, seconds=1.0
+            str(config), "measured", resources=resources, samples_ms=samples, seconds=1.0
         )
     device = {"name": machine.name, "arch": machine.arch, "num_sms": machine.num_sms}
     return Recording(device, problem, {}, records)

@@ -4,7 +4,7 @@ import logging
 
 from numflash.problem_class import ProblemClass
 from numflash_tuner.measuring.measurer import DeviceMeasurer
-from numflash_tuner.search import Limits
+from numflash_tuner.search import StoppingRules
 from numflash_tuner.session import Options, Session
 from numflash_tuner.target import find_target
 
@@ -24,7 +24,7 @@ def autotune(problem: ProblemClass, device: int, seconds: float) -> None:
         RuntimeError: the device or the storage of trials cannot be used.
     """
     target = find_target(str(device), offline=False)
-    options = Options(limits=Limits(trials=None, seconds=seconds))
+    options = Options(rules=StoppingRules(trials=None, seconds=seconds))
     _log.info("tuning %s for %g s ...", problem, seconds)
     with (
         DeviceMeasurer(device, expected=target.key) as measurer,

@@ -173,7 +173,7 @@ def _tune(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         from numflash_tuner.machines import names
         from numflash_tuner.measuring.measurer import DeviceMeasurer, DeviceUnavailableError
         from numflash_tuner.pool import NoCompilerError
-        from numflash_tuner.search import Limits, make_sampler
+        from numflash_tuner.search import StoppingRules, make_sampler
         from numflash_tuner.session import Options, Session
         from numflash_tuner.space import Budgets
         from numflash_tuner.studies import StorageError
@@ -187,7 +187,7 @@ def _tune(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         problems = _problems(args)
         target = find_target(args.device, args.offline)
         options = Options(
-            limits=Limits(
+            rules=StoppingRules(
                 _positive("--trials", args.trials),
                 _positive("--time-budget", args.time_budget),
                 None if args.target is None else _positive("--target", args.target) / 100,

@@ -21,7 +21,7 @@ from types import ModuleType
 from numflash.configs import Config, Traits, parse_config
 from numflash.devices import architecture, blocks_per_sm
 from numflash_tuner.model.machine_code import MachineCode, analyse
-from numflash_tuner.records import Machinery
+from numflash_tuner.records import ResourceUsage
 
 _SIMULATOR = "NUMBA_ENABLE_CUDASIM"
 
@@ -31,12 +31,12 @@ class Examined:
     """What became of a config in the compiler.
 
     Attributes:
-        machinery: None if it failed.
+        resources: None if it failed.
         code: what its machine code consists of; None without a disassembler.
         failure: (outcome, reason) as in `records.FAILURES`; None if it was compiled.
     """
 
-    machinery: Machinery | None = None
+    resources: ResourceUsage | None = None
     code: MachineCode | None = None
     failure: tuple[str, str] | None = None
 
@@ -55,7 +55,7 @@ def examine(family: str, config: str, traits: str, arch: str) -> Examined:
     blocks, limited_by = blocks_per_sm(
         limits, cubin.num_threads, cubin.registers, cubin.smem_bytes
     )
-    machinery = Machinery(
+    resources = ResourceUsage(
         registers=cubin.registers,
         spill_bytes=cubin.spill_store_bytes + cubin.spill_load_bytes,
         smem_bytes=cubin.smem_bytes,
@@ -66,9 +66,9 @@ def examine(family: str, config: str, traits: str, arch: str) -> Examined:
         compile_ms=round(cubin.compile_ms, 1),
     )
     try:
-        return Examined(machinery, analyse(disassemble(cubin.code)))
+        return Examined(resources, analyse(disassemble(cubin.code)))
     except UnsupportedError:
-        return Examined(machinery)
+        return Examined(resources)
 
 
 class NoCompilerError(RuntimeError):

@@ -23,12 +23,13 @@ FAILURES = (
 device; the compiler refused it; it spilled registers or drew compiler warnings; its results were
 beyond the error budget; the launch or the kernel failed; it took too long."""
 OUTCOMES = ("measured", "predicted", "slow", *FAILURES)
-"""`slow` was measured a few times and stopped, far behind the best."""
+"""`slow` was given up far behind the best: measured a few times; or offline, by the model's
+estimate, not even compiled."""
 
 
 @dataclass(frozen=True)
-class Machinery:
-    """What a config's machine code is on the device it was compiled for.
+class ResourceUsage:
+    """What a config's machine code takes of the device it was compiled for.
 
     Attributes:
         registers: per thread.
@@ -58,7 +59,7 @@ class Record:
         config: its string form.
         outcome: one of OUTCOMES.
         reason: why, if it failed.
-        machinery: what was compiled; None if it never was.
+        resources: what was compiled; None if it never was.
         predicted_ms: what the offline model says; None if it was not asked.
         parts: milliseconds that each resource alone would take by the model, by name.
         samples_ms: times measured.
@@ -70,7 +71,7 @@ class Record:
     config: str
     outcome: str
     reason: str = ""
-    machinery: Machinery | None = None
+    resources: ResourceUsage | None = None
     predicted_ms: float | None = None
     parts: dict[str, float] | None = None
     samples_ms: tuple[float, ...] = ()
@@ -119,10 +120,10 @@ class Record:
             known = {field.name for field in fields(cls)}
             found = {name: value for name, value in found.items() if name in known}
             found["samples_ms"] = tuple(found.get("samples_ms") or ())
-            if found.get("machinery") is not None:
-                machinery = dict(found["machinery"])
-                machinery["warnings"] = tuple(machinery.get("warnings", ()))
-                found["machinery"] = Machinery(**machinery)
+            if found.get("resources") is not None:
+                resources = dict(found["resources"])
+                resources["warnings"] = tuple(resources.get("warnings", ()))
+                found["resources"] = ResourceUsage(**resources)
             return cls(**found)
         except (TypeError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(f"not a record of a trial: {error}") from error

@@ -50,7 +50,7 @@ _OF_THE_CODE = ("compile_failed", "spilled", "over_budget", "wrong_result")
 
 
 @dataclass(frozen=True)
-class Limits:
+class StoppingRules:
     """When to stop.
 
     Attributes:
@@ -98,7 +98,7 @@ class Search:
         study: optuna.Study,
         pool: CompilePool,
         measurer: Measurer | None,
-        limits: Limits,
+        rules: StoppingRules,
         *,
         sampler: str = "tpe",
         first: Sequence[str] = (),
@@ -112,7 +112,7 @@ class Search:
             study: where trials are kept; its sampler is asked.
             pool: compiles for the space's machine.
             measurer: judges compiled configs; None has the model judge.
-            limits: when to stop.
+            rules: when to stop.
             sampler: of SAMPLERS. "grid" walks the space in its order; "random" is not guided by
                 the model.
             first: configs to try after the default, before anything else.
@@ -121,7 +121,7 @@ class Search:
         """
         self.space, self.ledger, self.candidates = space, Ledger(study), Candidates(space)
         self._study, self._pool, self._measurer = study, pool, measurer
-        self._limits, self._sampler, self._ahead = limits, sampler, ahead
+        self._rules, self._sampler, self._ahead = rules, sampler, ahead
         self._clock, self._began = clock, clock()
         self._first = [str(space.default), *first]
         self._broken: set[str] = set()
@@ -133,7 +133,7 @@ class Search:
     def size(self) -> int:
         """Configs that the search will have tried when it ends by itself."""
         feasible = len(self.space.feasible)
-        return feasible if self._limits.trials is None else min(self._limits.trials, feasible)
+        return feasible if self._rules.trials is None else min(self._rules.trials, feasible)
 
     def best(self) -> Record | None:
         """The fastest record so far, of all processes; None if nothing succeeded."""
@@ -186,18 +186,18 @@ class Search:
     def _may_begin(self, waiting: int) -> bool:
         if waiting >= self._ahead or self._is_over():
             return False
-        return self._limits.trials is None or len(self.ledger.taken()) < self._limits.trials
+        return self._rules.trials is None or len(self.ledger.taken()) < self._rules.trials
 
     def _is_over(self) -> bool:
-        limits = self._limits
-        if limits.seconds is not None and self._clock() - self._began > limits.seconds:
+        rules = self._rules
+        if rules.seconds is not None and self._clock() - self._began > rules.seconds:
             return True
-        if limits.trials is not None and len(self.ledger.tried()) >= limits.trials:
+        if rules.trials is not None and len(self.ledger.tried()) >= rules.trials:
             return True
         best = self.best()
-        if limits.target is None or best is None:
+        if rules.target is None or best is None:
             return False
-        return best.time_ms <= (1 + limits.target) * max(self.floor_ms.values())
+        return best.time_ms <= (1 + rules.target) * max(self.floor_ms.values())
 
     @property
     def _is_guided(self) -> bool:
@@ -245,7 +245,7 @@ class Search:
 
     def _times_ms(self) -> dict[str, float]:
         """The times of what was compiled, also of what was stopped because it was slow."""
-        tried = [r for r in self.ledger.records() if r.machinery is not None]
+        tried = [r for r in self.ledger.records() if r.resources is not None]
         return {r.config: r.time_ms for r in tried if math.isfinite(r.time_ms)}
 
     def _look_at(self, trial: Trial, config: Config, on_record) -> list[_Waiting]:
@@ -265,13 +265,13 @@ class Search:
 
     def _judge(self, config: Config, examined: Examined) -> Record:
         """The record of a config that came out of the compiler."""
-        record = Record(str(config), "predicted", machinery=examined.machinery)
+        record = Record(str(config), "predicted", resources=examined.resources)
         if examined.failure is not None:
             return record.failed(*examined.failure)
-        if (failure := self.space.judge_machinery(examined.machinery)) is not None:
+        if (failure := self.space.judge_resources(examined.resources)) is not None:
             return record.failed(*failure)
         prediction = model.predict(
-            self.space.machine, self.space.problem, config, examined.machinery, examined.code
+            self.space.machine, self.space.problem, config, examined.resources, examined.code
         )
         record = replace(record, predicted_ms=prediction.ms, parts=prediction.parts)
         if self._measurer is None:
@@ -279,7 +279,7 @@ class Search:
         measured = self._measurer.measure(self.space.problem, str(config), self._is_slow)
         return replace(
             measured,
-            machinery=examined.machinery,
+            resources=examined.resources,
             predicted_ms=prediction.ms,
             parts=prediction.parts,
         )
@@ -340,7 +340,7 @@ class Search:
             finalists = again or finalists
         best = min(finalists, key=lambda record: record.time_ms)
         tied = [r for r in finalists if r.time_ms <= (1 + _TIE) * best.time_ms]
-        best = min(tied, key=lambda record: (record.machinery.smem_bytes, record.time_ms))
+        best = min(tied, key=lambda record: (record.resources.smem_bytes, record.time_ms))
         default = next((r for r in finalists if r.config == str(self.space.default)), default)
         if default is None:
             outcome, why = self.space.failure(self.space.default) or (

@@ -29,7 +29,7 @@ from numflash_tuner.pool import CompilePool
 from numflash_tuner.progress import Progress
 from numflash_tuner.records import Record
 from numflash_tuner.results import Result
-from numflash_tuner.search import Limits, Search, make_sampler
+from numflash_tuner.search import Search, StoppingRules, make_sampler
 from numflash_tuner.space import Budgets, Space
 from numflash_tuner.studies import StorageError, open_study
 
@@ -41,7 +41,7 @@ class Options:
     """How to search.
 
     Attributes:
-        limits: when a class is done; its seconds are those of the whole run.
+        rules: when a class is done; its seconds are those of the whole run.
         budgets: what a kernel may take.
         sampler: a name of `search.SAMPLERS`.
         seed: of the sampler; None for another order each time.
@@ -49,7 +49,7 @@ class Options:
         storage: as `studies.open_storage` takes it.
     """
 
-    limits: Limits = field(default_factory=Limits)
+    rules: StoppingRules = field(default_factory=StoppingRules)
     budgets: Budgets = field(default_factory=Budgets)
     sampler: str = "tpe"
     seed: int | None = None
@@ -82,8 +82,8 @@ class Session:
         self.origin = "predicted" if measurer is None else "measured"
         self._pool = CompilePool(device.arch, options.jobs)
         self._deadline = None
-        if options.limits.seconds is not None:
-            self._deadline = clock() + options.limits.seconds
+        if options.rules.seconds is not None:
+            self._deadline = clock() + options.rules.seconds
 
     def __enter__(self) -> "Session":
         self._pool.__enter__()
@@ -123,20 +123,20 @@ class Session:
 
         Whatever ends the search early, the best so far is remembered.
         """
-        limits, sampler = self._limits(classes_left), self.options.sampler
+        rules, sampler = self._rules(classes_left), self.options.sampler
         study = self._study(space)
         search = Search(
             space,
             study,
             self._pool,
             self.measurer,
-            limits,
+            rules,
             sampler=sampler,
             first=self._incumbent(space),
             ahead=self.options.jobs + 2,
             clock=self._clock,
         )
-        with _shown(search, title, limits.seconds, quiet) as (on_record, on_idle):
+        with _shown(search, title, rules.seconds, quiet) as (on_record, on_idle):
             try:
                 search.run(on_record, on_idle)
             except BaseException:
@@ -168,13 +168,13 @@ class Session:
             },
         )
 
-    def _limits(self, classes_left: int) -> Limits:
-        """The limits of one class; the time left is shared evenly."""
-        limits = self.options.limits
+    def _rules(self, classes_left: int) -> StoppingRules:
+        """The stopping rules of one class; the time left is shared evenly."""
+        rules = self.options.rules
         if self._deadline is None:
-            return limits
+            return rules
         left = max(0.0, self._deadline - self._clock())
-        return Limits(limits.trials, left / max(1, classes_left), limits.target)
+        return StoppingRules(rules.trials, left / max(1, classes_left), rules.target)
 
     def _study(self, space: Space) -> optuna.Study:
         """The study of a space; one in memory where the user's cache cannot be written."""

@@ -3,7 +3,7 @@
 A space is a product of dimensions, such as tile_m and num_warps, each an ordered list of choices.
 What obeys the rules that are known before anything is compiled is `feasible`; everything else is
 counted by the constraint that excludes it. What only the compiler knows is judged by
-`judge_machinery`.
+`judge_resources`.
 """
 
 import itertools
@@ -19,7 +19,7 @@ from numflash.errors import UnsupportedError
 from numflash.problem import AttentionProblem
 from numflash.problem_class import ProblemClass
 from numflash_tuner.machines import Machine
-from numflash_tuner.records import Machinery
+from numflash_tuner.records import ResourceUsage
 
 _MIN_REGISTERS = 24
 """Registers that every kernel needs beside its accumulators: addresses, counters."""
@@ -304,17 +304,17 @@ class Space:
                 f"{self.excluded.total()} configs each was excluded by a constraint ({counts})"
             )
 
-    def judge_machinery(self, machinery: Machinery) -> Failure | None:
+    def judge_resources(self, resources: ResourceUsage) -> Failure | None:
         """Why a compiled config may not be used; None if it may."""
-        if machinery.spill_bytes:
-            why = f"{machinery.spill_bytes} bytes of registers spilled per thread"
+        if resources.spill_bytes:
+            why = f"{resources.spill_bytes} bytes of registers spilled per thread"
             return "spilled", why
-        if machinery.warnings:
-            return "spilled", f"the compiler warns: {machinery.warnings[0]}"
-        if machinery.blocks_per_sm == 0:
-            return "over_budget", f"no block fits on an SM: {machinery.limited_by}"
+        if resources.warnings:
+            return "spilled", f"the compiler warns: {resources.warnings[0]}"
+        if resources.blocks_per_sm == 0:
+            return "over_budget", f"no block fits on an SM: {resources.limited_by}"
         why = self._below_occupancy(
-            machinery.blocks_per_sm, machinery.limited_by, machinery.num_threads
+            resources.blocks_per_sm, resources.limited_by, resources.num_threads
         )
         return None if why is None else ("over_budget", why)
 

@@ -15,7 +15,7 @@ from numflash.problem_class import ProblemClass
 from numflash_tuner import machines, model
 from numflash_tuner.model import counts
 from numflash_tuner.model.machine_code import MachineCode, analyse
-from numflash_tuner.records import Machinery
+from numflash_tuner.records import ResourceUsage
 
 pytestmark = pytest.mark.skipif(
     sass.find_disassembler() is None, reason=f"there is no disassembler; {sass.INSTALL_HINT}"
@@ -116,8 +116,8 @@ def test_prediction_from_machine_code_is_near_that_by_formula():
     machine = machines.find("H100")
     problem = ProblemClass.parse(f"forward {FORWARD[2]} causal q4096 k4096 bh64 g1")
     config = parse_config(*FORWARD[:2])
-    machinery = Machinery(255, 0, 65536, 128, 2, "registers")
-    predicted = model.predict(machine, problem, config, machinery, machine_code(*FORWARD))
+    resources = ResourceUsage(255, 0, 65536, 128, 2, "registers")
+    predicted = model.predict(machine, problem, config, resources, machine_code(*FORWARD))
     estimated = model.estimate(machine, problem, config)
     assert predicted.ms == pytest.approx(estimated.ms, rel=0.05)
     assert predicted.ms != estimated.ms

@@ -16,7 +16,7 @@ from numflash.problem_class import ProblemClass
 from numflash_tuner import machines, model
 from numflash_tuner.model import counts, grid, prediction
 from numflash_tuner.model.machine_code import Counts, Loop
-from numflash_tuner.records import Machinery
+from numflash_tuner.records import ResourceUsage
 
 A100 = machines.find("A100")
 MACHINES = ["T4", "A100", "A10", "RTX 4090", "H100", "B200", "5090"]
@@ -345,13 +345,13 @@ def test_machine_rates_order_the_machines():
 
 def test_occupancy_and_spills_cost():
     problem, config = problem_class(), parse_config("forward", "sm80-m128n64w4s1")
-    machinery = Machinery(255, 0, 65536, 128, 2, "registers")
-    two = model.predict(A100, problem, config, machinery, None)
-    one = model.predict(A100, problem, config, replace(machinery, blocks_per_sm=1), None)
+    resources = ResourceUsage(255, 0, 65536, 128, 2, "registers")
+    two = model.predict(A100, problem, config, resources, None)
+    one = model.predict(A100, problem, config, replace(resources, blocks_per_sm=1), None)
     assert two.ms < one.ms
     assert two.blocks_per_sm == 2
     with pytest.raises(ValueError, match="no block of sm80-m128n64w4s1 fits"):
-        model.predict(A100, problem, config, replace(machinery, blocks_per_sm=0), None)
+        model.predict(A100, problem, config, replace(resources, blocks_per_sm=0), None)
     with pytest.raises(ValueError, match="shared memory"):
         model.estimate(machines.find("T4"), problem, parse_config("forward", "sm75-m128n128w4s1"))
     tf32 = problem_class(traits="float32-d64-dv64-vec-tf32")
@@ -475,7 +475,7 @@ def test_every_family_has_a_prediction():
 def test_it_is_quick():
     config = parse_config("forward", "sm80-m128n64w4s1")
     problem = problem_class(mask="causal", q=32768, k=32768)
-    machinery = Machinery(255, 0, 65536, 128, 2, "registers")
+    resources = ResourceUsage(255, 0, 65536, 128, 2, "registers")
     model.estimate(A100, problem, config)
 
     def best_seconds(call):
@@ -487,4 +487,4 @@ def test_it_is_quick():
         return min(times)
 
     assert best_seconds(lambda: model.estimate(A100, problem, config)) < 0.3e-3
-    assert best_seconds(lambda: model.predict(A100, problem, config, machinery, None)) < 1e-3
+    assert best_seconds(lambda: model.predict(A100, problem, config, resources, None)) < 1e-3

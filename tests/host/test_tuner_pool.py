@@ -10,7 +10,7 @@ import pytest
 
 from numflash.configs import Traits, parse_config
 from numflash_tuner.pool import CompilePool, Examined, NoCompilerError
-from numflash_tuner.records import Machinery
+from numflash_tuner.records import ResourceUsage
 
 TRAITS = Traits.parse("float16-d64-dv64-vec")
 FINE, RAISES, CRASHES, HANGS, SLOW, ODD = (f"sm80-m64n{n}w4s1" for n in (16, 32, 48, 64, 96, 128))
@@ -25,7 +25,7 @@ def config(text):
 
 def about(text):
     """An answer that carries a text."""
-    return Examined(Machinery(1, 0, 0, 32, 1, text))
+    return Examined(ResourceUsage(1, 0, 0, 32, 1, text))
 
 
 def work(family, text, traits, arch):
@@ -57,7 +57,7 @@ def leave(family, text, traits, arch):
 
 def said(future):
     """The text of an answer."""
-    return future.result(timeout=30).machinery.limited_by
+    return future.result(timeout=30).resources.limited_by
 
 
 def test_every_config_gets_its_answer_and_processes_are_used_again():

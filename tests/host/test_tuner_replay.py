@@ -10,14 +10,14 @@ from numflash.problem_class import ProblemClass
 from numflash_tuner.measuring import replay
 from numflash_tuner.measuring.measurer import Measurer
 from numflash_tuner.measuring.replay import Replay
-from numflash_tuner.records import Machinery, Record
+from numflash_tuner.records import Record, ResourceUsage
 
 PROBLEM = ProblemClass.parse("forward float16-d64-dv64-vec causal q4096 k4096 bh64 g1")
 OTHER = dataclasses.replace(PROBLEM, mask="full")
 DEVICE = {"name": "NVIDIA A100-SXM4-80GB", "arch": "sm_80", "num_sms": 108}
-MACHINERY = Machinery(128, 0, 49152, 128, 3, "shared memory", ("a warning",), 900.0)
+RESOURCES = ResourceUsage(128, 0, 49152, 128, 3, "shared memory", ("a warning",), 900.0)
 FAST = Record(
-    "m64n64w4", "measured", machinery=MACHINERY, predicted_ms=1.5, parts={"matrix": 1.0},
+    "m64n64w4", "measured", resources=RESOURCES, predicted_ms=1.5, parts={"matrix": 1.0},
     samples_ms=(1.9, 2.0, 2.0, 2.1, 2.3), clock_mhz=1410.0, seconds=0.5, finished=1e9,
 )  # fmt: skip
 SLOW = Record("m16n32w1", "measured", samples_ms=(50.0, 51.0, 52.0, 53.0), seconds=1.0)
@@ -110,7 +110,7 @@ def test_times_are_drawn_from_those_recorded(measurer):
     assert record.outcome == "measured"
     assert len(record.samples_ms) == len(FAST.samples_ms)
     assert set(record.samples_ms) <= set(FAST.samples_ms)
-    assert (record.machinery, record.clock_mhz) == (MACHINERY, 1410.0)
+    assert (record.resources, record.clock_mhz) == (RESOURCES, 1410.0)
 
 
 def test_many_draws_have_the_recorded_spread(measurer):

@@ -14,7 +14,7 @@ import pytest
 from numflash.devices import architecture, blocks_per_sm
 from numflash.problem_class import ProblemClass
 from numflash_tuner import report
-from numflash_tuner.records import FAILURES, Machinery, Record
+from numflash_tuner.records import FAILURES, Record, ResourceUsage
 from numflash_tuner.report import charts, style, tables
 from numflash_tuner.report.axes import Axis
 from numflash_tuner.report.occupancy import corner, occupancy
@@ -25,9 +25,9 @@ PROBLEM = ProblemClass.parse("forward float16-d64-dv64-vec causal q4096 k4096 bh
 VOID = {"meta"}
 
 
-def machinery(registers=128, smem_bytes=32768, num_threads=128, spill_bytes=0):
+def resources(registers=128, smem_bytes=32768, num_threads=128, spill_bytes=0):
     blocks, limited_by = blocks_per_sm(architecture("sm_90a"), num_threads, registers, smem_bytes)
-    return Machinery(registers, spill_bytes, smem_bytes, num_threads, blocks, limited_by)
+    return ResourceUsage(registers, spill_bytes, smem_bytes, num_threads, blocks, limited_by)
 
 
 def measured(config, milliseconds, predicted_ms=None, **changes):
@@ -38,14 +38,14 @@ def measured(config, milliseconds, predicted_ms=None, **changes):
 
 
 RECORDS = [
-    measured("sm80-m64n64w4s1", 2.0, 1.9, machinery=machinery()),
-    measured("sm80-m64n64w4s2", 1.5, 1.6, machinery=machinery(168, 49152)),
-    measured("sm80-m128n64w4s1", 1.25, 1.2, machinery=machinery(255, 49152), finished=1.79e9),
-    measured("sm80-m128n64w8s1", 3.0, 2.5, machinery=machinery(128, 49152, 256)),
-    measured("sm80-m32n32w2s1", 9.0, 8.0, outcome="slow", machinery=machinery(90, 8192, 64)),
-    Record("sm80-m256n128w4s1", "spilled", "812 bytes", machinery(255, 90000)),
-    Record("sm80-m256n128w4s2", "spilled", "96 bytes", machinery(255, 90000)),
-    Record("sm80-m256n32w4s1", "spilled", "a warning", machinery(255, 90000)),
+    measured("sm80-m64n64w4s1", 2.0, 1.9, resources=resources()),
+    measured("sm80-m64n64w4s2", 1.5, 1.6, resources=resources(168, 49152)),
+    measured("sm80-m128n64w4s1", 1.25, 1.2, resources=resources(255, 49152), finished=1.79e9),
+    measured("sm80-m128n64w8s1", 3.0, 2.5, resources=resources(128, 49152, 256)),
+    measured("sm80-m32n32w2s1", 9.0, 8.0, outcome="slow", resources=resources(90, 8192, 64)),
+    Record("sm80-m256n128w4s1", "spilled", "812 bytes", resources(255, 90000)),
+    Record("sm80-m256n128w4s2", "spilled", "96 bytes", resources(255, 90000)),
+    Record("sm80-m256n32w4s1", "spilled", "a warning", resources(255, 90000)),
     Record("sm80-m512n64w4s1", "over_budget", "needs <much> & 'more'"),
     Record("sm80-m16n16w1s1", "wrong_result", "out: 0.3", samples_ms=(0.1, 0.1)),
 ]
@@ -73,7 +73,7 @@ def result(records=RECORDS, **changes):
 
 def predicted_result():
     records = [
-        Record(f"sm80-m{m}n64w4s1", "predicted", predicted_ms=ms, machinery=machinery())
+        Record(f"sm80-m{m}n64w4s1", "predicted", predicted_ms=ms, resources=resources())
         for m, ms in ((64, 2.0), (128, 1.6))
     ]
     parts = {"matrix": 1.0, "shared_memory": 1.5}
@@ -324,7 +324,7 @@ def test_all_tried_by_time():
     rows = parsed(result()).table("config")
     assert len(rows) == len(RECORDS)
     assert [row[2] for row in rows[:5]] == ["1.250", "1.500", "2.000", "3.000", "9.000"]
-    blocks = str(BEST.machinery.blocks_per_sm)
+    blocks = str(BEST.resources.blocks_per_sm)
     assert rows[0][1:] == ["measured", "1.250", "1.0%", "1.200", "255", "48.0", blocks]
     assert [row[0] for row in rows[5:]] == [record.config for record in RECORDS[5:]]
     assert rows[8][1:] == ["over budget", *["-"] * 6]
@@ -491,7 +491,7 @@ def test_occupancy():
     ]
     drawing = svg(figures[0])
     assert len(of_class(drawing, "dot")) == 3 and len(of_class(drawing, "cross")) == 3
-    blocks = BEST.machinery.blocks_per_sm
+    blocks = BEST.resources.blocks_per_sm
     (best,) = [title for title in titles(of_class(drawing, "dot")) if BEST.config + "," in title]
     assert best.endswith(
         f"255 registers, 49152 bytes, {blocks} blocks per SM, limited by registers"
@@ -509,7 +509,7 @@ def test_occupancy():
         for curve in of_class(bare, "curve"):
             y, x = map(float, re.match(r"M46 ([\d.]+)H([\d.]+)", curve.get("d")).groups())
             inside += float(dot.get("cx")) <= x and float(dot.get("cy")) >= y - 0.05
-        assert inside == record.machinery.blocks_per_sm
+        assert inside == record.resources.blocks_per_sm
 
 
 def test_occupancy_that_cannot_be_drawn():
@@ -518,7 +518,7 @@ def test_occupancy_that_cannot_be_drawn():
     (nothing,) = occupancy(result([Record("m64n32w4", "invalid", "no")]))
     assert nothing.svg is None and "No config was compiled" in nothing.caption
     threads = [
-        replace(BEST, config=f"m64n32w{n}", machinery=machinery(num_threads=32 * n))
+        replace(BEST, config=f"m64n32w{n}", resources=resources(num_threads=32 * n))
         for n in range(1, 7)
     ]
     figures = occupancy(result(threads))

@@ -14,8 +14,8 @@ from numflash.problem_class import ProblemClass
 from numflash_tuner import machines, model
 from numflash_tuner.measuring.replay import Recording, Replay
 from numflash_tuner.pool import Examined
-from numflash_tuner.records import Machinery, Record
-from numflash_tuner.search import SAMPLERS, Limits, Search, make_sampler
+from numflash_tuner.records import Record, ResourceUsage
+from numflash_tuner.search import SAMPLERS, Search, StoppingRules, make_sampler
 from numflash_tuner.space import Budgets, Space
 from numflash_tuner.studies import Ledger
 from tests.synthetic_recording import recording_of
@@ -36,21 +36,19 @@ class InstantPool:
         self.submitted.append(str(config))
         future = Future()
         spill = 64 if str(config) in self.spills else 0
-        machinery = Machinery(
+        resources = ResourceUsage(
             128, spill, config.smem_bytes(traits), config.num_threads, 2, "registers"
         )
-        future.set_result(Examined(machinery))
+        future.set_result(Examined(resources))
         return future
 
 
-def make_search(
-    space, measurer=None, limits=None, *, sampler="tpe", pool=None, study=None, **more
-):
+def make_search(space, measurer=None, rules=None, *, sampler="tpe", pool=None, study=None, **more):
     """A search in memory."""
     if study is None:
         study = optuna.create_study(sampler=make_sampler(sampler, 0), direction="minimize")
     pool = pool or InstantPool(space)
-    return Search(space, study, pool, measurer, limits or Limits(), sampler=sampler, **more)
+    return Search(space, study, pool, measurer, rules or StoppingRules(), sampler=sampler, **more)
 
 
 def run(search):
@@ -71,8 +69,8 @@ def test_a_quarter_of_the_time_comes_within_two_percent_of_the_best(problem, see
     space = space_of(problem)
     recording = recording_of(space, seed)
     replay = Replay(recording)
-    limits = Limits(seconds=recording.seconds / 4)
-    search = make_search(space, replay, limits, clock=lambda: replay.seconds)
+    rules = StoppingRules(seconds=recording.seconds / 4)
+    search = make_search(space, replay, rules, clock=lambda: replay.seconds)
     run(search)
     _, best = search.winner()
     assert replay.seconds <= recording.seconds / 4 + 60
@@ -91,7 +89,7 @@ def test_every_sampler_tries_every_config_once_and_then_ends(sampler):
 
 def test_the_default_and_the_favourites_come_first():
     space = space_of()
-    told = run(make_search(space, limits=Limits(trials=9)))
+    told = run(make_search(space, rules=StoppingRules(trials=9)))
     assert told[0].config == str(space.default)
     estimates = sorted(space.feasible, key=lambda c: model.estimate(MACHINE, DQ, c).ms)
     assert {record.config for record in told[1:4]} <= set(map(str, estimates[:4]))
@@ -111,16 +109,16 @@ def test_without_a_gpu_hopeless_configs_are_not_compiled():
 def test_trials_are_counted_over_runs():
     space = space_of()
     study = optuna.create_study(direction="minimize")
-    assert len(run(make_search(space, study=study, limits=Limits(trials=10)))) == 10
-    assert len(run(make_search(space, study=study, limits=Limits(trials=15)))) == 5
-    assert run(make_search(space, study=study, limits=Limits(trials=15))) == []
+    assert len(run(make_search(space, study=study, rules=StoppingRules(trials=10)))) == 10
+    assert len(run(make_search(space, study=study, rules=StoppingRules(trials=15)))) == 5
+    assert run(make_search(space, study=study, rules=StoppingRules(trials=15))) == []
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "grid", "random"])
 def test_the_default_and_what_is_remembered_are_tried_whatever_the_sampler(sampler):
     space = space_of()
     incumbent = str(list(space.feasible)[-1])
-    search = make_search(space, limits=Limits(trials=2), sampler=sampler, first=[incumbent])
+    search = make_search(space, rules=StoppingRules(trials=2), sampler=sampler, first=[incumbent])
     assert [record.config for record in run(search)] == [str(space.default), incumbent]
     default, _ = search.winner()
     assert default.config == str(space.default) and default.time_ms > 0
@@ -132,7 +130,7 @@ def test_what_is_remembered_is_measured_against_the_finalists():
     recording = recording_of(space, 0)
     best = replace(recording.records[incumbent], samples_ms=(1e-3,) * 9)
     recording.records[incumbent] = replace(best, samples_ms=(1e3, 1e3, 1e3))
-    search = make_search(space, Replay(recording), Limits(trials=20), first=[incumbent])
+    search = make_search(space, Replay(recording), StoppingRules(trials=20), first=[incumbent])
     run(search)
     recording.records[incumbent] = best
     assert search.winner()[1].config == incumbent
@@ -153,7 +151,7 @@ def test_a_run_in_which_everything_fails_ends():
 
 def test_a_target_ends_the_search():
     space = space_of()
-    search = make_search(space, limits=Limits(target=100.0))
+    search = make_search(space, rules=StoppingRules(target=100.0))
     assert len(run(search)) < 10
     assert search.best().time_ms <= 101 * max(search.floor_ms.values())
 
@@ -171,8 +169,8 @@ def test_what_fails_is_a_record_and_other_layouts_of_its_code_are_left_out():
     same_code = [config for config in space.feasible if config.compiled == default.compiled]
     assert len(same_code) > 1
     pool = InstantPool(space, spills=map(str, same_code))
-    limits = Limits(trials=40)
-    told = {record.config: record for record in run(make_search(space, limits=limits, pool=pool))}
+    rules = StoppingRules(trials=40)
+    told = {record.config: record for record in run(make_search(space, rules=rules, pool=pool))}
     assert told[str(default)].outcome == "spilled" and "64 bytes" in told[str(default)].reason
     # A few may have been on their way together.
     assert sum(str(config) in told for config in same_code) < len(same_code)
@@ -207,8 +205,8 @@ def chosen(times, *, measured=False, smem=None, final=None):
     study = optuna.create_study(direction="minimize")
     ledger = Ledger(study)
     for config, ms in times.items():
-        machinery = Machinery(128, 0, (smem or {}).get(config, 1000), 128, 2, "registers")
-        record = Record(config, "predicted", machinery=machinery, predicted_ms=ms)
+        resources = ResourceUsage(128, 0, (smem or {}).get(config, 1000), 128, 2, "registers")
+        record = Record(config, "predicted", resources=resources, predicted_ms=ms)
         if measured:
             record = replace(record, outcome="measured", samples_ms=(ms,) * 5)
         ledger.finish(study.ask(), record)

@@ -16,8 +16,8 @@ from numflash.entries import DeviceKey
 from numflash.problem_class import ProblemClass
 from numflash_tuner import autotune, machines, session
 from numflash_tuner.pool import Examined
-from numflash_tuner.records import Machinery, Record
-from numflash_tuner.search import Limits
+from numflash_tuner.records import Record, ResourceUsage
+from numflash_tuner.search import StoppingRules
 from numflash_tuner.session import Options, Session
 from numflash_tuner.space import Budgets, EmptySpaceError
 from numflash_tuner.studies import StorageError
@@ -47,8 +47,8 @@ class InstantPool:
         """The future of a config, already done."""
         future = Future()
         smem, threads = config.smem_bytes(traits), config.num_threads
-        machinery = Machinery(128, self.spill_bytes, smem, threads, 2, "registers")
-        future.set_result(Examined(machinery))
+        resources = ResourceUsage(128, self.spill_bytes, smem, threads, 2, "registers")
+        future.set_result(Examined(resources))
         return future
 
 
@@ -93,8 +93,8 @@ def instant(tmp_path, monkeypatch):
 
 def tune(measurer=None, problems=(DQ,), trials=6, clock=None, **options):
     """Tune classes; the results. Time passes where a Stopwatch measures, or by `clock`."""
-    limits = Limits(trials, options.pop("seconds", None))
-    chosen = Options(limits, options.pop("budgets", Budgets()), seed=0, jobs=1, **options)
+    rules = StoppingRules(trials, options.pop("seconds", None))
+    chosen = Options(rules, options.pop("budgets", Budgets()), seed=0, jobs=1, **options)
     clock = clock or (lambda: 0.0 if measurer is None else measurer.seconds)
     with Session(DEVICE, MACHINE, measurer, chosen, clock) as running:
         spaces = running.spaces(list(problems))
@@ -290,7 +290,7 @@ def test_a_damaged_table_is_set_aside(caplog):
 
 
 def test_progress_goes_to_the_terminal_unless_it_shall_be_quiet(capsys):
-    with Session(DEVICE, MACHINE, None, Options(Limits(3), jobs=1)) as running:
+    with Session(DEVICE, MACHINE, None, Options(StoppingRules(3), jobs=1)) as running:
         (space,) = running.spaces([DQ])
         running.tune(space, 1, "a title", quiet=True)
         assert capsys.readouterr() == ("", "")

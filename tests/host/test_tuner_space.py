@@ -7,7 +7,7 @@ import pytest
 from numflash.configs import MmaConfig, parse_config
 from numflash.problem_class import ProblemClass
 from numflash_tuner import machines
-from numflash_tuner.records import Machinery
+from numflash_tuner.records import ResourceUsage
 from numflash_tuner.space import Budgets, EmptySpaceError, Space
 
 FORWARD = "forward float16-d64-dv64-vec full q4096 k4096 bh64 g1"
@@ -23,7 +23,7 @@ PROBLEMS = [
     "backward float16-d128-dv128-vec full q4096 k4096 bh64 g1",
     "combine float16-d64-dv64-vec full q1 k65536 bh32 g1",
 ]
-MACHINERY = Machinery(128, 0, 32768, 128, 4, "registers")
+RESOURCES = ResourceUsage(128, 0, 32768, 128, 4, "registers")
 
 
 def space(problem=FORWARD, machine="NVIDIA A100-SXM4-80GB", budgets=None):
@@ -132,8 +132,8 @@ def test_an_occupancy_is_kept_before_and_after_compiling():
     found = space(budgets=Budgets(min_occupancy=0.25))
     assert found.excluded["--min-occupancy"] > 0
     # 4 blocks of 128 threads are a quarter of 2048.
-    assert found.judge_machinery(MACHINERY) is None
-    outcome, why = found.judge_machinery(replace(MACHINERY, blocks_per_sm=3))
+    assert found.judge_resources(RESOURCES) is None
+    outcome, why = found.judge_resources(replace(RESOURCES, blocks_per_sm=3))
     assert outcome == "over_budget" and "3 blocks of 128 threads" in why and "25%" in why
 
 
@@ -146,7 +146,7 @@ def test_an_occupancy_is_kept_before_and_after_compiling():
     ],
 )
 def test_what_the_compiler_found_excludes(changes, outcome, words):
-    found = space().judge_machinery(replace(MACHINERY, **changes))
+    found = space().judge_resources(replace(RESOURCES, **changes))
     assert found[0] == outcome and words in found[1]
 
 

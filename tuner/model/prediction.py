@@ -35,7 +35,7 @@ from numflash_tuner.model.grid import (
     visible_scores,
 )
 from numflash_tuner.model.machine_code import Counts, MachineCode
-from numflash_tuner.records import Machinery
+from numflash_tuner.records import ResourceUsage
 
 PARTITIONS = 4
 """Of an SM, each with its own pipes; a warp stays in one. One instruction is issued per clock."""
@@ -99,7 +99,7 @@ def predict(
     machine: Machine,
     problem: ProblemClass,
     config: Config,
-    machinery: Machinery,
+    resources: ResourceUsage,
     code: MachineCode | None,
 ) -> Prediction:
     """How long a compiled kernel takes.
@@ -108,13 +108,13 @@ def predict(
         machine: the GPU.
         problem: the class; it stands for the problem with its rounded sizes.
         config: of the problem's family.
-        machinery: what was compiled.
+        resources: what was compiled.
         code: its instructions; None counts by formula.
 
     Raises:
         ValueError: not even one block fits on an SM, or its tensor cores have no such product.
     """
-    fit = machinery.blocks_per_sm
+    fit = resources.blocks_per_sm
     if fit < 1:
         raise ValueError(f"no block of {config} fits on an SM of {machine.name}")
     if problem.family in _ROW_KERNELS:

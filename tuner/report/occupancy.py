@@ -41,12 +41,12 @@ def occupancy(result: Result) -> list[Figure]:
     except ValueError as error:
         return [Figure(_TITLE, escaped(f"Limits are unknown: {error}."))]
     threads = Counter(
-        record.machinery.num_threads for record in result.records if record.machinery is not None
+        record.resources.num_threads for record in result.records if record.resources is not None
     )
     if not threads:
         return [Figure(_TITLE, escaped("No config was compiled."))]
     winner = result.winner
-    of_best = winner.machinery.num_threads if winner and winner.machinery else None
+    of_best = winner.resources.num_threads if winner and winner.resources else None
     order = sorted(threads, key=lambda n: (n != of_best, -threads[n], n))
     figures = [_figure(result, limits, n) for n in order[:MAX_CHARTS]]
     if left_out := order[MAX_CHARTS:]:
@@ -82,8 +82,8 @@ def _most(high: int, fits: Callable[[int], bool]) -> int:
 
 
 def _figure(result: Result, limits: Architecture, num_threads: int) -> Figure:
-    records = [r for r in result.records if r.machinery and r.machinery.num_threads == num_threads]
-    widest = max(limits.max_smem_per_block, *(r.machinery.smem_bytes for r in records))
+    records = [r for r in result.records if r.resources and r.resources.num_threads == num_threads]
+    widest = max(limits.max_smem_per_block, *(r.resources.smem_bytes for r in records))
     x = Axis(0.0, widest / KB * 1.04, LEFT, RIGHT)
     y = Axis(0.0, 272.0, BOTTOM, TOP)
     marks, last, blocks = [], math.inf, 1
@@ -125,11 +125,11 @@ def _bounded(px: float, py: float, class_: str) -> Markup:
 
 
 def _point(record: Record, result: Result, x: Axis, y: Axis) -> Markup:
-    machinery = record.machinery
-    px, py = x(machinery.smem_bytes / KB), y(min(machinery.registers, 272))
+    resources = record.resources
+    px, py = x(resources.smem_bytes / KB), y(min(resources.registers, 272))
     about = (
-        f"{described(record)}; {machinery.registers} registers, {machinery.smem_bytes} bytes, "
-        f"{machinery.blocks_per_sm} blocks per SM, limited by {machinery.limited_by}"
+        f"{described(record)}; {resources.registers} registers, {resources.smem_bytes} bytes, "
+        f"{resources.blocks_per_sm} blocks per SM, limited by {resources.limited_by}"
     )
     if record.outcome in FAILURES:
         return cross(px, py, "cross", about)

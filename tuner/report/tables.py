@@ -39,12 +39,12 @@ def tried(result: Result) -> Markup:
     records = sorted(result.records, key=lambda record: result.time_ms(record) or float("inf"))
     rows, winner = [], result.winner
     for record in records:
-        machinery = record.machinery
+        resources = record.resources
         failed = record.outcome in FAILURES
         compiled = ("-", "-", "-")
-        if machinery is not None:
-            smem = f"{machinery.smem_bytes / 1024:.1f}"
-            compiled = (machinery.registers, smem, machinery.blocks_per_sm)
+        if resources is not None:
+            smem = f"{resources.smem_bytes / 1024:.1f}"
+            compiled = (resources.registers, smem, resources.blocks_per_sm)
         rows.append(
             _row(
                 tag("code", record.config),
