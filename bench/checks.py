@@ -34,6 +34,7 @@ GROUPS = (
     Group("forward", ("tests/gpu/test_attention.py", "-k", "test_forward"), 8),
     Group("gradients", ("tests/gpu/test_attention.py", "-k", "test_gradients"), 8),
     Group("api", ("tests/gpu/test_api.py",), 1),
+    Group("tuner", ("tests/gpu/test_tuner.py",), 1),
 )
 HANG_SECONDS = 120
 

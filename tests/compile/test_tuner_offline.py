@@ -34,8 +34,9 @@ from numflash_tuner import cli, studies
 pause, finish = float(sys.argv.pop(1)), studies.Ledger.finish
 
 def finish_and_pause(self, trial, record):
-    finish(self, trial, record)
+    kept = finish(self, trial, record)
     time.sleep(pause)
+    return kept
 
 studies.Ledger.finish = finish_and_pause
 sys.exit(cli.main())
