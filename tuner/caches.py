@@ -118,7 +118,7 @@ def _clear(args: argparse.Namespace) -> int:
             removed += store.clear(device)
     if args.studies:
         folder = cache_dir() / "studies"
-        found = sorted(folder.iterdir()) if folder.is_dir() else []
+        found = sorted(folder.glob("*.journal*")) if folder.is_dir() else []
         for path in found:
             path.unlink()
         removed += found

@@ -520,6 +520,15 @@ def test_export_clear_and_merge_are_a_round_trip(run, tmp_path):
     assert store.read_all() == before
 
 
+def test_clear_can_forget_what_was_tried_too(run):
+    assert run(*SMALL, *OFFLINE, "--trials", 2, "--quiet")[0] == 0
+    folder = store.config_dir().parent / "studies"
+    assert list(folder.glob("*.journal"))
+    assert ".journal" not in run("clear")[1] and list(folder.glob("*.journal"))
+    assert run("clear", "--studies")[1].count(".journal") == 1
+    assert not list(folder.glob("*.journal"))
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
