@@ -29,7 +29,8 @@ def cache_dir() -> Path:
     try:
         return Path(base).expanduser() / "numflash"
     except RuntimeError:  # a user without a home, as in some containers
-        return Path(tempfile.gettempdir()) / f"numflash-{os.getuid()}"
+        user = os.getuid() if hasattr(os, "getuid") else "user"
+        return Path(tempfile.gettempdir()) / f"numflash-{user}"
 
 
 def _path(key: str) -> Path:

@@ -427,3 +427,18 @@ def test_numflash_imports_neither_optuna_nor_the_tuner():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(out.stdout) == []
+
+
+def test_a_user_without_a_home_has_a_cache(monkeypatch):
+    from pathlib import Path
+
+    from numflash import cache
+
+    def fail(self):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("NUMFLASH_CACHE_DIR")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "expanduser", fail)
+    assert cache.cache_dir().name.startswith("numflash-")
+    assert find() is None
