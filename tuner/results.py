@@ -32,6 +32,7 @@ class Result:
         floor_ms: resource -> milliseconds that no kernel can beat; the floor is the largest.
         space_size: configs in the space.
         pruned: constraint -> configs of the space that it removed before anything was compiled.
+        pruned_examples: constraint -> one config that it removed, and why.
         importances: parameter -> its share in the variation of the time; empty if unknown.
         budgets: limits by name, None if not set: `smem_limit_bytes` of the device and
             `sram_budget_bytes` of the user, both per block; `min_occupancy`, resident warps over
@@ -49,6 +50,7 @@ class Result:
     floor_ms: dict[str, float] = field(default_factory=dict)
     space_size: int = 0
     pruned: dict[str, int] = field(default_factory=dict)
+    pruned_examples: dict[str, str] = field(default_factory=dict)
     importances: dict[str, float] = field(default_factory=dict)
     budgets: dict[str, float | int | None] = field(default_factory=dict)
 

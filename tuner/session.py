@@ -159,6 +159,7 @@ class Session:
             floor_ms=search.floor_ms,
             space_size=len(space.feasible) + space.excluded.total(),
             pruned=dict(space.excluded),
+            pruned_examples=space.examples,
             importances=search.importances(),
             budgets={
                 "smem_limit_bytes": space.machine.limits.max_smem_per_block,

@@ -259,8 +259,8 @@ class Space:
         return None
 
     @cached_property
-    def _walked(self) -> tuple[dict[Config, dict], Counter]:
-        feasible, excluded = {}, Counter()
+    def _walked(self) -> tuple[dict[Config, dict], Counter, dict[str, str]]:
+        feasible, excluded, examples = {}, Counter(), {}
         code = {n: c for n, c in self.dimensions.items() if n not in _GEOMETRY}
         orders = {n: c for n, c in self.dimensions.items() if n in _GEOMETRY and n != "packed"}
         packings = [{"packed": each} for each in self.dimensions.get("packed", ())] or [{}]
@@ -269,11 +269,14 @@ class Space:
             for packing in packings:
                 try:
                     base = self._make(shape | packing)
-                except ValueError:
+                except ValueError as error:
                     excluded["instruction shapes"] += len(laid_out)
+                    examples.setdefault("instruction shapes", str(error))
                     continue
                 if (violation := self._violation(base)) is not None:
-                    excluded[violation[0]] += len(laid_out)
+                    constraint, (_, reason) = violation
+                    excluded[constraint] += len(laid_out)
+                    examples.setdefault(constraint, f"{base} {reason}")
                     continue
                 for layout in laid_out:
                     values = shape | packing | layout
@@ -283,7 +286,7 @@ class Space:
             # Whatever it is worth, it is what runs untuned.
             feasible[self.default] = {n: getattr(self.default, n) for n in self.dimensions}
             excluded[violation[0]] -= 1
-        return feasible, excluded
+        return feasible, excluded, examples
 
     @property
     def feasible(self) -> dict[Config, dict]:
@@ -294,6 +297,11 @@ class Space:
     def excluded(self) -> Counter:
         """Constraint -> how many configs it excludes."""
         return self._walked[1]
+
+    @property
+    def examples(self) -> dict[str, str]:
+        """Constraint -> one config that it excludes, and why."""
+        return self._walked[2]
 
     def expect_any(self) -> None:
         """Raise EmptySpaceError if nothing is feasible."""

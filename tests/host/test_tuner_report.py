@@ -65,6 +65,7 @@ def result(records=RECORDS, **changes):
         floor_ms={"matrix": 0.5, "exponential": 0.75},
         space_size=1000,
         pruned={"shared memory": 600, "threads": 250},
+        pruned_examples={"shared memory": "m256n64w4 needs <600> bytes"},
         importances={"tile_m": 0.7, "num_stages": 0.3},
         budgets={"sram_budget_bytes": 65536, "min_occupancy": 0.125, "max_registers": 200},
     )
@@ -335,8 +336,8 @@ def test_all_tried_by_time():
 def test_pruned_and_failed_are_counted():
     page = parsed(result())
     assert page.table("constraint") == [
-        ["shared memory", "600", "60.0%"],
-        ["threads", "250", "25.0%"],
+        ["shared memory", "600", "60.0%", "m256n64w4 needs <600> bytes"],
+        ["threads", "250", "25.0%", ""],
     ]
     assert "Pruned before anything was compiled: 850 of 1,000 in the space" in page.all_text
     assert page.table("outcome")[0] == ["spilled", "2", "812 bytes", "sm80-m256n128w4s1"]

@@ -56,6 +56,18 @@ def test_feasible_and_excluded_are_the_whole_product():
     assert len(found.feasible) + found.excluded.total() == product
 
 
+def test_every_constraint_has_an_example_with_its_reason():
+    found = space(budgets=Budgets(smem_bytes=32 * 1024, min_occupancy=0.1))
+    assert set(found.examples) == set(found.excluded)
+    for constraint, words in {
+        "instruction shapes": "must be a multiple of",
+        "registers": "accumulators, may have",
+        "--sram-budget": "granted are 32768",
+        "register caps": "blocks per SM",
+    }.items():
+        assert words in found.examples[constraint]
+
+
 def test_the_default_is_what_dispatch_would_run():
     decode = space(DECODE).default
     assert decode.packed and decode.num_splits > 8

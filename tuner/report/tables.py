@@ -71,13 +71,15 @@ def tried(result: Result) -> Markup:
 
 
 def pruned(result: Result) -> Markup:
-    """How many configs each constraint removed before anything was compiled."""
+    """How many configs each constraint removed before compiling, with an example's reason."""
     ordered = sorted(result.pruned.items(), key=lambda item: (-item[1], item[0]))
     rows = []
     for name, count in ordered:
         share = f"{count / result.space_size:.1%}" if result.space_size else "-"
-        rows.append(_row(name, count, share, numbers=(1, 2)))
-    return _table(("constraint", "configs", "of the space"), rows, numbers=(1, 2))
+        why = result.pruned_examples.get(name, "")
+        rows.append(_row(name, count, share, why, numbers=(1, 2), classes={3: "reason"}))
+    header = ("constraint", "configs", "of the space", "for example")
+    return _table(header, rows, numbers=(1, 2))
 
 
 def failures(result: Result) -> Markup:
