@@ -1,0 +1,28 @@
+"""What the shipped tables choose instead of the defaults stays in registers on every GPU."""
+
+import pytest
+
+from numflash import store
+from numflash.configs import parse_config
+from numflash.devices import architecture
+from numflash.inspect import inspect_kernel
+
+
+def _kernels():
+    """Each machine code that a table prefers to the default, once for each architecture."""
+    found = {}
+    for device, entries in store.read_shipped().items():
+        for entry in entries:
+            if entry.config != entry.default_config:
+                config = parse_config(entry.problem.family, entry.config)
+                code = getattr(config, "compiled", config)
+                found[entry.problem.family, str(code), entry.problem.traits, device.arch] = None
+    return list(found)
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "traits", "arch"), _kernels(), ids=lambda value: str(value)
+)
+def test_no_kernel_of_a_table_has_a_fault(family, config, traits, arch):
+    report = inspect_kernel(parse_config(family, config), traits, architecture(arch))
+    assert report.faults == ()
