@@ -185,8 +185,8 @@ def processes_of(group):
     ids=["the whole group", "only the parent"],
 )
 def test_after_a_kill_the_second_start_goes_on(cache, whole_group, sampler):
-    options = ("--trials", 6, "--sampler", sampler)
-    first = start(cache, *options, pause=0.6)
+    # So many that the machine may be slow to look: it cannot be over by then.
+    first = start(cache, "--trials", 60, "--sampler", sampler, pause=0.6)
     wait_for_records(cache, 2, first)
     if whole_group:
         os.killpg(first.pid, signal.SIGKILL)
@@ -194,9 +194,9 @@ def test_after_a_kill_the_second_start_goes_on(cache, whole_group, sampler):
         first.kill()
     first.wait()
     before = tried(cache)
-    assert 2 <= len(before) < 6
-    tune(cache, *options)
-    expect_each_once(cache, 6)
+    assert 2 <= len(before) < 60
+    tune(cache, "--trials", len(before) + 2, "--sampler", sampler)
+    expect_each_once(cache, len(before) + 2)
     assert tried(cache)[: len(before)] == before
     assert len(entries(cache)) == 1
     # Compilers end with the kernel that they are at.
@@ -209,7 +209,8 @@ def test_after_a_kill_the_second_start_goes_on(cache, whole_group, sampler):
 
 
 def test_ctrl_c_remembers_the_best_and_says_how_to_go_on(cache):
-    process = start(cache, "--trials", 6, pause=0.6)
+    # So many that the machine may be slow to look: it cannot be over by then.
+    process = start(cache, "--trials", 60, pause=0.6)
     wait_for_records(cache, 2, process)
     # As from a terminal: to the compilers, too.
     os.killpg(process.pid, signal.SIGINT)
@@ -217,10 +218,10 @@ def test_ctrl_c_remembers_the_best_and_says_how_to_go_on(cache):
     assert status == 130 and "Traceback" not in err
     assert err.endswith("interrupted\nstopped; the same command goes on from here\n")
     before = tried(cache)
-    assert 2 <= len(before) < 6
+    assert 2 <= len(before) < 60
     assert entries(cache)[0].config in before
-    tune(cache, "--trials", 6)
-    expect_each_once(cache, 6)
+    tune(cache, "--trials", len(before) + 2)
+    expect_each_once(cache, len(before) + 2)
     assert tried(cache)[: len(before)] == before
 
 
