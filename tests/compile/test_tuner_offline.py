@@ -90,7 +90,13 @@ def start(cache, *options, pause=None):
         text=True,
         env=environment(cache),
         start_new_session=True,
+        preexec_fn=_listen_to_ctrl_c,
     )
+
+
+def _listen_to_ctrl_c():
+    """A shell's job in the background ignores SIGINT, and so do all its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def end(process):
