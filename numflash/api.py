@@ -11,7 +11,7 @@ from typing import Any
 
 from numflash import tuned
 from numflash.arrays import library_of, stream_address
-from numflash.calls import Backward, Forward
+from numflash.calls import DEFAULTS, Backward, Forward
 from numflash.compiler import get_cubin
 from numflash.configs import Config, MmaConfig, Traits, padded_head_dim
 from numflash.dispatch import choose, num_splits
@@ -212,27 +212,16 @@ def plan(q, k, v, *, out=None, stream=None, **options) -> Plan:
     Raises:
         TypeError, ValueError, UnsupportedError: as `attention`.
     """
-    defaults = {
-        "softmax_scale": None,
-        "causal": False,
-        "causal_align": "bottom_right",
-        "window_size": (-1, -1),
-        "softcap": 0.0,
-        "alibi_slopes": None,
-        "layout": "bshd",
-        "precision": None,
-        "config": None,
-    }
-    unknown = set(options) - set(defaults)
+    unknown = set(options) - set(DEFAULTS)
     if unknown:
         raise TypeError(
             f"plan got unknown options: {', '.join(sorted(unknown))}; it takes out, stream, "
-            f"{', '.join(defaults)}"
+            f"{', '.join(DEFAULTS)}"
         )
     for name, array in (("q", q), ("k", k), ("v", v)):
         view = library_of(array, name).view(array, name)
         expect_contiguous_rows(f"{name} of a plan", view)
-    return Plan(*_bind_forward(q, k, v, out, {**defaults, **options}, stream))
+    return Plan(*_bind_forward(q, k, v, out, {**DEFAULTS, **options}, stream))
 
 
 def warmup(

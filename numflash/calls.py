@@ -30,6 +30,19 @@ from numflash.selection import (
 )
 from numflash.views import ArrayView, Operand, contiguous_strides, overlap
 
+DEFAULTS = {
+    "softmax_scale": None,
+    "causal": False,
+    "causal_align": "bottom_right",
+    "window_size": (-1, -1),
+    "softcap": 0.0,
+    "alibi_slopes": None,
+    "layout": "bshd",
+    "precision": None,
+    "config": None,
+}
+"""The options of a call, as `numflash.attention` has them unless told otherwise."""
+
 
 def _describe(views: dict[str, ArrayView], options: dict) -> tuple[AttentionProblem, dict]:
     described = {**options, "alibi_slopes": views.get("alibi_slopes")}

@@ -148,15 +148,16 @@ def describe(report: Report, limits: Architecture) -> str:
     return "\n".join([f"{report.kernel} {report.config} on {report.arch}", *lines])
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports a bad argument in one line."""
+class Parser(argparse.ArgumentParser):
+    """Reports a bad argument in one line, and exits with 2."""
 
     def error(self, message: str):
+        """Say what is wrong."""
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="numflash-inspect",
         description="What a kernel is on a GPU, without having that GPU: registers, spills, "
         "shared memory, occupancy, instructions, compiler warnings.",

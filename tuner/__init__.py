@@ -2,3 +2,6 @@
 
 Installed as the package `numflash_tuner`. `numflash` never imports it.
 """
+
+SAMPLERS = ("tpe", "grid", "random", "cmaes")
+"""Ways to search, by name."""

@@ -2,20 +2,11 @@
 
 import argparse
 import sys
-from collections.abc import Callable
 
 from numflash import store
 from numflash.cache import cache_dir
 from numflash.entries import DeviceKey, Entry
-
-
-class Parser(argparse.ArgumentParser):
-    """Reports a bad argument in one line."""
-
-    def error(self, message: str):
-        """Exit with 2."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
+from numflash.inspect import Parser
 
 COMMANDS = ("show", "validate", "export", "merge", "clear")
 
@@ -39,10 +30,17 @@ def main(argv: list[str]) -> int:
     clear.add_argument(
         "--studies", action="store_true", help="also what was tried, of all devices"
     )
+    for command, run in (
+        (show, _show),
+        (validate, _validate),
+        (export, _export),
+        (merge, _merge),
+        (clear, _clear),
+    ):
+        command.set_defaults(run=run)
     args = parser.parse_args(argv)
-    run: Callable[[argparse.Namespace], int] = globals()[f"_{args.command}"]
     try:
-        return run(args)
+        return args.run(args)
     except (OSError, ValueError) as error:
         parser.exit(1, f"{parser.prog} {args.command}: error: {error}\n")
 

@@ -21,13 +21,12 @@ from numflash.errors import UnsupportedError
 from numflash.problem import AttentionProblem, describe
 from numflash.problem_class import ProblemClass
 from numflash.views import ArrayView, contiguous_strides
-from numflash_tuner import caches
+from numflash_tuner import SAMPLERS, caches
 
 FAMILIES = {
     "forward": ("forward", "combine"),
     "backward": ("backward-dkdv", "backward-dq", "backward"),
 }
-_SAMPLERS = ("tpe", "grid", "random", "cmaes")
 _TRIALS = 48
 _INTERRUPTED = 130
 # As `ProblemClass.of` rounds.
@@ -91,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="PERCENT",
         help="stop a class that is within so much of the time no kernel can beat",
     )
-    how.add_argument("--sampler", choices=_SAMPLERS, default="tpe", help="default: tpe")
+    how.add_argument("--sampler", choices=SAMPLERS, default="tpe", help="default: tpe")
     how.add_argument("--seed", type=int, metavar="N", help="of the sampler")
     how.add_argument(
         "--sram-budget", metavar="BYTES", help="shared memory a block may take, as in 48K"

@@ -43,7 +43,7 @@ class Options:
     Attributes:
         rules: when a class is done; its seconds are those of the whole run.
         budgets: what a kernel may take.
-        sampler: a name of `search.SAMPLERS`.
+        sampler: a name of `SAMPLERS`.
         seed: of the sampler; None for another order each time.
         jobs: compiler processes.
         storage: as `studies.open_storage` takes it.

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from numflash.configs import MMA_CONFIGS, PORTABLE_CONFIGS, Config, MmaConfig, parse_config
+from numflash.configs import MMA_CONFIGS, PORTABLE_CONFIGS, Config, MmaConfig
 from numflash.devices import Architecture, blocks_per_sm
 from numflash.dispatch import choose, choose_forward, rows_packed
 from numflash.errors import UnsupportedError
@@ -176,14 +176,6 @@ class Space:
             return (0,)
         return tuple(n for n in (0, 1, 4, 16, 64) if n < self.problem.batch_heads) or (0,)
 
-    def config(self, values: dict) -> tuple[Config | None, Failure | None]:
-        """The config with these values by name; or why there is none."""
-        try:
-            config = self._make(values)
-        except ValueError as error:
-            return None, ("invalid", str(error))
-        return config, self.failure(config)
-
     def _make(self, values: dict) -> Config:
         family, default = self.problem.family, self.default
         if isinstance(default, MmaConfig):
@@ -325,18 +317,6 @@ class Space:
             resources.blocks_per_sm, resources.limited_by, resources.num_threads
         )
         return None if why is None else ("over_budget", why)
-
-    def values(self, text: str) -> dict | None:
-        """The values by name of a config in its string form; None if it is not in the space."""
-        try:
-            config = parse_config(self.problem.family, text)
-        except (ValueError, UnsupportedError):
-            return None
-        if "packed" in self.dimensions and config.packed is None:
-            config = replace(config, packed=rows_packed(self._stands_for) > 1)
-        values = {name: getattr(config, name, None) for name in self.dimensions}
-        known = all(value in self.dimensions[name] for name, value in values.items())
-        return values if known and self._make(values) == config else None
 
 
 def _combinations(dimensions: dict[str, tuple]) -> Iterator[dict]:

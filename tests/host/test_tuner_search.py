@@ -11,11 +11,11 @@ pytest.importorskip("optuna")
 import optuna
 
 from numflash.problem_class import ProblemClass
-from numflash_tuner import machines, model
+from numflash_tuner import SAMPLERS, machines, model
 from numflash_tuner.measuring.replay import Recording, Replay
 from numflash_tuner.pool import Examined
 from numflash_tuner.records import Record, ResourceUsage
-from numflash_tuner.search import SAMPLERS, Search, StoppingRules, make_sampler
+from numflash_tuner.search import Search, StoppingRules, make_sampler
 from numflash_tuner.space import Budgets, Space
 from numflash_tuner.studies import Ledger
 from tests.synthetic_recording import recording_of

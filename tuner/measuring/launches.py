@@ -8,7 +8,7 @@ import numpy as np
 
 import numflash
 from numflash.arrays import library_of
-from numflash.calls import Backward, Forward
+from numflash.calls import DEFAULTS, Backward, Forward
 from numflash.configs import MmaConfig
 from numflash_tuner.measuring import representative
 from numflash_tuner.measuring.gpu import Device
@@ -16,16 +16,6 @@ from numflash_tuner.measuring.representative import Call
 
 _AFTER = {"forward": "combine", "backward": "reduce-dq"}
 """What puts the parts together that a family's kernel may write: timed with it."""
-_DEFAULTS = {
-    "softmax_scale": None,
-    "causal": False,
-    "causal_align": "bottom_right",
-    "window_size": (-1, -1),
-    "softcap": 0.0,
-    "alibi_slopes": None,
-    "layout": "bshd",
-    "precision": None,
-}
 
 
 class RefusedError(Exception):
@@ -57,13 +47,13 @@ def bind(family: str, config: str, call: Call, arrays: dict[str, Any]) -> Callab
     A forward that splits the keys, and a backward that splits dQ, includes the kernel that puts
     the parts together.
     """
-    options = {**_DEFAULTS, **call.options, "alibi_slopes": arrays.get("alibi_slopes")}
+    options = {**call.options, "alibi_slopes": arrays.get("alibi_slopes")}
     configs = forced(family, config, *(arrays[name] for name in "qkv"), options)
     library = library_of(arrays["q"], "q")
     views = {name: library.view(array, name) for name, array in arrays.items()}
     operands = {name: library.operand(array) for name, array in arrays.items()}
     kind = Forward if family in representative.FORWARD else Backward
-    ready = kind(views, {**options, "config": configs})
+    ready = kind(views, {**DEFAULTS, **options, "config": configs})
     *_, launches = ready.bind(operands, library)
     stream = library.stream(ready.device)
     for launch in launches.values():
