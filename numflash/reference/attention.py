@@ -1,4 +1,4 @@
-"""Attention as defined, in NumPy: the specification that every kernel is tested against.
+"""Attention and its gradients, in float64 and naively in lower precisions.
 
 Float64, the whole score matrix at once, one line of code per line of mathematics. `naive` is the
 same computation the way a straightforward program does it in a lower precision: each kernel's
@@ -58,10 +58,10 @@ def naive(q, k, v, *, precision: str, **options) -> tuple[np.ndarray, np.ndarray
     """
     dtype, matmul = _PRECISIONS[precision], _multiplication(precision)
     bhsd = options.get("layout", "bshd") == "bhsd"
-    arrays = (_heads_first(x, bhsd) for x in (q, k, v))
+    arrays = (heads_first(x, bhsd) for x in (q, k, v))
     out, lse, *_ = _forward(*arrays, dtype, matmul, options)
     ndim = np.ndim(q)
-    return _heads_back(out, bhsd, ndim), lse.reshape(lse.shape[4 - ndim :])
+    return heads_back(out, bhsd, ndim), lse.reshape(lse.shape[4 - ndim :])
 
 
 def naive_backward(dout, q, k, v, *, precision: str, **options):
@@ -71,7 +71,7 @@ def naive_backward(dout, q, k, v, *, precision: str, **options):
     """
     dtype, matmul = _PRECISIONS[precision], _multiplication(precision)
     bhsd = options.get("layout", "bshd") == "bhsd"
-    do, q4, k4, v4 = (_heads_first(x, bhsd) for x in (dout, q, k, v))
+    do, q4, k4, v4 = (heads_first(x, bhsd) for x in (dout, q, k, v))
     out, lse, s, slope, scale = _forward(q4, k4, v4, dtype, matmul, options)
     group = q4.shape[1] // k4.shape[1]
     do = do.astype(dtype)
@@ -80,13 +80,13 @@ def naive_backward(dout, q, k, v, *, precision: str, **options):
     p = np.where(np.isneginf(s), dtype.type(0), p)
 
     dv = matmul(p.swapaxes(-1, -2), do, dtype)
-    dp = matmul(do, _repeat(v4.astype(dtype), group).swapaxes(-1, -2), dtype)
+    dp = matmul(do, repeat(v4.astype(dtype), group).swapaxes(-1, -2), dtype)
     delta = (do * out).sum(-1, keepdims=True, dtype=_sums(dtype)).astype(dtype)
     ds = p * (dp - delta) * slope
-    dq = matmul(ds, _repeat(k4.astype(dtype), group), dtype) * scale
+    dq = matmul(ds, repeat(k4.astype(dtype), group), dtype) * scale
     dk = matmul(ds.swapaxes(-1, -2), q4.astype(dtype), dtype) * scale
     gradients = dq, _sum_groups(dk, group, dtype), _sum_groups(dv, group, dtype)
-    return tuple(_heads_back(g, bhsd, np.ndim(q)) for g in gradients)
+    return tuple(heads_back(g, bhsd, np.ndim(q)) for g in gradients)
 
 
 def visible(
@@ -112,13 +112,28 @@ def visible(
 
 def _forward(q, k, v, dtype, matmul, options):
     """Attention on (batch, heads, seqlen, head_dim); also S, the slope of the cap, the scale."""
+    s, slope, scale = scores(q, k, dtype, matmul, options)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        row_max = s.max(-1, keepdims=True, initial=dtype.type(-np.inf))
+        # -inf - -inf is NaN: rows that see no key subtract 0 instead.
+        e = np.exp(s - np.where(np.isneginf(row_max), dtype.type(0), row_max))
+        row_sum = e.sum(-1, keepdims=True, dtype=_sums(dtype)).astype(dtype)
+        p = np.where(row_sum == 0, dtype.type(0), e / row_sum)
+        exact_sum = e.sum(-1, dtype=_sums(dtype))
+        lse = row_max[..., 0].astype(_sums(dtype)) + np.log(exact_sum)
+    out = matmul(p, repeat(v.astype(dtype), q.shape[1] // v.shape[1]), dtype)
+    return out, lse, s, slope, scale
+
+
+def scores(q, k, dtype, matmul, options):
+    """S from (batch, heads, seqlen, head_dim), -inf where masked; the cap's slope; the scale."""
     batch, num_heads, seqlen_q, head_dim = q.shape
     seqlen_k, group = k.shape[2], num_heads // k.shape[1]
     causal_align = options.get("causal_align", "bottom_right")
     scale, softcap = options.get("softmax_scale"), options.get("softcap", 0.0)
     scale = dtype.type(head_dim**-0.5 if scale is None else scale)
 
-    s = matmul(q.astype(dtype), _repeat(k.astype(dtype), group).swapaxes(-1, -2), dtype) * scale
+    s = matmul(q.astype(dtype), repeat(k.astype(dtype), group).swapaxes(-1, -2), dtype) * scale
     slope = np.ones((), dtype)
     if softcap:
         bent = np.tanh(s / dtype.type(softcap))
@@ -135,18 +150,7 @@ def _forward(q, k, v, dtype, matmul, options):
         causal_align,
         options.get("window_size", (-1, -1)),
     )
-    s = np.where(seen, s, dtype.type(-np.inf))
-
-    with np.errstate(divide="ignore", invalid="ignore"):
-        row_max = s.max(-1, keepdims=True, initial=dtype.type(-np.inf))
-        # -inf - -inf is NaN: rows that see no key subtract 0 instead.
-        e = np.exp(s - np.where(np.isneginf(row_max), dtype.type(0), row_max))
-        row_sum = e.sum(-1, keepdims=True, dtype=_sums(dtype)).astype(dtype)
-        p = np.where(row_sum == 0, dtype.type(0), e / row_sum)
-        exact_sum = e.sum(-1, dtype=_sums(dtype))
-        lse = row_max[..., 0].astype(_sums(dtype)) + np.log(exact_sum)
-    out = matmul(p, _repeat(v.astype(dtype), group), dtype)
-    return out, lse, s, slope, scale
+    return np.where(seen, s, dtype.type(-np.inf)), slope, scale
 
 
 def _alignment(seqlen_q: int, seqlen_k: int, causal_align: str) -> int:
@@ -185,7 +189,8 @@ def _rounded_to_tf32(x) -> np.ndarray:
     return rounded.astype(np.uint32).view(np.float32).astype(np.float64)
 
 
-def _repeat(x, group):
+def repeat(x, group):
+    """(batch, heads, ...) with each head `group` times."""
     return np.repeat(x, group, axis=1)
 
 
@@ -195,7 +200,7 @@ def _sum_groups(x, group, dtype):
     return grouped.sum(2, dtype=_sums(dtype)).astype(dtype)
 
 
-def _heads_first(x, bhsd: bool) -> np.ndarray:
+def heads_first(x, bhsd: bool) -> np.ndarray:
     """(batch, heads, seqlen, head_dim) of an array with two to four dimensions."""
     x = np.asarray(x)
     if x.ndim == 2:
@@ -205,7 +210,7 @@ def _heads_first(x, bhsd: bool) -> np.ndarray:
     return x if bhsd else x.swapaxes(1, 2)
 
 
-def _heads_back(x, bhsd: bool, ndim: int) -> np.ndarray:
+def heads_back(x, bhsd: bool, ndim: int) -> np.ndarray:
     """The inverse of `_heads_first`."""
     if ndim == 2:
         return x[0, 0]

@@ -1,0 +1,96 @@
+"""8-bit arrays: how one is quantised, and what it then consists of. `quantization` makes them."""
+
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
+
+GRANULARITIES = ("tensor", "head", "block", "token")
+HEAD_DIM_STEP = 64
+"""Codes are stored with head_dim padded to a multiple of this."""
+TOKEN_STEP = 64
+"""Codes with tokens innermost are stored with seqlen padded to a multiple of this."""
+MAX_BLOCK = 1024
+
+
+@dataclass(frozen=True)
+class Fp8Recipe:
+    """How q, k and v are quantised.
+
+    Attributes:
+        granularity: what shares a scale: the whole "tensor", each "head" of each batch entry, each
+            "block" of `block` tokens of a head, or each "token" of a head.
+        block: tokens that share a scale: a power of two from 16 to 1024.
+        hadamard: whether q and k are rotated by a random orthogonal matrix, signs times a
+            Walsh-Hadamard transform. Scores stay as they are, and outliers are spread out.
+        seed: of the signs, not negative.
+
+    Raises:
+        TypeError, ValueError: a value that is none of these.
+
+    Source: FlashAttention-3, arXiv 2407.08608, section 3.3.
+    """
+
+    granularity: str = "block"
+    block: int = 128
+    hadamard: bool = True
+    seed: int = 0
+
+    def __post_init__(self):
+        if not isinstance(self.granularity, str):
+            raise TypeError(f"granularity must be a string, got {self.granularity!r}")
+        if self.granularity not in GRANULARITIES:
+            raise ValueError(
+                f"granularity must be one of {', '.join(GRANULARITIES)}, got {self.granularity!r}"
+            )
+        for name in ("block", "seed"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, Integral):
+                raise TypeError(f"{name} must be an integer, got {value!r}")
+        if not 16 <= self.block <= MAX_BLOCK or self.block & (self.block - 1):
+            raise ValueError(
+                f"block must be a power of two from 16 to {MAX_BLOCK}, got {self.block}"
+            )
+        if self.seed < 0:
+            raise ValueError(f"seed must not be negative, got {self.seed}")
+        if not isinstance(self.hadamard, bool):
+            raise TypeError(f"hadamard must be True or False, got {self.hadamard!r}")
+
+    def num_scales(self, seqlen: int) -> int:
+        """Scales along the tokens of one head."""
+        if self.granularity == "token":
+            return seqlen
+        return -(-seqlen // self.block) if self.granularity == "block" else 1
+
+    def descale_shape(self, batch: int, heads: int, seqlen: int) -> tuple[int, int, int]:
+        """The shape of the scales of a (batch, seqlen, heads, head_dim) array."""
+        if self.granularity == "tensor":
+            return 1, 1, 1
+        return batch, heads, self.num_scales(seqlen)
+
+
+@dataclass(frozen=True, eq=False)
+class Fp8Array:
+    """An array in 8-bit floats: x is about descale * code. `quantize_fp8` makes it.
+
+    Attributes:
+        data: uint8 codes, (batch, seqlen, heads, head_dim padded to a multiple of 64) or, where
+            `transposed`, (batch, heads, padded head_dim, seqlen padded to a multiple of 64) with
+            the tokens in the order of `numflash.reference.tokens_innermost`. Always with all four
+            axes. Padding is zero. A multiple of 16 bytes lies between its rows.
+        descale: float32 scales, (batch, heads, n), n along the tokens; an extent of 1 is for all.
+        recipe: how it was quantised.
+        shape: of the array that was quantised.
+        dtype: of that array, as in "bfloat16".
+        layout: of that array, "bshd" or "bhsd".
+        format: "e4m3" or "e5m2".
+        transposed: whether tokens are innermost, as the kernels need V.
+    """
+
+    data: Any
+    descale: Any
+    recipe: Fp8Recipe
+    shape: tuple[int, ...]
+    dtype: str
+    layout: str = "bshd"
+    format: str = "e4m3"
+    transposed: bool = False

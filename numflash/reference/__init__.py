@@ -1,0 +1,40 @@
+"""Attention as defined, in NumPy: the specification that every kernel is tested against.
+
+attention, attention_backward    in float64
+naive, naive_backward            step by step in a lower precision: error budgets
+quantize_fp8, attention_fp8      with 8-bit floats
+"""
+
+from numflash.reference.attention import (
+    attention,
+    attention_backward,
+    naive,
+    naive_backward,
+    visible,
+)
+from numflash.reference.fp8 import (
+    attention_fp8,
+    attention_of_codes,
+    dequantize_fp8,
+    hadamard_signs,
+    quantize_fp8,
+    rotate,
+    tokens_innermost,
+    tokens_outermost,
+)
+
+__all__ = [
+    "attention",
+    "attention_backward",
+    "attention_fp8",
+    "attention_of_codes",
+    "dequantize_fp8",
+    "hadamard_signs",
+    "naive",
+    "naive_backward",
+    "quantize_fp8",
+    "rotate",
+    "tokens_innermost",
+    "tokens_outermost",
+    "visible",
+]
