@@ -25,7 +25,6 @@ import numpy as np
 from numflash.formats import FORMATS
 from numflash.reference.attention import heads_back, heads_first, repeat, scores
 
-
 HEAD_DIM_STEP = 64
 TOKEN_STEP = 64
 SMALLEST_AMAX = np.float32(2.0**-100)
