@@ -16,6 +16,9 @@ from numflash.ptx.arithmetic import (
     ex2_approx_ftz_f32,
     float_as_bits,
     max_f32,
+    min_f32,
+    mul_f16x2,
+    prmt_b32,
 )
 from numflash.ptx.async_copies import (
     CP_ASYNC_WAIT_GROUP,
@@ -24,6 +27,12 @@ from numflash.ptx.async_copies import (
     cp_async_commit_group,
 )
 from numflash.ptx.barriers import bar_arrive, bar_sync
+from numflash.ptx.float8 import (
+    cvt_rn_f16x2_e4m3x2,
+    cvt_rn_f16x2_e5m2x2,
+    cvt_rn_satfinite_e4m3x2_f32,
+    cvt_rn_satfinite_e5m2x2_f32,
+)
 from numflash.ptx.instruction import INSTRUCTIONS, Global, Instruction, Regs, Shared, instruction
 from numflash.ptx.memory import (
     ld_global_v4_f32,
@@ -49,6 +58,7 @@ from numflash.ptx.tensor_cores import (
     mma_m16n8k8_tf32,
     mma_m16n8k16_bf16,
     mma_m16n8k16_f16,
+    mma_m16n8k32_e4m3,
 )
 
 if SIMULATED:
@@ -83,7 +93,11 @@ __all__ = [
     "cvt_f32_f16",
     "cvt_rn_bf16x2_f32",
     "cvt_rn_f16_f32",
+    "cvt_rn_f16x2_e4m3x2",
+    "cvt_rn_f16x2_e5m2x2",
     "cvt_rn_f16x2_f32",
+    "cvt_rn_satfinite_e4m3x2_f32",
+    "cvt_rn_satfinite_e5m2x2_f32",
     "cvt_rna_tf32_f32",
     "device_function",
     "ex2_approx_ftz_f32",
@@ -100,11 +114,15 @@ __all__ = [
     "ldmatrix_x4",
     "ldmatrix_x4_trans",
     "max_f32",
+    "min_f32",
     "mma_m16n8k8_f16",
     "mma_m16n8k8_tf32",
     "mma_m16n8k16_bf16",
     "mma_m16n8k16_f16",
+    "mma_m16n8k32_e4m3",
     "mov_tid_x",
+    "mul_f16x2",
+    "prmt_b32",
     "st_global_v2_f32",
     "st_global_v2_u32",
     "st_global_v4_f32",

@@ -31,6 +31,38 @@ def max_f32(a: f32, b: f32) -> f32:
     return a if a == a else b if b == b else _NAN
 
 
+@instruction("min.f32 <ret>, <a>, <b>;", sm=75)
+def min_f32(a: f32, b: f32) -> f32:
+    """The smaller of a and b, -0 below +0; the other one where one is NaN. PTX ISA 9.7.3.11."""
+    return -max_f32(-a, -b) if a == a or b == b else _NAN
+
+
+@instruction("mul.f16x2 <ret>, <a>, <b>;", sm=75)
+def mul_f16x2(a: u32, b: u32) -> u32:
+    """Products of two pairs of float16, each rounded to nearest even. PTX ISA 9.7.4.3."""
+    x, y = (u32(pair).reshape(1).view(np.float16) for pair in (a, b))
+    product = x * y
+    return np.where(product == product, product.view(u16), u16(0x7FFF)).view(u32)[0]
+
+
+@instruction("prmt.b32 <ret>, <a>, <b>, <selector>;", sm=75)
+def prmt_b32(a: u32, b: u32, selector: u32) -> u32:
+    """Four of the bytes 0 to 3 of a and 4 to 7 of b, as the selector's four low digits say.
+
+    A digit of 8 or more is the sign of the byte that it names less 8, in all bits.
+    PTX ISA 9.7.9.7.
+    """
+    source = int(a) | int(b) << 32
+    result = 0
+    for i in range(4):
+        digit = int(selector) >> 4 * i & 15
+        byte = source >> 8 * (digit & 7) & 0xFF
+        if digit & 8:
+            byte = 0xFF * (byte >> 7)
+        result |= byte << 8 * i
+    return u32(result)
+
+
 @instruction("cvt.f32.f16 <ret>, <bits>;", sm=75)
 def cvt_f32_f16(bits: u16) -> f32:
     """The float32 that equals a float16, given by its bits. PTX ISA 9.7.9.22."""

@@ -8,6 +8,8 @@ Every product is d += a b with a of 16 x k, b of k x 8 and d of 16 x 8. Lane l s
     b[i]     (2 t + h + 8 i, g)
     a[i]     (g + 8 (i % 2), t + 4 (i // 2))                           one tf32 element
     b[i]     (t + 4 i, g)
+    a[i]     (g + 8 (i % 2), 4 t + h + 16 (i // 2))    h = 0, 1, 2, 3  four e4m3 elements
+    b[i]     (4 t + h + 16 i, g)
 
 Sums are exact here and rounded once; the hardware aligns the terms of a sum to the largest and
 cuts off what lies below, so its last bits may differ.
@@ -18,8 +20,9 @@ from functools import cache
 import ml_dtypes
 import numpy as np
 
+from numflash.formats import FORMATS
 from numflash.ptx.instruction import Regs, Shared, instruction
-from numflash.ptx.scalars import f32, i64, u16, u32
+from numflash.ptx.scalars import f32, i64, u8, u16, u32
 
 _LANES = np.arange(32)
 _G, _T = _LANES // 4, _LANES % 4
@@ -114,6 +117,27 @@ def mma_m16n8k8_tf32(d: Regs(f32, 4), a: Regs(u32, 4, "r"), b: Regs(u32, 2, "r")
 def _tf32(registers):
     words = np.ascontiguousarray(registers, u32) & u32(0xFFFFE000)
     return words.view(f32).astype(np.float64)
+
+
+@instruction(
+    "mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 <d>, <a>, <b>, <d>;",
+    sm=89,
+    collective="warp",
+)
+def mma_m16n8k32_e4m3(d: Regs(f32, 4), a: Regs(u32, 4, "r"), b: Regs(u32, 2, "r")):
+    """d += a b; a: 16 x 32, b: 32 x 8 e4m3. PTX ISA 9.7.14.5.10."""
+    i, j, h = np.arange(4)[:, None], np.arange(2)[:, None], np.arange(4)
+    g, t = _G[:, None, None], _T[:, None, None]
+    a_matrix, b_matrix = np.empty((16, 32), np.float64), np.empty((32, 8), np.float64)
+    a_matrix[g + 8 * (i % 2), 4 * t + h + 16 * (i // 2)] = _e4m3(a)
+    b_matrix[4 * t + h + 16 * j, g] = _e4m3(b)
+    _accumulate(d, a_matrix @ b_matrix)
+
+
+def _e4m3(registers):
+    """(32, registers, 4): the bytes of each register, the lowest first."""
+    words = np.ascontiguousarray(registers, u32)
+    return FORMATS["e4m3"].decode(words.view(u8).reshape(*words.shape, 4))
 
 
 @instruction(
