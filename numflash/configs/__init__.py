@@ -3,13 +3,15 @@
 `Traits` is fixed by the problem: dtype, head dims, and which features the kernel has. A config is
 a free choice among equally right ones: tile sizes, warps, stages. Each kernel family, such as
 "forward", has a config class for each of its implementations: the portable kernels
-(`configs.portable`) and those for tensor cores (`configs.sm80`). Traits and configs have short
+(`configs.portable`), those for tensor cores (`configs.sm80`), and on 8-bit floats
+(`configs.fp8`). Traits and configs have short
 string forms, used in file names, test ids and on the command line: `float16-d64-dv64-softcap-vec`,
 `m64n32w4`, `sm80-m128n64w4s1`.
 
 Everything here is plain arithmetic; nothing imports Numba.
 """
 
+from numflash.configs.fp8 import PREFIX, Fp8ForwardConfig
 from numflash.configs.portable import (
     PORTABLE_CONFIGS,
     BackwardDkDvConfig,
@@ -52,6 +54,8 @@ def parse_config(family: str, text: str) -> Config:
     """
     if family not in FAMILIES:
         raise ValueError(f"kernel family must be one of {', '.join(FAMILIES)}, got {family!r}")
+    if text.startswith(PREFIX) and family == Fp8ForwardConfig.family:
+        return Fp8ForwardConfig.parse(text)
     implementations = [MMA_CONFIGS, PORTABLE_CONFIGS]
     if not text.startswith("sm"):
         implementations.reverse()
@@ -72,6 +76,7 @@ __all__ = [
     "Config",
     "DeltaConfig",
     "ForwardConfig",
+    "Fp8ForwardConfig",
     "MmaBackwardConfig",
     "MmaBackwardDkDvConfig",
     "MmaBackwardDqConfig",

@@ -65,12 +65,14 @@ class MmaConfig:
 
     implementation: ClassVar = "sm80"
     family: ClassVar[str]
+    generations: ClassVar[tuple[str, ...]] = GENERATIONS
     _row_tile: ClassVar[str] = "tile_m"
+    _example: ClassVar[str] = "m64n32w4 or sm80-m64n32w4s2"
 
     def __post_init__(self):
-        if self.generation not in GENERATIONS:
+        if self.generation not in self.generations:
             raise ValueError(
-                f"{type(self).__name__} must begin with one of {', '.join(GENERATIONS)}, "
+                f"{type(self).__name__} must begin with one of {', '.join(self.generations)}, "
                 f"got {self.generation!r}"
             )
         for field in fields(self)[1:6]:
@@ -178,19 +180,26 @@ class MmaConfig:
     @classmethod
     def parse(cls, text: str) -> "MmaConfig":
         """The inverse of `str`. Raises ValueError for anything else."""
-        match = _PATTERN.fullmatch(text)
-        if match is not None:
-            sizes = {name: int(n) for name, n in match.groupdict().items() if n and n.isdecimal()}
-            packed = {None: None, "-packed": True, "-unpacked": False}[match["packed"]]
-            apart, swizzled = match["apart"] is not None, match["linear"] is None
-            config = cls(
-                match["generation"], **sizes, packed=packed, apart=apart, swizzled=swizzled
-            )
+        fields_of_text = cls._fields(text)
+        if fields_of_text is not None:
+            config = cls(**fields_of_text)
             if str(config) == text:
                 return config
-        raise ValueError(
-            f"a {cls.family} config must look like m64n32w4 or sm80-m64n32w4s2, got {text!r}"
-        )
+        raise ValueError(f"a {cls.family} config must look like {cls._example}, got {text!r}")
+
+    @classmethod
+    def _fields(cls, text: str) -> dict | None:
+        """What a string form says of each field; None if it is none."""
+        match = _PATTERN.fullmatch(text)
+        if match is None:
+            return None
+        sizes = {name: int(n) for name, n in match.groupdict().items() if n and n.isdecimal()}
+        return sizes | {
+            "generation": match["generation"],
+            "packed": {None: None, "-packed": True, "-unpacked": False}[match["packed"]],
+            "apart": match["apart"] is not None,
+            "swizzled": match["linear"] is None,
+        }
 
 
 def _words(rows: int, columns: int, traits: Traits) -> int:

@@ -6,6 +6,8 @@ from typing import ClassVar
 
 HEAD_DIM_STEP = 32
 MAX_HEAD_DIM = 256
+FP8_STEP = 64
+"""Codes of 8-bit floats are stored with head dims padded to a multiple of this."""
 DTYPES = ("float16", "bfloat16", "float32")
 _DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
@@ -25,6 +27,10 @@ class Traits:
         softcap, alibi: the feature is compiled in.
         vectorized: rows are 16-byte aligned, so that 16 bytes are loaded at once.
         tf32: float32 is multiplied as tf32, on the tensor cores.
+        fp8: q, k and v are e4m3 codes, with head dims padded to a multiple of 64; dtype is that
+            of the result.
+        key_scales: with fp8, scales of K and V may differ within a tile.
+        selected: only some heads are computed, those that a table on the device names.
     """
 
     dtype: str
@@ -34,12 +40,18 @@ class Traits:
     alibi: bool = False
     vectorized: bool = True
     tf32: bool = False
+    fp8: bool = False
+    key_scales: bool = False
+    selected: bool = False
 
     _FLAGS: ClassVar = {
         "softcap": "softcap",
         "alibi": "alibi",
         "vectorized": "vec",
         "tf32": "tf32",
+        "fp8": "fp8",
+        "key_scales": "keyscales",
+        "selected": "selected",
     }
 
     def __post_init__(self):
@@ -55,6 +67,15 @@ class Traits:
 
         if self.tf32 and self.dtype != "float32":
             raise ValueError(f"tf32 is a way to multiply float32, not {self.dtype}")
+        if self.fp8 and (
+            self.dtype == "float32" or self.head_dim % FP8_STEP or self.head_dim_v % FP8_STEP
+        ):
+            raise ValueError(
+                f"kernels for fp8 have results of 16 bits and head dims that are multiples of "
+                f"{FP8_STEP}, got {self.dtype}, {self.head_dim} and {self.head_dim_v}"
+            )
+        if self.key_scales and not self.fp8:
+            raise ValueError("scales of keys go with fp8")
 
     @property
     def dtype_bytes(self) -> int:

@@ -1,0 +1,115 @@
+"""Configs of the forward on 8-bit floats.
+
+Their string form is that of `configs.sm80` behind `fp8-`, as in `fp8-sm89-m128n64w4s2`, with
+`-half` at the end where e4m3 is multiplied as float16.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from typing import ClassVar
+
+from numflash.configs.sm80 import MmaForwardConfig
+from numflash.configs.traits import Traits
+from numflash.devices import Architecture
+
+PREFIX = "fp8-"
+_HALF = "-half"
+_WORD_BYTES = 4
+_CHUNKS = 4  # of 16 bytes: rows of a tile in shared memory are a multiple of this
+
+
+@dataclass(frozen=True)
+class Fp8ForwardConfig(MmaForwardConfig):
+    """A block computes tile_m rows of O; K and V come in tiles of tile_n.
+
+    Attributes:
+        generation: which instructions: "sm75" and "sm80" convert e4m3 by arithmetic and multiply
+            it as float16, "sm89" has instructions for both.
+        half: multiply as float16 although there are instructions for e4m3. They are made of
+            float16 products on Hopper and on data-centre Blackwell, where only `wgmma` and
+            `tcgen05` multiply e4m3.
+    """
+
+    half: bool = False
+
+    implementation: ClassVar = "fp8"
+    _example: ClassVar = "fp8-sm89-m128n64w4s2"
+    generations: ClassVar = ("sm75", "sm80", "sm89")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.half and self.generation != "sm89":
+            raise ValueError(f"{self}: {self.generation} multiplies as float16 anyway")
+        if self.tile_n * self.operand_bytes % (16 * _CHUNKS):
+            raise ValueError(
+                f"tile_n of {self} must be a multiple of {16 * _CHUNKS // self.operand_bytes}"
+            )
+
+    @property
+    def multiplies_codes(self) -> bool:
+        """Whether operands of products are e4m3 codes; otherwise they are float16."""
+        return self.generation == "sm89" and not self.half
+
+    @property
+    def operand_bytes(self) -> int:
+        """Bytes of an element in shared memory."""
+        return 1 if self.multiplies_codes else 2
+
+    def tiles(self, traits: Traits) -> dict[str, int]:
+        """The words of each tile in shared memory, in order."""
+        per_column = self.operand_bytes / _WORD_BYTES
+        keys = self.num_stages * self.tile_n
+        return {
+            "q": int(self.tile_m * traits.head_dim * per_column),
+            "k": int(keys * traits.head_dim * per_column),
+            "v": int(keys * traits.head_dim_v * per_column),
+        }
+
+    def __str__(self) -> str:
+        return PREFIX + super().__str__() + (_HALF if self.half else "")
+
+    @classmethod
+    def _fields(cls, text: str) -> dict | None:
+        fields = super()._fields(text.removeprefix(PREFIX).removesuffix(_HALF))
+        return fields and fields | {"half": text.endswith(_HALF)}
+
+
+def generation(limits: Architecture) -> str:
+    """Which instructions for 8-bit floats a GPU has."""
+    if limits.compute_capability >= (8, 9):
+        return "sm89"
+    return "sm75" if limits.compute_capability < (8, 0) else "sm80"
+
+
+def multiplies_codes(limits: Architecture) -> bool:
+    """Whether `mma.sync` of e4m3 is an instruction, as on Ada and on Blackwell's sm_120."""
+    return limits.compute_capability == (8, 9) or limits.compute_capability >= (12, 0)
+
+
+# Preferred first. Two products of 16 rows below each other halve the traffic with shared memory.
+_PREFERENCES = (
+    "m128n64w4s2",
+    "m128n64w4s1",
+    "m64n64w4s2",
+    "m64n64w4s1",
+    "m64n32w4s1",
+    "m32n64w2s1",
+    "m32n32w2s1",
+    "m16n64w1s2",
+    "m16n64w1s1",
+    "m16n32w1s1",
+)
+_MAX_REGISTERS = 255
+
+
+@cache
+def candidates(limits: Architecture) -> tuple[Fp8ForwardConfig, ...]:
+    """The configs that are shipped for a GPU, preferred first."""
+    codes = multiplies_codes(limits)
+    half = _HALF if generation(limits) == "sm89" and not codes else ""
+    return tuple(
+        Fp8ForwardConfig.parse(f"{PREFIX}{generation(limits)}-{text}{half}")
+        for text in _PREFERENCES
+        # Rows of V in shared memory are at least 64 bytes; copies that convert do not run ahead.
+        if ("n32" not in text if codes else "s2" not in text)
+    )

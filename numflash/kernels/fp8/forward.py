@@ -1,0 +1,335 @@
+"""Forward on 8-bit floats: O = softmax(softmax_scale Q K^T) V of e4m3 codes and their scales.
+
+The walk is that of `kernels.sm80.forward`: a block owns tile_m rows of Q, a warp whole rows, and K
+and V come in tiles of tile_n. What 8 bits change:
+
+    S     the product of codes times the scales of its row and of its tile of K; with `key_scales`
+          of each key
+    P     rounded to e4m3 in units of its tile's largest score (`tiles.fp8.softmax`), with
+          `key_scales` times the scale of V of its key
+    V     comes with tokens innermost, so that both products read operand B by rows, and in the
+          order in which P leaves the accumulators: no shuffle and no transposition
+    O     each tile's P V is summed up by itself and then added, in float32, with a weight in
+          which V's scale is (`tiles.fp8.products`)
+
+Where there are no e4m3 products the codes become float16, which holds them exactly, on their way
+to shared memory: the results differ only by the rounding of sums.
+
+The main loop in machine code, a warp and a tile (head_dim 128, tile 128 x 64, sm_89):
+
+@MACHINE_CODE@
+
+Source: FlashAttention-3, arXiv 2407.08608, section 3.3.
+"""
+
+import math
+
+from numflash.configs import Fp8ForwardConfig, Traits
+from numflash.kernels.kernel import Kernel
+from numflash.ptx import (
+    CP_ASYNC_WAIT_GROUP,
+    Pointer,
+    cp_async_commit_group,
+    cuda,
+    f32,
+    i32,
+    i64,
+    u8,
+    u32,
+)
+from numflash.tiles.fp8.operands import fp8_operands, result_element
+from numflash.tiles.fp8.products import make_accumulate
+from numflash.tiles.fp8.softmax import (
+    make_load_key_scales,
+    make_scale_columns,
+    make_share_of_largest,
+    make_tile_softmax,
+)
+from numflash.tiles.mma.copies import make_store_rows
+from numflash.tiles.mma.fragments import (
+    MMA_ROWS,
+    ROW_STEP,
+    accumulator_column,
+    accumulator_row,
+    column_operand_chunk,
+    column_operand_row,
+    first_row_of_warp,
+    row_operand_chunk,
+    row_operand_row,
+)
+from numflash.tiles.mma.layouts import TileLayout, make_word
+from numflash.tiles.mma.products import make_product_nt
+from numflash.tiles.mma.scores import make_mask_scores, make_scale_scores, token_of_row
+from numflash.tiles.mma.softmax import make_scale_rows, row_sum_of_quad
+from numflash.tiles.scores import NEG_INF, band_block_begin, band_block_end, band_is_partial
+from numflash.tiles.softmax import LN_2, LOG2_E
+
+
+def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
+    """The forward kernel for one config; see the module's docstring."""
+    operands = fp8_operands(config.generation, config.multiplies_codes)
+    element, asynchronous = operands.element, operands.is_asynchronous
+    result = result_element(config.generation, traits.dtype)
+    tile_m, tile_n, num_threads = config.tile_m, config.tile_n, config.num_threads
+    num_stages, is_split = config.num_stages, config.num_splits > 1
+    m_tiles, n_tiles, o_tiles = config.m_tiles, tile_n // 8, traits.head_dim_v // 8
+    rows, rows_per_warp = 2 * m_tiles, MMA_ROWS * m_tiles
+    n_scores, n_o = 4 * m_tiles * n_tiles, 4 * m_tiles * o_tiles
+    columns, columns_v = traits.head_dim, traits.head_dim_v
+
+    offsets = config.smem_offsets(traits)
+    q_smem, k_smem, v_smem = (offsets[name] for name in "qkv")
+    k_layout = TileLayout(columns // element.per_chunk, config.swizzled)
+    v_layout = TileLayout(tile_n // element.per_chunk, config.swizzled)
+    k_words, v_words = tile_n * k_layout.pitch, columns_v * v_layout.pitch
+
+    copy_q = operands.make_copy_rows(k_layout, tile_m, num_threads, packed=True)
+    copy_k = operands.make_copy_rows(k_layout, tile_n, num_threads)
+    copy_v = operands.make_copy_columns(v_layout, columns_v, num_threads)
+    k_word, v_word = make_word(k_layout), make_word(v_layout)
+    multiply_q_k = make_product_nt(element, m_tiles, n_tiles, k_layout, k_layout)
+    accumulate_p_v = make_accumulate(element, m_tiles, n_tiles, o_tiles, v_layout)
+    scale_s_rows = make_scale_rows(m_tiles, n_tiles)
+    scale_columns = make_scale_columns(m_tiles, n_tiles)
+    scale_scores = make_scale_scores(m_tiles, n_tiles, traits.softcap, traits.alibi)
+    mask_scores = make_mask_scores(m_tiles, n_tiles)
+    tile_softmax = make_tile_softmax(m_tiles, n_tiles, o_tiles)
+    load_key_scales, share_of_largest = (
+        make_load_key_scales(n_tiles),
+        make_share_of_largest(n_tiles),
+    )
+    scale_rows = make_scale_rows(m_tiles, o_tiles)
+    store_o = make_store_rows(
+        result, m_tiles, o_tiles, traits.vectorized or is_split, is_split, packed=True
+    )
+    n_cap_slopes = n_scores if traits.softcap else 1
+    n_key_scales = 2 * n_tiles if traits.key_scales else 1
+    alibi, selected = traits.alibi, traits.selected
+    key_scales, bends = traits.key_scales, traits.softcap or traits.alibi
+    out_storage = f32 if is_split else result.storage
+    # Copies that may be on their way while the next tile is used: K and V of all stages but one.
+    wait_for_tile = CP_ASYNC_WAIT_GROUP[2 * num_stages - 2]
+
+    def forward(
+        q: Pointer(u8),
+        k: Pointer(u8),
+        v: Pointer(u8),
+        out: Pointer(out_storage),
+        lse: Pointer(f32),
+        alibi_slopes: Pointer(f32),
+        q_descale: Pointer(f32),
+        k_descale: Pointer(f32),
+        v_descale: Pointer(f32),
+        in_fp8: Pointer(i32),
+        q_batch: i64,
+        q_row: i64,
+        q_head: i64,
+        k_batch: i64,
+        k_row: i64,
+        k_head: i64,
+        v_batch: i64,
+        v_head: i64,
+        v_column: i64,
+        out_split: i64,
+        out_batch: i64,
+        out_row: i64,
+        out_head: i64,
+        q_descale_batch: i64,
+        q_descale_head: i64,
+        k_descale_batch: i64,
+        k_descale_head: i64,
+        v_descale_batch: i64,
+        v_descale_head: i64,
+        slopes_batch: i64,
+        slopes_head: i64,
+        batch_size: i32,
+        seqlen_q: i32,
+        seqlen_k: i32,
+        stored_seqlen_k: i32,
+        num_heads_q: i32,
+        group_size: i32,
+        head_dim_v: i32,
+        band_lo: i32,
+        band_hi: i32,
+        bias_shift: i32,
+        pack: i32,
+        num_splits: i32,
+        heads_in_flight: i32,
+        q_descale_group: i32,
+        q_descale_shift: i32,
+        k_descale_shift: i32,
+        v_descale_shift: i32,
+        score_scale: f32,
+        softcap: f32,
+    ):
+        smem = cuda.shared.array(0, u32, alignment=128)
+        s_acc = cuda.local.array(n_scores, f32)
+        cap_slopes = cuda.local.array(n_cap_slopes, f32)
+        o_acc = cuda.local.array(n_o, f32)
+        row_max = cuda.local.array(rows, f32)
+        row_sum = cuda.local.array(rows, f32)
+        q_scales = cuda.local.array(rows, f32)
+        scales = cuda.local.array(rows, f32)
+        weights = cuda.local.array(rows, f32)
+        of_keys = cuda.local.array(n_key_scales, f32)
+
+        # Heads go in bundles whose K and V fit the L2 cache; within a bundle the last rows, which
+        # in a causal problem see the most keys, start first.
+        num_rows = seqlen_q * pack
+        num_m_blocks = (num_rows + tile_m - 1) // tile_m
+        num_heads = batch_size * (num_heads_q // pack)
+        split = cuda.blockIdx.x % num_splits
+        block = cuda.blockIdx.x // num_splits
+        first_head = block // (heads_in_flight * num_m_blocks) * heads_in_flight
+        bundle = min(heads_in_flight, num_heads - first_head)
+        in_bundle = block - first_head * num_m_blocks
+        m_start = (num_m_blocks - 1 - in_bundle // bundle) * tile_m
+        head_of_batch = (first_head + in_bundle % bundle) * pack
+        head, batch = head_of_batch % num_heads_q, head_of_batch // num_heads_q
+        head_kv = head // group_size
+        if selected and in_fp8[batch * (num_heads_q // group_size) + head_kv] == 0:
+            return
+
+        q_base = batch * q_batch + head * q_head
+        k_base = batch * k_batch + head_kv * k_head
+        v_base = batch * v_batch + head_kv * v_head
+        k_descale_base = batch * k_descale_batch + head_kv * k_descale_head
+        v_descale_base = batch * v_descale_batch + head_kv * v_descale_head
+        alibi_slope = f32(0)
+        if alibi:
+            alibi_slope = alibi_slopes[batch * slopes_batch + head * slopes_head]
+
+        # The tokens of this block's rows, the keys they see, and this split's share of those.
+        first_token = token_of_row(m_start, pack)
+        last_token = token_of_row(min(m_start + tile_m, num_rows) - 1, pack)
+        n_begin = i32(band_block_begin(first_token, band_lo, tile_n))
+        n_end = i32(band_block_end(last_token, band_hi, seqlen_k, tile_n))
+        if is_split:
+            share = (max(0, n_end - n_begin) + num_splits - 1) // num_splits
+            n_begin = i32(n_begin + split * share)
+            n_end = i32(min(n_end, n_begin + share))
+
+        # Where this lane reads operands, and where its scores lie in the tile.
+        lane = cuda.threadIdx.x % 32
+        warp_row = first_row_of_warp(rows_per_warp)
+        q_mine = q_smem + k_word(warp_row + row_operand_row(lane), row_operand_chunk(lane))
+        k_mine = k_smem + k_word(column_operand_row(lane), column_operand_chunk(lane))
+        v_mine = v_smem + v_word(column_operand_row(lane), column_operand_chunk(lane))
+
+        copy_q(smem, q_smem, q, q_base, q_row, m_start, num_rows, columns, pack, q_head)
+        for stage in range(num_stages):
+            n = n_begin + stage
+            n_start = i32(n * tile_n)
+            if n < n_end:
+                k_tile = k_smem + k_words * stage
+                copy_k(smem, k_tile, k, k_base, k_row, n_start, seqlen_k, columns, 1, 0)
+            if asynchronous:
+                cp_async_commit_group()
+            if stage < num_stages - 1:
+                if n < n_end:
+                    v_tile = v_smem + v_words * stage
+                    left = stored_seqlen_k - n_start
+                    copy_v(smem, v_tile, v, v_base + n_start, v_column, 0, columns_v, left, 1, 0)
+                if asynchronous:
+                    cp_async_commit_group()
+        for i in range(n_o):
+            o_acc[i] = f32(0)
+        first_row = i32(m_start + accumulator_row(rows_per_warp))
+        for r in range(rows):
+            row_max[r] = NEG_INF
+            row_sum[r] = f32(0)
+            # Beyond the last row any will do.
+            i = i32(min(first_row + ROW_STEP * r, num_rows - 1))
+            token = token_of_row(i, pack)
+            q_descale_head_of_row = (head + i - token * pack) // q_descale_group
+            offset = batch * q_descale_batch + q_descale_head_of_row * q_descale_head
+            q_scales[r] = q_descale[offset + i64(token >> q_descale_shift)] * score_scale
+            if not bends:
+                q_scales[r] *= LOG2_E
+
+        stage = 0
+        last_stage = num_stages - 1
+        for n_block in range(n_begin, n_end):
+            n_start = i32(n_block * tile_n)
+            # K of this block has arrived; V of the previous block has been read by all.
+            if asynchronous:
+                wait_for_tile()
+            cuda.syncthreads()
+            n = n_block + num_stages - 1
+            if n < n_end:
+                v_tile = v_smem + v_words * last_stage
+                v_start = i32(n * tile_n)
+                left = stored_seqlen_k - v_start
+                copy_v(smem, v_tile, v, v_base + v_start, v_column, 0, columns_v, left, 1, 0)
+            if asynchronous:
+                cp_async_commit_group()
+            k_scale, v_scale = f32(1), f32(1)
+            if not key_scales:
+                k_scale = k_descale[k_descale_base + i64(n_start >> k_descale_shift)]
+                v_scale = v_descale[v_descale_base + i64(n_start >> v_descale_shift)]
+
+            # S = Q K^T
+            multiply_q_k(s_acc, smem, q_mine, k_mine + k_words * stage)
+
+            # V of this block has arrived; K has been read by all.
+            if asynchronous:
+                wait_for_tile()
+            cuda.syncthreads()
+            n = n_block + num_stages
+            if n < n_end:
+                k_tile = k_smem + k_words * stage
+                copy_k(smem, k_tile, k, k_base, k_row, i32(n * tile_n), seqlen_k, columns, 1, 0)
+            if asynchronous:
+                cp_async_commit_group()
+
+            if key_scales:
+                key = i32(n_start + accumulator_column())
+                load_key_scales(of_keys, k_descale, k_descale_base, k_descale_shift, key, seqlen_k)
+                scale_columns(s_acc, of_keys)
+            for r in range(rows):
+                scales[r] = q_scales[r] * k_scale
+            if bends:
+                scale_s_rows(s_acc, scales)
+                i = i32(m_start + accumulator_row(rows_per_warp))
+                j = i32(n_start + accumulator_column())
+                scale_scores(s_acc, cap_slopes, i, j, bias_shift, f32(1), softcap, alibi_slope)
+                for r in range(rows):
+                    scales[r] = LOG2_E
+            tokens = last_token + 1 - first_token
+            if band_is_partial(first_token, tokens, n_start, tile_n, seqlen_k, band_lo, band_hi):
+                i = i32(m_start + accumulator_row(rows_per_warp))
+                j = i32(n_start + accumulator_column())
+                mask_scores(s_acc, i, j, seqlen_k, band_lo, band_hi, pack)
+
+            # P = softmax(S), O += P V
+            tile_softmax(s_acc, row_max, row_sum, o_acc, scales, weights)
+            if key_scales:
+                key = i32(n_start + accumulator_column())
+                load_key_scales(of_keys, v_descale, v_descale_base, v_descale_shift, key, seqlen_k)
+                v_scale = share_of_largest(of_keys)
+                scale_columns(s_acc, of_keys)
+            for r in range(rows):
+                weights[r] *= v_scale
+            accumulate_p_v(o_acc, s_acc, smem, v_mine + v_words * stage, weights)
+            last_stage = stage
+            stage = stage + 1 if stage + 1 < num_stages else 0
+
+        row = i32(m_start + accumulator_row(rows_per_warp))
+        num_parts = batch_size * num_heads_q
+        for r in range(rows):
+            total = row_sum_of_quad(row_sum[r])
+            # A row that sees no key has output 0 and lse -inf.
+            row_sum[r] = f32(1) / total if total != f32(0) else f32(0)
+            i = i32(row + ROW_STEP * r)
+            if accumulator_column() == 0 and i < num_rows:
+                row_lse = NEG_INF
+                if total != f32(0):
+                    row_lse = row_max[r] * LN_2 + f32(math.log(total))
+                token = token_of_row(i, pack)
+                part = i64(split) * num_parts + head_of_batch + i - token * pack
+                lse[part * seqlen_q + token] = row_lse
+        scale_rows(o_acc, row_sum)
+        out_base = split * out_split + batch * out_batch + head * out_head
+        store_o(o_acc, out, out_base, out_row, row, num_rows, head_dim_v, pack, out_head)
+
+    return Kernel(config.family, forward, num_threads, config.smem_bytes(traits))
