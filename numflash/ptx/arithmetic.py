@@ -37,12 +37,18 @@ def min_f32(a: f32, b: f32) -> f32:
     return -max_f32(-a, -b) if a == a or b == b else _NAN
 
 
-@instruction("mul.f16x2 <ret>, <a>, <b>;", sm=75)
-def mul_f16x2(a: u32, b: u32) -> u32:
+@instruction("mul.rn.f16x2 <ret>, <a>, <b>;", sm=75)
+def mul_rn_f16x2(a: u32, b: u32) -> u32:
     """Products of two pairs of float16, each rounded to nearest even. PTX ISA 9.7.4.3."""
     x, y = (u32(pair).reshape(1).view(np.float16) for pair in (a, b))
     product = x * y
     return np.where(product == product, product.view(u16), u16(0x7FFF)).view(u32)[0]
+
+
+@instruction("lop3.b32 <ret>, <mask>, <a>, <b>, 0xca;", sm=75)
+def lop3_select_b32(mask: u32, a: u32, b: u32) -> u32:
+    """The bits of a where the mask has ones, those of b elsewhere. PTX ISA 9.7.8.6."""
+    return u32(a) & u32(mask) | u32(b) & ~u32(mask)
 
 
 @instruction("prmt.b32 <ret>, <a>, <b>, <selector>;", sm=75)
@@ -98,6 +104,12 @@ def cvt_rna_tf32_f32(x: f32) -> u32:
     """
     bits = int(f32(x).view(u32))
     return u32((bits + 0x1000 if abs(x) < np.inf else bits) & 0xFFFFE000)
+
+
+@instruction("mov.b32 <ret>, {<low>, <high>};", sm=75)
+def mov_b32_halves(low: u16, high: u16) -> u32:
+    """One register of two halves. PTX ISA 9.7.9.1."""
+    return u32(low) | u32(high) << u32(16)
 
 
 @instruction("mov.b32 <ret>, <x>;", sm=75)

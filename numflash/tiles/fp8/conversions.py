@@ -20,9 +20,11 @@ from numflash.ptx import (
     device_function,
     f32,
     float_as_bits,
+    lop3_select_b32,
     max_f32,
     min_f32,
-    mul_f16x2,
+    mov_b32_halves,
+    mul_rn_f16x2,
     prmt_b32,
     u16,
     u32,
@@ -42,13 +44,14 @@ def make_encode(format: str, generation: str) -> Callable:
     """encode_four(a, b, c, d): four float32 to a register of four codes, a's in the lowest byte.
 
     Nearest, ties to even; what lies outside saturates; NaN becomes 0x7f; zeros keep their sign.
+    Machine code: 2 instructions on sm_89 and later, 39 by arithmetic.
     """
     if generation == "sm89":
         encode_two = _ENCODE_TWO[format]
 
         @device_function
         def encode_four(a, b, c, d):
-            return u32(encode_two(b, a)) | u32(encode_two(d, c)) << u32(16)
+            return mov_b32_halves(encode_two(b, a), encode_two(d, c))
 
         return encode_four
 
@@ -103,6 +106,7 @@ def make_decode_halves(generation: str) -> Callable:
     """decode(word, target): four e4m3 codes to float16, which is exact; a NaN becomes 0x7fff.
 
     target[0] holds those of codes 0 and 1, target[1] those of codes 2 and 3, the first one low.
+    Machine code: 3 instructions on sm_89, 2 on sm_120, 11 by arithmetic.
     """
     if generation == "sm89":
 
@@ -118,12 +122,12 @@ def make_decode_halves(generation: str) -> Callable:
         # A code's bits, one to the right, are 2 ** -8 times its number as float16. With the top
         # bit of the exponent it is a NaN: a code that carries when 1 is added gets it.
         magnitudes = u32(word & _NOT_SIGNS)
-        carries = u32(magnitudes + u32(0x01010101)) & _EACH_SIGN
-        shifted = u32(magnitudes | carries) >> u32(1)
-        upper = u32(shifted & _NOT_SIGNS | word & _EACH_SIGN)
+        carries = u32(magnitudes + u32(0x01010101))
+        shifted = u32(lop3_select_b32(_EACH_SIGN, carries, word) >> u32(1))
+        upper = lop3_select_b32(_NOT_SIGNS, shifted, word)
         lower = u32(word << u32(7)) & _EACH_SIGN
-        target[0] = mul_f16x2(prmt_b32(lower, upper, u32(0x5140)), u32(0x5C005C00))
-        target[1] = mul_f16x2(prmt_b32(lower, upper, u32(0x7362)), u32(0x5C005C00))
+        target[0] = mul_rn_f16x2(prmt_b32(lower, upper, u32(0x5140)), u32(0x5C005C00))
+        target[1] = mul_rn_f16x2(prmt_b32(lower, upper, u32(0x7362)), u32(0x5C005C00))
 
     return decode
 
@@ -132,7 +136,8 @@ def make_decode_halves(generation: str) -> Callable:
 def make_round_to_e4m3(generation: str) -> Callable:
     """round_two(low, high): two float32 from 0 to 448, rounded to e4m3, as two float16.
 
-    A NaN stays a NaN, beside which the other number may come out wrong on sm75.
+    A NaN stays a NaN, beside which the other number may come out wrong on sm75. Machine code: 2
+    instructions on sm_89 and later, 9 on sm_80, 13 on sm_75.
     """
     if generation == "sm89":
 
@@ -159,12 +164,12 @@ def make_round_to_e4m3(generation: str) -> Callable:
 
         return round_two
 
-    # Numbers with the exponents of float16 and four digits: without the conversion, which runs
-    # in the unit of the exponentials.
+    # float16 by shifts: its conversion would take turns with the exponentials in their slow unit.
     rebias = f32(2.0**-112)
 
     @device_function
     def round_two(low, high):
+        # Bits of a NaN spill over: they are ored, where a carry could make a number of it.
         low = float_as_bits(round_one(low) * rebias)
         high = float_as_bits(round_one(high) * rebias)
         return u32(low >> u32(13) | high << u32(3))
