@@ -1,6 +1,7 @@
 """Inputs for every instruction, and kernels that apply it: to compare hardware with its meaning.
 
-`CASES` has them all. Those of tensor cores and of asynchronous copies have files of their own.
+`CASES` has them all. Those of tensor cores, 8-bit floats and asynchronous copies have files of
+their own.
 """
 
 import numpy as np
@@ -25,6 +26,7 @@ from numflash.ptx import (
     ld_shared_v2_f32,
     ld_shared_v4_f32,
     max_f32,
+    min_f32,
     mov_tid_x,
     st_global_v2_f32,
     st_global_v2_u32,
@@ -38,6 +40,7 @@ from numflash.ptx import (
     u32,
 )
 from tests.async_copy_cases import ASYNC_COPY_CASES
+from tests.fp8_cases import FP8_CASES
 from tests.instruction_harness import THREADS, InstructionCase
 from tests.tensor_core_cases import TENSOR_CORE_CASES
 
@@ -322,6 +325,7 @@ def _arithmetic_cases() -> list[InstructionCase]:
     return [
         _map_case(ex2_approx_ftz_f32, _exponents(), f32, f32, tolerance_ulp=2),
         _pairs_case(max_f32, _pairs(), f32),
+        _pairs_case(min_f32, _pairs(), f32),
         _map_case(cvt_f32_f16, HALF_CODES, u16, f32),
         _map_case(cvt_rn_f16_f32, _to_round(), f32, u16),
         _pairs_case(cvt_rn_f16x2_f32, _to_round_in_pairs(), u32),
@@ -402,5 +406,5 @@ BASIC_CASES = [
 ]
 CASES: dict[str, list[InstructionCase]] = {}
 """Instruction name -> its cases."""
-for _case in [*BASIC_CASES, *TENSOR_CORE_CASES, *ASYNC_COPY_CASES]:
+for _case in [*BASIC_CASES, *FP8_CASES, *TENSOR_CORE_CASES, *ASYNC_COPY_CASES]:
     CASES.setdefault(_case.instruction, []).append(_case)

@@ -125,7 +125,11 @@ def _tf32(registers):
     collective="warp",
 )
 def mma_m16n8k32_e4m3(d: Regs(f32, 4), a: Regs(u32, 4, "r"), b: Regs(u32, 2, "r")):
-    """d += a b; a: 16 x 32, b: 32 x 8 e4m3. PTX ISA 9.7.14.5.10."""
+    """d += a b; a: 16 x 32, b: 32 x 8 e4m3. PTX ISA 9.7.14.5.10.
+
+    One QMMA on sm_89, sm_120 and sm_121. On sm_90, sm_100, sm_103 and sm_110 the assembler makes
+    12 conversions to float16 and two products of them.
+    """
     i, j, h = np.arange(4)[:, None], np.arange(2)[:, None], np.arange(4)
     g, t = _G[:, None, None], _T[:, None, None]
     a_matrix, b_matrix = np.empty((16, 32), np.float64), np.empty((32, 8), np.float64)

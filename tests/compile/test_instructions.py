@@ -2,10 +2,12 @@
 
 import pytest
 
+from numflash import sass
 from numflash.compiler import compile_kernel
 from numflash.devices import ARCHITECTURES
 from numflash.kernels.kernel import Kernel
-from numflash.ptx import INSTRUCTIONS, Pointer, f32, instruction
+from numflash.ptx import INSTRUCTIONS, Pointer, cuda, f32, instruction, u32
+from numflash.tiles.fp8.conversions import make_encode
 from tests.instruction_cases import CASES
 
 _CASES = [case for cases in CASES.values() for case in cases]
@@ -31,6 +33,30 @@ def test_it_assembles_for_newer_gpus(arch):
         # Variants differ in their data and the types around the instruction: one is enough.
         if INSTRUCTIONS[cases[0].instruction].sm <= 10 * major + minor:
             assert _compile(cases[0], arch).warnings == ()
+
+
+def _opcodes(kernel, arch):
+    cubin = compile_kernel(lambda: kernel, ARCHITECTURES[arch])
+    return [opcode.split(".")[0] for opcode in sass.opcodes(sass.disassemble(cubin.code))]
+
+
+@pytest.mark.parametrize("arch", ["sm_89", "sm_120"])
+def test_a_product_of_e4m3_is_one_instruction(arch):
+    case = CASES["mma_m16n8k32_e4m3"][0]
+    opcodes = _opcodes(Kernel(case.instruction, case.kernel, case.block, 0), arch)
+    assert opcodes.count("QMMA") == 1 and not {"HMMA", "F2FP"} & set(opcodes)
+
+
+@pytest.mark.parametrize("arch", ["sm_89", "sm_90a", "sm_120"])
+def test_four_codes_are_two_instructions(arch):
+    encode = make_encode("e4m3", "sm89")
+
+    def kernel(x: Pointer(f32), y: Pointer(u32)):
+        t = cuda.threadIdx.x
+        y[t] = encode(x[4 * t], x[4 * t + 1], x[4 * t + 2], x[4 * t + 3])
+
+    opcodes = _opcodes(Kernel("encode", kernel, 32, 0), arch)
+    assert opcodes.count("F2FP") == 2 and "PRMT" not in opcodes
 
 
 def test_a_wrong_template_is_refused_by_the_assembler():

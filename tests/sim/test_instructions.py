@@ -1,8 +1,8 @@
 """Every instruction's meaning in the simulator, against what PTX ISA says of its edge cases.
 
 Expected values come from elsewhere than the bodies: float64, `struct`, `ml_dtypes`, and the rules
-in words. The GPU tests run the same cases on hardware. Tensor cores, asynchronous copies and what
-memory accesses refuse have files of their own.
+in words. The GPU tests run the same cases on hardware. Tensor cores, 8-bit floats, asynchronous
+copies and what memory accesses refuse have files of their own.
 """
 
 import inspect
@@ -27,6 +27,7 @@ from numflash.ptx import (
     f32,
     float_as_bits,
     max_f32,
+    min_f32,
     u16,
     u32,
 )
@@ -117,6 +118,11 @@ def expected_max(a, b):
     return np.where(np.isnan(result), u32(NAN).view(f32), result)
 
 
+def expected_min(a, b):
+    result = -expected_max(-a, -b)
+    return np.where(np.isnan(result), u32(NAN).view(f32), result)
+
+
 def expected_cvt_f32_f16(codes):
     values = [struct.unpack("<e", struct.pack("<H", code))[0] for code in codes.tolist()]
     result = np.array(values, np.float64).astype(np.float32)
@@ -190,6 +196,7 @@ def spread(x, n):
 EXPECTED = {
     "ex2_approx_ftz_f32": expected_ex2,
     "max_f32": expected_max,
+    "min_f32": expected_min,
     "cvt_f32_f16": expected_cvt_f32_f16,
     "cvt_rn_f16_f32": expected_cvt_rn_f16_f32,
     "cvt_rn_f16x2_f32": expected_cvt_rn_f16x2_f32,
@@ -297,6 +304,16 @@ def test_max_prefers_a_number_to_nan_and_plus_zero_to_minus_zero():
     assert bits(max_f32(plus, minus)) == bits(max_f32(minus, plus)) == 0
     assert bits(max_f32(minus, minus)) == 0x80000000
     assert max_f32(SUBNORMALS[0], minus) == SUBNORMALS[0], "subnormal operands are not flushed"
+
+
+def test_min_prefers_a_number_to_nan_and_minus_zero_to_plus_zero():
+    for nan in NANS:
+        assert bits(min_f32(nan, INF)) == bits(min_f32(INF, nan)) == bits(INF)
+        assert all(bits(min_f32(nan, other)) == NAN for other in NANS)
+    plus, minus = f32(0.0), f32(-0.0)
+    assert bits(min_f32(plus, minus)) == bits(min_f32(minus, plus)) == 0x80000000
+    assert bits(min_f32(plus, plus)) == 0
+    assert min_f32(f32(2), f32(-3)) == -3 and min_f32(SUBNORMALS[0], f32(1)) == SUBNORMALS[0]
 
 
 # Conversions

@@ -13,7 +13,7 @@ import pytest
 from numflash.ptx import Pointer, cuda, f32, ldmatrix_x4, ldmatrix_x4_trans, mma_m16n8k8_f16, u32
 from numflash.simulator import DeadlockError, GlobalPointer, launch
 from tests.instruction_harness import THREADS, run_simulated
-from tests.tensor_core_cases import TENSOR_CORE_CASES
+from tests.tensor_core_cases import E4M3_SUM_BITS, TENSOR_CORE_CASES
 
 LOADS = {"ldmatrix_x4": ldmatrix_x4, "ldmatrix_x4_trans": ldmatrix_x4_trans}
 
@@ -50,21 +50,31 @@ def b_place_m16n8k8_tf32(group, thread, i):
     return thread if i == 0 else thread + 4, group
 
 
+def a_place_m16n8k32(group, thread, i):
+    row = group if 0 <= i < 4 or 8 <= i < 12 else group + 8
+    return row, thread * 4 + (i & 3) if i < 8 else thread * 4 + (i & 3) + 16
+
+
+def b_place_m16n8k32(group, thread, i):
+    return thread * 4 + (i & 3) if i < 4 else thread * 4 + (i & 3) + 16, group
+
+
 PLACES = {
     "mma_m16n8k16_f16": (16, a_place_m16n8k16, b_place_m16n8k16),
     "mma_m16n8k16_bf16": (16, a_place_m16n8k16, b_place_m16n8k16),
     "mma_m16n8k8_f16": (8, a_place_m16n8k8_f16, b_place_m16n8k8_f16),
     "mma_m16n8k8_tf32": (8, a_place_m16n8k8_tf32, b_place_m16n8k8_tf32),
+    "mma_m16n8k32_e4m3": (32, a_place_m16n8k32, b_place_m16n8k32),
 }
 
 
 def elements(name, words) -> np.ndarray:
-    """The numbers that registers hold, the low half of each first."""
+    """The numbers that registers hold, the low half or byte of each first."""
     if name.endswith("tf32"):
         # The 19 high bits: sign, exponent, ten bits of the significand.
         return np.array([w >> 13 << 13 for w in words.tolist()], u32).view(f32).astype(np.float64)
-    dtype = ml_dtypes.bfloat16 if name.endswith("bf16") else np.float16
-    return words.view(dtype).astype(np.float64)
+    dtypes = {"bf16": ml_dtypes.bfloat16, "e4m3": ml_dtypes.float8_e4m3fn, "_f16": np.float16}
+    return words.view(dtypes[name[-4:]]).astype(np.float64)
 
 
 def matrix(shape, place, fragments) -> np.ndarray:
@@ -133,8 +143,9 @@ def test_a_case_gives_what_is_expected(case):
 @pytest.mark.parametrize(
     "case", [c for c in TENSOR_CORE_CASES if c.variant in ("exact", "low bits")], ids=str
 )
-def test_exact_cases_are_exact_in_any_precision_of_24_bits(case):
+def test_exact_cases_are_exact_in_the_precision_of_hardware(case):
     """From the largest term down to the last bit that is not zero: hardware has no choice."""
+    precision = E4M3_SUM_BITS if case.instruction.endswith("e4m3") else 24
     name, (a, b, d) = case.instruction, case.inputs
     for warp in range(2):
         parts = [x.reshape(2, -1)[warp] for x in (a, b, d)]
@@ -143,7 +154,7 @@ def test_exact_cases_are_exact_in_any_precision_of_24_bits(case):
         largest = PLACES[name][0] * a_max * b_max + np.abs(parts[2]).max()
         for values in (elements(name, parts[0]), parts[2]):
             assert (values.astype(np.float64) % last == 0).all()
-        assert (elements(name, parts[1]) % 1 == 0).all() and largest / last < 2**24
+        assert (elements(name, parts[1]) % 1 == 0).all() and largest / last < 2**precision
 
 
 def test_a_product_needs_every_lane_of_its_warp():

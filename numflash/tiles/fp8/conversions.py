@@ -44,7 +44,7 @@ def make_encode(format: str, generation: str) -> Callable:
     """encode_four(a, b, c, d): four float32 to a register of four codes, a's in the lowest byte.
 
     Nearest, ties to even; what lies outside saturates; NaN becomes 0x7f; zeros keep their sign.
-    Machine code: 2 instructions on sm_89 and later, 39 by arithmetic.
+    Machine code: 2 instructions on sm_89 and later, 37 by arithmetic.
     """
     if generation == "sm89":
         encode_two = _ENCODE_TWO[format]
