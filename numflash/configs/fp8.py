@@ -63,6 +63,7 @@ class Fp8ForwardConfig(MmaForwardConfig):
             "q": int(self.tile_m * traits.head_dim * per_column),
             "k": int(keys * traits.head_dim * per_column),
             "v": int(keys * traits.head_dim_v * per_column),
+            "q_scales": self.tile_m,
         }
 
     def __str__(self) -> str:

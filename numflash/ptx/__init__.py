@@ -52,7 +52,7 @@ from numflash.ptx.memory import (
     st_shared_v4_u32,
 )
 from numflash.ptx.scalars import Pointer, f32, i32, i64, u8, u16, u32, u64
-from numflash.ptx.special_registers import mov_tid_x
+from numflash.ptx.special_registers import mov_ctaid_x, mov_tid_x
 from numflash.ptx.tensor_cores import (
     ldmatrix_x4,
     ldmatrix_x4_trans,
@@ -124,6 +124,7 @@ __all__ = [
     "mma_m16n8k16_f16",
     "mma_m16n8k32_e4m3",
     "mov_b32_halves",
+    "mov_ctaid_x",
     "mov_tid_x",
     "mul_rn_f16x2",
     "prmt_b32",

@@ -2,7 +2,7 @@
 
 from numflash.mode import SIMULATED
 from numflash.ptx.instruction import instruction
-from numflash.ptx.scalars import i32
+from numflash.ptx.scalars import i32, u32
 
 if SIMULATED:
     from numflash.simulator.engine import current_thread
@@ -16,3 +16,9 @@ def mov_tid_x() -> i32:
     this it is computed where it is needed. PTX ISA 10.1.
     """
     return i32(current_thread().threadIdx.x)
+
+
+@instruction("mov.u32 <ret>, %ctaid.x;", sm=75, volatile=True)
+def mov_ctaid_x() -> u32:
+    """blockIdx.x, read anew at each call, as `mov_tid_x`. PTX ISA 10.6."""
+    return u32(current_thread().blockIdx.x)

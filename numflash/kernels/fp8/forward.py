@@ -29,11 +29,18 @@ from numflash.kernels.kernel import Kernel
 from numflash.ptx import (
     CP_ASYNC_WAIT_GROUP,
     Pointer,
+    bits_as_float,
     cp_async_commit_group,
     cuda,
+    device_function,
     f32,
+    float_as_bits,
     i32,
     i64,
+    ld_shared_u32,
+    mov_ctaid_x,
+    mov_tid_x,
+    st_shared_u32,
     u8,
     u32,
 )
@@ -53,7 +60,6 @@ from numflash.tiles.mma.fragments import (
     accumulator_row,
     column_operand_chunk,
     column_operand_row,
-    first_row_of_warp,
     row_operand_chunk,
     row_operand_row,
 )
@@ -79,6 +85,7 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
 
     offsets = config.smem_offsets(traits)
     q_smem, k_smem, v_smem = (offsets[name] for name in "qkv")
+    q_scales_smem = offsets["q_scales"]
     k_layout = TileLayout(columns // element.per_chunk, config.swizzled)
     v_layout = TileLayout(tile_n // element.per_chunk, config.swizzled)
     k_words, v_words = tile_n * k_layout.pitch, columns_v * v_layout.pitch
@@ -94,10 +101,8 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
     scale_scores = make_scale_scores(m_tiles, n_tiles, traits.softcap, traits.alibi)
     mask_scores = make_mask_scores(m_tiles, n_tiles)
     tile_softmax = make_tile_softmax(m_tiles, n_tiles, o_tiles)
-    load_key_scales, share_of_largest = (
-        make_load_key_scales(n_tiles),
-        make_share_of_largest(n_tiles),
-    )
+    load_key_scales = make_load_key_scales(n_tiles)
+    share_of_largest = make_share_of_largest(n_tiles)
     scale_rows = make_scale_rows(m_tiles, o_tiles)
     store_o = make_store_rows(
         result, m_tiles, o_tiles, traits.vectorized or is_split, is_split, packed=True
@@ -109,6 +114,25 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
     out_storage = f32 if is_split else result.storage
     # Copies that may be on their way while the next tile is used: K and V of all stages but one.
     wait_for_tile = CP_ASYNC_WAIT_GROUP[2 * num_stages - 2]
+
+    @device_function
+    def block_place(num_rows, num_heads, pack, num_splits, heads_in_flight):
+        """(first row, first head of all batch entries, split of the keys) of this block.
+
+        Heads go in bundles whose K and V fit the L2 cache; within a bundle the last rows, which in
+        a causal problem see the most keys, start first.
+        """
+        block = mov_ctaid_x()
+        in_order = block // u32(num_splits)
+        split = block - in_order * u32(num_splits)
+        num_m_blocks = u32(num_rows + tile_m - 1) // u32(tile_m)
+        first_head = in_order // (u32(heads_in_flight) * num_m_blocks) * u32(heads_in_flight)
+        bundle = min(u32(heads_in_flight), u32(num_heads) // u32(pack) - first_head)
+        in_bundle = in_order - first_head * num_m_blocks
+        from_last = in_bundle // bundle
+        head = first_head + in_bundle - from_last * bundle
+        m_start = (num_m_blocks - u32(1) - from_last) * u32(tile_m)
+        return i32(m_start), i32(head * u32(pack)), i32(split)
 
     def forward(
         q: Pointer(u8),
@@ -136,6 +160,7 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
         out_head: i64,
         q_descale_batch: i64,
         q_descale_head: i64,
+        q_descale_packed: i64,
         k_descale_batch: i64,
         k_descale_head: i64,
         v_descale_batch: i64,
@@ -168,33 +193,29 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
         o_acc = cuda.local.array(n_o, f32)
         row_max = cuda.local.array(rows, f32)
         row_sum = cuda.local.array(rows, f32)
-        q_scales = cuda.local.array(rows, f32)
         scales = cuda.local.array(rows, f32)
         weights = cuda.local.array(rows, f32)
         of_keys = cuda.local.array(n_key_scales, f32)
 
-        # Heads go in bundles whose K and V fit the L2 cache; within a bundle the last rows, which
-        # in a causal problem see the most keys, start first.
         num_rows = seqlen_q * pack
-        num_m_blocks = (num_rows + tile_m - 1) // tile_m
-        num_heads = batch_size * (num_heads_q // pack)
-        split = cuda.blockIdx.x % num_splits
-        block = cuda.blockIdx.x // num_splits
-        first_head = block // (heads_in_flight * num_m_blocks) * heads_in_flight
-        bundle = min(heads_in_flight, num_heads - first_head)
-        in_bundle = block - first_head * num_m_blocks
-        m_start = (num_m_blocks - 1 - in_bundle // bundle) * tile_m
-        head_of_batch = (first_head + in_bundle % bundle) * pack
-        head, batch = head_of_batch % num_heads_q, head_of_batch // num_heads_q
-        head_kv = head // group_size
+        m_start, head_of_batch, split = block_place(
+            num_rows, batch_size * num_heads_q, pack, num_splits, heads_in_flight
+        )
+        batch = token_of_row(head_of_batch, num_heads_q)
+        head = head_of_batch - batch * num_heads_q
+        head_kv = token_of_row(head, group_size)
         if selected and in_fp8[batch * (num_heads_q // group_size) + head_kv] == 0:
             return
 
         q_base = batch * q_batch + head * q_head
         k_base = batch * k_batch + head_kv * k_head
         v_base = batch * v_batch + head_kv * v_head
-        k_descale_base = batch * k_descale_batch + head_kv * k_descale_head
-        v_descale_base = batch * v_descale_batch + head_kv * v_descale_head
+        # Scales are less than 2 ** 31.
+        q_descale_base = (
+            batch * q_descale_batch + token_of_row(head, q_descale_group) * q_descale_head
+        )
+        k_descale_base = i32(batch * k_descale_batch + head_kv * k_descale_head)
+        v_descale_base = i32(batch * v_descale_batch + head_kv * v_descale_head)
         alibi_slope = f32(0)
         if alibi:
             alibi_slope = alibi_slopes[batch * slopes_batch + head * slopes_head]
@@ -208,13 +229,6 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
             share = (max(0, n_end - n_begin) + num_splits - 1) // num_splits
             n_begin = i32(n_begin + split * share)
             n_end = i32(min(n_end, n_begin + share))
-
-        # Where this lane reads operands, and where its scores lie in the tile.
-        lane = cuda.threadIdx.x % 32
-        warp_row = first_row_of_warp(rows_per_warp)
-        q_mine = q_smem + k_word(warp_row + row_operand_row(lane), row_operand_chunk(lane))
-        k_mine = k_smem + k_word(column_operand_row(lane), column_operand_chunk(lane))
-        v_mine = v_smem + v_word(column_operand_row(lane), column_operand_chunk(lane))
 
         copy_q(smem, q_smem, q, q_base, q_row, m_start, num_rows, columns, pack, q_head)
         for stage in range(num_stages):
@@ -234,18 +248,19 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
                     cp_async_commit_group()
         for i in range(n_o):
             o_acc[i] = f32(0)
-        first_row = i32(m_start + accumulator_row(rows_per_warp))
         for r in range(rows):
             row_max[r] = NEG_INF
             row_sum[r] = f32(0)
+        for row in range(cuda.threadIdx.x, tile_m, num_threads):
             # Beyond the last row any will do.
-            i = i32(min(first_row + ROW_STEP * r, num_rows - 1))
+            i = i32(min(m_start + row, num_rows - 1))
             token = token_of_row(i, pack)
-            q_descale_head_of_row = (head + i - token * pack) // q_descale_group
-            offset = batch * q_descale_batch + q_descale_head_of_row * q_descale_head
-            q_scales[r] = q_descale[offset + i64(token >> q_descale_shift)] * score_scale
+            offset = q_descale_base + (i - token * pack) * q_descale_packed
+            scale = q_descale[offset + (token >> q_descale_shift)] * score_scale
+            # To base 2, unless S is bent before.
             if not bends:
-                q_scales[r] *= LOG2_E
+                scale *= LOG2_E
+            st_shared_u32(smem, q_scales_smem + row, float_as_bits(scale))
 
         stage = 0
         last_stage = num_stages - 1
@@ -263,13 +278,19 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
                 copy_v(smem, v_tile, v, v_base + v_start, v_column, 0, columns_v, left, 1, 0)
             if asynchronous:
                 cp_async_commit_group()
+
+            # S = Q K^T. Where a lane reads operands is computed anew for each tile.
+            thread = mov_tid_x()
+            lane, q_row_of_lane = thread % 32, thread // 32 * rows_per_warp
+            q_row_of_lane += row_operand_row(lane)
+            q_mine = i32(q_smem + k_word(q_row_of_lane, row_operand_chunk(lane)))
+            k_mine = i32(k_smem + k_word(column_operand_row(lane), column_operand_chunk(lane)))
+            multiply_q_k(s_acc, smem, q_mine, i32(k_mine + k_words * stage))
+
             k_scale, v_scale = f32(1), f32(1)
             if not key_scales:
-                k_scale = k_descale[k_descale_base + i64(n_start >> k_descale_shift)]
-                v_scale = v_descale[v_descale_base + i64(n_start >> v_descale_shift)]
-
-            # S = Q K^T
-            multiply_q_k(s_acc, smem, q_mine, k_mine + k_words * stage)
+                k_scale = k_descale[k_descale_base + (n_start >> k_descale_shift)]
+                v_scale = v_descale[v_descale_base + (n_start >> v_descale_shift)]
 
             # V of this block has arrived; K has been read by all.
             if asynchronous:
@@ -286,8 +307,9 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
                 key = i32(n_start + accumulator_column())
                 load_key_scales(of_keys, k_descale, k_descale_base, k_descale_shift, key, seqlen_k)
                 scale_columns(s_acc, of_keys)
+            row = q_scales_smem + accumulator_row(rows_per_warp)
             for r in range(rows):
-                scales[r] = q_scales[r] * k_scale
+                scales[r] = bits_as_float(ld_shared_u32(smem, row + ROW_STEP * r)) * k_scale
             if bends:
                 scale_s_rows(s_acc, scales)
                 i = i32(m_start + accumulator_row(rows_per_warp))
@@ -310,10 +332,18 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
                 scale_columns(s_acc, of_keys)
             for r in range(rows):
                 weights[r] *= v_scale
-            accumulate_p_v(o_acc, s_acc, smem, v_mine + v_words * stage, weights)
+            lane = mov_tid_x() % 32
+            v_mine = i32(v_smem + v_word(column_operand_row(lane), column_operand_chunk(lane)))
+            accumulate_p_v(o_acc, s_acc, smem, i32(v_mine + v_words * stage), weights)
             last_stage = stage
             stage = stage + 1 if stage + 1 < num_stages else 0
 
+        # Where this block stands is found out once more: it need not be kept through the loop.
+        m_start, head_of_batch, split = block_place(
+            num_rows, batch_size * num_heads_q, pack, num_splits, heads_in_flight
+        )
+        batch = token_of_row(head_of_batch, num_heads_q)
+        head = head_of_batch - batch * num_heads_q
         row = i32(m_start + accumulator_row(rows_per_warp))
         num_parts = batch_size * num_heads_q
         for r in range(rows):

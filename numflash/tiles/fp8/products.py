@@ -37,6 +37,9 @@ def make_accumulate(element: MmaElement, m_tiles, k_tiles, n_tiles, b_layout: Ti
                 left = 4 * (steps * i + step)
                 pack(p_frag[left : left + 4], p_acc, 4 * k_tiles * i + per_step * step)
         for j in range(n_tiles // 2):
+            # No instruction, but a fence for the assembler, which else begins so many columns at
+            # once that registers spill.
+            cuda.syncwarp()
             for i in range(n_parts):
                 part[i] = f32(0)
             for step in range(steps):
