@@ -64,6 +64,7 @@ class Fp8ForwardConfig(MmaForwardConfig):
             "k": int(keys * traits.head_dim * per_column),
             "v": int(keys * traits.head_dim_v * per_column),
             "q_scales": self.tile_m,
+            "bases": 8,
         }
 
     def __str__(self) -> str:

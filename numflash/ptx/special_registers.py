@@ -2,23 +2,23 @@
 
 from numflash.mode import SIMULATED
 from numflash.ptx.instruction import instruction
-from numflash.ptx.scalars import i32, u32
+from numflash.ptx.scalars import u32
 
 if SIMULATED:
     from numflash.simulator.engine import current_thread
 
 
 @instruction("mov.u32 <ret>, %tid.x;", sm=75, volatile=True)
-def mov_tid_x() -> i32:
+def mov_tid_x() -> u32:
     """threadIdx.x, read anew at each call.
 
     What is computed from `cuda.threadIdx.x` the compiler keeps in registers through a loop; from
     this it is computed where it is needed. PTX ISA 10.1.
     """
-    return i32(current_thread().threadIdx.x)
+    return u32(current_thread().threadIdx.x)
 
 
 @instruction("mov.u32 <ret>, %ctaid.x;", sm=75, volatile=True)
 def mov_ctaid_x() -> u32:
     """blockIdx.x, read anew at each call, as `mov_tid_x`. PTX ISA 10.6."""
-    return u32(current_thread().blockIdx.x)
+    return u32(current_thread().block.blockIdx.x)

@@ -85,7 +85,8 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
 
     offsets = config.smem_offsets(traits)
     q_smem, k_smem, v_smem = (offsets[name] for name in "qkv")
-    q_scales_smem = offsets["q_scales"]
+    q_scales_smem, bases_smem = offsets["q_scales"], offsets["bases"]
+    k_base, v_base, k_descale_base, v_descale_base = range(bases_smem, bases_smem + 8, 2)
     k_layout = TileLayout(columns // element.per_chunk, config.swizzled)
     v_layout = TileLayout(tile_n // element.per_chunk, config.swizzled)
     k_words, v_words = tile_n * k_layout.pitch, columns_v * v_layout.pitch
@@ -114,6 +115,15 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
     out_storage = f32 if is_split else result.storage
     # Copies that may be on their way while the next tile is used: K and V of all stages but one.
     wait_for_tile = CP_ASYNC_WAIT_GROUP[2 * num_stages - 2]
+
+    @device_function
+    def keep(smem, position, base):
+        st_shared_u32(smem, position, u32(base & 0xFFFFFFFF))
+        st_shared_u32(smem, position + 1, u32(base >> 32))
+
+    @device_function
+    def kept(smem, position):
+        return i64(ld_shared_u32(smem, position)) | i64(ld_shared_u32(smem, position + 1)) << 32
 
     @device_function
     def block_place(num_rows, num_heads, pack, num_splits, heads_in_flight):
@@ -208,14 +218,16 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
             return
 
         q_base = batch * q_batch + head * q_head
-        k_base = batch * k_batch + head_kv * k_head
-        v_base = batch * v_batch + head_kv * v_head
-        # Scales are less than 2 ** 31.
         q_descale_base = (
             batch * q_descale_batch + token_of_row(head, q_descale_group) * q_descale_head
         )
-        k_descale_base = i32(batch * k_descale_batch + head_kv * k_descale_head)
-        v_descale_base = i32(batch * v_descale_batch + head_kv * v_descale_head)
+        if cuda.threadIdx.x == 0:
+            # Registers are scarcer than shared memory.
+            keep(smem, k_base, batch * k_batch + head_kv * k_head)
+            keep(smem, v_base, batch * v_batch + head_kv * v_head)
+            keep(smem, k_descale_base, batch * k_descale_batch + head_kv * k_descale_head)
+            keep(smem, v_descale_base, batch * v_descale_batch + head_kv * v_descale_head)
+        cuda.syncthreads()
         alibi_slope = f32(0)
         if alibi:
             alibi_slope = alibi_slopes[batch * slopes_batch + head * slopes_head]
@@ -232,18 +244,31 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
 
         copy_q(smem, q_smem, q, q_base, q_row, m_start, num_rows, columns, pack, q_head)
         for stage in range(num_stages):
-            n = n_begin + stage
+            n = i32(n_begin + stage)
             n_start = i32(n * tile_n)
             if n < n_end:
                 k_tile = k_smem + k_words * stage
-                copy_k(smem, k_tile, k, k_base, k_row, n_start, seqlen_k, columns, 1, 0)
+                copy_k(
+                    smem, k_tile, k, kept(smem, k_base), k_row, n_start, seqlen_k, columns, 1, 0
+                )
             if asynchronous:
                 cp_async_commit_group()
             if stage < num_stages - 1:
                 if n < n_end:
                     v_tile = v_smem + v_words * stage
                     left = stored_seqlen_k - n_start
-                    copy_v(smem, v_tile, v, v_base + n_start, v_column, 0, columns_v, left, 1, 0)
+                    copy_v(
+                        smem,
+                        v_tile,
+                        v,
+                        kept(smem, v_base) + n_start,
+                        v_column,
+                        0,
+                        columns_v,
+                        left,
+                        1,
+                        0,
+                    )
                 if asynchronous:
                     cp_async_commit_group()
         for i in range(n_o):
@@ -262,20 +287,31 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
                 scale *= LOG2_E
             st_shared_u32(smem, q_scales_smem + row, float_as_bits(scale))
 
-        stage = 0
-        last_stage = num_stages - 1
+        stage = i32(0)
+        last_stage = i32(num_stages - 1)
         for n_block in range(n_begin, n_end):
             n_start = i32(n_block * tile_n)
             # K of this block has arrived; V of the previous block has been read by all.
             if asynchronous:
                 wait_for_tile()
             cuda.syncthreads()
-            n = n_block + num_stages - 1
+            n = i32(n_block + num_stages - 1)
             if n < n_end:
                 v_tile = v_smem + v_words * last_stage
                 v_start = i32(n * tile_n)
                 left = stored_seqlen_k - v_start
-                copy_v(smem, v_tile, v, v_base + v_start, v_column, 0, columns_v, left, 1, 0)
+                copy_v(
+                    smem,
+                    v_tile,
+                    v,
+                    kept(smem, v_base) + v_start,
+                    v_column,
+                    0,
+                    columns_v,
+                    left,
+                    1,
+                    0,
+                )
             if asynchronous:
                 cp_async_commit_group()
 
@@ -289,23 +325,36 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
 
             k_scale, v_scale = f32(1), f32(1)
             if not key_scales:
-                k_scale = k_descale[k_descale_base + (n_start >> k_descale_shift)]
-                v_scale = v_descale[v_descale_base + (n_start >> v_descale_shift)]
+                k_scale = k_descale[kept(smem, k_descale_base) + (n_start >> k_descale_shift)]
+                v_scale = v_descale[kept(smem, v_descale_base) + (n_start >> v_descale_shift)]
 
             # V of this block has arrived; K has been read by all.
             if asynchronous:
                 wait_for_tile()
             cuda.syncthreads()
-            n = n_block + num_stages
+            n = i32(n_block + num_stages)
             if n < n_end:
                 k_tile = k_smem + k_words * stage
-                copy_k(smem, k_tile, k, k_base, k_row, i32(n * tile_n), seqlen_k, columns, 1, 0)
+                copy_k(
+                    smem,
+                    k_tile,
+                    k,
+                    kept(smem, k_base),
+                    k_row,
+                    i32(n * tile_n),
+                    seqlen_k,
+                    columns,
+                    1,
+                    0,
+                )
             if asynchronous:
                 cp_async_commit_group()
 
             if key_scales:
                 key = i32(n_start + accumulator_column())
-                load_key_scales(of_keys, k_descale, k_descale_base, k_descale_shift, key, seqlen_k)
+                load_key_scales(
+                    of_keys, k_descale, kept(smem, k_descale_base), k_descale_shift, key, seqlen_k
+                )
                 scale_columns(s_acc, of_keys)
             row = q_scales_smem + accumulator_row(rows_per_warp)
             for r in range(rows):
@@ -327,7 +376,9 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
             tile_softmax(s_acc, row_max, row_sum, o_acc, scales, weights)
             if key_scales:
                 key = i32(n_start + accumulator_column())
-                load_key_scales(of_keys, v_descale, v_descale_base, v_descale_shift, key, seqlen_k)
+                load_key_scales(
+                    of_keys, v_descale, kept(smem, v_descale_base), v_descale_shift, key, seqlen_k
+                )
                 v_scale = share_of_largest(of_keys)
                 scale_columns(s_acc, of_keys)
             for r in range(rows):
@@ -336,7 +387,7 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
             v_mine = i32(v_smem + v_word(column_operand_row(lane), column_operand_chunk(lane)))
             accumulate_p_v(o_acc, s_acc, smem, i32(v_mine + v_words * stage), weights)
             last_stage = stage
-            stage = stage + 1 if stage + 1 < num_stages else 0
+            stage = i32(stage + 1 if stage + 1 < num_stages else 0)
 
         # Where this block stands is found out once more: it need not be kept through the loop.
         m_start, head_of_batch, split = block_place(
