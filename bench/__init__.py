@@ -1,1 +1,1 @@
-"""Measurements on a real GPU: `python -m bench verify`, `forward`, `backward`, `report`."""
+"""Measurements, most of them on a real GPU: `python -m bench` lists what there is."""

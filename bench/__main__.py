@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from bench import report, speed, tuner, verify
+from bench import fp8_accuracy, report, speed, tuner, verify
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -14,6 +14,7 @@ def main(argv: list[str] | None = None) -> int:
     speed.add_commands(commands)
     report.add_command(commands)
     tuner.add_command(commands)
+    fp8_accuracy.add_command(commands)
     arguments = parser.parse_args(argv)
     return arguments.run(arguments)
 

@@ -2,19 +2,21 @@
 
 The newest record of a device that measured a point is the one that counts, and a point is taken
 whole, so that ratios are of methods that ran in turn. What no record has measured is called "not
-yet measured"; no number comes from anywhere else.
+yet measured"; no number comes from anywhere else. FP8 accuracy has a part of its own
+(`bench.fp8_section`).
 """
 
 import argparse
 from pathlib import Path
 
-from bench import figures, record, tables
+from bench import figures, fp8_section, record, tables
 from bench.checks import ROOT
 from bench.measure import is_right
 from bench.points import DIRECTIONS, Point
 from numflash import compiler
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+FP8_BEGIN, FP8_END = "<!-- bench:fp8:begin -->", "<!-- bench:fp8:end -->"
 _NOT_VERIFIED, _NOT_MEASURED = "not yet verified on hardware", "not yet measured"
 
 
@@ -26,16 +28,27 @@ def add_command(commands) -> None:
     parser.add_argument(
         "--figures", type=Path, default=ROOT / "docs" / "figures", help="folder of the plots"
     )
+    parser.add_argument(
+        "--fp8-figure", type=Path, default=ROOT / "docs" / "fp8-accuracy.svg", help="plot of FP8"
+    )
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Write the README's part between the markers; 1 if it has none."""
+    """Write the README's parts between the markers; 1 if it has none.
+
+    The part on FP8 is left alone where there is no record of it.
+    """
     records = record.read_all(arguments.results)
+    records = [found for found in records if found["name"] != fp8_section.FILE_NAME]
+    fp8 = fp8_section.read(arguments.results)
     text = render(records, arguments.figures, arguments.readme.parent)
     readme = arguments.readme.read_text()
     try:
         updated = replace_between(readme, text)
+        if fp8 is not None:
+            text = fp8_section.render(fp8, arguments.fp8_figure, arguments.readme.parent)
+            updated = replace_between(updated, text, FP8_BEGIN, FP8_END)
     except ValueError as error:
         print(f"{arguments.readme}: {error}")
         return 1
@@ -44,16 +57,16 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def replace_between(text: str, new: str) -> str:
+def replace_between(text: str, new: str, begin: str = BEGIN, end: str = END) -> str:
     """`text` with what stands between the markers replaced.
 
     Raises:
         ValueError: the markers are not there, or not once, or in the wrong order.
     """
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"needs one {BEGIN} and after it one {END}")
-    before, _, rest = text.partition(BEGIN)
-    return f"{before}{BEGIN}\n{new.strip()}\n{END}{rest.partition(END)[2]}"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"needs one {begin} and after it one {end}")
+    before, _, rest = text.partition(begin)
+    return f"{before}{begin}\n{new.strip()}\n{end}{rest.partition(end)[2]}"
 
 
 def render(records: list[dict], figures_folder: Path, relative_to: Path) -> str:
