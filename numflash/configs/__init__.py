@@ -4,9 +4,9 @@
 a free choice among equally right ones: tile sizes, warps, stages. Each kernel family, such as
 "forward", has a config class for each of its implementations: the portable kernels
 (`configs.portable`), those for tensor cores (`configs.sm80`), and on 8-bit floats
-(`configs.fp8`). Traits and configs have short
-string forms, used in file names, test ids and on the command line: `float16-d64-dv64-softcap-vec`,
-`m64n32w4`, `sm80-m128n64w4s1`.
+(`configs.fp8`). `configs.quantize` has those of the kernels around attention on 8-bit floats.
+Traits and configs have short string forms, used in file names, test ids and on the command line:
+`float16-d64-dv64-softcap-vec`, `m64n32w4`, `sm80-m128n64w4s1`.
 
 Everything here is plain arithmetic; nothing imports Numba.
 """
@@ -21,6 +21,13 @@ from numflash.configs.portable import (
     ForwardConfig,
     SmemLayout,
     accumulators_per_thread,
+)
+from numflash.configs.quantize import (
+    QUANTIZE_CONFIGS,
+    AmaxConfig,
+    DequantizeConfig,
+    QuantizeConfig,
+    quantize_config,
 )
 from numflash.configs.sm80 import (
     MMA_CONFIGS,
@@ -40,9 +47,17 @@ from numflash.configs.traits import (
 )
 
 FAMILIES = tuple(dict.fromkeys([*PORTABLE_CONFIGS, *MMA_CONFIGS]))
-"""Every kernel family."""
+"""Every kernel family of attention."""
 Config = (
-    ForwardConfig | BackwardDkDvConfig | BackwardDqConfig | DeltaConfig | CombineConfig | MmaConfig
+    ForwardConfig
+    | BackwardDkDvConfig
+    | BackwardDqConfig
+    | DeltaConfig
+    | CombineConfig
+    | MmaConfig
+    | QuantizeConfig
+    | AmaxConfig
+    | DequantizeConfig
 )
 
 
@@ -52,6 +67,8 @@ def parse_config(family: str, text: str) -> Config:
     Raises:
         ValueError: the family is unknown, or the text is no config of it.
     """
+    if family in QUANTIZE_CONFIGS:
+        return QUANTIZE_CONFIGS[family].parse(text)
     if family not in FAMILIES:
         raise ValueError(f"kernel family must be one of {', '.join(FAMILIES)}, got {family!r}")
     if text.startswith(PREFIX) and family == Fp8ForwardConfig.family:
@@ -70,11 +87,14 @@ __all__ = [
     "MAX_HEAD_DIM",
     "MMA_CONFIGS",
     "PORTABLE_CONFIGS",
+    "QUANTIZE_CONFIGS",
+    "AmaxConfig",
     "BackwardDkDvConfig",
     "BackwardDqConfig",
     "CombineConfig",
     "Config",
     "DeltaConfig",
+    "DequantizeConfig",
     "ForwardConfig",
     "Fp8ForwardConfig",
     "MmaBackwardConfig",
@@ -82,10 +102,12 @@ __all__ = [
     "MmaBackwardDqConfig",
     "MmaConfig",
     "MmaForwardConfig",
+    "QuantizeConfig",
     "ReduceDqConfig",
     "SmemLayout",
     "Traits",
     "accumulators_per_thread",
     "padded_head_dim",
     "parse_config",
+    "quantize_config",
 ]

@@ -1,0 +1,137 @@
+"""Dequantisation: numbers from codes and scales, rotated back where they had been rotated.
+
+Four threads compute a row. The operations are those of `numflash.reference.dequantize_fp8`; the
+result is rounded to the element type at the end.
+"""
+
+from collections.abc import Callable
+from functools import cache
+
+from numflash.configs import DequantizeConfig, Traits
+from numflash.kernels.kernel import Kernel
+from numflash.ptx import (
+    Pointer,
+    cuda,
+    cvt_f32_f16,
+    device_function,
+    f32,
+    i32,
+    i64,
+    u8,
+    u16,
+    u32,
+)
+from numflash.tiles.elements import ELEMENTS
+from numflash.tiles.fp8.hadamard import COLUMNS, make_apply_signs, make_rotate
+from numflash.tiles.fp8.rows import make_decode
+
+
+def make_dequantize_kernel(config: DequantizeConfig, traits: Traits) -> Kernel:
+    """The dequantisation kernel for one config; see the module's docstring."""
+    element, head_dim, lanes = ELEMENTS[traits.dtype], traits.head_dim, config.lanes
+    storage, from_f32, store_four = element.storage, element.from_f32, element.store_four
+    chunks, chunk_columns = head_dim // (lanes * COLUMNS), lanes * COLUMNS
+    rows, vectorized = config.block_rows, traits.vectorized
+    transposed, hadamard = config.transposed, config.hadamard
+    decode_eight = _make_decode_eight(config)
+    apply_signs = make_apply_signs(lanes, chunks, 1)
+    rotate = make_rotate(lanes, chunks, head_dim & -head_dim, 1)
+    n_values, n_words = chunks * COLUMNS, 2 * chunks
+
+    def dequantize(
+        data: Pointer(u8),
+        descale: Pointer(f32),
+        out: Pointer(storage),
+        data_batch: i64,
+        data_row: i64,
+        data_head: i64,
+        data_column: i64,
+        descale_batch: i64,
+        descale_head: i64,
+        descale_tokens: i32,
+        out_batch: i64,
+        out_row: i64,
+        out_head: i64,
+        seqlen: i32,
+        num_heads: i32,
+        head_dim: i32,
+        signs_0: i32,
+        signs_1: i32,
+        signs_2: i32,
+        signs_3: i32,
+        signs_4: i32,
+        signs_5: i32,
+        signs_6: i32,
+        signs_7: i32,
+    ):
+        values = cuda.local.array(n_values, f32)
+        words = cuda.local.array(n_words, u32)
+        signs = cuda.local.array(8, u32)
+        signs[0], signs[1], signs[2], signs[3] = signs_0, signs_1, signs_2, signs_3
+        signs[4], signs[5], signs[6], signs[7] = signs_4, signs_5, signs_6, signs_7
+        lane = cuda.threadIdx.x % lanes
+        num_blocks = (seqlen + rows - 1) // rows
+        block, head_of_batch = cuda.blockIdx.x % num_blocks, cuda.blockIdx.x // num_blocks
+        batch, head = head_of_batch // num_heads, head_of_batch % num_heads
+        token = i32(block * rows + cuda.threadIdx.x // lanes)
+        # Lanes without a token compute another's row, so that all take part in the shuffles.
+        t = min(token, seqlen - 1)
+        # Position 4 k + i of each 16 holds token 2 k + i, or, for i > 1, 2 k + i + 6.
+        position = t - t % 16 + t % 8 // 2 * 4 + t % 2 + t % 16 // 8 * 2 if transposed else t
+
+        first = batch * data_batch + head * data_head + position * data_row
+        for c in range(chunks):
+            column = lane * COLUMNS + chunk_columns * c
+            _load_eight(words[2 * c : 2 * c + 2], data, first + column * data_column, data_column)
+        place = batch * descale_batch + head * descale_head + t // descale_tokens
+        scale = descale[place]
+        for c in range(chunks):
+            eight = values[COLUMNS * c : COLUMNS * c + COLUMNS]
+            decode_eight(eight, words[2 * c : 2 * c + 2], scale)
+        if hadamard:
+            # The transform is its own inverse; of the signs before and after it those before
+            # undo what `rotate` begins with.
+            rotate(values, lane)
+            apply_signs(values, signs, lane)
+
+        if token < seqlen:
+            row = batch * out_batch + head * out_head + token * out_row
+            for c in range(chunks):
+                column = lane * COLUMNS + chunk_columns * c
+                for i in range(0, COLUMNS, 4):
+                    j = COLUMNS * c + i
+                    if vectorized:
+                        if column + i < head_dim:
+                            store_four(out, row + column + i, values[j : j + 4])
+                    else:
+                        for h in range(4):
+                            if column + i + h < head_dim:
+                                out[row + column + i + h] = from_f32(values[j + h])
+
+    return Kernel(config.family, dequantize, config.num_threads, 0)
+
+
+@device_function
+def _load_eight(words, data, offset, step):
+    """The codes of eight columns, `step` apart."""
+    for w in range(2):
+        words[w] = u32(0)
+        for i in range(4):
+            words[w] |= u32(data[offset + (4 * w + i) * step]) << u32(8 * i)
+
+
+@cache
+def _make_decode_eight(config: DequantizeConfig) -> Callable:
+    """decode_eight(values, words, scale): eight numbers from their codes."""
+    decode = make_decode(config.format, config.generation)
+
+    @device_function
+    def decode_eight(values, words, scale):
+        halves = cuda.local.array(2, u32)
+        for w in range(2):
+            decode(words[w], halves)
+            for i in range(2):
+                values[4 * w + 2 * i] = cvt_f32_f16(u16(halves[i] & u32(0xFFFF))) * scale
+                values[4 * w + 2 * i + 1] = cvt_f32_f16(u16(halves[i] >> u32(16))) * scale
+
+    return decode_eight

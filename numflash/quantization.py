@@ -1,0 +1,501 @@
+"""Quantising to 8-bit floats and back: arrays checked, kernels bound, public functions.
+
+A made-ready object holds what follows from shapes, strides and options; `bind` allocates for one
+array and returns functions that launch. `quantize_fp8` and `dequantize_fp8` remember them.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from numflash.arrays import ArrayLibrary, library_of, stream_address
+from numflash.configs import (
+    DTYPES,
+    AmaxConfig,
+    Config,
+    DequantizeConfig,
+    QuantizeConfig,
+    Traits,
+    quantize_config,
+)
+from numflash.configs.fp8 import generation
+from numflash.errors import UnsupportedError
+from numflash.formats import FORMATS
+from numflash.fp8 import HEAD_DIM_STEP, TOKEN_STEP, Fp8Array, Fp8Recipe
+from numflash.launch import Launcher, limits_of_device
+from numflash.problem import LAYOUTS, Tensor, as_tensor, expect_head_dim, expect_like
+from numflash.views import ArrayView, Operand, contiguous_strides
+
+CODE_DTYPES = ("uint8", *(kind.dtype.name for kind in FORMATS.values()))
+"""dtypes of arrays whose elements are codes."""
+# Token numbers are 32-bit in kernels.
+_MAX_SEQLEN = 2**30
+_MAX_BLOCKS = 2**31 - 1
+_MAX_READY = 1024
+_ready: dict[tuple, Any] = {}
+
+Launches = dict[str, Callable[[int], None]]
+"""By name, in order: functions that launch on a stream."""
+
+
+def quantize_fp8(
+    x,
+    granularity: str = "block",
+    block: int = 128,
+    hadamard: bool = False,
+    seed: int = 0,
+    *,
+    format: str = "e4m3",
+    transposed: bool = False,
+    layout: str = "bshd",
+    stream=None,
+) -> Fp8Array:
+    """An array in 8-bit floats with scales: x is about descale * code.
+
+    Args:
+        x: (batch, seqlen, heads, head_dim), float16, bfloat16 or float32. With layout "bhsd" the
+            two middle axes are swapped. Three dimensions mean one batch entry, two one head. Any
+            strides; only a last axis that is not contiguous is copied. head_dim is 1 to 256.
+        granularity: what shares a scale: the whole "tensor", each "head" of each batch entry, each
+            "block" of `block` tokens of a head, or each "token" of a head.
+        block: tokens that share a scale, a power of two from 16 to 1024.
+        hadamard: whether rows are rotated first by a random orthogonal matrix, which spreads
+            outliers out: signs times a Walsh-Hadamard transform, of all of head_dim where this,
+            padded to a multiple of 64, is a power of two, and of each 64 elements of 192.
+        seed: of the signs.
+        format: "e4m3" or "e5m2".
+        transposed: store codes with the tokens innermost, as attention needs those of V.
+        layout: "bshd" or "bhsd", of x. Codes have the layout that `Fp8Array` documents.
+        stream: a CUDA stream, or its address, to allocate and launch on; None is the current one
+            of the array library of x.
+
+    Returns:
+        The codes, and scales of shape (batch, heads, n) with n = 1, seqlen / block rounded up, or
+        seqlen; (1, 1, 1) for "tensor". What a scale is of: the largest finite |x|, at least
+        2 ** -100. Infinities become the largest number, a NaN stays one.
+
+    Raises:
+        TypeError: an argument of a wrong type or dtype, or not on a CUDA device.
+        ValueError: a wrong number of dimensions, values out of range.
+        UnsupportedError: head_dim above 256, an old GPU.
+
+    The kernels are enqueued, not waited for: one pass over x, or two where more tokens share a
+    scale than a thread block can hold ("tensor", "head", blocks above 256). The same bits every
+    time, and those of `numflash.reference.quantize_fp8`.
+
+    Source: FlashAttention-3, arXiv 2407.08608, section 3.3.
+    """
+    recipe = Fp8Recipe(granularity, block, hadamard, seed)
+    library = library_of(x, "x")
+    operand, identity = library.glance(x)
+    options = {"format": format, "transposed": transposed}
+    key = (Quantization, identity, layout, recipe, *options.values(), type(transposed))
+
+    def make() -> Quantization:
+        return Quantization(library.view(x, "x"), layout, recipe, **options)
+
+    ready = _remembered(key, make)
+    (data, descale), _ = _run(ready, (operand,), library, stream)
+    tensor = ready.tensor
+    return Fp8Array(
+        library.hand_back(data, x),
+        library.hand_back(descale, x),
+        recipe,
+        tuple(tensor.view.shape),
+        tensor.view.dtype,
+        layout,
+        format,
+        transposed,
+    )
+
+
+def dequantize_fp8(x: Fp8Array, dtype: str | None = None, stream=None):
+    """The numbers that an array in 8-bit floats stands for.
+
+    Args:
+        x: as `quantize_fp8` returns it.
+        dtype: "float16", "bfloat16" or "float32"; None is that of what was quantised.
+        stream: as for `quantize_fp8`.
+
+    Returns:
+        A contiguous array with the shape and layout of what was quantised: code * descale, rotated
+        back, in float32 with the bits of `numflash.reference.dequantize_fp8`, rounded to `dtype`.
+
+    Raises:
+        TypeError, ValueError, UnsupportedError: as `quantize_fp8`.
+    """
+    if not isinstance(x, Fp8Array):
+        raise TypeError(f"x must be an Fp8Array, got {x!r} ({type(x).__name__})")
+    dtype = x.dtype if dtype is None else dtype
+    library = library_of(x.data, "x.data")
+    data, data_identity = library.glance(x.data)
+    descale, descale_identity = library_of(x.descale, "x.descale").glance(x.descale)
+    traits = x.recipe, tuple(x.shape), x.layout, x.format, x.transposed, dtype
+    key = (Dequantization, data_identity, descale_identity, *traits)
+    ready = _remembered(key, lambda: Dequantization(x, dtype))
+    (out,), _ = _run(ready, (data, descale), library, stream)
+    return library.hand_back(out, x.data)
+
+
+def _remembered(key: tuple, make: Callable[[], Any]):
+    """What `make` makes, or made for an equal key."""
+    try:
+        ready = _ready.get(key)
+    except TypeError:
+        return make()  # an option cannot even be hashed: `make` finds what is wrong with it
+    if ready is None:
+        ready = make()
+        if len(_ready) >= _MAX_READY:
+            _ready.clear()
+        _ready[key] = ready
+    return ready
+
+
+def _run(ready, operands: tuple[Operand, ...], library: ArrayLibrary, stream):
+    """Bind and launch: the arrays that `ready` makes, and what it launched."""
+    if stream is None:
+        stream = library.stream(ready.device)
+        *arrays, launches = ready.bind(*operands, library)
+    else:
+        stream = stream_address(stream)
+        with library.ordered_on(stream, ready.device):
+            *arrays, launches = ready.bind(*operands, library)
+    for launch in launches.values():
+        launch(stream)
+    return [array for array in arrays if array is not None], launches
+
+
+class Quantization:
+    """A quantisation made ready: its kernels bound to everything but addresses.
+
+    Attributes:
+        tensor: what is quantised.
+        device: where.
+        data_shape, descale_shape: of codes and scales, see `Fp8Array`.
+        statistics_shape: (batch, heads, blocks of tokens, 2): the sum of x ** 2 over the block,
+            rotated, and of (x - descale * code) ** 2; None without statistics.
+        statistics_tokens: tokens of such a block.
+    """
+
+    def __init__(
+        self,
+        view: ArrayView,
+        layout: str,
+        recipe: Fp8Recipe,
+        *,
+        format: str = "e4m3",
+        transposed: bool = False,
+        rotated: bool | None = None,
+        statistics: bool = False,
+    ):
+        """Check and compile.
+
+        Args:
+            view: of the array.
+            layout, recipe, format, transposed: as for `quantize_fp8`.
+            rotated: whether rows are rotated; None if the recipe says so.
+            statistics: whether sums of squares are wanted.
+
+        Raises:
+            TypeError, ValueError, UnsupportedError: as `quantize_fp8`.
+        """
+        if view.dtype not in DTYPES:
+            raise TypeError(f"x must have one of the dtypes {', '.join(DTYPES)}, got {view.dtype}")
+        if not isinstance(transposed, bool):
+            raise TypeError(f"transposed must be True or False, got {transposed!r}")
+        _expect_format(format)
+        self.tensor, self.is_copied = _tensor(view, layout)
+        self.device, shape = view.device, self.tensor.shape
+        batch, seqlen, heads, head_dim = shape
+        padded = _padded(head_dim, HEAD_DIM_STEP)
+        self.data_shape = _data_shape(shape, transposed)
+        self.descale_shape = recipe.descale_shape(batch, heads, seqlen)
+        self._largest = FORMATS[format].largest
+        self._scalars = _scalars(self.tensor) | {
+            "amax_batch": 0,
+            "amax_head": 0,
+            "amax_tokens": 1,
+            **_sign_words(recipe.seed),
+        }
+        self._traits = Traits(view.dtype, padded, padded, vectorized=self.tensor.is_vectorizable)
+        rotated = recipe.hadamard if rotated is None else rotated
+        find = {"generation": generation(limits_of_device(self.device)), "head_dim": padded}
+        options = {"transposed": transposed, "statistics": statistics, "format": format}
+        options |= {"hadamard": rotated}
+        self._reductions: dict[str, tuple[Launcher, int]] = {}
+        self._measure = config = None
+        if recipe.granularity == "token":
+            config = quantize_config(**find, scale="token", **options)
+        elif recipe.granularity == "block":
+            config = quantize_config(**find, block=recipe.block, **options)
+        if config is None:
+            config = quantize_config(**find, scale="given", **options)
+            self._prepare_maxima(quantize_config(**find, hadamard=rotated, measure=True), recipe)
+        self.statistics_tokens = config.block_tokens
+        self.statistics_shape = None
+        if statistics:
+            self.statistics_shape = batch, heads, -(-seqlen // config.block_tokens), 2
+        self._quantize = None
+        if 0 not in shape:
+            stored = self.data_shape[3] if transposed else seqlen
+            self._quantize = self._launcher(config, stored)
+
+    def bind(self, operand: Operand, library: ArrayLibrary) -> tuple[Any, Any, Any, Launches]:
+        """Allocate; (data, descale, statistics or None, functions that launch, in order)."""
+        if self.is_copied:
+            operand = library.operand(library.with_contiguous_rows(operand.array))
+
+        def allocate(shape, dtype="float32"):
+            array = library.empty(shape, dtype, self.device)
+            return array, library.operand(array)
+
+        data, data_operand = allocate(self.data_shape, "uint8")
+        descale, descale_operand = allocate(self.descale_shape)
+        statistics = statistics_operand = amax = None
+        if self.statistics_shape is not None:
+            statistics, statistics_operand = allocate(self.statistics_shape)
+        launches, maxima = {}, None
+        if self._measure is not None:
+            maxima = allocate(self._maxima_shape)[1]
+            launches["measure"] = self._measure.bind({"x": operand, "maxima": maxima})
+        for name, (launcher, size) in self._reductions.items():
+            amax = allocate((size,))[1]
+            is_last = name == "amax"
+            operands = {
+                "maxima": maxima,
+                "amax": amax,
+                "descale": descale_operand if is_last else allocate((size,))[1],
+            }
+            launches[name], maxima = launcher.bind(operands), amax
+        if self._quantize is not None:
+            operands = {"x": operand, "amax": amax, "data": data_operand}
+            operands |= {"descale": descale_operand, "statistics": statistics_operand}
+            launches["quantize"] = self._quantize.bind(operands)
+        return data, descale, statistics, launches
+
+    def _prepare_maxima(self, config: QuantizeConfig, recipe: Fp8Recipe) -> None:
+        """The kernels that find what scales are of, where a block does not own all of it."""
+        batch, seqlen, heads, _ = self.tensor.shape
+        blocks = -(-seqlen // config.block_tokens)
+        _, descale_heads, scales = self.descale_shape
+        self._maxima_shape = (batch * heads * blocks,)
+        if 0 not in self.tensor.shape:
+            self._measure = self._launcher(config, seqlen)
+        per_scale = max(1, blocks)
+        if recipe.granularity == "block":
+            per_scale = recipe.block // config.block_tokens
+        if recipe.granularity == "tensor":
+            self._add_reduction("amax-heads", batch * heads, blocks, per_scale)
+            self._add_reduction("amax", 1, batch * heads, max(1, batch * heads))
+            tokens = _MAX_SEQLEN
+        else:
+            self._add_reduction("amax", batch * heads, blocks, per_scale)
+            tokens = recipe.block if recipe.granularity == "block" else _MAX_SEQLEN
+            self._scalars |= {"amax_batch": descale_heads * scales, "amax_head": scales}
+        self._scalars["amax_tokens"] = tokens
+
+    def _add_reduction(self, name: str, rows: int, per_row: int, per_group: int) -> None:
+        groups = -(-per_row // per_group)
+        if 0 in self.tensor.shape:
+            # Scales of nothing are defined, too.
+            groups, per_row = self.descale_shape[2] if name == "amax" else 0, 0
+        if rows * groups:
+            config = AmaxConfig(1 if per_group <= 64 else 8 if per_group <= 2048 else 32)
+            scalars = {"per_row": per_row, "per_group": per_group, "groups": groups}
+            scalars["largest"] = self._largest
+            launcher = Launcher(config, self._traits, self.device, rows * groups, scalars)
+            self._reductions[name] = launcher, rows * groups
+
+    def _launcher(self, config: QuantizeConfig, tokens: int) -> Launcher:
+        """A kernel whose blocks own tokens of a head."""
+        return _over_tokens(config, self._traits, self.tensor, tokens, self._scalars)
+
+
+class Relayout:
+    """Codes that are already there, to be filled up and transposed: made ready.
+
+    Attributes:
+        device: where.
+        data_shape: of the codes, see `Fp8Array`.
+    """
+
+    def __init__(self, view: ArrayView, layout: str, *, transposed: bool, name: str = "x"):
+        """Check and compile.
+
+        Args:
+            view: of the codes, (batch, seqlen, heads, head_dim) of uint8 or an 8-bit float.
+            layout: "bshd" or "bhsd", of the codes.
+            transposed: whether tokens become innermost.
+            name: what messages call the array.
+
+        Raises:
+            TypeError: another dtype.
+            ValueError: a wrong number of dimensions.
+            UnsupportedError: head_dim above 256, an old GPU.
+        """
+        if view.dtype not in CODE_DTYPES:
+            raise TypeError(
+                f"{name} must have one of the dtypes {', '.join(CODE_DTYPES)}, got {view.dtype}"
+            )
+        self.tensor, self.is_copied = _tensor(view, layout, name)
+        self.device, shape = view.device, self.tensor.shape
+        self.data_shape = _data_shape(shape, transposed)
+        self._launcher = None
+        if 0 not in shape:
+            padded = _padded(shape[3], HEAD_DIM_STEP)
+            aligned = _is_aligned(self.tensor)
+            traits = Traits("float16", padded, padded, vectorized=aligned)
+            which = generation(limits_of_device(self.device))
+            config = quantize_config(which, padded, transposed=transposed, codes=True)
+            tokens = self.data_shape[3] if transposed else shape[1]
+            self._launcher = _over_tokens(
+                config, traits, self.tensor, tokens, _scalars(self.tensor)
+            )
+
+    def bind(self, operand: Operand, library: ArrayLibrary) -> tuple[Any, Launches]:
+        """Allocate; (codes laid out, functions that launch)."""
+        if self.is_copied:
+            operand = library.operand(library.with_contiguous_rows(operand.array))
+        data = library.empty(self.data_shape, "uint8", self.device)
+        if self._launcher is None:
+            return data, {}
+        operands = {"x": operand, "data": library.operand(data)}
+        return data, {"quantize": self._launcher.bind(operands)}
+
+
+class Dequantization:
+    """The way back from an `Fp8Array`, made ready.
+
+    Attributes:
+        device: where.
+    """
+
+    def __init__(self, x: Fp8Array, dtype: str):
+        """Check and compile. Raises as `dequantize_fp8`."""
+        if not isinstance(dtype, str):
+            raise TypeError(f"dtype must be a string, got {dtype!r}")
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+        _expect_format(x.format)
+        data = library_of(x.data, "x.data").view(x.data, "x.data")
+        descale = library_of(x.descale, "x.descale").view(x.descale, "x.descale")
+        self.device, self.dtype, self.shape = data.device, dtype, tuple(x.shape)
+        out = ArrayView(0, self.shape, contiguous_strides(self.shape), dtype, self.device)
+        tensor, _ = _tensor(out, x.layout)
+        batch, seqlen, heads, head_dim = tensor.shape
+        expect_like("x.data", data, _data_shape(tensor.shape, x.transposed), "uint8", self.device)
+        shape = x.recipe.descale_shape(batch, heads, seqlen)
+        expect_like("x.descale", descale, shape, "float32", self.device)
+        # (batch, row, head, column) strides of the codes.
+        order = (0, 3, 1, 2) if x.transposed else (0, 1, 2, 3)
+        row_strides = [data.strides[axis] for axis in order]
+        names = "data_batch", "data_row", "data_head", "data_column"
+        scales = [0 if n == 1 else step for n, step in zip(shape, descale.strides, strict=True)]
+        tokens = x.recipe.block if x.recipe.granularity == "block" else 1
+        scalars = {
+            **dict(zip(names, row_strides, strict=True)),
+            "descale_batch": scales[0],
+            "descale_head": scales[1],
+            "descale_tokens": tokens if shape[2] > 1 else _MAX_SEQLEN,
+            **_scalars(tensor, "out"),
+            **_sign_words(x.recipe.seed),
+        }
+        if shape[2] > 1 and scales[2] != 1:
+            raise ValueError(f"x.descale must have a contiguous last axis, got {descale.strides}")
+        self._launcher = None
+        if 0 not in tensor.shape:
+            config = DequantizeConfig(
+                generation(limits_of_device(self.device)),
+                hadamard=x.recipe.hadamard,
+                transposed=x.transposed,
+                format=x.format,
+            )
+            padded = _padded(head_dim, HEAD_DIM_STEP)
+            traits = Traits(dtype, padded, padded, vectorized=tensor.is_vectorizable)
+            self._launcher = _over_tokens(config, traits, tensor, seqlen, scalars)
+
+    def bind(self, data: Operand, descale: Operand, library: ArrayLibrary) -> tuple[Any, Launches]:
+        """Allocate; (the array, functions that launch)."""
+        out = library.empty(self.shape, self.dtype, self.device)
+        if self._launcher is None:
+            return out, {}
+        operands = {"data": data, "descale": descale, "out": library.operand(out)}
+        return out, {"dequantize": self._launcher.bind(operands)}
+
+
+def _tensor(view: ArrayView, layout: str, name: str = "x") -> tuple[Tensor, bool]:
+    """The array with contiguous rows, and whether it must be copied for that."""
+    if not isinstance(layout, str):
+        raise TypeError(f"layout must be a string, got {layout!r} ({type(layout).__name__})")
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
+    is_copied = not view.has_contiguous_rows
+    if is_copied:
+        view = ArrayView(0, view.shape, contiguous_strides(view.shape), view.dtype, view.device)
+    tensor = as_tensor(name, view, layout)
+    expect_head_dim(f"head_dim of {name}", tensor.shape[3])
+    if tensor.shape[1] >= _MAX_SEQLEN:
+        raise UnsupportedError(
+            f"seqlen of {name} must be below {_MAX_SEQLEN}, got {tensor.shape[1]}"
+        )
+    return tensor, is_copied
+
+
+def _expect_format(format: str) -> None:
+    if format not in FORMATS:
+        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+
+
+def _padded(n: int, step: int) -> int:
+    return -(-n // step) * step
+
+
+def _data_shape(shape: tuple[int, ...], transposed: bool) -> tuple[int, ...]:
+    """The shape of the codes of a (batch, seqlen, heads, head_dim) array."""
+    batch, seqlen, heads, head_dim = shape
+    padded = _padded(head_dim, HEAD_DIM_STEP)
+    if transposed:
+        return batch, heads, padded, _padded(seqlen, TOKEN_STEP)
+    return batch, seqlen, heads, padded
+
+
+def _is_aligned(tensor: Tensor) -> bool:
+    """Whether every row of codes can be read 16 bytes at a time."""
+    steps = [s for s, n in zip(tensor.strides[:3], tensor.shape[:3], strict=True) if n > 1]
+    return not any(n % 16 for n in (tensor.view.pointer, tensor.shape[3], *steps))
+
+
+def _scalars(tensor: Tensor, name: str = "x") -> dict[str, int]:
+    """Sizes and strides of an array, as kernels' arguments."""
+    batch, row, head, _ = tensor.strides
+    _, seqlen, heads, head_dim = tensor.shape
+    sizes = {"seqlen": seqlen, "num_heads": heads, "head_dim": head_dim}
+    return sizes | {f"{name}_batch": batch, f"{name}_row": row, f"{name}_head": head}
+
+
+def _sign_words(seed: int) -> dict[str, int]:
+    """The bits of `numflash.reference.hadamard_signs` as eight 32-bit arguments."""
+    words = np.random.PCG64(seed).random_raw(4).astype("<u8").view("<i4")
+    return {f"signs_{i}": int(word) for i, word in enumerate(words)}
+
+
+def _over_tokens(
+    config: Config, traits: Traits, tensor: Tensor, tokens: int, scalars: dict
+) -> Launcher:
+    """A kernel whose blocks own tokens of a head."""
+    batch, _, heads, _ = tensor.shape
+    blocks = -(-tokens // config.block_rows) * heads * batch
+    if blocks > _MAX_BLOCKS:
+        raise UnsupportedError(f"x needs {blocks} thread blocks; a grid has at most {_MAX_BLOCKS}")
+    return Launcher(config, traits, tensor.view.device, blocks, scalars)
+
+
+__all__ = [
+    "CODE_DTYPES",
+    "Dequantization",
+    "Quantization",
+    "Relayout",
+    "dequantize_fp8",
+    "quantize_fp8",
+]
