@@ -20,6 +20,7 @@ from numflash.ptx.arithmetic import (
     min_f32,
     mov_b32_halves,
     mul_rn_f16x2,
+    mul_rn_f32,
     prmt_b32,
 )
 from numflash.ptx.async_copies import (
@@ -127,6 +128,7 @@ __all__ = [
     "mov_ctaid_x",
     "mov_tid_x",
     "mul_rn_f16x2",
+    "mul_rn_f32",
     "prmt_b32",
     "st_global_v2_f32",
     "st_global_v2_u32",

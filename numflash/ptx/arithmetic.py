@@ -37,6 +37,13 @@ def min_f32(a: f32, b: f32) -> f32:
     return -max_f32(-a, -b) if a == a or b == b else _NAN
 
 
+@instruction("mul.rn.f32 <ret>, <a>, <b>;", sm=75)
+def mul_rn_f32(a: f32, b: f32) -> f32:
+    """a * b, rounded before it is added to something: never part of an fma. PTX ISA 9.7.3.5."""
+    product = f32(a) * f32(b)
+    return product if product == product else _NAN
+
+
 @instruction("mul.rn.f16x2 <ret>, <a>, <b>;", sm=75)
 def mul_rn_f16x2(a: u32, b: u32) -> u32:
     """Products of two pairs of float16, each rounded to nearest even. PTX ISA 9.7.4.3."""

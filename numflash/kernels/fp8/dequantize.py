@@ -17,6 +17,7 @@ from numflash.ptx import (
     f32,
     i32,
     i64,
+    mul_rn_f32,
     u8,
     u16,
     u32,
@@ -127,11 +128,16 @@ def _make_decode_eight(config: DequantizeConfig) -> Callable:
 
     @device_function
     def decode_eight(values, words, scale):
+        # The butterflies' sums must not take the products in, unrounded.
         halves = cuda.local.array(2, u32)
         for w in range(2):
             decode(words[w], halves)
             for i in range(2):
-                values[4 * w + 2 * i] = cvt_f32_f16(u16(halves[i] & u32(0xFFFF))) * scale
-                values[4 * w + 2 * i + 1] = cvt_f32_f16(u16(halves[i] >> u32(16))) * scale
+                values[4 * w + 2 * i] = mul_rn_f32(
+                    cvt_f32_f16(u16(halves[i] & u32(0xFFFF))), scale
+                )
+                values[4 * w + 2 * i + 1] = mul_rn_f32(
+                    cvt_f32_f16(u16(halves[i] >> u32(16))), scale
+                )
 
     return decode_eight
