@@ -123,6 +123,13 @@ def expected_min(a, b):
     return np.where(np.isnan(result), u32(NAN).view(f32), result)
 
 
+def expected_mul(a, b):
+    # The product of two float32 is exact in float64.
+    with np.errstate(all="ignore"):
+        product = (a.astype(np.float64) * b.astype(np.float64)).astype(np.float32)
+    return np.where(np.isnan(product), u32(NAN).view(f32), product)
+
+
 def expected_cvt_f32_f16(codes):
     values = [struct.unpack("<e", struct.pack("<H", code))[0] for code in codes.tolist()]
     result = np.array(values, np.float64).astype(np.float32)
@@ -197,6 +204,7 @@ EXPECTED = {
     "ex2_approx_ftz_f32": expected_ex2,
     "max_f32": expected_max,
     "min_f32": expected_min,
+    "mul_rn_f32": expected_mul,
     "cvt_f32_f16": expected_cvt_f32_f16,
     "cvt_rn_f16_f32": expected_cvt_rn_f16_f32,
     "cvt_rn_f16x2_f32": expected_cvt_rn_f16x2_f32,
