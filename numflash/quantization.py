@@ -24,7 +24,14 @@ from numflash.errors import UnsupportedError
 from numflash.formats import FORMATS
 from numflash.fp8 import HEAD_DIM_STEP, TOKEN_STEP, Fp8Array, Fp8Recipe
 from numflash.launch import Launcher, limits_of_device
-from numflash.problem import LAYOUTS, Tensor, as_tensor, expect_head_dim, expect_like
+from numflash.problem import (
+    LAYOUTS,
+    Tensor,
+    as_tensor,
+    expect_contiguous_rows,
+    expect_head_dim,
+    expect_like,
+)
 from numflash.views import ArrayView, Operand, contiguous_strides
 
 CODE_DTYPES = ("uint8", *(kind.dtype.name for kind in FORMATS.values()))
@@ -387,6 +394,7 @@ class Dequantization:
         expect_like("x.data", data, _data_shape(tensor.shape, x.transposed), "uint8", self.device)
         shape = x.recipe.descale_shape(batch, heads, seqlen)
         expect_like("x.descale", descale, shape, "float32", self.device)
+        expect_contiguous_rows("x.descale", descale)
         # (batch, row, head, column) strides of the codes.
         order = (0, 3, 1, 2) if x.transposed else (0, 1, 2, 3)
         row_strides = [data.strides[axis] for axis in order]
@@ -401,8 +409,6 @@ class Dequantization:
             **_scalars(tensor, "out"),
             **_sign_words(x.recipe.seed),
         }
-        if shape[2] > 1 and scales[2] != 1:
-            raise ValueError(f"x.descale must have a contiguous last axis, got {descale.strides}")
         self._launcher = None
         if 0 not in tensor.shape:
             config = DequantizeConfig(
@@ -443,6 +449,8 @@ def _tensor(view: ArrayView, layout: str, name: str = "x") -> tuple[Tensor, bool
 
 
 def _expect_format(format: str) -> None:
+    if not isinstance(format, str):
+        raise TypeError(f"format must be a string, got {format!r}")
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
 
