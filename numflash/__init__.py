@@ -10,18 +10,24 @@ from numflash.api import Plan, attention, attention_backward, plan, warmup
 from numflash.check import CheckReport, check
 from numflash.errors import UnsupportedError
 from numflash.explain import Explanation, explain_dispatch
+from numflash.fp8 import Fp8Array, Fp8Recipe
 from numflash.mode import simulating
+from numflash.quantization import dequantize_fp8, quantize_fp8
 
 __all__ = [
     "CheckReport",
     "Explanation",
+    "Fp8Array",
+    "Fp8Recipe",
     "Plan",
     "UnsupportedError",
     "attention",
     "attention_backward",
     "check",
+    "dequantize_fp8",
     "explain_dispatch",
     "plan",
+    "quantize_fp8",
     "reference",
     "simulating",
     "warmup",

@@ -15,6 +15,9 @@ from numflash.calls import DEFAULTS, Backward, Forward
 from numflash.compiler import get_cubin
 from numflash.configs import Config, MmaConfig, Traits, padded_head_dim
 from numflash.dispatch import choose, num_splits
+from numflash.errors import UnsupportedError
+from numflash.fp8 import Fp8Array, Fp8Recipe
+from numflash.fp8_calls import Described, Fp8Forward
 from numflash.launch import limits_of_device, multiprocessors
 from numflash.mode import SIMULATED
 from numflash.problem import expect_contiguous_rows, expect_head_dim, expect_precision
@@ -40,6 +43,10 @@ def attention(
     alibi_slopes=None,
     layout: str = "bshd",
     precision: str | None = None,
+    fp8: Fp8Recipe | None = None,
+    q_descale=None,
+    k_descale=None,
+    v_descale=None,
     return_lse: bool = False,
     out=None,
     stream=None,
@@ -67,7 +74,15 @@ def attention(
         layout: "bshd" or "bhsd", of q, k, v and the result.
         precision: "tf32" allows float32 to be multiplied on tensor cores, with operands rounded
             to 10 bits after the point; where they have no kernel for it (head dims above 128,
-            Turing) and with None products are exact. Sums are float32 either way.
+            Turing) and with None products are exact. "fp8" quantises q, k and v, float16 or
+            bfloat16, to e4m3 and multiplies that, also P: at twice the rate where `mma.sync` has
+            it (Ada, Blackwell's sm_120), elsewhere as float16. Sums are float32 in all cases.
+        fp8: with precision="fp8", how to quantise; None is `Fp8Recipe()`: a scale for each 128
+            tokens of a head, and q and k rotated. Any of q, k and v may also be an `Fp8Array`, as
+            `quantize_fp8` makes it; precision then is "fp8" and need not be said.
+        q_descale, k_descale, v_descale: float32, (batch, num_heads_kv): scales of q, k and v that
+            are e4m3 codes (uint8 or an 8-bit float dtype) of the caller's own, each value being
+            code * descale. The result then is bfloat16 (float16 on Turing), or what `out` is.
         return_lse: also return the log-sum-exp.
         out: an array to write the result to; it must not overlap an input.
         stream: a CUDA stream, or its address, to allocate and launch on; None is the current one
@@ -90,9 +105,9 @@ def attention(
 
     The kernels are enqueued, not waited for. Memory beyond the results: nothing, or, where few
     queries make it worthwhile to split the keys over blocks, num_splits float32 copies of the
-    results.
+    results; with precision="fp8" codes and scales of what is quantised.
 
-    Source: FlashAttention-2, arXiv 2307.08691.
+    Sources: FlashAttention-2, arXiv 2307.08691; FlashAttention-3, arXiv 2407.08608, for FP8.
     """
     options = {
         "softmax_scale": softmax_scale,
@@ -104,8 +119,10 @@ def attention(
         "layout": layout,
         "precision": precision,
         "config": config,
+        "fp8": fp8,
     }
-    result, lse, launch, stream, _ = _bind_forward(q, k, v, out, options, stream)
+    descales = q_descale, k_descale, v_descale
+    result, lse, launch, stream, _ = _bind_forward(q, k, v, out, options, stream, descales)
     launch(stream)
     return (result, lse) if return_lse else result
 
@@ -162,7 +179,9 @@ def attention_backward(
         "layout": layout,
         "precision": precision,
         "config": config,
+        "fp8": None,
     }
+    _refuse_fp8(q, k, v, precision)
     arrays = {"q": q, "k": k, "v": v, "dout": dout, "out": out, "lse": lse}
     backward, operands, stream = _prepare(Backward, arrays, options, stream)
     library = library_of(q, "q")
@@ -201,12 +220,15 @@ class Plan:
         return self.out
 
 
-def plan(q, k, v, *, out=None, stream=None, **options) -> Plan:
+def plan(
+    q, k, v, *, out=None, stream=None, q_descale=None, k_descale=None, v_descale=None, **options
+) -> Plan:
     """Prepare an attention call that is launched many times on the same arrays.
 
     Args:
-        q, k, v, out, stream: as for `attention`. Changing the arrays' contents is what plans are
-            for; they must have a contiguous last axis, because a copy would not see the change.
+        q, k, v, out, stream, q_descale, k_descale, v_descale: as for `attention`. Changing the
+            arrays' contents is what plans are for; they must have a contiguous last axis, because
+            a copy would not see the change. With precision="fp8" each launch quantises anew.
         options: the other options of `attention`, without return_lse.
 
     Raises:
@@ -219,9 +241,11 @@ def plan(q, k, v, *, out=None, stream=None, **options) -> Plan:
             f"{', '.join(DEFAULTS)}"
         )
     for name, array in (("q", q), ("k", k), ("v", v)):
+        array = array.data if isinstance(array, Fp8Array) else array
         view = library_of(array, name).view(array, name)
         expect_contiguous_rows(f"{name} of a plan", view)
-    return Plan(*_bind_forward(q, k, v, out, {**DEFAULTS, **options}, stream))
+    descales = q_descale, k_descale, v_descale
+    return Plan(*_bind_forward(q, k, v, out, {**DEFAULTS, **options}, stream, descales))
 
 
 def warmup(
@@ -289,12 +313,20 @@ def warmup(
                 get_cubin(combine.config, combine.traits, limits)
 
 
-def _bind_forward(q, k, v, out, options: dict, stream):
+def _bind_forward(q, k, v, out, options: dict, stream, descales: tuple = (None, None, None)):
     """Check a forward call; what `Plan` takes: result, lse, launch, stream, kernel."""
-    arrays = {"q": q, "k": k, "v": v}
+    arrays, kind = {"q": q, "k": k, "v": v}, Forward
+    is_fp8 = options["precision"] == "fp8" or any(x is not None for x in descales)
+    if is_fp8 or _has_fp8(q, k, v):
+        kind, q = Fp8Forward, q.data if isinstance(q, Fp8Array) else q
+        arrays, options = _take_apart(arrays, descales, options)
+    elif options["fp8"] is not None:
+        raise ValueError(
+            f'fp8 says how to quantise with precision="fp8"; precision is {options["precision"]!r}'
+        )
     if out is not None:
         arrays["out"] = out
-    forward, operands, stream = _prepare(Forward, arrays, options, stream)
+    forward, operands, stream = _prepare(kind, arrays, options, stream)
     library = library_of(q, "q")
     if stream is None:
         stream = library.stream(forward.device)
@@ -305,6 +337,42 @@ def _bind_forward(q, k, v, out, options: dict, stream):
     result = library.hand_back(result, q) if out is None else out
     launch = _in_turn(*launches.values())
     return result, library.hand_back(lse, q), launch, stream, forward.kernel
+
+
+def _has_fp8(*arrays) -> bool:
+    return any(isinstance(array, Fp8Array) for array in arrays)
+
+
+def _take_apart(arrays: dict[str, Any], descales: tuple, options: dict) -> tuple[dict, dict]:
+    """The arrays of an FP8 call, and its options with what else is to know of each `Fp8Array`.
+
+    Raises:
+        ValueError: another precision, or scales of what has its own.
+    """
+    if options["precision"] not in (None, "fp8"):
+        raise ValueError(f'arrays of 8 bits go with precision="fp8", got {options["precision"]!r}')
+    described, apart = {}, {}
+    for (name, array), descale in zip(arrays.items(), descales, strict=True):
+        if isinstance(array, Fp8Array):
+            if descale is not None:
+                raise ValueError(
+                    f"{name} is an Fp8Array with scales of its own: no {name}_descale"
+                )
+            described[name] = Described.of(array)
+            array, descale = array.data, array.descale
+        apart[name] = array
+        if descale is not None:
+            apart[f"{name}_descale"] = descale
+    return apart, {**options, "precision": "fp8", "described": described}
+
+
+def _refuse_fp8(q, k, v, precision) -> None:
+    """Raise UnsupportedError for a backward on 8-bit floats."""
+    if precision == "fp8" or _has_fp8(q, k, v):
+        raise UnsupportedError(
+            "there is no backward on 8-bit floats. Take gradients in 16 bits: of the arrays that "
+            'were given to precision="fp8", or of numflash.dequantize_fp8(x) for each Fp8Array'
+        )
 
 
 def _in_turn(*launches: Callable[[int], None]) -> Callable[[int], None]:
@@ -359,6 +427,8 @@ def _option_key(
     layout,
     precision,
     config,
+    fp8,
+    described=None,
 ) -> tuple:
     """A key of the options; the slopes' is that of an array."""
     values = softmax_scale, causal, softcap, *window_size
@@ -367,7 +437,8 @@ def _option_key(
     if isinstance(config, dict):
         config = tuple(config.items())
     kinds = *map(type, values), type(window_size), kind
-    return *values, *kinds, causal_align, layout, precision, config
+    described = tuple(described.items()) if described else None
+    return *values, *kinds, causal_align, layout, precision, config, fp8, described
 
 
 __all__ = ["Plan", "attention", "attention_backward", "plan", "warmup"]

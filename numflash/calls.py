@@ -10,7 +10,7 @@ from typing import Any
 
 from numflash.arrays import ArrayLibrary, library_of
 from numflash.configs import Traits
-from numflash.dispatch import Choice, choose
+from numflash.dispatch import Choice, Geometry, choose
 from numflash.launch import Launcher, limits_of_device
 from numflash.problem import (
     AttentionProblem,
@@ -40,13 +40,16 @@ DEFAULTS = {
     "layout": "bshd",
     "precision": None,
     "config": None,
+    "fp8": None,
 }
 """The options of a call, as `numflash.attention` has them unless told otherwise."""
+# Those that say what is computed.
+_DESCRIBED = tuple(DEFAULTS)[:-2]
 
 
 def _describe(views: dict[str, ArrayView], options: dict) -> tuple[AttentionProblem, dict]:
-    described = {**options, "alibi_slopes": views.get("alibi_slopes")}
-    del described["config"]
+    described = {name: options[name] for name in _DESCRIBED if name in options}
+    described["alibi_slopes"] = views.get("alibi_slopes")
     return describe(views["q"], views["k"], views["v"], **described)
 
 
@@ -64,9 +67,22 @@ class Forward:
     """A forward problem with its kernel bound to everything but addresses."""
 
     def __init__(self, views: dict[str, ArrayView], options: dict):
-        rows, self.copied = _with_contiguous_rows(views, ("q", "k", "v"))
+        rows, copied = _with_contiguous_rows(views, ("q", "k", "v"))
+        self._prepare(views, rows, options, copied)
+
+    def _prepare(
+        self,
+        views: dict[str, ArrayView],
+        rows: dict[str, ArrayView],
+        options: dict,
+        copied: list[str] = (),
+    ):
+        """Check all, and choose kernels.
+
+        `rows` are the arrays that are attended to; `copied` are those made of the caller's.
+        """
         problem, tensors = _describe(rows, options)
-        q = rows["q"]
+        q, self.copied = rows["q"], copied
         self.views, self.dtype, self.device = views, problem.dtype, q.device
         self.out_shape = (*q.shape[:-1], problem.head_dim_v)
         self.lse_shape = _lse_shape(problem, q)
@@ -110,10 +126,10 @@ class Forward:
     def _choose_launchers(self, problem, tensors: dict[str, Tensor], config) -> None:
         """The forward, and where it splits the keys the kernel that puts the parts together."""
         device = self.device
-        traits = _traits(problem, tensors)
+        traits = self._traits(problem, tensors)
         configs = forward_configs(config)
-        choice, geometry = forward_choice(problem, traits, device, configs.get("forward"))
-        scalars = _scalars(problem, tensors) | {
+        choice, geometry = self._choose(problem, traits, configs.get("forward"))
+        scalars = self._scalars(problem, tensors) | {
             "pack": geometry.pack,
             "num_splits": geometry.num_splits,
             "heads_in_flight": geometry.heads_in_flight,
@@ -138,7 +154,8 @@ class Forward:
             "out_row": problem.num_heads_q * row,
             "out_head": row,
         }
-        combine = combine_choice(problem, traits, device, configs.get("combine"))
+        plain = replace(traits, fp8=False)
+        combine = combine_choice(problem, plain, device, configs.get("combine"))
         blocks = problem.num_blocks(
             problem.seqlen_q, problem.num_heads_q, combine.config.block_rows
         )
@@ -146,6 +163,17 @@ class Forward:
             Launcher(choice.config, choice.traits, device, num_blocks, scalars | into_parts),
             Launcher(combine.config, combine.traits, device, blocks, scalars),
         ]
+
+    def _traits(self, problem: AttentionProblem, tensors: dict[str, Tensor]) -> Traits:
+        return _traits(problem, tensors)
+
+    def _choose(
+        self, problem: AttentionProblem, traits: Traits, config
+    ) -> tuple[Choice, Geometry]:
+        return forward_choice(problem, traits, self.device, config)
+
+    def _scalars(self, problem: AttentionProblem, tensors: dict[str, Tensor]) -> dict:
+        return _scalars(problem, tensors)
 
     def _refuse_overlap(self, pointers: dict[str, int]) -> None:
         """Raise ValueError if `out` shares memory with an input, all at these addresses."""

@@ -11,8 +11,10 @@ from numflash.configs import (
     FAMILIES,
     PORTABLE_CONFIGS,
     Config,
+    Fp8ForwardConfig,
     MmaConfig,
     Traits,
+    fp8,
     parse_config,
     portable,
     sm80,
@@ -81,8 +83,12 @@ def choose(
     if family not in FAMILIES:
         raise ValueError(f"kernel family must be one of {', '.join(FAMILIES)}, got {family!r}")
     passed_over = []
-    generation = _generation(limits)
-    mma_candidates = sm80.candidates(family, generation)
+    if traits.fp8:
+        generation, misfit = fp8.generation(limits), fp8.misfit
+        mma_candidates = fp8.candidates(limits) if family == "forward" else ()
+    else:
+        generation, misfit = _generation(limits), sm80.misfit
+        mma_candidates = sm80.candidates(family, generation)
     why = _no_tensor_cores(traits, generation, positive_scale)
     if mma_candidates and why is not None:
         passed_over.append((f"{generation} (tensor cores)", why))
@@ -91,18 +97,20 @@ def choose(
     for warps in sm80.WARPS_PER_SM:
         reasons = []
         for config in mma_candidates:
-            why = sm80.misfit(config, traits, limits, rows, warps)
+            why = misfit(config, traits, limits, rows, warps)
             if why is None:
                 later = mma_candidates[mma_candidates.index(config) + 1 :]
                 for other in later:
-                    why = sm80.misfit(other, traits, limits, rows, warps)
+                    why = misfit(other, traits, limits, rows, warps)
                     reasons.append((str(other), why or f"fits too, and comes after {config}"))
-                reasons += [*passed_over, ("portable", "tensor cores are faster")]
+                if family in PORTABLE_CONFIGS and not traits.fp8:
+                    passed_over.append(("portable", "tensor cores are faster"))
+                reasons += passed_over
                 rule = f"the first tensor-core config of which {warps} warps fit on an SM"
                 return Choice(family, config, traits, rule, tuple(reasons))
             reasons.append((str(config), why))
     passed_over += reasons
-    if family not in PORTABLE_CONFIGS:
+    if family not in PORTABLE_CONFIGS or traits.fp8:
         found = "; ".join(f"{what}: {why}" for what, why in passed_over)
         raise UnsupportedError(f"no {family} kernel runs {traits} on {limits.arch}: {found}")
     plain = replace(traits, tf32=False)
@@ -151,14 +159,17 @@ def force(
     if isinstance(config, type) or getattr(config, "family", None) != family:
         raise TypeError(f"config must be a string or a config of {family}, got {config!r}")
     why = None
-    if isinstance(config, MmaConfig):
+    if traits.fp8 != isinstance(config, Fp8ForwardConfig):
+        why = "it computes on 8-bit floats" if not traits.fp8 else "it has no 8-bit floats"
+    elif isinstance(config, MmaConfig):
         why = _no_tensor_cores(traits, config.generation, positive_scale)
         why = why or config.misfit(traits)
-        if config.generation == "sm80" and _generation(limits) == "sm75":
-            why = f"its instructions begin with sm_80, this GPU is {limits.arch}"
+        if _FIRST[config.generation] > limits.compute_capability:
+            first = config.generation.replace("sm", "sm_")
+            why = f"its instructions begin with {first}, this GPU is {limits.arch}"
     else:
         traits = replace(traits, tf32=False)
-    if (needed := config.smem_bytes(traits)) > limits.max_smem_per_block:
+    if why is None and (needed := config.smem_bytes(traits)) > limits.max_smem_per_block:
         why = (
             f"it needs {needed} bytes of shared memory per block with head dims "
             f"{traits.head_dim} and {traits.head_dim_v}, {limits.arch} has "
@@ -169,18 +180,23 @@ def force(
     return Choice(family, config, traits, "as the caller asks", (), is_final=True)
 
 
+_FIRST = {"sm75": (7, 5), "sm80": (8, 0), "sm89": (8, 9)}
+
+
 def _generation(limits: Architecture) -> str:
     return "sm75" if limits.compute_capability < (8, 0) else "sm80"
 
 
 def _no_tensor_cores(traits: Traits, generation: str, positive_scale: bool) -> str | None:
     """Why the tensor cores cannot be used; None if they can."""
+    if not positive_scale:
+        return "softmax_scale is not positive, and the softmax in base 2 folds it into its maximum"
+    if traits.fp8:
+        return None
     if traits.dtype == "float32" and not traits.tf32:
         return 'float32 is multiplied exactly unless precision="tf32"'
     if generation == "sm75" and traits.dtype != "float16":
         return f"Turing's tensor cores have float16, not {'tf32' if traits.tf32 else traits.dtype}"
-    if not positive_scale:
-        return "softmax_scale is not positive, and the softmax in base 2 folds it into its maximum"
     return None
 
 
@@ -226,7 +242,7 @@ def unfit(
             return f"computes {config.block_rows} rows at a time, there are {rows}"
         return None
     if isinstance(config, MmaConfig):
-        return sm80.misfit(config, traits, limits, rows, warps=1)
+        return (fp8 if traits.fp8 else sm80).misfit(config, traits, limits, rows, warps=1)
     return portable.misfit(config, replace(traits, tf32=False), limits, rows)
 
 

@@ -13,7 +13,7 @@ from numflash.views import ArrayView
 
 LAYOUTS = ("bshd", "bhsd")
 ALIGNMENTS = ("bottom_right", "top_left")
-PRECISIONS = ("tf32",)
+PRECISIONS = ("tf32", "fp8")
 # Token indices, and their differences, are 32-bit in kernels.
 _MAX_SEQLEN = 2**30
 _MAX_BLOCKS = 2**31 - 1
@@ -263,7 +263,7 @@ def expect_precision(precision: str | None, dtype: str) -> None:
     """Check a precision. Raises TypeError, ValueError."""
     if precision is not None:
         _one_of("precision", precision, PRECISIONS)
-        if dtype != "float32":
+        if precision == "tf32" and dtype != "float32":
             raise ValueError(
                 f'precision="tf32" is a way to multiply float32; q, k and v are {dtype}'
             )

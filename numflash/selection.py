@@ -88,7 +88,8 @@ def forward_choice(
     else:
         choice = choose_forward(problem, traits, limits, num_sms)
         rows = problem.seqlen_q * rows_packed(problem)
-        choice = _tuned(choice, problem, traits, device, rows, runs)
+        if not traits.fp8:
+            choice = _tuned(choice, problem, traits, device, rows, runs)
     config = choice.config
     if not isinstance(config, MmaConfig):
         return choice, Geometry()
@@ -100,7 +101,7 @@ def forward_choice(
     if not in_flight:
         _, l2_bytes = multiprocessors(device)
         # Packed heads are one: K and V are read once for all of them.
-        in_flight = max(1, heads_in_flight(problem, traits.dtype_bytes, l2_bytes) // pack)
+        in_flight = max(1, heads_in_flight(problem, traits.operand_bytes, l2_bytes) // pack)
     in_flight = min(in_flight, max(1, problem.num_heads_q // pack * problem.batch))
     return choice, Geometry(pack, choice.config.num_splits, in_flight)
 

@@ -40,6 +40,7 @@ from numflash.configs.sm80 import (
 )
 from numflash.configs.traits import (
     DTYPES,
+    FP8_STEP,
     HEAD_DIM_STEP,
     MAX_HEAD_DIM,
     Traits,
@@ -83,6 +84,7 @@ def parse_config(family: str, text: str) -> Config:
 __all__ = [
     "DTYPES",
     "FAMILIES",
+    "FP8_STEP",
     "HEAD_DIM_STEP",
     "MAX_HEAD_DIM",
     "MMA_CONFIGS",

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from numflash.configs.sm80 import MmaForwardConfig
 from numflash.configs.traits import Traits
-from numflash.devices import Architecture
+from numflash.devices import Architecture, blocks_per_sm
 
 PREFIX = "fp8-"
 _HALF = "-half"
@@ -102,6 +102,9 @@ _PREFERENCES = (
     "m16n32w1s1",
 )
 _MAX_REGISTERS = 255
+# float32 accumulators a thread can hold next to its operands without spilling, found by compiling.
+_MAX_ACCUMULATORS = {"codes": 192, "sm89": 160, "sm80": 160, "sm75": 144}
+_FEATURES = 16
 
 
 @cache
@@ -115,3 +118,29 @@ def candidates(limits: Architecture) -> tuple[Fp8ForwardConfig, ...]:
         # Rows of V in shared memory are at least 64 bytes; copies that convert do not run ahead.
         if ("n32" not in text if codes else "s2" not in text)
     )
+
+
+def misfit(
+    config: Fp8ForwardConfig, traits: Traits, limits: Architecture, rows: int, warps: int
+) -> str | None:
+    """Why a candidate is not the one to use; None if it is. As `configs.sm80.misfit`."""
+    if (needed := config.smem_bytes(traits)) > limits.max_smem_per_block:
+        return (
+            f"needs {needed} bytes of shared memory per block, {limits.arch} has "
+            f"{limits.max_smem_per_block}"
+        )
+    kind = "codes" if config.multiplies_codes else config.generation
+    most = _MAX_ACCUMULATORS[kind]
+    if traits.key_scales or traits.softcap or traits.alibi:
+        most -= _FEATURES
+    if (accumulators := config.accumulators_per_thread(traits)) > most:
+        return f"keeps {accumulators} accumulators a thread, at most {most} do not spill"
+    if config.block_rows >= max(2 * rows, 32):
+        return f"computes {config.block_rows} rows at a time, there are {rows}"
+    fit, _ = blocks_per_sm(limits, config.num_threads, _MAX_REGISTERS, needed)
+    if fit * config.num_warps < warps:
+        return (
+            f"needs {needed} bytes of shared memory per block, which leaves room for "
+            f"{fit * config.num_warps} warps per SM instead of {warps}"
+        )
+    return None

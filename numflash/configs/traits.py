@@ -82,6 +82,11 @@ class Traits:
         """Bytes of one element in global memory."""
         return _DTYPE_BYTES[self.dtype]
 
+    @property
+    def operand_bytes(self) -> int:
+        """Bytes of one element of q, k and v in global memory."""
+        return 1 if self.fp8 else self.dtype_bytes
+
     def __str__(self) -> str:
         flags = [short for name, short in self._FLAGS.items() if getattr(self, name)]
         return "-".join([self.dtype, f"d{self.head_dim}", f"dv{self.head_dim_v}", *flags])

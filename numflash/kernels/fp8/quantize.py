@@ -214,10 +214,8 @@ def _make_encode_rows(config: QuantizeConfig, rows: Rows) -> Callable:
     largest = f32(FORMATS[config.format].largest)
 
     @device_function
-    def add_error(sums, x, code, descale):
-        error = x - descale * cvt_f32_f16(u16(code))
-        sums[0] += x * x
-        sums[1] += error * error
+    def error_of(x, code, descale):
+        return x - descale * cvt_f32_f16(u16(code))
 
     @device_function
     def encode(_, codes, values, scale, descale, sums):
@@ -226,9 +224,13 @@ def _make_encode_rows(config: QuantizeConfig, rows: Rows) -> Callable:
         if has_statistics:
             halves = cuda.local.array(2, u32)
             decode(codes[0], halves)
-            for i in range(2):
-                add_error(sums, values[2 * i], halves[i] & u32(0xFFFF), descale)
-                add_error(sums, values[2 * i + 1], halves[i] >> u32(16), descale)
+            a, b, c, d = values[0], values[1], values[2], values[3]
+            sums[0] += (a * a + b * b) + (c * c + d * d)
+            a = error_of(a, halves[0] & u32(0xFFFF), descale)
+            b = error_of(b, halves[0] >> u32(16), descale)
+            c = error_of(c, halves[1] & u32(0xFFFF), descale)
+            d = error_of(d, halves[1] >> u32(16), descale)
+            sums[1] += (a * a + b * b) + (c * c + d * d)
 
     encode_all = make_unrolled(encode, row_codes, 1, 4)
 
