@@ -10,6 +10,7 @@ import pytest
 
 from numflash import quantization, reference
 from numflash.arrays import _NumPy, library_of
+from numflash.configs import QuantizeConfig
 from numflash.errors import UnsupportedError
 from numflash.formats import FORMATS
 from numflash.fp8 import Fp8Array, Fp8Recipe
@@ -212,6 +213,41 @@ def test_results_do_not_depend_on_the_order_of_threads(each_seed, use_generation
         got = quantized(case, x)
         expect_equal_bits(got.data, stored)
         expect_equal_bits(got.descale, descale)
+
+
+def test_codes_are_of_x_times_the_scale():
+    # Not of x / descale, nor of x times a scale that was rounded twice; next to ties it matters.
+    rng = np.random.default_rng(0)
+    amax = rng.uniform(1, 2, 4096).astype(np.float32)
+    largest, e4m3 = np.float32(448), FORMATS["e4m3"]
+    ties = rng.choice((e4m3.values[1:126] + e4m3.values[2:127]) / 2, 4096)
+    scale, descale = largest / amax, amax / largest
+    x = (ties * descale).astype(np.float32)
+    codes = e4m3.encode(x * scale)
+    for others in (e4m3.encode(x / descale), e4m3.encode(x * (np.float32(1) / descale))):
+        differ = np.nonzero(codes != others)[0][:8]
+        assert differ.size == 8
+        rows = np.zeros((1, 8, 1, 64), np.float32)
+        rows[0, :, 0, 0], rows[0, :, 0, 1] = amax[differ], x[differ]
+        got = quantize_fp8(rows, "token")
+        expect_equal_bits(got.data[0, :, 0, 1], codes[differ])
+        expect_equal_bits(got.descale[0, 0], descale[differ])
+        block = quantize_fp8(rows[:, :1])
+        expect_equal_bits(block.data[0, :, 0, 1], codes[differ[:1]])
+
+
+def test_each_scale_of_more_tokens_than_a_block_owns_has_maxima_of_its_own(monkeypatch):
+    def small_blocks(generation, head_dim, block=None, **options):
+        return None if block else QuantizeConfig(generation, 16, 1, **options)
+
+    monkeypatch.setattr(quantization, "quantize_config", small_blocks)
+    case = Case((2, 70, 1, 64), block=32)
+    x = case.array()
+    got = quantized(case, x)
+    stored, _, descale = expected(case, x)
+    expect_equal_bits(got.data, stored)
+    expect_equal_bits(got.descale, descale)
+    assert len(np.unique(descale)) == 6
 
 
 def bound(ready, *arrays):
