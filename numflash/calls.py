@@ -100,9 +100,15 @@ class Forward:
             self.kernel = str(self.launchers[0])
 
     def bind(
-        self, operands: dict[str, Operand], library: ArrayLibrary
+        self,
+        operands: dict[str, Operand],
+        library: ArrayLibrary,
+        others: dict[str, Operand] | None = None,
     ) -> tuple[Any, Any, dict[str, Callable[[int], None]]]:
-        """Allocate; (out, lse, and by family, in order, functions that launch on a stream)."""
+        """Allocate; (out, lse, and by family, in order, functions that launch on a stream).
+
+        `others` are given to kernels in the place of operands of the same name.
+        """
         if self.is_given_out:
             self._refuse_overlap({name: o.pointer for name, o in operands.items()})
             out = operands["out"].array
@@ -113,6 +119,7 @@ class Forward:
         operands["lse"] = library.operand(lse)
         operands.setdefault("alibi_slopes", None)
         _copy_rows(self.copied, operands)
+        operands |= others or {}
         if not self.launchers:
             return out, lse, {}
         if not self.workspaces:

@@ -325,14 +325,10 @@ class Fp8Forward(Forward):
         self, operands: dict[str, Operand], library: ArrayLibrary
     ) -> tuple[Any, Any, dict[str, Callable[[int], None]]]:
         """As `Forward.bind`; what quantises comes first."""
-        launches = {}
-        operands.setdefault("in_fp8", None)
-        result = operands.get("out")
-        if result is not None:
-            self._refuse_overlap({name: o.pointer for name, o in operands.items() if o})
+        launches, codes = {}, dict(operands)
         for source in self.sources.values():
-            launches |= source.bind(operands, library)
-        out, lse, forward = super().bind(operands, library)
+            launches |= source.bind(codes, library)
+        out, lse, forward = super().bind(operands, library, {**codes, "in_fp8": None})
         return out, lse, launches | forward
 
     def _traits(self, problem: AttentionProblem, tensors: dict[str, Tensor]) -> Traits:

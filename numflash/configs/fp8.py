@@ -65,6 +65,7 @@ class Fp8ForwardConfig(MmaForwardConfig):
             "v": int(keys * traits.head_dim_v * per_column),
             "q_scales": self.tile_m,
             "bases": 8,
+            "key_scales": 3 * self.tile_n if traits.key_scales else 0,
         }
 
     def __str__(self) -> str:

@@ -128,9 +128,10 @@ class QuantizeConfig(_Threads):
 
     def lanes(self, traits: Traits) -> int:
         """Neighbouring threads that share a row."""
-        if self.codes or not self.transposed:
+        if self.codes:
             return 4
-        return 16 if traits.head_dim == 256 else 8
+        fewest = 8 if self.transposed else 4
+        return 2 * fewest if traits.head_dim == 256 else fewest
 
     def rows_per_thread(self, traits: Traits) -> int:
         """Rows of which a thread has a part; 0 if they do not come out even."""

@@ -61,10 +61,10 @@ def st_shared_v4_f32(target: Shared(f32, "offset"), offset: i64, frag: Regs(f32,
 
 @instruction("st.shared.f32 [<target>], <x>;", sm=75)
 def st_shared_f32(target: Shared(f32, "offset"), offset: i64, x: f32):
-    """target[offset] = x, without the negative indices that Numba's arrays allow for."""
+    """Word `offset` of target = the bits of x; no negative indices, as Numba's arrays have."""
     if not 0 <= offset < target.size:
         raise IndexError(f"shared memory: float {offset} of {target.size}")
-    target[offset] = x
+    target[offset : offset + 1].view(f32)[0] = x
 
 
 @instruction("ld.shared.v2.f32 <frag>, [<source>];", sm=75)

@@ -8,11 +8,12 @@ Quantisation, in float32 and in this order:
     codes      x * (largest / amax), to the nearest e4m3 or e5m2, saturating
     descale    amax / largest: x is about descale * code
 
-A key's P is quantised too, in units of the largest P of its row among `tile_n` neighbouring keys:
+A key's P is quantised too, with the scale of its V, in units of the largest of its row among
+`tile_n` neighbouring keys. With T = S + log(v_descale)
 
-    m = max S,   P = e4m3(2 ** 8 exp(S - m) u),   O = sum over tiles of exp(m) w P V
+    m = max T,   P = e4m3(2 ** 8 exp(T - m)),   O = sum over tiles of exp(m) 2 ** -8 P codes of V
 
-where V's codes have the scale w = max v_descale in the tile, and u = v_descale / w of the key.
+up to the common factor 1 / sum exp(S).
 
 Sources: FlashAttention-3, arXiv 2407.08608, section 3.3 (a scale per block, incoherent
 processing); QuIP, arXiv 2307.13304 (random orthogonal transforms). A scale of P per tile is
@@ -257,18 +258,16 @@ def attention_of_codes(
         largest = s.max(-1, keepdims=True, initial=-np.inf)
         largest = np.where(np.isneginf(largest), 0, largest)
         step = tile_n or max(1, seqlen_k)
+        total += np.exp(s - largest).sum(-1, keepdims=True)
+        t = s + np.log(v_scale)
         for first in range(0, seqlen_k, step):
             keys = slice(first, first + step)
-            m = s[..., keys].max(-1, keepdims=True)
+            m = t[..., keys].max(-1, keepdims=True)
             m = np.where(np.isneginf(m), 0, m)
-            p = np.exp(s[..., keys] - m)
-            weight = np.exp(m - largest)
-            total += weight * p.sum(-1, keepdims=True)
-            w = v_scale[..., keys].max(-1, keepdims=True)
-            p *= v_scale[..., keys] / w
+            p = np.exp(t[..., keys] - m)
             if tile_n is not None:
                 p = e4m3.decode(e4m3.encode(p * 2.0**P_SCALE_LOG2)) * 2.0**-P_SCALE_LOG2
-            out += weight * w * (p @ v[:, :, keys])
+            out += np.exp(m - largest) * (p @ v[:, :, keys])
         out = np.where(total == 0, 0, out / total)
         lse = (largest + np.log(total))[..., 0]
     return heads_back(out, bhsd, ndim), lse.reshape(lse.shape[4 - ndim :])

@@ -24,7 +24,7 @@ from numflash.ptx import (
 )
 from numflash.tiles.elements import ELEMENTS
 from numflash.tiles.fp8.hadamard import COLUMNS, make_apply_signs, make_rotate
-from numflash.tiles.fp8.rows import make_decode
+from numflash.tiles.fp8.rows import divide, make_decode, make_place_of_thread, place_of_block
 
 
 def make_dequantize_kernel(config: DequantizeConfig, traits: Traits) -> Kernel:
@@ -34,6 +34,7 @@ def make_dequantize_kernel(config: DequantizeConfig, traits: Traits) -> Kernel:
     chunks, chunk_columns = head_dim // (lanes * COLUMNS), lanes * COLUMNS
     rows, vectorized = config.block_rows, traits.vectorized
     transposed, hadamard = config.transposed, config.hadamard
+    place_of_thread = make_place_of_thread(lanes)
     decode_eight = _make_decode_eight(config)
     apply_signs = make_apply_signs(lanes, chunks, 1)
     rotate = make_rotate(lanes, chunks, head_dim & -head_dim, 1)
@@ -70,11 +71,10 @@ def make_dequantize_kernel(config: DequantizeConfig, traits: Traits) -> Kernel:
         signs = cuda.local.array(8, u32)
         signs[0], signs[1], signs[2], signs[3] = signs_0, signs_1, signs_2, signs_3
         signs[4], signs[5], signs[6], signs[7] = signs_4, signs_5, signs_6, signs_7
-        lane = cuda.threadIdx.x % lanes
-        num_blocks = (seqlen + rows - 1) // rows
-        block, head_of_batch = cuda.blockIdx.x % num_blocks, cuda.blockIdx.x // num_blocks
-        batch, head = head_of_batch // num_heads, head_of_batch % num_heads
-        token = i32(block * rows + cuda.threadIdx.x // lanes)
+        row, lane = place_of_thread()
+        num_blocks, _ = divide(seqlen + rows - 1, rows)
+        block, batch, head = place_of_block(num_blocks, num_heads)
+        token = i32(block * rows + row)
         # Lanes without a token compute another's row, so that all take part in the shuffles.
         t = min(token, seqlen - 1)
         # Position 4 k + i of each 16 holds token 2 k + i, or, for i > 1, 2 k + i + 6.
@@ -84,8 +84,8 @@ def make_dequantize_kernel(config: DequantizeConfig, traits: Traits) -> Kernel:
         for c in range(chunks):
             column = lane * COLUMNS + chunk_columns * c
             _load_eight(words[2 * c : 2 * c + 2], data, first + column * data_column, data_column)
-        place = batch * descale_batch + head * descale_head + t // descale_tokens
-        scale = descale[place]
+        group, _ = divide(t, descale_tokens)
+        scale = descale[batch * descale_batch + head * descale_head + group]
         for c in range(chunks):
             eight = values[COLUMNS * c : COLUMNS * c + COLUMNS]
             decode_eight(eight, words[2 * c : 2 * c + 2], scale)
@@ -96,18 +96,18 @@ def make_dequantize_kernel(config: DequantizeConfig, traits: Traits) -> Kernel:
             apply_signs(values, signs, lane)
 
         if token < seqlen:
-            row = batch * out_batch + head * out_head + token * out_row
+            out_base = batch * out_batch + head * out_head + token * out_row
             for c in range(chunks):
                 column = lane * COLUMNS + chunk_columns * c
                 for i in range(0, COLUMNS, 4):
                     j = COLUMNS * c + i
                     if vectorized:
                         if column + i < head_dim:
-                            store_four(out, row + column + i, values[j : j + 4])
+                            store_four(out, out_base + column + i, values[j : j + 4])
                     else:
                         for h in range(4):
                             if column + i + h < head_dim:
-                                out[row + column + i + h] = from_f32(values[j + h])
+                                out[out_base + column + i + h] = from_f32(values[j + h])
 
     return Kernel(config.family, dequantize, config.num_threads, 0)
 

@@ -34,12 +34,12 @@ from numflash.ptx import (
     cuda,
     device_function,
     f32,
-    float_as_bits,
     i32,
     i64,
     ld_shared_u32,
     mov_ctaid_x,
     mov_tid_x,
+    st_shared_f32,
     st_shared_u32,
     u8,
     u32,
@@ -47,9 +47,9 @@ from numflash.ptx import (
 from numflash.tiles.fp8.operands import fp8_operands, result_element
 from numflash.tiles.fp8.products import make_accumulate
 from numflash.tiles.fp8.softmax import (
-    make_load_key_scales,
-    make_scale_columns,
-    make_share_of_largest,
+    KeyScales,
+    make_add_v_scales,
+    make_scale_keys,
     make_tile_softmax,
 )
 from numflash.tiles.mma.copies import make_store_rows
@@ -98,18 +98,20 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
     multiply_q_k = make_product_nt(element, m_tiles, n_tiles, k_layout, k_layout)
     accumulate_p_v = make_accumulate(element, m_tiles, n_tiles, o_tiles, v_layout)
     scale_s_rows = make_scale_rows(m_tiles, n_tiles)
-    scale_columns = make_scale_columns(m_tiles, n_tiles)
+    scale_keys, add_v_scales = (
+        make_scale_keys(m_tiles, n_tiles),
+        make_add_v_scales(m_tiles, n_tiles),
+    )
     scale_scores = make_scale_scores(m_tiles, n_tiles, traits.softcap, traits.alibi)
     mask_scores = make_mask_scores(m_tiles, n_tiles)
-    tile_softmax = make_tile_softmax(m_tiles, n_tiles, o_tiles)
-    load_key_scales = make_load_key_scales(n_tiles)
-    share_of_largest = make_share_of_largest(n_tiles)
+    tile_softmax = make_tile_softmax(m_tiles, n_tiles, o_tiles, traits.key_scales)
     scale_rows = make_scale_rows(m_tiles, o_tiles)
     store_o = make_store_rows(
         result, m_tiles, o_tiles, traits.vectorized or is_split, is_split, packed=True
     )
     n_cap_slopes = n_scores if traits.softcap else 1
-    n_key_scales = 2 * n_tiles if traits.key_scales else 1
+    of_keys = KeyScales(offsets["key_scales"], tile_n)
+    k_of_keys, v_log2_of_keys, v_inverse_of_keys = of_keys.k, of_keys.v_log2, of_keys.v_inverse
     alibi, selected = traits.alibi, traits.selected
     key_scales, bends = traits.key_scales, traits.softcap or traits.alibi
     out_storage = f32 if is_split else result.storage
@@ -124,6 +126,17 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
     @device_function
     def kept(smem, position):
         return i64(ld_shared_u32(smem, position)) | i64(ld_shared_u32(smem, position + 1)) << 32
+
+    @device_function
+    def fetch_k(smem, k, k_row, n, stage, seqlen_k):
+        tile, first = k_smem + k_words * stage, i32(n * tile_n)
+        copy_k(smem, tile, k, kept(smem, k_base), k_row, first, seqlen_k, columns, 1, 0)
+
+    @device_function
+    def fetch_v(smem, v, v_column, n, stage, stored_seqlen_k):
+        tile, first = v_smem + v_words * stage, i32(n * tile_n)
+        base, left = kept(smem, v_base) + first, stored_seqlen_k - first
+        copy_v(smem, tile, v, base, v_column, 0, columns_v, left, 1, 0)
 
     @device_function
     def block_place(num_rows, num_heads, pack, num_splits, heads_in_flight):
@@ -205,7 +218,6 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
         row_sum = cuda.local.array(rows, f32)
         scales = cuda.local.array(rows, f32)
         weights = cuda.local.array(rows, f32)
-        of_keys = cuda.local.array(n_key_scales, f32)
 
         num_rows = seqlen_q * pack
         m_start, head_of_batch, split = block_place(
@@ -245,30 +257,13 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
         copy_q(smem, q_smem, q, q_base, q_row, m_start, num_rows, columns, pack, q_head)
         for stage in range(num_stages):
             n = i32(n_begin + stage)
-            n_start = i32(n * tile_n)
             if n < n_end:
-                k_tile = k_smem + k_words * stage
-                copy_k(
-                    smem, k_tile, k, kept(smem, k_base), k_row, n_start, seqlen_k, columns, 1, 0
-                )
+                fetch_k(smem, k, k_row, n, stage, seqlen_k)
             if asynchronous:
                 cp_async_commit_group()
             if stage < num_stages - 1:
                 if n < n_end:
-                    v_tile = v_smem + v_words * stage
-                    left = stored_seqlen_k - n_start
-                    copy_v(
-                        smem,
-                        v_tile,
-                        v,
-                        kept(smem, v_base) + n_start,
-                        v_column,
-                        0,
-                        columns_v,
-                        left,
-                        1,
-                        0,
-                    )
+                    fetch_v(smem, v, v_column, n, stage, stored_seqlen_k)
                 if asynchronous:
                     cp_async_commit_group()
         for i in range(n_o):
@@ -285,7 +280,7 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
             # To base 2, unless S is bent before.
             if not bends:
                 scale *= LOG2_E
-            st_shared_u32(smem, q_scales_smem + row, float_as_bits(scale))
+            st_shared_f32(smem, q_scales_smem + row, scale)
 
         stage = i32(0)
         last_stage = i32(num_stages - 1)
@@ -297,21 +292,7 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
             cuda.syncthreads()
             n = i32(n_block + num_stages - 1)
             if n < n_end:
-                v_tile = v_smem + v_words * last_stage
-                v_start = i32(n * tile_n)
-                left = stored_seqlen_k - v_start
-                copy_v(
-                    smem,
-                    v_tile,
-                    v,
-                    kept(smem, v_base) + v_start,
-                    v_column,
-                    0,
-                    columns_v,
-                    left,
-                    1,
-                    0,
-                )
+                fetch_v(smem, v, v_column, n, last_stage, stored_seqlen_k)
             if asynchronous:
                 cp_async_commit_group()
 
@@ -324,63 +305,53 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
             multiply_q_k(s_acc, smem, q_mine, i32(k_mine + k_words * stage))
 
             k_scale, v_scale = f32(1), f32(1)
-            if not key_scales:
+            if key_scales:
+                for i in range(mov_tid_x(), tile_n, num_threads):
+                    key = i32(min(n_start + i, seqlen_k - 1))
+                    k_scale = k_descale[kept(smem, k_descale_base) + (key >> k_descale_shift)]
+                    v_scale = v_descale[kept(smem, v_descale_base) + (key >> v_descale_shift)]
+                    st_shared_f32(smem, k_of_keys + i, k_scale)
+                    st_shared_f32(smem, v_log2_of_keys + i, f32(math.log(v_scale)) * LOG2_E)
+                    st_shared_f32(smem, v_inverse_of_keys + i, f32(1) / v_scale)
+                k_scale, v_scale = f32(1), f32(1)
+            else:
                 k_scale = k_descale[kept(smem, k_descale_base) + (n_start >> k_descale_shift)]
                 v_scale = v_descale[kept(smem, v_descale_base) + (n_start >> v_descale_shift)]
 
-            # V of this block has arrived; K has been read by all.
+            # V and scales of this block have arrived; K has been read by all.
             if asynchronous:
                 wait_for_tile()
             cuda.syncthreads()
             n = i32(n_block + num_stages)
             if n < n_end:
-                k_tile = k_smem + k_words * stage
-                copy_k(
-                    smem,
-                    k_tile,
-                    k,
-                    kept(smem, k_base),
-                    k_row,
-                    i32(n * tile_n),
-                    seqlen_k,
-                    columns,
-                    1,
-                    0,
-                )
+                fetch_k(smem, k, k_row, n, stage, seqlen_k)
             if asynchronous:
                 cp_async_commit_group()
 
+            i = i32(m_start + accumulator_row(rows_per_warp))
+            j = accumulator_column()
             if key_scales:
-                key = i32(n_start + accumulator_column())
-                load_key_scales(
-                    of_keys, k_descale, kept(smem, k_descale_base), k_descale_shift, key, seqlen_k
-                )
-                scale_columns(s_acc, of_keys)
+                scale_keys(s_acc, smem, k_of_keys + j)
             row = q_scales_smem + accumulator_row(rows_per_warp)
             for r in range(rows):
                 scales[r] = bits_as_float(ld_shared_u32(smem, row + ROW_STEP * r)) * k_scale
             if bends:
                 scale_s_rows(s_acc, scales)
-                i = i32(m_start + accumulator_row(rows_per_warp))
-                j = i32(n_start + accumulator_column())
-                scale_scores(s_acc, cap_slopes, i, j, bias_shift, f32(1), softcap, alibi_slope)
+                key = i32(n_start + j)
+                scale_scores(s_acc, cap_slopes, i, key, bias_shift, f32(1), softcap, alibi_slope)
                 for r in range(rows):
                     scales[r] = LOG2_E
             tokens = last_token + 1 - first_token
             if band_is_partial(first_token, tokens, n_start, tile_n, seqlen_k, band_lo, band_hi):
-                i = i32(m_start + accumulator_row(rows_per_warp))
-                j = i32(n_start + accumulator_column())
-                mask_scores(s_acc, i, j, seqlen_k, band_lo, band_hi, pack)
+                mask_scores(s_acc, i, i32(n_start + j), seqlen_k, band_lo, band_hi, pack)
 
             # P = softmax(S), O += P V
-            tile_softmax(s_acc, row_max, row_sum, o_acc, scales, weights)
             if key_scales:
-                key = i32(n_start + accumulator_column())
-                load_key_scales(
-                    of_keys, v_descale, kept(smem, v_descale_base), v_descale_shift, key, seqlen_k
-                )
-                v_scale = share_of_largest(of_keys)
-                scale_columns(s_acc, of_keys)
+                add_v_scales(s_acc, scales, smem, v_log2_of_keys + j)
+                for r in range(rows):
+                    scales[r] = f32(1)
+            v_inverse = v_inverse_of_keys + j
+            tile_softmax(s_acc, row_max, row_sum, o_acc, scales, weights, smem, v_inverse)
             for r in range(rows):
                 weights[r] *= v_scale
             lane = mov_tid_x() % 32

@@ -151,35 +151,30 @@ def make_apply_signs(lanes: int, chunks: int, rows: int) -> Callable:
 
     Bit n of `signs`, 8 registers, is the sign of column n.
     """
-    n, words, n_masks = COLUMNS * chunks, -(-lanes // 4), COLUMNS * chunks
+    words, n_masks = -(-lanes // 4), COLUMNS * chunks
 
     @device_function
-    def make_masks(c, masks, signs, lane):
+    def change_row(_, v, masks, c):
+        for i in range(COLUMNS):
+            v[COLUMNS * c + i] = bits_as_float(u32(float_as_bits(v[COLUMNS * c + i]) ^ masks[i]))
+
+    change_rows = make_unrolled(change_row, rows, COLUMNS * chunks)
+
+    @device_function
+    def change_chunk(c, masks, v, signs, lane):
         word = signs[lanes * c // 4]
         for i in range(1, words):
             word = signs[lanes * c // 4 + i] if lane // 4 == i else word
         byte = word >> u32(lane % 4 * 8)
         for i in range(COLUMNS):
             masks[i] = (byte << u32(31 - i)) & _SIGN
+        change_rows(0, v, masks, c)
 
-    @device_function
-    def change_chunk(_, v, masks):
-        for i in range(COLUMNS):
-            v[i] = bits_as_float(u32(float_as_bits(v[i]) ^ masks[i]))
-
-    change_chunks = make_unrolled(change_chunk, chunks, COLUMNS, COLUMNS)
-
-    @device_function
-    def change_row(_, v, masks):
-        change_chunks(0, v, masks)
-
-    make_all_masks = make_unrolled(make_masks, chunks, COLUMNS)
-    change_rows = make_unrolled(change_row, rows, n)
+    change_chunks = make_unrolled(change_chunk, chunks, COLUMNS)
 
     @device_function
     def apply_signs(v, signs, lane):
         masks = cuda.local.array(n_masks, u32)
-        make_all_masks(0, masks, signs, lane)
-        change_rows(0, v, masks)
+        change_chunks(0, masks, v, signs, lane)
 
     return apply_signs

@@ -221,16 +221,26 @@ def make_decode(format: str, generation: str) -> Callable:
 @cache
 def make_largest(n: int) -> Callable:
     """largest(values): the largest finite magnitude of n values, a multiple of 8; 0 if none."""
-    any_largest, finite_largest = _make_tree(n, _largest_of_8), _make_tree(n, _finite_of_8)
+    any_largest = _make_largest_of_any(n)
+    take_finite = make_unrolled(_take_finite, n // 8, 8)
 
     @device_function
     def largest(values):
-        found = any_largest(values)
-        if found == _INFINITY:
-            found = finite_largest(values)
-        return found
+        found = cuda.local.array(1, f32)
+        found[0] = any_largest(values)
+        if found[0] == _INFINITY:
+            found[0] = f32(0)
+            take_finite(0, values, found)
+        return found[0]
 
     return largest
+
+
+@device_function
+def _take_finite(_, values, found):
+    for i in range(8):
+        if abs(values[i]) < _INFINITY:
+            found[0] = max_f32(found[0], abs(values[i]))
 
 
 @device_function
@@ -241,28 +251,19 @@ def _largest_of_8(values):
     return found
 
 
-@device_function
-def _finite_of_8(values):
-    found = f32(0)
-    for i in range(8):
-        if abs(values[i]) < _INFINITY:
-            found = max_f32(found, abs(values[i]))
-    return found
-
-
 @cache
-def _make_tree(n: int, of_8: Callable) -> Callable:
-    """tree(values): the largest of what `of_8` gives for each eight of n values."""
+def _make_largest_of_any(n: int) -> Callable:
+    """largest(values): the largest magnitude of n values, a multiple of 8, by halves."""
     if n == 8:
-        return of_8
+        return _largest_of_8
     half = n // 16 * 8
-    first, second = _make_tree(half, of_8), _make_tree(n - half, of_8)
+    first, second = _make_largest_of_any(half), _make_largest_of_any(n - half)
 
     @device_function
-    def tree(values):
+    def largest(values):
         return max_f32(first(values[:half]), second(values[half:]))
 
-    return tree
+    return largest
 
 
 @cache
