@@ -128,10 +128,9 @@ class QuantizeConfig(_Threads):
 
     def lanes(self, traits: Traits) -> int:
         """Neighbouring threads that share a row."""
-        if self.codes:
+        if self.codes or not self.transposed:
             return 4
-        fewest = 8 if self.transposed else 4
-        return 2 * fewest if traits.head_dim == 256 else fewest
+        return 16 if traits.head_dim == 256 else 8
 
     def rows_per_thread(self, traits: Traits) -> int:
         """Rows of which a thread has a part; 0 if they do not come out even."""
@@ -227,8 +226,15 @@ class AmaxConfig(_Threads):
         """The inverse of `str`. Raises ValueError for anything else."""
         match = re.fullmatch(rf"w({_NUMBER})", text, re.ASCII)
         if match is None:
-            raise ValueError(f"an amax config must look like w8, got {text!r}")
+            raise ValueError(f"a config of {cls.family} must look like w8, got {text!r}")
         return cls(int(match[1]))
+
+
+@dataclass(frozen=True)
+class EstimateConfig(AmaxConfig):
+    """A block estimates the error that 8 bits make for one key-value head."""
+
+    family: ClassVar = "estimate"
 
 
 @dataclass(frozen=True)
@@ -291,7 +297,8 @@ class DequantizeConfig(_Threads):
 
 
 QUANTIZE_CONFIGS: dict[str, type] = {
-    config.family: config for config in (QuantizeConfig, AmaxConfig, DequantizeConfig)
+    config.family: config
+    for config in (QuantizeConfig, AmaxConfig, EstimateConfig, DequantizeConfig)
 }
 """Kernel family -> its config class."""
 

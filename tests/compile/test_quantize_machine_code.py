@@ -69,7 +69,8 @@ def test_a_rotation_is_butterflies_in_registers_and_two_shuffles_an_element():
     names, elements = counts(*ROWS)
     # Five strides of seven are a thread's own, two go over lanes: a shuffle and an fma.
     assert 5 * elements <= names["FADD"] <= 5 * elements + 8
-    assert 2 * elements <= names["FFMA"] <= 2 * elements + 32  # and two divisions
+    # One more where an infinity is left out of the maximum, and two divisions.
+    assert 3 * elements <= names["FFMA"] <= 3 * elements + 32
     assert 2 * elements <= names["SHFL"] <= 2 * elements + 8
     assert names["F2FP"] == elements // 2
     assert sum(names[n] for n in ("LDG", "STG")) == 2 * elements // 8 + 1

@@ -43,7 +43,7 @@ TEXTS = {
 }
 
 
-@pytest.mark.parametrize("family", QUANTIZE_CONFIGS)
+@pytest.mark.parametrize("family", TEXTS)
 def test_a_config_round_trips_through_its_string(family):
     for text in TEXTS[family]:
         config = parse_config(family, text)

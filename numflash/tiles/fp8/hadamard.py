@@ -12,7 +12,15 @@ Source: QuIP, arXiv 2307.13304 (random orthogonal transforms of quantised operan
 from collections.abc import Callable
 from functools import cache
 
-from numflash.ptx import bits_as_float, cuda, device_function, f32, float_as_bits, u32
+from numflash.ptx import (
+    bits_as_float,
+    cuda,
+    device_function,
+    f32,
+    float_as_bits,
+    mul_rn_f32,
+    u32,
+)
 from numflash.tiles.fp8.unrolled import make_unrolled
 from numflash.tiles.lanes import FULL_WARP
 
@@ -125,7 +133,7 @@ def make_rotate(lanes: int, chunks: int, size: int, rows: int) -> Callable:
     @device_function
     def multiply_chunk(_, v):
         for i in range(COLUMNS):
-            v[i] *= factor
+            v[i] = mul_rn_f32(v[i], factor)
 
     rotate_chunks = make_unrolled(rotate_chunk, chunks, COLUMNS)
     multiply_chunks = make_unrolled(multiply_chunk, chunks, COLUMNS)
