@@ -9,24 +9,34 @@ import json
 import logging
 import sys
 from dataclasses import asdict, dataclass
+from functools import partial
 
 from numflash.compiler import compile_ptx, get_cubin
 from numflash.configs import (
     DTYPES,
     FAMILIES,
+    FP8_STEP,
     MAX_HEAD_DIM,
+    QUANTIZE_CONFIGS,
     Config,
+    DequantizeConfig,
+    QuantizeConfig,
     Traits,
+    fp8,
     padded_head_dim,
     parse_config,
+    quantize_config,
 )
 from numflash.devices import ARCHITECTURES, KB, Architecture, architecture, blocks_per_sm
 from numflash.dispatch import choose, force
 from numflash.errors import UnsupportedError
+from numflash.formats import FORMATS
+from numflash.fp8 import GRANULARITIES, Fp8Recipe
 from numflash.mode import SIMULATED
 from numflash.sass import count_instructions, disassemble
 
 _log = logging.getLogger("numflash")
+_KERNELS = (*FAMILIES, *QUANTIZE_CONFIGS)
 _NO_SIMULATOR = (
     "kernels cannot be compiled while NUMBA_ENABLE_CUDASIM is set, because it replaces Numba's "
     "compiler by its simulator; unset it"
@@ -38,7 +48,7 @@ class Report:
     """What a kernel is on one architecture.
 
     Attributes:
-        kernel: family, as in `configs.FAMILIES`.
+        kernel: family, as in `configs.FAMILIES` and `configs.QUANTIZE_CONFIGS`.
         arch: as in "sm_90a".
         config, traits: string forms.
         registers, spill_store_bytes, spill_load_bytes, stack_bytes: per thread.
@@ -162,11 +172,16 @@ def _parser() -> argparse.ArgumentParser:
         description="What a kernel is on a GPU, without having that GPU: registers, spills, "
         "shared memory, occupancy, instructions, compiler warnings.",
     )
-    parser.add_argument("kernel", choices=tuple(FAMILIES))
+    parser.add_argument("kernel", choices=_KERNELS)
     parser.add_argument(
         "--arch", required=True, metavar="ARCH", help=f"one of {', '.join(ARCHITECTURES)}"
     )
-    parser.add_argument("--dtype", default="float16", choices=DTYPES, help="default: float16")
+    parser.add_argument(
+        "--dtype",
+        default="float16",
+        choices=DTYPES,
+        help="of the arrays, with --precision fp8 of the result; default: float16",
+    )
     parser.add_argument(
         "--head-dim", type=int, default=64, metavar="N", help=f"1 to {MAX_HEAD_DIM}; default: 64"
     )
@@ -195,12 +210,39 @@ def _parser() -> argparse.ArgumentParser:
         "16 bytes",
     )
     parser.add_argument(
-        "--precision", choices=("tf32",), help="multiply float32 as tf32, on the tensor cores"
+        "--precision",
+        choices=("tf32", "fp8"),
+        help="tf32: multiply float32 as tf32, on the tensor cores; fp8: the forward on e4m3",
+    )
+    parser.add_argument(
+        "--key-scales",
+        action="store_true",
+        help="with --precision fp8, where fewer keys share a scale than lie in a tile",
     )
     parser.add_argument(
         "--config",
         metavar="STR",
-        help="as in m64n32w4 or sm80-m128n64w4s1; default: what attention would use",
+        help="as in m64n32w4, sm80-m128n64w4s1 or fp8-sm89-m128n64w4s2; default: what numflash "
+        "would use",
+    )
+    quantization = parser.add_argument_group(
+        f"options of {', '.join(QUANTIZE_CONFIGS)}",
+        "which of these kernels, where --config does not say it; quantize takes all of them, "
+        "dequantize all but --granularity and --block",
+    )
+    quantization.add_argument(
+        "--granularity",
+        default="block",
+        choices=GRANULARITIES,
+        help="what shares a scale; default: block",
+    )
+    quantization.add_argument(
+        "--block", type=int, default=128, metavar="N", help="tokens that do; default: 128"
+    )
+    quantization.add_argument("--hadamard", action="store_true", help="rows are rotated")
+    quantization.add_argument("--transposed", action="store_true", help="tokens innermost, as V's")
+    quantization.add_argument(
+        "--format", default="e4m3", choices=tuple(FORMATS), help="default: e4m3"
     )
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print the report as JSON")
@@ -216,15 +258,60 @@ def _traits(args: argparse.Namespace) -> Traits:
             raise ValueError(f"{option} must be 1 to {MAX_HEAD_DIM}, got {value}")
     vector = 4 if args.dtype == "float32" else 8
     aligned = args.head_dim % vector == 0 and head_dim_v % vector == 0
+    is_fp8 = args.precision == "fp8"
+    if is_fp8 and args.kernel not in ("forward", "combine"):
+        raise ValueError(f"--precision fp8 is of the forward; {args.kernel} has no such kernel")
+    if args.key_scales and not is_fp8:
+        raise ValueError("--key-scales goes with --precision fp8")
+    if is_fp8 or args.kernel in QUANTIZE_CONFIGS:
+        # Only results have rows of their own; codes are filled up.
+        aligned = head_dim_v % vector == 0 if is_fp8 else args.head_dim % vector == 0
+        columns = (-(-n // FP8_STEP) * FP8_STEP for n in (args.head_dim, head_dim_v))
+    else:
+        columns = map(padded_head_dim, (args.head_dim, head_dim_v))
+    is_forward = args.kernel == "forward"
     return Traits(
         args.dtype,
-        padded_head_dim(args.head_dim),
-        padded_head_dim(head_dim_v),
+        *columns,
         softcap=args.softcap,
         alibi=args.alibi,
         vectorized=aligned and not args.unaligned,
         tf32=args.precision == "tf32",
+        fp8=is_fp8 and is_forward,
+        key_scales=args.key_scales and is_forward,
     )
+
+
+def _config(args: argparse.Namespace, traits: Traits, limits: Architecture) -> Config | None:
+    """The config that is asked for by name or by what it is to do; None if by neither.
+
+    Raises:
+        ValueError, UnsupportedError: there is none.
+    """
+    if args.config is not None:
+        return parse_config(args.kernel, args.config)
+    options = {name: getattr(args, name) for name in ("hadamard", "transposed", "format")}
+    if args.kernel == DequantizeConfig.family:
+        return DequantizeConfig(fp8.generation(limits), **options)
+    if args.kernel != QuantizeConfig.family:
+        return QUANTIZE_CONFIGS[args.kernel]() if args.kernel in QUANTIZE_CONFIGS else None
+    recipe = Fp8Recipe(args.granularity, args.block)
+    find = partial(quantize_config, fp8.generation(limits), traits.head_dim, **options)
+    if recipe.granularity == "token":
+        return find(scale="token")
+    # Where a thread block does not own all that shares a scale, others have found the scale.
+    own = find(recipe.block) if recipe.granularity == "block" else None
+    return own or find(scale="given")
+
+
+def _expect_fit(config: Config, traits: Traits, limits: Architecture) -> None:
+    """Raise UnsupportedError for a config around attention that a GPU or head_dim rules out."""
+    generation = getattr(config, "generation", "sm75")
+    why = config.misfit(traits) if isinstance(config, QuantizeConfig) else None
+    if config.implementation == "fp8" and generation > fp8.generation(limits):
+        why = f"its instructions begin with {generation.replace('sm', 'sm_')}"
+    if why is not None:
+        raise UnsupportedError(f"config {config} cannot run this {config.family}: {why}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -235,11 +322,13 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(_NO_SIMULATOR)
     try:
         limits, traits = architecture(args.arch), _traits(args)
-        if args.config is None:
+        config = _config(args, traits, limits)
+        if config is None:
             choice = choose(args.kernel, traits, limits)
         else:
-            choice = force(args.kernel, parse_config(args.kernel, args.config), traits, limits)
+            choice = force(args.kernel, config, traits, limits)
         config, traits = choice.config, choice.traits
+        _expect_fit(config, traits, limits)
     except (ValueError, UnsupportedError) as error:
         parser.error(str(error))
     try:

@@ -19,8 +19,10 @@ INSTALL_HINT = "pip install nvidia-cuda-nvdisasm brings one"
 COUNTED = (
     "HGMMA",
     "HMMA",
+    "QMMA",
     "MUFU.EX2",
     "FFMA",
+    "F2FP",
     "LDS",
     "LDG",
     "LDGSTS",
@@ -30,7 +32,11 @@ COUNTED = (
     "LDL",
     "STL",
 )
-"""Opcodes that are counted one by one, whatever modifiers follow them."""
+"""Opcodes that are counted one by one, whatever modifiers follow them.
+
+QMMA multiplies 8-bit floats, HMMA what has 16 bits: a kernel on 8-bit floats that consists of HMMA
+converts them first, by F2FP from sm_89 on.
+"""
 
 _DISTRIBUTION = "nvidia-cuda-nvdisasm"
 # Arithmetic in float64, and conversions from and to it.

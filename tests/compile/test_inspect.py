@@ -7,11 +7,11 @@ import sys
 
 import pytest
 
-from numflash import info, sass
+from numflash import info, inspect, sass
 from numflash.configs import DeltaConfig, ForwardConfig, Traits
-from numflash.devices import ARCHITECTURES, blocks_per_sm
+from numflash.devices import ARCHITECTURES, architecture, blocks_per_sm
 from numflash.dispatch import choose
-from numflash.inspect import inspect_kernel, main
+from numflash.inspect import Report, inspect_kernel, main
 
 KEYS = {
     "kernel",
@@ -102,6 +102,64 @@ def test_json(capsys, argv, present, absent):
         assert instructions[name] == 0, name
 
 
+REPORT = Report(*[0] * len(KEYS))
+FP8 = ["forward", "--precision", "fp8", "--head-dim", "128", "--json"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "present", "absent"),
+    [
+        (["--arch", "sm_89"], ("QMMA",), ("HMMA",)),
+        (["--arch", "120", "--key-scales", "--config", "fp8-sm89-m16n64w1s1"], ("QMMA",), ()),
+        # There e4m3 is multiplied as float16.
+        (["--arch", "sm_90"], ("HMMA", "F2FP"), ("QMMA",)),
+    ],
+    ids=lambda argument: " ".join(argument),
+)
+def test_fp8_json(capsys, argv, present, absent):
+    report = json.loads(printed(capsys, *FP8, *argv))
+    traits = Traits("float16", 128, 128, fp8=True, key_scales="--key-scales" in argv)
+    assert report["traits"] == str(traits)
+    limits = architecture(argv[1])
+    config = choose("forward", traits, limits).config
+    assert report["config"] == (argv[-1] if "--config" in argv else str(config))
+    for name in present:
+        assert report["instructions"][name] >= 32, name
+    for name in ("F64", *absent):
+        assert report["instructions"][name] == 0, name
+
+
+@pytest.mark.parametrize(
+    ("argv", "config", "traits"),
+    [
+        (["combine", "--precision", "fp8"], "w4", "float16-d64-dv64-vec"),
+        (["quantize"], "sm89-t128w", "float16-d64-dv64-vec"),
+        (["quantize", "--head-dim", "72", "--hadamard"], "-hadamard", "float16-d128-dv128-vec"),
+        (["quantize", "--granularity", "token", "--transposed"], "-transposed-token", ""),
+        (["quantize", "--granularity", "head"], "-given", ""),
+        (["quantize", "--block", "1024", "--format", "e5m2"], "-given-e5m2", ""),
+        (["quantize", "--config", "sm80-t32w1-measure"], "sm80-t32w1-measure", ""),
+        (["dequantize", "--hadamard", "--dtype", "float32"], "sm89-w4-hadamard", "float32-d64"),
+        (["amax", "--config", "w8"], "w8", ""),
+    ],
+    ids=lambda argument: " ".join(argument) if isinstance(argument, list) else "",
+)
+def test_kernels_around_fp8(argv, config, traits, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(inspect, "inspect_kernel", lambda *kernel: asked.append(kernel) or REPORT)
+    assert main([*argv, "--arch", "sm_89", "--json"]) == 0
+    ((found, found_traits, _),) = asked
+    assert found.family == argv[0]
+    assert config in str(found) and str(found_traits).startswith(traits)
+
+
+def test_quantize_is_compiled(capsys):
+    argv = "quantize", "--arch", "sm_80", "--config", "sm80-t16w1-hadamard"
+    report = json.loads(printed(capsys, *argv, "--json"))
+    assert (report["kernel"], report["config"]) == ("quantize", "sm80-t16w1-hadamard")
+    assert report["registers"] > 0 and report["instructions"]["SHFL"] > 0
+
+
 def test_readable_report(capsys):
     text = printed(capsys, *SMALL, "--causal", "--window", "-1", "0")
     assert text.startswith("forward sm80-m16n16w1s1 on sm_80\n")
@@ -169,7 +227,17 @@ def test_architecture_without_its_suffix(capsys):
         ([*PORTABLE, "--config", "sm80-m64n64w4s1"], 'exactly unless precision="tf32"'),
         ([*FORWARD, "--config", "m512n512w32"], "bytes of shared memory"),
         ([*FORWARD, "--precision", "tf32"], "tf32 is a way to multiply float32, not float16"),
-        ([*PORTABLE, "--precision", "fp8"], "'fp8'"),
+        ([*PORTABLE, "--precision", "fp8"], "results of 16 bits"),
+        ([*DELTA, "--precision", "fp8"], "--precision fp8 is of the forward"),
+        ([*DELTA, "--precision", "int8"], "'int8'"),
+        ([*FORWARD, "--key-scales"], "--key-scales goes with --precision fp8"),
+        ([*FORWARD, "--config", "fp8-sm80-m64n64w4s1"], "it computes on 8-bit floats"),
+        ([*FP8, "--arch", "80", "--config", "sm80-m64n64w4s1"], "it has no 8-bit floats"),
+        ([*FP8, "--arch", "80", "--config", "fp8-sm89-m64n64w4s1"], "begin with sm_89"),
+        (["quantize", "--arch", "80", "--config", "sm89-t128w8"], "begin with sm_89"),
+        (["quantize", "--arch", "80", "--config", "sm80-t256w8", "--head-dim", "256"], "can own"),
+        (["quantize", "--arch", "80", "--block", "17"], "block must be a power of two"),
+        (["dequantize", "--arch", "80", "--config", "sm80"], "must look like sm89-w4"),
         ([*DELTA, "--json", "--sass"], "not allowed with"),
         ([*DELTA, "--window", "1"], "--window"),
     ],

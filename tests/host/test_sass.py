@@ -34,6 +34,8 @@ kernel:
         /*00d0*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
         /*00e0*/                   BAR.ARV 0x1, 0x80 ;
         /*00f0*/                   HMMA.16816.F32 R4, R8, R12, R4 ;
+        /*00f8*/                   QMMA.16832.F32.E4M3.E4M3 R4, R8, R12, R4 ;
+        /*00fc*/                   F2FP.SATFINITE.E4M3.F32.PACK_AB_MERGE_C R5, R7, R6, RZ ;
         /*0100*/                   HGMMA.64x128x16.F32 R24, gdesc[UR8], R24, gsb0 ;
         /*0110*/             @!UP0 UTMALDG.2D [UR8], [UR4], desc[URZ] ;
         /*0120*/                   LDL.LU R2, [R1+0x4] ;
@@ -60,8 +62,10 @@ def test_counts():
     assert sass.count_instructions(LISTING) == {
         "HGMMA": 1,
         "HMMA": 1,
+        "QMMA": 1,
         "MUFU.EX2": 2,
         "FFMA": 2,
+        "F2FP": 1,
         "LDS": 1,
         "LDG": 2,
         "LDGSTS": 1,
