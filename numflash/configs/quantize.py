@@ -141,11 +141,6 @@ class QuantizeConfig(_Threads):
         """Elements that a thread keeps in registers."""
         return self.block_tokens * traits.head_dim // self.num_threads
 
-    @property
-    def max_elements(self) -> int:
-        """Elements that a block can own: more would not fit the registers."""
-        return _MAX_ELEMENTS // 2 if self.statistics else _MAX_ELEMENTS
-
     def misfit(self, traits: Traits) -> str | None:
         """Why it cannot be built for these traits; None if it can."""
         rows = self.rows_per_thread(traits)
@@ -156,8 +151,8 @@ class QuantizeConfig(_Threads):
             return f"its threads do not have multiples of {step} rows"
         if self.transposed and self.num_threads // self.lanes(traits) % 4:
             return "its threads do not cover groups of 16 tokens"
-        if self.block_tokens * traits.head_dim > self.max_elements and not self.codes:
-            return f"its blocks can own {self.max_elements} elements at most"
+        if self.block_tokens * traits.head_dim > _MAX_ELEMENTS and not self.codes:
+            return f"its blocks can own {_MAX_ELEMENTS} elements at most"
         return None
 
     def tile_words(self, traits: Traits) -> int:
@@ -325,11 +320,9 @@ def quantize_config(
         A config that fits every GPU; None if a thread block cannot own `block` tokens.
     """
     tokens = block or (128 if head_dim <= 128 else 64)
-    if tokens > MAX_BLOCK_TOKENS:
+    if tokens > MAX_BLOCK_TOKENS or tokens * head_dim > _MAX_ELEMENTS:
         return None
     probe = QuantizeConfig(generation, tokens, 1, transposed=transposed, codes=codes, **options)
-    if tokens * head_dim > probe.max_elements:
-        return None
     traits = Traits("float16", head_dim, head_dim)
     # Few elements a thread, so that many warps hide each other's waits, but enough that what is
     # done once is little; four rows where codes change places.

@@ -34,7 +34,7 @@ CASES = [
     quantize_case("sm_80", "float32", 192, block=128, transposed=True),
     quantize_case("sm_89", "bfloat16", 256, scale="token", hadamard=True, statistics=True),
     quantize_case("sm_90a", "bfloat16", 256, block=128, hadamard=True),
-    quantize_case("sm_90a", "float16", 128, block=128, transposed=True, statistics=True),
+    quantize_case("sm_90a", "float16", 256, block=128, hadamard=True, statistics=True),
     quantize_case("sm_120", "float32", 192, False, scale="given", hadamard=True, format="e5m2"),
     quantize_case("sm_75", "float16", 192, False, transposed=True, codes=True),
     quantize_case("sm_120", "bfloat16", 256, hadamard=True, measure=True),

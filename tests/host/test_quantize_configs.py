@@ -133,7 +133,6 @@ def test_threads_cover_each_row_of_a_block_once():
         ("sm89-t64w8-transposed", 64, "multiples of 4 rows"),
         ("sm89-t16w1-transposed", 256, "groups of 16 tokens"),
         ("sm89-t256w16", 256, "own 32768 elements"),
-        ("sm89-t128w16-statistics", 256, "own 16384 elements"),
     ],
 )
 def test_a_config_that_does_not_fit_says_why(text, head_dim, reason):
@@ -158,8 +157,7 @@ def test_what_is_used_fits_every_gpu(options):
     blocks = (None, *BLOCKS) if options.get("scale") == "block" else (None,)
     for head_dim, block in itertools.product(HEAD_DIMS, blocks):
         config = quantize_config("sm80", head_dim, block, **options)
-        most = 2**14 if options.get("statistics") else 2**15
-        if block is not None and (block > 256 or block * head_dim > most):
+        if block is not None and (block > 256 or block * head_dim > 2**15):
             assert config is None
             continue
         traits = traits_of(head_dim)
