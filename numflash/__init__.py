@@ -10,7 +10,7 @@ from numflash.api import Plan, attention, attention_backward, plan, warmup
 from numflash.check import CheckReport, check
 from numflash.errors import UnsupportedError
 from numflash.explain import Explanation, explain_dispatch
-from numflash.fp8 import Fp8Array, Fp8Recipe
+from numflash.fp8 import Fp8Array, Fp8Recipe, PrecisionDecision
 from numflash.mode import simulating
 from numflash.quantization import dequantize_fp8, quantize_fp8
 
@@ -20,6 +20,7 @@ __all__ = [
     "Fp8Array",
     "Fp8Recipe",
     "Plan",
+    "PrecisionDecision",
     "UnsupportedError",
     "attention",
     "attention_backward",

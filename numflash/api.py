@@ -5,8 +5,10 @@ dtypes and options then find a ready `calls.Forward` or `calls.Backward` under t
 and only allocate and launch.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
+from numbers import Real
 from typing import Any
 
 from numflash import tuned
@@ -16,8 +18,8 @@ from numflash.compiler import get_cubin
 from numflash.configs import Config, MmaConfig, Traits, padded_head_dim
 from numflash.dispatch import choose, num_splits
 from numflash.errors import UnsupportedError
-from numflash.fp8 import Fp8Array, Fp8Recipe
-from numflash.fp8_calls import Described, Fp8Forward
+from numflash.fp8 import Fp8Array, Fp8Recipe, PrecisionDecision
+from numflash.fp8_calls import AutoForward, Described, Fp8Forward
 from numflash.launch import limits_of_device, multiprocessors
 from numflash.mode import SIMULATED
 from numflash.problem import expect_contiguous_rows, expect_head_dim, expect_precision
@@ -27,6 +29,7 @@ from numflash.store import generation
 # Ready launches by problem; emptied when it grows past this, so that varying shapes cannot leak.
 _MAX_READY = 4096
 _LONG = 2**20
+_MAX_REL_ERROR = 0.1
 _ready: dict[tuple, Any] = {}
 
 
@@ -47,7 +50,9 @@ def attention(
     q_descale=None,
     k_descale=None,
     v_descale=None,
+    max_rel_error: float | None = None,
     return_lse: bool = False,
+    return_decision: bool = False,
     out=None,
     stream=None,
     config: str | Config | dict[str, str | Config] | None = None,
@@ -77,13 +82,18 @@ def attention(
             Turing) and with None products are exact. "fp8" quantises q, k and v, float16 or
             bfloat16, to e4m3 and multiplies that, also P: at twice the rate where `mma.sync` has
             it (Ada, Blackwell's sm_120), elsewhere as float16. Sums are float32 in all cases.
+            "auto" does so for the key-value heads whose error stays within max_rel_error, by an
+            estimate from their quantised blocks, and computes the others in 16 bits.
         fp8: with precision="fp8", how to quantise; None is `Fp8Recipe()`: a scale for each 128
             tokens of a head, and q and k rotated. Any of q, k and v may also be an `Fp8Array`, as
             `quantize_fp8` makes it; precision then is "fp8" and need not be said.
         q_descale, k_descale, v_descale: float32, (batch, num_heads_kv): scales of q, k and v that
             are e4m3 codes (uint8 or an 8-bit float dtype) of the caller's own, each value being
             code * descale. The result then is bfloat16 (float16 on Turing), or what `out` is.
+        max_rel_error: with precision="auto", the root mean square of a head's error relative to
+            that of its result; None means 0.1. The error of 8 bits on random numbers is 0.05.
         return_lse: also return the log-sum-exp.
+        return_decision: with precision="auto", also return which heads were computed in 8 bits.
         out: an array to write the result to; it must not overlap an input.
         stream: a CUDA stream, or its address, to allocate and launch on; None is the current one
             of the array library of q.
@@ -97,6 +107,7 @@ def attention(
         lse: with return_lse, (batch, num_heads_q, seqlen_q) float32: the natural logarithm of the
             sum of exponentials of the scores; -inf where a query sees no key. Without batch or
             heads axes in q, these are absent here too.
+        decision: with return_decision, a `PrecisionDecision`.
 
     Raises:
         TypeError: an argument of a wrong type or dtype, or not on a CUDA device.
@@ -120,11 +131,17 @@ def attention(
         "precision": precision,
         "config": config,
         "fp8": fp8,
+        "max_rel_error": max_rel_error,
     }
+    if return_decision and precision != "auto":
+        raise ValueError(f'return_decision goes with precision="auto", got {precision!r}')
     descales = q_descale, k_descale, v_descale
-    result, lse, launch, stream, _ = _bind_forward(q, k, v, out, options, stream, descales)
+    bound = _bind_forward(q, k, v, out, options, stream, descales)
+    result, lse, launch, stream, _, decision = bound
     launch(stream)
-    return (result, lse) if return_lse else result
+    if not (return_lse or return_decision):
+        return result
+    return (result, *([lse] * return_lse), *([decision] * return_decision))
 
 
 def attention_backward(
@@ -180,6 +197,7 @@ def attention_backward(
         "precision": precision,
         "config": config,
         "fp8": None,
+        "max_rel_error": None,
     }
     _refuse_fp8(q, k, v, precision)
     arrays = {"q": q, "k": k, "v": v, "dout": dout, "out": out, "lse": lse}
@@ -203,11 +221,20 @@ class Plan:
         out: the result, as `attention` returns it.
         lse: the log-sum-exp, as `attention` returns it.
         kernel: which kernel runs: family, config and what it was compiled for.
+        decision: with precision="auto" a `PrecisionDecision`, made anew by each launch.
     """
 
-    def __init__(self, out, lse, launch: Callable[[int], None], stream: int, kernel: str):
+    def __init__(
+        self,
+        out,
+        lse,
+        launch: Callable[[int], None],
+        stream: int,
+        kernel: str,
+        decision: PrecisionDecision | None = None,
+    ):
         """Made by `numflash.plan`."""
-        self.out, self.lse, self.kernel = out, lse, kernel
+        self.out, self.lse, self.kernel, self.decision = out, lse, kernel, decision
         self._launch, self._stream = launch, stream
 
     def launch(self, stream=None):
@@ -314,12 +341,16 @@ def warmup(
 
 
 def _bind_forward(q, k, v, out, options: dict, stream, descales: tuple = (None, None, None)):
-    """Check a forward call; what `Plan` takes: result, lse, launch, stream, kernel."""
+    """Check a forward call; what `Plan` takes."""
     arrays, kind = {"q": q, "k": k, "v": v}, Forward
-    is_fp8 = options["precision"] == "fp8" or any(x is not None for x in descales)
+    is_fp8 = options["precision"] in ("fp8", "auto") or any(x is not None for x in descales)
     if is_fp8 or _has_fp8(q, k, v):
         kind, q = Fp8Forward, q.data if isinstance(q, Fp8Array) else q
         arrays, options = _take_apart(arrays, descales, options)
+        if options["precision"] == "auto":
+            kind, options = AutoForward, _with_budget(options)
+    elif options["max_rel_error"] is not None:
+        raise ValueError(f'max_rel_error goes with precision="auto", got {options["precision"]!r}')
     elif options["fp8"] is not None:
         raise ValueError(
             f'fp8 says how to quantise with precision="fp8"; precision is {options["precision"]!r}'
@@ -336,7 +367,11 @@ def _bind_forward(q, k, v, out, options: dict, stream, descales: tuple = (None, 
             result, lse, launches = forward.bind(operands, library)
     result = library.hand_back(result, q) if out is None else out
     launch = _in_turn(*launches.values())
-    return result, library.hand_back(lse, q), launch, stream, forward.kernel
+    decision = None
+    if kind is AutoForward:
+        made = (library.hand_back(operands[x].array, q) for x in ("in_fp8", "estimate"))
+        decision = PrecisionDecision(*made)
+    return result, library.hand_back(lse, q), launch, stream, forward.kernel, decision
 
 
 def _has_fp8(*arrays) -> bool:
@@ -349,7 +384,7 @@ def _take_apart(arrays: dict[str, Any], descales: tuple, options: dict) -> tuple
     Raises:
         ValueError: another precision, or scales of what has its own.
     """
-    if options["precision"] not in (None, "fp8"):
+    if options["precision"] not in (None, "fp8", "auto"):
         raise ValueError(f'arrays of 8 bits go with precision="fp8", got {options["precision"]!r}')
     described, apart = {}, {}
     for (name, array), descale in zip(arrays.items(), descales, strict=True):
@@ -363,15 +398,29 @@ def _take_apart(arrays: dict[str, Any], descales: tuple, options: dict) -> tuple
         apart[name] = array
         if descale is not None:
             apart[f"{name}_descale"] = descale
-    return apart, {**options, "precision": "fp8", "described": described}
+    precision = options["precision"] or "fp8"
+    return apart, {**options, "precision": precision, "described": described}
+
+
+def _with_budget(options: dict) -> dict:
+    """The options with a checked max_rel_error. Raises TypeError, ValueError."""
+    budget = options["max_rel_error"]
+    if budget is None:
+        return options | {"max_rel_error": _MAX_REL_ERROR}
+    if isinstance(budget, bool) or not isinstance(budget, Real):
+        raise TypeError(f"max_rel_error must be a real number, got {budget!r}")
+    if not 0 < budget < math.inf:
+        raise ValueError(f"max_rel_error must be positive and finite, got {budget}")
+    return options | {"max_rel_error": float(budget)}
 
 
 def _refuse_fp8(q, k, v, precision) -> None:
     """Raise UnsupportedError for a backward on 8-bit floats."""
-    if precision == "fp8" or _has_fp8(q, k, v):
+    if precision in ("fp8", "auto") or _has_fp8(q, k, v):
         raise UnsupportedError(
             "there is no backward on 8-bit floats. Take gradients in 16 bits: of the arrays that "
-            'were given to precision="fp8", or of numflash.dequantize_fp8(x) for each Fp8Array'
+            f'were given to precision="{precision or "fp8"}", or of numflash.dequantize_fp8(x) for '
+            "each Fp8Array"
         )
 
 
@@ -428,6 +477,7 @@ def _option_key(
     precision,
     config,
     fp8,
+    max_rel_error,
     described=None,
 ) -> tuple:
     """A key of the options; the slopes' is that of an array."""
@@ -438,7 +488,7 @@ def _option_key(
         config = tuple(config.items())
     kinds = *map(type, values), type(window_size), kind
     described = tuple(described.items()) if described else None
-    return *values, *kinds, causal_align, layout, precision, config, fp8, described
+    return *values, *kinds, causal_align, layout, precision, config, fp8, max_rel_error, described
 
 
 __all__ = ["Plan", "attention", "attention_backward", "plan", "warmup"]

@@ -41,10 +41,11 @@ DEFAULTS = {
     "precision": None,
     "config": None,
     "fp8": None,
+    "max_rel_error": None,
 }
 """The options of a call, as `numflash.attention` has them unless told otherwise."""
 # Those that say what is computed.
-_DESCRIBED = tuple(DEFAULTS)[:-2]
+_DESCRIBED = tuple(DEFAULTS)[:-3]
 
 
 def _describe(views: dict[str, ArrayView], options: dict) -> tuple[AttentionProblem, dict]:
@@ -82,7 +83,7 @@ class Forward:
         `rows` are the arrays that are attended to; `copied` are those made of the caller's.
         """
         problem, tensors = _describe(rows, options)
-        q, self.copied = rows["q"], copied
+        q, self.copied, self.problem = rows["q"], copied, problem
         self.views, self.dtype, self.device = views, problem.dtype, q.device
         self.out_shape = (*q.shape[:-1], problem.head_dim_v)
         self.lse_shape = _lse_shape(problem, q)
@@ -100,15 +101,14 @@ class Forward:
             self.kernel = str(self.launchers[0])
 
     def bind(
-        self,
-        operands: dict[str, Operand],
-        library: ArrayLibrary,
-        others: dict[str, Operand] | None = None,
+        self, operands: dict[str, Operand], library: ArrayLibrary
     ) -> tuple[Any, Any, dict[str, Callable[[int], None]]]:
-        """Allocate; (out, lse, and by family, in order, functions that launch on a stream).
+        """Allocate; (out, lse, and by family, in order, functions that launch on a stream)."""
+        out, lse = self._allocate(operands, library)
+        return out, lse, self._launches(operands, library)
 
-        `others` are given to kernels in the place of operands of the same name.
-        """
+    def _allocate(self, operands: dict[str, Operand], library: ArrayLibrary) -> tuple[Any, Any]:
+        """The results, also put into `operands`."""
         if self.is_given_out:
             self._refuse_overlap({name: o.pointer for name, o in operands.items()})
             out = operands["out"].array
@@ -117,18 +117,23 @@ class Forward:
             operands["out"] = library.operand(out)
         lse = library.empty(self.lse_shape, "float32", self.device)
         operands["lse"] = library.operand(lse)
-        operands.setdefault("alibi_slopes", None)
+        return out, lse
+
+    def _launches(
+        self, operands: dict[str, Operand], library: ArrayLibrary
+    ) -> dict[str, Callable[[int], None]]:
+        """By family, in order, functions that launch; operands not given are not read."""
+        operands = {"alibi_slopes": None, "in_fp8": None, **operands}
         _copy_rows(self.copied, operands)
-        operands |= others or {}
         if not self.launchers:
-            return out, lse, {}
+            return {}
         if not self.workspaces:
-            return out, lse, {"forward": self.launchers[0].bind(operands)}
+            return {"forward": self.launchers[0].bind(operands)}
         for name, size in self.workspaces.items():
             operands[name] = library.operand(library.empty((size,), "float32", self.device))
         parts = {**operands, "out": operands["parts"], "lse": operands["part_lses"]}
         forward, combine = self.launchers[0].bind(parts), self.launchers[1].bind(operands)
-        return out, lse, {"forward": forward, "combine": combine}
+        return {"forward": forward, "combine": combine}
 
     def _choose_launchers(self, problem, tensors: dict[str, Tensor], config) -> None:
         """The forward, and where it splits the keys the kernel that puts the parts together."""

@@ -3,14 +3,20 @@
 The rule is FlashAttention's own: a kernel's largest error against float64 may be twice that of a
 naive implementation that works in the kernel's input precision throughout, plus the rounding of
 one result. What the rule allows is the `budget`.
+
+On 8-bit floats the specification, `reference.attention_fp8`, takes the place of the naive
+implementation: the error of quantisation is in it, and is not the kernel's.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from numflash import api, reference
 from numflash.arrays import library_of, stream_address
+from numflash.explain import explain_dispatch
+from numflash.fp8 import Fp8Array, Fp8Recipe
+from numflash.reference.attention import heads_first
 from numflash.selection import split_configs
 
 _EPSILON = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "tf32": 2.0**-11}
@@ -23,7 +29,8 @@ class Error:
     Attributes:
         name: "out", "lse", "dq", "dk" or "dv".
         error: largest absolute difference from float64; infinite if NaN or infinities differ.
-        naive_error: the same for the naive computation in the input precision.
+        naive_error: the same for the naive computation in the input precision; on 8-bit floats for
+            the specification.
         budget: what `error` may be.
     """
 
@@ -68,6 +75,9 @@ def check(q, k, v, *, dout=None, **options) -> CheckReport:
         options: the options of `numflash.attention`. `config` may be a dictionary that also names
             configs for the backward, by family.
 
+    With precision="fp8" the exact result is that of the arrays before they are quantised; of an
+    `Fp8Array`, and of codes with scales, that of the numbers they stand for.
+
     Returns:
         The errors of out and lse, and with dout of dq, dk and dv.
 
@@ -79,8 +89,9 @@ def check(q, k, v, *, dout=None, **options) -> CheckReport:
     stream = options.pop("stream", None)
     if stream is not None:
         # Results are copied to the host on the current stream, which this one becomes.
-        library = library_of(q, "q")
-        device = library.view(q, "q").device
+        first = q.data if isinstance(q, Fp8Array) else q
+        library = library_of(first, "q")
+        device = library.view(first, "q").device
         with library.ordered_on(stream_address(stream), device):
             return check(q, k, v, dout=dout, **options)
     options.pop("return_lse", None)

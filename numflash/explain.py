@@ -1,12 +1,27 @@
 """numflash.explain_dispatch: which kernels a call runs, and why not the others."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from numflash import api
 from numflash.arrays import library_of
-from numflash.calls import problem_of
+from numflash.calls import DEFAULTS, problem_of
 from numflash.dispatch import Choice, Geometry
-from numflash.selection import backward_choices, combine_choice, forward_choice, split_configs
-from numflash.views import ArrayView
+from numflash.fp8_calls import Fp8Forward
+from numflash.problem import as_tensor
+from numflash.selection import (
+    backward_choices,
+    combine_choice,
+    forward_choice,
+    forward_configs,
+    split_configs,
+)
+from numflash.views import ArrayView, contiguous_strides
+
+_AS_FLOAT16 = (
+    "  codes are multiplied as float16: mma.sync has an instruction for e4m3 only on sm_89, sm_120 "
+    "and sm_121"
+)
+_NO_BACKWARD = "backward: none, there is no backward on 8-bit floats; take gradients in 16 bits"
 
 
 @dataclass(frozen=True)
@@ -17,7 +32,7 @@ class Explanation:
         forward: the kernel of `attention`.
         geometry: how the forward is laid over the machine; all ones for a portable kernel.
         combine: the kernel that puts the parts of split keys together; None without splits.
-        backward: the kernels of `attention_backward`, by family.
+        backward: the kernels of `attention_backward`, by family; none on 8-bit floats.
     """
 
     forward: Choice
@@ -27,6 +42,9 @@ class Explanation:
 
     def __str__(self) -> str:
         lines = [str(self.forward)]
+        traits = self.forward.traits
+        if traits.fp8 and not self.forward.config.multiplies_codes:
+            lines.append(_AS_FLOAT16)
         if self.geometry.pack > 1:
             lines.append(
                 f"  {self.geometry.pack} query heads of a group are packed into the rows of a tile"
@@ -34,7 +52,8 @@ class Explanation:
         if self.geometry.num_splits > 1:
             lines.append(f"  the keys are split over {self.geometry.num_splits} blocks")
         others = [self.combine] if self.combine is not None else []
-        return "\n".join([*lines, *map(str, [*others, *self.backward.values()])])
+        lines += map(str, [*others, *self.backward.values()])
+        return "\n".join([*lines, *([_NO_BACKWARD] if traits.fp8 else [])])
 
 
 def explain_dispatch(q, k, v, **options) -> Explanation:
@@ -50,11 +69,19 @@ def explain_dispatch(q, k, v, **options) -> Explanation:
 
     Raises:
         TypeError, ValueError, UnsupportedError: as `numflash.attention`.
+
+    With precision="fp8" the kernels that quantise are compiled on the way, as the call does. On
+    8-bit floats there is no backward: `backward` is empty.
     """
-    forward_configs, backward_configs = split_configs(options.pop("config", None))
-    views = {name: _view(name, x) for name, x in (("q", q), ("k", k), ("v", v))}
-    if options.get("alibi_slopes") is not None:
-        views["alibi_slopes"] = _view("alibi_slopes", options["alibi_slopes"])
+    descales = tuple(options.pop(f"{name}_descale", None) for name in "qkv")
+    options = {**DEFAULTS, **options}
+    is_fp8 = options["precision"] == "fp8" or any(x is not None for x in descales)
+    if is_fp8 or api._has_fp8(q, k, v):
+        return _explain_fp8({"q": q, "k": k, "v": v}, descales, options)
+    if options["fp8"] is not None:
+        raise ValueError(f'fp8 goes with precision="fp8", precision is {options["precision"]!r}')
+    forward_configs, backward_configs = split_configs(options["config"])
+    views = _views({"q": q, "k": k, "v": v}, options)
     problem, traits, device = problem_of(views, options)
     forward, geometry = forward_choice(
         problem, traits, device, forward_configs.get("forward"), runs=False
@@ -68,5 +95,32 @@ def explain_dispatch(q, k, v, **options) -> Explanation:
     return Explanation(forward, geometry, combine, backward)
 
 
-def _view(name: str, array) -> ArrayView:
-    return library_of(array, name).view(array, name)
+def _explain_fp8(arrays: dict, descales: tuple, options: dict) -> Explanation:
+    arrays, options = api._take_apart(arrays, descales, options)
+    asked = _AskedFp8(_views(arrays, options), options)
+    return Explanation(asked.choice, asked.geometry, asked.combine, {})
+
+
+class _AskedFp8(Fp8Forward):
+    """A forward on 8-bit floats that is asked about: checked and chosen, and not compiled."""
+
+    def _prepare(self, views, rows, options, copied=()):
+        problem, _, self.device = problem_of(rows, options)
+        q = rows["q"]
+        shape = (*q.shape[:-1], problem.head_dim_v)
+        out = ArrayView(0, shape, contiguous_strides(shape), q.dtype, q.device)
+        tensors = {"out": as_tensor("out", out, options["layout"])}
+        traits, configs = self._traits(problem, tensors), forward_configs(options["config"])
+        self._scalars(problem, tensors)  # raises for scales that do not fit
+        self.choice, self.geometry = self._choose(problem, traits, configs.get("forward"))
+        self.combine = None
+        if self.geometry.num_splits > 1:
+            plain = replace(traits, fp8=False)
+            self.combine = combine_choice(
+                problem, plain, self.device, configs.get("combine"), runs=False
+            )
+
+
+def _views(arrays: dict, options: dict) -> dict[str, ArrayView]:
+    arrays = {**arrays, "alibi_slopes": options["alibi_slopes"]}
+    return {n: library_of(x, n).view(x, n) for n, x in arrays.items() if x is not None}

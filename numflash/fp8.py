@@ -69,6 +69,20 @@ class Fp8Recipe:
 
 
 @dataclass(frozen=True, eq=False)
+class PrecisionDecision:
+    """What `precision="auto"` decided; arrays on the device, filled when its kernels have run.
+
+    Attributes:
+        in_fp8: (batch, num_heads_kv) int32: 1 for key-value heads that were computed in 8 bits.
+        estimated_error: (batch, num_heads_kv) float32: the root mean square of the error that 8
+            bits would make, relative to that of the result; an estimate from the quantised blocks.
+    """
+
+    in_fp8: Any
+    estimated_error: Any
+
+
+@dataclass(frozen=True, eq=False)
 class Fp8Array:
     """An array in 8-bit floats: x is about descale * code. `quantize_fp8` makes it.
 

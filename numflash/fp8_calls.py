@@ -11,11 +11,11 @@ from typing import Any
 
 from numflash.arrays import ArrayLibrary
 from numflash.calls import Forward
-from numflash.configs import FP8_STEP, Traits
+from numflash.configs import FP8_STEP, EstimateConfig, MmaConfig, Traits
 from numflash.dispatch import Choice, Geometry
 from numflash.errors import UnsupportedError
 from numflash.fp8 import TOKEN_STEP, Fp8Array, Fp8Recipe
-from numflash.launch import limits_of_device
+from numflash.launch import Launcher, limits_of_device
 from numflash.problem import AttentionProblem, Tensor, as_tensor, expect_like
 from numflash.quantization import CODE_DTYPES, Quantization, Relayout
 from numflash.selection import forward_choice
@@ -111,6 +111,7 @@ class _Quantized(Source):
             statistics=statistics,
         )
         self.data = _fresh(self._ready.data_shape, view.device)
+        self.statistics_tokens = self._ready.statistics_tokens
         self.descale_shape = self._ready.descale_shape
         self.descale_strides = _strides_of_scales(
             self.descale_shape, contiguous_strides(self.descale_shape)
@@ -312,8 +313,8 @@ def _strides_of_scales(shape: tuple[int, ...], strides: tuple[int, ...]) -> tupl
 class Fp8Forward(Forward):
     """A forward problem on 8-bit floats with its kernels bound to everything but addresses."""
 
-    def __init__(self, views: dict[str, ArrayView], options: dict):
-        self.sources = make_sources(views, options)
+    def __init__(self, views: dict[str, ArrayView], options: dict, statistics: bool = False):
+        self.sources = make_sources(views, options, statistics)
         like = {name: source.view for name, source in self.sources.items()}
         # The result is of q's type; k and v may have been quantised from others.
         dtype = like["q"].dtype if like["q"].dtype in _DTYPES else "bfloat16"
@@ -325,11 +326,11 @@ class Fp8Forward(Forward):
         self, operands: dict[str, Operand], library: ArrayLibrary
     ) -> tuple[Any, Any, dict[str, Callable[[int], None]]]:
         """As `Forward.bind`; what quantises comes first."""
-        launches, codes = {}, dict(operands)
+        out, lse = self._allocate(operands, library)
+        codes, launches = dict(operands), {}
         for source in self.sources.values():
             launches |= source.bind(codes, library)
-        out, lse, forward = super().bind(operands, library, {**codes, "in_fp8": None})
-        return out, lse, launches | forward
+        return out, lse, launches | self._launches(codes, library)
 
     def _traits(self, problem: AttentionProblem, tensors: dict[str, Tensor]) -> Traits:
         columns = {
@@ -373,3 +374,86 @@ class Fp8Forward(Forward):
                 f"{name}_descale must have {problem.num_heads_kv} heads, as many as k, got "
                 f"{source.descale_shape[1]}"
             )
+
+
+class AutoForward(Fp8Forward):
+    """A forward problem whose key-value heads are computed in 8 bits where that is exact enough.
+
+    Nothing waits for the decision: it is made on the device, and both kernels run over all heads,
+    each passing over those of the other.
+    """
+
+    def __init__(self, views: dict[str, ArrayView], options: dict):
+        if options["described"] or any(f"{name}_descale" in views for name in "qkv"):
+            raise TypeError('precision="auto" chooses between 8 and 16 bits: q, k and v need 16')
+        super().__init__(views, options, statistics=True)
+        self.in_16_bits = _Selected(views, options | {"precision": None})
+        self.estimate = None
+        if self.launchers and 0 not in self.decision_shape:
+            self._add_estimate(options["max_rel_error"])
+
+    def bind(self, operands, library):
+        """As `Forward.bind`; the decision is put into `operands`, "in_fp8" and "estimate"."""
+        out, lse = self._allocate(operands, library)
+        for name, dtype in (("in_fp8", "int32"), ("estimate", "float32")):
+            operands[name] = library.operand(
+                library.empty(self.decision_shape, dtype, self.device)
+            )
+        codes, launches = dict(operands), {}
+        for source in self.sources.values():
+            launches |= source.bind(codes, library)
+        if self.estimate is not None:
+            launches["estimate"] = self.estimate.bind(codes)
+        launches |= self._launches(codes, library)
+        others = self.in_16_bits._launches(operands, library)
+        return out, lse, launches | {f"{name} in 16 bits": x for name, x in others.items()}
+
+    def _add_estimate(self, max_rel_error: float) -> None:
+        config, problem = EstimateConfig(), self.problem
+        q = self.sources["q"]
+        scalars = {
+            "seqlen_q": problem.seqlen_q,
+            "seqlen_k": problem.seqlen_k,
+            "group_size": problem.group_size,
+            "rotated_dims": problem.head_dim if q.rotation is None else q.data.shape[3],
+            "softmax_scale": problem.softmax_scale,
+            "max_rel_error": max_rel_error,
+        }
+        for name, source in self.sources.items():
+            scalars[f"{name}_tokens"] = source.statistics_tokens
+        blocks = self.decision_shape[0] * self.decision_shape[1]
+        traits = Traits(problem.dtype, FP8_STEP, FP8_STEP)
+        self.estimate = Launcher(config, traits, self.device, blocks, scalars)
+
+    def _traits(self, problem, tensors):
+        return replace(super()._traits(problem, tensors), selected=True)
+
+    def _choose(self, problem, traits, config):
+        return _unsplit(*super()._choose(problem, traits, config))
+
+    @property
+    def decision_shape(self) -> tuple[int, int]:
+        """(batch, key-value heads)."""
+        return self.problem.batch, self.problem.num_heads_kv
+
+
+class _Selected(Forward):
+    """A forward in 16 bits of the heads that are not computed in 8."""
+
+    def _traits(self, problem, tensors):
+        return replace(super()._traits(problem, tensors), selected=True)
+
+    def _choose(self, problem, traits, config):
+        choice, geometry = super()._choose(problem, traits, None)
+        if not isinstance(choice.config, MmaConfig):
+            raise UnsupportedError(
+                'precision="auto" needs tensor cores in 16 bits: '
+                + "; ".join(f"{what}: {why}" for what, why in choice.passed_over[:1])
+            )
+        return _unsplit(choice, geometry)
+
+
+def _unsplit(choice: Choice, geometry: Geometry) -> tuple[Choice, Geometry]:
+    """Without splits over keys, whose parts would be put together for heads of either kind."""
+    config = replace(choice.config, num_splits=1)
+    return replace(choice, config=config), replace(geometry, num_splits=1)

@@ -13,7 +13,7 @@ from numflash.views import ArrayView
 
 LAYOUTS = ("bshd", "bhsd")
 ALIGNMENTS = ("bottom_right", "top_left")
-PRECISIONS = ("tf32", "fp8")
+PRECISIONS = ("tf32", "fp8", "auto")
 # Token indices, and their differences, are 32-bit in kernels.
 _MAX_SEQLEN = 2**30
 _MAX_BLOCKS = 2**31 - 1

@@ -88,7 +88,7 @@ def forward_choice(
     else:
         choice = choose_forward(problem, traits, limits, num_sms)
         rows = problem.seqlen_q * rows_packed(problem)
-        if not traits.fp8:
+        if not (traits.fp8 or traits.selected):
             choice = _tuned(choice, problem, traits, device, rows, runs)
     config = choice.config
     if not isinstance(config, MmaConfig):

@@ -26,6 +26,7 @@ from numflash.configs.quantize import (
     QUANTIZE_CONFIGS,
     AmaxConfig,
     DequantizeConfig,
+    EstimateConfig,
     QuantizeConfig,
     quantize_config,
 )
@@ -97,6 +98,7 @@ __all__ = [
     "Config",
     "DeltaConfig",
     "DequantizeConfig",
+    "EstimateConfig",
     "ForwardConfig",
     "Fp8ForwardConfig",
     "MmaBackwardConfig",

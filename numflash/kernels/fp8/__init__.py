@@ -4,12 +4,14 @@
     quantize    codes and scales from numbers; or the maximum of each block of tokens
     amax        maxima of these maxima, for scales that many tokens share
     dequantize  numbers from codes and scales
+    estimate    which heads keep within an error in 8 bits
 
 Each result is written by one block: no atomics, and the same bits in every run.
 """
 
 from numflash.kernels.fp8.amax import make_amax_kernel
 from numflash.kernels.fp8.dequantize import make_dequantize_kernel
+from numflash.kernels.fp8.estimate import make_estimate_kernel
 from numflash.kernels.fp8.forward import make_forward_kernel
 from numflash.kernels.fp8.quantize import make_quantize_kernel
 
@@ -18,5 +20,6 @@ FACTORIES = {
     "quantize": make_quantize_kernel,
     "amax": make_amax_kernel,
     "dequantize": make_dequantize_kernel,
+    "estimate": make_estimate_kernel,
 }
 """Kernel family -> factory(config, traits) -> Kernel."""

@@ -94,6 +94,7 @@ def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
     )
     n_cap_slopes = n_scores if traits.softcap else 1
     storage, alibi, softcapped = element.storage, traits.alibi, traits.softcap
+    selected = traits.selected
     out_storage = f32 if is_split else storage
     # Copies that may be on their way while the next tile is used: K and V of all stages but one.
     wait_for_tile = CP_ASYNC_WAIT_GROUP[2 * num_stages - 2]
@@ -105,6 +106,7 @@ def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
         out: Pointer(out_storage),
         lse: Pointer(f32),
         alibi_slopes: Pointer(f32),
+        in_fp8: Pointer(i32),
         q_batch: i64,
         q_row: i64,
         q_head: i64,
@@ -157,6 +159,9 @@ def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
         head_of_batch = (first_head + in_bundle % bundle) * pack
         head, batch = head_of_batch % num_heads_q, head_of_batch // num_heads_q
         head_kv = head // group_size
+        # Heads that are computed on 8-bit floats are another kernel's.
+        if selected and in_fp8[batch * (num_heads_q // group_size) + head_kv] != 0:
+            return
 
         q_base = batch * q_batch + head * q_head
         k_base = batch * k_batch + head_kv * k_head
