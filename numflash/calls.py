@@ -166,8 +166,7 @@ class Forward:
             "out_row": problem.num_heads_q * row,
             "out_head": row,
         }
-        plain = replace(traits, fp8=False)
-        combine = combine_choice(problem, plain, device, configs.get("combine"))
+        combine = combine_choice(problem, traits, device, configs.get("combine"))
         blocks = problem.num_blocks(
             problem.seqlen_q, problem.num_heads_q, combine.config.block_rows
         )

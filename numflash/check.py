@@ -8,6 +8,7 @@ On 8-bit floats the specification, `reference.attention_fp8`, takes the place of
 implementation: the error of quantisation is in it, and is not the kernel's.
 """
 
+import sys
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -75,7 +76,7 @@ def check(q, k, v, *, dout=None, **options) -> CheckReport:
         options: the options of `numflash.attention`. `config` may be a dictionary that also names
             configs for the backward, by family.
 
-    With precision="fp8" the exact result is that of the arrays before they are quantised; of an
+    On 8-bit floats the exact result is that of the arrays before they are quantised; of an
     `Fp8Array`, and of codes with scales, that of the numbers they stand for.
 
     Returns:
@@ -94,7 +95,17 @@ def check(q, k, v, *, dout=None, **options) -> CheckReport:
         device = library.view(first, "q").device
         with library.ordered_on(stream_address(stream), device):
             return check(q, k, v, dout=dout, **options)
-    options.pop("return_lse", None)
+    for name in ("return_lse", "return_decision"):
+        options.pop(name, None)
+    given = {"q": q, "k": k, "v": v}
+    descales = {name: options.get(f"{name}_descale") for name in given}
+    is_fp8 = options.get("precision") in ("fp8", "auto") or any(
+        x is not None for x in descales.values()
+    )
+    if is_fp8 or api._has_fp8(q, k, v):
+        if dout is not None:
+            api._refuse_fp8(q, k, v, options.get("precision") or "fp8")
+        return _check_fp8(given, descales, options)
     forward_configs, backward_configs = split_configs(options.pop("config", None))
     out, lse = api.attention(q, k, v, return_lse=True, config=forward_configs, **options)
     got = {"out": out, "lse": lse}
@@ -105,10 +116,8 @@ def check(q, k, v, *, dout=None, **options) -> CheckReport:
         )
         got |= zip(("dq", "dk", "dv"), gradients, strict=True)
 
-    host = {name: to_numpy(array) for name, array in (("q", q), ("k", k), ("v", v))}
-    host_options = {n: o for n, o in options.items() if n != "out"}
-    if host_options.get("alibi_slopes") is not None:
-        host_options["alibi_slopes"] = to_numpy(host_options["alibi_slopes"])
+    host = {name: to_numpy(array) for name, array in given.items()}
+    host_options = _on_host(options)
     precision = host_options.pop("precision", None) or library_of(q, "q").view(q, "q").dtype
     return compare(
         {name: to_numpy(array) for name, array in got.items()},
@@ -117,6 +126,108 @@ def check(q, k, v, *, dout=None, **options) -> CheckReport:
         dout=None if dout is None else to_numpy(dout),
         **host_options,
     )
+
+
+def _on_host(options: dict) -> dict:
+    """The options that say what is computed, with slopes in NumPy."""
+    options = {name: option for name, option in options.items() if name != "out"}
+    if options.get("alibi_slopes") is not None:
+        options["alibi_slopes"] = to_numpy(options["alibi_slopes"])
+    return options
+
+
+def _check_fp8(given: dict, descales: dict, options: dict) -> CheckReport:
+    """A forward on 8-bit floats; everything is brought into (batch, heads, seqlen, head_dim)."""
+    out, lse = api.attention(*given.values(), return_lse=True, **options)
+    dtype = library_of(out, "out").view(out, "out").dtype
+    asked = {name: option for name, option in options.items() if name != "out"}
+    config = explain_dispatch(*given.values(), **asked).forward.config
+    of_call = _on_host(options)
+    for name in ("precision", "max_rel_error", "config", *(f"{name}_descale" for name in given)):
+        of_call.pop(name, None)
+    bhsd = of_call.pop("layout", "bshd") == "bhsd"
+    recipe = _recipe(given, descales, of_call.pop("fp8", None))
+    read = {name: _read(name, x, descales[name], recipe, bhsd) for name, x in given.items()}
+    q, k, v = (each.numbers for each in read.values())
+    if of_call.get("softmax_scale") is None:
+        of_call["softmax_scale"] = q.shape[-1] ** -0.5
+    exact = reference.attention(q, k, v, layout="bhsd", **of_call)
+    specified = reference.attention_of_codes(
+        *(each.codes for each in read.values()),
+        *(each.descale for each in read.values()),
+        blocks=tuple(each.block for each in read.values()),
+        tile_n=config.tile_n,
+        layout="bhsd",
+        **of_call,
+    )
+    epsilon = _EPSILON[dtype]
+    got_lse = to_numpy(lse).reshape(exact[1].shape)
+    return CheckReport(
+        (
+            measure(
+                "out",
+                heads_first(to_numpy(out), bhsd),
+                exact[0],
+                specified[0][..., : v.shape[-1]],
+                epsilon,
+            ),
+            measure("lse", got_lse, exact[1], specified[1], epsilon),
+        )
+    )
+
+
+def _recipe(given: dict, descales: dict, recipe: Fp8Recipe | None) -> Fp8Recipe:
+    """How `attention` quantises what is not in 8 bits yet."""
+    arrays = [given[name].recipe for name in "qk" if isinstance(given[name], Fp8Array)]
+    if any(x is not None for x in descales.values()):
+        return replace(recipe or Fp8Recipe(), hadamard=False)
+    if recipe is None and arrays:
+        return replace(Fp8Recipe(), hadamard=arrays[0].hadamard, seed=arrays[0].seed)
+    return recipe or Fp8Recipe()
+
+
+@dataclass(frozen=True)
+class _Read:
+    """One of q, k and v, (batch, heads, seqlen, head_dim): codes, and the numbers to be exact on.
+
+    The numbers are the array's own before it is quantised, or what its codes stand for.
+    """
+
+    numbers: np.ndarray
+    codes: np.ndarray
+    descale: np.ndarray
+    block: int
+
+
+def _read(name: str, x, descale, recipe: Fp8Recipe, bhsd: bool) -> _Read:
+    if not isinstance(x, Fp8Array) and descale is None:
+        numbers, turned = heads_first(to_numpy(x), bhsd), recipe.hadamard and name != "v"
+        codes, descale = reference.quantize_fp8(
+            numbers, recipe.granularity, recipe.block, turned, recipe.seed, layout="bhsd"
+        )
+        return _Read(numbers, codes, descale, _tokens_per_scale(recipe))
+    if isinstance(x, Fp8Array):
+        recipe, descale, head_dim = x.recipe, to_numpy(x.descale), x.shape[-1]
+        codes = to_numpy(x.data)
+        if x.transposed:
+            seqlen = x.shape[-2 if x.layout == "bhsd" or len(x.shape) == 2 else -3]
+            codes = reference.tokens_outermost(codes, seqlen)
+        codes = codes.swapaxes(1, 2)
+    else:
+        codes = heads_first(to_numpy(x).view(np.uint8), bhsd)
+        recipe, descale = Fp8Recipe("head", hadamard=False), to_numpy(descale)[..., None]
+        head_dim = codes.shape[-1]
+        if descale.shape[1] != 1:
+            # Query heads share the scale of their group.
+            descale = np.repeat(descale, codes.shape[1] // descale.shape[1], axis=1)
+    block = _tokens_per_scale(recipe)
+    turned = recipe.hadamard, recipe.seed
+    numbers = reference.dequantize_fp8(codes, descale, head_dim, block, *turned, layout="bhsd")
+    return _Read(numbers, codes, descale, block)
+
+
+def _tokens_per_scale(recipe: Fp8Recipe) -> int:
+    return 1 if recipe.granularity == "token" else recipe.block
 
 
 def compare(got: dict, q, k, v, *, precision: str, dout=None, **options) -> CheckReport:
@@ -175,6 +286,8 @@ def to_numpy(array) -> np.ndarray:
         return array.get()
     if hasattr(array, "detach"):  # PyTorch; NumPy has no bfloat16 of its own to copy to
         tensor = array.detach().cpu()
+        if "float8" in str(tensor.dtype):
+            return tensor.view(sys.modules["torch"].uint8).numpy()
         if str(tensor.dtype) == "torch.bfloat16":
             return tensor.float().numpy()
         return tensor.numpy()

@@ -1,12 +1,12 @@
 """numflash.explain_dispatch: which kernels a call runs, and why not the others."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from numflash import api
 from numflash.arrays import library_of
 from numflash.calls import DEFAULTS, problem_of
 from numflash.dispatch import Choice, Geometry
-from numflash.fp8_calls import Fp8Forward
+from numflash.fp8_calls import AutoForward, Fp8Forward, _Selected
 from numflash.problem import as_tensor
 from numflash.selection import (
     backward_choices,
@@ -18,8 +18,8 @@ from numflash.selection import (
 from numflash.views import ArrayView, contiguous_strides
 
 _AS_FLOAT16 = (
-    "  codes are multiplied as float16: mma.sync has an instruction for e4m3 only on sm_89, sm_120 "
-    "and sm_121"
+    "  codes are multiplied as float16: mma.sync of e4m3 is an instruction on sm_89, sm_120 and "
+    "sm_121 only"
 )
 _NO_BACKWARD = "backward: none, there is no backward on 8-bit floats; take gradients in 16 bits"
 
@@ -33,12 +33,14 @@ class Explanation:
         geometry: how the forward is laid over the machine; all ones for a portable kernel.
         combine: the kernel that puts the parts of split keys together; None without splits.
         backward: the kernels of `attention_backward`, by family; none on 8-bit floats.
+        in_16_bits: with precision="auto", the kernel for the heads that `forward` leaves out.
     """
 
     forward: Choice
     geometry: Geometry
     combine: Choice | None
     backward: dict[str, Choice]
+    in_16_bits: Choice | None = None
 
     def __str__(self) -> str:
         lines = [str(self.forward)]
@@ -51,7 +53,7 @@ class Explanation:
             )
         if self.geometry.num_splits > 1:
             lines.append(f"  the keys are split over {self.geometry.num_splits} blocks")
-        others = [self.combine] if self.combine is not None else []
+        others = [x for x in (self.combine, self.in_16_bits) if x is not None]
         lines += map(str, [*others, *self.backward.values()])
         return "\n".join([*lines, *([_NO_BACKWARD] if traits.fp8 else [])])
 
@@ -75,7 +77,7 @@ def explain_dispatch(q, k, v, **options) -> Explanation:
     """
     descales = tuple(options.pop(f"{name}_descale", None) for name in "qkv")
     options = {**DEFAULTS, **options}
-    is_fp8 = options["precision"] == "fp8" or any(x is not None for x in descales)
+    is_fp8 = options["precision"] in ("fp8", "auto") or any(x is not None for x in descales)
     if is_fp8 or api._has_fp8(q, k, v):
         return _explain_fp8({"q": q, "k": k, "v": v}, descales, options)
     if options["fp8"] is not None:
@@ -97,28 +99,46 @@ def explain_dispatch(q, k, v, **options) -> Explanation:
 
 def _explain_fp8(arrays: dict, descales: tuple, options: dict) -> Explanation:
     arrays, options = api._take_apart(arrays, descales, options)
-    asked = _AskedFp8(_views(arrays, options), options)
-    return Explanation(asked.choice, asked.geometry, asked.combine, {})
+    views = _views(arrays, options)
+    if options["precision"] != "auto":
+        asked = _AskedFp8(views, options)
+        return Explanation(asked.choice, asked.geometry, asked.combine, {})
+    asked = _AskedAuto(views, api._with_budget(options))
+    in_16_bits = _AskedSelected(views, options | {"precision": None})
+    return Explanation(asked.choice, asked.geometry, None, {}, in_16_bits.choice)
 
 
-class _AskedFp8(Fp8Forward):
-    """A forward on 8-bit floats that is asked about: checked and chosen, and not compiled."""
+class _Asked:
+    """A forward that is asked about: checked and chosen, and not compiled."""
 
     def _prepare(self, views, rows, options, copied=()):
         problem, _, self.device = problem_of(rows, options)
         q = rows["q"]
         shape = (*q.shape[:-1], problem.head_dim_v)
         out = ArrayView(0, shape, contiguous_strides(shape), q.dtype, q.device)
-        tensors = {"out": as_tensor("out", out, options["layout"])}
+        all_rows = {**{name: rows[name] for name in "qkv"}, "out": out}
+        tensors = {n: as_tensor(n, x, options["layout"]) for n, x in all_rows.items()}
         traits, configs = self._traits(problem, tensors), forward_configs(options["config"])
         self._scalars(problem, tensors)  # raises for scales that do not fit
         self.choice, self.geometry = self._choose(problem, traits, configs.get("forward"))
         self.combine = None
         if self.geometry.num_splits > 1:
-            plain = replace(traits, fp8=False)
             self.combine = combine_choice(
-                problem, plain, self.device, configs.get("combine"), runs=False
+                problem, traits, self.device, configs.get("combine"), runs=False
             )
+
+
+class _AskedFp8(_Asked, Fp8Forward):
+    pass
+
+
+class _AskedAuto(_Asked, AutoForward):
+    def __init__(self, views, options):
+        Fp8Forward.__init__(self, views, options, statistics=True)
+
+
+class _AskedSelected(_Asked, _Selected):
+    pass
 
 
 def _views(arrays: dict, options: dict) -> dict[str, ArrayView]:

@@ -109,11 +109,16 @@ def forward_choice(
 def combine_choice(
     problem, traits: Traits, device: int, config: str | Config | None, runs: bool = True
 ) -> Choice:
-    """The kernel that puts the parts of split keys together; `runs` as in `forward_choice`."""
-    limits = limits_of_device(device)
+    """The kernel that puts the parts of split keys together; `runs` as in `forward_choice`.
+
+    It is the same after 8-bit floats, but then nothing is captured or tuned.
+    """
+    limits, plain = limits_of_device(device), replace(traits, fp8=False, key_scales=False)
     if config is not None:
-        return force("combine", config, traits, limits)
-    choice = choose("combine", traits, limits)
+        return force("combine", config, plain, limits)
+    choice = choose("combine", plain, limits)
+    if traits.fp8:
+        return choice
     return _tuned(choice, problem, traits, device, problem.seqlen_q, runs)
 
 

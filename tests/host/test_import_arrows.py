@@ -45,9 +45,12 @@ ARROWS = {
     "tuned",
     "quantization": "arrays configs errors formats fp8 launch problem views",
     "calls": "arrays configs dispatch launch problem selection views",
-    "api": "arrays calls compiler configs dispatch launch mode problem selection store tuned",
-    "check": "api arrays reference selection",
-    "explain": "arrays calls dispatch selection views",
+    "fp8_calls": "arrays calls configs dispatch errors fp8 launch problem quantization selection "
+    "views",
+    "api": "arrays calls compiler configs dispatch errors fp8 fp8_calls launch mode problem "
+    "selection store tuned",
+    "explain": "api arrays calls dispatch fp8_calls problem selection views",
+    "check": "api arrays explain fp8 reference selection",
 }
 # Within a layer: the files of a folder import none of these folders. The portable kernels stay
 # readable by themselves, and each implementation can be taken out.

@@ -14,6 +14,7 @@ from numflash import api, calls, dispatch, reference, selection
 from numflash.arrays import _NumPy
 from numflash.configs import parse_config
 from numflash.dispatch import Choice
+from numflash.formats import NAN_CODE
 from numflash.simulator import SEED
 
 # A ragged tile of queries, two of keys.
@@ -30,12 +31,15 @@ TENSOR_CORES = {
     "backward-dq": "sm80-m16n16w1s2",
     "backward-dkdv": "sm80-m16n16w1s2",
 }
+FP8_CONFIG = "fp8-sm80-m16n32w1s1"
 B, SQ, SK, H, HKV, D, DV = 1, 5, 11, 2, 1, 32, 32
 NAN = np.float32(np.nan)
 
 
 def choose_small(family, traits, limits, rows=None, positive_scale=True):
     """float16 on the tensor cores, float32 on the portable kernels."""
+    if traits.fp8:
+        return Choice(family, parse_config(family, FP8_CONFIG), traits, "small", ())
     on_tensor_cores = traits.dtype == "float16" and family in TENSOR_CORES
     config = parse_config(family, (TENSOR_CORES if on_tensor_cores else PORTABLE)[family])
     return Choice(family, config, traits, "small", ())
@@ -51,7 +55,7 @@ def small_tiles_and_poisoned_results(monkeypatch):
 
     def poisoned(self, shape, dtype, device):
         array = empty(self, shape, dtype, device)
-        array.fill(np.nan)
+        array.fill({"uint8": NAN_CODE, "int32": -7}.get(dtype, np.nan))
         return array
 
     monkeypatch.setattr(_NumPy, "empty", poisoned)
@@ -461,7 +465,155 @@ def test_what_is_explained_is_what_runs(rng, monkeypatch):
         assert str(backward.config) == TENSOR_CORES[family]
 
 
+def fp8_arrays(rng):
+    """Three `Fp8Array`s as attention takes them."""
+    q, k, v = arrays(rng, dtype=np.float16)
+    rotated = (numflash.quantize_fp8(x, block=16, hadamard=True) for x in (q, k))
+    return *rotated, numflash.quantize_fp8(v, block=16, transposed=True)
+
+
+def codes_with_scales(rng):
+    """e4m3 codes with a scale per head of k, and the scales as options."""
+    codes, options = [], {}
+    for name, x in zip("qkv", arrays(rng, dtype=np.float16), strict=True):
+        share = x.reshape(B, x.shape[1], HKV, -1)
+        share_codes, descale = reference.quantize_fp8(share, "head")
+        options[f"{name}_descale"] = np.ascontiguousarray(descale[..., 0])
+        codes.append(share_codes[..., : share.shape[-1]].reshape(x.shape).copy())
+    return codes, options
+
+
+def test_what_is_explained_on_8_bit_floats_is_what_runs(rng):
+    q, k, v = arrays(rng, dtype=np.float16)
+    explanation = numflash.explain_dispatch(q, k, v, precision="fp8", config=FP8_CONFIG)
+    choice, plan = explanation.forward, numflash.plan(q, k, v, precision="fp8", config=FP8_CONFIG)
+    assert plan.kernel == f"forward {choice.config} {choice.traits}"
+    assert str(choice.config) == FP8_CONFIG and choice.traits.fp8
+    assert explanation.geometry.pack == H // HKV
+    assert (explanation.combine, explanation.backward) == (None, {})
+    text = str(explanation)
+    assert "no backward on 8-bit floats" in text and "multiplied as float16" in text
+    # Blocks of 16 keys share a scale, tiles have 32.
+    quantized = fp8_arrays(rng)
+    choice = numflash.explain_dispatch(*quantized, config={"forward": FP8_CONFIG}).forward
+    assert choice.traits.key_scales
+    plan = numflash.plan(*quantized, config=FP8_CONFIG)
+    assert plan.kernel == f"forward {choice.config} {choice.traits}"
+    codes, scales = codes_with_scales(rng)
+    assert not numflash.explain_dispatch(*codes, **scales).forward.traits.key_scales
+
+
+def test_both_kernels_of_a_chosen_precision_are_explained(rng):
+    q, k, v = arrays(rng, dtype=np.float16)
+    explanation = numflash.explain_dispatch(q, k, v, precision="auto", max_rel_error=0.2)
+    plan = numflash.plan(q, k, v, precision="auto", max_rel_error=0.2)
+    choice, other = explanation.forward, explanation.in_16_bits
+    assert plan.kernel == f"forward {choice.config} {choice.traits}"
+    assert (choice.traits.fp8, other.traits.fp8) == (True, False)
+    assert choice.traits.selected and other.traits.selected
+    assert str(other.config) == TENSOR_CORES["forward"] and str(other) in str(explanation)
+    with pytest.raises(ValueError, match="max_rel_error"):
+        numflash.explain_dispatch(q, k, v, precision="auto", max_rel_error=-1)
+
+
+def test_splits_on_8_bit_floats_are_explained(rng):
+    q, k, v = arrays(rng, dtype=np.float16)
+    options = {"precision": "fp8", "config": f"{FP8_CONFIG}x2"}
+    explanation = numflash.explain_dispatch(q, k, v, **options)
+    assert explanation.geometry.num_splits == 2
+    assert explanation.combine.family == "combine" and not explanation.combine.traits.fp8
+    assert "split over 2 blocks" in str(explanation)
+
+
+def test_what_is_asked_about_8_bit_floats_is_checked(rng):
+    q, k, v = arrays(rng, dtype=np.float16)
+    with pytest.raises(ValueError, match='precision="fp8"'):
+        numflash.explain_dispatch(q, k, v, fp8=numflash.Fp8Recipe())
+    with pytest.raises(ValueError, match="backward-dq"):
+        numflash.explain_dispatch(q, k, v, precision="fp8", config={"backward-dq": "m16n16w2"})
+    codes, scales = codes_with_scales(rng)
+    with pytest.raises(ValueError, match="v_descale must have"):
+        numflash.explain_dispatch(*codes, **scales | {"v_descale": np.ones((B, 7), np.float32)})
+    assert numflash.explain_dispatch(q[:, :0], k, v, precision="fp8").forward.traits.fp8
+
+
+def test_calls_on_8_bit_floats_are_neither_captured_nor_tuned(rng, monkeypatch):
+    noted = []
+    monkeypatch.setattr(selection.capture, "note", noted.append)
+    monkeypatch.setattr(selection.autotune, "tune", lambda *args: noted.append(args))
+    monkeypatch.setattr(selection.tuned, "find", lambda *args: noted.append(args))
+    monkeypatch.setattr(selection.tuned, "enabled", lambda: True)
+    q, k, v = arrays(rng, dtype=np.float16)
+    for config in (None, FP8_CONFIG, f"{FP8_CONFIG}x2"):
+        numflash.plan(q, k, v, precision="fp8", config=config)
+        numflash.explain_dispatch(q, k, v, precision="fp8", config=config)
+    assert noted == []
+
+
 # check
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "head", "block", "token"])
+def test_check_on_8_bit_floats(rng, granularity):
+    q, k, v = arrays(rng, dtype=np.float16)
+    recipe = numflash.Fp8Recipe(granularity, 16, granularity != "head", 3)
+    report = numflash.check(q, k, v, precision="fp8", fp8=recipe, config=FP8_CONFIG)
+    assert report.passed, f"\n{report}"
+    exact = reference.attention(q, k, v)
+    tile = {"tile_n": 32}
+    options = {"granularity": granularity, "block": 16, "hadamard": recipe.hadamard, "seed": 3}
+    specified = reference.attention_fp8(q, k, v, **options, **tile)
+    for error, right, wanted in zip(report.errors, exact, specified, strict=True):
+        assert error.naive_error == abs(wanted - right).max() > 1e-3
+
+
+def test_check_takes_8_bit_arrays_and_codes(rng):
+    q, _, _ = arrays(rng, dtype=np.float16)
+    quantized = fp8_arrays(rng)
+    codes, scales = codes_with_scales(rng)
+    for given, options in ((quantized, {}), ((q, *quantized[1:]), {}), (codes, scales)):
+        report = numflash.check(*given, config=FP8_CONFIG, causal=True, softcap=5.0, **options)
+        assert report.passed, f"\n{report}"
+        # Against what the codes stand for: q's rounding counts where q comes with 16 bits.
+        rounded = given[0] is q
+        assert (report.errors[1].error > 1e-3) is rounded
+
+
+def test_check_on_8_bit_floats_takes_layouts_and_fewer_axes(rng):
+    q, k, v = arrays(rng, layout="bhsd", dtype=np.float16)
+    options = {"precision": "fp8", "config": FP8_CONFIG, "stream": 0}
+    slopes = np.array([0.5, 0.25], np.float32)
+    assert numflash.check(q, k, v, layout="bhsd", alibi_slopes=slopes, **options).passed
+    assert numflash.check(q[0], k[0], v[0], layout="bhsd", **options).passed
+    assert numflash.check(q[0, 0], k[0, 0], v[0, 0], **options).passed
+
+
+def test_check_takes_a_chosen_precision(rng):
+    q, k, v = arrays(rng, dtype=np.float16)
+    for budget in (1e-3, 1.0):
+        report = numflash.check(q, k, v, precision="auto", max_rel_error=budget)
+        assert report.passed, f"\n{report}"
+        assert (report.errors[0].error > 5e-3) is (budget == 1.0)
+
+
+def test_check_finds_what_is_wrong_on_8_bit_floats(rng, monkeypatch):
+    attention = api.attention
+
+    def wrong(*args, **options):
+        out, lse = attention(*args, **options)
+        out[0, 2, 0, 3] += 1
+        return out, lse
+
+    monkeypatch.setattr(api, "attention", wrong)
+    report = numflash.check(*arrays(rng, dtype=np.float16), precision="fp8", config=FP8_CONFIG)
+    assert [error.passed for error in report.errors] == [False, True]
+
+
+def test_check_refuses_gradients_on_8_bit_floats(rng):
+    q, k, v = arrays(rng, dtype=np.float16)
+    for options in ({"precision": "fp8"}, codes_with_scales(rng)[1]):
+        with pytest.raises(numflash.UnsupportedError, match="no backward on 8-bit floats"):
+            numflash.check(q, k, v, dout=q, **options)
 
 
 def test_check_reports_every_error_and_its_budget(rng):
