@@ -25,10 +25,11 @@ from numflash.mode import SIMULATED
 from numflash.problem import expect_contiguous_rows, expect_head_dim, expect_precision
 from numflash.selection import BACKWARD, device_key
 from numflash.store import generation
+from numflash.views import ArrayView, contiguous_strides
 
 # Ready launches by problem; emptied when it grows past this, so that varying shapes cannot leak.
 _MAX_READY = 4096
-_LONG = 2**20
+_LONG, _MANY = 2**20, 2**10
 _MAX_REL_ERROR = 0.1
 _ready: dict[tuple, Any] = {}
 
@@ -285,6 +286,7 @@ def warmup(
     softcap: bool = False,
     alibi: bool = False,
     precision: str | None = None,
+    fp8: Fp8Recipe | None = None,
     backward: bool = False,
     device: int = 0,
 ) -> None:
@@ -295,19 +297,28 @@ def warmup(
         head_dim, head_dim_v: as in the arrays to come; head_dim_v defaults to head_dim.
         seqlen_q, seqlen_k: likewise; sequences of up to 32 tokens have kernels of their own.
         softcap, alibi: whether the calls will use them.
-        precision: as in the calls to come.
+        precision, fp8: as in the calls to come; on 8-bit floats also what quantises.
         backward: also compile for `attention_backward`.
         device: ordinal of the CUDA device.
 
     Raises:
-        TypeError: a head_dim that is not an integer.
+        TypeError: a head_dim that is not an integer, an fp8 that is no `Fp8Recipe`.
         ValueError: a dtype that does not exist, or a head_dim below 1.
-        UnsupportedError: a head_dim above 256, no GPU, or no compiler.
+        UnsupportedError: a head_dim above 256, no GPU, or no compiler; a backward on 8-bit floats.
     """
     head_dim_v = head_dim if head_dim_v is None else head_dim_v
     for name, value in (("head_dim", head_dim), ("head_dim_v", head_dim_v)):
         expect_head_dim(name, value)
     expect_precision(precision, dtype)
+    if precision in ("fp8", "auto"):
+        if backward:
+            _refuse_fp8(None, None, None, precision)
+        options = {"softcap": float(softcap), "precision": precision, "fp8": fp8}
+        if not SIMULATED:
+            _warm_up_fp8(
+                dtype, (seqlen_q, head_dim), (seqlen_k, head_dim_v), alibi, device, options
+            )
+        return
     vector = 4 if dtype == "float32" else 8
     traits = Traits(
         dtype,
@@ -338,6 +349,22 @@ def warmup(
                 combine = choose("combine", traits, limits)
                 get_cubin(split, choice.traits, limits)
                 get_cubin(combine.config, combine.traits, limits)
+
+
+def _warm_up_fp8(dtype, q_size, v_size, alibi: bool, device: int, options: dict) -> None:
+    """Make calls ready that are nothing but shapes."""
+    options = {**DEFAULTS, **options, "described": {}, "max_rel_error": _MAX_REL_ERROR}
+    kind = AutoForward if options["precision"] == "auto" else Fp8Forward
+    sizes = {"q": q_size, "k": (v_size[0], q_size[1]), "v": v_size}
+    # One head may be split over its keys, many are not.
+    for batch in (1, _MANY):
+        views = {}
+        for name, (seqlen, columns) in sizes.items():
+            shape = (batch, seqlen, 1, columns)
+            views[name] = ArrayView(0, shape, contiguous_strides(shape), dtype, device)
+        if alibi:
+            views["alibi_slopes"] = ArrayView(0, (1,), (1,), "float32", device)
+        kind(views, options)
 
 
 def _bind_forward(q, k, v, out, options: dict, stream, descales: tuple = (None, None, None)):
@@ -419,8 +446,8 @@ def _refuse_fp8(q, k, v, precision) -> None:
     if precision in ("fp8", "auto") or _has_fp8(q, k, v):
         raise UnsupportedError(
             "there is no backward on 8-bit floats. Take gradients in 16 bits: of the arrays that "
-            f'were given to precision="{precision or "fp8"}", or of numflash.dequantize_fp8(x) for '
-            "each Fp8Array"
+            f'were given to precision="{precision or "fp8"}", or of numflash.dequantize_fp8(x) '
+            "for each Fp8Array"
         )
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import numflash
-from numflash import api, calls, dispatch, reference, selection
+from numflash import api, calls, dispatch, fp8_calls, quantization, reference, selection
 from numflash.arrays import _NumPy
 from numflash.configs import parse_config
 from numflash.dispatch import Choice
@@ -349,6 +349,36 @@ def test_a_plan_of_an_empty_problem_launches_nothing():
 def test_warmup_passes_where_there_is_nothing_to_compile(dtype):
     assert numflash.warmup(dtype, 80, 128, softcap=True, alibi=True, backward=True) is None
     assert api._ready == {}
+    assert dtype == "float32" or numflash.warmup(dtype, precision="fp8") is None
+
+
+@pytest.mark.parametrize("precision", ["fp8", "auto"])
+def test_warmup_for_8_bit_floats_makes_what_calls_need(rng, precision, monkeypatch):
+    made, launcher = set(), calls.Launcher
+
+    def noted(config, *arguments):
+        made.add(f"{config.family} {config} {arguments[0]}")
+        return launcher(config, *arguments)
+
+    for module in (calls, fp8_calls, quantization):
+        monkeypatch.setattr(module, "Launcher", noted)
+    monkeypatch.setattr(api, "SIMULATED", False)
+    options = {"precision": precision, "fp8": numflash.Fp8Recipe("head", seed=2)}
+    q, k, v = arrays(rng, dtype=np.float16)
+    slopes = np.ones(H, np.float32)
+    numflash.plan(q, k, v, softcap=5.0, alibi_slopes=slopes, **options)
+    needed = set(made)
+    assert {kernel.split()[0] for kernel in needed} >= {"quantize", "amax", "forward"}
+    made.clear()
+    sizes = {"head_dim": D, "seqlen_q": SQ, "seqlen_k": SK}
+    numflash.warmup("float16", **sizes, softcap=True, alibi=True, **options)
+    assert made == needed
+    with pytest.raises(numflash.UnsupportedError, match="no backward on 8-bit floats"):
+        numflash.warmup("float16", backward=True, **options)
+    with pytest.raises(TypeError, match="q must be float16 or bfloat16"):
+        numflash.warmup("float32", **options)
+    with pytest.raises(TypeError, match="fp8 must be an Fp8Recipe"):
+        numflash.warmup("float16", precision=precision, fp8=8)
 
 
 # Configs, precision, splits
