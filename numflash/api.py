@@ -303,7 +303,7 @@ def warmup(
 
     Raises:
         TypeError: a head_dim that is not an integer, an fp8 that is no `Fp8Recipe`.
-        ValueError: a dtype that does not exist, or a head_dim below 1.
+        ValueError: a dtype that does not exist or does not go with precision, a head_dim below 1.
         UnsupportedError: a head_dim above 256, no GPU, or no compiler; a backward on 8-bit floats.
     """
     head_dim_v = head_dim if head_dim_v is None else head_dim_v
@@ -313,6 +313,10 @@ def warmup(
     if precision in ("fp8", "auto"):
         if backward:
             _refuse_fp8(None, None, None, precision)
+        if dtype not in ("float16", "bfloat16"):
+            raise ValueError(
+                f'dtype must be float16 or bfloat16 for precision="{precision}", got {dtype!r}'
+            )
         options = {"softcap": float(softcap), "precision": precision, "fp8": fp8}
         if not SIMULATED:
             _warm_up_fp8(

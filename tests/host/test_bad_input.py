@@ -624,8 +624,10 @@ def test_a_plan_refuses_what_it_would_have_to_copy(machine):
         (
             {"dtype": "float32", "precision": "fp8"},
             ValueError,
-            ["precision must be one of tf32", "'fp8'"],
+            ['float16 or bfloat16 for precision="fp8"', "'float32'"],
         ),
+        ({"precision": "int8"}, ValueError, ["precision must be one of tf32", "'int8'"]),
+        ({"precision": "fp8", "backward": True}, numflash.UnsupportedError, ["no backward"]),
     ],
 )
 def test_warmup_refuses(machine, arguments, error, words):

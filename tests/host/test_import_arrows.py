@@ -48,7 +48,7 @@ ARROWS = {
     "fp8_calls": "arrays calls configs dispatch errors fp8 launch problem quantization selection "
     "views",
     "api": "arrays calls compiler configs dispatch errors fp8 fp8_calls launch mode problem "
-    "selection store tuned",
+    "selection store tuned views",
     "explain": "api arrays calls dispatch fp8_calls problem selection views",
     "check": "api arrays explain fp8 reference selection",
 }

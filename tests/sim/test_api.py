@@ -375,7 +375,7 @@ def test_warmup_for_8_bit_floats_makes_what_calls_need(rng, precision, monkeypat
     assert made == needed
     with pytest.raises(numflash.UnsupportedError, match="no backward on 8-bit floats"):
         numflash.warmup("float16", backward=True, **options)
-    with pytest.raises(TypeError, match="q must be float16 or bfloat16"):
+    with pytest.raises(ValueError, match="dtype must be float16 or bfloat16"):
         numflash.warmup("float32", **options)
     with pytest.raises(TypeError, match="fp8 must be an Fp8Recipe"):
         numflash.warmup("float16", precision=precision, fp8=8)
