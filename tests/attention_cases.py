@@ -53,6 +53,17 @@ SMALL_CONFIGS = {
     ),
 }
 SMALL_CONFIGS["tf32"] = SMALL_CONFIGS["sm80"][:4]
+# The same of the forward on 8-bit floats, whose tiles of keys are at least 32 or 64.
+FP8_CONFIGS = (
+    "fp8-sm89-m16n64w1s1",
+    "fp8-sm80-m16n32w1s1",
+    "fp8-sm89-m32n64w2s2",
+    "fp8-sm89-m16n32w1s1-half",
+    "fp8-sm75-m32n32w2s1",
+    "fp8-sm89-m32n64w1s2x2-packed",
+    "fp8-sm80-m32n32w1s1x3",
+    "fp8-sm75-m16n64w1s1-packed",
+)
 
 
 @dataclass(frozen=True)
@@ -242,6 +253,23 @@ def on_tensor_cores(cases: list[AttentionCase], implementation: str) -> list[Att
         if options.get("softmax_scale", 1) > 0:
             moved.append(replace(case, dtype=dtype, options=options))
     return moved
+
+
+def on_fp8(cases: list[AttentionCase]) -> list[AttentionCase]:
+    """The cases that kernels for 8-bit floats can run, in 16 bits, and some with more keys."""
+    more = [
+        AttentionCase("150-keys", (1, 20, 150, 2, 1, 64, 64), options={"causal": True}),
+        AttentionCase(
+            "200-keys-window", (1, 9, 200, 1, 1, 32, 96), options={"window_size": (90, 0)}
+        ),
+        AttentionCase("decode-130", (2, 1, 130, 4, 2, 64, 64)),
+        AttentionCase("equal-150", (1, 9, 150, 1, 1, 32, 32), inputs="equal"),
+        AttentionCase("large-150", (1, 9, 150, 2, 1, 64, 64), inputs="large"),
+        AttentionCase("d128-100", (1, 17, 100, 1, 1, 128, 128), options={"causal": True}),
+        AttentionCase("d80-48", (1, 17, 70, 2, 2, 80, 48)),
+        AttentionCase("d192-256", (1, 9, 70, 1, 1, 192, 256)),
+    ]
+    return on_tensor_cores([*cases, *more], "sm80")
 
 
 SIM_CASES = _small()

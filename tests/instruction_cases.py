@@ -27,6 +27,7 @@ from numflash.ptx import (
     ld_shared_v4_f32,
     max_f32,
     min_f32,
+    mov_ctaid_x,
     mov_tid_x,
     mul_rn_f32,
     st_global_v2_f32,
@@ -249,6 +250,14 @@ def _thread_index(x: Pointer(u32), y: Pointer(u32)):
     y[2 * cuda.threadIdx.x + 1] = x[mov_tid_x()]
 
 
+def _block_index(x: Pointer(u32), y: Pointer(u32)):
+    """Read before and after a barrier; an index may come of it."""
+    t = cuda.threadIdx.x
+    y[2 * t] = mov_ctaid_x()
+    cuda.syncthreads()
+    y[2 * t + 1] = x[THREADS * mov_ctaid_x() + t]
+
+
 _STEPS = 6
 
 
@@ -400,6 +409,12 @@ def _barrier_cases() -> list[InstructionCase]:
     ]
 
 
+def _block_cases() -> list[InstructionCase]:
+    """Of one block, as all cases are; `tests.sim.test_fp8_attention` has several."""
+    x = np.arange(1, 1 + THREADS, dtype=np.uint32)
+    return [InstructionCase("mov_ctaid_x", "", _block_index, (x,), (((2 * THREADS,), np.uint32),))]
+
+
 BASIC_CASES = [
     *_arithmetic_cases(),
     *_memory_cases(),
@@ -408,5 +423,5 @@ BASIC_CASES = [
 ]
 CASES: dict[str, list[InstructionCase]] = {}
 """Instruction name -> its cases."""
-for _case in [*BASIC_CASES, *FP8_CASES, *TENSOR_CORE_CASES, *ASYNC_COPY_CASES]:
+for _case in [*BASIC_CASES, *_block_cases(), *FP8_CASES, *TENSOR_CORE_CASES, *ASYNC_COPY_CASES]:
     CASES.setdefault(_case.instruction, []).append(_case)
