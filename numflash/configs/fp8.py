@@ -64,7 +64,7 @@ class Fp8ForwardConfig(MmaForwardConfig):
             "k": int(keys * traits.head_dim * per_column),
             "v": int(keys * traits.head_dim_v * per_column),
             "q_scales": self.tile_m,
-            "bases": 8,
+            "kept": 12,
             "key_scales": 3 * self.tile_n if traits.key_scales else 0,
         }
 

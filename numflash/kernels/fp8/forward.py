@@ -67,7 +67,7 @@ from numflash.tiles.mma.layouts import TileLayout, make_word
 from numflash.tiles.mma.products import make_product_nt
 from numflash.tiles.mma.scores import make_mask_scores, make_scale_scores, token_of_row
 from numflash.tiles.mma.softmax import make_scale_rows, row_sum_of_quad
-from numflash.tiles.scores import NEG_INF, band_block_begin, band_block_end, band_is_partial
+from numflash.tiles.scores import NEG_INF, band_block_begin, band_block_end
 from numflash.tiles.softmax import LN_2, LOG2_E
 
 
@@ -85,8 +85,9 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
 
     offsets = config.smem_offsets(traits)
     q_smem, k_smem, v_smem = (offsets[name] for name in "qkv")
-    q_scales_smem, bases_smem = offsets["q_scales"], offsets["bases"]
-    k_base, v_base, k_descale_base, v_descale_base = range(bases_smem, bases_smem + 8, 2)
+    q_scales_smem, kept_smem = offsets["q_scales"], offsets["kept"]
+    k_base, v_base, k_descale_base, v_descale_base = range(kept_smem, kept_smem + 8, 2)
+    whole_begin, whole_end, kept_n_end, kept_m_start = range(kept_smem + 8, kept_smem + 12)
     k_layout = TileLayout(columns // element.per_chunk, config.swizzled)
     v_layout = TileLayout(tile_n // element.per_chunk, config.swizzled)
     k_words, v_words = tile_n * k_layout.pitch, columns_v * v_layout.pitch
@@ -233,26 +234,33 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
         q_descale_base = (
             batch * q_descale_batch + token_of_row(head, q_descale_group) * q_descale_head
         )
-        if cuda.threadIdx.x == 0:
-            # Registers are scarcer than shared memory.
-            keep(smem, k_base, batch * k_batch + head_kv * k_head)
-            keep(smem, v_base, batch * v_batch + head_kv * v_head)
-            keep(smem, k_descale_base, batch * k_descale_batch + head_kv * k_descale_head)
-            keep(smem, v_descale_base, batch * v_descale_batch + head_kv * v_descale_head)
-        cuda.syncthreads()
-        alibi_slope = f32(0)
-        if alibi:
-            alibi_slope = alibi_slopes[batch * slopes_batch + head * slopes_head]
-
-        # The tokens of this block's rows, the keys they see, and this split's share of those.
+        # The tokens of this block's rows.
         first_token = token_of_row(m_start, pack)
         last_token = token_of_row(min(m_start + tile_m, num_rows) - 1, pack)
+        # The keys that these see, and this split's share of them.
         n_begin = i32(band_block_begin(first_token, band_lo, tile_n))
         n_end = i32(band_block_end(last_token, band_hi, seqlen_k, tile_n))
         if is_split:
             share = (max(0, n_end - n_begin) + num_splits - 1) // num_splits
             n_begin = i32(n_begin + split * share)
             n_end = i32(min(n_end, n_begin + share))
+
+        if cuda.threadIdx.x == 0:
+            # Registers are scarcer than shared memory.
+            keep(smem, k_base, batch * k_batch + head_kv * k_head)
+            keep(smem, v_base, batch * v_batch + head_kv * v_head)
+            keep(smem, k_descale_base, batch * k_descale_batch + head_kv * k_descale_head)
+            keep(smem, v_descale_base, batch * v_descale_batch + head_kv * v_descale_head)
+            # Tiles that begin between these are seen whole by all rows.
+            st_shared_u32(smem, whole_begin, u32(last_token + band_lo))
+            end = min(seqlen_k, first_token + band_hi + 1) - tile_n
+            st_shared_u32(smem, whole_end, u32(end))
+            st_shared_u32(smem, kept_n_end, u32(n_end))
+            st_shared_u32(smem, kept_m_start, u32(m_start))
+        cuda.syncthreads()
+        alibi_slope = f32(0)
+        if alibi:
+            alibi_slope = alibi_slopes[batch * slopes_batch + head * slopes_head]
 
         copy_q(smem, q_smem, q, q_base, q_row, m_start, num_rows, columns, pack, q_head)
         for stage in range(num_stages):
@@ -291,7 +299,7 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
                 wait_for_tile()
             cuda.syncthreads()
             n = i32(n_block + num_stages - 1)
-            if n < n_end:
+            if n < i32(ld_shared_u32(smem, kept_n_end)):
                 fetch_v(smem, v, v_column, n, last_stage, stored_seqlen_k)
             if asynchronous:
                 cp_async_commit_group()
@@ -323,12 +331,11 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
                 wait_for_tile()
             cuda.syncthreads()
             n = i32(n_block + num_stages)
-            if n < n_end:
+            if n < i32(ld_shared_u32(smem, kept_n_end)):
                 fetch_k(smem, k, k_row, n, stage, seqlen_k)
             if asynchronous:
                 cp_async_commit_group()
 
-            i = i32(m_start + accumulator_row(rows_per_warp))
             j = accumulator_column()
             if key_scales:
                 scale_keys(s_acc, smem, k_of_keys + j)
@@ -337,12 +344,15 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
                 scales[r] = bits_as_float(ld_shared_u32(smem, row + ROW_STEP * r)) * k_scale
             if bends:
                 scale_s_rows(s_acc, scales)
+                i = i32(ld_shared_u32(smem, kept_m_start) + accumulator_row(rows_per_warp))
                 key = i32(n_start + j)
                 scale_scores(s_acc, cap_slopes, i, key, bias_shift, f32(1), softcap, alibi_slope)
                 for r in range(rows):
                     scales[r] = LOG2_E
-            tokens = last_token + 1 - first_token
-            if band_is_partial(first_token, tokens, n_start, tile_n, seqlen_k, band_lo, band_hi):
+            first_whole = i32(ld_shared_u32(smem, whole_begin))
+            last_whole = i32(ld_shared_u32(smem, whole_end))
+            if n_start < first_whole or n_start > last_whole:
+                i = i32(ld_shared_u32(smem, kept_m_start) + accumulator_row(rows_per_warp))
                 mask_scores(s_acc, i, i32(n_start + j), seqlen_k, band_lo, band_hi, pack)
 
             # P = softmax(S), O += P V
