@@ -89,23 +89,34 @@ def multiplies_codes(limits: Architecture) -> bool:
     return limits.compute_capability == (8, 9) or limits.compute_capability >= (12, 0)
 
 
-# Preferred first. Two products of 16 rows below each other halve the traffic with shared memory.
-_PREFERENCES = (
-    "m128n64w4s2",
-    "m128n64w4s1",
-    "m64n64w4s2",
-    "m64n64w4s1",
-    "m64n32w4s1",
-    "m32n64w2s1",
-    "m32n32w2s1",
-    "m16n64w1s2",
-    "m16n64w1s1",
-    "m16n32w1s1",
-)
+# Preferred first. Where codes are multiplied, tensor cores take so long for each operand that one
+# row of products a warp is enough, and leaves registers for three blocks an SM. As float16, two
+# rows of products halve the traffic with shared memory.
+_PREFERENCES = {
+    "codes": (
+        "m64n64w4s1",
+        "m64n64w4s2",
+        "m32n64w2s1",
+        "m16n64w1s2",
+        "m16n64w1s1",
+    ),
+    "half": (
+        "m128n64w4s1",
+        "m128n32w4s1",
+        "m64n64w4s1",
+        "m64n32w4s1",
+        "m32n64w2s1",
+        "m32n32w2s1",
+        "m16n64w1s1",
+        "m16n32w1s1",
+    ),
+}
 _MAX_REGISTERS = 255
 # float32 accumulators a thread can hold next to its operands without spilling, found by compiling.
-_MAX_ACCUMULATORS = {"codes": 192, "sm89": 160, "sm80": 160, "sm75": 144}
-_FEATURES = 16
+_MAX_ACCUMULATORS = {"codes": 160, "sm89": 152, "sm80": 152, "sm75": 144}
+# Results a thread has on Turing where they are bfloat16, which takes arithmetic there: longer
+# loops over them are not unrolled.
+_MAX_BFLOAT16_ON_TURING = 64
 
 
 @cache
@@ -115,9 +126,7 @@ def candidates(limits: Architecture) -> tuple[Fp8ForwardConfig, ...]:
     half = _HALF if generation(limits) == "sm89" and not codes else ""
     return tuple(
         Fp8ForwardConfig.parse(f"{PREFIX}{generation(limits)}-{text}{half}")
-        for text in _PREFERENCES
-        # Rows of V in shared memory are at least 64 bytes; copies that convert do not run ahead.
-        if ("n32" not in text if codes else "s2" not in text)
+        for text in _PREFERENCES["codes" if codes else "half"]
     )
 
 
@@ -132,8 +141,12 @@ def misfit(
         )
     kind = "codes" if config.multiplies_codes else config.generation
     most = _MAX_ACCUMULATORS[kind]
-    if traits.key_scales or traits.softcap or traits.alibi:
-        most -= _FEATURES
+    outputs = config.m_tiles * traits.head_dim_v // 2
+    if kind == "sm75" and traits.dtype == "bfloat16" and outputs > _MAX_BFLOAT16_ON_TURING:
+        return (
+            f"rounds {outputs} results a thread to bfloat16, for which Turing has no instruction; "
+            f"at most {_MAX_BFLOAT16_ON_TURING} stay in registers. float16 has one"
+        )
     if (accumulators := config.accumulators_per_thread(traits)) > most:
         return f"keeps {accumulators} accumulators a thread, at most {most} do not spill"
     if config.block_rows >= max(2 * rows, 32):
