@@ -23,7 +23,7 @@ import numpy as np
 
 from bench import fp8_kernels, fp8_section, record
 from bench.fp8_inputs import PAPER_HEAD_DIM, PAPER_SEQLEN, Input, activations
-from bench.fp8_methods import FULL, KERNELS, METHODS, TRUTH, Study
+from bench.fp8_methods import BLOCK, FULL, KERNELS, METHODS, TRUTH, Study
 
 KIND = "fp8-accuracy"
 _QUICK_SEQLEN = 1024
@@ -143,7 +143,7 @@ def measure(case: Input, run_kernels: Callable | None = None, pool=None) -> dict
                     "standard_error": error,
                     "relative_rmse": rmse / output_rms,
                 }
-                if method.recipe == FULL and ("fp8-tensor", engine) in by_draw:
+                if method.recipe in (BLOCK, FULL) and ("fp8-tensor", engine) in by_draw:
                     both = by_draw["fp8-tensor", engine], by_draw[method.name, engine]
                     entry["gain"], entry["gain_standard_error"] = ratio_of(*both)
                 methods.append(entry)

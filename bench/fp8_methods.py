@@ -2,8 +2,8 @@
 
 The FP8 recipes are the specification itself, `numflash.reference`. What it does not define is
 here: FlashAttention's loop over tiles of keys, whose P is relative to the maximum of the row so
-far. float16 uses it with P in float16, and so does the comparison of two units of P: `full` has it
-relative to the largest of each tile.
+far. float16 uses it with P in float16, and so does the comparison of two units of P: the
+specification has it relative to the largest of each tile.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,8 @@ from numflash.formats import FORMATS
 from numflash.fp8 import Fp8Recipe
 from numflash.reference.fp8 import P_SCALE_LOG2
 
-FULL = Fp8Recipe("block", 128, hadamard=True)
+BLOCK = Fp8Recipe("block", 128, hadamard=True)
+FULL = Fp8Recipe("token", hadamard=True)
 TILE_N = 128
 """Keys per tile of the loops here. Those of the specification have 64."""
 SPECIFICATION, NUMPY, KERNELS = "specification", "numpy", "kernels"
@@ -70,16 +71,10 @@ METHODS = (
         9.3e-3,
         Fp8Recipe("tensor", hadamard=True),
     ),
-    Method("fp8-full", "FP8, full: both", SPECIFICATION, 9.1e-3, FULL),
-    Method(
-        "fp8-token",
-        "FP8, token scales, Hadamard",
-        SPECIFICATION,
-        None,
-        Fp8Recipe("token", hadamard=True),
-    ),
-    Method("fp8-forwards", "full, running maximum", NUMPY, None, FULL, "forwards"),
-    Method("fp8-backwards", "full, running, last key first", NUMPY, None, FULL, "backwards"),
+    Method("fp8-both", "FP8, block scales, Hadamard", SPECIFICATION, 9.1e-3, BLOCK),
+    Method("fp8-full", "FP8, full: token scales, Hadamard", SPECIFICATION, None, FULL),
+    Method("fp8-forwards", "block, running maximum", NUMPY, None, BLOCK, "forwards"),
+    Method("fp8-backwards", "block, running, last key first", NUMPY, None, BLOCK, "backwards"),
 )
 BY_NAME = {method.name: method for method in METHODS}
 TRUTH = "truth"

@@ -122,8 +122,9 @@ def _table(record: dict, *engines: str) -> str:
         if any(entries):
             paper = "" if method.paper is None else _short(method.paper, 1)
             rows.append([method.label, paper, *map(_cell, entries)])
-    full = [entry_of(case, "fp8-full", *engines) for case in cases]
-    rows.append(["per tensor / full", "2.6", *map(_gain, full)])
+    for name, label, paper in (("fp8-both", "block", "2.6"), ("fp8-full", "full", "")):
+        entries = [entry_of(case, name, *engines) for case in cases]
+        rows.append([f"per tensor / {label}", paper, *map(_gain, entries)])
     return tables.markdown(["method", "paper", *map(title_of, cases)], rows)
 
 

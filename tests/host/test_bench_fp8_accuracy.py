@@ -144,10 +144,10 @@ def test_a_measurement_is_that_of_its_draws():
     sums = []
     for draw in range(2):
         study = Study(SMALL, draw)
-        error = study.out("fp8-full", 0, 0, 0, 128) - study.out(TRUTH, 0, 0, 0, 128)
+        error = study.out("fp8-both", 0, 0, 0, 128) - study.out(TRUTH, 0, 0, 0, 128)
         sums.append(np.mean(error**2))
-    assert _rmse(found, "fp8-full") == pytest.approx(np.mean(sums) ** 0.5)
-    entry = fp8_section.entry_of(found, "fp8-full", SPECIFICATION)
+    assert _rmse(found, "fp8-both") == pytest.approx(np.mean(sums) ** 0.5)
+    entry = fp8_section.entry_of(found, "fp8-both", SPECIFICATION)
     assert entry["relative_rmse"] == pytest.approx(entry["rmse"] / found["output_rms"])
     assert entry["gain"] == pytest.approx(_rmse(found, "fp8-tensor") / entry["rmse"])
     assert {(e["method"], e["engine"]) for e in found["methods"]} == {
@@ -163,7 +163,7 @@ def _errors(case: Input, *names: str) -> list[float]:
 
 
 def test_fewer_keys_have_the_papers_order():
-    names = "float16", "float16-naive", "fp8-full", "fp8-hadamard", "fp8-block", "fp8-tensor"
+    names = "float16", "float16-naive", "fp8-both", "fp8-hadamard", "fp8-block", "fp8-tensor"
     case = Input("outliers", 128, 1024, queries=128)
     float16, naive, full, hadamard, block, tensor = _errors(case, *names)
     # The gain grows with the keys: about 2.5 at the paper's 8192.
@@ -173,7 +173,7 @@ def test_fewer_keys_have_the_papers_order():
 
 
 def test_a_running_maximum_loses_what_follows_a_sink():
-    names = "fp8-full", "fp8-forwards", "fp8-backwards"
+    names = "fp8-both", "fp8-forwards", "fp8-backwards"
     full, forwards, backwards = _errors(Input("sinks", 128, 512, queries=64), *names)
     assert forwards > 1.2 * full
     assert backwards == pytest.approx(full, rel=0.1)
@@ -189,23 +189,23 @@ def test_there_are_no_kernels_in_the_simulator():
 
 def test_kernels_are_measured_where_they_run():
     options = fp8_kernels.kernel_options()
-    assert options["fp8-full"] == {"precision": "fp8", "fp8": BY_NAME["fp8-full"].recipe}
+    assert options["fp8-both"] == {"precision": "fp8", "fp8": BY_NAME["fp8-both"].recipe}
     assert options["float16"] == {} and "fp8-forwards" not in options
 
     def run(case, draw):
         q, k, v = (x.astype(np.float16) for x in case.arrays(draw))
         out = reference.attention(q, k, v)[0].astype(np.float16)
         broken = "UnsupportedError: not here" if draw == 1 else out
-        return {"fp8-full": out + np.float16(0.25), "fp8-tensor": out, "fp8-token": broken}
+        return {"fp8-both": out + np.float16(0.25), "fp8-tensor": out, "fp8-full": broken}
 
     found = fp8_accuracy.measure(SMALL, run)
-    assert _rmse(found, "fp8-full", KERNELS) == pytest.approx(0.25, rel=0.01)
+    assert _rmse(found, "fp8-both", KERNELS) == pytest.approx(0.25, rel=0.01)
     assert 0 < _rmse(found, "fp8-tensor", KERNELS) < 1e-3
-    token = fp8_section.entry_of(found, "fp8-token", KERNELS)
+    token = fp8_section.entry_of(found, "fp8-full", KERNELS)
     assert token == {
-        "method": "fp8-token",
+        "method": "fp8-full",
         "engine": KERNELS,
-        "reason": run(SMALL, 1)["fp8-token"],
+        "reason": run(SMALL, 1)["fp8-full"],
     }
     text = fp8_section.tables_of({"inputs": [found], "kernels": {"device": "GPU X"}})
     assert "kernels on GPU X" in text and "2.5" in text and "failed" in text
@@ -220,8 +220,8 @@ def test_a_kernel_that_fails_costs_only_its_own_figure(monkeypatch):
     monkeypatch.setattr(numflash, "attention", attention)
     monkeypatch.setitem(__import__("sys").modules, "cupy", np)
     outs = fp8_kernels.Engine("GPU X").run(SMALL, 0)
-    assert outs["fp8-token"] == "ValueError: two lines"
-    assert outs["fp8-full"].dtype == np.float16
+    assert outs["fp8-full"] == "ValueError: two lines"
+    assert outs["fp8-both"].dtype == np.float16
     assert set(outs) == set(fp8_kernels.kernel_options())
 
 
