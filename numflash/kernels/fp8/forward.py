@@ -15,9 +15,19 @@ and V come in tiles of tile_n. What 8 bits change:
 Where there are no e4m3 products the codes become float16, which holds them exactly, on their way
 to shared memory: the results differ only by the rounding of sums.
 
-The main loop in machine code, a warp and a tile (head_dim 128, tile 128 x 64, sm_89):
+The main loop in machine code, a warp and a tile (head_dim 128, tile 64 x 64, sm_89): 524
+instructions, of which
 
-@MACHINE_CODE@
+     64 QMMA          S = Q K^T and P V, one row of products a warp
+     36 LDSM          operands from shared memory: 4 of Q, 16 of K, 16 of V
+     32 MUFU, FFMA    one exponential and one multiply-add a score
+     72 FMNMX, FADD   the row's maximum and sum; 4 SHFL across its four lanes
+     16 F2FP          P to e4m3, four to a register
+     64 FFMA          O += weight * P V, by which O needs no rescaling of its own for P's unit
+      8 LDGSTS        K and V; 2 LDG for their scales, 8 LDS for those of Q and what was put by
+
+and out of line 64 FMUL for O where a maximum has grown by 2 ** 8, and the mask. Tensor cores of
+Ada take 64 x 16 clocks for it (32 where sums in float32 run at half rate), the scheduler 524.
 
 Source: FlashAttention-3, arXiv 2407.08608, section 3.3.
 """
