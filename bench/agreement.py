@@ -3,7 +3,8 @@
 The rule is numflash's own (`numflash.check`): the largest error may be twice that of a naive
 implementation that rounds every intermediate to the input precision, plus the rounding of one
 result. It is applied on the device, to the first head of the first batch entry and the last of
-the last, so that the longest points of the grid are checked as well.
+the last, so that the longest points of the grid are checked as well. Methods on 8-bit floats are
+held to a relative root mean square instead: what their error is depends on how they quantise.
 
 The sums here are float32, row block by row block, so that memory stays linear in seqlen. `xp` is
 the array module: torch, cupy or numpy, whose names are alike as far as they are used.
@@ -68,18 +69,24 @@ def make_samples(xp, point: Point, round_to, q, k, v, dout=None) -> list[Sample]
     return samples
 
 
-def compare(results: dict, samples: list[Sample]) -> dict:
+def compare(results: dict, samples: list[Sample], max_rel_rms: float | None = None) -> dict:
     """Errors of a method's results; `outcome` is "checked" or "failed".
 
     Args:
         results: "out", or "dq", "dk" and "dv", each (batch, seqlen, heads, head_dim).
         samples: as `make_samples` gives them.
+        max_rel_rms: if given, errors are root mean squares relative to that of the exact result,
+            and this is their budget.
     """
     worst = {"outcome": "checked", "errors": {}, "budgets": {}}
     for sample in samples:
         for name, exact in sample.exact.items():
             head = sample.head if name in ("out", "dq") else sample.head_kv
-            error, budget = _error(results[name], sample.batch, head, exact), sample.budgets[name]
+            norm = _largest if max_rel_rms is None else _rms
+            error = _error(results[name], sample.batch, head, exact, norm)
+            budget = sample.budgets[name]
+            if max_rel_rms is not None:
+                error, budget = error / _rms(exact), max_rel_rms
             # The sample whose error comes closest to its budget is the one to report.
             known = worst["errors"].get(name)
             if known is None or error * worst["budgets"][name] > known * budget:
@@ -151,15 +158,20 @@ def _to_float32(x):
     return x.float() if hasattr(x, "float") else x.astype("float32")
 
 
-def _error(result, batch: int, head: int, exact) -> float:
-    """max |result - exact| of one head; infinite where shapes differ or anything is not finite."""
+def _error(result, batch: int, head: int, exact, norm) -> float:
+    """norm(result - exact) of one head; infinite where shapes differ or a number is not finite."""
     got = _rows(result, batch, head)
     if tuple(got.shape) != tuple(exact.shape):
         return math.inf
-    error = _largest(got - exact)
+    error = norm(got - exact)
     return error if math.isfinite(error) else math.inf
 
 
 def _largest(x) -> float:
     """max |x|; NaN if any is."""
     return float(abs(x).max())
+
+
+def _rms(x) -> float:
+    """The root mean square of x; NaN if any is."""
+    return float((x**2).mean()) ** 0.5

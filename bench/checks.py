@@ -32,6 +32,7 @@ class Group:
 GROUPS = (
     Group("instructions", ("tests/gpu/test_instructions.py",), 1),
     Group("forward", ("tests/gpu/test_attention.py", "-k", "test_forward"), 8),
+    Group("8-bit floats", ("tests/gpu/test_fp8.py",), 4),
     Group("gradients", ("tests/gpu/test_attention.py", "-k", "test_gradients"), 8),
     Group("api", ("tests/gpu/test_api.py",), 1),
     Group("tuner", ("tests/gpu/test_tuner.py",), 1),

@@ -10,6 +10,7 @@ measured on its own.
 
 import math
 import statistics
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -45,6 +46,9 @@ class Device(Protocol):
 
     def free(self) -> None:
         """Give cached memory back."""
+
+    def copy(self, size: int) -> Callable[[], None]:
+        """A function that copies so many bytes on the device."""
 
     def ceilings(self) -> dict:
         """Matrix product and copy rates, number of SMs."""
@@ -111,12 +115,15 @@ class TorchDevice:
         """As `Device.free`."""
         self.torch.cuda.empty_cache()
 
+    def copy(self, size):
+        """As `Device.copy`."""
+        source, target = (self.buffer.new_empty(size) for _ in range(2))
+        return lambda: target.copy_(source)
+
     def ceilings(self):
         """As `Device.ceilings`."""
         a, b = (self.normal((_MATMUL, _MATMUL), "bfloat16", seed) for seed in (0, 1))
-        source, target = (self.buffer.new_empty(_COPY_BYTES) for _ in range(2))
-        matmul = Method("matmul", lambda: a @ b)
-        copy = Method("copy", lambda: target.copy_(source))
+        matmul, copy = Method("matmul", lambda: a @ b), Method("copy", self.copy(_COPY_BYTES))
         sms = self.torch.cuda.get_device_properties(self.device).multi_processor_count
         return _ceilings(self, matmul, "bfloat16", copy, sms)
 
@@ -185,12 +192,15 @@ class CupyDevice:
         """As `Device.free`."""
         self.cupy.get_default_memory_pool().free_all_blocks()
 
+    def copy(self, size):
+        """As `Device.copy`."""
+        source, target = (self.cupy.empty(size, "u1") for _ in range(2))
+        return lambda: self.cupy.copyto(target, source)
+
     def ceilings(self):
         """As `Device.ceilings`."""
         a, b = (self.normal((_MATMUL, _MATMUL), "float16", seed) for seed in (0, 1))
-        source, target = (self.cupy.empty(_COPY_BYTES, "u1") for _ in range(2))
-        matmul = Method("matmul", lambda: a @ b)
-        copy = Method("copy", lambda: self.cupy.copyto(target, source))
+        matmul, copy = Method("matmul", lambda: a @ b), Method("copy", self.copy(_COPY_BYTES))
         sms = self.device.attributes["MultiProcessorCount"]
         return _ceilings(self, matmul, "float16", copy, sms)
 

@@ -117,7 +117,7 @@ class _Run:
                     results = method.call()
                 self.device.synchronize()
                 entry = {"status": "measured", "prepare_s": time.perf_counter() - started}
-                entry["check"] = agreement.compare(results, self.samples)
+                entry["check"] = agreement.compare(results, self.samples, peer.max_rel_rms)
                 del results
                 entry["peak_bytes"] = self.device.peak_bytes(method)
             except Exception as error:
@@ -153,7 +153,8 @@ class _Run:
             entry |= interleave.summarise(times)
             entry["samples_ms"] = [round(t, 5) for t in times]
             entry["tflops"] = work.tflops(self.point, entry["median_ms"])
-            entry["gbps"] = work.gbps(self.point, entry["median_ms"])
+            operand_bytes = peers.find(name).operand_bytes
+            entry["gbps"] = work.gbps(self.point, entry["median_ms"], operand_bytes)
         ours = samples.get(peers.OURS)
         if ours is not None and is_right(entries[peers.OURS]):
             for name, times in samples.items():

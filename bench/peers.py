@@ -11,10 +11,14 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+from bench import peers_fp8
 from bench.interleave import Method
 from bench.points import Point
 
 OURS = "numflash"
+FP8, FP8_QUANTIZING = "numflash-fp8", "numflash-fp8+quantize"
+FP8_TOLERANCE = 0.1
+"""Root mean square of an FP8 result's error over that of the result; on random numbers 0.05."""
 ALL = "all"
 
 
@@ -27,12 +31,18 @@ class Peer:
         modules: what must be importable.
         prepare: (point, inputs) -> Method; inputs are q, k, v, and for a backward dout, out, lse.
         distribution: the pip package whose version the record names.
+        max_rel_rms: how far off results may be: a root mean square relative to that of the exact
+            ones. None holds them to the rule for the input precision.
+        operand_bytes: bytes of an element of q, k and v as the method reads them; None for the
+            point's.
     """
 
     name: str
     modules: tuple[str, ...]
     prepare: Callable[[Point, dict[str, Any]], Method]
     distribution: str | None = None
+    max_rel_rms: float | None = None
+    operand_bytes: int | None = None
 
     def unavailable(self) -> str | None:
         """Why the peer cannot be used here; None if it can."""
@@ -195,6 +205,12 @@ def _torch_method(
     return Method(name, gradients, context)
 
 
+def _fp8(
+    name: str, modules: tuple[str, ...], prepare: Callable, distribution=None, operand_bytes=1
+) -> Peer:
+    return Peer(name, modules, prepare, distribution, FP8_TOLERANCE, operand_bytes)
+
+
 def _gradients(arrays) -> dict:
     return dict(zip(("dq", "dk", "dv"), arrays, strict=True))
 
@@ -203,6 +219,8 @@ PEERS: dict[str, Peer] = {
     peer.name: peer
     for peer in (
         Peer(OURS, ("numflash",), numflash()),
+        _fp8(FP8, ("numflash",), peers_fp8.quantized()),
+        _fp8(FP8_QUANTIZING, ("numflash",), peers_fp8.quantizing, operand_bytes=None),
         Peer("torch-cudnn", ("torch",), torch_sdpa("CUDNN_ATTENTION"), "torch"),
         Peer("torch-flash", ("torch",), torch_sdpa("FLASH_ATTENTION"), "torch"),
         Peer("torch-efficient", ("torch",), torch_sdpa("EFFICIENT_ATTENTION"), "torch"),
@@ -215,6 +233,13 @@ PEERS: dict[str, Peer] = {
             "flash-attn-3",
         ),
         Peer("fa3-fwd", ("fa3_fwd_interface",), flash_attention_3("fa3_fwd_interface"), "fa3-fwd"),
+        *(
+            _fp8(f"{name}-fp8", (module,), peers_fp8.flash_attention_3(module), distribution)
+            for name, module, distribution in (
+                ("flash-attention-3", "flash_attn_interface", "flash-attn-3"),
+                ("fa3-fwd", "fa3_fwd_interface", "fa3-fwd"),
+            )
+        ),
         Peer("triton", ("torch", "triton"), triton, "triton"),
         Peer("cupy", ("cupy",), cupy_standard("whole_matrix")),
         Peer("flex-attention", ("torch",), flex_attention, "torch"),
@@ -224,7 +249,7 @@ PEERS: dict[str, Peer] = {
 
 
 def find(name: str) -> Peer:
-    """The peer of a name; "numflash:CONFIG" and "cupy:FUNCTION" are variants.
+    """The peer of a name; variants: "numflash:CONFIG", "numflash-fp8:CONFIG", "cupy:FUNCTION".
 
     A backward's CONFIG is family=config pairs: "numflash:backward-dq=m64n64w4,backward-dkdv=...".
 
@@ -239,6 +264,8 @@ def find(name: str) -> Peer:
         if "=" in variant:
             config = dict(pair.split("=", 1) for pair in variant.split(","))
         return Peer(name, ("numflash",), numflash(config))
+    if kind == FP8 and variant:
+        return _fp8(name, ("numflash",), peers_fp8.quantized(variant))
     if kind == "cupy" and variant:
         return Peer(name, ("cupy",), cupy_standard(variant))
     raise ValueError(f"peer must be one of {', '.join(PEERS)}, got {name!r}")

@@ -9,7 +9,7 @@ yet measured"; no number comes from anywhere else. FP8 accuracy has a part of it
 import argparse
 from pathlib import Path
 
-from bench import figures, fp8_section, record, tables
+from bench import figures, fp8_section, quantize, record, tables
 from bench.checks import ROOT
 from bench.measure import is_right
 from bench.points import DIRECTIONS, Point
@@ -128,7 +128,10 @@ def _section(device, direction, points, figures_folder: Path, relative_to: Path)
         "size 2,048, random normal inputs, cold L2.",
         tables.speeds(points),
         tables.ratios(points),
+        *filter(None, [tables.fp8(points)]),
     ]
+    if found := last.get("quantize"):
+        parts.append(quantize.table(found))
     if untimed := tables.untimed(points):
         parts.append(f"No time at any point: {untimed}.")
     if stale := sum(p["record"].get("source_hash") != compiler.source_hash() for p in points):

@@ -71,7 +71,7 @@ class Session:
             self.record["points"].append(entry)
             text = _line(entry)
         else:
-            name = {"ceilings": "ceilings", "host": "host_microseconds"}[task["kind"]]
+            name = {"host": "host_microseconds"}.get(task["kind"], task["kind"])
             self.record[name] = result
             text = f"{task['kind']}: {_brief(result)}"
         record.save(self.record, self.path)
@@ -111,8 +111,9 @@ def _brief(result: dict) -> str:
     parts = []
     for name, value in result.items():
         if isinstance(value, dict):
-            value = value.get("median_us", value.get("reason", "-"))
-        text = f"{value:.1f}" if isinstance(value, float) else str(value)[:60]
+            known = (value[key] for key in ("median_us", "of_copy", "reason") if key in value)
+            value = next(known, "-")
+        text = f"{value:.3g}" if isinstance(value, float) else str(value)[:60]
         parts.append(f"{name} {text}")
     return ", ".join(parts)
 

@@ -9,7 +9,18 @@ import argparse
 import time
 from pathlib import Path
 
-from bench import ablation, analytic, figures, peers, points, profiler, record, static, tables
+from bench import (
+    ablation,
+    analytic,
+    figures,
+    peers,
+    points,
+    profiler,
+    quantize,
+    record,
+    static,
+    tables,
+)
 from bench.measure import is_right
 from bench.session import Session, point_tasks
 from numflash.devices import ARCHITECTURES, Architecture, architecture_of
@@ -36,6 +47,7 @@ def add_commands(commands) -> None:
             ("--ablate", "turn off one idea at a time"),
             ("--block-sizes", "the sensitivity to tile sizes"),
             ("--memory", "bytes over seqlen against standard attention"),
+            ("--quantize", "how fast arrays are quantised, against a device copy"),
             ("--traffic", "FLOPs and global-memory bytes against standard attention"),
         ):
             flag = option[2:].replace("-", "_")
@@ -83,6 +95,8 @@ def without_gpu(arguments: argparse.Namespace, deadline: float) -> int:
         _print_traffic(arguments, limits)
     elif arguments.mode == "memory":
         print(analytic.memory_table(_one_head_dim(arguments)))
+    elif arguments.mode == "quantize":
+        static.print_rows(quantize.static_rows(), static.COLUMNS, deadline)
     elif arguments.mode == "ablate":
         _print_ideas(direction, limits)
         static.print_rows(ablation.static_rows(direction), ablation.STATIC_COLUMNS, deadline)
@@ -96,6 +110,8 @@ def without_gpu(arguments: argparse.Namespace, deadline: float) -> int:
         static.print_rows(rows, static.COLUMNS, deadline)
     else:
         static.print_rows(static.rows(direction, dims, dtypes), static.COLUMNS, deadline)
+        if direction == "forward":
+            print(static.FP8_NOTE)
     return 0
 
 
@@ -110,7 +126,10 @@ def _grid_tasks(arguments, names, limits):
     tasks = point_tasks(chosen, names)
     # After what a short visit is for, before the rest of the grid.
     at = sum(p.kind != "grid" or points.is_quick(p) for p in chosen)
-    tasks.insert(at, {"kind": "host", "peers": names})
+    extra = [{"kind": "host", "peers": names}]
+    if arguments.direction == "forward":
+        extra.append({"kind": "quantize"})
+    tasks[at:at] = extra
 
     def finish(session: Session, deadline: float) -> None:
         grid = session.measured("grid")
@@ -118,6 +137,9 @@ def _grid_tasks(arguments, names, limits):
         print(f"\n{tables.speeds(grid)}\n\n{tables.point_ratios(grid)}\n\n{tables.ratios(grid)}")
         if ceilings is not None:
             print(f"\n{tables.fractions(session.measured(), ceilings)}")
+        if speeds := tables.fp8(grid):
+            print(f"\n{speeds}")
+        _print_quantization(session)
         if decoding := session.measured("decode"):
             print(f"\n{tables.decode(decoding, ceilings)}")
         host = session.record["host_microseconds"]
@@ -190,6 +212,16 @@ def _memory_tasks(arguments, names, limits):
     return point_tasks(chosen, _MEMORY_PEERS), finish
 
 
+def _quantize_tasks(arguments, names, limits):
+    return [{"kind": "quantize"}], lambda session, deadline: _print_quantization(session)
+
+
+def _print_quantization(session: Session) -> None:
+    found = session.record.get("quantize", {})
+    if found and "failed" not in found:
+        print(f"\n{quantize.table(found)}")
+
+
 def _traffic_tasks(arguments, names, limits):
     chosen = [points.gpt2_medium(arguments.direction)]
 
@@ -214,6 +246,7 @@ _TASKS = {
     "ablate": _ablation_tasks,
     "block_sizes": _block_size_tasks,
     "memory": _memory_tasks,
+    "quantize": _quantize_tasks,
     "traffic": _traffic_tasks,
 }
 

@@ -5,12 +5,13 @@ Registers, spills, shared memory, blocks per SM and tensor-core instructions, fr
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from numflash.configs import Traits, padded_head_dim
+from numflash.configs import FP8_STEP, Traits, padded_head_dim
 from numflash.devices import ARCHITECTURES, Architecture
 from numflash.dispatch import choose
+from numflash.errors import UnsupportedError
 
 ARCHS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_120")
 FAMILIES = {"forward": ("forward",), "backward": ("backward-dkdv", "backward-dq")}
@@ -25,16 +26,23 @@ COLUMNS = (
     "smem bytes",
     "blocks/SM",
     "HMMA",
+    "QMMA",
     "EX2",
     "instructions counted",
+)
+FP8_NOTE = (
+    "FP8: only sm_89, sm_120 and sm_121 have an instruction for products of 8-bit floats through "
+    "mma.sync (QMMA). On sm_90 and sm_100 the assembler makes conversions and float16 products of "
+    "it, and before sm_89 there is none: there the FP8 forward multiplies float16 (HMMA), saves "
+    "memory, and cannot be faster than 16 bits."
 )
 _WIDTHS = {"kernel": 13, "config": 23, "variant": 36, "idea": 9}
 
 
-def traits_of(dtype: str, head_dim: int) -> Traits:
-    """What a kernel is compiled for at a point of the grid."""
-    padded = padded_head_dim(head_dim)
-    return Traits(dtype, padded, padded)
+def traits_of(dtype: str, head_dim: int, fp8: bool = False) -> Traits:
+    """What a kernel is compiled for at a point of the grid; `dtype` is that of the result."""
+    padded = -(-head_dim // FP8_STEP) * FP8_STEP if fp8 else padded_head_dim(head_dim)
+    return Traits(dtype, padded, padded, fp8=fp8)
 
 
 def choose_config(family: str, traits: Traits, limits: Architecture, **options) -> Any:
@@ -48,7 +56,7 @@ def row(family: str, traits: Traits, limits: Architecture, config: Any) -> dict:
 
     found: dict = {
         "kernel": family,
-        "dtype": traits.dtype,
+        "dtype": _operands(traits),
         "head_dim": traits.head_dim,
         "arch": limits.arch,
         "config": str(config),
@@ -65,24 +73,43 @@ def row(family: str, traits: Traits, limits: Architecture, config: Any) -> dict:
         "smem bytes": report.smem_bytes,
         "blocks/SM": report.blocks_per_sm,
         "HMMA": counts.get("HMMA"),
+        "QMMA": counts.get("QMMA"),
         "EX2": counts.get("MUFU.EX2"),
         "instructions counted": sum(counts.values()) if counts else None,
     }
 
 
+def _operands(traits: Traits) -> str:
+    return "fp8" if traits.fp8 else traits.dtype
+
+
+def chosen_row(family: str, traits: Traits, limits: Architecture) -> dict:
+    """The figures of the kernel that an architecture would run, or why it runs none."""
+    try:
+        config = choose_config(family, traits, limits)
+    except UnsupportedError as error:
+        names = {"kernel": family, "head_dim": traits.head_dim, "arch": limits.arch}
+        return {**names, "dtype": _operands(traits), "config": "-", "reason": str(error)}
+    return row(family, traits, limits, config)
+
+
 def rows(
     direction: str,
-    head_dims: Iterable[int],
-    dtypes: Iterable[str],
+    head_dims: Sequence[int],
+    dtypes: Sequence[str],
     archs: Iterable[str] = ARCHS,
 ) -> Iterator[dict]:
-    """The figures of the kernels that each architecture would run."""
+    """The figures of the kernels that each architecture would run, on 8-bit floats last."""
     for family in FAMILIES[direction]:
         for dtype in dtypes:
             for head_dim in head_dims:
                 for arch in archs:
-                    limits, traits = ARCHITECTURES[arch], traits_of(dtype, head_dim)
-                    yield row(family, traits, limits, choose_config(family, traits, limits))
+                    yield chosen_row(family, traits_of(dtype, head_dim), ARCHITECTURES[arch])
+    for head_dim in head_dims if direction == "forward" else ():
+        for arch in archs:
+            # Turing has no bfloat16.
+            traits = traits_of("float16" if arch == "sm_75" else dtypes[0], head_dim, fp8=True)
+            yield chosen_row("forward", traits, ARCHITECTURES[arch])
 
 
 def print_rows(

@@ -7,7 +7,7 @@ that says why there is no number.
 from collections.abc import Iterable
 from typing import Any
 
-from bench import interleave, peers, work
+from bench import interleave, peers, static, work
 from bench.measure import is_right
 from bench.points import Point
 from bench.work import Ceilings
@@ -136,6 +136,27 @@ def fractions(points: list[dict], ceilings: Ceilings) -> str:
         return "numflash has no time at any point."
     header = ["point", "ms", "of matmul", "of copy", "of floor", "SM MHz", "W"]
     return markdown(header, rows)
+
+
+def fp8(points: list[dict]) -> str:
+    """How many times as fast as in 16 bits numflash is on 8-bit floats; "" without a time."""
+    rows = []
+    for entry in _in_order(points):
+        names = peers.FP8, peers.FP8_QUANTIZING
+        found = [entry.get("ratios", {}).get(name) for name in names]
+        if any(found):
+            texts = ["-" if r is None else f"{1 / r:.2f}" for r in found]
+            times = (entry["methods"].get(name, {}) for name in (peers.OURS, *names))
+            texts = [*(f"{t['median_ms']:.3f}" if is_right(t) else "-" for t in times), *texts]
+            rows.append([Point.from_dict(entry), *texts])
+    if not rows:
+        return ""
+    both = "and quantisation"
+    header = ["point", "16 bits ms", "FP8 ms", f"{both} ms", "FP8 / 16 bits", both]
+    return (
+        f"{markdown(header, rows)}\n\nSpeeds over numflash's in 16 bits, the median of rounds in "
+        f"which both ran in turn; once on arrays that are in 8 bits already.\n\n{static.FP8_NOTE}"
+    )
 
 
 def decode(points: list[dict], ceilings: Ceilings | None) -> str:

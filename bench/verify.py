@@ -10,11 +10,11 @@ import argparse
 import time
 from pathlib import Path
 
-from bench import checks, record
+from bench import checks, peers, record
 
 _TIMING_SECONDS = 120
-# Those that need no compiling.
-_TIMING_PEERS = "torch-cudnn,torch-flash,cupy"
+# Those that need no compiling, but numflash's own.
+_TIMING_PEERS = f"{peers.FP8},{peers.FP8_QUANTIZING},torch-cudnn,torch-flash,cupy"
 
 
 def add_command(commands) -> None:

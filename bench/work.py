@@ -55,16 +55,19 @@ def exponentials(point: Point) -> float:
     return scores(point)
 
 
-def min_bytes(point: Point) -> int:
+def min_bytes(point: Point, operand_bytes: int | None = None) -> int:
     """Bytes if every input is read once and every result written once.
 
-    Forward: Q, K, V, and O, lse. Backward: Q, K, V, O, dO, lse, and dQ, dK, dV.
+    Forward: Q, K, V, and O, lse. Backward: Q, K, V, O, dO, lse, and dQ, dK, dV. `operand_bytes` is
+    the size of an element of Q, K and V in a forward on other operands than the point's.
     """
     queries = point.batch * point.seqlen_q * point.num_heads_q * point.head_dim
     keys = point.batch * point.seqlen_k * point.num_heads_kv * point.head_dim
     statistics = point.batch * point.num_heads_q * point.seqlen_q * _FLOAT_BYTES
     if point.direction == "forward":
-        return (2 * queries + 2 * keys) * point.dtype_bytes + statistics
+        operand_bytes = operand_bytes or point.dtype_bytes
+        read = (queries + 2 * keys) * operand_bytes
+        return read + queries * point.dtype_bytes + statistics
     return (4 * queries + 4 * keys) * point.dtype_bytes + statistics
 
 
@@ -85,6 +88,6 @@ def tflops(point: Point, milliseconds: float) -> float:
     return flops(point) / milliseconds / 1e9
 
 
-def gbps(point: Point, milliseconds: float) -> float:
-    """The bandwidth of a call that took this long, in 1e9 bytes per second."""
-    return min_bytes(point) / milliseconds / 1e6
+def gbps(point: Point, milliseconds: float, operand_bytes: int | None = None) -> float:
+    """The bandwidth of a call that took this long, in 1e9 bytes per second; see `min_bytes`."""
+    return min_bytes(point, operand_bytes) / milliseconds / 1e6

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any, TextIO
 
-from bench import measure, peers
+from bench import measure, peers, quantize
 from bench.device import Device, open_device
 from bench.points import Point
 
@@ -58,6 +58,8 @@ def _run_task(device: Device, task: dict, settings: dict, begin) -> dict:
     if kind == "host":
         names = [name for name in task["peers"] if name not in exclude]
         return measure.host_microseconds(device, names, begin)
+    if kind == "quantize":
+        return quantize.measure(device, begin, exclude, settings["budget_ms"])
     point = Point.from_dict(task["point"])
     result = measure.measure_point(
         device,

@@ -24,6 +24,7 @@ from bench import (
 from bench.points import gpt2_medium, grid
 from bench.session import Session, point_tasks
 from numflash.devices import ARCHITECTURES
+from numflash.errors import UnsupportedError
 
 # A worker whose tasks say what it does: a list of steps, each a line of the journal or a deed.
 _WORKER = """
@@ -255,7 +256,9 @@ def test_the_record_is_on_disk_after_every_result(tmp_path, gpu, monkeypatch, ca
     assert "[2/3" in output and "numflash 137" in output and "interrupted" in output
 
 
-@pytest.mark.parametrize("mode", [[], ["--ablate"], ["--block-sizes"], ["--memory"]])
+@pytest.mark.parametrize(
+    "mode", [[], ["--ablate"], ["--block-sizes"], ["--memory"], ["--quantize"]]
+)
 def test_every_command_measures_prints_and_records(tmp_path, gpu, monkeypatch, capsys, mode):
     asked = []
 
@@ -267,6 +270,9 @@ def test_every_command_measures_prints_and_records(tmp_path, gpu, monkeypatch, c
                 on_result(task, {**found, "matmul": "bfloat16"})
             elif task["kind"] == "host":
                 on_result(task, {"numflash": {"median_us": 20.0}})
+            elif task["kind"] == "quantize":
+                entry = {"median_ms": 0.1, "gbps": 3600.0, "of_copy": 0.85, "is_right": True}
+                on_result(task, {"d128 block": entry, "d256 block": {"reason": "no room"}})
             else:
                 names = task["peers"]
                 entry = {**_RESULT["methods"]["numflash"], "peak_bytes": 2**20}
@@ -279,6 +285,8 @@ def test_every_command_measures_prints_and_records(tmp_path, gpu, monkeypatch, c
         output = capsys.readouterr().out
         assert "matrix product 700 TFLOP/s" in output
         assert "record: " in output
+        if mode == ["--quantize"] or (mode == [] and direction == "forward"):
+            assert "| d128 block   | 100.0   | 3600 | 85%" in output and "no room" in output
     assert asked == [pytest.approx(77, abs=5)] * 2
     assert len(list(tmp_path.glob("*.json"))) == 2
 
@@ -292,7 +300,8 @@ def test_verify_ends_with_a_quick_forward(tmp_path, gpu, monkeypatch, capsys):
 
     monkeypatch.setattr(supervisor, "run", run)
     assert bench.main(["verify", f"--out={tmp_path}"]) == 0
-    assert seen and {len(task["peers"]) for task in seen} == {4}
+    assert seen and {len(task["peers"]) for task in seen} == {6}
+    assert {"numflash-fp8", "numflash-fp8+quantize"} < set(seen[0]["peers"])
     kinds = [json.loads(path.read_text())["kind"] for path in sorted(tmp_path.glob("*.json"))]
     assert sorted(kinds) == ["forward", "verify"]
     monkeypatch.setattr(supervisor, "run", lambda *a, **o: 1 / 0)
@@ -344,13 +353,20 @@ def test_without_a_gpu_the_static_figures_are_printed(direction, no_gpu, compile
     assert bench.main([direction]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("There is no NVIDIA GPU here")
-    families = {"forward": 1, "backward": 2}[direction]
-    # 3 head dims, 2 dtypes, 6 architectures.
-    assert len(lines) == 2 + families * 36
-    assert len(compiled) == families * 36
+    # 3 head dims, 6 architectures: 2 families in 2 dtypes, or one, also on 8-bit floats.
+    rows = {"forward": 3 * 18, "backward": 4 * 18}[direction]
+    if direction == "forward":
+        assert lines.pop() == static.FP8_NOTE
+    assert len(lines) == 2 + rows
+    assert len(compiled) == rows
     assert {arch for *_, arch in compiled} == set(static.ARCHS)
-    assert sum("not on Turing" in line for line in lines) == families * 6
+    assert sum("not on Turing" in line for line in lines) == rows // 6
     assert all("  64 " in line for line in lines[2:] if "sm_80 " in line)
+    on_8_bits = [(config, arch) for config, traits, arch in compiled if traits.fp8]
+    assert len(on_8_bits) == sum(" fp8 " in line for line in lines)
+    assert len(on_8_bits) == (18 if direction == "forward" else 0)
+    for config, arch in on_8_bits:
+        assert config.multiplies_codes is (arch in ("sm_89", "sm_120"))
 
 
 @pytest.mark.parametrize(
@@ -360,6 +376,7 @@ def test_without_a_gpu_the_static_figures_are_printed(direction, no_gpu, compile
         ("--memory", "numflash MiB"),
         ("--ablate", "online softmax in one pass"),
         ("--block-sizes", "sm_80"),
+        ("--quantize", "sm89-t128w"),
     ],
 )
 def test_every_mode_without_a_gpu(mode, expected, no_gpu, compiled, capsys):
@@ -368,6 +385,19 @@ def test_every_mode_without_a_gpu(mode, expected, no_gpu, compiled, capsys):
     assert output.startswith("There is no NVIDIA GPU here")
     assert expected in output
     assert "TFLOP/s" not in output
+
+
+def test_a_kernel_that_an_architecture_has_not_is_a_row_with_its_reason(monkeypatch):
+    def choose(*arguments, **options):
+        raise UnsupportedError("no forward kernel runs it")
+
+    monkeypatch.setattr(static, "choose", choose)
+    found = list(static.rows("forward", (64,), ("float16",), ("sm_89",)))
+    assert [row["dtype"] for row in found] == ["float16", "fp8"]
+    lines = []
+    deadline = time.monotonic() + 9
+    static.print_rows(iter(found), static.COLUMNS, deadline, lambda x, **_: lines.append(x))
+    assert all(line.endswith("no forward kernel runs it") for line in lines[1:])
 
 
 def test_static_figures_keep_the_time_limit(no_gpu, compiled, capsys):
