@@ -15,19 +15,21 @@ _LARGEST = 448.0
 
 
 def quantized(config: Any = None) -> Callable:
-    """Preparation of numflash on q, k and v that are in 8 bits already, by the full recipe.
+    """Preparation of numflash on q, k and v that are in 8 bits already, as in an FP8 KV cache.
 
-    A scale for each block of 128 tokens, q and k rotated, v transposed, as in an FP8 KV cache.
+    By the recipe of `precision="fp8"`, with v transposed.
     """
 
     def prepare(point: Point, inputs: dict) -> Method:
         import numflash as library
 
         _expect_forward(point)
-        arrays = {
-            name: library.quantize_fp8(x, hadamard=name != "v", transposed=name == "v")
-            for name, x in _qkv(inputs).items()
-        }
+        recipe, arrays = library.Fp8Recipe(), {}
+        for name, x in _qkv(inputs).items():
+            is_v = name == "v"
+            share = recipe.granularity, recipe.block
+            turn = recipe.hadamard and not is_v, recipe.seed
+            arrays[name] = library.quantize_fp8(x, *share, *turn, transposed=is_v)
         options = {"causal": point.causal, **({} if config is None else {"config": config})}
         return Method("FP8", lambda: {"out": library.attention(*arrays.values(), **options)})
 
