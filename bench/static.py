@@ -36,7 +36,7 @@ FP8_NOTE = (
     "it, and before sm_89 there is none: there the FP8 forward multiplies float16 (HMMA), saves "
     "memory, and cannot be faster than 16 bits."
 )
-_WIDTHS = {"kernel": 13, "config": 23, "variant": 36, "idea": 9}
+_WIDTHS = {"kernel": 13, "config": 27, "variant": 36, "idea": 9}
 
 
 def traits_of(dtype: str, head_dim: int, fp8: bool = False) -> Traits:

@@ -52,17 +52,17 @@ def test_numflashs_methods_are_attention(name):
 def test_the_methods_without_quantisation_do_none_when_called(monkeypatch):
     made, called = [], []
 
-    def quantize_fp8(x, **options):
-        made.append(options)
+    def quantize_fp8(x, *recipe, **options):
+        made.append((*recipe, options["transposed"]))
         return f"8 bits of {x}"
 
     monkeypatch.setattr(numflash, "quantize_fp8", quantize_fp8)
     monkeypatch.setattr(numflash, "attention", lambda *x, **options: called.append((x, options)))
     inputs = {name: name for name in "qkv"}
     method = peers.find(FP8).prepare(POINT, inputs)
-    assert [(o["hadamard"], o["transposed"]) for o in made] == [(True, False)] * 2 + [
-        (False, True)
-    ]
+    default = numflash.Fp8Recipe()
+    share = default.granularity, default.block
+    assert made == [(*share, True, 0, False)] * 2 + [(*share, False, 0, True)]
     method.call()
     peers.find(FP8_QUANTIZING).prepare(POINT, inputs).call()
     assert len(made) == 3
