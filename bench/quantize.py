@@ -124,6 +124,11 @@ def _relative_rms(got, x) -> float:
     return float(((got - x) ** 2).mean() / (x**2).mean()) ** 0.5
 
 
+def is_measured(found: dict | None) -> bool:
+    """Whether what a record holds is what `measure` returned."""
+    return bool(found) and "failed" not in found
+
+
 def table(found: dict[str, dict]) -> str:
     """What was measured, in Markdown."""
     rows = []

@@ -80,6 +80,9 @@ def render(records: list[dict], figures_folder: Path, relative_to: Path) -> str:
             if points:
                 parts.append(_section(device, direction, points, figures_folder, relative_to))
         parts += _gpt2(mine, device)
+        measured = [r for r in mine if quantize.is_measured(r.get("quantize"))]
+        if measured:
+            parts += [f"#### {device}, quantisation", quantize.table(measured[-1]["quantize"])]
     return "\n\n".join(parts)
 
 
@@ -130,8 +133,6 @@ def _section(device, direction, points, figures_folder: Path, relative_to: Path)
         tables.ratios(points),
         *filter(None, [tables.fp8(points)]),
     ]
-    if found := last.get("quantize"):
-        parts.append(quantize.table(found))
     if untimed := tables.untimed(points):
         parts.append(f"No time at any point: {untimed}.")
     if stale := sum(p["record"].get("source_hash") != compiler.source_hash() for p in points):

@@ -217,8 +217,8 @@ def _quantize_tasks(arguments, names, limits):
 
 
 def _print_quantization(session: Session) -> None:
-    found = session.record.get("quantize", {})
-    if found and "failed" not in found:
+    found = session.record.get("quantize")
+    if quantize.is_measured(found):
         print(f"\n{quantize.table(found)}")
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from bench import __main__ as bench
 from bench import figures, points, record, report, tables, work
+from bench.peers import FP8, FP8_QUANTIZING
 from bench.points import Point
 from numflash import compiler
 
@@ -98,6 +99,30 @@ def test_a_readme_without_its_markers_is_left_alone(tmp_path, readme, capsys):
     status, text = _report(tmp_path, readme=readme)
     assert (status, text) == (1, readme)
     assert "needs one" in capsys.readouterr().out
+
+
+def test_the_readme_shows_8_bit_floats(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    (point,) = _grid(seqlens=(4096,), head_dims=(128,))[:1]
+    entry = _entry(point, ours=3.0)
+    entry["methods"] |= {FP8: _method(point, 2.0), FP8_QUANTIZING: _method(point, 2.5)}
+    entry["ratios"] |= {FP8: 2 / 3, FP8_QUANTIZING: 2.5 / 3}
+    case = {"median_ms": 0.1, "gbps": 3600.0, "of_copy": 0.83, "is_right": True}
+    quantised = _record([], "forward", quantize={"d128 block": case})
+    failed = _record([], "forward", quantize={"failed": "RuntimeError: no"})
+    text = _report(tmp_path, _record([entry]), quantised, failed)[1]
+    (line,) = (line for line in text.splitlines() if "2.500" in line)
+    assert [cell.strip() for cell in line.strip("|").split("|")][1:] == [
+        "3.000", "2.000", "2.500", "1.50", "1.20",
+    ]  # fmt: skip
+    assert "cannot be faster than 16 bits" in text
+    assert "#### GPU X, quantisation" in text and "83%" in text and "no |" not in text
+
+
+def test_without_8_bit_floats_the_readme_does_not_speak_of_them(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    text = _report(tmp_path, _record([_entry(point) for point in _grid()]))[1]
+    assert "FP8" not in text and "quantisation" not in text
 
 
 def test_the_readme_shows_what_was_measured(tmp_path, monkeypatch):
