@@ -503,10 +503,12 @@ def fp8_arrays(rng):
 
 
 def codes_with_scales(rng):
-    """e4m3 codes with a scale per head of k, and the scales as options."""
+    """e4m3 codes of 4 and 2 heads with a scale per head of k, and the scales as options."""
     codes, options = [], {}
-    for name, x in zip("qkv", arrays(rng, dtype=np.float16), strict=True):
-        share = x.reshape(B, x.shape[1], HKV, -1)
+    for name, seqlen, heads in (("q", SQ, 4), ("k", SK, 2), ("v", SK, 2)):
+        x = rng.standard_normal((B, seqlen, heads, D)).astype(np.float16)
+        x[:, :, heads // 2 :] *= 4
+        share = x.reshape(B, seqlen, 2, -1)
         share_codes, descale = reference.quantize_fp8(share, "head")
         options[f"{name}_descale"] = np.ascontiguousarray(descale[..., 0])
         codes.append(share_codes[..., : share.shape[-1]].reshape(x.shape).copy())
@@ -604,6 +606,8 @@ def test_check_takes_8_bit_arrays_and_codes(rng):
     for given, options in ((quantized, {}), ((q, *quantized[1:]), {}), (codes, scales)):
         report = numflash.check(*given, config=FP8_CONFIG, causal=True, softcap=5.0, **options)
         assert report.passed, f"\n{report}"
+        # Of right codes: wrong ones would be far off, and allow as much.
+        assert report.errors[0].naive_error < 0.15, f"\n{report}"
         # Against what the codes stand for: q's rounding counts where q comes with 16 bits.
         rounded = given[0] is q
         assert (report.errors[1].error > 1e-3) is rounded
