@@ -1,0 +1,102 @@
+"""The forward on 8-bit floats as machine code: what is chosen stays in registers, and multiplies.
+
+For each head_dim and GPU the config that `dispatch` chooses, with scales of tiles and of keys in
+turn. NUMFLASH_TEST_EVERY_CONFIG=1 compiles all of them with every feature.
+"""
+
+import itertools
+import os
+
+import pytest
+
+from numflash.compiler import get_cubin
+from numflash.configs import Fp8ForwardConfig, Traits
+from numflash.devices import architecture
+from numflash.dispatch import choose
+from numflash.inspect import inspect_kernel
+from numflash.sass import count_instructions, disassemble
+
+# sm_86 has the instructions of sm_80 and the shared memory of sm_89.
+ARCHS = ("sm_75", "sm_80", "sm_89", "sm_90a", "sm_120")
+NATIVE = ("sm_89", "sm_120")
+HEAD_DIMS = (64, 128, 192, 256)
+PLAIN, KEYS = {}, {"key_scales": True}
+BENT = {"softcap": True, "alibi": True}
+ALL = {**KEYS, **BENT}
+
+
+def kernel(arch: str, head_dim: int, features: dict, dtype: str = "float16"):
+    """(config, traits, limits) of what is chosen."""
+    limits = architecture(arch)
+    traits = Traits(dtype, head_dim, head_dim, fp8=True, **features)
+    return choose("forward", traits, limits).config, traits, limits
+
+
+def _cases():
+    """(arch, head_dim, features): each GPU and head_dim; where registers are scarcest both."""
+    if os.environ.get("NUMFLASH_TEST_EVERY_CONFIG"):
+        return list(itertools.product(ARCHS, HEAD_DIMS, (PLAIN, KEYS, BENT, ALL)))
+    return [
+        ("sm_75", 64, KEYS),
+        ("sm_75", 128, PLAIN),
+        ("sm_75", 256, KEYS),
+        ("sm_80", 64, ALL),
+        ("sm_80", 128, KEYS),
+        ("sm_80", 192, PLAIN),
+        ("sm_80", 256, PLAIN),
+        ("sm_89", 64, PLAIN),
+        ("sm_89", 128, KEYS),
+        ("sm_89", 192, KEYS),
+        ("sm_89", 256, PLAIN),
+        ("sm_90a", 128, PLAIN),
+        ("sm_90a", 256, KEYS),
+        ("sm_120", 128, ALL),
+        ("sm_120", 192, PLAIN),
+        ("sm_120", 256, KEYS),
+    ]
+
+
+def _name(case) -> str:
+    arch, head_dim, features = case
+    return "-".join([arch, f"d{head_dim}", *(features or ["plain"])])
+
+
+@pytest.mark.parametrize("case", _cases(), ids=_name)
+def test_what_is_chosen_stays_in_registers_and_multiplies(case):
+    arch, head_dim, features = case
+    dtype = "bfloat16" if head_dim == 128 else "float16"
+    config, traits, limits = kernel(arch, head_dim, features, dtype)
+    report = inspect_kernel(config, traits, limits)
+    assert report.faults == (), f"{config}, {report.registers} registers"
+    counts = report.instructions
+    assert (counts["QMMA"] > 0, counts["HMMA"] > 0) == (arch in NATIVE, arch not in NATIVE)
+    assert config.multiplies_codes is (arch in NATIVE)
+
+
+def products(config: str, arch: str) -> dict[str, int]:
+    """How many instructions a kernel with head_dim 64 has."""
+    traits = Traits("float16", 64, 64, fp8=True)
+    cubin = get_cubin(Fp8ForwardConfig.parse(config), traits, architecture(arch))
+    return count_instructions(disassemble(cubin.code))
+
+
+def test_products_are_as_many_as_there_must_be():
+    # 16 rows a warp: of S 8 columns of products, 2 steps of 32; of O 8 columns, 2 steps.
+    counts = products("fp8-sm89-m64n64w4s1", "sm_89")
+    assert (counts["QMMA"], counts["HMMA"]) == (8 * 2 + 8 * 2, 0)
+
+
+def test_products_of_float16_are_twice_as_many():
+    counts = products("fp8-sm80-m64n64w4s1", "sm_80")
+    assert (counts["QMMA"], counts["HMMA"]) == (0, 8 * 4 + 8 * 4)
+
+
+@pytest.mark.parametrize("arch", ["sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_120"])
+def test_there_is_a_kernel_for_everything_and_it_fits(arch):
+    limits = architecture(arch)
+    shapes = itertools.product(HEAD_DIMS, HEAD_DIMS, (PLAIN, KEYS, BENT, ALL), (1, 16, 64, 2**30))
+    for head_dim, head_dim_v, features, rows in shapes:
+        traits = Traits("float16", head_dim, head_dim_v, fp8=True, **features)
+        config = choose("forward", traits, limits, rows).config
+        assert config.smem_bytes(traits) <= limits.max_smem_per_block
+        assert config.misfit(traits) is None
