@@ -11,8 +11,8 @@ from numflash.check import CheckReport, check
 from numflash.errors import UnsupportedError
 from numflash.explain import Explanation, explain_dispatch
 from numflash.fp8 import Fp8Array, Fp8Recipe, PrecisionDecision
+from numflash.fp8_arrays import dequantize_fp8, quantize_fp8
 from numflash.mode import simulating
-from numflash.quantization import dequantize_fp8, quantize_fp8
 
 __all__ = [
     "CheckReport",

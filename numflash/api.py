@@ -19,7 +19,8 @@ from numflash.configs import Config, MmaConfig, Traits, padded_head_dim
 from numflash.dispatch import choose, num_splits
 from numflash.errors import UnsupportedError
 from numflash.fp8 import Fp8Array, Fp8Recipe, PrecisionDecision
-from numflash.fp8_calls import AutoForward, Described, Fp8Forward
+from numflash.fp8_calls import AutoForward, Fp8Forward
+from numflash.fp8_sources import Described
 from numflash.launch import limits_of_device, multiprocessors
 from numflash.mode import SIMULATED
 from numflash.problem import expect_contiguous_rows, expect_head_dim, expect_precision

@@ -60,7 +60,7 @@ def rotate(x, seed: int) -> np.ndarray:
     x = x * hadamard_signs(shape[-1], seed)
     stride = 1
     while stride < size:
-        pairs = x.reshape(*shape[:-1], -1, 2, stride)
+        pairs = x.reshape(*shape[:-1], shape[-1] // (2 * stride), 2, stride)
         low, high = pairs[..., 0, :], pairs[..., 1, :]
         x = np.stack([low + high, low - high], -2).reshape(shape)
         stride *= 2

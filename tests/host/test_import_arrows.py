@@ -45,10 +45,11 @@ ARROWS = {
     "tuned",
     "quantization": "arrays configs errors formats fp8 launch problem views",
     "calls": "arrays configs dispatch launch problem selection views",
-    "fp8_calls": "arrays calls configs dispatch errors fp8 launch problem quantization selection "
-    "views",
-    "api": "arrays calls compiler configs dispatch errors fp8 fp8_calls launch mode problem "
-    "selection store tuned views",
+    "fp8_arrays": "arrays fp8 quantization views",
+    "fp8_sources": "arrays configs errors fp8 launch problem quantization views",
+    "fp8_calls": "arrays calls configs dispatch errors fp8_sources launch problem selection views",
+    "api": "arrays calls compiler configs dispatch errors fp8 fp8_calls fp8_sources launch mode "
+    "problem selection store tuned views",
     "explain": "api arrays calls dispatch fp8_calls problem selection views",
     "check": "api arrays explain fp8 reference selection",
 }

@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 
-from numflash import quantization, reference
+from numflash import fp8_arrays, quantization, reference
 from numflash.arrays import _NumPy, library_of
 from numflash.configs import QuantizeConfig
 from numflash.errors import UnsupportedError
 from numflash.formats import FORMATS
 from numflash.fp8 import Fp8Array, Fp8Recipe
-from numflash.quantization import Quantization, Relayout, dequantize_fp8, quantize_fp8
+from numflash.fp8_arrays import dequantize_fp8, quantize_fp8
+from numflash.quantization import Quantization, Relayout
 from numflash.reference.fp8 import tokens_innermost
 from numflash.simulator import SEED as SEED_OF_SIMULATOR
 from numflash.views import numpy_dtype
@@ -123,7 +124,7 @@ CASES = [
 @pytest.fixture(autouse=True)
 def poisoned_results(monkeypatch):
     """0xff bytes wherever a kernel leaves a result out: NaN, and a NaN's code."""
-    monkeypatch.setattr(quantization, "_ready", {})
+    monkeypatch.setattr(fp8_arrays, "_ready", {})
     empty = _NumPy.empty
 
     def poisoned(self, shape, dtype, device):
@@ -364,7 +365,7 @@ def test_a_problem_is_made_ready_once(monkeypatch):
             made.append(args)
             super().__init__(*args, **kwargs)
 
-    monkeypatch.setattr(quantization, "Quantization", Counted)
+    monkeypatch.setattr(fp8_arrays, "Quantization", Counted)
     x = Case((1, 5, 1, 64)).array()
     first, second = quantize_fp8(x), quantize_fp8(x.copy())
     assert len(made) == 1 and first.data is not second.data
@@ -374,9 +375,9 @@ def test_a_problem_is_made_ready_once(monkeypatch):
     quantize_fp8(x, transposed=True)
     quantize_fp8(x, format="e5m2")
     assert len(made) == 5
-    monkeypatch.setattr(quantization, "_MAX_READY", 2)
+    monkeypatch.setattr(fp8_arrays, "_MAX_READY", 2)
     quantize_fp8(x, block=64)
-    assert len(quantization._ready) == 1
+    assert len(fp8_arrays._ready) == 1
 
 
 X = np.zeros((1, 4, 1, 64), np.float16)
