@@ -29,7 +29,7 @@ from tests.attention_cases import FP8_CONFIGS, SIM_CASES, AttentionCase, on_fp8
 
 SORTS = ("16-bit", "arrays", "codes")
 # Quantising takes longest in the simulator, and has tests of its own.
-TURNS = ("codes", "16-bit", "arrays", "codes", "arrays")
+TURNS = ("codes", "arrays") * 4 + ("16-bit",)
 RECIPES = (
     Fp8Recipe(),
     Fp8Recipe("token", seed=1),
@@ -220,14 +220,14 @@ def run(call: Fp8Call, config: str, **more):
 def _cases():
     """(case, sort, config, number): configs and sorts in turn; all of them if asked for.
 
-    Of the masks, which other kernels have too, a quarter, and each name once.
+    Of the masks, which other kernels have too, a sixth, and each name once.
     """
     cases, found = on_fp8(SIM_CASES), []
     if os.environ.get("NUMFLASH_TEST_EVERY_CONFIG"):
         chosen = [(c, s, f) for c in cases for s in SORTS for f in FP8_CONFIGS]
     else:
         masks = [case for case in cases if case.name.startswith(("square-", "tall-", "wide-"))]
-        cases = [*masks[::4], *(case for case in cases if case not in masks)]
+        cases = [*masks[::6], *(case for case in cases if case not in masks)]
         cases = list({case.name: case for case in reversed(cases) if case.name != "113"}.values())
         chosen = [
             (case, TURNS[i % len(TURNS)], FP8_CONFIGS[i % len(FP8_CONFIGS)])
@@ -255,7 +255,7 @@ def test_no_order_of_threads_changes_a_bit(config, monkeypatch):
     # Number 6: K and V with scales for 32 and for each token.
     call = make_call(problem(causal=True), "arrays", 6)
     found = set()
-    for seed in (1, 2, 3):
+    for seed in (1, 2):
         monkeypatch.setattr(SEED, "value", seed)
         found.add(tuple(x.tobytes() for x in run(call, config)))
     assert len(found) == 1
@@ -309,7 +309,7 @@ def test_a_nan_in_v_is_one_in_its_column_only():
     assert np.isnan(out[..., 7]).all() and np.isfinite(np.delete(out, 7, 3)).all()
 
 
-@pytest.mark.parametrize("config", ["fp8-sm89-m16n64w1s1", "fp8-sm80-m16n32w1s1"])
+@pytest.mark.parametrize("config", ["fp8-sm89-m16n64w1s1"])
 def test_infinities_become_the_largest_number(config):
     rng = np.random.default_rng(0)
     q, k, v = (rng.standard_normal((1, n, 1, 64)).astype(np.float16) for n in (18, 40, 40))
