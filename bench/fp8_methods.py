@@ -35,6 +35,8 @@ class Method:
         engine: SPECIFICATION or NUMPY.
         paper: the RMSE in Table 3 of FlashAttention-3; None if it is not there.
         recipe: of its FP8; None in float16.
+        fills_range: whether the largest number becomes the largest code, as is usual, in the place
+            of the specification's 256.
         order: of the tiles where P is relative to the row's maximum so far: "forwards" or
             "backwards".
     """
@@ -45,6 +47,7 @@ class Method:
     paper: float | None = None
     recipe: Fp8Recipe | None = None
     order: str | None = None
+    fills_range: bool = False
 
 
 METHODS = (
@@ -52,10 +55,11 @@ METHODS = (
     Method("float16", "float16, FlashAttention", NUMPY, 1.9e-4, order="forwards"),
     Method(
         "fp8-tensor",
-        "FP8, a scale per tensor",
+        "FP8, a scale per tensor (amax / 448)",
         SPECIFICATION,
         2.4e-2,
         Fp8Recipe("tensor", hadamard=False),
+        fills_range=True,
     ),
     Method(
         "fp8-block",
@@ -94,14 +98,22 @@ class Study:
         self.softmax_scale = case.head_dim**-0.5
         self._quantised: dict[Fp8Recipe, _Quantised] = {}
 
-    def quantised(self, recipe: Fp8Recipe) -> _Quantised:
-        """Codes and scales (batch, heads, n) of q, k and v, and the tokens of a scale."""
+    def quantised(self, recipe: Fp8Recipe, fills_range: bool = False) -> _Quantised:
+        """Codes and scales (batch, heads, n) of q, k and v, and the tokens of a scale.
+
+        `fills_range` is for a scale per tensor that is not rotated.
+        """
         if recipe not in self._quantised:
             codes, scales = [], []
             for x, turned in ((self.q, True), (self.k, True), (self.v, False)):
                 found, descale = reference.quantize_fp8(
                     x, recipe.granularity, recipe.block, recipe.hadamard and turned, recipe.seed
                 )
+                if fills_range:
+                    e4m3 = FORMATS["e4m3"]
+                    descale = descale * np.float32(e4m3.peak / e4m3.largest)
+                    found = np.zeros_like(found)
+                    found[..., : x.shape[-1]] = e4m3.encode(x.astype(np.float32) / descale.item())
                 codes.append(found)
                 scales.append(np.broadcast_to(descale, (len(x), x.shape[2], descale.shape[2])))
             block = 1 if recipe.granularity == "token" else recipe.block
@@ -130,7 +142,7 @@ class Study:
         elif method.recipe is None:
             out = tiled_attention(q, k, v, self.softmax_scale, _to_float16, dtype=np.float32)
         else:
-            codes, scales, block = self.quantised(method.recipe)
+            codes, scales, block = self.quantised(method.recipe, method.fills_range)
             q, k, v = codes[0][rows], codes[1][all_keys], codes[2][all_keys]
             qs, ks, vs = (scale[entry, head][None, None] for scale in scales)
             if qs.shape[2] > 1:

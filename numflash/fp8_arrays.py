@@ -46,7 +46,8 @@ def quantize_fp8(
     Returns:
         The codes, and scales of shape (batch, heads, n) with n = 1, seqlen / block rounded up, or
         seqlen; (1, 1, 1) for "tensor". What a scale is of: the largest finite |x|, at least
-        2 ** -100. Infinities become the largest number, a NaN stays one.
+        2 ** -100, which becomes 256 in e4m3. Infinities become the largest code, a NaN
+        stays one.
 
     Raises:
         TypeError: an argument of a wrong type or dtype, or not on a CUDA device.

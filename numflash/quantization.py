@@ -89,7 +89,7 @@ class Quantization:
         padded = _padded(head_dim, HEAD_DIM_STEP)
         self.data_shape = _data_shape(shape, transposed)
         self.descale_shape = recipe.descale_shape(batch, heads, seqlen)
-        self._largest = FORMATS[format].largest
+        self._peak = FORMATS[format].peak
         self._scalars = _scalars(self.tensor) | {
             "amax_batch": 0,
             "amax_head": 0,
@@ -181,7 +181,7 @@ class Quantization:
         if rows * groups:
             config = AmaxConfig(1 if per_group <= 64 else 8 if per_group <= 2048 else 32)
             scalars = {"per_row": per_row, "per_group": per_group, "groups": groups}
-            scalars["largest"] = self._largest
+            scalars["peak"] = self._peak
             launcher = Launcher(config, self._traits, self.device, rows * groups, scalars)
             self._reductions[name] = launcher, rows * groups
 

@@ -5,8 +5,8 @@ Quantisation, in float32 and in this order:
     x          rotated, if asked for: signs, then the Walsh-Hadamard transform of each piece of
                `rotation_size` elements with strides 1, 2, 4, ..., then a factor size ** -0.5
     amax       the largest finite |x| of what shares a scale, at least 2 ** -100
-    codes      x * (largest / amax), to the nearest e4m3 or e5m2, saturating
-    descale    amax / largest: x is about descale * code
+    codes      x * (peak / amax), to the nearest e4m3 or e5m2, saturating; peak is 256 or 32768
+    descale    amax / peak: x is about descale * code
 
 A key's P is quantised too, with the scale of its V, in units of the largest of its row among
 `tile_n` neighbouring keys. With T = S + log(v_descale)
@@ -116,11 +116,11 @@ def quantize_fp8(
     if granularity == "tensor":
         amax = np.full((1, 1, 1), amax.max(initial=0), np.float32)
     amax = np.maximum(amax, SMALLEST_AMAX)
-    largest = np.float32(kind.largest)
-    scale = per_token(largest / amax, batch, heads, seqlen, size)
+    peak = np.float32(kind.peak)
+    scale = per_token(peak / amax, batch, heads, seqlen, size)
     with np.errstate(over="ignore"):
         codes = kind.encode(x * scale[..., None])
-    return heads_back(codes, bhsd, ndim), amax / largest
+    return heads_back(codes, bhsd, ndim), amax / peak
 
 
 def dequantize_fp8(

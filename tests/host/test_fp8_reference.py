@@ -185,7 +185,7 @@ def test_scales_are_of_the_largest_number_that_shares_them(granularity, format):
     x[0, 3, 1, 5], x[1, 20, 2, 7], x[0, 34, 0, 0] = np.inf, np.nan, -9
     x[1, 16:32, 0] = 0
     codes, descale = fp8.quantize_fp8(x, granularity, 16, format=format)
-    kind, largest = FORMATS[format], np.float32(FORMATS[format].largest)
+    kind, largest = FORMATS[format], np.float32(FORMATS[format].peak)
     groups = list(scale_groups(x.shape, granularity, 16))
     assert len(groups) == descale.size and codes.shape == (2, 35, 3, 64)
     assert (codes[..., 40:] == 0).all()

@@ -128,7 +128,7 @@ def make_amax_kernel(config: AmaxConfig, traits: Traits) -> Kernel:
         per_row: i32,
         per_group: i32,
         groups: i32,
-        largest: f32,
+        peak: f32,
     ):
         smem = cuda.shared.array(0, f32)
         row, group = divide(cuda.blockIdx.x, groups)
@@ -140,6 +140,6 @@ def make_amax_kernel(config: AmaxConfig, traits: Traits) -> Kernel:
         found = max_of_block(found, smem, 0)
         if cuda.threadIdx.x == 0:
             amax[cuda.blockIdx.x] = found
-            descale[cuda.blockIdx.x] = found / largest
+            descale[cuda.blockIdx.x] = found / peak
 
     return Kernel(config.family, amax, config.num_threads, config.smem_bytes(traits))

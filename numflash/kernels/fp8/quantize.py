@@ -94,7 +94,7 @@ def make_quantize_kernel(config: QuantizeConfig, traits: Traits) -> Kernel:
     max_of_block, sums_of_block = make_max_of_block(num_warps), make_sums_of_block(num_warps)
     encode_rows = _make_encode_rows(config, rows)
     store_codes = _make_store_codes(config, traits, rows)
-    largest = f32(FORMATS[config.format].largest)
+    peak = f32(FORMATS[config.format].peak)
 
     def quantize(
         x: Pointer(storage),
@@ -146,7 +146,7 @@ def make_quantize_kernel(config: QuantizeConfig, traits: Traits) -> Kernel:
             amaxes[0] = max_of_block(largest_of_thread(values), smem, scratch)
             amaxes[0] = max_f32(amaxes[0], SMALLEST_AMAX)
             if cuda.threadIdx.x == 0 and block < num_scaled:
-                descale[place] = amaxes[0] / largest
+                descale[place] = amaxes[0] / peak
         else:
             offset = batch * amax_batch + head * amax_head
             group, _ = divide(block * block_tokens, amax_tokens)
@@ -154,7 +154,7 @@ def make_quantize_kernel(config: QuantizeConfig, traits: Traits) -> Kernel:
 
         sums = cuda.local.array(2, f32)
         sums[0], sums[1] = f32(0), f32(0)
-        scale = largest / amaxes[0]
+        scale = peak / amaxes[0]
         encode_rows(0, codes, values, amaxes, scale, sums)
         store_codes(codes, data, batch, head, token, block, seqlen, num_heads)
         if has_statistics and block < num_scaled:
@@ -204,14 +204,14 @@ def _make_find_amaxes(config: QuantizeConfig, rows: Rows) -> Callable:
     row_elements = rows.chunks * rows.columns
     largest_of_row, max_of_lanes = make_largest(row_elements), make_max_of_lanes(rows.lanes)
     _, token_of_row = make_tokens(rows)
-    largest = f32(FORMATS[config.format].largest)
+    peak = f32(FORMATS[config.format].peak)
 
     @device_function
     def find_amax(r, amaxes, values, descale, head, token, seqlen, lane):
         amaxes[0] = max_f32(max_of_lanes(largest_of_row(values)), SMALLEST_AMAX)
         t = token_of_row(token, r)
         if lane == 0 and t < seqlen:
-            descale[head * seqlen + t] = amaxes[0] / largest
+            descale[head * seqlen + t] = amaxes[0] / peak
 
     return make_unrolled(find_amax, rows.rows, 1, row_elements)
 
@@ -226,7 +226,7 @@ def _make_encode_rows(config: QuantizeConfig, rows: Rows) -> Callable:
     decode = make_decode(config.format, config.generation)
     row_codes = rows.chunks * rows.columns // 4
     is_token, has_statistics = config.scale == "token", config.statistics
-    largest = f32(FORMATS[config.format].largest)
+    peak = f32(FORMATS[config.format].peak)
 
     @device_function
     def error_of(x, code, descale):
@@ -253,8 +253,8 @@ def _make_encode_rows(config: QuantizeConfig, rows: Rows) -> Callable:
     def encode_row(r, codes, values, amaxes, scale, sums):
         i = r if is_token else 0
         if is_token:
-            scale = largest / amaxes[i]
-        encode_all(0, codes, values, scale, amaxes[i] / largest, sums)
+            scale = peak / amaxes[i]
+        encode_all(0, codes, values, scale, amaxes[i] / peak, sums)
 
     return make_unrolled(encode_row, rows.rows, row_codes, 4 * row_codes)
 
