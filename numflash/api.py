@@ -5,10 +5,8 @@ dtypes and options then find a ready `calls.Forward` or `calls.Backward` under t
 and only allocate and launch.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
-from numbers import Real
 from typing import Any
 
 from numflash import tuned
@@ -17,10 +15,15 @@ from numflash.calls import DEFAULTS, Backward, Forward
 from numflash.compiler import get_cubin
 from numflash.configs import Config, MmaConfig, Traits, padded_head_dim
 from numflash.dispatch import choose, num_splits
-from numflash.errors import UnsupportedError
 from numflash.fp8 import Fp8Array, Fp8Recipe, PrecisionDecision
 from numflash.fp8_calls import AutoForward, Fp8Forward
-from numflash.fp8_sources import Described
+from numflash.fp8_options import (
+    MAX_REL_ERROR,
+    has_fp8,
+    refuse_backward,
+    take_apart,
+    with_budget,
+)
 from numflash.launch import limits_of_device, multiprocessors
 from numflash.mode import SIMULATED
 from numflash.problem import expect_contiguous_rows, expect_head_dim, expect_precision
@@ -31,7 +34,6 @@ from numflash.views import ArrayView, contiguous_strides
 # Ready launches by problem; emptied when it grows past this, so that varying shapes cannot leak.
 _MAX_READY = 4096
 _LONG, _MANY = 2**20, 2**10
-_MAX_REL_ERROR = 0.1
 _ready: dict[tuple, Any] = {}
 
 
@@ -201,7 +203,7 @@ def attention_backward(
         "fp8": None,
         "max_rel_error": None,
     }
-    _refuse_fp8(q, k, v, precision)
+    refuse_backward(q, k, v, precision)
     arrays = {"q": q, "k": k, "v": v, "dout": dout, "out": out, "lse": lse}
     backward, operands, stream = _prepare(Backward, arrays, options, stream)
     library = library_of(q, "q")
@@ -313,7 +315,7 @@ def warmup(
     expect_precision(precision, dtype)
     if precision in ("fp8", "auto"):
         if backward:
-            _refuse_fp8(None, None, None, precision)
+            refuse_backward(None, None, None, precision)
         if dtype not in ("float16", "bfloat16"):
             raise ValueError(
                 f'dtype must be float16 or bfloat16 for precision="{precision}", got {dtype!r}'
@@ -358,7 +360,7 @@ def warmup(
 
 def _warm_up_fp8(dtype, q_size, v_size, alibi: bool, device: int, options: dict) -> None:
     """Make calls ready that are nothing but shapes."""
-    options = {**DEFAULTS, **options, "described": {}, "max_rel_error": _MAX_REL_ERROR}
+    options = {**DEFAULTS, **options, "described": {}, "max_rel_error": MAX_REL_ERROR}
     kind = AutoForward if options["precision"] == "auto" else Fp8Forward
     sizes = {"q": q_size, "k": (v_size[0], q_size[1]), "v": v_size}
     # One head may be split over its keys, many are not.
@@ -375,14 +377,14 @@ def _warm_up_fp8(dtype, q_size, v_size, alibi: bool, device: int, options: dict)
 def _bind_forward(q, k, v, out, options: dict, stream, descales: tuple = (None, None, None)):
     """Check a forward call; what `Plan` takes."""
     arrays, kind = {"q": q, "k": k, "v": v}, Forward
+    if options["precision"] == "auto" or options["max_rel_error"] is not None:
+        options = with_budget(options)
     is_fp8 = options["precision"] in ("fp8", "auto") or any(x is not None for x in descales)
-    if is_fp8 or _has_fp8(q, k, v):
+    if is_fp8 or has_fp8(q, k, v):
         kind, q = Fp8Forward, q.data if isinstance(q, Fp8Array) else q
-        arrays, options = _take_apart(arrays, descales, options)
+        arrays, options = take_apart(arrays, descales, options)
         if options["precision"] == "auto":
-            kind, options = AutoForward, _with_budget(options)
-    elif options["max_rel_error"] is not None:
-        raise ValueError(f'max_rel_error goes with precision="auto", got {options["precision"]!r}')
+            kind = AutoForward
     elif options["fp8"] is not None:
         raise ValueError(
             f'fp8 says how to quantise with precision="fp8"; precision is {options["precision"]!r}'
@@ -404,56 +406,6 @@ def _bind_forward(q, k, v, out, options: dict, stream, descales: tuple = (None, 
         made = (library.hand_back(operands[x].array, q) for x in ("in_fp8", "estimate"))
         decision = PrecisionDecision(*made)
     return result, library.hand_back(lse, q), launch, stream, forward.kernel, decision
-
-
-def _has_fp8(*arrays) -> bool:
-    return any(isinstance(array, Fp8Array) for array in arrays)
-
-
-def _take_apart(arrays: dict[str, Any], descales: tuple, options: dict) -> tuple[dict, dict]:
-    """The arrays of an FP8 call, and its options with what else is to know of each `Fp8Array`.
-
-    Raises:
-        ValueError: another precision, or scales of what has its own.
-    """
-    if options["precision"] not in (None, "fp8", "auto"):
-        raise ValueError(f'arrays of 8 bits go with precision="fp8", got {options["precision"]!r}')
-    described, apart = {}, {}
-    for (name, array), descale in zip(arrays.items(), descales, strict=True):
-        if isinstance(array, Fp8Array):
-            if descale is not None:
-                raise ValueError(
-                    f"{name} is an Fp8Array with scales of its own: no {name}_descale"
-                )
-            described[name] = Described.of(array)
-            array, descale = array.data, array.descale
-        apart[name] = array
-        if descale is not None:
-            apart[f"{name}_descale"] = descale
-    precision = options["precision"] or "fp8"
-    return apart, {**options, "precision": precision, "described": described}
-
-
-def _with_budget(options: dict) -> dict:
-    """The options with a checked max_rel_error. Raises TypeError, ValueError."""
-    budget = options["max_rel_error"]
-    if budget is None:
-        return options | {"max_rel_error": _MAX_REL_ERROR}
-    if isinstance(budget, bool) or not isinstance(budget, Real):
-        raise TypeError(f"max_rel_error must be a real number, got {budget!r}")
-    if not 0 < budget < math.inf:
-        raise ValueError(f"max_rel_error must be positive and finite, got {budget}")
-    return options | {"max_rel_error": float(budget)}
-
-
-def _refuse_fp8(q, k, v, precision) -> None:
-    """Raise UnsupportedError for a backward on 8-bit floats."""
-    if precision in ("fp8", "auto") or _has_fp8(q, k, v):
-        raise UnsupportedError(
-            "there is no backward on 8-bit floats. Take gradients in 16 bits: of the arrays that "
-            f'were given to precision="{precision or "fp8"}", or of numflash.dequantize_fp8(x) '
-            "for each Fp8Array"
-        )
 
 
 def _in_turn(*launches: Callable[[int], None]) -> Callable[[int], None]:

@@ -44,12 +44,12 @@ DEFAULTS = {
     "max_rel_error": None,
 }
 """The options of a call, as `numflash.attention` has them unless told otherwise."""
-# Those that say what is computed.
-_DESCRIBED = tuple(DEFAULTS)[:-3]
+# Those that say how, not what, is computed.
+_HOW = ("config", "fp8", "max_rel_error", "described")
 
 
 def _describe(views: dict[str, ArrayView], options: dict) -> tuple[AttentionProblem, dict]:
-    described = {name: options[name] for name in _DESCRIBED if name in options}
+    described = {name: value for name, value in options.items() if name not in _HOW}
     described["alibi_slopes"] = views.get("alibi_slopes")
     return describe(views["q"], views["k"], views["v"], **described)
 

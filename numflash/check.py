@@ -17,6 +17,7 @@ from numflash import api, reference
 from numflash.arrays import library_of, stream_address
 from numflash.explain import explain_dispatch
 from numflash.fp8 import Fp8Array, Fp8Recipe
+from numflash.fp8_options import has_fp8, refuse_backward
 from numflash.reference.attention import heads_first
 from numflash.selection import split_configs
 
@@ -102,9 +103,9 @@ def check(q, k, v, *, dout=None, **options) -> CheckReport:
     is_fp8 = options.get("precision") in ("fp8", "auto") or any(
         x is not None for x in descales.values()
     )
-    if is_fp8 or api._has_fp8(q, k, v):
+    if is_fp8 or has_fp8(q, k, v):
         if dout is not None:
-            api._refuse_fp8(q, k, v, options.get("precision") or "fp8")
+            refuse_backward(q, k, v, options.get("precision") or "fp8")
         return _check_fp8(given, descales, options)
     forward_configs, backward_configs = split_configs(options.pop("config", None))
     out, lse = api.attention(q, k, v, return_lse=True, config=forward_configs, **options)

@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-from numflash import api
 from numflash.arrays import library_of
 from numflash.calls import DEFAULTS, problem_of
 from numflash.dispatch import Choice, Geometry
-from numflash.fp8_calls import AutoForward, Fp8Forward, _Selected
+from numflash.fp8_calls import AutoForward, Fp8Forward, SelectedForward
+from numflash.fp8_options import has_fp8, take_apart, with_budget
 from numflash.problem import as_tensor
 from numflash.selection import (
     backward_choices,
@@ -78,7 +78,7 @@ def explain_dispatch(q, k, v, **options) -> Explanation:
     descales = tuple(options.pop(f"{name}_descale", None) for name in "qkv")
     options = {**DEFAULTS, **options}
     is_fp8 = options["precision"] in ("fp8", "auto") or any(x is not None for x in descales)
-    if is_fp8 or api._has_fp8(q, k, v):
+    if is_fp8 or has_fp8(q, k, v):
         return _explain_fp8({"q": q, "k": k, "v": v}, descales, options)
     if options["fp8"] is not None:
         raise ValueError(f'fp8 goes with precision="fp8", precision is {options["precision"]!r}')
@@ -98,12 +98,12 @@ def explain_dispatch(q, k, v, **options) -> Explanation:
 
 
 def _explain_fp8(arrays: dict, descales: tuple, options: dict) -> Explanation:
-    arrays, options = api._take_apart(arrays, descales, options)
+    arrays, options = take_apart(arrays, descales, options)
     views = _views(arrays, options)
     if options["precision"] != "auto":
         asked = _AskedFp8(views, options)
         return Explanation(asked.choice, asked.geometry, asked.combine, {})
-    asked = _AskedAuto(views, api._with_budget(options))
+    asked = _AskedAuto(views, with_budget(options))
     in_16_bits = _AskedSelected(views, options | {"precision": None})
     return Explanation(asked.choice, asked.geometry, None, {}, in_16_bits.choice)
 
@@ -137,10 +137,11 @@ class _AskedAuto(_Asked, AutoForward):
         Fp8Forward.__init__(self, views, options, statistics=True)
 
 
-class _AskedSelected(_Asked, _Selected):
+class _AskedSelected(_Asked, SelectedForward):
     pass
 
 
 def _views(arrays: dict, options: dict) -> dict[str, ArrayView]:
-    arrays = {**arrays, "alibi_slopes": options["alibi_slopes"]}
-    return {n: library_of(x, n).view(x, n) for n, x in arrays.items() if x is not None}
+    if options["alibi_slopes"] is not None:
+        arrays = {**arrays, "alibi_slopes": options["alibi_slopes"]}
+    return {n: library_of(x, n).view(x, n) for n, x in arrays.items()}

@@ -46,7 +46,8 @@ class Format:
     def encode(self, x) -> np.ndarray:
         """The codes, uint8, nearest to x, which is rounded to float32 before."""
         x = np.asarray(x, np.float32)
-        codes = np.clip(x, -self.largest, self.largest).astype(self.dtype).view(np.uint8)
+        with np.errstate(invalid="ignore"):
+            codes = np.clip(x, -self.largest, self.largest).astype(self.dtype).view(np.uint8)
         return np.where(np.isnan(x), np.uint8(NAN_CODE), codes)
 
     def decode(self, codes) -> np.ndarray:

@@ -90,7 +90,8 @@ class Fp8Array:
         data: uint8 codes, (batch, seqlen, heads, head_dim padded to a multiple of 64) or, where
             `transposed`, (batch, heads, padded head_dim, seqlen padded to a multiple of 64) with
             the tokens in the order of `numflash.reference.tokens_innermost`. Always with all four
-            axes. Padding is zero. A multiple of 16 bytes lies between its rows.
+            axes. Padding is zero; codes of a longer array may follow the last token, if none is a
+            NaN. A multiple of 16 bytes lies between its rows.
         descale: float32 scales, (batch, heads, n), n along the tokens; an extent of 1 is for all.
         recipe: how it was quantised.
         shape: of the array that was quantised.

@@ -93,7 +93,7 @@ class AutoForward(Fp8Forward):
         if options["described"] or any(f"{name}_descale" in views for name in "qkv"):
             raise TypeError('precision="auto" chooses between 8 and 16 bits: q, k and v need 16')
         super().__init__(views, options, statistics=True)
-        self.in_16_bits = _Selected(views, options | {"precision": None})
+        self.in_16_bits = SelectedForward(views, options | {"precision": None})
         self.estimate = None
         if self.launchers and 0 not in self.decision_shape:
             self._add_estimate(options["max_rel_error"])
@@ -143,7 +143,7 @@ class AutoForward(Fp8Forward):
         return self.problem.batch, self.problem.num_heads_kv
 
 
-class _Selected(Forward):
+class SelectedForward(Forward):
     """A forward in 16 bits of the heads that are not computed in 8."""
 
     def _traits(self, problem, tensors):

@@ -105,6 +105,7 @@ class _Quantized(Source):
             transposed=is_v,
             rotated=recipe.hadamard and not is_v,
             statistics=statistics,
+            name=name,
         )
         self.data = _fresh(self._ready.data_shape, view.device)
         self.statistics_tokens = self._ready.statistics_tokens

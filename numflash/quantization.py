@@ -66,6 +66,7 @@ class Quantization:
         transposed: bool = False,
         rotated: bool | None = None,
         statistics: bool = False,
+        name: str = "x",
     ):
         """Check and compile.
 
@@ -74,16 +75,19 @@ class Quantization:
             layout, recipe, format, transposed: as for `quantize_fp8`.
             rotated: whether rows are rotated; None if the recipe says so.
             statistics: whether sums of squares are wanted.
+            name: what messages call the array.
 
         Raises:
             TypeError, ValueError, UnsupportedError: as `quantize_fp8`.
         """
         if view.dtype not in DTYPES:
-            raise TypeError(f"x must have one of the dtypes {', '.join(DTYPES)}, got {view.dtype}")
+            raise TypeError(
+                f"{name} must have one of the dtypes {', '.join(DTYPES)}, got {view.dtype}"
+            )
         if not isinstance(transposed, bool):
             raise TypeError(f"transposed must be True or False, got {transposed!r}")
         _expect_format(format)
-        self.tensor, self.is_copied = _tensor(view, layout)
+        self.tensor, self.is_copied = _tensor(view, layout, name)
         self.device, shape = view.device, self.tensor.shape
         batch, seqlen, heads, head_dim = shape
         padded = _padded(head_dim, HEAD_DIM_STEP)

@@ -383,19 +383,10 @@ BAD_CALLS = {
         "must be a multiple of 64",
     ),
 }
-NOT_YET = {
-    "budget-alone": "max_rel_error is not looked at with precision='fp8'",
-    "rank-1": "the message calls q, k and v x",
-    "head-dim-257": "the message calls q, k and v x",
-}
 cases = pytest.mark.parametrize(
     ("call", "changes", "error", "words"),
     [
-        pytest.param(
-            *(call, changes, error, words),
-            id=name,
-            marks=pytest.mark.xfail(reason=NOT_YET[name], strict=True) if name in NOT_YET else (),
-        )
+        pytest.param(*(call, changes, error, words), id=name)
         for name, (call, changes, error, *words) in BAD_CALLS.items()
     ],
 )

@@ -231,7 +231,7 @@ BAD_FORWARD = {
         "stream must be a CUDA stream",
     ),
     # Precision and config
-    "precision-name": ({"precision": "fp8"}, ValueError, "precision must be one of tf32", "'fp8'"),
+    "precision-name": ({"precision": "fp4"}, ValueError, "precision must be one of tf32", "'fp4'"),
     "precision-float16": (
         {"precision": "tf32"},
         ValueError,
@@ -329,7 +329,7 @@ BAD_BACKWARD = {
     "k-heads": ({"k": A((2, 11, 3, 16))}, ValueError, "v must have the heads of k, 3", "got 2"),
     "scale-bool": ({"softmax_scale": True}, TypeError, "softmax_scale must be a real", "True"),
     "stream": ({"stream": "main"}, TypeError, "stream must be a CUDA stream", "'main'"),
-    "precision-name": ({"precision": "fp8"}, ValueError, "precision must be one of tf32", "'fp8'"),
+    "precision-name": ({"precision": "fp4"}, ValueError, "precision must be one of tf32", "'fp4'"),
     "precision-float16": ({"precision": "tf32"}, ValueError, 'precision="tf32"', "float16"),
     "config-string": (
         {"config": "m64n32w4"},

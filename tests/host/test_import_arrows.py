@@ -47,11 +47,12 @@ ARROWS = {
     "calls": "arrays configs dispatch launch problem selection views",
     "fp8_arrays": "arrays fp8 quantization views",
     "fp8_sources": "arrays configs errors fp8 launch problem quantization views",
+    "fp8_options": "errors fp8 fp8_sources",
     "fp8_calls": "arrays calls configs dispatch errors fp8_sources launch problem selection views",
-    "api": "arrays calls compiler configs dispatch errors fp8 fp8_calls fp8_sources launch mode "
+    "api": "arrays calls compiler configs dispatch errors fp8 fp8_calls fp8_options launch mode "
     "problem selection store tuned views",
-    "explain": "api arrays calls dispatch fp8_calls problem selection views",
-    "check": "api arrays explain fp8 reference selection",
+    "explain": "arrays calls dispatch fp8_calls fp8_options problem selection views",
+    "check": "api arrays explain fp8 fp8_options reference selection",
 }
 # Within a layer: the files of a folder import none of these folders. The portable kernels stay
 # readable by themselves, and each implementation can be taken out.

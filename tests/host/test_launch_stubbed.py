@@ -103,7 +103,7 @@ def test_forward_arguments_arrive_where_the_driver_reads_them(gpu, dtype):
     if dtype == "float16":
         # K and V of all heads fit the L2 cache.
         expected |= {"batch_size": B, "heads_in_flight": B * H}
-        expected |= {"pack": 1, "num_splits": 1, "out_split": 0}
+        expected |= {"pack": 1, "num_splits": 1, "out_split": 0, "in_fp8": 0}
     for name, array in {"q": q, "k": k, "v": v, "out": out}.items():
         batch, row, head, _ = strides(array)
         expected |= {f"{name}_batch": batch, f"{name}_row": row, f"{name}_head": head}
