@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import numflash
-from numflash import reference
+from numflash import fp8_calls, reference
 
 DATA = Path(__file__).parents[2] / "examples" / "data" / "minilm_layer.npz"
 HEADS_KV, GROUP = 2, 2
@@ -102,6 +102,16 @@ def test_a_budget_decides_for_all_or_none():
         assert decision.in_fp8.shape == decision.estimated_error.shape == (1, HEADS_KV)
         alone = numflash.attention(q, k, v, **({"precision": "fp8", **SMALL} if expected else {}))
         assert out.tobytes() == alone.tobytes()
+
+
+def test_each_kernel_passes_over_the_heads_of_the_other(monkeypatch):
+    # The one in 16 bits comes last, and would hide what the first one does in vain.
+    q, k, v = arrays(np.random.default_rng(0), (1, 4), (1, 4), seqlen_q=5, seqlen_k=9)
+    out = np.full_like(q, np.nan)
+    with monkeypatch.context() as patch:
+        patch.setattr(fp8_calls.SelectedForward, "_launches", lambda *arguments: {})
+        numflash.plan(q, k, v, out=out, **AUTO).launch()
+    assert np.isnan(by_head(out)).all((2, 3, 4)).tolist() == [[False, True]]
 
 
 def test_one_bad_block_keeps_its_head_in_16_bits():
