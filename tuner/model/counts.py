@@ -26,7 +26,7 @@ _ADDRESSES = {
     "forward": (10, 70),
     "backward-dq": (20, 70),
     "backward-dkdv": (30, 55),
-    "backward": (90, 200),
+    "backward": (90, 140),
 }
 _PORTABLE_ADDRESSES = (230, 250)
 # A masked score takes two comparisons and a selection.
