@@ -5,8 +5,6 @@ from numbers import Integral
 from typing import Any
 
 GRANULARITIES = ("tensor", "head", "block", "token")
-HEAD_DIM_STEP = 64
-"""Codes are stored with head_dim padded to a multiple of this."""
 TOKEN_STEP = 64
 """Codes with tokens innermost are stored with seqlen padded to a multiple of this."""
 MAX_BLOCK = 1024

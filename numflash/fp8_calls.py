@@ -6,10 +6,10 @@ from typing import Any
 
 from numflash.arrays import ArrayLibrary
 from numflash.calls import Forward
-from numflash.configs import FP8_STEP, EstimateConfig, MmaConfig, Traits
+from numflash.configs import FP8_STEP, EstimateConfig, MmaConfig, Traits, padded_fp8_head_dim
 from numflash.dispatch import Choice, Geometry
 from numflash.errors import UnsupportedError
-from numflash.fp8_sources import SIXTEEN_BITS, Source, make_sources
+from numflash.fp8_sources import SIXTEEN_BITS, Source, make_sources, result_dtype
 from numflash.launch import Launcher
 from numflash.problem import AttentionProblem, Tensor
 from numflash.selection import forward_choice
@@ -23,7 +23,9 @@ class Fp8Forward(Forward):
         self.sources = make_sources(views, options, statistics)
         like = {name: source.view for name, source in self.sources.items()}
         # The result is of q's type; k and v may have been quantised from others.
-        dtype = like["q"].dtype if like["q"].dtype in SIXTEEN_BITS else "bfloat16"
+        dtype = like["q"].dtype
+        if dtype not in SIXTEEN_BITS:
+            dtype = result_dtype(like["q"].device)
         like = {name: replace(view, dtype=dtype) for name, view in like.items()}
         rest = {name: views[name] for name in ("alibi_slopes",) if name in views}
         self._prepare(views, like | rest, options | {"precision": None})
@@ -33,18 +35,25 @@ class Fp8Forward(Forward):
     ) -> tuple[Any, Any, dict[str, Callable[[int], None]]]:
         """As `Forward.bind`; what quantises comes first."""
         out, lse = self._allocate(operands, library)
+        codes, launches = self._quantise(operands, library)
+        return out, lse, launches | self._launches(codes, library)
+
+    def _quantise(
+        self, operands: dict[str, Operand], library: ArrayLibrary
+    ) -> tuple[dict[str, Operand], dict[str, Callable[[int], None]]]:
+        """The operands with codes and scales in the place of arrays; what makes them, by name."""
         codes, launches = dict(operands), {}
         for source in self.sources.values():
             launches |= source.bind(codes, library)
-        return out, lse, launches | self._launches(codes, library)
+        return codes, launches
 
     def _traits(self, problem: AttentionProblem, tensors: dict[str, Tensor]) -> Traits:
-        columns = {
-            name: -(-getattr(problem, name) // FP8_STEP) * FP8_STEP
-            for name in ("head_dim", "head_dim_v")
-        }
-        plain = problem.traits(tensors["out"].is_vectorizable)
-        return replace(plain, **columns, fp8=True)
+        return replace(
+            problem.traits(tensors["out"].is_vectorizable),
+            head_dim=padded_fp8_head_dim(problem.head_dim),
+            head_dim_v=padded_fp8_head_dim(problem.head_dim_v),
+            fp8=True,
+        )
 
     def _choose(
         self, problem: AttentionProblem, traits: Traits, config
@@ -105,9 +114,7 @@ class AutoForward(Fp8Forward):
             operands[name] = library.operand(
                 library.empty(self.decision_shape, dtype, self.device)
             )
-        codes, launches = dict(operands), {}
-        for source in self.sources.values():
-            launches |= source.bind(codes, library)
+        codes, launches = self._quantise(operands, library)
         if self.estimate is not None:
             launches["estimate"] = self.estimate.bind(codes)
         launches |= self._launches(codes, library)

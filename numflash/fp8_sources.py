@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from numflash.arrays import ArrayLibrary
 from numflash.configs import FP8_STEP
 from numflash.errors import UnsupportedError
-from numflash.fp8 import TOKEN_STEP, Fp8Array, Fp8Recipe
+from numflash.fp8 import Fp8Array, Fp8Recipe
 from numflash.launch import limits_of_device
 from numflash.problem import Tensor, as_tensor, expect_like
-from numflash.quantization import CODE_DTYPES, Quantization, Relayout
+from numflash.quantization import CODE_DTYPES, Quantization, Relayout, data_shape
 from numflash.views import ArrayView, Operand, contiguous_strides
 
 SIXTEEN_BITS = ("float16", "bfloat16")
@@ -169,10 +169,7 @@ class _FromArray(_Given):
         self.view = ArrayView(0, shape, contiguous_strides(shape), described.dtype, data.device)
         batch, seqlen, heads, head_dim = as_tensor(name, self.view, layout).shape
         self._share(described.recipe)
-        padded = -(-head_dim // FP8_STEP) * FP8_STEP
-        wanted = (batch, seqlen, heads, padded)
-        if described.transposed:
-            wanted = (batch, heads, padded, -(-seqlen // TOKEN_STEP) * TOKEN_STEP)
+        wanted = data_shape((batch, seqlen, heads, head_dim), described.transposed)
         expect_like(f"{name}.data", data, wanted, "uint8", data.device)
         self.descale_shape = described.recipe.descale_shape(batch, heads, seqlen)
         expect_like(f"{name}.descale", descale, self.descale_shape, "float32", data.device)
@@ -250,7 +247,7 @@ def make_sources(
         raise TypeError(f"fp8 must be an Fp8Recipe, got {recipe!r} ({type(recipe).__name__})")
     codes = {name for name in "qkv" if f"{name}_descale" in views and name not in described}
     if codes:
-        result = views["out"].dtype if "out" in views else _result_dtype(views["q"].device)
+        result = views["out"].dtype if "out" in views else result_dtype(views["q"].device)
         recipe = replace(recipe, hadamard=False)
     sources: dict[str, Source] = {}
     for name in "qkv":
@@ -258,7 +255,7 @@ def make_sources(
         if name in described:
             sources[name] = _FromArray(name, view, descale, layout, described[name])
         elif name in codes or view.dtype in CODE_DTYPES:
-            dtype = result if codes else _result_dtype(view.device)
+            dtype = result if codes else result_dtype(view.device)
             sources[name] = _FromCodes(name, view, descale, layout, dtype)
         else:
             sources[name] = _Quantized(name, view, layout, recipe, statistics)
@@ -282,7 +279,7 @@ def _expect_e4m3(name: str, format: str) -> None:
         )
 
 
-def _result_dtype(device: int) -> str:
+def result_dtype(device: int) -> str:
     """What results are of, where nothing says so."""
     has_bfloat16 = limits_of_device(device).compute_capability >= (8, 0)
     return "bfloat16" if has_bfloat16 else "float16"

@@ -15,7 +15,6 @@ from numflash.compiler import compile_ptx, get_cubin
 from numflash.configs import (
     DTYPES,
     FAMILIES,
-    FP8_STEP,
     MAX_HEAD_DIM,
     QUANTIZE_CONFIGS,
     Config,
@@ -23,6 +22,7 @@ from numflash.configs import (
     QuantizeConfig,
     Traits,
     fp8,
+    padded_fp8_head_dim,
     padded_head_dim,
     parse_config,
     quantize_config,
@@ -266,7 +266,7 @@ def _traits(args: argparse.Namespace) -> Traits:
     if is_fp8 or args.kernel in QUANTIZE_CONFIGS:
         # Only results have rows of their own; codes are filled up.
         aligned = head_dim_v % vector == 0 if is_fp8 else args.head_dim % vector == 0
-        columns = (-(-n // FP8_STEP) * FP8_STEP for n in (args.head_dim, head_dim_v))
+        columns = (padded_fp8_head_dim(n) for n in (args.head_dim, head_dim_v))
     else:
         columns = map(padded_head_dim, (args.head_dim, head_dim_v))
     is_forward = args.kernel == "forward"

@@ -17,12 +17,13 @@ from numflash.configs import (
     DequantizeConfig,
     QuantizeConfig,
     Traits,
+    padded_fp8_head_dim,
     quantize_config,
 )
 from numflash.configs.fp8 import generation
 from numflash.errors import UnsupportedError
 from numflash.formats import FORMATS
-from numflash.fp8 import HEAD_DIM_STEP, TOKEN_STEP, Fp8Array, Fp8Recipe
+from numflash.fp8 import TOKEN_STEP, Fp8Array, Fp8Recipe
 from numflash.launch import Launcher, limits_of_device
 from numflash.problem import (
     LAYOUTS,
@@ -90,8 +91,8 @@ class Quantization:
         self.tensor, self.is_copied = _tensor(view, layout, name)
         self.device, shape = view.device, self.tensor.shape
         batch, seqlen, heads, head_dim = shape
-        padded = _padded(head_dim, HEAD_DIM_STEP)
-        self.data_shape = _data_shape(shape, transposed)
+        padded = padded_fp8_head_dim(head_dim)
+        self.data_shape = data_shape(shape, transposed)
         self.descale_shape = recipe.descale_shape(batch, heads, seqlen)
         self._peak = FORMATS[format].peak
         self._scalars = _scalars(self.tensor) | {
@@ -222,10 +223,10 @@ class Relayout:
             )
         self.tensor, self.is_copied = _tensor(view, layout, name)
         self.device, shape = view.device, self.tensor.shape
-        self.data_shape = _data_shape(shape, transposed)
+        self.data_shape = data_shape(shape, transposed)
         self._launcher = None
         if 0 not in shape:
-            padded = _padded(shape[3], HEAD_DIM_STEP)
+            padded = padded_fp8_head_dim(shape[3])
             aligned = _is_aligned(self.tensor)
             traits = Traits("float16", padded, padded, vectorized=aligned)
             which = generation(limits_of_device(self.device))
@@ -266,7 +267,7 @@ class Dequantization:
         out = ArrayView(0, self.shape, contiguous_strides(self.shape), dtype, self.device)
         tensor, _ = _tensor(out, x.layout)
         batch, seqlen, heads, head_dim = tensor.shape
-        expect_like("x.data", data, _data_shape(tensor.shape, x.transposed), "uint8", self.device)
+        expect_like("x.data", data, data_shape(tensor.shape, x.transposed), "uint8", self.device)
         shape = x.recipe.descale_shape(batch, heads, seqlen)
         expect_like("x.descale", descale, shape, "float32", self.device)
         expect_contiguous_rows("x.descale", descale)
@@ -292,7 +293,7 @@ class Dequantization:
                 transposed=x.transposed,
                 format=x.format,
             )
-            padded = _padded(head_dim, HEAD_DIM_STEP)
+            padded = padded_fp8_head_dim(head_dim)
             traits = Traits(dtype, padded, padded, vectorized=tensor.is_vectorizable)
             self._launcher = _over_tokens(config, traits, tensor, seqlen, scalars)
 
@@ -330,16 +331,12 @@ def _expect_format(format: str) -> None:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
 
 
-def _padded(n: int, step: int) -> int:
-    return -(-n // step) * step
-
-
-def _data_shape(shape: tuple[int, ...], transposed: bool) -> tuple[int, ...]:
+def data_shape(shape: tuple[int, ...], transposed: bool) -> tuple[int, ...]:
     """The shape of the codes of a (batch, seqlen, heads, head_dim) array."""
     batch, seqlen, heads, head_dim = shape
-    padded = _padded(head_dim, HEAD_DIM_STEP)
+    padded = padded_fp8_head_dim(head_dim)
     if transposed:
-        return batch, heads, padded, _padded(seqlen, TOKEN_STEP)
+        return batch, heads, padded, -(-seqlen // TOKEN_STEP) * TOKEN_STEP
     return batch, seqlen, heads, padded
 
 
@@ -379,4 +376,5 @@ __all__ = [
     "Dequantization",
     "Quantization",
     "Relayout",
+    "data_shape",
 ]

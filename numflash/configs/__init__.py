@@ -45,6 +45,7 @@ from numflash.configs.traits import (
     HEAD_DIM_STEP,
     MAX_HEAD_DIM,
     Traits,
+    padded_fp8_head_dim,
     padded_head_dim,
 )
 
@@ -111,6 +112,7 @@ __all__ = [
     "SmemLayout",
     "Traits",
     "accumulators_per_thread",
+    "padded_fp8_head_dim",
     "padded_head_dim",
     "parse_config",
     "quantize_config",

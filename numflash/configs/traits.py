@@ -17,6 +17,11 @@ def padded_head_dim(head_dim: int) -> int:
     return -(-head_dim // HEAD_DIM_STEP) * HEAD_DIM_STEP
 
 
+def padded_fp8_head_dim(head_dim: int) -> int:
+    """The head_dim that codes of 8-bit floats are stored with: the next multiple of 64."""
+    return -(-head_dim // FP8_STEP) * FP8_STEP
+
+
 @dataclass(frozen=True)
 class Traits:
     """What a kernel is compiled for.

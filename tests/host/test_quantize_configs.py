@@ -7,6 +7,7 @@ import pytest
 
 from numflash.configs import (
     FAMILIES,
+    FP8_STEP,
     QUANTIZE_CONFIGS,
     AmaxConfig,
     DequantizeConfig,
@@ -16,9 +17,9 @@ from numflash.configs import (
     quantize_config,
 )
 from numflash.devices import ARCHITECTURES
-from numflash.fp8 import HEAD_DIM_STEP, MAX_BLOCK
+from numflash.fp8 import MAX_BLOCK
 
-HEAD_DIMS = range(HEAD_DIM_STEP, 257, HEAD_DIM_STEP)
+HEAD_DIMS = range(FP8_STEP, 257, FP8_STEP)
 BLOCKS = tuple(2**i for i in range(4, MAX_BLOCK.bit_length()))
 LEAST_SMEM = min(a.max_smem_per_block for a in ARCHITECTURES.values())
 

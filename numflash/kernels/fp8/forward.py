@@ -26,8 +26,9 @@ instructions, of which
      64 FFMA          O += weight * P V, by which O needs no rescaling of its own for P's unit
       8 LDGSTS        K and V; 2 LDG for their scales, 8 LDS for those of Q and what was put by
 
-and out of line 64 FMUL for O where a maximum has grown by 2 ** 8, and the mask. Tensor cores of
-Ada take 64 x 16 clocks for it (32 where sums in float32 run at half rate), the scheduler 524.
+and out of line 64 FMUL for O where a maximum has grown by 2 ** 8, and the mask. By NVIDIA's
+peak rates Ada's tensor cores take 64 x 16 clocks for it (32 where sums in float32 run at half
+rate), the scheduler 524. No GPU has timed it yet.
 
 Source: FlashAttention-3, arXiv 2407.08608, section 3.3.
 """
