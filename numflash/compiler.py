@@ -54,7 +54,8 @@ class Cubin:
 
     Attributes:
         entry: the kernel's symbol.
-        parameters: (name, letter) in order; letters are those of `struct`, "P" for a pointer.
+        parameters: (name, letter) in order; letters are those of `struct`, "P" for a pointer
+            and "T" for a tensor map.
         num_threads, smem_bytes: how it is launched.
         registers: per thread.
         spill_store_bytes, spill_load_bytes, stack_bytes: per thread; 0 if all is in registers.
@@ -209,6 +210,7 @@ def _numba_for(limits: Architecture):
         raise UnsupportedError(f"Numba cannot be imported: {error}. {INSTALL_HINT}") from error
     if not hasattr(cuda, "compile_all"):
         raise UnsupportedError(f"Numba is installed without numba-cuda. {INSTALL_HINT}")
+    from numflash.ptx.grid_constants import grid_constants
     from numflash.ptx.repeated_work import without_repeated_work
 
     # compile_all knows the architecture, but Numba asks the current device for that of the device
@@ -220,7 +222,7 @@ def _numba_for(limits: Architecture):
     collects = gc.isenabled()
     gc.disable()
     try:
-        with _compiler_libraries(), without_repeated_work():
+        with _compiler_libraries(), without_repeated_work(), grid_constants():
             yield cuda
     finally:
         dispatcher.get_current_device = ask_driver
@@ -257,9 +259,12 @@ def _signature(parameters: dict[str, object]):
     from numba import types
     from numba.np import numpy_support
 
-    from numflash.ptx import Pointer
+    from numflash.ptx import Pointer, TensorMap
+    from numflash.ptx.grid_constants import TENSOR_MAP
 
     def numba_type(annotation):
+        if annotation is TensorMap:
+            return TENSOR_MAP
         if isinstance(annotation, Pointer):
             return types.CPointer(numpy_support.from_dtype(annotation.element))
         return numpy_support.from_dtype(annotation)
@@ -269,7 +274,7 @@ def _signature(parameters: dict[str, object]):
 
 def _letter(annotation) -> str:
     """The `struct` letter of a parameter."""
-    letters = {"float32": "f", "int32": "i", "int64": "q"}
+    letters = {"float32": "f", "int32": "i", "int64": "q", "TensorMap": "T"}
     return letters.get(getattr(annotation, "__name__", ""), "P")
 
 

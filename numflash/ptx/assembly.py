@@ -13,6 +13,7 @@ from numba import types
 from numba.cuda.extending import intrinsic
 
 from numflash.ptx.instruction import Global, Regs, Shared
+from numflash.ptx.scalars import TensorMap
 
 # scalar type -> (LLVM type, letter of the inline-assembly constraint, Numba type)
 _SCALARS = {
@@ -63,6 +64,8 @@ def inline_assembly(
             elif isinstance(operand, Global):
                 element = builder.gep(values[name], [values[operand.index]])
                 asm.input(name, np.uint64, [builder.ptrtoint(element, ir.IntType(64))])
+            elif operand is TensorMap:
+                asm.input(name, np.uint64, [builder.ptrtoint(values[name], ir.IntType(64))])
             else:
                 asm.input(name, operand, [values[name]])
         returned = asm.emit(template, touches_memory, volatile, convergent)
@@ -70,13 +73,18 @@ def inline_assembly(
 
     def typer(*argument_types):
         declared = [
-            given if isinstance(operand, Regs | Shared | Global) else _SCALARS[operand][2]
+            given if _is_memory(operand) else _SCALARS[operand][2]
             for operand, given in zip(operands.values(), argument_types, strict=True)
         ]
         returns = types.void if result is None else _SCALARS[result][2]
         return returns(*declared), codegen
 
     return intrinsic(_with_parameters(body, typer))
+
+
+def _is_memory(operand) -> bool:
+    """Whether an operand's Numba type is that of the array or pointer it is given."""
+    return isinstance(operand, Regs | Shared | Global) or operand is TensorMap
 
 
 def _with_parameters(body: Callable, typer: Callable) -> Callable:

@@ -3,8 +3,12 @@
 The address must be a multiple of the size. PTX ISA 9.7.9.8 (ld) and 9.7.9.12 (st).
 """
 
+from numflash.mode import SIMULATED
 from numflash.ptx.instruction import Global, Regs, Shared, instruction
 from numflash.ptx.scalars import f32, i64, u32
+
+if SIMULATED:
+    from numflash.simulator.engine import current_thread
 
 
 @instruction("ld.global.v4.u32 <frag>, [<source>];", sm=75)
@@ -73,6 +77,12 @@ def ld_shared_v2_f32(frag: Regs(f32, 2, "w"), source: Shared(f32, "offset"), off
     if offset & 1 or not 0 <= offset <= source.size - 2:
         _refuse(source, offset, 2)
     frag[:] = source[offset : offset + 2].view(f32)
+
+
+@instruction("mov.u32 <ret>, <source>;", sm=75)
+def mov_shared_address(source: Shared(u32, "offset"), offset: i64) -> u32:
+    """The address of word `offset` in shared memory, in bytes. PTX ISA 9.7.9.6."""
+    return u32(current_thread().block.shared.address(source, offset))
 
 
 @instruction("ld.shared.u32 <ret>, [<source>];", sm=75)

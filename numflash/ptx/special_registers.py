@@ -22,3 +22,9 @@ def mov_tid_x() -> u32:
 def mov_ctaid_x() -> u32:
     """blockIdx.x, read anew at each call, as `mov_tid_x`. PTX ISA 10.6."""
     return u32(current_thread().block.blockIdx.x)
+
+
+@instruction("mov.u32 <ret>, %nctaid.x;", sm=75, volatile=True)
+def mov_nctaid_x() -> u32:
+    """gridDim.x, read anew at each call, as `mov_tid_x`. PTX ISA 10.7."""
+    return u32(current_thread().block.gridDim.x)

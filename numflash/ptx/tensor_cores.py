@@ -172,6 +172,17 @@ def ldmatrix_x4_trans(frag: Regs(u32, 4, "w"), source: Shared(u32, "offset"), of
     frag[...] = low.astype(u32) | high.astype(u32) << u32(16)
 
 
+@instruction(
+    "stmatrix.sync.aligned.m8n8.x4.shared.b16 [<target>], <frag>;", sm=90, collective="warp"
+)
+def stmatrix_x4(target: Shared(u32, "offset"), offset: i64, frag: Regs(u32, 4, "r")):
+    """Four 8 x 8 matrices to shared memory; lanes 8 m to 8 m + 7 name the rows of matrix m.
+
+    The inverse of `ldmatrix_x4`. PTX ISA 9.7.14.5.16.
+    """
+    store_matrices(target[0], offset, frag)
+
+
 def _rows(source, offset) -> np.ndarray:
     """The four words at each lane's offset, (4 matrices, 8 rows, 4 words)."""
     smem = source[0]

@@ -1,0 +1,51 @@
+"""Barriers in shared memory that count arrivals and bytes. PTX ISA 9.7.13.15.
+
+An mbarrier goes through phases. A phase ends when as many threads have arrived as `mbarrier_init`
+said and as many bytes have been delivered as were announced; the next begins at once. Who waits
+names the parity of the phase that shall have ended: 0 for the first. Waiting for parity 1 at a new
+barrier therefore passes at once, which is how a producer finds empty buffers.
+"""
+
+from numflash.mode import SIMULATED
+from numflash.ptx.instruction import Shared, instruction
+from numflash.ptx.scalars import i32, u32, u64
+
+if SIMULATED:
+    from numflash.simulator.engine import current_thread
+
+
+@instruction("mbarrier.init.shared::cta.b64 [<barriers>], <count>;", sm=90)
+def mbarrier_init(barriers: Shared(u64, "index"), index: i32, count: u32):
+    """Make element `index` of `barriers` an mbarrier for `count` arrivals. PTX ISA 9.7.13.15.9.
+
+    Other threads see it after a barrier, copies after `fence_mbarrier_init`.
+    """
+    current_thread().block.mbarriers.init(barriers, index, count)
+
+
+@instruction("mbarrier.arrive.shared::cta.b64 _, [<barriers>];", sm=90)
+def mbarrier_arrive(barriers: Shared(u64, "index"), index: i32):
+    """Arrive once. PTX ISA 9.7.13.15.13."""
+    current_thread().block.mbarriers.arrive(barriers, index)
+
+
+@instruction("mbarrier.arrive.expect_tx.shared::cta.b64 _, [<barriers>], <n_bytes>;", sm=90)
+def mbarrier_arrive_expect_tx(barriers: Shared(u64, "index"), index: i32, n_bytes: u32):
+    """Announce n_bytes that copies will deliver in this phase, and arrive once.
+
+    PTX ISA 9.7.13.15.13.
+    """
+    current_thread().block.mbarriers.arrive(barriers, index, n_bytes)
+
+
+@instruction(
+    "{ .reg .pred done; again<uid>: mbarrier.try_wait.parity.shared::cta.b64 done, [<barriers>], "
+    "<parity>; @!done bra again<uid>; }",
+    sm=90,
+)
+def mbarrier_wait_parity(barriers: Shared(u64, "index"), index: i32, parity: u32):
+    """Wait until the phase of this parity has ended: a loop of try_wait. PTX ISA 9.7.13.15.16.
+
+    What was delivered in it, and what was written before arriving, is visible then.
+    """
+    current_thread().block.mbarriers.wait(barriers, index, parity)

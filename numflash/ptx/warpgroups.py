@@ -1,0 +1,72 @@
+"""What specialised warps need besides: fences between proxies, one elected lane, registers.
+
+Four consecutive warps are a warpgroup; its number in the block begins at a multiple of four.
+"""
+
+from functools import cache
+
+import numpy as np
+
+from numflash.mode import SIMULATED
+from numflash.ptx.instruction import instruction
+from numflash.ptx.scalars import TensorMap, u32
+
+if SIMULATED:
+    from numflash.simulator.engine import current_thread
+
+
+@instruction("fence.mbarrier_init.release.cluster;", sm=90)
+def fence_mbarrier_init():
+    """Make this thread's `mbarrier_init` visible to copies. PTX ISA 9.7.13.4."""
+    current_thread().block.mbarriers.fence_init()
+
+
+@instruction("fence.proxy.async.shared::cta;", sm=90)
+def fence_proxy_async():
+    """Make what this thread stored to shared memory visible to bulk copies and `wgmma`.
+
+    PTX ISA 9.7.13.4.
+    """
+    current_thread().fence_proxy_async()
+
+
+@instruction(
+    "fence.proxy.tensormap::generic.acquire.gpu [<tensor_map>], 128;",
+    sm=90,
+)
+def fence_proxy_tensormap(tensor_map: TensorMap):
+    """See a tensor map as it was last written on the device. PTX ISA 9.7.13.4.
+
+    Maps that are kernel parameters need none.
+    """
+
+
+@instruction(
+    "{ .reg .pred elected; elect.sync _|elected, 0xffffffff; selp.u32 <ret>, 1, 0, elected; }",
+    sm=90,
+    collective="warp",
+    volatile=True,
+)
+def elect_sync() -> u32:
+    """1 in one lane of the warp, 0 in the others. PTX ISA 9.7.13.13."""
+    elected = np.zeros(32, u32)
+    elected[0] = 1
+    return elected
+
+
+@cache
+def make_setmaxnreg(action: str, registers: int):
+    """The instruction by which a warpgroup takes ("inc") or gives back ("dec") registers.
+
+    `registers` are those per thread from then on: a multiple of 8 from 24 to 256. "inc" waits until
+    the block's pool has enough. PTX ISA 9.7.20.5.
+    """
+    if action not in ("inc", "dec") or registers % 8 or not 24 <= registers <= 256:
+        raise ValueError(f"setmaxnreg.{action} {registers}: a multiple of 8 from 24 to 256")
+
+    def setmaxnreg():
+        current_thread().block.set_registers(action, registers)
+
+    setmaxnreg.__name__ = f"setmaxnreg_{action}_{registers}"
+    setmaxnreg.__doc__ = f"Have {registers} registers a thread from here on. PTX ISA 9.7.20.5."
+    return instruction(f"setmaxnreg.{action}.sync.aligned.u32 {registers};", sm=90)(setmaxnreg)

@@ -1,0 +1,106 @@
+"""Asynchronous matrix products of a warpgroup. PTX ISA 9.7.15.
+
+Every product is d += a b with a of 64 x k, b of k x n and d of 64 x n; k is 16 for 16-bit
+elements and 32 for e4m3. b lies in shared memory, a there too or in registers. Thread t of the
+warpgroup, with w = t // 32 and l = t % 32, holds
+
+    d[i]     (16 w + l // 4 + 8 (i // 2 % 2), 8 (i // 4) + 2 (l % 4) + i % 2)
+    a[i]     (16 w + l // 4 + 8 (i % 2), 2 (l % 4) + h + 8 (i // 2))     h = 0, 1: 16-bit elements
+    a[i]     (16 w + l // 4 + 8 (i % 2), 4 (l % 4) + h + 16 (i // 2))    h = 0 to 3: e4m3
+
+which for each warp are the layouts of `tensor_cores`, product beside product.
+
+A tile in shared memory is named by a descriptor of 64 bits:
+
+    bits  0-13   address / 16
+    bits 16-29   leading byte offset / 16
+    bits 32-45   stride byte offset / 16
+    bits 49-51   base offset: 0 where the pattern of the swizzle begins at a multiple of 1024 bytes
+    bits 62-63   swizzle: 0 none, 1 of 128 bytes, 2 of 64, 3 of 32
+
+With the swizzle of 128 bytes a tile is made of slabs of 128-byte rows, of which the 16-byte chunk c
+of row r lies at c ^ (r % 8). K-major operands have the k elements of a row side by side, and the
+stride offset leads to the next eight rows; MN-major ones have rows side by side, 64 to a slab, the
+stride offset leads to the next eight k, and the leading offset to the next slab.
+
+Between issue and wait the accumulators and the operands belong to the hardware.
+"""
+
+from functools import cache
+
+from numflash.mode import SIMULATED
+from numflash.ptx.instruction import Accumulator, Regs, instruction
+from numflash.ptx.scalars import f32, i32, u32, u64
+
+if SIMULATED:
+    from numflash.simulator import warpgroup
+
+_TYPES = {"float16": ("f16", 16), "bfloat16": ("bf16", 16), "e4m3": ("e4m3", 32)}
+
+
+@instruction("wgmma.fence.sync.aligned;", sm=90, collective="warpgroup")
+def wgmma_fence():
+    """Order what registers held before, and the products that follow. PTX ISA 9.7.15.7.1."""
+    warpgroup.fence()
+
+
+@instruction("wgmma.commit_group.sync.aligned;", sm=90, collective="warpgroup")
+def wgmma_commit_group():
+    """Make a group of the products issued since the last one. PTX ISA 9.7.15.7.2."""
+    warpgroup.commit()
+
+
+@cache
+def make_wgmma_wait_group(pending: int, registers: int):
+    """The instruction that waits until at most `pending` groups are under way.
+
+    It names an accumulator of `registers`, which is that of the last group waited for: what reads
+    it cannot move before the wait. PTX ISA 9.7.15.7.3.
+    """
+
+    def wgmma_wait_group(acc: Accumulator(f32, registers)):
+        warpgroup.wait(acc, pending)
+
+    wgmma_wait_group.__name__ = f"wgmma_wait_group_{pending}_of_{registers}"
+    wgmma_wait_group.__doc__ = f"Wait until at most {pending} groups are under way."
+    return instruction(
+        f"wgmma.wait_group.sync.aligned {pending};", sm=90, collective="warpgroup", volatile=True
+    )(wgmma_wait_group)
+
+
+@cache
+def make_wgmma(n: int, dtype: str, a: str, b_major: str = "k"):
+    """The product of a warpgroup: acc = a b where accumulate is 0, else acc += a b.
+
+    Args:
+        n: columns of b, a multiple of 8 from 8 to 256.
+        dtype: of the operands: "float16", "bfloat16" or "e4m3".
+        a: where operand a is: "shared", named by a descriptor, K-major, or "registers".
+        b_major: "k" or "mn"; e4m3 has "k" only.
+
+    PTX ISA 9.7.15.5.2.
+    """
+    name, k = _TYPES[dtype]
+    if n % 8 or not 8 <= n <= 256 or (dtype == "e4m3" and b_major != "k"):
+        raise ValueError(f"there is no wgmma of {dtype} with n = {n} and b {b_major}-major")
+    transposes = "" if dtype == "e4m3" else f", {int(b_major == 'mn')}"
+    if a == "shared" and transposes:
+        transposes = ", 0" + transposes
+    template = (
+        "{ .reg .pred accumulates; setp.ne.b32 accumulates, <accumulate>, 0; "
+        f"wgmma.mma_async.sync.aligned.m64n{n}k{k}.f32.{name}.{name} <acc>, <a>, <b>, "
+        f"accumulates, 1, 1{transposes}; }}"
+    )
+
+    def from_shared(acc: Accumulator(f32, n // 2), a: u64, b: u64, accumulate: i32):
+        warpgroup.multiply(acc, warpgroup.shared_a(a, dtype), b, b_major, n, dtype, accumulate)
+
+    def from_registers(
+        acc: Accumulator(f32, n // 2), a: Regs(u32, 4, "r"), b: u64, accumulate: i32
+    ):
+        warpgroup.multiply(acc, warpgroup.register_a(a, dtype), b, b_major, n, dtype, accumulate)
+
+    function = {"shared": from_shared, "registers": from_registers}[a]
+    function.__name__ = f"wgmma_m64n{n}k{k}_{name}_a_{a}_b_{b_major}"
+    function.__doc__ = f"acc (+)= a b of {dtype}, n = {n}. PTX ISA 9.7.15.5.2."
+    return instruction(template, sm=90, collective="warpgroup", volatile=True)(function)
