@@ -1,0 +1,140 @@
+"""Configs of the kernels for Hopper, through `wgmma` and bulk copies.
+
+Their string form: `sm90-m128n176w8s2-overlap-pingpong-persistent`, which is tile_m, tile_n, the
+warps that multiply, stages, and what is switched on. `x8`, `-h4` and `-packed` as in
+`configs.sm80`; `-r232` gives the warps that multiply 232 registers a thread instead of the usual.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import ClassVar
+
+from numflash.configs.sm80 import MmaForwardConfig
+from numflash.configs.traits import Traits
+
+WARPGROUP_ROWS = 64
+"""Rows of Q, and of the result, that a warpgroup computes."""
+SLAB_BYTES = 128
+"""Tiles in shared memory are made of slabs of rows of 128 bytes."""
+# Registers a thread of the warpgroup that copies, and of those that multiply, by how many these
+# are: the most that 64 Ki registers allow.
+_REGISTERS = {1: (56, 256), 2: (24, 240), 3: (32, 160)}
+_PRODUCER_THREADS = 128
+_WORD_BYTES, _BARRIER_WORDS = 4, 2
+# A block may have as much shared memory on Hopper.
+_MAX_SMEM_BYTES = 227 * 1024
+_SWITCHES = ("overlap", "pingpong", "persistent")
+_SUFFIX = re.compile(r"(?:-r(?P<registers>[1-9]\d*))?" + "".join(f"(-{s})?" for s in _SWITCHES))
+
+
+@dataclass(frozen=True)
+class Sm90ForwardConfig(MmaForwardConfig):
+    """A block computes tile_m rows of O, 64 to a warpgroup; another warpgroup fetches K and V.
+
+    Attributes:
+        num_warps: those that multiply, of which 4 are a warpgroup; 4 more copy.
+        overlap: a warpgroup computes the softmax of one tile while the tensor cores multiply P and
+            V of the tile before.
+        pingpong: warpgroups take turns with the tensor cores, so that one multiplies while another
+            computes its softmax.
+        persistent: a block computes one tile of rows after another, and fetches the next while it
+            finishes one.
+        consumer_registers: per thread of the warps that multiply; 0 for the usual number.
+    """
+
+    overlap: bool = False
+    pingpong: bool = False
+    persistent: bool = False
+    consumer_registers: int = 0
+
+    implementation: ClassVar = "sm90"
+    generations: ClassVar = ("sm90",)
+    operand_bytes: ClassVar = 2
+    _example: ClassVar = "sm90-m128n128w8s2-overlap"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.tile_m != 16 * self.num_warps or self.num_warps not in (4, 8, 12):
+            raise ValueError(
+                f"{type(self).__name__} {self}: tile_m must be 16 x num_warps, and those 4, 8 or 12"
+            )
+        if self.tile_n > 256:
+            raise ValueError(f"{type(self).__name__} {self}: tile_n must be at most 256")
+        if not self.swizzled or self.min_blocks:
+            raise ValueError(
+                f"{type(self).__name__} {self}: tiles are always swizzled, registers fixed"
+            )
+        if self.pingpong and self.num_warpgroups == 1:
+            raise ValueError(f"{type(self).__name__} {self}: one warpgroup has no turns to take")
+        if self.registers[1] % 8 or not 24 <= self.registers[0] < self.registers[1] <= 256:
+            raise ValueError(
+                f"{type(self).__name__} {self}: consumer_registers must be a multiple of 8 and leave "
+                f"24 to those that copy"
+            )
+
+    @property
+    def num_warpgroups(self) -> int:
+        """Warpgroups that multiply."""
+        return self.num_warps // 4
+
+    @property
+    def num_threads(self) -> int:
+        """Threads per block."""
+        return 32 * self.num_warps + _PRODUCER_THREADS
+
+    @property
+    def registers(self) -> tuple[int, int]:
+        """Registers a thread of the warpgroup that copies, and of those that multiply."""
+        usual = _REGISTERS[self.num_warpgroups]
+        if not self.consumer_registers:
+            return usual
+        pool = usual[0] + usual[1] * self.num_warpgroups
+        left = pool - self.consumer_registers * self.num_warpgroups
+        return left // 8 * 8, self.consumer_registers
+
+    def o_is_apart(self, traits: Traits) -> bool:
+        """Whether results have shared memory of their own; otherwise they take the place of Q."""
+        words = sum(self._tiles(traits).values()) + self._o_words(traits)
+        return self.persistent and self.num_splits == 1 and _WORD_BYTES * words <= _MAX_SMEM_BYTES
+
+    def tiles(self, traits: Traits) -> dict[str, int]:
+        """The words of each tile in shared memory, in order; the barriers come last."""
+        tiles = self._tiles(traits)
+        if self.o_is_apart(traits):
+            barriers = tiles.pop("barriers")
+            tiles |= {"o": self._o_words(traits), "barriers": barriers}
+        return tiles
+
+    def _tiles(self, traits: Traits) -> dict[str, int]:
+        row = SLAB_BYTES // _WORD_BYTES
+        q_slabs = max(self.slabs(traits.head_dim), self._o_words(traits) // (self.tile_m * row))
+        keys = self.num_stages * self.tile_n * row
+        return {
+            "q": self.tile_m * row * q_slabs,
+            "k": keys * self.slabs(traits.head_dim),
+            "v": keys * self.slabs(traits.head_dim_v),
+            # Full and empty, for Q of each warpgroup and for K and V of each stage.
+            "barriers": _BARRIER_WORDS * (2 * self.num_warpgroups + 4 * self.num_stages),
+        }
+
+    def slabs(self, columns: int) -> int:
+        """Slabs side by side that hold so many columns of an operand."""
+        return -(-columns * self.operand_bytes // SLAB_BYTES)
+
+    def _o_words(self, traits: Traits) -> int:
+        slabs = -(-traits.head_dim_v * traits.dtype_bytes // SLAB_BYTES)
+        return self.tile_m * slabs * SLAB_BYTES // _WORD_BYTES
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        text += f"-r{self.consumer_registers}" if self.consumer_registers else ""
+        return text + "".join(f"-{name}" for name in _SWITCHES if getattr(self, name))
+
+    @classmethod
+    def _fields(cls, text: str) -> dict | None:
+        suffix = re.search(_SUFFIX.pattern + "$", text)
+        fields = super()._fields(text[: suffix.start()])
+        if fields is None:
+            return None
+        on = {name: f"-{name}" in suffix.groups() for name in _SWITCHES}
+        return fields | on | {"consumer_registers": int(suffix["registers"] or 0)}
