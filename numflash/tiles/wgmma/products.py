@@ -1,0 +1,104 @@
+"""Matrix products of a warpgroup, which run while it does something else.
+
+A product here is issued and committed as a group; nobody touches its accumulator, nor the shared
+memory it reads, before `make_wgmma_wait_group` has been called. Tiles are swizzled slabs of rows
+of 128 bytes, as bulk copies leave them; each begins at a multiple of 1024 bytes.
+
+Source: PTX ISA 9.7.15.5, shared memory layouts and matrix descriptors.
+"""
+
+from functools import cache
+
+from numflash.ptx import (
+    cvt_rn_bf16x2_f32,
+    cvt_rn_f16x2_f32,
+    device_function,
+    make_wgmma,
+    u32,
+    u64,
+    wgmma_commit_group,
+    wgmma_fence,
+)
+
+SLAB_BYTES = 128
+_GROUP_BYTES = 8 * SLAB_BYTES  # after which the swizzle repeats
+_SWIZZLED = 1 << 62
+# A step of a product consumes 32 bytes of a row of operand A.
+_STEP_BYTES = 32
+_STEPS_PER_SLAB = SLAB_BYTES // _STEP_BYTES
+
+PACK_TWO = {"float16": cvt_rn_f16x2_f32, "bfloat16": cvt_rn_bf16x2_f32}
+"""(low, high): a register of two 16-bit elements."""
+
+
+@cache
+def make_descriptor(slab_bytes):
+    """descriptor(address): names the operand whose first slab begins there.
+
+    `slab_bytes` is from one slab to the next, which MN-major operands ask for.
+    """
+    constant = u64(slab_bytes >> 4 << 16 | _GROUP_BYTES >> 4 << 32 | _SWIZZLED)
+    mask, shift = u32(0x3FFFF), u32(4)
+
+    @device_function
+    def descriptor(address):
+        return u64((address & mask) >> shift) | constant
+
+    return descriptor
+
+
+@cache
+def make_product_nt(dtype, m_rows, n_rows, columns):
+    """product_nt(acc, a, b): begin acc = A B^T; both lie in shared memory by rows, equally wide.
+
+    `a` and `b` are the descriptors of 64 rows of A, whose slabs have m_rows, and of n_rows of B.
+    """
+    multiply = make_wgmma(n_rows, dtype, "shared")
+    element_bytes = 1 if dtype == "e4m3" else 2
+    steps = columns * element_bytes // _STEP_BYTES
+    a_slab, b_slab = m_rows * SLAB_BYTES >> 4, n_rows * SLAB_BYTES >> 4
+
+    @device_function
+    def product_nt(acc, a, b):
+        wgmma_fence()
+        for step in range(steps):
+            slab, within = step // _STEPS_PER_SLAB, step % _STEPS_PER_SLAB * (_STEP_BYTES >> 4)
+            a_step, b_step = u64(a_slab * slab + within), u64(b_slab * slab + within)
+            multiply(acc, a + a_step, b + b_step, 1 if step > 0 else 0)
+        wgmma_commit_group()
+
+    return product_nt
+
+
+@cache
+def make_product_pn(dtype, k_rows, columns):
+    """product_pn(acc, p_frag, b): begin acc += P B of 16-bit elements; P lies in registers.
+
+    `p_frag` is 64 x k_rows as `make_pack` leaves it; `b` names k_rows of B, by rows of k.
+    """
+    multiply = make_wgmma(columns, dtype, "registers", "mn")
+    steps, step_bytes = k_rows // 16, 16 * SLAB_BYTES
+
+    @device_function
+    def product_pn(acc, p_frag, b):
+        wgmma_fence()
+        for step in range(steps):
+            b_step = u64(step * (step_bytes >> 4))
+            multiply(acc, p_frag[4 * step : 4 * step + 4], b + b_step, 1)
+        wgmma_commit_group()
+
+    return product_pn
+
+
+@cache
+def make_pack(dtype, n_tiles):
+    """pack(p_frag, s_acc): scores as an operand A of 16-bit elements, in the same places."""
+    pack_two = PACK_TWO[dtype]
+
+    @device_function
+    def pack(p_frag, s_acc):
+        for tile in range(n_tiles):
+            p_frag[2 * tile] = pack_two(s_acc[4 * tile], s_acc[4 * tile + 1])
+            p_frag[2 * tile + 1] = pack_two(s_acc[4 * tile + 2], s_acc[4 * tile + 3])
+
+    return pack
