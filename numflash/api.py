@@ -341,7 +341,9 @@ def warmup(
     limits = limits_of_device(device)
     for family in ("forward", "delta", *BACKWARD) if backward else ("forward",):
         rows = seqlen_k if family == "backward-dkdv" else seqlen_q
-        choices = [choose(family, traits, limits, rows)]
+        # Of contiguous arrays rows that are not aligned cannot be fetched by bulk copies.
+        no_bulk_copies = None if traits.vectorized else "rows are not aligned to 16 bytes"
+        choices = [choose(family, traits, limits, rows, no_bulk_copies=no_bulk_copies)]
         if tuned.enabled():
             # Which of them a call takes depends on sizes that are not known yet.
             choices += tuned.choices(family, traits, device_key(device), limits)

@@ -9,9 +9,9 @@ from dataclasses import replace
 from typing import Any
 
 from numflash.arrays import ArrayLibrary, library_of
-from numflash.configs import Traits
+from numflash.configs import Sm90ForwardConfig, Traits
 from numflash.dispatch import Choice, Geometry, choose
-from numflash.launch import Launcher, limits_of_device
+from numflash.launch import Launcher, limits_of_device, multiprocessors
 from numflash.problem import (
     AttentionProblem,
     Tensor,
@@ -28,6 +28,7 @@ from numflash.selection import (
     forward_choice,
     forward_configs,
 )
+from numflash.tensor_maps import TensorLayout, misfit
 from numflash.views import ArrayView, Operand, contiguous_strides, overlap
 
 DEFAULTS = {
@@ -61,7 +62,7 @@ def problem_of(views: dict[str, ArrayView], options: dict) -> tuple[AttentionPro
     q = rows["q"]
     out = _fresh((*q.shape[:-1], problem.head_dim_v), q)
     tensors["out"] = as_tensor("out", out, options.get("layout", "bshd"))
-    return problem, _traits(problem, tensors), q.device
+    return _seen_by_bulk_copies(problem, tensors), _traits(problem, tensors), q.device
 
 
 class Forward:
@@ -83,7 +84,7 @@ class Forward:
         `rows` are the arrays that are attended to; `copied` are those made of the caller's.
         """
         problem, tensors = _describe(rows, options)
-        q, self.copied, self.problem = rows["q"], copied, problem
+        q, self.copied = rows["q"], copied
         self.views, self.dtype, self.device = views, problem.dtype, q.device
         self.out_shape = (*q.shape[:-1], problem.head_dim_v)
         self.lse_shape = _lse_shape(problem, q)
@@ -95,6 +96,7 @@ class Forward:
             self._refuse_overlap({name: view.pointer for name, view in views.items()})
         out = views.get("out") or _fresh(self.out_shape, q)
         tensors["out"] = as_tensor("out", out, options["layout"])
+        self.problem = problem = _seen_by_bulk_copies(problem, tensors)
         self.launchers, self.workspaces, self.kernel = [], {}, "none: the result is empty"
         if problem.batch * problem.seqlen_q:
             self._choose_launchers(problem, tensors, options["config"])
@@ -131,7 +133,9 @@ class Forward:
             return {"forward": self.launchers[0].bind(operands)}
         for name, size in self.workspaces.items():
             operands[name] = library.operand(library.empty((size,), "float32", self.device))
-        parts = {**operands, "out": operands["parts"], "lse": operands["part_lses"]}
+        # What writes parts does so without bulk copies; its map of out is never used.
+        parts = {"out": operands["parts"], "lse": operands["part_lses"], "out_map": operands["q"]}
+        parts = operands | parts
         forward, combine = self.launchers[0].bind(parts), self.launchers[1].bind(operands)
         return {"forward": forward, "combine": combine}
 
@@ -151,6 +155,11 @@ class Forward:
         num_blocks = problem.num_blocks(
             rows, heads * geometry.num_splits, choice.config.block_rows
         )
+        if isinstance(choice.config, Sm90ForwardConfig):
+            scalars |= _tensor_maps(tensors, choice.config, geometry)
+            if choice.config.persistent:
+                # Their registers leave room for one block an SM.
+                num_blocks = min(num_blocks, multiprocessors(device)[0])
         if geometry.num_splits == 1:
             self.launchers = [Launcher(choice.config, choice.traits, device, num_blocks, scalars)]
             return
@@ -300,6 +309,27 @@ def _scalars(problem, tensors: dict[str, Tensor]) -> dict[str, int | float]:
         batch, row, head, _ = tensor.strides
         scalars |= {f"{name}_batch": batch, f"{name}_row": row, f"{name}_head": head}
     return scalars
+
+
+def _seen_by_bulk_copies(
+    problem: AttentionProblem, tensors: dict[str, Tensor]
+) -> AttentionProblem:
+    """The problem, which then knows whether bulk copies can be told of its tensors."""
+    for name in ("q", "k", "v", "out"):
+        if (why := misfit(tensors[name])) is not None:
+            why = f"{name} cannot be described to bulk copies: {why}"
+            return replace(problem, no_tensor_maps=why)
+    return problem
+
+
+def _tensor_maps(
+    tensors: dict[str, Tensor], config: Sm90ForwardConfig, geometry: Geometry
+) -> dict[str, TensorLayout]:
+    """The layouts of the Hopper forward's tensor maps, by parameter name."""
+    q, out = (TensorLayout.of_queries(tensors[name], geometry.pack) for name in ("q", "out"))
+    k, v = (TensorLayout.of_keys(tensors[name], config.tile_n) for name in ("k", "v"))
+    is_split = geometry.num_splits > 1
+    return {"q_map": q, "k_map": k, "v_map": v, "out_map": q if is_split else out}
 
 
 def _lse_shape(problem: AttentionProblem, q: ArrayView) -> tuple[int, ...]:

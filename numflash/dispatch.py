@@ -1,8 +1,9 @@
 """Which kernel runs a problem, with which config, and why not the others.
 
-Kernels for tensor cores come before the portable ones; of each, configs come in the order of
-preference of `configs`. The first that no rule excludes runs. A config that the caller forces is
-held to the same rules, except those that only concern speed.
+Kernels for tensor cores come before the portable ones, and on Hopper those of `wgmma` and bulk
+copies before both; of each, configs come in the order of preference of `configs`. The first that no
+rule excludes runs. A config that the caller forces is held to the same rules, except those that
+only concern speed.
 """
 
 from dataclasses import dataclass, replace
@@ -10,14 +11,17 @@ from dataclasses import dataclass, replace
 from numflash.configs import (
     FAMILIES,
     PORTABLE_CONFIGS,
+    WARPGROUP_ROWS,
     Config,
     Fp8ForwardConfig,
     MmaConfig,
+    Sm90ForwardConfig,
     Traits,
     fp8,
     parse_config,
     portable,
     sm80,
+    sm90,
 )
 from numflash.devices import Architecture, blocks_per_sm
 from numflash.errors import UnsupportedError
@@ -66,6 +70,7 @@ def choose(
     limits: Architecture,
     rows: int = _MANY_ROWS,
     positive_scale: bool = True,
+    no_bulk_copies: str | None = None,
 ) -> Choice:
     """The kernel to run.
 
@@ -75,6 +80,8 @@ def choose(
         limits: the GPU.
         rows: rows of the output per head; tiles of twice as many and more would mostly idle.
         positive_scale: whether softmax_scale is above 0.
+        no_bulk_copies: why bulk copies cannot fetch and store what the problem is about, or its
+            rows do not fit warpgroups; None if they can.
 
     Raises:
         ValueError: the family is unknown.
@@ -82,7 +89,9 @@ def choose(
     """
     if family not in FAMILIES:
         raise ValueError(f"kernel family must be one of {', '.join(FAMILIES)}, got {family!r}")
-    passed_over = []
+    passed_over, found = _hopper(family, traits, limits, rows, positive_scale, no_bulk_copies)
+    if found is not None:
+        return found
     if traits.fp8:
         generation, misfit = fp8.generation(limits), fp8.misfit
         mma_candidates = fp8.candidates(limits) if family == "forward" else ()
@@ -127,15 +136,50 @@ def choose(
     raise AssertionError("portable.candidates is never empty")
 
 
+def _hopper(
+    family: str,
+    traits: Traits,
+    limits: Architecture,
+    rows: int,
+    positive_scale: bool,
+    no_bulk_copies: str | None,
+) -> tuple[list[tuple[str, str]], Choice | None]:
+    """What of `configs.sm90` was passed over, and why; and the choice among it, if there is one."""
+    if family != Sm90ForwardConfig.family or limits.compute_capability != (9, 0) or traits.fp8:
+        return [], None
+    why = sm90.no_wgmma(traits, limits) or _no_scale(positive_scale) or no_bulk_copies
+    if why is not None:
+        return [("sm90", why)], None
+    candidates = sm90.candidates(traits)
+    reasons = {x: sm90.misfit(x, traits, limits, rows) for x in candidates}
+    config = next((x for x, why in reasons.items() if why is None), None)
+    passed_over = [
+        (str(x), why or f"fits too, and comes after {config}")
+        for x, why in reasons.items()
+        if x is not config
+    ]
+    if config is None:
+        return passed_over, None
+    passed_over += [("sm80", "wgmma is faster"), ("portable", "tensor cores are faster")]
+    rule = "the first that fits of the configs for wgmma"
+    return passed_over, Choice(family, config, _for_wgmma(traits), rule, tuple(passed_over))
+
+
+def _for_wgmma(traits: Traits) -> Traits:
+    """The traits of the kernel, to which it is all one how rows are aligned."""
+    return replace(traits, vectorized=True)
+
+
 def choose_forward(
     problem: AttentionProblem, traits: Traits, limits: Architecture, num_sms: int
 ) -> Choice:
     """The forward kernel to run, with its splits over keys. As `choose`."""
     positive, packed_rows = problem.softmax_scale > 0, problem.seqlen_q * rows_packed(problem)
-    choice = choose("forward", traits, limits, packed_rows, positive)
+    no_bulk_copies = without_bulk_copies(problem)
+    choice = choose("forward", traits, limits, packed_rows, positive, no_bulk_copies)
     if not isinstance(choice.config, MmaConfig):
         # The portable kernels do not pack.
-        return choose("forward", traits, limits, problem.seqlen_q, positive)
+        return choose("forward", traits, limits, problem.seqlen_q, positive, no_bulk_copies)
     config = with_splits(choice.config, problem, traits, limits, num_sms)
     return replace(choice, config=config)
 
@@ -146,8 +190,17 @@ def force(
     traits: Traits,
     limits: Architecture,
     positive_scale: bool = True,
+    problem: AttentionProblem | None = None,
 ) -> Choice:
     """The kernel that the caller asks for.
+
+    Args:
+        family: one of `configs.FAMILIES`.
+        config: the caller's.
+        traits: what the problem needs.
+        limits: the GPU.
+        positive_scale: whether softmax_scale is above 0.
+        problem: of the forward; without it nothing is said of bulk copies.
 
     Raises:
         TypeError: `config` is neither a string nor a config of this family.
@@ -161,6 +214,11 @@ def force(
     why = None
     if traits.fp8 != isinstance(config, Fp8ForwardConfig):
         why = "it computes on 8-bit floats" if not traits.fp8 else "it has no 8-bit floats"
+    elif isinstance(config, Sm90ForwardConfig):
+        why = sm90.no_wgmma(traits, limits) or _no_scale(positive_scale) or config.misfit(traits)
+        if why is None and problem is not None:
+            why = without_bulk_copies(problem, config)
+        traits = _for_wgmma(traits)
     elif isinstance(config, MmaConfig):
         why = _no_tensor_cores(traits, config.generation, positive_scale)
         why = why or config.misfit(traits)
@@ -189,15 +247,20 @@ def _generation(limits: Architecture) -> str:
 
 def _no_tensor_cores(traits: Traits, generation: str, positive_scale: bool) -> str | None:
     """Why the tensor cores cannot be used; None if they can."""
-    if not positive_scale:
-        return "softmax_scale is not positive, and the softmax in base 2 folds it into its maximum"
-    if traits.fp8:
-        return None
+    if (why := _no_scale(positive_scale)) is not None or traits.fp8:
+        return why
     if traits.dtype == "float32" and not traits.tf32:
         return 'float32 is multiplied exactly unless precision="tf32"'
     if generation == "sm75" and traits.dtype != "float16":
         return f"Turing's tensor cores have float16, not {'tf32' if traits.tf32 else traits.dtype}"
     return None
+
+
+def _no_scale(positive_scale: bool) -> str | None:
+    """Why the softmax of the tensor-core kernels cannot be used; None if it can."""
+    if positive_scale:
+        return None
+    return "softmax_scale is not positive, and the softmax in base 2 folds it into its maximum"
 
 
 @dataclass(frozen=True)
@@ -225,6 +288,31 @@ def rows_packed(problem: AttentionProblem, packed: bool | None = None) -> int:
     return problem.group_size if packed else 1
 
 
+def heads_packed(config: MmaConfig, problem: AttentionProblem) -> int:
+    """Query heads that a forward config packs into the rows of a tile."""
+    pack = rows_packed(problem, config.packed)
+    if isinstance(config, Sm90ForwardConfig) and WARPGROUP_ROWS % pack:
+        return 1
+    return pack
+
+
+def without_bulk_copies(
+    problem: AttentionProblem, config: Sm90ForwardConfig | None = None
+) -> str | None:
+    """Why the Hopper forward cannot run a problem, or should not; None if it may.
+
+    `config` is the one that the caller asks for: only what it says of packing counts then.
+    """
+    packed = config is None or config.packed
+    pack = rows_packed(problem, config and config.packed)
+    if packed and WARPGROUP_ROWS % pack:
+        return (
+            f"the {pack} query heads of a group cannot be packed: their number does not divide "
+            f"the {WARPGROUP_ROWS} rows of a warpgroup"
+        )
+    return problem.no_tensor_maps
+
+
 def unfit(
     config: Config, traits: Traits, limits: Architecture, rows: int, proven: bool
 ) -> str | None:
@@ -241,6 +329,8 @@ def unfit(
         if config.block_rows >= 2 * max(rows, _MIN_ROWS):
             return f"computes {config.block_rows} rows at a time, there are {rows}"
         return None
+    if isinstance(config, Sm90ForwardConfig):
+        return sm90.misfit(config, traits, limits, rows)
     if isinstance(config, MmaConfig):
         return (fp8 if traits.fp8 else sm80).misfit(config, traits, limits, rows, warps=1)
     return portable.misfit(config, replace(traits, tf32=False), limits, rows)
@@ -262,7 +352,7 @@ def with_splits(
     num_sms: int,
 ) -> MmaConfig:
     """A forward config with as many splits over keys as fill the machine."""
-    pack = rows_packed(problem, config.packed)
+    pack = heads_packed(config, problem)
     heads = problem.num_heads_q // pack
     blocks = problem.num_blocks(problem.seqlen_q * pack, heads, config.block_rows)
     splits = num_splits(config, traits, limits, num_sms, blocks, problem.seqlen_k)

@@ -3,6 +3,8 @@
 `Launcher` binds a kernel to a device and to all arguments but the addresses of its arrays. On the
 GPU a launch packs those addresses next to the arguments packed before and makes one driver call on
 the caller's stream: no allocation, no synchronisation, capturable in a CUDA graph.
+
+A tensor map is passed by value. It is encoded when an address is first bound and remembered.
 """
 
 import ctypes
@@ -10,7 +12,7 @@ import os
 import struct
 import threading
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 
 import numpy as np
 
@@ -19,11 +21,14 @@ from numflash.configs import Config, Traits
 from numflash.devices import Architecture, architecture, architecture_of
 from numflash.errors import UnsupportedError
 from numflash.mode import SIMULATED
+from numflash.tensor_maps import MAP_ALIGNMENT, MAP_BYTES, TensorLayout, aligned, encode
 from numflash.views import Operand
 
 # What the simulator models unless NUMFLASH_SIM_ARCH names another.
 _SIMULATED_ARCHITECTURE = "sm_80"
 _SLOT_BYTES = 8
+# Encoded maps that are remembered, of each parameter of a launch: allocators use addresses again.
+_MAX_MAPS = 64
 _DEFAULT_SMEM_LIMIT = 48 * 1024
 
 
@@ -99,7 +104,7 @@ class Launcher:
         traits: Traits,
         device: int,
         num_blocks: int,
-        scalars: dict[str, int | float],
+        scalars: dict[str, int | float | TensorLayout],
     ):
         """Compile (or find) the kernel and pack its scalar arguments.
 
@@ -107,7 +112,8 @@ class Launcher:
             config, traits: which kernel.
             device: ordinal of the CUDA device.
             num_blocks: blocks of the grid.
-            scalars: a value for every parameter that is not a pointer; more are ignored.
+            scalars: a value for every parameter that is not a pointer, which for a tensor map is
+                its layout; more are ignored.
         """
         if SIMULATED:
             self._launch = SimulatedLaunch(_simulated_kernel(config, traits), num_blocks, scalars)
@@ -122,7 +128,8 @@ class Launcher:
     def bind(self, operands: dict[str, Operand | None]) -> Callable[[int], None]:
         """A function of the stream's address that launches on these arrays and keeps them alive.
 
-        `operands` holds every pointer parameter by name; None where it is not read.
+        `operands` holds every pointer parameter by name, None where it is not read, and what
+        tensor maps are of, each by the map's name or by that without "_map".
         """
         return self._launch.bind(operands)
 
@@ -134,15 +141,26 @@ class DriverLaunch:
         self.driver, self.device = _driver(), device
         self.function = _load(cubin, device)
         self.geometry = (num_blocks, 1, 1, cubin.num_threads, 1, 1, cubin.smem_bytes)
-        self.pointer_names = [name for name, letter in cubin.parameters if letter == "P"]
-        # One 8-byte slot a parameter, pointers first as in every kernel's signature.
-        self.slots = ctypes.create_string_buffer(_SLOT_BYTES * len(cubin.parameters))
-        self.pack_pointers = struct.Struct(f"<{len(self.pointer_names)}Q").pack_into
-        for i, (name, letter) in enumerate(cubin.parameters):
-            if letter != "P":
-                struct.pack_into(f"<{letter}", self.slots, _SLOT_BYTES * i, scalars[name])
+        # What a launch fills in comes first: maps, which are aligned, and pointers.
+        kinds = {"T": 0, "P": 1}
+        ordered = sorted(cubin.parameters, key=lambda parameter: kinds.get(parameter[1], 2))
+        self.map_names, self.pointer_names = (
+            [name for name, letter in ordered if letter == kind] for kind in kinds
+        )
+        self.encoders = [self._encoder(scalars[name]) for name in self.map_names]
+        n_maps, n_pointers = len(self.map_names), len(self.pointer_names)
+        self.pack = struct.Struct("<" + f"{MAP_BYTES}s" * n_maps + f"{n_pointers}Q").pack_into
+        sizes = [MAP_BYTES if letter == "T" else _SLOT_BYTES for _, letter in ordered]
+        self.slots = ctypes.create_string_buffer(sum(sizes) + MAP_ALIGNMENT)
+        self.first = aligned(self.slots) - ctypes.addressof(self.slots)
+        offset, offsets = self.first, {}
+        for (name, letter), size in zip(ordered, sizes, strict=True):
+            if letter not in kinds:
+                struct.pack_into(f"<{letter}", self.slots, offset, scalars[name])
+            offsets[name] = offset
+            offset += size
         base = ctypes.addressof(self.slots)
-        addresses = [base + _SLOT_BYTES * i for i in range(len(cubin.parameters))]
+        addresses = [base + offsets[name] for name, _ in cubin.parameters]
         self.addresses = (ctypes.c_void_p * len(addresses))(*addresses)
         self.parameters = ctypes.addressof(self.addresses)
         # Packing and launching must not interleave with another thread's.
@@ -152,28 +170,49 @@ class DriverLaunch:
         """See `Launcher.bind`."""
         bound = [operands[name] for name in self.pointer_names]
         pointers = [0 if operand is None else operand.pointer for operand in bound]
+        mapped = [_mapped(operands, name) for name in self.map_names]
+        maps = [
+            encode_at(operand.pointer)
+            for encode_at, operand in zip(self.encoders, mapped, strict=True)
+        ]
+        values = maps + pointers
 
-        def launch(stream: int, _keep_alive=bound) -> None:
-            driver = self.driver
-            status, current = driver.cuCtxGetDevice()
-            if not status and int(current) == self.device:
-                return self._launch(pointers, stream)
-            _checked(driver.cuCtxPushCurrent(_primary_context(self.device)))
-            try:
-                self._launch(pointers, stream)
-            finally:
-                _checked(driver.cuCtxPopCurrent())
+        def launch(stream: int, _keep_alive=(bound, mapped)) -> None:
+            self._in_context(self._launch, values, stream)
 
         return launch
 
-    def _launch(self, pointers: list[int], stream: int) -> None:
+    def _encoder(self, layout: TensorLayout) -> Callable[[int], bytes]:
+        """The map of a tensor of this layout by its address."""
+        return lru_cache(_MAX_MAPS)(
+            lambda pointer: self._in_context(encode, self.driver, layout, pointer)
+        )
+
+    def _in_context(self, call: Callable, *arguments):
+        """A call with the device's primary context current."""
+        driver = self.driver
+        status, current = driver.cuCtxGetDevice()
+        if not status and int(current) == self.device:
+            return call(*arguments)
+        _checked(driver.cuCtxPushCurrent(_primary_context(self.device)))
+        try:
+            return call(*arguments)
+        finally:
+            _checked(driver.cuCtxPopCurrent())
+
+    def _launch(self, values: list[bytes | int], stream: int) -> None:
         with self.lock:
-            self.pack_pointers(self.slots, 0, *pointers)
+            self.pack(self.slots, self.first, *values)
             status = self.driver.cuLaunchKernel(
                 self.function, *self.geometry, stream, self.parameters, 0
             )
         if status[0]:
             _raise(status[0])
+
+
+def _mapped(operands: dict[str, Operand | None], name: str) -> Operand:
+    """What the tensor map of this name is of."""
+    return operands.get(name) or operands[name.removesuffix("_map")]
 
 
 def _simulated_kernel(config: Config, traits: Traits):
@@ -190,20 +229,24 @@ class SimulatedLaunch:
 
     def bind(self, operands):
         """See `Launcher.bind`; streams mean nothing here."""
-        from numflash.ptx import Pointer
-        from numflash.simulator import GlobalPointer, launch
+        from numflash import simulator
+        from numflash.ptx import Pointer, TensorMap
 
         def argument(name, annotation):
+            if annotation is TensorMap:
+                array, layout = _mapped(operands, name).array, self.scalars[name]
+                return simulator.SimulatedTensorMap(array, layout)
             if not isinstance(annotation, Pointer):
                 return annotation(self.scalars[name])
             operand = operands[name]
             array = np.empty(0, annotation.element) if operand is None else operand.array
-            return GlobalPointer(array, np.dtype(annotation.element), name)
+            return simulator.GlobalPointer(array, np.dtype(annotation.element), name)
 
         kernel = self.kernel
         args = [argument(name, t) for name, t in kernel.parameters.items()]
         geometry = self.num_blocks, kernel.num_threads
-        return lambda stream: launch(kernel.function, *geometry, args, kernel.smem_bytes)
+        run = simulator.launch
+        return lambda stream: run(kernel.function, *geometry, args, kernel.smem_bytes)
 
 
 @cache

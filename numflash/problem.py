@@ -54,6 +54,7 @@ class AttentionProblem:
         softcap: 0 for none.
         alibi_strides: (batch, head) strides of the slopes in elements; None without ALiBi.
         tf32: whether float32 may be multiplied as tf32.
+        no_tensor_maps: why q, k, v and out cannot be described to bulk copies; None if they can.
     """
 
     batch: int
@@ -71,6 +72,7 @@ class AttentionProblem:
     softcap: float
     alibi_strides: tuple[int, int] | None
     tf32: bool = False
+    no_tensor_maps: str | None = None
 
     @property
     def group_size(self) -> int:

@@ -15,8 +15,10 @@ from numflash.dispatch import (
     choose_forward,
     force,
     heads_in_flight,
+    heads_packed,
     rows_packed,
     with_splits,
+    without_bulk_copies,
 )
 from numflash.entries import DeviceKey
 from numflash.launch import device_name, limits_of_device, multiprocessors
@@ -84,7 +86,7 @@ def forward_choice(
     limits, positive = limits_of_device(device), problem.softmax_scale > 0
     num_sms, _ = multiprocessors(device)
     if config is not None:
-        choice = force("forward", config, traits, limits, positive)
+        choice = force("forward", config, traits, limits, positive, problem)
     else:
         choice = choose_forward(problem, traits, limits, num_sms)
         rows = problem.seqlen_q * rows_packed(problem)
@@ -93,7 +95,7 @@ def forward_choice(
     config = choice.config
     if not isinstance(config, MmaConfig):
         return choice, Geometry()
-    pack = rows_packed(problem, config.packed)
+    pack = heads_packed(config, problem)
     if not choice.is_final:
         config = with_splits(config, problem, traits, limits, num_sms)
         choice = replace(choice, config=config)
@@ -165,10 +167,12 @@ def _tuned(
     limits = limits_of_device(device)
     if not problem.softmax_scale > 0:
         return choice
-    found = tuned.find(wanted, device_key(device), limits, rows)
+    bulk_copies = without_bulk_copies(problem) is None
+    query = wanted, device_key(device), limits, rows, choice.config, bulk_copies
+    found = tuned.find(*query)
     is_measured = found is not None and found.measured_ms is not None
     if runs and not is_measured and autotune.tune(wanted, device):
-        found = tuned.find(wanted, device_key(device), limits, rows)
+        found = tuned.find(*query)
     if found is None:
         return choice
     default = (str(choice.config), f"the default ({choice.rule}); what was tuned comes first")

@@ -7,6 +7,7 @@
 
 Only kernels for dtypes of the same size and for the same head dims are near. Beyond the first rule
 the splits, packing and order of blocks follow from the problem, as they do for default configs.
+On Hopper only the first rule lets configs of `sm80` and `sm90` take each other's place.
 NUMFLASH_TUNED=0 turns all of it off.
 """
 
@@ -17,7 +18,7 @@ from dataclasses import dataclass, replace
 
 from numflash import store
 from numflash.compiler import source_hash, versions
-from numflash.configs import Config, MmaConfig, Traits, parse_config
+from numflash.configs import Config, MmaConfig, Sm90ForwardConfig, Traits, parse_config
 from numflash.devices import Architecture
 from numflash.dispatch import Choice, force, unfit
 from numflash.entries import DeviceKey, Entry
@@ -57,7 +58,12 @@ def enabled() -> bool:
 
 
 def find(
-    wanted: ProblemClass, device: DeviceKey, limits: Architecture, rows: int
+    wanted: ProblemClass,
+    device: DeviceKey,
+    limits: Architecture,
+    rows: int,
+    default: Config | None = None,
+    bulk_copies: bool = True,
 ) -> Choice | None:
     """The tuned config for a problem; None if none is near.
 
@@ -66,17 +72,21 @@ def find(
         device: what it runs on.
         limits: the device's.
         rows: rows of the output per head; tiles of twice as many and more would mostly idle.
+        default: the config by rule. Where it is for Hopper only such a config may take its place
+            unless the class itself was tuned, and where it is not none may; None allows any.
+        bulk_copies: whether configs for Hopper can run the problem.
 
     The config cache is read once, and again when this process has added to it.
     """
     _refresh()
-    key = wanted, device, rows
+    kind = None if default is None else isinstance(default, Sm90ForwardConfig)
+    key = wanted, device, rows, kind, bulk_copies
     try:
         return _found[key]
     except KeyError:
         if len(_found) >= _MAX_FOUND:
             _found.clear()
-        return _found.setdefault(key, _find(wanted, device, limits, rows))
+        return _found.setdefault(key, _find(*key, limits))
 
 
 def measured(wanted: ProblemClass, device: DeviceKey, limits: Architecture) -> Choice | None:
@@ -134,11 +144,18 @@ def _read() -> list[dict[DeviceKey, list[Entry]]]:
     return _tables
 
 
-def _find(wanted, device: DeviceKey, limits: Architecture, rows: int) -> Choice | None:
+def _find(
+    wanted, device: DeviceKey, rows: int, kind: bool | None, bulk_copies: bool, limits
+) -> Choice | None:
+    """As `find`; `kind` is whether the default is for Hopper, None where that does not matter."""
     advice = _advise(wanted, device, limits)
-    if advice.exact is not None:
-        return advice.exact
+    exact = advice.exact
+    if exact is not None and (bulk_copies or not isinstance(exact.config, Sm90ForwardConfig)):
+        return exact
     for choice, proven in advice.near:
+        is_hopper = isinstance(choice.config, Sm90ForwardConfig)
+        if (kind is not None and is_hopper != kind) or (is_hopper and not bulk_copies):
+            continue
         if unfit(choice.config, choice.traits, limits, rows, proven) is None:
             return choice
     return None

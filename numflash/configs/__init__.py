@@ -3,8 +3,8 @@
 `Traits` is fixed by the problem: dtype, head dims, and which features the kernel has. A config is
 a free choice among equally right ones: tile sizes, warps, stages. Each kernel family, such as
 "forward", has a config class for each of its implementations: the portable kernels
-(`configs.portable`), those for tensor cores (`configs.sm80`), and on 8-bit floats
-(`configs.fp8`). `configs.quantize` has those of the kernels around attention on 8-bit floats.
+(`configs.portable`), those for tensor cores (`configs.sm80`), for Hopper's (`configs.sm90`), and on
+8-bit floats (`configs.fp8`). `configs.quantize` has those of the kernels around attention on 8-bit floats.
 Traits and configs have short string forms, used in file names, test ids and on the command line:
 `float16-d64-dv64-softcap-vec`, `m64n32w4`, `sm80-m128n64w4s1`.
 
@@ -39,6 +39,7 @@ from numflash.configs.sm80 import (
     MmaForwardConfig,
     ReduceDqConfig,
 )
+from numflash.configs.sm90 import SLAB_BYTES, WARPGROUP_ROWS, Sm90ForwardConfig
 from numflash.configs.traits import (
     DTYPES,
     FP8_STEP,
@@ -74,8 +75,9 @@ def parse_config(family: str, text: str) -> Config:
         return QUANTIZE_CONFIGS[family].parse(text)
     if family not in FAMILIES:
         raise ValueError(f"kernel family must be one of {', '.join(FAMILIES)}, got {family!r}")
-    if text.startswith(PREFIX) and family == Fp8ForwardConfig.family:
-        return Fp8ForwardConfig.parse(text)
+    for prefix, forward in ((PREFIX, Fp8ForwardConfig), ("sm90", Sm90ForwardConfig)):
+        if text.startswith(prefix) and family == forward.family:
+            return forward.parse(text)
     implementations = [MMA_CONFIGS, PORTABLE_CONFIGS]
     if not text.startswith("sm"):
         implementations.reverse()
@@ -92,6 +94,8 @@ __all__ = [
     "MMA_CONFIGS",
     "PORTABLE_CONFIGS",
     "QUANTIZE_CONFIGS",
+    "SLAB_BYTES",
+    "WARPGROUP_ROWS",
     "AmaxConfig",
     "BackwardDkDvConfig",
     "BackwardDqConfig",
@@ -109,6 +113,7 @@ __all__ = [
     "MmaForwardConfig",
     "QuantizeConfig",
     "ReduceDqConfig",
+    "Sm90ForwardConfig",
     "SmemLayout",
     "Traits",
     "accumulators_per_thread",

@@ -7,10 +7,12 @@ warps that multiply, stages, and what is switched on. `x8`, `-h4` and `-packed` 
 
 import re
 from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar
 
 from numflash.configs.sm80 import MmaForwardConfig
 from numflash.configs.traits import Traits
+from numflash.devices import Architecture
 
 WARPGROUP_ROWS = 64
 """Rows of Q, and of the result, that a warpgroup computes."""
@@ -138,3 +140,68 @@ class Sm90ForwardConfig(MmaForwardConfig):
             return None
         on = {name: f"-{name}" in suffix.groups() for name in _SWITCHES}
         return fields | on | {"consumer_registers": int(suffix["registers"] or 0)}
+
+
+# Preferred first, by the larger head dim; the largest of them hold what shared memory and registers
+# allow, those behind are for fewer rows.
+_PREFERENCES = {
+    64: (
+        "m192n128w12s2-persistent",
+        "m128n128w8s2-overlap-pingpong-persistent",
+        "m64n128w4s2-overlap-persistent",
+    ),
+    128: (
+        "m128n128w8s2-overlap-pingpong-persistent",
+        "m64n128w4s2-overlap-persistent",
+    ),
+    192: (
+        "m128n96w8s2-overlap-persistent",
+        "m64n96w4s2-overlap-persistent",
+    ),
+    256: (
+        "m128n64w8s2-overlap-persistent",
+        "m64n64w4s2-overlap-persistent",
+    ),
+}
+# Registers of a thread that hold neither S, nor P, nor O.
+_OTHER_REGISTERS = 32
+
+
+@cache
+def candidates(traits: Traits) -> tuple[Sm90ForwardConfig, ...]:
+    """The configs that are shipped for these traits, preferred first."""
+    columns = max(traits.head_dim, traits.head_dim_v)
+    texts = next(texts for most, texts in _PREFERENCES.items() if columns <= most)
+    return tuple(Sm90ForwardConfig.parse(f"sm90-{text}") for text in texts)
+
+
+def no_wgmma(traits: Traits, limits: Architecture) -> str | None:
+    """Why kernels of `wgmma` cannot compute with these traits on a GPU; None if they can."""
+    if limits.compute_capability != (9, 0):
+        return f"wgmma is an instruction of sm_90a only, this GPU is {limits.arch}"
+    if traits.fp8 or traits.dtype == "float32":
+        dtype = "8-bit floats" if traits.fp8 else traits.dtype
+        return f"its products are of float16 or bfloat16, not of {dtype}"
+    if traits.selected:
+        return "it computes all heads, not those that a table names"
+    return None
+
+
+def misfit(
+    config: Sm90ForwardConfig, traits: Traits, limits: Architecture, rows: int
+) -> str | None:
+    """Why a candidate is not the one to use; None if it is."""
+    if (why := config.misfit(traits)) is not None:
+        return why
+    if (needed := config.smem_bytes(traits)) > limits.max_smem_per_block:
+        return (
+            f"needs {needed} bytes of shared memory per block, {limits.arch} has "
+            f"{limits.max_smem_per_block}"
+        )
+    kept = config.accumulators_per_thread(traits) + config.tile_n // 4
+    most = config.registers[1] - _OTHER_REGISTERS
+    if kept > most:
+        return f"keeps {kept} registers of S, P and O a thread, at most {most} do not spill"
+    if config.block_rows >= 2 * rows:
+        return f"computes {config.block_rows} rows at a time, there are {rows}"
+    return None

@@ -1,12 +1,12 @@
 """Which factory builds the kernel of a config."""
 
-from numflash.configs import Config, Traits
-from numflash.kernels import fp8, portable, sm80
-from numflash.kernels.kernel import Kernel
+from importlib import import_module
 
-_FACTORIES = {"portable": portable.FACTORIES, "sm80": sm80.FACTORIES, "fp8": fp8.FACTORIES}
+from numflash.configs import Config, Traits
+from numflash.kernels.kernel import Kernel
 
 
 def make_kernel(config: Config, traits: Traits) -> Kernel:
-    """The kernel of a config."""
-    return _FACTORIES[config.implementation][config.family](config, traits)
+    """The kernel of a config. Imports the kernels of its implementation, and no others."""
+    implementation = import_module(f"numflash.kernels.{config.implementation}")
+    return implementation.FACTORIES[config.family](config, traits)

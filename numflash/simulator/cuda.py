@@ -9,7 +9,8 @@ import numpy as np
 from numba.cuda.simulator.kernelapi import Dim3, FakeCUDAModule
 
 from numflash.simulator.engine import WARP_SIZE, SimulationError, current_thread
-from numflash.simulator.memory import POISON, calling_site, poisoned
+from numflash.simulator.local_arrays import local_array
+from numflash.simulator.memory import POISON, calling_site
 
 
 class _Shared:
@@ -31,7 +32,7 @@ class _CooperativeGroups:
 
 class _Local:
     def array(self, shape, dtype, alignment=None):
-        return poisoned(shape, dtype)
+        return local_array(shape, dtype)
 
 
 def _of_block(attribute: str) -> property:

@@ -13,15 +13,17 @@ Numba's own simulator has one OS thread per CUDA thread and no warp instructions
 """
 
 import random
-from collections import defaultdict
 from collections.abc import Callable
 from contextvars import copy_context
 from dataclasses import dataclass, field
 
 from greenlet import getcurrent, greenlet
 
+from numflash.simulator.errors import DeadlockError, SimulationError
 from numflash.simulator.memory import POISON, SharedMemory
+from numflash.simulator.parts import Part
 from numflash.simulator.seed import SEED
+from numflash.simulator.waiting import who_waits
 
 WARP_SIZE = 32
 # How often the engine turns to another warp: always, so that warps go side by side, or so seldom
@@ -29,14 +31,6 @@ WARP_SIZE = 32
 _RESTLESSNESS = (1.0, 1 / 64, 1 / 2048)
 
 _running: "Thread | None" = None
-
-
-class DeadlockError(RuntimeError):
-    """Threads of a block wait for others that will never come."""
-
-
-class SimulationError(RuntimeError):
-    """A kernel did what the hardware leaves undefined."""
 
 
 def current_thread() -> "Thread":
@@ -71,6 +65,7 @@ class Thread:
         "result",
         "copies",
         "copy_groups",
+        "stores",
     )
 
     def __init__(self, block: "Block", index: int, position):
@@ -86,6 +81,8 @@ class Thread:
         # Asynchronous copies: those of no group yet, and the groups that have not been waited for.
         self.copies: list[tuple] = []
         self.copy_groups: list[list[tuple]] = []
+        # (array, first word, words) of stores to shared memory since the last fence.
+        self.stores: list[tuple] = []
 
     def issue_copy(self, target, origin) -> None:
         """Begin to copy the bytes `origin` to the bytes `target`; zeros where it is None."""
@@ -164,13 +161,22 @@ class Block:
         self.favourite = 0
         self.restlessness = _RESTLESSNESS[int(self.random() * len(_RESTLESSNESS))]
         self.meetings: dict[tuple, Meeting] = {}
+        self.parts: dict[type, Part] = {}
         self.scheduler = None
+
+    def part(self, kind: type[Part]) -> Part:
+        """The block's one `kind`."""
+        part = self.parts.get(kind)
+        if part is None:
+            part = self.parts[kind] = kind(self)
+        return part
 
     def run(self, *args) -> None:
         """Run every thread to its end.
 
         Raises:
             DeadlockError: threads wait and none can run.
+            SimulationError: a kernel ended before what it had begun.
             Exception: what a thread raised, with a note that names thread, block and seed.
         """
         global _running
@@ -179,6 +185,8 @@ class Block:
             self._run_ready_threads(args)
             if self.live:
                 raise DeadlockError(self._who_waits_where())
+            for part in self.parts.values():
+                part.finish()
         finally:
             self._end_waiting_threads()
             _running = outer
@@ -308,32 +316,7 @@ class Block:
             lines.append(
                 f"  {meeting.name}: {len(meeting.arrived)} of {meeting.expected} threads came"
             )
-            places = defaultdict(list)
-            for thread in meeting.waiting:
-                places[_place(thread)].append(thread.index)
-            by_thread = sorted(places.items(), key=lambda place: min(place[1]))
-            lines += [f"    threads {_ranges(who)} wait at {at}" for at, who in by_thread]
+            lines += who_waits(meeting.waiting)
+        for part in self.parts.values():
+            lines += part.report()
         return "\n".join(lines)
-
-
-def _place(thread: Thread) -> str:
-    """File and line of the kernel code in which a suspended thread waits."""
-    frame = thread.greenlet.gr_frame
-    while frame is not None:
-        module = frame.f_globals.get("__name__", "")
-        if not module.startswith(("numflash.simulator", "numflash.ptx", "numba.")):
-            return f"{frame.f_code.co_filename}:{frame.f_lineno} ({frame.f_code.co_name})"
-        frame = frame.f_back
-    return "an unknown place"
-
-
-def _ranges(numbers: list[int]) -> str:
-    """[0, 1, 2, 5] as "0-2, 5"."""
-    parts, numbers = [], sorted(numbers)
-    start = previous = numbers[0]
-    for number in [*numbers[1:], None]:
-        if number is None or number != previous + 1:
-            parts.append(str(start) if start == previous else f"{start}-{previous}")
-            start = number
-        previous = number
-    return ", ".join(parts)

@@ -13,10 +13,12 @@ import numpy as np
 from numba.core import types
 from numba.np import numpy_support
 
+from numflash.simulator.errors import SimulationError
+
 POISON = 0xFF
-_POISON_BYTE = bytes([POISON])
-# Where the hardware guarantees alignment: the start of shared memory.
-_SHARED_ALIGNMENT = 1024
+# The hardware keeps the first kilobyte of shared memory; what it gives a block begins aligned.
+_SHARED_START = 1024
+_STATIC_BYTES = 48 * 1024
 
 
 @cache
@@ -41,27 +43,29 @@ def _narrow_floats() -> dict[str, np.dtype]:
 _NARROW_FLOATS = _narrow_floats()
 
 
-def poisoned(shape, dtype) -> np.ndarray:
-    """A new array of 0xFF bytes."""
-    dtype = numpy_dtype(dtype)
-    count = shape if isinstance(shape, int) else math.prod(shape)
-    flat = np.frombuffer(bytearray(_POISON_BYTE * (count * dtype.itemsize)), dtype)
-    return flat if isinstance(shape, int) else flat.reshape(shape)
-
-
 def is_aligned(array: np.ndarray, index: int, n_bytes: int) -> bool:
     """Whether element `index` of a one-dimensional array has an address divisible by n_bytes."""
     return (array.__array_interface__["data"][0] + int(index) * array.itemsize) % n_bytes == 0
 
 
 class SharedMemory:
-    """The shared memory of one block: a dynamic part, and one array a static declaration."""
+    """The shared memory of one block: a dynamic part, and behind it statically declared arrays.
+
+    Attributes:
+        bytes: all of it; the index of a byte is its 32-bit address.
+        dynamic: the dynamic part, whose address is a multiple of 1024.
+    """
 
     def __init__(self, dynamic_bytes: int):
-        whole = np.full(dynamic_bytes + _SHARED_ALIGNMENT, POISON, np.uint8)
-        start = -whole.__array_interface__["data"][0] % _SHARED_ALIGNMENT
-        self.dynamic = whole[start : start + dynamic_bytes]
-        self.static: dict[tuple, np.ndarray] = {}
+        end = _SHARED_START + dynamic_bytes
+        size = -(-end // _SHARED_START) * _SHARED_START + _STATIC_BYTES
+        room = np.full(size + _SHARED_START, POISON, np.uint8)
+        skipped = -room.__array_interface__["data"][0] % _SHARED_START
+        self.bytes = room[skipped : skipped + size]
+        self.dynamic = self.bytes[_SHARED_START:end]
+        self._base = self.bytes.__array_interface__["data"][0]
+        self._first_free = size - _STATIC_BYTES
+        self._static: dict[tuple, np.ndarray] = {}
 
     def array(self, shape, dtype, alignment=None, *, site) -> np.ndarray:
         """`cuda.shared.array`. `site` tells declarations apart; shape 0 is the dynamic part."""
@@ -71,9 +75,48 @@ class SharedMemory:
             return self.dynamic[:whole_elements].view(dtype)
         # Functions of one factory share their code, not their arrays.
         key = (site, shape, dtype)
-        if key not in self.static:
-            self.static[key] = poisoned(shape, dtype)
-        return self.static[key]
+        if key not in self._static:
+            self._static[key] = self._declare(shape, dtype, alignment or 16)
+        return self._static[key]
+
+    def _declare(self, shape, dtype, alignment) -> np.ndarray:
+        start = -(-self._first_free // alignment) * alignment
+        end = start + math.prod(shape if isinstance(shape, tuple) else (shape,)) * dtype.itemsize
+        if end > self.bytes.size:
+            raise SimulationError(
+                f"shared memory: more than {_STATIC_BYTES} bytes in arrays of fixed size"
+            )
+        self._first_free = end
+        return self.bytes[start:end].view(dtype).reshape(shape)
+
+    def address(self, array: np.ndarray, index: int) -> int:
+        """The 32-bit address of element `index` of an array in shared memory, in bytes.
+
+        Raises:
+            SimulationError: the array lies elsewhere.
+            IndexError: it has no such element.
+        """
+        start = array.__array_interface__["data"][0] - self._base
+        if not 0 <= start <= self.bytes.size:
+            raise SimulationError("an array that is not in shared memory is used as if it were")
+        if not 0 <= index <= array.size:
+            raise IndexError(f"shared memory: element {index} of {array.size}")
+        return start + int(index) * array.itemsize
+
+    def check_range(self, what: str, address: int, n_bytes: int, alignment: int) -> None:
+        """Raise SimulationError where n_bytes at `address` are misaligned or lie outside."""
+        if address % alignment:
+            raise SimulationError(
+                f"{what}: shared address {address:#x} is not a multiple of {alignment} bytes"
+            )
+        end = address + n_bytes
+        in_dynamic = _SHARED_START <= address and end <= _SHARED_START + self.dynamic.size
+        in_static = self.bytes.size - _STATIC_BYTES <= address and end <= self._first_free
+        if not (in_dynamic or in_static):
+            raise SimulationError(
+                f"{what}: bytes {address:#x} to {address + n_bytes - 1:#x} lie outside the "
+                "block's shared memory"
+            )
 
 
 def calling_site(depth: int) -> tuple:
@@ -100,7 +143,7 @@ class GlobalPointer:
             low = high = 0
         self.base = -low // itemsize
         self.name = name
-        self.flat = _bytes_between(array, low, high).view(storage)
+        self.flat = bytes_between(array, low, high).view(storage)
 
     def _position(self, offset: int, count: int = 1) -> int:
         position = self.base + int(offset)
@@ -131,7 +174,7 @@ class GlobalPointer:
         return self.flat.view(np.uint8)[position * self.flat.itemsize :][:n_bytes]
 
 
-def _bytes_between(array: np.ndarray, low: int, high: int) -> np.ndarray:
+def bytes_between(array: np.ndarray, low: int, high: int) -> np.ndarray:
     """The memory from `low` to `high` bytes around element 0 of `array`, as a flat byte array."""
 
     class Window:

@@ -55,7 +55,7 @@ from numflash.tiles.scores import NEG_INF, band_block_begin, band_block_end
 from numflash.tiles.softmax import LN_2, LOG2_E
 from numflash.tiles.wgmma.products import (
     SLAB_BYTES,
-    make_descriptor,
+    make_operand,
     make_pack,
     make_product_nt,
     make_product_pn,
@@ -95,8 +95,8 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
     k_full, k_empty, v_full, v_empty = (q_empty + num_groups + num_stages * i for i in range(4))
 
     block_place = make_block_place(tile_m)
-    q_descriptor = make_descriptor(_ROWS * SLAB_BYTES)
-    tile_descriptor = make_descriptor(tile_n * SLAB_BYTES)
+    q_operand = make_operand(_ROWS * SLAB_BYTES)
+    tile_operand = make_operand(tile_n * SLAB_BYTES)
     begin_q_k = make_product_nt(dtype, _ROWS, tile_n, columns)
     begin_p_v = make_product_pn(dtype, tile_n, columns_v)
     wait_for_s, wait_for_next_s = (make_wgmma_wait_group(i, n_scores) for i in range(2))
@@ -129,10 +129,15 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
         return n_begin, n_end
 
     @device_function
+    def q_of_group(q_first):
+        """Operand Q of this warpgroup, computed anew: its many steps would be kept otherwise."""
+        return u32(q_first + mov_tid_x() // u32(128) * u32(q_words >> 2))
+
+    @device_function
     def next_stage(stage, parity):
         """The buffer after this one, and the parity of the phase in which it is."""
         last = stage == num_stages - 1
-        return i32(0) if last else i32(stage + 1), parity ^ u32(1) if last else parity
+        return i32(0) if last else i32(stage + 1), u32(parity ^ u32(last))
 
     @device_function
     def fetch_slabs(smem, barriers, full, target, slabs, tensor_map, first, head, batch):
@@ -199,10 +204,10 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
         num_rows = seqlen_q * pack
         num_heads = batch_size * num_heads_q
         num_m_blocks = u32(num_rows + tile_m - 1) // u32(tile_m)
-        num_places = num_m_blocks * (u32(num_heads) // u32(pack)) * u32(num_splits)
+        num_places = u32(num_m_blocks * (u32(num_heads) // u32(pack)) * u32(num_splits))
         place = mov_ctaid_x()
         # To the same place from the other end of the next round, and back.
-        step = u32(2) * (mov_nctaid_x() - place) - u32(1)
+        step = u32(u32(2) * (mov_nctaid_x() - place) - u32(1))
 
         if thread >= num_consumers:
             # The producer is one thread.
@@ -238,7 +243,7 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
                                 packed_head,
                                 batch,
                             )
-                    q_parity ^= u32(1)
+                    q_parity = u32(q_parity ^ u32(1))
                     for n in range(n_begin, n_end):
                         first = i32(n * tile_n)
                         mbarrier_wait_parity(barriers, k_empty + stage, parity)
@@ -270,8 +275,8 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
                             batch,
                         )
                         stage, parity = next_stage(stage, parity)
-                    place += step
-                    step = u32(2) * mov_nctaid_x() - step
+                    place = u32(place + step)
+                    step = u32(u32(2) * mov_nctaid_x() - step)
             return
 
         take_registers()
@@ -284,9 +289,9 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
         factors = cuda.local.array(2, f32)
         group = i32(thread // 128)
         leads = thread % 128 == 0
-        q_mine = q_descriptor(mov_shared_address(smem, q_smem + q_words * group))
-        k_first = tile_descriptor(mov_shared_address(smem, k_smem))
-        v_first = tile_descriptor(mov_shared_address(smem, v_smem))
+        q_first = q_operand(mov_shared_address(smem, q_smem))
+        k_first = tile_operand(mov_shared_address(smem, k_smem))
+        v_first = tile_operand(mov_shared_address(smem, v_smem))
         scale_log2 = LOG2_E
         if not (softcapped or alibi):
             scale_log2 = score_scale * LOG2_E
@@ -314,11 +319,11 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
             row_sum[0], row_sum[1] = f32(0), f32(0)
 
             mbarrier_wait_parity(barriers, q_full + group, q_parity)
-            q_parity ^= u32(1)
+            q_parity = u32(q_parity ^ u32(1))
             if n_begin < n_end:
                 # S = Q K^T and P = softmax(S) of the first tile of keys.
                 mbarrier_wait_parity(barriers, k_full + stage, parity)
-                begin_q_k(s_acc, q_mine, k_first + u64(stage * (k_words >> 2)))
+                begin_q_k(s_acc, q_of_group(q_first), u32(k_first + stage * (k_words >> 2)))
                 wait_for_s(s_acc)
                 if leads:
                     mbarrier_arrive(barriers, k_empty + stage)
@@ -343,9 +348,11 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
                     take_turn(group)
                     if overlap:
                         mbarrier_wait_parity(barriers, k_full + stage, parity)
-                        begin_q_k(s_acc, q_mine, k_first + u64(stage * (k_words >> 2)))
+                        begin_q_k(
+                            s_acc, q_of_group(q_first), u32(k_first + stage * (k_words >> 2))
+                        )
                     mbarrier_wait_parity(barriers, v_full + v_stage, v_parity)
-                    begin_p_v(o_acc, p_frag, v_first + u64(v_stage * (v_words >> 2)))
+                    begin_p_v(o_acc, p_frag, u32(v_first + v_stage * (v_words >> 2)))
                     if overlap:
                         pass_turn(group)
                         wait_for_next_s(s_acc)
@@ -354,7 +361,9 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
                         if leads:
                             mbarrier_arrive(barriers, v_empty + v_stage)
                         mbarrier_wait_parity(barriers, k_full + stage, parity)
-                        begin_q_k(s_acc, q_mine, k_first + u64(stage * (k_words >> 2)))
+                        begin_q_k(
+                            s_acc, q_of_group(q_first), u32(k_first + stage * (k_words >> 2))
+                        )
                         pass_turn(group)
                         wait_for_s(s_acc)
                     if leads:
@@ -383,7 +392,7 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
                         scale_rows(o_acc, factors)
 
                 mbarrier_wait_parity(barriers, v_full + stage, parity)
-                begin_p_v(o_acc, p_frag, v_first + u64(stage * (v_words >> 2)))
+                begin_p_v(o_acc, p_frag, u32(v_first + stage * (v_words >> 2)))
                 wait_for_o(o_acc)
                 if leads:
                     mbarrier_arrive(barriers, v_empty + stage)
@@ -430,8 +439,8 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
                 # Q has been read, and so has what stood in its place.
                 cp_async_bulk_wait_group_read()
                 mbarrier_arrive(barriers, q_empty + group)
-            place += step
-            step = u32(2) * mov_nctaid_x() - step
+            place = u32(place + step)
+            step = u32(u32(2) * mov_nctaid_x() - step)
         if leads:
             cp_async_bulk_wait_group_read()
 

@@ -22,7 +22,8 @@ from numflash.ptx import (
 
 SLAB_BYTES = 128
 _GROUP_BYTES = 8 * SLAB_BYTES  # after which the swizzle repeats
-_SWIZZLED = 1 << 62
+# The upper half of every descriptor: the swizzle's groups follow each other.
+_UPPER = u64(_GROUP_BYTES >> 4 << 32 | 1 << 62)
 # A step of a product consumes 32 bytes of a row of operand A.
 _STEP_BYTES = 32
 _STEPS_PER_SLAB = SLAB_BYTES // _STEP_BYTES
@@ -32,26 +33,33 @@ PACK_TWO = {"float16": cvt_rn_f16x2_f32, "bfloat16": cvt_rn_bf16x2_f32}
 
 
 @cache
-def make_descriptor(slab_bytes):
-    """descriptor(address): names the operand whose first slab begins there.
+def make_operand(slab_bytes):
+    """operand(address): names the operand whose first slab begins there.
 
-    `slab_bytes` is from one slab to the next, which MN-major operands ask for.
+    It is the lower half of a matrix descriptor, the upper is the same for all: 32 bits are cheaper
+    to keep and to count up. `slab_bytes` is from one slab to the next, for MN-major operands.
     """
-    constant = u64(slab_bytes >> 4 << 16 | _GROUP_BYTES >> 4 << 32 | _SWIZZLED)
-    mask, shift = u32(0x3FFFF), u32(4)
+    leading, mask, shift = u32(slab_bytes >> 4 << 16), u32(0x3FFFF), u32(4)
 
     @device_function
-    def descriptor(address):
-        return u64((address & mask) >> shift) | constant
+    def operand(address):
+        return u32((address & mask) >> shift | leading)
 
-    return descriptor
+    return operand
+
+
+@device_function
+def _descriptor(operand, offset):
+    """The descriptor of what lies 16 x offset bytes after the start of an operand."""
+    return u64(u32(operand + u32(offset))) | _UPPER
 
 
 @cache
 def make_product_nt(dtype, m_rows, n_rows, columns):
     """product_nt(acc, a, b): begin acc = A B^T; both lie in shared memory by rows, equally wide.
 
-    `a` and `b` are the descriptors of 64 rows of A, whose slabs have m_rows, and of n_rows of B.
+    `a` and `b` are the operands (`make_operand`) of 64 rows of A, whose slabs have m_rows, and of
+    n_rows of B.
     """
     multiply = make_wgmma(n_rows, dtype, "shared")
     element_bytes = 1 if dtype == "e4m3" else 2
@@ -63,8 +71,9 @@ def make_product_nt(dtype, m_rows, n_rows, columns):
         wgmma_fence()
         for step in range(steps):
             slab, within = step // _STEPS_PER_SLAB, step % _STEPS_PER_SLAB * (_STEP_BYTES >> 4)
-            a_step, b_step = u64(a_slab * slab + within), u64(b_slab * slab + within)
-            multiply(acc, a + a_step, b + b_step, 1 if step > 0 else 0)
+            a_step = _descriptor(a, a_slab * slab + within)
+            b_step = _descriptor(b, b_slab * slab + within)
+            multiply(acc, a_step, b_step, 1 if step > 0 else 0)
         wgmma_commit_group()
 
     return product_nt
@@ -83,8 +92,8 @@ def make_product_pn(dtype, k_rows, columns):
     def product_pn(acc, p_frag, b):
         wgmma_fence()
         for step in range(steps):
-            b_step = u64(step * (step_bytes >> 4))
-            multiply(acc, p_frag[4 * step : 4 * step + 4], b + b_step, 1)
+            b_step = _descriptor(b, step * (step_bytes >> 4))
+            multiply(acc, p_frag[4 * step : 4 * step + 4], b_step, 1)
         wgmma_commit_group()
 
     return product_pn

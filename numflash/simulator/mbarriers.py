@@ -1,0 +1,145 @@
+"""mbarriers: phases that end when threads have arrived and bytes have been delivered.
+
+A thread that waits looks again when it is resumed, as a loop of `try_wait` does: where two phases
+have ended meanwhile it goes on waiting.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from numflash.simulator.engine import Thread, current_thread
+from numflash.simulator.errors import SimulationError
+from numflash.simulator.parts import Part
+from numflash.simulator.waiting import who_waits
+
+_MAX_COUNT = (1 << 20) - 1
+# What an mbarrier's own bytes hold, so that whoever writes over them is found out.
+_CONTENT = np.frombuffer(b"mbarrier", np.uint8)
+
+
+@dataclass(eq=False, slots=True)
+class Mbarrier:
+    """One mbarrier. `bytes` counts what was announced less what was delivered."""
+
+    address: int
+    index: int
+    count: int
+    made_by: int
+    pending: int
+    bytes: int = 0
+    phase: int = 0
+    visible_to_copies: bool = False
+    # Bytes delivered in phases that nobody has waited for.
+    unseen: int = 0
+    waiting: list[Thread] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return f"mbarrier {self.index} (shared address {self.address:#x})"
+
+
+class Mbarriers(Part):
+    """The mbarriers of a block."""
+
+    def __init__(self, block):
+        super().__init__(block)
+        self._by_address: dict[int, Mbarrier] = {}
+
+    def init(self, array, index: int, count: int) -> None:
+        """Make element `index` of `array` an mbarrier for `count` arrivals a phase."""
+        address, index, count = self.block.shared.address(array, index), int(index), int(count)
+        self.block.shared.check_range("mbarrier_init", address, 8, 8)
+        if not 1 <= count <= _MAX_COUNT:
+            raise SimulationError(f"mbarrier_init: a count of {count}; it must be 1 to 2 ** 20 - 1")
+        if address in self._by_address:
+            raise SimulationError(f"{self._by_address[address]} is initialised twice")
+        made_by = current_thread().index
+        self._by_address[address] = Mbarrier(address, index, count, made_by, pending=count)
+        self._content(address)[:] = _CONTENT
+
+    def fence_init(self) -> None:
+        """Copies see the mbarriers that the running thread has initialised."""
+        thread = current_thread().index
+        for barrier in self._by_address.values():
+            if barrier.made_by == thread:
+                barrier.visible_to_copies = True
+
+    def find(self, array, index: int) -> Mbarrier:
+        """The mbarrier that is element `index` of `array`. Raises SimulationError."""
+        address = self.block.shared.address(array, index)
+        barrier = self._by_address.get(address)
+        if barrier is None:
+            raise SimulationError(
+                f"element {index} at shared address {address:#x} is used as an mbarrier, but "
+                "mbarrier_init has not made it one; or a barrier after it is missing"
+            )
+        if self._content(address).tobytes() != _CONTENT.tobytes():
+            raise SimulationError(f"the bytes of {barrier} have been written over")
+        return barrier
+
+    def arrive(self, array, index: int, n_bytes: int = 0) -> None:
+        """Announce n_bytes, and arrive once."""
+        barrier, n_bytes = self.find(array, index), int(n_bytes)
+        if barrier.pending == 0:
+            raise SimulationError(
+                f"{barrier}: one arrival more than its count of {barrier.count} in phase "
+                f"{barrier.phase}, which still waits for {barrier.bytes} bytes"
+            )
+        if barrier.bytes + n_bytes > _MAX_COUNT:
+            raise SimulationError(f"{barrier}: more than 2 ** 20 - 1 bytes pending")
+        barrier.bytes += n_bytes
+        barrier.pending -= 1
+        self._end_phase_if_complete(barrier)
+
+    def deliver(self, barrier: Mbarrier, n_bytes: int) -> None:
+        """A copy has brought n_bytes."""
+        barrier.bytes -= n_bytes
+        barrier.unseen += n_bytes
+        self._end_phase_if_complete(barrier)
+
+    def wait(self, array, index: int, parity: int, hasten=None) -> None:
+        """Return when the phase of this parity is the last that ended.
+
+        `hasten(barrier)` is called before the thread is suspended, if it has to be.
+        """
+        if parity not in (0, 1):
+            raise SimulationError(f"mbarrier_wait_parity: a parity of {parity}; it is 0 or 1")
+        barrier, thread = self.find(array, index), current_thread()
+        if hasten is not None and barrier.phase % 2 == parity:
+            hasten(barrier)
+        while barrier.phase % 2 == parity:
+            barrier.waiting.append(thread)
+            self.block.park()
+        if barrier.bytes >= 0:
+            barrier.unseen = 0
+
+    def report(self) -> list[str]:
+        lines = []
+        for barrier in self._by_address.values():
+            if barrier.waiting:
+                lines.append(
+                    f"  {barrier}: phase {barrier.phase} (parity {barrier.phase % 2}) lacks "
+                    f"{barrier.pending} of {barrier.count} arrivals and {barrier.bytes} bytes"
+                )
+                lines += who_waits(barrier.waiting)
+        return lines
+
+    def finish(self) -> None:
+        for barrier in self._by_address.values():
+            if barrier.unseen:
+                raise SimulationError(
+                    f"block {tuple(self.block.blockIdx)} ended and nobody has waited for the "
+                    f"{barrier.unseen} bytes that {barrier} counted last"
+                )
+
+    def _content(self, address: int) -> np.ndarray:
+        return self.block.shared.bytes[address : address + 8]
+
+    def _end_phase_if_complete(self, barrier: Mbarrier) -> None:
+        if barrier.pending or barrier.bytes:
+            return
+        barrier.phase += 1
+        barrier.pending = barrier.count
+        woken, barrier.waiting = barrier.waiting, []
+        for thread in woken:
+            self.block.wake(thread)

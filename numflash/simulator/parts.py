@@ -1,0 +1,19 @@
+"""What only some kernels need of a block: a part is made when it is first asked for."""
+
+
+class Part:
+    """Something a block has one of, reached by `Block.part`."""
+
+    def __init__(self, block):
+        self.block = block
+
+    def advance(self) -> bool:
+        """Let something happen that no thread does, when none can run; whether anything did."""
+        return False
+
+    def report(self) -> list[str]:
+        """Lines of a deadlock's message: who waits here for what."""
+        return []
+
+    def finish(self) -> None:
+        """All threads have returned. Raises SimulationError where something is left over."""

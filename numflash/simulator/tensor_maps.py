@@ -1,0 +1,108 @@
+"""Tensor maps as bulk copies read them: which bytes of a tensor a tile is."""
+
+import math
+
+import numpy as np
+
+from numflash.simulator.memory import bytes_between
+from numflash.tensor_maps import TensorLayout
+
+_ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "uint8": 1}
+_CHUNK = 16
+_SWIZZLED_ROW = 128
+
+
+class SimulatedTensorMap:
+    """A `TensorMap` kernel parameter: the tensor that `layout` describes in an array.
+
+    Args:
+        array: element 0 is the first of the tensor; no tile leaves the array's memory.
+        layout: the rest of the map.
+
+    Raises:
+        ValueError: a tensor that the driver refuses, or one that leaves the array.
+    """
+
+    def __init__(self, array: np.ndarray, layout: TensorLayout):
+        self.layout = layout
+        self.item_bytes = _ITEM_BYTES[layout.dtype]
+        self.rank = len(layout.extents)
+        self.n_bytes = math.prod(layout.box) * self.item_bytes
+        strides = (self.item_bytes, *layout.strides)
+        self._check(array, strides)
+        last = sum((n - 1) * s for n, s in zip(layout.extents, strides, strict=True))
+        below, above = _extent(array)
+        if last + self.item_bytes > above:
+            raise ValueError(
+                f"a tensor map leaves its array: the last element is {last} bytes behind the "
+                f"first, the array has {above} there"
+            )
+        flat = bytes_between(array, below, above)[-below:]
+        # In the order of NumPy: the slowest dimension first.
+        self._tensor = np.lib.stride_tricks.as_strided(
+            flat[: len(flat) // self.item_bytes * self.item_bytes].view(f"V{self.item_bytes}"),
+            layout.extents[::-1],
+            strides[::-1],
+        )
+
+    def _check(self, array, strides) -> None:
+        layout = self.layout
+        if not 1 <= self.rank <= 5 or len(strides) != self.rank or len(layout.box) != self.rank:
+            raise ValueError(f"a tensor map of {layout}: one to five dimensions, a stride fewer")
+        if min(layout.extents) < 1:
+            raise ValueError(f"a tensor map of extents {layout.extents}")
+        if array.__array_interface__["data"][0] % 16 or any(s % 16 or s < 0 for s in strides[1:]):
+            raise ValueError(
+                f"a tensor map with strides of {layout.strides} bytes: address and strides must be "
+                "multiples of 16"
+            )
+        row = layout.box[0] * self.item_bytes
+        if row % _CHUNK or max(layout.box) > 256 or min(layout.box) < 1:
+            raise ValueError(
+                f"a tensor map with tiles of {layout.box}: 1 to 256 in each dimension, and a "
+                "multiple of 16 bytes in the first"
+            )
+        if layout.swizzled and row != _SWIZZLED_ROW:
+            raise ValueError(
+                f"a tensor map with rows of {row} bytes: the simulator knows the swizzle of 128"
+            )
+
+    def chunks(self, address: int) -> np.ndarray:
+        """Where in shared memory a tile at `address` has its 16-byte chunks, as chunk numbers."""
+        chunks = np.arange(address // _CHUNK, (address + self.n_bytes) // _CHUNK)
+        return swizzled(chunks) if self.layout.swizzled else chunks
+
+    def read(self, coordinates: tuple[int, ...]) -> np.ndarray:
+        """The tile at `coordinates`, (chunks, 16) bytes, zeros outside the tensor."""
+        tile = np.zeros(self.layout.box[::-1], f"V{self.item_bytes}")
+        inside, elements = self._overlap(coordinates)
+        tile[inside] = self._tensor[elements]
+        return tile.reshape(-1).view(np.uint8).reshape(-1, _CHUNK)
+
+    def write(self, coordinates: tuple[int, ...], chunks: np.ndarray) -> None:
+        """Write the tile but what lies outside the tensor."""
+        tile = chunks.reshape(-1).view(f"V{self.item_bytes}").reshape(self.layout.box[::-1])
+        inside, elements = self._overlap(coordinates)
+        self._tensor[elements] = tile[inside]
+
+    def _overlap(self, coordinates):
+        """Index of the part inside the tensor, in the tile and in the tensor."""
+        inside, elements = [], []
+        dimensions = zip(coordinates, self.layout.box, self.layout.extents, strict=True)
+        for first, n, extent in dimensions:
+            low, high = max(0, first), min(first + n, extent)
+            high = max(low, high)
+            inside.insert(0, slice(low - first, high - first))
+            elements.insert(0, slice(low, high))
+        return tuple(inside), tuple(elements)
+
+
+def swizzled(chunks: np.ndarray) -> np.ndarray:
+    """Chunk numbers under the 128-byte swizzle: address bits 4 to 6 change by bits 7 to 9."""
+    return chunks ^ (chunks >> 3 & 7)
+
+
+def _extent(array: np.ndarray) -> tuple[int, int]:
+    """The bytes of an array's memory before and from element 0, as (-before, from)."""
+    extents = [(n - 1) * s for n, s in zip(array.shape, array.strides, strict=True)]
+    return sum(e for e in extents if e < 0), sum(e for e in extents if e > 0) + array.itemsize
