@@ -1,8 +1,8 @@
 """Which kernel runs a problem, with which config, and why not the others.
 
 Kernels for tensor cores come before the portable ones, and on Hopper those of `wgmma` and bulk
-copies before both; of each, configs come in the order of preference of `configs`. The first that no
-rule excludes runs. A config that the caller forces is held to the same rules, except those that
+copies before both; of each, configs come in the order of preference of `configs`. The first that
+no rule excludes runs. A config that the caller forces is held to the same rules, except those that
 only concern speed.
 """
 
@@ -112,11 +112,11 @@ def choose(
                 for other in later:
                     why = misfit(other, traits, limits, rows, warps)
                     reasons.append((str(other), why or f"fits too, and comes after {config}"))
+                passed_over += reasons
                 if family in PORTABLE_CONFIGS and not traits.fp8:
                     passed_over.append(("portable", "tensor cores are faster"))
-                reasons += passed_over
                 rule = f"the first tensor-core config of which {warps} warps fit on an SM"
-                return Choice(family, config, traits, rule, tuple(reasons))
+                return Choice(family, config, traits, rule, tuple(passed_over))
             reasons.append((str(config), why))
     passed_over += reasons
     if family not in PORTABLE_CONFIGS or traits.fp8:
@@ -144,7 +144,7 @@ def _hopper(
     positive_scale: bool,
     no_bulk_copies: str | None,
 ) -> tuple[list[tuple[str, str]], Choice | None]:
-    """What of `configs.sm90` was passed over, and why; and the choice among it, if there is one."""
+    """What of `configs.sm90` was passed over, and why; and the choice among it, or None."""
     if family != Sm90ForwardConfig.family or limits.compute_capability != (9, 0) or traits.fp8:
         return [], None
     why = sm90.no_wgmma(traits, limits) or _no_scale(positive_scale) or no_bulk_copies

@@ -1,8 +1,8 @@
 """Tensor maps: what bulk copies must know of a tensor, and which tensors have one.
 
-A map is 128 opaque bytes that the driver makes of a `TensorLayout` and an address. It is encoded on
-the host, and no device is asked. What cannot be described is left to kernels without bulk copies:
-`misfit` says why, and nothing here raises for it.
+A map is 128 opaque bytes that the driver makes of a `TensorLayout` and an address. It is encoded
+on the host, and no device is asked. What cannot be described is left to kernels without bulk
+copies: `misfit` says why, and nothing here raises for it.
 """
 
 import ctypes

@@ -7,10 +7,12 @@ launch may make: anything else, above all a synchronisation, is an AttributeErro
 
 import ast
 import ctypes
+import struct
 import sys
 import types
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -18,7 +20,6 @@ import numpy as np
 import numflash
 from numflash import api, arrays, calls, launch, selection
 from numflash.compiler import Cubin
-from numflash.configs import MmaConfig
 
 _DTYPES = {
     "float16": np.dtype(np.float16),
@@ -28,7 +29,7 @@ _DTYPES = {
     "int32": np.dtype(np.int32),
 }
 _ALLOCATION = 512
-_LETTERS = {"i64": "q", "i32": "i", "f32": "f"}
+_LETTERS = {"i64": "q", "i32": "i", "f32": "f", "TensorMap": "T"}
 _KERNELS = Path(numflash.__file__).parent / "kernels"
 
 
@@ -230,6 +231,35 @@ class Status(int):
 OK = Status(0)
 
 
+class EncodedMap(NamedTuple):
+    """What cuTensorMapEncodeTiled was asked for: numbers and enumerators as in cuda.h."""
+
+    dtype: int
+    pointer: int
+    extents: tuple[int, ...]
+    strides: tuple[int, ...]
+    box: tuple[int, ...]
+    element_strides: tuple[int, ...]
+    interleave: int
+    swizzle: int
+    l2_promotion: int
+    out_of_bounds: int
+
+
+_ENCODE = ctypes.CFUNCTYPE(
+    ctypes.c_int,
+    ctypes.c_void_p,
+    ctypes.c_int,
+    ctypes.c_uint32,
+    ctypes.c_void_p,
+    ctypes.POINTER(ctypes.c_uint64),
+    ctypes.POINTER(ctypes.c_uint64),
+    ctypes.POINTER(ctypes.c_uint32),
+    ctypes.POINTER(ctypes.c_uint32),
+    *[ctypes.c_int] * 4,
+)
+
+
 class Driver:
     """What numflash may ask of `cuda.bindings.driver`.
 
@@ -238,6 +268,8 @@ class Driver:
         launches: one `Launch` for each call of cuLaunchKernel.
         device: the current device, or None without a current context.
         launch_status: what cuLaunchKernel answers.
+        maps: one `EncodedMap` for each call of cuTensorMapEncodeTiled.
+        encode_status: what cuTensorMapEncodeTiled answers.
     """
 
     CUdevice_attribute = types.SimpleNamespace(
@@ -260,7 +292,8 @@ class Driver:
             attributes.CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE: l2_bytes,
         }
         self.device, self.launch_status = 0, OK
-        self.calls, self.launches, self.kernels = [], [], []
+        self.calls, self.launches, self.kernels, self.maps = [], [], [], []
+        self.encode_status, self.encode = 0, _ENCODE(self._encode)
 
     def cuDeviceGet(self, ordinal):
         return OK, ordinal
@@ -296,11 +329,27 @@ class Driver:
         self.calls.append(("cuCtxPopCurrent",))
         return OK, 0
 
+    def cuGetProcAddress(self, symbol, version, flags):
+        """The address of a C function, as the real one gives it."""
+        assert (symbol, version, flags) == (b"cuTensorMapEncodeTiled", 12000, 0)
+        return OK, ctypes.cast(self.encode, ctypes.c_void_p).value, 0
+
+    def _encode(self, target, dtype, rank, pointer, extents, strides, box, steps, *modes):
+        """Write 128 bytes that begin with the number of the map; the real ones are opaque."""
+        if target % 64 or self.device is None:
+            return 1
+        arrays = extents[:rank], strides[: rank - 1], box[:rank], steps[:rank]
+        self.maps.append(EncodedMap(dtype, pointer or 0, *map(tuple, arrays), *modes))
+        ctypes.memset(target, 0xEE, 128)
+        ctypes.c_uint64.from_address(target).value = len(self.maps) - 1
+        return self.encode_status
+
     def cuLaunchKernel(self, function, *rest):
         *geometry, stream, parameters, extra = rest
         kernel = self.kernels[function - 1]
         self.calls.append(("cuLaunchKernel", kernel))
-        self.launches.append(Launch(kernel, tuple(geometry), stream, parameters, extra))
+        launched = Launch(kernel, tuple(geometry), stream, parameters, extra, self.maps)
+        self.launches.append(launched)
         return (self.launch_status,)
 
 
@@ -310,10 +359,11 @@ class Launch:
     Attributes:
         family, config, traits: which kernel.
         grid, block, smem_bytes, stream: how.
-        arguments: parameter name -> value, read from the addresses the driver was given.
+        arguments: parameter name -> value, read from the addresses the driver was given; of a
+            tensor map the `EncodedMap`.
     """
 
-    def __init__(self, kernel, geometry, stream, parameters, extra):
+    def __init__(self, kernel, geometry, stream, parameters, extra, maps):
         self.family, self.config, self.traits = kernel.split("|")
         self.grid, self.block, self.smem_bytes = geometry[:3], geometry[3:6], geometry[6]
         self.stream, self.extra = stream, extra
@@ -324,17 +374,27 @@ class Launch:
             "i": ctypes.c_int32,
             "f": ctypes.c_float,
         }
-        declared = parameters_of(self.family, is_mma=self.config.startswith("sm"))
+        declared = parameters_of(self.family, self.config.partition("-")[0])
         addresses = (ctypes.c_void_p * len(declared)).from_address(parameters)
         for address, (name, letter) in zip(addresses, declared, strict=True):
+            if letter == "T":
+                assert address % 64 == 0
+                number, rest = struct.unpack("<Q120s", ctypes.string_at(address, 128))
+                assert rest == b"\xee" * 120
+                self.arguments[name] = maps[number]
+                continue
             self.arguments[name] = kinds[letter].from_address(address).value
 
 
 @cache
-def parameters_of(family: str, is_mma: bool = False) -> tuple[tuple[str, str], ...]:
-    """(name, letter) of a kernel's parameters, read from its source: no Numba needed."""
+def parameters_of(family: str, generation: str = "") -> tuple[tuple[str, str], ...]:
+    """(name, letter) of a kernel's parameters, read from its source: no Numba needed.
+
+    `generation` is that of a config for tensor cores, "sm80" or "sm90".
+    """
     name = family.replace("-", "_")
-    folder = _KERNELS / ("sm80" if is_mma else "portable")
+    folders = {"sm75": "sm80", "sm80": "sm80", "sm90": "sm90"}
+    folder = _KERNELS / folders.get(generation, "portable")
     tree = ast.parse((folder / f"{name}.py").read_text())
     (kernel,) = [
         node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == name
@@ -349,7 +409,7 @@ def fake_get_cubin(config, traits, limits) -> Cubin:
     """A `Cubin` whose code says which kernel it is."""
     return Cubin(
         entry=config.family,
-        parameters=parameters_of(config.family, isinstance(config, MmaConfig)),
+        parameters=parameters_of(config.family, getattr(config, "generation", "")),
         num_threads=config.num_threads,
         smem_bytes=config.smem_bytes(traits),
         registers=64,

@@ -50,8 +50,9 @@ def strides(array) -> tuple[int, ...]:
     return tuple(stride // array.dtype.itemsize for stride in array.strides)
 
 
-KERNELS = [(family, False) for family in PORTABLE_CONFIGS] + [
-    (family, True) for family in MMA_CONFIGS
+KERNELS = [(family, "") for family in PORTABLE_CONFIGS] + [
+    *((family, "sm80") for family in MMA_CONFIGS),
+    ("forward", "sm90"),
 ]
 
 
@@ -359,7 +360,7 @@ def test_shared_memory_above_48_kb_is_asked_for_once(hopper, head_dim, raised):
     gpu = hopper
     q = gpu.array((B, SQ, H, head_dim))
     for _ in range(2):
-        numflash.attention(q, q, q)
+        numflash.attention(q, q, q, config="sm80-m128n64w4s1")
     smem_bytes = gpu.driver.launches[0].smem_bytes
     assert (smem_bytes > 48 * 1024) is raised
     asked = [call for call in gpu.driver.calls if call[0] == "cuKernelSetAttribute"]
