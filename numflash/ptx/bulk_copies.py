@@ -14,6 +14,7 @@ from numflash.ptx.instruction import Shared, instruction
 from numflash.ptx.scalars import TensorMap, i32, u32, u64
 
 if SIMULATED:
+    from numflash.simulator.bulk_copies import BulkCopies
     from numflash.simulator.engine import current_thread
 
 EVICT_NORMAL = u64(0x1000000000000000)
@@ -167,13 +168,13 @@ def cp_async_bulk_commit_group():
 
     PTX ISA 9.7.9.27.2.1.
     """
-    current_thread().commit_bulk_stores()
+    current_thread().block.part(BulkCopies).commit()
 
 
 @instruction("cp.async.bulk.wait_group.read 0;", sm=90)
 def cp_async_bulk_wait_group_read():
     """Wait until this thread's bulk stores have read shared memory. PTX ISA 9.7.9.27.2.2."""
-    current_thread().wait_for_bulk_reads()
+    current_thread().block.part(BulkCopies).wait_for_reads()
 
 
 @instruction("prefetch.tensormap [<tensor_map>];", sm=90)
@@ -182,10 +183,10 @@ def prefetch_tensormap(tensor_map: TensorMap):
 
 
 def _load(target, target_offset, tensor_map, barriers, index, coordinates):
-    current_thread().block.load_tile(
-        target, target_offset, tensor_map, barriers, index, coordinates
-    )
+    copies = current_thread().block.part(BulkCopies)
+    copies.load(target, target_offset, tensor_map, barriers, index, coordinates)
 
 
 def _store(tensor_map, coordinates, source, source_offset):
-    current_thread().store_tile(tensor_map, coordinates, source, source_offset)
+    copies = current_thread().block.part(BulkCopies)
+    copies.store(tensor_map, coordinates, source, source_offset)

@@ -11,15 +11,16 @@ simulator the body runs; the template is never read. A parameter's annotation sa
 * a scalar type (`f32`, `i32`, `u32`, ...): a register;
 * `Regs(type, n, mode)`: n elements of a local array, "r"ead, "w"ritten or both, which stay in
   registers;
-* `Accumulator(type, n)`: registers that are written after the instruction has been issued;
+* `Accumulator(type, n)` and `LaterRead(type, n)`: registers that are written, or read, after the
+  instruction has been issued;
 * `TensorMap`: a kernel parameter that describes a tensor;
 * `Shared(type, index)` and `Global(type, index)`: an address: the element `index`, itself an
   integer parameter of the function, of a shared array or of a `Pointer`.
 
 `collective="warp"` marks what the lanes of a warp do together. Its body runs once for the warp:
-scalars arrive as arrays of shape (lanes,), `Regs` as (lanes, n), `Shared`, `Global` and
-`Accumulator` as a list of each lane's array, and a scalar result goes back as (lanes,). Every instruction is
-listed in `INSTRUCTIONS`, where tests find it.
+scalars arrive as arrays of shape (lanes,), `Regs` as (lanes, n), but `Accumulator` and
+`LaterRead`, like `Shared` and `Global`, as a list of each lane's array; a scalar result goes back
+as (lanes,). Every instruction is listed in `INSTRUCTIONS`, where tests find it.
 
 The PTX ISA sections are those of "Parallel Thread Execution ISA", version 9.
 """
@@ -52,10 +53,14 @@ class Regs:
 
 @dataclass(frozen=True)
 class Accumulator(Regs):
-    """Registers that an asynchronous product writes later: one whole local array.
+    """Registers that an asynchronous product writes later: one whole local array."""
 
-    In the simulator the body of a collective gets the array of each thread, not their values.
-    """
+
+@dataclass(frozen=True)
+class LaterRead(Regs):
+    """Registers that an asynchronous product reads later."""
+
+    mode: str = "r"
 
 
 @dataclass(frozen=True)
@@ -137,7 +142,9 @@ def _simulated(body: Callable, operands: dict[str, object], collective: str | No
         return body
     from numflash.simulator import engine
 
-    is_memory = [isinstance(o, Shared | Global | Accumulator) for o in operands.values()]
+    is_memory = [
+        isinstance(o, Shared | Global | Accumulator | LaterRead) for o in operands.values()
+    ]
     written = [
         i
         for i, o in enumerate(operands.values())

@@ -11,7 +11,9 @@ from numflash.ptx.instruction import Shared, instruction
 from numflash.ptx.scalars import i32, u32, u64
 
 if SIMULATED:
+    from numflash.simulator.bulk_copies import BulkCopies
     from numflash.simulator.engine import current_thread
+    from numflash.simulator.mbarriers import Mbarriers
 
 
 @instruction("mbarrier.init.shared::cta.b64 [<barriers>], <count>;", sm=90)
@@ -20,13 +22,13 @@ def mbarrier_init(barriers: Shared(u64, "index"), index: i32, count: u32):
 
     Other threads see it after a barrier, copies after `fence_mbarrier_init`.
     """
-    current_thread().block.mbarriers.init(barriers, index, count)
+    current_thread().block.part(Mbarriers).init(barriers, index, count)
 
 
 @instruction("mbarrier.arrive.shared::cta.b64 _, [<barriers>];", sm=90)
 def mbarrier_arrive(barriers: Shared(u64, "index"), index: i32):
     """Arrive once. PTX ISA 9.7.13.15.13."""
-    current_thread().block.mbarriers.arrive(barriers, index)
+    current_thread().block.part(Mbarriers).arrive(barriers, index)
 
 
 @instruction("mbarrier.arrive.expect_tx.shared::cta.b64 _, [<barriers>], <n_bytes>;", sm=90)
@@ -35,7 +37,7 @@ def mbarrier_arrive_expect_tx(barriers: Shared(u64, "index"), index: i32, n_byte
 
     PTX ISA 9.7.13.15.13.
     """
-    current_thread().block.mbarriers.arrive(barriers, index, n_bytes)
+    current_thread().block.part(Mbarriers).arrive(barriers, index, n_bytes)
 
 
 @instruction(
@@ -48,4 +50,4 @@ def mbarrier_wait_parity(barriers: Shared(u64, "index"), index: i32, parity: u32
 
     What was delivered in it, and what was written before arriving, is visible then.
     """
-    current_thread().block.mbarriers.wait(barriers, index, parity)
+    current_thread().block.part(BulkCopies).wait(barriers, index, parity)

@@ -8,7 +8,7 @@ from numflash.ptx.instruction import Global, Regs, Shared, instruction
 from numflash.ptx.scalars import f32, i64, u32
 
 if SIMULATED:
-    from numflash.simulator.engine import current_thread
+    from numflash.simulator.engine import current_thread, note_store
 
 
 @instruction("ld.global.v4.u32 <frag>, [<source>];", sm=75)
@@ -61,6 +61,7 @@ def st_shared_v4_f32(target: Shared(f32, "offset"), offset: i64, frag: Regs(f32,
     if offset & 3 or not 0 <= offset <= target.size - 4:
         _refuse(target, offset)
     target[offset : offset + 4] = frag
+    note_store(target, offset, 4)
 
 
 @instruction("st.shared.f32 [<target>], <x>;", sm=75)
@@ -69,6 +70,7 @@ def st_shared_f32(target: Shared(f32, "offset"), offset: i64, x: f32):
     if not 0 <= offset < target.size:
         raise IndexError(f"shared memory: float {offset} of {target.size}")
     target[offset : offset + 1].view(f32)[0] = x
+    note_store(target, offset, 1)
 
 
 @instruction("ld.shared.v2.f32 <frag>, [<source>];", sm=75)
@@ -99,6 +101,7 @@ def st_shared_v4_u32(target: Shared(u32, "offset"), offset: i64, frag: Regs(u32,
     if offset & 3 or not 0 <= offset <= target.size - 4:
         _refuse(target, offset)
     target[offset : offset + 4] = frag
+    note_store(target, offset, 4)
 
 
 @instruction("st.shared.u32 [<target>], <x>;", sm=75)
@@ -107,6 +110,7 @@ def st_shared_u32(target: Shared(u32, "offset"), offset: i64, x: u32):
     if not 0 <= offset < target.size:
         raise IndexError(f"shared memory: word {offset} of {target.size}")
     target[offset] = x
+    note_store(target, offset, 1)
 
 
 def _refuse(array, offset, count=4):

@@ -21,8 +21,12 @@ import ml_dtypes
 import numpy as np
 
 from numflash.formats import FORMATS
+from numflash.mode import SIMULATED
 from numflash.ptx.instruction import Regs, Shared, instruction
 from numflash.ptx.scalars import f32, i64, u8, u16, u32
+
+if SIMULATED:
+    from numflash.simulator.engine import current_thread
 
 _LANES = np.arange(32)
 _G, _T = _LANES // 4, _LANES % 4
@@ -180,18 +184,31 @@ def stmatrix_x4(target: Shared(u32, "offset"), offset: i64, frag: Regs(u32, 4, "
 
     The inverse of `ldmatrix_x4`. PTX ISA 9.7.14.5.16.
     """
-    store_matrices(target[0], offset, frag)
+    rows = np.empty((4, 8, 4), u32)
+    rows[:, _G, _T] = frag.T
+    smem = target[0]
+    smem[_row_words("stmatrix", smem, offset)] = rows.reshape(32, 4)
+    # A row counts as stored by the lane that names it.
+    running = current_thread()
+    lanes = running.block.threads[running.index - running.lane :][:32]
+    for thread, first in zip(lanes, offset, strict=True):
+        thread.stores.append((smem, first, 4))
 
 
 def _rows(source, offset) -> np.ndarray:
     """The four words at each lane's offset, (4 matrices, 8 rows, 4 words)."""
     smem = source[0]
+    return smem[_row_words("ldmatrix", smem, offset)].reshape(4, 8, 4)
+
+
+def _row_words(name, smem, offset) -> np.ndarray:
+    """The indices of the four words of each lane's row, (32, 4)."""
     for lane, first in enumerate(offset):
         if first & 3:
             raise ValueError(
-                f"ldmatrix: lane {lane} names a row at word {first}, which is not a multiple of "
+                f"{name}: lane {lane} names a row at word {first}, which is not a multiple of "
                 "16 bytes"
             )
         if not 0 <= first <= smem.size - 4:
-            raise IndexError(f"ldmatrix: lane {lane} names word {first} of {smem.size}")
-    return smem[np.asarray(offset)[:, None] + np.arange(4)].reshape(4, 8, 4)
+            raise IndexError(f"{name}: lane {lane} names word {first} of {smem.size}")
+    return np.asarray(offset)[:, None] + np.arange(4)

@@ -13,12 +13,15 @@ from numflash.ptx.scalars import TensorMap, u32
 
 if SIMULATED:
     from numflash.simulator.engine import current_thread
+    from numflash.simulator.mbarriers import Mbarriers
+    from numflash.simulator.proxies import AsyncProxy
+    from numflash.simulator.register_pool import RegisterPool
 
 
 @instruction("fence.mbarrier_init.release.cluster;", sm=90)
 def fence_mbarrier_init():
     """Make this thread's `mbarrier_init` visible to copies. PTX ISA 9.7.13.4."""
-    current_thread().block.mbarriers.fence_init()
+    current_thread().block.part(Mbarriers).fence_init()
 
 
 @instruction("fence.proxy.async.shared::cta;", sm=90)
@@ -27,7 +30,8 @@ def fence_proxy_async():
 
     PTX ISA 9.7.13.4.
     """
-    current_thread().fence_proxy_async()
+    thread = current_thread()
+    thread.block.part(AsyncProxy).fence(thread)
 
 
 @instruction(
@@ -50,7 +54,7 @@ def fence_proxy_tensormap(tensor_map: TensorMap):
 def elect_sync() -> u32:
     """1 in one lane of the warp, 0 in the others. PTX ISA 9.7.13.13."""
     elected = np.zeros(32, u32)
-    elected[0] = 1
+    elected[current_thread().block.elected_lane] = 1
     return elected
 
 
@@ -58,14 +62,14 @@ def elect_sync() -> u32:
 def make_setmaxnreg(action: str, registers: int):
     """The instruction by which a warpgroup takes ("inc") or gives back ("dec") registers.
 
-    `registers` are those per thread from then on: a multiple of 8 from 24 to 256. "inc" waits until
-    the block's pool has enough. PTX ISA 9.7.20.5.
+    `registers` are those per thread from then on: a multiple of 8 from 24 to 256. "inc" waits
+    until the block's pool has enough. PTX ISA 9.7.20.5.
     """
     if action not in ("inc", "dec") or registers % 8 or not 24 <= registers <= 256:
         raise ValueError(f"setmaxnreg.{action} {registers}: a multiple of 8 from 24 to 256")
 
     def setmaxnreg():
-        current_thread().block.set_registers(action, registers)
+        current_thread().block.part(RegisterPool).set(action, registers)
 
     setmaxnreg.__name__ = f"setmaxnreg_{action}_{registers}"
     setmaxnreg.__doc__ = f"Have {registers} registers a thread from here on. PTX ISA 9.7.20.5."

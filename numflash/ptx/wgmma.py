@@ -18,8 +18,8 @@ A tile in shared memory is named by a descriptor of 64 bits:
     bits 49-51   base offset: 0 where the pattern of the swizzle begins at a multiple of 1024 bytes
     bits 62-63   swizzle: 0 none, 1 of 128 bytes, 2 of 64, 3 of 32
 
-With the swizzle of 128 bytes a tile is made of slabs of 128-byte rows, of which the 16-byte chunk c
-of row r lies at c ^ (r % 8). K-major operands have the k elements of a row side by side, and the
+With the swizzle of 128 bytes a tile is made of slabs of 128-byte rows, of which the 16-byte chunk
+c of row r lies at c ^ (r % 8). K-major operands have the k elements of a row side by side, and the
 stride offset leads to the next eight rows; MN-major ones have rows side by side, 64 to a slab, the
 stride offset leads to the next eight k, and the leading offset to the next slab.
 
@@ -29,7 +29,7 @@ Between issue and wait the accumulators and the operands belong to the hardware.
 from functools import cache
 
 from numflash.mode import SIMULATED
-from numflash.ptx.instruction import Accumulator, Regs, instruction
+from numflash.ptx.instruction import Accumulator, LaterRead, instruction
 from numflash.ptx.scalars import f32, i32, u32, u64
 
 if SIMULATED:
@@ -96,7 +96,7 @@ def make_wgmma(n: int, dtype: str, a: str, b_major: str = "k"):
         warpgroup.multiply(acc, warpgroup.shared_a(a, dtype), b, b_major, n, dtype, accumulate)
 
     def from_registers(
-        acc: Accumulator(f32, n // 2), a: Regs(u32, 4, "r"), b: u64, accumulate: i32
+        acc: Accumulator(f32, n // 2), a: LaterRead(u32, 4), b: u64, accumulate: i32
     ):
         warpgroup.multiply(acc, warpgroup.register_a(a, dtype), b, b_major, n, dtype, accumulate)
 

@@ -1,19 +1,23 @@
 """The block engine under Numba's CUDA simulator: what a kernel means, without a GPU.
 
 `engine` schedules the threads of a block, `memory` poisons and checks what they touch, `cuda` is
-the `cuda` module that a simulated kernel sees, `launch` runs grids and installs the engine.
+the `cuda` module that a simulated kernel sees, `launch` runs grids and installs the engine. What
+only some kernels need of a block are its `parts`: `mbarriers`, `bulk_copies`, `warpgroup`,
+`proxies`, `register_pool`.
 """
 
 from numflash.simulator.cuda import cuda
-from numflash.simulator.engine import DeadlockError, SimulationError
+from numflash.simulator.errors import DeadlockError, SimulationError
 from numflash.simulator.launch import install, launch
 from numflash.simulator.memory import GlobalPointer
 from numflash.simulator.seed import SEED
+from numflash.simulator.tensor_maps import SimulatedTensorMap
 
 __all__ = [
     "SEED",
     "DeadlockError",
     "GlobalPointer",
+    "SimulatedTensorMap",
     "SimulationError",
     "cuda",
     "install",

@@ -105,12 +105,14 @@ class BulkCopies(Part):
         stores.committed = []
 
     def advance(self) -> bool:
+        """Let a load arrive."""
         if self._loads:
             self._deliver(self._loads[int(self.block.random() * len(self._loads))])
             return True
         return False
 
     def finish(self) -> None:
+        """Refuse copies that were not waited for; write what stores have read."""
         ended = f"block {tuple(self.block.blockIdx)} ended"
         for load in self._loads:
             raise SimulationError(

@@ -40,6 +40,12 @@ def current_thread() -> "Thread":
     return _running
 
 
+def note_store(array, first: int, n_words: int) -> None:
+    """The running thread, if any does, has stored words to shared memory."""
+    if _running is not None:
+        _running.stores.append((array, first, n_words))
+
+
 @dataclass(slots=True)
 class Meeting:
     """Threads that wait for each other at one barrier or in one collective instruction."""
@@ -146,6 +152,8 @@ class Block:
         self.blockIdx = block_idx
         self.seed = SEED.value
         self.random = random.Random(f"{self.seed} {tuple(block_idx)}").random
+        # The lane that elect.sync elects: always the same one.
+        self.elected_lane = random.Random(f"lane {self.seed}").randrange(WARP_SIZE)
         self.shared = SharedMemory(dynamic_smem_bytes)
         self.size = self.live = len(positions)
         self.threads = [Thread(self, i, position) for i, position in enumerate(positions)]
@@ -185,8 +193,7 @@ class Block:
             self._run_ready_threads(args)
             if self.live:
                 raise DeadlockError(self._who_waits_where())
-            for part in self.parts.values():
-                part.finish()
+            self._finish()
         finally:
             self._end_waiting_threads()
             _running = outer
@@ -195,8 +202,8 @@ class Block:
         global _running
         try:
             # Threads hand over to each other. Control comes back when one has ended, when one is
-            # to begin, and when all that are left wait.
-            while self.num_ready:
+            # to begin, and when all that are left wait: for each other, or for a copy.
+            while self._someone_can_run():
                 _running = thread = self._pick()
                 if thread.greenlet:
                     thread.greenlet.switch()
@@ -210,6 +217,20 @@ class Block:
                 f"{self._replay()}"
             )
             raise
+
+    def _finish(self) -> None:
+        try:
+            for part in self.parts.values():
+                part.finish()
+        except SimulationError as error:
+            error.add_note(self._replay())
+            raise
+
+    def _someone_can_run(self) -> bool:
+        while not self.num_ready and self.live:
+            if not any(part.advance() for part in self.parts.values()):
+                break
+        return self.num_ready > 0
 
     def _pick(self) -> Thread:
         """A random ready thread of the favoured warp, taken out in constant time."""

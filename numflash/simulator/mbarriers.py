@@ -30,7 +30,8 @@ class Mbarrier:
     bytes: int = 0
     phase: int = 0
     visible_to_copies: bool = False
-    # Bytes delivered in phases that nobody has waited for.
+    # Bytes delivered in this phase, and in earlier ones that nobody has waited for.
+    delivered: int = 0
     unseen: int = 0
     waiting: list[Thread] = field(default_factory=list)
 
@@ -50,7 +51,7 @@ class Mbarriers(Part):
         address, index, count = self.block.shared.address(array, index), int(index), int(count)
         self.block.shared.check_range("mbarrier_init", address, 8, 8)
         if not 1 <= count <= _MAX_COUNT:
-            raise SimulationError(f"mbarrier_init: a count of {count}; it must be 1 to 2 ** 20 - 1")
+            raise SimulationError(f"mbarrier_init: a count of {count}, not 1 to 2 ** 20 - 1")
         if address in self._by_address:
             raise SimulationError(f"{self._by_address[address]} is initialised twice")
         made_by = current_thread().index
@@ -94,7 +95,7 @@ class Mbarriers(Part):
     def deliver(self, barrier: Mbarrier, n_bytes: int) -> None:
         """A copy has brought n_bytes."""
         barrier.bytes -= n_bytes
-        barrier.unseen += n_bytes
+        barrier.delivered += n_bytes
         self._end_phase_if_complete(barrier)
 
     def wait(self, array, index: int, parity: int, hasten=None) -> None:
@@ -110,10 +111,10 @@ class Mbarriers(Part):
         while barrier.phase % 2 == parity:
             barrier.waiting.append(thread)
             self.block.park()
-        if barrier.bytes >= 0:
-            barrier.unseen = 0
+        barrier.unseen = 0
 
     def report(self) -> list[str]:
+        """Who waits for what it lacks."""
         lines = []
         for barrier in self._by_address.values():
             if barrier.waiting:
@@ -125,11 +126,12 @@ class Mbarriers(Part):
         return lines
 
     def finish(self) -> None:
+        """Refuse bytes that nobody has waited for."""
         for barrier in self._by_address.values():
-            if barrier.unseen:
+            if n_bytes := barrier.unseen + barrier.delivered:
                 raise SimulationError(
-                    f"block {tuple(self.block.blockIdx)} ended and nobody has waited for the "
-                    f"{barrier.unseen} bytes that {barrier} counted last"
+                    f"block {tuple(self.block.blockIdx)} ended and nobody has waited for the last "
+                    f"{n_bytes} bytes that {barrier} counted"
                 )
 
     def _content(self, address: int) -> np.ndarray:
@@ -140,6 +142,8 @@ class Mbarriers(Part):
             return
         barrier.phase += 1
         barrier.pending = barrier.count
+        barrier.unseen += barrier.delivered
+        barrier.delivered = 0
         woken, barrier.waiting = barrier.waiting, []
         for thread in woken:
             self.block.wake(thread)

@@ -110,7 +110,7 @@ class SharedMemory:
                 f"{what}: shared address {address:#x} is not a multiple of {alignment} bytes"
             )
         end = address + n_bytes
-        in_dynamic = _SHARED_START <= address and end <= _SHARED_START + self.dynamic.size
+        in_dynamic = address >= _SHARED_START and end <= _SHARED_START + self.dynamic.size
         in_static = self.bytes.size - _STATIC_BYTES <= address and end <= self._first_free
         if not (in_dynamic or in_static):
             raise SimulationError(

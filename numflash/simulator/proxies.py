@@ -39,6 +39,7 @@ class AsyncProxy(Part):
 
     def end_arrival(self, address: int, n_bytes: int) -> None:
         """The copy has written them."""
+        self._look_at_stores()
         self._chunks[address // 16 : (address + n_bytes) // 16] = _CLEAN
 
     def check(self, what: str, chunks) -> None:
@@ -67,5 +68,10 @@ class AsyncProxy(Part):
             for array, first, n_words in thread.stores:
                 word = address(array, first) // 4
                 ranges.append(slice(word, word + n_words))
+                if (self._words[ranges[-1]] == _ARRIVING).any():
+                    raise SimulationError(
+                        f"thread {thread.index} stored to shared address {4 * word:#x} while a "
+                        "bulk copy was under way to it"
+                    )
                 self._words[ranges[-1]] = thread.index + 1
             thread.stores.clear()

@@ -53,8 +53,8 @@ class SimulatedTensorMap:
             raise ValueError(f"a tensor map of extents {layout.extents}")
         if array.__array_interface__["data"][0] % 16 or any(s % 16 or s < 0 for s in strides[1:]):
             raise ValueError(
-                f"a tensor map with strides of {layout.strides} bytes: address and strides must be "
-                "multiples of 16"
+                f"a tensor map with strides of {layout.strides} bytes: they and the address must "
+                "be multiples of 16"
             )
         row = layout.box[0] * self.item_bytes
         if row % _CHUNK or max(layout.box) > 256 or min(layout.box) < 1:

@@ -1,0 +1,72 @@
+"""The registers that the warpgroups of a block give back and take (`setmaxnreg`).
+
+A block is launched with as many registers a thread as fit. "inc" waits until others have given
+back enough.
+"""
+
+from numflash.simulator.engine import current_thread
+from numflash.simulator.errors import SimulationError
+from numflash.simulator.parts import Part
+from numflash.simulator.waiting import who_waits
+
+_REGISTERS = 64 * 1024
+_SIZE = 128
+_MOST = 256
+
+
+class RegisterPool(Part):
+    """The registers of a block that no warpgroup has, counted a thread."""
+
+    def __init__(self, block):
+        super().__init__(block)
+        self.at_launch = min(_MOST, _REGISTERS // block.size // 8 * 8)
+        self.free = 0
+        self._owned: dict[int, int] = {}
+        self._wanted: dict[int, int] = {}
+        self._waiting: dict[int, list] = {}
+
+    def set(self, action: str, registers: int) -> None:
+        """All threads of a warpgroup have `registers` from here on."""
+        thread = current_thread()
+        number = thread.index // _SIZE
+        if (number + 1) * _SIZE > self.block.size:
+            raise SimulationError(f"setmaxnreg: warpgroup {number} has fewer than four warps")
+
+        def together(payloads):
+            self._change(number, action, registers)
+            return [None] * len(payloads)
+
+        thread.collective(f"setmaxnreg.{action} {registers}", _SIZE, None, together)
+        while number in self._wanted:
+            self._waiting.setdefault(number, []).append(thread)
+            self.block.park()
+
+    def report(self) -> list[str]:
+        """Who waits for what it lacks."""
+        lines = []
+        for number, registers in self._wanted.items():
+            lines.append(
+                f"  setmaxnreg.inc {registers}: warpgroup {number} has {self._owns(number)} "
+                f"registers a thread, {self.free} are free"
+            )
+            lines += who_waits(self._waiting.get(number, ()))
+        return lines
+
+    def _owns(self, number: int) -> int:
+        return self._owned.get(number, self.at_launch)
+
+    def _change(self, number: int, action: str, registers: int) -> None:
+        own = self._owns(number)
+        if (registers > own) if action == "dec" else (registers < own):
+            raise SimulationError(
+                f"setmaxnreg.{action} {registers}: warpgroup {number} has {own} registers a thread"
+            )
+        self._wanted[number] = registers
+        for waiting, wanted in sorted(self._wanted.items(), key=lambda item: item[1]):
+            more = wanted - self._owns(waiting)
+            if more <= self.free:
+                self.free -= more
+                self._owned[waiting] = wanted
+                del self._wanted[waiting]
+                for thread in self._waiting.pop(waiting, ()):
+                    self.block.wake(thread)

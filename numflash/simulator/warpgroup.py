@@ -1,0 +1,302 @@
+"""Products of a warpgroup (`wgmma`): what they read, and when their results are there.
+
+The functions here run once for a warpgroup, on behalf of its 128 threads. A product is computed
+when it is issued. Until it has been waited for its accumulators hold 0xFF bytes and refuse to be
+touched, operand a in registers refuses to be written, and operands in shared memory are compared
+with what they were: the hardware may have read them at any time.
+
+Layouts are those of `numflash.ptx.wgmma`.
+"""
+
+from dataclasses import dataclass, field
+from functools import cache
+
+import ml_dtypes
+import numpy as np
+
+from numflash.simulator.engine import current_thread
+from numflash.simulator.errors import SimulationError
+from numflash.simulator.local_arrays import BeingRead, InFlight, Local, whole
+from numflash.simulator.memory import POISON
+from numflash.simulator.parts import Part
+from numflash.simulator.proxies import AsyncProxy
+from numflash.simulator.tensor_maps import swizzled
+
+_SIZE = 128
+_ROWS = 64
+_K_CHUNKS = 2
+_ROW_CHUNKS = 8
+_SWIZZLE_128 = 1
+_POISON = np.full(4, POISON, np.uint8).view(np.float32)[0]
+_ELEMENTS = {
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "e4m3": np.dtype(ml_dtypes.float8_e4m3fn),
+}
+
+
+@dataclass(eq=False, slots=True)
+class _Sum:
+    """The accumulator of products under way: the threads' arrays, and what it will hold."""
+
+    arrays: list[np.ndarray]
+    value: np.ndarray
+
+
+@dataclass(eq=False, slots=True)
+class Operand:
+    """One operand: its matrix, and where it still lies.
+
+    `chunks` are those of shared memory, with their `content`; `arrays` the local arrays.
+    """
+
+    matrix: np.ndarray
+    chunks: np.ndarray | None = None
+    content: np.ndarray | None = None
+    arrays: list[np.ndarray] = field(default_factory=list)
+
+
+@dataclass(eq=False, slots=True)
+class _Product:
+    sum: _Sum
+    operands: tuple[Operand, ...]
+
+
+class _Warpgroup:
+    """What a warpgroup has issued and not waited for."""
+
+    def __init__(self):
+        self.fenced = False
+        self.issued: list[_Product] = []
+        self.groups: list[list[_Product]] = []
+        self.sums: dict[int, _Sum] = {}
+
+    def under_way(self) -> list[_Product]:
+        return [product for group in [*self.groups, self.issued] for product in group]
+
+
+class Warpgroups(Part):
+    """The warpgroups of a block."""
+
+    def __init__(self, block):
+        super().__init__(block)
+        self.by_number: dict[int, _Warpgroup] = {}
+        self.chunks = block.shared.bytes.reshape(-1, 16)
+
+    def running(self) -> _Warpgroup:
+        """That of the running thread."""
+        number = current_thread().index // _SIZE
+        if (number + 1) * _SIZE > self.block.size:
+            raise SimulationError(f"wgmma: warpgroup {number} has fewer than four warps")
+        return self.by_number.setdefault(number, _Warpgroup())
+
+    def finish(self) -> None:
+        """Refuse products that were not waited for."""
+        for number, warpgroup in self.by_number.items():
+            if warpgroup.under_way():
+                raise SimulationError(
+                    f"block {tuple(self.block.blockIdx)} ended and warpgroup {number} has not "
+                    "waited for its products"
+                )
+
+
+def fence() -> None:
+    """What registers hold now, the products that follow will see."""
+    _warpgroups().running().fenced = True
+
+
+def commit() -> None:
+    """Make a group of the products issued since the last one."""
+    warpgroup = _warpgroups().running()
+    warpgroup.groups.append(warpgroup.issued)
+    warpgroup.issued = []
+
+
+def wait(accumulators: list[np.ndarray], pending: int) -> None:
+    """Deliver all groups but the newest `pending`, which must be all that `accumulators` await."""
+    warpgroups = _warpgroups()
+    warpgroup = warpgroups.running()
+    arriving = max(0, len(warpgroup.groups) - pending)
+    arrived = [product for group in warpgroup.groups[:arriving] for product in group]
+    del warpgroup.groups[:arriving]
+    warpgroup.fenced = False
+    for product in arrived:
+        for operand in product.operands:
+            _check_unchanged(warpgroups, operand)
+    left = warpgroup.under_way()
+    reading = {id(array) for p in left for operand in p.operands for array in operand.arrays[:1]}
+    for product in arrived:
+        for operand in product.operands:
+            if operand.arrays and id(operand.arrays[0]) not in reading:
+                for array in operand.arrays:
+                    array.__class__ = Local
+    writing = {id(product.sum) for product in left}
+    for key, total in list(warpgroup.sums.items()):
+        if id(total) not in writing:
+            del warpgroup.sums[key]
+            _deliver(total)
+    if any(type(array) is InFlight for array in accumulators):
+        raise SimulationError(
+            f"wgmma_wait_group with {pending} groups left names an accumulator that one of them "
+            "writes"
+        )
+
+
+def shared_a(descriptors: np.ndarray, dtype: str) -> Operand:
+    """Operand a in shared memory, 64 rows, K-major."""
+    return _shared("a", descriptors, _ROWS, "k", dtype)
+
+
+def register_a(fragments: list[np.ndarray], dtype: str) -> Operand:
+    """Operand a in four registers of each thread."""
+    words = np.array(fragments)
+    element = _ELEMENTS[dtype]
+    rows, columns = _a_index(4 // element.itemsize)
+    matrix = np.empty((_ROWS, 32 // element.itemsize))
+    matrix[rows, columns] = words.view(element).reshape(_SIZE, 4, -1).astype(np.float64)
+    return Operand(matrix, arrays=[whole(fragment) for fragment in fragments])
+
+
+def multiply(
+    accumulators: list[np.ndarray],
+    a: Operand,
+    b_descriptors: np.ndarray,
+    b_major: str,
+    n: int,
+    dtype: str,
+    accumulate: np.ndarray,
+) -> None:
+    """Issue accumulators (+)= a b, with b of n columns in shared memory."""
+    warpgroup = _warpgroups().running()
+    if not warpgroup.fenced:
+        raise SimulationError(
+            "wgmma is issued and no wgmma_fence has come since the last wait, after which "
+            "registers may have been touched"
+        )
+    b = _shared("b", b_descriptors, n, b_major, dtype)
+    if (accumulate != 0).any() != (accumulate != 0).all():
+        raise SimulationError("wgmma: some threads accumulate, others do not")
+    total = _sum(warpgroup, accumulators, n, bool(accumulate[0]))
+    with np.errstate(all="ignore"):
+        product = a.matrix @ b.matrix.T
+        if accumulate[0]:
+            product += total.value
+        total.value = product.astype(np.float32)
+    for array in a.arrays:
+        array.__class__ = BeingRead
+    warpgroup.issued.append(_Product(total, (a, b)))
+
+
+def _warpgroups() -> Warpgroups:
+    return current_thread().block.part(Warpgroups)
+
+
+def _sum(warpgroup: _Warpgroup, accumulators, n: int, accumulate: bool) -> _Sum:
+    """The sum that these arrays are under way to hold, begun where they are not."""
+    total = warpgroup.sums.get(id(accumulators[0]))
+    if total is not None:
+        if any(x is not y for x, y in zip(total.arrays, accumulators, strict=True)):
+            raise SimulationError("wgmma: threads of a warpgroup name different accumulators")
+        if total.value.shape[1] != n:
+            raise SimulationError(
+                f"wgmma: n = {n} with an accumulator that a product with n = "
+                f"{total.value.shape[1]} still writes"
+            )
+        return total
+    rows, columns = _d_index(n)
+    value = np.empty((_ROWS, n), np.float32)
+    if accumulate:
+        value[rows, columns] = np.array(accumulators)
+    for array in accumulators:
+        own = type(array) is Local and whole(array) is array
+        if not own or array.shape != (n // 2,) or array.dtype != np.float32:
+            raise SimulationError(
+                f"wgmma with n = {n}: the accumulator must be a local array of {n // 2} float32, "
+                "whole, that no other product writes or reads"
+            )
+        array.fill(_POISON)
+        array.__class__ = InFlight
+    total = warpgroup.sums[id(accumulators[0])] = _Sum(accumulators, value)
+    return total
+
+
+def _deliver(total: _Sum) -> None:
+    registers = total.value[_d_index(total.value.shape[1])]
+    for array, values in zip(total.arrays, registers, strict=True):
+        array.__class__ = Local
+        array[...] = values
+
+
+def _check_unchanged(warpgroups: Warpgroups, operand: Operand) -> None:
+    chunks = operand.chunks
+    if chunks is not None and (warpgroups.chunks[chunks] != operand.content).any():
+        raise SimulationError(
+            "an operand in shared memory changed between the issue of a wgmma and the wait for "
+            "it: whoever wrote it did not wait for this warpgroup"
+        )
+
+
+def _shared(name: str, descriptors, n_rows: int, major: str, dtype: str) -> Operand:
+    """An operand in shared memory, (n_rows, k): a, or b transposed."""
+    block = current_thread().block
+    descriptor = int(descriptors[0])
+    if (descriptors != descriptors[0]).any():
+        raise SimulationError(f"wgmma: threads give different descriptors of operand {name}")
+    chunks = _chunks(name, descriptor, n_rows, major)
+    low, high = 16 * int(chunks.min()), 16 * int(chunks.max()) + 16
+    what = f"operand {name} of wgmma"
+    block.shared.check_range(what, low, high - low, 16)
+    block.part(AsyncProxy).check(what, chunks)
+    content = block.part(Warpgroups).chunks[chunks]
+    elements = content.view(_ELEMENTS[dtype])
+    if major == "k":
+        matrix = elements.reshape(n_rows, -1)
+    else:
+        # (k, chunk, 8 rows)
+        matrix = elements.reshape(len(content), -1)[:, :n_rows].T
+    return Operand(matrix.astype(np.float64), chunks, content)
+
+
+def _chunks(name: str, descriptor: int, n_rows: int, major: str) -> np.ndarray:
+    """The numbers of an operand's 16-byte chunks, (rows, 2) if K-major, else (k, rows / 8)."""
+    if (swizzle := descriptor >> 62) != _SWIZZLE_128 or descriptor >> 49 & 7:
+        raise SimulationError(
+            f"wgmma: the descriptor of operand {name} has swizzle {swizzle} and base offset "
+            f"{descriptor >> 49 & 7}; the simulator knows swizzle 1, of 128 bytes, and offset 0"
+        )
+    start, leading, stride = (descriptor >> shift & 0x3FFF for shift in (0, 16, 32))
+    if major == "k":
+        if start % _ROW_CHUNKS + _K_CHUNKS > _ROW_CHUNKS:
+            raise SimulationError(f"wgmma: operand {name} begins in the last chunk of a row")
+        return swizzled(start + _k_major(n_rows, stride))
+    return swizzled(start + _mn_major(n_rows, leading, stride))
+
+
+@cache
+def _k_major(n_rows: int, stride: int) -> np.ndarray:
+    row = np.arange(n_rows)[:, None]
+    return row // 8 * stride + row % 8 * _ROW_CHUNKS + np.arange(_K_CHUNKS)
+
+
+@cache
+def _mn_major(n_rows: int, leading: int, stride: int) -> np.ndarray:
+    k, chunk = np.arange(16)[:, None], np.arange(n_rows // 8)
+    in_slab = k // 8 * stride + k % 8 * _ROW_CHUNKS + chunk % _ROW_CHUNKS
+    return chunk // _ROW_CHUNKS * leading + in_slab
+
+
+@cache
+def _d_index(n: int):
+    """Row and column of every accumulator register, (128, n / 2)."""
+    t, i = np.arange(_SIZE)[:, None], np.arange(n // 2)
+    rows = 16 * (t // 32) + t % 32 // 4 + 8 * (i // 2 % 2)
+    return rows, 8 * (i // 4) + 2 * (t % 4) + i % 2
+
+
+@cache
+def _a_index(per_register: int):
+    """Row and column of every element of operand a in registers, (128, 4, per_register)."""
+    t, i = np.arange(_SIZE)[:, None, None], np.arange(4)[:, None]
+    h = np.arange(per_register)
+    rows = 16 * (t // 32) + t % 32 // 4 + 8 * (i % 2) + 0 * h
+    return rows, per_register * (t % 4) + h + 4 * per_register * (i // 2)
