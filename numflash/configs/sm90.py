@@ -58,7 +58,7 @@ class Sm90ForwardConfig(MmaForwardConfig):
         super().__post_init__()
         if self.tile_m != 16 * self.num_warps or self.num_warps not in (4, 8, 12):
             raise ValueError(
-                f"{type(self).__name__} {self}: tile_m must be 16 x num_warps, and those 4, 8 or 12"
+                f"{type(self).__name__} {self}: tile_m must be 16 x num_warps, which are 4, 8 or 12"
             )
         if self.tile_n > 256:
             raise ValueError(f"{type(self).__name__} {self}: tile_n must be at most 256")
@@ -70,8 +70,8 @@ class Sm90ForwardConfig(MmaForwardConfig):
             raise ValueError(f"{type(self).__name__} {self}: one warpgroup has no turns to take")
         if self.registers[1] % 8 or not 24 <= self.registers[0] < self.registers[1] <= 256:
             raise ValueError(
-                f"{type(self).__name__} {self}: consumer_registers must be a multiple of 8 and leave "
-                f"24 to those that copy"
+                f"{type(self).__name__} {self}: consumer_registers must be a multiple of 8, and leave "
+                f"24 to the warps that copy"
             )
 
     @property
@@ -123,6 +123,10 @@ class Sm90ForwardConfig(MmaForwardConfig):
         """Slabs side by side that hold so many columns of an operand."""
         return -(-columns * self.operand_bytes // SLAB_BYTES)
 
+    def v_slabs(self, traits: Traits) -> int:
+        """Slabs of a tile of V: of columns, or with 8-bit floats of keys."""
+        return self.slabs(self.tile_n if traits.fp8 else traits.head_dim_v)
+
     def _o_words(self, traits: Traits) -> int:
         slabs = -(-traits.head_dim_v * traits.dtype_bytes // SLAB_BYTES)
         return self.tile_m * slabs * SLAB_BYTES // _WORD_BYTES
@@ -142,8 +146,8 @@ class Sm90ForwardConfig(MmaForwardConfig):
         return fields | on | {"consumer_registers": int(suffix["registers"] or 0)}
 
 
-# Preferred first, by the larger head dim; the largest of them hold what shared memory and registers
-# allow, those behind are for fewer rows.
+# Preferred first, by the larger head dim; the first holds what shared memory and registers allow,
+# those behind it are for fewer rows.
 _PREFERENCES = {
     64: (
         "m192n128w12s2-persistent",

@@ -2,23 +2,24 @@
 
 from functools import cache
 
-from numflash.ptx import device_function, i32, u32
+from numflash.ptx import device_function, i32, mov_ctaid_x, mov_nctaid_x, u32
+from numflash.tiles.mma.scores import token_of_row
 
 
 @cache
 def make_block_place(tile_m):
-    """block_place(block, num_rows, num_heads, pack, num_splits, heads_in_flight)
+    """block_place(place, num_rows, num_heads, pack, num_splits, heads_in_flight)
 
-    (first row, first head of all batch entries, split of the keys) of the block-th tile of rows.
-    Heads go in bundles whose K and V fit the L2 cache; within a bundle the last rows, which in a
-    causal problem see the most keys, start first.
+    (first row, first head of all batch entries, split of the keys) of a tile of rows. Heads go in
+    bundles whose K and V fit the L2 cache; within a bundle the last rows, which in a causal
+    problem see the most keys, come first.
     """
 
     @device_function
-    def block_place(block, num_rows, num_heads, pack, num_splits, heads_in_flight):
+    def block_place(place, num_rows, num_heads, pack, num_splits, heads_in_flight):
         # Unsigned 32-bit divisions are a quarter of the code of Python's.
-        in_order = u32(block // u32(num_splits))
-        split = u32(block - in_order * u32(num_splits))
+        in_order = u32(place // u32(num_splits))
+        split = u32(place - in_order * u32(num_splits))
         num_m_blocks = u32(u32(num_rows + tile_m - 1) // u32(tile_m))
         per_bundle = u32(u32(heads_in_flight) * num_m_blocks)
         first_head = u32(in_order // per_bundle * u32(heads_in_flight))
@@ -30,3 +31,66 @@ def make_block_place(tile_m):
         return i32(m_start), i32(head * u32(pack)), i32(split)
 
     return block_place
+
+
+@cache
+def make_walk(tile_m):
+    """walk(num_rows, num_heads, pack, num_splits): (first place, step, number of places).
+
+    Blocks that take several places go through them like this, so that where the places become
+    cheaper one after the other each block has as much to do:
+
+        place += step;  step = 2 * number of blocks - step
+
+    which leads to the same place from the other end of the next round, and back.
+    """
+
+    @device_function
+    def walk(num_rows, num_heads, pack, num_splits):
+        num_m_blocks = u32(num_rows + tile_m - 1) // u32(tile_m)
+        num_places = u32(num_m_blocks * (u32(num_heads) // u32(pack)) * u32(num_splits))
+        place = mov_ctaid_x()
+        return place, u32(u32(2) * (mov_nctaid_x() - place) - u32(1)), num_places
+
+    return walk
+
+
+@cache
+def make_keys_of(config):
+    """keys_of(m_start, split, num_rows, pack, seqlen_k, band_lo, band_hi, num_splits)
+
+    (first, end) of the tiles of keys that some of tile_m rows see, of this split's share.
+    """
+    tile_m, tile_n, is_split = config.tile_m, config.tile_n, config.num_splits > 1
+
+    @device_function
+    def keys_of(m_start, split, num_rows, pack, seqlen_k, band_lo, band_hi, num_splits):
+        first_token = token_of_row(m_start, pack)
+        last_token = token_of_row(min(m_start + tile_m, num_rows) - 1, pack)
+        end = max(0, min(seqlen_k, last_token + band_hi + 1))
+        n_begin = i32(u32(max(0, first_token + band_lo)) // u32(tile_n))
+        n_end = i32(u32(end + tile_n - 1) // u32(tile_n))
+        if is_split:
+            share = i32(u32(max(0, n_end - n_begin) + num_splits - 1) // u32(num_splits))
+            n_begin = i32(n_begin + split * share)
+            n_end = i32(min(n_end, n_begin + share))
+        return n_begin, n_end
+
+    return keys_of
+
+
+@cache
+def make_whole_keys(config):
+    """whole_keys(m_start, num_rows, pack, seqlen_k, band_lo, band_hi)
+
+    (first, last): tiles of keys that begin between these are seen whole by tile_m rows.
+    """
+    tile_m, tile_n = config.tile_m, config.tile_n
+
+    @device_function
+    def whole_keys(m_start, num_rows, pack, seqlen_k, band_lo, band_hi):
+        last_token = token_of_row(min(m_start + tile_m, num_rows) - 1, pack)
+        end = min(seqlen_k, token_of_row(m_start, pack) + band_hi + 1)
+        return i32(last_token + band_lo), i32(end - tile_n)
+
+    return whole_keys

@@ -1,43 +1,38 @@
 """Forward on Hopper: O = softmax(softmax_scale Q K^T) V and lse, by specialised warps.
 
-One warp of a block, the producer, fetches tiles of Q, K and V by bulk copies into a ring of
-`num_stages` buffers. The consumers are warpgroups with 64 rows of Q each, which multiply
-asynchronously: S = Q K^T from shared memory, O += P V with P in registers. They meet at mbarriers
-only: a buffer is full when its bytes have arrived, and empty when every warpgroup has read it.
+One thread of a block, the producer, fetches tiles of Q, K and V by bulk copies. The consumers are
+warpgroups with 64 rows of Q each, which multiply asynchronously: S = Q K^T from shared memory,
+O += P V with P in registers. They meet at the mbarriers of a ring of buffers (`ring`).
 
-Blocks take tile after tile of rows, those of one round in the order of the blocks and those of the
-next in reverse: each has as many long as short ones where masks make them differ.
+A warpgroup keeps the tensor cores busy while it computes exponentials, in two ways that a config
+switches on: with `overlap` it begins the next S and O += P V together, and turns S to P while the
+latter is under way; with `pingpong` warpgroups take turns, so that one multiplies while another
+computes its softmax.
 
 Source: FlashAttention-3, arXiv 2407.08608, Algorithms 1 and 2.
 """
 
 import math
 
-from numflash.configs import Traits
-from numflash.configs.sm90 import Sm90ForwardConfig
+from numflash.configs.sm90 import WARPGROUP_ROWS, Sm90ForwardConfig
+from numflash.configs.traits import Traits
 from numflash.kernels.kernel import Kernel
+from numflash.kernels.sm90.producer import make_produce
+from numflash.kernels.sm90.ring import Ring, make_init_barriers, make_next_stage
 from numflash.ptx import (
-    EVICT_FIRST,
-    EVICT_LAST,
     Pointer,
     TensorMap,
-    cp_async_bulk_tensor_4d,
-    cp_async_bulk_tensor_5d,
     cp_async_bulk_wait_group_read,
     cuda,
     device_function,
     elect_sync,
     f32,
-    fence_mbarrier_init,
     i32,
     i64,
     make_setmaxnreg,
     make_wgmma_wait_group,
     mbarrier_arrive,
-    mbarrier_arrive_expect_tx,
-    mbarrier_init,
     mbarrier_wait_parity,
-    mov_ctaid_x,
     mov_nctaid_x,
     mov_shared_address,
     mov_tid_x,
@@ -45,13 +40,11 @@ from numflash.ptx import (
     u32,
     u64,
 )
-from numflash.tiles.blocks import make_block_place
-from numflash.tiles.mma.copies import make_store_rows
-from numflash.tiles.mma.elements import MMA_ELEMENTS
+from numflash.tiles.blocks import make_block_place, make_keys_of, make_walk, make_whole_keys
 from numflash.tiles.mma.fragments import MMA_ROWS, ROW_STEP, accumulator_column, accumulator_row
 from numflash.tiles.mma.scores import make_mask_scores, make_scale_scores, token_of_row
 from numflash.tiles.mma.softmax import make_scale_rows, row_sum_of_quad
-from numflash.tiles.scores import NEG_INF, band_block_begin, band_block_end
+from numflash.tiles.scores import NEG_INF
 from numflash.tiles.softmax import LN_2, LOG2_E
 from numflash.tiles.wgmma.products import (
     SLAB_BYTES,
@@ -60,101 +53,86 @@ from numflash.tiles.wgmma.products import (
     make_product_nt,
     make_product_pn,
 )
-from numflash.tiles.wgmma.results import make_store_slabs
+from numflash.tiles.wgmma.results import make_store_part, make_store_slabs
 from numflash.tiles.wgmma.softmax import make_online_softmax
 from numflash.tiles.wgmma.turns import make_turns, softmax_before_wait
-
-_ROWS = 64  # of a warpgroup
-_SLAB_ELEMENTS = SLAB_BYTES // 2
-_WORD_BYTES = 4
 
 
 def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
     """The forward kernel for one config; see the module's docstring."""
-    tile_m, tile_n, num_stages = config.tile_m, config.tile_n, config.num_stages
+    ring, dtype, tile_n = Ring.of(config, traits), traits.dtype, config.tile_n
     num_groups, is_split, overlap = config.num_warpgroups, config.num_splits > 1, config.overlap
     num_consumers = 128 * num_groups
     n_tiles, o_tiles = tile_n // 8, traits.head_dim_v // 8
     n_scores, n_p, n_o = 4 * n_tiles, 2 * n_tiles, 4 * o_tiles
-    columns, columns_v, dtype = traits.head_dim, traits.head_dim_v, traits.dtype
-    k_slabs, v_slabs = config.slabs(columns), config.slabs(columns_v)
-
-    offsets = config.smem_offsets(traits)
-    q_smem, k_smem, v_smem = (offsets[name] for name in "qkv")
-    o_apart = config.o_is_apart(traits)
-    o_smem = offsets["o"] if o_apart else q_smem
-    q_words = config.tiles(traits)["q"] // num_groups
-    o_words = config.tiles(traits)["o"] // num_groups if o_apart else q_words
-    slab_words = SLAB_BYTES // _WORD_BYTES
-    k_words, v_words = tile_n * slab_words * k_slabs, tile_n * slab_words * v_slabs
-    q_bytes = u32(_ROWS * SLAB_BYTES * k_slabs)
-    k_bytes, v_bytes = u32(_WORD_BYTES * k_words), u32(_WORD_BYTES * v_words)
-    # mbarriers: of Q by warpgroup, of K and V by stage.
-    q_full = offsets["barriers"] // 2
-    q_empty = q_full + num_groups
-    k_full, k_empty, v_full, v_empty = (q_empty + num_groups + num_stages * i for i in range(4))
-
-    block_place = make_block_place(tile_m)
-    q_operand = make_operand(_ROWS * SLAB_BYTES)
-    tile_operand = make_operand(tile_n * SLAB_BYTES)
-    begin_q_k = make_product_nt(dtype, _ROWS, tile_n, columns)
-    begin_p_v = make_product_pn(dtype, tile_n, columns_v)
-    wait_for_s, wait_for_next_s = (make_wgmma_wait_group(i, n_scores) for i in range(2))
-    wait_for_o = make_wgmma_wait_group(0, n_o)
-    pack_p = make_pack(dtype, n_tiles)
-    scale_scores = make_scale_scores(1, n_tiles, traits.softcap, traits.alibi)
-    mask_scores = make_mask_scores(1, n_tiles)
-    online_softmax = make_online_softmax(n_tiles)
-    scale_rows = make_scale_rows(1, o_tiles)
-    store_slabs = make_store_slabs(dtype, o_tiles)
-    store_part = make_store_rows(MMA_ELEMENTS["sm80", dtype], 1, o_tiles, True, True, packed=True)
-    take_turn, pass_turn, give_first_turn = make_turns(num_groups if config.pingpong else 1)
-    give_registers = make_setmaxnreg("dec", config.registers[0])
-    take_registers = make_setmaxnreg("inc", config.registers[1])
     n_cap_slopes = n_scores if traits.softcap else 1
     softcapped, alibi = traits.softcap, traits.alibi
     out_storage = f32 if is_split else u16
 
+    q_smem, k_smem, v_smem, o_smem, o_words = ring.q, ring.k, ring.v, ring.o, ring.o_words
+    # Operands count in units of 16 bytes.
+    q_step, k_step, v_step = ring.q_words >> 2, ring.k_words >> 2, ring.v_words >> 2
+    q_full, q_empty = ring.q_full, ring.q_empty
+    k_full, k_empty, v_full, v_empty = ring.k_full, ring.k_empty, ring.v_full, ring.v_empty
+    o_is_apart = ring.o_is_apart
+
+    init_barriers = make_init_barriers(ring, num_groups, config.num_stages)
+    next_stage = make_next_stage(config.num_stages)
+    give_registers = make_setmaxnreg("dec", config.registers[0])
+    take_registers = make_setmaxnreg("inc", config.registers[1])
+    produce = make_produce(config, traits)
+    walk, block_place = make_walk(config.tile_m), make_block_place(config.tile_m)
+    keys_of, whole_keys = make_keys_of(config), make_whole_keys(config)
+    take_turn, pass_turn, give_first_turn = make_turns(num_groups if config.pingpong else 1)
+
+    q_operand = make_operand(WARPGROUP_ROWS * SLAB_BYTES)
+    tile_operand = make_operand(tile_n * SLAB_BYTES)
+    begin_q_k = make_product_nt(dtype, WARPGROUP_ROWS, tile_n, traits.head_dim)
+    begin_p_v = make_product_pn(dtype, tile_n, traits.head_dim_v)
+    wait_for_s, wait_for_next_s = (make_wgmma_wait_group(i, n_scores) for i in range(2))
+    wait_for_o = make_wgmma_wait_group(0, n_o)
+    scale_scores = make_scale_scores(1, n_tiles, softcapped, alibi)
+    mask_scores = make_mask_scores(1, n_tiles)
+    online_softmax = make_online_softmax(n_tiles)
+    pack_p, scale_rows = make_pack(dtype, n_tiles), make_scale_rows(1, o_tiles)
+    store_slabs, store_part = make_store_slabs(dtype, o_tiles), make_store_part(o_tiles)
+
     @device_function
-    def keys_of(m_start, split, num_rows, pack, seqlen_k, band_lo, band_hi, num_splits):
-        """(first, end) of the tiles of keys that a tile of rows sees, of this split's share."""
-        first_token = token_of_row(m_start, pack)
-        last_token = token_of_row(min(m_start + tile_m, num_rows) - 1, pack)
-        n_begin = i32(band_block_begin(first_token, band_lo, tile_n))
-        n_end = i32(band_block_end(last_token, band_hi, seqlen_k, tile_n))
-        if is_split:
-            share = i32(u32(max(0, n_end - n_begin) + num_splits - 1) // u32(num_splits))
-            n_begin = i32(n_begin + split * share)
-            n_end = i32(min(n_end, n_begin + share))
-        return n_begin, n_end
+    def leads():
+        """Whether this thread speaks for its warpgroup."""
+        return mov_tid_x() % 128 == 0
 
     @device_function
     def q_of_group(q_first):
         """Operand Q of this warpgroup, computed anew: its many steps would be kept otherwise."""
-        return u32(q_first + mov_tid_x() // u32(128) * u32(q_words >> 2))
+        return u32(q_first + mov_tid_x() // u32(128) * u32(q_step))
 
     @device_function
-    def next_stage(stage, parity):
-        """The buffer after this one, and the parity of the phase in which it is."""
-        last = stage == num_stages - 1
-        return i32(0) if last else i32(stage + 1), u32(parity ^ u32(last))
-
-    @device_function
-    def fetch_slabs(smem, barriers, full, target, slabs, tensor_map, first, head, batch):
-        """Begin to fetch tile_n rows of K or V."""
-        for slab in range(slabs):
-            cp_async_bulk_tensor_4d(
-                smem,
-                i32(target + slab * tile_n * slab_words),
-                tensor_map,
-                barriers,
-                full,
-                EVICT_LAST,
-                i32(slab * _SLAB_ELEMENTS),
-                first,
-                head,
-                batch,
-            )
+    def shape_scores(
+        s_acc,
+        cap_slopes,
+        m_start,
+        n_start,
+        first_whole,
+        last_whole,
+        seqlen_k,
+        band_lo,
+        band_hi,
+        bias_shift,
+        pack,
+        score_scale,
+        softcap,
+        alibi_slope,
+    ):
+        """Softcap, ALiBi, and the mask where an edge crosses the tile."""
+        if softcapped or alibi:
+            i = i32(m_start + accumulator_row(MMA_ROWS))
+            j = i32(n_start + accumulator_column())
+            scale_scores(s_acc, cap_slopes, i, j, bias_shift, score_scale, softcap, alibi_slope)
+        if n_start < first_whole or n_start > last_whole:
+            i = i32(m_start + accumulator_row(MMA_ROWS))
+            j = i32(n_start + accumulator_column())
+            mask_scores(s_acc, i, j, seqlen_k, band_lo, band_hi, pack)
 
     def forward(
         out: Pointer(out_storage),
@@ -188,95 +166,34 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
     ):
         smem = cuda.shared.array(0, u32, alignment=1024)
         barriers = cuda.shared.array(0, u64, alignment=1024)
-        thread = mov_tid_x()
-        if thread == 0:
-            for group in range(num_groups):
-                mbarrier_init(barriers, q_full + group, 1)
-                mbarrier_init(barriers, q_empty + group, 1)
-            for stage in range(num_stages):
-                mbarrier_init(barriers, k_full + stage, 1)
-                mbarrier_init(barriers, v_full + stage, 1)
-                mbarrier_init(barriers, k_empty + stage, num_groups)
-                mbarrier_init(barriers, v_empty + stage, num_groups)
-            fence_mbarrier_init()
+        init_barriers(barriers)
         cuda.syncthreads()
 
-        num_rows = seqlen_q * pack
-        num_heads = batch_size * num_heads_q
-        num_m_blocks = u32(num_rows + tile_m - 1) // u32(tile_m)
-        num_places = u32(num_m_blocks * (u32(num_heads) // u32(pack)) * u32(num_splits))
-        place = mov_ctaid_x()
-        # To the same place from the other end of the next round, and back.
-        step = u32(u32(2) * (mov_nctaid_x() - place) - u32(1))
-
-        if thread >= num_consumers:
-            # The producer is one thread.
+        num_rows, num_heads = i32(seqlen_q * pack), i32(batch_size * num_heads_q)
+        place, step, num_places = walk(num_rows, num_heads, pack, num_splits)
+        if mov_tid_x() >= num_consumers:
             give_registers()
-            if thread < num_consumers + 32 and elect_sync() != 0:
-                tokens = i32(u32(_ROWS) // u32(pack))
-                stage, parity, q_parity = i32(0), u32(1), u32(1)
-                while place < num_places:
-                    m_start, head_of_batch, split = block_place(
-                        place, num_rows, num_heads, pack, num_splits, heads_in_flight
-                    )
-                    batch = token_of_row(head_of_batch, num_heads_q)
-                    head = i32(head_of_batch - batch * num_heads_q)
-                    packed_head, head_kv = token_of_row(head, pack), token_of_row(head, group_size)
-                    n_begin, n_end = keys_of(
-                        m_start, split, num_rows, pack, seqlen_k, band_lo, band_hi, num_splits
-                    )
-                    token = token_of_row(m_start, pack)
-                    for group in range(num_groups):
-                        mbarrier_wait_parity(barriers, q_empty + group, q_parity)
-                        mbarrier_arrive_expect_tx(barriers, q_full + group, q_bytes)
-                        for slab in range(k_slabs):
-                            cp_async_bulk_tensor_5d(
-                                smem,
-                                q_smem + group * q_words + slab * _ROWS * slab_words,
-                                q_map,
-                                barriers,
-                                q_full + group,
-                                EVICT_FIRST,
-                                i32(slab * _SLAB_ELEMENTS),
-                                0,
-                                i32(token + group * tokens),
-                                packed_head,
-                                batch,
-                            )
-                    q_parity = u32(q_parity ^ u32(1))
-                    for n in range(n_begin, n_end):
-                        first = i32(n * tile_n)
-                        mbarrier_wait_parity(barriers, k_empty + stage, parity)
-                        mbarrier_arrive_expect_tx(barriers, k_full + stage, k_bytes)
-                        target = k_smem + k_words * stage
-                        fetch_slabs(
-                            smem,
-                            barriers,
-                            k_full + stage,
-                            target,
-                            k_slabs,
-                            k_map,
-                            first,
-                            head_kv,
-                            batch,
-                        )
-                        mbarrier_wait_parity(barriers, v_empty + stage, parity)
-                        mbarrier_arrive_expect_tx(barriers, v_full + stage, v_bytes)
-                        target = v_smem + v_words * stage
-                        fetch_slabs(
-                            smem,
-                            barriers,
-                            v_full + stage,
-                            target,
-                            v_slabs,
-                            v_map,
-                            first,
-                            head_kv,
-                            batch,
-                        )
-                        stage, parity = next_stage(stage, parity)
-                    place = u32(place + step)
-                    step = u32(u32(2) * mov_nctaid_x() - step)
+            if mov_tid_x() < num_consumers + 32 and elect_sync() != 0:
+                produce(
+                    smem,
+                    barriers,
+                    q_map,
+                    k_map,
+                    v_map,
+                    place,
+                    step,
+                    num_places,
+                    num_rows,
+                    num_heads,
+                    num_heads_q,
+                    group_size,
+                    seqlen_k,
+                    band_lo,
+                    band_hi,
+                    pack,
+                    num_splits,
+                    heads_in_flight,
+                )
             return
 
         take_registers()
@@ -287,8 +204,7 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
         row_max = cuda.local.array(2, f32)
         row_sum = cuda.local.array(2, f32)
         factors = cuda.local.array(2, f32)
-        group = i32(thread // 128)
-        leads = thread % 128 == 0
+        group = i32(mov_tid_x() // 128)
         q_first = q_operand(mov_shared_address(smem, q_smem))
         k_first = tile_operand(mov_shared_address(smem, k_smem))
         v_first = tile_operand(mov_shared_address(smem, v_smem))
@@ -305,9 +221,7 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
             n_begin, n_end = keys_of(
                 m_start, split, num_rows, pack, seqlen_k, band_lo, band_hi, num_splits
             )
-            # Tiles of keys that begin between these are seen whole by all rows.
-            first_whole = i32(token_of_row(min(m_start + tile_m, num_rows) - 1, pack) + band_lo)
-            last_whole = i32(min(seqlen_k, token_of_row(m_start, pack) + band_hi + 1) - tile_n)
+            whole = whole_keys(m_start, num_rows, pack, seqlen_k, band_lo, band_hi)
             alibi_slope = f32(0)
             if alibi:
                 batch = token_of_row(head_of_batch, num_heads_q)
@@ -317,95 +231,99 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
                 o_acc[i] = f32(0)
             row_max[0], row_max[1] = NEG_INF, NEG_INF
             row_sum[0], row_sum[1] = f32(0), f32(0)
-
             mbarrier_wait_parity(barriers, q_full + group, q_parity)
             q_parity = u32(q_parity ^ u32(1))
+
             if n_begin < n_end:
-                # S = Q K^T and P = softmax(S) of the first tile of keys.
+                # The first tile of keys: S = Q K^T, P = softmax(S).
                 mbarrier_wait_parity(barriers, k_full + stage, parity)
-                begin_q_k(s_acc, q_of_group(q_first), u32(k_first + stage * (k_words >> 2)))
+                begin_q_k(s_acc, q_of_group(q_first), u32(k_first + stage * k_step))
                 wait_for_s(s_acc)
-                if leads:
+                if leads():
                     mbarrier_arrive(barriers, k_empty + stage)
-                n_start = i32(n_begin * tile_n)
-                if softcapped or alibi:
-                    i = i32(m_start + accumulator_row(MMA_ROWS))
-                    j = i32(n_start + accumulator_column())
-                    scale_scores(
-                        s_acc, cap_slopes, i, j, bias_shift, score_scale, softcap, alibi_slope
-                    )
-                if n_start < first_whole or n_start > last_whole:
-                    i = i32(m_start + accumulator_row(MMA_ROWS))
-                    j = i32(n_start + accumulator_column())
-                    mask_scores(s_acc, i, j, seqlen_k, band_lo, band_hi, pack)
+                shape_scores(
+                    s_acc,
+                    cap_slopes,
+                    m_start,
+                    i32(n_begin * tile_n),
+                    whole[0],
+                    whole[1],
+                    seqlen_k,
+                    band_lo,
+                    band_hi,
+                    bias_shift,
+                    pack,
+                    score_scale,
+                    softcap,
+                    alibi_slope,
+                )
                 online_softmax(s_acc, row_max, row_sum, factors, scale_log2)
                 pack_p(p_frag, s_acc)
 
                 for n in range(n_begin + 1, n_end):
+                    # S = Q K^T of this tile of keys, O += P V of the one before.
                     v_stage, v_parity = stage, parity
                     stage, parity = next_stage(stage, parity)
-                    # The next S = Q K^T, and O += P V of the tile before.
                     take_turn(group)
                     if overlap:
                         mbarrier_wait_parity(barriers, k_full + stage, parity)
-                        begin_q_k(
-                            s_acc, q_of_group(q_first), u32(k_first + stage * (k_words >> 2))
-                        )
+                        begin_q_k(s_acc, q_of_group(q_first), u32(k_first + stage * k_step))
                     mbarrier_wait_parity(barriers, v_full + v_stage, v_parity)
-                    begin_p_v(o_acc, p_frag, u32(v_first + v_stage * (v_words >> 2)))
-                    if overlap:
-                        pass_turn(group)
-                        wait_for_next_s(s_acc)
-                    else:
+                    begin_p_v(o_acc, p_frag, u32(v_first + v_stage * v_step))
+                    if not overlap:
                         wait_for_o(o_acc)
-                        if leads:
+                        if leads():
                             mbarrier_arrive(barriers, v_empty + v_stage)
                         mbarrier_wait_parity(barriers, k_full + stage, parity)
-                        begin_q_k(
-                            s_acc, q_of_group(q_first), u32(k_first + stage * (k_words >> 2))
-                        )
-                        pass_turn(group)
+                        begin_q_k(s_acc, q_of_group(q_first), u32(k_first + stage * k_step))
+                    pass_turn(group)
+                    if overlap:
+                        wait_for_next_s(s_acc)
+                    else:
                         wait_for_s(s_acc)
-                    if leads:
+                    if leads():
                         mbarrier_arrive(barriers, k_empty + stage)
 
                     # P = softmax(S)
-                    n_start = i32(n * tile_n)
-                    if softcapped or alibi:
-                        i = i32(m_start + accumulator_row(MMA_ROWS))
-                        j = i32(n_start + accumulator_column())
-                        scale_scores(
-                            s_acc, cap_slopes, i, j, bias_shift, score_scale, softcap, alibi_slope
-                        )
-                    if n_start < first_whole or n_start > last_whole:
-                        i = i32(m_start + accumulator_row(MMA_ROWS))
-                        j = i32(n_start + accumulator_column())
-                        mask_scores(s_acc, i, j, seqlen_k, band_lo, band_hi, pack)
+                    shape_scores(
+                        s_acc,
+                        cap_slopes,
+                        m_start,
+                        i32(n * tile_n),
+                        whole[0],
+                        whole[1],
+                        seqlen_k,
+                        band_lo,
+                        band_hi,
+                        bias_shift,
+                        pack,
+                        score_scale,
+                        softcap,
+                        alibi_slope,
+                    )
                     has_grown = online_softmax(s_acc, row_max, row_sum, factors, scale_log2)
                     if overlap:
                         softmax_before_wait(smem, 0, row_sum[0], row_sum[1])
                         wait_for_o(o_acc)
-                        if leads:
+                        if leads():
                             mbarrier_arrive(barriers, v_empty + v_stage)
                     pack_p(p_frag, s_acc)
                     if has_grown:
                         scale_rows(o_acc, factors)
 
                 mbarrier_wait_parity(barriers, v_full + stage, parity)
-                begin_p_v(o_acc, p_frag, u32(v_first + stage * (v_words >> 2)))
+                begin_p_v(o_acc, p_frag, u32(v_first + stage * v_step))
                 wait_for_o(o_acc)
-                if leads:
+                if leads():
                     mbarrier_arrive(barriers, v_empty + stage)
                 stage, parity = next_stage(stage, parity)
 
-            if o_apart and leads:
+            if o_is_apart and leads():
                 mbarrier_arrive(barriers, q_empty + group)
             # Where this tile of rows lies is found out once more: registers are scarce above.
             m_start, head_of_batch, split = block_place(
                 place, num_rows, num_heads, pack, num_splits, heads_in_flight
             )
-            batch = token_of_row(head_of_batch, num_heads_q)
-            head = i32(head_of_batch - batch * num_heads_q)
             row = i32(m_start + accumulator_row(MMA_ROWS))
             for r in range(2):
                 total = row_sum_of_quad(row_sum[r])
@@ -420,28 +338,23 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
                     part = i64(split) * num_heads + head_of_batch + i - token * pack
                     lse[part * seqlen_q + token] = row_lse
             scale_rows(o_acc, row_sum)
+            batch = token_of_row(head_of_batch, num_heads_q)
+            head = i32(head_of_batch - batch * num_heads_q)
             if is_split:
                 base = split * out_split + batch * out_batch + head * out_head
-                store_part(o_acc, out, base, out_row, row, num_rows, head_dim_v, pack, out_head)
+                store_part(o_acc, out, base, out_row, row, num_rows, pack, out_head)
             else:
-                token = i32(token_of_row(m_start + _ROWS * group, pack))
-                store_slabs(
-                    o_acc,
-                    smem,
-                    o_smem + o_words * group,
-                    group,
-                    out_map,
-                    token,
-                    token_of_row(head, pack),
-                    batch,
-                )
-            if not o_apart and leads:
-                # Q has been read, and so has what stood in its place.
+                target = i32(o_smem + o_words * group)
+                token = token_of_row(m_start + WARPGROUP_ROWS * group, pack)
+                packed_head = token_of_row(head, pack)
+                store_slabs(o_acc, smem, target, group, out_map, token, packed_head, batch)
+            if not o_is_apart and leads():
+                # Q has been read, and so has O, which took its place.
                 cp_async_bulk_wait_group_read()
                 mbarrier_arrive(barriers, q_empty + group)
             place = u32(place + step)
             step = u32(u32(2) * mov_nctaid_x() - step)
-        if leads:
+        if leads():
             cp_async_bulk_wait_group_read()
 
     return Kernel(config.family, forward, config.num_threads, config.smem_bytes(traits))

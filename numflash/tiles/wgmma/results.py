@@ -12,9 +12,12 @@ from numflash.ptx import (
     fence_proxy_async,
     i32,
     mov_tid_x,
+    st_global_v2_f32,
     stmatrix_x4,
     u32,
 )
+from numflash.tiles.mma.fragments import ROW_STEP, accumulator_column
+from numflash.tiles.mma.scores import token_of_row
 from numflash.tiles.wgmma.products import PACK_TWO, SLAB_BYTES
 
 _ROWS = 64
@@ -70,3 +73,29 @@ def make_store_slabs(dtype, n_tiles):
             cp_async_bulk_commit_group()
 
     return store_slabs
+
+
+@cache
+def make_store_part(n_tiles):
+    """store_part(acc, target, base, row_stride, first, end, pack, pack_stride)
+
+    Float32 results of this warp's 16 rows to global memory; `first` is this lane's first row. Rows
+    from `end` on are left out, rows lie as `tiles.mma.copies.make_copy_tile` says.
+    """
+
+    @device_function
+    def store_part(acc, target, base, row_stride, first, end, pack, pack_stride):
+        column = accumulator_column()
+        above = token_of_row(first, pack)
+        below = token_of_row(first + ROW_STEP, pack)
+        above_base = base + above * row_stride + (first - above * pack) * pack_stride + column
+        below_base = base + below * row_stride + column
+        below_base += (first + ROW_STEP - below * pack) * pack_stride
+        is_above, is_below = first < end, first + ROW_STEP < end
+        for tile in range(n_tiles):
+            if is_above:
+                st_global_v2_f32(target, above_base + 8 * tile, acc[4 * tile : 4 * tile + 2])
+            if is_below:
+                st_global_v2_f32(target, below_base + 8 * tile, acc[4 * tile + 2 : 4 * tile + 4])
+
+    return store_part

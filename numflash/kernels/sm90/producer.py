@@ -1,0 +1,146 @@
+"""The producer of a block: one thread that fetches Q, K and V for the others, tile after tile."""
+
+from functools import cache
+
+from numflash.configs.sm90 import WARPGROUP_ROWS, Sm90ForwardConfig
+from numflash.configs.traits import Traits
+from numflash.kernels.sm90.ring import SLAB_WORDS, Ring, make_next_stage
+from numflash.ptx import (
+    EVICT_FIRST,
+    EVICT_LAST,
+    cp_async_bulk_tensor_4d,
+    cp_async_bulk_tensor_5d,
+    device_function,
+    i32,
+    mbarrier_arrive_expect_tx,
+    mbarrier_wait_parity,
+    mov_nctaid_x,
+    u32,
+)
+from numflash.tiles.blocks import make_block_place, make_keys_of
+from numflash.tiles.mma.scores import token_of_row
+from numflash.tiles.wgmma.products import SLAB_BYTES
+
+
+@cache
+def make_produce(config: Sm90ForwardConfig, traits: Traits):
+    """produce(smem, barriers, q_map, k_map, v_map, place, step, num_places, sizes...)
+
+    All tiles of rows of this block, as the consumers take them: Q of a tile, then K and V tile by
+    tile of keys, each as soon as its buffer is empty.
+    """
+    ring, tile_n = Ring.of(config, traits), config.tile_n
+    num_groups, num_stages = config.num_warpgroups, config.num_stages
+    q, k, v, q_words, k_words, v_words = (
+        ring.q,
+        ring.k,
+        ring.v,
+        ring.q_words,
+        ring.k_words,
+        ring.v_words,
+    )
+    q_bytes, k_bytes, v_bytes = u32(ring.q_bytes), u32(ring.k_bytes), u32(ring.v_bytes)
+    q_full, q_empty = ring.q_full, ring.q_empty
+    k_full, k_empty, v_full, v_empty = ring.k_full, ring.k_empty, ring.v_full, ring.v_empty
+    slab_elements = SLAB_BYTES // config.operand_bytes
+    columns_innermost = not traits.fp8
+    k_slabs, v_slabs = config.slabs(traits.head_dim), config.v_slabs(traits)
+    v_slab_words = v_words // v_slabs
+    block_place, keys_of = make_block_place(config.tile_m), make_keys_of(config)
+    next_stage = make_next_stage(num_stages)
+
+    @device_function
+    def fetch_q(smem, barriers, q_map, group, token, head, batch):
+        for slab in range(k_slabs):
+            target = i32(q + group * q_words + slab * WARPGROUP_ROWS * SLAB_WORDS)
+            column = i32(slab * slab_elements)
+            cp_async_bulk_tensor_5d(
+                smem,
+                target,
+                q_map,
+                barriers,
+                q_full + group,
+                EVICT_FIRST,
+                column,
+                0,
+                token,
+                head,
+                batch,
+            )
+
+    @device_function
+    def fetch_k(smem, barriers, k_map, stage, key, head, batch):
+        full = k_full + stage
+        for slab in range(k_slabs):
+            target = i32(k + stage * k_words + slab * tile_n * SLAB_WORDS)
+            column = i32(slab * slab_elements)
+            cp_async_bulk_tensor_4d(
+                smem, target, k_map, barriers, full, EVICT_LAST, column, key, head, batch
+            )
+
+    @device_function
+    def fetch_v(smem, barriers, v_map, stage, key, head, batch):
+        full = v_full + stage
+        for slab in range(v_slabs):
+            target = i32(v + stage * v_words + slab * v_slab_words)
+            # Slabs are side by side along the axis that is innermost in memory.
+            inner, outer = i32(slab * slab_elements), key
+            if not columns_innermost:
+                inner, outer = i32(key + slab * slab_elements), i32(0)
+            cp_async_bulk_tensor_4d(
+                smem, target, v_map, barriers, full, EVICT_LAST, inner, outer, head, batch
+            )
+
+    @device_function
+    def produce(
+        smem,
+        barriers,
+        q_map,
+        k_map,
+        v_map,
+        place,
+        step,
+        num_places,
+        num_rows,
+        num_heads,
+        num_heads_q,
+        group_size,
+        seqlen_k,
+        band_lo,
+        band_hi,
+        pack,
+        num_splits,
+        heads_in_flight,
+    ):
+        tokens = i32(u32(WARPGROUP_ROWS) // u32(pack))
+        # Buffers are empty at first, as if a phase of parity 1 had ended.
+        stage, parity, q_parity = i32(0), u32(1), u32(1)
+        while place < num_places:
+            m_start, head_of_batch, split = block_place(
+                place, num_rows, num_heads, pack, num_splits, heads_in_flight
+            )
+            batch = token_of_row(head_of_batch, num_heads_q)
+            head = i32(head_of_batch - batch * num_heads_q)
+            head_kv = token_of_row(head, group_size)
+            for group in range(num_groups):
+                token = i32(token_of_row(m_start, pack) + group * tokens)
+                mbarrier_wait_parity(barriers, q_empty + group, q_parity)
+                mbarrier_arrive_expect_tx(barriers, q_full + group, q_bytes)
+                fetch_q(smem, barriers, q_map, group, token, token_of_row(head, pack), batch)
+            q_parity = u32(q_parity ^ u32(1))
+            n_begin, n_end = keys_of(
+                m_start, split, num_rows, pack, seqlen_k, band_lo, band_hi, num_splits
+            )
+            for n in range(n_begin, n_end):
+                key = i32(n * tile_n)
+                mbarrier_wait_parity(barriers, k_empty + stage, parity)
+                mbarrier_arrive_expect_tx(barriers, k_full + stage, k_bytes)
+                fetch_k(smem, barriers, k_map, stage, key, head_kv, batch)
+                mbarrier_wait_parity(barriers, v_empty + stage, parity)
+                mbarrier_arrive_expect_tx(barriers, v_full + stage, v_bytes)
+                fetch_v(smem, barriers, v_map, stage, key, head_kv, batch)
+                stage, parity = next_stage(stage, parity)
+            place = u32(place + step)
+            step = u32(u32(2) * mov_nctaid_x() - step)
+
+    return produce
