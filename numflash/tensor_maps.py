@@ -20,7 +20,8 @@ MAP_ALIGNMENT = 64
 _UNIT = 16
 _MAX_REACH = 2**40
 _MAX_EXTENT = 2**32
-_AXES = ("batch", "row", "head")
+# Axes of a `Tensor`, in the order in which they are looked at.
+_AXES = {"row": 1, "head": 2, "batch": 0}
 # CUtensorMapDataType, CUtensorMapSwizzle and CUtensorMapL2promotion of cuda.h.
 _DTYPES = {"uint8": 0, "float16": 6, "float32": 7, "bfloat16": 9}
 _SWIZZLE_NONE, _SWIZZLE_128B = 0, 3
@@ -89,8 +90,8 @@ def misfit(tensor: Tensor) -> str | None:
         return "it is empty"
     if tensor.view.pointer % _UNIT:
         return f"its address {tensor.view.pointer:#x} is not a multiple of {_UNIT}"
-    for axis, extent, stride in zip(_AXES, tensor.shape, tensor.strides, strict=False):
-        step = stride * itemsize
+    for axis, i in _AXES.items():
+        extent, step = tensor.shape[i], tensor.strides[i] * itemsize
         if extent > _MAX_EXTENT:
             return f"its {axis} axis has {extent} elements, more than {_MAX_EXTENT}"
         if extent == 1:

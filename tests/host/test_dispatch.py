@@ -18,6 +18,7 @@ from numflash.configs import (
     parse_config,
     portable,
     sm80,
+    sm90,
 )
 from numflash.devices import ARCHITECTURES, blocks_per_sm
 from numflash.dispatch import choose, force, heads_in_flight, num_splits, rows_packed
@@ -114,6 +115,77 @@ def test_kernels_without_products_are_portable_everywhere():
             choice = choose(family, traits, limits)
             assert choice.config.implementation == "portable" and choice.passed_over == ()
             assert choice.traits == replace(traits, tf32=False)
+
+
+# Hopper
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("columns", HEAD_DIMS)
+def test_the_forward_on_hopper_is_that_of_wgmma(dtype, columns):
+    for traits in (Traits(dtype, columns, 32), Traits(dtype, 32, columns, True, True, False)):
+        choice = choose("forward", traits, HOPPER)
+        assert choice.config == sm90.candidates(traits)[0]
+        # How rows are aligned is all one to bulk copies.
+        assert choice.traits == replace(traits, vectorized=True)
+        assert reasons(choice)["sm80"] == "wgmma is faster"
+        assert list(reasons(choice))[-1] == "portable"
+    for limits in ARCHITECTURES.values():
+        if limits is not HOPPER:
+            assert "sm90" not in str(choose("forward", traits, limits))
+    assert "sm90" not in str(choose("backward-dq", traits, HOPPER))
+
+
+def test_every_candidate_for_wgmma_is_chosen_somewhere_and_fits_with_all_features():
+    chosen, shipped = set(), set()
+    for columns, rows in itertools.product(HEAD_DIMS, (33, 65, 129, 2**30)):
+        traits = Traits("bfloat16", columns, columns, True, True)
+        shipped |= set(sm90.candidates(traits))
+        chosen.add(choose("forward", traits, HOPPER, rows).config)
+        for config in sm90.candidates(traits):
+            assert config.smem_bytes(traits) <= HOPPER.max_smem_per_block
+            assert sm90.misfit(config, traits, HOPPER, 2**30) is None
+    assert chosen == shipped
+
+
+@pytest.mark.parametrize(
+    ("traits", "options", "why"),
+    [
+        ("float32-d64-dv64-vec", {}, "of float16 or bfloat16, not of float32"),
+        ("float32-d64-dv64-vec-tf32", {}, "of float16 or bfloat16, not of float32"),
+        ("float16-d64-dv64-vec-selected", {}, "not those that a table names"),
+        ("float16-d64-dv64-vec", {"positive_scale": False}, "softmax_scale is not positive"),
+        ("float16-d64-dv64-vec", {"no_bulk_copies": "k is odd"}, "k is odd"),
+    ],
+)
+def test_what_is_not_for_wgmma_says_so_first(traits, options, why):
+    choice = choose("forward", Traits.parse(traits), HOPPER, **options)
+    assert choice.config.implementation != "sm90"
+    (what, reason), *_ = choice.passed_over
+    assert what == "sm90" and why in reason
+
+
+def test_few_rows_are_left_to_smaller_tiles():
+    traits = Traits("float16", 128, 128)
+    sizes = {32: "sm80", 33: "sm90-m64", 64: "sm90-m64", 65: "sm90-m128"}
+    for rows, tile in sizes.items():
+        choice = choose("forward", traits, HOPPER, rows)
+        assert str(choice.config).startswith(tile)
+    few = reasons(choose("forward", traits, HOPPER, 32))
+    assert few["sm90-m64n128w4s2-overlap-persistent"] == "computes 64 rows at a time, there are 32"
+
+
+@pytest.mark.parametrize(
+    ("config", "columns", "why"),
+    [
+        ("sm90-m128n256w8s2", 128, "needs 295008 bytes of shared memory per block, sm_90a has"),
+        ("sm90-m192n192w12s2", 64, "keeps 176 registers of S, P and O a thread, at most 128"),
+        ("sm90-m64n64w4s1-packed", 64, "slopes of their own cannot be packed"),
+    ],
+)
+def test_what_is_too_large_for_wgmma_says_so(config, columns, why):
+    traits = Traits("float16", columns, columns, alibi=True)
+    assert why in sm90.misfit(parse_config("forward", config), traits, HOPPER, 2**30)
 
 
 # Which tile
@@ -301,6 +373,34 @@ def test_a_config_that_can_run_runs(config, traits, limits):
             # (128 + 3 x 64 + 3 x 64) x 512 bytes
             ["it needs 262144 bytes", "head dims 256 and 256", "sm_90a has 232448"],
         ),
+        ("sm90-m64n64w4s1", "float16-d64-dv64-vec", AMPERE, ["sm_90a only, this GPU is sm_80"]),
+        (
+            "sm90-m64n64w4s1",
+            "float16-d64-dv64-vec",
+            ARCHITECTURES["sm_100"],
+            ["wgmma is an instruction of sm_90a only, this GPU is sm_100"],
+        ),
+        (
+            "sm90-m64n64w4s1",
+            "float32-d64-dv64-vec-tf32",
+            HOPPER,
+            ["its products are of float16 or bfloat16, not of float32"],
+        ),
+        ("sm90-m64n64w4s1", "bfloat16-d64-dv64-selected", HOPPER, ["it computes all heads"]),
+        ("sm90-m64n64w4s1", "bfloat16-d64-dv64-vec-fp8", HOPPER, ["it has no 8-bit floats"]),
+        (
+            "sm90-m64n64w4s1-packed",
+            "bfloat16-d64-dv64-alibi-vec",
+            HOPPER,
+            ["slopes of their own cannot be packed"],
+        ),
+        (
+            "sm90-m128n256w8s2",
+            "float16-d128-dv128-vec",
+            HOPPER,
+            # (128 + 2 x 256 + 2 x 256) x 256 bytes, and barriers
+            ["it needs 295008 bytes", "head dims 128 and 128", "sm_90a has 232448"],
+        ),
         (
             "m64n64w4",
             "float16-d256-dv256-vec",
@@ -318,8 +418,9 @@ def test_a_config_that_cannot_run_is_refused_with_the_rule(config, traits, limit
 
 
 def test_a_forced_tensor_core_config_needs_a_positive_scale():
-    with pytest.raises(UnsupportedError, match="softmax_scale is not positive"):
-        force("forward", "sm80-m64n32w4s1", Traits("float16", 64, 64), AMPERE, False)
+    for config, limits in (("sm80-m64n32w4s1", AMPERE), ("sm90-m64n64w4s1", HOPPER)):
+        with pytest.raises(UnsupportedError, match="softmax_scale is not positive"):
+            force("forward", config, Traits("float16", 64, 64), limits, False)
 
 
 @pytest.mark.parametrize(
@@ -562,6 +663,26 @@ def test_an_explanation_goes_by_the_options(machine, options, part):
     machine.be(AMPERE)
     q, k, v = machine.arrays(LONG, LONG, LONG)
     assert part in str(numflash.explain_dispatch(q, k, v, **options))
+
+
+def test_an_explanation_says_why_bulk_copies_cannot_be_told_of_a_tensor(machine):
+    machine.be(HOPPER)
+    q, k = machine.arrays((2, 500, 1, 64), (2, 500, 1, 33))
+    explanation = numflash.explain_dispatch(q, q, q)
+    assert explanation.forward.config.implementation == "sm90"
+    assert "cannot be described" not in str(explanation)
+    explanation = numflash.explain_dispatch(k, k, k)
+    assert explanation.forward.config.implementation == "sm80"
+    line = (
+        "  not sm90: q cannot be described to bulk copies: its row stride of 66 bytes is not a "
+        "multiple of 16"
+    )
+    assert str(explanation).splitlines()[1] == line
+    with pytest.raises(UnsupportedError, match="q cannot be described to bulk copies"):
+        numflash.explain_dispatch(k, k, k, config="sm90-m64n64w4s1")
+    (five,) = machine.arrays((2, 20, 5, 64))
+    explanation = numflash.explain_dispatch(five, q, q)
+    assert "not sm90: the 5 query heads of a group cannot be packed" in str(explanation)
 
 
 def test_an_explanation_of_tf32(machine):

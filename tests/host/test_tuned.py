@@ -13,6 +13,7 @@ import pytest
 import numflash
 from numflash import api, autotune, capture, selection, store, tuned
 from numflash.compiler import source_hash, versions
+from numflash.configs import parse_config
 from numflash.devices import architecture
 from numflash.entries import DeviceKey, Entry
 from numflash.mode import SIMULATED
@@ -102,6 +103,52 @@ def test_the_nearest_class_of_this_device_gives_only_its_tiles():
     choice = find()
     assert str(choice.config) == "sm80-m64n64w4s1" and not choice.is_final
     assert "the nearest class, forward float16-d64-dv64-vec full q1024" in choice.rule
+
+
+NEAR = "forward float16-d64-dv64-vec full q1024 k1024 bh8 g1"
+BY_RULE = {
+    "sm90": parse_config("forward", "sm90-m128n64w8s2-overlap"),
+    "sm80": parse_config("forward", "sm80-m128n64w4s1"),
+}
+
+
+def find_on_hopper(default, bulk_copies=True):
+    """The tuned config where the rules choose `default`, as a string; None if there is none."""
+    limits = architecture("sm_90a")
+    found = tuned.find(WANTED, ELSEWHERE, limits, 512, BY_RULE.get(default), bulk_copies)
+    return found and str(found.config)
+
+
+def test_on_hopper_only_configs_of_one_kind_are_near():
+    store.add(ELSEWHERE, [entry(NEAR, "sm80-m64n64w4s1")])
+    assert find_on_hopper("sm80") == find_on_hopper(None) == "sm80-m64n64w4s1"
+    assert find_on_hopper("sm90") is None
+    farther = NEAR.replace("q1024 k1024", "q2048 k2048")
+    store.add(ELSEWHERE, [entry(farther, "sm90-m192n128w12s2x3-persistent")])
+    assert find_on_hopper("sm90") == "sm90-m192n128w12s2-persistent"
+    assert find_on_hopper("sm80") == "sm80-m64n64w4s1"
+    assert find_on_hopper("sm80", bulk_copies=False) == "sm80-m64n64w4s1"
+
+
+def test_on_hopper_the_class_itself_may_have_another_kernel_if_it_can_run():
+    store.add(ELSEWHERE, [entry(config="sm80-m64n64w4s1")])
+    assert find_on_hopper("sm90") == "sm80-m64n64w4s1"
+    store.add(ELSEWHERE, [entry(config="sm90-m64n64w4s1", origin="measured")])
+    assert find_on_hopper("sm80") == find_on_hopper("sm90") == "sm90-m64n64w4s1"
+    assert find_on_hopper("sm80", bulk_copies=False) is None
+
+
+@needs_simulator
+def test_a_tuned_config_for_hopper_is_not_for_what_bulk_copies_cannot_fetch(monkeypatch):
+    monkeypatch.setattr(selection, "limits_of_device", lambda device: architecture("sm_90a"))
+    monkeypatch.setattr(selection, "device_key", lambda device: ELSEWHERE)
+    store.add(ELSEWHERE, [entry(config="sm90-m64n64w4s1")])
+    whole = np.zeros((1, 512, 8, 64), np.float16)
+    assert str(numflash.explain_dispatch(whole, whole, whole).forward.config) == "sm90-m64n64w4s1"
+    reversed_v = whole[:, ::-1]
+    choice = numflash.explain_dispatch(whole, whole, reversed_v).forward
+    assert choice.config.implementation == "sm80"
+    assert choice.passed_over[0][0] == "sm90" and "is not positive" in choice.passed_over[0][1]
 
 
 def test_this_device_comes_before_its_architecture_and_that_before_the_shipped(monkeypatch):
