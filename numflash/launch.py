@@ -21,7 +21,7 @@ from numflash.configs import Config, Traits
 from numflash.devices import Architecture, architecture, architecture_of
 from numflash.errors import UnsupportedError
 from numflash.mode import SIMULATED
-from numflash.tensor_maps import MAP_ALIGNMENT, MAP_BYTES, TensorLayout, aligned, encode
+from numflash.tensor_maps import MAP_ALIGNMENT, MAP_BYTES, TensorLayout, aligned, encoder
 from numflash.views import Operand
 
 # What the simulator models unless NUMFLASH_SIM_ARCH names another.
@@ -184,9 +184,8 @@ class DriverLaunch:
 
     def _encoder(self, layout: TensorLayout) -> Callable[[int], bytes]:
         """The map of a tensor of this layout by its address."""
-        return lru_cache(_MAX_MAPS)(
-            lambda pointer: self._in_context(encode, self.driver, layout, pointer)
-        )
+        encode = encoder(self.driver, layout)
+        return lru_cache(_MAX_MAPS)(lambda pointer: self._in_context(encode, pointer))
 
     def _in_context(self, call: Callable, *arguments):
         """A call with the device's primary context current."""

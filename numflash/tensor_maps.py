@@ -106,25 +106,19 @@ def misfit(tensor: Tensor) -> str | None:
     return None
 
 
-def encode(driver, layout: TensorLayout, pointer: int) -> bytes:
-    """The map of a tensor at an address, as the driver encodes it.
+def encoder(driver, layout: TensorLayout) -> Callable[[int], bytes]:
+    """A function that encodes the map of a tensor of this layout, as the driver does, by address.
 
     Args:
         driver: `cuda.bindings.driver`, initialised.
         layout: one without a `misfit`.
-        pointer: address of element 0, in device memory.
 
     Raises:
-        RuntimeError: the driver refuses.
+        RuntimeError: the driver is too old. The function raises it where the driver refuses.
     """
-    rank = len(layout.extents)
-    room = ctypes.create_string_buffer(MAP_BYTES + MAP_ALIGNMENT)
-    address = aligned(room)
-    status = _encode_tiled(driver)(
-        address,
-        _DTYPES[layout.dtype],
-        rank,
-        pointer,
+    encode_tiled, rank = _encode_tiled(driver), len(layout.extents)
+    kind = _DTYPES[layout.dtype], rank
+    tile = (
         (ctypes.c_uint64 * rank)(*layout.extents),
         (ctypes.c_uint64 * (rank - 1))(*layout.strides),
         (ctypes.c_uint32 * rank)(*layout.box),
@@ -134,11 +128,18 @@ def encode(driver, layout: TensorLayout, pointer: int) -> bytes:
         _L2_PROMOTION_256B,
         _OUT_OF_BOUNDS_ZERO,
     )
-    if status:
-        raise RuntimeError(
-            f"cuTensorMapEncodeTiled reports error {status} for {layout} at {pointer:#x}"
-        )
-    return ctypes.string_at(address, MAP_BYTES)
+
+    def encode(pointer: int) -> bytes:
+        room = ctypes.create_string_buffer(MAP_BYTES + MAP_ALIGNMENT)
+        address = aligned(room)
+        status = encode_tiled(address, *kind, pointer, *tile)
+        if status:
+            raise RuntimeError(
+                f"cuTensorMapEncodeTiled reports error {status} for {layout} at {pointer:#x}"
+            )
+        return ctypes.string_at(address, MAP_BYTES)
+
+    return encode
 
 
 def aligned(room: ctypes.Array) -> int:

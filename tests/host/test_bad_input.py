@@ -255,7 +255,11 @@ BAD_FORWARD = {
     "config-empty": ({"config": ""}, ValueError, "a forward config must look like", "got ''"),
     "config-tiles": ({"config": "sm80-m60n64w4s1"}, ValueError, "tile_m = 60", "16 x num_warps"),
     "config-generation": ({"config": "sm91-m64n64w4s1"}, ValueError, "sm75, sm80", "'sm91'"),
-    "config-hopper": ({"config": "sm90-m64n64w2s1"}, ValueError, "tile_m must be 16 x num_warps"),
+    "config-hopper": (
+        {"config": "sm90-m64n64w2s1"},
+        ValueError,
+        "tile_m must be 16 x num_warps, which",
+    ),
     "config-of-another-family": (
         {"config": BackwardDqConfig(64, 32, 4)},
         TypeError,

@@ -18,6 +18,7 @@ from numflash.configs import (
     MmaBackwardDkDvConfig,
     MmaBackwardDqConfig,
     MmaForwardConfig,
+    Sm90ForwardConfig,
     Traits,
     accumulators_per_thread,
     padded_head_dim,
@@ -77,6 +78,51 @@ def test_the_parts_of_a_tensor_core_string_are_those_of_the_config():
     assert str(config) == "sm80-m128n48w2s3x7-linear"
     assert str(replace(config, swizzled=True)) == "sm80-m128n48w2s3x7"
     assert (config.m_tiles, config.num_threads, config.block_rows) == (4, 64, 128)
+
+
+HOPPER_TEXTS = [
+    "sm90-m64n80w4s1",
+    "sm90-m128n176w8s2-overlap-pingpong-persistent",
+    "sm90-m192n128w12s3x7-h4-unpacked-r152-overlap-persistent",
+    "sm90-m64n64w4s2-packed-persistent",
+]
+
+
+@pytest.mark.parametrize("text", HOPPER_TEXTS)
+def test_a_config_for_hopper_round_trips_through_its_string(text):
+    config = parse_config("forward", text)
+    assert type(config) is Sm90ForwardConfig and str(config) == text
+    assert (config.family, config.implementation) == ("forward", "sm90")
+    for name in ("overlap", "pingpong", "persistent"):
+        assert getattr(config, name) is (name in text)
+    # Splits, packing and order are arguments: the machine code is shared.
+    assert config.compiled == replace(config.compiled, packed=None, heads_in_flight=0)
+    assert config.compiled.num_splits == min(config.num_splits, 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("sm90-m64n80w4s1-fast", "a forward config must look like sm90-m128n128w8s2-overlap"),
+        ("sm90-m64n80w4s1-persistent-overlap", "a forward config must look like sm90-"),
+        ("sm90-m128n64w4s1", "tile_m must be 16 x num_warps, which are 4, 8 or 12"),
+        ("sm90-m64n272w4s1", "tile_n must be at most 256"),
+        ("sm90-m64n64w4s1-linear", "tiles are always swizzled"),
+        ("sm90-m64n64w4s1b2", "registers fixed"),
+        ("sm90-m64n64w4s1-pingpong", "one warpgroup has no turns to take"),
+        ("sm90-m128n64w8s1-r244", "consumer_registers must be a multiple of 8"),
+        ("sm90-m128n64w8s1-r248", "leave 24 to the warps that copy"),
+    ],
+)
+def test_a_wrong_config_for_hopper_is_refused(text, words):
+    with pytest.raises(ValueError) as error:
+        parse_config("forward", text)
+    assert words in str(error.value)
+
+
+def test_only_the_forward_has_configs_for_hopper():
+    with pytest.raises(ValueError, match="must begin with one of sm75, sm80"):
+        parse_config("backward-dq", "sm90-m64n64w4s1")
 
 
 def test_splits_share_their_machine_code_but_not_with_a_forward_that_is_not_split():

@@ -17,7 +17,7 @@ from numflash.configs import Traits, parse_config
 from numflash.errors import UnsupportedError
 from numflash.mode import SIMULATED
 from numflash.problem import as_tensor
-from numflash.tensor_maps import TensorLayout, _encode_tiled, encode, misfit
+from numflash.tensor_maps import TensorLayout, _encode_tiled, encoder, misfit
 from numflash.views import ArrayView, contiguous_strides
 from tests import fake_gpu
 from tests.fake_gpu import EncodedMap
@@ -136,12 +136,12 @@ def hopper(monkeypatch):
 @on_the_gpu
 def test_the_driver_is_told_all_of_a_layout(hopper):
     layout = TensorLayout("bfloat16", (64, 3, 5), (128, 1024), (64, 2, 4))
-    encoded = encode(hopper.driver, layout, BASE)
+    encoded = encoder(hopper.driver, layout)(BASE)
     assert len(encoded) == 128
     assert hopper.driver.maps == [
         EncodedMap(9, BASE, (64, 3, 5), (128, 1024), (64, 2, 4), (1, 1, 1), 0, 3, 3, 0)
     ]
-    encode(hopper.driver, replace(layout, dtype="uint8", swizzled=False), BASE + 16)
+    encoder(hopper.driver, replace(layout, dtype="uint8", swizzled=False))(BASE + 16)
     assert hopper.driver.maps[1][:2] == (0, BASE + 16) and hopper.driver.maps[1].swizzle == 0
 
 
@@ -150,11 +150,11 @@ def test_what_the_driver_refuses_is_an_error(hopper):
     layout = TensorLayout("float16", (64, 3), (128,), (64, 2))
     hopper.driver.encode_status = 1
     with pytest.raises(RuntimeError, match=r"cuTensorMapEncodeTiled reports error 1 for .*64, 3"):
-        encode(hopper.driver, layout, BASE)
+        encoder(hopper.driver, layout)(BASE)
     hopper.driver.cuGetProcAddress = lambda *_: (fake_gpu.OK, 0, 1)
     _encode_tiled.cache_clear()
     with pytest.raises(RuntimeError, match="it is older than"):
-        encode(hopper.driver, layout, BASE)
+        encoder(hopper.driver, layout)(BASE)
 
 
 def test_numbers_are_those_of_the_drivers_enumerations():
