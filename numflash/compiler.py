@@ -120,7 +120,7 @@ def _compile_logged(key: str, config: Config, traits: Traits, limits: Architectu
 
 def compile_cubin(config: Config, traits: Traits, limits: Architecture) -> Cubin:
     """Compile a kernel of numflash, whatever the caches hold. Raises UnsupportedError."""
-    min_blocks = getattr(config, "min_blocks", 0) or None
+    min_blocks = getattr(config, "min_blocks_per_sm", None)
     return compile_kernel(lambda: _make(config, traits), limits, min_blocks)
 
 

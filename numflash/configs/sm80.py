@@ -129,6 +129,11 @@ class MmaConfig:
         """Rows of the output that one block computes."""
         return self.row_tile
 
+    @property
+    def min_blocks_per_sm(self) -> int | None:
+        """Blocks an SM must have registers for; None leaves it to the assembler."""
+        return self.min_blocks or None
+
     def misfit(self, traits: Traits) -> str | None:
         """Why it cannot be built for these traits; None if it can."""
         if self.packed and traits.alibi:

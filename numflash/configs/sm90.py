@@ -2,7 +2,7 @@
 
 Their string form: `sm90-m128n176w8s2-overlap-pingpong-persistent`, which is tile_m, tile_n, the
 warps that multiply, stages, and what is switched on. `x8`, `-h4` and `-packed` as in
-`configs.sm80`; `-r232` gives the warps that multiply 232 registers a thread instead of the usual.
+`configs.sm80`, `b2` where two blocks share an SM; `-r232` gives the warps that multiply 232 registers a thread instead of the usual.
 """
 
 import re
@@ -19,8 +19,8 @@ WARPGROUP_ROWS = 64
 SLAB_BYTES = 128
 """Tiles in shared memory are made of slabs of rows of 128 bytes."""
 # Registers a thread of the warpgroup that copies, and of those that multiply, by how many these
-# are: the most that 64 Ki registers allow.
-_REGISTERS = {1: (56, 256), 2: (24, 240), 3: (32, 160)}
+# are and how many blocks share an SM: the most that 64 Ki registers allow.
+_REGISTERS = {(1, 1): (56, 256), (1, 2): (24, 232), (2, 1): (24, 240), (3, 1): (32, 160)}
 _PRODUCER_THREADS = 128
 _WORD_BYTES, _BARRIER_WORDS = 4, 2
 # A block may have as much shared memory on Hopper.
@@ -62,9 +62,11 @@ class Sm90ForwardConfig(MmaForwardConfig):
             )
         if self.tile_n > 256:
             raise ValueError(f"{type(self).__name__} {self}: tile_n must be at most 256")
-        if not self.swizzled or self.min_blocks:
+        if not self.swizzled:
+            raise ValueError(f"{type(self).__name__} {self}: tiles are always swizzled")
+        if (self.num_warpgroups, self.min_blocks_per_sm) not in _REGISTERS:
             raise ValueError(
-                f"{type(self).__name__} {self}: tiles are always swizzled, registers fixed"
+                f"{type(self).__name__} {self}: two blocks share an SM only with 4 warps"
             )
         if self.pingpong and self.num_warpgroups == 1:
             raise ValueError(f"{type(self).__name__} {self}: one warpgroup has no turns to take")
@@ -87,12 +89,17 @@ class Sm90ForwardConfig(MmaForwardConfig):
     @property
     def registers(self) -> tuple[int, int]:
         """Registers a thread of the warpgroup that copies, and of those that multiply."""
-        usual = _REGISTERS[self.num_warpgroups]
+        usual = _REGISTERS[self.num_warpgroups, self.min_blocks_per_sm]
         if not self.consumer_registers:
             return usual
         pool = usual[0] + usual[1] * self.num_warpgroups
         left = pool - self.consumer_registers * self.num_warpgroups
         return left // 8 * 8, self.consumer_registers
+
+    @property
+    def min_blocks_per_sm(self) -> int:
+        """Blocks an SM must have registers for; `setmaxnreg` needs it said."""
+        return max(1, self.min_blocks)
 
     def o_is_apart(self, traits: Traits) -> bool:
         """Whether results have shared memory of their own; otherwise they take the place of Q."""

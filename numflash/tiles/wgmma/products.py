@@ -10,8 +10,6 @@ Source: PTX ISA 9.7.15.5, shared memory layouts and matrix descriptors.
 from functools import cache
 
 from numflash.ptx import (
-    cvt_rn_bf16x2_f32,
-    cvt_rn_f16x2_f32,
     device_function,
     make_wgmma,
     u32,
@@ -19,6 +17,7 @@ from numflash.ptx import (
     wgmma_commit_group,
     wgmma_fence,
 )
+from numflash.tiles.mma.elements import MMA_ELEMENTS
 
 SLAB_BYTES = 128
 _GROUP_BYTES = 8 * SLAB_BYTES  # after which the swizzle repeats
@@ -28,7 +27,7 @@ _UPPER = u64(_GROUP_BYTES >> 4 << 32 | 1 << 62)
 _STEP_BYTES = 32
 _STEPS_PER_SLAB = SLAB_BYTES // _STEP_BYTES
 
-PACK_TWO = {"float16": cvt_rn_f16x2_f32, "bfloat16": cvt_rn_bf16x2_f32}
+PACK_TWO = {dtype: MMA_ELEMENTS["sm80", dtype].pack_two for dtype in ("float16", "bfloat16")}
 """(low, high): a register of two 16-bit elements."""
 
 
