@@ -1,7 +1,7 @@
 """Inputs for every instruction, and kernels that apply it: to compare hardware with its meaning.
 
-`CASES` has them all. Those of tensor cores, 8-bit floats and asynchronous copies have files of
-their own.
+`CASES` has them all. Those of tensor cores, 8-bit floats, asynchronous copies and Hopper's
+instructions have files of their own.
 """
 
 import numpy as np
@@ -42,9 +42,12 @@ from numflash.ptx import (
     u32,
 )
 from tests.async_copy_cases import ASYNC_COPY_CASES
+from tests.bulk_copy_cases import BULK_COPY_CASES
 from tests.fp8_cases import FP8_CASES
 from tests.instruction_harness import THREADS, InstructionCase
+from tests.mbarrier_cases import MBARRIER_CASES
 from tests.tensor_core_cases import TENSOR_CORE_CASES
+from tests.wgmma_cases import WGMMA_CASES
 
 # Inputs
 
@@ -423,5 +426,14 @@ BASIC_CASES = [
 ]
 CASES: dict[str, list[InstructionCase]] = {}
 """Instruction name -> its cases."""
-for _case in [*BASIC_CASES, *_block_cases(), *FP8_CASES, *TENSOR_CORE_CASES, *ASYNC_COPY_CASES]:
+for _case in [
+    *BASIC_CASES,
+    *_block_cases(),
+    *FP8_CASES,
+    *TENSOR_CORE_CASES,
+    *ASYNC_COPY_CASES,
+    *MBARRIER_CASES,
+    *BULK_COPY_CASES,
+    *WGMMA_CASES,
+]:
     CASES.setdefault(_case.instruction, []).append(_case)

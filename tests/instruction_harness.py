@@ -1,14 +1,16 @@
 """A kernel that applies one instruction, its arguments, and how two runs of it are compared.
 
-The kernel compiles for a GPU and runs in the simulator. Its parameters are pointers, to the inputs
-and then to the outputs. A run on hardware must give what `run_simulated` gives: the same bits, or
-for approximations a result within `tolerance_ulp`.
+The kernel compiles for a GPU and runs in the simulator. Its parameters are pointers, or tensor
+maps, to the inputs and then to the outputs. A run on hardware must give what `run_simulated`
+gives: the same bits, or for approximations a result within `tolerance_ulp`.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+
+from numflash.tensor_maps import TensorLayout
 
 # Allocators on the GPU align at least to this.
 _ALIGNMENT = 256
@@ -29,6 +31,8 @@ class InstructionCase:
         smem_bytes: dynamic shared memory.
         tolerance_ulp: largest difference between hardware and simulator, in units in the last
             place; 0 means the same bits, also of a NaN.
+        tensor_maps: for the first arrays, inputs before outputs, the layout of the tensor map that
+            the kernel takes in the place of a pointer, or None.
     """
 
     instruction: str
@@ -39,6 +43,13 @@ class InstructionCase:
     block: int = THREADS
     smem_bytes: int = 0
     tolerance_ulp: int = 0
+    tensor_maps: tuple[TensorLayout | None, ...] = ()
+
+    @property
+    def layouts(self) -> list[TensorLayout | None]:
+        """For every array, inputs before outputs, the layout of its tensor map, if it has one."""
+        n_arrays = len(self.inputs) + len(self.outputs)
+        return [*self.tensor_maps, *[None] * (n_arrays - len(self.tensor_maps))]
 
     def __str__(self) -> str:
         return f"{self.instruction}-{self.variant}" if self.variant else self.instruction
@@ -67,11 +78,14 @@ class InstructionCase:
 
 def run_simulated(case: InstructionCase) -> list[np.ndarray]:
     """The outputs of the case's kernel in the simulator."""
-    from numflash.simulator import GlobalPointer, launch
+    from numflash.simulator import GlobalPointer, SimulatedTensorMap, launch
 
     outputs = case.new_outputs()
     arrays = [_aligned(a.shape, a.dtype, a) for a in case.inputs] + outputs
-    args = [GlobalPointer(array, array.dtype) for array in arrays]
+    args = [
+        SimulatedTensorMap(array, layout) if layout else GlobalPointer(array, array.dtype)
+        for array, layout in zip(arrays, case.layouts, strict=True)
+    ]
     launch(case.kernel, 1, case.block, args, case.smem_bytes)
     return outputs
 

@@ -91,14 +91,27 @@ class Instruction:
     result: type | None
     body: Callable
     call: Callable
+    newest: int | None = None
+
+    def runs_on(self, sm: int) -> bool:
+        """Whether GPUs of this compute capability, 90 for 9.0, have it."""
+        return self.sm <= sm <= (self.newest or sm)
 
 
-def instruction(template: str, *, sm: int, collective: str | None = None, volatile: bool = False):
+def instruction(
+    template: str,
+    *,
+    sm: int,
+    newest: int | None = None,
+    collective: str | None = None,
+    volatile: bool = False,
+):
     """Declare a PTX instruction; see the module's docstring.
 
     Args:
         template: PTX text; `<name>` stands for the parameter `name`, `<ret>` for the result.
         sm: the lowest compute capability that has it, as in sm_75.
+        newest: the highest that has it; None where all later ones do.
         collective: None for one thread, "warp" or "warpgroup" for what 32 or 128 threads do.
         volatile: keep the compiler from executing it once for several calls.
     """
@@ -129,7 +142,7 @@ def instruction(template: str, *, sm: int, collective: str | None = None, volati
                 convergent=collective is not None,
             )
         INSTRUCTIONS[body.__name__] = Instruction(
-            body.__name__, template, sm, collective, operands, result, body, call
+            body.__name__, template, sm, collective, operands, result, body, call, newest
         )
         return call
 

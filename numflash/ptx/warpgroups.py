@@ -41,7 +41,7 @@ def fence_proxy_async():
 def fence_proxy_tensormap(tensor_map: TensorMap):
     """See a tensor map as it was last written on the device. PTX ISA 9.7.13.4.
 
-    Maps that are kernel parameters need none.
+    It must lie in global memory, where kernel parameters do not; those need no fence.
     """
 
 
@@ -73,4 +73,5 @@ def make_setmaxnreg(action: str, registers: int):
 
     setmaxnreg.__name__ = f"setmaxnreg_{action}_{registers}"
     setmaxnreg.__doc__ = f"Have {registers} registers a thread from here on. PTX ISA 9.7.20.5."
-    return instruction(f"setmaxnreg.{action}.sync.aligned.u32 {registers};", sm=90)(setmaxnreg)
+    template = f"setmaxnreg.{action}.sync.aligned.u32 {registers};"
+    return instruction(template, sm=90, newest=90)(setmaxnreg)

@@ -38,13 +38,13 @@ if SIMULATED:
 _TYPES = {"float16": ("f16", 16), "bfloat16": ("bf16", 16), "e4m3": ("e4m3", 32)}
 
 
-@instruction("wgmma.fence.sync.aligned;", sm=90, collective="warpgroup")
+@instruction("wgmma.fence.sync.aligned;", sm=90, newest=90, collective="warpgroup")
 def wgmma_fence():
     """Order what registers held before, and the products that follow. PTX ISA 9.7.15.7.1."""
     warpgroup.fence()
 
 
-@instruction("wgmma.commit_group.sync.aligned;", sm=90, collective="warpgroup")
+@instruction("wgmma.commit_group.sync.aligned;", sm=90, newest=90, collective="warpgroup")
 def wgmma_commit_group():
     """Make a group of the products issued since the last one. PTX ISA 9.7.15.7.2."""
     warpgroup.commit()
@@ -64,7 +64,11 @@ def make_wgmma_wait_group(pending: int, registers: int):
     wgmma_wait_group.__name__ = f"wgmma_wait_group_{pending}_of_{registers}"
     wgmma_wait_group.__doc__ = f"Wait until at most {pending} groups are under way."
     return instruction(
-        f"wgmma.wait_group.sync.aligned {pending};", sm=90, collective="warpgroup", volatile=True
+        f"wgmma.wait_group.sync.aligned {pending};",
+        sm=90,
+        newest=90,
+        collective="warpgroup",
+        volatile=True,
     )(wgmma_wait_group)
 
 
@@ -103,4 +107,4 @@ def make_wgmma(n: int, dtype: str, a: str, b_major: str = "k"):
     function = {"shared": from_shared, "registers": from_registers}[a]
     function.__name__ = f"wgmma_m64n{n}k{k}_{name}_a_{a}_b_{b_major}"
     function.__doc__ = f"acc (+)= a b of {dtype}, n = {n}. PTX ISA 9.7.15.5.2."
-    return instruction(template, sm=90, collective="warpgroup", volatile=True)(function)
+    return instruction(template, sm=90, newest=90, collective="warpgroup", volatile=True)(function)
