@@ -374,8 +374,9 @@ def test_heads_are_packed_where_they_divide_the_rows_of_a_warpgroup(hopper):
 @on_the_gpu
 def test_a_split_forward_writes_parts_and_is_given_some_map(hopper):
     q, k = hopper.array((B, S, H, 40)), hopper.array((B, 500, H, 40))
+    v = hopper.array((B, 500, H, 56))
     for _ in range(2):
-        out = numflash.attention(q, k, k, config="sm90-m64n64w4s1x2")
+        out = numflash.attention(q, k, v, config="sm90-m64n64w4s1x2")
         forward, combine = hopper.driver.launches[-2:]
         assert (forward.family, combine.family) == ("forward", "combine")
         assert forward.arguments["out"] == combine.arguments["parts"] != out.data.ptr
