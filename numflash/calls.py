@@ -10,7 +10,7 @@ from typing import Any
 
 from numflash.arrays import ArrayLibrary, library_of
 from numflash.configs import Sm90ForwardConfig, Traits
-from numflash.dispatch import Choice, Geometry, choose
+from numflash.dispatch import Choice, Geometry, choose, resident_blocks
 from numflash.launch import Launcher, limits_of_device, multiprocessors
 from numflash.problem import (
     AttentionProblem,
@@ -158,8 +158,8 @@ class Forward:
         if isinstance(choice.config, Sm90ForwardConfig):
             scalars |= _tensor_maps(tensors, choice.config, geometry)
             if choice.config.persistent:
-                # Their registers leave room for one block an SM.
-                num_blocks = min(num_blocks, multiprocessors(device)[0])
+                room = resident_blocks(choice.config, choice.traits, limits_of_device(device))
+                num_blocks = min(num_blocks, multiprocessors(device)[0] * room)
         if geometry.num_splits == 1:
             self.launchers = [Launcher(choice.config, choice.traits, device, num_blocks, scalars)]
             return

@@ -359,6 +359,16 @@ def with_splits(
     return replace(config, num_splits=splits)
 
 
+def resident_blocks(config: MmaConfig, traits: Traits, limits: Architecture) -> int:
+    """Blocks of a kernel that an SM has room for, before it is compiled; 0 if it cannot run."""
+    registers = _REGISTERS
+    if isinstance(config, Sm90ForwardConfig):
+        # A block begins with an equal share for each thread of what is promised to it.
+        threads = config.num_threads * config.min_blocks_per_sm
+        registers = limits.registers_per_sm // threads // 8 * 8
+    return blocks_per_sm(limits, config.num_threads, registers, config.smem_bytes(traits))[0]
+
+
 def num_splits(
     config: MmaConfig, traits: Traits, limits: Architecture, num_sms: int, blocks: int, seqlen_k
 ) -> int:
@@ -367,7 +377,7 @@ def num_splits(
     The fewest splits whose last wave is at least 85 % as full as the best number's.
     Source: `num_splits_heuristic` of FlashAttention-3.
     """
-    fit, _ = blocks_per_sm(limits, config.num_threads, _REGISTERS, config.smem_bytes(traits))
+    fit = resident_blocks(config, traits, limits)
     slots = num_sms * max(1, min(fit, 8 // config.num_warps))
     num_n_blocks = -(-seqlen_k // config.tile_n)
     if blocks == 0 or blocks >= 0.8 * slots or num_n_blocks <= 2 * _MIN_BLOCKS_PER_SPLIT:

@@ -81,7 +81,7 @@ def test_the_parts_of_a_tensor_core_string_are_those_of_the_config():
 
 
 HOPPER_TEXTS = [
-    "sm90-m64n80w4s1",
+    "sm90-m64n80w4s1b2",
     "sm90-m128n176w8s2-overlap-pingpong-persistent",
     "sm90-m192n128w12s3x7-h4-unpacked-r152-overlap-persistent",
     "sm90-m64n64w4s2-packed-persistent",
@@ -108,7 +108,7 @@ def test_a_config_for_hopper_round_trips_through_its_string(text):
         ("sm90-m128n64w4s1", "tile_m must be 16 x num_warps, which are 4, 8 or 12"),
         ("sm90-m64n272w4s1", "tile_n must be at most 256"),
         ("sm90-m64n64w4s1-linear", "tiles are always swizzled"),
-        ("sm90-m64n64w4s1b2", "registers fixed"),
+        ("sm90-m128n64w8s2b2", "two blocks share an SM only with 4 warps"),
         ("sm90-m64n64w4s1-pingpong", "one warpgroup has no turns to take"),
         ("sm90-m128n64w8s1-r244", "consumer_registers must be a multiple of 8"),
         ("sm90-m128n64w8s1-r248", "leave 24 to the warps that copy"),

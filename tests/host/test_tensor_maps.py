@@ -341,11 +341,14 @@ def test_nothing_is_encoded_where_nothing_is_computed(hopper):
         ("sm90-m64n64w4s1", 100, 2 * H * 100),
         ("sm90-m64n64w4s1-persistent", 100, 132),
         ("sm90-m64n64w4s1-persistent", 1, 2 * H),
+        ("sm90-m64n64w4s1b2-persistent", 100, 2 * 132),
+        # 64 + 3 x 160 + 3 x 160 rows of 128 bytes and the results do not fit twice.
+        ("sm90-m64n160w4s3b2-persistent", 100, 132),
         ("sm90-m128n64w8s1x3-persistent", 4, 3 * H * 4),
         ("sm90-m128n64w8s1x30-persistent", 4, 132),
     ],
 )
-def test_persistent_kernels_have_at_most_one_block_an_sm(hopper, config, batch, blocks):
+def test_persistent_kernels_have_as_many_blocks_as_fit_at_once(hopper, config, batch, blocks):
     q = hopper.array((batch, S, H, D))
     numflash.attention(q, q, q, config=config)
     assert hopper.driver.launches[0].grid == (blocks, 1, 1)
