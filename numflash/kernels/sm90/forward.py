@@ -12,11 +12,10 @@ computes its softmax.
 Source: FlashAttention-3, arXiv 2407.08608, Algorithms 1 and 2.
 """
 
-import math
-
 from numflash.configs.sm90 import WARPGROUP_ROWS, Sm90ForwardConfig
 from numflash.configs.traits import Traits
 from numflash.kernels.kernel import Kernel
+from numflash.kernels.sm90.finish import make_finish
 from numflash.kernels.sm90.producer import make_produce
 from numflash.kernels.sm90.ring import Ring, make_init_barriers, make_next_stage
 from numflash.ptx import (
@@ -41,11 +40,11 @@ from numflash.ptx import (
     u64,
 )
 from numflash.tiles.blocks import make_block_place, make_keys_of, make_walk, make_whole_keys
-from numflash.tiles.mma.fragments import MMA_ROWS, ROW_STEP, accumulator_column, accumulator_row
+from numflash.tiles.mma.fragments import MMA_ROWS, accumulator_column, accumulator_row
 from numflash.tiles.mma.scores import make_mask_scores, make_scale_scores, token_of_row
-from numflash.tiles.mma.softmax import make_scale_rows, row_sum_of_quad
+from numflash.tiles.mma.softmax import make_scale_rows
 from numflash.tiles.scores import NEG_INF
-from numflash.tiles.softmax import LN_2, LOG2_E
+from numflash.tiles.softmax import LOG2_E
 from numflash.tiles.wgmma.products import (
     SLAB_BYTES,
     make_operand,
@@ -53,7 +52,6 @@ from numflash.tiles.wgmma.products import (
     make_product_nt,
     make_product_pn,
 )
-from numflash.tiles.wgmma.results import make_store_part, make_store_slabs
 from numflash.tiles.wgmma.softmax import make_online_softmax
 from numflash.tiles.wgmma.turns import make_turns, softmax_before_wait
 
@@ -69,7 +67,7 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
     softcapped, alibi = traits.softcap, traits.alibi
     out_storage = f32 if is_split else u16
 
-    q_smem, k_smem, v_smem, o_smem, o_words = ring.q, ring.k, ring.v, ring.o, ring.o_words
+    q_smem, k_smem, v_smem = ring.q, ring.k, ring.v
     # Operands count in units of 16 bytes.
     q_step, k_step, v_step = ring.q_words >> 2, ring.k_words >> 2, ring.v_words >> 2
     q_full, q_empty = ring.q_full, ring.q_empty
@@ -95,7 +93,7 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
     mask_scores = make_mask_scores(1, n_tiles)
     online_softmax = make_online_softmax(n_tiles)
     pack_p, scale_rows = make_pack(dtype, n_tiles), make_scale_rows(1, o_tiles)
-    store_slabs, store_part = make_store_slabs(dtype, o_tiles), make_store_part(o_tiles)
+    finish = make_finish(config, traits)
 
     @device_function
     def leads():
@@ -321,33 +319,28 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
             if o_is_apart and leads():
                 mbarrier_arrive(barriers, q_empty + group)
             # Where this tile of rows lies is found out once more: registers are scarce above.
-            m_start, head_of_batch, split = block_place(
-                place, num_rows, num_heads, pack, num_splits, heads_in_flight
+            finish(
+                o_acc,
+                row_max,
+                row_sum,
+                scale_log2,
+                smem,
+                out,
+                lse,
+                out_map,
+                out_split,
+                out_batch,
+                out_row,
+                out_head,
+                place,
+                num_rows,
+                num_heads,
+                num_heads_q,
+                seqlen_q,
+                pack,
+                num_splits,
+                heads_in_flight,
             )
-            row = i32(m_start + accumulator_row(MMA_ROWS))
-            for r in range(2):
-                total = row_sum_of_quad(row_sum[r])
-                # A row that sees no key has output 0 and lse -inf.
-                row_sum[r] = f32(1) / total if total != f32(0) else f32(0)
-                i = i32(row + ROW_STEP * r)
-                if accumulator_column() == 0 and i < num_rows:
-                    row_lse = NEG_INF
-                    if total != f32(0):
-                        row_lse = (row_max[r] * scale_log2) * LN_2 + f32(math.log(total))
-                    token = token_of_row(i, pack)
-                    part = i64(split) * num_heads + head_of_batch + i - token * pack
-                    lse[part * seqlen_q + token] = row_lse
-            scale_rows(o_acc, row_sum)
-            batch = token_of_row(head_of_batch, num_heads_q)
-            head = i32(head_of_batch - batch * num_heads_q)
-            if is_split:
-                base = split * out_split + batch * out_batch + head * out_head
-                store_part(o_acc, out, base, out_row, row, num_rows, pack, out_head)
-            else:
-                target = i32(o_smem + o_words * group)
-                token = token_of_row(m_start + WARPGROUP_ROWS * group, pack)
-                packed_head = token_of_row(head, pack)
-                store_slabs(o_acc, smem, target, group, out_map, token, packed_head, batch)
             if not o_is_apart and leads():
                 # Q has been read, and so has O, which took its place.
                 cp_async_bulk_wait_group_read()
