@@ -33,6 +33,7 @@ class InstructionCase:
             place; 0 means the same bits, also of a NaN.
         tensor_maps: for the first arrays, inputs before outputs, the layout of the tensor map that
             the kernel takes in the place of a pointer, or None.
+        min_blocks: as for `compile_kernel`.
     """
 
     instruction: str
@@ -44,6 +45,7 @@ class InstructionCase:
     smem_bytes: int = 0
     tolerance_ulp: int = 0
     tensor_maps: tuple[TensorLayout | None, ...] = ()
+    min_blocks: int | None = None
 
     @property
     def layouts(self) -> list[TensorLayout | None]:

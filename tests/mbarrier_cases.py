@@ -167,7 +167,7 @@ def _cases() -> list[InstructionCase]:
         _case("mov_nctaid_x", _grid_size, (_words(THREADS),), THREADS),
     ]
     for name in ("setmaxnreg_dec_24", "setmaxnreg_inc_240"):
-        cases.append(_case(name, share, (_words(384),), 384, block=384))
+        cases.append(_case(name, share, (_words(384),), 384, block=384, min_blocks=1))
     return cases
 
 

@@ -15,7 +15,7 @@ _CASES = [case for cases in CASES.values() for case in cases]
 
 def _compile(case, arch):
     kernel = Kernel(case.instruction, case.kernel, case.block, case.smem_bytes)
-    return compile_kernel(lambda: kernel, ARCHITECTURES[arch])
+    return compile_kernel(lambda: kernel, ARCHITECTURES[arch], case.min_blocks)
 
 
 @pytest.mark.parametrize("case", _CASES, ids=str)

@@ -53,7 +53,7 @@ def test_hardware_agrees_with_the_simulator(case, simulated):
     if not declared.runs_on(10 * major + minor):
         pytest.skip(f"{case.instruction} is of sm_{declared.sm}, this GPU is {limits.arch}")
     kernel = Kernel(case.instruction, case.kernel, case.block, case.smem_bytes)
-    cubin = compile_kernel(lambda: kernel, limits)
+    cubin = compile_kernel(lambda: kernel, limits, case.min_blocks)
     inputs = [cupy.asarray(a) for a in case.inputs]
     outputs = [cupy.asarray(a) for a in case.new_outputs()]
     library = _CuPy()
