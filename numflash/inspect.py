@@ -1,14 +1,15 @@
 """`numflash-inspect`: what a kernel is on a GPU, without having that GPU.
 
 Registers, spills, shared memory, how many blocks fit on an SM and what allows no more, which
-instructions the kernel consists of, and what the compiler complained about.
+instructions the kernel consists of, and what the compiler complained about. Of kernels whose
+products are those of warpgroups, also what their main loop does for each tile (`steady_state`).
 """
 
 import argparse
 import json
 import logging
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 
 from numflash.compiler import compile_ptx, get_cubin
@@ -34,6 +35,7 @@ from numflash.formats import FORMATS
 from numflash.fp8 import GRANULARITIES, Fp8Recipe
 from numflash.mode import SIMULATED
 from numflash.sass import count_instructions, disassemble
+from numflash.steady_state import MainLoop, read_main_loop, register_counts
 
 _log = logging.getLogger("numflash")
 _KERNELS = (*FAMILIES, *QUANTIZE_CONFIGS)
@@ -51,13 +53,15 @@ class Report:
         kernel: family, as in `configs.FAMILIES` and `configs.QUANTIZE_CONFIGS`.
         arch: as in "sm_90a".
         config, traits: string forms.
-        registers, spill_store_bytes, spill_load_bytes, stack_bytes: per thread.
+        registers, spill_store_bytes, spill_load_bytes, stack_bytes: per thread, when it starts.
         smem_bytes, threads: per block.
         blocks_per_sm: blocks that fit on an SM at once; 0 if the kernel cannot run.
         limited_by: "threads", "blocks", "registers" or "shared memory".
         instructions: see `sass.count_instructions`; empty where there is no disassembler.
         warnings: lines of the compiler's log.
         compile_ms: when it was compiled, from Python source to machine code.
+        setmaxnreg: registers a thread that a warpgroup leaves itself ("dec") or takes ("inc").
+        main_loop: of products of warpgroups; None where there are none, or no disassembler.
     """
 
     kernel: str
@@ -75,6 +79,8 @@ class Report:
     instructions: dict[str, int]
     warnings: tuple[str, ...]
     compile_ms: float
+    setmaxnreg: dict[str, int] = field(default_factory=dict)
+    main_loop: MainLoop | None = None
 
     @property
     def faults(self) -> tuple[str, ...]:
@@ -107,10 +113,10 @@ def inspect_kernel(config: Config, traits: Traits, limits: Architecture) -> Repo
         raise UnsupportedError(_NO_SIMULATOR)
     cubin = get_cubin(config, traits, limits)
     try:
-        instructions = count_instructions(disassemble(cubin.code))
+        sass = disassemble(cubin.code)
     except UnsupportedError as error:
         _log.warning("instructions are not counted: %s", error)
-        instructions = {}
+        sass = None
     blocks, limited_by = blocks_per_sm(
         limits, cubin.num_threads, cubin.registers, cubin.smem_bytes
     )
@@ -127,9 +133,11 @@ def inspect_kernel(config: Config, traits: Traits, limits: Architecture) -> Repo
         threads=cubin.num_threads,
         blocks_per_sm=blocks,
         limited_by=limited_by,
-        instructions=instructions,
+        instructions={} if sass is None else count_instructions(sass),
         warnings=cubin.warnings,
         compile_ms=round(cubin.compile_ms, 1),
+        setmaxnreg={} if sass is None else register_counts(sass),
+        main_loop=None if sass is None else read_main_loop(sass),
     )
 
 
@@ -139,9 +147,11 @@ def describe(report: Report, limits: Architecture) -> str:
     present = {name: n for name, n in report.instructions.items() if n}
     counts = "   ".join(f"{name} {n}" for name, n in present.items())
     occupied = report.blocks_per_sm * report.threads
+    actions = {"dec": "{} in warps that copy", "inc": "{} in warps that multiply"}
+    later = [actions[action].format(n) for action, n in report.setmaxnreg.items()]
     rows = {
         "traits": report.traits,
-        "registers": f"{report.registers} per thread",
+        "registers": ", then ".join([f"{report.registers} per thread", *later]),
         "spills": spills if report.spill_store_bytes or report.spill_load_bytes else "none",
         "stack": f"{report.stack_bytes} B per thread" if report.stack_bytes else "none",
         "shared memory": f"{report.smem_bytes / KB:.1f} KiB per block "
@@ -149,13 +159,49 @@ def describe(report: Report, limits: Architecture) -> str:
         "threads": f"{report.threads} per block",
         "blocks per SM": f"{report.blocks_per_sm}, limited by {report.limited_by} "
         f"({occupied} of {limits.max_threads_per_sm} threads)",
-        "instructions": counts or "not counted",
+        "instructions": _wrap(counts) or "not counted",
+        **({} if report.main_loop is None else _main_loop_rows(report.main_loop)),
         "warnings": "\n".join(report.warnings) or "none",
         "compile time": f"{report.compile_ms / 1e3:.2f} s",
     }
     indent = "\n" + " " * 17
     lines = [f"  {name:<15}{text.replace(chr(10), indent)}" for name, text in rows.items()]
     return "\n".join([f"{report.kernel} {report.config} on {report.arch}", *lines])
+
+
+def _main_loop_rows(loop: MainLoop) -> dict[str, str]:
+    """What a turn of the main loop does, and which of it takes how long at least."""
+
+    def listed(counts: dict[str, int]) -> str:
+        present = [f"{name.replace('_', ' ')} {n}" for name, n in counts.items() if n]
+        return _wrap("   ".join(present)) or "nothing"
+
+    groups, waits = " + ".join(map(str, loop.groups)), ", then ".join(map(str, loop.waits))
+    tensor = loop.clocks["tensor"]
+    names = {"tensor": "products", "special": "exponentials", "half_rate": "maxima, conversions"}
+    clocks = [
+        f"{names.get(unit, unit)} {n} clocks ({n / tensor:.0%})" for unit, n in loop.clocks.items()
+    ]
+    return {
+        "main loop": f"{groups} products; waits until {waits} groups are under way",
+        "overlap": f"{loop.overlapped_exponentials} of {loop.exponentials} exponentials while "
+        "products are under way",
+        "a turn takes": _wrap("   ".join(clocks)),
+        "a turn issues": listed(loop.instructions),
+        "it skips": listed(loop.skipped),
+    }
+
+
+def _wrap(text: str, width: int = 78) -> str:
+    """Entries that are three blanks apart, on as many lines as they need."""
+    lines = [""]
+    for entry in filter(None, text.split("   ")):
+        longer = f"{lines[-1]}   {entry}" if lines[-1] else entry
+        if len(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(entry)
+    return "\n".join(lines)
 
 
 class Parser(argparse.ArgumentParser):

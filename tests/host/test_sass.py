@@ -61,6 +61,7 @@ def test_every_instruction_is_read():
 def test_counts():
     assert sass.count_instructions(LISTING) == {
         "HGMMA": 1,
+        "QGMMA": 0,
         "HMMA": 1,
         "QMMA": 1,
         "MUFU.EX2": 2,
@@ -106,6 +107,111 @@ def test_what_is_not_float64(line):
 
 def test_nothing_to_count():
     assert set(sass.count_instructions("").values()) == {0}
+
+
+def listing(text):
+    """As nvdisasm writes it: a line that ends in a colon is a label."""
+    lines = [line.strip() for line in text.strip().splitlines()]
+    return "".join(
+        f"{line}\n" if line.endswith(":") else f"        /*{16 * i:04x}*/   {line} ;\n"
+        for i, line in enumerate(lines)
+    )
+
+
+def test_basic_blocks():
+    blocks = sass.basic_blocks(
+        listing("""
+        .text.kernel:
+        S2R R0, SR_TID.X
+        .L_x_0:
+        @!P0 BRA `(.L_x_1)
+        BSSY B0, `(.L_x_3)
+        .L_x_3:
+        @PT BRA `(.L_x_2)
+        .L_x_1:
+        @!P0 BRA P1, `(.L_x_2)
+        @!PT BRA `(.L_x_2)
+        @P0 EXIT
+        BRA P1, `(.L_x_1)
+        .L_x_2:
+        CALL.REL.NOINC `(slow)
+        EXIT
+        BRX R2 -0x10
+        """)
+    )
+    assert [[x.name for x in block.instructions] for block in blocks] == [
+        ["S2R", "BRA"],
+        ["BSSY", "BRA"],
+        ["BRA"],
+        ["BRA"],
+        ["EXIT"],
+        ["BRA"],
+        ["CALL", "EXIT"],
+        ["BRX"],
+    ]
+    assert [block.successors for block in blocks] == [
+        (1, 2),
+        (6,),
+        (3, 6),
+        (4,),
+        (5,),
+        (6, 2),
+        (),
+        (),
+    ]
+    assert blocks[0].instructions[1] == sass.Instruction("!P0", "BRA", "`(.L_x_1)")
+    assert sass.basic_blocks("") == []
+
+
+def test_loops():
+    """A loop in a loop, a wait that is repeated out of line, and blocks that are skipped."""
+    blocks = sass.basic_blocks(
+        listing("""
+        MOV R1, R2
+        .L_x_0:
+        @P0 BRA `(.L_x_1)
+        FMUL R1, R1, R1
+        .L_x_1:
+        SYNCS.PHASECHK P1, [R1]
+        @!P1 BRA `(.L_x_9)
+        .L_x_2:
+        @P2 BRA `(.L_x_3)
+        FADD R1, R1, R1
+        BRA `(.L_x_4)
+        .L_x_3:
+        FFMA R1, R1, R1
+        .L_x_4:
+        @P3 BRA `(.L_x_2)
+        @P4 BRA `(.L_x_0)
+        EXIT
+        .L_x_9:
+        SYNCS.PHASECHK P1, [R1]
+        @!P1 BRA `(.L_x_9)
+        BRA `(.L_x_2)
+        """)
+    )
+    numbers = {x.operands: n for n, block in enumerate(blocks) for x in block.instructions}
+    assert len(blocks) == 12
+    found = {frozenset(loop.body): loop.path for loop in sass.loops(blocks)}
+    again, inner = {10}, {4, 5, 6, 7}
+    outer = {1, 2, 3, 8, 10, 11} | inner
+    assert numbers["`(.L_x_2)"] == 11 and numbers["R1, R2"] == 0
+    assert found == {
+        frozenset(again): (10,),
+        frozenset(inner): (4, 7),
+        frozenset(outer): (1, 3, 4, 7, 8),
+    }
+
+
+def test_code_that_nothing_reaches_is_no_loop():
+    blocks = sass.basic_blocks(
+        listing("""
+        EXIT
+        .L_x_0:
+        BRA `(.L_x_0)
+        """)
+    )
+    assert len(blocks) == 2 and sass.loops(blocks) == [] and sass.loops([]) == []
 
 
 @pytest.fixture
