@@ -51,6 +51,11 @@ class Product:
         return make_wgmma(self.n, self.dtype, self.a, self.b_major)
 
     @property
+    def first_instruction(self) -> Callable:
+        """That which ignores what acc holds."""
+        return make_wgmma(self.n, self.dtype, self.a, self.b_major, accumulates=False)
+
+    @property
     def k(self) -> int:
         return self.steps * 32 // ELEMENTS[self.dtype].itemsize
 
@@ -119,11 +124,11 @@ def _multiply(product: Product):
                 b_step = b_start + u32(s * 16 * _ROW_BYTES)
             b_operand = u64((b_step & u32(0x3FFFF)) >> u32(4)) | constant
             if in_registers:
-                multiply(acc, frag[4 * s : 4 * s + 4], b_operand, 1)
+                multiply(acc, frag[4 * s : 4 * s + 4], b_operand)
             else:
                 a_step = a_start + u32(s // 4 * 64 * _ROW_BYTES + s % 4 * 32)
                 a_operand = u64((a_step & u32(0x3FFFF)) >> u32(4)) | a_constant
-                multiply(acc, a_operand, b_operand, 1)
+                multiply(acc, a_operand, b_operand)
         wgmma_commit_group()
         wait(acc)
         for i in range(n_acc):
@@ -134,7 +139,7 @@ def _multiply(product: Product):
 
 def _overwrite(product: Product):
     """The first product ignores what the accumulator holds."""
-    multiply, n_acc = product.instruction, product.n // 2
+    multiply, multiply_more, n_acc = product.first_instruction, product.instruction, product.n // 2
     wait = make_wgmma_wait_group(0, n_acc)
     constant = u64(1 << 16 | 64 << 32 | 1 << 62)
     words = 64 * _ROW_BYTES // 4
@@ -152,8 +157,9 @@ def _overwrite(product: Product):
         start = mov_shared_address(smem, 0)
         operand = u64((start & u32(0x3FFFF)) >> u32(4)) | constant
         wgmma_fence()
-        for s in range(4):
-            multiply(acc, operand + u64(2 * s), operand + u64(2 * s), 0 if s == 0 else 1)
+        multiply(acc, operand, operand)
+        for s in range(1, 4):
+            multiply_more(acc, operand + u64(2 * s), operand + u64(2 * s))
         wgmma_commit_group()
         wait(acc)
         for i in range(n_acc):
@@ -241,7 +247,7 @@ def _square_case() -> InstructionCase:
     a, _, _ = SQUARE.matrices()
     words = slabs(a.astype(np.float16)).view(np.uint32)
     return InstructionCase(
-        SQUARE.instruction.__name__,
+        SQUARE.first_instruction.__name__,
         "overwrites",
         _overwrite(SQUARE),
         (words,),

@@ -31,7 +31,12 @@ def test_it_assembles_for_newer_gpus(arch):
     major, minor = ARCHITECTURES[arch].compute_capability
     for cases in CASES.values():
         # Variants differ in their data and the types around the instruction: one is enough.
-        if INSTRUCTIONS[cases[0].instruction].runs_on(10 * major + minor):
+        # Tensor maps are parameters by value, which `grid_constants` writes as NVVM for Hopper
+        # reads them.
+        sm = 10 * major + minor
+        if INSTRUCTIONS[cases[0].instruction].runs_on(sm) and not (
+            sm > 90 and cases[0].tensor_maps
+        ):
             assert _compile(cases[0], arch).warnings == ()
 
 

@@ -50,6 +50,8 @@ def test_hardware_agrees_with_the_simulator(case, simulated):
     limits = limits_of_device(0)
     major, minor = limits.compute_capability
     declared = INSTRUCTIONS[case.instruction]
+    if case.tensor_maps and major > 9:
+        pytest.skip("tensor maps are passed as Hopper's compiler reads them")
     if not declared.runs_on(10 * major + minor):
         pytest.skip(f"{case.instruction} is of sm_{declared.sm}, this GPU is {limits.arch}")
     kernel = Kernel(case.instruction, case.kernel, case.block, case.smem_bytes)

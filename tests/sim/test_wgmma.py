@@ -58,7 +58,7 @@ def test_a_sum_is_exact_and_rounded_once():
         cuda.syncthreads()
         acc[:] = f32(c[0, 0])
         wgmma_fence()
-        multiply(acc, operand(smem, 0), operand(smem, 64 * 32), 1)
+        multiply(acc, operand(smem, 0), operand(smem, 64 * 32))
         wgmma_commit_group()
         wait(acc)
         out[t] = acc
@@ -76,8 +76,11 @@ def test_registers_of_the_accumulator_are_a_bijection():
 # Small kernels: acc = x x^T with x of 64 x 64 float16 in 8 KB
 
 N, ACC, TILE = 64, 32, 64 * 32
-multiply = make_wgmma(N, "float16", "shared")
-multiply_registers = make_wgmma(N, "float16", "registers")
+# By whether they accumulate.
+multiply, multiply_registers = (
+    [make_wgmma(N, "float16", a, accumulates=more) for more in (False, True)]
+    for a in ("shared", "registers")
+)
 wait, wait_for_all_but_one = (make_wgmma_wait_group(pending, ACC) for pending in range(2))
 
 
@@ -109,7 +112,7 @@ def issue(acc, smem, first=0, word=0):
     """Four products; the first of all ignores what acc holds."""
     for step in range(4):
         a = operand(smem, word, step)
-        multiply(acc, a, a, first + step)
+        multiply[first + step > 0](acc, a, a)
 
 
 def run(kernel, words=None, block=128, extra=()):
@@ -240,7 +243,8 @@ def _from_registers(after_issue, step_of_write=None):
         frag[:] = u32(0x3C003C00)
         wgmma_fence()
         for step in range(4):
-            multiply_registers(acc, frag[4 * step : 4 * step + 4], operand(smem, 0, step), step)
+            a = frag[4 * step : 4 * step + 4]
+            multiply_registers[step > 0](acc, a, operand(smem, 0, step))
         wgmma_commit_group()
         after_issue(frag)
         wait(acc)
@@ -390,7 +394,7 @@ def _with_descriptor(change):
         smem, acc = tiles(words)
         a = operand(smem, 0)
         wgmma_fence()
-        multiply(acc, change(int(a)), a, 0)
+        multiply[0](acc, change(int(a)), a)
         wgmma_commit_group()
         wait(acc)
 
@@ -413,35 +417,25 @@ def test_a_descriptor_must_make_sense(change, message):
     refused(_with_descriptor(change), message)
 
 
-def test_all_threads_accumulate_or_none():
-    def kernel(words, out):
-        smem, acc = tiles(words)
-        a = operand(smem, 0)
-        wgmma_fence()
-        multiply(acc, a, a, int(cuda.threadIdx.x < 64))
-
-    refused(kernel, "some threads accumulate, others do not")
-
-
 def test_an_accumulator_is_one_whole_local_array():
     def a_slice(words, out):
         smem, _ = tiles(words)
         acc, a = cuda.local.array(2 * ACC, f32), operand(smem, 0)
         wgmma_fence()
-        multiply(acc[:ACC], a, a, 0)
+        multiply[0](acc[:ACC], a, a)
 
     def too_long(words, out):
         smem, _ = tiles(words)
         acc, a = cuda.local.array(2 * ACC, f32), operand(smem, 0)
         wgmma_fence()
-        multiply(acc, a, a, 0)
+        multiply[0](acc, a, a)
 
     def other_size(words, out):
         smem, acc = tiles(words)
         a = operand(smem, 0)
         wgmma_fence()
-        multiply(acc, a, a, 0)
-        make_wgmma(32, "float16", "shared")(acc, a, a, 1)
+        multiply[0](acc, a, a)
+        make_wgmma(32, "float16", "shared")(acc, a, a)
 
     for kernel in (a_slice, too_long):
         refused(kernel, "must be a local array of 32 float32")
