@@ -308,6 +308,29 @@ def test_a_phase_that_delivered_bytes_is_waited_for():
     refused(kernel, "under way|nobody has waited")
 
 
+def test_bytes_that_arrived_unseen_are_found_out():
+    """The load arrives, in some seeds, while others are waited for."""
+
+    def kernel(map):
+        smem, seen = begin()
+        unseen = cuda.shared.array(1, u64)
+        if cuda.threadIdx.x == 0:
+            mbarrier_init(unseen, 0, 1)
+            fence_mbarrier_init()
+            load(smem, unseen, map, word=TILE_WORDS)
+            for phase in range(12):
+                load(smem, seen, map)
+                mbarrier_wait_parity(seen, 0, phase % 2)
+
+    messages = set()
+    for seed in SEEDS:
+        SEED.value = seed
+        with pytest.raises(SimulationError) as caught:
+            run(kernel, tensor()[1])
+        messages.add("nobody has waited for the last 1024 bytes" in str(caught.value))
+    assert messages == {True, False}
+
+
 def test_two_loads_do_not_write_the_same_bytes():
     def kernel(map):
         smem, barriers = begin()
@@ -406,6 +429,45 @@ def test_a_store_reads_only_what_its_writer_has_fenced(write):
     for fenced in ("by the reader", "by nobody"):
         with pytest.raises(SimulationError, match="without a fence_proxy_async of that thread"):
             run(kernel, tensor()[1], fenced)
+
+
+def test_a_fence_counts_also_after_others_have_copied():
+    def kernel(map):
+        smem, barriers = begin()
+        t = cuda.threadIdx.x
+        st_shared_u32(smem, t, u32(3))
+        cuda.syncthreads()
+        if t == 0:
+            load(smem, barriers, map, word=TILE_WORDS)
+        cuda.syncthreads()
+        fence_proxy_async()
+        cuda.syncthreads()
+        mbarrier_wait_parity(barriers, 0, 0)
+        if t == 0:
+            store(map, smem)
+            cp_async_bulk_commit_group()
+            cp_async_bulk_wait_group_read()
+
+    run(kernel, tensor()[1])
+
+
+def test_a_store_where_a_load_arrives_is_found_out():
+    def kernel(map):
+        smem, barriers = begin()
+        if cuda.threadIdx.x == 0:
+            load(smem, barriers, map)
+            st_shared_u32(smem, 5, u32(3))
+            mbarrier_wait_parity(barriers, 0, 0)
+
+    def is_refused(seed):
+        SEED.value = seed
+        try:
+            run(kernel, tensor()[1])
+        except SimulationError as error:
+            return "while a bulk copy was under way" in str(error)
+        return False
+
+    assert any(is_refused(seed) for seed in SEEDS)
 
 
 def test_a_tile_stays_until_the_store_has_read_it(each_seed):

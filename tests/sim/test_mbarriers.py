@@ -116,29 +116,30 @@ def test_a_phase_two_behind_looks_like_one_that_has_not_ended():
 
 
 def test_a_wait_that_sleeps_through_two_phases_goes_on_waiting(monkeypatch):
-    """Who waits is woken by the first phase, and may look only after the second."""
+    """It is woken by the first, and looks only after the second."""
 
-    def kernel():
+    def kernel(order, arrivals):
         barriers = cuda.shared.array(1, u64)
         t = cuda.threadIdx.x
         if t == 0:
             mbarrier_init(barriers, 0, 1)
         cuda.syncthreads()
         if t == 0:
-            mbarrier_arrive(barriers, 0)
-            mbarrier_arrive(barriers, 0)
+            order.append("arrives")
+            for _ in range(arrivals):
+                mbarrier_arrive(barriers, 0)
         elif t == 32:
+            order.append("waits")
             mbarrier_wait_parity(barriers, 0, 0)
 
-    def outcome(seed):
+    waited_first = 0
+    for seed in range(20):
         monkeypatch.setattr(SEED, "value", seed)
-        try:
-            run(kernel, block=64)
-        except DeadlockError:
-            return "deadlock"
-        return "ends"
-
-    assert "deadlock" in {outcome(seed) for seed in range(20)}
+        run(kernel, order := [], 1, block=64)
+        waited_first += order == ["waits", "arrives"]
+        with pytest.raises(DeadlockError, match="phase 2 "):
+            run(kernel, [], 2, block=64)
+    assert waited_first
 
 
 def _ring(full_parity, empty_parity, releases=True):
