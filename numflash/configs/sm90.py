@@ -2,7 +2,8 @@
 
 Their string form: `sm90-m128n176w8s2-overlap-pingpong-persistent`, which is tile_m, tile_n, the
 warps that multiply, stages, and what is switched on. `x8`, `-h4` and `-packed` as in
-`configs.sm80`, `b2` where two blocks share an SM; `-r232` gives the warps that multiply 232 registers a thread instead of the usual.
+`configs.sm80`, `b2` where two blocks share an SM; `-r232` gives the warps that multiply 232
+registers a thread instead of the usual.
 """
 
 import re
@@ -22,6 +23,7 @@ SLAB_BYTES = 128
 # are and how many blocks share an SM: the most that 64 Ki registers allow.
 _REGISTERS = {(1, 1): (56, 256), (1, 2): (24, 232), (2, 1): (24, 240), (3, 1): (32, 160)}
 _PRODUCER_THREADS = 128
+FP8_PREFIX = "fp8-"
 _WORD_BYTES, _BARRIER_WORDS = 4, 2
 # A block may have as much shared memory on Hopper.
 _MAX_SMEM_BYTES = 227 * 1024
@@ -58,7 +60,7 @@ class Sm90ForwardConfig(MmaForwardConfig):
         super().__post_init__()
         if self.tile_m != 16 * self.num_warps or self.num_warps not in (4, 8, 12):
             raise ValueError(
-                f"{type(self).__name__} {self}: tile_m must be 16 x num_warps, which are 4, 8 or 12"
+                f"{type(self).__name__} {self}: tile_m must be 16 x num_warps, 4, 8 or 12 of them"
             )
         if self.tile_n > 256:
             raise ValueError(f"{type(self).__name__} {self}: tile_n must be at most 256")
@@ -72,8 +74,8 @@ class Sm90ForwardConfig(MmaForwardConfig):
             raise ValueError(f"{type(self).__name__} {self}: one warpgroup has no turns to take")
         if self.registers[1] % 8 or not 24 <= self.registers[0] < self.registers[1] <= 256:
             raise ValueError(
-                f"{type(self).__name__} {self}: consumer_registers must be a multiple of 8, and leave "
-                f"24 to the warps that copy"
+                f"{type(self).__name__} {self}: consumer_registers must be a multiple of 8, and "
+                f"leave 24 to the warps that copy"
             )
 
     @property
@@ -101,6 +103,11 @@ class Sm90ForwardConfig(MmaForwardConfig):
         """Blocks an SM must have registers for; `setmaxnreg` needs it said."""
         return max(1, self.min_blocks)
 
+    @property
+    def stage_n(self) -> int:
+        """Rows of K and V that are fetched at once: one or more tiles."""
+        return self.tile_n
+
     def o_is_apart(self, traits: Traits) -> bool:
         """Whether results have shared memory of their own; otherwise they take the place of Q."""
         words = sum(self._tiles(traits).values()) + self._o_words(traits)
@@ -117,11 +124,12 @@ class Sm90ForwardConfig(MmaForwardConfig):
     def _tiles(self, traits: Traits) -> dict[str, int]:
         row = SLAB_BYTES // _WORD_BYTES
         q_slabs = max(self.slabs(traits.head_dim), self._o_words(traits) // (self.tile_m * row))
-        keys = self.num_stages * self.tile_n * row
+        # Rows of V are keys, or with 8-bit floats columns of O.
+        v_rows = traits.head_dim_v if traits.fp8 else self.stage_n
         return {
             "q": self.tile_m * row * q_slabs,
-            "k": keys * self.slabs(traits.head_dim),
-            "v": keys * self.slabs(traits.head_dim_v),
+            "k": self.num_stages * self.stage_n * row * self.slabs(traits.head_dim),
+            "v": self.num_stages * v_rows * row * self.v_slabs(traits),
             # Full and empty, for Q of each warpgroup and for K and V of each stage.
             "barriers": _BARRIER_WORDS * (2 * self.num_warpgroups + 4 * self.num_stages),
         }
@@ -132,7 +140,7 @@ class Sm90ForwardConfig(MmaForwardConfig):
 
     def v_slabs(self, traits: Traits) -> int:
         """Slabs of a tile of V: of columns, or with 8-bit floats of keys."""
-        return self.slabs(self.tile_n if traits.fp8 else traits.head_dim_v)
+        return self.slabs(self.stage_n if traits.fp8 else traits.head_dim_v)
 
     def _o_words(self, traits: Traits) -> int:
         slabs = -(-traits.head_dim_v * traits.dtype_bytes // SLAB_BYTES)
@@ -216,3 +224,32 @@ def misfit(
     if config.block_rows >= 2 * rows:
         return f"computes {config.block_rows} rows at a time, there are {rows}"
     return None
+
+
+@dataclass(frozen=True)
+class Sm90Fp8ForwardConfig(Sm90ForwardConfig):
+    """As `Sm90ForwardConfig` on e4m3 codes; V comes with tokens innermost."""
+
+    implementation: ClassVar = "sm90-fp8"
+    operand_bytes: ClassVar = 1
+    _example: ClassVar = "fp8-sm90-m128n128w8s2-pingpong"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.stage_n % SLAB_BYTES:
+            raise ValueError(f"{type(self).__name__} {self}: tile_n must be 64, 128 or 256")
+        if self.overlap and self.stage_n != self.tile_n:
+            raise ValueError(f"{type(self).__name__} {self}: tiles that overlap have 128 keys")
+
+    @property
+    def stage_n(self) -> int:
+        """Rows of K and V that are fetched at once: those of V are 128 bytes wide."""
+        return SLAB_BYTES if self.tile_n == SLAB_BYTES // 2 else self.tile_n
+
+    def __str__(self) -> str:
+        return FP8_PREFIX + super().__str__()
+
+    @classmethod
+    def _fields(cls, text: str) -> dict | None:
+        is_fp8 = text.startswith(FP8_PREFIX)
+        return super()._fields(text.removeprefix(FP8_PREFIX)) if is_fp8 else None

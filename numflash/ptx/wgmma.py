@@ -30,7 +30,7 @@ from functools import cache
 
 from numflash.mode import SIMULATED
 from numflash.ptx.instruction import Accumulator, LaterRead, instruction
-from numflash.ptx.scalars import f32, i32, u32, u64
+from numflash.ptx.scalars import f32, u32, u64
 
 if SIMULATED:
     from numflash.simulator import warpgroup
@@ -73,14 +73,19 @@ def make_wgmma_wait_group(pending: int, registers: int):
 
 
 @cache
-def make_wgmma(n: int, dtype: str, a: str, b_major: str = "k"):
-    """The product of a warpgroup: acc = a b where accumulate is 0, else acc += a b.
+def make_wgmma(
+    n: int, dtype: str, a: str, b_major: str = "k", accumulates: bool = True, in_place: bool = True
+):
+    """The product of a warpgroup: acc += a b, or acc = a b.
 
     Args:
         n: columns of b, a multiple of 8 from 8 to 256.
         dtype: of the operands: "float16", "bfloat16" or "e4m3".
         a: where operand a is: "shared", named by a descriptor, K-major, or "registers".
         b_major: "k" or "mn"; e4m3 has "k" only.
+        accumulates: whether acc is added to.
+        in_place: whether acc has the same registers before and after. Others are free until then,
+            where acc is not added to; but the assembler may put off what reads the old acc.
 
     PTX ISA 9.7.15.5.2.
     """
@@ -91,20 +96,22 @@ def make_wgmma(n: int, dtype: str, a: str, b_major: str = "k"):
     if a == "shared" and transposes:
         transposes = ", 0" + transposes
     template = (
-        "{ .reg .pred accumulates; setp.ne.b32 accumulates, <accumulate>, 0; "
         f"wgmma.mma_async.sync.aligned.m64n{n}k{k}.f32.{name}.{name} <acc>, <a>, <b>, "
-        f"accumulates, 1, 1{transposes}; }}"
+        f"{int(accumulates)}, 1, 1{transposes};"
     )
+    if accumulates and not in_place:
+        raise ValueError("wgmma adds to acc in place")
+    sums = Accumulator(f32, n // 2, "rw" if in_place else "w")
 
-    def from_shared(acc: Accumulator(f32, n // 2), a: u64, b: u64, accumulate: i32):
-        warpgroup.multiply(acc, warpgroup.shared_a(a, dtype), b, b_major, n, dtype, accumulate)
+    def from_shared(acc: sums, a: u64, b: u64):
+        warpgroup.multiply(acc, warpgroup.shared_a(a, dtype), b, b_major, n, dtype, accumulates)
 
-    def from_registers(
-        acc: Accumulator(f32, n // 2), a: LaterRead(u32, 4), b: u64, accumulate: i32
-    ):
-        warpgroup.multiply(acc, warpgroup.register_a(a, dtype), b, b_major, n, dtype, accumulate)
+    def from_registers(acc: sums, a: LaterRead(u32, 4), b: u64):
+        warpgroup.multiply(acc, warpgroup.register_a(a, dtype), b, b_major, n, dtype, accumulates)
 
     function = {"shared": from_shared, "registers": from_registers}[a]
-    function.__name__ = f"wgmma_m64n{n}k{k}_{name}_a_{a}_b_{b_major}"
-    function.__doc__ = f"acc (+)= a b of {dtype}, n = {n}. PTX ISA 9.7.15.5.2."
+    sign = "+=" if accumulates else "="
+    function.__name__ = f"wgmma_m64n{n}k{k}_{name}_a_{a}_b_{b_major}" + "_more" * accumulates
+    function.__name__ += "_in_place" * (in_place and not accumulates)
+    function.__doc__ = f"acc {sign} a b of {dtype}, n = {n}. PTX ISA 9.7.15.5.2."
     return instruction(template, sm=90, newest=90, collective="warpgroup", volatile=True)(function)

@@ -164,7 +164,7 @@ def multiply(
     b_major: str,
     n: int,
     dtype: str,
-    accumulate: np.ndarray,
+    accumulate: bool,
 ) -> None:
     """Issue accumulators (+)= a b, with b of n columns in shared memory."""
     warpgroup = _warpgroups().running()
@@ -174,12 +174,10 @@ def multiply(
             "registers may have been touched"
         )
     b = _shared("b", b_descriptors, n, b_major, dtype)
-    if (accumulate != 0).any() != (accumulate != 0).all():
-        raise SimulationError("wgmma: some threads accumulate, others do not")
-    total = _sum(warpgroup, accumulators, n, bool(accumulate[0]))
+    total = _sum(warpgroup, accumulators, n, accumulate)
     with np.errstate(all="ignore"):
         product = a.matrix @ b.matrix.T
-        if accumulate[0]:
+        if accumulate:
             product += total.value
         total.value = product.astype(np.float32)
     for array in a.arrays:

@@ -59,17 +59,17 @@ def make_walk(tile_m):
 def make_keys_of(config):
     """keys_of(m_start, split, num_rows, pack, seqlen_k, band_lo, band_hi, num_splits)
 
-    (first, end) of the tiles of keys that some of tile_m rows see, of this split's share.
+    (first, end) of the stages of keys that some of tile_m rows see, of this split's share.
     """
-    tile_m, tile_n, is_split = config.tile_m, config.tile_n, config.num_splits > 1
+    tile_m, stage_n, is_split = config.tile_m, config.stage_n, config.num_splits > 1
 
     @device_function
     def keys_of(m_start, split, num_rows, pack, seqlen_k, band_lo, band_hi, num_splits):
         first_token = token_of_row(m_start, pack)
         last_token = token_of_row(min(m_start + tile_m, num_rows) - 1, pack)
         end = max(0, min(seqlen_k, last_token + band_hi + 1))
-        n_begin = i32(u32(max(0, first_token + band_lo)) // u32(tile_n))
-        n_end = i32(u32(end + tile_n - 1) // u32(tile_n))
+        n_begin = i32(u32(max(0, first_token + band_lo)) // u32(stage_n))
+        n_end = i32(u32(end + stage_n - 1) // u32(stage_n))
         if is_split:
             share = i32(u32(max(0, n_end - n_begin) + num_splits - 1) // u32(num_splits))
             n_begin = i32(n_begin + split * share)

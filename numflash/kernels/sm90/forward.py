@@ -85,7 +85,7 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
 
     q_operand = make_operand(WARPGROUP_ROWS * SLAB_BYTES)
     tile_operand = make_operand(tile_n * SLAB_BYTES)
-    begin_q_k = make_product_nt(dtype, WARPGROUP_ROWS, tile_n, traits.head_dim)
+    begin_q_k = make_product_nt(dtype, WARPGROUP_ROWS, tile_n, tile_n, traits.head_dim)
     begin_p_v = make_product_pn(dtype, tile_n, traits.head_dim_v)
     wait_for_s, wait_for_next_s = (make_wgmma_wait_group(i, n_scores) for i in range(2))
     wait_for_o = make_wgmma_wait_group(0, n_o)

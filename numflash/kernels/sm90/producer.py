@@ -29,7 +29,7 @@ def make_produce(config: Sm90ForwardConfig, traits: Traits):
     All tiles of rows of this block, as the consumers take them: Q of a tile, then K and V tile by
     tile of keys, each as soon as its buffer is empty.
     """
-    ring, tile_n = Ring.of(config, traits), config.tile_n
+    ring, stage_n = Ring.of(config, traits), config.stage_n
     num_groups, num_stages = config.num_warpgroups, config.num_stages
     q, k, v, q_words, k_words, v_words = (
         ring.q,
@@ -72,7 +72,7 @@ def make_produce(config: Sm90ForwardConfig, traits: Traits):
     def fetch_k(smem, barriers, k_map, stage, key, head, batch):
         full = k_full + stage
         for slab in range(k_slabs):
-            target = i32(k + stage * k_words + slab * tile_n * SLAB_WORDS)
+            target = i32(k + stage * k_words + slab * stage_n * SLAB_WORDS)
             column = i32(slab * slab_elements)
             cp_async_bulk_tensor_4d(
                 smem, target, k_map, barriers, full, EVICT_LAST, column, key, head, batch
@@ -132,7 +132,7 @@ def make_produce(config: Sm90ForwardConfig, traits: Traits):
                 m_start, split, num_rows, pack, seqlen_k, band_lo, band_hi, num_splits
             )
             for n in range(n_begin, n_end):
-                key = i32(n * tile_n)
+                key = i32(n * stage_n)
                 mbarrier_wait_parity(barriers, k_empty + stage, parity)
                 mbarrier_arrive_expect_tx(barriers, k_full + stage, k_bytes)
                 fetch_k(smem, barriers, k_map, stage, key, head_kv, batch)

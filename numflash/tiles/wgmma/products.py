@@ -54,25 +54,29 @@ def _descriptor(operand, offset):
 
 
 @cache
-def make_product_nt(dtype, m_rows, n_rows, columns):
+def make_product_nt(dtype, a_rows, b_rows, n_rows, columns):
     """product_nt(acc, a, b): begin acc = A B^T; both lie in shared memory by rows, equally wide.
 
-    `a` and `b` are the operands (`make_operand`) of 64 rows of A, whose slabs have m_rows, and of
-    n_rows of B.
+    `a` and `b` are the operands (`make_operand`) of 64 rows of A and of n_rows of B, out of slabs
+    of a_rows and b_rows.
     """
-    multiply = make_wgmma(n_rows, dtype, "shared")
+    multiply, multiply_more = (
+        make_wgmma(n_rows, dtype, "shared", accumulates=more, in_place=more)
+        for more in (False, True)
+    )
     element_bytes = 1 if dtype == "e4m3" else 2
     steps = columns * element_bytes // _STEP_BYTES
-    a_slab, b_slab = m_rows * SLAB_BYTES >> 4, n_rows * SLAB_BYTES >> 4
+    a_slab, b_slab = a_rows * SLAB_BYTES >> 4, b_rows * SLAB_BYTES >> 4
 
     @device_function
     def product_nt(acc, a, b):
         wgmma_fence()
-        for step in range(steps):
+        multiply(acc, _descriptor(a, 0), _descriptor(b, 0))
+        for step in range(1, steps):
             slab, within = step // _STEPS_PER_SLAB, step % _STEPS_PER_SLAB * (_STEP_BYTES >> 4)
             a_step = _descriptor(a, a_slab * slab + within)
             b_step = _descriptor(b, b_slab * slab + within)
-            multiply(acc, a_step, b_step, 1 if step > 0 else 0)
+            multiply_more(acc, a_step, b_step)
         wgmma_commit_group()
 
     return product_nt
@@ -92,10 +96,35 @@ def make_product_pn(dtype, k_rows, columns):
         wgmma_fence()
         for step in range(steps):
             b_step = _descriptor(b, step * (step_bytes >> 4))
-            multiply(acc, p_frag[4 * step : 4 * step + 4], b_step, 1)
+            multiply(acc, p_frag[4 * step : 4 * step + 4], b_step)
         wgmma_commit_group()
 
     return product_pn
+
+
+@cache
+def make_product_pt(k_rows, columns, b_rows):
+    """product_pt(acc, p_frag, b): begin acc = P B of e4m3; P lies in registers.
+
+    `p_frag` is 64 x k_rows as `tiles.wgmma.fp8.make_pack` leaves it; `b` names B^T, `columns` rows
+    of k_rows, out of slabs of b_rows.
+    """
+    multiply, multiply_more = (
+        make_wgmma(columns, "e4m3", "registers", accumulates=more) for more in (False, True)
+    )
+    steps, b_slab = k_rows // _STEP_BYTES, b_rows * SLAB_BYTES >> 4
+
+    @device_function
+    def product_pt(acc, p_frag, b):
+        wgmma_fence()
+        multiply(acc, p_frag[0:4], _descriptor(b, 0))
+        for step in range(1, steps):
+            slab, within = step // _STEPS_PER_SLAB, step % _STEPS_PER_SLAB * (_STEP_BYTES >> 4)
+            b_step = _descriptor(b, b_slab * slab + within)
+            multiply_more(acc, p_frag[4 * step : 4 * step + 4], b_step)
+        wgmma_commit_group()
+
+    return product_pt
 
 
 @cache

@@ -1,0 +1,433 @@
+"""Forward on 8-bit floats on Hopper: O = softmax(softmax_scale Q K^T) V of e4m3 codes.
+
+The walk is that of `forward`, the numerics are those of `kernels.fp8.forward`: P is e4m3 in units
+of its tile's largest score, and what a tile adds to O is multiplied by itself, into accumulators
+`part_acc` of its own, and added in float32 with its weight. So the 14 bits with which FP8 tensor
+cores add up are enough, and the scales of V cost nothing.
+
+e4m3 products want both operands by rows of keys: V comes with tokens innermost, in the order in
+which P leaves the accumulators. Results of more than 128 columns are added in parts of 64.
+
+Source: FlashAttention-3, arXiv 2407.08608, section 3.3.
+"""
+
+from numflash.configs.sm90 import WARPGROUP_ROWS, Sm90Fp8ForwardConfig
+from numflash.configs.traits import Traits
+from numflash.kernels.kernel import Kernel
+from numflash.kernels.sm90.finish import make_finish
+from numflash.kernels.sm90.producer import make_produce
+from numflash.kernels.sm90.ring import Ring, make_init_barriers, make_next_stage
+from numflash.ptx import (
+    Pointer,
+    TensorMap,
+    cp_async_bulk_wait_group_read,
+    cuda,
+    device_function,
+    elect_sync,
+    f32,
+    i32,
+    i64,
+    make_setmaxnreg,
+    make_wgmma_wait_group,
+    mbarrier_arrive,
+    mbarrier_wait_parity,
+    mov_nctaid_x,
+    mov_shared_address,
+    mov_tid_x,
+    u16,
+    u32,
+    u64,
+)
+from numflash.tiles.blocks import make_block_place, make_keys_of, make_walk, make_whole_keys
+from numflash.tiles.mma.fragments import MMA_ROWS, ROW_STEP, accumulator_column, accumulator_row
+from numflash.tiles.mma.scores import make_mask_scores, make_scale_scores, token_of_row
+from numflash.tiles.mma.softmax import make_scale_rows
+from numflash.tiles.scores import NEG_INF
+from numflash.tiles.softmax import LOG2_E
+from numflash.tiles.wgmma.fp8 import make_add_part, make_pack, make_tile_softmax
+from numflash.tiles.wgmma.products import (
+    SLAB_BYTES,
+    make_operand,
+    make_product_nt,
+    make_product_pt,
+)
+from numflash.tiles.wgmma.turns import make_turns, softmax_before_wait
+
+# Columns of O that are computed at once: all, as far as registers suffice.
+_MOST_COLUMNS, _PART_COLUMNS = 128, 64
+
+
+def make_fp8_forward_kernel(config: Sm90Fp8ForwardConfig, traits: Traits) -> Kernel:
+    """The forward kernel for one config; see the module's docstring."""
+    ring, tile_n = Ring.of(config, traits), config.tile_n
+    tiles_per_stage = config.stage_n // tile_n
+    last_of_stage = tiles_per_stage - 1
+    num_groups, is_split, overlap = config.num_warpgroups, config.num_splits > 1, config.overlap
+    num_consumers = 128 * num_groups
+    n_tiles, o_tiles = tile_n // 8, traits.head_dim_v // 8
+    n_scores, n_p, n_o = 4 * n_tiles, n_tiles, 4 * o_tiles
+    part_columns = traits.head_dim_v
+    if part_columns > _MOST_COLUMNS:
+        part_columns = _PART_COLUMNS
+    num_parts, n_part = traits.head_dim_v // part_columns, part_columns // 2
+    n_cap_slopes = n_scores if traits.softcap else 1
+    bends, alibi = traits.softcap or traits.alibi, traits.alibi
+    out_storage = f32 if is_split else u16
+
+    q_smem, k_smem, v_smem = ring.q, ring.k, ring.v
+    # Operands count in units of 16 bytes.
+    q_step, k_step, v_step = ring.q_words >> 2, ring.k_words >> 2, ring.v_words >> 2
+    part_step = part_columns * SLAB_BYTES >> 4
+    k_tile_step, v_tile_step = tile_n * SLAB_BYTES >> 4, tile_n >> 4
+    q_full, q_empty = ring.q_full, ring.q_empty
+    k_full, k_empty, v_full, v_empty = ring.k_full, ring.k_empty, ring.v_full, ring.v_empty
+    o_is_apart = ring.o_is_apart
+
+    init_barriers = make_init_barriers(ring, num_groups, config.num_stages)
+    next_stage = make_next_stage(config.num_stages)
+    give_registers = make_setmaxnreg("dec", config.registers[0])
+    take_registers = make_setmaxnreg("inc", config.registers[1])
+    produce, finish = make_produce(config, traits), make_finish(config, traits)
+    walk, block_place = make_walk(config.tile_m), make_block_place(config.tile_m)
+    keys_of, whole_keys = make_keys_of(config), make_whole_keys(config)
+    take_turn, pass_turn, give_first_turn = make_turns(num_groups if config.pingpong else 1)
+
+    operand = make_operand(0)
+    begin_q_k = make_product_nt("e4m3", WARPGROUP_ROWS, config.stage_n, tile_n, traits.head_dim)
+    begin_p_v = make_product_pt(tile_n, part_columns, traits.head_dim_v)
+    wait_for_s, wait_for_next_s = (make_wgmma_wait_group(i, n_scores) for i in range(2))
+    wait_for_part = make_wgmma_wait_group(0, n_part)
+    add_part = make_add_part(part_columns // 8)
+    scale_s_rows, scale_rows = make_scale_rows(1, n_tiles), make_scale_rows(1, o_tiles)
+    scale_scores = make_scale_scores(1, n_tiles, traits.softcap, alibi)
+    mask_scores = make_mask_scores(1, n_tiles)
+    tile_softmax, pack_p = make_tile_softmax(n_tiles), make_pack(n_tiles)
+
+    @device_function
+    def leads():
+        """Whether this thread speaks for its warpgroup."""
+        return mov_tid_x() % 128 == 0
+
+    @device_function
+    def k_of(k_first, stage, tile):
+        """Operand K of one of the tiles of a stage."""
+        return u32(k_first + stage * k_step + tile * k_tile_step)
+
+    @device_function
+    def v_of(v_first, stage, tile):
+        """Operand V of one of the tiles of a stage."""
+        return u32(v_first + stage * v_step + tile * v_tile_step)
+
+    @device_function
+    def q_of_group(q_first):
+        """Operand Q of this warpgroup, computed anew: its many steps would be kept otherwise."""
+        return u32(q_first + mov_tid_x() // u32(128) * u32(q_step))
+
+    @device_function
+    def add_tile(o_acc, part_acc, p_frag, v_operand, weights):
+        """O += weights * (P V), begun and waited for."""
+        for part in range(num_parts):
+            begin_p_v(part_acc, p_frag, u32(v_operand + part * part_step))
+            wait_for_part(part_acc)
+            add_part(o_acc, n_part * part, part_acc, weights)
+            # No instruction, but a fence for the assembler, which else adds several parts at once.
+            cuda.syncwarp()
+
+    @device_function
+    def shape_scores(
+        s_acc,
+        cap_slopes,
+        scales,
+        m_start,
+        n_start,
+        first_whole,
+        last_whole,
+        seqlen_k,
+        band_lo,
+        band_hi,
+        bias_shift,
+        pack,
+        softcap,
+        alibi_slope,
+    ):
+        """Softcap, ALiBi, and the mask where an edge crosses the tile."""
+        if bends:
+            scale_s_rows(s_acc, scales)
+            i = i32(m_start + accumulator_row(MMA_ROWS))
+            j = i32(n_start + accumulator_column())
+            scale_scores(s_acc, cap_slopes, i, j, bias_shift, f32(1), softcap, alibi_slope)
+            scales[0], scales[1] = LOG2_E, LOG2_E
+        if n_start < first_whole or n_start > last_whole:
+            i = i32(m_start + accumulator_row(MMA_ROWS))
+            j = i32(n_start + accumulator_column())
+            mask_scores(s_acc, i, j, seqlen_k, band_lo, band_hi, pack)
+
+    def forward(
+        out: Pointer(out_storage),
+        lse: Pointer(f32),
+        alibi_slopes: Pointer(f32),
+        in_fp8: Pointer(i32),
+        q_descale: Pointer(f32),
+        k_descale: Pointer(f32),
+        v_descale: Pointer(f32),
+        q_map: TensorMap,
+        k_map: TensorMap,
+        v_map: TensorMap,
+        out_map: TensorMap,
+        out_split: i64,
+        out_batch: i64,
+        out_row: i64,
+        out_head: i64,
+        q_descale_batch: i64,
+        q_descale_head: i64,
+        q_descale_packed: i64,
+        k_descale_batch: i64,
+        k_descale_head: i64,
+        v_descale_batch: i64,
+        v_descale_head: i64,
+        slopes_batch: i64,
+        slopes_head: i64,
+        batch_size: i32,
+        seqlen_q: i32,
+        seqlen_k: i32,
+        num_heads_q: i32,
+        group_size: i32,
+        head_dim_v: i32,
+        band_lo: i32,
+        band_hi: i32,
+        bias_shift: i32,
+        pack: i32,
+        num_splits: i32,
+        heads_in_flight: i32,
+        q_descale_group: i32,
+        q_descale_shift: i32,
+        k_descale_shift: i32,
+        v_descale_shift: i32,
+        score_scale: f32,
+        softcap: f32,
+    ):
+        smem = cuda.shared.array(0, u32, alignment=1024)
+        barriers = cuda.shared.array(0, u64, alignment=1024)
+        init_barriers(barriers)
+        cuda.syncthreads()
+
+        num_rows, num_heads = i32(seqlen_q * pack), i32(batch_size * num_heads_q)
+        place, step, num_places = walk(num_rows, num_heads, pack, num_splits)
+        if mov_tid_x() >= num_consumers:
+            give_registers()
+            if mov_tid_x() < num_consumers + 32 and elect_sync() != 0:
+                produce(
+                    smem,
+                    barriers,
+                    q_map,
+                    k_map,
+                    v_map,
+                    place,
+                    step,
+                    num_places,
+                    num_rows,
+                    num_heads,
+                    num_heads_q,
+                    group_size,
+                    seqlen_k,
+                    band_lo,
+                    band_hi,
+                    pack,
+                    num_splits,
+                    heads_in_flight,
+                )
+            return
+
+        take_registers()
+        s_acc = cuda.local.array(n_scores, f32)
+        p_frag = cuda.local.array(n_p, u32)
+        part_acc = cuda.local.array(n_part, f32)
+        o_acc = cuda.local.array(n_o, f32)
+        cap_slopes = cuda.local.array(n_cap_slopes, f32)
+        row_max = cuda.local.array(2, f32)
+        row_sum = cuda.local.array(2, f32)
+        q_scales = cuda.local.array(2, f32)
+        scales = cuda.local.array(2, f32)
+        factors = cuda.local.array(2, f32)
+        weights = cuda.local.array(2, f32)
+        next_weights = cuda.local.array(2, f32)
+        group = i32(mov_tid_x() // 128)
+        q_first = operand(mov_shared_address(smem, q_smem))
+        k_first = operand(mov_shared_address(smem, k_smem))
+        v_first = operand(mov_shared_address(smem, v_smem))
+        give_first_turn(group)
+
+        stage, parity, q_parity = i32(0), u32(0), u32(0)
+        while place < num_places:
+            m_start, head_of_batch, split = block_place(
+                place, num_rows, num_heads, pack, num_splits, heads_in_flight
+            )
+            n_begin, n_end = keys_of(
+                m_start, split, num_rows, pack, seqlen_k, band_lo, band_hi, num_splits
+            )
+            n_begin, n_end = i32(n_begin * tiles_per_stage), i32(n_end * tiles_per_stage)
+            whole = whole_keys(m_start, num_rows, pack, seqlen_k, band_lo, band_hi)
+            batch = token_of_row(head_of_batch, num_heads_q)
+            head = i32(head_of_batch - batch * num_heads_q)
+            head_kv = token_of_row(head, group_size)
+            k_scales = batch * k_descale_batch + head_kv * k_descale_head
+            v_scales = batch * v_descale_batch + head_kv * v_descale_head
+            alibi_slope = f32(0)
+            if alibi:
+                alibi_slope = alibi_slopes[batch * slopes_batch + head * slopes_head]
+            base = batch * q_descale_batch + token_of_row(head, q_descale_group) * q_descale_head
+            for r in range(2):
+                # Beyond the last row any will do.
+                row = m_start + accumulator_row(MMA_ROWS) + ROW_STEP * r
+                row = i32(min(row, num_rows - 1))
+                token = token_of_row(row, pack)
+                offset = base + (row - token * pack) * q_descale_packed
+                q_scales[r] = q_descale[offset + (token >> q_descale_shift)] * score_scale
+                # To base 2, unless S is bent before.
+                if not bends:
+                    q_scales[r] *= LOG2_E
+            for i in range(n_o):
+                o_acc[i] = f32(0)
+            row_max[0], row_max[1] = NEG_INF, NEG_INF
+            row_sum[0], row_sum[1] = f32(0), f32(0)
+            mbarrier_wait_parity(barriers, q_full + group, q_parity)
+            q_parity = u32(q_parity ^ u32(1))
+
+            if n_begin < n_end:
+                # The first tile of keys: S = Q K^T, P = softmax(S).
+                n_start = i32(n_begin * tile_n)
+                k_scale = k_descale[k_scales + (n_start >> k_descale_shift)]
+                v_scale = v_descale[v_scales + (n_start >> v_descale_shift)]
+                mbarrier_wait_parity(barriers, k_full + stage, parity)
+                tile = i32(0)
+                begin_q_k(s_acc, q_of_group(q_first), k_of(k_first, stage, tile))
+                wait_for_s(s_acc)
+                if tile == last_of_stage and leads():
+                    mbarrier_arrive(barriers, k_empty + stage)
+                scales[0], scales[1] = q_scales[0] * k_scale, q_scales[1] * k_scale
+                shape_scores(
+                    s_acc,
+                    cap_slopes,
+                    scales,
+                    m_start,
+                    n_start,
+                    whole[0],
+                    whole[1],
+                    seqlen_k,
+                    band_lo,
+                    band_hi,
+                    bias_shift,
+                    pack,
+                    softcap,
+                    alibi_slope,
+                )
+                tile_softmax(s_acc, row_max, row_sum, factors, scales, weights)
+                weights[0] *= v_scale
+                weights[1] *= v_scale
+                pack_p(p_frag, s_acc)
+
+                for n in range(n_begin + 1, n_end):
+                    # S = Q K^T of this tile of keys, O += weights * (P V) of the one before.
+                    v_stage, v_parity, v_tile = stage, parity, tile
+                    if tile == last_of_stage:
+                        tile = i32(0)
+                        stage, parity = next_stage(stage, parity)
+                    else:
+                        tile = i32(tile + 1)
+                    n_start = i32(n * tile_n)
+                    k_scale = k_descale[k_scales + (n_start >> k_descale_shift)]
+                    v_scale = v_descale[v_scales + (n_start >> v_descale_shift)]
+                    take_turn(group)
+                    if overlap:
+                        mbarrier_wait_parity(barriers, k_full + stage, parity)
+                        begin_q_k(s_acc, q_of_group(q_first), k_of(k_first, stage, tile))
+                    mbarrier_wait_parity(barriers, v_full + v_stage, v_parity)
+                    if overlap:
+                        begin_p_v(part_acc, p_frag, v_of(v_first, v_stage, v_tile))
+                        pass_turn(group)
+                        wait_for_next_s(s_acc)
+                    else:
+                        v_operand = v_of(v_first, v_stage, v_tile)
+                        add_tile(o_acc, part_acc, p_frag, v_operand, weights)
+                        if v_tile == last_of_stage and leads():
+                            mbarrier_arrive(barriers, v_empty + v_stage)
+                        mbarrier_wait_parity(barriers, k_full + stage, parity)
+                        begin_q_k(s_acc, q_of_group(q_first), k_of(k_first, stage, tile))
+                        pass_turn(group)
+                        wait_for_s(s_acc)
+                    if tile == last_of_stage and leads():
+                        mbarrier_arrive(barriers, k_empty + stage)
+
+                    # P = softmax(S)
+                    scales[0], scales[1] = q_scales[0] * k_scale, q_scales[1] * k_scale
+                    shape_scores(
+                        s_acc,
+                        cap_slopes,
+                        scales,
+                        m_start,
+                        n_start,
+                        whole[0],
+                        whole[1],
+                        seqlen_k,
+                        band_lo,
+                        band_hi,
+                        bias_shift,
+                        pack,
+                        softcap,
+                        alibi_slope,
+                    )
+                    has_grown = tile_softmax(
+                        s_acc, row_max, row_sum, factors, scales, next_weights
+                    )
+                    if overlap:
+                        softmax_before_wait(smem, 0, row_sum[0], row_sum[1])
+                        wait_for_part(part_acc)
+                        if leads():
+                            mbarrier_arrive(barriers, v_empty + v_stage)
+                        add_part(o_acc, 0, part_acc, weights)
+                    if has_grown:
+                        scale_rows(o_acc, factors)
+                    weights[0], weights[1] = next_weights[0] * v_scale, next_weights[1] * v_scale
+                    pack_p(p_frag, s_acc)
+
+                mbarrier_wait_parity(barriers, v_full + stage, parity)
+                add_tile(o_acc, part_acc, p_frag, v_of(v_first, stage, tile), weights)
+                if leads():
+                    mbarrier_arrive(barriers, v_empty + stage)
+                stage, parity = next_stage(stage, parity)
+
+            if o_is_apart and leads():
+                mbarrier_arrive(barriers, q_empty + group)
+            # Where this tile of rows lies is found out once more: registers are scarce above.
+            finish(
+                o_acc,
+                row_max,
+                row_sum,
+                f32(1),
+                smem,
+                out,
+                lse,
+                out_map,
+                out_split,
+                out_batch,
+                out_row,
+                out_head,
+                place,
+                num_rows,
+                num_heads,
+                num_heads_q,
+                seqlen_q,
+                pack,
+                num_splits,
+                heads_in_flight,
+            )
+            if not o_is_apart and leads():
+                # Q has been read, and so has O, which took its place.
+                cp_async_bulk_wait_group_read()
+                mbarrier_arrive(barriers, q_empty + group)
+            place = u32(place + step)
+            step = u32(u32(2) * mov_nctaid_x() - step)
+        if leads():
+            cp_async_bulk_wait_group_read()
+
+    return Kernel(config.family, forward, config.num_threads, config.smem_bytes(traits))
