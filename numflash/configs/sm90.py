@@ -230,7 +230,6 @@ def misfit(
 class Sm90Fp8ForwardConfig(Sm90ForwardConfig):
     """As `Sm90ForwardConfig` on e4m3 codes; V comes with tokens innermost."""
 
-    implementation: ClassVar = "sm90-fp8"
     operand_bytes: ClassVar = 1
     _example: ClassVar = "fp8-sm90-m128n128w8s2-pingpong"
 

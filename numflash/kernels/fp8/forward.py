@@ -55,6 +55,7 @@ from numflash.ptx import (
     u8,
     u32,
 )
+from numflash.tiles.blocks import make_block_place, token_of_row
 from numflash.tiles.fp8.operands import fp8_operands, result_element
 from numflash.tiles.fp8.products import make_accumulate
 from numflash.tiles.fp8.softmax import (
@@ -76,7 +77,7 @@ from numflash.tiles.mma.fragments import (
 )
 from numflash.tiles.mma.layouts import TileLayout, make_word
 from numflash.tiles.mma.products import make_product_nt
-from numflash.tiles.mma.scores import make_mask_scores, make_scale_scores, token_of_row
+from numflash.tiles.mma.scores import make_mask_scores, make_scale_scores
 from numflash.tiles.mma.softmax import make_scale_rows, row_sum_of_quad
 from numflash.tiles.scores import NEG_INF, band_block_begin, band_block_end
 from numflash.tiles.softmax import LN_2, LOG2_E
@@ -103,6 +104,7 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
     v_layout = TileLayout(tile_n // element.per_chunk, config.swizzled)
     k_words, v_words = tile_n * k_layout.pitch, columns_v * v_layout.pitch
 
+    block_place = make_block_place(tile_m)
     copy_q = operands.make_copy_rows(k_layout, tile_m, num_threads, packed=True)
     copy_k = operands.make_copy_rows(k_layout, tile_n, num_threads)
     copy_v = operands.make_copy_columns(v_layout, columns_v, num_threads)
@@ -149,25 +151,6 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
         tile, first = v_smem + v_words * stage, i32(n * tile_n)
         base, left = kept(smem, v_base) + first, stored_seqlen_k - first
         copy_v(smem, tile, v, base, v_column, 0, columns_v, left, 1, 0)
-
-    @device_function
-    def block_place(num_rows, num_heads, pack, num_splits, heads_in_flight):
-        """(first row, first head of all batch entries, split of the keys) of this block.
-
-        Heads go in bundles whose K and V fit the L2 cache; within a bundle the last rows, which in
-        a causal problem see the most keys, start first.
-        """
-        block = mov_ctaid_x()
-        in_order = block // u32(num_splits)
-        split = block - in_order * u32(num_splits)
-        num_m_blocks = u32(num_rows + tile_m - 1) // u32(tile_m)
-        first_head = in_order // (u32(heads_in_flight) * num_m_blocks) * u32(heads_in_flight)
-        bundle = min(u32(heads_in_flight), u32(num_heads) // u32(pack) - first_head)
-        in_bundle = in_order - first_head * num_m_blocks
-        from_last = in_bundle // bundle
-        head = first_head + in_bundle - from_last * bundle
-        m_start = (num_m_blocks - u32(1) - from_last) * u32(tile_m)
-        return i32(m_start), i32(head * u32(pack)), i32(split)
 
     def forward(
         q: Pointer(u8),
@@ -233,7 +216,7 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
 
         num_rows = seqlen_q * pack
         m_start, head_of_batch, split = block_place(
-            num_rows, batch_size * num_heads_q, pack, num_splits, heads_in_flight
+            mov_ctaid_x(), num_rows, batch_size * num_heads_q, pack, num_splits, heads_in_flight
         )
         batch = token_of_row(head_of_batch, num_heads_q)
         head = head_of_batch - batch * num_heads_q
@@ -383,7 +366,7 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
 
         # Where this block stands is found out once more: it need not be kept through the loop.
         m_start, head_of_batch, split = block_place(
-            num_rows, batch_size * num_heads_q, pack, num_splits, heads_in_flight
+            mov_ctaid_x(), num_rows, batch_size * num_heads_q, pack, num_splits, heads_in_flight
         )
         batch = token_of_row(head_of_batch, num_heads_q)
         head = head_of_batch - batch * num_heads_q

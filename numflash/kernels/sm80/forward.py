@@ -40,6 +40,7 @@ from numflash.ptx import (
     i64,
     u32,
 )
+from numflash.tiles.blocks import token_of_row
 from numflash.tiles.mma.copies import make_copy_tile, make_store_rows
 from numflash.tiles.mma.elements import MMA_ELEMENTS, make_transposed_operand
 from numflash.tiles.mma.fragments import (
@@ -55,7 +56,7 @@ from numflash.tiles.mma.fragments import (
 )
 from numflash.tiles.mma.layouts import TileLayout, make_word
 from numflash.tiles.mma.products import make_product_nt, make_product_pn
-from numflash.tiles.mma.scores import make_mask_scores, make_scale_scores, token_of_row
+from numflash.tiles.mma.scores import make_mask_scores, make_scale_scores
 from numflash.tiles.mma.softmax import make_online_softmax, make_scale_rows, row_sum_of_quad
 from numflash.tiles.scores import NEG_INF, band_block_begin, band_block_end, band_is_partial
 from numflash.tiles.softmax import LN_2, LOG2_E

@@ -7,9 +7,8 @@ from numflash.configs.sm90 import WARPGROUP_ROWS, Sm90ForwardConfig
 from numflash.configs.traits import Traits
 from numflash.kernels.sm90.ring import Ring
 from numflash.ptx import device_function, f32, i32, i64, mov_tid_x
-from numflash.tiles.blocks import make_block_place
+from numflash.tiles.blocks import make_block_place, token_of_row
 from numflash.tiles.mma.fragments import MMA_ROWS, ROW_STEP, accumulator_column, accumulator_row
-from numflash.tiles.mma.scores import token_of_row
 from numflash.tiles.mma.softmax import make_scale_rows, row_sum_of_quad
 from numflash.tiles.scores import NEG_INF
 from numflash.tiles.softmax import LN_2

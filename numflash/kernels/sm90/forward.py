@@ -39,9 +39,15 @@ from numflash.ptx import (
     u32,
     u64,
 )
-from numflash.tiles.blocks import make_block_place, make_keys_of, make_walk, make_whole_keys
+from numflash.tiles.blocks import (
+    make_block_place,
+    make_keys_of,
+    make_walk,
+    make_whole_keys,
+    token_of_row,
+)
 from numflash.tiles.mma.fragments import MMA_ROWS, accumulator_column, accumulator_row
-from numflash.tiles.mma.scores import make_mask_scores, make_scale_scores, token_of_row
+from numflash.tiles.mma.scores import make_mask_scores, make_scale_scores
 from numflash.tiles.mma.softmax import make_scale_rows
 from numflash.tiles.scores import NEG_INF
 from numflash.tiles.softmax import LOG2_E

@@ -17,8 +17,7 @@ from numflash.ptx import (
     mov_nctaid_x,
     u32,
 )
-from numflash.tiles.blocks import make_block_place, make_keys_of
-from numflash.tiles.mma.scores import token_of_row
+from numflash.tiles.blocks import make_block_place, make_keys_of, token_of_row
 from numflash.tiles.wgmma.products import SLAB_BYTES
 
 

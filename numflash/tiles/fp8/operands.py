@@ -25,6 +25,7 @@ from numflash.ptx import (
     u8,
     u32,
 )
+from numflash.tiles.blocks import token_of_row
 from numflash.tiles.elements import ELEMENTS
 from numflash.tiles.fp8.conversions import (
     make_decode_halves,
@@ -34,7 +35,6 @@ from numflash.tiles.fp8.conversions import (
 from numflash.tiles.mma.copies import make_copy_tile
 from numflash.tiles.mma.elements import MMA_ELEMENTS, MmaElement
 from numflash.tiles.mma.layouts import TileLayout, make_word
-from numflash.tiles.mma.scores import token_of_row
 
 CODES_PER_CHUNK = 16
 

@@ -25,11 +25,11 @@ from numflash.ptx import (
     u16,
     u32,
 )
+from numflash.tiles.blocks import token_of_row
 from numflash.tiles.lanes import FULL_WARP
 from numflash.tiles.mma.elements import MmaElement
 from numflash.tiles.mma.fragments import MMA_ROWS, ROW_STEP
 from numflash.tiles.mma.layouts import TileLayout, make_word
-from numflash.tiles.mma.scores import token_of_row
 
 
 @cache

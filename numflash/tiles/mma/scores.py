@@ -7,16 +7,10 @@ compiler unrolls them for every GPU, and the scores stay in registers.
 import math
 from functools import cache
 
-from numflash.ptx import cuda, device_function, f32, i32, u32
+from numflash.ptx import cuda, device_function, f32, i32
+from numflash.tiles.blocks import token_of_row
 from numflash.tiles.mma.fragments import MMA_COLUMNS, MMA_ROWS, ROW_STEP
 from numflash.tiles.scores import NEG_INF
-
-
-@device_function
-def token_of_row(row, pack):
-    """The token of a row where `pack` query heads of a token are neighbouring rows."""
-    # Unsigned 32-bit division is a quarter of the code of Python's.
-    return i32(u32(row) // u32(pack))
 
 
 @device_function
