@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from bench import fp8_accuracy, report, speed, tuner, verify
+from bench import fp8_accuracy, report, speed, toolchains, tuner, verify
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -15,6 +15,7 @@ def main(argv: list[str] | None = None) -> int:
     report.add_command(commands)
     tuner.add_command(commands)
     fp8_accuracy.add_command(commands)
+    toolchains.add_command(commands)
     arguments = parser.parse_args(argv)
     return arguments.run(arguments)
 

@@ -29,11 +29,14 @@ KEYS = {
     "instructions",
     "warnings",
     "compile_ms",
+    "setmaxnreg",
+    "main_loop",
 }
 TRAITS = Traits("float16", 64, 64)
 FORWARD = ["forward", "--arch", "sm_80", "--dtype", "float16", "--head-dim", "64"]
 PORTABLE = ["forward", "--arch", "sm_80", "--dtype", "float32", "--head-dim", "64"]
 DELTA = ["delta", "--arch", "sm_80"]
+HOPPER = ["forward", "--arch", "sm_90a", "--dtype", "bfloat16", "--head-dim", "128"]
 SMALL = ["forward", "--arch", "sm_80", "--head-dim", "32", "--config", "sm80-m16n16w1s1"]
 
 
@@ -100,6 +103,45 @@ def test_json(capsys, argv, present, absent):
         assert instructions[name] > 0, name
     for name in ("LDL", "STL", "F64", *absent):
         assert instructions[name] == 0, name
+    # What is only said of products of warpgroups.
+    assert (report["setmaxnreg"], report["main_loop"]) == ({}, None)
+
+
+def test_json_of_hopper(capsys):
+    report = json.loads(printed(capsys, *HOPPER, "--json"))
+    assert set(report) == KEYS
+    traits, limits = Traits("bfloat16", 128, 128), ARCHITECTURES["sm_90a"]
+    config = choose("forward", traits, limits).config
+    assert (report["config"], config.implementation) == (str(config), "sm90")
+    assert report["warnings"] == [] and report["spill_store_bytes"] == 0
+    assert report["setmaxnreg"] == dict(zip(("dec", "inc"), config.registers, strict=True))
+    loop = report["main_loop"]
+    assert report["instructions"]["HGMMA"] == 2 * sum(loop["groups"]) > 0
+    assert loop["waits"] == [1, 0]
+    assert loop["overlapped_exponentials"] == loop["instructions"]["exponentials"] > 0
+    assert set(loop["clocks"]) == {"tensor", "special", "half_rate", "issue"}
+    # 64 rows, tile_n keys: 4 FLOP a row, key and column, 4096 a clock.
+    assert loop["clocks"]["tensor"] == 64 * config.tile_n * 128 * 4 // 4096
+    assert loop["clocks"]["special"] == 64 * config.tile_n // 16
+
+
+def test_readable_report_of_hopper(capsys):
+    text = printed(capsys, *HOPPER)
+    assert text.startswith("forward sm90-") and " on sm_90a\n" in text
+    rows = [line[2:17].strip() for line in text.splitlines()[1:]]
+    for row in ("main loop", "overlap", "a turn takes", "a turn issues", "it skips"):
+        assert row in rows
+    assert "240 in warps that multiply" in text and "24 in warps that copy" in text
+    assert "64 of 64 exponentials" in text and "exponentials 512 clocks (50%)" in text
+    assert max(map(len, text.splitlines())) < 100
+
+
+def test_sass_of_a_forced_config_of_hopper(capsys):
+    config = "sm90-m64n64w4s2"
+    text = printed(capsys, *HOPPER, "--config", config, "--sass")
+    assert sass.count_instructions(text)["HGMMA"] == 2 * (128 // 16 + 64 // 16)
+    report = json.loads(printed(capsys, *HOPPER, "--config", config, "--json"))
+    assert report["config"] == config and report["main_loop"]["overlapped_exponentials"] == 0
 
 
 REPORT = Report(*[0] * len(KEYS))
@@ -238,6 +280,8 @@ def test_architecture_without_its_suffix(capsys):
         (["quantize", "--arch", "80", "--config", "sm80-t256w8", "--head-dim", "256"], "can own"),
         (["quantize", "--arch", "80", "--block", "17"], "block must be a power of two"),
         (["dequantize", "--arch", "80", "--config", "sm80"], "must look like sm89-w4"),
+        ([*FORWARD, "--config", "sm90-m64n64w4s2"], "sm_90a only"),
+        ([*HOPPER, "--config", "sm90-m128n64w4s2"], "tile_m must be"),
         ([*DELTA, "--json", "--sass"], "not allowed with"),
         ([*DELTA, "--window", "1"], "--window"),
     ],
@@ -273,7 +317,7 @@ def test_without_a_disassembler():
     assert done.stderr.count("\n") == 1
     report = json.loads(done.stdout)
     assert set(report) == KEYS
-    assert report["instructions"] == {}
+    assert (report["instructions"], report["main_loop"]) == ({}, None)
     assert report["registers"] > 0
 
 

@@ -1,0 +1,130 @@
+"""The forward of `wgmma` as machine code: registers, products, waits, and what overlaps.
+
+The assembler says nothing of what hurts most: it may wait for each product by itself, spill, or
+move a wait above the softmax that was to run beside products. A mask is data of these kernels, so
+that causal attention runs the same code. NUMFLASH_TEST_EVERY_CONFIG=1 compiles every candidate
+with every feature.
+"""
+
+import itertools
+import os
+from dataclasses import replace
+
+import pytest
+
+from numflash.compiler import compile_cubin, get_cubin
+from numflash.configs import Sm90ForwardConfig, Traits
+from numflash.configs.sm90 import candidates
+from numflash.devices import architecture
+from numflash.dispatch import choose
+from numflash.inspect import inspect_kernel
+from numflash.ptx import device_function
+from numflash.sass import disassemble
+from numflash.steady_state import MainLoop, read_main_loop
+
+HOPPER = architecture("sm_90a")
+DTYPES = ("float16", "bfloat16")
+HEAD_DIMS = (64, 128, 192, 256)
+PLAIN, BENT = {}, {"softcap": True, "alibi": True}
+REGISTERS, WARPGROUP = 64 * 1024, 128
+MOST_ISSUED = {(192, 64): 430, (128, 128): 470, (128, 192): 417, (128, 256): 361}
+"""(tile_m, head_dim) -> instructions of a turn of the main loop, 5 percent above what it had."""
+
+
+def chosen(head_dim: int) -> Sm90ForwardConfig:
+    """The config that runs this where there are many rows."""
+    return choose("forward", Traits("bfloat16", head_dim, head_dim), HOPPER).config
+
+
+def every(head_dim: int) -> tuple[Sm90ForwardConfig, ...]:
+    """The candidates, those for fewer rows last."""
+    return candidates(Traits("bfloat16", head_dim, head_dim))
+
+
+def _cases():
+    """(config, dtype, head_dim, features): what is chosen; in full every candidate."""
+    if os.environ.get("NUMFLASH_TEST_EVERY_CONFIG"):
+        features = [PLAIN, {"softcap": True}, {"alibi": True}, BENT]
+        for head_dim, dtype in itertools.product(HEAD_DIMS, DTYPES):
+            for config, feature in itertools.product(every(head_dim), features):
+                yield config, dtype, head_dim, feature
+            for config in every(head_dim):
+                yield replace(config, num_splits=2), dtype, head_dim, PLAIN
+        return
+    for head_dim, dtype in itertools.product((64, 128, 256), DTYPES):
+        yield chosen(head_dim), dtype, head_dim, PLAIN
+    yield chosen(192), "bfloat16", 192, PLAIN
+    yield chosen(128), "bfloat16", 128, BENT
+    # Few rows: smaller tiles, and keys in splits.
+    yield replace(every(128)[-1], num_splits=2), "bfloat16", 128, PLAIN
+
+
+def _name(case) -> str:
+    config, dtype, head_dim, features = case
+    return "-".join([str(config), dtype, f"d{head_dim}", *features])
+
+
+@pytest.mark.parametrize("case", list(_cases()), ids=_name)
+def test_machine_code_is_as_designed(case):
+    config, dtype, head_dim, features = case
+    traits = Traits(dtype, head_dim, head_dim, **features)
+    report = inspect_kernel(config, traits, HOPPER)
+    assert report.faults == ()
+    _expect_registers(config, report.registers, report.setmaxnreg)
+    of_s, of_o = traits.head_dim // 16, config.tile_n // 16
+    counts = report.instructions
+    # The first tile of keys has an S of its own, the last an O.
+    assert (counts["HGMMA"], counts["HMMA"]) == (2 * (of_s + of_o), 0)
+    _expect_main_loop(config, traits, report.main_loop)
+
+
+def _expect_registers(config: Sm90ForwardConfig, at_entry: int, later: dict[str, int]):
+    """All that the launch bounds allow at the start, and no more than that after `setmaxnreg`."""
+    blocks = config.min_blocks_per_sm
+    allowed = REGISTERS // blocks // config.num_threads // 8 * 8
+    assert at_entry == min(allowed, 255)
+    assert later == dict(zip(("dec", "inc"), config.registers, strict=True))
+    taken = later["dec"] + config.num_warpgroups * later["inc"]
+    assert WARPGROUP * taken <= allowed * config.num_threads
+
+
+def _expect_main_loop(config: Sm90ForwardConfig, traits: Traits, loop: MainLoop):
+    of_s, of_o = traits.head_dim // 16, config.tile_n // 16
+    # Only the last product of each group commits it.
+    assert loop.groups == ((of_s, of_o) if config.overlap else (of_o, of_s))
+    assert loop.waits == ((1, 0) if config.overlap else (0, 0))
+    # A thread has 2 scores of each 8 columns for each of 2 rows.
+    scores, results = config.tile_n // 2, traits.head_dim_v // 2
+    exponentials = scores * (2 if traits.softcap else 1)
+    assert loop.exponentials == exponentials
+    assert loop.overlapped_exponentials == (exponentials if config.overlap else 0)
+    issued = loop.instructions
+    assert issued["conversions"] == scores // 2
+    assert issued["shuffles"] == 4
+    assert issued["fmnmx"] == scores + 4
+    assert loop.skipped["rescaling"] == results
+    assert loop.skipped["other"] == 0
+    if not traits.softcap and not traits.alibi:
+        assert (issued["ffma"], issued["other_special"]) == (scores, 0)
+        assert issued["fadd"] <= scores + 4
+        if config.num_splits == 1 and (config.tile_m, traits.head_dim) in MOST_ISSUED:
+            assert loop.issued <= MOST_ISSUED[config.tile_m, traits.head_dim]
+        # Per tile the tensor cores are what there is least of.
+        assert max(loop.clocks.values()) == loop.clocks["tensor"]
+
+
+def test_without_its_guard_the_softmax_does_not_overlap_more(monkeypatch):
+    """Many assemblers move the wait above all exponentials: `python -m bench toolchains`."""
+    config, traits = chosen(128), Traits("bfloat16", 128, 128)
+    assert config.overlap
+
+    @device_function
+    def nothing(smem, offset, x, y):
+        pass
+
+    guarded = read_main_loop(disassemble(get_cubin(config, traits, HOPPER).code))
+    monkeypatch.setattr("numflash.kernels.sm90.forward.softmax_before_wait", nothing)
+    bare = read_main_loop(disassemble(compile_cubin(config, traits, HOPPER).code))
+    assert bare.groups == guarded.groups and bare.waits == guarded.waits
+    assert guarded.overlapped_exponentials == guarded.exponentials == bare.exponentials
+    assert guarded.overlapped_exponentials >= bare.overlapped_exponentials
