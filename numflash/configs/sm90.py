@@ -165,7 +165,7 @@ class Sm90ForwardConfig(MmaForwardConfig):
 # those behind it are for fewer rows.
 _PREFERENCES = {
     64: (
-        "m192n128w12s2-persistent",
+        "m192n128w12s2-overlap-pingpong-persistent",
         "m128n128w8s2-overlap-pingpong-persistent",
         "m64n128w4s2-overlap-persistent",
     ),
@@ -174,10 +174,12 @@ _PREFERENCES = {
         "m64n128w4s2-overlap-persistent",
     ),
     192: (
+        "m128n112w8s2-overlap-persistent",
         "m128n96w8s2-overlap-persistent",
         "m64n96w4s2-overlap-persistent",
     ),
     256: (
+        "m128n80w8s2-overlap-persistent",
         "m128n64w8s2-overlap-persistent",
         "m64n64w4s2-overlap-persistent",
     ),
