@@ -15,6 +15,7 @@ from numflash.ptx import (
     mbarrier_arrive_expect_tx,
     mbarrier_wait_parity,
     mov_nctaid_x,
+    prefetch_tensormap,
     u32,
 )
 from numflash.tiles.blocks import make_block_place, make_keys_of, token_of_row
@@ -111,6 +112,9 @@ def make_produce(config: Sm90ForwardConfig, traits: Traits):
         num_splits,
         heads_in_flight,
     ):
+        prefetch_tensormap(q_map)
+        prefetch_tensormap(k_map)
+        prefetch_tensormap(v_map)
         tokens = i32(u32(WARPGROUP_ROWS) // u32(pack))
         # Buffers are empty at first, as if a phase of parity 1 had ended.
         stage, parity, q_parity = i32(0), u32(1), u32(1)
