@@ -96,18 +96,31 @@ def test_the_wait_stands_in_the_middle():
     assert (loop.overlapped_exponentials, loop.exponentials) == (1, 3)
 
 
-def test_products_under_way_from_one_turn_to_the_next():
-    softmax = [wait(0), *EXPONENTIALS]
-    loop = read_main_loop(kernel(softmax, more=[COMMITTED]))
-    assert loop.groups == (2, 3, 1) and loop.overlapped_exponentials == 0
-    # The group that the turn before left under way is the one that a wait for all but two leaves.
-    loop = read_main_loop(kernel(["MUFU.EX2 R1, R1", wait(0)], more=[PRODUCT]))
-    assert loop.groups == (2, 3, 1) and loop.overlapped_exponentials == 1
+def turn(*lines):
+    """A kernel that is one loop."""
+    return listing([".L_turn:", *lines, "@P0 BRA `(.L_turn)", "EXIT"])
+
+
+@pytest.mark.parametrize(
+    ("lines", "overlapped"),
+    [
+        # Under way since the turn before.
+        (["MUFU.EX2 R1", wait(0), "MUFU.EX2 R2", COMMITTED], 1),
+        (["MUFU.EX2 R1", wait(1), "MUFU.EX2 R2", COMMITTED], 2),
+        # Not committed yet, which no wait is for.
+        ([PRODUCT, "MUFU.EX2 R1", COMMITTED, wait(0), "MUFU.EX2 R2"], 1),
+        ([PRODUCT, wait(0), "MUFU.EX2 R1", COMMITTED, wait(0)], 1),
+        ([COMMITTED, COMMITTED, COMMITTED, wait(1), "MUFU.EX2 R1", wait(0), "MUFU.EX2 R2"], 1),
+    ],
+)
+def test_what_is_under_way(lines, overlapped):
+    loop = read_main_loop(turn(*lines))
+    assert loop.overlapped_exponentials == overlapped
+    assert sum(loop.groups) == sum(x in (PRODUCT, COMMITTED) for x in lines)
 
 
 def test_every_product_waits():
-    lines = [".L_turn:", *[COMMITTED, wait(0)] * 3, "MUFU.EX2 R1, R1", "@P0 BRA `(.L_turn)"]
-    loop = read_main_loop(listing([*lines, "EXIT"]))
+    loop = read_main_loop(turn(*[COMMITTED, wait(0)] * 3, "MUFU.EX2 R1, R1"))
     assert loop.groups == (1, 1, 1) and loop.waits == (0, 0, 0)
     assert loop.overlapped_exponentials == 0
 
@@ -122,9 +135,10 @@ def test_the_smaller_of_two_loops():
 
 
 def test_the_innermost_loop():
-    inner = [".L_inner:", COMMITTED, wait(0), "@P0 BRA `(.L_inner)"]
-    lines = [".L_outer:", PRODUCT, *inner, PRODUCT, "@P1 BRA `(.L_outer)", "EXIT"]
-    assert read_main_loop(listing(lines)).groups == (1,)
+    """Also where the loop around it skips it, and so has a shorter path."""
+    inner = [".L_inner:", *EXPONENTIALS, COMMITTED, wait(0), "@P0 BRA `(.L_inner)"]
+    for around in (inner, skippable("none", inner)):
+        assert read_main_loop(turn(PRODUCT, *around, PRODUCT)).groups == (1,)
 
 
 @pytest.mark.parametrize(
@@ -136,7 +150,7 @@ def test_the_innermost_loop():
     ],
 )
 def test_clocks_of_a_product(product, clocks):
-    loop = read_main_loop(listing([".L_0:", product, "@P0 BRA `(.L_0)", "EXIT"]))
+    loop = read_main_loop(turn(product))
     assert loop.clocks["tensor"] == clocks
 
 
