@@ -67,15 +67,12 @@ def make_keys_of(config):
 
     (first, end) of the stages of keys that some of tile_m rows see, of this split's share.
     """
-    tile_m, stage_n, is_split = config.tile_m, config.stage_n, config.num_splits > 1
+    tile_m, is_split = config.tile_m, config.num_splits > 1
+    seen = _make_seen(config.stage_n)
 
     @device_function
     def keys_of(m_start, split, num_rows, pack, seqlen_k, band_lo, band_hi, num_splits):
-        first_token = token_of_row(m_start, pack)
-        last_token = token_of_row(min(m_start + tile_m, num_rows) - 1, pack)
-        end = max(0, min(seqlen_k, last_token + band_hi + 1))
-        n_begin = i32(u32(max(0, first_token + band_lo)) // u32(stage_n))
-        n_end = i32(u32(end + stage_n - 1) // u32(stage_n))
+        n_begin, n_end = seen(m_start, tile_m, num_rows, pack, seqlen_k, band_lo, band_hi)
         if is_split:
             share = i32(u32(max(0, n_end - n_begin) + num_splits - 1) // u32(num_splits))
             n_begin = i32(n_begin + split * share)
@@ -86,17 +83,50 @@ def make_keys_of(config):
 
 
 @cache
-def make_whole_keys(config):
-    """whole_keys(m_start, num_rows, pack, seqlen_k, band_lo, band_hi)
+def make_keys_of_part(config, rows):
+    """keys_of_part(row, n_begin, n_end, num_rows, pack, seqlen_k, band_lo, band_hi)
 
-    (first, last): tiles of keys that begin between these are seen whole by tile_m rows.
+    (first, end) of those of the stages of keys n_begin to n_end that some of `rows` rows from
+    `row` on see; both lie between these, and are equal where there are no such rows.
     """
-    tile_m, tile_n = config.tile_m, config.tile_n
+    seen = _make_seen(config.stage_n)
 
     @device_function
-    def whole_keys(m_start, num_rows, pack, seqlen_k, band_lo, band_hi):
-        last_token = token_of_row(min(m_start + tile_m, num_rows) - 1, pack)
-        end = min(seqlen_k, token_of_row(m_start, pack) + band_hi + 1)
+    def keys_of_part(row, n_begin, n_end, num_rows, pack, seqlen_k, band_lo, band_hi):
+        begin, end = seen(row, rows, num_rows, pack, seqlen_k, band_lo, band_hi)
+        begin = min(max(begin, n_begin), max(n_begin, n_end))
+        end = max(begin, min(end, n_end)) if row < num_rows else begin
+        return i32(begin), i32(end)
+
+    return keys_of_part
+
+
+@cache
+def _make_seen(stage_n):
+    """seen(row, rows, num_rows, pack, seqlen_k, band_lo, band_hi): the stages that rows see."""
+
+    @device_function
+    def seen(row, rows, num_rows, pack, seqlen_k, band_lo, band_hi):
+        first_token = token_of_row(row, pack)
+        last_token = token_of_row(min(row + rows, num_rows) - 1, pack)
+        end = max(0, min(seqlen_k, last_token + band_hi + 1))
+        n_begin = i32(u32(max(0, first_token + band_lo)) // u32(stage_n))
+        return n_begin, i32(u32(end + stage_n - 1) // u32(stage_n))
+
+    return seen
+
+
+@cache
+def make_whole_keys(tile_n, rows):
+    """whole_keys(row, num_rows, pack, seqlen_k, band_lo, band_hi)
+
+    (first, last): tiles of keys that begin between these are seen whole by `rows` rows.
+    """
+
+    @device_function
+    def whole_keys(row, num_rows, pack, seqlen_k, band_lo, band_hi):
+        last_token = token_of_row(min(row + rows, num_rows) - 1, pack)
+        end = min(seqlen_k, token_of_row(row, pack) + band_hi + 1)
         return i32(last_token + band_lo), i32(end - tile_n)
 
     return whole_keys

@@ -64,7 +64,7 @@ from numflash.tiles.fp8.rows import (
     place_of_block,
 )
 from numflash.tiles.fp8.transposition import make_store_columns, make_store_quad
-from numflash.tiles.fp8.unrolled import make_unrolled
+from numflash.tiles.unrolled import make_unrolled
 
 
 def make_quantize_kernel(config: QuantizeConfig, traits: Traits) -> Kernel:

@@ -17,7 +17,7 @@ from numflash.configs.traits import Traits
 from numflash.kernels.kernel import Kernel
 from numflash.kernels.sm90.finish import make_finish
 from numflash.kernels.sm90.producer import make_produce
-from numflash.kernels.sm90.ring import Ring, make_init_barriers, make_next_stage
+from numflash.kernels.sm90.ring import Ring, make_init_barriers, make_next_stage, make_pass_by
 from numflash.ptx import (
     Pointer,
     TensorMap,
@@ -42,10 +42,12 @@ from numflash.ptx import (
 from numflash.tiles.blocks import (
     make_block_place,
     make_keys_of,
+    make_keys_of_part,
     make_walk,
     make_whole_keys,
     token_of_row,
 )
+from numflash.tiles.lanes import FULL_WARP
 from numflash.tiles.mma.fragments import MMA_ROWS, accumulator_column, accumulator_row
 from numflash.tiles.mma.scores import make_mask_scores, make_scale_scores
 from numflash.tiles.mma.softmax import make_scale_rows
@@ -86,8 +88,10 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
     take_registers = make_setmaxnreg("inc", config.registers[1])
     produce = make_produce(config, traits)
     walk, block_place = make_walk(config.tile_m), make_block_place(config.tile_m)
-    keys_of, whole_keys = make_keys_of(config), make_whole_keys(config)
+    keys_of, keys_of_part = make_keys_of(config), make_keys_of_part(config, WARPGROUP_ROWS)
+    whole_keys = make_whole_keys(tile_n, WARPGROUP_ROWS)
     take_turn, pass_turn, give_first_turn = make_turns(num_groups if config.pingpong else 1)
+    pass_by = make_pass_by(ring, config.num_stages, take_turn, pass_turn)
 
     q_operand = make_operand(WARPGROUP_ROWS * SLAB_BYTES)
     tile_operand = make_operand(tile_n * SLAB_BYTES)
@@ -208,7 +212,8 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
         row_max = cuda.local.array(2, f32)
         row_sum = cuda.local.array(2, f32)
         factors = cuda.local.array(2, f32)
-        group = i32(mov_tid_x() // 128)
+        # From one lane, so that the assembler knows it to be the same in all.
+        group = cuda.shfl_sync(FULL_WARP, i32(mov_tid_x() // 128), 0)
         q_first = q_operand(mov_shared_address(smem, q_smem))
         k_first = tile_operand(mov_shared_address(smem, k_smem))
         v_first = tile_operand(mov_shared_address(smem, v_smem))
@@ -225,7 +230,12 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
             n_begin, n_end = keys_of(
                 m_start, split, num_rows, pack, seqlen_k, band_lo, band_hi, num_splits
             )
-            whole = whole_keys(m_start, num_rows, pack, seqlen_k, band_lo, band_hi)
+            # Of those tiles of keys the ones that this warpgroup's rows see, and see whole.
+            row = i32(m_start + WARPGROUP_ROWS * group)
+            first, end = keys_of_part(
+                row, n_begin, n_end, num_rows, pack, seqlen_k, band_lo, band_hi
+            )
+            whole = whole_keys(row, num_rows, pack, seqlen_k, band_lo, band_hi)
             alibi_slope = f32(0)
             if alibi:
                 batch = token_of_row(head_of_batch, num_heads_q)
@@ -238,10 +248,13 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
             mbarrier_wait_parity(barriers, q_full + group, q_parity)
             q_parity = u32(q_parity ^ u32(1))
 
-            if n_begin < n_end:
+            stage, parity = pass_by(barriers, group, n_begin, first, stage, parity)
+            if first < end:
                 # The first tile of keys: S = Q K^T, P = softmax(S).
+                take_turn(group)
                 mbarrier_wait_parity(barriers, k_full + stage, parity)
                 begin_q_k(s_acc, q_of_group(q_first), u32(k_first + stage * k_step))
+                pass_turn(group)
                 wait_for_s(s_acc)
                 if leads():
                     mbarrier_arrive(barriers, k_empty + stage)
@@ -249,7 +262,7 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
                     s_acc,
                     cap_slopes,
                     m_start,
-                    i32(n_begin * tile_n),
+                    i32(first * tile_n),
                     whole[0],
                     whole[1],
                     seqlen_k,
@@ -264,7 +277,7 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
                 online_softmax(s_acc, row_max, row_sum, factors, scale_log2)
                 pack_p(p_frag, s_acc)
 
-                for n in range(n_begin + 1, n_end):
+                for n in range(first + 1, end):
                     # S = Q K^T of this tile of keys, O += P V of the one before.
                     v_stage, v_parity = stage, parity
                     stage, parity = next_stage(stage, parity)
@@ -322,9 +335,16 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
                     mbarrier_arrive(barriers, v_empty + stage)
                 stage, parity = next_stage(stage, parity)
 
+            # Where this tile of rows lies is found out once more: registers are scarce above.
+            m_start, head_of_batch, split = block_place(
+                place, num_rows, num_heads, pack, num_splits, heads_in_flight
+            )
+            n_begin, n_end = keys_of(
+                m_start, split, num_rows, pack, seqlen_k, band_lo, band_hi, num_splits
+            )
+            stage, parity = pass_by(barriers, group, end, n_end, stage, parity)
             if o_is_apart and leads():
                 mbarrier_arrive(barriers, q_empty + group)
-            # Where this tile of rows lies is found out once more: registers are scarce above.
             finish(
                 o_acc,
                 row_max,

@@ -59,9 +59,6 @@ from numflash.tiles.wgmma.products import (
 )
 from numflash.tiles.wgmma.turns import make_turns, softmax_before_wait
 
-# Columns of O that are computed at once: all, as far as registers suffice.
-_MOST_COLUMNS, _PART_COLUMNS = 128, 64
-
 
 def make_fp8_forward_kernel(config: Sm90Fp8ForwardConfig, traits: Traits) -> Kernel:
     """The forward kernel for one config; see the module's docstring."""
@@ -72,9 +69,7 @@ def make_fp8_forward_kernel(config: Sm90Fp8ForwardConfig, traits: Traits) -> Ker
     num_consumers = 128 * num_groups
     n_tiles, o_tiles = tile_n // 8, traits.head_dim_v // 8
     n_scores, n_p, n_o = 4 * n_tiles, n_tiles, 4 * o_tiles
-    part_columns = traits.head_dim_v
-    if part_columns > _MOST_COLUMNS:
-        part_columns = _PART_COLUMNS
+    part_columns = config.part_columns(traits)
     num_parts, n_part = traits.head_dim_v // part_columns, part_columns // 2
     n_cap_slopes = n_scores if traits.softcap else 1
     bends, alibi = traits.softcap or traits.alibi, traits.alibi
@@ -95,7 +90,7 @@ def make_fp8_forward_kernel(config: Sm90Fp8ForwardConfig, traits: Traits) -> Ker
     take_registers = make_setmaxnreg("inc", config.registers[1])
     produce, finish = make_produce(config, traits), make_finish(config, traits)
     walk, block_place = make_walk(config.tile_m), make_block_place(config.tile_m)
-    keys_of, whole_keys = make_keys_of(config), make_whole_keys(config)
+    keys_of, whole_keys = make_keys_of(config), make_whole_keys(tile_n, config.tile_m)
     take_turn, pass_turn, give_first_turn = make_turns(num_groups if config.pingpong else 1)
 
     operand = make_operand(0)
@@ -125,6 +120,13 @@ def make_fp8_forward_kernel(config: Sm90Fp8ForwardConfig, traits: Traits) -> Ker
         return u32(v_first + stage * v_step + tile * v_tile_step)
 
     @device_function
+    def key_of_scales(n_start, seqlen_k):
+        """A key whose scales are those of a tile; the last tile of a stage may be beyond all."""
+        if last_of_stage:
+            return i32(min(n_start, seqlen_k - 1))
+        return n_start
+
+    @device_function
     def q_of_group(q_first):
         """Operand Q of this warpgroup, computed anew: its many steps would be kept otherwise."""
         return u32(q_first + mov_tid_x() // u32(128) * u32(q_step))
@@ -136,8 +138,6 @@ def make_fp8_forward_kernel(config: Sm90Fp8ForwardConfig, traits: Traits) -> Ker
             begin_p_v(part_acc, p_frag, u32(v_operand + part * part_step))
             wait_for_part(part_acc)
             add_part(o_acc, n_part * part, part_acc, weights)
-            # No instruction, but a fence for the assembler, which else adds several parts at once.
-            cuda.syncwarp()
 
     @device_function
     def shape_scores(
@@ -302,8 +302,9 @@ def make_fp8_forward_kernel(config: Sm90Fp8ForwardConfig, traits: Traits) -> Ker
             if n_begin < n_end:
                 # The first tile of keys: S = Q K^T, P = softmax(S).
                 n_start = i32(n_begin * tile_n)
-                k_scale = k_descale[k_scales + (n_start >> k_descale_shift)]
-                v_scale = v_descale[v_scales + (n_start >> v_descale_shift)]
+                key = key_of_scales(n_start, seqlen_k)
+                k_scale = k_descale[k_scales + (key >> k_descale_shift)]
+                v_scale = v_descale[v_scales + (key >> v_descale_shift)]
                 mbarrier_wait_parity(barriers, k_full + stage, parity)
                 tile = i32(0)
                 begin_q_k(s_acc, q_of_group(q_first), k_of(k_first, stage, tile))
@@ -341,8 +342,9 @@ def make_fp8_forward_kernel(config: Sm90Fp8ForwardConfig, traits: Traits) -> Ker
                     else:
                         tile = i32(tile + 1)
                     n_start = i32(n * tile_n)
-                    k_scale = k_descale[k_scales + (n_start >> k_descale_shift)]
-                    v_scale = v_descale[v_scales + (n_start >> v_descale_shift)]
+                    key = key_of_scales(n_start, seqlen_k)
+                    k_scale = k_descale[k_scales + (key >> k_descale_shift)]
+                    v_scale = v_descale[v_scales + (key >> v_descale_shift)]
                     take_turn(group)
                     if overlap:
                         mbarrier_wait_parity(barriers, k_full + stage, parity)

@@ -14,7 +14,9 @@ from numflash.ptx import (
     device_function,
     fence_mbarrier_init,
     i32,
+    mbarrier_arrive,
     mbarrier_init,
+    mbarrier_wait_parity,
     mov_tid_x,
     u32,
 )
@@ -117,3 +119,29 @@ def make_next_stage(num_stages):
         return i32(0) if last else i32(stage + 1), u32(parity ^ u32(last))
 
     return next_stage
+
+
+@cache
+def make_pass_by(ring: Ring, num_stages, take_turn, pass_turn):
+    """pass_by(barriers, group, first, end, stage, parity): leave tiles of keys to the others.
+
+    A warpgroup whose rows do not see these empties their buffers like the rest, when they are
+    full, and lets its turns pass. Returns the buffer after them and the parity of its phase.
+    """
+    k_full, k_empty, v_full, v_empty = ring.k_full, ring.k_empty, ring.v_full, ring.v_empty
+    next_stage = make_next_stage(num_stages)
+
+    @device_function
+    def pass_by(barriers, group, first, end, stage, parity):
+        for _ in range(first, end):
+            take_turn(group)
+            pass_turn(group)
+            mbarrier_wait_parity(barriers, k_full + stage, parity)
+            mbarrier_wait_parity(barriers, v_full + stage, parity)
+            if mov_tid_x() % 128 == 0:
+                mbarrier_arrive(barriers, k_empty + stage)
+                mbarrier_arrive(barriers, v_empty + stage)
+            stage, parity = next_stage(stage, parity)
+        return stage, parity
+
+    return pass_by

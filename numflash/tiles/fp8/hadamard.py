@@ -21,8 +21,8 @@ from numflash.ptx import (
     mul_rn_f32,
     u32,
 )
-from numflash.tiles.fp8.unrolled import make_unrolled
 from numflash.tiles.lanes import FULL_WARP
+from numflash.tiles.unrolled import make_unrolled
 
 COLUMNS = 8
 _SIGN = u32(0x80000000)

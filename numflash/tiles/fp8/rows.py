@@ -29,8 +29,8 @@ from numflash.ptx import (
 from numflash.tiles.elements import ELEMENTS
 from numflash.tiles.fp8.conversions import make_decode_halves
 from numflash.tiles.fp8.transposition import first_token_of_quad
-from numflash.tiles.fp8.unrolled import make_unrolled
 from numflash.tiles.lanes import FULL_WARP
+from numflash.tiles.unrolled import make_unrolled
 
 _WORD_BYTES = 4
 _INFINITY = f32(math.inf)

@@ -24,7 +24,7 @@ from numflash.ptx import (
     st_shared_u32,
     u32,
 )
-from numflash.tiles.fp8.unrolled import make_unrolled
+from numflash.tiles.unrolled import make_unrolled
 
 GROUP = 16
 

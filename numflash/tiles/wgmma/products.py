@@ -18,6 +18,7 @@ from numflash.ptx import (
     wgmma_fence,
 )
 from numflash.tiles.mma.elements import MMA_ELEMENTS
+from numflash.tiles.unrolled import make_unrolled
 
 SLAB_BYTES = 128
 _GROUP_BYTES = 8 * SLAB_BYTES  # after which the swizzle repeats
@@ -69,14 +70,18 @@ def make_product_nt(dtype, a_rows, b_rows, n_rows, columns):
     a_slab, b_slab = a_rows * SLAB_BYTES >> 4, b_rows * SLAB_BYTES >> 4
 
     @device_function
+    def add_step(step, acc, a, b):
+        slab, within = step // _STEPS_PER_SLAB, step % _STEPS_PER_SLAB * (_STEP_BYTES >> 4)
+        a_step = _descriptor(a, a_slab * slab + within)
+        multiply_more(acc, a_step, _descriptor(b, b_slab * slab + within))
+
+    add_other_steps = make_unrolled(add_step, steps - 1)
+
+    @device_function
     def product_nt(acc, a, b):
         wgmma_fence()
         multiply(acc, _descriptor(a, 0), _descriptor(b, 0))
-        for step in range(1, steps):
-            slab, within = step // _STEPS_PER_SLAB, step % _STEPS_PER_SLAB * (_STEP_BYTES >> 4)
-            a_step = _descriptor(a, a_slab * slab + within)
-            b_step = _descriptor(b, b_slab * slab + within)
-            multiply_more(acc, a_step, b_step)
+        add_other_steps(1, acc, a, b)
         wgmma_commit_group()
 
     return product_nt
@@ -92,11 +97,16 @@ def make_product_pn(dtype, k_rows, columns):
     steps, step_bytes = k_rows // 16, 16 * SLAB_BYTES
 
     @device_function
+    def add_step(step, acc, p_frag, b):
+        b_step = _descriptor(b, step * (step_bytes >> 4))
+        multiply(acc, p_frag[4 * step : 4 * step + 4], b_step)
+
+    add_steps = make_unrolled(add_step, steps)
+
+    @device_function
     def product_pn(acc, p_frag, b):
         wgmma_fence()
-        for step in range(steps):
-            b_step = _descriptor(b, step * (step_bytes >> 4))
-            multiply(acc, p_frag[4 * step : 4 * step + 4], b_step)
+        add_steps(0, acc, p_frag, b)
         wgmma_commit_group()
 
     return product_pn
@@ -115,13 +125,18 @@ def make_product_pt(k_rows, columns, b_rows):
     steps, b_slab = k_rows // _STEP_BYTES, b_rows * SLAB_BYTES >> 4
 
     @device_function
+    def add_step(step, acc, p_frag, b):
+        slab, within = step // _STEPS_PER_SLAB, step % _STEPS_PER_SLAB * (_STEP_BYTES >> 4)
+        b_step = _descriptor(b, b_slab * slab + within)
+        multiply_more(acc, p_frag[4 * step : 4 * step + 4], b_step)
+
+    add_other_steps = make_unrolled(add_step, steps - 1)
+
+    @device_function
     def product_pt(acc, p_frag, b):
         wgmma_fence()
         multiply(acc, p_frag[0:4], _descriptor(b, 0))
-        for step in range(1, steps):
-            slab, within = step // _STEPS_PER_SLAB, step % _STEPS_PER_SLAB * (_STEP_BYTES >> 4)
-            b_step = _descriptor(b, b_slab * slab + within)
-            multiply_more(acc, p_frag[4 * step : 4 * step + 4], b_step)
+        add_other_steps(1, acc, p_frag, b)
         wgmma_commit_group()
 
     return product_pt

@@ -12,17 +12,25 @@ from numflash.ptx import device_function
 
 @cache
 def make_unrolled(body: Callable, count: int, *steps: int) -> Callable:
-    """loop(first, v, *rest) or loop(first, v, w, *rest): `body` `count` times, in this order.
+    """loop(first, *rest), loop(first, v, *rest) or loop(first, v, w, *rest), by number of steps.
 
-    With one step it calls body(first + i, v[step * i : step * (i + 1)], *rest) for each i, with
-    two also with a part of w. Halves of a loop are the same function: it takes few to compile.
+    It calls body(first + i, *rest) `count` times, in this order; with one step
+    body(first + i, v[step * i : step * (i + 1)], *rest), with two also with a part of w. Halves of
+    a loop are the same function: it takes few to compile.
     """
     if count == 1:
         return body
     half = count // 2
     begin, end = make_unrolled(body, half, *steps), make_unrolled(body, count - half, *steps)
-    middle = half * steps[0]
+    if not steps:
 
+        @device_function
+        def loop_over_none(first, *rest):
+            begin(first, *rest)
+            end(first + half, *rest)
+
+        return loop_over_none
+    middle = half * steps[0]
     if len(steps) == 1:
 
         @device_function
