@@ -91,9 +91,14 @@ class Candidates:
         return best if is_free[best] else int(np.flatnonzero(is_free)[0])
 
     def favourites(self, count: int) -> list[int]:
-        """The numbers with the best estimates, each of machine code of its own."""
+        """The numbers with the best estimates, each of machine code of its own.
+
+        Of those that the model cannot tell from each other only the first.
+        """
         order = np.argsort(self.estimates, kind="stable")
         _, first = np.unique(self._codes[order], return_index=True)
+        order = order[np.sort(first)]
+        _, first = np.unique(self.estimates[order], return_index=True)
         return order[np.sort(first)][:count].tolist()
 
     def _errors(self, times_ms: dict[str, float]) -> np.ndarray:

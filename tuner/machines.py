@@ -36,6 +36,7 @@ class Machine:
         mma_f16: multiply-adds per clock and SM that `mma.sync` reaches, float16 or bfloat16
             operands, float32 accumulators.
         mma_tf32: likewise for tf32; 0 where there is none.
+        wgmma_f16: likewise for `wgmma`, float16 or bfloat16 operands; 0 where there is none.
         fp32_lanes: float32 multiply-adds per clock and SM.
         source: where these figures are from.
         alu_lanes: minima, comparisons, selections and logic per clock and SM.
@@ -57,6 +58,7 @@ class Machine:
     alu_lanes: int = 64
     sfu_lanes: int = 16
     smem_bytes_per_clock: int = 128
+    wgmma_f16: float = 0.0
 
     @property
     def limits(self) -> Architecture:

@@ -1,9 +1,9 @@
 """The configs that may be tried for a class of problems on a machine, and why the others may not.
 
-A space is a product of dimensions, such as tile_m and num_warps, each an ordered list of choices.
-What obeys the rules that are known before anything is compiled is `feasible`; everything else is
-counted by the constraint that excludes it. What only the compiler knows is judged by
-`judge_resources`.
+A space is a product of dimensions, such as tile_m and num_warps, each an ordered list of choices;
+where several implementations can run a class it is the union of their products. What obeys the
+rules that are known before anything is compiled is `feasible`; everything else is counted by the
+constraint that excludes it. What only the compiler knows is judged by `judge_resources`.
 """
 
 import itertools
@@ -12,12 +12,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from numflash.configs import MMA_CONFIGS, PORTABLE_CONFIGS, Config, MmaConfig
+from numflash.configs import (
+    MMA_CONFIGS,
+    PORTABLE_CONFIGS,
+    WARPGROUP_ROWS,
+    Config,
+    MmaConfig,
+    Sm90ForwardConfig,
+    Traits,
+)
 from numflash.devices import Architecture, blocks_per_sm
 from numflash.dispatch import choose, choose_forward, rows_packed
 from numflash.errors import UnsupportedError
 from numflash.problem import AttentionProblem
 from numflash.problem_class import ProblemClass
+from numflash_tuner.dimensions import GEOMETRY, HOPPER_ONLY, products, value_of
 from numflash_tuner.machines import Machine
 from numflash_tuner.records import ResourceUsage
 
@@ -26,11 +35,10 @@ _MIN_REGISTERS = 24
 _ACCUMULATORS_PER_OPERAND = 8
 """Larger tiles need more operands at once: a register for so many accumulators. By compiling."""
 _MAX_REGISTERS = 255
-_BLOCKS_PER_SM = 8
-"""More blocks than this per SM fill a machine whatever they are."""
-
-_GEOMETRY = ("num_splits", "packed", "heads_in_flight")
-"""Dimensions that are arguments of a kernel rather than its code."""
+_WARPGROUP_REGISTERS = 20
+_OUTPUTS_PER_OPERAND = 6
+"""As the two above, of the warps that multiply on Hopper: by compiling 35 configs. What passes
+may still spill; of what does not, everything did, or was serialised."""
 
 _OF_THE_USER = ("--sram-budget", "--min-occupancy")
 """Constraints that hold for the default, too."""
@@ -85,7 +93,7 @@ class Space:
             return choose(problem.family, problem.traits, limits, rows).config
         stands_for = self._stands_for
         config = choose_forward(stands_for, problem.traits, limits, self.machine.num_sms).config
-        if "packed" in self._choices_of(config):
+        if isinstance(config, MmaConfig) and problem.group_size > 1 and not problem.traits.alibi:
             config = replace(config, packed=rows_packed(stands_for) > 1)
         return config
 
@@ -109,6 +117,7 @@ class Space:
             softcap=float(traits.softcap),
             alibi_strides=(0, 0) if traits.alibi else None,
             tf32=traits.tf32,
+            no_tensor_maps=None if traits.vectorized else "rows are not aligned",
         )
 
     @property
@@ -126,61 +135,27 @@ class Space:
     @cached_property
     def dimensions(self) -> dict[str, tuple]:
         """Name -> choices in order; the names are those of the config's fields."""
+        products = self.products
         return {
-            name: tuple(sorted({*choices, getattr(self.default, name)}))
-            for name, choices in self._choices_of(self.default).items()
+            name: tuple(sorted({each for choices in products for each in choices[name]}))
+            for name in products[0]
         }
 
-    def _choices_of(self, config: Config) -> dict[str, tuple]:
-        """The dimensions of the implementation that a config belongs to."""
-        if isinstance(config, MmaConfig):
-            return self._mma_dimensions()
-        if self.problem.family in ("combine", "delta"):
-            return {"num_warps": (1, 2, 4, 8, 16)}
-        return {
-            "tile_m": (8, 16, 32, 64, 128),
-            "tile_n": (8, 16, 32, 64, 128),
-            "num_warps": (1, 2, 4, 8),
-        }
-
-    def _mma_dimensions(self) -> dict[str, tuple]:
-        problem = self.problem
-        dimensions: dict[str, tuple] = {
-            "tile_m": (16, 32, 48, 64, 96, 128, 192, 256),
-            "tile_n": (16, 32, 48, 64, 96, 128, 192, 256),
-            "num_warps": (1, 2, 4, 8),
-            "num_stages": (1, 2, 3),
-            # One block is promised anyway, where a kernel spills without.
-            "min_blocks": (0, 2, 3, 4),
-        }
-        if problem.family == "backward-dkdv":
-            dimensions["apart"] = (False, True)
-        if problem.family == "backward":
-            dimensions["num_splits"] = (1, 2, 4, 8)
-        if problem.family == "forward":
-            # Where one row block a head fills the machine, splitting the keys only costs.
-            heads = problem.batch_heads // rows_packed(self._stands_for)
-            fewest = max(1, heads) * -(-problem.seqlen_q // 256)
-            most = max(1, _BLOCKS_PER_SM * self.machine.num_sms // fewest)
-            dimensions["num_splits"] = tuple(2**i for i in range(8) if 2**i <= most)
-            if problem.group_size > 1 and not problem.traits.alibi:
-                dimensions["packed"] = (False, True)
-            dimensions["heads_in_flight"] = self._orders()
-        return dimensions
-
-    def _orders(self) -> tuple[int, ...]:
-        """How many heads may be in flight; 0 is as many as the L2 has room for."""
-        traits = self.problem.traits
-        head = self.problem.seqlen_k * (traits.head_dim + traits.head_dim_v) * traits.dtype_bytes
-        if head * self.problem.batch_heads <= self.machine.l2_bytes // 2:
-            return (0,)
-        return tuple(n for n in (0, 1, 4, 16, 64) if n < self.problem.batch_heads) or (0,)
+    @cached_property
+    def products(self) -> tuple[dict[str, tuple], ...]:
+        """The dimensions of each product of which the space is the union; names are the same."""
+        packed = rows_packed(self._stands_for) if self.problem.family == "forward" else 1
+        return products(self.problem, self.machine, self.default, packed)
 
     def _make(self, values: dict) -> Config:
         family, default = self.problem.family, self.default
-        if isinstance(default, MmaConfig):
-            return MMA_CONFIGS[family](default.generation, **values)
-        return PORTABLE_CONFIGS[family](**values)
+        if not isinstance(default, MmaConfig):
+            return PORTABLE_CONFIGS[family](**values)
+        generation = values.get("generation", default.generation)
+        if generation in Sm90ForwardConfig.generations:
+            return Sm90ForwardConfig(**values)
+        of_all = {n: each for n, each in values.items() if n not in HOPPER_ONLY}
+        return MMA_CONFIGS[family](**of_all | {"generation": generation})
 
     def failure(self, config: Config) -> Failure | None:
         """Why a config may not be tried; None if it may."""
@@ -192,6 +167,8 @@ class Space:
         traits, limits = self.problem.traits, self.machine.limits
         if isinstance(config, MmaConfig) and (why := config.misfit(traits)) is not None:
             return "instruction shapes", ("invalid", why)
+        if (why := self._torn(config)) is not None:
+            return "rows of a warpgroup", ("invalid", why)
         if (why := self._idle(config)) is not None:
             return "rows of the problem", ("invalid", why)
         needed, granted = config.smem_bytes(traits), limits.max_smem_per_block
@@ -205,13 +182,29 @@ class Space:
             if (why := self._pointless_cap(config, limits)) is not None:
                 return "register caps", ("invalid", why)
             cap, kept = _register_cap(config, limits), config.accumulators_per_thread(traits)
-            if (needed_registers := _registers(kept)) > cap:
+            needed_registers = _registers(kept)
+            if isinstance(config, Sm90ForwardConfig):
+                widest = max(config.tile_n, traits.head_dim_v) // 2
+                if widest + _MIN_REGISTERS >= cap:
+                    why = f"a product has {widest} accumulators, all blocks begin with {cap}"
+                    return "registers", ("over_budget", why)
+                cap, needed_registers = config.registers[1], warpgroup_registers(config, traits)
+            if needed_registers > cap:
                 why = f"needs {needed_registers} registers for {kept} accumulators, may have {cap}"
                 return "registers", ("over_budget", why)
         # With the fewest registers that it could have.
         fit, by = blocks_per_sm(limits, config.num_threads, _MIN_REGISTERS, needed)
         if (why := self._below_occupancy(fit, by, config.num_threads)) is not None:
             return "--min-occupancy", ("over_budget", why)
+        return None
+
+    def _torn(self, config: Config) -> str | None:
+        """Why bulk copies cannot lay packed heads into the rows of a warpgroup."""
+        if not isinstance(config, Sm90ForwardConfig) or not config.packed:
+            return None
+        group = self.problem.group_size
+        if WARPGROUP_ROWS % group:
+            return f"the {group} heads of a group do not divide {WARPGROUP_ROWS} rows"
         return None
 
     def _idle(self, config: Config) -> str | None:
@@ -237,7 +230,8 @@ class Space:
         fit, by = blocks_per_sm(limits, config.num_threads, _MIN_REGISTERS, smem)
         if fit < config.min_blocks:
             return f"{by} leaves room for {fit} blocks per SM, not {config.min_blocks}"
-        if _register_cap(config, limits) >= _MAX_REGISTERS:
+        is_hopper = isinstance(config, Sm90ForwardConfig)
+        if not is_hopper and _register_cap(config, limits) >= _MAX_REGISTERS:
             return f"{config.min_blocks} blocks per SM leave all registers to each thread"
         return None
 
@@ -253,9 +247,20 @@ class Space:
     @cached_property
     def _walked(self) -> tuple[dict[Config, dict], Counter, dict[str, str]]:
         feasible, excluded, examples = {}, Counter(), {}
-        code = {n: c for n, c in self.dimensions.items() if n not in _GEOMETRY}
-        orders = {n: c for n, c in self.dimensions.items() if n in _GEOMETRY and n != "packed"}
-        packings = [{"packed": each} for each in self.dimensions.get("packed", ())] or [{}]
+        for product in self.products:
+            self._walk(product, feasible, excluded, examples)
+        violation = self._violation(self.default)
+        if violation is not None and violation[0] not in _OF_THE_USER:
+            # Whatever it is worth, it is what runs untuned.
+            feasible[self.default] = {n: value_of(self.default, n) for n in self.dimensions}
+            excluded[violation[0]] -= 1
+        return feasible, excluded, examples
+
+    def _walk(self, product: dict[str, tuple], feasible: dict, excluded: Counter, examples: dict):
+        """Add the configs of a product to what is feasible and what is not."""
+        code = {n: c for n, c in product.items() if n not in GEOMETRY}
+        orders = {n: c for n, c in product.items() if n in GEOMETRY and n != "packed"}
+        packings = [{"packed": each} for each in product.get("packed", ())] or [{}]
         laid_out = list(_combinations(orders))
         for shape in _combinations(code):
             for packing in packings:
@@ -272,13 +277,7 @@ class Space:
                     continue
                 for layout in laid_out:
                     values = shape | packing | layout
-                    feasible[replace(base, **layout)] = {n: values[n] for n in self.dimensions}
-        violation = self._violation(self.default)
-        if violation is not None and violation[0] not in _OF_THE_USER:
-            # Whatever it is worth, it is what runs untuned.
-            feasible[self.default] = {n: getattr(self.default, n) for n in self.dimensions}
-            excluded[violation[0]] -= 1
-        return feasible, excluded, examples
+                    feasible[replace(base, **layout)] = {n: values[n] for n in product}
 
     @property
     def feasible(self) -> dict[Config, dict]:
@@ -328,6 +327,16 @@ def _combinations(dimensions: dict[str, tuple]) -> Iterator[dict]:
 def _registers(accumulators: int) -> int:
     """Registers without which a kernel with so many accumulators is sure to spill."""
     return accumulators + accumulators // _ACCUMULATORS_PER_OPERAND + _MIN_REGISTERS
+
+
+def warpgroup_registers(config: Sm90ForwardConfig, traits: Traits) -> int:
+    """Registers without which a warp that multiplies on Hopper is sure to spill.
+
+    While products overlap the softmax, S, P and O are there at once.
+    """
+    outputs = traits.head_dim_v // 2
+    kept = config.accumulators_per_thread(traits) + (config.tile_n // 4 if config.overlap else 0)
+    return kept + outputs // _OUTPUTS_PER_OPERAND + _WARPGROUP_REGISTERS
 
 
 def _register_cap(config: MmaConfig, limits: Architecture) -> int:

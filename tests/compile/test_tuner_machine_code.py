@@ -13,9 +13,11 @@ from numflash.configs import Traits, parse_config
 from numflash.devices import architecture
 from numflash.problem_class import ProblemClass
 from numflash_tuner import machines, model
-from numflash_tuner.model import counts
+from numflash_tuner.model import counts, hopper
 from numflash_tuner.model.machine_code import MachineCode, analyse
+from numflash_tuner.pool import examine
 from numflash_tuner.records import ResourceUsage
+from numflash_tuner.space import Space
 
 pytestmark = pytest.mark.skipif(
     sass.find_disassembler() is None, reason=f"there is no disassembler; {sass.INSTALL_HINT}"
@@ -110,6 +112,51 @@ def test_formulas_agree_with_machine_code(family, config, traits, arch):
         assert getattr(formula.tile, kind) == pytest.approx(getattr(compiled.tile, kind), rel=0.15)
     for kind in ("issued", "fma", "alu"):
         assert getattr(formula.tile, kind) == pytest.approx(getattr(compiled.tile, kind), rel=0.25)
+
+
+HOPPER = [
+    ("sm90-m128n128w8s2-overlap-pingpong-persistent", "bfloat16-d128-dv128-vec"),
+    ("sm90-m192n128w12s2", "float16-d64-dv64-vec"),
+    ("sm90-m128n64w8s2-overlap-persistent", "bfloat16-d256-dv256-softcap-vec"),
+]
+
+
+@pytest.mark.parametrize(("config", "traits"), HOPPER, ids=lambda text: text)
+def test_formulas_of_warpgroups_agree_with_machine_code(config, traits):
+    code = machine_code("forward", config, traits, "sm_90a")
+    config, traits = parse_config("forward", config), Traits.parse(traits)
+    compiled, formula = hopper.from_machine_code(code), hopper.by_formula(config, traits)
+    for kind in ("matrix", "multiply_adds", "shuffles"):
+        assert getattr(compiled.tile, kind) == getattr(formula.tile, kind)
+    assert compiled.tile.special == pytest.approx(formula.tile.special, rel=0.05)
+    for kind in ("issued", "fma", "alu", "conversions"):
+        assert getattr(compiled.tile, kind) == pytest.approx(getattr(formula.tile, kind), rel=0.3)
+    # The mask and the rescaling of O.
+    assert compiled.rare.alu == pytest.approx(formula.rare.alu, rel=0.2)
+    assert compiled.rare.fma >= formula.rare.fma
+    # One tile of rows: no product beyond those of its tiles of keys.
+    assert compiled.place.matrix == compiled.place.multiply_adds == 0
+    assert 0.5 < compiled.place.issued / formula.place.issued < 2
+    machine = machines.find("H100")
+    problem = ProblemClass.parse(f"forward {traits} full q4096 k4096 bh64 g1")
+    resources = ResourceUsage(168, 0, config.smem_bytes(traits), config.num_threads, 1, "threads")
+    predicted = model.predict(machine, problem, config, resources, code)
+    assert predicted.ms == pytest.approx(model.estimate(machine, problem, config).ms, rel=0.08)
+
+
+@pytest.mark.parametrize(
+    ("config", "is_feasible"),
+    [("sm90-m192n80w12s2-overlap", True), ("sm90-m192n96w12s2-overlap", False)],
+)
+def test_what_the_space_leaves_out_for_its_registers_spills(config, is_feasible):
+    text = "bfloat16-d128-dv128-vec"
+    problem = ProblemClass.parse(f"forward {text} full q4096 k4096 bh64 g1")
+    space, config = Space(problem, machines.find("H100")), parse_config("forward", config)
+    assert (space.failure(config) is None) == is_feasible
+    examined = examine("forward", str(config), text, "sm_90a")
+    assert (space.judge_resources(examined.resources) is None) == is_feasible
+    if not is_feasible:
+        assert "C7512" in examined.resources.warnings[0]
 
 
 def test_prediction_from_machine_code_is_near_that_by_formula():

@@ -171,6 +171,19 @@ def test_a_bare_machine_ends_with_an_entry_that_dispatch_uses(cache, tmp_path):
     assert explained.startswith(f"forward: {entry.config} (") and rule in explained
 
 
+def test_hopper_is_tuned_with_its_own_kernels(cache, tmp_path):
+    report = tmp_path / "r.html"
+    options = ("--device", "sm_90a", "--head-dim", 128, "--trials", 4, "--report", report)
+    out, _ = tune(cache, *options)
+    (entry,) = entries(cache)
+    assert entry.problem.traits.head_dim == 128
+    found = [config for config in tried(cache) if config.startswith("sm90-")]
+    assert entry.config in found and entry.config in out
+    assert len({config.split("-", 2)[2] for config in found}) > 1, "all have the same switches"
+    page = report.read_text()
+    assert "What is on or off" in page and all(config in page for config in found)
+
+
 def processes_of(group):
     """The processes of a group that live."""
     found = []

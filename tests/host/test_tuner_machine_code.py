@@ -163,6 +163,44 @@ def test_inner_loops_are_apart_and_the_walk_is_the_one_with_barriers():
     ]
 
 
+WARPGROUPS = """
+    S2R R0, SR_TID.X
+.L_x_1:
+    BAR.SYNC.DEFER_BLOCKING 0x1, 0x80
+    HGMMA.64x128x16.F32.BF16 R88, gdesc[UR24], RZ, !UPT
+    HGMMA.64x128x16.F32.BF16 R88, gdesc[UR24], R88, gsb0
+    MUFU.EX2 R7, R6
+.L_x_2:
+    SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [R5+URZ], R4
+    @P0 BRA `(.L_x_2)
+    HGMMA.64x128x16.F32.BF16 R88, gdesc[UR24], R88
+    HGMMA.64x64x16.F32.BF16 R24, R4, gdesc[UR24], R24, gsb0
+    MUFU.EX2 R7, R6
+    MUFU.EX2 R8, R6
+.L_x_3:
+    SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [R5+URZ], R4
+    @P0 BRA `(.L_x_3)
+    @P1 BRA `(.L_x_2)
+    FMUL R8, R8, R9
+    @P2 BRA `(.L_x_1)
+    EXIT
+"""
+
+
+def test_where_warpgroups_multiply_the_innermost_products_are_the_walk():
+    code = analyse(listing(WARPGROUPS))
+    (rows,) = code.loops
+    assert code.main is rows.inner[0]
+    turn = code.main.counts
+    # Of each product of 64 rows a warp does 16.
+    assert turn.multiply_adds == 16 * (128 + 64) * 16
+    assert (turn.matrix, turn.exponentials, turn.fma) == (2, 2, 0)
+    # What is done once for each tile of rows, the first tile of keys among it.
+    assert code.around == rows.counts
+    assert (code.around.matrix, code.around.exponentials, code.around.fma) == (2, 1, 1)
+    assert analyse(listing(NESTED)).around == Counts()
+
+
 def test_the_code_of_called_functions_and_of_no_use_is_left_out():
     assert analyse(listing(NESTED)).outside == Counts(issued=1)
 

@@ -40,6 +40,21 @@ def test_rates_times_clock_are_the_published_peak(name):
     assert tflops == pytest.approx(share * peak, rel=0.02)
 
 
+@pytest.mark.parametrize(
+    ("name", "tflops"), [("H100", 989.4), ("H100 PCIe", 756), ("H200", 989.4), ("GH200", 989.4)]
+)
+def test_warpgroups_multiply_at_the_published_peak(name, tflops):
+    machine = machines.find(name)
+    found = 2 * machine.wgmma_f16 * machine.num_sms * machine.clock_mhz / 1e6
+    assert found == pytest.approx(tflops, rel=0.02)
+    assert machine.arch == "sm_90a" and machine.wgmma_f16 > machine.mma_f16
+
+
+def test_only_hopper_has_products_of_warpgroups():
+    having = {m.arch for m in map(machines.find, machines.names()) if m.wgmma_f16}
+    assert having == {"sm_90a"}
+
+
 @pytest.mark.parametrize("name", ASKED_FOR)
 def test_all_gpus_of_the_issue_are_known(name):
     machine = machines.find(name)

@@ -166,7 +166,7 @@ def test_waves_are_those_of_a_scheduler(mask, heads):
     problem = problem_class(mask=mask, q=2048, k=2048, heads=heads)
     laid = grid.lay(problem, parse_config("forward", "sm80-m128n64w4s1"))
     # One block on an SM, so that blocks do not slow each other down.
-    found = prediction._schedule(laid, 108, 1, lambda tiles, together: 10.0 * tiles)
+    found = prediction.schedule(laid, 108, 1, lambda tiles, together: 10.0 * tiles)
     true = dealt_out(list(laid.walks.tiles) * laid.heads, 108, 10.0)
     assert 0.85 * true <= found <= 1.001 * true
 
@@ -420,7 +420,7 @@ def test_each_walk_of_a_block_loads_and_stores_its_keys():
 def test_a_last_wave_with_fewer_blocks_is_shorter():
     walks = grid.Walks(np.array([10]), 0.0)
     laid = grid.Grid(walks, 2 * 108 + 1, 1, 1)
-    assert prediction._schedule(laid, 108, 2, lambda tiles, together: tiles * together) == 20 + 10
+    assert prediction.schedule(laid, 108, 2, lambda tiles, together: tiles * together) == 20 + 10
 
 
 def test_keys_beyond_the_l2_are_read_again_by_every_wave():

@@ -587,3 +587,32 @@ def test_every_colour_of_the_style_is_a_token_of_both_schemes():
     assert used <= set(style.LIGHT) and set(style.LIGHT) == set(style.DARK)
     rules = style.STYLE.split("@media screen", 1)[1].split("\n", 1)[1]
     assert not re.search(r"#[0-9a-f]{3,6}\b", rules)
+
+
+def hopper_result():
+    """Predicted times of configs that differ in what is on."""
+    times = {"": 2.0, "-overlap": 1.8, "-pingpong": 1.7, "-overlap-pingpong": 1.6}
+    records = [
+        Record(f"sm90-m128n128w8s2{on}", "predicted", predicted_ms=ms, resources=resources())
+        for on, ms in times.items()
+    ]
+    records.append(Record("sm90-m128n256w8s1-persistent", "spilled", "144 bytes", resources()))
+    return result(records, origin="predicted", best=records[3])
+
+
+def test_what_is_on_or_off_is_compared_by_the_best_of_each():
+    found = tables.best_by_switch(hopper_result())
+    assert {name: (off.config, on.config) for name, (off, on) in found.items()} == {
+        "overlap": ("sm90-m128n128w8s2-pingpong", "sm90-m128n128w8s2-overlap-pingpong"),
+        "pingpong": ("sm90-m128n128w8s2-overlap", "sm90-m128n128w8s2-overlap-pingpong"),
+    }
+    (shown,) = [t for t in Page(report.page([hopper_result()])).tables if t[0][0] == "switch"]
+    assert shown[1] == [
+        "overlap",
+        "~1.700",
+        "sm90-m128n128w8s2-pingpong",
+        "~1.600",
+        "sm90-m128n128w8s2-overlap-pingpong",
+        "1.06x",
+    ]
+    assert not [t for t in Page(report.page([result()])).tables if t[0][0] == "switch"]

@@ -2,13 +2,15 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
-from numflash.configs import MmaConfig, parse_config
+from numflash.configs import MmaConfig, Sm90ForwardConfig, Traits, parse_config
 from numflash.problem_class import ProblemClass
 from numflash_tuner import machines
+from numflash_tuner.dimensions import value_of
 from numflash_tuner.records import ResourceUsage
-from numflash_tuner.space import Budgets, EmptySpaceError, Space
+from numflash_tuner.space import Budgets, EmptySpaceError, Space, warpgroup_registers
 
 FORWARD = "forward float16-d64-dv64-vec full q4096 k4096 bh64 g1"
 DECODE = "forward bfloat16-d128-dv128-vec full q1 k65536 bh32 g4"
@@ -42,7 +44,8 @@ def test_every_feasible_config_obeys_the_rules_and_the_default_is_among_them(pro
     for config, values in found.feasible.items():
         assert config.smem_bytes(found.problem.traits) <= limits.max_smem_per_block
         assert found.failure(config) is None
-        assert values == {name: getattr(config, name) for name in found.dimensions}
+        assert values == {name: value_of(config, name) for name in found.dimensions}
+        assert all(each in found.dimensions[name] for name, each in values.items())
         assert parse_config(found.problem.family, str(config)) == config
     assert found.default in found.feasible
 
@@ -173,3 +176,103 @@ def test_float32_and_bfloat16_on_turing_search_the_portable_kernels():
     for problem in (PROBLEMS[3], "forward bfloat16-d64-dv64-vec full q512 k512 bh8 g1"):
         found = space(problem, "Tesla T4")
         assert not any(isinstance(config, MmaConfig) for config in found.feasible)
+
+
+HOPPER = "forward bfloat16-d128-dv128-vec full q4096 k4096 bh64 g4"
+
+
+def hopper_configs(found):
+    """The configs for Hopper of a space."""
+    return [config for config in found.feasible if isinstance(config, Sm90ForwardConfig)]
+
+
+def test_on_hopper_both_implementations_are_searched():
+    found = space(HOPPER, "NVIDIA H200")
+    configs = hopper_configs(found)
+    assert isinstance(found.default, Sm90ForwardConfig) and found.default in configs
+    assert len(configs) < len(found.feasible)
+    assert {value_of(config, "generation") for config in found.feasible} == {"sm80", "sm90"}
+    product = 0
+    for choices in found.products:
+        sizes = [len(each) for each in choices.values()]
+        product += np.prod(sizes)
+    assert len(found.feasible) + found.excluded.total() == product
+    for name, wanted in {
+        "tile_m": {64, 128, 192},
+        "num_stages": {1, 2, 3},
+        "min_blocks": {0, 2},
+        "overlap": {False, True},
+        "pingpong": {False, True},
+        "persistent": {False, True},
+        "consumer_registers": {0, 152, 232},
+        "packed": {False, True},
+    }.items():
+        assert {getattr(config, name) for config in configs} == wanted
+    assert {64, 80, 112, 176} <= {config.tile_n for config in configs}
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        "forward float32-d64-dv64-vec-tf32 full q4096 k4096 bh64 g1",
+        "forward bfloat16-d128-dv128 full q4096 k4096 bh64 g1",
+        "backward-dq bfloat16-d128-dv128-vec full q4096 k4096 bh64 g1",
+    ],
+)
+def test_other_kernels_and_rows_that_are_not_aligned_have_no_configs_for_hopper(problem):
+    found = space(problem, "NVIDIA H200")
+    assert found.feasible and not hopper_configs(found)
+    assert "overlap" not in found.dimensions
+
+
+# Compiled with numba-cuda 0.30.4: head_dim, config, whether it spilled or was serialised.
+COMPILED = [
+    (128, "m128n192w8s2-overlap", False),
+    (128, "m128n192w8s2-r232-overlap", True),
+    (128, "m128n208w8s1-overlap", True),
+    (128, "m192n80w12s2-overlap", False),
+    (128, "m192n96w12s2-overlap", True),
+    (128, "m192n112w12s1", False),
+    (128, "m192n144w12s1", True),
+    (64, "m192n144w12s2-overlap-persistent", True),
+    (64, "m192n192w12s2", False),
+    (64, "m192n208w12s2", True),
+    (64, "m128n224w8s2-overlap", False),
+    (64, "m128n256w8s2-overlap", True),
+    (256, "m128n96w8s1-overlap", True),
+    (256, "m128n80w8s2-overlap-persistent", False),
+    (256, "m64n96w4s1-overlap", False),
+    (256, "m64n144w4s1-overlap", True),
+    (256, "m64n80w4s1b2-overlap", True),
+    (128, "m64n128w4s1b2-overlap", False),
+]
+
+
+@pytest.mark.parametrize(("head_dim", "config", "spilled"), COMPILED)
+def test_registers_of_warpgroups_are_judged_as_the_compiler_does(head_dim, config, spilled):
+    text = f"forward bfloat16-d{head_dim}-dv{head_dim}-vec full q4096 k4096 bh64 g1"
+    found = space(text, "NVIDIA H200")
+    failure = found.failure(parse_config("forward", f"sm90-{config}"))
+    assert (failure is not None) == spilled
+    assert failure is None or "registers" in failure[1] or "accumulators" in failure[1]
+
+
+def test_overlap_keeps_p_beside_s():
+    traits = Traits.parse("bfloat16-d128-dv128-vec")
+    without, overlap = (
+        warpgroup_registers(parse_config("forward", f"sm90-m128n128w8s2{x}"), traits)
+        for x in ("", "-overlap")
+    )
+    assert overlap - without == 128 // 4
+
+
+def test_heads_that_do_not_divide_the_rows_of_a_warpgroup_are_not_packed():
+    found = space("forward bfloat16-d64-dv64-vec full q64 k4096 bh128 g128", "NVIDIA H200")
+    assert {config.packed for config in hopper_configs(found)} == {False}
+    assert "do not divide 64 rows" in found.examples["rows of a warpgroup"]
+
+
+def test_a_shared_memory_budget_is_kept_on_hopper():
+    found = space(HOPPER, "NVIDIA H200", Budgets(smem_bytes=128 * 1024))
+    needed = [config.smem_bytes(found.problem.traits) for config in hopper_configs(found)]
+    assert 0 < max(needed) <= 128 * 1024

@@ -1,9 +1,49 @@
 """The offline model of a kernel's time.
 
 `prediction` puts together what `counts` (instructions by formula), `machine_code` (instructions of
-a disassembly), `grid` (blocks and tiles of a problem) and `numflash_tuner.machines` know.
+a disassembly), `grid` (blocks and tiles of a problem) and `numflash_tuner.machines` know; `hopper`
+does so for the kernel whose warpgroups multiply asynchronously.
 """
 
-from numflash_tuner.model.prediction import Prediction, estimate, floor_ms, predict
+from numflash.configs import Config, Sm90ForwardConfig
+from numflash.problem_class import ProblemClass
+from numflash_tuner.machines import Machine
+from numflash_tuner.model import hopper, prediction
+from numflash_tuner.model.machine_code import MachineCode
+from numflash_tuner.model.prediction import Prediction, floor_ms
+from numflash_tuner.records import ResourceUsage
 
 __all__ = ["Prediction", "estimate", "floor_ms", "predict"]
+
+
+def predict(
+    machine: Machine,
+    problem: ProblemClass,
+    config: Config,
+    resources: ResourceUsage,
+    code: MachineCode | None,
+) -> Prediction:
+    """How long a compiled kernel takes, predicted rather than measured.
+
+    Args:
+        machine: the GPU.
+        problem: the class; it stands for the problem with its rounded sizes.
+        config: of the problem's family.
+        resources: what was compiled.
+        code: its instructions; None counts by formula.
+
+    Raises:
+        ValueError: not even one block fits on an SM, or its tensor cores have no such product.
+    """
+    module = hopper if isinstance(config, Sm90ForwardConfig) else prediction
+    return module.predict(machine, problem, config, resources, code)
+
+
+def estimate(machine: Machine, problem: ProblemClass, config: Config) -> Prediction:
+    """How long a kernel takes, by formula only. Registers that cannot suffice count as spilled.
+
+    Raises:
+        ValueError: as `predict`.
+    """
+    module = hopper if isinstance(config, Sm90ForwardConfig) else prediction
+    return module.estimate(machine, problem, config)

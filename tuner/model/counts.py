@@ -230,9 +230,13 @@ def _with_issued(tile: Counts, addresses: tuple[int, int], asynchronous_copies: 
 
 
 def _with_features(tile: Counts, traits: Traits, scores: int) -> Counts:
-    if traits.softcap:
-        tile = tile.plus(_SOFTCAP, scores)
-    return tile.plus(_ALIBI, scores) if traits.alibi else tile
+    return tile.plus(feature_counts(traits), scores)
+
+
+def feature_counts(traits: Traits) -> Counts:
+    """What softcap and ALiBi add to each score."""
+    features = Counts().plus(_SOFTCAP, int(traits.softcap))
+    return features.plus(_ALIBI, int(traits.alibi))
 
 
 def _once(config: Config, traits: Traits, rows: int, outputs: int) -> Counts:

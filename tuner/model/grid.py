@@ -9,13 +9,14 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
-from numflash.configs import Config, MmaConfig
+from numflash.configs import WARPGROUP_ROWS, Config, MmaConfig, Sm90ForwardConfig
 from numflash.dispatch import PACKED_SEQLEN
 from numflash.problem_class import ProblemClass
 from numflash_tuner.machines import Machine
 
 _UNBOUNDED = 2**40
 _FLOAT_BYTES = 4
+_MANY_ROUNDS = 64
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,9 @@ def heads_packed(problem: ProblemClass, config: Config) -> int:
     if not isinstance(config, MmaConfig) or problem.family != "forward":
         return 1
     few = problem.seqlen_q <= PACKED_SEQLEN and not problem.traits.alibi
-    return problem.group_size if (few if config.packed is None else config.packed) else 1
+    packed = problem.group_size if (few if config.packed is None else config.packed) else 1
+    is_torn = isinstance(config, Sm90ForwardConfig) and WARPGROUP_ROWS % packed
+    return 1 if is_torn else packed
 
 
 @lru_cache(maxsize=1024)
@@ -159,6 +162,50 @@ def _dealt(walks: Walks, splits: int) -> Walks:
     edges = walks.edges * len(walks.tiles) / splits
     row_blocks = -(-len(walks.tiles) // splits)
     return Walks(np.array(sorted(ordered, reverse=True)), edges, row_blocks)
+
+
+def heads_in_flight(problem: ProblemClass, grid: Grid, config: MmaConfig, machine: Machine) -> int:
+    """Heads of a forward whose blocks are interleaved, by the rule of `selection`."""
+    in_flight = config.heads_in_flight
+    if not in_flight:
+        traits = problem.traits
+        columns = traits.head_dim + traits.head_dim_v
+        head_bytes = problem.seqlen_k * columns * traits.dtype_bytes
+        in_flight = machine.l2_bytes // 2 // head_bytes * problem.group_size // grid.packed
+    return max(1, min(in_flight, grid.heads))
+
+
+def dealt_out(grid: Grid, heads_in_flight: int, blocks: int) -> tuple[float, int]:
+    """(tiles, walks) of the busiest of so many blocks that share the walks of a grid.
+
+    They go through them as `tiles.blocks.make_walk` says, and walks are in the order of
+    `tiles.blocks.make_block_place`: bundles of heads, in each of which the longest come first.
+    """
+    walks = grid.blocks
+    rounds = -(-walks // blocks)
+    if grid.walks.is_even or rounds == 1:
+        return float(rounds * grid.walks.most), rounds
+    if rounds > _MANY_ROUNDS:
+        # Rounds go to and fro: what one block is ahead is made good in the next.
+        return walks / blocks * grid.mean_tiles + grid.walks.most / 2, rounds
+    return _busiest(tuple(grid.walks.tiles.tolist()), grid.heads, heads_in_flight, blocks)
+
+
+@lru_cache(maxsize=1024)
+def _busiest(
+    tiles: tuple[int, ...], heads: int, heads_in_flight: int, blocks: int
+) -> tuple[float, int]:
+    whole, rest = divmod(heads, heads_in_flight)
+    order = np.tile(np.repeat(tiles, heads_in_flight), whole)
+    order = np.concatenate([order, np.repeat(tiles, rest)])
+    rounds = -(-len(order) // blocks)
+    dealt = np.zeros((2, rounds * blocks))
+    dealt[0, : len(order)], dealt[1, : len(order)] = order, 1
+    dealt = dealt.reshape(2, rounds, blocks)
+    dealt[:, 1::2] = dealt[:, 1::2, ::-1]
+    found, walks = dealt.sum(axis=1)
+    busiest = int(np.argmax(found + walks))
+    return float(found[busiest]), int(walks[busiest])
 
 
 def io_bytes(problem: ProblemClass) -> int:

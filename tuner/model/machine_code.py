@@ -10,10 +10,13 @@ a block that dominates it, and everything on the way. Its counts are those of on
   is `rare`: masks of tiles that an edge crosses, the rescaling when a maximum has grown. It does
   not matter where the compiler put it, between the rest or out of line behind the loop.
 - Of two alternatives the longer one counts.
+
+The loop over tiles is found by its products and barriers. Where whole warpgroups multiply, it is
+the innermost one with products; those around it go over tiles of rows.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 from numflash_tuner.model.control_flow import Graph, read_blocks
 
@@ -23,7 +26,8 @@ _WIDTHS = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 _SHARED = {"LDS", "STS", "LDSM", "STSM", "ATOMS"}
 _GLOBAL = {"LDG", "STG", "LDGSTS", "RED", "REDG", "ATOMG", "LD", "ST"}
 _LOCAL = {"LDL", "STL"}
-_MATRIX = {"HMMA", "IMMA", "QMMA", "HGMMA", "DMMA"}
+_WARPGROUP_MATRIX = {"HGMMA", "IGMMA", "QGMMA"}
+_MATRIX = {"HMMA", "IMMA", "QMMA", "DMMA", *_WARPGROUP_MATRIX}
 _MEETINGS = {"BAR", "UTMALDG", "SYNCS"}
 _FMA = {"FFMA", "FADD", "FMUL", "IMAD", "HFMA2", "HADD2", "HMUL2", "FFMA2", "FADD2", "FMUL2"}
 _CONVERSIONS = {"F2FP", "F2F", "F2I", "I2F", "I2FP", "FRND", "F2IP", "I2IP"}
@@ -46,6 +50,7 @@ class Counts:
         issued: all of them.
         matrix: on the tensor cores.
         multiply_adds, multiply_adds_tf32: of those, over the whole warp; 16-bit and tf32 operands.
+            Of a warpgroup's product a quarter is each warp's.
         special: on the special function units (MUFU).
         exponentials: of those, ex2.
         fma: on the float32 pipe: FFMA, FADD, FMUL, IMAD.
@@ -94,10 +99,11 @@ class Counts:
         self.issued += 1
         if name in _MATRIX:
             self.matrix += 1
+            multiply_adds = _multiply_adds(modifiers) // (4 if name in _WARPGROUP_MATRIX else 1)
             if "TF32" in modifiers:
-                self.multiply_adds_tf32 += _multiply_adds(modifiers)
+                self.multiply_adds_tf32 += multiply_adds
             else:
-                self.multiply_adds += _multiply_adds(modifiers)
+                self.multiply_adds += multiply_adds
         elif name == "MUFU":
             self.special += 1
             self.exponentials += "EX2" in modifiers
@@ -124,7 +130,7 @@ class Counts:
             self.alu += 1
 
 
-_FIELDS = tuple(field.name for field in fields(Counts))
+_FIELDS = tuple(each.name for each in fields(Counts))
 
 
 @dataclass(frozen=True)
@@ -144,6 +150,10 @@ class Loop:
     def walk(self) -> Iterator["Loop"]:
         """This loop and all in it, outer ones first."""
         yield self
+        yield from self.deeper()
+
+    def deeper(self) -> Iterator["Loop"]:
+        """All loops in it."""
         for loop in self.inner:
             yield from loop.walk()
 
@@ -156,11 +166,13 @@ class MachineCode:
         loops: the outermost loops, in order.
         main: the loop that walks over tiles; None if the kernel has no loop.
         outside: what is in no loop, every branch taken once.
+        around: one turn of each loop around `main`, without what is in `main`.
     """
 
     loops: tuple[Loop, ...]
     main: Loop | None
     outside: Counts
+    around: Counts = field(default_factory=Counts)
 
 
 def analyse(sass: str) -> MachineCode:
@@ -187,8 +199,17 @@ def analyse(sass: str) -> MachineCode:
         for opcode in block.opcodes if index in graph.reachable else ():
             target._add(opcode)
     found = _nest(loops, own)
-    main = max((loop for top in found for loop in top.walk()), key=_work, default=None)
-    return MachineCode(found, _tile_loop(found, main), outside)
+    every = [loop for top in found for loop in top.walk()]
+    if any(op.split(".")[0] in _WARPGROUP_MATRIX for block in blocks for op in block.opcodes):
+        innermost = [x for x in every if not any(each.counts.matrix for each in x.deeper())]
+        main = max(innermost, key=_work, default=None)
+    else:
+        main = _tile_loop(found, max(every, key=_work, default=None))
+    around = Counts()
+    for top in found:
+        for loop in _chain(top, main)[:-1]:
+            around += loop.counts
+    return MachineCode(found, main, outside, around)
 
 
 def _work(loop: Loop) -> tuple[int, int]:

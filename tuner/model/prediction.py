@@ -20,7 +20,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from numflash.configs import Config, MmaConfig, Traits, accumulators_per_thread
+from numflash.configs import (
+    Config,
+    MmaConfig,
+    Sm90ForwardConfig,
+    Traits,
+    accumulators_per_thread,
+)
 from numflash.devices import blocks_per_sm
 from numflash.problem_class import ProblemClass
 from numflash_tuner.machines import Machine
@@ -168,8 +174,8 @@ def floor_ms(machine: Machine, problem: ProblemClass) -> dict[str, float]:
     """Milliseconds that no kernel can beat: of each resource alone, and the largest as "floor".
 
     Products and exponentials are those of scores that are not masked, bytes those of inputs read
-    and results written once. The matrix rate is that of `mma.sync`, or of FFMA where the tensor
-    cores have no such product.
+    and results written once. The matrix rate is that of `mma.sync`, of `wgmma` where a family has
+    kernels with it, or of FFMA where the tensor cores have no such product.
     """
     traits, scores = problem.traits, visible_scores(problem)
     per_ms = machine.num_sms * machine.clock_mhz * 1e3
@@ -178,27 +184,30 @@ def floor_ms(machine: Machine, problem: ProblemClass) -> dict[str, float]:
         products = _PRODUCTS[problem.family]
         columns = products // 2 * (traits.head_dim + traits.head_dim_v)
         columns += products % 2 * traits.head_dim
-        parts["matrix"] = scores * columns / (_matrix_rate(machine, traits) * per_ms)
+        parts["matrix"] = scores * columns / (_matrix_rate(machine, problem) * per_ms)
         parts["exponential"] = scores / (machine.sfu_lanes * per_ms)
     return {**parts, "floor": max(parts.values())}
 
 
-def _matrix_rate(machine: Machine, traits: Traits) -> float:
-    """Multiply-adds per clock and SM of the fastest way to multiply these elements."""
+def _matrix_rate(machine: Machine, problem: ProblemClass) -> float:
+    """Multiply-adds per clock and SM of the fastest way to multiply the elements of a class."""
+    traits = problem.traits
     if traits.dtype == "float32":
         return (machine.mma_tf32 if traits.tf32 else 0) or machine.fp32_lanes
     if traits.dtype == "bfloat16" and machine.arch == "sm_75":
         return machine.fp32_lanes
+    if problem.family == Sm90ForwardConfig.family:
+        return max(machine.mma_f16, machine.wgmma_f16)
     return machine.mma_f16
 
 
-_PIPES = ("matrix", "exponential", "fma", "alu", "issue", "shared memory", "L2")
+PIPES = ("matrix", "exponential", "fma", "alu", "issue", "shared memory", "L2")
 
 
 def _busy(
     machine: Machine, c: Counts, warps: int, shared_share: float, l2: float
 ) -> tuple[float, ...]:
-    """Clocks that each of _PIPES needs for one block whose warps all do `c`."""
+    """Clocks that each of PIPES needs for one block whose warps all do `c`."""
     matrix = c.multiply_adds / machine.mma_f16
     if c.multiply_adds_tf32:
         matrix += c.multiply_adds_tf32 / machine.mma_tf32
@@ -279,19 +288,19 @@ def _tiled(
 
     def clocks(tiles: float, together: int) -> float:
         busy = (together * (tiles * each + t) for each, t in zip(tile, once, strict=True))
-        return _combine(tiles * chain + first, *busy)
+        return combine(tiles * chain + first, *busy)
 
-    spread = _schedule(grid, machine.num_sms, resident, clocks)
+    spread = schedule(grid, machine.num_sms, resident, clocks)
     to_ms = 1 / (machine.clock_mhz * 1e3)
     memory_ms = from_memory / (machine.memory_gbps * MEMORY_EFFICIENCY * 1e6)
-    ms = _combine(spread * to_ms, memory_ms) + LAUNCH_MS
+    ms = combine(spread * to_ms, memory_ms) + LAUNCH_MS
     joined = part_bytes(problem, grid)
     if joined:
-        ms += LAUNCH_MS + joined / _row_bandwidth(machine, joined) / 1e6
+        ms += LAUNCH_MS + joined / row_bandwidth(machine, joined) / 1e6
     per_sm = blocks / machine.num_sms * to_ms
     parts = {
         pipe: per_sm * (grid.mean_tiles * each + t)
-        for pipe, each, t in zip(_PIPES, tile, once, strict=True)
+        for pipe, each, t in zip(PIPES, tile, once, strict=True)
     }
     parts["memory"] = memory_ms
     alone = max(grid.walks.most, grid.mean_tiles * blocks / slots) * chain
@@ -299,7 +308,7 @@ def _tiled(
     return Prediction(ms, parts, max(parts, key=parts.get), fit)
 
 
-def _schedule(grid: Grid, num_sms: int, resident: int, clocks) -> float:
+def schedule(grid: Grid, num_sms: int, resident: int, clocks) -> float:
     """Clocks until the last block is done, the longest started first.
 
     At least the work of an SM, the longest block, and, since some slot must take k of them, k of
@@ -323,12 +332,12 @@ def _schedule(grid: Grid, num_sms: int, resident: int, clocks) -> float:
     return max(balanced, longest, crowded)
 
 
-def _combine(*times: float) -> float:
+def combine(*times: float) -> float:
     """The smooth maximum."""
     return sum(t**OVERLAP_NORM for t in times) ** (1 / OVERLAP_NORM)
 
 
-def _row_bandwidth(machine: Machine, moved: float) -> float:
+def row_bandwidth(machine: Machine, moved: float) -> float:
     """1e9 bytes per second for data that another kernel has just written."""
     if moved <= machine.l2_bytes:
         return machine.l2_bytes_per_clock * machine.clock_mhz / 1e3
@@ -351,5 +360,5 @@ def _rows(machine: Machine, problem: ProblemClass, config: Config, fit: int) -> 
     latency = waves * (BLOCK_LATENCY + rounds * MEMORY_LATENCY) / (machine.clock_mhz * 1e3)
     memory = moved / (machine.memory_gbps * MEMORY_EFFICIENCY * 1e6)
     parts = {"memory": memory, "latency": latency}
-    ms = _combine(memory, latency) + LAUNCH_MS
+    ms = combine(memory, latency) + LAUNCH_MS
     return Prediction(ms, parts, max(parts, key=parts.get), fit)

@@ -104,6 +104,8 @@ def _section(number: int, result: Result, results: list[Result]) -> Markup:
         tag("div", *map(_figure, figures), class_="charts"),
         _folded(f"Tried: {tried}", tables.tried(result), alone and tried <= _OPEN_ROWS),
     ]
+    if (switches := tables.switches(result)) is not None:
+        contents.append(_folded("What is on or off", switches, alone))
     if result.pruned:
         removed = sum(result.pruned.values())
         summary = f"Pruned before anything was compiled: {removed:,}"

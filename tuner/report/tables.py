@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 from numflash_tuner.records import FAILURES, Record
 from numflash_tuner.report.markup import Markup, escaped, joined, tag
-from numflash_tuner.results import Result, format_ms
+from numflash_tuner.results import Result, format_ms, parameters
 
 _NUMBER = re.compile(r"\d+(?:\.\d+)?")
 
@@ -68,6 +68,35 @@ def tried(result: Result) -> Markup:
         "blocks/SM",
     )
     return _table(head, rows, numbers=range(2, 8))
+
+
+def switches(result: Result) -> Markup | None:
+    """What is on or off in configs: the best time either way; None if nothing is.
+
+    The other parameters may differ, too.
+    """
+    rows = []
+    for name, (off, on) in best_by_switch(result).items():
+        gain = format_speedup(result.time_ms(off) / result.time_ms(on))
+        cells = [x for each in (off, on) for x in (format_time(result, each), each.config)]
+        cells[1::2] = [tag("code", config) for config in cells[1::2]]
+        rows.append(_row(tag("code", name), *cells, gain, numbers=(1, 3, 5)))
+    head = ("switch", "off, ms", "best config without", "on, ms", "best config with", "on/off")
+    return _table(head, rows, numbers=(1, 3, 5)) if rows else None
+
+
+def best_by_switch(result: Result) -> dict[str, tuple[Record, Record]]:
+    """Parameter that is on or off -> (the best record without it, the best with it)."""
+    found: dict[str, dict[bool, Record]] = {}
+    for record in result.records:
+        if record.outcome in FAILURES or result.time_ms(record) is None:
+            continue
+        for name, value in parameters(result.problem.family, record.config).items():
+            if isinstance(value, bool):
+                best = found.setdefault(name, {}).get(value)
+                if best is None or result.time_ms(record) < result.time_ms(best):
+                    found[name][value] = record
+    return {name: (by[False], by[True]) for name, by in found.items() if len(by) == 2}
 
 
 def pruned(result: Result) -> Markup:

@@ -1,0 +1,328 @@
+"""The offline model of the forward on Hopper: warpgroups that multiply asynchronously.
+
+As in `prediction`, pipes of an SM are busy with what all its warpgroups do, and each warpgroup has
+a chain of its own; here the tensor cores work beside both. For one tile of keys a warpgroup needs
+them for T clocks, and X clocks for its softmax; with W warpgroups on an SM:
+
+1. At best a turn of all takes the smooth maximum of W T, the other pipes, and the chain T + X.
+2. In lockstep, all multiplying and then all computing their softmax, it takes W T + W X.
+3. What of the difference is lost to chance falls with each further warpgroup, and once more where
+   they take turns (`pingpong`).
+4. `overlap` shortens the chain and the lockstep by what runs beside a warpgroup's own P V.
+5. A tile of rows begins and ends with a softmax and an epilogue; blocks that are not `persistent`
+   also start and fetch their first tiles, which nothing hides. Persistent blocks walk over several
+   tiles of rows, so that how these are dealt out decides instead of waves.
+
+No measurement of these kernels went into it. The constants marked as fitted make FlashAttention-3
+as fast as its authors measured on an H100 with 1830 MHz: arXiv 2407.08608, Table 2 and section
+3.1 (head_dim 128: 570 TFLOP/s without turns or overlap, 620 to 640 with turns, 640 to 661 with
+both), Figure 5 (head_dim 64 and 256: 497 and 756), and, without either, ThunderKittens' figure
+for three warpgroups (about 610). Its assembler overlaps less than the instructions would allow;
+where ours does better, `overlap` is worth more than is said here.
+"""
+
+from dataclasses import dataclass
+
+from numflash.configs import Sm90ForwardConfig, Traits
+from numflash.devices import blocks_per_sm
+from numflash.problem_class import ProblemClass
+from numflash_tuner.machines import Machine
+from numflash_tuner.model.counts import feature_counts
+from numflash_tuner.model.grid import (
+    Grid,
+    dealt_out,
+    heads_in_flight,
+    l2_share,
+    lay,
+    memory_bytes,
+    part_bytes,
+)
+from numflash_tuner.model.machine_code import Counts, MachineCode
+from numflash_tuner.model.prediction import (
+    BARRIER_LATENCY,
+    BLOCK_LATENCY,
+    L2_LATENCY,
+    LAUNCH_MS,
+    MEMORY_EFFICIENCY,
+    MEMORY_LATENCY,
+    PIPES,
+    SOFTMAX_LATENCY,
+    Prediction,
+    combine,
+    row_bandwidth,
+    schedule,
+)
+from numflash_tuner.records import ResourceUsage
+
+WGMMA_EFFICIENCY = 0.97
+"""Share of the peak that the tensor cores reach while they are busy. Fitted."""
+OVERLAP_NORM = 2.25
+"""As `prediction.OVERLAP_NORM`. Fitted."""
+COPIES_NORM = 12.0
+"""Likewise of bulk copies and the rest, which do not disturb each other. Assumed."""
+LEFT_TO_CHANCE = 0.6
+"""What each warpgroup but the first leaves of the loss in lockstep. Fitted."""
+WITH_TURNS = 0.5
+"""What taking turns leaves of it. Fitted."""
+HIDDEN_BY_OVERLAP = 0.5
+"""Share of the shorter of P V and softmax that runs beside the other. Fitted."""
+SPILLED_TIMES = 2.0
+"""How much longer a turn takes where registers spill: products are serialised then. Assumed."""
+
+_WARP, _WARPGROUP_ROWS, _THREADS = 32, 64, 128
+# Instructions of a warp, by disassembly: beside 4.5 a score, for waiting and for a step of 16.
+_ISSUED_PER_SCORE, _ISSUED_PER_TILE, _ISSUED_PER_STEP = 4.5, 90, 5
+_ALU_PER_TILE, _FMA_PER_TILE = 45, 20
+# What else a tile of rows takes: indices and barriers, and what a column of O does.
+_ISSUED_PER_PLACE, _ISSUED_PER_OUTPUT = 300, 2
+# A masked score, and where in the mask a thread's scores lie.
+_MASK_ALU, _MASK_ISSUED, _MASK_PLACE = 3, 4, 40
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a warp that multiplies does.
+
+    Attributes:
+        tile: for each tile of keys.
+        rare: more for a tile that an edge crosses.
+        place: more for each tile of rows.
+    """
+
+    tile: Counts
+    rare: Counts
+    place: Counts
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Clocks of one tile of keys, for one warpgroup.
+
+    Attributes:
+        busy: of each of PIPES.
+        products: of the tensor cores, with their wait for operands.
+        softmax: from the end of S to the end of P, alone on an SM.
+        lockstep: of that, what each further warpgroup adds if all do it at once.
+        packing: from the end of O += P V to the next one.
+        loads: until K, or V, arrives after its buffer is free.
+    """
+
+    busy: tuple[float, ...]
+    products: float
+    softmax: float
+    lockstep: float
+    packing: float
+    loads: float
+
+
+def by_formula(config: Sm90ForwardConfig, traits: Traits) -> Work:
+    """The counts before anything is compiled."""
+    scores, outputs = config.tile_n // 2, traits.head_dim_v // 2
+    steps = (traits.head_dim + config.tile_n) // 16
+    tile = Counts(
+        issued=_ISSUED_PER_SCORE * scores + _ISSUED_PER_TILE + _ISSUED_PER_STEP * steps,
+        matrix=steps,
+        multiply_adds=16 * config.tile_n * (traits.head_dim + traits.head_dim_v),
+        special=scores,
+        exponentials=scores,
+        fma=2 * scores + _FMA_PER_TILE,
+        ffma=scores,
+        alu=scores + _ALU_PER_TILE,
+        conversions=scores // 2,
+        shuffles=4,
+    )
+    return Work(
+        tile.plus(feature_counts(traits), scores),
+        Counts(
+            issued=_MASK_ISSUED * scores + outputs + _MASK_PLACE,
+            alu=_MASK_ALU * scores + _MASK_PLACE,
+            fma=outputs,
+        ),
+        Counts(issued=_ISSUED_PER_PLACE + _ISSUED_PER_OUTPUT * 2 * outputs, fma=outputs),
+    )
+
+
+def from_machine_code(code: MachineCode) -> Work:
+    """The counts of what was compiled: the loop over tiles of rows holds one tile of keys, too."""
+    tile, around = code.main.counts, code.around
+    return Work(tile, code.main.rare, around.plus(tile, -1))
+
+
+def predict(
+    machine: Machine,
+    problem: ProblemClass,
+    config: Sm90ForwardConfig,
+    resources: ResourceUsage,
+    code: MachineCode | None,
+) -> Prediction:
+    """How long a compiled kernel takes; as `prediction.predict`.
+
+    Raises:
+        ValueError: not even one block fits on an SM, or it has no wgmma.
+    """
+    if resources.blocks_per_sm < 1:
+        raise ValueError(f"no block of {config} fits on an SM of {machine.name}")
+    work = by_formula(config, problem.traits)
+    if code is not None and code.main is not None:
+        work = from_machine_code(code)
+    return _predicted(machine, problem, config, work, resources.blocks_per_sm, 1.0)
+
+
+def estimate(machine: Machine, problem: ProblemClass, config: Sm90ForwardConfig) -> Prediction:
+    """How long a kernel takes, by formula only; as `prediction.estimate`.
+
+    Raises:
+        ValueError: as `predict`.
+    """
+    traits, limits = problem.traits, machine.limits
+    threads = config.num_threads * config.min_blocks_per_sm
+    registers = min(255, limits.registers_per_sm // threads // 8 * 8)
+    smem = config.smem_bytes(traits)
+    fit, limited_by = blocks_per_sm(limits, config.num_threads, registers, smem)
+    if fit < 1:
+        raise ValueError(f"no block of {config} fits on an SM of {machine.name}: {limited_by}")
+    slower = SPILLED_TIMES if config.registers[1] < expected_registers(config, traits) else 1.0
+    return _predicted(machine, problem, config, by_formula(config, traits), fit, slower)
+
+
+def expected_registers(config: Sm90ForwardConfig, traits: Traits) -> int:
+    """Registers that a warp that multiplies takes: with fewer, most spilled. By compiling."""
+    outputs, kept = traits.head_dim_v // 2, config.accumulators_per_thread(traits)
+    if config.overlap:
+        # S, P and O are there at once.
+        return kept + config.tile_n // 4 + 20 + outputs // 6
+    packed = config.tile_n // (8 if config.num_warpgroups == 3 else 4)
+    return kept + packed + outputs // 4
+
+
+def _turn(
+    machine: Machine, config: Sm90ForwardConfig, traits: Traits, work: Work, l2: float
+) -> Turn:
+    c, n, scores = work.tile, config.tile_n, config.tile_n // 2
+    d, dv, size = traits.head_dim, traits.head_dim_v, traits.dtype_bytes
+    fetched = n * (d + dv) * size / config.num_warpgroups
+    # S reads Q and K, O reads V; the tensor cores wait for their operands.
+    operands = _WARPGROUP_ROWS * d * size + n * (d + dv) * size
+    shared = (operands + fetched) / machine.smem_bytes_per_clock
+    products = _WARPGROUP_ROWS * n * (d + dv) / machine.wgmma_f16 / WGMMA_EFFICIENCY
+    mufu = _THREADS * c.special / machine.sfu_lanes
+    one_a_score = _THREADS * scores / machine.alu_lanes
+    busy = (
+        products,
+        mufu,
+        _THREADS * c.fma / machine.fp32_lanes,
+        _THREADS * (c.alu + c.conversions) / machine.alu_lanes,
+        float(c.issued),
+        shared,
+        fetched / l2,
+    )
+    softmax = max(mufu, c.issued) + one_a_score
+    packing = _THREADS * c.conversions / machine.alu_lanes
+    return Turn(
+        busy,
+        max(products, shared),
+        SOFTMAX_LATENCY + softmax,
+        softmax + packing,
+        packing + BARRIER_LATENCY,
+        n * max(d, dv) * size / l2,
+    )
+
+
+def _clocks_of_turn(config: Sm90ForwardConfig, turn: Turn, warpgroups: int) -> float:
+    """Clocks until each of so many warpgroups on an SM is a tile of keys further."""
+    products = turn.products
+    chain, lockstep = _chain(config, turn), warpgroups * (products + turn.lockstep)
+    lockstep += SOFTMAX_LATENCY
+    if config.overlap:
+        beside = min(warpgroups * products / 2, lockstep - warpgroups * products)
+        lockstep -= HIDDEN_BY_OVERLAP * beside
+    pipes = (products, *turn.busy[1:5])
+    best = _smooth_maximum(OVERLAP_NORM, chain, *(warpgroups * each for each in pipes))
+    best = _smooth_maximum(COPIES_NORM, best, warpgroups * turn.busy[6])
+    lost = LEFT_TO_CHANCE ** (warpgroups - 1) * (WITH_TURNS if config.pingpong else 1.0)
+    return best + lost * max(0.0, lockstep - best)
+
+
+def _chain(config: Sm90ForwardConfig, turn: Turn) -> float:
+    """Clocks of a tile of keys for a warpgroup that has an SM for itself."""
+    hidden = min(turn.products / 2, turn.softmax) if config.overlap else 0.0
+    return turn.products + turn.softmax + turn.packing - HIDDEN_BY_OVERLAP * hidden
+
+
+def _stall(config: Sm90ForwardConfig, turn: Turn, clocks: float, latency: float) -> float:
+    """Clocks of a turn in which K or V are waited for.
+
+    A buffer is filled again while the other stages are used. With one there is half a turn until
+    the next product needs it, less the more warpgroups are still to read it; with overlap V is
+    needed at once.
+    """
+    ahead, slack = (config.num_stages - 1) * clocks, clocks / (2 * config.num_warpgroups)
+    late = latency + turn.loads - ahead
+    return max(0.0, late - slack) + max(0.0, late - (0.0 if config.overlap else slack))
+
+
+def _predicted(
+    machine: Machine,
+    problem: ProblemClass,
+    config: Sm90ForwardConfig,
+    work: Work,
+    fit: int,
+    slower: float,
+) -> Prediction:
+    if not machine.wgmma_f16:
+        raise ValueError(f"{machine.name} has no wgmma, which {config} needs")
+    grid, groups = lay(problem, config), config.num_warpgroups
+    places, traits = grid.blocks, problem.traits
+    resident = min(fit, -(-places // machine.num_sms))
+    slots = machine.num_sms * resident
+    turn = _turn(machine, config, traits, work, l2_share(machine, places))
+    from_memory = memory_bytes(problem, config, grid, slots, machine.l2_bytes)
+    fetched = config.tile_n * (traits.head_dim + traits.head_dim_v) * traits.dtype_bytes
+    at_once = min(slots, places * problem.group_size / problem.batch_heads)
+    missed = min(1.0, at_once * from_memory / max(1.0, places * grid.mean_tiles * fetched))
+    latency = L2_LATENCY + missed * (MEMORY_LATENCY - L2_LATENCY)
+    masked = grid.walks.edges * max(work.rare.issued, _THREADS * work.rare.alu / machine.alu_lanes)
+    # Q and the first K, and their way through the barriers.
+    start = BLOCK_LATENCY + 2 * MEMORY_LATENCY
+    refill = 0.0 if config.o_is_apart(traits) else latency
+
+    def each_turn(together: int) -> float:
+        clocks = slower * _clocks_of_turn(config, turn, groups * together)
+        return clocks + _stall(config, turn, clocks, latency) / together
+
+    def each_place(together: int) -> float:
+        around = groups * together * (work.place.issued + masked) + turn.softmax
+        return around + (refill if config.persistent else 0.0)
+
+    if config.persistent:
+        tiles, walks = dealt_out(grid, heads_in_flight(problem, grid, config, machine), slots)
+        spread = start + tiles * each_turn(resident) + walks * each_place(resident)
+    else:
+        turns = {together: each_turn(together) for together in range(1, resident + 1)}
+        # Blocks that follow each other start while those beside them work.
+        starts = start if places <= slots else start / resident
+
+        def clocks(tiles: float, together: int) -> float:
+            return tiles * turns[together] + each_place(together) + starts
+
+        spread = schedule(grid, machine.num_sms, resident, clocks)
+    to_ms = 1 / (machine.clock_mhz * 1e3)
+    memory_ms = from_memory / (machine.memory_gbps * MEMORY_EFFICIENCY * 1e6)
+    ms = combine(spread * to_ms, memory_ms) + LAUNCH_MS
+    if joined := part_bytes(problem, grid):
+        ms += LAUNCH_MS + joined / row_bandwidth(machine, joined) / 1e6
+    parts = _parts(machine, grid, turn, groups) | {"memory": memory_ms}
+    alone = max(grid.walks.most, grid.mean_tiles * places / slots) * _chain(config, turn)
+    parts["latency"] = float(alone + turn.softmax * max(1.0, places / slots)) * to_ms
+    return Prediction(ms, parts, max(parts, key=parts.get), fit)
+
+
+def _parts(machine: Machine, grid: Grid, turn: Turn, groups: int) -> dict[str, float]:
+    """Milliseconds that each pipe alone would take."""
+    tiles = grid.blocks / machine.num_sms * grid.mean_tiles * groups
+    to_ms = 1 / (machine.clock_mhz * 1e3)
+    return {pipe: tiles * busy * to_ms for pipe, busy in zip(PIPES, turn.busy, strict=True)}
+
+
+def _smooth_maximum(norm: float, *times: float) -> float:
+    return sum(t**norm for t in times) ** (1 / norm)
