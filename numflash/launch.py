@@ -116,7 +116,9 @@ class Launcher:
                 its layout; more are ignored.
         """
         if SIMULATED:
-            self._launch = SimulatedLaunch(_simulated_kernel(config, traits), num_blocks, scalars)
+            kernel = _simulated_kernel(config, traits)
+            blocks_per_sm = getattr(config, "min_blocks_per_sm", None) or 1
+            self._launch = SimulatedLaunch(kernel, num_blocks, scalars, blocks_per_sm)
         else:
             cubin = get_cubin(config, traits, limits_of_device(device))
             self._launch = DriverLaunch(cubin, device, num_blocks, scalars)
@@ -223,8 +225,9 @@ def _simulated_kernel(config: Config, traits: Traits):
 class SimulatedLaunch:
     """A launch of a `Kernel` in the simulator."""
 
-    def __init__(self, kernel, num_blocks: int, scalars: dict):
+    def __init__(self, kernel, num_blocks: int, scalars: dict, blocks_per_sm: int = 1):
         self.kernel, self.num_blocks, self.scalars = kernel, num_blocks, scalars
+        self.blocks_per_sm = blocks_per_sm
 
     def bind(self, operands):
         """See `Launcher.bind`; streams mean nothing here."""
@@ -245,7 +248,8 @@ class SimulatedLaunch:
         args = [argument(name, t) for name, t in kernel.parameters.items()]
         geometry = self.num_blocks, kernel.num_threads
         run = simulator.launch
-        return lambda stream: run(kernel.function, *geometry, args, kernel.smem_bytes)
+        extents = *geometry, args, kernel.smem_bytes, self.blocks_per_sm
+        return lambda stream: run(kernel.function, *extents)
 
 
 @cache

@@ -147,8 +147,16 @@ class Thread:
 class Block:
     """One thread block: its threads, its shared memory, and who waits for whom."""
 
-    def __init__(self, kernel: Callable, positions: list, block_idx, dynamic_smem_bytes: int):
+    def __init__(
+        self,
+        kernel: Callable,
+        positions: list,
+        block_idx,
+        dynamic_smem_bytes: int,
+        blocks_per_sm: int = 1,
+    ):
         self.kernel = kernel
+        self.blocks_per_sm = blocks_per_sm
         self.blockIdx = block_idx
         self.seed = SEED.value
         self.random = random.Random(f"{self.seed} {tuple(block_idx)}").random

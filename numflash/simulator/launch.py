@@ -18,7 +18,9 @@ from numflash.simulator.engine import Block
 _one_launch = threading.RLock()
 
 
-def launch(kernel: Callable, grid, block, args, dynamic_smem_bytes: int = 0) -> None:
+def launch(
+    kernel: Callable, grid, block, args, dynamic_smem_bytes: int = 0, blocks_per_sm: int = 1
+) -> None:
     """Run `kernel(*args)` for every thread of every block.
 
     Args:
@@ -26,13 +28,14 @@ def launch(kernel: Callable, grid, block, args, dynamic_smem_bytes: int = 0) -> 
         grid, block: extents, one to three integers each.
         args: what every thread gets; arrays as `GlobalPointer` for `Pointer` parameters.
         dynamic_smem_bytes: size of the dynamic shared memory.
+        blocks_per_sm: blocks that share the registers of an SM.
     """
     grid, block = _three(grid), _three(block)
     # Kernels compute with infinities on purpose; NumPy would warn of each. Numba's own device
     # functions, which a kernel may be given, ask for the context of the launch.
     with _one_launch, np.errstate(all="ignore"), _numba_context():
         for position in _positions(grid):
-            run_block(kernel, grid, block, position, args, dynamic_smem_bytes)
+            run_block(kernel, grid, block, position, args, dynamic_smem_bytes, blocks_per_sm)
 
 
 @contextlib.contextmanager
@@ -44,10 +47,12 @@ def _numba_context():
         numba_kernel._kernel_context = outer
 
 
-def run_block(kernel, grid, block, position, args, dynamic_smem_bytes: int) -> None:
+def run_block(
+    kernel, grid, block, position, args, dynamic_smem_bytes: int, blocks_per_sm: int = 1
+) -> None:
     """Run one block of a launch."""
     threads = [Dim3(*p) for p in _positions(block)]
-    simulated = Block(kernel, threads, Dim3(*position), dynamic_smem_bytes)
+    simulated = Block(kernel, threads, Dim3(*position), dynamic_smem_bytes, blocks_per_sm)
     simulated.gridDim, simulated.blockDim = Dim3(*grid), Dim3(*block)
     simulated.run(*args)
 

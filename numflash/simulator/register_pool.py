@@ -1,7 +1,7 @@
 """The registers that the warpgroups of a block give back and take (`setmaxnreg`).
 
-A block is launched with as many registers a thread as fit. "inc" waits until others have given
-back enough.
+A block is launched with as many registers a thread as fit its share of an SM. "inc" waits until
+others have given back enough.
 """
 
 from numflash.simulator.engine import current_thread
@@ -19,7 +19,8 @@ class RegisterPool(Part):
 
     def __init__(self, block):
         super().__init__(block)
-        self.at_launch = min(_MOST, _REGISTERS // block.size // 8 * 8)
+        threads = block.size * block.blocks_per_sm
+        self.at_launch = min(_MOST, _REGISTERS // threads // 8 * 8)
         self.free = 0
         self._owned: dict[int, int] = {}
         self._wanted: dict[int, int] = {}

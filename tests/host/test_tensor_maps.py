@@ -525,7 +525,7 @@ def test_the_simulator_is_given_the_array_and_the_layout(monkeypatch):
     bound = launch.SimulatedLaunch(Kernel("forward", kernel, 32, 0), 7, {**layouts, "n": 3})
     bound.bind(operands)(0)
     bound.bind({**operands, "out_map": operands["q"]})(0)
-    (function, grid, threads, (_, q_map, out_map, n), smem), (*_, second, _) = given
+    (function, grid, threads, (_, q_map, out_map, n), smem, _), (*_, second, _, _) = given
     assert (function, grid, threads, smem, n) == (kernel, 7, 32, 0, 3)
     assert q_map[0] is arrays["q"] and q_map[1] is layouts["q_map"]
     assert out_map[0] is arrays["out"] and out_map[1] is layouts["out_map"]

@@ -339,6 +339,13 @@ def test_more_registers_than_there_are_are_never_had():
         run(kernel, block=384)
 
 
+@pytest.mark.parametrize(("blocks_per_sm", "registers"), [(1, 256), (2, 128)])
+def test_blocks_of_an_sm_share_its_registers(blocks_per_sm, registers):
+    change = make_setmaxnreg("dec", 256) if registers < 256 else make_setmaxnreg("inc", 248)
+    with pytest.raises(SimulationError, match=f"has {registers} registers"):
+        launch(lambda: change(), 1, 256, (), 0, blocks_per_sm)
+
+
 @pytest.mark.parametrize(("action", "registers"), [("inc", 24), ("dec", 240)])
 def test_registers_go_the_way_the_name_says(action, registers):
     change = make_setmaxnreg(action, registers)

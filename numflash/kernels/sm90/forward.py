@@ -61,7 +61,7 @@ from numflash.tiles.wgmma.products import (
     make_product_pn,
 )
 from numflash.tiles.wgmma.softmax import make_online_softmax
-from numflash.tiles.wgmma.turns import make_turns, softmax_before_wait
+from numflash.tiles.wgmma.turns import make_turns, meet, softmax_before_wait
 
 
 def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
@@ -334,6 +334,8 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
                 if leads():
                     mbarrier_arrive(barriers, v_empty + stage)
                 stage, parity = next_stage(stage, parity)
+            else:
+                meet(group)
 
             # Where this tile of rows lies is found out once more: registers are scarce above.
             m_start, head_of_batch, split = block_place(

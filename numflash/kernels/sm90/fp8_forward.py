@@ -57,7 +57,7 @@ from numflash.tiles.wgmma.products import (
     make_product_nt,
     make_product_pt,
 )
-from numflash.tiles.wgmma.turns import make_turns, softmax_before_wait
+from numflash.tiles.wgmma.turns import make_turns, meet, softmax_before_wait
 
 
 def make_fp8_forward_kernel(config: Sm90Fp8ForwardConfig, traits: Traits) -> Kernel:
@@ -403,6 +403,8 @@ def make_fp8_forward_kernel(config: Sm90Fp8ForwardConfig, traits: Traits) -> Ker
                 if leads():
                     mbarrier_arrive(barriers, v_empty + stage)
                 stage, parity = next_stage(stage, parity)
+            else:
+                meet(group)
 
             if o_is_apart and leads():
                 mbarrier_arrive(barriers, q_empty + group)

@@ -21,6 +21,7 @@ from numflash.ptx import (
     u32,
 )
 from numflash.tiles.wgmma.products import SLAB_BYTES
+from numflash.tiles.wgmma.turns import meet
 
 SLAB_WORDS = SLAB_BYTES // 4
 
@@ -138,6 +139,7 @@ def make_pass_by(ring: Ring, num_stages, take_turn, pass_turn):
             pass_turn(group)
             mbarrier_wait_parity(barriers, k_full + stage, parity)
             mbarrier_wait_parity(barriers, v_full + stage, parity)
+            meet(group)
             if mov_tid_x() % 128 == 0:
                 mbarrier_arrive(barriers, k_empty + stage)
                 mbarrier_arrive(barriers, v_empty + stage)

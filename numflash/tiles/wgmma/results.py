@@ -3,7 +3,6 @@
 from functools import cache
 
 from numflash.ptx import (
-    bar_sync,
     cp_async_bulk_commit_group,
     cp_async_bulk_tensor_5d_store,
     cp_async_bulk_wait_group_read,
@@ -19,9 +18,9 @@ from numflash.ptx import (
 from numflash.tiles.blocks import token_of_row
 from numflash.tiles.mma.fragments import ROW_STEP, accumulator_column
 from numflash.tiles.wgmma.products import PACK_TWO, SLAB_BYTES
+from numflash.tiles.wgmma.turns import meet
 
 _ROWS = 64
-_FIRST_BARRIER = 4
 _SLAB_WORDS = SLAB_BYTES // 4
 _BLOCKS_PER_SLAB = 4  # of 16 columns
 
@@ -32,7 +31,7 @@ def make_store_slabs(dtype, n_tiles):
 
     64 rows of 16-bit elements to `tile` in shared memory, and from there to the tensor, a slab of
     64 columns at a time. The copy is committed: the thread that leads the warpgroup must wait for
-    it before anything else is written there. Named barriers 4 and up, one a warpgroup, are theirs.
+    it before anything else is written there.
     """
     pack_two, slabs = PACK_TWO[dtype], -(-n_tiles // 8)
 
@@ -44,7 +43,7 @@ def make_store_slabs(dtype, n_tiles):
         if leads:
             # What was stored from here before has left.
             cp_async_bulk_wait_group_read()
-        bar_sync(_FIRST_BARRIER + group, 128)
+        meet(group)
         # This lane names row lane % 16 of its warp's 16, and one of two chunks.
         row, chunk = thread // 32 % 4 * 16 + thread % 16, thread % 32 // 16
         for block in range(n_tiles // 2):
@@ -57,7 +56,7 @@ def make_store_slabs(dtype, n_tiles):
             swizzled = (block % _BLOCKS_PER_SLAB * 2 + chunk) ^ (row % 8)
             stmatrix_x4(smem, slab + row * _SLAB_WORDS + 4 * swizzled, words)
         fence_proxy_async()
-        bar_sync(_FIRST_BARRIER + group, 128)
+        meet(group)
         if leads:
             for slab in range(slabs):
                 cp_async_bulk_tensor_5d_store(

@@ -1,11 +1,21 @@
-"""When a warpgroup uses the tensor cores, and when it computes its softmax."""
+"""When warps of a warpgroup, and when warpgroups, wait for each other."""
 
 from functools import cache
 
 from numflash.ptx import Shared, bar_arrive, bar_sync, device_function, f32, instruction, u32
 
-_FIRST_BARRIER = 1
-_TWO_WARPGROUPS = 256
+_FIRST_TURN, _FIRST_MEETING = 1, 4
+_WARPGROUP, _TWO_WARPGROUPS = 128, 256
+
+
+@device_function
+def meet(group):
+    """The warps of a warpgroup wait for each other. Named barriers 4 and up are for this.
+
+    Needed before one thread gives back, for all, a buffer of which they have seen no product: a
+    warp that still waited for it would miss the phase of its mbarrier.
+    """
+    bar_sync(_FIRST_MEETING + group, _WARPGROUP)
 
 
 @cache
@@ -21,18 +31,18 @@ def make_turns(num_groups):
     @device_function
     def take_turn(group):
         if alternate:
-            bar_sync(_FIRST_BARRIER + group, _TWO_WARPGROUPS)
+            bar_sync(_FIRST_TURN + group, _TWO_WARPGROUPS)
 
     @device_function
     def pass_turn(group):
         if alternate:
             following = 0 if group == last else group + 1
-            bar_arrive(_FIRST_BARRIER + following, _TWO_WARPGROUPS)
+            bar_arrive(_FIRST_TURN + following, _TWO_WARPGROUPS)
 
     @device_function
     def give_first_turn(group):
         if alternate and group == last:
-            bar_arrive(_FIRST_BARRIER, _TWO_WARPGROUPS)
+            bar_arrive(_FIRST_TURN, _TWO_WARPGROUPS)
 
     return take_turn, pass_turn, give_first_turn
 
