@@ -62,7 +62,7 @@ def problem_of(views: dict[str, ArrayView], options: dict) -> tuple[AttentionPro
     q = rows["q"]
     out = _fresh((*q.shape[:-1], problem.head_dim_v), q)
     tensors["out"] = as_tensor("out", out, options.get("layout", "bshd"))
-    return _seen_by_bulk_copies(problem, tensors), _traits(problem, tensors), q.device
+    return seen_by_bulk_copies(problem, tensors), _traits(problem, tensors), q.device
 
 
 class Forward:
@@ -96,7 +96,7 @@ class Forward:
             self._refuse_overlap({name: view.pointer for name, view in views.items()})
         out = views.get("out") or _fresh(self.out_shape, q)
         tensors["out"] = as_tensor("out", out, options["layout"])
-        self.problem = problem = _seen_by_bulk_copies(problem, tensors)
+        self.problem = problem = self._seen_by_bulk_copies(problem, tensors)
         self.launchers, self.workspaces, self.kernel = [], {}, "none: the result is empty"
         if problem.batch * problem.seqlen_q:
             self._choose_launchers(problem, tensors, options["config"])
@@ -156,7 +156,7 @@ class Forward:
             rows, heads * geometry.num_splits, choice.config.block_rows
         )
         if isinstance(choice.config, Sm90ForwardConfig):
-            scalars |= _tensor_maps(tensors, choice.config, geometry)
+            scalars |= self._tensor_maps(tensors, choice.config, geometry)
             if choice.config.persistent:
                 room = resident_blocks(choice.config, choice.traits, limits_of_device(device))
                 num_blocks = min(num_blocks, multiprocessors(device)[0] * room)
@@ -186,6 +186,17 @@ class Forward:
 
     def _traits(self, problem: AttentionProblem, tensors: dict[str, Tensor]) -> Traits:
         return _traits(problem, tensors)
+
+    def _seen_by_bulk_copies(
+        self, problem: AttentionProblem, tensors: dict[str, Tensor]
+    ) -> AttentionProblem:
+        return seen_by_bulk_copies(problem, tensors)
+
+    def _tensor_maps(
+        self, tensors: dict[str, Tensor], config: Sm90ForwardConfig, geometry: Geometry
+    ) -> dict[str, TensorLayout]:
+        v = TensorLayout.of_keys(tensors["v"], config.stage_n)
+        return tensor_maps(tensors, config, geometry) | {"v_map": v}
 
     def _choose(
         self, problem: AttentionProblem, traits: Traits, config
@@ -311,25 +322,24 @@ def _scalars(problem, tensors: dict[str, Tensor]) -> dict[str, int | float]:
     return scalars
 
 
-def _seen_by_bulk_copies(
-    problem: AttentionProblem, tensors: dict[str, Tensor]
+def seen_by_bulk_copies(
+    problem: AttentionProblem, tensors: dict[str, Tensor], transposed_v: bool = False
 ) -> AttentionProblem:
     """The problem, which then knows whether bulk copies can be told of its tensors."""
     for name in ("q", "k", "v", "out"):
-        if (why := misfit(tensors[name])) is not None:
+        if (why := misfit(tensors[name], transposed_v and name == "v")) is not None:
             why = f"{name} cannot be described to bulk copies: {why}"
             return replace(problem, no_tensor_maps=why)
     return problem
 
 
-def _tensor_maps(
+def tensor_maps(
     tensors: dict[str, Tensor], config: Sm90ForwardConfig, geometry: Geometry
 ) -> dict[str, TensorLayout]:
-    """The layouts of the Hopper forward's tensor maps, by parameter name."""
+    """The layouts of the Hopper forward's tensor maps but that of V, by parameter name."""
     q, out = (TensorLayout.of_queries(tensors[name], geometry.pack) for name in ("q", "out"))
-    k, v = (TensorLayout.of_keys(tensors[name], config.tile_n) for name in ("k", "v"))
-    is_split = geometry.num_splits > 1
-    return {"q_map": q, "k_map": k, "v_map": v, "out_map": q if is_split else out}
+    k, is_split = TensorLayout.of_keys(tensors["k"], config.stage_n), geometry.num_splits > 1
+    return {"q_map": q, "k_map": k, "out_map": q if is_split else out}
 
 
 def _lse_shape(problem: AttentionProblem, q: ArrayView) -> tuple[int, ...]:

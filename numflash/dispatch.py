@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 
 from numflash.configs import (
     FAMILIES,
+    FP8_FORWARDS,
     PORTABLE_CONFIGS,
     WARPGROUP_ROWS,
     Config,
-    Fp8ForwardConfig,
     MmaConfig,
     Sm90ForwardConfig,
     Traits,
@@ -145,11 +145,11 @@ def _hopper(
     no_bulk_copies: str | None,
 ) -> tuple[list[tuple[str, str]], Choice | None]:
     """What of `configs.sm90` was passed over, and why; and the choice among it, or None."""
-    if family != Sm90ForwardConfig.family or limits.compute_capability != (9, 0) or traits.fp8:
+    if family != Sm90ForwardConfig.family or limits.compute_capability != (9, 0):
         return [], None
     why = sm90.no_wgmma(traits, limits) or _no_scale(positive_scale) or no_bulk_copies
     if why is not None:
-        return [("sm90", why)], None
+        return [(f"{fp8.PREFIX}sm90" if traits.fp8 else "sm90", why)], None
     candidates = sm90.candidates(traits)
     reasons = {x: sm90.misfit(x, traits, limits, rows) for x in candidates}
     config = next((x for x, why in reasons.items() if why is None), None)
@@ -160,7 +160,11 @@ def _hopper(
     ]
     if config is None:
         return passed_over, None
-    passed_over += [("sm80", "wgmma is faster"), ("portable", "tensor cores are faster")]
+    if traits.fp8:
+        slower = f"{fp8.PREFIX}{fp8.generation(limits)}"
+        passed_over.append((slower, "wgmma multiplies codes, mma.sync must make float16 of them"))
+    else:
+        passed_over += [("sm80", "wgmma is faster"), ("portable", "tensor cores are faster")]
     rule = "the first that fits of the configs for wgmma"
     return passed_over, Choice(family, config, _for_wgmma(traits), rule, tuple(passed_over))
 
@@ -212,7 +216,7 @@ def force(
     if isinstance(config, type) or getattr(config, "family", None) != family:
         raise TypeError(f"config must be a string or a config of {family}, got {config!r}")
     why = None
-    if traits.fp8 != isinstance(config, Fp8ForwardConfig):
+    if traits.fp8 != isinstance(config, FP8_FORWARDS):
         why = "it computes on 8-bit floats" if not traits.fp8 else "it has no 8-bit floats"
     elif isinstance(config, Sm90ForwardConfig):
         why = sm90.no_wgmma(traits, limits) or _no_scale(positive_scale) or config.misfit(traits)

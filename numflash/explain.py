@@ -1,6 +1,6 @@
 """numflash.explain_dispatch: which kernels a call runs, and why not the others."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from numflash.arrays import library_of
 from numflash.calls import DEFAULTS, problem_of
@@ -118,6 +118,7 @@ class _Asked:
         out = ArrayView(0, shape, contiguous_strides(shape), q.dtype, q.device)
         all_rows = {**{name: rows[name] for name in "qkv"}, "out": out}
         tensors = {n: as_tensor(n, x, options["layout"]) for n, x in all_rows.items()}
+        problem = self._seen_by_bulk_copies(replace(problem, no_tensor_maps=None), tensors)
         traits, configs = self._traits(problem, tensors), forward_configs(options["config"])
         self._scalars(problem, tensors)  # raises for scales that do not fit
         self.choice, self.geometry = self._choose(problem, traits, configs.get("forward"))

@@ -5,14 +5,22 @@ from dataclasses import replace
 from typing import Any
 
 from numflash.arrays import ArrayLibrary
-from numflash.calls import Forward
-from numflash.configs import FP8_STEP, EstimateConfig, MmaConfig, Traits, padded_fp8_head_dim
+from numflash.calls import Forward, seen_by_bulk_copies, tensor_maps
+from numflash.configs import (
+    FP8_STEP,
+    EstimateConfig,
+    MmaConfig,
+    Sm90ForwardConfig,
+    Traits,
+    padded_fp8_head_dim,
+)
 from numflash.dispatch import Choice, Geometry
 from numflash.errors import UnsupportedError
 from numflash.fp8_sources import SIXTEEN_BITS, Source, make_sources, result_dtype
 from numflash.launch import Launcher
 from numflash.problem import AttentionProblem, Tensor
 from numflash.selection import forward_choice
+from numflash.tensor_maps import TensorLayout
 from numflash.views import ArrayView, Operand
 
 
@@ -54,6 +62,26 @@ class Fp8Forward(Forward):
             head_dim_v=padded_fp8_head_dim(problem.head_dim_v),
             fp8=True,
         )
+
+    def _seen_by_bulk_copies(
+        self, problem: AttentionProblem, tensors: dict[str, Tensor]
+    ) -> AttentionProblem:
+        return seen_by_bulk_copies(problem, self._codes(tensors), transposed_v=True)
+
+    def _tensor_maps(
+        self, tensors: dict[str, Tensor], config: Sm90ForwardConfig, geometry: Geometry
+    ) -> dict[str, TensorLayout]:
+        codes = self._codes(tensors)
+        v = TensorLayout.of_transposed_values(codes["v"])
+        return tensor_maps(codes, config, geometry) | {"v_map": v}
+
+    def _codes(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What the kernel reads and writes; V has tokens innermost."""
+        codes = {"out": tensors["out"]}
+        for name, source in self.sources.items():
+            view = replace(source.data, dtype="uint8")
+            codes[name] = Tensor(name, view, view.shape, view.strides)
+        return codes
 
     def _choose(
         self, problem: AttentionProblem, traits: Traits, config

@@ -20,8 +20,9 @@ MAP_ALIGNMENT = 64
 _UNIT = 16
 _MAX_REACH = 2**40
 _MAX_EXTENT = 2**32
-# Axes of a `Tensor`, in the order in which they are looked at.
+# Axes of a `Tensor`, in the order in which they are looked at; and of one with tokens innermost.
 _AXES = {"row": 1, "head": 2, "batch": 0}
+_TRANSPOSED_AXES = {"column": 2, "head": 1, "batch": 0}
 # CUtensorMapDataType, CUtensorMapSwizzle and CUtensorMapL2promotion of cuda.h.
 _DTYPES = {"uint8": 0, "float16": 6, "float32": 7, "bfloat16": 9}
 _SWIZZLE_NONE, _SWIZZLE_128B = 0, 3
@@ -57,6 +58,17 @@ class TensorLayout:
         return cls._of(tensor, extents, strides, (rows, 1, 1))
 
     @classmethod
+    def of_transposed_values(cls, tensor: Tensor) -> "TensorLayout":
+        """Codes of V, (batch, heads, head_dim, seqlen), as {seqlen, head_dim, heads, batch}.
+
+        A tile is all of head_dim in rows of 128 bytes.
+        """
+        batch, heads, columns, seqlen = tensor.shape
+        by_batch, by_head, by_column, _ = tensor.strides
+        extents, strides = (seqlen, columns, heads, batch), (by_column, by_head, by_batch)
+        return cls._of(tensor, extents, strides, (columns, 1, 1))
+
+    @classmethod
     def of_queries(cls, tensor: Tensor, pack: int) -> "TensorLayout":
         """Q or the result as {head_dim, pack, seqlen, heads / pack, batch}.
 
@@ -80,17 +92,18 @@ class TensorLayout:
         return cls(tensor.view.dtype, extents, in_bytes, (SLAB_BYTES // itemsize, *rows))
 
 
-def misfit(tensor: Tensor) -> str | None:
+def misfit(tensor: Tensor, is_transposed: bool = False) -> str | None:
     """Why bulk copies cannot be told of a tensor, however its heads are packed; None if they can.
 
-    Tiles may be larger than the tensor. Source: CUDA Driver API, cuTensorMapEncodeTiled.
+    `is_transposed` tells of (batch, heads, head_dim, seqlen). Tiles may be larger than the tensor.
+    Source: CUDA Driver API, cuTensorMapEncodeTiled.
     """
     itemsize = tensor.view.itemsize
     if 0 in tensor.shape:
         return "it is empty"
     if tensor.view.pointer % _UNIT:
         return f"its address {tensor.view.pointer:#x} is not a multiple of {_UNIT}"
-    for axis, i in _AXES.items():
+    for axis, i in (_TRANSPOSED_AXES if is_transposed else _AXES).items():
         extent, step = tensor.shape[i], tensor.strides[i] * itemsize
         if extent > _MAX_EXTENT:
             return f"its {axis} axis has {extent} elements, more than {_MAX_EXTENT}"

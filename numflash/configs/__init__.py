@@ -39,7 +39,12 @@ from numflash.configs.sm80 import (
     MmaForwardConfig,
     ReduceDqConfig,
 )
-from numflash.configs.sm90 import SLAB_BYTES, WARPGROUP_ROWS, Sm90ForwardConfig
+from numflash.configs.sm90 import (
+    SLAB_BYTES,
+    WARPGROUP_ROWS,
+    Sm90ForwardConfig,
+    Sm90Fp8ForwardConfig,
+)
 from numflash.configs.traits import (
     DTYPES,
     FP8_STEP,
@@ -50,6 +55,14 @@ from numflash.configs.traits import (
     padded_head_dim,
 )
 
+FP8_FORWARDS = (Fp8ForwardConfig, Sm90Fp8ForwardConfig)
+"""Configs of the forwards on 8-bit floats."""
+# The beginnings of their string forms; the first that a text has is its own.
+_FORWARDS = {
+    f"{PREFIX}sm90": Sm90Fp8ForwardConfig,
+    PREFIX: Fp8ForwardConfig,
+    "sm90": Sm90ForwardConfig,
+}
 FAMILIES = tuple(dict.fromkeys([*PORTABLE_CONFIGS, *MMA_CONFIGS]))
 """Every kernel family of attention."""
 Config = (
@@ -75,7 +88,7 @@ def parse_config(family: str, text: str) -> Config:
         return QUANTIZE_CONFIGS[family].parse(text)
     if family not in FAMILIES:
         raise ValueError(f"kernel family must be one of {', '.join(FAMILIES)}, got {family!r}")
-    for prefix, forward in ((PREFIX, Fp8ForwardConfig), ("sm90", Sm90ForwardConfig)):
+    for prefix, forward in _FORWARDS.items():
         if text.startswith(prefix) and family == forward.family:
             return forward.parse(text)
     implementations = [MMA_CONFIGS, PORTABLE_CONFIGS]
@@ -88,6 +101,7 @@ def parse_config(family: str, text: str) -> Config:
 __all__ = [
     "DTYPES",
     "FAMILIES",
+    "FP8_FORWARDS",
     "FP8_STEP",
     "HEAD_DIM_STEP",
     "MAX_HEAD_DIM",
@@ -114,6 +128,7 @@ __all__ = [
     "QuantizeConfig",
     "ReduceDqConfig",
     "Sm90ForwardConfig",
+    "Sm90Fp8ForwardConfig",
     "SmemLayout",
     "Traits",
     "accumulators_per_thread",

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import ClassVar
 
+from numflash.configs.fp8 import PREFIX
 from numflash.configs.sm80 import MmaForwardConfig
 from numflash.configs.traits import Traits
 from numflash.devices import Architecture
@@ -23,8 +24,9 @@ SLAB_BYTES = 128
 # are and how many blocks share an SM: the most that 64 Ki registers allow.
 _REGISTERS = {(1, 1): (56, 256), (1, 2): (24, 232), (2, 1): (24, 240), (3, 1): (32, 160)}
 _PRODUCER_THREADS = 128
-FP8_PREFIX = "fp8-"
 _WORD_BYTES, _BARRIER_WORDS = 4, 2
+# Of products of 8-bit floats, which have accumulators of their own.
+_MOST_COLUMNS, _PART_COLUMNS = 128, 64
 # A block may have as much shared memory on Hopper.
 _MAX_SMEM_BYTES = 227 * 1024
 _SWITCHES = ("overlap", "pingpong", "persistent")
@@ -108,6 +110,11 @@ class Sm90ForwardConfig(MmaForwardConfig):
         """Rows of K and V that are fetched at once: one or more tiles."""
         return self.tile_n
 
+    @property
+    def probability_registers(self) -> int:
+        """Registers of a thread that hold P as an operand."""
+        return self.tile_n * self.operand_bytes // 8
+
     def o_is_apart(self, traits: Traits) -> bool:
         """Whether results have shared memory of their own; otherwise they take the place of Q."""
         words = sum(self._tiles(traits).values()) + self._o_words(traits)
@@ -184,25 +191,46 @@ _PREFERENCES = {
         "m64n64w4s2-overlap-persistent",
     ),
 }
-# Registers of a thread that hold neither S, nor P, nor O.
-_OTHER_REGISTERS = 32
+# The same on 8-bit floats.
+_FP8_PREFERENCES = {
+    64: (
+        "m128n128w8s2-overlap-pingpong-persistent",
+        "m64n128w4s2-overlap-persistent",
+    ),
+    128: (
+        "m128n128w8s2-overlap-pingpong-persistent",
+        "m128n128w8s2-pingpong-persistent",
+        "m64n128w4s2-persistent",
+    ),
+    256: (
+        "m128n64w8s2-pingpong-persistent",
+        "m64n64w4s2-persistent",
+    ),
+}
+# Registers of a thread that hold neither S, nor P, nor O; and as many more where 8-bit floats have
+# scores that are bent.
+_OTHER_REGISTERS, _FP8_BENT_REGISTERS = 32, 32
 
 
 @cache
 def candidates(traits: Traits) -> tuple[Sm90ForwardConfig, ...]:
     """The configs that are shipped for these traits, preferred first."""
     columns = max(traits.head_dim, traits.head_dim_v)
-    texts = next(texts for most, texts in _PREFERENCES.items() if columns <= most)
-    return tuple(Sm90ForwardConfig.parse(f"sm90-{text}") for text in texts)
+    kind, prefix, preferences = Sm90ForwardConfig, "", _PREFERENCES
+    if traits.fp8:
+        kind, prefix, preferences = Sm90Fp8ForwardConfig, PREFIX, _FP8_PREFERENCES
+    texts = next(texts for most, texts in preferences.items() if columns <= most)
+    return tuple(kind.parse(f"{prefix}sm90-{text}") for text in texts)
 
 
 def no_wgmma(traits: Traits, limits: Architecture) -> str | None:
     """Why kernels of `wgmma` cannot compute with these traits on a GPU; None if they can."""
     if limits.compute_capability != (9, 0):
         return f"wgmma is an instruction of sm_90a only, this GPU is {limits.arch}"
-    if traits.fp8 or traits.dtype == "float32":
-        dtype = "8-bit floats" if traits.fp8 else traits.dtype
-        return f"its products are of float16 or bfloat16, not of {dtype}"
+    if traits.dtype == "float32":
+        return "its products are of float16 or bfloat16, not of float32"
+    if traits.key_scales:
+        return "scales of K or V change within a tile of keys, and it takes one for all of a tile"
     if traits.selected:
         return "it computes all heads, not those that a table names"
     return None
@@ -219,8 +247,10 @@ def misfit(
             f"needs {needed} bytes of shared memory per block, {limits.arch} has "
             f"{limits.max_smem_per_block}"
         )
-    kept = config.accumulators_per_thread(traits) + config.tile_n // 4
+    kept = config.accumulators_per_thread(traits) + config.probability_registers
     most = config.registers[1] - _OTHER_REGISTERS
+    if traits.fp8 and (traits.softcap or traits.alibi):
+        most -= _FP8_BENT_REGISTERS
     if kept > most:
         return f"keeps {kept} registers of S, P and O a thread, at most {most} do not spill"
     if config.block_rows >= 2 * rows:
@@ -233,6 +263,7 @@ class Sm90Fp8ForwardConfig(Sm90ForwardConfig):
     """As `Sm90ForwardConfig` on e4m3 codes; V comes with tokens innermost."""
 
     operand_bytes: ClassVar = 1
+    multiplies_codes: ClassVar = True
     _example: ClassVar = "fp8-sm90-m128n128w8s2-pingpong"
 
     def __post_init__(self):
@@ -247,10 +278,20 @@ class Sm90Fp8ForwardConfig(Sm90ForwardConfig):
         """Rows of K and V that are fetched at once: those of V are 128 bytes wide."""
         return SLAB_BYTES if self.tile_n == SLAB_BYTES // 2 else self.tile_n
 
+    def part_columns(self, traits: Traits) -> int:
+        """Columns of O that are computed at once: all, as far as registers suffice."""
+        return traits.head_dim_v if traits.head_dim_v <= _MOST_COLUMNS else _PART_COLUMNS
+
+    def accumulators_per_thread(self, traits: Traits) -> int:
+        """float32 accumulators that a thread keeps through the main loop."""
+        s, part = self._scores_per_thread(), self.part_columns(traits) // 2
+        # Without overlap S has become P before P is multiplied.
+        return traits.head_dim_v // 2 + (s + part if self.overlap else max(s, part))
+
     def __str__(self) -> str:
-        return FP8_PREFIX + super().__str__()
+        return PREFIX + super().__str__()
 
     @classmethod
     def _fields(cls, text: str) -> dict | None:
-        is_fp8 = text.startswith(FP8_PREFIX)
-        return super()._fields(text.removeprefix(FP8_PREFIX)) if is_fp8 else None
+        is_fp8 = text.startswith(PREFIX)
+        return super()._fields(text.removeprefix(PREFIX)) if is_fp8 else None

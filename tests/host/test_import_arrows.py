@@ -49,7 +49,8 @@ ARROWS = {
     "fp8_arrays": "arrays fp8 quantization views",
     "fp8_sources": "arrays configs errors fp8 launch problem quantization views",
     "fp8_options": "errors fp8 fp8_sources",
-    "fp8_calls": "arrays calls configs dispatch errors fp8_sources launch problem selection views",
+    "fp8_calls": "arrays calls configs dispatch errors fp8_sources launch problem selection "
+    "tensor_maps views",
     "api": "arrays calls compiler configs dispatch errors fp8 fp8_calls fp8_options launch mode "
     "problem selection store tuned views",
     "explain": "arrays calls dispatch fp8_calls fp8_options problem selection views",
