@@ -35,7 +35,7 @@ from numflash.formats import FORMATS
 from numflash.fp8 import GRANULARITIES, Fp8Recipe
 from numflash.mode import SIMULATED
 from numflash.sass import count_instructions, disassemble
-from numflash.steady_state import MainLoop, read_main_loop, register_counts
+from numflash.steady_state import MainLoop, Registers, read_main_loop, read_setmaxnreg
 
 _log = logging.getLogger("numflash")
 _KERNELS = (*FAMILIES, *QUANTIZE_CONFIGS)
@@ -60,7 +60,7 @@ class Report:
         instructions: see `sass.count_instructions`; empty where there is no disassembler.
         warnings: lines of the compiler's log.
         compile_ms: when it was compiled, from Python source to machine code.
-        setmaxnreg: registers a thread that a warpgroup leaves itself ("dec") or takes ("inc").
+        setmaxnreg: of warps that give registers back ("dec") and of those that take them ("inc").
         main_loop: of products of warpgroups; None where there are none, or no disassembler.
     """
 
@@ -79,7 +79,7 @@ class Report:
     instructions: dict[str, int]
     warnings: tuple[str, ...]
     compile_ms: float
-    setmaxnreg: dict[str, int] = field(default_factory=dict)
+    setmaxnreg: dict[str, Registers] = field(default_factory=dict)
     main_loop: MainLoop | None = None
 
     @property
@@ -136,7 +136,7 @@ def inspect_kernel(config: Config, traits: Traits, limits: Architecture) -> Repo
         instructions={} if sass is None else count_instructions(sass),
         warnings=cubin.warnings,
         compile_ms=round(cubin.compile_ms, 1),
-        setmaxnreg={} if sass is None else register_counts(sass),
+        setmaxnreg={} if sass is None else read_setmaxnreg(sass),
         main_loop=None if sass is None else read_main_loop(sass),
     )
 
@@ -147,11 +147,14 @@ def describe(report: Report, limits: Architecture) -> str:
     present = {name: n for name, n in report.instructions.items() if n}
     counts = "   ".join(f"{name} {n}" for name, n in present.items())
     occupied = report.blocks_per_sm * report.threads
-    actions = {"dec": "{} in warps that copy", "inc": "{} in warps that multiply"}
-    later = [actions[action].format(n) for action, n in report.setmaxnreg.items()]
+    warps = {"dec": "warps that copy", "inc": "warps that multiply"}
+    later = [
+        f"{registers.available} in {warps[action]} ({registers.named} used)"
+        for action, registers in report.setmaxnreg.items()
+    ]
     rows = {
         "traits": report.traits,
-        "registers": ", then ".join([f"{report.registers} per thread", *later]),
+        "registers": "\nthen ".join([f"{report.registers} per thread", *later]),
         "spills": spills if report.spill_store_bytes or report.spill_load_bytes else "none",
         "stack": f"{report.stack_bytes} B per thread" if report.stack_bytes else "none",
         "shared memory": f"{report.smem_bytes / KB:.1f} KiB per block "

@@ -51,6 +51,7 @@ SKIPPED = ("mask", "new maximum", "rescaling", "waits", "other")
 _FLOP_PER_CLOCK = {"HGMMA": 4096, "QGMMA": 8192}
 _SPECIAL_CLOCKS, _HALF_RATE_CLOCKS = 8, 2
 _SHAPE = re.compile(r"\.(\d+)x(\d+)x(\d+)\b")
+_REGISTER = re.compile(r"\bR(\d+)")
 _WAIT = re.compile(r"gsb0\s*,\s*(0x[0-9a-f]+)")
 # A wait is repeated by few instructions.
 _LONGEST_WAIT = 8
@@ -101,15 +102,47 @@ def read_main_loop(sass: str) -> MainLoop | None:
     return min(read, key=lambda loop: loop.issued, default=None)
 
 
-def register_counts(sass: str) -> dict[str, int]:
-    """Registers a thread that `setmaxnreg` leaves ("dec") and takes ("inc"), where it is there."""
-    counts = {}
-    for block in basic_blocks(sass):
-        for x in block.instructions:
+@dataclass(frozen=True)
+class Registers:
+    """What `setmaxnreg` leaves a thread of some warps.
+
+    Attributes:
+        available: registers a thread.
+        named: one more than the highest that an instruction after it names, as the first of a
+            vector, say.
+    """
+
+    available: int
+    named: int
+
+
+def read_setmaxnreg(sass: str) -> dict[str, Registers]:
+    """The registers of the warps that give some back ("dec") and of those that take them ("inc").
+
+    Warps are told apart by what can be reached from where `setmaxnreg` is.
+    """
+    blocks, found = basic_blocks(sass), {}
+    for block in blocks:
+        for i, x in enumerate(block.instructions):
             if x.name == "USETMAXREG":
                 action = "dec" if "DEALLOC" in x.opcode else "inc"
-                counts[action] = int(x.operands.split(",")[-1], 16)
-    return counts
+                later = [*block.instructions[i + 1 :], *_reached(blocks, block.successors)]
+                named = [int(n) for y in later for n in _REGISTER.findall(y.operands)]
+                available = int(x.operands.split(",")[-1], 16)
+                found[action] = Registers(available, max(named, default=-1) + 1)
+    return found
+
+
+def _reached(blocks: list[Block], numbers: Iterable[int]) -> list[Instruction]:
+    """All instructions of blocks that may run after these have begun."""
+    seen: set[int] = set()
+    pending = list(numbers)
+    while pending:
+        number = pending.pop()
+        if number not in seen:
+            seen.add(number)
+            pending += blocks[number].successors
+    return [x for number in seen for x in blocks[number].instructions]
 
 
 def _has_products(blocks: list[Block], numbers: Iterable[int]) -> bool:

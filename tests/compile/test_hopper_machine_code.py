@@ -20,15 +20,16 @@ from numflash.dispatch import choose
 from numflash.inspect import inspect_kernel
 from numflash.ptx import device_function
 from numflash.sass import disassemble
-from numflash.steady_state import MainLoop, read_main_loop
+from numflash.steady_state import MainLoop, Registers, read_main_loop
 
 HOPPER = architecture("sm_90a")
 DTYPES = ("float16", "bfloat16")
 HEAD_DIMS = (64, 128, 192, 256)
 PLAIN, BENT = {}, {"softcap": True, "alibi": True}
 REGISTERS, WARPGROUP = 64 * 1024, 128
-MOST_ISSUED = {(192, 64): 430, (128, 128): 470, (128, 192): 417, (128, 256): 361}
-"""(tile_m, head_dim) -> instructions of a turn of the main loop, 5 percent above what it had."""
+# Instructions of a turn: for a score its maximum, exponential, product, sum and half a conversion;
+# for a product its descriptor; the rest, which assemblers from 12.8 to 13.5 write with 35 to 70.
+PER_SCORE, PER_PRODUCT, REST = 4.5, 8, 80
 
 
 def chosen(head_dim: int) -> Sm90ForwardConfig:
@@ -78,13 +79,15 @@ def test_machine_code_is_as_designed(case):
     _expect_main_loop(config, traits, report.main_loop)
 
 
-def _expect_registers(config: Sm90ForwardConfig, at_entry: int, later: dict[str, int]):
+def _expect_registers(config: Sm90ForwardConfig, at_entry: int, later: dict[str, Registers]):
     """All that the launch bounds allow at the start, and no more than that after `setmaxnreg`."""
     blocks = config.min_blocks_per_sm
     allowed = REGISTERS // blocks // config.num_threads // 8 * 8
     assert at_entry == min(allowed, 255)
-    assert later == dict(zip(("dec", "inc"), config.registers, strict=True))
-    taken = later["dec"] + config.num_warpgroups * later["inc"]
+    copying, multiplying = later["dec"], later["inc"]
+    assert (copying.available, multiplying.available) == config.registers
+    assert copying.named <= copying.available and multiplying.named <= multiplying.available
+    taken = copying.available + config.num_warpgroups * multiplying.available
     assert WARPGROUP * taken <= allowed * config.num_threads
 
 
@@ -107,8 +110,7 @@ def _expect_main_loop(config: Sm90ForwardConfig, traits: Traits, loop: MainLoop)
     if not traits.softcap and not traits.alibi:
         assert (issued["ffma"], issued["other_special"]) == (scores, 0)
         assert issued["fadd"] <= scores + 4
-        if config.num_splits == 1 and (config.tile_m, traits.head_dim) in MOST_ISSUED:
-            assert loop.issued <= MOST_ISSUED[config.tile_m, traits.head_dim]
+        assert loop.issued <= PER_SCORE * scores + PER_PRODUCT * (of_s + of_o) + REST
         # Per tile the tensor cores are what there is least of.
         assert max(loop.clocks.values()) == loop.clocks["tensor"]
 

@@ -114,7 +114,9 @@ def test_json_of_hopper(capsys):
     config = choose("forward", traits, limits).config
     assert (report["config"], config.implementation) == (str(config), "sm90")
     assert report["warnings"] == [] and report["spill_store_bytes"] == 0
-    assert report["setmaxnreg"] == dict(zip(("dec", "inc"), config.registers, strict=True))
+    for action, available in zip(("dec", "inc"), config.registers, strict=True):
+        assert report["setmaxnreg"][action]["available"] == available
+        assert 0 < report["setmaxnreg"][action]["named"] <= available
     loop = report["main_loop"]
     assert report["instructions"]["HGMMA"] == 2 * sum(loop["groups"]) > 0
     assert loop["waits"] == [1, 0]
@@ -131,7 +133,7 @@ def test_readable_report_of_hopper(capsys):
     rows = [line[2:17].strip() for line in text.splitlines()[1:]]
     for row in ("main loop", "overlap", "a turn takes", "a turn issues", "it skips"):
         assert row in rows
-    assert "240 in warps that multiply" in text and "24 in warps that copy" in text
+    assert "then 240 in warps that multiply" in text and "then 24 in warps that copy" in text
     assert "64 of 64 exponentials" in text and "exponentials 512 clocks (50%)" in text
     assert max(map(len, text.splitlines())) < 100
 
@@ -153,8 +155,8 @@ FP8 = ["forward", "--precision", "fp8", "--head-dim", "128", "--json"]
     [
         (["--arch", "sm_89"], ("QMMA",), ("HMMA",)),
         (["--arch", "120", "--key-scales", "--config", "fp8-sm89-m16n64w1s1"], ("QMMA",), ()),
-        # There e4m3 is multiplied as float16.
-        (["--arch", "sm_90"], ("HMMA", "F2FP"), ("QMMA",)),
+        # There mma.sync has e4m3 multiplied as float16.
+        (["--arch", "sm_90", "--config", "fp8-sm80-m64n64w4s1"], ("HMMA", "F2FP"), ("QMMA",)),
     ],
     ids=lambda argument: " ".join(argument),
 )
@@ -169,6 +171,16 @@ def test_fp8_json(capsys, argv, present, absent):
         assert report["instructions"][name] >= 32, name
     for name in ("F64", *absent):
         assert report["instructions"][name] == 0, name
+
+
+def test_fp8_json_of_hopper(capsys):
+    report = json.loads(printed(capsys, *FP8, "--arch", "sm_90a"))
+    counts, loop = report["instructions"], report["main_loop"]
+    assert counts["QGMMA"] > 0 == counts["HGMMA"] == counts["HMMA"]
+    assert report["warnings"] == [] and report["spill_store_bytes"] == report["stack_bytes"] == 0
+    # 8-bit floats are multiplied at twice the rate.
+    tile_n = 4 * loop["instructions"]["conversions"]
+    assert loop["clocks"]["tensor"] == 64 * tile_n * 128 * 4 // 8192
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,13 @@
 
 import pytest
 
-from numflash.steady_state import KINDS, SKIPPED, read_main_loop, register_counts
+from numflash.steady_state import (
+    KINDS,
+    SKIPPED,
+    Registers,
+    read_main_loop,
+    read_setmaxnreg,
+)
 
 PRODUCT = "HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24"
 COMMITTED = f"{PRODUCT}, gsb0"
@@ -167,6 +173,32 @@ def test_no_main_loop(lines):
     assert read_main_loop(listing(lines)) is None
 
 
-def test_register_counts():
-    assert register_counts(kernel([wait(0)])) == {"inc": 240, "dec": 24}
-    assert register_counts(listing(["EXIT"])) == {}
+def test_registers_of_warps_are_told_apart():
+    lines = [
+        "MOV R200, R1",
+        "@!P0 BRA `(.L_copy)",
+        "MOV R201, R1",
+        "USETMAXREG.TRY_ALLOC.CTAPOOL UP0, 0xf0",
+        ".L_again:",
+        "FFMA R4, R5, R30, R6.reuse",
+        "@P0 BRA `(.L_far)",
+        "EXIT",
+        ".L_copy:",
+        "MOV R100, RZ",
+        "USETMAXREG.DEALLOC.CTAPOOL 0x18",
+        "UTMALDG.4D [UR64], [UR4], desc[UR99]",
+        "MOV R2, desc[UR4][R22.64+0x10]",
+        "@P0 EXIT",
+        "MOV R2, 0x40",
+        "EXIT",
+        # Out of line as the copying warps' code, but of the others.
+        ".L_far:",
+        "FMNMX R1, R150, R7, !PT",
+        "BRA `(.L_again)",
+    ]
+    found = read_setmaxnreg(listing(lines))
+    assert found == {"inc": Registers(240, 151), "dec": Registers(24, 23)}
+    assert read_setmaxnreg(listing(["EXIT"])) == {}
+    assert read_setmaxnreg(listing(["USETMAXREG.DEALLOC.CTAPOOL 0x18", "EXIT"])) == {
+        "dec": Registers(24, 0)
+    }
