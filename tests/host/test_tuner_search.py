@@ -12,6 +12,7 @@ import optuna
 
 from numflash.problem_class import ProblemClass
 from numflash_tuner import SAMPLERS, machines, model
+from numflash_tuner.candidates import Candidates
 from numflash_tuner.measuring.replay import Recording, Replay
 from numflash_tuner.pool import Examined
 from numflash_tuner.records import Record, ResourceUsage
@@ -93,6 +94,15 @@ def test_the_default_and_the_favourites_come_first():
     assert told[0].config == str(space.default)
     estimates = sorted(space.feasible, key=lambda c: model.estimate(MACHINE, DQ, c).ms)
     assert {record.config for record in told[1:4]} <= set(map(str, estimates[:4]))
+
+
+def test_of_favourites_that_the_model_cannot_tell_apart_one_is_tried():
+    hopper = ProblemClass.parse("forward bfloat16-d128-dv128-vec full q4096 k4096 bh64 g1")
+    candidates = Candidates(Space(hopper, machines.find("H200"), Budgets()))
+    found = candidates.favourites(8)
+    assert len(found) == len({candidates.estimates[number] for number in found}) == 8
+    assert candidates.estimates[found[0]] == candidates.estimates.min()
+    assert list(candidates.estimates[found]) == sorted(candidates.estimates[found])
 
 
 def test_without_a_gpu_hopeless_configs_are_not_compiled():
