@@ -35,28 +35,28 @@ def tflops(text, head_dim, seqlen, mask="full"):
 
 
 @pytest.mark.parametrize(
-    ("text", "head_dim", "seqlen", "published"),
+    ("text", "head_dim", "seqlen", "published", "within"),
     [
-        ("m128n176w8s2-persistent", 128, 8192, 570),
-        ("m128n176w8s2-pingpong-persistent", 128, 8192, 611),
-        ("m128n176w8s2-overlap-pingpong-persistent", 128, 8192, 650),
-        ("m192n128w12s2-overlap-pingpong-persistent", 64, 16384, 497),
-        ("m128n80w8s2-overlap-persistent", 256, 16384, 756),
+        ("m128n176w8s2-persistent", 128, 8192, 570, 0.03),
+        ("m128n176w8s2-pingpong-persistent", 128, 8192, 611, 0.03),
+        ("m128n176w8s2-overlap-pingpong-persistent", 128, 8192, 650, 0.03),
+        ("m192n128w12s2-overlap-pingpong-persistent", 64, 16384, 497, 0.03),
+        ("m128n80w8s2-overlap-persistent", 256, 16384, 756, 0.03),
         # These were not fitted.
-        ("m192n128w12s2-overlap-pingpong-persistent", 64, 2048, 460),
-        ("m128n176w8s2-overlap-pingpong-persistent", 128, 2048, 625),
-        ("m128n176w8s2-overlap-pingpong-persistent", 128, 512, 467),
-        ("m128n80w8s2-overlap-persistent", 256, 4096, 736),
+        ("m192n128w12s2-overlap-pingpong-persistent", 64, 2048, 460, 0.06),
+        ("m128n176w8s2-overlap-pingpong-persistent", 128, 2048, 625, 0.06),
+        ("m128n176w8s2-overlap-pingpong-persistent", 128, 512, 467, 0.06),
+        ("m128n80w8s2-overlap-persistent", 256, 4096, 736, 0.06),
     ],
 )
-def test_speed_is_about_that_of_flash_attention_3(text, head_dim, seqlen, published):
-    assert tflops(text, head_dim, seqlen) == pytest.approx(published, rel=0.06)
+def test_speed_is_about_that_of_flash_attention_3(text, head_dim, seqlen, published, within):
+    assert tflops(text, head_dim, seqlen) == pytest.approx(published, rel=within)
 
 
 def test_causal_speed_is_about_that_of_flash_attention_3():
     # Its scheduler hands out tiles as blocks become free, as the hardware does.
-    found = [tflops(t, d, 16384, "causal") for t, d in (("m128n128w8s2-overlap-pingpong", 128),)]
-    assert found[0] == pytest.approx(616, rel=0.08)
+    found = tflops("m128n128w8s2-overlap-pingpong", 128, 16384, "causal")
+    assert found == pytest.approx(616, rel=0.08)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
