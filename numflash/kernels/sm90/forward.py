@@ -111,11 +111,6 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
         return mov_tid_x() % 128 == 0
 
     @device_function
-    def q_of_group(q_first):
-        """Operand Q of this warpgroup, computed anew: its many steps would be kept otherwise."""
-        return u32(q_first + mov_tid_x() // u32(128) * u32(q_step))
-
-    @device_function
     def shape_scores(
         s_acc,
         cap_slopes,
@@ -214,7 +209,7 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
         factors = cuda.local.array(2, f32)
         # From one lane, so that the assembler knows it to be the same in all.
         group = cuda.shfl_sync(FULL_WARP, i32(mov_tid_x() // 128), 0)
-        q_first = q_operand(mov_shared_address(smem, q_smem))
+        q_mine = u32(q_operand(mov_shared_address(smem, q_smem)) + group * q_step)
         k_first = tile_operand(mov_shared_address(smem, k_smem))
         v_first = tile_operand(mov_shared_address(smem, v_smem))
         scale_log2 = LOG2_E
@@ -253,7 +248,7 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
                 # The first tile of keys: S = Q K^T, P = softmax(S).
                 take_turn(group)
                 mbarrier_wait_parity(barriers, k_full + stage, parity)
-                begin_q_k(s_acc, q_of_group(q_first), u32(k_first + stage * k_step))
+                begin_q_k(s_acc, q_mine, u32(k_first + stage * k_step))
                 pass_turn(group)
                 wait_for_s(s_acc)
                 if leads():
@@ -284,7 +279,7 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
                     take_turn(group)
                     if overlap:
                         mbarrier_wait_parity(barriers, k_full + stage, parity)
-                        begin_q_k(s_acc, q_of_group(q_first), u32(k_first + stage * k_step))
+                        begin_q_k(s_acc, q_mine, u32(k_first + stage * k_step))
                     mbarrier_wait_parity(barriers, v_full + v_stage, v_parity)
                     begin_p_v(o_acc, p_frag, u32(v_first + v_stage * v_step))
                     if not overlap:
@@ -292,7 +287,7 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
                         if leads():
                             mbarrier_arrive(barriers, v_empty + v_stage)
                         mbarrier_wait_parity(barriers, k_full + stage, parity)
-                        begin_q_k(s_acc, q_of_group(q_first), u32(k_first + stage * k_step))
+                        begin_q_k(s_acc, q_mine, u32(k_first + stage * k_step))
                     pass_turn(group)
                     if overlap:
                         wait_for_next_s(s_acc)
