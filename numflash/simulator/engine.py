@@ -4,7 +4,7 @@ A simulated thread runs until it has to wait for others, at a barrier or in a co
 instruction; then the engine resumes a ready thread, chosen at random from a seeded generator.
 Which warp, and which lane, is first past a barrier therefore varies, as on hardware, and a kernel
 that forgot a barrier computes something else. In some blocks warps go side by side, in others one
-runs far ahead. The same seed repeats the same order.
+runs far ahead; in some a warp falls behind all others. The same seed repeats the same order.
 
 Everything that waits is built from `Block.park` and `Block.wake`; `Meeting` is the usual reason
 to wait. When no thread can run and some still wait, `DeadlockError` says who waits where.
@@ -29,6 +29,8 @@ WARP_SIZE = 32
 # How often the engine turns to another warp: always, so that warps go side by side, or so seldom
 # that one runs far ahead of the others, until a barrier stops it. A block has one of them.
 _RESTLESSNESS = (1.0, 1 / 64, 1 / 2048)
+# How probable it is that a block has a warp that runs only when no other can.
+_LAGGARDS = 0.5
 
 _running: "Thread | None" = None
 
@@ -174,7 +176,10 @@ class Block:
         self.num_ready = 0
         for thread in self.threads:
             self.wake(thread)
-        self.favourite = 0
+        self.favourite, self.laggard = 0, None
+        fate = random.Random(f"laggard {self.seed} {tuple(block_idx)}")
+        if fate.random() < _LAGGARDS:
+            self.laggard = self.ready[fate.randrange(len(self.ready))]
         self.restlessness = _RESTLESSNESS[int(self.random() * len(_RESTLESSNESS))]
         self.meetings: dict[tuple, Meeting] = {}
         self.parts: dict[type, Part] = {}
@@ -243,9 +248,9 @@ class Block:
     def _pick(self) -> Thread:
         """A random ready thread of the favoured warp, taken out in constant time."""
         ready = self.ready[self.favourite]
-        if not ready or self.random() < self.restlessness:
-            warps = [warp for warp in self.ready if warp]
-            ready = warps[int(self.random() * len(warps))]
+        if not ready or ready is self.laggard or self.random() < self.restlessness:
+            warps = [warp for warp in self.ready if warp and warp is not self.laggard]
+            ready = warps[int(self.random() * len(warps))] if warps else self.laggard
             self.favourite = ready[0].warp
         pick = int(self.random() * len(ready))
         ready[pick], ready[-1] = ready[-1], ready[pick]
