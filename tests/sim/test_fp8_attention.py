@@ -17,7 +17,7 @@ import numflash
 from numflash import api, reference
 from numflash.arrays import _NumPy
 from numflash.check import measure, to_numpy
-from numflash.configs import Fp8ForwardConfig
+from numflash.configs import parse_config
 from numflash.formats import FORMATS
 from numflash.fp8 import Fp8Array, Fp8Recipe
 from numflash.launch import limits_of_device
@@ -109,7 +109,11 @@ def codes_of_heads(x, heads_kv: int, layout: str) -> tuple[np.ndarray, np.ndarra
 
 
 def make_call(
-    case: AttentionCase, sort: str, number: int, upload: Callable = np.ascontiguousarray
+    case: AttentionCase,
+    sort: str,
+    number: int,
+    upload: Callable = np.ascontiguousarray,
+    recipes: tuple[Fp8Recipe, ...] = RECIPES,
 ) -> Fp8Call:
     """The case as a call of a sort; `number` chooses among recipes and forms of arrays."""
     arrays = {name: x for name, x in case.arrays().items() if name in "qkv"}
@@ -126,14 +130,14 @@ def make_call(
         codes, descales = zip(*made.values(), strict=True)
         descales = tuple(descale[:, :, None] for descale in descales)
         return Fp8Call(arguments, options, codes, descales, (1, 1, 1), head_dim_v)
-    recipe = RECIPES[number % len(RECIPES)]
+    choices, recipe = recipes, recipes[number % len(recipes)]
     recipes = dict.fromkeys("qkv", recipe)
     arguments = {name: upload_view(x, upload) for name, x in arrays.items()}
     if sort == "16-bit":
         arguments |= {"fp8": recipe}
     else:
         # Scales of their own, but the same rotation.
-        others = [RECIPES[(number + i) % len(RECIPES)] for i in (2, 3)]
+        others = [choices[(number + i) % len(choices)] for i in (2, 3)]
         recipes["k"] = replace(others[0], hadamard=recipe.hadamard, seed=recipe.seed)
         recipes["v"] = replace(others[1], hadamard=False)
         for name in ("qkv", "kv", "k", "qv")[number % 4]:
@@ -184,7 +188,7 @@ def differences(out, lse, call: Fp8Call, tile_n: int, lse_tolerance: float = 1e-
 
 def tile_n_of(config: str) -> int:
     """Keys of a tile of a config."""
-    return Fp8ForwardConfig.parse(config).tile_n
+    return parse_config("forward", config).tile_n
 
 
 @pytest.fixture(autouse=True)

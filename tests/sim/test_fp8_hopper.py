@@ -1,0 +1,388 @@
+"""The Hopper forward on 8-bit floats in the simulator, by the rules of `test_fp8_attention`.
+
+Cases of other kernels for 8-bit floats on small configs in turn, cases with several of Hopper's
+larger tiles, and kernels that are broken on purpose.
+"""
+
+import importlib
+import inspect
+import os
+import sys
+from dataclasses import replace
+from functools import cache
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+import numflash
+from numflash import api, calls
+from numflash.configs import parse_config
+from numflash.errors import UnsupportedError
+from numflash.fp8 import Fp8Recipe
+from numflash.kernels import sm90
+from numflash.launch import limits_of_device
+from numflash.simulator import SEED
+from tests.attention_cases import SIM_CASES, AttentionCase, on_fp8
+from tests.sim.test_broken_kernels import Mutation, first_failure
+from tests.sim.test_fp8_attention import (
+    SORTS,
+    TURNS,
+    Fp8Call,
+    differences,
+    fp8_array,
+    make_call,
+    poisoned_results,  # noqa: F401
+    quantized,
+    run,
+    tile_n_of,
+    tokens_per_scale,
+)
+
+EVERY = bool(os.environ.get("NUMFLASH_TEST_EVERY_CONFIG"))
+KERNEL, TILES = "numflash.kernels.sm90.fp8_forward", "numflash.tiles.wgmma"
+SMALL = (
+    "fp8-sm90-m64n128w4s2-overlap-persistent",
+    "fp8-sm90-m64n64w4s2",
+    "fp8-sm90-m64n128w4s1",
+    "fp8-sm90-m64n64w4s1x2-packed-persistent",
+    "fp8-sm90-m64n128w4s3-overlap",
+    "fp8-sm90-m128n64w8s2-pingpong-persistent",
+    "fp8-sm90-m64n128w4s2x3-overlap",
+    "fp8-sm90-m128n128w8s2-overlap-pingpong-persistent",
+    "fp8-sm90-m64n256w4s1b2",
+)
+# One scale for all keys of a tile, whatever the config.
+RECIPES = (
+    Fp8Recipe(),
+    Fp8Recipe("head", seed=7),
+    Fp8Recipe("block", 256, hadamard=False),
+    Fp8Recipe("tensor", hadamard=False),
+)
+HALVES = (Fp8Recipe("block", 64, seed=3), *RECIPES)
+WIDEST = (RECIPES[1], *RECIPES[2:])
+
+
+@pytest.fixture(autouse=True)
+def hopper(monkeypatch):
+    """A simulated GPU that is a Hopper."""
+    monkeypatch.setenv("NUMFLASH_SIM_ARCH", "sm_90a")
+    monkeypatch.setattr(api, "_ready", {})
+    limits_of_device.cache_clear()
+    yield
+    limits_of_device.cache_clear()
+
+
+def call_of(case: AttentionCase, sort: str, number: int, config: str) -> Fp8Call:
+    """As `make_call`, with scales that the config can take."""
+    recipes = {64: HALVES, 128: RECIPES, 256: WIDEST}[tile_n_of(config)]
+    return make_call(case, sort, number, recipes=recipes)
+
+
+def _storable(case: AttentionCase) -> AttentionCase:
+    """The case, with rows of the result that are multiples of 16 bytes."""
+    *rest, head_dim_v = case.shape
+    return replace(case, shape=(*rest, -(-head_dim_v // 8) * 8))
+
+
+def _small():
+    """(case, sort, config): configs and sorts in turn, of the masks a sixth; or all of them."""
+    cases = [_storable(case) for case in on_fp8(SIM_CASES)]
+    if EVERY:
+        return [(case, sort, config) for case in cases for sort in SORTS for config in SMALL]
+    masks = [case for case in cases if case.name.startswith(("square-", "tall-", "wide-"))]
+    cases = [*masks[::6], *(case for case in cases if case not in masks)]
+    cases = list({case.name: case for case in cases if case.name != "113"}.values())
+    return [(c, TURNS[i % len(TURNS)], SMALL[i % len(SMALL)]) for i, c in enumerate(cases)]
+
+
+def _large():
+    """(case, sort, config): several tiles of rows and of keys."""
+    causal, window = {"causal": True}, {"window_size": (150, 40)}
+    table = (
+        ((1, 150, 300, 1, 1, 64, 64), "overlap-pingpong", "m128n128w8s2", causal),
+        ((1, 140, 270, 1, 1, 128, 128), "overlap-pingpong-persistent", "m128n128w8s2", causal),
+        ((1, 70, 280, 1, 1, 128, 128), "pingpong-persistent", "m128n128w8s2", {"softcap": 3.0}),
+        ((1, 130, 260, 1, 1, 192, 128), "overlap-persistent", "m128n128w8s1", window),
+        ((1, 70, 260, 1, 1, 256, 256), "pingpong-persistent", "m128n64w8s2", causal),
+        ((1, 70, 200, 1, 1, 128, 256), "persistent", "m64n64w4s3", {"softcap": 2.0, **causal}),
+        ((1, 200, 300, 1, 1, 64, 128), "persistent", "m192n128w12s2", window),
+        ((1, 200, 300, 1, 1, 64, 64), "overlap-pingpong", "m192n128w12s3", causal),
+        ((2, 24, 600, 4, 1, 64, 64), "packed-overlap", "m64n128w4s2x3", causal),
+        ((1, 40, 500, 2, 1, 64, 64), "unpacked-overlap", "m64n128w4s2x2", window),
+        ((1, 70, 500, 2, 1, 64, 64), "persistent", "m64n256w4s2", {"alibi_slopes": (2,)}),
+    )
+    for i, (shape, switches, tile, options) in enumerate(table):
+        dtype = ("float16", "bfloat16")[i % 2]
+        case = AttentionCase(f"d{shape[5]}-{shape[1]}x{shape[2]}", shape, dtype, options=options)
+        yield case, ("codes", "arrays")[i % 2], f"fp8-sm90-{tile}-{switches}"
+
+
+def _cases():
+    chosen = [*_small(), *_large()]
+    return [pytest.param(*each, i, id="-".join(map(str, each))) for i, each in enumerate(chosen)]
+
+
+@pytest.mark.parametrize(("case", "sort", "config", "number"), _cases())
+def test_results_are_those_of_the_specification(case, sort, config, number, monkeypatch):
+    monkeypatch.setattr(SEED, "value", number)
+    call = call_of(case, sort, number, config)
+    assert differences(*run(call, config), call, tile_n_of(config)) == []
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+@pytest.mark.parametrize(
+    "config",
+    ["fp8-sm90-m64n128w4s2-overlap-persistent", "fp8-sm90-m128n64w8s1-pingpong-persistent"],
+)
+def test_blocks_take_several_tiles_of_rows(config, blocks, monkeypatch):
+    """Of which some see no key: the first rows of these."""
+    monkeypatch.setattr(calls, "multiprocessors", lambda device: (blocks, 2**20))
+    monkeypatch.setattr(calls, "resident_blocks", lambda *about: 1)
+    shape = (1, 300, 150, 2, 1, 64, 64)
+    call = call_of(AttentionCase("rows", shape, options={"causal": True}), "codes", 1, config)
+    out, lse = run(call, config)
+    assert (out[0, :150] == 0).all() and (lse[0, :, :150] == -np.inf).all()
+    assert differences(out, lse, call, tile_n_of(config)) == []
+
+
+def test_no_order_of_threads_changes_a_bit(monkeypatch):
+    config, found = "fp8-sm90-m128n128w8s2-overlap-pingpong-persistent", set()
+    call = call_of(AttentionCase("p", (1, 140, 300, 1, 1, 64, 64), "float16"), "arrays", 2, config)
+    for seed in range(3):
+        monkeypatch.setattr(SEED, "value", seed)
+        found.add(tuple(x.tobytes() for x in run(call, config)))
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize("sort", SORTS)
+def test_by_itself_a_hopper_takes_it(sort):
+    """Through dispatch, without a config: more rows than the smaller kernels are for."""
+    options, shape = {"causal": True}, (1, 130, 140, 1, 1, 80, 48)
+    case = AttentionCase("by-itself", shape, "float16", options=options)
+    call = make_call(case, sort, 0, recipes=RECIPES)
+    everything = {**call.arguments, **call.options}
+    chosen = numflash.explain_dispatch(**everything).forward.config
+    assert str(chosen).startswith("fp8-sm90-m128n128")
+    out, lse = numflash.attention(**everything, return_lse=True)
+    assert differences(out, lse, call, 128) == []
+
+
+@pytest.mark.parametrize("recipe", [Fp8Recipe("token"), Fp8Recipe("block", 32)])
+def test_scales_within_a_tile_are_left_to_the_other_kernel(recipe):
+    case = AttentionCase("tokens", (1, 70, 100, 1, 1, 64, 64), "float16")
+    call = make_call(case, "16-bit", 0, recipes=(recipe,))
+    everything = {**call.arguments, **call.options}
+    explanation = numflash.explain_dispatch(**everything)
+    assert str(explanation.forward.config).startswith("fp8-sm89")
+    assert "not fp8-sm90: scales of K or V change within a tile" in str(explanation)
+    out, lse = numflash.attention(**everything, return_lse=True)
+    assert differences(out, lse, call, explanation.forward.config.tile_n) == []
+    with pytest.raises(UnsupportedError, match="scales of K or V change within a tile"):
+        run(call, SMALL[0])
+
+
+def test_codes_that_lie_apart_are_read_where_they_lie():
+    """Slices along every axis, and heads before tokens."""
+    case = AttentionCase("apart", (2, 70, 140, 2, 2, 64, 64), options={"layout": "bhsd"})
+    call = make_call(case, "codes", 0)
+    arguments = dict(call.arguments)
+    for name in "qk":
+        codes = arguments[name]
+        whole = np.full((2, *codes.shape[:1], 3, *codes.shape[1:3], 128), 0x7F, np.uint8)
+        part = whole[1, :, 1, :, :, 64:]
+        part[...] = codes.view(np.uint8)
+        arguments[name] = part
+    call = replace(call, arguments=arguments)
+    assert differences(*run(call, SMALL[0]), call, 128) == []
+
+
+# Broken kernels
+
+PLAIN = "fp8-sm90-m64n64w4s2"
+OVERLAP = "fp8-sm90-m64n128w4s2-overlap"
+WIDE = "fp8-sm90-m64n64w4s1-persistent"  # with head_dim_v 256: O in parts
+TURNING = "fp8-sm90-m128n128w8s2-overlap-pingpong"
+
+
+@cache
+def problem(config: str) -> Fp8Call:
+    """Tokens of Q with scales of their own; maxima, values and scales change along the keys."""
+    head_dim_v, tile_n = (256 if config == WIDE else 64), tile_n_of(config)
+    rng, keys = np.random.default_rng(0), 3 * tile_n + 10
+    shapes = (70, 1, 64), (keys, 1, 64), (keys, 1, head_dim_v)
+    q, k, v = (rng.standard_normal((1, *shape)).astype(np.float16) for shape in shapes)
+    q *= np.linspace(1, 4, 70, dtype=np.float16)[:, None, None]
+    k *= (1 + 3 * np.sin(np.linspace(0, 4, keys))).astype(np.float16)[:, None, None]
+    v *= np.linspace(4, 0.5, keys).astype(np.float16)[:, None, None]
+    v += np.float16(1)
+    arrays, recipe = {"q": q, "k": k, "v": v}, Fp8Recipe("block", tile_n, hadamard=False)
+    recipes = {"q": Fp8Recipe("token", hadamard=False), "k": recipe, "v": recipe}
+    made = {n: fp8_array(x, recipes[n], "bshd", n == "v") for n, x in arrays.items()}
+    codes, descales = zip(
+        *(quantized(x, recipes[n], "bshd") for n, x in arrays.items()), strict=True
+    )
+    options = {"softmax_scale": 0.125, "causal": True}
+    blocks = tuple(tokens_per_scale(r) for r in recipes.values())
+    return Fp8Call(made, options, codes, descales, blocks, head_dim_v)
+
+
+def first_failure_of(monkeypatch, config, module=None, mutation=None, seeds=range(3)):
+    """How the kernel with a mutated `module` fails with a config; None if it is right."""
+    if mutation is not None:
+        for name in dict.fromkeys((module, KERNEL)):
+            source = inspect.getsource(importlib.import_module(name))
+            changed = ModuleType(name)
+            monkeypatch.setitem(sys.modules, name, changed)
+            exec(mutation.apply(source) if name == module else source, changed.__dict__)
+        monkeypatch.setitem(sm90.FACTORIES, "forward", changed.make_fp8_forward_kernel)
+
+    def is_right() -> bool:
+        api._ready.clear()
+        call = problem(config)
+        return not differences(*run(call, config), call, tile_n_of(config))
+
+    return first_failure(is_right, monkeypatch, seeds)
+
+
+# (module, config, mutation) for each idea that the kernel could get wrong.
+MUTATIONS = [
+    (
+        "fp8",
+        PLAIN,
+        Mutation(
+            "P in the order of tokens",
+            "encode_four(s_acc[i], s_acc[i + 1], s_acc[i + 4], s_acc[i + 5])",
+            "encode_four(s_acc[i], s_acc[i + 4], s_acc[i + 1], s_acc[i + 5])",
+        ),
+    ),
+    (
+        "fp8",
+        PLAIN,
+        Mutation("rows of P changed over", "p_frag[2 * half + 1] =", "p_frag[3 - 2 * half] ="),
+    ),
+    (
+        "fp8",
+        PLAIN,
+        Mutation(
+            "weights of the other row",
+            "part[i + 2] * weights[1]",
+            "part[i + 2] * weights[0]",
+        ),
+    ),
+    ("fp8", PLAIN, Mutation("weights forgotten", "part[i] * weights[0]", "part[i]")),
+    (
+        "fp8",
+        PLAIN,
+        Mutation("P of at most one", "- P_SCALE_LOG2\n        sum_above", "\n        sum_above"),
+    ),
+    (
+        "fp8",
+        PLAIN,
+        Mutation("sums in units of a tile", "+= sum_above * weights[0]", "+= sum_above"),
+    ),
+    ("fp8", OVERLAP, Mutation("sums not rescaled", "row_sum[0] *= factors[0]", "pass")),
+    (
+        "fp8_forward",
+        WIDE,
+        Mutation("parts in one place", "n_part * part, part_acc", "0, part_acc"),
+    ),
+    (
+        "fp8_forward",
+        WIDE,
+        Mutation("columns of the first part", "v_operand + part * part_step", "v_operand"),
+    ),
+    (
+        "fp8_forward",
+        PLAIN,
+        Mutation("the first tile of K of a stage", " + tile * k_tile_step", ""),
+    ),
+    (
+        "fp8_forward",
+        PLAIN,
+        Mutation("the first tile of V of a stage", " + tile * v_tile_step", ""),
+    ),
+    (
+        "fp8_forward",
+        OVERLAP,
+        Mutation("the first stage of K", "k_first + stage * k_step", "k_first"),
+    ),
+    (
+        "fp8_forward",
+        OVERLAP,
+        Mutation("the first stage of V", "v_first + stage * v_step", "v_first"),
+    ),
+    (
+        "fp8_forward",
+        TURNING,
+        Mutation("rows of the first warpgroup", " * u32(q_step)", " * u32(0)"),
+    ),
+    (
+        "fp8_forward",
+        OVERLAP,
+        Mutation(
+            "weights of the next tile",
+            "add_part(o_acc, 0, part_acc, weights)",
+            "add_part(o_acc, 0, part_acc, next_weights)",
+        ),
+    ),
+    (
+        "fp8_forward",
+        OVERLAP,
+        Mutation("outputs not rescaled", "scale_rows(o_acc, factors)", "pass"),
+    ),
+    (
+        "fp8_forward",
+        OVERLAP,
+        Mutation("no wait for the part", "                        wait_for_part(part_acc)\n", ""),
+    ),
+    ("fp8_forward", OVERLAP, Mutation("no wait for the next S", "wait_for_next_s(s_acc)", "pass")),
+    (
+        "fp8_forward",
+        OVERLAP,
+        Mutation("V of the stage of K", "v_stage, v_parity, v_tile = stage, parity, tile", "pass"),
+    ),
+    ("fp8_forward", PLAIN, Mutation("the scale of V forgotten", "weights[0] *= v_scale", "pass")),
+    (
+        "fp8_forward",
+        WIDE,
+        Mutation(
+            "V is never given back", "mbarrier_arrive(barriers, v_empty + v_stage)", "pass", 2
+        ),
+    ),
+    (
+        "fp8_forward",
+        PLAIN,
+        Mutation("a scale of Q for all rows", "(token >> q_descale_shift)", "0"),
+    ),
+    (
+        "fp8_forward",
+        PLAIN,
+        Mutation(
+            "a scale of K for all keys",
+            "k_scale = k_descale[k_scales + (key >> k_descale_shift)]",
+            "k_scale = k_descale[k_scales]",
+            2,
+        ),
+    ),
+]
+
+
+@pytest.mark.parametrize("config", [PLAIN, OVERLAP, WIDE, TURNING])
+def test_the_kernel_is_right_for_every_seed(config, monkeypatch):
+    assert first_failure_of(monkeypatch, config) is None
+
+
+@pytest.mark.parametrize(
+    ("module", "config", "mutation"), MUTATIONS, ids=[str(m[2]) for m in MUTATIONS]
+)
+def test_a_broken_kernel_is_caught(module, config, mutation, monkeypatch, record_property):
+    name = KERNEL if module == "fp8_forward" else f"{TILES}.{module}"
+    caught = first_failure_of(monkeypatch, config, name, mutation)
+    record_property("caught", caught)
+    assert caught
+
+
+@pytest.mark.parametrize("config", SMALL)
+def test_every_config_is_its_string_form(config):
+    assert str(parse_config("forward", config)) == config
