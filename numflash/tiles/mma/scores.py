@@ -71,15 +71,16 @@ def make_scale_scores(m_tiles, n_tiles, softcap, alibi):
 
     @device_function
     def scale_scores(s_acc, cap_slopes, row, column, bias_shift, score_scale, cap, alibi_slope):
+        # As floats, which are exact below 2 ** 24: integers would have to be converted one by one.
+        first = f32(i32(row + bias_shift - column))
         for tile in range(tiles):
             i = 4 * tile
-            above = row + tile // n_tiles * MMA_ROWS + bias_shift
-            above -= column + tile % n_tiles * MMA_COLUMNS
-            below = above + ROW_STEP
+            above = first + f32(tile // n_tiles * MMA_ROWS - tile % n_tiles * MMA_COLUMNS)
+            below = above + f32(ROW_STEP)
             scale_one(s_acc, cap_slopes, i, above, score_scale, cap, alibi_slope)
-            scale_one(s_acc, cap_slopes, i + 1, above - 1, score_scale, cap, alibi_slope)
+            scale_one(s_acc, cap_slopes, i + 1, above - f32(1), score_scale, cap, alibi_slope)
             scale_one(s_acc, cap_slopes, i + 2, below, score_scale, cap, alibi_slope)
-            scale_one(s_acc, cap_slopes, i + 3, below - 1, score_scale, cap, alibi_slope)
+            scale_one(s_acc, cap_slopes, i + 3, below - f32(1), score_scale, cap, alibi_slope)
 
     # Without distances Blackwell's compiler unrolls a loop over scores, but not one over products.
     return scale_scores if alibi else cap_scores
