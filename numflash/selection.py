@@ -15,6 +15,7 @@ from numflash.dispatch import (
     choose_forward,
     force,
     heads_in_flight,
+    heads_of_a_bundle,
     heads_packed,
     rows_packed,
     with_splits,
@@ -99,12 +100,14 @@ def forward_choice(
     if not choice.is_final:
         config = with_splits(config, problem, traits, limits, num_sms)
         choice = replace(choice, config=config)
-    in_flight = config.heads_in_flight
+    in_flight, heads = config.heads_in_flight, problem.num_heads_q // pack * problem.batch
     if not in_flight:
         _, l2_bytes = multiprocessors(device)
         # Packed heads are one: K and V are read once for all of them.
-        in_flight = max(1, heads_in_flight(problem, traits.operand_bytes, l2_bytes) // pack)
-    in_flight = min(in_flight, max(1, problem.num_heads_q // pack * problem.batch))
+        fits = heads_in_flight(problem, traits.operand_bytes, l2_bytes) // pack
+        sharing = problem.group_size // pack
+        in_flight = heads_of_a_bundle(config, fits, heads, num_sms, sharing)
+    in_flight = min(in_flight, max(1, heads))
     return choice, Geometry(pack, choice.config.num_splits, in_flight)
 
 

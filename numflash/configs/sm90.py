@@ -181,13 +181,11 @@ _PREFERENCES = {
         "m64n128w4s2-overlap-persistent",
     ),
     192: (
-        "m128n112w8s2-overlap-persistent",
         "m128n96w8s2-overlap-persistent",
         "m64n96w4s2-overlap-persistent",
     ),
     256: (
         "m128n80w8s2-overlap-persistent",
-        "m128n64w8s2-overlap-persistent",
         "m64n64w4s2-overlap-persistent",
     ),
 }

@@ -17,8 +17,9 @@ def make_block_place(tile_m):
     """block_place(place, num_rows, num_heads, pack, num_splits, heads_in_flight)
 
     (first row, first head of all batch entries, split of the keys) of a tile of rows. Heads go in
-    bundles whose K and V fit the L2 cache; within a bundle the last rows, which in a causal
-    problem see the most keys, come first.
+    bundles of heads_in_flight, whose K and V are read at about the same time. In the last bundle
+    the last rows, which in a causal problem see the most keys, come first, in the one before it
+    they come last, and so on: from one place to the next the work changes little.
     """
 
     @device_function
@@ -28,13 +29,17 @@ def make_block_place(tile_m):
         split = u32(place - in_order * u32(num_splits))
         num_m_blocks = u32(u32(num_rows + tile_m - 1) // u32(tile_m))
         per_bundle = u32(u32(heads_in_flight) * num_m_blocks)
-        first_head = u32(in_order // per_bundle * u32(heads_in_flight))
-        bundle = u32(min(u32(heads_in_flight), u32(num_heads) // u32(pack) - first_head))
+        packed_heads = u32(u32(num_heads) // u32(pack))
+        number = u32(in_order // per_bundle)
+        later_bundles = u32((packed_heads - u32(1)) // u32(heads_in_flight) - number)
+        first_head = u32(number * u32(heads_in_flight))
+        bundle = u32(min(u32(heads_in_flight), packed_heads - first_head))
         in_bundle = u32(in_order - first_head * num_m_blocks)
-        from_last = u32(in_bundle // bundle)
-        head = first_head + in_bundle - from_last * bundle
-        m_start = (num_m_blocks - u32(1) - from_last) * u32(tile_m)
-        return i32(m_start), i32(head * u32(pack)), i32(split)
+        m_block = u32(in_bundle // bundle)
+        head = first_head + in_bundle - m_block * bundle
+        if later_bundles % u32(2) == u32(0):
+            m_block = u32(num_m_blocks - u32(1) - m_block)
+        return i32(m_block * u32(tile_m)), i32(head * u32(pack)), i32(split)
 
     return block_place
 

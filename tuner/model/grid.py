@@ -10,7 +10,7 @@ from functools import cached_property, lru_cache
 import numpy as np
 
 from numflash.configs import WARPGROUP_ROWS, Config, MmaConfig, Sm90ForwardConfig
-from numflash.dispatch import PACKED_SEQLEN
+from numflash.dispatch import PACKED_SEQLEN, heads_of_a_bundle
 from numflash.problem_class import ProblemClass
 from numflash_tuner.machines import Machine
 
@@ -171,7 +171,9 @@ def heads_in_flight(problem: ProblemClass, grid: Grid, config: MmaConfig, machin
         traits = problem.traits
         columns = traits.head_dim + traits.head_dim_v
         head_bytes = problem.seqlen_k * columns * traits.dtype_bytes
-        in_flight = machine.l2_bytes // 2 // head_bytes * problem.group_size // grid.packed
+        fits = machine.l2_bytes // 2 // head_bytes * problem.group_size // grid.packed
+        sharing = problem.group_size // grid.packed
+        in_flight = heads_of_a_bundle(config, fits, grid.heads, machine.num_sms, sharing)
     return max(1, min(in_flight, grid.heads))
 
 
@@ -179,7 +181,8 @@ def dealt_out(grid: Grid, heads_in_flight: int, blocks: int) -> tuple[float, int
     """(tiles, walks) of the busiest of so many blocks that share the walks of a grid.
 
     They go through them as `tiles.blocks.make_walk` says, and walks are in the order of
-    `tiles.blocks.make_block_place`: bundles of heads, in each of which the longest come first.
+    `tiles.blocks.make_block_place`: bundles of heads, from long to short in the last, from short
+    to long in the one before, and so on.
     """
     walks = grid.blocks
     rounds = -(-walks // blocks)
@@ -195,9 +198,12 @@ def dealt_out(grid: Grid, heads_in_flight: int, blocks: int) -> tuple[float, int
 def _busiest(
     tiles: tuple[int, ...], heads: int, heads_in_flight: int, blocks: int
 ) -> tuple[float, int]:
-    whole, rest = divmod(heads, heads_in_flight)
-    order = np.tile(np.repeat(tiles, heads_in_flight), whole)
-    order = np.concatenate([order, np.repeat(tiles, rest)])
+    bundles = [heads_in_flight] * (heads // heads_in_flight)
+    if rest := heads % heads_in_flight:
+        bundles.append(rest)
+    # From the last to the first.
+    turned = [np.repeat(tiles[:: (-1) ** i], n) for i, n in enumerate(reversed(bundles))]
+    order = np.concatenate(turned[::-1])
     rounds = -(-len(order) // blocks)
     dealt = np.zeros((2, rounds * blocks))
     dealt[0, : len(order)], dealt[1, : len(order)] = order, 1

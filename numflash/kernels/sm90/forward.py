@@ -80,7 +80,7 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
     q_step, k_step, v_step = ring.q_words >> 2, ring.k_words >> 2, ring.v_words >> 2
     q_full, q_empty = ring.q_full, ring.q_empty
     k_full, k_empty, v_full, v_empty = ring.k_full, ring.k_empty, ring.v_full, ring.v_empty
-    o_is_apart = ring.o_is_apart
+    o_is_apart, rows_are_long = ring.o_is_apart, traits.head_dim > 128
 
     init_barriers = make_init_barriers(ring, num_groups, config.num_stages)
     next_stage = make_next_stage(config.num_stages)
@@ -109,6 +109,18 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
     def leads():
         """Whether this thread speaks for its warpgroup."""
         return mov_tid_x() % 128 == 0
+
+    @device_function
+    def group_of_thread():
+        """This thread's warpgroup, computed anew; the assembler knows that a warp has one."""
+        return cuda.shfl_sync(FULL_WARP, i32(mov_tid_x() // 128), 0)
+
+    @device_function
+    def q_of_group(q_first, group):
+        """Operand Q of this warpgroup; of long rows computed anew, or all its steps are kept."""
+        if rows_are_long:
+            group = group_of_thread()
+        return u32(q_first + group * q_step)
 
     @device_function
     def shape_scores(
@@ -207,9 +219,8 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
         row_max = cuda.local.array(2, f32)
         row_sum = cuda.local.array(2, f32)
         factors = cuda.local.array(2, f32)
-        # From one lane, so that the assembler knows it to be the same in all.
-        group = cuda.shfl_sync(FULL_WARP, i32(mov_tid_x() // 128), 0)
-        q_mine = u32(q_operand(mov_shared_address(smem, q_smem)) + group * q_step)
+        group = group_of_thread()
+        q_first = q_operand(mov_shared_address(smem, q_smem))
         k_first = tile_operand(mov_shared_address(smem, k_smem))
         v_first = tile_operand(mov_shared_address(smem, v_smem))
         scale_log2 = LOG2_E
@@ -248,7 +259,7 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
                 # The first tile of keys: S = Q K^T, P = softmax(S).
                 take_turn(group)
                 mbarrier_wait_parity(barriers, k_full + stage, parity)
-                begin_q_k(s_acc, q_mine, u32(k_first + stage * k_step))
+                begin_q_k(s_acc, q_of_group(q_first, group), u32(k_first + stage * k_step))
                 pass_turn(group)
                 wait_for_s(s_acc)
                 if leads():
@@ -279,7 +290,7 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
                     take_turn(group)
                     if overlap:
                         mbarrier_wait_parity(barriers, k_full + stage, parity)
-                        begin_q_k(s_acc, q_mine, u32(k_first + stage * k_step))
+                        begin_q_k(s_acc, q_of_group(q_first, group), u32(k_first + stage * k_step))
                     mbarrier_wait_parity(barriers, v_full + v_stage, v_parity)
                     begin_p_v(o_acc, p_frag, u32(v_first + v_stage * v_step))
                     if not overlap:
@@ -287,7 +298,7 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
                         if leads():
                             mbarrier_arrive(barriers, v_empty + v_stage)
                         mbarrier_wait_parity(barriers, k_full + stage, parity)
-                        begin_q_k(s_acc, q_mine, u32(k_first + stage * k_step))
+                        begin_q_k(s_acc, q_of_group(q_first, group), u32(k_first + stage * k_step))
                     pass_turn(group)
                     if overlap:
                         wait_for_next_s(s_acc)
