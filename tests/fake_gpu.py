@@ -20,6 +20,7 @@ import numpy as np
 import numflash
 from numflash import api, arrays, calls, launch, selection
 from numflash.compiler import Cubin
+from numflash.configs import FP8_FORWARDS, QUANTIZE_CONFIGS
 
 _DTYPES = {
     "float16": np.dtype(np.float16),
@@ -374,7 +375,8 @@ class Launch:
             "i": ctypes.c_int32,
             "f": ctypes.c_float,
         }
-        declared = parameters_of(self.family, self.config.partition("-")[0])
+        form = self.config.removeprefix("fp8-")
+        declared = parameters_of(self.family, form.partition("-")[0], form != self.config)
         addresses = (ctypes.c_void_p * len(declared)).from_address(parameters)
         for address, (name, letter) in zip(addresses, declared, strict=True):
             if letter == "T":
@@ -387,16 +389,22 @@ class Launch:
 
 
 @cache
-def parameters_of(family: str, generation: str = "") -> tuple[tuple[str, str], ...]:
+def parameters_of(
+    family: str, generation: str = "", fp8: bool = False
+) -> tuple[tuple[str, str], ...]:
     """(name, letter) of a kernel's parameters, read from its source: no Numba needed.
 
-    `generation` is that of a config for tensor cores, "sm80" or "sm90".
+    `generation` is that of a config for tensor cores, "sm80" or "sm90"; `fp8` tells of a forward
+    on 8-bit floats. Of several kernels of a name it is the first, which quantises.
     """
     name = family.replace("-", "_")
     folders = {"sm75": "sm80", "sm80": "sm80", "sm90": "sm90"}
     folder = _KERNELS / folders.get(generation, "portable")
-    tree = ast.parse((folder / f"{name}.py").read_text())
-    (kernel,) = [
+    file = f"fp8_{name}" if fp8 else name
+    if family in QUANTIZE_CONFIGS or (fp8 and generation != "sm90"):
+        folder, file = _KERNELS / "fp8", name
+    tree = ast.parse((folder / f"{file}.py").read_text())
+    kernel, *_ = [
         node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == name
     ]
     return tuple(
@@ -409,7 +417,9 @@ def fake_get_cubin(config, traits, limits) -> Cubin:
     """A `Cubin` whose code says which kernel it is."""
     return Cubin(
         entry=config.family,
-        parameters=parameters_of(config.family, getattr(config, "generation", "")),
+        parameters=parameters_of(
+            config.family, getattr(config, "generation", ""), isinstance(config, FP8_FORWARDS)
+        ),
         num_threads=config.num_threads,
         smem_bytes=config.smem_bytes(traits),
         registers=64,

@@ -6,11 +6,12 @@ turn. NUMFLASH_TEST_EVERY_CONFIG=1 compiles all of them with every feature.
 
 import itertools
 import os
+from dataclasses import replace
 
 import pytest
 
 from numflash.compiler import get_cubin
-from numflash.configs import Fp8ForwardConfig, Traits
+from numflash.configs import Fp8ForwardConfig, Sm90Fp8ForwardConfig, Traits, sm90
 from numflash.devices import architecture
 from numflash.dispatch import choose
 from numflash.inspect import inspect_kernel
@@ -19,17 +20,20 @@ from numflash.sass import count_instructions, disassemble
 # sm_86 has the instructions of sm_80 and the shared memory of sm_89.
 ARCHS = ("sm_75", "sm_80", "sm_89", "sm_90a", "sm_120")
 NATIVE = ("sm_89", "sm_120")
+HOPPER, MANY_ROWS = architecture("sm_90a"), 2**30
 HEAD_DIMS = (64, 128, 192, 256)
 PLAIN, KEYS = {}, {"key_scales": True}
 BENT = {"softcap": True, "alibi": True}
 ALL = {**KEYS, **BENT}
 
 
-def kernel(arch: str, head_dim: int, features: dict, dtype: str = "float16"):
+def kernel(
+    arch: str, head_dim: int, features: dict, dtype: str = "float16", rows: int = MANY_ROWS
+):
     """(config, traits, limits) of what is chosen."""
     limits = architecture(arch)
     traits = Traits(dtype, head_dim, head_dim, fp8=True, **features)
-    return choose("forward", traits, limits).config, traits, limits
+    return choose("forward", traits, limits, rows).config, traits, limits
 
 
 def _cases():
@@ -48,7 +52,7 @@ def _cases():
         ("sm_89", 128, KEYS),
         ("sm_89", 192, KEYS),
         ("sm_89", 256, PLAIN),
-        ("sm_90a", 128, PLAIN),
+        ("sm_90a", 128, KEYS),
         ("sm_90a", 256, KEYS),
         ("sm_120", 128, ALL),
         ("sm_120", 192, PLAIN),
@@ -69,8 +73,65 @@ def test_what_is_chosen_stays_in_registers_and_multiplies(case):
     report = inspect_kernel(config, traits, limits)
     assert report.faults == (), f"{config}, {report.registers} registers"
     counts = report.instructions
-    assert (counts["QMMA"] > 0, counts["HMMA"] > 0) == (arch in NATIVE, arch not in NATIVE)
-    assert config.multiplies_codes is (arch in NATIVE)
+    by_wgmma = isinstance(config, Sm90Fp8ForwardConfig)
+    assert by_wgmma is (arch == "sm_90a" and "key_scales" not in features)
+    assert (counts["QGMMA"] > 0) is by_wgmma
+    assert (counts["QMMA"] > 0) is (arch in NATIVE)
+    assert config.multiplies_codes is (by_wgmma or arch in NATIVE)
+    assert (counts["HMMA"] > 0) is not config.multiplies_codes
+
+
+def _hopper_cases():
+    """(config, dtype, head_dim, features): what is chosen; in full every candidate."""
+    if os.environ.get("NUMFLASH_TEST_EVERY_CONFIG"):
+        features = [PLAIN, {"softcap": True}, {"alibi": True}, BENT]
+        for head_dim, dtype, feature in itertools.product(
+            HEAD_DIMS, ("float16", "bfloat16"), features
+        ):
+            traits = Traits(dtype, head_dim, head_dim, fp8=True, **feature)
+            for config in sm90.candidates(traits):
+                if sm90.misfit(config, traits, HOPPER, 2**30) is None:
+                    yield config, dtype, head_dim, feature
+                    yield replace(config, num_splits=2), dtype, head_dim, feature
+        return
+    for head_dim, dtype, feature in (
+        (64, "bfloat16", PLAIN),
+        (64, "float16", BENT),
+        (128, "bfloat16", PLAIN),
+        (128, "float16", PLAIN),
+        (128, "bfloat16", {"alibi": True}),
+        (192, "float16", PLAIN),
+        (256, "bfloat16", PLAIN),
+        (256, "float16", {"alibi": True}),
+    ):
+        yield kernel("sm_90a", head_dim, feature, dtype)[0], dtype, head_dim, feature
+    few = kernel("sm_90a", 128, PLAIN, rows=64)[0]
+    yield replace(few, num_splits=2), "bfloat16", 128, PLAIN
+
+
+def _hopper_name(case) -> str:
+    config, dtype, head_dim, features = case
+    return "-".join([str(config), dtype, f"d{head_dim}", *features])
+
+
+@pytest.mark.parametrize("case", list(_hopper_cases()), ids=_hopper_name)
+def test_products_of_wgmma_are_as_many_as_there_must_be(case):
+    config, dtype, head_dim, features = case
+    traits = Traits(dtype, head_dim, head_dim, fp8=True, **features)
+    report = inspect_kernel(config, traits, HOPPER)
+    assert report.faults == ()
+    # 32 columns of Q or keys of V a step; O of more than 128 columns comes in parts.
+    of_s, of_o = head_dim // 32, config.tile_n // 32 * (head_dim // config.part_columns(traits))
+    # The first tile of keys has an S of its own, the last an O.
+    assert report.instructions["QGMMA"] == 2 * (of_s + of_o)
+    assert report.instructions["HMMA"] == report.instructions["HGMMA"] == 0
+    loop = report.main_loop
+    if config.overlap:
+        assert (loop.groups, loop.waits) == ((of_s, of_o), (1, 0))
+        assert loop.overlapped_exponentials == loop.exponentials
+    # A thread has 2 scores of each 8 columns for each of 2 rows, and a weight for each row.
+    tanh = config.tile_n // 2 if traits.softcap else 0
+    assert loop.exponentials == config.tile_n // 2 + 2 + tanh
 
 
 def products(config: str, arch: str) -> dict[str, int]:

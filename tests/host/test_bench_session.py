@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -23,6 +24,7 @@ from bench import (
 )
 from bench.points import gpt2_medium, grid
 from bench.session import Session, point_tasks
+from numflash.configs import parse_config
 from numflash.devices import ARCHITECTURES
 from numflash.errors import UnsupportedError
 
@@ -366,7 +368,7 @@ def test_without_a_gpu_the_static_figures_are_printed(direction, no_gpu, compile
     assert len(on_8_bits) == sum(" fp8 " in line for line in lines)
     assert len(on_8_bits) == (18 if direction == "forward" else 0)
     for config, arch in on_8_bits:
-        assert config.multiplies_codes is (arch in ("sm_89", "sm_120"))
+        assert config.multiplies_codes is (arch in ("sm_89", "sm_90a", "sm_120"))
 
 
 @pytest.mark.parametrize(
@@ -425,6 +427,33 @@ def test_every_idea_can_be_asked_for(direction, arch):
     for idea in ideas:
         assert peers.find(idea.with_it)
         assert idea.without is None or peers.find(idea.without).name != idea.with_it
+
+
+def test_the_ideas_of_hopper_are_turned_off_one_by_one():
+    limits = ARCHITECTURES["sm_90a"]
+    names = {"wgmma and bulk copies", "overlap", "pingpong", "persistent", "staging"}
+    rows = [idea for idea in ablation.ideas("forward", limits) if idea.name in names]
+    assert {idea.name for idea in rows} == names
+    # Not a baseline of its own: everything is compared with one kernel, and differs in one thing.
+    for head_dim in (64, 128):
+        traits = static.traits_of("float16", head_dim)
+        config = static.choose_config("forward", traits, limits)
+        assert ablation.has_switches({"forward": config})
+        for idea in rows:
+            if idea.point.head_dim != head_dim or idea.without is None:
+                continue
+            texts = [
+                name.partition(":")[2] or str(config) for name in (idea.with_it, idea.without)
+            ]
+            assert str(config) in texts
+            if idea.name == "wgmma and bulk copies":
+                assert texts[1].startswith("sm80-")
+                continue
+            on, off = (parse_config("forward", text) for text in texts)
+            field = "num_stages" if idea.name == "staging" else idea.name
+            assert getattr(on, field) > getattr(off, field)
+            assert replace(on, **{field: getattr(off, field)}) == off
+    assert not ablation.has_switches({"backward": config})
 
 
 def test_the_table_of_ideas_by_hand():

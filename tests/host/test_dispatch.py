@@ -188,6 +188,65 @@ def test_what_is_too_large_for_wgmma_says_so(config, columns, why):
     assert why in sm90.misfit(parse_config("forward", config), traits, HOPPER, 2**30)
 
 
+@pytest.mark.parametrize("columns", [64, 128, 192, 256])
+def test_codes_on_hopper_are_multiplied_by_wgmma(columns):
+    for traits in (
+        Traits("float16", columns, 64, fp8=True),
+        Traits("float16", 64, columns, vectorized=False, fp8=True),
+    ):
+        choice = choose("forward", traits, HOPPER)
+        assert choice.config == sm90.candidates(traits)[0]
+        assert str(choice.config).startswith("fp8-sm90-") and choice.config.multiplies_codes
+        assert choice.traits == replace(traits, vectorized=True)
+        assert "mma.sync must make float16" in reasons(choice)["fp8-sm89"]
+        for limits in ARCHITECTURES.values():
+            if limits is not HOPPER:
+                assert "sm90" not in str(choose("forward", traits, limits))
+
+
+def test_every_candidate_for_codes_is_chosen_somewhere_and_fits():
+    chosen, shipped = set(), set()
+    features = itertools.product((False, True), (False, True))
+    for columns, rows, bent in itertools.product((64, 128, 192, 256), (33, 65, 2**30), features):
+        traits = Traits("bfloat16", columns, columns, *bent, fp8=True)
+        shipped |= set(sm90.candidates(traits))
+        choice = choose("forward", traits, HOPPER, rows)
+        assert choice.config.smem_bytes(traits) <= HOPPER.max_smem_per_block
+        chosen.add(choice.config)
+    assert chosen == shipped
+
+
+def test_codes_with_bent_scores_do_not_overlap_where_registers_would_spill():
+    plain = Traits("float16", 128, 128, fp8=True)
+    assert choose("forward", plain, HOPPER).config.overlap
+    for feature in ("softcap", "alibi"):
+        choice = choose("forward", replace(plain, **{feature: True}), HOPPER)
+        assert not choice.config.overlap
+        assert "keeps 208 registers" in "".join(reasons(choice).values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "why"),
+    [
+        ({"key_scales": True}, {}, "scales of K or V change within a tile of keys"),
+        ({"selected": True}, {}, "not those that a table names"),
+        ({}, {"no_bulk_copies": "k is odd"}, "k is odd"),
+    ],
+)
+def test_codes_that_are_not_for_wgmma_say_so_first(changes, options, why):
+    traits = replace(Traits("float16", 128, 128, fp8=True), **changes)
+    choice = choose("forward", traits, HOPPER, **options)
+    assert choice.config.implementation == "fp8" and not choice.config.multiplies_codes
+    (what, reason), *_ = choice.passed_over
+    assert what == "fp8-sm90" and why in reason
+
+
+def test_few_rows_of_codes_are_left_to_smaller_tiles():
+    traits = Traits("float16", 128, 128, fp8=True)
+    for rows, tile in {32: "fp8-sm89-", 33: "fp8-sm90-m64", 65: "fp8-sm90-m128"}.items():
+        assert str(choose("forward", traits, HOPPER, rows).config).startswith(tile)
+
+
 # Which tile
 
 
@@ -388,6 +447,14 @@ def test_a_config_that_can_run_runs(config, traits, limits):
         ),
         ("sm90-m64n64w4s1", "bfloat16-d64-dv64-selected", HOPPER, ["it computes all heads"]),
         ("sm90-m64n64w4s1", "bfloat16-d64-dv64-vec-fp8", HOPPER, ["it has no 8-bit floats"]),
+        ("fp8-sm90-m64n64w4s1", "bfloat16-d64-dv64-vec", HOPPER, ["computes on 8-bit floats"]),
+        ("fp8-sm90-m64n64w4s1", "bfloat16-d64-dv64-vec-fp8", ADA, ["sm_90a only"]),
+        (
+            "fp8-sm90-m64n64w4s1",
+            "bfloat16-d64-dv64-vec-fp8-keyscales",
+            HOPPER,
+            ["scales of K or V change within a tile of keys"],
+        ),
         (
             "sm90-m64n64w4s1-packed",
             "bfloat16-d64-dv64-alibi-vec",
@@ -683,6 +750,27 @@ def test_an_explanation_says_why_bulk_copies_cannot_be_told_of_a_tensor(machine)
     (five,) = machine.arrays((2, 20, 5, 64))
     explanation = numflash.explain_dispatch(five, q, q)
     assert "not sm90: the 5 query heads of a group cannot be packed" in str(explanation)
+
+
+def test_an_explanation_of_codes_on_hopper(machine):
+    machine.be(HOPPER)
+    (q,) = machine.arrays((2, 500, 4, 64))
+    text = str(numflash.explain_dispatch(q, q, q, precision="fp8"))
+    assert text.startswith("forward: fp8-sm90-m128n128w8s2-") and "as float16" not in text
+    # One of 64 tokens, where tiles have 128.
+    narrow = numflash.Fp8Recipe("block", 64)
+    text = str(numflash.explain_dispatch(q, q, q, precision="fp8", fp8=narrow))
+    assert "not fp8-sm90: scales of K or V change within a tile of keys" in text
+    assert "codes are multiplied as float16" in text
+    config = "fp8-sm90-m64n64w4s2"
+    explanation = numflash.explain_dispatch(q, q, q, precision="fp8", fp8=narrow, config=config)
+    assert str(explanation.forward.config) == config
+    # Codes are padded, results are not.
+    (odd,) = machine.arrays((2, 500, 4, 20))
+    explanation = numflash.explain_dispatch(odd, odd, q, precision="fp8")
+    assert explanation.forward.config.implementation == "sm90"
+    text = str(numflash.explain_dispatch(q, q, odd, precision="fp8"))
+    assert "not fp8-sm90: out cannot be described to bulk copies: its head stride of 40" in text
 
 
 def test_an_explanation_of_tf32(machine):

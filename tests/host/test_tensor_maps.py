@@ -16,7 +16,7 @@ from numflash import api, launch
 from numflash.configs import Traits, parse_config
 from numflash.errors import UnsupportedError
 from numflash.mode import SIMULATED
-from numflash.problem import as_tensor
+from numflash.problem import Tensor, as_tensor
 from numflash.tensor_maps import TensorLayout, _encode_tiled, encoder, misfit
 from numflash.views import ArrayView, contiguous_strides
 from tests import fake_gpu
@@ -68,6 +68,23 @@ def test_extents_are_those_of_the_tensor_and_boxes_those_of_the_tile():
         assert (layout.extents, layout.box) == ((columns, 3, 2, 1), (64, 128, 1, 1))
     # 128 bytes of what is smaller are more.
     assert TensorLayout.of_keys(tensor((1, 3, 2, 64), dtype="uint8"), 128).box[0] == 128
+
+
+def test_transposed_values_come_in_tiles_of_all_columns_and_128_tokens():
+    """Codes of V, (batch, heads, head_dim, tokens); here every second head of an array."""
+    strides = (2 * H * 192 * 448, 2 * 192 * 448, 448, 1)
+    view = ArrayView(BASE, (B, H, 192, 448), strides, "uint8", 0)
+    values = Tensor("v", view, view.shape, view.strides)
+    assert TensorLayout.of_transposed_values(values) == TensorLayout(
+        "uint8",
+        extents=(448, 192, H, B),
+        strides=(448, strides[1], strides[0]),
+        box=(128, 192, 1, 1),
+    )
+    assert misfit(values, is_transposed=True) is None
+    odd = replace(values, strides=(*strides[:2], 456, 1))
+    why = "its column stride of 456 bytes is not a multiple of 16"
+    assert misfit(odd, is_transposed=True) == why
 
 
 def test_layout_bhsd_and_missing_axes_are_no_obstacle():
@@ -251,6 +268,31 @@ def test_maps_arrive_by_value_next_to_the_other_arguments(hopper, dtype, number)
     }
     assert run.block == (config.num_threads, 1, 1)
     assert run.smem_bytes == config.smem_bytes(Traits.parse(run.traits))
+
+
+@on_the_gpu
+def test_maps_of_codes_are_of_bytes(hopper):
+    q, k, v = (hopper.array(s) for s in ((B, S, H, D), (B, 170, 2, D), (B, 170, 2, 80)))
+    out = numflash.attention(q, k, v, precision="fp8")
+    run = hopper.driver.launches[-1]
+    assert run.config == "fp8-sm90-m128n128w8s2-overlap-pingpong-persistent"
+    maps, rest = maps_of(run), ((1, 1, 1, 1), 0, 3, 3, 0)
+    assert {name: each[0] for name, each in maps.items()} == {
+        "q_map": 0,
+        "k_map": 0,
+        "v_map": 0,
+        "out_map": FLOAT16,
+    }
+    assert maps["q_map"][2:5] == ((D, 1, S, H, B), (D, H * D, D, S * H * D), (128, 1, 64, 1, 1))
+    assert maps["k_map"][2:] == ((D, 170, 2, B), (2 * D, D, 340 * D), (128, 128, 1, 1), *rest)
+    # Padded to 128 columns and 192 tokens.
+    assert maps["v_map"][2:] == (
+        (192, 128, 2, B),
+        (192, 192 * 128, 2 * 192 * 128),
+        (128, 128, 1, 1),
+        *rest,
+    )
+    assert maps["out_map"][1:3] == (out.data.ptr, (80, 1, S, H, B))
 
 
 @on_the_gpu
