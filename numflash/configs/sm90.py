@@ -3,7 +3,7 @@
 Their string form: `sm90-m128n176w8s2-overlap-pingpong-persistent`, which is tile_m, tile_n, the
 warps that multiply, stages, and what is switched on. `x8`, `-h4` and `-packed` as in
 `configs.sm80`, `b2` where two blocks share an SM; `-r232` gives the warps that multiply 232
-registers a thread instead of the usual.
+registers a thread instead of the usual. Those on 8-bit floats begin with `fp8-sm90-`.
 """
 
 import re

@@ -105,7 +105,7 @@ def test_a_config_for_hopper_round_trips_through_its_string(text):
     [
         ("sm90-m64n80w4s1-fast", "a forward config must look like sm90-m128n128w8s2-overlap"),
         ("sm90-m64n80w4s1-persistent-overlap", "a forward config must look like sm90-"),
-        ("sm90-m128n64w4s1", "tile_m must be 16 x num_warps, which are 4, 8 or 12"),
+        ("sm90-m128n64w4s1", "tile_m must be 16 x num_warps, 4, 8 or 12 of them"),
         ("sm90-m64n272w4s1", "tile_n must be at most 256"),
         ("sm90-m64n64w4s1-linear", "tiles are always swizzled"),
         ("sm90-m128n64w8s2b2", "two blocks share an SM only with 4 warps"),

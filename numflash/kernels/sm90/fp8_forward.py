@@ -6,7 +6,8 @@ of its tile's largest score, and what a tile adds to O is multiplied by itself, 
 cores add up are enough, and the scales of V cost nothing.
 
 e4m3 products want both operands by rows of keys: V comes with tokens innermost, in the order in
-which P leaves the accumulators. Results of more than 128 columns are added in parts of 64.
+which P leaves the accumulators. Results of more than 128 columns are added in parts of 64. A tile
+of keys has one scale of K and one of V; where they change within, `kernels.fp8.forward` runs.
 
 Source: FlashAttention-3, arXiv 2407.08608, section 3.3.
 """
