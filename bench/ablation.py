@@ -1,9 +1,11 @@
 """One idea turned off at a time: what each idea of FlashAttention is worth.
 
 Each row compares a baseline with the same thing less one idea. What is part of the kernels' code
-(staging, swizzle, split) is turned off in their config. What makes up the algorithm (fusion,
-tiling, the one pass, recomputation) is compared among CuPy implementations (`bench.standard`) that
-differ in that idea alone, or with numflash itself where that is the whole difference.
+(staging, swizzle, split; on Hopper overlap, ping-pong and persistent blocks) is turned off in
+their config, Hopper's instructions by running FlashAttention-2's kernel. What makes up the
+algorithm (fusion, tiling, the one pass, recomputation) is compared among CuPy implementations
+(`bench.standard`) that differ in that idea alone, or with numflash itself where that is the whole
+difference.
 """
 
 from collections.abc import Iterator
@@ -13,6 +15,7 @@ from typing import Any
 from bench import peers, schedule, static, tables
 from bench.measure import is_right
 from bench.points import Point, decode
+from numflash.configs import sm90
 from numflash.devices import ARCHITECTURES, Architecture
 
 STATIC_COLUMNS = ("idea", "variant", *static.COLUMNS[1:])
@@ -22,6 +25,12 @@ _DTYPE = "float16"
 _DECODE_ROWS = 16
 _STATIC_ARCHS = ("sm_80", "sm_90a")
 _TILES_M, _TILES_N, _WARPS = (32, 64, 128, 192), (16, 32, 64, 96, 128), (4, 8)
+_SM90_WARPS = (4, 8, 12)
+_SWITCHES = {
+    "overlap": "softmax after products, not beside them",
+    "pingpong": "warpgroups take no turns",
+    "persistent": "a block for each tile of rows",
+}
 
 
 @dataclass(frozen=True)
@@ -84,23 +93,63 @@ def _machine(point: Point, limits: Architecture) -> list[Idea]:
         family: static.choose_config(family, traits, limits)
         for family in static.FAMILIES[point.direction]
     }
-    found = []
-    for name, variants in (
-        ("staging", {f: other_stages(c) for f, c in configs.items()}),
-        ("swizzle", {f: without_swizzle(c) for f, c in configs.items()}),
-    ):
+    found = [_hopper(point, configs["forward"], limits)] if has_switches(configs) else []
+    changes = {
+        "staging": other_stages,
+        "swizzle": without_swizzle,
+        **{name: _switched(name) for name in _SWITCHES if has_switches(configs)},
+    }
+    for name, change in changes.items():
+        variants = {family: change(config) for family, config in configs.items()}
         texts = ", ".join(f"{f}: {c}" for f, c in configs.items())
         if None in variants.values():
             found.append(Idea(name, point, peers.OURS, None, f"nothing to turn off in {texts}"))
             continue
         baseline, variant = variants_named(configs), variants_named(variants)
         how = f"{variant.partition(':')[2]} instead of {texts}"
-        if name == "staging" and _stages(configs) < _stages(variants):
-            # The default has one stage: the idea is off already, and is turned on to compare.
+        if name in _SWITCHES:
+            how = f"{_SWITCHES[name]}: {how}"
+        if _is_off(name, configs, variants):
+            # The idea is off already, and is turned on to compare.
             baseline, variant = variant, baseline
             how = f"off by default ({texts}); compared with {baseline.partition(':')[2]}"
         found.append(Idea(name, point, baseline, variant, how))
     return found
+
+
+def _hopper(point: Point, config: sm90.Sm90ForwardConfig, limits: Architecture) -> Idea:
+    other = static.choose_config(
+        "forward",
+        static.traits_of(point.dtype, point.head_dim),
+        limits,
+        no_bulk_copies="turned off",
+    )
+    how = f"FlashAttention-2's kernel, mma.sync and cp.async: {other} instead of {config}"
+    without = variants_named({"forward": other})
+    return Idea("wgmma and bulk copies", point, peers.OURS, without, how)
+
+
+def has_switches(configs: dict) -> bool:
+    """Whether these configs, by family, are of the Hopper forward."""
+    return isinstance(configs.get("forward"), sm90.Sm90ForwardConfig)
+
+
+def switched(config: sm90.Sm90ForwardConfig, name: str) -> sm90.Sm90ForwardConfig | None:
+    """The config with "overlap", "pingpong" or "persistent" the other way; None if it cannot."""
+    try:
+        return replace(config, **{name: not getattr(config, name)})
+    except ValueError:
+        return None
+
+
+def _switched(name: str):
+    return lambda config: switched(config, name)
+
+
+def _is_off(name: str, configs: dict, variants: dict) -> bool:
+    if name in _SWITCHES:
+        return not getattr(configs["forward"], name)
+    return name == "staging" and _stages(configs) < _stages(variants)
 
 
 def _split(point: Point, limits: Architecture) -> Idea:
@@ -132,7 +181,9 @@ def other_stages(config: Any) -> Any:
 
 def without_swizzle(config: Any) -> Any:
     """The config with tiles that are not swizzled; None if it has none."""
-    return replace(config, swizzled=False) if getattr(config, "swizzled", False) else None
+    if not getattr(config, "swizzled", False) or isinstance(config, sm90.Sm90ForwardConfig):
+        return None
+    return replace(config, swizzled=False)
 
 
 def table(ideas: list[Idea], found: dict[Point, dict]) -> str:
@@ -200,14 +251,16 @@ def block_sizes(family: str, head_dim: int, dtype: str, limits: Architecture) ->
     """Configs of a family that differ in tile sizes and warps, and fit the architecture."""
     traits = static.traits_of(dtype, head_dim)
     default = static.choose_config(family, traits, limits)
-    found = [default]
+    found, is_sm90 = [default], isinstance(default, sm90.Sm90ForwardConfig)
     for tile_m in _TILES_M:
         for tile_n in _TILES_N:
-            for num_warps in _WARPS:
+            for num_warps in _SM90_WARPS if is_sm90 else _WARPS:
                 try:
                     config = replace(default, tile_m=tile_m, tile_n=tile_n, num_warps=num_warps)
                 except ValueError:
                     continue  # this class of configs has no such tile
+                if is_sm90 and sm90.misfit(config, traits, limits, config.block_rows):
+                    continue
                 accumulators = getattr(config, "accumulators_per_thread", lambda traits: 0)
                 if (
                     config.smem_bytes(traits) <= limits.max_smem_per_block
@@ -231,6 +284,10 @@ def static_rows(direction: str) -> Iterator[dict]:
                     ("staging", "other number of stages"): other_stages(config),
                     ("swizzle", "off"): without_swizzle(config),
                 }
+                if has_switches({family: config}):
+                    for name in _SWITCHES:
+                        way = "off" if getattr(config, name) else "on"
+                        variants[name, way] = switched(config, name)
                 for (idea, variant), changed in variants.items():
                     found = {"idea": idea, "variant": f"{family} {variant}".strip()}
                     if changed is None:
