@@ -6,6 +6,7 @@ replaced; the test that was running then is recorded as crashed or timed out, an
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -31,13 +32,15 @@ class Group:
 # What everything else rests on comes first.
 GROUPS = (
     Group("instructions", ("tests/gpu/test_instructions.py",), 1),
-    Group("forward", ("tests/gpu/test_attention.py", "-k", "test_forward"), 8),
+    Group("Hopper forward", ("tests/gpu/test_attention.py", "-k", "on_hopper"), 8),
+    Group("forward", ("tests/gpu/test_attention.py", "-k", "test_forward and not on_hopper"), 8),
     Group("8-bit floats", ("tests/gpu/test_fp8.py",), 4),
     Group("gradients", ("tests/gpu/test_attention.py", "-k", "test_gradients"), 8),
     Group("api", ("tests/gpu/test_api.py",), 1),
     Group("tuner", ("tests/gpu/test_tuner.py",), 1),
 )
 HANG_SECONDS = 120
+_CONFIG = re.compile(r"\[((?:fp8-)?sm\d+-[\w-]+):")
 
 
 def collect(group: Group) -> list[str]:
@@ -64,6 +67,16 @@ def run(ids: list[str], children: int, deadline: float, on_outcome) -> dict[str,
         shards = [ids[i::children] for i in range(children)]
         list(pool.map(lambda shard: _run_shard(shard, deadline, note), shards))
     return checks
+
+
+def by_config(outcomes: dict[str, dict]) -> dict[str, dict[str, int]]:
+    """How many checks of each config that tests name ("[sm90-...:case]") had which outcome."""
+    found: dict[str, dict[str, int]] = {}
+    for name, check in outcomes.items():
+        if config := _CONFIG.search(name):
+            tally = found.setdefault(config[1], {})
+            tally[check["outcome"]] = tally.get(check["outcome"], 0) + 1
+    return found
 
 
 def _run_shard(ids: list[str], deadline: float, note) -> None:

@@ -2,8 +2,8 @@
 
 Runs every check of the gpu test layer that has no hardware record yet (all with --all),
 instructions first, then kernels, then gradients; goes on after failures, crashes and hangs, and
-writes a JSON record. Then times the forward on the quick part of the papers' grid (`bench.speed`),
-which has a record of its own.
+writes a JSON record, with a count for each config that is forced on Hopper. Then times the forward
+on the quick part of the papers' grid (`bench.speed`), which has a record of its own.
 """
 
 import argparse
@@ -56,7 +56,15 @@ def run(arguments: argparse.Namespace) -> int:
     seconds = time.monotonic() - start
     print(f"{tally or 'nothing to check'} in {seconds:.0f} s; out of time for {left_out}")
 
-    result = {**machine, "checks": outcomes, "clocks_after": record.clocks()}
+    configs = checks.by_config(outcomes)
+    for config, counts in configs.items():
+        print(f"  {config}: {', '.join(f'{n} {outcome}' for outcome, n in counts.items())}")
+    result = {
+        **machine,
+        "checks": outcomes,
+        "configs": configs,
+        "clocks_after": record.clocks(),
+    }
     print(f"record: {record.write(result, arguments.out)}", flush=True)
     if not arguments.no_timing and (left := deadline - time.monotonic()) > 0:
         _time_forward(arguments.out, left)

@@ -68,6 +68,30 @@ def test_only_passes_with_the_same_sources_on_the_same_device_count(tmp_path):
     assert record.verified_checks("GPU Y", "s", tmp_path) == set()
 
 
+def test_checks_are_counted_by_config():
+    file = "tests/gpu/test_attention.py"
+    names = {
+        f"{file}::test_forward_on_hopper[sm90-m64n32w4s1x2-overlap:causal-float16-1x2]": "passed",
+        f"{file}::test_forward_on_hopper[sm90-m64n32w4s1x2-overlap:odd-float16-1x2]": "failed",
+        f"{file}::test_forward_on_hopper[sm90-m64n32w4s1:odd-float16-1x2]": "passed",
+        f"{file}::test_forward[causal-float16]": "passed",
+    }
+    counts = checks.by_config({name: {"outcome": outcome} for name, outcome in names.items()})
+    assert counts == {
+        "sm90-m64n32w4s1x2-overlap": {"passed": 1, "failed": 1},
+        "sm90-m64n32w4s1": {"passed": 1},
+    }
+
+
+def test_every_check_of_the_forward_is_in_one_group():
+    ids = [set(checks.collect(group)) for group in checks.GROUPS if "orward" in group.name]
+    hopper, rest = ids
+    assert not hopper & rest
+    assert len(checks.by_config({name: {"outcome": "passed"} for name in hopper})) > 20
+    assert any("of_many_tiles" in name for name in hopper)
+    assert all("test_forward[" in name for name in rest) and rest
+
+
 def test_without_a_gpu_verify_says_so(monkeypatch, capsys):
     monkeypatch.setattr(record, "_gpu", lambda *_: None)
     assert bench.main(["verify"]) == 1

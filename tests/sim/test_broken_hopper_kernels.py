@@ -165,12 +165,33 @@ _SYNCHRONISATION = re.compile(
 )
 
 
+_FORWARD, _PRODUCER, _RING, _FINISH = (
+    f"kernels/sm90/{name}" for name in ("forward", "producer", "ring", "finish")
+)
+_PRODUCTS, _RESULTS, _SOFTMAX, _TURNS = (
+    f"tiles/wgmma/{name}" for name in ("products", "results", "softmax", "turns")
+)
+
+
+def _problems_for(part: str, text: str, before: list[str]) -> tuple[str, ...]:
+    """What shall show that a line is missing: first that for which it is there."""
+    context = "\n".join(before)
+    if text == "meet(group)" and part != "tiles/wgmma/results":
+        return ("bypassed",) if "ring" in part else ("empty",)
+    if "not o_is_apart" in context:
+        return ("shared",)
+    if part == _RING and "mbarrier_init" not in text and "fence" not in text:
+        return ("overlap", "turns")  # passing tiles of keys by
+    without_overlap = "not overlap" in context or "else:" in context
+    return tuple(dict.fromkeys(("turns", *ALL))) if without_overlap else ALL
+
+
 def synchronisations() -> list:
     """(part, mutation, problems) that leaves out one wait, barrier or fence, for each of them."""
     found = []
     for part in CHAIN:
-        factory = ""
-        for number, line in enumerate(SOURCES[part].splitlines()):
+        factory, lines = "", SOURCES[part].splitlines()
+        for number, line in enumerate(lines):
             text = line.strip()
             factory = re.sub(r"def (\w+).*", r"\1", line) if line.startswith("def ") else factory
             if factory == "make_product_pt" or not _SYNCHRONISATION.fullmatch(text):
@@ -178,18 +199,12 @@ def synchronisations() -> list:
             if text not in NOT_NEEDED and f"{text} of {factory}" not in NOT_NEEDED:
                 name = f"{part}: no {text} in line {number + 1}"
                 mutation = LineMutation(name, text, "pass", number=number)
-                problems = ("bypassed",) if text == "meet(group)" and "ring" in part else ALL
+                problems = _problems_for(part, text, lines[number - 4 : number])
                 found.append(pytest.param(part, mutation, problems, id=name))
     return found
 
 
 _P, _O, _T, _S, _C = ("persistent",), ("overlap",), ("turns",), ("shared",), ("slabs",)
-_FORWARD, _PRODUCER, _RING, _FINISH = (
-    f"kernels/sm90/{name}" for name in ("forward", "producer", "ring", "finish")
-)
-_PRODUCTS, _RESULTS, _SOFTMAX, _TURNS = (
-    f"tiles/wgmma/{name}" for name in ("products", "results", "softmax", "turns")
-)
 _ARRIVE_K = """                if leads():
                     mbarrier_arrive(barriers, k_empty + stage)
 """
@@ -226,7 +241,6 @@ IDEAS = [
         _T,
         "V given back early without overlap",
         *_early(_WAIT_FOR_O, _ARRIVE_V_STAGE, " " * 24 + "mbarrier_wait_parity"),
-    ),
     ),
     (
         _FORWARD,
@@ -437,6 +451,24 @@ IDEAS = [
         "O of the tile before",
         "                o_acc[i] = f32(0)",
         "                pass",
+    ),
+    (
+        _FORWARD,
+        _P,
+        "maxima of the tile before",
+        "row_max[0], row_max[1] = NEG_INF, NEG_INF",
+        "pass",
+    ),
+    (_FORWARD, _P, "sums of the tile before", "row_sum[0], row_sum[1] = f32(0), f32(0)", "pass"),
+    (_SOFTMAX, _P, "sums that are not rescaled", "row_sum[1] *= factors[1]", "pass"),
+    (_SOFTMAX, _P, "a maximum that never moves", "row_max[0], row_max[1] = above, below", "pass"),
+    (_SOFTMAX, _P, "factors of rows changed over", "factors[1] = ex2", "factors[0] = ex2"),
+    (
+        _SOFTMAX,
+        _P,
+        "rows without keys",
+        "shift = above if above > NEG_INF else f32(0)",
+        "shift = above",
     ),
     # Results
     (_RESULTS, _P, "results that are not swizzled", " ^ (row % 8)", ""),

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 
 import numflash
+from bench.points import Point
 from numflash import api, calls
 from numflash.arrays import _NumPy
 from numflash.configs.sm90 import Sm90ForwardConfig
+from numflash.devices import ARCHITECTURES
 from numflash.launch import limits_of_device
 from numflash.simulator import SEED
 from tests.attention_cases import (
@@ -24,6 +26,7 @@ from tests.attention_cases import (
     AttentionCase,
     on_hopper,
 )
+from tests.gpu.test_attention import check_sample, hopper_cases, inputs_of
 
 EVERY = bool(os.environ.get("NUMFLASH_TEST_EVERY_CONFIG"))
 CONFIGS = tuple(configs["forward"] for configs in SMALL_CONFIGS["sm90"])
@@ -188,3 +191,25 @@ def test_configs_chosen_by_dispatch_are_within_budget(head_dim, seqlen_q):
     assert isinstance(chosen.forward.config, Sm90ForwardConfig)
     report = report_of(case, None)
     assert report.passed, f"\n{report}"
+
+
+def test_configs_of_the_tests_on_a_gpu_can_run_their_cases():
+    limits = ARCHITECTURES["sm_90a"]
+    for param in hopper_cases():
+        config, case = param.values
+        arrays, options = case.arrays(), case.call_options()
+        chosen = numflash.explain_dispatch(
+            arrays["q"], arrays["k"], arrays["v"], config=config, **options
+        )
+        assert str(chosen.forward.config) == config
+        assert chosen.forward.config.smem_bytes(chosen.forward.traits) <= limits.max_smem_per_block
+
+
+def test_the_check_of_long_sequences_on_a_gpu_can_fail():
+    point = Point("forward", "here", "float16", 1, 70, 70, 2, 1, 64, True)
+    q, k, v = inputs_of(np, point)
+    out = numflash.attention(q, k, v, causal=True, config="sm90-m64n32w4s2-overlap")
+    check_sample(np, point, q, k, v, out)
+    out[0, 69, 1, 63] += np.float16(0.02)
+    with pytest.raises(AssertionError, match="failed"):
+        check_sample(np, point, q, k, v, out)
