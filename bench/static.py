@@ -31,10 +31,11 @@ COLUMNS = (
     "instructions counted",
 )
 FP8_NOTE = (
-    "FP8: only sm_89, sm_120 and sm_121 have an instruction for products of 8-bit floats through "
-    "mma.sync (QMMA). On sm_90 and sm_100 the assembler makes conversions and float16 products of "
-    "it, and before sm_89 there is none: there the FP8 forward multiplies float16 (HMMA), saves "
-    "memory, and cannot be faster than 16 bits."
+    "FP8: sm_89, sm_120 and sm_121 have an instruction for products of 8-bit floats through "
+    "mma.sync (QMMA), sm_90 through wgmma (QGMMA), where a tile of keys has one scale. On sm_100 "
+    "the assembler makes conversions and float16 products of mma.sync's, and before sm_89 there "
+    "is none: there the FP8 forward multiplies float16 (HMMA), saves memory, and cannot be faster "
+    "than 16 bits."
 )
 _WIDTHS = {"kernel": 13, "config": 27, "variant": 36, "idea": 9}
 

@@ -315,7 +315,7 @@ MUTATIONS = [
     (
         "fp8_forward",
         TURNING,
-        Mutation("rows of the first warpgroup", " * u32(q_step)", " * u32(0)"),
+        Mutation("rows of the first warpgroup", " * q_step)", " * 0)"),
     ),
     (
         "fp8_forward",

@@ -139,28 +139,15 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
         return u32(q_first + group * q_step)
 
     @device_function
-    def shape_scores(
-        s_acc,
-        cap_slopes,
-        m_start,
-        n_start,
-        first_whole,
-        last_whole,
-        seqlen_k,
-        band_lo,
-        band_hi,
-        bias_shift,
-        pack,
-        score_scale,
-        softcap,
-        alibi_slope,
-    ):
+    def shape_scores(s_acc, cap_slopes, m_start, n_start, whole, mask, bend):
         """Softcap, ALiBi, and the mask where an edge crosses the tile."""
+        seqlen_k, band_lo, band_hi, pack = mask
+        bias_shift, score_scale, softcap, alibi_slope = bend
         if softcapped or alibi:
             i = i32(m_start + accumulator_row(MMA_ROWS))
             j = i32(n_start + accumulator_column())
             scale_scores(s_acc, cap_slopes, i, j, bias_shift, score_scale, softcap, alibi_slope)
-        if n_start < first_whole or n_start > last_whole:
+        if n_start < whole[0] or n_start > whole[1]:
             i = i32(m_start + accumulator_row(MMA_ROWS))
             j = i32(n_start + accumulator_column())
             mask_scores(s_acc, i, j, seqlen_k, band_lo, band_hi, pack)
@@ -263,6 +250,8 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
                 batch = token_of_row(head_of_batch, num_heads_q)
                 head = head_of_batch - batch * num_heads_q
                 alibi_slope = alibi_slopes[batch * slopes_batch + head * slopes_head]
+            mask = seqlen_k, band_lo, band_hi, pack
+            bend = bias_shift, score_scale, softcap, alibi_slope
             for i in range(n_o):
                 o_acc[i] = f32(0)
             row_max[0], row_max[1] = NEG_INF, NEG_INF
@@ -280,22 +269,8 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
                 wait_for_s(s_acc)
                 if leads():
                     mbarrier_arrive(barriers, k_empty + stage)
-                shape_scores(
-                    s_acc,
-                    cap_slopes,
-                    m_start,
-                    i32(first * tile_n),
-                    whole[0],
-                    whole[1],
-                    seqlen_k,
-                    band_lo,
-                    band_hi,
-                    bias_shift,
-                    pack,
-                    score_scale,
-                    softcap,
-                    alibi_slope,
-                )
+                n_start = i32(first * tile_n)
+                shape_scores(s_acc, cap_slopes, m_start, n_start, whole, mask, bend)
                 online_softmax(s_acc, row_max, row_sum, factors, scale_log2)
                 pack_p(p_frag, s_acc)
 
@@ -324,22 +299,8 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
                         mbarrier_arrive(barriers, k_empty + stage)
 
                     # P = softmax(S)
-                    shape_scores(
-                        s_acc,
-                        cap_slopes,
-                        m_start,
-                        i32(n * tile_n),
-                        whole[0],
-                        whole[1],
-                        seqlen_k,
-                        band_lo,
-                        band_hi,
-                        bias_shift,
-                        pack,
-                        score_scale,
-                        softcap,
-                        alibi_slope,
-                    )
+                    n_start = i32(n * tile_n)
+                    shape_scores(s_acc, cap_slopes, m_start, n_start, whole, mask, bend)
                     has_grown = online_softmax(s_acc, row_max, row_sum, factors, scale_log2)
                     if overlap:
                         softmax_before_wait(smem, 0, row_sum[0], row_sum[1])

@@ -17,7 +17,7 @@ from numflash.configs.traits import Traits
 from numflash.kernels.kernel import Kernel
 from numflash.kernels.sm90.finish import make_finish
 from numflash.kernels.sm90.producer import make_produce
-from numflash.kernels.sm90.ring import Ring, make_init_barriers, make_next_stage
+from numflash.kernels.sm90.ring import Ring, make_init_barriers, make_next_stage, make_pass_by
 from numflash.ptx import (
     Pointer,
     TensorMap,
@@ -42,10 +42,12 @@ from numflash.ptx import (
 from numflash.tiles.blocks import (
     make_block_place,
     make_keys_of,
+    make_keys_of_part,
     make_walk,
     make_whole_keys,
     token_of_row,
 )
+from numflash.tiles.lanes import FULL_WARP
 from numflash.tiles.mma.fragments import MMA_ROWS, ROW_STEP, accumulator_column, accumulator_row
 from numflash.tiles.mma.scores import make_mask_scores, make_scale_scores
 from numflash.tiles.mma.softmax import make_scale_rows
@@ -91,8 +93,10 @@ def make_fp8_forward_kernel(config: Sm90Fp8ForwardConfig, traits: Traits) -> Ker
     take_registers = make_setmaxnreg("inc", config.registers[1])
     produce, finish = make_produce(config, traits), make_finish(config, traits)
     walk, block_place = make_walk(config.tile_m), make_block_place(config.tile_m)
-    keys_of, whole_keys = make_keys_of(config), make_whole_keys(tile_n, config.tile_m)
+    keys_of, keys_of_part = make_keys_of(config), make_keys_of_part(config, WARPGROUP_ROWS)
+    whole_keys = make_whole_keys(tile_n, WARPGROUP_ROWS)
     take_turn, pass_turn, give_first_turn = make_turns(num_groups if config.pingpong else 1)
+    pass_by = make_pass_by(ring, config.num_stages, take_turn, pass_turn, tiles_per_stage)
 
     operand = make_operand(0)
     begin_q_k = make_product_nt("e4m3", WARPGROUP_ROWS, config.stage_n, tile_n, traits.head_dim)
@@ -128,9 +132,14 @@ def make_fp8_forward_kernel(config: Sm90Fp8ForwardConfig, traits: Traits) -> Ker
         return n_start
 
     @device_function
+    def group_of_thread():
+        """This thread's warpgroup, computed anew; the assembler knows that a warp has one."""
+        return cuda.shfl_sync(FULL_WARP, i32(mov_tid_x() // 128), 0)
+
+    @device_function
     def q_of_group(q_first):
         """Operand Q of this warpgroup, computed anew: its many steps would be kept otherwise."""
-        return u32(q_first + mov_tid_x() // u32(128) * u32(q_step))
+        return u32(q_first + group_of_thread() * q_step)
 
     @device_function
     def add_tile(o_acc, part_acc, p_frag, v_operand, weights):
@@ -141,30 +150,17 @@ def make_fp8_forward_kernel(config: Sm90Fp8ForwardConfig, traits: Traits) -> Ker
             add_part(o_acc, n_part * part, part_acc, weights)
 
     @device_function
-    def shape_scores(
-        s_acc,
-        cap_slopes,
-        scales,
-        m_start,
-        n_start,
-        first_whole,
-        last_whole,
-        seqlen_k,
-        band_lo,
-        band_hi,
-        bias_shift,
-        pack,
-        softcap,
-        alibi_slope,
-    ):
+    def shape_scores(s_acc, cap_slopes, scales, m_start, n_start, whole, mask, bend):
         """Softcap, ALiBi, and the mask where an edge crosses the tile."""
+        seqlen_k, band_lo, band_hi, pack = mask
+        bias_shift, softcap, alibi_slope = bend
         if bends:
             scale_s_rows(s_acc, scales)
             i = i32(m_start + accumulator_row(MMA_ROWS))
             j = i32(n_start + accumulator_column())
             scale_scores(s_acc, cap_slopes, i, j, bias_shift, f32(1), softcap, alibi_slope)
             scales[0], scales[1] = LOG2_E, LOG2_E
-        if n_start < first_whole or n_start > last_whole:
+        if n_start < whole[0] or n_start > whole[1]:
             i = i32(m_start + accumulator_row(MMA_ROWS))
             j = i32(n_start + accumulator_column())
             mask_scores(s_acc, i, j, seqlen_k, band_lo, band_hi, pack)
@@ -258,7 +254,7 @@ def make_fp8_forward_kernel(config: Sm90Fp8ForwardConfig, traits: Traits) -> Ker
         factors = cuda.local.array(2, f32)
         weights = cuda.local.array(2, f32)
         next_weights = cuda.local.array(2, f32)
-        group = i32(mov_tid_x() // 128)
+        group = group_of_thread()
         q_first = operand(mov_shared_address(smem, q_smem))
         k_first = operand(mov_shared_address(smem, k_smem))
         v_first = operand(mov_shared_address(smem, v_smem))
@@ -272,8 +268,12 @@ def make_fp8_forward_kernel(config: Sm90Fp8ForwardConfig, traits: Traits) -> Ker
             n_begin, n_end = keys_of(
                 m_start, split, num_rows, pack, seqlen_k, band_lo, band_hi, num_splits
             )
-            n_begin, n_end = i32(n_begin * tiles_per_stage), i32(n_end * tiles_per_stage)
-            whole = whole_keys(m_start, num_rows, pack, seqlen_k, band_lo, band_hi)
+            # Of those stages of keys the ones that this warpgroup's rows see, and see whole.
+            row = i32(m_start + WARPGROUP_ROWS * group)
+            first, end = keys_of_part(
+                row, n_begin, n_end, num_rows, pack, seqlen_k, band_lo, band_hi
+            )
+            whole = whole_keys(row, num_rows, pack, seqlen_k, band_lo, band_hi)
             batch = token_of_row(head_of_batch, num_heads_q)
             head = i32(head_of_batch - batch * num_heads_q)
             head_kv = token_of_row(head, group_size)
@@ -285,14 +285,16 @@ def make_fp8_forward_kernel(config: Sm90Fp8ForwardConfig, traits: Traits) -> Ker
             base = batch * q_descale_batch + token_of_row(head, q_descale_group) * q_descale_head
             for r in range(2):
                 # Beyond the last row any will do.
-                row = m_start + accumulator_row(MMA_ROWS) + ROW_STEP * r
-                row = i32(min(row, num_rows - 1))
-                token = token_of_row(row, pack)
-                offset = base + (row - token * pack) * q_descale_packed
+                i = m_start + accumulator_row(MMA_ROWS) + ROW_STEP * r
+                i = i32(min(i, num_rows - 1))
+                token = token_of_row(i, pack)
+                offset = base + (i - token * pack) * q_descale_packed
                 q_scales[r] = q_descale[offset + (token >> q_descale_shift)] * score_scale
                 # To base 2, unless S is bent before.
                 if not bends:
                     q_scales[r] *= LOG2_E
+            mask = seqlen_k, band_lo, band_hi, pack
+            bend = bias_shift, softcap, alibi_slope
             for i in range(n_o):
                 o_acc[i] = f32(0)
             row_max[0], row_max[1] = NEG_INF, NEG_INF
@@ -300,41 +302,29 @@ def make_fp8_forward_kernel(config: Sm90Fp8ForwardConfig, traits: Traits) -> Ker
             mbarrier_wait_parity(barriers, q_full + group, q_parity)
             q_parity = u32(q_parity ^ u32(1))
 
-            if n_begin < n_end:
+            stage, parity = pass_by(barriers, group, n_begin, first, stage, parity)
+            if first < end:
                 # The first tile of keys: S = Q K^T, P = softmax(S).
-                n_start = i32(n_begin * tile_n)
+                n_start = i32(first * tiles_per_stage * tile_n)
                 key = key_of_scales(n_start, seqlen_k)
                 k_scale = k_descale[k_scales + (key >> k_descale_shift)]
                 v_scale = v_descale[v_scales + (key >> v_descale_shift)]
+                take_turn(group)
                 mbarrier_wait_parity(barriers, k_full + stage, parity)
                 tile = i32(0)
                 begin_q_k(s_acc, q_of_group(q_first), k_of(k_first, stage, tile))
+                pass_turn(group)
                 wait_for_s(s_acc)
                 if tile == last_of_stage and leads():
                     mbarrier_arrive(barriers, k_empty + stage)
                 scales[0], scales[1] = q_scales[0] * k_scale, q_scales[1] * k_scale
-                shape_scores(
-                    s_acc,
-                    cap_slopes,
-                    scales,
-                    m_start,
-                    n_start,
-                    whole[0],
-                    whole[1],
-                    seqlen_k,
-                    band_lo,
-                    band_hi,
-                    bias_shift,
-                    pack,
-                    softcap,
-                    alibi_slope,
-                )
+                shape_scores(s_acc, cap_slopes, scales, m_start, n_start, whole, mask, bend)
                 tile_softmax(s_acc, row_max, row_sum, factors, scales, weights)
                 weights[0] *= v_scale
                 weights[1] *= v_scale
                 pack_p(p_frag, s_acc)
 
-                for n in range(n_begin + 1, n_end):
+                for n in range(first * tiles_per_stage + 1, end * tiles_per_stage):
                     # S = Q K^T of this tile of keys, O += weights * (P V) of the one before.
                     v_stage, v_parity, v_tile = stage, parity, tile
                     if tile == last_of_stage:
@@ -369,22 +359,7 @@ def make_fp8_forward_kernel(config: Sm90Fp8ForwardConfig, traits: Traits) -> Ker
 
                     # P = softmax(S)
                     scales[0], scales[1] = q_scales[0] * k_scale, q_scales[1] * k_scale
-                    shape_scores(
-                        s_acc,
-                        cap_slopes,
-                        scales,
-                        m_start,
-                        n_start,
-                        whole[0],
-                        whole[1],
-                        seqlen_k,
-                        band_lo,
-                        band_hi,
-                        bias_shift,
-                        pack,
-                        softcap,
-                        alibi_slope,
-                    )
+                    shape_scores(s_acc, cap_slopes, scales, m_start, n_start, whole, mask, bend)
                     has_grown = tile_softmax(
                         s_acc, row_max, row_sum, factors, scales, next_weights
                     )
@@ -407,9 +382,16 @@ def make_fp8_forward_kernel(config: Sm90Fp8ForwardConfig, traits: Traits) -> Ker
             else:
                 meet(group)
 
+            # Where this tile of rows lies is found out once more: registers are scarce above.
+            m_start, head_of_batch, split = block_place(
+                place, num_rows, num_heads, pack, num_splits, heads_in_flight
+            )
+            n_begin, n_end = keys_of(
+                m_start, split, num_rows, pack, seqlen_k, band_lo, band_hi, num_splits
+            )
+            stage, parity = pass_by(barriers, group, end, n_end, stage, parity)
             if o_is_apart and leads():
                 mbarrier_arrive(barriers, q_empty + group)
-            # Where this tile of rows lies is found out once more: registers are scarce above.
             finish(
                 o_acc,
                 row_max,

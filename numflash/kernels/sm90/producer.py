@@ -26,7 +26,7 @@ from numflash.tiles.wgmma.products import SLAB_BYTES
 def make_produce(config: Sm90ForwardConfig, traits: Traits):
     """produce(smem, barriers, q_map, k_map, v_map, place, step, num_places, sizes...)
 
-    All tiles of rows of this block, as the consumers take them: Q of a tile, then K and V tile by
+    All tiles of rows of this block, as the consumers take them: Q of a tile, and K and V tile by
     tile of keys, each as soon as its buffer is empty.
     """
     ring, stage_n = Ring.of(config, traits), config.stage_n
@@ -48,9 +48,13 @@ def make_produce(config: Sm90ForwardConfig, traits: Traits):
     v_slab_words = v_words // v_slabs
     block_place, keys_of = make_block_place(config.tile_m), make_keys_of(config)
     next_stage = make_next_stage(num_stages)
+    # K's only buffer is not empty before V has been used, if it holds several tiles.
+    k_leads = num_stages > 1 or stage_n == config.tile_n
 
     @device_function
-    def fetch_q(smem, barriers, q_map, group, token, head, batch):
+    def fetch_q(smem, barriers, q_map, group, parity, token, head, batch):
+        mbarrier_wait_parity(barriers, q_empty + group, parity)
+        mbarrier_arrive_expect_tx(barriers, q_full + group, q_bytes)
         for slab in range(k_slabs):
             target = i32(q + group * q_words + slab * WARPGROUP_ROWS * SLAB_WORDS)
             column = i32(slab * slab_elements)
@@ -69,8 +73,10 @@ def make_produce(config: Sm90ForwardConfig, traits: Traits):
             )
 
     @device_function
-    def fetch_k(smem, barriers, k_map, stage, key, head, batch):
-        full = k_full + stage
+    def fetch_k(smem, barriers, k_map, stage, parity, n, head, batch):
+        key, full = i32(n * stage_n), k_full + stage
+        mbarrier_wait_parity(barriers, k_empty + stage, parity)
+        mbarrier_arrive_expect_tx(barriers, full, k_bytes)
         for slab in range(k_slabs):
             target = i32(k + stage * k_words + slab * stage_n * SLAB_WORDS)
             column = i32(slab * slab_elements)
@@ -79,8 +85,10 @@ def make_produce(config: Sm90ForwardConfig, traits: Traits):
             )
 
     @device_function
-    def fetch_v(smem, barriers, v_map, stage, key, head, batch):
-        full = v_full + stage
+    def fetch_v(smem, barriers, v_map, stage, parity, n, head, batch):
+        key, full = i32(n * stage_n), v_full + stage
+        mbarrier_wait_parity(barriers, v_empty + stage, parity)
+        mbarrier_arrive_expect_tx(barriers, full, v_bytes)
         for slab in range(v_slabs):
             target = i32(v + stage * v_words + slab * v_slab_words)
             # Slabs are side by side along the axis that is innermost in memory.
@@ -125,24 +133,26 @@ def make_produce(config: Sm90ForwardConfig, traits: Traits):
             batch = token_of_row(head_of_batch, num_heads_q)
             head = i32(head_of_batch - batch * num_heads_q)
             head_kv = token_of_row(head, group_size)
-            for group in range(num_groups):
-                token = i32(token_of_row(m_start, pack) + group * tokens)
-                mbarrier_wait_parity(barriers, q_empty + group, q_parity)
-                mbarrier_arrive_expect_tx(barriers, q_full + group, q_bytes)
-                fetch_q(smem, barriers, q_map, group, token, token_of_row(head, pack), batch)
-            q_parity = u32(q_parity ^ u32(1))
             n_begin, n_end = keys_of(
                 m_start, split, num_rows, pack, seqlen_k, band_lo, band_hi, num_splits
             )
+            # The first K while the tile of rows before is finished, and still has Q's buffers.
+            if n_begin < n_end:
+                fetch_k(smem, barriers, k_map, stage, parity, n_begin, head_kv, batch)
+            packed_head = token_of_row(head, pack)
+            for group in range(num_groups):
+                token = i32(token_of_row(m_start, pack) + group * tokens)
+                fetch_q(smem, barriers, q_map, group, q_parity, token, packed_head, batch)
+            q_parity = u32(q_parity ^ u32(1))
             for n in range(n_begin, n_end):
-                key = i32(n * stage_n)
-                mbarrier_wait_parity(barriers, k_empty + stage, parity)
-                mbarrier_arrive_expect_tx(barriers, k_full + stage, k_bytes)
-                fetch_k(smem, barriers, k_map, stage, key, head_kv, batch)
-                mbarrier_wait_parity(barriers, v_empty + stage, parity)
-                mbarrier_arrive_expect_tx(barriers, v_full + stage, v_bytes)
-                fetch_v(smem, barriers, v_map, stage, key, head_kv, batch)
-                stage, parity = next_stage(stage, parity)
+                # The next K comes before this V, as the consumers want them.
+                next_k, next_parity = next_stage(stage, parity)
+                if k_leads and n + 1 < n_end:
+                    fetch_k(smem, barriers, k_map, next_k, next_parity, n + 1, head_kv, batch)
+                fetch_v(smem, barriers, v_map, stage, parity, n, head_kv, batch)
+                if not k_leads and n + 1 < n_end:
+                    fetch_k(smem, barriers, k_map, next_k, next_parity, n + 1, head_kv, batch)
+                stage, parity = next_k, next_parity
             place = u32(place + step)
             step = u32(u32(2) * mov_nctaid_x() - step)
 

@@ -123,11 +123,12 @@ def make_next_stage(num_stages):
 
 
 @cache
-def make_pass_by(ring: Ring, num_stages, take_turn, pass_turn):
-    """pass_by(barriers, group, first, end, stage, parity): leave tiles of keys to the others.
+def make_pass_by(ring: Ring, num_stages, take_turn, pass_turn, turns=1):
+    """pass_by(barriers, group, first, end, stage, parity): leave stages of keys to the others.
 
     A warpgroup whose rows do not see these empties their buffers like the rest, when they are
-    full, and lets its turns pass. Returns the buffer after them and the parity of its phase.
+    full, and lets its turns pass, so many a stage. Returns the buffer after them and the parity of
+    its phase.
     """
     k_full, k_empty, v_full, v_empty = ring.k_full, ring.k_empty, ring.v_full, ring.v_empty
     next_stage = make_next_stage(num_stages)
@@ -135,13 +136,17 @@ def make_pass_by(ring: Ring, num_stages, take_turn, pass_turn):
     @device_function
     def pass_by(barriers, group, first, end, stage, parity):
         for _ in range(first, end):
-            take_turn(group)
-            pass_turn(group)
+            for _ in range(turns):
+                take_turn(group)
+                pass_turn(group)
+            # The producer may want K's buffer for the next before it fetches this V.
             mbarrier_wait_parity(barriers, k_full + stage, parity)
-            mbarrier_wait_parity(barriers, v_full + stage, parity)
             meet(group)
             if mov_tid_x() % 128 == 0:
                 mbarrier_arrive(barriers, k_empty + stage)
+            mbarrier_wait_parity(barriers, v_full + stage, parity)
+            meet(group)
+            if mov_tid_x() % 128 == 0:
                 mbarrier_arrive(barriers, v_empty + stage)
             stage, parity = next_stage(stage, parity)
         return stage, parity
