@@ -103,7 +103,8 @@ def _expect_main_loop(config: Sm90ForwardConfig, traits: Traits, loop: MainLoop)
     assert loop.overlapped_exponentials == (exponentials if config.overlap else 0)
     issued = loop.instructions
     assert issued["conversions"] == scores // 2
-    assert issued["shuffles"] == 4
+    # The row's maximum; with long rows of Q the warpgroup's number, too.
+    assert issued["shuffles"] == 4 + (traits.head_dim > 128)
     assert issued["fmnmx"] == scores + 4
     assert loop.skipped["rescaling"] == results
     assert loop.skipped["other"] == 0

@@ -7,9 +7,10 @@ Compiling a tensor-core kernel takes seconds, so by default every config is comp
 head dims of those that it is shipped for where registers are scarcest; configs that differ in
 nothing but their warps, each of which does the same, count as one. Dtypes, features and GPUs go
 round, and every family is compiled for every GPU. Kernels for Hopper are held to their design in
-test_hopper_machine_code; here its GPUs stand for what runs where bulk copies cannot. Turing, Blackwell with softcap, tf32 and splits
-over the keys have cases of their own. NUMFLASH_TEST_EVERY_CONFIG=1 compiles everything that is
-shipped for `PAIRS` of head dims, which takes hours.
+test_hopper_machine_code; here its GPUs stand for what runs where bulk copies cannot. Turing,
+Blackwell with softcap, tf32 and splits over the keys have cases of their own.
+NUMFLASH_TEST_EVERY_CONFIG=1 compiles everything that is shipped for `PAIRS` of head dims, which
+takes hours.
 """
 
 import itertools
