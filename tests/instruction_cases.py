@@ -11,6 +11,7 @@ from numflash.ptx import (
     bar_arrive,
     bar_sync,
     bits_as_float,
+    bra_over_store,
     cuda,
     cvt_f32_f16,
     cvt_rn_bf16x2_f32,
@@ -253,6 +254,18 @@ def _thread_index(x: Pointer(u32), y: Pointer(u32)):
     y[2 * cuda.threadIdx.x + 1] = x[mov_tid_x()]
 
 
+def _branch(x: Pointer(f32), y: Pointer(u32)):
+    """The store that is branched over would be seen, and its barrier never be filled."""
+    smem = cuda.shared.array(4, u32)
+    t = cuda.threadIdx.x
+    if t < 4:
+        smem[t] = t
+    cuda.syncthreads()
+    bra_over_store(smem, 2, x[t], x[t])
+    cuda.syncthreads()
+    y[t] = smem[t % 4]
+
+
 def _block_index(x: Pointer(u32), y: Pointer(u32)):
     """Read before and after a barrier; an index may come of it."""
     t = cuda.threadIdx.x
@@ -391,6 +404,11 @@ def _register_cases() -> list[InstructionCase]:
     return [InstructionCase("mov_tid_x", "", _thread_index, (x,), (((2 * THREADS,), np.uint32),))]
 
 
+def _branch_cases() -> list[InstructionCase]:
+    x = np.resize(np.concatenate([NANS, [0.0, -0.0, 1.0, np.inf, TINY]]).astype(f32), THREADS)
+    return [InstructionCase("bra_over_store", "", _branch, (x,), (((THREADS,), np.uint32),))]
+
+
 def _barrier_cases() -> list[InstructionCase]:
     steps = np.arange(64 * _STEPS, dtype=np.uint32) * np.uint32(2654435761)
     return [
@@ -422,6 +440,7 @@ BASIC_CASES = [
     *_arithmetic_cases(),
     *_memory_cases(),
     *_register_cases(),
+    *_branch_cases(),
     *_barrier_cases(),
 ]
 CASES: dict[str, list[InstructionCase]] = {}

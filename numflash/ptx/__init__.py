@@ -46,6 +46,7 @@ from numflash.ptx.bulk_copies import (
     cp_async_bulk_wait_group_read,
     prefetch_tensormap,
 )
+from numflash.ptx.control_flow import bra_over_store
 from numflash.ptx.float8 import (
     cvt_rn_f16x2_e4m3x2,
     cvt_rn_f16x2_e5m2x2,
@@ -139,6 +140,7 @@ __all__ = [
     "bar_arrive",
     "bar_sync",
     "bits_as_float",
+    "bra_over_store",
     "cp_async_4",
     "cp_async_16",
     "cp_async_bulk_commit_group",

@@ -258,7 +258,7 @@ BAD_FORWARD = {
     "config-hopper": (
         {"config": "sm90-m64n64w2s1"},
         ValueError,
-        "tile_m must be 16 x num_warps, which",
+        "tile_m must be 16 x num_warps, 4, 8 or 12",
     ),
     "config-of-another-family": (
         {"config": BackwardDqConfig(64, 32, 4)},

@@ -86,14 +86,19 @@ def _storable(case: AttentionCase) -> AttentionCase:
 
 
 def _small():
-    """(case, sort, config): configs and sorts in turn, of the masks a sixth; or all of them."""
+    """(case, sort, config): configs and sorts in turn, of the cases some; or all of them."""
     cases = [_storable(case) for case in on_fp8(SIM_CASES)]
     if EVERY:
         return [(case, sort, config) for case in cases for sort in SORTS for config in SMALL]
     masks = [case for case in cases if case.name.startswith(("square-", "tall-", "wide-"))]
     cases = [*masks[::6], *(case for case in cases if case not in masks)]
-    cases = list({case.name: case for case in cases if case.name != "113"}.values())
-    return [(c, TURNS[i % len(TURNS)], SMALL[i % len(SMALL)]) for i, c in enumerate(cases)]
+    cases = list({case.name: case for case in cases if case.name != "113"}.values())[::2]
+    found = []
+    for i, case in enumerate(cases):
+        # Heads with slopes of their own cannot be packed.
+        configs = [x for x in SMALL if "alibi_slopes" not in case.options or "packed" not in x]
+        found.append((case, TURNS[i % len(TURNS)], configs[i % len(configs)]))
+    return found
 
 
 def _large():

@@ -90,7 +90,7 @@ def test_a_template_names_its_operands(name):
     # A wait names registers only to have them written.
     tied = {n for n, o in declared.operands.items() if isinstance(o, Accumulator)}
     assert expected - tied <= named <= expected
-    assert declared.template.endswith((";", "; }"))
+    assert declared.template.endswith((";", "; }", ": }"))
 
 
 @pytest.mark.parametrize("name", INSTRUCTIONS)
@@ -237,6 +237,7 @@ EXPECTED = {
     "st_shared_v4_u32": between_ones,
     "st_shared_f32": backwards(4),
     "st_shared_u32": backwards(4),
+    "bra_over_store": lambda x: np.resize(np.arange(4, dtype=u32), x.size),
     "mov_tid_x": lambda x: np.stack([np.arange(x.size, dtype=u32), x], axis=1).ravel(),
     "bar_sync": expected_pairs_of_warps,
     "bar_arrive": lambda x: x.reshape(-1, 32)[:, ::-1].ravel(),

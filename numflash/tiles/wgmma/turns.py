@@ -2,7 +2,7 @@
 
 from functools import cache
 
-from numflash.ptx import Shared, bar_arrive, bar_sync, device_function, f32, instruction, u32
+from numflash.ptx import bar_arrive, bar_sync, bra_over_store, device_function
 
 _FIRST_TURN, _FIRST_MEETING = 1, 4
 _WARPGROUP, _TWO_WARPGROUPS = 128, 256
@@ -47,15 +47,10 @@ def make_turns(num_groups):
     return take_turn, pass_turn, give_first_turn
 
 
-@instruction(
-    "{ .reg .pred ordered; .reg .f32 sum; add.f32 sum, <x>, <y>; "
-    "setp.geu.f32 ordered, sum, 0f00000000; @ordered bra on<uid>; "
-    "st.shared.f32 [<smem>], sum; bar.sync 15, 128; on<uid>: }",
-    sm=90,
-)
-def softmax_before_wait(smem: Shared(u32, "offset"), offset: u32, x: f32, y: f32):
-    """Nothing, but a branch that is never taken and that the assembler cannot see through.
+@device_function
+def softmax_before_wait(smem, offset, x, y):
+    """Keep the softmax whose sums x and y are above a wait for the tensor cores that follows.
 
-    x and y are sums of probabilities, which are not negative. Without it the assembler moves the
-    wait for the tensor cores, which follows, above the softmax that shall run beside them.
+    The assembler else moves the wait up, and nothing runs beside the products that are waited for.
     """
+    bra_over_store(smem, offset, x, y)

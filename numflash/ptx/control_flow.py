@@ -1,0 +1,24 @@
+"""Branches that the assembler must keep. PTX ISA 9.7.12."""
+
+from numflash.mode import SIMULATED
+from numflash.ptx.instruction import Shared, instruction
+from numflash.ptx.scalars import f32, i64, u32
+
+if SIMULATED:
+    from numflash.simulator.errors import SimulationError
+
+
+@instruction(
+    "{ .reg .pred ordered; .reg .f32 sum; add.f32 sum, <x>, <y>; "
+    "setp.geu.f32 ordered, sum, 0f00000000; @ordered bra on<uid>; "
+    "st.shared.f32 [<target>], sum; bar.sync 15, 128; on<uid>: }",
+    sm=75,
+)
+def bra_over_store(target: Shared(u32, "offset"), offset: i64, x: f32, y: f32):
+    """Branch over a store and a barrier, because x + y is not negative; it may be NaN.
+
+    It does nothing; but what comes after it the assembler cannot move above what x and y are made
+    of. PTX ISA 9.7.12.2.
+    """
+    if x + y < 0:
+        raise SimulationError(f"bra_over_store: {x} + {y} is negative")
