@@ -129,7 +129,7 @@ def by_formula(config: Sm90ForwardConfig, traits: Traits) -> Work:
         ffma=scores,
         alu=scores + _ALU_PER_TILE,
         conversions=scores // 2,
-        shuffles=4,
+        shuffles=4 + (traits.head_dim > 128),
     )
     return Work(
         tile.plus(feature_counts(traits), scores),
