@@ -1,4 +1,11 @@
-"""Which rows, heads and keys a block computes: all of its threads together, or one for them."""
+"""Which rows, heads and keys a block computes: all of its threads together, or one for them.
+
+Sizes come as two tuples:
+
+    grid    num_rows (of a head, packed heads together), num_heads (of all batch entries), pack,
+            num_splits, heads_in_flight
+    band    seqlen_k, band_lo, band_hi
+"""
 
 from functools import cache
 
@@ -14,7 +21,7 @@ def token_of_row(row, pack):
 
 @cache
 def make_block_place(tile_m):
-    """block_place(place, num_rows, num_heads, pack, num_splits, heads_in_flight)
+    """block_place(place, grid)
 
     (first row, first head of all batch entries, split of the keys) of a tile of rows. Heads go in
     bundles of heads_in_flight, whose K and V are read at about the same time. In the last bundle
@@ -23,7 +30,8 @@ def make_block_place(tile_m):
     """
 
     @device_function
-    def block_place(place, num_rows, num_heads, pack, num_splits, heads_in_flight):
+    def block_place(place, grid):
+        num_rows, num_heads, pack, num_splits, heads_in_flight = grid
         # Unsigned 32-bit divisions are a quarter of the code of Python's.
         in_order = u32(place // u32(num_splits))
         split = u32(place - in_order * u32(num_splits))
@@ -46,7 +54,7 @@ def make_block_place(tile_m):
 
 @cache
 def make_walk(tile_m):
-    """walk(num_rows, num_heads, pack, num_splits): (first place, step, number of places).
+    """walk(grid): (first place, step, number of places).
 
     Blocks that take several places go through them like this, so that where the places become
     cheaper one after the other each block has as much to do:
@@ -57,7 +65,8 @@ def make_walk(tile_m):
     """
 
     @device_function
-    def walk(num_rows, num_heads, pack, num_splits):
+    def walk(grid):
+        num_rows, num_heads, pack, num_splits, _ = grid
         num_m_blocks = u32(num_rows + tile_m - 1) // u32(tile_m)
         num_places = u32(num_m_blocks * (u32(num_heads) // u32(pack)) * u32(num_splits))
         place = mov_ctaid_x()
@@ -68,7 +77,7 @@ def make_walk(tile_m):
 
 @cache
 def make_keys_of(config):
-    """keys_of(m_start, split, num_rows, pack, seqlen_k, band_lo, band_hi, num_splits)
+    """keys_of(m_start, split, grid, band)
 
     (first, end) of the stages of keys that some of tile_m rows see, of this split's share.
     """
@@ -76,9 +85,10 @@ def make_keys_of(config):
     seen = _make_seen(config.stage_n)
 
     @device_function
-    def keys_of(m_start, split, num_rows, pack, seqlen_k, band_lo, band_hi, num_splits):
-        n_begin, n_end = seen(m_start, tile_m, num_rows, pack, seqlen_k, band_lo, band_hi)
+    def keys_of(m_start, split, grid, band):
+        n_begin, n_end = seen(m_start, tile_m, grid, band)
         if is_split:
+            num_splits = grid[3]
             share = i32(u32(max(0, n_end - n_begin) + num_splits - 1) // u32(num_splits))
             n_begin = i32(n_begin + split * share)
             n_end = i32(min(n_end, n_begin + share))
@@ -89,7 +99,7 @@ def make_keys_of(config):
 
 @cache
 def make_keys_of_part(config, rows):
-    """keys_of_part(row, n_begin, n_end, num_rows, pack, seqlen_k, band_lo, band_hi)
+    """keys_of_part(row, n_begin, n_end, grid, band)
 
     (first, end) of those of the stages of keys n_begin to n_end that some of `rows` rows from
     `row` on see; both lie between these, and are equal where there are no such rows.
@@ -97,10 +107,10 @@ def make_keys_of_part(config, rows):
     seen = _make_seen(config.stage_n)
 
     @device_function
-    def keys_of_part(row, n_begin, n_end, num_rows, pack, seqlen_k, band_lo, band_hi):
-        begin, end = seen(row, rows, num_rows, pack, seqlen_k, band_lo, band_hi)
+    def keys_of_part(row, n_begin, n_end, grid, band):
+        begin, end = seen(row, rows, grid, band)
         begin = min(max(begin, n_begin), max(n_begin, n_end))
-        end = max(begin, min(end, n_end)) if row < num_rows else begin
+        end = max(begin, min(end, n_end)) if row < grid[0] else begin
         return i32(begin), i32(end)
 
     return keys_of_part
@@ -108,10 +118,12 @@ def make_keys_of_part(config, rows):
 
 @cache
 def _make_seen(stage_n):
-    """seen(row, rows, num_rows, pack, seqlen_k, band_lo, band_hi): the stages that rows see."""
+    """seen(row, rows, grid, band): (first, end) of the stages of keys that rows see."""
 
     @device_function
-    def seen(row, rows, num_rows, pack, seqlen_k, band_lo, band_hi):
+    def seen(row, rows, grid, band):
+        num_rows, _, pack, _, _ = grid
+        seqlen_k, band_lo, band_hi = band
         first_token = token_of_row(row, pack)
         last_token = token_of_row(min(row + rows, num_rows) - 1, pack)
         end = max(0, min(seqlen_k, last_token + band_hi + 1))
@@ -123,13 +135,15 @@ def _make_seen(stage_n):
 
 @cache
 def make_whole_keys(tile_n, rows):
-    """whole_keys(row, num_rows, pack, seqlen_k, band_lo, band_hi)
+    """whole_keys(row, grid, band)
 
     (first, last): tiles of keys that begin between these are seen whole by `rows` rows.
     """
 
     @device_function
-    def whole_keys(row, num_rows, pack, seqlen_k, band_lo, band_hi):
+    def whole_keys(row, grid, band):
+        num_rows, _, pack, _, _ = grid
+        seqlen_k, band_lo, band_hi = band
         last_token = token_of_row(min(row + rows, num_rows) - 1, pack)
         end = min(seqlen_k, token_of_row(row, pack) + band_hi + 1)
         return i32(last_token + band_lo), i32(end - tile_n)

@@ -15,8 +15,8 @@ def places(tile_m, seqlen_q, num_heads, pack, num_splits, heads_in_flight):
     """What `block_place` says of each place."""
     locate, rows = make_block_place(tile_m), i32(seqlen_q * pack)
     count = -(-seqlen_q * pack // tile_m) * (num_heads // pack) * num_splits
-    sizes = rows, i32(num_heads), i32(pack), i32(num_splits), i32(heads_in_flight)
-    return [tuple(map(int, locate(u32(place), *sizes))) for place in range(count)]
+    grid = rows, i32(num_heads), i32(pack), i32(num_splits), i32(heads_in_flight)
+    return [tuple(map(int, locate(u32(place), grid))) for place in range(count)]
 
 
 @pytest.mark.parametrize("heads_in_flight", [1, 2, 3, 8])

@@ -302,12 +302,12 @@ IDEAS = [
         "mbarrier_init(barriers, k_full + stage, 2)",
     ),
     (_RING, _P, "mbarriers on top of each other", "v_full=k_full + 2 * stages", "v_full=k_full"),
-    (_FORWARD, _P, "all threads give back", "return mov_tid_x() % 128 == 0", "return True"),
+    (_TURNS, _P, "all threads give back", "return mov_tid_x() % _WARPGROUP == 0", "return True"),
     (
-        _FORWARD,
+        _TURNS,
         _O,
         "one warpgroup gives back",
-        "return mov_tid_x() % 128 == 0",
+        "return mov_tid_x() % _WARPGROUP == 0",
         "return mov_tid_x() == 0",
     ),
     (

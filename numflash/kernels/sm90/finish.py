@@ -6,22 +6,24 @@ from functools import cache
 from numflash.configs.sm90 import WARPGROUP_ROWS, Sm90ForwardConfig
 from numflash.configs.traits import Traits
 from numflash.kernels.sm90.ring import Ring
-from numflash.ptx import device_function, f32, i32, i64, mov_tid_x
+from numflash.ptx import device_function, f32, i32, i64
 from numflash.tiles.blocks import make_block_place, token_of_row
 from numflash.tiles.mma.fragments import MMA_ROWS, ROW_STEP, accumulator_column, accumulator_row
 from numflash.tiles.mma.softmax import make_scale_rows, row_sum_of_quad
 from numflash.tiles.scores import NEG_INF
 from numflash.tiles.softmax import LN_2
 from numflash.tiles.wgmma.results import make_store_part, make_store_slabs
+from numflash.tiles.wgmma.turns import group_of_thread
 
 
 @cache
 def make_finish(config: Sm90ForwardConfig, traits: Traits):
-    """finish(o_acc, row_max, row_sum, max_scale, smem, out, lse, out_map, place, sizes...)
+    """finish(o_acc, row_max, row_sum, max_scale, smem, outputs, out_strides, place, grid, ...)
 
     O divided by its sums and lse, of the rows of this warpgroup at `place`; max_scale brings
-    row_max to base 2. O is on its way through shared memory afterwards (`make_store_slabs`), or
-    with splits in `out` as float32.
+    row_max to base 2. `outputs` are out, lse and the map of out, `out_strides` those of splits,
+    batch entries, rows and heads; `grid` as in `tiles.blocks`. O is on its way through shared
+    memory afterwards (`make_store_slabs`), or with splits in `out` as float32.
     """
     ring, is_split = Ring.of(config, traits), config.num_splits > 1
     o_smem, o_words, o_tiles = ring.o, ring.o_words, traits.head_dim_v // 8
@@ -35,25 +37,17 @@ def make_finish(config: Sm90ForwardConfig, traits: Traits):
         row_sum,
         max_scale,
         smem,
-        out,
-        lse,
-        out_map,
-        out_split,
-        out_batch,
-        out_row,
-        out_head,
+        outputs,
+        out_strides,
         place,
-        num_rows,
-        num_heads,
-        num_heads_q,
+        grid,
         seqlen_q,
-        pack,
-        num_splits,
-        heads_in_flight,
+        num_heads_q,
     ):
-        m_start, head_of_batch, split = block_place(
-            place, num_rows, num_heads, pack, num_splits, heads_in_flight
-        )
+        out, lse, out_map = outputs
+        out_split, out_batch, out_row, out_head = out_strides
+        num_rows, num_heads, pack, _, _ = grid
+        m_start, head_of_batch, split = block_place(place, grid)
         row = i32(m_start + accumulator_row(MMA_ROWS))
         for r in range(2):
             total = row_sum_of_quad(row_sum[r])
@@ -74,7 +68,7 @@ def make_finish(config: Sm90ForwardConfig, traits: Traits):
             base = split * out_split + batch * out_batch + head * out_head
             store_part(o_acc, out, base, out_row, row, num_rows, pack, out_head)
         else:
-            group = i32(mov_tid_x() // 128)
+            group = group_of_thread()
             target = i32(o_smem + o_words * group)
             token = token_of_row(m_start + WARPGROUP_ROWS * group, pack)
             packed_head = token_of_row(head, pack)

@@ -63,7 +63,6 @@ from numflash.tiles.blocks import (
     make_whole_keys,
     token_of_row,
 )
-from numflash.tiles.lanes import FULL_WARP
 from numflash.tiles.mma.fragments import MMA_ROWS, accumulator_column, accumulator_row
 from numflash.tiles.mma.scores import make_mask_scores, make_scale_scores
 from numflash.tiles.mma.softmax import make_scale_rows
@@ -77,7 +76,13 @@ from numflash.tiles.wgmma.products import (
     make_product_pn,
 )
 from numflash.tiles.wgmma.softmax import make_online_softmax
-from numflash.tiles.wgmma.turns import make_turns, meet, softmax_before_wait
+from numflash.tiles.wgmma.turns import (
+    group_of_thread,
+    leads,
+    make_turns,
+    meet,
+    softmax_before_wait,
+)
 
 
 def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
@@ -120,16 +125,6 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
     online_softmax = make_online_softmax(n_tiles)
     pack_p, scale_rows = make_pack(dtype, n_tiles), make_scale_rows(1, o_tiles)
     finish = make_finish(config, traits)
-
-    @device_function
-    def leads():
-        """Whether this thread speaks for its warpgroup."""
-        return mov_tid_x() % 128 == 0
-
-    @device_function
-    def group_of_thread():
-        """This thread's warpgroup, computed anew; the assembler knows that a warp has one."""
-        return cuda.shfl_sync(FULL_WARP, i32(mov_tid_x() // 128), 0)
 
     @device_function
     def q_of_group(q_first, group):
@@ -188,30 +183,14 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
         cuda.syncthreads()
 
         num_rows, num_heads = i32(seqlen_q * pack), i32(batch_size * num_heads_q)
-        place, step, num_places = walk(num_rows, num_heads, pack, num_splits)
+        grid = num_rows, num_heads, pack, num_splits, heads_in_flight
+        band = seqlen_k, band_lo, band_hi
+        places = walk(grid)
         if mov_tid_x() >= num_consumers:
             give_registers()
             if mov_tid_x() < num_consumers + 32 and elect_sync() != 0:
-                produce(
-                    smem,
-                    barriers,
-                    q_map,
-                    k_map,
-                    v_map,
-                    place,
-                    step,
-                    num_places,
-                    num_rows,
-                    num_heads,
-                    num_heads_q,
-                    group_size,
-                    seqlen_k,
-                    band_lo,
-                    band_hi,
-                    pack,
-                    num_splits,
-                    heads_in_flight,
-                )
+                maps = q_map, k_map, v_map
+                produce(smem, barriers, maps, places, grid, band, num_heads_q, group_size)
             return
 
         take_registers()
@@ -229,22 +208,18 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
         scale_log2 = LOG2_E
         if not (softcapped or alibi):
             scale_log2 = score_scale * LOG2_E
+        outputs, out_strides = (out, lse, out_map), (out_split, out_batch, out_row, out_head)
         give_first_turn(group)
 
+        place, step, num_places = places
         stage, parity, q_parity = i32(0), u32(0), u32(0)
         while place < num_places:
-            m_start, head_of_batch, split = block_place(
-                place, num_rows, num_heads, pack, num_splits, heads_in_flight
-            )
-            n_begin, n_end = keys_of(
-                m_start, split, num_rows, pack, seqlen_k, band_lo, band_hi, num_splits
-            )
+            m_start, head_of_batch, split = block_place(place, grid)
+            n_begin, n_end = keys_of(m_start, split, grid, band)
             # Of those tiles of keys the ones that this warpgroup's rows see, and see whole.
             row = i32(m_start + WARPGROUP_ROWS * group)
-            first, end = keys_of_part(
-                row, n_begin, n_end, num_rows, pack, seqlen_k, band_lo, band_hi
-            )
-            whole = whole_keys(row, num_rows, pack, seqlen_k, band_lo, band_hi)
+            first, end = keys_of_part(row, n_begin, n_end, grid, band)
+            whole = whole_keys(row, grid, band)
             alibi_slope = f32(0)
             if alibi:
                 batch = token_of_row(head_of_batch, num_heads_q)
@@ -318,15 +293,12 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
                     mbarrier_arrive(barriers, v_empty + stage)
                 stage, parity = next_stage(stage, parity)
             else:
+                # No product has held its warps together: one may not have seen Q yet.
                 meet(group)
 
             # Where this tile of rows lies is found out once more: registers are scarce above.
-            m_start, head_of_batch, split = block_place(
-                place, num_rows, num_heads, pack, num_splits, heads_in_flight
-            )
-            n_begin, n_end = keys_of(
-                m_start, split, num_rows, pack, seqlen_k, band_lo, band_hi, num_splits
-            )
+            m_start, head_of_batch, split = block_place(place, grid)
+            n_begin, n_end = keys_of(m_start, split, grid, band)
             stage, parity = pass_by(barriers, group, end, n_end, stage, parity)
             if o_is_apart and leads():
                 mbarrier_arrive(barriers, q_empty + group)
@@ -336,21 +308,12 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
                 row_sum,
                 scale_log2,
                 smem,
-                out,
-                lse,
-                out_map,
-                out_split,
-                out_batch,
-                out_row,
-                out_head,
+                outputs,
+                out_strides,
                 place,
-                num_rows,
-                num_heads,
-                num_heads_q,
+                grid,
                 seqlen_q,
-                pack,
-                num_splits,
-                heads_in_flight,
+                num_heads_q,
             )
             if not o_is_apart and leads():
                 # Q has been read, and so has O, which took its place.

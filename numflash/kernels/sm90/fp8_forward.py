@@ -47,7 +47,6 @@ from numflash.tiles.blocks import (
     make_whole_keys,
     token_of_row,
 )
-from numflash.tiles.lanes import FULL_WARP
 from numflash.tiles.mma.fragments import MMA_ROWS, ROW_STEP, accumulator_column, accumulator_row
 from numflash.tiles.mma.scores import make_mask_scores, make_scale_scores
 from numflash.tiles.mma.softmax import make_scale_rows
@@ -60,7 +59,13 @@ from numflash.tiles.wgmma.products import (
     make_product_nt,
     make_product_pt,
 )
-from numflash.tiles.wgmma.turns import make_turns, meet, softmax_before_wait
+from numflash.tiles.wgmma.turns import (
+    group_of_thread,
+    leads,
+    make_turns,
+    meet,
+    softmax_before_wait,
+)
 
 
 def make_fp8_forward_kernel(config: Sm90Fp8ForwardConfig, traits: Traits) -> Kernel:
@@ -110,11 +115,6 @@ def make_fp8_forward_kernel(config: Sm90Fp8ForwardConfig, traits: Traits) -> Ker
     tile_softmax, pack_p = make_tile_softmax(n_tiles), make_pack(n_tiles)
 
     @device_function
-    def leads():
-        """Whether this thread speaks for its warpgroup."""
-        return mov_tid_x() % 128 == 0
-
-    @device_function
     def k_of(k_first, stage, tile):
         """Operand K of one of the tiles of a stage."""
         return u32(k_first + stage * k_step + tile * k_tile_step)
@@ -130,11 +130,6 @@ def make_fp8_forward_kernel(config: Sm90Fp8ForwardConfig, traits: Traits) -> Ker
         if last_of_stage:
             return i32(min(n_start, seqlen_k - 1))
         return n_start
-
-    @device_function
-    def group_of_thread():
-        """This thread's warpgroup, computed anew; the assembler knows that a warp has one."""
-        return cuda.shfl_sync(FULL_WARP, i32(mov_tid_x() // 128), 0)
 
     @device_function
     def q_of_group(q_first):
@@ -215,30 +210,14 @@ def make_fp8_forward_kernel(config: Sm90Fp8ForwardConfig, traits: Traits) -> Ker
         cuda.syncthreads()
 
         num_rows, num_heads = i32(seqlen_q * pack), i32(batch_size * num_heads_q)
-        place, step, num_places = walk(num_rows, num_heads, pack, num_splits)
+        grid = num_rows, num_heads, pack, num_splits, heads_in_flight
+        band = seqlen_k, band_lo, band_hi
+        places = walk(grid)
         if mov_tid_x() >= num_consumers:
             give_registers()
             if mov_tid_x() < num_consumers + 32 and elect_sync() != 0:
-                produce(
-                    smem,
-                    barriers,
-                    q_map,
-                    k_map,
-                    v_map,
-                    place,
-                    step,
-                    num_places,
-                    num_rows,
-                    num_heads,
-                    num_heads_q,
-                    group_size,
-                    seqlen_k,
-                    band_lo,
-                    band_hi,
-                    pack,
-                    num_splits,
-                    heads_in_flight,
-                )
+                maps = q_map, k_map, v_map
+                produce(smem, barriers, maps, places, grid, band, num_heads_q, group_size)
             return
 
         take_registers()
@@ -258,22 +237,18 @@ def make_fp8_forward_kernel(config: Sm90Fp8ForwardConfig, traits: Traits) -> Ker
         q_first = operand(mov_shared_address(smem, q_smem))
         k_first = operand(mov_shared_address(smem, k_smem))
         v_first = operand(mov_shared_address(smem, v_smem))
+        outputs, out_strides = (out, lse, out_map), (out_split, out_batch, out_row, out_head)
         give_first_turn(group)
 
+        place, step, num_places = places
         stage, parity, q_parity = i32(0), u32(0), u32(0)
         while place < num_places:
-            m_start, head_of_batch, split = block_place(
-                place, num_rows, num_heads, pack, num_splits, heads_in_flight
-            )
-            n_begin, n_end = keys_of(
-                m_start, split, num_rows, pack, seqlen_k, band_lo, band_hi, num_splits
-            )
+            m_start, head_of_batch, split = block_place(place, grid)
+            n_begin, n_end = keys_of(m_start, split, grid, band)
             # Of those stages of keys the ones that this warpgroup's rows see, and see whole.
             row = i32(m_start + WARPGROUP_ROWS * group)
-            first, end = keys_of_part(
-                row, n_begin, n_end, num_rows, pack, seqlen_k, band_lo, band_hi
-            )
-            whole = whole_keys(row, num_rows, pack, seqlen_k, band_lo, band_hi)
+            first, end = keys_of_part(row, n_begin, n_end, grid, band)
+            whole = whole_keys(row, grid, band)
             batch = token_of_row(head_of_batch, num_heads_q)
             head = i32(head_of_batch - batch * num_heads_q)
             head_kv = token_of_row(head, group_size)
@@ -380,15 +355,12 @@ def make_fp8_forward_kernel(config: Sm90Fp8ForwardConfig, traits: Traits) -> Ker
                     mbarrier_arrive(barriers, v_empty + stage)
                 stage, parity = next_stage(stage, parity)
             else:
+                # No product has held its warps together: one may not have seen Q yet.
                 meet(group)
 
             # Where this tile of rows lies is found out once more: registers are scarce above.
-            m_start, head_of_batch, split = block_place(
-                place, num_rows, num_heads, pack, num_splits, heads_in_flight
-            )
-            n_begin, n_end = keys_of(
-                m_start, split, num_rows, pack, seqlen_k, band_lo, band_hi, num_splits
-            )
+            m_start, head_of_batch, split = block_place(place, grid)
+            n_begin, n_end = keys_of(m_start, split, grid, band)
             stage, parity = pass_by(barriers, group, end, n_end, stage, parity)
             if o_is_apart and leads():
                 mbarrier_arrive(barriers, q_empty + group)
@@ -398,21 +370,12 @@ def make_fp8_forward_kernel(config: Sm90Fp8ForwardConfig, traits: Traits) -> Ker
                 row_sum,
                 f32(1),
                 smem,
-                out,
-                lse,
-                out_map,
-                out_split,
-                out_batch,
-                out_row,
-                out_head,
+                outputs,
+                out_strides,
                 place,
-                num_rows,
-                num_heads,
-                num_heads_q,
+                grid,
                 seqlen_q,
-                pack,
-                num_splits,
-                heads_in_flight,
+                num_heads_q,
             )
             if not o_is_apart and leads():
                 # Q has been read, and so has O, which took its place.

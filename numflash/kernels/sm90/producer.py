@@ -24,10 +24,11 @@ from numflash.tiles.wgmma.products import SLAB_BYTES
 
 @cache
 def make_produce(config: Sm90ForwardConfig, traits: Traits):
-    """produce(smem, barriers, q_map, k_map, v_map, place, step, num_places, sizes...)
+    """produce(smem, barriers, maps, places, grid, band, num_heads_q, group_size)
 
     All tiles of rows of this block, as the consumers take them: Q of a tile, and K and V tile by
-    tile of keys, each as soon as its buffer is empty.
+    tile of keys, each as soon as its buffer is empty. `maps` are those of Q, K and V, `places`
+    what `walk` gave, `grid` and `band` as in `tiles.blocks`.
     """
     ring, stage_n = Ring.of(config, traits), config.stage_n
     num_groups, num_stages = config.num_warpgroups, config.num_stages
@@ -100,26 +101,10 @@ def make_produce(config: Sm90ForwardConfig, traits: Traits):
             )
 
     @device_function
-    def produce(
-        smem,
-        barriers,
-        q_map,
-        k_map,
-        v_map,
-        place,
-        step,
-        num_places,
-        num_rows,
-        num_heads,
-        num_heads_q,
-        group_size,
-        seqlen_k,
-        band_lo,
-        band_hi,
-        pack,
-        num_splits,
-        heads_in_flight,
-    ):
+    def produce(smem, barriers, maps, places, grid, band, num_heads_q, group_size):
+        q_map, k_map, v_map = maps
+        place, step, num_places = places
+        pack = grid[2]
         prefetch_tensormap(q_map)
         prefetch_tensormap(k_map)
         prefetch_tensormap(v_map)
@@ -127,15 +112,11 @@ def make_produce(config: Sm90ForwardConfig, traits: Traits):
         # Buffers are empty at first, as if a phase of parity 1 had ended.
         stage, parity, q_parity = i32(0), u32(1), u32(1)
         while place < num_places:
-            m_start, head_of_batch, split = block_place(
-                place, num_rows, num_heads, pack, num_splits, heads_in_flight
-            )
+            m_start, head_of_batch, split = block_place(place, grid)
             batch = token_of_row(head_of_batch, num_heads_q)
             head = i32(head_of_batch - batch * num_heads_q)
             head_kv = token_of_row(head, group_size)
-            n_begin, n_end = keys_of(
-                m_start, split, num_rows, pack, seqlen_k, band_lo, band_hi, num_splits
-            )
+            n_begin, n_end = keys_of(m_start, split, grid, band)
             # The first K while the tile of rows before is finished, and still has Q's buffers.
             if n_begin < n_end:
                 fetch_k(smem, barriers, k_map, stage, parity, n_begin, head_kv, batch)

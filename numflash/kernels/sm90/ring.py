@@ -21,7 +21,7 @@ from numflash.ptx import (
     u32,
 )
 from numflash.tiles.wgmma.products import SLAB_BYTES
-from numflash.tiles.wgmma.turns import meet
+from numflash.tiles.wgmma.turns import leads, meet
 
 SLAB_WORDS = SLAB_BYTES // 4
 
@@ -142,11 +142,11 @@ def make_pass_by(ring: Ring, num_stages, take_turn, pass_turn, turns=1):
             # The producer may want K's buffer for the next before it fetches this V.
             mbarrier_wait_parity(barriers, k_full + stage, parity)
             meet(group)
-            if mov_tid_x() % 128 == 0:
+            if leads():
                 mbarrier_arrive(barriers, k_empty + stage)
             mbarrier_wait_parity(barriers, v_full + stage, parity)
             meet(group)
-            if mov_tid_x() % 128 == 0:
+            if leads():
                 mbarrier_arrive(barriers, v_empty + stage)
             stage, parity = next_stage(stage, parity)
         return stage, parity

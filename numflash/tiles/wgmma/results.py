@@ -18,7 +18,7 @@ from numflash.ptx import (
 from numflash.tiles.blocks import token_of_row
 from numflash.tiles.mma.fragments import ROW_STEP, accumulator_column
 from numflash.tiles.wgmma.products import PACK_TWO, SLAB_BYTES
-from numflash.tiles.wgmma.turns import meet
+from numflash.tiles.wgmma.turns import leads, meet
 
 _ROWS = 64
 _SLAB_WORDS = SLAB_BYTES // 4
@@ -39,8 +39,7 @@ def make_store_slabs(dtype, n_tiles):
     def store_slabs(acc, smem, tile, group, tensor_map, token, head, batch):
         words = cuda.local.array(4, u32)
         thread = mov_tid_x()
-        leads = thread % 128 == 0
-        if leads:
+        if leads():
             # What was stored from here before has left.
             cp_async_bulk_wait_group_read()
         meet(group)
@@ -57,7 +56,7 @@ def make_store_slabs(dtype, n_tiles):
             stmatrix_x4(smem, slab + row * _SLAB_WORDS + 4 * swizzled, words)
         fence_proxy_async()
         meet(group)
-        if leads:
+        if leads():
             for slab in range(slabs):
                 cp_async_bulk_tensor_5d_store(
                     tensor_map,

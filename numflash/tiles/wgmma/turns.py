@@ -1,11 +1,36 @@
-"""When warps of a warpgroup, and when warpgroups, wait for each other."""
+"""Which warpgroup a thread is of, and when its warps, and warpgroups, wait for each other."""
 
 from functools import cache
 
-from numflash.ptx import bar_arrive, bar_sync, bra_over_store, device_function
+from numflash.ptx import (
+    bar_arrive,
+    bar_sync,
+    bra_over_store,
+    cuda,
+    device_function,
+    i32,
+    mov_tid_x,
+)
+from numflash.tiles.lanes import FULL_WARP
 
 _FIRST_TURN, _FIRST_MEETING = 1, 4
 _WARPGROUP, _TWO_WARPGROUPS = 128, 256
+
+
+@device_function
+def leads():
+    """Whether this thread speaks for its warpgroup."""
+    return mov_tid_x() % _WARPGROUP == 0
+
+
+@device_function
+def group_of_thread():
+    """This thread's warpgroup, computed anew.
+
+    Through a shuffle the assembler knows that all lanes have the same; else it takes what depends
+    on it for divergent, and may serialise products there.
+    """
+    return cuda.shfl_sync(FULL_WARP, i32(mov_tid_x() // _WARPGROUP), 0)
 
 
 @device_function
