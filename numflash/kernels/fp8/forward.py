@@ -214,8 +214,8 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
         scales = cuda.local.array(rows, f32)
         weights = cuda.local.array(rows, f32)
 
-        num_rows = i32(seqlen_q * pack)
-        grid = num_rows, i32(batch_size * num_heads_q), pack, num_splits, heads_in_flight
+        num_rows = seqlen_q * pack
+        grid = num_rows, batch_size * num_heads_q, pack, num_splits, heads_in_flight
         m_start, head_of_batch, split = block_place(mov_ctaid_x(), grid)
         batch = token_of_row(head_of_batch, num_heads_q)
         head = head_of_batch - batch * num_heads_q
@@ -364,6 +364,7 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
             stage = i32(stage + 1 if stage + 1 < num_stages else 0)
 
         # Where this block stands is found out once more: it need not be kept through the loop.
+        grid = num_rows, batch_size * num_heads_q, pack, num_splits, heads_in_flight
         m_start, head_of_batch, split = block_place(mov_ctaid_x(), grid)
         batch = token_of_row(head_of_batch, num_heads_q)
         head = head_of_batch - batch * num_heads_q
