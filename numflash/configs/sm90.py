@@ -14,7 +14,7 @@ from typing import ClassVar
 from numflash.configs.fp8 import PREFIX
 from numflash.configs.sm80 import MmaForwardConfig
 from numflash.configs.traits import Traits
-from numflash.devices import Architecture
+from numflash.devices import Architecture, architecture
 
 WARPGROUP_ROWS = 64
 """Rows of Q, and of the result, that a warpgroup computes."""
@@ -27,8 +27,7 @@ _PRODUCER_THREADS = 128
 _WORD_BYTES, _BARRIER_WORDS = 4, 2
 # Of products of 8-bit floats, which have accumulators of their own.
 _MOST_COLUMNS, _PART_COLUMNS = 128, 64
-# A block may have as much shared memory on Hopper.
-_MAX_SMEM_BYTES = 227 * 1024
+_MAX_SMEM_BYTES = architecture("sm_90a").max_smem_per_block
 _SWITCHES = ("overlap", "pingpong", "persistent")
 _SUFFIX = re.compile(r"(?:-r(?P<registers>[1-9]\d*))?" + "".join(f"(-{s})?" for s in _SWITCHES))
 

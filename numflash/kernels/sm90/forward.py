@@ -17,7 +17,7 @@ and pingpong; `numflash-inspect forward --arch sm_90a` shows it for any config):
      64 FFMA          the exponents
      68 FMNMX, FADD   the row's maximum and sum; 4 SHFL across its four lanes
      32 F2FP          P to bfloat16
-    119 others        descriptors of the products, barriers, the loop
+    120 others        descriptors of the products, barriers, the loop
      64 FMUL          O rescaled, only when a maximum has grown by 2 ** 8
     256 ISETP, FSEL   the mask, only on tiles that an edge crosses
 

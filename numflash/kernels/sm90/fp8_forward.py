@@ -2,12 +2,18 @@
 
 The walk is that of `forward`, the numerics are those of `kernels.fp8.forward`: P is e4m3 in units
 of its tile's largest score, and what a tile adds to O is multiplied by itself, into accumulators
-`part_acc` of its own, and added in float32 with its weight. So the 14 bits with which FP8 tensor
-cores add up are enough, and the scales of V cost nothing.
+`part_acc` of its own, and added in float32 with its weight. So it does not matter that FP8 tensor
+cores are reported to add up with 14 bits, and the scales of V cost nothing.
 
-e4m3 products want both operands by rows of keys: V comes with tokens innermost, in the order in
-which P leaves the accumulators. Results of more than 128 columns are added in parts of 64. A tile
-of keys has one scale of K and one of V; where they change within, `kernels.fp8.forward` runs.
+e4m3 products read both operands along k, which for P V are the keys: V comes with tokens
+innermost, in the order in which P leaves the accumulators. Results of more than 128 columns are
+added in parts of 64. A tile of keys has one scale of K and one of V; where they change within,
+`kernels.fp8.forward` runs.
+
+A tile of 128 keys costs a warpgroup, at head_dim 128 with overlap and pingpong, 512 clocks of the
+tensor cores (8 QGMMA), 528 of the special-function units (66 exponentials, two of them for the
+weights) and 505 instructions of each scheduler, 64 FFMA of them to add the tile's share to O: what
+16 bits leave free is about used up. No GPU has timed it yet.
 
 Source: FlashAttention-3, arXiv 2407.08608, section 3.3.
 """
