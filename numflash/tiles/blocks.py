@@ -54,15 +54,7 @@ def make_block_place(tile_m):
 
 @cache
 def make_walk(tile_m):
-    """walk(grid): (first place, step, number of places).
-
-    Blocks that take several places go through them like this, so that where the places become
-    cheaper one after the other each block has as much to do:
-
-        place += step;  step = 2 * number of blocks - step
-
-    which leads to the same place from the other end of the next round, and back.
-    """
+    """walk(grid): (first place, step, number of places); `next_place` leads on."""
 
     @device_function
     def walk(grid):
@@ -73,6 +65,16 @@ def make_walk(tile_m):
         return place, u32(u32(2) * (mov_nctaid_x() - place) - u32(1)), num_places
 
     return walk
+
+
+@device_function
+def next_place(place, step):
+    """The place that a block takes after this one, and the next step.
+
+    It is as far from the end of its round as this from the beginning, and so on to and fro: where
+    places become cheaper one after the other each block has as much to do.
+    """
+    return u32(place + step), u32(u32(2) * mov_nctaid_x() - step)
 
 
 @cache

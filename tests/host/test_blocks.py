@@ -36,7 +36,7 @@ def test_the_last_bundle_goes_from_the_last_rows_to_the_first_and_others_to_and_
 
 
 def walk(block, blocks, count):
-    """The places of one block, as `tiles.blocks.make_walk` says."""
+    """The places of one block, as `tiles.blocks.next_place` says."""
     place, step = block, 2 * (blocks - block) - 1
     while place < count:
         yield place

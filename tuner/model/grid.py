@@ -180,7 +180,7 @@ def heads_in_flight(problem: ProblemClass, grid: Grid, config: MmaConfig, machin
 def dealt_out(grid: Grid, heads_in_flight: int, blocks: int) -> tuple[float, int]:
     """(tiles, walks) of the busiest of so many blocks that share the walks of a grid.
 
-    They go through them as `tiles.blocks.make_walk` says, and walks are in the order of
+    They go through them as `tiles.blocks.next_place` says, and walks are in the order of
     `tiles.blocks.make_block_place`: bundles of heads, from long to short in the last, from short
     to long in the one before, and so on.
     """

@@ -48,7 +48,6 @@ from numflash.ptx import (
     make_wgmma_wait_group,
     mbarrier_arrive,
     mbarrier_wait_parity,
-    mov_nctaid_x,
     mov_shared_address,
     mov_tid_x,
     u16,
@@ -61,6 +60,7 @@ from numflash.tiles.blocks import (
     make_keys_of_part,
     make_walk,
     make_whole_keys,
+    next_place,
     token_of_row,
 )
 from numflash.tiles.mma.fragments import MMA_ROWS, accumulator_column, accumulator_row
@@ -317,8 +317,7 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
                 # Q has been read, and so has O, which took its place.
                 cp_async_bulk_wait_group_read()
                 mbarrier_arrive(barriers, q_empty + group)
-            place = u32(place + step)
-            step = u32(u32(2) * mov_nctaid_x() - step)
+            place, step = next_place(place, step)
         if leads():
             cp_async_bulk_wait_group_read()
 

@@ -14,11 +14,10 @@ from numflash.ptx import (
     i32,
     mbarrier_arrive_expect_tx,
     mbarrier_wait_parity,
-    mov_nctaid_x,
     prefetch_tensormap,
     u32,
 )
-from numflash.tiles.blocks import make_block_place, make_keys_of, token_of_row
+from numflash.tiles.blocks import make_block_place, make_keys_of, next_place, token_of_row
 from numflash.tiles.wgmma.products import SLAB_BYTES
 
 
@@ -134,7 +133,6 @@ def make_produce(config: Sm90ForwardConfig, traits: Traits):
                 if not k_leads and n + 1 < n_end:
                     fetch_k(smem, barriers, k_map, next_k, next_parity, n + 1, head_kv, batch)
                 stage, parity = next_k, next_parity
-            place = u32(place + step)
-            step = u32(u32(2) * mov_nctaid_x() - step)
+            place, step = next_place(place, step)
 
     return produce
