@@ -156,7 +156,7 @@ def test_results_in_the_place_of_q_delay_the_next_rows(monkeypatch):
 
 
 def walked(tiles, heads, in_flight, blocks):
-    """Tiles of each block, from the definitions of `make_block_place` and `make_walk`."""
+    """Tiles of each block, from the definitions of `make_block_place` and `next_place`."""
     order, bundles = [], -(-heads // in_flight)
     for number, first in enumerate(range(0, heads, in_flight)):
         bundle, longest_first = min(in_flight, heads - first), (bundles - number) % 2 == 1
