@@ -284,7 +284,8 @@ def _link(ltoir: bytes, arch: str) -> tuple[bytes, str]:
         from cuda.bindings import nvjitlink
     except ImportError as error:
         raise UnsupportedError(f"nvJitLink cannot be imported: {error}. {INSTALL_HINT}") from error
-    options = [f"-arch={arch}", "-lto", "-verbose"]
+    # No contraction: kernels round as their source says, and the simulator with them.
+    options = [f"-arch={arch}", "-lto", "-verbose", "-fma=0"]
     with _compiler_libraries():
         handle = nvjitlink.create(len(options), options)
     try:
