@@ -10,7 +10,7 @@ import math
 
 from numflash.configs import DeltaConfig, Traits
 from numflash.kernels.kernel import Kernel
-from numflash.ptx import Pointer, cuda, f32, i32, i64
+from numflash.ptx import Pointer, cuda, f32, fma_rn_f32, i32, i64
 from numflash.tiles.elements import ELEMENTS
 from numflash.tiles.lanes import FULL_WARP
 from numflash.tiles.scores import NEG_INF
@@ -60,7 +60,7 @@ def make_delta_kernel(config: DeltaConfig, traits: Traits) -> Kernel:
                     out_values[0] = to_f32(out[out_base + column])
                     do_values[0] = to_f32(do[do_base + column])
                 for i in range(vector):
-                    total += out_values[i] * do_values[i]
+                    total = fma_rn_f32(out_values[i], do_values[i], total)
         for distance in (16, 8, 4, 2, 1):
             total += cuda.shfl_xor_sync(FULL_WARP, total, distance)
         if lane == 0 and row < seqlen_q:

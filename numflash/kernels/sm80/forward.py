@@ -26,8 +26,6 @@ The main loop in machine code, a warp and a tile (bfloat16, head_dim 128, tile 1
 Source: FlashAttention-2, arXiv 2307.08691, Algorithm 1; Flash-Decoding for the splits.
 """
 
-import math
-
 from numflash.configs import MmaForwardConfig, Traits
 from numflash.kernels.kernel import Kernel
 from numflash.ptx import (
@@ -57,9 +55,15 @@ from numflash.tiles.mma.fragments import (
 from numflash.tiles.mma.layouts import TileLayout, make_word
 from numflash.tiles.mma.products import make_product_nt, make_product_pn
 from numflash.tiles.mma.scores import make_mask_scores, make_scale_scores
-from numflash.tiles.mma.softmax import make_online_softmax, make_scale_rows, row_sum_of_quad
-from numflash.tiles.scores import NEG_INF, band_block_begin, band_block_end, band_is_partial
-from numflash.tiles.softmax import LN_2, LOG2_E
+from numflash.tiles.mma.softmax import (
+    lse_of_row,
+    make_begin_rows,
+    make_online_softmax,
+    make_scale_rows,
+    row_sum_of_quad,
+)
+from numflash.tiles.scores import band_block_begin, band_block_end, band_is_partial
+from numflash.tiles.softmax import LOG2_E
 
 
 def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
@@ -88,6 +92,7 @@ def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
     multiply_p_v = make_product_pn(element, m_tiles, n_tiles, o_tiles, v_layout)
     scale_scores = make_scale_scores(m_tiles, n_tiles, traits.softcap, traits.alibi)
     mask_scores = make_mask_scores(m_tiles, n_tiles)
+    begin_rows = make_begin_rows(rows)
     online_softmax = make_online_softmax(m_tiles, n_tiles, o_tiles)
     scale_rows = make_scale_rows(m_tiles, o_tiles)
     store_o = make_store_rows(
@@ -144,7 +149,10 @@ def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
         cap_slopes = cuda.local.array(n_cap_slopes, f32)
         o_acc = cuda.local.array(n_o, f32)
         row_max = cuda.local.array(rows, f32)
+        row_limit = cuda.local.array(rows, f32)
+        row_shift = cuda.local.array(rows, f32)
         row_sum = cuda.local.array(rows, f32)
+        state = row_max, row_limit, row_shift, row_sum
 
         # Heads go in bundles whose K and V fit the L2 cache; within a bundle the last rows, which
         # in a causal problem see the most keys, start first.
@@ -209,9 +217,7 @@ def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
                     cp_async_commit_group()
         for i in range(n_o):
             o_acc[i] = f32(0)
-        for r in range(rows):
-            row_max[r] = NEG_INF
-            row_sum[r] = f32(0)
+        begin_rows(state)
 
         stage = 0
         last_stage = num_stages - 1
@@ -255,7 +261,7 @@ def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
                 mask_scores(s_acc, i, j, seqlen_k, band_lo, band_hi, pack)
 
             # P = softmax(S), O += P V
-            online_softmax(s_acc, row_max, row_sum, o_acc, scale_log2)
+            online_softmax(s_acc, state, o_acc, scale_log2)
             multiply_p_v(o_acc, s_acc, smem, v_mine + v_words * stage)
             last_stage = stage
             stage = stage + 1 if stage + 1 < num_stages else 0
@@ -268,12 +274,9 @@ def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
             row_sum[r] = f32(1) / total if total != f32(0) else f32(0)
             i = i32(row + ROW_STEP * r)
             if accumulator_column() == 0 and i < num_rows:
-                row_lse = NEG_INF
-                if total != f32(0):
-                    row_lse = (row_max[r] * scale_log2) * LN_2 + f32(math.log(total))
                 token = token_of_row(i, pack)
                 part = i64(split) * num_parts + head_of_batch + i - token * pack
-                lse[part * seqlen_q + token] = row_lse
+                lse[part * seqlen_q + token] = lse_of_row(row_max[r], scale_log2, total)
         scale_rows(o_acc, row_sum)
         out_base = split * out_split + batch * out_batch + head * out_head
         store_o(o_acc, out, out_base, out_row, row, num_rows, head_dim_v, pack, out_head)

@@ -7,7 +7,7 @@ compiler unrolls them for every GPU, and the scores stay in registers.
 import math
 from functools import cache
 
-from numflash.ptx import cuda, device_function, f32, i32
+from numflash.ptx import cuda, device_function, f32, fma_rn_f32, i32
 from numflash.tiles.blocks import token_of_row
 from numflash.tiles.mma.fragments import MMA_COLUMNS, MMA_ROWS, ROW_STEP
 from numflash.tiles.scores import NEG_INF
@@ -58,10 +58,10 @@ def make_scale_scores(m_tiles, n_tiles, softcap, alibi):
         s = s_acc[i] * score_scale
         if softcap:
             bent = f32(math.tanh(s))
-            cap_slopes[i] = f32(1) - bent * bent
+            cap_slopes[i] = fma_rn_f32(-bent, bent, f32(1))
             s = cap * bent
         if alibi:
-            s -= alibi_slope * f32(abs(distance))
+            s = fma_rn_f32(-alibi_slope, f32(abs(distance)), s)
         s_acc[i] = s
 
     @device_function

@@ -11,14 +11,25 @@ Source: FlashAttention-2, arXiv 2307.08691, Algorithm 1; the lag: FlashAttention
 2603.05451.
 """
 
+import math
 from functools import cache
 
-from numflash.ptx import cuda, device_function, ex2_approx_ftz_f32, f32, ld_shared_v2_f32, max_f32
+from numflash.ptx import (
+    cuda,
+    device_function,
+    ex2_approx_ftz_f32,
+    f32,
+    fma_rn_f32,
+    ld_shared_v2_f32,
+    max_f32,
+)
 from numflash.tiles.lanes import FULL_WARP
 from numflash.tiles.mma.fragments import MMA_COLUMNS
 from numflash.tiles.scores import NEG_INF
+from numflash.tiles.softmax import LN_2
 
 LAG = f32(8)
+HUGE = f32(2.0**20)
 
 
 @device_function
@@ -53,48 +64,131 @@ def make_scale_rows(m_tiles, n_tiles):
 
 
 @cache
-def make_online_softmax(m_tiles, n_tiles, o_tiles):
-    """online_softmax(s_acc, row_max, row_sum, o_acc, scale_log2): S -> P in place.
+def make_begin_rows(rows):
+    """begin_rows(state): rows that have seen no key; the state of a row is four registers.
 
-    scale_log2 is positive. row_sum stays this lane's share until the end.
+        row_max     the largest score so far, to which P, O and row_sum are relative
+        row_limit   a score above it makes row_max follow
+        row_shift   what exponents subtract: scale_log2 row_max, or 0, see `follow_maximum`
+        row_sum     of P; this lane's share until the end
+
+    `state` is (row_max, row_limit, row_shift, row_sum), arrays over the rows of a thread.
     """
-    rows = 2 * m_tiles
-    n_columns, scale_rows = 2 * n_tiles, make_scale_rows(m_tiles, o_tiles)
 
     @device_function
-    def online_softmax(s_acc, row_max, row_sum, o_acc, scale_log2):
-        factors = cuda.local.array(rows, f32)
-        new_max = cuda.local.array(rows, f32)
-        lags = False
+    def begin_rows(state):
+        row_max, row_limit, row_shift, row_sum = state
         for r in range(rows):
-            largest = row_max[r]
-            for c in range(n_columns):
-                largest = max_f32(
-                    largest, s_acc[4 * (n_tiles * (r // 2) + c // 2) + r % 2 * 2 + c % 2]
-                )
-            new_max[r] = row_max_of_quad(largest)
-            lags |= (new_max[r] - row_max[r]) * scale_log2 > LAG
-        if cuda.any_sync(FULL_WARP, lags):
-            for r in range(rows):
-                # Where a row has seen no key its maximum is -inf, and -inf - -inf would be NaN.
-                shift = new_max[r] if new_max[r] > NEG_INF else f32(0)
-                factors[r] = ex2_approx_ftz_f32((row_max[r] - shift) * scale_log2)
-                row_max[r] = new_max[r]
-                row_sum[r] *= factors[r]
-            scale_rows(o_acc, factors)
-        for r in range(rows):
-            factors[r] = (row_max[r] if row_max[r] > NEG_INF else f32(0)) * scale_log2
+            row_max[r], row_limit[r] = NEG_INF, NEG_INF
+            row_shift[r], row_sum[r] = f32(0), f32(0)
+
+    return begin_rows
+
+
+@device_function
+def follow_maximum(r, largest, state, factors, scale_log2):
+    """Row r takes in the largest score of a tile; the others of its warp do not matter to it.
+
+    factors[r] is what O must be multiplied by. Returns what must be subtracted from the row's
+    scores of this tile: 0, unless the maximum is huge. scale_log2 row_max is rounded, and beyond
+    2 ** 20 its rounding error, a factor of all P of the row, would no longer be small; differences
+    of scores are exact there. Such a row meets every tile here: its limit is -inf.
+    """
+    row_max, row_limit, row_shift, row_sum = state
+    factors[r] = f32(1)
+    subtrahend = f32(0)
+    if largest > row_limit[r]:
+        new_max = max_f32(largest, row_max[r])
+        factors[r] = ex2_approx_ftz_f32((row_max[r] - new_max) * scale_log2)
+        row_max[r] = new_max
+        row_sum[r] *= factors[r]
+        row_shift[r] = new_max * scale_log2
+        row_limit[r] = new_max + LAG / scale_log2
+        if abs(row_shift[r]) > HUGE:
+            subtrahend, row_shift[r], row_limit[r] = new_max, f32(0), NEG_INF
+    return subtrahend
+
+
+@cache
+def make_subtract_from_rows(m_tiles, n_tiles):
+    """subtract_from_rows(s_acc, subtrahends): from each row of an accumulator its own."""
+
+    @device_function
+    def subtract_from_rows(s_acc, subtrahends):
         for tile in range(m_tiles * n_tiles):
             i, r = 4 * tile, tile // n_tiles * 2
-            p0 = ex2_approx_ftz_f32(s_acc[i] * scale_log2 - factors[r])
-            p1 = ex2_approx_ftz_f32(s_acc[i + 1] * scale_log2 - factors[r])
-            p2 = ex2_approx_ftz_f32(s_acc[i + 2] * scale_log2 - factors[r + 1])
-            p3 = ex2_approx_ftz_f32(s_acc[i + 3] * scale_log2 - factors[r + 1])
+            s_acc[i] -= subtrahends[r]
+            s_acc[i + 1] -= subtrahends[r]
+            s_acc[i + 2] -= subtrahends[r + 1]
+            s_acc[i + 3] -= subtrahends[r + 1]
+
+    return subtract_from_rows
+
+
+@cache
+def make_exponentials(m_tiles, n_tiles):
+    """exponentials(s_acc, scale_log2, row_shift, row_sum): S -> P in place, added to row_sum.
+
+    P = 2 ** (scale_log2 S - row_shift), the exponent rounded once.
+    """
+
+    @device_function
+    def exponentials(s_acc, scale_log2, row_shift, row_sum):
+        for tile in range(m_tiles * n_tiles):
+            i, r = 4 * tile, tile // n_tiles * 2
+            p0 = ex2_approx_ftz_f32(fma_rn_f32(s_acc[i], scale_log2, -row_shift[r]))
+            p1 = ex2_approx_ftz_f32(fma_rn_f32(s_acc[i + 1], scale_log2, -row_shift[r]))
+            p2 = ex2_approx_ftz_f32(fma_rn_f32(s_acc[i + 2], scale_log2, -row_shift[r + 1]))
+            p3 = ex2_approx_ftz_f32(fma_rn_f32(s_acc[i + 3], scale_log2, -row_shift[r + 1]))
             row_sum[r] += p0 + p1
             row_sum[r + 1] += p2 + p3
             s_acc[i], s_acc[i + 1], s_acc[i + 2], s_acc[i + 3] = p0, p1, p2, p3
 
+    return exponentials
+
+
+@cache
+def make_online_softmax(m_tiles, n_tiles, o_tiles):
+    """online_softmax(s_acc, state, o_acc, scale_log2): S -> P in place.
+
+    scale_log2 is positive; `state` as for `make_begin_rows`.
+    """
+    rows, n_columns = 2 * m_tiles, 2 * n_tiles
+    scale_rows = make_scale_rows(m_tiles, o_tiles)
+    subtract_from_rows = make_subtract_from_rows(m_tiles, n_tiles)
+    exponentials = make_exponentials(m_tiles, n_tiles)
+
+    @device_function
+    def online_softmax(s_acc, state, o_acc, scale_log2):
+        _, row_limit, row_shift, row_sum = state
+        factors = cuda.local.array(rows, f32)
+        largest = cuda.local.array(rows, f32)
+        has_grown = False
+        for r in range(rows):
+            x = NEG_INF
+            for c in range(n_columns):
+                x = max_f32(x, s_acc[4 * (n_tiles * (r // 2) + c // 2) + r % 2 * 2 + c % 2])
+            largest[r] = row_max_of_quad(x)
+            has_grown |= largest[r] > row_limit[r]
+        if cuda.any_sync(FULL_WARP, has_grown):
+            is_huge = False
+            for r in range(rows):
+                largest[r] = follow_maximum(r, largest[r], state, factors, scale_log2)
+                is_huge |= largest[r] != f32(0)
+            if cuda.any_sync(FULL_WARP, is_huge):
+                subtract_from_rows(s_acc, largest)
+            scale_rows(o_acc, factors)
+        exponentials(s_acc, scale_log2, row_shift, row_sum)
+
     return online_softmax
+
+
+@device_function
+def lse_of_row(row_max, max_scale, total):
+    """The natural log-sum-exp of a row, -inf where it saw no key; max_scale brings to base 2."""
+    if total == f32(0):
+        return NEG_INF
+    return fma_rn_f32(row_max * max_scale, LN_2, f32(math.log(total)))
 
 
 @cache
