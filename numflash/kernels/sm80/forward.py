@@ -57,12 +57,11 @@ from numflash.tiles.mma.products import make_product_nt, make_product_pn
 from numflash.tiles.mma.scores import make_mask_scores, make_scale_scores
 from numflash.tiles.mma.softmax import (
     lse_of_row,
-    make_begin_rows,
     make_online_softmax,
     make_scale_rows,
     row_sum_of_quad,
 )
-from numflash.tiles.scores import band_block_begin, band_block_end, band_is_partial
+from numflash.tiles.scores import NEG_INF, band_block_begin, band_block_end, band_is_partial
 from numflash.tiles.softmax import LOG2_E
 
 
@@ -92,7 +91,6 @@ def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
     multiply_p_v = make_product_pn(element, m_tiles, n_tiles, o_tiles, v_layout)
     scale_scores = make_scale_scores(m_tiles, n_tiles, traits.softcap, traits.alibi)
     mask_scores = make_mask_scores(m_tiles, n_tiles)
-    begin_rows = make_begin_rows(rows)
     online_softmax = make_online_softmax(m_tiles, n_tiles, o_tiles)
     scale_rows = make_scale_rows(m_tiles, o_tiles)
     store_o = make_store_rows(
@@ -149,10 +147,7 @@ def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
         cap_slopes = cuda.local.array(n_cap_slopes, f32)
         o_acc = cuda.local.array(n_o, f32)
         row_max = cuda.local.array(rows, f32)
-        row_limit = cuda.local.array(rows, f32)
-        row_shift = cuda.local.array(rows, f32)
         row_sum = cuda.local.array(rows, f32)
-        state = row_max, row_limit, row_shift, row_sum
 
         # Heads go in bundles whose K and V fit the L2 cache; within a bundle the last rows, which
         # in a causal problem see the most keys, start first.
@@ -217,7 +212,9 @@ def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
                     cp_async_commit_group()
         for i in range(n_o):
             o_acc[i] = f32(0)
-        begin_rows(state)
+        for r in range(rows):
+            row_max[r] = NEG_INF
+            row_sum[r] = f32(0)
 
         stage = 0
         last_stage = num_stages - 1
@@ -261,7 +258,7 @@ def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
                 mask_scores(s_acc, i, j, seqlen_k, band_lo, band_hi, pack)
 
             # P = softmax(S), O += P V
-            online_softmax(s_acc, state, o_acc, scale_log2)
+            online_softmax(s_acc, row_max, row_sum, o_acc, scale_log2)
             multiply_p_v(o_acc, s_acc, smem, v_mine + v_words * stage)
             last_stage = stage
             stage = stage + 1 if stage + 1 < num_stages else 0

@@ -46,6 +46,27 @@ def make_mask_scores(m_tiles, n_tiles):
 
 
 @cache
+def make_mask_rows(m_tiles, n_tiles):
+    """mask_rows(s_acc, row, end): the scores of rows from `end` on become -inf.
+
+    Where rows are keys whose scores meet in a sum over them, as in dQ: K is zero there, but the P
+    of a zero may be as large as lse makes it, and 0 * inf is NaN.
+    """
+    tiles = m_tiles * n_tiles
+
+    @device_function
+    def mask_rows(s_acc, row, end):
+        for tile in range(tiles):
+            i, r = 4 * tile, row + tile // n_tiles * MMA_ROWS
+            s_acc[i] = s_acc[i] if r < end else NEG_INF
+            s_acc[i + 1] = s_acc[i + 1] if r < end else NEG_INF
+            s_acc[i + 2] = s_acc[i + 2] if r + ROW_STEP < end else NEG_INF
+            s_acc[i + 3] = s_acc[i + 3] if r + ROW_STEP < end else NEG_INF
+
+    return mask_rows
+
+
+@cache
 def make_scale_scores(m_tiles, n_tiles, softcap, alibi):
     """scale_scores(s_acc, cap_slopes, row, column, bias_shift, score_scale, cap, alibi_slope)
 

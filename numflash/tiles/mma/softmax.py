@@ -63,50 +63,37 @@ def make_scale_rows(m_tiles, n_tiles):
     return scale_rows
 
 
-@cache
-def make_begin_rows(rows):
-    """begin_rows(state): rows that have seen no key; the state of a row is four registers.
-
-        row_max     the largest score so far, to which P, O and row_sum are relative
-        row_limit   a score above it makes row_max follow
-        row_shift   what exponents subtract: scale_log2 row_max, or 0, see `follow_maximum`
-        row_sum     of P; this lane's share until the end
-
-    `state` is (row_max, row_limit, row_shift, row_sum), arrays over the rows of a thread.
-    """
-
-    @device_function
-    def begin_rows(state):
-        row_max, row_limit, row_shift, row_sum = state
-        for r in range(rows):
-            row_max[r], row_limit[r] = NEG_INF, NEG_INF
-            row_shift[r], row_sum[r] = f32(0), f32(0)
-
-    return begin_rows
-
-
 @device_function
-def follow_maximum(r, largest, state, factors, scale_log2):
+def follow_maximum(r, grows, largest, row_max, row_sum, factors, scale_log2):
     """Row r takes in the largest score of a tile; the others of its warp do not matter to it.
 
     factors[r] is what O must be multiplied by. Returns what must be subtracted from the row's
     scores of this tile: 0, unless the maximum is huge. scale_log2 row_max is rounded, and beyond
-    2 ** 20 its rounding error, a factor of all P of the row, would no longer be small; differences
-    of scores are exact there. Such a row meets every tile here: its limit is -inf.
+    2 ** 20 the error, a factor of all P of the row, would no longer be small; differences of
+    scores are exact there. A huge row, and one that has seen no key, `grows` with every tile.
     """
-    row_max, row_limit, row_shift, row_sum = state
     factors[r] = f32(1)
     subtrahend = f32(0)
-    if largest > row_limit[r]:
+    if grows & (largest > NEG_INF):
         new_max = max_f32(largest, row_max[r])
         factors[r] = ex2_approx_ftz_f32((row_max[r] - new_max) * scale_log2)
         row_max[r] = new_max
         row_sum[r] *= factors[r]
-        row_shift[r] = new_max * scale_log2
-        row_limit[r] = new_max + LAG / scale_log2
-        if abs(row_shift[r]) > HUGE:
-            subtrahend, row_shift[r], row_limit[r] = new_max, f32(0), NEG_INF
+        subtrahend = new_max if abs(new_max * scale_log2) > HUGE else f32(0)
     return subtrahend
+
+
+@device_function
+def limit_of_row(row_max, scale_log2):
+    """The score above which a row grows: -inf if it is huge or has seen no key."""
+    return row_max + LAG / scale_log2 if abs(row_max * scale_log2) <= HUGE else NEG_INF
+
+
+@device_function
+def shift_of_row(row_max, scale_log2):
+    """What exponents of a row subtract: nothing where scores are differences, or all -inf."""
+    shift = row_max * scale_log2
+    return shift if abs(shift) <= HUGE else f32(0)
 
 
 @cache
@@ -127,19 +114,19 @@ def make_subtract_from_rows(m_tiles, n_tiles):
 
 @cache
 def make_exponentials(m_tiles, n_tiles):
-    """exponentials(s_acc, scale_log2, row_shift, row_sum): S -> P in place, added to row_sum.
+    """exponentials(s_acc, scale_log2, shifts, row_sum): S -> P in place, added to row_sum.
 
-    P = 2 ** (scale_log2 S - row_shift), the exponent rounded once.
+    P = 2 ** (scale_log2 S - shift), the exponent rounded once.
     """
 
     @device_function
-    def exponentials(s_acc, scale_log2, row_shift, row_sum):
+    def exponentials(s_acc, scale_log2, shifts, row_sum):
         for tile in range(m_tiles * n_tiles):
             i, r = 4 * tile, tile // n_tiles * 2
-            p0 = ex2_approx_ftz_f32(fma_rn_f32(s_acc[i], scale_log2, -row_shift[r]))
-            p1 = ex2_approx_ftz_f32(fma_rn_f32(s_acc[i + 1], scale_log2, -row_shift[r]))
-            p2 = ex2_approx_ftz_f32(fma_rn_f32(s_acc[i + 2], scale_log2, -row_shift[r + 1]))
-            p3 = ex2_approx_ftz_f32(fma_rn_f32(s_acc[i + 3], scale_log2, -row_shift[r + 1]))
+            p0 = ex2_approx_ftz_f32(fma_rn_f32(s_acc[i], scale_log2, -shifts[r]))
+            p1 = ex2_approx_ftz_f32(fma_rn_f32(s_acc[i + 1], scale_log2, -shifts[r]))
+            p2 = ex2_approx_ftz_f32(fma_rn_f32(s_acc[i + 2], scale_log2, -shifts[r + 1]))
+            p3 = ex2_approx_ftz_f32(fma_rn_f32(s_acc[i + 3], scale_log2, -shifts[r + 1]))
             row_sum[r] += p0 + p1
             row_sum[r + 1] += p2 + p3
             s_acc[i], s_acc[i + 1], s_acc[i + 2], s_acc[i + 3] = p0, p1, p2, p3
@@ -149,9 +136,9 @@ def make_exponentials(m_tiles, n_tiles):
 
 @cache
 def make_online_softmax(m_tiles, n_tiles, o_tiles):
-    """online_softmax(s_acc, state, o_acc, scale_log2): S -> P in place.
+    """online_softmax(s_acc, row_max, row_sum, o_acc, scale_log2): S -> P in place.
 
-    scale_log2 is positive; `state` as for `make_begin_rows`.
+    scale_log2 is positive. row_sum stays this lane's share until the end.
     """
     rows, n_columns = 2 * m_tiles, 2 * n_tiles
     scale_rows = make_scale_rows(m_tiles, o_tiles)
@@ -159,26 +146,37 @@ def make_online_softmax(m_tiles, n_tiles, o_tiles):
     exponentials = make_exponentials(m_tiles, n_tiles)
 
     @device_function
-    def online_softmax(s_acc, state, o_acc, scale_log2):
-        _, row_limit, row_shift, row_sum = state
-        factors = cuda.local.array(rows, f32)
+    def grows(largest, row_max, scale_log2):
+        # As `largest > limit_of_row(...)`, which would take a register to keep.
+        shift = row_max * scale_log2
+        return (fma_rn_f32(largest, scale_log2, -shift) > LAG) | (abs(shift) > HUGE)
+
+    @device_function
+    def online_softmax(s_acc, row_max, row_sum, o_acc, scale_log2):
         largest = cuda.local.array(rows, f32)
+        factors = cuda.local.array(rows, f32)
+        shifts = cuda.local.array(rows, f32)
         has_grown = False
         for r in range(rows):
             x = NEG_INF
             for c in range(n_columns):
                 x = max_f32(x, s_acc[4 * (n_tiles * (r // 2) + c // 2) + r % 2 * 2 + c % 2])
             largest[r] = row_max_of_quad(x)
-            has_grown |= largest[r] > row_limit[r]
+            has_grown |= grows(largest[r], row_max[r], scale_log2)
         if cuda.any_sync(FULL_WARP, has_grown):
             is_huge = False
             for r in range(rows):
-                largest[r] = follow_maximum(r, largest[r], state, factors, scale_log2)
+                row_grows = grows(largest[r], row_max[r], scale_log2)
+                largest[r] = follow_maximum(
+                    r, row_grows, largest[r], row_max, row_sum, factors, scale_log2
+                )
                 is_huge |= largest[r] != f32(0)
             if cuda.any_sync(FULL_WARP, is_huge):
                 subtract_from_rows(s_acc, largest)
             scale_rows(o_acc, factors)
-        exponentials(s_acc, scale_log2, row_shift, row_sum)
+        for r in range(rows):
+            shifts[r] = shift_of_row(row_max[r], scale_log2)
+        exponentials(s_acc, scale_log2, shifts, row_sum)
 
     return online_softmax
 
@@ -193,33 +191,34 @@ def lse_of_row(row_max, max_scale, total):
 
 @cache
 def make_softmax_backward_by_row(m_tiles, n_tiles, softcap):
-    """softmax_backward(s_acc, dp_acc, cap_slopes, lses, deltas, scale_log2): S -> P, dP -> dS.
+    """softmax_backward(s_acc, dp_acc, cap_slopes, lses, deltas, scales): S -> P, dP -> dS.
 
         P  = 2 ** (scale_log2 S - lse log2 e)
-        dS = P * (dP - delta), times the cap's slope with softcap
+        dS = P * (softmax_scale dP - delta), times the cap's slope with softcap
 
-    The rows are queries: lses (in base 2, +inf for a query without keys) and deltas are a
+    `scales` are scale_log2 and softmax_scale; delta holds the latter, see `tiles.gradients`. The
+    rows are queries: lses (in base 2, +inf for a query without keys) and deltas are a
     thread's.
     """
     tiles, gradient_of_score = m_tiles * n_tiles, _make_gradient_of_score(softcap)
 
     @device_function
-    def softmax_backward(s_acc, dp_acc, cap_slopes, lses, deltas, scale_log2):
+    def softmax_backward(s_acc, dp_acc, cap_slopes, lses, deltas, scales):
         for tile in range(tiles):
             i, r = 4 * tile, tile // n_tiles * 2
             lse, delta = lses[r], deltas[r]
-            gradient_of_score(s_acc, dp_acc, cap_slopes, i, lse, delta, scale_log2)
-            gradient_of_score(s_acc, dp_acc, cap_slopes, i + 1, lse, delta, scale_log2)
+            gradient_of_score(s_acc, dp_acc, cap_slopes, i, lse, delta, scales)
+            gradient_of_score(s_acc, dp_acc, cap_slopes, i + 1, lse, delta, scales)
             lse, delta = lses[r + 1], deltas[r + 1]
-            gradient_of_score(s_acc, dp_acc, cap_slopes, i + 2, lse, delta, scale_log2)
-            gradient_of_score(s_acc, dp_acc, cap_slopes, i + 3, lse, delta, scale_log2)
+            gradient_of_score(s_acc, dp_acc, cap_slopes, i + 2, lse, delta, scales)
+            gradient_of_score(s_acc, dp_acc, cap_slopes, i + 3, lse, delta, scales)
 
     return softmax_backward
 
 
 @cache
 def make_softmax_backward_by_column(m_tiles, n_tiles, softcap):
-    """softmax_backward(s_acc, dp_acc, cap_slopes, smem, lse, delta, scale_log2): S -> P, dP -> dS.
+    """softmax_backward(s_acc, dp_acc, cap_slopes, smem, lse, delta, scales): S -> P, dP -> dS.
 
     As `make_softmax_backward_by_row` where the columns are queries. `lse` and `delta` are the
     positions in smem of the values of this thread's first column.
@@ -227,29 +226,30 @@ def make_softmax_backward_by_column(m_tiles, n_tiles, softcap):
     tiles, gradient_of_score = m_tiles * n_tiles, _make_gradient_of_score(softcap)
 
     @device_function
-    def softmax_backward(s_acc, dp_acc, cap_slopes, smem, lse, delta, scale_log2):
+    def softmax_backward(s_acc, dp_acc, cap_slopes, smem, lse, delta, scales):
         lses = cuda.local.array(2, f32)
         deltas = cuda.local.array(2, f32)
         for tile in range(tiles):
             i, first = 4 * tile, tile % n_tiles * MMA_COLUMNS
             ld_shared_v2_f32(lses, smem, lse + first)
             ld_shared_v2_f32(deltas, smem, delta + first)
-            gradient_of_score(s_acc, dp_acc, cap_slopes, i, lses[0], deltas[0], scale_log2)
-            gradient_of_score(s_acc, dp_acc, cap_slopes, i + 1, lses[1], deltas[1], scale_log2)
-            gradient_of_score(s_acc, dp_acc, cap_slopes, i + 2, lses[0], deltas[0], scale_log2)
-            gradient_of_score(s_acc, dp_acc, cap_slopes, i + 3, lses[1], deltas[1], scale_log2)
+            gradient_of_score(s_acc, dp_acc, cap_slopes, i, lses[0], deltas[0], scales)
+            gradient_of_score(s_acc, dp_acc, cap_slopes, i + 1, lses[1], deltas[1], scales)
+            gradient_of_score(s_acc, dp_acc, cap_slopes, i + 2, lses[0], deltas[0], scales)
+            gradient_of_score(s_acc, dp_acc, cap_slopes, i + 3, lses[1], deltas[1], scales)
 
     return softmax_backward
 
 
 @cache
 def _make_gradient_of_score(softcap):
-    """gradient_of_score(s_acc, dp_acc, cap_slopes, i, lse, delta, scale_log2) for one score."""
+    """gradient_of_score(s_acc, dp_acc, cap_slopes, i, lse, delta, scales) for one score."""
 
     @device_function
-    def gradient_of_score(s_acc, dp_acc, cap_slopes, i, lse, delta, scale_log2):
-        probability = ex2_approx_ftz_f32(s_acc[i] * scale_log2 - lse)
-        gradient = probability * (dp_acc[i] - delta)
+    def gradient_of_score(s_acc, dp_acc, cap_slopes, i, lse, delta, scales):
+        scale_log2, softmax_scale = scales
+        probability = ex2_approx_ftz_f32(fma_rn_f32(s_acc[i], scale_log2, -lse))
+        gradient = probability * fma_rn_f32(dp_acc[i], softmax_scale, -delta)
         if softcap:
             gradient *= cap_slopes[i]
         s_acc[i] = probability

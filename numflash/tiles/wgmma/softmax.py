@@ -10,40 +10,59 @@ from numflash.ptx import cuda, device_function, f32, max_f32
 from numflash.tiles.lanes import FULL_WARP
 from numflash.tiles.mma.softmax import (
     follow_maximum,
+    limit_of_row,
     make_exponentials,
     make_subtract_from_rows,
     row_max_of_quad,
+    shift_of_row,
 )
+from numflash.tiles.scores import NEG_INF
 
 
 @cache
 def make_online_softmax(n_tiles):
-    """online_softmax(s_acc, state, factors, scale_log2): S -> P in place.
+    """online_softmax(s_acc, rows, factors, scale_log2): S -> P in place.
 
-    True if O must be multiplied by `factors`, a row each, before anything is added to it; `state`
-    as for `tiles.mma.softmax.make_begin_rows`. scale_log2 is positive.
+    True if O must be multiplied by `factors`, a row each, before anything is added to it.
+    scale_log2 is positive. `rows` are four arrays over the two rows of a thread: row_max; row_sum,
+    this lane's share until the end; and kept because registers are left, limits and shifts, as
+    `limit_of_row` and `shift_of_row` give them.
     """
     largest_of_rows = make_largest_of_rows(n_tiles)
     subtract_from_rows = make_subtract_from_rows(1, n_tiles)
     exponentials = make_exponentials(1, n_tiles)
 
     @device_function
-    def online_softmax(s_acc, state, factors, scale_log2):
-        _, row_limit, row_shift, row_sum = state
-        subtrahends = cuda.local.array(2, f32)
-        above, below = largest_of_rows(s_acc)
-        has_grown = (above > row_limit[0]) | (below > row_limit[1])
+    def online_softmax(s_acc, rows, factors, scale_log2):
+        row_max, row_sum, limits, shifts = rows
+        largest = cuda.local.array(2, f32)
+        largest[0], largest[1] = largest_of_rows(s_acc)
+        has_grown = (largest[0] > limits[0]) | (largest[1] > limits[1])
         has_grown = cuda.any_sync(FULL_WARP, has_grown)
         if has_grown:
-            subtrahends[0] = follow_maximum(0, above, state, factors, scale_log2)
-            subtrahends[1] = follow_maximum(1, below, state, factors, scale_log2)
-            is_huge = (subtrahends[0] != f32(0)) | (subtrahends[1] != f32(0))
+            for r in range(2):
+                grows = largest[r] > limits[r]
+                largest[r] = follow_maximum(
+                    r, grows, largest[r], row_max, row_sum, factors, scale_log2
+                )
+                limits[r] = limit_of_row(row_max[r], scale_log2)
+                shifts[r] = shift_of_row(row_max[r], scale_log2)
+            is_huge = (largest[0] != f32(0)) | (largest[1] != f32(0))
             if cuda.any_sync(FULL_WARP, is_huge):
-                subtract_from_rows(s_acc, subtrahends)
-        exponentials(s_acc, scale_log2, row_shift, row_sum)
+                subtract_from_rows(s_acc, largest)
+        exponentials(s_acc, scale_log2, shifts, row_sum)
         return has_grown
 
     return online_softmax
+
+
+@device_function
+def begin_rows(rows):
+    """Rows that have seen no key."""
+    row_max, row_sum, limits, shifts = rows
+    for r in range(2):
+        row_max[r], limits[r] = NEG_INF, NEG_INF
+        row_sum[r], shifts[r] = f32(0), f32(0)
 
 
 @cache
