@@ -2,18 +2,20 @@
 
 `prediction` puts together what `counts` (instructions by formula), `machine_code` (instructions of
 a disassembly), `grid` (blocks and tiles of a problem) and `numflash_tuner.machines` know; `hopper`
-does so for the kernel whose warpgroups multiply asynchronously.
+does so for the kernel whose warpgroups multiply asynchronously. `errors` says how far off all of
+it is.
 """
 
 from numflash.configs import Config, Sm90ForwardConfig
 from numflash.problem_class import ProblemClass
 from numflash_tuner.machines import Machine
 from numflash_tuner.model import hopper, prediction
+from numflash_tuner.model.errors import gain_needed
 from numflash_tuner.model.machine_code import MachineCode
 from numflash_tuner.model.prediction import Prediction, floor_ms
 from numflash_tuner.records import ResourceUsage
 
-__all__ = ["Prediction", "estimate", "floor_ms", "predict"]
+__all__ = ["Prediction", "estimate", "floor_ms", "gain_needed", "predict"]
 
 
 def predict(
