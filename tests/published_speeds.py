@@ -124,7 +124,7 @@ def _published_ms(problem: ProblemClass, tflops: float) -> float:
 
 
 def short_blocks_first(grid, num_sms, resident, clocks) -> float:
-    """As `prediction.schedule`, of blocks started head by head from the shortest to the longest."""
+    """As `prediction.schedule`, of blocks started head by head, the shortest first."""
     free = [0.0] * (num_sms * resident)
     for tiles in sorted(grid.walks.tiles.tolist()) * grid.heads:
         heapq.heappush(free, heapq.heappop(free) + clocks(tiles, resident))

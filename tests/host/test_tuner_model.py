@@ -199,11 +199,13 @@ def test_a_faster_machine_is_never_slower(rate):
     gains = []
     for family, texts in CONFIGS.items():
         for text, q in itertools.product(texts, (1, 128, 4096)):
-            problem = problem_class(family, "float16-d64-dv64-vec", q=q)
-            before, after = (estimate_ms(text, problem, machine) for machine in (A100, faster))
-            assert after <= before * 1.0001, (family, text, q)
-            gains.append(before / after)
-    assert max(gains) > 1.001
+            # With a softcap the FMA units are as busy as any.
+            for traits in ("float16-d64-dv64-vec", "float16-d64-dv64-softcap-vec"):
+                problem = problem_class(family, traits, q=q)
+                before, after = (estimate_ms(text, problem, m) for m in (A100, faster))
+                assert after <= before * 1.0001, (family, text, q)
+                gains.append(before / after)
+    assert max(gains) > 1.002
 
 
 def test_twice_the_heads_take_twice_as_long_on_a_full_machine():

@@ -54,7 +54,7 @@ SHUFFLE_LANES = 32
 OVERLAP_NORM = 3.0
 """Times t of what is done at once combine to (sum t ** norm) ** (1 / norm): of the pipes of
 portable kernels, and of a kernel and its bytes from device memory. Assumed."""
-PIPES_NORM = 8.0
+PIPES_NORM = 12.0
 """Likewise of the pipes in one phase of a kernel for tensor cores, and of its phases, chain and
 copies. Fitted to the forward of FlashAttention-2."""
 MEMORY_EFFICIENCY = 0.8
