@@ -7,6 +7,7 @@ from numflash import store
 from numflash.cache import cache_dir
 from numflash.entries import DeviceKey, Entry
 from numflash.inspect import Parser
+from numflash_tuner import tables
 
 COMMANDS = ("show", "validate", "export", "merge", "clear")
 
@@ -20,6 +21,11 @@ def main(argv: list[str]) -> int:
     show.add_argument("--shipped", action="store_true", help="the tables that come with numflash")
     validate = commands.add_parser("validate", help="what is wrong with files; exit 1 if anything")
     validate.add_argument("files", nargs="*", help="default: those of the cache")
+    validate.add_argument(
+        "--shipped",
+        action="store_true",
+        help="the tables that come with numflash; also whether they are stale",
+    )
     export = commands.add_parser("export", help="write the cache to one file")
     export.add_argument("file")
     export.add_argument("--device", help="only devices whose name contains this")
@@ -46,15 +52,23 @@ def main(argv: list[str]) -> int:
 
 
 def _show(args: argparse.Namespace) -> int:
-    tables = store.read_shipped() if args.shipped else store.read_all()
-    chosen = _chosen(tables, args.device)
+    found = store.read_shipped() if args.shipped else store.read_all()
+    chosen = _chosen(found, args.device)
     for device in chosen:
         print(device)
-        print("\n".join(_lines(tables[device])))
+        print("\n".join(_lines(found[device])))
     if not chosen:
         of = f" of a device like {args.device!r}" if args.device else ""
-        print(f"no entries{of} in {store.config_dir()}", file=sys.stderr)
+        where = "the shipped tables" if args.shipped else store.config_dir()
+        print(f"no entries{of} in {where}", file=sys.stderr)
+    for warning in _stale() if args.shipped else []:
+        print(warning)
     return 0
+
+
+def _stale() -> list[str]:
+    """A line for each shipped table that is stale."""
+    return [warning for path in tables.paths() if (warning := tables.warning(path))]
 
 
 def _lines(entries: list[Entry]) -> list[str]:
@@ -83,7 +97,9 @@ def _lines(entries: list[Entry]) -> list[str]:
 
 def _validate(args: argparse.Namespace) -> int:
     paths = args.files or sorted(map(str, store.config_dir().glob("*.json")))
+    paths = list(map(str, tables.paths())) if args.shipped else paths
     wrong = [problem for path in paths for problem in store.validate(path)]
+    wrong += _stale() if args.shipped else []
     print("\n".join(wrong) if wrong else f"{len(paths)} files, nothing wrong")
     return 1 if wrong else 0
 

@@ -68,6 +68,18 @@ class Candidates:
         codes = [self._codes[self.numbers[text]] for text in broken if text in self.numbers]
         return is_free & ~np.isin(self._codes, codes)
 
+    @property
+    def distinct(self) -> int:
+        """How many configs the model can tell apart."""
+        return len(np.unique(self.estimates))
+
+    def twins(self, texts: Iterable[str], wanted: Iterable[str] = ()) -> np.ndarray:
+        """Which numbers have the very estimate of one of these texts, except the wanted ones."""
+        known = [self.numbers[text] for text in texts if text in self.numbers]
+        are_twins = np.isin(self.estimates, self.estimates[known]) & np.isfinite(self.estimates)
+        are_twins[[self.numbers[text] for text in wanted if text in self.numbers]] = False
+        return are_twins
+
     def at(self, chosen: dict[str, int]) -> int | None:
         """The number of the config with these choices; None if it is not feasible."""
         return self._at.get(tuple(chosen[name] for name in self.distributions))

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, replace
 
+import numpy as np
 import optuna
 from optuna.trial import Trial
 
@@ -21,7 +22,7 @@ from numflash_tuner import SAMPLERS, model
 from numflash_tuner.candidates import Candidates
 from numflash_tuner.measuring.measurer import Measurer
 from numflash_tuner.pool import CompilePool, Examined
-from numflash_tuner.records import Record
+from numflash_tuner.records import FAILURES, Record
 from numflash_tuner.space import Space
 from numflash_tuner.studies import ENVIRONMENT, Ledger
 
@@ -35,8 +36,6 @@ _SLOW, _FEW_SAMPLES = 1.25, 3
 _FINALISTS, _FINAL_ROUNDS = 5, 15
 _TIE = 0.01
 """Times this close are equal; the config with less shared memory wins."""
-MODEL_MARGIN = 0.05
-"""What a prediction must gain over the default to displace it: the model is no better."""
 _ASK_ATTEMPTS = 20
 _FEW_TRIALS = 10
 """From so many on it can be told which parameters matter."""
@@ -137,8 +136,13 @@ class Search:
 
     @property
     def size(self) -> int:
-        """Configs that the search will have tried when it ends by itself."""
+        """Configs that the search will have tried when it ends by itself.
+
+        Where the model judges, of those that it cannot tell apart one, unless that fails.
+        """
         feasible = len(self.space.feasible)
+        if self._measurer is None:
+            feasible = self.candidates.distinct
         return feasible if self._rules.trials is None else min(self._rules.trials, feasible)
 
     def best(self) -> Record | None:
@@ -166,14 +170,10 @@ class Search:
                 self._note_broken(record)
         self._enqueue_first()
         waiting: list[_Waiting] = []
-        exhausted = False
         try:
             while True:
-                while not exhausted and self._may_begin(len(waiting)):
-                    begun = self._begin()
-                    exhausted = begun is None
-                    if begun is not None:
-                        waiting += self._look_at(*begun, on_record)
+                while self._may_begin(len(waiting)) and (begun := self._begin()) is not None:
+                    waiting += self._look_at(*begun, on_record)
                 if not waiting:
                     return
                 wait([each.future for each in waiting], 0.1, FIRST_COMPLETED)
@@ -230,7 +230,7 @@ class Search:
         """
         candidates = self.candidates
         while True:
-            is_free = candidates.free(self.ledger.taken(), self._broken)
+            is_free = candidates.free(self.ledger.taken(), self._broken) & ~self._foreseen()
             if not is_free.any():
                 return None
             if self._sampler == "grid":
@@ -248,6 +248,13 @@ class Search:
                     break
                 self.ledger.give_up(trial)
                 self._enqueue(candidates.nearest(trial.params, is_free))
+
+    def _foreseen(self) -> np.ndarray:
+        """Which numbers the model, being the judge, cannot tell from one that works or may yet."""
+        if self._measurer is not None:
+            return np.zeros(len(self.candidates.configs), bool)
+        failed = {r.config for r in self.ledger.records() if r.outcome in FAILURES}
+        return self.candidates.twins(self.ledger.taken() - failed, self._first)
 
     def _times_ms(self) -> dict[str, float]:
         """The times of what was compiled, also of what was stopped because it was slow."""
@@ -333,6 +340,8 @@ class Search:
             raise LookupError(f"no config of {self.space.problem} worked: {_outcomes(records)}")
         usable.sort(key=lambda record: record.time_ms)
         default = records.get(str(self.space.default))
+        if self._measurer is None:
+            usable = self._beyond_error(usable, default)
         firsts = [record for record in usable[_FINALISTS:] if record.config in self._first]
         finalists = usable[:_FINALISTS] + firsts
         if again and self._measurer is not None and len(finalists) > 1:
@@ -354,10 +363,20 @@ class Search:
                 "it was not tried",
             )
             default = Record(str(self.space.default), outcome, why)
-        is_only_predicted = self._measurer is None and math.isfinite(default.time_ms)
-        if is_only_predicted and best.time_ms > (1 - MODEL_MARGIN) * default.time_ms:
-            best = default
         return default, best
+
+    def _beyond_error(self, usable: list[Record], default: Record | None) -> list[Record]:
+        """The default, and what gains more over it than the model's error may feign."""
+        if default is None or not math.isfinite(default.time_ms):
+            return usable
+        space, candidates = self.space, self.candidates
+
+        def is_beyond(record: Record) -> bool:
+            config = candidates.configs[candidates.numbers[record.config]]
+            needed = model.gain_needed(space.machine, space.problem, config, space.default)
+            return default.time_ms > (1 + needed) * record.time_ms
+
+        return [record for record in usable if record is default or is_beyond(record)]
 
     def importances(self) -> dict[str, float]:
         """Each dimension's share in the variation of the time; empty while too little is known."""

@@ -12,9 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import cache
 from hashlib import sha256
-from pathlib import Path
 
 import optuna
 
@@ -23,6 +21,7 @@ from numflash.compiler import source_hash, versions
 from numflash.entries import DeviceKey, Entry
 from numflash.problem_class import ProblemClass
 from numflash.selection import FUSED
+from numflash_tuner import model
 from numflash_tuner.machines import Machine
 from numflash_tuner.measuring.measurer import Measurer
 from numflash_tuner.pool import CompilePool
@@ -192,7 +191,7 @@ class Session:
     def _study_name(self, space: Space) -> str:
         """What trials of one study have in common, so that they can be compared."""
         made = [source_hash(), sorted(versions().items()), space.budgets, space.dimensions]
-        made.append(_model_hash())
+        made.append(model.source_hash())
         digest = sha256(repr(made).encode()).hexdigest()[:12]
         return f"{space.problem} on {self.device}, {self.origin}, {digest}"
 
@@ -222,15 +221,6 @@ class Session:
         except OSError as error:
             path = store.path_of(self.device)
             _log.warning("cannot write %s (%s): the config found is not remembered", path, error)
-
-
-@cache
-def _model_hash() -> str:
-    """Hash of everything that decides a prediction, the kernels aside."""
-    digest, folder = sha256(), Path(__file__).parent
-    for file in sorted([*folder.glob("model/*.py"), *folder.glob("machines.*")]):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
 
 
 def _study_in_memory(name: str, sampler: optuna.samplers.BaseSampler) -> optuna.Study:
