@@ -213,6 +213,16 @@ def test_of_equal_distance_the_current_then_the_measured_wins():
     assert str(find().config) == "sm80-m16n16w1s1" and find().is_final
 
 
+def test_of_entries_of_other_kernels_the_newest_is_near_and_one_of_the_future_last():
+    configs = {"2026-11-03": 32, "2026-11-05": 64, "2026-11-04": 128, "2099-01-01": 16}
+    for date, n in configs.items():
+        old = {"kernels": f"of {date}", "date": f"{date}T00:00:00Z"}
+        store.add(HERE, [entry(config=f"sm80-m{n}n32w{n // 16}s1", **old)])
+    assert str(find().config).startswith("sm80-m64n32")
+    store.add(HERE, [entry(kernels="other", date="2026-11-01T00:00:00Z", origin="measured")])
+    assert str(find().config) == "sm80-m64n32w4s2"
+
+
 def test_tiles_that_would_mostly_idle_are_passed_over():
     side = "forward float16-d64-dv64-vec full q1024 k512 bh8 g1"
     store.add(HERE, [entry(side, "sm80-m128n64w4s1")])

@@ -4,6 +4,7 @@ import json
 import time
 import zlib
 from concurrent.futures import Future
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -156,6 +157,29 @@ def test_predicted_gives_way_to_measured_and_not_the_other_way_round():
     assert measured.origin == "measured"
     tune(trials=8)
     assert store.read(DEVICE) == [measured]
+
+
+def test_a_run_of_one_trial_does_not_replace_what_is_better():
+    (result,) = tune(trials=8)
+    (found,) = store.read(DEVICE)
+    assert result.speedup > 1
+    # Its study is another, so that it tries the default only.
+    tune(trials=1, budgets=Budgets(min_occupancy=0.01))
+    assert store.read(DEVICE) == [found]
+
+
+def test_what_is_remembered_gives_way_to_what_beat_it_in_the_same_run():
+    watch = Stopwatch()
+    tune(watch)
+    (found,) = store.read(DEVICE)
+    # As after a lucky measurement: a time that no config reaches again.
+    slowest = max(watch.measured, key=lambda config: watch.samples(config, 5)[0])
+    lucky = replace(found, config=slowest, time_ms=found.time_ms / 4)
+    store.add(DEVICE, [lucky])
+    assert store.read(DEVICE) == [lucky]
+    tune(Stopwatch())
+    (again,) = store.read(DEVICE)
+    assert again.config == found.config and again.time_ms == found.time_ms
 
 
 def test_ctrl_c_remembers_the_best_so_far():
