@@ -14,6 +14,7 @@ from numbers import Real
 from typing import Any
 
 from numflash.configs import parse_config
+from numflash.printable import printable
 from numflash.problem_class import ProblemClass
 
 SCHEMA = 1
@@ -52,7 +53,8 @@ class DeviceKey:
         _require(counted, "num_sms", "an integer from 0 on", self.num_sms)
 
     def __str__(self) -> str:
-        return f"{self.name} ({self.arch}, {self.num_sms} SMs)" if self.num_sms else self.name
+        name = printable(self.name)
+        return f"{name} ({self.arch}, {self.num_sms} SMs)" if self.num_sms else name
 
 
 @dataclass(frozen=True)

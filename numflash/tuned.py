@@ -263,4 +263,4 @@ def _relation(entry: Entry, wanted: ProblemClass) -> str:
 
 
 def _facts(entry: Entry) -> str:
-    return f"{entry.origin} {entry.time_ms:.4g} ms, {entry.date[:10]}"
+    return f"{entry.origin} {entry.time_ms:.4g} ms, {entry.moment.date()}"

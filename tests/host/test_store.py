@@ -163,6 +163,18 @@ NAMES = [
 NAMES += ["CON", "a\0b", "-", "*", "sm_80"]
 
 
+STEERING = "A\x1b[2J\x07\r\n\x9b31m\u202eB\u2066\u2028\ud800\u200f"
+
+
+def test_names_cannot_steer_what_they_are_shown_on(warnings):
+    device = DeviceKey(STEERING, "sm_80", 4)
+    assert str(device) == "A?[2J????31m?B???? (sm_80, 4 SMs)"
+    assert str(DeviceKey("графика ≥ 4090", "sm_80", 0)) == "графика ≥ 4090"
+    path = put(content({**ENTRY.to_dict(), "origin": STEERING}, None, device=device))
+    said = [*store.validate(path), *(store.read_file(path), warnings())[1]]
+    assert len(said) == 4 and all(line.isprintable() for line in said)
+
+
 @pytest.mark.parametrize("name", NAMES, ids=range(len(NAMES)))
 def test_any_name_of_a_device_makes_a_file(name):
     device = DeviceKey(name, "sm_80", 4)
@@ -482,6 +494,52 @@ def test_a_file_that_cannot_be_read_is_not_replaced(warnings):
     with pytest.raises(OSError, match=path.name):
         store.add(H200, [ENTRY])
     assert names() == [path.name]
+
+
+# Links in place of files
+
+
+@pytest.fixture
+def elsewhere(tmp_path):
+    """A file that nothing here may write to."""
+    path = tmp_path / "elsewhere"
+    path.write_text("mine")
+    yield path
+    assert path.read_text() == "mine" and not (tmp_path / "absent").exists()
+
+
+each_link = pytest.mark.parametrize("target", ["elsewhere", "absent"])
+
+
+@each_link
+def test_a_link_in_place_of_a_table_is_replaced(elsewhere, target):
+    path = store.path_of(H200)
+    path.parent.mkdir(parents=True)
+    path.symlink_to(elsewhere.with_name(target))
+    store.add(H200, [ENTRY])
+    assert store.read(H200) == [ENTRY] and not path.is_symlink()
+    out = elsewhere.with_name("out.json")
+    out.symlink_to(elsewhere.with_name(target))
+    assert store.export(out) == 1 and not out.is_symlink()
+
+
+@each_link
+def test_a_link_in_place_of_the_lock_is_refused(elsewhere, target):
+    store.config_dir().mkdir(parents=True)
+    (store.config_dir() / ".lock").symlink_to(elsewhere.with_name(target))
+    with pytest.raises(OSError, match=r"a symbolic link is not written through: .*\.lock"):
+        store.add(H200, [ENTRY])
+    assert names() == []
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/null"), reason="there are no devices")
+def test_what_is_no_file_is_not_replaced(tmp_path):
+    store.add(H200, [ENTRY])
+    (tmp_path / "link").symlink_to("/dev/null")
+    for path in (tmp_path / "link", tmp_path):
+        with pytest.raises(OSError, match="only a file can be replaced"):
+            store.export(path)
+    assert (tmp_path / "link").is_symlink()
 
 
 # Interrupted writes

@@ -385,6 +385,16 @@ def test_a_capture_that_cannot_be_written_is_only_a_warning(tmp_path, monkeypatc
     assert len(caplog.records) == 1
 
 
+@pytest.mark.parametrize("target", ["mine", "absent"])
+def test_classes_are_not_captured_through_a_link(tmp_path, monkeypatch, caplog, target):
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "classes").symlink_to(tmp_path / target)
+    monkeypatch.setenv("NUMFLASH_CAPTURE", str(tmp_path / "classes"))
+    capture.note(WANTED)
+    assert "a symbolic link is not written through" in caplog.text
+    assert (tmp_path / "mine").read_text() == "mine" and not (tmp_path / "absent").exists()
+
+
 def test_a_damaged_capture_names_the_line(tmp_path):
     path = tmp_path / "classes.txt"
     path.write_text(f"{WANTED}\n\nnonsense\n")

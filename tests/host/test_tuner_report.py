@@ -227,8 +227,23 @@ def test_table_without_a_winner():
     assert report.table([]) == "Nothing was tuned."
 
 
-def test_table_keeps_control_characters_from_the_terminal():
-    assert "\x1b" not in report.table([result(device="GPU\x1b[2J")])
+@pytest.mark.parametrize("text", ["GPU\x1b[2J", "GPU\x9b2J", "GPU\u202e002", "GPU\n A100"])
+def test_names_steer_neither_the_terminal_nor_the_page(text):
+    hostile = result([Record(text, "invalid", text)], device=text, pruned={text: 1})
+    for shown in (report.table([hostile]), report.page([hostile])):
+        assert all(line.replace("\t", "").isprintable() for line in shown.split("\n"))
+        assert text[3] not in shown or text[3] == "\n"
+    assert "GPU?[2J" in report.table([result(device="GPU\x1b[2J")])
+
+
+@pytest.mark.parametrize("target", ["elsewhere", "absent"])
+def test_a_link_in_place_of_the_page_is_replaced(tmp_path, target):
+    (tmp_path / "elsewhere").write_text("mine")
+    path = tmp_path / "report.html"
+    path.symlink_to(tmp_path / target)
+    report.write_html(path, [result()])
+    assert (tmp_path / "elsewhere").read_text() == "mine" and not (tmp_path / "absent").exists()
+    assert path.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
 
 
 # --- the page as a whole

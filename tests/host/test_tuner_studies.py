@@ -144,6 +144,30 @@ def test_a_line_cut_short_by_a_kill_does_no_harm(tmp_path):
     assert all(json.loads(line) for line in path.read_text().splitlines())
 
 
+@pytest.mark.parametrize("content", [None, b"mine", b"mine\n", b'{"op_code":5'])
+def test_a_link_in_place_of_a_journal_is_not_written_through(tmp_path, content):
+    path, elsewhere = tmp_path / "study.journal", tmp_path / "elsewhere"
+    if content is not None:
+        elsewhere.write_bytes(content)
+    path.symlink_to(elsewhere)
+    with pytest.raises(StorageError, match="a symbolic link is not written through"):
+        ledger_of(path)
+    assert elsewhere.exists() == (content is not None)
+    assert content is None or elsewhere.read_bytes() == content
+
+
+def test_a_journal_that_becomes_a_link_is_not_written_through(tmp_path):
+    path, elsewhere = tmp_path / "study.journal", tmp_path / "elsewhere"
+    ledger = Ledger(ledger_of(path).study, sleep=lambda seconds: None)
+    elsewhere.write_bytes(path.read_bytes() + b'{"op_code":5')
+    before = elsewhere.read_bytes()
+    path.unlink()
+    path.symlink_to(elsewhere)
+    with pytest.raises(StorageError, match="a symbolic link is not written through"):
+        ledger.ask()
+    assert elsewhere.read_bytes() == before
+
+
 def test_a_line_that_a_peer_is_writing_is_not_cut(tmp_path):
     path = tmp_path / "study.journal"
     keep(ledger_of(path), "a")

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
+from numflash.files import replace_file
+from numflash.printable import printable
 from numflash_tuner.records import FAILURES
 from numflash_tuner.report import charts, tables
 from numflash_tuner.report.markup import Markup, escaped, joined, tag
@@ -34,7 +36,7 @@ def table(results: Sequence[Result]) -> str:
     for result, row in zip(results, rows[1:], strict=True):
         if (result.device, result.num_sms) != device:
             device = result.device, result.num_sms
-            lines.append(_printable(_device(result)))
+            lines.append(printable(_device(result)))
         lines += [f"  {result.problem}", "  " + _aligned(row, widths)]
     if any(result.origin == "predicted" for result in results):
         lines.append(f"~ {_PREDICTED[0].lower()}{_PREDICTED[1:]}")
@@ -43,7 +45,7 @@ def table(results: Sequence[Result]) -> str:
 
 def write_html(path: str | Path, results: Sequence[Result]) -> None:
     """Write the report: one page, complete in itself. Raises OSError if it cannot be written."""
-    Path(path).write_text(page(list(results)), encoding="utf-8")
+    replace_file(Path(path), page(list(results)))
 
 
 def page(results: list[Result]) -> str:
@@ -201,12 +203,7 @@ def _columns(result: Result) -> tuple[str, ...]:
 def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
     """A line of the table; configs and words to the left, numbers to the right."""
     aligned = [
-        _printable(cell).ljust(width) if i in (0, 2, 6) else cell.rjust(width)
+        printable(cell).ljust(width) if i in (0, 2, 6) else cell.rjust(width)
         for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
     ]
     return "  " + "  ".join(aligned).rstrip()
-
-
-def _printable(text: str) -> str:
-    """Names come from files: control characters must not reach the terminal."""
-    return "".join(c if c.isprintable() else "?" for c in text)
