@@ -243,7 +243,8 @@ def test_a_child_that_died_in_between_is_replaced(measurer, log):
 
 def test_a_reduced_batch_is_said(measurer):
     large = ProblemClass.parse("forward float16-d64-dv64-vec causal q4096 k4096 bh128 g1")
-    assert "batch x heads was 64" in measurer.measure(large, "takes-1", _never).reason
+    record = measurer.measure(large, "takes-1", _never)
+    assert "batch x heads was 64" in record.reason and record.batch_heads == 64
 
 
 def test_configs_are_measured_again_in_turn(measurer, log):

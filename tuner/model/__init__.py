@@ -10,10 +10,10 @@ from numflash.problem_class import ProblemClass
 from numflash_tuner.machines import Machine
 from numflash_tuner.model import hopper, prediction
 from numflash_tuner.model.machine_code import MachineCode
-from numflash_tuner.model.prediction import Prediction, floor_ms
+from numflash_tuner.model.prediction import Prediction, floor_ms, multiply_adds
 from numflash_tuner.records import ResourceUsage
 
-__all__ = ["Prediction", "estimate", "floor_ms", "predict"]
+__all__ = ["Prediction", "estimate", "floor_ms", "multiply_adds", "predict"]
 
 
 def predict(
