@@ -31,7 +31,7 @@ from numflash_tuner.records import Record
 from numflash_tuner.results import Result
 from numflash_tuner.search import Search, StoppingRules, make_sampler
 from numflash_tuner.space import Budgets, Space
-from numflash_tuner.studies import StorageError, open_study
+from numflash_tuner.studies import FORMAT, StorageError, open_study
 
 _log = logging.getLogger("numflash")
 
@@ -192,7 +192,7 @@ class Session:
     def _study_name(self, space: Space) -> str:
         """What trials of one study have in common, so that they can be compared."""
         made = [source_hash(), sorted(versions().items()), space.budgets, space.dimensions]
-        made.append(_model_hash())
+        made += [_model_hash(), FORMAT]
         digest = sha256(repr(made).encode()).hexdigest()[:12]
         return f"{space.problem} on {self.device}, {self.origin}, {digest}"
 

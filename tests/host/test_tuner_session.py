@@ -10,12 +10,16 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 pytest.importorskip("optuna")
+import optuna
+from optuna.storages.journal import JournalFileBackend
 
 from numflash import store
 from numflash.compiler import source_hash, versions
+from numflash.configs import parse_config
 from numflash.entries import DeviceKey
 from numflash.problem_class import ProblemClass
 from numflash_tuner import autotune, machines, session
+from numflash_tuner.dimensions import value_of
 from numflash_tuner.pool import Examined
 from numflash_tuner.records import Record, ResourceUsage
 from numflash_tuner.search import StoppingRules
@@ -24,6 +28,7 @@ from numflash_tuner.space import Budgets, EmptySpaceError
 from numflash_tuner.studies import StorageError
 from numflash_tuner.target import Target
 
+FORWARD = ProblemClass.parse("forward bfloat16-d128-dv128-vec full q1024 k4096 bh16 g4")
 DQ = ProblemClass.parse("backward-dq float32-d64-dv64-vec full q4096 k4096 bh64 g1")
 LONGER = ProblemClass.parse("backward-dq float32-d64-dv64-vec full q8192 k8192 bh64 g1")
 MACHINE = machines.find("NVIDIA A100-SXM4-80GB")
@@ -261,6 +266,35 @@ def test_trials_are_shared_by_runs_that_compare_and_by_no_others(tmp_path, monke
     monkeypatch.setattr(session, "versions", lambda: {**versions(), "numba": "99"})
     tune()
     assert len(journals(tmp_path)) == 5
+
+
+def test_journals_hold_values_that_other_tools_of_optuna_show(tmp_path):
+    watch = Stopwatch()
+    (result,) = tune(watch, problems=[FORWARD], trials=25)
+    (name,) = journals(tmp_path)
+    backend = JournalFileBackend(str(tmp_path / "cache" / "studies" / name))
+    storage = optuna.storages.JournalStorage(backend)
+    (summary,) = optuna.get_all_study_summaries(storage)
+    study = optuna.load_study(study_name=summary.study_name, storage=storage)
+    done = [trial for trial in study.trials if trial.state.is_finished() and trial.user_attrs]
+    tried = [trial for trial in done if "record" in trial.user_attrs]
+    assert len(tried) == 25
+    for trial in tried:
+        config = parse_config("forward", trial.user_attrs["config"])
+        assert len(trial.params) > 5
+        for parameter, value in trial.params.items():
+            assert value == value_of(config, parameter), (str(config), parameter)
+    assert study.best_trial.params["tile_m"] in (64, 128, 192, 256)
+    assert {"generation", "overlap", "num_splits"} & set(result.importances)
+
+
+def test_a_study_of_another_form_is_not_gone_on_with(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(session, "FORMAT", "indices")
+        (first,) = tune()
+    (second,) = tune()
+    assert len(journals(tmp_path)) == 2
+    assert len(first.records) == len(second.records) == 6
 
 
 def test_a_storage_of_the_users_is_used(tmp_path):

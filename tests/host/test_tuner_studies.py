@@ -15,6 +15,7 @@ import pytest
 
 pytest.importorskip("optuna")
 import optuna
+from optuna.distributions import CategoricalDistribution, IntDistribution
 from optuna.exceptions import StorageInternalError
 from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
@@ -123,6 +124,24 @@ def loses(ledger, config):
 def configs_of(ledger):
     """The configs with records, in order of trial."""
     return [record.config for record in ledger.records()]
+
+
+def test_a_study_with_other_choices_is_refused_in_words(tmp_path):
+    path = tmp_path / "study.journal"
+    before = ledger_of(path)
+    trial = before.ask({"tile_m": IntDistribution(0, 3)})
+    assert before.claim(trial, "a")
+    before.finish(trial, Record("a", "predicted", predicted_ms=1.0))
+    after = ledger_of(path)
+    assert configs_of(after) == ["a"]
+    for other in (CategoricalDistribution((16, 32, 48, 64)), CategoricalDistribution((16, 64))):
+        with pytest.raises(StorageError) as refused:
+            after.ask({"tile_m": other})
+        said = str(refused.value)
+        assert f"the study 'numbers' in the journal {path} has other choices" in said
+        assert "begin anew in another --storage" in said
+    states = Counter(trial.state for trial in after.study.get_trials())
+    assert states == {TrialState.COMPLETE: 1, TrialState.FAIL: 2}
 
 
 def test_a_line_cut_short_by_a_kill_does_no_harm(tmp_path):
