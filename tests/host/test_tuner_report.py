@@ -19,7 +19,7 @@ from numflash_tuner.report import charts, style, tables
 from numflash_tuner.report.axes import FONT, Axis, width_of
 from numflash_tuner.report.occupancy import corner, occupancy
 from numflash_tuner.results import Result, parameters, rank_correlation
-from tests.drawings import SVG, faults, text_width
+from tests.drawings import SVG, faults, text_boxes, text_width
 
 PROBLEM = ProblemClass.parse("forward float16-d64-dv64-vec causal q4096 k4096 bh64 g1")
 VOID = {"meta"}
@@ -436,15 +436,30 @@ def far_corners():
     return result(records, importances=dict.fromkeys(names, 0.33), budgets=budgets)
 
 
+def on_a_label():
+    """A best where the curve of three blocks has its label."""
+    smem_bytes, registers = corner(architecture("sm_90a"), 128, 3)
+    best = measured("sm80-m64n64w4s1", 1.0, resources=resources(registers - 8, smem_bytes - 4000))
+    return result([best, *RECORDS])
+
+
 @pytest.mark.parametrize("factor", [1e-3, 0.0123, 0.1, 1, 4.567, 98.7, 12345])
 @pytest.mark.parametrize(
     "found",
-    [result(), hopper_result(), predicted_result(), of_one_time(1), of_one_time(9), far_corners()],
-    ids=["usual", "hopper", "predicted", "one time", "nine of one time", "far corners"],
+    [
+        *(result(), hopper_result(), predicted_result(), of_one_time(1), of_one_time(9)),
+        *(far_corners(), on_a_label()),
+    ],
+    ids=["usual", "hopper", "predicted", "one time", "nine of one time", "far corners", "on a 3"],
 )
 def test_no_text_of_a_chart_is_cut_or_covers_another(found, factor):
     for title, drawing in charts_of(scaled(found, factor)):
         assert not faults(drawing, {"": FONT}), title
+        for ring in of_class(drawing, "ring"):
+            cx, cy = (float(ring.get(name)) for name in ("cx", "cy"))
+            for line, (left, top, right, bottom) in text_boxes(drawing, {"": FONT}):
+                apart = max(left - cx, cx - right), max(top - cy, cy - bottom)
+                assert max(apart) > 4, (title, line)
 
 
 def test_text_takes_no_more_than_is_thought():

@@ -15,6 +15,8 @@ HEIGHT = 250
 """Pixels: a chart, and the plot in it."""
 FONT = 11
 """Pixels: the size of a chart's text."""
+RING = 5
+"""Pixels: the radius of the ring around the best."""
 IN_SIGHT = 3.0
 """What is so many times away from the best is not drawn to scale: it would squeeze all others."""
 _CHARACTER = 0.62

@@ -10,6 +10,7 @@ from numflash_tuner.report.axes import (
     IN_SIGHT,
     LEFT,
     RIGHT,
+    RING,
     TOP,
     WIDTH,
     Axis,
@@ -78,7 +79,7 @@ def history(result: Result) -> Figure:
     y = Axis.around(shown, BOTTOM - _STRIP, TOP + _STRIP)
     top = TOP + _STRIP
     ticks = [tick for tick in x.ticks() if tick == int(tick) and tick >= 1]
-    marks, path, so_far = [], "", math.inf
+    marks, labels, path, so_far = [], Labels(), "", math.inf
     for number, (record, time) in enumerate(zip(result.records, times, strict=True), 1):
         about = f"trial {number}: {described(record)}"
         if time is not None:
@@ -88,14 +89,14 @@ def history(result: Result) -> Figure:
             if time > slowest:
                 marks.append(beyond(*at, "up"))
             if result.winner and record.config == result.winner.config:
-                marks.append(circle(*at, 5, "ring"))
+                marks.append(circle(*at, RING, "ring"))
+                labels.keep_clear(*at, RING)
             if time < so_far:
                 path += f"H{at[0]:.1f}V{at[1]:.1f}" if path else f"M{at[0]:.1f} {at[1]:.1f}"
                 so_far = time
         elif record.outcome in FAILURES:
             marks.append(line(x(number), TOP, x(number), TOP + 7, "cross", about))
     lines = [tag("path", d=f"{path}H{RIGHT}", class_="step")]
-    labels = Labels()
     if "default" in drawn:
         at = y(drawn["default"])
         lines.append(line(LEFT, at, RIGHT, at, "default"))
@@ -141,7 +142,8 @@ def history(result: Result) -> Figure:
 def _along(y: float, below: bool = False) -> list[tuple[float, float, str]]:
     """Places for the label of a horizontal line, the usual one first."""
     sides = (y + 13, y - 4) if below else (y - 4, y + 13)
-    return [(x, at, anchor) for x, anchor in ((RIGHT, "end"), (LEFT + 4, "start")) for at in sides]
+    ends = (RIGHT, "end"), (LEFT + 4, "start"), ((LEFT + RIGHT) / 2, "middle")
+    return [(x, at, anchor) for x, anchor in ends for at in sides]
 
 
 def heat_map(result: Result) -> Figure:
@@ -288,7 +290,7 @@ def agreement(result: Result) -> Figure:
         marks += [beyond(*at, "right")] if measured > longest else []
         marks += [beyond(*at, "up")] if predicted > longest else []
         if record.config == result.best.config:
-            marks.append(circle(*at, 5, "ring"))
+            marks.append(circle(*at, RING, "ring"))
             label_best(labels, *at)
     rho = rank_correlation([p for _, p, _ in pairs], [m for _, _, m in pairs])
     points = f"{len(pairs)} config" + ("s" if len(pairs) != 1 else "")
@@ -309,9 +311,14 @@ def agreement(result: Result) -> Figure:
 
 def label_best(labels: Labels, x: float, y: float) -> None:
     """Write "best" next to its ring."""
-    labels.keep_clear(x, y, 5)
-    sides = (x + 8, y + 4, "start"), (x - 8, y + 4, "end")
-    labels.add("best", "halo", *sides, (x, y - 9, "middle"), (x, y + 17, "middle"))
+    labels.keep_clear(x, y, RING)
+    sides = [
+        (x + side * away, y + down, "start" if side > 0 else "end")
+        for away in (8, 16, 32)
+        for down in (4, 16, -8)
+        for side in (1, -1)
+    ]
+    labels.add("best", "halo", *sides)
 
 
 def parts(result: Result) -> Figure:

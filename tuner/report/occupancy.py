@@ -13,6 +13,7 @@ from numflash_tuner.report.axes import (
     BOTTOM,
     LEFT,
     RIGHT,
+    RING,
     TOP,
     Axis,
     Labels,
@@ -87,12 +88,17 @@ def _figure(result: Result, limits: Architecture, num_threads: int) -> Figure:
     x = Axis(0.0, widest / KB * 1.04, LEFT, RIGHT)
     y = Axis(0.0, 272.0, BOTTOM, TOP)
     marks, labels, last, blocks = [], Labels(), math.inf, 1
+    for record in records:
+        if record.config == result.best.config:
+            labels.keep_clear(*_place(record, x, y), RING)
     while (at := corner(limits, num_threads, blocks)) is not None and min(at) > 0:
         px, py = x(at[0] / KB), y(at[1])
         if last - px > _LABEL_ROOM:
             marks.append(_bounded(px, py, "curve"))
             label = "1 block" if blocks == 1 else f"{blocks}"
-            labels.add(label, "muted halo", (px - 3, py + 11, "end"))
+            # In the corner, or further along the curve.
+            inside = [(px - 3 - away, py + 11, "end") for away in (0, 20, 40)]
+            labels.add(label, "muted halo", *inside, (px - 3, py + 28, "end"))
             last = px
         blocks += 1
     marks += _budgets(result, limits, num_threads, x, y, labels)
@@ -127,7 +133,7 @@ def _bounded(px: float, py: float, class_: str) -> Markup:
 
 def _point(record: Record, result: Result, x: Axis, y: Axis, labels: Labels) -> Markup:
     resources = record.resources
-    px, py = x(resources.smem_bytes / KB), y(min(resources.registers, 272))
+    px, py = _place(record, x, y)
     about = (
         f"{described(record)}; {resources.registers} registers, {resources.smem_bytes} bytes, "
         f"{resources.blocks_per_sm} blocks per SM, limited by {resources.limited_by}"
@@ -138,7 +144,11 @@ def _point(record: Record, result: Result, x: Axis, y: Axis, labels: Labels) -> 
     if record.config != result.best.config:
         return dot
     label_best(labels, px, py)
-    return joined([dot, circle(px, py, 5, "ring")])
+    return joined([dot, circle(px, py, RING, "ring")])
+
+
+def _place(record: Record, x: Axis, y: Axis) -> tuple[float, float]:
+    return x(record.resources.smem_bytes / KB), y(min(record.resources.registers, 272))
 
 
 def _has_budget(result: Result) -> bool:
@@ -161,7 +171,7 @@ def _budgets(
     if (registers := budgets.get("max_registers")) is not None:
         py = y(min(registers, 272))
         marks.append(line(LEFT, py, RIGHT, py, "budget", f"budget: {registers} registers"))
-        places = (RIGHT - 4, py - 4, "end"), (RIGHT - 4, py + 13, "end")
+        places = [(at, py + down, "end") for at in (RIGHT - 4, RIGHT - 90) for down in (-4, 13)]
         labels.add(f"{registers} registers", "label-default halo", *places)
     if share := budgets.get("min_occupancy"):
         blocks = math.ceil(share * limits.max_threads_per_sm / num_threads)
@@ -169,6 +179,8 @@ def _budgets(
             px, py = x(at[0] / KB), y(at[1])
             marks.append(_bounded(px, py, "budget"))
             label = f"at least {blocks} block" + ("s" if blocks > 1 else "")
-            places = (LEFT + 4, py + 12, "start"), (LEFT + 4, py - 4, "start")
+            places = [
+                (at, py + down, "start") for at in (LEFT + 4, LEFT + 90) for down in (12, -4)
+            ]
             labels.add(label, "label-default halo", *places)
     return marks
