@@ -2,8 +2,12 @@
 
 A lock is one of the system's on a file `.lock`, so that it dies with its owner and holds between
 hosts where the file system's locks do. That file stays: removing it would let two owners in.
+
+Nothing is written through a symbolic link: a file that somebody else may have linked elsewhere is
+not opened, and what is replaced is the link.
 """
 
+import errno
 import os
 import secrets
 import sys
@@ -23,6 +27,7 @@ LOCK_SECONDS = 10.0
 LEFTOVER_SECONDS = 3600.0
 """A temporary file older than this has no writer any more."""
 _POLL_SECONDS = 0.005
+_NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
 # A lock of the threads among themselves: on NFS a file's lock is the whole process's.
 _threads = threading.Lock()
 
@@ -35,6 +40,18 @@ def _forget_threads() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_threads)
+
+
+def refuse_link(path: Path) -> None:
+    """Raise OSError if a symbolic link is in the place of a file that is written to."""
+    if path.is_symlink():
+        raise OSError(errno.ELOOP, "a symbolic link is not written through", str(path))
+
+
+def open_unlinked(path: str | os.PathLike, flags: int) -> int:
+    """As `os.open`, and an opener for `open`: OSError where a symbolic link is in its place."""
+    refuse_link(Path(path))
+    return os.open(path, flags | _NO_FOLLOW, 0o666)
 
 
 @contextmanager
@@ -53,7 +70,7 @@ def locked(folder: Path) -> Iterator[None]:
     if not threads.acquire(timeout=LOCK_SECONDS):
         raise late
     try:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        handle = open_unlinked(path, os.O_RDWR | os.O_CREAT)
         try:
             while not _try_lock(handle, path):
                 if time.monotonic() > deadline:
@@ -74,8 +91,10 @@ def replace_file(path: Path, text: str) -> None:
     """Write a file as a whole: it holds what it held, or all of `text`, whatever happens.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: it cannot be written, or is a folder, a device or a pipe.
     """
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "only a file can be replaced", str(path))
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")
     try:
         with open(temporary, "x", encoding="utf-8", newline="\n") as file:

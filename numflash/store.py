@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
 from functools import cache
 from hashlib import sha256
@@ -44,7 +44,7 @@ class MergeCounts:
 
     Attributes:
         added: new in the cache.
-        replaced: took the place of an entry that was only predicted, or older.
+        replaced: took the place of an entry of lower rank (`Entry.rank`).
         unchanged: gave way to the entry in the cache, or equal it.
         skipped: could not be understood.
     """
@@ -112,14 +112,19 @@ def read_shipped() -> dict[DeviceKey, list[Entry]]:
     return _together(tables)
 
 
-def add(device: DeviceKey, entries: Iterable[Entry]) -> Path:
-    """Add entries to a device's file; a file has one for each key, the measured, else the newer.
+def add(device: DeviceKey, entries: Iterable[Entry], instead_of: Collection[Entry] = ()) -> Path:
+    """Add entries to a device's file; a file has one for each key, that of the highest rank.
+
+    Args:
+        device: whose entries.
+        entries: what was found.
+        instead_of: entries that go whatever their rank, as their configs have been tried again.
 
     Raises:
         OSError: the file cannot be written, or its lock was held too long (TimeoutError).
     """
     path = path_of(device)
-    _update(path, device, list(entries), MergeCounts())
+    _update(path, device, list(entries), MergeCounts(), instead_of)
     return path
 
 
@@ -174,6 +179,8 @@ def validate(path: str | os.PathLike) -> list[str]:
             if row.entry is not None:
                 first = seen.setdefault(row.entry.key, number)
                 why = _misfit(row.entry, device)
+                if row.entry.is_of_the_future:
+                    why = f"date must not be in the future, got {row.entry.date!r}"
                 if first < number:
                     why = f"entry {first} is of the same problem, kernels and compilers"
             if why:
@@ -288,7 +295,13 @@ def _name_aside(path: Path, error: ValueError) -> Path:
     return aside
 
 
-def _update(path: Path, device: DeviceKey, entries: list[Entry], counts: MergeCounts) -> None:
+def _update(
+    path: Path,
+    device: DeviceKey,
+    entries: list[Entry],
+    counts: MergeCounts,
+    instead_of: Collection[Entry] = (),
+) -> None:
     """Read, modify and write a file of the cache under its lock, and count what changed."""
     global _generation
     if not entries:
@@ -296,7 +309,7 @@ def _update(path: Path, device: DeviceKey, entries: list[Entry], counts: MergeCo
     with locked(path.parent):
         remove_leftovers(path.parent)
         table = _load_or_set_aside(path)
-        rows = table.get(device, [])
+        rows = [row for row in table.get(device, []) if row.entry not in instead_of]
         best = _best(rows)
         outcomes = [enter(best, Row.of(entry)) for entry in entries]
         if set(outcomes) != {"unchanged"}:

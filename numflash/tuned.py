@@ -211,11 +211,21 @@ def _same_architecture(tables: dict[DeviceKey, list[Entry]], device: DeviceKey) 
 
 
 def _nearest(entries: list[Entry], wanted: ProblemClass) -> list[Entry]:
-    """The entries near enough, nearest first; current before old, measured before predicted."""
+    """The entries near enough, nearest first.
+
+    Of equally near ones the current come before the old, then those whose date can be true, then
+    the measured, then the newer.
+    """
     ranked = [(distance(entry.problem, wanted), entry) for entry in entries]
     near = [(apart, entry) for apart, entry in ranked if apart < math.inf]
-    near.sort(key=lambda e: (e[0], not _is_current(e[1]), e[1].origin == "predicted"))
+    near.sort(key=lambda pair: pair[1].moment, reverse=True)
+    near.sort(key=lambda pair: (pair[0], *_doubts(pair[1])))
     return [entry for _, entry in near]
+
+
+def _doubts(entry: Entry) -> tuple[bool, bool, bool]:
+    """What speaks against an entry that is as near as others, the gravest first."""
+    return not _is_current(entry), entry.is_of_the_future, entry.origin == "predicted"
 
 
 def _usable(
@@ -253,4 +263,4 @@ def _relation(entry: Entry, wanted: ProblemClass) -> str:
 
 
 def _facts(entry: Entry) -> str:
-    return f"{entry.origin} {entry.time_ms:.4g} ms, {entry.date[:10]}"
+    return f"{entry.origin} {entry.time_ms:.4g} ms, {entry.moment.date()}"

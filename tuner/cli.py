@@ -18,6 +18,7 @@ from pathlib import Path
 from numflash.capture import read as read_capture
 from numflash.configs import DTYPES, MAX_HEAD_DIM
 from numflash.errors import UnsupportedError
+from numflash.printable import printable
 from numflash.problem import AttentionProblem, describe
 from numflash.problem_class import ProblemClass
 from numflash.views import ArrayView, contiguous_strides
@@ -123,10 +124,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+class _Formatter(logging.Formatter):
+    """Warnings name files, devices and reasons that come from elsewhere."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The message, safe for a terminal."""
+        return "\n".join(map(printable, super().format(record).split("\n")))
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run `numflash-tune`; the exit status. Bad arguments exit with 2, Ctrl-C with 130."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    logging.basicConfig(format="numflash: %(message)s", level=logging.WARNING)
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Formatter("numflash: %(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
     if argv and argv[0] in caches.COMMANDS:
         return caches.main(argv)
     program = []
@@ -220,7 +231,7 @@ def _tune(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
                 try:
                     results.append(session.tune(space, left, title, args.quiet))
                 except LookupError as error:
-                    print(f"numflash-tune: {error.args[0]}", file=sys.stderr)
+                    print(f"numflash-tune: {printable(error.args[0])}", file=sys.stderr)
                     failed += 1
     except (
         ValueError,
@@ -230,7 +241,8 @@ def _tune(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         DeviceUnavailableError,
         NoCompilerError,
     ) as error:
-        parser.exit(1, f"{parser.prog}: error: {' '.join(str(error).split())}\n")
+        reason = printable(" ".join(str(error).split()))
+        parser.exit(1, f"{parser.prog}: error: {reason}\n")
     finally:
         if measurer is not None:
             measurer.close()

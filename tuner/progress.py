@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import TextIO
 
+from numflash.printable import printable
 from numflash_tuner.records import FAILURES, OUTCOMES, Record
 from numflash_tuner.results import format_ms
 
@@ -49,7 +50,7 @@ class Progress:
             earlier: records of trials that a run before this one made: they count as done, but
                 not for the pace.
         """
-        self._total, self._title = total, _printable(title)
+        self._total, self._title = total, printable(title)
         self._stream = sys.stderr if stream is None else stream
         self._clock, self._time_budget = clock, time_budget
         self._terminal = _is_terminal(self._stream)
@@ -96,7 +97,7 @@ class Progress:
 
     def note(self, text: str) -> None:
         """Print a line of its own, above the bar."""
-        lines = "".join(_printable(line) + "\n" for line in text.splitlines() or [""])
+        lines = "".join(printable(line) + "\n" for line in text.splitlines() or [""])
         self._write((_CLEAR if self._terminal else "") + lines)
         if self._terminal:
             self._draw()
@@ -152,7 +153,9 @@ class Progress:
         if self._best is not None:
             about = "" if self._best.median_ms is not None else "predicted "
             text = f"best {about}{format_ms(self._best.time_ms)} ms"
-            pieces.append((text if "config" in dropped else f"{text} {self._best.config}", "best"))
+            pieces.append(
+                (text if "config" in dropped else f"{text} {printable(self._best.config)}", "best")
+            )
         if "counts" not in dropped:
             for outcome in OUTCOMES:
                 if count := self._counts[outcome]:
@@ -225,11 +228,6 @@ def _encodable(text: str, stream: TextIO, otherwise: str) -> str:
     except (UnicodeError, LookupError):
         return otherwise
     return text
-
-
-def _printable(text: str) -> str:
-    """Names come from files: control characters must not reach the terminal."""
-    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def _cell_width(character: str) -> int:

@@ -21,6 +21,7 @@ from numflash.configs import Config
 from numflash_tuner import SAMPLERS, model
 from numflash_tuner.candidates import Candidates
 from numflash_tuner.measuring.measurer import Measurer
+from numflash_tuner.ordered import OrderedSampler
 from numflash_tuner.pool import CompilePool, Examined
 from numflash_tuner.records import FAILURES, Record
 from numflash_tuner.space import Space
@@ -73,13 +74,14 @@ def make_sampler(name: str, seed: int | None) -> optuna.samplers.BaseSampler:
     if name not in SAMPLERS:
         raise ValueError(f"the sampler must be one of {', '.join(SAMPLERS)}, got {name!r}")
     if name == "tpe":
-        return optuna.samplers.TPESampler(seed=seed, constant_liar=True)
+        return OrderedSampler(optuna.samplers.TPESampler(seed=seed, constant_liar=True))
     if name == "cmaes":
         try:
             import cmaes  # noqa: F401
         except ImportError as error:
             raise ImportError("the sampler cmaes needs: pip install cmaes") from error
-        return optuna.samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False)
+        found = optuna.samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False)
+        return OrderedSampler(found)
     # The grid is walked here; the sampler only fills in what is not asked for.
     return optuna.samplers.RandomSampler(seed=seed)
 

@@ -30,7 +30,7 @@ from numflash_tuner.records import Record
 from numflash_tuner.results import Result
 from numflash_tuner.search import Search, StoppingRules, make_sampler
 from numflash_tuner.space import Budgets, Space
-from numflash_tuner.studies import StorageError, open_study
+from numflash_tuner.studies import FORMAT, StorageError, open_study
 
 _log = logging.getLogger("numflash")
 
@@ -131,7 +131,7 @@ class Session:
             self.measurer,
             rules,
             sampler=sampler,
-            first=self._incumbent(space),
+            first=[entry.config for entry in self._incumbents(space)],
             ahead=self.options.jobs + 2,
             clock=self._clock,
         )
@@ -140,12 +140,12 @@ class Session:
                 search.run(on_record, on_idle)
             except BaseException:
                 with suppress(LookupError):
-                    self._remember(space, *search.winner(again=False))
+                    self._remember(space, search, *search.winner(again=False))
                 raise
         if not search.ledger.records():
             raise LookupError(f"no config of {space.problem} was tried: the time was over before")
         default, best = search.winner()
-        self._remember(space, default, best)
+        self._remember(space, search, default, best)
         return Result(
             device=self.device.name,
             arch=self.device.arch,
@@ -191,19 +191,29 @@ class Session:
     def _study_name(self, space: Space) -> str:
         """What trials of one study have in common, so that they can be compared."""
         made = [source_hash(), sorted(versions().items()), space.budgets, space.dimensions]
-        made.append(model.source_hash())
+        made += [model.source_hash(), FORMAT]
         digest = sha256(repr(made).encode()).hexdigest()[:12]
         return f"{space.problem} on {self.device}, {self.origin}, {digest}"
 
-    def _incumbent(self, space: Space) -> list[str]:
-        """The config that is remembered for a class: it has to be beaten."""
-        entries = store.read(self.device)
-        return [entry.config for entry in entries if entry.problem == space.problem]
+    def _incumbents(self, space: Space) -> list[Entry]:
+        """What is remembered for a class: their configs have to be beaten."""
+        return [entry for entry in store.read(self.device) if entry.problem == space.problem]
 
-    def _remember(self, space: Space, default: Record, best: Record) -> None:
-        """Write the winner to the config cache; what goes wrong is logged."""
+    def _remember(self, space: Space, search: Search, default: Record, best: Record) -> None:
+        """Write the winner to the config cache; what goes wrong is logged.
+
+        An entry whose config this search has tried gives way even where its time is shorter: that
+        time is of another run, under another clock or of another model.
+        """
         if not math.isfinite(best.time_ms):
             return
+        records = search.ledger.records()
+        tried = {record.config for record in records if math.isfinite(record.time_ms)}
+        retried = [
+            entry
+            for entry in self._incumbents(space)
+            if entry.origin == self.origin and entry.config in tried
+        ]
         entry = Entry(
             problem=space.problem,
             config=best.config,
@@ -217,7 +227,7 @@ class Session:
             default_ms=default.time_ms if math.isfinite(default.time_ms) else None,
         )
         try:
-            store.add(self.device, [entry])
+            store.add(self.device, [entry], [e for e in retried if e.key == entry.key])
         except OSError as error:
             path = store.path_of(self.device)
             _log.warning("cannot write %s (%s): the config found is not remembered", path, error)

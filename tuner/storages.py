@@ -4,6 +4,7 @@ Whatever is told of a storage hides the password in its URL.
 """
 
 import contextlib
+import functools
 import os
 import random
 import re
@@ -17,7 +18,7 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 
 from numflash.cache import cache_dir
-from numflash.files import locked
+from numflash.files import locked, open_unlinked, refuse_link
 
 _CONNECT_SECONDS = 10
 # Several processes that make the same tables at once are in each other's way.
@@ -74,6 +75,7 @@ def open_storage(url: str | None, name: str) -> BaseStorage:
     path = _journal(url, name)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        refuse_link(path)
         return JournalStorage(JournalFileBackend(str(path), _JournalLock(path)))
     except OSError as error:
         raise StorageError(f"the journal {path} cannot be written: {error}") from error
@@ -122,7 +124,8 @@ class _JournalLock:
 
 
 def _cut_torn_line(path: Path) -> None:
-    with contextlib.suppress(FileNotFoundError), open(path, "r+b") as file:
+    opened = functools.partial(open, path, "r+b", opener=open_unlinked)
+    with contextlib.suppress(FileNotFoundError), opened() as file:
         if not file.seek(0, os.SEEK_END):
             return
         file.seek(-1, os.SEEK_END)

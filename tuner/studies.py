@@ -37,8 +37,10 @@ from numflash_tuner.storages import (
     shown,
 )
 
-__all__ = ["ENVIRONMENT", "Ledger", "StorageError", "journal_path", "open_study"]
+__all__ = ["ENVIRONMENT", "FORMAT", "Ledger", "StorageError", "journal_path", "open_study"]
 
+FORMAT = "values"
+"""What parameters of trials are; part of the names of studies, which were of indices once."""
 ENVIRONMENT = ("timeout", "launch_failed", "compile_failed")
 """Outcomes that may be the machine's fault: a later run tries the config once more."""
 _BEAT_SECONDS = 30
@@ -144,12 +146,24 @@ class Ledger:
         self._reach(self.study.enqueue_trial, dict(params))
 
     def ask(self, distributions: Mapping[str, BaseDistribution] | None = None) -> Trial:
-        """A new trial of this process, with the parameters that the sampler proposes."""
+        """A new trial of this process, with the parameters that the sampler proposes.
+
+        Raises StorageError also where the study has other choices: somebody else's, or those of
+        another version of numflash.
+        """
         # Step by step, so that what fails is repeated alone and the trial is not lost.
         trial = self._reach(self.study.ask)
         self.begin(trial)
-        for name, distribution in (distributions or {}).items():
-            self._reach(_suggest, trial, name, distribution)
+        try:
+            for name, distribution in (distributions or {}).items():
+                self._reach(_suggest, trial, name, distribution)
+        except ValueError as error:
+            self.give_up(trial)
+            place, _ = self._place()
+            raise StorageError(
+                f"the study {self.study.study_name!r} in {place} has other choices ({error}): it "
+                "is of another version of numflash; begin anew in another --storage"
+            ) from error
         return trial
 
     def begin(self, trial: Trial) -> None:
@@ -297,13 +311,17 @@ class Ledger:
             except (json.JSONDecodeError, KeyError) as error:
                 # The storage answers, but no longer with this study.
                 pause, reason, cause = None, f"it is damaged: {error}", error
-            place, url = _places.get(self.study, (f"the study {self.study.study_name}", None))
+            place, url = self._place()
             reason = hide_password(reason, url)
             if pause is None:
                 self._lost = StorageError(f"{place} can no longer be used: {reason}")
                 raise self._lost from cause
             _log.warning("%s fails (%s); trying again in %g s", place, reason, pause)
             self._sleep(pause)
+
+    def _place(self) -> tuple[str, str | None]:
+        """How messages call the storage, and its URL."""
+        return _places.get(self.study, (f"the study {self.study.study_name}", None))
 
 
 def _suggest(trial: Trial, name: str, distribution: BaseDistribution) -> None:

@@ -213,6 +213,16 @@ def test_of_equal_distance_the_current_then_the_measured_wins():
     assert str(find().config) == "sm80-m16n16w1s1" and find().is_final
 
 
+def test_of_entries_of_other_kernels_the_newest_is_near_and_one_of_the_future_last():
+    configs = {"2026-11-03": 32, "2026-11-05": 64, "2026-11-04": 128, "2099-01-01": 16}
+    for date, n in configs.items():
+        old = {"kernels": f"of {date}", "date": f"{date}T00:00:00Z"}
+        store.add(HERE, [entry(config=f"sm80-m{n}n32w{n // 16}s1", **old)])
+    assert str(find().config).startswith("sm80-m64n32")
+    store.add(HERE, [entry(kernels="other", date="2026-11-01T00:00:00Z", origin="measured")])
+    assert str(find().config) == "sm80-m64n32w4s2"
+
+
 def test_tiles_that_would_mostly_idle_are_passed_over():
     side = "forward float16-d64-dv64-vec full q1024 k512 bh8 g1"
     store.add(HERE, [entry(side, "sm80-m128n64w4s1")])
@@ -373,6 +383,16 @@ def test_a_capture_that_cannot_be_written_is_only_a_warning(tmp_path, monkeypatc
         capture.note(WANTED)
         capture.note(WANTED)
     assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("target", ["mine", "absent"])
+def test_classes_are_not_captured_through_a_link(tmp_path, monkeypatch, caplog, target):
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "classes").symlink_to(tmp_path / target)
+    monkeypatch.setenv("NUMFLASH_CAPTURE", str(tmp_path / "classes"))
+    capture.note(WANTED)
+    assert "a symbolic link is not written through" in caplog.text
+    assert (tmp_path / "mine").read_text() == "mine" and not (tmp_path / "absent").exists()
 
 
 def test_a_damaged_capture_names_the_line(tmp_path):

@@ -15,6 +15,7 @@ import pytest
 
 pytest.importorskip("optuna")
 import optuna
+from optuna.distributions import CategoricalDistribution, IntDistribution
 from optuna.exceptions import StorageInternalError
 from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
@@ -125,6 +126,24 @@ def configs_of(ledger):
     return [record.config for record in ledger.records()]
 
 
+def test_a_study_with_other_choices_is_refused_in_words(tmp_path):
+    path = tmp_path / "study.journal"
+    before = ledger_of(path)
+    trial = before.ask({"tile_m": IntDistribution(0, 3)})
+    assert before.claim(trial, "a")
+    before.finish(trial, Record("a", "predicted", predicted_ms=1.0))
+    after = ledger_of(path)
+    assert configs_of(after) == ["a"]
+    for other in (CategoricalDistribution((16, 32, 48, 64)), CategoricalDistribution((16, 64))):
+        with pytest.raises(StorageError) as refused:
+            after.ask({"tile_m": other})
+        said = str(refused.value)
+        assert f"the study 'numbers' in the journal {path} has other choices" in said
+        assert "begin anew in another --storage" in said
+    states = Counter(trial.state for trial in after.study.get_trials())
+    assert states == {TrialState.COMPLETE: 1, TrialState.FAIL: 2}
+
+
 def test_a_line_cut_short_by_a_kill_does_no_harm(tmp_path):
     path = tmp_path / "study.journal"
     open_before = ledger_of(path)
@@ -142,6 +161,30 @@ def test_a_line_cut_short_by_a_kill_does_no_harm(tmp_path):
     for ledger in (open_before, opened_after, ledger_of(path)):
         assert configs_of(ledger) == ["a", "b", "c"]
     assert all(json.loads(line) for line in path.read_text().splitlines())
+
+
+@pytest.mark.parametrize("content", [None, b"mine", b"mine\n", b'{"op_code":5'])
+def test_a_link_in_place_of_a_journal_is_not_written_through(tmp_path, content):
+    path, elsewhere = tmp_path / "study.journal", tmp_path / "elsewhere"
+    if content is not None:
+        elsewhere.write_bytes(content)
+    path.symlink_to(elsewhere)
+    with pytest.raises(StorageError, match="a symbolic link is not written through"):
+        ledger_of(path)
+    assert elsewhere.exists() == (content is not None)
+    assert content is None or elsewhere.read_bytes() == content
+
+
+def test_a_journal_that_becomes_a_link_is_not_written_through(tmp_path):
+    path, elsewhere = tmp_path / "study.journal", tmp_path / "elsewhere"
+    ledger = Ledger(ledger_of(path).study, sleep=lambda seconds: None)
+    elsewhere.write_bytes(path.read_bytes() + b'{"op_code":5')
+    before = elsewhere.read_bytes()
+    path.unlink()
+    path.symlink_to(elsewhere)
+    with pytest.raises(StorageError, match="a symbolic link is not written through"):
+        ledger.ask()
+    assert elsewhere.read_bytes() == before
 
 
 def test_a_line_that_a_peer_is_writing_is_not_cut(tmp_path):

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from numflash.cache import cache_dir
+from numflash.files import open_unlinked
 
 if sys.platform == "win32":
     import msvcrt
@@ -35,7 +36,7 @@ def device_lock(name: str) -> Iterator[None]:
     try:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            handle = open_unlinked(path, os.O_RDWR | os.O_CREAT)
             _lock(handle)
         except OSError as error:
             _log.warning("measuring without the lock that keeps other processes away: %s", error)

@@ -16,10 +16,18 @@ from numflash_tuner.machines import Machine
 from numflash_tuner.model import hopper, prediction
 from numflash_tuner.model.errors import gain_needed
 from numflash_tuner.model.machine_code import MachineCode
-from numflash_tuner.model.prediction import Prediction, floor_ms
+from numflash_tuner.model.prediction import Prediction, floor_ms, multiply_adds
 from numflash_tuner.records import ResourceUsage
 
-__all__ = ["Prediction", "estimate", "floor_ms", "gain_needed", "predict", "source_hash"]
+__all__ = [
+    "Prediction",
+    "estimate",
+    "floor_ms",
+    "gain_needed",
+    "multiply_adds",
+    "predict",
+    "source_hash",
+]
 
 
 def predict(

@@ -184,16 +184,20 @@ def floor_ms(machine: Machine, problem: ProblemClass) -> dict[str, float]:
     and results written once. The matrix rate is that of `mma.sync`, of `wgmma` where a family has
     kernels with it, or of FFMA where the tensor cores have no such product.
     """
-    traits, scores = problem.traits, visible_scores(problem)
     per_ms = machine.num_sms * machine.clock_mhz * 1e3
     parts = {"memory": io_bytes(problem) / machine.memory_gbps / 1e6}
-    if problem.family in _PRODUCTS:
-        products = _PRODUCTS[problem.family]
-        columns = products // 2 * (traits.head_dim + traits.head_dim_v)
-        columns += products % 2 * traits.head_dim
-        parts["matrix"] = scores * columns / (_matrix_rate(machine, problem) * per_ms)
-        parts["exponential"] = scores / (machine.sfu_lanes * per_ms)
+    if terms := multiply_adds(problem):
+        parts["matrix"] = terms / (_matrix_rate(machine, problem) * per_ms)
+        parts["exponential"] = visible_scores(problem) / (machine.sfu_lanes * per_ms)
     return {**parts, "floor": max(parts.values())}
+
+
+def multiply_adds(problem: ProblemClass) -> int:
+    """Those of a family's matrix products, of scores that are not masked; 0 if it has none."""
+    products, traits = _PRODUCTS.get(problem.family, 0), problem.traits
+    columns = products // 2 * (traits.head_dim + traits.head_dim_v)
+    columns += products % 2 * traits.head_dim
+    return visible_scores(problem) * columns if products else 0
 
 
 def _matrix_rate(machine: Machine, problem: ProblemClass) -> float:
