@@ -50,6 +50,8 @@ _COMPILERS = (
 _LINKERS = ("nvidia-nvjitlink", "nvidia-nvjitlink-cu12")
 _PACKAGE = Path(__file__).parent
 _SOURCES = ("ptx", "tiles", "kernels", "configs", "compiler.py")
+# Local memory of a thread, CUDA C++ Programming Guide, "Compute Capabilities".
+_LOCAL_BYTES = 512 * 1024
 # What Numba takes from NUMBA_* variables, a `.numba_config.yaml` or `numba.config` alone, although
 # it changes machine code or breaks the compiler. What is an argument is given with the call.
 _NUMBA_SETTINGS = {"FORCE_CUDA_CC": None, "CUDA_ENABLE_NRT": False, "DEBUG_JIT": 0}
@@ -98,13 +100,16 @@ def get_cubin(config: Config, traits: Traits, limits: Architecture) -> Cubin:
     if cubin is None:
         with _lock:
             cubin = (
-                _cubins.get(key) or _from_disk(key) or _compile_logged(key, config, traits, limits)
+                _cubins.get(key)
+                or _from_disk(key, limits)
+                or _compile_logged(key, config, traits, limits)
             )
             _cubins[key] = cubin
     return cubin
 
 
-def _from_disk(key: str) -> Cubin | None:
+def _from_disk(key: str, limits: Architecture) -> Cubin | None:
+    """What is stored under a key, if a kernel for this GPU can be like that."""
     stored = disk.read(key)
     if stored is None:
         return None
@@ -112,9 +117,34 @@ def _from_disk(key: str) -> Cubin | None:
     try:
         header["parameters"] = tuple((name, letter) for name, letter in header["parameters"])
         header["warnings"] = tuple(header["warnings"])
-        return Cubin(**header, code=code)
+        cubin = Cubin(**header, code=code)
+        return cubin if _is_plausible(cubin, limits) else None
     except (KeyError, TypeError, ValueError):
         return None
+
+
+def _is_plausible(cubin: Cubin, limits: Architecture) -> bool:
+    """Whether what a launch takes from a header has its type and is within the GPU's limits."""
+    numbers = (
+        (cubin.num_threads, 1, 1024),
+        (cubin.smem_bytes, 0, limits.max_smem_per_block),
+        (cubin.registers, 1, 255),
+        (cubin.spill_store_bytes, 0, _LOCAL_BYTES),
+        (cubin.spill_load_bytes, 0, _LOCAL_BYTES),
+        (cubin.stack_bytes, 0, _LOCAL_BYTES),
+        (1 if cubin.min_blocks is None else cubin.min_blocks, 1, limits.max_blocks_per_sm),
+    )
+    texts = [cubin.entry, *cubin.warnings, *(name for name, _ in cubin.parameters)]
+    return (
+        all(type(number) is int and low <= number <= high for number, low, high in numbers)
+        and all(isinstance(text, str) for text in texts)
+        and all(letter in ("f", "i", "q", "P", "T") for _, letter in cubin.parameters)
+        and type(cubin.compile_ms) is float
+        and cubin.compile_ms >= 0
+        and cubin.code.startswith(b"\x7fELF")
+        and bool(cubin.entry)
+        and cubin.entry.encode() in cubin.code
+    )
 
 
 def _compile_logged(key: str, config: Config, traits: Traits, limits: Architecture) -> Cubin:

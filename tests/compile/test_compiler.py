@@ -3,13 +3,14 @@
 import gc
 import json
 import logging
+import math
 import os
 import re
 import shutil
 import subprocess
 import sys
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -38,6 +39,11 @@ from numflash.sass import disassemble
 
 CONFIG, TRAITS, LIMITS = DeltaConfig(8), Traits("float16", 64, 64), ARCHITECTURES["sm_80"]
 ELF = b"\x7fELF"
+# What a cubin's header says in numbers.
+NUMBERS = (
+    *("num_threads", "smem_bytes", "registers", "min_blocks"),
+    *("spill_store_bytes", "spill_load_bytes", "stack_bytes"),
+)
 
 # Loads or compiles the kernel of this file in a process of its own, and says how that went.
 CHILD = """
@@ -154,7 +160,7 @@ def test_two_processes_compile_at_once(cache_directory, good):
         assert child["registers"] == good.registers
     (file,) = cache_directory.iterdir()
     assert file.suffix == ".cubin"
-    assert compiler._from_disk(key_of(CONFIG, TRAITS, LIMITS)).registers == good.registers
+    assert compiler._from_disk(key_of(CONFIG, TRAITS, LIMITS), LIMITS).registers == good.registers
 
 
 def key_of(*arguments):
@@ -218,6 +224,48 @@ def test_a_header_of_another_version_is_compiled_again(
     cache.write(key_of(CONFIG, TRAITS, LIMITS), header, good.code)
     assert get_cubin(CONFIG, TRAITS, LIMITS) == good
     assert len(compilations) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, value) for name in NUMBERS for value in (-1, 10**9, 10**400, 1.5, True, "1", [])),
+        ("num_threads", 0),
+        ("num_threads", 1025),
+        ("smem_bytes", LIMITS.max_smem_per_block + 1),
+        ("registers", 256),
+        ("min_blocks", 0),
+        ("min_blocks", 33),
+        ("entry", ""),
+        ("entry", "no such symbol"),
+        ("entry", "\ud800"),
+        ("entry", None),
+        ("parameters", [["x", "Z"]]),
+        ("parameters", [["x", "PP"]]),
+        ("parameters", [[1, "P"]]),
+        ("parameters", [["x", {}]]),
+        ("parameters", ["P"]),
+        ("warnings", [3]),
+        ("warnings", None),
+        ("compile_ms", math.nan),
+        ("compile_ms", "1"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_a_header_that_no_kernel_has_is_compiled_again(
+    name, value, cache_directory, compilations, good
+):
+    key = key_of(CONFIG, TRAITS, LIMITS)
+    header = {field: text for field, text in asdict(good).items() if field != "code"}
+    cache.write(key, {**header, name: value}, good.code)
+    assert get_cubin(CONFIG, TRAITS, LIMITS) == good and len(compilations) == 1
+
+
+def test_what_is_no_machine_code_is_compiled_again(cache_directory, compilations, good):
+    key = key_of(CONFIG, TRAITS, LIMITS)
+    header = {field: text for field, text in asdict(good).items() if field != "code"}
+    cache.write(key, header, b"#!/bin/sh " + good.code)
+    assert get_cubin(CONFIG, TRAITS, LIMITS) == good and len(compilations) == 1
 
 
 def test_a_file_under_another_kernels_name_is_not_taken(cache_directory, compilations):
