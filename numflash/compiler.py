@@ -157,6 +157,25 @@ def _compile_logged(key: str, config: Config, traits: Traits, limits: Architectu
     return cubin
 
 
+def warn_of_spills(what: str, cubin: Cubin) -> None:
+    """Say once if CUDA 12's compilers have left a kernel's registers in memory.
+
+    Configs are chosen for what CUDA 13's make of them. CUDA 12's are the only ones for some
+    drivers, and make slower code for Blackwell of some of the same configs.
+    """
+    n_bytes = max(cubin.stack_bytes, cubin.spill_store_bytes, cubin.spill_load_bytes)
+    if n_bytes and (_version("cuda-bindings") or "").startswith("12."):
+        _warn_once(
+            f"{what}: CUDA 12's compilers keep {n_bytes} bytes a thread in memory instead of "
+            'registers, which is slow; with a driver for CUDA 13, pip install "numflash[cu13]"'
+        )
+
+
+@cache
+def _warn_once(text: str) -> None:
+    _log.warning("%s", text)
+
+
 def compile_cubin(config: Config, traits: Traits, limits: Architecture) -> Cubin:
     """Compile a kernel of numflash, whatever the caches hold. Raises UnsupportedError."""
     min_blocks = getattr(config, "min_blocks_per_sm", None)
