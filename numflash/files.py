@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from numflash.trust import share
+
 if sys.platform == "win32":
     import msvcrt
 else:
@@ -56,13 +58,12 @@ def open_unlinked(path: str | os.PathLike, flags: int) -> int:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of a folder, which is made if absent.
+    """Hold the lock of a folder.
 
     Raises:
         TimeoutError: others held it for LOCK_SECONDS.
-        OSError: the folder cannot be written, or its file system has no locks.
+        OSError: the folder is absent or cannot be written, or its file system has no locks.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / ".lock"
     deadline = time.monotonic() + LOCK_SECONDS
     late = TimeoutError(f"the lock {path} was held by others for {LOCK_SECONDS:g} seconds")
@@ -70,7 +71,7 @@ def locked(folder: Path) -> Iterator[None]:
     if not threads.acquire(timeout=LOCK_SECONDS):
         raise late
     try:
-        handle = open_unlinked(path, os.O_RDWR | os.O_CREAT)
+        handle = open_for_all(path)
         try:
             while not _try_lock(handle, path):
                 if time.monotonic() > deadline:
@@ -87,8 +88,24 @@ def locked(folder: Path) -> Iterator[None]:
         threads.release()
 
 
+def open_for_all(path: Path) -> int:
+    """A handle of a file that all who share its folder may write, made if absent.
+
+    Raises:
+        OSError: it cannot be opened or made, or a symbolic link is in its place.
+    """
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        return open_unlinked(path, os.O_RDWR)
+    share(handle, path.parent, 0o060)
+    return handle
+
+
 def replace_file(path: Path, text: str) -> None:
     """Write a file as a whole: it holds what it held, or all of `text`, whatever happens.
+
+    Who may write its folder as a group may read it.
 
     Raises:
         OSError: it cannot be written, or is a folder, a device or a pipe.
@@ -97,8 +114,9 @@ def replace_file(path: Path, text: str) -> None:
         raise OSError(errno.EINVAL, "only a file can be replaced", str(path))
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")
     try:
-        with open(temporary, "x", encoding="utf-8", newline="\n") as file:
+        with open(temporary, "x", encoding="utf-8", newline="\n", opener=_read_by_others) as file:
             file.write(text)
+            share(file.fileno(), path.parent, 0o040)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -114,6 +132,11 @@ def replace_file(path: Path, text: str) -> None:
                 os.fsync(folder)
             finally:
                 os.close(folder)
+
+
+def _read_by_others(path: str, flags: int) -> int:
+    # Whatever the umask lets others do: a file of the cache that they may write is not believed.
+    return os.open(path, flags, 0o644)
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -16,7 +16,7 @@ from functools import cache, lru_cache
 
 import numpy as np
 
-from numflash.compiler import Cubin, get_cubin
+from numflash.compiler import Cubin, get_cubin, warn_of_spills
 from numflash.configs import Config, Traits
 from numflash.devices import Architecture, architecture, architecture_of
 from numflash.errors import UnsupportedError
@@ -121,6 +121,7 @@ class Launcher:
             self._launch = SimulatedLaunch(kernel, num_blocks, scalars, blocks_per_sm)
         else:
             cubin = get_cubin(config, traits, limits_of_device(device))
+            warn_of_spills(f"{config.family} {config} {traits}", cubin)
             self._launch = DriverLaunch(cubin, device, num_blocks, scalars)
         self._name = f"{config.family} {config} {traits}"
 

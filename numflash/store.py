@@ -5,7 +5,8 @@ package, has the same format and may hold several devices. This module owns the 
 among entries is another's business.
 
 Readers take no lock, for a file only ever appears whole, by a rename. Writers read, modify and
-write under one lock. A file that cannot be understood is renamed, with a warning.
+write under one lock. A file that cannot be understood or trusted is renamed, with a warning; in a
+folder that others may write, nothing is read or written.
 """
 
 import json
@@ -18,7 +19,7 @@ from functools import cache
 from hashlib import sha256
 from pathlib import Path
 
-from numflash.cache import cache_dir
+from numflash.cache import cache_dir, folder_for, open_file
 from numflash.configs import parse_config
 from numflash.devices import architecture
 from numflash.entries import (
@@ -34,6 +35,7 @@ from numflash.entries import (
     parse_table,
 )
 from numflash.files import locked, remove_leftovers, replace_file
+from numflash.trust import UntrustedError
 
 _log = logging.getLogger("numflash")
 
@@ -249,11 +251,16 @@ def _best(rows: Iterable[Row]) -> dict[tuple, Row]:
     return best
 
 
+def _read_table(path: Path) -> Table:
+    with open_file(path) as file:
+        return parse_table(file.read())
+
+
 def _load(path: Path) -> Table:
     """What a file of the cache holds; nothing, with a warning, if it cannot be read."""
     try:
-        return parse_table(path.read_bytes())
-    except FileNotFoundError:
+        return _read_table(path)
+    except (FileNotFoundError, UntrustedError):
         return {}
     except OSError as error:
         _log.warning("the config cache %s cannot be read: %s", path, error)
@@ -275,18 +282,18 @@ def _load_or_set_aside(path: Path) -> Table:
         OSError: the file can be neither read nor set aside.
     """
     try:
-        return parse_table(path.read_bytes())
+        return _read_table(path)
     except FileNotFoundError:
         return {}
-    except ValueError as error:
+    except (ValueError, UntrustedError) as error:
         aside = _name_aside(path, error)
         path.rename(aside)
         _log.warning("%s is set aside as %s: %s", path, aside.name, error)
         return {}
 
 
-def _name_aside(path: Path, error: ValueError) -> Path:
-    """A free name for a file that cannot be understood."""
+def _name_aside(path: Path, error: Exception) -> Path:
+    """A free name for a file that cannot be understood or trusted."""
     foreign = isinstance(error, ForeignSchemaError)
     ending, number = (f".schema-{error.schema}", 1) if foreign else (".corrupt-1", 1)
     while (aside := path.with_name(path.name + ending)).exists():
@@ -306,7 +313,7 @@ def _update(
     global _generation
     if not entries:
         return
-    with locked(path.parent):
+    with locked(folder_for("configs")):
         remove_leftovers(path.parent)
         table = _load_or_set_aside(path)
         rows = [row for row in table.get(device, []) if row.entry not in instead_of]

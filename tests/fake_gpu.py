@@ -427,6 +427,7 @@ def fake_get_cubin(config, traits, limits) -> Cubin:
         spill_load_bytes=0,
         stack_bytes=0,
         warnings=(),
+        min_blocks=None,
         compile_ms=0.0,
         code=f"{config.family}|{config}|{traits}".encode(),
     )

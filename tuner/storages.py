@@ -17,8 +17,8 @@ from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 
-from numflash.cache import cache_dir
-from numflash.files import locked, open_unlinked, refuse_link
+from numflash.cache import cache_dir, folder_for, open_file
+from numflash.files import locked, open_for_all, open_unlinked, refuse_link
 
 _CONNECT_SECONDS = 10
 # Several processes that make the same tables at once are in each other's way.
@@ -74,8 +74,12 @@ def open_storage(url: str | None, name: str) -> BaseStorage:
         return _open_database(url)
     path = _journal(url, name)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        refuse_link(path)
+        if url is None:
+            os.close(open_for_all(folder_for(path.parent.name) / path.name))
+            open_file(path).close()
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            refuse_link(path)
         return JournalStorage(JournalFileBackend(str(path), _JournalLock(path)))
     except OSError as error:
         raise StorageError(f"the journal {path} cannot be written: {error}") from error

@@ -111,6 +111,9 @@ from numflash.ptx.wgmma import (
     wgmma_fence,
 )
 
+CODE_OPTIONS = {"debug": False, "opt": True, "lineinfo": False, "fastmath": False}
+"""What Numba is told with each function, so that none of its settings decides machine code."""
+
 if SIMULATED:
     from numflash.simulator import cuda, install
 
@@ -122,9 +125,10 @@ if SIMULATED:
 else:
     from numba import cuda
 
-    device_function = cuda.jit(device=True, forceinline=True)
+    device_function = cuda.jit(device=True, forceinline=True, **CODE_OPTIONS)
 
 __all__ = [
+    "CODE_OPTIONS",
     "CP_ASYNC_WAIT_GROUP",
     "EVICT_FIRST",
     "EVICT_LAST",

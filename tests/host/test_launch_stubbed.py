@@ -13,12 +13,14 @@ import time
 import timeit
 import types
 from collections import Counter
+from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
 
 import numflash
-from numflash import api, launch
+from numflash import api, compiler, launch
 from numflash.configs import MMA_CONFIGS, PORTABLE_CONFIGS, Traits, parse_config
 from numflash.mode import SIMULATED
 from tests import fake_gpu
@@ -605,6 +607,25 @@ def test_warmup_compiles_for_the_precision_of_the_calls(hopper, compiled, precis
     numflash.attention_backward(out, q, q, q, out, lse, precision=precision)
     assert sorted(compiled) == sorted(hopper.driver.kernels)
     assert any("tf32" in kernel for kernel in compiled) is (precision is not None)
+
+
+@pytest.mark.parametrize(
+    ("bindings", "spills", "said"),
+    [("12.9.10", 184, 1), ("12.9.10", 0, 0), ("13.5.0", 184, 0), (None, 184, 0)],
+)
+def test_what_spills_with_cuda_12_says_so_once(bindings, spills, said, gpu, monkeypatch, caplog):
+    def get_cubin(*arguments):
+        return replace(fake_gpu.fake_get_cubin(*arguments), spill_store_bytes=spills)
+
+    monkeypatch.setattr(launch, "get_cubin", get_cubin)
+    monkeypatch.setattr(compiler, "_version", lambda name: bindings)
+    monkeypatch.setattr(compiler, "_warn_once", cache(compiler._warn_once.__wrapped__))
+    for length in (SQ, 2 * SQ):
+        q = gpu.array((B, length, H, D))
+        numflash.attention(q, q, q)
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == said
+    assert all("forward" in m and "184 bytes" in m and "numflash[cu13]" in m for m in messages)
 
 
 def test_a_gpu_older_than_turing_is_unsupported(monkeypatch):

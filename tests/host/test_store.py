@@ -1,5 +1,6 @@
 """The config cache: what is kept, what is set aside, and what many processes do to it at once."""
 
+import io
 import json
 import logging
 import math
@@ -19,6 +20,7 @@ import numpy as np
 import pytest
 
 from numflash import entries, files, store
+from numflash.cache import folder_for
 from numflash.entries import Row, format_table, parse_table
 from numflash.problem_class import ProblemClass
 from numflash.store import DeviceKey, Entry, MergeCounts
@@ -471,7 +473,7 @@ def test_a_read_only_folder_is_read_and_cannot_be_added_to(read_only, warnings):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="permissions of POSIX")
 def test_a_wrong_file_in_a_read_only_folder_is_ignored(read_only, warnings, monkeypatch):
-    monkeypatch.setattr(Path, "read_bytes", lambda path: b"broken")
+    monkeypatch.setattr(store, "open_file", lambda path: io.BytesIO(b"broken"))
     assert store.read(H200) == []
     (message,) = warnings()
     assert "is ignored: it is not JSON" in message and "cannot be set aside" in message
@@ -579,6 +581,7 @@ PREAMBLE = """
 import os, signal, sys, time
 from dataclasses import replace
 from numflash import files, store
+from numflash.cache import folder_for
 from numflash.entries import parse_table
 ((A100, (OTHER,)), (H200, (ENTRY,))) = parse_table(sys.argv[1].encode()).items()
 ENTRY, OTHER = ENTRY.entry, OTHER.entry
@@ -665,7 +668,9 @@ def test_threads_that_add_at_once_lose_nothing():
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
 def test_a_lock_is_waited_for_not_for_ever_and_dies_with_its_owner(monkeypatch):
     holder = run(
-        "with files.locked(store.config_dir()):\n    print('held', flush=True)\n    time.sleep(60)"
+        "with files.locked(folder_for('configs')):\n"
+        "    print('held', flush=True)\n"
+        "    time.sleep(60)"
     )
     assert holder.stdout.readline() == "held\n"
     monkeypatch.setattr(files, "LOCK_SECONDS", 0.1)
@@ -682,13 +687,13 @@ def test_a_lock_is_waited_for_not_for_ever_and_dies_with_its_owner(monkeypatch):
 
 def test_a_thread_that_holds_the_lock_is_waited_for_not_for_ever(monkeypatch):
     monkeypatch.setattr(files, "LOCK_SECONDS", 0.1)
-    with files.locked(store.config_dir()), pytest.raises(TimeoutError, match=r"\.lock"):
+    with files.locked(folder_for("configs")), pytest.raises(TimeoutError, match=r"\.lock"):
         store.add(H200, [ENTRY])
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
 def test_a_child_forked_while_the_lock_was_held_can_take_it_later():
-    with files.locked(store.config_dir()):
+    with files.locked(folder_for("configs")):
         child = os.fork()
         if not child:
             try:

@@ -1,9 +1,12 @@
 """Which tuned config serves a problem, and what explain_dispatch says of it."""
 
+import functools
 import json
 import logging
+import os
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from timeit import timeit
 
@@ -496,7 +499,7 @@ def test_numflash_imports_neither_optuna_nor_the_tuner():
     assert json.loads(out.stdout) == []
 
 
-def test_a_user_without_a_home_has_a_cache(monkeypatch):
+def test_a_user_without_a_home_has_no_cache(monkeypatch, caplog):
     from pathlib import Path
 
     from numflash import cache
@@ -507,5 +510,14 @@ def test_a_user_without_a_home_has_a_cache(monkeypatch):
     monkeypatch.delenv("NUMFLASH_CACHE_DIR")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "expanduser", fail)
-    assert cache.cache_dir().name.startswith("numflash-")
+    monkeypatch.setattr(cache, "_nowhere", functools.cache(cache._nowhere.__wrapped__))
+    before = sorted(Path(tempfile.gettempdir()).glob("numflash*"))
     assert find() is None
+    cache.write("key", {}, b"code")
+    assert cache.read("key") is None and cache.contents() == (0, 0)
+    with pytest.raises(OSError, match=os.devnull):
+        store.add(HERE, [entry()])
+    assert sorted(Path(tempfile.gettempdir()).glob("numflash*")) == before
+    assert [r.message for r in caplog.records if "has no home" in r.message] == [
+        "this user has no home: nothing is cached unless NUMFLASH_CACHE_DIR is set"
+    ]

@@ -529,6 +529,23 @@ def test_the_journal_lies_in_the_cache_under_a_readable_name(tmp_path, monkeypat
     assert path != journal_path("forward float16 on NVIDIA H200; measured")
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="permissions of POSIX")
+@pytest.mark.parametrize("what", ["cache", "studies", "file"])
+def test_a_journal_in_the_cache_that_others_may_write_is_not_used(what, tmp_path, monkeypatch):
+    monkeypatch.setenv("NUMFLASH_CACHE_DIR", str(tmp_path / "cache"))
+    storages.open_storage(None, "x")
+    path = journal_path("x")
+    assert [p.stat().st_mode & 0o777 for p in (path.parent.parent, path.parent, path)] == [
+        *(0o700, 0o700, 0o600)
+    ]
+    spoiled = {"cache": path.parent.parent, "studies": path.parent, "file": path}[what]
+    spoiled.chmod(0o777)
+    with pytest.raises(StorageError, match="everyone may write it") as error:
+        storages.open_storage(None, "x")
+    # What makes a session go on in memory.
+    assert isinstance(error.value.__cause__, OSError)
+
+
 @pytest.mark.parametrize(
     "url, words",
     [
