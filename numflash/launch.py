@@ -38,9 +38,14 @@ def limits_of_device(device: int) -> Architecture:
 
     Raises:
         UnsupportedError: no driver, or a GPU older than Turing.
+        ValueError: NUMFLASH_SIM_ARCH names no architecture.
     """
     if SIMULATED:
-        return architecture(os.environ.get("NUMFLASH_SIM_ARCH", _SIMULATED_ARCHITECTURE))
+        name = os.environ.get("NUMFLASH_SIM_ARCH") or _SIMULATED_ARCHITECTURE
+        try:
+            return architecture(name)
+        except ValueError as error:
+            raise ValueError(f"NUMFLASH_SIM_ARCH: {error}") from error
     names = "COMPUTE_CAPABILITY_MAJOR", "COMPUTE_CAPABILITY_MINOR"
     capability = _attributes(device, *names)
     try:

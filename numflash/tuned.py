@@ -16,7 +16,7 @@ import math
 import os
 from dataclasses import dataclass, replace
 
-from numflash import store
+from numflash import store, switches
 from numflash.compiler import source_hash, versions
 from numflash.configs import Config, MmaConfig, Sm90ForwardConfig, Traits, parse_config
 from numflash.devices import Architecture
@@ -53,8 +53,8 @@ _warned: set[tuple] = set()
 
 
 def enabled() -> bool:
-    """Whether tuned configs are used."""
-    return os.environ.get("NUMFLASH_TUNED", "1") != "0"
+    """Whether tuned configs are used. Raises ValueError if NUMFLASH_TUNED is no switch."""
+    return switches.is_on("NUMFLASH_TUNED", default=True)
 
 
 def find(

@@ -17,6 +17,7 @@ ROOT = Path(numflash.__file__).parent
 ARROWS = {
     "errors": "",
     "mode": "",
+    "switches": "",
     "sass": "errors",
     "devices": "",
     "cache": "",
@@ -33,9 +34,9 @@ ARROWS = {
     "store": "cache configs devices entries files",
     "tensor_maps": "configs problem",
     "capture": "problem_class",
-    "autotune": "mode problem_class",
+    "autotune": "mode problem_class switches",
     "dispatch": "configs devices errors problem",
-    "tuned": "compiler configs devices dispatch entries errors problem_class store",
+    "tuned": "compiler configs devices dispatch entries errors problem_class store switches",
     "simulator": "mode tensor_maps",
     "ptx": "formats mode simulator",
     "tiles": "ptx",
@@ -71,7 +72,7 @@ OUTSIDE = {
     "ml_dtypes": "*",
     "greenlet": "simulator",
     "llvmlite": "ptx compiler",
-    "numba": "ptx compiler launch simulator arrays(f)",
+    "numba": "ptx compiler launch simulator arrays(f) mode(f)",
     "cuda": "compiler(f) launch(f) info(f)",
     "cupy": "arrays(f)",
 }
