@@ -24,7 +24,7 @@ from numflash.fp8_options import (
     take_apart,
     with_budget,
 )
-from numflash.launch import limits_of_device, multiprocessors
+from numflash.launch import limits_of_device, load, multiprocessors
 from numflash.mode import SIMULATED
 from numflash.problem import expect_contiguous_rows, expect_head_dim, expect_precision
 from numflash.selection import BACKWARD, device_key
@@ -118,9 +118,11 @@ def attention(
         ValueError: shapes that do not fit together, values out of range.
         UnsupportedError: possible in principle, not here (head_dim above 256, an old GPU, ...).
 
-    The kernels are enqueued, not waited for. Memory beyond the results: nothing, or, where few
-    queries make it worthwhile to split the keys over blocks, num_splits float32 copies of the
-    results; with precision="fp8" codes and scales of what is quantised.
+    The kernels are enqueued, not waited for. A CUDA graph can capture a call once its kernels are
+    compiled and loaded: by an equal call or `plan` before, or by `warmup`. Memory beyond the
+    results: nothing, or, where few queries make it worthwhile to split the keys over blocks,
+    num_splits float32 copies of the results; with precision="fp8" codes and scales of what is
+    quantised.
 
     Sources: FlashAttention-2, arXiv 2307.08691; FlashAttention-3, arXiv 2407.08608, for FP8.
     """
@@ -293,7 +295,7 @@ def warmup(
     backward: bool = False,
     device: int = 0,
 ) -> None:
-    """Compile ahead what `attention` needs, so that the first call does not wait.
+    """Compile and load ahead what `attention` needs, so that the first call does not wait.
 
     Args:
         dtype: "float16", "bfloat16" or "float32".
@@ -348,7 +350,7 @@ def warmup(
             # Which of them a call takes depends on sizes that are not known yet.
             choices += tuned.choices(family, traits, device_key(device), limits)
         for choice in choices:
-            get_cubin(choice.config, choice.traits, limits)
+            load(get_cubin(choice.config, choice.traits, limits), device)
         choice = choices[0]
         if family == "forward" and isinstance(choice.config, MmaConfig):
             blocks = -(-seqlen_q // choice.config.block_rows)
@@ -356,8 +358,8 @@ def warmup(
             if num_splits(choice.config, traits, limits, num_sms, blocks, seqlen_k) > 1:
                 split = replace(choice.config, num_splits=2)
                 combine = choose("combine", traits, limits)
-                get_cubin(split, choice.traits, limits)
-                get_cubin(combine.config, combine.traits, limits)
+                for each in (replace(choice, config=split), combine):
+                    load(get_cubin(each.config, each.traits, limits), device)
 
 
 def _warm_up_fp8(dtype, q_size, v_size, alibi: bool, device: int, options: dict) -> None:

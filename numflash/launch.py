@@ -146,7 +146,7 @@ class DriverLaunch:
 
     def __init__(self, cubin: Cubin, device: int, num_blocks: int, scalars: dict):
         self.driver, self.device = _driver(), device
-        self.function = _load(cubin, device)
+        self.function = load(cubin, device)
         self.geometry = (num_blocks, 1, 1, cubin.num_threads, 1, 1, cubin.smem_bytes)
         # What a launch fills in comes first: maps, which are aligned, and pointers.
         kinds = {"T": 0, "P": 1}
@@ -185,26 +185,14 @@ class DriverLaunch:
         values = maps + pointers
 
         def launch(stream: int, _keep_alive=(bound, mapped)) -> None:
-            self._in_context(self._launch, values, stream)
+            _in_context(self.device, self._launch, values, stream)
 
         return launch
 
     def _encoder(self, layout: TensorLayout) -> Callable[[int], bytes]:
         """The map of a tensor of this layout by its address."""
         encode = encoder(self.driver, layout)
-        return lru_cache(_MAX_MAPS)(lambda pointer: self._in_context(encode, pointer))
-
-    def _in_context(self, call: Callable, *arguments):
-        """A call with the device's primary context current."""
-        driver = self.driver
-        status, current = driver.cuCtxGetDevice()
-        if not status and int(current) == self.device:
-            return call(*arguments)
-        _checked(driver.cuCtxPushCurrent(_primary_context(self.device)))
-        try:
-            return call(*arguments)
-        finally:
-            _checked(driver.cuCtxPopCurrent())
+        return lru_cache(_MAX_MAPS)(lambda pointer: _in_context(self.device, encode, pointer))
 
     def _launch(self, values: list[bytes | int], stream: int) -> None:
         with self.lock:
@@ -281,12 +269,29 @@ def _primary_context(device: int):
     return _checked(driver.cuDevicePrimaryCtxRetain(_checked(driver.cuDeviceGet(device))))
 
 
+def _in_context(device: int, call: Callable, *arguments):
+    """A call with the device's primary context current."""
+    driver = _driver()
+    status, current = driver.cuCtxGetDevice()
+    if not status and int(current) == device:
+        return call(*arguments)
+    _checked(driver.cuCtxPushCurrent(_primary_context(device)))
+    try:
+        return call(*arguments)
+    finally:
+        _checked(driver.cuCtxPopCurrent())
+
+
 _loaded: dict[tuple[str, int, bytes], object] = {}
 _loading = threading.Lock()
 
 
-def _load(cubin: Cubin, device: int):
-    """The kernel of a cubin on a device, allowed all the shared memory it needs."""
+def load(cubin: Cubin, device: int):
+    """The kernel of a cubin on a device, loaded, and allowed all the shared memory it needs.
+
+    Raises:
+        RuntimeError: the driver refuses.
+    """
     # Machine code of equal bytes is the same kernel.
     key = (cubin.entry, device, cubin.code)
     with _loading:
@@ -303,9 +308,27 @@ def _load(cubin: Cubin, device: int):
                         _checked(driver.cuDeviceGet(device)),
                     )
                 )
+            _in_context(device, _load_now, kernel)
             # The driver takes a kernel wherever it takes a function.
             _loaded[key] = driver.CUfunction(int(kernel))
         return _loaded[key]
+
+
+def _load_now(kernel) -> None:
+    """Load a kernel into the current context.
+
+    By itself the driver does so when the kernel is first launched (CUDA_MODULE_LOADING is LAZY
+    unless told otherwise), which may be inside a graph capture, where memory is not to be had.
+    """
+    driver = _driver()
+    function = _checked(driver.cuKernelGetFunction(kernel))
+    try:
+        result = driver.cuFuncLoad(function)
+    except (AttributeError, RuntimeError):
+        # It is of CUDA 12.4. Bindings or drivers before do not have it, and load a kernel when
+        # its function is asked for (CUDA C++ Programming Guide 12.2, "Lazy Loading").
+        return
+    _checked(result)
 
 
 def _checked(result: tuple):
