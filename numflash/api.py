@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from numflash import tuned
-from numflash.arrays import library_of, stream_address
+from numflash.arrays import library_of, on_stream, stream_address
 from numflash.calls import DEFAULTS, Backward, Forward
 from numflash.compiler import get_cubin
 from numflash.configs import Config, MmaConfig, Traits, padded_head_dim
@@ -98,7 +98,8 @@ def attention(
             that of its result; None means 0.1. The error of 8 bits on random numbers is 0.05.
         return_lse: also return the log-sum-exp.
         return_decision: with precision="auto", also return which heads were computed in 8 bits.
-        out: an array to write the result to; it must not overlap an input.
+        out: an array to write the result to; it must not overlap an input. What reads it must
+            come after the call on `stream`.
         stream: a CUDA stream, or its address, to allocate and launch on; None is the current one
             of the array library of q.
         config: run the kernel with this config, as in "sm80-m128n64w4s1"; a dictionary may also
@@ -143,8 +144,7 @@ def attention(
         raise ValueError(f'return_decision goes with precision="auto", got {precision!r}')
     descales = q_descale, k_descale, v_descale
     bound = _bind_forward(q, k, v, out, options, stream, descales)
-    result, lse, launch, stream, _, decision = bound
-    launch(stream)
+    result, lse, decision = bound.launch(bound.stream)
     if not (return_lse or return_decision):
         return result
     return (result, *([lse] * return_lse), *([decision] * return_decision))
@@ -209,12 +209,12 @@ def attention_backward(
     arrays = {"q": q, "k": k, "v": v, "dout": dout, "out": out, "lse": lse}
     backward, operands, stream = _prepare(Backward, arrays, options, stream)
     library = library_of(q, "q")
-    if stream is None:
-        gradients = backward(operands, library, library.stream(backward.device))
-    else:
-        with library.ordered_on(stream, backward.device):
-            gradients = backward(operands, library, stream)
-    return tuple(library.hand_back(g, q) for g in gradients)
+
+    def work(stream: int) -> tuple:
+        gradients = backward(operands, library, stream)
+        return tuple(library.hand_back(g, q, stream) for g in gradients)
+
+    return on_stream(work, stream, backward.device, arrays, operands)
 
 
 class Plan:
@@ -228,20 +228,15 @@ class Plan:
         lse: the log-sum-exp, as `attention` returns it.
         kernel: which kernel runs: family, config and what it was compiled for.
         decision: with precision="auto" a `PrecisionDecision`, made anew by each launch.
+
+    Where q is of a library that is seen through CuPy, each launch hands the same memory back anew,
+    so that this library's work comes after the launch: take the results from the plan then.
     """
 
-    def __init__(
-        self,
-        out,
-        lse,
-        launch: Callable[[int], None],
-        stream: int,
-        kernel: str,
-        decision: PrecisionDecision | None = None,
-    ):
+    def __init__(self, bound: "_BoundForward"):
         """Made by `numflash.plan`."""
-        self.out, self.lse, self.kernel, self.decision = out, lse, kernel, decision
-        self._launch, self._stream = launch, stream
+        self._bound, self.kernel = bound, bound.kernel
+        self.out, self.lse, self.decision = bound.hand_back(bound.stream)
 
     def launch(self, stream=None):
         """Enqueue the kernel and return `out`.
@@ -249,7 +244,8 @@ class Plan:
         Args:
             stream: a CUDA stream or its address; None is the one current when the plan was made.
         """
-        self._launch(self._stream if stream is None else stream_address(stream))
+        address = self._bound.stream if stream is None else stream_address(stream)
+        self.out, self.lse, self.decision = self._bound.launch(address)
         return self.out
 
 
@@ -278,7 +274,7 @@ def plan(
         view = library_of(array, name).view(array, name)
         expect_contiguous_rows(f"{name} of a plan", view)
     descales = q_descale, k_descale, v_descale
-    return Plan(*_bind_forward(q, k, v, out, {**DEFAULTS, **options}, stream, descales))
+    return Plan(_bind_forward(q, k, v, out, {**DEFAULTS, **options}, stream, descales))
 
 
 def warmup(
@@ -378,8 +374,38 @@ def _warm_up_fp8(dtype, q_size, v_size, alibi: bool, device: int, options: dict)
         kind(views, options)
 
 
-def _bind_forward(q, k, v, out, options: dict, stream, descales: tuple = (None, None, None)):
-    """Check a forward call; what `Plan` takes."""
+class _BoundForward:
+    """A forward call that is checked, allocated and bound.
+
+    Attributes:
+        stream: the address of the one that it was allocated on.
+        kernel: which kernel runs.
+    """
+
+    def __init__(
+        self,
+        launches: tuple[Callable[[int], None], ...],
+        stream: int,
+        kernel: str,
+        hand_back: Callable[[int], tuple],
+    ):
+        self._launches, self.stream, self.kernel = launches, stream, kernel
+        self.hand_back = hand_back
+
+    def launch(self, stream: int) -> tuple:
+        """Enqueue on a stream; what `hand_back` returns then."""
+        for launch in self._launches:
+            launch(stream)
+        return self.hand_back(stream)
+
+
+def _bind_forward(
+    q, k, v, out, options: dict, stream, descales: tuple = (None, None, None)
+) -> _BoundForward:
+    """Check a forward call, allocate and bind it.
+
+    Its `hand_back` gives (out, lse, decision or None) as objects of q's library.
+    """
     arrays, kind = {"q": q, "k": k, "v": v}, Forward
     if options["precision"] == "auto" or options["max_rel_error"] is not None:
         options = with_budget(options)
@@ -397,31 +423,21 @@ def _bind_forward(q, k, v, out, options: dict, stream, descales: tuple = (None, 
         arrays["out"] = out
     forward, operands, stream = _prepare(kind, arrays, options, stream)
     library = library_of(q, "q")
-    if stream is None:
-        stream = library.stream(forward.device)
-        result, lse, launches = forward.bind(operands, library)
-    else:
-        with library.ordered_on(stream, forward.device):
-            result, lse, launches = forward.bind(operands, library)
-    result = library.hand_back(result, q) if out is None else out
-    launch = _in_turn(*launches.values())
-    decision = None
-    if kind is AutoForward:
-        made = (library.hand_back(operands[x].array, q) for x in ("in_fp8", "estimate"))
-        decision = PrecisionDecision(*made)
-    return result, library.hand_back(lse, q), launch, stream, forward.kernel, decision
 
+    def work(stream: int) -> tuple:
+        return stream, *forward.bind(operands, library)
 
-def _in_turn(*launches: Callable[[int], None]) -> Callable[[int], None]:
-    """One function of the stream for several."""
-    if len(launches) == 1:
-        return launches[0]
+    stream, result, lse, launches = on_stream(work, stream, forward.device, arrays, operands)
+    decided = tuple(operands[x].array for x in ("in_fp8", "estimate") if kind is AutoForward)
 
-    def launch(stream: int) -> None:
-        for each in launches:
-            each(stream)
+    def hand_back(stream: int) -> tuple:
+        given = library.hand_back(result, q, stream) if out is None else out
+        decision = None
+        if decided:
+            decision = PrecisionDecision(*(library.hand_back(x, q, stream) for x in decided))
+        return given, library.hand_back(lse, q, stream), decision
 
-    return launch
+    return _BoundForward(tuple(launches.values()), stream, forward.kernel, hand_back)
 
 
 def _prepare(kind: type, arrays: dict[str, Any], options: dict, stream):

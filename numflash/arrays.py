@@ -8,9 +8,9 @@ Nothing here imports a library that the caller has not: an array's type says whi
 """
 
 import sys
-from collections.abc import Hashable
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Protocol
+from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -51,8 +51,12 @@ class ArrayLibrary(Protocol):
         again too early.
         """
 
-    def hand_back(self, array, like):
-        """A result made by `empty`, as the same kind of object as `like`."""
+    def hand_back(self, array, like, stream: int):
+        """A result made by `empty`, as the same kind of object as `like`.
+
+        To be called after what fills it was launched on the stream: another library is told to
+        come after that.
+        """
 
 
 class _NumPy:
@@ -96,7 +100,7 @@ class _NumPy:
     def ordered_on(self, stream, device):
         return nullcontext()
 
-    def hand_back(self, array, like):
+    def hand_back(self, array, like, stream):
         return array
 
 
@@ -146,7 +150,7 @@ class _CuPy:
         with self._on(device), self.cupy.cuda.ExternalStream(stream, device):
             yield
 
-    def hand_back(self, array, like):
+    def hand_back(self, array, like, stream):
         return array
 
 
@@ -185,7 +189,7 @@ class _Torch:
         cuda = self.torch.cuda
         return cuda.stream(cuda.ExternalStream(stream, device=device))
 
-    def hand_back(self, array, like):
+    def hand_back(self, array, like, stream):
         return array
 
 
@@ -217,15 +221,60 @@ class _Foreign(_CuPy):
             raise _not_on_gpu(array, name)
         return super().view(self._as_cupy(array), name)
 
-    def hand_back(self, array, like):
-        namespace = getattr(like, "__array_namespace__", None)
-        if namespace is not None and hasattr(namespace(), "from_dlpack"):
-            return namespace().from_dlpack(array)
-        if type(like).__module__.startswith("numba."):
-            from numba import cuda
+    def hand_back(self, array, like, stream):
+        # The other library orders its work after CuPy's current stream.
+        with self.ordered_on(stream, array.data.device_id):
+            namespace = getattr(like, "__array_namespace__", None)
+            if namespace is not None and hasattr(namespace(), "from_dlpack"):
+                return namespace().from_dlpack(array)
+            if type(like).__module__.startswith("numba."):
+                from numba import cuda
 
-            return cuda.as_cuda_array(array)
-        return array
+                # It keeps the stream for its copies; to wait for it is the caller's to decide.
+                return cuda.as_cuda_array(array, sync=False)
+            return array
+
+
+def on_stream(
+    work: Callable[[int], Any],
+    stream: int | None,
+    device: int,
+    arrays: dict[str, Any],
+    operands: dict[str, Operand],
+) -> Any:
+    """Do what allocates and copies for a call, in the order of the stream that it launches on.
+
+    Args:
+        work: takes the stream's address; what it returns is returned.
+        stream: the caller's; None is the current one of the library of the first array.
+        device: what the arrays lie on.
+        arrays: the call's, by name; every library of theirs allocates and copies on the stream.
+        operands: of these arrays. Those that are seen through CuPy are seen anew, so that what
+            filled them comes before the stream's work.
+    """
+    libraries = {}
+    for name, array in arrays.items():
+        library = library_of(array, name)
+        libraries.setdefault(type(library), library)
+    if stream is None:
+        first, *others = libraries.values()
+        stream = first.stream(device)
+        if not others:
+            return work(stream)
+    with ExitStack() as stack:
+        for library in libraries.values():
+            stack.enter_context(library.ordered_on(stream, device))
+        for name, array in arrays.items():
+            library = library_of(array, name)
+            if isinstance(library, _Foreign):
+                operands[name], _ = library.glance(array)
+        return work(stream)
+
+
+def copy_rows(operand: Operand) -> Operand:
+    """A copy, by the array's own library, whose last axis is contiguous."""
+    library = library_of(operand.array, "array")
+    return library.operand(library.with_contiguous_rows(operand.array))
 
 
 # Array type -> library; filled on first sight of a type.

@@ -135,7 +135,12 @@ def fake_cupy(memory: Memory) -> types.ModuleType:
         return empty(array.shape, array.dtype)
 
     cupy.empty, cupy.ascontiguousarray = empty, ascontiguousarray
-    cupy.from_dlpack = lambda array: array.__dlpack__()
+
+    def from_dlpack(array):
+        with Device(array.__dlpack_device__()[1]):
+            return array.__dlpack__()
+
+    cupy.from_dlpack = from_dlpack
     cupy.asarray = lambda array: array.as_cupy
     cupy.cuda = types.SimpleNamespace(
         runtime=types.SimpleNamespace(getDevice=lambda: cupy.current.device),
@@ -144,6 +149,41 @@ def fake_cupy(memory: Memory) -> types.ModuleType:
         ExternalStream=ExternalStream,
     )
     return cupy
+
+
+class Exchange(NamedTuple):
+    """When an array went from one library to another, and what CuPy's current stream was then."""
+
+    kind: str
+    stream: int
+    device: int
+    launches: int
+
+
+class ForeignArray:
+    """An array that speaks DLPack only. `log` takes an `Exchange` each time."""
+
+    def __init__(self, seen: CuPyArray, gpu: "Gpu", log: list):
+        self.seen, self.gpu, self.log = seen, gpu, log
+
+    def _note(self, kind: str) -> None:
+        current = self.gpu.cupy.current
+        launches = len(self.gpu.driver.launches)
+        self.log.append(Exchange(kind, current.stream, current.device, launches))
+
+    def __dlpack_device__(self):
+        return 2, self.seen.data.device_id
+
+    def __dlpack__(self):
+        self._note("taken")
+        return self.seen
+
+    def __array_namespace__(self):
+        return self
+
+    def from_dlpack(self, array):
+        self._note("given")
+        return ForeignArray(array, self.gpu, self.log)
 
 
 def fake_torch(memory: Memory) -> types.ModuleType:
