@@ -117,7 +117,8 @@ def attention(
     Raises:
         TypeError: an argument of a wrong type or dtype, or not on a CUDA device.
         ValueError: shapes that do not fit together, values out of range.
-        UnsupportedError: possible in principle, not here (head_dim above 256, an old GPU, ...).
+        UnsupportedError: possible in principle, not here (head_dim above 256, an old GPU, a
+            tensor that requires a gradient while PyTorch's gradients are enabled, ...).
 
     The kernels are enqueued, not waited for. A CUDA graph can capture a call once its kernels are
     compiled and loaded: by an equal call or `plan` before, or by `warmup`. Memory beyond the

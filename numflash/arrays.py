@@ -59,16 +59,34 @@ class ArrayLibrary(Protocol):
         """
 
 
+# What arrays raise that NumPy cannot see.
+_NOT_NUMPYS = TypeError, ValueError, RuntimeError, BufferError
+
+
 class _NumPy:
     """NumPy arrays, and what NumPy can see without a copy; in the simulator only."""
 
+    def _as_numpy(self, array) -> np.ndarray:
+        return np.asarray(array)
+
     def glance(self, array):
-        pointer, array = operand = self.operand(np.asarray(array))
+        try:
+            pointer, array = operand = self.operand(self._as_numpy(array))
+        except _NOT_NUMPYS:
+            return Operand(0, array), None  # no key: `view` says why
         flags = array.flags.writeable, pointer % 16 == 0
         return operand, (array.shape, array.strides, array.dtype, *flags)
 
     def view(self, array, name="array"):
-        array = np.asarray(array)
+        try:
+            array = self._as_numpy(array)
+        except _NOT_NUMPYS as error:
+            dtype = getattr(array, "dtype", "an unknown dtype")
+            raise TypeError(
+                f"{name} must be an array that NumPy can see in the simulator, got "
+                f"{_type_name(array)} of {dtype}: {error}. Give a NumPy array, whose bfloat16 is "
+                "ml_dtypes.bfloat16"
+            ) from error
         if not array.dtype.isnative:
             raise TypeError(f"{name} must have this machine's byte order, got {array.dtype}")
         if any(stride % array.itemsize for stride in array.strides):
@@ -102,6 +120,23 @@ class _NumPy:
 
     def hand_back(self, array, like, stream):
         return array
+
+
+class _TorchOnHost(_NumPy):
+    """PyTorch tensors on the CPU; in the simulator only."""
+
+    def _as_numpy(self, array):
+        return array.detach().numpy()
+
+    def glance(self, array):
+        if _records_gradient(array):
+            return Operand(0, array), None  # no key: `view` refuses it
+        return super().glance(array)
+
+    def view(self, array, name="array"):
+        if _records_gradient(array):
+            raise _no_autograd(name)
+        return super().view(array, name)
 
 
 class _CuPy:
@@ -161,6 +196,8 @@ class _Torch:
         self.torch = sys.modules["torch"]
 
     def glance(self, array):
+        if _records_gradient(array):
+            return Operand(0, array), None  # no key: `view` refuses it
         pointer = array.data_ptr()
         key = array.shape, array.stride(), array.dtype, array.device, pointer % 16 == 0
         return Operand(pointer, array), key
@@ -168,6 +205,8 @@ class _Torch:
     def view(self, array, name="array"):
         if not array.is_cuda:
             raise TypeError(f"{name} must be a tensor on a CUDA device, got one on {array.device}")
+        if _records_gradient(array):
+            raise _no_autograd(name)
         dtype = str(array.dtype).removeprefix("torch.")
         shape, strides = tuple(array.shape), tuple(array.stride())
         return ArrayView(array.data_ptr(), shape, strides, dtype, array.device.index)
@@ -300,14 +339,34 @@ def _find_library(array, name: str) -> ArrayLibrary:
             raise TypeError(
                 f"{name} must be a NumPy array in the simulator, got {_type_name(array)}"
             )
-        return _NumPy()
+        return _TorchOnHost() if _is_tensor(array) else _NumPy()
     if "cupy" in sys.modules and isinstance(array, sys.modules["cupy"].ndarray):
         return _CuPy()
-    if "torch" in sys.modules and isinstance(array, sys.modules["torch"].Tensor):
+    if _is_tensor(array):
         return _Torch()
     if _is_on_gpu(array):
         return _Foreign()
     raise _not_on_gpu(array, name)
+
+
+def _is_tensor(array) -> bool:
+    """Whether an array is PyTorch's."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(array, torch.Tensor)
+
+
+def _records_gradient(tensor) -> bool:
+    """Whether PyTorch would record what is done to a tensor now, and go back through it."""
+    return tensor.requires_grad and sys.modules["torch"].is_grad_enabled()
+
+
+def _no_autograd(name: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"{name} requires a gradient, and numflash does not record what PyTorch would need for "
+        "it: the result would have none. Disable gradients (torch.no_grad(), or "
+        f"{name}.detach()) and take them with numflash.attention_backward, for example in a "
+        "torch.autograd.Function of your own"
+    )
 
 
 # DLPack's device types for CUDA and CUDA managed memory.

@@ -189,9 +189,12 @@ class ForeignArray:
 def fake_torch(memory: Memory) -> types.ModuleType:
     """A module `torch`, whose tensors are contiguous.
 
-    `torch.current_stream` is an address; `torch.allocations` as those of `fake_cupy`.
+    `torch.current_stream` is an address; `torch.allocations` as those of `fake_cupy`;
+    `torch.grad_enabled` is whether gradients are recorded.
     """
     torch = types.ModuleType("torch")
+    torch.grad_enabled = True
+    torch.is_grad_enabled = lambda: torch.grad_enabled
     torch.current_stream, torch.allocations = 0x6000, []
 
     class DType:
@@ -215,6 +218,8 @@ def fake_torch(memory: Memory) -> types.ModuleType:
             return hash((self.type, self.index))
 
     class Tensor:
+        requires_grad = False
+
         def __init__(self, shape, dtype, device):
             self.shape, self.dtype, self.device = tuple(shape), dtype, device
             self.is_cuda = device.type == "cuda"
