@@ -82,9 +82,10 @@ class _NumPy:
             array = self._as_numpy(array)
         except _NOT_NUMPYS as error:
             dtype = getattr(array, "dtype", "an unknown dtype")
+            why = str(error).rstrip(".")
             raise TypeError(
                 f"{name} must be an array that NumPy can see in the simulator, got "
-                f"{_type_name(array)} of {dtype}: {error}. Give a NumPy array, whose bfloat16 is "
+                f"{_type_name(array)} of {dtype}: {why}. Give a NumPy array, whose bfloat16 is "
                 "ml_dtypes.bfloat16"
             ) from error
         if not array.dtype.isnative:
