@@ -334,6 +334,20 @@ def library_of(array, name: str) -> ArrayLibrary:
     return library
 
 
+def metadata(array, name: str) -> ArrayView:
+    """What is to know of an array that nothing will read: it need not be on a CUDA device.
+
+    Raises:
+        TypeError, ValueError: it is no array.
+    """
+    if _is_tensor(array):
+        dtype = str(array.dtype).removeprefix("torch.")
+        return ArrayView(array.data_ptr(), tuple(array.shape), tuple(array.stride()), dtype, -1)
+    if isinstance(array, np.ndarray):
+        return _NumPy().view(array, name)
+    return library_of(array, name).view(array, name)
+
+
 def _find_library(array, name: str) -> ArrayLibrary:
     if SIMULATED:
         if not hasattr(array, "__array_interface__") and not hasattr(array, "__array__"):

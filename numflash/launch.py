@@ -20,6 +20,7 @@ from numflash.compiler import Cubin, get_cubin
 from numflash.configs import Config, Traits
 from numflash.devices import Architecture, architecture, architecture_of
 from numflash.errors import UnsupportedError
+from numflash.gpus import Gpu
 from numflash.mode import SIMULATED
 from numflash.tensor_maps import MAP_ALIGNMENT, MAP_BYTES, TensorLayout, aligned, encoder
 from numflash.views import Operand
@@ -33,13 +34,15 @@ _DEFAULT_SMEM_LIMIT = 48 * 1024
 
 
 @cache
-def limits_of_device(device: int) -> Architecture:
+def limits_of_device(device: int | Gpu) -> Architecture:
     """The architecture of a CUDA device, or of the simulator.
 
     Raises:
         UnsupportedError: no driver, or a GPU older than Turing.
         ValueError: NUMFLASH_SIM_ARCH names no architecture.
     """
+    if isinstance(device, Gpu):
+        return device.limits
     if SIMULATED:
         name = os.environ.get("NUMFLASH_SIM_ARCH") or _SIMULATED_ARCHITECTURE
         try:
@@ -59,8 +62,10 @@ _SIMULATED_MULTIPROCESSORS = 1, 2**20
 
 
 @cache
-def multiprocessors(device: int) -> tuple[int, int]:
+def multiprocessors(device: int | Gpu) -> tuple[int, int]:
     """(streaming multiprocessors, bytes of L2 cache) of a CUDA device, or of the simulator."""
+    if isinstance(device, Gpu):
+        return device.num_sms, device.l2_bytes
     if SIMULATED:
         return _SIMULATED_MULTIPROCESSORS
     return _attributes(device, "MULTIPROCESSOR_COUNT", "L2_CACHE_SIZE")
@@ -80,8 +85,10 @@ def num_devices() -> int:
 
 
 @cache
-def device_name(device: int) -> str:
+def device_name(device: int | Gpu) -> str:
     """The driver's name of a CUDA device; in the simulator that of the architecture."""
+    if isinstance(device, Gpu):
+        return device.name
     if SIMULATED:
         return limits_of_device(device).arch.rstrip("af")
     driver = _driver()
@@ -107,7 +114,7 @@ class Launcher:
         self,
         config: Config,
         traits: Traits,
-        device: int,
+        device: int | Gpu,
         num_blocks: int,
         scalars: dict[str, int | float | TensorLayout],
     ):
@@ -115,12 +122,14 @@ class Launcher:
 
         Args:
             config, traits: which kernel.
-            device: ordinal of the CUDA device.
+            device: ordinal of the CUDA device; for a GPU that is not here nothing is compiled.
             num_blocks: blocks of the grid.
             scalars: a value for every parameter that is not a pointer, which for a tensor map is
                 its layout; more are ignored.
         """
-        if SIMULATED:
+        if isinstance(device, Gpu):
+            self._launch = AbsentLaunch(device)
+        elif SIMULATED:
             kernel = _simulated_kernel(config, traits)
             blocks_per_sm = getattr(config, "min_blocks_per_sm", None) or 1
             self._launch = SimulatedLaunch(kernel, num_blocks, scalars, blocks_per_sm)
@@ -139,6 +148,17 @@ class Launcher:
         tensor maps are of, each by the map's name or by that without "_map".
         """
         return self._launch.bind(operands)
+
+
+class AbsentLaunch:
+    """A launch on a GPU that is not here, which is only asked about."""
+
+    def __init__(self, gpu: Gpu):
+        self.gpu = gpu
+
+    def bind(self, operands):
+        """Raise UnsupportedError."""
+        raise UnsupportedError(f"nothing can be launched on {self.gpu.name}: it is not here")
 
 
 class DriverLaunch:

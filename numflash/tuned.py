@@ -224,7 +224,7 @@ def _usable(
     """The choice that an entry stands for; None, and a warning, if it is not possible here."""
     try:
         config = parse_config(wanted.family, entry.config)
-        config = config if with_geometry else _without_geometry(config)
+        config = config if with_geometry else without_geometry(config)
         return force(wanted.family, config, wanted.traits, limits)
     except (UnsupportedError, ValueError) as error:
         # Another class may need more shared memory; for its own the entry is wrong.
@@ -235,7 +235,7 @@ def _usable(
         return None
 
 
-def _without_geometry(config: Config) -> Config:
+def without_geometry(config: Config) -> Config:
     """The config without what belongs to one class only."""
     if not isinstance(config, MmaConfig):
         return config

@@ -20,6 +20,7 @@ ARROWS = {
     "switches": "",
     "sass": "errors",
     "devices": "",
+    "gpus": "devices",
     "cache": "",
     "configs": "devices formats",
     "formats": "",
@@ -42,9 +43,9 @@ ARROWS = {
     "tiles": "ptx",
     "kernels": "configs formats ptx tiles",
     "compiler": "cache configs devices errors kernels ptx",
-    "launch": "compiler configs devices errors kernels mode ptx simulator tensor_maps views",
-    "selection": "autotune capture configs dispatch entries launch mode problem problem_class "
-    "tuned",
+    "launch": "compiler configs devices errors gpus kernels mode ptx simulator tensor_maps views",
+    "selection": "autotune capture configs dispatch entries gpus launch mode problem "
+    "problem_class tuned",
     "quantization": "arrays configs errors formats fp8 launch problem views",
     "calls": "arrays configs dispatch launch problem selection tensor_maps views",
     "fp8_arrays": "arrays fp8 quantization views",
@@ -54,7 +55,7 @@ ARROWS = {
     "tensor_maps views",
     "api": "arrays calls compiler configs dispatch errors fp8 fp8_calls fp8_options launch mode "
     "problem selection store tuned views",
-    "explain": "arrays calls dispatch fp8_calls fp8_options problem selection views",
+    "explain": "arrays calls dispatch fp8_calls fp8_options gpus problem selection views",
     "check": "api arrays explain fp8 fp8_options reference selection",
 }
 # Within a layer: the files of a folder import none of these folders. The portable kernels stay
