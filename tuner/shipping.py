@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numflash.shipped
 from numflash import store
+from numflash.commands import command
 from numflash_tuner import cli, machines
 
 GPUS = (
@@ -58,6 +59,7 @@ def make_table(name: str, quiet: bool) -> None:
     store.export(path_of(name), [device])
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     """Make the tables of some or all GPUs; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

@@ -18,6 +18,7 @@ ARROWS = {
     "errors": "",
     "mode": "",
     "switches": "",
+    "commands": "",
     "sass": "errors",
     "devices": "",
     "gpus": "devices",
