@@ -429,7 +429,9 @@ def _bind_forward(
         return stream, *forward.bind(operands, library)
 
     stream, result, lse, launches = on_stream(work, stream, forward.device, arrays, operands)
-    decided = tuple(operands[x].array for x in ("in_fp8", "estimate") if kind is AutoForward)
+    decided = ()
+    if kind is AutoForward:
+        decided = operands["in_fp8"].array, operands["estimate"].array
 
     def hand_back(stream: int) -> tuple:
         given = library.hand_back(result, q, stream) if out is None else out

@@ -292,15 +292,16 @@ def on_stream(
         operands: of these arrays. Those that are seen through CuPy are seen anew, so that what
             filled them comes before the stream's work.
     """
-    libraries = {}
+    name, array = next(iter(arrays.items()))
+    first = library_of(array, name)
+    if stream is None:
+        stream = first.stream(device)
+        if len(set(map(type, arrays.values()))) == 1:
+            return work(stream)  # the library's current stream, and there is no other library
+    libraries = {type(first): first}
     for name, array in arrays.items():
         library = library_of(array, name)
         libraries.setdefault(type(library), library)
-    if stream is None:
-        first, *others = libraries.values()
-        stream = first.stream(device)
-        if not others:
-            return work(stream)
     with ExitStack() as stack:
         for library in libraries.values():
             stack.enter_context(library.ordered_on(stream, device))
