@@ -25,7 +25,7 @@ def note(problem: ProblemClass) -> None:
         with open(path, "a", encoding="utf-8", opener=open_unlinked) as file:
             file.write(f"{problem}\n")
     except OSError as error:
-        _log.warning("cannot capture problem classes in %s: %s", path, error)
+        _log.warning("NUMFLASH_CAPTURE: cannot write classes to %s: %s", path, error)
 
 
 def read(path: str | os.PathLike) -> list[ProblemClass]:

@@ -16,7 +16,7 @@ import math
 import os
 from dataclasses import dataclass, replace
 
-from numflash import store
+from numflash import store, switches
 from numflash.compiler import source_hash, versions
 from numflash.configs import Config, MmaConfig, Sm90ForwardConfig, Traits, parse_config
 from numflash.devices import Architecture
@@ -53,8 +53,8 @@ _warned: set[tuple] = set()
 
 
 def enabled() -> bool:
-    """Whether tuned configs are used."""
-    return os.environ.get("NUMFLASH_TUNED", "1") != "0"
+    """Whether tuned configs are used. Raises ValueError if NUMFLASH_TUNED is no switch."""
+    return switches.is_on("NUMFLASH_TUNED", default=True)
 
 
 def find(
@@ -234,7 +234,7 @@ def _usable(
     """The choice that an entry stands for; None, and a warning, if it is not possible here."""
     try:
         config = parse_config(wanted.family, entry.config)
-        config = config if with_geometry else _without_geometry(config)
+        config = config if with_geometry else without_geometry(config)
         return force(wanted.family, config, wanted.traits, limits)
     except (UnsupportedError, ValueError) as error:
         # Another class may need more shared memory; for its own the entry is wrong.
@@ -245,7 +245,7 @@ def _usable(
         return None
 
 
-def _without_geometry(config: Config) -> Config:
+def without_geometry(config: Config) -> Config:
     """The config without what belongs to one class only."""
     if not isinstance(config, MmaConfig):
         return config

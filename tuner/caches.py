@@ -49,6 +49,8 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     try:
         return args.run(args)
+    except BrokenPipeError:
+        raise  # of stdout: nobody reads on
     except (OSError, ValueError) as error:
         parser.exit(1, f"{parser.prog} {args.command}: error: {printable(str(error))}\n")
 

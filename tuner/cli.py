@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 from numflash.capture import read as read_capture
+from numflash.commands import command
 from numflash.configs import DTYPES, MAX_HEAD_DIM
 from numflash.errors import UnsupportedError
 from numflash.printable import printable
@@ -132,6 +133,7 @@ class _Formatter(logging.Formatter):
         return "\n".join(map(printable, super().format(record).split("\n")))
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     """Run `numflash-tune`; the exit status. Bad arguments exit with 2, Ctrl-C with 130."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -166,11 +168,13 @@ def _capture(path: str, program: list[str], parser: argparse.ArgumentParser) -> 
     except OSError as error:
         parser.error(f"cannot run {program[0]}: {error}")
     try:
-        print(f"{len(read_capture(path))} classes of problems are in {path}")
+        count = len(read_capture(path))
     except FileNotFoundError:
         print(f"{program[0]} ran no attention: {path} was not written", file=sys.stderr)
     except (OSError, ValueError) as error:
         print(f"numflash-tune: {path} is no capture: {error}", file=sys.stderr)
+    else:
+        print(f"{count} classes of problems are in {path}")
     # As a shell has it of a program that a signal ended.
     return status if status >= 0 else 128 - status
 

@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 from numflash import store
+from numflash.commands import command
 from numflash.configs import parse_config
 from numflash.entries import DeviceKey, Entry
 from numflash_tuner import cli, machines, model, tables
@@ -93,6 +94,7 @@ def _device(name: str) -> tuple[Machine, DeviceKey]:
     return machine, DeviceKey(machine.name, machine.arch, machine.num_sms)
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     """Make the tables of some or all GPUs; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

@@ -17,9 +17,12 @@ ROOT = Path(numflash.__file__).parent
 ARROWS = {
     "errors": "",
     "mode": "",
+    "switches": "",
+    "commands": "",
     "sass": "errors",
     "devices": "",
     "trust": "",
+    "gpus": "devices",
     "cache": "trust",
     "configs": "devices formats",
     "formats": "",
@@ -35,17 +38,17 @@ ARROWS = {
     "store": "cache configs devices entries files trust",
     "tensor_maps": "configs problem",
     "capture": "files problem_class",
-    "autotune": "mode problem_class",
+    "autotune": "mode problem_class switches",
     "dispatch": "configs devices errors problem",
-    "tuned": "compiler configs devices dispatch entries errors problem_class store",
+    "tuned": "compiler configs devices dispatch entries errors problem_class store switches",
     "simulator": "mode tensor_maps",
     "ptx": "formats mode simulator",
     "tiles": "ptx",
     "kernels": "configs formats ptx tiles",
     "compiler": "cache configs devices errors kernels ptx",
-    "launch": "compiler configs devices errors kernels mode ptx simulator tensor_maps views",
-    "selection": "autotune capture configs dispatch entries launch mode problem problem_class "
-    "tuned",
+    "launch": "compiler configs devices errors gpus kernels mode ptx simulator tensor_maps views",
+    "selection": "autotune capture configs dispatch entries gpus launch mode problem "
+    "problem_class tuned",
     "quantization": "arrays configs errors formats fp8 launch problem views",
     "calls": "arrays configs dispatch launch problem selection tensor_maps views",
     "fp8_arrays": "arrays fp8 quantization views",
@@ -55,7 +58,7 @@ ARROWS = {
     "tensor_maps views",
     "api": "arrays calls compiler configs dispatch errors fp8 fp8_calls fp8_options launch mode "
     "problem selection store tuned views",
-    "explain": "arrays calls dispatch fp8_calls fp8_options problem selection views",
+    "explain": "arrays calls dispatch fp8_calls fp8_options gpus problem selection views",
     "check": "api arrays explain fp8 fp8_options reference selection",
 }
 # Within a layer: the files of a folder import none of these folders. The portable kernels stay
@@ -73,7 +76,7 @@ OUTSIDE = {
     "ml_dtypes": "*",
     "greenlet": "simulator",
     "llvmlite": "ptx compiler",
-    "numba": "ptx compiler launch simulator arrays(f)",
+    "numba": "ptx compiler launch simulator arrays(f) mode(f)",
     "cuda": "compiler(f) launch(f) info(f)",
     "cupy": "arrays(f)",
 }

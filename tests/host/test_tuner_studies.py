@@ -1,7 +1,6 @@
 """Studies: shared by processes, resumed after any end, and no config tried twice."""
 
 import json
-import os
 import signal
 import sqlite3
 import subprocess
@@ -21,6 +20,7 @@ from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
 
 from numflash.files import locked
+from numflash.switches import is_on
 from numflash_tuner import owners, storages
 from numflash_tuner.records import Record
 from numflash_tuner.studies import ENVIRONMENT, Ledger, StorageError, journal_path, open_study
@@ -32,6 +32,7 @@ import optuna
 from optuna.distributions import IntDistribution
 from numflash_tuner.records import Record
 from numflash_tuner.studies import Ledger, open_study
+from numflash.switches import is_on
 
 url, name, pause = sys.argv[1], sys.argv[2], float(sys.argv[3])
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -639,7 +640,7 @@ def test_tables_of_another_version_of_optuna_are_an_error(tmp_path):
 @pytest.fixture(scope="module")
 def postgresql():
     """A PostgreSQL server on loopback, started for these tests."""
-    if os.environ.get("NUMFLASH_TEST_POSTGRESQL") != "1":
+    if not is_on("NUMFLASH_TEST_POSTGRESQL"):
         pytest.skip("set NUMFLASH_TEST_POSTGRESQL=1 to start a PostgreSQL server and test on it")
     pytest.importorskip("psycopg")
     from tests.postgresql import serve
