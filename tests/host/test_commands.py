@@ -38,7 +38,7 @@ COMMANDS = {
     ),
     "tune-help": ((PYTHON, "-m", "numflash_tuner", "--help"), False),
     "tune-devices": ((PYTHON, "-m", "numflash_tuner", "--list-devices"), False),
-    "tune-shipped": ((PYTHON, "-m", "numflash_tuner", "show", "--shipped"), False),
+    "tune-shipped": ((PYTHON, "-m", "numflash_tuner", "validate", "--shipped"), False),
     "tune-validate": ((PYTHON, "-m", "numflash_tuner", "validate"), False),
     "tune-clear": ((PYTHON, "-m", "numflash_tuner", "clear"), False),
     "tune-capture": (
