@@ -56,9 +56,8 @@ from numflash.tiles.blocks import (
 from numflash.tiles.mma.fragments import MMA_ROWS, ROW_STEP, accumulator_column, accumulator_row
 from numflash.tiles.mma.scores import make_mask_scores, make_scale_scores
 from numflash.tiles.mma.softmax import make_scale_rows
-from numflash.tiles.scores import NEG_INF
 from numflash.tiles.softmax import LOG2_E
-from numflash.tiles.wgmma.fp8 import make_add_part, make_pack, make_tile_softmax
+from numflash.tiles.wgmma.fp8 import begin_rows, make_add_part, make_pack, make_tile_softmax
 from numflash.tiles.wgmma.products import (
     SLAB_BYTES,
     make_operand,
@@ -232,6 +231,9 @@ def make_fp8_forward_kernel(config: Sm90Fp8ForwardConfig, traits: Traits) -> Ker
         cap_slopes = cuda.local.array(n_cap_slopes, f32)
         row_max = cuda.local.array(2, f32)
         row_sum = cuda.local.array(2, f32)
+        limits = cuda.local.array(2, f32)
+        units = cuda.local.array(2, f32)
+        rows = row_max, row_sum, limits, units
         q_scales = cuda.local.array(2, f32)
         scales = cuda.local.array(2, f32)
         factors = cuda.local.array(2, f32)
@@ -276,8 +278,7 @@ def make_fp8_forward_kernel(config: Sm90Fp8ForwardConfig, traits: Traits) -> Ker
             bend = bias_shift, softcap, alibi_slope
             for i in range(n_o):
                 o_acc[i] = f32(0)
-            row_max[0], row_max[1] = NEG_INF, NEG_INF
-            row_sum[0], row_sum[1] = f32(0), f32(0)
+            begin_rows(rows)
             mbarrier_wait_parity(barriers, q_full + group, q_parity)
             q_parity = u32(q_parity ^ u32(1))
 
@@ -298,7 +299,7 @@ def make_fp8_forward_kernel(config: Sm90Fp8ForwardConfig, traits: Traits) -> Ker
                     mbarrier_arrive(barriers, k_empty + stage)
                 scales[0], scales[1] = q_scales[0] * k_scale, q_scales[1] * k_scale
                 shape_scores(s_acc, cap_slopes, scales, m_start, n_start, whole, mask, bend)
-                tile_softmax(s_acc, row_max, row_sum, factors, scales, weights)
+                tile_softmax(s_acc, rows, factors, scales, weights)
                 weights[0] *= v_scale
                 weights[1] *= v_scale
                 pack_p(p_frag, s_acc)
@@ -339,9 +340,7 @@ def make_fp8_forward_kernel(config: Sm90Fp8ForwardConfig, traits: Traits) -> Ker
                     # P = softmax(S)
                     scales[0], scales[1] = q_scales[0] * k_scale, q_scales[1] * k_scale
                     shape_scores(s_acc, cap_slopes, scales, m_start, n_start, whole, mask, bend)
-                    has_grown = tile_softmax(
-                        s_acc, row_max, row_sum, factors, scales, next_weights
-                    )
+                    has_grown = tile_softmax(s_acc, rows, factors, scales, next_weights)
                     if overlap:
                         softmax_before_wait(smem, 0, row_sum[0], row_sum[1])
                         wait_for_part(part_acc)
