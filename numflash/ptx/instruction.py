@@ -18,9 +18,10 @@ simulator the body runs; the template is never read. A parameter's annotation sa
   integer parameter of the function, of a shared array or of a `Pointer`.
 
 `collective="warp"` marks what the lanes of a warp do together, and "warpgroup" what each of its
-four warps must do, when it comes to it. The body runs once for the warp: scalars arrive as arrays of shape (lanes,), `Regs` as (lanes, n), but `Accumulator` and
-`LaterRead`, like `Shared` and `Global`, as a list of each lane's array; a scalar result goes back
-as (lanes,). Every instruction is listed in `INSTRUCTIONS`, where tests find it.
+four warps must do, when it comes to it. The body runs once for the warp: scalars arrive as arrays
+of shape (lanes,), `Regs` as (lanes, n), but `Accumulator` and `LaterRead`, like `Shared` and
+`Global`, as a list of each lane's array; a scalar result goes back as (lanes,). Every instruction
+is listed in `INSTRUCTIONS`, where tests find it.
 
 The PTX ISA sections are those of "Parallel Thread Execution ISA", version 9.
 """
@@ -112,8 +113,8 @@ def instruction(
         template: PTX text; `<name>` stands for the parameter `name`, `<ret>` for the result.
         sm: the lowest compute capability that has it, as in sm_75.
         newest: the highest that has it; None where all later ones do.
-        collective: None for one thread, "warp" for what its lanes do together, "warpgroup" for what
-            all four warps of one must execute.
+        collective: None for one thread, "warp" for what its lanes do together, "warpgroup" for
+            what all four warps of one must execute.
         volatile: keep the compiler from executing it once for several calls.
     """
 

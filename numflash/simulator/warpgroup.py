@@ -130,8 +130,8 @@ class Warpgroups(Part):
         for number, warp in self.warps.items():
             if warp.under_way():
                 raise SimulationError(
-                    f"{ended} warp {number} of warpgroup {number // _WARPS} has not waited for its "
-                    "products"
+                    f"{ended} warp {number} of warpgroup {number // _WARPS} has not waited for "
+                    "its products"
                 )
         for number, executed in self._executed.items():
             for warp in range(number * _WARPS, (number + 1) * _WARPS):

@@ -35,7 +35,8 @@ def make_giving_back(arrivals):
     threads of a warp together, not the warps, and `wgmma.wait_group` waits for what the executing
     threads have committed (PTX ISA 9.7.15.7.3). One arrival, of the first warp, takes for granted
     that a product is over for all four warps at once, and for none before all have issued it.
-    FlashAttention-3 does, as CUTLASS did before 3.6; nothing promises it. It is there to be measured.
+    FlashAttention-3 does, as CUTLASS did before 3.6; nothing promises it. It is there to be
+    measured.
     """
     threads = _WARPGROUP // arrivals
 
