@@ -167,14 +167,26 @@ def _open_database(url: str) -> RDBStorage:
 
 def _make_tables(url: str, engine: dict) -> RDBStorage:
     """The storage, with its tables, which other processes may be making too."""
-    import sqlalchemy.exc
-
     for _ in range(_MAKING_ATTEMPTS):
         try:
             return RDBStorage(url, engine_kwargs=engine)
-        except (sqlalchemy.exc.IntegrityError, sqlalchemy.exc.ProgrammingError):
+        except Exception as error:
+            if not _is_answered(error):
+                raise
             time.sleep(random.uniform(0.05, 0.25))
     return RDBStorage(url, engine_kwargs=engine)
+
+
+def _is_answered(error: Exception) -> bool:
+    """Whether a database answered a statement with this error.
+
+    What two processes that make the same tables are told has a name of its own in each database:
+    OperationalError of SQLite, ProgrammingError, IntegrityError or InternalError of PostgreSQL.
+    """
+    import sqlalchemy.exc
+
+    cause = error.__cause__ if isinstance(error, StorageInternalError) else error
+    return isinstance(cause, sqlalchemy.exc.DatabaseError) and cause.statement is not None
 
 
 def _can_import(module: str) -> bool:

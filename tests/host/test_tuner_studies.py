@@ -1,6 +1,8 @@
 """Studies: shared by processes, resumed after any end, and no config tried twice."""
 
+import importlib
 import json
+import multiprocessing
 import os
 import signal
 import sqlite3
@@ -15,6 +17,7 @@ import pytest
 
 pytest.importorskip("optuna")
 import optuna
+import sqlalchemy.exc
 from optuna.exceptions import StorageInternalError
 from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
@@ -576,6 +579,58 @@ def test_tables_of_another_version_of_optuna_are_an_error(tmp_path):
             ledger_of(f"sqlite:///{path}")
 
 
+# A process that opens new storages, each at the same moment as the others.
+OPENER = """
+import optuna
+from numflash_tuner.studies import open_study
+
+def run(urls, barrier, said):
+    for url in urls:
+        barrier.wait(60)
+        try:
+            open_study(url, "numbers", optuna.samplers.RandomSampler())
+            said.put("")
+        except Exception as error:
+            said.put(f"{type(error).__name__}: {error}")
+"""
+
+
+def expect_all_open(urls, tmp_path, monkeypatch):
+    """Several processes that begin at once on new storages can open every one."""
+    (tmp_path / "opener_of_storages.py").write_text(OPENER)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    run = importlib.import_module("opener_of_storages").run
+    context = multiprocessing.get_context("spawn")
+    barrier, said = context.Barrier(3), context.Queue()
+    processes = [context.Process(target=run, args=(urls, barrier, said)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    assert [said.get(timeout=60) for _ in range(3 * len(urls))] == [""] * 3 * len(urls)
+    for process in processes:
+        process.join(60)
+    for url in urls:
+        assert ledger_of(url).records() == []
+
+
+@pytest.mark.parametrize("kind", ["sqlite:///{}.db", "{}.journal"])
+def test_processes_that_begin_at_once_make_one_storage(kind, tmp_path, monkeypatch):
+    urls = [kind.format(tmp_path / str(number)) for number in range(8)]
+    expect_all_open(urls, tmp_path, monkeypatch)
+
+
+def test_a_database_that_does_not_answer_is_asked_once(monkeypatch):
+    asked = []
+
+    def refuse(url, **options):
+        asked.append(url)
+        raise sqlalchemy.exc.OperationalError(None, None, OSError("refused"))
+
+    monkeypatch.setattr(storages, "RDBStorage", refuse)
+    with pytest.raises(StorageError, match="does not answer: refused"):
+        storages.open_storage("sqlite:///x.db", "x")
+    assert len(asked) == 1
+
+
 @pytest.fixture(scope="module")
 def postgresql():
     """A PostgreSQL server on loopback, started for these tests."""
@@ -593,6 +648,20 @@ def test_processes_share_a_postgresql_database_that_all_find_empty(postgresql):
     configs = tried(*(start(url, 0.02) for _ in range(3)))
     assert sorted(map(int, configs)) == list(range(12))
     expect_each_once(ledger_of(url))
+
+
+def test_processes_that_begin_at_once_make_the_tables_of_postgresql(
+    postgresql, tmp_path, monkeypatch
+):
+    import psycopg
+
+    schemas = [f"s{number}" for number in range(6)]
+    url = postgresql.url.replace("postgresql://", "postgresql+psycopg://")
+    with psycopg.connect(postgresql.url, autocommit=True) as connection:
+        for schema in schemas:
+            connection.execute(f"create schema {schema}")
+    urls = [f"{url}?options=-csearch_path%3D{schema}" for schema in schemas]
+    expect_all_open(urls, tmp_path, monkeypatch)
 
 
 def test_after_a_kill_a_postgresql_study_goes_on(postgresql):
