@@ -208,9 +208,9 @@ def _tune(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     measurer = (
         None if target.ordinal is None else DeviceMeasurer(target.ordinal, expected=target.key)
     )
-    results, failed = [], 0
+    session, failed = Session(target.key, target.machine, measurer, options), 0
     try:
-        with Session(target.key, target.machine, measurer, options) as session:
+        with session:
             spaces = session.spaces(problems)
             if not spaces:
                 parser.error("nothing to tune: keys are not split in these problems")
@@ -218,7 +218,7 @@ def _tune(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
                 title = f"[{number + 1}/{len(spaces)}] {space.problem}"
                 left = len(spaces) - number
                 try:
-                    results.append(session.tune(space, left, title, args.quiet))
+                    session.tune(space, left, title, args.quiet)
                 except LookupError as error:
                     print(f"numflash-tune: {error.args[0]}", file=sys.stderr)
                     failed += 1
@@ -234,9 +234,9 @@ def _tune(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     finally:
         if measurer is not None:
             measurer.close()
-        if results:
-            print(report.table(results))
-            _write_report(args.report, results, report.write_html)
+        if session.results:
+            print(report.table(session.results))
+            _write_report(args.report, session.results, report.write_html)
     return 1 if failed else 0
 
 

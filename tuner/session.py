@@ -8,8 +8,8 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cache
@@ -58,7 +58,11 @@ class Options:
 
 
 class Session:
-    """Tunes classes on one device. A context manager, which ends the compilers."""
+    """Tunes classes on one device. A context manager, which ends the compilers.
+
+    Attributes:
+        results: of the classes tuned so far, also of one whose search was stopped in its middle.
+    """
 
     def __init__(
         self,
@@ -80,6 +84,7 @@ class Session:
         self.device, self.machine, self.measurer = device, machine, measurer
         self.options, self._clock = options, clock
         self.origin = "predicted" if measurer is None else "measured"
+        self.results: list[Result] = []
         self._pool = CompilePool(device.arch, options.jobs)
         self._deadline = None
         if options.rules.seconds is not None:
@@ -136,18 +141,36 @@ class Session:
             ahead=self.options.jobs + 2,
             clock=self._clock,
         )
-        with _shown(search, title, rules.seconds, quiet) as (on_record, on_idle):
+        with Progress(
+            search.size,
+            title,
+            time_budget=rules.seconds,
+            earlier=search.ledger.records(),
+            quiet=quiet,
+        ) as progress:
             try:
-                search.run(on_record, on_idle)
+                search.run(progress.update, progress.refresh)
+                if not search.ledger.records():
+                    raise LookupError(
+                        f"no config of {space.problem} was tried: the time was over before"
+                    )
+                return self._conclude(space, search, progress)
             except BaseException:
                 with suppress(LookupError):
-                    self._remember(space, *search.winner(again=False))
+                    self._conclude(space, search, progress, again=False)
                 raise
-        if not search.ledger.records():
-            raise LookupError(f"no config of {space.problem} was tried: the time was over before")
-        default, best = search.winner()
+
+    def _conclude(
+        self, space: Space, search: Search, progress: Progress, again: bool = True
+    ) -> Result:
+        """Name the winner of a search, remember it, and keep the result.
+
+        Raises LookupError if there is none.
+        """
+        default, best = search.winner(again)
+        progress.name_best(best)
         self._remember(space, default, best)
-        return Result(
+        result = Result(
             device=self.device.name,
             arch=self.device.arch,
             num_sms=self.machine.num_sms,
@@ -155,7 +178,7 @@ class Session:
             origin=self.origin,
             default=default,
             best=best,
-            records=search.ledger.records(),
+            records=search.records(),
             floor_ms=search.floor_ms,
             space_size=len(space.feasible) + space.excluded.total(),
             pruned=dict(space.excluded),
@@ -168,6 +191,8 @@ class Session:
                 "max_registers": 255,
             },
         )
+        self.results.append(result)
+        return result
 
     def _rules(self, classes_left: int) -> StoppingRules:
         """The stopping rules of one class; the time left is shared evenly."""
@@ -240,16 +265,3 @@ def _study_in_memory(name: str, sampler: optuna.samplers.BaseSampler) -> optuna.
         return optuna.create_study(sampler=sampler, study_name=name, direction="minimize")
     finally:
         optuna.logging.set_verbosity(before)
-
-
-@contextmanager
-def _shown(
-    search: Search, title: str, seconds: float | None, quiet: bool
-) -> Iterator[tuple[Callable[[Record], None], Callable[[], None]]]:
-    """What is told of records and of waiting: a progress bar, or nobody."""
-    if quiet:
-        yield lambda record: None, lambda: None
-        return
-    earlier = search.ledger.records()
-    with Progress(search.size, title, time_budget=seconds, earlier=earlier) as progress:
-        yield progress.update, progress.refresh

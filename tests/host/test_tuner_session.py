@@ -1,9 +1,11 @@
 """A run of the tuner: what it remembers, also when it is stopped, and where its trials are."""
 
 import json
+import re
 import time
 import zlib
 from concurrent.futures import Future
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -14,9 +16,10 @@ from numflash import store
 from numflash.compiler import source_hash, versions
 from numflash.entries import DeviceKey
 from numflash.problem_class import ProblemClass
-from numflash_tuner import autotune, machines, session
+from numflash_tuner import autotune, machines, report, session
 from numflash_tuner.pool import Examined
 from numflash_tuner.records import Record, ResourceUsage
+from numflash_tuner.results import format_ms
 from numflash_tuner.search import StoppingRules
 from numflash_tuner.session import Options, Session
 from numflash_tuner.space import Budgets, EmptySpaceError
@@ -132,6 +135,57 @@ def test_a_measured_winner_is_an_entry_with_its_spread():
     assert entry.config == min(watch.measured, key=lambda config: watch.samples(config, 5)[0])
     assert entry.spread == result.best.spread > 0
     assert entry.default_ms == pytest.approx(watch.samples(entry.default_config, 15)[7])
+
+
+class Settling(Stopwatch):
+    """A Stopwatch whose finalists take 2 % longer when they are measured against each other."""
+
+    def remeasure(self, problem, configs, rounds):
+        """Times of a GPU that has become warm."""
+        again = super().remeasure(problem, configs, rounds)
+        return {config: [1.02 * ms for ms in times] for config, times in again.items()}
+
+
+def test_there_is_one_best_and_one_time_of_it(capsys):
+    with Session(DEVICE, MACHINE, Settling(), Options(StoppingRules(12), seed=0, jobs=1)) as run:
+        (space,) = run.spaces([DQ])
+        result = run.tune(space, 1, "a title")
+    best = result.best
+    (listed,) = [record for record in result.records if record.config == best.config]
+    assert listed.samples_ms == best.samples_ms
+    shown = f"best {format_ms(best.time_ms)} ms {best.config} "
+    assert shown in capsys.readouterr().err.splitlines()[-1]
+    table, page = report.table([result]).splitlines(), report.page([result])
+    (row,) = [line.split() for line in table if line.split()[:1] == [result.default.config]]
+    assert row[2:4] == [best.config, format_ms(best.time_ms)]
+    (entry,) = store.read(DEVICE)
+    assert (entry.config, entry.time_ms) == (best.config, best.time_ms)
+    times = re.findall(rf"<code>{best.config}</code></td><td.*?</td><td[^>]*>([\d.]+)", page)
+    assert times == [format_ms(best.time_ms)]
+
+
+@pytest.mark.parametrize("fails", ["default", "best"])
+def test_what_fails_when_it_is_measured_again_is_no_longer_listed_as_fast(fails):
+    class Failing(Stopwatch):
+        def remeasure(self, problem, configs, rounds):
+            return {c: t for c, t in super().remeasure(problem, configs, rounds).items() if c != x}
+
+    (first,) = tune(Stopwatch())
+    x = getattr(first, fails).config
+    (result,) = tune(Failing())
+    (listed,) = [record for record in result.records if record.config == x]
+    assert listed.outcome == "launch_failed" and "measured again" in listed.reason
+    assert result.best.config != x
+    assert result.default.outcome == ("launch_failed" if fails == "default" else "measured")
+
+
+def test_why_a_faster_one_did_not_win_is_told_where_the_best_is():
+    (result,) = tune(trials=12)
+    fastest = min(result.records, key=lambda record: record.time_ms)
+    why = f"{fastest.config} is predicted to take"
+    chosen = replace(result, best=replace(result.default, reason=f"{why} 3.0% less time"))
+    assert f"    best: {why} 3.0% less time" in report.table([chosen]).splitlines()
+    assert f"{why} 3.0% less time" in report.page([chosen])
 
 
 def test_a_result_carries_what_the_report_shows():

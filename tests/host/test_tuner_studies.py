@@ -340,10 +340,8 @@ def test_a_storage_that_fails_is_tried_again(caplog):
     for config in "abcde":
         proposed = {"x": ord(config) - ord("a"), "y": "q", "z": 2.0}
         storage.failures = 3
-        ledger.enqueue(proposed)
+        trial = ledger.ask(distributions, proposed)
         assert slept == [1, 2, 4]
-        storage.failures = 2
-        trial = ledger.ask(distributions)
         assert trial.params == proposed and trial.distributions == distributions
         storage.failures = 1
         assert ledger.claim(trial, config)
@@ -359,10 +357,9 @@ def test_a_storage_that_fails_is_tried_again(caplog):
 
 def test_a_proposal_is_not_lost_to_a_storage_that_fails():
     ledger, storage, slept = fragile_ledger()
-    ledger.enqueue({"x": 7})
     storage.failing = ("set_trial_param",)
     storage.failures = 2
-    trial = ledger.ask({"x": optuna.distributions.IntDistribution(0, 11)})
+    trial = ledger.ask({"x": optuna.distributions.IntDistribution(0, 11)}, {"x": 7})
     assert trial.params == {"x": 7} and slept == [1, 2] and len(ledger.study.trials) == 1
 
 
@@ -388,7 +385,7 @@ def test_a_storage_that_is_gone_is_an_error_and_records_stay():
         ledger.finish(trial, Record("b", "predicted", predicted_ms=1.0))
     assert slept == [1, 2, 4]
     assert configs_of(ledger) == ["a", "b"] and ledger.tried() == {"a", "b"}
-    for use in (ledger.ask, ledger.taken, ledger.give_up_abandoned, lambda: ledger.enqueue({})):
+    for use in (ledger.ask, ledger.taken, ledger.give_up_abandoned):
         with pytest.raises(StorageError):
             use()
     ledger.give_up(trial)
