@@ -198,6 +198,7 @@ def _tune(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
             storage=args.storage,
         )
         make_sampler(args.sampler, args.seed)
+        _expect_writable(args.report)
     except UnsupportedError as error:
         parser.error(
             f"{str(error).rstrip('.')}. To tune for a GPU that is not here: "
@@ -238,6 +239,20 @@ def _tune(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
             print(report.table(session.results))
             _write_report(args.report, session.results, report.write_html)
     return 1 if failed else 0
+
+
+def _expect_writable(path: str | None) -> None:
+    """Raise ValueError if a report cannot be written there; what is there stays as it is."""
+    if path is None:
+        return
+    is_new = not os.path.lexists(path)
+    try:
+        with open(path, "ab"):
+            pass
+        if is_new:
+            os.unlink(path)
+    except OSError as error:
+        raise ValueError(f"--report cannot be written: {error}") from error
 
 
 def _write_report(path: str | None, results: list, write) -> None:

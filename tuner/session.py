@@ -31,7 +31,7 @@ from numflash_tuner.records import Record
 from numflash_tuner.results import Result
 from numflash_tuner.search import Search, StoppingRules, make_sampler
 from numflash_tuner.space import Budgets, Space
-from numflash_tuner.studies import StorageError, open_study
+from numflash_tuner.studies import open_study
 
 _log = logging.getLogger("numflash")
 
@@ -203,16 +203,8 @@ class Session:
         return StoppingRules(rules.trials, left / max(1, classes_left), rules.target)
 
     def _study(self, space: Space) -> optuna.Study:
-        """The study of a space; one in memory where the user's cache cannot be written."""
-        name, storage = self._study_name(space), self.options.storage
         sampler = make_sampler(self.options.sampler, self.options.seed)
-        try:
-            return open_study(storage, name, sampler)
-        except StorageError as error:
-            if storage is not None or not isinstance(error.__cause__, OSError):
-                raise
-            _log.warning("%s; this run cannot be continued later", error)
-            return _study_in_memory(name, sampler)
+        return open_study(self.options.storage, self._study_name(space), sampler)
 
     def _study_name(self, space: Space) -> str:
         """What trials of one study have in common, so that they can be compared."""
@@ -256,12 +248,3 @@ def _model_hash() -> str:
     for file in sorted([*folder.glob("model/*.py"), *folder.glob("machines.*")]):
         digest.update(file.read_bytes())
     return digest.hexdigest()
-
-
-def _study_in_memory(name: str, sampler: optuna.samplers.BaseSampler) -> optuna.Study:
-    before = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)  # of a new study nobody need be told
-    try:
-        return optuna.create_study(sampler=sampler, study_name=name, direction="minimize")
-    finally:
-        optuna.logging.set_verbosity(before)

@@ -4,17 +4,22 @@ Whatever is told of a storage hides the password in its URL.
 """
 
 import contextlib
+import functools
+import json
+import logging
 import os
 import random
 import re
 import time
+from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import BaseJournalBackend, JournalFileBackend
 
 from numflash.cache import cache_dir
 from numflash.files import locked
@@ -24,6 +29,8 @@ _CONNECT_SECONDS = 10
 _MAKING_ATTEMPTS = 10
 # Up to the last "@" before a query; if there is none, what comes before the first.
 _PASSWORD = re.compile(r"(?P<user>://[^:/?#\s]*:)(?P<password>[^?\s]*|\S*?)@")
+
+_log = logging.getLogger("numflash")
 
 
 class StorageError(RuntimeError):
@@ -63,7 +70,8 @@ def open_storage(url: str | None, name: str) -> BaseStorage:
 
     Args:
         url: of a database that SQLAlchemy knows, as in "postgresql://user@host/database", or the
-            path of a journal file; None is a journal file in numflash's cache.
+            path of a journal file; None is a journal file in numflash's cache. Where that cannot
+            be written, or no longer, it goes on in memory, and the log says so.
         name: of the study.
 
     Raises:
@@ -73,8 +81,7 @@ def open_storage(url: str | None, name: str) -> BaseStorage:
         return _open_database(url)
     path = _journal(url, name)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return JournalStorage(JournalFileBackend(str(path), _JournalLock(path)))
+        return JournalStorage(_CacheJournal(path) if url is None else _open_journal(path))
     except OSError as error:
         raise StorageError(f"the journal {path} cannot be written: {error}") from error
     except (ValueError, KeyError) as error:
@@ -98,6 +105,55 @@ def _is_database(url: str | None) -> bool:
 
 def _journal(url: str | None, name: str) -> Path:
     return journal_path(name) if url is None else Path(url)
+
+
+def _open_journal(path: Path) -> JournalFileBackend:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return JournalFileBackend(str(path), _JournalLock(path))
+
+
+class _CacheJournal(BaseJournalBackend):
+    """A journal in the cache; from when it cannot be written its lines are kept in memory."""
+
+    def __init__(self, path: Path):
+        self._path, self._lines = path, []
+        try:
+            self._file = _open_journal(path)
+        except OSError as error:
+            self._leave([], error)
+
+    def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:
+        """The lines from a number on."""
+        if self._file is not None:
+            return self._file.read_logs(log_number_from)
+        return iter(self._lines[log_number_from:])
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        """Add lines."""
+        if self._file is not None:
+            try:
+                self._file.append_logs(logs)
+                return
+            except OSError as error:
+                self._leave(list(self._file.read_logs(0)), error)
+        logs = json.loads(json.dumps(logs))  # as they would be read from a file
+        # The file may have taken the first of them before it failed.
+        written = (n for n in range(len(logs), 0, -1) if self._lines[-n:] == logs[:n])
+        self._lines += logs[next(written, 0) :]
+
+    def _leave(self, lines: list[dict[str, Any]], error: OSError) -> None:
+        self._file, self._lines = None, lines
+        _tell_once(self._path.parent, error.strerror or str(error))
+
+
+@functools.cache
+def _tell_once(folder: Path, reason: str) -> None:
+    _log.warning(
+        "studies cannot be written in %s (%s): what is tried is kept in memory, and this run "
+        "cannot be continued later",
+        folder,
+        reason,
+    )
 
 
 class _JournalLock:

@@ -1,5 +1,7 @@
 """The command line of the tuner: what it does, and that every error is one line."""
 
+import errno
+import itertools
 import json
 import os
 import re
@@ -281,11 +283,55 @@ def test_the_same_command_goes_on_and_a_larger_one_adds(run):
     assert "  5/5  " in run(*command, "--trials", 5)[2]
 
 
-def test_a_report_that_cannot_be_written_costs_the_report_only(run):
-    status, out, err = run(*OFFLINE, *SMALL, "--trials", 2, "--quiet", "--report", "no/r.html")
+@pytest.mark.parametrize("report", ["no/r.html", ".", "blocked/r.html"])
+def test_a_report_that_cannot_be_written_is_refused_before_the_search(
+    refused, tmp_path, monkeypatch, report
+):
+    (tmp_path / "blocked").write_text("")
+    monkeypatch.setattr(InstantPool, "submit", pytest.fail)
+    said = refused(*OFFLINE, *SMALL, "--trials", 2, "--quiet", "--report", report)
+    assert "--report cannot be written: " in said and repr(report) in said
+    assert not store.read_all()
+
+
+def test_a_report_is_not_touched_before_there_is_a_new_one(run, tmp_path, monkeypatch):
+    def submit(self, config, traits):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(InstantPool, "submit", submit)
+    (tmp_path / "old.html").write_text("old")
+    for name in ("old.html", "new.html"):
+        assert run(*OFFLINE, *SMALL, "--report", name)[0] == 130
+    assert (tmp_path / "old.html").read_text() == "old"
+    assert not (tmp_path / "new.html").exists()
+
+
+def test_a_report_that_can_no_longer_be_written_costs_the_report_only(run, monkeypatch):
+    def fail(path, results):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+
+    monkeypatch.setattr("numflash_tuner.report.write_html", fail)
+    status, out, err = run(*OFFLINE, *SMALL, "--trials", 2, "--quiet", "--report", "r.html")
     assert status == 0 and CLASS in out
-    assert err.startswith("numflash-tune: cannot write the report: ") and "no/r.html" in err
+    assert err.startswith("numflash-tune: cannot write the report: ") and "r.html" in err
     assert store.read_all()
+
+
+def test_ctrl_c_writes_the_report_that_was_asked_for(run, tmp_path, monkeypatch):
+    real, count = InstantPool.submit, itertools.count()
+
+    def submit(self, config, traits):
+        if next(count) == 3:
+            raise KeyboardInterrupt
+        return real(self, config, traits)
+
+    monkeypatch.setattr(InstantPool, "submit", submit)
+    status, out, err = run(*OFFLINE, *SMALL, "--trials", 9, "--jobs", 1, "--report", "r.html")
+    assert status == 130 and err.endswith("stopped; the same command goes on from here\n")
+    (found,) = store.read_all()[DeviceKey("sm_80", "sm_80", 0)]
+    page = (tmp_path / "r.html").read_text()
+    assert found.config in out and found.config in page and f"{tmp_path / 'r.html'}" in out
+    assert "interrupted" in err and f"best predicted {found.time_ms:.4g}" in err
 
 
 def test_where_the_cache_cannot_be_written_work_goes_on(run, tmp_path, monkeypatch, caplog):
@@ -294,6 +340,7 @@ def test_where_the_cache_cannot_be_written_work_goes_on(run, tmp_path, monkeypat
     status, out, _ = run(*OFFLINE, *SMALL, "--trials", 2, "--quiet")
     assert status == 0 and CLASS in out
     assert all(str(tmp_path / "blocked") in r.getMessage() for r in caplog.records)
+    assert "kept in memory" in caplog.text
     assert "the config found is not remembered" in caplog.text
 
 

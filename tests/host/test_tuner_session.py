@@ -1,6 +1,8 @@
 """A run of the tuner: what it remembers, also when it is stopped, and where its trials are."""
 
+import errno
 import json
+import os
 import re
 import time
 import zlib
@@ -11,6 +13,8 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 pytest.importorskip("optuna")
+
+from optuna.storages.journal import JournalFileBackend
 
 from numflash import store
 from numflash.compiler import source_hash, versions
@@ -312,8 +316,46 @@ def test_where_the_cache_cannot_be_written_work_goes_on(unwritable, caplog, caps
     (result,) = tune()
     assert len(result.records) == 6 and capsys.readouterr() == ("", "")
     studies, *_, configs = (record.getMessage() for record in caplog.records)
-    assert str(unwritable / "studies") in studies and "cannot be continued" in studies
+    assert f"{unwritable / 'studies'} (Not a directory)" in studies
+    assert "cannot be continued" in studies
     assert str(unwritable / "configs") in configs and "not remembered" in configs
+
+
+@pytest.fixture
+def full(monkeypatch):
+    """Makes the disk full after so many lines of journals have been written."""
+    real, written = JournalFileBackend.append_logs, []
+
+    def fill(after):
+        def append_logs(self, logs):
+            if len(written) < after:
+                written.append(logs)
+                return real(self, logs)
+            with open(self._file_path, "ab") as file:
+                file.write(b'{"op_code":5,"worker')
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(JournalFileBackend, "append_logs", append_logs)
+
+    return fill
+
+
+@pytest.mark.parametrize("after", [0, 1, 2, 3, 30])
+def test_where_the_disk_is_full_work_goes_on_in_memory_and_is_said_once(full, caplog, after):
+    full(after)
+    first, second = tune(problems=(DQ, LONGER), trials=8)
+    assert len(first.records) == len(second.records) == 8
+    assert len({record.config for record in first.records}) == 8
+    said = [r.getMessage() for r in caplog.records if "No space left on device" in r.getMessage()]
+    assert len(said) == 1 and "kept in memory" in said[0]
+    assert [entry.problem for entry in store.read(DEVICE)] == [DQ, LONGER]
+
+
+def test_a_storage_of_the_users_on_a_full_disk_is_an_error_and_the_best_is_kept(full, tmp_path):
+    full(80)
+    with pytest.raises(StorageError, match=r"mine\.journal .*No space left"):
+        tune(storage=str(tmp_path / "mine.journal"), trials=30)
+    assert [entry.problem for entry in store.read(DEVICE)] == [DQ]
 
 
 def test_a_storage_of_the_users_that_cannot_be_written_is_an_error(unwritable):
