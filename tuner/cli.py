@@ -8,6 +8,7 @@ numflash-tune show | validate | export | merge | clear
 """
 
 import argparse
+import difflib
 import itertools
 import logging
 import os
@@ -134,7 +135,9 @@ def main(argv: list[str] | None = None) -> int:
         at = argv.index("--")
         argv, program = argv[:at], argv[at + 1 :]
     parser = _parser()
-    args = parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.error(_about_unknown(unknown))
     if (args.capture is None) != (not program):
         parser.error("--capture FILE goes with a program: --capture FILE -- python program.py")
     try:
@@ -145,6 +148,17 @@ def main(argv: list[str] | None = None) -> int:
         hint = "" if program else "; the same command goes on from here"
         print(f"stopped{hint}", file=sys.stderr)
         return _INTERRUPTED
+
+
+def _about_unknown(arguments: list[str]) -> str:
+    """What to say of arguments that nobody knows: a word may be meant as a subcommand."""
+    said = f"unrecognized arguments: {' '.join(arguments)}"
+    words = [word for word in arguments if not word.startswith("-")]
+    if not words:
+        return said
+    near = difflib.get_close_matches(words[0], caches.COMMANDS, n=1)
+    hint = f"; did you mean numflash-tune {near[0]}?" if near else "."
+    return f"{said}{hint} Subcommands, which come first, are {', '.join(caches.COMMANDS)}"
 
 
 def _capture(path: str, program: list[str], parser: argparse.ArgumentParser) -> int:
@@ -213,6 +227,9 @@ def _tune(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     try:
         with session:
             spaces = session.spaces(problems)
+            for space in spaces:
+                if (why := space.without_tf32) is not None:
+                    parser.error(why)
             if not spaces:
                 parser.error("nothing to tune: keys are not split in these problems")
             for number, space in enumerate(spaces):
@@ -278,6 +295,9 @@ def _problems(args: argparse.Namespace) -> list[ProblemClass]:
         if not chosen:
             raise ValueError(f"{args.from_capture} holds no class of {', '.join(args.passes)}")
         return chosen
+    if args.precision == "tf32" and args.dtype != ["float32"]:
+        given = " ".join(args.dtype)
+        raise ValueError(f"--precision tf32 goes with --dtype float32, got --dtype {given}")
     problems = []
     for dtype, head_dim, seqlen, mask in itertools.product(
         args.dtype, args.head_dim, args.seqlen, args.mask

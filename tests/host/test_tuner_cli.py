@@ -126,12 +126,40 @@ def entry(problem=CLASS, config="m64n32w4", **changes):
         (("--pass",), "--pass: expected at least one argument"),
         (("--precision", "tf16"), "--precision: invalid choice: 'tf16'"),
         (("--frobnicate",), "unrecognized arguments: --frobnicate"),
-        (("nonsense",), "unrecognized arguments: nonsense"),
+        (("nonsense",), "unrecognized arguments: nonsense. Subcommands, which come first, are"),
+        (("--quiet", "show"), "did you mean numflash-tune show? Subcommands, which come first,"),
+        (("--precision", "tf32"), "tf32 goes with --dtype float32, got --dtype float16 bfloat16"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
 def test_bad_arguments_are_named(refused, argv, words):
     assert words in refused(*OFFLINE, *argv)
+
+
+def test_a_mistyped_subcommand_is_answered_with_those_there_are(refused):
+    for typed, meant in (("shw", "show"), ("vaildate", "validate"), ("Merge", "merge")):
+        said = refused(typed)
+        assert f"{typed}; did you mean numflash-tune {meant}? Subcommands" in said
+        assert all(command in said for command in caches.COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("device", "head_dim", "words"),
+    [
+        ("T4", 64, "on its FMA units, not as tf32 (sm75 (tensor cores): Turing's"),
+        ("sm_80", 256, "of shared memory per block, sm_80 has 166912); what runs there is"),
+    ],
+)
+def test_tf32_that_a_gpu_does_not_multiply_is_refused(refused, device, head_dim, words):
+    options = ("--dtype", "float32", "--precision", "tf32", "--head-dim", head_dim)
+    said = refused("--device", device, "--offline", *options, "--trials", 1)
+    assert words in said and "forward float32" in said and "without --precision tf32" in said
+
+
+def test_tf32_is_tuned_where_it_is_multiplied(run):
+    options = (*SMALL, "--precision", "tf32", "--trials", 1, "--quiet")
+    status, out, _ = run(*OFFLINE, *options)
+    assert status == 0 and "-tf32 full" in out and " sm80-m" in out
 
 
 def test_an_unknown_device_names_the_nearest(refused):
@@ -430,7 +458,7 @@ def test_a_class_is_the_one_that_its_problems_are_of(argv, shape, options):
 
 def test_tf32_is_for_float32_only(refused):
     said = refused(*OFFLINE, "--precision", "tf32", "--dtype", "float32", "float16")
-    assert "is a way to multiply float32; q, k and v are float16" in said
+    assert "goes with --dtype float32, got --dtype float32 float16" in said
 
 
 @pytest.mark.parametrize(
