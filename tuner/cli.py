@@ -115,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument(
         "--report", metavar="FILE", help="write a page with everything that was tried"
     )
-    how.add_argument("--quiet", action="store_true", help="no progress bar")
+    how.add_argument("--quiet", action="store_true", help="no plan and no progress bar")
     how.add_argument(
         "--capture",
         metavar="FILE",
@@ -232,6 +232,8 @@ def _tune(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
                     parser.error(why)
             if not spaces:
                 parser.error("nothing to tune: keys are not split in these problems")
+            if not args.quiet:
+                print(session.plan(spaces), file=sys.stderr, flush=True)
             for number, space in enumerate(spaces):
                 title = f"[{number + 1}/{len(spaces)}] {space.problem}"
                 left = len(spaces) - number

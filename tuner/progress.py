@@ -166,9 +166,9 @@ class Progress:
                 if count := self._counts[outcome]:
                     style = "failed" if outcome in FAILURES else ""
                     pieces.append((f"{count} {outcome.replace('_', ' ')}", style))
-        times = _duration(self._clock() - self._started)
+        times = format_duration(self._clock() - self._started)
         if (left := self.seconds_left()) is not None and left:
-            times += f", {_duration(left)} left"
+            times += f", {format_duration(left)} left"
         pieces.append((times, "left"))
         return pieces
 
@@ -203,7 +203,7 @@ def _rank(record: Record) -> tuple[bool, float]:
     return record.median_ms is None, record.time_ms
 
 
-def _duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Minutes and seconds, 3:07; with hours, 1:03:07."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

@@ -65,6 +65,11 @@ class StoppingRules:
     seconds: float | None = None
     target: float | None = None
 
+    def size(self, space: Space) -> int:
+        """Trials of a space after which a search ends by itself."""
+        feasible = len(space.feasible)
+        return feasible if self.trials is None else min(self.trials, feasible)
+
 
 def make_sampler(name: str, seed: int | None) -> optuna.samplers.BaseSampler:
     """The sampler with a name of SAMPLERS.
@@ -146,8 +151,7 @@ class Search:
     @property
     def size(self) -> int:
         """Configs that the search will have tried when it ends by itself."""
-        feasible = len(self.space.feasible)
-        return feasible if self._rules.trials is None else min(self._rules.trials, feasible)
+        return self._rules.size(self.space)
 
     def records(self) -> list[Record]:
         """What was tried, by all processes, in order of trial; finalists as last measured."""

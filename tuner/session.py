@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -25,13 +25,14 @@ from numflash.problem_class import ProblemClass
 from numflash.selection import FUSED
 from numflash_tuner.machines import Machine
 from numflash_tuner.measuring.measurer import Measurer
+from numflash_tuner.plan import Plan, compile_time
 from numflash_tuner.pool import CompilePool
 from numflash_tuner.progress import Progress
 from numflash_tuner.records import Record
 from numflash_tuner.results import Result
 from numflash_tuner.search import Search, StoppingRules, make_sampler
 from numflash_tuner.space import Budgets, Space
-from numflash_tuner.studies import open_study
+from numflash_tuner.studies import earlier_records, open_study
 
 _log = logging.getLogger("numflash")
 
@@ -111,6 +112,26 @@ class Session:
         for space in spaces:
             space.expect_any()
         return spaces
+
+    def plan(self, spaces: Sequence[Space]) -> Plan:
+        """What tuning these spaces takes; their defaults are compiled for it unless time is short.
+
+        Raises:
+            StorageError: the studies cannot be read.
+            NoCompilerError: compiler processes cannot be started.
+        """
+        rules, names = self.options.rules, [self._study_name(space) for space in spaces]
+        earlier = earlier_records(self.options.storage, names)
+        sizes = [rules.size(space) for space in spaces]
+        done = [len(records) for records in earlier]
+        left = []
+        if rules.seconds is None:
+            left = [s for s, size, n in zip(spaces, sizes, done, strict=True) if n < size]
+        everything = [record for records in earlier for record in records]
+        time_ms = compile_time(left, everything, self._pool)
+        is_measured = self.measurer is not None
+        jobs, seconds = self.options.jobs, rules.seconds
+        return Plan(self.device.name, sizes, done, time_ms, jobs, seconds, is_measured)
 
     def tune(self, space: Space, classes_left: int, title: str, quiet: bool = False) -> Result:
         """Search a space, and remember what won.

@@ -82,6 +82,28 @@ def open_study(url: str | None, name: str, sampler: optuna.samplers.BaseSampler)
     return study
 
 
+def earlier_records(url: str | None, names: Iterable[str]) -> list[list[Record]]:
+    """The records that stand in studies with these names, none for one that does not exist.
+
+    Raises StorageError.
+    """
+    shared = None if url is None else open_storage(url, "")
+    found = []
+    for name in names:
+        if shared is None and not journal_path(name).exists():
+            found.append([])
+            continue
+        storage = shared or open_storage(None, name)
+        try:
+            exists = name in optuna.get_all_study_names(storage)
+            study = optuna.load_study(study_name=name, storage=storage) if exists else None
+        except _outages() as error:
+            reason = hide_password(reason_of(error), url)
+            raise StorageError(f"{shown(url, name)} cannot be read: {reason}") from error
+        found.append([] if study is None else Ledger(study).standing())
+    return found
+
+
 class Ledger:
     """Which configs of a study are tried, by whom, and what came of it.
 
@@ -134,6 +156,11 @@ class Ledger:
             for number, record in self._records.items()
             if record is not None and number not in forgiven
         }
+
+    def standing(self) -> list[Record]:
+        """The records of `tried`."""
+        tried = self.tried()
+        return [record for record in self.records() if record.config in tried]
 
     def taken(self) -> set[str]:
         """The configs that were tried or are being tried."""

@@ -1,5 +1,6 @@
 """The command line of the tuner: what it does, and that every error is one line."""
 
+import dataclasses
 import errno
 import itertools
 import json
@@ -25,6 +26,8 @@ from numflash.problem_class import ProblemClass
 from numflash_tuner import caches, cli, machines, session
 from numflash_tuner import target as targets
 from numflash_tuner.pool import NoCompilerError
+from numflash_tuner.search import StoppingRules
+from numflash_tuner.session import Options, Session
 from tests.host.test_tuner_session import InstantPool, Stopwatch
 
 OFFLINE = ("--device", "sm_80", "--offline")
@@ -295,12 +298,69 @@ def test_an_offline_run_remembers_shows_and_reports(run, tmp_path):
     (found,) = store.read(DeviceKey("sm_80", "sm_80", 0))
     assert (str(found.problem), found.origin) == (CLASS, "predicted")
     assert CLASS in out and found.config in out and f"report: {tmp_path / 'r.html'}" in out
-    assert err.startswith(f"[1/1] {CLASS}  5/5  best predicted ")
+    plan, progress = err.splitlines()
+    assert plan.startswith("1 class of problems on sm_80, 5 trials: ")
+    assert progress.startswith(f"[1/1] {CLASS}  5/5  best predicted ")
     page = Page()
     page.feed((tmp_path / "r.html").read_text())
     page.close()
     assert page.open == [] and CLASS in page.text and found.config in page.text
     assert "Tried: 5" in page.text
+
+
+def test_before_it_starts_it_says_how_much_it_plans_and_how_long_that_takes(run, monkeypatch):
+    def submit(self, config, traits):
+        future = real(self, config, traits)
+        examined = future.result()
+        resources = dataclasses.replace(examined.resources, compile_ms=4000.0)
+        future = Future()
+        future.set_result(dataclasses.replace(examined, resources=resources))
+        return future
+
+    real = InstantPool.submit
+    monkeypatch.setattr(InstantPool, "submit", submit)
+    command = (*OFFLINE, *SMALL, "--mask", "full", "causal", "--head-dim", 64, "--jobs", 2)
+    err = run(*command, "--trials", 6)[2]
+    assert err.splitlines()[0] == (
+        "2 classes of problems on sm_80, 12 trials, 6 each: up to about 0:24, if all are "
+        "compiled, which takes 4.0 s a kernel, 2 at once"
+    )
+    err = run(*command, "--trials", 10, "--time-budget", 90)[2]
+    assert err.splitlines()[0] == (
+        "2 classes of problems on sm_80, 20 trials, 10 each; 8 are left: up to about 0:16, if all "
+        "are compiled, which takes 4.0 s a kernel, 2 at once, or 1:30 by --time-budget"
+    )
+    err = run(*command, "--trials", 10)[2]
+    assert err.splitlines()[0].endswith("20 trials, 10 each; 0 are left: nothing is left to try")
+
+
+def test_the_plan_of_the_commands_example_is_24_classes():
+    args = cli._parser().parse_args(["--device", "A100", "--offline"])
+    target = targets.find_target(args.device, args.offline)
+    with Session(target.key, target.machine, None, Options(StoppingRules(48), jobs=2)) as session_:
+        spaces = session_.spaces(cli._problems(args))
+        plan = session_.plan(spaces)
+    assert str(plan) == (
+        "24 classes of problems on NVIDIA A100-SXM4-80GB, 1,152 trials, 48 each: how long that "
+        "takes shows when a kernel is compiled"
+    )
+
+
+def test_a_plan_makes_no_study(run, tmp_path, monkeypatch):
+    def tune(self, *arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Session, "tune", tune)
+    status, _, err = run(*OFFLINE, *SMALL)
+    assert status == 130 and err.startswith("1 class of problems")
+    assert not (tmp_path / "cache" / "studies").exists()
+
+
+def test_a_plan_reads_a_storage_of_the_users(run, tmp_path):
+    url = f"sqlite:///{tmp_path / 'studies.db'}"
+    command = (*OFFLINE, *SMALL, "--storage", url)
+    assert ", 3 trials: " in run(*command, "--trials", 3)[2]
+    assert ", 5 trials; 2 are left: " in run(*command, "--trials", 5)[2]
 
 
 def test_the_same_command_goes_on_and_a_larger_one_adds(run):
@@ -349,7 +409,7 @@ def test_ctrl_c_writes_the_report_that_was_asked_for(run, tmp_path, monkeypatch)
     real, count = InstantPool.submit, itertools.count()
 
     def submit(self, config, traits):
-        if next(count) == 3:
+        if next(count) == 6:
             raise KeyboardInterrupt
         return real(self, config, traits)
 
