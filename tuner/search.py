@@ -406,6 +406,7 @@ class Search:
         samples = self._measurer.remeasure(self.space.problem, configs, _FINAL_ROUNDS)
         if not any(samples.values()):
             return finalists
+        self._finals = {}
         for record in finalists:
             times = tuple(samples.get(record.config, ()))
             self._finals[record.config] = (
