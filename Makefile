@@ -24,6 +24,7 @@ run: $(VENV)/run.done
 test: $(VENV)/test.done lint
 	@NUMBA_ENABLE_CUDASIM=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal tests/host tests/sim
 	@$(BIN)/python -m pytest -q -n 2 --dist worksteal tests/host/test_bad_input.py tests/host/test_launch_stubbed.py \
+		tests/host/test_stream_order.py \
 		tests/compile tests/gpu
 
 lint: $(VENV)/test.done

@@ -4,8 +4,10 @@ import argparse
 import sys
 
 from bench import fp8_accuracy, report, speed, toolchains, tuner, verify
+from numflash.commands import command
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     """Run a command; its exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)

@@ -16,6 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from numflash.cache import cache_dir
+
 ROOT = Path(__file__).parent.parent
 _CHECKOUT = str(ROOT)
 
@@ -152,8 +154,6 @@ def child_environment() -> dict[str, str]:
     environment["PYTHONPATH"] = os.pathsep.join(
         [_CHECKOUT, *filter(None, [os.environ.get("PYTHONPATH")])]
     )
-    # Children share what they compile.
-    environment.setdefault(
-        "NUMFLASH_CACHE_DIR", str(Path(tempfile.gettempdir()) / "numflash-bench")
-    )
+    # Children share what they compile, and know nothing of what this user has tuned.
+    environment.setdefault("NUMFLASH_CACHE_DIR", str(cache_dir() / "bench"))
     return environment

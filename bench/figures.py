@@ -1,6 +1,6 @@
 """Plots of measured points: TFLOP/s over seqlen for each peer, and the fraction of the floor.
 
-Drawn only where matplotlib is importable (`pip install "numflash[bench]"`), only from records.
+Drawn only where matplotlib is importable (`pip install matplotlib`), only from records.
 """
 
 from pathlib import Path
@@ -9,7 +9,7 @@ from bench import peers, tables, work
 from bench.measure import is_right
 from bench.points import Point
 
-NO_MATPLOTLIB = 'no plots: matplotlib is not importable (pip install "numflash[bench]")'
+NO_MATPLOTLIB = "no plots: matplotlib is not importable (pip install matplotlib)"
 
 
 def draw(points: list[dict], ceilings, title: str, stem: str, folder: Path) -> list[Path]:

@@ -9,12 +9,14 @@ from pathlib import Path
 
 from bench.fp8_inputs import PAPER_HEAD_DIM
 from bench.fp8_methods import KERNELS, METHODS, NUMPY, SPECIFICATION
-from numflash_tuner.report.axes import Axis, line, text
+from numflash_tuner.report.axes import Axis, line, text, width_of
 from numflash_tuner.report.markup import Markup, tag
 from numflash_tuner.report.style import DARK, LIGHT
 
 _ROW, _BAR = 24, 13
-_LABELS, _PANEL, _GAP, _VALUE = 214, 168, 22, 44
+_PANEL, _GAP, _VALUE = 168, 22, 52
+_FONT = 12
+_LABELS = math.ceil(12 + max(width_of(method.label, _FONT) for method in METHODS))
 _TOP = 50
 _TOKENS = ("card", "text", "muted", "line", "axis", "accent", "second")
 _ALL = (SPECIFICATION, NUMPY, KERNELS)
@@ -25,7 +27,10 @@ def draw(record: dict, path: Path) -> None:
     cases = [case for name in _TITLES if (case := _find(record, name))]
     bottom = _TOP + _ROW * len(METHODS)
     width = _LABELS + len(cases) * (_PANEL + _GAP)
-    height = bottom + 44
+    notes = ["◆ FlashAttention-3, Table 3 (arXiv 2407.08608)"]
+    if record["kernels"]["device"]:
+        notes.append(f"| kernels on {record['kernels']['device']}")
+    height = bottom + 28 + 16 * len(notes)
     parts = [
         tag("style", Markup(_style())),
         tag("rect", class_="card", width=width, height=height),
@@ -35,10 +40,8 @@ def draw(record: dict, path: Path) -> None:
         parts.append(text(_LABELS - 8, at, method.label, None, "end"))
     for i, case in enumerate(cases):
         parts += _panel(case, _LABELS + i * (_PANEL + _GAP), bottom)
-    about = "◆ FlashAttention-3, Table 3 (arXiv 2407.08608)"
-    if record["kernels"]["device"]:
-        about += f"   | kernels on {record['kernels']['device']}"
-    parts.append(text(_LABELS, height - 8, about, "second-text"))
+    for i, note in enumerate(notes):
+        parts.append(text(_LABELS, bottom + 36 + 16 * i, note, "second-text"))
     svg = tag(
         "svg",
         *parts,
@@ -117,7 +120,7 @@ def _style() -> str:
     return (
         f":root{{{light}}}"
         f"@media (prefers-color-scheme:dark){{:root{{{dark}}}}}"
-        'text{fill:var(--text);font:12px system-ui,-apple-system,"Segoe UI",Roboto,'
+        f'text{{fill:var(--text);font:{_FONT}px system-ui,-apple-system,"Segoe UI",Roboto,'
         '"Liberation Sans",sans-serif;font-variant-numeric:tabular-nums}'
         ".card{fill:var(--card)}.title{font-weight:600;font-size:13px}"
         ".muted{fill:var(--muted);font-size:11px}.grid{stroke:var(--line)}"

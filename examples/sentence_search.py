@@ -7,15 +7,18 @@ Without a GPU (Numba's simulator, half a minute), or on one (CuPy):
 
 Every sentence is encoded twice, with `numflash.attention` and with the float64 reference in all
 6 layers. Exit status: 0 if both agree, 1 if the embeddings or the rankings differ, 2 if the
-model's package is not installed.
+model's package is not installed, or there is neither a GPU nor the simulator.
 """
 
 import argparse
 import sys
 import time
 
+import gpu
 import minilm
 import numpy as np
+
+from numflash.commands import command
 
 QUERY = "How do I keep my houseplants healthy?"
 SENTENCES = (
@@ -49,11 +52,15 @@ def reference_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarr
     return out.astype(np.float32)
 
 
+@command
 def main() -> int:
     """Encode, rank, print and compare; the exit status."""
     parser = argparse.ArgumentParser(description="Rank a few sentences by closeness to a query.")
     parser.add_argument("query", nargs="?", default=QUERY)
     query = parser.parse_args().query
+    if (why := gpu.why_not()) is not None:
+        print(why, file=sys.stderr)
+        return 2
     try:
         model = minilm.load_model()
     except ModuleNotFoundError as error:

@@ -4,9 +4,12 @@ With NUMBA_ENABLE_CUDASIM=1 this runs it on the CPU, lane by lane; without, it c
 H100 and says what became of it, which needs no GPU either.
 """
 
+import sys
+
 import numpy as np
 
 import numflash
+from numflash.commands import command
 from numflash.kernels.kernel import Kernel
 from numflash.ptx import Pointer, cuda, ex2_approx_ftz_f32, f32, i32, instruction, max_f32
 
@@ -38,8 +41,9 @@ def softmax_rows(x: Pointer(f32), y: Pointer(f32), columns: i32):
         y[first + column] = exponential * rcp_approx_ftz_f32(total)
 
 
-def main() -> None:
-    """Simulate or compile, as this process can."""
+@command
+def main() -> int:
+    """Simulate or compile, as this process can; the exit status."""
     if numflash.simulating():
         from numflash.simulator import GlobalPointer, launch
 
@@ -60,7 +64,8 @@ def main() -> None:
             f"compiled for sm_90a in {cubin.compile_ms:.0f} ms: {cubin.registers} registers, "
             f"{cubin.spill_store_bytes} bytes spilled, {len(cubin.code)} bytes of machine code"
         )
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

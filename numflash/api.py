@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from numflash import tuned
-from numflash.arrays import library_of, stream_address
+from numflash.arrays import library_of, on_stream, stream_address
 from numflash.calls import DEFAULTS, Backward, Forward
 from numflash.compiler import get_cubin
 from numflash.configs import Config, MmaConfig, Traits, padded_head_dim
@@ -24,7 +24,7 @@ from numflash.fp8_options import (
     take_apart,
     with_budget,
 )
-from numflash.launch import limits_of_device, multiprocessors
+from numflash.launch import limits_of_device, load, multiprocessors
 from numflash.mode import SIMULATED
 from numflash.problem import expect_contiguous_rows, expect_head_dim, expect_precision
 from numflash.selection import BACKWARD, device_key
@@ -76,7 +76,10 @@ def attention(
             query sees the last key) or "top_left" (the first query sees only the first key). It
             also aligns window_size and alibi_slopes.
         window_size: (left, right): a query sees that many keys before and after its own position,
-            inclusive; -1 or None is no limit.
+            inclusive; -1 or None is no limit. What is hidden gets the weight zero, but within a
+            tile it is multiplied all the same: a NaN or infinity in a hidden row of v makes NaN
+            of the queries that share a computed tile with it (docs/architecture.md, "Masks").
+            Nothing beyond the ends of a sequence does.
         softcap: scores s become softcap * tanh(s / softcap); 0 is off.
         alibi_slopes: float32, (num_heads_q,) or (batch, num_heads_q): slope * distance is
             subtracted from a score, after softcap.
@@ -98,7 +101,8 @@ def attention(
             that of its result; None means 0.1. The error of 8 bits on random numbers is 0.05.
         return_lse: also return the log-sum-exp.
         return_decision: with precision="auto", also return which heads were computed in 8 bits.
-        out: an array to write the result to; it must not overlap an input.
+        out: an array to write the result to; it must not overlap an input. What reads it must
+            come after the call on `stream`.
         stream: a CUDA stream, or its address, to allocate and launch on; None is the current one
             of the array library of q.
         config: run the kernel with this config, as in "sm80-m128n64w4s1"; a dictionary may also
@@ -116,11 +120,14 @@ def attention(
     Raises:
         TypeError: an argument of a wrong type or dtype, or not on a CUDA device.
         ValueError: shapes that do not fit together, values out of range.
-        UnsupportedError: possible in principle, not here (head_dim above 256, an old GPU, ...).
+        UnsupportedError: possible in principle, not here (head_dim above 256, an old GPU, a
+            tensor that requires a gradient while PyTorch's gradients are enabled, ...).
 
-    The kernels are enqueued, not waited for. Memory beyond the results: nothing, or, where few
-    queries make it worthwhile to split the keys over blocks, num_splits float32 copies of the
-    results; with precision="fp8" codes and scales of what is quantised.
+    The kernels are enqueued, not waited for. A CUDA graph can capture a call once its kernels are
+    compiled and loaded: by an equal call or `plan` before, or by `warmup`. Memory beyond the
+    results: nothing, or, where few queries make it worthwhile to split the keys over blocks,
+    num_splits float32 copies of the results; with precision="fp8" codes and scales of what is
+    quantised.
 
     Sources: FlashAttention-2, arXiv 2307.08691; FlashAttention-3, arXiv 2407.08608, for FP8.
     """
@@ -141,8 +148,7 @@ def attention(
         raise ValueError(f'return_decision goes with precision="auto", got {precision!r}')
     descales = q_descale, k_descale, v_descale
     bound = _bind_forward(q, k, v, out, options, stream, descales)
-    result, lse, launch, stream, _, decision = bound
-    launch(stream)
+    result, lse, decision = bound.launch(bound.stream)
     if not (return_lse or return_decision):
         return result
     return (result, *([lse] * return_lse), *([decision] * return_decision))
@@ -207,12 +213,12 @@ def attention_backward(
     arrays = {"q": q, "k": k, "v": v, "dout": dout, "out": out, "lse": lse}
     backward, operands, stream = _prepare(Backward, arrays, options, stream)
     library = library_of(q, "q")
-    if stream is None:
-        gradients = backward(operands, library, library.stream(backward.device))
-    else:
-        with library.ordered_on(stream, backward.device):
-            gradients = backward(operands, library, stream)
-    return tuple(library.hand_back(g, q) for g in gradients)
+
+    def work(stream: int) -> tuple:
+        gradients = backward(operands, library, stream)
+        return tuple(library.hand_back(g, q, stream) for g in gradients)
+
+    return on_stream(work, stream, backward.device, arrays, operands)
 
 
 class Plan:
@@ -226,20 +232,15 @@ class Plan:
         lse: the log-sum-exp, as `attention` returns it.
         kernel: which kernel runs: family, config and what it was compiled for.
         decision: with precision="auto" a `PrecisionDecision`, made anew by each launch.
+
+    Where q is of a library that is seen through CuPy, each launch hands the same memory back anew,
+    so that this library's work comes after the launch: take the results from the plan then.
     """
 
-    def __init__(
-        self,
-        out,
-        lse,
-        launch: Callable[[int], None],
-        stream: int,
-        kernel: str,
-        decision: PrecisionDecision | None = None,
-    ):
+    def __init__(self, bound: "_BoundForward"):
         """Made by `numflash.plan`."""
-        self.out, self.lse, self.kernel, self.decision = out, lse, kernel, decision
-        self._launch, self._stream = launch, stream
+        self._bound, self.kernel = bound, bound.kernel
+        self.out, self.lse, self.decision = bound.hand_back(bound.stream)
 
     def launch(self, stream=None):
         """Enqueue the kernel and return `out`.
@@ -247,7 +248,8 @@ class Plan:
         Args:
             stream: a CUDA stream or its address; None is the one current when the plan was made.
         """
-        self._launch(self._stream if stream is None else stream_address(stream))
+        address = self._bound.stream if stream is None else stream_address(stream)
+        self.out, self.lse, self.decision = self._bound.launch(address)
         return self.out
 
 
@@ -276,7 +278,7 @@ def plan(
         view = library_of(array, name).view(array, name)
         expect_contiguous_rows(f"{name} of a plan", view)
     descales = q_descale, k_descale, v_descale
-    return Plan(*_bind_forward(q, k, v, out, {**DEFAULTS, **options}, stream, descales))
+    return Plan(_bind_forward(q, k, v, out, {**DEFAULTS, **options}, stream, descales))
 
 
 def warmup(
@@ -293,7 +295,7 @@ def warmup(
     backward: bool = False,
     device: int = 0,
 ) -> None:
-    """Compile ahead what `attention` needs, so that the first call does not wait.
+    """Compile and load ahead what `attention` needs, so that the first call does not wait.
 
     Args:
         dtype: "float16", "bfloat16" or "float32".
@@ -348,7 +350,7 @@ def warmup(
             # Which of them a call takes depends on sizes that are not known yet.
             choices += tuned.choices(family, traits, device_key(device), limits)
         for choice in choices:
-            get_cubin(choice.config, choice.traits, limits)
+            load(get_cubin(choice.config, choice.traits, limits), device)
         choice = choices[0]
         if family == "forward" and isinstance(choice.config, MmaConfig):
             blocks = -(-seqlen_q // choice.config.block_rows)
@@ -356,8 +358,8 @@ def warmup(
             if num_splits(choice.config, traits, limits, num_sms, blocks, seqlen_k) > 1:
                 split = replace(choice.config, num_splits=2)
                 combine = choose("combine", traits, limits)
-                get_cubin(split, choice.traits, limits)
-                get_cubin(combine.config, combine.traits, limits)
+                for each in (replace(choice, config=split), combine):
+                    load(get_cubin(each.config, each.traits, limits), device)
 
 
 def _warm_up_fp8(dtype, q_size, v_size, alibi: bool, device: int, options: dict) -> None:
@@ -376,8 +378,38 @@ def _warm_up_fp8(dtype, q_size, v_size, alibi: bool, device: int, options: dict)
         kind(views, options)
 
 
-def _bind_forward(q, k, v, out, options: dict, stream, descales: tuple = (None, None, None)):
-    """Check a forward call; what `Plan` takes."""
+class _BoundForward:
+    """A forward call that is checked, allocated and bound.
+
+    Attributes:
+        stream: the address of the one that it was allocated on.
+        kernel: which kernel runs.
+    """
+
+    def __init__(
+        self,
+        launches: tuple[Callable[[int], None], ...],
+        stream: int,
+        kernel: str,
+        hand_back: Callable[[int], tuple],
+    ):
+        self._launches, self.stream, self.kernel = launches, stream, kernel
+        self.hand_back = hand_back
+
+    def launch(self, stream: int) -> tuple:
+        """Enqueue on a stream; what `hand_back` returns then."""
+        for launch in self._launches:
+            launch(stream)
+        return self.hand_back(stream)
+
+
+def _bind_forward(
+    q, k, v, out, options: dict, stream, descales: tuple = (None, None, None)
+) -> _BoundForward:
+    """Check a forward call, allocate and bind it.
+
+    Its `hand_back` gives (out, lse, decision or None) as objects of q's library.
+    """
     arrays, kind = {"q": q, "k": k, "v": v}, Forward
     if options["precision"] == "auto" or options["max_rel_error"] is not None:
         options = with_budget(options)
@@ -395,31 +427,23 @@ def _bind_forward(q, k, v, out, options: dict, stream, descales: tuple = (None, 
         arrays["out"] = out
     forward, operands, stream = _prepare(kind, arrays, options, stream)
     library = library_of(q, "q")
-    if stream is None:
-        stream = library.stream(forward.device)
-        result, lse, launches = forward.bind(operands, library)
-    else:
-        with library.ordered_on(stream, forward.device):
-            result, lse, launches = forward.bind(operands, library)
-    result = library.hand_back(result, q) if out is None else out
-    launch = _in_turn(*launches.values())
-    decision = None
+
+    def work(stream: int) -> tuple:
+        return stream, *forward.bind(operands, library)
+
+    stream, result, lse, launches = on_stream(work, stream, forward.device, arrays, operands)
+    decided = ()
     if kind is AutoForward:
-        made = (library.hand_back(operands[x].array, q) for x in ("in_fp8", "estimate"))
-        decision = PrecisionDecision(*made)
-    return result, library.hand_back(lse, q), launch, stream, forward.kernel, decision
+        decided = operands["in_fp8"].array, operands["estimate"].array
 
+    def hand_back(stream: int) -> tuple:
+        given = library.hand_back(result, q, stream) if out is None else out
+        decision = None
+        if decided:
+            decision = PrecisionDecision(*(library.hand_back(x, q, stream) for x in decided))
+        return given, library.hand_back(lse, q, stream), decision
 
-def _in_turn(*launches: Callable[[int], None]) -> Callable[[int], None]:
-    """One function of the stream for several."""
-    if len(launches) == 1:
-        return launches[0]
-
-    def launch(stream: int) -> None:
-        for each in launches:
-            each(stream)
-
-    return launch
+    return _BoundForward(tuple(launches.values()), stream, forward.kernel, hand_back)
 
 
 def _prepare(kind: type, arrays: dict[str, Any], options: dict, stream):

@@ -8,9 +8,9 @@ Nothing here imports a library that the caller has not: an array's type says whi
 """
 
 import sys
-from collections.abc import Hashable
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Protocol
+from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -51,20 +51,43 @@ class ArrayLibrary(Protocol):
         again too early.
         """
 
-    def hand_back(self, array, like):
-        """A result made by `empty`, as the same kind of object as `like`."""
+    def hand_back(self, array, like, stream: int):
+        """A result made by `empty`, as the same kind of object as `like`.
+
+        To be called after what fills it was launched on the stream: another library is told to
+        come after that.
+        """
+
+
+# What arrays raise that NumPy cannot see.
+_NOT_NUMPYS = TypeError, ValueError, RuntimeError, BufferError
 
 
 class _NumPy:
     """NumPy arrays, and what NumPy can see without a copy; in the simulator only."""
 
+    def _as_numpy(self, array) -> np.ndarray:
+        return np.asarray(array)
+
     def glance(self, array):
-        pointer, array = operand = self.operand(np.asarray(array))
+        try:
+            pointer, array = operand = self.operand(self._as_numpy(array))
+        except _NOT_NUMPYS:
+            return Operand(0, array), None  # no key: `view` says why
         flags = array.flags.writeable, pointer % 16 == 0
         return operand, (array.shape, array.strides, array.dtype, *flags)
 
     def view(self, array, name="array"):
-        array = np.asarray(array)
+        try:
+            array = self._as_numpy(array)
+        except _NOT_NUMPYS as error:
+            dtype = getattr(array, "dtype", "an unknown dtype")
+            why = str(error).rstrip(".")
+            raise TypeError(
+                f"{name} must be an array that NumPy can see in the simulator, got "
+                f"{_type_name(array)} of {dtype}: {why}. Give a NumPy array, whose bfloat16 is "
+                "ml_dtypes.bfloat16"
+            ) from error
         if not array.dtype.isnative:
             raise TypeError(f"{name} must have this machine's byte order, got {array.dtype}")
         if any(stride % array.itemsize for stride in array.strides):
@@ -96,8 +119,25 @@ class _NumPy:
     def ordered_on(self, stream, device):
         return nullcontext()
 
-    def hand_back(self, array, like):
+    def hand_back(self, array, like, stream):
         return array
+
+
+class _TorchOnHost(_NumPy):
+    """PyTorch tensors on the CPU; in the simulator only."""
+
+    def _as_numpy(self, array):
+        return array.detach().numpy()
+
+    def glance(self, array):
+        if _records_gradient(array):
+            return Operand(0, array), None  # no key: `view` refuses it
+        return super().glance(array)
+
+    def view(self, array, name="array"):
+        if _records_gradient(array):
+            raise _no_autograd(name)
+        return super().view(array, name)
 
 
 class _CuPy:
@@ -146,7 +186,7 @@ class _CuPy:
         with self._on(device), self.cupy.cuda.ExternalStream(stream, device):
             yield
 
-    def hand_back(self, array, like):
+    def hand_back(self, array, like, stream):
         return array
 
 
@@ -157,6 +197,8 @@ class _Torch:
         self.torch = sys.modules["torch"]
 
     def glance(self, array):
+        if _records_gradient(array):
+            return Operand(0, array), None  # no key: `view` refuses it
         pointer = array.data_ptr()
         key = array.shape, array.stride(), array.dtype, array.device, pointer % 16 == 0
         return Operand(pointer, array), key
@@ -164,6 +206,8 @@ class _Torch:
     def view(self, array, name="array"):
         if not array.is_cuda:
             raise TypeError(f"{name} must be a tensor on a CUDA device, got one on {array.device}")
+        if _records_gradient(array):
+            raise _no_autograd(name)
         dtype = str(array.dtype).removeprefix("torch.")
         shape, strides = tuple(array.shape), tuple(array.stride())
         return ArrayView(array.data_ptr(), shape, strides, dtype, array.device.index)
@@ -185,7 +229,7 @@ class _Torch:
         cuda = self.torch.cuda
         return cuda.stream(cuda.ExternalStream(stream, device=device))
 
-    def hand_back(self, array, like):
+    def hand_back(self, array, like, stream):
         return array
 
 
@@ -217,15 +261,61 @@ class _Foreign(_CuPy):
             raise _not_on_gpu(array, name)
         return super().view(self._as_cupy(array), name)
 
-    def hand_back(self, array, like):
-        namespace = getattr(like, "__array_namespace__", None)
-        if namespace is not None and hasattr(namespace(), "from_dlpack"):
-            return namespace().from_dlpack(array)
-        if type(like).__module__.startswith("numba."):
-            from numba import cuda
+    def hand_back(self, array, like, stream):
+        # The other library orders its work after CuPy's current stream.
+        with self.ordered_on(stream, array.data.device_id):
+            namespace = getattr(like, "__array_namespace__", None)
+            if namespace is not None and hasattr(namespace(), "from_dlpack"):
+                return namespace().from_dlpack(array)
+            if type(like).__module__.startswith("numba."):
+                from numba import cuda
 
-            return cuda.as_cuda_array(array)
-        return array
+                # It keeps the stream for its copies; to wait for it is the caller's to decide.
+                return cuda.as_cuda_array(array, sync=False)
+            return array
+
+
+def on_stream(
+    work: Callable[[int], Any],
+    stream: int | None,
+    device: int,
+    arrays: dict[str, Any],
+    operands: dict[str, Operand],
+) -> Any:
+    """Do what allocates and copies for a call, in the order of the stream that it launches on.
+
+    Args:
+        work: takes the stream's address; what it returns is returned.
+        stream: the caller's; None is the current one of the library of the first array.
+        device: what the arrays lie on.
+        arrays: the call's, by name; every library of theirs allocates and copies on the stream.
+        operands: of these arrays. Those that are seen through CuPy are seen anew, so that what
+            filled them comes before the stream's work.
+    """
+    name, array = next(iter(arrays.items()))
+    first = library_of(array, name)
+    if stream is None:
+        stream = first.stream(device)
+        if len(set(map(type, arrays.values()))) == 1:
+            return work(stream)  # the library's current stream, and there is no other library
+    libraries = {type(first): first}
+    for name, array in arrays.items():
+        library = library_of(array, name)
+        libraries.setdefault(type(library), library)
+    with ExitStack() as stack:
+        for library in libraries.values():
+            stack.enter_context(library.ordered_on(stream, device))
+        for name, array in arrays.items():
+            library = library_of(array, name)
+            if isinstance(library, _Foreign):
+                operands[name], _ = library.glance(array)
+        return work(stream)
+
+
+def copy_rows(operand: Operand) -> Operand:
+    """A copy, by the array's own library, whose last axis is contiguous."""
+    library = library_of(operand.array, "array")
+    return library.operand(library.with_contiguous_rows(operand.array))
 
 
 # Array type -> library; filled on first sight of a type.
@@ -245,20 +335,54 @@ def library_of(array, name: str) -> ArrayLibrary:
     return library
 
 
+def metadata(array, name: str) -> ArrayView:
+    """What is to know of an array that nothing will read: it need not be on a CUDA device.
+
+    Raises:
+        TypeError, ValueError: it is no array.
+    """
+    if _is_tensor(array):
+        dtype = str(array.dtype).removeprefix("torch.")
+        return ArrayView(array.data_ptr(), tuple(array.shape), tuple(array.stride()), dtype, -1)
+    if isinstance(array, np.ndarray):
+        return _NumPy().view(array, name)
+    return library_of(array, name).view(array, name)
+
+
 def _find_library(array, name: str) -> ArrayLibrary:
     if SIMULATED:
         if not hasattr(array, "__array_interface__") and not hasattr(array, "__array__"):
             raise TypeError(
                 f"{name} must be a NumPy array in the simulator, got {_type_name(array)}"
             )
-        return _NumPy()
+        return _TorchOnHost() if _is_tensor(array) else _NumPy()
     if "cupy" in sys.modules and isinstance(array, sys.modules["cupy"].ndarray):
         return _CuPy()
-    if "torch" in sys.modules and isinstance(array, sys.modules["torch"].Tensor):
+    if _is_tensor(array):
         return _Torch()
     if _is_on_gpu(array):
         return _Foreign()
     raise _not_on_gpu(array, name)
+
+
+def _is_tensor(array) -> bool:
+    """Whether an array is PyTorch's."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(array, torch.Tensor)
+
+
+def _records_gradient(tensor) -> bool:
+    """Whether PyTorch would record what is done to a tensor now, and go back through it."""
+    return tensor.requires_grad and sys.modules["torch"].is_grad_enabled()
+
+
+def _no_autograd(name: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"{name} requires a gradient, and numflash does not record what PyTorch would need for "
+        "it: the result would have none. Disable gradients (torch.no_grad(), or "
+        f"{name}.detach()) and take them with numflash.attention_backward, for example in a "
+        "torch.autograd.Function of your own"
+    )
 
 
 # DLPack's device types for CUDA and CUDA managed memory.

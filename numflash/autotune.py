@@ -9,10 +9,12 @@ import logging
 import os
 from importlib import metadata
 
+from numflash import switches
 from numflash.mode import SIMULATED
 from numflash.problem_class import ProblemClass
 
 GROUP = "numflash.autotune"
+_VARIABLE = "NUMFLASH_AUTOTUNE"
 _SECONDS = 20.0
 _log = logging.getLogger("numflash")
 _tried: set[tuple[ProblemClass, int]] = set()
@@ -20,17 +22,22 @@ _tried: set[tuple[ProblemClass, int]] = set()
 
 def seconds() -> float:
     """What may be spent on a class; 0 if nothing is to be tuned."""
-    asked = os.environ.get("NUMFLASH_AUTOTUNE", "0")
-    if SIMULATED or asked in ("", "0"):
+    if SIMULATED:
         return 0.0
+    asked = os.environ.get(_VARIABLE, "")
     try:
-        budget = _SECONDS if asked == "1" else float(asked)
+        budget = float(asked)
     except ValueError:
-        budget = -1.0
-    if not 0 < budget < float("inf"):
-        _warn_once(f"NUMFLASH_AUTOTUNE must be 0, 1 or a number of seconds, got {asked!r}")
+        try:
+            return _SECONDS * switches.is_on(_VARIABLE)
+        except ValueError:
+            budget = -1.0
+    if not 0 <= budget < float("inf"):
+        _warn_once(
+            f"{_VARIABLE} must be a switch (0, 1, off, on) or a number of seconds, got {asked!r}"
+        )
         return 0.0
-    return budget
+    return _SECONDS if budget == 1 else budget
 
 
 def tune(problem: ProblemClass, device: int) -> bool:

@@ -1,8 +1,13 @@
-"""The on-disk cache of compiled kernels: one file each, named by the hash of its content key.
+"""Where numflash keeps files, and the cache of compiled kernels among them.
 
-A file is a header line of JSON and the machine code, with a checksum over both. It appears by an
-atomic rename, so that any number of processes can write; what cannot be read, is cut short or was
-written by another version counts as absent; what cannot be written is simply compiled again.
+A kernel is one file, named by the hash of its content key: a header line of JSON and the machine
+code, with a checksum over both. It appears by an atomic rename, so that any number of processes
+can write; what cannot be read, is cut short or was written by another version counts as absent;
+what cannot be written is simply compiled again.
+
+The folders are this user's alone. Where others may write, nothing is read or written (`trust`).
+Users can share a folder that NUMFLASH_CACHE_DIR names and that their group, not the world, may
+write: `mkdir -m 2770`.
 """
 
 import hashlib
@@ -12,7 +17,11 @@ import os
 import sys
 import tempfile
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
+from typing import BinaryIO
+
+from numflash.trust import UntrustedError, make_folder, require_trust, share, sharing_group
 
 _MAGIC = b"numflash-cubin-1\n"
 _log = logging.getLogger("numflash")
@@ -29,8 +38,59 @@ def cache_dir() -> Path:
     try:
         return Path(base).expanduser() / "numflash"
     except RuntimeError:  # a user without a home, as in some containers
-        user = os.getuid() if hasattr(os, "getuid") else "user"
-        return Path(tempfile.gettempdir()) / f"numflash-{user}"
+        return _nowhere()
+
+
+@cache
+def _nowhere() -> Path:
+    """A path below which no file can be: others could guess one in the temporary folder."""
+    _log.warning("this user has no home: nothing is cached unless NUMFLASH_CACHE_DIR is set")
+    return Path(os.devnull, "numflash")
+
+
+def folder_for(name: str) -> Path:
+    """A folder of the cache to write to, made if absent.
+
+    Raises:
+        OSError: it cannot be made, or others may write it (UntrustedError).
+    """
+    root = cache_dir()
+    root.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(root)
+    group = _group()
+    make_folder(root / name, group)
+    require_trust(root / name, (root / name).stat(), group)
+    return root / name
+
+
+def open_file(path: Path) -> BinaryIO:
+    """A file in a folder of the cache, open for reading.
+
+    Raises:
+        OSError: it cannot be read, or others may write it or its folder (UntrustedError).
+    """
+    group = _group()
+    require_trust(path.parent, path.parent.stat(), group)
+    file = open(path, "rb")  # noqa: SIM115 (the caller closes it)
+    try:
+        require_trust(path, os.fstat(file.fileno()), group)
+    except UntrustedError:
+        file.close()
+        raise
+    return file
+
+
+def _group() -> int | None:
+    """The group with which this user shares the cache; None if it is the user's alone.
+
+    Raises:
+        OSError: the cache is absent, or others may write it (UntrustedError).
+    """
+    root = cache_dir()
+    info = root.stat()
+    group = sharing_group(info) if os.environ.get("NUMFLASH_CACHE_DIR") else None
+    require_trust(root, info, group)
+    return group
 
 
 def _path(key: str) -> Path:
@@ -39,23 +99,27 @@ def _path(key: str) -> Path:
 
 def read(key: str) -> tuple[dict, bytes] | None:
     """(header, code) stored under `key`, or None."""
+    path = _path(key)
     try:
-        data = _path(key).read_bytes()
+        with open_file(path) as file:
+            data = file.read()
     except OSError:
         return None
     if not data.startswith(_MAGIC):
         return None
     checksum, _, rest = data[len(_MAGIC) :].partition(b"\n")
     if hashlib.sha256(rest).hexdigest().encode() != checksum:
-        _log.warning("%s is damaged; compiling again", _path(key))
+        _log.warning("%s is damaged; compiling again", path)
         return None
     header, _, code = rest.partition(b"\n")
     try:
         fields = json.loads(header)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     # The name is a hash of the key; the key itself settles it.
-    return (fields, code) if fields.pop("key", None) == key else None
+    if not isinstance(fields, dict) or fields.pop("key", None) != key:
+        return None
+    return fields, code
 
 
 def write(key: str, header: dict, code: bytes) -> None:
@@ -65,10 +129,10 @@ def write(key: str, header: dict, code: bytes) -> None:
     path = _path(key)
     temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
+        handle, temporary = tempfile.mkstemp(dir=folder_for("cubins"), suffix=".part")
         with os.fdopen(handle, "wb") as file:
             file.write(data)
+            share(handle, path.parent, 0o040)
         os.replace(temporary, path)
     except OSError as error:
         _log.info("cannot write %s (%s); this kernel is compiled again next time", path, error)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from numflash.arrays import ArrayLibrary, library_of
+from numflash.arrays import ArrayLibrary, copy_rows
 from numflash.configs import Sm90ForwardConfig, Traits
 from numflash.dispatch import Choice, Geometry, choose, resident_blocks
 from numflash.launch import Launcher, limits_of_device, multiprocessors
@@ -361,6 +361,4 @@ def _with_contiguous_rows(views: dict[str, ArrayView], names: tuple[str, ...]):
 def _copy_rows(names: list[str], operands: dict[str, Operand]) -> None:
     """Replace these operands by copies whose last axis is contiguous."""
     for name in names:
-        array = operands[name].array
-        library = library_of(array, name)
-        operands[name] = library.operand(library.with_contiguous_rows(array))
+        operands[name] = copy_rows(operands[name])

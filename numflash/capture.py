@@ -7,6 +7,7 @@ them.
 import logging
 import os
 
+from numflash.files import open_unlinked
 from numflash.problem_class import ProblemClass
 
 _log = logging.getLogger("numflash")
@@ -21,10 +22,10 @@ def note(problem: ProblemClass) -> None:
     _noted.add((path, problem))
     try:
         # One write of one short line: lines of several processes do not mix.
-        with open(path, "a", encoding="utf-8") as file:
+        with open(path, "a", encoding="utf-8", opener=open_unlinked) as file:
             file.write(f"{problem}\n")
     except OSError as error:
-        _log.warning("cannot capture problem classes in %s: %s", path, error)
+        _log.warning("NUMFLASH_CAPTURE: cannot write classes to %s: %s", path, error)
 
 
 def read(path: str | os.PathLike) -> list[ProblemClass]:

@@ -2,7 +2,12 @@
 
 The rule is FlashAttention's own: a kernel's largest error against float64 may be twice that of a
 naive implementation that works in the kernel's input precision throughout, plus the rounding of
-one result. What the rule allows is the `budget`.
+one result. What the rule allows is the `budget`. Gradients may also be wrong by what is left of
+numbers that should have cancelled: float32's rounding of what dQ and dK sum up.
+
+The gradients begin at lse, a float32: their P = exp(S - lse) may be wrong by a factor of
+exp(2**-22 |lse|), so that scores in the millions have no useful gradients. Where that exceeds the
+input precision it is part of the budget, and the report says so.
 
 On 8-bit floats the specification, `reference.attention_fp8`, takes the place of the naive
 implementation: the error of quantisation is in it, and is not the kernel's.
@@ -49,9 +54,16 @@ class Error:
 
 @dataclass(frozen=True)
 class CheckReport:
-    """The errors of one attention call; `print` shows them as a table."""
+    """The errors of one attention call; `print` shows them as a table.
+
+    Attributes:
+        errors: of each result.
+        lse_factor: by how much, relative to 1, gradients may be wrong because lse is a float32; 0
+            where the input precision is coarser.
+    """
 
     errors: tuple[Error, ...]
+    lse_factor: float = 0.0
 
     @property
     def passed(self) -> bool:
@@ -64,6 +76,11 @@ class CheckReport:
             verdict = "ok" if e.passed else "TOO LARGE"
             lines.append(
                 f"{e.name:6}{e.error:10.1e}{e.naive_error:10.1e}{e.budget:10.1e}  {verdict}"
+            )
+        if self.lse_factor:
+            lines.append(
+                f"lse is so large that its rounding to float32 may change P of the backward, and "
+                f"gradients with it, by {self.lse_factor:.1g} times itself"
             )
         return "\n".join(lines)
 
@@ -241,6 +258,7 @@ def compare(got: dict, q, k, v, *, precision: str, dout=None, **options) -> Chec
             strict=True,
         )
     )
+    epsilon, remainders, lse_factor = _EPSILON[precision], {}, 0.0
     if dout is not None:
         names = "dq", "dk", "dv"
         exact |= zip(names, reference.attention_backward(dout, q, k, v, **options), strict=True)
@@ -249,22 +267,41 @@ def compare(got: dict, q, k, v, *, precision: str, dout=None, **options) -> Chec
             reference.naive_backward(dout, q, k, v, precision=precision, **options),
             strict=True,
         )
+        lse_factor = _factor_of_lse(exact["lse"], epsilon)
+        terms = reference.gradient_terms(dout, q, k, v, **options)
+        share = 2 * _EPSILON["float32"] + lse_factor
+        for name, sums in zip(names, terms, strict=True):
+            remainders[name] = share * _largest_finite(sums)
     # lse is float32 whatever the inputs are, but its scores are not more exact than they.
     return CheckReport(
         tuple(
-            measure(name, array, exact[name], naive[name], _EPSILON[precision])
+            measure(name, array, exact[name], naive[name], epsilon, remainders.get(name, 0.0))
             for name, array in got.items()
-        )
+        ),
+        lse_factor,
     )
 
 
-def measure(name: str, got, exact, naive, epsilon: float) -> Error:
-    """The error of one result against its budget."""
-    finite = np.abs(exact[np.isfinite(exact)])
-    rounding = epsilon * float(finite.max(initial=0))
+def _factor_of_lse(lse: np.ndarray, epsilon: float) -> float:
+    """By how much exp(S - lse) may be wrong relative to 1, where that is more than epsilon.
+
+    lse is rounded when it is made, when it is brought to base 2, and through its largest score:
+    each time by 2**-24 of itself. In float32 the naive implementation's errors show as much.
+    """
+    with np.errstate(over="ignore"):
+        factor = float(np.expm1(2.0**-22 * _largest_finite(lse)))
+    return factor if factor > epsilon > _EPSILON["float32"] else 0.0
+
+
+def measure(name: str, got, exact, naive, epsilon: float, remainder: float = 0.0) -> Error:
+    """The error of one result against its budget; `remainder` is what cancelling may leave."""
     naive_error = _largest_difference(naive, exact)
-    budget = 2 * naive_error + rounding
+    budget = 2 * naive_error + epsilon * _largest_finite(exact) + remainder
     return Error(name, _largest_difference(got, exact), naive_error, budget)
+
+
+def _largest_finite(x: np.ndarray) -> float:
+    return float(np.abs(x[np.isfinite(x)]).max(initial=0))
 
 
 def _largest_difference(a, exact) -> float:

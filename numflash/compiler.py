@@ -7,16 +7,19 @@ relocatable code, which spills registers and ignores `setmaxnreg`. The linker's 
 registers, spills and warnings.
 
 A cubin is cached in memory and on disk under everything that decides its bytes: kernel source,
-config, traits, architecture and compiler versions. With a warm cache Numba is not even imported.
+config, traits, architecture and compiler versions. What Numba's own settings could decide is given
+explicitly, so that a debugger's environment makes the same cubin. With a warm cache Numba is not
+even imported.
 """
 
 import gc
 import hashlib
 import logging
 import re
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -44,8 +47,14 @@ _COMPILERS = (
     "nvidia-nvjitlink",
     "nvidia-nvjitlink-cu12",
 )
+_LINKERS = ("nvidia-nvjitlink", "nvidia-nvjitlink-cu12")
 _PACKAGE = Path(__file__).parent
 _SOURCES = ("ptx", "tiles", "kernels", "configs", "compiler.py")
+# Local memory of a thread, CUDA C++ Programming Guide, "Compute Capabilities".
+_LOCAL_BYTES = 512 * 1024
+# What Numba takes from NUMBA_* variables, a `.numba_config.yaml` or `numba.config` alone, although
+# it changes machine code or breaks the compiler. What is an argument is given with the call.
+_NUMBA_SETTINGS = {"FORCE_CUDA_CC": None, "CUDA_ENABLE_NRT": False, "DEBUG_JIT": 0}
 
 
 @dataclass(frozen=True)
@@ -60,6 +69,7 @@ class Cubin:
         registers: per thread.
         spill_store_bytes, spill_load_bytes, stack_bytes: per thread; 0 if all is in registers.
         warnings: what the assembler complained about.
+        min_blocks: blocks per SM that were promised to the assembler; None if it chose.
         compile_ms: time from Python source to machine code.
         code: the ELF image.
     """
@@ -73,6 +83,7 @@ class Cubin:
     spill_load_bytes: int
     stack_bytes: int
     warnings: tuple[str, ...]
+    min_blocks: int | None
     compile_ms: float
     code: bytes
 
@@ -89,13 +100,16 @@ def get_cubin(config: Config, traits: Traits, limits: Architecture) -> Cubin:
     if cubin is None:
         with _lock:
             cubin = (
-                _cubins.get(key) or _from_disk(key) or _compile_logged(key, config, traits, limits)
+                _cubins.get(key)
+                or _from_disk(key, limits)
+                or _compile_logged(key, config, traits, limits)
             )
             _cubins[key] = cubin
     return cubin
 
 
-def _from_disk(key: str) -> Cubin | None:
+def _from_disk(key: str, limits: Architecture) -> Cubin | None:
+    """What is stored under a key, if a kernel for this GPU can be like that."""
     stored = disk.read(key)
     if stored is None:
         return None
@@ -103,9 +117,34 @@ def _from_disk(key: str) -> Cubin | None:
     try:
         header["parameters"] = tuple((name, letter) for name, letter in header["parameters"])
         header["warnings"] = tuple(header["warnings"])
-        return Cubin(**header, code=code)
+        cubin = Cubin(**header, code=code)
+        return cubin if _is_plausible(cubin, limits) else None
     except (KeyError, TypeError, ValueError):
         return None
+
+
+def _is_plausible(cubin: Cubin, limits: Architecture) -> bool:
+    """Whether what a launch takes from a header has its type and is within the GPU's limits."""
+    numbers = (
+        (cubin.num_threads, 1, 1024),
+        (cubin.smem_bytes, 0, limits.max_smem_per_block),
+        (cubin.registers, 1, 255),
+        (cubin.spill_store_bytes, 0, _LOCAL_BYTES),
+        (cubin.spill_load_bytes, 0, _LOCAL_BYTES),
+        (cubin.stack_bytes, 0, _LOCAL_BYTES),
+        (1 if cubin.min_blocks is None else cubin.min_blocks, 1, limits.max_blocks_per_sm),
+    )
+    texts = [cubin.entry, *cubin.warnings, *(name for name, _ in cubin.parameters)]
+    return (
+        all(type(number) is int and low <= number <= high for number, low, high in numbers)
+        and all(isinstance(text, str) for text in texts)
+        and all(letter in ("f", "i", "q", "P", "T") for _, letter in cubin.parameters)
+        and type(cubin.compile_ms) is float
+        and cubin.compile_ms >= 0
+        and cubin.code.startswith(b"\x7fELF")
+        and bool(cubin.entry)
+        and cubin.entry.encode() in cubin.code
+    )
 
 
 def _compile_logged(key: str, config: Config, traits: Traits, limits: Architecture) -> Cubin:
@@ -116,6 +155,25 @@ def _compile_logged(key: str, config: Config, traits: Traits, limits: Architectu
     header = {name: value for name, value in asdict(cubin).items() if name != "code"}
     disk.write(key, header, cubin.code)
     return cubin
+
+
+def warn_of_spills(what: str, cubin: Cubin) -> None:
+    """Say once if CUDA 12's compilers have left a kernel's registers in memory.
+
+    Configs are chosen for what CUDA 13's make of them. CUDA 12's are the only ones for some
+    drivers, and make slower code for Blackwell of some of the same configs.
+    """
+    n_bytes = max(cubin.stack_bytes, cubin.spill_store_bytes, cubin.spill_load_bytes)
+    if n_bytes and (_version("cuda-bindings") or "").startswith("12."):
+        _warn_once(
+            f"{what}: CUDA 12's compilers keep {n_bytes} bytes a thread in memory instead of "
+            'registers, which is slow; with a driver for CUDA 13, pip install "numflash[cu13]"'
+        )
+
+
+@cache
+def _warn_once(text: str) -> None:
+    _log.warning("%s", text)
 
 
 def compile_cubin(config: Config, traits: Traits, limits: Architecture) -> Cubin:
@@ -157,6 +215,7 @@ def _compile(
         parameters=tuple((name, _letter(t)) for name, t in kernel.parameters.items()),
         num_threads=kernel.num_threads,
         smem_bytes=kernel.smem_bytes,
+        min_blocks=min_blocks,
         compile_ms=0.0,
         code=code,
         **_resources(log),
@@ -164,8 +223,15 @@ def _compile(
 
 
 def compile_ptx(config: Config, traits: Traits, limits: Architecture) -> str:
-    """The PTX of a kernel, for reading: the machine code is made from LTO-IR."""
-    return _front_end(lambda: _make(config, traits), limits, "ptx")[1]
+    """The PTX of a kernel, for reading: the machine code is made from LTO-IR.
+
+    Raises:
+        UnsupportedError: the compiler packages are missing.
+    """
+    config = getattr(config, "compiled", config)
+    # How many blocks are promised may follow from the spills, which only the assembler knows.
+    min_blocks = get_cubin(config, traits, limits).min_blocks
+    return _front_end(lambda: _make(config, traits), limits, "ptx", min_blocks)[1]
 
 
 def _make(config: Config, traits: Traits):
@@ -184,6 +250,8 @@ def _front_end(
     the choice.
     """
     with _numba_for(limits) as numba_cuda:
+        from numflash.ptx import CODE_OPTIONS
+
         kernel = make()
         threads = kernel.num_threads
         codes, _ = numba_cuda.compile_all(
@@ -194,6 +262,7 @@ def _front_end(
             abi="numba",
             output=output,
             launch_bounds=threads if min_blocks is None else (threads, min_blocks),
+            **CODE_OPTIONS,
         )
     if len(codes) != 1:
         raise UnsupportedError(f"the {kernel.family} kernel compiled to {len(codes)} modules")
@@ -222,12 +291,29 @@ def _numba_for(limits: Architecture):
     collects = gc.isenabled()
     gc.disable()
     try:
-        with _compiler_libraries(), without_repeated_work(), grid_constants():
+        with _compiler_libraries(), _settings(), without_repeated_work(), grid_constants():
             yield cuda
     finally:
         dispatcher.get_current_device = ask_driver
         if collects:
             gc.enable()
+
+
+@contextmanager
+def _settings() -> Iterator[None]:
+    """Numba's settings that no argument overrides, as numflash needs them."""
+    from numba import config
+
+    # Numba reads the environment again when that has changed, which would undo what is set here.
+    config.reload_config()
+    own = {name: getattr(config, name) for name in _NUMBA_SETTINGS if hasattr(config, name)}
+    for name in own:
+        setattr(config, name, _NUMBA_SETTINGS[name])
+    try:
+        yield
+    finally:
+        for name, value in own.items():
+            setattr(config, name, value)
 
 
 @contextmanager
@@ -284,7 +370,8 @@ def _link(ltoir: bytes, arch: str) -> tuple[bytes, str]:
         from cuda.bindings import nvjitlink
     except ImportError as error:
         raise UnsupportedError(f"nvJitLink cannot be imported: {error}. {INSTALL_HINT}") from error
-    options = [f"-arch={arch}", "-lto", "-verbose"]
+    # No contraction: kernels round as their source says, and the simulator with them.
+    options = [f"-arch={arch}", "-lto", "-verbose", "-fma=0"]
     with _compiler_libraries():
         handle = nvjitlink.create(len(options), options)
     try:
@@ -349,8 +436,24 @@ def source_hash() -> str:
 
 @cache
 def _toolchain() -> str:
-    """The kernel sources and the compilers' versions."""
-    return ";".join([source_hash(), *(f"{name}={_version(name)}" for name in _COMPILERS)])
+    """The kernel sources and the compilers' versions, and what else they make code from."""
+    # Numba compiles Python's bytecode; cuda-bindings decide which of two linkers is loaded.
+    names = ("cuda-bindings", *_COMPILERS)
+    found = {"python": sys.version_info[:2], **{name: _version(name) for name in names}}
+    if not any(found[name] for name in _LINKERS):
+        found["toolkit"] = _toolkit_version()
+    return ";".join([source_hash(), *(f"{name}={version}" for name, version in found.items())])
+
+
+def _toolkit_version() -> str | None:
+    """The version of a CUDA toolkit that pip has not installed; None if there is none."""
+    try:
+        from cuda.bindings import nvjitlink
+
+        with _compiler_libraries():
+            return "{}.{}".format(*nvjitlink.version())
+    except (ImportError, UnsupportedError):
+        return None
 
 
 def _version(distribution: str) -> str | None:

@@ -9,17 +9,20 @@ import json
 import math
 import re
 from dataclasses import asdict, dataclass, field, fields
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from numbers import Real
 from typing import Any
 
 from numflash.configs import parse_config
+from numflash.printable import printable
 from numflash.problem_class import ProblemClass
 
 SCHEMA = 1
 """Version of the format."""
 ORIGINS = ("predicted", "measured")
 """How a time was found, the weaker first."""
+CLOCK_ERROR = timedelta(hours=1)
+"""Clocks of hosts may differ by so much: a date that is farther ahead is of the future."""
 _MAX_INT = 2**31 - 1
 _MAX_DIGITS = 400
 _SIZES = ("seqlen_q", "seqlen_k", "batch_heads", "group_size")
@@ -50,7 +53,8 @@ class DeviceKey:
         _require(counted, "num_sms", "an integer from 0 on", self.num_sms)
 
     def __str__(self) -> str:
-        return f"{self.name} ({self.arch}, {self.num_sms} SMs)" if self.num_sms else self.name
+        name = printable(self.name)
+        return f"{name} ({self.arch}, {self.num_sms} SMs)" if self.num_sms else name
 
 
 @dataclass(frozen=True)
@@ -117,10 +121,26 @@ class Entry:
         """What a device has one entry for."""
         return self.problem, self.kernels, tuple(sorted(self.compilers.items()))
 
-    def gives_way_to(self, other: "Entry") -> bool:
-        """Whether `other`, of the same key, is measured where this is not, or else no older."""
-        mine, others = (ORIGINS.index(entry.origin) for entry in (self, other))
-        return (mine, _moment(self.date)) <= (others, _moment(other.date))
+    @property
+    def moment(self) -> datetime:
+        """When it was found."""
+        return _moment(self.date)
+
+    @property
+    def is_of_the_future(self) -> bool:
+        """Whether its date has not come yet, so that its clock or its author was wrong."""
+        return self.moment > datetime.now(UTC) + CLOCK_ERROR
+
+    @property
+    def rank(self) -> tuple:
+        """Of entries with the same key the one of the highest rank stays.
+
+        A date that can be true comes first, then what was measured, then the shorter time, then
+        the later date; the text settles the rest, so that the order of merging never matters.
+        """
+        text = json.dumps(self.to_dict(), sort_keys=True)
+        is_measured = ORIGINS.index(self.origin)
+        return not self.is_of_the_future, is_measured, -self.time_ms, self.moment, text
 
     def to_dict(self) -> dict[str, Any]:
         """The inverse of `from_dict`."""
@@ -217,13 +237,13 @@ def format_table(table: Table) -> str:
 
 
 def enter(rows: dict[tuple, Row], new: Row) -> str:
-    """Put a row in its place by its entry's key.
+    """Put a row in its place by its entry's key, where the higher rank stays.
 
     Returns:
         "added"; "replaced" if another gave way to it; "unchanged" if it gave way, or equals it.
     """
     old = rows.get(new.entry.key)
-    if old is not None and (old.entry == new.entry or not old.entry.gives_way_to(new.entry)):
+    if old is not None and old.entry.rank >= new.entry.rank:
         return "unchanged"
     rows[new.entry.key] = new
     return "added" if old is None else "replaced"

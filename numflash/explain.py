@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass, replace
 
-from numflash.arrays import library_of
+from numflash.arrays import library_of, metadata
 from numflash.calls import DEFAULTS, problem_of
 from numflash.dispatch import Choice, Geometry
 from numflash.fp8_calls import AutoForward, Fp8Forward, SelectedForward
 from numflash.fp8_options import has_fp8, take_apart, with_budget
+from numflash.gpus import Gpu, find
 from numflash.problem import as_tensor
 from numflash.selection import (
     backward_choices,
@@ -34,6 +35,7 @@ class Explanation:
         combine: the kernel that puts the parts of split keys together; None without splits.
         backward: the kernels of `attention_backward`, by family; none on 8-bit floats.
         in_16_bits: with precision="auto", the kernel for the heads that `forward` leaves out.
+        gpu: what was asked about, where it was a GPU that need not be here.
     """
 
     forward: Choice
@@ -41,9 +43,10 @@ class Explanation:
     combine: Choice | None
     backward: dict[str, Choice]
     in_16_bits: Choice | None = None
+    gpu: Gpu | None = None
 
     def __str__(self) -> str:
-        lines = [str(self.forward)]
+        lines = [str(self.forward)] if self.gpu is None else [f"on {self.gpu}", str(self.forward)]
         traits = self.forward.traits
         if traits.fp8 and not self.forward.config.multiplies_codes:
             lines.append(_AS_FLOAT16)
@@ -58,11 +61,19 @@ class Explanation:
         return "\n".join([*lines, *([_NO_BACKWARD] if traits.fp8 else [])])
 
 
-def explain_dispatch(q, k, v, **options) -> Explanation:
+def explain_dispatch(q, k, v, *, arch: str | None = None, **options) -> Explanation:
     """Say which kernels and configs `attention` and `attention_backward` would run.
 
     Args:
-        q, k, v: as for `numflash.attention`; only their metadata matters.
+        q, k, v: as for `numflash.attention`; only their metadata matters. With arch they may also
+            be NumPy arrays or tensors on any device.
+        arch: answer for a GPU that need not be here: its name, "NVIDIA H200" or "h200", or an
+            architecture, "sm_90". The number of SMs and the size of the L2 cache, which decide
+            splits and the order of blocks, are those of a table (`numflash.gpus`). For an
+            architecture by itself they are assumed to be those of its GPU in that table, or of
+            the newest before it: A100 80 GB SXM for sm_80, H100 SXM for sm_90, RTX 4090 for
+            sm_89; `str` says which. Tuned configs are those that this machine has for that GPU,
+            else those shipped. None answers for the device that the arrays lie on.
         options: the options of `numflash.attention`, without out, stream and return_lse. `config`
             may be a dictionary that also names configs for the backward, by family.
 
@@ -70,20 +81,21 @@ def explain_dispatch(q, k, v, **options) -> Explanation:
         The chosen kernels. `str` lists, below each, every other candidate and why it will not run.
 
     Raises:
-        TypeError, ValueError, UnsupportedError: as `numflash.attention`.
+        TypeError, ValueError, UnsupportedError: as `numflash.attention`; an arch that is none.
 
-    With precision="fp8" the kernels that quantise are compiled on the way, as the call does. On
-    8-bit floats there is no backward: `backward` is empty.
+    With precision="fp8" the kernels that quantise are compiled on the way, as the call does,
+    except with arch. On 8-bit floats there is no backward: `backward` is empty.
     """
+    gpu = None if arch is None else find(arch)
     descales = tuple(options.pop(f"{name}_descale", None) for name in "qkv")
     options = {**DEFAULTS, **options}
     is_fp8 = options["precision"] in ("fp8", "auto") or any(x is not None for x in descales)
     if is_fp8 or has_fp8(q, k, v):
-        return _explain_fp8({"q": q, "k": k, "v": v}, descales, options)
+        return _explain_fp8({"q": q, "k": k, "v": v}, descales, options, gpu)
     if options["fp8"] is not None:
         raise ValueError(f'fp8 goes with precision="fp8", precision is {options["precision"]!r}')
     forward_configs, backward_configs = split_configs(options["config"])
-    views = _views({"q": q, "k": k, "v": v}, options)
+    views = _views({"q": q, "k": k, "v": v}, options, gpu)
     problem, traits, device = problem_of(views, options)
     forward, geometry = forward_choice(
         problem, traits, device, forward_configs.get("forward"), runs=False
@@ -94,18 +106,18 @@ def explain_dispatch(q, k, v, **options) -> Explanation:
             problem, traits, device, forward_configs.get("combine"), runs=False
         )
     backward = backward_choices(problem, traits, device, backward_configs, runs=False)
-    return Explanation(forward, geometry, combine, backward)
+    return Explanation(forward, geometry, combine, backward, gpu=gpu)
 
 
-def _explain_fp8(arrays: dict, descales: tuple, options: dict) -> Explanation:
+def _explain_fp8(arrays: dict, descales: tuple, options: dict, gpu: Gpu | None) -> Explanation:
     arrays, options = take_apart(arrays, descales, options)
-    views = _views(arrays, options)
+    views = _views(arrays, options, gpu)
     if options["precision"] != "auto":
         asked = _AskedFp8(views, options)
-        return Explanation(asked.choice, asked.geometry, asked.combine, {})
+        return Explanation(asked.choice, asked.geometry, asked.combine, {}, gpu=gpu)
     asked = _AskedAuto(views, with_budget(options))
     in_16_bits = _AskedSelected(views, options | {"precision": None})
-    return Explanation(asked.choice, asked.geometry, None, {}, in_16_bits.choice)
+    return Explanation(asked.choice, asked.geometry, None, {}, in_16_bits.choice, gpu)
 
 
 class _Asked:
@@ -142,7 +154,9 @@ class _AskedSelected(_Asked, SelectedForward):
     pass
 
 
-def _views(arrays: dict, options: dict) -> dict[str, ArrayView]:
+def _views(arrays: dict, options: dict, gpu: Gpu | None) -> dict[str, ArrayView]:
     if options["alibi_slopes"] is not None:
         arrays = {**arrays, "alibi_slopes": options["alibi_slopes"]}
-    return {n: library_of(x, n).view(x, n) for n, x in arrays.items()}
+    if gpu is None:
+        return {n: library_of(x, n).view(x, n) for n, x in arrays.items()}
+    return {n: replace(metadata(x, n), device=gpu) for n, x in arrays.items()}

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from numflash.arrays import ArrayLibrary, library_of, stream_address
+from numflash.arrays import library_of, on_stream, stream_address
 from numflash.fp8 import Fp8Array, Fp8Recipe
 from numflash.quantization import Dequantization, Quantization
 from numflash.views import Operand
@@ -70,11 +70,11 @@ def quantize_fp8(
         return Quantization(library.view(x, "x"), layout, recipe, **options)
 
     ready = _remembered(key, make)
-    (data, descale), _ = _run(ready, (operand,), library, stream)
+    data, descale = _run(ready, {"x": x}, {"x": operand}, stream)
     tensor = ready.tensor
     return Fp8Array(
-        library.hand_back(data, x),
-        library.hand_back(descale, x),
+        data,
+        descale,
         recipe,
         tuple(tensor.view.shape),
         tensor.view.dtype,
@@ -108,8 +108,9 @@ def dequantize_fp8(x: Fp8Array, dtype: str | None = None, stream=None):
     traits = x.recipe, tuple(x.shape), x.layout, x.format, x.transposed, dtype
     key = (Dequantization, data_identity, descale_identity, *traits)
     ready = _remembered(key, lambda: Dequantization(x, dtype))
-    (out,), _ = _run(ready, (data, descale), library, stream)
-    return library.hand_back(out, x.data)
+    arrays = {"x.data": x.data, "x.descale": x.descale}
+    (out,) = _run(ready, arrays, {"x.data": data, "x.descale": descale}, stream)
+    return out
 
 
 def _remembered(key: tuple, make: Callable[[], Any]):
@@ -126,15 +127,16 @@ def _remembered(key: tuple, make: Callable[[], Any]):
     return ready
 
 
-def _run(ready, operands: tuple[Operand, ...], library: ArrayLibrary, stream):
-    """Bind and launch: the arrays that `ready` makes, and what it launched."""
-    if stream is None:
-        stream = library.stream(ready.device)
-        *arrays, launches = ready.bind(*operands, library)
-    else:
-        stream = stream_address(stream)
-        with library.ordered_on(stream, ready.device):
-            *arrays, launches = ready.bind(*operands, library)
-    for launch in launches.values():
-        launch(stream)
-    return [array for array in arrays if array is not None], launches
+def _run(ready, arrays: dict[str, Any], operands: dict[str, Operand], stream) -> list:
+    """Bind and launch: the arrays that `ready` makes, of the kind of the first of `arrays`."""
+    first = next(iter(arrays.values()))
+    library = library_of(first, next(iter(arrays)))
+
+    def work(stream: int) -> list:
+        *made, launches = ready.bind(*operands.values(), library)
+        for launch in launches.values():
+            launch(stream)
+        return [library.hand_back(x, first, stream) for x in made if x is not None]
+
+    address = None if stream is None else stream_address(stream)
+    return on_stream(work, address, ready.device, arrays, operands)

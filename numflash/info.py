@@ -11,6 +11,7 @@ from importlib import metadata, util
 from typing import Any
 
 from numflash import __version__, cache, compiler, store
+from numflash.commands import command
 from numflash.devices import architecture_of
 from numflash.mode import SIMULATED
 from numflash.sass import find_disassembler
@@ -204,6 +205,7 @@ def describe(info: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     """Run `numflash-info`; the exit status."""
     parser = argparse.ArgumentParser(

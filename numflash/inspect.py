@@ -12,6 +12,7 @@ import sys
 from dataclasses import asdict, dataclass, field
 from functools import partial
 
+from numflash.commands import command
 from numflash.compiler import compile_ptx, get_cubin
 from numflash.configs import (
     DTYPES,
@@ -363,6 +364,7 @@ def _expect_fit(config: Config, traits: Traits, limits: Architecture) -> None:
         raise UnsupportedError(f"config {config} cannot run this {config.family}: {why}")
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     """Run `numflash-inspect`; the exit status. Bad arguments exit with 2."""
     parser = _parser()

@@ -16,10 +16,11 @@ from functools import cache, lru_cache
 
 import numpy as np
 
-from numflash.compiler import Cubin, get_cubin
+from numflash.compiler import Cubin, get_cubin, warn_of_spills
 from numflash.configs import Config, Traits
 from numflash.devices import Architecture, architecture, architecture_of
 from numflash.errors import UnsupportedError
+from numflash.gpus import Gpu
 from numflash.mode import SIMULATED
 from numflash.tensor_maps import MAP_ALIGNMENT, MAP_BYTES, TensorLayout, aligned, encoder
 from numflash.views import Operand
@@ -33,14 +34,21 @@ _DEFAULT_SMEM_LIMIT = 48 * 1024
 
 
 @cache
-def limits_of_device(device: int) -> Architecture:
+def limits_of_device(device: int | Gpu) -> Architecture:
     """The architecture of a CUDA device, or of the simulator.
 
     Raises:
         UnsupportedError: no driver, or a GPU older than Turing.
+        ValueError: NUMFLASH_SIM_ARCH names no architecture.
     """
+    if isinstance(device, Gpu):
+        return device.limits
     if SIMULATED:
-        return architecture(os.environ.get("NUMFLASH_SIM_ARCH", _SIMULATED_ARCHITECTURE))
+        name = os.environ.get("NUMFLASH_SIM_ARCH") or _SIMULATED_ARCHITECTURE
+        try:
+            return architecture(name)
+        except ValueError as error:
+            raise ValueError(f"NUMFLASH_SIM_ARCH: {error}") from error
     names = "COMPUTE_CAPABILITY_MAJOR", "COMPUTE_CAPABILITY_MINOR"
     capability = _attributes(device, *names)
     try:
@@ -54,8 +62,10 @@ _SIMULATED_MULTIPROCESSORS = 1, 2**20
 
 
 @cache
-def multiprocessors(device: int) -> tuple[int, int]:
+def multiprocessors(device: int | Gpu) -> tuple[int, int]:
     """(streaming multiprocessors, bytes of L2 cache) of a CUDA device, or of the simulator."""
+    if isinstance(device, Gpu):
+        return device.num_sms, device.l2_bytes
     if SIMULATED:
         return _SIMULATED_MULTIPROCESSORS
     return _attributes(device, "MULTIPROCESSOR_COUNT", "L2_CACHE_SIZE")
@@ -75,8 +85,10 @@ def num_devices() -> int:
 
 
 @cache
-def device_name(device: int) -> str:
+def device_name(device: int | Gpu) -> str:
     """The driver's name of a CUDA device; in the simulator that of the architecture."""
+    if isinstance(device, Gpu):
+        return device.name
     if SIMULATED:
         return limits_of_device(device).arch.rstrip("af")
     driver = _driver()
@@ -102,7 +114,7 @@ class Launcher:
         self,
         config: Config,
         traits: Traits,
-        device: int,
+        device: int | Gpu,
         num_blocks: int,
         scalars: dict[str, int | float | TensorLayout],
     ):
@@ -110,17 +122,20 @@ class Launcher:
 
         Args:
             config, traits: which kernel.
-            device: ordinal of the CUDA device.
+            device: ordinal of the CUDA device; for a GPU that is not here nothing is compiled.
             num_blocks: blocks of the grid.
             scalars: a value for every parameter that is not a pointer, which for a tensor map is
                 its layout; more are ignored.
         """
-        if SIMULATED:
+        if isinstance(device, Gpu):
+            self._launch = AbsentLaunch(device)
+        elif SIMULATED:
             kernel = _simulated_kernel(config, traits)
             blocks_per_sm = getattr(config, "min_blocks_per_sm", None) or 1
             self._launch = SimulatedLaunch(kernel, num_blocks, scalars, blocks_per_sm)
         else:
             cubin = get_cubin(config, traits, limits_of_device(device))
+            warn_of_spills(f"{config.family} {config} {traits}", cubin)
             self._launch = DriverLaunch(cubin, device, num_blocks, scalars)
         self._name = f"{config.family} {config} {traits}"
 
@@ -136,12 +151,23 @@ class Launcher:
         return self._launch.bind(operands)
 
 
+class AbsentLaunch:
+    """A launch on a GPU that is not here, which is only asked about."""
+
+    def __init__(self, gpu: Gpu):
+        self.gpu = gpu
+
+    def bind(self, operands):
+        """Raise UnsupportedError."""
+        raise UnsupportedError(f"nothing can be launched on {self.gpu.name}: it is not here")
+
+
 class DriverLaunch:
     """A launch of machine code through the CUDA driver."""
 
     def __init__(self, cubin: Cubin, device: int, num_blocks: int, scalars: dict):
         self.driver, self.device = _driver(), device
-        self.function = _load(cubin, device)
+        self.function = load(cubin, device)
         self.geometry = (num_blocks, 1, 1, cubin.num_threads, 1, 1, cubin.smem_bytes)
         # What a launch fills in comes first: maps, which are aligned, and pointers.
         kinds = {"T": 0, "P": 1}
@@ -180,26 +206,14 @@ class DriverLaunch:
         values = maps + pointers
 
         def launch(stream: int, _keep_alive=(bound, mapped)) -> None:
-            self._in_context(self._launch, values, stream)
+            _in_context(self.device, self._launch, values, stream)
 
         return launch
 
     def _encoder(self, layout: TensorLayout) -> Callable[[int], bytes]:
         """The map of a tensor of this layout by its address."""
         encode = encoder(self.driver, layout)
-        return lru_cache(_MAX_MAPS)(lambda pointer: self._in_context(encode, pointer))
-
-    def _in_context(self, call: Callable, *arguments):
-        """A call with the device's primary context current."""
-        driver = self.driver
-        status, current = driver.cuCtxGetDevice()
-        if not status and int(current) == self.device:
-            return call(*arguments)
-        _checked(driver.cuCtxPushCurrent(_primary_context(self.device)))
-        try:
-            return call(*arguments)
-        finally:
-            _checked(driver.cuCtxPopCurrent())
+        return lru_cache(_MAX_MAPS)(lambda pointer: _in_context(self.device, encode, pointer))
 
     def _launch(self, values: list[bytes | int], stream: int) -> None:
         with self.lock:
@@ -276,12 +290,29 @@ def _primary_context(device: int):
     return _checked(driver.cuDevicePrimaryCtxRetain(_checked(driver.cuDeviceGet(device))))
 
 
+def _in_context(device: int, call: Callable, *arguments):
+    """A call with the device's primary context current."""
+    driver = _driver()
+    status, current = driver.cuCtxGetDevice()
+    if not status and int(current) == device:
+        return call(*arguments)
+    _checked(driver.cuCtxPushCurrent(_primary_context(device)))
+    try:
+        return call(*arguments)
+    finally:
+        _checked(driver.cuCtxPopCurrent())
+
+
 _loaded: dict[tuple[str, int, bytes], object] = {}
 _loading = threading.Lock()
 
 
-def _load(cubin: Cubin, device: int):
-    """The kernel of a cubin on a device, allowed all the shared memory it needs."""
+def load(cubin: Cubin, device: int):
+    """The kernel of a cubin on a device, loaded, and allowed all the shared memory it needs.
+
+    Raises:
+        RuntimeError: the driver refuses.
+    """
     # Machine code of equal bytes is the same kernel.
     key = (cubin.entry, device, cubin.code)
     with _loading:
@@ -298,9 +329,27 @@ def _load(cubin: Cubin, device: int):
                         _checked(driver.cuDeviceGet(device)),
                     )
                 )
+            _in_context(device, _load_now, kernel)
             # The driver takes a kernel wherever it takes a function.
             _loaded[key] = driver.CUfunction(int(kernel))
         return _loaded[key]
+
+
+def _load_now(kernel) -> None:
+    """Load a kernel into the current context.
+
+    By itself the driver does so when the kernel is first launched (CUDA_MODULE_LOADING is LAZY
+    unless told otherwise), which may be inside a graph capture, where memory is not to be had.
+    """
+    driver = _driver()
+    function = _checked(driver.cuKernelGetFunction(kernel))
+    try:
+        result = driver.cuFuncLoad(function)
+    except (AttributeError, RuntimeError):
+        # It is of CUDA 12.4. Bindings or drivers before do not have it, and load a kernel when
+        # its function is asked for (CUDA C++ Programming Guide 12.2, "Lazy Loading").
+        return
+    _checked(result)
 
 
 def _checked(result: tuple):

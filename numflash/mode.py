@@ -1,11 +1,36 @@
-"""GPU or simulator: decided once per process by NUMBA_ENABLE_CUDASIM, as Numba decides it."""
+"""GPU or simulator: decided once per process, as Numba decides it.
+
+Numba reads NUMBA_ENABLE_CUDASIM, an integer, which is on unless it is 0; whatever is no integer
+counts as 0, with a warning. Its configuration file and `numba.config.ENABLE_CUDASIM` say the same.
+"""
 
 import os
+import sys
+
+_VARIABLE = "NUMBA_ENABLE_CUDASIM"
+_NUMBAS_FILE = ".numba_config.yaml"
+
+
+def _as_numba_decides() -> bool:
+    """Whether Numba's `cuda` is, or will be, the simulator."""
+    if "numba.cuda" in sys.modules:
+        # It has decided, when it was imported.
+        return "numba.cuda.simulator_init" in sys.modules
+    if "numba" not in sys.modules and not os.path.exists(_NUMBAS_FILE):
+        # What follows without Numba, whose import takes half a second.
+        try:
+            return bool(int(os.environ.get(_VARIABLE, "0")))
+        except ValueError:
+            pass  # Numba warns, naming the variable
+    from numba.core import config
+
+    return bool(config.ENABLE_CUDASIM)
+
+
+SIMULATED = _as_numba_decides()
+"""Whether kernels of this process run in the simulator, on NumPy arrays."""
 
 
 def simulating() -> bool:
     """Whether kernels of this process run in the simulator, on NumPy arrays."""
-    return os.environ.get("NUMBA_ENABLE_CUDASIM", "0").strip() not in ("", "0")
-
-
-SIMULATED = simulating()
+    return SIMULATED

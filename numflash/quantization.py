@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from numflash.arrays import ArrayLibrary, library_of
+from numflash.arrays import ArrayLibrary, copy_rows, library_of
 from numflash.configs import (
     DTYPES,
     AmaxConfig,
@@ -127,7 +127,7 @@ class Quantization:
     def bind(self, operand: Operand, library: ArrayLibrary) -> tuple[Any, Any, Any, Launches]:
         """Allocate; (data, descale, statistics or None, functions that launch, in order)."""
         if self.is_copied:
-            operand = library.operand(library.with_contiguous_rows(operand.array))
+            operand = copy_rows(operand)
 
         def allocate(shape, dtype="float32"):
             array = library.empty(shape, dtype, self.device)
@@ -239,7 +239,7 @@ class Relayout:
     def bind(self, operand: Operand, library: ArrayLibrary) -> tuple[Any, Launches]:
         """Allocate; (codes laid out, functions that launch)."""
         if self.is_copied:
-            operand = library.operand(library.with_contiguous_rows(operand.array))
+            operand = copy_rows(operand)
         data = library.empty(self.data_shape, "uint8", self.device)
         if self._launcher is None:
             return data, {}

@@ -22,6 +22,7 @@ from numflash.dispatch import (
     without_bulk_copies,
 )
 from numflash.entries import DeviceKey
+from numflash.gpus import Gpu
 from numflash.launch import device_name, limits_of_device, multiprocessors
 from numflash.mode import SIMULATED
 from numflash.problem import AttentionProblem
@@ -32,9 +33,10 @@ BACKWARD = ("backward-dkdv", "backward-dq")
 FUSED = "backward"
 
 
-def device_key(device: int) -> DeviceKey:
-    """What tuned configs know a CUDA device, or the simulated architecture, by."""
-    num_sms = 0 if SIMULATED else multiprocessors(device)[0]
+def device_key(device: int | Gpu) -> DeviceKey:
+    """What tuned configs know a CUDA device, or an architecture by itself, by."""
+    named = not device.is_architecture if isinstance(device, Gpu) else not SIMULATED
+    num_sms = multiprocessors(device)[0] if named else 0
     return DeviceKey(device_name(device), limits_of_device(device).arch, num_sms)
 
 
@@ -76,7 +78,7 @@ def _expect_families(call: str, config: dict, families: tuple[str, ...]) -> dict
 def forward_choice(
     problem: AttentionProblem,
     traits: Traits,
-    device: int,
+    device: int | Gpu,
     config: str | Config | None,
     runs: bool = True,
 ) -> tuple[Choice, Geometry]:
@@ -130,7 +132,7 @@ def combine_choice(
 def backward_choices(
     problem: AttentionProblem,
     traits: Traits,
-    device: int,
+    device: int | Gpu,
     forced: dict[str, str | Config],
     runs: bool = True,
 ) -> dict[str, Choice]:
@@ -178,5 +180,19 @@ def _tuned(
         found = tuned.find(*query)
     if found is None:
         return choice
-    default = (str(choice.config), f"the default ({choice.rule}); what was tuned comes first")
-    return replace(found, passed_over=(default, *choice.passed_over))
+    return replace(found, passed_over=_passed_over(found, choice))
+
+
+def _passed_over(found: Choice, default: Choice) -> tuple[tuple[str, str], ...]:
+    """What else than a tuned config might have run: what the rules passed over, and their choice.
+
+    That choice may be the tuned config itself, and the rules may have passed it over.
+    """
+    chosen = tuned.without_geometry(found.config)
+    others = {str(chosen), found.config.implementation}
+    passed_over = [(what, why) for what, why in default.passed_over if what not in others]
+    is_default = chosen == tuned.without_geometry(default.config)
+    if is_default and (not found.is_final or found.config == default.config):
+        return tuple(passed_over)
+    rule = f"the default ({default.rule}); what was tuned comes first"
+    return (str(default.config), rule), *passed_over

@@ -5,20 +5,21 @@ package, has the same format and may hold several devices. This module owns the 
 among entries is another's business.
 
 Readers take no lock, for a file only ever appears whole, by a rename. Writers read, modify and
-write under one lock. A file that cannot be understood is renamed, with a warning.
+write under one lock. A file that cannot be understood or trusted is renamed, with a warning; in a
+folder that others may write, nothing is read or written.
 """
 
 import json
 import logging
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
 
-from numflash.cache import cache_dir
+from numflash.cache import cache_dir, folder_for, open_file
 from numflash.configs import parse_config
 from numflash.devices import architecture
 from numflash.entries import (
@@ -34,6 +35,7 @@ from numflash.entries import (
     parse_table,
 )
 from numflash.files import locked, remove_leftovers, replace_file
+from numflash.trust import UntrustedError
 
 _log = logging.getLogger("numflash")
 
@@ -44,7 +46,7 @@ class MergeCounts:
 
     Attributes:
         added: new in the cache.
-        replaced: took the place of an entry that was only predicted, or older.
+        replaced: took the place of an entry of lower rank (`Entry.rank`).
         unchanged: gave way to the entry in the cache, or equal it.
         skipped: could not be understood.
     """
@@ -112,14 +114,19 @@ def read_shipped() -> dict[DeviceKey, list[Entry]]:
     return _together(tables)
 
 
-def add(device: DeviceKey, entries: Iterable[Entry]) -> Path:
-    """Add entries to a device's file; a file has one for each key, the measured, else the newer.
+def add(device: DeviceKey, entries: Iterable[Entry], instead_of: Collection[Entry] = ()) -> Path:
+    """Add entries to a device's file; a file has one for each key, that of the highest rank.
+
+    Args:
+        device: whose entries.
+        entries: what was found.
+        instead_of: entries that go whatever their rank, as their configs have been tried again.
 
     Raises:
         OSError: the file cannot be written, or its lock was held too long (TimeoutError).
     """
     path = path_of(device)
-    _update(path, device, list(entries), MergeCounts())
+    _update(path, device, list(entries), MergeCounts(), instead_of)
     return path
 
 
@@ -174,6 +181,8 @@ def validate(path: str | os.PathLike) -> list[str]:
             if row.entry is not None:
                 first = seen.setdefault(row.entry.key, number)
                 why = _misfit(row.entry, device)
+                if row.entry.is_of_the_future:
+                    why = f"date must not be in the future, got {row.entry.date!r}"
                 if first < number:
                     why = f"entry {first} is of the same problem, kernels and compilers"
             if why:
@@ -242,11 +251,16 @@ def _best(rows: Iterable[Row]) -> dict[tuple, Row]:
     return best
 
 
+def _read_table(path: Path) -> Table:
+    with open_file(path) as file:
+        return parse_table(file.read())
+
+
 def _load(path: Path) -> Table:
     """What a file of the cache holds; nothing, with a warning, if it cannot be read."""
     try:
-        return parse_table(path.read_bytes())
-    except FileNotFoundError:
+        return _read_table(path)
+    except (FileNotFoundError, UntrustedError):
         return {}
     except OSError as error:
         _log.warning("the config cache %s cannot be read: %s", path, error)
@@ -268,18 +282,18 @@ def _load_or_set_aside(path: Path) -> Table:
         OSError: the file can be neither read nor set aside.
     """
     try:
-        return parse_table(path.read_bytes())
+        return _read_table(path)
     except FileNotFoundError:
         return {}
-    except ValueError as error:
+    except (ValueError, UntrustedError) as error:
         aside = _name_aside(path, error)
         path.rename(aside)
         _log.warning("%s is set aside as %s: %s", path, aside.name, error)
         return {}
 
 
-def _name_aside(path: Path, error: ValueError) -> Path:
-    """A free name for a file that cannot be understood."""
+def _name_aside(path: Path, error: Exception) -> Path:
+    """A free name for a file that cannot be understood or trusted."""
     foreign = isinstance(error, ForeignSchemaError)
     ending, number = (f".schema-{error.schema}", 1) if foreign else (".corrupt-1", 1)
     while (aside := path.with_name(path.name + ending)).exists():
@@ -288,15 +302,21 @@ def _name_aside(path: Path, error: ValueError) -> Path:
     return aside
 
 
-def _update(path: Path, device: DeviceKey, entries: list[Entry], counts: MergeCounts) -> None:
+def _update(
+    path: Path,
+    device: DeviceKey,
+    entries: list[Entry],
+    counts: MergeCounts,
+    instead_of: Collection[Entry] = (),
+) -> None:
     """Read, modify and write a file of the cache under its lock, and count what changed."""
     global _generation
     if not entries:
         return
-    with locked(path.parent):
+    with locked(folder_for("configs")):
         remove_leftovers(path.parent)
         table = _load_or_set_aside(path)
-        rows = table.get(device, [])
+        rows = [row for row in table.get(device, []) if row.entry not in instead_of]
         best = _best(rows)
         outcomes = [enter(best, Row.of(entry)) for entry in entries]
         if set(outcomes) != {"unchanged"}:

@@ -16,7 +16,7 @@ import math
 import os
 from dataclasses import dataclass, replace
 
-from numflash import store
+from numflash import store, switches
 from numflash.compiler import source_hash, versions
 from numflash.configs import Config, MmaConfig, Sm90ForwardConfig, Traits, parse_config
 from numflash.devices import Architecture
@@ -53,8 +53,8 @@ _warned: set[tuple] = set()
 
 
 def enabled() -> bool:
-    """Whether tuned configs are used."""
-    return os.environ.get("NUMFLASH_TUNED", "1") != "0"
+    """Whether tuned configs are used. Raises ValueError if NUMFLASH_TUNED is no switch."""
+    return switches.is_on("NUMFLASH_TUNED", default=True)
 
 
 def find(
@@ -211,11 +211,21 @@ def _same_architecture(tables: dict[DeviceKey, list[Entry]], device: DeviceKey) 
 
 
 def _nearest(entries: list[Entry], wanted: ProblemClass) -> list[Entry]:
-    """The entries near enough, nearest first; current before old, measured before predicted."""
+    """The entries near enough, nearest first.
+
+    Of equally near ones the current come before the old, then those whose date can be true, then
+    the measured, then the newer.
+    """
     ranked = [(distance(entry.problem, wanted), entry) for entry in entries]
     near = [(apart, entry) for apart, entry in ranked if apart < math.inf]
-    near.sort(key=lambda e: (e[0], not _is_current(e[1]), e[1].origin == "predicted"))
+    near.sort(key=lambda pair: pair[1].moment, reverse=True)
+    near.sort(key=lambda pair: (pair[0], *_doubts(pair[1])))
     return [entry for _, entry in near]
+
+
+def _doubts(entry: Entry) -> tuple[bool, bool, bool]:
+    """What speaks against an entry that is as near as others, the gravest first."""
+    return not _is_current(entry), entry.is_of_the_future, entry.origin == "predicted"
 
 
 def _usable(
@@ -224,7 +234,7 @@ def _usable(
     """The choice that an entry stands for; None, and a warning, if it is not possible here."""
     try:
         config = parse_config(wanted.family, entry.config)
-        config = config if with_geometry else _without_geometry(config)
+        config = config if with_geometry else without_geometry(config)
         return force(wanted.family, config, wanted.traits, limits)
     except (UnsupportedError, ValueError) as error:
         # Another class may need more shared memory; for its own the entry is wrong.
@@ -235,7 +245,7 @@ def _usable(
         return None
 
 
-def _without_geometry(config: Config) -> Config:
+def without_geometry(config: Config) -> Config:
     """The config without what belongs to one class only."""
     if not isinstance(config, MmaConfig):
         return config
@@ -253,4 +263,4 @@ def _relation(entry: Entry, wanted: ProblemClass) -> str:
 
 
 def _facts(entry: Entry) -> str:
-    return f"{entry.origin} {entry.time_ms:.4g} ms, {entry.date[:10]}"
+    return f"{entry.origin} {entry.time_ms:.4g} ms, {entry.moment.date()}"

@@ -29,7 +29,7 @@ class ArrayView:
         shape: extents.
         strides: in elements; they may have any sign.
         dtype: name, as in "bfloat16".
-        device: ordinal of the CUDA device; -1 in the simulator.
+        device: ordinal of the CUDA device; -1 in the simulator. Or a `gpus.Gpu` that is not here.
         writeable: whether a kernel may write to it.
     """
 

@@ -18,9 +18,9 @@ import ml_dtypes
 import numpy as np
 
 import numflash
-from numflash import api, arrays, calls, launch, selection
+from numflash import api, arrays, calls, fp8_arrays, fp8_sources, launch, quantization, selection
 from numflash.compiler import Cubin
-from numflash.configs import FP8_FORWARDS, QUANTIZE_CONFIGS
+from numflash.configs import QUANTIZE_CONFIGS
 
 _DTYPES = {
     "float16": np.dtype(np.float16),
@@ -28,6 +28,7 @@ _DTYPES = {
     "float32": np.dtype(np.float32),
     "float64": np.dtype(np.float64),
     "int32": np.dtype(np.int32),
+    "uint8": np.dtype(np.uint8),
 }
 _ALLOCATION = 512
 _LETTERS = {"i64": "q", "i32": "i", "f32": "f", "TensorMap": "T"}
@@ -134,7 +135,12 @@ def fake_cupy(memory: Memory) -> types.ModuleType:
         return empty(array.shape, array.dtype)
 
     cupy.empty, cupy.ascontiguousarray = empty, ascontiguousarray
-    cupy.from_dlpack = lambda array: array.__dlpack__()
+
+    def from_dlpack(array):
+        with Device(array.__dlpack_device__()[1]):
+            return array.__dlpack__()
+
+    cupy.from_dlpack = from_dlpack
     cupy.asarray = lambda array: array.as_cupy
     cupy.cuda = types.SimpleNamespace(
         runtime=types.SimpleNamespace(getDevice=lambda: cupy.current.device),
@@ -145,12 +151,50 @@ def fake_cupy(memory: Memory) -> types.ModuleType:
     return cupy
 
 
+class Exchange(NamedTuple):
+    """When an array went from one library to another, and what CuPy's current stream was then."""
+
+    kind: str
+    stream: int
+    device: int
+    launches: int
+
+
+class ForeignArray:
+    """An array that speaks DLPack only. `log` takes an `Exchange` each time."""
+
+    def __init__(self, seen: CuPyArray, gpu: "Gpu", log: list):
+        self.seen, self.gpu, self.log = seen, gpu, log
+
+    def _note(self, kind: str) -> None:
+        current = self.gpu.cupy.current
+        launches = len(self.gpu.driver.launches)
+        self.log.append(Exchange(kind, current.stream, current.device, launches))
+
+    def __dlpack_device__(self):
+        return 2, self.seen.data.device_id
+
+    def __dlpack__(self):
+        self._note("taken")
+        return self.seen
+
+    def __array_namespace__(self):
+        return self
+
+    def from_dlpack(self, array):
+        self._note("given")
+        return ForeignArray(array, self.gpu, self.log)
+
+
 def fake_torch(memory: Memory) -> types.ModuleType:
     """A module `torch`, whose tensors are contiguous.
 
-    `torch.current_stream` is an address; `torch.allocations` as those of `fake_cupy`.
+    `torch.current_stream` is an address; `torch.allocations` as those of `fake_cupy`;
+    `torch.grad_enabled` is whether gradients are recorded.
     """
     torch = types.ModuleType("torch")
+    torch.grad_enabled = True
+    torch.is_grad_enabled = lambda: torch.grad_enabled
     torch.current_stream, torch.allocations = 0x6000, []
 
     class DType:
@@ -174,6 +218,8 @@ def fake_torch(memory: Memory) -> types.ModuleType:
             return hash((self.type, self.index))
 
     class Tensor:
+        requires_grad = False
+
         def __init__(self, shape, dtype, device):
             self.shape, self.dtype, self.device = tuple(shape), dtype, device
             self.is_cuda = device.type == "cuda"
@@ -230,6 +276,8 @@ class Status(int):
 
 
 OK = Status(0)
+FUNCTION = 0xF000
+"""What a context's function is above its kernel."""
 
 
 class EncodedMap(NamedTuple):
@@ -271,6 +319,9 @@ class Driver:
         launch_status: what cuLaunchKernel answers.
         maps: one `EncodedMap` for each call of cuTensorMapEncodeTiled.
         encode_status: what cuTensorMapEncodeTiled answers.
+        load_status: what cuFuncLoad answers.
+        loaded: (kernel, device) of what was loaded.
+        loaded_lazily: what was first loaded by its launch.
     """
 
     CUdevice_attribute = types.SimpleNamespace(
@@ -292,9 +343,10 @@ class Driver:
             attributes.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT: num_sms,
             attributes.CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE: l2_bytes,
         }
-        self.device, self.launch_status = 0, OK
+        self.device, self.put_aside, self.launch_status = 0, [], OK
         self.calls, self.launches, self.kernels, self.maps = [], [], [], []
         self.encode_status, self.encode = 0, _ENCODE(self._encode)
+        self.load_status, self.loaded, self.loaded_lazily = OK, set(), []
 
     def cuDeviceGet(self, ordinal):
         return OK, ordinal
@@ -316,6 +368,18 @@ class Driver:
         self.calls.append(("cuKernelSetAttribute", attribute, value, kernel, device))
         return (OK,)
 
+    def cuKernelGetFunction(self, kernel):
+        if self.device is None:
+            return Status(201), None
+        self.calls.append(("cuKernelGetFunction", kernel))
+        return OK, FUNCTION + kernel
+
+    def cuFuncLoad(self, function):
+        self.calls.append(("cuFuncLoad", self.kernels[function - FUNCTION - 1]))
+        if not self.load_status:
+            self.loaded.add((function - FUNCTION, self.device))
+        return (self.load_status,)
+
     def cuDevicePrimaryCtxRetain(self, device):
         return OK, 0xC0 + device
 
@@ -324,10 +388,13 @@ class Driver:
 
     def cuCtxPushCurrent(self, context):
         self.calls.append(("cuCtxPushCurrent", context))
+        self.put_aside.append(self.device)
+        self.device = context - 0xC0
         return (OK,)
 
     def cuCtxPopCurrent(self):
         self.calls.append(("cuCtxPopCurrent",))
+        self.device = self.put_aside.pop()
         return OK, 0
 
     def cuGetProcAddress(self, symbol, version, flags):
@@ -348,6 +415,8 @@ class Driver:
     def cuLaunchKernel(self, function, *rest):
         *geometry, stream, parameters, extra = rest
         kernel = self.kernels[function - 1]
+        if (function, self.device) not in self.loaded:
+            self.loaded_lazily.append(kernel)
         self.calls.append(("cuLaunchKernel", kernel))
         launched = Launch(kernel, tuple(geometry), stream, parameters, extra, self.maps)
         self.launches.append(launched)
@@ -375,8 +444,7 @@ class Launch:
             "i": ctypes.c_int32,
             "f": ctypes.c_float,
         }
-        form = self.config.removeprefix("fp8-")
-        declared = parameters_of(self.family, form.partition("-")[0], form != self.config)
+        declared = parameters_of_config(self.family, self.config)
         addresses = (ctypes.c_void_p * len(declared)).from_address(parameters)
         for address, (name, letter) in zip(addresses, declared, strict=True):
             if letter == "T":
@@ -395,7 +463,8 @@ def parameters_of(
     """(name, letter) of a kernel's parameters, read from its source: no Numba needed.
 
     `generation` is that of a config for tensor cores, "sm80" or "sm90"; `fp8` tells of a forward
-    on 8-bit floats. Of several kernels of a name it is the first, which quantises.
+    on 8-bit floats. Of several kernels of a name it is the first, which quantises; "measure" and
+    "relayout" are what else a config of "quantize" can mean.
     """
     name = family.replace("-", "_")
     folders = {"sm75": "sm80", "sm80": "sm80", "sm90": "sm90"}
@@ -403,23 +472,35 @@ def parameters_of(
     file = f"fp8_{name}" if fp8 else name
     if family in QUANTIZE_CONFIGS or (fp8 and generation != "sm90"):
         folder, file = _KERNELS / "fp8", name
+    which = 0
+    if family in ("measure", "relayout"):
+        folder, file = _KERNELS / "fp8", {"measure": "amax"}.get(family, "quantize")
+        name, which = {"relayout": ("quantize", 1)}.get(family, (name, 0))
     tree = ast.parse((folder / f"{file}.py").read_text())
-    kernel, *_ = [
+    kernels = [
         node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == name
     ]
+    kernel = kernels[which]
     return tuple(
         (argument.arg, _LETTERS.get(getattr(argument.annotation, "id", None), "P"))
         for argument in kernel.args.args
     )
 
 
+def parameters_of_config(family: str, config: str) -> tuple[tuple[str, str], ...]:
+    """As `parameters_of`, by the string form of a config."""
+    for option, kernel in (("-measure", "measure"), ("-codes", "relayout")):
+        if family == "quantize" and option in config:
+            return parameters_of(kernel)
+    form = config.removeprefix("fp8-")
+    return parameters_of(family, form.partition("-")[0], form != config)
+
+
 def fake_get_cubin(config, traits, limits) -> Cubin:
     """A `Cubin` whose code says which kernel it is."""
     return Cubin(
         entry=config.family,
-        parameters=parameters_of(
-            config.family, getattr(config, "generation", ""), isinstance(config, FP8_FORWARDS)
-        ),
+        parameters=parameters_of_config(config.family, str(config)),
         num_threads=config.num_threads,
         smem_bytes=config.smem_bytes(traits),
         registers=64,
@@ -427,6 +508,7 @@ def fake_get_cubin(config, traits, limits) -> Cubin:
         spill_load_bytes=0,
         stack_bytes=0,
         warnings=(),
+        min_blocks=None,
         compile_ms=0.0,
         code=f"{config.family}|{config}|{traits}".encode(),
     )
@@ -461,11 +543,12 @@ def install(monkeypatch, capability=(7, 5), num_sms=40, l2_bytes=4 * 2**20) -> G
     monkeypatch.setattr(api, "get_cubin", fake_get_cubin)
     monkeypatch.setattr(launch, "_loaded", {})
     monkeypatch.setattr(api, "_ready", {})
+    monkeypatch.setattr(fp8_arrays, "_ready", {})
     monkeypatch.setattr(arrays, "_libraries", {})
     # Caches of this test's own, so that nothing fake outlives it.
     for name in ("limits_of_device", "multiprocessors", "device_name"):
         function = cache(getattr(launch, name).__wrapped__)
-        for module in (launch, api, calls, selection):
+        for module in (launch, api, calls, selection, quantization, fp8_sources):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, function)
     monkeypatch.setattr(launch, "_primary_context", cache(launch._primary_context.__wrapped__))

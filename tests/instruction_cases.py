@@ -21,6 +21,7 @@ from numflash.ptx import (
     ex2_approx_ftz_f32,
     f32,
     float_as_bits,
+    fma_rn_f32,
     ld_global_v4_f32,
     ld_global_v4_u32,
     ld_shared_u32,
@@ -332,6 +333,56 @@ def _pairs_case(instruction, pairs, y_type) -> InstructionCase:
     )
 
 
+def _map_triples(instruction, n):
+    def map_triples(a: Pointer(f32), b: Pointer(f32), c: Pointer(f32), y: Pointer(f32)):
+        for i in range(cuda.threadIdx.x, n, THREADS):
+            y[i] = instruction(a[i], b[i], c[i])
+
+    return map_triples
+
+
+def _triples() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Specials and random numbers of all sizes, and products that all but cancel.
+
+    Also sums that lie halfway between two float32 but for a bit that float64 cannot hold, and
+    sums that are exactly halfway, normal and subnormal.
+    """
+    rng = np.random.default_rng(4)
+    a, b = _pairs()
+    specials = a, b, np.roll(a, 7)
+    x, y = rng.standard_normal((2, 1000)).astype(np.float32)
+    near = x, y, -(x * y)
+    shifts = 2.0 ** rng.integers(-20, 20, 1000)
+    mixed = x, y, (rng.standard_normal(1000) * shifts).astype(np.float32)
+    one = np.ones(8, np.float32)
+    tiny = np.array([2.0**-60, -(2.0**-60)] * 4, np.float32)
+    # 1 + 2 ** -24 is halfway between 1 and its neighbour.
+    halfway = np.array([1 + 2.0**-23, 1 - 2.0**-24, 1, 3] * 2, np.float32)
+    sticky = (
+        np.concatenate([tiny, tiny, one * f32(2.0**-12), one * f32(TINY)]),
+        np.concatenate([one, -one, one * f32(2.0**-12), one * f32(2.0**-24)]),
+        np.concatenate([halfway, -halfway, halfway, halfway * f32(TINY)]),
+    )
+    # 2 ** -24 (1 - 2 ** -46): just beside half a place of the addend, where float64 says halfway.
+    signs = rng.choice([-1, 1], 200).astype(np.float32)
+    beside = (
+        signs * f32((1 + 2.0**-23) * 2.0**-12),
+        np.full(200, (1 - 2.0**-23) * 2.0**-12, np.float32),
+        (rng.integers(2**23, 2**24, 200) * rng.choice([-1, 1], 200)).astype(np.float32)
+        * f32(2.0**-23),
+    )
+    subnormal = beside[0], beside[1] * f32(2.0**-103), beside[2] * f32(2.0**-126)
+    sets = specials, near, mixed, sticky, beside, subnormal
+    return tuple(np.concatenate(parts) for parts in zip(*sets, strict=True))
+
+
+def _triples_case(instruction) -> InstructionCase:
+    triples = _triples()
+    n = triples[0].size
+    kernel = _map_triples(instruction, n)
+    return InstructionCase(instruction.__name__, "", kernel, triples, (((n,), f32),))
+
+
 def _memory_case(instruction, kernel, x, y_type=None, *, variant="", spread=1, smem=False):
     """The output is `spread` times as large as the input; shared memory as large as the output."""
     y_type = y_type or x.dtype.type
@@ -353,6 +404,7 @@ def _arithmetic_cases() -> list[InstructionCase]:
         _pairs_case(max_f32, _pairs(), f32),
         _pairs_case(min_f32, _pairs(), f32),
         _pairs_case(mul_rn_f32, _pairs(), f32),
+        _triples_case(fma_rn_f32),
         _map_case(cvt_f32_f16, HALF_CODES, u16, f32),
         _map_case(cvt_rn_f16_f32, _to_round(), f32, u16),
         _pairs_case(cvt_rn_f16x2_f32, _to_round_in_pairs(), u32),

@@ -2,11 +2,14 @@
 
 import argparse
 import sys
+from typing import TextIO
 
 from numflash import store
 from numflash.cache import cache_dir
 from numflash.entries import DeviceKey, Entry
 from numflash.inspect import Parser
+from numflash.printable import printable
+from numflash_tuner import tables
 
 COMMANDS = ("show", "validate", "export", "merge", "clear")
 
@@ -20,6 +23,11 @@ def main(argv: list[str]) -> int:
     show.add_argument("--shipped", action="store_true", help="the tables that come with numflash")
     validate = commands.add_parser("validate", help="what is wrong with files; exit 1 if anything")
     validate.add_argument("files", nargs="*", help="default: those of the cache")
+    validate.add_argument(
+        "--shipped",
+        action="store_true",
+        help="the tables that come with numflash; also whether they are stale",
+    )
     export = commands.add_parser("export", help="write the cache to one file")
     export.add_argument("file")
     export.add_argument("--device", help="only devices whose name contains this")
@@ -41,20 +49,35 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     try:
         return args.run(args)
+    except BrokenPipeError:
+        raise  # of stdout: nobody reads on
     except (OSError, ValueError) as error:
-        parser.exit(1, f"{parser.prog} {args.command}: error: {error}\n")
+        parser.exit(1, f"{parser.prog} {args.command}: error: {printable(str(error))}\n")
+
+
+def _print(*lines: str, file: TextIO | None = None) -> None:
+    """Print lines in which names come from files."""
+    print(*map(printable, lines), sep="\n", file=file)
 
 
 def _show(args: argparse.Namespace) -> int:
-    tables = store.read_shipped() if args.shipped else store.read_all()
-    chosen = _chosen(tables, args.device)
+    found = store.read_shipped() if args.shipped else store.read_all()
+    chosen = _chosen(found, args.device)
     for device in chosen:
-        print(device)
-        print("\n".join(_lines(tables[device])))
+        _print(str(device), *_lines(found[device]))
     if not chosen:
         of = f" of a device like {args.device!r}" if args.device else ""
-        print(f"no entries{of} in {store.config_dir()}", file=sys.stderr)
+        where = "the shipped tables" if args.shipped else store.config_dir()
+        _print(f"no entries{of} in {where}", file=sys.stderr)
+    stale = _stale() if args.shipped else []
+    if stale:
+        _print(*stale)
     return 0
+
+
+def _stale() -> list[str]:
+    """A line for each shipped table that is stale."""
+    return [warning for path in tables.paths() if (warning := tables.warning(path))]
 
 
 def _lines(entries: list[Entry]) -> list[str]:
@@ -70,7 +93,7 @@ def _lines(entries: list[Entry]) -> list[str]:
                 "-" if entry.default_ms is None else f"{entry.default_ms:.4g}",
                 "-" if entry.default_ms is None else f"{entry.default_ms / entry.time_ms:.2f}",
                 entry.origin,
-                entry.date[:10],
+                str(entry.moment.date()),
             )
         )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -83,8 +106,10 @@ def _lines(entries: list[Entry]) -> list[str]:
 
 def _validate(args: argparse.Namespace) -> int:
     paths = args.files or sorted(map(str, store.config_dir().glob("*.json")))
+    paths = list(map(str, tables.paths())) if args.shipped else paths
     wrong = [problem for path in paths for problem in store.validate(path)]
-    print("\n".join(wrong) if wrong else f"{len(paths)} files, nothing wrong")
+    wrong += _stale() if args.shipped else []
+    _print(*wrong or [f"{len(paths)} files, nothing wrong"])
     return 1 if wrong else 0
 
 
@@ -94,13 +119,13 @@ def _export(args: argparse.Namespace) -> int:
         devices = _chosen(store.read_all(), args.device)
         if not devices:
             raise ValueError(f"the config cache has no device like {args.device!r}")
-    print(f"{store.export(args.file, devices)} entries in {args.file}")
+    _print(f"{store.export(args.file, devices)} entries in {args.file}")
     return 0
 
 
 def _merge(args: argparse.Namespace) -> int:
     counts = store.merge(args.files)
-    print(
+    _print(
         f"{counts.added} added, {counts.replaced} replaced, {counts.unchanged} unchanged, "
         f"{counts.skipped} skipped"
     )
@@ -120,7 +145,7 @@ def _clear(args: argparse.Namespace) -> int:
         for path in found:
             path.unlink()
         removed += found
-    print("\n".join(f"removed {path}" for path in removed) or "nothing to remove")
+    _print(*[f"removed {path}" for path in removed] or ["nothing to remove"])
     return 0
 
 

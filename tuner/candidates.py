@@ -5,10 +5,11 @@ what has been measured: each choice of each dimension gets a factor by which the
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
-from optuna.distributions import IntDistribution
+from optuna.distributions import CategoricalDistribution
 
 from numflash.configs import Config
 from numflash_tuner import model
@@ -28,8 +29,7 @@ class Candidates:
         numbers: text -> number.
         estimates: milliseconds by the model before anything is compiled, of each number; infinite
             where no block fits.
-        distributions: what a sampler is asked for: the index of a choice in each dimension that
-            has several.
+        distributions: what a sampler is asked for: a choice of each dimension that has several.
     """
 
     def __init__(self, space: Space):
@@ -37,13 +37,10 @@ class Candidates:
         self.texts = [str(config) for config in self.configs]
         self.numbers = {text: number for number, text in enumerate(self.texts)}
         several = {name: c for name, c in space.dimensions.items() if len(c) > 1}
-        self.distributions = {n: IntDistribution(0, len(c) - 1) for n, c in several.items()}
+        self.distributions = {n: CategoricalDistribution(c) for n, c in several.items()}
+        self._place_of = {n: {each: i for i, each in enumerate(c)} for n, c in several.items()}
         self._places = np.array(
-            [
-                [choices.index(values[name]) for name, choices in several.items()]
-                for values in space.feasible.values()
-            ],
-            dtype=np.int64,
+            [self._place(values) for values in space.feasible.values()], dtype=np.int64
         ).reshape(len(self.configs), len(several))
         self._at = {tuple(place): number for number, place in enumerate(self._places.tolist())}
         codes: dict[Config, int] = {}
@@ -68,20 +65,32 @@ class Candidates:
         codes = [self._codes[self.numbers[text]] for text in broken if text in self.numbers]
         return is_free & ~np.isin(self._codes, codes)
 
-    def at(self, chosen: dict[str, int]) -> int | None:
+    def twins(self, texts: Iterable[str], wanted: Iterable[str] = ()) -> np.ndarray:
+        """Which numbers have the very estimate of one of these texts, except the wanted ones."""
+        known = [self.numbers[text] for text in texts if text in self.numbers]
+        are_twins = np.isin(self.estimates, self.estimates[known]) & np.isfinite(self.estimates)
+        are_twins[[self.numbers[text] for text in wanted if text in self.numbers]] = False
+        return are_twins
+
+    def at(self, chosen: Mapping[str, Any]) -> int | None:
         """The number of the config with these choices; None if it is not feasible."""
-        return self._at.get(tuple(chosen[name] for name in self.distributions))
+        return self._at.get(self._place(chosen))
 
-    def choices(self, number: int) -> dict[str, int]:
+    def choices(self, number: int) -> dict[str, Any]:
         """The choices of a config, as a sampler is asked for them."""
-        return dict(zip(self.distributions, self._places[number].tolist(), strict=True))
+        places = zip(self.distributions.items(), self._places[number], strict=True)
+        return {name: distribution.choices[i] for (name, distribution), i in places}
 
-    def nearest(self, chosen: dict[str, int], is_free: np.ndarray) -> int:
+    def nearest(self, chosen: Mapping[str, Any], is_free: np.ndarray) -> int:
         """The free number the fewest steps away; of several the one with the best estimate."""
-        place = np.array([chosen[name] for name in self.distributions], dtype=np.int64)
+        place = np.array(self._place(chosen), dtype=np.int64)
         steps = np.abs(self._places - place).sum(axis=1)
         order = np.lexsort((self.estimates, steps))
         return int(order[is_free[order]][0])
+
+    def _place(self, chosen: Mapping[str, Any]) -> tuple[int, ...]:
+        """The index of each choice in its dimension."""
+        return tuple(places[chosen[name]] for name, places in self._place_of.items())
 
     def favourite(self, times_ms: dict[str, float], is_free: np.ndarray) -> int:
         """The free number that the model, corrected by these times, likes best."""
@@ -115,6 +124,16 @@ class Candidates:
             choices.T @ (errors - errors.mean()),
         )
         return errors.mean() + self._choices @ weights
+
+
+def distinct(space: Space, most: int | None = None) -> int:
+    """How many feasible configs the model can tell apart, counted up to `most`."""
+    estimates: set[float] = set()
+    for config in space.feasible:
+        if len(estimates) == most:
+            break
+        estimates.add(_estimate(space, config))
+    return len(estimates)
 
 
 def _estimate(space: Space, config: Config) -> float:

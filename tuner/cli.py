@@ -17,8 +17,11 @@ import sys
 from pathlib import Path
 
 from numflash.capture import read as read_capture
+from numflash.commands import command
 from numflash.configs import DTYPES, MAX_HEAD_DIM
 from numflash.errors import UnsupportedError
+from numflash.files import require_replaceable
+from numflash.printable import printable
 from numflash.problem import AttentionProblem, describe
 from numflash.problem_class import ProblemClass
 from numflash.views import ArrayView, contiguous_strides
@@ -124,10 +127,21 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+class _Formatter(logging.Formatter):
+    """Warnings name files, devices and reasons that come from elsewhere."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The message, safe for a terminal."""
+        return "\n".join(map(printable, super().format(record).split("\n")))
+
+
+@command
 def main(argv: list[str] | None = None) -> int:
     """Run `numflash-tune`; the exit status. Bad arguments exit with 2, Ctrl-C with 130."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    logging.basicConfig(format="numflash: %(message)s", level=logging.WARNING)
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Formatter("numflash: %(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
     if argv and argv[0] in caches.COMMANDS:
         return caches.main(argv)
     program = []
@@ -169,11 +183,13 @@ def _capture(path: str, program: list[str], parser: argparse.ArgumentParser) -> 
     except OSError as error:
         parser.error(f"cannot run {program[0]}: {error}")
     try:
-        print(f"{len(read_capture(path))} classes of problems are in {path}")
+        count = len(read_capture(path))
     except FileNotFoundError:
         print(f"{program[0]} ran no attention: {path} was not written", file=sys.stderr)
     except (OSError, ValueError) as error:
         print(f"numflash-tune: {path} is no capture: {error}", file=sys.stderr)
+    else:
+        print(f"{count} classes of problems are in {path}")
     # As a shell has it of a program that a signal ended.
     return status if status >= 0 else 128 - status
 
@@ -233,14 +249,14 @@ def _tune(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
             if not spaces:
                 parser.error("nothing to tune: keys are not split in these problems")
             if not args.quiet:
-                print(session.plan(spaces), file=sys.stderr, flush=True)
+                print(printable(str(session.plan(spaces))), file=sys.stderr, flush=True)
             for number, space in enumerate(spaces):
                 title = f"[{number + 1}/{len(spaces)}] {space.problem}"
                 left = len(spaces) - number
                 try:
                     session.tune(space, left, title, args.quiet)
                 except LookupError as error:
-                    print(f"numflash-tune: {error.args[0]}", file=sys.stderr)
+                    print(f"numflash-tune: {printable(error.args[0])}", file=sys.stderr)
                     failed += 1
     except (
         ValueError,
@@ -250,7 +266,8 @@ def _tune(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         DeviceUnavailableError,
         NoCompilerError,
     ) as error:
-        parser.exit(1, f"{parser.prog}: error: {' '.join(str(error).split())}\n")
+        reason = printable(" ".join(str(error).split()))
+        parser.exit(1, f"{parser.prog}: error: {reason}\n")
     finally:
         if measurer is not None:
             measurer.close()
@@ -264,12 +281,8 @@ def _expect_writable(path: str | None) -> None:
     """Raise ValueError if a report cannot be written there; what is there stays as it is."""
     if path is None:
         return
-    is_new = not os.path.lexists(path)
     try:
-        with open(path, "ab"):
-            pass
-        if is_new:
-            os.unlink(path)
+        require_replaceable(Path(path))
     except OSError as error:
         raise ValueError(f"--report cannot be written: {error}") from error
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import TextIO
 
+from numflash.printable import printable
 from numflash_tuner.records import FAILURES, OUTCOMES, Record
 from numflash_tuner.results import format_ms
 
@@ -51,7 +52,7 @@ class Progress:
                 not for the pace.
             quiet: show nothing at all.
         """
-        self._total, self._title = total, _printable(title)
+        self._total, self._title = total, printable(title)
         self._stream = sys.stderr if stream is None else stream
         self._clock, self._time_budget = clock, time_budget
         self._terminal = _is_terminal(self._stream)
@@ -103,7 +104,7 @@ class Progress:
 
     def note(self, text: str) -> None:
         """Print a line of its own, above the bar."""
-        lines = "".join(_printable(line) + "\n" for line in text.splitlines() or [""])
+        lines = "".join(printable(line) + "\n" for line in text.splitlines() or [""])
         self._write((_CLEAR if self._terminal else "") + lines)
         if self._terminal:
             self._draw()
@@ -160,7 +161,9 @@ class Progress:
         if (record := self._best or self._fastest) is not None:
             about = "" if record.median_ms is not None else "predicted "
             text = f"{'best' if self._best else 'fastest'} {about}{format_ms(record.time_ms)} ms"
-            pieces.append((text if "config" in dropped else f"{text} {record.config}", "best"))
+            pieces.append(
+                (text if "config" in dropped else f"{text} {printable(record.config)}", "best")
+            )
         if "counts" not in dropped:
             for outcome in OUTCOMES:
                 if count := self._counts[outcome]:
@@ -233,11 +236,6 @@ def _encodable(text: str, stream: TextIO, otherwise: str) -> str:
     except (UnicodeError, LookupError):
         return otherwise
     return text
-
-
-def _printable(text: str) -> str:
-    """Names come from files: control characters must not reach the terminal."""
-    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def _cell_width(character: str) -> int:

@@ -63,6 +63,8 @@ class Record:
         predicted_ms: what the offline model says; None if it was not asked.
         parts: milliseconds that each resource alone would take by the model, by name.
         samples_ms: times measured.
+        batch_heads: batch x heads of what was timed, which may be fewer than the class's; None is
+            those of the class.
         clock_mhz: median SM clock while it was timed; None if unknown.
         seconds: what the trial took.
         finished: seconds since the epoch.
@@ -75,6 +77,7 @@ class Record:
     predicted_ms: float | None = None
     parts: dict[str, float] | None = None
     samples_ms: tuple[float, ...] = ()
+    batch_heads: int | None = None
     clock_mhz: float | None = None
     seconds: float = 0.0
     finished: float = 0.0

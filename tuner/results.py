@@ -5,12 +5,13 @@ A result is either measured or predicted, and so are all times that are compared
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 
 from numflash.configs import parse_config
 from numflash.problem_class import ProblemClass
+from numflash_tuner.model import multiply_adds
 from numflash_tuner.records import FAILURES, Record
 
 ORIGINS = ("measured", "predicted")
@@ -68,6 +69,18 @@ class Result:
             return None
         time = record.median_ms if self.origin == "measured" else record.predicted_ms
         return time if time is not None and math.isfinite(time) and time > 0 else None
+
+    def tflops(self, record: Record) -> float | None:
+        """The speed of a record in 1e12 operations a second; None without a time or products.
+
+        Operations are the multiplications and additions of the family's matrix products, of the
+        scores that are not masked, as the FlashAttention papers count them.
+        """
+        time, problem = self.time_ms(record), self.problem
+        if self.origin == "measured" and record.batch_heads is not None:
+            problem = replace(problem, batch_heads=record.batch_heads)
+        terms = multiply_adds(problem)
+        return 2 * terms / time / 1e9 if time and terms else None
 
     @property
     def winner(self) -> Record | None:

@@ -20,10 +20,11 @@ from optuna.trial import Trial
 
 from numflash.configs import Config
 from numflash_tuner import SAMPLERS, model
-from numflash_tuner.candidates import Candidates
+from numflash_tuner.candidates import Candidates, distinct
 from numflash_tuner.measuring.measurer import Measurer
+from numflash_tuner.ordered import OrderedSampler
 from numflash_tuner.pool import CompilePool, Examined
-from numflash_tuner.records import Record
+from numflash_tuner.records import FAILURES, Record
 from numflash_tuner.space import Space
 from numflash_tuner.studies import ENVIRONMENT, Ledger
 
@@ -37,8 +38,6 @@ _SLOW, _FEW_SAMPLES = 1.25, 3
 _FINALISTS, _FINAL_ROUNDS = 5, 15
 _TIE = 0.01
 """Times this close are equal; the config with less shared memory wins."""
-MODEL_MARGIN = 0.05
-"""What a prediction must gain over the default to displace it: the model is no better."""
 _FEW_TRIALS = 10
 """From so many on it can be told which parameters matter."""
 _USABLE = ("measured", "predicted")
@@ -65,8 +64,13 @@ class StoppingRules:
     seconds: float | None = None
     target: float | None = None
 
-    def size(self, space: Space) -> int:
-        """Trials of a space after which a search ends by itself."""
+    def size(self, space: Space, is_measured: bool) -> int:
+        """Trials of a space after which a search ends by itself.
+
+        Where the model judges, of configs that it cannot tell apart one, unless that fails.
+        """
+        if not is_measured:
+            return distinct(space, self.trials)
         feasible = len(space.feasible)
         return feasible if self.trials is None else min(self.trials, feasible)
 
@@ -81,13 +85,14 @@ def make_sampler(name: str, seed: int | None) -> optuna.samplers.BaseSampler:
     if name not in SAMPLERS:
         raise ValueError(f"the sampler must be one of {', '.join(SAMPLERS)}, got {name!r}")
     if name == "tpe":
-        return optuna.samplers.TPESampler(seed=seed, constant_liar=True)
+        return OrderedSampler(optuna.samplers.TPESampler(seed=seed, constant_liar=True))
     if name == "cmaes":
         try:
             import cmaes  # noqa: F401
         except ImportError as error:
             raise ImportError("the sampler cmaes needs: pip install cmaes") from error
-        return optuna.samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False)
+        found = optuna.samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False)
+        return OrderedSampler(found)
     # The grid is walked here; the sampler only fills in what is not asked for.
     return optuna.samplers.RandomSampler(seed=seed)
 
@@ -151,7 +156,7 @@ class Search:
     @property
     def size(self) -> int:
         """Configs that the search will have tried when it ends by itself."""
-        return self._rules.size(self.space)
+        return self._rules.size(self.space, self._measurer is not None)
 
     def records(self) -> list[Record]:
         """What was tried, by all processes, in order of trial; finalists as last measured."""
@@ -243,7 +248,7 @@ class Search:
         candidates = self.candidates
         while True:
             taken = self.ledger.taken()
-            is_free = candidates.free(taken, self._broken)
+            is_free = candidates.free(taken, self._broken) & ~self._foreseen()
             if self._default in candidates.numbers and self._default not in taken:
                 # Also where other layouts of its code have failed: it gets a record of its own.
                 is_free[candidates.numbers[self._default]] = True
@@ -277,6 +282,13 @@ class Search:
             number = candidates.nearest(trial.params, is_free)
             self.ledger.give_up(trial)
         return self.ledger.ask(candidates.distributions, candidates.choices(number))
+
+    def _foreseen(self) -> np.ndarray:
+        """Which numbers the model, being the judge, cannot tell from one that works or may yet."""
+        if self._measurer is not None:
+            return np.zeros(len(self.candidates.configs), bool)
+        failed = {r.config for r in self.ledger.records() if r.outcome in FAILURES}
+        return self.candidates.twins(self.ledger.taken() - failed, self._first)
 
     def _times_ms(self) -> dict[str, float]:
         """The times of what was compiled, also of what was stopped because it was slow."""
@@ -366,11 +378,13 @@ class Search:
                 f"{self._default}, was not tried"
             )
         usable.sort(key=lambda record: record.time_ms)
+        default = records.get(self._default)
+        usable, within_error = self._beyond_error(usable, default)
         firsts = [record for record in usable[_FINALISTS:] if record.config in self._first]
         finalists = usable[:_FINALISTS] + firsts
         if again and self._measurer is not None and len(finalists) > 1:
             finalists = self._measured_again(finalists)
-        default = self._finals.get(self._default, records.get(self._default))
+        default = self._finals.get(self._default, default)
         if default is None:
             violation = self.space.failure(self.space.default)
             default = Record(self._default, *(violation or ("invalid", "it is not in the space")))
@@ -389,15 +403,14 @@ class Search:
                 "the finalists were measured again, in turn; what looks faster and was not among "
                 "them has times of its first trial"
             )
-        is_only_predicted = self._measurer is None and math.isfinite(default.time_ms)
-        if is_only_predicted and best.time_ms > (1 - MODEL_MARGIN) * default.time_ms:
-            if fastest.config != default.config:
-                gain = 1 - fastest.time_ms / default.time_ms
-                why = [
-                    f"{fastest.config} is predicted to take {gain:.1%} less time, and a "
-                    f"prediction must gain {MODEL_MARGIN:.0%} to displace the default"
-                ]
-            best = default
+        within_error = [r for r in within_error if r.time_ms < best.time_ms]
+        if within_error:
+            fastest = within_error[0]
+            gain, needed = default.time_ms / fastest.time_ms - 1, self._gain_needed(fastest)
+            why.append(
+                f"{fastest.config} is predicted to gain {gain:.1%} over the default, and must "
+                f"gain more than {needed:.1%}, the model's error, to displace it"
+            )
         return default, replace(best, reason="; ".join(filter(None, [best.reason, *why])))
 
     def _measured_again(self, finalists: list[Record]) -> list[Record]:
@@ -415,6 +428,25 @@ class Search:
                 else record.failed("launch_failed", "it failed when it was measured again")
             )
         return [final for final in self._finals.values() if final.outcome in _USABLE]
+
+    def _beyond_error(
+        self, usable: list[Record], default: Record | None
+    ) -> tuple[list[Record], list[Record]]:
+        """(the default and what gains more over it than the model's error may feign, the rest)."""
+        if self._measurer is not None or default is None or not math.isfinite(default.time_ms):
+            return usable, []
+        beyond, within = [], []
+        for record in usable:
+            gain = default.time_ms / record.time_ms - 1
+            is_beyond = record is default or gain > self._gain_needed(record)
+            (beyond if is_beyond else within).append(record)
+        return beyond, within
+
+    def _gain_needed(self, record: Record) -> float:
+        """By which part the default must be predicted slower than a config, to give way to it."""
+        space, candidates = self.space, self.candidates
+        config = candidates.configs[candidates.numbers[record.config]]
+        return model.gain_needed(space.machine, space.problem, config, space.default)
 
     def importances(self) -> dict[str, float]:
         """Each dimension's share in the variation of the time; empty while too little is known."""

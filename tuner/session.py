@@ -12,9 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from functools import cache
 from hashlib import sha256
-from pathlib import Path
 
 import optuna
 
@@ -23,6 +21,7 @@ from numflash.compiler import source_hash, versions
 from numflash.entries import DeviceKey, Entry
 from numflash.problem_class import ProblemClass
 from numflash.selection import FUSED
+from numflash_tuner import model
 from numflash_tuner.machines import Machine
 from numflash_tuner.measuring.measurer import Measurer
 from numflash_tuner.plan import Plan, compile_time
@@ -32,7 +31,7 @@ from numflash_tuner.records import Record
 from numflash_tuner.results import Result
 from numflash_tuner.search import Search, StoppingRules, make_sampler
 from numflash_tuner.space import Budgets, Space
-from numflash_tuner.studies import earlier_records, open_study
+from numflash_tuner.studies import FORMAT, earlier_records, open_study
 
 _log = logging.getLogger("numflash")
 
@@ -122,14 +121,14 @@ class Session:
         """
         rules, names = self.options.rules, [self._study_name(space) for space in spaces]
         earlier = earlier_records(self.options.storage, names)
-        sizes = [rules.size(space) for space in spaces]
+        is_measured = self.measurer is not None
+        sizes = [rules.size(space, is_measured) for space in spaces]
         done = [len(records) for records in earlier]
         left = []
         if rules.seconds is None:
             left = [s for s, size, n in zip(spaces, sizes, done, strict=True) if n < size]
         everything = [record for records in earlier for record in records]
         time_ms = compile_time(left, everything, self._pool)
-        is_measured = self.measurer is not None
         jobs, seconds = self.options.jobs, rules.seconds
         return Plan(self.device.name, sizes, done, time_ms, jobs, seconds, is_measured)
 
@@ -158,7 +157,7 @@ class Session:
             self.measurer,
             rules,
             sampler=sampler,
-            first=self._incumbent(space),
+            first=[entry.config for entry in self._incumbents(space)],
             ahead=self.options.jobs + 2,
             clock=self._clock,
         )
@@ -190,7 +189,7 @@ class Session:
         """
         default, best = search.winner(again)
         progress.name_best(best)
-        self._remember(space, default, best)
+        self._remember(space, search, default, best)
         result = Result(
             device=self.device.name,
             arch=self.device.arch,
@@ -230,19 +229,29 @@ class Session:
     def _study_name(self, space: Space) -> str:
         """What trials of one study have in common, so that they can be compared."""
         made = [source_hash(), sorted(versions().items()), space.budgets, space.dimensions]
-        made.append(_model_hash())
+        made += [model.source_hash(), FORMAT]
         digest = sha256(repr(made).encode()).hexdigest()[:12]
         return f"{space.problem} on {self.device}, {self.origin}, {digest}"
 
-    def _incumbent(self, space: Space) -> list[str]:
-        """The config that is remembered for a class: it has to be beaten."""
-        entries = store.read(self.device)
-        return [entry.config for entry in entries if entry.problem == space.problem]
+    def _incumbents(self, space: Space) -> list[Entry]:
+        """What is remembered for a class: their configs have to be beaten."""
+        return [entry for entry in store.read(self.device) if entry.problem == space.problem]
 
-    def _remember(self, space: Space, default: Record, best: Record) -> None:
-        """Write the winner to the config cache; what goes wrong is logged."""
+    def _remember(self, space: Space, search: Search, default: Record, best: Record) -> None:
+        """Write the winner to the config cache; what goes wrong is logged.
+
+        An entry whose config this search has tried gives way even where its time is shorter: that
+        time is of another run, under another clock or of another model.
+        """
         if not math.isfinite(best.time_ms):
             return
+        records = search.ledger.records()
+        tried = {record.config for record in records if math.isfinite(record.time_ms)}
+        retried = [
+            entry
+            for entry in self._incumbents(space)
+            if entry.origin == self.origin and entry.config in tried
+        ]
         entry = Entry(
             problem=space.problem,
             config=best.config,
@@ -256,16 +265,7 @@ class Session:
             default_ms=default.time_ms if math.isfinite(default.time_ms) else None,
         )
         try:
-            store.add(self.device, [entry])
+            store.add(self.device, [entry], [e for e in retried if e.key == entry.key])
         except OSError as error:
             path = store.path_of(self.device)
             _log.warning("cannot write %s (%s): the config found is not remembered", path, error)
-
-
-@cache
-def _model_hash() -> str:
-    """Hash of everything that decides a prediction, the kernels aside."""
-    digest, folder = sha256(), Path(__file__).parent
-    for file in sorted([*folder.glob("model/*.py"), *folder.glob("machines.*")]):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()

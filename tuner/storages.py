@@ -21,8 +21,8 @@ from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import BaseJournalBackend, JournalFileBackend
 
-from numflash.cache import cache_dir
-from numflash.files import locked
+from numflash.cache import cache_dir, folder_for, open_file
+from numflash.files import locked, open_for_all, open_unlinked, refuse_link
 
 _CONNECT_SECONDS = 10
 # Several processes that make the same tables at once are in each other's way.
@@ -31,6 +31,8 @@ _MAKING_ATTEMPTS = 10
 _PASSWORD = re.compile(r"(?P<user>://[^:/?#\s]*:)(?P<password>[^?\s]*|\S*?)@")
 
 _log = logging.getLogger("numflash")
+# Folders of studies that were said to be unwritable.
+_told: set[Path] = set()
 
 
 class StorageError(RuntimeError):
@@ -81,7 +83,11 @@ def open_storage(url: str | None, name: str) -> BaseStorage:
         return _open_database(url)
     path = _journal(url, name)
     try:
-        return JournalStorage(_CacheJournal(path) if url is None else _open_journal(path))
+        if url is None:
+            return JournalStorage(_CacheJournal(path))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        refuse_link(path)
+        return JournalStorage(JournalFileBackend(str(path), _JournalLock(path)))
     except OSError as error:
         raise StorageError(f"the journal {path} cannot be written: {error}") from error
     except (ValueError, KeyError) as error:
@@ -107,18 +113,15 @@ def _journal(url: str | None, name: str) -> Path:
     return journal_path(name) if url is None else Path(url)
 
 
-def _open_journal(path: Path) -> JournalFileBackend:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return JournalFileBackend(str(path), _JournalLock(path))
-
-
 class _CacheJournal(BaseJournalBackend):
     """A journal in the cache; from when it cannot be written its lines are kept in memory."""
 
     def __init__(self, path: Path):
         self._path, self._lines = path, []
         try:
-            self._file = _open_journal(path)
+            os.close(open_for_all(folder_for(path.parent.name) / path.name))
+            open_file(path).close()
+            self._file = JournalFileBackend(str(path), _JournalLock(path))
         except OSError as error:
             self._leave([], error)
 
@@ -143,17 +146,16 @@ class _CacheJournal(BaseJournalBackend):
 
     def _leave(self, lines: list[dict[str, Any]], error: OSError) -> None:
         self._file, self._lines = None, lines
-        _tell_once(self._path.parent, error.strerror or str(error))
-
-
-@functools.cache
-def _tell_once(folder: Path, reason: str) -> None:
-    _log.warning(
-        "studies cannot be written in %s (%s): what is tried is kept in memory, and this run "
-        "cannot be continued later",
-        folder,
-        reason,
-    )
+        folder = self._path.parent
+        if folder in _told:
+            return
+        _told.add(folder)
+        _log.warning(
+            "studies cannot be written in %s (%s): what is tried is kept in memory, and this run "
+            "cannot be continued later",
+            folder,
+            error,
+        )
 
 
 class _JournalLock:
@@ -178,7 +180,8 @@ class _JournalLock:
 
 
 def _cut_torn_line(path: Path) -> None:
-    with contextlib.suppress(FileNotFoundError), open(path, "r+b") as file:
+    opened = functools.partial(open, path, "r+b", opener=open_unlinked)
+    with contextlib.suppress(FileNotFoundError), opened() as file:
         if not file.seek(0, os.SEEK_END):
             return
         file.seek(-1, os.SEEK_END)

@@ -37,8 +37,10 @@ from numflash_tuner.storages import (
     shown,
 )
 
-__all__ = ["ENVIRONMENT", "Ledger", "StorageError", "journal_path", "open_study"]
+__all__ = ["ENVIRONMENT", "FORMAT", "Ledger", "StorageError", "journal_path", "open_study"]
 
+FORMAT = "values"
+"""What parameters of trials are; part of the names of studies, which were of indices once."""
 ENVIRONMENT = ("timeout", "launch_failed", "compile_failed")
 """Outcomes that may be the machine's fault: a later run tries the config once more."""
 _BEAT_SECONDS = 30
@@ -184,6 +186,9 @@ class Ledger:
             distributions: of its parameters.
             params: a value for each of them, before which enqueued trials give way; None has the
                 sampler propose, or whoever enqueued a trial with Optuna.
+
+        Raises StorageError also where the study has other choices: somebody else's, or those of
+        another version of numflash.
         """
         if params is None:
             return self._asked(distributions or {})
@@ -200,8 +205,16 @@ class Ledger:
         # Step by step, so that what fails is repeated alone and the trial is not lost.
         trial = self._reach(self.study.ask)
         self.begin(trial)
-        for name, distribution in distributions.items():
-            self._reach(_suggest, trial, name, distribution)
+        try:
+            for name, distribution in distributions.items():
+                self._reach(_suggest, trial, name, distribution)
+        except ValueError as error:
+            self.give_up(trial)
+            place, _ = self._place()
+            raise StorageError(
+                f"the study {self.study.study_name!r} in {place} has other choices ({error}): it "
+                "is of another version of numflash; begin anew in another --storage"
+            ) from error
         return trial
 
     def begin(self, trial: Trial) -> None:
@@ -354,13 +367,17 @@ class Ledger:
             except (json.JSONDecodeError, KeyError) as error:
                 # The storage answers, but no longer with this study.
                 pause, reason, cause = None, f"it is damaged: {error}", error
-            place, url = _places.get(self.study, (f"the study {self.study.study_name}", None))
+            place, url = self._place()
             reason = hide_password(reason, url)
             if pause is None:
                 self._lost = StorageError(f"{place} can no longer be used: {reason}")
                 raise self._lost from cause
             _log.warning("%s fails (%s); trying again in %g s", place, reason, pause)
             self._sleep(pause)
+
+    def _place(self) -> tuple[str, str | None]:
+        """How messages call the storage, and its URL."""
+        return _places.get(self.study, (f"the study {self.study.study_name}", None))
 
 
 class _Told(optuna.samplers.BaseSampler):

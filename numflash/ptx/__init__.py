@@ -15,6 +15,7 @@ from numflash.ptx.arithmetic import (
     cvt_rna_tf32_f32,
     ex2_approx_ftz_f32,
     float_as_bits,
+    fma_rn_f32,
     lop3_select_b32,
     max_f32,
     min_f32,
@@ -110,6 +111,9 @@ from numflash.ptx.wgmma import (
     wgmma_fence,
 )
 
+CODE_OPTIONS = {"debug": False, "opt": True, "lineinfo": False, "fastmath": False}
+"""What Numba is told with each function, so that none of its settings decides machine code."""
+
 if SIMULATED:
     from numflash.simulator import cuda, install
 
@@ -121,9 +125,10 @@ if SIMULATED:
 else:
     from numba import cuda
 
-    device_function = cuda.jit(device=True, forceinline=True)
+    device_function = cuda.jit(device=True, forceinline=True, **CODE_OPTIONS)
 
 __all__ = [
+    "CODE_OPTIONS",
     "CP_ASYNC_WAIT_GROUP",
     "EVICT_FIRST",
     "EVICT_LAST",
@@ -172,6 +177,7 @@ __all__ = [
     "fence_proxy_async",
     "fence_proxy_tensormap",
     "float_as_bits",
+    "fma_rn_f32",
     "i32",
     "i64",
     "instruction",

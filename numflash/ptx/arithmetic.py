@@ -4,6 +4,8 @@ What an instruction makes of a NaN is always the same NaN: 0x7fffffff, as float1
 0x7fff. Moves keep every bit, and the conversion to tf32 cuts a NaN off.
 """
 
+import math
+
 import numpy as np
 
 from numflash.ptx.instruction import instruction
@@ -42,6 +44,20 @@ def mul_rn_f32(a: f32, b: f32) -> f32:
     """a * b, rounded before it is added to something: never part of an fma. PTX ISA 9.7.3.5."""
     product = f32(a) * f32(b)
     return product if product == product else _NAN
+
+
+@instruction("fma.rn.f32 <ret>, <a>, <b>, <c>;", sm=75)
+def fma_rn_f32(a: f32, b: f32, c: f32) -> f32:
+    """a * b + c, rounded once. PTX ISA 9.7.3.6.
+
+    Kernels are linked without contraction (`compiler`): only what says fma is one.
+    """
+    product, addend = float(a) * float(b), float(c)  # float64 holds the product of two float32
+    total = product + addend
+    if total - product != addend or total - addend != product:
+        return _round_inexact(product, addend, total)
+    _CELL[0] = total  # three times as fast as f32(total)
+    return _CELL[0]
 
 
 @instruction("mul.rn.f16x2 <ret>, <a>, <b>;", sm=75)
@@ -136,5 +152,21 @@ def _bf16_bits(x) -> int:
     return 0x7FFF if x != x else bits + 0x7FFF + (bits >> 16 & 1) >> 16
 
 
+def _round_inexact(product: float, addend: float, total: float) -> f32:
+    """The float32 nearest to product + addend, whose float64 `total` may be rounded or NaN.
+
+    What float64 cut off decides where `total` lies halfway between two float32: an odd last bit
+    stands for it.
+    """
+    if not math.isfinite(total):
+        return f32(total) if total == total else _NAN
+    back = total - product
+    error = (product - (total - back)) + (addend - back)
+    if error and not np.float64(total).view(np.uint64) & np.uint64(1):
+        total = math.nextafter(total, math.inf if error > 0 else -math.inf)
+    return f32(total)
+
+
+_CELL = np.zeros(1, np.float32)
 _SMALLEST_NORMAL = np.finfo(np.float32).tiny
 _NAN = u32(0x7FFFFFFF).view(f32)

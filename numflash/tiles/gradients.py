@@ -1,7 +1,10 @@
 """The softmax backward on a tile in registers: P again from the scores, and dS.
 
-    P  = exp(S - lse)           from the forward's log-sum-exp, no second pass for the maximum
-    dS = P * (dP - delta)       delta = rowsum(O * dO)
+    P  = exp(S - lse)                           from the forward's log-sum-exp
+    dS = P * (softmax_scale dP - delta)         delta = softmax_scale rowsum(O * dO)
+
+dS is the gradient of Q K^T, before it was scaled: as large as what dQ and dK are made of, so that
+it fits where they do.
 
 lse and delta belong to queries, which are the rows of a tile in the dQ kernel and the columns in
 the dK, dV kernel; `by_row` says which.
@@ -10,7 +13,7 @@ the dK, dV kernel; `by_row` says which.
 import math
 from functools import cache
 
-from numflash.ptx import device_function, f32, st_shared_f32
+from numflash.ptx import device_function, f32, fma_rn_f32, st_shared_f32
 from numflash.tiles.lanes import COLUMN_LANES, ROW_LANES
 from numflash.tiles.scores import NEG_INF
 from numflash.tiles.softmax import exp_f32
@@ -30,7 +33,7 @@ def make_load_query_statistics(count, step):
             query = first + step * i
             lses[i] = f32(math.inf)
             deltas[i] = f32(0)
-            if query < end and lse[base + query] > NEG_INF:
+            if query < end and lse[base + query] != NEG_INF:
                 lses[i] = lse[base + query]
                 deltas[i] = delta[base + query]
 
@@ -39,18 +42,20 @@ def make_load_query_statistics(count, step):
 
 @cache
 def make_softmax_backward(rows, columns, softcap, by_row):
-    """softmax_backward(s_acc, dp_acc, cap_slopes, lses, deltas): S -> P and dP -> dS, in place.
+    """softmax_backward(s_acc, dp_acc, cap_slopes, lses, deltas, softmax_scale)
+
+    S -> P and dP -> dS, in place.
 
     With softcap, `cap_slopes` holds the derivative of the capped by the raw score.
     """
     n_scores = rows * columns
 
     @device_function
-    def softmax_backward(s_acc, dp_acc, cap_slopes, lses, deltas):
+    def softmax_backward(s_acc, dp_acc, cap_slopes, lses, deltas, softmax_scale):
         for i in range(n_scores):
             query = i // columns if by_row else i % columns
             probability = exp_f32(s_acc[i] - lses[query])
-            gradient = probability * (dp_acc[i] - deltas[query])
+            gradient = probability * fma_rn_f32(dp_acc[i], softmax_scale, -deltas[query])
             if softcap:
                 gradient *= cap_slopes[i]
             s_acc[i] = probability

@@ -7,8 +7,15 @@ wide or high, which is what keeps the FMA units, not shared memory, busy.
 
 from functools import cache
 
-from numflash.ptx import cuda, device_function, f32, ld_shared_v4_f32
+from numflash.ptx import cuda, device_function, f32, fma_rn_f32, ld_shared_v4_f32
 from numflash.tiles.lanes import COLUMN_LANES, OUTPUT_STEP, ROW_LANES
+
+
+@device_function
+def add_four_products(total, a0, b0, a1, b1, a2, b2, a3, b3):
+    """total + a0 b0 + a1 b1 + a2 b2 + a3 b3, term after term, each rounded once."""
+    total = fma_rn_f32(a1, b1, fma_rn_f32(a0, b0, total))
+    return fma_rn_f32(a3, b3, fma_rn_f32(a2, b2, total))
 
 
 @cache
@@ -40,7 +47,7 @@ def make_product_nt(rows, columns, depth, a_pitch, b_pitch):
                         a_frag[4 * r + 3],
                     )
                     i = columns * r + c
-                    acc[i] = acc[i] + a0 * b0 + a1 * b1 + a2 * b2 + a3 * b3
+                    acc[i] = add_four_products(acc[i], a0, b0, a1, b1, a2, b2, a3, b3)
 
     return product_nt
 
@@ -76,6 +83,6 @@ def make_product_nn(rows, groups, depth, a_pitch, b_pitch):
                     for j in range(4):
                         b0, b1, b2, b3 = b_frag[j], b_frag[4 + j], b_frag[8 + j], b_frag[12 + j]
                         i = 4 * (groups * r + g) + j
-                        acc[i] = acc[i] + a0 * b0 + a1 * b1 + a2 * b2 + a3 * b3
+                        acc[i] = add_four_products(acc[i], a0, b0, a1, b1, a2, b2, a3, b3)
 
     return product_nn

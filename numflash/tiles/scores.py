@@ -11,7 +11,7 @@ by a loop's variable lies in local memory, not in registers.
 import math
 from functools import cache
 
-from numflash.ptx import cuda, device_function, f32
+from numflash.ptx import cuda, device_function, f32, fma_rn_f32
 from numflash.tiles.lanes import COLUMN_LANES, ROW_LANES
 
 NEG_INF = f32(-math.inf)
@@ -34,12 +34,12 @@ def make_scale_scores(rows, columns, softcap, alibi):
             s = s_acc[i] * score_scale
             if softcap:
                 bent = f32(math.tanh(s))
-                cap_slopes[i] = f32(1) - bent * bent
+                cap_slopes[i] = fma_rn_f32(-bent, bent, f32(1))
                 s = cap * bent
             if alibi:
                 r, c = i // columns, i % columns
                 distance = row + ROW_LANES * r + bias_shift - column - COLUMN_LANES * c
-                s -= alibi_slope * f32(abs(distance))
+                s = fma_rn_f32(-alibi_slope, f32(abs(distance)), s)
             s_acc[i] = s
 
     return scale_scores

@@ -3,15 +3,17 @@
 import gc
 import json
 import logging
+import math
 import os
 import re
 import shutil
 import subprocess
 import sys
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from importlib import metadata
+from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import pytest
@@ -37,6 +39,11 @@ from numflash.sass import disassemble
 
 CONFIG, TRAITS, LIMITS = DeltaConfig(8), Traits("float16", 64, 64), ARCHITECTURES["sm_80"]
 ELF = b"\x7fELF"
+# What a cubin's header says in numbers.
+NUMBERS = (
+    *("num_threads", "smem_bytes", "registers", "min_blocks"),
+    *("spill_store_bytes", "spill_load_bytes", "stack_bytes"),
+)
 
 # Loads or compiles the kernel of this file in a process of its own, and says how that went.
 CHILD = """
@@ -83,8 +90,8 @@ def compilations(monkeypatch, good):
     return compiled
 
 
-def start(program, directory):
-    environment = {**os.environ, "NUMFLASH_CACHE_DIR": str(directory)}
+def start(program, directory, **variables):
+    environment = {**os.environ, "NUMFLASH_CACHE_DIR": str(directory), **variables}
     return subprocess.Popen(
         [sys.executable, "-c", program],
         env=environment,
@@ -97,7 +104,7 @@ def start(program, directory):
 def finish(process):
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
-    return json.loads(out)
+    return json.loads(out.splitlines()[-1])  # Numba may have printed before
 
 
 def forget():
@@ -153,7 +160,7 @@ def test_two_processes_compile_at_once(cache_directory, good):
         assert child["registers"] == good.registers
     (file,) = cache_directory.iterdir()
     assert file.suffix == ".cubin"
-    assert compiler._from_disk(key_of(CONFIG, TRAITS, LIMITS)).registers == good.registers
+    assert compiler._from_disk(key_of(CONFIG, TRAITS, LIMITS), LIMITS).registers == good.registers
 
 
 def key_of(*arguments):
@@ -219,6 +226,48 @@ def test_a_header_of_another_version_is_compiled_again(
     assert len(compilations) == 1
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, value) for name in NUMBERS for value in (-1, 10**9, 10**400, 1.5, True, "1", [])),
+        ("num_threads", 0),
+        ("num_threads", 1025),
+        ("smem_bytes", LIMITS.max_smem_per_block + 1),
+        ("registers", 256),
+        ("min_blocks", 0),
+        ("min_blocks", 33),
+        ("entry", ""),
+        ("entry", "no such symbol"),
+        ("entry", "\ud800"),
+        ("entry", None),
+        ("parameters", [["x", "Z"]]),
+        ("parameters", [["x", "PP"]]),
+        ("parameters", [[1, "P"]]),
+        ("parameters", [["x", {}]]),
+        ("parameters", ["P"]),
+        ("warnings", [3]),
+        ("warnings", None),
+        ("compile_ms", math.nan),
+        ("compile_ms", "1"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_a_header_that_no_kernel_has_is_compiled_again(
+    name, value, cache_directory, compilations, good
+):
+    key = key_of(CONFIG, TRAITS, LIMITS)
+    header = {field: text for field, text in asdict(good).items() if field != "code"}
+    cache.write(key, {**header, name: value}, good.code)
+    assert get_cubin(CONFIG, TRAITS, LIMITS) == good and len(compilations) == 1
+
+
+def test_what_is_no_machine_code_is_compiled_again(cache_directory, compilations, good):
+    key = key_of(CONFIG, TRAITS, LIMITS)
+    header = {field: text for field, text in asdict(good).items() if field != "code"}
+    cache.write(key, header, b"#!/bin/sh " + good.code)
+    assert get_cubin(CONFIG, TRAITS, LIMITS) == good and len(compilations) == 1
+
+
 def test_a_file_under_another_kernels_name_is_not_taken(cache_directory, compilations):
     get_cubin(CONFIG, TRAITS, LIMITS)
     (file,) = cache_directory.iterdir()
@@ -280,6 +329,84 @@ def test_the_key_depends_on_the_compilers(monkeypatch):
     compiler._toolchain.cache_clear()
     assert key_of(CONFIG, TRAITS, LIMITS) != before
     compiler._toolchain.cache_clear()
+
+
+def test_the_key_depends_on_what_no_argument_decides(monkeypatch):
+    def key():
+        compiler._toolchain.cache_clear()
+        return key_of(CONFIG, TRAITS, LIMITS)
+
+    real, before = compiler._version, key()
+    # Numba compiles bytecode, and cuda-bindings choose between linkers that are both installed.
+    monkeypatch.setattr(sys, "version_info", (4, 0))
+    assert key() != before
+    monkeypatch.undo()
+    monkeypatch.setattr(compiler, "_version", lambda n: "9" if n == "cuda-bindings" else real(n))
+    assert key() != before
+    # A toolkit that pip has not installed is asked.
+    monkeypatch.setattr(compiler, "_version", lambda n: None)
+    keys = []
+    for version in ((13, 0), (13, 5)):
+        monkeypatch.setattr("cuda.bindings.nvjitlink.version", lambda v=version: v)
+        keys.append(key())
+    missing(monkeypatch, "cuda.bindings.nvjitlink")
+    monkeypatch.delattr("cuda.bindings.nvjitlink")
+    keys.append(key())
+    assert len(set(keys)) == 3
+    monkeypatch.undo()
+    assert key() == before
+
+
+def numbas_switches():
+    """All switches that Numba reads from the environment, on."""
+    import numba
+
+    folders = Path(numba.__file__).parent / "core", Path(numba.cuda.__file__).parent
+    files = [file for folder in folders for file in folder.rglob("*.py")]
+    switch = re.compile(r'_readenv\(\s*"(NUMBA_\w+)",\s*(?:int|bool)\b')
+    names = {name for file in files for name in switch.findall(file.read_text())}
+    assert "NUMBA_CUDA_DEBUGINFO" in names and "NUMBA_CUDA_ENABLE_NRT" in names
+    # Where the simulator is meant, and what breaks Numba's own printing.
+    return dict.fromkeys(
+        names - {"NUMBA_ENABLE_CUDASIM", "NUMBA_HIGHLIGHT_DUMPS", "NUMBA_TRACE"}, "1"
+    )
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """What a process makes whose environment says nothing of Numba."""
+    return finish(start(CHILD, tmp_path_factory.mktemp("plain")))
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"NUMBA_CUDA_DEBUGINFO": "1"},
+        {"NUMBA_OPT": "0"},
+        {"NUMBA_FORCE_CUDA_CC": "9.0a"},
+        numbas_switches(),
+    ],
+    ids=["debug information", "unoptimised", "another GPU", "all switches"],
+)
+def test_numbas_environment_does_not_change_the_machine_code(variables, plain, tmp_path):
+    assert finish(start(CHILD, tmp_path, **variables))["code"] == plain["code"]
+
+
+def test_numbas_settings_do_not_change_the_machine_code(good, monkeypatch):
+    import numba
+
+    for name, value in (("CUDA_DEBUGINFO_DEFAULT", 1), ("FORCE_CUDA_CC", (9, 0, "a"))):
+        monkeypatch.setattr(numba.config, name, value)
+    # Numba has its settings from the environment again, as soon as that has changed.
+    monkeypatch.setenv("NUMBA_DEBUG_JIT", "1")
+    cubin = compiler.compile_cubin(CONFIG, TRAITS, LIMITS)
+    without_names = [
+        [line.partition("`")[0] for line in instructions(each)] for each in (cubin, good)
+    ]
+    assert without_names[0] == without_names[1]
+    assert numba.config.DEBUG_JIT == 1
+    monkeypatch.delenv("NUMBA_DEBUG_JIT")
+    numba.config.reload_config()
 
 
 def test_the_key_depends_on_the_sources(tmp_path, monkeypatch):
@@ -363,6 +490,28 @@ def test_min_blocks_reaches_the_assembler():
 
     assert directives(None) == {".maxntid 256"}
     assert directives(1) == {".maxntid 256", ".minnctapersm 1"}
+
+
+@pytest.mark.parametrize(
+    ("min_blocks", "spills", "directive"), [(0, 0, None), (0, 8, 1), (1, 0, 1), (2, 8, 2)]
+)
+def test_the_ptx_is_that_of_the_cubin(min_blocks, spills, directive, cache_directory, monkeypatch):
+    """The config's promise to the assembler, or the one that was made because of spills."""
+    link = compiler._link
+
+    def link_and_spill(ltoir, arch):
+        code, log = link(ltoir, arch)
+        roomy = len(linked) == 1
+        linked.append(code)
+        return code, log if roomy else re.sub(r"\d+ (bytes spill)", rf"{spills} \1", log)
+
+    linked = []
+    monkeypatch.setattr(compiler, "_link", link_and_spill)
+    config = replace(parse_config("forward", "sm80-m16n16w1s1"), min_blocks=min_blocks)
+    assert get_cubin(config, TRAITS, LIMITS).min_blocks == directive
+    forget()  # as inspecting in another process: from the cubin on disk
+    ptx = compiler.compile_ptx(config, TRAITS, LIMITS)
+    assert re.findall(r"\.minnctapersm (\d+)", ptx) == ([str(directive)] if directive else [])
 
 
 def test_the_assemblers_complaint_is_quoted():

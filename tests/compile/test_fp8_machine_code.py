@@ -5,7 +5,6 @@ turn. NUMFLASH_TEST_EVERY_CONFIG=1 compiles all of them with every feature.
 """
 
 import itertools
-import os
 from dataclasses import replace
 
 import pytest
@@ -16,6 +15,7 @@ from numflash.devices import architecture
 from numflash.dispatch import choose
 from numflash.inspect import inspect_kernel
 from numflash.sass import count_instructions, disassemble
+from numflash.switches import is_on
 
 # sm_86 has the instructions of sm_80 and the shared memory of sm_89.
 ARCHS = ("sm_75", "sm_80", "sm_89", "sm_90a", "sm_120")
@@ -38,7 +38,7 @@ def kernel(
 
 def _cases():
     """(arch, head_dim, features): each GPU and head_dim; where registers are scarcest both."""
-    if os.environ.get("NUMFLASH_TEST_EVERY_CONFIG"):
+    if is_on("NUMFLASH_TEST_EVERY_CONFIG"):
         return list(itertools.product(ARCHS, HEAD_DIMS, (PLAIN, KEYS, BENT, ALL)))
     return [
         ("sm_75", 64, KEYS),
@@ -83,7 +83,7 @@ def test_what_is_chosen_stays_in_registers_and_multiplies(case):
 
 def _hopper_cases():
     """(config, dtype, head_dim, features): what is chosen; in full every candidate."""
-    if os.environ.get("NUMFLASH_TEST_EVERY_CONFIG"):
+    if is_on("NUMFLASH_TEST_EVERY_CONFIG"):
         features = [PLAIN, {"softcap": True}, {"alibi": True}, BENT]
         for head_dim, dtype, feature in itertools.product(
             HEAD_DIMS, ("float16", "bfloat16"), features

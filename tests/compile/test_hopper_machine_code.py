@@ -7,7 +7,6 @@ with every feature.
 """
 
 import itertools
-import os
 from dataclasses import replace
 
 import pytest
@@ -21,6 +20,7 @@ from numflash.inspect import inspect_kernel
 from numflash.ptx import device_function
 from numflash.sass import disassemble
 from numflash.steady_state import MainLoop, Registers, read_main_loop
+from numflash.switches import is_on
 
 HOPPER = architecture("sm_90a")
 DTYPES = ("float16", "bfloat16")
@@ -44,7 +44,7 @@ def every(head_dim: int) -> tuple[Sm90ForwardConfig, ...]:
 
 def _cases():
     """(config, dtype, head_dim, features): what is chosen; in full every candidate."""
-    if os.environ.get("NUMFLASH_TEST_EVERY_CONFIG"):
+    if is_on("NUMFLASH_TEST_EVERY_CONFIG"):
         features = [PLAIN, {"softcap": True}, {"alibi": True}, BENT]
         for head_dim, dtype in itertools.product(HEAD_DIMS, DTYPES):
             for config, feature in itertools.product(every(head_dim), features):

@@ -14,7 +14,6 @@ takes hours.
 """
 
 import itertools
-import os
 from collections import Counter
 from dataclasses import dataclass, replace
 
@@ -36,6 +35,7 @@ from numflash.inspect import inspect_kernel
 from numflash.kernels.kernel import Kernel
 from numflash.ptx import Pointer, f32
 from numflash.sass import count_instructions, disassemble
+from numflash.switches import is_on
 
 FAMILIES = ("forward", "backward-dkdv", "backward-dq", "delta", "combine")
 TENSOR_CORE_FAMILIES = FAMILIES[:3]
@@ -266,7 +266,7 @@ def split_cases() -> list[Case]:
     return cases
 
 
-CASES = every_case() if os.environ.get("NUMFLASH_TEST_EVERY_CONFIG") else fewest_cases()
+CASES = every_case() if is_on("NUMFLASH_TEST_EVERY_CONFIG") else fewest_cases()
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -72,6 +72,22 @@ def test_calls_can_be_captured_in_a_graph(cupy):
     assert bool((plan.out == expected).all())
 
 
+def test_a_plan_can_be_captured_before_it_was_ever_launched(cupy):
+    """Its kernel needs less than 48 KB, so that nothing but the plan has loaded it."""
+    q, k, v = _inputs(cupy)
+    expected = numflash.attention(q, k, v)
+    plan = numflash.plan(q, k, v, config="m16n16w2")
+    stream = cupy.cuda.Stream(non_blocking=True)
+    cupy.cuda.Device().synchronize()
+    with stream:
+        stream.begin_capture()
+        plan.launch(stream)
+        graph = stream.end_capture()
+        graph.launch()
+    stream.synchronize()
+    assert float(abs(plan.out - expected).max()) < 1e-2
+
+
 def test_memory_grows_with_seqlen_not_its_square(cupy):
     pool = cupy.get_default_memory_pool()
 

@@ -8,11 +8,12 @@ import pytest
 
 import numflash
 from bench import __main__ as bench
-from bench import fp8_accuracy, fp8_kernels, fp8_section, record, report
+from bench import fp8_accuracy, fp8_figure, fp8_kernels, fp8_section, record, report
 from bench.fp8_inputs import SINK_GAPS, Input, activations
 from bench.fp8_methods import BY_NAME, KERNELS, METHODS, SPECIFICATION, TRUTH, Study
 from bench.fp8_methods import tiled_attention as tiled
 from numflash import reference
+from tests.drawings import faults
 
 SMALL = Input("outliers", 64, 256, draws=2, queries=128)
 
@@ -294,6 +295,20 @@ def test_the_report_writes_its_part_and_nothing_else(quick, tmp_path):
     papers = [e for e in svg.iter() if e.get("class") == "paper"]
     assert len(papers) == sum(method.paper is not None for method in METHODS)
     assert "prefers-color-scheme:dark" in figure.read_text()
+
+
+def test_the_committed_figure_is_that_of_the_record_and_cuts_no_text(tmp_path):
+    found = fp8_section.read(record.RESULTS)
+    fp8_figure.draw(found, tmp_path / "plot.svg")
+    text = (tmp_path / "plot.svg").read_text()
+    assert (report.ROOT / "docs" / "fp8-accuracy.svg").read_text() == text
+    kernels = {**found["kernels"], "device": "NVIDIA RTX PRO 6000 Blackwell Workstation Edition"}
+    fp8_figure.draw({**found, "kernels": kernels}, tmp_path / "gpu.svg")
+    # What is bold is a tenth wider than the table says.
+    sizes = {"": 12, "title": 14.3, "muted": 11, "second-text": 11}
+    for name in ("plot.svg", "gpu.svg"):
+        assert not faults(ET.parse(tmp_path / name).getroot(), sizes)
+    assert all(f">{method.label}</text>" in text for method in METHODS)
 
 
 def test_a_readme_without_markers_is_refused(quick, tmp_path, capsys):

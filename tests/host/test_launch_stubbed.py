@@ -13,12 +13,14 @@ import time
 import timeit
 import types
 from collections import Counter
+from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
 
 import numflash
-from numflash import api, launch
+from numflash import api, compiler, launch
 from numflash.configs import MMA_CONFIGS, PORTABLE_CONFIGS, Traits, parse_config
 from numflash.mode import SIMULATED
 from tests import fake_gpu
@@ -367,6 +369,102 @@ def test_shared_memory_above_48_kb_is_asked_for_once(hopper, head_dim, raised):
     assert [call[1:3] for call in asked] == [("max dynamic smem", smem_bytes)] * raised
 
 
+# Loading
+
+
+def run_everything(gpu):
+    """One call of each public function that launches; both GPUs of `gpu` and `hopper` do all."""
+    q = gpu.array((B, SQ, H, D))
+    out, lse = numflash.attention(q, q, q, return_lse=True)
+    numflash.attention_backward(out, q, q, q, out, lse)
+    numflash.plan(q, q, q, causal=True).launch()
+    few, many = gpu.array((1, 1, H, D)), gpu.array((1, 65536, H, D))
+    numflash.attention(few, many, many)
+    numflash.dequantize_fp8(numflash.quantize_fp8(q, "head"))
+    numflash.attention(q, q, q, precision="fp8")
+    numflash.attention(q, q, q, precision="auto")
+
+
+@pytest.mark.parametrize("current", [0, 1, None], ids=["here", "another-device", "no-context"])
+@pytest.mark.parametrize("machine", ["gpu", "hopper"])
+def test_every_kernel_is_loaded_before_its_first_launch(request, machine, current):
+    driver = request.getfixturevalue(machine).driver
+    driver.device = current
+    run_everything(request.getfixturevalue(machine))
+    assert driver.loaded_lazily == [] and driver.device == current
+    assert len(driver.launches) >= 15
+    # Once each, into the context of the device that it runs on.
+    loads = [call[1] for call in driver.calls if call[0] == "cuFuncLoad"]
+    assert sorted(loads) == sorted(driver.kernels)
+    assert driver.loaded == {(number, 0) for number, _ in enumerate(driver.kernels, 1)}
+
+
+def test_shared_memory_is_asked_for_before_a_kernel_is_loaded(hopper):
+    q = hopper.array((B, SQ, H, 128))
+    numflash.attention(q, q, q)
+    names = [name for name, *_ in hopper.driver.calls]
+    assert names == ["cuKernelSetAttribute", "cuKernelGetFunction", "cuFuncLoad", "cuLaunchKernel"]
+
+
+def test_each_device_loads_for_itself(gpu):
+    for device in (0, 1):
+        q = gpu.array((B, SQ, H, D), device=device)
+        numflash.attention(q, q, q)
+    assert gpu.driver.loaded == {(1, 0), (2, 1)} and gpu.driver.loaded_lazily == []
+
+
+def test_a_plan_has_loaded_its_kernels_before_it_is_launched(gpu, qkv):
+    numflash.plan(*qkv)
+    assert [name for name, *_ in gpu.driver.calls] == ["cuKernelGetFunction", "cuFuncLoad"]
+
+
+def test_warmup_loads_what_attention_will_launch(gpu, compiled, qkv):
+    numflash.warmup("float16", D, DV, backward=True)
+    assert len(gpu.driver.loaded) == len(gpu.driver.kernels) == len(compiled) == 4
+    gpu.driver.calls.clear()
+    out, lse = numflash.attention(*qkv, return_lse=True)
+    numflash.attention_backward(out, *qkv, out, lse)
+    assert {name for name, *_ in gpu.driver.calls} == {"cuLaunchKernel"}
+
+
+class OldDriver(fake_gpu.Driver):
+    """CUDA 12.3: loads a kernel when its function is asked for."""
+
+    def cuKernelGetFunction(self, kernel):
+        status, function = super().cuKernelGetFunction(kernel)
+        self.loaded.add((kernel, self.device))
+        return status, function
+
+    def cuFuncLoad(self, function):
+        # What cuda-bindings does about a function that the driver does not have.
+        raise RuntimeError("function cuFuncLoad is not found")
+
+
+class OldBindings(OldDriver):
+    @property
+    def cuFuncLoad(self):
+        raise AttributeError("cuFuncLoad")
+
+
+@pytest.mark.parametrize("old", [OldDriver, OldBindings])
+def test_a_driver_that_cannot_load_a_function_is_asked_for_it(gpu, qkv, old):
+    gpu.driver.__class__ = old
+    numflash.attention(*qkv)
+    names = [name for name, *_ in gpu.driver.calls]
+    assert names == ["cuKernelGetFunction", "cuLaunchKernel"]
+    assert gpu.driver.loaded_lazily == []
+
+
+def test_a_kernel_that_cannot_be_loaded_is_tried_again(gpu, qkv):
+    gpu.driver.load_status = fake_gpu.Status(2)
+    with pytest.raises(RuntimeError, match="CUDA_ERROR_OUT_OF_MEMORY"):
+        numflash.attention(*qkv)
+    assert gpu.driver.launches == []
+    gpu.driver.load_status = fake_gpu.OK
+    numflash.attention(*qkv)
+    assert gpu.driver.loaded_lazily == [] and len(gpu.driver.launches) == 1
+
+
 def test_nothing_is_launched_for_empty_results(gpu, qkv):
     _, k, v = qkv
     none = gpu.array((0, SQ, H, D))
@@ -487,7 +585,9 @@ def test_a_driver_error_has_the_drivers_name_and_leaves_the_context_alone(gpu, q
     with pytest.raises(RuntimeError, match="CUDA_ERROR_OUT_OF_MEMORY"):
         numflash.attention(*qkv)
     names = [name for name, *_ in gpu.driver.calls]
-    assert names.count("cuCtxPushCurrent") == names.count("cuCtxPopCurrent") == current
+    # The one for loading, the other for the launch.
+    assert names.count("cuCtxPushCurrent") == names.count("cuCtxPopCurrent") == 2 * current
+    assert gpu.driver.device == current
 
 
 def test_the_driver_is_asked_for_nothing_but_launches_once_a_kernel_is_loaded(gpu, qkv):
@@ -605,6 +705,25 @@ def test_warmup_compiles_for_the_precision_of_the_calls(hopper, compiled, precis
     numflash.attention_backward(out, q, q, q, out, lse, precision=precision)
     assert sorted(compiled) == sorted(hopper.driver.kernels)
     assert any("tf32" in kernel for kernel in compiled) is (precision is not None)
+
+
+@pytest.mark.parametrize(
+    ("bindings", "spills", "said"),
+    [("12.9.10", 184, 1), ("12.9.10", 0, 0), ("13.5.0", 184, 0), (None, 184, 0)],
+)
+def test_what_spills_with_cuda_12_says_so_once(bindings, spills, said, gpu, monkeypatch, caplog):
+    def get_cubin(*arguments):
+        return replace(fake_gpu.fake_get_cubin(*arguments), spill_store_bytes=spills)
+
+    monkeypatch.setattr(launch, "get_cubin", get_cubin)
+    monkeypatch.setattr(compiler, "_version", lambda name: bindings)
+    monkeypatch.setattr(compiler, "_warn_once", cache(compiler._warn_once.__wrapped__))
+    for length in (SQ, 2 * SQ):
+        q = gpu.array((B, length, H, D))
+        numflash.attention(q, q, q)
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == said
+    assert all("forward" in m and "184 bytes" in m and "numflash[cu13]" in m for m in messages)
 
 
 def test_a_gpu_older_than_turing_is_unsupported(monkeypatch):

@@ -1,9 +1,11 @@
 """The config cache: what is kept, what is set aside, and what many processes do to it at once."""
 
+import io
 import json
 import logging
 import math
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -11,12 +13,14 @@ import tempfile
 import threading
 import time
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from numflash import entries, files, store
+from numflash.cache import folder_for
 from numflash.entries import Row, format_table, parse_table
 from numflash.problem_class import ProblemClass
 from numflash.store import DeviceKey, Entry, MergeCounts
@@ -161,6 +165,18 @@ NAMES = [
 NAMES += ["CON", "a\0b", "-", "*", "sm_80"]
 
 
+STEERING = "A\x1b[2J\x07\r\n\x9b31m\u202eB\u2066\u2028\ud800\u200f"
+
+
+def test_names_cannot_steer_what_they_are_shown_on(warnings):
+    device = DeviceKey(STEERING, "sm_80", 4)
+    assert str(device) == "A?[2J????31m?B???? (sm_80, 4 SMs)"
+    assert str(DeviceKey("графика ≥ 4090", "sm_80", 0)) == "графика ≥ 4090"
+    path = put(content({**ENTRY.to_dict(), "origin": STEERING}, None, device=device))
+    said = [*store.validate(path), *(store.read_file(path), warnings())[1]]
+    assert len(said) == 4 and all(line.isprintable() for line in said)
+
+
 @pytest.mark.parametrize("name", NAMES, ids=range(len(NAMES)))
 def test_any_name_of_a_device_makes_a_file(name):
     device = DeviceKey(name, "sm_80", 4)
@@ -179,7 +195,8 @@ def test_devices_that_differ_have_files_that_differ():
 
 
 PREDICTED = replace(ENTRY, origin="predicted", time_ms=0.5)
-LATER = {"date": "2027-01-01T00:00:00+00:00"}
+LATER = {"date": "2026-11-22T00:00:00+00:00"}
+OF_THE_FUTURE = {"date": "2099-01-01T00:00:00Z"}
 
 
 @pytest.mark.parametrize(
@@ -189,10 +206,15 @@ LATER = {"date": "2027-01-01T00:00:00+00:00"}
         (ENTRY, PREDICTED, "first"),
         (ENTRY, replace(PREDICTED, **LATER), "first"),
         (replace(PREDICTED, **LATER), ENTRY, "second"),
-        (ENTRY, replace(ENTRY, time_ms=9.0, **LATER), "second"),
-        (replace(ENTRY, **LATER), replace(ENTRY, time_ms=0.1), "first"),
-        (PREDICTED, replace(PREDICTED, time_ms=9.0, **LATER), "second"),
-        (ENTRY, replace(ENTRY, time_ms=9.0), "second"),
+        (ENTRY, replace(ENTRY, time_ms=9.0, **LATER), "first"),
+        (replace(ENTRY, **LATER), replace(ENTRY, time_ms=0.1), "second"),
+        # A prediction that is 1.27 times better, and a later run that tried the default only.
+        (PREDICTED, replace(PREDICTED, time_ms=0.5 * 1.27, **LATER), "first"),
+        (ENTRY, replace(ENTRY, time_ms=9.0), "first"),
+        (ENTRY, replace(ENTRY, config="m64n32w4", **LATER), "second"),
+        (replace(PREDICTED, **OF_THE_FUTURE), PREDICTED, "second"),
+        (replace(ENTRY, time_ms=0.1, **OF_THE_FUTURE), PREDICTED, "second"),
+        (ENTRY, replace(ENTRY, time_ms=0.1, **OF_THE_FUTURE), "first"),
         (ENTRY, replace(ENTRY, kernels="ffff"), "both"),
         (ENTRY, replace(ENTRY, compilers={"numba": "0.69"}), "both"),
         (
@@ -212,10 +234,20 @@ def test_which_entry_stays(first, second, stays, at_once):
     assert len(parse_table(store.path_of(H200).read_bytes())[H200]) == len(expected)
 
 
+def test_what_was_tried_again_gives_way_whatever_its_time():
+    lucky = replace(ENTRY, time_ms=0.1)
+    again = replace(ENTRY, config="m64n32w4", **LATER)
+    store.add(H200, [lucky, OTHER])
+    store.add(H200, [again])
+    assert lucky in store.read(H200)
+    store.add(H200, [again], instead_of=[lucky])
+    assert sorted(store.read(H200), key=str) == sorted([again, OTHER], key=str)
+
+
 def test_a_device_in_several_files_has_one_entry_of_each_kind():
     put(content(ENTRY.to_dict(), OTHER.to_dict()), device=A100)
-    store.add(H200, [replace(ENTRY, time_ms=9.0, **LATER), replace(OTHER, origin="predicted")])
-    assert {e.problem: e.time_ms for e in store.read_all()[H200]} == {FORWARD: 9.0, BACKWARD: 3.0}
+    store.add(H200, [replace(ENTRY, time_ms=0.9, **LATER), replace(OTHER, origin="predicted")])
+    assert {e.problem: e.time_ms for e in store.read_all()[H200]} == {FORWARD: 0.9, BACKWARD: 3.0}
     assert {e.origin for e in store.read_all()[H200]} == {"measured"}
     assert store.read(A100) == []
 
@@ -240,6 +272,8 @@ def test_files_are_stable_and_readable():
     store.clear()
     store.add(H200, [replace(OTHER, time_ms=7.0), ENTRY])
     store.add(H200, [replace(OTHER, **LATER), ENTRY])
+    assert path.read_text() == text.replace(OTHER.date, LATER["date"], 1)
+    store.add(H200, [replace(OTHER, time_ms=7.0), ENTRY])
     assert path.read_text() == text.replace(OTHER.date, LATER["date"], 1)
     assert text.isascii() and text.endswith("}\n")
     assert text == json.dumps(json.loads(text), indent=2, sort_keys=True) + "\n"
@@ -439,7 +473,7 @@ def test_a_read_only_folder_is_read_and_cannot_be_added_to(read_only, warnings):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="permissions of POSIX")
 def test_a_wrong_file_in_a_read_only_folder_is_ignored(read_only, warnings, monkeypatch):
-    monkeypatch.setattr(Path, "read_bytes", lambda path: b"broken")
+    monkeypatch.setattr(store, "open_file", lambda path: io.BytesIO(b"broken"))
     assert store.read(H200) == []
     (message,) = warnings()
     assert "is ignored: it is not JSON" in message and "cannot be set aside" in message
@@ -462,6 +496,52 @@ def test_a_file_that_cannot_be_read_is_not_replaced(warnings):
     with pytest.raises(OSError, match=path.name):
         store.add(H200, [ENTRY])
     assert names() == [path.name]
+
+
+# Links in place of files
+
+
+@pytest.fixture
+def elsewhere(tmp_path):
+    """A file that nothing here may write to."""
+    path = tmp_path / "elsewhere"
+    path.write_text("mine")
+    yield path
+    assert path.read_text() == "mine" and not (tmp_path / "absent").exists()
+
+
+each_link = pytest.mark.parametrize("target", ["elsewhere", "absent"])
+
+
+@each_link
+def test_a_link_in_place_of_a_table_is_replaced(elsewhere, target):
+    path = store.path_of(H200)
+    path.parent.mkdir(parents=True)
+    path.symlink_to(elsewhere.with_name(target))
+    store.add(H200, [ENTRY])
+    assert store.read(H200) == [ENTRY] and not path.is_symlink()
+    out = elsewhere.with_name("out.json")
+    out.symlink_to(elsewhere.with_name(target))
+    assert store.export(out) == 1 and not out.is_symlink()
+
+
+@each_link
+def test_a_link_in_place_of_the_lock_is_refused(elsewhere, target):
+    store.config_dir().mkdir(parents=True)
+    (store.config_dir() / ".lock").symlink_to(elsewhere.with_name(target))
+    with pytest.raises(OSError, match=r"a symbolic link is not written through: .*\.lock"):
+        store.add(H200, [ENTRY])
+    assert names() == []
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/null"), reason="there are no devices")
+def test_what_is_no_file_is_not_replaced(tmp_path):
+    store.add(H200, [ENTRY])
+    (tmp_path / "link").symlink_to("/dev/null")
+    for path in (tmp_path / "link", tmp_path):
+        with pytest.raises(OSError, match="only a file can be replaced"):
+            store.export(path)
+    assert (tmp_path / "link").is_symlink()
 
 
 # Interrupted writes
@@ -501,6 +581,7 @@ PREAMBLE = """
 import os, signal, sys, time
 from dataclasses import replace
 from numflash import files, store
+from numflash.cache import folder_for
 from numflash.entries import parse_table
 ((A100, (OTHER,)), (H200, (ENTRY,))) = parse_table(sys.argv[1].encode()).items()
 ENTRY, OTHER = ENTRY.entry, OTHER.entry
@@ -587,7 +668,9 @@ def test_threads_that_add_at_once_lose_nothing():
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
 def test_a_lock_is_waited_for_not_for_ever_and_dies_with_its_owner(monkeypatch):
     holder = run(
-        "with files.locked(store.config_dir()):\n    print('held', flush=True)\n    time.sleep(60)"
+        "with files.locked(folder_for('configs')):\n"
+        "    print('held', flush=True)\n"
+        "    time.sleep(60)"
     )
     assert holder.stdout.readline() == "held\n"
     monkeypatch.setattr(files, "LOCK_SECONDS", 0.1)
@@ -604,13 +687,13 @@ def test_a_lock_is_waited_for_not_for_ever_and_dies_with_its_owner(monkeypatch):
 
 def test_a_thread_that_holds_the_lock_is_waited_for_not_for_ever(monkeypatch):
     monkeypatch.setattr(files, "LOCK_SECONDS", 0.1)
-    with files.locked(store.config_dir()), pytest.raises(TimeoutError, match=r"\.lock"):
+    with files.locked(folder_for("configs")), pytest.raises(TimeoutError, match=r"\.lock"):
         store.add(H200, [ENTRY])
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
 def test_a_child_forked_while_the_lock_was_held_can_take_it_later():
-    with files.locked(store.config_dir()):
+    with files.locked(folder_for("configs")):
         child = os.fork()
         if not child:
             try:
@@ -669,6 +752,32 @@ def test_merging_respects_what_is_better(tmp_path, warnings):
     assert f"{path}: entry 3" in warnings()[0]
 
 
+def test_the_order_of_merging_never_matters(tmp_path):
+    stale, same = {"kernels": "ffff"}, {"date": ENTRY.date.replace("Z", "+00:00")}
+    rivals = [ENTRY, PREDICTED, *(replace(e, time_ms=1.0) for e in (ENTRY, PREDICTED))]
+    rivals += [replace(e, **change) for e in rivals for change in (LATER, OF_THE_FUTURE, same)]
+    rivals += [
+        replace(rivals[2], config=f"m64n{n}w4", spread=s) for n in (32, 64) for s in (0, None)
+    ]
+    rivals += [replace(each, **stale) for each in rivals]
+    paths, kept = [], set()
+    for n, rival in enumerate(rivals):
+        paths.append(tmp_path / f"{n}.json")
+        paths[-1].write_text(json.dumps(content(rival.to_dict())))
+    for seed in range(20):
+        random.Random(seed).shuffle(paths)
+        store.clear()
+        half = seed % len(paths)
+        store.merge(paths[:half])
+        store.merge(paths[half:])
+        kept.add(store.path_of(H200).read_bytes())
+    assert len(kept) == 1
+    found = store.read(H200)
+    assert {entry.kernels for entry in found} == {ENTRY.kernels, "ffff"}
+    assert all((e.origin, e.time_ms) == ("measured", 1.0) for e in found)
+    assert all(e.date == LATER["date"] for e in found)
+
+
 @each_no_table
 def test_a_wrong_file_of_the_user_is_named_and_left_alone(data, tmp_path, cache):
     (tmp_path / "good.json").write_bytes(GOOD)
@@ -712,6 +821,11 @@ def test_validate(tmp_path):
     path.write_text(json.dumps(content(large, device=A100)))
     (problem,) = store.validate(path)
     assert problem.endswith("w4s3 needs 229376 bytes of shared memory, sm_80 has 166912")
+    tomorrow = datetime.now(UTC) + timedelta(days=1)
+    for date in (OF_THE_FUTURE["date"], tomorrow.isoformat()):
+        path.write_text(json.dumps(content({**ENTRY.to_dict(), "date": date})))
+        (problem,) = store.validate(path)
+        assert problem.endswith(f"SMs): date must not be in the future, got {date!r}")
     path.write_text(json.dumps(content(ENTRY.to_dict(), device=DeviceKey("X", "sm_123", 1))))
     assert "architecture must be one of" in store.validate(path)[0]
     path.write_text(json.dumps(content(schema=2)))

@@ -1,9 +1,12 @@
 """Which tuned config serves a problem, and what explain_dispatch says of it."""
 
+import functools
 import json
 import logging
+import os
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from timeit import timeit
 
@@ -213,6 +216,16 @@ def test_of_equal_distance_the_current_then_the_measured_wins():
     assert str(find().config) == "sm80-m16n16w1s1" and find().is_final
 
 
+def test_of_entries_of_other_kernels_the_newest_is_near_and_one_of_the_future_last():
+    configs = {"2026-11-03": 32, "2026-11-05": 64, "2026-11-04": 128, "2099-01-01": 16}
+    for date, n in configs.items():
+        old = {"kernels": f"of {date}", "date": f"{date}T00:00:00Z"}
+        store.add(HERE, [entry(config=f"sm80-m{n}n32w{n // 16}s1", **old)])
+    assert str(find().config).startswith("sm80-m64n32")
+    store.add(HERE, [entry(kernels="other", date="2026-11-01T00:00:00Z", origin="measured")])
+    assert str(find().config) == "sm80-m64n32w4s2"
+
+
 def test_tiles_that_would_mostly_idle_are_passed_over():
     side = "forward float16-d64-dv64-vec full q1024 k512 bh8 g1"
     store.add(HERE, [entry(side, "sm80-m128n64w4s1")])
@@ -375,6 +388,16 @@ def test_a_capture_that_cannot_be_written_is_only_a_warning(tmp_path, monkeypatc
     assert len(caplog.records) == 1
 
 
+@pytest.mark.parametrize("target", ["mine", "absent"])
+def test_classes_are_not_captured_through_a_link(tmp_path, monkeypatch, caplog, target):
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "classes").symlink_to(tmp_path / target)
+    monkeypatch.setenv("NUMFLASH_CAPTURE", str(tmp_path / "classes"))
+    capture.note(WANTED)
+    assert "a symbolic link is not written through" in caplog.text
+    assert (tmp_path / "mine").read_text() == "mine" and not (tmp_path / "absent").exists()
+
+
 def test_a_damaged_capture_names_the_line(tmp_path):
     path = tmp_path / "classes.txt"
     path.write_text(f"{WANTED}\n\nnonsense\n")
@@ -476,7 +499,7 @@ def test_numflash_imports_neither_optuna_nor_the_tuner():
     assert json.loads(out.stdout) == []
 
 
-def test_a_user_without_a_home_has_a_cache(monkeypatch):
+def test_a_user_without_a_home_has_no_cache(monkeypatch, caplog):
     from pathlib import Path
 
     from numflash import cache
@@ -487,5 +510,14 @@ def test_a_user_without_a_home_has_a_cache(monkeypatch):
     monkeypatch.delenv("NUMFLASH_CACHE_DIR")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "expanduser", fail)
-    assert cache.cache_dir().name.startswith("numflash-")
+    monkeypatch.setattr(cache, "_nowhere", functools.cache(cache._nowhere.__wrapped__))
+    before = sorted(Path(tempfile.gettempdir()).glob("numflash*"))
     assert find() is None
+    cache.write("key", {}, b"code")
+    assert cache.read("key") is None and cache.contents() == (0, 0)
+    with pytest.raises(OSError, match=os.devnull):
+        store.add(HERE, [entry()])
+    assert sorted(Path(tempfile.gettempdir()).glob("numflash*")) == before
+    assert [r.message for r in caplog.records if "has no home" in r.message] == [
+        "this user has no home: nothing is cached unless NUMFLASH_CACHE_DIR is set"
+    ]

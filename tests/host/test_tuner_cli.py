@@ -28,6 +28,7 @@ from numflash_tuner import target as targets
 from numflash_tuner.pool import NoCompilerError
 from numflash_tuner.search import StoppingRules
 from numflash_tuner.session import Options, Session
+from numflash_tuner.storages import StorageError
 from tests.host.test_tuner_session import InstantPool, Stopwatch
 
 OFFLINE = ("--device", "sm_80", "--offline")
@@ -371,7 +372,7 @@ def test_the_same_command_goes_on_and_a_larger_one_adds(run):
     assert "  5/5  " in run(*command, "--trials", 5)[2]
 
 
-@pytest.mark.parametrize("report", ["no/r.html", ".", "blocked/r.html"])
+@pytest.mark.parametrize("report", ["no/r.html", ".", "blocked/r.html", "/dev/null"])
 def test_a_report_that_cannot_be_written_is_refused_before_the_search(
     refused, tmp_path, monkeypatch, report
 ):
@@ -626,6 +627,43 @@ def test_show_lists_each_device_with_its_entries(run, tmp_path):
     assert str(T4) in out and str(A100) not in out
     status, out, err = run("show", "--device", "riva")
     assert (status, out) == (0, "") and "no entries of a device like 'riva'" in err
+
+
+def test_no_listing_lets_names_steer_the_terminal(run, tmp_path, caplog):
+    steering = "GPU\x1b[2J\x9b\u202e"
+    key = {"name": steering, "arch": "sm_75", "num_sms": 4}
+    strange = {**entry().to_dict(), "kernels": "", "config": steering}
+    # A date without hyphens may have any character before its time.
+    dated = {**entry().to_dict(), "date": "20261121\x1b0914Z"}
+    table = {"schema": 1, "devices": [{"device": key, "entries": [dated, strange]}]}
+    path = tmp_path / f"{steering}.json"
+    path.write_text(json.dumps(table))
+    said = [*run("validate", path)[1:], *run("merge", path)[1:]]
+    said += [*run("show")[1:], *run("show", "--device", "gpu\x1b[2j")[1:]]
+    said += [*run("export", tmp_path / f"{steering}2")[1:], *run("validate")[1:]]
+    said += [*run("merge", tmp_path / f"{steering}3")[1:], *run("clear")[1:]]
+    lines = [line for text in said for line in text.split("\n")]
+    assert all(line.isprintable() for line in lines), lines
+    assert sum("GPU?[2J?? (sm_75, 4 SMs)" in line for line in lines) >= 3
+    assert sum("2026-11-21" in line for line in lines) == 2
+    logged = cli._Formatter("numflash: %(message)s")
+    assert caplog.records
+    assert all(logged.format(record).isprintable() for record in caplog.records)
+
+
+def test_a_reason_from_a_shared_storage_cannot_steer_the_terminal(refused, run, monkeypatch):
+    def fails(*arguments):
+        raise LookupError("it\x1b[2J failed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(session.Session, "tune", fails)
+        assert "it?[2J failed" in run(*SMALL, *OFFLINE)[2]
+
+    def breaks(*arguments):
+        raise StorageError("it\x1b[2J broke")
+
+    monkeypatch.setattr(session.Session, "tune", breaks)
+    assert "it?[2J broke" in refused(*SMALL, *OFFLINE, "--quiet", status=1)
 
 
 def test_shipped_tables_are_shown(run, monkeypatch):

@@ -1,8 +1,4 @@
-"""The offline model of the Hopper forward: what its switches are worth, and how tiles are dealt.
-
-Speeds of FlashAttention-3 are those of its paper, arXiv 2407.08608: Table 2, section 3.1 and
-Figure 5.
-"""
+"""The offline model of Hopper's forward: what its switches are worth, how tiles are dealt."""
 
 from dataclasses import replace
 
@@ -27,36 +23,6 @@ def problem_class(head_dim=128, mask="full", q=8192, k=8192, heads=32, group=1, 
 
 def estimate(text, problem, machine=H100):
     return model.estimate(machine, problem, parse_config("forward", f"sm90-{text}"))
-
-
-def tflops(text, head_dim, seqlen, mask="full"):
-    problem = problem_class(head_dim, mask, seqlen, seqlen, 16384 * 2048 // seqlen // head_dim)
-    return 4 * grid.visible_scores(problem) * head_dim / estimate(text, problem).ms / 1e9
-
-
-@pytest.mark.parametrize(
-    ("text", "head_dim", "seqlen", "published", "within"),
-    [
-        ("m128n176w8s2-persistent", 128, 8192, 570, 0.03),
-        ("m128n176w8s2-pingpong-persistent", 128, 8192, 611, 0.03),
-        ("m128n176w8s2-overlap-pingpong-persistent", 128, 8192, 650, 0.03),
-        ("m192n128w12s2-overlap-pingpong-persistent", 64, 16384, 497, 0.03),
-        ("m128n80w8s2-overlap-persistent", 256, 16384, 756, 0.03),
-        # These were not fitted.
-        ("m192n128w12s2-overlap-pingpong-persistent", 64, 2048, 460, 0.06),
-        ("m128n176w8s2-overlap-pingpong-persistent", 128, 2048, 625, 0.06),
-        ("m128n176w8s2-overlap-pingpong-persistent", 128, 512, 467, 0.06),
-        ("m128n80w8s2-overlap-persistent", 256, 4096, 736, 0.06),
-    ],
-)
-def test_speed_is_about_that_of_flash_attention_3(text, head_dim, seqlen, published, within):
-    assert tflops(text, head_dim, seqlen) == pytest.approx(published, rel=within)
-
-
-def test_causal_speed_is_about_that_of_flash_attention_3():
-    # Its scheduler hands out tiles as blocks become free, as the hardware does.
-    found = tflops("m128n128w8s2-overlap-pingpong", 128, 16384, "causal")
-    assert found == pytest.approx(616, rel=0.08)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
@@ -113,11 +79,11 @@ def test_buffers_are_waited_for(text, expected):
 
 
 def test_each_tile_of_rows_begins_and_ends(monkeypatch):
-    many = problem_class(q=512, k=512, heads=1024)
-    before = estimate(BOTH, many).ms
+    many, machine = problem_class(q=512, k=512, heads=1024), replace(H100, memory_gbps=1e5)
+    before = estimate(BOTH, many, machine).ms
     monkeypatch.setattr(hopper, "_ISSUED_PER_PLACE", hopper._ISSUED_PER_PLACE + 183)
-    # 32 tiles of rows a block, of two warpgroups each; memory is the smaller part.
-    assert estimate(BOTH, many).ms - before > 0.8 * 32 * 2 * 183 / 1830e3
+    # 32 tiles of rows a block, of two warpgroups each.
+    assert estimate(BOTH, many, machine).ms - before > 0.8 * 32 * 2 * 183 / 1830e3
 
 
 def test_persistent_blocks_start_once(monkeypatch):

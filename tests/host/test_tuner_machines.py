@@ -72,7 +72,7 @@ def test_every_row_is_sound(name):
     assert 300 <= machine.memory_gbps <= 8000
     assert 4 * 2**20 <= machine.l2_bytes <= 128 * 2**20
     # An L2 that were slower than the memory behind it would be a slip.
-    assert machine.l2_bytes_per_clock * machine.clock_mhz * 1e6 > 1.3 * machine.memory_gbps * 1e9
+    assert machine.l2_bytes_per_clock * machine.clock_mhz * 1e6 > machine.memory_gbps * 1e9
     assert (machine.mma_tf32 == 0) == (machine.arch == "sm_75")
 
 

@@ -27,6 +27,7 @@ from numflash.problem_class import ProblemClass
 from numflash.views import numpy_dtype
 from numflash_tuner.measuring import gpu, representative, worker
 from numflash_tuner.measuring.clocks import ClockLog
+from numflash_tuner.measuring.device_lock import device_lock
 from numflash_tuner.measuring.measurer import DeviceMeasurer, DeviceUnavailableError, Limits
 
 ROOT = Path(__file__).parents[2]
@@ -253,7 +254,8 @@ def test_a_child_that_died_in_between_is_replaced(measurer, log):
 
 def test_a_reduced_batch_is_said(measurer):
     large = ProblemClass.parse("forward float16-d64-dv64-vec causal q4096 k4096 bh128 g1")
-    assert "batch x heads was 64" in measurer.measure(large, "takes-1", _never).reason
+    record = measurer.measure(large, "takes-1", _never)
+    assert "batch x heads was 64" in record.reason and record.batch_heads == 64
 
 
 def test_configs_are_measured_again_in_turn(measurer, log):
@@ -308,6 +310,15 @@ def test_two_measurers_share_a_device(command, tmp_path, log, monkeypatch):
     assert len(trials) == 6
     assert all(len({entry["pid"] for entry in trial}) == 1 for trial in trials)
     assert [trial[0]["do"] for trial in trials] == ["drop"] * 6
+
+
+def test_a_link_in_place_of_the_lock_is_not_followed(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("NUMFLASH_CACHE_DIR", str(tmp_path))
+    (tmp_path / "locks").mkdir()
+    (tmp_path / "locks" / "gpu.lock").symlink_to(tmp_path / "absent")
+    with device_lock("gpu"):
+        assert "a symbolic link is not written through" in caplog.text
+    assert not (tmp_path / "absent").exists()
 
 
 def test_without_a_lock_work_goes_on(command, tmp_path, monkeypatch, caplog):

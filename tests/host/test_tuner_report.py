@@ -16,11 +16,11 @@ from numflash.problem_class import ProblemClass
 from numflash_tuner import report
 from numflash_tuner.records import FAILURES, Record, ResourceUsage
 from numflash_tuner.report import charts, style, tables
-from numflash_tuner.report.axes import Axis
+from numflash_tuner.report.axes import FONT, Axis, width_of
 from numflash_tuner.report.occupancy import corner, occupancy
 from numflash_tuner.results import Result, parameters, rank_correlation
+from tests.drawings import SVG, faults, text_boxes, text_width
 
-SVG = "{http://www.w3.org/2000/svg}"
 PROBLEM = ProblemClass.parse("forward float16-d64-dv64-vec causal q4096 k4096 bh64 g1")
 VOID = {"meta"}
 
@@ -80,6 +80,17 @@ def predicted_result():
     parts = {"matrix": 1.0, "shared_memory": 1.5}
     best = replace(records[1], parts=parts)
     return result([records[0], best], origin="predicted", default=records[0], best=best)
+
+
+def hopper_result():
+    """Predicted times of configs that differ in what is on."""
+    times = {"": 2.0, "-overlap": 1.8, "-pingpong": 1.7, "-overlap-pingpong": 1.6}
+    records = [
+        Record(f"sm90-m128n128w8s2{on}", "predicted", predicted_ms=ms, resources=resources())
+        for on, ms in times.items()
+    ]
+    records.append(Record("sm90-m128n256w8s1-persistent", "spilled", "144 bytes", resources()))
+    return result(records, origin="predicted", best=records[3])
 
 
 class Page(HTMLParser):
@@ -227,8 +238,23 @@ def test_table_without_a_winner():
     assert report.table([]) == "Nothing was tuned."
 
 
-def test_table_keeps_control_characters_from_the_terminal():
-    assert "\x1b" not in report.table([result(device="GPU\x1b[2J")])
+@pytest.mark.parametrize("text", ["GPU\x1b[2J", "GPU\x9b2J", "GPU\u202e002", "GPU\n A100"])
+def test_names_steer_neither_the_terminal_nor_the_page(text):
+    hostile = result([Record(text, "invalid", text)], device=text, pruned={text: 1})
+    for shown in (report.table([hostile]), report.page([hostile])):
+        assert all(line.replace("\t", "").isprintable() for line in shown.split("\n"))
+        assert text[3] not in shown or text[3] == "\n"
+    assert "GPU?[2J" in report.table([result(device="GPU\x1b[2J")])
+
+
+@pytest.mark.parametrize("target", ["elsewhere", "absent"])
+def test_a_link_in_place_of_the_page_is_replaced(tmp_path, target):
+    (tmp_path / "elsewhere").write_text("mine")
+    path = tmp_path / "report.html"
+    path.symlink_to(tmp_path / target)
+    report.write_html(path, [result()])
+    assert (tmp_path / "elsewhere").read_text() == "mine" and not (tmp_path / "absent").exists()
+    assert path.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
 
 
 # --- the page as a whole
@@ -309,10 +335,14 @@ def test_several_results_have_an_index():
     page = parsed(*many())
     index = page.table("problem class")
     assert len(index) == 7
+    # 16 queries see 4096 keys each, save the last 1 to 15 of them.
+    speed = 4 * 64 * 64 * (16 * 4096 - 15 * 8) / 1.25e-3 / 1e12
     assert index[0][1:] == [
-        *("sm80-m64n64w4s1", "2.000", "sm80-m128n64w4s1", "1.250", "1.60x", "1.0%", "measured")
+        *("sm80-m64n64w4s1", "2.000", "sm80-m128n64w4s1", "1.250", f"{speed:.3g}"),
+        *("1.60x", "1.0%", "measured"),
     ]
     assert index[-1][2] == "~2.000" and index[-1][-1] == "predicted"
+    assert index[-1][5] == f"~{4 * 64 * 64 * 4096 * 4097 / 2 / 1.6e-3 / 1e12:.3g}" == "~85.9"
     assert page.links == [f"#result-{n}" for n in range(1, 8)]
     assert "Times of 1 of the classes are predicted" in page.all_text
     assert not [rows for rows in parsed(result()).tables if rows[0][0] == "problem class"]
@@ -326,9 +356,9 @@ def test_all_tried_by_time():
     assert len(rows) == len(RECORDS)
     assert [row[2] for row in rows[:5]] == ["1.250", "1.500", "2.000", "3.000", "9.000"]
     blocks = str(BEST.resources.blocks_per_sm)
-    assert rows[0][1:] == ["measured", "1.250", "1.0%", "1.200", "255", "48.0", blocks]
+    assert rows[0][1:] == ["measured", "1.250", "1.0%", "1.200", "110", "255", "48.0", blocks]
     assert [row[0] for row in rows[5:]] == [record.config for record in RECORDS[5:]]
-    assert rows[8][1:] == ["over budget", *["-"] * 6]
+    assert rows[8][1:] == ["over budget", *["-"] * 7]
     # Its samples were of a wrong result.
     assert rows[9][1:4] == ["wrong result", "-", "-"]
 
@@ -361,6 +391,87 @@ def test_failures_that_differ_in_numbers_are_one():
 # --- its charts
 
 
+def charts_of(found):
+    """The charts of a result, parsed."""
+    figures = [charts.history(found), charts.heat_map(found), charts.importances(found)]
+    figures += [charts.agreement(found), *occupancy(found), charts.parts(found)]
+    return [(figure.title, svg(figure)) for figure in figures if figure.svg]
+
+
+def of_one_time(count, **changes):
+    """A result whose times are all the same, so that all labels want one place."""
+    records = [
+        measured(f"sm80-m{16 * n}n64w4s1", 1.0, 1.0, resources=resources(255, 232448))
+        for n in range(1, count + 1)
+    ]
+    return result(records, floor_ms={"matrix": 0.999}, **changes)
+
+
+def scaled(found, factor):
+    """A result in which everything takes so many times as long."""
+    records = [
+        replace(
+            record,
+            samples_ms=tuple(ms * factor for ms in record.samples_ms),
+            predicted_ms=record.predicted_ms and record.predicted_ms * factor,
+            parts={"matrix": 1.1 * factor, "shared_memory": 0.9 * factor, "fma": 0.01 * factor},
+        )
+        for record in found.records
+    ]
+    floors = {name: ms * factor for name, ms in found.floor_ms.items()}
+    default, best = (next(r for r in records if r.config == each.config)
+                     for each in (found.default, found.best))  # fmt: skip
+    return replace(found, records=records, default=default, best=best, floor_ms=floors)
+
+
+def far_corners():
+    """Configs whose best lies where the curve of one block has its label, and wide tiles."""
+    sizes = [(64 * n, 16 * n) for n in range(1, 13)]
+    records = [
+        measured(f"sm80-m{m}n{n}w4s1", 1 + n / 100, 1.0, resources=resources(250, 225_000))
+        for m, n in sizes
+    ]
+    budgets = {"sram_budget_bytes": 4096, "min_occupancy": 0.0625, "max_registers": 253}
+    names = ("consumer_registers", "heads_in_flight", "a_name_that_is_longer_than_a_chart_is_wide")
+    return result(records, importances=dict.fromkeys(names, 0.33), budgets=budgets)
+
+
+def on_a_label():
+    """A best where the curve of three blocks has its label."""
+    smem_bytes, registers = corner(architecture("sm_90a"), 128, 3)
+    best = measured("sm80-m64n64w4s1", 1.0, resources=resources(registers - 8, smem_bytes - 4000))
+    return result([best, *RECORDS])
+
+
+@pytest.mark.parametrize("factor", [1e-3, 0.0123, 0.1, 1, 4.567, 98.7, 12345])
+@pytest.mark.parametrize(
+    "found",
+    [
+        *(result(), hopper_result(), predicted_result(), of_one_time(1), of_one_time(9)),
+        *(far_corners(), on_a_label()),
+    ],
+    ids=["usual", "hopper", "predicted", "one time", "nine of one time", "far corners", "on a 3"],
+)
+def test_no_text_of_a_chart_is_cut_or_covers_another(found, factor):
+    for title, drawing in charts_of(scaled(found, factor)):
+        assert not faults(drawing, {"": FONT}), title
+        for ring in of_class(drawing, "ring"):
+            cx, cy = (float(ring.get(name)) for name in ("cx", "cy"))
+            for line, (left, top, right, bottom) in text_boxes(drawing, {"": FONT}):
+                apart = max(left - cx, cx - right), max(top - cy, cy - bottom)
+                assert max(apart) > 4, (title, line)
+
+
+def test_text_takes_no_more_than_is_thought():
+    for line in (
+        "consumer_registers",
+        "best so far 1.250",
+        "2.000",
+        "shared memory per block, KB",
+    ):
+        assert 0.75 < text_width(line, FONT) / width_of(line) < 1.03, line
+
+
 def test_history():
     drawing = svg(charts.history(result()))
     dots, hollow, ticks = (of_class(drawing, name) for name in ("dot", "hollow", "cross"))
@@ -380,10 +491,64 @@ def test_history():
     assert "failed (5)" in charts.history(result()).caption
 
 
-def test_history_leaves_a_far_floor_out_and_says_so():
+def test_history_leaves_far_lines_out_and_says_so():
     figure = charts.history(result(floor_ms={"matrix": 0.01}))
     assert not of_class(svg(figure), "floor")
-    assert "0.01000 ms, is below the picture" in figure.caption
+    assert "The floor, 0.01000 ms, is below the picture" in figure.caption
+    figure = charts.history(result(default=measured("sm80-m16n16w1s1", 99.0)))
+    assert not of_class(svg(figure), "default")
+    assert "The default, 99.00 ms, is above the picture" in figure.caption
+
+
+@pytest.mark.parametrize("outlier", [9.0, 9000.0])
+def test_outliers_do_not_flatten_the_pictures(outlier):
+    records = [*RECORDS[:4], replace(RECORDS[4], samples_ms=(outlier,), predicted_ms=outlier)]
+    # From 1.25 to 3 ms, as far apart as without the outlier.
+    alone, found = result(RECORDS[:4]), result(records)
+    for chart in (charts.history, charts.agreement):
+        spans = []
+        for each in (alone, found):
+            heights = [float(dot.get("cy")) for dot in of_class(svg(chart(each)), "dot")[:4]]
+            spans.append(max(heights) - min(heights))
+        assert spans[1] > 0.8 * spans[0]
+    figure = charts.history(found)
+    (far,), (arrow,) = (of_class(svg(figure), name) for name in ("hollow", "beyond"))
+    assert titles([far]) == ["trial 5: " + charts.described(records[4])]
+    assert float(far.get("cy")) < 30 and arrow.get("d").startswith("M")
+    assert "slower than 3.750 ms (1)" in figure.caption
+    assert not of_class(svg(charts.history(alone)), "beyond")
+    assert "slower than" not in charts.history(alone).caption
+    colours = {e.get("class") for e in svg(charts.heat_map(found)).iter(SVG + "rect")}
+    assert colours >= {"heat0", "heat1", "heat6"} and "and more" in charts.heat_map(found).caption
+
+
+def test_what_was_never_compiled_is_not_called_stopped():
+    never = Record("sm80-m16n64w4s1", "slow", "not compiled: ...", predicted_ms=3.5)
+    offline = predicted_result()
+    caption = charts.history(replace(offline, records=[*offline.records, never])).caption
+    assert "not compiled" in html.unescape(caption) and "stopped" not in caption
+    caption = charts.history(result()).caption
+    assert "stopped early, slow" in caption and "not compiled" not in caption
+
+
+def test_the_speed_is_that_of_what_was_timed():
+    found = result()
+    assert found.tflops(BEST) == pytest.approx(4 * 64 * 64 * 4096 * 4097 / 2 / 1.25e-3 / 1e12)
+    halved = replace(BEST, batch_heads=32)
+    assert found.tflops(halved) == found.tflops(BEST) / 2
+    assert replace(found, origin="predicted").tflops(halved) == pytest.approx(
+        found.tflops(BEST) * 1.25 / 1.2
+    )
+    assert found.tflops(RECORDS[-1]) is None
+    full, window = (replace(found, problem=replace(PROBLEM, mask=m)) for m in ("full", "window64"))
+    assert full.tflops(BEST) == pytest.approx(4 * 64 * 64 * 4096**2 / 1.25e-3 / 1e12)
+    assert window.tflops(BEST) == pytest.approx(4 * 64 * 64 * 4096 * 64 / 1.25e-3 / 1e12, rel=0.01)
+    families = {"backward-dq": 3, "backward-dkdv": 4, "backward": 5}
+    for family, products in families.items():
+        each = replace(full, problem=replace(full.problem, family=family))
+        assert each.tflops(BEST) == pytest.approx(full.tflops(BEST) * products / 2)
+    assert replace(found, problem=replace(PROBLEM, family="delta")).tflops(BEST) is None
+    assert "1.250 ms , 110 TFLOP/s" in parsed(found).all_text
 
 
 def test_history_counts_what_has_no_comparable_time():
@@ -429,9 +594,13 @@ def test_importances():
 
 def test_agreement():
     figure = charts.agreement(result())
-    assert html.unescape(figure.caption) == "Spearman's rank correlation 1.000, 5 configs."
+    assert html.unescape(figure.caption) == (
+        "Spearman's rank correlation 1.000, 5 configs. Arrows: beyond the picture (1)."
+    )
     drawing = svg(figure)
     assert len(of_class(drawing, "dot")) == 5 and len(of_class(drawing, "ring")) == 1
+    # One was measured and predicted far beyond three times the best.
+    assert len(of_class(drawing, "beyond")) == 2
     # Predicted too slow: above the diagonal, and further up than to the right.
     pessimistic = [measured("sm80-m64n64w4s1", 1.0, 3.0), measured("sm80-m128n64w4s1", 1.0, 1.0)]
     dots = of_class(svg(charts.agreement(result(pessimistic))), "dot")
@@ -587,17 +756,6 @@ def test_every_colour_of_the_style_is_a_token_of_both_schemes():
     assert used <= set(style.LIGHT) and set(style.LIGHT) == set(style.DARK)
     rules = style.STYLE.split("@media screen", 1)[1].split("\n", 1)[1]
     assert not re.search(r"#[0-9a-f]{3,6}\b", rules)
-
-
-def hopper_result():
-    """Predicted times of configs that differ in what is on."""
-    times = {"": 2.0, "-overlap": 1.8, "-pingpong": 1.7, "-overlap-pingpong": 1.6}
-    records = [
-        Record(f"sm90-m128n128w8s2{on}", "predicted", predicted_ms=ms, resources=resources())
-        for on, ms in times.items()
-    ]
-    records.append(Record("sm90-m128n256w8s1-persistent", "spilled", "144 bytes", resources()))
-    return result(records, origin="predicted", best=records[3])
 
 
 def test_what_is_on_or_off_is_compared_by_the_best_of_each():

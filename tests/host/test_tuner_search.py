@@ -13,8 +13,9 @@ import optuna
 
 from numflash.problem_class import ProblemClass
 from numflash_tuner import SAMPLERS, machines, model
-from numflash_tuner.candidates import Candidates
+from numflash_tuner.candidates import Candidates, distinct
 from numflash_tuner.measuring.replay import Recording, Replay
+from numflash_tuner.model import errors
 from numflash_tuner.pool import Examined
 from numflash_tuner.records import Record, ResourceUsage
 from numflash_tuner.search import Search, StoppingRules, make_sampler
@@ -257,7 +258,9 @@ def test_slow_configs_are_stopped_after_a_few_samples():
     space = space_of()
     told = run(make_search(space, Replay(recording_of(space, 1))))
     slow = [record for record in told if record.outcome == "slow"]
-    assert slow and all(len(record.samples_ms) == 3 for record in slow)
+    samples = [len(record.samples_ms) for record in slow]
+    # One that is about as slow as allowed may need more samples than the fewest.
+    assert all(3 <= n < 9 for n in samples) and samples.count(3) > 0.9 * len(samples)
 
 
 def test_what_fails_is_a_record_and_other_layouts_of_its_code_are_left_out():
@@ -296,9 +299,9 @@ def test_an_interrupted_search_frees_what_it_was_trying():
     assert {record.config for record in told} == set(map(str, space.feasible)) - done
 
 
-def chosen(times, *, measured=False, smem=None, final=None):
+def chosen(times, *, measured=False, smem=None, final=None, space=None):
     """(default, best) of a search in which configs took these times."""
-    space = space_of()
+    space = space or space_of()
     study = optuna.create_study(direction="minimize")
     ledger = Ledger(study)
     for config, ms in times.items():
@@ -328,14 +331,65 @@ DEFAULT = str(space_of().default)
 A, B = "sm80-m64n64w4s1", "sm80-m64n32w4s1"
 
 
-def test_a_prediction_displaces_the_default_only_beyond_the_models_margin():
-    assert chosen({DEFAULT: 1.0, A: 0.96}) == (DEFAULT, DEFAULT)
+def test_a_prediction_displaces_the_default_only_beyond_the_models_error():
+    least = 1 + errors.ERRORS["sm80 backward"]
+    assert chosen({DEFAULT: least, A: 1.01}) == (DEFAULT, DEFAULT)
     assert reasons[-1] == (
-        f"{A} is predicted to take 4.0% less time, and a prediction must gain 5% to displace the "
-        "default"
+        f"{A} is predicted to gain {least / 1.01 - 1:.1%} over the default, and must gain more "
+        f"than {errors.ERRORS['sm80 backward']:.1%}, the model's error, to displace it"
     )
-    assert chosen({DEFAULT: 1.0, A: 0.94}) == (DEFAULT, A) and reasons[-1] == ""
+    assert chosen({DEFAULT: least, A: 0.99}) == (DEFAULT, A) and reasons[-1] == ""
     assert chosen({DEFAULT: 1.0, A: 1.1}) == (DEFAULT, DEFAULT) and reasons[-1] == ""
+
+
+def test_between_two_kernels_both_errors_count():
+    problem = ProblemClass.parse("forward float16-d64-dv64-vec causal q512 k512 bh1024 g1")
+    space = Space(problem, machines.find("H100"))
+    default, own = str(space.default), "sm90-m128n128w8s2-overlap-pingpong-persistent"
+    assert default.startswith("sm90-") and default != own
+    both = (1 + errors.ERRORS["sm80 forward"]) * (1 + errors.ERRORS["sm90 forward"])
+    other = "sm80-m128n128w4s1"
+    assert chosen({default: both, other: 1.01}, space=space)[1] == default
+    assert f"{other} is predicted to gain" in reasons[-1]
+    assert f"must gain more than {both - 1:.1%}, the model's error" in reasons[-1]
+    assert chosen({default: both, other: 0.99}, space=space)[1] == other
+    # A slower one of the same kind, whose gain is beyond its error, wins over a faster one whose
+    # gain is within both.
+    assert chosen({default: 1.13, own: 0.995, other: 0.98}, space=space)[1] == own
+    assert reasons[-1].startswith(f"{other} is predicted to gain 15.3% over the default")
+
+
+def test_offline_nothing_is_tried_that_the_model_cannot_tell_from_what_was():
+    space = space_of(FORWARD)
+    candidates = Candidates(space)
+    told = [record.config for record in run(make_search(space))]
+    estimates = [candidates.estimates[candidates.numbers[config]] for config in told]
+    finite = [each for each in estimates if math.isfinite(each)]
+    assert len(set(finite)) == len(finite)
+    # Every estimate there is was tried, by the default where it has it.
+    assert set(estimates) == set(candidates.estimates.tolist())
+    assert str(space.default) in told
+    assert len(told) < len(candidates.configs) / 3
+
+
+def test_offline_a_twin_of_what_failed_is_tried():
+    space = space_of(FORWARD)
+    candidates = Candidates(space)
+    twins = candidates.twins([str(space.default)])
+    others = [c for c, is_twin in zip(candidates.configs, twins, strict=True) if is_twin]
+    codes = {config.compiled for config in others}
+    assert len(codes) > 1, "the default has no twin of other machine code"
+    failing = [c for c in others if c.compiled == space.default.compiled]
+    pool = InstantPool(space, spills=map(str, failing))
+    told = {record.config: record for record in run(make_search(space, pool=pool))}
+    tried = [told[str(c)].outcome for c in others if str(c) in told]
+    assert tried.count("predicted") == 1, tried
+
+
+def test_with_a_gpu_twins_are_tried():
+    space = space_of()
+    told = run(make_search(space, Replay(recording_of(space, 0))))
+    assert len(told) == len(space.feasible) > distinct(space)
 
 
 def test_a_measurement_displaces_the_default_by_any_gain():

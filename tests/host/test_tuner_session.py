@@ -13,14 +13,16 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 pytest.importorskip("optuna")
-
+import optuna
 from optuna.storages.journal import JournalFileBackend
 
 from numflash import store
 from numflash.compiler import source_hash, versions
+from numflash.configs import parse_config
 from numflash.entries import DeviceKey
 from numflash.problem_class import ProblemClass
-from numflash_tuner import autotune, machines, report, session
+from numflash_tuner import autotune, machines, model, report, session
+from numflash_tuner.dimensions import value_of
 from numflash_tuner.pool import Examined
 from numflash_tuner.records import Record, ResourceUsage
 from numflash_tuner.results import format_ms
@@ -30,6 +32,7 @@ from numflash_tuner.space import Budgets, EmptySpaceError
 from numflash_tuner.studies import StorageError
 from numflash_tuner.target import Target
 
+FORWARD = ProblemClass.parse("forward bfloat16-d128-dv128-vec full q1024 k4096 bh16 g4")
 DQ = ProblemClass.parse("backward-dq float32-d64-dv64-vec full q4096 k4096 bh64 g1")
 LONGER = ProblemClass.parse("backward-dq float32-d64-dv64-vec full q8192 k8192 bh64 g1")
 MACHINE = machines.find("NVIDIA A100-SXM4-80GB")
@@ -216,6 +219,31 @@ def test_predicted_gives_way_to_measured_and_not_the_other_way_round():
     assert store.read(DEVICE) == [measured]
 
 
+def test_a_run_of_one_trial_does_not_replace_what_is_better(monkeypatch):
+    # Else no prediction of this class is beyond the model's error.
+    monkeypatch.setattr(model, "gain_needed", lambda *about: 0.0)
+    (result,) = tune(trials=8)
+    (found,) = store.read(DEVICE)
+    assert result.speedup > 1
+    # Its study is another, so that it tries the default only.
+    tune(trials=1, budgets=Budgets(min_occupancy=0.01))
+    assert store.read(DEVICE) == [found]
+
+
+def test_what_is_remembered_gives_way_to_what_beat_it_in_the_same_run():
+    watch = Stopwatch()
+    tune(watch)
+    (found,) = store.read(DEVICE)
+    # As after a lucky measurement: a time that no config reaches again.
+    slowest = max(watch.measured, key=lambda config: watch.samples(config, 5)[0])
+    lucky = replace(found, config=slowest, time_ms=found.time_ms / 4)
+    store.add(DEVICE, [lucky])
+    assert store.read(DEVICE) == [lucky]
+    tune(Stopwatch())
+    (again,) = store.read(DEVICE)
+    assert again.config == found.config and again.time_ms == found.time_ms
+
+
 def test_ctrl_c_remembers_the_best_so_far():
     watch = Stopwatch(interrupt_at=4)
     with pytest.raises(KeyboardInterrupt):
@@ -297,6 +325,35 @@ def test_trials_are_shared_by_runs_that_compare_and_by_no_others(tmp_path, monke
     assert len(journals(tmp_path)) == 5
 
 
+def test_journals_hold_values_that_other_tools_of_optuna_show(tmp_path):
+    watch = Stopwatch()
+    (result,) = tune(watch, problems=[FORWARD], trials=25)
+    (name,) = journals(tmp_path)
+    backend = JournalFileBackend(str(tmp_path / "cache" / "studies" / name))
+    storage = optuna.storages.JournalStorage(backend)
+    (summary,) = optuna.get_all_study_summaries(storage)
+    study = optuna.load_study(study_name=summary.study_name, storage=storage)
+    done = [trial for trial in study.trials if trial.state.is_finished() and trial.user_attrs]
+    tried = [trial for trial in done if "record" in trial.user_attrs]
+    assert len(tried) == 25
+    for trial in tried:
+        config = parse_config("forward", trial.user_attrs["config"])
+        assert len(trial.params) > 5
+        for parameter, value in trial.params.items():
+            assert value == value_of(config, parameter), (str(config), parameter)
+    assert study.best_trial.params["tile_m"] in (64, 128, 192, 256)
+    assert {"generation", "overlap", "num_splits"} & set(result.importances)
+
+
+def test_a_study_of_another_form_is_not_gone_on_with(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(session, "FORMAT", "indices")
+        (first,) = tune()
+    (second,) = tune()
+    assert len(journals(tmp_path)) == 2
+    assert len(first.records) == len(second.records) == 6
+
+
 def test_a_storage_of_the_users_is_used(tmp_path):
     path = tmp_path / "mine" / "trials.journal"
     tune(storage=str(path))
@@ -316,7 +373,7 @@ def test_where_the_cache_cannot_be_written_work_goes_on(unwritable, caplog, caps
     (result,) = tune()
     assert len(result.records) == 6 and capsys.readouterr() == ("", "")
     studies, *_, configs = (record.getMessage() for record in caplog.records)
-    assert f"{unwritable / 'studies'} (Not a directory)" in studies
+    assert f"{unwritable / 'studies'} (" in studies and str(unwritable.parent) + "')" in studies
     assert "cannot be continued" in studies
     assert str(unwritable / "configs") in configs and "not remembered" in configs
 

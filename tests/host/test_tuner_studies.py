@@ -3,7 +3,6 @@
 import importlib
 import json
 import multiprocessing
-import os
 import signal
 import sqlite3
 import subprocess
@@ -18,11 +17,13 @@ import pytest
 pytest.importorskip("optuna")
 import optuna
 import sqlalchemy.exc
+from optuna.distributions import CategoricalDistribution, IntDistribution
 from optuna.exceptions import StorageInternalError
 from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
 
 from numflash.files import locked
+from numflash.switches import is_on
 from numflash_tuner import owners, storages
 from numflash_tuner.records import Record
 from numflash_tuner.studies import ENVIRONMENT, Ledger, StorageError, journal_path, open_study
@@ -34,6 +35,7 @@ import optuna
 from optuna.distributions import IntDistribution
 from numflash_tuner.records import Record
 from numflash_tuner.studies import Ledger, open_study
+from numflash.switches import is_on
 
 url, name, pause = sys.argv[1], sys.argv[2], float(sys.argv[3])
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -128,6 +130,24 @@ def configs_of(ledger):
     return [record.config for record in ledger.records()]
 
 
+def test_a_study_with_other_choices_is_refused_in_words(tmp_path):
+    path = tmp_path / "study.journal"
+    before = ledger_of(path)
+    trial = before.ask({"tile_m": IntDistribution(0, 3)})
+    assert before.claim(trial, "a")
+    before.finish(trial, Record("a", "predicted", predicted_ms=1.0))
+    after = ledger_of(path)
+    assert configs_of(after) == ["a"]
+    for other in (CategoricalDistribution((16, 32, 48, 64)), CategoricalDistribution((16, 64))):
+        with pytest.raises(StorageError) as refused:
+            after.ask({"tile_m": other})
+        said = str(refused.value)
+        assert f"the study 'numbers' in the journal {path} has other choices" in said
+        assert "begin anew in another --storage" in said
+    states = Counter(trial.state for trial in after.study.get_trials())
+    assert states == {TrialState.COMPLETE: 1, TrialState.FAIL: 2}
+
+
 def test_a_line_cut_short_by_a_kill_does_no_harm(tmp_path):
     path = tmp_path / "study.journal"
     open_before = ledger_of(path)
@@ -145,6 +165,30 @@ def test_a_line_cut_short_by_a_kill_does_no_harm(tmp_path):
     for ledger in (open_before, opened_after, ledger_of(path)):
         assert configs_of(ledger) == ["a", "b", "c"]
     assert all(json.loads(line) for line in path.read_text().splitlines())
+
+
+@pytest.mark.parametrize("content", [None, b"mine", b"mine\n", b'{"op_code":5'])
+def test_a_link_in_place_of_a_journal_is_not_written_through(tmp_path, content):
+    path, elsewhere = tmp_path / "study.journal", tmp_path / "elsewhere"
+    if content is not None:
+        elsewhere.write_bytes(content)
+    path.symlink_to(elsewhere)
+    with pytest.raises(StorageError, match="a symbolic link is not written through"):
+        ledger_of(path)
+    assert elsewhere.exists() == (content is not None)
+    assert content is None or elsewhere.read_bytes() == content
+
+
+def test_a_journal_that_becomes_a_link_is_not_written_through(tmp_path):
+    path, elsewhere = tmp_path / "study.journal", tmp_path / "elsewhere"
+    ledger = Ledger(ledger_of(path).study, sleep=lambda seconds: None)
+    elsewhere.write_bytes(path.read_bytes() + b'{"op_code":5')
+    before = elsewhere.read_bytes()
+    path.unlink()
+    path.symlink_to(elsewhere)
+    with pytest.raises(StorageError, match="a symbolic link is not written through"):
+        ledger.ask()
+    assert elsewhere.read_bytes() == before
 
 
 def test_a_line_that_a_peer_is_writing_is_not_cut(tmp_path):
@@ -486,6 +530,28 @@ def test_the_journal_lies_in_the_cache_under_a_readable_name(tmp_path, monkeypat
     assert path != journal_path("forward float16 on NVIDIA H200; measured")
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="permissions of POSIX")
+@pytest.mark.parametrize("what", ["cache", "studies", "file"])
+def test_a_journal_in_the_cache_that_others_may_write_is_not_used(
+    what, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setenv("NUMFLASH_CACHE_DIR", str(tmp_path / "cache"))
+    sampler = optuna.samplers.RandomSampler()
+    open_study(None, "x", sampler).tell(open_study(None, "x", sampler).ask(), 1.0)
+    path = journal_path("x")
+    assert [p.stat().st_mode & 0o777 for p in (path.parent.parent, path.parent, path)] == [
+        *(0o700, 0o700, 0o600)
+    ]
+    spoiled = {"cache": path.parent.parent, "studies": path.parent, "file": path}[what]
+    spoiled.chmod(0o777)
+    before = path.read_bytes()
+    study = open_study(None, "x", sampler)
+    assert not study.trials, "the file is read"
+    study.ask()
+    assert len(study.trials) == 1 and path.read_bytes() == before
+    assert "everyone may write it" in caplog.text and "kept in memory" in caplog.text
+
+
 @pytest.mark.parametrize(
     "url, words",
     [
@@ -631,7 +697,7 @@ def test_a_database_that_does_not_answer_is_asked_once(monkeypatch):
 @pytest.fixture(scope="module")
 def postgresql():
     """A PostgreSQL server on loopback, started for these tests."""
-    if os.environ.get("NUMFLASH_TEST_POSTGRESQL") != "1":
+    if not is_on("NUMFLASH_TEST_POSTGRESQL"):
         pytest.skip("set NUMFLASH_TEST_POSTGRESQL=1 to start a PostgreSQL server and test on it")
     pytest.importorskip("psycopg")
     from tests.postgresql import serve

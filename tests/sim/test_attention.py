@@ -1,12 +1,11 @@
 """Forward and all three gradients of every kernel, against float64, in the simulator."""
 
-import os
-
 import numpy as np
 import pytest
 
 import numflash
 from numflash.arrays import _NumPy
+from numflash.switches import is_on
 from tests.attention_cases import SIM_CASES, SMALL_CONFIGS, on_tensor_cores
 
 
@@ -16,7 +15,7 @@ def _cases():
     Of the kernels that share all but instructions with sm80's, half of the cases on sm75 and a
     sixth on tf32, unless NUMFLASH_TEST_EVERY_CONFIG=1.
     """
-    every = {} if os.environ.get("NUMFLASH_TEST_EVERY_CONFIG") else {"sm75": 2, "tf32": 6}
+    every = {} if is_on("NUMFLASH_TEST_EVERY_CONFIG") else {"sm75": 2, "tf32": 6}
     found = [
         pytest.param(case, SMALL_CONFIGS["portable"][0], id=f"portable-{case}")
         for case in SIM_CASES

@@ -6,7 +6,6 @@ lies between them is a tenth of what the specification loses, and that rounding.
 `differences` are what the tests of broken kernels and those on a GPU share.
 """
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -25,6 +24,7 @@ from numflash.ptx import Pointer, cuda, mov_ctaid_x, u32
 from numflash.reference.attention import heads_first
 from numflash.reference.fp8 import attention_of_codes, tokens_innermost
 from numflash.simulator import SEED, GlobalPointer, launch
+from numflash.switches import is_on
 from tests.attention_cases import FP8_CONFIGS, SIM_CASES, AttentionCase, on_fp8
 
 SORTS = ("16-bit", "arrays", "codes")
@@ -227,7 +227,7 @@ def _cases():
     Of the masks, which other kernels have too, a sixth, and each name once.
     """
     cases, found = on_fp8(SIM_CASES), []
-    if os.environ.get("NUMFLASH_TEST_EVERY_CONFIG"):
+    if is_on("NUMFLASH_TEST_EVERY_CONFIG"):
         chosen = [(c, s, f) for c in cases for s in SORTS for f in FP8_CONFIGS]
     else:
         masks = [case for case in cases if case.name.startswith(("square-", "tall-", "wide-"))]

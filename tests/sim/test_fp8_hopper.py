@@ -6,7 +6,6 @@ larger tiles, and kernels that are broken on purpose.
 
 import importlib
 import inspect
-import os
 import sys
 from dataclasses import replace
 from functools import cache
@@ -23,6 +22,7 @@ from numflash.fp8 import Fp8Recipe
 from numflash.kernels import sm90
 from numflash.launch import limits_of_device
 from numflash.simulator import SEED
+from numflash.switches import is_on
 from tests.attention_cases import SIM_CASES, AttentionCase, on_fp8
 from tests.sim.test_broken_kernels import Mutation, first_failure
 from tests.sim.test_fp8_attention import (
@@ -39,7 +39,7 @@ from tests.sim.test_fp8_attention import (
     tokens_per_scale,
 )
 
-EVERY = bool(os.environ.get("NUMFLASH_TEST_EVERY_CONFIG"))
+EVERY = is_on("NUMFLASH_TEST_EVERY_CONFIG")
 KERNEL, TILES = "numflash.kernels.sm90.fp8_forward", "numflash.tiles.wgmma"
 SMALL = (
     "fp8-sm90-m64n128w4s2-overlap-persistent",

@@ -6,7 +6,6 @@ takes several tiles of rows, some of which may see no key.
 """
 
 import importlib
-import os
 
 import numpy as np
 import pytest
@@ -19,6 +18,7 @@ from numflash.configs.sm90 import Sm90ForwardConfig
 from numflash.devices import ARCHITECTURES
 from numflash.launch import limits_of_device
 from numflash.simulator import SEED
+from numflash.switches import is_on
 from tests.attention_cases import (
     HOPPER_CASES,
     SIM_CASES,
@@ -28,7 +28,7 @@ from tests.attention_cases import (
 )
 from tests.gpu.test_attention import check_sample, hopper_cases, inputs_of
 
-EVERY = bool(os.environ.get("NUMFLASH_TEST_EVERY_CONFIG"))
+EVERY = is_on("NUMFLASH_TEST_EVERY_CONFIG")
 CONFIGS = tuple(configs["forward"] for configs in SMALL_CONFIGS["sm90"])
 
 

@@ -10,6 +10,7 @@ import math
 import re
 import struct
 import sys
+from fractions import Fraction
 
 import ml_dtypes
 import numpy as np
@@ -142,6 +143,29 @@ def expected_mul(a, b):
     return np.where(np.isnan(product), u32(NAN).view(f32), product)
 
 
+def expected_fma(a, b, c):
+    """The float32 nearest to the exact sum, by fractions."""
+
+    def rounded(x, y, z):
+        if not all(map(math.isfinite, (x, y, z))):
+            total = x * y + z  # infinite or NaN whatever is rounded
+            return total if total == total else None
+        exact = Fraction(x) * Fraction(y) + Fraction(z)
+        if exact == 0:
+            return x * y + z  # its sign, as the sum of a product that is exact in float64
+        magnitude = abs(exact)
+        exponent = max(-126, math.floor(math.log2(magnitude.numerator / magnitude.denominator)))
+        while exponent > -126 and magnitude < Fraction(2) ** exponent:
+            exponent -= 1
+        place = Fraction(2) ** (exponent - 23)
+        nearest = round(magnitude / place) * place  # ties to even
+        return math.copysign(math.inf if nearest >= 2**128 else float(nearest), exact)
+
+    values = [rounded(*xyz) for xyz in zip(a.tolist(), b.tolist(), c.tolist(), strict=True)]
+    nan = u32(NAN).view(f32)
+    return np.array([nan if v is None else f32(v) for v in values], np.float32)
+
+
 def expected_cvt_f32_f16(codes):
     values = [struct.unpack("<e", struct.pack("<H", code))[0] for code in codes.tolist()]
     result = np.array(values, np.float64).astype(np.float32)
@@ -217,6 +241,7 @@ EXPECTED = {
     "max_f32": expected_max,
     "min_f32": expected_min,
     "mul_rn_f32": expected_mul,
+    "fma_rn_f32": expected_fma,
     "cvt_f32_f16": expected_cvt_f32_f16,
     "cvt_rn_f16_f32": expected_cvt_rn_f16_f32,
     "cvt_rn_f16x2_f32": expected_cvt_rn_f16x2_f32,

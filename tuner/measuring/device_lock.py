@@ -11,7 +11,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from numflash.cache import cache_dir
+from numflash.cache import folder_for
+from numflash.files import open_for_all
 
 if sys.platform == "win32":
     import msvcrt
@@ -30,12 +31,11 @@ def device_lock(name: str) -> Iterator[None]:
     Args:
         name: of the device, unique among those that share a cache directory.
     """
-    path = cache_dir() / "locks" / (re.sub(r"[^A-Za-z0-9.-]+", "_", name) + ".lock")
+    file = re.sub(r"[^A-Za-z0-9.-]+", "_", name) + ".lock"
     handle = None
     try:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            handle = open_for_all(folder_for("locks") / file)
             _lock(handle)
         except OSError as error:
             _log.warning("measuring without the lock that keeps other processes away: %s", error)

@@ -171,6 +171,7 @@ class DeviceMeasurer:
             outcome,
             reason,
             samples_ms=tuple(samples),
+            batch_heads=self._batch_heads.get(problem),
             clock_mhz=clock,
             seconds=seconds,
             finished=time.time(),

@@ -2,18 +2,32 @@
 
 `prediction` puts together what `counts` (instructions by formula), `machine_code` (instructions of
 a disassembly), `grid` (blocks and tiles of a problem) and `numflash_tuner.machines` know; `hopper`
-does so for the kernel whose warpgroups multiply asynchronously.
+does so for the kernel whose warpgroups multiply asynchronously. `errors` says how far off all of
+it is.
 """
+
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
 
 from numflash.configs import Config, Sm90ForwardConfig
 from numflash.problem_class import ProblemClass
 from numflash_tuner.machines import Machine
 from numflash_tuner.model import hopper, prediction
+from numflash_tuner.model.errors import gain_needed
 from numflash_tuner.model.machine_code import MachineCode
-from numflash_tuner.model.prediction import Prediction, floor_ms
+from numflash_tuner.model.prediction import Prediction, floor_ms, multiply_adds
 from numflash_tuner.records import ResourceUsage
 
-__all__ = ["Prediction", "estimate", "floor_ms", "predict"]
+__all__ = [
+    "Prediction",
+    "estimate",
+    "floor_ms",
+    "gain_needed",
+    "multiply_adds",
+    "predict",
+    "source_hash",
+]
 
 
 def predict(
@@ -47,3 +61,12 @@ def estimate(machine: Machine, problem: ProblemClass, config: Config) -> Predict
     """
     module = hopper if isinstance(config, Sm90ForwardConfig) else prediction
     return module.estimate(machine, problem, config)
+
+
+@cache
+def source_hash() -> str:
+    """Hash of everything that decides a prediction, the kernels aside."""
+    digest, folder = sha256(), Path(__file__).parent
+    for file in sorted([*folder.glob("*.py"), *folder.parent.glob("machines.*")]):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()

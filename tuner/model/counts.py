@@ -156,7 +156,10 @@ def _mma(config: MmaConfig, traits: Traits) -> Work:
         alu=kinds.alu + _COPY_ALU * copies + rounded,
         conversions=0 if is_tf32 else converted,
         shared=shared_loads + (0 if asynchronous else copies),
-        shared_bytes=loads + statistics * 8 * _WARP + extra_shared + copied,
+        shared_bytes=loads
+        + statistics * 8 * _WARP
+        + extra_shared
+        + (0 if asynchronous else copied),
         global_bytes=copied + extra_global,
         global_loads=(0 if asynchronous else copies) + extra_global // 2 // _LOAD_BYTES,
         shuffles=shuffles,

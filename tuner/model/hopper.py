@@ -17,8 +17,11 @@ No measurement of these kernels went into it. The constants marked as fitted mak
 as fast as its authors measured on an H100 with 1830 MHz: arXiv 2407.08608, Table 2 and section
 3.1 (head_dim 128: 570 TFLOP/s without turns or overlap, 620 to 640 with turns, 640 to 661 with
 both), Figure 5 (head_dim 64 and 256: 497 and 756), and, without either, ThunderKittens' figure
-for three warpgroups (about 610). Its assembler overlaps less than the instructions would allow;
-where ours does better, `overlap` is worth more than is said here.
+for three warpgroups (about 610); `errors` says how near all other points come. Where
+FlashAttention-3 runs pairs of blocks, which fetch K and V once for both, it stands for a machine
+whose L2 is twice as fast: at head_dim 256 ours, which fetch twice, are bound by the L2, as it is
+itself with a causal mask. Its assembler overlaps less than the instructions would allow; where
+ours does better, `overlap` is worth more than is said here.
 """
 
 from dataclasses import dataclass
@@ -51,6 +54,7 @@ from numflash_tuner.model.prediction import (
     combine,
     row_bandwidth,
     schedule,
+    smooth_maximum,
 )
 from numflash_tuner.records import ResourceUsage
 
@@ -237,8 +241,8 @@ def _clocks_of_turn(config: Sm90ForwardConfig, turn: Turn, warpgroups: int) -> f
         beside = min(warpgroups * products / 2, lockstep - warpgroups * products)
         lockstep -= HIDDEN_BY_OVERLAP * beside
     pipes = (products, *turn.busy[1:5])
-    best = _smooth_maximum(OVERLAP_NORM, chain, *(warpgroups * each for each in pipes))
-    best = _smooth_maximum(COPIES_NORM, best, warpgroups * turn.busy[6])
+    best = smooth_maximum(OVERLAP_NORM, chain, *(warpgroups * each for each in pipes))
+    best = smooth_maximum(COPIES_NORM, best, warpgroups * turn.busy[6])
     lost = LEFT_TO_CHANCE ** (warpgroups - 1) * (WITH_TURNS if config.pingpong else 1.0)
     return best + lost * max(0.0, lockstep - best)
 
@@ -322,7 +326,3 @@ def _parts(machine: Machine, grid: Grid, turn: Turn, groups: int) -> dict[str, f
     tiles = grid.blocks / machine.num_sms * grid.mean_tiles * groups
     to_ms = 1 / (machine.clock_mhz * 1e3)
     return {pipe: tiles * busy * to_ms for pipe, busy in zip(PIPES, turn.busy, strict=True)}
-
-
-def _smooth_maximum(norm: float, *times: float) -> float:
-    return sum(t**norm for t in times) ** (1 / norm)

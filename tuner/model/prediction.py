@@ -6,14 +6,18 @@ code. Otherwise they are the same:
 1. What a block does for a tile, and once, is spread over the pipes of an SM: tensor cores, special
    functions, float32, ALU, instruction issue, shared memory, L2. With r blocks on an SM a pipe is
    busy r times as long.
-2. A warp's chain S -> softmax -> O for a tile has a length of its own, with latencies, barriers
+2. Pipes overlap within a phase: products with the loads of their operands, and exponentials with
+   the rest of the softmax. Kernels for tensor cores do one phase after the other: FlashAttention-2
+   is as fast as if the two never overlapped, on an A100 as on an H100.
+3. A warp's chain S -> softmax -> O for a tile has a length of its own, with latencies, barriers
    and the part of the copies that nothing hides. More warps hide it.
-3. A block takes the smooth maximum of those. Blocks are dealt out to SMs in waves; the last one,
-   and unequal blocks under a mask, leave SMs idle.
-4. Bytes from device memory bound the whole; kernels that join parts follow.
+4. A block takes the smooth maximum of its phases, its chain and its copies. Blocks are dealt out
+   to SMs in waves; the last one, and unequal blocks under a mask, leave SMs idle.
+5. Bytes from device memory bound the whole; kernels that join parts follow.
 
 No measurement of these kernels went into it. Constants that nobody publishes are marked as
-assumed.
+assumed. Those marked as fitted are from published speeds; `errors` says which points were fitted,
+which were not, and how far off the model is.
 """
 
 from dataclasses import dataclass, replace
@@ -48,12 +52,14 @@ PARTITIONS = 4
 SHUFFLE_LANES = 32
 """Per clock and SM. Source: CUDA C++ Programming Guide, arithmetic throughput."""
 OVERLAP_NORM = 3.0
-"""Pipes overlap imperfectly: times t combine to (sum t ** norm) ** (1 / norm). Chosen so that the
-forward of FlashAttention-2 on an A100 comes near its published speed."""
-MATRIX_EFFICIENCY = 0.9
-"""Share of the peak that large matrix products reach: about 280 of 312 TFLOP/s on an A100."""
-MEMORY_EFFICIENCY = 0.9
-"""Share of the bandwidth that large copies reach: 4.3 of 4.8 TB/s measured on an H200."""
+"""Times t of what is done at once combine to (sum t ** norm) ** (1 / norm): of the pipes of
+portable kernels, and of a kernel and its bytes from device memory. Assumed."""
+PIPES_NORM = 12.0
+"""Likewise of the pipes in one phase of a kernel for tensor cores, and of its phases, chain and
+copies. Fitted to the forward of FlashAttention-2."""
+MEMORY_EFFICIENCY = 0.8
+"""Share of the bandwidth that kernels reach. Fitted to Flash-Decoding on an A100: 67 MB more take
+42 microseconds more. Large copies reach 0.9: 4.3 of 4.8 TB/s measured on an H200."""
 BROADCAST = 0.5
 """Share of the nominal bytes of shared memory that the portable kernels' loads take: their lanes
 read 4 or 8 different addresses of 16 bytes, and half a warp reads equal ones once. Assumed."""
@@ -69,8 +75,9 @@ L2_LATENCY, MEMORY_LATENCY = 300, 700
 """Clocks of a load from the L2 and from device memory. Source: Luo et al., arXiv 2402.13499."""
 BLOCK_LATENCY = 600
 """Clocks to start a block and to drain its stores, beside its first loads. Assumed."""
-LAUNCH_MS = 0.002
-"""From one kernel's end to the next one's start, in one stream. Assumed."""
+LAUNCH_MS = 0.005
+"""What a kernel takes that does nothing. Fitted to decoding with few keys on an H100: 12 to 15
+microseconds for two kernels."""
 COMBINED_SPLITS = 8
 """Parts that a `combine` of which nothing else is known puts together. Assumed."""
 
@@ -177,16 +184,20 @@ def floor_ms(machine: Machine, problem: ProblemClass) -> dict[str, float]:
     and results written once. The matrix rate is that of `mma.sync`, of `wgmma` where a family has
     kernels with it, or of FFMA where the tensor cores have no such product.
     """
-    traits, scores = problem.traits, visible_scores(problem)
     per_ms = machine.num_sms * machine.clock_mhz * 1e3
     parts = {"memory": io_bytes(problem) / machine.memory_gbps / 1e6}
-    if problem.family in _PRODUCTS:
-        products = _PRODUCTS[problem.family]
-        columns = products // 2 * (traits.head_dim + traits.head_dim_v)
-        columns += products % 2 * traits.head_dim
-        parts["matrix"] = scores * columns / (_matrix_rate(machine, problem) * per_ms)
-        parts["exponential"] = scores / (machine.sfu_lanes * per_ms)
+    if terms := multiply_adds(problem):
+        parts["matrix"] = terms / (_matrix_rate(machine, problem) * per_ms)
+        parts["exponential"] = visible_scores(problem) / (machine.sfu_lanes * per_ms)
     return {**parts, "floor": max(parts.values())}
+
+
+def multiply_adds(problem: ProblemClass) -> int:
+    """Those of a family's matrix products, of scores that are not masked; 0 if it has none."""
+    products, traits = _PRODUCTS.get(problem.family, 0), problem.traits
+    columns = products // 2 * (traits.head_dim + traits.head_dim_v)
+    columns += products % 2 * traits.head_dim
+    return visible_scores(problem) * columns if products else 0
 
 
 def _matrix_rate(machine: Machine, problem: ProblemClass) -> float:
@@ -212,7 +223,7 @@ def _busy(
     if c.multiply_adds_tf32:
         matrix += c.multiply_adds_tf32 / machine.mma_tf32
     return (
-        warps * matrix / MATRIX_EFFICIENCY,
+        warps * matrix / machine.mma_efficiency,
         warps * _WARP * c.special / machine.sfu_lanes,
         warps * _WARP * c.fma / machine.fp32_lanes,
         warps * _WARP * (c.alu + c.conversions) / machine.alu_lanes,
@@ -257,6 +268,11 @@ def _chain(
     return own + work.phases * max(0.0, load_latency - ahead)
 
 
+def _beside_products(c: Counts, warps: int) -> float:
+    """Clocks in which one block issues all but products and the loads of their operands."""
+    return warps * (c.issued - c.matrix - c.shared) / PARTITIONS
+
+
 def _tiled(
     machine: Machine, problem: ProblemClass, config: Config, work: counts.Work, fit: int
 ) -> Prediction:
@@ -286,9 +302,19 @@ def _tiled(
     chain = _chain(machine, config, work, tile, latency + transfer)
     first = walks * (BLOCK_LATENCY + 2 * MEMORY_LATENCY) + once[4] * PARTITIONS / warps
 
+    issued = [_beside_products(each, warps) for each in (work.tile, around)]
+    in_phases = bool(work.tile.matrix)
+
     def clocks(tiles: float, together: int) -> float:
-        busy = (together * (tiles * each + t) for each, t in zip(tile, once, strict=True))
-        return combine(tiles * chain + first, *busy)
+        *pipes, copies = (together * (tiles * t + o) for t, o in zip(tile, once, strict=True))
+        if in_phases:
+            matrix, *others, _, shared = pipes
+            others.append(together * (tiles * issued[0] + issued[1]))
+            working = smooth_maximum(PIPES_NORM, matrix, shared)
+            working += smooth_maximum(PIPES_NORM, *others)
+        else:
+            working = smooth_maximum(OVERLAP_NORM, *pipes)
+        return smooth_maximum(PIPES_NORM, tiles * chain + first, working, copies)
 
     spread = schedule(grid, machine.num_sms, resident, clocks)
     to_ms = 1 / (machine.clock_mhz * 1e3)
@@ -332,9 +358,14 @@ def schedule(grid: Grid, num_sms: int, resident: int, clocks) -> float:
     return max(balanced, longest, crowded)
 
 
+def smooth_maximum(norm: float, *times: float) -> float:
+    """How long things take together that take these times alone."""
+    return sum(t**norm for t in times) ** (1 / norm)
+
+
 def combine(*times: float) -> float:
     """The smooth maximum."""
-    return sum(t**OVERLAP_NORM for t in times) ** (1 / OVERLAP_NORM)
+    return smooth_maximum(OVERLAP_NORM, *times)
 
 
 def row_bandwidth(machine: Machine, moved: float) -> float:

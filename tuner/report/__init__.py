@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from numflash_tuner.records import FAILURES
+from numflash.files import replace_file
+from numflash.printable import printable
+from numflash_tuner.records import FAILURES, Record
 from numflash_tuner.report import charts, tables
 from numflash_tuner.report.markup import Markup, escaped, joined, tag
 from numflash_tuner.report.occupancy import occupancy
 from numflash_tuner.report.style import STYLE
-from numflash_tuner.report.tables import format_share, format_speedup, format_time
+from numflash_tuner.report.tables import format_share, format_speed, format_speedup, format_time
 from numflash_tuner.results import Result, format_ms
 
 _OPEN_ROWS = 40
@@ -34,10 +36,10 @@ def table(results: Sequence[Result]) -> str:
     for result, row in zip(results, rows[1:], strict=True):
         if (result.device, result.num_sms) != device:
             device = result.device, result.num_sms
-            lines.append(_printable(_device(result)))
+            lines.append(printable(_device(result)))
         lines += [f"  {result.problem}", "  " + _aligned(row, widths)]
         if result.winner and result.best.reason:
-            lines.append(_printable(f"    best: {result.best.reason}"))
+            lines.append(printable(f"    best: {result.best.reason}"))
     if any(result.origin == "predicted" for result in results):
         lines.append(f"~ {_PREDICTED[0].lower()}{_PREDICTED[1:]}")
     return "\n".join(lines)
@@ -45,7 +47,7 @@ def table(results: Sequence[Result]) -> str:
 
 def write_html(path: str | Path, results: Sequence[Result]) -> None:
     """Write the report: one page, complete in itself. Raises OSError if it cannot be written."""
-    Path(path).write_text(page(list(results)), encoding="utf-8")
+    replace_file(Path(path), page(list(results)))
 
 
 def page(results: list[Result]) -> str:
@@ -104,7 +106,7 @@ def _section(number: int, result: Result, results: list[Result]) -> Markup:
         tag("p", _device(result), class_="muted"),
         _facts(result),
         tag("div", *map(_figure, figures), class_="charts"),
-        _folded(f"Tried: {tried}", tables.tried(result), alone and tried <= _OPEN_ROWS),
+        _folded(f"Tried: {tried}", _tried(result), alone and tried <= _OPEN_ROWS),
     ]
     if (switches := tables.switches(result)) is not None:
         contents.append(_folded("What is on or off", switches, alone))
@@ -124,10 +126,10 @@ def _section(number: int, result: Result, results: list[Result]) -> Markup:
 def _facts(result: Result) -> Markup:
     """The outcome in a few figures."""
     about = "" if result.origin == "measured" else " (predicted)"
-    default, best = result.time_ms(result.default), result.time_ms(result.best)
+    best = result.time_ms(result.best)
     entries = [
-        (f"default{about}", tag("b", f"{format_ms(default)} ms"), result.default.config),
-        (f"best{about}", tag("b", f"{format_ms(best)} ms"), result.best.config),
+        (f"default{about}", _timed(result, result.default), result.default.config),
+        (f"best{about}", _timed(result, result.best), result.best.config),
         (f"speed-up{about}", tag("b", format_speedup(result.speedup)), None),
     ]
     if result.default.outcome in FAILURES:
@@ -151,8 +153,19 @@ def _facts(result: Result) -> Markup:
     )
 
 
+def _timed(result: Result, record: Record) -> Markup:
+    """A record's time and speed."""
+    time, speed = format_ms(result.time_ms(record)), format_speed(result, record)
+    return joined([tag("b", f"{time} ms"), f", {speed} TFLOP/s" if speed != "-" else ""])
+
+
 def _detail(text: str) -> Markup:
     return tag("span", text, class_="muted") if " " in text else tag("code", text)
+
+
+def _tried(result: Result) -> Markup:
+    counted = "TFLOP/s counts the matrix products of this kernel over scores that no mask hides."
+    return joined([tables.tried(result), tag("p", counted, class_="muted")])
 
 
 def _figure(figure: charts.Figure) -> Markup:
@@ -205,12 +218,7 @@ def _columns(result: Result) -> tuple[str, ...]:
 def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
     """A line of the table; configs and words to the left, numbers to the right."""
     aligned = [
-        _printable(cell).ljust(width) if i in (0, 2, 6) else cell.rjust(width)
+        printable(cell).ljust(width) if i in (0, 2, 6) else cell.rjust(width)
         for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
     ]
     return "  " + "  ".join(aligned).rstrip()
-
-
-def _printable(text: str) -> str:
-    """Names come from files: control characters must not reach the terminal."""
-    return "".join(c if c.isprintable() else "?" for c in text)

@@ -13,6 +13,13 @@ LEFT, RIGHT = 46, 340
 TOP, BOTTOM = 16, 214
 HEIGHT = 250
 """Pixels: a chart, and the plot in it."""
+FONT = 11
+"""Pixels: the size of a chart's text."""
+RING = 5
+"""Pixels: the radius of the ring around the best."""
+IN_SIGHT = 3.0
+"""What is so many times away from the best is not drawn to scale: it would squeeze all others."""
+_CHARACTER = 0.62
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,53 @@ def _round_step(step: float) -> float:
     return next(n * power for n in (1, 2, 5, 10) if n * power >= step * (1 - 1e-9))
 
 
+def width_of(content: object, size: float = FONT) -> float:
+    """Pixels that a line of text takes in the widest of the fonts, DejaVu Sans, or a few more."""
+    return _CHARACTER * size * len(str(content))
+
+
+class Labels:
+    """The labels of a chart: each takes the place where it covers the least of the others."""
+
+    def __init__(self, height: float = HEIGHT):
+        self._height, self._taken, self._drawn = height, [], []
+
+    def add(self, content: object, class_: str, *places: tuple[float, float, str]) -> None:
+        """Write a label at the first of these places (x, y, anchor) that is free.
+
+        If none is, at the one where the label covers, or leaves outside the chart, the least.
+        """
+        boxes = {place: _box(content, *place) for place in places}
+        place = min(boxes, key=lambda place: self._covered(boxes[place]))
+        self._taken.append(boxes[place])
+        self._drawn.append(text(*place[:2], content, class_, place[2]))
+
+    def keep_clear(self, x: float, y: float, radius: float) -> None:
+        """A mark that no later label shall cover."""
+        self._taken.append((x - radius, y - radius, x + radius, y + radius))
+
+    def drawn(self) -> list[Markup]:
+        """The labels, to be drawn over everything else."""
+        return list(self._drawn)
+
+    def _covered(self, box: tuple[float, float, float, float]) -> float:
+        inside = _common(box, (0.0, 0.0, WIDTH, self._height))
+        return _common(box, box) - inside + sum(_common(box, other) for other in self._taken)
+
+
+def _box(content: object, x: float, y: float, anchor: str) -> tuple[float, float, float, float]:
+    """(left, top, right, bottom) of a line of text."""
+    width = width_of(content)
+    left = x - {"start": 0.0, "middle": width / 2, "end": width}[anchor]
+    return left, y - 0.8 * FONT, left + width, y + 0.25 * FONT
+
+
+def _common(a: tuple[float, ...], b: tuple[float, ...]) -> float:
+    """The area that two boxes share."""
+    width, height = (min(a[i + 2], b[i + 2]) - max(a[i], b[i]) for i in (0, 1))
+    return max(0.0, width) * max(0.0, height)
+
+
 def text(x: float, y: float, content: object, class_: str | None = None, anchor="start") -> Markup:
     """A line of text; `anchor` is "start", "middle" or "end"."""
     anchor = None if anchor == "start" else anchor
@@ -78,6 +132,14 @@ def circle(x: float, y: float, r: float, class_: str, title: str = "") -> Markup
     return tag("circle", *about, cx=x, cy=y, r=r, class_=class_)
 
 
+def beyond(x: float, y: float, toward: str) -> Markup:
+    """A small arrow from a mark to where it would be: "up" or "right"."""
+    arrow = f"M{x - 3:.1f} {y - 5:.1f}l3 -4l3 4"
+    if toward == "right":
+        arrow = f"M{x + 5:.1f} {y - 3:.1f}l4 3l-4 3"
+    return tag("path", d=arrow, class_="beyond")
+
+
 def cross(x: float, y: float, class_: str, title: str = "") -> Markup:
     """A small x, with a tooltip."""
     about = [tag("title", title)] if title else []
@@ -91,19 +153,28 @@ def frame(x: Axis, y: Axis, x_label: str, y_label: str, x_ticks=None) -> Markup:
         at = y(tick)
         parts += [
             line(x.start, at, x.end, at, "grid"),
-            text(x.start - 5, at + 4, f"{tick:.6g}", "muted", "end"),
+            text(x.start - 5, at + 4, _tick(tick, x.start - 5), "muted", "end"),
         ]
+    end = 0.0
     for tick in x.ticks() if x_ticks is None else x_ticks:
-        parts += [
-            line(x(tick), BOTTOM, x(tick), BOTTOM + 4, "axis"),
-            text(x(tick), BOTTOM + 16, f"{tick:.6g}", "muted", "middle"),
-        ]
+        label = f"{tick:.6g}"
+        middle = min(x(tick), WIDTH - width_of(label) / 2)
+        parts.append(line(x(tick), BOTTOM, x(tick), BOTTOM + 4, "axis"))
+        if middle - width_of(label) / 2 > end:
+            parts.append(text(middle, BOTTOM + 16, label, "muted", "middle"))
+            end = middle + width_of(label) / 2
     parts += [
         line(x.start, BOTTOM, x.end, BOTTOM, "axis"),
         text(2, 10, y_label, "muted"),
         text(x.end, BOTTOM + 31, x_label, "muted", "end"),
     ]
     return joined(parts)
+
+
+def _tick(value: float, room: float) -> str:
+    """A tick's label; without the zero before the point where that has no room."""
+    label = f"{value:.6g}"
+    return label if width_of(label) <= room else label.removeprefix("0")
 
 
 def chart(label: str, *parts: Markup, height: float = HEIGHT) -> Markup:

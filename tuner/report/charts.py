@@ -1,28 +1,32 @@
 """The charts of a result, each a `Figure`; those of occupancy are in `report.occupancy`."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from numflash_tuner.records import FAILURES, Record
 from numflash_tuner.report.axes import (
     BOTTOM,
+    IN_SIGHT,
     LEFT,
     RIGHT,
+    RING,
     TOP,
     WIDTH,
     Axis,
+    Labels,
+    beyond,
     chart,
     circle,
     frame,
     line,
     text,
+    width_of,
 )
 from numflash_tuner.report.markup import Markup, escaped, joined, tag
 from numflash_tuner.report.style import HEAT_STEPS
 from numflash_tuner.results import Result, format_ms, parameters, rank_correlation
 
-# A floor further below the best than this would squeeze everything else.
-_FLOOR_IN_SIGHT = 3.0
 _STRIP = 12
 
 
@@ -51,7 +55,10 @@ def key(symbol: str, class_: str, meaning: str) -> Markup:
 
 
 def history(result: Result) -> Figure:
-    """Time of each trial, and the best so far."""
+    """Time of each trial, and the best so far.
+
+    What is slower or faster than `IN_SIGHT` times the best lies at the edge, or is said instead.
+    """
     title = f"History ({result.origin} time)"
     times = [result.time_ms(record) for record in result.records]
     found = [time for time in times if time is not None]
@@ -59,63 +66,84 @@ def history(result: Result) -> Figure:
     if not found:
         reason = f"No trial has a {result.origin} time; {failures} of {len(times)} failed."
         return Figure(title, escaped(reason))
-    default, floor, best = result.time_ms(result.default), result.floor, min(found)
-    shown = [*found, *([default] if default else [])]
-    if floor and floor * _FLOOR_IN_SIGHT > best:
-        shown.append(floor)
+    best = min(found)
+    slowest = IN_SIGHT * best
+    lines_at = {
+        name: time
+        for name, time in (("default", result.time_ms(result.default)), ("floor", result.floor))
+        if time
+    }
+    drawn = {n: time for n, time in lines_at.items() if slowest >= time > best / IN_SIGHT}
+    shown = [*(time for time in found if time <= slowest), *drawn.values()]
     x = Axis(0.5, len(times) + 0.5, LEFT, RIGHT)
     y = Axis.around(shown, BOTTOM - _STRIP, TOP + _STRIP)
+    top = TOP + _STRIP
     ticks = [tick for tick in x.ticks() if tick == int(tick) and tick >= 1]
-    marks, path, so_far = [], "", math.inf
+    marks, labels, path, so_far = [], Labels(), "", math.inf
     for number, (record, time) in enumerate(zip(result.records, times, strict=True), 1):
         about = f"trial {number}: {described(record)}"
         if time is not None:
-            measured = record.outcome == result.origin
-            class_ = "dot" if measured else "hollow"
-            marks.append(circle(x(number), y(time), 2.5, class_, about))
+            class_ = "dot" if record.outcome == result.origin else "hollow"
+            at = x(number), y(time) if time <= slowest else top
+            marks.append(circle(*at, 2.5, class_, about))
+            if time > slowest:
+                marks.append(beyond(*at, "up"))
             if result.winner and record.config == result.winner.config:
-                marks.append(circle(x(number), y(time), 5, "ring"))
+                marks.append(circle(*at, RING, "ring"))
+                labels.keep_clear(*at, RING)
+            if time < so_far:
+                path += f"H{at[0]:.1f}V{at[1]:.1f}" if path else f"M{at[0]:.1f} {at[1]:.1f}"
+                so_far = time
         elif record.outcome in FAILURES:
             marks.append(line(x(number), TOP, x(number), TOP + 7, "cross", about))
-        if time is not None and time < so_far:
-            path += (
-                f"H{x(number):.1f}V{y(time):.1f}" if path else f"M{x(number):.1f} {y(time):.1f}"
-            )
-            so_far = time
     lines = [tag("path", d=f"{path}H{RIGHT}", class_="step")]
-    labels = []
-    if default:
-        lines.append(line(LEFT, y(default), RIGHT, y(default), "default"))
-        label = f"default {format_ms(default)}"
-        labels.append(text(RIGHT, y(default) - 4, label, "label-default halo", "end"))
-    if floor and floor * _FLOOR_IN_SIGHT > best:
-        lines.append(line(LEFT, y(floor), RIGHT, y(floor), "floor"))
-        labels.append(text(LEFT + 4, y(floor) - 4, f"floor {format_ms(floor)}", "muted halo"))
-    label = f"best so far {format_ms(best)}"
-    labels.append(text(RIGHT, y(so_far) + 13, label, "label-best halo", "end"))
+    if "default" in drawn:
+        at = y(drawn["default"])
+        lines.append(line(LEFT, at, RIGHT, at, "default"))
+        labels.add(f"default {format_ms(drawn['default'])}", "label-default halo", *_along(at))
+    labels.add(f"best so far {format_ms(best)}", "label-best halo", *_along(y(best), below=True))
+    if "floor" in drawn:
+        at = y(drawn["floor"])
+        lines.append(line(LEFT, at, RIGHT, at, "floor"))
+        left_first = sorted(_along(at), key=lambda place: place[0])
+        labels.add(f"floor {format_ms(drawn['floor'])}", "muted halo", *left_first)
     legend = [key("●", "k-accent", result.origin)]
     if result.winner:
         legend.append(key("◯", "k-text", "the best"))
-    if any(record.outcome == "slow" for record in result.records):
+    slow = [record for record in result.records if record.outcome == "slow"]
+    if any(record.samples_ms for record in slow):
         legend.append(key("○", "k-accent", "stopped early, slow"))
+    if any(not record.samples_ms for record in slow):
+        legend.append(key("○", "k-accent", "slow by the model's estimate, not compiled"))
+    if slower := sum(time > slowest for time in found):
+        legend.append(key("↑", "k-accent", f"slower than {format_ms(slowest)} ms ({slower})"))
     if failures:
         legend.append(key("|", "failed", f"failed ({failures})"))
     if others := len(times) - len(found) - failures:
         legend.append(f"{others} without a {result.origin} time are not shown. ")
-    if floor and floor * _FLOOR_IN_SIGHT <= best:
-        legend.append(f"The floor, {format_ms(floor)} ms, is below the picture.")
+    for name, time in lines_at.items():
+        if name not in drawn:
+            side = "above" if time > best else "below"
+            legend.append(f"The {name}, {format_ms(time)} ms, is {side} the picture. ")
     return Figure(
         title,
         joined(legend),
         chart(
             f"Time of {len(found)} trials; best {format_ms(best)} ms, "
-            f"default {format_ms(default)} ms",
+            f"default {format_ms(lines_at.get('default'))} ms",
             frame(x, y, "trial", "ms", ticks),
             *lines,
             *marks,
-            *labels,
+            *labels.drawn(),
         ),
     )
+
+
+def _along(y: float, below: bool = False) -> list[tuple[float, float, str]]:
+    """Places for the label of a horizontal line, the usual one first."""
+    sides = (y + 13, y - 4) if below else (y - 4, y + 13)
+    ends = (RIGHT, "end"), (LEFT + 4, "start"), ((LEFT + RIGHT) / 2, "middle")
+    return [(x, at, anchor) for x, anchor in ends for at in sides]
 
 
 def heat_map(result: Result) -> Figure:
@@ -135,6 +163,8 @@ def heat_map(result: Result) -> Figure:
             times[cell] = min(timed, key=lambda pair: pair[0])
     fastest = min((time for time, _ in times.values()), default=1.0)
     slowest = max((time for time, _ in times.values()), default=1.0)
+    palest = min(slowest, IN_SIGHT * fastest)
+    longest = max((width_of(_short(time)) for time, _ in times.values()), default=0.0)
     rows, columns = sorted({m for m, _ in cells}, reverse=True), sorted({n for _, n in cells})
     width = min(64.0, (WIDTH - LEFT - 8) / len(columns))
     height = min(32.0, max(16.0, 180 / len(rows)))
@@ -153,10 +183,10 @@ def heat_map(result: Result) -> Figure:
                     marks.append(text(*middle, "x", "muted halo", "middle"))
                 continue
             time, record = times[m, n]
-            step = _heat_step(time, fastest, slowest)
+            step = _heat_step(time, fastest, palest)
             about = f"{where}{described(record)}; {len(tried)} tried"
             marks.append(tag("rect", tag("title", about), class_=f"heat{step}", **box))
-            if width >= 30:
+            if longest < width:
                 marks.append(text(*middle, _short(time), f"on-heat{step}", "middle"))
             if time == fastest and not outline:
                 inner = {"x": x + 2, "y": y + 2, "width": width - 4, "height": height - 4}
@@ -170,7 +200,8 @@ def heat_map(result: Result) -> Figure:
     ]
     ramp = [tag("i", class_=f"heat{i}") for i in range(HEAT_STEPS)]
     legend = [
-        tag("span", f"{format_ms(fastest)} ", *ramp, f" {format_ms(slowest)} ms", class_="ramp"),
+        tag("span", f"{format_ms(fastest)} ", *ramp, f" {format_ms(palest)} ms", class_="ramp"),
+        " and more" if slowest > palest else "",
         "; outlined: the fastest; hatched: no time, x if it was tried.",
     ]
     return Figure(
@@ -187,12 +218,12 @@ def heat_map(result: Result) -> Figure:
 
 
 def _short(time: float) -> str:
-    """Three significant digits, which is what a cell has room for."""
-    return f"{time:.{max(0, 2 - math.floor(math.log10(time)))}f}"
+    """Three significant digits, as in .123, which is what a cell has room for."""
+    return f"{time:.{max(0, 2 - math.floor(math.log10(time)))}f}".removeprefix("0")
 
 
 def _heat_step(time: float, fastest: float, slowest: float) -> int:
-    """0 for the fastest, on a logarithmic scale."""
+    """0 for the fastest, on a logarithmic scale; the last from `slowest` on."""
     if slowest <= fastest:
         return 0
     share = math.log(time / fastest) / math.log(slowest / fastest)
@@ -205,14 +236,14 @@ def importances(result: Result) -> Figure:
     shares = sorted(result.importances.items(), key=lambda item: (-item[1], item[0]))
     if not shares:
         return Figure(title, escaped("Too few trials with a time to tell."))
-    row, left = 24, 108
+    row, left = 24, _room([name for name, _ in shares])
     x = Axis(0.0, max(max(share for _, share in shares), 1e-9), left, RIGHT - 44)
     marks = []
     for i, (name, share) in enumerate(shares):
         y = 6 + i * row
         width = max(0.0, x(share) - left)
         marks += [
-            text(left - 6, y + 13, name, None, "end"),
+            text(left - 6, y + 13, _elided(name, left - 6), None, "end"),
             tag("rect", x=left, y=y, width=width, height=row - 8, class_="bar"),
             text(left + width + 5, y + 13, f"{share:.1%}", "muted"),
         ]
@@ -224,24 +255,43 @@ def importances(result: Result) -> Figure:
     )
 
 
+def _room(names: Iterable[str]) -> float:
+    """Where bars begin, so that their names fit before them; half of the chart at most."""
+    return min(WIDTH / 2, 8 + max(map(width_of, names)))
+
+
+def _elided(name: str, room: float) -> str:
+    """A name, cut where it has no room."""
+    most = int(room / width_of("x"))
+    return name if len(name) <= most else f"{name[: most - 1]}…"
+
+
 def agreement(result: Result) -> Figure:
-    """Predicted against measured time of each config that has both."""
+    """Predicted against measured time of each config that has both.
+
+    What is more than `IN_SIGHT` times the shortest of all these times lies at the edge.
+    """
     title = "Predicted against measured"
     pairs = result.pairs()
     if not pairs:
         return Figure(title, escaped("Nothing to compare: no config has both times."))
     times = [time for _, *both in pairs for time in both]
-    x = Axis.around(times, LEFT, RIGHT)
+    longest = IN_SIGHT * min(times)
+    x = Axis.around([time for time in times if time <= longest], LEFT, RIGHT)
     y = Axis(x.low, x.high, BOTTOM, TOP, log=True)
-    marks = [
-        line(LEFT, BOTTOM, RIGHT, TOP, "default"),
-        text(RIGHT - 30, TOP + 12, "equal", "label-default halo", "end"),
-    ]
+    marks, labels = [line(LEFT, BOTTOM, RIGHT, TOP, "default")], Labels()
+    labels.add("equal", "label-default halo", (RIGHT - 30, TOP + 12, "end"))
     for record, predicted, measured in pairs:
-        marks.append(circle(x(measured), y(predicted), 2.5, "dot", described(record)))
+        at = (
+            x(measured) if measured <= longest else RIGHT,
+            y(predicted) if predicted <= longest else TOP,
+        )
+        marks.append(circle(*at, 2.5, "dot", described(record)))
+        marks += [beyond(*at, "right")] if measured > longest else []
+        marks += [beyond(*at, "up")] if predicted > longest else []
         if record.config == result.best.config:
-            at = x(measured), y(predicted)
-            marks += [circle(*at, 5, "ring"), text(at[0] + 8, at[1] + 4, "best", "halo")]
+            marks.append(circle(*at, RING, "ring"))
+            label_best(labels, *at)
     rho = rank_correlation([p for _, p, _ in pairs], [m for _, _, m in pairs])
     points = f"{len(pairs)} config" + ("s" if len(pairs) != 1 else "")
     summary = (
@@ -249,11 +299,26 @@ def agreement(result: Result) -> Figure:
         if rho is None
         else f"Spearman's rank correlation {rho:.3f}, {points}."
     )
+    caption = summary
+    if outside := sum(max(both) > longest for _, *both in pairs):
+        caption += f" Arrows: beyond the picture ({outside})."
     return Figure(
         title,
-        escaped(summary),
-        chart(summary, frame(x, y, "measured, ms", "predicted, ms"), *marks),
+        escaped(caption),
+        chart(summary, frame(x, y, "measured, ms", "predicted, ms"), *marks, *labels.drawn()),
     )
+
+
+def label_best(labels: Labels, x: float, y: float) -> None:
+    """Write "best" next to its ring."""
+    labels.keep_clear(x, y, RING)
+    sides = [
+        (x + side * away, y + down, "start" if side > 0 else "end")
+        for away in (8, 16, 32)
+        for down in (4, 16, -8)
+        for side in (1, -1)
+    ]
+    labels.add("best", "halo", *sides)
 
 
 def parts(result: Result) -> Figure:
@@ -267,10 +332,11 @@ def parts(result: Result) -> Figure:
     names = sorted({*times, *result.floor_ms}, key=lambda name: -times.get(name, 0.0))
     totals = [("predicted", result.best.predicted_ms), ("measured", result.best.median_ms)]
     totals = [(name, time) for name, time in totals if time]
-    row, left, top = 34, 100, 8 + 14 * len(totals)
+    row, left, top = 34, _room(map(str, names)), 8 + 14 * len(totals)
     end = top + len(names) * row
-    longest = max(*times.values(), *result.floor_ms.values(), *(time for _, time in totals), 1e-9)
-    x = Axis(0.0, longest, left, RIGHT - 46)
+    bars = [*times.values(), *result.floor_ms.values()]
+    longest = max(*bars, *(time for _, time in totals), 1e-9)
+    x = Axis(0.0, longest, left, WIDTH - 6 - max(width_of(format_ms(time)) for time in bars))
     marks = []
     for i, (name, time) in enumerate(totals):
         marks.append(line(x(time), 6 + 14 * i, x(time), end, "default" if i == 0 else "axis"))
@@ -279,7 +345,8 @@ def parts(result: Result) -> Figure:
         marks.append(text(side[0], 14 + 14 * i, label, "halo", side[1]))
     for i, name in enumerate(names):
         y = top + i * row
-        marks.append(text(left - 6, y + 12, name.replace("_", " "), None, "end"))
+        shown = _elided(name.replace("_", " "), left - 6)
+        marks.append(text(left - 6, y + 12, shown, None, "end"))
         for time, class_, at in (
             (times.get(name), "bar", y + 2),
             (result.floor_ms.get(name), "bar-floor", y + 16),

@@ -4,10 +4,6 @@ What is written is well-formed as XML too.
 """
 
 import html
-import re
-
-# What XML cannot hold: control characters, surrogates and two noncharacters.
-_UNFIT = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 class Markup(str):
@@ -17,10 +13,15 @@ class Markup(str):
 
 
 def escaped(content: object) -> Markup:
-    """Content of an element: markup as it is, anything else as text."""
+    """Content of an element: markup as it is, anything else as text.
+
+    What cannot be printed becomes a replacement character: XML cannot hold control characters and
+    surrogates, and marks that turn the direction of writing would disguise a name.
+    """
     if isinstance(content, Markup):
         return content
-    return Markup(html.escape(_UNFIT.sub("\ufffd", str(content))))
+    shown = (c if c.isprintable() or c in "\t\n" else "\ufffd" for c in str(content))
+    return Markup(html.escape("".join(shown)))
 
 
 def joined(contents) -> Markup:

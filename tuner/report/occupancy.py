@@ -13,16 +13,17 @@ from numflash_tuner.report.axes import (
     BOTTOM,
     LEFT,
     RIGHT,
+    RING,
     TOP,
     Axis,
+    Labels,
     chart,
     circle,
     cross,
     frame,
     line,
-    text,
 )
-from numflash_tuner.report.charts import Figure, described, key
+from numflash_tuner.report.charts import Figure, described, key, label_best
 from numflash_tuner.report.markup import Markup, escaped, joined, tag
 from numflash_tuner.results import Result
 
@@ -86,17 +87,22 @@ def _figure(result: Result, limits: Architecture, num_threads: int) -> Figure:
     widest = max(limits.max_smem_per_block, *(r.resources.smem_bytes for r in records))
     x = Axis(0.0, widest / KB * 1.04, LEFT, RIGHT)
     y = Axis(0.0, 272.0, BOTTOM, TOP)
-    marks, last, blocks = [], math.inf, 1
+    marks, labels, last, blocks = [], Labels(), math.inf, 1
+    for record in records:
+        if record.config == result.best.config:
+            labels.keep_clear(*_place(record, x, y), RING)
     while (at := corner(limits, num_threads, blocks)) is not None and min(at) > 0:
         px, py = x(at[0] / KB), y(at[1])
         if last - px > _LABEL_ROOM:
             marks.append(_bounded(px, py, "curve"))
             label = "1 block" if blocks == 1 else f"{blocks}"
-            marks.append(text(px - 3, py + 11, label, "muted halo", "end"))
+            # In the corner, or further along the curve.
+            inside = [(px - 3 - away, py + 11, "end") for away in (0, 20, 40)]
+            labels.add(label, "muted halo", *inside, (px - 3, py + 28, "end"))
             last = px
         blocks += 1
-    marks += _budgets(result, limits, num_threads, x, y)
-    marks += [_point(record, result, x, y) for record in records]
+    marks += _budgets(result, limits, num_threads, x, y, labels)
+    marks += [_point(record, result, x, y, labels) for record in records]
     failed = sum(record.outcome in FAILURES for record in records)
     legend = []
     if len(records) > failed:
@@ -116,6 +122,7 @@ def _figure(result: Result, limits: Architecture, num_threads: int) -> Figure:
             f"{len(records)} configs of {num_threads} threads by shared memory and registers",
             frame(x, y, "shared memory per block, KB", "registers per thread"),
             *marks,
+            *labels.drawn(),
         ),
     )
 
@@ -124,9 +131,9 @@ def _bounded(px: float, py: float, class_: str) -> Markup:
     return tag("path", d=f"M{LEFT} {py:.1f}H{px:.1f}V{BOTTOM}", class_=class_)
 
 
-def _point(record: Record, result: Result, x: Axis, y: Axis) -> Markup:
+def _point(record: Record, result: Result, x: Axis, y: Axis, labels: Labels) -> Markup:
     resources = record.resources
-    px, py = x(resources.smem_bytes / KB), y(min(resources.registers, 272))
+    px, py = _place(record, x, y)
     about = (
         f"{described(record)}; {resources.registers} registers, {resources.smem_bytes} bytes, "
         f"{resources.blocks_per_sm} blocks per SM, limited by {resources.limited_by}"
@@ -136,7 +143,12 @@ def _point(record: Record, result: Result, x: Axis, y: Axis) -> Markup:
     dot = circle(px, py, 2.5, "dot", about)
     if record.config != result.best.config:
         return dot
-    return joined([dot, circle(px, py, 5, "ring"), text(px + 8, py + 4, "best", "halo")])
+    label_best(labels, px, py)
+    return joined([dot, circle(px, py, RING, "ring")])
+
+
+def _place(record: Record, x: Axis, y: Axis) -> tuple[float, float]:
+    return x(record.resources.smem_bytes / KB), y(min(record.resources.registers, 272))
 
 
 def _has_budget(result: Result) -> bool:
@@ -145,7 +157,7 @@ def _has_budget(result: Result) -> bool:
 
 
 def _budgets(
-    result: Result, limits: Architecture, num_threads: int, x: Axis, y: Axis
+    result: Result, limits: Architecture, num_threads: int, x: Axis, y: Axis, labels: Labels
 ) -> list[Markup]:
     """The limits that the user has set, and the device's limit of shared memory."""
     budgets, marks = result.budgets, []
@@ -154,18 +166,21 @@ def _budgets(
     if (smem := budgets.get("sram_budget_bytes")) is not None:
         px = x(min(smem / KB, x.high))
         marks.append(line(px, BOTTOM, px, TOP, "budget", f"budget: {smem / KB:g} KB"))
-        marks.append(text(px - 4, BOTTOM - 5, f"{smem / KB:g} KB", "label-default halo", "end"))
+        places = (px - 4, BOTTOM - 5, "end"), (px + 4, BOTTOM - 5, "start")
+        labels.add(f"{smem / KB:g} KB", "label-default halo", *places)
     if (registers := budgets.get("max_registers")) is not None:
         py = y(min(registers, 272))
         marks.append(line(LEFT, py, RIGHT, py, "budget", f"budget: {registers} registers"))
-        marks.append(
-            text(RIGHT - 4, py - 4, f"{registers} registers", "label-default halo", "end")
-        )
+        places = [(at, py + down, "end") for at in (RIGHT - 4, RIGHT - 90) for down in (-4, 13)]
+        labels.add(f"{registers} registers", "label-default halo", *places)
     if share := budgets.get("min_occupancy"):
         blocks = math.ceil(share * limits.max_threads_per_sm / num_threads)
         if (at := corner(limits, num_threads, blocks)) is not None:
             px, py = x(at[0] / KB), y(at[1])
             marks.append(_bounded(px, py, "budget"))
             label = f"at least {blocks} block" + ("s" if blocks > 1 else "")
-            marks.append(text(LEFT + 4, py + 12, label, "label-default halo"))
+            places = [
+                (at, py + down, "start") for at in (LEFT + 4, LEFT + 90) for down in (12, -4)
+            ]
+            labels.add(label, "label-default halo", *places)
     return marks

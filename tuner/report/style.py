@@ -98,6 +98,7 @@ svg .halo{paint-order:stroke;stroke:var(--card);stroke-width:3px;stroke-linejoin
 .step{fill:none;stroke:var(--accent);stroke-width:1.5}
 .dot{fill:var(--accent);fill-opacity:.7}
 .hollow{fill:var(--card);stroke:var(--accent)}
+.beyond{fill:none;stroke:var(--accent);stroke-width:1.2}
 .cross{fill:none;stroke:var(--failed);stroke-width:1.2}
 .ring{fill:none;stroke:var(--text);stroke-width:2}
 .ring-heat{fill:none;stroke:var(--on-heat0);stroke-width:2}

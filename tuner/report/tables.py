@@ -13,8 +13,10 @@ _NUMBER = re.compile(r"\d+(?:\.\d+)?")
 def summary(results: list[Result]) -> Markup:
     """A row per result, linked to its section; predicted times begin with ~."""
     device = ("device",) if len({result.device for result in results}) > 1 else ()
-    head = ("problem class", *device, "default", "ms", "best", "ms", "speed-up", "spread", "times")
-    numbers = [i for i, name in enumerate(head) if name in ("ms", "speed-up", "spread")]
+    head = ("problem class", *device, "default", "ms", "best", "ms", "TFLOP/s")
+    head += ("speed-up", "spread", "times")
+    aligned = ("ms", "TFLOP/s", "speed-up", "spread")
+    numbers = [i for i, name in enumerate(head) if name in aligned]
     rows = [
         _row(
             tag("a", result.problem, href=f"#result-{number}"),
@@ -23,6 +25,7 @@ def summary(results: list[Result]) -> Markup:
             format_time(result, result.default),
             tag("code", result.best.config) if result.winner else "none",
             format_time(result, result.best) if result.winner else "-",
+            format_speed(result, result.best),
             format_speedup(result.speedup),
             format_share(result.spread),
             result.origin,
@@ -52,8 +55,9 @@ def tried(result: Result) -> Markup:
                 "-" if failed else format_ms(record.median_ms),
                 "-" if failed else format_share(record.spread),
                 format_ms(record.predicted_ms),
+                format_speed(result, record),
                 *compiled,
-                numbers=range(2, 8),
+                numbers=range(2, 9),
                 class_="best" if winner and record.config == winner.config else None,
             )
         )
@@ -63,11 +67,12 @@ def tried(result: Result) -> Markup:
         "measured, ms",
         "spread",
         "predicted, ms",
+        "TFLOP/s",
         "registers",
         "shared, KB",
         "blocks/SM",
     )
-    return _table(head, rows, numbers=range(2, 8))
+    return _table(head, rows, numbers=range(2, 9))
 
 
 def switches(result: Result) -> Markup | None:
@@ -148,6 +153,15 @@ def format_time(result: Result, record: Record) -> str:
     time = result.time_ms(record)
     mark = "~" if time is not None and result.origin == "predicted" else ""
     return mark + format_ms(time)
+
+
+def format_speed(result: Result, record: Record) -> str:
+    """TFLOP/s of the same time, marked by ~ if predicted; a dash if there are none."""
+    speed = result.tflops(record)
+    if speed is None:
+        return "-"
+    mark = "~" if result.origin == "predicted" else ""
+    return mark + (f"{speed:.0f}" if speed >= 100 else f"{speed:.3g}")
 
 
 def format_speedup(speedup: float | None) -> str:

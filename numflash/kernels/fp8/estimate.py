@@ -18,7 +18,7 @@ import math
 
 from numflash.configs import EstimateConfig, Traits
 from numflash.kernels.kernel import Kernel
-from numflash.ptx import Pointer, cuda, device_function, f32, i32, i64, max_f32
+from numflash.ptx import Pointer, cuda, device_function, f32, fma_rn_f32, i32, i64, max_f32
 from numflash.tiles.lanes import FULL_WARP
 
 P_NOISE = f32(7.05e-4)
@@ -86,8 +86,9 @@ def make_estimate_kernel(config: EstimateConfig, traits: Traits) -> Kernel:
         k = largest_per_token(k_statistics, k_first, k_blocks, 0, k_tokens, seqlen_k)
         dk = largest_per_token(k_statistics, k_first, k_blocks, 1, k_tokens, seqlen_k)
         scale = softmax_scale * softmax_scale / f32(rotated_dims)
-        noise = scale * (q * dk + dq * k)
-        noise += largest_share(v_statistics, i64(head) * v_blocks, v_blocks) + P_NOISE
+        scores = fma_rn_f32(q, dk, dq * k)
+        values = largest_share(v_statistics, i64(head) * v_blocks, v_blocks)
+        noise = fma_rn_f32(scale, scores, values + P_NOISE)
         if cuda.threadIdx.x == 0:
             error = f32(math.sqrt(noise))
             estimate[head] = error

@@ -78,9 +78,9 @@ from numflash.tiles.mma.fragments import (
 from numflash.tiles.mma.layouts import TileLayout, make_word
 from numflash.tiles.mma.products import make_product_nt
 from numflash.tiles.mma.scores import make_mask_scores, make_scale_scores
-from numflash.tiles.mma.softmax import make_scale_rows, row_sum_of_quad
+from numflash.tiles.mma.softmax import lse_of_row, make_scale_rows, row_sum_of_quad
 from numflash.tiles.scores import NEG_INF, band_block_begin, band_block_end
-from numflash.tiles.softmax import LN_2, LOG2_E
+from numflash.tiles.softmax import LOG2_E
 
 
 def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
@@ -376,12 +376,9 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
             row_sum[r] = f32(1) / total if total != f32(0) else f32(0)
             i = i32(row + ROW_STEP * r)
             if accumulator_column() == 0 and i < num_rows:
-                row_lse = NEG_INF
-                if total != f32(0):
-                    row_lse = row_max[r] * LN_2 + f32(math.log(total))
                 token = token_of_row(i, pack)
                 part = i64(split) * num_parts + head_of_batch + i - token * pack
-                lse[part * seqlen_q + token] = row_lse
+                lse[part * seqlen_q + token] = lse_of_row(row_max[r], f32(1), total)
         scale_rows(o_acc, row_sum)
         out_base = split * out_split + batch * out_batch + head * out_head
         store_o(o_acc, out, out_base, out_row, row, num_rows, head_dim_v, pack, out_head)

@@ -39,6 +39,7 @@ from numflash.ptx import (
     cvt_f32_f16,
     device_function,
     f32,
+    fma_rn_f32,
     i32,
     i64,
     max_f32,
@@ -230,7 +231,11 @@ def _make_encode_rows(config: QuantizeConfig, rows: Rows) -> Callable:
 
     @device_function
     def error_of(x, code, descale):
-        return x - descale * cvt_f32_f16(u16(code))
+        return fma_rn_f32(-descale, cvt_f32_f16(u16(code)), x)
+
+    @device_function
+    def sum_of_squares(a, b, c, d):
+        return fma_rn_f32(b, b, a * a) + fma_rn_f32(d, d, c * c)
 
     @device_function
     def encode(_, codes, values, scale, descale, sums):
@@ -240,12 +245,12 @@ def _make_encode_rows(config: QuantizeConfig, rows: Rows) -> Callable:
             halves = cuda.local.array(2, u32)
             decode(codes[0], halves)
             a, b, c, d = values[0], values[1], values[2], values[3]
-            sums[0] += (a * a + b * b) + (c * c + d * d)
+            sums[0] += sum_of_squares(a, b, c, d)
             a = error_of(a, halves[0] & u32(0xFFFF), descale)
             b = error_of(b, halves[0] >> u32(16), descale)
             c = error_of(c, halves[1] & u32(0xFFFF), descale)
             d = error_of(d, halves[1] >> u32(16), descale)
-            sums[1] += (a * a + b * b) + (c * c + d * d)
+            sums[1] += sum_of_squares(a, b, c, d)
 
     encode_all = make_unrolled(encode, row_codes, 1, 4)
 

@@ -1,4 +1,4 @@
-"""Backward for K and V: dV = P^T dO and dK = softmax_scale dS^T Q, with P computed again from lse.
+"""Backward for K and V: dV = P^T dO and dK = dS^T Q, with P computed again from lse.
 
 A block owns tile_n rows of K and V and walks over Q and dO in tiles of tile_m, for every query
 head of the group that shares the key-value head. It works on transposed tiles, S^T = K Q^T, so
@@ -173,7 +173,7 @@ def make_backward_dkdv_kernel(config: BackwardDkDvConfig, traits: Traits) -> Ker
                     mask_scores(s_acc, j, i, seqlen_q, -band_hi, -band_lo)
 
                 # dV += P^T dO, dK += dS^T Q; P and dS take turns in one tile
-                softmax_backward(s_acc, dp_acc, cap_slopes, lses, deltas)
+                softmax_backward(s_acc, dp_acc, cap_slopes, lses, deltas, softmax_scale)
                 store_scores(s_acc, smem, p_mine + column)
                 cuda.syncwarp()  # P is exchanged within the warp that owns its rows
                 multiply_p_do(dv_acc, smem, p_mine, do_columns)
@@ -182,8 +182,6 @@ def make_backward_dkdv_kernel(config: BackwardDkDvConfig, traits: Traits) -> Ker
                 cuda.syncwarp()  # dS likewise
                 multiply_ds_q(dk_acc, smem, p_mine, q_columns)
 
-        for i in range(n_dk):
-            dk_acc[i] *= softmax_scale
         dk_base = batch * dk_batch + head_kv * dk_head
         dv_base = batch * dv_batch + head_kv * dv_head
         store_dk(dk_acc, dk, dk_base, dk_row, n_start + row, seqlen_k, head_dim)

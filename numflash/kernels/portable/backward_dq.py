@@ -1,4 +1,4 @@
-"""Backward for Q: dQ = softmax_scale dS K, with P computed again from lse.
+"""Backward for Q: dQ = dS K, with P computed again from lse.
 
 A block owns tile_m rows of Q and dO and walks over K and V in tiles of tile_n, exactly as the
 forward does; instead of O it accumulates dQ.
@@ -160,14 +160,12 @@ def make_backward_dq_kernel(config: BackwardDqConfig, traits: Traits) -> Kernel:
             if band_is_partial(m_start, tile_m, n_start, tile_n, seqlen_k, band_lo, band_hi):
                 mask_scores(s_acc, i, j, seqlen_k, band_lo, band_hi)
 
-            # dS = P * (dP - delta), dQ += dS K
-            softmax_backward(s_acc, dp_acc, cap_slopes, lses, deltas)
+            # dS = P * (softmax_scale dP - delta), dQ += dS K
+            softmax_backward(s_acc, dp_acc, cap_slopes, lses, deltas, softmax_scale)
             store_scores(dp_acc, smem, ds_mine + column)
             cuda.syncwarp()  # dS is exchanged within the warp that owns its rows
             multiply_ds_k(dq_acc, smem, ds_mine, k_columns)
 
-        for i in range(n_dq):
-            dq_acc[i] *= softmax_scale
         dq_base = batch * dq_batch + head * dq_head
         store_dq(dq_acc, dq, dq_base, dq_row, m_start + row, seqlen_q, head_dim)
 

@@ -12,7 +12,7 @@ import math
 
 from numflash.configs import CombineConfig, Traits
 from numflash.kernels.kernel import Kernel
-from numflash.ptx import Pointer, cuda, f32, i32, i64, max_f32
+from numflash.ptx import Pointer, cuda, f32, fma_rn_f32, i32, i64, max_f32
 from numflash.tiles.elements import ELEMENTS
 from numflash.tiles.lanes import FULL_WARP
 from numflash.tiles.scores import NEG_INF
@@ -67,7 +67,7 @@ def make_combine_kernel(config: CombineConfig, traits: Traits) -> Kernel:
                     column = lane + 32 * i
                     if column < head_dim_v:
                         offset = (split * lse_step + part_row) * pitch + column
-                        sums[i] += weight * parts[offset]
+                        sums[i] = fma_rn_f32(weight, parts[offset], sums[i])
 
             reciprocal = f32(1) / total if total != f32(0) else f32(0)
             for i in range(columns_per_lane):

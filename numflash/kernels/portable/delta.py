@@ -1,7 +1,8 @@
-"""Delta: delta = rowsum(O * dO), the part of dS that all keys of a row share; and lse in base 2.
+"""Delta: softmax_scale rowsum(O * dO), what all keys of a row share of dS; and lse in base 2.
 
-dS = P * (dP - delta) is the gradient of softmax. One warp computes one row. lse_log2 = lse log2 e
-is what kernels in base 2 subtract; +inf for a query without keys, which makes its P zero.
+The gradient of the scores before they are scaled is dS = P * (softmax_scale dP - delta). One warp
+computes one row. lse_log2 = lse log2 e is what kernels in base 2 subtract; +inf for a query
+without keys, which makes its P zero. Only -inf means that: a NaN stays one.
 
 Source: FlashAttention, arXiv 2205.14135, Appendix B.4.
 """
@@ -10,7 +11,7 @@ import math
 
 from numflash.configs import DeltaConfig, Traits
 from numflash.kernels.kernel import Kernel
-from numflash.ptx import Pointer, cuda, f32, i32, i64
+from numflash.ptx import Pointer, cuda, f32, fma_rn_f32, i32, i64
 from numflash.tiles.elements import ELEMENTS
 from numflash.tiles.lanes import FULL_WARP
 from numflash.tiles.scores import NEG_INF
@@ -39,6 +40,7 @@ def make_delta_kernel(config: DeltaConfig, traits: Traits) -> Kernel:
         seqlen_q: i32,
         num_heads_q: i32,
         head_dim_v: i32,
+        softmax_scale: f32,
     ):
         out_values = cuda.local.array(vector, f32)
         do_values = cuda.local.array(vector, f32)
@@ -60,12 +62,12 @@ def make_delta_kernel(config: DeltaConfig, traits: Traits) -> Kernel:
                     out_values[0] = to_f32(out[out_base + column])
                     do_values[0] = to_f32(do[do_base + column])
                 for i in range(vector):
-                    total += out_values[i] * do_values[i]
+                    total = fma_rn_f32(out_values[i], do_values[i], total)
         for distance in (16, 8, 4, 2, 1):
             total += cuda.shfl_xor_sync(FULL_WARP, total, distance)
         if lane == 0 and row < seqlen_q:
             i = i64(head_of_batch) * seqlen_q + row
-            delta[i] = total
-            lse_log2[i] = lse[i] * LOG2_E if lse[i] > NEG_INF else f32(math.inf)
+            delta[i] = total * softmax_scale
+            lse_log2[i] = lse[i] * LOG2_E if lse[i] != NEG_INF else f32(math.inf)
 
     return Kernel(config.family, delta, config.num_threads, 0)

@@ -15,7 +15,7 @@ The main loop in machine code, a warp and a tile (bfloat16, head_dim 128, tile 3
     104 LDSM             operands: 8 of K, 8 of V, 16 each of Q and dO, by rows and transposed,
                          8 of dS and 16 of K transposed
      16 MUFU, FFMA       P from S and lse; 8 LDS for lse and delta
-     16 FADD, FMUL       dS from P, dP and delta; 16 F2FP, 8 STS of dS
+     16 FFMA, FMUL       dS from P, dP and delta; 16 F2FP, 8 STS of dS
       4 LDG, STG         16 bytes each of this split's dQ; 6 LDGSTS, 2 BAR
 
 Source: FlashAttention-2, arXiv 2307.08691, Algorithm 2; one buffer of dQ a split as in its
@@ -55,7 +55,7 @@ from numflash.tiles.mma.fragments import (
 )
 from numflash.tiles.mma.layouts import TileLayout, make_word
 from numflash.tiles.mma.products import make_product_nt, make_product_pn, make_product_tn
-from numflash.tiles.mma.scores import make_mask_scores, make_scale_scores
+from numflash.tiles.mma.scores import make_mask_rows, make_mask_scores, make_scale_scores
 from numflash.tiles.mma.softmax import make_softmax_backward_by_column
 from numflash.tiles.scores import band_block_begin, band_block_end, band_is_partial
 from numflash.tiles.softmax import LOG2_E
@@ -98,7 +98,7 @@ def make_backward_kernel(config: MmaBackwardConfig, traits: Traits) -> Kernel:
     multiply_ds_q = make_product_pn(element, 1, n_tiles, dk_tiles, k_layout)
     multiply_ds_k = make_product_tn(element, tile_n, dq_tiles, ds_layout, k_layout)
     scale_scores = make_scale_scores(1, n_tiles, traits.softcap, traits.alibi)
-    mask_scores = make_mask_scores(1, n_tiles)
+    mask_scores, mask_rows = make_mask_scores(1, n_tiles), make_mask_rows(1, n_tiles)
     softmax_backward = make_softmax_backward_by_column(1, n_tiles, traits.softcap)
     store_ds = make_store_scores(element, n_tiles, ds_layout)
     store_dk = make_store_rows(element, 1, dk_tiles, traits.vectorized, False)
@@ -262,13 +262,14 @@ def make_backward_kernel(config: MmaBackwardConfig, traits: Traits) -> Kernel:
                         j = i32(n_start + accumulator_row(MMA_ROWS))
                         i = i32(m_start + accumulator_column())
                         mask_scores(s_acc, j, i, seqlen_q, -band_hi, -band_lo, 1)
+                    if n_start + tile_n > seqlen_k:
+                        mask_rows(s_acc, i32(n_start + accumulator_row(MMA_ROWS)), seqlen_k)
 
-                    # dS = P * (dP - delta); dV += P^T dO, dK += dS^T Q
+                    # dS = P * (softmax_scale dP - delta); dV += P^T dO, dK += dS^T Q
                     first_query = tile_m * stage + accumulator_column()
                     lse_mine, delta_mine = lse_smem + first_query, delta_smem + first_query
-                    softmax_backward(
-                        s_acc, dp_acc, cap_slopes, smem, lse_mine, delta_mine, scale_log2
-                    )
+                    scales = scale_log2, softmax_scale
+                    softmax_backward(s_acc, dp_acc, cap_slopes, smem, lse_mine, delta_mine, scales)
                     store_ds(dp_acc, smem, ds_smem)
                     lane = mov_tid_x() % 32
                     do_transposed = do_smem + first_of_do(lane) + do_words * stage
@@ -309,8 +310,6 @@ def make_backward_kernel(config: MmaBackwardConfig, traits: Traits) -> Kernel:
             dk_base = batch * dk_batch + head_kv * dk_head
             dv_base = batch * dv_batch + head_kv * dv_head
             store_dv(dv_acc, dv, dv_base, dv_row, row, seqlen_k, head_dim_v, 1, 0)
-            for i in range(n_dk):
-                dk_acc[i] *= softmax_scale
             store_dk(dk_acc, dk, dk_base, dk_row, row, seqlen_k, head_dim, 1, 0)
 
     return Kernel(config.family, backward, num_threads, config.smem_bytes(traits))

@@ -1,4 +1,4 @@
-"""Backward for K and V on the tensor cores: dV = P^T dO and dK = softmax_scale dS^T Q.
+"""Backward for K and V on the tensor cores: dV = P^T dO and dK = dS^T Q.
 
 A block owns tile_n rows of K and V and walks over Q and dO in tiles of tile_m, for every query
 head of the group that shares the key-value head. It works on transposed tiles, S^T = K Q^T, whose
@@ -14,7 +14,7 @@ The main loop in machine code, a warp and a tile (bfloat16, head_dim 128, tile 6
     256 HMMA             S^T, dP^T, dV and dK
     144 LDSM             operands: 8 of K, 8 of V, 32 each of Q and dO, by rows and transposed
      32 MUFU, FFMA       P from S and lse; 16 LDS for lse and delta
-     32 FADD, FMUL       dS from P, dP and delta; 32 F2FP for P and dS to bfloat16
+     32 FFMA, FMUL       dS from P, dP and delta; 32 F2FP for P and dS to bfloat16
      18 LDGSTS           Q, dO, lse and delta, with addresses and bounds; 1 BAR
      96 ISETP, FSEL      the mask, only on tiles that an edge crosses
 
@@ -244,7 +244,7 @@ def make_backward_dkdv_kernel(config: MmaBackwardDkDvConfig, traits: Traits) -> 
                     i = i32(m_start + accumulator_column())
                     mask_scores(s_acc, j, i, seqlen_q, -band_hi, -band_lo, 1)
 
-                # dS = P * (dP - delta); dV += P^T dO, dK += dS^T Q
+                # dS = P * (softmax_scale dP - delta); dV += P^T dO, dK += dS^T Q
                 statistics_of_stage = tile_m * stage
                 softmax_backward(
                     s_acc,
@@ -253,7 +253,7 @@ def make_backward_dkdv_kernel(config: MmaBackwardDkDvConfig, traits: Traits) -> 
                     smem,
                     lse_mine + statistics_of_stage,
                     delta_mine + statistics_of_stage,
-                    scale_log2,
+                    (scale_log2, softmax_scale),
                 )
                 if with_dv:
                     multiply_p_do(dv_acc, s_acc, smem, do_transposed + do_words * stage)
@@ -271,8 +271,6 @@ def make_backward_dkdv_kernel(config: MmaBackwardDkDvConfig, traits: Traits) -> 
         if with_dv:
             store_dv(dv_acc, dv, dv_base, dv_row, row, seqlen_k, head_dim_v, 1, 0)
         if with_dk:
-            for i in range(n_dk):
-                dk_acc[i] *= softmax_scale
             store_dk(dk_acc, dk, dk_base, dk_row, row, seqlen_k, head_dim, 1, 0)
 
     return Kernel(config.family, backward_dkdv, num_threads, config.smem_bytes(traits))

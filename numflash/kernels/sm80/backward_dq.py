@@ -1,4 +1,4 @@
-"""Backward for Q on the tensor cores: dQ = softmax_scale dS K, with P computed again from lse.
+"""Backward for Q on the tensor cores: dQ = dS K, with P computed again from lse.
 
 A block owns tile_m rows of Q and dO and walks over K and V in tiles of tile_n, as the forward
 does. S, dP and dS stay in registers; K serves twice, by rows for S and transposed for dQ.
@@ -219,15 +219,14 @@ def make_backward_dq_kernel(config: MmaBackwardDqConfig, traits: Traits) -> Kern
                 j = i32(n_start + accumulator_column())
                 mask_scores(s_acc, i, j, seqlen_k, band_lo, band_hi, 1)
 
-            # dS = P * (dP - delta), dQ += dS K
-            softmax_backward(s_acc, dp_acc, cap_slopes, lses, deltas, scale_log2)
+            # dS = P * (softmax_scale dP - delta), dQ += dS K
+            scales = scale_log2, softmax_scale
+            softmax_backward(s_acc, dp_acc, cap_slopes, lses, deltas, scales)
             multiply_ds_k(dq_acc, dp_acc, smem, k_transposed + k_words * stage)
             last_stage = stage
             stage = stage + 1 if stage + 1 < num_stages else 0
 
         row = i32(m_start + accumulator_row(rows_per_warp))
-        for i in range(n_dq):
-            dq_acc[i] *= softmax_scale
         dq_base = batch * dq_batch + head * dq_head
         store_dq(dq_acc, dq, dq_base, dq_row, row, seqlen_q, head_dim, 1, 0)
 

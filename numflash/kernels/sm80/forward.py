@@ -26,8 +26,6 @@ The main loop in machine code, a warp and a tile (bfloat16, head_dim 128, tile 1
 Source: FlashAttention-2, arXiv 2307.08691, Algorithm 1; Flash-Decoding for the splits.
 """
 
-import math
-
 from numflash.configs import MmaForwardConfig, Traits
 from numflash.kernels.kernel import Kernel
 from numflash.ptx import (
@@ -57,9 +55,14 @@ from numflash.tiles.mma.fragments import (
 from numflash.tiles.mma.layouts import TileLayout, make_word
 from numflash.tiles.mma.products import make_product_nt, make_product_pn
 from numflash.tiles.mma.scores import make_mask_scores, make_scale_scores
-from numflash.tiles.mma.softmax import make_online_softmax, make_scale_rows, row_sum_of_quad
+from numflash.tiles.mma.softmax import (
+    lse_of_row,
+    make_online_softmax,
+    make_scale_rows,
+    row_sum_of_quad,
+)
 from numflash.tiles.scores import NEG_INF, band_block_begin, band_block_end, band_is_partial
-from numflash.tiles.softmax import LN_2, LOG2_E
+from numflash.tiles.softmax import LOG2_E
 
 
 def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
@@ -268,12 +271,9 @@ def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
             row_sum[r] = f32(1) / total if total != f32(0) else f32(0)
             i = i32(row + ROW_STEP * r)
             if accumulator_column() == 0 and i < num_rows:
-                row_lse = NEG_INF
-                if total != f32(0):
-                    row_lse = (row_max[r] * scale_log2) * LN_2 + f32(math.log(total))
                 token = token_of_row(i, pack)
                 part = i64(split) * num_parts + head_of_batch + i - token * pack
-                lse[part * seqlen_q + token] = row_lse
+                lse[part * seqlen_q + token] = lse_of_row(row_max[r], scale_log2, total)
         scale_rows(o_acc, row_sum)
         out_base = split * out_split + batch * out_batch + head * out_head
         store_o(o_acc, out, out_base, out_row, row, num_rows, head_dim_v, pack, out_head)

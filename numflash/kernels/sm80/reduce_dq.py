@@ -1,4 +1,4 @@
-"""dQ = softmax_scale times the sum of the parts that `sm80.backward` left, always in one order.
+"""dQ = the sum of the parts that `sm80.backward` left, always in one order.
 
 A block adds up one tile of tile_m rows, its threads in the places of those that wrote the parts.
 """
@@ -36,7 +36,6 @@ def make_reduce_dq_kernel(config: MmaBackwardConfig, traits: Traits) -> Kernel:
         band_lo: i32,
         band_hi: i32,
         num_splits: i32,
-        softmax_scale: f32,
     ):
         part_acc = cuda.local.array(4, f32)
         dq_acc = cuda.local.array(n_dq, f32)
@@ -66,8 +65,6 @@ def make_reduce_dq_kernel(config: MmaBackwardConfig, traits: Traits) -> Kernel:
                 dq_acc[4 * i + 2] += part_acc[2]
                 dq_acc[4 * i + 3] += part_acc[3]
 
-        for i in range(n_dq):
-            dq_acc[i] *= softmax_scale
         head, batch = head_of_batch % num_heads_q, head_of_batch // num_heads_q
         row = i32(m_start + warp % m_warps * MMA_ROWS + lane // 4)
         column = warp // m_warps * dq_tiles * 8

@@ -1,6 +1,5 @@
 """The end of a tile of rows: from sums to results, and those to where they belong."""
 
-import math
 from functools import cache
 
 from numflash.configs.sm90 import WARPGROUP_ROWS, Sm90ForwardConfig
@@ -9,9 +8,7 @@ from numflash.kernels.sm90.ring import Ring
 from numflash.ptx import device_function, f32, i32, i64
 from numflash.tiles.blocks import make_block_place, token_of_row
 from numflash.tiles.mma.fragments import MMA_ROWS, ROW_STEP, accumulator_column, accumulator_row
-from numflash.tiles.mma.softmax import make_scale_rows, row_sum_of_quad
-from numflash.tiles.scores import NEG_INF
-from numflash.tiles.softmax import LN_2
+from numflash.tiles.mma.softmax import lse_of_row, make_scale_rows, row_sum_of_quad
 from numflash.tiles.wgmma.results import make_store_part, make_store_slabs
 from numflash.tiles.wgmma.turns import group_of_thread
 
@@ -55,12 +52,9 @@ def make_finish(config: Sm90ForwardConfig, traits: Traits):
             row_sum[r] = f32(1) / total if total != f32(0) else f32(0)
             i = i32(row + ROW_STEP * r)
             if accumulator_column() == 0 and i < num_rows:
-                row_lse = NEG_INF
-                if total != f32(0):
-                    row_lse = (row_max[r] * max_scale) * LN_2 + f32(math.log(total))
                 token = token_of_row(i, pack)
                 part = i64(split) * num_heads + head_of_batch + i - token * pack
-                lse[part * seqlen_q + token] = row_lse
+                lse[part * seqlen_q + token] = lse_of_row(row_max[r], max_scale, total)
         scale_rows(o_acc, row_sum)
         batch = token_of_row(head_of_batch, num_heads_q)
         head = i32(head_of_batch - batch * num_heads_q)

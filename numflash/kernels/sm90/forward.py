@@ -66,7 +66,6 @@ from numflash.tiles.blocks import (
 from numflash.tiles.mma.fragments import MMA_ROWS, accumulator_column, accumulator_row
 from numflash.tiles.mma.scores import make_mask_scores, make_scale_scores
 from numflash.tiles.mma.softmax import make_scale_rows
-from numflash.tiles.scores import NEG_INF
 from numflash.tiles.softmax import LOG2_E
 from numflash.tiles.wgmma.products import (
     SLAB_BYTES,
@@ -75,7 +74,7 @@ from numflash.tiles.wgmma.products import (
     make_product_nt,
     make_product_pn,
 )
-from numflash.tiles.wgmma.softmax import make_online_softmax
+from numflash.tiles.wgmma.softmax import begin_rows, make_online_softmax
 from numflash.tiles.wgmma.turns import (
     group_of_thread,
     leads,
@@ -198,6 +197,9 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
         cap_slopes = cuda.local.array(n_cap_slopes, f32)
         row_max = cuda.local.array(2, f32)
         row_sum = cuda.local.array(2, f32)
+        limits = cuda.local.array(2, f32)
+        shifts = cuda.local.array(2, f32)
+        rows = row_max, row_sum, limits, shifts
         factors = cuda.local.array(2, f32)
         group = group_of_thread()
         q_first = q_operand(mov_shared_address(smem, q_smem))
@@ -227,8 +229,7 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
             bend = bias_shift, score_scale, softcap, alibi_slope
             for i in range(n_o):
                 o_acc[i] = f32(0)
-            row_max[0], row_max[1] = NEG_INF, NEG_INF
-            row_sum[0], row_sum[1] = f32(0), f32(0)
+            begin_rows(rows)
             mbarrier_wait_parity(barriers, q_full + group, q_parity)
             q_parity = u32(q_parity ^ u32(1))
 
@@ -244,7 +245,7 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
                     mbarrier_arrive(barriers, k_empty + stage)
                 n_start = i32(first * tile_n)
                 shape_scores(s_acc, cap_slopes, m_start, n_start, whole, mask, bend)
-                online_softmax(s_acc, row_max, row_sum, factors, scale_log2)
+                online_softmax(s_acc, rows, factors, scale_log2)
                 pack_p(p_frag, s_acc)
 
                 for n in range(first + 1, end):
@@ -274,7 +275,7 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
                     # P = softmax(S)
                     n_start = i32(n * tile_n)
                     shape_scores(s_acc, cap_slopes, m_start, n_start, whole, mask, bend)
-                    has_grown = online_softmax(s_acc, row_max, row_sum, factors, scale_log2)
+                    has_grown = online_softmax(s_acc, rows, factors, scale_log2)
                     if overlap:
                         softmax_before_wait(smem, 0, row_sum[0], row_sum[1])
                         wait_for_o(o_acc)

@@ -20,6 +20,7 @@ from numflash.ptx import (
     device_function,
     f32,
     float_as_bits,
+    fma_rn_f32,
     lop3_select_b32,
     max_f32,
     min_f32,
@@ -88,7 +89,7 @@ def _make_encode_magnitude(digits: int, smallest: int, largest: float) -> Callab
     def encode(x):
         magnitude = min_f32(abs(x), limit)
         power = max_f32(bits_as_float(u32(float_as_bits(magnitude) & _EXPONENT)), least)
-        total = float_as_bits(power * to_last_bit + magnitude)
+        total = float_as_bits(fma_rn_f32(power, to_last_bit, magnitude))
         exponent = float_as_bits(power)
         return u32(total - exponent + (exponent >> shift) - bias)
 
@@ -153,8 +154,8 @@ def make_round_to_e4m3(generation: str) -> Callable:
     @device_function
     def round_one(x):
         power = max_f32(bits_as_float(u32(float_as_bits(x) & _EXPONENT)), least)
-        total = power * to_last_bit + x
-        return total - power * to_last_bit
+        total = fma_rn_f32(power, to_last_bit, x)
+        return fma_rn_f32(-power, to_last_bit, total)
 
     if generation == "sm80":
 

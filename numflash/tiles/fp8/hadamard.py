@@ -18,6 +18,7 @@ from numflash.ptx import (
     device_function,
     f32,
     float_as_bits,
+    fma_rn_f32,
     mul_rn_f32,
     u32,
 )
@@ -69,7 +70,7 @@ def _make_over_lanes(distance: int, lanes: int) -> Callable:
         # Low lanes have low + high, high lanes low - high; times +1 or -1 is exact.
         sign = f32(1) if lane & distance == 0 else f32(-1)
         for i in range(COLUMNS):
-            v[i] = cuda.shfl_xor_sync(FULL_WARP, v[i], distance) + sign * v[i]
+            v[i] = fma_rn_f32(sign, v[i], cuda.shfl_xor_sync(FULL_WARP, v[i], distance))
         following(v, lane)
 
     return over_lanes

@@ -2,7 +2,7 @@
 
 from functools import cache
 
-from numflash.ptx import cuda, device_function, f32, u32
+from numflash.ptx import cuda, device_function, f32, fma_rn_f32, u32
 from numflash.tiles.mma.elements import MmaElement
 from numflash.tiles.mma.fragments import MMA_ROWS
 from numflash.tiles.mma.layouts import CHUNK_WORDS, TileLayout, make_advance
@@ -53,6 +53,7 @@ def make_accumulate(element: MmaElement, m_tiles, k_tiles, n_tiles, b_layout: Ti
             for i in range(m_tiles):
                 left = 4 * (n_tiles * i + 2 * j)
                 for e in range(8):
-                    acc[left + e] += part[8 * i + e] * weights[2 * i + e // 2 % 2]
+                    weight = weights[2 * i + e // 2 % 2]
+                    acc[left + e] = fma_rn_f32(part[8 * i + e], weight, acc[left + e])
 
     return accumulate

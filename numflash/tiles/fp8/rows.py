@@ -19,6 +19,7 @@ from numflash.ptx import (
     device_function,
     f32,
     float_as_bits,
+    fma_rn_f32,
     i32,
     ld_global_v4_u32,
     max_f32,
@@ -240,7 +241,7 @@ def make_largest(n: int) -> Callable:
 def _take_finite(_, values, found):
     for i in range(8):
         # An infinity times zero is NaN, which a maximum ignores.
-        found[0] = max_f32(found[0], abs(values[i]) + values[i] * f32(0))
+        found[0] = max_f32(found[0], fma_rn_f32(values[i], f32(0), abs(values[i])))
 
 
 @device_function

@@ -14,14 +14,30 @@ scales S, so that P holds the scale of V, and row_sum adds up P / v_descale.
 
 from functools import cache
 
-from numflash.ptx import cuda, device_function, ex2_approx_ftz_f32, f32, ld_shared_v2_f32, max_f32
+from numflash.ptx import (
+    cuda,
+    device_function,
+    ex2_approx_ftz_f32,
+    f32,
+    fma_rn_f32,
+    ld_shared_v2_f32,
+    max_f32,
+)
 from numflash.tiles.lanes import FULL_WARP
 from numflash.tiles.mma.fragments import MMA_COLUMNS
-from numflash.tiles.mma.softmax import LAG, make_scale_rows, row_max_of_quad
+from numflash.tiles.mma.softmax import (
+    HUGE,
+    LAG,
+    make_scale_rows,
+    make_subtract_from_rows,
+    row_max_of_quad,
+)
 from numflash.tiles.scores import NEG_INF
 
 P_SCALE_LOG2 = f32(8)
 """The largest P of a row and tile is 2 ** 8: e4m3 ends at 448."""
+FARTHEST = f32(256)
+"""2 ** -256 is no weight any more."""
 
 
 class KeyScales:
@@ -68,12 +84,60 @@ def make_add_v_scales(m_tiles, n_tiles):
             ld_shared_v2_f32(pair, smem, position + MMA_COLUMNS * j)
             for m in range(m_tiles):
                 i, r = 4 * (n_tiles * m + j), 2 * m
-                s_acc[i] = s_acc[i] * scales[r] + pair[0]
-                s_acc[i + 1] = s_acc[i + 1] * scales[r] + pair[1]
-                s_acc[i + 2] = s_acc[i + 2] * scales[r + 1] + pair[0]
-                s_acc[i + 3] = s_acc[i + 3] * scales[r + 1] + pair[1]
+                s_acc[i] = fma_rn_f32(s_acc[i], scales[r], pair[0])
+                s_acc[i + 1] = fma_rn_f32(s_acc[i + 1], scales[r], pair[1])
+                s_acc[i + 2] = fma_rn_f32(s_acc[i + 2], scales[r + 1], pair[0])
+                s_acc[i + 3] = fma_rn_f32(s_acc[i + 3], scales[r + 1], pair[1])
 
     return add_v_scales
+
+
+@device_function
+def top_of_row(largest, scale, row_max):
+    """A tile's largest score of a row in base 2, from which its exponents are counted.
+
+    A tile far below row_max weighs nothing, and is counted from where it does: its own top may be
+    so large a number that rounding it makes P infinite.
+    """
+    return max_f32(largest * scale, row_max - FARTHEST)
+
+
+@device_function
+def must_follow(top, row_max):
+    """Whether `follow_top` must see this row of a tile."""
+    return (top - row_max > LAG) | (abs(row_max) > HUGE)
+
+
+@device_function
+def follow_top(r, top, largest, row_max, row_sum, factors):
+    """Row r takes in the top of a tile; the others of its warp do not matter to it.
+
+    factors[r] is what O must be multiplied by. Returns what must be subtracted from the row's
+    scores of this tile before they are scaled: 0, unless the maximum is huge
+    (`tiles.mma.softmax.follow_maximum` tells why), else `largest`.
+    """
+    factors[r] = f32(1)
+    if top - row_max[r] > LAG:
+        factors[r] = ex2_approx_ftz_f32(row_max[r] - top)
+        row_max[r] = top
+        row_sum[r] *= factors[r]
+    return largest if (abs(row_max[r]) > HUGE) & (largest > NEG_INF) else f32(0)
+
+
+@device_function
+def shift_of_row(top, row_max):
+    """What exponents of a tile subtract: of a huge row differences are left.
+
+    A row that has seen no key has a row_max of -inf, and -inf - -inf would be NaN.
+    """
+    return (f32(0) if abs(row_max) > HUGE else top) - P_SCALE_LOG2
+
+
+@device_function
+def weight_of_row(top, row_max):
+    """What brings a tile's P V to the units of O."""
+    unit = row_max if row_max > NEG_INF else f32(0)
+    return ex2_approx_ftz_f32(top - unit - P_SCALE_LOG2)
 
 
 @cache
@@ -87,50 +151,51 @@ def make_tile_softmax(m_tiles, n_tiles, o_tiles, key_scales):
     """
     rows, n_columns = 2 * m_tiles, 2 * n_tiles
     scale_rows = make_scale_rows(m_tiles, o_tiles)
+    subtract_from_rows = make_subtract_from_rows(m_tiles, n_tiles)
 
     @device_function
     def tile_softmax(s_acc, row_max, row_sum, o_acc, scales, weights, smem, position):
+        largest = cuda.local.array(rows, f32)
+        tops = cuda.local.array(rows, f32)
         shifts = cuda.local.array(rows, f32)
+        factors = cuda.local.array(rows, f32)
         sums = cuda.local.array(rows, f32)
         pair = cuda.local.array(2, f32)
-        lags = False
+        has_grown = False
         for r in range(rows):
-            largest = NEG_INF
+            x = NEG_INF
             for c in range(n_columns):
-                largest = max_f32(
-                    largest, s_acc[4 * (n_tiles * (r // 2) + c // 2) + r % 2 * 2 + c % 2]
-                )
-            shifts[r] = row_max_of_quad(largest) * scales[r]
-            lags |= shifts[r] - row_max[r] > LAG
-        if cuda.any_sync(FULL_WARP, lags):
+                x = max_f32(x, s_acc[4 * (n_tiles * (r // 2) + c // 2) + r % 2 * 2 + c % 2])
+            largest[r] = row_max_of_quad(x)
+            tops[r] = top_of_row(largest[r], scales[r], row_max[r])
+            has_grown |= must_follow(tops[r], row_max[r])
+        if cuda.any_sync(FULL_WARP, has_grown):
+            is_huge = False
             for r in range(rows):
-                new_max = max_f32(row_max[r], shifts[r])
-                # Where a row has seen no key its maximum is -inf, and -inf - -inf would be NaN.
-                unit = new_max if new_max > NEG_INF else f32(0)
-                weights[r] = ex2_approx_ftz_f32(row_max[r] - unit)
-                row_max[r] = new_max
-                row_sum[r] *= weights[r]
-            scale_rows(o_acc, weights)
+                largest[r] = follow_top(r, tops[r], largest[r], row_max, row_sum, factors)
+                is_huge |= largest[r] != f32(0)
+            if cuda.any_sync(FULL_WARP, is_huge):
+                subtract_from_rows(s_acc, largest)
+            scale_rows(o_acc, factors)
         for r in range(rows):
-            unit = row_max[r] if row_max[r] > NEG_INF else f32(0)
-            weights[r] = ex2_approx_ftz_f32(shifts[r] - unit - P_SCALE_LOG2)
-            shifts[r] = (shifts[r] if shifts[r] > NEG_INF else f32(0)) - P_SCALE_LOG2
+            weights[r] = weight_of_row(tops[r], row_max[r])
+            shifts[r] = shift_of_row(tops[r], row_max[r])
             sums[r] = f32(0)
         for tile in range(m_tiles * n_tiles):
             i, r = 4 * tile, tile // n_tiles * 2
-            p0 = ex2_approx_ftz_f32(s_acc[i] * scales[r] - shifts[r])
-            p1 = ex2_approx_ftz_f32(s_acc[i + 1] * scales[r] - shifts[r])
-            p2 = ex2_approx_ftz_f32(s_acc[i + 2] * scales[r + 1] - shifts[r + 1])
-            p3 = ex2_approx_ftz_f32(s_acc[i + 3] * scales[r + 1] - shifts[r + 1])
+            p0 = ex2_approx_ftz_f32(fma_rn_f32(s_acc[i], scales[r], -shifts[r]))
+            p1 = ex2_approx_ftz_f32(fma_rn_f32(s_acc[i + 1], scales[r], -shifts[r]))
+            p2 = ex2_approx_ftz_f32(fma_rn_f32(s_acc[i + 2], scales[r + 1], -shifts[r + 1]))
+            p3 = ex2_approx_ftz_f32(fma_rn_f32(s_acc[i + 3], scales[r + 1], -shifts[r + 1]))
             if key_scales:
                 ld_shared_v2_f32(pair, smem, position + MMA_COLUMNS * (tile % n_tiles))
-                sums[r] += p0 * pair[0] + p1 * pair[1]
-                sums[r + 1] += p2 * pair[0] + p3 * pair[1]
+                sums[r] = fma_rn_f32(p1, pair[1], fma_rn_f32(p0, pair[0], sums[r]))
+                sums[r + 1] = fma_rn_f32(p3, pair[1], fma_rn_f32(p2, pair[0], sums[r + 1]))
             else:
                 sums[r] += p0 + p1
                 sums[r + 1] += p2 + p3
             s_acc[i], s_acc[i + 1], s_acc[i + 2], s_acc[i + 3] = p0, p1, p2, p3
         for r in range(rows):
-            row_sum[r] += sums[r] * weights[r]
+            row_sum[r] = fma_rn_f32(sums[r], weights[r], row_sum[r])
 
     return tile_softmax

@@ -7,7 +7,7 @@ compiler unrolls them for every GPU, and the scores stay in registers.
 import math
 from functools import cache
 
-from numflash.ptx import cuda, device_function, f32, i32
+from numflash.ptx import cuda, device_function, f32, fma_rn_f32, i32
 from numflash.tiles.blocks import token_of_row
 from numflash.tiles.mma.fragments import MMA_COLUMNS, MMA_ROWS, ROW_STEP
 from numflash.tiles.scores import NEG_INF
@@ -46,6 +46,27 @@ def make_mask_scores(m_tiles, n_tiles):
 
 
 @cache
+def make_mask_rows(m_tiles, n_tiles):
+    """mask_rows(s_acc, row, end): the scores of rows from `end` on become -inf.
+
+    Where rows are keys whose scores meet in a sum over them, as in dQ: K is zero there, but the P
+    of a zero may be as large as lse makes it, and 0 * inf is NaN.
+    """
+    tiles = m_tiles * n_tiles
+
+    @device_function
+    def mask_rows(s_acc, row, end):
+        for tile in range(tiles):
+            i, r = 4 * tile, row + tile // n_tiles * MMA_ROWS
+            s_acc[i] = s_acc[i] if r < end else NEG_INF
+            s_acc[i + 1] = s_acc[i + 1] if r < end else NEG_INF
+            s_acc[i + 2] = s_acc[i + 2] if r + ROW_STEP < end else NEG_INF
+            s_acc[i + 3] = s_acc[i + 3] if r + ROW_STEP < end else NEG_INF
+
+    return mask_rows
+
+
+@cache
 def make_scale_scores(m_tiles, n_tiles, softcap, alibi):
     """scale_scores(s_acc, cap_slopes, row, column, bias_shift, score_scale, cap, alibi_slope)
 
@@ -58,10 +79,10 @@ def make_scale_scores(m_tiles, n_tiles, softcap, alibi):
         s = s_acc[i] * score_scale
         if softcap:
             bent = f32(math.tanh(s))
-            cap_slopes[i] = f32(1) - bent * bent
+            cap_slopes[i] = fma_rn_f32(-bent, bent, f32(1))
             s = cap * bent
         if alibi:
-            s -= alibi_slope * f32(abs(distance))
+            s = fma_rn_f32(-alibi_slope, f32(abs(distance)), s)
         s_acc[i] = s
 
     @device_function

@@ -11,14 +11,25 @@ Source: FlashAttention-2, arXiv 2307.08691, Algorithm 1; the lag: FlashAttention
 2603.05451.
 """
 
+import math
 from functools import cache
 
-from numflash.ptx import cuda, device_function, ex2_approx_ftz_f32, f32, ld_shared_v2_f32, max_f32
+from numflash.ptx import (
+    cuda,
+    device_function,
+    ex2_approx_ftz_f32,
+    f32,
+    fma_rn_f32,
+    ld_shared_v2_f32,
+    max_f32,
+)
 from numflash.tiles.lanes import FULL_WARP
 from numflash.tiles.mma.fragments import MMA_COLUMNS
 from numflash.tiles.scores import NEG_INF
+from numflash.tiles.softmax import LN_2
 
 LAG = f32(8)
+HUGE = f32(2.0**20)
 
 
 @device_function
@@ -52,80 +63,162 @@ def make_scale_rows(m_tiles, n_tiles):
     return scale_rows
 
 
+@device_function
+def follow_maximum(r, grows, largest, row_max, row_sum, factors, scale_log2):
+    """Row r takes in the largest score of a tile; the others of its warp do not matter to it.
+
+    factors[r] is what O must be multiplied by. Returns what must be subtracted from the row's
+    scores of this tile: 0, unless the maximum is huge. scale_log2 row_max is rounded, and beyond
+    2 ** 20 the error, a factor of all P of the row, would no longer be small; differences of
+    scores are exact there. A huge row, and one that has seen no key, `grows` with every tile.
+    """
+    factors[r] = f32(1)
+    subtrahend = f32(0)
+    if grows & (largest > NEG_INF):
+        new_max = max_f32(largest, row_max[r])
+        factors[r] = ex2_approx_ftz_f32((row_max[r] - new_max) * scale_log2)
+        row_max[r] = new_max
+        row_sum[r] *= factors[r]
+        subtrahend = new_max if abs(new_max * scale_log2) > HUGE else f32(0)
+    return subtrahend
+
+
+@device_function
+def limit_of_row(row_max, scale_log2):
+    """The score above which a row grows: -inf if it is huge or has seen no key."""
+    return row_max + LAG / scale_log2 if abs(row_max * scale_log2) <= HUGE else NEG_INF
+
+
+@device_function
+def shift_of_row(row_max, scale_log2):
+    """What exponents of a row subtract: nothing where scores are differences, or all -inf."""
+    shift = row_max * scale_log2
+    return shift if abs(shift) <= HUGE else f32(0)
+
+
+@cache
+def make_subtract_from_rows(m_tiles, n_tiles):
+    """subtract_from_rows(s_acc, subtrahends): from each row of an accumulator its own."""
+
+    @device_function
+    def subtract_from_rows(s_acc, subtrahends):
+        for tile in range(m_tiles * n_tiles):
+            i, r = 4 * tile, tile // n_tiles * 2
+            s_acc[i] -= subtrahends[r]
+            s_acc[i + 1] -= subtrahends[r]
+            s_acc[i + 2] -= subtrahends[r + 1]
+            s_acc[i + 3] -= subtrahends[r + 1]
+
+    return subtract_from_rows
+
+
+@cache
+def make_exponentials(m_tiles, n_tiles):
+    """exponentials(s_acc, scale_log2, shifts, row_sum): S -> P in place, added to row_sum.
+
+    P = 2 ** (scale_log2 S - shift), the exponent rounded once.
+    """
+
+    @device_function
+    def exponentials(s_acc, scale_log2, shifts, row_sum):
+        for tile in range(m_tiles * n_tiles):
+            i, r = 4 * tile, tile // n_tiles * 2
+            p0 = ex2_approx_ftz_f32(fma_rn_f32(s_acc[i], scale_log2, -shifts[r]))
+            p1 = ex2_approx_ftz_f32(fma_rn_f32(s_acc[i + 1], scale_log2, -shifts[r]))
+            p2 = ex2_approx_ftz_f32(fma_rn_f32(s_acc[i + 2], scale_log2, -shifts[r + 1]))
+            p3 = ex2_approx_ftz_f32(fma_rn_f32(s_acc[i + 3], scale_log2, -shifts[r + 1]))
+            row_sum[r] += p0 + p1
+            row_sum[r + 1] += p2 + p3
+            s_acc[i], s_acc[i + 1], s_acc[i + 2], s_acc[i + 3] = p0, p1, p2, p3
+
+    return exponentials
+
+
 @cache
 def make_online_softmax(m_tiles, n_tiles, o_tiles):
     """online_softmax(s_acc, row_max, row_sum, o_acc, scale_log2): S -> P in place.
 
     scale_log2 is positive. row_sum stays this lane's share until the end.
     """
-    rows = 2 * m_tiles
-    n_columns, scale_rows = 2 * n_tiles, make_scale_rows(m_tiles, o_tiles)
+    rows, n_columns = 2 * m_tiles, 2 * n_tiles
+    scale_rows = make_scale_rows(m_tiles, o_tiles)
+    subtract_from_rows = make_subtract_from_rows(m_tiles, n_tiles)
+    exponentials = make_exponentials(m_tiles, n_tiles)
+
+    @device_function
+    def grows(largest, row_max, scale_log2):
+        # As `largest > limit_of_row(...)`, which would take a register to keep.
+        shift = row_max * scale_log2
+        return (fma_rn_f32(largest, scale_log2, -shift) > LAG) | (abs(shift) > HUGE)
 
     @device_function
     def online_softmax(s_acc, row_max, row_sum, o_acc, scale_log2):
+        largest = cuda.local.array(rows, f32)
         factors = cuda.local.array(rows, f32)
-        new_max = cuda.local.array(rows, f32)
-        lags = False
+        shifts = cuda.local.array(rows, f32)
+        has_grown = False
         for r in range(rows):
-            largest = row_max[r]
+            x = NEG_INF
             for c in range(n_columns):
-                largest = max_f32(
-                    largest, s_acc[4 * (n_tiles * (r // 2) + c // 2) + r % 2 * 2 + c % 2]
-                )
-            new_max[r] = row_max_of_quad(largest)
-            lags |= (new_max[r] - row_max[r]) * scale_log2 > LAG
-        if cuda.any_sync(FULL_WARP, lags):
+                x = max_f32(x, s_acc[4 * (n_tiles * (r // 2) + c // 2) + r % 2 * 2 + c % 2])
+            largest[r] = row_max_of_quad(x)
+            has_grown |= grows(largest[r], row_max[r], scale_log2)
+        if cuda.any_sync(FULL_WARP, has_grown):
+            is_huge = False
             for r in range(rows):
-                # Where a row has seen no key its maximum is -inf, and -inf - -inf would be NaN.
-                shift = new_max[r] if new_max[r] > NEG_INF else f32(0)
-                factors[r] = ex2_approx_ftz_f32((row_max[r] - shift) * scale_log2)
-                row_max[r] = new_max[r]
-                row_sum[r] *= factors[r]
+                row_grows = grows(largest[r], row_max[r], scale_log2)
+                largest[r] = follow_maximum(
+                    r, row_grows, largest[r], row_max, row_sum, factors, scale_log2
+                )
+                is_huge |= largest[r] != f32(0)
+            if cuda.any_sync(FULL_WARP, is_huge):
+                subtract_from_rows(s_acc, largest)
             scale_rows(o_acc, factors)
         for r in range(rows):
-            factors[r] = (row_max[r] if row_max[r] > NEG_INF else f32(0)) * scale_log2
-        for tile in range(m_tiles * n_tiles):
-            i, r = 4 * tile, tile // n_tiles * 2
-            p0 = ex2_approx_ftz_f32(s_acc[i] * scale_log2 - factors[r])
-            p1 = ex2_approx_ftz_f32(s_acc[i + 1] * scale_log2 - factors[r])
-            p2 = ex2_approx_ftz_f32(s_acc[i + 2] * scale_log2 - factors[r + 1])
-            p3 = ex2_approx_ftz_f32(s_acc[i + 3] * scale_log2 - factors[r + 1])
-            row_sum[r] += p0 + p1
-            row_sum[r + 1] += p2 + p3
-            s_acc[i], s_acc[i + 1], s_acc[i + 2], s_acc[i + 3] = p0, p1, p2, p3
+            shifts[r] = shift_of_row(row_max[r], scale_log2)
+        exponentials(s_acc, scale_log2, shifts, row_sum)
 
     return online_softmax
 
 
+@device_function
+def lse_of_row(row_max, max_scale, total):
+    """The natural log-sum-exp of a row, -inf where it saw no key; max_scale brings to base 2."""
+    if total == f32(0):
+        return NEG_INF
+    return fma_rn_f32(row_max * max_scale, LN_2, f32(math.log(total)))
+
+
 @cache
 def make_softmax_backward_by_row(m_tiles, n_tiles, softcap):
-    """softmax_backward(s_acc, dp_acc, cap_slopes, lses, deltas, scale_log2): S -> P, dP -> dS.
+    """softmax_backward(s_acc, dp_acc, cap_slopes, lses, deltas, scales): S -> P, dP -> dS.
 
         P  = 2 ** (scale_log2 S - lse log2 e)
-        dS = P * (dP - delta), times the cap's slope with softcap
+        dS = P * (softmax_scale dP - delta), times the cap's slope with softcap
 
-    The rows are queries: lses (in base 2, +inf for a query without keys) and deltas are a
+    `scales` are scale_log2 and softmax_scale; delta holds the latter, see `tiles.gradients`. The
+    rows are queries: lses (in base 2, +inf for a query without keys) and deltas are a
     thread's.
     """
     tiles, gradient_of_score = m_tiles * n_tiles, _make_gradient_of_score(softcap)
 
     @device_function
-    def softmax_backward(s_acc, dp_acc, cap_slopes, lses, deltas, scale_log2):
+    def softmax_backward(s_acc, dp_acc, cap_slopes, lses, deltas, scales):
         for tile in range(tiles):
             i, r = 4 * tile, tile // n_tiles * 2
             lse, delta = lses[r], deltas[r]
-            gradient_of_score(s_acc, dp_acc, cap_slopes, i, lse, delta, scale_log2)
-            gradient_of_score(s_acc, dp_acc, cap_slopes, i + 1, lse, delta, scale_log2)
+            gradient_of_score(s_acc, dp_acc, cap_slopes, i, lse, delta, scales)
+            gradient_of_score(s_acc, dp_acc, cap_slopes, i + 1, lse, delta, scales)
             lse, delta = lses[r + 1], deltas[r + 1]
-            gradient_of_score(s_acc, dp_acc, cap_slopes, i + 2, lse, delta, scale_log2)
-            gradient_of_score(s_acc, dp_acc, cap_slopes, i + 3, lse, delta, scale_log2)
+            gradient_of_score(s_acc, dp_acc, cap_slopes, i + 2, lse, delta, scales)
+            gradient_of_score(s_acc, dp_acc, cap_slopes, i + 3, lse, delta, scales)
 
     return softmax_backward
 
 
 @cache
 def make_softmax_backward_by_column(m_tiles, n_tiles, softcap):
-    """softmax_backward(s_acc, dp_acc, cap_slopes, smem, lse, delta, scale_log2): S -> P, dP -> dS.
+    """softmax_backward(s_acc, dp_acc, cap_slopes, smem, lse, delta, scales): S -> P, dP -> dS.
 
     As `make_softmax_backward_by_row` where the columns are queries. `lse` and `delta` are the
     positions in smem of the values of this thread's first column.
@@ -133,29 +226,30 @@ def make_softmax_backward_by_column(m_tiles, n_tiles, softcap):
     tiles, gradient_of_score = m_tiles * n_tiles, _make_gradient_of_score(softcap)
 
     @device_function
-    def softmax_backward(s_acc, dp_acc, cap_slopes, smem, lse, delta, scale_log2):
+    def softmax_backward(s_acc, dp_acc, cap_slopes, smem, lse, delta, scales):
         lses = cuda.local.array(2, f32)
         deltas = cuda.local.array(2, f32)
         for tile in range(tiles):
             i, first = 4 * tile, tile % n_tiles * MMA_COLUMNS
             ld_shared_v2_f32(lses, smem, lse + first)
             ld_shared_v2_f32(deltas, smem, delta + first)
-            gradient_of_score(s_acc, dp_acc, cap_slopes, i, lses[0], deltas[0], scale_log2)
-            gradient_of_score(s_acc, dp_acc, cap_slopes, i + 1, lses[1], deltas[1], scale_log2)
-            gradient_of_score(s_acc, dp_acc, cap_slopes, i + 2, lses[0], deltas[0], scale_log2)
-            gradient_of_score(s_acc, dp_acc, cap_slopes, i + 3, lses[1], deltas[1], scale_log2)
+            gradient_of_score(s_acc, dp_acc, cap_slopes, i, lses[0], deltas[0], scales)
+            gradient_of_score(s_acc, dp_acc, cap_slopes, i + 1, lses[1], deltas[1], scales)
+            gradient_of_score(s_acc, dp_acc, cap_slopes, i + 2, lses[0], deltas[0], scales)
+            gradient_of_score(s_acc, dp_acc, cap_slopes, i + 3, lses[1], deltas[1], scales)
 
     return softmax_backward
 
 
 @cache
 def _make_gradient_of_score(softcap):
-    """gradient_of_score(s_acc, dp_acc, cap_slopes, i, lse, delta, scale_log2) for one score."""
+    """gradient_of_score(s_acc, dp_acc, cap_slopes, i, lse, delta, scales) for one score."""
 
     @device_function
-    def gradient_of_score(s_acc, dp_acc, cap_slopes, i, lse, delta, scale_log2):
-        probability = ex2_approx_ftz_f32(s_acc[i] * scale_log2 - lse)
-        gradient = probability * (dp_acc[i] - delta)
+    def gradient_of_score(s_acc, dp_acc, cap_slopes, i, lse, delta, scales):
+        scale_log2, softmax_scale = scales
+        probability = ex2_approx_ftz_f32(fma_rn_f32(s_acc[i], scale_log2, -lse))
+        gradient = probability * fma_rn_f32(dp_acc[i], softmax_scale, -delta)
         if softcap:
             gradient *= cap_slopes[i]
         s_acc[i] = probability

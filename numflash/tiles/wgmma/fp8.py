@@ -6,12 +6,18 @@ itself and gets its weight, by which it comes to the units of O, when it is adde
 
 from functools import cache
 
-from numflash.ptx import cuda, device_function, ex2_approx_ftz_f32, f32, max_f32
+from numflash.ptx import cuda, device_function, ex2_approx_ftz_f32, f32, fma_rn_f32
 from numflash.tiles.fp8.conversions import make_encode
-from numflash.tiles.fp8.softmax import P_SCALE_LOG2
+from numflash.tiles.fp8.softmax import (
+    follow_top,
+    must_follow,
+    shift_of_row,
+    top_of_row,
+    weight_of_row,
+)
 from numflash.tiles.lanes import FULL_WARP
-from numflash.tiles.mma.softmax import LAG, row_max_of_quad
-from numflash.tiles.scores import NEG_INF
+from numflash.tiles.mma.softmax import make_subtract_from_rows
+from numflash.tiles.wgmma.softmax import make_largest_of_rows
 
 
 @cache
@@ -22,51 +28,38 @@ def make_tile_softmax(n_tiles):
     part of O. True if O must be multiplied by `factors` before that is added. row_sum stays this
     lane's share until the end.
     """
+    largest_of_rows = make_largest_of_rows(n_tiles)
+    subtract_from_rows = make_subtract_from_rows(1, n_tiles)
 
     @device_function
     def tile_softmax(s_acc, row_max, row_sum, factors, scales, weights):
-        above, above_too, below, below_too = s_acc[0], s_acc[1], s_acc[2], s_acc[3]
-        for tile in range(1, n_tiles):
-            above = max_f32(above, s_acc[4 * tile])
-            above_too = max_f32(above_too, s_acc[4 * tile + 1])
-            below = max_f32(below, s_acc[4 * tile + 2])
-            below_too = max_f32(below_too, s_acc[4 * tile + 3])
-        above = row_max_of_quad(max_f32(above, above_too)) * scales[0]
-        below = row_max_of_quad(max_f32(below, below_too)) * scales[1]
-        has_grown = (above - row_max[0] > LAG) | (below - row_max[1] > LAG)
+        subtrahends = cuda.local.array(2, f32)
+        above, below = largest_of_rows(s_acc)
+        top_above = top_of_row(above, scales[0], row_max[0])
+        top_below = top_of_row(below, scales[1], row_max[1])
+        has_grown = must_follow(top_above, row_max[0]) | must_follow(top_below, row_max[1])
         has_grown = cuda.any_sync(FULL_WARP, has_grown)
         if has_grown:
-            # Where a row has seen no key its maximum is -inf, and -inf - -inf would be NaN.
-            new_max = max_f32(row_max[0], above)
-            factors[0] = ex2_approx_ftz_f32(
-                row_max[0] - (new_max if new_max > NEG_INF else f32(0))
-            )
-            row_max[0] = new_max
-            new_max = max_f32(row_max[1], below)
-            factors[1] = ex2_approx_ftz_f32(
-                row_max[1] - (new_max if new_max > NEG_INF else f32(0))
-            )
-            row_max[1] = new_max
-            row_sum[0] *= factors[0]
-            row_sum[1] *= factors[1]
-        unit = row_max[0] if row_max[0] > NEG_INF else f32(0)
-        weights[0] = ex2_approx_ftz_f32(above - unit - P_SCALE_LOG2)
-        unit = row_max[1] if row_max[1] > NEG_INF else f32(0)
-        weights[1] = ex2_approx_ftz_f32(below - unit - P_SCALE_LOG2)
-        above = (above if above > NEG_INF else f32(0)) - P_SCALE_LOG2
-        below = (below if below > NEG_INF else f32(0)) - P_SCALE_LOG2
+            subtrahends[0] = follow_top(0, top_above, above, row_max, row_sum, factors)
+            subtrahends[1] = follow_top(1, top_below, below, row_max, row_sum, factors)
+            is_huge = (subtrahends[0] != f32(0)) | (subtrahends[1] != f32(0))
+            if cuda.any_sync(FULL_WARP, is_huge):
+                subtract_from_rows(s_acc, subtrahends)
+        weights[0] = weight_of_row(top_above, row_max[0])
+        weights[1] = weight_of_row(top_below, row_max[1])
+        above, below = shift_of_row(top_above, row_max[0]), shift_of_row(top_below, row_max[1])
         sum_above, sum_below = f32(0), f32(0)
         for tile in range(n_tiles):
             i = 4 * tile
-            p0 = ex2_approx_ftz_f32(s_acc[i] * scales[0] - above)
-            p1 = ex2_approx_ftz_f32(s_acc[i + 1] * scales[0] - above)
-            p2 = ex2_approx_ftz_f32(s_acc[i + 2] * scales[1] - below)
-            p3 = ex2_approx_ftz_f32(s_acc[i + 3] * scales[1] - below)
+            p0 = ex2_approx_ftz_f32(fma_rn_f32(s_acc[i], scales[0], -above))
+            p1 = ex2_approx_ftz_f32(fma_rn_f32(s_acc[i + 1], scales[0], -above))
+            p2 = ex2_approx_ftz_f32(fma_rn_f32(s_acc[i + 2], scales[1], -below))
+            p3 = ex2_approx_ftz_f32(fma_rn_f32(s_acc[i + 3], scales[1], -below))
             sum_above += p0 + p1
             sum_below += p2 + p3
             s_acc[i], s_acc[i + 1], s_acc[i + 2], s_acc[i + 3] = p0, p1, p2, p3
-        row_sum[0] += sum_above * weights[0]
-        row_sum[1] += sum_below * weights[1]
+        row_sum[0] = fma_rn_f32(sum_above, weights[0], row_sum[0])
+        row_sum[1] = fma_rn_f32(sum_below, weights[1], row_sum[1])
         return has_grown
 
     return tile_softmax
@@ -100,9 +93,9 @@ def make_add_part(n_tiles):
     def add_part(acc, first, part, weights):
         for tile in range(n_tiles):
             i = 4 * tile
-            acc[first + i] += part[i] * weights[0]
-            acc[first + i + 1] += part[i + 1] * weights[0]
-            acc[first + i + 2] += part[i + 2] * weights[1]
-            acc[first + i + 3] += part[i + 3] * weights[1]
+            acc[first + i] = fma_rn_f32(part[i], weights[0], acc[first + i])
+            acc[first + i + 1] = fma_rn_f32(part[i + 1], weights[0], acc[first + i + 1])
+            acc[first + i + 2] = fma_rn_f32(part[i + 2], weights[1], acc[first + i + 2])
+            acc[first + i + 3] = fma_rn_f32(part[i + 3], weights[1], acc[first + i + 3])
 
     return add_part

@@ -6,25 +6,73 @@ and says by how much O must be; `tiles.mma.softmax` tells the rest.
 
 from functools import cache
 
-from numflash.ptx import cuda, device_function, ex2_approx_ftz_f32, f32, max_f32
+from numflash.ptx import cuda, device_function, f32, max_f32
 from numflash.tiles.lanes import FULL_WARP
-from numflash.tiles.mma.softmax import LAG, row_max_of_quad
+from numflash.tiles.mma.softmax import (
+    follow_maximum,
+    limit_of_row,
+    make_exponentials,
+    make_subtract_from_rows,
+    row_max_of_quad,
+    shift_of_row,
+)
 from numflash.tiles.scores import NEG_INF
 
 
 @cache
 def make_online_softmax(n_tiles):
-    """online_softmax(s_acc, row_max, row_sum, factors, scale_log2): S -> P in place.
+    """online_softmax(s_acc, rows, factors, scale_log2): S -> P in place.
 
-    True if O must be multiplied by `factors`, a row each, before anything is added to it. row_sum
-    stays this lane's share until the end; scale_log2 is positive.
+    True if O must be multiplied by `factors`, a row each, before anything is added to it.
+    scale_log2 is positive. `rows` are four arrays over the two rows of a thread: row_max; row_sum,
+    this lane's share until the end; and kept because registers are left, limits and shifts, as
+    `limit_of_row` and `shift_of_row` give them.
     """
+    largest_of_rows = make_largest_of_rows(n_tiles)
+    subtract_from_rows = make_subtract_from_rows(1, n_tiles)
+    exponentials = make_exponentials(1, n_tiles)
 
     @device_function
-    def online_softmax(s_acc, row_max, row_sum, factors, scale_log2):
+    def online_softmax(s_acc, rows, factors, scale_log2):
+        row_max, row_sum, limits, shifts = rows
+        largest = cuda.local.array(2, f32)
+        largest[0], largest[1] = largest_of_rows(s_acc)
+        has_grown = (largest[0] > limits[0]) | (largest[1] > limits[1])
+        has_grown = cuda.any_sync(FULL_WARP, has_grown)
+        if has_grown:
+            for r in range(2):
+                grows = largest[r] > limits[r]
+                largest[r] = follow_maximum(
+                    r, grows, largest[r], row_max, row_sum, factors, scale_log2
+                )
+                limits[r] = limit_of_row(row_max[r], scale_log2)
+                shifts[r] = shift_of_row(row_max[r], scale_log2)
+            is_huge = (largest[0] != f32(0)) | (largest[1] != f32(0))
+            if cuda.any_sync(FULL_WARP, is_huge):
+                subtract_from_rows(s_acc, largest)
+        exponentials(s_acc, scale_log2, shifts, row_sum)
+        return has_grown
+
+    return online_softmax
+
+
+@device_function
+def begin_rows(rows):
+    """Rows that have seen no key."""
+    row_max, row_sum, limits, shifts = rows
+    for r in range(2):
+        row_max[r], limits[r] = NEG_INF, NEG_INF
+        row_sum[r], shifts[r] = f32(0), f32(0)
+
+
+@cache
+def make_largest_of_rows(n_tiles):
+    """largest_of_rows(s_acc): of both rows of a thread the largest score, over their quad."""
+
+    @device_function
+    def largest_of_rows(s_acc):
         # Two chains of maxima a row: half the latency.
-        above, above_too = max_f32(row_max[0], s_acc[0]), s_acc[1]
-        below, below_too = max_f32(row_max[1], s_acc[2]), s_acc[3]
+        above, above_too, below, below_too = s_acc[0], s_acc[1], s_acc[2], s_acc[3]
         for tile in range(1, n_tiles):
             above = max_f32(above, s_acc[4 * tile])
             above_too = max_f32(above_too, s_acc[4 * tile + 1])
@@ -32,29 +80,6 @@ def make_online_softmax(n_tiles):
             below_too = max_f32(below_too, s_acc[4 * tile + 3])
         above = row_max_of_quad(max_f32(above, above_too))
         below = row_max_of_quad(max_f32(below, below_too))
-        has_grown = (above - row_max[0]) * scale_log2 > LAG
-        has_grown |= (below - row_max[1]) * scale_log2 > LAG
-        has_grown = cuda.any_sync(FULL_WARP, has_grown)
-        if has_grown:
-            # Where a row has seen no key its maximum is -inf, and -inf - -inf would be NaN.
-            shift = above if above > NEG_INF else f32(0)
-            factors[0] = ex2_approx_ftz_f32((row_max[0] - shift) * scale_log2)
-            shift = below if below > NEG_INF else f32(0)
-            factors[1] = ex2_approx_ftz_f32((row_max[1] - shift) * scale_log2)
-            row_max[0], row_max[1] = above, below
-            row_sum[0] *= factors[0]
-            row_sum[1] *= factors[1]
-        above = (row_max[0] if row_max[0] > NEG_INF else f32(0)) * scale_log2
-        below = (row_max[1] if row_max[1] > NEG_INF else f32(0)) * scale_log2
-        for tile in range(n_tiles):
-            p0 = ex2_approx_ftz_f32(s_acc[4 * tile] * scale_log2 - above)
-            p1 = ex2_approx_ftz_f32(s_acc[4 * tile + 1] * scale_log2 - above)
-            p2 = ex2_approx_ftz_f32(s_acc[4 * tile + 2] * scale_log2 - below)
-            p3 = ex2_approx_ftz_f32(s_acc[4 * tile + 3] * scale_log2 - below)
-            row_sum[0] += p0 + p1
-            row_sum[1] += p2 + p3
-            i = 4 * tile
-            s_acc[i], s_acc[i + 1], s_acc[i + 2], s_acc[i + 3] = p0, p1, p2, p3
-        return has_grown
+        return above, below
 
-    return online_softmax
+    return largest_of_rows

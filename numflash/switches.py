@@ -1,0 +1,29 @@
+"""Switches of the environment: one reader, so that all of them are spelled alike."""
+
+import os
+
+_WORDS = {"true": True, "on": True, "yes": True, "false": False, "off": False, "no": False}
+
+
+def is_on(name: str, default: bool = False) -> bool:
+    """Whether an environment variable is on; `default` where it is unset or empty.
+
+    As in Numba's variables an integer is on unless it is 0 ("00" is 0, too). Words do as well, in
+    any case: true, on, yes; false, off, no.
+
+    Raises:
+        ValueError: it is anything else.
+    """
+    text = os.environ.get(name, "").strip()
+    if not text:
+        return default
+    try:
+        return bool(int(text))
+    except ValueError:
+        pass
+    try:
+        return _WORDS[text.lower()]
+    except KeyError:
+        raise ValueError(
+            f"{name} must be 0 or 1 (or another integer, or {', '.join(_WORDS)}), got {text!r}"
+        ) from None

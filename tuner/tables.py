@@ -1,0 +1,108 @@
+"""The tables that numflash ships: one file for each GPU, of configs that differ from the default.
+
+A file has the format of the config cache. Beside its devices it says what it was made with
+(`made`: kernels, compilers, model), so that one without entries can be out of date, too.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numflash.shipped
+from numflash.compiler import source_hash, versions
+from numflash.entries import DeviceKey, Entry, Row, format_table, parse_table
+from numflash.files import replace_file
+from numflash_tuner import model
+
+GPUS = (
+    "Tesla T4",
+    "NVIDIA A100-SXM4-80GB",
+    "NVIDIA A10",
+    "NVIDIA GeForce RTX 3090",
+    "NVIDIA L4",
+    "NVIDIA L40S",
+    "NVIDIA GeForce RTX 4090",
+    "NVIDIA H100 80GB HBM3",
+    "NVIDIA H200",
+    "NVIDIA B200",
+    "NVIDIA GeForce RTX 5090",
+)
+_BRIEF = 12
+
+
+def folder() -> Path:
+    """Where the tables are."""
+    return Path(numflash.shipped.__file__).parent
+
+
+def path_of(name: str) -> Path:
+    """The file of a GPU."""
+    return folder() / (re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_") + ".json")
+
+
+def paths() -> list[Path]:
+    """The files there are."""
+    return sorted(folder().glob("*.json"))
+
+
+def made_now() -> dict[str, Any]:
+    """What a table that is made now is made with."""
+    return {"kernels": source_hash(), "compilers": versions(), "model": model.source_hash()}
+
+
+def write(path: Path, entries: dict[DeviceKey, list[Entry]], made: dict[str, Any]) -> None:
+    """Write a table; a device may have no entries.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    text = format_table({device: list(map(Row.of, each)) for device, each in entries.items()})
+    content = {**json.loads(text), "made": made}
+    replace_file(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def made(path: Path) -> dict[str, Any]:
+    """What a table was made with; tables that do not say it are as old as their first entry.
+
+    Raises:
+        ValueError: it is no table.
+        OSError: it cannot be read.
+    """
+    data = path.read_bytes()
+    rows = [row for each in parse_table(data).values() for row in each if row.entry is not None]
+    if found := json.loads(data).get("made"):
+        return dict(found)
+    if not rows:
+        return {}
+    first = rows[0].entry
+    # What was measured needed no model.
+    known = {"model": model.source_hash()} if first.origin == "measured" else {}
+    return {"kernels": first.kernels, "compilers": first.compilers, **known}
+
+
+def staleness(path: Path) -> list[str]:
+    """Why a table says nothing certain of the kernels that are installed; empty if it is fresh.
+
+    Raises:
+        ValueError, OSError: as `made`.
+    """
+    then, now = made(path), made_now()
+    found = [
+        f"{what} {(then.get(what) or 'unknown')[:_BRIEF]}, now {now[what][:_BRIEF]}"
+        for what in ("kernels", "model")
+        if then.get(what) != now[what]
+    ]
+    old, new = then.get("compilers", {}), now["compilers"]
+    found += [
+        f"{name} {old.get(name)}, now {new.get(name)}"
+        for name in sorted({*old, *new})
+        if old.get(name) != new.get(name)
+    ]
+    return found
+
+
+def warning(path: Path) -> str | None:
+    """One line on a table that is stale; None if it is fresh. Raises as `made`."""
+    reasons = staleness(path)
+    return f"{path.name} is stale, made with {'; '.join(reasons)}" if reasons else None
