@@ -366,6 +366,8 @@ def test_offline_nothing_is_tried_that_the_model_cannot_tell_from_what_was():
     estimates = [candidates.estimates[candidates.numbers[config]] for config in told]
     finite = [each for each in estimates if math.isfinite(each)]
     assert len(set(finite)) == len(finite)
+    assert StoppingRules().size(space, is_measured=False) == len(told)
+    assert StoppingRules(trials=7).size(space, is_measured=False) == 7
     # Every estimate there is was tried, by the default where it has it.
     assert set(estimates) == set(candidates.estimates.tolist())
     assert str(space.default) in told
@@ -390,6 +392,7 @@ def test_with_a_gpu_twins_are_tried():
     space = space_of()
     told = run(make_search(space, Replay(recording_of(space, 0))))
     assert len(told) == len(space.feasible) > distinct(space)
+    assert StoppingRules().size(space, is_measured=True) == len(told)
 
 
 def test_a_measurement_displaces_the_default_by_any_gain():
