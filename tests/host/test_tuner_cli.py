@@ -25,6 +25,7 @@ from numflash.mode import SIMULATED
 from numflash.problem_class import ProblemClass
 from numflash_tuner import caches, cli, machines, session
 from numflash_tuner import target as targets
+from numflash_tuner.candidates import distinct
 from numflash_tuner.pool import NoCompilerError
 from numflash_tuner.search import StoppingRules
 from numflash_tuner.session import Options, Session
@@ -345,6 +346,15 @@ def test_the_plan_of_the_commands_example_is_24_classes():
         "24 classes of problems on NVIDIA A100-SXM4-80GB, 1,152 trials, 48 each: how long that "
         "takes shows when a kernel is compiled"
     )
+
+
+def test_a_plan_counts_once_what_the_model_cannot_tell_apart():
+    args = cli._parser().parse_args([*OFFLINE, *SMALL, "--dtype", "float16"])
+    target = targets.find_target(args.device, args.offline)
+    with Session(target.key, target.machine, None, Options(jobs=1)) as session_:
+        (space,) = session_.spaces(cli._problems(args))
+        (size,) = session_.plan([space]).sizes
+    assert size == distinct(space) < len(space.feasible)
 
 
 def test_a_plan_makes_no_study(run, tmp_path, monkeypatch):
