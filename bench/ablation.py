@@ -1,11 +1,11 @@
 """One idea turned off at a time: what each idea of FlashAttention is worth.
 
 Each row compares a baseline with the same thing less one idea. What is part of the kernels' code
-(staging, swizzle, split; on Hopper overlap, ping-pong and persistent blocks) is turned off in
-their config, Hopper's instructions by running FlashAttention-2's kernel. What makes up the
-algorithm (fusion, tiling, the one pass, recomputation) is compared among CuPy implementations
-(`bench.standard`) that differ in that idea alone, or with numflash itself where that is the whole
-difference.
+(staging, swizzle, split; on Hopper overlap, ping-pong, persistent blocks and an arrival of each
+warp) is turned off in their config, Hopper's instructions by running FlashAttention-2's kernel.
+What makes up the algorithm (fusion, tiling, the one pass, recomputation) is compared among CuPy
+implementations (`bench.standard`) that differ in that idea alone, or with numflash itself where
+that is the whole difference.
 """
 
 from collections.abc import Iterator
@@ -30,6 +30,7 @@ _SWITCHES = {
     "overlap": "softmax after products, not beside them",
     "pingpong": "warpgroups take no turns",
     "persistent": "a block for each tile of rows",
+    "arrivals": "one thread gives a buffer back for its warpgroup",
 }
 
 
@@ -135,9 +136,10 @@ def has_switches(configs: dict) -> bool:
 
 
 def switched(config: sm90.Sm90ForwardConfig, name: str) -> sm90.Sm90ForwardConfig | None:
-    """The config with "overlap", "pingpong" or "persistent" the other way; None if it cannot."""
+    """The config with one of its switches the other way; None if it cannot."""
+    other = 1 if name == "arrivals" else not getattr(config, name)
     try:
-        return replace(config, **{name: not getattr(config, name)})
+        return replace(config, **{name: other})
     except ValueError:
         return None
 

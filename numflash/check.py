@@ -2,8 +2,8 @@
 
 The rule is FlashAttention's own: a kernel's largest error against float64 may be twice that of a
 naive implementation that works in the kernel's input precision throughout, plus the rounding of
-one result. What the rule allows is the `budget`. Gradients may also be wrong by what is left of
-numbers that should have cancelled: float32's rounding of what dQ and dK sum up.
+one result. What the rule allows is the `budget`. A result may also be wrong by what is left of
+numbers that should have cancelled: float32's rounding of what it sums up.
 
 The gradients begin at lse, a float32: their P = exp(S - lse) may be wrong by a factor of
 exp(2**-22 |lse|), so that scores in the millions have no useful gradients. Where that exceeds the
@@ -258,7 +258,7 @@ def compare(got: dict, q, k, v, *, precision: str, dout=None, **options) -> Chec
             strict=True,
         )
     )
-    epsilon, remainders, lse_factor = _EPSILON[precision], {}, 0.0
+    epsilon, lse_factor = _EPSILON[precision], 0.0
     if dout is not None:
         names = "dq", "dk", "dv"
         exact |= zip(names, reference.attention_backward(dout, q, k, v, **options), strict=True)
@@ -268,14 +268,15 @@ def compare(got: dict, q, k, v, *, precision: str, dout=None, **options) -> Chec
             strict=True,
         )
         lse_factor = _factor_of_lse(exact["lse"], epsilon)
-        terms = reference.gradient_terms(dout, q, k, v, **options)
-        share = 2 * _EPSILON["float32"] + lse_factor
-        for name, sums in zip(names, terms, strict=True):
-            remainders[name] = share * _largest_finite(sums)
+    remainders = {
+        name: (2 * _EPSILON["float32"] + (lse_factor if name.startswith("d") else 0))
+        * _largest_finite(sums)
+        for name, sums in reference.magnitudes(q, k, v, dout, **options).items()
+    }
     # lse is float32 whatever the inputs are, but its scores are not more exact than they.
     return CheckReport(
         tuple(
-            measure(name, array, exact[name], naive[name], epsilon, remainders.get(name, 0.0))
+            measure(name, array, exact[name], naive[name], epsilon, remainders[name])
             for name, array in got.items()
         ),
         lse_factor,

@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -291,7 +291,13 @@ def _numba_for(limits: Architecture):
     collects = gc.isenabled()
     gc.disable()
     try:
-        with _compiler_libraries(), _settings(), without_repeated_work(), grid_constants():
+        with (
+            _compiler_libraries(),
+            _settings(),
+            _without_contraction(),
+            without_repeated_work(),
+            grid_constants(),
+        ):
             yield cuda
     finally:
         dispatcher.get_current_device = ask_driver
@@ -314,6 +320,22 @@ def _settings() -> Iterator[None]:
     finally:
         for name, value in own.items():
             setattr(config, name, value)
+
+
+@contextmanager
+def _without_contraction():
+    """NVVM fuses no product with a sum, as nvJitLink is told, too; Numba has no argument for it.
+
+    Kernels round as their source says, and the simulator with them: `fma_rn_f32` is what fuses.
+    """
+    from numba.cuda.cudadrv import nvvm
+
+    compile_ir = nvvm.compile_ir
+    nvvm.compile_ir = partial(compile_ir, fma=False)
+    try:
+        yield
+    finally:
+        nvvm.compile_ir = compile_ir
 
 
 @contextmanager
@@ -370,7 +392,6 @@ def _link(ltoir: bytes, arch: str) -> tuple[bytes, str]:
         from cuda.bindings import nvjitlink
     except ImportError as error:
         raise UnsupportedError(f"nvJitLink cannot be imported: {error}. {INSTALL_HINT}") from error
-    # No contraction: kernels round as their source says, and the simulator with them.
     options = [f"-arch={arch}", "-lto", "-verbose", "-fma=0"]
     with _compiler_libraries():
         handle = nvjitlink.create(len(options), options)

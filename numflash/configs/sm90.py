@@ -3,7 +3,8 @@
 Their string form: `sm90-m128n176w8s2-overlap-pingpong-persistent`, which is tile_m, tile_n, the
 warps that multiply, stages, and what is switched on. `x8`, `-h4` and `-packed` as in
 `configs.sm80`, `b2` where two blocks share an SM; `-r232` gives the warps that multiply 232
-registers a thread instead of the usual. Those on 8-bit floats begin with `fp8-sm90-`.
+registers a thread instead of the usual; with `-a1` one thread arrives for a warpgroup. Those on
+8-bit floats begin with `fp8-sm90-`.
 """
 
 import re
@@ -29,7 +30,11 @@ _WORD_BYTES, _BARRIER_WORDS = 4, 2
 _MOST_COLUMNS, _PART_COLUMNS = 128, 64
 _MAX_SMEM_BYTES = architecture("sm_90a").max_smem_per_block
 _SWITCHES = ("overlap", "pingpong", "persistent")
-_SUFFIX = re.compile(r"(?:-r(?P<registers>[1-9]\d*))?" + "".join(f"(-{s})?" for s in _SWITCHES))
+_ARRIVALS = (1, 4)
+_SUFFIX = re.compile(
+    r"(?:-r(?P<registers>[1-9]\d*))?(?:-a(?P<arrivals>\d+))?"
+    + "".join(f"(-{s})?" for s in _SWITCHES)
+)
 
 
 @dataclass(frozen=True)
@@ -45,12 +50,18 @@ class Sm90ForwardConfig(MmaForwardConfig):
         persistent: a block computes one tile of rows after another, and fetches the next while it
             finishes one.
         consumer_registers: per thread of the warps that multiply; 0 for the usual number.
+        arrivals: with which a warpgroup gives back a buffer that its products have read: 4, one of
+            each warp, or 1 for all. One is for measurements on a GPU only. It takes for granted
+            that a product is over for all four warps at once, which the PTX ISA does not say: the
+            simulator, where warps are apart, may report that a buffer was overwritten while
+            another warp's product read it (`tiles.wgmma.turns.make_giving_back`).
     """
 
     overlap: bool = False
     pingpong: bool = False
     persistent: bool = False
     consumer_registers: int = 0
+    arrivals: int = 4
 
     implementation: ClassVar = "sm90"
     generations: ClassVar = ("sm90",)
@@ -77,6 +88,11 @@ class Sm90ForwardConfig(MmaForwardConfig):
             raise ValueError(
                 f"{type(self).__name__} {self}: consumer_registers must be a multiple of 8, and "
                 f"leave 24 to the warps that copy"
+            )
+        if self.arrivals not in _ARRIVALS:
+            raise ValueError(
+                f"{type(self).__name__} {self}: a warpgroup arrives {self.arrivals} times; it can "
+                "only do so 1 or 4 times"
             )
 
     @property
@@ -155,6 +171,7 @@ class Sm90ForwardConfig(MmaForwardConfig):
     def __str__(self) -> str:
         text = super().__str__()
         text += f"-r{self.consumer_registers}" if self.consumer_registers else ""
+        text += f"-a{self.arrivals}" if self.arrivals != type(self).arrivals else ""
         return text + "".join(f"-{name}" for name in _SWITCHES if getattr(self, name))
 
     @classmethod
@@ -164,7 +181,9 @@ class Sm90ForwardConfig(MmaForwardConfig):
         if fields is None:
             return None
         on = {name: f"-{name}" in suffix.groups() for name in _SWITCHES}
-        return fields | on | {"consumer_registers": int(suffix["registers"] or 0)}
+        on["consumer_registers"] = int(suffix["registers"] or 0)
+        on["arrivals"] = int(suffix["arrivals"] or cls.arrivals)
+        return fields | on
 
 
 # Preferred first, by the larger head dim; the first holds what shared memory and registers allow,

@@ -1,15 +1,19 @@
 """Copies from global to shared memory that pass by the registers. PTX ISA 9.7.9.25.
 
 A copy is issued, joins the group that its thread commits next, and has arrived once the thread has
-waited for that group; other threads see it after a barrier. In the simulator the destination holds
-0xFF bytes until then, so reading too early shows, and so does writing over what is still read.
+waited for that group; other threads see it after a barrier. Copies are not ordered among each
+other: of two that are under way to the same bytes either may arrive last. In the simulator the
+destination holds 0xFF bytes until the wait, so reading too early shows, and so does writing over
+what is still read; a second copy or a store there is an error, and so is a copy that nobody waits
+for.
 """
 
 from numflash.mode import SIMULATED
 from numflash.ptx.instruction import Global, Shared, instruction
-from numflash.ptx.scalars import i32, i64, u8, u32
+from numflash.ptx.scalars import i32, i64, u32
 
 if SIMULATED:
+    from numflash.simulator.async_copies import AsyncCopies
     from numflash.simulator.engine import current_thread
 
 
@@ -49,12 +53,12 @@ def cp_async_commit_group():
 
     PTX ISA 9.7.9.25.3.2.
     """
-    current_thread().commit_copies()
+    _copies().commit()
 
 
 def _make_wait_group(pending: int):
     def cp_async_wait_group():
-        current_thread().wait_for_copies(pending)
+        _copies().wait(pending)
 
     cp_async_wait_group.__name__ = f"cp_async_wait_group_{pending}"
     cp_async_wait_group.__doc__ = (
@@ -79,6 +83,9 @@ def _issue(target, target_offset, source, source_offset, n_bytes, size):
         raise IndexError(f"cp.async: shared memory: word {target_offset} of {target.size}")
     if n_bytes not in (0, size):
         raise ValueError(f"cp.async: {n_bytes} of {size} bytes; kernels copy all or nothing")
-    into = target[target_offset : target_offset + n_words].view(u8)
     origin = source.block(source_offset, size) if n_bytes else None
-    current_thread().issue_copy(into, origin)
+    _copies().issue(target, target_offset, size, origin)
+
+
+def _copies() -> "AsyncCopies":
+    return current_thread().block.part(AsyncCopies)

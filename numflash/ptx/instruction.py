@@ -17,10 +17,11 @@ simulator the body runs; the template is never read. A parameter's annotation sa
 * `Shared(type, index)` and `Global(type, index)`: an address: the element `index`, itself an
   integer parameter of the function, of a shared array or of a `Pointer`.
 
-`collective="warp"` marks what the lanes of a warp do together. Its body runs once for the warp:
-scalars arrive as arrays of shape (lanes,), `Regs` as (lanes, n), but `Accumulator` and
-`LaterRead`, like `Shared` and `Global`, as a list of each lane's array; a scalar result goes back
-as (lanes,). Every instruction is listed in `INSTRUCTIONS`, where tests find it.
+`collective="warp"` marks what the lanes of a warp do together, and "warpgroup" what each of its
+four warps must do, when it comes to it. The body runs once for the warp: scalars arrive as arrays
+of shape (lanes,), `Regs` as (lanes, n), but `Accumulator` and `LaterRead`, like `Shared` and
+`Global`, as a list of each lane's array; a scalar result goes back as (lanes,). Every instruction
+is listed in `INSTRUCTIONS`, where tests find it.
 
 The PTX ISA sections are those of "Parallel Thread Execution ISA", version 9.
 """
@@ -35,7 +36,7 @@ from numflash.mode import SIMULATED
 
 INSTRUCTIONS: dict[str, "Instruction"] = {}
 
-_WARP_SIZES = {"warp": 32, "warpgroup": 128}
+_WARP_SIZE = 32
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,8 @@ def instruction(
         template: PTX text; `<name>` stands for the parameter `name`, `<ret>` for the result.
         sm: the lowest compute capability that has it, as in sm_75.
         newest: the highest that has it; None where all later ones do.
-        collective: None for one thread, "warp" or "warpgroup" for what 32 or 128 threads do.
+        collective: None for one thread, "warp" for what its lanes do together, "warpgroup" for
+            what all four warps of one must execute.
         volatile: keep the compiler from executing it once for several calls.
     """
 
@@ -153,7 +155,7 @@ def _simulated(body: Callable, operands: dict[str, object], collective: str | No
     """The body itself, or for a collective: gather the lanes, run the body once, scatter."""
     if collective is None:
         return body
-    from numflash.simulator import engine
+    from numflash.simulator import engine, warpgroup
 
     is_memory = [
         isinstance(o, Shared | Global | Accumulator | LaterRead) for o in operands.values()
@@ -164,7 +166,12 @@ def _simulated(body: Callable, operands: dict[str, object], collective: str | No
         if isinstance(o, Regs) and "w" in o.mode and not is_memory[i]
     ]
 
+    of_warpgroups = collective == "warpgroup"
+
     def together(payloads: list[tuple]) -> list:
+        if of_warpgroups:
+            scalars = [x for x, memory in zip(payloads[0], is_memory, strict=True) if not memory]
+            warpgroup.execute(body.__name__, *scalars)
         stacked = [
             list(lanes) if memory else np.array(lanes)
             for memory, lanes in zip(is_memory, zip(*payloads, strict=True), strict=True)
@@ -176,9 +183,11 @@ def _simulated(body: Callable, operands: dict[str, object], collective: str | No
         return [None] * len(payloads) if result is None else list(result)
 
     def call(*args):
-        return engine.current_thread().collective(
-            body.__name__, _WARP_SIZES[collective], args, together
-        )
+        thread = engine.current_thread()
+        result = thread.collective(body.__name__, _WARP_SIZE, args, together)
+        if of_warpgroups:
+            warpgroup.go_on(body.__name__)
+        return result
 
     call.__name__, call.__doc__ = body.__name__, body.__doc__
     return call

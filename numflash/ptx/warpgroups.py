@@ -63,7 +63,8 @@ def make_setmaxnreg(action: str, registers: int):
     """The instruction by which a warpgroup takes ("inc") or gives back ("dec") registers.
 
     `registers` are those per thread from then on: a multiple of 8 from 24 to 256. "inc" waits
-    until the block's pool has enough. PTX ISA 9.7.20.5.
+    until the block's pool has enough. All four warps must execute it, each when it comes to it.
+    PTX ISA 9.7.20.5.
     """
     if action not in ("inc", "dec") or registers % 8 or not 24 <= registers <= 256:
         raise ValueError(f"setmaxnreg.{action} {registers}: a multiple of 8 from 24 to 256")

@@ -23,7 +23,9 @@ c of row r lies at c ^ (r % 8). K-major operands have the k elements of a row si
 stride offset leads to the next eight rows; MN-major ones have rows side by side, 64 to a slab, the
 stride offset leads to the next eight k, and the leading offset to the next slab.
 
-Between issue and wait the accumulators and the operands belong to the hardware.
+Between issue and wait the accumulators and the operands belong to the hardware. Instructions hold
+the threads of a warp together (`.sync`), and all four warps must execute the same (`.aligned`);
+nothing says that they do so at the same time, or that products are over for all of them at once.
 """
 
 from functools import cache

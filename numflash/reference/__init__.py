@@ -2,14 +2,14 @@
 
 attention, attention_backward    in float64
 naive, naive_backward            step by step in a lower precision: error budgets
-gradient_terms                   what gradients sum up, without signs: budgets, too
+magnitudes                       what results sum up, without signs: budgets, too
 quantize_fp8, attention_fp8      with 8-bit floats
 """
 
 from numflash.reference.attention import (
     attention,
     attention_backward,
-    gradient_terms,
+    magnitudes,
     naive,
     naive_backward,
     visible,
@@ -31,8 +31,8 @@ __all__ = [
     "attention_fp8",
     "attention_of_codes",
     "dequantize_fp8",
-    "gradient_terms",
     "hadamard_signs",
+    "magnitudes",
     "naive",
     "naive_backward",
     "quantize_fp8",

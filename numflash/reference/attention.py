@@ -89,25 +89,38 @@ def naive_backward(dout, q, k, v, *, precision: str, **options):
     return tuple(heads_back(g, bhsd, np.ndim(q)) for g in gradients)
 
 
-def gradient_terms(dout, q, k, v, **options):
-    """What the sums in dQ, dK and dV come to without their signs, in float64; shaped like these.
+def magnitudes(q, k, v, dout=None, **options) -> dict[str, np.ndarray]:
+    """What the sums behind each result come to without their signs, in float64.
 
-    dS = P * (dP - delta) may cancel, as it does for a query that sees one key, whose dQ is 0. What
-    is left then is the rounding of dP and of delta, and that is relative to these sums.
+    Rounding is relative to these, not to the results, in which much may cancel: a query that sees
+    one key has dS = P * (dP - delta) = 0.
+
+    Args:
+        q, k, v, dout, options: as for `attention` and `attention_backward`.
+
+    Returns:
+        "out" and "lse", with dout also "dq", "dk" and "dv": shaped like the results with
+        (batch, heads, seqlen, ...), whatever the layout.
     """
     bhsd = options.get("layout", "bshd") == "bhsd"
-    do, q, k, v = (heads_first(x, bhsd).astype(np.float64) for x in (dout, q, k, v))
+    q, k, v = (heads_first(x, bhsd).astype(np.float64) for x in (q, k, v))
     out, lse, s, slope, scale = _forward(q, k, v, np.dtype(np.float64), _matmul, options)
     group = q.shape[1] // k.shape[1]
+    k_abs, v_abs = (repeat(np.abs(x), group) for x in (k, v))
     with np.errstate(invalid="ignore"):
         p = np.where(np.isneginf(s), 0, np.exp(s - lse[..., None]))
-    dp = np.abs(do) @ repeat(np.abs(v), group).swapaxes(-1, -2)
-    delta = np.abs(do * out).sum(-1, keepdims=True)
+    products = np.abs(q) @ k_abs.swapaxes(-1, -2) * abs(scale)
+    products = np.where(np.isneginf(s), 0, products)
+    found = {"out": p @ v_abs, "lse": products.max(-1, initial=0)}
+    if dout is None:
+        return found
+    do = heads_first(dout, bhsd).astype(np.float64)
+    dp, delta = np.abs(do) @ v_abs.swapaxes(-1, -2), np.abs(do * out).sum(-1, keepdims=True)
     ds = p * (dp + delta) * slope * abs(scale)
-    dq = ds @ repeat(np.abs(k), group)
-    dk = _sum_groups(ds.swapaxes(-1, -2) @ np.abs(q), group, np.float64)
-    dv = _sum_groups(p.swapaxes(-1, -2) @ np.abs(do), group, np.float64)
-    return tuple(heads_back(x, bhsd, np.ndim(dout)) for x in (dq, dk, dv))
+    found["dq"] = ds @ k_abs
+    found["dk"] = _sum_groups(ds.swapaxes(-1, -2) @ np.abs(q), group, np.float64)
+    found["dv"] = _sum_groups(p.swapaxes(-1, -2) @ np.abs(do), group, np.float64)
+    return found
 
 
 def visible(

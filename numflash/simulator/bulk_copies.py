@@ -1,7 +1,8 @@
 """Bulk copies: tiles that arrive late, and tiles that are read late.
 
-A load holds 0xFF bytes in its place until it arrives: in some blocks as soon as someone waits for
-it, in others at random, in others only when no thread can run. A store's tile must stay as it is
+A load holds 0xFF bytes in its place until it arrives, and nothing else may write there: in some
+blocks it does as soon as someone waits for it, in others at random, in others only when no thread
+can run. A store's tile must stay as it is
 until its thread has waited; it reaches global memory when the block ends.
 """
 
@@ -152,6 +153,13 @@ class BulkCopies(Part):
     def _deliver(self, load: _Load) -> None:
         tensor_map = load.tensor_map
         self._loads.remove(load)
-        self._chunks[tensor_map.chunks(load.address)] = tensor_map.read(load.coordinates)
         self._proxy.end_arrival(load.address, tensor_map.n_bytes)
+        target = self.block.shared.bytes[load.address : load.address + tensor_map.n_bytes]
+        if (target != POISON).any():
+            raise SimulationError(
+                f"shared memory from {load.address:#x} on was written while a bulk load of the "
+                f"tile at {load.coordinates} was under way to it: which of them is last is not "
+                "known"
+            )
+        self._chunks[tensor_map.chunks(load.address)] = tensor_map.read(load.coordinates)
         self._mbarriers.deliver(load.barrier, tensor_map.n_bytes)

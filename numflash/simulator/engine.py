@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from greenlet import getcurrent, greenlet
 
 from numflash.simulator.errors import DeadlockError, SimulationError
-from numflash.simulator.memory import POISON, SharedMemory
+from numflash.simulator.memory import SharedMemory
 from numflash.simulator.parts import Part
 from numflash.simulator.seed import SEED
 from numflash.simulator.waiting import who_waits
@@ -71,8 +71,6 @@ class Thread:
         "threadIdx",
         "greenlet",
         "result",
-        "copies",
-        "copy_groups",
         "stores",
     )
 
@@ -86,29 +84,8 @@ class Thread:
         # NumPy keeps its floating-point error settings in the context.
         self.greenlet.gr_context = copy_context()
         self.result = None
-        # Asynchronous copies: those of no group yet, and the groups that have not been waited for.
-        self.copies: list[tuple] = []
-        self.copy_groups: list[list[tuple]] = []
         # (array, first word, words) of stores to shared memory since the last fence.
         self.stores: list[tuple] = []
-
-    def issue_copy(self, target, origin) -> None:
-        """Begin to copy the bytes `origin` to the bytes `target`; zeros where it is None."""
-        target[:] = POISON
-        self.copies.append((target, origin))
-
-    def commit_copies(self) -> None:
-        """Make a group of the copies issued since the last one."""
-        self.copy_groups.append(self.copies)
-        self.copies = []
-
-    def wait_for_copies(self, pending: int) -> None:
-        """Deliver all groups but the newest `pending`."""
-        arriving = len(self.copy_groups) - pending
-        for group in self.copy_groups[: max(0, arriving)]:
-            for target, origin in group:
-                target[:] = 0 if origin is None else origin
-        del self.copy_groups[: max(0, arriving)]
 
     def sync_block(
         self, name: str = "syncthreads", payload=None, together: Callable | None = None

@@ -1,21 +1,23 @@
-"""The registers that the warpgroups of a block give back and take (`setmaxnreg`).
+"""The registers that the warps of a block give back and take (`setmaxnreg`).
 
 A block is launched with as many registers a thread as fit its share of an SM. "inc" waits until
-others have given back enough.
+others have given back enough. All four warps of a warpgroup must execute it, each when it comes
+to it.
 """
 
 from numflash.simulator.engine import current_thread
 from numflash.simulator.errors import SimulationError
 from numflash.simulator.parts import Part
 from numflash.simulator.waiting import who_waits
+from numflash.simulator.warpgroup import execute
 
 _REGISTERS = 64 * 1024
-_SIZE = 128
+_WARP_SIZE = 32
 _MOST = 256
 
 
 class RegisterPool(Part):
-    """The registers of a block that no warpgroup has, counted a thread."""
+    """The registers of a block that no warp has, counted a thread."""
 
     def __init__(self, block):
         super().__init__(block)
@@ -27,17 +29,16 @@ class RegisterPool(Part):
         self._waiting: dict[int, list] = {}
 
     def set(self, action: str, registers: int) -> None:
-        """All threads of a warpgroup have `registers` from here on."""
+        """All threads of a warp have `registers` from here on."""
         thread = current_thread()
-        number = thread.index // _SIZE
-        if (number + 1) * _SIZE > self.block.size:
-            raise SimulationError(f"setmaxnreg: warpgroup {number} has fewer than four warps")
+        number = thread.warp
 
         def together(payloads):
+            execute(f"setmaxnreg.{action}", registers)
             self._change(number, action, registers)
             return [None] * len(payloads)
 
-        thread.collective(f"setmaxnreg.{action} {registers}", _SIZE, None, together)
+        thread.collective(f"setmaxnreg.{action} {registers}", _WARP_SIZE, None, together)
         while number in self._wanted:
             self._waiting.setdefault(number, []).append(thread)
             self.block.park()
@@ -47,7 +48,7 @@ class RegisterPool(Part):
         lines = []
         for number, registers in self._wanted.items():
             lines.append(
-                f"  setmaxnreg.inc {registers}: warpgroup {number} has {self._owns(number)} "
+                f"  setmaxnreg.inc {registers}: warp {number} has {self._owns(number)} "
                 f"registers a thread, {self.free} are free"
             )
             lines += who_waits(self._waiting.get(number, ()))
@@ -60,7 +61,7 @@ class RegisterPool(Part):
         own = self._owns(number)
         if (registers > own) if action == "dec" else (registers < own):
             raise SimulationError(
-                f"setmaxnreg.{action} {registers}: warpgroup {number} has {own} registers a thread"
+                f"setmaxnreg.{action} {registers}: warp {number} has {own} registers a thread"
             )
         self._wanted[number] = registers
         for waiting, wanted in sorted(self._wanted.items(), key=lambda item: item[1]):

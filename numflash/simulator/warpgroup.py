@@ -1,13 +1,19 @@
 """Products of a warpgroup (`wgmma`): what they read, and when their results are there.
 
-The functions here run once for a warpgroup, on behalf of its 128 threads. A product is computed
-when it is issued. Until it has been waited for its accumulators hold 0xFF bytes and refuse to be
-touched, operand a in registers refuses to be written, and operands in shared memory are compared
-with what they were: the hardware may have read them at any time.
+The functions here run once for a warp, on behalf of its 32 threads: each of the four warps
+computes its 16 rows of a product, when it issues it. Until the warp has waited for it its
+accumulators hold 0xFF bytes and refuse to be touched, operand a in registers refuses to be
+written, and operands in shared memory are compared with what they were: the hardware may have read
+them at any time.
+
+All warps of a warpgroup must execute the same instructions (`.aligned`), but those hold the
+threads of a warp together (`.sync`), not the warps. One may have waited for its products, and
+given their operands back, before another has issued them; the order of threads decides.
 
 Layouts are those of `numflash.ptx.wgmma`.
 """
 
+from collections import defaultdict
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -22,8 +28,15 @@ from numflash.simulator.parts import Part
 from numflash.simulator.proxies import AsyncProxy
 from numflash.simulator.tensor_maps import swizzled
 
+WARPS_APART = True
+"""Whether the warps of a warpgroup go on by themselves. False holds them together at each
+instruction, as if a product were over for all of them at once: what one arrival for a warpgroup
+counts on (`tiles.wgmma.turns.make_giving_back`), and the PTX ISA does not say."""
 _SIZE = 128
+_WARPS = 4
+_LANES = 32
 _ROWS = 64
+_WARP_ROWS = 16
 _K_CHUNKS = 2
 _ROW_CHUNKS = 8
 _SWIZZLE_128 = 1
@@ -62,8 +75,8 @@ class _Product:
     operands: tuple[Operand, ...]
 
 
-class _Warpgroup:
-    """What a warpgroup has issued and not waited for."""
+class _Warp:
+    """What a warp has issued and not waited for."""
 
     def __init__(self):
         self.fenced = False
@@ -76,28 +89,69 @@ class _Warpgroup:
 
 
 class Warpgroups(Part):
-    """The warpgroups of a block."""
+    """The warpgroups of a block, and their warps."""
 
     def __init__(self, block):
         super().__init__(block)
-        self.by_number: dict[int, _Warpgroup] = {}
+        self.warps: dict[int, _Warp] = defaultdict(_Warp)
         self.chunks = block.shared.bytes.reshape(-1, 16)
+        # What each warpgroup executes, and how much of it each warp has.
+        self._executed: dict[int, list[tuple]] = defaultdict(list)
+        self._counts: dict[int, int] = defaultdict(int)
 
-    def running(self) -> _Warpgroup:
-        """That of the running thread."""
-        number = current_thread().index // _SIZE
+    def running(self) -> _Warp:
+        """The warp of the running thread."""
+        return self.warps[current_thread().warp]
+
+    def execute(self, instruction: tuple) -> None:
+        """The running thread's warp executes what all warps of its warpgroup must.
+
+        `instruction` is its name and what else must be the same.
+        """
+        warp = current_thread().warp
+        number, count = warp // _WARPS, self._counts[warp]
         if (number + 1) * _SIZE > self.block.size:
-            raise SimulationError(f"wgmma: warpgroup {number} has fewer than four warps")
-        return self.by_number.setdefault(number, _Warpgroup())
+            raise SimulationError(
+                f"{instruction[0]}: warpgroup {number} has fewer than four warps"
+            )
+        executed = self._executed[number]
+        if count == len(executed):
+            executed.append(instruction)
+        elif executed[count] != instruction:
+            raise SimulationError(
+                f"warp {warp} executes {_text(instruction)} where another warp of warpgroup "
+                f"{number} executed {_text(executed[count])}: all four must execute the same"
+            )
+        self._counts[warp] += 1
 
     def finish(self) -> None:
-        """Refuse products that were not waited for."""
-        for number, warpgroup in self.by_number.items():
-            if warpgroup.under_way():
+        """Refuse products that were not waited for, and what not all warps have executed."""
+        ended = f"block {tuple(self.block.blockIdx)} ended and"
+        for number, warp in self.warps.items():
+            if warp.under_way():
                 raise SimulationError(
-                    f"block {tuple(self.block.blockIdx)} ended and warpgroup {number} has not "
-                    "waited for its products"
+                    f"{ended} warp {number} of warpgroup {number // _WARPS} has not waited for "
+                    "its products"
                 )
+        for number, executed in self._executed.items():
+            for warp in range(number * _WARPS, (number + 1) * _WARPS):
+                if self._counts[warp] < len(executed):
+                    raise SimulationError(
+                        f"{ended} warp {warp} has not executed "
+                        f"{_text(executed[self._counts[warp]])}, as another warp of warpgroup "
+                        f"{number} did"
+                    )
+
+
+def execute(name: str, *operands) -> None:
+    """The running thread's warp executes an instruction of warpgroups, with these operands."""
+    _warpgroups().execute((name, *operands))
+
+
+def go_on(name: str) -> None:
+    """The running thread has executed it; where warps are not apart it waits for the others."""
+    if not WARPS_APART:
+        current_thread().collective(f"{name} of a warpgroup", _SIZE, None, list)
 
 
 def fence() -> None:
@@ -107,23 +161,23 @@ def fence() -> None:
 
 def commit() -> None:
     """Make a group of the products issued since the last one."""
-    warpgroup = _warpgroups().running()
-    warpgroup.groups.append(warpgroup.issued)
-    warpgroup.issued = []
+    warp = _warpgroups().running()
+    warp.groups.append(warp.issued)
+    warp.issued = []
 
 
 def wait(accumulators: list[np.ndarray], pending: int) -> None:
     """Deliver all groups but the newest `pending`, which must be all that `accumulators` await."""
     warpgroups = _warpgroups()
-    warpgroup = warpgroups.running()
-    arriving = max(0, len(warpgroup.groups) - pending)
-    arrived = [product for group in warpgroup.groups[:arriving] for product in group]
-    del warpgroup.groups[:arriving]
-    warpgroup.fenced = False
+    warp = warpgroups.running()
+    arriving = max(0, len(warp.groups) - pending)
+    arrived = [product for group in warp.groups[:arriving] for product in group]
+    del warp.groups[:arriving]
+    warp.fenced = False
     for product in arrived:
         for operand in product.operands:
             _check_unchanged(warpgroups, operand)
-    left = warpgroup.under_way()
+    left = warp.under_way()
     reading = {id(array) for p in left for operand in p.operands for array in operand.arrays[:1]}
     for product in arrived:
         for operand in product.operands:
@@ -131,9 +185,9 @@ def wait(accumulators: list[np.ndarray], pending: int) -> None:
                 for array in operand.arrays:
                     array.__class__ = Local
     writing = {id(product.sum) for product in left}
-    for key, total in list(warpgroup.sums.items()):
+    for key, total in list(warp.sums.items()):
         if id(total) not in writing:
-            del warpgroup.sums[key]
+            del warp.sums[key]
             _deliver(total)
     if any(type(array) is InFlight for array in accumulators):
         raise SimulationError(
@@ -143,8 +197,9 @@ def wait(accumulators: list[np.ndarray], pending: int) -> None:
 
 
 def shared_a(descriptors: np.ndarray, dtype: str) -> Operand:
-    """Operand a in shared memory, 64 rows, K-major."""
-    return _shared("a", descriptors, _ROWS, "k", dtype)
+    """Operand a in shared memory, K-major: of its 64 rows those of this warp."""
+    first = current_thread().warp % _WARPS * _WARP_ROWS
+    return _shared("a", descriptors, _ROWS, "k", dtype, slice(first, first + _WARP_ROWS))
 
 
 def register_a(fragments: list[np.ndarray], dtype: str) -> Operand:
@@ -152,8 +207,8 @@ def register_a(fragments: list[np.ndarray], dtype: str) -> Operand:
     words = np.array(fragments)
     element = _ELEMENTS[dtype]
     rows, columns = _a_index(4 // element.itemsize)
-    matrix = np.empty((_ROWS, 32 // element.itemsize))
-    matrix[rows, columns] = words.view(element).reshape(_SIZE, 4, -1).astype(np.float64)
+    matrix = np.empty((_WARP_ROWS, 32 // element.itemsize))
+    matrix[rows, columns] = words.view(element).reshape(_LANES, 4, -1).astype(np.float64)
     return Operand(matrix, arrays=[whole(fragment) for fragment in fragments])
 
 
@@ -167,14 +222,14 @@ def multiply(
     accumulate: bool,
 ) -> None:
     """Issue accumulators (+)= a b, with b of n columns in shared memory."""
-    warpgroup = _warpgroups().running()
-    if not warpgroup.fenced:
+    warp = _warpgroups().running()
+    if not warp.fenced:
         raise SimulationError(
             "wgmma is issued and no wgmma_fence has come since the last wait, after which "
             "registers may have been touched"
         )
     b = _shared("b", b_descriptors, n, b_major, dtype)
-    total = _sum(warpgroup, accumulators, n, accumulate)
+    total = _sum(warp, accumulators, n, accumulate)
     with np.errstate(all="ignore"):
         product = a.matrix @ b.matrix.T
         if accumulate:
@@ -182,19 +237,19 @@ def multiply(
         total.value = product.astype(np.float32)
     for array in a.arrays:
         array.__class__ = BeingRead
-    warpgroup.issued.append(_Product(total, (a, b)))
+    warp.issued.append(_Product(total, (a, b)))
 
 
 def _warpgroups() -> Warpgroups:
     return current_thread().block.part(Warpgroups)
 
 
-def _sum(warpgroup: _Warpgroup, accumulators, n: int, accumulate: bool) -> _Sum:
+def _sum(warp: _Warp, accumulators, n: int, accumulate: bool) -> _Sum:
     """The sum that these arrays are under way to hold, begun where they are not."""
-    total = warpgroup.sums.get(id(accumulators[0]))
+    total = warp.sums.get(id(accumulators[0]))
     if total is not None:
         if any(x is not y for x, y in zip(total.arrays, accumulators, strict=True)):
-            raise SimulationError("wgmma: threads of a warpgroup name different accumulators")
+            raise SimulationError("wgmma: threads of a warp name different accumulators")
         if total.value.shape[1] != n:
             raise SimulationError(
                 f"wgmma: n = {n} with an accumulator that a product with n = "
@@ -202,7 +257,7 @@ def _sum(warpgroup: _Warpgroup, accumulators, n: int, accumulate: bool) -> _Sum:
             )
         return total
     rows, columns = _d_index(n)
-    value = np.empty((_ROWS, n), np.float32)
+    value = np.empty((_WARP_ROWS, n), np.float32)
     if accumulate:
         value[rows, columns] = np.array(accumulators)
     for array in accumulators:
@@ -214,7 +269,7 @@ def _sum(warpgroup: _Warpgroup, accumulators, n: int, accumulate: bool) -> _Sum:
             )
         array.fill(_POISON)
         array.__class__ = InFlight
-    total = warpgroup.sums[id(accumulators[0])] = _Sum(accumulators, value)
+    total = warp.sums[id(accumulators[0])] = _Sum(accumulators, value)
     return total
 
 
@@ -230,12 +285,14 @@ def _check_unchanged(warpgroups: Warpgroups, operand: Operand) -> None:
     if chunks is not None and (warpgroups.chunks[chunks] != operand.content).any():
         raise SimulationError(
             "an operand in shared memory changed between the issue of a wgmma and the wait for "
-            "it: whoever wrote it did not wait for this warpgroup"
+            "it: whoever wrote it did not wait for all warps of this warpgroup"
         )
 
 
-def _shared(name: str, descriptors, n_rows: int, major: str, dtype: str) -> Operand:
-    """An operand in shared memory, (n_rows, k): a, or b transposed."""
+def _shared(
+    name: str, descriptors, n_rows: int, major: str, dtype: str, own: slice = slice(None)
+) -> Operand:
+    """An operand in shared memory, (n_rows, k): a, or b transposed; of its chunks those `own`."""
     block = current_thread().block
     descriptor = int(descriptors[0])
     if (descriptors != descriptors[0]).any():
@@ -244,11 +301,12 @@ def _shared(name: str, descriptors, n_rows: int, major: str, dtype: str) -> Oper
     low, high = 16 * int(chunks.min()), 16 * int(chunks.max()) + 16
     what = f"operand {name} of wgmma"
     block.shared.check_range(what, low, high - low, 16)
+    chunks = chunks[own]
     block.part(AsyncProxy).check(what, chunks)
     content = block.part(Warpgroups).chunks[chunks]
     elements = content.view(_ELEMENTS[dtype])
     if major == "k":
-        matrix = elements.reshape(n_rows, -1)
+        matrix = elements.reshape(len(content), -1)
     else:
         # (k, chunk, 8 rows)
         matrix = elements.reshape(len(content), -1)[:, :n_rows].T
@@ -285,16 +343,21 @@ def _mn_major(n_rows: int, leading: int, stride: int) -> np.ndarray:
 
 @cache
 def _d_index(n: int):
-    """Row and column of every accumulator register, (128, n / 2)."""
-    t, i = np.arange(_SIZE)[:, None], np.arange(n // 2)
-    rows = 16 * (t // 32) + t % 32 // 4 + 8 * (i // 2 % 2)
+    """Row, of the warp's, and column of every accumulator register, (32, n / 2)."""
+    t, i = np.arange(_LANES)[:, None], np.arange(n // 2)
+    rows = t // 4 + 8 * (i // 2 % 2)
     return rows, 8 * (i // 4) + 2 * (t % 4) + i % 2
 
 
 @cache
 def _a_index(per_register: int):
-    """Row and column of every element of operand a in registers, (128, 4, per_register)."""
-    t, i = np.arange(_SIZE)[:, None, None], np.arange(4)[:, None]
+    """Row, of the warp's, and column of every element of a in registers, (32, 4, per_register)."""
+    t, i = np.arange(_LANES)[:, None, None], np.arange(4)[:, None]
     h = np.arange(per_register)
-    rows = 16 * (t // 32) + t % 32 // 4 + 8 * (i % 2) + 0 * h
+    rows = t // 4 + 8 * (i % 2) + 0 * h
     return rows, per_register * (t % 4) + h + 4 * per_register * (i // 2)
+
+
+def _text(instruction: tuple) -> str:
+    name, *operands = instruction
+    return f"{name}({', '.join(f'{int(x):#x}' for x in operands)})"

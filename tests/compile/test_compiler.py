@@ -31,6 +31,7 @@ from numflash.ptx import (
     device_function,
     ex2_approx_ftz_f32,
     f32,
+    fma_rn_f32,
     i32,
     instruction,
     repeated_work,
@@ -304,6 +305,31 @@ def test_a_cache_that_cannot_be_read(cache_directory, compilations, good):
     # A folder in the file's place: neither read nor replaced.
     cache._path(key_of(CONFIG, TRAITS, LIMITS)).mkdir(parents=True)
     assert get_cubin(CONFIG, TRAITS, LIMITS) == good
+
+
+def test_only_what_says_fma_is_fused():
+    """Not in machine code and not in PTX: what the simulator rounds twice, a GPU rounds twice."""
+
+    def make(fused):
+        def multiply_and_add(x: Pointer(f32), y: Pointer(f32), scale: f32):
+            i = cuda.threadIdx.x
+            if fused:
+                y[i] = fma_rn_f32(x[i], scale, -y[i])
+            else:
+                y[i] = x[i] * scale - y[i]
+
+        return Kernel("multiply-and-add", multiply_and_add, 32, 0)
+
+    limits = ARCHITECTURES["sm_90a"]
+    apart, fused = (
+        disassemble(compile_kernel(partial(make, fused), limits).code) for fused in (False, True)
+    )
+    assert "FMUL" in apart and "FADD" in apart and "FFMA" not in apart
+    assert "FFMA" in fused and "FADD" not in fused
+    apart, fused = (
+        compiler._front_end(partial(make, fused), limits, "ptx")[1] for fused in (False, True)
+    )
+    assert "fma.rn.f32" not in apart and "fma.rn.f32" in fused
 
 
 def test_what_the_key_depends_on():

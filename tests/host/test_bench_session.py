@@ -431,7 +431,7 @@ def test_every_idea_can_be_asked_for(direction, arch):
 
 def test_the_ideas_of_hopper_are_turned_off_one_by_one():
     limits = ARCHITECTURES["sm_90a"]
-    names = {"wgmma and bulk copies", "overlap", "pingpong", "persistent", "staging"}
+    names = {"wgmma and bulk copies", "overlap", "pingpong", "persistent", "arrivals", "staging"}
     rows = [idea for idea in ablation.ideas("forward", limits) if idea.name in names]
     assert {idea.name for idea in rows} == names
     # Not a baseline of its own: everything is compared with one kernel, and differs in one thing.

@@ -85,6 +85,8 @@ HOPPER_TEXTS = [
     "sm90-m128n176w8s2-overlap-pingpong-persistent",
     "sm90-m192n128w12s3x7-h4-unpacked-r152-overlap-persistent",
     "sm90-m64n64w4s2-packed-persistent",
+    "sm90-m128n128w8s2-h2-r232-a1-overlap-pingpong",
+    "sm90-m64n64w4s2-a1",
 ]
 
 
@@ -95,6 +97,7 @@ def test_a_config_for_hopper_round_trips_through_its_string(text):
     assert (config.family, config.implementation) == ("forward", "sm90")
     for name in ("overlap", "pingpong", "persistent"):
         assert getattr(config, name) is (name in text)
+    assert config.arrivals == (1 if "-a1" in text else 4)
     # Splits, packing and order are arguments: the machine code is shared.
     assert config.compiled == replace(config.compiled, packed=None, heads_in_flight=0)
     assert config.compiled.num_splits == min(config.num_splits, 2)
@@ -112,6 +115,9 @@ def test_a_config_for_hopper_round_trips_through_its_string(text):
         ("sm90-m64n64w4s1-pingpong", "one warpgroup has no turns to take"),
         ("sm90-m128n64w8s1-r244", "consumer_registers must be a multiple of 8"),
         ("sm90-m128n64w8s1-r248", "leave 24 to the warps that copy"),
+        ("sm90-m128n64w8s1-a2", "a warpgroup arrives 2 times; it can only do so 1 or 4 times"),
+        ("sm90-m128n64w8s1-a4", "a forward config must look like sm90-"),
+        ("sm90-m128n64w8s1-a1-r232", "a forward config must look like sm90-"),
     ],
 )
 def test_a_wrong_config_for_hopper_is_refused(text, words):

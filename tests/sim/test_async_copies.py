@@ -1,7 +1,7 @@
 """Asynchronous copies in the simulator: what arrives when, and what a kernel that errs computes.
 
 On hardware a copy may arrive any time after its issue; here it arrives at the wait, and the target
-holds 0xFF bytes until then.
+holds 0xFF bytes until then. What else writes there meanwhile is refused.
 """
 
 import numpy as np
@@ -13,10 +13,11 @@ from numflash.ptx import (
     cp_async_16,
     cp_async_commit_group,
     cuda,
+    st_shared_u32,
     u16,
     u32,
 )
-from numflash.simulator import SEED, GlobalPointer, launch
+from numflash.simulator import SEED, GlobalPointer, SimulationError, launch
 from tests.async_copy_cases import ASYNC_COPY_CASES
 from tests.instruction_harness import run_simulated
 
@@ -118,6 +119,7 @@ def test_a_wait_leaves_the_newest_groups_out(issued, pending):
         CP_ASYNC_WAIT_GROUP[pending]()
         for i in range(6):
             out[6 + i] = smem[i]
+        CP_ASYNC_WAIT_GROUP[0]()
 
     arrived = max(0, issued - pending)
     expected = [*range(1, arrived + 1), *[POISON] * (6 - arrived)]
@@ -162,6 +164,7 @@ def test_a_thread_waits_for_its_own_copies_only():
             CP_ASYNC_WAIT_GROUP[0]()
         cuda.syncthreads()
         out[t] = smem[t]
+        CP_ASYNC_WAIT_GROUP[0]()
 
     got = run(kernel, aligned(64), 64, block=64)
     assert (got[1::2] == np.arange(2, 65, 2)).all() and (got[::2] == POISON).all()
@@ -203,6 +206,8 @@ def exchange(waits, meets):
         if meets:
             cuda.syncthreads()
         out[t] = smem[4 * (63 - t)]
+        cuda.syncthreads()
+        CP_ASYNC_WAIT_GROUP[0]()
 
     return kernel
 
@@ -246,6 +251,93 @@ def test_a_copy_over_what_others_still_read_shows(each_seed):
 # What is refused
 
 
+@pytest.mark.parametrize("committed", [False, True])
+def test_two_copies_of_a_thread_to_the_same_bytes_are_refused(committed, each_seed):
+    def kernel(x, out, waits):
+        smem = cuda.shared.array(0, u32)
+        t = cuda.threadIdx.x
+        cp_async_16(smem, 4 * t, x, 4 * t, 16)
+        if committed or waits:
+            cp_async_commit_group()
+        if waits:
+            CP_ASYNC_WAIT_GROUP[0]()
+        cp_async_4(smem, 4 * t + 3, x, 0, 0)
+        cp_async_commit_group()
+        CP_ASYNC_WAIT_GROUP[0]()
+        out[t] = smem[4 * t + 3]
+
+    def with_waits(waits):
+        return run(lambda x, out: kernel(x, out, waits), aligned(256), 64, block=64)
+
+    assert (with_waits(True) == 0).all()
+    second, first = f"group {int(committed)}, to shared", "group 0, to shared"
+    message = rf"thread (\d+), in its {second} .* is issued while .* thread \1, in its {first}"
+    with pytest.raises(SimulationError, match=message):
+        with_waits(False)
+
+
+def test_copies_of_two_threads_to_the_same_bytes_are_refused():
+    """Thread 1 copies over what thread 0 has copied: behind its wait and a barrier, or not."""
+
+    def kernel(x, out, waits, meets):
+        smem = cuda.shared.array(0, u32)
+        t = cuda.threadIdx.x
+        for turn in range(2):
+            if t == turn:
+                cp_async_4(smem, 0, x, turn, 4)
+                cp_async_commit_group()
+                if waits:
+                    CP_ASYNC_WAIT_GROUP[0]()
+            if meets:
+                cuda.syncthreads()
+        CP_ASYNC_WAIT_GROUP[0]()
+        out[0] = smem[0]
+
+    def run_with(seed, *about):
+        SEED.value = seed
+        run(lambda x, out: kernel(x, out, *about), aligned(2), 1, block=2)
+
+    for seed in range(4):
+        run_with(seed, True, True)
+        with pytest.raises(SimulationError, match=r"thread 1, .* while .* thread 0, .* under way"):
+            run_with(seed, False, True)
+
+
+@pytest.mark.parametrize("store", ["element", "instruction", "other thread"])
+def test_a_store_to_bytes_of_a_copy_under_way_is_refused(store, each_seed):
+    def kernel(x, out):
+        smem = cuda.shared.array(0, u32)
+        t = cuda.threadIdx.x
+        if t == 0:
+            cp_async_16(smem, 0, x, 0, 16)
+            cp_async_commit_group()
+        cuda.syncthreads()
+        if t == (store == "other thread"):
+            if store == "instruction":
+                st_shared_u32(smem, 2, u32(7))
+            else:
+                smem[2] = u32(7)
+        cuda.syncthreads()
+        CP_ASYNC_WAIT_GROUP[0]()
+
+    with pytest.raises(SimulationError, match=r"thread 0, .* was also written by something else"):
+        run(kernel, aligned(4), 1, block=2)
+
+
+@pytest.mark.parametrize("commits", [False, True])
+def test_a_copy_that_nobody_waits_for_is_refused(commits):
+    def kernel(x, out):
+        cp_async_16(cuda.shared.array(0, u32), 4, x, 0, 16)
+        if commits:
+            cp_async_commit_group()
+            CP_ASYNC_WAIT_GROUP[1]()
+        else:
+            CP_ASYNC_WAIT_GROUP[0]()
+
+    with pytest.raises(SimulationError, match=r"ended and a cp.async of thread 0, .* not been w"):
+        run(kernel, aligned(4), 1)
+
+
 @pytest.mark.parametrize("name", COPIES)
 def test_a_copy_lies_inside_its_arrays(name):
     instruction, n = COPIES[name]
@@ -253,6 +345,8 @@ def test_a_copy_lies_inside_its_arrays(name):
     def copy(target, source, n_bytes=4 * n):
         def kernel(x, out):
             instruction(cuda.shared.array(0, u32), target, x, source, n_bytes)
+            cp_async_commit_group()
+            CP_ASYNC_WAIT_GROUP[0]()
 
         run(kernel, aligned(3 * n), 1, smem_bytes=8 * n)
 
@@ -275,6 +369,8 @@ def test_sixteen_bytes_lie_at_multiples_of_sixteen():
     def copy(target, source, x=None):
         def kernel(x, out):
             cp_async_16(cuda.shared.array(0, u32), target, x, source, 16)
+            cp_async_commit_group()
+            CP_ASYNC_WAIT_GROUP[0]()
 
         run(kernel, aligned(16) if x is None else x, 1)
 

@@ -16,9 +16,10 @@ import pytest
 
 import numflash
 from numflash import api, calls
+from numflash.configs import parse_config
 from numflash.kernels import sm90
 from numflash.launch import limits_of_device
-from numflash.simulator import SEED
+from numflash.simulator import SEED, warpgroup
 from numflash.simulator.errors import DeadlockError, SimulationError
 from tests.sim.test_broken_kernels import Mutation
 
@@ -39,7 +40,10 @@ CHAIN = (
 
 @dataclass(frozen=True)
 class Problem:
-    """What a kernel must solve: a config and sizes that need what was taken away."""
+    """What a kernel must solve: a config and sizes that need what was taken away.
+
+    `apart` is the simulator's `WARPS_APART`.
+    """
 
     config: str
     seqlen_q: int
@@ -49,6 +53,12 @@ class Problem:
     head_dim: int = 32
     options: dict = field(default_factory=dict)
     seeds: range = SEEDS
+    apart: bool = True
+
+    def with_one_arrival(self, apart: bool) -> "Problem":
+        """The same for a config by which one thread arrives for a warpgroup."""
+        config = replace(parse_config("forward", f"sm90-{self.config}"), arrivals=1)
+        return replace(self, config=str(config).removeprefix("sm90-"), apart=apart)
 
     def is_solved(self) -> bool:
         """Whether the kernel's results are right."""
@@ -86,7 +96,7 @@ PROBLEMS = {
         2,
         2,
         options={"window_size": (9, 9), "causal_align": "top_left"},
-        seeds=range(6),
+        seeds=range(24),
     ),
     # Two slabs of columns, heads in groups.
     "slabs": Problem("m64n32w4s2-unpacked-overlap", 40, 70, 4, 2, 128),
@@ -94,6 +104,8 @@ PROBLEMS = {
     # A warpgroup that passes many tiles of keys by, with nothing else to hold its warps together.
     "bypassed": Problem("m128n16w8s1", 100, 112, options=_CAUSAL, seeds=range(40)),
 }
+# What one thread does for its warpgroup, where products hold warps together.
+PROBLEMS |= {f"{n} for one": PROBLEMS[n].with_one_arrival(False) for n in ("empty", "bypassed")}
 USUAL = ("persistent", "overlap", "turns")
 ALL = (*USUAL, "shared", "split", "empty")
 # What may be left out as far as results go, and the simulator can tell.
@@ -137,6 +149,7 @@ def first_failure(problems, monkeypatch) -> str | None:
         problem = PROBLEMS[name]
         for seed in problem.seeds:
             monkeypatch.setattr(SEED, "value", seed)
+            monkeypatch.setattr(warpgroup, "WARPS_APART", problem.apart)
             try:
                 if not problem.is_solved():
                     return f"{name}: wrong result with seed {seed}"
@@ -161,9 +174,9 @@ class LineMutation(Mutation):
 
 
 _SYNCHRONISATION = re.compile(
-    r"(mbarrier_(wait_parity|arrive|arrive_expect_tx|init)|wait_for_\w+|bar_sync|bar_arrive|meet"
+    r"(mbarrier_(wait_parity|arrive|arrive_expect_tx|init)|wait_for_\w+|bar_sync|bar_arrive|meet|gather"
     r"|cp_async_bulk_(wait_group_read|commit_group)|fence_\w+|wgmma_(fence|commit_group)"
-    r"|give_\w+|take_\w+|pass_turn|cuda\.syncthreads)\(.*\)"
+    r"|give_\w+|take_\w+|pass_turn|cuda\.sync(threads|warp))\(.*\)"
 )
 
 
@@ -178,9 +191,12 @@ _PRODUCTS, _RESULTS, _SOFTMAX, _TURNS = (
 def _problems_for(part: str, text: str, before: list[str]) -> tuple[str, ...]:
     """What shall show that a line is missing: first that for which it is there."""
     context = "\n".join(before)
-    if text == "meet(group)" and part != "tiles/wgmma/results":
-        return ("bypassed",) if "ring" in part else ("empty",)
-    if "not o_is_apart" in context:
+    if text == "gather(group)":
+        return ("bypassed",) if part == _RING else ("empty",)
+    if part == _TURNS and text in ("meet(group)", "cuda.syncwarp()"):
+        one = " for one" * (text == "meet(group)")
+        return (f"empty{one}", f"bypassed{one}")
+    if "o_replaces_q and leads" in context:
         return ("shared",)
     if part == _RING and "mbarrier_init" not in text and "fence" not in text:
         return ("overlap", "turns")  # passing tiles of keys by
@@ -207,10 +223,10 @@ def synchronisations() -> list:
 
 
 _P, _O, _T, _S, _C = ("persistent",), ("overlap",), ("turns",), ("shared",), ("slabs",)
-_ARRIVE_K = """                if leads():
+_ARRIVE_K = """                if gives_back():
                     mbarrier_arrive(barriers, k_empty + stage)
 """
-_ARRIVE_V_STAGE = """                        if leads():
+_ARRIVE_V_STAGE = """                        if gives_back():
                             mbarrier_arrive(barriers, v_empty + v_stage)
 """
 
@@ -250,7 +266,7 @@ IDEAS = [
         "Q given back before it was read",
         "            q_parity = u32(q_parity ^ u32(1))\n",
         """            q_parity = u32(q_parity ^ u32(1))
-            if leads():
+            if gives_back():
                 mbarrier_arrive(barriers, q_empty + group)
 """,
     ),
@@ -291,8 +307,22 @@ IDEAS = [
         _RING,
         _O,
         "one warpgroup empties K",
-        "mbarrier_init(barriers, k_empty + stage, num_groups)",
+        "mbarrier_init(barriers, k_empty + stage, arrivals)",
+        "mbarrier_init(barriers, k_empty + stage, ring.arrivals)",
+    ),
+    (
+        _RING,
+        _P,
+        "one warp empties K",
+        "mbarrier_init(barriers, k_empty + stage, arrivals)",
         "mbarrier_init(barriers, k_empty + stage, 1)",
+    ),
+    (
+        _RING,
+        ("split",),
+        "one thread gives back a Q that each warp has read",
+        "o_replaces_q=config.num_splits == 1 and not apart",
+        "o_replaces_q=not apart",
     ),
     (
         _RING,
@@ -302,13 +332,21 @@ IDEAS = [
         "mbarrier_init(barriers, k_full + stage, 2)",
     ),
     (_RING, _P, "mbarriers on top of each other", "v_full=k_full + 2 * stages", "v_full=k_full"),
-    (_TURNS, _P, "all threads give back", "return mov_tid_x() % _WARPGROUP == 0", "return True"),
+    (_TURNS, _S, "all threads lead", "return mov_tid_x() % _WARPGROUP == 0", "return True"),
+    (_TURNS, _P, "all threads give back", "return mov_tid_x() % threads == 0", "return True"),
     (
         _TURNS,
         _O,
         "one warpgroup gives back",
-        "return mov_tid_x() % _WARPGROUP == 0",
-        "return mov_tid_x() == 0",
+        "return mov_tid_x() % threads == 0",
+        "return mov_tid_x() < _WARPGROUP and mov_tid_x() % threads == 0",
+    ),
+    (
+        _TURNS,
+        _P,
+        "the first warp gives back for all",
+        "return mov_tid_x() % threads == 0",
+        "return mov_tid_x() % _WARPGROUP < arrivals",
     ),
     (
         _FORWARD,
@@ -322,8 +360,8 @@ IDEAS = [
         _FORWARD,
         _S,
         "Q on top of O",
-        "if not o_is_apart and leads():",
-        "if not o_is_apart and leads() and False:",
+        "if o_replaces_q and leads():",
+        "if o_replaces_q and leads() and False:",
     ),
     # Bytes and addresses
     (
@@ -564,3 +602,13 @@ def test_a_tensor_map_without_swizzle_is_caught(name, monkeypatch):
 
     monkeypatch.setattr(calls.Forward, "_tensor_maps", mutated)
     assert first_failure(_P, monkeypatch)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_one_arrival_takes_products_to_be_over_for_all_warps_at_once(name, monkeypatch):
+    """Right if that is so; and if each warp has its own, as the PTX ISA says, it is found out."""
+    for apart in (False, True):
+        monkeypatch.setitem(PROBLEMS, name, PROBLEMS[name].with_one_arrival(apart))
+        monkeypatch.setitem(PROBLEMS, name, replace(PROBLEMS[name], seeds=SEEDS))
+        failure = first_failure([name], monkeypatch)
+        assert bool(failure) == apart, failure

@@ -55,7 +55,7 @@ def first_failure(run, monkeypatch, seeds=SEEDS) -> str | None:
             if not run():
                 return f"wrong result with seed {seed}"
         except Exception as error:
-            return f"{type(error).__name__} with seed {seed}"
+            return f"{type(error).__name__} with seed {seed}: {error}"
     return None
 
 

@@ -34,24 +34,34 @@ def module_of(family: str) -> str:
     return f"{KERNELS}.{family.replace('-', '_')}"
 
 
-def check(family: str, config: str) -> bool:
+def sizes_of(family: str) -> tuple[int, int]:
+    """seqlen_q and seqlen_k of a small problem with several tiles to walk over."""
+    return (18, 50) if family != "backward-dkdv" else (50, 18)
+
+
+def check(family: str, config: str, sizes: tuple[int, int], window: int = 30) -> bool:
     """Whether the family's kernel with this config solves a small problem."""
     rng = np.random.default_rng(0)
-    seqlen_q, seqlen_k = (18, 50) if family != "backward-dkdv" else (50, 18)
+    seqlen_q, seqlen_k = sizes
     q, k, v, dout = (
         rng.standard_normal((1, n, 1, 32)).astype(np.float16)
         for n in (seqlen_q, seqlen_k, seqlen_k, seqlen_q)
     )
     # Scores grow along the keys, so that maxima move and what was summed is rescaled.
     k *= np.linspace(1, 12, seqlen_k, dtype=np.float16)[:, None, None]
-    options = {"causal": True, "window_size": (30, 0)}
+    options = {"causal": True, "window_size": (window, 0)}
     if family == "forward":
         return numflash.check(q, k, v, config=config, **options).passed
     return numflash.check(q, k, v, dout=dout, config={family: config}, **options).passed
 
 
-def first_failure_of(family, monkeypatch, module=None, mutation=None, seeds=SEEDS) -> str | None:
-    """How the family's kernel with a mutated `module` fails, for any config and seed."""
+def first_failure_of(
+    family, monkeypatch, module=None, mutation=None, seeds=SEEDS, configs=None, problem=None
+) -> str | None:
+    """How the family's kernel with a mutated `module` fails, for any config and seed.
+
+    `problem` are the arguments of `check` behind the config.
+    """
     if mutation is not None:
         kernel_module = module_of(family)
         for name in dict.fromkeys((module, kernel_module)):
@@ -65,9 +75,9 @@ def first_failure_of(family, monkeypatch, module=None, mutation=None, seeds=SEED
 
     def run(config):
         api._ready.clear()
-        return check(family, config)
+        return check(family, config, *(problem or [sizes_of(family)]))
 
-    for config in CONFIGS[family]:
+    for config in configs or CONFIGS[family]:
         failure = first_failure(lambda config=config: run(config), monkeypatch, seeds)
         if failure:
             return f"{config}: {failure}"
@@ -183,3 +193,28 @@ def test_a_broken_tile_is_caught(family, module, mutation, monkeypatch, record_p
     caught = first_failure_of(family, monkeypatch, f"{TILES}.{module}", mutation)
     record_property("caught", caught)
     assert caught
+
+
+# By family: the walk's bounds, configs, and a problem of which blocks have no tile to visit:
+# (seqlen_q, seqlen_k) and the window.
+WITHOUT_TILES = {
+    "forward": ("n", ("sm80-m32n16w2s1", "sm80-m32n16w2s3"), ((70, 18), 9)),
+    "backward-dq": ("n", ("sm80-m32n16w2s1", "sm80-m32n16w2s3"), ((70, 18), 9)),
+    "backward-dkdv": ("m", ("sm80-m16n32w2s1", "sm80-m16n32w2s3"), ((18, 100), 9)),
+    # Three walks without a tile come before one that has some, in either split.
+    "backward": ("m", [f"sm80-m32n32w2s{s}x2" for s in (1, 2, 3)], ((32, 256), 16)),
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "config"), [(f, c) for f, (_, configs, _) in WITHOUT_TILES.items() for c in configs]
+)
+def test_what_no_tile_needs_is_not_copied(family, config, monkeypatch, record_property):
+    """Nobody waits for such a copy, and what comes next may copy to the same bytes."""
+    axis, _, problem = WITHOUT_TILES[family]
+    mutation = Mutation("copies for no tile", f"if {axis}_begin < {axis}_end:", "if True:")
+    about = {"configs": (config,), "problem": problem}
+    assert first_failure_of(family, monkeypatch, seeds=range(1), **about) is None
+    caught = first_failure_of(family, monkeypatch, module_of(family), mutation, **about)
+    record_property("caught", caught)
+    assert "cp.async of thread" in caught

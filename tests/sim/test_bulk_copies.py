@@ -451,20 +451,26 @@ def test_a_fence_counts_also_after_others_have_copied():
     run(kernel, tensor()[1])
 
 
-def test_a_store_where_a_load_arrives_is_found_out():
+@pytest.mark.parametrize("stored_by", ["instruction", "element"])
+def test_a_store_where_a_load_arrives_is_found_out(stored_by):
     def kernel(map):
         smem, barriers = begin()
         if cuda.threadIdx.x == 0:
             load(smem, barriers, map)
-            st_shared_u32(smem, 5, u32(3))
+            if stored_by == "instruction":
+                st_shared_u32(smem, 5, u32(3))
+            else:
+                smem[5] = u32(3)
             mbarrier_wait_parity(barriers, 0, 0)
+
+    messages = {"instruction": "while a bulk copy was under way", "element": "which of them is la"}
 
     def is_refused(seed):
         SEED.value = seed
         try:
             run(kernel, tensor()[1])
         except SimulationError as error:
-            return "while a bulk copy was under way" in str(error)
+            return messages[stored_by] in str(error)
         return False
 
     assert any(is_refused(seed) for seed in SEEDS)

@@ -21,7 +21,7 @@ from numflash.errors import UnsupportedError
 from numflash.fp8 import Fp8Recipe
 from numflash.kernels import sm90
 from numflash.launch import limits_of_device
-from numflash.simulator import SEED
+from numflash.simulator import SEED, warpgroup
 from numflash.switches import is_on
 from tests.attention_cases import SIM_CASES, AttentionCase, on_fp8
 from tests.sim.test_broken_kernels import Mutation, first_failure
@@ -242,12 +242,14 @@ def first_failure_of(monkeypatch, config, module=None, mutation=None, seeds=rang
             exec(mutation.apply(source) if name == module else source, changed.__dict__)
         monkeypatch.setitem(sm90.FACTORIES, "forward", changed.make_fp8_forward_kernel)
 
-    def is_right() -> bool:
-        api._ready.clear()
-        call = problem(config)
-        return not differences(*run(call, config), call, tile_n_of(config))
+    return first_failure(lambda: is_right(config, config), monkeypatch, seeds)
 
-    return first_failure(is_right, monkeypatch, seeds)
+
+def is_right(config: str, of_problem: str) -> bool:
+    """Whether a config solves the problem for another, or its own."""
+    api._ready.clear()
+    call = problem(of_problem)
+    return not differences(*run(call, config), call, tile_n_of(config))
 
 
 # (module, config, mutation) for each idea that the kernel could get wrong.
@@ -386,6 +388,16 @@ def test_a_broken_kernel_is_caught(module, config, mutation, monkeypatch, record
     caught = first_failure_of(monkeypatch, config, name, mutation)
     record_property("caught", caught)
     assert caught
+
+
+@pytest.mark.parametrize("config", [OVERLAP, WIDE, TURNING])
+def test_one_arrival_takes_products_to_be_over_for_all_warps_at_once(config, monkeypatch):
+    """As in `test_broken_hopper_kernels`; buffers must be filled twice."""
+    one = str(replace(parse_config("forward", config), arrivals=1))
+    for apart, seeds in ((False, 2), (True, 6)):
+        monkeypatch.setattr(warpgroup, "WARPS_APART", apart)
+        failure = first_failure(lambda: is_right(one, config), monkeypatch, range(seeds))
+        assert bool(failure) == apart, failure
 
 
 @pytest.mark.parametrize("config", SMALL)

@@ -223,7 +223,9 @@ def test_huge_scores_that_are_equal_give_the_mean_of_v(name, seqlen_k, sign, gpu
     out, lse = forward(run, q, k, v)
     np.testing.assert_allclose(as_float(out), largest, rtol=2.0**-7)
     exact = sign * largest**2 * np.sqrt(run.head_dim)
-    np.testing.assert_allclose(lse, exact, rtol=1e-5)
+    # What rotation makes of equal numbers is not equal, and 8 bits round it.
+    tolerance = 0.1 if run.options.get("precision") == "fp8" else 1e-5
+    np.testing.assert_allclose(lse, exact, rtol=tolerance)
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -344,16 +346,17 @@ def test_a_nan_lse_reaches_the_gradients(name, gpu):
 
 @pytest.mark.parametrize("name", [n for n in WITH_BACKWARD if RUNS[n].dtype == "float16"])
 def test_float16_gradients_that_fit_are_finite(name, gpu):
-    """dS before it is scaled is up to 2e5, and a quarter of that after; k and q are small."""
+    """dS does not fit before it is scaled, and does after; k and q are small."""
     run = gpu(RUNS[name])
     rng = np.random.default_rng(6)
     q, k, v, dout = rng.standard_normal((4, 1, 20, 1, run.head_dim))
     q, k = q / 50, k / 50
-    v, dout = v * 40, dout * 16000
+    v, dout = v * 12, dout * 16000
     q, k, v, dout = run.arrays(q, k, v, dout)
     exact = numflash.reference.attention_backward(dout, q, k, v)
-    terms = as_float(dout) @ as_float(v)[:, :, 0].swapaxes(-1, -2)[:, None] / 20
-    assert np.abs(terms).max() > 65504, "dS must not fit float16 before it is scaled"
+    dp = as_float(dout)[0, :, 0] @ as_float(v)[0, :, 0].T
+    ds = np.abs(dp - dp.mean(1, keepdims=True)).max() / 20  # P is about 1 / 20 everywhere
+    assert 1.2 * 65504 < ds < 0.8 * 65504 * np.sqrt(run.head_dim)
     assert max(np.abs(x).max() for x in exact) < 65504
     out, lse = forward(run, q, k, v)
     for got, wanted in zip(backward(run, dout, q, k, v, out, lse), exact, strict=True):
@@ -387,7 +390,7 @@ def test_check_says_how_exact_lse_is(gpu):
 
 
 def test_one_visible_key_has_gradients_within_budget(gpu):
-    """dQ is 0, and what float32 leaves of dP - delta is not: issue of budgets, not of kernels."""
+    """dQ is 0, and what float32 leaves of dP - delta is not."""
     for name in ("portable", "sm80"):
         run = gpu(RUNS[name])
         rng = np.random.default_rng(8)
@@ -395,5 +398,4 @@ def test_one_visible_key_has_gradients_within_budget(gpu):
         config = {"forward": run.forward, **run.backward}
         report = numflash.check(q, k, v, dout=dout, config=config)
         assert report.passed, f"\n{report}"
-        worse = numflash.check(q, k, v, dout=dout, config=config)
-        assert all(error.budget < 1e-2 for error in worse.errors if error.name in ("dq", "dk"))
+        assert all(e.budget < 1e-5 for e in report.errors if e.name in ("dq", "dk"))

@@ -305,7 +305,7 @@ def test_a_deadlock_of_registers_says_how_many_are_free():
         else:
             bar_sync(1, 256)
 
-    with pytest.raises(DeadlockError, match=r"warpgroup 0 has 168 registers a thread, 0 are free"):
+    with pytest.raises(DeadlockError, match=r"warp 0 has 168 registers a thread, 0 are free"):
         run(kernel, block=384)
 
 
@@ -323,7 +323,11 @@ def test_registers_are_taken_when_others_have_given_them(each_seed):
             take()
             order.append("has")
 
-    assert run(kernel, [], block=384) == ["gives"] * 128 + ["has"] * 256
+    order = run(kernel, [], block=384)
+    assert (order.count("gives"), order.count("has")) == (128, 256)
+    # What a warp gives, 144 a thread, is enough for two that take 72.
+    for i in range(384):
+        assert 72 * order[: i + 1].count("has") <= 144 * order[: i + 1].count("gives")
 
 
 def test_more_registers_than_there_are_are_never_had():
@@ -360,7 +364,7 @@ def test_registers_belong_to_whole_warpgroups():
         if cuda.threadIdx.x < 32:
             give()
 
-    with pytest.raises(DeadlockError, match="32 of 128 threads came"):
+    with pytest.raises(SimulationError, match=r"warp 1 has not executed setmaxnreg.dec\(0x18\)"):
         run(one_warp, block=128)
     with pytest.raises(SimulationError, match="fewer than four warps"):
         run(lambda: give(), block=96)

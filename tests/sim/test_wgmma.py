@@ -22,7 +22,14 @@ from numflash.ptx import (
     wgmma_commit_group,
     wgmma_fence,
 )
-from numflash.simulator import SEED, DeadlockError, SimulatedTensorMap, SimulationError, launch
+from numflash.simulator import (
+    SEED,
+    DeadlockError,
+    SimulatedTensorMap,
+    SimulationError,
+    launch,
+    warpgroup,
+)
 from numflash.tensor_maps import TensorLayout
 from tests.instruction_harness import run_simulated
 from tests.wgmma_cases import PRODUCTS, SQUARE, WGMMA_CASES, d_register, registers_of_d, slabs
@@ -449,7 +456,7 @@ def test_a_warpgroup_waits_before_it_returns():
         issue(acc, smem)
         wgmma_commit_group()
 
-    refused(kernel, "warpgroup 0 has not waited for its products")
+    refused(kernel, "of warpgroup 0 has not waited for its products")
 
 
 def test_a_warpgroup_is_four_warps():
@@ -459,8 +466,82 @@ def test_a_warpgroup_is_four_warps():
         if cuda.threadIdx.x < 96:
             wgmma_fence()
 
-    with pytest.raises(DeadlockError, match="wgmma_fence: 96 of 128 threads came"):
-        run(three_warps)
+    def half_a_warp(words, out):
+        if cuda.threadIdx.x < 112:
+            wgmma_fence()
+
+    refused(
+        three_warps, r"warp 3 has not executed wgmma_fence\(\), as another warp of warpgroup 0"
+    )
+    with pytest.raises(DeadlockError, match="wgmma_fence: 16 of 32 threads came"):
+        run(half_a_warp)
+
+
+def test_all_warps_execute_the_same():
+    def other_operand(words, out):
+        smem, acc = tiles(words)
+        wgmma_fence()
+        issue(acc, smem, word=TILE * (cuda.threadIdx.x // 32 == 2))
+
+    def other_instruction(words, out):
+        if cuda.threadIdx.x // 32 == 2:
+            wgmma_commit_group()
+        else:
+            wgmma_fence()
+
+    two = words_of(matrix(1), matrix(2))
+    for kernel in (other_operand, other_instruction):
+        refused(kernel, "all four must execute the same", words=two)
+
+
+def test_warps_go_on_by_themselves():
+    """In some seed a warp has its results before another has begun."""
+
+    def kernel(words, out, order):
+        smem, acc = tiles(words)
+        warp, leads = cuda.threadIdx.x // 32, cuda.threadIdx.x % 32 == 0
+        if leads:
+            order.append(("begins", warp))
+        wgmma_fence()
+        issue(acc, smem)
+        wgmma_commit_group()
+        wait(acc)
+        if leads:
+            order.append(("ends", warp))
+        out[cuda.threadIdx.x] = acc
+
+    orders = []
+    for SEED.value in range(8):
+        orders.append([])
+        assert (run(kernel, extra=(orders[-1],)) == square()).all()
+    assert all(len(order) == 8 for order in orders)
+    assert any("ends" in dict(order[:4]) for order in orders)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_wait_is_for_the_products_of_its_own_warp(apart, monkeypatch):
+    """The first warp's wait is no reason to overwrite what another warp's product may read."""
+    monkeypatch.setattr(warpgroup, "WARPS_APART", apart)
+
+    def kernel(words, out):
+        smem, acc = tiles(words)
+        wgmma_fence()
+        issue(acc, smem)
+        wgmma_commit_group()
+        wait(acc)
+        if cuda.threadIdx.x == 0:
+            smem[:TILE] = u32(0)
+        out[cuda.threadIdx.x] = acc
+
+    def is_right(seed):
+        monkeypatch.setattr(SEED, "value", seed)
+        try:
+            return (run(kernel) == square()).all()
+        except SimulationError as error:
+            assert "did not wait for all warps" in str(error)
+            return False
+
+    assert all(is_right(seed) for seed in range(8)) == (not apart)
 
 
 @pytest.mark.parametrize(

@@ -255,7 +255,8 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
         if alibi:
             alibi_slope = alibi_slopes[batch * slopes_batch + head * slopes_head]
 
-        copy_q(smem, q_smem, q, q_base, q_row, m_start, num_rows, columns, pack, q_head)
+        if n_begin < n_end:  # else nobody would wait for it
+            copy_q(smem, q_smem, q, q_base, q_row, m_start, num_rows, columns, pack, q_head)
         for stage in range(num_stages):
             n = i32(n_begin + stage)
             if n < n_end:

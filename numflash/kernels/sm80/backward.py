@@ -181,8 +181,11 @@ def make_backward_kernel(config: MmaBackwardConfig, traits: Traits) -> Kernel:
             m_begin = i32(band_block_begin(n_start, -band_hi, tile_m))
             m_end = i32(band_block_end(last_row, -band_lo, seqlen_q, tile_m))
             cuda.syncthreads()  # the previous K and V have been read by all
-            copy_k(smem, k_smem, k, k_base, k_row, n_start, seqlen_k, head_dim, 1, 0)
-            copy_v(smem, v_smem, v, v_base, v_row, n_start, seqlen_k, head_dim_v, 1, 0)
+            # Nobody waits for the copies of a walk without tiles, which would still be under way
+            # when the next walk copies to the same bytes.
+            if m_begin < m_end:
+                copy_k(smem, k_smem, k, k_base, k_row, n_start, seqlen_k, head_dim, 1, 0)
+                copy_v(smem, v_smem, v, v_base, v_row, n_start, seqlen_k, head_dim_v, 1, 0)
             for i in range(n_dk):
                 dk_acc[i] = f32(0)
             for i in range(n_dv):

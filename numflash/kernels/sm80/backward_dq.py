@@ -163,8 +163,9 @@ def make_backward_dq_kernel(config: MmaBackwardDqConfig, traits: Traits) -> Kern
         v_mine = v_smem + v_word(column_operand_row(lane), column_operand_chunk(lane))
         k_transposed = k_smem + first_of_k(lane)
 
-        copy_q(smem, q_smem, q, q_base, q_row, m_start, seqlen_q, head_dim, 1, 0)
-        copy_do(smem, do_smem, do, do_base, do_row, m_start, seqlen_q, head_dim_v, 1, 0)
+        if n_begin < n_end:  # else nobody would wait for them
+            copy_q(smem, q_smem, q, q_base, q_row, m_start, seqlen_q, head_dim, 1, 0)
+            copy_do(smem, do_smem, do, do_base, do_row, m_start, seqlen_q, head_dim_v, 1, 0)
         for stage in range(num_stages - 1):
             n = n_begin + stage
             if n < n_end:

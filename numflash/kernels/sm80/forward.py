@@ -194,7 +194,8 @@ def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
         k_mine = k_smem + word(column_operand_row(lane), column_operand_chunk(lane))
         v_mine = v_smem + first_of_v(lane)
 
-        copy_q(smem, q_smem, q, q_base, q_row, m_start, num_rows, head_dim, pack, q_head)
+        if n_begin < n_end:  # else nobody would wait for it
+            copy_q(smem, q_smem, q, q_base, q_row, m_start, num_rows, head_dim, pack, q_head)
         for stage in range(num_stages):
             n = n_begin + stage
             if n < n_end:

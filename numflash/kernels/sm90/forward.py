@@ -78,8 +78,8 @@ from numflash.tiles.wgmma.softmax import begin_rows, make_online_softmax
 from numflash.tiles.wgmma.turns import (
     group_of_thread,
     leads,
+    make_giving_back,
     make_turns,
-    meet,
     softmax_before_wait,
 )
 
@@ -100,7 +100,7 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
     q_step, k_step, v_step = ring.q_words >> 2, ring.k_words >> 2, ring.v_words >> 2
     q_full, q_empty = ring.q_full, ring.q_empty
     k_full, k_empty, v_full, v_empty = ring.k_full, ring.k_empty, ring.v_full, ring.v_empty
-    o_is_apart, rows_are_long = ring.o_is_apart, traits.head_dim > 128
+    o_replaces_q, rows_are_long = ring.o_replaces_q, traits.head_dim > 128
 
     init_barriers = make_init_barriers(ring, num_groups, config.num_stages)
     next_stage = make_next_stage(config.num_stages)
@@ -112,6 +112,7 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
     whole_keys = make_whole_keys(tile_n, WARPGROUP_ROWS)
     take_turn, pass_turn, give_first_turn = make_turns(num_groups if config.pingpong else 1)
     pass_by = make_pass_by(ring, config.num_stages, take_turn, pass_turn)
+    gives_back, gather = make_giving_back(ring.arrivals)
 
     q_operand = make_operand(WARPGROUP_ROWS * SLAB_BYTES)
     tile_operand = make_operand(tile_n * SLAB_BYTES)
@@ -241,7 +242,7 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
                 begin_q_k(s_acc, q_of_group(q_first, group), u32(k_first + stage * k_step))
                 pass_turn(group)
                 wait_for_s(s_acc)
-                if leads():
+                if gives_back():
                     mbarrier_arrive(barriers, k_empty + stage)
                 n_start = i32(first * tile_n)
                 shape_scores(s_acc, cap_slopes, m_start, n_start, whole, mask, bend)
@@ -260,7 +261,7 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
                     begin_p_v(o_acc, p_frag, u32(v_first + v_stage * v_step))
                     if not overlap:
                         wait_for_o(o_acc)
-                        if leads():
+                        if gives_back():
                             mbarrier_arrive(barriers, v_empty + v_stage)
                         mbarrier_wait_parity(barriers, k_full + stage, parity)
                         begin_q_k(s_acc, q_of_group(q_first, group), u32(k_first + stage * k_step))
@@ -269,7 +270,7 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
                         wait_for_next_s(s_acc)
                     else:
                         wait_for_s(s_acc)
-                    if leads():
+                    if gives_back():
                         mbarrier_arrive(barriers, k_empty + stage)
 
                     # P = softmax(S)
@@ -279,7 +280,7 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
                     if overlap:
                         softmax_before_wait(smem, 0, row_sum[0], row_sum[1])
                         wait_for_o(o_acc)
-                        if leads():
+                        if gives_back():
                             mbarrier_arrive(barriers, v_empty + v_stage)
                     pack_p(p_frag, s_acc)
                     if has_grown:
@@ -288,18 +289,18 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
                 mbarrier_wait_parity(barriers, v_full + stage, parity)
                 begin_p_v(o_acc, p_frag, u32(v_first + stage * v_step))
                 wait_for_o(o_acc)
-                if leads():
+                if gives_back():
                     mbarrier_arrive(barriers, v_empty + stage)
                 stage, parity = next_stage(stage, parity)
             else:
-                # No product has held its warps together: one may not have seen Q yet.
-                meet(group)
+                # No product has held threads together: one may not have seen Q yet.
+                gather(group)
 
             # Where this tile of rows lies is found out once more: registers are scarce above.
             m_start, head_of_batch, split = block_place(place, grid)
             n_begin, n_end = keys_of(m_start, split, grid, band)
             stage, parity = pass_by(barriers, group, end, n_end, stage, parity)
-            if o_is_apart and leads():
+            if not o_replaces_q and gives_back():
                 mbarrier_arrive(barriers, q_empty + group)
             finish(
                 o_acc,
@@ -314,7 +315,7 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
                 seqlen_q,
                 num_heads_q,
             )
-            if not o_is_apart and leads():
+            if o_replaces_q and leads():
                 # Q has been read, and so has O, which took its place.
                 cp_async_bulk_wait_group_read()
                 mbarrier_arrive(barriers, q_empty + group)

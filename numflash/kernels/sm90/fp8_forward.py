@@ -56,9 +56,8 @@ from numflash.tiles.blocks import (
 from numflash.tiles.mma.fragments import MMA_ROWS, ROW_STEP, accumulator_column, accumulator_row
 from numflash.tiles.mma.scores import make_mask_scores, make_scale_scores
 from numflash.tiles.mma.softmax import make_scale_rows
-from numflash.tiles.scores import NEG_INF
 from numflash.tiles.softmax import LOG2_E
-from numflash.tiles.wgmma.fp8 import make_add_part, make_pack, make_tile_softmax
+from numflash.tiles.wgmma.fp8 import begin_rows, make_add_part, make_pack, make_tile_softmax
 from numflash.tiles.wgmma.products import (
     SLAB_BYTES,
     make_operand,
@@ -68,8 +67,8 @@ from numflash.tiles.wgmma.products import (
 from numflash.tiles.wgmma.turns import (
     group_of_thread,
     leads,
+    make_giving_back,
     make_turns,
-    meet,
     softmax_before_wait,
 )
 
@@ -96,7 +95,7 @@ def make_fp8_forward_kernel(config: Sm90Fp8ForwardConfig, traits: Traits) -> Ker
     k_tile_step, v_tile_step = tile_n * SLAB_BYTES >> 4, tile_n >> 4
     q_full, q_empty = ring.q_full, ring.q_empty
     k_full, k_empty, v_full, v_empty = ring.k_full, ring.k_empty, ring.v_full, ring.v_empty
-    o_is_apart = ring.o_is_apart
+    o_replaces_q = ring.o_replaces_q
 
     init_barriers = make_init_barriers(ring, num_groups, config.num_stages)
     next_stage = make_next_stage(config.num_stages)
@@ -108,6 +107,7 @@ def make_fp8_forward_kernel(config: Sm90Fp8ForwardConfig, traits: Traits) -> Ker
     whole_keys = make_whole_keys(tile_n, WARPGROUP_ROWS)
     take_turn, pass_turn, give_first_turn = make_turns(num_groups if config.pingpong else 1)
     pass_by = make_pass_by(ring, config.num_stages, take_turn, pass_turn, tiles_per_stage)
+    gives_back, gather = make_giving_back(ring.arrivals)
 
     operand = make_operand(0)
     begin_q_k = make_product_nt("e4m3", WARPGROUP_ROWS, config.stage_n, tile_n, traits.head_dim)
@@ -232,6 +232,9 @@ def make_fp8_forward_kernel(config: Sm90Fp8ForwardConfig, traits: Traits) -> Ker
         cap_slopes = cuda.local.array(n_cap_slopes, f32)
         row_max = cuda.local.array(2, f32)
         row_sum = cuda.local.array(2, f32)
+        limits = cuda.local.array(2, f32)
+        units = cuda.local.array(2, f32)
+        rows = row_max, row_sum, limits, units
         q_scales = cuda.local.array(2, f32)
         scales = cuda.local.array(2, f32)
         factors = cuda.local.array(2, f32)
@@ -276,8 +279,7 @@ def make_fp8_forward_kernel(config: Sm90Fp8ForwardConfig, traits: Traits) -> Ker
             bend = bias_shift, softcap, alibi_slope
             for i in range(n_o):
                 o_acc[i] = f32(0)
-            row_max[0], row_max[1] = NEG_INF, NEG_INF
-            row_sum[0], row_sum[1] = f32(0), f32(0)
+            begin_rows(rows)
             mbarrier_wait_parity(barriers, q_full + group, q_parity)
             q_parity = u32(q_parity ^ u32(1))
 
@@ -294,11 +296,11 @@ def make_fp8_forward_kernel(config: Sm90Fp8ForwardConfig, traits: Traits) -> Ker
                 begin_q_k(s_acc, q_of_group(q_first), k_of(k_first, stage, tile))
                 pass_turn(group)
                 wait_for_s(s_acc)
-                if tile == last_of_stage and leads():
+                if tile == last_of_stage and gives_back():
                     mbarrier_arrive(barriers, k_empty + stage)
                 scales[0], scales[1] = q_scales[0] * k_scale, q_scales[1] * k_scale
                 shape_scores(s_acc, cap_slopes, scales, m_start, n_start, whole, mask, bend)
-                tile_softmax(s_acc, row_max, row_sum, factors, scales, weights)
+                tile_softmax(s_acc, rows, factors, scales, weights)
                 weights[0] *= v_scale
                 weights[1] *= v_scale
                 pack_p(p_frag, s_acc)
@@ -327,25 +329,23 @@ def make_fp8_forward_kernel(config: Sm90Fp8ForwardConfig, traits: Traits) -> Ker
                     else:
                         v_operand = v_of(v_first, v_stage, v_tile)
                         add_tile(o_acc, part_acc, p_frag, v_operand, weights)
-                        if v_tile == last_of_stage and leads():
+                        if v_tile == last_of_stage and gives_back():
                             mbarrier_arrive(barriers, v_empty + v_stage)
                         mbarrier_wait_parity(barriers, k_full + stage, parity)
                         begin_q_k(s_acc, q_of_group(q_first), k_of(k_first, stage, tile))
                         pass_turn(group)
                         wait_for_s(s_acc)
-                    if tile == last_of_stage and leads():
+                    if tile == last_of_stage and gives_back():
                         mbarrier_arrive(barriers, k_empty + stage)
 
                     # P = softmax(S)
                     scales[0], scales[1] = q_scales[0] * k_scale, q_scales[1] * k_scale
                     shape_scores(s_acc, cap_slopes, scales, m_start, n_start, whole, mask, bend)
-                    has_grown = tile_softmax(
-                        s_acc, row_max, row_sum, factors, scales, next_weights
-                    )
+                    has_grown = tile_softmax(s_acc, rows, factors, scales, next_weights)
                     if overlap:
                         softmax_before_wait(smem, 0, row_sum[0], row_sum[1])
                         wait_for_part(part_acc)
-                        if leads():
+                        if gives_back():
                             mbarrier_arrive(barriers, v_empty + v_stage)
                         add_part(o_acc, 0, part_acc, weights)
                     if has_grown:
@@ -355,18 +355,18 @@ def make_fp8_forward_kernel(config: Sm90Fp8ForwardConfig, traits: Traits) -> Ker
 
                 mbarrier_wait_parity(barriers, v_full + stage, parity)
                 add_tile(o_acc, part_acc, p_frag, v_of(v_first, stage, tile), weights)
-                if leads():
+                if gives_back():
                     mbarrier_arrive(barriers, v_empty + stage)
                 stage, parity = next_stage(stage, parity)
             else:
-                # No product has held its warps together: one may not have seen Q yet.
-                meet(group)
+                # No product has held threads together: one may not have seen Q yet.
+                gather(group)
 
             # Where this tile of rows lies is found out once more: registers are scarce above.
             m_start, head_of_batch, split = block_place(place, grid)
             n_begin, n_end = keys_of(m_start, split, grid, band)
             stage, parity = pass_by(barriers, group, end, n_end, stage, parity)
-            if o_is_apart and leads():
+            if not o_replaces_q and gives_back():
                 mbarrier_arrive(barriers, q_empty + group)
             finish(
                 o_acc,
@@ -381,7 +381,7 @@ def make_fp8_forward_kernel(config: Sm90Fp8ForwardConfig, traits: Traits) -> Ker
                 seqlen_q,
                 num_heads_q,
             )
-            if not o_is_apart and leads():
+            if o_replaces_q and leads():
                 # Q has been read, and so has O, which took its place.
                 cp_async_bulk_wait_group_read()
                 mbarrier_arrive(barriers, q_empty + group)

@@ -1,8 +1,8 @@
 """What passes between the producer and the consumers of a block: buffers and their mbarriers.
 
 K and V have `num_stages` buffers each, which are filled and emptied in turn; Q has one for each
-warpgroup of consumers. A buffer is full when its bytes have arrived, and empty when every
-warpgroup that reads it has arrived.
+warpgroup of consumers. A buffer is full when its bytes have arrived, and empty when every warp
+that reads it has arrived, or with `arrivals` = 1 one warp for each warpgroup.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from numflash.ptx import (
     u32,
 )
 from numflash.tiles.wgmma.products import SLAB_BYTES
-from numflash.tiles.wgmma.turns import leads, meet
+from numflash.tiles.wgmma.turns import make_giving_back
 
 SLAB_WORDS = SLAB_BYTES // 4
 
@@ -36,7 +36,8 @@ class Ring:
         q_bytes, k_bytes, v_bytes: what arrives in one.
         q_full, q_empty: the mbarrier of the first warpgroup; the others follow.
         k_full, k_empty, v_full, v_empty: that of the first stage; the others follow.
-        o_is_apart: whether O has buffers of its own.
+        o_replaces_q: whether O goes through the buffer of Q; else it has its own, or none.
+        arrivals: of each warpgroup that reads a buffer, to give it back.
     """
 
     q: int
@@ -56,7 +57,8 @@ class Ring:
     k_empty: int
     v_full: int
     v_empty: int
-    o_is_apart: bool
+    o_replaces_q: bool
+    arrivals: int
 
     @classmethod
     def of(cls, config: Sm90ForwardConfig, traits: Traits) -> "Ring":
@@ -84,7 +86,8 @@ class Ring:
             k_empty=k_full + stages,
             v_full=k_full + 2 * stages,
             v_empty=k_full + 3 * stages,
-            o_is_apart=apart,
+            o_replaces_q=config.num_splits == 1 and not apart,
+            arrivals=config.arrivals,
         )
 
 
@@ -93,18 +96,21 @@ def make_init_barriers(ring: Ring, num_groups, num_stages):
     """init_barriers(barriers): by one thread, before all others use them."""
     q_full, q_empty = ring.q_full, ring.q_empty
     k_full, k_empty, v_full, v_empty = ring.k_full, ring.k_empty, ring.v_full, ring.v_empty
+    arrivals = ring.arrivals * num_groups
+    # Where O has taken its place Q is given back by the thread that stored it.
+    q_arrivals = 1 if ring.o_replaces_q else ring.arrivals
 
     @device_function
     def init_barriers(barriers):
         if mov_tid_x() == 0:
             for group in range(num_groups):
                 mbarrier_init(barriers, q_full + group, 1)
-                mbarrier_init(barriers, q_empty + group, 1)
+                mbarrier_init(barriers, q_empty + group, q_arrivals)
             for stage in range(num_stages):
                 mbarrier_init(barriers, k_full + stage, 1)
                 mbarrier_init(barriers, v_full + stage, 1)
-                mbarrier_init(barriers, k_empty + stage, num_groups)
-                mbarrier_init(barriers, v_empty + stage, num_groups)
+                mbarrier_init(barriers, k_empty + stage, arrivals)
+                mbarrier_init(barriers, v_empty + stage, arrivals)
             fence_mbarrier_init()
 
     return init_barriers
@@ -132,6 +138,7 @@ def make_pass_by(ring: Ring, num_stages, take_turn, pass_turn, turns=1):
     """
     k_full, k_empty, v_full, v_empty = ring.k_full, ring.k_empty, ring.v_full, ring.v_empty
     next_stage = make_next_stage(num_stages)
+    gives_back, gather = make_giving_back(ring.arrivals)
 
     @device_function
     def pass_by(barriers, group, first, end, stage, parity):
@@ -141,12 +148,12 @@ def make_pass_by(ring: Ring, num_stages, take_turn, pass_turn, turns=1):
                 pass_turn(group)
             # The producer may want K's buffer for the next before it fetches this V.
             mbarrier_wait_parity(barriers, k_full + stage, parity)
-            meet(group)
-            if leads():
+            gather(group)
+            if gives_back():
                 mbarrier_arrive(barriers, k_empty + stage)
             mbarrier_wait_parity(barriers, v_full + stage, parity)
-            meet(group)
-            if leads():
+            gather(group)
+            if gives_back():
                 mbarrier_arrive(barriers, v_empty + stage)
             stage, parity = next_stage(stage, parity)
         return stage, parity

@@ -103,9 +103,24 @@ def top_of_row(largest, scale, row_max):
 
 
 @device_function
-def must_follow(top, row_max):
-    """Whether `follow_top` must see this row of a tile."""
-    return (top - row_max > LAG) | (abs(row_max) > HUGE)
+def limit_of_row(row_max):
+    """The top above which a row grows: -inf if it is huge or has seen no key."""
+    return row_max + LAG if abs(row_max) <= HUGE else NEG_INF
+
+
+@device_function
+def unit_of_row(row_max):
+    """What brings P V of a tile to the units of O: 2 ** (top - unit) is the tile's weight."""
+    return (row_max if row_max > NEG_INF else f32(0)) + P_SCALE_LOG2
+
+
+@device_function
+def shift_of_row(top, row_max):
+    """What exponents of a tile subtract: nothing but P's unit where scores are differences.
+
+    Nor where a row has seen no key: -inf - -inf would be NaN.
+    """
+    return (top if abs(row_max) <= HUGE else f32(0)) - P_SCALE_LOG2
 
 
 @device_function
@@ -117,27 +132,14 @@ def follow_top(r, top, largest, row_max, row_sum, factors):
     (`tiles.mma.softmax.follow_maximum` tells why), else `largest`.
     """
     factors[r] = f32(1)
-    if top - row_max[r] > LAG:
-        factors[r] = ex2_approx_ftz_f32(row_max[r] - top)
-        row_max[r] = top
+    subtrahend = f32(0)
+    if (top > limit_of_row(row_max[r])) & (largest > NEG_INF):
+        new_max = max_f32(top, row_max[r])
+        factors[r] = ex2_approx_ftz_f32(row_max[r] - new_max)
+        row_max[r] = new_max
         row_sum[r] *= factors[r]
-    return largest if (abs(row_max[r]) > HUGE) & (largest > NEG_INF) else f32(0)
-
-
-@device_function
-def shift_of_row(top, row_max):
-    """What exponents of a tile subtract: of a huge row differences are left.
-
-    A row that has seen no key has a row_max of -inf, and -inf - -inf would be NaN.
-    """
-    return (f32(0) if abs(row_max) > HUGE else top) - P_SCALE_LOG2
-
-
-@device_function
-def weight_of_row(top, row_max):
-    """What brings a tile's P V to the units of O."""
-    unit = row_max if row_max > NEG_INF else f32(0)
-    return ex2_approx_ftz_f32(top - unit - P_SCALE_LOG2)
+        subtrahend = largest if abs(new_max) > HUGE else f32(0)
+    return subtrahend
 
 
 @cache
@@ -168,7 +170,7 @@ def make_tile_softmax(m_tiles, n_tiles, o_tiles, key_scales):
                 x = max_f32(x, s_acc[4 * (n_tiles * (r // 2) + c // 2) + r % 2 * 2 + c % 2])
             largest[r] = row_max_of_quad(x)
             tops[r] = top_of_row(largest[r], scales[r], row_max[r])
-            has_grown |= must_follow(tops[r], row_max[r])
+            has_grown |= tops[r] > limit_of_row(row_max[r])
         if cuda.any_sync(FULL_WARP, has_grown):
             is_huge = False
             for r in range(rows):
@@ -178,7 +180,7 @@ def make_tile_softmax(m_tiles, n_tiles, o_tiles, key_scales):
                 subtract_from_rows(s_acc, largest)
             scale_rows(o_acc, factors)
         for r in range(rows):
-            weights[r] = weight_of_row(tops[r], row_max[r])
+            weights[r] = ex2_approx_ftz_f32(tops[r] - unit_of_row(row_max[r]))
             shifts[r] = shift_of_row(tops[r], row_max[r])
             sums[r] = f32(0)
         for tile in range(m_tiles * n_tiles):

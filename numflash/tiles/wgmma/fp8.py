@@ -9,44 +9,51 @@ from functools import cache
 from numflash.ptx import cuda, device_function, ex2_approx_ftz_f32, f32, fma_rn_f32
 from numflash.tiles.fp8.conversions import make_encode
 from numflash.tiles.fp8.softmax import (
+    P_SCALE_LOG2,
     follow_top,
-    must_follow,
+    limit_of_row,
     shift_of_row,
     top_of_row,
-    weight_of_row,
+    unit_of_row,
 )
 from numflash.tiles.lanes import FULL_WARP
 from numflash.tiles.mma.softmax import make_subtract_from_rows
+from numflash.tiles.scores import NEG_INF
 from numflash.tiles.wgmma.softmax import make_largest_of_rows
 
 
 @cache
 def make_tile_softmax(n_tiles):
-    """tile_softmax(s_acc, row_max, row_sum, factors, scales, weights): S -> P in place.
+    """tile_softmax(s_acc, rows, factors, scales, weights): S -> P in place.
 
     `scales`, positive, bring each row of S to base 2. `weights` are set: factors of this tile's
-    part of O. True if O must be multiplied by `factors` before that is added. row_sum stays this
-    lane's share until the end.
+    part of O. True if O must be multiplied by `factors` before that is added. `rows` are four
+    arrays over the two rows of a thread: row_max; row_sum, this lane's share until the end; and
+    what follows from row_max, kept from tile to tile: limits and units, as `limit_of_row` and
+    `unit_of_row` give them.
     """
     largest_of_rows = make_largest_of_rows(n_tiles)
     subtract_from_rows = make_subtract_from_rows(1, n_tiles)
 
     @device_function
-    def tile_softmax(s_acc, row_max, row_sum, factors, scales, weights):
+    def tile_softmax(s_acc, rows, factors, scales, weights):
+        row_max, row_sum, limits, units = rows
         subtrahends = cuda.local.array(2, f32)
         above, below = largest_of_rows(s_acc)
         top_above = top_of_row(above, scales[0], row_max[0])
         top_below = top_of_row(below, scales[1], row_max[1])
-        has_grown = must_follow(top_above, row_max[0]) | must_follow(top_below, row_max[1])
+        has_grown = (top_above > limits[0]) | (top_below > limits[1])
         has_grown = cuda.any_sync(FULL_WARP, has_grown)
         if has_grown:
             subtrahends[0] = follow_top(0, top_above, above, row_max, row_sum, factors)
             subtrahends[1] = follow_top(1, top_below, below, row_max, row_sum, factors)
+            for r in range(2):
+                limits[r], units[r] = limit_of_row(row_max[r]), unit_of_row(row_max[r])
             is_huge = (subtrahends[0] != f32(0)) | (subtrahends[1] != f32(0))
             if cuda.any_sync(FULL_WARP, is_huge):
                 subtract_from_rows(s_acc, subtrahends)
-        weights[0] = weight_of_row(top_above, row_max[0])
-        weights[1] = weight_of_row(top_below, row_max[1])
+        weights[0] = ex2_approx_ftz_f32(top_above - units[0])
+        weights[1] = ex2_approx_ftz_f32(top_below - units[1])
         above, below = shift_of_row(top_above, row_max[0]), shift_of_row(top_below, row_max[1])
         sum_above, sum_below = f32(0), f32(0)
         for tile in range(n_tiles):
@@ -63,6 +70,15 @@ def make_tile_softmax(n_tiles):
         return has_grown
 
     return tile_softmax
+
+
+@device_function
+def begin_rows(rows):
+    """Rows that have seen no key."""
+    row_max, row_sum, limits, units = rows
+    for r in range(2):
+        row_max[r], limits[r] = NEG_INF, NEG_INF
+        row_sum[r], units[r] = f32(0), P_SCALE_LOG2
 
 
 @cache
