@@ -11,6 +11,7 @@ import errno
 import os
 import secrets
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -100,6 +101,17 @@ def open_for_all(path: Path) -> int:
         return open_unlinked(path, os.O_RDWR)
     share(handle, path.parent, 0o060)
     return handle
+
+
+def require_replaceable(path: Path) -> None:
+    """Raise OSError where `replace_file` could not write. Nothing is changed."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "only a file can be replaced", str(path))
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def replace_file(path: Path, text: str) -> None:

@@ -65,11 +65,6 @@ class Candidates:
         codes = [self._codes[self.numbers[text]] for text in broken if text in self.numbers]
         return is_free & ~np.isin(self._codes, codes)
 
-    @property
-    def distinct(self) -> int:
-        """How many configs the model can tell apart."""
-        return len(np.unique(self.estimates))
-
     def twins(self, texts: Iterable[str], wanted: Iterable[str] = ()) -> np.ndarray:
         """Which numbers have the very estimate of one of these texts, except the wanted ones."""
         known = [self.numbers[text] for text in texts if text in self.numbers]
@@ -129,6 +124,16 @@ class Candidates:
             choices.T @ (errors - errors.mean()),
         )
         return errors.mean() + self._choices @ weights
+
+
+def distinct(space: Space, most: int | None = None) -> int:
+    """How many feasible configs the model can tell apart, counted up to `most`."""
+    estimates: set[float] = set()
+    for config in space.feasible:
+        if len(estimates) == most:
+            break
+        estimates.add(_estimate(space, config))
+    return len(estimates)
 
 
 def _estimate(space: Space, config: Config) -> float:

@@ -8,6 +8,7 @@ numflash-tune show | validate | export | merge | clear
 """
 
 import argparse
+import difflib
 import itertools
 import logging
 import os
@@ -19,6 +20,7 @@ from numflash.capture import read as read_capture
 from numflash.commands import command
 from numflash.configs import DTYPES, MAX_HEAD_DIM
 from numflash.errors import UnsupportedError
+from numflash.files import require_replaceable
 from numflash.printable import printable
 from numflash.problem import AttentionProblem, describe
 from numflash.problem_class import ProblemClass
@@ -116,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument(
         "--report", metavar="FILE", help="write a page with everything that was tried"
     )
-    how.add_argument("--quiet", action="store_true", help="no progress bar")
+    how.add_argument("--quiet", action="store_true", help="no plan and no progress bar")
     how.add_argument(
         "--capture",
         metavar="FILE",
@@ -147,7 +149,9 @@ def main(argv: list[str] | None = None) -> int:
         at = argv.index("--")
         argv, program = argv[:at], argv[at + 1 :]
     parser = _parser()
-    args = parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.error(_about_unknown(unknown))
     if (args.capture is None) != (not program):
         parser.error("--capture FILE goes with a program: --capture FILE -- python program.py")
     try:
@@ -158,6 +162,17 @@ def main(argv: list[str] | None = None) -> int:
         hint = "" if program else "; the same command goes on from here"
         print(f"stopped{hint}", file=sys.stderr)
         return _INTERRUPTED
+
+
+def _about_unknown(arguments: list[str]) -> str:
+    """What to say of arguments that nobody knows: a word may be meant as a subcommand."""
+    said = f"unrecognized arguments: {' '.join(arguments)}"
+    words = [word for word in arguments if not word.startswith("-")]
+    if not words:
+        return said
+    near = difflib.get_close_matches(words[0], caches.COMMANDS, n=1)
+    hint = f"; did you mean numflash-tune {near[0]}?" if near else "."
+    return f"{said}{hint} Subcommands, which come first, are {', '.join(caches.COMMANDS)}"
 
 
 def _capture(path: str, program: list[str], parser: argparse.ArgumentParser) -> int:
@@ -213,6 +228,7 @@ def _tune(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
             storage=args.storage,
         )
         make_sampler(args.sampler, args.seed)
+        _expect_writable(args.report)
     except UnsupportedError as error:
         parser.error(
             f"{str(error).rstrip('.')}. To tune for a GPU that is not here: "
@@ -223,17 +239,22 @@ def _tune(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     measurer = (
         None if target.ordinal is None else DeviceMeasurer(target.ordinal, expected=target.key)
     )
-    results, failed = [], 0
+    session, failed = Session(target.key, target.machine, measurer, options), 0
     try:
-        with Session(target.key, target.machine, measurer, options) as session:
+        with session:
             spaces = session.spaces(problems)
+            for space in spaces:
+                if (why := space.without_tf32) is not None:
+                    parser.error(why)
             if not spaces:
                 parser.error("nothing to tune: keys are not split in these problems")
+            if not args.quiet:
+                print(printable(str(session.plan(spaces))), file=sys.stderr, flush=True)
             for number, space in enumerate(spaces):
                 title = f"[{number + 1}/{len(spaces)}] {space.problem}"
                 left = len(spaces) - number
                 try:
-                    results.append(session.tune(space, left, title, args.quiet))
+                    session.tune(space, left, title, args.quiet)
                 except LookupError as error:
                     print(f"numflash-tune: {printable(error.args[0])}", file=sys.stderr)
                     failed += 1
@@ -250,10 +271,20 @@ def _tune(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     finally:
         if measurer is not None:
             measurer.close()
-        if results:
-            print(report.table(results))
-            _write_report(args.report, results, report.write_html)
+        if session.results:
+            print(report.table(session.results))
+            _write_report(args.report, session.results, report.write_html)
     return 1 if failed else 0
+
+
+def _expect_writable(path: str | None) -> None:
+    """Raise ValueError if a report cannot be written there; what is there stays as it is."""
+    if path is None:
+        return
+    try:
+        require_replaceable(Path(path))
+    except OSError as error:
+        raise ValueError(f"--report cannot be written: {error}") from error
 
 
 def _write_report(path: str | None, results: list, write) -> None:
@@ -279,6 +310,9 @@ def _problems(args: argparse.Namespace) -> list[ProblemClass]:
         if not chosen:
             raise ValueError(f"{args.from_capture} holds no class of {', '.join(args.passes)}")
         return chosen
+    if args.precision == "tf32" and args.dtype != ["float32"]:
+        given = " ".join(args.dtype)
+        raise ValueError(f"--precision tf32 goes with --dtype float32, got --dtype {given}")
     problems = []
     for dtype, head_dim, seqlen, mask in itertools.product(
         args.dtype, args.head_dim, args.seqlen, args.mask

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, resource_tracker
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from types import ModuleType
@@ -184,7 +184,7 @@ class _Worker:
         self._pipe, theirs = context.Pipe()
         process = context.Process(target=_work_off, args=(theirs, self._work), daemon=True)
         try:
-            with _as_compiler():
+            with _as_compiler(), _without_ctrl_c():
                 process.start()
         except Exception as error:
             # Not the config's fault: a daemonic parent, no memory, no processes left.
@@ -209,7 +209,7 @@ _POLL_SECONDS = 0.2
 
 def _work_off(pipe: Connection, work: Callable[..., Examined]) -> None:
     """A worker process: tasks come through the pipe until it closes."""
-    # Ctrl-C reaches the whole group: the parent decides what becomes of its workers.
+    # On Windows nothing blocks it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     while True:
         try:
@@ -234,6 +234,24 @@ def _work_off(pipe: Connection, work: Callable[..., Examined]) -> None:
 def _failed(error: Exception) -> Examined:
     why = " ".join(f"{type(error).__name__}: {error}".split())
     return Examined(failure=("compile_failed", why[:500]))
+
+
+@contextmanager
+def _without_ctrl_c() -> Iterator[None]:
+    """For processes started within, there is no Ctrl-C, not even while they start.
+
+    It reaches the whole group: the parent decides what becomes of its workers.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    # Else the first process starts it, and afterwards the signal is no longer blocked.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 _environment = threading.Lock()

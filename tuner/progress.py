@@ -38,6 +38,7 @@ class Progress:
         *,
         time_budget: float | None = None,
         earlier: Iterable[Record] = (),
+        quiet: bool = False,
     ):
         """Nothing is shown before the context is entered.
 
@@ -49,6 +50,7 @@ class Progress:
             time_budget: seconds after which the run ends; None if only trials limit it.
             earlier: records of trials that a run before this one made: they count as done, but
                 not for the pace.
+            quiet: show nothing at all.
         """
         self._total, self._title = total, printable(title)
         self._stream = sys.stderr if stream is None else stream
@@ -57,8 +59,9 @@ class Progress:
         self._color = self._terminal and not os.environ.get("NO_COLOR")
         self._fill = _encodable("━─", self._stream, "#-")
         self._counts: Counter[str] = Counter()
+        self._fastest: Record | None = None
         self._best: Record | None = None
-        self._started, self._shown, self._broken = clock(), None, False
+        self._started, self._shown, self._broken = clock(), None, quiet
         for record in earlier:
             self._count(record)
         self._earlier = self._counts.total()
@@ -84,6 +87,10 @@ class Progress:
         """One more trial is done."""
         self._count(record)
         self.refresh()
+
+    def name_best(self, record: Record) -> None:
+        """The search is over, and this is the best: the last line shows it."""
+        self._best = record
 
     def refresh(self) -> None:
         """Show the time that has passed; for loops that wait. Cheap if called often."""
@@ -122,9 +129,9 @@ class Progress:
         self._counts[record.outcome] += 1
         # A measured time beats every predicted one: they do not compare.
         if record.outcome not in FAILURES and (
-            self._best is None or _rank(record) < _rank(self._best)
+            self._fastest is None or _rank(record) < _rank(self._fastest)
         ):
-            self._best = record
+            self._fastest = record
 
     def _draw(self) -> None:
         if not self._terminal:
@@ -150,20 +157,21 @@ class Progress:
         pieces.append(
             (f"{self.done}" if self._total is None else f"{self.done}/{self._total}", "")
         )
-        if self._best is not None:
-            about = "" if self._best.median_ms is not None else "predicted "
-            text = f"best {about}{format_ms(self._best.time_ms)} ms"
+        # What is best is decided at the end; until then there is a fastest.
+        if (record := self._best or self._fastest) is not None:
+            about = "" if record.median_ms is not None else "predicted "
+            text = f"{'best' if self._best else 'fastest'} {about}{format_ms(record.time_ms)} ms"
             pieces.append(
-                (text if "config" in dropped else f"{text} {printable(self._best.config)}", "best")
+                (text if "config" in dropped else f"{text} {printable(record.config)}", "best")
             )
         if "counts" not in dropped:
             for outcome in OUTCOMES:
                 if count := self._counts[outcome]:
                     style = "failed" if outcome in FAILURES else ""
                     pieces.append((f"{count} {outcome.replace('_', ' ')}", style))
-        times = _duration(self._clock() - self._started)
+        times = format_duration(self._clock() - self._started)
         if (left := self.seconds_left()) is not None and left:
-            times += f", {_duration(left)} left"
+            times += f", {format_duration(left)} left"
         pieces.append((times, "left"))
         return pieces
 
@@ -198,7 +206,7 @@ def _rank(record: Record) -> tuple[bool, float]:
     return record.median_ms is None, record.time_ms
 
 
-def _duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Minutes and seconds, 3:07; with hours, 1:03:07."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

@@ -58,7 +58,7 @@ class Record:
     Attributes:
         config: its string form.
         outcome: one of OUTCOMES.
-        reason: why, if it failed.
+        reason: why, if it failed; of a winner, why another that is faster did not win.
         resources: what was compiled; None if it never was.
         predicted_ms: what the offline model says; None if it was not asked.
         parts: milliseconds that each resource alone would take by the model, by name.

@@ -3,7 +3,8 @@
 Optuna proposes; what it proposes is moved to the nearest feasible config that nobody has tried.
 Every second proposal is the model's, corrected by what has been measured.
 Compilers work ahead in other processes. Where there is a GPU the judge is a `Measurer`; offline it
-is the model. The default and the configs that the model likes best come first.
+is the model. The default and the configs that the model likes best come first, and no winner is
+named before the default is tried: it has to be beaten.
 """
 
 import math
@@ -19,7 +20,7 @@ from optuna.trial import Trial
 
 from numflash.configs import Config
 from numflash_tuner import SAMPLERS, model
-from numflash_tuner.candidates import Candidates
+from numflash_tuner.candidates import Candidates, distinct
 from numflash_tuner.measuring.measurer import Measurer
 from numflash_tuner.ordered import OrderedSampler
 from numflash_tuner.pool import CompilePool, Examined
@@ -37,13 +38,13 @@ _SLOW, _FEW_SAMPLES = 1.25, 3
 _FINALISTS, _FINAL_ROUNDS = 5, 15
 _TIE = 0.01
 """Times this close are equal; the config with less shared memory wins."""
-_ASK_ATTEMPTS = 20
 _FEW_TRIALS = 10
 """From so many on it can be told which parameters matter."""
 _USABLE = ("measured", "predicted")
 """Outcomes of configs that may win."""
 _HOPELESS_RUN = 12
 """So many failures in a row that need not be the config's fault are the environment's."""
+_POLL_SECONDS = 0.1
 _OF_THE_CODE = ("compile_failed", "spilled", "over_budget", "wrong_result")
 """Failures that all configs of the same machine code share."""
 
@@ -62,6 +63,16 @@ class StoppingRules:
     trials: int | None = None
     seconds: float | None = None
     target: float | None = None
+
+    def size(self, space: Space, is_measured: bool) -> int:
+        """Trials of a space after which a search ends by itself.
+
+        Where the model judges, of configs that it cannot tell apart one, unless that fails.
+        """
+        if not is_measured:
+            return distinct(space, self.trials)
+        feasible = len(space.feasible)
+        return feasible if self.trials is None else min(self.trials, feasible)
 
 
 def make_sampler(name: str, seed: int | None) -> optuna.samplers.BaseSampler:
@@ -130,7 +141,13 @@ class Search:
         self._study, self._pool, self._measurer = study, pool, measurer
         self._rules, self._sampler, self._ahead = rules, sampler, ahead
         self._clock, self._began = clock, clock()
-        self._first = [str(space.default), *first]
+        self._default = str(space.default)
+        self._first = [self._default, *first]
+        favourites = self.candidates.favourites(_FAVOURITES if self._is_guided else 0)
+        self._favourites = [self.candidates.texts[number] for number in favourites]
+        self._knows_default = self._default not in self.candidates.numbers
+        # Of finalists that were measured again: their last records.
+        self._finals: dict[str, Record] = {}
         self._broken: set[str] = set()
         self._failed_in_a_row = 0
         self._asks_model = False
@@ -138,16 +155,14 @@ class Search:
 
     @property
     def size(self) -> int:
-        """Configs that the search will have tried when it ends by itself.
+        """Configs that the search will have tried when it ends by itself."""
+        return self._rules.size(self.space, self._measurer is not None)
 
-        Where the model judges, of those that it cannot tell apart one, unless that fails.
-        """
-        feasible = len(self.space.feasible)
-        if self._measurer is None:
-            feasible = self.candidates.distinct
-        return feasible if self._rules.trials is None else min(self._rules.trials, feasible)
+    def records(self) -> list[Record]:
+        """What was tried, by all processes, in order of trial; finalists as last measured."""
+        return [self._finals.get(r.config, r) for r in self.ledger.records()]
 
-    def best(self) -> Record | None:
+    def fastest(self) -> Record | None:
         """The fastest record so far, of all processes; None if nothing succeeded."""
         usable = [r for r in self.ledger.records() if r.outcome in _USABLE]
         return min(usable, key=lambda record: record.time_ms, default=None)
@@ -170,15 +185,19 @@ class Search:
         for record in self.ledger.records():
             if record.config in tried:
                 self._note_broken(record)
-        self._enqueue_first()
         waiting: list[_Waiting] = []
         try:
             while True:
                 while self._may_begin(len(waiting)) and (begun := self._begin()) is not None:
                     waiting += self._look_at(*begun, on_record)
-                if not waiting:
+                if waiting:
+                    wait([each.future for each in waiting], _POLL_SECONDS, FIRST_COMPLETED)
+                elif self._lacks_default() and self.ledger.is_running(self._default):
+                    # Another process is at it, or was until it died.
+                    self.ledger.give_up_abandoned()
+                    time.sleep(_POLL_SECONDS)
+                else:
                     return
-                wait([each.future for each in waiting], 0.1, FIRST_COMPLETED)
                 on_idle()
                 self.ledger.beat()
                 for each in [each for each in waiting if each.future.done()]:
@@ -188,21 +207,33 @@ class Search:
                 if self._is_over():
                     return
         finally:
-            for each in waiting:
-                self.ledger.give_up(each.trial)
+            self.ledger.give_up_own()
 
     def _may_begin(self, waiting: int) -> bool:
-        if waiting >= self._ahead or self._is_over():
+        if waiting >= self._ahead:
             return False
-        return self._rules.trials is None or len(self.ledger.taken()) < self._rules.trials
+        taken = self.ledger.taken()
+        if self._lacks_default() and self._default not in taken:
+            return True
+        has_room = self._rules.trials is None or len(taken) < self._rules.trials
+        return has_room and not self._is_limited()
 
     def _is_over(self) -> bool:
+        return self._is_limited() and not self._lacks_default()
+
+    def _lacks_default(self) -> bool:
+        """Whether something may win that the default has not been compared with."""
+        self._knows_default = self._knows_default or self._default in self.ledger.tried()
+        return not self._knows_default and self.fastest() is not None
+
+    def _is_limited(self) -> bool:
+        """Whether a stopping rule holds."""
         rules = self._rules
         if rules.seconds is not None and self._clock() - self._began > rules.seconds:
             return True
         if rules.trials is not None and len(self.ledger.tried()) >= rules.trials:
             return True
-        best = self.best()
+        best = self.fastest()
         if rules.target is None or best is None:
             return False
         return best.time_ms <= (1 + rules.target) * max(self.floor_ms.values())
@@ -212,44 +243,45 @@ class Search:
         """Whether the model has a say in what is tried."""
         return self._sampler not in ("grid", "random")
 
-    def _enqueue_first(self) -> None:
-        """The default, what the caller wants first, and in a new study the model's favourites."""
-        taken = self.ledger.taken()
-        texts = [text for text in self._first if text in self.candidates.numbers]
-        numbers = [self.candidates.numbers[text] for text in texts if text not in taken]
-        if self._is_guided and not taken:
-            numbers += self.candidates.favourites(_FAVOURITES)
-        for number in dict.fromkeys(numbers):
-            self._enqueue(number)
-
-    def _enqueue(self, number: int) -> None:
-        self.ledger.enqueue(self.candidates.choices(number))
-
     def _begin(self) -> tuple[Trial, Config] | None:
-        """A trial, and the config that it has claimed; None if every config is taken.
-
-        The sampler and the corrected model propose in turn.
-        """
+        """A trial, and the config that it has claimed; None if every config is taken."""
         candidates = self.candidates
         while True:
-            is_free = candidates.free(self.ledger.taken(), self._broken) & ~self._foreseen()
+            taken = self.ledger.taken()
+            is_free = candidates.free(taken, self._broken) & ~self._foreseen()
+            if self._default in candidates.numbers and self._default not in taken:
+                # Also where other layouts of its code have failed: it gets a record of its own.
+                is_free[candidates.numbers[self._default]] = True
             if not is_free.any():
                 return None
-            if self._sampler == "grid":
-                self._enqueue(int(is_free.argmax()))
-            elif self._is_guided and self._asks_model:
-                self._enqueue(candidates.favourite(self._times_ms(), is_free))
-            for _ in range(_ASK_ATTEMPTS):
-                trial = self.ledger.ask(candidates.distributions)
-                wanted = candidates.at(trial.params)
-                if wanted is not None and is_free[wanted]:
-                    if self.ledger.claim(trial, candidates.texts[wanted]):
-                        self._asks_model = not self._asks_model
-                        return trial, candidates.configs[wanted]
-                    self.ledger.give_up(trial)
-                    break
-                self.ledger.give_up(trial)
-                self._enqueue(candidates.nearest(trial.params, is_free))
+            trial = self._ask(is_free)
+            number = candidates.at(trial.params)
+            # What somebody has enqueued with Optuna need not be free, nor a config.
+            is_wanted = number is not None and is_free[number]
+            if is_wanted and self.ledger.claim(trial, candidates.texts[number]):
+                return trial, candidates.configs[number]
+            self.ledger.give_up(trial)
+
+    def _ask(self, is_free: np.ndarray) -> Trial:
+        """A trial of a free config: of what comes first; then sampler and model take turns."""
+        candidates = self.candidates
+        texts = self._first + self._favourites
+        numbers = [candidates.numbers[text] for text in texts if text in candidates.numbers]
+        number = next((n for n in numbers if is_free[n]), None)
+        if number is None and self._sampler == "grid":
+            number = int(is_free.argmax())
+        elif number is None:
+            self._asks_model = self._is_guided and not self._asks_model
+            if self._asks_model:
+                number = candidates.favourite(self._times_ms(), is_free)
+        if number is None:
+            trial = self.ledger.ask(candidates.distributions)
+            number = candidates.at(trial.params)
+            if number is not None and is_free[number]:
+                return trial
+            number = candidates.nearest(trial.params, is_free)
+            self.ledger.give_up(trial)
+        return self.ledger.ask(candidates.distributions, candidates.choices(number))
 
     def _foreseen(self) -> np.ndarray:
         """Which numbers the model, being the judge, cannot tell from one that works or may yet."""
@@ -265,9 +297,9 @@ class Search:
 
     def _look_at(self, trial: Trial, config: Config, on_record) -> list[_Waiting]:
         """Have a config compiled, unless the model knows already that it is hopeless."""
-        began, best = self._clock(), self.best()
+        began, best = self._clock(), self.fastest()
         estimate = float(self.candidates.estimates[self.candidates.numbers[str(config)]])
-        is_default = config == self.space.default
+        is_default = str(config) == self._default
         if self._measurer is None and best is not None and not is_default:
             times = estimate / best.time_ms
             if times > _HOPELESS:
@@ -301,7 +333,7 @@ class Search:
 
     def _is_slow(self, samples: list[float]) -> bool:
         """Whether a config is so far behind that more samples are wasted."""
-        best = self.best()
+        best = self.fastest()
         if best is None or len(samples) < _FEW_SAMPLES:
             return False
         return statistics.median(samples) > _SLOW * best.time_ms
@@ -328,57 +360,93 @@ class Search:
             self._broken.add(record.config)
 
     def winner(self, again: bool = True) -> tuple[Record, Record]:
-        """(the default's record, the winner's).
+        """(the default's record, the winner's), whose reason says why a faster one did not win.
 
         Args:
             again: measure the finalists against each other first, where there is a GPU.
 
         Raises:
-            LookupError: nothing that was tried can be used.
+            LookupError: nothing that was tried can be used, or the default was not tried.
         """
         records = {record.config: record for record in self.ledger.records()}
         usable = [r for r in records.values() if r.outcome in _USABLE]
         if not usable:
             raise LookupError(f"no config of {self.space.problem} worked: {_outcomes(records)}")
+        if self._lacks_default():
+            raise LookupError(
+                f"no config of {self.space.problem} is named the best: its default, "
+                f"{self._default}, was not tried"
+            )
         usable.sort(key=lambda record: record.time_ms)
-        default = records.get(str(self.space.default))
-        if self._measurer is None:
-            usable = self._beyond_error(usable, default)
+        default = records.get(self._default)
+        usable, within_error = self._beyond_error(usable, default)
         firsts = [record for record in usable[_FINALISTS:] if record.config in self._first]
         finalists = usable[:_FINALISTS] + firsts
         if again and self._measurer is not None and len(finalists) > 1:
-            configs = [record.config for record in finalists]
-            samples = self._measurer.remeasure(self.space.problem, configs, _FINAL_ROUNDS)
-            again = [
-                replace(record, samples_ms=tuple(samples[record.config]))
-                for record in finalists
-                if samples.get(record.config)
-            ]
-            finalists = again or finalists
-        best = min(finalists, key=lambda record: record.time_ms)
-        tied = [r for r in finalists if r.time_ms <= (1 + _TIE) * best.time_ms]
-        best = min(tied, key=lambda record: (record.resources.smem_bytes, record.time_ms))
-        default = next((r for r in finalists if r.config == str(self.space.default)), default)
+            finalists = self._measured_again(finalists)
+        default = self._finals.get(self._default, default)
         if default is None:
-            outcome, why = self.space.failure(self.space.default) or (
-                "invalid",
-                "it was not tried",
+            violation = self.space.failure(self.space.default)
+            default = Record(self._default, *(violation or ("invalid", "it is not in the space")))
+        fastest = min(finalists, key=lambda record: record.time_ms)
+        tied = [r for r in finalists if r.time_ms <= (1 + _TIE) * fastest.time_ms]
+        best = min(tied, key=lambda record: (record.resources.smem_bytes, record.time_ms))
+        why = []
+        if best is not fastest:
+            why.append(
+                f"{fastest.config} is faster by less than {_TIE:.0%}, which counts as equal, and "
+                "takes more shared memory"
             )
-            default = Record(str(self.space.default), outcome, why)
-        return default, best
+        before = [r for r in usable if r not in finalists and r.config not in self._finals]
+        if any(record.time_ms < best.time_ms for record in before):
+            why.append(
+                "the finalists were measured again, in turn; what looks faster and was not among "
+                "them has times of its first trial"
+            )
+        within_error = [r for r in within_error if r.time_ms < best.time_ms]
+        if within_error:
+            fastest = within_error[0]
+            gain, needed = default.time_ms / fastest.time_ms - 1, self._gain_needed(fastest)
+            why.append(
+                f"{fastest.config} is predicted to gain {gain:.1%} over the default, and must "
+                f"gain more than {needed:.1%}, the model's error, to displace it"
+            )
+        return default, replace(best, reason="; ".join(filter(None, [best.reason, *why])))
 
-    def _beyond_error(self, usable: list[Record], default: Record | None) -> list[Record]:
-        """The default, and what gains more over it than the model's error may feign."""
-        if default is None or not math.isfinite(default.time_ms):
-            return usable
+    def _measured_again(self, finalists: list[Record]) -> list[Record]:
+        """The finalists, measured in turn; those as they were if that is in vain for all."""
+        configs = [record.config for record in finalists]
+        samples = self._measurer.remeasure(self.space.problem, configs, _FINAL_ROUNDS)
+        if not any(samples.values()):
+            return finalists
+        self._finals = {}
+        for record in finalists:
+            times = tuple(samples.get(record.config, ()))
+            self._finals[record.config] = (
+                replace(record, samples_ms=times)
+                if times
+                else record.failed("launch_failed", "it failed when it was measured again")
+            )
+        return [final for final in self._finals.values() if final.outcome in _USABLE]
+
+    def _beyond_error(
+        self, usable: list[Record], default: Record | None
+    ) -> tuple[list[Record], list[Record]]:
+        """(the default and what gains more over it than the model's error may feign, the rest)."""
+        if self._measurer is not None or default is None or not math.isfinite(default.time_ms):
+            return usable, []
+        beyond, within = [], []
+        for record in usable:
+            gain = default.time_ms / record.time_ms - 1
+            is_beyond = record is default or gain > self._gain_needed(record)
+            (beyond if is_beyond else within).append(record)
+        return beyond, within
+
+    def _gain_needed(self, record: Record) -> float:
+        """By which part the default must be predicted slower than a config, to give way to it."""
         space, candidates = self.space, self.candidates
-
-        def is_beyond(record: Record) -> bool:
-            config = candidates.configs[candidates.numbers[record.config]]
-            needed = model.gain_needed(space.machine, space.problem, config, space.default)
-            return default.time_ms > (1 + needed) * record.time_ms
-
-        return [record for record in usable if record is default or is_beyond(record)]
+        config = candidates.configs[candidates.numbers[record.config]]
+        return model.gain_needed(space.machine, space.problem, config, space.default)
 
     def importances(self) -> dict[str, float]:
         """Each dimension's share in the variation of the time; empty while too little is known."""
@@ -388,7 +456,7 @@ class Search:
             return optuna.importance.get_param_importances(
                 self._study, evaluator=optuna.importance.PedAnovaImportanceEvaluator()
             )
-        except (ValueError, RuntimeError, ImportError):
+        except Exception:  # whatever it is, it costs a chart
             return {}
 
 

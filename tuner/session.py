@@ -8,8 +8,8 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from hashlib import sha256
@@ -24,13 +24,14 @@ from numflash.selection import FUSED
 from numflash_tuner import model
 from numflash_tuner.machines import Machine
 from numflash_tuner.measuring.measurer import Measurer
+from numflash_tuner.plan import Plan, compile_time
 from numflash_tuner.pool import CompilePool
 from numflash_tuner.progress import Progress
 from numflash_tuner.records import Record
 from numflash_tuner.results import Result
 from numflash_tuner.search import Search, StoppingRules, make_sampler
 from numflash_tuner.space import Budgets, Space
-from numflash_tuner.studies import FORMAT, StorageError, open_study
+from numflash_tuner.studies import FORMAT, earlier_records, open_study
 
 _log = logging.getLogger("numflash")
 
@@ -57,7 +58,11 @@ class Options:
 
 
 class Session:
-    """Tunes classes on one device. A context manager, which ends the compilers."""
+    """Tunes classes on one device. A context manager, which ends the compilers.
+
+    Attributes:
+        results: of the classes tuned so far, also of one whose search was stopped in its middle.
+    """
 
     def __init__(
         self,
@@ -79,6 +84,7 @@ class Session:
         self.device, self.machine, self.measurer = device, machine, measurer
         self.options, self._clock = options, clock
         self.origin = "predicted" if measurer is None else "measured"
+        self.results: list[Result] = []
         self._pool = CompilePool(device.arch, options.jobs)
         self._deadline = None
         if options.rules.seconds is not None:
@@ -105,6 +111,26 @@ class Session:
         for space in spaces:
             space.expect_any()
         return spaces
+
+    def plan(self, spaces: Sequence[Space]) -> Plan:
+        """What tuning these spaces takes; their defaults are compiled for it unless time is short.
+
+        Raises:
+            StorageError: the studies cannot be read.
+            NoCompilerError: compiler processes cannot be started.
+        """
+        rules, names = self.options.rules, [self._study_name(space) for space in spaces]
+        earlier = earlier_records(self.options.storage, names)
+        is_measured = self.measurer is not None
+        sizes = [rules.size(space, is_measured) for space in spaces]
+        done = [len(records) for records in earlier]
+        left = []
+        if rules.seconds is None:
+            left = [s for s, size, n in zip(spaces, sizes, done, strict=True) if n < size]
+        everything = [record for records in earlier for record in records]
+        time_ms = compile_time(left, everything, self._pool)
+        jobs, seconds = self.options.jobs, rules.seconds
+        return Plan(self.device.name, sizes, done, time_ms, jobs, seconds, is_measured)
 
     def tune(self, space: Space, classes_left: int, title: str, quiet: bool = False) -> Result:
         """Search a space, and remember what won.
@@ -135,18 +161,36 @@ class Session:
             ahead=self.options.jobs + 2,
             clock=self._clock,
         )
-        with _shown(search, title, rules.seconds, quiet) as (on_record, on_idle):
+        with Progress(
+            search.size,
+            title,
+            time_budget=rules.seconds,
+            earlier=search.ledger.records(),
+            quiet=quiet,
+        ) as progress:
             try:
-                search.run(on_record, on_idle)
+                search.run(progress.update, progress.refresh)
+                if not search.ledger.records():
+                    raise LookupError(
+                        f"no config of {space.problem} was tried: the time was over before"
+                    )
+                return self._conclude(space, search, progress)
             except BaseException:
                 with suppress(LookupError):
-                    self._remember(space, search, *search.winner(again=False))
+                    self._conclude(space, search, progress, again=False)
                 raise
-        if not search.ledger.records():
-            raise LookupError(f"no config of {space.problem} was tried: the time was over before")
-        default, best = search.winner()
+
+    def _conclude(
+        self, space: Space, search: Search, progress: Progress, again: bool = True
+    ) -> Result:
+        """Name the winner of a search, remember it, and keep the result.
+
+        Raises LookupError if there is none.
+        """
+        default, best = search.winner(again)
+        progress.name_best(best)
         self._remember(space, search, default, best)
-        return Result(
+        result = Result(
             device=self.device.name,
             arch=self.device.arch,
             num_sms=self.machine.num_sms,
@@ -154,7 +198,7 @@ class Session:
             origin=self.origin,
             default=default,
             best=best,
-            records=search.ledger.records(),
+            records=search.records(),
             floor_ms=search.floor_ms,
             space_size=len(space.feasible) + space.excluded.total(),
             pruned=dict(space.excluded),
@@ -167,6 +211,8 @@ class Session:
                 "max_registers": 255,
             },
         )
+        self.results.append(result)
+        return result
 
     def _rules(self, classes_left: int) -> StoppingRules:
         """The stopping rules of one class; the time left is shared evenly."""
@@ -177,16 +223,8 @@ class Session:
         return StoppingRules(rules.trials, left / max(1, classes_left), rules.target)
 
     def _study(self, space: Space) -> optuna.Study:
-        """The study of a space; one in memory where the user's cache cannot be written."""
-        name, storage = self._study_name(space), self.options.storage
         sampler = make_sampler(self.options.sampler, self.options.seed)
-        try:
-            return open_study(storage, name, sampler)
-        except StorageError as error:
-            if storage is not None or not isinstance(error.__cause__, OSError):
-                raise
-            _log.warning("%s; this run cannot be continued later", error)
-            return _study_in_memory(name, sampler)
+        return open_study(self.options.storage, self._study_name(space), sampler)
 
     def _study_name(self, space: Space) -> str:
         """What trials of one study have in common, so that they can be compared."""
@@ -231,25 +269,3 @@ class Session:
         except OSError as error:
             path = store.path_of(self.device)
             _log.warning("cannot write %s (%s): the config found is not remembered", path, error)
-
-
-def _study_in_memory(name: str, sampler: optuna.samplers.BaseSampler) -> optuna.Study:
-    before = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)  # of a new study nobody need be told
-    try:
-        return optuna.create_study(sampler=sampler, study_name=name, direction="minimize")
-    finally:
-        optuna.logging.set_verbosity(before)
-
-
-@contextmanager
-def _shown(
-    search: Search, title: str, seconds: float | None, quiet: bool
-) -> Iterator[tuple[Callable[[Record], None], Callable[[], None]]]:
-    """What is told of records and of waiting: a progress bar, or nobody."""
-    if quiet:
-        yield lambda record: None, lambda: None
-        return
-    earlier = search.ledger.records()
-    with Progress(search.size, title, time_budget=seconds, earlier=earlier) as progress:
-        yield progress.update, progress.refresh

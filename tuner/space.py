@@ -132,6 +132,20 @@ class Space:
         except UnsupportedError:
             return False
 
+    @property
+    def without_tf32(self) -> str | None:
+        """Why a class that allows tf32 does not use it; None if it does, or does not allow it."""
+        problem, limits = self.problem, self.machine.limits
+        has_products = problem.family in MMA_CONFIGS
+        if not (problem.traits.tf32 and has_products) or isinstance(self.default, MmaConfig):
+            return None
+        choice = choose(problem.family, problem.traits, limits, problem.seqlen_q)
+        what, why = choice.passed_over[0]
+        return (
+            f"{self.machine.name} ({limits.arch}) multiplies {problem} exactly, on its FMA units, "
+            f"not as tf32 ({what}: {why}); what runs there is tuned without --precision tf32"
+        )
+
     @cached_property
     def dimensions(self) -> dict[str, tuple]:
         """Name -> choices in order; the names are those of the config's fields."""

@@ -5,17 +5,21 @@ Whatever is told of a storage hides the password in its URL.
 
 import contextlib
 import functools
+import json
+import logging
 import os
 import random
 import re
 import time
+from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import BaseJournalBackend, JournalFileBackend
 
 from numflash.cache import cache_dir, folder_for, open_file
 from numflash.files import locked, open_for_all, open_unlinked, refuse_link
@@ -25,6 +29,10 @@ _CONNECT_SECONDS = 10
 _MAKING_ATTEMPTS = 10
 # Up to the last "@" before a query; if there is none, what comes before the first.
 _PASSWORD = re.compile(r"(?P<user>://[^:/?#\s]*:)(?P<password>[^?\s]*|\S*?)@")
+
+_log = logging.getLogger("numflash")
+# Folders of studies that were said to be unwritable.
+_told: set[Path] = set()
 
 
 class StorageError(RuntimeError):
@@ -64,7 +72,8 @@ def open_storage(url: str | None, name: str) -> BaseStorage:
 
     Args:
         url: of a database that SQLAlchemy knows, as in "postgresql://user@host/database", or the
-            path of a journal file; None is a journal file in numflash's cache.
+            path of a journal file; None is a journal file in numflash's cache. Where that cannot
+            be written, or no longer, it goes on in memory, and the log says so.
         name: of the study.
 
     Raises:
@@ -75,11 +84,9 @@ def open_storage(url: str | None, name: str) -> BaseStorage:
     path = _journal(url, name)
     try:
         if url is None:
-            os.close(open_for_all(folder_for(path.parent.name) / path.name))
-            open_file(path).close()
-        else:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            refuse_link(path)
+            return JournalStorage(_CacheJournal(path))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        refuse_link(path)
         return JournalStorage(JournalFileBackend(str(path), _JournalLock(path)))
     except OSError as error:
         raise StorageError(f"the journal {path} cannot be written: {error}") from error
@@ -104,6 +111,51 @@ def _is_database(url: str | None) -> bool:
 
 def _journal(url: str | None, name: str) -> Path:
     return journal_path(name) if url is None else Path(url)
+
+
+class _CacheJournal(BaseJournalBackend):
+    """A journal in the cache; from when it cannot be written its lines are kept in memory."""
+
+    def __init__(self, path: Path):
+        self._path, self._lines = path, []
+        try:
+            os.close(open_for_all(folder_for(path.parent.name) / path.name))
+            open_file(path).close()
+            self._file = JournalFileBackend(str(path), _JournalLock(path))
+        except OSError as error:
+            self._leave([], error)
+
+    def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:
+        """The lines from a number on."""
+        if self._file is not None:
+            return self._file.read_logs(log_number_from)
+        return iter(self._lines[log_number_from:])
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        """Add lines."""
+        if self._file is not None:
+            try:
+                self._file.append_logs(logs)
+                return
+            except OSError as error:
+                self._leave(list(self._file.read_logs(0)), error)
+        logs = json.loads(json.dumps(logs))  # as they would be read from a file
+        # The file may have taken the first of them before it failed.
+        written = (n for n in range(len(logs), 0, -1) if self._lines[-n:] == logs[:n])
+        self._lines += logs[next(written, 0) :]
+
+    def _leave(self, lines: list[dict[str, Any]], error: OSError) -> None:
+        self._file, self._lines = None, lines
+        folder = self._path.parent
+        if folder in _told:
+            return
+        _told.add(folder)
+        _log.warning(
+            "studies cannot be written in %s (%s): what is tried is kept in memory, and this run "
+            "cannot be continued later",
+            folder,
+            error,
+        )
 
 
 class _JournalLock:
@@ -174,14 +226,26 @@ def _open_database(url: str) -> RDBStorage:
 
 def _make_tables(url: str, engine: dict) -> RDBStorage:
     """The storage, with its tables, which other processes may be making too."""
-    import sqlalchemy.exc
-
     for _ in range(_MAKING_ATTEMPTS):
         try:
             return RDBStorage(url, engine_kwargs=engine)
-        except (sqlalchemy.exc.IntegrityError, sqlalchemy.exc.ProgrammingError):
+        except Exception as error:
+            if not _is_answered(error):
+                raise
             time.sleep(random.uniform(0.05, 0.25))
     return RDBStorage(url, engine_kwargs=engine)
+
+
+def _is_answered(error: Exception) -> bool:
+    """Whether a database answered a statement with this error.
+
+    What two processes that make the same tables are told has a name of its own in each database:
+    OperationalError of SQLite, ProgrammingError, IntegrityError or InternalError of PostgreSQL.
+    """
+    import sqlalchemy.exc
+
+    cause = error.__cause__ if isinstance(error, StorageInternalError) else error
+    return isinstance(cause, sqlalchemy.exc.DatabaseError) and cause.statement is not None
 
 
 def _can_import(module: str) -> bool:

@@ -84,6 +84,28 @@ def open_study(url: str | None, name: str, sampler: optuna.samplers.BaseSampler)
     return study
 
 
+def earlier_records(url: str | None, names: Iterable[str]) -> list[list[Record]]:
+    """The records that stand in studies with these names, none for one that does not exist.
+
+    Raises StorageError.
+    """
+    shared = None if url is None else open_storage(url, "")
+    found = []
+    for name in names:
+        if shared is None and not journal_path(name).exists():
+            found.append([])
+            continue
+        storage = shared or open_storage(None, name)
+        try:
+            exists = name in optuna.get_all_study_names(storage)
+            study = optuna.load_study(study_name=name, storage=storage) if exists else None
+        except _outages() as error:
+            reason = hide_password(reason_of(error), url)
+            raise StorageError(f"{shown(url, name)} cannot be read: {reason}") from error
+        found.append([] if study is None else Ledger(study).standing())
+    return found
+
+
 class Ledger:
     """Which configs of a study are tried, by whom, and what came of it.
 
@@ -137,25 +159,54 @@ class Ledger:
             if record is not None and number not in forgiven
         }
 
+    def standing(self) -> list[Record]:
+        """The records of `tried`."""
+        tried = self.tried()
+        return [record for record in self.records() if record.config in tried]
+
     def taken(self) -> set[str]:
         """The configs that were tried or are being tried."""
         return {trial.user_attrs["config"] for trial in self._holders(self._trials())}
 
-    def enqueue(self, params: Mapping[str, Any]) -> None:
-        """Have parameters proposed by a later `ask`, of whatever process."""
-        self._reach(self.study.enqueue_trial, dict(params))
+    def is_running(self, config: str) -> bool:
+        """Whether a config is being tried by a process that is not known to be gone."""
+        return any(
+            t.state == TrialState.RUNNING and t.user_attrs.get("config") == config
+            for t in self._trials()
+        )
 
-    def ask(self, distributions: Mapping[str, BaseDistribution] | None = None) -> Trial:
-        """A new trial of this process, with the parameters that the sampler proposes.
+    def ask(
+        self,
+        distributions: Mapping[str, BaseDistribution] | None = None,
+        params: Mapping[str, Any] | None = None,
+    ) -> Trial:
+        """A new trial of this process.
+
+        Args:
+            distributions: of its parameters.
+            params: a value for each of them, before which enqueued trials give way; None has the
+                sampler propose, or whoever enqueued a trial with Optuna.
 
         Raises StorageError also where the study has other choices: somebody else's, or those of
         another version of numflash.
         """
+        if params is None:
+            return self._asked(distributions or {})
+        sampler = self.study.sampler
+        self.study.sampler = _Told(sampler, params)
+        try:
+            while (trial := self._asked(distributions or {})).params != dict(params):
+                self.give_up(trial)
+        finally:
+            self.study.sampler = sampler
+        return trial
+
+    def _asked(self, distributions: Mapping[str, BaseDistribution]) -> Trial:
         # Step by step, so that what fails is repeated alone and the trial is not lost.
         trial = self._reach(self.study.ask)
         self.begin(trial)
         try:
-            for name, distribution in (distributions or {}).items():
+            for name, distribution in distributions.items():
                 self._reach(_suggest, trial, name, distribution)
         except ValueError as error:
             self.give_up(trial)
@@ -215,7 +266,6 @@ class Ledger:
         """Keep the record of a trial; False if another process gave the trial up meanwhile."""
         text = record.to_json()
         self._records[trial.number] = record
-        self._working.pop(trial.number, None)
         with contextlib.suppress(UpdateFinishedTrialError):
             self._reach(trial.set_user_attr, "record", text)
             if record.outcome == "slow":
@@ -223,6 +273,7 @@ class Ledger:
             is_time = record.outcome in ("measured", "predicted")
             value, state = (record.time_ms, None) if is_time else (None, TrialState.PRUNED)
             self._reach(self.study.tell, trial, value, state, skip_if_finished=True)
+        self._working.pop(trial.number, None)
         # Asked of the storage: an attempt that failed may have been carried out all the same.
         kept = self._trials()[trial.number]
         if kept.state in _COUNTED and kept.user_attrs.get("record") == text:
@@ -239,6 +290,11 @@ class Ledger:
         self._working.pop(trial.number, None)
         with contextlib.suppress(StorageError):
             self._fail(trial)
+
+    def give_up_own(self) -> None:
+        """Free whatever this process is trying."""
+        for trial in list(self._working.values()):
+            self.give_up(trial)
 
     def give_up_abandoned(self) -> int:
         """Give up the trials of processes that are gone; how many."""
@@ -322,6 +378,30 @@ class Ledger:
     def _place(self) -> tuple[str, str | None]:
         """How messages call the storage, and its URL."""
         return _places.get(self.study, (f"the study {self.study.study_name}", None))
+
+
+class _Told(optuna.samplers.BaseSampler):
+    """Proposes what it is told; the sampler whose place it takes keeps its books as if it had."""
+
+    def __init__(self, sampler: optuna.samplers.BaseSampler, params: Mapping[str, Any]):
+        self._sampler, self._params = sampler, params
+
+    def before_trial(self, study, trial):
+        """As the sampler does."""
+        self._sampler.before_trial(study, trial)
+
+    def infer_relative_search_space(self, study, trial):
+        """As the sampler does."""
+        return self._sampler.infer_relative_search_space(study, trial)
+
+    def sample_relative(self, study, trial, search_space):
+        """What it was told, where the sampler proposes several parameters together."""
+        self._sampler.sample_relative(study, trial, search_space)
+        return {name: self._params[name] for name in search_space if name in self._params}
+
+    def sample_independent(self, study, trial, param_name, param_distribution):
+        """What it was told."""
+        return self._params[param_name]
 
 
 def _suggest(trial: Trial, name: str, distribution: BaseDistribution) -> None:

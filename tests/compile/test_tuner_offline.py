@@ -23,6 +23,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from numflash.entries import parse_table
+from numflash_tuner.model.errors import ERRORS
 
 CLASS = "forward float16-d64-dv64-vec full q4096 k4096 bh64 g1"
 TUNER = ("-m", "numflash_tuner")
@@ -39,6 +40,23 @@ def finish_and_pause(self, trial, record):
     return kept
 
 studies.Ledger.finish = finish_and_pause
+sys.exit(cli.main())
+"""
+# The tuner, to which the compiler never hands the default of a search.
+WITHOUT_DEFAULT = """
+import sys
+from concurrent.futures import Future
+from numflash_tuner import cli, search
+
+look_at = search.Search._look_at
+
+def look(self, trial, config, on_record):
+    found = look_at(self, trial, config, on_record)
+    if config == self.space.default:
+        found = [search._Waiting(each.trial, each.config, each.began, Future()) for each in found]
+    return found
+
+search.Search._look_at = look
 sys.exit(cli.main())
 """
 OPTIONS = (
@@ -80,11 +98,15 @@ def environment(cache, **changes):
     return {**kept, "NUMFLASH_CACHE_DIR": str(cache), **changes}
 
 
-def start(cache, *options, pause=None):
-    """Start the tuner in a process group of its own; `pause` after each trial, in seconds."""
-    program = TUNER if pause is None else ("-c", PAUSING, pause)
+def start(cache, *options, pause=None, program=None):
+    """Start the tuner in a process group of its own.
+
+    `pause` after each trial, in seconds; or `program`, another Python text.
+    """
+    command = TUNER if pause is None else ("-c", PAUSING, pause)
+    command = command if program is None else ("-c", program)
     return subprocess.Popen(
-        list(map(str, [sys.executable, *program, *OPTIONS, *options])),
+        list(map(str, [sys.executable, *command, *OPTIONS, *options])),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -217,7 +239,8 @@ def test_after_a_kill_the_second_start_goes_on(cache, whole_group, sampler):
     tune(cache, "--trials", len(before) + 2, "--sampler", sampler)
     expect_each_once(cache, len(before) + 2)
     assert tried(cache)[: len(before)] == before
-    assert len(entries(cache)) == 1
+    (entry,) = entries(cache)
+    assert entry.default_config in tried(cache) and entry.default_ms >= entry.time_ms
     # Compilers end with the kernel that they are at.
     began = time.monotonic()
     while processes_of(first.pid):
@@ -227,9 +250,9 @@ def test_after_a_kill_the_second_start_goes_on(cache, whole_group, sampler):
     first.stderr.close()
 
 
-def test_ctrl_c_remembers_the_best_and_says_how_to_go_on(cache):
+def test_ctrl_c_remembers_the_best_reports_and_says_how_to_go_on(cache, tmp_path):
     # So many that the machine may be slow to look: it cannot be over by then.
-    process = start(cache, "--trials", 60, pause=0.6)
+    process = start(cache, "--trials", 60, "--report", tmp_path / "r.html", pause=0.6)
     wait_for_records(cache, 2, process)
     # As from a terminal: to the compilers, too.
     os.killpg(process.pid, signal.SIGINT)
@@ -239,9 +262,23 @@ def test_ctrl_c_remembers_the_best_and_says_how_to_go_on(cache):
     before = tried(cache)
     assert 2 <= len(before) < 60
     assert entries(cache)[0].config in before
+    assert entries(cache)[0].config in (tmp_path / "r.html").read_text()
     tune(cache, "--trials", len(before) + 2)
     expect_each_once(cache, len(before) + 2)
     assert tried(cache)[: len(before)] == before
+
+
+def test_killed_before_the_default_is_known_the_next_run_tries_it(cache):
+    first = start(cache, "--trials", 60, program=WITHOUT_DEFAULT)
+    wait_for_records(cache, 3, first)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.communicate()
+    before = tried(cache)
+    tune(cache, "--trials", len(before))
+    (entry,) = entries(cache)
+    assert entry.default_config not in before and entry.default_config in tried(cache)
+    gain = entry.default_ms / entry.time_ms - 1
+    assert entry.config == entry.default_config or gain > ERRORS["sm80 forward"]
 
 
 def test_two_processes_at_once_try_nothing_twice(cache):

@@ -1,5 +1,8 @@
 """The command line of the tuner: what it does, and that every error is one line."""
 
+import dataclasses
+import errno
+import itertools
 import json
 import os
 import re
@@ -22,7 +25,10 @@ from numflash.mode import SIMULATED
 from numflash.problem_class import ProblemClass
 from numflash_tuner import caches, cli, machines, session
 from numflash_tuner import target as targets
+from numflash_tuner.candidates import distinct
 from numflash_tuner.pool import NoCompilerError
+from numflash_tuner.search import StoppingRules
+from numflash_tuner.session import Options, Session
 from numflash_tuner.storages import StorageError
 from tests.host.test_tuner_session import InstantPool, Stopwatch
 
@@ -125,12 +131,40 @@ def entry(problem=CLASS, config="m64n32w4", **changes):
         (("--pass",), "--pass: expected at least one argument"),
         (("--precision", "tf16"), "--precision: invalid choice: 'tf16'"),
         (("--frobnicate",), "unrecognized arguments: --frobnicate"),
-        (("nonsense",), "unrecognized arguments: nonsense"),
+        (("nonsense",), "unrecognized arguments: nonsense. Subcommands, which come first, are"),
+        (("--quiet", "show"), "did you mean numflash-tune show? Subcommands, which come first,"),
+        (("--precision", "tf32"), "tf32 goes with --dtype float32, got --dtype float16 bfloat16"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
 def test_bad_arguments_are_named(refused, argv, words):
     assert words in refused(*OFFLINE, *argv)
+
+
+def test_a_mistyped_subcommand_is_answered_with_those_there_are(refused):
+    for typed, meant in (("shw", "show"), ("vaildate", "validate"), ("Merge", "merge")):
+        said = refused(typed)
+        assert f"{typed}; did you mean numflash-tune {meant}? Subcommands" in said
+        assert all(command in said for command in caches.COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("device", "head_dim", "words"),
+    [
+        ("T4", 64, "on its FMA units, not as tf32 (sm75 (tensor cores): Turing's"),
+        ("sm_80", 256, "of shared memory per block, sm_80 has 166912); what runs there is"),
+    ],
+)
+def test_tf32_that_a_gpu_does_not_multiply_is_refused(refused, device, head_dim, words):
+    options = ("--dtype", "float32", "--precision", "tf32", "--head-dim", head_dim)
+    said = refused("--device", device, "--offline", *options, "--trials", 1)
+    assert words in said and "forward float32" in said and "without --precision tf32" in said
+
+
+def test_tf32_is_tuned_where_it_is_multiplied(run):
+    options = (*SMALL, "--precision", "tf32", "--trials", 1, "--quiet")
+    status, out, _ = run(*OFFLINE, *options)
+    assert status == 0 and "-tf32 full" in out and " sm80-m" in out
 
 
 def test_an_unknown_device_names_the_nearest(refused):
@@ -266,12 +300,78 @@ def test_an_offline_run_remembers_shows_and_reports(run, tmp_path):
     (found,) = store.read(DeviceKey("sm_80", "sm_80", 0))
     assert (str(found.problem), found.origin) == (CLASS, "predicted")
     assert CLASS in out and found.config in out and f"report: {tmp_path / 'r.html'}" in out
-    assert err.startswith(f"[1/1] {CLASS}  5/5  best predicted ")
+    plan, progress = err.splitlines()
+    assert plan.startswith("1 class of problems on sm_80, 5 trials: ")
+    assert progress.startswith(f"[1/1] {CLASS}  5/5  best predicted ")
     page = Page()
     page.feed((tmp_path / "r.html").read_text())
     page.close()
     assert page.open == [] and CLASS in page.text and found.config in page.text
     assert "Tried: 5" in page.text
+
+
+def test_before_it_starts_it_says_how_much_it_plans_and_how_long_that_takes(run, monkeypatch):
+    def submit(self, config, traits):
+        future = real(self, config, traits)
+        examined = future.result()
+        resources = dataclasses.replace(examined.resources, compile_ms=4000.0)
+        future = Future()
+        future.set_result(dataclasses.replace(examined, resources=resources))
+        return future
+
+    real = InstantPool.submit
+    monkeypatch.setattr(InstantPool, "submit", submit)
+    command = (*OFFLINE, *SMALL, "--mask", "full", "causal", "--head-dim", 64, "--jobs", 2)
+    err = run(*command, "--trials", 6)[2]
+    assert err.splitlines()[0] == (
+        "2 classes of problems on sm_80, 12 trials, 6 each: up to about 0:24, if all are "
+        "compiled, which takes 4.0 s a kernel, 2 at once"
+    )
+    err = run(*command, "--trials", 10, "--time-budget", 90)[2]
+    assert err.splitlines()[0] == (
+        "2 classes of problems on sm_80, 20 trials, 10 each; 8 are left: up to about 0:16, if all "
+        "are compiled, which takes 4.0 s a kernel, 2 at once, or 1:30 by --time-budget"
+    )
+    err = run(*command, "--trials", 10)[2]
+    assert err.splitlines()[0].endswith("20 trials, 10 each; 0 are left: nothing is left to try")
+
+
+def test_the_plan_of_the_commands_example_is_24_classes():
+    args = cli._parser().parse_args(["--device", "A100", "--offline"])
+    target = targets.find_target(args.device, args.offline)
+    with Session(target.key, target.machine, None, Options(StoppingRules(48), jobs=2)) as session_:
+        spaces = session_.spaces(cli._problems(args))
+        plan = session_.plan(spaces)
+    assert str(plan) == (
+        "24 classes of problems on NVIDIA A100-SXM4-80GB, 1,152 trials, 48 each: how long that "
+        "takes shows when a kernel is compiled"
+    )
+
+
+def test_a_plan_counts_once_what_the_model_cannot_tell_apart():
+    args = cli._parser().parse_args([*OFFLINE, *SMALL, "--dtype", "float16"])
+    target = targets.find_target(args.device, args.offline)
+    with Session(target.key, target.machine, None, Options(jobs=1)) as session_:
+        (space,) = session_.spaces(cli._problems(args))
+        (size,) = session_.plan([space]).sizes
+    assert size == distinct(space) < len(space.feasible)
+
+
+def test_a_plan_makes_no_study(run, tmp_path, monkeypatch):
+    def tune(self, *arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Session, "tune", tune)
+    status, _, err = run(*OFFLINE, *SMALL)
+    assert status == 130 and err.startswith("1 class of problems")
+    assert not (tmp_path / "cache" / "studies").exists()
+
+
+def test_a_plan_reads_a_storage_of_the_users(run, tmp_path):
+    url = f"sqlite:///{tmp_path / 'studies.db'}"
+    command = (*OFFLINE, *SMALL, "--storage", url)
+    assert ", 3 trials: " in run(*command, "--trials", 3)[2]
+    assert ", 5 trials; 2 are left: " in run(*command, "--trials", 5)[2]
 
 
 def test_the_same_command_goes_on_and_a_larger_one_adds(run):
@@ -282,11 +382,55 @@ def test_the_same_command_goes_on_and_a_larger_one_adds(run):
     assert "  5/5  " in run(*command, "--trials", 5)[2]
 
 
-def test_a_report_that_cannot_be_written_costs_the_report_only(run):
-    status, out, err = run(*OFFLINE, *SMALL, "--trials", 2, "--quiet", "--report", "no/r.html")
+@pytest.mark.parametrize("report", ["no/r.html", ".", "blocked/r.html", "/dev/null"])
+def test_a_report_that_cannot_be_written_is_refused_before_the_search(
+    refused, tmp_path, monkeypatch, report
+):
+    (tmp_path / "blocked").write_text("")
+    monkeypatch.setattr(InstantPool, "submit", pytest.fail)
+    said = refused(*OFFLINE, *SMALL, "--trials", 2, "--quiet", "--report", report)
+    assert "--report cannot be written: " in said and repr(report) in said
+    assert not store.read_all()
+
+
+def test_a_report_is_not_touched_before_there_is_a_new_one(run, tmp_path, monkeypatch):
+    def submit(self, config, traits):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(InstantPool, "submit", submit)
+    (tmp_path / "old.html").write_text("old")
+    for name in ("old.html", "new.html"):
+        assert run(*OFFLINE, *SMALL, "--report", name)[0] == 130
+    assert (tmp_path / "old.html").read_text() == "old"
+    assert not (tmp_path / "new.html").exists()
+
+
+def test_a_report_that_can_no_longer_be_written_costs_the_report_only(run, monkeypatch):
+    def fail(path, results):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+
+    monkeypatch.setattr("numflash_tuner.report.write_html", fail)
+    status, out, err = run(*OFFLINE, *SMALL, "--trials", 2, "--quiet", "--report", "r.html")
     assert status == 0 and CLASS in out
-    assert err.startswith("numflash-tune: cannot write the report: ") and "no/r.html" in err
+    assert err.startswith("numflash-tune: cannot write the report: ") and "r.html" in err
     assert store.read_all()
+
+
+def test_ctrl_c_writes_the_report_that_was_asked_for(run, tmp_path, monkeypatch):
+    real, count = InstantPool.submit, itertools.count()
+
+    def submit(self, config, traits):
+        if next(count) == 6:
+            raise KeyboardInterrupt
+        return real(self, config, traits)
+
+    monkeypatch.setattr(InstantPool, "submit", submit)
+    status, out, err = run(*OFFLINE, *SMALL, "--trials", 9, "--jobs", 1, "--report", "r.html")
+    assert status == 130 and err.endswith("stopped; the same command goes on from here\n")
+    (found,) = store.read_all()[DeviceKey("sm_80", "sm_80", 0)]
+    page = (tmp_path / "r.html").read_text()
+    assert found.config in out and found.config in page and f"{tmp_path / 'r.html'}" in out
+    assert "interrupted" in err and f"best predicted {found.time_ms:.4g}" in err
 
 
 def test_where_the_cache_cannot_be_written_work_goes_on(run, tmp_path, monkeypatch, caplog):
@@ -295,6 +439,7 @@ def test_where_the_cache_cannot_be_written_work_goes_on(run, tmp_path, monkeypat
     status, out, _ = run(*OFFLINE, *SMALL, "--trials", 2, "--quiet")
     assert status == 0 and CLASS in out
     assert all(str(tmp_path / "blocked") in r.getMessage() for r in caplog.records)
+    assert "kept in memory" in caplog.text
     assert "the config found is not remembered" in caplog.text
 
 
@@ -384,7 +529,7 @@ def test_a_class_is_the_one_that_its_problems_are_of(argv, shape, options):
 
 def test_tf32_is_for_float32_only(refused):
     said = refused(*OFFLINE, "--precision", "tf32", "--dtype", "float32", "float16")
-    assert "is a way to multiply float32; q, k and v are float16" in said
+    assert "goes with --dtype float32, got --dtype float32 float16" in said
 
 
 @pytest.mark.parametrize(
@@ -528,7 +673,7 @@ def test_a_reason_from_a_shared_storage_cannot_steer_the_terminal(refused, run, 
         raise StorageError("it\x1b[2J broke")
 
     monkeypatch.setattr(session.Session, "tune", breaks)
-    assert "it?[2J broke" in refused(*SMALL, *OFFLINE, status=1)
+    assert "it?[2J broke" in refused(*SMALL, *OFFLINE, "--quiet", status=1)
 
 
 def test_shipped_tables_are_shown(run, monkeypatch):

@@ -1,11 +1,13 @@
 """Measuring in a child process: what each way to fail costs, and what a worker runs."""
 
+import errno
 import importlib
 import json
 import math
 import os
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -206,6 +208,15 @@ def test_a_crash_is_reported_with_its_last_words(measurer, log):
     assert "SIGSEGV" in record.reason and "the last words" in record.reason
     assert math.isinf(record.time_ms)
     assert _works(measurer) and _children(log) == 2
+
+
+def test_where_no_file_can_be_made_only_the_last_words_are_lost(measurer, monkeypatch):
+    def fail():
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", fail)
+    assert _works(measurer)
+    assert measurer.measure(PROBLEM, "crashes", _never).reason == "the process died of SIGSEGV"
 
 
 def test_an_exit_is_reported_with_its_status(measurer):
@@ -842,6 +853,7 @@ def test_a_split_forward_is_timed_with_its_combine(served, monkeypatch):
 
 SERVER = """
 import sys
+import tempfile
 sys.path.insert(0, {root!r})
 from tests.host.test_tuner_measure import FakeDevice
 from numflash_tuner.measuring import worker

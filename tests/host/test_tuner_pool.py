@@ -50,6 +50,11 @@ def examine_process(family, text, traits, arch):
     return about(f"{simulated} {ignores} {main}")
 
 
+def examine_signals(family, text, traits, arch):
+    """Which signals were kept from a compiler's process when it was born."""
+    return about(str(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())))
+
+
 def leave(family, text, traits, arch):
     """End the process as a library that gives up does."""
     os._exit(3)
@@ -68,6 +73,13 @@ def test_every_config_gets_its_answer_and_processes_are_used_again():
     assert [what for what, _, _ in answers] == [f"forward {text} {TRAITS} sm_80" for text in texts]
     processes = {int(pid) for _, _, pid in answers}
     assert len(processes) <= 2 and os.getpid() not in processes
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+def test_ctrl_c_does_not_reach_a_compiler_that_is_starting():
+    with CompilePool("sm_80", 1, work=examine_signals) as pool:
+        assert said(pool.submit(config(FINE), TRAITS)) == "True"
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
 def test_configs_of_the_same_machine_code_are_compiled_once():

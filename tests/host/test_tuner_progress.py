@@ -51,7 +51,7 @@ def run(stream, clock, records, seconds=1.0, **options):
     return progress
 
 
-def test_shows_done_best_counts_and_times():
+def test_shows_done_fastest_counts_and_times():
     terminal, clock = Terminal(), Clock()
     run(
         terminal,
@@ -67,7 +67,7 @@ def test_shows_done_best_counts_and_times():
     )
     last = terminal.drawn()[-2]
     assert "forward" in last and "5/10" in last
-    assert "best 1.500 ms m32n32w4" in last
+    assert "fastest 1.500 ms m32n32w4" in last
     assert "3 measured" in last and "1 spilled" in last and "1 wrong result" in last
     assert "0:10, 0:10 left" in last
     assert last.count("━") == last.count("─") == 12
@@ -79,16 +79,33 @@ def test_a_predicted_time_is_called_so_and_never_beats_a_measured_one():
     predicted = Record("m16n16w4", "predicted", predicted_ms=0.5)
     run(terminal, clock, [predicted, measured(2.0, "m64n64w4"), predicted])
     states = terminal.drawn()
-    assert "best predicted 0.5000 ms m16n16w4" in states[1]
-    assert "best 2.000 ms m64n64w4" in states[-1]
+    assert "fastest predicted 0.5000 ms m16n16w4" in states[1]
+    assert "fastest 2.000 ms m64n64w4" in states[-1]
+
+
+def test_the_last_line_shows_the_best_which_need_not_be_the_fastest():
+    terminal = Terminal()
+    with Progress(2, "forward", terminal, Clock()) as progress:
+        progress.update(measured(1.5))
+        progress.update(measured(1.6, "m32n32w4"))
+        progress.name_best(measured(1.61, "m32n32w4"))
+    *earlier, last = terminal.drawn()
+    assert "best 1.610 ms m32n32w4" in last and "fastest" not in last
+    assert all("best" not in state for state in earlier)
+
+
+def test_a_quiet_run_shows_nothing():
+    terminal = Terminal()
+    run(terminal, Clock(), [measured(1.0)], quiet=True)
+    assert terminal.getvalue() == ""
 
 
 @pytest.mark.parametrize("outcome", FAILURES)
-def test_no_failure_is_the_best(outcome):
+def test_no_failure_is_the_fastest(outcome):
     terminal = Terminal()
     failed = measured(0.1, "m8n8w1").failed(outcome, "it failed")
     run(terminal, Clock(), [failed])
-    assert "best" not in terminal.getvalue()
+    assert "fastest" not in terminal.getvalue()
     assert f"1 {outcome.replace('_', ' ')}" in terminal.drawn()[-1]
 
 
@@ -99,7 +116,7 @@ def test_the_bar_never_reaches_the_last_column(monkeypatch, width):
     run(terminal, Clock(), [measured(1.0, "sm80-m128n64w4s2-packed")] * 9)
     assert max(len(state) for state in terminal.drawn()[:-1]) < max(width, 1)
     if width >= 40:
-        assert all("best 1.000 ms" in state for state in terminal.drawn()[1:])
+        assert all("fastest 1.000 ms" in state for state in terminal.drawn()[1:])
         assert "9/10" in terminal.drawn()[-2]
 
 
@@ -167,7 +184,7 @@ def test_earlier_trials_count_as_done_but_not_for_the_pace():
         clock.now += 4
         progress.update(measured(3.0))
         assert progress.seconds_left() == 8.0
-    assert "3/5  best 2.000 ms m64n64w4" in terminal.drawn()[-1]
+    assert "3/5  fastest 2.000 ms m64n64w4" in terminal.drawn()[-1]
 
 
 def test_a_note_stands_above_the_bar():

@@ -1,5 +1,6 @@
 """The search: what is tried first, what never twice, when it stops, and what wins."""
 
+import itertools
 import math
 from collections import Counter
 from concurrent.futures import Future
@@ -12,7 +13,7 @@ import optuna
 
 from numflash.problem_class import ProblemClass
 from numflash_tuner import SAMPLERS, machines, model
-from numflash_tuner.candidates import Candidates
+from numflash_tuner.candidates import Candidates, distinct
 from numflash_tuner.measuring.replay import Recording, Replay
 from numflash_tuner.model import errors
 from numflash_tuner.pool import Examined
@@ -135,6 +136,92 @@ def test_the_default_and_what_is_remembered_are_tried_whatever_the_sampler(sampl
     assert default.config == str(space.default) and default.time_ms > 0
 
 
+def others(space, count):
+    """Configs that are not the default, as texts."""
+    return [str(config) for config in space.feasible if config != space.default][-count:]
+
+
+def try_earlier(study, configs, ms=1e-3):
+    """As an earlier run would: without a GPU these took that time."""
+    ledger = Ledger(study)
+    for config in configs:
+        trial = ledger.ask()
+        assert ledger.claim(trial, config)
+        resources = ResourceUsage(128, 0, 1000, 128, 2, "registers")
+        record = Record(config, "predicted", resources=resources, predicted_ms=ms)
+        assert ledger.finish(trial, record)
+
+
+def test_the_default_is_tried_first_whatever_was_enqueued():
+    space = space_of()
+    study = optuna.create_study(direction="minimize")
+    search = make_search(space, study=study, rules=StoppingRules(trials=3))
+    numbers = [search.candidates.numbers[config] for config in others(space, 8)]
+    for number in numbers:
+        study.enqueue_trial(search.candidates.choices(number))
+    told = [record.config for record in run(search)]
+    assert told[0] == str(space.default) and len(told) == 3
+    default, best = search.winner()
+    assert default.config == str(space.default) and math.isfinite(default.time_ms)
+    assert best == default or best.time_ms <= 0.95 * default.time_ms
+
+
+@pytest.mark.parametrize("rules", [StoppingRules(trials=4), StoppingRules(seconds=0.0)])
+def test_a_limit_that_was_reached_before_the_default_was_tried_waits_for_it(rules):
+    space = space_of()
+    study = optuna.create_study(direction="minimize")
+    try_earlier(study, others(space, 4))
+    ticks = itertools.count()
+    search = make_search(space, study=study, rules=rules, clock=lambda: next(ticks))
+    assert str(space.default) in [record.config for record in run(search)]
+    default, best = search.winner()
+    assert math.isfinite(default.time_ms) and best.config in others(space, 4)
+
+
+def test_without_the_default_there_is_no_winner():
+    space = space_of()
+    study = optuna.create_study(direction="minimize")
+    try_earlier(study, others(space, 4))
+    with pytest.raises(LookupError, match=f"its default, {space.default}, was not tried"):
+        make_search(space, study=study).winner()
+
+
+def test_a_default_that_another_process_is_trying_is_waited_for():
+    space = space_of()
+    study = optuna.create_study(direction="minimize")
+    other, default = Ledger(study), str(space.default)
+    trial = other.ask()
+    assert other.claim(trial, default)
+    search = make_search(space, study=study, rules=StoppingRules(trials=3))
+    idled = []
+
+    def idle():
+        idled.append(len(search.ledger.records()))
+        if idled[-1] >= 2 and idled.count(2) == 3:
+            other.finish(trial, Record(default, "spilled", "64 bytes"))
+
+    told = []
+    search.run(told.append, idle)
+    assert idled.count(2) == 3 and len(told) == 2
+    assert search.winner()[0].outcome == "spilled"
+
+
+def test_a_default_whose_code_is_known_to_be_broken_has_a_record_of_its_own():
+    space = space_of(FORWARD)
+    default = space.default
+    same_code = [str(c) for c in space.feasible if c.compiled == default.compiled]
+    study = optuna.create_study(direction="minimize")
+    ledger = Ledger(study)
+    trial = ledger.ask()
+    ledger.claim(trial, next(text for text in same_code if text != str(default)))
+    broken = next(text for text in same_code if text != str(default))
+    ledger.finish(trial, Record(broken, "spilled", "64 bytes"))
+    pool = InstantPool(space, spills=same_code)
+    search = make_search(space, pool=pool, study=study, rules=StoppingRules(trials=4))
+    run(search)
+    assert search.winner()[0].outcome == "spilled"
+
+
 def test_what_is_remembered_is_measured_against_the_finalists():
     space = space_of()
     incumbent = str(list(space.feasible)[-1])
@@ -164,7 +251,7 @@ def test_a_target_ends_the_search():
     space = space_of()
     search = make_search(space, rules=StoppingRules(target=100.0))
     assert len(run(search)) < 10
-    assert search.best().time_ms <= 101 * max(search.floor_ms.values())
+    assert search.fastest().time_ms <= 101 * max(search.floor_ms.values())
 
 
 def test_slow_configs_are_stopped_after_a_few_samples():
@@ -232,7 +319,12 @@ def chosen(times, *, measured=False, smem=None, final=None, space=None):
         }
         measurer = Replay(Recording({}, DQ, {}, records))
     default, best = make_search(space, measurer, study=study).winner()
+    reasons.append(best.reason)
     return default.config, best.config
+
+
+reasons = []
+"""Of the winners of `chosen`."""
 
 
 DEFAULT = str(space_of().default)
@@ -242,7 +334,12 @@ A, B = "sm80-m64n64w4s1", "sm80-m64n32w4s1"
 def test_a_prediction_displaces_the_default_only_beyond_the_models_error():
     least = 1 + errors.ERRORS["sm80 backward"]
     assert chosen({DEFAULT: least, A: 1.01}) == (DEFAULT, DEFAULT)
-    assert chosen({DEFAULT: least, A: 0.99}) == (DEFAULT, A)
+    assert reasons[-1] == (
+        f"{A} is predicted to gain {least / 1.01 - 1:.1%} over the default, and must gain more "
+        f"than {errors.ERRORS['sm80 backward']:.1%}, the model's error, to displace it"
+    )
+    assert chosen({DEFAULT: least, A: 0.99}) == (DEFAULT, A) and reasons[-1] == ""
+    assert chosen({DEFAULT: 1.0, A: 1.1}) == (DEFAULT, DEFAULT) and reasons[-1] == ""
 
 
 def test_between_two_kernels_both_errors_count():
@@ -253,10 +350,13 @@ def test_between_two_kernels_both_errors_count():
     both = (1 + errors.ERRORS["sm80 forward"]) * (1 + errors.ERRORS["sm90 forward"])
     other = "sm80-m128n128w4s1"
     assert chosen({default: both, other: 1.01}, space=space)[1] == default
+    assert f"{other} is predicted to gain" in reasons[-1]
+    assert f"must gain more than {both - 1:.1%}, the model's error" in reasons[-1]
     assert chosen({default: both, other: 0.99}, space=space)[1] == other
     # A slower one of the same kind, whose gain is beyond its error, wins over a faster one whose
     # gain is within both.
     assert chosen({default: 1.13, own: 0.995, other: 0.98}, space=space)[1] == own
+    assert reasons[-1].startswith(f"{other} is predicted to gain 15.3% over the default")
 
 
 def test_offline_nothing_is_tried_that_the_model_cannot_tell_from_what_was():
@@ -266,6 +366,8 @@ def test_offline_nothing_is_tried_that_the_model_cannot_tell_from_what_was():
     estimates = [candidates.estimates[candidates.numbers[config]] for config in told]
     finite = [each for each in estimates if math.isfinite(each)]
     assert len(set(finite)) == len(finite)
+    assert StoppingRules().size(space, is_measured=False) == len(told)
+    assert StoppingRules(trials=7).size(space, is_measured=False) == 7
     # Every estimate there is was tried, by the default where it has it.
     assert set(estimates) == set(candidates.estimates.tolist())
     assert str(space.default) in told
@@ -289,7 +391,8 @@ def test_offline_a_twin_of_what_failed_is_tried():
 def test_with_a_gpu_twins_are_tried():
     space = space_of()
     told = run(make_search(space, Replay(recording_of(space, 0))))
-    assert len(told) == len(space.feasible) > Candidates(space).distinct
+    assert len(told) == len(space.feasible) > distinct(space)
+    assert StoppingRules().size(space, is_measured=True) == len(told)
 
 
 def test_a_measurement_displaces_the_default_by_any_gain():
@@ -303,7 +406,11 @@ def test_finalists_are_measured_again_before_one_wins():
 def test_ties_go_to_less_shared_memory():
     times = {DEFAULT: 2.0, A: 1.0, B: 1.005}
     assert chosen(times, measured=True, smem={A: 2000, B: 1000}) == (DEFAULT, B)
+    assert reasons[-1] == (
+        f"{A} is faster by less than 1%, which counts as equal, and takes more shared memory"
+    )
     assert chosen(times, measured=True, smem={A: 1000, B: 2000}) == (DEFAULT, A)
+    assert reasons[-1] == ""
 
 
 def test_nothing_that_works_is_an_error_that_says_what_failed():

@@ -1,6 +1,8 @@
 """Studies: shared by processes, resumed after any end, and no config tried twice."""
 
+import importlib
 import json
+import multiprocessing
 import signal
 import sqlite3
 import subprocess
@@ -14,6 +16,7 @@ import pytest
 
 pytest.importorskip("optuna")
 import optuna
+import sqlalchemy.exc
 from optuna.distributions import CategoricalDistribution, IntDistribution
 from optuna.exceptions import StorageInternalError
 from optuna.storages import InMemoryStorage
@@ -381,10 +384,8 @@ def test_a_storage_that_fails_is_tried_again(caplog):
     for config in "abcde":
         proposed = {"x": ord(config) - ord("a"), "y": "q", "z": 2.0}
         storage.failures = 3
-        ledger.enqueue(proposed)
+        trial = ledger.ask(distributions, proposed)
         assert slept == [1, 2, 4]
-        storage.failures = 2
-        trial = ledger.ask(distributions)
         assert trial.params == proposed and trial.distributions == distributions
         storage.failures = 1
         assert ledger.claim(trial, config)
@@ -400,10 +401,9 @@ def test_a_storage_that_fails_is_tried_again(caplog):
 
 def test_a_proposal_is_not_lost_to_a_storage_that_fails():
     ledger, storage, slept = fragile_ledger()
-    ledger.enqueue({"x": 7})
     storage.failing = ("set_trial_param",)
     storage.failures = 2
-    trial = ledger.ask({"x": optuna.distributions.IntDistribution(0, 11)})
+    trial = ledger.ask({"x": optuna.distributions.IntDistribution(0, 11)}, {"x": 7})
     assert trial.params == {"x": 7} and slept == [1, 2] and len(ledger.study.trials) == 1
 
 
@@ -429,7 +429,7 @@ def test_a_storage_that_is_gone_is_an_error_and_records_stay():
         ledger.finish(trial, Record("b", "predicted", predicted_ms=1.0))
     assert slept == [1, 2, 4]
     assert configs_of(ledger) == ["a", "b"] and ledger.tried() == {"a", "b"}
-    for use in (ledger.ask, ledger.taken, ledger.give_up_abandoned, lambda: ledger.enqueue({})):
+    for use in (ledger.ask, ledger.taken, ledger.give_up_abandoned):
         with pytest.raises(StorageError):
             use()
     ledger.give_up(trial)
@@ -532,19 +532,24 @@ def test_the_journal_lies_in_the_cache_under_a_readable_name(tmp_path, monkeypat
 
 @pytest.mark.skipif(sys.platform == "win32", reason="permissions of POSIX")
 @pytest.mark.parametrize("what", ["cache", "studies", "file"])
-def test_a_journal_in_the_cache_that_others_may_write_is_not_used(what, tmp_path, monkeypatch):
+def test_a_journal_in_the_cache_that_others_may_write_is_not_used(
+    what, tmp_path, monkeypatch, caplog
+):
     monkeypatch.setenv("NUMFLASH_CACHE_DIR", str(tmp_path / "cache"))
-    storages.open_storage(None, "x")
+    sampler = optuna.samplers.RandomSampler()
+    open_study(None, "x", sampler).tell(open_study(None, "x", sampler).ask(), 1.0)
     path = journal_path("x")
     assert [p.stat().st_mode & 0o777 for p in (path.parent.parent, path.parent, path)] == [
         *(0o700, 0o700, 0o600)
     ]
     spoiled = {"cache": path.parent.parent, "studies": path.parent, "file": path}[what]
     spoiled.chmod(0o777)
-    with pytest.raises(StorageError, match="everyone may write it") as error:
-        storages.open_storage(None, "x")
-    # What makes a session go on in memory.
-    assert isinstance(error.value.__cause__, OSError)
+    before = path.read_bytes()
+    study = open_study(None, "x", sampler)
+    assert not study.trials, "the file is read"
+    study.ask()
+    assert len(study.trials) == 1 and path.read_bytes() == before
+    assert "everyone may write it" in caplog.text and "kept in memory" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -637,6 +642,58 @@ def test_tables_of_another_version_of_optuna_are_an_error(tmp_path):
             ledger_of(f"sqlite:///{path}")
 
 
+# A process that opens new storages, each at the same moment as the others.
+OPENER = """
+import optuna
+from numflash_tuner.studies import open_study
+
+def run(urls, barrier, said):
+    for url in urls:
+        barrier.wait(60)
+        try:
+            open_study(url, "numbers", optuna.samplers.RandomSampler())
+            said.put("")
+        except Exception as error:
+            said.put(f"{type(error).__name__}: {error}")
+"""
+
+
+def expect_all_open(urls, tmp_path, monkeypatch):
+    """Several processes that begin at once on new storages can open every one."""
+    (tmp_path / "opener_of_storages.py").write_text(OPENER)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    run = importlib.import_module("opener_of_storages").run
+    context = multiprocessing.get_context("spawn")
+    barrier, said = context.Barrier(3), context.Queue()
+    processes = [context.Process(target=run, args=(urls, barrier, said)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    assert [said.get(timeout=60) for _ in range(3 * len(urls))] == [""] * 3 * len(urls)
+    for process in processes:
+        process.join(60)
+    for url in urls:
+        assert ledger_of(url).records() == []
+
+
+@pytest.mark.parametrize("kind", ["sqlite:///{}.db", "{}.journal"])
+def test_processes_that_begin_at_once_make_one_storage(kind, tmp_path, monkeypatch):
+    urls = [kind.format(tmp_path / str(number)) for number in range(8)]
+    expect_all_open(urls, tmp_path, monkeypatch)
+
+
+def test_a_database_that_does_not_answer_is_asked_once(monkeypatch):
+    asked = []
+
+    def refuse(url, **options):
+        asked.append(url)
+        raise sqlalchemy.exc.OperationalError(None, None, OSError("refused"))
+
+    monkeypatch.setattr(storages, "RDBStorage", refuse)
+    with pytest.raises(StorageError, match="does not answer: refused"):
+        storages.open_storage("sqlite:///x.db", "x")
+    assert len(asked) == 1
+
+
 @pytest.fixture(scope="module")
 def postgresql():
     """A PostgreSQL server on loopback, started for these tests."""
@@ -654,6 +711,20 @@ def test_processes_share_a_postgresql_database_that_all_find_empty(postgresql):
     configs = tried(*(start(url, 0.02) for _ in range(3)))
     assert sorted(map(int, configs)) == list(range(12))
     expect_each_once(ledger_of(url))
+
+
+def test_processes_that_begin_at_once_make_the_tables_of_postgresql(
+    postgresql, tmp_path, monkeypatch
+):
+    import psycopg
+
+    schemas = [f"s{number}" for number in range(6)]
+    url = postgresql.url.replace("postgresql://", "postgresql+psycopg://")
+    with psycopg.connect(postgresql.url, autocommit=True) as connection:
+        for schema in schemas:
+            connection.execute(f"create schema {schema}")
+    urls = [f"{url}?options=-csearch_path%3D{schema}" for schema in schemas]
+    expect_all_open(urls, tmp_path, monkeypatch)
 
 
 def test_after_a_kill_a_postgresql_study_goes_on(postgresql):

@@ -38,6 +38,8 @@ def table(results: Sequence[Result]) -> str:
             device = result.device, result.num_sms
             lines.append(printable(_device(result)))
         lines += [f"  {result.problem}", "  " + _aligned(row, widths)]
+        if result.winner and result.best.reason:
+            lines.append(printable(f"    best: {result.best.reason}"))
     if any(result.origin == "predicted" for result in results):
         lines.append(f"~ {_PREDICTED[0].lower()}{_PREDICTED[1:]}")
     return "\n".join(lines)
@@ -134,6 +136,8 @@ def _facts(result: Result) -> Markup:
         entries[0] = ("default", tag("b", "failed", class_="failed"), result.default.config)
     if result.winner is None:
         entries[1] = ("best", tag("b", "none", class_="failed"), None)
+    if result.winner and result.best.reason:
+        entries.append(("why it is the best", result.best.reason, None))
     if result.spread is not None:
         entries.append(("spread of the best", tag("b", format_share(result.spread)), None))
     if result.floor and best:
