@@ -152,8 +152,8 @@ MUTATIONS = [
         "conversions",
         Mutation(
             "P cut off",
-            "total = power * to_last_bit + x\n        return total",
-            "total = power * to_last_bit + x - power * f32(0.0625)\n        return total",
+            "total = fma_rn_f32(power, to_last_bit, x)\n        return",
+            "total = fma_rn_f32(power, to_last_bit, x) - power * f32(0.0625)\n        return",
         ),
         OF_TILES,
         HALF,
@@ -168,11 +168,11 @@ MUTATIONS = [
         "softmax",
         Mutation(
             "P in units of the row's maximum",
-            """            weights[r] = ex2_approx_ftz_f32(shifts[r] - unit - P_SCALE_LOG2)
-            shifts[r] = (shifts[r] if shifts[r] > NEG_INF else f32(0)) - P_SCALE_LOG2
+            """            weights[r] = ex2_approx_ftz_f32(tops[r] - unit_of_row(row_max[r]))
+            shifts[r] = shift_of_row(tops[r], row_max[r])
 """,
             """            weights[r] = ex2_approx_ftz_f32(-P_SCALE_LOG2)
-            shifts[r] = unit - P_SCALE_LOG2
+            shifts[r] = shift_of_row(row_max[r], row_max[r])
 """,
         ),
         OF_TILES,
@@ -180,19 +180,23 @@ MUTATIONS = [
     ),
     (
         "softmax",
-        Mutation("outputs that are not rescaled", "            scale_rows(o_acc, weights)", ""),
+        Mutation("outputs that are not rescaled", "            scale_rows(o_acc, factors)", ""),
         OF_TILES,
         HALF,
     ),
     (
         "softmax",
-        Mutation("sums that are not rescaled", "row_sum[r] *= weights[r]", "pass"),
+        Mutation("sums that are not rescaled", "row_sum[r] *= factors[r]", "pass"),
         OF_TILES,
         HALF,
     ),
     (
         "softmax",
-        Mutation("sums in units of their tile", "sums[r] * weights[r]", "sums[r]"),
+        Mutation(
+            "sums in units of their tile",
+            "fma_rn_f32(sums[r], weights[r],",
+            "fma_rn_f32(sums[r], f32(1),",
+        ),
         OF_TILES,
         HALF,
     ),
@@ -200,7 +204,7 @@ MUTATIONS = [
         "softmax",
         Mutation(
             "sums with the scales of V",
-            "sums[r] += p0 * pair[0] + p1 * pair[1]",
+            "sums[r] = fma_rn_f32(p1, pair[1], fma_rn_f32(p0, pair[0], sums[r]))",
             "sums[r] += p0 + p1",
         ),
         OF_KEYS,
@@ -220,8 +224,8 @@ MUTATIONS = [
         "softmax",
         Mutation(
             "a scale of the other row",
-            "s_acc[i + 2] = s_acc[i + 2] * scales[r + 1] + pair[0]",
-            "s_acc[i + 2] = s_acc[i + 2] * scales[r] + pair[0]",
+            "fma_rn_f32(s_acc[i + 2], scales[r + 1], pair[0])",
+            "fma_rn_f32(s_acc[i + 2], scales[r], pair[0])",
         ),
         OF_KEYS,
         HALF,
@@ -234,7 +238,7 @@ MUTATIONS = [
     ),
     (
         "products",
-        Mutation("weights forgotten", "] * weights[2 * i + e // 2 % 2]", "]"),
+        Mutation("weights forgotten", "weight = weights[2 * i + e // 2 % 2]", "weight = f32(1)"),
         OF_TILES,
         HALF,
     ),

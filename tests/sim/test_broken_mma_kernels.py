@@ -110,7 +110,7 @@ MUTATIONS = [
     (
         "forward",
         "softmax",
-        Mutation("a maximum that never moves", "row_max[r] = new_max[r]", "pass"),
+        Mutation("a maximum that never moves", "row_max[r] = new_max\n", "pass\n"),
     ),
     (
         "forward",
@@ -154,7 +154,7 @@ MUTATIONS = [
     (
         "backward-dq",
         "softmax",
-        Mutation("delta left out", "(dp_acc[i] - delta)", "dp_acc[i]"),
+        Mutation("delta left out", "softmax_scale, -delta)", "softmax_scale, f32(0))"),
     ),
     (
         "backward-dkdv",

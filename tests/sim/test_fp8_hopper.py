@@ -273,22 +273,30 @@ MUTATIONS = [
         PLAIN,
         Mutation(
             "weights of the other row",
-            "part[i + 2] * weights[1]",
-            "part[i + 2] * weights[0]",
+            "part[i + 2], weights[1]",
+            "part[i + 2], weights[0]",
         ),
     ),
-    ("fp8", PLAIN, Mutation("weights forgotten", "part[i] * weights[0]", "part[i]")),
+    ("fp8", PLAIN, Mutation("weights forgotten", "part[i], weights[0]", "part[i], f32(1)")),
     (
         "fp8",
         PLAIN,
-        Mutation("P of at most one", "- P_SCALE_LOG2\n        sum_above", "\n        sum_above"),
+        Mutation(
+            "P of at most one",
+            "= shift_of_row(top_above",
+            "= P_SCALE_LOG2 + shift_of_row(top_above",
+        ),
     ),
     (
         "fp8",
         PLAIN,
-        Mutation("sums in units of a tile", "+= sum_above * weights[0]", "+= sum_above"),
+        Mutation("sums in units of a tile", "(sum_above, weights[0]", "(sum_above, f32(1)"),
     ),
-    ("fp8", OVERLAP, Mutation("sums not rescaled", "row_sum[0] *= factors[0]", "pass")),
+    (
+        "fp8",
+        OVERLAP,
+        Mutation("a unit that never moves", "limits[r], units[r] =", "limits[r], limits[r] ="),
+    ),
     (
         "fp8_forward",
         WIDE,
