@@ -30,6 +30,7 @@ CHAIN = (
     "tiles/wgmma/turns",
     "tiles/wgmma/products",
     "tiles/wgmma/results",
+    "tiles/mma/softmax",
     "tiles/wgmma/softmax",
     "kernels/sm90/ring",
     "kernels/sm90/producer",
@@ -186,6 +187,7 @@ _FORWARD, _PRODUCER, _RING, _FINISH = (
 _PRODUCTS, _RESULTS, _SOFTMAX, _TURNS = (
     f"tiles/wgmma/{name}" for name in ("products", "results", "softmax", "turns")
 )
+_ROWS = "tiles/mma/softmax"
 
 
 def _problems_for(part: str, text: str, before: list[str]) -> tuple[str, ...]:
@@ -480,7 +482,7 @@ IDEAS = [
     ),
     (
         _FORWARD,
-        _P,
+        (*_P, *_O, *_T),
         "O rescaled twice",
         "                        scale_rows(o_acc, factors)",
         "                        scale_rows(o_acc, factors)\n" * 2,
@@ -493,23 +495,17 @@ IDEAS = [
         "                pass",
     ),
     (
-        _FORWARD,
-        _P,
-        "maxima of the tile before",
-        "row_max[0], row_max[1] = NEG_INF, NEG_INF",
-        "pass",
-    ),
-    (_FORWARD, _P, "sums of the tile before", "row_sum[0], row_sum[1] = f32(0), f32(0)", "pass"),
-    (_SOFTMAX, _P, "sums that are not rescaled", "row_sum[1] *= factors[1]", "pass"),
-    (_SOFTMAX, _P, "a maximum that never moves", "row_max[0], row_max[1] = above, below", "pass"),
-    (_SOFTMAX, _P, "factors of rows changed over", "factors[1] = ex2", "factors[0] = ex2"),
-    (
         _SOFTMAX,
         _P,
-        "rows without keys",
-        "shift = above if above > NEG_INF else f32(0)",
-        "shift = above",
+        "maxima of the tile before",
+        "row_max[r], limits[r] = NEG_INF, NEG_INF",
+        "pass",
     ),
+    (_SOFTMAX, _P, "sums of the tile before", "row_sum[r], shifts[r] = f32(0), f32(0)", "pass"),
+    (_ROWS, _P, "sums that are not rescaled", "row_sum[r] *= factors[r]", "pass"),
+    (_ROWS, _P, "a maximum that never moves", "row_max[r] = new_max\n", "pass\n"),
+    (_ROWS, _P, "factors of rows changed over", "factors[r] = ex2", "factors[1 - r] = ex2"),
+    (_ROWS, _P, "rows without keys", "shift if abs(shift) <= HUGE else f32(0)", "shift"),
     # Results
     (_RESULTS, _P, "results that are not swizzled", " ^ (row % 8)", ""),
     (_RESULTS, _P, "half of the swizzle", " ^ (row % 8)", " ^ (row % 4)"),
@@ -525,7 +521,7 @@ IDEAS = [
         "o_smem + o_words * group",
         "o_smem",
     ),
-    (_FINISH, _P, "lse in base 2", "* LN_2 + f32", "+ f32"),
+    (_ROWS, _P, "lse in base 2", "max_scale, LN_2,", "max_scale, f32(1),"),
     (_FINISH, _P, "rows without keys", "if total != f32(0) else f32(0)", ""),
     # Who waits for whom
     (

@@ -360,7 +360,7 @@ class Problem:
         out, lse = reference.attention(q, k, v, **options)
         dq, dk, dv = reference.attention_backward(do, q, k, v, **options)
         self.expected = {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
-        delta = (out * do).sum(-1).swapaxes(1, 2)
+        delta = self.problem.softmax_scale * (out * do).sum(-1).swapaxes(1, 2)
         self.inputs = {"q": q, "k": k, "v": v, "do": do, "lse": lse, "delta": delta}
 
     def is_solved_by(self, kernel, outputs: tuple[str, ...], block_rows: int) -> bool:
