@@ -187,7 +187,7 @@ def test_every_family_has_a_row(gpu, monkeypatch):
     assert set(WITHOUT_SOFTMAX) <= families
 
 
-@pytest.mark.parametrize("lse", [-1e4, -12.0, 0.0, 12.0, 1e4])
+@pytest.mark.parametrize("lse", [-1e4, -12.0, 1e4])
 @pytest.mark.parametrize("name", RUNS)
 def test_tails(name, lse, gpu):
     """Sizes that no tile divides; one dimension of q and k makes the score of every pair `lse`.
@@ -196,8 +196,8 @@ def test_tails(name, lse, gpu):
     """
     run = gpu(RUNS[name])
     rng = np.random.default_rng(1)
-    q, k, v, dout = rng.standard_normal((4, 1, 37, 2, run.head_dim)) / 4
-    q, dout = q[:, :21], 64 * dout[:, :21]
+    q, k, v, dout = rng.standard_normal((4, 1, 37, 1, run.head_dim)) / 4
+    q, dout = q[:, :9], 64 * dout[:, :9]
     root = np.sqrt(abs(lse) * np.sqrt(run.head_dim))
     q[..., 0], k[..., 0] = root, np.copysign(root, lse)
     q, k, v, dout = run.arrays(q, k, v, dout)
@@ -211,21 +211,20 @@ def test_tails(name, lse, gpu):
     assert report.passed, f"\n{report}"
 
 
-@pytest.mark.parametrize("sign", [1, -1])
-@pytest.mark.parametrize("seqlen_k", [1, 70])
+@pytest.mark.parametrize(("seqlen_k", "sign"), [(1, 1), (37, -1)])
 @pytest.mark.parametrize("name", RUNS)
 def test_huge_scores_that_are_equal_give_the_mean_of_v(name, seqlen_k, sign, gpu):
     run = gpu(RUNS[name])
     # Numbers whose sums of products fill a float32: of powers of two all products are exact.
     patterns = np.random.default_rng(10).uniform(0.5, 1, (3, run.head_dim))
-    q, k, v = (LARGEST[run.dtype] * np.broadcast_to(x, (1, 70, 1, run.head_dim)) for x in patterns)
+    q, k, v = (LARGEST[run.dtype] * np.broadcast_to(x, (1, 37, 1, run.head_dim)) for x in patterns)
     q, k, v = run.arrays(sign * q[:, :5], k[:, :seqlen_k], v[:, :seqlen_k])
     out, lse = forward(run, q, k, v)
     exact, exact_lse = numflash.reference.attention(q, k, v)
-    # Rotated, these are rounded to 8 bits.
-    in_8_bits = run.options.get("precision") == "fp8"
-    np.testing.assert_allclose(as_float(out), exact, rtol=0.07 if in_8_bits else 2.0**-7)
-    np.testing.assert_allclose(lse, exact_lse, rtol=0.1 if in_8_bits else 1e-5)
+    # These are rounded to 8 bits, rotated, or to the 10 bits of tf32.
+    of_lse = {"fp8": 0.1, "tf32": 2e-3, None: 1e-5}[run.options.get("precision")]
+    np.testing.assert_allclose(as_float(out), exact, rtol=max(2.0**-7, 0.7 * of_lse))
+    np.testing.assert_allclose(lse, exact_lse, rtol=of_lse)
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -233,14 +232,14 @@ def test_the_largest_of_huge_scores_wins_and_ordinary_rows_are_as_without(name, 
     """Every third query is huge, of either sign; the winning key changes from tile to tile."""
     run = gpu(RUNS[name])
     rng = np.random.default_rng(2)
-    q, k, v = rng.standard_normal((3, 1, 70, 1, run.head_dim)).astype(np.float32)
-    k[0, :, 0, 0] = 1 + np.arange(70) // 8 * 0.25  # increases over the tiles
+    q, k, v = rng.standard_normal((3, 1, 40, 1, run.head_dim)).astype(np.float32)
+    k[0, :, 0, 0] = 1 + np.arange(40) // 8 * 0.25  # increases over the tiles
     ordinary = q.copy()
     q[0, ::3, 0] = 0
     q[0, ::6, 0, 0], q[0, 3::6, 0, 0] = 60000, -60000
     k[0, :, 0, 0] *= 2048
     ordinary[..., 0] /= 2048
-    q = np.where((np.arange(70) % 3 == 0)[None, :, None, None], q, ordinary)
+    q = np.where((np.arange(40) % 3 == 0)[None, :, None, None], q, ordinary)
     q, k, v = run.arrays(q, k, v)
     out, _ = forward(run, q, k, v)
     exact, _ = numflash.reference.attention(q, k, v)
@@ -254,9 +253,9 @@ def test_the_largest_of_huge_scores_wins_and_ordinary_rows_are_as_without(name, 
 def test_a_rows_bits_are_its_own(name, gpu):
     run = gpu(RUNS[name])
     rng = np.random.default_rng(3)
-    q, k, v = rng.standard_normal((3, 1, 64, 1, run.head_dim))
-    others = q * rng.choice([0.1, 8, 300], (1, 64, 1, 1))
-    mine = np.arange(64) % 5 == 2
+    q, k, v = rng.standard_normal((3, 1, 37, 1, run.head_dim))
+    others = q * rng.choice([0.1, 8, 300], (1, 37, 1, 1))
+    mine = np.arange(37) % 5 == 2
     q, others, k, v = run.arrays(q, np.where(mine[:, None, None], q, others), 4 * k, v)
     more = {}
     if run.options.get("precision") == "fp8":
@@ -274,8 +273,8 @@ def test_a_rows_bits_are_its_own(name, gpu):
 def test_a_nan_in_a_key_reaches_all_that_sees_it(name, gpu):
     run = gpu(RUNS[name])
     rng = np.random.default_rng(4)
-    q, k, v, dout = run.arrays(*rng.standard_normal((4, 2, 37, 1, run.head_dim)))
-    k[0, 30, 0, 3] = np.nan
+    q, k, v, dout = run.arrays(*rng.standard_normal((4, 2, 20, 1, run.head_dim)))
+    k[0, 18, 0, 3] = np.nan
     out, lse = forward(run, q, k, v)
     assert np.isnan(as_float(out[0])).all() and np.isnan(lse[0]).all()
     assert np.isfinite(as_float(out[1])).all() and np.isfinite(lse[1]).all()
@@ -301,7 +300,7 @@ def test_a_nan_that_the_mask_hides_reaches_its_tiles_and_no_further(name, gpu):
         64 if "sm90" in text else config.tile_m,  # a warpgroup's own rows
         getattr(config, "stage_n", config.tile_n),
     )
-    n = 3 * max(tile) - 9
+    n = 2 * max(tile) + 5
     rng = np.random.default_rng(9)
     q, k, v, dout = run.arrays(*rng.standard_normal((4, 1, n, 1, run.head_dim)))
     key = 2 * max(tile) - 3
@@ -336,12 +335,12 @@ def test_a_nan_lse_reaches_the_gradients(name, gpu):
     """That of one row: its dQ, and dK and dV of all keys."""
     run = gpu(RUNS[name])
     rng = np.random.default_rng(5)
-    q, k, v, dout = run.arrays(*rng.standard_normal((4, 1, 37, 1, run.head_dim)))
+    q, k, v, dout = run.arrays(*rng.standard_normal((4, 1, 20, 1, run.head_dim)))
     out, lse = forward(run, q, k, v)
-    lse[0, 0, 20] = np.nan
+    lse[0, 0, 18] = np.nan
     dq, dk, dv = (as_float(x) for x in backward(run, dout, q, k, v, out, lse))
     assert np.isnan(dk).all() and np.isnan(dv).all()
-    assert (np.isnan(dq).all((0, 2, 3)) == (np.arange(37) == 20)).all()
+    assert (np.isnan(dq).all((0, 2, 3)) == (np.arange(20) == 18)).all()
 
 
 @pytest.mark.parametrize("name", [n for n in WITH_BACKWARD if RUNS[n].dtype == "float16"])
