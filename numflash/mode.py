@@ -22,8 +22,11 @@ def _as_numba_decides() -> bool:
             return bool(int(os.environ.get(_VARIABLE, "0")))
         except ValueError:
             pass  # Numba warns, naming the variable
-    from numba.core import config
-
+    try:
+        from numba.core import config
+    except ImportError:
+        # Without Numba nothing is simulated; what needs it says so.
+        return False
     return bool(config.ENABLE_CUDASIM)
 
 

@@ -48,7 +48,7 @@ def test_forward_is_what_its_docstring_says():
     assert turn.conversions == 32
     assert turn.shuffles == 8
     assert turn.barriers == 2
-    assert turn.ffma == 64
+    assert turn.ffma == 64 + 4
     # 64 FADD for the sum and the IMAD of addresses come on top; rescaling O does not.
     assert 128 <= turn.fma < 128 + 64
     # 64 FMNMX and 8 across lanes; the mask does not.

@@ -109,11 +109,14 @@ def _mma(config: MmaConfig, traits: Traits) -> Work:
         loads = row_bytes + column_bytes
         kinds = Counts(special=scores, exponentials=scores, fma=2 * scores, alu=scores)
         outputs, phases, shuffles = rows * dv // _WARP, 2, 4 * config.m_tiles
+        # Of each score its exponent; of each row of a thread whether it grows.
+        ffma = scores + 2 * config.m_tiles
         converted = scores // 2
     else:
         row_bytes += rows * dv * size
         kinds = Counts(special=scores, exponentials=scores, fma=3 * scores)
         phases, shuffles, converted = 1, 0, scores
+        ffma = 2 * scores
         if family == "backward-dq":
             multiply_adds, products = rows * columns * (2 * d + dv), 3
             loads = row_bytes + column_bytes + columns * d * size
@@ -152,7 +155,7 @@ def _mma(config: MmaConfig, traits: Traits) -> Work:
         special=kinds.special,
         exponentials=kinds.exponentials,
         fma=kinds.fma + _COPY_FMA * copies + rounded,
-        ffma=scores,
+        ffma=ffma,
         alu=kinds.alu + _COPY_ALU * copies + rounded,
         conversions=0 if is_tf32 else converted,
         shared=shared_loads + (0 if asynchronous else copies),

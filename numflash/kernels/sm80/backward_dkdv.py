@@ -182,7 +182,8 @@ def make_backward_dkdv_kernel(config: MmaBackwardDkDvConfig, traits: Traits) -> 
 
         k_base = batch * k_batch + head_kv * k_head
         v_base = batch * v_batch + head_kv * v_head
-        if m_begin < m_end:  # else nobody would wait for them
+        # Where no tile follows nobody would wait for them.
+        if not asynchronous or m_begin < m_end:
             copy_k(smem, k_smem, k, k_base, k_row, n_start, seqlen_k, head_dim, 1, 0)
             copy_v(smem, v_smem, v, v_base, v_row, n_start, seqlen_k, head_dim_v, 1, 0)
         for i in range(n_dk):

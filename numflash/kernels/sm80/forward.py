@@ -16,7 +16,7 @@ The main loop in machine code, a warp and a tile (bfloat16, head_dim 128, tile 1
 
     256 HMMA          S = Q K^T and O += P V, two rows of products a warp
      80 LDSM          operands from shared memory: 16 of Q, 32 of K, 32 of V
-     64 MUFU, FFMA    one exponential and one multiply-add a score
+     64 MUFU, FFMA    one exponential and one multiply-add a score; 4 FFMA: does a row grow?
      64 FMNMX, FADD   the row's maximum and sum; 8 SHFL and FMNMX across its four lanes
      32 F2FP          P to bfloat16
      16 LDGSTS        K and V, each with about 5 instructions for address and bounds; 2 BAR

@@ -15,15 +15,15 @@ and pingpong; `numflash-inspect forward --arch sm_90a` shows it for any config):
      16 HGMMA         1024 clocks of the SM's tensor cores: 8 for S = Q K^T, 8 for O += P V
      64 MUFU          512 clocks, at 16 exponentials a clock: all of them beside O += P V
      64 FFMA          the exponents
-     68 FMNMX, FADD   the row's maximum and sum; 4 SHFL across its four lanes
+     66 FMNMX, FADD   the row's maximum and sum; 4 SHFL across its four lanes
      32 F2FP          P to bfloat16
-    120 others        descriptors of the products, barriers, the loop
+    111 others        descriptors of the products, barriers, the loop
      64 FMUL          O rescaled, only when a maximum has grown by 2 ** 8
     256 ISETP, FSEL   the mask, only on tiles that an edge crosses
 
-Each scheduler issues 435 instructions in the 1024 clocks of a turn, so two warpgroups that
+Each scheduler issues 423 instructions in the 1024 clocks of a turn, so two warpgroups that
 alternate leave the tensor cores no reason to wait. At head_dim 64 products and exponentials take
-512 clocks each and 406 instructions are issued: three warpgroups share the SM then.
+512 clocks each and 394 instructions are issued: three warpgroups share the SM then.
 
 Source: FlashAttention-3, arXiv 2407.08608, Algorithms 1 and 2.
 """

@@ -12,7 +12,7 @@ added in parts of 64. A tile of keys has one scale of K and one of V; where they
 
 A tile of 128 keys costs a warpgroup, at head_dim 128 with overlap and pingpong, 512 clocks of the
 tensor cores (8 QGMMA), 528 of the special-function units (66 exponentials, two of them for the
-weights) and 505 instructions of each scheduler, 64 FFMA of them to add the tile's share to O: what
+weights) and 501 instructions of each scheduler, 64 FFMA of them to add the tile's share to O: what
 16 bits leave free is about used up. No GPU has timed it yet.
 
 Source: FlashAttention-3, arXiv 2407.08608, section 3.3.
