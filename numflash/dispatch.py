@@ -402,19 +402,26 @@ def num_splits(
 ) -> int:
     """Parts to split the keys into, so that few blocks still fill the machine.
 
-    The fewest splits whose last wave is at least 85 % as full as the best number's.
+    The fewest splits whose last wave is at least 85 % as full as the best number's, of the numbers
+    that leave no split without keys.
     Source: `num_splits_heuristic` of FlashAttention-3.
     """
     fit = resident_blocks(config, traits, limits)
     slots = num_sms * max(1, min(fit, 8 // config.num_warps))
-    num_n_blocks = -(-seqlen_k // config.tile_n)
+    dealt_out = config.stage_n if isinstance(config, Sm90ForwardConfig) else config.tile_n
+    num_n_blocks = -(-seqlen_k // dealt_out)
     if blocks == 0 or blocks >= 0.8 * slots or num_n_blocks <= 2 * _MIN_BLOCKS_PER_SPLIT:
         return 1
     # Of blocks of one warp it takes more to fill an SM.
     most = _MAX_SPLITS * max(1, 4 // config.num_warps)
     most = min(most, num_n_blocks // _MIN_BLOCKS_PER_SPLIT, -(-slots // blocks))
     fullness = {}
-    for splits in range(1, most + 1):
+    for splits in {with_keys(num_n_blocks, asked) for asked in range(1, most + 1)}:
         waves = blocks * splits / slots
         fullness[splits] = waves / -(-blocks * splits // slots)
     return min(s for s in fullness if fullness[s] >= 0.85 * max(fullness.values()))
+
+
+def with_keys(num_n_blocks: int, num_splits: int) -> int:
+    """Of so many splits those that have keys: each but the last has as many blocks of them."""
+    return -(-num_n_blocks // -(-num_n_blocks // num_splits))

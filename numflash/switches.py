@@ -33,9 +33,9 @@ def is_on(name: str, default: bool = False) -> bool:
 
 
 def choice(name: str, choices: tuple[str, ...], default: str) -> str:
-    """The one of `choices` that an environment variable names; `default` where it is unset or empty.
+    """The one of `choices` that an environment variable names; `default` where it is unset.
 
-    Case does not matter. Choices are lower case.
+    Empty is unset. Case does not matter. Choices are lower case.
 
     Raises:
         ValueError: it names none of them.

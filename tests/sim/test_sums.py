@@ -1,4 +1,4 @@
-"""How tensor cores cut their sums: the models, instructions under them, and who vouches for them."""
+"""How tensor cores cut their sums: models, instructions under them, and who vouches for them."""
 
 import importlib.util
 import itertools
