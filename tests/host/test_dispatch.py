@@ -21,7 +21,15 @@ from numflash.configs import (
     sm90,
 )
 from numflash.devices import ARCHITECTURES, blocks_per_sm
-from numflash.dispatch import choose, force, heads_in_flight, num_splits, rows_packed, with_keys
+from numflash.dispatch import (
+    choose,
+    force,
+    heads_in_flight,
+    num_splits,
+    rows_packed,
+    with_keys,
+    with_splits,
+)
 from numflash.errors import UnsupportedError
 from numflash.mode import SIMULATED
 from numflash.problem import AttentionProblem
@@ -598,6 +606,24 @@ def test_every_split_has_keys(config):
         assert splits_with_keys(splits, num_n_blocks) == splits, (blocks, num_n_blocks, splits)
         rounded += splits > 1
     assert rounded > 100
+
+
+@pytest.mark.parametrize("config", [DECODE, HOPPERS], ids=str)
+@pytest.mark.parametrize("window", [500, 1024, 5000, 20000])
+def test_splits_share_the_keys_that_a_window_shows(config, window):
+    n, seqlen_k = config.tile_n, 65536
+    for last in range(seqlen_k - 130, seqlen_k, 13):
+        bands = {"band_lo": last - window, "band_hi": last}
+        seen = replace(problem(batch=1, seqlen_k=seqlen_k), **bands)
+        splits = with_splits(config, seen, D128, HOPPER, 132).num_splits
+        num_n_blocks = last // n + 1 - (last - window) // n
+        empty = splits - splits_with_keys(splits, num_n_blocks)
+        # A window that begins with a block of keys covers one block less than others.
+        assert empty <= 1, (last, splits, num_n_blocks)
+        assert splits > 1 or num_n_blocks <= 9
+    unmasked = problem(batch=1, seqlen_k=seqlen_k, band_lo=-1, band_hi=seqlen_k)
+    whole = with_splits(config, unmasked, D128, HOPPER, 132)
+    assert whole.num_splits == num_splits(config, D128, HOPPER, 132, 2, seqlen_k)
 
 
 def test_of_109_splits_of_172_blocks_86_had_keys():
