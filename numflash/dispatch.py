@@ -383,7 +383,11 @@ def with_splits(
     pack = heads_packed(config, problem)
     heads = problem.num_heads_q // pack
     blocks = problem.num_blocks(problem.seqlen_q * pack, heads, config.block_rows)
-    splits = num_splits(config, traits, limits, num_sms, blocks, problem.seqlen_k)
+    # Keys that a tile of rows sees through a window, wherever that begins in a block of keys.
+    tokens = min(problem.seqlen_q, 1 + -(-config.block_rows // pack))
+    seen = max(0, problem.band_hi - problem.band_lo + tokens) + _dealt_out(config)
+    keys = min(problem.seqlen_k, seen)
+    splits = num_splits(config, traits, limits, num_sms, blocks, keys)
     return replace(config, num_splits=splits)
 
 
@@ -402,19 +406,30 @@ def num_splits(
 ) -> int:
     """Parts to split the keys into, so that few blocks still fill the machine.
 
-    The fewest splits whose last wave is at least 85 % as full as the best number's.
+    The fewest splits whose last wave is at least 85 % as full as the best number's, of the numbers
+    that leave no split without keys.
     Source: `num_splits_heuristic` of FlashAttention-3.
     """
     fit = resident_blocks(config, traits, limits)
     slots = num_sms * max(1, min(fit, 8 // config.num_warps))
-    num_n_blocks = -(-seqlen_k // config.tile_n)
+    num_n_blocks = -(-seqlen_k // _dealt_out(config))
     if blocks == 0 or blocks >= 0.8 * slots or num_n_blocks <= 2 * _MIN_BLOCKS_PER_SPLIT:
         return 1
     # Of blocks of one warp it takes more to fill an SM.
     most = _MAX_SPLITS * max(1, 4 // config.num_warps)
     most = min(most, num_n_blocks // _MIN_BLOCKS_PER_SPLIT, -(-slots // blocks))
     fullness = {}
-    for splits in range(1, most + 1):
+    for splits in {with_keys(num_n_blocks, asked) for asked in range(1, most + 1)}:
         waves = blocks * splits / slots
         fullness[splits] = waves / -(-blocks * splits // slots)
     return min(s for s in fullness if fullness[s] >= 0.85 * max(fullness.values()))
+
+
+def _dealt_out(config: MmaConfig) -> int:
+    """Keys of a block, of which each split has a number."""
+    return config.stage_n if isinstance(config, Sm90ForwardConfig) else config.tile_n
+
+
+def with_keys(num_n_blocks: int, num_splits: int) -> int:
+    """Of so many splits those that have keys: each but the last has as many blocks of them."""
+    return -(-num_n_blocks // -(-num_n_blocks // num_splits))

@@ -1,4 +1,7 @@
-"""Switches of the environment: one reader, so that all of them are spelled alike."""
+"""Switches of the environment: one reader, so that all of them are spelled alike.
+
+`is_on` reads those that are on or off, `choice` those that name one of several things.
+"""
 
 import os
 
@@ -27,3 +30,20 @@ def is_on(name: str, default: bool = False) -> bool:
         raise ValueError(
             f"{name} must be 0 or 1 (or another integer, or {', '.join(_WORDS)}), got {text!r}"
         ) from None
+
+
+def choice(name: str, choices: tuple[str, ...], default: str) -> str:
+    """The one of `choices` that an environment variable names; `default` where it is unset.
+
+    Empty is unset. Case does not matter. Choices are lower case.
+
+    Raises:
+        ValueError: it names none of them.
+    """
+    text = os.environ.get(name, "").strip()
+    if not text:
+        return default
+    if text.lower() not in choices:
+        listed = ", ".join(choices[:-1]) + f" or {choices[-1]}"
+        raise ValueError(f"{name} must be {listed}, got {text!r}")
+    return text.lower()

@@ -63,7 +63,9 @@ def value_of(config: Config, name: str) -> object:
 
 
 def _portable(family: str) -> dict[str, tuple]:
-    if family in ("combine", "delta"):
+    if family == "combine":
+        return {"num_warps": (2, 4, 8, 16)}
+    if family == "delta":
         return {"num_warps": (1, 2, 4, 8, 16)}
     return {
         "tile_m": (8, 16, 32, 64, 128),

@@ -153,8 +153,8 @@ class BackwardDkDvConfig(_Tiled):
 
 
 @dataclass(frozen=True)
-class _RowPerWarp:
-    """Common to the kernels in which one warp computes one row."""
+class _ByRow:
+    """Common to the kernels that go row by row, a warp or a block to each."""
 
     num_warps: int
 
@@ -185,7 +185,7 @@ class _RowPerWarp:
         return f"w{self.num_warps}"
 
     @classmethod
-    def parse(cls, text: str) -> "_RowPerWarp":
+    def parse(cls, text: str) -> "_ByRow":
         """The inverse of `str`. Raises ValueError for anything else."""
         match = re.fullmatch(r"w([1-9]\d*)", text, re.ASCII)
         if match is None:
@@ -194,7 +194,7 @@ class _RowPerWarp:
 
 
 @dataclass(frozen=True)
-class DeltaConfig(_RowPerWarp):
+class DeltaConfig(_ByRow):
     """Each warp computes delta = rowsum(O * dO) of one row."""
 
     num_warps: int = 8
@@ -203,12 +203,33 @@ class DeltaConfig(_RowPerWarp):
 
 
 @dataclass(frozen=True)
-class CombineConfig(_RowPerWarp):
-    """Each warp puts one row of O together from the parts of a forward split over keys."""
+class CombineConfig(_ByRow):
+    """Each block puts one row of O together from the parts of a forward split over keys.
+
+    Its warps share `num_chains` sums of splits: warp w has those whose number is w modulo
+    num_warps. That number is the same for all configs, so that they give the same bits.
+    """
 
     num_warps: int = 4
 
     family: ClassVar = "combine"
+    num_chains: ClassVar = 16
+
+    def __post_init__(self):
+        # One warp alone has no registers for 16 rows of 256.
+        if self.num_warps not in (2, 4, 8, 16):
+            raise ValueError(
+                f"num_warps of {type(self).__name__} must be 2, 4, 8 or 16, got {self.num_warps}"
+            )
+
+    @property
+    def block_rows(self) -> int:
+        """Rows that one block computes."""
+        return 1
+
+    def smem_bytes(self, traits: Traits) -> int:
+        """Bytes of dynamic shared memory per block: a row and the sum of its weights a chain."""
+        return 4 * self.num_chains * (traits.head_dim_v + 1)
 
 
 PORTABLE_CONFIGS: dict[str, type] = {

@@ -12,7 +12,7 @@ Every product is d += a b with a of 16 x k, b of k x 8 and d of 16 x 8. Lane l s
     b[i]     (4 t + h + 16 i, g)
 
 Sums are exact here and rounded once; the hardware aligns the terms of a sum to the largest and
-cuts off what lies below, so its last bits may differ.
+cuts off what lies below, so its last bits may differ. `numflash.sums` has models of that.
 """
 
 from functools import cache
@@ -24,14 +24,14 @@ from numflash.formats import FORMATS
 from numflash.mode import SIMULATED
 from numflash.ptx.instruction import Regs, Shared, instruction
 from numflash.ptx.scalars import f32, i64, u8, u16, u32
+from numflash.sums import add_products
 
 if SIMULATED:
     from numflash.simulator.engine import current_thread
 
 _LANES = np.arange(32)
 _G, _T = _LANES // 4, _LANES % 4
-_F16, _BF16 = np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)
-
+_ELEMENTS = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 _D_REGISTER = np.arange(4)
 _D_INDEX = _G[:, None] + 8 * (_D_REGISTER // 2), 2 * _T[:, None] + _D_REGISTER % 2
@@ -55,10 +55,10 @@ def _b_index_16_bit(registers):
 
 def _multiply_16_bit(d, a, b, dtype):
     a_matrix = np.empty((16, 4 * a.shape[1]), np.float64)
-    a_matrix[_a_index_16_bit(a.shape[1])] = _halves(a, dtype)
+    a_matrix[_a_index_16_bit(a.shape[1])] = _halves(a, _ELEMENTS[dtype])
     b_matrix = np.empty((8 * b.shape[1], 8), np.float64)
-    b_matrix[_b_index_16_bit(b.shape[1])] = _halves(b, dtype)
-    _accumulate(d, a_matrix @ b_matrix)
+    b_matrix[_b_index_16_bit(b.shape[1])] = _halves(b, _ELEMENTS[dtype])
+    _accumulate(d, a_matrix, b_matrix, dtype)
 
 
 def _halves(registers, dtype):
@@ -67,8 +67,10 @@ def _halves(registers, dtype):
     return words.view(u16).view(dtype).reshape(*words.shape, 2).astype(np.float64)
 
 
-def _accumulate(d, product):
-    d[...] = (d.astype(np.float64) + product[_D_INDEX]).astype(f32)
+def _accumulate(d, a_matrix, b_matrix, dtype):
+    d_matrix = np.empty((16, 8), f32)
+    d_matrix[_D_INDEX] = d
+    d[...] = add_products("mma", dtype, a_matrix, b_matrix, d_matrix)[_D_INDEX]
 
 
 @instruction(
@@ -78,7 +80,7 @@ def _accumulate(d, product):
 )
 def mma_m16n8k16_f16(d: Regs(f32, 4), a: Regs(u32, 4, "r"), b: Regs(u32, 2, "r")):
     """d += a b; a: 16 x 16, b: 16 x 8 float16. PTX ISA 9.7.14.5.8."""
-    _multiply_16_bit(d, a, b, _F16)
+    _multiply_16_bit(d, a, b, "float16")
 
 
 @instruction(
@@ -88,7 +90,7 @@ def mma_m16n8k16_f16(d: Regs(f32, 4), a: Regs(u32, 4, "r"), b: Regs(u32, 2, "r")
 )
 def mma_m16n8k16_bf16(d: Regs(f32, 4), a: Regs(u32, 4, "r"), b: Regs(u32, 2, "r")):
     """d += a b; a: 16 x 16, b: 16 x 8 bfloat16. PTX ISA 9.7.14.5.8."""
-    _multiply_16_bit(d, a, b, _BF16)
+    _multiply_16_bit(d, a, b, "bfloat16")
 
 
 @instruction(
@@ -98,7 +100,7 @@ def mma_m16n8k16_bf16(d: Regs(f32, 4), a: Regs(u32, 4, "r"), b: Regs(u32, 2, "r"
 )
 def mma_m16n8k8_f16(d: Regs(f32, 4), a: Regs(u32, 2, "r"), b: u32):
     """d += a b; a: 16 x 8, b: 8 x 8 float16. PTX ISA 9.7.14.5.7."""
-    _multiply_16_bit(d, a, b[:, None], _F16)
+    _multiply_16_bit(d, a, b[:, None], "float16")
 
 
 @instruction(
@@ -115,7 +117,7 @@ def mma_m16n8k8_tf32(d: Regs(f32, 4), a: Regs(u32, 4, "r"), b: Regs(u32, 2, "r")
     a_matrix, b_matrix = np.empty((16, 8), np.float64), np.empty((8, 8), np.float64)
     a_matrix[_G[:, None] + 8 * (i % 2), _T[:, None] + 4 * (i // 2)] = _tf32(a)
     b_matrix[_T[:, None] + 4 * j, _G[:, None] + 0 * j] = _tf32(b)
-    _accumulate(d, a_matrix @ b_matrix)
+    _accumulate(d, a_matrix, b_matrix, "tf32")
 
 
 def _tf32(registers):
@@ -139,7 +141,7 @@ def mma_m16n8k32_e4m3(d: Regs(f32, 4), a: Regs(u32, 4, "r"), b: Regs(u32, 2, "r"
     a_matrix, b_matrix = np.empty((16, 32), np.float64), np.empty((32, 8), np.float64)
     a_matrix[g + 8 * (i % 2), 4 * t + h + 16 * (i // 2)] = _e4m3(a)
     b_matrix[4 * t + h + 16 * j, g] = _e4m3(b)
-    _accumulate(d, a_matrix @ b_matrix)
+    _accumulate(d, a_matrix, b_matrix, "e4m3")
 
 
 def _e4m3(registers):

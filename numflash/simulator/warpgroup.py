@@ -27,6 +27,7 @@ from numflash.simulator.memory import POISON
 from numflash.simulator.parts import Part
 from numflash.simulator.proxies import AsyncProxy
 from numflash.simulator.tensor_maps import swizzled
+from numflash.sums import add_products
 
 WARPS_APART = True
 """Whether the warps of a warpgroup go on by themselves. False holds them together at each
@@ -230,11 +231,8 @@ def multiply(
         )
     b = _shared("b", b_descriptors, n, b_major, dtype)
     total = _sum(warp, accumulators, n, accumulate)
-    with np.errstate(all="ignore"):
-        product = a.matrix @ b.matrix.T
-        if accumulate:
-            product += total.value
-        total.value = product.astype(np.float32)
+    c = total.value if accumulate else np.zeros(total.value.shape, np.float32)
+    total.value = add_products("wgmma", dtype, a.matrix, b.matrix.T, c)
     for array in a.arrays:
         array.__class__ = BeingRead
     warp.issued.append(_Product(total, (a, b)))

@@ -1,5 +1,7 @@
 """Every instruction's PTX passes the assembler: NVVM does not look inside inline assembly."""
 
+import re
+
 import pytest
 
 from numflash import sass
@@ -50,6 +52,24 @@ def test_a_product_of_e4m3_is_one_instruction(arch):
     case = CASES["mma_m16n8k32_e4m3"][0]
     opcodes = _opcodes(Kernel(case.instruction, case.kernel, case.block, 0), arch)
     assert opcodes.count("QMMA") == 1 and not {"HMMA", "F2FP"} & set(opcodes)
+
+
+def test_on_hopper_a_product_of_e4m3_is_two_of_float16_and_an_addition():
+    """What `numflash.sums` says: even pairs of k from zero, then odd ones, then what d held."""
+    case = CASES["mma_m16n8k32_e4m3"][0]
+    cubin = _compile(case, "sm_90a")
+    lines = sass.disassemble(cubin.code).splitlines()
+    products = [line.split("HMMA.16816.F32 ")[1] for line in lines if "HMMA" in line]
+    operands = [re.findall(r"R\w+", product) for product in products]
+    (first, a_even, b_even, zero), (_, a_odd, b_odd, c) = operands
+    assert (zero, c) == ("RZ", first)
+    halves = {}
+    for line in lines:
+        if match := re.search(r"UNPACK_B (R\d+), R\d+(?:\.reuse)?(\.H1)?", line):
+            halves[match[1]] = match[2]
+    assert [halves[x] for x in (a_even, b_even, a_odd, b_odd)] == [None, None, ".H1", ".H1"]
+    opcodes = [opcode.split(".")[0] for opcode in sass.opcodes("\n".join(lines))]
+    assert opcodes.count("FADD") == 4
 
 
 @pytest.mark.parametrize("arch", ["sm_89", "sm_90a", "sm_120"])

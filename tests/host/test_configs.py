@@ -43,7 +43,8 @@ def all_traits(dtype="float16"):
 
 TEXTS = {
     **{family: ["m64n32w4", "m16n16w2", "m128n128w8"] for family in TILED},
-    **{family: ["w1", "w8", "w32"] for family in BY_ROW},
+    "delta": ["w1", "w8", "w32"],
+    "combine": ["w2", "w8", "w16"],
 }
 MMA_TEXTS = ["sm80-m128n64w4s1", "sm75-m32n32w2s3", "sm80-m16n16w1s2-linear"]
 FUSED_TEXTS = ["sm80-m64n128w8s1x4", "sm75-m32n32w2s3", "sm80-m16n16w1s2-linear"]
@@ -294,11 +295,17 @@ def test_the_row_tile_of_the_dkdv_kernel_is_tile_n():
     assert config.m_tiles == 2
 
 
-@pytest.mark.parametrize("num_warps", [0, -1, 33])
-@pytest.mark.parametrize("config", [DeltaConfig, CombineConfig])
-def test_wrong_warps_of_a_kernel_by_rows_are_refused(config, num_warps):
-    with pytest.raises(ValueError, match=f"num_warps .* 1 to 32, got {num_warps}"):
-        config(num_warps)
+@pytest.mark.parametrize(
+    "config, rule, wrong",
+    [
+        (DeltaConfig, "1 to 32", (0, -1, 33)),
+        (CombineConfig, "2, 4, 8 or 16", (0, -2, 1, 3, 12, 32)),
+    ],
+)
+def test_wrong_warps_of_a_kernel_by_rows_are_refused(config, rule, wrong):
+    for num_warps in wrong:
+        with pytest.raises(ValueError, match=f"num_warps .* must be {rule}, got {num_warps}"):
+            config(num_warps)
 
 
 @pytest.mark.parametrize(
@@ -338,7 +345,9 @@ def test_head_dims_are_padded_to_the_next_multiple_of_32():
         (BackwardDqConfig(16, 8, 4), (16 + 8) * 100 + (16 + 8) * 68 + 16 * 8),
         (BackwardDkDvConfig(64, 32, 4), (64 + 32) * 100 + (64 + 32) * 68 + 32 * 72),
         (DeltaConfig(8), 0),
-        (CombineConfig(4), 0),
+        # Sixteen rows of head_dim_v = 64, and their weights.
+        (CombineConfig(4), 16 * 64 + 16),
+        (CombineConfig(16), 16 * 64 + 16),
     ],
     ids=str,
 )

@@ -21,7 +21,15 @@ from numflash.configs import (
     sm90,
 )
 from numflash.devices import ARCHITECTURES, blocks_per_sm
-from numflash.dispatch import choose, force, heads_in_flight, num_splits, rows_packed
+from numflash.dispatch import (
+    choose,
+    force,
+    heads_in_flight,
+    num_splits,
+    rows_packed,
+    with_keys,
+    with_splits,
+)
 from numflash.errors import UnsupportedError
 from numflash.mode import SIMULATED
 from numflash.problem import AttentionProblem
@@ -571,9 +579,60 @@ def test_splits_fill_the_last_wave_or_as_much_of_it_as_any_number_does():
         elif splits > 1:
             most = 128 * max(1, 4 // DECODE.num_warps)
             others = range(1, min(most, -(-full // blocks)) + 1)
+            others = [n for n in others if splits_with_keys(n, 2**20 // 64) == n]
             best = max(map(fullness, others))
             assert fullness(splits) >= 0.85 * best
-            assert all(fullness(fewer) < 0.85 * best for fewer in range(1, splits))
+            assert all(fullness(fewer) < 0.85 * best for fewer in others if fewer < splits)
+
+
+def splits_with_keys(num_splits, num_n_blocks):
+    """How many of them begin before the last block, as the kernels deal blocks out."""
+    share = -(-num_n_blocks // num_splits)
+    return sum(split * share < num_n_blocks for split in range(num_splits))
+
+
+HOPPERS = parse_config("forward", "sm90-m64n128w4s2")
+EIGHT_BITS = parse_config("forward", "fp8-sm90-m64n64w4s2")
+
+
+@pytest.mark.parametrize("config", [FORWARD, DECODE, HOPPERS, EIGHT_BITS], ids=str)
+def test_every_split_has_keys(config):
+    traits = replace(D128, fp8=True) if config is EIGHT_BITS else D128
+    # Hopper's kernel on 8 bits fetches two tiles of 64 keys at once, and deals these out.
+    dealt_out, rounded = 128 if config in (HOPPERS, EIGHT_BITS) else 64, 0
+    for blocks, num_n_blocks in itertools.product((1, 2, 5, 16), range(5, 800, 3)):
+        seqlen_k = num_n_blocks * dealt_out - 7
+        splits = num_splits(config, traits, HOPPER, 132, blocks, seqlen_k)
+        assert splits_with_keys(splits, num_n_blocks) == splits, (blocks, num_n_blocks, splits)
+        rounded += splits > 1
+    assert rounded > 100
+
+
+@pytest.mark.parametrize("config", [DECODE, HOPPERS], ids=str)
+@pytest.mark.parametrize("window", [500, 1024, 5000, 20000])
+def test_splits_share_the_keys_that_a_window_shows(config, window):
+    n, seqlen_k = config.tile_n, 65536
+    for last in range(seqlen_k - 130, seqlen_k, 13):
+        bands = {"band_lo": last - window, "band_hi": last}
+        seen = replace(problem(batch=1, seqlen_k=seqlen_k), **bands)
+        splits = with_splits(config, seen, D128, HOPPER, 132).num_splits
+        num_n_blocks = last // n + 1 - (last - window) // n
+        empty = splits - splits_with_keys(splits, num_n_blocks)
+        # A window that begins with a block of keys covers one block less than others.
+        assert empty <= 1, (last, splits, num_n_blocks)
+        assert splits > 1 or num_n_blocks <= 9
+    unmasked = problem(batch=1, seqlen_k=seqlen_k, band_lo=-1, band_hi=seqlen_k)
+    whole = with_splits(config, unmasked, D128, HOPPER, 132)
+    assert whole.num_splits == num_splits(config, D128, HOPPER, 132, 2, seqlen_k)
+
+
+def test_of_109_splits_of_172_blocks_86_had_keys():
+    assert (splits_with_keys(109, 172), with_keys(172, 109)) == (86, 86)
+    for num_n_blocks, asked in itertools.product(range(1, 200, 7), range(1, 150)):
+        n = with_keys(num_n_blocks, asked)
+        assert n == splits_with_keys(min(asked, num_n_blocks), num_n_blocks)
+        # The longest share is as long as before.
+        assert -(-num_n_blocks // n) == -(-num_n_blocks // asked)
 
 
 def test_a_grid_of_nothing_is_not_split():

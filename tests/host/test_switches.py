@@ -123,7 +123,40 @@ def test_autotune_is_a_switch_or_seconds(monkeypatch, caplog, text, seconds):
     assert caplog.text == ""
 
 
+CHOICES = "exact", "ampere", "hopper"
+
+
+@pytest.mark.parametrize(
+    "text, chosen",
+    [
+        (None, "exact"),
+        ("", "exact"),
+        (" ", "exact"),
+        ("hopper", "hopper"),
+        (" Ampere\n", "ampere"),
+    ],
+)
+def test_a_choice_is_what_it_names_or_the_default(monkeypatch, text, chosen):
+    monkeypatch.delenv("NUMFLASH_SIM_SUMS", raising=False)
+    if text is not None:
+        monkeypatch.setenv("NUMFLASH_SIM_SUMS", text)
+    assert switches.choice("NUMFLASH_SIM_SUMS", CHOICES, "exact") == chosen
+
+
 # Errors
+
+
+@pytest.mark.parametrize("text", ["h100", "hopper,ada", "1", "exac"])
+def test_a_wrong_choice_is_named_before_anything_runs(text):
+    words = f"NUMFLASH_SIM_SUMS must be exact, ampere, ada or hopper, got '{text}'"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "NUMBA_ENABLE_CUDASIM": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", "import numflash.ptx"],
+        env={**environment, "NUMFLASH_SIM_SUMS": text},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1 and words in done.stderr, done.stderr
 
 
 def test_a_wrong_switch_is_named(monkeypatch):

@@ -23,7 +23,7 @@ PORTABLE = {
     "backward-dq": "m8n8w1",
     "backward-dkdv": "m8n8w1",
     "delta": "w1",
-    "combine": "w1",
+    "combine": "w2",
 }
 # A ragged tile of each; of rows of packed heads, too.
 TENSOR_CORES = {

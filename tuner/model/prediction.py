@@ -381,7 +381,8 @@ def _rows(machine: Machine, problem: ProblemClass, config: Config, fit: int) -> 
     moved, rounds = io_bytes(problem), 2
     if problem.family == "combine":
         moved += rows * (COMBINED_SPLITS - 2) * (traits.head_dim_v + 1) * _FLOAT_BYTES
-        rounds += COMBINED_SPLITS
+        # A block loads a split of each chain at once.
+        rounds += -(-COMBINED_SPLITS // config.num_chains)
     elif problem.family == "reduce-dq":
         moved += rows * (config.num_splits - 1) * traits.head_dim * _FLOAT_BYTES
         rounds += config.num_splits
