@@ -66,9 +66,11 @@ def run_tasks(device: Device, tasks: list[dict], settings: dict, journal: Journa
             measure.expect_working(device, reason)
             journal.write(task=index, failed=reason)
         else:
+            if settings.get("clock"):
+                clock.spend(expected_s)
+            if expected_s:
+                found = {**found, "seconds": round(left - settings["deadline"] + clock(), 1)}
             journal.write(task=index, done=found)
-        if settings.get("clock"):
-            clock.spend(expected_s)
     journal.write(end=True)
 
 

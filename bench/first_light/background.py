@@ -36,7 +36,7 @@ def expected_path() -> Path:
 def wait_for(path: Path) -> bool:
     """Whether the simulated outputs are there, or have come while they were being made."""
     deadline = time.monotonic() + _WAIT_SECONDS
-    while not (path.exists() or _failed(path).exists()) and time.monotonic() < deadline:
+    while not (path.exists() or failed_path(path).exists()) and time.monotonic() < deadline:
         time.sleep(0.1)
     return path.exists()
 
@@ -62,7 +62,7 @@ def simulate(path: str) -> None:
 
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    _failed(target).unlink(missing_ok=True)
+    failed_path(target).unlink(missing_ok=True)
     try:
         from tests.instruction_harness import run_simulated
 
@@ -71,7 +71,7 @@ def simulate(path: str) -> None:
             for number, output in enumerate(run_simulated(case)):
                 outputs[f"{name}/{number}"] = output
     except Exception as error:
-        _failed(target).write_text(repr(error))
+        failed_path(target).write_text(repr(error))
         raise
     partial = target.with_suffix(f".{os.getpid()}.npz")
     np.savez_compressed(partial, **outputs)
@@ -99,7 +99,7 @@ def _compile(case, arch: str):
     return compile_kernel(lambda: kernel, architecture(arch), case.min_blocks)
 
 
-def _failed(path: Path) -> Path:
+def failed_path(path: Path) -> Path:
     """What says that there will be no such file."""
     return path.with_suffix(".failed")
 

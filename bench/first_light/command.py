@@ -46,14 +46,15 @@ def add_command(commands) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the steps; 0 if nothing that ran was wrong."""
     if arguments.rehearse:
-        machine = record.describe_machine() | {"device": rehearsal.DEVICE, "driver": None}
+        machine = record.describe_machine() | rehearsal.MACHINE
         limits = rehearsal.LIMITS
     else:
         machine = record.describe_machine(arguments.device)
         if machine["device"] is None:
             print("There is no NVIDIA GPU here (nvidia-smi finds none); --rehearse needs none.")
             return 1
-        limits = architecture_of(tuple(map(int, machine["compute_capability"].split("."))))
+        capability = machine["compute_capability"] or "9.0"
+        limits = architecture_of(tuple(map(int, capability.split("."))))
     out = arguments.out or (background.PREPARED if arguments.rehearse else record.RESULTS)
     cases = background.cases().values()
     steps = plan.steps(cases, limits, arguments.rehearse)
@@ -63,6 +64,8 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"--out: {error}")
         return 2
     visit.run()
+    if "no_device" in visit.record:
+        print(f"no device could be opened: {visit.record['no_device']}")
     print(f"\n{visit.page_path.read_text()}\nrecord: {visit.path}\npage: {visit.page_path}")
     return 0 if visit.is_right() else 1
 
@@ -90,11 +93,12 @@ class Visit:
         Raises:
             ValueError: a rehearsal would write to where records are.
         """
-        is_rehearsal = machine["device"] == rehearsal.DEVICE
+        is_rehearsal = machine.get("rehearsal", False)
         self.record = {
             **machine,
             "kind": "first-light-rehearsal" if is_rehearsal else "first-light",
             "rehearsal": is_rehearsal,
+            "clocks_before": {} if is_rehearsal else record.clocks(device),
             "minutes": minutes,
             "seconds": 0.0,
             "ceilings": {},
@@ -120,20 +124,21 @@ class Visit:
             self.record["stopped"] = "interrupted"
         finally:
             restore()
+            if not self.record["rehearsal"]:
+                self.record["clocks_after"] = record.clocks(self._device)
             self._save()
 
     def _run(self, folder: Path, command) -> None:
         is_rehearsal = self.record["rehearsal"]
         clock_path = str(folder / "clock") if is_rehearsal else None
         clock = rehearsal.FakeClock(clock_path) if is_rehearsal else time.monotonic
-        self._clock, self._start = clock, clock()
-        self._last = self._start
+        start = clock()
         environment = _tuner_importable(folder)
         environment |= rehearsal.environment() if is_rehearsal else {}
         expected = background.expected_path()
         settings = {
             "device": self._device,
-            "deadline": self._start + 60 * self.record["minutes"],
+            "deadline": start + 60 * self.record["minutes"],
             "budget_ms": BUDGET_MS,
             "rehearsal": is_rehearsal,
             "clock": clock_path,
@@ -145,7 +150,7 @@ class Visit:
             no_device = supervisor.run(
                 self._steps,
                 settings,
-                on_result=self._note,
+                on_result=lambda task, result: self._note(task, result, clock() - start),
                 command=command,
                 clock=clock,
                 hang_seconds=HANG_SECONDS,
@@ -164,6 +169,7 @@ class Visit:
         plain = child_environment()
         commands = []
         if not expected.exists():
+            background.failed_path(expected).unlink(missing_ok=True)
             commands.append(([*module, "simulate", str(expected)], rehearsal.environment()))
         if not self.record["rehearsal"]:
             shards = max(0, (os.cpu_count() or 1) - _CORES_LEFT)
@@ -174,11 +180,11 @@ class Visit:
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": ROOT}
         return [subprocess.Popen(each, env=plain | more, **quiet) for each, more in commands]
 
-    def _note(self, task: dict, result: dict) -> None:
+    def _note(self, task: dict, result: dict, seconds: float) -> None:
         """Put a step's result into the record, write it, and print a line."""
         if self.record["rehearsal"]:
             result = rehearsal.without_times(result)
-        now, step = self._clock(), self.record["steps"][task["index"]]
+        step = self.record["steps"][task["index"]]
         if "failed" in result:
             is_dead = result["failed"].startswith(supervisor.DEATHS)
             step |= {"outcome": "crashed" if is_dead else "failed", "reason": result["failed"]}
@@ -186,7 +192,7 @@ class Visit:
             step |= {"outcome": "skipped", "reason": result["skipped"]}
         else:
             step |= {"outcome": "done", **result}
-        step["seconds"], self._last = round(now - self._last, 1), now
+        self.record["seconds"] = round(seconds, 1)
         if step["outcome"] == "done":
             self._gather(step, result)
         self._save()
@@ -205,8 +211,6 @@ class Visit:
             self.record["checks"] |= cases
 
     def _save(self) -> None:
-        if hasattr(self, "_clock"):
-            self.record["seconds"] = round(self._clock() - self._start, 1)
         record.save(self.record, self.path)
         partial = self.page_path.with_suffix(".md.partial")
         partial.write_text(page.render(self.record))

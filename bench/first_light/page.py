@@ -21,6 +21,8 @@ _PEERS = {
 }
 _SAME = 0.01
 """Times that differ by less are called equal."""
+_REASON, _FEW = 240, 6
+"""Characters of a reason, and names that share one, that are shown."""
 _OUTCOMES = ("passed", "failed", "crashed", "skipped", "not run")
 
 
@@ -40,16 +42,16 @@ def render(record: dict) -> str:
         _predictions(record),
     ]
     if missing := _missing(record):
-        parts += ["## Not run, or broken", missing]
+        parts += ["## Not run, or wrong", missing]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def _about(record: dict) -> str:
     done = sum(step["outcome"] == "done" for step in record["steps"])
     changes = " with uncommitted changes" if record.get("has_uncommitted_changes") else ""
-    commit = (record.get("commit") or "unknown")[:10]
+    commit, driver = (record["commit"] or "unknown")[:10], record["driver"] or "none"
     return (
-        f"{record['date']}, driver {record.get('driver')}, commit {commit}{changes}: {done} of "
+        f"{record['date']}, driver {driver}, commit {commit}{changes}: {done} of "
         f"{len(record['steps'])} steps in {record['seconds']:.0f} s of {record['minutes']:g} "
         f"minutes."
     )
@@ -83,21 +85,7 @@ def _rightness(record: dict) -> str:
             tally = tallies.setdefault(subject, dict.fromkeys(_OUTCOMES, 0))
             tally[outcome] += 1
     rows = [[name, *(n or "" for n in tally.values())] for name, tally in tallies.items()]
-    text = tables.markdown(["", *_OUTCOMES], rows)
-    wrong = [
-        f"- {found['method']} at {Point.from_dict(step['point'])}: wrong result"
-        for step in record["steps"]
-        for found in _wrong(step)
-    ]
-    return "\n\n".join(filter(None, [text, "\n".join(wrong)]))
-
-
-def _wrong(step: dict) -> list[dict]:
-    return [
-        {"method": name}
-        for name, entry in step.get("methods", {}).items()
-        if name.startswith(peers.OURS) and entry.get("check", {}).get("outcome") == "failed"
-    ]
+    return tables.markdown(["", *_OUTCOMES], rows)
 
 
 # How fast
@@ -259,13 +247,12 @@ def _best(step: dict, best: str | None, ours: dict) -> list[str]:
 
 def _missing(record: dict) -> str:
     lines: dict[str, list[str]] = {}
+    if "no_device" in record:
+        lines[record["no_device"]] = ["no device could be opened"]
     for step in record["steps"]:
         for what, reason in _reasons(step):
-            lines.setdefault(f"{reason.strip()[-_REASON:]}", []).append(what)
+            lines.setdefault(reason.strip()[-_REASON:], []).append(what)
     return "\n".join(f"- {'; '.join(_few(what))}: {reason}" for reason, what in lines.items())
-
-
-_REASON, _FEW = 240, 6
 
 
 def _few(names: list[str]) -> list[str]:
@@ -277,7 +264,7 @@ def _few(names: list[str]) -> list[str]:
 def _reasons(step: dict) -> list[tuple[str, str]]:
     """(what, why) of everything in a step that gave no result, or a wrong one."""
     if step["outcome"] != "done":
-        return [(step["title"], f"{step['outcome']}: {step.get('reason', '')}")]
+        return [(step["title"], ": ".join(filter(None, [step["outcome"], step.get("reason")])))]
     found: list[tuple[str, str]] = []
     for name, case in step.get("cases", {}).items():
         if case["outcome"] != "passed":

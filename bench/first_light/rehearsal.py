@@ -14,7 +14,8 @@ from numflash.devices import ARCHITECTURES
 
 ARCH = "sm_90a"
 LIMITS = ARCHITECTURES[ARCH]
-DEVICE = "simulator"
+MACHINE = {"device": "simulator", "driver": None, "rehearsal": True}
+"""What a record of a rehearsal says instead of a GPU."""
 PREDICTED_GPU = "NVIDIA H200"
 """Whose best configs the tuner's model is asked for."""
 _TIMES = (
@@ -43,7 +44,7 @@ class FakeClock:
 class SimulatedDevice:
     """A `bench.device.Device` whose arrays are NumPy's; it times nothing."""
 
-    library, xp, ordinal = "numpy", np, 0
+    library, xp = "numpy", np
 
     def normal(self, shape, dtype, seed):
         """As `Device.normal`."""
