@@ -248,34 +248,44 @@ def test_a_worker_that_begins_slowly_is_waited_for(monkeypatch, visit, steps, ca
     assert {step["outcome"] for step in visit.record["steps"]} == {"done"}
 
 
-def test_a_parent_that_dies_at_a_step_leaves_what_was_done(tmp_path, steps, monkeypatch, capsys):
-    monkeypatch.setattr(record, "clocks", lambda device: {})
+@pytest.mark.parametrize("written", [0, 1])
+def test_a_parent_that_dies_at_a_step_leaves_what_was_done(
+    visit, steps, monkeypatch, capsys, written
+):
+    # At each step a copy of the process dies while it writes the step's result: before the record
+    # is replaced, or between the record and the page.
     results = {"check": {"check": "passed", "reason": "", "errors": {}}}
     results["ceilings"] = {"matmul_tflops": 800.0, "copy_gbps": 1.0, "num_sms": 1}
     results["point"] = results["predicted"] = {"methods": {}, "predicted_ms": {}}
     results["parts"] = {"parts": {}}
+    replace_file, calls = os.replace, []
+
+    def die_while_replacing(*paths):
+        calls.append(paths)
+        if len(calls) > written:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace_file(*paths)
 
     def supervise(tasks, settings, *, on_result, **options):
         for index, task in enumerate(tasks):
-            if index == killed_at:
-                os.kill(os.getpid(), signal.SIGKILL)
             cases = {name: {"outcome": "passed", "reason": ""} for name in task.get("names", ())}
-            on_result({**task, "index": index}, results.get(task["kind"], {"cases": cases}))
+            result = {**task, "index": index}, results.get(task["kind"], {"cases": cases})
+            child = os.fork()
+            if child == 0:
+                os.replace = die_while_replacing
+                on_result(*result)
+                os._exit(0)
+            _, status = os.waitpid(child, 0)
+            assert os.WTERMSIG(status) == signal.SIGKILL
+            outcomes = [step["outcome"] for step in _on_disk(visit.path)["steps"]]
+            done, all_steps = index + written, len(steps)
+            assert outcomes == ["done"] * done + ["not reached"] * (all_steps - done)
+            assert f"{index} of {all_steps} steps" in visit.page_path.read_text()
+            on_result(*result)
 
     monkeypatch.setattr(supervisor, "run", supervise)
-    for killed_at in range(len(steps)):
-        folder = tmp_path / str(killed_at)
-        child = os.fork()
-        if child == 0:
-            command.Visit(dict(_MACHINE), steps, folder, 9.0, 0, LIMITS).run()
-            os._exit(0)
-        _, status = os.waitpid(child, 0)
-        assert os.WTERMSIG(status) == signal.SIGKILL
-        (path,) = folder.glob("*.json")
-        outcomes = [step["outcome"] for step in _on_disk(path)["steps"]]
-        left = len(steps) - killed_at
-        assert outcomes == ["done"] * killed_at + ["not reached"] * left
-        assert f"{killed_at} of {len(steps)} steps" in path.with_suffix(".md").read_text()
+    visit.run()
+    assert {step["outcome"] for step in _on_disk(visit.path)["steps"]} == {"done"}
 
 
 def test_a_signal_to_stop_ends_it_with_its_record(visit, monkeypatch, capsys):
