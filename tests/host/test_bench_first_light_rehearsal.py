@@ -1,14 +1,16 @@
 """First light, rehearsed: all of it in the simulator under a fake clock, and nothing that lies."""
 
+import inspect
 import json
 import re
+import subprocess
 import sys
 
 import numpy as np
 import pytest
 
 from bench import __main__ as bench
-from bench import record, report
+from bench import checks, record, report
 from bench.first_light import background, command, page, plan, rehearsal, tasks
 from bench.first_light.rehearsal import FakeClock, SimulatedDevice
 from numflash.compiler import Cubin
@@ -140,7 +142,49 @@ def test_the_tuner_is_found_where_it_is_not_installed(monkeypatch, tmp_path):
     assert (tmp_path / "numflash_tuner" / "candidates.py").exists() and first == str(tmp_path)
 
 
+def test_parent_and_child_begin_on_a_bare_image():
+    # Without greenlet only the simulator is missing, and without optuna only the tuner.
+    program = """
+import sys
+for name in ("greenlet", "torch", "triton", "optuna", "cupy", "matplotlib", "pytest"):
+    sys.modules[name] = None
+import bench.__main__, bench.worker
+from bench.first_light import background, plan
+from numflash.devices import ARCHITECTURES
+print(len(plan.steps(background.cases().values(), ARCHITECTURES["sm_90a"], False)))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=checks.ROOT,
+        env=checks.child_environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 50
+
+
 # What a GPU would be given
+
+
+def test_instructions_are_compiled_ahead_in_another_process(tmp_path, monkeypatch):
+    names = list(background.cases())
+    command = [sys.executable, "-m", "bench.first_light.background", "compile", str(tmp_path)]
+    done = subprocess.run(
+        [*command, "sm_90a", "0", str(len(names))],
+        cwd=checks.ROOT,
+        env=checks.child_environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(background, "_compile", lambda case, arch: "compiled now")
+    found = background.compiled(str(tmp_path), names[0], "sm_90a")
+    parameters = inspect.signature(background.cases()[names[0]].kernel).parameters
+    assert [name for name, _ in found.parameters] == list(parameters)
+    assert found.code.startswith(b"\x7fELF")
+    assert background.compiled(str(tmp_path), names[1], "sm_90a") == "compiled now"
+    assert background.compiled(None, names[0], "sm_90a") == "compiled now"
 
 
 @in_the_simulator

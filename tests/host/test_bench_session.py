@@ -167,6 +167,12 @@ class _FakeDevice:
     def normal(self, *args):
         raise RuntimeError("no memory for the inputs")
 
+    def synchronize(self):
+        """It works."""
+
+    def free(self):
+        """There is nothing to free."""
+
 
 def _journal(tasks, seconds=60.0):
     file = io.StringIO()
@@ -188,6 +194,16 @@ def test_the_worker_writes_before_it_acts():
         {"task": 1, "failed": "RuntimeError: no memory for the inputs"},
         {"end": True},
     ]
+
+
+def test_a_task_that_breaks_the_device_ends_the_worker(monkeypatch):
+    def fault(self):
+        raise RuntimeError("an illegal memory access")
+
+    monkeypatch.setattr(_FakeDevice, "synchronize", fault)
+    point = {"kind": "point", "point": gpt2_medium("forward").as_dict(), "peers": ["numflash"]}
+    with pytest.raises(measure.BrokenDeviceError, match="no memory for the inputs"):
+        _journal([point, {"kind": "ceilings"}])
 
 
 def test_the_worker_stops_at_the_deadline():
