@@ -69,7 +69,7 @@ class Session:
             if result.get("timed"):
                 entry |= log.between(*result["timed"])
             self.record["points"].append(entry)
-            text = _line(entry)
+            text = line_of(entry)
         else:
             name = {"host": "host_microseconds"}.get(task["kind"], task["kind"])
             self.record[name] = result
@@ -89,7 +89,8 @@ def point_tasks(chosen: list[Point], names: list[str]) -> list[dict]:
     return [{"kind": "point", "point": p.as_dict(), "peers": names} for p in chosen]
 
 
-def _line(entry: dict) -> str:
+def line_of(entry: dict) -> str:
+    """A point that was measured, in one line."""
     point = Point.from_dict(entry)
     if "failed" in entry:
         return f"{point}: failed: {entry['failed']}"

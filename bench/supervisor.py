@@ -16,6 +16,10 @@ from bench.checks import ROOT, child_environment
 
 # Compiling for a point is the longest that a worker may be silent.
 HANG_SECONDS = 150
+# To begin with, a library that was never read from disk takes longer than a task may be silent.
+_START_SECONDS = 60
+# Of a device that has worked: a process that was killed on it may not have left it yet.
+_RETRIES, _RETRY_SECONDS = 3, 2
 _BROKE, _SILENT, _DIED = "broke the device", "no sign of life", "the process died"
 DEATHS = (_BROKE, _SILENT, _DIED)
 """What the reason of a task begins with that took its worker with it."""
@@ -49,6 +53,7 @@ def run(
     """
     left = {i: {"exclude": {}, **task, "index": i} for i, task in enumerate(tasks)}
     hang_seconds = HANG_SECONDS if hang_seconds is None else hang_seconds
+    has_worked, retries = False, _RETRIES
     while left and clock() < settings["deadline"]:
         with tempfile.TemporaryDirectory() as folder:
             child = _Child(Path(folder), list(left.values()), settings, command or _command)
@@ -58,6 +63,11 @@ def run(
                 del left[index]
 
             end = child.follow(settings["deadline"], finish, clock, hang_seconds, environment)
+        has_worked |= end.has_begun
+        if has_worked and not end.has_begun and retries and not end.is_regular:
+            retries -= 1
+            time.sleep(_RETRY_SECONDS)
+            continue
         if end.no_device is not None:
             return end.no_device
         if end.is_regular:
@@ -78,6 +88,7 @@ class _End:
 
     def __init__(self):
         self.is_regular, self.has_finished_one, self.no_device = False, False, None
+        self.has_begun = False
         self.task: int | None = None
         self.method: str | None = None
         self.reason = ""
@@ -103,7 +114,8 @@ class _Child:
         environment: dict[str, str] | None,
     ) -> _End:
         """Run to the end, handing on the results."""
-        last_sign, silent, allowed = time.monotonic(), False, HANG_SECONDS
+        last_sign, silent = time.monotonic(), False
+        allowed = max(hang_seconds, _START_SECONDS)
         with open(self.output, "w+") as output:
             child = subprocess.Popen(
                 self.command, cwd=ROOT, env=child_environment() | (environment or {}),
@@ -114,7 +126,6 @@ class _Child:
                     time.sleep(_POLL_SECONDS)
                     now = time.monotonic()
                     if self._digest(finish):
-                        # To begin with, a library that was never read from disk takes longer.
                         last_sign, allowed = now, hang_seconds
                     silent = now - last_sign > allowed
                     if silent or clock() > deadline + _GRACE_SECONDS:
@@ -145,6 +156,7 @@ class _Child:
         for line in map(json.loads, complete.splitlines()):
             if "begin" in line:
                 self.end.task, self.end.method = line["task"], line["begin"]
+                self.end.has_begun = True
             elif "done" in line or "failed" in line:
                 finish(line["task"], line.get("done", line))
                 self.end.task = self.end.method = None

@@ -13,6 +13,7 @@ which the simulator cannot run.
 
 import argparse
 import importlib.util
+import math
 import os
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from pathlib import Path
 from bench import record, supervisor
 from bench.checks import ROOT, child_environment
 from bench.first_light import background, page, plan, rehearsal
-from bench.session import BUDGET_MS, raise_on_termination
+from bench.session import BUDGET_MS, line_of, raise_on_termination
 from numflash.devices import Architecture, architecture_of
 
 HANG_SECONDS = 25
@@ -36,15 +37,27 @@ _CORES_LEFT = 3
 def add_command(commands) -> None:
     """Add `first-light` to the commands of `python -m bench`."""
     parser = commands.add_parser("first-light", help=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=9.0, help="when to stop")
+    parser.add_argument("--minutes", type=_minutes, default=9.0, help="when to stop")
     parser.add_argument("--out", type=Path, help="folder of the record and the page")
     parser.add_argument("--device", type=int, default=0, help="ordinal of the GPU")
     parser.add_argument("--rehearse", action="store_true", help="without a GPU, in the simulator")
     parser.set_defaults(run=run)
 
 
+def _minutes(text: str) -> float:
+    """A positive number of minutes. Raises argparse.ArgumentTypeError."""
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = math.nan
+    if not 0 < minutes < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a positive number of minutes, got {text!r}")
+    return minutes
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Run the steps; 0 if nothing that ran was wrong."""
+    began = time.monotonic()
     if arguments.rehearse:
         machine = record.describe_machine() | rehearsal.MACHINE
         limits = rehearsal.LIMITS
@@ -63,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
     except ValueError as error:
         print(f"--out: {error}")
         return 2
-    visit.run()
+    visit.run(began=began)
     if "no_device" in visit.record:
         print(f"no device could be opened: {visit.record['no_device']}")
     print(f"\n{visit.page_path.read_text()}\nrecord: {visit.path}\npage: {visit.page_path}")
@@ -111,15 +124,21 @@ class Visit:
         self._steps, self._device, self._limits = steps, device, limits
         self._save()
 
-    def run(self, command: Callable[[str, str], list[str]] | None = None) -> None:
+    def run(
+        self,
+        command: Callable[[str, str], list[str]] | None = None,
+        began: float | None = None,
+    ) -> None:
         """Run the steps until done or out of time; a signal to stop ends it with its record.
 
-        `command` makes a worker's command, as in `supervisor.run`.
+        Args:
+            command: makes a worker's command, as in `supervisor.run`.
+            began: when the time began to run, as of time.monotonic(); None is now.
         """
         restore = raise_on_termination()
         try:
             with tempfile.TemporaryDirectory() as folder:
-                self._run(Path(folder), command)
+                self._run(Path(folder), command, began)
         except KeyboardInterrupt:
             self.record["stopped"] = "interrupted"
         finally:
@@ -128,11 +147,11 @@ class Visit:
                 self.record["clocks_after"] = record.clocks(self._device)
             self._save()
 
-    def _run(self, folder: Path, command) -> None:
+    def _run(self, folder: Path, command, began: float | None) -> None:
         is_rehearsal = self.record["rehearsal"]
         clock_path = str(folder / "clock") if is_rehearsal else None
         clock = rehearsal.FakeClock(clock_path) if is_rehearsal else time.monotonic
-        start = clock()
+        start = clock() if is_rehearsal or began is None else began
         environment = _tuner_importable(folder)
         environment |= rehearsal.environment() if is_rehearsal else {}
         expected = background.expected_path()
@@ -196,9 +215,8 @@ class Visit:
         if step["outcome"] == "done":
             self._gather(step, result)
         self._save()
-        index, total = task["index"] + 1, len(self._steps)
-        spent = self.record["seconds"]
-        print(f"[{index}/{total} {spent:4.0f} s] {step['title']}: {_brief(step)}", flush=True)
+        text = f"{step['title']}: {_brief(step, self.record['rehearsal'])}"
+        print(f"[{task['index'] + 1}/{len(self._steps)} {seconds:4.0f} s] {text}", flush=True)
 
     def _gather(self, step: dict, result: dict) -> None:
         """Put a result to where `verify` and `report` look for it."""
@@ -222,9 +240,11 @@ class Visit:
         return "passed" in found and not {"failed", "crashed"} & set(found)
 
 
-def _brief(step: dict) -> str:
+def _brief(step: dict, is_rehearsal: bool) -> str:
     if step["outcome"] != "done":
         return f"{step['outcome']}: {step['reason'][:160]}"
+    if step["kind"] == "point" and not is_rehearsal:
+        return line_of({**step["point"], **step})
     found = list(page.outcomes(step).values())
     if found:
         return ", ".join(f"{found.count(each)} {each}" for each in dict.fromkeys(found))

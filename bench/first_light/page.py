@@ -19,6 +19,12 @@ _PEERS = {
     "flash-attention-3": "FA3",
     "fa3-fwd": "FA3 (fa3-fwd)",
 }
+_SUBJECTS = {
+    plan.INSTRUCTIONS: "instructions",
+    plan.SPEED: "results that were timed beside peers",
+    plan.QUESTIONS: "results of forced configs",
+    plan.TUNER: "results of the model's configs",
+}
 _SAME = 0.01
 """Times that differ by less are called equal."""
 _REASON, _FEW = 240, 6
@@ -72,14 +78,25 @@ def outcomes(step: dict) -> dict[str, str]:
             return {step["title"]: step["check"]}
         is_lost = step["outcome"] in ("crashed", "failed")
         return {step["title"]: step["outcome"] if is_lost else "not run"}
-    return {}
+    return {
+        f"{name} at {step['title']}": _outcome(entry)
+        for name, entry in step.get("methods", {}).items()
+        if name.partition(":")[0] == peers.OURS
+    }
+
+
+def _outcome(entry: dict) -> str:
+    """What became of numflash's result at a point that was timed."""
+    if "check" in entry:
+        return "passed" if entry["check"]["outcome"] == "checked" else "failed"
+    return {"crashed": "crashed", "left out": "not run"}.get(entry["status"], "failed")
 
 
 def _rightness(record: dict) -> str:
     tallies: dict[str, dict[str, int]] = {}
     for step in record["steps"]:
         for name, outcome in outcomes(step).items():
-            subject = {plan.INSTRUCTIONS: "instructions"}.get(step["section"], name)
+            subject = name if step["kind"] == "check" else _SUBJECTS[step["section"]]
             if step["title"] in plan.NO_WITNESS:
                 subject = "instructions without a witness"
             tally = tallies.setdefault(subject, dict.fromkeys(_OUTCOMES, 0))

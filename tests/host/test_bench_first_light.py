@@ -379,6 +379,8 @@ def test_a_wrong_result_has_no_speed_and_a_reason(visit, steps):
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[1:] == ["wrong", "wrong", "-", "-", "-", "-", "-", "-"]
     assert "numflash: measured: wrong result: errors {'out': 7.0}" in text
+    assert re.search(r"results that were timed beside peers +\|  +\| 1 ", text)
+    assert not visit.is_right()
     assert "flash-attention-2: unavailable: not importable: no" in text
 
 
@@ -396,6 +398,13 @@ def test_without_a_gpu_it_says_so(monkeypatch, capsys):
     monkeypatch.setattr(record, "_gpu", lambda *_: None)
     assert bench.main(["first-light"]) == 1
     assert "--rehearse needs none" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("minutes", ["0", "-1", "nan", "inf", "soon"])
+def test_minutes_are_a_positive_number(minutes, capsys):
+    with pytest.raises(SystemExit):
+        bench.main(["first-light", f"--minutes={minutes}"])
+    assert f"must be a positive number of minutes, got '{minutes}'" in capsys.readouterr().err
 
 
 def test_a_machine_without_the_wheel_has_its_toolkit_found(tmp_path, monkeypatch):
