@@ -57,7 +57,7 @@ def test_the_whole_of_it_is_rehearsed(rehearsed):
 
 
 @in_the_simulator
-def test_a_rehearsal_cannot_be_taken_for_a_measurement(rehearsed, tmp_path):
+def test_a_rehearsal_cannot_be_taken_for_a_measurement(rehearsed):
     _, found, text = rehearsed
     assert text.splitlines()[0].startswith("REHEARSAL")
     assert "TFLOP/s" not in text
@@ -67,10 +67,16 @@ def test_a_rehearsal_cannot_be_taken_for_a_measurement(rehearsed, tmp_path):
     numbers = json.dumps(found)
     for name in ("median_ms", "samples_ms", "tflops", "gbps", "copy_gbps", "sm_clock_mhz"):
         assert f'"{name}"' not in numbers
-    # Even where somebody copies it to, it is no record.
-    (tmp_path / "simulator-2026-12-01-first-light-rehearsal.json").write_text(numbers)
+
+
+def test_a_rehearsal_is_no_record_wherever_it_lies(tmp_path):
+    found = {"kind": "first-light-rehearsal", "rehearsal": True, **rehearsal.MACHINE, "points": []}
+    path = tmp_path / "simulator-2026-12-01-first-light-rehearsal.json"
+    path.write_text(json.dumps(found))
     assert record.read_all(tmp_path) == []
     assert "simulator" not in report.render(record.read_all(tmp_path), tmp_path, tmp_path)
+    path.write_text(json.dumps(found | {"rehearsal": False}))
+    assert len(record.read_all(tmp_path)) == 1
 
 
 def test_no_rehearsal_is_among_the_records():
@@ -124,6 +130,7 @@ def test_a_simulator_that_fails_says_so_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(background, "cases", lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         background.simulate(str(path))
+    assert background.failed_path(path).read_text() == "ZeroDivisionError('division by zero')"
     assert not background.wait_for(path)
 
 

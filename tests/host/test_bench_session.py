@@ -175,11 +175,13 @@ def test_a_device_that_is_lost_is_not_waited_for_for_ever(monkeypatch, tmp_path)
 import os, sys
 if os.path.exists({str(lost)!r}):
     print('{{"no_device": "lost"}}', file=open(sys.argv[2], "a"))
+    print("again", file=open({str(lost)!r}, "a"))
     raise SystemExit(1)
 open({str(lost)!r}, "w")
 """
     monkeypatch.setitem(globals(), "_WORKER", program + _WORKER)
     assert _supervise(["a"], ["crash"], ["b"]) == ({0: {"excluded": {}}}, "lost")
+    assert lost.read_text().count("again") == 1 + supervisor._RETRIES
 
 
 def test_the_deadline_ends_a_worker():
