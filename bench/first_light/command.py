@@ -20,9 +20,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
-from bench import record, supervisor
+from bench import clocks, record, supervisor
 from bench.checks import ROOT, child_environment
 from bench.first_light import background, page, plan, rehearsal
 from bench.session import BUDGET_MS, line_of, raise_on_termination
@@ -165,16 +166,24 @@ class Visit:
             "compiled": None if is_rehearsal else str(folder),
         }
         helpers = [] if command else self._helpers(folder, expected)
+        log = clocks.ClockLog(self._device)
+
+        def note(task: dict, result: dict) -> None:
+            if result.get("timed"):
+                result = {**result, **log.between(*result["timed"])}
+            self._note(task, result, clock() - start)
+
         try:
-            no_device = supervisor.run(
-                self._steps,
-                settings,
-                on_result=lambda task, result: self._note(task, result, clock() - start),
-                command=command,
-                clock=clock,
-                hang_seconds=HANG_SECONDS,
-                environment=environment,
-            )
+            with nullcontext() if is_rehearsal else log:
+                no_device = supervisor.run(
+                    self._steps,
+                    settings,
+                    on_result=note,
+                    command=command,
+                    clock=clock,
+                    hang_seconds=HANG_SECONDS,
+                    environment=environment,
+                )
         finally:
             for helper in helpers:
                 helper.kill()

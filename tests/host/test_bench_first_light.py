@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from bench import __main__ as bench
-from bench import checks, record, report, static, supervisor, worker
+from bench import checks, clocks, record, report, static, supervisor, worker
 from bench.first_light import background, command, page, plan, rehearsal
 from bench.points import Point
 from numflash.configs import parse_config
@@ -286,6 +286,20 @@ def test_a_parent_that_dies_at_a_step_leaves_what_was_done(
     monkeypatch.setattr(supervisor, "run", supervise)
     visit.run()
     assert {step["outcome"] for step in _on_disk(visit.path)["steps"]} == {"done"}
+
+
+def test_the_clock_during_a_point_is_in_the_record(visit, steps, monkeypatch, capsys):
+    def between(log, start, end):
+        return {"sm_clock_mhz": 1755.0} if (start, end) == (10.0, 12.0) else {}
+
+    def supervise(tasks, settings, *, on_result, **options):
+        index = next(i for i, step in enumerate(tasks) if step["kind"] == "point")
+        on_result({**tasks[index], "index": index}, {"methods": {}, "timed": [10.0, 12.0]})
+
+    monkeypatch.setattr(clocks.ClockLog, "between", between)
+    monkeypatch.setattr(supervisor, "run", supervise)
+    visit.run()
+    assert [point["sm_clock_mhz"] for point in _on_disk(visit.path)["points"]] == [1755.0]
 
 
 def test_a_signal_to_stop_ends_it_with_its_record(visit, monkeypatch, capsys):
