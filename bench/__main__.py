@@ -4,6 +4,7 @@ import argparse
 import sys
 
 from bench import fp8_accuracy, report, speed, toolchains, tuner, verify
+from bench.first_light import command as first_light
 from numflash.commands import command
 
 
@@ -12,6 +13,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command; its exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    first_light.add_command(commands)
     verify.add_command(commands)
     speed.add_commands(commands)
     report.add_command(commands)

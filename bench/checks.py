@@ -7,6 +7,7 @@ replaced; the test that was running then is recorded as crashed or timed out, an
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -42,6 +43,7 @@ GROUPS = (
     Group("tuner", ("tests/gpu/test_tuner.py",), 1),
 )
 HANG_SECONDS = 120
+_TOOLKITS = ("/usr/local/cuda", "/opt/cuda")
 _CONFIG = re.compile(r"\[((?:fp8-)?sm\d+-[\w-]+):")
 
 
@@ -156,4 +158,13 @@ def child_environment() -> dict[str, str]:
     )
     # Children share what they compile, and know nothing of what this user has tuned.
     environment.setdefault("NUMFLASH_CACHE_DIR", str(cache_dir() / "bench"))
+    if not {"CUDA_HOME", "CUDA_PATH"} & environment.keys() and (toolkit := find_toolkit()):
+        environment["CUDA_HOME"] = toolkit
     return environment
+
+
+def find_toolkit(folders: tuple[str, ...] = _TOOLKITS) -> str | None:
+    """The folder of a CUDA toolkit with NVVM, for machines without the wheel; None without one."""
+    nvcc = shutil.which("nvcc")
+    beside = [str(Path(nvcc).resolve().parent.parent)] if nvcc else []
+    return next((f for f in (*beside, *folders) if (Path(f) / "nvvm").is_dir()), None)

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Protocol
 
+import numpy as np
+
 from bench.interleave import Method
 
 _FLUSH_BYTES = 256 * 2**20
@@ -31,6 +33,12 @@ class Device(Protocol):
 
     def normal(self, shape: tuple[int, ...], dtype: str, seed: int):
         """Random normal numbers."""
+
+    def upload(self, array: np.ndarray):
+        """The bytes of an array of uint8 on the device."""
+
+    def download(self, array) -> np.ndarray:
+        """The inverse of `upload`; waits for everything."""
 
     def round_to(self, dtype: str):
         """A function that rounds float32 arrays to a dtype and back."""
@@ -76,6 +84,14 @@ class TorchDevice:
         generator = self.torch.Generator(self.device).manual_seed(seed)
         x = self.torch.randn(shape, device=self.device, generator=generator)
         return x.to(getattr(self.torch, dtype))
+
+    def upload(self, array):
+        """As `Device.upload`."""
+        return self.torch.from_numpy(array).to(self.device)
+
+    def download(self, array):
+        """As `Device.download`."""
+        return array.cpu().numpy()
 
     def round_to(self, dtype):
         """As `Device.round_to`."""
@@ -151,6 +167,14 @@ class CupyDevice:
         """As `Device.normal`."""
         generator = self.cupy.random.default_rng(seed)
         return generator.standard_normal(shape, dtype="float32").astype(_cupy_dtype(dtype))
+
+    def upload(self, array):
+        """As `Device.upload`."""
+        return self.cupy.asarray(array)
+
+    def download(self, array):
+        """As `Device.download`."""
+        return self.cupy.asnumpy(array)
 
     def round_to(self, dtype):
         """As `Device.round_to`."""

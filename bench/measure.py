@@ -26,6 +26,15 @@ class BrokenDeviceError(Exception):
     """A kernel's fault has made every further use of the device fail."""
 
 
+def expect_working(device: Device, reason: str) -> None:
+    """Raise BrokenDeviceError, for this reason, if the device no longer does anything."""
+    try:
+        device.synchronize()
+        device.free()
+    except Exception as fault:
+        raise BrokenDeviceError(reason) from fault
+
+
 def measure_point(
     device: Device,
     point: Point,
@@ -169,11 +178,7 @@ class _Run:
         is_memory = "outofmemory" in type(error).__name__.lower() or "out of memory" in reason
         # Drop what the frames of the traceback hold.
         error.__traceback__ = None
-        try:
-            self.device.synchronize()
-            self.device.free()
-        except Exception as fault:
-            raise BrokenDeviceError(reason) from fault
+        expect_working(self.device, reason)
         return {"status": "out of memory" if is_memory else "failed", "reason": reason}
 
 
@@ -203,10 +208,7 @@ def host_microseconds(device: Device, names: list[str], begin: Callable[[str], N
                 found[name] = {"median_us": _host_time(device, method.call)}
         except Exception as error:
             found[name] = {"reason": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
-            try:
-                device.synchronize()
-            except Exception as fault:
-                raise BrokenDeviceError(found[name]["reason"]) from fault
+            expect_working(device, found[name]["reason"])
     return found
 
 

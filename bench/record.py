@@ -3,7 +3,9 @@
 A record says which commit and kernel sources ran on which device with which software. Its `kind`
 is "verify" (which checks passed; a check counts as verified on a device while a record of it has
 passed with the kernel sources of today) or "forward", "backward" and their variants (what was
-measured; see `bench.measure`). Records without a kind, of schema 1, are of `verify`.
+measured; see `bench.measure`), or "first-light", which has both. Records without a kind, of
+schema 1, are of `verify`. One that says "rehearsal" is of no hardware: it is never read, and never
+written to where records are.
 """
 
 import json
@@ -77,7 +79,7 @@ def read_all(folder: Path = RESULTS) -> list[dict]:
             record = json.loads(path.read_text())
         except (OSError, ValueError):
             continue
-        if isinstance(record, dict):
+        if isinstance(record, dict) and not record.get("rehearsal"):
             records.append({"kind": "verify", **record, "name": path.name})
     return sorted(records, key=lambda record: (record.get("date", ""), _order(record["name"])))
 
@@ -93,7 +95,13 @@ def verified_checks(device: str | None, source_hash: str, folder: Path = RESULTS
 
 
 def reserve(record: dict, folder: Path) -> Path:
-    """A path for a record: device and date, and a number if there is one already."""
+    """A path for a record: device and date, and a number if there is one already.
+
+    Raises:
+        ValueError: it is of a rehearsal, and this is the folder of records, or within it.
+    """
+    if record.get("rehearsal") and folder.resolve().is_relative_to(RESULTS.resolve()):
+        raise ValueError(f"a rehearsal measures nothing, and is not written to {folder}")
     folder.mkdir(parents=True, exist_ok=True)
     device = re.sub(r"[^a-z0-9]+", "-", (record["device"] or "no-gpu").lower()).strip("-")
     kind = "" if record.get("kind", "verify") == "verify" else f"-{record['kind']}"

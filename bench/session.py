@@ -5,6 +5,7 @@ The record is written again after every task, so that an interrupted run leaves 
 
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from bench import clocks, peers, record, supervisor, tables
@@ -41,7 +42,7 @@ class Session:
         """Measure `tasks` until `deadline`; a signal to stop ends the run with its record."""
         self._tasks, self._done = len(tasks), 0
         settings = {"device": self.device, "deadline": deadline, "budget_ms": BUDGET_MS}
-        previous = _raise_on_termination()
+        restore = raise_on_termination()
         try:
             with clocks.ClockLog(self.device) as log:
                 self.no_device = supervisor.run(
@@ -54,8 +55,7 @@ class Session:
             self.record["stopped"] = "interrupted"
             print("interrupted", flush=True)
         finally:
-            if previous is not None:
-                signal.signal(signal.SIGTERM, previous)
+            restore()
             self.record["left_out"] = self._tasks - self._done
             self.record["seconds"] = round(time.monotonic() - self._start, 1)
             self.record["clocks_after"] = record.clocks(self.device)
@@ -69,7 +69,7 @@ class Session:
             if result.get("timed"):
                 entry |= log.between(*result["timed"])
             self.record["points"].append(entry)
-            text = _line(entry)
+            text = line_of(entry)
         else:
             name = {"host": "host_microseconds"}.get(task["kind"], task["kind"])
             self.record[name] = result
@@ -89,7 +89,8 @@ def point_tasks(chosen: list[Point], names: list[str]) -> list[dict]:
     return [{"kind": "point", "point": p.as_dict(), "peers": names} for p in chosen]
 
 
-def _line(entry: dict) -> str:
+def line_of(entry: dict) -> str:
+    """A point that was measured, in one line."""
     point = Point.from_dict(entry)
     if "failed" in entry:
         return f"{point}: failed: {entry['failed']}"
@@ -118,13 +119,14 @@ def _brief(result: dict) -> str:
     return ", ".join(parts)
 
 
-def _raise_on_termination():
-    """Turn SIGTERM into KeyboardInterrupt; the handler there was, None outside the main thread."""
+def raise_on_termination() -> Callable[[], None]:
+    """Turn SIGTERM into KeyboardInterrupt; a function that undoes it."""
 
     def interrupt(number, frame):
         raise KeyboardInterrupt
 
     try:
-        return signal.signal(signal.SIGTERM, interrupt)
-    except ValueError:
-        return None
+        previous = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:  # outside the main thread
+        return lambda: None
+    return lambda: signal.signal(signal.SIGTERM, previous)

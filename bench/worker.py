@@ -13,6 +13,8 @@ from typing import Any, TextIO
 
 from bench import measure, peers, quantize
 from bench.device import Device, open_device
+from bench.first_light import tasks as first_light
+from bench.first_light.rehearsal import FakeClock, SimulatedDevice
 from bench.points import Point
 
 BROKEN = 3
@@ -31,22 +33,44 @@ class Journal:
 
 
 def run_tasks(device: Device, tasks: list[dict], settings: dict, journal: Journal) -> None:
-    """Run the tasks until done or until the deadline."""
+    """Run the tasks until done or until the deadline.
+
+    A task that says how long it takes ("expected_s") is skipped if that no longer fits. Without
+    the process that reads the journal nothing more is begun.
+    """
+    clock = FakeClock(settings["clock"]) if settings.get("clock") else time.monotonic
+    parent = os.getppid()
     for task in tasks:
-        if time.monotonic() > settings["deadline"]:
+        left = settings["deadline"] - clock()
+        if left < 0 or os.getppid() != parent:
             break
         index = task["index"]
+        expected_s = task.get("expected_s", 0)
+        if expected_s > left:
+            skipped = f"it takes about {expected_s:.0f} s, {left:.0f} s were left"
+            journal.write(task=index, done={"skipped": skipped})
+            continue
 
         def begin(method: str | None, index=index) -> None:
             journal.write(task=index, begin=method)
 
         begin(None)
+        # What a task is told is in seconds that pass.
+        told = {**settings, "deadline": time.monotonic() + left}
         try:
-            journal.write(task=index, done=_run_task(device, task, settings, begin))
+            found = _run_task(device, task, told, begin)
         except measure.BrokenDeviceError:
             raise
         except Exception as error:
-            journal.write(task=index, failed=" ".join(f"{type(error).__name__}: {error}".split()))
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            measure.expect_working(device, reason)
+            journal.write(task=index, failed=reason)
+        else:
+            if settings.get("clock"):
+                clock.spend(expected_s)
+            if expected_s:
+                found = {**found, "seconds": round(left - settings["deadline"] + clock(), 1)}
+            journal.write(task=index, done=found)
     journal.write(end=True)
 
 
@@ -54,6 +78,8 @@ def _run_task(device: Device, task: dict, settings: dict, begin) -> dict:
     kind = task["kind"]
     if kind == "ceilings":
         return device.ceilings()
+    if kind in first_light.KINDS:
+        return first_light.run(device, task, settings, begin)
     exclude = task["exclude"]
     if kind == "host":
         names = [name for name in task["peers"] if name not in exclude]
@@ -80,7 +106,8 @@ def main(tasks: str, journal: str) -> int:
     with open(journal, "a") as file:
         lines = Journal(file)
         try:
-            device = open_device(settings["device"])
+            is_rehearsal = settings.get("rehearsal", False)
+            device = SimulatedDevice() if is_rehearsal else open_device(settings["device"])
         except RuntimeError as error:
             lines.write(no_device=str(error))
             return 1

@@ -92,6 +92,45 @@ def run_simulated(case: InstructionCase) -> list[np.ndarray]:
     return outputs
 
 
+def refusal(case: InstructionCase, limits) -> str | None:
+    """Why a GPU cannot run a case; None if it can."""
+    from numflash.ptx import INSTRUCTIONS
+
+    major, minor = limits.compute_capability
+    declared = INSTRUCTIONS[case.instruction]
+    if case.tensor_maps and major > 9:
+        return "tensor maps are passed as Hopper's compiler reads them"
+    if not declared.runs_on(10 * major + minor):
+        return f"{case.instruction} is of sm_{declared.sm}, this GPU is {limits.arch}"
+    return None
+
+
+def run_on_gpu(case: InstructionCase, cubin, upload: Callable, download: Callable, ordinal: int):
+    """The outputs of the case's compiled kernel on a GPU.
+
+    Args:
+        case: what to run.
+        cubin: its kernel, compiled for the GPU.
+        upload: makes an array on the GPU of an array of bytes in NumPy, (bytes,).
+        download: its inverse; waits for the launch.
+        ordinal: of the GPU.
+    """
+    from numflash.arrays import library_of
+    from numflash.launch import DriverLaunch
+
+    arrays = [*case.inputs, *case.new_outputs()]
+    on_gpu = [upload(np.ascontiguousarray(a).reshape(-1).view(np.uint8)) for a in arrays]
+    library = library_of(on_gpu[0], "input")
+    names = [name for name, _ in cubin.parameters]
+    operands = dict(zip(names, map(library.operand, on_gpu), strict=True))
+    maps = {n: layout for n, layout in zip(names, case.layouts, strict=True) if layout}
+    DriverLaunch(cubin, ordinal, 1, maps).bind(operands)(library.stream(ordinal))
+    got = []
+    for content, array in zip(on_gpu, arrays, strict=True):
+        got.append(download(content).view(array.dtype).reshape(array.shape))
+    return got[len(case.inputs) :]
+
+
 def bit_distance(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """How many representable values lie between x and y; for integers |x - y|."""
     return np.abs(_position(x) - _position(y))

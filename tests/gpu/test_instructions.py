@@ -10,9 +10,9 @@ import pytest
 
 from numflash.compiler import compile_kernel
 from numflash.kernels.kernel import Kernel
-from numflash.launch import DriverLaunch, limits_of_device
-from numflash.ptx import INSTRUCTIONS
+from numflash.launch import limits_of_device
 from tests.instruction_cases import CASES
+from tests.instruction_harness import refusal, run_on_gpu
 
 _CASES = [case for cases in CASES.values() for case in cases]
 _SIMULATE = """
@@ -45,25 +45,11 @@ def simulated(tmp_path_factory):
 def test_hardware_agrees_with_the_simulator(case, simulated):
     import cupy
 
-    from numflash.arrays import _CuPy
-
     limits = limits_of_device(0)
-    major, minor = limits.compute_capability
-    declared = INSTRUCTIONS[case.instruction]
-    if case.tensor_maps and major > 9:
-        pytest.skip("tensor maps are passed as Hopper's compiler reads them")
-    if not declared.runs_on(10 * major + minor):
-        pytest.skip(f"{case.instruction} is of sm_{declared.sm}, this GPU is {limits.arch}")
+    if (why := refusal(case, limits)) is not None:
+        pytest.skip(why)
     kernel = Kernel(case.instruction, case.kernel, case.block, case.smem_bytes)
     cubin = compile_kernel(lambda: kernel, limits, case.min_blocks)
-    inputs = [cupy.asarray(a) for a in case.inputs]
-    outputs = [cupy.asarray(a) for a in case.new_outputs()]
-    library = _CuPy()
-    operands = [library.operand(array) for array in (*inputs, *outputs)]
-    arrays = dict(zip(kernel.parameters, operands, strict=True))
-    stream = cupy.cuda.get_current_stream().ptr
-    maps = {n: layout for n, layout in zip(arrays, case.layouts, strict=True) if layout}
-    DriverLaunch(cubin, 0, 1, maps).bind(arrays)(stream)
-    got = [output.get() for output in outputs]
+    got = run_on_gpu(case, cubin, cupy.asarray, cupy.asnumpy, 0)
     expected = [simulated[f"{case}/{number}"] for number in range(len(got))]
     assert (difference := case.difference(expected, got)) is None, difference

@@ -150,6 +150,40 @@ def test_no_device_is_a_reason():
     assert (results, reason) == ({}, "none here")
 
 
+def test_a_device_that_has_worked_is_waited_for(monkeypatch, tmp_path):
+    # The process that was killed on it may hold it for a moment.
+    monkeypatch.setattr(supervisor, "_RETRY_SECONDS", 0.01)
+    busy = tmp_path / "busy"
+    program = f"""
+import os
+if os.path.exists({str(busy)!r}):
+    os.remove({str(busy)!r})
+    print('{{"no_device": "busy"}}', file=open(__import__("sys").argv[2], "a"))
+    raise SystemExit(1)
+"""
+    on_crash = _WORKER.replace("os._exit(11)", f"open({str(busy)!r}, 'w'); os._exit(11)")
+    monkeypatch.setitem(globals(), "_WORKER", program + on_crash)
+    results, reason = _supervise(["a", "crash"], ["b"])
+    assert reason is None and not busy.exists()
+    assert list(results[0]["excluded"]) == ["crash"] and results[1] == {"excluded": {}}
+
+
+def test_a_device_that_is_lost_is_not_waited_for_for_ever(monkeypatch, tmp_path):
+    monkeypatch.setattr(supervisor, "_RETRY_SECONDS", 0.01)
+    lost = tmp_path / "lost"
+    program = f"""
+import os, sys
+if os.path.exists({str(lost)!r}):
+    print('{{"no_device": "lost"}}', file=open(sys.argv[2], "a"))
+    print("again", file=open({str(lost)!r}, "a"))
+    raise SystemExit(1)
+open({str(lost)!r}, "w")
+"""
+    monkeypatch.setitem(globals(), "_WORKER", program + _WORKER)
+    assert _supervise(["a"], ["crash"], ["b"]) == ({0: {"excluded": {}}}, "lost")
+    assert lost.read_text().count("again") == 1 + supervisor._RETRIES
+
+
 def test_the_deadline_ends_a_worker():
     start = time.monotonic()
     results, reason = _supervise(["a"], ["hang"], seconds=0.8)
@@ -166,6 +200,12 @@ class _FakeDevice:
 
     def normal(self, *args):
         raise RuntimeError("no memory for the inputs")
+
+    def synchronize(self):
+        """It works."""
+
+    def free(self):
+        """There is nothing to free."""
 
 
 def _journal(tasks, seconds=60.0):
@@ -188,6 +228,16 @@ def test_the_worker_writes_before_it_acts():
         {"task": 1, "failed": "RuntimeError: no memory for the inputs"},
         {"end": True},
     ]
+
+
+def test_a_task_that_breaks_the_device_ends_the_worker(monkeypatch):
+    def fault(self):
+        raise RuntimeError("an illegal memory access")
+
+    monkeypatch.setattr(_FakeDevice, "synchronize", fault)
+    point = {"kind": "point", "point": gpt2_medium("forward").as_dict(), "peers": ["numflash"]}
+    with pytest.raises(measure.BrokenDeviceError, match="no memory for the inputs"):
+        _journal([point, {"kind": "ceilings"}])
 
 
 def test_the_worker_stops_at_the_deadline():

@@ -1,0 +1,1 @@
+"""`python -m bench first-light`: the first minutes on a GPU, in order of worth, in one call."""

@@ -1,0 +1,263 @@
+"""What first light does, in order of worth: steps as tasks of `bench.worker`.
+
+A step is a dictionary with "title", "section", "expected_s" (seconds that it takes on a GPU, which
+decide whether it still fits) and what its "kind" needs.
+"""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+from bench import ablation, peers, points, static
+from bench.points import Point
+from numflash.configs import sm90
+from numflash.configs.traits import Traits
+from numflash.devices import Architecture
+from numflash.problem_class import ProblemClass, round_up
+
+NO_WITNESS = (
+    "cp_async_4",
+    "cp_async_bulk_tensor_3d",
+    "cp_async_bulk_tensor_3d_store",
+    "cp_async_bulk_tensor_5d",
+    "cp_async_bulk_tensor_5d_store",
+    "fence_proxy_tensormap",
+    "bra_over_store",
+)
+"""Instructions whose meaning no other compiler's kernel has confirmed."""
+
+INSTRUCTIONS, FORWARD, GRADIENTS = "instructions", "forward", "gradients"
+SPEED, QUESTIONS, TUNER = "speed", "questions", "tuner"
+
+HEADLINE_PEERS = (
+    peers.OURS,
+    "torch-cudnn",
+    "torch-flash",
+    "flash-attention-2",
+    "flash-attention-3",
+    "fa3-fwd",
+)
+"""numflash, cuDNN, and FlashAttention-2 and -3 as PyTorch has it and as packages."""
+
+_DTYPE = "bfloat16"
+# What the checks against float64 attend to: no tile divides it.
+_BATCH, _SEQLEN, _HEADS = 2, 300, 2
+_REHEARSED_SEQLEN = 24
+_ONE_CONSUMER = "sm90-m64n128w4s2-overlap-persistent"
+_TILES = (176, 160)
+_BEST = 5
+
+# Seconds on a GPU: of one instruction that is compiled for it and of one that is compiled ahead,
+# of a forward and a backward that are compiled, of a point, and of one more config on it.
+_INSTRUCTION_S, _COMPILED_S = 1.5, 0.3
+_FORWARD_S, _BACKWARD_S = 8.0, 14.0
+_CEILINGS_S, _POINT_S, _CONFIG_S = 3.0, 8.0, 5.0
+_PARTS_S, _CANDIDATES_S = 5.0, 6.0
+
+
+def steps(cases: Iterable[Any], limits: Architecture, rehearsal: bool) -> list[dict]:
+    """The steps on an architecture.
+
+    Args:
+        cases: of instructions, as `tests.instruction_cases.CASES` has them.
+        limits: the GPU.
+        rehearsal: sizes that the simulator runs in a second.
+    """
+    found = [
+        *_instructions(cases),
+        *_forwards(limits),
+        *_gradients(),
+        _step(SPEED, "matrix product and copy", _CEILINGS_S, "ceilings"),
+        *_headlines(),
+        *_questions(limits),
+        *_decode(limits, rehearsal),
+        *_predictions(),
+    ]
+    return [_small(step) for step in found] if rehearsal else found
+
+
+def _step(section: str, title: str, expected_s: float, kind: str, **what: Any) -> dict:
+    step = {"section": section, "title": title, "expected_s": round(expected_s, 1), "kind": kind}
+    return {**step, **what}
+
+
+def _small(step: dict) -> dict:
+    """The same step with sizes for the simulator."""
+    if "shape" in step:
+        return {**step, "shape": [1, _REHEARSED_SEQLEN, 1, *step["shape"][3:]]}
+    if "point" not in step:
+        return step
+    point = Point.from_dict(step["point"])
+    small = replace(
+        point,
+        kind="rehearsal",
+        batch=1,
+        seqlen_q=min(point.seqlen_q, _REHEARSED_SEQLEN),
+        seqlen_k=_REHEARSED_SEQLEN,
+        num_heads_q=1,
+        num_heads_kv=1,
+    )
+    return {**step, "point": small.as_dict()}
+
+
+# Is it right?
+
+
+def _instructions(cases: Iterable[Any]) -> list[dict]:
+    """Those without a witness one by one, the encoding of tensor maps, then the others."""
+    cases = list(cases)
+    found, left = [], []
+    for name in NO_WITNESS:
+        mine = [str(case) for case in cases if case.instruction == name]
+        if mine:
+            seconds = _INSTRUCTION_S * len(mine)
+            found.append(_step(INSTRUCTIONS, name, seconds, "instructions", names=mine))
+    left = [case for case in cases if case.instruction not in NO_WITNESS]
+    mapped = [str(case) for case in left if case.tensor_maps]
+    seconds = _INSTRUCTION_S * len(mapped)
+    title = "tensor maps as the driver encodes them"
+    found.append(_step(INSTRUCTIONS, title, seconds, "instructions", names=mapped))
+    groups: dict[str, list[str]] = {}
+    for case in left:
+        if not case.tensor_maps:
+            groups.setdefault(_subject(case.instruction), []).append(str(case))
+    for subject, names in groups.items():
+        seconds = _INSTRUCTION_S + _COMPILED_S * len(names)
+        found.append(_step(INSTRUCTIONS, subject, seconds, "instructions", names=names))
+    return found
+
+
+def _subject(instruction: str) -> str:
+    """The first word of a mnemonic: what is alike is one step."""
+    return instruction.partition("_")[0]
+
+
+def _forwards(limits: Architecture) -> list[dict]:
+    found = [
+        _check(FORWARD, f"forward, head_dim {head_dim}", _FORWARD_S, head_dim, head_dim)
+        for head_dim in (64, 128, 256)
+    ]
+    found.append(_check(FORWARD, "forward, head_dim 128, head_dim_v 96", _FORWARD_S, 128, 96))
+    if _is_hopper(limits):
+        title = f"{_ONE_CONSUMER}: setmaxnreg 56 and 256"
+        found.append(_check(FORWARD, title, _FORWARD_S, 128, 128, config=_ONE_CONSUMER))
+    return found
+
+
+def _gradients() -> list[dict]:
+    found = [
+        _check(GRADIENTS, f"gradients, head_dim {d}", _BACKWARD_S, d, d, gradients=True)
+        for d in (64, 128)
+    ]
+    title = "gradients, head_dim 64, one kernel for all"
+    found.append(_check(GRADIENTS, title, _BACKWARD_S, 64, 64, gradients=True, fused=True))
+    return found
+
+
+def _check(section: str, title: str, seconds: float, head_dim: int, head_dim_v: int, **what):
+    shape = [_BATCH, _SEQLEN, _HEADS, head_dim, head_dim_v]
+    return _step(section, title, seconds, "check", shape=shape, causal=True, **what)
+
+
+# How fast is it?
+
+
+def _grid_point(head_dim: int, seqlen: int, causal: bool, kind: str = "grid") -> Point:
+    grid = points.grid("forward", (seqlen,), (head_dim,), (_DTYPE,))
+    return replace(next(p for p in grid if p.causal == causal), kind=kind)
+
+
+def _headlines() -> list[dict]:
+    return [
+        _timed(SPEED, _grid_point(head_dim, seqlen, causal), list(HEADLINE_PEERS))
+        for head_dim in (128, 64)
+        for seqlen in (4096, 16384)
+        for causal in (False, True)
+    ]
+
+
+def _timed(section: str, point: Point, names: list[str], title: str = "", **what) -> dict:
+    seconds = _POINT_S + _CONFIG_S * sum(":" in name for name in names)
+    what |= {"point": point.as_dict(), "peers": names}
+    return _step(section, title or str(point), seconds, "point", **what)
+
+
+# What only speed answers
+
+
+def _questions(limits: Architecture) -> list[dict]:
+    """Forced configs in the same run; the first of "labels" is today's choice."""
+    found = []
+    if not _is_hopper(limits):
+        return found
+    for head_dim in (128, 64):
+        config = static.choose_config("forward", static.traits_of(_DTYPE, head_dim), limits)
+        for name in ("overlap", "pingpong", "arrivals"):
+            other = ablation.switched(config, name)
+            if other is None:
+                continue
+            title = f"{name} at head_dim {head_dim}"
+            labels = {_name(each): _label(each, name) for each in (config, other)}
+            found.append(_question(title, _grid_point(head_dim, 16384, False, "question"), labels))
+        if head_dim == 128:
+            found[:0] = [_tiles(config, seqlen) for seqlen in (4096, 16384)]
+    return found
+
+
+def _tiles(config: sm90.Sm90ForwardConfig, seqlen: int) -> dict:
+    wider = [replace(config, tile_n=tile_n) for tile_n in _TILES]
+    labels = {_name(each): f"tiles of {each.tile_n} keys" for each in (config, *wider)}
+    title = f"tile_n at head_dim 128, {seqlen} tokens, no mask"
+    return _question(title, _grid_point(128, seqlen, False, "question"), labels)
+
+
+def _question(title: str, point: Point, labels: dict[str, str]) -> dict:
+    return _timed(QUESTIONS, point, list(labels), title, labels=labels)
+
+
+def _name(config: Any) -> str:
+    return ablation.variants_named({"forward": config})
+
+
+def _label(config: Any, name: str) -> str:
+    value = getattr(config, name)
+    if isinstance(value, bool):
+        return f"{name} {'on' if value else 'off'}"
+    return f"{value} {name} a warpgroup"
+
+
+def _decode(limits: Architecture, rehearsal: bool) -> list[dict]:
+    """Decoding beside its peers, and its two kernels apart."""
+    found = []
+    for point in points.decode():
+        found.append(_timed(SPEED, point, list(HEADLINE_PEERS), f"decode, {point}"))
+        config = None
+        if rehearsal:
+            # The simulated GPU has one SM, over which nothing is split unless it is asked for.
+            traits = static.traits_of(_DTYPE, point.head_dim)
+            config = static.choose_config("forward", traits, limits, rows=16)
+            config = str(replace(config, num_splits=2))
+        title = f"attention and combine apart, {point}"
+        what = {"point": point.as_dict(), "config": config}
+        found.append(_step(QUESTIONS, title, _PARTS_S, "parts", **what))
+    return found
+
+
+def _predictions() -> list[dict]:
+    """The model's five best of the classes of the headline points, beside today's choice."""
+    found = []
+    for head_dim, causal in ((128, True), (64, True), (128, False), (64, False)):
+        point = _grid_point(head_dim, 16384, causal, "tuner")
+        heads = round_up(point.batch * point.num_heads_q)
+        mask = "causal" if causal else "full"
+        traits: Traits = static.traits_of(_DTYPE, head_dim)
+        sizes = round_up(point.seqlen_q), round_up(point.seqlen_k), heads, 1
+        problem = str(ProblemClass("forward", traits, mask, *sizes))
+        seconds = _CANDIDATES_S + _POINT_S + _BEST * _CONFIG_S
+        what = {"class": problem, "count": _BEST, "point": point.as_dict()}
+        found.append(_step(TUNER, f"five best of {problem}", seconds, "predicted", **what))
+    return found
+
+
+def _is_hopper(limits: Architecture) -> bool:
+    return limits.compute_capability == (9, 0)

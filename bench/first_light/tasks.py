@@ -1,0 +1,205 @@
+"""The kinds of steps that only first light has, as `bench.worker` runs them.
+
+Each takes the device, the task, the settings, and `begin`, which is told what is about to run; it
+returns what goes into the record.
+"""
+
+import math
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+
+import numpy as np
+
+from bench import interleave, measure, peers, static
+from bench.device import Device
+from bench.first_light import background, rehearsal
+from bench.interleave import Method
+from bench.points import Point
+
+_NO_EXPECTATION = (
+    "nothing to compare with: the simulator did not run here (it needs greenlet), and no "
+    f"rehearsal of these sources has left its file in {background.PREPARED.name}"
+)
+
+
+def run(device: Device, task: dict, settings: dict, begin: Callable) -> dict:
+    """Run a task of one of `KINDS`."""
+    return KINDS[task["kind"]](device, task, settings, begin)
+
+
+# Instructions
+
+
+def _instructions(device, task, settings, begin) -> dict:
+    """Outcome and reason of each case, by its name."""
+    found = {}
+    for name in task["names"]:
+        if name in task["exclude"]:
+            found[name] = {"outcome": "crashed", "reason": task["exclude"][name]}
+            continue
+        begin(name)
+        try:
+            found[name] = _instruction(device, name, settings)
+        except Exception as error:
+            reason = _words(error)
+            measure.expect_working(device, reason)
+            found[name] = {"outcome": "failed", "reason": reason}
+    return {"cases": found}
+
+
+def _instruction(device, name: str, settings: dict) -> dict:
+    from tests.instruction_harness import refusal
+
+    case, limits = background.cases()[name], _limits(settings)
+    if (why := refusal(case, limits)) is not None:
+        return {"outcome": "skipped", "reason": why}
+    got = _run_case(device, case, name, settings, limits)
+    simulated = _simulated(settings["expected"])
+    if simulated is None:
+        return {"outcome": "skipped", "reason": _NO_EXPECTATION}
+    expected = [simulated[f"{name}/{number}"] for number in range(len(got))]
+    difference = case.difference(expected, got)
+    if difference is None:
+        return {"outcome": "passed", "reason": ""}
+    return {"outcome": "failed", "reason": difference}
+
+
+def _run_case(device, case, name: str, settings: dict, limits) -> list[np.ndarray]:
+    from tests.instruction_harness import run_on_gpu, run_simulated
+
+    if settings["rehearsal"]:
+        return run_simulated(case)
+    cubin = background.compiled(settings["compiled"], name, limits.arch)
+    return run_on_gpu(case, cubin, device.upload, device.download, settings["device"])
+
+
+@cache
+def _simulated(path: str) -> dict | None:
+    """The simulated outputs; waits for them while they are being made, then None."""
+    if not background.wait_for(Path(path)):
+        return None
+    with np.load(path) as outputs:
+        return dict(outputs)
+
+
+def _limits(settings: dict):
+    from numflash.launch import limits_of_device
+
+    return limits_of_device(settings["device"])
+
+
+# Whole kernels against float64
+
+
+def _check(device, task, settings, begin) -> dict:
+    """Errors and budgets of a forward, and with "gradients" of a backward."""
+    import numflash
+    from numflash.dispatch import choose
+
+    batch, seqlen, heads, head_dim, head_dim_v = task["shape"]
+    q, k, v = (
+        device.normal((batch, seqlen, heads, dim), "float16", seed)
+        for seed, dim in enumerate((head_dim, head_dim, head_dim_v))
+    )
+    options = {"causal": task["causal"], "config": task.get("config")}
+    kernel = str(numflash.explain_dispatch(q, k, v, **options).forward.config)
+    if task.get("gradients"):
+        options["dout"] = device.normal(v.shape, "float16", 3)
+    if task.get("fused"):
+        traits = static.traits_of("float16", head_dim)
+        fused = choose("backward", traits, _limits(settings), seqlen).config
+        options["config"], kernel = {"backward": fused}, f"{kernel}, {fused}"
+    report = numflash.check(q, k, v, **options)
+    errors = {e.name: [_finite(e.error), _finite(e.budget)] for e in report.errors}
+    outcome = "passed" if report.passed else "failed"
+    reason = "" if report.passed else " ".join(str(report).split())
+    return {"check": outcome, "reason": reason, "errors": errors, "kernel": kernel}
+
+
+def _finite(x: float) -> float | str:
+    """JSON has no infinity."""
+    return x if math.isfinite(x) else "not finite"
+
+
+# Decoding in parts
+
+
+def _parts(device, task, settings, begin) -> dict:
+    """Milliseconds of each kernel of a forward, and of them together."""
+    from numflash.arrays import library_of
+    from numflash.calls import DEFAULTS, Forward
+
+    point = Point.from_dict(task["point"])
+    shapes = {"q": point.q_shape, "k": point.kv_shape, "v": point.kv_shape}
+    arrays = {n: device.normal(s, point.dtype, i) for i, (n, s) in enumerate(shapes.items())}
+    library = library_of(arrays["q"], "q")
+    views = {name: library.view(array, name) for name, array in arrays.items()}
+    operands = {name: library.operand(array) for name, array in arrays.items()}
+    options = {**DEFAULTS, "causal": point.causal, "config": task["config"]}
+    ready = Forward(views, options)
+    # The results must outlive the launches, which only know their addresses.
+    out, lse, launches = ready.bind(operands, library)
+    stream = library.stream(ready.device)
+    methods = [Method(name, partial(launch, stream)) for name, launch in launches.items()]
+    methods.append(Method("together", lambda: [launch(stream) for launch in launches.values()]))
+    begin("together")
+    methods[-1].call()
+    device.synchronize()
+    samples = interleave.time_interleaved(
+        methods, device.time, budget_ms=settings["budget_ms"], on_failure=_raise
+    )
+    parts = {name: interleave.summarise(times) for name, times in samples.items()}
+    del out, lse
+    return {"parts": parts, "kernel": ready.kernel}
+
+
+def _raise(name: str, error: Exception) -> None:
+    raise error
+
+
+# The tuner's predictions
+
+
+def _predicted(device, task, settings, begin) -> dict:
+    """The configs that the model likes best, measured beside the default."""
+    from numflash.problem_class import ProblemClass
+
+    try:
+        from numflash_tuner import machines
+        from numflash_tuner.candidates import Candidates
+        from numflash_tuner.space import Space
+        from numflash_tuner.target import local_machine
+    except ImportError as error:
+        return {"unavailable": f"not importable: {error}"}
+    begin(None)
+    if settings["rehearsal"]:
+        machine = machines.find(rehearsal.PREDICTED_GPU)
+    else:
+        machine = local_machine(settings["device"])
+    candidates = Candidates(Space(ProblemClass.parse(task["class"]), machine))
+    best = candidates.favourites(task["count"])
+    names = [f"{peers.OURS}:{candidates.texts[number]}" for number in best]
+    predicted = {name: float(candidates.estimates[n]) for name, n in zip(names, best, strict=True)}
+    result = measure.measure_point(
+        device,
+        Point.from_dict(task["point"]),
+        [peers.OURS, *names],
+        exclude=task["exclude"],
+        begin=begin,
+        deadline=settings["deadline"],
+        budget_ms=settings["budget_ms"],
+    )
+    return {**result, "predicted_ms": predicted}
+
+
+def _words(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:600]
+
+
+KINDS = {
+    "instructions": _instructions,
+    "check": _check,
+    "parts": _parts,
+    "predicted": _predicted,
+}
