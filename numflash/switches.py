@@ -27,3 +27,15 @@ def is_on(name: str, default: bool = False) -> bool:
         raise ValueError(
             f"{name} must be 0 or 1 (or another integer, or {', '.join(_WORDS)}), got {text!r}"
         ) from None
+
+
+def choice(name: str, choices: tuple[str, ...]) -> str:
+    """What an environment variable chooses, in any case; the first where it is unset or empty.
+
+    Raises:
+        ValueError: it is none of the choices.
+    """
+    text = os.environ.get(name, "").strip().lower() or choices[0]
+    if text not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {text!r}")
+    return text

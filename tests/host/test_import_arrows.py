@@ -43,10 +43,13 @@ ARROWS = {
     "tuned": "compiler configs devices dispatch entries errors problem_class store switches",
     "simulator": "mode tensor_maps",
     "ptx": "formats mode simulator",
+    "executor": "devices errors formats mode ptx simulator tensor_maps",
+    "ptx_worker": "cache compiler configs devices errors",
     "tiles": "ptx",
     "kernels": "configs formats ptx tiles",
     "compiler": "cache configs devices errors kernels ptx",
-    "launch": "compiler configs devices errors gpus kernels mode ptx simulator tensor_maps views",
+    "launch": "compiler configs devices errors executor gpus kernels mode ptx ptx_worker simulator "
+    "switches tensor_maps views",
     "selection": "autotune capture configs dispatch entries gpus launch mode problem "
     "problem_class tuned",
     "quantization": "arrays configs errors formats fp8 launch problem views",
