@@ -43,14 +43,14 @@ def maximum(x, y):
     """The larger of floats, +0 above -0; the other one where one is a NaN."""
     larger = np.fmax(x, y)
     zeros = (x == 0) & (y == 0)
-    return number(np.where(zeros, x + y, larger)) if zeros.any() else number(larger)
+    return number(np.where(zeros, x + y, larger) if np.count_nonzero(zeros) else larger)
 
 
 def minimum(x, y):
     """The smaller of floats, -0 below +0; the other one where one is a NaN."""
     smaller = np.fmin(x, y)
     zeros = (x == 0) & (y == 0)
-    return number(np.where(zeros, -(-x - y), smaller)) if zeros.any() else number(smaller)
+    return number(np.where(zeros, -(-x - y), smaller) if np.count_nonzero(zeros) else smaller)
 
 
 def fused(x, y, z):
@@ -59,17 +59,20 @@ def fused(x, y, z):
     total = product + addend
     bits = total.view(u8)
     # Only halfway between two float32, or among subnormal ones, does what float64 cut off count.
-    if ((bits & _LOW) == _HALFWAY).any() or (np.abs(total) < _TINY).any():
+    # Doubling drops the sign, and zero less one is the largest number.
+    doubtful = ((bits & _LOW) == _HALFWAY) | (bits + bits - _ONE < _TWICE_TINY)
+    if np.count_nonzero(doubtful):
         back = total - product
         error = (product - (total - back)) + (addend - back)
-        even = (bits & u8.type(1)) == 0
+        even = (bits & _ONE) == 0
         toward = np.where(error > 0, np.inf, -np.inf)
         inexact = (error != 0) & np.isfinite(total) & even
         total = np.where(inexact, np.nextafter(total, toward), total)
     return number(total.astype(f4))
 
 
-_LOW, _HALFWAY = u8.type(0x1FFFFFFF), u8.type(0x10000000)
+_LOW, _HALFWAY, _ONE = u8.type(0x1FFFFFFF), u8.type(0x10000000), u8.type(1)
+_TWICE_TINY = f8.type(_TINY).view(u8) * u8.type(2)
 
 
 def halves(x, dtype):

@@ -15,7 +15,7 @@ from numflash.executor.program import Program
 from numflash.executor.together import NamedBarrier
 from numflash.executor.warps import Warp
 from numflash.simulator import engine
-from numflash.simulator.errors import DeadlockError, SimulationError
+from numflash.simulator.errors import DeadlockError
 from numflash.simulator.parts import Part
 
 # Pieces that a warp executes before another may: a block has one of them.

@@ -13,7 +13,7 @@ from functools import cache
 
 import numpy as np
 
-from numflash.executor.one_lane import Unknown
+from numflash.executor.one_lane import UnknownError
 from numflash.executor.operands import (
     WAITS,
     address_reader,
@@ -125,7 +125,9 @@ def _made_for(statement: Statement) -> list[Template]:
     elif matched := _WGMMA.fullmatch(statement.opcode):
         n, type_, same = matched.groups()
         if type_ != same or len(operands) < 6 or not isinstance(operands[3], Immediate):
-            raise Unknown(f"the executor does not know {statement.opcode} with these operands")
+            raise UnknownError(
+                f"the executor does not know {statement.opcode} with these operands"
+            )
         in_registers = isinstance(operands[1], Vector)
         transposed = len(operands) > 6 and bool(operands[-1].integer())
         call = make_wgmma(
@@ -189,7 +191,9 @@ class _Argument:
     def _registers(self, program, annotation, bound) -> None:
         registers = items(bound[-1])
         if len(registers) != annotation.n:
-            raise Unknown(f"{annotation.n} registers are expected, there are {len(registers)}")
+            raise UnknownError(
+                f"{annotation.n} registers are expected, there are {len(registers)}"
+            )
         if "w" in annotation.mode:
             self.written = items(bound[0])
         type_ = _PTX_TYPES[annotation.type]
@@ -275,7 +279,7 @@ def _operation(instruction: Instruction, bindings: dict, program) -> Callable:
             if isinstance(annotation, Shared | Global):
                 indices[annotation.index] = name
     if instruction.result is not None:
-        raise Unknown(f"{instruction.name} has a result")
+        raise UnknownError(f"{instruction.name} has a result")
     order = [(name, arguments.get(name), indices.get(name)) for name in operands]
     if instruction.name.startswith("wgmma_wait_group"):
         return _waiting_for_products(instruction)
@@ -287,7 +291,7 @@ def _operation(instruction: Instruction, bindings: dict, program) -> Callable:
 def _lane_by_lane(instruction: Instruction, order) -> Callable:
     """The body for one lane after the other."""
     if any(argument is not None and argument.written for _, argument, _ in order):
-        raise Unknown(f"{instruction.name} writes registers")
+        raise UnknownError(f"{instruction.name} writes registers")
     body = instruction.body
     touches_others = instruction.name.startswith(("mbarrier", "cp_async_bulk", "fence"))
 

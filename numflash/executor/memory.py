@@ -87,9 +87,8 @@ class Memory:
         elif space == "shared":
             if self.shared.start <= low and low + n_bytes <= self.shared.end:
                 return self.shared
-        elif space == "param":
-            if self.parameters.start <= low and low + n_bytes <= self.parameters.end:
-                return self.parameters
+        elif self.parameters.start <= low and low + n_bytes <= self.parameters.end:
+            return self.parameters
         raise IndexError(self._outside(space, low, n_bytes))
 
     def _outside(self, space: str, low: int, n_bytes: int) -> str:

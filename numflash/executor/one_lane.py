@@ -10,7 +10,7 @@ move is a reference. Generated code knows
     w     the warp: its memory and its special registers
     a     the module `arithmetic`
 
-and what is not in the tables below is refused by its name: `Unknown`.
+and what is not in the tables below is refused by its name: `UnknownError`.
 """
 
 import struct
@@ -47,7 +47,7 @@ _HALVES = ("f16", "bf16")
 _WIDE = {"s16": "s32", "u16": "u32", "s32": "s64", "u32": "u64"}
 
 
-class Unknown(UnsupportedError):
+class UnknownError(UnsupportedError):
     """An instruction that the executor does not know."""
 
 
@@ -68,22 +68,22 @@ class OneLane:
         """Python for a statement, executed by the lanes of `mask`, by all where it is None.
 
         Raises:
-            Unknown: there is no such instruction, or not in this form.
+            UnknownError: there is no such instruction, or not in this form.
         """
         head, *parts = statement.opcode.split(".")
         known = _INSTRUCTIONS.get(head)
         if known is None:
-            raise Unknown(f"the executor does not know {statement.opcode}")
+            raise UnknownError(f"the executor does not know {statement.opcode}")
         make, allowed = known
         types = [part for part in parts if part in TYPE_BYTES]
         modifiers = [part for part in parts if part not in TYPE_BYTES]
         if refused := [part for part in modifiers if part not in allowed]:
-            raise Unknown(f"the executor does not know {statement.opcode}: .{refused[0]}")
+            raise UnknownError(f"the executor does not know {statement.opcode}: .{refused[0]}")
         try:
             return make(_Making(self, statement, modifiers, types, mask))
         except (IndexError, KeyError, ValueError, AttributeError) as error:
             # A table above has no such type, or the operands are of another kind.
-            raise Unknown(
+            raise UnknownError(
                 f"the executor does not know {statement.opcode} with these operands ({error!r})"
             ) from error
 
@@ -108,17 +108,19 @@ class OneLane:
             return self.constant(self.address_of(operand.name) + operand.offset, dtype)
         if isinstance(operand, Special):
             if operand.name not in NAMES:
-                raise Unknown(f"the executor does not know the special register {operand.name}")
+                raise UnknownError(
+                    f"the executor does not know the special register {operand.name}"
+                )
             text, size = f"w.special({operand.name!r})", 4
         elif isinstance(operand, Register) and not operand.negated:
             text = f"R[{operand.number}]"
             size = TYPE_BYTES[self.register_types[operand.number]]
         else:
-            raise Unknown(f"{operand} as a .{type_}")
+            raise UnknownError(f"{operand} as a .{type_}")
         if size != dtype.itemsize:
             # Wider types go into narrower registers nowhere; a narrower value is the low part.
             if size < dtype.itemsize and not isinstance(operand, Special):
-                raise Unknown(f"a register of {8 * size} bits as a .{type_}")
+                raise UnknownError(f"a register of {8 * size} bits as a .{type_}")
             text += f".astype(a.{_name(bits)})"
         return text if bits == dtype else f"{text}.view(a.{_name(dtype)})"
 
@@ -127,7 +129,7 @@ class OneLane:
         if isinstance(operand, Immediate):
             return "TRUE" if operand.integer() else "FALSE"
         if not isinstance(operand, Register) or self.register_types[operand.number] != "pred":
-            raise Unknown(f"{operand} as a predicate")
+            raise UnknownError(f"{operand} as a predicate")
         return f"(~R[{operand.number}])" if operand.negated else f"R[{operand.number}]"
 
 
@@ -157,7 +159,7 @@ class _Making:
         if type_ != "pred":
             value = self._as_bits(value, type_, TYPE_BYTES[given])
         elif given != "pred":
-            raise Unknown(f"a predicate into a register of .{given}")
+            raise UnknownError(f"a predicate into a register of .{given}")
         register = f"R[{target.number}]"
         if self.mask is None:
             return [f"{register}={value}"]
@@ -166,7 +168,7 @@ class _Making:
     def _as_bits(self, value: str, type_: str, size: int) -> str:
         dtype = DTYPES[type_]
         if not size or dtype.itemsize > size:
-            raise Unknown(f"a .{type_} into a register of {8 * size} bits")
+            raise UnknownError(f"a .{type_} into a register of {8 * size} bits")
         if dtype.itemsize == size:
             return value if dtype == BITS[size] else f"{value}.view(a.{_name(BITS[size])})"
         if dtype.kind == "i":
@@ -258,7 +260,7 @@ def _elementwise(making: _Making, formula: str, n: int, float_formula: str | Non
         if making.has("sat"):
             value = f"a.saturated({value})"
     elif making.has("ftz") or making.has("sat"):
-        raise Unknown(making.opcode)
+        raise UnknownError(making.opcode)
     return making.put(value, type_)
 
 
@@ -310,7 +312,7 @@ def _mad(making):
 @_is("fma", "rn ftz sat")
 def _fma(making):
     if making.types[-1] != "f32":
-        raise Unknown(f"{making.opcode}: the executor fuses float32 only")
+        raise UnknownError(f"{making.opcode}: the executor fuses float32 only")
     return _elementwise(making, "a.fused({},{},{})", 3)
 
 
@@ -349,7 +351,7 @@ _FUNCTIONS = {
 @_is(" ".join(_FUNCTIONS), "rn approx ftz")
 def _function(making):
     if making.types[-1] != "f32":
-        raise Unknown(f"{making.opcode}: the executor knows it of float32 only")
+        raise UnknownError(f"{making.opcode}: the executor knows it of float32 only")
     return _elementwise(making, _FUNCTIONS[making.opcode.split(".")[0]], 1)
 
 
@@ -463,7 +465,7 @@ def _setp(making):
     target = making.operands[0]
     if isinstance(target, Pair):
         if combined:
-            raise Unknown(f"{making.opcode} with two results")
+            raise UnknownError(f"{making.opcode} with two results")
         puts = making.put("t", "pred", target.first) + making.put("(~t)", "pred", target.second)
         return [f"t={value}", *puts]
     if combined:
@@ -491,9 +493,8 @@ def _mov(making):
     if isinstance(target, Vector):
         count = len(target.items)
         part = f"b{8 * size // count}"
-        lines = [
-            f"t=ascontiguous({making.source(1, bits)}).view(a.{_name(DTYPES[part])}).reshape(32,{count})"
-        ]
+        parts = f"view(a.{_name(DTYPES[part])}).reshape(32,{count})"
+        lines = [f"t=ascontiguous({making.source(1, bits)}).{parts}"]
         for i, item in enumerate(target.items):
             lines += making.put(f"t[:,{i}].copy()", part, item)
         return lines
@@ -519,10 +520,10 @@ def _cvt(making):
         return making.put(f"a.decoded({of[:4]!r},{making.source(1, of)})", "b32")
     if to == "tf32":
         if of != "f32" or ways != {"rna"}:
-            raise Unknown(making.opcode)
+            raise UnknownError(making.opcode)
         return making.put(f"a.tf32_away({making.source(1, of)})", "b32")
     if {to, of} & {"f16x2", "bf16x2", "e4m3x2", "e5m2x2"} or "satfinite" in ways or "rna" in ways:
-        raise Unknown(f"the executor does not know {making.opcode}")
+        raise UnknownError(f"the executor does not know {making.opcode}")
     return making.put(_converted(making, to, of), to)
 
 
@@ -534,13 +535,13 @@ def _converted(making, to: str, of: str) -> str:
     rounding = making.first_of(("rzi", "rni", "rmi", "rpi"))
     if of in floats and to not in floats:
         if rounding is None or making.has("sat"):
-            raise Unknown(making.opcode)
+            raise UnknownError(making.opcode)
         return f"a.to_integer({x},{name},{rounding!r})"
     if of not in floats:
         if making.has("sat") and to not in floats:
             return f"a.clamped({x},{name})"
         if to in _HALVES:
-            raise Unknown(making.opcode)
+            raise UnknownError(making.opcode)
         return f"{x}.astype({name})"
     if rounding:
         x = f"a.ROUNDINGS[{rounding!r}]({x})"
@@ -550,7 +551,7 @@ def _converted(making, to: str, of: str) -> str:
         if making.has("ftz"):
             value = f"a.flushed({value})"
     elif making.has("ftz"):
-        raise Unknown(making.opcode)
+        raise UnknownError(making.opcode)
     return f"a.saturated({value})" if making.has("sat") else value
 
 
@@ -602,7 +603,7 @@ def _ld(making):
     lines = [f"t={call}"]
     targets = target.items if isinstance(target, Vector) else (target,)
     if len(targets) != count:
-        raise Unknown(f"{making.opcode} of {len(targets)} registers")
+        raise UnknownError(f"{making.opcode} of {len(targets)} registers")
     for i, item in enumerate(targets):
         value = f"t[{i}]" if dtype == BITS[dtype.itemsize] else f"t[{i}].view(a.{_name(dtype)})"
         lines += making.put(value, type_, item)
@@ -616,7 +617,7 @@ def _st(making):
     memory, source = making.operands[:2]
     sources = source.items if isinstance(source, Vector) else (source,)
     if len(sources) != count:
-        raise Unknown(f"{making.opcode} of {len(sources)} registers")
+        raise UnknownError(f"{making.opcode} of {len(sources)} registers")
     values = ",".join(making.maker.value(item, f"b{8 * size}") for item in sources)
     address = address_text(making.maker, memory)
     return [f"w.store({space!r},{address},{size},({values},),{making.mask})"]

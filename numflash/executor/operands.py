@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 
 from numflash.executor.memory import SHARED_WINDOW
-from numflash.executor.one_lane import BITS, DTYPES, Unknown, bits_of, filled
+from numflash.executor.one_lane import BITS, DTYPES, UnknownError, bits_of, filled
 from numflash.executor.special_registers import NAMES
 from numflash.executor.text import (
     TYPE_BYTES,
@@ -44,7 +44,7 @@ def reader(program, operand, type_: str) -> Callable:
         return lambda warp: constant
     elif isinstance(operand, Special) and operand.name in NAMES:
         return lambda warp: warp.special(operand.name).astype(BITS[dtype.itemsize]).view(dtype)
-    raise Unknown(f"{operand} as a .{type_}")
+    raise UnknownError(f"{operand} as a .{type_}")
 
 
 def _predicate_reader(program, operand) -> Callable:
@@ -53,7 +53,7 @@ def _predicate_reader(program, operand) -> Callable:
         return lambda warp: constant
     is_register = isinstance(operand, Register)
     if not is_register or program.entry.register_types[operand.number] != "pred":
-        raise Unknown(f"{operand} as a predicate")
+        raise UnknownError(f"{operand} as a predicate")
     number = operand.number
     if operand.negated:
         return lambda warp: ~warp.registers[number]
@@ -63,7 +63,7 @@ def _predicate_reader(program, operand) -> Callable:
 def address_reader(program, memory: Memory) -> Callable:
     """A function of a warp that gives the addresses, int64, of a memory operand."""
     if not isinstance(memory, Memory):
-        raise Unknown(f"{memory} as an address")
+        raise UnknownError(f"{memory} as an address")
     base, offset = reader(program, memory.base, "u64"), memory.offset
     return lambda warp: base(warp).astype(np.int64) + offset
 

@@ -48,7 +48,7 @@ def begin_product(program, registers):
             for index, x in enumerate(held):
                 if not isinstance(x, UnderWay) or x.sum is not total or x.index != index:
                     raise SimulationError(
-                        f"wgmma: register {index} of the accumulator is not the one of the product "
+                        f"wgmma: register {index} of the accumulator is not that of the product "
                         "under way"
                     )
             return total.arrays

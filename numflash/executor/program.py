@@ -19,7 +19,7 @@ import numpy as np
 
 from numflash.executor import arithmetic
 from numflash.executor.memory import CONSTANTS, PARAMETERS, Region
-from numflash.executor.one_lane import OneLane, Unknown, is_one_lane
+from numflash.executor.one_lane import OneLane, UnknownError, is_one_lane
 from numflash.executor.operands import WAITS
 from numflash.executor.text import Entry, Label, PtxError, Statement, parse
 from numflash.executor.together import make_operation
@@ -37,7 +37,7 @@ def program_of(ptx: str, entry: str | None, dynamic_bytes: int) -> "Program":
 
     Raises:
         PtxError: the text is no PTX, or has no such entry.
-        Unknown: it has an instruction that the executor does not know.
+        UnknownError: it has an instruction that the executor does not know.
     """
     return Program(parse(ptx, entry), dynamic_bytes)
 
@@ -166,7 +166,7 @@ class Program:
         for statement in piece:
             try:
                 found.append(self._statement_lines(statement, mask))
-            except (Unknown, PtxError) as error:
+            except (UnknownError, PtxError) as error:
                 raise type(error)(f"{statement}: {error}") from error
         return found
 

@@ -130,7 +130,7 @@ class Parameter:
 
 @dataclass(frozen=True, slots=True)
 class Variable:
-    """A variable. `n_bytes` is None for the dynamic shared memory; `content` is what it begins as."""
+    """A variable, and what it begins as. The dynamic shared memory has no `n_bytes`."""
 
     name: str
     space: str

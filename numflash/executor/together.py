@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 
 from numflash.executor.bodies import body_operation
-from numflash.executor.one_lane import DTYPES, Unknown
+from numflash.executor.one_lane import DTYPES, UnknownError
 from numflash.executor.operands import (
     WAITS,
     address_reader,
@@ -27,13 +27,14 @@ from numflash.ptx import INSTRUCTIONS
 from numflash.simulator.bulk_copies import BulkCopies
 from numflash.simulator.engine import become
 from numflash.simulator.errors import SimulationError
+from numflash.simulator.mbarriers import Mbarriers
 from numflash.simulator.register_pool import RegisterPool
 
 _LANES = np.arange(32)
 
 
 def make_operation(statement: Statement, program) -> Callable:
-    """The operation of a statement. Raises Unknown."""
+    """The operation of a statement. Raises UnknownError."""
     opcode = statement.opcode
     for name, make in _OPERATIONS.items():
         if opcode == name or opcode.startswith(name + "."):
@@ -42,14 +43,14 @@ def make_operation(statement: Statement, program) -> Callable:
     else:
         operation = body_operation(statement, program)
     if operation is None:
-        raise Unknown(f"the executor does not know {opcode}")
+        raise UnknownError(f"the executor does not know {opcode}")
     return operation
 
 
 def _refuse_other(statement: Statement, *known: str) -> None:
     """Refuse an opcode that is none of `known`."""
     if statement.opcode not in known:
-        raise Unknown(f"the executor does not know {statement.opcode}")
+        raise UnknownError(f"the executor does not know {statement.opcode}")
 
 
 # Barriers
@@ -98,7 +99,7 @@ def _barrier(statement, program):
     number_of = reader(program, operands[0], "u32")
     count_of = reader(program, operands[1], "u32") if len(operands) > 1 else None
     if not waits and count_of is None:
-        raise Unknown(f"{opcode} without a count")
+        raise UnknownError(f"{opcode} without a count")
 
     def operation(warp, mask):
         block, group = warp.block, warp.group
@@ -141,7 +142,7 @@ def _warp_barrier(statement, program):
 def _shuffle(statement, program):
     _, _, mode, type_ = statement.opcode.split(".")
     if mode not in ("up", "down", "bfly", "idx") or type_ != "b32":
-        raise Unknown(statement.opcode)
+        raise UnknownError(statement.opcode)
     target, *sources = statement.operands
     value_of, offset_of, clamp_of, members_of = (reader(program, s, "u32") for s in sources)
 
@@ -176,7 +177,7 @@ def _shuffle(statement, program):
 def _vote(statement, program):
     _, _, mode, _ = statement.opcode.split(".")
     if mode not in ("all", "any", "uni", "ballot"):
-        raise Unknown(statement.opcode)
+        raise UnknownError(statement.opcode)
     target, source, members = statement.operands
     value_of, members_of = reader(program, source, "pred"), reader(program, members, "u32")
 
@@ -205,7 +206,7 @@ _REDUCTIONS = {
 def _reduce(statement, program):
     _, _, name, type_ = statement.opcode.split(".")
     if name not in _REDUCTIONS or type_ not in ("u32", "s32", "b32"):
-        raise Unknown(statement.opcode)
+        raise UnknownError(statement.opcode)
     target, source, members = statement.operands
     value_of, members_of = reader(program, source, type_), reader(program, members, "u32")
 
@@ -232,7 +233,7 @@ def _elect(statement, program):
         become(warp.threads[0])
         elected = INSTRUCTIONS["elect_sync"].body().astype(bool)
         if not (elected & members & mask).any():
-            elected = _LANES == np.flatnonzero(members & mask)[0]
+            elected = np.flatnonzero(members & mask)[0] == _LANES
         write(warp, target.first, np.full(32, np.flatnonzero(elected)[0], np.uint32), mask)
         write(warp, target.second, elected, mask)
         return None
@@ -279,9 +280,9 @@ def _try_wait(statement, program):
             ended[lane] = copies.test(block.mbarriers, index, int(parities[lane]))
         if suspends and not ended[mask].all() and not block.may_fail():
             lane = np.flatnonzero(mask & ~ended)[0]
-            warp.group.waits_for = (
-                f"parity {parities[lane]} of the mbarrier at {addresses[lane]:#x}"
-            )
+            index = block.mbarrier_index(int(addresses[lane]))
+            barrier = block.part(Mbarriers).find(block.mbarriers, index)
+            warp.group.waits_for = f"parity {parities[lane]} of {barrier.what_it_lacks()}"
             return WAITS
         write(warp, target, ended, mask)
         return None
@@ -294,7 +295,7 @@ def _setmaxnreg(statement, program):
     _refuse_other(statement, *actions)
     action, registers = statement.opcode.split(".")[1], statement.operands[0]
     if not isinstance(registers, Immediate):
-        raise Unknown(statement.opcode)
+        raise UnknownError(statement.opcode)
 
     def operation(warp, mask):
         pool = warp.block.part(RegisterPool)
@@ -324,15 +325,15 @@ def _atomic(statement, program):
     allowed = (name, type_, "relaxed", "acq_rel", "release", "acquire", "gpu", "cta", "sys")
     spaces = ("global", "shared", "shared::cta")
     if name is None or type_ not in ("u32", "s32", "b32", "f32", "u64", "s64", "b64", "f64"):
-        raise Unknown(statement.opcode)
+        raise UnknownError(statement.opcode)
     if any(p not in (*allowed, *spaces) for p in parts):
-        raise Unknown(statement.opcode)
+        raise UnknownError(statement.opcode)
     space = next((p.split("::")[0] for p in parts if p in spaces), "generic")
     dtype = DTYPES[type_]
     operands = statement.operands[1:] if head == "atom" else statement.operands
     memory, *values = operands
     if not isinstance(memory, Memory) or any(len(items(v)) != 1 for v in values):
-        raise Unknown(statement.opcode)
+        raise UnknownError(statement.opcode)
     address_of = address_reader(program, memory)
     values_of = [reader(program, value, type_) for value in values]
 
@@ -340,7 +341,7 @@ def _atomic(statement, program):
         addresses, given = address_of(warp), [value_of(warp) for value_of in values_of]
         before = np.zeros(32, dtype)
         for lane in np.flatnonzero(mask):
-            only = _LANES == lane
+            only = lane == _LANES
             held = warp.load(space, addresses, dtype.itemsize, 1, only)[0].view(dtype)
             before[lane] = held[lane]
             with np.errstate(all="ignore"):

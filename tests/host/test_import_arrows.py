@@ -48,8 +48,8 @@ ARROWS = {
     "tiles": "ptx",
     "kernels": "configs formats ptx tiles",
     "compiler": "cache configs devices errors kernels ptx",
-    "launch": "compiler configs devices errors executor gpus kernels mode ptx ptx_worker simulator "
-    "switches tensor_maps views",
+    "launch": "compiler configs devices errors executor gpus kernels mode ptx ptx_worker "
+    "simulator switches tensor_maps views",
     "selection": "autotune capture configs dispatch entries gpus launch mode problem "
     "problem_class tuned",
     "quantization": "arrays configs errors formats fp8 launch problem views",

@@ -1,0 +1,106 @@
+"""numflash's own kernels, compiled and executed: against float64, and bits with the simulator."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import numflash
+from numflash import launch
+from tests.executed.conftest import normal
+
+BF16 = ml_dtypes.bfloat16
+# What runs, on which GPU's code: dtype, tokens, head_dim, whether gradients, options of attention.
+CASES = {
+    "portable": ("sm_80", np.float32, 40, 16, True, {"causal": True}),
+    "sm80": ("sm_80", np.float16, 40, 32, True, {"causal": True}),
+    "sm75": ("sm_75", np.float16, 40, 32, False, {"window_size": (9, 4)}),
+    "bfloat16": ("sm_80", BF16, 40, 32, False, {}),
+    "tf32": ("sm_80", np.float32, 40, 32, False, {"precision": "tf32"}),
+    "sm90": ("sm_90a", np.float16, 150, 64, False, {"causal": True}),
+    "fp8-sm89": ("sm_89", np.float16, 70, 64, False, {"precision": "fp8"}),
+    "fp8-sm90": ("sm_90a", np.float16, 128, 128, False, {"precision": "fp8"}),
+}
+
+
+def _inputs(dtype, tokens, head_dim):
+    return [normal((1, tokens, 1, head_dim), dtype, seed) for seed in range(4)]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_family_is_within_its_error_budget(executed, name):
+    arch, dtype, tokens, head_dim, gradients, options = CASES[name]
+    executed(arch)
+    q, k, v, dout = _inputs(dtype, tokens, head_dim)
+    report = numflash.check(q, k, v, dout=dout if gradients else None, **options)
+    assert report.passed, report
+
+
+@pytest.mark.parametrize("name", ["portable", "sm80", "sm90"])
+def test_the_simulator_computes_the_same_bits(executed, monkeypatch, name):
+    """Products, sums and exponentials are the same; log-sum-exp is not.
+
+    Its logarithm is libdevice's on the GPU and NumPy's in the simulator: a few units in the last
+    place.
+    """
+    arch, dtype, tokens, head_dim, _, options = CASES[name]
+    q, k, v, _ = _inputs(dtype, tokens, head_dim)
+    executed(arch)
+    out, lse = numflash.attention(q, k, v, return_lse=True, **options)
+    monkeypatch.setenv("NUMFLASH_SIM_CODE", "python")
+    same, same_lse = numflash.attention(q, k, v, return_lse=True, **options)
+    np.testing.assert_array_equal(out.view(f"u{out.itemsize}"), same.view(f"u{out.itemsize}"))
+    np.testing.assert_array_max_ulp(lse, same_lse, 4)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_order_of_warps_does_not_matter(executed, monkeypatch, seed):
+    from numflash.simulator import SEED
+
+    arch, dtype, tokens, head_dim, _, options = CASES["sm90"]
+    q, k, v, _ = _inputs(dtype, tokens, head_dim)
+    executed(arch)
+    results = []
+    for value in (seed, seed + 100):
+        monkeypatch.setattr(SEED, "value", value)
+        results.append(numflash.attention(q, k, v, **options))
+    np.testing.assert_array_equal(*[x.view(np.uint16) for x in results])
+
+
+def test_strides_beyond_two_to_the_31st(executed):
+    executed("sm_80")
+    q, k, v, _ = _inputs(np.float16, 40, 32)
+    expected = numflash.attention(q, k, v)
+    far = []
+    for x in (q, k, v):
+        room = np.zeros(32 + 3 * 2**30, np.float16)  # untouched pages cost nothing
+        y = np.lib.stride_tricks.as_strided(room, (1, 4, 1, 32), (2, 2**31, 2, 2))
+        y[...] = x[:, :4]
+        far.append(y)
+    got = numflash.attention(*far)
+    near = numflash.attention(*(np.ascontiguousarray(x[:, :4]) for x in (q, k, v)))
+    np.testing.assert_array_equal(got.view(np.uint16), near.view(np.uint16))
+    assert expected.shape == q.shape
+
+
+def test_a_switch_that_is_neither_is_named(monkeypatch):
+    monkeypatch.setenv("NUMFLASH_SIM_CODE", "sass")
+    q, k, v, _ = _inputs(np.float16, 8, 32)
+    with pytest.raises(
+        ValueError, match="NUMFLASH_SIM_CODE must be one of python, ptx, got 'sass'"
+    ):
+        numflash.attention(q, k, v)
+
+
+def test_the_switch_chooses_compiled_code(executed):
+    executed("sm_80")
+    asked = []
+
+    def remember(ptx):
+        asked.append(ptx)
+        return ptx
+
+    executed("sm_80", remember)
+    q, k, v, _ = _inputs(np.float16, 40, 32)
+    numflash.attention(q, k, v)
+    assert ".entry" in asked[0]
+    assert isinstance(launch.ptx_of, type(lambda: None))
