@@ -11,29 +11,35 @@ if not SIMULATED:
 
 @pytest.fixture
 def executed(monkeypatch):
-    """Every launch of numflash runs compiled code; `executed(arch)` says which GPU's.
+    """`executed(arch)`: from here on launches of numflash run code compiled for this GPU.
 
-    Skips where there is no compiler.
+    `mutate` changes the PTX before it runs, and `code` is NUMFLASH_SIM_CODE. Skips where there is
+    no compiler.
     """
-    from numflash import launch, ptx_worker
+    from numflash import api, launch, ptx_worker
     from numflash.errors import UnsupportedError
 
-    def compiled(*args):
-        try:
-            return ptx_worker.ptx_of(*args)
-        except UnsupportedError as error:
-            pytest.skip(f"no compiler: {str(error)[:80]}")
+    def choose(arch: str, mutate=None, code: str = "ptx"):
+        def compiled(*args):
+            try:
+                ptx = ptx_worker.ptx_of(*args)
+            except UnsupportedError as error:
+                pytest.skip(f"no compiler: {str(error)[:80]}")
+            return mutate(ptx) if mutate else ptx
 
-    def choose(arch: str, mutate=None):
         monkeypatch.setenv("NUMFLASH_SIM_ARCH", arch)
-        monkeypatch.setenv("NUMFLASH_SIM_CODE", "ptx")
-        monkeypatch.setattr(
-            launch, "ptx_of", lambda *args: mutate(compiled(*args)) if mutate else compiled(*args)
-        )
+        monkeypatch.setenv("NUMFLASH_SIM_CODE", code)
+        monkeypatch.setattr(launch, "ptx_of", compiled)
+        forget()
+
+    def forget():
         launch.limits_of_device.cache_clear()
+        # Calls like earlier ones are launched as they were prepared then.
+        api._ready.clear()
 
     yield choose
-    launch.limits_of_device.cache_clear()
+    monkeypatch.undo()
+    forget()
 
 
 def normal(shape, dtype, seed=0) -> np.ndarray:

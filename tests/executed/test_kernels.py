@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import numflash
-from numflash import launch
+from numflash.simulator import SimulationError
 from tests.executed.conftest import normal
 
 BF16 = ml_dtypes.bfloat16
@@ -36,7 +36,7 @@ def test_a_family_is_within_its_error_budget(executed, name):
 
 
 @pytest.mark.parametrize("name", ["portable", "sm80", "sm90"])
-def test_the_simulator_computes_the_same_bits(executed, monkeypatch, name):
+def test_the_simulator_computes_the_same_bits(executed, name):
     """Products, sums and exponentials are the same; log-sum-exp is not.
 
     Its logarithm is libdevice's on the GPU and NumPy's in the simulator: a few units in the last
@@ -46,7 +46,7 @@ def test_the_simulator_computes_the_same_bits(executed, monkeypatch, name):
     q, k, v, _ = _inputs(dtype, tokens, head_dim)
     executed(arch)
     out, lse = numflash.attention(q, k, v, return_lse=True, **options)
-    monkeypatch.setenv("NUMFLASH_SIM_CODE", "python")
+    executed(arch, code="python")
     same, same_lse = numflash.attention(q, k, v, return_lse=True, **options)
     np.testing.assert_array_equal(out.view(f"u{out.itemsize}"), same.view(f"u{out.itemsize}"))
     np.testing.assert_array_max_ulp(lse, same_lse, 4)
@@ -82,25 +82,19 @@ def test_strides_beyond_two_to_the_31st(executed):
     assert expected.shape == q.shape
 
 
-def test_a_switch_that_is_neither_is_named(monkeypatch):
-    monkeypatch.setenv("NUMFLASH_SIM_CODE", "sass")
+def test_a_switch_that_is_neither_is_named(executed):
+    executed("sm_80", code="sass")
     q, k, v, _ = _inputs(np.float16, 8, 32)
     with pytest.raises(
-        ValueError, match="NUMFLASH_SIM_CODE must be one of python, ptx, got 'sass'"
+        ValueError, match="NUMFLASH_SIM_CODE must be one of python, ptx, got 'sass"
     ):
         numflash.attention(q, k, v)
 
 
 def test_the_switch_chooses_compiled_code(executed):
-    executed("sm_80")
-    asked = []
-
-    def remember(ptx):
-        asked.append(ptx)
-        return ptx
-
-    executed("sm_80", remember)
+    executed("sm_80", lambda ptx: ptx.replace("ret;", "trap;"))
     q, k, v, _ = _inputs(np.float16, 40, 32)
+    with pytest.raises(SimulationError, match="trap"):
+        numflash.attention(q, k, v)
+    executed("sm_80", lambda ptx: ptx.replace("ret;", "trap;"), code="python")
     numflash.attention(q, k, v)
-    assert ".entry" in asked[0]
-    assert isinstance(launch.ptx_of, type(lambda: None))
