@@ -63,7 +63,8 @@ class Program:
         self._cut()
         opcodes = {statement.opcode for piece in self.pieces for statement in piece}
         self.follows_stores = any(o.startswith(("wgmma", "cp.async.bulk")) for o in opcodes)
-        self._operations = {}
+        self._operations = []
+        self._operation_numbers: dict[int, int] = {}  # by the identity of statements
         self._masked_lines = [self._lines(piece, "M") for piece in self.pieces]
         self._functions: list[list] = [[None, None] for _ in self.pieces]
         # By the name of generated code, the statement of each of its lines.
@@ -179,9 +180,10 @@ class Program:
             return []
         if is_one_lane(statement.opcode):
             return self.one_lane.lines(statement, lanes)
-        if statement not in self._operations:
-            self._operations[statement] = make_operation(statement, self)
-        number = list(self._operations).index(statement)
+        number = self._operation_numbers.get(id(statement))
+        if number is None:
+            number = self._operation_numbers[id(statement)] = len(self._operations)
+            self._operations.append(make_operation(statement, self))
         if guard is None:
             return [f"if O[{number}](w,{lanes or 'TRUE'}) is WAITS: return WAITS"]
         return [f"m={lanes}", f"if m.any() and O[{number}](w,m) is WAITS: return WAITS"]
@@ -198,7 +200,7 @@ class Program:
         filename = f"{self._name} {number}{' masked' if masked else ''}"
         self._statements[filename] = statements
         scope = {
-            "O": list(self._operations.values()),
+            "O": self._operations,
             "K": self.one_lane.constants,
             "a": arithmetic,
             "np": np,

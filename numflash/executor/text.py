@@ -197,6 +197,8 @@ def operand_of(text: str, registers=None):
     """One operand; `registers(name)` gives a register's number or None."""
     text = text.strip()
     look_up = registers or (lambda name: None)
+    if (number := look_up(text)) is not None:
+        return Register(number)
     if text.startswith("{"):
         return Vector(tuple(operand_of(x, look_up) for x in split(_inside(text, "}"))))
     if text.startswith("["):
@@ -208,9 +210,8 @@ def operand_of(text: str, registers=None):
         return Nothing()
     if placeholder := re.fullmatch(r"<(\w+)>", text):
         return Placeholder(placeholder[1])
-    number = look_up(text.lstrip("!").strip())
-    if number is not None:
-        return Register(number, text.startswith("!"))
+    if text.startswith("!") and (number := look_up(text[1:].strip())) is not None:
+        return Register(number, negated=True)
     if _NUMBER.fullmatch(text):
         return Immediate(text)
     if text.startswith("%") or text in ("WARP_SZ",):
@@ -222,6 +223,9 @@ def operand_of(text: str, registers=None):
 
 def split(text: str, separator: str = ",") -> list[str]:
     """Parts between separators outside all brackets."""
+    if not _BRACKETS.search(text):
+        parts = [part.strip() for part in text.split(separator)]
+        return parts if parts[-1] else parts[:-1]
     parts, depth, start = [], 0, 0
     for i, character in enumerate(text):
         if character in "{[(":
@@ -235,6 +239,7 @@ def split(text: str, separator: str = ",") -> list[str]:
     return [*parts, last] if last or parts else []
 
 
+_BRACKETS = re.compile(r"[{\[(]")
 _NUMBER = re.compile(
     r"-?(0[fF][0-9a-fA-F]{8}|0[dD][0-9a-fA-F]{16}|0[xX][0-9a-fA-F]+U?|0[bB][01]+U?|\d+U?|"
     r"\d*\.\d+([eE][+-]?\d+)?)"
