@@ -9,13 +9,41 @@ from numflash.simulator import SimulationError
 from tests.executed.conftest import normal
 
 BF16 = ml_dtypes.bfloat16
+# Small ones compile fast.
+_SMALL = {
+    "portable": {
+        "forward": "m16n16w2",
+        "backward-dq": "m16n16w2",
+        "backward-dkdv": "m16n16w2",
+    },
+    "sm75": {
+        "forward": "sm75-m32n16w2s1",
+        "backward-dq": "sm75-m16n16w1s1",
+        "backward-dkdv": "sm75-m16n16w1s1-apart",
+    },
+    "sm80": {
+        "forward": "sm80-m32n16w2s2",
+        "backward-dq": "sm80-m16n16w1s1",
+        "backward-dkdv": "sm80-m16n32w2s2",
+    },
+    # Parts of the forward are put together, and so are those of dq.
+    "combine": {"forward": "sm80-m32n16w1s1x2", "backward": "sm80-m16n16w1s2x2"},
+}
 # What runs, on which GPU's code: dtype, tokens, head_dim, whether gradients, options of attention.
 CASES = {
-    "portable": ("sm_80", np.float32, 40, 16, True, {"causal": True}),
+    "portable": (
+        "sm_80",
+        np.float32,
+        40,
+        16,
+        True,
+        {"causal": True, "config": _SMALL["portable"]},
+    ),
     "sm80": ("sm_80", np.float16, 40, 32, True, {"causal": True}),
-    "sm75": ("sm_75", np.float16, 40, 32, False, {"window_size": (9, 4)}),
-    "bfloat16": ("sm_80", BF16, 40, 32, False, {}),
-    "tf32": ("sm_80", np.float32, 40, 32, False, {"precision": "tf32"}),
+    "sm75": ("sm_75", np.float16, 40, 32, True, {"window_size": (9, 4), "config": _SMALL["sm75"]}),
+    "bfloat16": ("sm_80", BF16, 40, 32, False, {"softcap": 5.0}),
+    "tf32": ("sm_80", np.float32, 40, 32, True, {"precision": "tf32", "config": _SMALL["sm80"]}),
+    "combine": ("sm_80", np.float16, 70, 32, True, {"config": _SMALL["combine"]}),
     "sm90": ("sm_90a", np.float16, 150, 64, False, {"causal": True}),
     "fp8-sm89": ("sm_89", np.float16, 70, 64, False, {"precision": "fp8"}),
     "fp8-sm90": ("sm_90a", np.float16, 128, 128, False, {"precision": "fp8"}),
@@ -45,6 +73,7 @@ def test_the_simulator_computes_the_same_bits(executed, name):
     arch, dtype, tokens, head_dim, _, options = CASES[name]
     q, k, v, _ = _inputs(dtype, tokens, head_dim)
     executed(arch)
+    options = {**options, "config": options.get("config", {}).get("forward")}
     out, lse = numflash.attention(q, k, v, return_lse=True, **options)
     executed(arch, code="python")
     same, same_lse = numflash.attention(q, k, v, return_lse=True, **options)
