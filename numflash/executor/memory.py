@@ -48,11 +48,6 @@ class Region:
             self._views[key] = self.start + skipped, rows
         return self._views[key]
 
-    def block(self, offset: int, n_bytes: int) -> np.ndarray:
-        """n_bytes at 4 * `offset` bytes behind the start: what copies read."""
-        first = 4 * int(offset)
-        return self.bytes[first : first + n_bytes]
-
     def __str__(self) -> str:
         return f"{self.name} ({self.start:#x} to {self.end - 1:#x})"
 

@@ -119,7 +119,7 @@ class Program:
                 self._addresses[variable.name] = CONSTANTS + start
                 content.extend(variable.content.ljust(variable.n_bytes, b"\0"))
         self._constants = np.frombuffer(bytes(content), np.uint8)
-        shared, base = self.shared_memory(), None
+        shared = self.shared_memory()
         base = shared.bytes.__array_interface__["data"][0]
         self.shared_end = _DYNAMIC_START + self.dynamic_bytes
         for variable in self._static:

@@ -159,8 +159,8 @@ class Warp:
             start, rows = region.view(size, count)
             index = (address - start) // (size * count)
             found = rows[index if mask is None else np.where(mask, index, 0)]
-        if region_counts := self.block.traffic:
-            region_counts.loaded(space, size * count, mask)
+        if self.block.traffic:
+            self.block.traffic.loaded(space, size * count, mask)
         return list(found.T.copy())
 
     def store(self, space: str, address, size: int, values, mask) -> None:
