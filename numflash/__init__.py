@@ -9,6 +9,7 @@ from numflash import reference
 from numflash.api import Plan, attention, attention_backward, plan, warmup
 from numflash.check import CheckReport, check
 from numflash.errors import UnsupportedError
+from numflash.executor import run_ptx
 from numflash.explain import Explanation, explain_dispatch
 from numflash.fp8 import Fp8Array, Fp8Recipe, PrecisionDecision
 from numflash.fp8_arrays import dequantize_fp8, quantize_fp8
@@ -30,6 +31,7 @@ __all__ = [
     "plan",
     "quantize_fp8",
     "reference",
+    "run_ptx",
     "simulating",
     "warmup",
 ]

@@ -95,7 +95,7 @@ def get_cubin(config: Config, traits: Traits, limits: Architecture) -> Cubin:
         UnsupportedError: the compiler packages are missing.
     """
     config = getattr(config, "compiled", config)
-    key = "|".join([config.family, str(config), str(traits), limits.arch, _toolchain()])
+    key = content_key("", config, traits, limits)
     cubin = _cubins.get(key)
     if cubin is None:
         with _lock:
@@ -106,6 +106,12 @@ def get_cubin(config: Config, traits: Traits, limits: Architecture) -> Cubin:
             )
             _cubins[key] = cubin
     return cubin
+
+
+def content_key(kind: str, config: Config, traits: Traits, limits: Architecture) -> str:
+    """Everything that decides a kernel's code; `kind` is empty for a cubin."""
+    parts = [config.family, str(config), str(traits), limits.arch, _toolchain()]
+    return "|".join([kind, *parts] if kind else parts)
 
 
 def _from_disk(key: str, limits: Architecture) -> Cubin | None:
@@ -231,6 +237,16 @@ def compile_ptx(config: Config, traits: Traits, limits: Architecture) -> str:
     config = getattr(config, "compiled", config)
     # How many blocks are promised may follow from the spills, which only the assembler knows.
     min_blocks = get_cubin(config, traits, limits).min_blocks
+    return _front_end(lambda: _make(config, traits), limits, "ptx", min_blocks)[1]
+
+
+def nvvm_ptx(config: Config, traits: Traits, limits: Architecture) -> str:
+    """The PTX that NVVM makes of a kernel, for `numflash.executor`: nothing is assembled.
+
+    Raises:
+        UnsupportedError: the compiler packages are missing.
+    """
+    min_blocks = getattr(config, "min_blocks_per_sm", None)
     return _front_end(lambda: _make(config, traits), limits, "ptx", min_blocks)[1]
 
 

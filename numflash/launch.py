@@ -22,9 +22,13 @@ from numflash.devices import Architecture, architecture, architecture_of
 from numflash.errors import UnsupportedError
 from numflash.gpus import Gpu
 from numflash.mode import SIMULATED
+from numflash.ptx_worker import ptx_of
+from numflash.switches import choice
 from numflash.tensor_maps import MAP_ALIGNMENT, MAP_BYTES, TensorLayout, aligned, encoder
 from numflash.views import Operand
 
+# What a simulated launch runs: the kernel's Python, or what the compiler makes of it.
+_SIMULATED_CODE = "python", "ptx"
 # What the simulator models unless NUMFLASH_SIM_ARCH names another.
 _SIMULATED_ARCHITECTURE = "sm_80"
 _SLOT_BYTES = 8
@@ -133,6 +137,9 @@ class Launcher:
             kernel = _simulated_kernel(config, traits)
             blocks_per_sm = getattr(config, "min_blocks_per_sm", None) or 1
             self._launch = SimulatedLaunch(kernel, num_blocks, scalars, blocks_per_sm)
+            if choice("NUMFLASH_SIM_CODE", _SIMULATED_CODE) == "ptx":
+                ptx = ptx_of(config, traits, limits_of_device(device))
+                self._launch = ExecutedLaunch(ptx, kernel, num_blocks, scalars, blocks_per_sm)
         else:
             cubin = get_cubin(config, traits, limits_of_device(device))
             warn_of_spills(f"{config.family} {config} {traits}", cubin)
@@ -264,6 +271,40 @@ class SimulatedLaunch:
         run = simulator.launch
         extents = *geometry, args, kernel.smem_bytes, self.blocks_per_sm
         return lambda stream: run(kernel.function, *extents)
+
+
+class ExecutedLaunch:
+    """A launch of a kernel's PTX in `numflash.executor`."""
+
+    def __init__(self, ptx: str, kernel, num_blocks: int, scalars: dict, blocks_per_sm: int = 1):
+        self.ptx, self.kernel, self.num_blocks = ptx, kernel, num_blocks
+        self.scalars, self.blocks_per_sm = scalars, blocks_per_sm
+
+    def bind(self, operands):
+        """See `Launcher.bind`; streams mean nothing here."""
+        from numflash.executor.launch import Launch
+        from numflash.executor.program import program_of
+        from numflash.ptx import Pointer, TensorMap
+        from numflash.simulator import SEED, SimulatedTensorMap
+
+        def argument(name, annotation):
+            if annotation is TensorMap:
+                return SimulatedTensorMap(_mapped(operands, name).array, self.scalars[name])
+            if not isinstance(annotation, Pointer):
+                return annotation(self.scalars[name])
+            return None if operands[name] is None else operands[name].array
+
+        kernel = self.kernel
+        args = [argument(name, t) for name, t in kernel.parameters.items()]
+        extents = (self.num_blocks, 1, 1), (kernel.num_threads, 1, 1)
+        program = program_of(self.ptx, None, kernel.smem_bytes)
+        names = list(kernel.parameters)
+
+        def launch(stream):
+            sharing = self.blocks_per_sm
+            Launch(program, *extents, args, SEED.value, sharing, names=names).run()
+
+        return launch
 
 
 @cache

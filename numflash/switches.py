@@ -32,17 +32,17 @@ def is_on(name: str, default: bool = False) -> bool:
         ) from None
 
 
-def choice(name: str, choices: tuple[str, ...], default: str) -> str:
-    """The one of `choices` that an environment variable names; `default` where it is unset.
+def choice(name: str, choices: tuple[str, ...]) -> str:
+    """What an environment variable chooses, in any case; the first where it is unset or empty.
 
-    Empty is unset. Case does not matter. Choices are lower case.
+    Choices are lower case.
 
     Raises:
         ValueError: it names none of them.
     """
     text = os.environ.get(name, "").strip()
     if not text:
-        return default
+        return choices[0]
     if text.lower() not in choices:
         listed = ", ".join(choices[:-1]) + f" or {choices[-1]}"
         raise ValueError(f"{name} must be {listed}, got {text!r}")

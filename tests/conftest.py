@@ -1,7 +1,7 @@
-"""The four test layers, chosen by folder: host, sim, compile, gpu.
+"""The five test layers, chosen by folder: host, sim, executed, compile, gpu.
 
-The simulator is chosen when Numba is imported, so one process runs either `host` and `sim`
-(NUMBA_ENABLE_CUDASIM=1) or `compile` and `gpu`. `make test` runs both.
+The simulator is chosen when Numba is imported, so one process runs either `host`, `sim` and
+`executed` (NUMBA_ENABLE_CUDASIM=1) or `compile` and `gpu`. `make test` runs both.
 """
 
 import os
@@ -16,7 +16,7 @@ from numflash.mode import SIMULATED
 os.environ["NUMFLASH_TUNED"] = "0"
 
 _HERE = Path(__file__).parent
-_LAYERS = ("host", "sim", "compile", "gpu")
+_LAYERS = ("host", "sim", "executed", "compile", "gpu")
 
 
 def pytest_configure(config):
@@ -29,6 +29,7 @@ def pytest_collection_modifyitems(items):
     """Mark each test with its layer; skip what this process cannot run, saying why."""
     missing = {
         "sim": None if SIMULATED else "needs NUMBA_ENABLE_CUDASIM=1",
+        "executed": None if SIMULATED else "needs NUMBA_ENABLE_CUDASIM=1",
         "compile": "needs NUMBA_ENABLE_CUDASIM unset" if SIMULATED else None,
         "gpu": "needs NUMBA_ENABLE_CUDASIM unset" if SIMULATED else _no_gpu(),
     }

@@ -79,6 +79,11 @@ class BulkCopies(Part):
         self._perhaps_deliver()
         self._mbarriers.wait(barriers, index, parity, self._hasten)
 
+    def test(self, barriers, index, parity) -> bool:
+        """Whether a wait for an mbarrier would return now; loads may arrive before."""
+        self._perhaps_deliver()
+        return self._mbarriers.test(barriers, index, parity, self._hasten)
+
     def store(self, tensor_map, coordinates, source, offset) -> None:
         """Begin to copy the tile at element `offset` of `source`."""
         coordinates, address = self._place("a bulk store", source, offset, tensor_map, coordinates)

@@ -42,6 +42,12 @@ def current_thread() -> "Thread":
     return _running
 
 
+def become(thread) -> None:
+    """Make `thread` the running one: for `numflash.executor`, whose threads run no Python."""
+    global _running
+    _running = thread
+
+
 def note_store(array, first: int, n_words: int) -> None:
     """The running thread, if any does, has stored words to shared memory."""
     if _running is not None:

@@ -38,6 +38,13 @@ class Mbarrier:
     def __str__(self) -> str:
         return f"mbarrier {self.index} (shared address {self.address:#x})"
 
+    def what_it_lacks(self) -> str:
+        """What its phase still waits for."""
+        return (
+            f"{self}: phase {self.phase} (parity {self.phase % 2}) lacks "
+            f"{self.pending} of {self.count} arrivals and {self.bytes} bytes"
+        )
+
 
 class Mbarriers(Part):
     """The mbarriers of a block."""
@@ -103,25 +110,32 @@ class Mbarriers(Part):
 
         `hasten(barrier)` is called before the thread is suspended, if it has to be.
         """
+        while not self.test(array, index, parity, hasten):
+            self.find(array, index).waiting.append(current_thread())
+            self.block.park()
+            hasten = None
+
+    def test(self, array, index: int, parity: int, hasten=None) -> bool:
+        """Whether the phase of this parity is the last that ended, as `try_wait` says it.
+
+        `hasten(barrier)` is called before, where it is not.
+        """
         if parity not in (0, 1):
             raise SimulationError(f"mbarrier_wait_parity: a parity of {parity}; it is 0 or 1")
-        barrier, thread = self.find(array, index), current_thread()
+        barrier = self.find(array, index)
         if hasten is not None and barrier.phase % 2 == parity:
             hasten(barrier)
-        while barrier.phase % 2 == parity:
-            barrier.waiting.append(thread)
-            self.block.park()
+        if barrier.phase % 2 == parity:
+            return False
         barrier.unseen = 0
+        return True
 
     def report(self) -> list[str]:
         """Who waits for what it lacks."""
         lines = []
         for barrier in self._by_address.values():
             if barrier.waiting:
-                lines.append(
-                    f"  {barrier}: phase {barrier.phase} (parity {barrier.phase % 2}) lacks "
-                    f"{barrier.pending} of {barrier.count} arrivals and {barrier.bytes} bytes"
-                )
+                lines.append(f"  {barrier.what_it_lacks()}")
                 lines += who_waits(barrier.waiting)
         return lines
 

@@ -34,14 +34,22 @@ class RegisterPool(Part):
         number = thread.warp
 
         def together(payloads):
-            execute(f"setmaxnreg.{action}", registers)
-            self._change(number, action, registers)
+            self.ask(action, registers)
             return [None] * len(payloads)
 
         thread.collective(f"setmaxnreg.{action} {registers}", _WARP_SIZE, None, together)
-        while number in self._wanted:
+        while not self.has_what_it_asked_for(number):
             self._waiting.setdefault(number, []).append(thread)
             self.block.park()
+
+    def ask(self, action: str, registers: int) -> None:
+        """The running thread's warp gives registers back, or gets them once there are enough."""
+        execute(f"setmaxnreg.{action}", registers)
+        self._change(current_thread().warp, action, registers)
+
+    def has_what_it_asked_for(self, number: int) -> bool:
+        """Whether a warp need not wait for registers."""
+        return number not in self._wanted
 
     def report(self) -> list[str]:
         """Who waits for what it lacks."""

@@ -44,10 +44,13 @@ ARROWS = {
     "sums": "errors switches",
     "simulator": "mode sums tensor_maps",
     "ptx": "formats mode simulator sums",
+    "executor": "devices errors formats mode ptx simulator tensor_maps",
+    "ptx_worker": "cache compiler configs devices errors",
     "tiles": "ptx",
     "kernels": "configs formats ptx tiles",
     "compiler": "cache configs devices errors kernels ptx",
-    "launch": "compiler configs devices errors gpus kernels mode ptx simulator tensor_maps views",
+    "launch": "compiler configs devices errors executor gpus kernels mode ptx ptx_worker "
+    "simulator switches tensor_maps views",
     "selection": "autotune capture configs dispatch entries gpus launch mode problem "
     "problem_class tuned",
     "quantization": "arrays configs errors formats fp8 launch problem views",

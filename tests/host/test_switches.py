@@ -140,7 +140,7 @@ def test_a_choice_is_what_it_names_or_the_default(monkeypatch, text, chosen):
     monkeypatch.delenv("NUMFLASH_SIM_SUMS", raising=False)
     if text is not None:
         monkeypatch.setenv("NUMFLASH_SIM_SUMS", text)
-    assert switches.choice("NUMFLASH_SIM_SUMS", CHOICES, "exact") == chosen
+    assert switches.choice("NUMFLASH_SIM_SUMS", CHOICES) == chosen
 
 
 # Errors
@@ -198,3 +198,15 @@ def test_a_wrong_seed_of_the_simulator_is_named(monkeypatch):
     monkeypatch.setenv("NUMFLASH_SIM_SEED", "dice")
     with pytest.raises(ValueError, match="NUMFLASH_SIM_SEED must be an integer, got 'dice'"):
         seed._Seed()
+
+
+def test_a_choice_is_one_of_its_words(monkeypatch):
+    words = "python", "ptx"
+    for text, chosen in [("", "python"), (" PTX ", "ptx"), ("python", "python")]:
+        monkeypatch.setenv("NUMFLASH_SIM_CODE", text)
+        assert switches.choice("NUMFLASH_SIM_CODE", words) == chosen
+    monkeypatch.delenv("NUMFLASH_SIM_CODE")
+    assert switches.choice("NUMFLASH_SIM_CODE", words) == "python"
+    monkeypatch.setenv("NUMFLASH_SIM_CODE", "1")
+    with pytest.raises(ValueError, match="NUMFLASH_SIM_CODE must be python or ptx, got '1'"):
+        switches.choice("NUMFLASH_SIM_CODE", words)

@@ -1,0 +1,185 @@
+"""A block of an executed kernel: its warps, its memory, and which warp runs when.
+
+The order is random and a seed repeats it, as in `numflash.simulator`: in some blocks warps go
+side by side, in others one runs far ahead; in some one falls behind all others. Parts of the
+simulator's blocks (copies, mbarriers, products) find here what they ask of a block.
+"""
+
+import random
+import re
+
+import numpy as np
+
+from numflash.executor.memory import PARAMETERS, Memory, Region
+from numflash.executor.program import Program
+from numflash.executor.together import NamedBarrier
+from numflash.executor.warps import Warp
+from numflash.simulator import engine
+from numflash.simulator.errors import DeadlockError
+from numflash.simulator.parts import Part
+
+# Pieces that a warp executes before another may: a block has one of them.
+_TURNS = (1, 16, 1024)
+# How probable it is that a block has a warp that runs only when no other can.
+_LAGGARDS = 0.5
+# How often `try_wait` gives up although it could wait.
+_FAILS = 1 / 32
+# How often a block in which nothing happens is asked again, with `try_wait` giving up.
+_PATIENCE = 8
+_SHARED_START = 1024
+
+
+class Block:
+    """One block of a launch.
+
+    Attributes:
+        position, grid, extents: its place, how many there are, and its threads; x, y, z each.
+        size: threads.
+        parts, shared, random, seed, elected_lane, blocks_per_sm, blockIdx: as those of
+            `simulator.engine.Block`.
+        tensor_maps: by their address.
+        counts: how often warps have executed each piece, where somebody counts.
+    """
+
+    def __init__(self, launch, position: tuple[int, int, int]):
+        program: Program = launch.program
+        self.program, self.position, self.blockIdx = program, position, position
+        self.grid, self.extents, self.size = launch.grid, launch.block, launch.num_threads
+        self.blocks_per_sm, self.seed = launch.blocks_per_sm, launch.seed
+        self.counts, self.traffic = launch.counts, launch.traffic
+        self.random = random.Random(f"{self.seed} {position}").random
+        self.elected_lane = random.Random(f"lane {self.seed}").randrange(32)
+        self.shared = program.shared_memory()
+        self.words, self.mbarriers = self.shared_as(np.uint32), self.shared_as(np.uint64)
+        visible = self.shared.bytes[_SHARED_START : program.shared_end]
+        self.memory = Memory(
+            launch.regions,
+            Region("shared memory", _SHARED_START, visible),
+            Region("the parameters", PARAMETERS, launch.parameters, writeable=False),
+            launch.constants,
+        )
+        self.tensor_maps = launch.tensor_maps
+        self.parts: dict[type, Part] = {}
+        self.barriers: dict[int, NamedBarrier] = {}
+        self.events, self._may_fail = 0, False
+        self.warps = [Warp(self, i, program) for i in range(-(-self.size // 32))]
+        self.threads = [thread for warp in self.warps for thread in warp.threads]
+        self.turn = _TURNS[int(self.random() * len(_TURNS))]
+        fate = random.Random(f"laggard {self.seed} {position}")
+        has_laggard = fate.random() < _LAGGARDS
+        self.laggard = self.warps[fate.randrange(len(self.warps))] if has_laggard else None
+
+    @property
+    def live_threads(self) -> int:
+        """Threads of warps that have not returned, whole warps."""
+        return 32 * sum(bool(warp.groups) for warp in self.warps)
+
+    def shared_as(self, type_) -> np.ndarray:
+        """All of shared memory as elements of a type."""
+        return self.shared.bytes.view(type_)
+
+    def mbarrier_index(self, address: int) -> int:
+        """Which element of `mbarriers` an address is of. Raises ValueError."""
+        if address % 8 or not 0 <= address < self.shared.bytes.size:
+            raise ValueError(f"there can be no mbarrier at shared address {address:#x}")
+        return address // 8
+
+    def part(self, kind: type[Part]) -> Part:
+        """The block's one `kind`."""
+        part = self.parts.get(kind)
+        if part is None:
+            part = self.parts[kind] = kind(self)
+        return part
+
+    def wake(self, thread) -> None:
+        """Threads that wait ask again by themselves."""
+
+    def something_happened(self) -> None:
+        """What others wait for may be there."""
+        self.events += 1
+
+    def may_fail(self) -> bool:
+        """Whether a `try_wait` that could wait gives up instead."""
+        if self._may_fail:
+            self._may_fail = False
+            return True
+        return self.random() < _FAILS
+
+    def run(self) -> None:
+        """Run every warp to its end.
+
+        Raises:
+            DeadlockError: warps wait and none can run.
+            SimulationError: what the hardware leaves undefined.
+            IndexError, ValueError: an address outside every array, or a misaligned one.
+        """
+        outer = engine._running
+        try:
+            self._run_warps()
+            for part in self.parts.values():
+                part.finish()
+        except DeadlockError:
+            raise
+        except Exception as error:
+            self._say_where(error)
+            raise
+        finally:
+            engine.become(outer)
+
+    def _run_warps(self) -> None:
+        waiting: set[Warp] = set()
+        seen, patience = self.events, _PATIENCE
+        while live := [warp for warp in self.warps if warp.groups]:
+            ready = [warp for warp in live if warp not in waiting]
+            if ready:
+                others = [warp for warp in ready if warp is not self.laggard] or ready
+                warp = others[int(self.random() * len(others))]
+                if not warp.run(self.turn):
+                    waiting.add(warp)
+                if self.events != seen:
+                    waiting.clear()
+                    seen, patience = self.events, _PATIENCE
+                continue
+            waiting.clear()
+            if any(part.advance() for part in list(self.parts.values())):
+                continue
+            if not patience:
+                raise DeadlockError(self._who_waits_where())
+            patience -= 1
+            self._may_fail = True
+
+    def _say_where(self, error: Exception) -> None:
+        """Put the statement that failed before an error's message, block and seed behind it."""
+        statement, trace = None, error.__traceback__
+        while trace is not None:
+            code = trace.tb_frame.f_code
+            statement = self.program.statement_at(code.co_filename, trace.tb_lineno) or statement
+            trace = trace.tb_next
+        if statement is not None:
+            message = error.args[0] if error.args else type(error).__name__
+            error.args = (f"{statement}: {message}",)
+        error.add_note(f"in block {self.position}; {self._replay()}")
+
+    def _replay(self) -> str:
+        return f"seed {self.seed} (NUMFLASH_SIM_SEED={self.seed} repeats this order)"
+
+    def _who_waits_where(self) -> str:
+        lines = [f"deadlock in block {self.position}; {self._replay()}"]
+        for warp in self.warps:
+            for group in warp.groups:
+                statement = self.program.pieces[group.piece][0]
+                who = _ranges(32 * warp.number + np.flatnonzero(group.mask))
+                lines.append(f"  threads {who} at {statement}")
+                if group.waits_for:
+                    lines.append(f"    wait for {group.waits_for}")
+        for part in self.parts.values():
+            lines += part.report()
+        return "\n".join(lines)
+
+
+def _ranges(numbers) -> str:
+    """[0, 1, 2, 5] as "0-2, 5"."""
+    text = ", ".join(str(n) for n in numbers)
+    if len(numbers) > 1 and numbers[-1] - numbers[0] + 1 == len(numbers):
+        return f"{numbers[0]}-{numbers[-1]}"
+    return re.sub(r"\s+", " ", text)

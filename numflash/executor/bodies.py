@@ -1,0 +1,362 @@
+"""Operations whose meaning is an instruction's body in `numflash.ptx`.
+
+Which body belongs to which opcode is read from the templates: a template is a statement like any
+other, with `<name>` where a parameter of the body goes, and an instruction of the text has that
+body where the two match. Products of warpgroups have a body for each size, which is made when it
+is asked for.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+
+from numflash.executor.one_lane import UnknownError
+from numflash.executor.operands import (
+    WAITS,
+    address_reader,
+    are_here,
+    items,
+    reader,
+    shared_address_reader,
+    write,
+)
+from numflash.executor.products import (
+    begin_product,
+    deliver_products,
+    hold_while_read,
+)
+from numflash.executor.text import (
+    Immediate,
+    Memory,
+    Nothing,
+    Placeholder,
+    Statement,
+    Vector,
+    operand_of,
+    split,
+)
+from numflash.ptx import INSTRUCTIONS, TensorMap
+from numflash.ptx.instruction import (
+    Accumulator,
+    Global,
+    Instruction,
+    LaterRead,
+    Regs,
+    Shared,
+)
+from numflash.ptx.wgmma import make_wgmma, make_wgmma_wait_group
+from numflash.simulator import warpgroup
+from numflash.simulator.engine import become
+from numflash.simulator.errors import SimulationError
+
+_PTX_TYPES = {
+    **{np.float32: "f32", np.int32: "s32", np.uint32: "u32", np.uint16: "b16"},
+    **{np.int64: "s64", np.uint64: "u64"},
+}
+_WGMMA = re.compile(
+    r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k\d+\.f32\.(f16|bf16|e4m3)\.(f16|bf16|e4m3)"
+)
+_WGMMA_DTYPES = {"f16": "float16", "bf16": "bfloat16", "e4m3": "e4m3"}
+
+
+@dataclass(frozen=True)
+class Template:
+    """An instruction's template, read.
+
+    Attributes:
+        operands: as those of a statement, with `Placeholder` for parameters.
+    """
+
+    instruction: Instruction
+    opcode: str
+    operands: tuple
+
+    def bindings(self, statement: Statement) -> dict[str, list] | None:
+        """The operands of a statement by parameter, in order; None where it does not match."""
+        if statement.opcode != self.opcode or len(statement.operands) != len(self.operands):
+            return None
+        found: dict[str, list] = {}
+        pairs = zip(self.operands, statement.operands, strict=True)
+        return found if all(_matches(x, y, found) for x, y in pairs) else None
+
+
+def read_template(instruction: Instruction) -> Template | None:
+    """The template of an instruction; None where it is more than one statement."""
+    text = instruction.template.strip()
+    if text.count(";") != 1 or text.startswith("{"):
+        return None
+    opcode, _, rest = text.rstrip("; ").partition(" ")
+    return Template(instruction, opcode, tuple(operand_of(part) for part in split(rest)))
+
+
+def templates_of(opcode: str) -> list[Template]:
+    """The templates with this opcode."""
+    return _table().get(opcode, [])
+
+
+def body_operation(statement: Statement, program) -> Callable | None:
+    """The operation of a statement by its body; None where no template matches it."""
+    for template in _made_for(statement) or templates_of(statement.opcode):
+        bindings = template.bindings(statement)
+        if bindings is not None:
+            return _operation(template.instruction, bindings, program)
+    return None
+
+
+@cache
+def _table() -> dict[str, list[Template]]:
+    table: dict[str, list[Template]] = {}
+    for instruction in list(INSTRUCTIONS.values()):
+        template = read_template(instruction)
+        if template is not None:
+            table.setdefault(template.opcode, []).append(template)
+    return table
+
+
+def _made_for(statement: Statement) -> list[Template]:
+    """The template of a warpgroup's product or wait, made for this statement."""
+    operands = statement.operands
+    if statement.opcode == "wgmma.wait_group.sync.aligned":
+        # The accumulator of the body is not an operand: 1 stands for whatever it has.
+        call = make_wgmma_wait_group(operands[0].integer(), 1)
+    elif matched := _WGMMA.fullmatch(statement.opcode):
+        n, type_, same = matched.groups()
+        if type_ != same or len(operands) < 6 or not isinstance(operands[3], Immediate):
+            raise UnknownError(
+                f"the executor does not know {statement.opcode} with these operands"
+            )
+        in_registers = isinstance(operands[1], Vector)
+        transposed = len(operands) > 6 and bool(operands[-1].integer())
+        call = make_wgmma(
+            int(n),
+            _WGMMA_DTYPES[type_],
+            "registers" if in_registers else "shared",
+            "mn" if transposed else "k",
+            bool(operands[3].integer()),
+        )
+    else:
+        return []
+    return [read_template(INSTRUCTIONS[call.__name__])]
+
+
+def _matches(pattern, operand, found: dict[str, list]) -> bool:
+    if isinstance(pattern, Placeholder):
+        found.setdefault(pattern.name, []).append(operand)
+        return True
+    if type(pattern) is not type(operand):
+        return False
+    if isinstance(pattern, Immediate):
+        return pattern.integer() == operand.integer()
+    if isinstance(pattern, Vector):
+        return _all_match(pattern.items, operand.items, found)
+    if isinstance(pattern, Memory):
+        found.setdefault(pattern.base.name, []).append(operand)
+        return _all_match(pattern.coordinates, operand.coordinates, found)
+    return isinstance(pattern, Nothing)
+
+
+def _all_match(patterns, operands, found) -> bool:
+    return len(patterns) == len(operands) and all(
+        _matches(x, y, found) for x, y in zip(patterns, operands, strict=True)
+    )
+
+
+class _Argument:
+    """How one parameter of a body is read from a warp, and written back.
+
+    Attributes:
+        read: gives the argument for all lanes: an array of shape (32,) or (32, n), or for what
+            lies in memory an object for each lane.
+    """
+
+    def __init__(self, program, annotation, bound: list):
+        self.written = ()
+        if isinstance(annotation, Regs):
+            # What is read and written may be in other registers before than after: d and c.
+            self._registers(program, annotation, bound)
+        elif isinstance(annotation, Shared):
+            self._shared(program, annotation, bound[0])
+        elif isinstance(annotation, Global):
+            addresses = address_reader(program, bound[0])
+            self.read = lambda warp: [_GlobalAddress(warp.memory, a) for a in addresses(warp)]
+        elif annotation is TensorMap:
+            addresses = address_reader(program, bound[0])
+            self.read = lambda warp: _TensorMaps(warp.block.tensor_maps, addresses(warp))
+        else:
+            self.read = reader(program, bound[0], _PTX_TYPES[annotation])
+
+    def _registers(self, program, annotation, bound) -> None:
+        registers = items(bound[-1])
+        if len(registers) != annotation.n:
+            raise UnknownError(
+                f"{annotation.n} registers are expected, there are {len(registers)}"
+            )
+        if "w" in annotation.mode:
+            self.written = items(bound[0])
+        type_ = _PTX_TYPES[annotation.type]
+        if isinstance(annotation, Accumulator):
+            self.read = begin_product(program, registers)
+        elif isinstance(annotation, LaterRead):
+            self.read = hold_while_read(program, registers)
+        elif "r" in annotation.mode:
+            readers = [reader(program, register, type_) for register in registers]
+            self.read = lambda warp: np.stack([read(warp) for read in readers], 1)
+        else:
+            shape = (32, annotation.n)
+            self.read = lambda warp: np.empty(shape, annotation.type)
+
+    def _shared(self, program, annotation, memory) -> None:
+        addresses = shared_address_reader(program, memory)
+        size = np.dtype(annotation.type).itemsize
+
+        def read(warp):
+            found = addresses(warp)
+            return _SharedAddresses(warp, found, annotation.type, size)
+
+        self.read = read
+
+
+class _SharedAddresses:
+    """Each lane's element of shared memory: the whole of it, and an index."""
+
+    def __init__(self, warp, addresses, type_, size: int):
+        self.array, self.addresses, self.size = warp.block.shared_as(type_), addresses, size
+        self.region = warp.memory.shared
+
+    def __getitem__(self, lane):
+        return self.array
+
+    def index(self, lanes):
+        """The indices of these lanes' elements. Raises IndexError, ValueError."""
+        addresses = self.addresses[lanes]
+        for address in addresses.tolist():
+            if address % self.size:
+                raise ValueError(
+                    f"shared address {address:#x} is not a multiple of {self.size} bytes"
+                )
+            if not self.region.start <= address <= self.region.end - self.size:
+                raise IndexError(
+                    f"shared address {address:#x} lies outside the block's {self.region}"
+                )
+        return addresses // self.size
+
+
+class _GlobalAddress:
+    """A lane's address in global memory, as a pointer whose element 0 is there."""
+
+    def __init__(self, memory, address):
+        self.memory, self.address = memory, int(address)
+
+    def block(self, offset: int, n_bytes: int) -> np.ndarray:
+        """The n_bytes there. Raises IndexError, ValueError."""
+        if self.address % n_bytes:
+            raise ValueError(f"{n_bytes} bytes at global address {self.address:#x} are misaligned")
+        region = self.memory.find("global", self.address, n_bytes)
+        return region.bytes[self.address - region.start :][:n_bytes]
+
+
+class _TensorMaps:
+    """The tensor map at each lane's address."""
+
+    def __init__(self, known: dict, addresses):
+        self.known, self.addresses = known, addresses
+
+    def __getitem__(self, lane):
+        address = int(self.addresses[lane])
+        if address not in self.known:
+            raise SimulationError(f"there is no tensor map at {address:#x}")
+        return self.known[address]
+
+
+def _operation(instruction: Instruction, bindings: dict, program) -> Callable:
+    operands, arguments, indices = instruction.operands, {}, {}
+    for name, annotation in operands.items():
+        if name in bindings:
+            arguments[name] = _Argument(program, annotation, bindings[name])
+            if isinstance(annotation, Shared | Global):
+                indices[annotation.index] = name
+    if instruction.result is not None:
+        raise UnknownError(f"{instruction.name} has a result")
+    order = [(name, arguments.get(name), indices.get(name)) for name in operands]
+    if instruction.name.startswith("wgmma_wait_group"):
+        return _waiting_for_products(instruction)
+    if instruction.collective is None:
+        return _lane_by_lane(instruction, order)
+    return _by_warps(instruction, order)
+
+
+def _lane_by_lane(instruction: Instruction, order) -> Callable:
+    """The body for one lane after the other."""
+    if any(argument is not None and argument.written for _, argument, _ in order):
+        raise UnknownError(f"{instruction.name} writes registers")
+    body = instruction.body
+    touches_others = instruction.name.startswith(("mbarrier", "cp_async_bulk", "fence"))
+
+    def operation(warp, mask):
+        read = {name: argument.read(warp) for name, argument, _ in order if argument}
+        for lane in np.flatnonzero(mask):
+            become(warp.threads[lane])
+            values = []
+            for name, argument, memory in order:
+                if argument is not None:
+                    value = read[name][lane]
+                    values.append(value.item() if isinstance(value, np.generic) else value)
+                elif isinstance(read[memory], _SharedAddresses):
+                    values.append(int(read[memory].index([lane])[0]))
+                else:
+                    values.append(0)
+            body(*values)
+        if touches_others:
+            warp.block.something_happened()
+
+    return operation
+
+
+def _by_warps(instruction: Instruction, order) -> Callable:
+    """The body for all lanes of a warp at once."""
+    body, of_warpgroups = instruction.body, instruction.collective == "warpgroup"
+
+    def operation(warp, mask):
+        if not are_here(warp, mask):
+            return WAITS
+        if not mask.all():
+            raise SimulationError(f"all lanes of the warp must execute it, not {int(mask.sum())}")
+        become(warp.threads[0])
+        read = {name: argument.read(warp) for name, argument, _ in order if argument}
+        values = []
+        for name, argument, memory in order:
+            if argument is None:
+                values.append(read[memory].index(slice(None)))
+            elif isinstance(read[name], _SharedAddresses):
+                values.append([read[name].array] * 32)
+            else:
+                values.append(read[name])
+        if of_warpgroups:
+            scalars = [v[0] for v in values if isinstance(v, np.ndarray)]
+            warpgroup.execute(instruction.name, *scalars)
+        body(*values)
+        for (_, argument, _), value in zip(order, values, strict=True):
+            if argument is None or not argument.written:
+                continue
+            if isinstance(value, np.ndarray):
+                for i, register in enumerate(argument.written):
+                    write(warp, register, value[:, i], mask)
+        return None
+
+    return operation
+
+
+def _waiting_for_products(instruction: Instruction) -> Callable:
+    def operation(warp, mask):
+        if not are_here(warp, mask):
+            return WAITS
+        become(warp.threads[0])
+        warpgroup.execute(instruction.name)
+        instruction.body([])
+        deliver_products(warp)
+        return None
+
+    return operation

@@ -1,0 +1,138 @@
+"""A grid of blocks of an executed kernel: its arguments as bytes, and its blocks one by one."""
+
+import threading
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from numflash.executor.block import Block
+from numflash.executor.memory import PARAMETERS, array_region
+from numflash.executor.program import Program
+from numflash.executor.text import Parameter
+from numflash.simulator.tensor_maps import SimulatedTensorMap
+from numflash.tensor_maps import MAP_BYTES
+
+# Bodies ask for the running thread, which is one of the process.
+_one_launch = threading.RLock()
+_FLOATS = {"f32": np.float32, "f64": np.float64}
+
+
+class Traffic:
+    """Bytes that lanes load from and store to each memory space."""
+
+    def __init__(self):
+        self.bytes: Counter[tuple[str, str]] = Counter()
+
+    def loaded(self, space: str, n_bytes: int, mask) -> None:
+        """Lanes of a mask, all for None, have loaded n_bytes each."""
+        self.bytes["load", space] += n_bytes * (32 if mask is None else int(mask.sum()))
+
+    def stored(self, space: str, n_bytes: int, mask) -> None:
+        """Lanes of a mask, all for None, have stored n_bytes each."""
+        self.bytes["store", space] += n_bytes * (32 if mask is None else int(mask.sum()))
+
+
+class Launch:
+    """A program with its extents and arguments.
+
+    Args:
+        program: what every block executes.
+        grid, block: extents, three integers each.
+        arguments: one for each parameter: see `numflash.run_ptx`.
+        seed: of the order of warps.
+        blocks_per_sm: blocks that share the registers of an SM.
+        profiled: whether pieces and bytes are counted.
+        names: of the arguments, for messages.
+
+    Raises:
+        TypeError, ValueError: arguments that are none of the parameters'.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        grid: tuple[int, int, int],
+        block: tuple[int, int, int],
+        arguments: Sequence,
+        seed: int,
+        blocks_per_sm: int = 1,
+        profiled: bool = False,
+        names: Sequence[str] | None = None,
+    ):
+        self.program, self.grid, self.block = program, grid, block
+        self.num_threads = block[0] * block[1] * block[2]
+        self.seed, self.blocks_per_sm = seed, blocks_per_sm
+        self.counts = [0] * len(program.pieces) if profiled else None
+        self.traffic = Traffic() if profiled else None
+        self.constants = program.constants()
+        self.tensor_maps: dict[int, SimulatedTensorMap] = {}
+        self.regions = []
+        parameters = program.entry.parameters
+        if len(arguments) != len(parameters):
+            raise TypeError(
+                f"the entry has {len(parameters)} parameters, {len(arguments)} arguments are given"
+            )
+        names = names or [f"argument {number}" for number in range(len(arguments))]
+        end = max([p.offset + p.n_bytes for p in parameters], default=0)
+        self.parameters = np.zeros(-(-end // 16) * 16, np.uint8)
+        for name, parameter, argument in zip(names, parameters, arguments, strict=True):
+            content = self._content(name, parameter, argument)
+            self.parameters[parameter.offset :][: len(content)] = np.frombuffer(content, np.uint8)
+
+    def run(self) -> None:
+        """Run all blocks, one after the other."""
+        nx, ny, nz = self.grid
+        # Kernels compute with infinities on purpose; NumPy would warn of each.
+        with _one_launch, np.errstate(all="ignore"):
+            for z in range(nz):
+                for y in range(ny):
+                    for x in range(nx):
+                        Block(self, (x, y, z)).run()
+
+    def _content(self, name: str, parameter: Parameter, argument) -> bytes:
+        """The bytes of an argument."""
+        type_, n_bytes = parameter.type, parameter.n_bytes
+        what = f"{name} for a parameter of {n_bytes} bytes (.{type_})"
+        if isinstance(argument, SimulatedTensorMap):
+            if n_bytes != MAP_BYTES:
+                raise TypeError(f"{what} is a tensor map, which has {MAP_BYTES} bytes")
+            self.tensor_maps[PARAMETERS + parameter.offset] = argument
+            return bytes(n_bytes)
+        if isinstance(argument, np.ndarray):
+            return self._pointer(name, what, parameter, argument)
+        if isinstance(argument, bytes | bytearray):
+            if len(argument) != n_bytes:
+                raise ValueError(f"{what} has {len(argument)} bytes")
+            return bytes(argument)
+        if argument is None and n_bytes == 8 and type_ not in _FLOATS:
+            return bytes(8)
+        if type_ in _FLOATS:
+            if isinstance(argument, bool) or not isinstance(
+                argument, int | float | np.integer | np.floating
+            ):
+                raise TypeError(f"{what} must be a number, got {type(argument).__name__}")
+            return np.array(argument, _FLOATS[type_]).tobytes()
+        if isinstance(argument, np.floating) and argument.nbytes == n_bytes:
+            return argument.tobytes()
+        if isinstance(argument, bool) or not isinstance(argument, int | np.integer):
+            raise TypeError(
+                f"{what} must be an integer or an array, got {type(argument).__name__}"
+            )
+        return _integer_bytes(what, n_bytes, int(argument))
+
+    def _pointer(self, name: str, what: str, parameter: Parameter, array: np.ndarray) -> bytes:
+        if parameter.n_bytes != 8 or parameter.type in _FLOATS:
+            raise TypeError(f"{what} is an array, whose address has 8 bytes")
+        if array.dtype.hasobject:
+            raise TypeError(f"{what} is an array of Python objects")
+        self.regions.append(array_region(name, array))
+        return array.__array_interface__["data"][0].to_bytes(8, "little")
+
+
+def _integer_bytes(what: str, n_bytes: int, value: int) -> bytes:
+    # Compilers declare signed parameters as unsigned: either is taken.
+    low, high = -(1 << 8 * n_bytes - 1), (1 << 8 * n_bytes) - 1
+    if not low <= value <= high:
+        raise ValueError(f"{what} must lie between {low} and {high}, got {value}")
+    return (value & high).to_bytes(n_bytes, "little")

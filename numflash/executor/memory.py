@@ -1,0 +1,110 @@
+"""What a block's loads and stores reach: each address space, with its bounds.
+
+Addresses are those of the host's memory for global arrays. Variables in constant and global
+memory, parameters, and the windows through which generic addresses reach shared and local memory
+lie where no array of the host does.
+"""
+
+import bisect
+import math
+
+import numpy as np
+
+from numflash.executor.one_lane import BITS
+from numflash.simulator.memory import POISON, bytes_between
+
+SHARED_WINDOW = 1 << 40
+LOCAL_WINDOW = 1 << 41
+PARAMETERS = 1 << 42
+CONSTANTS = 1 << 43
+_WINDOW_BYTES = 1 << 32
+
+WINDOWS = {
+    "global": 0,
+    "const": 0,
+    "param": 0,
+    "shared": SHARED_WINDOW,
+    "local": LOCAL_WINDOW,
+}
+"""What is added to an address in a space to make it generic."""
+
+
+class Region:
+    """Consecutive bytes at an address."""
+
+    def __init__(self, name: str, start: int, content: np.ndarray, writeable: bool = True):
+        self.name, self.start, self.bytes, self.writeable = name, start, content, writeable
+        self.end = start + content.size
+        self._views: dict[tuple, tuple[int, np.ndarray]] = {}
+
+    def view(self, size: int, count: int) -> tuple[int, np.ndarray]:
+        """(address of its first row, (n, count) elements of `size` bytes)."""
+        key = size, count
+        if key not in self._views:
+            row = size * count
+            skipped = min(-self.start % row, self.bytes.size)
+            whole = (self.bytes.size - skipped) // row * row
+            rows = self.bytes[skipped : skipped + whole].view(BITS[size]).reshape(-1, count)
+            self._views[key] = self.start + skipped, rows
+        return self._views[key]
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.start:#x} to {self.end - 1:#x})"
+
+
+def array_region(name: str, array: np.ndarray) -> Region:
+    """The memory from the first to the last element of an array of any strides."""
+    extents = [(n - 1) * s for n, s in zip(array.shape, array.strides, strict=True)]
+    low = sum(extent for extent in extents if extent < 0)
+    high = sum(extent for extent in extents if extent > 0) + array.itemsize
+    if not math.prod(array.shape):
+        low = high = 0
+    start = array.__array_interface__["data"][0] + low
+    return Region(name, start, bytes_between(array, low, high), array.flags.writeable)
+
+
+class Memory:
+    """All memory that a block can reach but local memory, which is each lane's."""
+
+    def __init__(self, global_regions: list[Region], shared: Region, parameters, constants):
+        self.shared, self.parameters, self.constants = shared, parameters, constants
+        self.globals = sorted([*global_regions, constants], key=lambda region: region.start)
+        self._starts = [region.start for region in self.globals]
+
+    def find(self, space: str, low: int, n_bytes: int) -> Region:
+        """The region of a space that holds n_bytes at an address. Raises IndexError."""
+        if space == "global" or space == "const":
+            # Arrays may overlap, as views of one: the last that begins before holds it or not.
+            for number in range(bisect.bisect_right(self._starts, low) - 1, -1, -1):
+                region = self.globals[number]
+                if low + n_bytes <= region.end:
+                    return region
+        elif space == "shared":
+            if self.shared.start <= low and low + n_bytes <= self.shared.end:
+                return self.shared
+        elif self.parameters.start <= low and low + n_bytes <= self.parameters.end:
+            return self.parameters
+        raise IndexError(self._outside(space, low, n_bytes))
+
+    def _outside(self, space: str, low: int, n_bytes: int) -> str:
+        regions = {"shared": [self.shared], "param": [self.parameters]}.get(space, self.globals)
+        named = ", ".join(str(region) for region in regions if region.bytes.size)
+        return (
+            f"{n_bytes} bytes at {space} address {low:#x} lie outside every array: "
+            f"{named or 'there is none'}"
+        )
+
+
+def space_of(address: int) -> tuple[str, int]:
+    """(space, start of its window) of a generic address."""
+    for space, start in (("shared", SHARED_WINDOW), ("local", LOCAL_WINDOW)):
+        if start <= address < start + _WINDOW_BYTES:
+            return space, start
+    if PARAMETERS <= address < PARAMETERS + _WINDOW_BYTES:
+        return "param", 0
+    return "global", 0
+
+
+def poisoned(n_bytes: int) -> np.ndarray:
+    """Bytes that nobody has written yet."""
+    return np.full(n_bytes, POISON, np.uint8)

@@ -1,0 +1,414 @@
+"""Instructions that lanes or warps execute together, and those that wait.
+
+An operation is a function of the warp and the mask of lanes that execute it. It returns WAITS
+where it cannot go on, having changed nothing but its group's `state`, and is then called again.
+What is not here comes from the bodies of `numflash.ptx`: `bodies`.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from numflash.executor.bodies import body_operation
+from numflash.executor.one_lane import DTYPES, UnknownError
+from numflash.executor.operands import (
+    WAITS,
+    address_reader,
+    are_here,
+    bits_of_lanes,
+    items,
+    lanes_of,
+    reader,
+    shared_address_reader,
+    write,
+)
+from numflash.executor.text import Immediate, Memory, Pair, Statement
+from numflash.ptx import INSTRUCTIONS
+from numflash.simulator.bulk_copies import BulkCopies
+from numflash.simulator.engine import become
+from numflash.simulator.errors import SimulationError
+from numflash.simulator.mbarriers import Mbarriers
+from numflash.simulator.register_pool import RegisterPool
+
+_LANES = np.arange(32)
+
+
+def make_operation(statement: Statement, program) -> Callable:
+    """The operation of a statement. Raises UnknownError."""
+    opcode = statement.opcode
+    for name, make in _OPERATIONS.items():
+        if opcode == name or opcode.startswith(name + "."):
+            operation = make(statement, program)
+            break
+    else:
+        operation = body_operation(statement, program)
+    if operation is None:
+        raise UnknownError(f"the executor does not know {opcode}")
+    return operation
+
+
+def _refuse_other(statement: Statement, *known: str) -> None:
+    """Refuse an opcode that is none of `known`."""
+    if statement.opcode not in known:
+        raise UnknownError(f"the executor does not know {statement.opcode}")
+
+
+# Barriers
+
+
+class NamedBarrier:
+    """One of a block's 16 barriers.
+
+    `expected` is None where it is for all threads of the block.
+    """
+
+    def __init__(self):
+        self.arrived, self.expected, self.generation = 0, None, 0
+
+    def arrive(self, number: int, expected: int | None) -> int:
+        """One warp comes; the generation that it waits for the end of."""
+        if not self.arrived:
+            self.expected = expected
+        elif self.expected != expected:
+            raise SimulationError(
+                f"named barrier {number}: one warp counts {self.expected or 'all'} threads, "
+                f"another {expected or 'all'}"
+            )
+        self.arrived += 32
+        return self.generation
+
+    def has_ended(self, generation: int, block) -> bool:
+        """Whether this generation is over; ends it where all have come."""
+        if self.generation == generation and self.arrived >= (self.expected or block.live_threads):
+            self.arrived = 0
+            self.generation += 1
+            block.something_happened()
+        return self.generation != generation
+
+
+def _barrier(statement, program):
+    opcode, operands = statement.opcode, statement.operands
+    _refuse_other(
+        statement,
+        *("bar.sync", "bar.arrive", "bar.cta.sync", "bar.cta.arrive"),
+        *("barrier.sync", "barrier.arrive", "barrier.cta.sync", "barrier.cta.arrive"),
+        *("barrier.sync.aligned", "barrier.arrive.aligned"),
+        *("barrier.cta.sync.aligned", "barrier.cta.arrive.aligned"),
+    )
+    waits = "arrive" not in opcode
+    number_of = reader(program, operands[0], "u32")
+    count_of = reader(program, operands[1], "u32") if len(operands) > 1 else None
+    if not waits and count_of is None:
+        raise UnknownError(f"{opcode} without a count")
+
+    def operation(warp, mask):
+        block, group = warp.block, warp.group
+        if group.state is None:
+            if not are_here(warp, mask):
+                return WAITS
+            number = int(number_of(warp)[mask][0])
+            count = None if count_of is None else int(count_of(warp)[mask][0])
+            if number > 15 or (count is not None and (count % 32 or not 0 < count <= 1024)):
+                raise SimulationError(
+                    f"named barrier {number} with {count} threads: the number must be 0 to 15, "
+                    "the count a multiple of 32"
+                )
+            barrier = block.barriers.setdefault(number, NamedBarrier())
+            group.state = barrier, barrier.arrive(number, count)
+            block.something_happened()
+        barrier, generation = group.state
+        if barrier.has_ended(generation, block) or not waits:
+            return None
+        expected = barrier.expected or block.live_threads
+        group.waits_for = f"a named barrier: {barrier.arrived} of {expected} threads came"
+        return WAITS
+
+    return operation
+
+
+def _warp_barrier(statement, program):
+    _refuse_other(statement, "bar.warp.sync")
+    members_of = reader(program, statement.operands[0], "u32")
+
+    def operation(warp, mask):
+        return None if are_here(warp, mask, lanes_of(members_of(warp)[mask][0])) else WAITS
+
+    return operation
+
+
+# Lanes of a warp
+
+
+def _shuffle(statement, program):
+    _, _, mode, type_ = statement.opcode.split(".")
+    if mode not in ("up", "down", "bfly", "idx") or type_ != "b32":
+        raise UnknownError(statement.opcode)
+    target, *sources = statement.operands
+    value_of, offset_of, clamp_of, members_of = (reader(program, s, "u32") for s in sources)
+
+    def operation(warp, mask):
+        members = lanes_of(members_of(warp)[mask][0])
+        if not are_here(warp, mask, members):
+            return WAITS
+        offset = offset_of(warp).astype(np.int64) & 31
+        clamp = clamp_of(warp).astype(np.int64)
+        segment, clamp = clamp >> 8 & 31, clamp & 31
+        last, first = _LANES & segment | clamp & ~segment, _LANES & segment
+        origin, inside = {
+            "up": lambda: (_LANES - offset, _LANES - offset >= last),
+            "down": lambda: (_LANES + offset, _LANES + offset <= last),
+            "bfly": lambda: (_LANES ^ offset, _LANES ^ offset <= last),
+            "idx": lambda: (first | offset & ~segment, (first | offset & ~segment) <= last),
+        }[mode]()
+        origin = np.where(inside, origin, _LANES)
+        # What a lane that takes no part would give is not defined: all ones here.
+        given = (members & mask)[origin]
+        values = np.where(given, value_of(warp)[origin], np.uint32(0xFFFFFFFF))
+        if isinstance(target, Pair):
+            write(warp, target.first, values, mask)
+            write(warp, target.second, inside, mask)
+        else:
+            write(warp, target, values, mask)
+        return None
+
+    return operation
+
+
+def _vote(statement, program):
+    _, _, mode, _ = statement.opcode.split(".")
+    if mode not in ("all", "any", "uni", "ballot"):
+        raise UnknownError(statement.opcode)
+    target, source, members = statement.operands
+    value_of, members_of = reader(program, source, "pred"), reader(program, members, "u32")
+
+    def operation(warp, mask):
+        members = lanes_of(members_of(warp)[mask][0])
+        if not are_here(warp, mask, members):
+            return WAITS
+        votes = value_of(warp)[members & mask]
+        if mode == "ballot":
+            result = np.uint32(bits_of_lanes(value_of(warp) & members & mask))
+        else:
+            same = votes.all() or not votes.any()
+            result = {"all": votes.all(), "any": votes.any(), "uni": same}[mode]
+        write(warp, target, np.full(32, result), mask)
+        return None
+
+    return operation
+
+
+_REDUCTIONS = {
+    **{"add": np.add, "min": np.minimum, "max": np.maximum},
+    **{"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor},
+}
+
+
+def _reduce(statement, program):
+    _, _, name, type_ = statement.opcode.split(".")
+    if name not in _REDUCTIONS or type_ not in ("u32", "s32", "b32"):
+        raise UnknownError(statement.opcode)
+    target, source, members = statement.operands
+    value_of, members_of = reader(program, source, type_), reader(program, members, "u32")
+
+    def operation(warp, mask):
+        members = lanes_of(members_of(warp)[mask][0])
+        if not are_here(warp, mask, members):
+            return WAITS
+        result = _REDUCTIONS[name].reduce(value_of(warp)[members & mask])
+        write(warp, target, np.full(32, result, DTYPES[type_]), mask)
+        return None
+
+    return operation
+
+
+def _elect(statement, program):
+    _refuse_other(statement, "elect.sync")
+    target, members = statement.operands
+    members_of = reader(program, members, "u32")
+
+    def operation(warp, mask):
+        members = lanes_of(members_of(warp)[mask][0])
+        if not are_here(warp, mask, members):
+            return WAITS
+        become(warp.threads[0])
+        elected = INSTRUCTIONS["elect_sync"].body().astype(bool)
+        if not (elected & members & mask).any():
+            elected = np.flatnonzero(members & mask)[0] == _LANES
+        write(warp, target.first, np.full(32, np.flatnonzero(elected)[0], np.uint32), mask)
+        write(warp, target.second, elected, mask)
+        return None
+
+    return operation
+
+
+def _active_mask(statement, program):
+    _refuse_other(statement, "activemask.b32")
+
+    def operation(warp, mask):
+        write(warp, statement.operands[0], np.full(32, bits_of_lanes(mask), np.uint32), mask)
+
+    return operation
+
+
+# Waiting for copies and registers
+
+
+def _try_wait(statement, program):
+    _refuse_other(
+        statement,
+        *(
+            f"mbarrier.{name}.parity.{space}b64"
+            for name in ("try_wait", "test_wait")
+            for space in ("shared::cta.", "shared.", "")
+        ),
+    )
+    target, memory, parity = statement.operands[:3]
+    address_of, parity_of = (
+        shared_address_reader(program, memory),
+        reader(program, parity, "u32"),
+    )
+    suspends = "try_wait" in statement.opcode
+
+    def operation(warp, mask):
+        block = warp.block
+        addresses, parities = address_of(warp), parity_of(warp)
+        ended = np.zeros(32, bool)
+        copies = block.part(BulkCopies)
+        for lane in np.flatnonzero(mask):
+            become(warp.threads[lane])
+            index = block.mbarrier_index(int(addresses[lane]))
+            ended[lane] = copies.test(block.mbarriers, index, int(parities[lane]))
+        if suspends and not ended[mask].all() and not block.may_fail():
+            lane = np.flatnonzero(mask & ~ended)[0]
+            index = block.mbarrier_index(int(addresses[lane]))
+            barrier = block.part(Mbarriers).find(block.mbarriers, index)
+            warp.group.waits_for = f"parity {parities[lane]} of {barrier.what_it_lacks()}"
+            return WAITS
+        write(warp, target, ended, mask)
+        return None
+
+    return operation
+
+
+def _setmaxnreg(statement, program):
+    actions = [f"setmaxnreg.{action}.sync.aligned.u32" for action in ("inc", "dec")]
+    _refuse_other(statement, *actions)
+    action, registers = statement.opcode.split(".")[1], statement.operands[0]
+    if not isinstance(registers, Immediate):
+        raise UnknownError(statement.opcode)
+
+    def operation(warp, mask):
+        pool = warp.block.part(RegisterPool)
+        if warp.group.state is None:
+            if not are_here(warp, mask):
+                return WAITS
+            become(warp.threads[0])
+            pool.ask(action, registers.integer())
+            warp.group.state = "asked"
+            warp.block.something_happened()
+        if pool.has_what_it_asked_for(warp.number):
+            return None
+        warp.group.waits_for = f"{registers.text} registers a thread"
+        return WAITS
+
+    return operation
+
+
+# The rest
+
+
+def _atomic(statement, program):
+    """`atom` and `red` of one element; lanes one after the other."""
+    head, *parts = statement.opcode.split(".")
+    name = next((p for p in parts if p in _ATOMICS), None)
+    type_ = parts[-1]
+    allowed = (name, type_, "relaxed", "acq_rel", "release", "acquire", "gpu", "cta", "sys")
+    spaces = ("global", "shared", "shared::cta")
+    if name is None or type_ not in ("u32", "s32", "b32", "f32", "u64", "s64", "b64", "f64"):
+        raise UnknownError(statement.opcode)
+    if any(p not in (*allowed, *spaces) for p in parts):
+        raise UnknownError(statement.opcode)
+    space = next((p.split("::")[0] for p in parts if p in spaces), "generic")
+    dtype = DTYPES[type_]
+    operands = statement.operands[1:] if head == "atom" else statement.operands
+    memory, *values = operands
+    if not isinstance(memory, Memory) or any(len(items(v)) != 1 for v in values):
+        raise UnknownError(statement.opcode)
+    address_of = address_reader(program, memory)
+    values_of = [reader(program, value, type_) for value in values]
+
+    def operation(warp, mask):
+        addresses, given = address_of(warp), [value_of(warp) for value_of in values_of]
+        before = np.zeros(32, dtype)
+        for lane in np.flatnonzero(mask):
+            only = lane == _LANES
+            held = warp.load(space, addresses, dtype.itemsize, 1, only)[0].view(dtype)
+            before[lane] = held[lane]
+            with np.errstate(all="ignore"):
+                after = _ATOMICS[name](held[lane], *(value[lane] for value in given))
+            bits = np.full(32, after, dtype).view(f"u{dtype.itemsize}")
+            warp.store(space, addresses, dtype.itemsize, (bits,), only)
+        if head == "atom":
+            write(warp, statement.operands[0], before, mask)
+        warp.block.something_happened()
+
+    return operation
+
+
+_ATOMICS = {
+    "add": lambda held, x: held + x,
+    "min": lambda held, x: min(held, x),
+    "max": lambda held, x: max(held, x),
+    "and": lambda held, x: held & x,
+    "or": lambda held, x: held | x,
+    "xor": lambda held, x: held ^ x,
+    "exch": lambda held, x: x,
+    "cas": lambda held, x, y: y if held == x else held,
+}
+
+
+def _trap(statement, program):
+    def operation(warp, mask):
+        raise SimulationError("the kernel has trapped")
+
+    return operation
+
+
+def _nothing(*opcodes: str):
+    """Orders memory, or is a hint: memory is always in order here."""
+
+    def make(statement, program):
+        _refuse_other(statement, *opcodes)
+        return lambda warp, mask: None
+
+    return make
+
+
+_FENCES = [
+    *(f"membar.{scope}" for scope in ("cta", "gl", "sys")),
+    *(
+        f"fence.{order}.{scope}"
+        for order in ("acq_rel", "sc", "acquire", "release")
+        for scope in ("cta", "cluster", "gpu", "sys")
+    ),
+]
+_OPERATIONS = {
+    "bar.warp": _warp_barrier,
+    "bar": _barrier,
+    "barrier": _barrier,
+    "shfl.sync": _shuffle,
+    "vote.sync": _vote,
+    "redux.sync": _reduce,
+    "elect": _elect,
+    "activemask": _active_mask,
+    "mbarrier.try_wait": _try_wait,
+    "mbarrier.test_wait": _try_wait,
+    "setmaxnreg": _setmaxnreg,
+    "atom": _atomic,
+    "red": _atomic,
+    "trap": _trap,
+    "membar": _nothing(*_FENCES),
+    **{name.rpartition(".")[0]: _nothing(*_FENCES) for name in _FENCES if "fence" in name},
+    "nanosleep": _nothing("nanosleep.u32"),
+    "griddepcontrol": _nothing("griddepcontrol.wait", "griddepcontrol.launch_dependents"),
+}

@@ -1,0 +1,255 @@
+"""A warp: its registers, and its lanes in groups that are at the same place of a program.
+
+Of the groups that can go on the one that is furthest behind does, so that lanes that went apart
+meet again where their ways do. An instruction that lanes execute together waits until all of them
+are there.
+"""
+
+import numpy as np
+
+from numflash.executor.memory import (
+    WINDOWS,
+    Memory,
+    poisoned,
+    space_of,
+)
+from numflash.executor.one_lane import BITS
+from numflash.executor.operands import WAITS
+from numflash.executor.program import END, FALSE, TRUE, Program
+from numflash.executor.special_registers import special_registers
+from numflash.executor.text import TYPE_BYTES
+
+_LANES = np.arange(32)
+_POISON = {n: np.full(32, (1 << 8 * n) - 1, BITS[n]) for n in (1, 2, 4, 8)}
+_NOTHING = {n: np.zeros(32, BITS[n]) for n in (1, 2, 4, 8)}
+
+
+class Thread:
+    """A lane, as the bodies of instructions ask for it."""
+
+    __slots__ = ("block", "index", "lane", "warp", "stores")
+
+    def __init__(self, block, index: int):
+        self.block, self.index, self.lane, self.warp = block, index, index % 32, index // 32
+        self.stores: list[tuple] = []
+
+
+class Group:
+    """Lanes at the same piece of the program.
+
+    Attributes:
+        state: what an instruction that waits has left here to go on with; None before it began.
+        waits_for: what it waits for, in words.
+    """
+
+    __slots__ = ("piece", "mask", "full", "state", "waits", "waits_for")
+
+    def __init__(self, piece: int, mask: np.ndarray):
+        self.piece, self.mask, self.full = piece, mask, bool(mask.all())
+        self.state, self.waits, self.waits_for = None, False, ""
+
+
+class Warp:
+    """32 lanes, of which the block may have fewer.
+
+    Attributes:
+        alive: the lanes that have not returned.
+        group: the group that runs.
+    """
+
+    WINDOWS = WINDOWS
+
+    def __init__(self, block, number: int, program: Program):
+        self.block, self.number, self.program = block, number, program
+        self.threads = [Thread(block, 32 * number + lane) for lane in range(32)]
+        self.registers = [
+            FALSE if type_ == "pred" else _POISON[TYPE_BYTES[type_]]
+            for type_ in program.entry.register_types
+        ]
+        self.alive = 32 * number + _LANES < block.size
+        self.groups = [Group(0, self.alive)] if program.pieces else []
+        self.group: Group | None = None
+        self.memory: Memory = block.memory
+        # Accumulators of products under way, and registers that they read: see `products`.
+        self.sums, self.being_read = [], []
+        self._special = special_registers(
+            number, block.grid, block.extents, block.position, program.dynamic_bytes
+        )
+        self._local = poisoned(32 * program.local_bytes).reshape(32, program.local_bytes)
+
+    def special(self, name: str) -> np.ndarray:
+        """A special register."""
+        return self._special[name]
+
+    # Running
+
+    def run(self, most: int) -> int:
+        """Execute at most so many pieces; how many it was, 0 where all groups wait."""
+        done, counts = 0, self.block.counts
+        for group in self.groups:
+            group.waits = False
+        while done < most:
+            ready = [group for group in self.groups if not group.waits]
+            if not ready:
+                break
+            group = self.group = min(ready, key=lambda group: group.piece)
+            while done < most:
+                piece = group.piece
+                function = self.program.function(piece, not group.full)
+                following = function(self, self.registers, group.mask)
+                if following is WAITS:
+                    group.waits = True
+                    break
+                done += 1
+                if counts is not None:
+                    counts[piece] += 1
+                group.state = None
+                if type(following) is tuple:
+                    following = self._part(group, *following)
+                    if following is None:
+                        break
+                if len(self.groups) == 1 and following != END:
+                    group.piece = following
+                    continue
+                self.groups.remove(group)
+                self._arrive(following, group.mask)
+                break
+        return done
+
+    def _part(self, group: Group, taken, target: int, following: int) -> int | None:
+        """Where a group goes on after a branch; None where its lanes went apart."""
+        there = group.mask & taken
+        if not there.any():
+            return following
+        if (there == group.mask).all():
+            return target
+        self.groups.remove(group)
+        self._arrive(target, there)
+        self._arrive(following, group.mask & ~taken)
+        return None
+
+    def _arrive(self, piece: int, mask: np.ndarray) -> None:
+        for group in self.groups:
+            group.waits = False
+        if piece == END:
+            self.alive = self.alive & ~mask
+            self.block.something_happened()
+            return
+        for group in self.groups:
+            if group.piece == piece and group.state is None:
+                group.mask = group.mask | mask
+                group.full = bool(group.mask.all())
+                return
+        self.groups.append(Group(piece, mask))
+
+    # Memory
+
+    def load(self, space: str, address, size: int, count: int, mask) -> list[np.ndarray]:
+        """`count` elements of `size` bytes at each lane's address, an array of bits for each."""
+        if mask is not None and not mask.any():
+            return [_NOTHING[size]] * count
+        space, address, low, high = self._extent(space, address, size * count, mask)
+        if space == "local":
+            rows, index = self._local_rows(address, low, high, size, count, mask)
+            found = rows[_LANES, index]
+        else:
+            region = self._region(space, low, high, size * count)
+            if region is None:
+                return self._lane_by_lane(space, address, size, count, mask)
+            start, rows = region.view(size, count)
+            index = (address - start) // (size * count)
+            found = rows[index if mask is None else np.where(mask, index, 0)]
+        if self.block.traffic:
+            self.block.traffic.loaded(space, size * count, mask)
+        return list(found.T.copy())
+
+    def store(self, space: str, address, size: int, values, mask) -> None:
+        """Write an array of bits for each element to each lane's address."""
+        count = len(values)
+        lanes = _LANES if mask is None else np.flatnonzero(mask)
+        if not lanes.size:
+            return
+        # Before it is known that registers are no products under way nothing is written.
+        content = np.stack([np.asarray(value) for value in values], 1)[lanes]
+        space, address, low, high = self._extent(space, address, size * count, mask)
+        if space == "local":
+            rows, index = self._local_rows(address, low, high, size, count, mask)
+            rows[lanes, index[lanes]] = content
+            return
+        region = self._region(space, low, high, size * count)
+        if region is None:
+            for lane, row in zip(lanes, content, strict=True):
+                own = self.memory.find(space, int(address[lane]), size * count)
+                self._write(own, address[lane : lane + 1], size, row[None])
+        else:
+            self._write(region, address[lanes], size, content)
+        if self.block.traffic:
+            self.block.traffic.stored(space, size * count, mask)
+        if space == "shared" and self.program.follows_stores:
+            words, n_words = self.block.words, max(1, size * count // 4)
+            for lane in lanes:
+                self.threads[lane].stores.append((words, int(address[lane]) // 4, n_words))
+
+    def _write(self, region, address, size: int, content) -> None:
+        if not region.writeable:
+            raise ValueError(f"{region} is written and must not be")
+        start, rows = region.view(size, content.shape[1])
+        rows[(address - start) // (size * content.shape[1])] = content
+
+    def _extent(self, space: str, address, n_bytes: int, mask):
+        """(space, addresses in it, the lowest, the highest) of an access, aligned."""
+        active = address if mask is None else address[mask]
+        low, high = int(active.min()), int(active.max())
+        if space == "generic":
+            space, window = space_of(low)
+            if space_of(high)[0] != space:
+                raise NotImplementedError("lanes of one access reach different memory spaces")
+            address, low, high = address - window, low - window, high - window
+        if (active % n_bytes).any():
+            wrong = int(active[active % n_bytes != 0][0])
+            raise ValueError(
+                f"a {n_bytes}-byte access to {space} memory at {wrong:#x} is misaligned"
+            )
+        return space, address, low, high
+
+    def _region(self, space: str, low: int, high: int, n_bytes: int):
+        """The region that holds all lanes' accesses; None where lanes reach several."""
+        region = self.memory.find(space, low, n_bytes)
+        if high + n_bytes <= region.end:
+            return region
+        self.memory.find(space, high, n_bytes)
+        return None
+
+    def _lane_by_lane(self, space: str, address, size: int, count: int, mask):
+        found = np.zeros((count, 32), BITS[size])
+        for lane in np.flatnonzero(TRUE if mask is None else mask):
+            region = self.memory.find(space, int(address[lane]), size * count)
+            start, rows = region.view(size, count)
+            found[:, lane] = rows[(int(address[lane]) - start) // (size * count)]
+        return list(found)
+
+    def _local_rows(self, address, low: int, high: int, size: int, count: int, mask):
+        """Rows of each lane's local memory, and each lane's row."""
+        n_bytes = size * count
+        if low < 0 or high + n_bytes > self.program.local_bytes:
+            raise IndexError(
+                f"{n_bytes} bytes at local address {low if low < 0 else high:#x} lie outside the "
+                f"{self.program.local_bytes} bytes of a lane"
+            )
+        whole = self.program.local_bytes // n_bytes * n_bytes
+        rows = self._local[:, :whole].reshape(32, -1, n_bytes)
+        index = address // n_bytes
+        return _ElementRows(rows, size), index if mask is None else np.where(mask, index, 0)
+
+
+class _ElementRows:
+    """(32, rows, count) elements over bytes that are not consecutive from lane to lane."""
+
+    def __init__(self, rows: np.ndarray, size: int):
+        self.rows, self.dtype = rows, BITS[size]
+
+    def __getitem__(self, index):
+        return np.ascontiguousarray(self.rows[index]).view(self.dtype)
+
+    def __setitem__(self, index, content):
+        self.rows[index] = np.ascontiguousarray(content).view(np.uint8)

@@ -1,0 +1,127 @@
+"""numflash's own kernels, compiled and executed: against float64, and bits with the simulator."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import numflash
+from numflash.simulator import SimulationError
+from tests.executed.conftest import normal
+
+BF16 = ml_dtypes.bfloat16
+# Small ones compile fast.
+_SMALL = {
+    "portable": {
+        "forward": "m16n16w2",
+        "backward-dq": "m16n16w2",
+        "backward-dkdv": "m16n16w2",
+    },
+    "sm75": {
+        "forward": "sm75-m32n16w2s1",
+        "backward-dq": "sm75-m16n16w1s1",
+        "backward-dkdv": "sm75-m16n16w1s1-apart",
+    },
+    "sm80": {
+        "forward": "sm80-m32n16w2s2",
+        "backward-dq": "sm80-m16n16w1s1",
+        "backward-dkdv": "sm80-m16n32w2s2",
+    },
+    # Parts of the forward are put together, and so are those of dq.
+    "combine": {"forward": "sm80-m32n16w1s1x2", "backward": "sm80-m16n16w1s2x2"},
+}
+# What runs, on which GPU's code: dtype, tokens, head_dim, whether gradients, options of attention.
+CASES = {
+    "portable": (
+        "sm_80",
+        np.float32,
+        40,
+        16,
+        True,
+        {"causal": True, "config": _SMALL["portable"]},
+    ),
+    "sm80": ("sm_80", np.float16, 40, 32, True, {"causal": True}),
+    "sm75": ("sm_75", np.float16, 40, 32, True, {"window_size": (9, 4), "config": _SMALL["sm75"]}),
+    "bfloat16": ("sm_80", BF16, 40, 32, False, {"softcap": 5.0}),
+    "tf32": ("sm_80", np.float32, 40, 32, True, {"precision": "tf32", "config": _SMALL["sm80"]}),
+    "combine": ("sm_80", np.float16, 70, 32, True, {"config": _SMALL["combine"]}),
+    "sm90": ("sm_90a", np.float16, 150, 64, False, {"causal": True}),
+    "fp8-sm89": ("sm_89", np.float16, 70, 64, False, {"precision": "fp8"}),
+    "fp8-sm90": ("sm_90a", np.float16, 128, 128, False, {"precision": "fp8"}),
+}
+
+
+def _inputs(dtype, tokens, head_dim):
+    return [normal((1, tokens, 1, head_dim), dtype, seed) for seed in range(4)]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_family_is_within_its_error_budget(executed, name):
+    arch, dtype, tokens, head_dim, gradients, options = CASES[name]
+    executed(arch)
+    q, k, v, dout = _inputs(dtype, tokens, head_dim)
+    report = numflash.check(q, k, v, dout=dout if gradients else None, **options)
+    assert report.passed, report
+
+
+@pytest.mark.parametrize("name", ["portable", "sm80", "sm90"])
+def test_the_simulator_computes_the_same_bits(executed, name):
+    """Products, sums and exponentials are the same; log-sum-exp is not.
+
+    Its logarithm is libdevice's on the GPU and NumPy's in the simulator: a few units in the last
+    place.
+    """
+    arch, dtype, tokens, head_dim, _, options = CASES[name]
+    q, k, v, _ = _inputs(dtype, tokens, head_dim)
+    executed(arch)
+    options = {**options, "config": options.get("config", {}).get("forward")}
+    out, lse = numflash.attention(q, k, v, return_lse=True, **options)
+    executed(arch, code="python")
+    same, same_lse = numflash.attention(q, k, v, return_lse=True, **options)
+    np.testing.assert_array_equal(out.view(f"u{out.itemsize}"), same.view(f"u{out.itemsize}"))
+    np.testing.assert_array_max_ulp(lse, same_lse, 4)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_order_of_warps_does_not_matter(executed, monkeypatch, seed):
+    from numflash.simulator import SEED
+
+    arch, dtype, tokens, head_dim, _, options = CASES["sm90"]
+    q, k, v, _ = _inputs(dtype, tokens, head_dim)
+    executed(arch)
+    results = []
+    for value in (seed, seed + 100):
+        monkeypatch.setattr(SEED, "value", value)
+        results.append(numflash.attention(q, k, v, **options))
+    np.testing.assert_array_equal(*[x.view(np.uint16) for x in results])
+
+
+def test_strides_beyond_two_to_the_31st(executed):
+    executed("sm_80")
+    q, k, v, _ = _inputs(np.float16, 40, 32)
+    expected = numflash.attention(q, k, v)
+    far = []
+    for x in (q, k, v):
+        room = np.zeros(32 + 3 * 2**30, np.float16)  # untouched pages cost nothing
+        y = np.lib.stride_tricks.as_strided(room, (1, 4, 1, 32), (2, 2**31, 2, 2))
+        y[...] = x[:, :4]
+        far.append(y)
+    got = numflash.attention(*far)
+    near = numflash.attention(*(np.ascontiguousarray(x[:, :4]) for x in (q, k, v)))
+    np.testing.assert_array_equal(got.view(np.uint16), near.view(np.uint16))
+    assert expected.shape == q.shape
+
+
+def test_a_switch_that_is_neither_is_named(executed):
+    executed("sm_80", code="sass")
+    q, k, v, _ = _inputs(np.float16, 8, 32)
+    with pytest.raises(ValueError, match="NUMFLASH_SIM_CODE must be python or ptx, got 'sass"):
+        numflash.attention(q, k, v)
+
+
+def test_the_switch_chooses_compiled_code(executed):
+    executed("sm_80", lambda ptx: ptx.replace("ret;", "trap;"))
+    q, k, v, _ = _inputs(np.float16, 40, 32)
+    with pytest.raises(SimulationError, match="trap"):
+        numflash.attention(q, k, v)
+    executed("sm_80", lambda ptx: ptx.replace("ret;", "trap;"), code="python")
+    numflash.attention(q, k, v)

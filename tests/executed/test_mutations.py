@@ -1,0 +1,110 @@
+"""Compiled kernels broken by one change of their PTX: each gives another result, or is refused."""
+
+import re
+
+import numpy as np
+import pytest
+
+import numflash
+from numflash.executor.text import PtxError
+from tests.executed.conftest import normal
+
+# Scores are large, so that rows' maxima are followed.
+KERNELS = {
+    "portable": ("sm_80", np.float32, 80, 16),
+    "sm80": ("sm_80", np.float16, 130, 32),
+    "sm90": ("sm_90a", np.float16, 200, 64),
+}
+# What may be missing. "first" and "last" are places; where neither is said all are taken out.
+DROPPED = [
+    ("portable", "bar.sync", "first"),
+    ("portable", "bar.sync", "last"),
+    ("sm80", "bar.sync", "first"),
+    ("sm80", "cp.async.wait_group", "first"),
+    ("sm80", "cp.async.wait_group", "last"),
+    ("sm80", "cp.async.commit_group", "first"),
+    ("sm90", "mbarrier.init", "first"),
+    ("sm90", "mbarrier.arrive.shared", "last"),
+    ("sm90", "mbarrier.arrive.expect_tx", "first"),
+    ("sm90", "fence.mbarrier_init", "all"),
+    ("sm90", "fence.proxy.async", "all"),
+    ("sm90", "wgmma.fence", "first"),
+    ("sm90", "wgmma.commit_group", "first"),
+    ("sm90", "wgmma.wait_group", "first"),
+    ("sm90", "wgmma.wait_group", "last"),
+    ("sm90", "setmaxnreg.dec", "all"),
+    ("sm90", "bar.sync", "last"),
+    ("sm90", "bar.arrive", "first"),
+    ("sm90", "cp.async.bulk.commit_group", "all"),
+    ("sm90", "cp.async.bulk.wait_group", "first"),
+    ("sm90", "stmatrix", "first"),
+]
+CHANGED = [
+    ("sm80", r"\bmax\.f32", "min.f32"),
+    ("sm80", r"\bmul\.rn\.f32", "add.rn.f32"),
+    ("sm80", r"\bsub\.rn\.f32", "add.rn.f32"),
+    ("sm80", r"\bneg\.f32", "abs.f32"),
+    ("sm80", r"\bex2\.approx\.ftz\.f32", "abs.f32"),
+    ("sm80", r"\bsetp\.lt\.s32", "setp.gt.s32"),
+    ("sm80", r"f32\.f16\.f16\.f32", "f32.bf16.bf16.f32"),
+    ("sm80", r"x4\.trans\.shared", "x4.shared"),
+    ("sm80", r"cvt\.rn\.f16x2\.f32", "cvt.rn.bf16x2.f32"),
+    ("sm80", r", 16, %r\d+;", ", 16, 0;"),
+    ("sm90", r"(\}, %rd\d+, %rd\d+, )0(, 1, 1, 0, 0;)", r"\g<1>1\2"),
+]
+_SEEDS = range(3)
+_expected: dict[str, list[bytes]] = {}
+
+
+@pytest.mark.parametrize("kernel, instruction, where", DROPPED)
+def test_what_is_missing_is_seen(executed, monkeypatch, kernel, instruction, where):
+    pattern = rf"(?<=[\s{{;])(@!?%p\d+\s+)?{re.escape(instruction)}[^;]*;"
+    assert _is_seen(executed, monkeypatch, kernel, pattern, ";", where)
+
+
+@pytest.mark.parametrize("kernel, pattern, other", CHANGED)
+def test_what_is_another_instruction_is_seen(executed, monkeypatch, kernel, pattern, other):
+    assert _is_seen(executed, monkeypatch, kernel, pattern, other, "first")
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_comment_changes_nothing(executed, monkeypatch, kernel):
+    """Nor does the order of warps: what is seen above is the change."""
+    assert not _is_seen(executed, monkeypatch, kernel, "ret;", "ret; // the end", "first")
+
+
+def _is_seen(executed, monkeypatch, kernel: str, pattern: str, other: str, where: str) -> bool:
+    """Whether a kernel with the change fails, or differs, in one of a few orders of warps."""
+    from numflash.simulator import SEED
+
+    def mutate(ptx: str) -> str:
+        found = list(re.finditer(pattern, ptx))
+        assert found, f"{pattern} is not in the PTX"
+        chosen = {"first": found[:1], "last": found[-1:], "all": found}[where]
+        for match in reversed(chosen):
+            ptx = ptx[: match.start()] + match.expand(other) + ptx[match.end() :]
+        return ptx
+
+    arch = KERNELS[kernel][0]
+    if kernel not in _expected:
+        executed(arch)
+        _expected[kernel] = _results(kernel)
+    executed(arch, mutate)
+    for seed in _SEEDS:
+        monkeypatch.setattr(SEED, "value", seed)
+        try:
+            results = _results(kernel)
+        except PtxError:
+            raise  # the change itself is wrong
+        except (RuntimeError, ValueError, IndexError):
+            return True
+        if results != _expected[kernel]:
+            return True
+    return False
+
+
+def _results(kernel: str) -> list[bytes]:
+    _, dtype, tokens, head_dim = KERNELS[kernel]
+    q, k, v = (normal((1, tokens, 1, head_dim), dtype, seed) for seed in range(3))
+    results = numflash.attention(16 * q, k, v, causal=True, return_lse=True)
+    return [x.tobytes() for x in results]
