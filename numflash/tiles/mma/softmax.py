@@ -3,9 +3,9 @@
     P = 2 ** (scale_log2 S - scale_log2 row_max)
 
 is one fused multiply-add and one exponential a score. The maximum that is subtracted may lag
-behind: O and the sums are rescaled only when some row of the warp has grown by more than a factor
-of 2 ** `LAG`, which after the first few tiles is rare. P then is at most 2 ** LAG, well within
-float16, and the result is the same, because O and row_sum share the factor.
+behind: a row's O and sum are rescaled only when it has grown by more than a factor of 2 ** `LAG`,
+which after the first few tiles is rare; a warp looks for such rows by one vote. P then is at most
+2 ** LAG, well within float16, and the result is the same, because O and row_sum share the factor.
 
 Source: FlashAttention-2, arXiv 2307.08691, Algorithm 1; the lag: FlashAttention-4, arXiv
 2603.05451.
@@ -30,6 +30,7 @@ from numflash.tiles.softmax import LN_2
 
 LAG = f32(8)
 HUGE = f32(2.0**20)
+"""Scores beyond it, in base 2, become differences before they are scaled: `follow_maximum`."""
 
 
 @device_function
