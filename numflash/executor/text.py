@@ -187,6 +187,7 @@ def parse(ptx: str, name: str | None = None) -> Entry:
         raise PtxError(f"entry must name one of the module's {len(names)} entries: {names}")
     else:
         raise PtxError(f"the module has no entry {name!r}; it has {names}")
+    _refuse_clusters(head[3])
     entry = Entry(head[1], target[1], _parameters(head[2] or ""), _max_threads(head[3]))
     _module_variables(text[: heads[0].start()], entry)
     _Body(text, head.end(), entry).read()
@@ -297,6 +298,13 @@ def _parameters(text: str) -> list[Parameter]:
         found.append(Parameter(name, type_, start, size * int(count or 1)))
         end = start + size * int(count or 1)
     return found
+
+
+def _refuse_clusters(directives: str) -> None:
+    """Blocks run one after the other; of a cluster they would have to run together."""
+    found = re.search(r"\.(?:reqnctapercluster|maxclusterrank)\s+([\d\s,]+)", directives)
+    if found and any(int(n) > 1 for n in re.findall(r"\d+", found[1])):
+        raise PtxError(f"{shortened(found[0])!r}: the executor knows clusters of one block only")
 
 
 def _max_threads(directives: str) -> tuple[int, int, int] | None:

@@ -272,6 +272,15 @@ def test_what_a_launch_is_given_is_checked(changes, error, message):
         numflash.run_ptx(**(given | changes))
 
 
+@pytest.mark.parametrize("directive", [".reqnctapercluster 2, 1, 1", ".maxclusterrank 4"])
+def test_clusters_of_several_blocks_are_refused(directive):
+    ptx = AXPY.replace(".param .u32 n)", f".param .u32 n)\n{directive}")
+    with pytest.raises(ValueError, match="clusters of one block only"):
+        numflash.run_ptx(ptx, None, 1, 32, [None, None, 0.0, 0])
+    one = AXPY.replace(".param .u32 n)", ".param .u32 n)\n.reqnctapercluster 1, 1, 1")
+    numflash.run_ptx(one, None, 1, 32, [np.ones(4, "f4"), np.ones(4, "f4"), 1.0, 4])
+
+
 def test_an_entry_says_how_many_threads_it_allows():
     ptx = AXPY.replace(".param .u32 n)", ".param .u32 n)\n.maxntid 64, 1, 1")
     with pytest.raises(ValueError, match=r"block has 128 threads, the entry allows \(64, 1, 1\)"):
