@@ -1,0 +1,198 @@
+"""Kernels of another compiler, proven on hardware by others: the executor must run them rightly.
+
+Triton compiles them without a GPU, in a process of its own. That what they compute is right with
+our meanings of the instructions is evidence for these: `docs/evidence.md` is made of what is here.
+
+Opt-in: NUMFLASH_TEST_PEERS=1, with `triton` installed (some 290 MB to load, 1 GB on disk).
+"""
+
+import importlib.util
+import pickle
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import numflash
+from numflash.errors import UnsupportedError
+from numflash.simulator import SimulatedTensorMap
+from numflash.switches import is_on
+from numflash.tensor_maps import TensorLayout
+from tests.executed.conftest import normal
+
+if not is_on("NUMFLASH_TEST_PEERS"):
+    pytest.skip("set NUMFLASH_TEST_PEERS=1 to run Triton's kernels", allow_module_level=True)
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed (pip install triton)", allow_module_level=True)
+
+_WORKER = Path(__file__).with_name("triton_kernels.py")
+_SIZES = {"M": "i32", "N": "i32", "K": "i32"}
+_TYPES = {
+    "fp16": np.dtype(np.float16),
+    "bf16": np.dtype(ml_dtypes.bfloat16),
+    "fp32": np.dtype(np.float32),
+    "fp8e4nv": np.dtype(ml_dtypes.float8_e4m3fn),
+}
+_TRANSPOSES = [(0, 0), (0, 1), (1, 0), (1, 1)]
+
+
+def compiled(kernel: str, target: int, signature: dict, constants: dict, **options) -> dict:
+    """What `triton_kernels.compiled` answers, in a process of its own."""
+    request = dict(
+        kernel=kernel, target=target, signature=signature, constants=constants, **options
+    )
+    return _answer(pickle.dumps(request))
+
+
+@cache
+def _answer(request: bytes) -> dict:
+    worker = subprocess.run([sys.executable, str(_WORKER)], input=request, capture_output=True)
+    assert worker.returncode == 0, worker.stderr.decode()[-2000:]
+    return pickle.loads(worker.stdout)
+
+
+def run(kernel: dict, grid, *arguments) -> set[str]:
+    """Run a compiled kernel; the opcodes that were executed."""
+    # Triton appends pointers to scratch memory, which these kernels have none of.
+    scratch = [None, None]
+    profile = numflash.run_ptx(
+        kernel["ptx"],
+        kernel["entry"],
+        grid,
+        kernel["threads"],
+        [*arguments, *scratch],
+        shared_bytes=kernel["shared_bytes"],
+        profile=True,
+    )
+    return set(profile.by_opcode)
+
+
+def multiplied(target, type_, ta, tb, sizes, tile, out="fp32", **options):
+    """(opcodes, c, float64 of a b) of Triton's `matmul` of M, N, K in tiles."""
+    m, n, k = sizes
+    kernel = compiled(
+        "matmul",
+        target,
+        {"a": f"*{type_}", "b": f"*{type_}", "c": f"*{out}", **_SIZES},
+        {"TA": ta, "TB": tb, **dict(zip(("BM", "BN", "BK"), tile, strict=True))},
+        **options,
+    )
+    a, b = normal((m, k), _TYPES[type_], 1), normal((k, n), _TYPES[type_], 2)
+    c = np.full((m, n), np.nan, _TYPES[out])
+    memory = [np.ascontiguousarray(x.T) if flag else x for x, flag in ((a, ta), (b, tb))]
+    opcodes = run(kernel, (m // tile[0], n // tile[1]), *memory, c, m, n, k)
+    a, b = (cut_to_tf32(x).astype(np.float64) for x in (a, b))
+    return opcodes, c.astype(np.float64), a @ b
+
+
+def cut_to_tf32(x: np.ndarray) -> np.ndarray:
+    """What a product of tf32 sees of float32: Triton does not round."""
+    if x.dtype != np.float32:
+        return x
+    return (x.view(np.uint32) & 0xFFFFE000).view(np.float32)
+
+
+def test_vectors_are_added():
+    kernel = compiled("add", 80, dict(x="*fp32", y="*fp32", z="*fp32", n="i32"), {"BLOCK": 256})
+    x, y = normal(1000, np.float32, 1), normal(1000, np.float32, 2)
+    z = np.full(1000, np.nan, np.float32)
+    run(kernel, 4, x, y, z, 1000)
+    np.testing.assert_array_equal(z, x + y)
+
+
+@pytest.mark.parametrize("ta, tb", _TRANSPOSES)
+@pytest.mark.parametrize("type_, mma", [("fp16", "f16"), ("bf16", "bf16"), ("fp32", "tf32")])
+def test_a_matmul_of_sm80(type_, mma, ta, tb):
+    opcodes, c, exact = multiplied(80, type_, ta, tb, (128, 64, 96), (64, 64, 32), stages=3)
+    np.testing.assert_allclose(c, exact, atol=1e-4)
+    k = 8 if mma == "tf32" else 16
+    assert f"mma.sync.aligned.m16n8k{k}.row.col.f32.{mma}.{mma}.f32" in opcodes
+    assert "cp.async.cg.shared.global" in opcodes
+    transposes = ["", ".trans"] if mma != "tf32" else []
+    used = {x for x in opcodes if x.startswith("ldmatrix")}
+    needed = {transposes[ta], transposes[not tb]} if transposes else set()
+    assert {f"ldmatrix.sync.aligned.m8n8.x4{x}.shared.b16" for x in needed} <= used
+
+
+@pytest.mark.parametrize("ta, tb", _TRANSPOSES)
+@pytest.mark.parametrize("type_", ["fp16", "bf16"])
+def test_a_matmul_of_sm90(type_, ta, tb):
+    opcodes, c, exact = multiplied(90, type_, ta, tb, (128, 128, 192), (64, 128, 64), stages=3)
+    np.testing.assert_allclose(c, exact, atol=1e-4)
+    name = type_.replace("fp", "f")
+    assert f"wgmma.mma_async.sync.aligned.m64n128k16.f32.{name}.{name}" in opcodes
+
+
+def test_fp8_of_sm89():
+    opcodes, c, exact = multiplied(89, "fp8e4nv", 0, 1, (64, 64, 128), (64, 64, 64))
+    np.testing.assert_allclose(c, exact, atol=1e-4)
+    assert "mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32" in opcodes
+
+
+def test_fp8_of_sm90():
+    opcodes, c, exact = multiplied(90, "fp8e4nv", 0, 1, (64, 128, 256), (64, 128, 128))
+    np.testing.assert_allclose(c, exact, atol=1e-4)
+    assert "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3" in opcodes
+
+
+@pytest.mark.parametrize("target, head_dim", [(80, 64), (90, 64)])
+def test_attention(target, head_dim):
+    signature = dict.fromkeys(("q", "k", "v", "out"), "*fp16")
+    signature |= {"lse": "*fp32", "n": "i32", "scale_log2": "fp32"}
+    kernel = compiled("attention", target, signature, {"D": head_dim, "BM": 64, "BN": 64})
+    heads, n = 2, 150
+    q, k, v = (normal((heads, n, head_dim), np.float16, seed) for seed in range(3))
+    out, lse = np.full_like(q, np.nan), np.full((heads, n), np.nan, np.float32)
+    opcodes = run(kernel, (3, heads), q, k, v, out, lse, n, np.log2(np.e) / head_dim**0.5)
+    q, k, v = (x.astype(np.float64) for x in (q, k, v))
+    scores = q @ k.transpose(0, 2, 1) / head_dim**0.5
+    weights = np.exp(scores) * np.tri(n)
+    total = weights.sum(-1, keepdims=True)
+    np.testing.assert_allclose(out, weights / total @ v, atol=2e-3)
+    np.testing.assert_allclose(lse, np.log(total[..., 0]), atol=1e-5)
+    assert any(x.startswith("wgmma.mma" if target == 90 else "mma.sync") for x in opcodes)
+
+
+def tensor_map(array: np.ndarray, box) -> list:
+    """The parameters that Triton makes of a descriptor: the map, extents and strides."""
+    dtype = {1: "uint8", 2: "float16"}[array.itemsize]
+    rows, columns = array.shape
+    layout = TensorLayout(dtype, (columns, rows), (columns * array.itemsize,), tuple(box[::-1]))
+    return [SimulatedTensorMap(array, layout), rows, columns, columns, 1]
+
+
+@pytest.mark.parametrize("type_, tb, bk", [("fp16", 0, 64), ("fp16", 1, 64), ("fp8e4nv", 1, 128)])
+def test_a_matmul_of_tensor_maps(type_, tb, bk):
+    of_b = (128, bk) if tb else (bk, 128)
+    signature = {
+        "a": f"tensordesc<{type_}[128, {bk}]>",
+        "b": f"tensordesc<{type_}[{of_b[0]}, {of_b[1]}]>",
+        "c": "tensordesc<fp16[128, 128]>",
+        "K": "i32",
+    }
+    constants = {"TB": tb, "BM": 128, "BN": 128, "BK": bk}
+    kernel = compiled("matmul_of_tiles", 90, signature, constants, stages=3)
+    m, n, k = 136, 120, 3 * bk + 16  # no tile divides them
+    a, b = normal((m, k), _TYPES[type_], 1), normal((k, n), _TYPES[type_], 2)
+    c = np.full((m, n), np.nan, np.float16)
+    arrays = a, np.ascontiguousarray(b.T) if tb else b, c
+    parameters = [
+        x
+        for array, given in zip(arrays, kernel["maps"], strict=True)
+        for x in tensor_map(array, given["block_size"])
+    ]
+    opcodes = run(kernel, (2, 1), *parameters, k)
+    exact = a.astype(np.float64) @ b.astype(np.float64)
+    np.testing.assert_allclose(c, exact, atol=0.05)
+    assert any(x.startswith("cp.async.bulk.tensor.2d.shared") for x in opcodes)
+    assert any(x.startswith("cp.async.bulk.tensor.2d.global") for x in opcodes)
+
+
+def test_what_is_not_known_is_refused_by_name():
+    """tf32 of sm_90 has a `wgmma` that no kernel of ours uses."""
+    with pytest.raises(UnsupportedError, match="m64n64k8.f32.tf32.tf32"):
+        multiplied(90, "fp32", 0, 1, (64, 64, 64), (64, 64, 32))
