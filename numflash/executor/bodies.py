@@ -8,7 +8,7 @@ is asked for.
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -33,6 +33,7 @@ from numflash.executor.text import (
     Memory,
     Nothing,
     Placeholder,
+    Register,
     Statement,
     Vector,
     operand_of,
@@ -67,6 +68,7 @@ class Template:
     """An instruction's template, read.
 
     Attributes:
+        opcode: as `plain` gives it.
         operands: as those of a statement, with `Placeholder` for parameters.
     """
 
@@ -76,10 +78,11 @@ class Template:
 
     def bindings(self, statement: Statement) -> dict[str, list] | None:
         """The operands of a statement by parameter, in order; None where it does not match."""
-        if statement.opcode != self.opcode or len(statement.operands) != len(self.operands):
+        opcode, operands = plain(statement.opcode, statement.operands)
+        if opcode != self.opcode or len(operands) != len(self.operands):
             return None
         found: dict[str, list] = {}
-        pairs = zip(self.operands, statement.operands, strict=True)
+        pairs = zip(self.operands, operands, strict=True)
         return found if all(_matches(x, y, found) for x, y in pairs) else None
 
 
@@ -89,17 +92,28 @@ def read_template(instruction: Instruction) -> Template | None:
     if text.count(";") != 1 or text.startswith("{"):
         return None
     opcode, _, rest = text.rstrip("; ").partition(" ")
-    return Template(instruction, opcode, tuple(operand_of(part) for part in split(rest)))
+    return Template(instruction, *plain(opcode, tuple(operand_of(x) for x in split(rest))))
 
 
-def templates_of(opcode: str) -> list[Template]:
-    """The templates with this opcode."""
-    return _table().get(opcode, [])
+def plain(opcode: str, operands: tuple) -> tuple[str, tuple]:
+    """An opcode and its operands without hints, and with one name for shared memory.
+
+    Caches change no result, and the shared memory of a cluster of one block is the block's.
+    """
+    parts = opcode.split(".")
+    if "L2::cache_hint" in parts:
+        operands = operands[:-1]
+    shared = ("shared::cta", "shared::cluster")
+    parts = ["shared" if part in shared else part for part in parts]
+    return ".".join(part for part in parts if not part.startswith("L2::")), operands
 
 
 def body_operation(statement: Statement, program) -> Callable | None:
     """The operation of a statement by its body; None where no template matches it."""
-    for template in _made_for(statement) or templates_of(statement.opcode):
+    if _WGMMA.fullmatch(statement.opcode) and isinstance(statement.operands[3], Register):
+        return _added_where(statement.operands[3], statement, program)
+    opcode, _ = plain(statement.opcode, statement.operands)
+    for template in _made_for(statement) or _table().get(opcode, []):
         bindings = template.bindings(statement)
         if bindings is not None:
             return _operation(template.instruction, bindings, program)
@@ -128,18 +142,41 @@ def _made_for(statement: Statement) -> list[Template]:
             raise UnknownError(
                 f"the executor does not know {statement.opcode} with these operands"
             )
-        in_registers = isinstance(operands[1], Vector)
-        transposed = len(operands) > 6 and bool(operands[-1].integer())
+        # Behind the signs: a of shared memory, then b, where they may be MN-major.
+        majors = ["mn" if operand.integer() else "k" for operand in operands[6:]]
         call = make_wgmma(
             int(n),
             _WGMMA_DTYPES[type_],
-            "registers" if in_registers else "shared",
-            "mn" if transposed else "k",
+            "registers" if isinstance(operands[1], Vector) else "shared",
+            majors[-1] if majors else "k",
             bool(operands[3].integer()),
+            a_major=majors[0] if len(majors) > 1 else "k",
         )
     else:
         return []
     return [read_template(INSTRUCTIONS[call.__name__])]
+
+
+def _added_where(predicate: Register, statement: Statement, program) -> Callable:
+    """A product that adds to its accumulator where a predicate holds, in all lanes alike."""
+    holds = reader(program, predicate, "pred")
+    before, after = statement.operands[:3], statement.operands[4:]
+    overwrites, adds = (
+        body_operation(
+            replace(statement, operands=(*before, Immediate(scale), *after)), program
+        )
+        for scale in ("0", "1")
+    )
+
+    def operation(warp, mask):
+        if not are_here(warp, mask):
+            return WAITS
+        found = holds(warp)[mask]
+        if found.any() != found.all():
+            raise SimulationError("the predicate of scale-d differs from lane to lane")
+        return (adds if found.all() else overwrites)(warp, mask)
+
+    return operation
 
 
 def _matches(pattern, operand, found: dict[str, list]) -> bool:
@@ -304,9 +341,10 @@ def _lane_by_lane(instruction: Instruction, order) -> Callable:
                 if argument is not None:
                     value = read[name][lane]
                     values.append(value.item() if isinstance(value, np.generic) else value)
-                elif isinstance(read[memory], _SharedAddresses):
+                elif isinstance(read.get(memory), _SharedAddresses):
                     values.append(int(read[memory].index([lane])[0]))
                 else:
+                    # Global addresses are those of element 0, and hints say nothing.
                     values.append(0)
             body(*values)
         if touches_others:

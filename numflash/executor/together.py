@@ -314,6 +314,32 @@ def _setmaxnreg(statement, program):
     return operation
 
 
+def _invalidate(statement, program):
+    _refuse_other(statement, "mbarrier.inval.shared::cta.b64", "mbarrier.inval.shared.b64")
+    address_of = shared_address_reader(program, statement.operands[0])
+
+    def operation(warp, mask):
+        block, addresses = warp.block, address_of(warp)
+        for lane in np.flatnonzero(mask):
+            index = block.mbarrier_index(int(addresses[lane]))
+            block.part(Mbarriers).invalidate(block.mbarriers, index)
+
+    return operation
+
+
+def _wait_for_bulk_stores(statement, program):
+    """Until they are over, not only until they have read: 0 groups may be left."""
+    if statement.opcode != "cp.async.bulk.wait_group" or statement.operands != (Immediate("0"),):
+        return body_operation(statement, program)
+
+    def operation(warp, mask):
+        for lane in np.flatnonzero(mask):
+            become(warp.threads[lane])
+            warp.block.part(BulkCopies).wait_for_writes()
+
+    return operation
+
+
 # The rest
 
 
@@ -403,6 +429,8 @@ _OPERATIONS = {
     "activemask": _active_mask,
     "mbarrier.try_wait": _try_wait,
     "mbarrier.test_wait": _try_wait,
+    "mbarrier.inval": _invalidate,
+    "cp.async.bulk.wait_group": _wait_for_bulk_stores,
     "setmaxnreg": _setmaxnreg,
     "atom": _atomic,
     "red": _atomic,

@@ -76,27 +76,38 @@ def make_wgmma_wait_group(pending: int, registers: int):
 
 @cache
 def make_wgmma(
-    n: int, dtype: str, a: str, b_major: str = "k", accumulates: bool = True, in_place: bool = True
+    n: int,
+    dtype: str,
+    a: str,
+    b_major: str = "k",
+    accumulates: bool = True,
+    in_place: bool = True,
+    a_major: str = "k",
 ):
     """The product of a warpgroup: acc += a b, or acc = a b.
 
     Args:
         n: columns of b, a multiple of 8 from 8 to 256.
         dtype: of the operands: "float16", "bfloat16" or "e4m3".
-        a: where operand a is: "shared", named by a descriptor, K-major, or "registers".
+        a: where operand a is: "shared", named by a descriptor, or "registers".
         b_major: "k" or "mn"; e4m3 has "k" only.
         accumulates: whether acc is added to.
         in_place: whether acc has the same registers before and after. Others are free until then,
             where acc is not added to; but the assembler may put off what reads the old acc.
+        a_major: of an operand a in shared memory, as b_major.
 
     PTX ISA 9.7.15.5.2.
     """
     name, k = _TYPES[dtype]
-    if n % 8 or not 8 <= n <= 256 or (dtype == "e4m3" and b_major != "k"):
-        raise ValueError(f"there is no wgmma of {dtype} with n = {n} and b {b_major}-major")
+    if n % 8 or not 8 <= n <= 256 or (dtype == "e4m3" and (a_major, b_major) != ("k", "k")):
+        raise ValueError(
+            f"there is no wgmma of {dtype} with n = {n}, a {a_major}-major and b {b_major}-major"
+        )
+    if a == "registers" and a_major != "k":
+        raise ValueError(f"operand a in registers is K-major, got {a_major!r}")
     transposes = "" if dtype == "e4m3" else f", {int(b_major == 'mn')}"
     if a == "shared" and transposes:
-        transposes = ", 0" + transposes
+        transposes = f", {int(a_major == 'mn')}" + transposes
     template = (
         f"wgmma.mma_async.sync.aligned.m64n{n}k{k}.f32.{name}.{name} <acc>, <a>, <b>, "
         f"{int(accumulates)}, 1, 1{transposes};"
@@ -106,7 +117,8 @@ def make_wgmma(
     sums = Accumulator(f32, n // 2, "rw" if in_place else "w")
 
     def from_shared(acc: sums, a: u64, b: u64):
-        warpgroup.multiply(acc, warpgroup.shared_a(a, dtype), b, b_major, n, dtype, accumulates)
+        operand = warpgroup.shared_a(a, a_major, dtype)
+        warpgroup.multiply(acc, operand, b, b_major, n, dtype, accumulates)
 
     def from_registers(acc: sums, a: LaterRead(u32, 4), b: u64):
         warpgroup.multiply(acc, warpgroup.register_a(a, dtype), b, b_major, n, dtype, accumulates)
@@ -114,6 +126,7 @@ def make_wgmma(
     function = {"shared": from_shared, "registers": from_registers}[a]
     sign = "+=" if accumulates else "="
     function.__name__ = f"wgmma_m64n{n}k{k}_{name}_a_{a}_b_{b_major}" + "_more" * accumulates
+    function.__name__ += "_a_mn" * (a_major == "mn")
     function.__name__ += "_in_place" * (in_place and not accumulates)
     function.__doc__ = f"acc {sign} a b of {dtype}, n = {n}. PTX ISA 9.7.15.5.2."
     return instruction(template, sm=90, newest=90, collective="warpgroup", volatile=True)(function)

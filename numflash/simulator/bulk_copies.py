@@ -3,7 +3,8 @@
 A load holds 0xFF bytes in its place until it arrives, and nothing else may write there: in some
 blocks it does as soon as someone waits for it, in others at random, in others only when no thread
 can run. A store's tile must stay as it is
-until its thread has waited; it reaches global memory when the block ends.
+until its thread has waited; it reaches global memory when the block ends, or when its thread has
+waited for that.
 """
 
 from collections import defaultdict
@@ -109,6 +110,14 @@ class BulkCopies(Part):
                 )
         self._read += stores.committed
         stores.committed = []
+
+    def wait_for_writes(self) -> None:
+        """The committed stores of the running thread are in global memory."""
+        stores = self._stores[current_thread().index].committed
+        self.wait_for_reads()
+        for store in stores:
+            self._read.remove(store)
+            store.tensor_map.write(store.coordinates, store.content)
 
     def advance(self) -> bool:
         """Let a load arrive."""

@@ -10,6 +10,7 @@ import numpy as np
 
 from numflash.simulator.engine import Thread, current_thread
 from numflash.simulator.errors import SimulationError
+from numflash.simulator.memory import POISON
 from numflash.simulator.parts import Part
 from numflash.simulator.waiting import who_waits
 
@@ -64,6 +65,15 @@ class Mbarriers(Part):
         made_by = current_thread().index
         self._by_address[address] = Mbarrier(address, index, count, made_by, pending=count)
         self._content(address)[:] = _CONTENT
+
+    def invalidate(self, array, index: int) -> None:
+        """Give the bytes of an mbarrier back: they may be used for anything, for another, too."""
+        barrier = self.find(array, index)
+        if barrier.bytes or barrier.waiting:
+            raise SimulationError(f"mbarrier.inval while it is used: {barrier.what_it_lacks()}")
+        self._refuse_unseen(barrier, "mbarrier.inval")
+        del self._by_address[barrier.address]
+        self._content(barrier.address)[:] = POISON
 
     def fence_init(self) -> None:
         """Copies see the mbarriers that the running thread has initialised."""
@@ -142,11 +152,14 @@ class Mbarriers(Part):
     def finish(self) -> None:
         """Refuse bytes that nobody has waited for."""
         for barrier in self._by_address.values():
-            if n_bytes := barrier.unseen + barrier.delivered:
-                raise SimulationError(
-                    f"block {tuple(self.block.blockIdx)} ended and nobody has waited for the last "
-                    f"{n_bytes} bytes that {barrier} counted"
-                )
+            self._refuse_unseen(barrier, f"block {tuple(self.block.blockIdx)} ended")
+
+    @staticmethod
+    def _refuse_unseen(barrier: Mbarrier, when: str) -> None:
+        if n_bytes := barrier.unseen + barrier.delivered:
+            raise SimulationError(
+                f"{when} and nobody has waited for the last {n_bytes} bytes that {barrier} counted"
+            )
 
     def _content(self, address: int) -> np.ndarray:
         return self.block.shared.bytes[address : address + 8]

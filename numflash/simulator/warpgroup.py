@@ -197,10 +197,10 @@ def wait(accumulators: list[np.ndarray], pending: int) -> None:
         )
 
 
-def shared_a(descriptors: np.ndarray, dtype: str) -> Operand:
-    """Operand a in shared memory, K-major: of its 64 rows those of this warp."""
+def shared_a(descriptors: np.ndarray, major: str, dtype: str) -> Operand:
+    """Operand a in shared memory: of its 64 rows those of this warp."""
     first = current_thread().warp % _WARPS * _WARP_ROWS
-    return _shared("a", descriptors, _ROWS, "k", dtype, slice(first, first + _WARP_ROWS))
+    return _shared("a", descriptors, _ROWS, major, dtype, slice(first, first + _WARP_ROWS))
 
 
 def register_a(fragments: list[np.ndarray], dtype: str) -> Operand:
@@ -299,7 +299,12 @@ def _shared(
     low, high = 16 * int(chunks.min()), 16 * int(chunks.max()) + 16
     what = f"operand {name} of wgmma"
     block.shared.check_range(what, low, high - low, 16)
-    chunks = chunks[own]
+    if major == "k":
+        chunks = chunks[own]
+    else:
+        # Eight rows a chunk.
+        eighths = slice(own.start and own.start // 8, own.stop and own.stop // 8)
+        chunks, n_rows = chunks[:, eighths], len(range(n_rows)[own])
     block.part(AsyncProxy).check(what, chunks)
     content = block.part(Warpgroups).chunks[chunks]
     elements = content.view(_ELEMENTS[dtype])
