@@ -42,13 +42,14 @@ class Product:
     a: str
     b_major: str
     steps: int
+    a_major: str = "k"
 
     def __str__(self) -> str:
-        return f"{self.dtype}-n{self.n}-{self.a}-{self.b_major}-{self.steps}"
+        return f"{self.dtype}-n{self.n}-{self.a}-{self.a_major}-{self.b_major}-{self.steps}"
 
     @property
     def instruction(self) -> Callable:
-        return make_wgmma(self.n, self.dtype, self.a, self.b_major)
+        return make_wgmma(self.n, self.dtype, self.a, self.b_major, a_major=self.a_major)
 
     @property
     def first_instruction(self) -> Callable:
@@ -88,7 +89,9 @@ def _multiply(product: Product):
     multiply, n, steps = product.instruction, product.n, product.steps
     wait = make_wgmma_wait_group(0, n // 2)
     n_acc, in_registers, b_by_k = n // 2, product.a == "registers", product.b_major == "k"
-    a_bytes = 0 if in_registers else 64 * _ROW_BYTES * (-(-steps // 4))
+    a_by_k = product.a_major == "k"
+    a_rows, a_slabs = (64, -(-steps // 4)) if a_by_k else (product.k, 1)
+    a_bytes = 0 if in_registers else a_rows * _ROW_BYTES * a_slabs
     b_rows = -(-n // 8) * 8 if b_by_k else product.k
     b_slabs = -(-steps // 4) if b_by_k else -(-n // 64)
     b_words = b_rows * b_slabs * _ROW_BYTES // 4
@@ -126,7 +129,10 @@ def _multiply(product: Product):
             if in_registers:
                 multiply(acc, frag[4 * s : 4 * s + 4], b_operand)
             else:
-                a_step = a_start + u32(s // 4 * 64 * _ROW_BYTES + s % 4 * 32)
+                if a_by_k:
+                    a_step = a_start + u32(s // 4 * 64 * _ROW_BYTES + s % 4 * 32)
+                else:
+                    a_step = a_start + u32(s * 16 * _ROW_BYTES)
                 a_operand = u64((a_step & u32(0x3FFFF)) >> u32(4)) | a_constant
                 multiply(acc, a_operand, b_operand)
         wgmma_commit_group()
@@ -205,7 +211,7 @@ def _case(product: Product, name=None, variant=None) -> InstructionCase:
         a_words = _registers_of_a(product, a)
         smem_bytes = 0
     else:
-        a_words = slabs(a.astype(element)).view(np.uint32)
+        a_words = slabs((a if product.a_major == "k" else a.T).astype(element)).view(np.uint32)
         smem_bytes = a_words.nbytes
     b_words = slabs((b.T if product.b_major == "k" else b).astype(element)).view(np.uint32)
     return InstructionCase(
@@ -231,6 +237,11 @@ PRODUCTS = [
         for n in (8, 24, 128)
         for dtype in ("float16", "bfloat16")
         for a in ("shared", "registers")
+    ),
+    *(
+        Product(64, dtype, "shared", b_major, 3, "mn")
+        for dtype in ("float16", "bfloat16")
+        for b_major in ("k", "mn")
     ),
     # Several slabs, and the widest.
     Product(176, "float16", "shared", "k", 6),

@@ -10,7 +10,7 @@ import re
 
 import numpy as np
 
-from numflash.executor.memory import PARAMETERS, Memory, Region
+from numflash.executor.memory import Memory, Region
 from numflash.executor.program import Program
 from numflash.executor.together import NamedBarrier
 from numflash.executor.warps import Warp
@@ -55,7 +55,7 @@ class Block:
         self.memory = Memory(
             launch.regions,
             Region("shared memory", _SHARED_START, visible),
-            Region("the parameters", PARAMETERS, launch.parameters, writeable=False),
+            Region("the parameters", 0, launch.parameters, writeable=False),
             launch.constants,
         )
         self.tensor_maps = launch.tensor_maps

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from numflash.executor.block import Block
-from numflash.executor.memory import PARAMETERS, array_region
+from numflash.executor.memory import PARAMETER_WINDOW, array_region
 from numflash.executor.program import Program
 from numflash.executor.text import Parameter
 from numflash.simulator.tensor_maps import SimulatedTensorMap
@@ -97,7 +97,7 @@ class Launch:
         if isinstance(argument, SimulatedTensorMap):
             if n_bytes != MAP_BYTES:
                 raise TypeError(f"{what} is a tensor map, which has {MAP_BYTES} bytes")
-            self.tensor_maps[PARAMETERS + parameter.offset] = argument
+            self.tensor_maps[PARAMETER_WINDOW + parameter.offset] = argument
             return bytes(n_bytes)
         if isinstance(argument, np.ndarray):
             return self._pointer(name, what, parameter, argument)

@@ -1,8 +1,8 @@
 """What a block's loads and stores reach: each address space, with its bounds.
 
 Addresses are those of the host's memory for global arrays. Variables in constant and global
-memory, parameters, and the windows through which generic addresses reach shared and local memory
-lie where no array of the host does.
+memory, and the windows through which generic addresses reach shared and local memory and the
+parameters, lie where no array of the host does.
 """
 
 import bisect
@@ -15,14 +15,14 @@ from numflash.simulator.memory import POISON, bytes_between
 
 SHARED_WINDOW = 1 << 40
 LOCAL_WINDOW = 1 << 41
-PARAMETERS = 1 << 42
+PARAMETER_WINDOW = 1 << 42
 CONSTANTS = 1 << 43
 _WINDOW_BYTES = 1 << 32
 
 WINDOWS = {
     "global": 0,
     "const": 0,
-    "param": 0,
+    "param": PARAMETER_WINDOW,
     "shared": SHARED_WINDOW,
     "local": LOCAL_WINDOW,
 }
@@ -97,11 +97,9 @@ class Memory:
 
 def space_of(address: int) -> tuple[str, int]:
     """(space, start of its window) of a generic address."""
-    for space, start in (("shared", SHARED_WINDOW), ("local", LOCAL_WINDOW)):
-        if start <= address < start + _WINDOW_BYTES:
+    for space, start in WINDOWS.items():
+        if start and start <= address < start + _WINDOW_BYTES:
             return space, start
-    if PARAMETERS <= address < PARAMETERS + _WINDOW_BYTES:
-        return "param", 0
     return "global", 0
 
 

@@ -18,7 +18,7 @@ from itertools import count
 import numpy as np
 
 from numflash.executor import arithmetic
-from numflash.executor.memory import CONSTANTS, PARAMETERS, Region
+from numflash.executor.memory import CONSTANTS, Region
 from numflash.executor.one_lane import OneLane, UnknownError, is_one_lane
 from numflash.executor.operands import WAITS
 from numflash.executor.text import Entry, Label, PtxError, Statement, parse
@@ -100,7 +100,7 @@ class Program:
 
     def _place_variables(self) -> None:
         for parameter in self.entry.parameters:
-            self._addresses[parameter.name] = PARAMETERS + parameter.offset
+            self._addresses[parameter.name] = parameter.offset
         self._static = []
         content, self.local_bytes = bytearray(), 0
         for variable in self.entry.variables.values():

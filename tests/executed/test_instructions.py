@@ -20,6 +20,7 @@ for _make in (
     lambda: make_wgmma(64, "float16", "shared"),
     lambda: make_wgmma(128, "bfloat16", "registers", "mn"),
     lambda: make_wgmma(32, "e4m3", "registers", accumulates=False),
+    lambda: make_wgmma(64, "float16", "shared", "mn", a_major="mn"),
     lambda: make_wgmma_wait_group(1, 32),
     lambda: make_setmaxnreg("dec", 40),
 ):

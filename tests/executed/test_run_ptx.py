@@ -5,7 +5,8 @@ import pytest
 
 import numflash
 from numflash.errors import UnsupportedError
-from numflash.simulator import DeadlockError, SimulationError
+from numflash.simulator import DeadlockError, SimulatedTensorMap, SimulationError
+from numflash.tensor_maps import TensorLayout
 
 
 def module(body: str, parameters: str = ".param .u64 x, .param .u32 n", declares="") -> str:
@@ -189,6 +190,140 @@ def test_what_a_kernel_reads_before_it_wrote_is_poison():
 
 def test_a_kernel_that_writes_nothing_is_no_crash():
     assert not run("").any()
+
+
+# What other compilers write and our kernels do not
+
+
+def test_hints_of_caches_make_no_other_instruction():
+    body = """
+    .shared .align 16 .b8 room[512];
+    mul.wide.u32 %rd4, %r1, 16;
+    add.s64 %rd5, %rd1, %rd4;
+    shl.b32 %r2, %r1, 4;
+    mov.u32 %r3, room;
+    add.u32 %r4, %r2, %r3;
+    cp.async.cg.shared::cta.global.L2::256B [%r4], [%rd5], 16, 16;
+    cp.async.commit_group;
+    cp.async.wait_group 0;
+    ld.shared.u32 %r5, [%r4+12];
+    st.global.u32 [%rd5], %r5;"""
+    x = np.arange(128, dtype=np.uint32)
+    assert run(body, x=x)[::4].tolist() == list(range(3, 128, 4))
+    with pytest.raises(UnsupportedError, match="cp.async.ca.shared::cta.global"):
+        run(body.replace("async.cg", "async.ca"))  # 16 bytes through L1: no kernel has it
+
+
+def test_parameters_have_generic_addresses():
+    body = """
+    mov.b32 %r2, n;
+    cvt.u64.u32 %rd4, %r2;
+    cvta.param.u64 %rd5, %rd4;
+    ld.u32 %r3, [%rd5];
+    ld.param.u32 %r4, [n];
+    add.u32 %r5, %r3, %r4;
+    st.global.u32 [%rd3], %r5;"""
+    assert run(body, n=21)[0] == 42
+
+
+def squares(*products: str, before: str = "") -> np.ndarray:
+    """What a warpgroup has in its accumulators of n = 8 after these products of ones by ones."""
+    body = f"""
+    .shared .align 1024 .b8 a[8192];
+    .reg .b32 %d<4>; .reg .pred %adds;
+    shl.b32 %r2, %r1, 6;
+    mov.u32 %r3, a;
+    add.u32 %r4, %r2, %r3;
+    mov.u32 %r5, 0;
+    mov.b32 %r6, 0x3c003c00;
+FILL:
+    st.shared.u32 [%r4], %r6;
+    add.u32 %r4, %r4, 4;
+    add.u32 %r5, %r5, 1;
+    setp.lt.u32 %p1, %r5, 16;
+    @%p1 bra FILL;
+    fence.proxy.async.shared::cta;
+    bar.sync 0;
+    shr.u32 %r7, %r3, 4;
+    cvt.u64.u32 %rd4, %r7;
+    or.b64 %rd5, %rd4, {1 << 16 | 64 << 32 | 1 << 62};
+    mov.b32 %d0, 0x41200000; mov.b32 %d1, %d0; mov.b32 %d2, %d0; mov.b32 %d3, %d0;
+    {before}
+    wgmma.fence.sync.aligned;
+    {" ".join(products)}
+    wgmma.commit_group.sync.aligned;
+    wgmma.wait_group.sync.aligned 0;
+    st.global.b32 [%rd3], %d3;"""
+    return run(body, x=np.zeros(128, np.float32), block=128)
+
+
+def product(scale_d: str) -> str:
+    return (
+        "wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {%d0, %d1, %d2, %d3}, %rd5, %rd5, "
+        f"{scale_d}, 1, 1, 0, 0;"
+    )
+
+
+def test_a_predicate_says_whether_a_product_adds():
+    holds, fails = "setp.eq.u32 %adds, %r5, 16;", "setp.ne.u32 %adds, %r5, 16;"
+    assert (squares(product("%adds"), before=holds) == 10 + 16).all()
+    assert (squares(product("%adds"), before=fails) == 16).all()
+    assert (squares(product("1"), product("%adds"), before=fails) == 16).all()
+    assert (squares(product("!%adds"), product("1"), before=fails) == 10 + 32).all()
+    with pytest.raises(SimulationError, match="scale-d differs from lane to lane"):
+        squares(product("%adds"), before="setp.lt.u32 %adds, %r1, 40;")
+
+
+INVALIDATED = """
+    .shared .align 8 .b8 barrier[8];
+    mov.u32 %r2, barrier;
+    setp.eq.u32 %p1, %r1, 0;
+    @%p1 mbarrier.init.shared.b64 [%r2], 1;
+    bar.sync 0;
+    @%p1 mbarrier.inval.shared::cta.b64 [%r2];
+    bar.sync 0;
+    """
+
+
+def test_an_mbarrier_that_is_no_more():
+    used = "@%p1 mbarrier.arrive.shared::cta.b64 _, [%r2];"
+    with pytest.raises(SimulationError, match=r"line 21: .*mbarrier_init has not made it one"):
+        run(INVALIDATED + used)
+    run(INVALIDATED + "@%p1 mbarrier.init.shared::cta.b64 [%r2], 1;\n" + used)
+    with pytest.raises(SimulationError, match="initialised twice"):
+        run(INVALIDATED.replace("inval.shared::cta.b64 [%r2]", "init.shared.b64 [%r2], 1"))
+
+
+@pytest.mark.parametrize("way", ["", ".read"])
+def test_bulk_stores_are_over_or_have_only_read(way):
+    body = f"""
+    .shared .align 128 .b8 room[128];
+    mov.u32 %r2, room;
+    shl.b32 %r3, %r1, 2;
+    add.u32 %r4, %r2, %r3;
+    mov.u32 %r9, 7;
+    st.shared.u32 [%r4], %r9;
+    fence.proxy.async.shared::cta;
+    bar.warp.sync -1;
+    mov.b32 %r5, map;
+    cvt.u64.u32 %rd4, %r5;
+    cvta.param.u64 %rd5, %rd4;
+    mov.u32 %r6, 0;
+    setp.eq.u32 %p1, %r1, 0;
+    @%p1 cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%rd5, {{%r6, %r6}}], [%r2];
+    cp.async.bulk.commit_group;
+    cp.async.bulk.wait_group{way} 0;
+    bar.warp.sync -1;
+    ld.global.u32 %r7, [%rd3];
+    st.global.u32 [%rd3+128], %r7;"""
+    x = np.zeros((2, 32), np.float32)
+    layout = TensorLayout("float32", (32, 1), (128,), (32, 1))
+    parameters = ".param .u64 x, .param .u32 n, .param .align 64 .b8 map[128]"
+    arguments = [x, 0, SimulatedTensorMap(x, layout)]
+    numflash.run_ptx(module(body, parameters), None, 1, 32, arguments)
+    stored, seen = x.view(np.uint32)
+    # Only who waits for writes may read them; otherwise they come as late as they can.
+    assert (stored == 7).all() and (seen == (0 if way else 7)).all()
 
 
 # Errors

@@ -38,6 +38,13 @@ _TYPES = {
     "fp32": np.dtype(np.float32),
     "fp8e4nv": np.dtype(ml_dtypes.float8_e4m3fn),
 }
+# Where Triton and our checks differ. It leaves out the fence between `mbarrier.init` and copies that
+# the PTX ISA asks for; and of stores that `wgmma` reads the reader fences, after the barrier, where
+# we want it of the writer, before.
+_FENCES = {
+    r"(mbarrier\.init[^;]*;)": r"\1 fence.mbarrier_init.release.cluster;",
+    r"(bar\.sync\s+0;)": r"fence.proxy.async.shared::cta; \1",
+}
 _TRANSPOSES = [(0, 0), (0, 1), (1, 0), (1, 1)]
 
 
@@ -56,14 +63,14 @@ def _answer(request: bytes) -> dict:
     return pickle.loads(worker.stdout)
 
 
-def run(kernel: dict, grid, *arguments) -> set[str]:
+def run(kernel: dict, grid, *arguments, fenced: bool = True) -> set[str]:
     """Run a compiled kernel; the opcodes that were executed."""
     # Triton appends pointers to scratch memory, which these kernels have none of.
     scratch = [None, None]
-    # It leaves out the fence that the PTX ISA asks for between this and copies.
-    ptx = re.sub(
-        r"(mbarrier\.init[^;]*;)", r"\1 fence.mbarrier_init.release.cluster;", kernel["ptx"]
-    )
+    ptx = kernel["ptx"]
+    if "wgmma" in ptx and fenced:
+        for before, after in _FENCES.items():
+            ptx = re.sub(before, after, ptx)
     profile = numflash.run_ptx(
         ptx,
         kernel["entry"],

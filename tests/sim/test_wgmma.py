@@ -551,3 +551,7 @@ def test_a_wait_is_for_the_products_of_its_own_warp(apart, monkeypatch):
 def test_there_are_products_of_some_shapes_only(n, dtype, b_major):
     with pytest.raises(ValueError, match="there is no wgmma"):
         make_wgmma(n, dtype, "shared", b_major)
+    with pytest.raises(ValueError, match="there is no wgmma"):
+        make_wgmma(64, "e4m3", "shared", a_major="mn")
+    with pytest.raises(ValueError, match="registers is K-major, got 'mn'"):
+        make_wgmma(64, "float16", "registers", a_major="mn")
