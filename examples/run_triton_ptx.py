@@ -3,7 +3,7 @@
     NUMBA_ENABLE_CUDASIM=1 python examples/run_triton_ptx.py [80 | 90]
 
 Triton compiles for GPUs that are not there (`pip install triton` is all that it needs), and
-`numflash.run_ptx` executes what it made: on sm_80 with `cp.async` and `mma`, on sm_90 with `wgmma`.
+`numflash.run_ptx` executes what it made: `cp.async` and `mma` on sm_80, `wgmma` on sm_90.
 The profile counts what warps executed.
 """
 

@@ -162,9 +162,7 @@ def _added_where(predicate: Register, statement: Statement, program) -> Callable
     holds = reader(program, predicate, "pred")
     before, after = statement.operands[:3], statement.operands[4:]
     overwrites, adds = (
-        body_operation(
-            replace(statement, operands=(*before, Immediate(scale), *after)), program
-        )
+        body_operation(replace(statement, operands=(*before, Immediate(scale), *after)), program)
         for scale in ("0", "1")
     )
 

@@ -20,7 +20,7 @@ import pytest
 
 import numflash
 from numflash.errors import UnsupportedError
-from numflash.simulator import SimulatedTensorMap
+from numflash.simulator import SimulatedTensorMap, SimulationError
 from numflash.switches import is_on
 from numflash.tensor_maps import TensorLayout
 from tests.executed.conftest import normal
@@ -37,10 +37,10 @@ _TYPES = {
     "bf16": np.dtype(ml_dtypes.bfloat16),
     "fp32": np.dtype(np.float32),
     "fp8e4nv": np.dtype(ml_dtypes.float8_e4m3fn),
+    "fp8e5": np.dtype(ml_dtypes.float8_e5m2),
 }
-# Where Triton and our checks differ. It leaves out the fence between `mbarrier.init` and copies that
-# the PTX ISA asks for; and of stores that `wgmma` reads the reader fences, after the barrier, where
-# we want it of the writer, before.
+# Where Triton and our checks differ: it sets no fence between `mbarrier.init` and copies, and of
+# stores that `wgmma` reads the reader fences, after the barrier. We want it of the writer, before.
 _FENCES = {
     r"(mbarrier\.init[^;]*;)": r"\1 fence.mbarrier_init.release.cluster;",
     r"(bar\.sync\s+0;)": r"fence.proxy.async.shared::cta; \1",
@@ -68,7 +68,7 @@ def run(kernel: dict, grid, *arguments, fenced: bool = True) -> set[str]:
     # Triton appends pointers to scratch memory, which these kernels have none of.
     scratch = [None, None]
     ptx = kernel["ptx"]
-    if "wgmma" in ptx and fenced:
+    if ".target sm_90" in ptx and fenced:
         for before, after in _FENCES.items():
             ptx = re.sub(before, after, ptx)
     profile = numflash.run_ptx(
@@ -169,12 +169,83 @@ def test_attention(target, head_dim):
     assert any(x.startswith("wgmma.mma" if target == 90 else "mma.sync") for x in opcodes)
 
 
+def test_copies_of_four_bytes():
+    """Pointers that are multiples of 4 only."""
+    signature = {"a": "*fp32", "b": "*fp32", "c": "*fp32", **_SIZES}
+    constants = {"TA": 0, "TB": 0, "BM": 64, "BN": 64, "BK": 32}
+    kernel = compiled("matmul", 80, signature, constants, stages=3, aligned=False)
+    a, b = (normal(64 * 65 + 1, np.float32, seed)[1:] for seed in (1, 2))
+    a, b = a[: 64 * 64].reshape(64, 64), b[: 64 * 64].reshape(64, 64)
+    c = np.full((64, 64), np.nan, np.float32)
+    opcodes = run(kernel, (1, 1), a, b, c, 64, 64, 64)
+    assert "cp.async.ca.shared.global" in opcodes
+    exact = cut_to_tf32(a).astype(np.float64) @ cut_to_tf32(b).astype(np.float64)
+    np.testing.assert_allclose(c, exact, atol=1e-4)
+
+
+def saturated(x: np.ndarray, dtype) -> np.ndarray:
+    largest = float(ml_dtypes.finfo(dtype).max)
+    return np.where(np.isnan(x), x, np.clip(x, -largest, largest)).astype(dtype)
+
+
+@pytest.mark.parametrize("type_", ["fp8e4nv", "fp8e5"])
+@pytest.mark.parametrize("to_fp8", [True, False])
+def test_conversions_of_fp8(type_, to_fp8):
+    other = "fp32" if to_fp8 else "fp16"
+    dtype, wide = _TYPES[type_], _TYPES[other]
+    types = (other, type_) if to_fp8 else (type_, other)
+    signature = {"x": f"*{types[0]}", "y": f"*{types[1]}", "n": "i32"}
+    kernel = compiled("convert", 90, signature, {"BLOCK": 512})
+    if to_fp8:
+        scale = 2.0 ** np.random.default_rng(0).integers(-20, 20, 1024)
+        x = (normal(1024, np.float64, 1) * scale).astype(wide)
+        expected = saturated(x, dtype)
+    else:
+        x = np.resize(np.arange(256, dtype=np.uint8).view(dtype), 1024)
+        expected = x.astype(wide)
+    y = np.zeros(1024, _TYPES[types[1]])
+    opcodes = run(kernel, 2, x, y, 1024)
+    same = (y == expected) | np.isnan(y.astype("f4")) & np.isnan(expected.astype("f4"))
+    assert same.all(), (x[~same][:4], y[~same][:4], expected[~same][:4])
+    ours = {"fp8e4nv": "e4m3x2", "fp8e5": "e5m2x2"}[type_]
+    used = f"cvt.rn.satfinite.{ours}.f32" if to_fp8 else f"cvt.rn.f16x2.{ours}"
+    assert used in opcodes
+
+
 def tensor_map(array: np.ndarray, box) -> list:
     """The parameters that Triton makes of a descriptor: the map, extents and strides."""
     dtype = {1: "uint8", 2: "float16"}[array.itemsize]
-    rows, columns = array.shape
-    layout = TensorLayout(dtype, (columns, rows), (columns * array.itemsize,), tuple(box[::-1]))
-    return [SimulatedTensorMap(array, layout), rows, columns, columns, 1]
+    layout = TensorLayout(dtype, array.shape[::-1], array.strides[-2::-1], tuple(box[::-1]))
+    steps = [stride // array.itemsize for stride in array.strides]
+    return [SimulatedTensorMap(array, layout), *array.shape, *steps]
+
+
+@pytest.mark.parametrize(
+    "shape, box, first",
+    [
+        ((3, 20, 72), (1, 16, 64), (0, 8, 16)),
+        ((3, 20, 3, 72), (1, 8, 2, 64), (0, 8, 1, 16)),
+        ((3, 20, 3, 2, 72), (1, 8, 2, 2, 64), (0, 8, 1, 0, 16)),
+    ],
+)
+def test_tiles_of_several_dimensions(shape, box, first):
+    rank = len(shape)
+    kind = f"tensordesc<fp16[{', '.join(map(str, box))}]>"
+    constants = {"B": first[1], "C": first[-1]}
+    kernel = compiled(f"copy_{rank}d", 90, {"x": kind, "y": kind}, constants)
+    x, y = normal(shape, np.float16, 1), np.full(shape, -1, np.float16)
+    parameters = [
+        p
+        for array, given in zip((x, y), kernel["maps"], strict=True)
+        for p in tensor_map(array, given["block_size"])
+    ]
+    opcodes = run(kernel, shape[0], *parameters)
+    expected = np.full_like(y, -1)
+    inside = (slice(None), *(slice(i, i + n) for i, n in zip(first[1:], box[1:], strict=True)))
+    expected[inside] = x[inside]
+    np.testing.assert_array_equal(y, expected)
+    for direction in ("shared", "global"):
+        assert any(o.startswith(f"cp.async.bulk.tensor.{rank}d.{direction}") for o in opcodes)
 
 
 @pytest.mark.parametrize("type_, tb, bk", [("fp16", 0, 64), ("fp16", 1, 64), ("fp8e4nv", 1, 128)])
@@ -204,7 +275,17 @@ def test_a_matmul_of_tensor_maps(type_, tb, bk):
     assert any(x.startswith("cp.async.bulk.tensor.2d.global") for x in opcodes)
 
 
+def test_where_we_ask_for_more_fences_than_triton_sets():
+    kind = "tensordesc<fp16[1, 16, 64]>"
+    kernel = compiled("copy_3d", 90, {"x": kind, "y": kind}, {"B": 0, "C": 0})
+    x = normal((1, 16, 64), np.float16)
+    boxes = [given["block_size"] for given in kernel["maps"]]
+    parameters = [p for box in boxes for p in tensor_map(x.copy(), box)]
+    with pytest.raises(SimulationError, match="without a fence_mbarrier_init after it"):
+        run(kernel, 1, *parameters, fenced=False)
+
+
 def test_what_is_not_known_is_refused_by_name():
     """tf32 of sm_90 has a `wgmma` that no kernel of ours uses."""
-    with pytest.raises(UnsupportedError, match="m64n64k8.f32.tf32.tf32"):
+    with pytest.raises(UnsupportedError, match=r"m64n64k8\.f32\.tf32\.tf32"):
         multiplied(90, "fp32", 0, 1, (64, 64, 64), (64, 64, 32))

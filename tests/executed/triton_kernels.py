@@ -2,8 +2,7 @@
 
     python triton_kernels.py < request
 
-reads a pickled `Request` as a tuple and answers with a pickled `Compiled` as a dictionary. The
-test process need not be able to import Triton's compiler, which changes what it finds in a process.
+reads the pickled arguments of `compiled`, and answers with what it returns, pickled, too.
 """
 
 import pickle
@@ -72,6 +71,30 @@ def matmul_of_tiles(
 
 
 @triton.jit
+def copy_3d(x, y, B: tl.constexpr, C: tl.constexpr):
+    i = tl.program_id(0)
+    y.store([i, B, C], x.load([i, B, C]))
+
+
+@triton.jit
+def copy_4d(x, y, B: tl.constexpr, C: tl.constexpr):
+    i = tl.program_id(0)
+    y.store([i, B, 1, C], x.load([i, B, 1, C]))
+
+
+@triton.jit
+def copy_5d(x, y, B: tl.constexpr, C: tl.constexpr):
+    i = tl.program_id(0)
+    y.store([i, B, 1, 0, C], x.load([i, B, 1, 0, C]))
+
+
+@triton.jit
+def convert(x, y, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y + i, tl.load(x + i, mask=i < n).to(y.dtype.element_ty), mask=i < n)
+
+
+@triton.jit
 def attention(
     q,
     k,
@@ -113,7 +136,13 @@ def attention(
 
 
 def compiled(
-    kernel: str, target: int, signature: dict, constants: dict, warps: int = 4, stages: int = 2
+    kernel: str,
+    target: int,
+    signature: dict,
+    constants: dict,
+    warps: int = 4,
+    stages: int = 2,
+    aligned: bool = True,
 ) -> dict:
     """What `tests/executed/test_witnesses.py` runs.
 
@@ -122,17 +151,17 @@ def compiled(
         target: 80 for sm_80.
         signature: the types of parameters that are no constants, as Triton writes them.
         constants: the others' values.
+        aligned: whether pointers and sizes are multiples of 16, as Triton's launcher would find.
     """
     function = globals()[kernel]
     names = list(function.arg_names)
     kinds = {name: signature.get(name, "constexpr") for name in names}
-    # As Triton's launcher says of pointers and sizes that are multiples of 16.
-    aligned = {
+    attributes = {
         (names.index(name),): [["tt.divisibility", 16]]
         for name, kind in signature.items()
-        if kind == "i32" or kind.startswith("*")
+        if aligned and (kind == "i32" or kind.startswith("*"))
     }
-    source = ASTSource(fn=function, signature=kinds, constexprs=constants, attrs=aligned)
+    source = ASTSource(fn=function, signature=kinds, constexprs=constants, attrs=attributes)
     options = {"num_warps": warps, "num_stages": stages}
     made = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
     return {

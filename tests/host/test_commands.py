@@ -150,6 +150,22 @@ def test_an_example_without_a_gpu_says_so_in_a_line(tmp_path, name, why):
     assert "NUMBA_ENABLE_CUDASIM=1" in line and "numflash[cu13]" in line
 
 
+def test_the_example_of_triton_without_it_says_so_in_a_line(tmp_path):
+    env = environment(tmp_path, simulated=True)
+    missing = "raise ModuleNotFoundError(\"No module named 'triton'\", name='triton')\n"
+    (tmp_path / "packages" / "triton.py").write_text(missing)
+    done = subprocess.run(
+        [PYTHON, "examples/run_triton_ptx.py"],
+        env=env,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert "pip install triton" in line
+
+
 def test_information_without_cupy_and_a_gpu_is_given(tmp_path):
     env = environment(tmp_path, simulated=False)
     (tmp_path / "packages" / "cupy.py").write_text("raise ModuleNotFoundError('cupy')\n")
