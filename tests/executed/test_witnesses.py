@@ -11,6 +11,7 @@ import pickle
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -20,7 +21,10 @@ import pytest
 
 import numflash
 from numflash.errors import UnsupportedError
-from numflash.simulator import SimulatedTensorMap, SimulationError
+from numflash.executor import arithmetic, bodies
+from numflash.executor.program import program_of
+from numflash.ptx import INSTRUCTIONS, tensor_cores
+from numflash.simulator import SimulatedTensorMap, SimulationError, tensor_maps, warpgroup
 from numflash.switches import is_on
 from numflash.tensor_maps import TensorLayout
 from tests.executed.conftest import normal
@@ -220,14 +224,15 @@ def tensor_map(array: np.ndarray, box) -> list:
     return [SimulatedTensorMap(array, layout), *array.shape, *steps]
 
 
-@pytest.mark.parametrize(
-    "shape, box, first",
-    [
-        ((3, 20, 72), (1, 16, 64), (0, 8, 16)),
-        ((3, 20, 3, 72), (1, 8, 2, 64), (0, 8, 1, 16)),
-        ((3, 20, 3, 2, 72), (1, 8, 2, 2, 64), (0, 8, 1, 0, 16)),
-    ],
-)
+# Shape, box, first element.
+TILES = [
+    ((3, 20, 72), (1, 16, 64), (0, 8, 16)),
+    ((3, 20, 3, 72), (1, 8, 2, 64), (0, 8, 1, 16)),
+    ((3, 20, 3, 2, 72), (1, 8, 2, 2, 64), (0, 8, 1, 0, 16)),
+]
+
+
+@pytest.mark.parametrize("shape, box, first", TILES)
 def test_tiles_of_several_dimensions(shape, box, first):
     rank = len(shape)
     kind = f"tensordesc<fp16[{', '.join(map(str, box))}]>"
@@ -289,3 +294,131 @@ def test_what_is_not_known_is_refused_by_name():
     """tf32 of sm_90 has a `wgmma` that no kernel of ours uses."""
     with pytest.raises(UnsupportedError, match=r"m64n64k8\.f32\.tf32\.tf32"):
         multiplied(90, "fp32", 0, 1, (64, 64, 64), (64, 64, 32))
+
+
+# Wrong meanings on purpose: a witness notices
+
+
+def _in_other_order(body):
+    """Of a product: the second and third register of a are exchanged."""
+    return lambda d, a, b: body(d, a[:, [0, 2, 1, 3]], b)
+
+
+def _rows_in_other_order(body):
+    def wrong(frag, source, offset):
+        body(frag, source, offset)
+        frag[...] = frag[:, [0, 2, 1, 3]]
+
+    return wrong
+
+
+def _not_transposed(body):
+    return INSTRUCTIONS["ldmatrix_x4"].body
+
+
+def _stored_in_other_order(body):
+    return lambda target, offset, frag: body(target, offset, frag[:, [0, 2, 1, 3]])
+
+
+def _same(swizzled):
+    return lambda chunks: chunks
+
+
+def _offsets_exchanged(mn_major):
+    return lambda n_rows, leading, stride: mn_major(n_rows, stride, leading)
+
+
+def _last_two_exchanged(overlap):
+    return lambda self, coordinates: overlap(self, (*coordinates[:-2], *coordinates[:-3:-1]))
+
+
+def _uncut(tf32):
+    return lambda x: np.ascontiguousarray(x, np.uint32).view(np.float32).astype(np.float64)
+
+
+def _exchanged(encoded):
+    return lambda name, high, low: encoded(name, low, high)
+
+
+def _body(name: str, make):
+    """A patch of an instruction's body."""
+    wrong = replace(INSTRUCTIONS[name], body=make(INSTRUCTIONS[name].body))
+    return lambda m: m.setitem(INSTRUCTIONS, name, wrong)
+
+
+def _function(owner, name: str, make):
+    """A patch of a function."""
+    return lambda m: m.setattr(owner, name, make(getattr(owner, name)))
+
+
+_float16, _tf32 = ("fp16", "f16"), ("fp32", "tf32")
+# Name -> (how it is made wrong, who notices).
+WRONG = {
+    "mma f16": (
+        _body("mma_m16n8k16_f16", _in_other_order),
+        lambda: test_a_matmul_of_sm80(*_float16, 0, 0),
+    ),
+    "mma bf16": (
+        _body("mma_m16n8k16_bf16", _in_other_order),
+        lambda: test_a_matmul_of_sm80("bf16", "bf16", 0, 0),
+    ),
+    "mma tf32": (
+        _body("mma_m16n8k8_tf32", _in_other_order),
+        lambda: test_a_matmul_of_sm80(*_tf32, 0, 0),
+    ),
+    "tf32 is not cut": (
+        _function(tensor_cores, "_tf32", _uncut),
+        lambda: test_a_matmul_of_sm80(*_tf32, 0, 0),
+    ),
+    "mma e4m3": (_body("mma_m16n8k32_e4m3", _in_other_order), test_fp8_of_sm89),
+    "ldmatrix": (
+        _body("ldmatrix_x4", _rows_in_other_order),
+        lambda: test_a_matmul_of_sm80(*_float16, 0, 1),
+    ),
+    "ldmatrix.trans": (
+        _body("ldmatrix_x4_trans", _not_transposed),
+        lambda: test_a_matmul_of_sm80(*_float16, 1, 0),
+    ),
+    "stmatrix": (
+        _body("stmatrix_x4", _stored_in_other_order),
+        lambda: test_a_matmul_of_tensor_maps("fp16", 0, 64),
+    ),
+    "wgmma without swizzle": (
+        _function(warpgroup, "swizzled", _same),
+        lambda: test_a_matmul_of_sm90("fp16", 0, 1),
+    ),
+    "wgmma, offsets exchanged": (
+        _function(warpgroup, "_mn_major", _offsets_exchanged),
+        lambda: test_a_matmul_of_sm90("fp16", 1, 0),
+    ),
+    "tensor maps without swizzle": (
+        _function(tensor_maps, "swizzled", _same),
+        lambda: test_a_matmul_of_tensor_maps("fp16", 0, 64),
+    ),
+    "coordinates in another order": (
+        _function(SimulatedTensorMap, "_overlap", _last_two_exchanged),
+        lambda: test_tiles_of_several_dimensions(*TILES[-1]),
+    ),
+    "e4m3, halves exchanged": (
+        _function(arithmetic, "encoded", _exchanged),
+        lambda: test_conversions_of_fp8("fp8e4nv", True),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_meaning_is_noticed(name, monkeypatch):
+    make_wrong, noticed = WRONG[name]
+    make_wrong(monkeypatch)
+    _forget()
+    try:
+        with pytest.raises((AssertionError, SimulationError, IndexError)):
+            noticed()
+    finally:
+        _forget()
+
+
+def _forget():
+    """Programs are made of bodies, and remembered."""
+    program_of.cache_clear()
+    bodies._table.cache_clear()
