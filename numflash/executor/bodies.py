@@ -110,8 +110,10 @@ def plain(opcode: str, operands: tuple) -> tuple[str, tuple]:
 
 def body_operation(statement: Statement, program) -> Callable | None:
     """The operation of a statement by its body; None where no template matches it."""
-    if _WGMMA.fullmatch(statement.opcode) and isinstance(statement.operands[3], Register):
-        return _added_where(statement.operands[3], statement, program)
+    if _WGMMA.fullmatch(statement.opcode):
+        for scale_d in statement.operands[3:4]:
+            if isinstance(scale_d, Register):
+                return _added_where(scale_d, statement, program)
     opcode, _ = plain(statement.opcode, statement.operands)
     for template in _made_for(statement) or _table().get(opcode, []):
         bindings = template.bindings(statement)
@@ -138,7 +140,12 @@ def _made_for(statement: Statement) -> list[Template]:
         call = make_wgmma_wait_group(operands[0].integer(), 1)
     elif matched := _WGMMA.fullmatch(statement.opcode):
         n, type_, same = matched.groups()
-        if type_ != same or len(operands) < 6 or not isinstance(operands[3], Immediate):
+        numbers = [*operands[3:4], *operands[6:]]
+        if (
+            type_ != same
+            or len(operands) < 6
+            or not all(isinstance(number, Immediate) for number in numbers)
+        ):
             raise UnknownError(
                 f"the executor does not know {statement.opcode} with these operands"
             )

@@ -366,6 +366,15 @@ def test_text_that_is_no_ptx_is_refused_by_its_line(ptx, message):
             "wgmma.mma_async.sync.aligned.m64n8k16.f16.f16.f16 {%r2}, %rd4, %rd4, 1, 1, 1, 0, 0;",
             "f16",
         ),
+        (
+            "wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {%r2}, %rd4, %rd4;",
+            "with these operands",
+        ),
+        (
+            "wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {%r2,%r3,%r4,%r5}, %rd4, %rd4, "
+            "%p1, 1, 1, %r6, 0;",
+            "with these operands",
+        ),
         ("multimem.ld_reduce.global.add.f32 %f1, [%rd3];", "multimem"),
     ],
 )
