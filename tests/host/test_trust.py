@@ -13,8 +13,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from numflash import cache, store, trust
+from numflash import cache, info, store, trust
 from numflash.files import locked
+from numflash_tuner import caches
 from tests.host.test_store import ENTRY, H200
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="permissions of POSIX")
@@ -127,6 +128,20 @@ def test_a_file_that_others_may_write_is_made_anew(spoil, reason, users_cache, w
     fill()
     assert is_read() == (True, True)
     assert [file.name for file in table.parent.glob("*.corrupt*")] == [table.name + ".corrupt-1"]
+
+
+@hows
+@pytest.mark.parametrize("name", ["", "configs", "*.json"])
+def test_what_is_not_used_is_not_called_right(name, spoil, reason, users_cache, capsys):
+    fill()
+    (table,) = users_cache.rglob("*.json")
+    path = table if name == "*.json" else users_cache / name
+    assert caches.main(["validate"]) == 0
+    spoil(path)
+    assert caches.main(["validate"]) == 1
+    assert capsys.readouterr().out.count(f"{path} is not used: {reason}") == 1
+    told = info.describe(info.collect())
+    assert (f"{path} is not used: {reason}" in told) is (name == "")
 
 
 @pytest.mark.parametrize(
