@@ -292,6 +292,17 @@ def test_a_strangers_folder_is_not_believed_because_it_was_named(tmp_path, monke
     assert f"it belongs to the user {STRANGER}" in warnings()[0]
 
 
+@needs_root
+def test_a_strangers_group_does_not_make_it_believed(tmp_path, monkeypatch, warnings):
+    monkeypatch.setenv("NUMFLASH_CACHE_DIR", str(tmp_path / "cache"))
+    fill()
+    for path in (tmp_path / "cache", *(tmp_path / "cache").rglob("*")):
+        os.chown(path, STRANGER, STRANGER)
+    (tmp_path / "cache").chmod(0o2775)
+    assert is_read() == (False, False)
+    assert f"the group {STRANGER} may write it" in warnings()[0]
+
+
 @pytest.mark.parametrize("header", ["[]", "3", "null", "[" * 100_000, '{"key": 1e999}', "\x00"])
 def test_any_header_is_read(header):
     """A file of this user whose checksum fits, whatever it says."""
