@@ -11,7 +11,7 @@ from typing import Any
 
 from numflash import tuned
 from numflash.arrays import library_of, on_stream, stream_address
-from numflash.calls import DEFAULTS, Backward, Forward
+from numflash.calls import DEFAULTS, Backward, Forward, expect_known
 from numflash.compiler import get_cubin
 from numflash.configs import Config, MmaConfig, Traits, padded_head_dim
 from numflash.dispatch import choose, num_splits
@@ -267,12 +267,7 @@ def plan(
     Raises:
         TypeError, ValueError, UnsupportedError: as `attention`.
     """
-    unknown = set(options) - set(DEFAULTS)
-    if unknown:
-        raise TypeError(
-            f"plan got unknown options: {', '.join(sorted(unknown))}; it takes out, stream, "
-            f"{', '.join(DEFAULTS)}"
-        )
+    expect_known("plan", options, ("out", "stream"))
     for name, array in (("q", q), ("k", k), ("v", v)):
         array = array.data if isinstance(array, Fp8Array) else array
         view = library_of(array, name).view(array, name)

@@ -80,6 +80,24 @@ def open_file(path: Path) -> BinaryIO:
     return file
 
 
+def refusal(path: Path | None = None) -> str | None:
+    """Why the cache, or one of its files, is not used; None if it is, or is absent.
+
+    Args:
+        path: a file in a folder of the cache; None asks about the cache itself.
+    """
+    try:
+        if path is None:
+            _group()
+        else:
+            open_file(path).close()
+    except UntrustedError as error:
+        return str(error)
+    except OSError:
+        pass
+    return None
+
+
 def _group() -> int | None:
     """The group with which this user shares the cache; None if it is the user's alone.
 

@@ -45,6 +45,22 @@ DEFAULTS = {
     "max_rel_error": None,
 }
 """The options of a call, as `numflash.attention` has them unless told otherwise."""
+
+
+def expect_known(function: str, options: dict, others: tuple[str, ...] = ()) -> None:
+    """Raise TypeError, which names the function and what it takes, for options that no call has.
+
+    Args:
+        function: whose options these are.
+        options: by name.
+        others: what it takes besides `DEFAULTS`.
+    """
+    unknown = sorted(set(options) - {*DEFAULTS, *others})
+    if unknown:
+        takes = ", ".join([*others, *DEFAULTS])
+        raise TypeError(f"{function} got unknown options: {', '.join(unknown)}; it takes {takes}")
+
+
 # Those that say how, not what, is computed.
 _HOW = ("config", "fp8", "max_rel_error", "described")
 

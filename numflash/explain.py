@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 from numflash.arrays import library_of, metadata
-from numflash.calls import DEFAULTS, problem_of
+from numflash.calls import DEFAULTS, expect_known, problem_of
 from numflash.dispatch import Choice, Geometry
 from numflash.fp8_calls import AutoForward, Fp8Forward, SelectedForward
 from numflash.fp8_options import has_fp8, take_apart, with_budget
@@ -88,7 +88,10 @@ def explain_dispatch(q, k, v, *, arch: str | None = None, **options) -> Explanat
     """
     gpu = None if arch is None else find(arch)
     descales = tuple(options.pop(f"{name}_descale", None) for name in "qkv")
+    expect_known("explain_dispatch", options, ("arch",))
     options = {**DEFAULTS, **options}
+    if options["max_rel_error"] is not None:
+        options = with_budget(options)
     is_fp8 = options["precision"] in ("fp8", "auto") or any(x is not None for x in descales)
     if is_fp8 or has_fp8(q, k, v):
         return _explain_fp8({"q": q, "k": k, "v": v}, descales, options, gpu)

@@ -41,7 +41,8 @@ def collect() -> dict[str, Any]:
         no_devices: why there are none; None if there are.
         versions: of numflash, Python, the newest CUDA that the driver can run, and each package;
             None where there is none.
-        cache: directory, kernels, bytes and tuned configs.
+        cache: directory, kernels, bytes, tuned configs, and why it is not used ("refused"; None
+            if it is).
         missing: what, and the command that mends it.
     """
     driver_version, devices, no_devices = _ask_driver()
@@ -64,6 +65,7 @@ def collect() -> dict[str, Any]:
             "kernels": num_kernels,
             "bytes": num_bytes,
             "tuned_configs": sum(map(len, store.read_all().values())),
+            "refused": cache.refusal(),
         },
         "missing": _missing(driver_version, no_devices),
     }
@@ -197,6 +199,8 @@ def describe(info: dict[str, Any]) -> str:
         f"  {cached['directory']}: {cached['kernels']} kernels, {size}; "
         f"{cached['tuned_configs']} tuned configs"
     )
+    if cached["refused"]:
+        lines.append(f"  {cached['refused']}")
     lines.append("Missing")
     for lack in info["missing"]:
         lines += [f"  {lack['what']}", f"      {lack['mend']}"]

@@ -2,7 +2,8 @@
 
 What the cache holds is executed on a GPU, so that whoever writes there acts for this user. A file
 or folder is believed that belongs to this user or to root and that nobody else may write. In a
-folder that is shared on purpose, a group may: then what its members own is believed too.
+folder that is shared on purpose, a group of this user's may: then what its members own is believed
+too.
 
 On Windows the folder of a user is the system's to protect, and everything is believed.
 """
@@ -60,9 +61,15 @@ def _who_else(info: os.stat_result, group: int | None) -> str | None:
 
 
 def sharing_group(info: os.stat_result) -> int | None:
-    """The group that may write a folder which the world may not; None if there is none."""
-    shared = info.st_mode & (stat.S_IWGRP | stat.S_IWOTH) == stat.S_IWGRP
-    return info.st_gid if shared and sys.platform != "win32" else None
+    """The group that may write a folder which the world may not; None if there is none.
+
+    A group counts that this user belongs to, or has given the folder to: any other is a
+    stranger's.
+    """
+    if sys.platform == "win32" or info.st_mode & (stat.S_IWGRP | stat.S_IWOTH) != stat.S_IWGRP:
+        return None
+    is_own = info.st_uid == os.geteuid() or info.st_gid in (os.getegid(), *os.getgroups())
+    return info.st_gid if is_own else None
 
 
 def make_folder(path: Path, group: int | None = None) -> None:

@@ -2,10 +2,10 @@
 
 import argparse
 import sys
+from pathlib import Path
 from typing import TextIO
 
-from numflash import store
-from numflash.cache import cache_dir
+from numflash import cache, store
 from numflash.entries import DeviceKey, Entry
 from numflash.inspect import Parser
 from numflash.printable import printable
@@ -108,6 +108,9 @@ def _validate(args: argparse.Namespace) -> int:
     paths = args.files or sorted(map(str, store.config_dir().glob("*.json")))
     paths = list(map(str, tables.paths())) if args.shipped else paths
     wrong = [problem for path in paths for problem in store.validate(path)]
+    if not (args.files or args.shipped):
+        refused = [cache.refusal(), *(cache.refusal(Path(path)) for path in paths)]
+        wrong = [*dict.fromkeys(filter(None, refused)), *wrong]
     wrong += _stale() if args.shipped else []
     _print(*wrong or [f"{len(paths)} files, nothing wrong"])
     return 1 if wrong else 0
@@ -140,7 +143,7 @@ def _clear(args: argparse.Namespace) -> int:
         for device in _chosen(store.read_all(), args.device):
             removed += store.clear(device)
     if args.studies:
-        folder = cache_dir() / "studies"
+        folder = cache.cache_dir() / "studies"
         found = sorted(folder.glob("*.journal*")) if folder.is_dir() else []
         for path in found:
             path.unlink()

@@ -1,7 +1,7 @@
 """What a run of the tuner is about to do, and about how long that takes.
 
-The time comes from kernels that were compiled here: those of earlier trials, and the defaults,
-which are compiled first in any case.
+The time comes from kernels that were compiled here: those of earlier trials, and some of the
+defaults, which are compiled in any case.
 """
 
 import statistics
@@ -72,19 +72,22 @@ def _trials(count: int) -> str:
 
 
 def compile_time(
-    spaces: Sequence[Space], earlier: Sequence[Record], pool: CompilePool
+    spaces: Sequence[Space], earlier: Sequence[Record], pool: CompilePool, jobs: int
 ) -> float | None:
     """Milliseconds that compiling a kernel takes, on average; None if that cannot be told.
 
     Args:
-        spaces: whose defaults are compiled for it.
+        spaces: the defaults of some are compiled for it, about two for each process: nothing is
+            said until they are.
         earlier: what was tried before; kernels from a cache do not count.
         pool: compiles.
+        jobs: its processes.
 
     Raises:
         NoCompilerError: compiler processes cannot be started.
     """
-    futures = {pool.submit(space.default, space.problem.traits) for space in spaces}
+    some = spaces[:: max(1, len(spaces) // (2 * jobs))]
+    futures = {pool.submit(space.default, space.problem.traits) for space in some}
     found = [future.result().resources for future in futures]
     found += [record.resources for record in earlier]
     times = [each.compile_ms for each in found if each is not None and each.compile_ms > 0]

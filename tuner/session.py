@@ -113,7 +113,7 @@ class Session:
         return spaces
 
     def plan(self, spaces: Sequence[Space]) -> Plan:
-        """What tuning these spaces takes; their defaults are compiled for it unless time is short.
+        """What tuning these spaces takes; some defaults are compiled for it unless time is short.
 
         Raises:
             StorageError: the studies cannot be read.
@@ -128,8 +128,8 @@ class Session:
         if rules.seconds is None:
             left = [s for s, size, n in zip(spaces, sizes, done, strict=True) if n < size]
         everything = [record for records in earlier for record in records]
-        time_ms = compile_time(left, everything, self._pool)
         jobs, seconds = self.options.jobs, rules.seconds
+        time_ms = compile_time(left, everything, self._pool, jobs)
         return Plan(self.device.name, sizes, done, time_ms, jobs, seconds, is_measured)
 
     def tune(self, space: Space, classes_left: int, title: str, quiet: bool = False) -> Result:

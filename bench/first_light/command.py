@@ -38,8 +38,12 @@ _CORES_LEFT = 3
 def add_command(commands) -> None:
     """Add `first-light` to the commands of `python -m bench`."""
     parser = commands.add_parser("first-light", help=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=_minutes, default=9.0, help="when to stop")
-    parser.add_argument("--out", type=Path, help="folder of the record and the page")
+    parser.add_argument("--minutes", type=_minutes, default=9.0, help="when to stop (default: 9)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="folder of the record and the page (default: bench/results, or build/first-light)",
+    )
     parser.add_argument("--device", type=int, default=0, help="ordinal of the GPU")
     parser.add_argument("--rehearse", action="store_true", help="without a GPU, in the simulator")
     parser.set_defaults(run=run)

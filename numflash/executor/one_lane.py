@@ -109,7 +109,8 @@ class OneLane:
         if isinstance(operand, Special):
             if operand.name not in NAMES:
                 raise UnknownError(
-                    f"the executor does not know the special register {operand.name}"
+                    f"{operand.name} is not declared, nor a special register that the executor "
+                    "knows"
                 )
             text, size = f"w.special({operand.name!r})", 4
         elif isinstance(operand, Register) and not operand.negated:
@@ -155,6 +156,8 @@ class _Making:
         target = self.operands[0] if target is None else target
         if isinstance(target, Nothing):
             return []
+        if not isinstance(target, Register):
+            raise UnknownError(f"{getattr(target, 'name', target)} is no declared register")
         given = self.maker.register_types[target.number]
         if type_ != "pred":
             value = self._as_bits(value, type_, TYPE_BYTES[given])

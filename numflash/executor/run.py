@@ -62,7 +62,8 @@ def run_ptx(
         UnsupportedError: an instruction that the executor does not know, by its name and line; or
             NUMBA_ENABLE_CUDASIM is not set.
         IndexError, ValueError: an address outside every array, or a misaligned one.
-        SimulationError, DeadlockError: what the hardware leaves undefined, or waits for forever.
+        SimulationError, DeadlockError: what the hardware leaves undefined, or waits for forever. A
+            loop that spins without a wait is not found: it runs until it is interrupted.
 
     What fails while it runs names the line of the PTX, and the seed that repeats it.
     """

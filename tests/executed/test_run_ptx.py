@@ -358,6 +358,8 @@ def test_text_that_is_no_ptx_is_refused_by_its_line(ptx, message):
         ("add.cc.u32 %r1, %r2, %r3;", "add.cc.u32"),
         ("call.uni printf;", "call.uni"),
         ("mov.u32 %r2, %clock;", "%clock"),
+        ("mov.u32 %q2, 1;", "%q2 is no declared register"),
+        ("mov.u32 %r2, %q2;", "%q2 is not declared"),
         (
             "mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%rd4}, {%rd4}, {%rd4}, {%rd4};",
             "m8n8",

@@ -130,6 +130,17 @@ def test_what_is_refused_there_is_refused():
         numflash.explain_dispatch(q, [1.0], q, arch="sm_80")
 
 
+@pytest.mark.parametrize("arch", ["sm_80", None])
+def test_options_that_no_call_has_are_refused_by_name(arch, monkeypatch):
+    monkeypatch.setattr(numflash.explain, "library_of", lambda array, name: None)
+    q = array(2, 500, 4, 64)
+    for name in ("foo", "out", "described"):
+        with pytest.raises(TypeError, match=f"explain_dispatch got unknown options: {name}; it t"):
+            numflash.explain_dispatch(q, q, q, arch=arch, **{name: 1})
+    with pytest.raises(ValueError, match='max_rel_error goes with precision="auto"'):
+        numflash.explain_dispatch(q, q, q, arch=arch, max_rel_error=0.1)
+
+
 def test_a_tensor_on_any_device_will_do(monkeypatch):
     """torch.empty(..., device="meta") has no memory at all; nothing records a gradient."""
 

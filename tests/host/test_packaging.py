@@ -4,7 +4,6 @@ And what a package index shows of it, and installs with it.
 """
 
 import json
-import os
 import re
 import runpy
 import shutil
@@ -16,6 +15,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+
+from numflash.switches import is_on
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -120,7 +121,7 @@ ONE_OF = {"cu12": {"cu13", "compile"}, "cu13": {"cu12"}}
 
 
 @pytest.mark.skipif(
-    os.environ.get("NUMFLASH_TEST_PIP") != "1",
+    not is_on("NUMFLASH_TEST_PIP"),
     reason="set NUMFLASH_TEST_PIP=1 to ask pip whether every extra can be installed (400 MB)",
 )
 def test_pip_finds_all_that_the_extras_need(tmp_path):

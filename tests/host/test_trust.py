@@ -13,8 +13,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from numflash import cache, store, trust
+from numflash import cache, info, store, trust
 from numflash.files import locked
+from numflash_tuner import caches
 from tests.host.test_store import ENTRY, H200
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="permissions of POSIX")
@@ -127,6 +128,20 @@ def test_a_file_that_others_may_write_is_made_anew(spoil, reason, users_cache, w
     fill()
     assert is_read() == (True, True)
     assert [file.name for file in table.parent.glob("*.corrupt*")] == [table.name + ".corrupt-1"]
+
+
+@hows
+@pytest.mark.parametrize("name", ["", "configs", "*.json"])
+def test_what_is_not_used_is_not_called_right(name, spoil, reason, users_cache, capsys):
+    fill()
+    (table,) = users_cache.rglob("*.json")
+    path = table if name == "*.json" else users_cache / name
+    assert caches.main(["validate"]) == 0
+    spoil(path)
+    assert caches.main(["validate"]) == 1
+    assert capsys.readouterr().out.count(f"{path} is not used: {reason}") == 1
+    told = info.describe(info.collect())
+    assert (f"{path} is not used: {reason}" in told) is (name == "")
 
 
 @pytest.mark.parametrize(
@@ -275,6 +290,17 @@ def test_a_strangers_folder_is_not_believed_because_it_was_named(tmp_path, monke
     os.chown(tmp_path / "cache", STRANGER, -1)
     assert is_read() == (False, False)
     assert f"it belongs to the user {STRANGER}" in warnings()[0]
+
+
+@needs_root
+def test_a_strangers_group_does_not_make_it_believed(tmp_path, monkeypatch, warnings):
+    monkeypatch.setenv("NUMFLASH_CACHE_DIR", str(tmp_path / "cache"))
+    fill()
+    for path in (tmp_path / "cache", *(tmp_path / "cache").rglob("*")):
+        os.chown(path, STRANGER, STRANGER)
+    (tmp_path / "cache").chmod(0o2775)
+    assert is_read() == (False, False)
+    assert f"the group {STRANGER} may write it" in warnings()[0]
 
 
 @pytest.mark.parametrize("header", ["[]", "3", "null", "[" * 100_000, '{"key": 1e999}', "\x00"])

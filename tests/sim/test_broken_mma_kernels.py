@@ -212,7 +212,7 @@ WITHOUT_TILES = {
 def test_what_no_tile_needs_is_not_copied(family, config, monkeypatch, record_property):
     """Nobody waits for such a copy, and what comes next may copy to the same bytes."""
     axis, _, problem = WITHOUT_TILES[family]
-    mutation = Mutation("copies for no tile", f"if {axis}_begin < {axis}_end:", "if True:")
+    mutation = Mutation("copies for no tile", f"{axis}_begin < {axis}_end:", "True:")
     about = {"configs": (config,), "problem": problem}
     assert first_failure_of(family, monkeypatch, seeds=range(1), **about) is None
     caught = first_failure_of(family, monkeypatch, module_of(family), mutation, **about)

@@ -161,6 +161,12 @@ def as_float(x) -> np.ndarray:
     return np.asarray(x).astype(np.float64)
 
 
+def assert_within(out, v):
+    """Outputs are means of values, up to the rounding of 8 bits."""
+    largest = np.abs(as_float(v)).max()
+    assert (np.abs(as_float(out)) <= 1.07 * largest).all()  # not of a NaN either
+
+
 def test_every_family_has_a_row(gpu, monkeypatch):
     reached = set()
     make = launch.Launcher.__init__
@@ -202,8 +208,10 @@ def test_tails(name, lse, gpu):
     q[..., 0], k[..., 0] = root, np.copysign(root, lse)
     q, k, v, dout = run.arrays(q, k, v, dout)
     if run.options.get("precision") == "fp8":
+        # What 8 bits leave of such scores weighs the values, whatever the weights.
         out, got_lse = forward(run, q, k, v)
-        assert np.isfinite(as_float(out)).all() and np.isfinite(got_lse).all()
+        assert_within(out, v)
+        assert np.isfinite(got_lse).all()
         return
     config = {"forward": run.forward} if isinstance(run.forward, str) else run.forward
     more = {"dout": dout} if run.backward else {}
@@ -243,10 +251,9 @@ def test_the_largest_of_huge_scores_wins_and_ordinary_rows_are_as_without(name, 
     q, k, v = run.arrays(q, k, v)
     out, _ = forward(run, q, k, v)
     exact, _ = numflash.reference.attention(q, k, v)
-    tolerance = 0.4 if run.options.get("precision") == "fp8" else 0.03
-    if run.options.get("precision") != "fp8":
-        np.testing.assert_allclose(as_float(out), exact, atol=tolerance)
-    assert np.isfinite(as_float(out)).all()
+    if run.options.get("precision") != "fp8":  # in 8 bits other keys win
+        np.testing.assert_allclose(as_float(out), exact, atol=0.03)
+    assert_within(out, v)
 
 
 @pytest.mark.parametrize("name", RUNS)

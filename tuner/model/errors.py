@@ -10,7 +10,7 @@ published and the predicted time is longer.
 | sm80 forward | FlashAttention-2: H100, A100, RTX A5000; head_dim 64 to 256 | 8 | 33: 9 %, 2 % |
 | sm90 forward | FlashAttention-3: H100; the same head dims | 7 | 32: 11 %, 3 % |
 | sm80 backward | FlashAttention-2: H100; head_dim 64, 128; for each product | 0 | 12: 34 %, 23 % |
-| sm80 few queries | decoding: A100, H100, H100 PCIe | 3 | 14: 43 %, 8 % |
+| sm80 few queries | decoding: A100, H100, H100 PCIe | 3 | 14: 43 %, 11 % |
 
 Fitted were: of FlashAttention-2 without a mask 2,048 and 16,384 tokens on the H100 and 16,384 on
 the A100; of FlashAttention-3 16,384 tokens at head_dim 64 and 256 without a mask and at 256 with a

@@ -158,6 +158,7 @@ def make_tile_softmax(m_tiles, n_tiles, o_tiles, key_scales):
     @device_function
     def tile_softmax(s_acc, row_max, row_sum, o_acc, scales, weights, smem, position):
         largest = cuda.local.array(rows, f32)
+        subtrahends = cuda.local.array(rows, f32)
         tops = cuda.local.array(rows, f32)
         shifts = cuda.local.array(rows, f32)
         factors = cuda.local.array(rows, f32)
@@ -174,10 +175,10 @@ def make_tile_softmax(m_tiles, n_tiles, o_tiles, key_scales):
         if cuda.any_sync(FULL_WARP, has_grown):
             is_huge = False
             for r in range(rows):
-                largest[r] = follow_top(r, tops[r], largest[r], row_max, row_sum, factors)
-                is_huge |= largest[r] != f32(0)
+                subtrahends[r] = follow_top(r, tops[r], largest[r], row_max, row_sum, factors)
+                is_huge |= subtrahends[r] != f32(0)
             if cuda.any_sync(FULL_WARP, is_huge):
-                subtract_from_rows(s_acc, largest)
+                subtract_from_rows(s_acc, subtrahends)
             scale_rows(o_acc, factors)
         for r in range(rows):
             weights[r] = ex2_approx_ftz_f32(tops[r] - unit_of_row(row_max[r]))

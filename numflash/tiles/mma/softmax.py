@@ -155,6 +155,7 @@ def make_online_softmax(m_tiles, n_tiles, o_tiles):
     @device_function
     def online_softmax(s_acc, row_max, row_sum, o_acc, scale_log2):
         largest = cuda.local.array(rows, f32)
+        subtrahends = cuda.local.array(rows, f32)
         factors = cuda.local.array(rows, f32)
         shifts = cuda.local.array(rows, f32)
         has_grown = False
@@ -168,12 +169,12 @@ def make_online_softmax(m_tiles, n_tiles, o_tiles):
             is_huge = False
             for r in range(rows):
                 row_grows = grows(largest[r], row_max[r], scale_log2)
-                largest[r] = follow_maximum(
+                subtrahends[r] = follow_maximum(
                     r, row_grows, largest[r], row_max, row_sum, factors, scale_log2
                 )
-                is_huge |= largest[r] != f32(0)
+                is_huge |= subtrahends[r] != f32(0)
             if cuda.any_sync(FULL_WARP, is_huge):
-                subtract_from_rows(s_acc, largest)
+                subtract_from_rows(s_acc, subtrahends)
             scale_rows(o_acc, factors)
         for r in range(rows):
             shifts[r] = shift_of_row(row_max[r], scale_log2)

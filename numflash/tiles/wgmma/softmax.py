@@ -36,20 +36,21 @@ def make_online_softmax(n_tiles):
     def online_softmax(s_acc, rows, factors, scale_log2):
         row_max, row_sum, limits, shifts = rows
         largest = cuda.local.array(2, f32)
+        subtrahends = cuda.local.array(2, f32)
         largest[0], largest[1] = largest_of_rows(s_acc)
         has_grown = (largest[0] > limits[0]) | (largest[1] > limits[1])
         has_grown = cuda.any_sync(FULL_WARP, has_grown)
         if has_grown:
             for r in range(2):
                 grows = largest[r] > limits[r]
-                largest[r] = follow_maximum(
+                subtrahends[r] = follow_maximum(
                     r, grows, largest[r], row_max, row_sum, factors, scale_log2
                 )
                 limits[r] = limit_of_row(row_max[r], scale_log2)
                 shifts[r] = shift_of_row(row_max[r], scale_log2)
-            is_huge = (largest[0] != f32(0)) | (largest[1] != f32(0))
+            is_huge = (subtrahends[0] != f32(0)) | (subtrahends[1] != f32(0))
             if cuda.any_sync(FULL_WARP, is_huge):
-                subtract_from_rows(s_acc, largest)
+                subtract_from_rows(s_acc, subtrahends)
         exponentials(s_acc, scale_log2, shifts, row_sum)
         return has_grown
 
