@@ -16,15 +16,15 @@ from numflash.devices import Architecture
 from numflash.problem_class import ProblemClass, round_up
 
 NO_WITNESS = (
-    "cp_async_4",
-    "cp_async_bulk_tensor_3d",
-    "cp_async_bulk_tensor_3d_store",
-    "cp_async_bulk_tensor_5d",
-    "cp_async_bulk_tensor_5d_store",
+    "mma_m16n8k8_f16",
+    "mbarrier_arrive",
+    "bar_arrive",
+    "cp_async_bulk_wait_group_read",
     "fence_proxy_tensormap",
+    "prefetch_tensormap",
     "bra_over_store",
 )
-"""Instructions whose meaning no other compiler's kernel has confirmed."""
+"""What no other compiler's kernel has confirmed and is more than one lane's: docs/evidence.md."""
 
 INSTRUCTIONS, FORWARD, GRADIENTS = "instructions", "forward", "gradients"
 SPEED, QUESTIONS, TUNER = "speed", "questions", "tuner"

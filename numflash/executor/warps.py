@@ -7,6 +7,7 @@ are there.
 
 import numpy as np
 
+from numflash.errors import UnsupportedError
 from numflash.executor.memory import (
     WINDOWS,
     Memory,
@@ -203,7 +204,7 @@ class Warp:
         if space == "generic":
             space, window = space_of(low)
             if space_of(high)[0] != space:
-                raise NotImplementedError("lanes of one access reach different memory spaces")
+                raise UnsupportedError("lanes of one access reach different memory spaces")
             address, low, high = address - window, low - window, high - window
         if (active % n_bytes).any():
             wrong = int(active[active % n_bytes != 0][0])
