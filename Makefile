@@ -41,4 +41,4 @@ $(VENV)/test.done: $(VENV)/run.done
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) build/test-cache .pytest_cache .ruff_cache *.egg-info

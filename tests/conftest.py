@@ -16,6 +16,11 @@ from numflash.mode import SIMULATED
 os.environ["NUMFLASH_TUNED"] = "0"
 
 _HERE = Path(__file__).parent
+# Machine code and PTX that tests compile, kept between runs and shared by the workers of one. A
+# file is named by all that decides what it holds (kernel sources, config, compilers): one that an
+# edit makes stale is never found again. Tests of the cache itself have folders of their own.
+_COMPILED = _HERE.parent / "build" / "test-cache" / "cubins"
+_MOST_COMPILED_BYTES = 2**30
 _LAYERS = ("host", "sim", "executed", "compile", "gpu")
 
 
@@ -23,6 +28,22 @@ def pytest_configure(config):
     """Register a marker for each layer, so that `-m sim` selects it."""
     for layer in _LAYERS:
         config.addinivalue_line("markers", f"{layer}: tests of the {layer} layer")
+    _COMPILED.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not hasattr(config, "workerinput"):  # once, not in every worker
+        drop_oldest(_COMPILED, _MOST_COMPILED_BYTES)
+
+
+def drop_oldest(folder: Path, most_bytes: int) -> None:
+    """Delete a folder's files that were written first, down to half of so many bytes."""
+    files = sorted((path.stat().st_mtime, path.stat().st_size, path) for path in folder.iterdir())
+    size = sum(n_bytes for _, n_bytes, _ in files)
+    if size <= most_bytes:
+        return
+    for _, n_bytes, path in files:
+        if size <= most_bytes // 2:
+            break
+        path.unlink(missing_ok=True)  # another run may drop it, too
+        size -= n_bytes
 
 
 def pytest_collection_modifyitems(items):
@@ -56,9 +77,18 @@ def _no_gpu() -> str | None:
 
 @pytest.fixture(autouse=True)
 def cache_of_its_own(tmp_path_factory, monkeypatch):
-    """Keep tests out of the user's cache, and share compiled kernels within a test run."""
+    """Keep tests out of the user's cache; only what is compiled outlives a run."""
     if "NUMFLASH_CACHE_DIR" not in os.environ:
-        monkeypatch.setenv("NUMFLASH_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "cache"))
+        folder = tmp_path_factory.getbasetemp() / "cache"
+        share_compiled(folder)
+        monkeypatch.setenv("NUMFLASH_CACHE_DIR", str(folder))
+
+
+def share_compiled(cache: Path) -> None:
+    """Let a cache of a test, made if absent, hold what all tests have compiled."""
+    cache.mkdir(mode=0o700, exist_ok=True)
+    if not (cache / "cubins").is_symlink():
+        (cache / "cubins").symlink_to(_COMPILED, target_is_directory=True)
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,6 @@ Every test has a cache of its own; machine code is shared, so that kernels are c
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from optuna.trial import TrialState
 
 from numflash.entries import parse_table
 from numflash_tuner.model.errors import ERRORS
+from tests.conftest import share_compiled
 
 CLASS = "forward float16-d64-dv64-vec full q4096 k4096 bh64 g1"
 TUNER = ("-m", "numflash_tuner")
@@ -74,21 +74,12 @@ print(explain_dispatch(q, q, q).forward)
 DEADLINE = 120
 
 
-@pytest.fixture(scope="module")
-def machine_code(tmp_path_factory):
-    """Machine code that the tests share."""
-    folder = tmp_path_factory.mktemp("shared") / "cubins"
-    folder.mkdir()
-    return folder
-
-
 @pytest.fixture
-def cache(tmp_path, machine_code):
+def cache(tmp_path):
     """A cache with the machine code that there is, which is given what comes to it."""
     folder = tmp_path / "cache"
-    shutil.copytree(machine_code, folder / "cubins")
-    yield folder
-    shutil.copytree(folder / "cubins", machine_code, dirs_exist_ok=True)
+    share_compiled(folder)
+    return folder
 
 
 def environment(cache, **changes):
