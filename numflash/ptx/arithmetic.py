@@ -5,6 +5,7 @@ What an instruction makes of a NaN is always the same NaN: 0x7fffffff, as float1
 """
 
 import math
+from functools import cache
 
 import numpy as np
 
@@ -63,15 +64,22 @@ def fma_rn_f32(a: f32, b: f32, c: f32) -> f32:
 @instruction("mul.rn.f16x2 <ret>, <a>, <b>;", sm=75)
 def mul_rn_f16x2(a: u32, b: u32) -> u32:
     """Products of two pairs of float16, each rounded to nearest even. PTX ISA 9.7.4.3."""
-    x, y = (u32(pair).reshape(1).view(np.float16) for pair in (a, b))
-    product = x * y
-    return np.where(product == product, product.view(u16), u16(0x7FFF)).view(u32)[0]
+    _PAIRS_BITS[0], _PAIRS_BITS[1] = a, b
+    a_low, a_high, b_low, b_high = _PAIRS.tolist()  # float64 holds the product of two float16
+    _PAIRS[0], _PAIRS[1] = low, high = a_low * b_low, a_high * b_high
+    if low != low:
+        _HALVES_BITS[0] = 0x7FFF
+    if high != high:
+        _HALVES_BITS[1] = 0x7FFF
+    return _PAIRS_BITS[0]
 
 
 @instruction("lop3.b32 <ret>, <mask>, <a>, <b>, 0xca;", sm=75)
 def lop3_select_b32(mask: u32, a: u32, b: u32) -> u32:
     """The bits of a where the mask has ones, those of b elsewhere. PTX ISA 9.7.8.6."""
-    return u32(a) & u32(mask) | u32(b) & ~u32(mask)
+    mask = int(mask)
+    _BITS[0] = (int(a) & mask | int(b) & ~mask) & 0xFFFFFFFF
+    return _BITS[0]
 
 
 @instruction("prmt.b32 <ret>, <a>, <b>, <selector>;", sm=75)
@@ -81,41 +89,53 @@ def prmt_b32(a: u32, b: u32, selector: u32) -> u32:
     A digit of 8 or more is the sign of the byte that it names less 8, in all bits.
     PTX ISA 9.7.9.7.
     """
-    source = int(a) | int(b) << 32
-    result = 0
-    for i in range(4):
-        digit = int(selector) >> 4 * i & 15
-        byte = source >> 8 * (digit & 7) & 0xFF
-        if digit & 8:
-            byte = 0xFF * (byte >> 7)
-        result |= byte << 8 * i
-    return u32(result)
+    source, digits = int(a) | int(b) << 32, int(selector)
+    first, second, third, fourth = _shifts(digits & 0xFFFF)
+    result = (
+        source >> first & 0xFF
+        | (source >> second & 0xFF) << 8
+        | (source >> third & 0xFF) << 16
+        | (source >> fourth & 0xFF) << 24
+    )
+    if digits & 0x8888:
+        for i in range(0, 32, 8):
+            if digits >> i // 2 & 8:
+                result = result & ~(0xFF << i) | (0xFF << i) * (result >> i + 7 & 1)
+    _BITS[0] = result
+    return _BITS[0]
 
 
 @instruction("cvt.f32.f16 <ret>, <bits>;", sm=75)
 def cvt_f32_f16(bits: u16) -> f32:
     """The float32 that equals a float16, given by its bits. PTX ISA 9.7.9.22."""
-    x = f32(u16(bits).view(np.float16))
+    _HALVES_BITS[0] = bits
+    _CELL[0] = _PAIRS[0]
+    x = _CELL[0]
     return x if x == x else _NAN
 
 
 @instruction("cvt.rn.f16.f32 <ret>, <x>;", sm=75)
 def cvt_rn_f16_f32(x: f32) -> u16:
     """The bits of the float16 nearest to x, ties to even. PTX ISA 9.7.9.22."""
-    x = f32(x)
-    return np.float16(x).view(u16) if x == x else u16(0x7FFF)
+    _CELL[0] = x
+    x = _CELL[0]
+    if x != x:
+        return u16(0x7FFF)
+    _PAIRS[0] = x
+    return _HALVES_BITS[0]
 
 
 @instruction("cvt.rn.f16x2.f32 <ret>, <high>, <low>;", sm=80)
 def cvt_rn_f16x2_f32(high: f32, low: f32) -> u32:
     """Two float16 in one register, each nearest to its source, ties to even. PTX ISA 9.7.9.22."""
-    return u32(cvt_rn_f16_f32(low)) | u32(cvt_rn_f16_f32(high)) << u32(16)
+    low, high = cvt_rn_f16_f32(low), cvt_rn_f16_f32(high)
+    return mov_b32_halves(low, high)
 
 
 @instruction("cvt.rn.bf16x2.f32 <ret>, <high>, <low>;", sm=80)
 def cvt_rn_bf16x2_f32(high: f32, low: f32) -> u32:
     """Two bfloat16 in one register, each nearest to its source, ties to even. PTX ISA 9.7.9.22."""
-    return u32(_bf16_bits(low)) | u32(_bf16_bits(high)) << u32(16)
+    return mov_b32_halves(_bf16_bits(low), _bf16_bits(high))
 
 
 @instruction("cvt.rna.tf32.f32 <ret>, <x>;", sm=80)
@@ -125,30 +145,36 @@ def cvt_rna_tf32_f32(x: f32) -> u32:
     A NaN loses its low bits, and is an infinity where it had no others: machine code tests for
     |x| < inf, adds half a unit, and cuts. PTX ISA 9.7.9.22.
     """
-    bits = int(f32(x).view(u32))
-    return u32((bits + 0x1000 if abs(x) < np.inf else bits) & 0xFFFFE000)
+    _CELL[0] = x
+    bits = _BITS.item()
+    _BITS[0] = (bits + 0x1000 if bits & 0x7F800000 != 0x7F800000 else bits) & 0xFFFFE000
+    return _BITS[0]
 
 
 @instruction("mov.b32 <ret>, {<low>, <high>};", sm=75)
 def mov_b32_halves(low: u16, high: u16) -> u32:
     """One register of two halves. PTX ISA 9.7.9.1."""
-    return u32(low) | u32(high) << u32(16)
+    _HALVES_BITS[0], _HALVES_BITS[1] = low, high
+    return _PAIRS_BITS[0]
 
 
 @instruction("mov.b32 <ret>, <x>;", sm=75)
 def float_as_bits(x: f32) -> u32:
     """The bits of x. PTX ISA 9.7.9.1."""
-    return f32(x).view(u32)
+    _CELL[0] = x
+    return _BITS[0]
 
 
 @instruction("mov.b32 <ret>, <bits>;", sm=75)
 def bits_as_float(bits: u32) -> f32:
     """The float32 with these bits. PTX ISA 9.7.9.1."""
-    return u32(bits).view(f32)
+    _BITS[0] = bits
+    return _CELL[0]
 
 
 def _bf16_bits(x) -> int:
-    bits = int(f32(x).view(u32))
+    _CELL[0] = x
+    bits = _BITS.item()
     return 0x7FFF if x != x else bits + 0x7FFF + (bits >> 16 & 1) >> 16
 
 
@@ -167,6 +193,16 @@ def _round_inexact(product: float, addend: float, total: float) -> f32:
     return f32(total)
 
 
+@cache
+def _shifts(digits: int) -> tuple[int, ...]:
+    """By how much the eight bytes of two registers are shifted for each of a selector's digits."""
+    return tuple(8 * (digits >> 4 * i & 7) for i in range(4))
+
+
+# Registers on the way from one type to another: several times as fast as `f32(x).view(u32)`.
 _CELL = np.zeros(1, np.float32)
+_BITS = _CELL.view(np.uint32)
+_PAIRS = np.zeros(4, np.float16)
+_PAIRS_BITS, _HALVES_BITS = _PAIRS.view(np.uint32), _PAIRS.view(np.uint16)
 _SMALLEST_NORMAL = np.finfo(np.float32).tiny
 _NAN = u32(0x7FFFFFFF).view(f32)
