@@ -4,11 +4,7 @@ As `test_broken_mma_kernels`. Results are held to the rules of `test_fp8_attenti
 second also sees a kernel that is more exact than its specification.
 """
 
-import importlib
-import inspect
-import sys
 from functools import cache
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -17,7 +13,7 @@ import numflash
 from numflash import api
 from numflash.fp8 import Fp8Recipe
 from numflash.kernels import fp8
-from tests.sim.test_broken_kernels import Mutation, first_failure
+from tests.sim.test_broken_kernels import first_failure
 from tests.sim.test_fp8_attention import (
     Fp8Call,
     differences,
@@ -28,6 +24,7 @@ from tests.sim.test_fp8_attention import (
     tile_n_of,
     tokens_per_scale,
 )
+from tests.support.faults import Mutation, events, load, source_of
 
 KERNEL = "numflash.kernels.fp8.forward"
 TILES = "numflash.tiles.fp8"
@@ -80,11 +77,8 @@ def first_failure_of(
 ) -> str | None:
     """How the kernel with a mutated `module` fails, for any config, scales and seed."""
     if mutation is not None:
-        for name in dict.fromkeys((module, *IMPORTERS.get(module, ()), KERNEL)):
-            source = inspect.getsource(importlib.import_module(name))
-            changed = ModuleType(name)
-            monkeypatch.setitem(sys.modules, name, changed)
-            exec(mutation.apply(source) if name == module else source, changed.__dict__)
+        chain = (module, *IMPORTERS.get(module, ()), KERNEL)
+        changed = load(chain, module, mutation, monkeypatch)
         monkeypatch.setitem(fp8.FACTORIES, "forward", changed.make_forward_kernel)
     for config in configs:
         for recipe in recipes:
@@ -97,19 +91,11 @@ def first_failure_of(
 
 
 def synchronisations() -> list:
-    """(mutation, configs) that leaves out one barrier or wait, for each of them."""
-    found = []
-    lines = inspect.getsource(importlib.import_module(KERNEL)).splitlines()
-    for number, line in enumerate(lines):
-        if line.strip() in ("cuda.syncthreads()", "wait_for_tile()"):
-            # With what stands around it, as it may stand there more than once.
-            before = "\n".join(lines[max(0, number - 3) : number])
-            indent = line[: len(line) - len(line.lstrip())]
-            name = f"without {line.strip()} of line {number + 1}"
-            mutation = Mutation(name, f"{before}\n{line}", f"{before}\n{indent}pass")
-            configs = NATIVE if "wait" in line else ALL
-            found.append(pytest.param(mutation, configs, id=name))
-    return found
+    """(fault, configs) that leaves out one barrier or wait, for each of them."""
+    return [
+        pytest.param(fault, NATIVE if "wait" in fault.called else ALL, id=f"without {fault}")
+        for fault in events(source_of(KERNEL), r"cuda\.syncthreads|wait_for_tile")
+    ]
 
 
 # (module, mutation, scales, configs) for each idea that the kernel could get wrong.

@@ -5,11 +5,7 @@ a wrong result, or an error of the simulator, for at least one problem and seed.
 do not count: they would say that the mutation is wrong, not the kernel.
 """
 
-import re
-import sys
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -21,7 +17,7 @@ from numflash.kernels import sm90
 from numflash.launch import limits_of_device
 from numflash.simulator import SEED, warpgroup
 from numflash.simulator.errors import DeadlockError, SimulationError
-from tests.sim.test_broken_kernels import Mutation
+from tests.support.faults import Dropped, Mutation, events, load, source_of
 
 SEEDS = range(8)
 # In the order of imports: what is mutated is in all that follow.
@@ -109,14 +105,17 @@ PROBLEMS = {
 PROBLEMS |= {f"{n} for one": PROBLEMS[n].with_one_arrival(False) for n in ("empty", "bypassed")}
 USUAL = ("persistent", "overlap", "turns")
 ALL = (*USUAL, "shared", "split", "empty")
-# What may be left out as far as results go, and the simulator can tell.
+# What may be left out as far as results go, and the simulator can tell: (function, called, n).
 NOT_NEEDED = {
-    "mbarrier_wait_parity(barriers, k_full + stage, parity) of make_pass_by": (
+    ("make_pass_by.pass_by", "mbarrier_wait_parity", 0): (
         "the producer fetches this K before the V that was waited for last"
     ),
-    "bar_sync(_FIRST_TURN + group, _TWO_WARPGROUPS)": "turns are for speed",
-    "take_turn(group)": "turns are for speed",
-    "take_registers()": "the simulator does not count the registers that a thread uses",
+    ("make_turns.take_turn", "bar_sync", 0): "turns are for speed",
+    ("make_pass_by.pass_by", "take_turn", 0): "turns are for speed",
+    **{("make_forward_kernel.forward", "take_turn", n): "turns are for speed" for n in range(3)},
+    ("make_forward_kernel.forward", "take_registers", 0): (
+        "the simulator does not count the registers that a thread uses"
+    ),
 }
 
 
@@ -130,17 +129,18 @@ def hopper(monkeypatch):
     limits_of_device.cache_clear()
 
 
-SOURCES = {part: (Path(numflash.__file__).parent / f"{part}.py").read_text() for part in CHAIN}
+def module_of(part: str) -> str:
+    """The module of a part."""
+    return "numflash." + part.replace("/", ".")
 
 
-def break_kernel(part: str, mutation: Mutation, monkeypatch) -> None:
-    """Let the forward be made of a mutated part."""
-    for name in CHAIN[CHAIN.index(part) :]:
-        source, full_name = SOURCES[name], "numflash." + name.replace("/", ".")
-        changed = ModuleType(full_name)
-        monkeypatch.setitem(sys.modules, full_name, changed)
-        text = mutation.apply(source) if name == part else source
-        exec(compile(text, f"{name}.py", "exec"), changed.__dict__)
+SOURCES = {part: source_of(module_of(part)) for part in CHAIN}
+
+
+def break_kernel(part: str, fault, monkeypatch) -> None:
+    """Let the forward be made of a part with a fault."""
+    chain = [module_of(name) for name in CHAIN[CHAIN.index(part) :]]
+    changed = load(chain, module_of(part), fault, monkeypatch)
     monkeypatch.setitem(sm90.FACTORIES, "forward", changed.make_forward_kernel)
 
 
@@ -159,25 +159,10 @@ def first_failure(problems, monkeypatch) -> str | None:
     return None
 
 
-@dataclass(frozen=True)
-class LineMutation(Mutation):
-    """A line, by its number from 0, becomes `pass`."""
-
-    number: int = 0
-
-    def apply(self, source: str) -> str:
-        """The mutated source."""
-        lines = source.splitlines()
-        assert lines[self.number].strip() == self.old
-        indent = lines[self.number][: -len(self.old)]
-        lines[self.number] = f"{indent}{self.new}"
-        return "\n".join(lines)
-
-
-_SYNCHRONISATION = re.compile(
-    r"(mbarrier_(wait_parity|arrive|arrive_expect_tx|init)|wait_for_\w+|bar_sync|bar_arrive|meet|gather"
+_SYNCHRONISATION = (
+    r"mbarrier_(wait_parity|arrive|arrive_expect_tx|init)|wait_for_\w+|bar_sync|bar_arrive|meet|gather"
     r"|cp_async_bulk_(wait_group_read|commit_group)|fence_\w+|wgmma_(fence|commit_group)"
-    r"|give_\w+|take_\w+|pass_turn|cuda\.sync(threads|warp))\(.*\)"
+    r"|give_\w+|take_\w+|pass_turn|cuda\.sync(threads|warp)"
 )
 
 
@@ -190,37 +175,32 @@ _PRODUCTS, _RESULTS, _SOFTMAX, _TURNS = (
 _ROWS = "tiles/mma/softmax"
 
 
-def _problems_for(part: str, text: str, before: list[str]) -> tuple[str, ...]:
-    """What shall show that a line is missing: first that for which it is there."""
-    context = "\n".join(before)
-    if text == "gather(group)":
+def _problems_for(part: str, fault: Dropped) -> tuple[str, ...]:
+    """What shall show that a call is missing: first that for which it is there."""
+    called, context = fault.called, fault.before(SOURCES[part], 4)
+    if called == "gather":
         return ("bypassed",) if part == _RING else ("empty",)
-    if part == _TURNS and text in ("meet(group)", "cuda.syncwarp()"):
-        one = " for one" * (text == "meet(group)")
+    if part == _TURNS and called in ("meet", "cuda.syncwarp"):
+        one = " for one" * (called == "meet")
         return (f"empty{one}", f"bypassed{one}")
     if "o_replaces_q and leads" in context:
         return ("shared",)
-    if part == _RING and "mbarrier_init" not in text and "fence" not in text:
+    if part == _RING and called not in ("mbarrier_init", "fence_mbarrier_init"):
         return ("overlap", "turns")  # passing tiles of keys by
     without_overlap = "not overlap" in context or "else:" in context
     return tuple(dict.fromkeys(("turns", *ALL))) if without_overlap else ALL
 
 
 def synchronisations() -> list:
-    """(part, mutation, problems) that leaves out one wait, barrier or fence, for each of them."""
+    """(part, fault, problems) that leaves out one wait, barrier or fence, for each of them."""
     found = []
     for part in CHAIN:
-        factory, lines = "", SOURCES[part].splitlines()
-        for number, line in enumerate(lines):
-            text = line.strip()
-            factory = re.sub(r"def (\w+).*", r"\1", line) if line.startswith("def ") else factory
-            if factory == "make_product_pt" or not _SYNCHRONISATION.fullmatch(text):
-                continue  # the first is of 8-bit floats
-            if text not in NOT_NEEDED and f"{text} of {factory}" not in NOT_NEEDED:
-                name = f"{part}: no {text} in line {number + 1}"
-                mutation = LineMutation(name, text, "pass", number=number)
-                problems = _problems_for(part, text, lines[number - 4 : number])
-                found.append(pytest.param(part, mutation, problems, id=name))
+        for fault in events(SOURCES[part], _SYNCHRONISATION):
+            of_8_bits = fault.function.startswith("make_product_pt.")
+            if of_8_bits or (fault.function, fault.called, fault.n) in NOT_NEEDED:
+                continue
+            name = f"{part}: no {fault}"
+            found.append(pytest.param(part, fault, _problems_for(part, fault), id=name))
     return found
 
 

@@ -10,9 +10,6 @@ next, so that an update of shared memory that should be atomic is.
 
 import importlib
 import inspect
-import sys
-from dataclasses import dataclass
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -22,29 +19,11 @@ from numflash.configs import BackwardDkDvConfig, BackwardDqConfig, ForwardConfig
 from numflash.problem import AttentionProblem
 from numflash.ptx import Pointer, bar_arrive, bar_sync, cuda, f32
 from numflash.simulator import SEED, GlobalPointer, launch
+from tests.support.faults import Dropped, Mutation, events, load, source_of
 
 SEEDS = range(5)
 FULL = 0xFFFFFFFF
 TILE = 8
-
-
-@dataclass(frozen=True)
-class Mutation:
-    """`old`, which the source holds exactly `times` times, becomes `new`."""
-
-    name: str
-    old: str
-    new: str
-    times: int = 1
-
-    def apply(self, source: str) -> str:
-        """The mutated source. Raises AssertionError if `old` is not what was expected."""
-        found = source.count(self.old)
-        assert found == self.times, f"{self.name}: {self.old!r} stands {found} times in the source"
-        return source.replace(self.old, self.new)
-
-    def __str__(self) -> str:
-        return self.name
 
 
 def first_failure(run, monkeypatch, seeds=SEEDS) -> str | None:
@@ -324,7 +303,7 @@ CONFIGS = {
     "backward_dkdv": BackwardDkDvConfig(8, 16, 2),
     "backward_dq": BackwardDqConfig(16, 8, 2),
 }
-BARRIERS = ("cuda.syncthreads()", "cuda.syncwarp()")
+BARRIERS = r"cuda\.sync(threads|warp)"
 
 
 class Problem:
@@ -391,19 +370,10 @@ OUTPUTS = {"forward": ("out", "lse"), "backward_dkdv": ("dk", "dv"), "backward_d
 PROBLEM = Problem()
 
 
-def source_of(module: str) -> str:
-    """The source text of a module of numflash."""
-    return inspect.getsource(importlib.import_module(module))
-
-
-def mutated_factory(family: str, module: str, mutation: Mutation, monkeypatch):
-    """The factory of a portable kernel with a mutated `module`, its own or one that it imports."""
+def mutated_factory(family: str, module: str, fault, monkeypatch):
+    """The factory of a portable kernel with a fault in `module`, its own or one it imports."""
     kernel_module = f"{PORTABLE}.{family}"
-    for name in dict.fromkeys((module, kernel_module)):
-        source = source_of(name)
-        changed = ModuleType(name)
-        monkeypatch.setitem(sys.modules, name, changed)
-        exec(mutation.apply(source) if name == module else source, changed.__dict__)
+    changed = load((module, kernel_module), module, fault, monkeypatch)
     return getattr(changed, f"make_{family}_kernel")
 
 
@@ -418,13 +388,12 @@ def first_failure_of_kernel(family: str, factory, monkeypatch) -> str | None:
     )
 
 
-def barrier_lines() -> list[tuple[str, str]]:
-    """(family, text) of every barrier in the portable kernels."""
+def barriers() -> list:
+    """(family, fault) that leaves out one barrier of a portable kernel, for each of them."""
     return [
-        (family, line.strip())
+        pytest.param(family, fault, id=f"{family} without {fault}")
         for family in CONFIGS
-        for line in source_of(f"{PORTABLE}.{family}").splitlines()
-        if line.strip().startswith(BARRIERS)
+        for fault in events(source_of(f"{PORTABLE}.{family}"), BARRIERS)
     ]
 
 
@@ -489,10 +458,9 @@ def test_a_portable_kernel_is_right_for_every_seed(family, monkeypatch):
     assert first_failure_of_kernel(family, factory, monkeypatch) is None
 
 
-@pytest.mark.parametrize(("family", "line"), barrier_lines())
-def test_no_barrier_can_be_left_out(family, line, monkeypatch, record_property):
-    mutation = Mutation("no barrier", line, "pass")
-    factory = mutated_factory(family, f"{PORTABLE}.{family}", mutation, monkeypatch)
+@pytest.mark.parametrize(("family", "fault"), barriers())
+def test_no_barrier_can_be_left_out(family, fault, monkeypatch, record_property):
+    factory = mutated_factory(family, f"{PORTABLE}.{family}", fault, monkeypatch)
     caught = first_failure_of_kernel(family, factory, monkeypatch)
     record_property("caught", caught)
     assert caught
@@ -510,3 +478,5 @@ def test_a_mutation_whose_text_is_gone_fails():
     mutation = Mutation("renamed", "cuda.barrier_of_old()", "pass")
     with pytest.raises(AssertionError, match="stands 0 times"):
         mutation.apply(source_of(f"{PORTABLE}.forward"))
+    with pytest.raises(AssertionError, match=r"there is no cuda\.syncthreads 99 of forward"):
+        Dropped("forward", "cuda.syncthreads", 99).apply(source_of(f"{PORTABLE}.forward"))

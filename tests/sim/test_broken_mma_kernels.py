@@ -4,18 +4,14 @@ As `test_broken_kernels`: a mutation replaces a piece of source text, and the ke
 a wrong result, or an error, for at least one seed.
 """
 
-import importlib
-import inspect
-import sys
-from types import ModuleType
-
 import numpy as np
 import pytest
 
 import numflash
 from numflash import api
 from numflash.kernels import sm80
-from tests.sim.test_broken_kernels import Mutation, first_failure
+from tests.sim.test_broken_kernels import first_failure
+from tests.support.faults import Mutation, events, load, source_of
 
 KERNELS = "numflash.kernels.sm80"
 TILES = "numflash.tiles.mma"
@@ -63,12 +59,7 @@ def first_failure_of(
     `problem` are the arguments of `check` behind the config.
     """
     if mutation is not None:
-        kernel_module = module_of(family)
-        for name in dict.fromkeys((module, kernel_module)):
-            source = inspect.getsource(importlib.import_module(name))
-            changed = ModuleType(name)
-            monkeypatch.setitem(sys.modules, name, changed)
-            exec(mutation.apply(source) if name == module else source, changed.__dict__)
+        changed = load((module, module_of(family)), module, mutation, monkeypatch)
         factory = getattr(changed, f"make_{family.replace('-', '_')}_kernel")
         monkeypatch.setitem(sm80.FACTORIES, family, factory)
     monkeypatch.setattr(api, "_ready", {})
@@ -85,19 +76,12 @@ def first_failure_of(
 
 
 def synchronisations() -> list:
-    """(family, mutation) that leaves out one barrier or wait, for each of them."""
-    found = []
-    for family in CONFIGS:
-        lines = inspect.getsource(importlib.import_module(module_of(family))).splitlines()
-        for number, line in enumerate(lines):
-            if line.strip().startswith(("cuda.syncthreads()", "wait_for_tile()")):
-                # With what stands around it, as it may stand there more than once.
-                before = "\n".join(lines[max(0, number - 3) : number])
-                indent = line[: len(line) - len(line.lstrip())]
-                old, new = f"{before}\n{line}", f"{before}\n{indent}pass"
-                name = f"{family} without {line.split('#')[0].strip()} of line {number + 1}"
-                found.append(pytest.param(family, Mutation(name, old, new), id=name))
-    return found
+    """(family, fault) that leaves out one barrier or wait, for each of them."""
+    return [
+        pytest.param(family, fault, id=f"{family} without {fault}")
+        for family in CONFIGS
+        for fault in events(source_of(module_of(family)), r"cuda\.syncthreads|wait_for_tile")
+    ]
 
 
 # (family, module of the tiles, mutation): one for each idea that a kernel could get wrong.

@@ -4,12 +4,8 @@ Cases of other kernels for 8-bit floats on small configs in turn, cases with sev
 larger tiles, and kernels that are broken on purpose.
 """
 
-import importlib
-import inspect
-import sys
 from dataclasses import replace
 from functools import cache
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -24,7 +20,7 @@ from numflash.launch import limits_of_device
 from numflash.simulator import SEED, warpgroup
 from numflash.switches import is_on
 from tests.attention_cases import SIM_CASES, AttentionCase, on_fp8
-from tests.sim.test_broken_kernels import Mutation, first_failure
+from tests.sim.test_broken_kernels import first_failure
 from tests.sim.test_fp8_attention import (
     SORTS,
     TURNS,
@@ -38,6 +34,7 @@ from tests.sim.test_fp8_attention import (
     tile_n_of,
     tokens_per_scale,
 )
+from tests.support.faults import Mutation, load
 
 EVERY = is_on("NUMFLASH_TEST_EVERY_CONFIG")
 KERNEL, TILES = "numflash.kernels.sm90.fp8_forward", "numflash.tiles.wgmma"
@@ -235,11 +232,7 @@ def problem(config: str) -> Fp8Call:
 def first_failure_of(monkeypatch, config, module=None, mutation=None, seeds=range(3)):
     """How the kernel with a mutated `module` fails with a config; None if it is right."""
     if mutation is not None:
-        for name in dict.fromkeys((module, KERNEL)):
-            source = inspect.getsource(importlib.import_module(name))
-            changed = ModuleType(name)
-            monkeypatch.setitem(sys.modules, name, changed)
-            exec(mutation.apply(source) if name == module else source, changed.__dict__)
+        changed = load((module, KERNEL), module, mutation, monkeypatch)
         monkeypatch.setitem(sm90.FACTORIES, "forward", changed.make_fp8_forward_kernel)
 
     return first_failure(lambda: is_right(config, config), monkeypatch, seeds)
