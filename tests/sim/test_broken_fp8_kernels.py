@@ -24,7 +24,7 @@ from tests.sim.test_fp8_attention import (
     tile_n_of,
     tokens_per_scale,
 )
-from tests.support.faults import Mutation, events, load, source_of
+from tests.support.faults import Dropped, Mutation, events, load, source_of
 
 KERNEL = "numflash.kernels.fp8.forward"
 TILES = "numflash.tiles.fp8"
@@ -166,7 +166,7 @@ MUTATIONS = [
     ),
     (
         "softmax",
-        Mutation("outputs that are not rescaled", "            scale_rows(o_acc, factors)", ""),
+        Dropped("make_tile_softmax.tile_softmax", "scale_rows"),
         OF_TILES,
         HALF,
     ),
@@ -254,7 +254,7 @@ MUTATIONS = [
     ),
     (
         "forward",
-        Mutation("scales of keys forgotten", "scale_keys(s_acc, smem, k_of_keys + j)", "pass"),
+        Dropped("make_forward_kernel.forward", "scale_keys"),
         OF_KEYS,
         HALF,
     ),
