@@ -8,7 +8,7 @@ from numflash import sass
 from numflash.compiler import compile_kernel
 from numflash.devices import ARCHITECTURES
 from numflash.kernels.kernel import Kernel
-from numflash.ptx import INSTRUCTIONS, Pointer, cuda, f32, instruction, u32
+from numflash.ptx import INSTRUCTIONS, Pointer, cuda, device_function, f32, instruction, u32
 from numflash.tiles.fp8.conversions import make_encode
 from tests.instruction_cases import CASES
 
@@ -28,18 +28,43 @@ def test_it_assembles_for_the_oldest_gpu_that_has_it(case):
     assert cubin.stack_bytes == cubin.spill_store_bytes == 0
 
 
+def _one_kernel_of(cases) -> Kernel:
+    """A kernel that does what those of several cases do, one after the other."""
+    parameters, calls, scope = {}, [], {}
+    for number, case in enumerate(cases):
+        own = {f"{name}_{number}": t for name, t in case.kernel.__annotations__.items()}
+        scope[f"case_{number}"] = device_function(case.kernel)
+        calls.append(f"    case_{number}({', '.join(own)})")
+        parameters |= own
+    exec("\n".join([f"def kernel({', '.join(parameters)}):", *calls]), scope)
+    scope["kernel"].__annotations__ = parameters
+    return Kernel("instructions", scope["kernel"], cases[0].block, cases[0].smem_bytes)
+
+
 @pytest.mark.parametrize("arch", ["sm_90a", "sm_120"])
 def test_it_assembles_for_newer_gpus(arch):
+    """Nearly all instructions in a few kernels: a front end for each would take the most time."""
     major, minor = ARCHITECTURES[arch].compute_capability
-    for cases in CASES.values():
-        # Variants differ in their data and the types around the instruction: one is enough.
-        # Tensor maps are parameters by value, which `grid_constants` writes as NVVM for Hopper
-        # reads them.
-        sm = 10 * major + minor
-        if INSTRUCTIONS[cases[0].instruction].runs_on(sm) and not (
-            sm > 90 and cases[0].tensor_maps
-        ):
-            assert _compile(cases[0], arch).warnings == ()
+    sm = 10 * major + minor
+    # Variants differ in their data and the types around the instruction: one is enough. What this
+    # is the oldest GPU of has been assembled above. Tensor maps are parameters by value, which
+    # `grid_constants` writes as NVVM for Hopper reads them.
+    cases = [
+        found[0]
+        for found in CASES.values()
+        if INSTRUCTIONS[found[0].instruction].runs_on(sm)
+        and INSTRUCTIONS[found[0].instruction].sm < sm
+        and not found[0].tensor_maps
+    ]
+    alike = {}
+    for case in cases:
+        if case.min_blocks is None:
+            alike.setdefault((case.block, case.smem_bytes), []).append(case)
+        else:  # launch bounds of its own
+            assert _compile(case, arch).warnings == (), case
+    for together in alike.values():
+        cubin = compile_kernel(lambda cases=together: _one_kernel_of(cases), ARCHITECTURES[arch])
+        assert cubin.warnings == (), [str(case) for case in together]
 
 
 def _opcodes(kernel, arch):
