@@ -6,7 +6,7 @@ largest finite number, and a NaN 0x7f. To float16: exact, and a NaN becomes 0x7f
 
 import numpy as np
 
-from numflash.formats import FORMATS, Format
+from numflash.formats import FORMATS, NAN_CODE, Format
 from numflash.ptx.instruction import instruction
 from numflash.ptx.scalars import f32, u8, u16, u32
 
@@ -14,31 +14,60 @@ from numflash.ptx.scalars import f32, u8, u16, u32
 @instruction("cvt.rn.satfinite.e4m3x2.f32 <ret>, <high>, <low>;", sm=89)
 def cvt_rn_satfinite_e4m3x2_f32(high: f32, low: f32) -> u16:
     """Two e4m3 in one register, each nearest to its source."""
-    return FORMATS["e4m3"].encode([low, high]).view(u16)[0]
+    return _E4M3.encode(high, low)
 
 
 @instruction("cvt.rn.satfinite.e5m2x2.f32 <ret>, <high>, <low>;", sm=89)
 def cvt_rn_satfinite_e5m2x2_f32(high: f32, low: f32) -> u16:
     """Two e5m2 in one register, each nearest to its source."""
-    return FORMATS["e5m2"].encode([low, high]).view(u16)[0]
+    return _E5M2.encode(high, low)
 
 
 @instruction("cvt.rn.f16x2.e4m3x2 <ret>, <codes>;", sm=89)
 def cvt_rn_f16x2_e4m3x2(codes: u16) -> u32:
     """The two float16 that equal two e4m3."""
-    return _E4M3_HALVES[u16(codes).reshape(1).view(u8)].view(u32)[0]
+    return _E4M3.halves(codes)
 
 
 @instruction("cvt.rn.f16x2.e5m2x2 <ret>, <codes>;", sm=89)
 def cvt_rn_f16x2_e5m2x2(codes: u16) -> u32:
     """The two float16 that equal two e5m2."""
-    return _E5M2_HALVES[u16(codes).reshape(1).view(u8)].view(u32)[0]
+    return _E5M2.halves(codes)
 
 
-def _halves(kind: Format) -> np.ndarray:
-    """(256,) the bits of the float16 that each code equals."""
-    x = kind.values
-    return np.where(np.isnan(x), u16(0x7FFF), x.astype(np.float16).view(u16))
+class _Pairs:
+    """Two numbers of a format at a time, in arrays kept for them: a simulated thread's registers.
+
+    What `Format` does for arrays, which is many times as slow for two.
+    """
+
+    def __init__(self, kind: Format):
+        self._largest = kind.largest
+        self._floats = np.zeros(2, f32)
+        self._codes = np.zeros(2, kind.dtype)
+        self._bytes, self._pair = self._codes.view(u8), self._codes.view(u16)
+        # The bits of the float16 that each code equals.
+        x = kind.values
+        self._bits = np.where(np.isnan(x), u16(0x7FFF), x.astype(np.float16).view(u16)).tolist()
+        self._halves = np.zeros(1, u32)
+
+    def encode(self, high: f32, low: f32) -> u16:
+        """The codes nearest to two numbers."""
+        most = self._largest
+        # A NaN, which compares with nothing, comes first and stays.
+        self._floats[0], self._floats[1] = (min(max(x, -most), most) for x in (low, high))
+        self._codes[:] = self._floats
+        if low != low:
+            self._bytes[0] = NAN_CODE
+        if high != high:
+            self._bytes[1] = NAN_CODE
+        return self._pair[0]
+
+    def halves(self, codes: u16) -> u32:
+        """The float16 that two codes equal."""
+        codes = int(codes)
+        self._halves[0] = self._bits[codes & 0xFF] | self._bits[codes >> 8] << 16
+        return self._halves[0]
 
 
-_E4M3_HALVES, _E5M2_HALVES = (_halves(FORMATS[name]) for name in ("e4m3", "e5m2"))
+_E4M3, _E5M2 = _Pairs(FORMATS["e4m3"]), _Pairs(FORMATS["e5m2"])
