@@ -36,7 +36,11 @@ WITHOUT = {
 
 
 def read() -> dict:
-    """{"witnesses": {test: {compiler, date, instructions}}, "noticed": {meaning: {...}}}."""
+    """The record.
+
+    {"witnesses": {test: {"compiler", "date", "instructions"}},
+    "noticed": {wrong meaning: {"instruction", "witness", "date"}}, "without": {name: why}}.
+    """
     return json.loads(RECORD.read_text())
 
 
@@ -50,7 +54,9 @@ def enter(witnesses: dict[str, dict], noticed: dict[str, dict]) -> None:
         for name, entry in entries.items():
             if {**kept.get(name, {}), "date": None} != {**entry, "date": None}:
                 kept[name] = {**entry, "date": date.today().isoformat()}
-    record = {part: dict(sorted(entries.items())) for part, entries in record.items()}
+    found = witnesses_of(record)
+    record = {part: dict(sorted(record[part].items())) for part in ("witnesses", "noticed")}
+    record["without"] = {name: why for name, why in WITHOUT.items() if name not in found}
     RECORD.write_text(json.dumps(record, indent=1) + "\n")
 
 

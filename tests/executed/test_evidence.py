@@ -21,6 +21,10 @@ def test_an_instruction_has_a_witness_or_a_reason_why_not(name):
     assert (name in evidence.witnesses_of(evidence.read())) != (name in evidence.WITHOUT)
 
 
+def test_the_record_gives_the_reasons():
+    assert evidence.read()["without"] == evidence.WITHOUT
+
+
 def test_there_are_no_reasons_for_what_is_no_instruction():
     assert set(evidence.WITHOUT) <= set(_OURS)
 
