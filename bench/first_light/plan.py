@@ -4,8 +4,10 @@ A step is a dictionary with "title", "section", "expected_s" (seconds that it ta
 decide whether it still fits) and what its "kind" needs.
 """
 
+import json
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from bench import ablation, peers, points, static
@@ -15,16 +17,10 @@ from numflash.configs.traits import Traits
 from numflash.devices import Architecture
 from numflash.problem_class import ProblemClass, round_up
 
-NO_WITNESS = (
-    "mma_m16n8k8_f16",
-    "mbarrier_arrive",
-    "bar_arrive",
-    "cp_async_bulk_wait_group_read",
-    "fence_proxy_tensormap",
-    "prefetch_tensormap",
-    "bra_over_store",
-)
-"""What no other compiler's kernel has confirmed and is more than one lane's: docs/evidence.md."""
+_ONE_LANE = ("cvt_", "mul_", "lop3_", "mov_", "float_", "bits_", "ld_", "st_")
+_RECORD = json.loads((Path(__file__).parents[2] / "docs" / "evidence.json").read_text())
+NO_WITNESS = tuple(name for name in _RECORD["without"] if not name.startswith(_ONE_LANE))
+"""What no other compiler's kernel has confirmed and is more than one lane's."""
 
 INSTRUCTIONS, FORWARD, GRADIENTS = "instructions", "forward", "gradients"
 SPEED, QUESTIONS, TUNER = "speed", "questions", "tuner"

@@ -1,18 +1,14 @@
-"""docs/evidence.md: every instruction has a witness or has none, and the tests it names exist."""
+"""docs/evidence.md is what its record gives, and speaks of every instruction."""
 
 import re
-from pathlib import Path
 
 import pytest
 
 from numflash.ptx import INSTRUCTIONS
+from tests.executed import evidence
 
-_ROOT = Path(__file__).parents[2]
-_TEXT = (_ROOT / "docs" / "evidence.md").read_text()
-# Made when kernels ask for them, for each size; the page speaks of them together.
+# Made when kernels ask for them, for each size; the page says which of them were executed.
 _MADE = re.compile(r"wgmma_m64|wgmma_wait_group|setmaxnreg")
-
-
 _OURS = [
     name
     for name, instruction in INSTRUCTIONS.items()
@@ -21,14 +17,26 @@ _OURS = [
 
 
 @pytest.mark.parametrize("name", _OURS)
-def test_an_instruction_has_a_witness_or_has_none(name):
-    with_one, without = _TEXT.split("## What has no witness yet")
-    without = without.split("## What is not here")[0]
-    with_one = with_one.split("## Instructions with a witness")[1].split("\nTiles of")[0]
-    assert (f"`{name}`" in with_one) != (f"`{name}`" in without)
+def test_an_instruction_has_a_witness_or_a_reason_why_not(name):
+    assert (name in evidence.witnesses_of(evidence.read())) != (name in evidence.WITHOUT)
 
 
-def test_the_tests_that_it_names_exist():
-    tests = (_ROOT / "tests" / "executed" / "test_witnesses.py").read_text()
-    named = set(re.findall(r"`(test_[a-z0-9_]+)`", _TEXT))
-    assert named and all(f"def {name}(" in tests for name in named)
+def test_the_record_gives_the_reasons():
+    assert evidence.read()["without"] == evidence.WITHOUT
+
+
+def test_there_are_no_reasons_for_what_is_no_instruction():
+    assert set(evidence.WITHOUT) <= set(_OURS)
+
+
+def test_the_page_is_drawn_from_the_record():
+    assert evidence.PAGE.read_text() == evidence.page(evidence.read())
+
+
+def test_the_witnesses_exist():
+    tests = (evidence.RECORD.parents[1] / "tests/executed/test_witnesses.py").read_text()
+    record = evidence.read()
+    assert record["witnesses"] and all(f"def {name}(" in tests for name in record["witnesses"])
+    assert record["noticed"]
+    for entry in record["noticed"].values():
+        assert entry["instruction"] in record["witnesses"][entry["witness"]]["instructions"]

@@ -95,6 +95,37 @@ def convert(x, y, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def scalars(x, y, low, halves, product, wide, narrow, brain, chosen, n, BLOCK: tl.constexpr):
+    """What one lane computes: each output by one instruction, or by two beside each other."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    seen = i < n
+    u, v = tl.load(x + i, mask=seen), tl.load(y + i, mask=seen)
+    tl.store(low + i, tl.minimum(u, v), mask=seen)
+    h = tl.load(halves + i, mask=seen)
+    tl.store(product + i, h * h, mask=seen)
+    tl.store(wide + i, h.to(tl.float32) * u, mask=seen)
+    tl.store(narrow + i, u.to(tl.float16), mask=seen)
+    tl.store(brain + i, v.to(tl.bfloat16), mask=seen)
+    a, b = u.to(tl.int32, bitcast=True), v.to(tl.int32, bitcast=True)
+    tl.store(chosen + i, (0x00FFFF00 & a) | (~0x00FFFF00 & b), mask=seen)
+
+
+@triton.jit
+def kept(a, b, c, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    """c (BM, BN) = a (BM, BK) times the sum of the BK rows high blocks of b (K, BN).
+
+    One load each time round: an odd number of copies is under way.
+    """
+    rows, columns, k = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BK)
+    x = tl.load(a + rows[:, None] * BK + k[None, :])
+    total = tl.zeros((BM, BN), tl.float32)
+    for first in range(0, K, BK):
+        y = tl.load(b + (first + k)[:, None] * BN + columns[None, :])
+        total = tl.dot(x, y, total)
+    tl.store(c + rows[:, None] * BN + columns[None, :], total)
+
+
+@triton.jit
 def attention(
     q,
     k,

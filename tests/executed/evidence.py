@@ -1,0 +1,162 @@
+"""Who vouches for our instructions: the record that witnesses write, and the page made of it.
+
+    python -m tests.executed.evidence      draws docs/evidence.md of docs/evidence.json
+
+A witness is a test that runs another compiler's kernel in the executor. One that passes enters
+what was executed into the record; so does each wrong meaning that a witness noticed.
+"""
+
+import json
+from collections.abc import Iterable
+from datetime import date
+from pathlib import Path
+
+_DOCS = Path(__file__).parents[2] / "docs"
+RECORD, PAGE = _DOCS / "evidence.json", _DOCS / "evidence.md"
+
+_MOVES = "a move, which every kernel executes in some form"
+WITHOUT = {
+    **dict.fromkeys(
+        ("mov_b32_halves", "float_as_bits", "bits_as_float", "mov_shared_address"), _MOVES
+    ),
+    **dict.fromkeys(("mov_tid_x", "mov_ctaid_x", "mov_nctaid_x"), _MOVES),
+    "mma_m16n8k8_f16": "for sm_75 Triton makes `fma` of a matmul",
+    "mbarrier_arrive": "no kernel here has specialised warps",
+    "bar_arrive": "no kernel here has specialised warps",
+    "cp_async_bulk_wait_group_read": "Triton waits for the writes, too",
+    "fence_mbarrier_init": "Triton sets none, the tests do: it is only refused where missing",
+    "fence_proxy_tensormap": "changes nothing on a CPU: a wrong meaning could not be noticed",
+    "prefetch_tensormap": "changes nothing on a CPU: a wrong meaning could not be noticed",
+    "bra_over_store": "a branch that is never taken; no other compiler has it",
+    "mul_rn_f16x2": "Triton multiplies single float16: `mul.f16`",
+    "st_shared_f32": "Triton stores more or fewer bytes to shared memory at once",
+    "st_shared_u32": "Triton stores more or fewer bytes to shared memory at once",
+    "lop3_select_b32": "LLVM makes `and` and `or`; ptxas makes the `lop3`",
+    "cvt_rna_tf32_f32": "Triton passes float32 to products of tf32 unrounded",
+}
+"""Instructions of `numflash/ptx` that have no witness yet, or can have none, and why."""
+
+
+def read() -> dict:
+    """The record.
+
+    {"witnesses": {test: {"compiler", "date", "instructions"}},
+    "noticed": {wrong meaning: {"instruction", "witness", "date"}}, "without": {name: why}}.
+    """
+    return json.loads(RECORD.read_text())
+
+
+def enter(witnesses: dict[str, dict], noticed: dict[str, dict], meanings: Iterable[str]) -> None:
+    """Replace these entries of the record; what says the same keeps its date.
+
+    Wrong meanings that are none of `meanings` are no longer tried, and dropped.
+    """
+    record = read() if RECORD.exists() else {"witnesses": {}, "noticed": {}}
+    for kept, entries in (
+        (record["witnesses"], witnesses),
+        (record["noticed"], noticed),
+    ):
+        for name, entry in entries.items():
+            if {**kept.get(name, {}), "date": None} != {**entry, "date": None}:
+                kept[name] = {**entry, "date": date.today().isoformat()}
+    meanings = set(meanings)
+    record["noticed"] = {k: v for k, v in record["noticed"].items() if k in meanings}
+    found = witnesses_of(record)
+    record = {part: dict(sorted(record[part].items())) for part in ("witnesses", "noticed")}
+    record["without"] = {name: why for name, why in WITHOUT.items() if name not in found}
+    RECORD.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def witnesses_of(record: dict) -> dict[str, list[str]]:
+    """The tests that vouch for each instruction that has any."""
+    found: dict[str, list[str]] = {}
+    for test, entry in record["witnesses"].items():
+        for name in entry["instructions"]:
+            found.setdefault(name, []).append(test)
+    return found
+
+
+def page(record: dict) -> str:
+    """docs/evidence.md."""
+    found = witnesses_of(record)
+    rows = [
+        (
+            f"`{name}`",
+            ", ".join(f"`{test}`" for test in tests),
+            "; ".join(
+                meaning
+                for meaning, entry in record["noticed"].items()
+                if entry["instruction"] == name
+            ),
+        )
+        for name, tests in sorted(found.items())
+    ]
+    compilers = {}
+    for entry in record["witnesses"].values():
+        compilers[entry["compiler"]] = max(compilers.get(entry["compiler"], ""), entry["date"])
+    seen = ", ".join(f"{name} (last changed {day})" for name, day in sorted(compilers.items()))
+    without = [(f"`{name}`", why) for name, why in sorted(WITHOUT.items())]
+    return _TEXT.format(
+        seen=seen,
+        table=_table(("instruction", "witness", "wrong on purpose, and noticed"), rows),
+        without=_table(("instruction", "why"), without),
+    )
+
+
+def _table(header: Iterable[str], rows: Iterable[tuple]) -> str:
+    header = tuple(header)
+    lines = [header, ("---",) * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+_TEXT = """\
+# Who vouches for our instructions
+
+*Drawn from [evidence.json](evidence.json) by `python -m tests.executed.evidence`; do not edit it.*
+
+No GPU has run numflash. What instructions mean is written in the bodies of `numflash/ptx/` and in the parts of
+the simulator, read from the manuals. The executor uses the same bodies. So when it runs a kernel of another
+compiler, whose code GPUs run every day, and the result is right, that compiler vouches for our meanings.
+
+The witnesses are tests of `tests/executed/test_witnesses.py`: kernels of {seen}, which compile without a GPU,
+against float64. They write the record where they pass:
+
+    pip install triton          # 290 MB to load, 1 GB on disk
+    NUMBA_ENABLE_CUDASIM=1 NUMFLASH_TEST_PEERS=1 pytest tests/executed/test_witnesses.py
+
+A witness shows that kernels which use an instruction compute what they should. It does not show what the
+instruction does with operands that no kernel gives it, nor how fast it is, nor what ptxas makes of it. CI does
+not run the witnesses: they take 76 s of user CPU time beside the installation.
+
+## Instructions with a witness
+
+The last column is what `test_a_wrong_meaning_is_noticed` makes of the instruction on purpose; its witness fails
+then. Where the column is empty nobody has tried. Loads and stores of Triton are typed `.b32`: they vouch
+for `.u32` and `.f32` of the same size. `bar_sync` is executed as `bar.sync 0`, for all threads. `mul.f32` of Triton vouches for `mul.rn.f32`, which it is.
+
+{table}
+
+Tiles of three to five dimensions are loaded and stored with the same swizzle, so that a wrong one would cancel
+out: only the 2-D copies, whose tiles `wgmma` reads, show it. What matters there is which elements a tile is.
+
+## Instructions without a witness
+
+{without}
+
+Nor has anybody vouched for `wgmma` whose K-major stride offset is not 1024 bytes (every kernel here uses the
+swizzle of 128 bytes, and a simulator that ignored the stride would pass), for `setmaxnreg`, for `bar.sync`
+with a count, and for the 128 bytes that the driver makes of a tensor map: `libcuda` would have to run.
+
+## Where Triton and our checks differ
+
+- Triton sets no fence between `mbarrier.init` and bulk copies. We demand `fence.mbarrier_init`; the tests put it
+  into Triton's text (`test_where_we_ask_for_more_fences_than_triton_sets` shows the refusal without).
+- Triton's attention for sm_90 stores Q, waits at a barrier, and then the *readers* execute
+  `fence.proxy.async`. We demand it of the writer, before the barrier; the tests add that one.
+  Whether the PTX ISA allows Triton's order we have not settled.
+- Triton passes float32 to `mma` of tf32 unrounded; the tests cut the low 13 bits of their reference.
+"""  # noqa: E501
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(read()))
