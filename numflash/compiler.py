@@ -240,14 +240,21 @@ def compile_ptx(config: Config, traits: Traits, limits: Architecture) -> str:
     return _front_end(lambda: _make(config, traits), limits, "ptx", min_blocks)[1]
 
 
-def nvvm_ptx(config: Config, traits: Traits, limits: Architecture) -> str:
-    """The PTX that NVVM makes of a kernel, for `numflash.executor`: nothing is assembled.
+def executable_ptx(config: Config, traits: Traits, limits: Architecture, route: str) -> str:
+    """The PTX of a kernel, for `numflash.executor`: nothing is assembled.
+
+    Args:
+        config, traits, limits: as for `get_cubin`.
+        route: "ptx" for what NVVM makes; "lto" for what nvJitLink makes of LTO-IR before it
+            assembles that, which is the way of machine code.
 
     Raises:
         UnsupportedError: the compiler packages are missing.
     """
+    output = {"ptx": "ptx", "lto": "ltoir"}[route]
     min_blocks = getattr(config, "min_blocks_per_sm", None)
-    return _front_end(lambda: _make(config, traits), limits, "ptx", min_blocks)[1]
+    _, code = _front_end(lambda: _make(config, traits), limits, output, min_blocks)
+    return code if route == "ptx" else _link_ptx(code, limits.arch)
 
 
 def _make(config: Config, traits: Traits):
@@ -404,11 +411,30 @@ def _letter(annotation) -> str:
 
 def _link(ltoir: bytes, arch: str) -> tuple[bytes, str]:
     """The machine code and the assembler's log. Raises RuntimeError with it if it refuses."""
+    with _linked(ltoir, arch, "-verbose") as (nvjitlink, handle):
+        log = bytearray(nvjitlink.get_info_log_size(handle))
+        nvjitlink.get_info_log(handle, log)
+        code = bytearray(nvjitlink.get_linked_cubin_size(handle))
+        nvjitlink.get_linked_cubin(handle, code)
+    return bytes(code), _text(log)
+
+
+def _link_ptx(ltoir: bytes, arch: str) -> str:
+    """The PTX that `_link` assembles. Raises RuntimeError with the log if it is refused."""
+    with _linked(ltoir, arch, "-ptx") as (nvjitlink, handle):
+        code = bytearray(nvjitlink.get_linked_ptx_size(handle))
+        nvjitlink.get_linked_ptx(handle, code)
+    return _text(code)
+
+
+@contextmanager
+def _linked(ltoir: bytes, arch: str, option: str):
+    """(nvJitLink, the handle of a finished link)."""
     try:
         from cuda.bindings import nvjitlink
     except ImportError as error:
         raise UnsupportedError(f"nvJitLink cannot be imported: {error}. {INSTALL_HINT}") from error
-    options = [f"-arch={arch}", "-lto", "-verbose", "-fma=0"]
+    options = [f"-arch={arch}", "-lto", option, "-fma=0"]
     with _compiler_libraries():
         handle = nvjitlink.create(len(options), options)
     try:
@@ -419,13 +445,9 @@ def _link(ltoir: bytes, arch: str) -> tuple[bytes, str]:
             log = bytearray(nvjitlink.get_error_log_size(handle))
             nvjitlink.get_error_log(handle, log)
             raise RuntimeError(f"{error} for {arch}: {_text(log)}") from error
-        log = bytearray(nvjitlink.get_info_log_size(handle))
-        nvjitlink.get_info_log(handle, log)
-        code = bytearray(nvjitlink.get_linked_cubin_size(handle))
-        nvjitlink.get_linked_cubin(handle, code)
+        yield nvjitlink, handle
     finally:
         nvjitlink.destroy(handle)
-    return bytes(code), _text(log)
 
 
 def _text(log: bytearray) -> str:

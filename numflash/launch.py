@@ -27,8 +27,9 @@ from numflash.switches import choice
 from numflash.tensor_maps import MAP_ALIGNMENT, MAP_BYTES, TensorLayout, aligned, encoder
 from numflash.views import Operand
 
-# What a simulated launch runs: the kernel's Python, or what the compiler makes of it.
-_SIMULATED_CODE = "python", "ptx"
+# What a simulated launch runs: the kernel's Python, or what the compilers make of it, by which
+# route (see `compiler.executable_ptx`).
+_SIMULATED_CODE = "python", "ptx", "lto"
 # What the simulator models unless NUMFLASH_SIM_ARCH names another.
 _SIMULATED_ARCHITECTURE = "sm_80"
 _SLOT_BYTES = 8
@@ -137,8 +138,9 @@ class Launcher:
             kernel = _simulated_kernel(config, traits)
             blocks_per_sm = getattr(config, "min_blocks_per_sm", None) or 1
             self._launch = SimulatedLaunch(kernel, num_blocks, scalars, blocks_per_sm)
-            if choice("NUMFLASH_SIM_CODE", _SIMULATED_CODE) == "ptx":
-                ptx = ptx_of(config, traits, limits_of_device(device))
+            code = choice("NUMFLASH_SIM_CODE", _SIMULATED_CODE)
+            if code != "python":
+                ptx = ptx_of(config, traits, limits_of_device(device), code)
                 self._launch = ExecutedLaunch(ptx, kernel, num_blocks, scalars, blocks_per_sm)
         else:
             cubin = get_cubin(config, traits, limits_of_device(device))

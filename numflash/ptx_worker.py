@@ -4,8 +4,8 @@ The simulator takes the place of Numba's compiler, once for a process. Here a wo
 when something is to be compiled, and ends with this process. PTX is cached in memory and on disk
 as cubins are, under everything that decides it.
 
-The worker reads a length and a pickled (config, traits, architecture) from its standard input, and
-answers with a length and a pickled (PTX, error). What it prints goes to standard error.
+The worker reads a length and a pickled (config, traits, architecture, route) from its standard
+input, and answers with a length and a pickled (PTX, error). What it prints goes to standard error.
 """
 
 import io
@@ -28,20 +28,22 @@ _lock = threading.Lock()
 
 
 @lru_cache(256)
-def ptx_of(config: Config, traits: Traits, limits: Architecture) -> str:
+def ptx_of(config: Config, traits: Traits, limits: Architecture, route: str = "ptx") -> str:
     """The PTX of a kernel, from memory, from disk, or compiled now by the worker.
+
+    `route` is that of `compiler.executable_ptx`.
 
     Raises:
         UnsupportedError: the compiler packages are missing.
         RuntimeError: the worker fails.
     """
     config = getattr(config, "compiled", config)
-    key = compiler.content_key("ptx", config, traits, limits)
+    key = compiler.content_key(route, config, traits, limits)
     stored = disk.read(key)
     if stored is not None:
         return stored[1].decode()
     with _lock:
-        text, error = _ask((config, traits, limits))
+        text, error = _ask((config, traits, limits, route))
     if error is not None:
         raise error
     disk.write(key, {}, text.encode())
@@ -94,7 +96,7 @@ def work() -> None:
         except EOFError:
             return
         try:
-            _send(answers, (compiler.nvvm_ptx(*request), None))
+            _send(answers, (compiler.executable_ptx(*request), None))
         except UnsupportedError as error:
             _send(answers, (None, error))
         except Exception as error:

@@ -81,6 +81,23 @@ def test_the_simulator_computes_the_same_bits(executed, name):
     np.testing.assert_array_max_ulp(lse, same_lse, 4)
 
 
+@pytest.mark.parametrize("name", ["sm75", "combine", "sm90"])
+def test_what_the_linker_makes_computes_the_same_bits(executed, name):
+    """nvJitLink optimises LTO-IR once more and fuses as little as NVVM."""
+    arch, dtype, tokens, head_dim, _, options = CASES[name]
+    q, k, v, _ = _inputs(dtype, tokens, head_dim)
+    options = {**options, "config": options.get("config", {}).get("forward")}
+    texts, results = {}, {}
+    for code in ("ptx", "lto"):
+        texts[code] = []
+        executed(arch, lambda ptx, ran=texts[code]: ran.append(ptx) or ptx, code)
+        results[code] = numflash.attention(q, k, v, return_lse=True, **options)
+    assert len(texts["ptx"]) == len(texts["lto"]) > 0
+    assert not set(texts["ptx"]) & set(texts["lto"])
+    for one, other in zip(results["ptx"], results["lto"], strict=True):
+        np.testing.assert_array_equal(one.view(f"u{one.itemsize}"), other.view(f"u{one.itemsize}"))
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_the_order_of_warps_does_not_matter(executed, monkeypatch, seed):
     from numflash.simulator import SEED
@@ -114,7 +131,7 @@ def test_strides_beyond_two_to_the_31st(executed):
 def test_a_switch_that_is_neither_is_named(executed):
     executed("sm_80", code="sass")
     q, k, v, _ = _inputs(np.float16, 8, 32)
-    with pytest.raises(ValueError, match="NUMFLASH_SIM_CODE must be python or ptx, got 'sass"):
+    with pytest.raises(ValueError, match="must be python, ptx or lto, got 'sass"):
         numflash.attention(q, k, v)
 
 

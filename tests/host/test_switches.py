@@ -209,12 +209,12 @@ def test_a_wrong_seed_of_the_simulator_is_named(monkeypatch):
 
 
 def test_a_choice_is_one_of_its_words(monkeypatch):
-    words = "python", "ptx"
+    words = "python", "ptx", "lto"
     for text, chosen in [("", "python"), (" PTX ", "ptx"), ("python", "python")]:
         monkeypatch.setenv("NUMFLASH_SIM_CODE", text)
         assert switches.choice("NUMFLASH_SIM_CODE", words) == chosen
     monkeypatch.delenv("NUMFLASH_SIM_CODE")
     assert switches.choice("NUMFLASH_SIM_CODE", words) == "python"
     monkeypatch.setenv("NUMFLASH_SIM_CODE", "1")
-    with pytest.raises(ValueError, match="NUMFLASH_SIM_CODE must be python or ptx, got '1'"):
+    with pytest.raises(ValueError, match="NUMFLASH_SIM_CODE must be python, ptx or lto, got '1'"):
         switches.choice("NUMFLASH_SIM_CODE", words)
