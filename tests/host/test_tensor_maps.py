@@ -184,7 +184,8 @@ def test_numbers_are_those_of_the_drivers_enumerations():
     swizzles, promotions = driver.CUtensorMapSwizzle, driver.CUtensorMapL2promotion
     assert swizzles.CU_TENSOR_MAP_SWIZZLE_128B == tensor_maps._SWIZZLE_128B
     assert swizzles.CU_TENSOR_MAP_SWIZZLE_NONE == tensor_maps._SWIZZLE_NONE
-    assert promotions.CU_TENSOR_MAP_L2_PROMOTION_L2_256B == tensor_maps._L2_PROMOTION_256B
+    for n_bytes, number in tensor_maps._L2_PROMOTIONS.items():
+        assert getattr(promotions, f"CU_TENSOR_MAP_L2_PROMOTION_L2_{n_bytes}B") == number
 
 
 # What arrives in a launch
