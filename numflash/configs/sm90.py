@@ -3,9 +3,9 @@
 Their string form: `sm90-m128n176w8s2-overlap-pingpong-persistent`, which is tile_m, tile_n, the
 warps that multiply, stages, and what is switched on. `x8`, `-h4` and `-packed` as in
 `configs.sm80`, `b2` where two blocks share an SM; `-r232` gives the warps that multiply 232
-registers a thread instead of the usual; with `-a1` one thread arrives for a warpgroup; `-l128`
-asks for 128 bytes of each line that the L2 cache misses, not 256; with `-fixed`, last, warps keep
-the registers that they begin with. Those on 8-bit floats begin with `fp8-sm90-`.
+registers a thread instead of the usual; with `-a1` one thread arrives for a warpgroup; with
+`-l128` the L2 cache fetches 128 bytes at once for a bulk copy, not 256; with `-fixed`, which comes
+last, warps keep the registers that they begin with. Those on 8-bit floats begin with `fp8-sm90-`.
 """
 
 import re
