@@ -32,6 +32,8 @@ _SWITCHES = {
     "persistent": "a block for each tile of rows",
     "arrivals": "one thread gives a buffer back for its warpgroup",
 }
+# What a switch that is a number is set to.
+_OTHERS = {"arrivals": 1, "l2_bytes": 128}
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,7 @@ def has_switches(configs: dict) -> bool:
 
 def switched(config: sm90.Sm90ForwardConfig, name: str) -> sm90.Sm90ForwardConfig | None:
     """The config with one of its switches the other way; None if it cannot."""
-    other = 1 if name == "arrivals" else not getattr(config, name)
+    other = _OTHERS.get(name, not getattr(config, name))
     try:
         return replace(config, **{name: other})
     except ValueError:

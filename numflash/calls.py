@@ -172,7 +172,9 @@ class Forward:
             rows, heads * geometry.num_splits, choice.config.block_rows
         )
         if isinstance(choice.config, Sm90ForwardConfig):
-            scalars |= self._tensor_maps(tensors, choice.config, geometry)
+            l2_bytes = choice.config.l2_bytes
+            for name, layout in self._tensor_maps(tensors, choice.config, geometry).items():
+                scalars[name] = replace(layout, l2_bytes=l2_bytes)
             if choice.config.persistent:
                 room = resident_blocks(choice.config, choice.traits, limits_of_device(device))
                 num_blocks = min(num_blocks, multiprocessors(device)[0] * room)

@@ -26,7 +26,7 @@ _TRANSPOSED_AXES = {"column": 2, "head": 1, "batch": 0}
 # CUtensorMapDataType, CUtensorMapSwizzle and CUtensorMapL2promotion of cuda.h.
 _DTYPES = {"uint8": 0, "float16": 6, "float32": 7, "bfloat16": 9}
 _SWIZZLE_NONE, _SWIZZLE_128B = 0, 3
-_L2_PROMOTION_256B = 3
+_L2_PROMOTIONS = {128: 2, 256: 3}
 _INTERLEAVE_NONE = _OUT_OF_BOUNDS_ZERO = 0
 _FIRST_CUDA = 12000
 
@@ -41,6 +41,7 @@ class TensorLayout:
         strides: bytes from an element to the next, for every dimension but the first.
         box: elements of a tile in each dimension.
         swizzled: whether tiles are swizzled in rows of 128 bytes.
+        l2_bytes: which the L2 cache fetches at once: 128 or 256.
     """
 
     dtype: str
@@ -48,6 +49,7 @@ class TensorLayout:
     strides: tuple[int, ...]
     box: tuple[int, ...]
     swizzled: bool = True
+    l2_bytes: int = 256
 
     @classmethod
     def of_keys(cls, tensor: Tensor, rows: int) -> "TensorLayout":
@@ -138,7 +140,7 @@ def encoder(driver, layout: TensorLayout) -> Callable[[int], bytes]:
         (ctypes.c_uint32 * rank)(*[1] * rank),
         _INTERLEAVE_NONE,
         _SWIZZLE_128B if layout.swizzled else _SWIZZLE_NONE,
-        _L2_PROMOTION_256B,
+        _L2_PROMOTIONS[layout.l2_bytes],
         _OUT_OF_BOUNDS_ZERO,
     )
 

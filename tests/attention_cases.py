@@ -413,6 +413,22 @@ def _hopper() -> tuple[tuple[str, AttentionCase], ...]:
             },
         ),
         (
+            "registers-fixed",
+            "m64n32w4s2-overlap-persistent-fixed",
+            (1, 100, 90, 1, 1, 64, 64),
+            "bfloat16",
+            "normal",
+            {"causal": True},
+        ),
+        (
+            "l2-128",
+            "m64n32w4s2-l128-overlap",
+            (1, 70, 90, 1, 1, 64, 64),
+            "float16",
+            "normal",
+            {"causal": True},
+        ),
+        (
             "large",
             "m64n32w4s2-overlap",
             (1, 64, 200, 1, 1, 64, 64),

@@ -188,7 +188,9 @@ def _questions(limits: Architecture) -> list[dict]:
         return found
     for head_dim in (128, 64):
         config = static.choose_config("forward", static.traits_of(_DTYPE, head_dim), limits)
-        for name in ("overlap", "pingpong", "arrivals"):
+        # Of head_dim 64 a row has 128 bytes: with 256 the L2 cache fetches another head's, too.
+        names = ("overlap", "pingpong", "arrivals", *["l2_bytes"] * (head_dim == 64))
+        for name in names:
             other = ablation.switched(config, name)
             if other is None:
                 continue
@@ -197,6 +199,7 @@ def _questions(limits: Architecture) -> list[dict]:
             found.append(_question(title, _grid_point(head_dim, 16384, False, "question"), labels))
         if head_dim == 128:
             found[:0] = [_tiles(config, seqlen) for seqlen in (4096, 16384)]
+            found.append(_fixed(config))
     return found
 
 
@@ -205,6 +208,18 @@ def _tiles(config: sm90.Sm90ForwardConfig, seqlen: int) -> dict:
     labels = {_name(each): f"tiles of {each.tile_n} keys" for each in (config, *wider)}
     title = f"tile_n at head_dim 128, {seqlen} tokens, no mask"
     return _question(title, _grid_point(128, seqlen, False, "question"), labels)
+
+
+def _fixed(config: sm90.Sm90ForwardConfig) -> dict:
+    """`setmaxnreg` or none, where one warpgroup multiplies; beside both today's choice."""
+    one = sm90.Sm90ForwardConfig.parse(_ONE_CONSUMER)
+    labels = {
+        _name(config): f"{config.num_warpgroups} warpgroups",
+        _name(one): "one warpgroup with setmaxnreg",
+        _name(replace(one, fixed=True)): "one warpgroup without setmaxnreg",
+    }
+    title = "fixed registers at head_dim 128"
+    return _question(title, _grid_point(128, 16384, False, "question"), labels)
 
 
 def _question(title: str, point: Point, labels: dict[str, str]) -> dict:
@@ -219,7 +234,7 @@ def _label(config: Any, name: str) -> str:
     value = getattr(config, name)
     if isinstance(value, bool):
         return f"{name} {'on' if value else 'off'}"
-    return f"{value} {name} a warpgroup"
+    return f"{value} " + {"arrivals": "arrivals a warpgroup", "l2_bytes": "bytes to L2"}[name]
 
 
 def _decode(limits: Architecture, rehearsal: bool) -> list[dict]:

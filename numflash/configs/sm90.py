@@ -3,12 +3,13 @@
 Their string form: `sm90-m128n176w8s2-overlap-pingpong-persistent`, which is tile_m, tile_n, the
 warps that multiply, stages, and what is switched on. `x8`, `-h4` and `-packed` as in
 `configs.sm80`, `b2` where two blocks share an SM; `-r232` gives the warps that multiply 232
-registers a thread instead of the usual; with `-a1` one thread arrives for a warpgroup. Those on
-8-bit floats begin with `fp8-sm90-`.
+registers a thread instead of the usual; with `-a1` one thread arrives for a warpgroup; with
+`-l128` the L2 cache fetches 128 bytes at once for a bulk copy, not 256; with `-fixed`, which comes
+last, warps keep the registers that they begin with. Those on 8-bit floats begin with `fp8-sm90-`.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import ClassVar
 
@@ -24,15 +25,18 @@ SLAB_BYTES = 128
 # Registers a thread of the warpgroup that copies, and of those that multiply, by how many these
 # are and how many blocks share an SM: the most that 64 Ki registers allow.
 _REGISTERS = {(1, 1): (56, 256), (1, 2): (24, 232), (2, 1): (24, 240), (3, 1): (32, 160)}
+# What each of 256 threads has where one block has an SM and none gives any to another.
+_EVEN_REGISTERS = 256
 _PRODUCER_THREADS = 128
 _WORD_BYTES, _BARRIER_WORDS = 4, 2
 # Of products of 8-bit floats, which have accumulators of their own.
 _MOST_COLUMNS, _PART_COLUMNS = 128, 64
 _MAX_SMEM_BYTES = architecture("sm_90a").max_smem_per_block
-_SWITCHES = ("overlap", "pingpong", "persistent")
+_SWITCHES = ("overlap", "pingpong", "persistent", "fixed")
 _ARRIVALS = (1, 4)
+_L2_BYTES = (128, 256)
 _SUFFIX = re.compile(
-    r"(?:-r(?P<registers>[1-9]\d*))?(?:-a(?P<arrivals>\d+))?"
+    r"(?:-r(?P<registers>[1-9]\d*))?(?:-a(?P<arrivals>\d+))?(?:-l(?P<l2_bytes>\d+))?"
     + "".join(f"(-{s})?" for s in _SWITCHES)
 )
 
@@ -55,6 +59,10 @@ class Sm90ForwardConfig(MmaForwardConfig):
             that a product is over for all four warps at once, which the PTX ISA does not say: the
             simulator, where warps are apart, may report that a buffer was overwritten while
             another warp's product read it (`tiles.wgmma.turns.make_giving_back`).
+        l2_bytes: which the L2 cache fetches at once for a bulk copy: 256 or 128. It is an argument
+            of the tensor maps, so that the machine code is the same.
+        fixed: warps keep the registers that they begin with, without `setmaxnreg`. Only for one
+            warpgroup that multiplies and one block an SM: threads have 256 each then.
     """
 
     overlap: bool = False
@@ -62,6 +70,8 @@ class Sm90ForwardConfig(MmaForwardConfig):
     persistent: bool = False
     consumer_registers: int = 0
     arrivals: int = 4
+    l2_bytes: int = 256
+    fixed: bool = False
 
     implementation: ClassVar = "sm90"
     generations: ClassVar = ("sm90",)
@@ -84,7 +94,18 @@ class Sm90ForwardConfig(MmaForwardConfig):
             )
         if self.pingpong and self.num_warpgroups == 1:
             raise ValueError(f"{type(self).__name__} {self}: one warpgroup has no turns to take")
-        if self.registers[1] % 8 or not 24 <= self.registers[0] < self.registers[1] <= 256:
+        if self.fixed and (self.num_warpgroups, self.min_blocks_per_sm) != (1, 1):
+            raise ValueError(
+                f"{type(self).__name__} {self}: registers are fixed only with 4 warps and one "
+                "block an SM; otherwise those that multiply need some of those that copy"
+            )
+        if self.fixed and self.consumer_registers:
+            raise ValueError(
+                f"{type(self).__name__} {self}: with fixed registers there is no choice of "
+                f"consumer_registers, got {self.consumer_registers}"
+            )
+        few, many = self.registers
+        if not self.fixed and (many % 8 or not 24 <= few < many <= 256):
             raise ValueError(
                 f"{type(self).__name__} {self}: consumer_registers must be a multiple of 8, and "
                 f"leave 24 to the warps that copy"
@@ -93,6 +114,11 @@ class Sm90ForwardConfig(MmaForwardConfig):
             raise ValueError(
                 f"{type(self).__name__} {self}: a warpgroup arrives {self.arrivals} times; it can "
                 "only do so 1 or 4 times"
+            )
+        if self.l2_bytes not in _L2_BYTES:
+            raise ValueError(
+                f"{type(self).__name__} {self}: the L2 cache fetches 128 or 256 bytes, "
+                f"not {self.l2_bytes}"
             )
 
     @property
@@ -108,6 +134,8 @@ class Sm90ForwardConfig(MmaForwardConfig):
     @property
     def registers(self) -> tuple[int, int]:
         """Registers a thread of the warpgroup that copies, and of those that multiply."""
+        if self.fixed:
+            return _EVEN_REGISTERS, _EVEN_REGISTERS
         usual = _REGISTERS[self.num_warpgroups, self.min_blocks_per_sm]
         if not self.consumer_registers:
             return usual
@@ -119,6 +147,11 @@ class Sm90ForwardConfig(MmaForwardConfig):
     def min_blocks_per_sm(self) -> int:
         """Blocks an SM must have registers for; `setmaxnreg` needs it said."""
         return max(1, self.min_blocks)
+
+    @property
+    def compiled(self) -> "Sm90ForwardConfig":
+        """The config whose machine code this one shares: tensor maps are arguments, too."""
+        return replace(super().compiled, l2_bytes=type(self).l2_bytes)
 
     @property
     def stage_n(self) -> int:
@@ -172,6 +205,7 @@ class Sm90ForwardConfig(MmaForwardConfig):
         text = super().__str__()
         text += f"-r{self.consumer_registers}" if self.consumer_registers else ""
         text += f"-a{self.arrivals}" if self.arrivals != type(self).arrivals else ""
+        text += f"-l{self.l2_bytes}" if self.l2_bytes != type(self).l2_bytes else ""
         return text + "".join(f"-{name}" for name in _SWITCHES if getattr(self, name))
 
     @classmethod
@@ -183,6 +217,7 @@ class Sm90ForwardConfig(MmaForwardConfig):
         on = {name: f"-{name}" in suffix.groups() for name in _SWITCHES}
         on["consumer_registers"] = int(suffix["registers"] or 0)
         on["arrivals"] = int(suffix["arrivals"] or cls.arrivals)
+        on["l2_bytes"] = int(suffix["l2_bytes"] or cls.l2_bytes)
         return fields | on
 
 

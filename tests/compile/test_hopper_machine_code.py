@@ -58,6 +58,8 @@ def _cases():
         yield chosen(head_dim), dtype, head_dim, PLAIN
     yield chosen(192), "bfloat16", 192, PLAIN
     yield chosen(128), "bfloat16", 128, BENT
+    # As few warps as there are, without `setmaxnreg`.
+    yield replace(every(128)[-1], fixed=True), "bfloat16", 128, PLAIN
     # Few rows: smaller tiles, and keys in splits.
     yield replace(every(128)[-1], num_splits=2), "bfloat16", 128, PLAIN
 
@@ -85,12 +87,22 @@ def _expect_registers(config: Sm90ForwardConfig, at_entry: int, later: dict[str,
     """All that the launch bounds allow at the start, and no more than that after `setmaxnreg`."""
     blocks = config.min_blocks_per_sm
     allowed = REGISTERS // blocks // config.num_threads // 8 * 8
+    if config.fixed:
+        # What is not handed on is not asked for: as many as are named.
+        assert at_entry <= 255 and (later, config.registers) == ({}, (allowed, allowed))
+        return
     assert at_entry == min(allowed, 255)
     copying, multiplying = later["dec"], later["inc"]
     assert (copying.available, multiplying.available) == config.registers
     assert copying.named <= copying.available and multiplying.named <= multiplying.available
     taken = copying.available + config.num_warpgroups * multiplying.available
     assert WARPGROUP * taken <= allowed * config.num_threads
+
+
+def test_what_the_l2_cache_fetches_is_no_matter_of_machine_code():
+    config, traits = chosen(64), Traits("bfloat16", 64, 64)
+    fewer = replace(config, l2_bytes=128)
+    assert get_cubin(fewer, traits, HOPPER) is get_cubin(config, traits, HOPPER)
 
 
 def _expect_main_loop(config: Sm90ForwardConfig, traits: Traits, loop: MainLoop):

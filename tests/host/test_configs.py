@@ -88,6 +88,9 @@ HOPPER_TEXTS = [
     "sm90-m64n64w4s2-packed-persistent",
     "sm90-m128n128w8s2-h2-r232-a1-overlap-pingpong",
     "sm90-m64n64w4s2-a1",
+    "sm90-m64n128w4s2x2-h2-a1-l128-overlap-persistent-fixed",
+    "sm90-m128n128w8s2-r232-l128-pingpong",
+    "sm90-m64n128w4s2-fixed",
 ]
 
 
@@ -96,11 +99,13 @@ def test_a_config_for_hopper_round_trips_through_its_string(text):
     config = parse_config("forward", text)
     assert type(config) is Sm90ForwardConfig and str(config) == text
     assert (config.family, config.implementation) == ("forward", "sm90")
-    for name in ("overlap", "pingpong", "persistent"):
+    for name in ("overlap", "pingpong", "persistent", "fixed"):
         assert getattr(config, name) is (name in text)
+    assert config.l2_bytes == (128 if "-l128" in text else 256)
     assert config.arrivals == (1 if "-a1" in text else 4)
-    # Splits, packing and order are arguments: the machine code is shared.
-    assert config.compiled == replace(config.compiled, packed=None, heads_in_flight=0)
+    # Splits, packing, order and tensor maps are arguments: the machine code is shared.
+    arguments = {"packed": None, "heads_in_flight": 0, "l2_bytes": 256}
+    assert config.compiled == replace(config, num_splits=config.compiled.num_splits, **arguments)
     assert config.compiled.num_splits == min(config.num_splits, 2)
 
 
@@ -119,6 +124,14 @@ def test_a_config_for_hopper_round_trips_through_its_string(text):
         ("sm90-m128n64w8s1-a2", "a warpgroup arrives 2 times; it can only do so 1 or 4 times"),
         ("sm90-m128n64w8s1-a4", "a forward config must look like sm90-"),
         ("sm90-m128n64w8s1-a1-r232", "a forward config must look like sm90-"),
+        ("sm90-m64n64w4s1-l64", "the L2 cache fetches 128 or 256 bytes, not 64"),
+        ("sm90-m64n64w4s1-l256", "a forward config must look like sm90-"),
+        ("sm90-m64n64w4s1-l128-a1", "a forward config must look like sm90-"),
+        ("sm90-m64n64w4s1-fixed-overlap", "a forward config must look like sm90-"),
+        ("sm90-m128n64w8s1-fixed", "registers are fixed only with 4 warps and one block an SM"),
+        ("sm90-m64n64w4s1b2-fixed", "registers are fixed only with 4 warps and one block an SM"),
+        ("sm90-m64n64w4s1-r240-fixed", "there is no choice of consumer_registers, got 240"),
+        ("fp8-sm90-m128n64w8s1-fixed", "registers are fixed only with 4 warps and one block"),
     ],
 )
 def test_a_wrong_config_for_hopper_is_refused(text, words):

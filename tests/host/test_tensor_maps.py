@@ -160,6 +160,8 @@ def test_the_driver_is_told_all_of_a_layout(hopper):
     ]
     encoder(hopper.driver, replace(layout, dtype="uint8", swizzled=False))(BASE + 16)
     assert hopper.driver.maps[1][:2] == (0, BASE + 16) and hopper.driver.maps[1].swizzle == 0
+    encoder(hopper.driver, replace(layout, l2_bytes=128))(BASE)
+    assert hopper.driver.maps[2] == hopper.driver.maps[0]._replace(l2_promotion=2)
 
 
 @on_the_gpu
@@ -184,7 +186,8 @@ def test_numbers_are_those_of_the_drivers_enumerations():
     swizzles, promotions = driver.CUtensorMapSwizzle, driver.CUtensorMapL2promotion
     assert swizzles.CU_TENSOR_MAP_SWIZZLE_128B == tensor_maps._SWIZZLE_128B
     assert swizzles.CU_TENSOR_MAP_SWIZZLE_NONE == tensor_maps._SWIZZLE_NONE
-    assert promotions.CU_TENSOR_MAP_L2_PROMOTION_L2_256B == tensor_maps._L2_PROMOTION_256B
+    for n_bytes, number in tensor_maps._L2_PROMOTIONS.items():
+        assert getattr(promotions, f"CU_TENSOR_MAP_L2_PROMOTION_L2_{n_bytes}B") == number
 
 
 # What arrives in a launch
@@ -192,6 +195,18 @@ def test_numbers_are_those_of_the_drivers_enumerations():
 
 def maps_of(run) -> dict[str, EncodedMap]:
     return {name: value for name, value in run.arguments.items() if name.endswith("_map")}
+
+
+@on_the_gpu
+def test_a_config_says_how_much_the_l2_cache_fetches(hopper):
+    q = hopper.array((B, 128, H, D), "float16")
+    for text in ("sm90-m64n128w4s2-overlap", "sm90-m64n128w4s2-l128-overlap"):
+        numflash.attention(q, q, q, config={"forward": text})
+    usual, fewer = map(maps_of, hopper.driver.launches)
+    assert {map_.l2_promotion for map_ in usual.values()} == {3}
+    assert {map_.l2_promotion for map_ in fewer.values()} == {2}
+    for name in ("q_map", "k_map", "v_map"):
+        assert fewer[name] == usual[name]._replace(l2_promotion=2)
 
 
 @on_the_gpu

@@ -519,18 +519,18 @@ IDEAS = [
         "_FIRST_MEETING = 1, 1",
     ),
     (
-        _FORWARD,
+        _RING,
         _O,
         "more registers than there are",
-        '"inc", config.registers[1]',
-        '"inc", config.registers[1] + 8',
+        '"inc", many',
+        '"inc", many + 8',
     ),
     (
-        _FORWARD,
+        _RING,
         _O,
         "all registers kept",
-        '"dec", config.registers[0]',
-        '"dec", config.registers[0] + 128',
+        '"dec", few',
+        '"dec", few + 128',
     ),
 ]
 

@@ -43,7 +43,7 @@ SMALL = (
     "fp8-sm90-m64n64w4s2",
     "fp8-sm90-m64n128w4s1",
     "fp8-sm90-m64n64w4s1x2-packed-persistent",
-    "fp8-sm90-m64n128w4s3-overlap",
+    "fp8-sm90-m64n128w4s3-l128-overlap-fixed",
     "fp8-sm90-m128n64w8s2-pingpong-persistent",
     "fp8-sm90-m64n128w4s2x3-overlap",
     "fp8-sm90-m128n128w8s2-overlap-pingpong-persistent",

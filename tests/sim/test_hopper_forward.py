@@ -103,6 +103,8 @@ def test_cases_cover_what_a_config_can_say():
     }
     assert seen["num_stages"] == seen["num_warpgroups"] == seen["num_splits"] == {1, 2, 3}
     assert seen["packed"] == {None, True, False} and seen["min_blocks"] == {0, 2}
+    assert {c.fixed for c in configs} == {False, True}
+    assert {c.l2_bytes for c in configs} == {128, 256}
     switches = {(c.overlap, c.persistent) for c in configs if not c.pingpong}
     switches_of_turns = {(c.overlap, c.persistent) for c in configs if c.pingpong}
     every = {(a, b) for a in (False, True) for b in (False, True)}

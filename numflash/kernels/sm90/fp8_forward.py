@@ -23,7 +23,13 @@ from numflash.configs.traits import Traits
 from numflash.kernels.kernel import Kernel
 from numflash.kernels.sm90.finish import make_finish
 from numflash.kernels.sm90.producer import make_produce
-from numflash.kernels.sm90.ring import Ring, make_init_barriers, make_next_stage, make_pass_by
+from numflash.kernels.sm90.ring import (
+    Ring,
+    make_init_barriers,
+    make_next_stage,
+    make_pass_by,
+    make_register_exchange,
+)
 from numflash.ptx import (
     Pointer,
     TensorMap,
@@ -34,7 +40,6 @@ from numflash.ptx import (
     f32,
     i32,
     i64,
-    make_setmaxnreg,
     make_wgmma_wait_group,
     mbarrier_arrive,
     mbarrier_wait_parity,
@@ -99,8 +104,7 @@ def make_fp8_forward_kernel(config: Sm90Fp8ForwardConfig, traits: Traits) -> Ker
 
     init_barriers = make_init_barriers(ring, num_groups, config.num_stages)
     next_stage = make_next_stage(config.num_stages)
-    give_registers = make_setmaxnreg("dec", config.registers[0])
-    take_registers = make_setmaxnreg("inc", config.registers[1])
+    give_registers, take_registers = make_register_exchange(config)
     produce, finish = make_produce(config, traits), make_finish(config, traits)
     walk, block_place = make_walk(config.tile_m), make_block_place(config.tile_m)
     keys_of, keys_of_part = make_keys_of(config), make_keys_of_part(config, WARPGROUP_ROWS)

@@ -1,8 +1,9 @@
-"""What passes between the producer and the consumers of a block: buffers and their mbarriers.
+"""What passes between the producer and the consumers of a block: registers, and buffers.
 
 K and V have `num_stages` buffers each, which are filled and emptied in turn; Q has one for each
-warpgroup of consumers. A buffer is full when its bytes have arrived, and empty when every warp
-that reads it has arrived, or with `arrivals` = 1 one warp for each warpgroup.
+warpgroup of consumers. Mbarriers say how they are: a buffer is full when its bytes have arrived,
+and empty when every warp that reads it has arrived, or with `arrivals` = 1 one warp for each
+warpgroup.
 """
 
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from numflash.ptx import (
     device_function,
     fence_mbarrier_init,
     i32,
+    make_setmaxnreg,
     mbarrier_arrive,
     mbarrier_init,
     mbarrier_wait_parity,
@@ -89,6 +91,23 @@ class Ring:
             o_replaces_q=config.num_splits == 1 and not apart,
             arrivals=config.arrivals,
         )
+
+
+@cache
+def make_register_exchange(config: Sm90ForwardConfig):
+    """(give_registers(), take_registers()): by all warps that copy, and by all that multiply.
+
+    With fixed registers both do nothing.
+    """
+    few, many = config.registers
+    if not config.fixed:
+        return make_setmaxnreg("dec", few), make_setmaxnreg("inc", many)
+
+    @device_function
+    def keep_registers():
+        pass
+
+    return keep_registers, keep_registers
 
 
 @cache
