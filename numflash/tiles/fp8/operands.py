@@ -96,6 +96,12 @@ def result_element(generation: str, dtype: str) -> MmaElement:
     return replace(float16, pack_two=pack_two)
 
 
+@device_function
+def scale_of_key(descale, base, key):
+    """A key's scale; `descale` has `data` and `shift`, and the scales of its head begin at `base`."""
+    return descale.data[base + (key >> descale.shift)]
+
+
 def _codes_element(generation: str) -> MmaElement:
     encode_four = make_encode("e4m3", generation)
 
