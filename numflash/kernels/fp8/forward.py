@@ -184,8 +184,7 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
         scales = cuda.local.array(rows, f32)
         weights = cuda.local.array(rows, f32)
 
-        grid = grid_of(shape, layout)
-        num_rows = grid[0]
+        num_rows, grid = shape.seqlen_q * layout.pack, grid_of(shape, layout)
         m_start, head_of_batch, split = block_place(mov_ctaid_x(), grid)
         batch = token_of_row(head_of_batch, shape.num_heads_q)
         head = head_of_batch - batch * shape.num_heads_q

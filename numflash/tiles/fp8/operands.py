@@ -98,7 +98,7 @@ def result_element(generation: str, dtype: str) -> MmaElement:
 
 @device_function
 def scale_of_key(descale, base, key):
-    """A key's scale; `descale` has `data` and `shift`, and the scales of its head begin at `base`."""
+    """A key's scale; `descale` has `data`, where its head begins at `base`, and `shift`."""
     return descale.data[base + (key >> descale.shift)]
 
 

@@ -113,8 +113,8 @@ def make_tokens(rows: Rows) -> tuple[Callable, Callable]:
 def make_load_rows(rows: Rows, element_bytes: int, vectorized: bool) -> Callable:
     """load_rows(words, source, base, token, end, left)
 
-    The words of the thread's rows: source.data[base + source.row * t + column] for its tokens t, of
-    which `token` is the first; base is that of its first column. Zeros from token `end` and from
+    The words of the thread's rows: source.data[base + source.row * t + column] for its tokens t,
+    of which `token` is the first; base is that of its first column. Zeros from token `end` and from
     its element `left` of a row on.
     """
     columns, chunks, chunk_columns = rows.columns, rows.chunks, rows.lanes * rows.columns
