@@ -294,7 +294,6 @@ class Backward:
     ) -> tuple[list, dict[str, Callable[[int], None]]]:
         """Allocate; the three gradients, and by family, in order, functions that launch."""
         _copy_rows(self.copied, operands)
-        operands["do"] = operands["dout"]
         for name, shape in self.workspaces.items():
             operands[name] = library.operand(library.empty(shape, "float32", self.device))
         gradients = []
@@ -328,7 +327,7 @@ def arguments_of(problem: AttentionProblem, tensors: dict[str, Tensor]) -> dict[
     slopes = None if problem.alibi_strides is None else "alibi_slopes"
     alibi = Alibi(slopes, *(problem.alibi_strides or (0, 0)), problem.bias_shift)
     return {
-        **{name: records.Tensor(name, *each.strides[:3]) for name, each in tensors.items()},
+        **{name: records.Tensor(each.name, *each.strides[:3]) for name, each in tensors.items()},
         "shape": Shape(
             seqlen_q=problem.seqlen_q,
             seqlen_k=problem.seqlen_k,

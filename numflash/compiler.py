@@ -218,7 +218,7 @@ def _compile(
     kernel, ltoir = _front_end(make, limits, "ltoir", min_blocks)
     code, log = _link(ltoir, limits.arch)
     return Cubin(
-        parameters=tuple((path, _letter(t)) for path, t in kernel.leaves.items()),
+        parameters=tuple((path, letter_of(t)) for path, t in kernel.leaves.items()),
         num_threads=kernel.num_threads,
         smem_bytes=kernel.smem_bytes,
         min_blocks=min_blocks,
@@ -401,7 +401,7 @@ def _signature(parameters: dict[str, object]):
     return types.void(*map(numba_type, parameters.values()))
 
 
-def _letter(annotation) -> str:
+def letter_of(annotation) -> str:
     """The `struct` letter of a parameter."""
     letters = {"float32": "f", "int32": "i", "int64": "q", "TensorMap": "T"}
     return letters.get(getattr(annotation, "__name__", ""), "P")

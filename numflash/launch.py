@@ -312,7 +312,7 @@ class ExecutedLaunch:
 
 
 def _simulated_leaves(kernel, arguments: dict, operands: dict, pointer: Callable) -> list:
-    """The leaves of a kernel's arguments; `pointer` makes one of (name, array or None, element)."""
+    """The leaves of the arguments; `pointer` makes one of (name, array or None, element)."""
     from numflash.ptx import TensorMap
     from numflash.simulator import SimulatedTensorMap
 

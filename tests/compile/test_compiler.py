@@ -23,10 +23,10 @@ from numflash.compiler import compile_kernel, get_cubin
 from numflash.configs import DeltaConfig, Traits, parse_config
 from numflash.devices import ARCHITECTURES
 from numflash.errors import UnsupportedError
+from numflash.kernels.arguments import Pointer
 from numflash.kernels.kernel import Kernel
 from numflash.ptx import (
     INSTRUCTIONS,
-    Pointer,
     cuda,
     device_function,
     ex2_approx_ftz_f32,

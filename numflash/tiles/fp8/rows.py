@@ -114,8 +114,8 @@ def make_load_rows(rows: Rows, element_bytes: int, vectorized: bool) -> Callable
     """load_rows(words, source, base, token, end, left)
 
     The words of the thread's rows: source.data[base + source.row * t + column] for its tokens t,
-    of which `token` is the first; base is that of its first column. Zeros from token `end` and from
-    its element `left` of a row on.
+    of which `token` is the first; base is that of its first column. Zeros from token `end` and
+    from its element `left` of a row on.
     """
     columns, chunks, chunk_columns = rows.columns, rows.chunks, rows.lanes * rows.columns
     n_words = columns * element_bytes // _WORD_BYTES
