@@ -429,11 +429,11 @@ def barrier_lines() -> list[tuple[str, str]]:
 FORWARD_MUTATIONS = [
     (
         "numflash.tiles.scores",
-        Mutation("the upper edge of the band", "distance > band_hi", "distance >= band_hi"),
+        Mutation("the upper edge of the band", "distance > mask.hi", "distance >= mask.hi"),
     ),
     (
         "numflash.tiles.scores",
-        Mutation("the lower edge of the band", "distance < band_lo", "distance <= band_lo"),
+        Mutation("the lower edge of the band", "distance < mask.lo", "distance <= mask.lo"),
     ),
     ("numflash.tiles.scores", Mutation("the end of the keys", "j >= end", "j > end")),
     (
