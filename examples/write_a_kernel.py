@@ -10,8 +10,9 @@ import numpy as np
 
 import numflash
 from numflash.commands import command
+from numflash.kernels.arguments import Pointer
 from numflash.kernels.kernel import Kernel
-from numflash.ptx import Pointer, cuda, ex2_approx_ftz_f32, f32, i32, instruction, max_f32
+from numflash.ptx import cuda, ex2_approx_ftz_f32, f32, i32, instruction, max_f32
 
 LOG2_E = f32(1.4426950408889634)
 

@@ -11,7 +11,9 @@ from typing import Any
 from numflash.arrays import ArrayLibrary, copy_rows
 from numflash.configs import Sm90ForwardConfig, Traits
 from numflash.dispatch import Choice, Geometry, choose, resident_blocks
-from numflash.launch import Launcher, limits_of_device, multiprocessors
+from numflash.kernels import arguments as records
+from numflash.kernels.arguments import Alibi, Layout, Mask, Part, Scores, Shape, Statistics
+from numflash.launch import Launcher, Mapped, limits_of_device, multiprocessors
 from numflash.problem import (
     AttentionProblem,
     Tensor,
@@ -140,20 +142,13 @@ class Forward:
     def _launches(
         self, operands: dict[str, Operand], library: ArrayLibrary
     ) -> dict[str, Callable[[int], None]]:
-        """By family, in order, functions that launch; operands not given are not read."""
-        operands = {"alibi_slopes": None, "in_fp8": None, **operands}
+        """By family, in order, functions that launch."""
+        operands = dict(operands)
         _copy_rows(self.copied, operands)
-        if not self.launchers:
-            return {}
-        if not self.workspaces:
-            return {"forward": self.launchers[0].bind(operands)}
         for name, size in self.workspaces.items():
             operands[name] = library.operand(library.empty((size,), "float32", self.device))
-        # What writes parts does so without bulk copies; its map of out is never used.
-        parts = {"out": operands["parts"], "lse": operands["part_lses"], "out_map": operands["q"]}
-        parts = operands | parts
-        forward, combine = self.launchers[0].bind(parts), self.launchers[1].bind(operands)
-        return {"forward": forward, "combine": combine}
+        families = "forward", "combine"
+        return {f: each.bind(operands) for f, each in zip(families, self.launchers, strict=False)}
 
     def _choose_launchers(self, problem, tensors: dict[str, Tensor], config) -> None:
         """The forward, and where it splits the keys the kernel that puts the parts together."""
@@ -161,11 +156,10 @@ class Forward:
         traits = self._traits(problem, tensors)
         configs = forward_configs(config)
         choice, geometry = self._choose(problem, traits, configs.get("forward"))
-        scalars = self._scalars(problem, tensors) | {
-            "pack": geometry.pack,
+        arguments = self._arguments(problem, tensors) | {
+            "out": Part("out", 0, *tensors["out"].strides[:3]),
+            "layout": Layout(geometry.pack, geometry.num_splits, geometry.heads_in_flight),
             "num_splits": geometry.num_splits,
-            "heads_in_flight": geometry.heads_in_flight,
-            "out_split": 0,
         }
         rows, heads = problem.seqlen_q * geometry.pack, problem.num_heads_q // geometry.pack
         num_blocks = problem.num_blocks(
@@ -174,12 +168,13 @@ class Forward:
         if isinstance(choice.config, Sm90ForwardConfig):
             l2_bytes = choice.config.l2_bytes
             for name, layout in self._tensor_maps(tensors, choice.config, geometry).items():
-                scalars[name] = replace(layout, l2_bytes=l2_bytes)
+                arguments[name] = replace(layout, l2_bytes=l2_bytes)
             if choice.config.persistent:
                 room = resident_blocks(choice.config, choice.traits, limits_of_device(device))
                 num_blocks = min(num_blocks, multiprocessors(device)[0] * room)
         if geometry.num_splits == 1:
-            self.launchers = [Launcher(choice.config, choice.traits, device, num_blocks, scalars)]
+            launcher = Launcher(choice.config, choice.traits, device, num_blocks, arguments)
+            self.launchers = [launcher]
             return
         row = traits.head_dim_v
         rows = problem.batch * problem.seqlen_q * problem.num_heads_q
@@ -187,19 +182,18 @@ class Forward:
             "parts": geometry.num_splits * rows * row,
             "part_lses": geometry.num_splits * rows,
         }
+        heads = problem.num_heads_q * row
         into_parts = {
-            "out_split": rows * row,
-            "out_batch": problem.seqlen_q * problem.num_heads_q * row,
-            "out_row": problem.num_heads_q * row,
-            "out_head": row,
+            "out": Part("parts", rows * row, problem.seqlen_q * heads, heads, row),
+            "lse": "part_lses",
         }
         combine = combine_choice(problem, traits, device, configs.get("combine"))
         blocks = problem.num_blocks(
             problem.seqlen_q, problem.num_heads_q, combine.config.block_rows
         )
         self.launchers = [
-            Launcher(choice.config, choice.traits, device, num_blocks, scalars | into_parts),
-            Launcher(combine.config, combine.traits, device, blocks, scalars),
+            Launcher(choice.config, choice.traits, device, num_blocks, arguments | into_parts),
+            Launcher(combine.config, combine.traits, device, blocks, arguments),
         ]
 
     def _traits(self, problem: AttentionProblem, tensors: dict[str, Tensor]) -> Traits:
@@ -212,17 +206,17 @@ class Forward:
 
     def _tensor_maps(
         self, tensors: dict[str, Tensor], config: Sm90ForwardConfig, geometry: Geometry
-    ) -> dict[str, TensorLayout]:
+    ) -> dict[str, Mapped]:
         v = TensorLayout.of_keys(tensors["v"], config.stage_n)
-        return tensor_maps(tensors, config, geometry) | {"v_map": v}
+        return tensor_maps(tensors, config, geometry) | {"v_map": Mapped("v", v)}
 
     def _choose(
         self, problem: AttentionProblem, traits: Traits, config
     ) -> tuple[Choice, Geometry]:
         return forward_choice(problem, traits, self.device, config)
 
-    def _scalars(self, problem: AttentionProblem, tensors: dict[str, Tensor]) -> dict:
-        return _scalars(problem, tensors)
+    def _arguments(self, problem: AttentionProblem, tensors: dict[str, Tensor]) -> dict:
+        return arguments_of(problem, tensors)
 
     def _refuse_overlap(self, pointers: dict[str, int]) -> None:
         """Raise ValueError if `out` shares memory with an input, all at these addresses."""
@@ -276,18 +270,18 @@ class Backward:
 
     def _add_fused(self, problem, tensors: dict[str, Tensor], choice: Choice) -> None:
         """The one kernel for all gradients, and the one that adds up its parts of dQ."""
-        config, scalars = choice.config, _scalars(problem, tensors)
-        scalars["num_splits"] = config.num_splits
+        config = choice.config
+        arguments = arguments_of(problem, tensors) | {"num_splits": config.num_splits}
         tiles = -(-problem.seqlen_q // config.tile_m) * problem.num_heads_q * problem.batch
         part = tiles * config.tile_m * choice.traits.head_dim
         self.workspaces["dq_parts"] = (config.num_splits * part,)
         if problem.batch and problem.seqlen_k:
             blocks = problem.num_blocks(1, problem.num_heads_kv * config.num_splits, 1)
-            launcher = Launcher(config, choice.traits, self.device, blocks, scalars)
+            launcher = Launcher(config, choice.traits, self.device, blocks, arguments)
             self.launchers[FUSED] = launcher
         if tiles:
             reduction = config.reduction()
-            launcher = Launcher(reduction, choice.traits, self.device, tiles, scalars)
+            launcher = Launcher(reduction, choice.traits, self.device, tiles, arguments)
             self.launchers[reduction.family] = launcher
 
     def __call__(self, operands: dict[str, Operand], library: ArrayLibrary, stream: int):
@@ -302,8 +296,6 @@ class Backward:
     ) -> tuple[list, dict[str, Callable[[int], None]]]:
         """Allocate; the three gradients, and by family, in order, functions that launch."""
         _copy_rows(self.copied, operands)
-        operands["do"] = operands["dout"]
-        operands.setdefault("alibi_slopes", None)
         for name, shape in self.workspaces.items():
             operands[name] = library.operand(library.empty(shape, "float32", self.device))
         gradients = []
@@ -315,15 +307,15 @@ class Backward:
 
 
 def _launcher(choice: Choice, problem, tensors: dict[str, Tensor], device: int) -> Launcher:
-    """A backward kernel for a problem, with its strides and scalars bound."""
+    """A backward kernel for a problem, with all but addresses bound."""
     rows, heads = problem.seqlen_q, problem.num_heads_q
     if choice.family == "backward-dkdv":
         rows, heads = problem.seqlen_k, problem.num_heads_kv
     if getattr(choice.config, "apart", False):
         heads *= 2
     num_blocks = problem.num_blocks(rows, heads, choice.config.block_rows)
-    scalars = _scalars(problem, tensors)
-    return Launcher(choice.config, choice.traits, device, num_blocks, scalars)
+    arguments = arguments_of(problem, tensors)
+    return Launcher(choice.config, choice.traits, device, num_blocks, arguments)
 
 
 def _traits(problem, tensors: dict[str, Tensor]) -> Traits:
@@ -331,13 +323,30 @@ def _traits(problem, tensors: dict[str, Tensor]) -> Traits:
     return problem.traits(all(tensor.is_vectorizable for tensor in tensors.values()))
 
 
-def _scalars(problem, tensors: dict[str, Tensor]) -> dict[str, int | float]:
-    """The scalar arguments of any kernel for a problem, and its tensors' strides."""
-    scalars = problem.scalars()
-    for name, tensor in tensors.items():
-        batch, row, head, _ = tensor.strides
-        scalars |= {f"{name}_batch": batch, f"{name}_row": row, f"{name}_head": head}
-    return scalars
+def arguments_of(problem: AttentionProblem, tensors: dict[str, Tensor]) -> dict[str, object]:
+    """Arguments of any kernel of attention, by parameter name: its records and numbers."""
+    softmax_scale, softcap = problem.softmax_scale, problem.softcap
+    slopes = None if problem.alibi_strides is None else "alibi_slopes"
+    alibi = Alibi(slopes, *(problem.alibi_strides or (0, 0)), problem.bias_shift)
+    return {
+        **{name: records.Tensor(each.name, *each.strides[:3]) for name, each in tensors.items()},
+        "shape": Shape(
+            seqlen_q=problem.seqlen_q,
+            seqlen_k=problem.seqlen_k,
+            num_heads_q=problem.num_heads_q,
+            group_size=problem.group_size,
+            head_dim=problem.head_dim,
+            head_dim_v=problem.head_dim_v,
+            batch_size=problem.batch,
+        ),
+        "mask": Mask(problem.band_lo, problem.band_hi),
+        # With softcap the scaled product is the argument of tanh.
+        "scores": Scores(softmax_scale / (softcap or 1.0), softcap, softmax_scale, alibi),
+        "softmax_scale": softmax_scale,
+        "statistics": Statistics("lse", "delta"),
+        "statistics_log2": Statistics("lse_log2", "delta"),
+        "in_fp8": None,
+    }
 
 
 def seen_by_bulk_copies(
@@ -353,11 +362,16 @@ def seen_by_bulk_copies(
 
 def tensor_maps(
     tensors: dict[str, Tensor], config: Sm90ForwardConfig, geometry: Geometry
-) -> dict[str, TensorLayout]:
-    """The layouts of the Hopper forward's tensor maps but that of V, by parameter name."""
-    q, out = (TensorLayout.of_queries(tensors[name], geometry.pack) for name in ("q", "out"))
-    k, is_split = TensorLayout.of_keys(tensors["k"], config.stage_n), geometry.num_splits > 1
-    return {"q_map": q, "k_map": k, "out_map": q if is_split else out}
+) -> dict[str, Mapped]:
+    """The Hopper forward's tensor maps but that of V, by parameter name."""
+    # Parts are written without bulk copies: their map is that of any tensor, and never used.
+    out = "q" if geometry.num_splits > 1 else "out"
+    of_queries = {"q_map": "q", "out_map": out}
+    maps = {
+        parameter: Mapped(name, TensorLayout.of_queries(tensors[name], geometry.pack))
+        for parameter, name in of_queries.items()
+    }
+    return maps | {"k_map": Mapped("k", TensorLayout.of_keys(tensors["k"], config.stage_n))}
 
 
 def _lse_shape(problem: AttentionProblem, q: ArrayView) -> tuple[int, ...]:

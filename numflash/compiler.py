@@ -63,8 +63,8 @@ class Cubin:
 
     Attributes:
         entry: the kernel's symbol.
-        parameters: (name, letter) in order; letters are those of `struct`, "P" for a pointer
-            and "T" for a tensor map.
+        parameters: (path, letter) in order, as in ("q.row", "q"); letters are those of
+            `struct`, "P" for a pointer and "T" for a tensor map.
         num_threads, smem_bytes: how it is launched.
         registers: per thread.
         spill_store_bytes, spill_load_bytes, stack_bytes: per thread; 0 if all is in registers.
@@ -218,7 +218,7 @@ def _compile(
     kernel, ltoir = _front_end(make, limits, "ltoir", min_blocks)
     code, log = _link(ltoir, limits.arch)
     return Cubin(
-        parameters=tuple((name, _letter(t)) for name, t in kernel.parameters.items()),
+        parameters=tuple((path, letter_of(t)) for path, t in kernel.leaves.items()),
         num_threads=kernel.num_threads,
         smem_bytes=kernel.smem_bytes,
         min_blocks=min_blocks,
@@ -390,7 +390,8 @@ def _signature(parameters: dict[str, object]):
     from numba import types
     from numba.np import numpy_support
 
-    from numflash.ptx import Pointer, TensorMap
+    from numflash.kernels.arguments import Pointer, fields, record_of
+    from numflash.ptx import TensorMap
     from numflash.ptx.grid_constants import TENSOR_MAP
 
     def numba_type(annotation):
@@ -398,12 +399,16 @@ def _signature(parameters: dict[str, object]):
             return TENSOR_MAP
         if isinstance(annotation, Pointer):
             return types.CPointer(numpy_support.from_dtype(annotation.element))
+        inner = fields(annotation)
+        if inner is not None:
+            types_of_fields = [numba_type(field) for field in inner.values()]
+            return types.BaseTuple.from_types(types_of_fields, record_of(annotation))
         return numpy_support.from_dtype(annotation)
 
     return types.void(*map(numba_type, parameters.values()))
 
 
-def _letter(annotation) -> str:
+def letter_of(annotation) -> str:
     """The `struct` letter of a parameter."""
     letters = {"float32": "f", "int32": "i", "int64": "q", "TensorMap": "T"}
     return letters.get(getattr(annotation, "__name__", ""), "P")

@@ -135,7 +135,7 @@ class _Asked:
         tensors = {n: as_tensor(n, x, options["layout"]) for n, x in all_rows.items()}
         problem = self._seen_by_bulk_copies(replace(problem, no_tensor_maps=None), tensors)
         traits, configs = self._traits(problem, tensors), forward_configs(options["config"])
-        self._scalars(problem, tensors)  # raises for scales that do not fit
+        self._arguments(problem, tensors)  # raises for scales that do not fit
         self.choice, self.geometry = self._choose(problem, traits, configs.get("forward"))
         self.combine = None
         if self.geometry.num_splits > 1:

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from numflash.arrays import ArrayLibrary
-from numflash.calls import Forward, seen_by_bulk_copies, tensor_maps
+from numflash.calls import Forward, arguments_of, seen_by_bulk_copies, tensor_maps
 from numflash.configs import (
     FP8_STEP,
     EstimateConfig,
@@ -17,7 +17,8 @@ from numflash.configs import (
 from numflash.dispatch import Choice, Geometry
 from numflash.errors import UnsupportedError
 from numflash.fp8_sources import SIXTEEN_BITS, Source, make_sources, result_dtype
-from numflash.launch import Launcher
+from numflash.kernels.arguments import Descales, QueryDescale, Squares
+from numflash.launch import Launcher, Mapped
 from numflash.problem import AttentionProblem, Tensor
 from numflash.selection import forward_choice
 from numflash.tensor_maps import TensorLayout
@@ -70,10 +71,10 @@ class Fp8Forward(Forward):
 
     def _tensor_maps(
         self, tensors: dict[str, Tensor], config: Sm90ForwardConfig, geometry: Geometry
-    ) -> dict[str, TensorLayout]:
+    ) -> dict[str, Mapped]:
         codes = self._codes(tensors)
         v = TensorLayout.of_transposed_values(codes["v"])
-        return tensor_maps(codes, config, geometry) | {"v_map": v}
+        return tensor_maps(codes, config, geometry) | {"v_map": Mapped("v", v)}
 
     def _codes(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """What the kernel reads and writes; V has tokens innermost."""
@@ -93,17 +94,23 @@ class Fp8Forward(Forward):
             choice, geometry = forward_choice(problem, traits, self.device, config)
         return choice, geometry
 
-    def _scalars(self, problem: AttentionProblem, tensors: dict[str, Tensor]) -> dict:
-        scalars = super()._scalars(problem, {"out": tensors["out"]})
+    def _arguments(self, problem: AttentionProblem, tensors: dict[str, Tensor]) -> dict:
         for name, source in self.sources.items():
-            scalars |= source.scalars()
             self._expect_heads(problem, name, source)
-        q = self.sources["q"]
+        q, k, v = (self.sources[name] for name in "qkv")
         per_head = q.descale_shape[1] in (1, problem.num_heads_q)
-        return scalars | {
-            "stored_seqlen_k": self.sources["v"].data.shape[3],
-            "q_descale_group": 1 if per_head else problem.group_size,
-            "q_descale_packed": scalars["q_descale_head"] if per_head else 0,
+        scales = q.descale()
+        of_q = QueryDescale(
+            scales.data,
+            scales.batch,
+            scales.head,
+            packed=scales.head if per_head else 0,
+            group=1 if per_head else problem.group_size,
+            shift=scales.shift,
+        )
+        return super()._arguments(problem, {"out": tensors["out"]}) | {
+            **{name: source.codes() for name, source in self.sources.items()},
+            "descales": Descales(of_q, k.descale(), v.descale()),
         }
 
     def _expect_heads(self, problem: AttentionProblem, name: str, source: Source) -> None:
@@ -152,22 +159,24 @@ class AutoForward(Fp8Forward):
     def _add_estimate(self, max_rel_error: float) -> None:
         config, problem = EstimateConfig(), self.problem
         q = self.sources["q"]
-        scalars = {
-            "seqlen_q": problem.seqlen_q,
-            "seqlen_k": problem.seqlen_k,
-            "group_size": problem.group_size,
+        arguments = arguments_of(problem, {}) | {
+            **{
+                name: Squares(f"{name}_statistics", source.statistics_tokens)
+                for name, source in self.sources.items()
+            },
+            "in_fp8": "in_fp8",
             "rotated_dims": problem.head_dim if q.rotation is None else q.data.shape[3],
-            "softmax_scale": problem.softmax_scale,
             "max_rel_error": max_rel_error,
         }
-        for name, source in self.sources.items():
-            scalars[f"{name}_tokens"] = source.statistics_tokens
         blocks = self.decision_shape[0] * self.decision_shape[1]
         traits = Traits(problem.dtype, FP8_STEP, FP8_STEP)
-        self.estimate = Launcher(config, traits, self.device, blocks, scalars)
+        self.estimate = Launcher(config, traits, self.device, blocks, arguments)
 
     def _traits(self, problem, tensors):
         return replace(super()._traits(problem, tensors), selected=True)
+
+    def _arguments(self, problem, tensors):
+        return super()._arguments(problem, tensors) | {"in_fp8": "in_fp8"}
 
     def _choose(self, problem, traits, config):
         return _unsplit(*super()._choose(problem, traits, config))
@@ -183,6 +192,9 @@ class SelectedForward(Forward):
 
     def _traits(self, problem, tensors):
         return replace(super()._traits(problem, tensors), selected=True)
+
+    def _arguments(self, problem, tensors):
+        return super()._arguments(problem, tensors) | {"in_fp8": "in_fp8"}
 
     def _choose(self, problem, traits, config):
         choice, geometry = super()._choose(problem, traits, None)

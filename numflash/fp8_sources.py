@@ -12,6 +12,8 @@ from numflash.arrays import ArrayLibrary
 from numflash.configs import FP8_STEP
 from numflash.errors import UnsupportedError
 from numflash.fp8 import Fp8Array, Fp8Recipe
+from numflash.kernels import arguments as records
+from numflash.kernels.arguments import Descale, Transposed
 from numflash.launch import limits_of_device
 from numflash.problem import Tensor, as_tensor, expect_like
 from numflash.quantization import CODE_DTYPES, Quantization, Relayout, data_shape
@@ -73,17 +75,17 @@ class Source:
         shifts = {"token": 0, "block": recipe.block.bit_length() - 1}
         self.tokens_shift = shifts.get(recipe.granularity, _ALL_TOKENS)
 
-    def scalars(self) -> dict[str, int]:
-        """Strides and shifts, by the kernel's parameter names."""
-        name, strides = self.name, self.data.strides
-        axes = ("batch", "head", "column") if name == "v" else ("batch", "row", "head")
-        scalars = {f"{name}_{axis}": step for axis, step in zip(axes, strides, strict=False)}
+    def codes(self) -> records.Tensor | Transposed:
+        """The codes as a kernel's argument."""
+        if self.name == "v":
+            batch, head, row, _ = self.data.strides
+            return Transposed("v", batch, row, head, length=self.data.shape[3])
+        return records.Tensor(self.name, *self.data.strides[:3])
+
+    def descale(self) -> Descale:
+        """The scales as a kernel's argument."""
         batch, head, _ = self.descale_strides
-        return scalars | {
-            f"{name}_descale_batch": batch,
-            f"{name}_descale_head": head,
-            f"{name}_descale_shift": self.tokens_shift,
-        }
+        return Descale(f"{self.name}_descale", batch, head, self.tokens_shift)
 
 
 class _Quantized(Source):

@@ -4,7 +4,9 @@
 GPU a launch packs those addresses next to the arguments packed before and makes one driver call on
 the caller's stream: no allocation, no synchronisation, capturable in a CUDA graph.
 
-A tensor map is passed by value. It is encoded when an address is first bound and remembered.
+The arguments are the records of `kernels.arguments`, by parameter name; what the driver gets, or
+the executor, is their leaves. A tensor map is passed by value. It is encoded when an address is
+first bound and remembered.
 """
 
 import ctypes
@@ -13,6 +15,7 @@ import struct
 import threading
 from collections.abc import Callable
 from functools import cache, lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,6 +24,7 @@ from numflash.configs import Config, Traits
 from numflash.devices import Architecture, architecture, architecture_of
 from numflash.errors import UnsupportedError
 from numflash.gpus import Gpu
+from numflash.kernels.arguments import Pointer, assembled, value_at
 from numflash.mode import SIMULATED
 from numflash.ptx_worker import ptx_of
 from numflash.switches import choice
@@ -112,6 +116,13 @@ def _attributes(device: int, *names: str) -> tuple[int, ...]:
     )
 
 
+class Mapped(NamedTuple):
+    """The argument of a tensor map: which operand it is of, and how that lies."""
+
+    operand: str
+    layout: TensorLayout
+
+
 class Launcher:
     """One kernel with every argument but its arrays' addresses."""
 
@@ -121,7 +132,7 @@ class Launcher:
         traits: Traits,
         device: int | Gpu,
         num_blocks: int,
-        scalars: dict[str, int | float | TensorLayout],
+        arguments: dict[str, object],
     ):
         """Compile (or find) the kernel and pack its scalar arguments.
 
@@ -129,23 +140,24 @@ class Launcher:
             config, traits: which kernel.
             device: ordinal of the CUDA device; for a GPU that is not here nothing is compiled.
             num_blocks: blocks of the grid.
-            scalars: a value for every parameter that is not a pointer, which for a tensor map is
-                its layout; more are ignored.
+            arguments: by parameter name: a record, a number, a `Mapped`, or for a pointer the name
+                of an operand or None, as a record has it too. A pointer that is not among them is
+                the operand of its name; arguments that are no parameters are ignored.
         """
         if isinstance(device, Gpu):
             self._launch = AbsentLaunch(device)
         elif SIMULATED:
             kernel = _simulated_kernel(config, traits)
             blocks_per_sm = getattr(config, "min_blocks_per_sm", None) or 1
-            self._launch = SimulatedLaunch(kernel, num_blocks, scalars, blocks_per_sm)
+            self._launch = SimulatedLaunch(kernel, num_blocks, arguments, blocks_per_sm)
             code = choice("NUMFLASH_SIM_CODE", _SIMULATED_CODE)
             if code != "python":
                 ptx = ptx_of(config, traits, limits_of_device(device), code)
-                self._launch = ExecutedLaunch(ptx, kernel, num_blocks, scalars, blocks_per_sm)
+                self._launch = ExecutedLaunch(ptx, kernel, num_blocks, arguments, blocks_per_sm)
         else:
             cubin = get_cubin(config, traits, limits_of_device(device))
             warn_of_spills(f"{config.family} {config} {traits}", cubin)
-            self._launch = DriverLaunch(cubin, device, num_blocks, scalars)
+            self._launch = DriverLaunch(cubin, device, num_blocks, arguments)
         self._name = f"{config.family} {config} {traits}"
 
     def __str__(self) -> str:
@@ -154,8 +166,7 @@ class Launcher:
     def bind(self, operands: dict[str, Operand | None]) -> Callable[[int], None]:
         """A function of the stream's address that launches on these arrays and keeps them alive.
 
-        `operands` holds every pointer parameter by name, None where it is not read, and what
-        tensor maps are of, each by the map's name or by that without "_map".
+        `operands` holds what pointers and tensor maps are of, by the names that the arguments say.
         """
         return self._launch.bind(operands)
 
@@ -174,30 +185,33 @@ class AbsentLaunch:
 class DriverLaunch:
     """A launch of machine code through the CUDA driver."""
 
-    def __init__(self, cubin: Cubin, device: int, num_blocks: int, scalars: dict):
+    def __init__(self, cubin: Cubin, device: int, num_blocks: int, arguments: dict):
         self.driver, self.device = _driver(), device
         self.function = load(cubin, device)
         self.geometry = (num_blocks, 1, 1, cubin.num_threads, 1, 1, cubin.smem_bytes)
         # What a launch fills in comes first: maps, which are aligned, and pointers.
         kinds = {"T": 0, "P": 1}
         ordered = sorted(cubin.parameters, key=lambda parameter: kinds.get(parameter[1], 2))
-        self.map_names, self.pointer_names = (
-            [name for name, letter in ordered if letter == kind] for kind in kinds
+        mapped, self.pointer_names = (
+            [value_at(arguments, path) for path, letter in ordered if letter == kind]
+            for kind in kinds
         )
-        self.encoders = [self._encoder(scalars[name]) for name in self.map_names]
+        self.map_names = [each.operand for each in mapped]
+        self.encoders = [self._encoder(each.layout) for each in mapped]
         n_maps, n_pointers = len(self.map_names), len(self.pointer_names)
         self.pack = struct.Struct("<" + f"{MAP_BYTES}s" * n_maps + f"{n_pointers}Q").pack_into
         sizes = [MAP_BYTES if letter == "T" else _SLOT_BYTES for _, letter in ordered]
         self.slots = ctypes.create_string_buffer(sum(sizes) + MAP_ALIGNMENT)
         self.first = aligned(self.slots) - ctypes.addressof(self.slots)
         offset, offsets = self.first, {}
-        for (name, letter), size in zip(ordered, sizes, strict=True):
+        for (path, letter), size in zip(ordered, sizes, strict=True):
             if letter not in kinds:
-                struct.pack_into(f"<{letter}", self.slots, offset, scalars[name])
-            offsets[name] = offset
+                value = value_at(arguments, path)
+                struct.pack_into(f"<{letter}", self.slots, offset, value)
+            offsets[path] = offset
             offset += size
         base = ctypes.addressof(self.slots)
-        addresses = [base + offsets[name] for name, _ in cubin.parameters]
+        addresses = [base + offsets[path] for path, _ in cubin.parameters]
         self.addresses = (ctypes.c_void_p * len(addresses))(*addresses)
         self.parameters = ctypes.addressof(self.addresses)
         # Packing and launching must not interleave with another thread's.
@@ -205,9 +219,9 @@ class DriverLaunch:
 
     def bind(self, operands):
         """See `Launcher.bind`."""
-        bound = [operands[name] for name in self.pointer_names]
+        bound = [_operand(operands, name) for name in self.pointer_names]
         pointers = [0 if operand is None else operand.pointer for operand in bound]
-        mapped = [_mapped(operands, name) for name in self.map_names]
+        mapped = [operands[name] for name in self.map_names]
         maps = [
             encode_at(operand.pointer)
             for encode_at, operand in zip(self.encoders, mapped, strict=True)
@@ -234,9 +248,9 @@ class DriverLaunch:
             _raise(status[0])
 
 
-def _mapped(operands: dict[str, Operand | None], name: str) -> Operand:
-    """What the tensor map of this name is of."""
-    return operands.get(name) or operands[name.removesuffix("_map")]
+def _operand(operands: dict[str, Operand | None], name: str | None) -> Operand | None:
+    """What a pointer points to; None if nothing is read through it."""
+    return None if name is None else operands[name]
 
 
 def _simulated_kernel(config: Config, traits: Traits):
@@ -248,27 +262,22 @@ def _simulated_kernel(config: Config, traits: Traits):
 class SimulatedLaunch:
     """A launch of a `Kernel` in the simulator."""
 
-    def __init__(self, kernel, num_blocks: int, scalars: dict, blocks_per_sm: int = 1):
-        self.kernel, self.num_blocks, self.scalars = kernel, num_blocks, scalars
+    def __init__(self, kernel, num_blocks: int, arguments: dict, blocks_per_sm: int = 1):
+        self.kernel, self.num_blocks, self.arguments = kernel, num_blocks, arguments
         self.blocks_per_sm = blocks_per_sm
 
     def bind(self, operands):
         """See `Launcher.bind`; streams mean nothing here."""
         from numflash import simulator
-        from numflash.ptx import Pointer, TensorMap
-
-        def argument(name, annotation):
-            if annotation is TensorMap:
-                array, layout = _mapped(operands, name).array, self.scalars[name]
-                return simulator.SimulatedTensorMap(array, layout)
-            if not isinstance(annotation, Pointer):
-                return annotation(self.scalars[name])
-            operand = operands[name]
-            array = np.empty(0, annotation.element) if operand is None else operand.array
-            return simulator.GlobalPointer(array, np.dtype(annotation.element), name)
 
         kernel = self.kernel
-        args = [argument(name, t) for name, t in kernel.parameters.items()]
+
+        def pointer(name, array, element):
+            array = np.empty(0, element) if array is None else array
+            return simulator.GlobalPointer(array, np.dtype(element), name)
+
+        values = iter(_simulated_leaves(kernel, self.arguments, operands, pointer))
+        args = [assembled(annotation, values) for annotation in kernel.parameters.values()]
         geometry = self.num_blocks, kernel.num_threads
         run = simulator.launch
         extents = *geometry, args, kernel.smem_bytes, self.blocks_per_sm
@@ -278,35 +287,47 @@ class SimulatedLaunch:
 class ExecutedLaunch:
     """A launch of a kernel's PTX in `numflash.executor`."""
 
-    def __init__(self, ptx: str, kernel, num_blocks: int, scalars: dict, blocks_per_sm: int = 1):
+    def __init__(self, ptx: str, kernel, num_blocks: int, arguments: dict, blocks_per_sm: int = 1):
         self.ptx, self.kernel, self.num_blocks = ptx, kernel, num_blocks
-        self.scalars, self.blocks_per_sm = scalars, blocks_per_sm
+        self.arguments, self.blocks_per_sm = arguments, blocks_per_sm
 
     def bind(self, operands):
         """See `Launcher.bind`; streams mean nothing here."""
         from numflash.executor.launch import Launch
         from numflash.executor.program import program_of
-        from numflash.ptx import Pointer, TensorMap
-        from numflash.simulator import SEED, SimulatedTensorMap
+        from numflash.simulator import SEED
 
-        def argument(name, annotation):
-            if annotation is TensorMap:
-                return SimulatedTensorMap(_mapped(operands, name).array, self.scalars[name])
-            if not isinstance(annotation, Pointer):
-                return annotation(self.scalars[name])
-            return None if operands[name] is None else operands[name].array
+        def pointer(name, array, element):
+            return array
 
         kernel = self.kernel
-        args = [argument(name, t) for name, t in kernel.parameters.items()]
+        args = _simulated_leaves(kernel, self.arguments, operands, pointer)
         extents = (self.num_blocks, 1, 1), (kernel.num_threads, 1, 1)
         program = program_of(self.ptx, None, kernel.smem_bytes)
-        names = list(kernel.parameters)
+        names = list(kernel.leaves)
 
         def launch(stream):
             sharing = self.blocks_per_sm
             Launch(program, *extents, args, SEED.value, sharing, names=names).run()
 
         return launch
+
+
+def _simulated_leaves(kernel, arguments: dict, operands: dict, pointer: Callable) -> list:
+    """The leaves of the arguments; `pointer` makes one of (name, array or None, element)."""
+    from numflash.ptx import TensorMap
+    from numflash.simulator import SimulatedTensorMap
+
+    def leaf(path, annotation):
+        value = value_at(arguments, path)
+        if annotation is TensorMap:
+            return SimulatedTensorMap(operands[value.operand].array, value.layout)
+        if isinstance(annotation, Pointer):
+            operand = _operand(operands, value)
+            return pointer(value or path, operand and operand.array, annotation.element)
+        return annotation(value)
+
+    return [leaf(path, annotation) for path, annotation in kernel.leaves.items()]
 
 
 @cache

@@ -104,28 +104,6 @@ class AttentionProblem:
             )
         return blocks
 
-    def scalars(self) -> dict[str, int | float]:
-        """The scalar kernel arguments, by parameter name (see `kernels.portable.forward`)."""
-        slopes_batch, slopes_head = self.alibi_strides or (0, 0)
-        return {
-            "batch_size": self.batch,
-            "seqlen_q": self.seqlen_q,
-            "seqlen_k": self.seqlen_k,
-            "num_heads_q": self.num_heads_q,
-            "group_size": self.group_size,
-            "head_dim": self.head_dim,
-            "head_dim_v": self.head_dim_v,
-            "band_lo": self.band_lo,
-            "band_hi": self.band_hi,
-            "bias_shift": self.bias_shift,
-            # With softcap the scaled product is the argument of tanh.
-            "score_scale": self.softmax_scale / (self.softcap or 1.0),
-            "softcap": self.softcap,
-            "softmax_scale": self.softmax_scale,
-            "slopes_batch": slopes_batch,
-            "slopes_head": slopes_head,
-        }
-
 
 def describe(
     q: ArrayView,

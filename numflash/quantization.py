@@ -24,6 +24,8 @@ from numflash.configs.fp8 import generation
 from numflash.errors import UnsupportedError
 from numflash.formats import FORMATS
 from numflash.fp8 import TOKEN_STEP, Fp8Array, Fp8Recipe
+from numflash.kernels import arguments as records
+from numflash.kernels.arguments import Codes, Grouped, Signs, Sizes
 from numflash.launch import Launcher, limits_of_device
 from numflash.problem import (
     LAYOUTS,
@@ -95,11 +97,9 @@ class Quantization:
         self.data_shape = data_shape(shape, transposed)
         self.descale_shape = recipe.descale_shape(batch, heads, seqlen)
         self._peak = FORMATS[format].peak
-        self._scalars = _scalars(self.tensor) | {
-            "amax_batch": 0,
-            "amax_head": 0,
-            "amax_tokens": 1,
-            **_sign_words(recipe.seed),
+        self._arguments = _arguments(self.tensor) | {
+            "amax": Grouped(None, 0, 0, tokens=1),
+            "signs": _signs(recipe.seed),
         }
         self._traits = Traits(view.dtype, padded, padded, vectorized=self.tensor.is_vectorizable)
         rotated = recipe.hadamard if rotated is None else rotated
@@ -171,12 +171,12 @@ class Quantization:
         if recipe.granularity == "tensor":
             self._add_reduction("amax-heads", batch * heads, blocks, per_scale)
             self._add_reduction("amax", 1, batch * heads, max(1, batch * heads))
-            tokens = _MAX_SEQLEN
+            strides, tokens = (0, 0), _MAX_SEQLEN
         else:
             self._add_reduction("amax", batch * heads, blocks, per_scale)
             tokens = recipe.block if recipe.granularity == "block" else _MAX_SEQLEN
-            self._scalars |= {"amax_batch": descale_heads * scales, "amax_head": scales}
-        self._scalars["amax_tokens"] = tokens
+            strides = descale_heads * scales, scales
+        self._arguments["amax"] = Grouped("amax", *strides, tokens)
 
     def _add_reduction(self, name: str, rows: int, per_row: int, per_group: int) -> None:
         groups = -(-per_row // per_group)
@@ -185,14 +185,14 @@ class Quantization:
             groups, per_row = self.descale_shape[2] if name == "amax" else 0, 0
         if rows * groups:
             config = AmaxConfig(1 if per_group <= 64 else 8 if per_group <= 2048 else 32)
-            scalars = {"per_row": per_row, "per_group": per_group, "groups": groups}
-            scalars["peak"] = self._peak
-            launcher = Launcher(config, self._traits, self.device, rows * groups, scalars)
+            arguments = {"per_row": per_row, "per_group": per_group, "groups": groups}
+            arguments["peak"] = self._peak
+            launcher = Launcher(config, self._traits, self.device, rows * groups, arguments)
             self._reductions[name] = launcher, rows * groups
 
     def _launcher(self, config: QuantizeConfig, tokens: int) -> Launcher:
         """A kernel whose blocks own tokens of a head."""
-        return _over_tokens(config, self._traits, self.tensor, tokens, self._scalars)
+        return _over_tokens(config, self._traits, self.tensor, tokens, self._arguments)
 
 
 class Relayout:
@@ -233,7 +233,7 @@ class Relayout:
             config = quantize_config(which, padded, transposed=transposed, codes=True)
             tokens = self.data_shape[3] if transposed else shape[1]
             self._launcher = _over_tokens(
-                config, traits, self.tensor, tokens, _scalars(self.tensor)
+                config, traits, self.tensor, tokens, _arguments(self.tensor)
             )
 
     def bind(self, operand: Operand, library: ArrayLibrary) -> tuple[Any, Launches]:
@@ -274,16 +274,12 @@ class Dequantization:
         # (batch, row, head, column) strides of the codes.
         order = (0, 3, 1, 2) if x.transposed else (0, 1, 2, 3)
         row_strides = [data.strides[axis] for axis in order]
-        names = "data_batch", "data_row", "data_head", "data_column"
         scales = [0 if n == 1 else step for n, step in zip(shape, descale.strides, strict=True)]
         tokens = x.recipe.block if x.recipe.granularity == "block" else 1
-        scalars = {
-            **dict(zip(names, row_strides, strict=True)),
-            "descale_batch": scales[0],
-            "descale_head": scales[1],
-            "descale_tokens": tokens if shape[2] > 1 else _MAX_SEQLEN,
-            **_scalars(tensor, "out"),
-            **_sign_words(x.recipe.seed),
+        arguments = _arguments(tensor, "out") | {
+            "data": Codes("data", *row_strides),
+            "descale": Grouped("descale", *scales[:2], tokens if shape[2] > 1 else _MAX_SEQLEN),
+            "signs": _signs(x.recipe.seed),
         }
         self._launcher = None
         if 0 not in tensor.shape:
@@ -295,7 +291,7 @@ class Dequantization:
             )
             padded = padded_fp8_head_dim(head_dim)
             traits = Traits(dtype, padded, padded, vectorized=tensor.is_vectorizable)
-            self._launcher = _over_tokens(config, traits, tensor, seqlen, scalars)
+            self._launcher = _over_tokens(config, traits, tensor, seqlen, arguments)
 
     def bind(self, data: Operand, descale: Operand, library: ArrayLibrary) -> tuple[Any, Launches]:
         """Allocate; (the array, functions that launch)."""
@@ -346,29 +342,26 @@ def _is_aligned(tensor: Tensor) -> bool:
     return not any(n % 16 for n in (tensor.view.pointer, tensor.shape[3], *steps))
 
 
-def _scalars(tensor: Tensor, name: str = "x") -> dict[str, int]:
-    """Sizes and strides of an array, as kernels' arguments."""
-    batch, row, head, _ = tensor.strides
-    _, seqlen, heads, head_dim = tensor.shape
-    sizes = {"seqlen": seqlen, "num_heads": heads, "head_dim": head_dim}
-    return sizes | {f"{name}_batch": batch, f"{name}_row": row, f"{name}_head": head}
+def _arguments(tensor: Tensor, name: str = "x") -> dict[str, object]:
+    """An array and its sizes, as kernels' arguments."""
+    return {name: records.Tensor(name, *tensor.strides[:3]), "sizes": Sizes(*tensor.shape[1:])}
 
 
-def _sign_words(seed: int) -> dict[str, int]:
-    """The bits of `numflash.reference.hadamard_signs` as eight 32-bit arguments."""
+def _signs(seed: int) -> Signs:
+    """The bits of `numflash.reference.hadamard_signs`."""
     words = np.random.PCG64(seed).random_raw(4).astype("<u8").view("<i4")
-    return {f"signs_{i}": int(word) for i, word in enumerate(words)}
+    return Signs(*map(int, words))
 
 
 def _over_tokens(
-    config: Config, traits: Traits, tensor: Tensor, tokens: int, scalars: dict
+    config: Config, traits: Traits, tensor: Tensor, tokens: int, arguments: dict
 ) -> Launcher:
     """A kernel whose blocks own tokens of a head."""
     batch, _, heads, _ = tensor.shape
     blocks = -(-tokens // config.block_rows) * heads * batch
     if blocks > _MAX_BLOCKS:
         raise UnsupportedError(f"x needs {blocks} thread blocks; a grid has at most {_MAX_BLOCKS}")
-    return Launcher(config, traits, tensor.view.device, blocks, scalars)
+    return Launcher(config, traits, tensor.view.device, blocks, arguments)
 
 
 __all__ = [

@@ -2,9 +2,9 @@
 
 import numpy as np
 
+from numflash.kernels.arguments import Pointer
 from numflash.ptx import (
     CP_ASYNC_WAIT_GROUP,
-    Pointer,
     cp_async_4,
     cp_async_16,
     cp_async_commit_group,

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from numflash.kernels.arguments import Pointer
 from numflash.ptx import (
     EVICT_FIRST,
     EVICT_LAST,
     EVICT_NORMAL,
-    Pointer,
     TensorMap,
     cp_async_bulk_commit_group,
     cp_async_bulk_tensor_2d,

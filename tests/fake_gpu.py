@@ -5,22 +5,19 @@ and reads the arguments of a launch where a real driver would. It knows only the
 launch may make: anything else, above all a synchronisation, is an AttributeError.
 """
 
-import ast
 import ctypes
 import struct
 import sys
 import types
 from functools import cache
-from pathlib import Path
 from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
 
-import numflash
 from numflash import api, arrays, calls, fp8_arrays, fp8_sources, launch, quantization, selection
-from numflash.compiler import Cubin
-from numflash.configs import QUANTIZE_CONFIGS
+from numflash.compiler import Cubin, letter_of
+from numflash.kernels.factories import make_kernel
 
 _DTYPES = {
     "float16": np.dtype(np.float16),
@@ -31,8 +28,6 @@ _DTYPES = {
     "uint8": np.dtype(np.uint8),
 }
 _ALLOCATION = 512
-_LETTERS = {"i64": "q", "i32": "i", "f32": "f", "TensorMap": "T"}
-_KERNELS = Path(numflash.__file__).parent / "kernels"
 
 
 def _contiguous(shape, itemsize):
@@ -429,8 +424,8 @@ class Launch:
     Attributes:
         family, config, traits: which kernel.
         grid, block, smem_bytes, stream: how.
-        arguments: parameter name -> value, read from the addresses the driver was given; of a
-            tensor map the `EncodedMap`.
+        arguments: path of a leaf, as in "q.row" -> value, read from the addresses the driver was
+            given; "q" for the address "q.data"; of a tensor map the `EncodedMap`.
     """
 
     def __init__(self, kernel, geometry, stream, parameters, extra, maps):
@@ -444,9 +439,10 @@ class Launch:
             "i": ctypes.c_int32,
             "f": ctypes.c_float,
         }
-        declared = parameters_of_config(self.family, self.config)
+        declared = _parameters[kernel]
         addresses = (ctypes.c_void_p * len(declared)).from_address(parameters)
-        for address, (name, letter) in zip(addresses, declared, strict=True):
+        for address, (path, letter) in zip(addresses, declared, strict=True):
+            name = path.removesuffix(".data")
             if letter == "T":
                 assert address % 64 == 0
                 number, rest = struct.unpack("<Q120s", ctypes.string_at(address, 128))
@@ -456,51 +452,24 @@ class Launch:
             self.arguments[name] = kinds[letter].from_address(address).value
 
 
+# Code of a fake cubin -> what its launches are given.
+_parameters: dict[str, tuple[tuple[str, str], ...]] = {}
+
+
 @cache
-def parameters_of(
-    family: str, generation: str = "", fp8: bool = False
-) -> tuple[tuple[str, str], ...]:
-    """(name, letter) of a kernel's parameters, read from its source: no Numba needed.
-
-    `generation` is that of a config for tensor cores, "sm80" or "sm90"; `fp8` tells of a forward
-    on 8-bit floats. Of several kernels of a name it is the first, which quantises; "measure" and
-    "relayout" are what else a config of "quantize" can mean.
-    """
-    name = family.replace("-", "_")
-    folders = {"sm75": "sm80", "sm80": "sm80", "sm90": "sm90"}
-    folder = _KERNELS / folders.get(generation, "portable")
-    file = f"fp8_{name}" if fp8 else name
-    if family in QUANTIZE_CONFIGS or (fp8 and generation != "sm90"):
-        folder, file = _KERNELS / "fp8", name
-    which = 0
-    if family in ("measure", "relayout"):
-        folder, file = _KERNELS / "fp8", {"measure": "amax"}.get(family, "quantize")
-        name, which = {"relayout": ("quantize", 1)}.get(family, (name, 0))
-    tree = ast.parse((folder / f"{file}.py").read_text())
-    kernels = [
-        node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == name
-    ]
-    kernel = kernels[which]
-    return tuple(
-        (argument.arg, _LETTERS.get(getattr(argument.annotation, "id", None), "P"))
-        for argument in kernel.args.args
-    )
-
-
-def parameters_of_config(family: str, config: str) -> tuple[tuple[str, str], ...]:
-    """As `parameters_of`, by the string form of a config."""
-    for option, kernel in (("-measure", "measure"), ("-codes", "relayout")):
-        if family == "quantize" and option in config:
-            return parameters_of(kernel)
-    form = config.removeprefix("fp8-")
-    return parameters_of(family, form.partition("-")[0], form != config)
+def parameters_of(config, traits) -> tuple[tuple[str, str], ...]:
+    """(path, letter) of the leaves of a kernel's parameters, as `Cubin` has them."""
+    leaves = make_kernel(config, traits).leaves
+    return tuple((path, letter_of(annotation)) for path, annotation in leaves.items())
 
 
 def fake_get_cubin(config, traits, limits) -> Cubin:
     """A `Cubin` whose code says which kernel it is."""
+    code = f"{config.family}|{config}|{traits}"
+    _parameters[code] = parameters_of(config, traits)
     return Cubin(
         entry=config.family,
-        parameters=parameters_of_config(config.family, str(config)),
+        parameters=_parameters[code],
         num_threads=config.num_threads,
         smem_bytes=config.smem_bytes(traits),
         registers=64,
@@ -510,7 +479,7 @@ def fake_get_cubin(config, traits, limits) -> Cubin:
         warnings=(),
         min_blocks=None,
         compile_ms=0.0,
-        code=f"{config.family}|{config}|{traits}".encode(),
+        code=code.encode(),
     )
 
 

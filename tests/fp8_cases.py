@@ -3,8 +3,8 @@
 import numpy as np
 
 from numflash.formats import FORMATS, Format
+from numflash.kernels.arguments import Pointer
 from numflash.ptx import (
-    Pointer,
     cuda,
     cvt_rn_f16x2_e4m3x2,
     cvt_rn_f16x2_e5m2x2,

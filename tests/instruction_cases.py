@@ -6,8 +6,8 @@ instructions have files of their own.
 
 import numpy as np
 
+from numflash.kernels.arguments import Pointer
 from numflash.ptx import (
-    Pointer,
     bar_arrive,
     bar_sync,
     bits_as_float,

@@ -2,8 +2,8 @@
 
 import numpy as np
 
+from numflash.kernels.arguments import Pointer
 from numflash.ptx import (
-    Pointer,
     cuda,
     elect_sync,
     fence_mbarrier_init,

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import ml_dtypes
 import numpy as np
 
+from numflash.kernels.arguments import Pointer
 from numflash.ptx import (
-    Pointer,
     cuda,
     f32,
     ldmatrix_x4,

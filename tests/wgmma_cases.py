@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import ml_dtypes
 import numpy as np
 
+from numflash.kernels.arguments import Pointer
 from numflash.ptx import (
-    Pointer,
     cuda,
     f32,
     fence_proxy_async,

@@ -4,6 +4,8 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from numflash.kernels.arguments import leaves
+
 
 @dataclass(frozen=True)
 class Kernel:
@@ -11,7 +13,7 @@ class Kernel:
 
     Attributes:
         family: as in `configs.FAMILIES`.
-        function: the kernel; every parameter is annotated with a scalar type or a `Pointer`.
+        function: the kernel; every parameter is annotated as `kernels.arguments` says.
         num_threads: threads per block, one-dimensional.
         smem_bytes: dynamic shared memory per block.
     """
@@ -23,8 +25,13 @@ class Kernel:
 
     @property
     def parameters(self) -> dict[str, object]:
-        """Parameter name -> scalar type or `Pointer`, in order."""
+        """Parameter name -> its annotation, in order."""
         return {
             name: parameter.annotation
             for name, parameter in inspect.signature(self.function).parameters.items()
         }
+
+    @property
+    def leaves(self) -> dict[str, object]:
+        """What is passed, one by one: path, as in "q.row" -> scalar, `Pointer` or `TensorMap`."""
+        return leaves(self.parameters)

@@ -85,7 +85,7 @@ from numflash.ptx.memory import (
     st_shared_v4_f32,
     st_shared_v4_u32,
 )
-from numflash.ptx.scalars import Pointer, TensorMap, f32, i32, i64, u8, u16, u32, u64
+from numflash.ptx.scalars import TensorMap, f32, i32, i64, u8, u16, u32, u64
 from numflash.ptx.special_registers import mov_ctaid_x, mov_nctaid_x, mov_tid_x
 from numflash.ptx.tensor_cores import (
     ldmatrix_x4,
@@ -138,7 +138,6 @@ __all__ = [
     "Accumulator",
     "Global",
     "Instruction",
-    "Pointer",
     "Regs",
     "Shared",
     "TensorMap",

@@ -13,6 +13,19 @@ from numflash.ptx import device_function, i32, mov_ctaid_x, mov_nctaid_x, u32
 
 
 @device_function
+def first_of_head(tensor, batch, head):
+    """The offset of the first row of a head; `tensor` has the strides `batch` and `head`."""
+    return batch * tensor.batch + head * tensor.head
+
+
+@device_function
+def grid_of(shape, layout):
+    """The `grid` of a forward, from the records `kernels.arguments.Shape` and `Layout`."""
+    num_rows, num_heads = shape.seqlen_q * layout.pack, shape.batch_size * shape.num_heads_q
+    return i32(num_rows), i32(num_heads), layout.pack, layout.num_splits, layout.heads_in_flight
+
+
+@device_function
 def token_of_row(row, pack):
     """The token of a row where `pack` query heads of a token are neighbouring rows."""
     # Unsigned 32-bit division is a quarter of the code of Python's.

@@ -17,10 +17,11 @@ _BATCH = 4
 
 @cache
 def make_load_tile(element: Element, rows, columns, pitch, num_threads, vectorized):
-    """load_tile(smem, tile, source, base, row_stride, first_row, end_row, num_columns)
+    """load_tile(smem, tile, source, base, first_row, end_row, num_columns)
 
-    smem[tile + pitch * r + c] = source[base + row_stride * (first_row + r) + c] for the
-    rows x columns of the tile; zero from end_row and from num_columns on.
+    smem[tile + pitch * r + c] = the element in row first_row + r and column c of `source`, a
+    record with `data` and `row`, whose first row begins at `base`, for the rows x columns of the
+    tile; zero from end_row and from num_columns on.
     """
     vector = element.vector if vectorized else 1
     # Neighbouring threads read neighbouring bytes: as many of them share a row as divide it.
@@ -31,7 +32,7 @@ def make_load_tile(element: Element, rows, columns, pitch, num_threads, vectoriz
     load_vector, to_f32 = element.load_vector, element.to_f32
 
     @device_function
-    def load_tile(smem, tile, source, base, row_stride, first_row, end_row, num_columns):
+    def load_tile(smem, tile, source, base, first_row, end_row, num_columns):
         values = cuda.local.array(n_values, f32)
         my_row = cuda.threadIdx.x // threads_per_row
         my_column = cuda.threadIdx.x % threads_per_row * vector
@@ -40,16 +41,16 @@ def make_load_tile(element: Element, rows, columns, pitch, num_threads, vectoriz
             for row in range(my_row, rows, batch_rows):
                 for i in range(n_values):
                     values[i] = f32(0)
-                offset = base + (first_row + row) * row_stride + column
+                offset = base + (first_row + row) * source.row + column
                 for i in range(batch):
                     if row + i * row_step < valid_rows and column < num_columns:
-                        element_offset = offset + i * row_step * row_stride
+                        element_offset = offset + i * row_step * source.row
                         if vectorized:
                             load_vector(
-                                values[i * vector : (i + 1) * vector], source, element_offset
+                                values[i * vector : (i + 1) * vector], source.data, element_offset
                             )
                         else:
-                            values[i] = to_f32(source[element_offset])
+                            values[i] = to_f32(source.data[element_offset])
                 target = tile + row * pitch + column
                 for i in range(batch):
                     if row + i * row_step < rows:
@@ -65,29 +66,30 @@ def make_load_tile(element: Element, rows, columns, pitch, num_threads, vectoriz
 
 @cache
 def make_store_rows(element: Element, rows, groups, vectorized):
-    """store_rows(acc, target, base, row_stride, first_row, end_row, num_columns)
+    """store_rows(acc, target, base, first_row, end_row, num_columns)
 
-    Each thread writes its part of an output accumulator (see `lanes`): `first_row` is its first
-    row; rows from end_row and columns from num_columns on are left out.
+    Each thread writes its part of an output accumulator (see `lanes`) to `target`, a record with
+    `data` and `row`, whose first row begins at `base`: `first_row` is the thread's first;
+    rows from end_row and columns from num_columns on are left out.
     """
     store_four, from_f32 = element.store_four, element.from_f32
 
     @device_function
-    def store_rows(acc, target, base, row_stride, first_row, end_row, num_columns):
+    def store_rows(acc, target, base, first_row, end_row, num_columns):
         first_column = 4 * (cuda.threadIdx.x % COLUMN_LANES)
         for r in range(rows):
             row = first_row + ROW_LANES * r
             if row < end_row:
                 for g in range(groups):
                     column = first_column + OUTPUT_STEP * g
-                    offset = base + row * row_stride + column
+                    offset = base + row * target.row + column
                     i = 4 * (groups * r + g)
                     if vectorized:
                         if column < num_columns:
-                            store_four(target, offset, acc[i : i + 4])
+                            store_four(target.data, offset, acc[i : i + 4])
                     else:
                         for j in range(4):
                             if column + j < num_columns:
-                                target[offset + j] = from_f32(acc[i + j])
+                                target.data[offset + j] = from_f32(acc[i + j])
 
     return store_rows

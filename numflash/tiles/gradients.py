@@ -21,21 +21,22 @@ from numflash.tiles.softmax import exp_f32
 
 @cache
 def make_load_query_statistics(count, step):
-    """load_query_statistics(lses, deltas, lse, delta, base, first, end)
+    """load_query_statistics(lses, deltas, statistics, base, first, end)
 
-    lses[i], deltas[i] of the queries first + step * i. A query past `end`, and one that saw no
+    lses[i], deltas[i] of the queries first + step * i, from the `lse` and `delta` of `statistics`
+    behind `base`. A query past `end`, and one that saw no
     key, gets lse +inf, which makes its P zero everywhere.
     """
 
     @device_function
-    def load_query_statistics(lses, deltas, lse, delta, base, first, end):
+    def load_query_statistics(lses, deltas, statistics, base, first, end):
         for i in range(count):
             query = first + step * i
             lses[i] = f32(math.inf)
             deltas[i] = f32(0)
-            if query < end and lse[base + query] != NEG_INF:
-                lses[i] = lse[base + query]
-                deltas[i] = delta[base + query]
+            if query < end and statistics.lse[base + query] != NEG_INF:
+                lses[i] = statistics.lse[base + query]
+                deltas[i] = statistics.delta[base + query]
 
     return load_query_statistics
 

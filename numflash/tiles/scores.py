@@ -19,58 +19,76 @@ NEG_INF = f32(-math.inf)
 
 @cache
 def make_scale_scores(rows, columns, softcap, alibi):
-    """scale_scores(s_acc, cap_slopes, row, column, bias_shift, score_scale, cap, alibi_slope)
+    """scale_scores(s_acc, cap_slopes, row, column, shift, scores, slope)
 
-    Turns products Q K^T into scores, in place: s = score_scale * s; with softcap, where
-    score_scale is softmax_scale / cap, s = cap * tanh(s); with ALiBi,
-    s -= alibi_slope * |row + bias_shift - column|. `cap_slopes` receives the derivative
-    1 - tanh(s)^2 of the capped by the raw score, which the backward needs.
+    Turns products Q K^T into scores, in place: s = scale * s; with softcap, where `scale` is
+    softmax_scale / softcap, s = softcap * tanh(s); with ALiBi,
+    s -= slope * |row + shift - column|. `scores` is a record with `scale` and `softcap`.
+    `cap_slopes` receives the derivative 1 - tanh(s)^2 of the capped by the raw score, which the
+    backward needs.
     """
     n_scores = rows * columns
 
     @device_function
-    def scale_scores(s_acc, cap_slopes, row, column, bias_shift, score_scale, cap, alibi_slope):
+    def scale_scores(s_acc, cap_slopes, row, column, shift, scores, slope):
         for i in range(n_scores):
-            s = s_acc[i] * score_scale
+            s = s_acc[i] * scores.scale
             if softcap:
                 bent = f32(math.tanh(s))
                 cap_slopes[i] = fma_rn_f32(-bent, bent, f32(1))
-                s = cap * bent
+                s = scores.softcap * bent
             if alibi:
                 r, c = i // columns, i % columns
-                distance = row + ROW_LANES * r + bias_shift - column - COLUMN_LANES * c
-                s = fma_rn_f32(-alibi_slope, f32(abs(distance)), s)
+                distance = row + ROW_LANES * r + shift - column - COLUMN_LANES * c
+                s = fma_rn_f32(-slope, f32(abs(distance)), s)
             s_acc[i] = s
 
     return scale_scores
 
 
 @cache
-def make_mask_scores(rows, columns):
-    """mask_scores(s_acc, row, column, key_axis_end, band_lo, band_hi)
+def make_slope_of(alibi):
+    """slope_of(record, batch, head): ALiBi's slope of a head, 0 without ALiBi.
 
-    Sets scores to -inf where column - row is outside the band or column is past the end.
+    `record` has the `slopes` and their strides `batch` and `head`.
+    """
+
+    @device_function
+    def slope_of(record, batch, head):
+        if alibi:
+            return record.slopes[batch * record.batch + head * record.head]
+        return f32(0)
+
+    return slope_of
+
+
+@cache
+def make_mask_scores(rows, columns):
+    """mask_scores(s_acc, row, column, end, mask)
+
+    Sets scores to -inf where column - row is not between mask.lo and mask.hi, or column is not
+    below `end`.
     """
     n_scores = rows * columns
 
     @device_function
-    def mask_scores(s_acc, row, column, end, band_lo, band_hi):
+    def mask_scores(s_acc, row, column, end, mask):
         for i in range(n_scores):
             j = column + COLUMN_LANES * (i % columns)
             distance = j - row - ROW_LANES * (i // columns)
-            if j >= end or distance < band_lo or distance > band_hi:
+            if j >= end or distance < mask.lo or distance > mask.hi:
                 s_acc[i] = NEG_INF
 
     return mask_scores
 
 
 @device_function
-def band_is_partial(row, rows, column, columns, end, band_lo, band_hi):
+def band_is_partial(row, rows, column, columns, end, mask):
     """Whether some score of the rows x columns block at (row, column) is masked."""
     return (
         column + columns > end
-        or column + columns - 1 - row > band_hi
-        or column - (row + rows - 1) < band_lo
+        or column + columns - 1 - row > mask.hi
+        or column - (row + rows - 1) < mask.lo
     )
 
 

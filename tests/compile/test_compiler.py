@@ -23,10 +23,10 @@ from numflash.compiler import compile_kernel, get_cubin
 from numflash.configs import DeltaConfig, Traits, parse_config
 from numflash.devices import ARCHITECTURES
 from numflash.errors import UnsupportedError
+from numflash.kernels.arguments import Pointer
 from numflash.kernels.kernel import Kernel
 from numflash.ptx import (
     INSTRUCTIONS,
-    Pointer,
     cuda,
     device_function,
     ex2_approx_ftz_f32,
@@ -122,8 +122,8 @@ def test_a_cubin(good):
     assert good.spill_store_bytes == good.spill_load_bytes == good.stack_bytes == 0
     assert good.warnings == ()
     pointers = [name for name, letter in good.parameters if letter == "P"]
-    assert pointers == ["out", "do", "lse", "delta", "lse_log2"]
-    assert [name for name, _ in good.parameters[: len(pointers)]] == pointers
+    assert pointers == ["out.data", "do.data", "lse", "delta", "lse_log2"]
+    assert good.parameters[1:4] == (("out.batch", "q"), ("out.row", "q"), ("out.head", "q"))
     assert {letter for _, letter in good.parameters} <= set("Pqif")
 
 

@@ -7,8 +7,9 @@ import pytest
 from numflash import sass
 from numflash.compiler import compile_kernel
 from numflash.devices import ARCHITECTURES
+from numflash.kernels.arguments import Pointer
 from numflash.kernels.kernel import Kernel
-from numflash.ptx import INSTRUCTIONS, Pointer, cuda, device_function, f32, instruction, u32
+from numflash.ptx import INSTRUCTIONS, cuda, device_function, f32, instruction, u32
 from numflash.tiles.fp8.conversions import make_encode
 from tests.instruction_cases import CASES
 

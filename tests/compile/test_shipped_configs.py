@@ -32,8 +32,9 @@ from numflash.configs import (
 from numflash.devices import ARCHITECTURES
 from numflash.dispatch import choose
 from numflash.inspect import inspect_kernel
+from numflash.kernels.arguments import Pointer
 from numflash.kernels.kernel import Kernel
-from numflash.ptx import Pointer, f32
+from numflash.ptx import f32
 from numflash.sass import count_instructions, disassemble
 from numflash.switches import is_on
 

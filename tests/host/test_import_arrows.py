@@ -53,13 +53,13 @@ ARROWS = {
     "simulator switches tensor_maps views",
     "selection": "autotune capture configs dispatch entries gpus launch mode problem "
     "problem_class tuned",
-    "quantization": "arrays configs errors formats fp8 launch problem views",
-    "calls": "arrays configs dispatch launch problem selection tensor_maps views",
+    "quantization": "arrays configs errors formats fp8 kernels launch problem views",
+    "calls": "arrays configs dispatch kernels launch problem selection tensor_maps views",
     "fp8_arrays": "arrays fp8 quantization views",
-    "fp8_sources": "arrays configs errors fp8 launch problem quantization views",
+    "fp8_sources": "arrays configs errors fp8 kernels launch problem quantization views",
     "fp8_options": "errors fp8 fp8_sources",
-    "fp8_calls": "arrays calls configs dispatch errors fp8_sources launch problem selection "
-    "tensor_maps views",
+    "fp8_calls": "arrays calls configs dispatch errors fp8_sources kernels launch problem "
+    "selection tensor_maps views",
     "api": "arrays calls compiler configs dispatch errors fp8 fp8_calls fp8_options launch mode "
     "problem selection store tuned views",
     "explain": "arrays calls dispatch fp8_calls fp8_options gpus problem selection views",

@@ -15,6 +15,7 @@ from collections import Counter
 import pytest
 
 from numflash.configs import SmemLayout, Traits, portable
+from numflash.kernels.arguments import Tensor
 from numflash.tiles import copies, gradients, lanes, products, scores, softmax
 
 HEAD_DIMS = range(32, 257, 32)
@@ -46,6 +47,11 @@ class Thread:
         self.accesses.append((offset, len(values)))
         for i, value in enumerate(values):
             smem[offset + i].append(value)
+
+
+def tensor(data, row) -> Tensor:
+    """One head with this stride of its rows."""
+    return Tensor(data, 0, row, 0)
 
 
 class Tile:
@@ -225,7 +231,7 @@ def test_each_output_belongs_to_one_thread(thread, config, vectorized, head_dim)
     for lane in range(config.num_threads):
         row, _ = place(thread, lane, config)
         acc = memoryview(array("d", [lane * 10_000 + i for i in range(rows * 4 * groups)]))
-        store_rows(acc, target, 1000, pitch, row, valid_rows, valid_columns)
+        store_rows(acc, tensor(target, pitch), 1000, row, valid_rows, valid_columns)
     assert set(target) == {
         1000 + pitch * row + column for row in range(valid_rows) for column in range(valid_columns)
     }
@@ -280,7 +286,8 @@ def test_each_element_is_copied_once(thread, rows, num_threads, vector):
         source, tile = Source(77, 512), Tile()
         for lane in range(num_threads):
             thread.threadIdx.x = lane
-            load_tile(tile, 400, source, 77, 512, first_row, first_row + valid_rows, valid_columns)
+            end_row = first_row + valid_rows
+            load_tile(tile, 400, tensor(source, 512), 77, first_row, end_row, valid_columns)
         values = tile.once(400, rows, head_dim, pitch)
         for (row, column), value in values.items():
             inside = row < valid_rows and column < valid_columns
@@ -304,7 +311,7 @@ def test_conflicts_of_copies(thread, vector, expected):
 
         def copy(lane, load_tile=load_tile):
             thread.threadIdx.x = lane
-            load_tile(Tile(), 0, Source(0, 512), 0, 512, 0, 32, 512)
+            load_tile(Tile(), 0, tensor(Source(0, 512), 512), 0, 0, 32, 512)
 
         assert ways(accesses(thread, copy)) <= expected
 

@@ -21,7 +21,7 @@ import pytest
 
 import numflash
 from numflash import api, compiler, launch
-from numflash.configs import MMA_CONFIGS, PORTABLE_CONFIGS, Traits, parse_config
+from numflash.configs import Traits, parse_config
 from numflash.mode import SIMULATED
 from tests import fake_gpu
 
@@ -52,20 +52,6 @@ def strides(array) -> tuple[int, ...]:
     return tuple(stride // array.dtype.itemsize for stride in array.strides)
 
 
-KERNELS = [(family, "") for family in PORTABLE_CONFIGS] + [
-    *((family, "sm80") for family in MMA_CONFIGS),
-    ("forward", "sm90"),
-]
-
-
-def test_every_kernel_has_its_pointers_before_its_scalars():
-    for kernel in KERNELS:
-        letters = [letter for _, letter in fake_gpu.parameters_of(*kernel)]
-        n_pointers = letters.count("P")
-        assert 0 < n_pointers < len(letters)
-        assert letters[:n_pointers] == ["P"] * n_pointers
-
-
 @pytest.mark.parametrize("dtype", ["float32", "float16"], ids=["portable", "tensor-cores"])
 def test_forward_arguments_arrive_where_the_driver_reads_them(gpu, dtype):
     q, k, v = (gpu.array(s, dtype) for s in ((B, SQ, H, D), (B, SK, HKV, D), (B, SK, HKV, DV)))
@@ -88,28 +74,30 @@ def test_forward_arguments_arrive_where_the_driver_reads_them(gpu, dtype):
         "v": v.data.ptr,
         "out": out.data.ptr,
         "lse": lse.data.ptr,
-        "alibi_slopes": slopes.data.ptr,
-        "slopes_batch": H,
-        "slopes_head": 1,
-        "seqlen_q": SQ,
-        "seqlen_k": SK,
-        "num_heads_q": H,
-        "group_size": 2,
-        "head_dim": D,
-        "head_dim_v": DV,
-        "band_lo": SK - SQ - 11,
-        "band_hi": SK - SQ,
-        "bias_shift": SK - SQ,
-        "score_scale": 0.25 / 8.0,
-        "softcap": 8.0,
+        "scores.alibi.slopes": slopes.data.ptr,
+        "scores.alibi.batch": H,
+        "scores.alibi.head": 1,
+        "shape.seqlen_q": SQ,
+        "shape.seqlen_k": SK,
+        "shape.num_heads_q": H,
+        "shape.group_size": 2,
+        "shape.head_dim": D,
+        "shape.head_dim_v": DV,
+        "shape.batch_size": B,
+        "mask.lo": SK - SQ - 11,
+        "mask.hi": SK - SQ,
+        "scores.alibi.shift": SK - SQ,
+        "scores.scale": 0.25 / 8.0,
+        "scores.softcap": 8.0,
+        "scores.softmax_scale": 0.25,
     }
     if dtype == "float16":
         # K and V of all heads fit the L2 cache.
-        expected |= {"batch_size": B, "heads_in_flight": B * H}
-        expected |= {"pack": 1, "num_splits": 1, "out_split": 0, "in_fp8": 0}
+        expected |= {"layout.heads_in_flight": B * H}
+        expected |= {"layout.pack": 1, "layout.num_splits": 1, "out.split": 0, "in_fp8": 0}
     for name, array in {"q": q, "k": k, "v": v, "out": out}.items():
         batch, row, head, _ = strides(array)
-        expected |= {f"{name}_batch": batch, f"{name}_row": row, f"{name}_head": head}
+        expected |= {f"{name}.batch": batch, f"{name}.row": row, f"{name}.head": head}
     assert run.arguments == expected
     assert (run.family, run.extra) == ("forward", 0)
     assert run.traits == f"{dtype}-d64-dv96-softcap-alibi-vec"
@@ -142,14 +130,15 @@ def test_backward_runs_delta_before_the_gradients_that_read_it(gpu, qkv, config)
     assert not set(workspaces) & set(pointers)
     for run in (dkdv, for_dq):
         assert run.arguments["do"] == dout.data.ptr
-        assert run.arguments["delta"] == workspaces[0]
+        statistics = "statistics" if config else "statistics_log2"
+        assert run.arguments[f"{statistics}.delta"] == workspaces[0]
         if config is None:
-            assert run.arguments["lse_log2"] == workspaces[1]
+            assert run.arguments["statistics_log2.lse"] == workspaces[1]
         else:
-            assert (run.config, run.arguments["lse"]) == ("m16n16w4", lse.data.ptr)
-        assert run.arguments["alibi_slopes"] == 0
-        assert run.arguments["softmax_scale"] == D**-0.5
-        assert run.arguments["do_row"] == strides(dout)[1]
+            assert (run.config, run.arguments["statistics.lse"]) == ("m16n16w4", lse.data.ptr)
+        assert run.arguments["scores.alibi.slopes"] == 0
+        assert run.arguments["scores.softmax_scale"] == D**-0.5
+        assert run.arguments["do.row"] == strides(dout)[1]
     assert delta.arguments["out"] == out.data.ptr
     assert for_dq.arguments["dq"] == dq.data.ptr
     assert (dkdv.arguments["dk"], dkdv.arguments["dv"]) == (dk.data.ptr, dv.data.ptr)
@@ -171,15 +160,15 @@ def test_heads_of_a_group_are_packed_where_queries_are_few(gpu):
     (run,) = gpu.driver.launches
     pack = heads // HKV
     tile_m = parse_config("forward", run.config).tile_m
-    assert run.arguments["pack"] == pack
-    assert run.arguments["heads_in_flight"] == B * heads // pack
+    assert run.arguments["layout.pack"] == pack
+    assert run.arguments["layout.heads_in_flight"] == B * heads // pack
     assert run.grid == (math.ceil(seqlen_q * pack / tile_m) * HKV * B, 1, 1)
     # Slopes differ between the heads; the portable kernels pack nothing.
     numflash.attention(q, k, k, alibi_slopes=gpu.array((heads,), "float32"))
-    assert gpu.driver.launches[-1].arguments["pack"] == 1
+    assert gpu.driver.launches[-1].arguments["layout.pack"] == 1
     assert gpu.driver.launches[-1].grid == (heads * B, 1, 1)
     numflash.attention(q, k, k, config="m16n16w4")
-    assert "pack" not in gpu.driver.launches[-1].arguments
+    assert "layout.pack" not in gpu.driver.launches[-1].arguments
     assert gpu.driver.launches[-1].grid == (heads * B, 1, 1)
 
 
@@ -189,24 +178,24 @@ def assert_split(gpu, forward, combine, num_splits, q, out, lse):
     rows, row = batch * seqlen_q * heads, 128  # head dims are padded
     assert (forward.family, combine.family) == ("forward", "combine")
     config = parse_config("forward", forward.config)
-    assert config.num_splits == forward.arguments["num_splits"] == num_splits
+    assert config.num_splits == forward.arguments["layout.num_splits"] == num_splits
     assert combine.arguments["num_splits"] == num_splits
-    pack = forward.arguments["pack"]
+    pack = forward.arguments["layout.pack"]
     blocks = math.ceil(seqlen_q * pack / config.tile_m) * heads // pack * batch
     assert forward.grid == (num_splits * blocks, 1, 1)
     parts, part_lses = (combine.arguments[name] for name in ("parts", "part_lses"))
     assert (forward.arguments["out"], forward.arguments["lse"]) == (parts, part_lses)
     assert (combine.arguments["out"], combine.arguments["lse"]) == (out.data.ptr, lse.data.ptr)
     # The parts are contiguous float32 with nothing else in their memory.
-    assert forward.arguments["out_split"] == rows * row
-    assert forward.arguments["out_batch"] == seqlen_q * heads * row
-    assert (forward.arguments["out_row"], forward.arguments["out_head"]) == (heads * row, row)
+    assert forward.arguments["out.split"] == rows * row
+    assert forward.arguments["out.batch"] == seqlen_q * heads * row
+    assert (forward.arguments["out.row"], forward.arguments["out.head"]) == (heads * row, row)
     room = sorted([parts, part_lses, gpu.memory.next])
     assert room[room.index(parts) + 1] - parts >= 4 * num_splits * rows * row
     assert room[room.index(part_lses) + 1] - part_lses >= 4 * num_splits * rows
     batch_stride, row_stride, head_stride, _ = strides(out)
-    assert combine.arguments["out_batch"] == batch_stride
-    assert (combine.arguments["out_row"], combine.arguments["out_head"]) == (
+    assert combine.arguments["out.batch"] == batch_stride
+    assert (combine.arguments["out.row"], combine.arguments["out.head"]) == (
         row_stride,
         head_stride,
     )
@@ -265,9 +254,9 @@ def test_strides_arrive_as_they_are_whatever_their_sign(gpu):
     numflash.attention(q, k, v)
     (run,) = gpu.driver.launches
     assert run.arguments["q"] == q.data.ptr == whole.data.ptr + 2 * (2 * SK - 1) * 3 * H * D
-    assert run.arguments["v_row"] == -2 * 3 * H * D
-    assert run.arguments["k_head"] == D
-    assert run.arguments["q_batch"] == 2 * SK * 3 * H * D
+    assert run.arguments["v.row"] == -2 * 3 * H * D
+    assert run.arguments["k.head"] == D
+    assert run.arguments["q.batch"] == 2 * SK * 3 * H * D
 
 
 def test_strides_beyond_32_bits_arrive_whole(gpu):
@@ -276,16 +265,16 @@ def test_strides_beyond_32_bits_arrive_whole(gpu):
     )
     numflash.attention(q, q, q)
     (run,) = gpu.driver.launches
-    assert (run.arguments["q_batch"], run.arguments["q_row"]) == (2**39, 2**35)
+    assert (run.arguments["q.batch"], run.arguments["q.row"]) == (2**39, 2**35)
 
 
 def test_layout_bhsd_swaps_heads_and_rows(gpu):
     q, k, v = (gpu.array((B, H, s, D)) for s in (SQ, SK, SK))
     out = numflash.attention(q, k, v, layout="bhsd")
     (run,) = gpu.driver.launches
-    assert (run.arguments["q_row"], run.arguments["q_head"]) == (D, SQ * D)
-    assert (run.arguments["out_row"], run.arguments["out_head"]) == (D, SQ * D)
-    assert (run.arguments["seqlen_q"], run.arguments["num_heads_q"]) == (SQ, H)
+    assert (run.arguments["q.row"], run.arguments["q.head"]) == (D, SQ * D)
+    assert (run.arguments["out.row"], run.arguments["out.head"]) == (D, SQ * D)
+    assert (run.arguments["shape.seqlen_q"], run.arguments["shape.num_heads_q"]) == (SQ, H)
     assert out.shape == (B, H, SQ, D)
 
 
@@ -305,7 +294,7 @@ def test_a_last_axis_that_is_not_contiguous_is_copied(gpu, qkv):
         numflash.attention(q, k, array)
         run = gpu.driver.launches[-1]
         assert run.arguments["v"] != array.data.ptr
-        assert run.arguments["v_row"] == HKV * DV
+        assert run.arguments["v.row"] == HKV * DV
     assert gpu.driver.launches[0].arguments["v"] != gpu.driver.launches[1].arguments["v"]
 
 
@@ -608,8 +597,8 @@ def test_another_shape_does_not_find_the_launch_of_the_first(gpu, qkv):
     numflash.attention(q[:, : SQ // 2], k, v)
     numflash.attention(q, k, v, causal=True)
     first, second, third = gpu.driver.launches
-    assert (first.arguments["seqlen_q"], second.arguments["seqlen_q"]) == (SQ, SQ // 2)
-    assert first.arguments["band_hi"] != third.arguments["band_hi"]
+    assert (first.arguments["shape.seqlen_q"], second.arguments["shape.seqlen_q"]) == (SQ, SQ // 2)
+    assert first.arguments["mask.hi"] != third.arguments["mask.hi"]
 
 
 def test_out_is_written_in_place(gpu, qkv):
@@ -623,7 +612,7 @@ def test_out_is_written_in_place(gpu, qkv):
         assert numflash.attention(*qkv, out=array) is array
         run = gpu.driver.launches[-1]
         assert run.arguments["out"] == array.data.ptr
-        assert run.arguments["out_row"] == strides(array)[1]
+        assert run.arguments["out.row"] == strides(array)[1]
 
 
 def test_a_plan_repeats_its_launch_with_the_same_addresses(gpu, qkv):

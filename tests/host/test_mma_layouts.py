@@ -23,6 +23,7 @@ from numflash.mode import SIMULATED
 if not SIMULATED:
     pytest.skip("needs NUMBA_ENABLE_CUDASIM=1", allow_module_level=True)
 
+from numflash.kernels.arguments import Tensor
 from numflash.ptx import bits_as_float
 from numflash.tiles.mma import copies, elements, fragments, products
 from numflash.tiles.mma.elements import MMA_ELEMENTS, make_transposed_operand
@@ -358,7 +359,8 @@ def test_copies_fill_a_tile_once_without_conflicts(thread, product, rows, num_th
         columns = layout.chunks * element.per_chunk
         # The last rows and the last chunk lie outside.
         end, num_columns = first + rows - 3, columns - element.per_chunk
-        arguments = None, TILE, None, base, row_stride, first, end, num_columns, 1, 0
+        source = Tensor(None, 0, row_stride, 0)
+        arguments = None, TILE, source, base, first, end, num_columns
         threads = copies_of_threads(thread, make, num_threads, arguments)
         word = make_word(layout)
         expected = {}
@@ -374,7 +376,7 @@ def test_copies_fill_a_tile_once_without_conflicts(thread, product, rows, num_th
 @each_layout
 def test_copies_through_registers_store_as_asynchronous_ones(thread, layout):
     element = MMA_ELEMENTS["sm80", "float16"]
-    arguments = None, TILE, None, 1000, 4096, 0, 61, layout.chunks * 8, 1, 0
+    arguments = None, TILE, Tensor(None, 0, 4096, 0), 1000, 0, 61, layout.chunks * 8
     direct, through = (
         copies_of_threads(thread, (element, layout, 64, 128, True, asynchronous), 128, arguments)
         for asynchronous in (True, False)
@@ -388,7 +390,8 @@ def test_copies_of_packed_heads_take_each_row_from_its_head(thread, layout, pack
     element = MMA_ELEMENTS["sm80", "float16"]
     base, row_stride, pack_stride, first, rows = 1000, 8192, 512, 32, 32
     make = element, layout, rows, 64, True, True, True
-    arguments = None, TILE, None, base, row_stride, first, 60, 8 * layout.chunks, pack, pack_stride
+    source = Tensor(None, 0, row_stride, pack_stride)
+    arguments = None, TILE, source, base, first, 60, 8 * layout.chunks, pack
     copied = dict(itertools.chain(*copies_of_threads(thread, make, 64, arguments)))
     word = make_word(layout)
     for row, chunk in itertools.product(range(rows), range(layout.chunks)):
@@ -401,7 +404,8 @@ def test_copies_of_packed_heads_take_each_row_from_its_head(thread, layout, pack
 def test_copies_without_the_swizzle_have_no_conflicts_either(thread, layout):
     # Neighbouring threads write neighbouring chunks: the swizzle is for those who read.
     make = MMA_ELEMENTS["sm80", "float16"], replace(layout, swizzled=False), 64, 128, True, True
-    arguments = None, TILE, None, 0, 4096, 0, 64, 8 * layout.chunks, 1, 0
+    source = Tensor(None, 0, 4096, 0)
+    arguments = None, TILE, source, 0, 0, 64, 8 * layout.chunks
     assert conflicts_of_stores(copies_of_threads(thread, make, 128, arguments)) == 0
 
 

@@ -258,26 +258,29 @@ def test_maps_arrive_by_value_next_to_the_other_arguments(hopper, dtype, number)
     assert others == {
         "out": out.data.ptr,
         "lse": lse.data.ptr,
-        "alibi_slopes": 0,
-        "out_split": 0,
-        "out_batch": S * H * 96,
-        "out_row": H * 96,
-        "out_head": 96,
-        "slopes_batch": 0,
-        "slopes_head": 0,
-        "batch_size": B,
-        "seqlen_q": S,
-        "seqlen_k": 70,
-        "num_heads_q": H,
-        "group_size": 4,
-        "band_lo": -S,
-        "band_hi": 70,
-        "bias_shift": 70 - S,
-        "pack": 1,
-        "num_splits": 1,
-        "heads_in_flight": B * H,
-        "score_scale": 0.25,
-        "softcap": 0.0,
+        "scores.alibi.slopes": 0,
+        "out.split": 0,
+        "out.batch": S * H * 96,
+        "out.row": H * 96,
+        "out.head": 96,
+        "scores.alibi.batch": 0,
+        "scores.alibi.head": 0,
+        "shape.batch_size": B,
+        "shape.seqlen_q": S,
+        "shape.seqlen_k": 70,
+        "shape.num_heads_q": H,
+        "shape.group_size": 4,
+        "mask.lo": -S,
+        "mask.hi": 70,
+        "scores.alibi.shift": 70 - S,
+        "layout.pack": 1,
+        "layout.num_splits": 1,
+        "layout.heads_in_flight": B * H,
+        "scores.scale": 0.25,
+        "scores.softcap": 0.0,
+        "shape.head_dim": D,
+        "shape.head_dim_v": 96,
+        "scores.softmax_scale": others["scores.scale"],
     }
     assert run.block == (config.num_threads, 1, 1)
     assert run.smem_bytes == config.smem_bytes(Traits.parse(run.traits))
@@ -413,17 +416,17 @@ def test_heads_are_packed_where_they_divide_the_rows_of_a_warpgroup(hopper):
     q, k = hopper.array((B, 30, 16, D)), hopper.array((B, 30, 2, D))
     numflash.attention(q, k, k)
     run = hopper.driver.launches[-1]
-    assert run.config.startswith("sm90-") and run.arguments["pack"] == 8
+    assert run.config.startswith("sm90-") and run.arguments["layout.pack"] == 8
     assert run.arguments["q_map"].extents == run.arguments["out_map"].extents == (D, 8, 30, 2, B)
     assert run.arguments["q_map"].box == (64, 8, 8, 1, 1)
     # Three do not.
     q = hopper.array((B, 30, 6, D))
     numflash.attention(q, k, k)
     run = hopper.driver.launches[-1]
-    assert run.config.startswith("sm80-") and run.arguments["pack"] == 3
+    assert run.config.startswith("sm80-") and run.arguments["layout.pack"] == 3
     numflash.attention(q, k, k, config=FORCED)
     run = hopper.driver.launches[-1]
-    assert run.arguments["pack"] == 1 and run.arguments["q_map"].extents == (D, 1, 30, 6, B)
+    assert run.arguments["layout.pack"] == 1 and run.arguments["q_map"].extents == (D, 1, 30, 6, B)
     with pytest.raises(UnsupportedError, match="the 3 query heads of a group cannot be packed"):
         numflash.attention(q, k, k, config=FORCED + "-packed")
 
@@ -439,7 +442,7 @@ def test_a_split_forward_writes_parts_and_is_given_some_map(hopper):
         assert forward.arguments["out"] == combine.arguments["parts"] != out.data.ptr
         assert combine.arguments["out"] == out.data.ptr
         assert forward.arguments["out_map"] == forward.arguments["q_map"]
-        assert forward.arguments["out_split"] == B * S * H * 64
+        assert forward.arguments["out.split"] == B * S * H * 64
         assert forward.grid == (2 * 2 * H * B, 1, 1)
     assert len(hopper.driver.maps) == 4
 
@@ -549,8 +552,9 @@ def test_a_warm_call_with_maps_costs_little_host_time(hopper, monkeypatch):
 @pytest.mark.skipif(not SIMULATED, reason="needs NUMBA_ENABLE_CUDASIM=1")
 def test_the_simulator_is_given_the_array_and_the_layout(monkeypatch):
     from numflash import simulator
+    from numflash.kernels.arguments import Pointer
     from numflash.kernels.kernel import Kernel
-    from numflash.ptx import Pointer, TensorMap, f32, i32
+    from numflash.ptx import TensorMap, f32, i32
     from numflash.views import Operand
 
     def kernel(out: Pointer(f32), q_map: TensorMap, out_map: TensorMap, n: i32):
@@ -561,14 +565,14 @@ def test_the_simulator_is_given_the_array_and_the_layout(monkeypatch):
     monkeypatch.setattr(
         simulator, "SimulatedTensorMap", lambda *arguments: arguments, raising=False
     )
-    layouts = {"q_map": object(), "out_map": object()}
+    layouts = {"q": object(), "out": object()}
     arrays = {name: np.zeros(4, np.float32) for name in ("q", "out")}
     operands = {name: Operand(0, array) for name, array in arrays.items()}
-    bound = launch.SimulatedLaunch(Kernel("forward", kernel, 32, 0), 7, {**layouts, "n": 3})
+    maps = {f"{name}_map": launch.Mapped(name, layout) for name, layout in layouts.items()}
+    arguments = {**maps, "n": 3}
+    bound = launch.SimulatedLaunch(Kernel("forward", kernel, 32, 0), 7, arguments)
     bound.bind(operands)(0)
-    bound.bind({**operands, "out_map": operands["q"]})(0)
-    (function, grid, threads, (_, q_map, out_map, n), smem, _), (*_, second, _, _) = given
+    (function, grid, threads, (_, q_map, out_map, n), smem, _) = given[0]
     assert (function, grid, threads, smem, n) == (kernel, 7, 32, 0, 3)
-    assert q_map[0] is arrays["q"] and q_map[1] is layouts["q_map"]
-    assert out_map[0] is arrays["out"] and out_map[1] is layouts["out_map"]
-    assert second[2][0] is arrays["q"] and second[2][1] is layouts["out_map"]
+    assert q_map[0] is arrays["q"] and q_map[1] is layouts["q"]
+    assert out_map[0] is arrays["out"] and out_map[1] is layouts["out"]

@@ -298,8 +298,8 @@ MUTATIONS = [
         "forward",
         Mutation(
             "the scale of the next tile of K",
-            "(n_start >> k_descale_shift)",
-            "(min(n_start + tile_n, seqlen_k - 1) >> k_descale_shift)",
+            "k_descale_base), n_start)",
+            "k_descale_base), min(n_start + tile_n, shape.seqlen_k - 1))",
         ),
         OF_TILES,
         NATIVE,
@@ -308,8 +308,8 @@ MUTATIONS = [
         "forward",
         Mutation(
             "the scale of the next tile of V",
-            "(n_start >> v_descale_shift)",
-            "(min(n_start + tile_n, seqlen_k - 1) >> v_descale_shift)",
+            "v_descale_base), n_start)",
+            "v_descale_base), min(n_start + tile_n, shape.seqlen_k - 1))",
         ),
         OF_TILES,
         NATIVE,
@@ -318,7 +318,7 @@ MUTATIONS = [
         "forward",
         Mutation(
             "another head's scales of Q",
-            "offset = q_descale_base + (i - token * pack) * q_descale_packed",
+            "offset = q_descale_base + (i - token * layout.pack) * descales.q.packed",
             "offset = q_descale_base",
         ),
         OF_TILES,
@@ -332,9 +332,7 @@ MUTATIONS = [
     ),
     (
         "forward",
-        Mutation(
-            "keys past the end of V", "v_base) + first, stored_seqlen_k - first", "v_base), 64"
-        ),
+        Mutation("keys past the end of V", "v_base) + first, v.length - first", "v_base), 64"),
         OF_TILES,
         HALF,
     ),

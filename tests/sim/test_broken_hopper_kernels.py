@@ -385,7 +385,7 @@ IDEAS = [
         _PRODUCER,
         _C,
         "K and V of another head",
-        "head_kv = token_of_row(head, group_size)",
+        "head_kv = token_of_row(head, shape.group_size)",
         "head_kv = head",
     ),
     (
@@ -574,7 +574,8 @@ def test_a_tensor_map_without_swizzle_is_caught(name, monkeypatch):
 
     def mutated(self, *about):
         maps = tensor_maps(self, *about)
-        return maps | {name: replace(maps[name], swizzled=False)}
+        mapped = maps[name]
+        return maps | {name: mapped._replace(layout=replace(mapped.layout, swizzled=False))}
 
     monkeypatch.setattr(calls.Forward, "_tensor_maps", mutated)
     assert first_failure(_P, monkeypatch)

@@ -15,10 +15,13 @@ import numpy as np
 import pytest
 
 from numflash import reference
+from numflash.calls import arguments_of
 from numflash.configs import BackwardDkDvConfig, BackwardDqConfig, ForwardConfig, Traits
-from numflash.problem import AttentionProblem
-from numflash.ptx import Pointer, bar_arrive, bar_sync, cuda, f32
-from numflash.simulator import SEED, GlobalPointer, launch
+from numflash.launch import SimulatedLaunch
+from numflash.problem import AttentionProblem, Tensor
+from numflash.ptx import bar_arrive, bar_sync, cuda, f32
+from numflash.simulator import SEED, launch
+from numflash.views import Operand
 from tests.support.faults import Dropped, Mutation, events, load, source_of
 
 SEEDS = range(5)
@@ -348,20 +351,14 @@ class Problem:
         inputs = {n: np.ascontiguousarray(a, np.float32) for n, a in inputs.items()}
         results = {n: np.full(self.expected[n].shape, np.nan, np.float32) for n in outputs}
         arrays = {**inputs, **results}
-        scalars = self.problem.scalars()
-        for name, array in arrays.items():
-            if array.ndim == 4:
-                batch, row, head, _ = (stride // 4 for stride in array.strides)
-                scalars |= {f"{name}_batch": batch, f"{name}_row": row, f"{name}_head": head}
-
-        def argument(name, annotation):
-            if isinstance(annotation, Pointer):
-                return GlobalPointer(arrays.get(name, np.empty(0, np.float32)), f32, name)
-            return annotation(scalars.get(name, 0))
-
-        args = [argument(name, annotation) for name, annotation in kernel.parameters.items()]
+        tensors = {
+            name: Tensor(name, None, array.shape, tuple(n // 4 for n in array.strides))
+            for name, array in arrays.items()
+            if array.ndim == 4
+        }
+        operands = {name: Operand(0, array) for name, array in arrays.items()}
         num_blocks = -(-results[outputs[0]].shape[1] // block_rows)
-        launch(kernel.function, num_blocks, kernel.num_threads, args, kernel.smem_bytes)
+        SimulatedLaunch(kernel, num_blocks, arguments_of(self.problem, tensors)).bind(operands)(0)
         # Far above rounding, far below what any bug does.
         return all(np.allclose(results[n], self.expected[n], 1e-3, 1e-4) for n in outputs)
 
@@ -401,11 +398,11 @@ def barriers() -> list:
 FORWARD_MUTATIONS = [
     (
         "numflash.tiles.scores",
-        Mutation("the upper edge of the band", "distance > band_hi", "distance >= band_hi"),
+        Mutation("the upper edge of the band", "distance > mask.hi", "distance >= mask.hi"),
     ),
     (
         "numflash.tiles.scores",
-        Mutation("the lower edge of the band", "distance < band_lo", "distance <= band_lo"),
+        Mutation("the lower edge of the band", "distance < mask.lo", "distance <= mask.lo"),
     ),
     ("numflash.tiles.scores", Mutation("the end of the keys", "j >= end", "j > end")),
     (

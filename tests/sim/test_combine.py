@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from numflash.configs import CombineConfig, Traits, padded_head_dim
+from numflash.kernels.arguments import Shape, Tensor
 from numflash.kernels.portable import make_combine_kernel
 from numflash.simulator import GlobalPointer, launch
 
@@ -37,9 +38,11 @@ def combine(parts, part_lse, num_warps=4, head_dim_v=None, dtype="float32", alig
     lse = np.full((batch, heads, seqlen), np.nan, np.float32)
     bits = out.view(np.uint16) if storage.itemsize == 2 else out
     arrays = [GlobalPointer(x, x.dtype) for x in (parts.ravel(), part_lse.ravel(), bits, lse)]
-    strides = [seqlen * heads * row, heads * row, row]
-    scalars = [batch, seqlen, heads, head_dim_v, num_splits]
-    arguments = [*arrays, *strides, *scalars]
+    strides = seqlen * heads * row, heads * row, row
+    shape = Shape(seqlen, 0, heads, 1, 0, head_dim_v, batch)
+    parts, part_lse, bits, lse_pointer = arrays
+    out_record = Tensor(bits, *strides)
+    arguments = [parts, part_lse, out_record, lse_pointer, shape, num_splits]
     launch(
         kernel.function, batch * seqlen * heads, kernel.num_threads, arguments, kernel.smem_bytes
     )

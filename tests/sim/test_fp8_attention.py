@@ -19,8 +19,9 @@ from numflash.check import measure, to_numpy
 from numflash.configs import parse_config
 from numflash.formats import FORMATS
 from numflash.fp8 import Fp8Array, Fp8Recipe
+from numflash.kernels.arguments import Pointer
 from numflash.launch import limits_of_device
-from numflash.ptx import Pointer, cuda, mov_ctaid_x, u32
+from numflash.ptx import cuda, mov_ctaid_x, u32
 from numflash.reference.attention import heads_first
 from numflash.reference.fp8 import attention_of_codes, tokens_innermost
 from numflash.simulator import SEED, GlobalPointer, launch

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from numflash import ptx
+from numflash.kernels.arguments import Pointer
 from numflash.ptx import (
     Global,
-    Pointer,
     Regs,
     Shared,
     cuda,

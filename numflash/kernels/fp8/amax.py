@@ -10,8 +10,10 @@ from collections.abc import Callable
 from functools import cache
 
 from numflash.configs import AmaxConfig, QuantizeConfig, Traits
+from numflash.kernels.arguments import Pointer, Signs, Sizes, Tensor
 from numflash.kernels.kernel import Kernel
-from numflash.ptx import Pointer, cuda, device_function, f32, i32, i64, max_f32, u32
+from numflash.ptx import cuda, device_function, f32, i32, i64, max_f32, u32
+from numflash.tiles.blocks import first_of_head
 from numflash.tiles.elements import ELEMENTS
 from numflash.tiles.fp8.hadamard import make_apply_signs, make_rotate
 from numflash.tiles.fp8.rows import (
@@ -44,7 +46,7 @@ def rows_of(config: QuantizeConfig, traits: Traits) -> Rows:
 
 @cache
 def make_load_values(config: QuantizeConfig, traits: Traits) -> Callable:
-    """load_values(values, x, base, row_stride, token, seqlen, head_dim, lane, signs)
+    """load_values(values, x, base, token, sizes, lane, signs)
 
     A thread's rows as float32, rotated if the config says so. `token` is that of its first row.
     """
@@ -59,13 +61,15 @@ def make_load_values(config: QuantizeConfig, traits: Traits) -> Callable:
     rotate = make_rotate(rows.lanes, rows.chunks, traits.head_dim & -traits.head_dim, n_rows)
 
     @device_function
-    def load_values(values, x, base, row_stride, token, seqlen, head_dim, lane, signs):
+    def load_values(values, x, base, token, sizes, lane, signs):
         words = cuda.local.array(n_words, u32)
         column = lane * columns
-        load_rows(words, x, base + column, row_stride, token, seqlen, i32(head_dim - column))
+        load_rows(words, x, base + column, token, sizes.seqlen, i32(sizes.head_dim - column))
         to_f32(0, values, words)
         if hadamard:
-            apply_signs(values, signs, lane)
+            bits = cuda.local.array(8, u32)
+            bits[0], bits[1], bits[2], bits[3], bits[4], bits[5], bits[6], bits[7] = signs
+            apply_signs(values, bits, lane)
             rotate(values, lane)
 
     return load_values
@@ -82,34 +86,19 @@ def make_measure_kernel(config: QuantizeConfig, traits: Traits) -> Kernel:
     largest, max_of_block = make_largest(n_values), make_max_of_block(config.num_warps)
 
     def measure(
-        x: Pointer(storage),
+        x: Tensor[storage],
         maxima: Pointer(f32),
-        x_batch: i64,
-        x_row: i64,
-        x_head: i64,
-        seqlen: i32,
-        num_heads: i32,
-        head_dim: i32,
-        signs_0: i32,
-        signs_1: i32,
-        signs_2: i32,
-        signs_3: i32,
-        signs_4: i32,
-        signs_5: i32,
-        signs_6: i32,
-        signs_7: i32,
+        sizes: Sizes,
+        signs: Signs,
     ):
         values = cuda.local.array(n_values, f32)
-        signs = cuda.local.array(8, u32)
-        signs[0], signs[1], signs[2], signs[3] = signs_0, signs_1, signs_2, signs_3
-        signs[4], signs[5], signs[6], signs[7] = signs_4, signs_5, signs_6, signs_7
         smem = cuda.shared.array(0, f32)
-        num_blocks, _ = divide(seqlen + block_tokens - 1, block_tokens)
-        block, batch, head = place_of_block(num_blocks, num_heads)
+        num_blocks, _ = divide(sizes.seqlen + block_tokens - 1, block_tokens)
+        block, batch, head = place_of_block(num_blocks, sizes.num_heads)
         row, lane = place_of_thread()
         token = i32(block * block_tokens + first_token_of_row(row))
-        base = batch * x_batch + head * x_head
-        load_values(values, x, base, x_row, token, seqlen, head_dim, lane, signs)
+        base = first_of_head(x, batch, head)
+        load_values(values, x, base, token, sizes, lane, signs)
         found = max_of_block(largest(values), smem, 0)
         if cuda.threadIdx.x == 0:
             maxima[cuda.blockIdx.x] = found

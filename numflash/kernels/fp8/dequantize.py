@@ -8,20 +8,19 @@ from collections.abc import Callable
 from functools import cache
 
 from numflash.configs import DequantizeConfig, Traits
+from numflash.kernels.arguments import Codes, Grouped, Signs, Sizes, Tensor
 from numflash.kernels.kernel import Kernel
 from numflash.ptx import (
-    Pointer,
     cuda,
     cvt_f32_f16,
     device_function,
     f32,
     i32,
-    i64,
     mul_rn_f32,
-    u8,
     u16,
     u32,
 )
+from numflash.tiles.blocks import first_of_head
 from numflash.tiles.elements import ELEMENTS
 from numflash.tiles.fp8.hadamard import COLUMNS, make_apply_signs, make_rotate
 from numflash.tiles.fp8.rows import divide, make_decode, make_place_of_thread, place_of_block
@@ -41,51 +40,29 @@ def make_dequantize_kernel(config: DequantizeConfig, traits: Traits) -> Kernel:
     n_values, n_words = chunks * COLUMNS, 2 * chunks
 
     def dequantize(
-        data: Pointer(u8),
-        descale: Pointer(f32),
-        out: Pointer(storage),
-        data_batch: i64,
-        data_row: i64,
-        data_head: i64,
-        data_column: i64,
-        descale_batch: i64,
-        descale_head: i64,
-        descale_tokens: i32,
-        out_batch: i64,
-        out_row: i64,
-        out_head: i64,
-        seqlen: i32,
-        num_heads: i32,
-        head_dim: i32,
-        signs_0: i32,
-        signs_1: i32,
-        signs_2: i32,
-        signs_3: i32,
-        signs_4: i32,
-        signs_5: i32,
-        signs_6: i32,
-        signs_7: i32,
+        data: Codes,
+        descale: Grouped,
+        out: Tensor[storage],
+        sizes: Sizes,
+        signs: Signs,
     ):
         values = cuda.local.array(n_values, f32)
         words = cuda.local.array(n_words, u32)
-        signs = cuda.local.array(8, u32)
-        signs[0], signs[1], signs[2], signs[3] = signs_0, signs_1, signs_2, signs_3
-        signs[4], signs[5], signs[6], signs[7] = signs_4, signs_5, signs_6, signs_7
         row, lane = place_of_thread()
-        num_blocks, _ = divide(seqlen + rows - 1, rows)
-        block, batch, head = place_of_block(num_blocks, num_heads)
+        num_blocks, _ = divide(sizes.seqlen + rows - 1, rows)
+        block, batch, head = place_of_block(num_blocks, sizes.num_heads)
         token = i32(block * rows + row)
         # Lanes without a token compute another's row, so that all take part in the shuffles.
-        t = min(token, seqlen - 1)
+        t = min(token, sizes.seqlen - 1)
         # Position 4 k + i of each 16 holds token 2 k + i, or, for i > 1, 2 k + i + 6.
         position = t - t % 16 + t % 8 // 2 * 4 + t % 2 + t % 16 // 8 * 2 if transposed else t
 
-        first = batch * data_batch + head * data_head + position * data_row
+        first = first_of_head(data, batch, head) + position * data.row
         for c in range(chunks):
             column = lane * COLUMNS + chunk_columns * c
-            _load_eight(words[2 * c : 2 * c + 2], data, first + column * data_column, data_column)
-        group, _ = divide(t, descale_tokens)
-        scale = descale[batch * descale_batch + head * descale_head + group]
+            _load_eight(words[2 * c : 2 * c + 2], data, first + column * data.column)
+        group, _ = divide(t, descale.tokens)
+        scale = descale.data[first_of_head(descale, batch, head) + group]
         for c in range(chunks):
             eight = values[COLUMNS * c : COLUMNS * c + COLUMNS]
             decode_eight(eight, words[2 * c : 2 * c + 2], scale)
@@ -93,32 +70,34 @@ def make_dequantize_kernel(config: DequantizeConfig, traits: Traits) -> Kernel:
             # The transform is its own inverse; of the signs before and after it those before
             # undo what `rotate` begins with.
             rotate(values, lane)
-            apply_signs(values, signs, lane)
+            bits = cuda.local.array(8, u32)
+            bits[0], bits[1], bits[2], bits[3], bits[4], bits[5], bits[6], bits[7] = signs
+            apply_signs(values, bits, lane)
 
-        if token < seqlen:
-            out_base = batch * out_batch + head * out_head + token * out_row
+        if token < sizes.seqlen:
+            out_base = first_of_head(out, batch, head) + token * out.row
             for c in range(chunks):
                 column = lane * COLUMNS + chunk_columns * c
                 for i in range(0, COLUMNS, 4):
                     j = COLUMNS * c + i
                     if vectorized:
-                        if column + i < head_dim:
-                            store_four(out, out_base + column + i, values[j : j + 4])
+                        if column + i < sizes.head_dim:
+                            store_four(out.data, out_base + column + i, values[j : j + 4])
                     else:
                         for h in range(4):
-                            if column + i + h < head_dim:
-                                out[out_base + column + i + h] = from_f32(values[j + h])
+                            if column + i + h < sizes.head_dim:
+                                out.data[out_base + column + i + h] = from_f32(values[j + h])
 
     return Kernel(config.family, dequantize, config.num_threads, 0)
 
 
 @device_function
-def _load_eight(words, data, offset, step):
-    """The codes of eight columns, `step` apart."""
+def _load_eight(words, data, offset):
+    """The codes of eight columns."""
     for w in range(2):
         words[w] = u32(0)
         for i in range(4):
-            words[w] |= u32(data[offset + (4 * w + i) * step]) << u32(8 * i)
+            words[w] |= u32(data.data[offset + (4 * w + i) * data.column]) << u32(8 * i)
 
 
 @cache

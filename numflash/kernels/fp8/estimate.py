@@ -17,8 +17,9 @@ A warp estimates one key-value head and decides: 8 bits where the estimate is wi
 import math
 
 from numflash.configs import EstimateConfig, Traits
+from numflash.kernels.arguments import Pointer, Shape, Squares
 from numflash.kernels.kernel import Kernel
-from numflash.ptx import Pointer, cuda, device_function, f32, fma_rn_f32, i32, i64, max_f32
+from numflash.ptx import cuda, device_function, f32, fma_rn_f32, i32, i64, max_f32
 from numflash.tiles.lanes import FULL_WARP
 
 P_NOISE = f32(7.05e-4)
@@ -36,13 +37,13 @@ def make_estimate_kernel(config: EstimateConfig, traits: Traits) -> Kernel:
         return x
 
     @device_function
-    def largest_per_token(statistics, first, blocks, kind, tokens, seqlen):
+    def largest_per_token(squares, first, blocks, kind, seqlen):
         """The largest mean over the tokens of a block; infinite if one is not a number."""
         largest = f32(0)
         for i in range(cuda.threadIdx.x, blocks, 32):
-            block = i % ((seqlen + tokens - 1) // tokens)
-            count = min(tokens, seqlen - block * tokens)
-            mean = statistics[2 * (first + i) + kind] / f32(count)
+            block = i % ((seqlen + squares.tokens - 1) // squares.tokens)
+            count = min(squares.tokens, seqlen - block * squares.tokens)
+            mean = squares.data[2 * (first + i) + kind] / f32(count)
             largest = mean if mean > largest else largest
             if mean != mean:
                 largest = f32(math.inf)
@@ -61,33 +62,28 @@ def make_estimate_kernel(config: EstimateConfig, traits: Traits) -> Kernel:
         return largest_of_warp(largest)
 
     def estimate(
-        q_statistics: Pointer(f32),
-        k_statistics: Pointer(f32),
-        v_statistics: Pointer(f32),
+        q: Squares,
+        k: Squares,
+        v: Squares,
         estimate: Pointer(f32),
         in_fp8: Pointer(i32),
-        seqlen_q: i32,
-        seqlen_k: i32,
-        group_size: i32,
-        q_tokens: i32,
-        k_tokens: i32,
-        v_tokens: i32,
+        shape: Shape,
         rotated_dims: i32,
         softmax_scale: f32,
         max_rel_error: f32,
     ):
         head = cuda.blockIdx.x
-        q_blocks = (seqlen_q + q_tokens - 1) // q_tokens * group_size
-        k_blocks = (seqlen_k + k_tokens - 1) // k_tokens
-        v_blocks = (seqlen_k + v_tokens - 1) // v_tokens
+        q_blocks = (shape.seqlen_q + q.tokens - 1) // q.tokens * shape.group_size
+        k_blocks = (shape.seqlen_k + k.tokens - 1) // k.tokens
+        v_blocks = (shape.seqlen_k + v.tokens - 1) // v.tokens
         q_first, k_first = i64(head) * q_blocks, i64(head) * k_blocks
-        q = largest_per_token(q_statistics, q_first, q_blocks, 0, q_tokens, seqlen_q)
-        dq = largest_per_token(q_statistics, q_first, q_blocks, 1, q_tokens, seqlen_q)
-        k = largest_per_token(k_statistics, k_first, k_blocks, 0, k_tokens, seqlen_k)
-        dk = largest_per_token(k_statistics, k_first, k_blocks, 1, k_tokens, seqlen_k)
+        q_size = largest_per_token(q, q_first, q_blocks, 0, shape.seqlen_q)
+        dq_size = largest_per_token(q, q_first, q_blocks, 1, shape.seqlen_q)
+        k_size = largest_per_token(k, k_first, k_blocks, 0, shape.seqlen_k)
+        dk_size = largest_per_token(k, k_first, k_blocks, 1, shape.seqlen_k)
         scale = softmax_scale * softmax_scale / f32(rotated_dims)
-        scores = fma_rn_f32(q, dk, dq * k)
-        values = largest_share(v_statistics, i64(head) * v_blocks, v_blocks)
+        scores = fma_rn_f32(q_size, dk_size, dq_size * k_size)
+        values = largest_share(v.data, i64(head) * v_blocks, v_blocks)
         noise = fma_rn_f32(scale, scores, values + P_NOISE)
         if cuda.threadIdx.x == 0:
             error = f32(math.sqrt(noise))

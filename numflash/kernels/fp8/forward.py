@@ -36,10 +36,20 @@ Source: FlashAttention-3, arXiv 2407.08608, section 3.3.
 import math
 
 from numflash.configs import Fp8ForwardConfig, Traits
+from numflash.kernels.arguments import (
+    Descales,
+    Layout,
+    Mask,
+    Part,
+    Pointer,
+    Scores,
+    Shape,
+    Tensor,
+    Transposed,
+)
 from numflash.kernels.kernel import Kernel
 from numflash.ptx import (
     CP_ASYNC_WAIT_GROUP,
-    Pointer,
     bits_as_float,
     cp_async_commit_group,
     cuda,
@@ -55,8 +65,8 @@ from numflash.ptx import (
     u8,
     u32,
 )
-from numflash.tiles.blocks import make_block_place, token_of_row
-from numflash.tiles.fp8.operands import fp8_operands, result_element
+from numflash.tiles.blocks import first_of_head, grid_of, make_block_place, token_of_row
+from numflash.tiles.fp8.operands import fp8_operands, result_element, scale_of_key
 from numflash.tiles.fp8.products import make_accumulate
 from numflash.tiles.fp8.softmax import (
     KeyScales,
@@ -79,7 +89,7 @@ from numflash.tiles.mma.layouts import TileLayout, make_word
 from numflash.tiles.mma.products import make_product_nt
 from numflash.tiles.mma.scores import make_mask_scores, make_scale_scores
 from numflash.tiles.mma.softmax import lse_of_row, make_scale_rows, row_sum_of_quad
-from numflash.tiles.scores import NEG_INF, band_block_begin, band_block_end
+from numflash.tiles.scores import NEG_INF, band_block_begin, band_block_end, make_slope_of
 from numflash.tiles.softmax import LOG2_E
 
 
@@ -126,7 +136,7 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
     n_cap_slopes = n_scores if traits.softcap else 1
     of_keys = KeyScales(offsets["key_scales"], tile_n)
     k_of_keys, v_log2_of_keys, v_inverse_of_keys = of_keys.k, of_keys.v_log2, of_keys.v_inverse
-    alibi, selected = traits.alibi, traits.selected
+    slope_of, selected = make_slope_of(traits.alibi), traits.selected
     key_scales, bends = traits.key_scales, traits.softcap or traits.alibi
     out_storage = f32 if is_split else result.storage
     # Copies that may be on their way while the next tile is used: K and V of all stages but one.
@@ -142,68 +152,28 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
         return i64(ld_shared_u32(smem, position)) | i64(ld_shared_u32(smem, position + 1)) << 32
 
     @device_function
-    def fetch_k(smem, k, k_row, n, stage, seqlen_k):
+    def fetch_k(smem, k, n, stage, seqlen_k):
         tile, first = k_smem + k_words * stage, i32(n * tile_n)
-        copy_k(smem, tile, k, kept(smem, k_base), k_row, first, seqlen_k, columns, 1, 0)
+        copy_k(smem, tile, k, kept(smem, k_base), first, seqlen_k, columns)
 
     @device_function
-    def fetch_v(smem, v, v_column, n, stage, stored_seqlen_k):
+    def fetch_v(smem, v, n, stage):
         tile, first = v_smem + v_words * stage, i32(n * tile_n)
-        base, left = kept(smem, v_base) + first, stored_seqlen_k - first
-        copy_v(smem, tile, v, base, v_column, 0, columns_v, left, 1, 0)
+        base, left = kept(smem, v_base) + first, v.length - first
+        copy_v(smem, tile, v, base, 0, columns_v, left)
 
     def forward(
-        q: Pointer(u8),
-        k: Pointer(u8),
-        v: Pointer(u8),
-        out: Pointer(out_storage),
+        q: Tensor[u8],
+        k: Tensor[u8],
+        v: Transposed,
+        out: Part[out_storage],
         lse: Pointer(f32),
-        alibi_slopes: Pointer(f32),
-        q_descale: Pointer(f32),
-        k_descale: Pointer(f32),
-        v_descale: Pointer(f32),
+        descales: Descales,
         in_fp8: Pointer(i32),
-        q_batch: i64,
-        q_row: i64,
-        q_head: i64,
-        k_batch: i64,
-        k_row: i64,
-        k_head: i64,
-        v_batch: i64,
-        v_head: i64,
-        v_column: i64,
-        out_split: i64,
-        out_batch: i64,
-        out_row: i64,
-        out_head: i64,
-        q_descale_batch: i64,
-        q_descale_head: i64,
-        q_descale_packed: i64,
-        k_descale_batch: i64,
-        k_descale_head: i64,
-        v_descale_batch: i64,
-        v_descale_head: i64,
-        slopes_batch: i64,
-        slopes_head: i64,
-        batch_size: i32,
-        seqlen_q: i32,
-        seqlen_k: i32,
-        stored_seqlen_k: i32,
-        num_heads_q: i32,
-        group_size: i32,
-        head_dim_v: i32,
-        band_lo: i32,
-        band_hi: i32,
-        bias_shift: i32,
-        pack: i32,
-        num_splits: i32,
-        heads_in_flight: i32,
-        q_descale_group: i32,
-        q_descale_shift: i32,
-        k_descale_shift: i32,
-        v_descale_shift: i32,
-        score_scale: f32,
-        softcap: f32,
+        mask: Mask,
+        shape: Shape,
+        layout: Layout,
+        scores: Scores,
     ):
         smem = cuda.shared.array(0, u32, alignment=128)
         s_acc = cuda.local.array(n_scores, f32)
@@ -214,58 +184,53 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
         scales = cuda.local.array(rows, f32)
         weights = cuda.local.array(rows, f32)
 
-        num_rows = seqlen_q * pack
-        grid = num_rows, batch_size * num_heads_q, pack, num_splits, heads_in_flight
+        num_rows, grid = shape.seqlen_q * layout.pack, grid_of(shape, layout)
         m_start, head_of_batch, split = block_place(mov_ctaid_x(), grid)
-        batch = token_of_row(head_of_batch, num_heads_q)
-        head = head_of_batch - batch * num_heads_q
-        head_kv = token_of_row(head, group_size)
-        if selected and in_fp8[batch * (num_heads_q // group_size) + head_kv] == 0:
+        batch = token_of_row(head_of_batch, shape.num_heads_q)
+        head = head_of_batch - batch * shape.num_heads_q
+        head_kv = token_of_row(head, shape.group_size)
+        if selected and in_fp8[batch * (shape.num_heads_q // shape.group_size) + head_kv] == 0:
             return
 
-        q_base = batch * q_batch + head * q_head
-        q_descale_base = (
-            batch * q_descale_batch + token_of_row(head, q_descale_group) * q_descale_head
-        )
+        q_base = first_of_head(q, batch, head)
+        q_descale_base = first_of_head(descales.q, batch, token_of_row(head, descales.q.group))
         # The tokens of this block's rows.
-        first_token = token_of_row(m_start, pack)
-        last_token = token_of_row(min(m_start + tile_m, num_rows) - 1, pack)
+        first_token = token_of_row(m_start, layout.pack)
+        last_token = token_of_row(min(m_start + tile_m, num_rows) - 1, layout.pack)
         # The keys that these see, and this split's share of them.
-        n_begin = i32(band_block_begin(first_token, band_lo, tile_n))
-        n_end = i32(band_block_end(last_token, band_hi, seqlen_k, tile_n))
+        n_begin = i32(band_block_begin(first_token, mask.lo, tile_n))
+        n_end = i32(band_block_end(last_token, mask.hi, shape.seqlen_k, tile_n))
         if is_split:
-            share = (max(0, n_end - n_begin) + num_splits - 1) // num_splits
+            share = (max(0, n_end - n_begin) + layout.num_splits - 1) // layout.num_splits
             n_begin = i32(n_begin + split * share)
             n_end = i32(min(n_end, n_begin + share))
 
         if cuda.threadIdx.x == 0:
             # Registers are scarcer than shared memory.
-            keep(smem, k_base, batch * k_batch + head_kv * k_head)
-            keep(smem, v_base, batch * v_batch + head_kv * v_head)
-            keep(smem, k_descale_base, batch * k_descale_batch + head_kv * k_descale_head)
-            keep(smem, v_descale_base, batch * v_descale_batch + head_kv * v_descale_head)
+            keep(smem, k_base, first_of_head(k, batch, head_kv))
+            keep(smem, v_base, first_of_head(v, batch, head_kv))
+            keep(smem, k_descale_base, first_of_head(descales.k, batch, head_kv))
+            keep(smem, v_descale_base, first_of_head(descales.v, batch, head_kv))
             # Tiles that begin between these are seen whole by all rows.
-            st_shared_u32(smem, whole_begin, u32(last_token + band_lo))
-            end = min(seqlen_k, first_token + band_hi + 1) - tile_n
+            st_shared_u32(smem, whole_begin, u32(last_token + mask.lo))
+            end = min(shape.seqlen_k, first_token + mask.hi + 1) - tile_n
             st_shared_u32(smem, whole_end, u32(end))
             st_shared_u32(smem, kept_n_end, u32(n_end))
             st_shared_u32(smem, kept_m_start, u32(m_start))
         cuda.syncthreads()
-        alibi_slope = f32(0)
-        if alibi:
-            alibi_slope = alibi_slopes[batch * slopes_batch + head * slopes_head]
+        slope = slope_of(scores.alibi, batch, head)
 
         if n_begin < n_end:  # else nobody would wait for it
-            copy_q(smem, q_smem, q, q_base, q_row, m_start, num_rows, columns, pack, q_head)
+            copy_q(smem, q_smem, q, q_base, m_start, num_rows, columns, layout.pack)
         for stage in range(num_stages):
             n = i32(n_begin + stage)
             if n < n_end:
-                fetch_k(smem, k, k_row, n, stage, seqlen_k)
+                fetch_k(smem, k, n, stage, shape.seqlen_k)
             if asynchronous:
                 cp_async_commit_group()
             if stage < num_stages - 1:
                 if n < n_end:
-                    fetch_v(smem, v, v_column, n, stage, stored_seqlen_k)
+                    fetch_v(smem, v, n, stage)
                 if asynchronous:
                     cp_async_commit_group()
         for i in range(n_o):
@@ -276,9 +241,9 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
         for row in range(cuda.threadIdx.x, tile_m, num_threads):
             # Beyond the last row any will do.
             i = i32(min(m_start + row, num_rows - 1))
-            token = token_of_row(i, pack)
-            offset = q_descale_base + (i - token * pack) * q_descale_packed
-            scale = q_descale[offset + (token >> q_descale_shift)] * score_scale
+            token = token_of_row(i, layout.pack)
+            offset = q_descale_base + (i - token * layout.pack) * descales.q.packed
+            scale = descales.q.data[offset + (token >> descales.q.shift)] * scores.scale
             # To base 2, unless S is bent before.
             if not bends:
                 scale *= LOG2_E
@@ -294,7 +259,7 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
             cuda.syncthreads()
             n = i32(n_block + num_stages - 1)
             if n < i32(ld_shared_u32(smem, kept_n_end)):
-                fetch_v(smem, v, v_column, n, last_stage, stored_seqlen_k)
+                fetch_v(smem, v, n, last_stage)
             if asynchronous:
                 cp_async_commit_group()
 
@@ -309,16 +274,16 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
             k_scale, v_scale = f32(1), f32(1)
             if key_scales:
                 for i in range(mov_tid_x(), tile_n, num_threads):
-                    key = i32(min(n_start + i, seqlen_k - 1))
-                    k_scale = k_descale[kept(smem, k_descale_base) + (key >> k_descale_shift)]
-                    v_scale = v_descale[kept(smem, v_descale_base) + (key >> v_descale_shift)]
+                    key = i32(min(n_start + i, shape.seqlen_k - 1))
+                    k_scale = scale_of_key(descales.k, kept(smem, k_descale_base), key)
+                    v_scale = scale_of_key(descales.v, kept(smem, v_descale_base), key)
                     st_shared_f32(smem, k_of_keys + i, k_scale)
                     st_shared_f32(smem, v_log2_of_keys + i, f32(math.log(v_scale)) * LOG2_E)
                     st_shared_f32(smem, v_inverse_of_keys + i, f32(1) / v_scale)
                 k_scale, v_scale = f32(1), f32(1)
             else:
-                k_scale = k_descale[kept(smem, k_descale_base) + (n_start >> k_descale_shift)]
-                v_scale = v_descale[kept(smem, v_descale_base) + (n_start >> v_descale_shift)]
+                k_scale = scale_of_key(descales.k, kept(smem, k_descale_base), n_start)
+                v_scale = scale_of_key(descales.v, kept(smem, v_descale_base), n_start)
 
             # V and scales of this block have arrived; K has been read by all.
             if asynchronous:
@@ -326,7 +291,7 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
             cuda.syncthreads()
             n = i32(n_block + num_stages)
             if n < i32(ld_shared_u32(smem, kept_n_end)):
-                fetch_k(smem, k, k_row, n, stage, seqlen_k)
+                fetch_k(smem, k, n, stage, shape.seqlen_k)
             if asynchronous:
                 cp_async_commit_group()
 
@@ -340,14 +305,15 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
                 scale_s_rows(s_acc, scales)
                 i = i32(ld_shared_u32(smem, kept_m_start) + accumulator_row(rows_per_warp))
                 key = i32(n_start + j)
-                scale_scores(s_acc, cap_slopes, i, key, bias_shift, f32(1), softcap, alibi_slope)
+                unscaled = Scores(f32(1), scores.softcap, scores.softmax_scale, scores.alibi)
+                scale_scores(s_acc, cap_slopes, i, key, scores.alibi.shift, unscaled, slope)
                 for r in range(rows):
                     scales[r] = LOG2_E
             first_whole = i32(ld_shared_u32(smem, whole_begin))
             last_whole = i32(ld_shared_u32(smem, whole_end))
             if n_start < first_whole or n_start > last_whole:
                 i = i32(ld_shared_u32(smem, kept_m_start) + accumulator_row(rows_per_warp))
-                mask_scores(s_acc, i, i32(n_start + j), seqlen_k, band_lo, band_hi, pack)
+                mask_scores(s_acc, i, i32(n_start + j), shape.seqlen_k, mask, layout.pack)
 
             # P = softmax(S), O += P V
             if key_scales:
@@ -365,23 +331,23 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
             stage = i32(stage + 1 if stage + 1 < num_stages else 0)
 
         # Where this block stands is found out once more: it need not be kept through the loop.
-        grid = num_rows, batch_size * num_heads_q, pack, num_splits, heads_in_flight
+        grid = grid_of(shape, layout)
         m_start, head_of_batch, split = block_place(mov_ctaid_x(), grid)
-        batch = token_of_row(head_of_batch, num_heads_q)
-        head = head_of_batch - batch * num_heads_q
+        batch = token_of_row(head_of_batch, shape.num_heads_q)
+        head = head_of_batch - batch * shape.num_heads_q
         row = i32(m_start + accumulator_row(rows_per_warp))
-        num_parts = batch_size * num_heads_q
+        num_parts = shape.batch_size * shape.num_heads_q
         for r in range(rows):
             total = row_sum_of_quad(row_sum[r])
             # A row that sees no key has output 0 and lse -inf.
             row_sum[r] = f32(1) / total if total != f32(0) else f32(0)
             i = i32(row + ROW_STEP * r)
             if accumulator_column() == 0 and i < num_rows:
-                token = token_of_row(i, pack)
-                part = i64(split) * num_parts + head_of_batch + i - token * pack
-                lse[part * seqlen_q + token] = lse_of_row(row_max[r], f32(1), total)
+                token = token_of_row(i, layout.pack)
+                part = i64(split) * num_parts + head_of_batch + i - token * layout.pack
+                lse[part * shape.seqlen_q + token] = lse_of_row(row_max[r], f32(1), total)
         scale_rows(o_acc, row_sum)
-        out_base = split * out_split + batch * out_batch + head * out_head
-        store_o(o_acc, out, out_base, out_row, row, num_rows, head_dim_v, pack, out_head)
+        out_base = split * out.split + first_of_head(out, batch, head)
+        store_o(o_acc, out, out_base, row, num_rows, shape.head_dim_v, layout.pack)
 
     return Kernel(config.family, forward, num_threads, config.smem_bytes(traits))

@@ -31,10 +31,10 @@ from functools import cache
 
 from numflash.configs import QuantizeConfig, Traits
 from numflash.formats import FORMATS
+from numflash.kernels.arguments import Grouped, Pointer, Signs, Sizes, Tensor
 from numflash.kernels.fp8.amax import SMALLEST_AMAX, make_load_values, make_measure_kernel, rows_of
 from numflash.kernels.kernel import Kernel
 from numflash.ptx import (
-    Pointer,
     cuda,
     cvt_f32_f16,
     device_function,
@@ -49,6 +49,7 @@ from numflash.ptx import (
     u16,
     u32,
 )
+from numflash.tiles.blocks import first_of_head
 from numflash.tiles.elements import ELEMENTS
 from numflash.tiles.fp8.conversions import make_encode
 from numflash.tiles.fp8.rows import (
@@ -98,66 +99,48 @@ def make_quantize_kernel(config: QuantizeConfig, traits: Traits) -> Kernel:
     peak = f32(FORMATS[config.format].peak)
 
     def quantize(
-        x: Pointer(storage),
-        amax: Pointer(f32),
+        x: Tensor[storage],
+        amax: Grouped,
         data: Pointer(u8),
         descale: Pointer(f32),
         statistics: Pointer(f32),
-        x_batch: i64,
-        x_row: i64,
-        x_head: i64,
-        amax_batch: i64,
-        amax_head: i64,
-        amax_tokens: i32,
-        seqlen: i32,
-        num_heads: i32,
-        head_dim: i32,
-        signs_0: i32,
-        signs_1: i32,
-        signs_2: i32,
-        signs_3: i32,
-        signs_4: i32,
-        signs_5: i32,
-        signs_6: i32,
-        signs_7: i32,
+        sizes: Sizes,
+        signs: Signs,
     ):
         values = cuda.local.array(n_values, f32)
         codes = cuda.local.array(n_codes, u32)
         amaxes = cuda.local.array(n_scales, f32)
-        signs = cuda.local.array(8, u32)
-        signs[0], signs[1], signs[2], signs[3] = signs_0, signs_1, signs_2, signs_3
-        signs[4], signs[5], signs[6], signs[7] = signs_4, signs_5, signs_6, signs_7
         smem = cuda.shared.array(0, f32)
 
         # With the tokens innermost their number is a multiple of 64, filled up with code 0.
-        stored = (seqlen + 63) // 64 * 64 if transposed else seqlen
+        stored = (sizes.seqlen + 63) // 64 * 64 if transposed else sizes.seqlen
         num_blocks, _ = divide(stored + block_tokens - 1, block_tokens)
-        block, batch, head = place_of_block(num_blocks, num_heads)
+        block, batch, head = place_of_block(num_blocks, sizes.num_heads)
         row, lane = place_of_thread()
         token = i32(block * block_tokens + first_token_of_row(row))
-        base = batch * x_batch + head * x_head
-        load_values(values, x, base, x_row, token, seqlen, head_dim, lane, signs)
+        base = first_of_head(x, batch, head)
+        load_values(values, x, base, token, sizes, lane, signs)
 
-        num_scaled, _ = divide(seqlen + block_tokens - 1, block_tokens)
-        head_of_batch = i64(batch) * num_heads + head
+        num_scaled, _ = divide(sizes.seqlen + block_tokens - 1, block_tokens)
+        head_of_batch = i64(batch) * sizes.num_heads + head
         place = head_of_batch * num_scaled + block
         if is_token:
-            find_amaxes(0, amaxes, values, descale, head_of_batch, token, seqlen, lane)
+            find_amaxes(0, amaxes, values, descale, head_of_batch, token, sizes.seqlen, lane)
         elif is_block:
             amaxes[0] = max_of_block(largest_of_thread(values), smem, scratch)
             amaxes[0] = max_f32(amaxes[0], SMALLEST_AMAX)
             if cuda.threadIdx.x == 0 and block < num_scaled:
                 descale[place] = amaxes[0] / peak
         else:
-            offset = batch * amax_batch + head * amax_head
-            group, _ = divide(block * block_tokens, amax_tokens)
-            amaxes[0] = amax[offset + group]
+            offset = first_of_head(amax, batch, head)
+            group, _ = divide(block * block_tokens, amax.tokens)
+            amaxes[0] = amax.data[offset + group]
 
         sums = cuda.local.array(2, f32)
         sums[0], sums[1] = f32(0), f32(0)
         scale = peak / amaxes[0]
         encode_rows(0, codes, values, amaxes, scale, sums)
-        store_codes(codes, data, batch, head, token, block, seqlen, num_heads)
+        store_codes(codes, data, batch, head, token, block, sizes)
         if has_statistics and block < num_scaled:
             sums_of_block(sums[0], sums[1], smem, scratch + num_warps, statistics, 2 * place)
 
@@ -176,25 +159,20 @@ def _make_relayout_kernel(config: QuantizeConfig, traits: Traits) -> Kernel:
     store_codes = _make_store_codes(config, traits, rows)
 
     def quantize(
-        x: Pointer(u8),
+        x: Tensor[u8],
         data: Pointer(u8),
-        x_batch: i64,
-        x_row: i64,
-        x_head: i64,
-        seqlen: i32,
-        num_heads: i32,
-        head_dim: i32,
+        sizes: Sizes,
     ):
         codes = cuda.local.array(n_words, u32)
-        stored = (seqlen + 63) // 64 * 64 if transposed else seqlen
+        stored = (sizes.seqlen + 63) // 64 * 64 if transposed else sizes.seqlen
         num_blocks, _ = divide(stored + block_tokens - 1, block_tokens)
-        block, batch, head = place_of_block(num_blocks, num_heads)
+        block, batch, head = place_of_block(num_blocks, sizes.num_heads)
         row, lane = place_of_thread()
         token = i32(block * block_tokens + first_token_of_row(row))
         column = lane * columns
-        base = batch * x_batch + head * x_head + column
-        load_rows(codes, x, base, x_row, token, seqlen, i32(head_dim - column))
-        store_codes(codes, data, batch, head, token, block, seqlen, num_heads)
+        base = first_of_head(x, batch, head) + column
+        load_rows(codes, x, base, token, sizes.seqlen, i32(sizes.head_dim - column))
+        store_codes(codes, data, batch, head, token, block, sizes)
 
     return Kernel(config.family, quantize, config.num_threads, config.smem_bytes(traits))
 
@@ -266,7 +244,7 @@ def _make_encode_rows(config: QuantizeConfig, rows: Rows) -> Callable:
 
 @cache
 def _make_store_codes(config: QuantizeConfig, traits: Traits, rows: Rows) -> Callable:
-    """store_codes(codes, data, batch, head, token, block, seqlen, num_heads): all of a block.
+    """store_codes(codes, data, batch, head, token, block, sizes): all of a block.
 
     All threads call it together.
     """
@@ -287,18 +265,18 @@ def _make_store_codes(config: QuantizeConfig, traits: Traits, rows: Rows) -> Cal
         store_chunks = make_unrolled(store_chunk, chunks, n_codes)
 
         @device_function
-        def store_row(r, codes, data, batch, head, token, seqlen, num_heads, column):
+        def store_row(r, codes, data, batch, head, token, sizes, column):
             t = token_of_row(token, r)
-            if t < seqlen:
-                row = (i64(batch) * seqlen + t) * num_heads + head
+            if t < sizes.seqlen:
+                row = (i64(batch) * sizes.seqlen + t) * sizes.num_heads + head
                 store_chunks(0, codes, data, row * head_dim + column)
 
         store_rows = make_unrolled(store_row, n_rows, row_codes)
 
         @device_function
-        def store_codes(codes, data, batch, head, token, block, seqlen, num_heads):
+        def store_codes(codes, data, batch, head, token, block, sizes):
             _, lane = place_of_thread()
-            store_rows(0, codes, data, batch, head, token, seqlen, num_heads, lane * columns)
+            store_rows(0, codes, data, batch, head, token, sizes, lane * columns)
 
         return store_codes
 
@@ -330,14 +308,14 @@ def _make_store_codes(config: QuantizeConfig, traits: Traits, rows: Rows) -> Cal
     store_all_quads = make_unrolled(store_quads, n_rows // 4, 4 * row_codes)
 
     @device_function
-    def store_codes(codes, data, batch, head, token, block, seqlen, num_heads):
+    def store_codes(codes, data, batch, head, token, block, sizes):
         tile, pieces = cuda.shared.array(0, u32), cuda.shared.array(0, f32)
-        fill_rows(0, codes, token, seqlen)
+        fill_rows(0, codes, token, sizes.seqlen)
         row, lane = place_of_thread()
         store_all_quads(0, codes, tile, lane * eighths, row)
         cuda.syncthreads()
-        stored = (i64(seqlen) + 63) // 64 * 64
-        first_column = (i64(batch) * num_heads + head) * head_dim
+        stored = (i64(sizes.seqlen) + 63) // 64 * 64
+        first_column = (i64(batch) * sizes.num_heads + head) * head_dim
         begin = i64(block) * block_tokens
         store_columns(pieces, data, first_column * stored + begin, stored, stored - begin)
 

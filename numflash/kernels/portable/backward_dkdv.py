@@ -8,8 +8,10 @@ Source: FlashAttention, arXiv 2205.14135, Algorithm 4.
 """
 
 from numflash.configs import BackwardDkDvConfig, Traits
+from numflash.kernels.arguments import Mask, Scores, Shape, Statistics, Tensor
 from numflash.kernels.kernel import Kernel
-from numflash.ptx import Pointer, cuda, f32, i32, i64
+from numflash.ptx import cuda, f32, i64
+from numflash.tiles.blocks import first_of_head
 from numflash.tiles.copies import make_load_tile, make_store_rows
 from numflash.tiles.elements import ELEMENTS
 from numflash.tiles.gradients import (
@@ -32,6 +34,7 @@ from numflash.tiles.scores import (
     first_row_of_thread,
     make_mask_scores,
     make_scale_scores,
+    make_slope_of,
 )
 
 
@@ -65,51 +68,20 @@ def make_backward_dkdv_kernel(config: BackwardDkDvConfig, traits: Traits) -> Ker
     store_scores = make_store_scores(rows, columns, p_pitch)
     store_dk = make_store_rows(element, rows, groups, traits.vectorized)
     store_dv = make_store_rows(element, rows, groups_v, traits.vectorized)
-    storage, alibi = element.storage, traits.alibi
+    storage, slope_of = element.storage, make_slope_of(traits.alibi)
     n_cap_slopes = n_scores if traits.softcap else 1
 
     def backward_dkdv(
-        q: Pointer(storage),
-        k: Pointer(storage),
-        v: Pointer(storage),
-        do: Pointer(storage),
-        lse: Pointer(f32),
-        delta: Pointer(f32),
-        dk: Pointer(storage),
-        dv: Pointer(storage),
-        alibi_slopes: Pointer(f32),
-        q_batch: i64,
-        q_row: i64,
-        q_head: i64,
-        k_batch: i64,
-        k_row: i64,
-        k_head: i64,
-        v_batch: i64,
-        v_row: i64,
-        v_head: i64,
-        do_batch: i64,
-        do_row: i64,
-        do_head: i64,
-        dk_batch: i64,
-        dk_row: i64,
-        dk_head: i64,
-        dv_batch: i64,
-        dv_row: i64,
-        dv_head: i64,
-        slopes_batch: i64,
-        slopes_head: i64,
-        seqlen_q: i32,
-        seqlen_k: i32,
-        num_heads_q: i32,
-        group_size: i32,
-        head_dim: i32,
-        head_dim_v: i32,
-        band_lo: i32,
-        band_hi: i32,
-        bias_shift: i32,
-        score_scale: f32,
-        softcap: f32,
-        softmax_scale: f32,
+        q: Tensor[storage],
+        k: Tensor[storage],
+        v: Tensor[storage],
+        do: Tensor[storage],
+        statistics: Statistics,
+        dk: Tensor[storage],
+        dv: Tensor[storage],
+        mask: Mask,
+        shape: Shape,
+        scores: Scores,
     ):
         smem = cuda.shared.array(0, f32, alignment=16)
         s_acc = cuda.local.array(n_scores, f32)
@@ -121,9 +93,9 @@ def make_backward_dkdv_kernel(config: BackwardDkDvConfig, traits: Traits) -> Ker
         deltas = cuda.local.array(columns, f32)
 
         # The first keys of a causal problem are seen by the most queries: they start first.
-        num_n_blocks = (seqlen_k + tile_n - 1) // tile_n
+        num_n_blocks = (shape.seqlen_k + tile_n - 1) // tile_n
         n_start = cuda.blockIdx.x % num_n_blocks * tile_n
-        num_heads_kv = num_heads_q // group_size
+        num_heads_kv = shape.num_heads_q // shape.group_size
         head_kv = cuda.blockIdx.x // num_n_blocks % num_heads_kv
         batch = cuda.blockIdx.x // num_n_blocks // num_heads_kv
 
@@ -135,45 +107,43 @@ def make_backward_dkdv_kernel(config: BackwardDkDvConfig, traits: Traits) -> Ker
         p_mine = p_smem + row * p_pitch
         q_columns, do_columns = q_smem + 4 * column, do_smem + 4 * column
 
-        k_base = batch * k_batch + head_kv * k_head
-        v_base = batch * v_batch + head_kv * v_head
-        load_k(smem, k_smem, k, k_base, k_row, n_start, seqlen_k, head_dim)
-        load_v(smem, v_smem, v, v_base, v_row, n_start, seqlen_k, head_dim_v)
+        k_base = first_of_head(k, batch, head_kv)
+        v_base = first_of_head(v, batch, head_kv)
+        load_k(smem, k_smem, k, k_base, n_start, shape.seqlen_k, shape.head_dim)
+        load_v(smem, v_smem, v, v_base, n_start, shape.seqlen_k, shape.head_dim_v)
         for i in range(n_dk):
             dk_acc[i] = f32(0)
         for i in range(n_dv):
             dv_acc[i] = f32(0)
 
-        last_row = min(n_start + tile_n, seqlen_k) - 1
-        m_begin = band_block_begin(n_start, -band_hi, tile_m)
-        m_end = band_block_end(last_row, -band_lo, seqlen_q, tile_m)
-        for head in range(head_kv * group_size, (head_kv + 1) * group_size):
-            q_base = batch * q_batch + head * q_head
-            do_base = batch * do_batch + head * do_head
-            statistics = i64(batch * num_heads_q + head) * seqlen_q
-            alibi_slope = f32(0)
-            if alibi:
-                alibi_slope = alibi_slopes[batch * slopes_batch + head * slopes_head]
+        # The mask from the side of the keys.
+        queries_mask = Mask(-mask.hi, -mask.lo)
+        last_row = min(n_start + tile_n, shape.seqlen_k) - 1
+        m_begin = band_block_begin(n_start, -mask.hi, tile_m)
+        m_end = band_block_end(last_row, -mask.lo, shape.seqlen_q, tile_m)
+        for head in range(head_kv * shape.group_size, (head_kv + 1) * shape.group_size):
+            q_base = first_of_head(q, batch, head)
+            do_base = first_of_head(do, batch, head)
+            first_query = i64(batch * shape.num_heads_q + head) * shape.seqlen_q
+            slope = slope_of(scores.alibi, batch, head)
             for m_block in range(m_begin, m_end):
                 m_start = m_block * tile_m
                 i, j = m_start + column, n_start + row
                 cuda.syncthreads()  # the previous Q and dO have been read by all
-                load_q(smem, q_smem, q, q_base, q_row, m_start, seqlen_q, head_dim)
-                load_do(smem, do_smem, do, do_base, do_row, m_start, seqlen_q, head_dim_v)
-                load_query_statistics(lses, deltas, lse, delta, statistics, i, seqlen_q)
+                load_q(smem, q_smem, q, q_base, m_start, shape.seqlen_q, shape.head_dim)
+                load_do(smem, do_smem, do, do_base, m_start, shape.seqlen_q, shape.head_dim_v)
+                load_query_statistics(lses, deltas, statistics, first_query, i, shape.seqlen_q)
                 cuda.syncthreads()  # K, V, Q and dO have arrived
 
                 # S^T = K Q^T, dP^T = V dO^T
                 multiply_k_q(s_acc, smem, k_mine, q_mine)
                 multiply_v_do(dp_acc, smem, v_mine, do_mine)
-                scale_scores(
-                    s_acc, cap_slopes, j, i, -bias_shift, score_scale, softcap, alibi_slope
-                )
-                if band_is_partial(n_start, tile_n, m_start, tile_m, seqlen_q, -band_hi, -band_lo):
-                    mask_scores(s_acc, j, i, seqlen_q, -band_hi, -band_lo)
+                scale_scores(s_acc, cap_slopes, j, i, -scores.alibi.shift, scores, slope)
+                if band_is_partial(n_start, tile_n, m_start, tile_m, shape.seqlen_q, queries_mask):
+                    mask_scores(s_acc, j, i, shape.seqlen_q, queries_mask)
 
                 # dV += P^T dO, dK += dS^T Q; P and dS take turns in one tile
-                softmax_backward(s_acc, dp_acc, cap_slopes, lses, deltas, softmax_scale)
+                softmax_backward(s_acc, dp_acc, cap_slopes, lses, deltas, scores.softmax_scale)
                 store_scores(s_acc, smem, p_mine + column)
                 cuda.syncwarp()  # P is exchanged within the warp that owns its rows
                 multiply_p_do(dv_acc, smem, p_mine, do_columns)
@@ -182,9 +152,9 @@ def make_backward_dkdv_kernel(config: BackwardDkDvConfig, traits: Traits) -> Ker
                 cuda.syncwarp()  # dS likewise
                 multiply_ds_q(dk_acc, smem, p_mine, q_columns)
 
-        dk_base = batch * dk_batch + head_kv * dk_head
-        dv_base = batch * dv_batch + head_kv * dv_head
-        store_dk(dk_acc, dk, dk_base, dk_row, n_start + row, seqlen_k, head_dim)
-        store_dv(dv_acc, dv, dv_base, dv_row, n_start + row, seqlen_k, head_dim_v)
+        dk_base = first_of_head(dk, batch, head_kv)
+        dv_base = first_of_head(dv, batch, head_kv)
+        store_dk(dk_acc, dk, dk_base, n_start + row, shape.seqlen_k, shape.head_dim)
+        store_dv(dv_acc, dv, dv_base, n_start + row, shape.seqlen_k, shape.head_dim_v)
 
     return Kernel(config.family, backward_dkdv, num_threads, layout.smem_bytes)

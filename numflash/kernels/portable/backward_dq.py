@@ -8,8 +8,10 @@ its own rows of dQ.
 """
 
 from numflash.configs import BackwardDqConfig, Traits
+from numflash.kernels.arguments import Mask, Scores, Shape, Statistics, Tensor
 from numflash.kernels.kernel import Kernel
-from numflash.ptx import Pointer, cuda, f32, i32, i64
+from numflash.ptx import cuda, f32, i64
+from numflash.tiles.blocks import first_of_head
 from numflash.tiles.copies import make_load_tile, make_store_rows
 from numflash.tiles.elements import ELEMENTS
 from numflash.tiles.gradients import (
@@ -32,6 +34,7 @@ from numflash.tiles.scores import (
     first_row_of_thread,
     make_mask_scores,
     make_scale_scores,
+    make_slope_of,
 )
 
 
@@ -63,47 +66,19 @@ def make_backward_dq_kernel(config: BackwardDqConfig, traits: Traits) -> Kernel:
     softmax_backward = make_softmax_backward(rows, columns, traits.softcap, by_row=True)
     store_scores = make_store_scores(rows, columns, ds_pitch)
     store_dq = make_store_rows(element, rows, groups, traits.vectorized)
-    storage, alibi = element.storage, traits.alibi
+    storage, slope_of = element.storage, make_slope_of(traits.alibi)
     n_cap_slopes = n_scores if traits.softcap else 1
 
     def backward_dq(
-        q: Pointer(storage),
-        k: Pointer(storage),
-        v: Pointer(storage),
-        do: Pointer(storage),
-        lse: Pointer(f32),
-        delta: Pointer(f32),
-        dq: Pointer(storage),
-        alibi_slopes: Pointer(f32),
-        q_batch: i64,
-        q_row: i64,
-        q_head: i64,
-        k_batch: i64,
-        k_row: i64,
-        k_head: i64,
-        v_batch: i64,
-        v_row: i64,
-        v_head: i64,
-        do_batch: i64,
-        do_row: i64,
-        do_head: i64,
-        dq_batch: i64,
-        dq_row: i64,
-        dq_head: i64,
-        slopes_batch: i64,
-        slopes_head: i64,
-        seqlen_q: i32,
-        seqlen_k: i32,
-        num_heads_q: i32,
-        group_size: i32,
-        head_dim: i32,
-        head_dim_v: i32,
-        band_lo: i32,
-        band_hi: i32,
-        bias_shift: i32,
-        score_scale: f32,
-        softcap: f32,
-        softmax_scale: f32,
+        q: Tensor[storage],
+        k: Tensor[storage],
+        v: Tensor[storage],
+        do: Tensor[storage],
+        statistics: Statistics,
+        dq: Tensor[storage],
+        mask: Mask,
+        shape: Shape,
+        scores: Scores,
     ):
         smem = cuda.shared.array(0, f32, alignment=16)
         s_acc = cuda.local.array(n_scores, f32)
@@ -114,17 +89,15 @@ def make_backward_dq_kernel(config: BackwardDqConfig, traits: Traits) -> Kernel:
         deltas = cuda.local.array(rows, f32)
 
         # The last rows of a causal problem see the most keys: they start first.
-        num_m_blocks = (seqlen_q + tile_m - 1) // tile_m
+        num_m_blocks = (shape.seqlen_q + tile_m - 1) // tile_m
         m_start = (num_m_blocks - 1 - cuda.blockIdx.x % num_m_blocks) * tile_m
         head_of_batch = cuda.blockIdx.x // num_m_blocks
-        head = head_of_batch % num_heads_q
-        batch = head_of_batch // num_heads_q
-        head_kv = head // group_size
-        k_base = batch * k_batch + head_kv * k_head
-        v_base = batch * v_batch + head_kv * v_head
-        alibi_slope = f32(0)
-        if alibi:
-            alibi_slope = alibi_slopes[batch * slopes_batch + head * slopes_head]
+        head = head_of_batch % shape.num_heads_q
+        batch = head_of_batch // shape.num_heads_q
+        head_kv = head // shape.group_size
+        k_base = first_of_head(k, batch, head_kv)
+        v_base = first_of_head(v, batch, head_kv)
+        slope = slope_of(scores.alibi, batch, head)
 
         # This thread's first row and columns, in the tiles.
         row = first_row_of_thread(rows_per_warp)
@@ -133,40 +106,40 @@ def make_backward_dq_kernel(config: BackwardDqConfig, traits: Traits) -> Kernel:
         do_mine, v_mine = do_smem + row * v_pitch, v_smem + column * v_pitch
         ds_mine, k_columns = ds_smem + row * ds_pitch, k_smem + 4 * column
 
-        q_base = batch * q_batch + head * q_head
-        do_base = batch * do_batch + head * do_head
-        load_q(smem, q_smem, q, q_base, q_row, m_start, seqlen_q, head_dim)
-        load_do(smem, do_smem, do, do_base, do_row, m_start, seqlen_q, head_dim_v)
-        statistics = i64(head_of_batch) * seqlen_q
-        load_query_statistics(lses, deltas, lse, delta, statistics, m_start + row, seqlen_q)
+        q_base = first_of_head(q, batch, head)
+        do_base = first_of_head(do, batch, head)
+        load_q(smem, q_smem, q, q_base, m_start, shape.seqlen_q, shape.head_dim)
+        load_do(smem, do_smem, do, do_base, m_start, shape.seqlen_q, shape.head_dim_v)
+        first_query = i64(head_of_batch) * shape.seqlen_q
+        load_query_statistics(lses, deltas, statistics, first_query, m_start + row, shape.seqlen_q)
         for i in range(n_dq):
             dq_acc[i] = f32(0)
 
-        last_row = min(m_start + tile_m, seqlen_q) - 1
-        n_begin = band_block_begin(m_start, band_lo, tile_n)
-        n_end = band_block_end(last_row, band_hi, seqlen_k, tile_n)
+        last_row = min(m_start + tile_m, shape.seqlen_q) - 1
+        n_begin = band_block_begin(m_start, mask.lo, tile_n)
+        n_end = band_block_end(last_row, mask.hi, shape.seqlen_k, tile_n)
         for n_block in range(n_begin, n_end):
             n_start = n_block * tile_n
             cuda.syncthreads()  # the previous K and V have been read by all
-            load_k(smem, k_smem, k, k_base, k_row, n_start, seqlen_k, head_dim)
-            load_v(smem, v_smem, v, v_base, v_row, n_start, seqlen_k, head_dim_v)
+            load_k(smem, k_smem, k, k_base, n_start, shape.seqlen_k, shape.head_dim)
+            load_v(smem, v_smem, v, v_base, n_start, shape.seqlen_k, shape.head_dim_v)
             cuda.syncthreads()  # Q, dO, K and V have arrived
 
             # S = Q K^T, dP = dO V^T
             multiply_q_k(s_acc, smem, q_mine, k_mine)
             multiply_do_v(dp_acc, smem, do_mine, v_mine)
             i, j = m_start + row, n_start + column
-            scale_scores(s_acc, cap_slopes, i, j, bias_shift, score_scale, softcap, alibi_slope)
-            if band_is_partial(m_start, tile_m, n_start, tile_n, seqlen_k, band_lo, band_hi):
-                mask_scores(s_acc, i, j, seqlen_k, band_lo, band_hi)
+            scale_scores(s_acc, cap_slopes, i, j, scores.alibi.shift, scores, slope)
+            if band_is_partial(m_start, tile_m, n_start, tile_n, shape.seqlen_k, mask):
+                mask_scores(s_acc, i, j, shape.seqlen_k, mask)
 
             # dS = P * (softmax_scale dP - delta), dQ += dS K
-            softmax_backward(s_acc, dp_acc, cap_slopes, lses, deltas, softmax_scale)
+            softmax_backward(s_acc, dp_acc, cap_slopes, lses, deltas, scores.softmax_scale)
             store_scores(dp_acc, smem, ds_mine + column)
             cuda.syncwarp()  # dS is exchanged within the warp that owns its rows
             multiply_ds_k(dq_acc, smem, ds_mine, k_columns)
 
-        dq_base = batch * dq_batch + head * dq_head
-        store_dq(dq_acc, dq, dq_base, dq_row, m_start + row, seqlen_q, head_dim)
+        dq_base = first_of_head(dq, batch, head)
+        store_dq(dq_acc, dq, dq_base, m_start + row, shape.seqlen_q, shape.head_dim)
 
     return Kernel(config.family, backward_dq, num_threads, layout.smem_bytes)

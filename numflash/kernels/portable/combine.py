@@ -13,9 +13,9 @@ Source: Flash-Decoding, https://pytorch.org/blog/flash-decoding.
 import math
 
 from numflash.configs import CombineConfig, Traits
+from numflash.kernels.arguments import Pointer, Shape, Tensor
 from numflash.kernels.kernel import Kernel
 from numflash.ptx import (
-    Pointer,
     cuda,
     device_function,
     f32,
@@ -51,15 +51,9 @@ def make_combine_kernel(config: CombineConfig, traits: Traits) -> Kernel:
     def combine(
         parts: Pointer(f32),
         part_lses: Pointer(f32),
-        out: Pointer(storage),
+        out: Tensor[storage],
         lse: Pointer(f32),
-        out_batch: i64,
-        out_row: i64,
-        out_head: i64,
-        batch_size: i32,
-        seqlen_q: i32,
-        num_heads_q: i32,
-        head_dim_v: i32,
+        shape: Shape,
         num_splits: i32,
     ):
         smem = cuda.shared.array(0, f32, alignment=16)
@@ -67,11 +61,11 @@ def make_combine_kernel(config: CombineConfig, traits: Traits) -> Kernel:
         totals = cuda.local.array(chains_per_warp, f32)
         part = cuda.local.array(4, f32)
         lane, warp = cuda.threadIdx.x % 32, cuda.threadIdx.x // 32
-        row, head_of_batch = cuda.blockIdx.x % seqlen_q, cuda.blockIdx.x // seqlen_q
-        batch, head = head_of_batch // num_heads_q, head_of_batch % num_heads_q
-        lse_row = i64(head_of_batch) * seqlen_q + row
-        lse_step = i64(batch_size) * num_heads_q * seqlen_q
-        part_row = (i64(batch) * seqlen_q + row) * num_heads_q + head
+        row, head_of_batch = cuda.blockIdx.x % shape.seqlen_q, cuda.blockIdx.x // shape.seqlen_q
+        batch, head = head_of_batch // shape.num_heads_q, head_of_batch % shape.num_heads_q
+        lse_row = i64(head_of_batch) * shape.seqlen_q + row
+        lse_step = i64(shape.batch_size) * shape.num_heads_q * shape.seqlen_q
+        part_row = (i64(batch) * shape.seqlen_q + row) * shape.num_heads_q + head
 
         largest = NEG_INF
         for split in range(lane, num_splits, 32):
@@ -108,7 +102,7 @@ def make_combine_kernel(config: CombineConfig, traits: Traits) -> Kernel:
         for chain in range(chains):
             whole += smem[totals_smem + chain]
         reciprocal = f32(1) / whole if whole != f32(0) else f32(0)
-        for column in range(4 * cuda.threadIdx.x, head_dim_v, 4 * num_threads):
+        for column in range(4 * cuda.threadIdx.x, shape.head_dim_v, 4 * num_threads):
             for j in range(4):
                 sums[j] = f32(0)
             for chain in range(chains):
@@ -117,13 +111,13 @@ def make_combine_kernel(config: CombineConfig, traits: Traits) -> Kernel:
                     sums[j] += part[j]
             for j in range(4):
                 sums[j] *= reciprocal
-            offset = batch * out_batch + row * out_row + head * out_head + column
+            offset = batch * out.batch + row * out.row + head * out.head + column
             if vectorized:
-                store_four(out, offset, sums[0:4])
+                store_four(out.data, offset, sums[0:4])
             else:
                 for j in range(4):
-                    if column + j < head_dim_v:
-                        out[offset + j] = from_f32(sums[j])
+                    if column + j < shape.head_dim_v:
+                        out.data[offset + j] = from_f32(sums[j])
         if cuda.threadIdx.x == 0:
             row_lse = NEG_INF
             if whole != f32(0):

@@ -10,8 +10,10 @@ Source: FlashAttention, arXiv 2205.14135, Appendix B.4.
 import math
 
 from numflash.configs import DeltaConfig, Traits
+from numflash.kernels.arguments import Pointer, Shape, Tensor
 from numflash.kernels.kernel import Kernel
-from numflash.ptx import Pointer, cuda, f32, fma_rn_f32, i32, i64
+from numflash.ptx import cuda, f32, fma_rn_f32, i64
+from numflash.tiles.blocks import first_of_head
 from numflash.tiles.elements import ELEMENTS
 from numflash.tiles.lanes import FULL_WARP
 from numflash.tiles.scores import NEG_INF
@@ -26,47 +28,39 @@ def make_delta_kernel(config: DeltaConfig, traits: Traits) -> Kernel:
     vectorized, columns, step = traits.vectorized, traits.head_dim_v, 32 * vector
 
     def delta(
-        out: Pointer(storage),
-        do: Pointer(storage),
+        out: Tensor[storage],
+        do: Tensor[storage],
         lse: Pointer(f32),
         delta: Pointer(f32),
         lse_log2: Pointer(f32),
-        out_batch: i64,
-        out_row: i64,
-        out_head: i64,
-        do_batch: i64,
-        do_row: i64,
-        do_head: i64,
-        seqlen_q: i32,
-        num_heads_q: i32,
-        head_dim_v: i32,
+        shape: Shape,
         softmax_scale: f32,
     ):
         out_values = cuda.local.array(vector, f32)
         do_values = cuda.local.array(vector, f32)
         lane = cuda.threadIdx.x % 32
-        num_blocks = (seqlen_q + num_warps - 1) // num_warps
+        num_blocks = (shape.seqlen_q + num_warps - 1) // num_warps
         row = cuda.blockIdx.x % num_blocks * num_warps + cuda.threadIdx.x // 32
         head_of_batch = cuda.blockIdx.x // num_blocks
-        batch, head = head_of_batch // num_heads_q, head_of_batch % num_heads_q
-        out_base = batch * out_batch + head * out_head + row * out_row
-        do_base = batch * do_batch + head * do_head + row * do_row
+        batch, head = head_of_batch // shape.num_heads_q, head_of_batch % shape.num_heads_q
+        out_base = first_of_head(out, batch, head) + row * out.row
+        do_base = first_of_head(do, batch, head) + row * do.row
 
         total = f32(0)
         for column in range(lane * vector, columns, step):
-            if row < seqlen_q and column < head_dim_v:
+            if row < shape.seqlen_q and column < shape.head_dim_v:
                 if vectorized:
-                    load_vector(out_values, out, out_base + column)
-                    load_vector(do_values, do, do_base + column)
+                    load_vector(out_values, out.data, out_base + column)
+                    load_vector(do_values, do.data, do_base + column)
                 else:
-                    out_values[0] = to_f32(out[out_base + column])
-                    do_values[0] = to_f32(do[do_base + column])
+                    out_values[0] = to_f32(out.data[out_base + column])
+                    do_values[0] = to_f32(do.data[do_base + column])
                 for i in range(vector):
                     total = fma_rn_f32(out_values[i], do_values[i], total)
         for distance in (16, 8, 4, 2, 1):
             total += cuda.shfl_xor_sync(FULL_WARP, total, distance)
-        if lane == 0 and row < seqlen_q:
-            i = i64(head_of_batch) * seqlen_q + row
+        if lane == 0 and row < shape.seqlen_q:
+            i = i64(head_of_batch) * shape.seqlen_q + row
             delta[i] = total * softmax_scale
             lse_log2[i] = lse[i] * LOG2_E if lse[i] != NEG_INF else f32(math.inf)
 

@@ -22,10 +22,10 @@ Source: FlashAttention-2, arXiv 2307.08691, Algorithm 2.
 """
 
 from numflash.configs import MmaBackwardDkDvConfig, Traits
+from numflash.kernels.arguments import Mask, Scores, Shape, Statistics, Tensor
 from numflash.kernels.kernel import Kernel
 from numflash.ptx import (
     CP_ASYNC_WAIT_GROUP,
-    Pointer,
     cp_async_commit_group,
     cuda,
     f32,
@@ -33,6 +33,7 @@ from numflash.ptx import (
     i64,
     u32,
 )
+from numflash.tiles.blocks import first_of_head
 from numflash.tiles.mma.copies import make_copy_tile, make_copy_vector, make_store_rows
 from numflash.tiles.mma.elements import MMA_ELEMENTS, make_transposed_operand
 from numflash.tiles.mma.fragments import (
@@ -49,7 +50,7 @@ from numflash.tiles.mma.layouts import TileLayout, make_word
 from numflash.tiles.mma.products import make_product_nt, make_product_pn
 from numflash.tiles.mma.scores import make_mask_scores, make_scale_scores
 from numflash.tiles.mma.softmax import make_softmax_backward_by_column
-from numflash.tiles.scores import band_block_begin, band_block_end, band_is_partial
+from numflash.tiles.scores import band_block_begin, band_block_end, band_is_partial, make_slope_of
 from numflash.tiles.softmax import LOG2_E
 
 
@@ -92,53 +93,23 @@ def make_backward_dkdv_kernel(config: MmaBackwardDkDvConfig, traits: Traits) -> 
     softmax_backward = make_softmax_backward_by_column(m_tiles, n_tiles, traits.softcap)
     store_dk = make_store_rows(element, m_tiles, dk_tiles, traits.vectorized, False)
     store_dv = make_store_rows(element, m_tiles, dv_tiles, traits.vectorized, False)
-    storage, alibi, softcapped = element.storage, traits.alibi, traits.softcap
-    n_cap_slopes = n_scores if softcapped else 1
+    storage, slope_of = element.storage, make_slope_of(traits.alibi)
+    bends = traits.softcap or traits.alibi
+    n_cap_slopes = n_scores if traits.softcap else 1
     # Tiles that may be on their way while one is used.
     wait_for_tile = CP_ASYNC_WAIT_GROUP[max(0, num_stages - 2)]
 
     def backward_dkdv(
-        q: Pointer(storage),
-        k: Pointer(storage),
-        v: Pointer(storage),
-        do: Pointer(storage),
-        lse_log2: Pointer(f32),
-        delta: Pointer(f32),
-        dk: Pointer(storage),
-        dv: Pointer(storage),
-        alibi_slopes: Pointer(f32),
-        q_batch: i64,
-        q_row: i64,
-        q_head: i64,
-        k_batch: i64,
-        k_row: i64,
-        k_head: i64,
-        v_batch: i64,
-        v_row: i64,
-        v_head: i64,
-        do_batch: i64,
-        do_row: i64,
-        do_head: i64,
-        dk_batch: i64,
-        dk_row: i64,
-        dk_head: i64,
-        dv_batch: i64,
-        dv_row: i64,
-        dv_head: i64,
-        slopes_batch: i64,
-        slopes_head: i64,
-        seqlen_q: i32,
-        seqlen_k: i32,
-        num_heads_q: i32,
-        group_size: i32,
-        head_dim: i32,
-        head_dim_v: i32,
-        band_lo: i32,
-        band_hi: i32,
-        bias_shift: i32,
-        score_scale: f32,
-        softcap: f32,
-        softmax_scale: f32,
+        q: Tensor[storage],
+        k: Tensor[storage],
+        v: Tensor[storage],
+        do: Tensor[storage],
+        statistics_log2: Statistics,
+        dk: Tensor[storage],
+        dv: Tensor[storage],
+        mask: Mask,
+        shape: Shape,
+        scores: Scores,
     ):
         smem = cuda.shared.array(0, u32, alignment=128)
         s_acc = cuda.local.array(n_scores, f32)
@@ -156,17 +127,19 @@ def make_backward_dkdv_kernel(config: MmaBackwardDkDvConfig, traits: Traits) -> 
             with_dv = block % 2 == 0
             with_dk = not with_dv
             block //= 2
-        num_n_blocks = (seqlen_k + tile_n - 1) // tile_n
+        num_n_blocks = (shape.seqlen_k + tile_n - 1) // tile_n
         n_start = block % num_n_blocks * tile_n
-        num_heads_kv = num_heads_q // group_size
+        num_heads_kv = shape.num_heads_q // shape.group_size
         head_kv = block // num_n_blocks % num_heads_kv
         batch = block // num_n_blocks // num_heads_kv
         scale_log2 = LOG2_E
-        if not (softcapped or alibi):
-            scale_log2 = score_scale * LOG2_E
-        last_row = min(n_start + tile_n, seqlen_k) - 1
-        m_begin = i32(band_block_begin(n_start, -band_hi, tile_m))
-        m_end = i32(band_block_end(last_row, -band_lo, seqlen_q, tile_m))
+        if not bends:
+            scale_log2 = scores.scale * LOG2_E
+        # The mask from the side of the keys.
+        queries_mask = Mask(-mask.hi, -mask.lo)
+        last_row = min(n_start + tile_n, shape.seqlen_k) - 1
+        m_begin = i32(band_block_begin(n_start, -mask.hi, tile_m))
+        m_end = i32(band_block_end(last_row, -mask.lo, shape.seqlen_q, tile_m))
 
         # Where this lane reads operands, and where its scores lie in the tile.
         lane = cuda.threadIdx.x % 32
@@ -180,20 +153,20 @@ def make_backward_dkdv_kernel(config: MmaBackwardDkDvConfig, traits: Traits) -> 
         lse_mine = lse_smem + accumulator_column()
         delta_mine = delta_smem + accumulator_column()
 
-        k_base = batch * k_batch + head_kv * k_head
-        v_base = batch * v_batch + head_kv * v_head
+        k_base = first_of_head(k, batch, head_kv)
+        v_base = first_of_head(v, batch, head_kv)
         # Where no tile follows nobody would wait for them.
         if not asynchronous or m_begin < m_end:
-            copy_k(smem, k_smem, k, k_base, k_row, n_start, seqlen_k, head_dim, 1, 0)
-            copy_v(smem, v_smem, v, v_base, v_row, n_start, seqlen_k, head_dim_v, 1, 0)
+            copy_k(smem, k_smem, k, k_base, n_start, shape.seqlen_k, shape.head_dim)
+            copy_v(smem, v_smem, v, v_base, n_start, shape.seqlen_k, shape.head_dim_v)
         for i in range(n_dk):
             dk_acc[i] = f32(0)
         for i in range(n_dv):
             dv_acc[i] = f32(0)
 
         # One walk over the tiles of all heads of the group; copies run num_stages - 1 ahead.
-        num_tiles = (m_end - m_begin) * group_size
-        next_head, next_m = head_kv * group_size, m_begin
+        num_tiles = (m_end - m_begin) * shape.group_size
+        next_head, next_m = head_kv * shape.group_size, m_begin
         head, m_block = next_head, m_begin
         stage = 0
         last_stage = num_stages - 1
@@ -206,16 +179,18 @@ def make_backward_dkdv_kernel(config: MmaBackwardDkDvConfig, traits: Traits) -> 
                 cuda.syncthreads()
             if tile + num_stages - 1 < num_tiles:
                 into = last_stage if tile >= 0 else tile + num_stages - 1
-                q_base = batch * q_batch + next_head * q_head
-                do_base = batch * do_batch + next_head * do_head
-                statistics = i64(batch * num_heads_q + next_head) * seqlen_q
+                q_base = first_of_head(q, batch, next_head)
+                do_base = first_of_head(do, batch, next_head)
+                first_query = i64(batch * shape.num_heads_q + next_head) * shape.seqlen_q
                 m = i32(next_m * tile_m)
                 q_tile, do_tile = q_smem + q_words * into, do_smem + do_words * into
                 lse_tile, delta_tile = lse_smem + tile_m * into, delta_smem + tile_m * into
-                copy_q(smem, q_tile, q, q_base, q_row, m, seqlen_q, head_dim, 1, 0)
-                copy_do(smem, do_tile, do, do_base, do_row, m, seqlen_q, head_dim_v, 1, 0)
-                copy_vector(smem, lse_tile, lse_log2, statistics, m, seqlen_q)
-                copy_vector(smem, delta_tile, delta, statistics, m, seqlen_q)
+                copy_q(smem, q_tile, q, q_base, m, shape.seqlen_q, shape.head_dim)
+                copy_do(smem, do_tile, do, do_base, m, shape.seqlen_q, shape.head_dim_v)
+                copy_vector(smem, lse_tile, statistics_log2.lse, first_query, m, shape.seqlen_q)
+                copy_vector(
+                    smem, delta_tile, statistics_log2.delta, first_query, m, shape.seqlen_q
+                )
                 next_m += 1
                 if next_m == m_end:
                     next_m, next_head = m_begin, next_head + 1
@@ -232,19 +207,15 @@ def make_backward_dkdv_kernel(config: MmaBackwardDkDvConfig, traits: Traits) -> 
                 if with_dk:
                     multiply_v_do(dp_acc, smem, v_mine, do_mine + do_words * stage)
                 m_start = i32(m_block * tile_m)
-                if softcapped or alibi:
+                if bends:
                     j = i32(n_start + accumulator_row(rows_per_warp))
                     i = i32(m_start + accumulator_column())
-                    alibi_slope = f32(0)
-                    if alibi:
-                        alibi_slope = alibi_slopes[batch * slopes_batch + head * slopes_head]
-                    scale_scores(
-                        s_acc, cap_slopes, j, i, -bias_shift, score_scale, softcap, alibi_slope
-                    )
-                if band_is_partial(n_start, tile_n, m_start, tile_m, seqlen_q, -band_hi, -band_lo):
+                    slope = slope_of(scores.alibi, batch, head)
+                    scale_scores(s_acc, cap_slopes, j, i, -scores.alibi.shift, scores, slope)
+                if band_is_partial(n_start, tile_n, m_start, tile_m, shape.seqlen_q, queries_mask):
                     j = i32(n_start + accumulator_row(rows_per_warp))
                     i = i32(m_start + accumulator_column())
-                    mask_scores(s_acc, j, i, seqlen_q, -band_hi, -band_lo, 1)
+                    mask_scores(s_acc, j, i, shape.seqlen_q, queries_mask, 1)
 
                 # dS = P * (softmax_scale dP - delta); dV += P^T dO, dK += dS^T Q
                 statistics_of_stage = tile_m * stage
@@ -255,7 +226,7 @@ def make_backward_dkdv_kernel(config: MmaBackwardDkDvConfig, traits: Traits) -> 
                     smem,
                     lse_mine + statistics_of_stage,
                     delta_mine + statistics_of_stage,
-                    (scale_log2, softmax_scale),
+                    (scale_log2, scores.softmax_scale),
                 )
                 if with_dv:
                     multiply_p_do(dv_acc, s_acc, smem, do_transposed + do_words * stage)
@@ -268,11 +239,11 @@ def make_backward_dkdv_kernel(config: MmaBackwardDkDvConfig, traits: Traits) -> 
                     m_block, head = m_begin, head + 1
 
         row = i32(n_start + accumulator_row(rows_per_warp))
-        dk_base = batch * dk_batch + head_kv * dk_head
-        dv_base = batch * dv_batch + head_kv * dv_head
+        dk_base = first_of_head(dk, batch, head_kv)
+        dv_base = first_of_head(dv, batch, head_kv)
         if with_dv:
-            store_dv(dv_acc, dv, dv_base, dv_row, row, seqlen_k, head_dim_v, 1, 0)
+            store_dv(dv_acc, dv, dv_base, row, shape.seqlen_k, shape.head_dim_v)
         if with_dk:
-            store_dk(dk_acc, dk, dk_base, dk_row, row, seqlen_k, head_dim, 1, 0)
+            store_dk(dk_acc, dk, dk_base, row, shape.seqlen_k, shape.head_dim)
 
     return Kernel(config.family, backward_dkdv, num_threads, config.smem_bytes(traits))

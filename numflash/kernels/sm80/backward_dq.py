@@ -19,10 +19,10 @@ its own rows of dQ.
 import math
 
 from numflash.configs import MmaBackwardDqConfig, Traits
+from numflash.kernels.arguments import Mask, Scores, Shape, Statistics, Tensor
 from numflash.kernels.kernel import Kernel
 from numflash.ptx import (
     CP_ASYNC_WAIT_GROUP,
-    Pointer,
     cp_async_commit_group,
     cuda,
     f32,
@@ -30,6 +30,7 @@ from numflash.ptx import (
     i64,
     u32,
 )
+from numflash.tiles.blocks import first_of_head
 from numflash.tiles.mma.copies import make_copy_tile, make_store_rows
 from numflash.tiles.mma.elements import MMA_ELEMENTS, make_transposed_operand
 from numflash.tiles.mma.fragments import (
@@ -47,7 +48,7 @@ from numflash.tiles.mma.layouts import TileLayout, make_word
 from numflash.tiles.mma.products import make_product_nt, make_product_pn
 from numflash.tiles.mma.scores import make_mask_scores, make_scale_scores
 from numflash.tiles.mma.softmax import make_softmax_backward_by_row
-from numflash.tiles.scores import band_block_begin, band_block_end, band_is_partial
+from numflash.tiles.scores import band_block_begin, band_block_end, band_is_partial, make_slope_of
 from numflash.tiles.softmax import LOG2_E
 
 
@@ -81,49 +82,22 @@ def make_backward_dq_kernel(config: MmaBackwardDqConfig, traits: Traits) -> Kern
     mask_scores = make_mask_scores(m_tiles, n_tiles)
     softmax_backward = make_softmax_backward_by_row(m_tiles, n_tiles, traits.softcap)
     store_dq = make_store_rows(element, m_tiles, dq_tiles, traits.vectorized, False)
-    storage, alibi, softcapped = element.storage, traits.alibi, traits.softcap
-    n_cap_slopes = n_scores if softcapped else 1
+    storage, slope_of = element.storage, make_slope_of(traits.alibi)
+    bends = traits.softcap or traits.alibi
+    n_cap_slopes = n_scores if traits.softcap else 1
     # Tiles that may be on their way while one is used.
     wait_for_tile = CP_ASYNC_WAIT_GROUP[max(0, num_stages - 2)]
 
     def backward_dq(
-        q: Pointer(storage),
-        k: Pointer(storage),
-        v: Pointer(storage),
-        do: Pointer(storage),
-        lse_log2: Pointer(f32),
-        delta: Pointer(f32),
-        dq: Pointer(storage),
-        alibi_slopes: Pointer(f32),
-        q_batch: i64,
-        q_row: i64,
-        q_head: i64,
-        k_batch: i64,
-        k_row: i64,
-        k_head: i64,
-        v_batch: i64,
-        v_row: i64,
-        v_head: i64,
-        do_batch: i64,
-        do_row: i64,
-        do_head: i64,
-        dq_batch: i64,
-        dq_row: i64,
-        dq_head: i64,
-        slopes_batch: i64,
-        slopes_head: i64,
-        seqlen_q: i32,
-        seqlen_k: i32,
-        num_heads_q: i32,
-        group_size: i32,
-        head_dim: i32,
-        head_dim_v: i32,
-        band_lo: i32,
-        band_hi: i32,
-        bias_shift: i32,
-        score_scale: f32,
-        softcap: f32,
-        softmax_scale: f32,
+        q: Tensor[storage],
+        k: Tensor[storage],
+        v: Tensor[storage],
+        do: Tensor[storage],
+        statistics_log2: Statistics,
+        dq: Tensor[storage],
+        mask: Mask,
+        shape: Shape,
+        scores: Scores,
     ):
         smem = cuda.shared.array(0, u32, alignment=128)
         s_acc = cuda.local.array(n_scores, f32)
@@ -134,24 +108,22 @@ def make_backward_dq_kernel(config: MmaBackwardDqConfig, traits: Traits) -> Kern
         deltas = cuda.local.array(rows, f32)
 
         # The last rows of a causal problem see the most keys: they start first.
-        num_m_blocks = (seqlen_q + tile_m - 1) // tile_m
+        num_m_blocks = (shape.seqlen_q + tile_m - 1) // tile_m
         m_start = (num_m_blocks - 1 - cuda.blockIdx.x % num_m_blocks) * tile_m
         head_of_batch = cuda.blockIdx.x // num_m_blocks
-        head, batch = head_of_batch % num_heads_q, head_of_batch // num_heads_q
-        head_kv = head // group_size
-        q_base = batch * q_batch + head * q_head
-        k_base = batch * k_batch + head_kv * k_head
-        v_base = batch * v_batch + head_kv * v_head
-        do_base = batch * do_batch + head * do_head
-        alibi_slope = f32(0)
-        if alibi:
-            alibi_slope = alibi_slopes[batch * slopes_batch + head * slopes_head]
+        head, batch = head_of_batch % shape.num_heads_q, head_of_batch // shape.num_heads_q
+        head_kv = head // shape.group_size
+        q_base = first_of_head(q, batch, head)
+        k_base = first_of_head(k, batch, head_kv)
+        v_base = first_of_head(v, batch, head_kv)
+        do_base = first_of_head(do, batch, head)
+        slope = slope_of(scores.alibi, batch, head)
         scale_log2 = LOG2_E
-        if not (softcapped or alibi):
-            scale_log2 = score_scale * LOG2_E
-        last_row = min(m_start + tile_m, seqlen_q) - 1
-        n_begin = i32(band_block_begin(m_start, band_lo, tile_n))
-        n_end = i32(band_block_end(last_row, band_hi, seqlen_k, tile_n))
+        if not bends:
+            scale_log2 = scores.scale * LOG2_E
+        last_row = min(m_start + tile_m, shape.seqlen_q) - 1
+        n_begin = i32(band_block_begin(m_start, mask.lo, tile_n))
+        n_end = i32(band_block_end(last_row, mask.hi, shape.seqlen_k, tile_n))
 
         # Where this lane reads operands, and where its scores lie in the tile.
         lane = cuda.threadIdx.x % 32
@@ -164,14 +136,14 @@ def make_backward_dq_kernel(config: MmaBackwardDqConfig, traits: Traits) -> Kern
         k_transposed = k_smem + first_of_k(lane)
 
         if n_begin < n_end:  # else nobody would wait for them
-            copy_q(smem, q_smem, q, q_base, q_row, m_start, seqlen_q, head_dim, 1, 0)
-            copy_do(smem, do_smem, do, do_base, do_row, m_start, seqlen_q, head_dim_v, 1, 0)
+            copy_q(smem, q_smem, q, q_base, m_start, shape.seqlen_q, shape.head_dim)
+            copy_do(smem, do_smem, do, do_base, m_start, shape.seqlen_q, shape.head_dim_v)
         for stage in range(num_stages - 1):
             n = n_begin + stage
             if n < n_end:
                 k_tile, v_tile = k_smem + k_words * stage, v_smem + v_words * stage
-                copy_k(smem, k_tile, k, k_base, k_row, i32(n * tile_n), seqlen_k, head_dim, 1, 0)
-                copy_v(smem, v_tile, v, v_base, v_row, i32(n * tile_n), seqlen_k, head_dim_v, 1, 0)
+                copy_k(smem, k_tile, k, k_base, i32(n * tile_n), shape.seqlen_k, shape.head_dim)
+                copy_v(smem, v_tile, v, v_base, i32(n * tile_n), shape.seqlen_k, shape.head_dim_v)
             if asynchronous:
                 cp_async_commit_group()
         for i in range(n_dq):
@@ -182,9 +154,9 @@ def make_backward_dq_kernel(config: MmaBackwardDqConfig, traits: Traits) -> Kern
             # A row past the end is like one that sees no key: its P is zero.
             lses[r] = f32(math.inf)
             deltas[r] = f32(0)
-            if i < seqlen_q:
-                lses[r] = lse_log2[i64(head_of_batch) * seqlen_q + i]
-                deltas[r] = delta[i64(head_of_batch) * seqlen_q + i]
+            if i < shape.seqlen_q:
+                lses[r] = statistics_log2.lse[i64(head_of_batch) * shape.seqlen_q + i]
+                deltas[r] = statistics_log2.delta[i64(head_of_batch) * shape.seqlen_q + i]
 
         stage = 0
         last_stage = num_stages - 1
@@ -196,8 +168,8 @@ def make_backward_dq_kernel(config: MmaBackwardDqConfig, traits: Traits) -> Kern
             n = n_block + num_stages - 1
             if n < n_end:
                 k_tile, v_tile = k_smem + k_words * last_stage, v_smem + v_words * last_stage
-                copy_k(smem, k_tile, k, k_base, k_row, i32(n * tile_n), seqlen_k, head_dim, 1, 0)
-                copy_v(smem, v_tile, v, v_base, v_row, i32(n * tile_n), seqlen_k, head_dim_v, 1, 0)
+                copy_k(smem, k_tile, k, k_base, i32(n * tile_n), shape.seqlen_k, shape.head_dim)
+                copy_v(smem, v_tile, v, v_base, i32(n * tile_n), shape.seqlen_k, shape.head_dim_v)
             if asynchronous:
                 cp_async_commit_group()
             if num_stages == 1:
@@ -209,26 +181,24 @@ def make_backward_dq_kernel(config: MmaBackwardDqConfig, traits: Traits) -> Kern
             multiply_q_k(s_acc, smem, q_mine, k_mine + k_words * stage)
             multiply_do_v(dp_acc, smem, do_mine, v_mine + v_words * stage)
             n_start = i32(n_block * tile_n)
-            if softcapped or alibi:
+            if bends:
                 i = i32(m_start + accumulator_row(rows_per_warp))
                 j = i32(n_start + accumulator_column())
-                scale_scores(
-                    s_acc, cap_slopes, i, j, bias_shift, score_scale, softcap, alibi_slope
-                )
-            if band_is_partial(m_start, tile_m, n_start, tile_n, seqlen_k, band_lo, band_hi):
+                scale_scores(s_acc, cap_slopes, i, j, scores.alibi.shift, scores, slope)
+            if band_is_partial(m_start, tile_m, n_start, tile_n, shape.seqlen_k, mask):
                 i = i32(m_start + accumulator_row(rows_per_warp))
                 j = i32(n_start + accumulator_column())
-                mask_scores(s_acc, i, j, seqlen_k, band_lo, band_hi, 1)
+                mask_scores(s_acc, i, j, shape.seqlen_k, mask, 1)
 
             # dS = P * (softmax_scale dP - delta), dQ += dS K
-            scales = scale_log2, softmax_scale
+            scales = scale_log2, scores.softmax_scale
             softmax_backward(s_acc, dp_acc, cap_slopes, lses, deltas, scales)
             multiply_ds_k(dq_acc, dp_acc, smem, k_transposed + k_words * stage)
             last_stage = stage
             stage = stage + 1 if stage + 1 < num_stages else 0
 
         row = i32(m_start + accumulator_row(rows_per_warp))
-        dq_base = batch * dq_batch + head * dq_head
-        store_dq(dq_acc, dq, dq_base, dq_row, row, seqlen_q, head_dim, 1, 0)
+        dq_base = first_of_head(dq, batch, head)
+        store_dq(dq_acc, dq, dq_base, row, shape.seqlen_q, shape.head_dim)
 
     return Kernel(config.family, backward_dq, num_threads, config.smem_bytes(traits))

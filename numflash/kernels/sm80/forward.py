@@ -27,10 +27,10 @@ Source: FlashAttention-2, arXiv 2307.08691, Algorithm 1; Flash-Decoding for the 
 """
 
 from numflash.configs import MmaForwardConfig, Traits
+from numflash.kernels.arguments import Layout, Mask, Part, Pointer, Scores, Shape, Tensor
 from numflash.kernels.kernel import Kernel
 from numflash.ptx import (
     CP_ASYNC_WAIT_GROUP,
-    Pointer,
     cp_async_commit_group,
     cuda,
     f32,
@@ -38,7 +38,7 @@ from numflash.ptx import (
     i64,
     u32,
 )
-from numflash.tiles.blocks import token_of_row
+from numflash.tiles.blocks import first_of_head, token_of_row
 from numflash.tiles.mma.copies import make_copy_tile, make_store_rows
 from numflash.tiles.mma.elements import MMA_ELEMENTS, make_transposed_operand
 from numflash.tiles.mma.fragments import (
@@ -61,7 +61,13 @@ from numflash.tiles.mma.softmax import (
     make_scale_rows,
     row_sum_of_quad,
 )
-from numflash.tiles.scores import NEG_INF, band_block_begin, band_block_end, band_is_partial
+from numflash.tiles.scores import (
+    NEG_INF,
+    band_block_begin,
+    band_block_end,
+    band_is_partial,
+    make_slope_of,
+)
 from numflash.tiles.softmax import LOG2_E
 
 
@@ -97,50 +103,24 @@ def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
         element, m_tiles, o_tiles, traits.vectorized or is_split, is_split, packed=True
     )
     n_cap_slopes = n_scores if traits.softcap else 1
-    storage, alibi, softcapped = element.storage, traits.alibi, traits.softcap
+    storage, slope_of = element.storage, make_slope_of(traits.alibi)
+    bends = traits.softcap or traits.alibi
     selected = traits.selected
     out_storage = f32 if is_split else storage
     # Copies that may be on their way while the next tile is used: K and V of all stages but one.
     wait_for_tile = CP_ASYNC_WAIT_GROUP[2 * num_stages - 2]
 
     def forward(
-        q: Pointer(storage),
-        k: Pointer(storage),
-        v: Pointer(storage),
-        out: Pointer(out_storage),
+        q: Tensor[storage],
+        k: Tensor[storage],
+        v: Tensor[storage],
+        out: Part[out_storage],
         lse: Pointer(f32),
-        alibi_slopes: Pointer(f32),
         in_fp8: Pointer(i32),
-        q_batch: i64,
-        q_row: i64,
-        q_head: i64,
-        k_batch: i64,
-        k_row: i64,
-        k_head: i64,
-        v_batch: i64,
-        v_row: i64,
-        v_head: i64,
-        out_split: i64,
-        out_batch: i64,
-        out_row: i64,
-        out_head: i64,
-        slopes_batch: i64,
-        slopes_head: i64,
-        batch_size: i32,
-        seqlen_q: i32,
-        seqlen_k: i32,
-        num_heads_q: i32,
-        group_size: i32,
-        head_dim: i32,
-        head_dim_v: i32,
-        band_lo: i32,
-        band_hi: i32,
-        bias_shift: i32,
-        pack: i32,
-        num_splits: i32,
-        heads_in_flight: i32,
-        score_scale: f32,
-        softcap: f32,
+        mask: Mask,
+        shape: Shape,
+        layout: Layout,
+        scores: Scores,
     ):
         smem = cuda.shared.array(0, u32, alignment=128)
         s_acc = cuda.local.array(n_scores, f32)
@@ -151,39 +131,37 @@ def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
 
         # Heads go in bundles whose K and V fit the L2 cache; within a bundle the last rows, which
         # in a causal problem see the most keys, start first.
-        num_rows = seqlen_q * pack
+        num_rows = shape.seqlen_q * layout.pack
         num_m_blocks = (num_rows + tile_m - 1) // tile_m
-        num_heads = batch_size * (num_heads_q // pack)
-        split = cuda.blockIdx.x % num_splits
-        block = cuda.blockIdx.x // num_splits
-        first_head = block // (heads_in_flight * num_m_blocks) * heads_in_flight
-        bundle = min(heads_in_flight, num_heads - first_head)
+        num_heads = shape.batch_size * (shape.num_heads_q // layout.pack)
+        split = cuda.blockIdx.x % layout.num_splits
+        block = cuda.blockIdx.x // layout.num_splits
+        first_head = block // (layout.heads_in_flight * num_m_blocks) * layout.heads_in_flight
+        bundle = min(layout.heads_in_flight, num_heads - first_head)
         in_bundle = block - first_head * num_m_blocks
         m_start = (num_m_blocks - 1 - in_bundle // bundle) * tile_m
-        head_of_batch = (first_head + in_bundle % bundle) * pack
-        head, batch = head_of_batch % num_heads_q, head_of_batch // num_heads_q
-        head_kv = head // group_size
+        head_of_batch = (first_head + in_bundle % bundle) * layout.pack
+        head, batch = head_of_batch % shape.num_heads_q, head_of_batch // shape.num_heads_q
+        head_kv = head // shape.group_size
         # Heads that are computed on 8-bit floats are another kernel's.
-        if selected and in_fp8[batch * (num_heads_q // group_size) + head_kv] != 0:
+        if selected and in_fp8[batch * (shape.num_heads_q // shape.group_size) + head_kv] != 0:
             return
 
-        q_base = batch * q_batch + head * q_head
-        k_base = batch * k_batch + head_kv * k_head
-        v_base = batch * v_batch + head_kv * v_head
-        alibi_slope = f32(0)
-        if alibi:
-            alibi_slope = alibi_slopes[batch * slopes_batch + head * slopes_head]
+        q_base = first_of_head(q, batch, head)
+        k_base = first_of_head(k, batch, head_kv)
+        v_base = first_of_head(v, batch, head_kv)
+        slope = slope_of(scores.alibi, batch, head)
         scale_log2 = LOG2_E
-        if not (softcapped or alibi):
-            scale_log2 = score_scale * LOG2_E
+        if not bends:
+            scale_log2 = scores.scale * LOG2_E
 
         # The tokens of this block's rows, the keys they see, and this split's share of those.
-        first_token = token_of_row(m_start, pack)
-        last_token = token_of_row(min(m_start + tile_m, num_rows) - 1, pack)
-        n_begin = i32(band_block_begin(first_token, band_lo, tile_n))
-        n_end = i32(band_block_end(last_token, band_hi, seqlen_k, tile_n))
+        first_token = token_of_row(m_start, layout.pack)
+        last_token = token_of_row(min(m_start + tile_m, num_rows) - 1, layout.pack)
+        n_begin = i32(band_block_begin(first_token, mask.lo, tile_n))
+        n_end = i32(band_block_end(last_token, mask.hi, shape.seqlen_k, tile_n))
         if is_split:
-            share = (max(0, n_end - n_begin) + num_splits - 1) // num_splits
+            share = (max(0, n_end - n_begin) + layout.num_splits - 1) // layout.num_splits
             n_begin = i32(n_begin + split * share)
             n_end = i32(min(n_end, n_begin + share))
 
@@ -195,19 +173,19 @@ def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
         v_mine = v_smem + first_of_v(lane)
 
         if n_begin < n_end:  # else nobody would wait for it
-            copy_q(smem, q_smem, q, q_base, q_row, m_start, num_rows, head_dim, pack, q_head)
+            copy_q(smem, q_smem, q, q_base, m_start, num_rows, shape.head_dim, layout.pack)
         for stage in range(num_stages):
             n = n_begin + stage
             if n < n_end:
                 k_tile = k_smem + k_words * stage
-                copy_k(smem, k_tile, k, k_base, k_row, i32(n * tile_n), seqlen_k, head_dim, 1, 0)
+                copy_k(smem, k_tile, k, k_base, i32(n * tile_n), shape.seqlen_k, shape.head_dim)
             if asynchronous:
                 cp_async_commit_group()
             if stage < num_stages - 1:
                 if n < n_end:
                     v_tile = v_smem + v_words * stage
                     copy_v(
-                        smem, v_tile, v, v_base, v_row, i32(n * tile_n), seqlen_k, head_dim_v, 1, 0
+                        smem, v_tile, v, v_base, i32(n * tile_n), shape.seqlen_k, shape.head_dim_v
                     )
                 if asynchronous:
                     cp_async_commit_group()
@@ -227,7 +205,7 @@ def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
             n = n_block + num_stages - 1
             if n < n_end:
                 v_tile = v_smem + v_words * last_stage
-                copy_v(smem, v_tile, v, v_base, v_row, i32(n * tile_n), seqlen_k, head_dim_v, 1, 0)
+                copy_v(smem, v_tile, v, v_base, i32(n * tile_n), shape.seqlen_k, shape.head_dim_v)
             if asynchronous:
                 cp_async_commit_group()
 
@@ -241,22 +219,20 @@ def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
             n = n_block + num_stages
             if n < n_end:
                 k_tile = k_smem + k_words * stage
-                copy_k(smem, k_tile, k, k_base, k_row, i32(n * tile_n), seqlen_k, head_dim, 1, 0)
+                copy_k(smem, k_tile, k, k_base, i32(n * tile_n), shape.seqlen_k, shape.head_dim)
             if asynchronous:
                 cp_async_commit_group()
 
             n_start = i32(n_block * tile_n)
-            if softcapped or alibi:
+            if bends:
                 i = i32(m_start + accumulator_row(rows_per_warp))
                 j = i32(n_start + accumulator_column())
-                scale_scores(
-                    s_acc, cap_slopes, i, j, bias_shift, score_scale, softcap, alibi_slope
-                )
+                scale_scores(s_acc, cap_slopes, i, j, scores.alibi.shift, scores, slope)
             tokens = last_token + 1 - first_token
-            if band_is_partial(first_token, tokens, n_start, tile_n, seqlen_k, band_lo, band_hi):
+            if band_is_partial(first_token, tokens, n_start, tile_n, shape.seqlen_k, mask):
                 i = i32(m_start + accumulator_row(rows_per_warp))
                 j = i32(n_start + accumulator_column())
-                mask_scores(s_acc, i, j, seqlen_k, band_lo, band_hi, pack)
+                mask_scores(s_acc, i, j, shape.seqlen_k, mask, layout.pack)
 
             # P = softmax(S), O += P V
             online_softmax(s_acc, row_max, row_sum, o_acc, scale_log2)
@@ -265,18 +241,18 @@ def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
             stage = stage + 1 if stage + 1 < num_stages else 0
 
         row = i32(m_start + accumulator_row(rows_per_warp))
-        num_parts = batch_size * num_heads_q
+        num_parts = shape.batch_size * shape.num_heads_q
         for r in range(rows):
             total = row_sum_of_quad(row_sum[r])
             # A row that sees no key has output 0 and lse -inf.
             row_sum[r] = f32(1) / total if total != f32(0) else f32(0)
             i = i32(row + ROW_STEP * r)
             if accumulator_column() == 0 and i < num_rows:
-                token = token_of_row(i, pack)
-                part = i64(split) * num_parts + head_of_batch + i - token * pack
-                lse[part * seqlen_q + token] = lse_of_row(row_max[r], scale_log2, total)
+                token = token_of_row(i, layout.pack)
+                part = i64(split) * num_parts + head_of_batch + i - token * layout.pack
+                lse[part * shape.seqlen_q + token] = lse_of_row(row_max[r], scale_log2, total)
         scale_rows(o_acc, row_sum)
-        out_base = split * out_split + batch * out_batch + head * out_head
-        store_o(o_acc, out, out_base, out_row, row, num_rows, head_dim_v, pack, out_head)
+        out_base = split * out.split + first_of_head(out, batch, head)
+        store_o(o_acc, out, out_base, row, num_rows, shape.head_dim_v, layout.pack)
 
     return Kernel(config.family, forward, num_threads, config.smem_bytes(traits))

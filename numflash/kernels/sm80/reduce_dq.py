@@ -4,8 +4,10 @@ A block adds up one tile of tile_m rows, its threads in the places of those that
 """
 
 from numflash.configs import MmaBackwardConfig, Traits
+from numflash.kernels.arguments import Mask, Pointer, Shape, Tensor
 from numflash.kernels.kernel import Kernel
-from numflash.ptx import Pointer, cuda, f32, i32, i64, ld_global_v4_f32
+from numflash.ptx import cuda, f32, i32, i64, ld_global_v4_f32
+from numflash.tiles.blocks import first_of_head
 from numflash.tiles.mma.copies import make_store_rows
 from numflash.tiles.mma.elements import MMA_ELEMENTS
 from numflash.tiles.mma.fragments import MMA_ROWS
@@ -24,17 +26,9 @@ def make_reduce_dq_kernel(config: MmaBackwardConfig, traits: Traits) -> Kernel:
 
     def reduce_dq(
         dq_parts: Pointer(f32),
-        dq: Pointer(storage),
-        dq_batch: i64,
-        dq_row: i64,
-        dq_head: i64,
-        batch_size: i32,
-        seqlen_q: i32,
-        seqlen_k: i32,
-        num_heads_q: i32,
-        head_dim: i32,
-        band_lo: i32,
-        band_hi: i32,
+        dq: Tensor[storage],
+        mask: Mask,
+        shape: Shape,
         num_splits: i32,
     ):
         part_acc = cuda.local.array(4, f32)
@@ -42,21 +36,21 @@ def make_reduce_dq_kernel(config: MmaBackwardConfig, traits: Traits) -> Kernel:
         for i in range(n_dq):
             dq_acc[i] = f32(0)
 
-        num_m_blocks = (seqlen_q + tile_m - 1) // tile_m
+        num_m_blocks = (shape.seqlen_q + tile_m - 1) // tile_m
         m_block = cuda.blockIdx.x % num_m_blocks
         head_of_batch = cuda.blockIdx.x // num_m_blocks
         m_start = i32(m_block * tile_m)
-        last_row = min(m_start + tile_m, seqlen_q) - 1
-        n_begin = i32(band_block_begin(m_start, band_lo, tile_n))
-        n_end = i32(band_block_end(last_row, band_hi, seqlen_k, tile_n))
+        last_row = min(m_start + tile_m, shape.seqlen_q) - 1
+        n_begin = i32(band_block_begin(m_start, mask.lo, tile_n))
+        n_end = i32(band_block_end(last_row, mask.hi, shape.seqlen_k, tile_n))
         # Queries past the last key's window see the rest of its block, which does not exist.
-        if m_start + band_lo >= seqlen_k:
+        if m_start + mask.lo >= shape.seqlen_k:
             n_end = n_begin
         warp, lane = cuda.threadIdx.x // 32, cuda.threadIdx.x % 32
         dq_mine = i64(warp * dq_tiles * 32 + lane) * 4
         # The splits whose keys these queries see: n_block belongs to split n_block % num_splits.
         for n_block in range(n_begin, min(n_end, n_begin + num_splits)):
-            part = i64(n_block % num_splits) * batch_size * num_heads_q + head_of_batch
+            part = i64(n_block % num_splits) * shape.batch_size * shape.num_heads_q + head_of_batch
             place = (part * num_m_blocks + m_block) * dq_words + dq_mine
             for i in range(dq_tiles):
                 ld_global_v4_f32(part_acc, dq_parts, place + 128 * i)
@@ -65,10 +59,10 @@ def make_reduce_dq_kernel(config: MmaBackwardConfig, traits: Traits) -> Kernel:
                 dq_acc[4 * i + 2] += part_acc[2]
                 dq_acc[4 * i + 3] += part_acc[3]
 
-        head, batch = head_of_batch % num_heads_q, head_of_batch // num_heads_q
+        head, batch = head_of_batch % shape.num_heads_q, head_of_batch // shape.num_heads_q
         row = i32(m_start + warp % m_warps * MMA_ROWS + lane // 4)
         column = warp // m_warps * dq_tiles * 8
-        dq_base = batch * dq_batch + head * dq_head + column
-        store_dq(dq_acc, dq, dq_base, dq_row, row, seqlen_q, head_dim - column, 1, 0)
+        dq_base = first_of_head(dq, batch, head) + column
+        store_dq(dq_acc, dq, dq_base, row, shape.seqlen_q, shape.head_dim - column)
 
     return Kernel("reduce-dq", reduce_dq, config.num_threads, 0)

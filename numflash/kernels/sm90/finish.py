@@ -6,7 +6,7 @@ from numflash.configs.sm90 import WARPGROUP_ROWS, Sm90ForwardConfig
 from numflash.configs.traits import Traits
 from numflash.kernels.sm90.ring import Ring
 from numflash.ptx import device_function, f32, i32, i64
-from numflash.tiles.blocks import make_block_place, token_of_row
+from numflash.tiles.blocks import first_of_head, make_block_place, token_of_row
 from numflash.tiles.mma.fragments import MMA_ROWS, ROW_STEP, accumulator_column, accumulator_row
 from numflash.tiles.mma.softmax import lse_of_row, make_scale_rows, row_sum_of_quad
 from numflash.tiles.wgmma.results import make_store_part, make_store_slabs
@@ -15,11 +15,11 @@ from numflash.tiles.wgmma.turns import group_of_thread
 
 @cache
 def make_finish(config: Sm90ForwardConfig, traits: Traits):
-    """finish(o_acc, row_max, row_sum, max_scale, smem, outputs, out_strides, place, grid, ...)
+    """finish(o_acc, row_max, row_sum, max_scale, smem, results, place, grid, shape)
 
     O divided by its sums and lse, of the rows of this warpgroup at `place`; max_scale brings
-    row_max to base 2. `outputs` are out, lse and the map of out, `out_strides` those of splits,
-    batch entries, rows and heads; `grid` as in `tiles.blocks`. O is on its way through shared
+    row_max to base 2. `results` are out, a `Part`, lse and the map of out; `grid` as in
+    `tiles.blocks`, `shape` a `Shape`. O is on its way through shared
     memory afterwards (`make_store_slabs`), or with splits in `out` as float32.
     """
     ring, is_split = Ring.of(config, traits), config.num_splits > 1
@@ -34,15 +34,12 @@ def make_finish(config: Sm90ForwardConfig, traits: Traits):
         row_sum,
         max_scale,
         smem,
-        outputs,
-        out_strides,
+        results,
         place,
         grid,
-        seqlen_q,
-        num_heads_q,
+        shape,
     ):
-        out, lse, out_map = outputs
-        out_split, out_batch, out_row, out_head = out_strides
+        out, lse, out_map = results
         num_rows, num_heads, pack, _, _ = grid
         m_start, head_of_batch, split = block_place(place, grid)
         row = i32(m_start + accumulator_row(MMA_ROWS))
@@ -54,13 +51,13 @@ def make_finish(config: Sm90ForwardConfig, traits: Traits):
             if accumulator_column() == 0 and i < num_rows:
                 token = token_of_row(i, pack)
                 part = i64(split) * num_heads + head_of_batch + i - token * pack
-                lse[part * seqlen_q + token] = lse_of_row(row_max[r], max_scale, total)
+                lse[part * shape.seqlen_q + token] = lse_of_row(row_max[r], max_scale, total)
         scale_rows(o_acc, row_sum)
-        batch = token_of_row(head_of_batch, num_heads_q)
-        head = i32(head_of_batch - batch * num_heads_q)
+        batch = token_of_row(head_of_batch, shape.num_heads_q)
+        head = i32(head_of_batch - batch * shape.num_heads_q)
         if is_split:
-            base = split * out_split + batch * out_batch + head * out_head
-            store_part(o_acc, out, base, out_row, row, num_rows, pack, out_head)
+            base = split * out.split + first_of_head(out, batch, head)
+            store_part(o_acc, out, base, row, num_rows, pack)
         else:
             group = group_of_thread()
             target = i32(o_smem + o_words * group)

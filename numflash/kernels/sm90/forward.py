@@ -30,6 +30,7 @@ Source: FlashAttention-3, arXiv 2407.08608, Algorithms 1 and 2.
 
 from numflash.configs.sm90 import WARPGROUP_ROWS, Sm90ForwardConfig
 from numflash.configs.traits import Traits
+from numflash.kernels.arguments import Layout, Mask, Part, Pointer, Scores, Shape
 from numflash.kernels.kernel import Kernel
 from numflash.kernels.sm90.finish import make_finish
 from numflash.kernels.sm90.producer import make_produce
@@ -41,7 +42,6 @@ from numflash.kernels.sm90.ring import (
     make_register_exchange,
 )
 from numflash.ptx import (
-    Pointer,
     TensorMap,
     cp_async_bulk_wait_group_read,
     cuda,
@@ -49,7 +49,6 @@ from numflash.ptx import (
     elect_sync,
     f32,
     i32,
-    i64,
     make_wgmma_wait_group,
     mbarrier_arrive,
     mbarrier_wait_parity,
@@ -60,6 +59,7 @@ from numflash.ptx import (
     u64,
 )
 from numflash.tiles.blocks import (
+    grid_of,
     make_block_place,
     make_keys_of,
     make_keys_of_part,
@@ -71,6 +71,7 @@ from numflash.tiles.blocks import (
 from numflash.tiles.mma.fragments import MMA_ROWS, accumulator_column, accumulator_row
 from numflash.tiles.mma.scores import make_mask_scores, make_scale_scores
 from numflash.tiles.mma.softmax import make_scale_rows
+from numflash.tiles.scores import make_slope_of
 from numflash.tiles.softmax import LOG2_E
 from numflash.tiles.wgmma.products import (
     SLAB_BYTES,
@@ -97,7 +98,7 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
     n_tiles, o_tiles = tile_n // 8, traits.head_dim_v // 8
     n_scores, n_p, n_o = 4 * n_tiles, 2 * n_tiles, 4 * o_tiles
     n_cap_slopes = n_scores if traits.softcap else 1
-    softcapped, alibi = traits.softcap, traits.alibi
+    bends, slope_of = traits.softcap or traits.alibi, make_slope_of(traits.alibi)
     out_storage = f32 if is_split else u16
 
     q_smem, k_smem, v_smem = ring.q, ring.k, ring.v
@@ -124,7 +125,7 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
     begin_p_v = make_product_pn(dtype, tile_n, traits.head_dim_v)
     wait_for_s, wait_for_next_s = (make_wgmma_wait_group(i, n_scores) for i in range(2))
     wait_for_o = make_wgmma_wait_group(0, n_o)
-    scale_scores = make_scale_scores(1, n_tiles, softcapped, alibi)
+    scale_scores = make_scale_scores(1, n_tiles, traits.softcap, traits.alibi)
     mask_scores = make_mask_scores(1, n_tiles)
     online_softmax = make_online_softmax(n_tiles)
     pack_p, scale_rows = make_pack(dtype, n_tiles), make_scale_rows(1, o_tiles)
@@ -138,61 +139,43 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
         return u32(q_first + group * q_step)
 
     @device_function
-    def shape_scores(s_acc, cap_slopes, m_start, n_start, whole, mask, bend):
+    def shape_scores(s_acc, cap_slopes, m_start, n_start, whole, edges, scores, slope):
         """Softcap, ALiBi, and the mask where an edge crosses the tile."""
-        seqlen_k, band_lo, band_hi, pack = mask
-        bias_shift, score_scale, softcap, alibi_slope = bend
-        if softcapped or alibi:
+        end, mask, pack = edges
+        if bends:
             i = i32(m_start + accumulator_row(MMA_ROWS))
             j = i32(n_start + accumulator_column())
-            scale_scores(s_acc, cap_slopes, i, j, bias_shift, score_scale, softcap, alibi_slope)
+            scale_scores(s_acc, cap_slopes, i, j, scores.alibi.shift, scores, slope)
         if n_start < whole[0] or n_start > whole[1]:
             i = i32(m_start + accumulator_row(MMA_ROWS))
             j = i32(n_start + accumulator_column())
-            mask_scores(s_acc, i, j, seqlen_k, band_lo, band_hi, pack)
+            mask_scores(s_acc, i, j, end, mask, pack)
 
     def forward(
-        out: Pointer(out_storage),
+        out: Part[out_storage],
         lse: Pointer(f32),
-        alibi_slopes: Pointer(f32),
         q_map: TensorMap,
         k_map: TensorMap,
         v_map: TensorMap,
         out_map: TensorMap,
-        out_split: i64,
-        out_batch: i64,
-        out_row: i64,
-        out_head: i64,
-        slopes_batch: i64,
-        slopes_head: i64,
-        batch_size: i32,
-        seqlen_q: i32,
-        seqlen_k: i32,
-        num_heads_q: i32,
-        group_size: i32,
-        band_lo: i32,
-        band_hi: i32,
-        bias_shift: i32,
-        pack: i32,
-        num_splits: i32,
-        heads_in_flight: i32,
-        score_scale: f32,
-        softcap: f32,
+        mask: Mask,
+        shape: Shape,
+        layout: Layout,
+        scores: Scores,
     ):
         smem = cuda.shared.array(0, u32, alignment=1024)
         barriers = cuda.shared.array(0, u64, alignment=1024)
         init_barriers(barriers)
         cuda.syncthreads()
 
-        num_rows, num_heads = i32(seqlen_q * pack), i32(batch_size * num_heads_q)
-        grid = num_rows, num_heads, pack, num_splits, heads_in_flight
-        band = seqlen_k, band_lo, band_hi
+        grid = grid_of(shape, layout)
+        band = shape.seqlen_k, mask.lo, mask.hi
         places = walk(grid)
         if mov_tid_x() >= num_consumers:
             give_registers()
             if mov_tid_x() < num_consumers + 32 and elect_sync() != 0:
                 maps = q_map, k_map, v_map
-                produce(smem, barriers, maps, places, grid, band, num_heads_q, group_size)
+                produce(smem, barriers, maps, places, grid, band, shape)
             return
 
         take_registers()
@@ -211,9 +194,9 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
         k_first = tile_operand(mov_shared_address(smem, k_smem))
         v_first = tile_operand(mov_shared_address(smem, v_smem))
         scale_log2 = LOG2_E
-        if not (softcapped or alibi):
-            scale_log2 = score_scale * LOG2_E
-        outputs, out_strides = (out, lse, out_map), (out_split, out_batch, out_row, out_head)
+        if not bends:
+            scale_log2 = scores.scale * LOG2_E
+        results = out, lse, out_map
         give_first_turn(group)
 
         place, step, num_places = places
@@ -225,13 +208,10 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
             row = i32(m_start + WARPGROUP_ROWS * group)
             first, end = keys_of_part(row, n_begin, n_end, grid, band)
             whole = whole_keys(row, grid, band)
-            alibi_slope = f32(0)
-            if alibi:
-                batch = token_of_row(head_of_batch, num_heads_q)
-                head = head_of_batch - batch * num_heads_q
-                alibi_slope = alibi_slopes[batch * slopes_batch + head * slopes_head]
-            mask = seqlen_k, band_lo, band_hi, pack
-            bend = bias_shift, score_scale, softcap, alibi_slope
+            batch = token_of_row(head_of_batch, shape.num_heads_q)
+            head = head_of_batch - batch * shape.num_heads_q
+            slope = slope_of(scores.alibi, batch, head)
+            edges = shape.seqlen_k, mask, layout.pack
             for i in range(n_o):
                 o_acc[i] = f32(0)
             begin_rows(rows)
@@ -249,7 +229,7 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
                 if gives_back():
                     mbarrier_arrive(barriers, k_empty + stage)
                 n_start = i32(first * tile_n)
-                shape_scores(s_acc, cap_slopes, m_start, n_start, whole, mask, bend)
+                shape_scores(s_acc, cap_slopes, m_start, n_start, whole, edges, scores, slope)
                 online_softmax(s_acc, rows, factors, scale_log2)
                 pack_p(p_frag, s_acc)
 
@@ -279,7 +259,7 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
 
                     # P = softmax(S)
                     n_start = i32(n * tile_n)
-                    shape_scores(s_acc, cap_slopes, m_start, n_start, whole, mask, bend)
+                    shape_scores(s_acc, cap_slopes, m_start, n_start, whole, edges, scores, slope)
                     has_grown = online_softmax(s_acc, rows, factors, scale_log2)
                     if overlap:
                         softmax_before_wait(smem, 0, row_sum[0], row_sum[1])
@@ -301,7 +281,7 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
                 gather(group)
 
             # Where this tile of rows lies is found out once more: registers are scarce above.
-            m_start, head_of_batch, split = block_place(place, grid)
+            m_start, _, split = block_place(place, grid)
             n_begin, n_end = keys_of(m_start, split, grid, band)
             stage, parity = pass_by(barriers, group, end, n_end, stage, parity)
             if not o_replaces_q and gives_back():
@@ -312,12 +292,10 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
                 row_sum,
                 scale_log2,
                 smem,
-                outputs,
-                out_strides,
+                results,
                 place,
                 grid,
-                seqlen_q,
-                num_heads_q,
+                shape,
             )
             if o_replaces_q and leads():
                 # Q has been read, and so has O, which took its place.

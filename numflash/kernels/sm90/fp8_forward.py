@@ -20,6 +20,7 @@ Source: FlashAttention-3, arXiv 2407.08608, section 3.3.
 
 from numflash.configs.sm90 import WARPGROUP_ROWS, Sm90Fp8ForwardConfig
 from numflash.configs.traits import Traits
+from numflash.kernels.arguments import Descales, Layout, Mask, Part, Pointer, Scores, Shape
 from numflash.kernels.kernel import Kernel
 from numflash.kernels.sm90.finish import make_finish
 from numflash.kernels.sm90.producer import make_produce
@@ -31,7 +32,6 @@ from numflash.kernels.sm90.ring import (
     make_register_exchange,
 )
 from numflash.ptx import (
-    Pointer,
     TensorMap,
     cp_async_bulk_wait_group_read,
     cuda,
@@ -39,7 +39,6 @@ from numflash.ptx import (
     elect_sync,
     f32,
     i32,
-    i64,
     make_wgmma_wait_group,
     mbarrier_arrive,
     mbarrier_wait_parity,
@@ -50,6 +49,8 @@ from numflash.ptx import (
     u64,
 )
 from numflash.tiles.blocks import (
+    first_of_head,
+    grid_of,
     make_block_place,
     make_keys_of,
     make_keys_of_part,
@@ -58,9 +59,11 @@ from numflash.tiles.blocks import (
     next_place,
     token_of_row,
 )
+from numflash.tiles.fp8.operands import scale_of_key
 from numflash.tiles.mma.fragments import MMA_ROWS, ROW_STEP, accumulator_column, accumulator_row
 from numflash.tiles.mma.scores import make_mask_scores, make_scale_scores
 from numflash.tiles.mma.softmax import make_scale_rows
+from numflash.tiles.scores import make_slope_of
 from numflash.tiles.softmax import LOG2_E
 from numflash.tiles.wgmma.fp8 import begin_rows, make_add_part, make_pack, make_tile_softmax
 from numflash.tiles.wgmma.products import (
@@ -90,7 +93,7 @@ def make_fp8_forward_kernel(config: Sm90Fp8ForwardConfig, traits: Traits) -> Ker
     part_columns = config.part_columns(traits)
     num_parts, n_part = traits.head_dim_v // part_columns, part_columns // 2
     n_cap_slopes = n_scores if traits.softcap else 1
-    bends, alibi = traits.softcap or traits.alibi, traits.alibi
+    bends, slope_of = traits.softcap or traits.alibi, make_slope_of(traits.alibi)
     out_storage = f32 if is_split else u16
 
     q_smem, k_smem, v_smem = ring.q, ring.k, ring.v
@@ -120,7 +123,7 @@ def make_fp8_forward_kernel(config: Sm90Fp8ForwardConfig, traits: Traits) -> Ker
     wait_for_part = make_wgmma_wait_group(0, n_part)
     add_part = make_add_part(part_columns // 8)
     scale_s_rows, scale_rows = make_scale_rows(1, n_tiles), make_scale_rows(1, o_tiles)
-    scale_scores = make_scale_scores(1, n_tiles, traits.softcap, alibi)
+    scale_scores = make_scale_scores(1, n_tiles, traits.softcap, traits.alibi)
     mask_scores = make_mask_scores(1, n_tiles)
     tile_softmax, pack_p = make_tile_softmax(n_tiles), make_pack(n_tiles)
 
@@ -155,77 +158,47 @@ def make_fp8_forward_kernel(config: Sm90Fp8ForwardConfig, traits: Traits) -> Ker
             add_part(o_acc, n_part * part, part_acc, weights)
 
     @device_function
-    def shape_scores(s_acc, cap_slopes, scales, m_start, n_start, whole, mask, bend):
+    def shape_scores(s_acc, cap_slopes, scales, m_start, n_start, whole, edges, scores, slope):
         """Softcap, ALiBi, and the mask where an edge crosses the tile."""
-        seqlen_k, band_lo, band_hi, pack = mask
-        bias_shift, softcap, alibi_slope = bend
+        end, mask, pack = edges
         if bends:
             scale_s_rows(s_acc, scales)
             i = i32(m_start + accumulator_row(MMA_ROWS))
             j = i32(n_start + accumulator_column())
-            scale_scores(s_acc, cap_slopes, i, j, bias_shift, f32(1), softcap, alibi_slope)
+            unscaled = Scores(f32(1), scores.softcap, scores.softmax_scale, scores.alibi)
+            scale_scores(s_acc, cap_slopes, i, j, scores.alibi.shift, unscaled, slope)
             scales[0], scales[1] = LOG2_E, LOG2_E
         if n_start < whole[0] or n_start > whole[1]:
             i = i32(m_start + accumulator_row(MMA_ROWS))
             j = i32(n_start + accumulator_column())
-            mask_scores(s_acc, i, j, seqlen_k, band_lo, band_hi, pack)
+            mask_scores(s_acc, i, j, end, mask, pack)
 
     def forward(
-        out: Pointer(out_storage),
+        out: Part[out_storage],
         lse: Pointer(f32),
-        alibi_slopes: Pointer(f32),
-        q_descale: Pointer(f32),
-        k_descale: Pointer(f32),
-        v_descale: Pointer(f32),
+        descales: Descales,
         q_map: TensorMap,
         k_map: TensorMap,
         v_map: TensorMap,
         out_map: TensorMap,
-        out_split: i64,
-        out_batch: i64,
-        out_row: i64,
-        out_head: i64,
-        q_descale_batch: i64,
-        q_descale_head: i64,
-        q_descale_packed: i64,
-        k_descale_batch: i64,
-        k_descale_head: i64,
-        v_descale_batch: i64,
-        v_descale_head: i64,
-        slopes_batch: i64,
-        slopes_head: i64,
-        batch_size: i32,
-        seqlen_q: i32,
-        seqlen_k: i32,
-        num_heads_q: i32,
-        group_size: i32,
-        band_lo: i32,
-        band_hi: i32,
-        bias_shift: i32,
-        pack: i32,
-        num_splits: i32,
-        heads_in_flight: i32,
-        q_descale_group: i32,
-        q_descale_shift: i32,
-        k_descale_shift: i32,
-        v_descale_shift: i32,
-        score_scale: f32,
-        softcap: f32,
+        mask: Mask,
+        shape: Shape,
+        layout: Layout,
+        scores: Scores,
     ):
         smem = cuda.shared.array(0, u32, alignment=1024)
         barriers = cuda.shared.array(0, u64, alignment=1024)
         init_barriers(barriers)
         cuda.syncthreads()
 
-        num_rows, num_heads = i32(seqlen_q * pack), i32(batch_size * num_heads_q)
-        grid = num_rows, num_heads, pack, num_splits, heads_in_flight
-        band = seqlen_k, band_lo, band_hi
+        grid = grid_of(shape, layout)
+        band = shape.seqlen_k, mask.lo, mask.hi
         places = walk(grid)
         if mov_tid_x() >= num_consumers:
             give_registers()
             if mov_tid_x() < num_consumers + 32 and elect_sync() != 0:
                 maps = q_map, k_map, v_map
-                produce(smem, barriers, maps, places, grid, band, num_heads_q, group_size)
+                produce(smem, barriers, maps, places, grid, band, shape)
             return
 
         take_registers()
@@ -248,7 +221,7 @@ def make_fp8_forward_kernel(config: Sm90Fp8ForwardConfig, traits: Traits) -> Ker
         q_first = operand(mov_shared_address(smem, q_smem))
         k_first = operand(mov_shared_address(smem, k_smem))
         v_first = operand(mov_shared_address(smem, v_smem))
-        outputs, out_strides = (out, lse, out_map), (out_split, out_batch, out_row, out_head)
+        results = out, lse, out_map
         give_first_turn(group)
 
         place, step, num_places = places
@@ -260,27 +233,24 @@ def make_fp8_forward_kernel(config: Sm90Fp8ForwardConfig, traits: Traits) -> Ker
             row = i32(m_start + WARPGROUP_ROWS * group)
             first, end = keys_of_part(row, n_begin, n_end, grid, band)
             whole = whole_keys(row, grid, band)
-            batch = token_of_row(head_of_batch, num_heads_q)
-            head = i32(head_of_batch - batch * num_heads_q)
-            head_kv = token_of_row(head, group_size)
-            k_scales = batch * k_descale_batch + head_kv * k_descale_head
-            v_scales = batch * v_descale_batch + head_kv * v_descale_head
-            alibi_slope = f32(0)
-            if alibi:
-                alibi_slope = alibi_slopes[batch * slopes_batch + head * slopes_head]
-            base = batch * q_descale_batch + token_of_row(head, q_descale_group) * q_descale_head
+            batch = token_of_row(head_of_batch, shape.num_heads_q)
+            head = i32(head_of_batch - batch * shape.num_heads_q)
+            head_kv = token_of_row(head, shape.group_size)
+            k_scales = first_of_head(descales.k, batch, head_kv)
+            v_scales = first_of_head(descales.v, batch, head_kv)
+            slope = slope_of(scores.alibi, batch, head)
+            base = first_of_head(descales.q, batch, token_of_row(head, descales.q.group))
             for r in range(2):
                 # Beyond the last row any will do.
                 i = m_start + accumulator_row(MMA_ROWS) + ROW_STEP * r
-                i = i32(min(i, num_rows - 1))
-                token = token_of_row(i, pack)
-                offset = base + (i - token * pack) * q_descale_packed
-                q_scales[r] = q_descale[offset + (token >> q_descale_shift)] * score_scale
+                i = i32(min(i, grid[0] - 1))
+                token = token_of_row(i, layout.pack)
+                offset = base + (i - token * layout.pack) * descales.q.packed
+                q_scales[r] = descales.q.data[offset + (token >> descales.q.shift)] * scores.scale
                 # To base 2, unless S is bent before.
                 if not bends:
                     q_scales[r] *= LOG2_E
-            mask = seqlen_k, band_lo, band_hi, pack
-            bend = bias_shift, softcap, alibi_slope
+            edges = shape.seqlen_k, mask, layout.pack
             for i in range(n_o):
                 o_acc[i] = f32(0)
             begin_rows(rows)
@@ -291,9 +261,9 @@ def make_fp8_forward_kernel(config: Sm90Fp8ForwardConfig, traits: Traits) -> Ker
             if first < end:
                 # The first tile of keys: S = Q K^T, P = softmax(S).
                 n_start = i32(first * tiles_per_stage * tile_n)
-                key = key_of_scales(n_start, seqlen_k)
-                k_scale = k_descale[k_scales + (key >> k_descale_shift)]
-                v_scale = v_descale[v_scales + (key >> v_descale_shift)]
+                key = key_of_scales(n_start, shape.seqlen_k)
+                k_scale = scale_of_key(descales.k, k_scales, key)
+                v_scale = scale_of_key(descales.v, v_scales, key)
                 take_turn(group)
                 mbarrier_wait_parity(barriers, k_full + stage, parity)
                 tile = i32(0)
@@ -303,7 +273,9 @@ def make_fp8_forward_kernel(config: Sm90Fp8ForwardConfig, traits: Traits) -> Ker
                 if tile == last_of_stage and gives_back():
                     mbarrier_arrive(barriers, k_empty + stage)
                 scales[0], scales[1] = q_scales[0] * k_scale, q_scales[1] * k_scale
-                shape_scores(s_acc, cap_slopes, scales, m_start, n_start, whole, mask, bend)
+                shape_scores(
+                    s_acc, cap_slopes, scales, m_start, n_start, whole, edges, scores, slope
+                )
                 tile_softmax(s_acc, rows, factors, scales, weights)
                 weights[0] *= v_scale
                 weights[1] *= v_scale
@@ -318,9 +290,9 @@ def make_fp8_forward_kernel(config: Sm90Fp8ForwardConfig, traits: Traits) -> Ker
                     else:
                         tile = i32(tile + 1)
                     n_start = i32(n * tile_n)
-                    key = key_of_scales(n_start, seqlen_k)
-                    k_scale = k_descale[k_scales + (key >> k_descale_shift)]
-                    v_scale = v_descale[v_scales + (key >> v_descale_shift)]
+                    key = key_of_scales(n_start, shape.seqlen_k)
+                    k_scale = scale_of_key(descales.k, k_scales, key)
+                    v_scale = scale_of_key(descales.v, v_scales, key)
                     take_turn(group)
                     if overlap:
                         mbarrier_wait_parity(barriers, k_full + stage, parity)
@@ -344,7 +316,9 @@ def make_fp8_forward_kernel(config: Sm90Fp8ForwardConfig, traits: Traits) -> Ker
 
                     # P = softmax(S)
                     scales[0], scales[1] = q_scales[0] * k_scale, q_scales[1] * k_scale
-                    shape_scores(s_acc, cap_slopes, scales, m_start, n_start, whole, mask, bend)
+                    shape_scores(
+                        s_acc, cap_slopes, scales, m_start, n_start, whole, edges, scores, slope
+                    )
                     has_grown = tile_softmax(s_acc, rows, factors, scales, next_weights)
                     if overlap:
                         softmax_before_wait(smem, 0, row_sum[0], row_sum[1])
@@ -367,7 +341,7 @@ def make_fp8_forward_kernel(config: Sm90Fp8ForwardConfig, traits: Traits) -> Ker
                 gather(group)
 
             # Where this tile of rows lies is found out once more: registers are scarce above.
-            m_start, head_of_batch, split = block_place(place, grid)
+            m_start, _, split = block_place(place, grid)
             n_begin, n_end = keys_of(m_start, split, grid, band)
             stage, parity = pass_by(barriers, group, end, n_end, stage, parity)
             if not o_replaces_q and gives_back():
@@ -378,12 +352,10 @@ def make_fp8_forward_kernel(config: Sm90Fp8ForwardConfig, traits: Traits) -> Ker
                 row_sum,
                 f32(1),
                 smem,
-                outputs,
-                out_strides,
+                results,
                 place,
                 grid,
-                seqlen_q,
-                num_heads_q,
+                shape,
             )
             if o_replaces_q and leads():
                 # Q has been read, and so has O, which took its place.

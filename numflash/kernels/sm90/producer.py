@@ -23,11 +23,11 @@ from numflash.tiles.wgmma.products import SLAB_BYTES
 
 @cache
 def make_produce(config: Sm90ForwardConfig, traits: Traits):
-    """produce(smem, barriers, maps, places, grid, band, num_heads_q, group_size)
+    """produce(smem, barriers, maps, places, grid, band, shape)
 
     All tiles of rows of this block, as the consumers take them: Q of a tile, and K and V tile by
     tile of keys, each as soon as its buffer is empty. `maps` are those of Q, K and V, `places`
-    what `walk` gave, `grid` and `band` as in `tiles.blocks`.
+    what `walk` gave, `grid` and `band` as in `tiles.blocks`, `shape` a `Shape`.
     """
     ring, stage_n = Ring.of(config, traits), config.stage_n
     num_groups, num_stages = config.num_warpgroups, config.num_stages
@@ -100,7 +100,7 @@ def make_produce(config: Sm90ForwardConfig, traits: Traits):
             )
 
     @device_function
-    def produce(smem, barriers, maps, places, grid, band, num_heads_q, group_size):
+    def produce(smem, barriers, maps, places, grid, band, shape):
         q_map, k_map, v_map = maps
         place, step, num_places = places
         pack = grid[2]
@@ -112,9 +112,9 @@ def make_produce(config: Sm90ForwardConfig, traits: Traits):
         stage, parity, q_parity = i32(0), u32(1), u32(1)
         while place < num_places:
             m_start, head_of_batch, split = block_place(place, grid)
-            batch = token_of_row(head_of_batch, num_heads_q)
-            head = i32(head_of_batch - batch * num_heads_q)
-            head_kv = token_of_row(head, group_size)
+            batch = token_of_row(head_of_batch, shape.num_heads_q)
+            head = i32(head_of_batch - batch * shape.num_heads_q)
+            head_kv = token_of_row(head, shape.group_size)
             n_begin, n_end = keys_of(m_start, split, grid, band)
             # The first K while the tile of rows before is finished, and still has Q's buffers.
             if n_begin < n_end:

@@ -32,7 +32,7 @@ from numflash.tiles.fp8.conversions import (
     make_encode,
     make_round_to_e4m3,
 )
-from numflash.tiles.mma.copies import make_copy_tile
+from numflash.tiles.mma.copies import copying_rows, make_copy_tile
 from numflash.tiles.mma.elements import MMA_ELEMENTS, MmaElement
 from numflash.tiles.mma.layouts import TileLayout, make_word
 
@@ -96,6 +96,12 @@ def result_element(generation: str, dtype: str) -> MmaElement:
     return replace(float16, pack_two=pack_two)
 
 
+@device_function
+def scale_of_key(descale, base, key):
+    """A key's scale; `descale` has `data`, where its head begins at `base`, and `shift`."""
+    return descale.data[base + (key >> descale.shift)]
+
+
 def _codes_element(generation: str) -> MmaElement:
     encode_four = make_encode("e4m3", generation)
 
@@ -131,9 +137,7 @@ def _make_copy_decoded(decode, layout: TileLayout, rows, num_threads, packed, in
     is_exact = rows * code_chunks % num_threads == 0
 
     @device_function
-    def copy_tile(
-        smem, tile, source, base, row_stride, first, end, num_columns, pack, pack_stride
-    ):
+    def copy_tile(smem, tile, source, base, first, end, num_columns, pack):
         codes = cuda.local.array(4, u32)
         low = cuda.local.array(4, u32)
         high = cuda.local.array(4, u32)
@@ -145,12 +149,12 @@ def _make_copy_decoded(decode, layout: TileLayout, rows, num_threads, packed, in
             source_row, column = i32(first + row), CODES_PER_CHUNK * chunk
             if packed:
                 token = token_of_row(source_row, pack)
-                offset = base + token * row_stride + (source_row - token * pack) * pack_stride
+                offset = base + token * source.row + (source_row - token * pack) * source.head
             else:
-                offset = base + source_row * row_stride
+                offset = base + source_row * source.row
             codes[0], codes[1], codes[2], codes[3] = u32(0), u32(0), u32(0), u32(0)
             if source_row < end and column < num_columns:
-                ld_global_v4_u32(codes, source, offset + column)
+                ld_global_v4_u32(codes, source.data, offset + column)
             if in_stored_order:
                 # A word holds keys 2 t, 2 t + 1 and 2 t + 8, 2 t + 9.
                 for t in range(4):
@@ -165,4 +169,4 @@ def _make_copy_decoded(decode, layout: TileLayout, rows, num_threads, packed, in
                 st_shared_v4_u32(smem, tile + word(row, 2 * chunk), low)
                 st_shared_v4_u32(smem, tile + word(row, 2 * chunk + 1), high)
 
-    return copy_tile
+    return copy_tile if packed else copying_rows(copy_tile)

@@ -111,11 +111,11 @@ def make_tokens(rows: Rows) -> tuple[Callable, Callable]:
 
 @cache
 def make_load_rows(rows: Rows, element_bytes: int, vectorized: bool) -> Callable:
-    """load_rows(words, source, base, row_stride, token, end, left)
+    """load_rows(words, source, base, token, end, left)
 
-    The words of the thread's rows: source[base + row_stride * t + column] for its tokens t, of
-    which `token` is the first; base is that of its first column. Zeros from token `end` and from
-    its element `left` of a row on.
+    The words of the thread's rows: source.data[base + source.row * t + column] for its tokens t,
+    of which `token` is the first; base is that of its first column. Zeros from token `end` and
+    from its element `left` of a row on.
     """
     columns, chunks, chunk_columns = rows.columns, rows.chunks, rows.lanes * rows.columns
     n_words = columns * element_bytes // _WORD_BYTES
@@ -129,15 +129,15 @@ def make_load_rows(rows: Rows, element_bytes: int, vectorized: bool) -> Callable
     load_chunks = make_unrolled(load_chunk, chunks, n_words)
 
     @device_function
-    def load_row(r, words, source, base, row_stride, token, end, left):
+    def load_row(r, words, source, base, token, end, left):
         t = token_of_row(token, r)
-        load_chunks(0, words, source, base + t * row_stride, left if t < end else i32(0))
+        load_chunks(0, words, source.data, base + t * source.row, left if t < end else i32(0))
 
     load_all = make_unrolled(load_row, rows.rows, n_words * chunks)
 
     @device_function
-    def load_rows(words, source, base, row_stride, token, end, left):
-        load_all(0, words, source, base, row_stride, token, end, left)
+    def load_rows(words, source, base, token, end, left):
+        load_all(0, words, source, base, token, end, left)
 
     return load_rows
 

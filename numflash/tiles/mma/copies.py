@@ -42,11 +42,11 @@ def make_copy_tile(
     asynchronous,
     packed=False,
 ):
-    """copy_tile(smem, tile, source, base, row_stride, first, end, num_columns, pack, pack_stride)
+    """copy_tile(smem, tile, source, base, first, end, num_columns), with `packed` also (..., pack)
 
-    The tile at word `tile` = rows first to first + rows of `source`; zeros from row `end` and
-    from `num_columns` on. With `packed`, `pack` consecutive rows are `pack_stride` apart, and
-    row_stride is from one such group to the next.
+    The tile at word `tile` = rows first to first + rows of `source`, a record with `data` and the
+    strides `row` and `head`, whose row 0 begins at `base`; zeros from row `end` and from
+    `num_columns` on. With `packed`, `pack` consecutive rows are one row of as many heads.
     """
     chunks, per_chunk = layout.chunks, element.per_chunk
     # Neighbouring threads copy neighbouring chunks: as many of them share a row as divide it.
@@ -83,28 +83,26 @@ def make_copy_tile(
             frag[3] = load_word(source, offset + 3 * per_word, left - 3 * per_word)
 
     @device_function
-    def copy_tile(
-        smem, tile, source, base, row_stride, first, end, num_columns, pack, pack_stride
-    ):
+    def copy_tile(smem, tile, source, base, first, end, num_columns, pack):
         frag = cuda.local.array(4, u32)
         # Copies are few and registers scarce in the loops they stand in: nothing is kept.
         thread = mov_tid_x()
         my_row, my_chunk = thread // threads_per_row, thread % threads_per_row
         # Rows are 32-bit and offsets grow by a step: one addition and one comparison a chunk.
         first_row = i32(first + my_row)
-        step = row_step * row_stride
+        step = row_step * source.row
         for p in range(chunk_passes):
             chunk = my_chunk + p * threads_per_row
             left = base + per_chunk * chunk
             first_target = tile + word(my_row, chunk)
-            offset = left + first_row * row_stride
+            offset = left + first_row * source.row
             for r in range(row_passes):
                 row = my_row + r * row_step
                 source_row = i32(first_row + r * row_step)
                 is_inside = source_row < end
                 if packed:
                     token = token_of_row(source_row, pack)
-                    offset = left + token * row_stride + (source_row - token * pack) * pack_stride
+                    offset = left + token * source.row + (source_row - token * pack) * source.head
                 elif r > 0:
                     offset += step
                 if repeats:
@@ -114,14 +112,24 @@ def make_copy_tile(
                 if is_exact or row < rows:
                     if cp_async:
                         n_bytes = 16 if is_inside and per_chunk * chunk < num_columns else 0
-                        cp_async_16(smem, target, source, offset, n_bytes)
+                        cp_async_16(smem, target, source.data, offset, n_bytes)
                     else:
                         load_chunk(
-                            frag, source, offset, is_inside, num_columns - per_chunk * chunk
+                            frag, source.data, offset, is_inside, num_columns - per_chunk * chunk
                         )
                         st_shared_v4_u32(smem, target, frag)
 
-    return copy_tile
+    return copy_tile if packed else copying_rows(copy_tile)
+
+
+def copying_rows(copy_tile):
+    """A `copy_tile` of rows that are not packed."""
+
+    @device_function
+    def copy_rows(smem, tile, source, base, first, end, num_columns):
+        copy_tile(smem, tile, source, base, first, end, num_columns, 1)
+
+    return copy_rows
 
 
 @cache
@@ -149,32 +157,32 @@ def make_copy_vector(rows, num_threads, asynchronous):
 
 @cache
 def make_store_rows(element: MmaElement, m_tiles, n_tiles, vectorized, as_float32, packed=False):
-    """store_rows(acc, target, base, row_stride, first, end, num_columns, pack, pack_stride)
+    """store_rows(acc, target, base, first, end, num_columns), with `packed` also (..., pack)
 
     Each warp writes its accumulator; `first` is this lane's first row. Rows from `end` and columns
-    from `num_columns` on are left out. With `packed` rows lie as `make_copy_tile` says. With
-    `as_float32` the target holds float32, otherwise the element type.
+    from `num_columns` on are left out. `target`, `base` and `pack` are as in `make_copy_tile`.
+    With `as_float32` the target holds float32, otherwise the element type.
     """
     rows, groups, pack_two = 2 * m_tiles, n_tiles // 4, element.pack_two
     as_float32 = as_float32 or pack_two is None
 
     @device_function
-    def locate_rows(offsets, widths, base, row_stride, first, end, columns, pack, pack_stride):
+    def locate_rows(offsets, widths, target, base, first, end, columns, pack):
         """Where this thread's rows begin, and how many columns of them there are."""
         for r in range(rows):
             row = i32(first + ROW_STEP * r)
             widths[r] = columns if row < end else i32(0)
             if packed:
                 token = token_of_row(row, pack)
-                offsets[r] = base + token * row_stride + (row - token * pack) * pack_stride
+                offsets[r] = base + token * target.row + (row - token * pack) * target.head
             else:
-                offsets[r] = base + row * row_stride
+                offsets[r] = base + row * target.row
 
     @device_function
-    def store_float32(acc, target, base, row_stride, first, end, columns, pack, pack_stride):
+    def store_float32(acc, target, base, first, end, columns, pack):
         offsets = cuda.local.array(rows, i64)
         widths = cuda.local.array(rows, i32)
-        locate_rows(offsets, widths, base, row_stride, first, end, columns, pack, pack_stride)
+        locate_rows(offsets, widths, target, base, first, end, columns, pack)
         first_column = cuda.threadIdx.x % 4 * 2
         for x in range(rows * n_tiles):
             r, j = x // n_tiles, x % n_tiles
@@ -183,12 +191,12 @@ def make_store_rows(element: MmaElement, m_tiles, n_tiles, vectorized, as_float3
             left, offset = widths[r] - column, offsets[r] + column
             if vectorized:
                 if left > 0:
-                    st_global_v2_f32(target, offset, acc[i : i + 2])
+                    st_global_v2_f32(target.data, offset, acc[i : i + 2])
             else:
                 if left > 0:
-                    target[offset] = acc[i]
+                    target.data[offset] = acc[i]
                 if left > 1:
-                    target[offset + 1] = acc[i + 1]
+                    target.data[offset + 1] = acc[i + 1]
 
     @device_function
     def store_word(target, offset, columns, word):
@@ -198,10 +206,10 @@ def make_store_rows(element: MmaElement, m_tiles, n_tiles, vectorized, as_float3
             target[offset + 1] = u16(word >> 16)
 
     @device_function
-    def store_packed(acc, target, base, row_stride, first, end, columns, pack, pack_stride):
+    def store_packed(acc, target, base, first, end, columns, pack):
         offsets = cuda.local.array(rows, i64)
         widths = cuda.local.array(rows, i32)
-        locate_rows(offsets, widths, base, row_stride, first, end, columns, pack, pack_stride)
+        locate_rows(offsets, widths, target, base, first, end, columns, pack)
         words = cuda.local.array(4, u32)
         t = cuda.threadIdx.x % 4
         for x in range(rows * groups):
@@ -215,16 +223,22 @@ def make_store_rows(element: MmaElement, m_tiles, n_tiles, vectorized, as_float3
                 transpose_quad(words, t)
                 column = 32 * group + 8 * t
                 if column < widths[r]:
-                    st_global_v4_u32(target, offsets[r] + column, words)
+                    st_global_v4_u32(target.data, offsets[r] + column, words)
             else:
                 column = 32 * group + 2 * t
                 left, offset = widths[r] - column, offsets[r] + column
-                store_word(target, offset, left, words[0])
-                store_word(target, offset + 8, left - 8, words[1])
-                store_word(target, offset + 16, left - 16, words[2])
-                store_word(target, offset + 24, left - 24, words[3])
+                store_word(target.data, offset, left, words[0])
+                store_word(target.data, offset + 8, left - 8, words[1])
+                store_word(target.data, offset + 16, left - 16, words[2])
+                store_word(target.data, offset + 24, left - 24, words[3])
 
-    return store_float32 if as_float32 else store_packed
+    store = store_float32 if as_float32 else store_packed
+
+    @device_function
+    def store_rows(acc, target, base, first, end, columns):
+        store(acc, target, base, first, end, columns, 1)
+
+    return store if packed else store_rows
 
 
 @cache

@@ -20,21 +20,21 @@ def _masked(score, column, first, last):
 
 @cache
 def make_mask_scores(m_tiles, n_tiles):
-    """mask_scores(s_acc, row, column, end, band_lo, band_hi, pack)
+    """mask_scores(s_acc, row, column, end, mask, pack)
 
     As `tiles.scores.make_mask_scores`; `pack` consecutive rows stand at the same place.
     """
     rows, tiles = 2 * m_tiles, m_tiles * n_tiles
 
     @device_function
-    def mask_scores(s_acc, row, column, end, band_lo, band_hi, pack):
+    def mask_scores(s_acc, row, column, end, mask, pack):
         # The columns that each row sees, from this thread's first column on.
         firsts = cuda.local.array(rows, i32)
         lasts = cuda.local.array(rows, i32)
         for r in range(rows):
             token = token_of_row(row + ROW_STEP * r, pack)
-            firsts[r] = i32(token + band_lo - column)
-            lasts[r] = i32(min(token + band_hi, end - 1) - column)
+            firsts[r] = i32(token + mask.lo - column)
+            lasts[r] = i32(min(token + mask.hi, end - 1) - column)
         for tile in range(tiles):
             i, r, c = 4 * tile, tile // n_tiles * 2, tile % n_tiles * MMA_COLUMNS
             s_acc[i] = _masked(s_acc[i], c, firsts[r], lasts[r])
@@ -68,40 +68,40 @@ def make_mask_rows(m_tiles, n_tiles):
 
 @cache
 def make_scale_scores(m_tiles, n_tiles, softcap, alibi):
-    """scale_scores(s_acc, cap_slopes, row, column, bias_shift, score_scale, cap, alibi_slope)
+    """scale_scores(s_acc, cap_slopes, row, column, shift, scores, slope)
 
     As `tiles.scores.make_scale_scores`.
     """
     tiles = m_tiles * n_tiles
 
     @device_function
-    def scale_one(s_acc, cap_slopes, i, distance, score_scale, cap, alibi_slope):
-        s = s_acc[i] * score_scale
+    def scale_one(s_acc, cap_slopes, i, distance, scores, slope):
+        s = s_acc[i] * scores.scale
         if softcap:
             bent = f32(math.tanh(s))
             cap_slopes[i] = fma_rn_f32(-bent, bent, f32(1))
-            s = cap * bent
+            s = scores.softcap * bent
         if alibi:
-            s = fma_rn_f32(-alibi_slope, f32(abs(distance)), s)
+            s = fma_rn_f32(-slope, f32(abs(distance)), s)
         s_acc[i] = s
 
     @device_function
-    def cap_scores(s_acc, cap_slopes, row, column, bias_shift, score_scale, cap, alibi_slope):
+    def cap_scores(s_acc, cap_slopes, row, column, shift, scores, slope):
         for i in range(4 * tiles):
-            scale_one(s_acc, cap_slopes, i, 0, score_scale, cap, alibi_slope)
+            scale_one(s_acc, cap_slopes, i, 0, scores, slope)
 
     @device_function
-    def scale_scores(s_acc, cap_slopes, row, column, bias_shift, score_scale, cap, alibi_slope):
+    def scale_scores(s_acc, cap_slopes, row, column, shift, scores, slope):
         # As floats, which are exact below 2 ** 24: integers would have to be converted one by one.
-        first = f32(i32(row + bias_shift - column))
+        first = f32(i32(row + shift - column))
         for tile in range(tiles):
             i = 4 * tile
             above = first + f32(tile // n_tiles * MMA_ROWS - tile % n_tiles * MMA_COLUMNS)
             below = above + f32(ROW_STEP)
-            scale_one(s_acc, cap_slopes, i, above, score_scale, cap, alibi_slope)
-            scale_one(s_acc, cap_slopes, i + 1, above - f32(1), score_scale, cap, alibi_slope)
-            scale_one(s_acc, cap_slopes, i + 2, below, score_scale, cap, alibi_slope)
-            scale_one(s_acc, cap_slopes, i + 3, below - f32(1), score_scale, cap, alibi_slope)
+            scale_one(s_acc, cap_slopes, i, above, scores, slope)
+            scale_one(s_acc, cap_slopes, i + 1, above - f32(1), scores, slope)
+            scale_one(s_acc, cap_slopes, i + 2, below, scores, slope)
+            scale_one(s_acc, cap_slopes, i + 3, below - f32(1), scores, slope)
 
     # Without distances Blackwell's compiler unrolls a loop over scores, but not one over products.
     return scale_scores if alibi else cap_scores

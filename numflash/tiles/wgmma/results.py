@@ -75,25 +75,28 @@ def make_store_slabs(dtype, n_tiles):
 
 @cache
 def make_store_part(n_tiles):
-    """store_part(acc, target, base, row_stride, first, end, pack, pack_stride)
+    """store_part(acc, target, base, first, end, pack)
 
     Float32 results of this warp's 16 rows to global memory; `first` is this lane's first row. Rows
-    from `end` on are left out, rows lie as `tiles.mma.copies.make_copy_tile` says.
+    from `end` on are left out, `target`, `base` and `pack` are as in
+    `tiles.mma.copies.make_copy_tile`.
     """
 
     @device_function
-    def store_part(acc, target, base, row_stride, first, end, pack, pack_stride):
+    def store_part(acc, target, base, first, end, pack):
         column = accumulator_column()
         above = token_of_row(first, pack)
         below = token_of_row(first + ROW_STEP, pack)
-        above_base = base + above * row_stride + (first - above * pack) * pack_stride + column
-        below_base = base + below * row_stride + column
-        below_base += (first + ROW_STEP - below * pack) * pack_stride
+        above_base = base + above * target.row + (first - above * pack) * target.head + column
+        below_base = base + below * target.row + column
+        below_base += (first + ROW_STEP - below * pack) * target.head
         is_above, is_below = first < end, first + ROW_STEP < end
         for tile in range(n_tiles):
             if is_above:
-                st_global_v2_f32(target, above_base + 8 * tile, acc[4 * tile : 4 * tile + 2])
+                st_global_v2_f32(target.data, above_base + 8 * tile, acc[4 * tile : 4 * tile + 2])
             if is_below:
-                st_global_v2_f32(target, below_base + 8 * tile, acc[4 * tile + 2 : 4 * tile + 4])
+                st_global_v2_f32(
+                    target.data, below_base + 8 * tile, acc[4 * tile + 2 : 4 * tile + 4]
+                )
 
     return store_part

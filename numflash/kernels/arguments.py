@@ -1,0 +1,252 @@
+"""The arguments of kernels: one record for each idea, shared by all of them.
+
+    def forward(q: Tensor[storage], ..., lse: Pointer(f32), shape: Shape, mask: Mask): ...
+
+A parameter of a kernel is a scalar, a `Pointer`, a `TensorMap` (`numflash.ptx`) or a record: a
+NamedTuple of such fields and of further records. `Tensor[storage]` is a `Tensor` whose elements
+are `storage`. The compiler passes each field as a parameter of its own; `leaves` names them.
+Tensor maps stand beside the records: the hardware wants their address, and a field has none.
+
+The host makes the same records with Python numbers. A pointer then is the name of an operand,
+whose address is filled in when arrays are bound, or None where nothing is read. The simulator
+makes them of its own pointers. No Numba is imported here: a launch with a warm cache needs none.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import reduce
+from typing import NamedTuple, get_args, get_origin
+
+from numpy import float32 as f32
+from numpy import int32 as i32
+from numpy import int64 as i64
+from numpy import uint8 as u8
+
+
+@dataclass(frozen=True)
+class Pointer:
+    """The address of elements of type `element` in global memory.
+
+    In a kernel it is indexed like an array, `q[offset]`, with a 64-bit element offset.
+    """
+
+    element: type
+
+
+class Element:
+    """Stands in a record for the type in brackets: the `storage` of `Tensor[storage]`."""
+
+
+class Tensor(NamedTuple):
+    """A (batch, row, head, column) array: the strides in elements; columns are neighbours."""
+
+    data: Pointer(Element)
+    batch: i64
+    row: i64
+    head: i64
+
+
+class Part(NamedTuple):
+    """A `Tensor` for each split of the keys, `split` elements apart; 0 without splits."""
+
+    data: Pointer(Element)
+    split: i64
+    batch: i64
+    row: i64
+    head: i64
+
+
+class Statistics(NamedTuple):
+    """What the backward knows of each query, both (batch, num_heads_q, seqlen_q), contiguous.
+
+    `lse` is the forward's, or `delta`'s in base 2; `delta` is softmax_scale rowsum(O * dO).
+    """
+
+    lse: Pointer(f32)
+    delta: Pointer(f32)
+
+
+class Shape(NamedTuple):
+    """The sizes of an attention problem; `group_size` query heads share a key-value head."""
+
+    seqlen_q: i32
+    seqlen_k: i32
+    num_heads_q: i32
+    group_size: i32
+    head_dim: i32
+    head_dim_v: i32
+    batch_size: i32
+
+
+class Mask(NamedTuple):
+    """A band: query i sees the keys j with lo <= j - i <= hi."""
+
+    lo: i32
+    hi: i32
+
+
+class Alibi(NamedTuple):
+    """Slopes (batch, num_heads_q) and their strides; the distance is |i + shift - j|."""
+
+    slopes: Pointer(f32)
+    batch: i64
+    head: i64
+    shift: i32
+
+
+class Scores(NamedTuple):
+    """From products Q K^T to scores.
+
+    `scale` is softmax_scale, with softcap divided by `softcap`: the argument of tanh.
+    """
+
+    scale: f32
+    softcap: f32
+    softmax_scale: f32
+    alibi: Alibi
+
+
+class Layout(NamedTuple):
+    """How a forward is laid out over blocks.
+
+    `pack` query heads of a token are neighbouring rows; keys are split over `num_splits` blocks;
+    `heads_in_flight` heads go together, because their K and V fit the L2 cache.
+    """
+
+    pack: i32
+    num_splits: i32
+    heads_in_flight: i32
+
+
+class Transposed(NamedTuple):
+    """Codes (batch, head, column, token) whose tokens are neighbours.
+
+    `row` elements are from a column to the next, of which each has `length` tokens.
+    """
+
+    data: Pointer(u8)
+    batch: i64
+    row: i64
+    head: i64
+    length: i32
+
+
+class Descale(NamedTuple):
+    """Scales of codes, (batch, head, token); 2 ** `shift` tokens share one."""
+
+    data: Pointer(f32)
+    batch: i64
+    head: i64
+    shift: i32
+
+
+class QueryDescale(NamedTuple):
+    """Scales of Q: a `Descale` in which `group` query heads share one.
+
+    The scales of packed heads, which are neighbouring rows, are `packed` elements apart.
+    """
+
+    data: Pointer(f32)
+    batch: i64
+    head: i64
+    packed: i64
+    group: i32
+    shift: i32
+
+
+class Descales(NamedTuple):
+    """What the codes of Q, K and V must be multiplied with."""
+
+    q: QueryDescale
+    k: Descale
+    v: Descale
+
+
+class Sizes(NamedTuple):
+    """The sizes of an array that is quantised, or of the result of the way back."""
+
+    seqlen: i32
+    num_heads: i32
+    head_dim: i32
+
+
+class Grouped(NamedTuple):
+    """A maximum or a scale for each group of `tokens` tokens, (batch, head, group)."""
+
+    data: Pointer(f32)
+    batch: i64
+    head: i64
+    tokens: i32
+
+
+class Codes(NamedTuple):
+    """A (batch, row, head, column) array of codes with any strides, in elements."""
+
+    data: Pointer(u8)
+    batch: i64
+    row: i64
+    head: i64
+    column: i64
+
+
+class Signs(NamedTuple):
+    """256 signs for the columns of a row, a bit each: `numflash.reference.hadamard_signs`."""
+
+    w0: i32
+    w1: i32
+    w2: i32
+    w3: i32
+    w4: i32
+    w5: i32
+    w6: i32
+    w7: i32
+
+
+class Squares(NamedTuple):
+    """For each block of `tokens` tokens the sum of squares, and of squared errors of its codes."""
+
+    data: Pointer(f32)
+    tokens: i32
+
+
+def record_of(annotation) -> type:
+    """The class of a record: that of `Tensor[storage]` is `Tensor`."""
+    return get_origin(annotation) or annotation
+
+
+def fields(annotation) -> dict[str, object] | None:
+    """Field name -> annotation of a record; None for a parameter that is no record."""
+    record = record_of(annotation)
+    if not hasattr(record, "_fields"):
+        return None
+    of_any, given = Pointer(Element), [Pointer(element) for element in get_args(annotation)]
+    return {
+        name: given[0] if declared == of_any else declared
+        for name, declared in record.__annotations__.items()
+    }
+
+
+def leaves(parameters: dict[str, object]) -> dict[str, object]:
+    """What the compiler makes of a kernel's parameters: path, as in "q.row" -> type, in order."""
+    found = {}
+    for name, annotation in parameters.items():
+        inner = fields(annotation)
+        if inner is None:
+            found[name] = annotation
+        else:
+            found |= leaves({f"{name}.{field}": declared for field, declared in inner.items()})
+    return found
+
+
+def value_at(arguments: dict[str, object], path: str):
+    """The value of a leaf. A parameter that is not among the arguments is the operand so named."""
+    name, *attributes = path.split(".")
+    return reduce(getattr, attributes, arguments.get(name, name))
+
+
+def assembled(annotation, values: Iterator):
+    """The argument of a parameter, made of the values of its next leaves."""
+    inner = fields(annotation)
+    if inner is None:
+        return next(values)
+    return record_of(annotation)(*(assembled(declared, values) for declared in inner.values()))
