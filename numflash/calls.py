@@ -167,8 +167,9 @@ class Forward:
         )
         if isinstance(choice.config, Sm90ForwardConfig):
             l2_bytes = choice.config.l2_bytes
-            for name, layout in self._tensor_maps(tensors, choice.config, geometry).items():
-                arguments[name] = replace(layout, l2_bytes=l2_bytes)
+            for name, mapped in self._tensor_maps(tensors, choice.config, geometry).items():
+                layout = replace(mapped.layout, l2_bytes=l2_bytes)
+                arguments[name] = mapped._replace(layout=layout)
             if choice.config.persistent:
                 room = resident_blocks(choice.config, choice.traits, limits_of_device(device))
                 num_blocks = min(num_blocks, multiprocessors(device)[0] * room)
