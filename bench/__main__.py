@@ -3,9 +3,12 @@
 import argparse
 import sys
 
-from bench import fp8_accuracy, report, speed, toolchains, tuner, verify
+from bench import speed, verify
 from bench.first_light import command as first_light
-from numflash.commands import command
+from bench.fp8_accuracy import study as fp8_accuracy
+from bench.studies import toolchains, tuner
+from bench.tables import report
+from numflash.runtime.commands import command
 
 
 @command

@@ -9,21 +9,15 @@ import argparse
 import time
 from pathlib import Path
 
-from bench import (
-    ablation,
-    analytic,
-    figures,
-    peers,
-    points,
-    profiler,
-    quantize,
-    record,
-    static,
-    tables,
-)
-from bench.measure import is_right
-from bench.session import Session, point_tasks
-from numflash.devices import ARCHITECTURES, Architecture, architecture_of
+from bench.measuring import profiler, quantize
+from bench.measuring.measure import is_right
+from bench.measuring.session import Session, point_tasks
+from bench.peers import methods as peers
+from bench.points import points
+from bench.records import record
+from bench.studies import ablation, analytic, static
+from bench.tables import figures, tables
+from numflash.runtime.devices import ARCHITECTURES, Architecture, architecture_of
 
 _NO_GPU = "There is no NVIDIA GPU here (nvidia-smi finds none): nothing is measured."
 _STATIC_ARCH = "sm_80"

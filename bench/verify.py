@@ -10,7 +10,8 @@ import argparse
 import time
 from pathlib import Path
 
-from bench import checks, peers, record
+from bench.peers import methods as peers
+from bench.records import checks, record
 
 _TIMING_SECONDS = 120
 # Those that need no compiling, but numflash's own.

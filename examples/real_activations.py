@@ -16,8 +16,8 @@ import ml_dtypes
 import numpy as np
 
 import numflash
-from numflash.check import compare, to_numpy
-from numflash.commands import command
+from numflash.api.check import compare, to_numpy
+from numflash.runtime.commands import command
 
 DATA = Path(__file__).parent / "data" / "minilm_layer.npz"
 # name, dtype, heads to take in the simulator, options

@@ -12,7 +12,7 @@ import sys
 import numpy as np
 
 import numflash
-from numflash.commands import command
+from numflash.runtime.commands import command
 
 try:
     import triton

@@ -18,7 +18,7 @@ import gpu
 import minilm
 import numpy as np
 
-from numflash.commands import command
+from numflash.runtime.commands import command
 
 QUERY = "How do I keep my houseplants healthy?"
 SENTENCES = (

@@ -9,10 +9,10 @@ import sys
 import numpy as np
 
 import numflash
-from numflash.commands import command
 from numflash.kernels.arguments import Pointer
 from numflash.kernels.kernel import Kernel
 from numflash.ptx import cuda, ex2_approx_ftz_f32, f32, i32, instruction, max_f32
+from numflash.runtime.commands import command
 
 LOG2_E = f32(1.4426950408889634)
 
@@ -56,8 +56,8 @@ def main() -> int:
         exact /= exact.sum(1, keepdims=True)
         print(f"simulated 5 rows of 77: largest error {np.abs(y - exact).max():.1e}")
     else:
-        from numflash.compiler import compile_kernel
-        from numflash.devices import architecture
+        from numflash.machine_code.compiler import compile_kernel
+        from numflash.runtime.devices import architecture
 
         kernel = Kernel("softmax-rows", softmax_rows, num_threads=32, smem_bytes=0)
         cubin = compile_kernel(lambda: kernel, architecture("sm_90a"))

@@ -6,14 +6,16 @@ out = numflash.attention(q, k, v, causal=True)
 """
 
 from numflash import reference
-from numflash.api import Plan, attention, attention_backward, plan, warmup
-from numflash.check import CheckReport, check
-from numflash.errors import UnsupportedError
+from numflash.api.attention import attention, attention_backward
+from numflash.api.check import CheckReport, check
+from numflash.api.explain import Explanation, explain_dispatch
+from numflash.api.plans import Plan, plan, warmup
+from numflash.api.quantize import dequantize_fp8, quantize_fp8
 from numflash.executor import run_ptx
-from numflash.explain import Explanation, explain_dispatch
-from numflash.fp8 import Fp8Array, Fp8Recipe, PrecisionDecision
-from numflash.fp8_arrays import dequantize_fp8, quantize_fp8
-from numflash.mode import simulating
+from numflash.problem.fp8 import Fp8Array, Fp8Recipe, PrecisionDecision
+from numflash.runtime.errors import UnsupportedError
+from numflash.runtime.mode import simulating
+from numflash.runtime.version import __version__
 
 __all__ = [
     "CheckReport",
@@ -23,6 +25,7 @@ __all__ = [
     "Plan",
     "PrecisionDecision",
     "UnsupportedError",
+    "__version__",
     "attention",
     "attention_backward",
     "check",
@@ -35,4 +38,3 @@ __all__ = [
     "simulating",
     "warmup",
 ]
-__version__ = "0.1.0"

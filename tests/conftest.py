@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from numflash.mode import SIMULATED
+from numflash.runtime.mode import SIMULATED
 
 # Which kernels run must not depend on what was tuned for this user; tests of that turn it on.
 os.environ["NUMFLASH_TUNED"] = "0"
@@ -65,8 +65,8 @@ def pytest_collection_modifyitems(items):
 
 def _no_gpu() -> str | None:
     """Why there is no GPU to test on; None if there is one."""
-    from numflash.errors import UnsupportedError
-    from numflash.launch import limits_of_device
+    from numflash.runtime.driver import limits_of_device
+    from numflash.runtime.errors import UnsupportedError
 
     try:
         limits_of_device(0)

@@ -2,11 +2,12 @@
 
 import logging
 
-from numflash.problem_class import ProblemClass
-from numflash_tuner.measuring.measurer import DeviceMeasurer
-from numflash_tuner.search import StoppingRules
-from numflash_tuner.session import Options, Session
-from numflash_tuner.target import find_target
+from numflash.problem.classes import ProblemClass
+
+from .measuring.measurer import DeviceMeasurer
+from .search.search import StoppingRules
+from .search.session import Options, Session
+from .space.target import find_target
 
 _log = logging.getLogger("numflash")
 

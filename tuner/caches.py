@@ -5,11 +5,13 @@ import sys
 from pathlib import Path
 from typing import TextIO
 
-from numflash import cache, store
-from numflash.entries import DeviceKey, Entry
-from numflash.inspect import Parser
-from numflash.printable import printable
-from numflash_tuner import tables
+from numflash.api.inspect import Parser
+from numflash.runtime.cache_folder import cache_dir, refusal
+from numflash.runtime.printable import printable
+from numflash.selection import store
+from numflash.selection.entries import DeviceKey, Entry
+
+from . import tables
 
 COMMANDS = ("show", "validate", "export", "merge", "clear")
 
@@ -109,7 +111,7 @@ def _validate(args: argparse.Namespace) -> int:
     paths = list(map(str, tables.paths())) if args.shipped else paths
     wrong = [problem for path in paths for problem in store.validate(path)]
     if not (args.files or args.shipped):
-        refused = [cache.refusal(), *(cache.refusal(Path(path)) for path in paths)]
+        refused = [refusal(), *(refusal(Path(path)) for path in paths)]
         wrong = [*dict.fromkeys(filter(None, refused)), *wrong]
     wrong += _stale() if args.shipped else []
     _print(*wrong or [f"{len(paths)} files, nothing wrong"])
@@ -143,7 +145,7 @@ def _clear(args: argparse.Namespace) -> int:
         for device in _chosen(store.read_all(), args.device):
             removed += store.clear(device)
     if args.studies:
-        folder = cache.cache_dir() / "studies"
+        folder = cache_dir() / "studies"
         found = sorted(folder.glob("*.journal*")) if folder.is_dir() else []
         for path in found:
             path.unlink()

@@ -16,16 +16,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-from numflash.capture import read as read_capture
-from numflash.commands import command
 from numflash.configs import DTYPES, MAX_HEAD_DIM
-from numflash.errors import UnsupportedError
-from numflash.files import require_replaceable
-from numflash.printable import printable
-from numflash.problem import AttentionProblem, describe
-from numflash.problem_class import ProblemClass
-from numflash.views import ArrayView, contiguous_strides
-from numflash_tuner import SAMPLERS, caches
+from numflash.problem.classes import ProblemClass
+from numflash.problem.problem import AttentionProblem, describe
+from numflash.runtime.commands import command
+from numflash.runtime.errors import UnsupportedError
+from numflash.runtime.files import require_replaceable
+from numflash.runtime.printable import printable
+from numflash.runtime.views import ArrayView, contiguous_strides
+from numflash.selection.capture import read as read_capture
+
+from . import SAMPLERS, caches
 
 FAMILIES = {
     "forward": ("forward", "combine"),
@@ -198,15 +199,15 @@ def _tune(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     try:
         from optuna.exceptions import OptunaError
 
-        from numflash_tuner import report
-        from numflash_tuner.machines import names
-        from numflash_tuner.measuring.measurer import DeviceMeasurer, DeviceUnavailableError
-        from numflash_tuner.pool import NoCompilerError
-        from numflash_tuner.search import StoppingRules, make_sampler
-        from numflash_tuner.session import Options, Session
-        from numflash_tuner.space import Budgets
-        from numflash_tuner.studies import StorageError
-        from numflash_tuner.target import find_target
+        from . import report
+        from .measuring.measurer import DeviceMeasurer, DeviceUnavailableError
+        from .search.pool import NoCompilerError
+        from .search.search import StoppingRules, make_sampler
+        from .search.session import Options, Session
+        from .search.studies import StorageError
+        from .space.configs import Budgets
+        from .space.machines import names
+        from .space.target import find_target
     except ImportError as error:
         parser.error(f'{error}; the tuner needs: pip install "numflash[tune]"')
     if args.list_devices:

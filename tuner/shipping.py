@@ -12,13 +12,15 @@ import sys
 import tempfile
 from pathlib import Path
 
-from numflash import store
-from numflash.commands import command
 from numflash.configs import parse_config
-from numflash.entries import DeviceKey, Entry
-from numflash_tuner import cli, machines, model, tables
-from numflash_tuner.machines import Machine
-from numflash_tuner.space import Space
+from numflash.runtime.commands import command
+from numflash.selection import store
+from numflash.selection.entries import DeviceKey, Entry
+
+from . import cli, model, tables
+from .space import machines
+from .space.configs import Space
+from .space.machines import Machine
 
 _PROBLEMS = (
     "--head-dim 64 128 --seqlen 4096",

@@ -9,11 +9,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-import numflash.shipped
-from numflash.compiler import source_hash, versions
-from numflash.entries import DeviceKey, Entry, Row, format_table, parse_table
-from numflash.files import replace_file
-from numflash_tuner import model
+import numflash.selection.shipped
+from numflash.machine_code.compiler import source_hash, versions
+from numflash.runtime.files import replace_file
+from numflash.selection.entries import DeviceKey, Entry, Row, format_table, parse_table
+
+from . import model
 
 GPUS = (
     "Tesla T4",
@@ -33,7 +34,7 @@ _BRIEF = 12
 
 def folder() -> Path:
     """Where the tables are."""
-    return Path(numflash.shipped.__file__).parent
+    return Path(numflash.selection.shipped.__file__).parent
 
 
 def path_of(name: str) -> Path:

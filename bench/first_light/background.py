@@ -15,10 +15,14 @@ import time
 from functools import cache
 from pathlib import Path
 
-from bench.checks import ROOT
+from bench.records.checks import ROOT
 
 PREPARED = ROOT / "build" / "first-light"
-_SOURCES = ("numflash/ptx/**/*.py", "numflash/simulator/**/*.py", "tests/instruction_harness.py")
+_SOURCES = (
+    "numflash/ptx/**/*.py",
+    "numflash/simulator/**/*.py",
+    "tests/support/instruction_harness.py",
+)
 _CASES = ("tests/*_cases.py",)
 # Less than a step may be silent.
 _WAIT_SECONDS = 20
@@ -44,7 +48,7 @@ def wait_for(path: Path) -> bool:
 @cache
 def cases() -> dict:
     """The cases of instructions by their names."""
-    from tests.instruction_cases import CASES
+    from tests.support.instruction_cases import CASES
 
     return {str(case): case for found in CASES.values() for case in found}
 
@@ -64,7 +68,7 @@ def simulate(path: str) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     failed_path(target).unlink(missing_ok=True)
     try:
-        from tests.instruction_harness import run_simulated
+        from tests.support.instruction_harness import run_simulated
 
         outputs = {}
         for name, case in cases().items():
@@ -91,9 +95,9 @@ def compile_shard(folder: str, arch: str, shard: str, of: str) -> None:
 
 
 def _compile(case, arch: str):
-    from numflash.compiler import compile_kernel
-    from numflash.devices import architecture
     from numflash.kernels.kernel import Kernel
+    from numflash.machine_code.compiler import compile_kernel
+    from numflash.runtime.devices import architecture
 
     kernel = Kernel(case.instruction, case.kernel, case.block, case.smem_bytes)
     return compile_kernel(lambda: kernel, architecture(arch), case.min_blocks)

@@ -12,7 +12,6 @@ which the simulator cannot run.
 """
 
 import argparse
-import importlib.util
 import math
 import os
 import subprocess
@@ -23,11 +22,12 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
-from bench import clocks, record, supervisor
-from bench.checks import ROOT, child_environment
 from bench.first_light import background, page, plan, rehearsal
-from bench.session import BUDGET_MS, line_of, raise_on_termination
-from numflash.devices import Architecture, architecture_of
+from bench.measuring import supervisor
+from bench.measuring.session import BUDGET_MS, line_of, raise_on_termination
+from bench.records import clocks, record
+from bench.records.checks import ROOT, child_environment
+from numflash.runtime.devices import Architecture, architecture_of
 
 HANG_SECONDS = 25
 _CHECK_ID = "tests/gpu/test_instructions.py::test_hardware_agrees_with_the_simulator[{}]"
@@ -157,8 +157,7 @@ class Visit:
         clock_path = str(folder / "clock") if is_rehearsal else None
         clock = rehearsal.FakeClock(clock_path) if is_rehearsal else time.monotonic
         start = clock() if is_rehearsal or began is None else began
-        environment = _tuner_importable(folder)
-        environment |= rehearsal.environment() if is_rehearsal else {}
+        environment = rehearsal.environment() if is_rehearsal else {}
         expected = background.expected_path()
         settings = {
             "device": self._device,
@@ -262,12 +261,3 @@ def _brief(step: dict, is_rehearsal: bool) -> str:
     if found:
         return ", ".join(f"{found.count(each)} {each}" for each in dict.fromkeys(found))
     return "done"
-
-
-def _tuner_importable(folder: Path) -> dict[str, str]:
-    """Environment in which the tuner can be imported, where it is not installed."""
-    if importlib.util.find_spec("numflash_tuner") is not None:
-        return {}
-    (folder / "numflash_tuner").symlink_to(ROOT / "tuner")
-    path = child_environment()["PYTHONPATH"]
-    return {"PYTHONPATH": os.pathsep.join([str(folder), path])}

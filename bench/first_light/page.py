@@ -6,10 +6,11 @@ Everything on it is from the record. A rehearsal's says so in its first line and
 import statistics
 from typing import Any
 
-from bench import peers, tables
 from bench.first_light import plan
-from bench.measure import is_right
-from bench.points import Point
+from bench.measuring.measure import is_right
+from bench.peers import methods as peers
+from bench.points.points import Point
+from bench.tables import tables
 
 REHEARSAL = "REHEARSAL: no GPU ran this, and no time on this page is one."
 _PEERS = {

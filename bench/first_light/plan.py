@@ -1,4 +1,4 @@
-"""What first light does, in order of worth: steps as tasks of `bench.worker`.
+"""What first light does, in order of worth: steps as tasks of `bench.measuring.worker`.
 
 A step is a dictionary with "title", "section", "expected_s" (seconds that it takes on a GPU, which
 decide whether it still fits) and what its "kind" needs.
@@ -10,12 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bench import ablation, peers, points, static
-from bench.points import Point
-from numflash.configs import sm90
+from bench.peers import methods as peers
+from bench.points import points
+from bench.points.points import Point
+from bench.studies import ablation, static
+from numflash.configs import wgmma
 from numflash.configs.traits import Traits
-from numflash.devices import Architecture
-from numflash.problem_class import ProblemClass, round_up
+from numflash.problem.classes import ProblemClass, round_up
+from numflash.runtime.devices import Architecture
 
 _ONE_LANE = ("cvt_", "mul_", "lop3_", "mov_", "float_", "bits_", "ld_", "st_")
 _RECORD = json.loads((Path(__file__).parents[2] / "docs" / "evidence.json").read_text())
@@ -203,16 +205,16 @@ def _questions(limits: Architecture) -> list[dict]:
     return found
 
 
-def _tiles(config: sm90.Sm90ForwardConfig, seqlen: int) -> dict:
+def _tiles(config: wgmma.Sm90ForwardConfig, seqlen: int) -> dict:
     wider = [replace(config, tile_n=tile_n) for tile_n in _TILES]
     labels = {_name(each): f"tiles of {each.tile_n} keys" for each in (config, *wider)}
     title = f"tile_n at head_dim 128, {seqlen} tokens, no mask"
     return _question(title, _grid_point(128, seqlen, False, "question"), labels)
 
 
-def _fixed(config: sm90.Sm90ForwardConfig) -> dict:
+def _fixed(config: wgmma.Sm90ForwardConfig) -> dict:
     """`setmaxnreg` or none, where one warpgroup multiplies; beside both today's choice."""
-    one = sm90.Sm90ForwardConfig.parse(_ONE_CONSUMER)
+    one = wgmma.Sm90ForwardConfig.parse(_ONE_CONSUMER)
     labels = {
         _name(config): f"{config.num_warpgroups} warpgroups",
         _name(one): "one warpgroup with setmaxnreg",

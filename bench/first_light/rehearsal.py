@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from numflash.devices import ARCHITECTURES
+from numflash.runtime.devices import ARCHITECTURES
 
 ARCH = "sm_90a"
 LIMITS = ARCHITECTURES[ARCH]

@@ -1,4 +1,4 @@
-"""The kinds of steps that only first light has, as `bench.worker` runs them.
+"""The kinds of steps that only first light has, as `bench.measuring.worker` runs them.
 
 Each takes the device, the task, the settings, and `begin`, which is told what is about to run; it
 returns what goes into the record.
@@ -11,11 +11,14 @@ from pathlib import Path
 
 import numpy as np
 
-from bench import interleave, measure, peers, static
-from bench.device import Device
 from bench.first_light import background, rehearsal
-from bench.interleave import Method
-from bench.points import Point
+from bench.measuring import measure
+from bench.measuring.device import Device
+from bench.peers import methods as peers
+from bench.points import interleave
+from bench.points.interleave import Method
+from bench.points.points import Point
+from bench.studies import static
 
 _NO_EXPECTATION = (
     "nothing to compare with: the simulator did not run here (it needs greenlet), and no "
@@ -49,7 +52,7 @@ def _instructions(device, task, settings, begin) -> dict:
 
 
 def _instruction(device, name: str, settings: dict) -> dict:
-    from tests.instruction_harness import refusal
+    from tests.support.instruction_harness import refusal
 
     case, limits = background.cases()[name], _limits(settings)
     if (why := refusal(case, limits)) is not None:
@@ -66,7 +69,7 @@ def _instruction(device, name: str, settings: dict) -> dict:
 
 
 def _run_case(device, case, name: str, settings: dict, limits) -> list[np.ndarray]:
-    from tests.instruction_harness import run_on_gpu, run_simulated
+    from tests.support.instruction_harness import run_on_gpu, run_simulated
 
     if settings["rehearsal"]:
         return run_simulated(case)
@@ -84,7 +87,7 @@ def _simulated(path: str) -> dict | None:
 
 
 def _limits(settings: dict):
-    from numflash.launch import limits_of_device
+    from numflash.runtime.driver import limits_of_device
 
     return limits_of_device(settings["device"])
 
@@ -95,7 +98,7 @@ def _limits(settings: dict):
 def _check(device, task, settings, begin) -> dict:
     """Errors and budgets of a forward, and with "gradients" of a backward."""
     import numflash
-    from numflash.dispatch import choose
+    from numflash.selection.rules import choose
 
     batch, seqlen, heads, head_dim, head_dim_v = task["shape"]
     q, k, v = (
@@ -127,8 +130,8 @@ def _finite(x: float) -> float | str:
 
 def _parts(device, task, settings, begin) -> dict:
     """Milliseconds of each kernel of a forward, and of them together."""
-    from numflash.arrays import library_of
-    from numflash.calls import DEFAULTS, Forward
+    from numflash.calls.forward import DEFAULTS, Forward
+    from numflash.runtime.arrays import library_of
 
     point = Point.from_dict(task["point"])
     shapes = {"q": point.q_shape, "k": point.kv_shape, "v": point.kv_shape}
@@ -163,13 +166,13 @@ def _raise(name: str, error: Exception) -> None:
 
 def _predicted(device, task, settings, begin) -> dict:
     """The configs that the model likes best, measured beside the default."""
-    from numflash.problem_class import ProblemClass
+    from numflash.problem.classes import ProblemClass
 
     try:
-        from numflash_tuner import machines
-        from numflash_tuner.candidates import Candidates
-        from numflash_tuner.space import Space
-        from numflash_tuner.target import local_machine
+        from tuner.search.candidates import Candidates
+        from tuner.space import machines
+        from tuner.space.configs import Space
+        from tuner.space.target import local_machine
     except ImportError as error:
         return {"unavailable": f"not importable: {error}"}
     begin(None)

@@ -12,6 +12,15 @@ Everything here is plain arithmetic; nothing imports Numba.
 """
 
 from numflash.configs.fp8 import PREFIX, Fp8ForwardConfig
+from numflash.configs.mma import (
+    MMA_CONFIGS,
+    MmaBackwardConfig,
+    MmaBackwardDkDvConfig,
+    MmaBackwardDqConfig,
+    MmaConfig,
+    MmaForwardConfig,
+    ReduceDqConfig,
+)
 from numflash.configs.portable import (
     PORTABLE_CONFIGS,
     BackwardDkDvConfig,
@@ -30,21 +39,6 @@ from numflash.configs.quantize import (
     QuantizeConfig,
     quantize_config,
 )
-from numflash.configs.sm80 import (
-    MMA_CONFIGS,
-    MmaBackwardConfig,
-    MmaBackwardDkDvConfig,
-    MmaBackwardDqConfig,
-    MmaConfig,
-    MmaForwardConfig,
-    ReduceDqConfig,
-)
-from numflash.configs.sm90 import (
-    SLAB_BYTES,
-    WARPGROUP_ROWS,
-    Sm90ForwardConfig,
-    Sm90Fp8ForwardConfig,
-)
 from numflash.configs.traits import (
     DTYPES,
     FP8_STEP,
@@ -53,6 +47,12 @@ from numflash.configs.traits import (
     Traits,
     padded_fp8_head_dim,
     padded_head_dim,
+)
+from numflash.configs.wgmma import (
+    SLAB_BYTES,
+    WARPGROUP_ROWS,
+    Sm90ForwardConfig,
+    Sm90Fp8ForwardConfig,
 )
 
 FP8_FORWARDS = (Fp8ForwardConfig, Sm90Fp8ForwardConfig)

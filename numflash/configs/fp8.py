@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from functools import cache
 from typing import ClassVar
 
-from numflash.configs.sm80 import MmaForwardConfig
+from numflash.configs.mma import MmaForwardConfig
 from numflash.configs.traits import Traits
-from numflash.devices import Architecture, blocks_per_sm
+from numflash.runtime.devices import Architecture, blocks_per_sm
 
 PREFIX = "fp8-"
 _HALF = "-half"

@@ -9,7 +9,7 @@ from functools import cache
 from typing import ClassVar
 
 from numflash.configs.traits import Traits
-from numflash.devices import Architecture
+from numflash.runtime.devices import Architecture
 
 FLOAT_BYTES = 4
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import ClassVar
 
+from numflash.configs.formats import FORMATS
 from numflash.configs.traits import Traits
-from numflash.formats import FORMATS
 
 GENERATIONS = ("sm75", "sm80", "sm89")
 """Which instructions: from sm89 on there are some for conversions from and to 8-bit floats."""

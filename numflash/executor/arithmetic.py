@@ -10,7 +10,7 @@ Division by zero of integers, which PTX leaves undefined, yields all ones.
 import ml_dtypes
 import numpy as np
 
-from numflash.formats import FORMATS
+from numflash.configs.formats import FORMATS
 
 u1, u2, u4, u8 = (np.dtype(f"u{n}") for n in (1, 2, 4, 8))
 i1, i2, i4, i8 = (np.dtype(f"i{n}") for n in (1, 2, 4, 8))

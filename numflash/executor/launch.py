@@ -10,8 +10,8 @@ from numflash.executor.block import Block
 from numflash.executor.memory import PARAMETER_WINDOW, array_region
 from numflash.executor.program import Program
 from numflash.executor.text import Parameter
+from numflash.problem.tensor_maps import MAP_BYTES
 from numflash.simulator.tensor_maps import SimulatedTensorMap
-from numflash.tensor_maps import MAP_BYTES
 
 # Bodies ask for the running thread, which is one of the process.
 _one_launch = threading.RLock()

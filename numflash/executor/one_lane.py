@@ -18,7 +18,6 @@ from collections.abc import Callable
 
 import numpy as np
 
-from numflash.errors import UnsupportedError
 from numflash.executor.arithmetic import bf2, f2, f4, f8, i1, i2, i4, i8, u1, u2, u4, u8
 from numflash.executor.special_registers import NAMES
 from numflash.executor.text import (
@@ -33,6 +32,7 @@ from numflash.executor.text import (
     Symbol,
     Vector,
 )
+from numflash.runtime.errors import UnsupportedError
 
 LANES = 32
 DTYPES = {

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from numflash.devices import architecture
-from numflash.errors import UnsupportedError
-from numflash.mode import SIMULATED
+from numflash.runtime.devices import architecture
+from numflash.runtime.errors import UnsupportedError
+from numflash.runtime.mode import SIMULATED
 
 _MAX_THREADS = 1024
 

@@ -7,18 +7,13 @@ are there.
 
 import numpy as np
 
-from numflash.errors import UnsupportedError
-from numflash.executor.memory import (
-    WINDOWS,
-    Memory,
-    poisoned,
-    space_of,
-)
+from numflash.executor.memory import WINDOWS, Memory, poisoned, space_of
 from numflash.executor.one_lane import BITS
 from numflash.executor.operands import WAITS
 from numflash.executor.program import END, FALSE, TRUE, Program
 from numflash.executor.special_registers import special_registers
 from numflash.executor.text import TYPE_BYTES
+from numflash.runtime.errors import UnsupportedError
 
 _LANES = np.arange(32)
 _POISON = {n: np.full(32, (1 << 8 * n) - 1, BITS[n]) for n in (1, 2, 4, 8)}

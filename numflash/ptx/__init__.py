@@ -5,7 +5,6 @@ of Numba directly, so that the same source means GPU code or a simulation, and a
 back end can be added below.
 """
 
-from numflash.mode import SIMULATED
 from numflash.ptx.arithmetic import (
     bits_as_float,
     cvt_f32_f16,
@@ -110,6 +109,7 @@ from numflash.ptx.wgmma import (
     wgmma_commit_group,
     wgmma_fence,
 )
+from numflash.runtime.mode import SIMULATED
 
 CODE_OPTIONS = {"debug": False, "opt": True, "lineinfo": False, "fastmath": False}
 """What Numba is told with each function, so that none of its settings decides machine code."""

@@ -8,9 +8,9 @@ what is still read; a second copy or a store there is an error, and so is a copy
 for.
 """
 
-from numflash.mode import SIMULATED
 from numflash.ptx.instruction import Global, Shared, instruction
 from numflash.ptx.scalars import i32, i64, u32
+from numflash.runtime.mode import SIMULATED
 
 if SIMULATED:
     from numflash.simulator.async_copies import AsyncCopies

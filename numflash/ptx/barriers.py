@@ -4,9 +4,9 @@
 who only announces its data arrives and goes on, who needs the data waits.
 """
 
-from numflash.mode import SIMULATED
 from numflash.ptx.instruction import instruction
 from numflash.ptx.scalars import i32
+from numflash.runtime.mode import SIMULATED
 
 if SIMULATED:
     from numflash.simulator.engine import current_thread

@@ -9,9 +9,9 @@ Bulk copies go through another proxy than loads and stores: what a thread has st
 memory they see after its `fence_proxy_async`.
 """
 
-from numflash.mode import SIMULATED
 from numflash.ptx.instruction import Shared, instruction
 from numflash.ptx.scalars import TensorMap, i32, u32, u64
+from numflash.runtime.mode import SIMULATED
 
 if SIMULATED:
     from numflash.simulator.bulk_copies import BulkCopies

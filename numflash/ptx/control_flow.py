@@ -1,8 +1,8 @@
 """Branches that the assembler must keep. PTX ISA 9.7.12."""
 
-from numflash.mode import SIMULATED
 from numflash.ptx.instruction import Shared, instruction
 from numflash.ptx.scalars import f32, i64, u32
+from numflash.runtime.mode import SIMULATED
 
 if SIMULATED:
     from numflash.simulator.errors import SimulationError

@@ -6,7 +6,7 @@ largest finite number, and a NaN 0x7f. To float16: exact, and a NaN becomes 0x7f
 
 import numpy as np
 
-from numflash.formats import FORMATS, NAN_CODE, Format
+from numflash.configs.formats import FORMATS, NAN_CODE, Format
 from numflash.ptx.instruction import instruction
 from numflash.ptx.scalars import f32, u8, u16, u32
 

@@ -32,7 +32,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from numflash.mode import SIMULATED
+from numflash.runtime.mode import SIMULATED
 
 INSTRUCTIONS: dict[str, "Instruction"] = {}
 

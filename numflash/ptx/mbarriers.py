@@ -6,9 +6,9 @@ names the parity of the phase that shall have ended: 0 for the first. Waiting fo
 barrier therefore passes at once, which is how a producer finds empty buffers.
 """
 
-from numflash.mode import SIMULATED
 from numflash.ptx.instruction import Shared, instruction
 from numflash.ptx.scalars import i32, u32, u64
+from numflash.runtime.mode import SIMULATED
 
 if SIMULATED:
     from numflash.simulator.bulk_copies import BulkCopies

@@ -3,9 +3,9 @@
 The address must be a multiple of the size. PTX ISA 9.7.9.8 (ld) and 9.7.9.12 (st).
 """
 
-from numflash.mode import SIMULATED
 from numflash.ptx.instruction import Global, Regs, Shared, instruction
 from numflash.ptx.scalars import f32, i64, u32
+from numflash.runtime.mode import SIMULATED
 
 if SIMULATED:
     from numflash.simulator.engine import current_thread, note_store

@@ -1,8 +1,8 @@
 """Special registers. PTX ISA 10."""
 
-from numflash.mode import SIMULATED
 from numflash.ptx.instruction import instruction
 from numflash.ptx.scalars import u32
+from numflash.runtime.mode import SIMULATED
 
 if SIMULATED:
     from numflash.simulator.engine import current_thread

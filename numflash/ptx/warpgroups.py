@@ -7,9 +7,9 @@ from functools import cache
 
 import numpy as np
 
-from numflash.mode import SIMULATED
 from numflash.ptx.instruction import instruction
 from numflash.ptx.scalars import TensorMap, u32
+from numflash.runtime.mode import SIMULATED
 
 if SIMULATED:
     from numflash.simulator.engine import current_thread

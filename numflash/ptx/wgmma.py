@@ -30,9 +30,9 @@ nothing says that they do so at the same time, or that products are over for all
 
 from functools import cache
 
-from numflash.mode import SIMULATED
 from numflash.ptx.instruction import Accumulator, LaterRead, instruction
 from numflash.ptx.scalars import f32, u32, u64
+from numflash.runtime.mode import SIMULATED
 
 if SIMULATED:
     from numflash.simulator import warpgroup

@@ -23,7 +23,7 @@ sink (arXiv 2606.06521).
 
 import numpy as np
 
-from numflash.formats import FORMATS
+from numflash.configs.formats import FORMATS
 from numflash.reference.attention import heads_back, heads_first, repeat, scores
 
 HEAD_DIM_STEP = 64

@@ -4,8 +4,8 @@ import math
 
 import numpy as np
 
+from numflash.problem.tensor_maps import TensorLayout
 from numflash.simulator.memory import bytes_between
-from numflash.tensor_maps import TensorLayout
 
 _ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "uint8": 1}
 _CHUNK = 16

@@ -26,8 +26,8 @@ from numflash.simulator.local_arrays import BeingRead, InFlight, Local, whole
 from numflash.simulator.memory import POISON
 from numflash.simulator.parts import Part
 from numflash.simulator.proxies import AsyncProxy
+from numflash.simulator.sums import add_products
 from numflash.simulator.tensor_maps import swizzled
-from numflash.sums import add_products
 
 WARPS_APART = True
 """Whether the warps of a warpgroup go on by themselves. False holds them together at each

@@ -12,7 +12,7 @@ import math
 from functools import cache
 
 from numflash.ptx import cuda, device_function, f32, fma_rn_f32
-from numflash.tiles.lanes import COLUMN_LANES, ROW_LANES
+from numflash.tiles.portable.lanes import COLUMN_LANES, ROW_LANES
 
 NEG_INF = f32(-math.inf)
 

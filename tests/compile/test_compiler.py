@@ -18,13 +18,12 @@ from weakref import WeakKeyDictionary
 
 import pytest
 
-from numflash import cache, compiler
-from numflash.compiler import compile_kernel, get_cubin
 from numflash.configs import DeltaConfig, Traits, parse_config
-from numflash.devices import ARCHITECTURES
-from numflash.errors import UnsupportedError
 from numflash.kernels.arguments import Pointer
 from numflash.kernels.kernel import Kernel
+from numflash.machine_code import compiler, cubins, repeated_work
+from numflash.machine_code.compiler import compile_kernel, get_cubin
+from numflash.machine_code.sass import disassemble
 from numflash.ptx import (
     INSTRUCTIONS,
     cuda,
@@ -34,9 +33,9 @@ from numflash.ptx import (
     fma_rn_f32,
     i32,
     instruction,
-    repeated_work,
 )
-from numflash.sass import disassemble
+from numflash.runtime.devices import ARCHITECTURES
+from numflash.runtime.errors import UnsupportedError
 
 CONFIG, TRAITS, LIMITS = DeltaConfig(8), Traits("float16", 64, 64), ARCHITECTURES["sm_80"]
 ELF = b"\x7fELF"
@@ -49,9 +48,9 @@ NUMBERS = (
 # Loads or compiles the kernel of this file in a process of its own, and says how that went.
 CHILD = """
 import json, sys, time
-from numflash.compiler import get_cubin
+from numflash.machine_code.compiler import get_cubin
 from numflash.configs import DeltaConfig, Traits
-from numflash.devices import ARCHITECTURES
+from numflash.runtime.devices import ARCHITECTURES
 arguments = DeltaConfig(8), Traits("float16", 64, 64), ARCHITECTURES["sm_80"]
 start = time.perf_counter()
 cubin = get_cubin(*arguments)
@@ -222,7 +221,7 @@ def test_a_damaged_file_is_compiled_again(damage, cache_directory, compilations,
 def test_a_header_of_another_version_is_compiled_again(
     header, cache_directory, compilations, good
 ):
-    cache.write(key_of(CONFIG, TRAITS, LIMITS), header, good.code)
+    cubins.write(key_of(CONFIG, TRAITS, LIMITS), header, good.code)
     assert get_cubin(CONFIG, TRAITS, LIMITS) == good
     assert len(compilations) == 1
 
@@ -258,14 +257,14 @@ def test_a_header_that_no_kernel_has_is_compiled_again(
 ):
     key = key_of(CONFIG, TRAITS, LIMITS)
     header = {field: text for field, text in asdict(good).items() if field != "code"}
-    cache.write(key, {**header, name: value}, good.code)
+    cubins.write(key, {**header, name: value}, good.code)
     assert get_cubin(CONFIG, TRAITS, LIMITS) == good and len(compilations) == 1
 
 
 def test_what_is_no_machine_code_is_compiled_again(cache_directory, compilations, good):
     key = key_of(CONFIG, TRAITS, LIMITS)
     header = {field: text for field, text in asdict(good).items() if field != "code"}
-    cache.write(key, header, b"#!/bin/sh " + good.code)
+    cubins.write(key, header, b"#!/bin/sh " + good.code)
     assert get_cubin(CONFIG, TRAITS, LIMITS) == good and len(compilations) == 1
 
 
@@ -273,7 +272,7 @@ def test_a_file_under_another_kernels_name_is_not_taken(cache_directory, compila
     get_cubin(CONFIG, TRAITS, LIMITS)
     (file,) = cache_directory.iterdir()
     other = DeltaConfig(4)
-    shutil.copy(file, cache._path(key_of(other, TRAITS, LIMITS)))
+    shutil.copy(file, cubins._path(key_of(other, TRAITS, LIMITS)))
     get_cubin(other, TRAITS, LIMITS)
     assert compilations[-1][0] == other
 
@@ -287,7 +286,7 @@ def test_a_cache_that_is_a_file(tmp_path, monkeypatch, compilations, good, caplo
         assert get_cubin(CONFIG, TRAITS, LIMITS) == good
     assert "cannot write" in caplog.text
     assert occupied.read_text() == "not a folder"
-    assert cache.contents() == (0, 0)
+    assert cubins.contents() == (0, 0)
 
 
 @pytest.mark.parametrize("call", ["os.replace", "tempfile.mkstemp", "os.fdopen"])
@@ -296,14 +295,14 @@ def test_a_cache_that_cannot_be_written(call, cache_directory, compilations, goo
         raise PermissionError(13, "Permission denied")
 
     module, _, function = call.partition(".")
-    monkeypatch.setattr(getattr(cache, module), function, refuse)
+    monkeypatch.setattr(getattr(cubins, module), function, refuse)
     assert get_cubin(CONFIG, TRAITS, LIMITS) == good
     assert list(cache_directory.iterdir()) == []
 
 
 def test_a_cache_that_cannot_be_read(cache_directory, compilations, good):
     # A folder in the file's place: neither read nor replaced.
-    cache._path(key_of(CONFIG, TRAITS, LIMITS)).mkdir(parents=True)
+    cubins._path(key_of(CONFIG, TRAITS, LIMITS)).mkdir(parents=True)
     assert get_cubin(CONFIG, TRAITS, LIMITS) == good
 
 
@@ -481,9 +480,9 @@ def test_a_kernel_compiles_quickly():
     program = (
         "import json\n"
         "from numba import cuda\n"
-        "from numflash.compiler import compile_cubin\n"
+        "from numflash.machine_code.compiler import compile_cubin\n"
         "from numflash.configs import ForwardConfig, Traits\n"
-        "from numflash.devices import ARCHITECTURES\n"
+        "from numflash.runtime.devices import ARCHITECTURES\n"
         "config = ForwardConfig.parse('m64n64w4')\n"
         "cubin = compile_cubin(config, Traits('float16', 64, 64), ARCHITECTURES['sm_80'])\n"
         "print(json.dumps(cubin.compile_ms))"

@@ -9,13 +9,13 @@ from dataclasses import replace
 
 import pytest
 
-from numflash.compiler import get_cubin
-from numflash.configs import Fp8ForwardConfig, Sm90Fp8ForwardConfig, Traits, sm90
-from numflash.devices import architecture
-from numflash.dispatch import choose
-from numflash.inspect import inspect_kernel
-from numflash.sass import count_instructions, disassemble
-from numflash.switches import is_on
+from numflash.api.inspect import inspect_kernel
+from numflash.configs import Fp8ForwardConfig, Sm90Fp8ForwardConfig, Traits, wgmma
+from numflash.machine_code.compiler import get_cubin
+from numflash.machine_code.sass import count_instructions, disassemble
+from numflash.runtime.devices import architecture
+from numflash.runtime.switches import is_on
+from numflash.selection.rules import choose
 
 # sm_86 has the instructions of sm_80 and the shared memory of sm_89.
 ARCHS = ("sm_75", "sm_80", "sm_89", "sm_90a", "sm_120")
@@ -89,8 +89,8 @@ def _hopper_cases():
             HEAD_DIMS, ("float16", "bfloat16"), features
         ):
             traits = Traits(dtype, head_dim, head_dim, fp8=True, **feature)
-            for config in sm90.candidates(traits):
-                if sm90.misfit(config, traits, HOPPER, 2**30) is None:
+            for config in wgmma.candidates(traits):
+                if wgmma.misfit(config, traits, HOPPER, 2**30) is None:
                     yield config, dtype, head_dim, feature
                     yield replace(config, num_splits=2), dtype, head_dim, feature
         return

@@ -11,16 +11,16 @@ from dataclasses import replace
 
 import pytest
 
-from numflash.compiler import compile_cubin, get_cubin
+from numflash.api.inspect import inspect_kernel
 from numflash.configs import Sm90ForwardConfig, Traits
-from numflash.configs.sm90 import candidates
-from numflash.devices import architecture
-from numflash.dispatch import choose
-from numflash.inspect import inspect_kernel
+from numflash.configs.wgmma import candidates
+from numflash.machine_code.compiler import compile_cubin, get_cubin
+from numflash.machine_code.main_loop import MainLoop, Registers, read_main_loop
+from numflash.machine_code.sass import disassemble
 from numflash.ptx import device_function
-from numflash.sass import disassemble
-from numflash.steady_state import MainLoop, Registers, read_main_loop
-from numflash.switches import is_on
+from numflash.runtime.devices import architecture
+from numflash.runtime.switches import is_on
+from numflash.selection.rules import choose
 
 HOPPER = architecture("sm_90a")
 DTYPES = ("float16", "bfloat16")
@@ -142,7 +142,7 @@ def test_without_its_guard_the_softmax_does_not_overlap_more(monkeypatch):
         pass
 
     guarded = read_main_loop(disassemble(get_cubin(config, traits, HOPPER).code))
-    monkeypatch.setattr("numflash.kernels.sm90.forward.softmax_before_wait", nothing)
+    monkeypatch.setattr("numflash.kernels.wgmma.forward.softmax_before_wait", nothing)
     bare = read_main_loop(disassemble(compile_cubin(config, traits, HOPPER).code))
     assert bare.groups == guarded.groups and bare.waits == guarded.waits
     assert guarded.overlapped_exponentials == guarded.exponentials == bare.exponentials

@@ -7,11 +7,12 @@ import sys
 
 import pytest
 
-from numflash import info, inspect, sass
+from numflash.api import info, inspect
+from numflash.api.inspect import Report, inspect_kernel, main
 from numflash.configs import DeltaConfig, ForwardConfig, Traits
-from numflash.devices import ARCHITECTURES, architecture, blocks_per_sm
-from numflash.dispatch import choose
-from numflash.inspect import Report, inspect_kernel, main
+from numflash.machine_code import sass
+from numflash.runtime.devices import ARCHITECTURES, architecture, blocks_per_sm
+from numflash.selection.rules import choose
 
 KEYS = {
     "kernel",
@@ -311,7 +312,7 @@ def test_help_says_that_masks_are_data(capsys):
 
 
 def test_it_refuses_the_simulator():
-    done = run("-m", "numflash.inspect", *DELTA, NUMBA_ENABLE_CUDASIM="1")
+    done = run("-m", "numflash.api.inspect", *DELTA, NUMBA_ENABLE_CUDASIM="1")
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "unset it" in done.stderr
@@ -402,6 +403,6 @@ def test_info_with_nothing_installed():
 
 
 def test_info_of_the_simulator():
-    done = run("-m", "numflash.info", NUMBA_ENABLE_CUDASIM="1")
+    done = run("-m", "numflash.api.info", NUMBA_ENABLE_CUDASIM="1")
     assert done.returncode == 0
     assert "kernels run in the simulator" in done.stdout

@@ -4,14 +4,14 @@ import re
 
 import pytest
 
-from numflash import sass
-from numflash.compiler import compile_kernel
-from numflash.devices import ARCHITECTURES
 from numflash.kernels.arguments import Pointer
 from numflash.kernels.kernel import Kernel
+from numflash.machine_code import sass
+from numflash.machine_code.compiler import compile_kernel
 from numflash.ptx import INSTRUCTIONS, cuda, device_function, f32, instruction, u32
-from numflash.tiles.fp8.conversions import make_encode
-from tests.instruction_cases import CASES
+from numflash.runtime.devices import ARCHITECTURES
+from numflash.tiles.quantize.conversions import make_encode
+from tests.support.instruction_cases import CASES
 
 _CASES = [case for cases in CASES.values() for case in cases]
 
@@ -81,7 +81,7 @@ def test_a_product_of_e4m3_is_one_instruction(arch):
 
 
 def test_on_hopper_a_product_of_e4m3_is_two_of_float16_and_an_addition():
-    """What `numflash.sums` says: even pairs of k from zero, then odd ones, then what d held."""
+    """As `numflash.simulator.sums` says: even pairs of k from zero, then odd ones, then d."""
     case = CASES["mma_m16n8k32_e4m3"][0]
     cubin = _compile(case, "sm_90a")
     lines = sass.disassemble(cubin.code).splitlines()

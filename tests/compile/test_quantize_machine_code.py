@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 
-from numflash.compiler import compile_ptx, get_cubin
+from numflash.api.inspect import inspect_kernel
 from numflash.configs import (
     AmaxConfig,
     DequantizeConfig,
@@ -17,9 +17,9 @@ from numflash.configs import (
     parse_config,
     quantize_config,
 )
-from numflash.devices import architecture
-from numflash.inspect import inspect_kernel
-from numflash.sass import disassemble, opcodes
+from numflash.machine_code.compiler import compile_ptx, get_cubin
+from numflash.machine_code.sass import disassemble, opcodes
+from numflash.runtime.devices import architecture
 
 GENERATIONS = {"sm_75": "sm75", "sm_80": "sm80", "sm_89": "sm89", "sm_90a": "sm89"}
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from numflash.compiler import compile_kernel, get_cubin
+from numflash.api.inspect import inspect_kernel
 from numflash.configs import (
     HEAD_DIM_STEP,
     MAX_HEAD_DIM,
@@ -29,14 +29,14 @@ from numflash.configs import (
     accumulators_per_thread,
     parse_config,
 )
-from numflash.devices import ARCHITECTURES
-from numflash.dispatch import choose
-from numflash.inspect import inspect_kernel
 from numflash.kernels.arguments import Pointer
 from numflash.kernels.kernel import Kernel
+from numflash.machine_code.compiler import compile_kernel, get_cubin
+from numflash.machine_code.sass import count_instructions, disassemble
 from numflash.ptx import f32
-from numflash.sass import count_instructions, disassemble
-from numflash.switches import is_on
+from numflash.runtime.devices import ARCHITECTURES
+from numflash.runtime.switches import is_on
+from numflash.selection.rules import choose
 
 FAMILIES = ("forward", "backward-dkdv", "backward-dq", "delta", "combine")
 TENSOR_CORE_FAMILIES = FAMILIES[:3]

@@ -2,10 +2,10 @@
 
 import pytest
 
-from numflash import store
+from numflash.api.inspect import inspect_kernel
 from numflash.configs import parse_config
-from numflash.devices import architecture
-from numflash.inspect import inspect_kernel
+from numflash.runtime.devices import architecture
+from numflash.selection import store
 
 
 def _kernels():

@@ -7,17 +7,18 @@ from functools import cache
 
 import pytest
 
-from numflash import sass
-from numflash.compiler import get_cubin
 from numflash.configs import Traits, parse_config
-from numflash.devices import architecture
-from numflash.problem_class import ProblemClass
-from numflash_tuner import machines, model
-from numflash_tuner.model import counts, hopper
-from numflash_tuner.model.machine_code import MachineCode, analyse
-from numflash_tuner.pool import examine
-from numflash_tuner.records import ResourceUsage
-from numflash_tuner.space import Space
+from numflash.machine_code import sass
+from numflash.machine_code.compiler import get_cubin
+from numflash.problem.classes import ProblemClass
+from numflash.runtime.devices import architecture
+from tuner import model
+from tuner.model import counts, hopper
+from tuner.model.machine_code import MachineCode, analyse
+from tuner.records import ResourceUsage
+from tuner.search.pool import examine
+from tuner.space import machines
+from tuner.space.configs import Space
 
 pytestmark = pytest.mark.skipif(
     sass.find_disassembler() is None, reason=f"there is no disassembler; {sass.INSTALL_HINT}"

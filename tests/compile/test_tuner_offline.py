@@ -21,9 +21,9 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
-from numflash.entries import parse_table
-from numflash_tuner.model.errors import ERRORS
+from numflash.selection.entries import parse_table
 from tests.conftest import share_compiled
+from tuner.model.errors import ERRORS
 
 CLASS = "forward float16-d64-dv64-vec full q4096 k4096 bh64 g1"
 TUNER = ("-m", "numflash_tuner")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from numflash.mode import SIMULATED
+from numflash.runtime.mode import SIMULATED
 
 if not SIMULATED:
     collect_ignore_glob = ["test_*.py"]
@@ -16,8 +16,10 @@ def executed(monkeypatch):
     `mutate` changes the PTX before it runs, and `code` is NUMFLASH_SIM_CODE. Skips where there is
     no compiler.
     """
-    from numflash import api, launch, ptx_worker
-    from numflash.errors import UnsupportedError
+    from numflash.calls import launch, ready
+    from numflash.machine_code import ptx_worker
+    from numflash.runtime import driver
+    from numflash.runtime.errors import UnsupportedError
 
     def choose(arch: str, mutate=None, code: str = "ptx"):
         def compiled(*args):
@@ -33,9 +35,9 @@ def executed(monkeypatch):
         forget()
 
     def forget():
-        launch.limits_of_device.cache_clear()
+        driver.limits_of_device.cache_clear()
         # Calls like earlier ones are launched as they were prepared then.
-        api._ready.clear()
+        ready._ready.clear()
 
     yield choose
     monkeypatch.undo()

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 import numflash
-from numflash.errors import UnsupportedError
+from numflash.problem.tensor_maps import TensorLayout
+from numflash.runtime.errors import UnsupportedError
 from numflash.simulator import DeadlockError, SimulatedTensorMap, SimulationError
-from numflash.tensor_maps import TensorLayout
 
 
 def module(body: str, parameters: str = ".param .u64 x, .param .u32 n", declares="") -> str:

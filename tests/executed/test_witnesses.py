@@ -22,10 +22,12 @@ import numpy as np
 import pytest
 
 import numflash
-from numflash.errors import UnsupportedError
 from numflash.executor import bodies
 from numflash.executor.program import program_of
+from numflash.problem.tensor_maps import TensorLayout
 from numflash.ptx import INSTRUCTIONS, tensor_cores
+from numflash.runtime.errors import UnsupportedError
+from numflash.runtime.switches import is_on
 from numflash.simulator import (
     DeadlockError,
     SimulatedTensorMap,
@@ -34,8 +36,6 @@ from numflash.simulator import (
     warpgroup,
 )
 from numflash.simulator.bulk_copies import BulkCopies
-from numflash.switches import is_on
-from numflash.tensor_maps import TensorLayout
 from tests.executed import evidence
 from tests.executed.conftest import normal
 

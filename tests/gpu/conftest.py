@@ -6,7 +6,7 @@ import pytest
 @pytest.fixture
 def poisoned_pool(monkeypatch):
     """Fill what CuPy allocates for results with NaN, so that what a kernel leaves out shows."""
-    from numflash.arrays import _CuPy
+    from numflash.runtime.arrays import _CuPy
 
     empty = _CuPy.empty
 

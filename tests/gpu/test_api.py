@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 import numflash
-from numflash.check import to_numpy
-from numflash.views import numpy_dtype
+from numflash.api.check import to_numpy
+from numflash.runtime.views import numpy_dtype
 
 
 @pytest.fixture

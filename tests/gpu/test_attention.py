@@ -9,12 +9,12 @@ kernel takes several tiles of rows.
 import pytest
 
 import numflash
-from bench import agreement
-from bench.points import Point
-from numflash.configs.sm90 import Sm90ForwardConfig
-from numflash.launch import limits_of_device
-from numflash.views import numpy_dtype
-from tests.attention_cases import (
+from bench.measuring import agreement
+from bench.points.points import Point
+from numflash.configs.wgmma import Sm90ForwardConfig
+from numflash.runtime.driver import limits_of_device
+from numflash.runtime.views import numpy_dtype
+from tests.support.attention_cases import (
     GPU_CASES,
     HOPPER_CASES,
     SIM_CASES,

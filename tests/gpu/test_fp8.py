@@ -9,16 +9,16 @@ import pytest
 
 import numflash
 from numflash import reference
-from numflash.check import to_numpy
+from numflash.api.check import to_numpy
 from numflash.configs import parse_config
 from numflash.configs.fp8 import multiplies_codes
-from numflash.fp8 import Fp8Recipe
-from numflash.launch import limits_of_device
+from numflash.problem.fp8 import Fp8Recipe
 from numflash.reference.attention import heads_first
 from numflash.reference.fp8 import tokens_innermost
-from numflash.views import numpy_dtype
-from tests.attention_cases import FP8_CONFIGS, GPU_CASES, on_fp8
+from numflash.runtime.driver import limits_of_device
+from numflash.runtime.views import numpy_dtype
 from tests.sim.test_fp8_attention import SORTS, differences, make_call, rms
+from tests.support.attention_cases import FP8_CONFIGS, GPU_CASES, on_fp8
 
 # float32 would be the same cases once more.
 CASES = on_fp8([case for case in GPU_CASES if case.dtype != "float32"])

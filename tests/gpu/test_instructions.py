@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from numflash.compiler import compile_kernel
 from numflash.kernels.kernel import Kernel
-from numflash.launch import limits_of_device
-from tests.instruction_cases import CASES
-from tests.instruction_harness import refusal, run_on_gpu
+from numflash.machine_code.compiler import compile_kernel
+from numflash.runtime.driver import limits_of_device
+from tests.support.instruction_cases import CASES
+from tests.support.instruction_harness import refusal, run_on_gpu
 
 _CASES = [case for cases in CASES.values() for case in cases]
 _SIMULATE = """

@@ -9,12 +9,12 @@ import pytest
 pytest.importorskip("optuna")
 pytest.importorskip("numflash_tuner")
 
-from numflash import store
-from numflash.problem_class import ProblemClass
-from numflash.selection import device_key
-from numflash_tuner.measuring.measurer import DeviceMeasurer
-from numflash_tuner.space import Space
-from numflash_tuner.target import local_machine
+from numflash.problem.classes import ProblemClass
+from numflash.selection import store
+from numflash.selection.choice import device_key
+from tuner.measuring.measurer import DeviceMeasurer
+from tuner.space.configs import Space
+from tuner.space.target import local_machine
 
 FORWARD = ProblemClass.parse("forward float16-d64-dv64-vec causal q512 k512 bh16 g1")
 PROGRAM = """

@@ -11,78 +11,53 @@ import pytest
 import numflash
 
 ROOT = Path(numflash.__file__).parent
+TUNER = ROOT.parent / "tuner"
 
-# What each module or folder of numflash may import of numflash. One that is not listed stands
-# above all of them: it may import any, and none of them may import it.
+# What each room of numflash may import of numflash. `__init__.py` stands above them all: it may
+# import any, and none may import it.
 ARROWS = {
-    "errors": "",
-    "mode": "",
-    "switches": "",
-    "commands": "",
-    "sass": "errors",
-    "devices": "",
-    "trust": "",
-    "gpus": "devices",
-    "cache": "trust",
-    "configs": "devices formats",
-    "formats": "",
-    "reference": "formats",
-    "fp8": "configs errors formats views",
-    "views": "",
-    "arrays": "errors mode views",
-    "problem": "configs errors views",
-    "problem_class": "configs problem",
-    "files": "trust",
-    "printable": "",
-    "entries": "configs devices printable problem_class",
-    "store": "cache configs devices entries files trust",
-    "tensor_maps": "configs problem",
-    "capture": "files problem_class",
-    "autotune": "mode problem_class switches",
-    "dispatch": "configs devices errors problem",
-    "tuned": "compiler configs devices dispatch entries errors problem_class store switches",
-    "sums": "errors switches",
-    "simulator": "mode sums tensor_maps",
-    "ptx": "formats mode simulator sums",
-    "executor": "devices errors formats mode ptx simulator tensor_maps",
-    "ptx_worker": "cache compiler configs devices errors",
+    "runtime": "",
+    "configs": "runtime",
+    "problem": "configs runtime",
+    "reference": "configs",
+    "simulator": "problem runtime",
+    "ptx": "configs runtime simulator",
     "tiles": "ptx",
-    "kernels": "configs formats ptx tiles",
-    "compiler": "cache configs devices errors kernels ptx",
-    "launch": "compiler configs devices errors executor gpus kernels mode ptx ptx_worker "
-    "simulator switches tensor_maps views",
-    "selection": "autotune capture configs dispatch entries gpus launch mode problem "
-    "problem_class tuned",
-    "quantization": "arrays configs errors formats fp8 kernels launch problem views",
-    "calls": "arrays configs dispatch kernels launch problem selection tensor_maps views",
-    "fp8_arrays": "arrays fp8 quantization views",
-    "fp8_sources": "arrays configs errors fp8 kernels launch problem quantization views",
-    "fp8_options": "errors fp8 fp8_sources",
-    "fp8_calls": "arrays calls configs dispatch errors fp8_sources kernels launch problem "
-    "selection tensor_maps views",
-    "api": "arrays calls compiler configs dispatch errors fp8 fp8_calls fp8_options launch mode "
-    "problem selection store tuned views",
-    "explain": "arrays calls dispatch fp8_calls fp8_options gpus problem selection views",
-    "check": "api arrays explain fp8 fp8_options reference selection",
+    "kernels": "configs ptx tiles",
+    "machine_code": "configs kernels ptx runtime",
+    "executor": "configs problem ptx runtime simulator",
+    "selection": "configs machine_code problem runtime",
+    "calls": "configs executor kernels machine_code problem ptx runtime selection simulator",
+    "api": "calls configs machine_code problem reference runtime selection",
+}
+# The same of the other packages; what is not listed stands above all that is.
+TUNER_ARROWS = {
+    "records": "",
+    "space": "records",
+    "model": "records space",
+    "measuring": "records",
+    "search": "measuring model records space",
+    "report": "records search",
+    "tables": "model",
 }
 # Within a layer: the files of a folder import none of these folders. The portable kernels stay
 # readable by themselves, and each implementation can be taken out.
 APART = {
-    "configs/portable.py": "configs.sm80",
-    "configs/sm80.py": "configs.portable configs.sm90",
-    "kernels/portable": "kernels.sm80 tiles.mma",
-    "kernels/sm80": "kernels.portable",
-    "tiles/[a-z]*.py": "tiles.mma",
+    "configs/portable.py": "configs.mma",
+    "configs/mma.py": "configs.portable configs.wgmma",
+    "kernels/portable": "kernels.mma tiles.mma",
+    "kernels/mma": "kernels.portable kernels.wgmma",
+    "tiles/[a-z]*.py": "tiles.mma tiles.wgmma",
 }
 # What else may be imported, and by whom: "*" everywhere, "f" only inside a function.
 OUTSIDE = {
     "numpy": "*",
     "ml_dtypes": "*",
     "greenlet": "simulator",
-    "llvmlite": "ptx compiler",
-    "numba": "ptx compiler launch simulator arrays(f) mode(f)",
-    "cuda": "compiler(f) launch(f) info(f)",
-    "cupy": "arrays(f)",
+    "llvmlite": "ptx machine_code",
+    "numba": "ptx machine_code simulator runtime(f)",
+    "cuda": "machine_code(f) runtime(f) api(f)",
+    "cupy": "runtime(f)",
 }
 NO_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}
 
@@ -96,7 +71,7 @@ def _unit(path: Path) -> str:
     return path.relative_to(ROOT).parts[0].removesuffix(".py")
 
 
-def _imports(path: Path) -> list[tuple[str, bool]]:
+def _imports(path: Path, root: Path | None = None) -> list[tuple[str, bool]]:
     """(dotted name, whether inside a function) of everything a file imports."""
     found = []
 
@@ -105,11 +80,12 @@ def _imports(path: Path) -> list[tuple[str, bool]]:
         if isinstance(node, ast.Import):
             found.extend((alias.name, inside) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            package = path.relative_to(ROOT.parent).parts[: -node.level] if node.level else ()
+            beside = (root or ROOT).parent
+            package = path.relative_to(beside).parts[: -node.level] if node.level else ()
             module = ".".join([*package, *filter(None, [node.module])])
-            if module == "numflash":
-                # `from numflash import arrays` imports a module.
-                found.extend((f"numflash.{alias.name}", inside) for alias in node.names)
+            if module in ("numflash", "tuner"):
+                # `from numflash import reference` imports a room.
+                found.extend((f"{module}.{alias.name}", inside) for alias in node.names)
             else:
                 found.append((module, inside))
         for child in ast.iter_child_nodes(node):
@@ -149,18 +125,32 @@ def test_implementations_stay_apart(place):
         assert [name for name, _ in _imports(path) if f"{name}.".startswith(refused)] == [], path
 
 
-def test_the_table_names_only_what_exists():
-    units = {_unit(path) for path in _modules()}
-    assert set(ARROWS) <= units
+def test_every_room_is_in_the_table_and_nothing_lies_flat():
+    assert {_unit(path) for path in _modules()} == {*ARROWS, "__init__"}
     for allowed in ARROWS.values():
         assert set(allowed.split()) <= set(ARROWS)
 
 
-def test_the_table_has_no_cycle():
+@pytest.mark.parametrize(
+    "path", sorted(TUNER.rglob("*.py")), ids=lambda p: str(p.relative_to(TUNER))
+)
+def test_the_tuner_imports_itself_relatively_and_goes_down(path):
+    unit = path.relative_to(TUNER).parts[0].removesuffix(".py")
+    names = [name.split(".") for name, _ in _imports(path, TUNER)]
+    assert [".".join(name) for name in names if name[0] in ("bench", "numflash_tuner")] == []
+    inside = {name[1] for name in names if name[0] == "tuner" and len(name) > 1} - {unit}
+    # What is not a room or a module is a constant of the package.
+    above = inside - set(TUNER_ARROWS.get(unit, "").split()) - {"SAMPLERS"}
+    assert unit not in TUNER_ARROWS or above == set()
+    assert "from tuner" not in path.read_text()
+
+
+@pytest.mark.parametrize("table", [ARROWS, TUNER_ARROWS], ids=["numflash", "tuner"])
+def test_a_table_has_no_cycle(table):
     done = set()
-    while len(done) < len(ARROWS):
-        ready = {u for u, below in ARROWS.items() if u not in done and done >= set(below.split())}
-        assert ready, f"a cycle among {sorted(set(ARROWS) - done)}"
+    while len(done) < len(table):
+        ready = {u for u, below in table.items() if u not in done and done >= set(below.split())}
+        assert ready, f"a cycle among {sorted(set(table) - done)}"
         done |= ready
 
 
@@ -172,17 +162,17 @@ def test_no_module_is_named_after_nothing():
 @pytest.mark.parametrize(
     "unit, line, message",
     [
-        ("configs", "from numflash.arrays import ArrayView", "configs imports numflash.arrays"),
+        ("runtime", "from numflash.configs import Config", "runtime imports numflash.configs"),
         ("configs", "from numflash import api", "configs imports numflash.api"),
-        ("dispatch", "from numflash.launch import x", "dispatch imports numflash.launch"),
-        ("kernels", "from numflash import dispatch", "kernels imports numflash.dispatch"),
+        ("selection", "from numflash.calls.launch import x", "selection imports numflash.calls"),
+        ("kernels", "from numflash import selection", "kernels imports numflash.selection"),
         ("tiles", "import numba", "tiles imports numba"),
         ("kernels", "def f():\n    from numba import cuda", "kernels imports numba in a function"),
-        ("kernels", "from ..launch import Launcher", "kernels imports numflash.launch"),
-        ("arrays", "import cupy", "arrays imports cupy"),
+        ("kernels", "from ..calls.launch import Launcher", "kernels imports numflash.calls"),
+        ("runtime", "import cupy", "runtime imports cupy"),
         ("api", "import torch", "api imports torch"),
-        ("above", "import optuna", "above imports optuna"),
-        ("launch", "import bench", "launch imports bench"),
+        ("calls", "import optuna", "calls imports optuna"),
+        ("calls", "import bench", "calls imports bench"),
         ("ptx", "from numflash.tiles import lanes", "ptx imports numflash.tiles"),
     ],
 )

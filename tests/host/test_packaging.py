@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from numflash.switches import is_on
+from numflash.runtime.switches import is_on
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())

@@ -10,11 +10,18 @@ import numpy as np
 import pytest
 
 import numflash
-from numflash import api, calls, dispatch, fp8_calls, quantization, reference, selection
-from numflash.arrays import _NumPy
+from numflash import reference
+from numflash.api import attention as api
+from numflash.api import plans
+from numflash.calls import forward as calls
+from numflash.calls import fp8_forward as fp8_calls
+from numflash.calls import quantization, ready
 from numflash.configs import parse_config
-from numflash.dispatch import Choice
-from numflash.formats import NAN_CODE
+from numflash.configs.formats import NAN_CODE
+from numflash.runtime.arrays import _NumPy
+from numflash.selection import choice as selection
+from numflash.selection import rules as dispatch
+from numflash.selection.rules import Choice
 from numflash.simulator import SEED
 
 # A ragged tile of queries, two of keys.
@@ -48,9 +55,9 @@ def choose_small(family, traits, limits, rows=None, positive_scale=True, no_bulk
 @pytest.fixture(autouse=True)
 def small_tiles_and_poisoned_results(monkeypatch):
     """Small tiles; and NaN wherever a kernel leaves a result out."""
-    for module in (api, calls, dispatch, selection):
+    for module in (plans, calls, dispatch, selection):
         monkeypatch.setattr(module, "choose", choose_small)
-    monkeypatch.setattr(api, "_ready", {})
+    monkeypatch.setattr(ready, "_ready", {})
     empty = _NumPy.empty
 
     def poisoned(self, shape, dtype, device):
@@ -348,7 +355,7 @@ def test_a_plan_of_an_empty_problem_launches_nothing():
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_warmup_passes_where_there_is_nothing_to_compile(dtype):
     assert numflash.warmup(dtype, 80, 128, softcap=True, alibi=True, backward=True) is None
-    assert api._ready == {}
+    assert ready._ready == {}
     assert dtype == "float32" or numflash.warmup(dtype, precision="fp8") is None
 
 
@@ -362,7 +369,7 @@ def test_warmup_for_8_bit_floats_makes_what_calls_need(rng, precision, monkeypat
 
     for module in (calls, fp8_calls, quantization):
         monkeypatch.setattr(module, "Launcher", noted)
-    monkeypatch.setattr(api, "SIMULATED", False)
+    monkeypatch.setattr(plans, "SIMULATED", False)
     options = {"precision": precision, "fp8": numflash.Fp8Recipe("head", seed=2)}
     q, k, v = arrays(rng, dtype=np.float16)
     slopes = np.ones(H, np.float32)
@@ -738,7 +745,7 @@ def test_check_counts_nan_as_an_infinite_error(rng):
     assert np.isnan(exact).any()
     report = numflash.check(q, k, v)
     out = np.nan_to_num(numflash.attention(q, k, v))
-    from numflash.check import measure
+    from numflash.api.check import measure
 
     assert not np.isnan(report.errors[0].error)
     assert measure("out", out, exact, exact, 2**-24).error == np.inf

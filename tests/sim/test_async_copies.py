@@ -18,8 +18,8 @@ from numflash.ptx import (
     u32,
 )
 from numflash.simulator import SEED, GlobalPointer, SimulationError, launch
-from tests.async_copy_cases import ASYNC_COPY_CASES
-from tests.instruction_harness import run_simulated
+from tests.support.async_copy_cases import ASYNC_COPY_CASES
+from tests.support.instruction_harness import run_simulated
 
 POISON = 0xFFFFFFFF
 COPIES = {"cp_async_16": (cp_async_16, 4), "cp_async_4": (cp_async_4, 1)}

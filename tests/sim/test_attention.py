@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 import numflash
-from numflash.arrays import _NumPy
-from numflash.switches import is_on
-from tests.attention_cases import SIM_CASES, SMALL_CONFIGS, on_tensor_cores
+from numflash.runtime.arrays import _NumPy
+from numflash.runtime.switches import is_on
+from tests.support.attention_cases import SIM_CASES, SMALL_CONFIGS, on_tensor_cores
 
 
 def _cases():
@@ -85,7 +85,7 @@ def test_a_wrong_result_is_not_within_budget():
     exact, _ = numflash.reference.attention(q, q, q)
     right = numflash.check(q, q, q).errors[0]
     assert right.passed
-    from numflash.check import measure
+    from numflash.api.check import measure
 
     naive, _ = numflash.reference.naive(q, q, q, precision="float32")
     wrong = exact.copy()

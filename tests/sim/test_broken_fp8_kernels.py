@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 import numflash
-from numflash import api
-from numflash.fp8 import Fp8Recipe
-from numflash.kernels import fp8
+from numflash.calls import ready
+from numflash.kernels import quantize as fp8
+from numflash.problem.fp8 import Fp8Recipe
 from tests.sim.test_broken_kernels import first_failure
 from tests.sim.test_fp8_attention import (
     Fp8Call,
@@ -26,15 +26,16 @@ from tests.sim.test_fp8_attention import (
 )
 from tests.support.faults import Dropped, Mutation, events, load, source_of
 
-KERNEL = "numflash.kernels.fp8.forward"
-TILES = "numflash.tiles.fp8"
+KERNEL = "numflash.kernels.mma.fp8_forward"
+TILES = "numflash.tiles.mma.fp8_"
+CONVERSIONS = "numflash.tiles.quantize.conversions"
 SEEDS = range(3)
 # Two warps, so that they need each other; several tiles to walk over.
 NATIVE = ("fp8-sm89-m32n64w2s1", "fp8-sm89-m32n64w2s2")
 HALF = ("fp8-sm80-m32n32w2s1",)
 ALL = (*HALF, *NATIVE)
 # What else a module's text is in, in the order of imports.
-IMPORTERS = {f"{TILES}.conversions": [f"{TILES}.operands"]}
+IMPORTERS = {CONVERSIONS: [f"{TILES}operands"]}
 # Tokens that share a scale of K and V: as many as a tile has, or fewer.
 OF_TILES, OF_KEYS = Fp8Recipe("block", 64), Fp8Recipe("block", 16)
 
@@ -66,7 +67,7 @@ def call(recipe: Fp8Recipe) -> Fp8Call:
 
 def is_right(recipe: Fp8Recipe, config: str) -> bool:
     """Whether a kernel solves the problem."""
-    api._ready.clear()
+    ready._ready.clear()
     each = call(recipe)
     out, lse = numflash.attention(**each.arguments, **each.options, return_lse=True, config=config)
     return not differences(out, lse, each, tile_n_of(config))
@@ -357,7 +358,7 @@ def test_no_barrier_and_no_wait_can_be_left_out(mutation, configs, monkeypatch, 
 def test_a_broken_kernel_is_caught(
     module, mutation, recipe, configs, monkeypatch, record_property
 ):
-    name = KERNEL if module == "forward" else f"{TILES}.{module}"
+    name = {"forward": KERNEL, "conversions": CONVERSIONS}.get(module, f"{TILES}{module}")
     caught = first_failure_of(monkeypatch, name, mutation, (recipe,), configs)
     record_property("caught", caught)
     assert caught

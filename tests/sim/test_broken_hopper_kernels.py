@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 import numflash
-from numflash import api, calls
+from numflash.calls import forward as calls
+from numflash.calls import ready
 from numflash.configs import parse_config
-from numflash.kernels import sm90
-from numflash.launch import limits_of_device
+from numflash.kernels import wgmma
+from numflash.runtime.driver import limits_of_device
 from numflash.simulator import SEED, warpgroup
 from numflash.simulator.errors import DeadlockError, SimulationError
 from tests.support.faults import Dropped, Mutation, events, load, source_of
@@ -67,7 +68,7 @@ class Problem:
         q, k, v = (rng.standard_normal(shape).astype(np.float16) for shape in shapes)
         # Scores grow along the keys, so that maxima move and what was summed is rescaled.
         k *= np.linspace(1, 12, self.seqlen_k, dtype=np.float16)[:, None, None]
-        api._ready.clear()
+        ready._ready.clear()
         return numflash.check(q, k, v, config=f"sm90-{self.config}", **self.options).passed
 
 
@@ -123,7 +124,7 @@ NOT_NEEDED = {
 def hopper(monkeypatch):
     """A simulated GPU that is a Hopper."""
     monkeypatch.setenv("NUMFLASH_SIM_ARCH", "sm_90a")
-    monkeypatch.setattr(api, "_ready", {})
+    monkeypatch.setattr(ready, "_ready", {})
     limits_of_device.cache_clear()
     yield
     limits_of_device.cache_clear()
@@ -141,7 +142,7 @@ def break_kernel(part: str, fault, monkeypatch) -> None:
     """Let the forward be made of a part with a fault."""
     chain = [module_of(name) for name in CHAIN[CHAIN.index(part) :]]
     changed = load(chain, module_of(part), fault, monkeypatch)
-    monkeypatch.setitem(sm90.FACTORIES, "forward", changed.make_forward_kernel)
+    monkeypatch.setitem(wgmma.FACTORIES, "forward", changed.make_forward_kernel)
 
 
 def first_failure(problems, monkeypatch) -> str | None:

@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 
 from numflash import reference
-from numflash.calls import arguments_of
+from numflash.calls.forward import arguments_of
+from numflash.calls.launch import SimulatedLaunch
 from numflash.configs import BackwardDkDvConfig, BackwardDqConfig, ForwardConfig, Traits
-from numflash.launch import SimulatedLaunch
-from numflash.problem import AttentionProblem, Tensor
+from numflash.problem.problem import AttentionProblem, Tensor
 from numflash.ptx import bar_arrive, bar_sync, cuda, f32
+from numflash.runtime.views import Operand
 from numflash.simulator import SEED, launch
-from numflash.views import Operand
 from tests.support.faults import Dropped, Mutation, events, load, source_of
 
 SEEDS = range(5)
@@ -418,18 +418,18 @@ FORWARD_MUTATIONS = [
         Mutation("rows of the lanes", "+ ROW_LANES * r", "+ COLUMN_LANES * r"),
     ),
     (
-        "numflash.tiles.softmax",
+        "numflash.tiles.portable.softmax",
         Mutation("a step of the shuffles", "range(3)", "range(2)", times=2),
     ),
     (
-        "numflash.tiles.softmax",
+        "numflash.tiles.portable.softmax",
         Mutation(
             "a row of another lane", "FULL_WARP, x, distance", "FULL_WARP, x, distance ^ 8", 2
         ),
     ),
-    ("numflash.tiles.softmax", Mutation("the scale", "row_sum[r] *= row_scale", "pass")),
+    ("numflash.tiles.portable.softmax", Mutation("the scale", "row_sum[r] *= row_scale", "pass")),
     (
-        "numflash.tiles.softmax",
+        "numflash.tiles.portable.softmax",
         Mutation(
             "the guard of rows without keys", "new_max if new_max > NEG_INF else f32(0)", "new_max"
         ),
@@ -443,7 +443,7 @@ FORWARD_MUTATIONS = [
         ),
     ),
     (
-        "numflash.tiles.copies",
+        "numflash.tiles.portable.copies",
         Mutation("rows past the end are loaded", "< valid_rows and", "< rows and"),
     ),
 ]

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 import numflash
-from numflash import api
-from numflash.kernels import sm80
+from numflash.calls import ready
+from numflash.kernels import mma
 from tests.sim.test_broken_kernels import first_failure
 from tests.support.faults import Dropped, Mutation, events, load, source_of
 
-KERNELS = "numflash.kernels.sm80"
+KERNELS = "numflash.kernels.mma"
 TILES = "numflash.tiles.mma"
 # Two warps, so that they need each other; several tiles to walk over.
 CONFIGS = {
@@ -61,11 +61,11 @@ def first_failure_of(
     if mutation is not None:
         changed = load((module, module_of(family)), module, mutation, monkeypatch)
         factory = getattr(changed, f"make_{family.replace('-', '_')}_kernel")
-        monkeypatch.setitem(sm80.FACTORIES, family, factory)
-    monkeypatch.setattr(api, "_ready", {})
+        monkeypatch.setitem(mma.FACTORIES, family, factory)
+    monkeypatch.setattr(ready, "_ready", {})
 
     def run(config):
-        api._ready.clear()
+        ready._ready.clear()
         return check(family, config, *(problem or [sizes_of(family)]))
 
     for config in configs or CONFIGS[family]:

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from numflash.problem.tensor_maps import TensorLayout
 from numflash.ptx import (
     EVICT_NORMAL,
     cp_async_bulk_commit_group,
@@ -27,9 +28,8 @@ from numflash.ptx import (
     u64,
 )
 from numflash.simulator import SEED, DeadlockError, SimulatedTensorMap, SimulationError, launch
-from numflash.tensor_maps import TensorLayout
-from tests.bulk_copy_cases import BULK_COPY_CASES, LOADS, STORES, TILES, Tile
-from tests.instruction_harness import run_simulated
+from tests.support.bulk_copy_cases import BULK_COPY_CASES, LOADS, STORES, TILES, Tile
+from tests.support.instruction_harness import run_simulated
 
 SEEDS = range(12)
 # 32 x 64 float16, and tiles of 8 rows: 1024 bytes.

@@ -11,7 +11,8 @@ import pytest
 
 import numflash
 from numflash import reference
-from numflash.fp8 import Fp8Array, Fp8Recipe
+from numflash.calls import ready
+from numflash.problem.fp8 import Fp8Array, Fp8Recipe
 from tests.sim.test_fp8_attention import (
     E4M3,
     Fp8Call,
@@ -34,7 +35,7 @@ BLOCKS = Fp8Recipe("block", 32, seed=2)
 @pytest.fixture(autouse=True)
 def nothing_ready(monkeypatch):
     """Calls of other tests do not count."""
-    monkeypatch.setattr(numflash.api, "_ready", {})
+    monkeypatch.setattr(ready, "_ready", {})
 
 
 @pytest.fixture
@@ -99,7 +100,7 @@ def test_arrays_of_4_3_and_2_dimensions(rng, layout, ndim):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_head_dims_that_are_no_multiples_of_64(rng, dtype):
-    q, k, v = arrays(rng, dims=(80, 48), dtype=numflash.views.numpy_dtype(dtype))
+    q, k, v = arrays(rng, dims=(80, 48), dtype=numflash.runtime.views.numpy_dtype(dtype))
     out, lse = attend(q, k, v, precision="fp8", fp8=BLOCKS)
     assert (out.shape, out.dtype) == ((1, 5, 2, 48), q.dtype)
     assert wrong((out, lse), call_of(q, k, v, BLOCKS)) == []
@@ -288,7 +289,7 @@ def test_dequantised_numbers_are_quantised_to_the_same_codes(rng, dtype):
     # Codes are exact in 16 bits, and a scale that is a power of two changes nothing.
     x = E4M3.decode(rng.integers(0, 120, (1, 9, 2, 64))) * np.float32(2.0**-4)
     x[0, :, :, 0] = E4M3.peak * 2.0**-4
-    first = numflash.quantize_fp8(x.astype(numflash.views.numpy_dtype(dtype)), "token")
+    first = numflash.quantize_fp8(x.astype(numflash.runtime.views.numpy_dtype(dtype)), "token")
     back = numflash.dequantize_fp8(first)
     assert (back.astype(np.float32) == x).all() and back.dtype.name == dtype
     again = numflash.quantize_fp8(back, "token")

@@ -13,20 +13,21 @@ import numpy as np
 import pytest
 
 import numflash
-from numflash import api, reference
-from numflash.arrays import _NumPy
-from numflash.check import measure, to_numpy
+from numflash import reference
+from numflash.api.check import measure, to_numpy
+from numflash.calls import ready
 from numflash.configs import parse_config
-from numflash.formats import FORMATS
-from numflash.fp8 import Fp8Array, Fp8Recipe
+from numflash.configs.formats import FORMATS
 from numflash.kernels.arguments import Pointer
-from numflash.launch import limits_of_device
+from numflash.problem.fp8 import Fp8Array, Fp8Recipe
 from numflash.ptx import cuda, mov_ctaid_x, u32
 from numflash.reference.attention import heads_first
 from numflash.reference.fp8 import attention_of_codes, tokens_innermost
+from numflash.runtime.arrays import _NumPy
+from numflash.runtime.driver import limits_of_device
+from numflash.runtime.switches import is_on
 from numflash.simulator import SEED, GlobalPointer, launch
-from numflash.switches import is_on
-from tests.attention_cases import FP8_CONFIGS, SIM_CASES, AttentionCase, on_fp8
+from tests.support.attention_cases import FP8_CONFIGS, SIM_CASES, AttentionCase, on_fp8
 
 SORTS = ("16-bit", "arrays", "codes")
 # Quantising takes longest in the simulator, and has tests of its own.
@@ -196,7 +197,7 @@ def tile_n_of(config: str) -> int:
 def every_instruction(monkeypatch):
     """A simulated GPU that has those for 8-bit floats, too."""
     monkeypatch.setenv("NUMFLASH_SIM_ARCH", "sm_89")
-    monkeypatch.setattr(api, "_ready", {})
+    monkeypatch.setattr(ready, "_ready", {})
     limits_of_device.cache_clear()
     yield
     limits_of_device.cache_clear()

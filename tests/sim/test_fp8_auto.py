@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 import numflash
-from numflash import fp8_calls, reference
+from numflash import reference
+from numflash.calls import fp8_forward as fp8_calls
 
 DATA = Path(__file__).parents[2] / "examples" / "data" / "minilm_layer.npz"
 HEADS_KV, GROUP = 2, 2

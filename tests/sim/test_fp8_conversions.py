@@ -8,16 +8,16 @@ import math
 import numpy as np
 import pytest
 
-from numflash.formats import FORMATS
+from numflash.configs.formats import FORMATS
 from numflash.ptx import cvt_rn_f16x2_e4m3x2, f32, lop3_select_b32, prmt_b32, u32
-from numflash.tiles.fp8.conversions import (
+from numflash.tiles.quantize.conversions import (
     GENERATIONS,
     make_decode_halves,
     make_encode,
     make_round_to_e4m3,
 )
-from tests.fp8_cases import FP8_CASES, to_encode
-from tests.instruction_harness import run_simulated
+from tests.support.fp8_cases import FP8_CASES, to_encode
+from tests.support.instruction_harness import run_simulated
 
 # Bits after the point, bias of the exponent, code of the largest number.
 LAYOUTS = {"e4m3": (3, 7, 0x7E), "e5m2": (2, 15, 0x7B)}

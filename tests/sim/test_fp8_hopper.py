@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 
 import numflash
-from numflash import api, calls
+from numflash.calls import forward as calls
+from numflash.calls import ready
 from numflash.configs import parse_config
-from numflash.errors import UnsupportedError
-from numflash.fp8 import Fp8Recipe
-from numflash.kernels import sm90
-from numflash.launch import limits_of_device
+from numflash.kernels import wgmma
+from numflash.problem.fp8 import Fp8Recipe
+from numflash.runtime.driver import limits_of_device
+from numflash.runtime.errors import UnsupportedError
+from numflash.runtime.switches import is_on
 from numflash.simulator import SEED, warpgroup
-from numflash.switches import is_on
-from tests.attention_cases import SIM_CASES, AttentionCase, on_fp8
 from tests.sim.test_broken_kernels import first_failure
 from tests.sim.test_fp8_attention import (
     SORTS,
@@ -28,16 +28,16 @@ from tests.sim.test_fp8_attention import (
     differences,
     fp8_array,
     make_call,
-    poisoned_results,  # noqa: F401
     quantized,
     run,
     tile_n_of,
     tokens_per_scale,
 )
+from tests.support.attention_cases import SIM_CASES, AttentionCase, on_fp8
 from tests.support.faults import Dropped, Mutation, load
 
 EVERY = is_on("NUMFLASH_TEST_EVERY_CONFIG")
-KERNEL, TILES = "numflash.kernels.sm90.fp8_forward", "numflash.tiles.wgmma"
+KERNEL, TILES = "numflash.kernels.wgmma.fp8_forward", "numflash.tiles.wgmma"
 SMALL = (
     "fp8-sm90-m64n128w4s2-overlap-persistent",
     "fp8-sm90-m64n64w4s2",
@@ -64,7 +64,7 @@ WIDEST = (RECIPES[1], *RECIPES[2:])
 def hopper(monkeypatch):
     """A simulated GPU that is a Hopper."""
     monkeypatch.setenv("NUMFLASH_SIM_ARCH", "sm_90a")
-    monkeypatch.setattr(api, "_ready", {})
+    monkeypatch.setattr(ready, "_ready", {})
     limits_of_device.cache_clear()
     yield
     limits_of_device.cache_clear()
@@ -233,14 +233,14 @@ def first_failure_of(monkeypatch, config, module=None, mutation=None, seeds=rang
     """How the kernel with a mutated `module` fails with a config; None if it is right."""
     if mutation is not None:
         changed = load((module, KERNEL), module, mutation, monkeypatch)
-        monkeypatch.setitem(sm90.FACTORIES, "forward", changed.make_fp8_forward_kernel)
+        monkeypatch.setitem(wgmma.FACTORIES, "forward", changed.make_fp8_forward_kernel)
 
     return first_failure(lambda: is_right(config, config), monkeypatch, seeds)
 
 
 def is_right(config: str, of_problem: str) -> bool:
     """Whether a config solves the problem for another, or its own."""
-    api._ready.clear()
+    ready._ready.clear()
     call = problem(of_problem)
     return not differences(*run(call, config), call, tile_n_of(config))
 

@@ -19,11 +19,12 @@ import numpy as np
 import pytest
 
 import numflash
-from numflash import api, kernels, launch
-from numflash.arrays import _NumPy
+from numflash import kernels
+from numflash.calls import launch, ready
 from numflash.configs import parse_config
-from numflash.fp8 import Fp8Recipe
-from numflash.launch import limits_of_device
+from numflash.problem.fp8 import Fp8Recipe
+from numflash.runtime.arrays import _NumPy
+from numflash.runtime.driver import limits_of_device
 
 DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
 LARGEST = {"float16": 60000.0, "bfloat16": 133120.0, "float32": 133120.0}
@@ -129,7 +130,7 @@ def poisoned_results(monkeypatch):
         return array
 
     monkeypatch.setattr(_NumPy, "empty", poisoned)
-    monkeypatch.setattr(api, "_ready", {})
+    monkeypatch.setattr(ready, "_ready", {})
     yield
     limits_of_device.cache_clear()
 
@@ -178,7 +179,7 @@ def test_every_family_has_a_row(gpu, monkeypatch):
     monkeypatch.setattr(launch.Launcher, "__init__", noting)
     for run in RUNS.values():
         gpu(run)
-        api._ready.clear()
+        ready._ready.clear()
         q, k, v = run.arrays(*np.ones((3, 1, 3, 1, run.head_dim)))
         out, lse = forward(run, q, k, v)
         if run.backward:

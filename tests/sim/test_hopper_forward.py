@@ -11,22 +11,23 @@ import numpy as np
 import pytest
 
 import numflash
-from bench.points import Point
-from numflash import api, calls
-from numflash.arrays import _NumPy
-from numflash.configs.sm90 import Sm90ForwardConfig
-from numflash.devices import ARCHITECTURES
-from numflash.launch import limits_of_device
+from bench.points.points import Point
+from numflash.calls import forward as calls
+from numflash.calls import ready
+from numflash.configs.wgmma import Sm90ForwardConfig
+from numflash.runtime.arrays import _NumPy
+from numflash.runtime.devices import ARCHITECTURES
+from numflash.runtime.driver import limits_of_device
+from numflash.runtime.switches import is_on
 from numflash.simulator import SEED
-from numflash.switches import is_on
-from tests.attention_cases import (
+from tests.gpu.test_attention import check_sample, hopper_cases, inputs_of
+from tests.support.attention_cases import (
     HOPPER_CASES,
     SIM_CASES,
     SMALL_CONFIGS,
     AttentionCase,
     on_hopper,
 )
-from tests.gpu.test_attention import check_sample, hopper_cases, inputs_of
 
 EVERY = is_on("NUMFLASH_TEST_EVERY_CONFIG")
 CONFIGS = tuple(configs["forward"] for configs in SMALL_CONFIGS["sm90"])
@@ -46,7 +47,7 @@ def _cases() -> list[tuple[str, AttentionCase]]:
 def hopper(monkeypatch):
     """A simulated GPU that is a Hopper, and results that hold NaN before they are written."""
     monkeypatch.setenv("NUMFLASH_SIM_ARCH", "sm_90a")
-    monkeypatch.setattr(api, "_ready", {})
+    monkeypatch.setattr(ready, "_ready", {})
     limits_of_device.cache_clear()
     empty = _NumPy.empty
 

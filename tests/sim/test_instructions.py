@@ -34,8 +34,8 @@ from numflash.ptx import (
     u32,
 )
 from numflash.ptx.instruction import Accumulator
-from tests.instruction_cases import BASIC_CASES, CASES, HALF_CODES, NANS, SUBNORMALS, TINY
-from tests.instruction_harness import InstructionCase, bit_distance, run_simulated
+from tests.support.instruction_cases import BASIC_CASES, CASES, HALF_CODES, NANS, SUBNORMALS, TINY
+from tests.support.instruction_harness import InstructionCase, bit_distance, run_simulated
 
 INF = f32(math.inf)
 # The NaN that single-precision instructions make of any NaN; for half precision 0x7FFF.

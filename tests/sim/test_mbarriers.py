@@ -18,8 +18,8 @@ from numflash.ptx import (
     u64,
 )
 from numflash.simulator import SEED, DeadlockError, GlobalPointer, SimulationError, launch
-from tests.instruction_harness import THREADS, run_simulated
-from tests.mbarrier_cases import MBARRIER_CASES
+from tests.support.instruction_harness import THREADS, run_simulated
+from tests.support.mbarrier_cases import MBARRIER_CASES
 
 
 def backwards_in_warps(x):

@@ -8,17 +8,19 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 
-from numflash import fp8_arrays, quantization, reference
-from numflash.arrays import _NumPy, library_of
+from numflash import reference
+from numflash.api import quantize as fp8_arrays
+from numflash.api.quantize import dequantize_fp8, quantize_fp8
+from numflash.calls import quantization
+from numflash.calls.quantization import Quantization, Relayout
 from numflash.configs import QuantizeConfig
-from numflash.errors import UnsupportedError
-from numflash.formats import FORMATS
-from numflash.fp8 import Fp8Array, Fp8Recipe
-from numflash.fp8_arrays import dequantize_fp8, quantize_fp8
-from numflash.quantization import Quantization, Relayout
+from numflash.configs.formats import FORMATS
+from numflash.problem.fp8 import Fp8Array, Fp8Recipe
 from numflash.reference.fp8 import tokens_innermost
+from numflash.runtime.arrays import _NumPy, library_of
+from numflash.runtime.errors import UnsupportedError
+from numflash.runtime.views import numpy_dtype
 from numflash.simulator import SEED as SEED_OF_SIMULATOR
-from numflash.views import numpy_dtype
 
 SEED = 5
 

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 
 import numflash
-from numflash import api, sums
-from numflash.errors import UnsupportedError
-from numflash.launch import limits_of_device
-from numflash.switches import is_on
-from tests.instruction_harness import run_simulated
-from tests.tensor_core_cases import TENSOR_CORE_CASES
-from tests.wgmma_cases import WGMMA_CASES
+from numflash.calls import ready
+from numflash.runtime.driver import limits_of_device
+from numflash.runtime.errors import UnsupportedError
+from numflash.runtime.switches import is_on
+from numflash.simulator import sums
+from tests.support.instruction_harness import run_simulated
+from tests.support.tensor_core_cases import TENSOR_CORE_CASES
+from tests.support.wgmma_cases import WGMMA_CASES
 
 TYPES = {
     "float16": np.dtype(np.float16),
@@ -254,7 +255,7 @@ FAMILIES = {
 def test_errors_stay_within_their_budgets(family, name, model, monkeypatch):
     dtype, precision, config, arch, _ = FAMILIES[family]
     monkeypatch.setenv("NUMFLASH_SIM_ARCH", arch)
-    monkeypatch.setattr(api, "_ready", {})
+    monkeypatch.setattr(ready, "_ready", {})
     limits_of_device.cache_clear()
     rng = np.random.default_rng(11)
     element = {"bfloat16": ml_dtypes.bfloat16}.get(dtype, dtype)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from numflash.problem.tensor_maps import TensorLayout
 from numflash.ptx import (
     EVICT_NORMAL,
     cp_async_bulk_tensor_2d,
@@ -30,9 +31,15 @@ from numflash.simulator import (
     launch,
     warpgroup,
 )
-from numflash.tensor_maps import TensorLayout
-from tests.instruction_harness import run_simulated
-from tests.wgmma_cases import PRODUCTS, SQUARE, WGMMA_CASES, d_register, registers_of_d, slabs
+from tests.support.instruction_harness import run_simulated
+from tests.support.wgmma_cases import (
+    PRODUCTS,
+    SQUARE,
+    WGMMA_CASES,
+    d_register,
+    registers_of_d,
+    slabs,
+)
 
 
 def expected_of(case):

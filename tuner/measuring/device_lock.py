@@ -1,7 +1,7 @@
 """The lock of a device: of the processes that share it one measures at a time.
 
-Unlike that of `numflash.files.locked` it is waited for as long as others hold it, which may be
-minutes, and does not keep the other threads of its owner from the cache.
+Unlike that of `numflash.runtime.files.locked` it is waited for as long as others hold it, which
+may be minutes, and does not keep the other threads of its owner from the cache.
 """
 
 import logging
@@ -11,8 +11,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from numflash.cache import folder_for
-from numflash.files import open_for_all
+from numflash.runtime.cache_folder import folder_for
+from numflash.runtime.files import open_for_all
 
 if sys.platform == "win32":
     import msvcrt

@@ -59,7 +59,7 @@ class _Gpu:
 
     def describe(self):
         """As `Device.describe`."""
-        from numflash.selection import device_key
+        from numflash.selection.choice import device_key
 
         return {**asdict(device_key(self.ordinal)), "bus": _bus_id(self.ordinal)}
 
@@ -90,7 +90,7 @@ class CupyGpu(_Gpu):
 
     def empty(self, shape, dtype):
         """As `Device.empty`."""
-        from numflash.views import numpy_dtype
+        from numflash.runtime.views import numpy_dtype
 
         return self._cupy.empty(shape, numpy_dtype(dtype))
 

@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 
 import numflash
-from numflash.arrays import library_of
-from numflash.calls import DEFAULTS, Backward, Forward
+from numflash.calls.forward import DEFAULTS, Backward, Forward
 from numflash.configs import MmaConfig
-from numflash_tuner.measuring import representative
-from numflash_tuner.measuring.gpu import Device
-from numflash_tuner.measuring.representative import Call
+from numflash.runtime.arrays import library_of
+
+from . import representative
+from .gpu import Device
+from .representative import Call
 
 _AFTER = {"forward": "combine", "backward": "reduce-dq"}
 """What puts the parts together that a family's kernel may write: timed with it."""

@@ -16,12 +16,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from numflash.entries import DeviceKey
-from numflash.problem_class import ProblemClass
-from numflash_tuner.measuring.child import Child, DeviceUnavailableError, FailedError
-from numflash_tuner.measuring.clocks import ClockLog
-from numflash_tuner.measuring.device_lock import device_lock
-from numflash_tuner.records import Record
+from numflash.problem.classes import ProblemClass
+from numflash.selection.entries import DeviceKey
+
+from ..records import Record
+from .child import Child, DeviceUnavailableError, FailedError
+from .clocks import ClockLog
+from .device_lock import device_lock
 
 _log = logging.getLogger("numflash")
 
@@ -106,7 +107,7 @@ class DeviceMeasurer:
             expected: the device that it must be, since a child reads CUDA_VISIBLE_DEVICES anew;
                 None takes any.
             limits: of the watchdog.
-            command: that runs a child; `numflash_tuner.measuring.worker` by default.
+            command: that runs a child; `tuner/measuring/worker.py` by default.
             seed: of the order in which `remeasure` goes.
         """
         self.limits = limits or Limits()
@@ -116,7 +117,7 @@ class DeviceMeasurer:
             sys.executable,
             "-P",
             "-m",
-            "numflash_tuner.measuring.worker",
+            f"{__package__}.worker",
             str(ordinal),
         ]
         self._order = random.Random(seed)

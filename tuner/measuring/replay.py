@@ -14,9 +14,10 @@ from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from numflash.files import replace_file
-from numflash.problem_class import ProblemClass
-from numflash_tuner.records import FAILURES, Record
+from numflash.problem.classes import ProblemClass
+from numflash.runtime.files import replace_file
+
+from ..records import FAILURES, Record
 
 SCHEMA = 1
 """Version of the file format."""
@@ -64,7 +65,7 @@ def save(
 
     Args:
         path: the file.
-        device: a dictionary, or a dataclass such as `numflash.store.DeviceKey`.
+        device: a dictionary, or a dataclass such as `numflash.selection.store.DeviceKey`.
         problem: the class.
         records: config -> its record.
         compilers: package -> version; those installed by default.
@@ -74,7 +75,7 @@ def save(
         ValueError: a record is another config's.
     """
     if compilers is None:
-        from numflash.compiler import versions
+        from numflash.machine_code.compiler import versions
 
         compilers = versions()
     for config, record in records.items():

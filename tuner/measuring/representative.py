@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from numflash.dispatch import PACKED_SEQLEN
-from numflash.problem_class import ProblemClass
+from numflash.problem.classes import ProblemClass
+from numflash.selection.geometry import PACKED_SEQLEN
 
 CHECK_SEQLENS = (113, 257)
 """(seqlen_q, seqlen_k) that no tile divides."""

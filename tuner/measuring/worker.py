@@ -16,18 +16,19 @@ from collections.abc import Callable
 from typing import Any
 
 import numflash
-from numflash.check import check
-from numflash.compiler import get_cubin
+from numflash.api.check import check
 from numflash.configs import MmaConfig
-from numflash.dispatch import choose, force
-from numflash.errors import UnsupportedError
-from numflash.launch import limits_of_device
-from numflash.mode import SIMULATED
-from numflash.problem_class import ProblemClass
-from numflash_tuner.measuring import representative
-from numflash_tuner.measuring.gpu import Device, open_gpu
-from numflash_tuner.measuring.launches import RefusedError, bind, forced, make_arrays
-from numflash_tuner.measuring.representative import CHECK_SEQLENS, Call
+from numflash.machine_code.compiler import get_cubin
+from numflash.problem.classes import ProblemClass
+from numflash.runtime.driver import limits_of_device
+from numflash.runtime.errors import UnsupportedError
+from numflash.runtime.mode import SIMULATED
+from numflash.selection.rules import choose, force
+
+from . import representative
+from .gpu import Device, open_gpu
+from .launches import RefusedError, bind, forced, make_arrays
+from .representative import CHECK_SEQLENS, Call
 
 BROKEN = 3
 """The exit status after a fault that the device does not recover from."""

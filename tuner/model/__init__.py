@@ -1,7 +1,7 @@
 """The offline model of a kernel's time.
 
 `prediction` puts together what `counts` (instructions by formula), `machine_code` (instructions of
-a disassembly), `grid` (blocks and tiles of a problem) and `numflash_tuner.machines` know; `hopper`
+a disassembly), `grid` (blocks and tiles of a problem) and `tuner.space.machines` know; `hopper`
 does so for the kernel whose warpgroups multiply asynchronously. `errors` says how far off all of
 it is.
 """
@@ -11,13 +11,14 @@ from hashlib import sha256
 from pathlib import Path
 
 from numflash.configs import Config, Sm90ForwardConfig
-from numflash.problem_class import ProblemClass
-from numflash_tuner.machines import Machine
-from numflash_tuner.model import hopper, prediction
-from numflash_tuner.model.errors import gain_needed
-from numflash_tuner.model.machine_code import MachineCode
-from numflash_tuner.model.prediction import Prediction, floor_ms, multiply_adds
-from numflash_tuner.records import ResourceUsage
+from numflash.problem.classes import ProblemClass
+
+from ..records import ResourceUsage
+from ..space.machines import Machine
+from . import hopper, prediction
+from .errors import gain_needed
+from .machine_code import MachineCode
+from .prediction import Prediction, floor_ms, multiply_adds
 
 __all__ = [
     "Prediction",
@@ -67,6 +68,6 @@ def estimate(machine: Machine, problem: ProblemClass, config: Config) -> Predict
 def source_hash() -> str:
     """Hash of everything that decides a prediction, the kernels aside."""
     digest, folder = sha256(), Path(__file__).parent
-    for file in sorted([*folder.glob("*.py"), *folder.parent.glob("machines.*")]):
+    for file in sorted([*folder.glob("*.py"), *(folder.parent / "space").glob("machines.*")]):
         digest.update(file.read_bytes())
     return digest.hexdigest()

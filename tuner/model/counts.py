@@ -7,7 +7,8 @@ a score, copies by instructions a load. `complete` puts the same together from m
 from dataclasses import dataclass, replace
 
 from numflash.configs import Config, MmaConfig, Traits
-from numflash_tuner.model.machine_code import Counts, Loop
+
+from .machine_code import Counts, Loop
 
 _WARP = 32
 _VECTOR_BYTES = 16

@@ -1,7 +1,7 @@
 """How far off the offline model is, and what a prediction must gain before it counts.
 
 Kernels of others with the same structure have published speeds. A test
-(`tests/host/test_tuner_published.py`) holds the model against 109 of them, and keeps the errors
+(`tests/host/tuner/test_published.py`) holds the model against 109 of them, and keeps the errors
 stated here from being too small. Each is the largest of its kind: by which part the longer of the
 published and the predicted time is longer.
 
@@ -26,9 +26,10 @@ said of those is taken to be as wrong as the worst that is known.
 """
 
 from numflash.configs import Config, MmaConfig
-from numflash.dispatch import PACKED_SEQLEN
-from numflash.problem_class import ProblemClass
-from numflash_tuner.machines import Machine
+from numflash.problem.classes import ProblemClass
+from numflash.selection.geometry import PACKED_SEQLEN
+
+from ..space.machines import Machine
 
 ERRORS = {
     "sm80 forward": 0.10,

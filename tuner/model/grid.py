@@ -10,9 +10,10 @@ from functools import cached_property, lru_cache
 import numpy as np
 
 from numflash.configs import WARPGROUP_ROWS, Config, MmaConfig, Sm90ForwardConfig
-from numflash.dispatch import PACKED_SEQLEN, heads_of_a_bundle
-from numflash.problem_class import ProblemClass
-from numflash_tuner.machines import Machine
+from numflash.problem.classes import ProblemClass
+from numflash.selection.geometry import PACKED_SEQLEN, heads_of_a_bundle
+
+from ..space.machines import Machine
 
 _UNBOUNDED = 2**40
 _FLOAT_BYTES = 4
@@ -114,7 +115,7 @@ def lay(problem: ProblemClass, config: Config) -> Grid:
 
 
 def heads_packed(problem: ProblemClass, config: Config) -> int:
-    """Query heads in the rows of a tile, by the rule of `dispatch.rows_packed`."""
+    """Query heads in the rows of a tile, by the rule of `geometry.rows_packed`."""
     if not isinstance(config, MmaConfig) or problem.family != "forward":
         return 1
     few = problem.seqlen_q <= PACKED_SEQLEN and not problem.traits.alibi

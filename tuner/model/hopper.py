@@ -27,21 +27,15 @@ ours does better, `overlap` is worth more than is said here.
 from dataclasses import dataclass
 
 from numflash.configs import Sm90ForwardConfig, Traits
-from numflash.devices import blocks_per_sm
-from numflash.problem_class import ProblemClass
-from numflash_tuner.machines import Machine
-from numflash_tuner.model.counts import feature_counts
-from numflash_tuner.model.grid import (
-    Grid,
-    dealt_out,
-    heads_in_flight,
-    l2_share,
-    lay,
-    memory_bytes,
-    part_bytes,
-)
-from numflash_tuner.model.machine_code import Counts, MachineCode
-from numflash_tuner.model.prediction import (
+from numflash.problem.classes import ProblemClass
+from numflash.runtime.devices import blocks_per_sm
+
+from ..records import ResourceUsage
+from ..space.machines import Machine
+from .counts import feature_counts
+from .grid import Grid, dealt_out, heads_in_flight, l2_share, lay, memory_bytes, part_bytes
+from .machine_code import Counts, MachineCode
+from .prediction import (
     BARRIER_LATENCY,
     BLOCK_LATENCY,
     L2_LATENCY,
@@ -56,7 +50,6 @@ from numflash_tuner.model.prediction import (
     schedule,
     smooth_maximum,
 )
-from numflash_tuner.records import ResourceUsage
 
 WGMMA_EFFICIENCY = 0.97
 """Share of the peak that the tensor cores reach while they are busy. Fitted."""

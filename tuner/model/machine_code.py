@@ -18,7 +18,7 @@ the innermost one with products; those around it go over tiles of rows.
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 
-from numflash_tuner.model.control_flow import Graph, read_blocks
+from .control_flow import Graph, read_blocks
 
 _LANES = 32
 _WIDTHS = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
@@ -177,7 +177,7 @@ def analyse(sass: str) -> MachineCode:
     """The loops of the first kernel in a disassembly, and what is in them.
 
     Args:
-        sass: as `numflash.sass.disassemble` returns it.
+        sass: as `numflash.machine_code.sass.disassemble` returns it.
 
     Raises:
         ValueError: it holds no instructions.

@@ -31,21 +31,14 @@ from numflash.configs import (
     Traits,
     accumulators_per_thread,
 )
-from numflash.devices import blocks_per_sm
-from numflash.problem_class import ProblemClass
-from numflash_tuner.machines import Machine
-from numflash_tuner.model import counts
-from numflash_tuner.model.grid import (
-    Grid,
-    io_bytes,
-    l2_share,
-    lay,
-    memory_bytes,
-    part_bytes,
-    visible_scores,
-)
-from numflash_tuner.model.machine_code import Counts, MachineCode
-from numflash_tuner.records import ResourceUsage
+from numflash.problem.classes import ProblemClass
+from numflash.runtime.devices import blocks_per_sm
+
+from ..records import ResourceUsage
+from ..space.machines import Machine
+from . import counts
+from .grid import Grid, io_bytes, l2_share, lay, memory_bytes, part_bytes, visible_scores
+from .machine_code import Counts, MachineCode
 
 PARTITIONS = 4
 """Of an SM, each with its own pipes; a warp stays in one. One instruction is issued per clock."""

@@ -8,15 +8,16 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from numflash.files import replace_file
-from numflash.printable import printable
-from numflash_tuner.records import FAILURES, Record
-from numflash_tuner.report import charts, tables
-from numflash_tuner.report.markup import Markup, escaped, joined, tag
-from numflash_tuner.report.occupancy import occupancy
-from numflash_tuner.report.style import STYLE
-from numflash_tuner.report.tables import format_share, format_speed, format_speedup, format_time
-from numflash_tuner.results import Result, format_ms
+from numflash.runtime.files import replace_file
+from numflash.runtime.printable import printable
+
+from ..records import FAILURES, Record
+from ..search.results import Result, format_ms
+from . import charts, tables
+from .markup import Markup, escaped, joined, tag
+from .occupancy import occupancy
+from .style import STYLE
+from .tables import format_share, format_speed, format_speedup, format_time
 
 _OPEN_ROWS = 40
 _PREDICTED = "Predicted by the offline model, not measured."

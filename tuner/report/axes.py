@@ -6,7 +6,7 @@ Charts are laid out for their smallest size, so that their text stays legible on
 import math
 from dataclasses import dataclass
 
-from numflash_tuner.report.markup import Markup, joined, tag
+from .markup import Markup, joined, tag
 
 WIDTH = 350
 LEFT, RIGHT = 46, 340

@@ -4,8 +4,9 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from numflash_tuner.records import FAILURES, Record
-from numflash_tuner.report.axes import (
+from ..records import FAILURES, Record
+from ..search.results import Result, format_ms, parameters, rank_correlation
+from .axes import (
     BOTTOM,
     IN_SIGHT,
     LEFT,
@@ -23,9 +24,8 @@ from numflash_tuner.report.axes import (
     text,
     width_of,
 )
-from numflash_tuner.report.markup import Markup, escaped, joined, tag
-from numflash_tuner.report.style import HEAT_STEPS
-from numflash_tuner.results import Result, format_ms, parameters, rank_correlation
+from .markup import Markup, escaped, joined, tag
+from .style import HEAT_STEPS
 
 _STRIP = 12
 

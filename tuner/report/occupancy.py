@@ -7,25 +7,13 @@ import math
 from collections import Counter
 from collections.abc import Callable
 
-from numflash.devices import KB, Architecture, architecture, blocks_per_sm
-from numflash_tuner.records import FAILURES, Record
-from numflash_tuner.report.axes import (
-    BOTTOM,
-    LEFT,
-    RIGHT,
-    RING,
-    TOP,
-    Axis,
-    Labels,
-    chart,
-    circle,
-    cross,
-    frame,
-    line,
-)
-from numflash_tuner.report.charts import Figure, described, key, label_best
-from numflash_tuner.report.markup import Markup, escaped, joined, tag
-from numflash_tuner.results import Result
+from numflash.runtime.devices import KB, Architecture, architecture, blocks_per_sm
+
+from ..records import FAILURES, Record
+from ..search.results import Result
+from .axes import BOTTOM, LEFT, RIGHT, RING, TOP, Axis, Labels, chart, circle, cross, frame, line
+from .charts import Figure, described, key, label_best
+from .markup import Markup, escaped, joined, tag
 
 MAX_REGISTERS = 255
 """Of a thread, on every architecture."""

@@ -3,9 +3,9 @@
 import re
 from collections.abc import Iterable
 
-from numflash_tuner.records import FAILURES, Record
-from numflash_tuner.report.markup import Markup, escaped, joined, tag
-from numflash_tuner.results import Result, format_ms, parameters
+from ..records import FAILURES, Record
+from ..search.results import Result, format_ms, parameters
+from .markup import Markup, escaped, joined, tag
 
 _NUMBER = re.compile(r"\d+(?:\.\d+)?")
 

@@ -13,9 +13,9 @@ needed and results are the same in every run.
 
 from numflash.kernels.portable.backward_dkdv import make_backward_dkdv_kernel
 from numflash.kernels.portable.backward_dq import make_backward_dq_kernel
-from numflash.kernels.portable.combine import make_combine_kernel
-from numflash.kernels.portable.delta import make_delta_kernel
 from numflash.kernels.portable.forward import make_forward_kernel
+from numflash.kernels.shared.combine import make_combine_kernel
+from numflash.kernels.shared.delta import make_delta_kernel
 
 FACTORIES = {
     "forward": make_forward_kernel,

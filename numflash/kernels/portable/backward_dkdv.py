@@ -12,21 +12,21 @@ from numflash.kernels.arguments import Mask, Scores, Shape, Statistics, Tensor
 from numflash.kernels.kernel import Kernel
 from numflash.ptx import cuda, f32, i64
 from numflash.tiles.blocks import first_of_head
-from numflash.tiles.copies import make_load_tile, make_store_rows
-from numflash.tiles.elements import ELEMENTS
-from numflash.tiles.gradients import (
+from numflash.tiles.portable.copies import make_load_tile, make_store_rows
+from numflash.tiles.portable.elements import ELEMENTS
+from numflash.tiles.portable.gradients import (
     make_load_query_statistics,
     make_softmax_backward,
     make_store_scores,
 )
-from numflash.tiles.lanes import (
+from numflash.tiles.portable.lanes import (
     COLUMN_LANES,
     ROW_LANES,
     columns_per_thread,
     groups_per_thread,
     rows_per_thread,
 )
-from numflash.tiles.products import make_product_nn, make_product_nt
+from numflash.tiles.portable.products import make_product_nn, make_product_nt
 from numflash.tiles.scores import (
     band_block_begin,
     band_block_end,

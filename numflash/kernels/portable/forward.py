@@ -14,16 +14,17 @@ from numflash.kernels.arguments import Mask, Pointer, Scores, Shape, Tensor
 from numflash.kernels.kernel import Kernel
 from numflash.ptx import cuda, f32, i64
 from numflash.tiles.blocks import first_of_head
-from numflash.tiles.copies import make_load_tile, make_store_rows
-from numflash.tiles.elements import ELEMENTS
-from numflash.tiles.lanes import (
+from numflash.tiles.portable.copies import make_load_tile, make_store_rows
+from numflash.tiles.portable.elements import ELEMENTS
+from numflash.tiles.portable.lanes import (
     COLUMN_LANES,
     ROW_LANES,
     columns_per_thread,
     groups_per_thread,
     rows_per_thread,
 )
-from numflash.tiles.products import make_product_nn, make_product_nt
+from numflash.tiles.portable.products import make_product_nn, make_product_nt
+from numflash.tiles.portable.softmax import make_online_softmax, row_sum_of_lanes
 from numflash.tiles.scores import (
     NEG_INF,
     band_block_begin,
@@ -34,7 +35,6 @@ from numflash.tiles.scores import (
     make_scale_scores,
     make_slope_of,
 )
-from numflash.tiles.softmax import make_online_softmax, row_sum_of_lanes
 
 
 def make_forward_kernel(config: ForwardConfig, traits: Traits) -> Kernel:

@@ -26,10 +26,10 @@ from numflash.ptx import (
     u32,
 )
 from numflash.tiles.blocks import token_of_row
-from numflash.tiles.lanes import FULL_WARP
 from numflash.tiles.mma.elements import MmaElement
 from numflash.tiles.mma.fragments import MMA_ROWS, ROW_STEP
 from numflash.tiles.mma.layouts import TileLayout, make_word
+from numflash.tiles.portable.lanes import FULL_WARP
 
 
 @cache

@@ -3,7 +3,7 @@
 `ldmatrix` reads the same chunk of eight neighbouring rows at once. So that the eight lie in
 different banks, chunk c of row r is stored where chunk c ^ s(r) would be, with s running through
 as many values as the row has room for; rows of half a 128-byte line supply the missing factor of
-two themselves. tests/host/test_mma_layouts.py proves that this is a bijection and free of
+two themselves. tests/host/numflash/test_mma_layouts.py proves that this is a bijection and free of
 conflicts.
 
 Positions are in words of four bytes. Tiles begin at multiples of `ALIGNMENT_WORDS`.

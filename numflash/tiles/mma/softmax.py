@@ -23,10 +23,10 @@ from numflash.ptx import (
     ld_shared_v2_f32,
     max_f32,
 )
-from numflash.tiles.lanes import FULL_WARP
 from numflash.tiles.mma.fragments import MMA_COLUMNS
+from numflash.tiles.portable.lanes import FULL_WARP
+from numflash.tiles.portable.softmax import LN_2
 from numflash.tiles.scores import NEG_INF
-from numflash.tiles.softmax import LN_2
 
 LAG = f32(8)
 HUGE = f32(2.0**20)

@@ -7,8 +7,7 @@ itself and gets its weight, by which it comes to the units of O, when it is adde
 from functools import cache
 
 from numflash.ptx import cuda, device_function, ex2_approx_ftz_f32, f32, fma_rn_f32
-from numflash.tiles.fp8.conversions import make_encode
-from numflash.tiles.fp8.softmax import (
+from numflash.tiles.mma.fp8_softmax import (
     P_SCALE_LOG2,
     follow_top,
     limit_of_row,
@@ -16,8 +15,9 @@ from numflash.tiles.fp8.softmax import (
     top_of_row,
     unit_of_row,
 )
-from numflash.tiles.lanes import FULL_WARP
 from numflash.tiles.mma.softmax import make_subtract_from_rows
+from numflash.tiles.portable.lanes import FULL_WARP
+from numflash.tiles.quantize.conversions import make_encode
 from numflash.tiles.scores import NEG_INF
 from numflash.tiles.wgmma.softmax import make_largest_of_rows
 

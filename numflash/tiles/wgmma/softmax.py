@@ -7,7 +7,6 @@ and says by how much O must be; `tiles.mma.softmax` tells the rest.
 from functools import cache
 
 from numflash.ptx import cuda, device_function, f32, max_f32
-from numflash.tiles.lanes import FULL_WARP
 from numflash.tiles.mma.softmax import (
     follow_maximum,
     limit_of_row,
@@ -16,6 +15,7 @@ from numflash.tiles.mma.softmax import (
     row_max_of_quad,
     shift_of_row,
 )
+from numflash.tiles.portable.lanes import FULL_WARP
 from numflash.tiles.scores import NEG_INF
 
 

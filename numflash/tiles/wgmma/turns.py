@@ -11,7 +11,7 @@ from numflash.ptx import (
     i32,
     mov_tid_x,
 )
-from numflash.tiles.lanes import FULL_WARP
+from numflash.tiles.portable.lanes import FULL_WARP
 
 _FIRST_TURN, _FIRST_MEETING = 1, 4
 _WARPGROUP, _TWO_WARPGROUPS = 128, 256

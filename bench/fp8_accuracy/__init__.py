@@ -1,0 +1,1 @@
+"""How accurate FP8 attention is, and its tables and figure."""

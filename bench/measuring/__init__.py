@@ -1,0 +1,1 @@
+"""Times, right results and the processes that measure them."""

@@ -1,0 +1,1 @@
+"""The points that are measured, their work, and their order."""

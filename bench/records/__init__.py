@@ -1,0 +1,1 @@
+"""Records of runs: what they hold, and who checks them."""

@@ -1,0 +1,1 @@
+"""Studies: ablations, schedules, toolchains, the tuner against an exhaustive search."""

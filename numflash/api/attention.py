@@ -1,0 +1,192 @@
+"""Attention and its gradients, as people call them."""
+
+from numflash.calls.forward import Backward
+from numflash.calls.fp8_options import refuse_backward
+from numflash.calls.ready import bind_forward, prepare
+from numflash.configs import Config
+from numflash.problem.fp8 import Fp8Recipe
+from numflash.runtime.arrays import library_of, on_stream
+
+
+def attention(
+    q,
+    k,
+    v,
+    *,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    causal_align: str = "bottom_right",
+    window_size: tuple[int | None, int | None] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes=None,
+    layout: str = "bshd",
+    precision: str | None = None,
+    fp8: Fp8Recipe | None = None,
+    q_descale=None,
+    k_descale=None,
+    v_descale=None,
+    max_rel_error: float | None = None,
+    return_lse: bool = False,
+    return_decision: bool = False,
+    out=None,
+    stream=None,
+    config: str | Config | dict[str, str | Config] | None = None,
+):
+    """Attention, softmax(softmax_scale Q K^T) V, without storing the score matrix.
+
+    Args:
+        q: (batch, seqlen_q, num_heads_q, head_dim), float16, bfloat16 or float32. With layout
+            "bhsd" the two middle axes are swapped. Three dimensions mean one batch entry, two one
+            head. Any strides; only a last axis that is not contiguous is copied.
+        k: (batch, seqlen_k, num_heads_kv, head_dim); num_heads_kv divides num_heads_q, and each
+            group of num_heads_q // num_heads_kv query heads shares one key-value head.
+        v: (batch, seqlen_k, num_heads_kv, head_dim_v). Head dims are 1 to 256.
+        softmax_scale: factor of Q K^T; None means head_dim ** -0.5.
+        causal: each query sees the keys up to its own position.
+        causal_align: where the diagonal lies if seqlen_q != seqlen_k: "bottom_right" (the last
+            query sees the last key) or "top_left" (the first query sees only the first key). It
+            also aligns window_size and alibi_slopes.
+        window_size: (left, right): a query sees that many keys before and after its own position,
+            inclusive; -1 or None is no limit. What is hidden gets the weight zero, but within a
+            tile it is multiplied all the same: a NaN or infinity in a hidden row of v makes NaN
+            of the queries that share a computed tile with it (docs/architecture.md, "Masks").
+            Nothing beyond the ends of a sequence does.
+        softcap: scores s become softcap * tanh(s / softcap); 0 is off.
+        alibi_slopes: float32, (num_heads_q,) or (batch, num_heads_q): slope * distance is
+            subtracted from a score, after softcap.
+        layout: "bshd" or "bhsd", of q, k, v and the result.
+        precision: "tf32" allows float32 to be multiplied on tensor cores, with operands rounded
+            to 10 bits after the point; where they have no kernel for it (head dims above 128,
+            Turing) and with None products are exact. "fp8" quantises q, k and v, float16 or
+            bfloat16, to e4m3 and multiplies that, also P: at twice the rate where `mma.sync` has
+            it (Ada, Blackwell's sm_120), elsewhere as float16. Sums are float32 in all cases.
+            "auto" does so for the key-value heads whose error stays within max_rel_error, by an
+            estimate from their quantised blocks, and computes the others in 16 bits.
+        fp8: with precision="fp8", how to quantise; None is `Fp8Recipe()`: a scale for each 128
+            tokens of a head, and q and k rotated. Any of q, k and v may also be an `Fp8Array`, as
+            `quantize_fp8` makes it; precision then is "fp8" and need not be said.
+        q_descale, k_descale, v_descale: float32, (batch, num_heads_kv): scales of q, k and v that
+            are e4m3 codes (uint8 or an 8-bit float dtype) of the caller's own, each value being
+            code * descale. The result then is bfloat16 (float16 on Turing), or what `out` is.
+        max_rel_error: with precision="auto", the root mean square of a head's error relative to
+            that of its result; None means 0.1. The error of 8 bits on random numbers is 0.05.
+        return_lse: also return the log-sum-exp.
+        return_decision: with precision="auto", also return which heads were computed in 8 bits.
+        out: an array to write the result to; it must not overlap an input. What reads it must
+            come after the call on `stream`.
+        stream: a CUDA stream, or its address, to allocate and launch on; None is the current one
+            of the array library of q.
+        config: run the kernel with this config, as in "sm80-m128n64w4s1"; a dictionary may also
+            name one for the "combine" of split keys, next to "forward". None lets numflash choose:
+            what `numflash-tune` has found, else by rule. `explain_dispatch` tells what it chooses.
+
+    Returns:
+        out: (batch, seqlen_q, num_heads_q, head_dim_v) in the layout, dtype and kind of q. A
+            query that sees no key gives 0.
+        lse: with return_lse, (batch, num_heads_q, seqlen_q) float32: the natural logarithm of the
+            sum of exponentials of the scores; -inf where a query sees no key. Without batch or
+            heads axes in q, these are absent here too.
+        decision: with return_decision, a `PrecisionDecision`.
+
+    Raises:
+        TypeError: an argument of a wrong type or dtype, or not on a CUDA device.
+        ValueError: shapes that do not fit together, values out of range.
+        UnsupportedError: possible in principle, not here (head_dim above 256, an old GPU, a
+            tensor that requires a gradient while PyTorch's gradients are enabled, ...).
+
+    The kernels are enqueued, not waited for. A CUDA graph can capture a call once its kernels are
+    compiled and loaded: by an equal call or `plan` before, or by `warmup`. Memory beyond the
+    results: nothing, or, where few queries make it worthwhile to split the keys over blocks,
+    num_splits float32 copies of the results; with precision="fp8" codes and scales of what is
+    quantised.
+
+    Sources: FlashAttention-2, arXiv 2307.08691; FlashAttention-3, arXiv 2407.08608, for FP8.
+    """
+    options = {
+        "softmax_scale": softmax_scale,
+        "causal": causal,
+        "causal_align": causal_align,
+        "window_size": window_size,
+        "softcap": softcap,
+        "alibi_slopes": alibi_slopes,
+        "layout": layout,
+        "precision": precision,
+        "config": config,
+        "fp8": fp8,
+        "max_rel_error": max_rel_error,
+    }
+    if return_decision and precision != "auto":
+        raise ValueError(f'return_decision goes with precision="auto", got {precision!r}')
+    descales = q_descale, k_descale, v_descale
+    bound = bind_forward(q, k, v, out, options, stream, descales)
+    result, lse, decision = bound.launch(bound.stream)
+    if not (return_lse or return_decision):
+        return result
+    return (result, *([lse] * return_lse), *([decision] * return_decision))
+
+
+def attention_backward(
+    dout,
+    q,
+    k,
+    v,
+    out,
+    lse,
+    *,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    causal_align: str = "bottom_right",
+    window_size: tuple[int | None, int | None] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes=None,
+    layout: str = "bshd",
+    precision: str | None = None,
+    stream=None,
+    config: dict[str, str | Config] | None = None,
+):
+    """The gradients of `attention` with respect to q, k and v.
+
+    Args:
+        dout: gradient of the result, shaped like it.
+        q, k, v: as given to `attention`.
+        out, lse: as returned by `attention(..., return_lse=True)`.
+        softmax_scale, causal, causal_align, window_size, softcap, alibi_slopes, layout, precision,
+            stream: as given to `attention`.
+        config: kernels to run instead of those that numflash chooses, by family: "backward-dkdv"
+            and "backward-dq"; or "backward", one kernel for all gradients, which takes five
+            products a tile instead of seven and num_splits more float32 copies of dq.
+
+    Returns:
+        dq, dk, dv: shaped like q, k and v, contiguous. Queries that see no key have gradient 0.
+        The same call gives the same bits every time: no atomics.
+
+    Raises:
+        TypeError, ValueError, UnsupportedError: as `attention`.
+
+    Needs two float32 workspaces of batch x num_heads_q x seqlen_q.
+
+    Source: FlashAttention, arXiv 2205.14135, Algorithm 4.
+    """
+    options = {
+        "softmax_scale": softmax_scale,
+        "causal": causal,
+        "causal_align": causal_align,
+        "window_size": window_size,
+        "softcap": softcap,
+        "alibi_slopes": alibi_slopes,
+        "layout": layout,
+        "precision": precision,
+        "config": config,
+        "fp8": None,
+        "max_rel_error": None,
+    }
+    refuse_backward(q, k, v, precision)
+    arrays = {"q": q, "k": k, "v": v, "dout": dout, "out": out, "lse": lse}
+    backward, operands, stream = prepare(Backward, arrays, options, stream)
+    library = library_of(q, "q")
+
+    def work(stream: int) -> tuple:
+        gradients = backward(operands, library, stream)
+        return tuple(library.hand_back(g, q, stream) for g in gradients)
+
+    return on_stream(work, stream, backward.device, arrays, operands)

@@ -1,0 +1,175 @@
+"""Calls prepared before they are launched: plans, and kernels compiled ahead."""
+
+from dataclasses import replace
+
+from numflash.calls.forward import DEFAULTS, expect_known
+from numflash.calls.fp8_forward import AutoForward, Fp8Forward
+from numflash.calls.fp8_options import MAX_REL_ERROR, refuse_backward
+from numflash.calls.launch import load
+from numflash.calls.ready import BoundForward, bind_forward
+from numflash.configs import MmaConfig, Traits, padded_head_dim
+from numflash.machine_code.compiler import get_cubin
+from numflash.problem.fp8 import Fp8Array, Fp8Recipe
+from numflash.problem.problem import expect_contiguous_rows, expect_head_dim, expect_precision
+from numflash.runtime.arrays import library_of, stream_address
+from numflash.runtime.driver import limits_of_device, multiprocessors
+from numflash.runtime.mode import SIMULATED
+from numflash.runtime.views import ArrayView, contiguous_strides
+from numflash.selection import tuned
+from numflash.selection.choice import BACKWARD, device_key
+from numflash.selection.geometry import num_splits
+from numflash.selection.rules import choose
+
+_LONG, _MANY = 2**20, 2**10
+
+
+class Plan:
+    """An attention call made ready: the same arrays, launched again and again.
+
+    Everything is checked, compiled, allocated and packed once, by `numflash.plan`. A launch reads
+    q, k and v where they are and writes `out` and `lse`.
+
+    Attributes:
+        out: the result, as `attention` returns it.
+        lse: the log-sum-exp, as `attention` returns it.
+        kernel: which kernel runs: family, config and what it was compiled for.
+        decision: with precision="auto" a `PrecisionDecision`, made anew by each launch.
+
+    Where q is of a library that is seen through CuPy, each launch hands the same memory back anew,
+    so that this library's work comes after the launch: take the results from the plan then.
+    """
+
+    def __init__(self, bound: BoundForward):
+        """Made by `numflash.plan`."""
+        self._bound, self.kernel = bound, bound.kernel
+        self.out, self.lse, self.decision = bound.hand_back(bound.stream)
+
+    def launch(self, stream=None):
+        """Enqueue the kernel and return `out`.
+
+        Args:
+            stream: a CUDA stream or its address; None is the one current when the plan was made.
+        """
+        address = self._bound.stream if stream is None else stream_address(stream)
+        self.out, self.lse, self.decision = self._bound.launch(address)
+        return self.out
+
+
+def plan(
+    q, k, v, *, out=None, stream=None, q_descale=None, k_descale=None, v_descale=None, **options
+) -> Plan:
+    """Prepare an attention call that is launched many times on the same arrays.
+
+    Args:
+        q, k, v, out, stream, q_descale, k_descale, v_descale: as for `attention`. Changing the
+            arrays' contents is what plans are for; they must have a contiguous last axis, because
+            a copy would not see the change. With precision="fp8" each launch quantises anew.
+        options: the other options of `attention`, without return_lse.
+
+    Raises:
+        TypeError, ValueError, UnsupportedError: as `attention`.
+    """
+    expect_known("plan", options, ("out", "stream"))
+    for name, array in (("q", q), ("k", k), ("v", v)):
+        array = array.data if isinstance(array, Fp8Array) else array
+        view = library_of(array, name).view(array, name)
+        expect_contiguous_rows(f"{name} of a plan", view)
+    descales = q_descale, k_descale, v_descale
+    return Plan(bind_forward(q, k, v, out, {**DEFAULTS, **options}, stream, descales))
+
+
+def warmup(
+    dtype: str = "float16",
+    head_dim: int = 64,
+    head_dim_v: int | None = None,
+    *,
+    seqlen_q: int = _LONG,
+    seqlen_k: int = _LONG,
+    softcap: bool = False,
+    alibi: bool = False,
+    precision: str | None = None,
+    fp8: Fp8Recipe | None = None,
+    backward: bool = False,
+    device: int = 0,
+) -> None:
+    """Compile and load ahead what `attention` needs, so that the first call does not wait.
+
+    Args:
+        dtype: "float16", "bfloat16" or "float32".
+        head_dim, head_dim_v: as in the arrays to come; head_dim_v defaults to head_dim.
+        seqlen_q, seqlen_k: likewise; sequences of up to 32 tokens have kernels of their own.
+        softcap, alibi: whether the calls will use them.
+        precision, fp8: as in the calls to come; on 8-bit floats also what quantises.
+        backward: also compile for `attention_backward`.
+        device: ordinal of the CUDA device.
+
+    Raises:
+        TypeError: a head_dim that is not an integer, an fp8 that is no `Fp8Recipe`.
+        ValueError: a dtype that does not exist or does not go with precision, a head_dim below 1.
+        UnsupportedError: a head_dim above 256, no GPU, or no compiler; a backward on 8-bit floats.
+    """
+    head_dim_v = head_dim if head_dim_v is None else head_dim_v
+    for name, value in (("head_dim", head_dim), ("head_dim_v", head_dim_v)):
+        expect_head_dim(name, value)
+    expect_precision(precision, dtype)
+    if precision in ("fp8", "auto"):
+        if backward:
+            refuse_backward(None, None, None, precision)
+        if dtype not in ("float16", "bfloat16"):
+            raise ValueError(
+                f'dtype must be float16 or bfloat16 for precision="{precision}", got {dtype!r}'
+            )
+        options = {"softcap": float(softcap), "precision": precision, "fp8": fp8}
+        if not SIMULATED:
+            _warm_up_fp8(
+                dtype, (seqlen_q, head_dim), (seqlen_k, head_dim_v), alibi, device, options
+            )
+        return
+    vector = 4 if dtype == "float32" else 8
+    traits = Traits(
+        dtype,
+        padded_head_dim(head_dim),
+        padded_head_dim(head_dim_v),
+        softcap=bool(softcap),
+        alibi=bool(alibi),
+        vectorized=head_dim % vector == 0 and head_dim_v % vector == 0,
+        tf32=precision == "tf32",
+    )
+    if SIMULATED:
+        return
+    limits = limits_of_device(device)
+    for family in ("forward", "delta", *BACKWARD) if backward else ("forward",):
+        rows = seqlen_k if family == "backward-dkdv" else seqlen_q
+        # Of contiguous arrays rows that are not aligned cannot be fetched by bulk copies.
+        no_bulk_copies = None if traits.vectorized else "rows are not aligned to 16 bytes"
+        choices = [choose(family, traits, limits, rows, no_bulk_copies=no_bulk_copies)]
+        if tuned.enabled():
+            # Which of them a call takes depends on sizes that are not known yet.
+            choices += tuned.choices(family, traits, device_key(device), limits)
+        for choice in choices:
+            load(get_cubin(choice.config, choice.traits, limits), device)
+        choice = choices[0]
+        if family == "forward" and isinstance(choice.config, MmaConfig):
+            blocks = -(-seqlen_q // choice.config.block_rows)
+            num_sms, _ = multiprocessors(device)
+            if num_splits(choice.config, traits, limits, num_sms, blocks, seqlen_k) > 1:
+                split = replace(choice.config, num_splits=2)
+                combine = choose("combine", traits, limits)
+                for each in (replace(choice, config=split), combine):
+                    load(get_cubin(each.config, each.traits, limits), device)
+
+
+def _warm_up_fp8(dtype, q_size, v_size, alibi: bool, device: int, options: dict) -> None:
+    """Make calls ready that are nothing but shapes."""
+    options = {**DEFAULTS, **options, "described": {}, "max_rel_error": MAX_REL_ERROR}
+    kind = AutoForward if options["precision"] == "auto" else Fp8Forward
+    sizes = {"q": q_size, "k": (v_size[0], q_size[1]), "v": v_size}
+    # One head may be split over its keys, many are not.
+    for batch in (1, _MANY):
+        views = {}
+        for name, (seqlen, columns) in sizes.items():
+            shape = (batch, seqlen, 1, columns)
+            views[name] = ArrayView(0, shape, contiguous_strides(shape), dtype, device)
+        if alibi:
+            views["alibi_slopes"] = ArrayView(0, (1,), (1,), "float32", device)
+        kind(views, options)

@@ -1,0 +1,1 @@
+"""A call: its arguments, the kernels it needs, and their launches."""

@@ -1,0 +1,303 @@
+"""Launching: a kernel with its arguments, on the GPU or in the simulator.
+
+`Launcher` binds a kernel to a device and to all arguments but the addresses of its arrays. On the
+GPU a launch packs those addresses next to the arguments packed before and makes one driver call on
+the caller's stream: no allocation, no synchronisation, capturable in a CUDA graph.
+
+The arguments are the records of `kernels.arguments`, by parameter name; what the driver gets, or
+the executor, is their leaves. A tensor map is passed by value. It is encoded when an address is
+first bound and remembered.
+"""
+
+import ctypes
+import struct
+import threading
+from collections.abc import Callable
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from numflash.calls.encoding import aligned, encoder
+from numflash.configs import Config, Traits
+from numflash.kernels.arguments import Pointer, assembled, value_at
+from numflash.machine_code.compiler import Cubin, get_cubin, warn_of_spills
+from numflash.machine_code.ptx_worker import ptx_of
+from numflash.problem.tensor_maps import MAP_ALIGNMENT, MAP_BYTES, TensorLayout
+from numflash.runtime.driver import checked, in_context, limits_of_device, open_driver, raise_error
+from numflash.runtime.errors import UnsupportedError
+from numflash.runtime.gpus import Gpu
+from numflash.runtime.mode import SIMULATED
+from numflash.runtime.switches import choice
+from numflash.runtime.views import Operand
+
+# What a simulated launch runs: the kernel's Python, or what the compilers make of it, by which
+# route (see `compiler.executable_ptx`).
+_SIMULATED_CODE = "python", "ptx", "lto"
+_SLOT_BYTES = 8
+# Encoded maps that are remembered, of each parameter of a launch: allocators use addresses again.
+_MAX_MAPS = 64
+_DEFAULT_SMEM_LIMIT = 48 * 1024
+
+
+class Mapped(NamedTuple):
+    """The argument of a tensor map: which operand it is of, and how that lies."""
+
+    operand: str
+    layout: TensorLayout
+
+
+class Launcher:
+    """One kernel with every argument but its arrays' addresses."""
+
+    def __init__(
+        self,
+        config: Config,
+        traits: Traits,
+        device: int | Gpu,
+        num_blocks: int,
+        arguments: dict[str, object],
+    ):
+        """Compile (or find) the kernel and pack its scalar arguments.
+
+        Args:
+            config, traits: which kernel.
+            device: ordinal of the CUDA device; for a GPU that is not here nothing is compiled.
+            num_blocks: blocks of the grid.
+            arguments: by parameter name: a record, a number, a `Mapped`, or for a pointer the name
+                of an operand or None, as a record has it too. A pointer that is not among them is
+                the operand of its name; arguments that are no parameters are ignored.
+        """
+        if isinstance(device, Gpu):
+            self._launch = AbsentLaunch(device)
+        elif SIMULATED:
+            kernel = _simulated_kernel(config, traits)
+            blocks_per_sm = getattr(config, "min_blocks_per_sm", None) or 1
+            self._launch = SimulatedLaunch(kernel, num_blocks, arguments, blocks_per_sm)
+            code = choice("NUMFLASH_SIM_CODE", _SIMULATED_CODE)
+            if code != "python":
+                ptx = ptx_of(config, traits, limits_of_device(device), code)
+                self._launch = ExecutedLaunch(ptx, kernel, num_blocks, arguments, blocks_per_sm)
+        else:
+            cubin = get_cubin(config, traits, limits_of_device(device))
+            warn_of_spills(f"{config.family} {config} {traits}", cubin)
+            self._launch = DriverLaunch(cubin, device, num_blocks, arguments)
+        self._name = f"{config.family} {config} {traits}"
+
+    def __str__(self) -> str:
+        return self._name
+
+    def bind(self, operands: dict[str, Operand | None]) -> Callable[[int], None]:
+        """A function of the stream's address that launches on these arrays and keeps them alive.
+
+        `operands` holds what pointers and tensor maps are of, by the names that the arguments say.
+        """
+        return self._launch.bind(operands)
+
+
+class AbsentLaunch:
+    """A launch on a GPU that is not here, which is only asked about."""
+
+    def __init__(self, gpu: Gpu):
+        self.gpu = gpu
+
+    def bind(self, operands):
+        """Raise UnsupportedError."""
+        raise UnsupportedError(f"nothing can be launched on {self.gpu.name}: it is not here")
+
+
+class DriverLaunch:
+    """A launch of machine code through the CUDA driver."""
+
+    def __init__(self, cubin: Cubin, device: int, num_blocks: int, arguments: dict):
+        self.driver, self.device = open_driver(), device
+        self.function = load(cubin, device)
+        self.geometry = (num_blocks, 1, 1, cubin.num_threads, 1, 1, cubin.smem_bytes)
+        # What a launch fills in comes first: maps, which are aligned, and pointers.
+        kinds = {"T": 0, "P": 1}
+        ordered = sorted(cubin.parameters, key=lambda parameter: kinds.get(parameter[1], 2))
+        mapped, self.pointer_names = (
+            [value_at(arguments, path) for path, letter in ordered if letter == kind]
+            for kind in kinds
+        )
+        self.map_names = [each.operand for each in mapped]
+        self.encoders = [self._encoder(each.layout) for each in mapped]
+        n_maps, n_pointers = len(self.map_names), len(self.pointer_names)
+        self.pack = struct.Struct("<" + f"{MAP_BYTES}s" * n_maps + f"{n_pointers}Q").pack_into
+        sizes = [MAP_BYTES if letter == "T" else _SLOT_BYTES for _, letter in ordered]
+        self.slots = ctypes.create_string_buffer(sum(sizes) + MAP_ALIGNMENT)
+        self.first = aligned(self.slots) - ctypes.addressof(self.slots)
+        offset, offsets = self.first, {}
+        for (path, letter), size in zip(ordered, sizes, strict=True):
+            if letter not in kinds:
+                value = value_at(arguments, path)
+                struct.pack_into(f"<{letter}", self.slots, offset, value)
+            offsets[path] = offset
+            offset += size
+        base = ctypes.addressof(self.slots)
+        addresses = [base + offsets[path] for path, _ in cubin.parameters]
+        self.addresses = (ctypes.c_void_p * len(addresses))(*addresses)
+        self.parameters = ctypes.addressof(self.addresses)
+        # Packing and launching must not interleave with another thread's.
+        self.lock = threading.Lock()
+
+    def bind(self, operands):
+        """See `Launcher.bind`."""
+        bound = [_operand(operands, name) for name in self.pointer_names]
+        pointers = [0 if operand is None else operand.pointer for operand in bound]
+        mapped = [operands[name] for name in self.map_names]
+        maps = [
+            encode_at(operand.pointer)
+            for encode_at, operand in zip(self.encoders, mapped, strict=True)
+        ]
+        values = maps + pointers
+
+        def launch(stream: int, _keep_alive=(bound, mapped)) -> None:
+            in_context(self.device, self._launch, values, stream)
+
+        return launch
+
+    def _encoder(self, layout: TensorLayout) -> Callable[[int], bytes]:
+        """The map of a tensor of this layout by its address."""
+        encode = encoder(self.driver, layout)
+        return lru_cache(_MAX_MAPS)(lambda pointer: in_context(self.device, encode, pointer))
+
+    def _launch(self, values: list[bytes | int], stream: int) -> None:
+        with self.lock:
+            self.pack(self.slots, self.first, *values)
+            status = self.driver.cuLaunchKernel(
+                self.function, *self.geometry, stream, self.parameters, 0
+            )
+        if status[0]:
+            raise_error(status[0])
+
+
+def _operand(operands: dict[str, Operand | None], name: str | None) -> Operand | None:
+    """What a pointer points to; None if nothing is read through it."""
+    return None if name is None else operands[name]
+
+
+def _simulated_kernel(config: Config, traits: Traits):
+    from numflash.kernels.factories import make_kernel
+
+    return make_kernel(config, traits)
+
+
+class SimulatedLaunch:
+    """A launch of a `Kernel` in the simulator."""
+
+    def __init__(self, kernel, num_blocks: int, arguments: dict, blocks_per_sm: int = 1):
+        self.kernel, self.num_blocks, self.arguments = kernel, num_blocks, arguments
+        self.blocks_per_sm = blocks_per_sm
+
+    def bind(self, operands):
+        """See `Launcher.bind`; streams mean nothing here."""
+        from numflash import simulator
+
+        kernel = self.kernel
+
+        def pointer(name, array, element):
+            array = np.empty(0, element) if array is None else array
+            return simulator.GlobalPointer(array, np.dtype(element), name)
+
+        values = iter(_simulated_leaves(kernel, self.arguments, operands, pointer))
+        args = [assembled(annotation, values) for annotation in kernel.parameters.values()]
+        geometry = self.num_blocks, kernel.num_threads
+        run = simulator.launch
+        extents = *geometry, args, kernel.smem_bytes, self.blocks_per_sm
+        return lambda stream: run(kernel.function, *extents)
+
+
+class ExecutedLaunch:
+    """A launch of a kernel's PTX in `numflash.executor`."""
+
+    def __init__(self, ptx: str, kernel, num_blocks: int, arguments: dict, blocks_per_sm: int = 1):
+        self.ptx, self.kernel, self.num_blocks = ptx, kernel, num_blocks
+        self.arguments, self.blocks_per_sm = arguments, blocks_per_sm
+
+    def bind(self, operands):
+        """See `Launcher.bind`; streams mean nothing here."""
+        from numflash.executor.launch import Launch
+        from numflash.executor.program import program_of
+        from numflash.simulator import SEED
+
+        def pointer(name, array, element):
+            return array
+
+        kernel = self.kernel
+        args = _simulated_leaves(kernel, self.arguments, operands, pointer)
+        extents = (self.num_blocks, 1, 1), (kernel.num_threads, 1, 1)
+        program = program_of(self.ptx, None, kernel.smem_bytes)
+        names = list(kernel.leaves)
+
+        def launch(stream):
+            sharing = self.blocks_per_sm
+            Launch(program, *extents, args, SEED.value, sharing, names=names).run()
+
+        return launch
+
+
+def _simulated_leaves(kernel, arguments: dict, operands: dict, pointer: Callable) -> list:
+    """The leaves of the arguments; `pointer` makes one of (name, array or None, element)."""
+    from numflash.ptx import TensorMap
+    from numflash.simulator import SimulatedTensorMap
+
+    def leaf(path, annotation):
+        value = value_at(arguments, path)
+        if annotation is TensorMap:
+            return SimulatedTensorMap(operands[value.operand].array, value.layout)
+        if isinstance(annotation, Pointer):
+            operand = _operand(operands, value)
+            return pointer(value or path, operand and operand.array, annotation.element)
+        return annotation(value)
+
+    return [leaf(path, annotation) for path, annotation in kernel.leaves.items()]
+
+
+_loaded: dict[tuple[str, int, bytes], object] = {}
+_loading = threading.Lock()
+
+
+def load(cubin: Cubin, device: int):
+    """The kernel of a cubin on a device, loaded, and allowed all the shared memory it needs.
+
+    Raises:
+        RuntimeError: the driver refuses.
+    """
+    # Machine code of equal bytes is the same kernel.
+    key = (cubin.entry, device, cubin.code)
+    with _loading:
+        if key not in _loaded:
+            driver = open_driver()
+            library = checked(driver.cuLibraryLoadData(cubin.code, [], [], 0, [], [], 0))
+            kernel = checked(driver.cuLibraryGetKernel(library, cubin.entry.encode()))
+            if cubin.smem_bytes > _DEFAULT_SMEM_LIMIT:
+                checked(
+                    driver.cuKernelSetAttribute(
+                        driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+                        cubin.smem_bytes,
+                        kernel,
+                        checked(driver.cuDeviceGet(device)),
+                    )
+                )
+            in_context(device, _load_now, kernel)
+            # The driver takes a kernel wherever it takes a function.
+            _loaded[key] = driver.CUfunction(int(kernel))
+        return _loaded[key]
+
+
+def _load_now(kernel) -> None:
+    """Load a kernel into the current context.
+
+    By itself the driver does so when the kernel is first launched (CUDA_MODULE_LOADING is LAZY
+    unless told otherwise), which may be inside a graph capture, where memory is not to be had.
+    """
+    driver = open_driver()
+    function = checked(driver.cuKernelGetFunction(kernel))
+    try:
+        result = driver.cuFuncLoad(function)
+    except (AttributeError, RuntimeError):
+        # It is of CUDA 12.4. Bindings or drivers before do not have it, and load a kernel when
+        # its function is asked for (CUDA C++ Programming Guide 12.2, "Lazy Loading").
+        return
+    checked(result)

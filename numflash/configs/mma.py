@@ -1,0 +1,478 @@
+"""Configs of the kernels for tensor cores through `mma.sync`.
+
+Their string form: `sm80-m128n64w4s2`, which is the generation of instructions, tile_m, tile_n,
+warps and stages. Appended are `b2` if registers must leave room for 2 blocks per SM, `x8` for 8
+splits over the keys, `-h4` for 4 heads in flight, `-packed` or `-unpacked` heads, `-apart` where
+dK and dV have blocks of their own, `-linear` for tiles that are not swizzled.
+"""
+
+import re
+from dataclasses import dataclass, fields, replace
+from functools import cache
+from typing import ClassVar
+
+from numflash.configs.traits import Traits
+from numflash.runtime.devices import Architecture, blocks_per_sm
+
+GENERATIONS = ("sm75", "sm80")
+"""sm75 has half-size products of float16 only, and copies that pass by registers."""
+MAX_STAGES = 3
+_ROW_STEP, _COLUMN_STEP = 16, 16
+_WORD_BYTES = 4
+_NUMBER = r"[1-9]\d*"
+_PATTERN = re.compile(
+    rf"(?P<generation>sm\d+)-m(?P<tile_m>{_NUMBER})n(?P<tile_n>{_NUMBER})w(?P<num_warps>{_NUMBER})"
+    rf"s(?P<num_stages>{_NUMBER})(?:b(?P<min_blocks>{_NUMBER}))?(?:x(?P<num_splits>{_NUMBER}))?"
+    rf"(?:-h(?P<heads_in_flight>{_NUMBER}))?(?P<packed>-(?:un)?packed)?(?P<apart>-apart)?"
+    r"(?P<linear>-linear)?",
+    re.ASCII,
+)
+
+
+@dataclass(frozen=True)
+class MmaConfig:
+    """Common to the kernels for tensor cores.
+
+    Attributes:
+        generation: which instructions: "sm75" or "sm80".
+        tile_m: rows of Q in a tile.
+        tile_n: rows of K and V in a tile.
+        num_warps: per block; they share the rows of the result.
+        num_stages: tiles of the walk in shared memory at once, for loads that run ahead.
+        num_splits: parts that the keys are dealt out to, each with its own blocks; forward and
+            backward only.
+        apart: dK and dV are computed by blocks of their own, for head dims whose accumulators a
+            thread cannot hold both; backward-dkdv only.
+        swizzled: False only to measure what the swizzle is worth.
+        min_blocks: blocks for which registers must suffice on an SM; 0 leaves it to the assembler.
+        packed: whether the query heads of a group are neighbouring rows of a tile; None packs
+            them where there are few queries. Forward only.
+        heads_in_flight: heads whose blocks are interleaved; 0 takes as many as have their K and V
+            in half of the L2 cache. Forward only.
+    """
+
+    generation: str
+    tile_m: int
+    tile_n: int
+    num_warps: int
+    num_stages: int
+    num_splits: int = 1
+    apart: bool = False
+    swizzled: bool = True
+    min_blocks: int = 0
+    packed: bool | None = None
+    heads_in_flight: int = 0
+
+    implementation: ClassVar = "sm80"
+    family: ClassVar[str]
+    generations: ClassVar[tuple[str, ...]] = GENERATIONS
+    _row_tile: ClassVar[str] = "tile_m"
+    _example: ClassVar[str] = "m64n32w4 or sm80-m64n32w4s2"
+
+    def __post_init__(self):
+        if self.generation not in self.generations:
+            raise ValueError(
+                f"{type(self).__name__} must begin with one of {', '.join(self.generations)}, "
+                f"got {self.generation!r}"
+            )
+        for field in fields(self)[1:6]:
+            if getattr(self, field.name) <= 0:
+                raise ValueError(
+                    f"{field.name} of {type(self).__name__} must be positive, "
+                    f"got {getattr(self, field.name)}"
+                )
+        rows, columns = self.row_tile, self.column_tile
+        if rows % (_ROW_STEP * self.num_warps) or columns % _COLUMN_STEP:
+            raise ValueError(
+                f"{type(self).__name__} {self}: the row tile ({self._row_tile} = {rows}) must be "
+                f"a multiple of {_ROW_STEP} x num_warps and the other tile ({columns}) of "
+                f"{_COLUMN_STEP}"
+            )
+        if self.num_threads > 1024:
+            raise ValueError(f"{type(self).__name__} {self}: a block has at most 32 warps")
+        if self.num_stages > MAX_STAGES:
+            raise ValueError(f"{type(self).__name__} {self}: at most {MAX_STAGES} stages")
+        if self.num_splits > 1 and self.family in ("backward-dkdv", "backward-dq"):
+            raise ValueError(
+                f"{type(self).__name__} {self}: only forward and backward can be split, not "
+                f"{self.family}"
+            )
+        if self.apart and self.family != "backward-dkdv":
+            raise ValueError(f"{type(self).__name__} {self}: only dK and dV can be apart")
+        if self.family != "forward" and (self.packed is not None or self.heads_in_flight):
+            raise ValueError(
+                f"{type(self).__name__} {self}: only the forward packs heads and orders its blocks"
+            )
+
+    @property
+    def row_tile(self) -> int:
+        """The tile whose rows are shared out over the warps."""
+        return getattr(self, self._row_tile)
+
+    @property
+    def column_tile(self) -> int:
+        """The tile that the main loop walks in."""
+        return self.tile_n if self._row_tile == "tile_m" else self.tile_m
+
+    @property
+    def m_tiles(self) -> int:
+        """Products of 16 rows that one warp keeps below each other."""
+        return self.row_tile // (_ROW_STEP * self.num_warps)
+
+    @property
+    def num_threads(self) -> int:
+        """Threads per block."""
+        return 32 * self.num_warps
+
+    @property
+    def block_rows(self) -> int:
+        """Rows of the output that one block computes."""
+        return self.row_tile
+
+    @property
+    def min_blocks_per_sm(self) -> int | None:
+        """Blocks an SM must have registers for; None leaves it to the assembler."""
+        return self.min_blocks or None
+
+    def misfit(self, traits: Traits) -> str | None:
+        """Why it cannot be built for these traits; None if it can."""
+        if self.packed and traits.alibi:
+            return "heads with ALiBi slopes of their own cannot be packed"
+        return None
+
+    @property
+    def compiled(self) -> "MmaConfig":
+        """The config whose machine code this one shares: how it is laid out is an argument."""
+        splits = min(self.num_splits, 2)
+        return replace(self, num_splits=splits, packed=None, heads_in_flight=0)
+
+    def tiles(self, traits: Traits) -> dict[str, int]:
+        """The words of each tile in shared memory, in order."""
+        raise NotImplementedError
+
+    def accumulators_per_thread(self, traits: Traits) -> int:
+        """float32 accumulators that a thread keeps through the main loop."""
+        raise NotImplementedError
+
+    def smem_offsets(self, traits: Traits) -> dict[str, int]:
+        """Where each tile begins, in words."""
+        offsets, end = {}, 0
+        for name, words in self.tiles(traits).items():
+            offsets[name] = end
+            end += words
+        return offsets
+
+    def smem_bytes(self, traits: Traits) -> int:
+        """Bytes of dynamic shared memory per block."""
+        return _WORD_BYTES * sum(self.tiles(traits).values())
+
+    def _scores_per_thread(self) -> int:
+        return self.m_tiles * self.column_tile // 2
+
+    def _gradient_scores(self, traits: Traits) -> int:
+        # S and dP, and with softcap its slope.
+        return (3 if traits.softcap else 2) * self._scores_per_thread()
+
+    def __str__(self) -> str:
+        text = f"{self.generation}-m{self.tile_m}n{self.tile_n}w{self.num_warps}s{self.num_stages}"
+        text += f"b{self.min_blocks}" if self.min_blocks else ""
+        text += f"x{self.num_splits}" if self.num_splits > 1 else ""
+        text += f"-h{self.heads_in_flight}" if self.heads_in_flight else ""
+        text += {None: "", True: "-packed", False: "-unpacked"}[self.packed]
+        text += "-apart" if self.apart else ""
+        return text if self.swizzled else text + "-linear"
+
+    @classmethod
+    def parse(cls, text: str) -> "MmaConfig":
+        """The inverse of `str`. Raises ValueError for anything else."""
+        fields_of_text = cls._fields(text)
+        if fields_of_text is not None:
+            config = cls(**fields_of_text)
+            if str(config) == text:
+                return config
+        raise ValueError(f"a {cls.family} config must look like {cls._example}, got {text!r}")
+
+    @classmethod
+    def _fields(cls, text: str) -> dict | None:
+        """What a string form says of each field; None if it is none."""
+        match = _PATTERN.fullmatch(text)
+        if match is None:
+            return None
+        sizes = {name: int(n) for name, n in match.groupdict().items() if n and n.isdecimal()}
+        return sizes | {
+            "generation": match["generation"],
+            "packed": {None: None, "-packed": True, "-unpacked": False}[match["packed"]],
+            "apart": match["apart"] is not None,
+            "swizzled": match["linear"] is None,
+        }
+
+
+def _words(rows: int, columns: int, traits: Traits) -> int:
+    return rows * columns * traits.dtype_bytes // _WORD_BYTES
+
+
+@dataclass(frozen=True)
+class MmaForwardConfig(MmaConfig):
+    """A block computes tile_m rows of O; K and V come in tiles of tile_n."""
+
+    family: ClassVar = "forward"
+
+    def tiles(self, traits: Traits) -> dict[str, int]:
+        """The words of each tile in shared memory, in order."""
+        return {
+            "q": _words(self.tile_m, traits.head_dim, traits),
+            "k": self.num_stages * _words(self.tile_n, traits.head_dim, traits),
+            "v": self.num_stages * _words(self.tile_n, traits.head_dim_v, traits),
+        }
+
+    def accumulators_per_thread(self, traits: Traits) -> int:
+        """float32 accumulators that a thread keeps through the main loop."""
+        return self._scores_per_thread() + self.m_tiles * traits.head_dim_v // 2
+
+
+@dataclass(frozen=True)
+class MmaBackwardDqConfig(MmaConfig):
+    """A block computes tile_m rows of dQ; K and V come in tiles of tile_n."""
+
+    family: ClassVar = "backward-dq"
+
+    def tiles(self, traits: Traits) -> dict[str, int]:
+        """The words of each tile in shared memory, in order."""
+        return {
+            "q": _words(self.tile_m, traits.head_dim, traits),
+            "do": _words(self.tile_m, traits.head_dim_v, traits),
+            "k": self.num_stages * _words(self.tile_n, traits.head_dim, traits),
+            "v": self.num_stages * _words(self.tile_n, traits.head_dim_v, traits),
+        }
+
+    def accumulators_per_thread(self, traits: Traits) -> int:
+        """float32 accumulators that a thread keeps through the main loop."""
+        return self._gradient_scores(traits) + self.m_tiles * traits.head_dim // 2
+
+
+@dataclass(frozen=True)
+class MmaBackwardDkDvConfig(MmaConfig):
+    """A block computes tile_n rows of dK and dV; Q and dO come in tiles of tile_m."""
+
+    family: ClassVar = "backward-dkdv"
+    _row_tile: ClassVar = "tile_n"
+
+    def tiles(self, traits: Traits) -> dict[str, int]:
+        """The words of each tile in shared memory, in order."""
+        return {
+            "k": _words(self.tile_n, traits.head_dim, traits),
+            "v": _words(self.tile_n, traits.head_dim_v, traits),
+            "q": self.num_stages * _words(self.tile_m, traits.head_dim, traits),
+            "do": self.num_stages * _words(self.tile_m, traits.head_dim_v, traits),
+            "lse": self.num_stages * self.tile_m,
+            "delta": self.num_stages * self.tile_m,
+        }
+
+    def accumulators_per_thread(self, traits: Traits) -> int:
+        """float32 accumulators that a thread keeps through the main loop."""
+        columns = traits.head_dim + traits.head_dim_v
+        if self.apart:
+            columns = max(traits.head_dim, traits.head_dim_v)
+        return self._gradient_scores(traits) + self.m_tiles * columns // 2
+
+
+@dataclass(frozen=True)
+class MmaBackwardConfig(MmaConfig):
+    """A block computes dK and dV of row blocks of tile_n, and their share of dQ, in one walk."""
+
+    family: ClassVar = "backward"
+    _row_tile: ClassVar = "tile_n"
+
+    def __post_init__(self):
+        super().__post_init__()
+        m_warps = self.tile_m // _ROW_STEP
+        if self.m_tiles != 1 or self.num_warps % m_warps:
+            raise ValueError(
+                f"{type(self).__name__} {self}: tile_n must be {_ROW_STEP} x num_warps, and "
+                f"num_warps a multiple of tile_m / {_ROW_STEP} = {m_warps}"
+            )
+
+    @property
+    def ds_columns(self) -> int:
+        """Columns of the tile of dS in shared memory."""
+        return max(32, self.tile_m)
+
+    def misfit(self, traits: Traits) -> str | None:
+        """Why it cannot be built for these traits; None if it can."""
+        if traits.tf32:
+            return "dS goes through shared memory transposed, which only 16-bit elements can"
+        if self.tile_m % 32 and self.tile_m != 16:
+            return f"tile_m must be 16 or a multiple of 32, got {self.tile_m}"
+        column_warps = self.num_warps * _ROW_STEP // self.tile_m
+        columns = traits.head_dim // column_warps
+        if columns % 32 or (column_warps > 1 and columns & (columns - 1)):
+            return (
+                f"{column_warps} warps share the columns of dQ, and head_dim / {column_warps} = "
+                f"{traits.head_dim / column_warps:g} is no power of two from 32 on"
+            )
+        return None
+
+    def tiles(self, traits: Traits) -> dict[str, int]:
+        """The words of each tile in shared memory, in order."""
+        return {
+            "k": _words(self.tile_n, traits.head_dim, traits),
+            "v": _words(self.tile_n, traits.head_dim_v, traits),
+            "q": self.num_stages * _words(self.tile_m, traits.head_dim, traits),
+            "do": self.num_stages * _words(self.tile_m, traits.head_dim_v, traits),
+            "ds": _words(self.tile_n, self.ds_columns, traits),
+            "lse": self.num_stages * self.tile_m,
+            "delta": self.num_stages * self.tile_m,
+        }
+
+    def accumulators_per_thread(self, traits: Traits) -> int:
+        """float32 accumulators that a thread keeps through the main loop."""
+        return self._gradient_scores(traits) + (traits.head_dim + traits.head_dim_v) // 2
+
+    def reduction(self) -> "ReduceDqConfig":
+        """The config of the kernel that adds up the parts of dQ."""
+        return ReduceDqConfig(**{field.name: getattr(self, field.name) for field in fields(self)})
+
+
+@dataclass(frozen=True)
+class ReduceDqConfig(MmaBackwardConfig):
+    """A block adds up tile_m rows of dQ from the parts of a `MmaBackwardConfig`."""
+
+    family: ClassVar = "reduce-dq"
+
+    @property
+    def block_rows(self) -> int:
+        """Rows of the output that one block computes."""
+        return self.tile_m
+
+    def tiles(self, traits: Traits) -> dict[str, int]:
+        """The words of each tile in shared memory: none."""
+        return {}
+
+
+MMA_CONFIGS: dict[str, type] = {
+    config.family: config
+    for config in (
+        MmaForwardConfig,
+        MmaBackwardDkDvConfig,
+        MmaBackwardDqConfig,
+        MmaBackwardConfig,
+        ReduceDqConfig,
+    )
+}
+"""Kernel family -> its config class."""
+
+# Preferred first. Two products of 16 rows below each other halve the traffic with shared memory.
+_PREFERENCES = {
+    "forward": (
+        "m128n64w4s1",
+        "m128n32w4s1",
+        "m64n64w4s1",
+        "m64n32w4s1",
+        "m64n16w4s1",
+        "m32n64w2s1",
+        "m32n32w2s1",
+        "m16n64w1s2",
+        "m16n32w1s1",
+        "m16n16w1s1",
+    ),
+    "backward-dq": (
+        "m128n64w4s2",
+        "m128n64w4s1",
+        "m128n32w4s2",
+        "m128n32w4s1",
+        "m64n64w4s2",
+        "m64n64w4s1",
+        "m64n32w4s1",
+        "m64n16w4s1",
+        "m32n32w2s1",
+        "m16n32w1s1",
+        "m16n16w1s1",
+    ),
+    "backward": (
+        "m32n128w8s2",
+        "m32n128w8s1",
+        "m64n64w4s1",
+        "m32n64w4s1",
+        "m32n32w2s1",
+        "m16n16w1s1",
+    ),
+    "backward-dkdv": (
+        "m32n128w4s2",
+        "m64n64w4s2",
+        "m64n64w4s1",
+        "m32n64w4s1",
+        "m16n64w4s1",
+        "m64n64w4s1-apart",
+        "m32n64w4s1-apart",
+        "m16n64w4s1-apart",
+        "m32n32w2s1",
+        "m16n32w2s1",
+        "m16n32w2s1-apart",
+        "m32n16w1s1",
+        "m16n16w1s1",
+        "m16n16w1s1-apart",
+    ),
+}
+_PREFERENCES["reduce-dq"] = _PREFERENCES["backward"]
+WARPS_PER_SM = (8, 4, 1)
+"""How many warps should fit on an SM at once: the most wanted first."""
+
+_MAX_REGISTERS = 255
+# Elements of one output a thread: the compiler does not unroll longer loops over them. Half of it
+# for tf32, whose loops do more; a little less for Turing where rows are not aligned.
+_MAX_OUTPUTS = 128
+# float32 accumulators a thread can hold next to its operands without spilling, found by compiling:
+# plainly; with softcap, ALiBi or rows that are not aligned; where operands are rounded to tf32.
+# Turing's copies take registers, too; its forward spills earlier than its dQ, and so does what
+# keeps dK and dV together.
+_MAX_ACCUMULATORS = {
+    "sm80": {"plain": 192, "features": 176, "tf32": 112},
+    "sm75": {"plain": 152, "features": 136, "forward": 136, "dK and dV": 136},
+}
+
+
+@cache
+def candidates(family: str, generation: str) -> tuple[MmaConfig, ...]:
+    """The configs that are shipped for a family, preferred first."""
+    texts = _PREFERENCES.get(family, ())
+    return tuple(MMA_CONFIGS[family].parse(f"{generation}-{text}") for text in texts)
+
+
+def misfit(
+    config: MmaConfig, traits: Traits, limits: Architecture, rows: int, warps: int
+) -> str | None:
+    """Why a candidate is not the one to use; None if it is.
+
+    At least `warps` must fit on an SM: while some wait for copies and barriers, others compute.
+    """
+    if (why := config.misfit(traits)) is not None:
+        return why
+    if (needed := config.smem_bytes(traits)) > limits.max_smem_per_block:
+        return (
+            f"needs {needed} bytes of shared memory per block, {limits.arch} has "
+            f"{limits.max_smem_per_block}"
+        )
+    kind = "plain" if traits.vectorized and not (traits.softcap or traits.alibi) else "features"
+    most_of = _MAX_ACCUMULATORS[config.generation]
+    most = most_of["tf32" if traits.tf32 else kind]
+    together = config.family == "backward-dkdv" and not config.apart
+    most = min(most, most_of.get("dK and dV" if together else config.family, most))
+    columns = traits.head_dim if config.family == "backward-dq" else traits.head_dim_v
+    outputs, most_outputs = config.m_tiles * columns // 2, _MAX_OUTPUTS
+    if traits.tf32:
+        most_outputs //= 2
+    elif config.generation == "sm75" and not traits.vectorized:
+        most_outputs -= 16
+    if outputs > most_outputs:
+        return f"keeps {outputs} outputs a thread, loops over at most {most_outputs} are unrolled"
+    if (accumulators := config.accumulators_per_thread(traits)) > most:
+        return f"keeps {accumulators} accumulators a thread, at most {most} do not spill"
+    if config.block_rows >= max(2 * rows, 2 * _ROW_STEP):
+        return f"computes {config.block_rows} rows at a time, there are {rows}"
+    fit, _ = blocks_per_sm(limits, config.num_threads, _MAX_REGISTERS, needed)
+    if fit * config.num_warps < warps:
+        return (
+            f"needs {needed} bytes of shared memory per block, which leaves room for "
+            f"{fit * config.num_warps} warps per SM instead of {warps}"
+        )
+    return None

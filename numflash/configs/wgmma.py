@@ -1,0 +1,348 @@
+"""Configs of the kernels for Hopper, through `wgmma` and bulk copies.
+
+Their string form: `sm90-m128n176w8s2-overlap-pingpong-persistent`, which is tile_m, tile_n, the
+warps that multiply, stages, and what is switched on. `x8`, `-h4` and `-packed` as in
+`configs.sm80`, `b2` where two blocks share an SM; `-r232` gives the warps that multiply 232
+registers a thread instead of the usual; with `-a1` one thread arrives for a warpgroup; with
+`-l128` the L2 cache fetches 128 bytes at once for a bulk copy, not 256; with `-fixed`, which comes
+last, warps keep the registers that they begin with. Those on 8-bit floats begin with `fp8-sm90-`.
+"""
+
+import re
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import ClassVar
+
+from numflash.configs.fp8 import PREFIX
+from numflash.configs.mma import MmaForwardConfig
+from numflash.configs.traits import Traits
+from numflash.runtime.devices import Architecture, architecture
+
+WARPGROUP_ROWS = 64
+"""Rows of Q, and of the result, that a warpgroup computes."""
+SLAB_BYTES = 128
+"""Tiles in shared memory are made of slabs of rows of 128 bytes."""
+# Registers a thread of the warpgroup that copies, and of those that multiply, by how many these
+# are and how many blocks share an SM: the most that 64 Ki registers allow.
+_REGISTERS = {(1, 1): (56, 256), (1, 2): (24, 232), (2, 1): (24, 240), (3, 1): (32, 160)}
+# What each of 256 threads has where one block has an SM and none gives any to another.
+_EVEN_REGISTERS = 256
+_PRODUCER_THREADS = 128
+_WORD_BYTES, _BARRIER_WORDS = 4, 2
+# Of products of 8-bit floats, which have accumulators of their own.
+_MOST_COLUMNS, _PART_COLUMNS = 128, 64
+_MAX_SMEM_BYTES = architecture("sm_90a").max_smem_per_block
+_SWITCHES = ("overlap", "pingpong", "persistent", "fixed")
+_ARRIVALS = (1, 4)
+_L2_BYTES = (128, 256)
+_SUFFIX = re.compile(
+    r"(?:-r(?P<registers>[1-9]\d*))?(?:-a(?P<arrivals>\d+))?(?:-l(?P<l2_bytes>\d+))?"
+    + "".join(f"(-{s})?" for s in _SWITCHES)
+)
+
+
+@dataclass(frozen=True)
+class Sm90ForwardConfig(MmaForwardConfig):
+    """A block computes tile_m rows of O, 64 to a warpgroup; another warpgroup fetches K and V.
+
+    Attributes:
+        num_warps: those that multiply, of which 4 are a warpgroup; 4 more copy.
+        overlap: a warpgroup computes the softmax of one tile while the tensor cores multiply P and
+            V of the tile before.
+        pingpong: warpgroups take turns with the tensor cores, so that one multiplies while another
+            computes its softmax.
+        persistent: a block computes one tile of rows after another, and fetches the next while it
+            finishes one.
+        consumer_registers: per thread of the warps that multiply; 0 for the usual number.
+        arrivals: with which a warpgroup gives back a buffer that its products have read: 4, one of
+            each warp, or 1 for all. One is for measurements on a GPU only. It takes for granted
+            that a product is over for all four warps at once, which the PTX ISA does not say: the
+            simulator, where warps are apart, may report that a buffer was overwritten while
+            another warp's product read it (`tiles.wgmma.turns.make_giving_back`).
+        l2_bytes: which the L2 cache fetches at once for a bulk copy: 256 or 128. It is an argument
+            of the tensor maps, so that the machine code is the same.
+        fixed: warps keep the registers that they begin with, without `setmaxnreg`. Only for one
+            warpgroup that multiplies and one block an SM: threads have 256 each then.
+    """
+
+    overlap: bool = False
+    pingpong: bool = False
+    persistent: bool = False
+    consumer_registers: int = 0
+    arrivals: int = 4
+    l2_bytes: int = 256
+    fixed: bool = False
+
+    implementation: ClassVar = "sm90"
+    generations: ClassVar = ("sm90",)
+    operand_bytes: ClassVar = 2
+    _example: ClassVar = "sm90-m128n128w8s2-overlap"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.tile_m != 16 * self.num_warps or self.num_warps not in (4, 8, 12):
+            raise ValueError(
+                f"{type(self).__name__} {self}: tile_m must be 16 x num_warps, 4, 8 or 12 of them"
+            )
+        if self.tile_n > 256:
+            raise ValueError(f"{type(self).__name__} {self}: tile_n must be at most 256")
+        if not self.swizzled:
+            raise ValueError(f"{type(self).__name__} {self}: tiles are always swizzled")
+        if (self.num_warpgroups, self.min_blocks_per_sm) not in _REGISTERS:
+            raise ValueError(
+                f"{type(self).__name__} {self}: two blocks share an SM only with 4 warps"
+            )
+        if self.pingpong and self.num_warpgroups == 1:
+            raise ValueError(f"{type(self).__name__} {self}: one warpgroup has no turns to take")
+        if self.fixed and (self.num_warpgroups, self.min_blocks_per_sm) != (1, 1):
+            raise ValueError(
+                f"{type(self).__name__} {self}: registers are fixed only with 4 warps and one "
+                "block an SM; otherwise those that multiply need some of those that copy"
+            )
+        if self.fixed and self.consumer_registers:
+            raise ValueError(
+                f"{type(self).__name__} {self}: with fixed registers there is no choice of "
+                f"consumer_registers, got {self.consumer_registers}"
+            )
+        few, many = self.registers
+        if not self.fixed and (many % 8 or not 24 <= few < many <= 256):
+            raise ValueError(
+                f"{type(self).__name__} {self}: consumer_registers must be a multiple of 8, and "
+                f"leave 24 to the warps that copy"
+            )
+        if self.arrivals not in _ARRIVALS:
+            raise ValueError(
+                f"{type(self).__name__} {self}: a warpgroup arrives {self.arrivals} times; it can "
+                "only do so 1 or 4 times"
+            )
+        if self.l2_bytes not in _L2_BYTES:
+            raise ValueError(
+                f"{type(self).__name__} {self}: the L2 cache fetches 128 or 256 bytes, "
+                f"not {self.l2_bytes}"
+            )
+
+    @property
+    def num_warpgroups(self) -> int:
+        """Warpgroups that multiply."""
+        return self.num_warps // 4
+
+    @property
+    def num_threads(self) -> int:
+        """Threads per block."""
+        return 32 * self.num_warps + _PRODUCER_THREADS
+
+    @property
+    def registers(self) -> tuple[int, int]:
+        """Registers a thread of the warpgroup that copies, and of those that multiply."""
+        if self.fixed:
+            return _EVEN_REGISTERS, _EVEN_REGISTERS
+        usual = _REGISTERS[self.num_warpgroups, self.min_blocks_per_sm]
+        if not self.consumer_registers:
+            return usual
+        pool = usual[0] + usual[1] * self.num_warpgroups
+        left = pool - self.consumer_registers * self.num_warpgroups
+        return left // 8 * 8, self.consumer_registers
+
+    @property
+    def min_blocks_per_sm(self) -> int:
+        """Blocks an SM must have registers for; `setmaxnreg` needs it said."""
+        return max(1, self.min_blocks)
+
+    @property
+    def compiled(self) -> "Sm90ForwardConfig":
+        """The config whose machine code this one shares: tensor maps are arguments, too."""
+        return replace(super().compiled, l2_bytes=type(self).l2_bytes)
+
+    @property
+    def stage_n(self) -> int:
+        """Rows of K and V that are fetched at once: one or more tiles."""
+        return self.tile_n
+
+    @property
+    def probability_registers(self) -> int:
+        """Registers of a thread that hold P as an operand."""
+        return self.tile_n * self.operand_bytes // 8
+
+    def o_is_apart(self, traits: Traits) -> bool:
+        """Whether results have shared memory of their own; otherwise they take the place of Q."""
+        words = sum(self._tiles(traits).values()) + self._o_words(traits)
+        return self.persistent and self.num_splits == 1 and _WORD_BYTES * words <= _MAX_SMEM_BYTES
+
+    def tiles(self, traits: Traits) -> dict[str, int]:
+        """The words of each tile in shared memory, in order; the barriers come last."""
+        tiles = self._tiles(traits)
+        if self.o_is_apart(traits):
+            barriers = tiles.pop("barriers")
+            tiles |= {"o": self._o_words(traits), "barriers": barriers}
+        return tiles
+
+    def _tiles(self, traits: Traits) -> dict[str, int]:
+        row = SLAB_BYTES // _WORD_BYTES
+        q_slabs = max(self.slabs(traits.head_dim), self._o_words(traits) // (self.tile_m * row))
+        # Rows of V are keys, or with 8-bit floats columns of O.
+        v_rows = traits.head_dim_v if traits.fp8 else self.stage_n
+        return {
+            "q": self.tile_m * row * q_slabs,
+            "k": self.num_stages * self.stage_n * row * self.slabs(traits.head_dim),
+            "v": self.num_stages * v_rows * row * self.v_slabs(traits),
+            # Full and empty, for Q of each warpgroup and for K and V of each stage.
+            "barriers": _BARRIER_WORDS * (2 * self.num_warpgroups + 4 * self.num_stages),
+        }
+
+    def slabs(self, columns: int) -> int:
+        """Slabs side by side that hold so many columns of an operand."""
+        return -(-columns * self.operand_bytes // SLAB_BYTES)
+
+    def v_slabs(self, traits: Traits) -> int:
+        """Slabs of a tile of V: of columns, or with 8-bit floats of keys."""
+        return self.slabs(self.stage_n if traits.fp8 else traits.head_dim_v)
+
+    def _o_words(self, traits: Traits) -> int:
+        slabs = -(-traits.head_dim_v * traits.dtype_bytes // SLAB_BYTES)
+        return self.tile_m * slabs * SLAB_BYTES // _WORD_BYTES
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        text += f"-r{self.consumer_registers}" if self.consumer_registers else ""
+        text += f"-a{self.arrivals}" if self.arrivals != type(self).arrivals else ""
+        text += f"-l{self.l2_bytes}" if self.l2_bytes != type(self).l2_bytes else ""
+        return text + "".join(f"-{name}" for name in _SWITCHES if getattr(self, name))
+
+    @classmethod
+    def _fields(cls, text: str) -> dict | None:
+        suffix = re.search(_SUFFIX.pattern + "$", text)
+        fields = super()._fields(text[: suffix.start()])
+        if fields is None:
+            return None
+        on = {name: f"-{name}" in suffix.groups() for name in _SWITCHES}
+        on["consumer_registers"] = int(suffix["registers"] or 0)
+        on["arrivals"] = int(suffix["arrivals"] or cls.arrivals)
+        on["l2_bytes"] = int(suffix["l2_bytes"] or cls.l2_bytes)
+        return fields | on
+
+
+# Preferred first, by the larger head dim; the first holds what shared memory and registers allow,
+# those behind it are for fewer rows.
+_PREFERENCES = {
+    64: (
+        "m192n128w12s2-overlap-pingpong-persistent",
+        "m128n128w8s2-overlap-pingpong-persistent",
+        "m64n128w4s2-overlap-persistent",
+    ),
+    128: (
+        "m128n128w8s2-overlap-pingpong-persistent",
+        "m64n128w4s2-overlap-persistent",
+    ),
+    192: (
+        "m128n96w8s2-overlap-persistent",
+        "m64n96w4s2-overlap-persistent",
+    ),
+    256: (
+        "m128n80w8s2-overlap-persistent",
+        "m64n64w4s2-overlap-persistent",
+    ),
+}
+# The same on 8-bit floats.
+_FP8_PREFERENCES = {
+    64: (
+        "m128n128w8s2-overlap-pingpong-persistent",
+        "m64n128w4s2-overlap-persistent",
+    ),
+    128: (
+        "m128n128w8s2-overlap-pingpong-persistent",
+        "m128n128w8s2-pingpong-persistent",
+        "m64n128w4s2-persistent",
+    ),
+    256: (
+        "m128n64w8s2-pingpong-persistent",
+        "m64n64w4s2-persistent",
+    ),
+}
+# Registers of a thread that hold neither S, nor P, nor O; and as many more where 8-bit floats have
+# scores that are bent.
+_OTHER_REGISTERS, _FP8_BENT_REGISTERS = 32, 32
+
+
+@cache
+def candidates(traits: Traits) -> tuple[Sm90ForwardConfig, ...]:
+    """The configs that are shipped for these traits, preferred first."""
+    columns = max(traits.head_dim, traits.head_dim_v)
+    kind, prefix, preferences = Sm90ForwardConfig, "", _PREFERENCES
+    if traits.fp8:
+        kind, prefix, preferences = Sm90Fp8ForwardConfig, PREFIX, _FP8_PREFERENCES
+    texts = next(texts for most, texts in preferences.items() if columns <= most)
+    return tuple(kind.parse(f"{prefix}sm90-{text}") for text in texts)
+
+
+def no_wgmma(traits: Traits, limits: Architecture) -> str | None:
+    """Why kernels of `wgmma` cannot compute with these traits on a GPU; None if they can."""
+    if limits.compute_capability != (9, 0):
+        return f"wgmma is an instruction of sm_90a only, this GPU is {limits.arch}"
+    if traits.dtype == "float32":
+        return "its products are of float16 or bfloat16, not of float32"
+    if traits.key_scales:
+        return "scales of K or V change within a tile of keys, and it takes one for all of a tile"
+    if traits.selected:
+        return "it computes all heads, not those that a table names"
+    return None
+
+
+def misfit(
+    config: Sm90ForwardConfig, traits: Traits, limits: Architecture, rows: int
+) -> str | None:
+    """Why a candidate is not the one to use; None if it is."""
+    if (why := config.misfit(traits)) is not None:
+        return why
+    if (needed := config.smem_bytes(traits)) > limits.max_smem_per_block:
+        return (
+            f"needs {needed} bytes of shared memory per block, {limits.arch} has "
+            f"{limits.max_smem_per_block}"
+        )
+    kept = config.accumulators_per_thread(traits) + config.probability_registers
+    most = config.registers[1] - _OTHER_REGISTERS
+    if traits.fp8 and (traits.softcap or traits.alibi):
+        most -= _FP8_BENT_REGISTERS
+    if kept > most:
+        return f"keeps {kept} registers of S, P and O a thread, at most {most} do not spill"
+    if config.block_rows >= 2 * rows:
+        return f"computes {config.block_rows} rows at a time, there are {rows}"
+    return None
+
+
+@dataclass(frozen=True)
+class Sm90Fp8ForwardConfig(Sm90ForwardConfig):
+    """As `Sm90ForwardConfig` on e4m3 codes; V comes with tokens innermost."""
+
+    operand_bytes: ClassVar = 1
+    multiplies_codes: ClassVar = True
+    _example: ClassVar = "fp8-sm90-m128n128w8s2-pingpong"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.stage_n % SLAB_BYTES:
+            raise ValueError(f"{type(self).__name__} {self}: tile_n must be 64, 128 or 256")
+        if self.overlap and self.stage_n != self.tile_n:
+            raise ValueError(f"{type(self).__name__} {self}: tiles that overlap have 128 keys")
+
+    @property
+    def stage_n(self) -> int:
+        """Rows of K and V that are fetched at once: those of V are 128 bytes wide."""
+        return SLAB_BYTES if self.tile_n == SLAB_BYTES // 2 else self.tile_n
+
+    def part_columns(self, traits: Traits) -> int:
+        """Columns of O that are computed at once: all, as far as registers suffice."""
+        return traits.head_dim_v if traits.head_dim_v <= _MOST_COLUMNS else _PART_COLUMNS
+
+    def accumulators_per_thread(self, traits: Traits) -> int:
+        """float32 accumulators that a thread keeps through the main loop."""
+        s, part = self._scores_per_thread(), self.part_columns(traits) // 2
+        # Without overlap S has become P before P is multiplied.
+        return traits.head_dim_v // 2 + (s + part if self.overlap else max(s, part))
+
+    def __str__(self) -> str:
+        return PREFIX + super().__str__()
+
+    @classmethod
+    def _fields(cls, text: str) -> dict | None:
+        is_fp8 = text.startswith(PREFIX)
+        return super()._fields(text.removeprefix(PREFIX)) if is_fp8 else None

@@ -1,0 +1,283 @@
+"""Backward on the tensor cores in one walk: dK, dV and dQ from five products a tile, not seven.
+
+A block owns tile_n rows of K and V and walks over Q and dO, as `backward_dkdv` does. dS^T, which
+the warps hold by keys, then goes through shared memory, and each warp computes dQ = dS K for its
+rows of queries and its part of head_dim.
+
+dQ of a query is a sum over all keys, which are dealt out to `num_splits` blocks: each of them
+walks over every num_splits-th row block of K and V, adds to float32 parts of dQ of its own, and so
+needs no atomics; `reduce_dq` adds the parts up. The result is the same in every run. The parts lie
+as the threads hold them, 16 bytes a lane.
+
+The main loop in machine code, a warp and a tile (bfloat16, head_dim 128, tile 32 x 128, sm_90a):
+
+    160 HMMA             S^T, dP^T, dV, dK and dQ
+    104 LDSM             operands: 8 of K, 8 of V, 16 each of Q and dO, by rows and transposed,
+                         8 of dS and 16 of K transposed
+     16 MUFU, FFMA       P from S and lse; 8 LDS for lse and delta
+     16 FFMA, FMUL       dS from P, dP and delta; 16 F2FP, 8 STS of dS
+      4 LDG, STG         16 bytes each of this split's dQ; 6 LDGSTS, 2 BAR
+
+Source: FlashAttention-2, arXiv 2307.08691, Algorithm 2; one buffer of dQ a split as in its
+deterministic mode.
+"""
+
+from numflash.configs import MmaBackwardConfig, Traits
+from numflash.kernels.arguments import Mask, Pointer, Scores, Shape, Statistics, Tensor
+from numflash.kernels.kernel import Kernel
+from numflash.ptx import (
+    CP_ASYNC_WAIT_GROUP,
+    cp_async_commit_group,
+    cuda,
+    f32,
+    i32,
+    i64,
+    ld_global_v4_f32,
+    mov_tid_x,
+    st_global_v4_f32,
+    u32,
+)
+from numflash.tiles.blocks import first_of_head
+from numflash.tiles.mma.copies import (
+    make_copy_tile,
+    make_copy_vector,
+    make_store_rows,
+    make_store_scores,
+)
+from numflash.tiles.mma.elements import MMA_ELEMENTS, make_transposed_operand
+from numflash.tiles.mma.fragments import (
+    MMA_ROWS,
+    accumulator_column,
+    accumulator_row,
+    column_operand_chunk,
+    column_operand_row,
+    row_operand_chunk,
+    row_operand_row,
+)
+from numflash.tiles.mma.layouts import TileLayout, make_word
+from numflash.tiles.mma.products import make_product_nt, make_product_pn, make_product_tn
+from numflash.tiles.mma.scores import make_mask_rows, make_mask_scores, make_scale_scores
+from numflash.tiles.mma.softmax import make_softmax_backward_by_column
+from numflash.tiles.portable.softmax import LOG2_E
+from numflash.tiles.scores import band_block_begin, band_block_end, band_is_partial, make_slope_of
+
+
+def make_backward_kernel(config: MmaBackwardConfig, traits: Traits) -> Kernel:
+    """The backward kernel for one config; see the module's docstring."""
+    element = MMA_ELEMENTS[config.generation, traits.dtype]
+    tile_m, tile_n, num_threads = config.tile_m, config.tile_n, config.num_threads
+    num_stages = config.num_stages
+    n_tiles = tile_m // 8
+    dk_tiles, dv_tiles = traits.head_dim // 8, traits.head_dim_v // 8
+    n_scores, n_dk, n_dv = 4 * n_tiles, 4 * dk_tiles, 4 * dv_tiles
+    # dQ of a tile: the warps share its rows, and where there are more of them its columns.
+    m_warps = tile_m // MMA_ROWS
+    dq_tiles = dk_tiles // (config.num_warps // m_warps)
+    n_dq, dq_words = 4 * dq_tiles, tile_m * traits.head_dim
+
+    offsets = config.smem_offsets(traits)
+    k_smem, v_smem, q_smem, do_smem = (offsets[name] for name in ("k", "v", "q", "do"))
+    lse_smem, delta_smem, ds_smem = offsets["lse"], offsets["delta"], offsets["ds"]
+    k_layout = TileLayout(traits.head_dim // element.per_chunk, config.swizzled)
+    v_layout = TileLayout(traits.head_dim_v // element.per_chunk, config.swizzled)
+    ds_layout = TileLayout(config.ds_columns // element.per_chunk, config.swizzled)
+    q_words, do_words = tile_m * k_layout.pitch, tile_m * v_layout.pitch
+
+    asynchronous = config.generation != "sm75" and traits.vectorized
+    copy = (num_threads, traits.vectorized, asynchronous)
+    copy_k = make_copy_tile(element, k_layout, tile_n, *copy)
+    copy_v = make_copy_tile(element, v_layout, tile_n, *copy)
+    copy_q = make_copy_tile(element, k_layout, tile_m, *copy)
+    copy_do = make_copy_tile(element, v_layout, tile_m, *copy)
+    copy_vector = make_copy_vector(tile_m, num_threads, asynchronous)
+    k_word, v_word, ds_word = make_word(k_layout), make_word(v_layout), make_word(ds_layout)
+    first_of_q, _ = make_transposed_operand(element, k_layout)
+    first_of_do, _ = make_transposed_operand(element, v_layout)
+    multiply_k_q = make_product_nt(element, 1, n_tiles, k_layout, k_layout)
+    multiply_v_do = make_product_nt(element, 1, n_tiles, v_layout, v_layout)
+    multiply_p_do = make_product_pn(element, 1, n_tiles, dv_tiles, v_layout)
+    multiply_ds_q = make_product_pn(element, 1, n_tiles, dk_tiles, k_layout)
+    multiply_ds_k = make_product_tn(element, tile_n, dq_tiles, ds_layout, k_layout)
+    scale_scores = make_scale_scores(1, n_tiles, traits.softcap, traits.alibi)
+    mask_scores, mask_rows = make_mask_scores(1, n_tiles), make_mask_rows(1, n_tiles)
+    softmax_backward = make_softmax_backward_by_column(1, n_tiles, traits.softcap)
+    store_ds = make_store_scores(element, n_tiles, ds_layout)
+    store_dk = make_store_rows(element, 1, dk_tiles, traits.vectorized, False)
+    store_dv = make_store_rows(element, 1, dv_tiles, traits.vectorized, False)
+    storage, slope_of = element.storage, make_slope_of(traits.alibi)
+    bends = traits.softcap or traits.alibi
+    n_cap_slopes = n_scores if traits.softcap else 1
+    # Tiles that may be on their way while one is used.
+    wait_for_tile = CP_ASYNC_WAIT_GROUP[max(0, num_stages - 2)]
+
+    def backward(
+        q: Tensor[storage],
+        k: Tensor[storage],
+        v: Tensor[storage],
+        do: Tensor[storage],
+        statistics_log2: Statistics,
+        dk: Tensor[storage],
+        dv: Tensor[storage],
+        dq_parts: Pointer(f32),
+        mask: Mask,
+        shape: Shape,
+        num_splits: i32,
+        scores: Scores,
+    ):
+        smem = cuda.shared.array(0, u32, alignment=128)
+        s_acc = cuda.local.array(n_scores, f32)
+        dp_acc = cuda.local.array(n_scores, f32)
+        cap_slopes = cuda.local.array(n_cap_slopes, f32)
+        dk_acc = cuda.local.array(n_dk, f32)
+        dv_acc = cuda.local.array(n_dv, f32)
+        dq_acc = cuda.local.array(n_dq, f32)
+
+        num_n_blocks = (shape.seqlen_k + tile_n - 1) // tile_n
+        num_m_blocks = (shape.seqlen_q + tile_m - 1) // tile_m
+        num_heads_kv = shape.num_heads_q // shape.group_size
+        split = i32(cuda.blockIdx.x % num_splits)
+        head_kv = cuda.blockIdx.x // num_splits % num_heads_kv
+        batch = cuda.blockIdx.x // num_splits // num_heads_kv
+        k_base = first_of_head(k, batch, head_kv)
+        v_base = first_of_head(v, batch, head_kv)
+        scale_log2 = LOG2_E
+        if not bends:
+            scale_log2 = scores.scale * LOG2_E
+
+        for walk in range(i32((num_n_blocks - split + num_splits - 1) // num_splits)):
+            n_block = i32(split + walk * num_splits)
+            n_start = i32(n_block * tile_n)
+            # The mask from the side of the keys.
+            queries_mask = Mask(-mask.hi, -mask.lo)
+            last_row = min(n_start + tile_n, shape.seqlen_k) - 1
+            m_begin = i32(band_block_begin(n_start, -mask.hi, tile_m))
+            m_end = i32(band_block_end(last_row, -mask.lo, shape.seqlen_q, tile_m))
+            cuda.syncthreads()  # the previous K and V have been read by all
+            # Nobody waits for the copies of a walk without tiles, which would still be under way
+            # when the next walk copies to the same bytes.
+            if m_begin < m_end:
+                copy_k(smem, k_smem, k, k_base, n_start, shape.seqlen_k, shape.head_dim)
+                copy_v(smem, v_smem, v, v_base, n_start, shape.seqlen_k, shape.head_dim_v)
+            for i in range(n_dk):
+                dk_acc[i] = f32(0)
+            for i in range(n_dv):
+                dv_acc[i] = f32(0)
+
+            num_tiles = i32((m_end - m_begin) * shape.group_size)
+            next_head, next_m = i32(head_kv * shape.group_size), m_begin
+            head, m_block = next_head, m_begin
+            stage = 0
+            last_stage = num_stages - 1
+            for tile in range(1 - num_stages, num_tiles):
+                if tile >= 0:
+                    # The tile has arrived, unless there is only one stage; the one before it,
+                    # and dS, have been read.
+                    if asynchronous and num_stages > 1:
+                        wait_for_tile()
+                    cuda.syncthreads()
+                if tile + num_stages - 1 < num_tiles:
+                    into = last_stage if tile >= 0 else tile + num_stages - 1
+                    q_base = first_of_head(q, batch, next_head)
+                    do_base = first_of_head(do, batch, next_head)
+                    first_query = i64(batch * shape.num_heads_q + next_head) * shape.seqlen_q
+                    m = i32(next_m * tile_m)
+                    q_tile, do_tile = q_smem + q_words * into, do_smem + do_words * into
+                    lse_tile, delta_tile = lse_smem + tile_m * into, delta_smem + tile_m * into
+                    copy_q(smem, q_tile, q, q_base, m, shape.seqlen_q, shape.head_dim)
+                    copy_do(smem, do_tile, do, do_base, m, shape.seqlen_q, shape.head_dim_v)
+                    copy_vector(
+                        smem, lse_tile, statistics_log2.lse, first_query, m, shape.seqlen_q
+                    )
+                    copy_vector(
+                        smem, delta_tile, statistics_log2.delta, first_query, m, shape.seqlen_q
+                    )
+                    next_m = i32(next_m + 1)
+                    if next_m == m_end:
+                        next_m, next_head = m_begin, i32(next_head + 1)
+                if asynchronous:
+                    cp_async_commit_group()
+                if tile >= 0:
+                    if num_stages == 1:
+                        if asynchronous:
+                            wait_for_tile()
+                        cuda.syncthreads()
+
+                    # Where this lane reads operands. All gradients in registers leave none to keep
+                    # this in, so it is computed anew for each tile.
+                    thread = mov_tid_x()
+                    warp, lane = thread // 32, thread % 32
+                    row_operand = warp * MMA_ROWS + row_operand_row(lane)
+                    row_chunk = row_operand_chunk(lane)
+                    column_operand = column_operand_row(lane)
+                    column_chunk = column_operand_chunk(lane)
+                    k_mine = k_smem + k_word(row_operand, row_chunk)
+                    v_mine = v_smem + v_word(row_operand, row_chunk)
+                    q_mine = q_smem + k_word(column_operand, column_chunk) + q_words * stage
+                    do_mine = do_smem + v_word(column_operand, column_chunk) + do_words * stage
+
+                    # S^T = K Q^T, dP^T = V dO^T
+                    multiply_k_q(s_acc, smem, k_mine, q_mine)
+                    multiply_v_do(dp_acc, smem, v_mine, do_mine)
+                    m_start = i32(m_block * tile_m)
+                    if bends:
+                        slope = slope_of(scores.alibi, batch, head)
+                        j = i32(n_start + accumulator_row(MMA_ROWS))
+                        i = i32(m_start + accumulator_column())
+                        scale_scores(s_acc, cap_slopes, j, i, -scores.alibi.shift, scores, slope)
+                    if band_is_partial(
+                        n_start, tile_n, m_start, tile_m, shape.seqlen_q, queries_mask
+                    ):
+                        j = i32(n_start + accumulator_row(MMA_ROWS))
+                        i = i32(m_start + accumulator_column())
+                        mask_scores(s_acc, j, i, shape.seqlen_q, queries_mask, 1)
+                    if n_start + tile_n > shape.seqlen_k:
+                        mask_rows(s_acc, i32(n_start + accumulator_row(MMA_ROWS)), shape.seqlen_k)
+
+                    # dS = P * (softmax_scale dP - delta); dV += P^T dO, dK += dS^T Q
+                    first_of_stage = tile_m * stage + accumulator_column()
+                    lse_mine, delta_mine = lse_smem + first_of_stage, delta_smem + first_of_stage
+                    scales = scale_log2, scores.softmax_scale
+                    softmax_backward(s_acc, dp_acc, cap_slopes, smem, lse_mine, delta_mine, scales)
+                    store_ds(dp_acc, smem, ds_smem)
+                    lane = mov_tid_x() % 32
+                    do_transposed = do_smem + first_of_do(lane) + do_words * stage
+                    q_transposed = q_smem + first_of_q(lane) + q_words * stage
+                    multiply_p_do(dv_acc, s_acc, smem, do_transposed)
+                    multiply_ds_q(dk_acc, dp_acc, smem, q_transposed)
+                    cuda.syncthreads()  # dS of all warps has arrived
+
+                    # dQ += dS K, on top of what this split's earlier keys gave
+                    part = i64((split * shape.batch_size + batch) * shape.num_heads_q + head)
+                    # A warp has 16 rows of queries and dq_tiles of the columns of head_dim. dS
+                    # lies by rows of keys, as the warps wrote it.
+                    thread = mov_tid_x()
+                    warp, lane = thread // 32, thread % 32
+                    ds_chunk = 2 * (warp % m_warps) + column_operand_chunk(lane)
+                    ds_mine = ds_smem + ds_word(column_operand_row(lane), ds_chunk)
+                    k_chunk = warp // m_warps * dq_tiles + row_operand_chunk(lane)
+                    k_transposed = k_smem + k_word(row_operand_row(lane), k_chunk)
+                    dq_mine = (thread // 32 * dq_tiles * 32 + thread % 32) * 4
+                    place = (part * num_m_blocks + m_block) * dq_words + dq_mine
+                    first_seen = band_block_begin(m_start, mask.lo, tile_n)
+                    if n_block - num_splits < first_seen:
+                        for i in range(n_dq):
+                            dq_acc[i] = f32(0)
+                    else:
+                        for i in range(dq_tiles):
+                            ld_global_v4_f32(dq_acc[4 * i : 4 * i + 4], dq_parts, place + 128 * i)
+                    multiply_ds_k(dq_acc, smem, ds_mine, k_transposed)
+                    for i in range(dq_tiles):
+                        st_global_v4_f32(dq_parts, place + 128 * i, dq_acc[4 * i : 4 * i + 4])
+                    last_stage = stage
+                    stage = stage + 1 if stage + 1 < num_stages else 0
+                    m_block = i32(m_block + 1)
+                    if m_block == m_end:
+                        m_block, head = m_begin, i32(head + 1)
+
+            row = i32(n_start + accumulator_row(MMA_ROWS))
+            dk_base = first_of_head(dk, batch, head_kv)
+            dv_base = first_of_head(dv, batch, head_kv)
+            store_dv(dv_acc, dv, dv_base, row, shape.seqlen_k, shape.head_dim_v)
+            store_dk(dk_acc, dk, dk_base, row, shape.seqlen_k, shape.head_dim)
+
+    return Kernel(config.family, backward, num_threads, config.smem_bytes(traits))

@@ -1,0 +1,249 @@
+"""Backward for K and V on the tensor cores: dV = P^T dO and dK = dS^T Q.
+
+A block owns tile_n rows of K and V and walks over Q and dO in tiles of tile_m, for every query
+head of the group that shares the key-value head. It works on transposed tiles, S^T = K Q^T, whose
+rows are its own: P^T and dS^T go from accumulator to operand in registers, and a mask is the same
+band seen from the other side. Q and dO serve twice, by rows for S^T and dP^T and transposed for dK
+and dV.
+
+Where the accumulators of both do not fit the registers, dK and dV are `apart`: one half of the
+blocks computes dV, the other dK. That is five products instead of four.
+
+The main loop in machine code, a warp and a tile (bfloat16, head_dim 128, tile 64 x 64, sm_90a):
+
+    256 HMMA             S^T, dP^T, dV and dK
+    144 LDSM             operands: 8 of K, 8 of V, 32 each of Q and dO, by rows and transposed
+     32 MUFU, FFMA       P from S and lse; 16 LDS for lse and delta
+     32 FFMA, FMUL       dS from P, dP and delta; 32 F2FP for P and dS to bfloat16
+     18 LDGSTS           Q, dO, lse and delta, with addresses and bounds; 1 BAR
+     96 ISETP, FSEL      the mask, only on tiles that an edge crosses
+
+Source: FlashAttention-2, arXiv 2307.08691, Algorithm 2.
+"""
+
+from numflash.configs import MmaBackwardDkDvConfig, Traits
+from numflash.kernels.arguments import Mask, Scores, Shape, Statistics, Tensor
+from numflash.kernels.kernel import Kernel
+from numflash.ptx import (
+    CP_ASYNC_WAIT_GROUP,
+    cp_async_commit_group,
+    cuda,
+    f32,
+    i32,
+    i64,
+    u32,
+)
+from numflash.tiles.blocks import first_of_head
+from numflash.tiles.mma.copies import make_copy_tile, make_copy_vector, make_store_rows
+from numflash.tiles.mma.elements import MMA_ELEMENTS, make_transposed_operand
+from numflash.tiles.mma.fragments import (
+    MMA_ROWS,
+    accumulator_column,
+    accumulator_row,
+    column_operand_chunk,
+    column_operand_row,
+    first_row_of_warp,
+    row_operand_chunk,
+    row_operand_row,
+)
+from numflash.tiles.mma.layouts import TileLayout, make_word
+from numflash.tiles.mma.products import make_product_nt, make_product_pn
+from numflash.tiles.mma.scores import make_mask_scores, make_scale_scores
+from numflash.tiles.mma.softmax import make_softmax_backward_by_column
+from numflash.tiles.portable.softmax import LOG2_E
+from numflash.tiles.scores import band_block_begin, band_block_end, band_is_partial, make_slope_of
+
+
+def make_backward_dkdv_kernel(config: MmaBackwardDkDvConfig, traits: Traits) -> Kernel:
+    """The dK and dV kernel for one config; see the module's docstring."""
+    element = MMA_ELEMENTS[config.generation, traits.dtype]
+    tile_m, tile_n, num_threads = config.tile_m, config.tile_n, config.num_threads
+    num_stages = config.num_stages
+    m_tiles, n_tiles = config.m_tiles, tile_m // 8
+    dk_tiles, dv_tiles = traits.head_dim // 8, traits.head_dim_v // 8
+    rows_per_warp = MMA_ROWS * m_tiles
+    n_scores = 4 * m_tiles * n_tiles
+    n_dk, n_dv, apart = 4 * m_tiles * dk_tiles, 4 * m_tiles * dv_tiles, config.apart
+    if apart:
+        n_dk = n_dv = max(n_dk, n_dv)
+
+    offsets = config.smem_offsets(traits)
+    k_smem, v_smem, q_smem, do_smem = (offsets[name] for name in ("k", "v", "q", "do"))
+    lse_smem, delta_smem = offsets["lse"], offsets["delta"]
+    k_layout = TileLayout(traits.head_dim // element.per_chunk, config.swizzled)
+    v_layout = TileLayout(traits.head_dim_v // element.per_chunk, config.swizzled)
+    q_words, do_words = tile_m * k_layout.pitch, tile_m * v_layout.pitch
+
+    asynchronous = config.generation != "sm75" and traits.vectorized
+    copy = (num_threads, traits.vectorized, asynchronous)
+    copy_k = make_copy_tile(element, k_layout, tile_n, *copy)
+    copy_v = make_copy_tile(element, v_layout, tile_n, *copy)
+    copy_q = make_copy_tile(element, k_layout, tile_m, *copy)
+    copy_do = make_copy_tile(element, v_layout, tile_m, *copy)
+    copy_vector = make_copy_vector(tile_m, num_threads, asynchronous)
+    k_word, v_word = make_word(k_layout), make_word(v_layout)
+    first_of_q, _ = make_transposed_operand(element, k_layout)
+    first_of_do, _ = make_transposed_operand(element, v_layout)
+    multiply_k_q = make_product_nt(element, m_tiles, n_tiles, k_layout, k_layout)
+    multiply_v_do = make_product_nt(element, m_tiles, n_tiles, v_layout, v_layout)
+    multiply_p_do = make_product_pn(element, m_tiles, n_tiles, dv_tiles, v_layout)
+    multiply_ds_q = make_product_pn(element, m_tiles, n_tiles, dk_tiles, k_layout)
+    scale_scores = make_scale_scores(m_tiles, n_tiles, traits.softcap, traits.alibi)
+    mask_scores = make_mask_scores(m_tiles, n_tiles)
+    softmax_backward = make_softmax_backward_by_column(m_tiles, n_tiles, traits.softcap)
+    store_dk = make_store_rows(element, m_tiles, dk_tiles, traits.vectorized, False)
+    store_dv = make_store_rows(element, m_tiles, dv_tiles, traits.vectorized, False)
+    storage, slope_of = element.storage, make_slope_of(traits.alibi)
+    bends = traits.softcap or traits.alibi
+    n_cap_slopes = n_scores if traits.softcap else 1
+    # Tiles that may be on their way while one is used.
+    wait_for_tile = CP_ASYNC_WAIT_GROUP[max(0, num_stages - 2)]
+
+    def backward_dkdv(
+        q: Tensor[storage],
+        k: Tensor[storage],
+        v: Tensor[storage],
+        do: Tensor[storage],
+        statistics_log2: Statistics,
+        dk: Tensor[storage],
+        dv: Tensor[storage],
+        mask: Mask,
+        shape: Shape,
+        scores: Scores,
+    ):
+        smem = cuda.shared.array(0, u32, alignment=128)
+        s_acc = cuda.local.array(n_scores, f32)
+        dp_acc = cuda.local.array(n_scores, f32)
+        cap_slopes = cuda.local.array(n_cap_slopes, f32)
+        dk_acc = cuda.local.array(n_dk, f32)
+        dv_acc = dk_acc
+        if not apart:
+            dv_acc = cuda.local.array(n_dv, f32)
+
+        # The first keys of a causal problem are seen by the most queries: they start first.
+        block = cuda.blockIdx.x
+        with_dk = with_dv = True
+        if apart:
+            with_dv = block % 2 == 0
+            with_dk = not with_dv
+            block //= 2
+        num_n_blocks = (shape.seqlen_k + tile_n - 1) // tile_n
+        n_start = block % num_n_blocks * tile_n
+        num_heads_kv = shape.num_heads_q // shape.group_size
+        head_kv = block // num_n_blocks % num_heads_kv
+        batch = block // num_n_blocks // num_heads_kv
+        scale_log2 = LOG2_E
+        if not bends:
+            scale_log2 = scores.scale * LOG2_E
+        # The mask from the side of the keys.
+        queries_mask = Mask(-mask.hi, -mask.lo)
+        last_row = min(n_start + tile_n, shape.seqlen_k) - 1
+        m_begin = i32(band_block_begin(n_start, -mask.hi, tile_m))
+        m_end = i32(band_block_end(last_row, -mask.lo, shape.seqlen_q, tile_m))
+
+        # Where this lane reads operands, and where its scores lie in the tile.
+        lane = cuda.threadIdx.x % 32
+        warp_row = first_row_of_warp(rows_per_warp)
+        row_operand = warp_row + row_operand_row(lane)
+        k_mine = k_smem + k_word(row_operand, row_operand_chunk(lane))
+        v_mine = v_smem + v_word(row_operand, row_operand_chunk(lane))
+        q_mine = q_smem + k_word(column_operand_row(lane), column_operand_chunk(lane))
+        do_mine = do_smem + v_word(column_operand_row(lane), column_operand_chunk(lane))
+        q_transposed, do_transposed = q_smem + first_of_q(lane), do_smem + first_of_do(lane)
+        lse_mine = lse_smem + accumulator_column()
+        delta_mine = delta_smem + accumulator_column()
+
+        k_base = first_of_head(k, batch, head_kv)
+        v_base = first_of_head(v, batch, head_kv)
+        # Where no tile follows nobody would wait for them.
+        if not asynchronous or m_begin < m_end:
+            copy_k(smem, k_smem, k, k_base, n_start, shape.seqlen_k, shape.head_dim)
+            copy_v(smem, v_smem, v, v_base, n_start, shape.seqlen_k, shape.head_dim_v)
+        for i in range(n_dk):
+            dk_acc[i] = f32(0)
+        for i in range(n_dv):
+            dv_acc[i] = f32(0)
+
+        # One walk over the tiles of all heads of the group; copies run num_stages - 1 ahead.
+        num_tiles = (m_end - m_begin) * shape.group_size
+        next_head, next_m = head_kv * shape.group_size, m_begin
+        head, m_block = next_head, m_begin
+        stage = 0
+        last_stage = num_stages - 1
+        for tile in range(1 - num_stages, num_tiles):
+            if tile >= 0:
+                # The tile has arrived, unless there is only one stage; the one before it has
+                # been read.
+                if asynchronous and num_stages > 1:
+                    wait_for_tile()
+                cuda.syncthreads()
+            if tile + num_stages - 1 < num_tiles:
+                into = last_stage if tile >= 0 else tile + num_stages - 1
+                q_base = first_of_head(q, batch, next_head)
+                do_base = first_of_head(do, batch, next_head)
+                first_query = i64(batch * shape.num_heads_q + next_head) * shape.seqlen_q
+                m = i32(next_m * tile_m)
+                q_tile, do_tile = q_smem + q_words * into, do_smem + do_words * into
+                lse_tile, delta_tile = lse_smem + tile_m * into, delta_smem + tile_m * into
+                copy_q(smem, q_tile, q, q_base, m, shape.seqlen_q, shape.head_dim)
+                copy_do(smem, do_tile, do, do_base, m, shape.seqlen_q, shape.head_dim_v)
+                copy_vector(smem, lse_tile, statistics_log2.lse, first_query, m, shape.seqlen_q)
+                copy_vector(
+                    smem, delta_tile, statistics_log2.delta, first_query, m, shape.seqlen_q
+                )
+                next_m += 1
+                if next_m == m_end:
+                    next_m, next_head = m_begin, next_head + 1
+            if asynchronous:
+                cp_async_commit_group()
+            if tile >= 0:
+                if num_stages == 1:
+                    if asynchronous:
+                        wait_for_tile()
+                    cuda.syncthreads()
+
+                # S^T = K Q^T, dP^T = V dO^T
+                multiply_k_q(s_acc, smem, k_mine, q_mine + q_words * stage)
+                if with_dk:
+                    multiply_v_do(dp_acc, smem, v_mine, do_mine + do_words * stage)
+                m_start = i32(m_block * tile_m)
+                if bends:
+                    j = i32(n_start + accumulator_row(rows_per_warp))
+                    i = i32(m_start + accumulator_column())
+                    slope = slope_of(scores.alibi, batch, head)
+                    scale_scores(s_acc, cap_slopes, j, i, -scores.alibi.shift, scores, slope)
+                if band_is_partial(n_start, tile_n, m_start, tile_m, shape.seqlen_q, queries_mask):
+                    j = i32(n_start + accumulator_row(rows_per_warp))
+                    i = i32(m_start + accumulator_column())
+                    mask_scores(s_acc, j, i, shape.seqlen_q, queries_mask, 1)
+
+                # dS = P * (softmax_scale dP - delta); dV += P^T dO, dK += dS^T Q
+                statistics_of_stage = tile_m * stage
+                softmax_backward(
+                    s_acc,
+                    dp_acc,
+                    cap_slopes,
+                    smem,
+                    lse_mine + statistics_of_stage,
+                    delta_mine + statistics_of_stage,
+                    (scale_log2, scores.softmax_scale),
+                )
+                if with_dv:
+                    multiply_p_do(dv_acc, s_acc, smem, do_transposed + do_words * stage)
+                if with_dk:
+                    multiply_ds_q(dk_acc, dp_acc, smem, q_transposed + q_words * stage)
+                last_stage = stage
+                stage = stage + 1 if stage + 1 < num_stages else 0
+                m_block += 1
+                if m_block == m_end:
+                    m_block, head = m_begin, head + 1
+
+        row = i32(n_start + accumulator_row(rows_per_warp))
+        dk_base = first_of_head(dk, batch, head_kv)
+        dv_base = first_of_head(dv, batch, head_kv)
+        if with_dv:
+            store_dv(dv_acc, dv, dv_base, row, shape.seqlen_k, shape.head_dim_v)
+        if with_dk:
+            store_dk(dk_acc, dk, dk_base, row, shape.seqlen_k, shape.head_dim)
+
+    return Kernel(config.family, backward_dkdv, num_threads, config.smem_bytes(traits))

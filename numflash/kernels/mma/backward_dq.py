@@ -1,0 +1,204 @@
+"""Backward for Q on the tensor cores: dQ = dS K, with P computed again from lse.
+
+A block owns tile_m rows of Q and dO and walks over K and V in tiles of tile_n, as the forward
+does. S, dP and dS stay in registers; K serves twice, by rows for S and transposed for dQ.
+
+The main loop in machine code, a warp and a tile (bfloat16, head_dim 128, tile 128 x 32, sm_90a):
+
+    192 HMMA             S = Q K^T, dP = dO V^T and dQ += dS K
+     80 LDSM             operands: 16 each of Q, K, dO and V, 16 of K transposed
+     32 MUFU, FFMA       P from S and lse
+     32 FADD, FMUL       dS from P, dP and delta; 16 F2FP to bfloat16
+      8 LDGSTS           K and V, with addresses and bounds; 1 BAR
+     96 ISETP, FSEL      the mask, only on tiles that an edge crosses
+
+Source: FlashAttention-2, arXiv 2307.08691, Algorithm 2, with the loop order that gives each block
+its own rows of dQ.
+"""
+
+import math
+
+from numflash.configs import MmaBackwardDqConfig, Traits
+from numflash.kernels.arguments import Mask, Scores, Shape, Statistics, Tensor
+from numflash.kernels.kernel import Kernel
+from numflash.ptx import (
+    CP_ASYNC_WAIT_GROUP,
+    cp_async_commit_group,
+    cuda,
+    f32,
+    i32,
+    i64,
+    u32,
+)
+from numflash.tiles.blocks import first_of_head
+from numflash.tiles.mma.copies import make_copy_tile, make_store_rows
+from numflash.tiles.mma.elements import MMA_ELEMENTS, make_transposed_operand
+from numflash.tiles.mma.fragments import (
+    MMA_ROWS,
+    ROW_STEP,
+    accumulator_column,
+    accumulator_row,
+    column_operand_chunk,
+    column_operand_row,
+    first_row_of_warp,
+    row_operand_chunk,
+    row_operand_row,
+)
+from numflash.tiles.mma.layouts import TileLayout, make_word
+from numflash.tiles.mma.products import make_product_nt, make_product_pn
+from numflash.tiles.mma.scores import make_mask_scores, make_scale_scores
+from numflash.tiles.mma.softmax import make_softmax_backward_by_row
+from numflash.tiles.portable.softmax import LOG2_E
+from numflash.tiles.scores import band_block_begin, band_block_end, band_is_partial, make_slope_of
+
+
+def make_backward_dq_kernel(config: MmaBackwardDqConfig, traits: Traits) -> Kernel:
+    """The dQ kernel for one config; see the module's docstring."""
+    element = MMA_ELEMENTS[config.generation, traits.dtype]
+    tile_m, tile_n, num_threads = config.tile_m, config.tile_n, config.num_threads
+    num_stages = config.num_stages
+    m_tiles, n_tiles, dq_tiles = config.m_tiles, tile_n // 8, traits.head_dim // 8
+    rows, rows_per_warp = 2 * m_tiles, MMA_ROWS * m_tiles
+    n_scores, n_dq = 4 * m_tiles * n_tiles, 4 * m_tiles * dq_tiles
+
+    offsets = config.smem_offsets(traits)
+    q_smem, do_smem, k_smem, v_smem = (offsets[name] for name in ("q", "do", "k", "v"))
+    k_layout = TileLayout(traits.head_dim // element.per_chunk, config.swizzled)
+    v_layout = TileLayout(traits.head_dim_v // element.per_chunk, config.swizzled)
+    k_words, v_words = tile_n * k_layout.pitch, tile_n * v_layout.pitch
+
+    asynchronous = config.generation != "sm75" and traits.vectorized
+    copy = (num_threads, traits.vectorized, asynchronous)
+    copy_q = make_copy_tile(element, k_layout, tile_m, *copy)
+    copy_do = make_copy_tile(element, v_layout, tile_m, *copy)
+    copy_k = make_copy_tile(element, k_layout, tile_n, *copy)
+    copy_v = make_copy_tile(element, v_layout, tile_n, *copy)
+    k_word, v_word = make_word(k_layout), make_word(v_layout)
+    first_of_k, _ = make_transposed_operand(element, k_layout)
+    multiply_q_k = make_product_nt(element, m_tiles, n_tiles, k_layout, k_layout)
+    multiply_do_v = make_product_nt(element, m_tiles, n_tiles, v_layout, v_layout)
+    multiply_ds_k = make_product_pn(element, m_tiles, n_tiles, dq_tiles, k_layout)
+    scale_scores = make_scale_scores(m_tiles, n_tiles, traits.softcap, traits.alibi)
+    mask_scores = make_mask_scores(m_tiles, n_tiles)
+    softmax_backward = make_softmax_backward_by_row(m_tiles, n_tiles, traits.softcap)
+    store_dq = make_store_rows(element, m_tiles, dq_tiles, traits.vectorized, False)
+    storage, slope_of = element.storage, make_slope_of(traits.alibi)
+    bends = traits.softcap or traits.alibi
+    n_cap_slopes = n_scores if traits.softcap else 1
+    # Tiles that may be on their way while one is used.
+    wait_for_tile = CP_ASYNC_WAIT_GROUP[max(0, num_stages - 2)]
+
+    def backward_dq(
+        q: Tensor[storage],
+        k: Tensor[storage],
+        v: Tensor[storage],
+        do: Tensor[storage],
+        statistics_log2: Statistics,
+        dq: Tensor[storage],
+        mask: Mask,
+        shape: Shape,
+        scores: Scores,
+    ):
+        smem = cuda.shared.array(0, u32, alignment=128)
+        s_acc = cuda.local.array(n_scores, f32)
+        dp_acc = cuda.local.array(n_scores, f32)
+        cap_slopes = cuda.local.array(n_cap_slopes, f32)
+        dq_acc = cuda.local.array(n_dq, f32)
+        lses = cuda.local.array(rows, f32)
+        deltas = cuda.local.array(rows, f32)
+
+        # The last rows of a causal problem see the most keys: they start first.
+        num_m_blocks = (shape.seqlen_q + tile_m - 1) // tile_m
+        m_start = (num_m_blocks - 1 - cuda.blockIdx.x % num_m_blocks) * tile_m
+        head_of_batch = cuda.blockIdx.x // num_m_blocks
+        head, batch = head_of_batch % shape.num_heads_q, head_of_batch // shape.num_heads_q
+        head_kv = head // shape.group_size
+        q_base = first_of_head(q, batch, head)
+        k_base = first_of_head(k, batch, head_kv)
+        v_base = first_of_head(v, batch, head_kv)
+        do_base = first_of_head(do, batch, head)
+        slope = slope_of(scores.alibi, batch, head)
+        scale_log2 = LOG2_E
+        if not bends:
+            scale_log2 = scores.scale * LOG2_E
+        last_row = min(m_start + tile_m, shape.seqlen_q) - 1
+        n_begin = i32(band_block_begin(m_start, mask.lo, tile_n))
+        n_end = i32(band_block_end(last_row, mask.hi, shape.seqlen_k, tile_n))
+
+        # Where this lane reads operands, and where its scores lie in the tile.
+        lane = cuda.threadIdx.x % 32
+        warp_row = first_row_of_warp(rows_per_warp)
+        row_operand = warp_row + row_operand_row(lane)
+        q_mine = q_smem + k_word(row_operand, row_operand_chunk(lane))
+        do_mine = do_smem + v_word(row_operand, row_operand_chunk(lane))
+        k_mine = k_smem + k_word(column_operand_row(lane), column_operand_chunk(lane))
+        v_mine = v_smem + v_word(column_operand_row(lane), column_operand_chunk(lane))
+        k_transposed = k_smem + first_of_k(lane)
+
+        if n_begin < n_end:  # else nobody would wait for them
+            copy_q(smem, q_smem, q, q_base, m_start, shape.seqlen_q, shape.head_dim)
+            copy_do(smem, do_smem, do, do_base, m_start, shape.seqlen_q, shape.head_dim_v)
+        for stage in range(num_stages - 1):
+            n = n_begin + stage
+            if n < n_end:
+                k_tile, v_tile = k_smem + k_words * stage, v_smem + v_words * stage
+                copy_k(smem, k_tile, k, k_base, i32(n * tile_n), shape.seqlen_k, shape.head_dim)
+                copy_v(smem, v_tile, v, v_base, i32(n * tile_n), shape.seqlen_k, shape.head_dim_v)
+            if asynchronous:
+                cp_async_commit_group()
+        for i in range(n_dq):
+            dq_acc[i] = f32(0)
+        row = i32(m_start + accumulator_row(rows_per_warp))
+        for r in range(rows):
+            i = row + ROW_STEP * r
+            # A row past the end is like one that sees no key: its P is zero.
+            lses[r] = f32(math.inf)
+            deltas[r] = f32(0)
+            if i < shape.seqlen_q:
+                lses[r] = statistics_log2.lse[i64(head_of_batch) * shape.seqlen_q + i]
+                deltas[r] = statistics_log2.delta[i64(head_of_batch) * shape.seqlen_q + i]
+
+        stage = 0
+        last_stage = num_stages - 1
+        for n_block in range(n_begin, n_end):
+            # The tile has arrived, unless there is only one stage; the previous one has been read.
+            if asynchronous and num_stages > 1:
+                wait_for_tile()
+            cuda.syncthreads()
+            n = n_block + num_stages - 1
+            if n < n_end:
+                k_tile, v_tile = k_smem + k_words * last_stage, v_smem + v_words * last_stage
+                copy_k(smem, k_tile, k, k_base, i32(n * tile_n), shape.seqlen_k, shape.head_dim)
+                copy_v(smem, v_tile, v, v_base, i32(n * tile_n), shape.seqlen_k, shape.head_dim_v)
+            if asynchronous:
+                cp_async_commit_group()
+            if num_stages == 1:
+                if asynchronous:
+                    wait_for_tile()
+                cuda.syncthreads()
+
+            # S = Q K^T, dP = dO V^T
+            multiply_q_k(s_acc, smem, q_mine, k_mine + k_words * stage)
+            multiply_do_v(dp_acc, smem, do_mine, v_mine + v_words * stage)
+            n_start = i32(n_block * tile_n)
+            if bends:
+                i = i32(m_start + accumulator_row(rows_per_warp))
+                j = i32(n_start + accumulator_column())
+                scale_scores(s_acc, cap_slopes, i, j, scores.alibi.shift, scores, slope)
+            if band_is_partial(m_start, tile_m, n_start, tile_n, shape.seqlen_k, mask):
+                i = i32(m_start + accumulator_row(rows_per_warp))
+                j = i32(n_start + accumulator_column())
+                mask_scores(s_acc, i, j, shape.seqlen_k, mask, 1)
+
+            # dS = P * (softmax_scale dP - delta), dQ += dS K
+            scales = scale_log2, scores.softmax_scale
+            softmax_backward(s_acc, dp_acc, cap_slopes, lses, deltas, scales)
+            multiply_ds_k(dq_acc, dp_acc, smem, k_transposed + k_words * stage)
+            last_stage = stage
+            stage = stage + 1 if stage + 1 < num_stages else 0
+
+        row = i32(m_start + accumulator_row(rows_per_warp))
+        dq_base = first_of_head(dq, batch, head)
+        store_dq(dq_acc, dq, dq_base, row, shape.seqlen_q, shape.head_dim)
+
+    return Kernel(config.family, backward_dq, num_threads, config.smem_bytes(traits))

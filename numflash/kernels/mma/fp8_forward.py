@@ -1,0 +1,353 @@
+"""Forward on 8-bit floats: O = softmax(softmax_scale Q K^T) V of e4m3 codes and their scales.
+
+The walk is that of `kernels.sm80.forward`: a block owns tile_m rows of Q, a warp whole rows, and K
+and V come in tiles of tile_n. What 8 bits change:
+
+    S     the product of codes times the scales of its row and of its tile of K; with `key_scales`
+          of each key
+    P     rounded to e4m3 in units of its tile's largest score (`tiles.fp8.softmax`), with
+          `key_scales` times the scale of V of its key
+    V     comes with tokens innermost, so that both products read operand B by rows, and in the
+          order in which P leaves the accumulators: no shuffle and no transposition
+    O     each tile's P V is summed up by itself and then added, in float32, with a weight in
+          which V's scale is (`tiles.fp8.products`)
+
+Where there are no e4m3 products the codes become float16, which holds them exactly, on their way
+to shared memory: the results differ only by the rounding of sums.
+
+The main loop in machine code, a warp and a tile (head_dim 128, tile 64 x 64, sm_89): 524
+instructions, of which
+
+     64 QMMA          S = Q K^T and P V, one row of products a warp
+     36 LDSM          operands from shared memory: 4 of Q, 16 of K, 16 of V
+     32 MUFU, FFMA    one exponential and one multiply-add a score
+     72 FMNMX, FADD   the row's maximum and sum; 4 SHFL across its four lanes
+     16 F2FP          P to e4m3, four to a register
+     64 FFMA          O += weight * P V, by which O needs no rescaling of its own for P's unit
+      8 LDGSTS        K and V; 2 LDG for their scales, 8 LDS for those of Q and what was put by
+
+and out of line 64 FMUL for O where a maximum has grown by 2 ** 8, and the mask. By NVIDIA's
+peak rates Ada's tensor cores take 64 x 16 clocks for it (32 where sums in float32 run at half
+rate), the scheduler 524. No GPU has timed it yet.
+
+Source: FlashAttention-3, arXiv 2407.08608, section 3.3.
+"""
+
+import math
+
+from numflash.configs import Fp8ForwardConfig, Traits
+from numflash.kernels.arguments import (
+    Descales,
+    Layout,
+    Mask,
+    Part,
+    Pointer,
+    Scores,
+    Shape,
+    Tensor,
+    Transposed,
+)
+from numflash.kernels.kernel import Kernel
+from numflash.ptx import (
+    CP_ASYNC_WAIT_GROUP,
+    bits_as_float,
+    cp_async_commit_group,
+    cuda,
+    device_function,
+    f32,
+    i32,
+    i64,
+    ld_shared_u32,
+    mov_ctaid_x,
+    mov_tid_x,
+    st_shared_f32,
+    st_shared_u32,
+    u8,
+    u32,
+)
+from numflash.tiles.blocks import first_of_head, grid_of, make_block_place, token_of_row
+from numflash.tiles.mma.copies import make_store_rows
+from numflash.tiles.mma.fp8_operands import fp8_operands, result_element, scale_of_key
+from numflash.tiles.mma.fp8_products import make_accumulate
+from numflash.tiles.mma.fp8_softmax import (
+    KeyScales,
+    make_add_v_scales,
+    make_scale_keys,
+    make_tile_softmax,
+)
+from numflash.tiles.mma.fragments import (
+    MMA_ROWS,
+    ROW_STEP,
+    accumulator_column,
+    accumulator_row,
+    column_operand_chunk,
+    column_operand_row,
+    row_operand_chunk,
+    row_operand_row,
+)
+from numflash.tiles.mma.layouts import TileLayout, make_word
+from numflash.tiles.mma.products import make_product_nt
+from numflash.tiles.mma.scores import make_mask_scores, make_scale_scores
+from numflash.tiles.mma.softmax import lse_of_row, make_scale_rows, row_sum_of_quad
+from numflash.tiles.portable.softmax import LOG2_E
+from numflash.tiles.scores import NEG_INF, band_block_begin, band_block_end, make_slope_of
+
+
+def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
+    """The forward kernel for one config; see the module's docstring."""
+    operands = fp8_operands(config.generation, config.multiplies_codes)
+    element, asynchronous = operands.element, operands.is_asynchronous
+    result = result_element(config.generation, traits.dtype)
+    tile_m, tile_n, num_threads = config.tile_m, config.tile_n, config.num_threads
+    num_stages, is_split = config.num_stages, config.num_splits > 1
+    m_tiles, n_tiles, o_tiles = config.m_tiles, tile_n // 8, traits.head_dim_v // 8
+    rows, rows_per_warp = 2 * m_tiles, MMA_ROWS * m_tiles
+    n_scores, n_o = 4 * m_tiles * n_tiles, 4 * m_tiles * o_tiles
+    columns, columns_v = traits.head_dim, traits.head_dim_v
+
+    offsets = config.smem_offsets(traits)
+    q_smem, k_smem, v_smem = (offsets[name] for name in "qkv")
+    q_scales_smem, kept_smem = offsets["q_scales"], offsets["kept"]
+    k_base, v_base, k_descale_base, v_descale_base = range(kept_smem, kept_smem + 8, 2)
+    whole_begin, whole_end, kept_n_end, kept_m_start = range(kept_smem + 8, kept_smem + 12)
+    k_layout = TileLayout(columns // element.per_chunk, config.swizzled)
+    v_layout = TileLayout(tile_n // element.per_chunk, config.swizzled)
+    k_words, v_words = tile_n * k_layout.pitch, columns_v * v_layout.pitch
+
+    block_place = make_block_place(tile_m)
+    copy_q = operands.make_copy_rows(k_layout, tile_m, num_threads, packed=True)
+    copy_k = operands.make_copy_rows(k_layout, tile_n, num_threads)
+    copy_v = operands.make_copy_columns(v_layout, columns_v, num_threads)
+    k_word, v_word = make_word(k_layout), make_word(v_layout)
+    multiply_q_k = make_product_nt(element, m_tiles, n_tiles, k_layout, k_layout)
+    accumulate_p_v = make_accumulate(element, m_tiles, n_tiles, o_tiles, v_layout)
+    scale_s_rows = make_scale_rows(m_tiles, n_tiles)
+    scale_keys, add_v_scales = (
+        make_scale_keys(m_tiles, n_tiles),
+        make_add_v_scales(m_tiles, n_tiles),
+    )
+    scale_scores = make_scale_scores(m_tiles, n_tiles, traits.softcap, traits.alibi)
+    mask_scores = make_mask_scores(m_tiles, n_tiles)
+    tile_softmax = make_tile_softmax(m_tiles, n_tiles, o_tiles, traits.key_scales)
+    scale_rows = make_scale_rows(m_tiles, o_tiles)
+    store_o = make_store_rows(
+        result, m_tiles, o_tiles, traits.vectorized or is_split, is_split, packed=True
+    )
+    n_cap_slopes = n_scores if traits.softcap else 1
+    of_keys = KeyScales(offsets["key_scales"], tile_n)
+    k_of_keys, v_log2_of_keys, v_inverse_of_keys = of_keys.k, of_keys.v_log2, of_keys.v_inverse
+    slope_of, selected = make_slope_of(traits.alibi), traits.selected
+    key_scales, bends = traits.key_scales, traits.softcap or traits.alibi
+    out_storage = f32 if is_split else result.storage
+    # Copies that may be on their way while the next tile is used: K and V of all stages but one.
+    wait_for_tile = CP_ASYNC_WAIT_GROUP[2 * num_stages - 2]
+
+    @device_function
+    def keep(smem, position, base):
+        st_shared_u32(smem, position, u32(base & 0xFFFFFFFF))
+        st_shared_u32(smem, position + 1, u32(base >> 32))
+
+    @device_function
+    def kept(smem, position):
+        return i64(ld_shared_u32(smem, position)) | i64(ld_shared_u32(smem, position + 1)) << 32
+
+    @device_function
+    def fetch_k(smem, k, n, stage, seqlen_k):
+        tile, first = k_smem + k_words * stage, i32(n * tile_n)
+        copy_k(smem, tile, k, kept(smem, k_base), first, seqlen_k, columns)
+
+    @device_function
+    def fetch_v(smem, v, n, stage):
+        tile, first = v_smem + v_words * stage, i32(n * tile_n)
+        base, left = kept(smem, v_base) + first, v.length - first
+        copy_v(smem, tile, v, base, 0, columns_v, left)
+
+    def forward(
+        q: Tensor[u8],
+        k: Tensor[u8],
+        v: Transposed,
+        out: Part[out_storage],
+        lse: Pointer(f32),
+        descales: Descales,
+        in_fp8: Pointer(i32),
+        mask: Mask,
+        shape: Shape,
+        layout: Layout,
+        scores: Scores,
+    ):
+        smem = cuda.shared.array(0, u32, alignment=128)
+        s_acc = cuda.local.array(n_scores, f32)
+        cap_slopes = cuda.local.array(n_cap_slopes, f32)
+        o_acc = cuda.local.array(n_o, f32)
+        row_max = cuda.local.array(rows, f32)
+        row_sum = cuda.local.array(rows, f32)
+        scales = cuda.local.array(rows, f32)
+        weights = cuda.local.array(rows, f32)
+
+        num_rows, grid = shape.seqlen_q * layout.pack, grid_of(shape, layout)
+        m_start, head_of_batch, split = block_place(mov_ctaid_x(), grid)
+        batch = token_of_row(head_of_batch, shape.num_heads_q)
+        head = head_of_batch - batch * shape.num_heads_q
+        head_kv = token_of_row(head, shape.group_size)
+        if selected and in_fp8[batch * (shape.num_heads_q // shape.group_size) + head_kv] == 0:
+            return
+
+        q_base = first_of_head(q, batch, head)
+        q_descale_base = first_of_head(descales.q, batch, token_of_row(head, descales.q.group))
+        # The tokens of this block's rows.
+        first_token = token_of_row(m_start, layout.pack)
+        last_token = token_of_row(min(m_start + tile_m, num_rows) - 1, layout.pack)
+        # The keys that these see, and this split's share of them.
+        n_begin = i32(band_block_begin(first_token, mask.lo, tile_n))
+        n_end = i32(band_block_end(last_token, mask.hi, shape.seqlen_k, tile_n))
+        if is_split:
+            share = (max(0, n_end - n_begin) + layout.num_splits - 1) // layout.num_splits
+            n_begin = i32(n_begin + split * share)
+            n_end = i32(min(n_end, n_begin + share))
+
+        if cuda.threadIdx.x == 0:
+            # Registers are scarcer than shared memory.
+            keep(smem, k_base, first_of_head(k, batch, head_kv))
+            keep(smem, v_base, first_of_head(v, batch, head_kv))
+            keep(smem, k_descale_base, first_of_head(descales.k, batch, head_kv))
+            keep(smem, v_descale_base, first_of_head(descales.v, batch, head_kv))
+            # Tiles that begin between these are seen whole by all rows.
+            st_shared_u32(smem, whole_begin, u32(last_token + mask.lo))
+            end = min(shape.seqlen_k, first_token + mask.hi + 1) - tile_n
+            st_shared_u32(smem, whole_end, u32(end))
+            st_shared_u32(smem, kept_n_end, u32(n_end))
+            st_shared_u32(smem, kept_m_start, u32(m_start))
+        cuda.syncthreads()
+        slope = slope_of(scores.alibi, batch, head)
+
+        if n_begin < n_end:  # else nobody would wait for it
+            copy_q(smem, q_smem, q, q_base, m_start, num_rows, columns, layout.pack)
+        for stage in range(num_stages):
+            n = i32(n_begin + stage)
+            if n < n_end:
+                fetch_k(smem, k, n, stage, shape.seqlen_k)
+            if asynchronous:
+                cp_async_commit_group()
+            if stage < num_stages - 1:
+                if n < n_end:
+                    fetch_v(smem, v, n, stage)
+                if asynchronous:
+                    cp_async_commit_group()
+        for i in range(n_o):
+            o_acc[i] = f32(0)
+        for r in range(rows):
+            row_max[r] = NEG_INF
+            row_sum[r] = f32(0)
+        for row in range(cuda.threadIdx.x, tile_m, num_threads):
+            # Beyond the last row any will do.
+            i = i32(min(m_start + row, num_rows - 1))
+            token = token_of_row(i, layout.pack)
+            offset = q_descale_base + (i - token * layout.pack) * descales.q.packed
+            scale = descales.q.data[offset + (token >> descales.q.shift)] * scores.scale
+            # To base 2, unless S is bent before.
+            if not bends:
+                scale *= LOG2_E
+            st_shared_f32(smem, q_scales_smem + row, scale)
+
+        stage = i32(0)
+        last_stage = i32(num_stages - 1)
+        for n_block in range(n_begin, n_end):
+            n_start = i32(n_block * tile_n)
+            # K of this block has arrived; V of the previous block has been read by all.
+            if asynchronous:
+                wait_for_tile()
+            cuda.syncthreads()
+            n = i32(n_block + num_stages - 1)
+            if n < i32(ld_shared_u32(smem, kept_n_end)):
+                fetch_v(smem, v, n, last_stage)
+            if asynchronous:
+                cp_async_commit_group()
+
+            # S = Q K^T. Where a lane reads operands is computed anew for each tile.
+            thread = mov_tid_x()
+            lane, q_row_of_lane = thread % 32, thread // 32 * rows_per_warp
+            q_row_of_lane += row_operand_row(lane)
+            q_mine = i32(q_smem + k_word(q_row_of_lane, row_operand_chunk(lane)))
+            k_mine = i32(k_smem + k_word(column_operand_row(lane), column_operand_chunk(lane)))
+            multiply_q_k(s_acc, smem, q_mine, i32(k_mine + k_words * stage))
+
+            k_scale, v_scale = f32(1), f32(1)
+            if key_scales:
+                for i in range(mov_tid_x(), tile_n, num_threads):
+                    key = i32(min(n_start + i, shape.seqlen_k - 1))
+                    k_scale = scale_of_key(descales.k, kept(smem, k_descale_base), key)
+                    v_scale = scale_of_key(descales.v, kept(smem, v_descale_base), key)
+                    st_shared_f32(smem, k_of_keys + i, k_scale)
+                    st_shared_f32(smem, v_log2_of_keys + i, f32(math.log(v_scale)) * LOG2_E)
+                    st_shared_f32(smem, v_inverse_of_keys + i, f32(1) / v_scale)
+                k_scale, v_scale = f32(1), f32(1)
+            else:
+                k_scale = scale_of_key(descales.k, kept(smem, k_descale_base), n_start)
+                v_scale = scale_of_key(descales.v, kept(smem, v_descale_base), n_start)
+
+            # V and scales of this block have arrived; K has been read by all.
+            if asynchronous:
+                wait_for_tile()
+            cuda.syncthreads()
+            n = i32(n_block + num_stages)
+            if n < i32(ld_shared_u32(smem, kept_n_end)):
+                fetch_k(smem, k, n, stage, shape.seqlen_k)
+            if asynchronous:
+                cp_async_commit_group()
+
+            j = accumulator_column()
+            if key_scales:
+                scale_keys(s_acc, smem, k_of_keys + j)
+            row = q_scales_smem + accumulator_row(rows_per_warp)
+            for r in range(rows):
+                scales[r] = bits_as_float(ld_shared_u32(smem, row + ROW_STEP * r)) * k_scale
+            if bends:
+                scale_s_rows(s_acc, scales)
+                i = i32(ld_shared_u32(smem, kept_m_start) + accumulator_row(rows_per_warp))
+                key = i32(n_start + j)
+                unscaled = Scores(f32(1), scores.softcap, scores.softmax_scale, scores.alibi)
+                scale_scores(s_acc, cap_slopes, i, key, scores.alibi.shift, unscaled, slope)
+                for r in range(rows):
+                    scales[r] = LOG2_E
+            first_whole = i32(ld_shared_u32(smem, whole_begin))
+            last_whole = i32(ld_shared_u32(smem, whole_end))
+            if n_start < first_whole or n_start > last_whole:
+                i = i32(ld_shared_u32(smem, kept_m_start) + accumulator_row(rows_per_warp))
+                mask_scores(s_acc, i, i32(n_start + j), shape.seqlen_k, mask, layout.pack)
+
+            # P = softmax(S), O += P V
+            if key_scales:
+                add_v_scales(s_acc, scales, smem, v_log2_of_keys + j)
+                for r in range(rows):
+                    scales[r] = f32(1)
+            v_inverse = v_inverse_of_keys + j
+            tile_softmax(s_acc, row_max, row_sum, o_acc, scales, weights, smem, v_inverse)
+            for r in range(rows):
+                weights[r] *= v_scale
+            lane = mov_tid_x() % 32
+            v_mine = i32(v_smem + v_word(column_operand_row(lane), column_operand_chunk(lane)))
+            accumulate_p_v(o_acc, s_acc, smem, i32(v_mine + v_words * stage), weights)
+            last_stage = stage
+            stage = i32(stage + 1 if stage + 1 < num_stages else 0)
+
+        # Where this block stands is found out once more: it need not be kept through the loop.
+        grid = grid_of(shape, layout)
+        m_start, head_of_batch, split = block_place(mov_ctaid_x(), grid)
+        batch = token_of_row(head_of_batch, shape.num_heads_q)
+        head = head_of_batch - batch * shape.num_heads_q
+        row = i32(m_start + accumulator_row(rows_per_warp))
+        num_parts = shape.batch_size * shape.num_heads_q
+        for r in range(rows):
+            total = row_sum_of_quad(row_sum[r])
+            # A row that sees no key has output 0 and lse -inf.
+            row_sum[r] = f32(1) / total if total != f32(0) else f32(0)
+            i = i32(row + ROW_STEP * r)
+            if accumulator_column() == 0 and i < num_rows:
+                token = token_of_row(i, layout.pack)
+                part = i64(split) * num_parts + head_of_batch + i - token * layout.pack
+                lse[part * shape.seqlen_q + token] = lse_of_row(row_max[r], f32(1), total)
+        scale_rows(o_acc, row_sum)
+        out_base = split * out.split + first_of_head(out, batch, head)
+        store_o(o_acc, out, out_base, row, num_rows, shape.head_dim_v, layout.pack)
+
+    return Kernel(config.family, forward, num_threads, config.smem_bytes(traits))

@@ -1,0 +1,1 @@
+"""Kernels that every implementation uses: the combination of split keys, and delta."""

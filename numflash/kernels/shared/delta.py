@@ -1,0 +1,67 @@
+"""Delta: softmax_scale rowsum(O * dO), what all keys of a row share of dS; and lse in base 2.
+
+The gradient of the scores before they are scaled is dS = P * (softmax_scale dP - delta). One warp
+computes one row. lse_log2 = lse log2 e is what kernels in base 2 subtract; +inf for a query
+without keys, which makes its P zero. Only -inf means that: a NaN stays one.
+
+Source: FlashAttention, arXiv 2205.14135, Appendix B.4.
+"""
+
+import math
+
+from numflash.configs import DeltaConfig, Traits
+from numflash.kernels.arguments import Pointer, Shape, Tensor
+from numflash.kernels.kernel import Kernel
+from numflash.ptx import cuda, f32, fma_rn_f32, i64
+from numflash.tiles.blocks import first_of_head
+from numflash.tiles.portable.elements import ELEMENTS
+from numflash.tiles.portable.lanes import FULL_WARP
+from numflash.tiles.portable.softmax import LOG2_E
+from numflash.tiles.scores import NEG_INF
+
+
+def make_delta_kernel(config: DeltaConfig, traits: Traits) -> Kernel:
+    """The delta kernel for one config; see the module's docstring."""
+    element, num_warps = ELEMENTS[traits.dtype], config.num_warps
+    storage, to_f32, load_vector = element.storage, element.to_f32, element.load_vector
+    vector = element.vector if traits.vectorized else 1
+    vectorized, columns, step = traits.vectorized, traits.head_dim_v, 32 * vector
+
+    def delta(
+        out: Tensor[storage],
+        do: Tensor[storage],
+        lse: Pointer(f32),
+        delta: Pointer(f32),
+        lse_log2: Pointer(f32),
+        shape: Shape,
+        softmax_scale: f32,
+    ):
+        out_values = cuda.local.array(vector, f32)
+        do_values = cuda.local.array(vector, f32)
+        lane = cuda.threadIdx.x % 32
+        num_blocks = (shape.seqlen_q + num_warps - 1) // num_warps
+        row = cuda.blockIdx.x % num_blocks * num_warps + cuda.threadIdx.x // 32
+        head_of_batch = cuda.blockIdx.x // num_blocks
+        batch, head = head_of_batch // shape.num_heads_q, head_of_batch % shape.num_heads_q
+        out_base = first_of_head(out, batch, head) + row * out.row
+        do_base = first_of_head(do, batch, head) + row * do.row
+
+        total = f32(0)
+        for column in range(lane * vector, columns, step):
+            if row < shape.seqlen_q and column < shape.head_dim_v:
+                if vectorized:
+                    load_vector(out_values, out.data, out_base + column)
+                    load_vector(do_values, do.data, do_base + column)
+                else:
+                    out_values[0] = to_f32(out.data[out_base + column])
+                    do_values[0] = to_f32(do.data[do_base + column])
+                for i in range(vector):
+                    total = fma_rn_f32(out_values[i], do_values[i], total)
+        for distance in (16, 8, 4, 2, 1):
+            total += cuda.shfl_xor_sync(FULL_WARP, total, distance)
+        if lane == 0 and row < shape.seqlen_q:
+            i = i64(head_of_batch) * shape.seqlen_q + row
+            delta[i] = total * softmax_scale
+            lse_log2[i] = lse[i] * LOG2_E if lse[i] != NEG_INF else f32(math.inf)
+
+    return Kernel(config.family, delta, config.num_threads, 0)

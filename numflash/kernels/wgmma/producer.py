@@ -1,0 +1,138 @@
+"""The producer of a block: one thread that fetches Q, K and V for the others, tile after tile."""
+
+from functools import cache
+
+from numflash.configs.traits import Traits
+from numflash.configs.wgmma import WARPGROUP_ROWS, Sm90ForwardConfig
+from numflash.kernels.wgmma.ring import SLAB_WORDS, Ring, make_next_stage
+from numflash.ptx import (
+    EVICT_FIRST,
+    EVICT_LAST,
+    cp_async_bulk_tensor_4d,
+    cp_async_bulk_tensor_5d,
+    device_function,
+    i32,
+    mbarrier_arrive_expect_tx,
+    mbarrier_wait_parity,
+    prefetch_tensormap,
+    u32,
+)
+from numflash.tiles.blocks import make_block_place, make_keys_of, next_place, token_of_row
+from numflash.tiles.wgmma.products import SLAB_BYTES
+
+
+@cache
+def make_produce(config: Sm90ForwardConfig, traits: Traits):
+    """produce(smem, barriers, maps, places, grid, band, shape)
+
+    All tiles of rows of this block, as the consumers take them: Q of a tile, and K and V tile by
+    tile of keys, each as soon as its buffer is empty. `maps` are those of Q, K and V, `places`
+    what `walk` gave, `grid` and `band` as in `tiles.blocks`, `shape` a `Shape`.
+    """
+    ring, stage_n = Ring.of(config, traits), config.stage_n
+    num_groups, num_stages = config.num_warpgroups, config.num_stages
+    q, k, v, q_words, k_words, v_words = (
+        ring.q,
+        ring.k,
+        ring.v,
+        ring.q_words,
+        ring.k_words,
+        ring.v_words,
+    )
+    q_bytes, k_bytes, v_bytes = u32(ring.q_bytes), u32(ring.k_bytes), u32(ring.v_bytes)
+    q_full, q_empty = ring.q_full, ring.q_empty
+    k_full, k_empty, v_full, v_empty = ring.k_full, ring.k_empty, ring.v_full, ring.v_empty
+    slab_elements = SLAB_BYTES // config.operand_bytes
+    columns_innermost = not traits.fp8
+    k_slabs, v_slabs = config.slabs(traits.head_dim), config.v_slabs(traits)
+    v_slab_words = v_words // v_slabs
+    block_place, keys_of = make_block_place(config.tile_m), make_keys_of(config)
+    next_stage = make_next_stage(num_stages)
+    # K's only buffer is not empty before V has been used, if it holds several tiles.
+    k_leads = num_stages > 1 or stage_n == config.tile_n
+
+    @device_function
+    def fetch_q(smem, barriers, q_map, group, parity, token, head, batch):
+        mbarrier_wait_parity(barriers, q_empty + group, parity)
+        mbarrier_arrive_expect_tx(barriers, q_full + group, q_bytes)
+        for slab in range(k_slabs):
+            target = i32(q + group * q_words + slab * WARPGROUP_ROWS * SLAB_WORDS)
+            column = i32(slab * slab_elements)
+            cp_async_bulk_tensor_5d(
+                smem,
+                target,
+                q_map,
+                barriers,
+                q_full + group,
+                EVICT_FIRST,
+                column,
+                0,
+                token,
+                head,
+                batch,
+            )
+
+    @device_function
+    def fetch_k(smem, barriers, k_map, stage, parity, n, head, batch):
+        key, full = i32(n * stage_n), k_full + stage
+        mbarrier_wait_parity(barriers, k_empty + stage, parity)
+        mbarrier_arrive_expect_tx(barriers, full, k_bytes)
+        for slab in range(k_slabs):
+            target = i32(k + stage * k_words + slab * stage_n * SLAB_WORDS)
+            column = i32(slab * slab_elements)
+            cp_async_bulk_tensor_4d(
+                smem, target, k_map, barriers, full, EVICT_LAST, column, key, head, batch
+            )
+
+    @device_function
+    def fetch_v(smem, barriers, v_map, stage, parity, n, head, batch):
+        key, full = i32(n * stage_n), v_full + stage
+        mbarrier_wait_parity(barriers, v_empty + stage, parity)
+        mbarrier_arrive_expect_tx(barriers, full, v_bytes)
+        for slab in range(v_slabs):
+            target = i32(v + stage * v_words + slab * v_slab_words)
+            # Slabs are side by side along the axis that is innermost in memory.
+            inner, outer = i32(slab * slab_elements), key
+            if not columns_innermost:
+                inner, outer = i32(key + slab * slab_elements), i32(0)
+            cp_async_bulk_tensor_4d(
+                smem, target, v_map, barriers, full, EVICT_LAST, inner, outer, head, batch
+            )
+
+    @device_function
+    def produce(smem, barriers, maps, places, grid, band, shape):
+        q_map, k_map, v_map = maps
+        place, step, num_places = places
+        pack = grid[2]
+        prefetch_tensormap(q_map)
+        prefetch_tensormap(k_map)
+        prefetch_tensormap(v_map)
+        tokens = i32(u32(WARPGROUP_ROWS) // u32(pack))
+        # Buffers are empty at first, as if a phase of parity 1 had ended.
+        stage, parity, q_parity = i32(0), u32(1), u32(1)
+        while place < num_places:
+            m_start, head_of_batch, split = block_place(place, grid)
+            batch = token_of_row(head_of_batch, shape.num_heads_q)
+            head = i32(head_of_batch - batch * shape.num_heads_q)
+            head_kv = token_of_row(head, shape.group_size)
+            n_begin, n_end = keys_of(m_start, split, grid, band)
+            # The first K while the tile of rows before is finished, and still has Q's buffers.
+            if n_begin < n_end:
+                fetch_k(smem, barriers, k_map, stage, parity, n_begin, head_kv, batch)
+            packed_head = token_of_row(head, pack)
+            for group in range(num_groups):
+                token = i32(token_of_row(m_start, pack) + group * tokens)
+                fetch_q(smem, barriers, q_map, group, q_parity, token, packed_head, batch)
+            q_parity = u32(q_parity ^ u32(1))
+            for n in range(n_begin, n_end):
+                # The next K comes before this V, as the consumers want them.
+                next_k, next_parity = next_stage(stage, parity)
+                if k_leads and n + 1 < n_end:
+                    fetch_k(smem, barriers, k_map, next_k, next_parity, n + 1, head_kv, batch)
+                fetch_v(smem, barriers, v_map, stage, parity, n, head_kv, batch)
+                if not k_leads and n + 1 < n_end:
+                    fetch_k(smem, barriers, k_map, next_k, next_parity, n + 1, head_kv, batch)
+                stage, parity = next_k, next_parity
+            place, step = next_place(place, step)
+
+    return produce

@@ -1,0 +1,1 @@
+"""Machine code: made from kernels, kept in a cache, and read."""

@@ -1,0 +1,538 @@
+"""From a kernel's Python source to machine code: LTO-IR by Numba and NVVM, a cubin by nvJitLink.
+
+    Python --numba-cuda--> LLVM IR --NVVM--> LTO-IR --nvJitLink -lto--> cubin
+
+No GPU and no driver are needed. The way through LTO-IR is essential: nvJitLink compiles PTX as
+relocatable code, which spills registers and ignores `setmaxnreg`. The linker's log yields
+registers, spills and warnings.
+
+A cubin is cached in memory and on disk under everything that decides its bytes: kernel source,
+config, traits, architecture and compiler versions. What Numba's own settings could decide is given
+explicitly, so that a debugger's environment makes the same cubin. With a warm cache Numba is not
+even imported.
+"""
+
+import gc
+import hashlib
+import logging
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
+from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from numflash.configs import Config, Traits
+from numflash.machine_code import cubins
+from numflash.runtime.devices import Architecture
+from numflash.runtime.errors import UnsupportedError
+
+_log = logging.getLogger("numflash")
+_lock = threading.Lock()
+_cubins: dict[str, "Cubin"] = {}
+
+# Distributions whose version changes the machine code.
+_COMPILERS = (
+    "numba",
+    "llvmlite",
+    "numba-cuda",
+    "nvidia-nvvm",
+    "nvidia-cuda-nvcc-cu12",
+    "nvidia-nvjitlink",
+    "nvidia-nvjitlink-cu12",
+)
+_LINKERS = ("nvidia-nvjitlink", "nvidia-nvjitlink-cu12")
+_PACKAGE = Path(__file__).parents[1]
+_SOURCES = (
+    *("ptx", "tiles", "kernels", "configs"),
+    "machine_code/compiler.py",
+    "machine_code/grid_constants.py",
+    "machine_code/repeated_work.py",
+)
+# Local memory of a thread, CUDA C++ Programming Guide, "Compute Capabilities".
+_LOCAL_BYTES = 512 * 1024
+# What Numba takes from NUMBA_* variables, a `.numba_config.yaml` or `numba.config` alone, although
+# it changes machine code or breaks the compiler. What is an argument is given with the call.
+_NUMBA_SETTINGS = {"FORCE_CUDA_CC": None, "CUDA_ENABLE_NRT": False, "DEBUG_JIT": 0}
+
+
+@dataclass(frozen=True)
+class Cubin:
+    """A compiled kernel.
+
+    Attributes:
+        entry: the kernel's symbol.
+        parameters: (path, letter) in order, as in ("q.row", "q"); letters are those of
+            `struct`, "P" for a pointer and "T" for a tensor map.
+        num_threads, smem_bytes: how it is launched.
+        registers: per thread.
+        spill_store_bytes, spill_load_bytes, stack_bytes: per thread; 0 if all is in registers.
+        warnings: what the assembler complained about.
+        min_blocks: blocks per SM that were promised to the assembler; None if it chose.
+        compile_ms: time from Python source to machine code.
+        code: the ELF image.
+    """
+
+    entry: str
+    parameters: tuple[tuple[str, str], ...]
+    num_threads: int
+    smem_bytes: int
+    registers: int
+    spill_store_bytes: int
+    spill_load_bytes: int
+    stack_bytes: int
+    warnings: tuple[str, ...]
+    min_blocks: int | None
+    compile_ms: float
+    code: bytes
+
+
+def get_cubin(config: Config, traits: Traits, limits: Architecture) -> Cubin:
+    """The machine code of a kernel, from memory, from disk, or compiled now.
+
+    Raises:
+        UnsupportedError: the compiler packages are missing.
+    """
+    config = getattr(config, "compiled", config)
+    key = content_key("", config, traits, limits)
+    cubin = _cubins.get(key)
+    if cubin is None:
+        with _lock:
+            cubin = (
+                _cubins.get(key)
+                or _from_disk(key, limits)
+                or _compile_logged(key, config, traits, limits)
+            )
+            _cubins[key] = cubin
+    return cubin
+
+
+def content_key(kind: str, config: Config, traits: Traits, limits: Architecture) -> str:
+    """Everything that decides a kernel's code; `kind` is empty for a cubin."""
+    parts = [config.family, str(config), str(traits), limits.arch, _toolchain()]
+    return "|".join([kind, *parts] if kind else parts)
+
+
+def _from_disk(key: str, limits: Architecture) -> Cubin | None:
+    """What is stored under a key, if a kernel for this GPU can be like that."""
+    stored = cubins.read(key)
+    if stored is None:
+        return None
+    header, code = stored
+    try:
+        header["parameters"] = tuple((name, letter) for name, letter in header["parameters"])
+        header["warnings"] = tuple(header["warnings"])
+        cubin = Cubin(**header, code=code)
+        return cubin if _is_plausible(cubin, limits) else None
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def _is_plausible(cubin: Cubin, limits: Architecture) -> bool:
+    """Whether what a launch takes from a header has its type and is within the GPU's limits."""
+    numbers = (
+        (cubin.num_threads, 1, 1024),
+        (cubin.smem_bytes, 0, limits.max_smem_per_block),
+        (cubin.registers, 1, 255),
+        (cubin.spill_store_bytes, 0, _LOCAL_BYTES),
+        (cubin.spill_load_bytes, 0, _LOCAL_BYTES),
+        (cubin.stack_bytes, 0, _LOCAL_BYTES),
+        (1 if cubin.min_blocks is None else cubin.min_blocks, 1, limits.max_blocks_per_sm),
+    )
+    texts = [cubin.entry, *cubin.warnings, *(name for name, _ in cubin.parameters)]
+    return (
+        all(type(number) is int and low <= number <= high for number, low, high in numbers)
+        and all(isinstance(text, str) for text in texts)
+        and all(letter in ("f", "i", "q", "P", "T") for _, letter in cubin.parameters)
+        and type(cubin.compile_ms) is float
+        and cubin.compile_ms >= 0
+        and cubin.code.startswith(b"\x7fELF")
+        and bool(cubin.entry)
+        and cubin.entry.encode() in cubin.code
+    )
+
+
+def _compile_logged(key: str, config: Config, traits: Traits, limits: Architecture) -> Cubin:
+    what = f"{config.family} {config} {traits} for {limits.arch}"
+    _log.info("compiling %s ...", what)
+    cubin = compile_cubin(config, traits, limits)
+    _log.info("compiled %s in %.1f s", what, cubin.compile_ms / 1e3)
+    header = {name: value for name, value in asdict(cubin).items() if name != "code"}
+    cubins.write(key, header, cubin.code)
+    return cubin
+
+
+def warn_of_spills(what: str, cubin: Cubin) -> None:
+    """Say once if CUDA 12's compilers have left a kernel's registers in memory.
+
+    Configs are chosen for what CUDA 13's make of them. CUDA 12's are the only ones for some
+    drivers, and make slower code for Blackwell of some of the same configs.
+    """
+    n_bytes = max(cubin.stack_bytes, cubin.spill_store_bytes, cubin.spill_load_bytes)
+    if n_bytes and (_version("cuda-bindings") or "").startswith("12."):
+        _warn_once(
+            f"{what}: CUDA 12's compilers keep {n_bytes} bytes a thread in memory instead of "
+            'registers, which is slow; with a driver for CUDA 13, pip install "numflash[cu13]"'
+        )
+
+
+@cache
+def _warn_once(text: str) -> None:
+    _log.warning("%s", text)
+
+
+def compile_cubin(config: Config, traits: Traits, limits: Architecture) -> Cubin:
+    """Compile a kernel of numflash, whatever the caches hold. Raises UnsupportedError."""
+    min_blocks = getattr(config, "min_blocks_per_sm", None)
+    return compile_kernel(lambda: _make(config, traits), limits, min_blocks)
+
+
+def compile_kernel(
+    make: Callable[[], Any], limits: Architecture, min_blocks: int | None = None
+) -> Cubin:
+    """Compile the `Kernel` that `make` returns, also one that is not numflash's own.
+
+    Args:
+        make: makes the kernel.
+        limits: the GPU to compile for.
+        min_blocks: blocks per SM for which registers must suffice; None lets the compiler decide.
+
+    Raises:
+        UnsupportedError: the compiler packages are missing.
+    """
+    start = time.perf_counter()
+    cubin = _compile(make, limits, min_blocks)
+    if min_blocks is None and (cubin.spill_store_bytes or cubin.spill_load_bytes):
+        # The assembler spills a little where that lets one more block fit on an SM; told that one
+        # block is enough, it takes the registers.
+        roomy = _compile(make, limits, min_blocks=1)
+        cubin = min(cubin, roomy, key=lambda c: c.spill_store_bytes + c.spill_load_bytes)
+    return replace(cubin, compile_ms=(time.perf_counter() - start) * 1e3)
+
+
+def _compile(
+    make: Callable[[], Any], limits: Architecture, min_blocks: int | None = None
+) -> Cubin:
+    """A kernel compiled once; `min_blocks` as for `_front_end`."""
+    kernel, ltoir = _front_end(make, limits, "ltoir", min_blocks)
+    code, log = _link(ltoir, limits.arch)
+    return Cubin(
+        parameters=tuple((path, letter_of(t)) for path, t in kernel.leaves.items()),
+        num_threads=kernel.num_threads,
+        smem_bytes=kernel.smem_bytes,
+        min_blocks=min_blocks,
+        compile_ms=0.0,
+        code=code,
+        **_resources(log),
+    )
+
+
+def compile_ptx(config: Config, traits: Traits, limits: Architecture) -> str:
+    """The PTX of a kernel, for reading: the machine code is made from LTO-IR.
+
+    Raises:
+        UnsupportedError: the compiler packages are missing.
+    """
+    config = getattr(config, "compiled", config)
+    # How many blocks are promised may follow from the spills, which only the assembler knows.
+    min_blocks = get_cubin(config, traits, limits).min_blocks
+    return _front_end(lambda: _make(config, traits), limits, "ptx", min_blocks)[1]
+
+
+def executable_ptx(config: Config, traits: Traits, limits: Architecture, route: str) -> str:
+    """The PTX of a kernel, for `numflash.executor`: nothing is assembled.
+
+    Args:
+        config, traits, limits: as for `get_cubin`.
+        route: "ptx" for what NVVM makes; "lto" for what nvJitLink makes of LTO-IR before it
+            assembles that, which is the way of machine code.
+
+    Raises:
+        UnsupportedError: the compiler packages are missing.
+    """
+    output = {"ptx": "ptx", "lto": "ltoir"}[route]
+    min_blocks = getattr(config, "min_blocks_per_sm", None)
+    _, code = _front_end(lambda: _make(config, traits), limits, output, min_blocks)
+    return code if route == "ptx" else _link_ptx(code, limits.arch)
+
+
+def _make(config: Config, traits: Traits):
+    """The kernel for a config. Imports Numba."""
+    from numflash.kernels.factories import make_kernel
+
+    return make_kernel(config, traits)
+
+
+def _front_end(
+    make: Callable[[], Any], limits: Architecture, output: str, min_blocks: int | None = None
+):
+    """The kernel object, and its code as LTO-IR or PTX.
+
+    `min_blocks` per SM is promised to the assembler, which bounds the registers; None leaves it
+    the choice.
+    """
+    with _numba_for(limits) as numba_cuda:
+        from numflash.ptx import CODE_OPTIONS
+
+        kernel = make()
+        threads = kernel.num_threads
+        codes, _ = numba_cuda.compile_all(
+            kernel.function,
+            _signature(kernel.parameters),
+            cc=_compute_capability(limits.arch),
+            device=False,
+            abi="numba",
+            output=output,
+            launch_bounds=threads if min_blocks is None else (threads, min_blocks),
+            **CODE_OPTIONS,
+        )
+    if len(codes) != 1:
+        raise UnsupportedError(f"the {kernel.family} kernel compiled to {len(codes)} modules")
+    return kernel, codes[0]
+
+
+@contextmanager
+def _numba_for(limits: Architecture):
+    """Numba's CUDA target, made to compile device functions for `limits` without a driver."""
+    try:
+        from numba import cuda
+        from numba.cuda import dispatcher
+    except ImportError as error:
+        raise UnsupportedError(f"Numba cannot be imported: {error}. {INSTALL_HINT}") from error
+    if not hasattr(cuda, "compile_all"):
+        raise UnsupportedError(f"Numba is installed without numba-cuda. {INSTALL_HINT}")
+    from numflash.machine_code.grid_constants import grid_constants
+    from numflash.machine_code.repeated_work import without_repeated_work
+
+    # compile_all knows the architecture, but Numba asks the current device for that of the device
+    # functions a kernel calls.
+    ask_driver = dispatcher.get_current_device
+    device = SimpleNamespace(compute_capability=_compute_capability(limits.arch))
+    dispatcher.get_current_device = lambda: device
+    # Nearly all that Numba allocates lives until it is done: looking for garbage costs a tenth.
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        with (
+            _compiler_libraries(),
+            _settings(),
+            _without_contraction(),
+            without_repeated_work(),
+            grid_constants(),
+        ):
+            yield cuda
+    finally:
+        dispatcher.get_current_device = ask_driver
+        if collects:
+            gc.enable()
+
+
+@contextmanager
+def _settings() -> Iterator[None]:
+    """Numba's settings that no argument overrides, as numflash needs them."""
+    from numba import config
+
+    # Numba reads the environment again when that has changed, which would undo what is set here.
+    config.reload_config()
+    own = {name: getattr(config, name) for name in _NUMBA_SETTINGS if hasattr(config, name)}
+    for name in own:
+        setattr(config, name, _NUMBA_SETTINGS[name])
+    try:
+        yield
+    finally:
+        for name, value in own.items():
+            setattr(config, name, value)
+
+
+@contextmanager
+def _without_contraction():
+    """NVVM fuses no product with a sum, as nvJitLink is told, too; Numba has no argument for it.
+
+    Kernels round as their source says, and the simulator with them: `fma_rn_f32` is what fuses.
+    """
+    from numba.cuda.cudadrv import nvvm
+
+    compile_ir = nvvm.compile_ir
+    nvvm.compile_ir = partial(compile_ir, fma=False)
+    try:
+        yield
+    finally:
+        nvvm.compile_ir = compile_ir
+
+
+@contextmanager
+def _compiler_libraries():
+    """Raises UnsupportedError where a library of the CUDA toolkit is not found."""
+    try:
+        yield
+    except Exception as error:
+        if type(error).__name__ not in ("DynamicLibNotFoundError", "NvvmSupportError"):
+            raise
+        reason = " ".join(str(error).split())
+        raise UnsupportedError(
+            f"the compiler cannot be loaded: {reason}. {INSTALL_HINT}"
+        ) from error
+
+
+INSTALL_HINT = 'Install the CUDA packages with pip install "numflash[cu13]" (or [cu12]).'
+
+
+def _compute_capability(arch: str) -> tuple:
+    digits = arch.removeprefix("sm_")
+    number = digits.rstrip("af")
+    flavour = digits[len(number) :]
+    return (int(number[:-1]), int(number[-1])) + ((flavour,) if flavour else ())
+
+
+def _signature(parameters: dict[str, object]):
+    """The Numba signature of a kernel with annotated parameters."""
+    from numba import types
+    from numba.np import numpy_support
+
+    from numflash.kernels.arguments import Pointer, fields, record_of
+    from numflash.machine_code.grid_constants import TENSOR_MAP
+    from numflash.ptx import TensorMap
+
+    def numba_type(annotation):
+        if annotation is TensorMap:
+            return TENSOR_MAP
+        if isinstance(annotation, Pointer):
+            return types.CPointer(numpy_support.from_dtype(annotation.element))
+        inner = fields(annotation)
+        if inner is not None:
+            types_of_fields = [numba_type(field) for field in inner.values()]
+            return types.BaseTuple.from_types(types_of_fields, record_of(annotation))
+        return numpy_support.from_dtype(annotation)
+
+    return types.void(*map(numba_type, parameters.values()))
+
+
+def letter_of(annotation) -> str:
+    """The `struct` letter of a parameter."""
+    letters = {"float32": "f", "int32": "i", "int64": "q", "TensorMap": "T"}
+    return letters.get(getattr(annotation, "__name__", ""), "P")
+
+
+def _link(ltoir: bytes, arch: str) -> tuple[bytes, str]:
+    """The machine code and the assembler's log. Raises RuntimeError with it if it refuses."""
+    with _linked(ltoir, arch, "-verbose") as (nvjitlink, handle):
+        log = bytearray(nvjitlink.get_info_log_size(handle))
+        nvjitlink.get_info_log(handle, log)
+        code = bytearray(nvjitlink.get_linked_cubin_size(handle))
+        nvjitlink.get_linked_cubin(handle, code)
+    return bytes(code), _text(log)
+
+
+def _link_ptx(ltoir: bytes, arch: str) -> str:
+    """The PTX that `_link` assembles. Raises RuntimeError with the log if it is refused."""
+    with _linked(ltoir, arch, "-ptx") as (nvjitlink, handle):
+        code = bytearray(nvjitlink.get_linked_ptx_size(handle))
+        nvjitlink.get_linked_ptx(handle, code)
+    return _text(code)
+
+
+@contextmanager
+def _linked(ltoir: bytes, arch: str, option: str):
+    """(nvJitLink, the handle of a finished link)."""
+    try:
+        from cuda.bindings import nvjitlink
+    except ImportError as error:
+        raise UnsupportedError(f"nvJitLink cannot be imported: {error}. {INSTALL_HINT}") from error
+    options = [f"-arch={arch}", "-lto", option, "-fma=0"]
+    with _compiler_libraries():
+        handle = nvjitlink.create(len(options), options)
+    try:
+        nvjitlink.add_data(handle, nvjitlink.InputType.LTOIR, ltoir, len(ltoir), "kernel")
+        try:
+            nvjitlink.complete(handle)
+        except nvjitlink.nvJitLinkError as error:
+            log = bytearray(nvjitlink.get_error_log_size(handle))
+            nvjitlink.get_error_log(handle, log)
+            raise RuntimeError(f"{error} for {arch}: {_text(log)}") from error
+        yield nvjitlink, handle
+    finally:
+        nvjitlink.destroy(handle)
+
+
+def _text(log: bytearray) -> str:
+    return log.decode(errors="replace").replace("\0", "").strip()
+
+
+def _resources(log: str) -> dict:
+    """Entry, registers, spills and warnings from the assembler's log."""
+
+    def number(pattern: str) -> int:
+        found = re.search(pattern, log)
+        if found is None:
+            raise RuntimeError(f"the linker's log does not say {pattern!r}:\n{log}")
+        return int(found[1])
+
+    entry = re.search(r"Compiling entry function '([^']+)'", log)
+    if entry is None:
+        raise RuntimeError(f"the linker's log names no kernel:\n{log}")
+    return {
+        "entry": entry[1],
+        "registers": number(r"Used (\d+) registers"),
+        "spill_store_bytes": number(r"(\d+) bytes spill stores"),
+        "spill_load_bytes": number(r"(\d+) bytes spill loads"),
+        "stack_bytes": number(r"(\d+) bytes stack frame"),
+        "warnings": tuple(
+            line.strip()
+            for line in log.splitlines()
+            if re.search(r"\bC75\d\d\b|warning|Potential Performance Loss", line, re.IGNORECASE)
+        ),
+    }
+
+
+@cache
+def source_hash() -> str:
+    """Hash of everything in numflash that decides the machine code."""
+    digest = hashlib.sha256()
+    for name in _SOURCES:
+        path = _PACKAGE / name
+        files = sorted(path.rglob("*.py")) if path.is_dir() else [path]
+        for file in files:
+            digest.update(str(file.relative_to(_PACKAGE)).encode())
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+@cache
+def _toolchain() -> str:
+    """The kernel sources and the compilers' versions, and what else they make code from."""
+    # Numba compiles Python's bytecode; cuda-bindings decide which of two linkers is loaded.
+    names = ("cuda-bindings", *_COMPILERS)
+    found = {"python": sys.version_info[:2], **{name: _version(name) for name in names}}
+    if not any(found[name] for name in _LINKERS):
+        found["toolkit"] = _toolkit_version()
+    return ";".join([source_hash(), *(f"{name}={version}" for name, version in found.items())])
+
+
+def _toolkit_version() -> str | None:
+    """The version of a CUDA toolkit that pip has not installed; None if there is none."""
+    try:
+        from cuda.bindings import nvjitlink
+
+        with _compiler_libraries():
+            return "{}.{}".format(*nvjitlink.version())
+    except (ImportError, UnsupportedError):
+        return None
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def versions() -> dict[str, str]:
+    """The installed compiler packages and their versions."""
+    found = {name: _version(name) for name in _COMPILERS}
+    return {name: version for name, version in found.items() if version is not None}

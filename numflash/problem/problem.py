@@ -1,0 +1,346 @@
+"""AttentionProblem: one attention call, checked and in numbers.
+
+The only place that interprets the user's arrays and options. What passes here can run: every
+message names the argument, what it was, and the rule.
+"""
+
+from dataclasses import dataclass
+from numbers import Integral, Real
+
+from numflash.configs import DTYPES, MAX_HEAD_DIM, Traits, padded_head_dim
+from numflash.runtime.errors import UnsupportedError
+from numflash.runtime.views import ArrayView
+
+LAYOUTS = ("bshd", "bhsd")
+ALIGNMENTS = ("bottom_right", "top_left")
+PRECISIONS = ("tf32", "fp8", "auto")
+# Token indices, and their differences, are 32-bit in kernels.
+_MAX_SEQLEN = 2**30
+_MAX_BLOCKS = 2**31 - 1
+_MAX_FLOAT32 = (2 - 2**-23) * 2.0**127
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One array as (batch, seqlen, heads, head_dim), whatever its layout: strides in elements."""
+
+    name: str
+    view: ArrayView
+    shape: tuple[int, int, int, int]
+    strides: tuple[int, int, int, int]
+
+    @property
+    def is_vectorizable(self) -> bool:
+        """Whether every row can be read 16 bytes at a time."""
+        vector = 4 if self.view.dtype == "float32" else 8
+        steps = [s for s, n in zip(self.strides[:3], self.shape[:3], strict=True) if n > 1]
+        return (
+            self.view.pointer % 16 == 0
+            and self.shape[3] % vector == 0
+            and all(step % vector == 0 for step in steps)
+        )
+
+
+@dataclass(frozen=True)
+class AttentionProblem:
+    """Sizes, scale, mask and features of one attention call.
+
+    Attributes:
+        batch, seqlen_q, seqlen_k, num_heads_q, num_heads_kv, head_dim, head_dim_v: sizes.
+        dtype: of q, k and v.
+        softmax_scale: factor of Q K^T.
+        band_lo, band_hi: query i sees the keys j with band_lo <= j - i <= band_hi.
+        bias_shift: ALiBi's distance is |i + bias_shift - j|.
+        softcap: 0 for none.
+        alibi_strides: (batch, head) strides of the slopes in elements; None without ALiBi.
+        tf32: whether float32 may be multiplied as tf32.
+        no_tensor_maps: why q, k, v and out cannot be described to bulk copies; None if they can.
+    """
+
+    batch: int
+    seqlen_q: int
+    seqlen_k: int
+    num_heads_q: int
+    num_heads_kv: int
+    head_dim: int
+    head_dim_v: int
+    dtype: str
+    softmax_scale: float
+    band_lo: int
+    band_hi: int
+    bias_shift: int
+    softcap: float
+    alibi_strides: tuple[int, int] | None
+    tf32: bool = False
+    no_tensor_maps: str | None = None
+
+    @property
+    def group_size(self) -> int:
+        """Query heads that share one key-value head."""
+        return self.num_heads_q // self.num_heads_kv
+
+    def traits(self, vectorized: bool) -> Traits:
+        """What kernels for this problem are compiled for."""
+        return Traits(
+            self.dtype,
+            padded_head_dim(self.head_dim),
+            padded_head_dim(self.head_dim_v),
+            softcap=self.softcap != 0,
+            alibi=self.alibi_strides is not None,
+            vectorized=vectorized,
+            tf32=self.tf32,
+        )
+
+    def num_blocks(self, rows: int, heads: int, block_rows: int) -> int:
+        """The grid of a kernel whose blocks own `block_rows` rows of `rows` x heads x batch.
+
+        Raises:
+            UnsupportedError: more blocks than a grid can have.
+        """
+        blocks = -(-rows // block_rows) * heads * self.batch
+        if blocks > _MAX_BLOCKS:
+            raise UnsupportedError(
+                f"the problem needs {blocks} thread blocks; a grid has at most {_MAX_BLOCKS}"
+            )
+        return blocks
+
+
+def describe(
+    q: ArrayView,
+    k: ArrayView,
+    v: ArrayView,
+    *,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    causal_align: str = "bottom_right",
+    window_size: tuple = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: ArrayView | None = None,
+    layout: str = "bshd",
+    precision: str | None = None,
+) -> tuple[AttentionProblem, dict[str, Tensor]]:
+    """Check q, k, v and the options of a call.
+
+    Returns:
+        The problem, and the three arrays by name as `Tensor`.
+
+    Raises:
+        TypeError, ValueError, UnsupportedError: as `numflash.attention` documents.
+    """
+    _one_of("layout", layout, LAYOUTS)
+    if q.dtype not in DTYPES:
+        raise TypeError(f"q must have one of the dtypes {', '.join(DTYPES)}, got {q.dtype}")
+    tensors = {}
+    for name, view in (("q", q), ("k", k), ("v", v)):
+        if view.dtype != q.dtype:
+            raise TypeError(f"{name} must have the dtype of q, {q.dtype}, got {view.dtype}")
+        if view.device != q.device:
+            raise ValueError(
+                f"{name} must lie on the device of q, {q.device}, got device {view.device}"
+            )
+        if len(view.shape) != len(q.shape):
+            raise ValueError(
+                f"{name} must have as many dimensions as q, {len(q.shape)}, got {len(view.shape)}"
+            )
+        tensors[name] = as_tensor(name, view, layout)
+    batch, seqlen_q, num_heads_q, head_dim = tensors["q"].shape
+    _, seqlen_k, num_heads_kv, _ = tensors["k"].shape
+    head_dim_v = tensors["v"].shape[3]
+    _expect("k", "batch", tensors["k"].shape[0], "q", batch)
+    _expect("v", "batch", tensors["v"].shape[0], "q", batch)
+    _expect("k", "head_dim", tensors["k"].shape[3], "q", head_dim)
+    _expect("v", "seqlen", tensors["v"].shape[1], "k", seqlen_k)
+    _expect("v", "heads", tensors["v"].shape[2], "k", num_heads_kv)
+    for name, value in (("head_dim of q and k", head_dim), ("head_dim of v", head_dim_v)):
+        expect_head_dim(name, value)
+    if num_heads_kv == 0 or num_heads_q == 0 or num_heads_q % num_heads_kv:
+        raise ValueError(
+            "heads of q must be a positive multiple of the heads of k and v, got "
+            f"{num_heads_q} and {num_heads_kv}"
+        )
+    for name, value in (("seqlen of q", seqlen_q), ("seqlen of k", seqlen_k)):
+        if value >= _MAX_SEQLEN:
+            raise UnsupportedError(f"{name} must be below {_MAX_SEQLEN}, got {value}")
+
+    scale = head_dim**-0.5 if softmax_scale is None else _real("softmax_scale", softmax_scale)
+    cap = _real("softcap", softcap)
+    if cap < 0:
+        raise ValueError(f"softcap must be positive, or 0 for none, got {softcap}")
+    if cap and abs(scale) / cap > _MAX_FLOAT32:
+        raise ValueError(
+            f"softcap must not be so small that softmax_scale / softcap overflows float32, got "
+            f"{softcap} with softmax_scale {scale}"
+        )
+    _one_of("causal_align", causal_align, ALIGNMENTS)
+    shift = seqlen_k - seqlen_q if causal_align == "bottom_right" else 0
+    left, right = _window(window_size)
+    expect_precision(precision, q.dtype)
+    if not isinstance(causal, bool):
+        raise TypeError(f"causal must be True or False, got {causal!r} ({_kind(causal)})")
+    if causal:
+        right = 0
+    problem = AttentionProblem(
+        batch=batch,
+        seqlen_q=seqlen_q,
+        seqlen_k=seqlen_k,
+        num_heads_q=num_heads_q,
+        num_heads_kv=num_heads_kv,
+        head_dim=head_dim,
+        head_dim_v=head_dim_v,
+        dtype=q.dtype,
+        softmax_scale=scale,
+        # Differences j - i lie between -seqlen_q and seqlen_k: wider bands are the same.
+        band_lo=-seqlen_q if left is None else max(-seqlen_q, shift - left),
+        band_hi=seqlen_k if right is None else min(seqlen_k, shift + right),
+        bias_shift=shift,
+        softcap=cap,
+        alibi_strides=_slope_strides(alibi_slopes, q.device, batch, num_heads_q),
+        tf32=precision == "tf32",
+    )
+    return problem, tensors
+
+
+def as_tensor(name: str, view: ArrayView, layout: str) -> Tensor:
+    """An array of two to four dimensions as (batch, seqlen, heads, head_dim).
+
+    Raises:
+        ValueError: it has another number of dimensions.
+    """
+    shape, strides = view.shape, view.strides
+    if len(shape) == 2:
+        shape, strides = (1, shape[0], 1, shape[1]), (0, strides[0], 0, strides[1])
+    elif len(shape) in (3, 4):
+        if len(shape) == 3:
+            shape, strides = (1, *shape), (0, *strides)
+        if layout == "bhsd":
+            shape = (shape[0], shape[2], shape[1], shape[3])
+            strides = (strides[0], strides[2], strides[1], strides[3])
+    else:
+        raise ValueError(
+            f"{name} must have 2 dimensions (seqlen, head_dim), 3 (one batch entry) or 4 "
+            f"({layout}), got {len(shape)}"
+        )
+    return Tensor(name, view, shape, strides)
+
+
+def expect_head_dim(name: str, value: int) -> None:
+    """Check a head_dim.
+
+    Raises:
+        TypeError: not an integer.
+        ValueError: below 1.
+        UnsupportedError: above what kernels are made for.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an integer, got {value!r} ({_kind(value)})")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+    if value > MAX_HEAD_DIM:
+        raise UnsupportedError(f"{name} must be at most {MAX_HEAD_DIM}, got {value}")
+
+
+def expect_precision(precision: str | None, dtype: str) -> None:
+    """Check a precision. Raises TypeError, ValueError."""
+    if precision is not None:
+        _one_of("precision", precision, PRECISIONS)
+        if precision == "tf32" and dtype != "float32":
+            raise ValueError(
+                f'precision="tf32" is a way to multiply float32; q, k and v are {dtype}'
+            )
+
+
+def expect_like(name: str, view: ArrayView, shape: tuple, dtype: str, device: int) -> None:
+    """Check an argument whose shape, dtype and device are given by the others.
+
+    Raises:
+        TypeError: another dtype.
+        ValueError: another shape or device.
+    """
+    if view.dtype != dtype:
+        raise TypeError(f"{name} must be {dtype}, got {view.dtype}")
+    if tuple(view.shape) != tuple(shape):
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(view.shape)}")
+    if view.device != device:
+        raise ValueError(f"{name} must lie on the device of q, {device}, got device {view.device}")
+
+
+def expect_contiguous_rows(name: str, view: ArrayView) -> None:
+    """Check an argument that cannot be copied. Raises ValueError."""
+    if not view.has_contiguous_rows:
+        raise ValueError(
+            f"{name} must have a contiguous last axis, stride 1, got stride {view.strides[-1]}"
+        )
+
+
+def expect_writeable(name: str, view: ArrayView) -> None:
+    """Check an argument that is written to. Raises ValueError."""
+    expect_contiguous_rows(name, view)
+    if not view.writeable:
+        raise ValueError(f"{name} must be writeable, got a read-only array")
+    axes = zip(view.shape, view.strides, strict=True)
+    if 0 not in view.shape and any(step == 0 and n > 1 for n, step in axes):
+        raise ValueError(
+            f"{name} must not be a broadcast view, whose elements share memory, got strides "
+            f"{view.strides}"
+        )
+
+
+def _expect(name: str, axis: str, value: int, other: str, wanted: int) -> None:
+    if value != wanted:
+        raise ValueError(f"{name} must have the {axis} of {other}, {wanted}, got {value}")
+
+
+def _kind(value) -> str:
+    return type(value).__name__
+
+
+def _real(name: str, value) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a real number, got {value!r} ({_kind(value)})")
+    # Kernels take it as float32. Comparing first also spares integers that no float can hold.
+    if not -_MAX_FLOAT32 <= value <= _MAX_FLOAT32:
+        raise ValueError(f"{name} must be finite in float32, got {value}")
+    return float(value)
+
+
+def _one_of(name: str, value, choices: tuple[str, ...]) -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a string, got {value!r} ({_kind(value)})")
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def _window(window_size) -> tuple[int | None, int | None]:
+    """(left, right), None for unlimited."""
+    rule = "window_size must be a pair (left, right) of numbers of tokens, -1 or None for all"
+    if not isinstance(window_size, tuple | list):
+        raise TypeError(f"{rule}, got {window_size!r} ({_kind(window_size)})")
+    if len(window_size) != 2:
+        raise ValueError(f"{rule}, got {window_size!r}")
+    for side in window_size:
+        if side is None:
+            continue
+        if isinstance(side, bool) or not isinstance(side, Integral):
+            raise TypeError(f"{rule}, got {window_size!r}")
+        if side < -1:
+            raise ValueError(f"{rule}, got {window_size!r}")
+    return tuple(None if side is None or side == -1 else int(side) for side in window_size)
+
+
+def _slope_strides(slopes, device: int, batch: int, num_heads_q: int) -> tuple[int, int] | None:
+    if slopes is None:
+        return None
+    if slopes.dtype != "float32":
+        raise TypeError(f"alibi_slopes must be float32, got {slopes.dtype}")
+    if slopes.device != device:
+        raise ValueError(
+            f"alibi_slopes must lie on the device of q, {device}, got device {slopes.device}"
+        )
+    if slopes.shape == (num_heads_q,):
+        return 0, slopes.strides[0]
+    if slopes.shape == (batch, num_heads_q):
+        return slopes.strides
+    raise ValueError(
+        f"alibi_slopes must have shape ({num_heads_q},) or ({batch}, {num_heads_q}), got "
+        f"{slopes.shape}"
+    )

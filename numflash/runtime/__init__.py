@@ -1,0 +1,1 @@
+"""What everything stands on: arrays, devices, the driver, files, switches, errors."""

@@ -1,0 +1,436 @@
+"""Array libraries: how each one's arrays are read, allocated and ordered on a stream.
+
+CuPy arrays and PyTorch tensors are taken as they are. Any other object with
+`__cuda_array_interface__` or DLPack is seen through CuPy without a copy, and results are handed
+back as its own kind where that is possible. In the simulator arrays are NumPy's.
+
+Nothing here imports a library that the caller has not: an array's type says which one it is.
+"""
+
+import sys
+from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any, Protocol
+
+import numpy as np
+
+from numflash.runtime.errors import UnsupportedError
+from numflash.runtime.mode import SIMULATED
+from numflash.runtime.views import ArrayView, Operand, numpy_dtype
+
+
+class ArrayLibrary(Protocol):
+    """One array library."""
+
+    def glance(self, array) -> tuple[Operand, Hashable]:
+        """The array as an argument, and a key: arrays with equal keys have equal views.
+
+        Every call does this for every array, so nothing is checked or converted here. (The views'
+        pointers need not be equal, only aligned to 16 bytes or not.)
+        """
+
+    def view(self, array, name: str = "array") -> ArrayView:
+        """What is to know of an array. Raises TypeError or ValueError, which speak of `name`."""
+
+    def operand(self, array) -> Operand:
+        """An array made by `empty` or `with_contiguous_rows`, as an argument."""
+
+    def empty(self, shape: tuple[int, ...], dtype: str, device: int):
+        """A new contiguous array on a device, from the library's own pool, aligned to 16 bytes."""
+
+    def with_contiguous_rows(self, array):
+        """The array, copied so that its last dimension is contiguous."""
+
+    def stream(self, device: int) -> int:
+        """The library's current stream on a device, as an address."""
+
+    def ordered_on(self, stream: int, device: int) -> AbstractContextManager:
+        """Inside, the library allocates and copies on this stream.
+
+        Memory that is freed while a kernel on another stream still uses it would be handed out
+        again too early.
+        """
+
+    def hand_back(self, array, like, stream: int):
+        """A result made by `empty`, as the same kind of object as `like`.
+
+        To be called after what fills it was launched on the stream: another library is told to
+        come after that.
+        """
+
+
+# What arrays raise that NumPy cannot see.
+_NOT_NUMPYS = TypeError, ValueError, RuntimeError, BufferError
+
+
+class _NumPy:
+    """NumPy arrays, and what NumPy can see without a copy; in the simulator only."""
+
+    def _as_numpy(self, array) -> np.ndarray:
+        return np.asarray(array)
+
+    def glance(self, array):
+        try:
+            pointer, array = operand = self.operand(self._as_numpy(array))
+        except _NOT_NUMPYS:
+            return Operand(0, array), None  # no key: `view` says why
+        flags = array.flags.writeable, pointer % 16 == 0
+        return operand, (array.shape, array.strides, array.dtype, *flags)
+
+    def view(self, array, name="array"):
+        try:
+            array = self._as_numpy(array)
+        except _NOT_NUMPYS as error:
+            dtype = getattr(array, "dtype", "an unknown dtype")
+            why = str(error).rstrip(".")
+            raise TypeError(
+                f"{name} must be an array that NumPy can see in the simulator, got "
+                f"{_type_name(array)} of {dtype}: {why}. Give a NumPy array, whose bfloat16 is "
+                "ml_dtypes.bfloat16"
+            ) from error
+        if not array.dtype.isnative:
+            raise TypeError(f"{name} must have this machine's byte order, got {array.dtype}")
+        if any(stride % array.itemsize for stride in array.strides):
+            raise ValueError(
+                f"{name} must have strides of whole elements, {array.itemsize} bytes, got "
+                f"{array.strides} bytes"
+            )
+        return ArrayView(
+            self.operand(array).pointer,
+            array.shape,
+            tuple([stride // array.itemsize for stride in array.strides]),
+            array.dtype.name,
+            device=-1,
+            writeable=array.flags.writeable,
+        )
+
+    def operand(self, array):
+        return Operand(array.__array_interface__["data"][0], array)
+
+    def empty(self, shape, dtype, device):
+        return np.empty(shape, numpy_dtype(dtype))
+
+    def with_contiguous_rows(self, array):
+        return np.ascontiguousarray(array)
+
+    def stream(self, device):
+        return 0
+
+    def ordered_on(self, stream, device):
+        return nullcontext()
+
+    def hand_back(self, array, like, stream):
+        return array
+
+
+class _TorchOnHost(_NumPy):
+    """PyTorch tensors on the CPU; in the simulator only."""
+
+    def _as_numpy(self, array):
+        return array.detach().numpy()
+
+    def glance(self, array):
+        if _records_gradient(array):
+            return Operand(0, array), None  # no key: `view` refuses it
+        return super().glance(array)
+
+    def view(self, array, name="array"):
+        if _records_gradient(array):
+            raise _no_autograd(name)
+        return super().view(array, name)
+
+
+class _CuPy:
+    """CuPy arrays."""
+
+    def __init__(self):
+        import cupy
+
+        self.cupy = cupy
+
+    def glance(self, array):
+        data = array.data
+        pointer = data.ptr
+        key = array.shape, array.strides, array.dtype, data.device_id, pointer % 16 == 0
+        return Operand(pointer, array), key
+
+    def view(self, array, name="array"):
+        dtype, data = array.dtype, array.data
+        strides = tuple([stride // dtype.itemsize for stride in array.strides])
+        return ArrayView(data.ptr, array.shape, strides, dtype.name, data.device_id)
+
+    def operand(self, array):
+        return Operand(array.data.ptr, array)
+
+    def _on(self, device: int) -> AbstractContextManager:
+        """CuPy allocates and copies on the current device, which this makes `device`."""
+        cuda = self.cupy.cuda
+        return nullcontext() if cuda.runtime.getDevice() == device else cuda.Device(device)
+
+    def empty(self, shape, dtype, device):
+        # As `with self._on(device)`, which takes a microsecond longer.
+        if self.cupy.cuda.runtime.getDevice() == device:
+            return self.cupy.empty(shape, numpy_dtype(dtype))
+        with self.cupy.cuda.Device(device):
+            return self.cupy.empty(shape, numpy_dtype(dtype))
+
+    def with_contiguous_rows(self, array):
+        with self._on(array.data.device_id):
+            return self.cupy.ascontiguousarray(array)
+
+    def stream(self, device):
+        return self.cupy.cuda.get_current_stream(device).ptr
+
+    @contextmanager
+    def ordered_on(self, stream, device):
+        with self._on(device), self.cupy.cuda.ExternalStream(stream, device):
+            yield
+
+    def hand_back(self, array, like, stream):
+        return array
+
+
+class _Torch:
+    """PyTorch tensors on a CUDA device."""
+
+    def __init__(self):
+        self.torch = sys.modules["torch"]
+
+    def glance(self, array):
+        if _records_gradient(array):
+            return Operand(0, array), None  # no key: `view` refuses it
+        pointer = array.data_ptr()
+        key = array.shape, array.stride(), array.dtype, array.device, pointer % 16 == 0
+        return Operand(pointer, array), key
+
+    def view(self, array, name="array"):
+        if not array.is_cuda:
+            raise TypeError(f"{name} must be a tensor on a CUDA device, got one on {array.device}")
+        if _records_gradient(array):
+            raise _no_autograd(name)
+        dtype = str(array.dtype).removeprefix("torch.")
+        shape, strides = tuple(array.shape), tuple(array.stride())
+        return ArrayView(array.data_ptr(), shape, strides, dtype, array.device.index)
+
+    def operand(self, array):
+        return Operand(array.data_ptr(), array)
+
+    def empty(self, shape, dtype, device):
+        torch = self.torch
+        return torch.empty(shape, dtype=getattr(torch, dtype), device=torch.device("cuda", device))
+
+    def with_contiguous_rows(self, array):
+        return array.contiguous()
+
+    def stream(self, device):
+        return self.torch.cuda.current_stream(device).cuda_stream
+
+    def ordered_on(self, stream, device):
+        cuda = self.torch.cuda
+        return cuda.stream(cuda.ExternalStream(stream, device=device))
+
+    def hand_back(self, array, like, stream):
+        return array
+
+
+class _Foreign(_CuPy):
+    """Other objects with `__cuda_array_interface__` or DLPack, seen through CuPy."""
+
+    def __init__(self):
+        try:
+            super().__init__()
+        except ImportError as error:
+            raise UnsupportedError(
+                "arrays that are neither CuPy's nor PyTorch's need CuPy: "
+                'pip install "numflash[cu13]" (or [cu12])'
+            ) from error
+
+    def _as_cupy(self, array):
+        # DLPack first: it knows bfloat16, and says where the memory lies.
+        if hasattr(array, "__dlpack__"):
+            return self.cupy.from_dlpack(array)
+        return self.cupy.asarray(array)
+
+    def glance(self, array):
+        if not _is_on_gpu(array):
+            return Operand(0, array), None  # no key: `view` refuses it
+        return super().glance(self._as_cupy(array))
+
+    def view(self, array, name="array"):
+        if not _is_on_gpu(array):
+            raise _not_on_gpu(array, name)
+        return super().view(self._as_cupy(array), name)
+
+    def hand_back(self, array, like, stream):
+        # The other library orders its work after CuPy's current stream.
+        with self.ordered_on(stream, array.data.device_id):
+            namespace = getattr(like, "__array_namespace__", None)
+            if namespace is not None and hasattr(namespace(), "from_dlpack"):
+                return namespace().from_dlpack(array)
+            if type(like).__module__.startswith("numba."):
+                from numba import cuda
+
+                # It keeps the stream for its copies; to wait for it is the caller's to decide.
+                return cuda.as_cuda_array(array, sync=False)
+            return array
+
+
+def on_stream(
+    work: Callable[[int], Any],
+    stream: int | None,
+    device: int,
+    arrays: dict[str, Any],
+    operands: dict[str, Operand],
+) -> Any:
+    """Do what allocates and copies for a call, in the order of the stream that it launches on.
+
+    Args:
+        work: takes the stream's address; what it returns is returned.
+        stream: the caller's; None is the current one of the library of the first array.
+        device: what the arrays lie on.
+        arrays: the call's, by name; every library of theirs allocates and copies on the stream.
+        operands: of these arrays. Those that are seen through CuPy are seen anew, so that what
+            filled them comes before the stream's work.
+    """
+    name, array = next(iter(arrays.items()))
+    first = library_of(array, name)
+    if stream is None:
+        stream = first.stream(device)
+        if len(set(map(type, arrays.values()))) == 1:
+            return work(stream)  # the library's current stream, and there is no other library
+    libraries = {type(first): first}
+    for name, array in arrays.items():
+        library = library_of(array, name)
+        libraries.setdefault(type(library), library)
+    with ExitStack() as stack:
+        for library in libraries.values():
+            stack.enter_context(library.ordered_on(stream, device))
+        for name, array in arrays.items():
+            library = library_of(array, name)
+            if isinstance(library, _Foreign):
+                operands[name], _ = library.glance(array)
+        return work(stream)
+
+
+def copy_rows(operand: Operand) -> Operand:
+    """A copy, by the array's own library, whose last axis is contiguous."""
+    library = library_of(operand.array, "array")
+    return library.operand(library.with_contiguous_rows(operand.array))
+
+
+# Array type -> library; filled on first sight of a type.
+_libraries: dict[type, ArrayLibrary] = {}
+
+
+def library_of(array, name: str) -> ArrayLibrary:
+    """The library of an array.
+
+    Raises:
+        TypeError: not an array, or not one that kernels of this process can reach; `name` is the
+            argument that the message speaks of.
+    """
+    library = _libraries.get(type(array))
+    if library is None:
+        library = _libraries[type(array)] = _find_library(array, name)
+    return library
+
+
+def metadata(array, name: str) -> ArrayView:
+    """What is to know of an array that nothing will read: it need not be on a CUDA device.
+
+    Raises:
+        TypeError, ValueError: it is no array.
+    """
+    if _is_tensor(array):
+        dtype = str(array.dtype).removeprefix("torch.")
+        return ArrayView(array.data_ptr(), tuple(array.shape), tuple(array.stride()), dtype, -1)
+    if isinstance(array, np.ndarray):
+        return _NumPy().view(array, name)
+    return library_of(array, name).view(array, name)
+
+
+def _find_library(array, name: str) -> ArrayLibrary:
+    if SIMULATED:
+        if not hasattr(array, "__array_interface__") and not hasattr(array, "__array__"):
+            raise TypeError(
+                f"{name} must be a NumPy array in the simulator, got {_type_name(array)}"
+            )
+        return _TorchOnHost() if _is_tensor(array) else _NumPy()
+    if "cupy" in sys.modules and isinstance(array, sys.modules["cupy"].ndarray):
+        return _CuPy()
+    if _is_tensor(array):
+        return _Torch()
+    if _is_on_gpu(array):
+        return _Foreign()
+    raise _not_on_gpu(array, name)
+
+
+def _is_tensor(array) -> bool:
+    """Whether an array is PyTorch's."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(array, torch.Tensor)
+
+
+def _records_gradient(tensor) -> bool:
+    """Whether PyTorch would record what is done to a tensor now, and go back through it."""
+    return tensor.requires_grad and sys.modules["torch"].is_grad_enabled()
+
+
+def _no_autograd(name: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"{name} requires a gradient, and numflash does not record what PyTorch would need for "
+        "it: the result would have none. Disable gradients (torch.no_grad(), or "
+        f"{name}.detach()) and take them with numflash.attention_backward, for example in a "
+        "torch.autograd.Function of your own"
+    )
+
+
+# DLPack's device types for CUDA and CUDA managed memory.
+_DLPACK_CUDA = (2, 13)
+
+
+def _is_on_gpu(array) -> bool:
+    """Whether an object of an unknown library is an array on a CUDA device."""
+    try:
+        return int(array.__dlpack_device__()[0]) in _DLPACK_CUDA
+    except (AttributeError, TypeError, BufferError):
+        return hasattr(array, "__cuda_array_interface__")
+
+
+def _not_on_gpu(array, name: str) -> TypeError:
+    return TypeError(
+        f"{name} must be an array on a CUDA device (CuPy, PyTorch, JAX, Numba, ...), got "
+        f"{_type_name(array)}. For NumPy arrays on a machine without a GPU, set "
+        "NUMBA_ENABLE_CUDASIM=1 before Python starts: kernels then run in the simulator. With a "
+        "GPU: cupy.asarray(array)."
+    )
+
+
+def _type_name(array) -> str:
+    return f"{type(array).__module__}.{type(array).__qualname__}"
+
+
+def stream_address(stream) -> int:
+    """The address of a stream object of any library, or of an integer address.
+
+    Raises:
+        TypeError: not a stream.
+        ValueError: a negative address.
+    """
+    if isinstance(stream, int) and not isinstance(stream, bool):
+        if stream < 0:
+            raise ValueError(f"stream must be an address, 0 or positive, got {stream}")
+        return stream
+    try:
+        if hasattr(stream, "__cuda_stream__"):
+            return int(stream.__cuda_stream__()[1])
+        for attribute in ("ptr", "cuda_stream", "handle"):
+            address = getattr(stream, attribute, None)
+            if address is not None:
+                return int(getattr(address, "value", address) or 0)
+    except (TypeError, ValueError, IndexError):
+        pass  # it has the attribute of a stream, but no address there
+    raise TypeError(
+        "stream must be a CUDA stream (CuPy, PyTorch, Numba, cuda.core) or its address, got "
+        f"{stream!r} ({type(stream).__name__})"
+    )

@@ -1,0 +1,1 @@
+"""Which kernel runs, with which config and geometry, and why."""

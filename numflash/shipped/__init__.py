@@ -1,1 +1,0 @@
-"""Tables of tuned configs for common GPUs, one JSON file each: see `numflash.store`."""

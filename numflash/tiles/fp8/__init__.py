@@ -1,1 +1,0 @@
-"""Tiles of 8-bit floats: conversions, rotations, copies, products and softmax."""

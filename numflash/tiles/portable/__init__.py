@@ -1,0 +1,1 @@
+"""Tile operations of the portable kernels, which use no tensor cores."""

@@ -1,0 +1,98 @@
+"""`python -m bench verify` without a GPU: no failure, crash or hang costs another's record."""
+
+import json
+import time
+
+import pytest
+
+from bench import __main__ as bench
+from bench.records import checks, record
+
+_TESTS = """
+import os, time
+
+def test_passes():
+    pass
+
+def test_fails():
+    assert 1 == 2
+
+def test_crashes():
+    os._exit(11)
+
+def test_hangs():
+    time.sleep(60)
+
+def test_passes_at_last():
+    pass
+"""
+
+
+@pytest.mark.parametrize("children", [1, 3])
+def test_every_test_gets_its_outcome(tmp_path, monkeypatch, children):
+    monkeypatch.setattr(checks, "HANG_SECONDS", 3)
+    monkeypatch.setattr(checks, "ROOT", tmp_path)
+    (tmp_path / "test_rough.py").write_text(_TESTS)
+    ids = checks.collect(checks.Group("rough", ("test_rough.py",), 1))
+    assert len(ids) == 5
+    seen = []
+    outcomes = checks.run(ids, children, time.monotonic() + 60, lambda name, _: seen.append(name))
+    assert {name.split("::test_")[1]: check["outcome"] for name, check in outcomes.items()} == {
+        "passes": "passed",
+        "fails": "failed",
+        "crashes": "crashed",
+        "hangs": "timeout",
+        "passes_at_last": "passed",
+    }
+    assert sorted(seen) == sorted(ids)
+    assert "assert 1 == 2" in outcomes["test_rough.py::test_fails"]["reason"]
+
+
+def test_the_deadline_leaves_tests_without_an_outcome(tmp_path, monkeypatch):
+    monkeypatch.setattr(checks, "ROOT", tmp_path)
+    (tmp_path / "test_rough.py").write_text(_TESTS)
+    ids = ["test_rough.py::test_hangs", "test_rough.py::test_passes_at_last"]
+    assert checks.run(ids, 1, time.monotonic() + 2, lambda *_: None) == {}
+
+
+def test_only_passes_with_the_same_sources_on_the_same_device_count(tmp_path):
+    passed = {"a": {"outcome": "passed"}, "b": {"outcome": "failed"}}
+    result = {"device": "GPU X", "date": "2026-01-02", "source_hash": "s", "checks": passed}
+    first, second = record.write(result, tmp_path), record.write(result, tmp_path)
+    assert first.name == "gpu-x-2026-01-02.json"
+    assert second.name == "gpu-x-2026-01-02-2.json"
+    (tmp_path / "broken.json").write_text("{")
+    assert json.loads(first.read_text()) == result
+    assert record.verified_checks("GPU X", "s", tmp_path) == {"a"}
+    assert record.verified_checks("GPU X", "other", tmp_path) == set()
+    assert record.verified_checks("GPU Y", "s", tmp_path) == set()
+
+
+def test_checks_are_counted_by_config():
+    file = "tests/gpu/test_attention.py"
+    names = {
+        f"{file}::test_forward_on_hopper[sm90-m64n32w4s1x2-overlap:causal-float16-1x2]": "passed",
+        f"{file}::test_forward_on_hopper[sm90-m64n32w4s1x2-overlap:odd-float16-1x2]": "failed",
+        f"{file}::test_forward_on_hopper[sm90-m64n32w4s1:odd-float16-1x2]": "passed",
+        f"{file}::test_forward[causal-float16]": "passed",
+    }
+    counts = checks.by_config({name: {"outcome": outcome} for name, outcome in names.items()})
+    assert counts == {
+        "sm90-m64n32w4s1x2-overlap": {"passed": 1, "failed": 1},
+        "sm90-m64n32w4s1": {"passed": 1},
+    }
+
+
+def test_every_check_of_the_forward_is_in_one_group():
+    ids = [set(checks.collect(group)) for group in checks.GROUPS if "orward" in group.name]
+    hopper, rest = ids
+    assert not hopper & rest
+    assert len(checks.by_config({name: {"outcome": "passed"} for name in hopper})) > 20
+    assert any("of_many_tiles" in name for name in hopper)
+    assert all("test_forward[" in name for name in rest) and rest
+
+
+def test_without_a_gpu_verify_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(record, "_gpu", lambda *_: None)
+    assert bench.main(["verify"]) == 1
+    assert "no NVIDIA GPU" in capsys.readouterr().out

@@ -1,0 +1,235 @@
+"""First light, rehearsed: all of it in the simulator under a fake clock, and nothing that lies."""
+
+import inspect
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from bench import __main__ as bench
+from bench.first_light import background, page, plan, rehearsal, tasks
+from bench.first_light.rehearsal import FakeClock, SimulatedDevice
+from bench.records import checks, record
+from bench.tables import report
+from numflash.machine_code.compiler import Cubin
+from numflash.runtime.mode import SIMULATED
+from tests.support import instruction_harness
+
+in_the_simulator = pytest.mark.skipif(not SIMULATED, reason="needs NUMBA_ENABLE_CUDASIM=1")
+
+
+@pytest.fixture(scope="module")
+def rehearsed(tmp_path_factory):
+    """The exit status, the record and the page of a whole rehearsal."""
+    out = tmp_path_factory.mktemp("first-light")
+    status = bench.main(["first-light", "--rehearse", "--minutes", "9", f"--out={out}"])
+    (path,) = out.glob("*.json")
+    return status, json.loads(path.read_text()), path.with_suffix(".md").read_text()
+
+
+@in_the_simulator
+def test_the_whole_of_it_is_rehearsed(rehearsed):
+    status, found, _ = rehearsed
+    outcomes = {step["title"]: step["outcome"] for step in found["steps"]}
+    # By the fake clock all but three of the tuner's four classes fit in nine minutes.
+    skipped = [title for title, outcome in outcomes.items() if outcome == "skipped"]
+    assert {outcomes[title] for title in outcomes if title not in skipped} == {"done"}
+    assert skipped == [s["title"] for s in found["steps"]][-len(skipped) :] and len(skipped) == 3
+    assert 9 * 60 - 60 < found["seconds"] <= 9 * 60
+    assert found["seconds"] == pytest.approx(
+        sum(s["expected_s"] for s in found["steps"] if s["outcome"] == "done"), abs=1
+    )
+    right = [o for step in found["steps"] for o in page.outcomes(step).values()]
+    assert set(right) == {"passed"} and status == 0
+    # What was forced ran, and was right.
+    configs = {
+        name: entry
+        for step in found["steps"]
+        if step["section"] in (plan.QUESTIONS, plan.TUNER)
+        for name, entry in step.get("methods", {}).items()
+    }
+    assert len(configs) > 8
+    assert {entry["check"]["outcome"] for entry in configs.values()} == {"checked"}
+    parts = [step["parts"] for step in found["steps"] if step["kind"] == "parts"]
+    assert parts and all(set(p) == {"forward", "combine", "together"} for p in parts)
+
+
+@in_the_simulator
+def test_a_rehearsal_cannot_be_taken_for_a_measurement(rehearsed):
+    _, found, text = rehearsed
+    assert text.splitlines()[0].startswith("REHEARSAL")
+    assert "TFLOP/s" not in text
+    speeds = text.partition("## How fast")[2].partition("## Not run")[0]
+    cells = [cell.strip() for line in speeds.splitlines() for cell in line.split("|")[2:-1]]
+    assert cells and not [cell for cell in cells if re.fullmatch(r"[\d.]+%?", cell)]
+    numbers = json.dumps(found)
+    for name in ("median_ms", "samples_ms", "tflops", "gbps", "copy_gbps", "sm_clock_mhz"):
+        assert f'"{name}"' not in numbers
+
+
+def test_a_rehearsal_is_no_record_wherever_it_lies(tmp_path):
+    found = {"kind": "first-light-rehearsal", "rehearsal": True, **rehearsal.MACHINE, "points": []}
+    path = tmp_path / "simulator-2026-12-01-first-light-rehearsal.json"
+    path.write_text(json.dumps(found))
+    assert record.read_all(tmp_path) == []
+    assert "simulator" not in report.render(record.read_all(tmp_path), tmp_path, tmp_path)
+    path.write_text(json.dumps(found | {"rehearsal": False}))
+    assert len(record.read_all(tmp_path)) == 1
+
+
+def test_no_rehearsal_is_among_the_records():
+    for path in record.RESULTS.glob("*.json"):
+        assert not json.loads(path.read_text()).get("rehearsal"), path
+    assert not [path for path in record.RESULTS.glob("*.md") if "REHEARSAL" in path.read_text()]
+
+
+@pytest.mark.parametrize("folder", [record.RESULTS, record.RESULTS / "mine"])
+def test_a_rehearsal_is_not_written_to_where_records_are(folder, capsys):
+    before = sorted(record.RESULTS.rglob("*"))
+    options = ["--rehearse", "--minutes=0.001", f"--out={folder}"]
+    assert bench.main(["first-light", *options]) == 2
+    assert "a rehearsal measures nothing" in capsys.readouterr().out
+    assert sorted(record.RESULTS.rglob("*")) == before
+
+
+def test_the_fake_clock_is_shared_and_goes_only_when_told(tmp_path):
+    mine, other = FakeClock(tmp_path / "clock"), FakeClock(tmp_path / "clock")
+    assert mine() == other() == 0
+    mine.spend(2.5)
+    other.spend(1)
+    assert mine() == other() == 3.5
+
+
+def test_times_are_taken_out_of_results_of_every_kind():
+    entry = {"median_ms": 1.0, "tflops": 3.0, "status": "measured", "check": {"errors": {}}}
+    cleaned = rehearsal.without_times({"methods": {"a": entry}, "ratios": {"b": 2.0}})
+    kept = {"status": "measured", "check": {"errors": {}}, "rehearsed": True}
+    assert cleaned == {"methods": {"a": kept}}
+
+
+# What is missing
+
+
+def _settings(tmp_path, **more):
+    paths = {"expected": str(tmp_path / "expected.npz"), "compiled": None}
+    return {"device": 0, "rehearsal": True, "budget_ms": 1, "deadline": 1e9, **paths, **more}
+
+
+@in_the_simulator
+def test_without_a_simulator_instructions_are_not_called_right(tmp_path, monkeypatch):
+    (tmp_path / "expected.failed").touch()
+    task = {"kind": "instructions", "names": ["cp_async_4"], "exclude": {}}
+    found = tasks.run(SimulatedDevice(), task, _settings(tmp_path), lambda name: None)
+    assert found["cases"]["cp_async_4"]["outcome"] == "skipped"
+    assert "greenlet" in found["cases"]["cp_async_4"]["reason"]
+
+
+def test_a_simulator_that_fails_says_so_at_once(tmp_path, monkeypatch):
+    path = tmp_path / "expected.npz"
+    monkeypatch.setattr(background, "cases", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        background.simulate(str(path))
+    assert background.failed_path(path).read_text() == "ZeroDivisionError('division by zero')"
+    assert not background.wait_for(path)
+
+
+@pytest.mark.parametrize("missing", ["optuna", "tuner"])
+def test_without_optuna_the_tuners_part_says_so(monkeypatch, missing, tmp_path):
+    # Its parts may have been imported by another test.
+    for name in [n for n in sys.modules if n.startswith((f"{missing}.", "tuner."))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, missing, None)
+    task = {"kind": "predicted", "class": "", "count": 5, "point": {}, "exclude": {}}
+    found = tasks.run(SimulatedDevice(), task, _settings(tmp_path), lambda name: None)
+    assert missing in found["unavailable"]
+
+
+def test_parent_and_child_begin_on_a_bare_image():
+    # Without greenlet only the simulator is missing, and without optuna only the tuner.
+    program = """
+import sys
+for name in ("greenlet", "torch", "triton", "optuna", "cupy", "matplotlib", "pytest"):
+    sys.modules[name] = None
+import bench.__main__, bench.measuring.worker
+from bench.first_light import background, plan
+from numflash.runtime.devices import ARCHITECTURES
+print(len(plan.steps(background.cases().values(), ARCHITECTURES["sm_90a"], False)))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=checks.ROOT,
+        env=checks.child_environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 50
+
+
+# What a GPU would be given
+
+
+def test_instructions_are_compiled_ahead_in_another_process(tmp_path, monkeypatch):
+    names = list(background.cases())
+    command = [sys.executable, "-m", "bench.first_light.background", "compile", str(tmp_path)]
+    done = subprocess.run(
+        [*command, "sm_90a", "0", str(len(names))],
+        cwd=checks.ROOT,
+        env=checks.child_environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(background, "_compile", lambda case, arch: "compiled now")
+    found = background.compiled(str(tmp_path), names[0], "sm_90a")
+    parameters = inspect.signature(background.cases()[names[0]].kernel).parameters
+    assert [name for name, _ in found.parameters] == list(parameters)
+    assert found.code.startswith(b"\x7fELF")
+    assert background.compiled(str(tmp_path), names[1], "sm_90a") == "compiled now"
+    assert background.compiled(None, names[0], "sm_90a") == "compiled now"
+
+
+@in_the_simulator
+@pytest.mark.parametrize(
+    "name",
+    ["cp_async_4", "cp_async_bulk_tensor_5d", "cp_async_bulk_tensor_3d_store", "ldmatrix_x4"],
+)
+def test_a_case_is_laid_before_a_gpu_as_the_kernel_reads_it(name, monkeypatch, tmp_path):
+    from numflash.calls import launch
+    from numflash.kernels.kernel import Kernel
+    from numflash.simulator import GlobalPointer, SimulatedTensorMap
+    from numflash.simulator import launch as simulate
+
+    case = next(c for c in background.cases().values() if c.instruction == name)
+    kernel = Kernel(case.instruction, case.kernel, case.block, case.smem_bytes)
+    dtypes = [a.dtype for a in case.inputs] + [np.dtype(t) for _, t in case.outputs]
+
+    class Launch:
+        """Runs in the simulator what the driver would be told to run."""
+
+        def __init__(self, cubin, ordinal, num_blocks, maps):
+            self.maps = maps
+
+        def bind(self, operands):
+            arrays = [
+                operands[n].array.view(t) for n, t in zip(kernel.parameters, dtypes, strict=True)
+            ]
+            arguments = [
+                SimulatedTensorMap(array, self.maps[n])
+                if n in self.maps
+                else GlobalPointer(array, array.dtype)
+                for n, array in zip(kernel.parameters, arrays, strict=True)
+            ]
+            return lambda stream: simulate(case.kernel, 1, case.block, arguments, case.smem_bytes)
+
+    monkeypatch.setattr(launch, "DriverLaunch", Launch)
+    parameters = tuple((n, "P") for n in kernel.parameters)
+    cubin = Cubin(**dict.fromkeys(Cubin.__dataclass_fields__, 0) | {"parameters": parameters})
+    got = instruction_harness.run_on_gpu(
+        case, cubin, lambda a: instruction_harness._aligned(a.shape, a.dtype, a), np.copy, 0
+    )
+    expected = instruction_harness.run_simulated(case)
+    assert case.difference(expected, got) is None

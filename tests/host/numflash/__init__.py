@@ -1,0 +1,1 @@
+"""Tests of numflash/ that need neither GPU nor simulator."""

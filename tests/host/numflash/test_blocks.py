@@ -1,0 +1,79 @@
+"""Every tile of rows has its place, and blocks that walk through the places have as much to do."""
+
+import numpy as np
+import pytest
+
+from numflash.configs import parse_config
+from numflash.ptx import i32, u32
+from numflash.selection.geometry import heads_of_a_bundle
+from numflash.tiles.blocks import make_block_place
+
+NUM_SMS, L2_BYTES = 132, 50 * 2**20
+
+
+def places(tile_m, seqlen_q, num_heads, pack, num_splits, heads_in_flight):
+    """What `block_place` says of each place."""
+    locate, rows = make_block_place(tile_m), i32(seqlen_q * pack)
+    count = -(-seqlen_q * pack // tile_m) * (num_heads // pack) * num_splits
+    grid = rows, i32(num_heads), i32(pack), i32(num_splits), i32(heads_in_flight)
+    return [tuple(map(int, locate(u32(place), grid))) for place in range(count)]
+
+
+@pytest.mark.parametrize("heads_in_flight", [1, 2, 3, 8])
+@pytest.mark.parametrize(("pack", "num_splits"), [(1, 1), (4, 1), (1, 3), (2, 2)])
+def test_every_tile_has_one_place(pack, num_splits, heads_in_flight):
+    found = places(64, 300, 8, pack, num_splits, heads_in_flight)
+    rows = range(0, 300 * pack, 64)
+    expected = {(m, h, s) for m in rows for h in range(0, 8, pack) for s in range(num_splits)}
+    assert len(found) == len(expected) and set(found) == expected
+
+
+def test_the_last_bundle_goes_from_the_last_rows_to_the_first_and_others_to_and_fro():
+    found = places(64, 256, 5, 1, 1, 2)
+    by_bundle = [[m for m, h, _ in found if h // 2 == bundle] for bundle in range(3)]
+    assert by_bundle[2] == [192, 128, 64, 0]
+    assert by_bundle[1] == sorted(by_bundle[1]) and by_bundle[0] == by_bundle[1][::-1]
+
+
+def walk(block, blocks, count):
+    """The places of one block, as `tiles.blocks.next_place` says."""
+    place, step = block, 2 * (blocks - block) - 1
+    while place < count:
+        yield place
+        place, step = place + step, 2 * blocks - step
+
+
+def test_the_walks_of_all_blocks_take_every_place_once():
+    for blocks, count in ((1, 5), (2, 7), (3, 3), (4, 2), (5, 23)):
+        taken = [place for block in range(blocks) for place in walk(block, blocks, count)]
+        assert sorted(taken) == list(range(count))
+
+
+@pytest.mark.parametrize("seqlen", [512, 1024, 2048, 4096, 8192, 16384])
+@pytest.mark.parametrize(
+    ("head_dim", "text"), [(64, "m192n128w12s2"), (128, "m128n128w8s2"), (256, "m128n80w8s2")]
+)
+def test_causal_walks_are_even(head_dim, text, seqlen):
+    """No block has more than a tenth above the mean, in the FlashAttention papers' grid."""
+    config = parse_config("forward", f"sm90-{text}-persistent")
+    heads = 16384 // seqlen * 2048 // head_dim
+    fits = L2_BYTES // 2 // (seqlen * 4 * head_dim)
+    in_flight = heads_of_a_bundle(config, fits, heads, NUM_SMS, 1)
+    found = places(config.tile_m, seqlen, heads, 1, 1, in_flight)
+    # Tiles of keys that a tile of rows sees, and two for its beginning and end.
+    work = [-(-min(m + config.tile_m, seqlen) // config.tile_n) + 2 for m, _, _ in found]
+    loads = [sum(work[p] for p in walk(b, NUM_SMS, len(work))) for b in range(NUM_SMS)]
+    assert max(loads) < 1.1 * np.mean(loads)
+
+
+def test_bundles_are_of_one_size_and_as_large_as_memory_allows():
+    config = parse_config("forward", "sm90-m128n128w8s2-persistent")
+    assert heads_of_a_bundle(config, 3, 16, 132, 1) == 16
+    assert heads_of_a_bundle(config, 6, 32, 132, 1) == 16
+    assert heads_of_a_bundle(config, 50, 256, 132, 1) == 43
+    assert heads_of_a_bundle(config, 3, 1000, 132, 8) == 167
+    assert heads_of_a_bundle(config, 0, 5, 1, 1) == 1
+    # Blocks of other kernels do not walk.
+    other = parse_config("forward", "sm80-m128n64w4s1")
+    assert heads_of_a_bundle(other, 3, 16, 132, 1) == 3
+    assert heads_of_a_bundle(other, 0, 16, 132, 1) == 1

@@ -1,0 +1,1 @@
+"""Tests of tuner/ that need neither GPU nor simulator."""

@@ -1,0 +1,432 @@
+"""The search: what is tried first, what never twice, when it stops, and what wins."""
+
+import itertools
+import math
+from collections import Counter
+from concurrent.futures import Future
+from dataclasses import replace
+
+import pytest
+
+pytest.importorskip("optuna")
+import optuna
+
+from numflash.problem.classes import ProblemClass
+from tests.support.synthetic_recording import recording_of
+from tuner import SAMPLERS, model
+from tuner.measuring.replay import Recording, Replay
+from tuner.model import errors
+from tuner.records import Record, ResourceUsage
+from tuner.search.candidates import Candidates, distinct
+from tuner.search.pool import Examined
+from tuner.search.search import Search, StoppingRules, make_sampler
+from tuner.search.studies import Ledger
+from tuner.space import machines
+from tuner.space.configs import Budgets, Space
+
+MACHINE = machines.find("NVIDIA A100-SXM4-80GB")
+DQ = ProblemClass.parse("backward-dq float16-d128-dv128-vec full q4096 k4096 bh64 g1")
+FORWARD = ProblemClass.parse("forward float16-d64-dv64-vec causal q4096 k4096 bh64 g1")
+
+
+class InstantPool:
+    """A CompilePool that knows the outcome at once: `spills` configs do, all others are fine."""
+
+    def __init__(self, space, spills=()):
+        self.space, self.spills, self.submitted = space, set(spills), []
+
+    def submit(self, config, traits):
+        """The future of a config, already done."""
+        self.submitted.append(str(config))
+        future = Future()
+        spill = 64 if str(config) in self.spills else 0
+        resources = ResourceUsage(
+            128, spill, config.smem_bytes(traits), config.num_threads, 2, "registers"
+        )
+        future.set_result(Examined(resources))
+        return future
+
+
+def make_search(space, measurer=None, rules=None, *, sampler="tpe", pool=None, study=None, **more):
+    """A search in memory."""
+    if study is None:
+        study = optuna.create_study(sampler=make_sampler(sampler, 0), direction="minimize")
+    pool = pool or InstantPool(space)
+    return Search(space, study, pool, measurer, rules or StoppingRules(), sampler=sampler, **more)
+
+
+def run(search):
+    """Run a search; the records that it told of."""
+    told = []
+    search.run(told.append, lambda: None)
+    return told
+
+
+def space_of(problem=DQ, budgets=None):
+    """The space of a class on an A100."""
+    return Space(problem, MACHINE, budgets or Budgets())
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("problem", [DQ, FORWARD], ids=lambda problem: problem.family)
+def test_a_quarter_of_the_time_comes_within_two_percent_of_the_best(problem, seed):
+    space = space_of(problem)
+    recording = recording_of(space, seed)
+    replay = Replay(recording)
+    rules = StoppingRules(seconds=recording.seconds / 4)
+    search = make_search(space, replay, rules, clock=lambda: replay.seconds)
+    run(search)
+    _, best = search.winner()
+    assert replay.seconds <= recording.seconds / 4 + 60
+    assert recording.records[best.config].median_ms <= 1.02 * recording.best.median_ms
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_tries_every_config_once_and_then_ends(sampler):
+    if sampler == "cmaes":
+        pytest.importorskip("cmaes")
+    space = space_of()
+    told = run(make_search(space, Replay(recording_of(space, 0)), sampler=sampler))
+    counts = Counter(record.config for record in told)
+    assert counts == Counter(map(str, space.feasible))
+
+
+def test_the_default_and_the_favourites_come_first():
+    space = space_of()
+    told = run(make_search(space, rules=StoppingRules(trials=9)))
+    assert told[0].config == str(space.default)
+    estimates = sorted(space.feasible, key=lambda c: model.estimate(MACHINE, DQ, c).ms)
+    assert {record.config for record in told[1:4]} <= set(map(str, estimates[:4]))
+
+
+def test_of_favourites_that_the_model_cannot_tell_apart_one_is_tried():
+    hopper = ProblemClass.parse("forward bfloat16-d128-dv128-vec full q4096 k4096 bh64 g1")
+    candidates = Candidates(Space(hopper, machines.find("H200"), Budgets()))
+    found = candidates.favourites(8)
+    assert len(found) == len({candidates.estimates[number] for number in found}) == 8
+    assert candidates.estimates[found[0]] == candidates.estimates.min()
+    assert list(candidates.estimates[found]) == sorted(candidates.estimates[found])
+
+
+def test_without_a_gpu_hopeless_configs_are_not_compiled():
+    space = space_of()
+    search = make_search(space)
+    told = run(search)
+    slow = [record for record in told if record.outcome == "slow"]
+    assert slow and not {record.config for record in slow} & set(search._pool.submitted)
+    assert all("the model's estimate is" in record.reason for record in slow)
+    best = min(record.time_ms for record in told if record.outcome == "predicted")
+    assert min(record.predicted_ms for record in slow) > 1.2 * best
+
+
+def test_trials_are_counted_over_runs():
+    space = space_of()
+    study = optuna.create_study(direction="minimize")
+    assert len(run(make_search(space, study=study, rules=StoppingRules(trials=10)))) == 10
+    assert len(run(make_search(space, study=study, rules=StoppingRules(trials=15)))) == 5
+    assert run(make_search(space, study=study, rules=StoppingRules(trials=15))) == []
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "grid", "random"])
+def test_the_default_and_what_is_remembered_are_tried_whatever_the_sampler(sampler):
+    space = space_of()
+    incumbent = str(list(space.feasible)[-1])
+    search = make_search(space, rules=StoppingRules(trials=2), sampler=sampler, first=[incumbent])
+    assert [record.config for record in run(search)] == [str(space.default), incumbent]
+    default, _ = search.winner()
+    assert default.config == str(space.default) and default.time_ms > 0
+
+
+def others(space, count):
+    """Configs that are not the default, as texts."""
+    return [str(config) for config in space.feasible if config != space.default][-count:]
+
+
+def try_earlier(study, configs, ms=1e-3):
+    """As an earlier run would: without a GPU these took that time."""
+    ledger = Ledger(study)
+    for config in configs:
+        trial = ledger.ask()
+        assert ledger.claim(trial, config)
+        resources = ResourceUsage(128, 0, 1000, 128, 2, "registers")
+        record = Record(config, "predicted", resources=resources, predicted_ms=ms)
+        assert ledger.finish(trial, record)
+
+
+def test_the_default_is_tried_first_whatever_was_enqueued():
+    space = space_of()
+    study = optuna.create_study(direction="minimize")
+    search = make_search(space, study=study, rules=StoppingRules(trials=3))
+    numbers = [search.candidates.numbers[config] for config in others(space, 8)]
+    for number in numbers:
+        study.enqueue_trial(search.candidates.choices(number))
+    told = [record.config for record in run(search)]
+    assert told[0] == str(space.default) and len(told) == 3
+    default, best = search.winner()
+    assert default.config == str(space.default) and math.isfinite(default.time_ms)
+    assert best == default or best.time_ms <= 0.95 * default.time_ms
+
+
+@pytest.mark.parametrize("rules", [StoppingRules(trials=4), StoppingRules(seconds=0.0)])
+def test_a_limit_that_was_reached_before_the_default_was_tried_waits_for_it(rules):
+    space = space_of()
+    study = optuna.create_study(direction="minimize")
+    try_earlier(study, others(space, 4))
+    ticks = itertools.count()
+    search = make_search(space, study=study, rules=rules, clock=lambda: next(ticks))
+    assert str(space.default) in [record.config for record in run(search)]
+    default, best = search.winner()
+    assert math.isfinite(default.time_ms) and best.config in others(space, 4)
+
+
+def test_without_the_default_there_is_no_winner():
+    space = space_of()
+    study = optuna.create_study(direction="minimize")
+    try_earlier(study, others(space, 4))
+    with pytest.raises(LookupError, match=f"its default, {space.default}, was not tried"):
+        make_search(space, study=study).winner()
+
+
+def test_a_default_that_another_process_is_trying_is_waited_for():
+    space = space_of()
+    study = optuna.create_study(direction="minimize")
+    other, default = Ledger(study), str(space.default)
+    trial = other.ask()
+    assert other.claim(trial, default)
+    search = make_search(space, study=study, rules=StoppingRules(trials=3))
+    idled = []
+
+    def idle():
+        idled.append(len(search.ledger.records()))
+        if idled[-1] >= 2 and idled.count(2) == 3:
+            other.finish(trial, Record(default, "spilled", "64 bytes"))
+
+    told = []
+    search.run(told.append, idle)
+    assert idled.count(2) == 3 and len(told) == 2
+    assert search.winner()[0].outcome == "spilled"
+
+
+def test_a_default_whose_code_is_known_to_be_broken_has_a_record_of_its_own():
+    space = space_of(FORWARD)
+    default = space.default
+    same_code = [str(c) for c in space.feasible if c.compiled == default.compiled]
+    study = optuna.create_study(direction="minimize")
+    ledger = Ledger(study)
+    trial = ledger.ask()
+    ledger.claim(trial, next(text for text in same_code if text != str(default)))
+    broken = next(text for text in same_code if text != str(default))
+    ledger.finish(trial, Record(broken, "spilled", "64 bytes"))
+    pool = InstantPool(space, spills=same_code)
+    search = make_search(space, pool=pool, study=study, rules=StoppingRules(trials=4))
+    run(search)
+    assert search.winner()[0].outcome == "spilled"
+
+
+def test_what_is_remembered_is_measured_against_the_finalists():
+    space = space_of()
+    incumbent = str(list(space.feasible)[-1])
+    recording = recording_of(space, 0)
+    best = replace(recording.records[incumbent], samples_ms=(1e-3,) * 9)
+    recording.records[incumbent] = replace(best, samples_ms=(1e3, 1e3, 1e3))
+    search = make_search(space, Replay(recording), StoppingRules(trials=20), first=[incumbent])
+    run(search)
+    recording.records[incumbent] = best
+    assert search.winner()[1].config == incumbent
+
+
+def test_a_run_in_which_everything_fails_ends():
+    space = space_of(FORWARD)
+
+    class Broken(InstantPool):
+        def submit(self, config, traits):
+            future = Future()
+            future.set_result(Examined(failure=("compile_failed", "no memory")))
+            return future
+
+    with pytest.raises(LookupError, match=r"12 configs .* in a row failed, .* no memory"):
+        run(make_search(space, pool=Broken(space)))
+
+
+def test_a_target_ends_the_search():
+    space = space_of()
+    search = make_search(space, rules=StoppingRules(target=100.0))
+    assert len(run(search)) < 10
+    assert search.fastest().time_ms <= 101 * max(search.floor_ms.values())
+
+
+def test_slow_configs_are_stopped_after_a_few_samples():
+    space = space_of()
+    told = run(make_search(space, Replay(recording_of(space, 1))))
+    slow = [record for record in told if record.outcome == "slow"]
+    samples = [len(record.samples_ms) for record in slow]
+    # One that is about as slow as allowed may need more samples than the fewest.
+    assert all(3 <= n < 9 for n in samples) and samples.count(3) > 0.9 * len(samples)
+
+
+def test_what_fails_is_a_record_and_other_layouts_of_its_code_are_left_out():
+    space = space_of(FORWARD)
+    default = space.default
+    same_code = [config for config in space.feasible if config.compiled == default.compiled]
+    assert len(same_code) > 1
+    pool = InstantPool(space, spills=map(str, same_code))
+    rules = StoppingRules(trials=40)
+    told = {record.config: record for record in run(make_search(space, rules=rules, pool=pool))}
+    assert told[str(default)].outcome == "spilled" and "64 bytes" in told[str(default)].reason
+    # A few may have been on their way together.
+    assert sum(str(config) in told for config in same_code) < len(same_code)
+
+
+class Dying(Replay):
+    """A measurer that is interrupted."""
+
+    def measure(self, problem, config, stop):
+        """Raise at the fifth config."""
+        if len(self._random) == 4:
+            raise KeyboardInterrupt
+        return super().measure(problem, config, stop)
+
+
+def test_an_interrupted_search_frees_what_it_was_trying():
+    space = space_of()
+    study = optuna.create_study(direction="minimize")
+    recording = recording_of(space, 0)
+    with pytest.raises(KeyboardInterrupt):
+        run(make_search(space, Dying(recording), study=study))
+    ledger = Ledger(study)
+    done = {record.config for record in ledger.records()}
+    assert len(done) == 4 and ledger.taken() == done
+    told = run(make_search(space, Replay(recording), study=study))
+    assert {record.config for record in told} == set(map(str, space.feasible)) - done
+
+
+def chosen(times, *, measured=False, smem=None, final=None, space=None):
+    """(default, best) of a search in which configs took these times."""
+    space = space or space_of()
+    study = optuna.create_study(direction="minimize")
+    ledger = Ledger(study)
+    for config, ms in times.items():
+        resources = ResourceUsage(128, 0, (smem or {}).get(config, 1000), 128, 2, "registers")
+        record = Record(config, "predicted", resources=resources, predicted_ms=ms)
+        if measured:
+            record = replace(record, outcome="measured", samples_ms=(ms,) * 5)
+        ledger.finish(study.ask(), record)
+    measurer = None
+    if measured:
+        final = {**times, **(final or {})}
+        records = {
+            config: Record(config, "measured", samples_ms=(ms,) * 5)
+            for config, ms in final.items()
+        }
+        measurer = Replay(Recording({}, DQ, {}, records))
+    default, best = make_search(space, measurer, study=study).winner()
+    reasons.append(best.reason)
+    return default.config, best.config
+
+
+reasons = []
+"""Of the winners of `chosen`."""
+
+
+DEFAULT = str(space_of().default)
+A, B = "sm80-m64n64w4s1", "sm80-m64n32w4s1"
+
+
+def test_a_prediction_displaces_the_default_only_beyond_the_models_error():
+    least = 1 + errors.ERRORS["sm80 backward"]
+    assert chosen({DEFAULT: least, A: 1.01}) == (DEFAULT, DEFAULT)
+    assert reasons[-1] == (
+        f"{A} is predicted to gain {least / 1.01 - 1:.1%} over the default, and must gain more "
+        f"than {errors.ERRORS['sm80 backward']:.1%}, the model's error, to displace it"
+    )
+    assert chosen({DEFAULT: least, A: 0.99}) == (DEFAULT, A) and reasons[-1] == ""
+    assert chosen({DEFAULT: 1.0, A: 1.1}) == (DEFAULT, DEFAULT) and reasons[-1] == ""
+
+
+def test_between_two_kernels_both_errors_count():
+    problem = ProblemClass.parse("forward float16-d64-dv64-vec causal q512 k512 bh1024 g1")
+    space = Space(problem, machines.find("H100"))
+    default, own = str(space.default), "sm90-m128n128w8s2-overlap-pingpong-persistent"
+    assert default.startswith("sm90-") and default != own
+    both = (1 + errors.ERRORS["sm80 forward"]) * (1 + errors.ERRORS["sm90 forward"])
+    other = "sm80-m128n128w4s1"
+    assert chosen({default: both, other: 1.01}, space=space)[1] == default
+    assert f"{other} is predicted to gain" in reasons[-1]
+    assert f"must gain more than {both - 1:.1%}, the model's error" in reasons[-1]
+    assert chosen({default: both, other: 0.99}, space=space)[1] == other
+    # A slower one of the same kind, whose gain is beyond its error, wins over a faster one whose
+    # gain is within both.
+    assert chosen({default: 1.13, own: 0.995, other: 0.98}, space=space)[1] == own
+    assert reasons[-1].startswith(f"{other} is predicted to gain 15.3% over the default")
+
+
+def test_offline_nothing_is_tried_that_the_model_cannot_tell_from_what_was():
+    space = space_of(FORWARD)
+    candidates = Candidates(space)
+    told = [record.config for record in run(make_search(space))]
+    estimates = [candidates.estimates[candidates.numbers[config]] for config in told]
+    finite = [each for each in estimates if math.isfinite(each)]
+    assert len(set(finite)) == len(finite)
+    assert StoppingRules().size(space, is_measured=False) == len(told)
+    assert StoppingRules(trials=7).size(space, is_measured=False) == 7
+    # Every estimate there is was tried, by the default where it has it.
+    assert set(estimates) == set(candidates.estimates.tolist())
+    assert str(space.default) in told
+    assert len(told) < len(candidates.configs) / 3
+
+
+def test_offline_a_twin_of_what_failed_is_tried():
+    space = space_of(FORWARD)
+    candidates = Candidates(space)
+    twins = candidates.twins([str(space.default)])
+    others = [c for c, is_twin in zip(candidates.configs, twins, strict=True) if is_twin]
+    codes = {config.compiled for config in others}
+    assert len(codes) > 1, "the default has no twin of other machine code"
+    failing = [c for c in others if c.compiled == space.default.compiled]
+    pool = InstantPool(space, spills=map(str, failing))
+    told = {record.config: record for record in run(make_search(space, pool=pool))}
+    tried = [told[str(c)].outcome for c in others if str(c) in told]
+    assert tried.count("predicted") == 1, tried
+
+
+def test_with_a_gpu_twins_are_tried():
+    space = space_of()
+    told = run(make_search(space, Replay(recording_of(space, 0))))
+    assert len(told) == len(space.feasible) > distinct(space)
+    assert StoppingRules().size(space, is_measured=True) == len(told)
+
+
+def test_a_measurement_displaces_the_default_by_any_gain():
+    assert chosen({DEFAULT: 1.0, A: 0.97}, measured=True) == (DEFAULT, A)
+
+
+def test_finalists_are_measured_again_before_one_wins():
+    assert chosen({DEFAULT: 1.0, A: 0.8, B: 0.9}, measured=True, final={A: 0.95}) == (DEFAULT, B)
+
+
+def test_ties_go_to_less_shared_memory():
+    times = {DEFAULT: 2.0, A: 1.0, B: 1.005}
+    assert chosen(times, measured=True, smem={A: 2000, B: 1000}) == (DEFAULT, B)
+    assert reasons[-1] == (
+        f"{A} is faster by less than 1%, which counts as equal, and takes more shared memory"
+    )
+    assert chosen(times, measured=True, smem={A: 1000, B: 2000}) == (DEFAULT, A)
+    assert reasons[-1] == ""
+
+
+def test_nothing_that_works_is_an_error_that_says_what_failed():
+    space = space_of()
+    search = make_search(space, pool=InstantPool(space, spills=map(str, space.feasible)))
+    run(search)
+    with pytest.raises(LookupError, match=r"\d+ spilled \(64 bytes"):
+        search.winner()
+
+
+def test_importances_are_shares():
+    space = space_of()
+    search = make_search(space, Replay(recording_of(space, 0)))
+    assert search.importances() == {}  # nothing is known yet
+    run(search)
+    shares = search.importances()
+    assert set(shares) <= set(space.dimensions)
+    assert math.isclose(sum(shares.values()), 1.0, abs_tol=1e-6)

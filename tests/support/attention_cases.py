@@ -1,0 +1,448 @@
+"""The attention problems that every kernel must solve: small for the simulator, large for a GPU.
+
+One table for both. A case names its sizes, its options and what is special about its inputs.
+"""
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from numflash.runtime.views import numpy_dtype
+
+# Small configs for each implementation, so that small problems have several tiles in both
+# directions. Those of the tensor cores go round: one or two rows of products a warp, one to three
+# stages, one or two warps, keys split or not, gradients by one kernel, by two or by three.
+SMALL_CONFIGS = {
+    "portable": ({"forward": "m16n16w2", "backward-dq": "m16n16w2", "backward-dkdv": "m16n16w2"},),
+    "sm80": (
+        {
+            "forward": "sm80-m16n16w1s1",
+            "backward-dq": "sm80-m32n16w2s2",
+            "backward-dkdv": "sm80-m16n16w1s1",
+        },
+        {
+            "forward": "sm80-m32n16w2s2",
+            "backward-dq": "sm80-m16n16w1s1",
+            "backward-dkdv": "sm80-m16n32w2s2",
+        },
+        {
+            "forward": "sm80-m32n16w1s1x2",
+            "backward-dq": "sm80-m32n16w1s2",
+            "backward-dkdv": "sm80-m16n32w1s3-apart",
+        },
+        {
+            "forward": "sm80-m16n16w1s3x3",
+            "backward-dq": "sm80-m16n32w1s3",
+            "backward-dkdv": "sm80-m16n16w1s2",
+        },
+        {"forward": "sm80-m32n32w2s1", "backward": "sm80-m16n16w1s2x2"},
+        {"forward": "sm80-m16n16w1s2", "backward": "sm80-m32n32w2s1x3"},
+    ),
+    "sm75": (
+        {
+            "forward": "sm75-m32n16w2s1",
+            "backward-dq": "sm75-m16n16w1s1",
+            "backward-dkdv": "sm75-m16n16w1s1-apart",
+        },
+        {
+            "forward": "sm75-m16n16w1s1x2",
+            "backward-dq": "sm75-m32n16w1s1",
+            "backward-dkdv": "sm75-m16n32w2s1",
+        },
+        {"forward": "sm75-m16n16w1s1", "backward": "sm75-m16n16w1s1x2"},
+    ),
+}
+SMALL_CONFIGS["tf32"] = SMALL_CONFIGS["sm80"][:4]
+# Hopper's have 64 rows at least. An odd number of them: dtypes of the cases take turns by twos.
+SMALL_CONFIGS["sm90"] = tuple(
+    {"forward": f"sm90-{text}"}
+    for text in (
+        "m64n32w4s2-overlap-persistent",
+        "m64n32w4s1",
+        "m64n16w4s3-overlap",
+        "m64n32w4s1x2-overlap",
+        "m64n64w4s2-persistent",
+        "m64n16w4s2x3",
+        "m64n32w4s3b2",
+        "m64n48w4s1-overlap-persistent",
+        "m128n32w8s2-overlap-pingpong",
+    )
+)
+# The same of the forward on 8-bit floats, whose tiles of keys are at least 32 or 64.
+FP8_CONFIGS = (
+    "fp8-sm89-m16n64w1s1",
+    "fp8-sm80-m16n32w1s1",
+    "fp8-sm89-m32n64w2s2",
+    "fp8-sm89-m16n32w1s1-half",
+    "fp8-sm75-m32n32w2s1",
+    "fp8-sm89-m32n64w1s2x2-packed",
+    "fp8-sm80-m32n32w1s1x3",
+    "fp8-sm75-m16n64w1s1-packed",
+)
+
+
+@dataclass(frozen=True)
+class AttentionCase:
+    """One attention problem.
+
+    Attributes:
+        name: the test's id.
+        shape: batch, seqlen_q, seqlen_k, num_heads_q, num_heads_kv, head_dim, head_dim_v.
+        dtype: of q, k, v.
+        inputs: "normal"; "large" (scores of about +-1e4); "equal" (all scores of a row are equal,
+            so every key is the maximum); "strided" (slices of larger arrays full of NaN).
+        options: of `numflash.attention`; alibi_slopes is given as its shape.
+    """
+
+    name: str
+    shape: tuple[int, int, int, int, int, int, int]
+    dtype: str = "float32"
+    inputs: str = "normal"
+    options: dict = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"{self.name}-{self.dtype}"
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """q, k, v and dout, in the layout of the options."""
+        batch, seqlen_q, seqlen_k, heads_q, heads_kv, head_dim, head_dim_v = self.shape
+        rng = np.random.default_rng(sum(self.name.encode()))
+        shapes = {
+            "q": (batch, seqlen_q, heads_q, head_dim),
+            "k": (batch, seqlen_k, heads_kv, head_dim),
+            "v": (batch, seqlen_k, heads_kv, head_dim_v),
+            "dout": (batch, seqlen_q, heads_q, head_dim_v),
+        }
+        values = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
+        if self.inputs == "large":
+            # Standard deviation of a score: 1e4 / 3, so that the largest are around 1e4.
+            factor = (1e4 / 3) ** 0.5
+            values["q"] *= factor
+            values["k"] *= factor
+        if self.inputs == "equal":
+            values["k"][:] = values["k"][:, :1]
+        arrays = {name: x.astype(numpy_dtype(self.dtype)) for name, x in values.items()}
+        if self.options.get("layout") == "bhsd":
+            arrays = {n: np.ascontiguousarray(x.swapaxes(1, 2)) for n, x in arrays.items()}
+        if self.inputs == "strided":
+            arrays = {name: _amid_nan(x) for name, x in arrays.items()}
+        return arrays
+
+    def call_options(self) -> dict:
+        """The options with arrays in place of shapes."""
+        options = dict(self.options)
+        if "alibi_slopes" in options:
+            shape = options["alibi_slopes"]
+            slopes = 2.0 ** -np.arange(1, 1 + np.prod(shape))
+            options["alibi_slopes"] = slopes.reshape(shape).astype(np.float32)
+        return options
+
+
+def _amid_nan(x: np.ndarray) -> np.ndarray:
+    """The same values as a view into a larger array of NaN: gaps along every axis but the last."""
+    batch, seqlen, heads, head_dim = x.shape
+    whole = np.full((batch + 1, 2 * seqlen + 1, heads + 1, head_dim + 16), np.nan, x.dtype)
+    view = whole[1:, 1 : 2 * seqlen + 1 : 2, :heads, 8 : 8 + head_dim]
+    view[...] = x
+    return view
+
+
+def _masks(shape, **more):
+    """Every mask on one shape."""
+    kinds = {
+        "full": {},
+        "causal": {"causal": True},
+        "causal-top-left": {"causal": True, "causal_align": "top_left"},
+        "window": {"window_size": (9, 4)},
+        "window-top-left": {"window_size": (3, 17), "causal_align": "top_left"},
+        "causal-window": {"causal": True, "window_size": (12, None)},
+    }
+    return {name: (shape, {**options, **more}) for name, options in kinds.items()}
+
+
+def _small() -> list[AttentionCase]:
+    cases = []
+    square, tall, wide = (
+        (1, 33, 33, 2, 1, 32, 32),
+        (1, 50, 21, 1, 1, 32, 32),
+        (1, 21, 50, 1, 1, 32, 32),
+    )
+    for form, shape in (("square", square), ("tall", tall), ("wide", wide)):
+        for mask, (sizes, options) in _masks(shape).items():
+            cases.append(AttentionCase(f"{form}-{mask}", sizes, options=options))
+    for dtype in ("float16", "bfloat16"):
+        cases += [
+            AttentionCase("causal", (1, 33, 40, 2, 1, 32, 32), dtype, options={"causal": True}),
+            AttentionCase("odd-dims", (1, 19, 33, 1, 1, 33, 17), dtype),
+            AttentionCase("large", (1, 17, 33, 1, 1, 32, 32), dtype, inputs="large"),
+            AttentionCase("strided", (1, 17, 20, 2, 2, 16, 24), dtype, inputs="strided"),
+        ]
+    cases += [
+        AttentionCase("one-token", (1, 1, 1, 1, 1, 8, 8)),
+        AttentionCase("one-query", (2, 1, 33, 2, 1, 32, 32), options={"causal": True}),
+        AttentionCase("one-key", (1, 33, 1, 1, 1, 32, 32)),
+        AttentionCase("113", (1, 113, 113, 1, 1, 8, 8), options={"window_size": (20, 0)}),
+        AttentionCase("257", (1, 9, 257, 1, 1, 8, 8)),
+        AttentionCase("257-causal-tall", (1, 257, 9, 1, 1, 8, 8), options={"causal": True}),
+        AttentionCase("head-dim-1", (1, 18, 18, 1, 1, 1, 1)),
+        AttentionCase("head-dim-v-wider", (1, 18, 18, 1, 1, 24, 72)),
+        AttentionCase("head-dim-v-narrower", (1, 18, 18, 1, 1, 72, 24)),
+        AttentionCase("head-dim-odd", (1, 18, 18, 1, 1, 45, 45)),
+        AttentionCase("groups-of-3", (2, 18, 18, 6, 2, 16, 16), options={"causal": True}),
+        AttentionCase("large", (1, 17, 33, 1, 1, 32, 32), inputs="large"),
+        AttentionCase("equal", (1, 17, 33, 1, 1, 32, 32), inputs="equal"),
+        AttentionCase("strided", (2, 17, 20, 2, 1, 16, 16), inputs="strided"),
+        AttentionCase("strided-odd", (1, 17, 20, 2, 1, 15, 15), inputs="strided"),
+        AttentionCase("bhsd", (2, 17, 20, 2, 2, 16, 24), options={"layout": "bhsd"}),
+        AttentionCase(
+            "negative-scale", (1, 17, 33, 1, 1, 32, 32), options={"softmax_scale": -0.4}
+        ),
+        AttentionCase("zero-scale", (1, 17, 33, 1, 1, 32, 32), options={"softmax_scale": 0}),
+        AttentionCase("softcap", (1, 33, 20, 2, 1, 32, 32), options={"softcap": 1.5}),
+        AttentionCase(
+            "softcap-causal", (1, 33, 33, 1, 1, 32, 32), options={"softcap": 2.0, "causal": True}
+        ),
+        AttentionCase("alibi", (1, 33, 33, 2, 1, 32, 32), options={"alibi_slopes": (2,)}),
+        AttentionCase(
+            "alibi-per-batch",
+            (2, 17, 33, 2, 2, 16, 16),
+            options={"alibi_slopes": (2, 2), "causal": True},
+        ),
+        AttentionCase(
+            "everything",
+            (2, 21, 37, 4, 2, 20, 28),
+            "float16",
+            "strided",
+            {
+                "softcap": 2.0,
+                "alibi_slopes": (4,),
+                "causal": True,
+                "window_size": (15, 3),
+                "softmax_scale": 0.3,
+                "causal_align": "top_left",
+            },
+        ),
+    ]
+    return cases
+
+
+def _large() -> list[AttentionCase]:
+    cases = []
+    for dtype in ("float16", "bfloat16", "float32"):
+        for head_dim in (32, 64, 96, 128, 192, 256):
+            shape = (2, 257, 513, 4, 2, head_dim, head_dim)
+            for mask, (sizes, options) in _masks(shape).items():
+                cases.append(AttentionCase(f"d{head_dim}-{mask}", sizes, dtype, options=options))
+        cases += [
+            AttentionCase("tall", (1, 1025, 113, 2, 1, 64, 64), dtype, options={"causal": True}),
+            AttentionCase("1000", (1, 1000, 1000, 2, 2, 80, 80), dtype, options={"causal": True}),
+            AttentionCase("2-pow", (1, 2048, 2048, 4, 4, 64, 64), dtype, options={"causal": True}),
+            AttentionCase("192-128", (1, 333, 333, 4, 4, 192, 128), dtype),
+            AttentionCase("odd-dims", (2, 113, 257, 3, 1, 45, 77), dtype),
+            AttentionCase("large", (1, 257, 257, 2, 2, 64, 64), dtype, inputs="large"),
+            AttentionCase("equal", (1, 257, 257, 2, 2, 64, 64), dtype, inputs="equal"),
+            AttentionCase("strided", (2, 257, 130, 4, 2, 64, 128), dtype, inputs="strided"),
+            AttentionCase("softcap", (1, 513, 257, 2, 1, 64, 64), dtype, options={"softcap": 1.5}),
+            AttentionCase(
+                "alibi",
+                (2, 257, 257, 4, 4, 64, 64),
+                dtype,
+                options={"alibi_slopes": (2, 4), "causal": True},
+            ),
+            AttentionCase("groups-of-8", (1, 300, 300, 16, 2, 128, 128), dtype),
+        ]
+    return [*cases, *_small()]
+
+
+def on_tensor_cores(cases: list[AttentionCase], implementation: str) -> list[AttentionCase]:
+    """The cases that "sm80", "sm75" or "tf32" kernels can run, in a dtype that they have."""
+    dtypes = {"sm80": ("bfloat16", "float16"), "sm75": ("float16",), "tf32": ("float32",)}
+    moved = []
+    for i, case in enumerate(cases):
+        choices = dtypes[implementation]
+        dtype = case.dtype if case.dtype in choices else choices[i % len(choices)]
+        options = case.options
+        if implementation == "tf32":
+            options = {**options, "precision": "tf32"}
+        # A scale that is not positive is left to the portable kernels.
+        if options.get("softmax_scale", 1) > 0:
+            moved.append(replace(case, dtype=dtype, options=options))
+    return moved
+
+
+def on_fp8(cases: list[AttentionCase]) -> list[AttentionCase]:
+    """The cases that kernels for 8-bit floats can run, in 16 bits, and some with more keys."""
+    more = [
+        AttentionCase("150-keys", (1, 20, 150, 2, 1, 64, 64), options={"causal": True}),
+        AttentionCase(
+            "130-keys-window", (1, 9, 130, 1, 1, 32, 96), options={"window_size": (90, 0)}
+        ),
+        AttentionCase("decode-130", (1, 1, 130, 4, 2, 64, 64)),
+        AttentionCase("equal-150", (1, 9, 150, 1, 1, 32, 32), inputs="equal"),
+        AttentionCase("large-150", (1, 9, 150, 2, 1, 64, 64), inputs="large"),
+        AttentionCase("d128-100", (1, 17, 100, 1, 1, 128, 128), options={"causal": True}),
+        AttentionCase("d80-48", (1, 17, 70, 1, 1, 80, 48)),
+        AttentionCase("d192-256", (1, 9, 70, 1, 1, 192, 256)),
+    ]
+    return on_tensor_cores([*cases, *more], "sm80")
+
+
+def on_hopper(cases: list[AttentionCase]) -> list[AttentionCase]:
+    """The cases that Hopper's forward can run: rows of multiples of 16 bytes, 16-bit elements."""
+    moved = []
+    for case in on_tensor_cores(cases, "sm80"):
+        head_dims = (-(-head_dim // 8) * 8 for head_dim in case.shape[5:])
+        moved.append(replace(case, shape=(*case.shape[:5], *head_dims)))
+    return moved
+
+
+def _hopper() -> tuple[tuple[str, AttentionCase], ...]:
+    """(config, case): several tiles of rows and of keys in Hopper's larger tiles."""
+    table = (
+        # name, config, shape, dtype, inputs, options
+        (
+            "causal",
+            "m128n32w8s2-overlap-pingpong-persistent",
+            (1, 140, 100, 2, 1, 64, 64),
+            "float16",
+            "normal",
+            {"causal": True},
+        ),
+        (
+            "three-groups",
+            "m192n64w12s1-pingpong-persistent",
+            (1, 200, 130, 1, 1, 64, 64),
+            "bfloat16",
+            "normal",
+            {"window_size": (40, 90), "causal_align": "top_left"},
+        ),
+        (
+            "three-groups-overlap",
+            "m192n32w12s3-overlap-pingpong",
+            (1, 193, 97, 1, 1, 32, 64),
+            "float16",
+            "normal",
+            {"causal": True, "causal_align": "top_left"},
+        ),
+        (
+            "one-stage",
+            "m128n128w8s1-overlap",
+            (1, 70, 300, 1, 1, 128, 128),
+            "bfloat16",
+            "normal",
+            {"causal": True},
+        ),
+        (
+            "192-128",
+            "m64n96w4s2-overlap-persistent",
+            (1, 40, 200, 1, 1, 192, 128),
+            "float16",
+            "normal",
+            {},
+        ),
+        # Results take the place of Q, which the next tile of rows needs.
+        (
+            "256-shared",
+            "m64n96w4s2-overlap-persistent",
+            (1, 70, 130, 1, 1, 256, 256),
+            "bfloat16",
+            "normal",
+            {"causal": True},
+        ),
+        (
+            "groups-of-8",
+            "m128n64w8s2-packed-pingpong",
+            (1, 17, 100, 8, 1, 96, 96),
+            "bfloat16",
+            "normal",
+            {"causal": True},
+        ),
+        (
+            "decode",
+            "m64n32w4s2x2-packed-overlap-persistent",
+            (2, 1, 100, 8, 2, 64, 64),
+            "float16",
+            "normal",
+            {},
+        ),
+        (
+            "unpacked",
+            "m64n32w4s2-h2-unpacked-persistent",
+            (1, 40, 70, 4, 2, 32, 40),
+            "bfloat16",
+            "strided",
+            {"window_size": (30, 5)},
+        ),
+        (
+            "splits-of-nothing",
+            "m128n32w8s3x3-overlap-pingpong",
+            (1, 130, 90, 1, 1, 64, 64),
+            "float16",
+            "normal",
+            {"window_size": (20, 0)},
+        ),
+        # Of rows that see no key there is a tile full, and a part of one.
+        (
+            "empty-rows",
+            "m64n32w4s2-overlap-persistent",
+            (1, 230, 40, 1, 1, 64, 64),
+            "bfloat16",
+            "normal",
+            {"causal": True},
+        ),
+        (
+            "empty-rows-last",
+            "m128n32w8s2-r232-overlap-pingpong-persistent",
+            (1, 270, 40, 1, 1, 64, 64),
+            "float16",
+            "normal",
+            {"window_size": (20, 0), "causal_align": "top_left"},
+        ),
+        (
+            "everything",
+            "m128n64w8s2-overlap-pingpong-persistent",
+            (1, 130, 90, 2, 2, 64, 64),
+            "bfloat16",
+            "normal",
+            {
+                "softcap": 2.0,
+                "alibi_slopes": (2,),
+                "window_size": (60, 20),
+                "softmax_scale": 0.3,
+                "causal_align": "top_left",
+            },
+        ),
+        (
+            "registers-fixed",
+            "m64n32w4s2-overlap-persistent-fixed",
+            (1, 100, 90, 1, 1, 64, 64),
+            "bfloat16",
+            "normal",
+            {"causal": True},
+        ),
+        (
+            "l2-128",
+            "m64n32w4s2-l128-overlap",
+            (1, 70, 90, 1, 1, 64, 64),
+            "float16",
+            "normal",
+            {"causal": True},
+        ),
+        (
+            "large",
+            "m64n32w4s2-overlap",
+            (1, 64, 200, 1, 1, 64, 64),
+            "float16",
+            "large",
+            {"causal": True},
+        ),
+    )
+    return tuple(
+        (f"sm90-{config}", AttentionCase(name, shape, dtype, inputs, options))
+        for name, config, shape, dtype, inputs, options in table
+    )
+
+
+SIM_CASES = _small()
+GPU_CASES = _large()
+HOPPER_CASES = _hopper()

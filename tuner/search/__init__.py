@@ -1,0 +1,1 @@
+"""The search: proposals, studies and their storage, processes that compile."""

@@ -1,0 +1,131 @@
+"""The dimensions of a space: which choices the configs of each implementation have.
+
+What the choices of one dimension exclude of another is not said here, except where they belong
+together by construction, as the warps of a Hopper config and its rows do.
+"""
+
+from numflash.configs import WARPGROUP_ROWS, Config, MmaConfig, Sm90ForwardConfig, wgmma
+from numflash.problem.classes import ProblemClass
+
+from .machines import Machine
+
+GEOMETRY = ("num_splits", "packed", "heads_in_flight")
+"""Dimensions that are arguments of a kernel rather than its code."""
+HOPPER_ONLY = {"overlap": False, "pingpong": False, "persistent": False, "consumer_registers": 0}
+"""Fields that only configs for Hopper have, and what all others count as."""
+
+_BLOCKS_PER_SM = 8
+"""More blocks than this per SM fill a machine whatever they are."""
+_FEWER_REGISTERS = {1: (), 2: (232,), 3: (152,)}
+"""By warpgroups: fewer registers than usual for those that multiply, which leaves the one that
+copies more."""
+_HOPPER_TILES_N = tuple(range(64, 257, 16))
+_OFF_ON = (False, True)
+
+
+def products(
+    problem: ProblemClass, machine: Machine, default: Config, rows_packed: int
+) -> tuple[dict[str, tuple], ...]:
+    """Name -> choices in order, of each product whose union is the space; names are the same.
+
+    Args:
+        problem: the class.
+        machine: the GPU.
+        default: what runs untuned; its choices are among those of one product.
+        rows_packed: query heads that the forward packs by rule.
+    """
+    if not isinstance(default, MmaConfig):
+        found = [_portable(problem.family)]
+    elif has_wgmma(problem, machine):
+        laid_out = _layouts(problem, machine, rows_packed)
+        found = [_hopper(groups) | laid_out for groups in (1, 2, 3)]
+        mma = {"generation": ("sm80",)} | {n: (off,) for n, off in HOPPER_ONLY.items()}
+        found.append(mma | _mma(problem.family) | laid_out)
+    else:
+        found = [_mma(problem.family) | _layouts(problem, machine, rows_packed)]
+    own = default.num_warpgroups - 1 if isinstance(default, Sm90ForwardConfig) else -1
+    found[own] = {
+        name: tuple(sorted({*choices, value_of(default, name)}))
+        for name, choices in found[own].items()
+    }
+    return tuple(found)
+
+
+def has_wgmma(problem: ProblemClass, machine: Machine) -> bool:
+    """Whether configs for Hopper can run a class; bulk copies need aligned rows."""
+    if problem.family != Sm90ForwardConfig.family or not problem.traits.vectorized:
+        return False
+    return not problem.traits.fp8 and wgmma.no_wgmma(problem.traits, machine.limits) is None
+
+
+def value_of(config: Config, name: str) -> object:
+    """A config's choice in a dimension."""
+    return getattr(config, name, HOPPER_ONLY.get(name))
+
+
+def _portable(family: str) -> dict[str, tuple]:
+    if family == "combine":
+        return {"num_warps": (2, 4, 8, 16)}
+    if family == "delta":
+        return {"num_warps": (1, 2, 4, 8, 16)}
+    return {
+        "tile_m": (8, 16, 32, 64, 128),
+        "tile_n": (8, 16, 32, 64, 128),
+        "num_warps": (1, 2, 4, 8),
+    }
+
+
+def _mma(family: str) -> dict[str, tuple]:
+    dimensions: dict[str, tuple] = {
+        "tile_m": (16, 32, 48, 64, 96, 128, 192, 256),
+        "tile_n": (16, 32, 48, 64, 96, 128, 192, 256),
+        "num_warps": (1, 2, 4, 8),
+        "num_stages": (1, 2, 3),
+        # One block is promised anyway, where a kernel spills without.
+        "min_blocks": (0, 2, 3, 4),
+    }
+    if family == "backward-dkdv":
+        dimensions["apart"] = _OFF_ON
+    return dimensions
+
+
+def _hopper(num_warpgroups: int) -> dict[str, tuple]:
+    """Of so many warpgroups that multiply."""
+    return {
+        "generation": ("sm90",),
+        "tile_m": (WARPGROUP_ROWS * num_warpgroups,),
+        "tile_n": _HOPPER_TILES_N,
+        "num_warps": (4 * num_warpgroups,),
+        "num_stages": (1, 2, 3),
+        "min_blocks": (0, 2) if num_warpgroups == 1 else (0,),
+        "overlap": _OFF_ON,
+        "pingpong": _OFF_ON if num_warpgroups > 1 else (False,),
+        "persistent": _OFF_ON,
+        "consumer_registers": (0, *_FEWER_REGISTERS[num_warpgroups]),
+    }
+
+
+def _layouts(problem: ProblemClass, machine: Machine, rows_packed: int) -> dict[str, tuple]:
+    """How kernels for tensor cores are laid over the machine."""
+    if problem.family == "backward":
+        return {"num_splits": (1, 2, 4, 8)}
+    if problem.family != "forward":
+        return {}
+    # Where one row block a head fills the machine, splitting the keys only costs.
+    heads = problem.batch_heads // rows_packed
+    fewest = max(1, heads) * -(-problem.seqlen_q // 256)
+    most = max(1, _BLOCKS_PER_SM * machine.num_sms // fewest)
+    layouts = {"num_splits": tuple(2**i for i in range(8) if 2**i <= most)}
+    if problem.group_size > 1 and not problem.traits.alibi:
+        layouts["packed"] = _OFF_ON
+    layouts["heads_in_flight"] = _orders(problem, machine)
+    return layouts
+
+
+def _orders(problem: ProblemClass, machine: Machine) -> tuple[int, ...]:
+    """How many heads may be in flight; 0 is as many as the L2 has room for."""
+    traits = problem.traits
+    head = problem.seqlen_k * (traits.head_dim + traits.head_dim_v) * traits.dtype_bytes
+    if head * problem.batch_heads <= machine.l2_bytes // 2:
+        return (0,)
+    return tuple(n for n in (0, 1, 4, 16, 64) if n < problem.batch_heads) or (0,)
