@@ -5,6 +5,7 @@ import sys
 
 from bench import fp8_accuracy, report, speed, toolchains, tuner, verify
 from bench.first_light import command as first_light
+from bench.machine_code import command as machine_code
 from numflash.commands import command
 
 
@@ -20,6 +21,7 @@ def main(argv: list[str] | None = None) -> int:
     tuner.add_command(commands)
     fp8_accuracy.add_command(commands)
     toolchains.add_command(commands)
+    machine_code.add_command(commands)
     arguments = parser.parse_args(argv)
     return arguments.run(arguments)
 

@@ -1,0 +1,138 @@
+"""What is kept of a kernel's machine code, and the file that holds it.
+
+The opcode sequence is stored whole, compressed, so that two files tell which instructions differ.
+The main loop is the innermost loop with the most products: those of tensor cores, or multiply-adds
+where a kernel has none, or else any instructions. Of several such loops, as with and without a
+mask, it is the one whose turn issues least. A turn issues what every turn passes through; an
+instruction is one issue slot of a scheduler.
+"""
+
+import base64
+import hashlib
+import json
+import zlib
+from collections import Counter
+from datetime import UTC, datetime
+from pathlib import Path
+
+from bench.machine_code.kernels import NamedKernel
+from numflash.compiler import get_cubin, source_hash, versions
+from numflash.configs import Traits, parse_config
+from numflash.devices import architecture, blocks_per_sm
+from numflash.sass import Loop, basic_blocks, disassemble, loops, opcodes
+from numflash.steady_state import MainLoop, read_main_loop, read_setmaxnreg
+
+SCHEMA = 1
+_TENSOR_PRODUCTS = ("HGMMA", "QGMMA", "HMMA", "QMMA")
+
+
+def figures_of(kernel: NamedKernel) -> dict:
+    """Compile a kernel, or find it in the cache; its figures, or "failed" with the reason."""
+    limits = architecture(kernel.arch)
+    try:
+        config = parse_config(kernel.family, kernel.config)
+        cubin = get_cubin(config, Traits.parse(kernel.traits), limits)
+        sass = disassemble(cubin.code)
+    except Exception as error:
+        return {"failed": " ".join(f"{type(error).__name__}: {error}".split())}
+    blocks, limited_by = blocks_per_sm(
+        limits, cubin.num_threads, cubin.registers, cubin.smem_bytes
+    )
+    sequence = opcodes(sass)
+    return {
+        "registers": cubin.registers,
+        "blocks_per_sm": blocks,
+        "limited_by": limited_by,
+        "threads": cubin.num_threads,
+        "smem_bytes": cubin.smem_bytes,
+        "spill_store_bytes": cubin.spill_store_bytes,
+        "spill_load_bytes": cubin.spill_load_bytes,
+        "stack_bytes": cubin.stack_bytes,
+        "warnings": list(cubin.warnings),
+        "parameters": [list(each) for each in cubin.parameters],
+        "instructions": len(sequence),
+        "opcodes": dict(sorted(Counter(name.split(".")[0] for name in sequence).items())),
+        "main_loop": main_loop(sass),
+        "later_registers": {
+            action: found.named for action, found in read_setmaxnreg(sass).items()
+        },
+        "sequence_hash": hashlib.sha256("\n".join(sequence).encode()).hexdigest()[:16],
+        "sequence": _packed(sequence),
+    }
+
+
+def main_loop(sass: str) -> dict | None:
+    """The main loop of nvdisasm's text; None if the kernel has no loop.
+
+    Returns:
+        "issued", instructions that every turn passes through; "instructions", all of the loop;
+        "products" among them; "opcodes" of what is issued. Of warpgroups' products also
+        "overlapped", exponentials that are issued while products are under way, and "clocks".
+    """
+    blocks = basic_blocks(sass)
+    names = [Counter(x.name for x in block.instructions) for block in blocks]
+    found = loops(blocks)
+    for kind in (_TENSOR_PRODUCTS, ("FFMA",), None):
+        turns = {loop.body: _turn(names, loop, kind) for loop in found}
+        turns = {body: turn for body, turn in turns.items() if turn["products"]}
+        innermost = [turn for x, turn in turns.items() if not any(y < x for y in turns)]
+        if innermost:
+            turn = min(innermost, key=lambda turn: (-turn["products"], turn["issued"]))
+            steady = read_main_loop(sass)
+            return turn if steady is None else turn | _of_warpgroups(steady)
+    return None
+
+
+def _of_warpgroups(steady: MainLoop) -> dict:
+    return {"overlapped": steady.overlapped_exponentials, "clocks": steady.clocks}
+
+
+def _turn(names: list[Counter], loop: Loop, kind: tuple[str, ...] | None) -> dict:
+    """What one loop does; products are instructions of a kind, or all where that is None."""
+    body = sum((names[n] for n in loop.body), Counter())
+    path = sum((names[n] for n in loop.path), Counter())
+    return {
+        "issued": path.total(),
+        "instructions": body.total(),
+        "products": body.total() if kind is None else sum(body[name] for name in kind),
+        "opcodes": dict(sorted(path.items())),
+    }
+
+
+def _packed(sequence: list[str]) -> str:
+    return base64.b64encode(zlib.compress("\n".join(sequence).encode(), 9)).decode()
+
+
+def unpacked(figures: dict) -> list[str]:
+    """The opcode sequence of a kernel's figures."""
+    return zlib.decompress(base64.b64decode(figures["sequence"])).decode().split("\n")
+
+
+def write(path: Path, only: list[str], kernels: dict[str, dict]) -> None:
+    """Write figures by kernels' names, a line for each kernel."""
+    made = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "compilers": versions(),
+        "sources": source_hash(),
+    }
+    lines = [f"  {json.dumps(name)}: {json.dumps(found)}" for name, found in kernels.items()]
+    head = f'{{"schema": {SCHEMA}, "made": {json.dumps(made)}, "only": {json.dumps(only)},'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join([head, '"kernels": {', ",\n".join(lines), "}}", ""]))
+
+
+def read(path: Path) -> dict:
+    """A file that `write` wrote.
+
+    Raises:
+        ValueError: it is none.
+        OSError: it cannot be read.
+    """
+    try:
+        found = json.loads(path.read_text())
+        if found["schema"] == SCHEMA and isinstance(found["kernels"], dict):
+            return found
+        reason = f"its schema is {found['schema']!r}, not {SCHEMA}"
+    except (ValueError, KeyError, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+    raise ValueError(f"{path} is no file of `python -m bench machine-code`: {reason}")
