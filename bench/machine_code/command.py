@@ -57,11 +57,11 @@ def run(arguments: argparse.Namespace) -> int:
     except (OSError, ValueError, UnsupportedError) as error:
         print(f"python -m bench machine-code: error: {error}", file=sys.stderr)
         return 2
-    text, is_worse = compare.report(before, after)
+    text, passes = compare.report(before, after)
     print(text)
     if arguments.diff is not None:
         print("\n".join(compare.opcode_differences(before, after, arguments.diff)))
-    return int(is_worse)
+    return int(not passes)
 
 
 def _write(arguments: argparse.Namespace) -> int:

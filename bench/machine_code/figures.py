@@ -38,7 +38,6 @@ def figures_of(kernel: NamedKernel) -> dict:
     blocks, limited_by = blocks_per_sm(
         limits, cubin.num_threads, cubin.registers, cubin.smem_bytes
     )
-    sequence = opcodes(sass)
     return {
         "registers": cubin.registers,
         "blocks_per_sm": blocks,
@@ -50,14 +49,22 @@ def figures_of(kernel: NamedKernel) -> dict:
         "stack_bytes": cubin.stack_bytes,
         "warnings": list(cubin.warnings),
         "parameters": [list(each) for each in cubin.parameters],
-        "instructions": len(sequence),
-        "opcodes": dict(sorted(Counter(name.split(".")[0] for name in sequence).items())),
         "main_loop": main_loop(sass),
         "later_registers": {
             action: found.named for action, found in read_setmaxnreg(sass).items()
         },
-        "sequence_hash": hashlib.sha256("\n".join(sequence).encode()).hexdigest()[:16],
-        "sequence": _packed(sequence),
+        **of_opcodes(opcodes(sass)),
+    }
+
+
+def of_opcodes(sequence: list[str]) -> dict:
+    """The figures that follow from the opcodes of a kernel in order, with their modifiers."""
+    text = "\n".join(sequence).encode()
+    return {
+        "instructions": len(sequence),
+        "opcodes": dict(sorted(Counter(name.split(".")[0] for name in sequence).items())),
+        "sequence_hash": hashlib.sha256(text).hexdigest()[:16],
+        "sequence": base64.b64encode(zlib.compress(text, 9)).decode(),
     }
 
 
@@ -97,10 +104,6 @@ def _turn(names: list[Counter], loop: Loop, kind: tuple[str, ...] | None) -> dic
         "products": body.total() if kind is None else sum(body[name] for name in kind),
         "opcodes": dict(sorted(path.items())),
     }
-
-
-def _packed(sequence: list[str]) -> str:
-    return base64.b64encode(zlib.compress("\n".join(sequence).encode(), 9)).decode()
 
 
 def unpacked(figures: dict) -> list[str]:
