@@ -3,9 +3,9 @@
 A kernel is worse where fewer blocks fit on an SM (registers or shared memory crossed a step of
 occupancy), where it has more instructions or its main loop issues more, where fewer exponentials
 overlap with products, where it spills more or has another warning, where its main loop is found on
-one side only, where it compiles no more, or where it is gone. More registers that leave room for
-as many blocks are counted apart: they fail nothing. Names of parameters and
-functions are free to change; a change of the parameters' types in order is shown.
+one side only, where it no longer compiles, or where it is gone. More registers that leave room
+for as many blocks are counted apart: they fail nothing. Names of parameters and functions are free
+to change; a change of the parameters' types in order is shown.
 """
 
 import difflib
