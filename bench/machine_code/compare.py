@@ -1,11 +1,11 @@
 """Two files of machine-code figures: what differs, and whether it got worse.
 
 A kernel is worse where fewer blocks fit on an SM (registers or shared memory crossed a step of
-occupancy), where it has more instructions or its main loop issues more, where fewer exponentials
-overlap with products, where it spills more or has another warning, where its main loop is found on
-one side only, where it no longer compiles, or where it is gone. More registers that leave room
-for as many blocks are counted apart: they fail nothing. Names of parameters and functions are free
-to change; a change of the parameters' types in order is shown.
+occupancy), where it or its main loop has more instructions or a turn of that issues more, where
+fewer exponentials overlap with products, where it spills more or has another warning, where its
+main loop is found on one side only, where it no longer compiles, or where it is gone. More
+registers that leave room for as many blocks are counted apart: they fail nothing. Names of
+parameters and functions are free to change; a change of the parameters' types in order is shown.
 """
 
 import difflib
@@ -207,6 +207,7 @@ def _measures(before: dict, after: dict) -> Iterator[tuple[str, int, int, int]]:
     loops = before["main_loop"], after["main_loop"]
     if all(loops):
         yield "main loop issues", 1, *(loop["issued"] for loop in loops)
+        yield "main loop has", 1, *(loop["instructions"] for loop in loops)
         yield "overlapped exponentials", -1, *(loop.get("overlapped", 0) for loop in loops)
     # More registers count by the blocks that they leave room for.
     if not _more_registers(before, after):

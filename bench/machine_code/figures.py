@@ -3,7 +3,8 @@
 The opcode sequence is stored whole, compressed, so that two files tell which instructions differ.
 The main loop is the innermost loop with the most products: those of tensor cores, or multiply-adds
 where a kernel has none, or else any instructions. Of several such loops, as with and without a
-mask, it is the one whose turn issues least. A turn issues what every turn passes through; an
+mask, it is the one whose turn issues least. A turn issues what cannot be avoided on the way round
+through the block with the most products: a mask can, and so can a whole tile that nothing sees. An
 instruction is one issue slot of a scheduler.
 """
 
@@ -19,7 +20,7 @@ from bench.machine_code.kernels import NamedKernel
 from numflash.compiler import get_cubin, source_hash, versions
 from numflash.configs import Traits, parse_config
 from numflash.devices import architecture, blocks_per_sm
-from numflash.sass import Loop, basic_blocks, disassemble, loops, opcodes
+from numflash.sass import Block, basic_blocks, disassemble, loops, opcodes
 from numflash.steady_state import MainLoop, read_main_loop, read_setmaxnreg
 
 SCHEMA = 1
@@ -72,7 +73,7 @@ def main_loop(sass: str) -> dict | None:
     """The main loop of nvdisasm's text; None if the kernel has no loop.
 
     Returns:
-        "issued", instructions that every turn passes through; "instructions", all of the loop;
+        "issued", instructions of a turn with products; "instructions", all of the loop;
         "products" among them; "opcodes" of what is issued. Of warpgroups' products also
         "overlapped", exponentials that are issued while products are under way, and "clocks".
     """
@@ -80,11 +81,14 @@ def main_loop(sass: str) -> dict | None:
     names = [Counter(x.name for x in block.instructions) for block in blocks]
     found = loops(blocks)
     for kind in (_TENSOR_PRODUCTS, ("FFMA",), None):
-        turns = {loop.body: _turn(names, loop, kind) for loop in found}
-        turns = {body: turn for body, turn in turns.items() if turn["products"]}
-        innermost = [turn for x, turn in turns.items() if not any(y < x for y in turns)]
-        if innermost:
-            turn = min(innermost, key=lambda turn: (-turn["products"], turn["issued"]))
+        products = [
+            count.total() if kind is None else sum(count[x] for x in kind) for count in names
+        ]
+        bodies = [loop.body for loop in found if any(products[n] for n in loop.body)]
+        innermost = [x for x in bodies if not any(y < x for y in bodies)]
+        turns = [_turn(blocks, names, body, products) for body in innermost]
+        if turns:
+            turn = min(turns, key=lambda turn: (-turn["products"], turn["issued"]))
             steady = read_main_loop(sass)
             return turn if steady is None else turn | _of_warpgroups(steady)
     return None
@@ -94,16 +98,35 @@ def _of_warpgroups(steady: MainLoop) -> dict:
     return {"overlapped": steady.overlapped_exponentials, "clocks": steady.clocks}
 
 
-def _turn(names: list[Counter], loop: Loop, kind: tuple[str, ...] | None) -> dict:
-    """What one loop does; products are instructions of a kind, or all where that is None."""
-    body = sum((names[n] for n in loop.body), Counter())
-    path = sum((names[n] for n in loop.path), Counter())
+def _turn(
+    blocks: list[Block], names: list[Counter], body: frozenset[int], products: list[int]
+) -> dict:
+    """What a loop does; `products` are those of each block."""
+    most = max(body, key=lambda n: (products[n], -n))
+    passed = sum((names[n] for n in _passed(blocks, body, most)), Counter())
     return {
-        "issued": path.total(),
-        "instructions": body.total(),
-        "products": body.total() if kind is None else sum(body[name] for name in kind),
-        "opcodes": dict(sorted(path.items())),
+        "issued": passed.total(),
+        "instructions": sum(names[n].total() for n in body),
+        "products": sum(products[n] for n in body),
+        "opcodes": dict(sorted(passed.items())),
     }
+
+
+def _passed(blocks: list[Block], body: frozenset[int], through: int) -> list[int]:
+    """The blocks of a loop that every turn through one of them passes."""
+
+    def comes_round(without: int) -> bool:
+        seen, pending = set(), [through]
+        while pending:
+            for number in blocks[pending.pop()].successors:
+                if number == through:
+                    return True
+                if number in body and number != without and number not in seen:
+                    seen.add(number)
+                    pending.append(number)
+        return False
+
+    return [n for n in body if n == through or not comes_round(n)]
 
 
 def unpacked(figures: dict) -> list[str]:
