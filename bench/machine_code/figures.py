@@ -1,8 +1,9 @@
 """What is kept of a kernel's machine code, and the file that holds it.
 
 The opcode sequence is stored whole, compressed, so that two files tell which instructions differ.
-The main loop is the innermost loop with the most products: those of tensor cores, or multiply-adds
-where a kernel has none, or else any instructions. Of several such loops, as with and without a
+The main loop is the innermost loop with products and exponentials, or with products alone where
+there is none: those of tensor cores, or multiply-adds where a kernel has none, or else any
+instructions. What a loop inside repeats counts once. Of several main loops, as with and without a
 mask, it is the one whose turn issues least. A turn issues what cannot be avoided on the way round
 through the block with the most products: a mask can, and so can a whole tile that nothing sees. An
 instruction is one issue slot of a scheduler.
@@ -10,6 +11,7 @@ instruction is one issue slot of a scheduler.
 
 import base64
 import hashlib
+import itertools
 import json
 import zlib
 from collections import Counter
@@ -80,11 +82,17 @@ def main_loop(sass: str) -> dict | None:
     blocks = basic_blocks(sass)
     names = [Counter(x.name for x in block.instructions) for block in blocks]
     found = loops(blocks)
-    for kind in (_TENSOR_PRODUCTS, ("FFMA",), None):
-        products = [
-            count.total() if kind is None else sum(count[x] for x in kind) for count in names
+    exponentials = [any(x.opcode.startswith("MUFU.EX2") for x in b.instructions) for b in blocks]
+    for kind, with_softmax in itertools.product(
+        (_TENSOR_PRODUCTS, ("FFMA",), None), (True, False)
+    ):
+        products = [x.total() if kind is None else sum(x[name] for name in kind) for x in names]
+        bodies = [
+            loop.body
+            for loop in found
+            if any(products[n] for n in loop.body)
+            and (any(exponentials[n] for n in loop.body) or not with_softmax)
         ]
-        bodies = [loop.body for loop in found if any(products[n] for n in loop.body)]
         innermost = [x for x in bodies if not any(y < x for y in bodies)]
         turns = [_turn(blocks, names, body, products) for body in innermost]
         if turns:

@@ -237,6 +237,21 @@ def test_the_main_loop_has_the_most_products():
     assert figures.main_loop("        /*0000*/ EXIT ;\n") is None
 
 
+def test_a_loop_over_columns_is_not_the_main_loop():
+    sass = """
+.L_1:
+        /*0000*/ IADD3 R1, R1, 0x1, RZ ;
+.L_2:
+        /*0010*/ HMMA.16816.F32 R8, R12, R2, R8 ;
+        /*0020*/ @P0 BRA `(.L_2) ;
+        /*0030*/ MUFU.EX2 R4, R4 ;
+        /*0040*/ @P2 BRA `(.L_1) ;
+        /*0050*/ EXIT ;
+"""
+    assert figures.main_loop(sass)["instructions"] == 5
+    assert figures.main_loop(sass.replace("EX2", "RCP"))["instructions"] == 2
+
+
 def test_a_tile_that_is_passed_over_is_no_turn():
     sass = """
 .L_1:
