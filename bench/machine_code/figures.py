@@ -22,7 +22,7 @@ from bench.machine_code.kernels import NamedKernel
 from numflash.compiler import get_cubin, source_hash, versions
 from numflash.configs import Traits, parse_config
 from numflash.devices import architecture, blocks_per_sm
-from numflash.sass import Block, basic_blocks, disassemble, loops, opcodes
+from numflash.sass import Block, Loop, basic_blocks, disassemble, loops, opcodes
 from numflash.steady_state import MainLoop, read_main_loop, read_setmaxnreg
 
 SCHEMA = 1
@@ -87,14 +87,14 @@ def main_loop(sass: str) -> dict | None:
         (_TENSOR_PRODUCTS, ("FFMA",), None), (True, False)
     ):
         products = [x.total() if kind is None else sum(x[name] for name in kind) for x in names]
-        bodies = [
-            loop.body
+        candidates = [
+            loop
             for loop in found
             if any(products[n] for n in loop.body)
             and (any(exponentials[n] for n in loop.body) or not with_softmax)
         ]
-        innermost = [x for x in bodies if not any(y < x for y in bodies)]
-        turns = [_turn(blocks, names, body, products) for body in innermost]
+        innermost = [x for x in candidates if not any(y.body < x.body for y in candidates)]
+        turns = [_turn(blocks, names, loop, products) for loop in innermost]
         if turns:
             turn = min(turns, key=lambda turn: (-turn["products"], turn["issued"]))
             steady = read_main_loop(sass)
@@ -106,35 +106,38 @@ def _of_warpgroups(steady: MainLoop) -> dict:
     return {"overlapped": steady.overlapped_exponentials, "clocks": steady.clocks}
 
 
-def _turn(
-    blocks: list[Block], names: list[Counter], body: frozenset[int], products: list[int]
-) -> dict:
+def _turn(blocks: list[Block], names: list[Counter], loop: Loop, products: list[int]) -> dict:
     """What a loop does; `products` are those of each block."""
-    most = max(body, key=lambda n: (products[n], -n))
-    passed = sum((names[n] for n in _passed(blocks, body, most)), Counter())
+    most = max(loop.body, key=lambda n: (products[n], -n))
+    passed = sum((names[n] for n in _passed(blocks, loop, most)), Counter())
     return {
         "issued": passed.total(),
-        "instructions": sum(names[n].total() for n in body),
-        "products": sum(products[n] for n in body),
+        "instructions": sum(names[n].total() for n in loop.body),
+        "products": sum(products[n] for n in loop.body),
         "opcodes": dict(sorted(passed.items())),
     }
 
 
-def _passed(blocks: list[Block], body: frozenset[int], through: int) -> list[int]:
+def _passed(blocks: list[Block], loop: Loop, through: int) -> list[int]:
     """The blocks of a loop that every turn through one of them passes."""
+    first = loop.path[0]
 
-    def comes_round(without: int) -> bool:
-        seen, pending = set(), [through]
+    def leads(start: int, end: int, without: int) -> bool:
+        seen, pending = set(), [start]
         while pending:
             for number in blocks[pending.pop()].successors:
-                if number == through:
+                if number == end:
                     return True
-                if number in body and number != without and number not in seen:
+                if number in loop.body and number != without and number not in seen:
                     seen.add(number)
                     pending.append(number)
         return False
 
-    return [n for n in body if n == through or not comes_round(n)]
+    def is_passed(number: int) -> bool:
+        there = first == through or leads(first, through, number)
+        return number in (first, through) or not (there and leads(through, first, number))
+
+    return [n for n in loop.body if is_passed(n)]
 
 
 def unpacked(figures: dict) -> list[str]:

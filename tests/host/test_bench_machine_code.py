@@ -248,7 +248,8 @@ def test_a_loop_over_columns_is_not_the_main_loop():
         /*0040*/ @P2 BRA `(.L_1) ;
         /*0050*/ EXIT ;
 """
-    assert figures.main_loop(sass)["instructions"] == 5
+    found = figures.main_loop(sass)
+    assert (found["issued"], found["instructions"]) == (5, 5)
     assert figures.main_loop(sass.replace("EX2", "RCP"))["instructions"] == 2
 
 
