@@ -61,7 +61,12 @@ def figures_of(kernel: NamedKernel) -> dict:
 
 
 def of_opcodes(sequence: list[str]) -> dict:
-    """The figures that follow from the opcodes of a kernel in order, with their modifiers."""
+    """The figures that follow from the opcodes of a kernel in order, with their modifiers.
+
+    NOPs at the end only fill up the last lines of the instruction cache, and are left out.
+    """
+    end = next((i for i in range(len(sequence), 0, -1) if sequence[i - 1] != "NOP"), 0)
+    sequence = sequence[:end]
     text = "\n".join(sequence).encode()
     return {
         "instructions": len(sequence),

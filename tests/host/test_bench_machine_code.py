@@ -99,7 +99,7 @@ def only_difference(**changes) -> compare.Difference:
         ({"main_loop": LOOP | {"instructions": 181}}, "WORSE", "main loop has 180 -> 181"),
         ({"main_loop": LOOP | {"products": 65}}, "same", "the main loop is read in another way"),
         ({"main_loop": None}, "WORSE", "main loop on one side only"),
-        ({"opcodes": [*OPCODES, "NOP"]}, "WORSE", "instructions 3 -> 4"),
+        ({"opcodes": [*OPCODES, "MOV"]}, "WORSE", "instructions 3 -> 4"),
         ({"opcodes": OPCODES[1:]}, "better", ""),
         ({"opcodes": [*OPCODES[1:], "MOV"]}, "same", "other opcodes"),
         ({"opcodes": [OPCODES[1], OPCODES[0], OPCODES[2]]}, "same", "another order"),
@@ -120,6 +120,12 @@ def test_a_shorter_overlap_is_worse():
     sides = [file(**{NAME: kernel(main_loop=LOOP | {"overlapped": n})}) for n in (64, 63)]
     (found,) = compare.compare(*sides)
     assert found.verdict == "WORSE" and "overlapped exponentials 64 -> 63" in found.notes[0]
+
+
+def test_what_fills_up_the_last_line_is_no_change():
+    assert compare.compare(file(), file(**{NAME: kernel([*OPCODES, "NOP", "NOP"])})) == []
+    (found,) = compare.compare(file(), file(**{NAME: kernel([OPCODES[0], "NOP", *OPCODES[1:]])}))
+    assert found.verdict == "WORSE"
 
 
 def test_names_of_parameters_are_free():
