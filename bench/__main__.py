@@ -6,6 +6,7 @@ import sys
 from bench import speed, verify
 from bench.first_light import command as first_light
 from bench.fp8_accuracy import study as fp8_accuracy
+from bench.machine_code import command as machine_code
 from bench.studies import toolchains, tuner
 from bench.tables import report
 from numflash.runtime.commands import command
@@ -23,6 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     tuner.add_command(commands)
     fp8_accuracy.add_command(commands)
     toolchains.add_command(commands)
+    machine_code.add_command(commands)
     arguments = parser.parse_args(argv)
     return arguments.run(arguments)
 

@@ -1,0 +1,1 @@
+"""The machine code of numflash's kernels as figures, and two such files compared."""
