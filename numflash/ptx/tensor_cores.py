@@ -12,7 +12,7 @@ Every product is d += a b with a of 16 x k, b of k x 8 and d of 16 x 8. Lane l s
     b[i]     (4 t + h + 16 i, g)
 
 Sums are exact here and rounded once; the hardware aligns the terms of a sum to the largest and
-cuts off what lies below, so its last bits may differ. `numflash.simulator.sums` has models of
+cuts off what lies below, so its last bits may differ. `numflash.runtime.sums` has models of
 that.
 """
 
@@ -25,7 +25,7 @@ from numflash.configs.formats import FORMATS
 from numflash.ptx.instruction import Regs, Shared, instruction
 from numflash.ptx.scalars import f32, i64, u8, u16, u32
 from numflash.runtime.mode import SIMULATED
-from numflash.simulator.sums import add_products
+from numflash.runtime.sums import add_products
 
 if SIMULATED:
     from numflash.simulator.engine import current_thread

@@ -3,7 +3,7 @@
 `engine` schedules the threads of a block, `memory` poisons and checks what they touch, `cuda` is
 the `cuda` module that a simulated kernel sees, `launch` runs grids and installs the engine. What
 only some kernels need of a block are its `parts`: `async_copies`, `mbarriers`, `bulk_copies`,
-`warpgroup`, `proxies`, `register_pool`. How products add up is in `numflash.simulator.sums`.
+`warpgroup`, `proxies`, `register_pool`. How products add up is in `numflash.runtime.sums`.
 """
 
 from numflash.simulator.cuda import cuda

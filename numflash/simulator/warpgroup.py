@@ -20,13 +20,13 @@ from functools import cache
 import ml_dtypes
 import numpy as np
 
+from numflash.runtime.sums import add_products
 from numflash.simulator.engine import current_thread
 from numflash.simulator.errors import SimulationError
 from numflash.simulator.local_arrays import BeingRead, InFlight, Local, whole
 from numflash.simulator.memory import POISON
 from numflash.simulator.parts import Part
 from numflash.simulator.proxies import AsyncProxy
-from numflash.simulator.sums import add_products
 from numflash.simulator.tensor_maps import swizzled
 
 WARPS_APART = True

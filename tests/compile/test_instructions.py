@@ -81,7 +81,7 @@ def test_a_product_of_e4m3_is_one_instruction(arch):
 
 
 def test_on_hopper_a_product_of_e4m3_is_two_of_float16_and_an_addition():
-    """As `numflash.simulator.sums` says: even pairs of k from zero, then odd ones, then d."""
+    """As `numflash.runtime.sums` says: even pairs of k from zero, then odd ones, then d."""
     case = CASES["mma_m16n8k32_e4m3"][0]
     cubin = _compile(case, "sm_90a")
     lines = sass.disassemble(cubin.code).splitlines()

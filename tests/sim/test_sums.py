@@ -10,10 +10,10 @@ import pytest
 
 import numflash
 from numflash.calls import ready
+from numflash.runtime import sums
 from numflash.runtime.driver import limits_of_device
 from numflash.runtime.errors import UnsupportedError
 from numflash.runtime.switches import is_on
-from numflash.simulator import sums
 from tests.support.instruction_harness import run_simulated
 from tests.support.tensor_core_cases import TENSOR_CORE_CASES
 from tests.support.wgmma_cases import WGMMA_CASES

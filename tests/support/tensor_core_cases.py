@@ -1,7 +1,7 @@
 """Cases of the instructions of the tensor cores: products of a warp, and `ldmatrix`.
 
 Two warps, each with registers of its own. Hardware cuts the terms of a sum
-(`numflash.simulator.sums`), so most inputs have sums that are exact in any order and with few
+(`numflash.runtime.sums`), so most inputs have sums that are exact in any order and with few
 bits.
 """
 
@@ -29,7 +29,7 @@ from tests.support.instruction_harness import THREADS, InstructionCase
 # At most 17 positive terms are added, and of each less than a unit of the largest is lost.
 _SUM_TOLERANCE_ULP = 17
 # Products of 8-bit floats are added with 13 bits after the point on Ada and Hopper: 33 terms and
-# the result lose less than a unit each, of 2 ** 10 ulp. `numflash.simulator.sums` says who
+# the result lose less than a unit each, of 2 ** 10 ulp. `numflash.runtime.sums` says who
 # verified it.
 E4M3_SUM_BITS = 13
 _E4M3_SUM_TOLERANCE_ULP = 34 * 2 ** (23 - E4M3_SUM_BITS)

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, Protocol
 
 from numflash.problem.classes import ProblemClass
@@ -52,6 +53,10 @@ class Measurer(Protocol):
         Returns:
             Config -> milliseconds, one for each round; none of a config that failed.
         """
+
+
+# The name under which a child finds the tuner: the installed one, or that of the checkout.
+_PACKAGE = "numflash_tuner" if find_spec("numflash_tuner") else "tuner"
 
 
 @dataclass(frozen=True)
@@ -117,7 +122,7 @@ class DeviceMeasurer:
             sys.executable,
             "-P",
             "-m",
-            f"{__package__}.worker",
+            f"{_PACKAGE}.measuring.worker",
             str(ordinal),
         ]
         self._order = random.Random(seed)

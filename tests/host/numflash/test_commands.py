@@ -10,7 +10,7 @@ import pytest
 
 from numflash.runtime.commands import UNREAD, command
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 EXAMPLES = sorted(
     path.name for path in (ROOT / "examples").glob("*.py") if "__main__" in path.read_text()
 )

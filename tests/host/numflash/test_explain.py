@@ -135,7 +135,7 @@ def test_what_is_refused_there_is_refused():
 
 @pytest.mark.parametrize("arch", ["sm_80", None])
 def test_options_that_no_call_has_are_refused_by_name(arch, monkeypatch):
-    monkeypatch.setattr(numflash.explain, "library_of", lambda array, name: None)
+    monkeypatch.setattr(numflash.api.explain, "library_of", lambda array, name: None)
     q = array(2, 500, 4, 64)
     for name in ("foo", "out", "described"):
         with pytest.raises(TypeError, match=f"explain_dispatch got unknown options: {name}; it t"):

@@ -581,7 +581,8 @@ def test_the_text_is_on_the_disk_before_it_has_its_name(monkeypatch):
 PREAMBLE = """
 import os, signal, sys, time
 from dataclasses import replace
-from numflash import files, store
+from numflash.runtime import files
+from numflash.selection import store
 from numflash.runtime.cache_folder import folder_for
 from numflash.selection.entries import parse_table
 ((A100, (OTHER,)), (H200, (ENTRY,))) = parse_table(sys.argv[1].encode()).items()
@@ -594,7 +595,7 @@ def run(program: str, *arguments: str) -> subprocess.Popen:
     table = format_table({A100: [Row.of(OTHER)], H200: [Row.of(ENTRY)]})
     return subprocess.Popen(
         [sys.executable, "-c", PREAMBLE + program, table, *arguments],
-        cwd=Path(__file__).parents[2],
+        cwd=Path(__file__).parents[3],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

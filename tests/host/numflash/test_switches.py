@@ -16,7 +16,7 @@ from numflash.runtime import driver, switches
 from numflash.runtime.mode import SIMULATED
 from numflash.selection import autotune, capture, tuned
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 OFF = ["0", "00", " 0 ", "-0", "False", "false", "off", "OFF", "no"]
 ON = ["1", "01", "2", "-1", " 1\n", "True", "on", "yes"]
 

@@ -30,7 +30,7 @@ from tuner.measuring.clocks import ClockLog
 from tuner.measuring.device_lock import device_lock
 from tuner.measuring.measurer import DeviceMeasurer, DeviceUnavailableError, Limits
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PROBLEM = ProblemClass.parse("forward float16-d64-dv64-vec causal q4096 k4096 bh64 g1")
 SMALL = ProblemClass.parse("forward float32-d32-dv32-vec full q8 k8 bh1 g1")
 CONFIG = "m16n32w1"
@@ -855,7 +855,7 @@ SERVER = """
 import sys
 import tempfile
 sys.path.insert(0, {root!r})
-from tests.host.test_tuner_measure import FakeDevice
+from tests.host.tuner.test_measure import FakeDevice
 from tuner.measuring import worker
 worker._ORPHAN_SECONDS = 0.2
 device = {device}
