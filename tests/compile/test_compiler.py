@@ -168,7 +168,7 @@ def key_of(*arguments):
     with pytest.MonkeyPatch.context() as patch:
         keys = []
         patch.setattr(compiler, "_cubins", {})
-        patch.setattr(compiler.disk, "read", lambda key: keys.append(key))
+        patch.setattr(compiler.cubins, "read", lambda key: keys.append(key))
         patch.setattr(compiler, "_compile_logged", lambda *_: None)
         get_cubin(*arguments)
     return keys[0]

@@ -320,7 +320,7 @@ def test_it_refuses_the_simulator():
 
 def test_without_a_disassembler():
     program = (
-        "from numflash import inspect, sass\n"
+        "from numflash.api import inspect; from numflash.machine_code import sass\n"
         "sass.find_disassembler = lambda: None\n"
         f"raise SystemExit(inspect.main({[*DELTA, '--json']!r}))"
     )
@@ -392,7 +392,7 @@ def test_info_with_nothing_installed():
         "def missing(name):\n"
         "    raise metadata.PackageNotFoundError(name)\n"
         "metadata.version = metadata.files = missing\n"
-        "from numflash import info\n"
+        "from numflash.api import info\n"
         "raise SystemExit(info.main([]))"
     )
     done = run("-c", program)
