@@ -538,7 +538,7 @@ def run():
     return numba_kernel.BlockManager.__module__, strict
 
 assert run() == ("numba.cuda.simulator.kernel", True)
-import numflash.mode
+import numflash.runtime.mode
 assert run() == ("numba.cuda.simulator.kernel", True)
 import numflash.ptx
 assert run() == ("numflash.simulator.launch", False)
