@@ -455,7 +455,7 @@ def test_the_key_depends_on_the_sources(tmp_path, monkeypatch):
         "tiles/scores.py",
         "tiles/mma/products.py",
         "kernels/portable/delta.py",
-        "kernels/sm80/forward.py",
+        "kernels/mma/forward.py",
         "configs/sm80.py",
         "configs/traits.py",
     ):

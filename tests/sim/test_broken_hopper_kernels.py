@@ -29,10 +29,10 @@ CHAIN = (
     "tiles/wgmma/results",
     "tiles/mma/softmax",
     "tiles/wgmma/softmax",
-    "kernels/sm90/ring",
-    "kernels/sm90/producer",
-    "kernels/sm90/finish",
-    "kernels/sm90/forward",
+    "kernels/wgmma/ring",
+    "kernels/wgmma/producer",
+    "kernels/wgmma/finish",
+    "kernels/wgmma/forward",
 )
 
 
@@ -168,7 +168,7 @@ _SYNCHRONISATION = (
 
 
 _FORWARD, _PRODUCER, _RING, _FINISH = (
-    f"kernels/sm90/{name}" for name in ("forward", "producer", "ring", "finish")
+    f"kernels/wgmma/{name}" for name in ("forward", "producer", "ring", "finish")
 )
 _PRODUCTS, _RESULTS, _SOFTMAX, _TURNS = (
     f"tiles/wgmma/{name}" for name in ("products", "results", "softmax", "turns")

@@ -1,6 +1,6 @@
 """Published speeds of attention, and what the offline model says of the same kernels.
 
-FlashAttention-2's and -3's kernels have the structure of `kernels.sm80` and `kernels.sm90`, so
+FlashAttention-2's and -3's kernels have the structure of `kernels.mma` and `kernels.wgmma`, so
 that a config of ours stands for each. What they do otherwise is put into the comparison:
 
 - FlashAttention-2 starts the blocks of a head from the first rows to the last, which with a causal

@@ -16,7 +16,7 @@ _LOAD_BYTES = _WARP * _VECTOR_BYTES
 # Multiply-adds of one instruction.
 _MMA = {"sm80": 16 * 8 * 16, "sm75": 16 * 8 * 8, "tf32": 16 * 8 * 8}
 # Instructions beside each 16-byte copy to shared memory, for its address and bounds: in the
-# docstring of `kernels.sm80.forward`; in the portable kernels, which also convert, by disassembly.
+# docstring of `kernels.mma.forward`; in the portable kernels, which also convert, by disassembly.
 _COPY_FMA, _COPY_ALU = 2, 5
 _PORTABLE_COPY_FMA, _PORTABLE_COPY_ALU = 9, 11
 # Instructions a score of the features, by disassembly.

@@ -1,16 +1,16 @@
 """Forward on 8-bit floats: O = softmax(softmax_scale Q K^T) V of e4m3 codes and their scales.
 
-The walk is that of `kernels.sm80.forward`: a block owns tile_m rows of Q, a warp whole rows, and K
+The walk is that of `kernels.mma.forward`: a block owns tile_m rows of Q, a warp whole rows, and K
 and V come in tiles of tile_n. What 8 bits change:
 
     S     the product of codes times the scales of its row and of its tile of K; with `key_scales`
           of each key
-    P     rounded to e4m3 in units of its tile's largest score (`tiles.fp8.softmax`), with
+    P     rounded to e4m3 in units of its tile's largest score (`tiles.mma.fp8_softmax`), with
           `key_scales` times the scale of V of its key
     V     comes with tokens innermost, so that both products read operand B by rows, and in the
           order in which P leaves the accumulators: no shuffle and no transposition
     O     each tile's P V is summed up by itself and then added, in float32, with a weight in
-          which V's scale is (`tiles.fp8.products`)
+          which V's scale is (`tiles.mma.fp8_products`)
 
 Where there are no e4m3 products the codes become float16, which holds them exactly, on their way
 to shared memory: the results differ only by the rounding of sums.
