@@ -2,7 +2,7 @@
 
 Registers, spills, shared memory, how many blocks fit on an SM and what allows no more, which
 instructions the kernel consists of, and what the compiler complained about. Of kernels whose
-products are those of warpgroups, also what their main loop does for each tile (`steady_state`).
+products are those of warpgroups, also what their main loop does for each tile (`main_loop`).
 """
 
 import argparse

@@ -1,7 +1,7 @@
-"""Calls made ready: a problem checked, its kernels chosen and bound to all but addresses.
+"""Forward and backward: a problem checked, its kernels chosen and bound to all but addresses.
 
-`api` keeps one `Forward` or `Backward` for each distinct problem and calls it again and again; the
-tuner binds the kernels of a `Backward` one by one.
+`ready` keeps one `Forward` or `Backward` for each distinct problem and calls it again and again;
+the tuner binds the kernels of a `Backward` one by one.
 """
 
 from collections.abc import Callable

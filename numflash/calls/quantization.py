@@ -1,7 +1,7 @@
 """Arrays to 8-bit floats and back, made ready: checked, and kernels bound to all but addresses.
 
 A made-ready object holds what follows from shapes, strides and options; `bind` allocates for one
-array and returns functions that launch. `fp8_arrays` has the public functions.
+array and returns functions that launch. `api.quantize` has the public functions.
 """
 
 from collections.abc import Callable

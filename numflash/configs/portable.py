@@ -19,7 +19,7 @@ class SmemLayout:
 
     A pitch is the distance between rows, in floats. Rows of `head_dim` floats are padded by 4;
     rows of scores, a multiple of 8, to an odd multiple of 8. This spreads the lanes of
-    `tiles.lanes` over all banks.
+    `tiles.portable.lanes` over all banks.
     """
 
     def __init__(self, **shapes: tuple[int, int]):

@@ -1,7 +1,7 @@
 """Machine code as text: NVIDIA's disassembler, and what it says, counted and taken apart.
 
 Instructions are counted by opcode, or read as basic blocks with the jumps between them, of which
-loops are found. What a loop of a kernel does is for others to say (`steady_state`).
+loops are found. What a loop of a kernel does is for others to say (`main_loop`).
 
 `nvdisasm` comes from pip (`nvidia-cuda-nvdisasm`, which reads the cubins of every CUDA version) or
 with a CUDA toolkit. It needs neither GPU nor driver.

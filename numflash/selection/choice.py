@@ -1,6 +1,6 @@
 """Which kernels run a call: those the caller forces, those that were tuned, else those by rule.
 
-`dispatch` knows the rules and `tuned` the configs that numflash-tune has found; here they meet the
+`rules` knows the rules and `tuned` the configs that numflash-tune has found; here they meet the
 device and the problem.
 """
 

@@ -27,7 +27,7 @@ class Machine:
 
     Attributes:
         name: as the driver gives it, "NVIDIA A100-SXM4-80GB"; or that of an architecture, "sm_80".
-        arch: as in `devices.ARCHITECTURES`.
+        arch: as in `numflash.runtime.devices.ARCHITECTURES`.
         num_sms: multiprocessors.
         clock_mhz: boost clock of the SMs.
         memory_gbps: bandwidth of the device memory, 1e9 bytes per second.
@@ -106,7 +106,7 @@ def of_device(
 
     Args:
         name: as the driver gives it; "GeForce" in it decides the matrix rate.
-        arch: as in `devices.ARCHITECTURES`.
+        arch: as in `numflash.runtime.devices.ARCHITECTURES`.
         num_sms, clock_mhz, memory_gbps, l2_bytes: as in `Machine`.
 
     Raises:

@@ -1,6 +1,6 @@
 """FlashAttention-2 on the tensor cores through `mma.sync`, for every GPU from Turing on.
 
-    forward         O and lse; with splits over the keys, parts that `portable.combine` adds up
+    forward         O and lse; with splits over the keys, parts that `shared.combine` adds up
     backward_dkdv   dK and dV, one block per row block of K and V
     backward_dq     dQ, one block per row block of Q
     backward        dK, dV and parts of dQ in one walk: five products a tile instead of seven

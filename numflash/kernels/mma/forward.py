@@ -10,7 +10,7 @@ token are neighbouring rows, so that K and V are read once for all of them. Row 
 r // pack of head r % pack.
 
 The keys may be split over `num_splits` blocks, which write float32 parts of O, each normalised by
-itself, and their lse; `portable.combine` puts the parts together.
+itself, and their lse; `shared.combine` puts the parts together.
 
 The main loop in machine code, a warp and a tile (bfloat16, head_dim 128, tile 128 x 64, sm_90a):
 

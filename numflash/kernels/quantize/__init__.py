@@ -1,6 +1,6 @@
-"""Attention on 8-bit floats, for every GPU from Turing on.
+"""The kernels of 8-bit floats, for every GPU from Turing on: what makes them, and the forward.
 
-    forward     O and lse from e4m3 codes and their scales
+    forward     O and lse from e4m3 codes and their scales: mma/fp8_forward.py
     quantize    codes and scales from numbers; or the maximum of each block of tokens
     amax        maxima of these maxima, for scales that many tokens share
     dequantize  numbers from codes and scales

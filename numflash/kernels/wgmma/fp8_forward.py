@@ -1,6 +1,6 @@
 """Forward on 8-bit floats on Hopper: O = softmax(softmax_scale Q K^T) V of e4m3 codes.
 
-The walk is that of `forward`, the numerics are those of `kernels.fp8.forward`: P is e4m3 in units
+The walk is that of `forward`, the numerics are those of `kernels.mma.fp8_forward`: P is e4m3 in units
 of its tile's largest score, and what a tile adds to O is multiplied by itself, into accumulators
 `part_acc` of its own, and added in float32 with its weight. So it does not matter that FP8 tensor
 cores are reported to add up with 14 bits, and the scales of V cost nothing.
@@ -8,7 +8,7 @@ cores are reported to add up with 14 bits, and the scales of V cost nothing.
 e4m3 products read both operands along k, which for P V are the keys: V comes with tokens
 innermost, in the order in which P leaves the accumulators. Results of more than 128 columns are
 added in parts of 64. A tile of keys has one scale of K and one of V; where they change within,
-`kernels.fp8.forward` runs.
+`kernels.mma.fp8_forward` runs.
 
 A tile of 128 keys costs a warpgroup, at head_dim 128 with overlap and pingpong, 512 clocks of the
 tensor cores (8 QGMMA), 528 of the special-function units (66 exponentials, two of them for the
