@@ -156,7 +156,7 @@ class QuantizeConfig(_Threads):
         return None
 
     def tile_words(self, traits: Traits) -> int:
-        """Words of shared memory in which codes change places; see `tiles.quantize.transposition`."""
+        """Shared words in which codes change places; see `tiles.quantize.transposition`."""
         if not self.transposed:
             return 0
         columns = traits.head_dim

@@ -1,7 +1,7 @@
 """The forward on 8-bit floats as machine code: what is chosen stays in registers, and multiplies.
 
-For each head_dim and GPU the config that `selection.rules` chooses, with scales of tiles and of keys in
-turn. NUMFLASH_TEST_EVERY_CONFIG=1 compiles all of them with every feature.
+For each head_dim and GPU the config that `selection.rules` chooses, with scales of tiles and of
+keys in turn. NUMFLASH_TEST_EVERY_CONFIG=1 compiles all of them with every feature.
 """
 
 import itertools

@@ -1,9 +1,9 @@
 """Forward on 8-bit floats on Hopper: O = softmax(softmax_scale Q K^T) V of e4m3 codes.
 
-The walk is that of `forward`, the numerics are those of `kernels.mma.fp8_forward`: P is e4m3 in units
-of its tile's largest score, and what a tile adds to O is multiplied by itself, into accumulators
-`part_acc` of its own, and added in float32 with its weight. So it does not matter that FP8 tensor
-cores are reported to add up with 14 bits, and the scales of V cost nothing.
+The walk is that of `forward`, the numerics are those of `kernels.mma.fp8_forward`: P is e4m3 in
+units of its tile's largest score, and what a tile adds to O is multiplied by itself, into
+accumulators `part_acc` of its own, and added in float32 with its weight. So it does not matter
+that FP8 tensor cores are reported to add up with 14 bits, and the scales of V cost nothing.
 
 e4m3 products read both operands along k, which for P V are the keys: V comes with tokens
 innermost, in the order in which P leaves the accumulators. Results of more than 128 columns are

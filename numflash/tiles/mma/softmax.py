@@ -198,9 +198,9 @@ def make_softmax_backward_by_row(m_tiles, n_tiles, softcap):
         P  = 2 ** (scale_log2 S - lse log2 e)
         dS = P * (softmax_scale dP - delta), times the cap's slope with softcap
 
-    `scales` are scale_log2 and softmax_scale; delta holds the latter, see `tiles.portable.gradients`. The
-    rows are queries: lses (in base 2, +inf for a query without keys) and deltas are a
-    thread's.
+    `scales` are scale_log2 and softmax_scale; delta holds the latter, see
+    `tiles.portable.gradients`. The rows are queries: lses (in base 2, +inf for a query without
+    keys) and deltas are a thread's.
     """
     tiles, gradient_of_score = m_tiles * n_tiles, _make_gradient_of_score(softcap)
 

@@ -1,4 +1,4 @@
-"""Softmax whose P is 8 bits wide, and O's share of a tile, of a warpgroup; see `tiles.mma.fp8_softmax`.
+"""Softmax with P of 8 bits, and O's share of a tile, of a warpgroup; see `tiles.mma.fp8_softmax`.
 
 P of a tile is in units of its own largest score of the row. What a tile adds to O is summed up by
 itself and gets its weight, by which it comes to the units of O, when it is added.
