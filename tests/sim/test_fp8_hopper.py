@@ -361,15 +361,15 @@ MUTATIONS = [
     (
         "fp8_forward",
         PLAIN,
-        Mutation("a scale of Q for all rows", "(token >> q_descale_shift)", "0"),
+        Mutation("a scale of Q for all rows", "(token >> descales.q.shift)", "0"),
     ),
     (
         "fp8_forward",
         PLAIN,
         Mutation(
             "a scale of K for all keys",
-            "k_scale = k_descale[k_scales + (key >> k_descale_shift)]",
-            "k_scale = k_descale[k_scales]",
+            "k_scale = scale_of_key(descales.k, k_scales, key)",
+            "k_scale = descales.k.data[k_scales]",
             2,
         ),
     ),

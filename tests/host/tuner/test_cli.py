@@ -230,10 +230,12 @@ def test_a_storage_that_does_not_answer_is_named(refused, url, words):
 def test_a_storage_that_fails_in_the_middle_is_one_line(refused, monkeypatch):
     from optuna.exceptions import StorageInternalError
 
+    from tuner.search import studies
+
     def fail(self, trial, record):
         raise StorageInternalError("the connection\nis lost")
 
-    monkeypatch.setattr("tuner.search.studies.Ledger.finish", fail)
+    monkeypatch.setattr(studies.Ledger, "finish", fail)
     assert "the connection is lost" in refused(*OFFLINE, *SMALL, "--quiet", status=1)
 
 
