@@ -30,7 +30,8 @@ TUNER = ("-m", "numflash_tuner")
 # The tuner, which pauses after each trial, so that there is a middle to stop it in.
 PAUSING = """
 import sys, time
-from numflash_tuner import cli, studies
+from numflash_tuner import cli
+from numflash_tuner.search import studies
 
 pause, finish = float(sys.argv.pop(1)), studies.Ledger.finish
 
@@ -46,7 +47,8 @@ sys.exit(cli.main())
 WITHOUT_DEFAULT = """
 import sys
 from concurrent.futures import Future
-from numflash_tuner import cli, search
+from numflash_tuner import cli
+from numflash_tuner.search import search
 
 look_at = search.Search._look_at
 
