@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Protocol
 
 from numflash.problem.classes import ProblemClass
@@ -55,8 +55,8 @@ class Measurer(Protocol):
         """
 
 
-# The name under which a child finds the tuner: the installed one, or that of the checkout.
-_PACKAGE = "numflash_tuner" if find_spec("numflash_tuner") else "tuner"
+# Where a child finds this package, under whichever name, although nothing may be installed.
+_BESIDE = str(Path(__file__).parents[2])
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class DeviceMeasurer:
             sys.executable,
             "-P",
             "-m",
-            f"{_PACKAGE}.measuring.worker",
+            f"{__package__}.worker",
             str(ordinal),
         ]
         self._order = random.Random(seed)
@@ -250,6 +250,8 @@ class DeviceMeasurer:
             environment = {**os.environ, "NUMFLASH_TUNED": "0"}
             for name in ("NUMFLASH_AUTOTUNE", "NUMFLASH_CAPTURE"):
                 environment.pop(name, None)
+            folders = environment.get("PYTHONPATH"), _BESIDE
+            environment["PYTHONPATH"] = os.pathsep.join(filter(None, folders))
             child = Child(self._command, environment, self.limits.start_s)
             if self._expected is not None:
                 found = DeviceKey(*(child.device[name] for name in ("name", "arch", "num_sms")))
