@@ -18,6 +18,7 @@ from pathlib import Path
 
 from numflash.configs import DTYPES, MAX_HEAD_DIM
 from numflash.problem.classes import ProblemClass
+from numflash.problem.options import AttentionOptions
 from numflash.problem.problem import AttentionProblem, describe
 from numflash.runtime.commands import command
 from numflash.runtime.errors import UnsupportedError
@@ -346,16 +347,19 @@ def _problem(
     def view(*shape: int, dtype: str = dtype) -> ArrayView:
         return ArrayView(0, shape, contiguous_strides(shape), dtype, 0)
 
-    problem, _ = describe(
-        view(args.batch, seqlen_q, args.heads, head_dim),
-        view(args.batch, seqlen, heads_kv, head_dim),
-        view(args.batch, seqlen, heads_kv, head_dim_v),
+    views = {
+        "q": view(args.batch, seqlen_q, args.heads, head_dim),
+        "k": view(args.batch, seqlen, heads_kv, head_dim),
+        "v": view(args.batch, seqlen, heads_kv, head_dim_v),
+    }
+    if args.alibi:
+        views["alibi_slopes"] = view(args.heads, dtype="float32")
+    options = AttentionOptions(
         softcap=_SOFTCAP if args.softcap else 0.0,
-        alibi_slopes=view(args.heads, dtype="float32") if args.alibi else None,
         precision=args.precision,
         **_mask_options(mask),
     )
-    return problem
+    return describe(views, options)[0]
 
 
 def _mask_options(text: str) -> dict:

@@ -23,6 +23,7 @@ from numflash.api import attention as api
 from numflash.api.explain import explain_dispatch
 from numflash.calls.fp8_options import has_fp8, refuse_backward
 from numflash.problem.fp8 import Fp8Array, Fp8Recipe
+from numflash.problem.options import ARRAY_OPTIONS
 from numflash.reference.attention import heads_first
 from numflash.runtime.arrays import library_of, stream_address
 from numflash.selection.choice import split_configs
@@ -148,11 +149,10 @@ def check(q, k, v, *, dout=None, **options) -> CheckReport:
 
 
 def _on_host(options: dict) -> dict:
-    """The options that say what is computed, with slopes in NumPy."""
+    """The options that say what is computed, with arrays in NumPy."""
     options = {name: option for name, option in options.items() if name != "out"}
-    if options.get("alibi_slopes") is not None:
-        options["alibi_slopes"] = to_numpy(options["alibi_slopes"])
-    return options
+    given = [name for name in ARRAY_OPTIONS if options.get(name) is not None]
+    return options | {name: to_numpy(options[name]) for name in given}
 
 
 def _check_fp8(given: dict, descales: dict, options: dict) -> CheckReport:

@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass, replace
 
-from numflash.calls.forward import DEFAULTS, expect_known, problem_of
+from numflash.calls.forward import problem_of
 from numflash.calls.fp8_forward import AutoForward, Fp8Forward, SelectedForward
 from numflash.calls.fp8_options import has_fp8, take_apart, with_budget
+from numflash.problem.options import ARRAY_OPTIONS, AttentionOptions
 from numflash.problem.problem import as_tensor
 from numflash.runtime.arrays import library_of, metadata
 from numflash.runtime.gpus import Gpu, find
@@ -89,16 +90,15 @@ def explain_dispatch(q, k, v, *, arch: str | None = None, **options) -> Explanat
     """
     gpu = None if arch is None else find(arch)
     descales = tuple(options.pop(f"{name}_descale", None) for name in "qkv")
-    expect_known("explain_dispatch", options, ("arch",))
-    options = {**DEFAULTS, **options}
-    if options["max_rel_error"] is not None:
+    options = AttentionOptions.of("explain_dispatch", options, ("arch",))
+    if options.max_rel_error is not None:
         options = with_budget(options)
-    is_fp8 = options["precision"] in ("fp8", "auto") or any(x is not None for x in descales)
+    is_fp8 = options.precision in ("fp8", "auto") or any(x is not None for x in descales)
     if is_fp8 or has_fp8(q, k, v):
         return _explain_fp8({"q": q, "k": k, "v": v}, descales, options, gpu)
-    if options["fp8"] is not None:
-        raise ValueError(f'fp8 goes with precision="fp8", precision is {options["precision"]!r}')
-    forward_configs, backward_configs = split_configs(options["config"])
+    if options.fp8 is not None:
+        raise ValueError(f'fp8 goes with precision="fp8", precision is {options.precision!r}')
+    forward_configs, backward_configs = split_configs(options.config)
     views = _views({"q": q, "k": k, "v": v}, options, gpu)
     problem, traits, device = problem_of(views, options)
     forward, geometry = forward_choice(
@@ -113,14 +113,16 @@ def explain_dispatch(q, k, v, *, arch: str | None = None, **options) -> Explanat
     return Explanation(forward, geometry, combine, backward, gpu=gpu)
 
 
-def _explain_fp8(arrays: dict, descales: tuple, options: dict, gpu: Gpu | None) -> Explanation:
-    arrays, options = take_apart(arrays, descales, options)
+def _explain_fp8(
+    arrays: dict, descales: tuple, options: AttentionOptions, gpu: Gpu | None
+) -> Explanation:
+    arrays, options, described = take_apart(arrays, descales, options)
     views = _views(arrays, options, gpu)
-    if options["precision"] != "auto":
-        asked = _AskedFp8(views, options)
+    if options.precision != "auto":
+        asked = _AskedFp8(views, options, described)
         return Explanation(asked.choice, asked.geometry, asked.combine, {}, gpu=gpu)
-    asked = _AskedAuto(views, with_budget(options))
-    in_16_bits = _AskedSelected(views, options | {"precision": None})
+    asked = _AskedAuto(views, with_budget(options), described)
+    in_16_bits = _AskedSelected(views, options._replace(precision=None))
     return Explanation(asked.choice, asked.geometry, None, {}, in_16_bits.choice, gpu)
 
 
@@ -133,9 +135,9 @@ class _Asked:
         shape = (*q.shape[:-1], problem.head_dim_v)
         out = ArrayView(0, shape, contiguous_strides(shape), q.dtype, q.device)
         all_rows = {**{name: rows[name] for name in "qkv"}, "out": out}
-        tensors = {n: as_tensor(n, x, options["layout"]) for n, x in all_rows.items()}
+        tensors = {n: as_tensor(n, x, options.layout) for n, x in all_rows.items()}
         problem = self._seen_by_bulk_copies(replace(problem, no_tensor_maps=None), tensors)
-        traits, configs = self._traits(problem, tensors), forward_configs(options["config"])
+        traits, configs = self._traits(problem, tensors), forward_configs(options.config)
         self._arguments(problem, tensors)  # raises for scales that do not fit
         self.choice, self.geometry = self._choose(problem, traits, configs.get("forward"))
         self.combine = None
@@ -150,17 +152,17 @@ class _AskedFp8(_Asked, Fp8Forward):
 
 
 class _AskedAuto(_Asked, AutoForward):
-    def __init__(self, views, options):
-        Fp8Forward.__init__(self, views, options, statistics=True)
+    def __init__(self, views, options, described):
+        Fp8Forward.__init__(self, views, options, described, statistics=True)
 
 
 class _AskedSelected(_Asked, SelectedForward):
     pass
 
 
-def _views(arrays: dict, options: dict, gpu: Gpu | None) -> dict[str, ArrayView]:
-    if options["alibi_slopes"] is not None:
-        arrays = {**arrays, "alibi_slopes": options["alibi_slopes"]}
+def _views(arrays: dict, options: AttentionOptions, gpu: Gpu | None) -> dict[str, ArrayView]:
+    given = {name: getattr(options, name) for name in ARRAY_OPTIONS}
+    arrays = arrays | {name: array for name, array in given.items() if array is not None}
     if gpu is None:
         return {n: library_of(x, n).view(x, n) for n, x in arrays.items()}
     return {n: replace(metadata(x, n), device=gpu) for n, x in arrays.items()}

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-from numflash.calls.forward import DEFAULTS, expect_known
 from numflash.calls.fp8_forward import AutoForward, Fp8Forward
 from numflash.calls.fp8_options import MAX_REL_ERROR, refuse_backward
 from numflash.calls.launch import load
@@ -10,6 +9,7 @@ from numflash.calls.ready import BoundForward, bind_forward
 from numflash.configs import MmaConfig, Traits, padded_head_dim
 from numflash.machine_code.compiler import get_cubin
 from numflash.problem.fp8 import Fp8Array, Fp8Recipe
+from numflash.problem.options import AttentionOptions
 from numflash.problem.problem import expect_contiguous_rows, expect_head_dim, expect_precision
 from numflash.runtime.arrays import library_of, stream_address
 from numflash.runtime.driver import limits_of_device, multiprocessors
@@ -69,13 +69,13 @@ def plan(
     Raises:
         TypeError, ValueError, UnsupportedError: as `attention`.
     """
-    expect_known("plan", options, ("out", "stream"))
+    options = AttentionOptions.of("plan", options, ("out", "stream"))
     for name, array in (("q", q), ("k", k), ("v", v)):
         array = array.data if isinstance(array, Fp8Array) else array
         view = library_of(array, name).view(array, name)
         expect_contiguous_rows(f"{name} of a plan", view)
     descales = q_descale, k_descale, v_descale
-    return Plan(bind_forward(q, k, v, out, {**DEFAULTS, **options}, stream, descales))
+    return Plan(bind_forward(q, k, v, out, options, stream, descales))
 
 
 def warmup(
@@ -119,7 +119,7 @@ def warmup(
             raise ValueError(
                 f'dtype must be float16 or bfloat16 for precision="{precision}", got {dtype!r}'
             )
-        options = {"softcap": float(softcap), "precision": precision, "fp8": fp8}
+        options = AttentionOptions(softcap=float(softcap), precision=precision, fp8=fp8)
         if not SIMULATED:
             _warm_up_fp8(
                 dtype, (seqlen_q, head_dim), (seqlen_k, head_dim_v), alibi, device, options
@@ -159,10 +159,10 @@ def warmup(
                     load(get_cubin(each.config, each.traits, limits), device)
 
 
-def _warm_up_fp8(dtype, q_size, v_size, alibi: bool, device: int, options: dict) -> None:
+def _warm_up_fp8(dtype, q_size, v_size, alibi: bool, device: int, options) -> None:
     """Make calls ready that are nothing but shapes."""
-    options = {**DEFAULTS, **options, "described": {}, "max_rel_error": MAX_REL_ERROR}
-    kind = AutoForward if options["precision"] == "auto" else Fp8Forward
+    options = options._replace(max_rel_error=MAX_REL_ERROR)
+    kind = AutoForward if options.precision == "auto" else Fp8Forward
     sizes = {"q": q_size, "k": (v_size[0], q_size[1]), "v": v_size}
     # One head may be split over its keys, many are not.
     for batch in (1, _MANY):

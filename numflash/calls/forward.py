@@ -12,6 +12,7 @@ from numflash.calls.launch import Launcher, Mapped
 from numflash.configs import Sm90ForwardConfig, Traits
 from numflash.kernels import arguments as records
 from numflash.kernels.arguments import Alibi, Layout, Mask, Part, Scores, Shape, Statistics
+from numflash.problem.options import AttentionOptions
 from numflash.problem.problem import (
     AttentionProblem,
     Tensor,
@@ -35,60 +36,23 @@ from numflash.selection.choice import (
 from numflash.selection.geometry import Geometry, resident_blocks
 from numflash.selection.rules import Choice, choose
 
-DEFAULTS = {
-    "softmax_scale": None,
-    "causal": False,
-    "causal_align": "bottom_right",
-    "window_size": (-1, -1),
-    "softcap": 0.0,
-    "alibi_slopes": None,
-    "layout": "bshd",
-    "precision": None,
-    "config": None,
-    "fp8": None,
-    "max_rel_error": None,
-}
-"""The options of a call, as `numflash.attention` has them unless told otherwise."""
 
-
-def expect_known(function: str, options: dict, others: tuple[str, ...] = ()) -> None:
-    """Raise TypeError, which names the function and what it takes, for options that no call has.
-
-    Args:
-        function: whose options these are.
-        options: by name.
-        others: what it takes besides `DEFAULTS`.
-    """
-    unknown = sorted(set(options) - {*DEFAULTS, *others})
-    if unknown:
-        takes = ", ".join([*others, *DEFAULTS])
-        raise TypeError(f"{function} got unknown options: {', '.join(unknown)}; it takes {takes}")
-
-
-# Those that say how, not what, is computed.
-_HOW = ("config", "fp8", "max_rel_error", "described")
-
-
-def _describe(views: dict[str, ArrayView], options: dict) -> tuple[AttentionProblem, dict]:
-    described = {name: value for name, value in options.items() if name not in _HOW}
-    described["alibi_slopes"] = views.get("alibi_slopes")
-    return describe(views["q"], views["k"], views["v"], **described)
-
-
-def problem_of(views: dict[str, ArrayView], options: dict) -> tuple[AttentionProblem, Traits, int]:
+def problem_of(
+    views: dict[str, ArrayView], options: AttentionOptions
+) -> tuple[AttentionProblem, Traits, int]:
     """The problem of a call, the traits of its kernels and its device. Raises as `attention`."""
     rows, _ = _with_contiguous_rows(views, ("q", "k", "v"))
-    problem, tensors = _describe(rows, {"config": None, **options})
+    problem, tensors = describe(rows, options)
     q = rows["q"]
     out = _fresh((*q.shape[:-1], problem.head_dim_v), q)
-    tensors["out"] = as_tensor("out", out, options.get("layout", "bshd"))
+    tensors["out"] = as_tensor("out", out, options.layout)
     return seen_by_bulk_copies(problem, tensors), _traits(problem, tensors), q.device
 
 
 class Forward:
     """A forward problem with its kernel bound to everything but addresses."""
 
-    def __init__(self, views: dict[str, ArrayView], options: dict):
+    def __init__(self, views: dict[str, ArrayView], options: AttentionOptions):
         rows, copied = _with_contiguous_rows(views, ("q", "k", "v"))
         self._prepare(views, rows, options, copied)
 
@@ -96,14 +60,14 @@ class Forward:
         self,
         views: dict[str, ArrayView],
         rows: dict[str, ArrayView],
-        options: dict,
+        options: AttentionOptions,
         copied: list[str] = (),
     ):
         """Check all, and choose kernels.
 
         `rows` are the arrays that are attended to; `copied` are those made of the caller's.
         """
-        problem, tensors = _describe(rows, options)
+        problem, tensors = describe(rows, options)
         q, self.copied = rows["q"], copied
         self.views, self.dtype, self.device = views, problem.dtype, q.device
         self.out_shape = (*q.shape[:-1], problem.head_dim_v)
@@ -115,11 +79,11 @@ class Forward:
             self.spans = {name: view.span() for name, view in views.items()}
             self._refuse_overlap({name: view.pointer for name, view in views.items()})
         out = views.get("out") or _fresh(self.out_shape, q)
-        tensors["out"] = as_tensor("out", out, options["layout"])
+        tensors["out"] = as_tensor("out", out, options.layout)
         self.problem = problem = self._seen_by_bulk_copies(problem, tensors)
         self.launchers, self.workspaces, self.kernel = [], {}, "none: the result is empty"
         if problem.batch * problem.seqlen_q:
-            self._choose_launchers(problem, tensors, options["config"])
+            self._choose_launchers(problem, tensors, options.config)
             self.kernel = str(self.launchers[0])
 
     def bind(
@@ -236,10 +200,10 @@ class Forward:
 class Backward:
     """A backward problem with its kernels bound to everything but addresses."""
 
-    def __init__(self, views: dict[str, ArrayView], options: dict):
+    def __init__(self, views: dict[str, ArrayView], options: AttentionOptions):
         rows, self.copied = _with_contiguous_rows(views, ("q", "k", "v", "dout", "out"))
-        problem, tensors = _describe(rows, options)
-        q, layout = rows["q"], options["layout"]
+        problem, tensors = describe(rows, options)
+        q, layout = rows["q"], options.layout
         out_shape = (*q.shape[:-1], problem.head_dim_v)
         expect_like("dout", rows["dout"], out_shape, q.dtype, q.device)
         expect_like("out", rows["out"], out_shape, q.dtype, q.device)
@@ -258,7 +222,7 @@ class Backward:
         self.delta_size = (problem.batch * problem.num_heads_q * problem.seqlen_q,)
         self.workspaces = dict.fromkeys(("delta", "lse_log2"), self.delta_size)
         # All are chosen before one is compiled: a wrong config must not cost a wait.
-        forced, traits = backward_configs(options["config"]), _traits(problem, tensors)
+        forced, traits = backward_configs(options.config), _traits(problem, tensors)
         choices = {
             "delta": choose("delta", traits, limits_of_device(q.device), problem.seqlen_q),
             **backward_choices(problem, traits, q.device, forced),

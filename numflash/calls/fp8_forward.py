@@ -5,7 +5,13 @@ from dataclasses import replace
 from typing import Any
 
 from numflash.calls.forward import Forward, arguments_of, seen_by_bulk_copies, tensor_maps
-from numflash.calls.fp8_sources import SIXTEEN_BITS, Source, make_sources, result_dtype
+from numflash.calls.fp8_sources import (
+    SIXTEEN_BITS,
+    AllDescribed,
+    Source,
+    make_sources,
+    result_dtype,
+)
 from numflash.calls.launch import Launcher, Mapped
 from numflash.configs import (
     FP8_STEP,
@@ -16,6 +22,7 @@ from numflash.configs import (
     padded_fp8_head_dim,
 )
 from numflash.kernels.arguments import Descales, QueryDescale, Squares
+from numflash.problem.options import ARRAY_OPTIONS, AttentionOptions
 from numflash.problem.problem import AttentionProblem, Tensor
 from numflash.problem.tensor_maps import TensorLayout
 from numflash.runtime.arrays import ArrayLibrary
@@ -29,16 +36,22 @@ from numflash.selection.rules import Choice
 class Fp8Forward(Forward):
     """A forward problem on 8-bit floats with its kernels bound to everything but addresses."""
 
-    def __init__(self, views: dict[str, ArrayView], options: dict, statistics: bool = False):
-        self.sources = make_sources(views, options, statistics)
+    def __init__(
+        self,
+        views: dict[str, ArrayView],
+        options: AttentionOptions,
+        described: AllDescribed = (),
+        statistics: bool = False,
+    ):
+        self.sources = make_sources(views, options, dict(described), statistics)
         like = {name: source.view for name, source in self.sources.items()}
         # The result is of q's type; k and v may have been quantised from others.
         dtype = like["q"].dtype
         if dtype not in SIXTEEN_BITS:
             dtype = result_dtype(like["q"].device)
         like = {name: replace(view, dtype=dtype) for name, view in like.items()}
-        rest = {name: views[name] for name in ("alibi_slopes",) if name in views}
-        self._prepare(views, like | rest, options | {"precision": None})
+        rest = {name: views[name] for name in ARRAY_OPTIONS if name in views}
+        self._prepare(views, like | rest, options._replace(precision=None))
 
     def bind(
         self, operands: dict[str, Operand], library: ArrayLibrary
@@ -134,14 +147,19 @@ class AutoForward(Fp8Forward):
     each passing over those of the other.
     """
 
-    def __init__(self, views: dict[str, ArrayView], options: dict):
-        if options["described"] or any(f"{name}_descale" in views for name in "qkv"):
+    def __init__(
+        self,
+        views: dict[str, ArrayView],
+        options: AttentionOptions,
+        described: AllDescribed = (),
+    ):
+        if described or any(f"{name}_descale" in views for name in "qkv"):
             raise TypeError('precision="auto" chooses between 8 and 16 bits: q, k and v need 16')
         super().__init__(views, options, statistics=True)
-        self.in_16_bits = SelectedForward(views, options | {"precision": None})
+        self.in_16_bits = SelectedForward(views, options._replace(precision=None))
         self.estimate = None
         if self.launchers and 0 not in self.decision_shape:
-            self._add_estimate(options["max_rel_error"])
+            self._add_estimate(options.max_rel_error)
 
     def bind(self, operands, library):
         """As `Forward.bind`; the decision is put into `operands`, "in_fp8" and "estimate"."""

@@ -25,8 +25,8 @@ from numflash.configs.fp8 import generation
 from numflash.kernels import arguments as records
 from numflash.kernels.arguments import Codes, Grouped, Signs, Sizes
 from numflash.problem.fp8 import TOKEN_STEP, Fp8Array, Fp8Recipe
+from numflash.problem.options import LAYOUTS
 from numflash.problem.problem import (
-    LAYOUTS,
     Tensor,
     as_tensor,
     expect_contiguous_rows,

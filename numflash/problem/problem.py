@@ -5,19 +5,22 @@ message names the argument, what it was, and the rule.
 """
 
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Integral
 
 from numflash.configs import DTYPES, MAX_HEAD_DIM, Traits, padded_head_dim
+from numflash.problem.options import (
+    MAX_FLOAT32,
+    PRECISIONS,
+    AttentionOptions,
+    expect_one_of,
+    kind_of,
+)
 from numflash.runtime.errors import UnsupportedError
 from numflash.runtime.views import ArrayView
 
-LAYOUTS = ("bshd", "bhsd")
-ALIGNMENTS = ("bottom_right", "top_left")
-PRECISIONS = ("tf32", "fp8", "auto")
 # Token indices, and their differences, are 32-bit in kernels.
 _MAX_SEQLEN = 2**30
 _MAX_BLOCKS = 2**31 - 1
-_MAX_FLOAT32 = (2 - 2**-23) * 2.0**127
 
 
 @dataclass(frozen=True)
@@ -106,20 +109,13 @@ class AttentionProblem:
 
 
 def describe(
-    q: ArrayView,
-    k: ArrayView,
-    v: ArrayView,
-    *,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    causal_align: str = "bottom_right",
-    window_size: tuple = (-1, -1),
-    softcap: float = 0.0,
-    alibi_slopes: ArrayView | None = None,
-    layout: str = "bshd",
-    precision: str | None = None,
+    views: dict[str, ArrayView], options: AttentionOptions
 ) -> tuple[AttentionProblem, dict[str, Tensor]]:
     """Check q, k, v and the options of a call.
+
+    Args:
+        views: of q, k and v, and of the options that are arrays, by name.
+        options: of the call.
 
     Returns:
         The problem, and the three arrays by name as `Tensor`.
@@ -127,11 +123,13 @@ def describe(
     Raises:
         TypeError, ValueError, UnsupportedError: as `numflash.attention` documents.
     """
-    _one_of("layout", layout, LAYOUTS)
+    options.check()
+    q, layout = views["q"], options.layout
     if q.dtype not in DTYPES:
         raise TypeError(f"q must have one of the dtypes {', '.join(DTYPES)}, got {q.dtype}")
     tensors = {}
-    for name, view in (("q", q), ("k", k), ("v", v)):
+    for name in ("q", "k", "v"):
+        view = views[name]
         if view.dtype != q.dtype:
             raise TypeError(f"{name} must have the dtype of q, {q.dtype}, got {view.dtype}")
         if view.device != q.device:
@@ -162,22 +160,17 @@ def describe(
         if value >= _MAX_SEQLEN:
             raise UnsupportedError(f"{name} must be below {_MAX_SEQLEN}, got {value}")
 
-    scale = head_dim**-0.5 if softmax_scale is None else _real("softmax_scale", softmax_scale)
-    cap = _real("softcap", softcap)
-    if cap < 0:
-        raise ValueError(f"softcap must be positive, or 0 for none, got {softcap}")
-    if cap and abs(scale) / cap > _MAX_FLOAT32:
+    scale = float(head_dim**-0.5 if options.softmax_scale is None else options.softmax_scale)
+    cap = float(options.softcap)
+    if cap and abs(scale) / cap > MAX_FLOAT32:
         raise ValueError(
             f"softcap must not be so small that softmax_scale / softcap overflows float32, got "
-            f"{softcap} with softmax_scale {scale}"
+            f"{options.softcap} with softmax_scale {scale}"
         )
-    _one_of("causal_align", causal_align, ALIGNMENTS)
-    shift = seqlen_k - seqlen_q if causal_align == "bottom_right" else 0
-    left, right = _window(window_size)
-    expect_precision(precision, q.dtype)
-    if not isinstance(causal, bool):
-        raise TypeError(f"causal must be True or False, got {causal!r} ({_kind(causal)})")
-    if causal:
+    shift = seqlen_k - seqlen_q if options.causal_align == "bottom_right" else 0
+    left, right = (None if side in (None, -1) else int(side) for side in options.window_size)
+    expect_precision(options.precision, q.dtype)
+    if options.causal:
         right = 0
     problem = AttentionProblem(
         batch=batch,
@@ -194,8 +187,8 @@ def describe(
         band_hi=seqlen_k if right is None else min(seqlen_k, shift + right),
         bias_shift=shift,
         softcap=cap,
-        alibi_strides=_slope_strides(alibi_slopes, q.device, batch, num_heads_q),
-        tf32=precision == "tf32",
+        alibi_strides=_slope_strides(views.get("alibi_slopes"), q.device, batch, num_heads_q),
+        tf32=options.precision == "tf32",
     )
     return problem, tensors
 
@@ -232,7 +225,7 @@ def expect_head_dim(name: str, value: int) -> None:
         UnsupportedError: above what kernels are made for.
     """
     if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name} must be an integer, got {value!r} ({_kind(value)})")
+        raise TypeError(f"{name} must be an integer, got {value!r} ({kind_of(value)})")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
     if value > MAX_HEAD_DIM:
@@ -242,7 +235,7 @@ def expect_head_dim(name: str, value: int) -> None:
 def expect_precision(precision: str | None, dtype: str) -> None:
     """Check a precision. Raises TypeError, ValueError."""
     if precision is not None:
-        _one_of("precision", precision, PRECISIONS)
+        expect_one_of("precision", precision, PRECISIONS)
         if precision == "tf32" and dtype != "float32":
             raise ValueError(
                 f'precision="tf32" is a way to multiply float32; q, k and v are {dtype}'
@@ -288,43 +281,6 @@ def expect_writeable(name: str, view: ArrayView) -> None:
 def _expect(name: str, axis: str, value: int, other: str, wanted: int) -> None:
     if value != wanted:
         raise ValueError(f"{name} must have the {axis} of {other}, {wanted}, got {value}")
-
-
-def _kind(value) -> str:
-    return type(value).__name__
-
-
-def _real(name: str, value) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a real number, got {value!r} ({_kind(value)})")
-    # Kernels take it as float32. Comparing first also spares integers that no float can hold.
-    if not -_MAX_FLOAT32 <= value <= _MAX_FLOAT32:
-        raise ValueError(f"{name} must be finite in float32, got {value}")
-    return float(value)
-
-
-def _one_of(name: str, value, choices: tuple[str, ...]) -> None:
-    if not isinstance(value, str):
-        raise TypeError(f"{name} must be a string, got {value!r} ({_kind(value)})")
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-
-
-def _window(window_size) -> tuple[int | None, int | None]:
-    """(left, right), None for unlimited."""
-    rule = "window_size must be a pair (left, right) of numbers of tokens, -1 or None for all"
-    if not isinstance(window_size, tuple | list):
-        raise TypeError(f"{rule}, got {window_size!r} ({_kind(window_size)})")
-    if len(window_size) != 2:
-        raise ValueError(f"{rule}, got {window_size!r}")
-    for side in window_size:
-        if side is None:
-            continue
-        if isinstance(side, bool) or not isinstance(side, Integral):
-            raise TypeError(f"{rule}, got {window_size!r}")
-        if side < -1:
-            raise ValueError(f"{rule}, got {window_size!r}")
-    return tuple(None if side is None or side == -1 else int(side) for side in window_size)
 
 
 def _slope_strides(slopes, device: int, batch: int, num_heads_q: int) -> tuple[int, int] | None:

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 import numflash
-from numflash.calls.forward import DEFAULTS, Backward, Forward
+from numflash.calls.forward import Backward, Forward
 from numflash.configs import MmaConfig
+from numflash.problem.options import AttentionOptions
 from numflash.runtime.arrays import library_of
 
 from . import representative
@@ -54,7 +55,7 @@ def bind(family: str, config: str, call: Call, arrays: dict[str, Any]) -> Callab
     views = {name: library.view(array, name) for name, array in arrays.items()}
     operands = {name: library.operand(array) for name, array in arrays.items()}
     kind = Forward if family in representative.FORWARD else Backward
-    ready = kind(views, {**DEFAULTS, **options, "config": configs})
+    ready = kind(views, AttentionOptions(**options, config=configs))
     *_, launches = ready.bind(operands, library)
     stream = library.stream(ready.device)
     for launch in launches.values():

@@ -14,6 +14,7 @@ from numflash.configs import Traits, parse_config
 from numflash.machine_code import compiler
 from numflash.machine_code.compiler import source_hash, versions
 from numflash.problem.classes import ProblemClass
+from numflash.problem.options import AttentionOptions
 from numflash.runtime import driver, gpus
 from numflash.runtime.arrays import metadata
 from numflash.runtime.devices import ARCHITECTURES, architecture
@@ -112,7 +113,9 @@ def test_splits_follow_the_number_of_sms():
 def test_the_answer_is_that_of_the_rules():
     q = array(2, 4096, 8, 128)
     asked = numflash.explain_dispatch(q, q, q, arch="t4")
-    problem, traits, _ = problem_of({name: metadata(q, name) for name in "qkv"}, {})
+    problem, traits, _ = problem_of(
+        {name: metadata(q, name) for name in "qkv"}, AttentionOptions()
+    )
     assert asked.forward == choose_forward(problem, traits, architecture("sm_75"), 40)
 
 

@@ -450,12 +450,13 @@ def test_a_new_class_is_tuned_once_on_first_use(autotuning):
 
 def _problem(q, k, v):
     from numflash.calls.forward import problem_of
+    from numflash.problem.options import AttentionOptions
     from numflash.runtime.arrays import library_of
 
     views = {
         name: library_of(x, name).view(x, name) for name, x in zip("qkv", (q, k, v), strict=True)
     }
-    return problem_of(views, {})
+    return problem_of(views, AttentionOptions())
 
 
 def test_a_class_that_was_measured_is_not_tuned_again(autotuning):

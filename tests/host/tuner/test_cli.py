@@ -19,6 +19,7 @@ pytest.importorskip("optuna")
 from numflash.calls.forward import problem_of
 from numflash.machine_code.compiler import source_hash, versions
 from numflash.problem.classes import ProblemClass
+from numflash.problem.options import AttentionOptions
 from numflash.runtime.arrays import library_of
 from numflash.runtime.mode import SIMULATED
 from numflash.selection import store
@@ -532,7 +533,7 @@ def test_a_class_is_the_one_that_its_problems_are_of(argv, shape, options):
     views = {
         name: library_of(x, name).view(x, name) for name, x in zip("qkv", (q, k, k), strict=True)
     }
-    problem, traits, _ = problem_of(views, options)
+    problem, traits, _ = problem_of(views, AttentionOptions(**options))
     full = () if "--mask" in argv else ("--mask", "full")
     forward = ("--pass", "forward", "--dtype", "float16", "--head-dim", "64")
     asked = classes(*forward, *full, *argv)
