@@ -9,10 +9,10 @@ import sys
 import numpy as np
 
 import numflash
-from numflash.kernels.arguments import Pointer
 from numflash.kernels.kernel import Kernel
 from numflash.ptx import cuda, ex2_approx_ftz_f32, f32, i32, instruction, max_f32
 from numflash.runtime.commands import command
+from numflash.runtime.views import Pointer
 
 LOG2_E = f32(1.4426950408889634)
 

@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 from numflash.configs import DTYPES, MAX_HEAD_DIM
+from numflash.configs.features import FEATURES
 from numflash.problem.classes import ProblemClass
 from numflash.problem.options import AttentionOptions
 from numflash.problem.problem import AttentionProblem, describe
@@ -36,8 +37,6 @@ FAMILIES = {
 _TRIALS = 48
 _INTERRUPTED = 130
 # As `ProblemClass.of` rounds.
-# Any softcap is of the class with softcap.
-_SOFTCAP = 30.0
 _UNITS = {"": 1, "K": 1024, "M": 1024**2}
 
 
@@ -79,8 +78,8 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--batch", type=int, default=4, metavar="N", help="default: 4")
     what.add_argument("--heads", type=int, default=16, metavar="N", help="default: 16")
     what.add_argument("--heads-kv", type=int, metavar="N", help="default: as --heads")
-    what.add_argument("--softcap", action="store_true", help="with soft capping")
-    what.add_argument("--alibi", action="store_true", help="with ALiBi slopes")
+    for row in FEATURES:
+        what.add_argument(f"--{row.name}", action="store_true", help=f"with {row.title}")
     what.add_argument("--precision", choices=("tf32",), help="float32 on the tensor cores")
     what.add_argument(
         "--from-capture", metavar="FILE", help="the classes that --capture noted, instead"
@@ -352,13 +351,13 @@ def _problem(
         "k": view(args.batch, seqlen, heads_kv, head_dim),
         "v": view(args.batch, seqlen, heads_kv, head_dim_v),
     }
-    if args.alibi:
-        views["alibi_slopes"] = view(args.heads, dtype="float32")
-    options = AttentionOptions(
-        softcap=_SOFTCAP if args.softcap else 0.0,
-        precision=args.precision,
-        **_mask_options(mask),
-    )
+    options = AttentionOptions(precision=args.precision, **_mask_options(mask))
+    for row in FEATURES:
+        value = row.example(args.heads)
+        if getattr(args, row.name) and row.is_array:
+            views[row.option] = view(*value.shape, dtype="float32")
+        elif getattr(args, row.name):
+            options = options._replace(**{row.option: value})
     return describe(views, options)[0]
 
 

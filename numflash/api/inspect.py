@@ -27,6 +27,7 @@ from numflash.configs import (
     parse_config,
     quantize_config,
 )
+from numflash.configs.features import FEATURES
 from numflash.configs.formats import FORMATS
 from numflash.machine_code.compiler import compile_ptx, get_cubin
 from numflash.machine_code.main_loop import MainLoop, Registers, read_main_loop, read_setmaxnreg
@@ -251,8 +252,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar=("L", "R"),
         help="accepted and without effect, as --causal",
     )
-    parser.add_argument("--softcap", action="store_true", help="with soft capping compiled in")
-    parser.add_argument("--alibi", action="store_true", help="with ALiBi compiled in")
+    for row in FEATURES:
+        text = f"with {row.title} compiled in"
+        parser.add_argument(f"--{row.name}", action="store_true", help=text)
     parser.add_argument(
         "--unaligned",
         action="store_true",
@@ -323,8 +325,7 @@ def _traits(args: argparse.Namespace) -> Traits:
     return Traits(
         args.dtype,
         *columns,
-        softcap=args.softcap,
-        alibi=args.alibi,
+        tuple(row.name for row in FEATURES if getattr(args, row.name)),
         vectorized=aligned and not args.unaligned,
         tf32=args.precision == "tf32",
         fp8=is_fp8 and is_forward,

@@ -7,6 +7,7 @@ from numflash.calls.fp8_options import MAX_REL_ERROR, refuse_backward
 from numflash.calls.launch import load
 from numflash.calls.ready import BoundForward, bind_forward
 from numflash.configs import MmaConfig, Traits, padded_head_dim
+from numflash.configs.features import rows_of
 from numflash.machine_code.compiler import get_cubin
 from numflash.problem.fp8 import Fp8Array, Fp8Recipe
 from numflash.problem.options import AttentionOptions
@@ -108,6 +109,8 @@ def warmup(
         ValueError: a dtype that does not exist or does not go with precision, a head_dim below 1.
         UnsupportedError: a head_dim above 256, no GPU, or no compiler; a backward on 8-bit floats.
     """
+    asked = {"softcap": softcap, "alibi": alibi}
+    features = tuple(name for name, is_asked in asked.items() if is_asked)
     head_dim_v = head_dim if head_dim_v is None else head_dim_v
     for name, value in (("head_dim", head_dim), ("head_dim_v", head_dim_v)):
         expect_head_dim(name, value)
@@ -119,19 +122,17 @@ def warmup(
             raise ValueError(
                 f'dtype must be float16 or bfloat16 for precision="{precision}", got {dtype!r}'
             )
-        options = AttentionOptions(softcap=float(softcap), precision=precision, fp8=fp8)
+        options = AttentionOptions(precision=precision, fp8=fp8, max_rel_error=MAX_REL_ERROR)
+        sizes = (seqlen_q, head_dim), (seqlen_k, head_dim_v)
         if not SIMULATED:
-            _warm_up_fp8(
-                dtype, (seqlen_q, head_dim), (seqlen_k, head_dim_v), alibi, device, options
-            )
+            _warm_up_fp8(dtype, *sizes, features, device, options)
         return
     vector = 4 if dtype == "float32" else 8
     traits = Traits(
         dtype,
         padded_head_dim(head_dim),
         padded_head_dim(head_dim_v),
-        softcap=bool(softcap),
-        alibi=bool(alibi),
+        features,
         vectorized=head_dim % vector == 0 and head_dim_v % vector == 0,
         tf32=precision == "tf32",
     )
@@ -159,9 +160,8 @@ def warmup(
                     load(get_cubin(each.config, each.traits, limits), device)
 
 
-def _warm_up_fp8(dtype, q_size, v_size, alibi: bool, device: int, options) -> None:
+def _warm_up_fp8(dtype, q_size, v_size, features: tuple, device: int, options) -> None:
     """Make calls ready that are nothing but shapes."""
-    options = options._replace(max_rel_error=MAX_REL_ERROR)
     kind = AutoForward if options.precision == "auto" else Fp8Forward
     sizes = {"q": q_size, "k": (v_size[0], q_size[1]), "v": v_size}
     # One head may be split over its keys, many are not.
@@ -170,6 +170,12 @@ def _warm_up_fp8(dtype, q_size, v_size, alibi: bool, device: int, options) -> No
         for name, (seqlen, columns) in sizes.items():
             shape = (batch, seqlen, 1, columns)
             views[name] = ArrayView(0, shape, contiguous_strides(shape), dtype, device)
-        if alibi:
-            views["alibi_slopes"] = ArrayView(0, (1,), (1,), "float32", device)
-        kind(views, options)
+        asked = {}
+        for row in rows_of(features):
+            value = row.example(1)
+            if row.is_array:
+                strides = contiguous_strides(value.shape)
+                views[row.option] = ArrayView(0, value.shape, strides, "float32", device)
+            else:
+                asked[row.option] = value
+        kind(views, options._replace(**asked))

@@ -10,8 +10,9 @@ from typing import Any
 
 from numflash.calls.launch import Launcher, Mapped
 from numflash.configs import Sm90ForwardConfig, Traits
+from numflash.configs.features import FEATURES, Features, rows_of
 from numflash.kernels import arguments as records
-from numflash.kernels.arguments import Alibi, Layout, Mask, Part, Scores, Shape, Statistics
+from numflash.kernels.arguments import Layout, Mask, Part, Scores, Shape, Statistics
 from numflash.problem.options import AttentionOptions
 from numflash.problem.problem import (
     AttentionProblem,
@@ -292,9 +293,10 @@ def _traits(problem, tensors: dict[str, Tensor]) -> Traits:
 
 def arguments_of(problem: AttentionProblem, tensors: dict[str, Tensor]) -> dict[str, object]:
     """Arguments of any kernel of attention, by parameter name: its records and numbers."""
-    softmax_scale, softcap = problem.softmax_scale, problem.softcap
-    slopes = None if problem.alibi_strides is None else "alibi_slopes"
-    alibi = Alibi(slopes, *(problem.alibi_strides or (0, 0)), problem.bias_shift)
+    scale, asked = problem.softmax_scale, zip(FEATURES, problem.features, strict=True)
+    features = Features(*(row.absent if record is None else record for row, record in asked))
+    for row in rows_of(problem.feature_names):
+        scale /= row.unit(getattr(features, row.name))
     return {
         **{name: records.Tensor(each.name, *each.strides[:3]) for name, each in tensors.items()},
         "shape": Shape(
@@ -307,9 +309,8 @@ def arguments_of(problem: AttentionProblem, tensors: dict[str, Tensor]) -> dict[
             batch_size=problem.batch,
         ),
         "mask": Mask(problem.band_lo, problem.band_hi),
-        # With softcap the scaled product is the argument of tanh.
-        "scores": Scores(softmax_scale / (softcap or 1.0), softcap, softmax_scale, alibi),
-        "softmax_scale": softmax_scale,
+        "scores": Scores(scale, problem.softmax_scale, problem.shift, features),
+        "softmax_scale": problem.softmax_scale,
         "statistics": Statistics("lse", "delta"),
         "statistics_log2": Statistics("lse_log2", "delta"),
         "in_fp8": None,

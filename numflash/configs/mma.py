@@ -136,8 +136,8 @@ class MmaConfig:
 
     def misfit(self, traits: Traits) -> str | None:
         """Why it cannot be built for these traits; None if it can."""
-        if self.packed and traits.alibi:
-            return "heads with ALiBi slopes of their own cannot be packed"
+        if self.packed and traits.of_a_head:
+            return f"heads with {traits.of_a_head} of their own cannot be packed"
         return None
 
     @property
@@ -170,8 +170,8 @@ class MmaConfig:
         return self.m_tiles * self.column_tile // 2
 
     def _gradient_scores(self, traits: Traits) -> int:
-        # S and dP, and with softcap its slope.
-        return (3 if traits.softcap else 2) * self._scores_per_thread()
+        # S and dP, and the derivative of S if it is kept.
+        return (3 if traits.bends_scores else 2) * self._scores_per_thread()
 
     def __str__(self) -> str:
         text = f"{self.generation}-m{self.tile_m}n{self.tile_n}w{self.num_warps}s{self.num_stages}"
@@ -422,7 +422,7 @@ _MAX_REGISTERS = 255
 # for tf32, whose loops do more; a little less for Turing where rows are not aligned.
 _MAX_OUTPUTS = 128
 # float32 accumulators a thread can hold next to its operands without spilling, found by compiling:
-# plainly; with softcap, ALiBi or rows that are not aligned; where operands are rounded to tf32.
+# plainly; where features shape scores or rows are not aligned; where operands are rounded to tf32.
 # Turing's copies take registers, too; its forward spills earlier than its dQ, and so does what
 # keeps dK and dV together.
 _MAX_ACCUMULATORS = {
@@ -452,7 +452,7 @@ def misfit(
             f"needs {needed} bytes of shared memory per block, {limits.arch} has "
             f"{limits.max_smem_per_block}"
         )
-    kind = "plain" if traits.vectorized and not (traits.softcap or traits.alibi) else "features"
+    kind = "plain" if traits.vectorized and not traits.shapes_scores else "features"
     most_of = _MAX_ACCUMULATORS[config.generation]
     most = most_of["tf32" if traits.tf32 else kind]
     together = config.family == "backward-dkdv" and not config.apart

@@ -300,7 +300,7 @@ def misfit(
         )
     kept = config.accumulators_per_thread(traits) + config.probability_registers
     most = config.registers[1] - _OTHER_REGISTERS
-    if traits.fp8 and (traits.softcap or traits.alibi):
+    if traits.fp8 and traits.shapes_scores:
         most -= _FP8_BENT_REGISTERS
     if kept > most:
         return f"keeps {kept} registers of S, P and O a thread, at most {most} do not spill"

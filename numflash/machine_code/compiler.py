@@ -395,9 +395,10 @@ def _signature(parameters: dict[str, object]):
     from numba import types
     from numba.np import numpy_support
 
-    from numflash.kernels.arguments import Pointer, fields, record_of
+    from numflash.kernels.arguments import fields, record_of
     from numflash.machine_code.grid_constants import TENSOR_MAP
     from numflash.ptx import TensorMap
+    from numflash.runtime.views import Pointer
 
     def numba_type(annotation):
         if annotation is TensorMap:

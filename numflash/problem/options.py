@@ -5,23 +5,15 @@ from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral, Real
+from operator import attrgetter
 from typing import Any
 
+from numflash.configs.features import FEATURES, expect_nothing, expect_real
 from numflash.problem.fp8 import Fp8Recipe
 
 LAYOUTS = ("bshd", "bhsd")
 ALIGNMENTS = ("bottom_right", "top_left")
 PRECISIONS = ("tf32", "fp8", "auto")
-MAX_FLOAT32 = (2 - 2**-23) * 2.0**127
-
-
-def expect_real(name: str, value) -> None:
-    """Check a number that kernels take as float32. Raises TypeError, ValueError."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a real number, got {value!r} ({kind_of(value)})")
-    # Comparing also spares integers that no float can hold.
-    if not -MAX_FLOAT32 <= value <= MAX_FLOAT32:
-        raise ValueError(f"{name} must be finite in float32, got {value}")
 
 
 def expect_one_of(name: str, value, choices: tuple[str, ...]) -> None:
@@ -66,12 +58,6 @@ def _expect_window(name: str, value) -> None:
             raise ValueError(f"{rule}, got {value!r}")
 
 
-def _expect_softcap(name: str, value) -> None:
-    expect_real(name, value)
-    if value < 0:
-        raise ValueError(f"{name} must be positive, or 0 for none, got {value}")
-
-
 def _expect_layout(name: str, value) -> None:
     expect_one_of(name, value, LAYOUTS)
 
@@ -95,10 +81,6 @@ def _expect_error(name: str, value) -> None:
         raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
-def _expect_nothing(name: str, value) -> None:
-    """Its check needs more than the value: `problem.describe`, or who chooses kernels, has it."""
-
-
 @dataclass(frozen=True)
 class Option:
     """An option of `numflash.attention`.
@@ -106,13 +88,14 @@ class Option:
     Attributes:
         name: of the parameter.
         default: what it is unless told otherwise.
-        check: (name, value) raises TypeError or ValueError for values that no call may have.
+        check: (name, value) raises TypeError or ValueError for values that no call may have; what
+            it is together with others, `problem.describe` checks, or who chooses kernels.
         is_array: whether it is an array of the caller's, which kernels read.
     """
 
     name: str
     default: Any
-    check: Callable[[str, Any], None] = _expect_nothing
+    check: Callable[[str, Any], None] = expect_nothing
     is_array: bool = False
 
 
@@ -121,14 +104,14 @@ OPTIONS = (
     Option("causal", False, _expect_bool),
     Option("causal_align", "bottom_right", _expect_alignment),
     Option("window_size", (-1, -1), _expect_window),
-    Option("softcap", 0.0, _expect_softcap),
-    Option("alibi_slopes", None, is_array=True),
+    *(Option(row.option, row.default, row.check, row.is_array) for row in FEATURES),
     Option("layout", "bshd", _expect_layout),
     Option("precision", None, _expect_precision),
     Option("config", None),
     Option("fp8", None, _expect_recipe),
     Option("max_rel_error", None, _expect_error),
 )
+"""In the order of the fields of `AttentionOptions`."""
 ARRAY_OPTIONS = tuple(option.name for option in OPTIONS if option.is_array)
 
 _Options = namedtuple(
@@ -136,6 +119,12 @@ _Options = namedtuple(
     [option.name for option in OPTIONS],
     defaults=[option.default for option in OPTIONS],
 )
+
+
+# Of an option's key: numbers, and what no other type is equal to.
+_SCALARS = tuple(row.option for row in FEATURES if not row.is_array)
+_NUMBERS = attrgetter("softmax_scale", "causal", "max_rel_error", *_SCALARS)
+_WORDS = attrgetter("causal_align", "layout", "precision", "fp8")
 
 
 class AttentionOptions(_Options):
@@ -177,10 +166,9 @@ class AttentionOptions(_Options):
         With the types of numbers: what an equal 1 made ready must not let a wrong True pass.
         Raises TypeError where an option is of a type that no call may have.
         """
-        values = self.softmax_scale, self.causal, self.softcap, *self.window_size
         config = self.config
+        values = *_NUMBERS(self), *self.window_size
         kinds = *map(type, values), type(self.window_size), type(config)
         if isinstance(config, dict):
             config = tuple(config.items())
-        rest = self.causal_align, self.layout, self.precision, config, self.fp8
-        return *values, *kinds, *rest, self.max_rel_error, type(self.max_rel_error)
+        return values, kinds, config, _WORDS(self)

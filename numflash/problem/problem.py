@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from numbers import Integral
 
 from numflash.configs import DTYPES, MAX_HEAD_DIM, Traits, padded_head_dim
+from numflash.configs.features import FEATURES, NO_FEATURES, Asked, Features
 from numflash.problem.options import (
-    MAX_FLOAT32,
     PRECISIONS,
     AttentionOptions,
     expect_one_of,
@@ -53,9 +53,8 @@ class AttentionProblem:
         dtype: of q, k and v.
         softmax_scale: factor of Q K^T.
         band_lo, band_hi: query i sees the keys j with band_lo <= j - i <= band_hi.
-        bias_shift: ALiBi's distance is |i + bias_shift - j|.
-        softcap: 0 for none.
-        alibi_strides: (batch, head) strides of the slopes in elements; None without ALiBi.
+        shift: query i stands at key i + shift.
+        features: the arguments of each feature, by name; None of one that is not asked for.
         tf32: whether float32 may be multiplied as tf32.
         no_tensor_maps: why q, k, v and out cannot be described to bulk copies; None if they can.
     """
@@ -71,9 +70,8 @@ class AttentionProblem:
     softmax_scale: float
     band_lo: int
     band_hi: int
-    bias_shift: int
-    softcap: float
-    alibi_strides: tuple[int, int] | None
+    shift: int
+    features: Features = NO_FEATURES
     tf32: bool = False
     no_tensor_maps: str | None = None
 
@@ -82,14 +80,19 @@ class AttentionProblem:
         """Query heads that share one key-value head."""
         return self.num_heads_q // self.num_heads_kv
 
+    @property
+    def feature_names(self) -> tuple[str, ...]:
+        """Of the features that are asked for."""
+        asked = self.features._asdict().items()
+        return tuple(name for name, record in asked if record is not None)
+
     def traits(self, vectorized: bool) -> Traits:
         """What kernels for this problem are compiled for."""
         return Traits(
             self.dtype,
             padded_head_dim(self.head_dim),
             padded_head_dim(self.head_dim_v),
-            softcap=self.softcap != 0,
-            alibi=self.alibi_strides is not None,
+            self.feature_names,
             vectorized=vectorized,
             tf32=self.tf32,
         )
@@ -161,12 +164,6 @@ def describe(
             raise UnsupportedError(f"{name} must be below {_MAX_SEQLEN}, got {value}")
 
     scale = float(head_dim**-0.5 if options.softmax_scale is None else options.softmax_scale)
-    cap = float(options.softcap)
-    if cap and abs(scale) / cap > MAX_FLOAT32:
-        raise ValueError(
-            f"softcap must not be so small that softmax_scale / softcap overflows float32, got "
-            f"{options.softcap} with softmax_scale {scale}"
-        )
     shift = seqlen_k - seqlen_q if options.causal_align == "bottom_right" else 0
     left, right = (None if side in (None, -1) else int(side) for side in options.window_size)
     expect_precision(options.precision, q.dtype)
@@ -185,9 +182,8 @@ def describe(
         # Differences j - i lie between -seqlen_q and seqlen_k: wider bands are the same.
         band_lo=-seqlen_q if left is None else max(-seqlen_q, shift - left),
         band_hi=seqlen_k if right is None else min(seqlen_k, shift + right),
-        bias_shift=shift,
-        softcap=cap,
-        alibi_strides=_slope_strides(views.get("alibi_slopes"), q.device, batch, num_heads_q),
+        shift=shift,
+        features=_features(views, options, Asked(batch, num_heads_q, scale, q.device)),
         tf32=options.precision == "tf32",
     )
     return problem, tensors
@@ -283,20 +279,10 @@ def _expect(name: str, axis: str, value: int, other: str, wanted: int) -> None:
         raise ValueError(f"{name} must have the {axis} of {other}, {wanted}, got {value}")
 
 
-def _slope_strides(slopes, device: int, batch: int, num_heads_q: int) -> tuple[int, int] | None:
-    if slopes is None:
-        return None
-    if slopes.dtype != "float32":
-        raise TypeError(f"alibi_slopes must be float32, got {slopes.dtype}")
-    if slopes.device != device:
-        raise ValueError(
-            f"alibi_slopes must lie on the device of q, {device}, got device {slopes.device}"
-        )
-    if slopes.shape == (num_heads_q,):
-        return 0, slopes.strides[0]
-    if slopes.shape == (batch, num_heads_q):
-        return slopes.strides
-    raise ValueError(
-        f"alibi_slopes must have shape ({num_heads_q},) or ({batch}, {num_heads_q}), got "
-        f"{slopes.shape}"
-    )
+def _features(views: dict[str, ArrayView], options: AttentionOptions, asked: Asked) -> Features:
+    """What is asked of each feature. Raises TypeError, ValueError."""
+    found = []
+    for row in FEATURES:
+        value = views.get(row.option) if row.is_array else getattr(options, row.option)
+        found.append(row.read(value, asked) if row.is_asked(value) else None)
+    return Features(*found)

@@ -11,6 +11,8 @@ with any number of key-value heads that divides the query heads.
 import ml_dtypes
 import numpy as np
 
+from numflash.configs.features import FEATURES
+
 _PRECISIONS = {
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
@@ -145,7 +147,7 @@ def visible(
 
 
 def _forward(q, k, v, dtype, matmul, options):
-    """Attention on (batch, heads, seqlen, head_dim); also S, the slope of the cap, the scale."""
+    """Attention on (batch, heads, seqlen, head_dim); also S, its slope, the scale."""
     s, slope, scale = scores(q, k, dtype, matmul, options)
     with np.errstate(divide="ignore", invalid="ignore"):
         row_max = s.max(-1, keepdims=True, initial=dtype.type(-np.inf))
@@ -160,23 +162,24 @@ def _forward(q, k, v, dtype, matmul, options):
 
 
 def scores(q, k, dtype, matmul, options):
-    """S from (batch, heads, seqlen, head_dim), -inf where masked; the cap's slope; the scale."""
-    batch, num_heads, seqlen_q, head_dim = q.shape
+    """S from (batch, heads, seqlen, head_dim), -inf where masked; its slope; the scale.
+
+    The slope is the derivative of S by the scaled product, which features may bend.
+    """
+    _, num_heads, seqlen_q, head_dim = q.shape
     seqlen_k, group = k.shape[2], num_heads // k.shape[1]
     causal_align = options.get("causal_align", "bottom_right")
-    scale, softcap = options.get("softmax_scale"), options.get("softcap", 0.0)
+    scale = options.get("softmax_scale")
     scale = dtype.type(head_dim**-0.5 if scale is None else scale)
 
     s = matmul(q.astype(dtype), repeat(k.astype(dtype), group).swapaxes(-1, -2), dtype) * scale
     slope = np.ones((), dtype)
-    if softcap:
-        bent = np.tanh(s / dtype.type(softcap))
-        s, slope = bent * dtype.type(softcap), 1 - bent * bent
-    if options.get("alibi_slopes") is not None:
-        slopes = np.asarray(options["alibi_slopes"]).astype(dtype)
-        slopes = np.broadcast_to(slopes, (batch, num_heads))[:, :, None, None]
-        i = np.arange(seqlen_q)[:, None] + _alignment(seqlen_q, seqlen_k, causal_align)
-        s = s - slopes * np.abs(i - np.arange(seqlen_k)).astype(dtype)
+    i = np.arange(seqlen_q)[:, None] + _alignment(seqlen_q, seqlen_k, causal_align)
+    for row in FEATURES:
+        value = options.get(row.option, row.default)
+        if row.hook == "score" and row.is_asked(value):
+            s, more = row.reference(s, value, i, np.arange(seqlen_k))
+            slope = slope * more
     seen = visible(
         seqlen_q,
         seqlen_k,

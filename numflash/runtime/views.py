@@ -20,6 +20,16 @@ class Operand(NamedTuple):
     array: Any
 
 
+@dataclass(frozen=True)
+class Pointer:
+    """The address of elements of type `element` in global memory: what kernels take operands as.
+
+    In a kernel it is indexed like an array, `q[offset]`, with a 64-bit element offset.
+    """
+
+    element: type
+
+
 @dataclass(frozen=True, slots=True)
 class ArrayView:
     """What is checked, and compiled for, of an array.

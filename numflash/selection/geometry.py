@@ -8,6 +8,7 @@ from numflash.configs import (
     Sm90ForwardConfig,
     Traits,
 )
+from numflash.configs.features import rows_of
 from numflash.problem.problem import AttentionProblem
 from numflash.runtime.devices import Architecture, blocks_per_sm
 
@@ -42,7 +43,9 @@ def rows_packed(problem: AttentionProblem, packed: bool | None = None) -> int:
     `packed` is the config's word; None packs where there are few queries.
     """
     if packed is None:
-        packed = problem.seqlen_q <= PACKED_SEQLEN and problem.alibi_strides is None
+        packed = problem.seqlen_q <= PACKED_SEQLEN and not any(
+            row.of_a_head for row in rows_of(problem.feature_names)
+        )
     return problem.group_size if packed else 1
 
 

@@ -119,8 +119,9 @@ def distance(a: ProblemClass, b: ProblemClass) -> float:
     # float16 and bfloat16 differ in one letter of the instructions.
     sizes = "seqlen_q", "seqlen_k", "batch_heads", "group_size"
     apart = sum(abs(math.log2(getattr(a, name) / getattr(b, name))) for name in sizes)
-    kinds = "dtype", "softcap", "alibi", "vectorized"
+    kinds = "dtype", "vectorized"
     apart += sum(getattr(a.traits, name) != getattr(b.traits, name) for name in kinds)
+    apart += len(set(a.traits.features) ^ set(b.traits.features))
     if (a.window is None) != (b.window is None) or (a.window is None and a.mask != b.mask):
         apart += _OTHER_MASK
     elif a.window is not None:

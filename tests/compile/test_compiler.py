@@ -19,7 +19,6 @@ from weakref import WeakKeyDictionary
 import pytest
 
 from numflash.configs import DeltaConfig, Traits, parse_config
-from numflash.kernels.arguments import Pointer
 from numflash.kernels.kernel import Kernel
 from numflash.machine_code import compiler, cubins, repeated_work
 from numflash.machine_code.compiler import compile_kernel, get_cubin
@@ -36,6 +35,7 @@ from numflash.ptx import (
 )
 from numflash.runtime.devices import ARCHITECTURES
 from numflash.runtime.errors import UnsupportedError
+from numflash.runtime.views import Pointer
 
 CONFIG, TRAITS, LIMITS = DeltaConfig(8), Traits("float16", 64, 64), ARCHITECTURES["sm_80"]
 ELF = b"\x7fELF"
@@ -338,8 +338,8 @@ def test_what_the_key_depends_on():
         key_of(CONFIG, replace(TRAITS, dtype="bfloat16"), LIMITS),
         key_of(CONFIG, replace(TRAITS, head_dim=96), LIMITS),
         key_of(CONFIG, replace(TRAITS, head_dim_v=96), LIMITS),
-        key_of(CONFIG, replace(TRAITS, softcap=True), LIMITS),
-        key_of(CONFIG, replace(TRAITS, alibi=True), LIMITS),
+        key_of(CONFIG, replace(TRAITS, features=("softcap",)), LIMITS),
+        key_of(CONFIG, replace(TRAITS, features=("alibi",)), LIMITS),
         key_of(CONFIG, replace(TRAITS, vectorized=False), LIMITS),
         key_of(CONFIG, TRAITS, ARCHITECTURES["sm_86"]),
     ]

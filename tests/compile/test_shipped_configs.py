@@ -29,13 +29,13 @@ from numflash.configs import (
     accumulators_per_thread,
     parse_config,
 )
-from numflash.kernels.arguments import Pointer
 from numflash.kernels.kernel import Kernel
 from numflash.machine_code.compiler import compile_kernel, get_cubin
 from numflash.machine_code.sass import count_instructions, disassemble
 from numflash.ptx import f32
 from numflash.runtime.devices import ARCHITECTURES
 from numflash.runtime.switches import is_on
+from numflash.runtime.views import Pointer
 from numflash.selection.rules import choose
 
 FAMILIES = ("forward", "backward-dkdv", "backward-dq", "delta", "combine")
@@ -51,16 +51,16 @@ LIKE_SM_86 = ("sm_89", "sm_120")
 DTYPES = (("float16", {}), ("bfloat16", {}), ("float32", {"tf32": True}), ("float32", {}))
 FEATURES = (
     {},
-    {"softcap": True, "alibi": True},
+    {"features": ("softcap", "alibi")},
     {"vectorized": False},
-    {"alibi": True},
-    {"softcap": True, "vectorized": False},
+    {"features": ("alibi",)},
+    {"features": ("softcap",), "vectorized": False},
 )
 # Which config is chosen depends on which of these kinds the features are of.
 KINDS = (
     ({},),
-    ({"softcap": True}, {"softcap": True, "alibi": True}, {"alibi": True}),
-    ({"softcap": True, "vectorized": False}, {"vectorized": False}),
+    ({"features": ("softcap",)}, {"features": ("softcap", "alibi")}, {"features": ("alibi",)}),
+    ({"features": ("softcap",), "vectorized": False}, {"vectorized": False}),
 )
 # Of each family.
 TURING_CASES, TF32_CASES = 2, 2
@@ -196,7 +196,7 @@ def cases_of_family(family: str, kernels: list[Shipped]) -> list[Case]:
         traits = kernel.traits
         if traits.dtype == "float16" and kernel.arch != "sm_75":
             traits = replace(traits, dtype=("float16", "bfloat16")[len(cases) % 2])
-        plain = replace(traits, softcap=False, alibi=False, vectorized=True)
+        plain = replace(traits, features=(), vectorized=True)
         varied = replace(plain, **next(features[kind_of(traits)]))
         case = Case(family, kernel.config, varied, (kernel.arch,))
         cases.append(case if is_shipped(case) else replace(case, traits=traits))
@@ -254,7 +254,7 @@ def kind_of(traits: Traits) -> int:
     """Which of `KINDS` traits are of."""
     if not traits.vectorized:
         return 2
-    return int(traits.softcap or traits.alibi)
+    return int(traits.shapes_scores)
 
 
 def split_cases() -> list[Case]:
@@ -310,10 +310,12 @@ def test_the_cases_cover_everything():
                 assert any(CASES.index(c) % 4 == 0 for c in some), "disassembled"
             if family not in TENSOR_CORE_FAMILIES:
                 continue
-            assert any("sm_120" in c.archs and c.traits.softcap for c in some), family
+            capped = [c for c in some if "softcap" in c.traits.features]
+            assert any("sm_120" in c.archs for c in capped), family
             assert {c.traits.dtype for c in some} == {"float16", "bfloat16", "float32"}
-            for name in ("softcap", "alibi", "vectorized"):
-                assert {getattr(c.traits, name) for c in some} == {True, False}, (family, name)
+            assert {c.traits.vectorized for c in some} == {True, False}, family
+            for name in ("softcap", "alibi"):
+                assert {name in c.traits.features for c in some} == {True, False}, (family, name)
 
 
 @pytest.mark.parametrize("arch", LIKE_SM_86)

@@ -23,7 +23,7 @@ ARROWS = {
     "simulator": "problem runtime",
     "ptx": "configs runtime simulator",
     "tiles": "ptx",
-    "kernels": "configs ptx tiles",
+    "kernels": "configs ptx runtime tiles",
     "machine_code": "configs kernels ptx runtime",
     "executor": "configs problem ptx runtime simulator",
     "selection": "configs machine_code problem runtime",

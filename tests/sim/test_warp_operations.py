@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from numflash import ptx
-from numflash.kernels.arguments import Pointer
 from numflash.ptx import (
     Global,
     Regs,
@@ -17,6 +16,7 @@ from numflash.ptx import (
     instruction,
     u32,
 )
+from numflash.runtime.views import Pointer
 from numflash.simulator import DeadlockError, GlobalPointer, SimulationError, launch
 
 FULL = 0xFFFFFFFF

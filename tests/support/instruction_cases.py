@@ -6,7 +6,6 @@ instructions have files of their own.
 
 import numpy as np
 
-from numflash.kernels.arguments import Pointer
 from numflash.ptx import (
     bar_arrive,
     bar_sync,
@@ -43,6 +42,7 @@ from numflash.ptx import (
     u16,
     u32,
 )
+from numflash.runtime.views import Pointer
 from tests.support.async_copy_cases import ASYNC_COPY_CASES
 from tests.support.bulk_copy_cases import BULK_COPY_CASES
 from tests.support.fp8_cases import FP8_CASES

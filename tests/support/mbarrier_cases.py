@@ -2,7 +2,6 @@
 
 import numpy as np
 
-from numflash.kernels.arguments import Pointer
 from numflash.ptx import (
     cuda,
     elect_sync,
@@ -18,6 +17,7 @@ from numflash.ptx import (
     u32,
     u64,
 )
+from numflash.runtime.views import Pointer
 from tests.support.instruction_harness import THREADS, InstructionCase
 
 STEPS = 7

@@ -27,7 +27,7 @@ from numflash.selection.rules import choose, force
 
 from . import representative
 from .gpu import Device, open_gpu
-from .launches import RefusedError, bind, forced, make_arrays
+from .launches import RefusedError, bind, forced, make_arrays, options_of
 from .representative import CHECK_SEQLENS, Call
 
 BROKEN = 3
@@ -105,9 +105,9 @@ class Worker:
         call = representative.checked(problem, self.check_seqlens)
         arrays = make_arrays(self.device, problem.family, call, seed=10 * self._checks)
         dout = arrays.pop("dout", None)
-        options = {**call.options, "alibi_slopes": arrays.pop("alibi_slopes", None)}
-        configs = forced(problem.family, config, *(arrays[n] for n in "qkv"), options)
-        report = check(**arrays, dout=dout, config=configs, **options)
+        options, qkv = options_of(call, arrays), [arrays[name] for name in "qkv"]
+        configs = forced(problem.family, config, *qkv, options)
+        report = check(*qkv, dout=dout, config=configs, **options)
         if not report.passed:
             wrong = [
                 f"{e.name} is off by {e.error:.3g}, allowed are {e.budget:.3g}"
@@ -131,7 +131,7 @@ class Worker:
             arrays = make_arrays(self.device, problem.family, call, seed=1)
             if problem.family in representative.BACKWARD:
                 q, k, v = (arrays[name] for name in "qkv")
-                options = {**call.options, "alibi_slopes": arrays.get("alibi_slopes")}
+                options = options_of(call, arrays)
                 out, lse = numflash.attention(q, k, v, return_lse=True, **options)
                 arrays |= {"out": out, "lse": lse}
             self._inputs = (problem, call, arrays)

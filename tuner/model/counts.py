@@ -20,8 +20,10 @@ _MMA = {"sm80": 16 * 8 * 16, "sm75": 16 * 8 * 8, "tf32": 16 * 8 * 8}
 _COPY_FMA, _COPY_ALU = 2, 5
 _PORTABLE_COPY_FMA, _PORTABLE_COPY_ALU = 9, 11
 # Instructions a score of the features, by disassembly.
-_SOFTCAP = Counts(issued=16, special=2, fma=10, alu=4)
-_ALIBI = Counts(issued=4, fma=2, alu=2)
+_OF_FEATURES = {
+    "softcap": Counts(issued=16, special=2, fma=10, alu=4),
+    "alibi": Counts(issued=4, fma=2, alu=2),
+}
 # (fma, alu) for the addresses and bounds of a tile, by disassembly.
 _ADDRESSES = {
     "forward": (10, 70),
@@ -241,9 +243,11 @@ def _with_features(tile: Counts, traits: Traits, scores: int) -> Counts:
 
 
 def feature_counts(traits: Traits) -> Counts:
-    """What softcap and ALiBi add to each score."""
-    features = Counts().plus(_SOFTCAP, int(traits.softcap))
-    return features.plus(_ALIBI, int(traits.alibi))
+    """What features add to each score."""
+    added = Counts()
+    for name in traits.features:
+        added = added.plus(_OF_FEATURES.get(name, Counts()), 1)
+    return added
 
 
 def _once(config: Config, traits: Traits, rows: int, outputs: int) -> Counts:

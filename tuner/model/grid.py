@@ -118,7 +118,7 @@ def heads_packed(problem: ProblemClass, config: Config) -> int:
     """Query heads in the rows of a tile, by the rule of `geometry.rows_packed`."""
     if not isinstance(config, MmaConfig) or problem.family != "forward":
         return 1
-    few = problem.seqlen_q <= PACKED_SEQLEN and not problem.traits.alibi
+    few = problem.seqlen_q <= PACKED_SEQLEN and problem.traits.of_a_head is None
     packed = problem.group_size if (few if config.packed is None else config.packed) else 1
     is_torn = isinstance(config, Sm90ForwardConfig) and WARPGROUP_ROWS % packed
     return 1 if is_torn else packed

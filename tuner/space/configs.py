@@ -21,6 +21,7 @@ from numflash.configs import (
     Sm90ForwardConfig,
     Traits,
 )
+from numflash.configs.features import FEATURES, Features
 from numflash.problem.classes import ProblemClass
 from numflash.problem.problem import AttentionProblem
 from numflash.runtime.devices import Architecture, blocks_per_sm
@@ -95,7 +96,8 @@ class Space:
             return choose(problem.family, problem.traits, limits, rows).config
         stands_for = self._stands_for
         config = choose_forward(stands_for, problem.traits, limits, self.machine.num_sms).config
-        if isinstance(config, MmaConfig) and problem.group_size > 1 and not problem.traits.alibi:
+        may_pack = problem.group_size > 1 and problem.traits.of_a_head is None
+        if isinstance(config, MmaConfig) and may_pack:
             config = replace(config, packed=rows_packed(stands_for) > 1)
         return config
 
@@ -115,9 +117,10 @@ class Space:
             softmax_scale=1.0,
             band_lo=-problem.seqlen_q,
             band_hi=problem.seqlen_k,
-            bias_shift=0,
-            softcap=float(traits.softcap),
-            alibi_strides=(0, 0) if traits.alibi else None,
+            shift=0,
+            features=Features(
+                *(row.absent if row.name in traits.features else None for row in FEATURES)
+            ),
             tf32=traits.tf32,
             no_tensor_maps=None if traits.vectorized else "rows are not aligned",
         )

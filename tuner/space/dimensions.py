@@ -116,7 +116,7 @@ def _layouts(problem: ProblemClass, machine: Machine, rows_packed: int) -> dict[
     fewest = max(1, heads) * -(-problem.seqlen_q // 256)
     most = max(1, _BLOCKS_PER_SM * machine.num_sms // fewest)
     layouts = {"num_splits": tuple(2**i for i in range(8) if 2**i <= most)}
-    if problem.group_size > 1 and not problem.traits.alibi:
+    if problem.group_size > 1 and problem.traits.of_a_head is None:
         layouts["packed"] = _OFF_ON
     layouts["heads_in_flight"] = _orders(problem, machine)
     return layouts

@@ -39,6 +39,7 @@ from numflash.ptx import (
     u32,
 )
 from numflash.tiles.blocks import first_of_head, token_of_row
+from numflash.tiles.features import make_args_of_head
 from numflash.tiles.mma.copies import make_copy_tile, make_store_rows
 from numflash.tiles.mma.elements import MMA_ELEMENTS, make_transposed_operand
 from numflash.tiles.mma.fragments import (
@@ -67,7 +68,6 @@ from numflash.tiles.scores import (
     band_block_begin,
     band_block_end,
     band_is_partial,
-    make_slope_of,
 )
 
 
@@ -95,16 +95,15 @@ def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
     first_of_v, _ = make_transposed_operand(element, v_layout)
     multiply_q_k = make_product_nt(element, m_tiles, n_tiles, k_layout, k_layout)
     multiply_p_v = make_product_pn(element, m_tiles, n_tiles, o_tiles, v_layout)
-    scale_scores = make_scale_scores(m_tiles, n_tiles, traits.softcap, traits.alibi)
+    scale_scores = make_scale_scores(m_tiles, n_tiles, traits.features)
     mask_scores = make_mask_scores(m_tiles, n_tiles)
     online_softmax = make_online_softmax(m_tiles, n_tiles, o_tiles)
     scale_rows = make_scale_rows(m_tiles, o_tiles)
     store_o = make_store_rows(
         element, m_tiles, o_tiles, traits.vectorized or is_split, is_split, packed=True
     )
-    n_cap_slopes = n_scores if traits.softcap else 1
-    storage, slope_of = element.storage, make_slope_of(traits.alibi)
-    bends = traits.softcap or traits.alibi
+    storage, args_of_head = element.storage, make_args_of_head(traits.features)
+    bends = traits.shapes_scores
     selected = traits.selected
     out_storage = f32 if is_split else storage
     # Copies that may be on their way while the next tile is used: K and V of all stages but one.
@@ -124,7 +123,6 @@ def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
     ):
         smem = cuda.shared.array(0, u32, alignment=128)
         s_acc = cuda.local.array(n_scores, f32)
-        cap_slopes = cuda.local.array(n_cap_slopes, f32)
         o_acc = cuda.local.array(n_o, f32)
         row_max = cuda.local.array(rows, f32)
         row_sum = cuda.local.array(rows, f32)
@@ -150,7 +148,7 @@ def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
         q_base = first_of_head(q, batch, head)
         k_base = first_of_head(k, batch, head_kv)
         v_base = first_of_head(v, batch, head_kv)
-        slope = slope_of(scores.alibi, batch, head)
+        args = args_of_head(scores.features, batch, head)
         scale_log2 = LOG2_E
         if not bends:
             scale_log2 = scores.scale * LOG2_E
@@ -227,7 +225,7 @@ def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
             if bends:
                 i = i32(m_start + accumulator_row(rows_per_warp))
                 j = i32(n_start + accumulator_column())
-                scale_scores(s_acc, cap_slopes, i, j, scores.alibi.shift, scores, slope)
+                scale_scores(s_acc, i, j, scores.scale, scores.shift, args)
             tokens = last_token + 1 - first_token
             if band_is_partial(first_token, tokens, n_start, tile_n, shape.seqlen_k, mask):
                 i = i32(m_start + accumulator_row(rows_per_warp))

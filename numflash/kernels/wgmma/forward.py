@@ -68,11 +68,11 @@ from numflash.tiles.blocks import (
     next_place,
     token_of_row,
 )
+from numflash.tiles.features import make_args_of_head
 from numflash.tiles.mma.fragments import MMA_ROWS, accumulator_column, accumulator_row
 from numflash.tiles.mma.scores import make_mask_scores, make_scale_scores
 from numflash.tiles.mma.softmax import make_scale_rows
 from numflash.tiles.portable.softmax import LOG2_E
-from numflash.tiles.scores import make_slope_of
 from numflash.tiles.wgmma.products import (
     SLAB_BYTES,
     make_operand,
@@ -97,8 +97,7 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
     num_consumers = 128 * num_groups
     n_tiles, o_tiles = tile_n // 8, traits.head_dim_v // 8
     n_scores, n_p, n_o = 4 * n_tiles, 2 * n_tiles, 4 * o_tiles
-    n_cap_slopes = n_scores if traits.softcap else 1
-    bends, slope_of = traits.softcap or traits.alibi, make_slope_of(traits.alibi)
+    bends, args_of_head = traits.shapes_scores, make_args_of_head(traits.features)
     out_storage = f32 if is_split else u16
 
     q_smem, k_smem, v_smem = ring.q, ring.k, ring.v
@@ -125,7 +124,7 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
     begin_p_v = make_product_pn(dtype, tile_n, traits.head_dim_v)
     wait_for_s, wait_for_next_s = (make_wgmma_wait_group(i, n_scores) for i in range(2))
     wait_for_o = make_wgmma_wait_group(0, n_o)
-    scale_scores = make_scale_scores(1, n_tiles, traits.softcap, traits.alibi)
+    scale_scores = make_scale_scores(1, n_tiles, traits.features)
     mask_scores = make_mask_scores(1, n_tiles)
     online_softmax = make_online_softmax(n_tiles)
     pack_p, scale_rows = make_pack(dtype, n_tiles), make_scale_rows(1, o_tiles)
@@ -139,13 +138,13 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
         return u32(q_first + group * q_step)
 
     @device_function
-    def shape_scores(s_acc, cap_slopes, m_start, n_start, whole, edges, scores, slope):
-        """Softcap, ALiBi, and the mask where an edge crosses the tile."""
+    def shape_scores(s_acc, m_start, n_start, whole, edges, scores, args):
+        """Features of scores, and the mask where an edge crosses the tile."""
         end, mask, pack = edges
         if bends:
             i = i32(m_start + accumulator_row(MMA_ROWS))
             j = i32(n_start + accumulator_column())
-            scale_scores(s_acc, cap_slopes, i, j, scores.alibi.shift, scores, slope)
+            scale_scores(s_acc, i, j, scores.scale, scores.shift, args)
         if n_start < whole[0] or n_start > whole[1]:
             i = i32(m_start + accumulator_row(MMA_ROWS))
             j = i32(n_start + accumulator_column())
@@ -182,7 +181,6 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
         s_acc = cuda.local.array(n_scores, f32)
         p_frag = cuda.local.array(n_p, u32)
         o_acc = cuda.local.array(n_o, f32)
-        cap_slopes = cuda.local.array(n_cap_slopes, f32)
         row_max = cuda.local.array(2, f32)
         row_sum = cuda.local.array(2, f32)
         limits = cuda.local.array(2, f32)
@@ -210,7 +208,7 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
             whole = whole_keys(row, grid, band)
             batch = token_of_row(head_of_batch, shape.num_heads_q)
             head = head_of_batch - batch * shape.num_heads_q
-            slope = slope_of(scores.alibi, batch, head)
+            args = args_of_head(scores.features, batch, head)
             edges = shape.seqlen_k, mask, layout.pack
             for i in range(n_o):
                 o_acc[i] = f32(0)
@@ -229,7 +227,7 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
                 if gives_back():
                     mbarrier_arrive(barriers, k_empty + stage)
                 n_start = i32(first * tile_n)
-                shape_scores(s_acc, cap_slopes, m_start, n_start, whole, edges, scores, slope)
+                shape_scores(s_acc, m_start, n_start, whole, edges, scores, args)
                 online_softmax(s_acc, rows, factors, scale_log2)
                 pack_p(p_frag, s_acc)
 
@@ -259,7 +257,7 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
 
                     # P = softmax(S)
                     n_start = i32(n * tile_n)
-                    shape_scores(s_acc, cap_slopes, m_start, n_start, whole, edges, scores, slope)
+                    shape_scores(s_acc, m_start, n_start, whole, edges, scores, args)
                     has_grown = online_softmax(s_acc, rows, factors, scale_log2)
                     if overlap:
                         softmax_before_wait(smem, 0, row_sum[0], row_sum[1])

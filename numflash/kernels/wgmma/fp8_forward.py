@@ -59,12 +59,12 @@ from numflash.tiles.blocks import (
     next_place,
     token_of_row,
 )
+from numflash.tiles.features import make_args_of_head
 from numflash.tiles.mma.fp8_operands import scale_of_key
 from numflash.tiles.mma.fragments import MMA_ROWS, ROW_STEP, accumulator_column, accumulator_row
 from numflash.tiles.mma.scores import make_mask_scores, make_scale_scores
 from numflash.tiles.mma.softmax import make_scale_rows
 from numflash.tiles.portable.softmax import LOG2_E
-from numflash.tiles.scores import make_slope_of
 from numflash.tiles.wgmma.fp8 import begin_rows, make_add_part, make_pack, make_tile_softmax
 from numflash.tiles.wgmma.products import (
     SLAB_BYTES,
@@ -92,8 +92,7 @@ def make_fp8_forward_kernel(config: Sm90Fp8ForwardConfig, traits: Traits) -> Ker
     n_scores, n_p, n_o = 4 * n_tiles, n_tiles, 4 * o_tiles
     part_columns = config.part_columns(traits)
     num_parts, n_part = traits.head_dim_v // part_columns, part_columns // 2
-    n_cap_slopes = n_scores if traits.softcap else 1
-    bends, slope_of = traits.softcap or traits.alibi, make_slope_of(traits.alibi)
+    bends, args_of_head = traits.shapes_scores, make_args_of_head(traits.features)
     out_storage = f32 if is_split else u16
 
     q_smem, k_smem, v_smem = ring.q, ring.k, ring.v
@@ -123,7 +122,7 @@ def make_fp8_forward_kernel(config: Sm90Fp8ForwardConfig, traits: Traits) -> Ker
     wait_for_part = make_wgmma_wait_group(0, n_part)
     add_part = make_add_part(part_columns // 8)
     scale_s_rows, scale_rows = make_scale_rows(1, n_tiles), make_scale_rows(1, o_tiles)
-    scale_scores = make_scale_scores(1, n_tiles, traits.softcap, traits.alibi)
+    scale_scores = make_scale_scores(1, n_tiles, traits.features)
     mask_scores = make_mask_scores(1, n_tiles)
     tile_softmax, pack_p = make_tile_softmax(n_tiles), make_pack(n_tiles)
 
@@ -158,15 +157,14 @@ def make_fp8_forward_kernel(config: Sm90Fp8ForwardConfig, traits: Traits) -> Ker
             add_part(o_acc, n_part * part, part_acc, weights)
 
     @device_function
-    def shape_scores(s_acc, cap_slopes, scales, m_start, n_start, whole, edges, scores, slope):
-        """Softcap, ALiBi, and the mask where an edge crosses the tile."""
+    def shape_scores(s_acc, scales, m_start, n_start, whole, edges, scores, args):
+        """Features of scores, and the mask where an edge crosses the tile."""
         end, mask, pack = edges
         if bends:
             scale_s_rows(s_acc, scales)
             i = i32(m_start + accumulator_row(MMA_ROWS))
             j = i32(n_start + accumulator_column())
-            unscaled = Scores(f32(1), scores.softcap, scores.softmax_scale, scores.alibi)
-            scale_scores(s_acc, cap_slopes, i, j, scores.alibi.shift, unscaled, slope)
+            scale_scores(s_acc, i, j, f32(1), scores.shift, args)
             scales[0], scales[1] = LOG2_E, LOG2_E
         if n_start < whole[0] or n_start > whole[1]:
             i = i32(m_start + accumulator_row(MMA_ROWS))
@@ -206,7 +204,6 @@ def make_fp8_forward_kernel(config: Sm90Fp8ForwardConfig, traits: Traits) -> Ker
         p_frag = cuda.local.array(n_p, u32)
         part_acc = cuda.local.array(n_part, f32)
         o_acc = cuda.local.array(n_o, f32)
-        cap_slopes = cuda.local.array(n_cap_slopes, f32)
         row_max = cuda.local.array(2, f32)
         row_sum = cuda.local.array(2, f32)
         limits = cuda.local.array(2, f32)
@@ -238,7 +235,7 @@ def make_fp8_forward_kernel(config: Sm90Fp8ForwardConfig, traits: Traits) -> Ker
             head_kv = token_of_row(head, shape.group_size)
             k_scales = first_of_head(descales.k, batch, head_kv)
             v_scales = first_of_head(descales.v, batch, head_kv)
-            slope = slope_of(scores.alibi, batch, head)
+            args = args_of_head(scores.features, batch, head)
             base = first_of_head(descales.q, batch, token_of_row(head, descales.q.group))
             for r in range(2):
                 # Beyond the last row any will do.
@@ -273,9 +270,7 @@ def make_fp8_forward_kernel(config: Sm90Fp8ForwardConfig, traits: Traits) -> Ker
                 if tile == last_of_stage and gives_back():
                     mbarrier_arrive(barriers, k_empty + stage)
                 scales[0], scales[1] = q_scales[0] * k_scale, q_scales[1] * k_scale
-                shape_scores(
-                    s_acc, cap_slopes, scales, m_start, n_start, whole, edges, scores, slope
-                )
+                shape_scores(s_acc, scales, m_start, n_start, whole, edges, scores, args)
                 tile_softmax(s_acc, rows, factors, scales, weights)
                 weights[0] *= v_scale
                 weights[1] *= v_scale
@@ -316,9 +311,7 @@ def make_fp8_forward_kernel(config: Sm90Fp8ForwardConfig, traits: Traits) -> Ker
 
                     # P = softmax(S)
                     scales[0], scales[1] = q_scales[0] * k_scale, q_scales[1] * k_scale
-                    shape_scores(
-                        s_acc, cap_slopes, scales, m_start, n_start, whole, edges, scores, slope
-                    )
+                    shape_scores(s_acc, scales, m_start, n_start, whole, edges, scores, args)
                     has_grown = tile_softmax(s_acc, rows, factors, scales, next_weights)
                     if overlap:
                         softmax_before_wait(smem, 0, row_sum[0], row_sum[1])

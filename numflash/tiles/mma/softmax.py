@@ -192,68 +192,68 @@ def lse_of_row(row_max, max_scale, total):
 
 
 @cache
-def make_softmax_backward_by_row(m_tiles, n_tiles, softcap):
-    """softmax_backward(s_acc, dp_acc, cap_slopes, lses, deltas, scales): S -> P, dP -> dS.
+def make_softmax_backward_by_row(m_tiles, n_tiles, has_slopes):
+    """softmax_backward(s_acc, dp_acc, slopes, lses, deltas, scales): S -> P, dP -> dS.
 
         P  = 2 ** (scale_log2 S - lse log2 e)
-        dS = P * (softmax_scale dP - delta), times the cap's slope with softcap
+        dS = P * (softmax_scale dP - delta), times the slope of the score
 
     `scales` are scale_log2 and softmax_scale; delta holds the latter, see
     `tiles.portable.gradients`. The rows are queries: lses (in base 2, +inf for a query without
     keys) and deltas are a thread's.
     """
-    tiles, gradient_of_score = m_tiles * n_tiles, _make_gradient_of_score(softcap)
+    tiles, gradient_of_score = m_tiles * n_tiles, _make_gradient_of_score(has_slopes)
 
     @device_function
-    def softmax_backward(s_acc, dp_acc, cap_slopes, lses, deltas, scales):
+    def softmax_backward(s_acc, dp_acc, slopes, lses, deltas, scales):
         for tile in range(tiles):
             i, r = 4 * tile, tile // n_tiles * 2
             lse, delta = lses[r], deltas[r]
-            gradient_of_score(s_acc, dp_acc, cap_slopes, i, lse, delta, scales)
-            gradient_of_score(s_acc, dp_acc, cap_slopes, i + 1, lse, delta, scales)
+            gradient_of_score(s_acc, dp_acc, slopes, i, lse, delta, scales)
+            gradient_of_score(s_acc, dp_acc, slopes, i + 1, lse, delta, scales)
             lse, delta = lses[r + 1], deltas[r + 1]
-            gradient_of_score(s_acc, dp_acc, cap_slopes, i + 2, lse, delta, scales)
-            gradient_of_score(s_acc, dp_acc, cap_slopes, i + 3, lse, delta, scales)
+            gradient_of_score(s_acc, dp_acc, slopes, i + 2, lse, delta, scales)
+            gradient_of_score(s_acc, dp_acc, slopes, i + 3, lse, delta, scales)
 
     return softmax_backward
 
 
 @cache
-def make_softmax_backward_by_column(m_tiles, n_tiles, softcap):
-    """softmax_backward(s_acc, dp_acc, cap_slopes, smem, lse, delta, scales): S -> P, dP -> dS.
+def make_softmax_backward_by_column(m_tiles, n_tiles, has_slopes):
+    """softmax_backward(s_acc, dp_acc, slopes, smem, lse, delta, scales): S -> P, dP -> dS.
 
     As `make_softmax_backward_by_row` where the columns are queries. `lse` and `delta` are the
     positions in smem of the values of this thread's first column.
     """
-    tiles, gradient_of_score = m_tiles * n_tiles, _make_gradient_of_score(softcap)
+    tiles, gradient_of_score = m_tiles * n_tiles, _make_gradient_of_score(has_slopes)
 
     @device_function
-    def softmax_backward(s_acc, dp_acc, cap_slopes, smem, lse, delta, scales):
+    def softmax_backward(s_acc, dp_acc, slopes, smem, lse, delta, scales):
         lses = cuda.local.array(2, f32)
         deltas = cuda.local.array(2, f32)
         for tile in range(tiles):
             i, first = 4 * tile, tile % n_tiles * MMA_COLUMNS
             ld_shared_v2_f32(lses, smem, lse + first)
             ld_shared_v2_f32(deltas, smem, delta + first)
-            gradient_of_score(s_acc, dp_acc, cap_slopes, i, lses[0], deltas[0], scales)
-            gradient_of_score(s_acc, dp_acc, cap_slopes, i + 1, lses[1], deltas[1], scales)
-            gradient_of_score(s_acc, dp_acc, cap_slopes, i + 2, lses[0], deltas[0], scales)
-            gradient_of_score(s_acc, dp_acc, cap_slopes, i + 3, lses[1], deltas[1], scales)
+            gradient_of_score(s_acc, dp_acc, slopes, i, lses[0], deltas[0], scales)
+            gradient_of_score(s_acc, dp_acc, slopes, i + 1, lses[1], deltas[1], scales)
+            gradient_of_score(s_acc, dp_acc, slopes, i + 2, lses[0], deltas[0], scales)
+            gradient_of_score(s_acc, dp_acc, slopes, i + 3, lses[1], deltas[1], scales)
 
     return softmax_backward
 
 
 @cache
-def _make_gradient_of_score(softcap):
-    """gradient_of_score(s_acc, dp_acc, cap_slopes, i, lse, delta, scales) for one score."""
+def _make_gradient_of_score(has_slopes):
+    """gradient_of_score(s_acc, dp_acc, slopes, i, lse, delta, scales) for one score."""
 
     @device_function
-    def gradient_of_score(s_acc, dp_acc, cap_slopes, i, lse, delta, scales):
+    def gradient_of_score(s_acc, dp_acc, slopes, i, lse, delta, scales):
         scale_log2, softmax_scale = scales
         probability = ex2_approx_ftz_f32(fma_rn_f32(s_acc[i], scale_log2, -lse))
         gradient = probability * fma_rn_f32(dp_acc[i], softmax_scale, -delta)
-        if softcap:
-            gradient *= cap_slopes[i]
+        if has_slopes:
+            gradient *= slopes[i]
         s_acc[i] = probability
         dp_acc[i] = gradient
 

@@ -42,23 +42,23 @@ def make_load_query_statistics(count, step):
 
 
 @cache
-def make_softmax_backward(rows, columns, softcap, by_row):
-    """softmax_backward(s_acc, dp_acc, cap_slopes, lses, deltas, softmax_scale)
+def make_softmax_backward(rows, columns, has_slopes, by_row):
+    """softmax_backward(s_acc, dp_acc, slopes, lses, deltas, softmax_scale)
 
     S -> P and dP -> dS, in place.
 
-    With softcap, `cap_slopes` holds the derivative of the capped by the raw score.
+    With has_slopes, `slopes` holds the derivative of each score by the scaled product.
     """
     n_scores = rows * columns
 
     @device_function
-    def softmax_backward(s_acc, dp_acc, cap_slopes, lses, deltas, softmax_scale):
+    def softmax_backward(s_acc, dp_acc, slopes, lses, deltas, softmax_scale):
         for i in range(n_scores):
             query = i // columns if by_row else i % columns
             probability = exp_f32(s_acc[i] - lses[query])
             gradient = probability * fma_rn_f32(dp_acc[i], softmax_scale, -deltas[query])
-            if softcap:
-                gradient *= cap_slopes[i]
+            if has_slopes:
+                gradient *= slopes[i]
             s_acc[i] = probability
             dp_acc[i] = gradient
 

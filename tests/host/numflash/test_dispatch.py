@@ -21,6 +21,7 @@ from numflash.configs import (
     portable,
     wgmma,
 )
+from numflash.configs.features import NO_FEATURES, Alibi
 from numflash.problem.problem import AttentionProblem
 from numflash.runtime.devices import ARCHITECTURES, blocks_per_sm
 from numflash.runtime.errors import UnsupportedError
@@ -46,6 +47,8 @@ ROWS = (1, 8, 16, 32, 64, 2**30)
 
 each_family = pytest.mark.parametrize("family", TENSOR_CORE_FAMILIES)
 each_arch = pytest.mark.parametrize("arch", ARCHITECTURES)
+
+BOTH = ("softcap", "alibi")
 
 
 def all_traits(dtype, **options):
@@ -132,7 +135,7 @@ def test_kernels_without_products_are_portable_everywhere():
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("columns", HEAD_DIMS)
 def test_the_forward_on_hopper_is_that_of_wgmma(dtype, columns):
-    for traits in (Traits(dtype, columns, 32), Traits(dtype, 32, columns, True, True, False)):
+    for traits in (Traits(dtype, columns, 32), Traits(dtype, 32, columns, BOTH, False)):
         choice = choose("forward", traits, HOPPER)
         assert choice.config == wgmma.candidates(traits)[0]
         # How rows are aligned is all one to bulk copies.
@@ -148,7 +151,7 @@ def test_the_forward_on_hopper_is_that_of_wgmma(dtype, columns):
 def test_every_candidate_for_wgmma_is_chosen_somewhere_and_fits_with_all_features():
     chosen, shipped = set(), set()
     for columns, rows in itertools.product(HEAD_DIMS, (33, 65, 129, 2**30)):
-        traits = Traits("bfloat16", columns, columns, True, True)
+        traits = Traits("bfloat16", columns, columns, BOTH)
         shipped |= set(wgmma.candidates(traits))
         chosen.add(choose("forward", traits, HOPPER, rows).config)
         for config in wgmma.candidates(traits):
@@ -193,7 +196,7 @@ def test_few_rows_are_left_to_smaller_tiles():
     ],
 )
 def test_what_is_too_large_for_wgmma_says_so(config, columns, why):
-    traits = Traits("float16", columns, columns, alibi=True)
+    traits = Traits("float16", columns, columns, ("alibi",))
     assert why in wgmma.misfit(parse_config("forward", config), traits, HOPPER, 2**30)
 
 
@@ -367,7 +370,11 @@ def test_more_shared_memory_never_means_a_smaller_portable_tile(family):
 def test_every_candidate_is_chosen_somewhere(family):
     """One that never is would be shipped for nothing, and compiled by no test."""
     chosen = set()
-    for dtype, options in (("float16", {}), ("float16", {"softcap": True}), ("float32", {})):
+    for dtype, options in (
+        ("float16", {}),
+        ("float16", {"features": ("softcap",)}),
+        ("float32", {}),
+    ):
         for limits, rows in itertools.product((TURING, AMPERE, ADA, HOPPER), ROWS):
             for traits in all_traits(dtype, **options):
                 chosen.add(choose(family, traits, limits, rows).config)
@@ -647,8 +654,8 @@ def test_a_grid_of_nothing_is_not_split():
 def problem(**changes) -> AttentionProblem:
     """4 batch entries of 8 query heads that share 2."""
     sizes = {"batch": 4, "seqlen_q": 1, "seqlen_k": 1024, "num_heads_q": 8, "num_heads_kv": 2}
-    scalars = {"softmax_scale": 1.0, "band_lo": 0, "band_hi": 0, "bias_shift": 0, "softcap": 0.0}
-    rest = {"head_dim": 128, "head_dim_v": 64, "dtype": "float16", "alibi_strides": None}
+    scalars = {"softmax_scale": 1.0, "band_lo": 0, "band_hi": 0, "shift": 0}
+    rest = {"head_dim": 128, "head_dim_v": 64, "dtype": "float16"}
     return AttentionProblem(**{**sizes, **scalars, **rest, **changes})
 
 
@@ -661,7 +668,7 @@ def problem(**changes) -> AttentionProblem:
         ({"num_heads_kv": 8}, 1),
         ({"num_heads_kv": 1}, 8),
         # Each head has a slope of its own.
-        ({"alibi_strides": (0, 1)}, 1),
+        ({"features": NO_FEATURES._replace(alibi=Alibi("alibi_slopes", 0, 1))}, 1),
     ],
 )
 def test_heads_of_a_group_are_packed_where_queries_are_few(changes, pack):

@@ -73,7 +73,7 @@ def test_empty_problems_have_a_class():
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("mask", ["full", "causal", "window256"])
 def test_parse_is_the_inverse_of_str(family, mask):
-    traits = replace(TRAITS, softcap=True, head_dim_v=96)
+    traits = replace(TRAITS, features=("softcap",), head_dim_v=96)
     original = ProblemClass(family, traits, mask, 1, 4096, 64, 8)
     assert ProblemClass.parse(str(original)) == original
 

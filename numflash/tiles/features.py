@@ -1,0 +1,108 @@
+"""What features compute: a function for each row of `configs.features`, with its name.
+
+A score function maps score s of the query at place i and the key at place j to the score that
+counts, and says the derivative of that by s:
+
+    score(s, i, j, args) -> (s, ds)
+
+Only the distance i - j of the places means anything; they are float32, as integers would have to
+be converted one by one, and exact below 2 ** 24. `args` is what the feature's other function,
+NAME_of_head, takes out of the records of a kernel's arguments once for all rows of a head.
+"""
+
+import math
+from functools import cache
+from typing import NamedTuple
+
+from numflash.ptx import device_function, f32, fma_rn_f32
+
+
+@device_function
+def softcap(s, i, j, cap):
+    """cap tanh(s), of a score that comes divided by cap."""
+    bent = f32(math.tanh(s))
+    return cap * bent, fma_rn_f32(-bent, bent, f32(1))
+
+
+@device_function
+def _softcap_of_head(features, batch, head):
+    return features.softcap.cap
+
+
+@device_function
+def alibi(s, i, j, slope):
+    """s - slope |i - j|."""
+    return fma_rn_f32(-slope, f32(abs(i - j)), s), f32(1)
+
+
+@device_function
+def _alibi_of_head(features, batch, head):
+    record = features.alibi
+    return record.slopes[batch * record.batch + head * record.head]
+
+
+class Score(NamedTuple):
+    """A score function, what finds its `args`, and whether it looks at places."""
+
+    function: object
+    of_head: object
+    has_places: bool
+
+
+SCORES = {
+    "softcap": Score(softcap, _softcap_of_head, False),
+    "alibi": Score(alibi, _alibi_of_head, True),
+}
+
+
+def has_places(features) -> bool:
+    """Whether a feature of these looks at the places of scores."""
+    return any(SCORES[name].has_places for name in features if name in SCORES)
+
+
+@cache
+def make_score(features):
+    """score(s, i, j, args): the score functions of `features` one after another."""
+    score = _plain
+    for name in reversed(features):
+        if name in SCORES:
+            score = _followed_by(SCORES[name].function, score)
+    return score
+
+
+@cache
+def make_args_of_head(features):
+    """args_of_head(records, batch, head): `args` of `make_score`, of the record `Features`."""
+    args_of_head = _no_args
+    for name in reversed(features):
+        if name in SCORES:
+            args_of_head = _besides(SCORES[name].of_head, args_of_head)
+    return args_of_head
+
+
+@device_function
+def _plain(s, i, j, args):
+    return s, f32(1)
+
+
+def _followed_by(first, rest):
+    @device_function
+    def score(s, i, j, args):
+        t, slope = first(s, i, j, args[0])
+        u, more = rest(t, i, j, args[1])
+        return u, slope * more
+
+    return score
+
+
+@device_function
+def _no_args(records, batch, head):
+    return f32(0)
+
+
+def _besides(first, rest):
+    @device_function
+    def args_of_head(records, batch, head):
+        return first(records, batch, head), rest(records, batch, head)
+
+    return args_of_head
