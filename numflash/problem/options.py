@@ -2,7 +2,7 @@
 
 import math
 from collections import namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from numbers import Integral, Real
 from operator import attrgetter
@@ -16,7 +16,7 @@ ALIGNMENTS = ("bottom_right", "top_left")
 PRECISIONS = ("tf32", "fp8", "auto")
 
 
-def expect_one_of(name: str, value, choices: tuple[str, ...]) -> None:
+def expect_one_of(name: str, value, choices: Iterable[str]) -> None:
     """Check a string. Raises TypeError, ValueError."""
     if not isinstance(value, str):
         raise TypeError(f"{name} must be a string, got {value!r} ({kind_of(value)})")

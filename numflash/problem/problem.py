@@ -103,12 +103,21 @@ class AttentionProblem:
         Raises:
             UnsupportedError: more blocks than a grid can have.
         """
-        blocks = -(-rows // block_rows) * heads * self.batch
-        if blocks > _MAX_BLOCKS:
-            raise UnsupportedError(
-                f"the problem needs {blocks} thread blocks; a grid has at most {_MAX_BLOCKS}"
-            )
-        return blocks
+        return num_blocks("the problem", rows, heads * self.batch, block_rows)
+
+
+def num_blocks(what: str, rows: int, heads: int, block_rows: int) -> int:
+    """The grid of a kernel whose blocks own `block_rows` of the `rows` rows of a head.
+
+    Raises:
+        UnsupportedError: more blocks than a grid can have; `what` is what the message speaks of.
+    """
+    blocks = -(-rows // block_rows) * heads
+    if blocks > _MAX_BLOCKS:
+        raise UnsupportedError(
+            f"{what} needs {blocks} thread blocks; a grid has at most {_MAX_BLOCKS}"
+        )
+    return blocks
 
 
 def describe(
