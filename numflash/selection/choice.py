@@ -6,7 +6,7 @@ device and the problem.
 
 from dataclasses import replace
 
-from numflash.configs import Config, MmaConfig, Traits
+from numflash.configs import Config, Traits
 from numflash.problem.classes import ProblemClass
 from numflash.problem.problem import AttentionProblem
 from numflash.runtime.driver import device_name, limits_of_device, multiprocessors
@@ -168,7 +168,7 @@ def _tuned(
     limits = limits_of_device(device)
     if not problem.softmax_scale > 0:
         return choice
-    bulk_copies = without_bulk_copies(problem) is None
+    bulk_copies = without_bulk_copies(problem, rows_packed(problem)) is None
     query = wanted, device_key(device), limits, rows, choice.config, bulk_copies
     found = tuned.find(*query)
     is_measured = found is not None and found.measured_ms is not None
