@@ -25,6 +25,11 @@ def _nothing(*_) -> None:
     """No reason against it."""
 
 
+def _without_tf32(traits: Traits) -> Traits:
+    """The traits of a kernel without products of tf32: that of float32, compiled once for both."""
+    return replace(traits, tf32=False)
+
+
 @dataclass(frozen=True)
 class Implementation:
     """A row.
@@ -158,8 +163,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         misfit=lambda config, traits, limits, rows, warps: portable.misfit(
             config, traits, limits, rows
         ),
-        # The kernel is that of float32, compiled once for both.
-        adapts=lambda traits: replace(traits, tf32=False),
+        adapts=_without_tf32,
         rule="the first that fits of the portable configs",
         slower="tensor cores are faster",
         takes_last=True,
@@ -173,6 +177,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         candidates=lambda family, traits, limits: (),
         misfit=_nothing,
         cannot_run=quantize.cannot_run,
+        adapts=_without_tf32,
         has_tensor_cores=False,
     ),
 )

@@ -4,7 +4,7 @@ A field says in its metadata how it is written: `number`, `switch`, `word` and `
 fields. A config is written as its fields in order, and read by the pattern that they make
 together. What is not written is a field's default.
 
-    sm80-m128n64w4s2x8-packed   generation, tile_m, tile_n, num_warps, num_stages, num_splits, packed
+    sm80-m128n64w4s2-packed     generation, tile_m, tile_n, num_warps, num_stages, packed
 """
 
 import re

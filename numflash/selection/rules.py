@@ -57,6 +57,11 @@ class Choice:
         """The row of `configs.implementations` that the kernel belongs to."""
         return implementation_of(self.config)
 
+    @property
+    def has_geometry(self) -> bool:
+        """Whether its config says how a forward is laid over the machine."""
+        return self.implementation.has_tensor_cores
+
     def __str__(self) -> str:
         lines = [f"{self.family}: {self.config} ({self.config.implementation}), {self.rule}"]
         return "\n".join([*lines, *(f"  not {what}: {why}" for what, why in self.passed_over)])
@@ -137,7 +142,7 @@ def choose_forward(
     positive, pack = problem.softmax_scale > 0, rows_packed(problem)
     no_bulk_copies, rows = without_bulk_copies(problem, pack), problem.seqlen_q
     choice = choose("forward", traits, limits, rows * pack, positive, no_bulk_copies)
-    if not choice.implementation.has_tensor_cores:
+    if not choice.has_geometry:
         # The portable kernels do not pack.
         if pack > 1:
             choice = choose("forward", traits, limits, rows, positive, no_bulk_copies)

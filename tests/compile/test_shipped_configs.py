@@ -26,7 +26,6 @@ from numflash.configs import (
     ForwardConfig,
     MmaConfig,
     Traits,
-    accumulators_per_thread,
     parse_config,
 )
 from numflash.kernels.arguments import Pointer
@@ -79,9 +78,7 @@ class Shipped:
     def accumulators(self) -> int:
         """float32 accumulators a thread: the more, the scarcer are registers."""
         config = parse_config(self.family, self.config)
-        if isinstance(config, MmaConfig):
-            return config.accumulators_per_thread(self.traits)
-        return accumulators_per_thread(config, self.traits)
+        return config.accumulators_per_thread(self.traits)
 
     @property
     def scarcity(self) -> tuple:

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 import numflash
-from numflash.calls import forward as calls
 from numflash.calls import ready
 from numflash.configs import (
     FAMILIES,
@@ -15,13 +14,13 @@ from numflash.configs import (
     MmaConfig,
     MmaForwardConfig,
     Traits,
-    accumulators_per_thread,
     mma,
     parse_config,
     portable,
     wgmma,
 )
 from numflash.problem.problem import AttentionProblem
+from numflash.runtime import driver
 from numflash.runtime.devices import ARCHITECTURES, blocks_per_sm
 from numflash.runtime.errors import UnsupportedError
 from numflash.runtime.mode import SIMULATED
@@ -351,7 +350,7 @@ def test_what_is_chosen_leaves_registers_for_its_operands(family):
             if isinstance(config, MmaConfig):
                 assert config.accumulators_per_thread(traits) <= 200, f"{config} {traits}"
             else:
-                assert accumulators_per_thread(config, traits) <= 144, f"{config} {traits}"
+                assert config.accumulators_per_thread(traits) <= 144, f"{config} {traits}"
 
 
 @each_family
@@ -704,9 +703,9 @@ class Machine:
 
     def be(self, limits, num_sms=1, l2_bytes=2**20):
         """Have these limits."""
-        for module in (calls, selection):
+        for module in (driver, selection):
             self.patch.setattr(module, "limits_of_device", lambda device: limits)
-        self.patch.setattr(selection, "multiprocessors", lambda device: (num_sms, l2_bytes))
+            self.patch.setattr(module, "multiprocessors", lambda device: (num_sms, l2_bytes))
         self.patch.setattr(ready, "_ready", {})
 
     def arrays(self, *shapes, dtype="float16"):
