@@ -19,7 +19,6 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from numflash.api.inspect import inspect_kernel
 from numflash.configs import (
     HEAD_DIM_STEP,
     MAX_HEAD_DIM,
@@ -31,6 +30,7 @@ from numflash.configs import (
 from numflash.kernels.arguments import Pointer
 from numflash.kernels.kernel import Kernel
 from numflash.machine_code.compiler import compile_kernel, get_cubin
+from numflash.machine_code.report import inspect_kernel
 from numflash.machine_code.sass import count_instructions, disassemble
 from numflash.ptx import f32
 from numflash.runtime.devices import ARCHITECTURES
