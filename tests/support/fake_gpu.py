@@ -31,6 +31,8 @@ _DTYPES = {
     "uint8": np.dtype(np.uint8),
 }
 _ALLOCATION = 512
+B, SQ, SK, H, HKV, D, DV = 2, 100, 70, 4, 2, 64, 96
+"""Sizes of the arrays that most tests take."""
 
 
 def _contiguous(shape, itemsize):
