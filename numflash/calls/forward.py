@@ -9,6 +9,7 @@ from typing import Any
 
 from numflash.calls.arguments import Request, copy_all_rows, request_of
 from numflash.calls.launch import Launcher, Mapped
+from numflash.configs import implementation_of
 from numflash.kernels.arguments import Layout, Part
 from numflash.problem.tensor_maps import TensorLayout
 from numflash.runtime.arrays import ArrayLibrary
@@ -137,7 +138,7 @@ def _laid_out(request: Request, selection: Selection) -> ForwardKernels:
         "layout": Layout(geometry.pack, num_splits, geometry.heads_in_flight),
         "num_splits": num_splits,
     }
-    if choice.implementation.needs_maps:
+    if implementation_of(choice.config).needs_maps:
         arguments |= _tensor_maps(request, choice.config, geometry)
     workspaces, combine, into = {}, {}, {}
     if num_splits > 1:

@@ -34,12 +34,6 @@ class Letter:
     after: str = ""
     left_out: Any = _NOTHING
 
-    def write(self, value) -> str:
-        """The text of a value, also of one that the config will refuse."""
-        if self.texts is not None:
-            return self.texts.get(value, f"-{value}")
-        return "" if value == self.left_out else f"{self.before}{value}{self.after}"
-
     def read(self, text: str):
         """The value of a text that matches the pattern."""
         if self.texts is not None:
@@ -107,8 +101,16 @@ class Lettered:
     example: ClassVar[str]
 
     def __str__(self) -> str:
-        letters = _letters(type(self)).items()
-        return self.prefix + "".join(x.write(getattr(self, name)) for name, x in letters)
+        # In one loop and without calls: a choice of kernels writes every config that it rejects.
+        text = self.prefix
+        for name, letter in _letters(type(self)).items():
+            value = getattr(self, name)
+            if letter.texts is not None:
+                # The config may be one that is about to be refused.
+                text += letter.texts.get(value, f"-{value}")
+            elif value != letter.left_out:
+                text += f"{letter.before}{value}{letter.after}"
+        return text
 
     @classmethod
     def parse(cls, text: str) -> Self:
