@@ -1,10 +1,12 @@
 """What calls and plans give back, launch and keep, with libraries and the driver stubbed."""
 
 import gc
+import sys
 import threading
 import time
 import timeit
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -228,6 +230,52 @@ def test_threads_do_not_mix_their_arguments(gpu, qkv, monkeypatch):
     lse_of = {plan.out.data.ptr: plan.lse.data.ptr for plan in plans}
     for run in gpu.driver.launches:
         assert run.arguments["lse"] == lse_of[run.arguments["out"]]
+
+
+# The walk of a call
+
+
+def visits(room: str, call) -> list[str]:
+    """The functions by which a call enters a room of numflash, in order."""
+    folder, depth, found = str(Path(numflash.__file__).parent / room), 0, []
+
+    def note(frame, event, _):
+        nonlocal depth
+        if event in ("call", "return") and frame.f_code.co_filename.startswith(folder):
+            if event == "call" and depth == 0:
+                found.append(frame.f_code.co_name)
+            depth += 1 if event == "call" else -1
+
+    sys.setprofile(note)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return found
+
+
+@pytest.mark.parametrize("config", [None, "sm80-m64n64w4s1x2", {"combine": "w8"}])
+def test_a_call_selects_once_and_an_equal_one_not_at_all(hopper, config):
+    few, many = hopper.array((1, 1, H, D)), hopper.array((1, 65536, H, D))
+    out, lse = numflash.attention(few, many, many, return_lse=True)
+
+    def forward():
+        numflash.attention(few, many, many, config=config, causal=True)
+
+    def backward():
+        numflash.attention_backward(out, few, many, many, out, lse)
+
+    for call in (forward, backward):
+        # `generation` tells whether what is ready is still what would be selected.
+        assert visits("selection", call) == ["generation", "select"]
+        assert visits("selection", call) == ["generation"]
+
+
+@pytest.mark.parametrize(("precision", "forwards"), [("fp8", 1), ("auto", 2)])
+def test_a_call_on_8_bit_floats_selects_once_for_each_forward(hopper, precision, forwards):
+    q = hopper.array((B, SQ, H, D))
+    found = visits("selection", lambda: numflash.attention(q, q, q, precision=precision))
+    assert found == ["generation", *["select"] * forwards]
 
 
 # Host time of this process alone: the machine may be busy. The limits leave room for a slow one.

@@ -4,16 +4,20 @@ import numpy as np
 import pytest
 
 import numflash
-from numflash.calls import ready
+from numflash.calls import forward as calls
+from numflash.calls import launch, ready
+from numflash.calls.arguments import DEFAULTS
 from numflash.configs import (
     Traits,
     parse_config,
 )
 from numflash.runtime import driver
+from numflash.runtime.arrays import library_of
 from numflash.runtime.errors import UnsupportedError
 from numflash.runtime.mode import SIMULATED
 from numflash.runtime.views import numpy_dtype
 from numflash.selection import choice as selection
+from numflash.selection.choice import select
 from numflash.selection.rules import choose
 from tests.host.numflash.test_dispatch import ADA, AMPERE, EXACT, HOPPER, TURING
 from tests.support import fake_gpu
@@ -163,3 +167,43 @@ def test_an_explanation_of_tf32(machine):
     explanation = numflash.explain_dispatch(q, k, v, precision="tf32")
     for choice in (explanation.forward, *explanation.backward.values()):
         assert choice.traits.tf32 and choice.config.implementation == "sm80"
+
+
+@pytest.mark.parametrize("limits", [AMPERE, HOPPER], ids=lambda limits: limits.arch)
+@pytest.mark.parametrize("precision", [None, "fp8", "auto"])
+def test_explaining_builds_nothing(machine, monkeypatch, limits, precision):
+    def refuse(self):
+        raise AssertionError(f"{self} is compiled")
+
+    monkeypatch.setattr(launch.Launcher, "build", refuse)
+    machine.be(limits)
+    (q,) = machine.arrays(LONG)
+    explanation = numflash.explain_dispatch(q, q, q, precision=precision)
+    assert explanation.forward.traits.fp8 is (precision is not None)
+    with pytest.raises(AssertionError, match="is compiled"):
+        numflash.plan(q, q, q, precision=precision)
+
+
+def test_an_explanation_is_the_selection_of_the_call(machine, monkeypatch):
+    selections = []
+
+    def noting(*arguments, **options):
+        selections.append(select(*arguments, **options))
+        return selections[-1]
+
+    machine.be(HOPPER, 132, 50 * 2**20)
+    q, k = machine.arrays((1, 1, 32, 128), (1, 65536, 4, 128))
+    explanation = numflash.explain_dispatch(q, k, k)
+    monkeypatch.setattr(calls, "select", noting)
+    monkeypatch.setattr(calls.ForwardKernels, "build", lambda self: None)
+    calls.Forward(
+        {n: library_of(x, n).view(x, n) for n, x in (("q", q), ("k", k), ("v", k))}, DEFAULTS
+    )
+    (selection,) = selections
+    for name in ("forward", "geometry", "combine"):
+        assert getattr(selection, name) == getattr(explanation, name)
+    assert selection.geometry.blocks == selection.geometry.num_splits * 4
+    assert selection.backward == {} and list(explanation.backward) == [
+        "backward-dkdv",
+        "backward-dq",
+    ]
