@@ -43,7 +43,6 @@ from numflash.ptx import (
     f32,
     i32,
     make_wgmma_wait_group,
-    mov_shared_address,
     u16,
     u32,
 )
@@ -51,8 +50,6 @@ from numflash.tiles.mma.softmax import make_scale_rows
 from numflash.tiles.portable.softmax import LOG2_E
 from numflash.tiles.scores import make_slope_of
 from numflash.tiles.wgmma.products import (
-    SLAB_BYTES,
-    make_operand,
     make_pack,
     make_product_nt,
     make_product_pn,
@@ -95,26 +92,17 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
 
 
 def make_attend(config: Sm90ForwardConfig, traits: Traits):
-    """attend(smem, barriers, rows, sums, scale_log2, scores, slope, keys, stage, parity)
+    """attend(smem, barriers, at, rows, sums, scale_log2, scores, slope, keys, stage, parity)
 
     O += softmax(Q K^T) V over the tiles of keys that a warpgroup's rows see; see `skeleton`.
     """
-    ring, dtype, tile_n, overlap = (
-        make_ring(config, traits),
-        traits.dtype,
-        config.tile_n,
-        config.overlap,
-    )
-    K, V, q_first, k_first, v_first = ring.K, ring.V, ring.q.first, ring.k.first, ring.v.first
+    ring, tile_n, overlap = make_ring(config, traits), config.tile_n, config.overlap
+    K, V, dtype = ring.K, ring.V, traits.dtype
     # Operands count in units of 16 bytes.
     q_step, k_step, v_step = ring.q.words >> 2, ring.k.words >> 2, ring.v.words >> 2
     n_tiles, o_tiles, rows_are_long = tile_n // 8, traits.head_dim_v // 8, traits.head_dim > 128
     n_scores, n_p = 4 * n_tiles, 2 * n_tiles
     take_turn, pass_turn, _ = make_turns(config.num_warpgroups if config.pingpong else 1)
-    q_operand, tile_operand = (
-        make_operand(WARPGROUP_ROWS * SLAB_BYTES),
-        make_operand(tile_n * SLAB_BYTES),
-    )
     begin_q_k = make_product_nt(dtype, WARPGROUP_ROWS, tile_n, tile_n, traits.head_dim)
     begin_p_v = make_product_pn(dtype, tile_n, traits.head_dim_v)
     wait_for_s, wait_for_next_s = (make_wgmma_wait_group(i, n_scores) for i in range(2))
@@ -130,22 +118,19 @@ def make_attend(config: Sm90ForwardConfig, traits: Traits):
         return u32(q + group * q_step)
 
     @device_function
-    def attend(smem, barriers, rows, sums, scale_log2, scores, slope, keys, stage, parity):
+    def attend(smem, barriers, at, rows, sums, scale_log2, scores, slope, keys, stage, parity):
         s_acc, p_frag = cuda.local.array(n_scores, f32), cuda.local.array(n_p, u32)
         limits, shifts = cuda.local.array(2, f32), cuda.local.array(2, f32)
         factors = cuda.local.array(2, f32)
         o_acc, row_sum, group, (first, end) = sums.o_acc, sums.row_sum, rows.group, keys
         running = sums.row_max, row_sum, limits, shifts
         begin_rows(limits, shifts)
-        q = q_operand(mov_shared_address(smem, q_first))
-        k = tile_operand(mov_shared_address(smem, k_first))
-        v = tile_operand(mov_shared_address(smem, v_first))
 
         # S = Q K^T, P = softmax(S) of the first tile of keys: no P V is there to overlap with.
         take_turn(group)
         # Hazard: S would be made of a K that has not arrived.
         K.wait(barriers, stage, parity)
-        begin_q_k(s_acc, q_of(q, group), u32(k + stage * k_step))
+        begin_q_k(s_acc, q_of(at.q, group), u32(at.k + stage * k_step))
         pass_turn(group)
         # Hazard: the tensor cores still write S, and read K.
         wait_for_s(s_acc)
@@ -163,16 +148,16 @@ def make_attend(config: Sm90ForwardConfig, traits: Traits):
             if overlap:
                 # Hazard: as above, before each product.
                 K.wait(barriers, stage, parity)
-                begin_q_k(s_acc, q_of(q, group), u32(k + stage * k_step))
+                begin_q_k(s_acc, q_of(at.q, group), u32(at.k + stage * k_step))
             # Hazard: O would get a V that has not arrived.
             V.wait(barriers, v_stage, v_parity)
-            begin_p_v(o_acc, p_frag, u32(v + v_stage * v_step))
+            begin_p_v(o_acc, p_frag, u32(at.v + v_stage * v_step))
             if not overlap:
                 # Hazard: the tensor cores still write O, and read P and V.
                 wait_for_o(o_acc)
                 V.release(barriers, v_stage)
                 K.wait(barriers, stage, parity)
-                begin_q_k(s_acc, q_of(q, group), u32(k + stage * k_step))
+                begin_q_k(s_acc, q_of(at.q, group), u32(at.k + stage * k_step))
             pass_turn(group)
             if overlap:
                 # Hazard: as above. The product that began after this one may go on.
@@ -196,7 +181,7 @@ def make_attend(config: Sm90ForwardConfig, traits: Traits):
 
         # O += P V of the last tile
         V.wait(barriers, stage, parity)
-        begin_p_v(o_acc, p_frag, u32(v + stage * v_step))
+        begin_p_v(o_acc, p_frag, u32(at.v + stage * v_step))
         # Hazard: `finish` reads O.
         wait_for_o(o_acc)
         V.release(barriers, stage)

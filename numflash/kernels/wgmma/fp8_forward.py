@@ -33,7 +33,6 @@ from numflash.ptx import (
     f32,
     i32,
     make_wgmma_wait_group,
-    mov_shared_address,
     u16,
     u32,
 )
@@ -46,7 +45,6 @@ from numflash.tiles.scores import make_slope_of
 from numflash.tiles.wgmma.fp8 import begin_rows, make_add_part, make_pack, make_tile_softmax
 from numflash.tiles.wgmma.products import (
     SLAB_BYTES,
-    make_operand,
     make_product_nt,
     make_product_pt,
 )
@@ -118,13 +116,13 @@ def _make_look_up(traits: Traits):
 
 
 def make_attend(config: Sm90Fp8ForwardConfig, traits: Traits):
-    """attend(smem, barriers, rows, sums, _, arguments, at, keys, stage, parity)
+    """attend(smem, barriers, at, rows, sums, _, arguments, known, keys, stage, parity)
 
-    O += softmax(Q K^T) V over the stages of keys that a warpgroup's rows see; see `skeleton`. `at`
-    are the `RowScales`. A stage holds one tile of keys, or two.
+    O += softmax(Q K^T) V over the stages of keys that a warpgroup's rows see; see `skeleton`. A
+    stage holds one tile of keys, or two. `known` are the `RowScales`.
     """
     ring, tile_n, overlap = make_ring(config, traits), config.tile_n, config.overlap
-    K, V, q_first, k_first, v_first = ring.K, ring.V, ring.q.first, ring.k.first, ring.v.first
+    K, V = ring.K, ring.V
     tiles_per_stage = config.stage_n // tile_n
     last_of_stage = tiles_per_stage - 1
     part_columns, bends = config.part_columns(traits), traits.softcap or traits.alibi
@@ -136,7 +134,6 @@ def make_attend(config: Sm90Fp8ForwardConfig, traits: Traits):
     part_step = part_columns * SLAB_BYTES >> 4
     k_tile_step, v_tile_step = tile_n * SLAB_BYTES >> 4, tile_n >> 4
     take_turn, pass_turn, _ = make_turns(config.num_warpgroups if config.pingpong else 1)
-    operand = make_operand(0)
     begin_q_k = make_product_nt("e4m3", WARPGROUP_ROWS, config.stage_n, tile_n, traits.head_dim)
     begin_p_v = make_product_pt(tile_n, part_columns, traits.head_dim_v)
     wait_for_s, wait_for_next_s = (make_wgmma_wait_group(i, n_scores) for i in range(2))
@@ -161,23 +158,25 @@ def make_attend(config: Sm90Fp8ForwardConfig, traits: Traits):
         return u32(v + stage * v_step + tile * v_tile_step)
 
     @device_function
-    def scales_of_tile(descales, at, n_start, end):
+    def scales_of_tile(descales, known, n_start, end):
         """The scales of K and V; the last tile of a stage may be beyond all keys."""
         key = i32(min(n_start, end - 1)) if last_of_stage else n_start
-        return scale_of_key(descales.k, at.k_first, key), scale_of_key(descales.v, at.v_first, key)
+        return scale_of_key(descales.k, known.k_first, key), scale_of_key(
+            descales.v, known.v_first, key
+        )
 
     @device_function
-    def softmax(s_acc, running, factors, weights, rows, n_start, k_scale, arguments, at):
+    def softmax(s_acc, running, factors, weights, rows, n_start, k_scale, arguments, known):
         """S -> P and the weights of P V; whether O must be multiplied by the factors before."""
         scores = arguments[1]
         scales = cuda.local.array(2, f32)
-        scales[0], scales[1] = at.q[0] * k_scale, at.q[1] * k_scale
+        scales[0], scales[1] = known.q[0] * k_scale, known.q[1] * k_scale
         if bends:
             # Softcap and ALiBi take scores that are scaled.
             scale_s_rows(s_acc, scales)
             scales[0], scales[1] = LOG2_E, LOG2_E
         unscaled = Scores(f32(1), scores.softcap, scores.softmax_scale, scores.alibi)
-        shape_scores(s_acc, rows, n_start, unscaled, at.slope)
+        shape_scores(s_acc, rows, n_start, unscaled, known.slope)
         return tile_softmax(s_acc, running, factors, scales, weights)
 
     @device_function
@@ -190,7 +189,7 @@ def make_attend(config: Sm90Fp8ForwardConfig, traits: Traits):
             add_part(o_acc, n_part * part, part_acc, weights)
 
     @device_function
-    def attend(smem, barriers, rows, sums, _, arguments, at, keys, stage, parity):
+    def attend(smem, barriers, at, rows, sums, _, arguments, known, keys, stage, parity):
         s_acc, p_frag = cuda.local.array(n_scores, f32), cuda.local.array(n_p, u32)
         part_acc = cuda.local.array(n_part, f32)
         limits, units = cuda.local.array(2, f32), cuda.local.array(2, f32)
@@ -199,24 +198,21 @@ def make_attend(config: Sm90Fp8ForwardConfig, traits: Traits):
         o_acc, row_sum, group, (first, end) = sums.o_acc, sums.row_sum, rows.group, keys
         running = sums.row_max, row_sum, limits, units
         begin_rows(limits, units)
-        q = operand(mov_shared_address(smem, q_first))
-        k = operand(mov_shared_address(smem, k_first))
-        v = operand(mov_shared_address(smem, v_first))
 
         # S = Q K^T, P = softmax(S) of the first tile of keys: no P V is there to overlap with.
         tile, n_start = i32(0), i32(first * tiles_per_stage * tile_n)
-        k_scale, v_scale = scales_of_tile(arguments[0], at, n_start, rows.end)
+        k_scale, v_scale = scales_of_tile(arguments[0], known, n_start, rows.end)
         take_turn(group)
         # Hazard: S would be made of a K that has not arrived.
         K.wait(barriers, stage, parity)
-        begin_q_k(s_acc, q_of(q), k_of(k, stage, tile))
+        begin_q_k(s_acc, q_of(at.q), k_of(at.k, stage, tile))
         pass_turn(group)
         # Hazard: the tensor cores still write S, and read K.
         wait_for_s(s_acc)
         if tile == last_of_stage:
             # K has been read: the producer may fetch another.
             K.release(barriers, stage)
-        softmax(s_acc, running, factors, weights, rows, n_start, k_scale, arguments, at)
+        softmax(s_acc, running, factors, weights, rows, n_start, k_scale, arguments, known)
         weights[0], weights[1] = weights[0] * v_scale, weights[1] * v_scale
         pack_p(p_frag, s_acc)
 
@@ -229,25 +225,25 @@ def make_attend(config: Sm90Fp8ForwardConfig, traits: Traits):
             else:
                 tile = i32(tile + 1)
             n_start = i32(n * tile_n)
-            k_scale, v_scale = scales_of_tile(arguments[0], at, n_start, rows.end)
+            k_scale, v_scale = scales_of_tile(arguments[0], known, n_start, rows.end)
             take_turn(group)
             if overlap:
                 # Hazard: as above, before each product.
                 K.wait(barriers, stage, parity)
-                begin_q_k(s_acc, q_of(q), k_of(k, stage, tile))
+                begin_q_k(s_acc, q_of(at.q), k_of(at.k, stage, tile))
             # Hazard: O would get a V that has not arrived.
             V.wait(barriers, v_stage, v_parity)
             if overlap:
-                begin_p_v(part_acc, p_frag, v_of(v, v_stage, v_tile))
+                begin_p_v(part_acc, p_frag, v_of(at.v, v_stage, v_tile))
                 pass_turn(group)
                 # Hazard: as above. The product that began after this one may go on.
                 wait_for_next_s(s_acc)
             else:
-                add_tile(o_acc, part_acc, p_frag, v_of(v, v_stage, v_tile), weights)
+                add_tile(o_acc, part_acc, p_frag, v_of(at.v, v_stage, v_tile), weights)
                 if v_tile == last_of_stage:
                     V.release(barriers, v_stage)
                 K.wait(barriers, stage, parity)
-                begin_q_k(s_acc, q_of(q), k_of(k, stage, tile))
+                begin_q_k(s_acc, q_of(at.q), k_of(at.k, stage, tile))
                 pass_turn(group)
                 wait_for_s(s_acc)
             if tile == last_of_stage:
@@ -255,7 +251,7 @@ def make_attend(config: Sm90Fp8ForwardConfig, traits: Traits):
 
             # P = softmax(S) of tile n, with overlap beside P V of tile n - 1
             has_grown = softmax(
-                s_acc, running, factors, next_weights, rows, n_start, k_scale, arguments, at
+                s_acc, running, factors, next_weights, rows, n_start, k_scale, arguments, known
             )
             if overlap:
                 softmax_before_wait(smem, 0, row_sum[0], row_sum[1])
@@ -270,7 +266,7 @@ def make_attend(config: Sm90Fp8ForwardConfig, traits: Traits):
 
         # O += weights * (P V) of the last tile
         V.wait(barriers, stage, parity)
-        add_tile(o_acc, part_acc, p_frag, v_of(v, stage, tile), weights)
+        add_tile(o_acc, part_acc, p_frag, v_of(at.v, stage, tile), weights)
         V.release(barriers, stage)
         return V.following(stage, parity)
 

@@ -28,6 +28,7 @@ from numflash.ptx import (
     fence_mbarrier_init,
     i32,
     make_setmaxnreg,
+    mov_shared_address,
     mov_tid_x,
     u32,
     u64,
@@ -43,6 +44,7 @@ from numflash.tiles.blocks import (
     token_of_row,
 )
 from numflash.tiles.scores import NEG_INF
+from numflash.tiles.wgmma.products import SLAB_BYTES, make_operand
 from numflash.tiles.wgmma.scores import Rows
 from numflash.tiles.wgmma.turns import group_of_thread, leads, make_turns
 
@@ -59,6 +61,14 @@ class Sums(NamedTuple):
     row_sum: object
 
 
+class Operands(NamedTuple):
+    """The first buffers of Q, K and V as operands of products (`tiles.wgmma.products`)."""
+
+    q: object
+    k: object
+    v: object
+
+
 def make_skeleton(config: Sm90ForwardConfig, traits: Traits, look_up, attend, tiles_per_stage=1):
     """run_block(results, maps, mask, shape, layout, max_scale, arguments): a whole forward.
 
@@ -67,14 +77,17 @@ def make_skeleton(config: Sm90ForwardConfig, traits: Traits, look_up, attend, ti
     Q is on its way, and the second if their rows see any key:
 
         look_up(rows, shape, arguments) -> values that the second needs for `rows`
-        attend(smem, barriers, rows, sums, max_scale, arguments, values, keys, stage, parity)
+        attend(smem, barriers, at, rows, sums, max_scale, arguments, values, keys, stage, parity)
             -> the stage after the last, and its parity
 
-    `rows` are `Rows` and `sums` `Sums`. `keys` are (first, end) of the stages that the rows see,
-    each of `tiles_per_stage` tiles, in which a warpgroup takes a turn.
+    `at` are `Operands`, `rows` `Rows`, `sums` `Sums`. `keys` are (first, end) of the stages that
+    the rows see, each of `tiles_per_stage` tiles, in which a warpgroup takes a turn.
     """
     ring, num_groups = make_ring(config, traits), config.num_warpgroups
     Q, K, V, o_replaces_q = ring.Q, ring.K, ring.V, ring.o_replaces_q
+    q_first, k_first, v_first = ring.q.first, ring.k.first, ring.v.first
+    # From one slab to the next: products ask for it where rows of V are keys.
+    operand = make_operand(config.stage_n * SLAB_BYTES)
     num_consumers, n_o = 128 * num_groups, traits.head_dim_v // 2
     give_registers, take_registers = _make_register_exchange(config)
     take_turn, pass_turn, give_first_turn = make_turns(num_groups if config.pingpong else 1)
@@ -100,6 +113,11 @@ def make_skeleton(config: Sm90ForwardConfig, traits: Traits, look_up, attend, ti
     @device_function
     def consume(smem, barriers, results, places, grid, band, mask, shape, max_scale, arguments):
         sums = Sums(cuda.local.array(n_o, f32), cuda.local.array(2, f32), cuda.local.array(2, f32))
+        at = Operands(
+            operand(mov_shared_address(smem, q_first)),
+            operand(mov_shared_address(smem, k_first)),
+            operand(mov_shared_address(smem, v_first)),
+        )
         group = group_of_thread()
         give_first_turn(group)
         place, step, num_places = places
@@ -126,7 +144,17 @@ def make_skeleton(config: Sm90ForwardConfig, traits: Traits, look_up, attend, ti
             if first < end:
                 keys = first, end
                 stage, parity = attend(
-                    smem, barriers, rows, sums, max_scale, arguments, values, keys, stage, parity
+                    smem,
+                    barriers,
+                    at,
+                    rows,
+                    sums,
+                    max_scale,
+                    arguments,
+                    values,
+                    keys,
+                    stage,
+                    parity,
                 )
             else:
                 # Hazard: no product has held threads together; one may not have seen Q yet.
