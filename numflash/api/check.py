@@ -22,6 +22,7 @@ from numflash import reference
 from numflash.api import attention as api
 from numflash.api.explain import explain_dispatch
 from numflash.calls.fp8_options import has_fp8, refuse_backward
+from numflash.configs.features import FEATURES
 from numflash.problem.fp8 import Fp8Array, Fp8Recipe
 from numflash.problem.options import ARRAY_OPTIONS
 from numflash.reference.attention import heads_first
@@ -134,7 +135,7 @@ def check(q, k, v, *, dout=None, **options) -> CheckReport:
         gradients = api.attention_backward(
             dout, q, k, v, out, lse, config=backward_configs, **backward_options
         )
-        got |= zip(("dq", "dk", "dv"), gradients, strict=True)
+        got |= zip(_names_of_gradients(options), gradients, strict=True)
 
     host = {name: to_numpy(array) for name, array in given.items()}
     host_options = _on_host(options)
@@ -146,6 +147,13 @@ def check(q, k, v, *, dout=None, **options) -> CheckReport:
         dout=None if dout is None else to_numpy(dout),
         **host_options,
     )
+
+
+def _names_of_gradients(options: dict) -> tuple[str, ...]:
+    """Of what `attention_backward` returns with these options."""
+    rows = [row for row in FEATURES if row.gradient is not None]
+    asked = [row.option for row in rows if row.is_asked(options.get(row.option, row.default))]
+    return "dq", "dk", "dv", *(f"d{name}" for name in asked)
 
 
 def _on_host(options: dict) -> dict:
@@ -261,7 +269,7 @@ def compare(got: dict, q, k, v, *, precision: str, dout=None, **options) -> Chec
     )
     epsilon, lse_factor = _EPSILON[precision], 0.0
     if dout is not None:
-        names = "dq", "dk", "dv"
+        names = _names_of_gradients(options)
         exact |= zip(names, reference.attention_backward(dout, q, k, v, **options), strict=True)
         naive |= zip(
             names,

@@ -112,6 +112,8 @@ def arguments_of(problem: AttentionProblem, tensors: dict[str, Tensor]) -> dict[
         ),
         "mask": Mask(problem.band_lo, problem.band_hi),
         "scores": Scores(scale, problem.softmax_scale, problem.shift, features),
+        "features": features,
+        "row_gradients": "row_gradients" if problem.gradients else None,
         "softmax_scale": problem.softmax_scale,
         "statistics": Statistics("lse", "delta"),
         "statistics_log2": Statistics("lse_log2", "delta"),

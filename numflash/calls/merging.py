@@ -5,6 +5,7 @@ from typing import Any
 
 from numflash.calls.launch import Launcher
 from numflash.configs import DTYPES, Traits, padded_head_dim
+from numflash.configs.features import ABSENT
 from numflash.kernels import arguments as records
 from numflash.kernels.arguments import Shape
 from numflash.problem.options import LAYOUTS, expect_one_of
@@ -73,6 +74,7 @@ class Merge:
             "out": records.Tensor("out", *tensor.strides[:3]),
             "shape": Shape(seqlen, 0, heads, 1, 0, head_dim_v, batch),
             "num_splits": num_parts,
+            "features": ABSENT,
         }
         return Launcher(config, traits, self.device, blocks, arguments)
 

@@ -34,6 +34,7 @@ from numflash.configs.portable import (
     CombineConfig,
     DeltaConfig,
     ForwardConfig,
+    HeadSumsConfig,
     SmemLayout,
 )
 from numflash.configs.quantize import (
@@ -68,6 +69,7 @@ Config = (
     | BackwardDkDvConfig
     | BackwardDqConfig
     | DeltaConfig
+    | HeadSumsConfig
     | CombineConfig
     | MmaConfig
     | QuantizeConfig
@@ -113,6 +115,7 @@ __all__ = [
     "EstimateConfig",
     "ForwardConfig",
     "Fp8ForwardConfig",
+    "HeadSumsConfig",
     "Implementation",
     "MmaBackwardConfig",
     "MmaBackwardDkDvConfig",

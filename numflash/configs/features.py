@@ -3,7 +3,8 @@
 A row of `FEATURES` is all that the host knows of a feature. The function of the same name in
 `tiles.features` is what kernels compute, at one of these hooks:
 
-    score(s, i, j, args) -> (s, ds)    from a score to the score that counts, and the derivative
+    score(s, i, j, args) -> (s, ds)          from a score to the one that counts; the derivative
+    finish(row_max, row_sum, args) -> ...    at the end of a row, what else is part of its sum
 
 Rules, tables, commands and the tuner go through the rows and name none. Features apply in the
 order of the table, which is that of their names in the string form of `Traits`. It stands beside
@@ -64,7 +65,10 @@ class Feature:
         record: the record of its arguments; a pointer's value is the option's name.
         read: (option's value, an array as its view; `Asked`) -> the record, or raises.
         reference: of a score: (s, value, i, j) -> (s, ds) in NumPy, of s (batch, head, query, key)
-            and in its dtype; i and j are places of queries and keys, (query, 1) and (key,).
+            and in its dtype; i and j are places of queries and keys, (query, 1) and (key,). Of
+            an end: (row_max, row_sum, value) -> (row_max, row_sum, kept), (batch, head, query, 1).
+        gradient: of an end in NumPy: (lse, product, value) -> what each row (batch, head, query)
+            adds to the gradient of the option, with the product of dO and O. None if it has none.
         example: num_heads_q -> a value to time and check kernels with.
         unit: record -> what scores are divided by when the function gets them: products are scaled
             in any case, so that this costs nothing. Only of the first feature.
@@ -87,6 +91,7 @@ class Feature:
     unit: Callable[[Any], float] = lambda record: 1.0
     bends: bool = False
     of_a_head: str | None = None
+    gradient: Callable | None = None
 
     def is_asked(self, value) -> bool:
         """Whether an option's value asks for the feature."""
@@ -193,6 +198,8 @@ BY_NAME = {row.name: row for row in FEATURES}
 
 Features = NamedTuple("Features", [(row.name, row.record) for row in FEATURES])
 Features.__doc__ = "The arguments of all features, by name: a kernel reads those that it has."
+ABSENT = Features(*(row.absent for row in FEATURES))
+"""Where no feature is compiled in."""
 NO_FEATURES = Features(*[None] * len(FEATURES))
 """Of a problem that asks for none."""
 

@@ -18,6 +18,7 @@ FACTORIES = {
     ("portable", "backward-dkdv"): "portable.backward_dkdv.make_backward_dkdv_kernel",
     ("portable", "backward-dq"): "portable.backward_dq.make_backward_dq_kernel",
     ("portable", "delta"): "shared.delta.make_delta_kernel",
+    ("portable", "head-sums"): "shared.head_sums.make_head_sums_kernel",
     ("portable", "combine"): "shared.combine.make_combine_kernel",
     ("quantize", "quantize"): "quantize.quantize.make_quantize_kernel",
     ("quantize", "amax"): "quantize.amax.make_amax_kernel",

@@ -48,7 +48,8 @@ def attention_backward(dout, q, k, v, **options):
         q, k, v, options: as for `attention`.
 
     Returns:
-        dq, dk, dv, shaped like q, k and v.
+        dq, dk, dv, shaped like q, k and v; and the gradients of options that have one, as
+        `numflash.attention_backward` returns them.
     """
     return naive_backward(dout, q, k, v, precision="float64", **options)
 
@@ -88,7 +89,8 @@ def naive_backward(dout, q, k, v, *, precision: str, **options):
     dq = matmul(ds, repeat(k4.astype(dtype), group), dtype) * scale
     dk = matmul(ds.swapaxes(-1, -2), q4.astype(dtype), dtype) * scale
     gradients = dq, _sum_groups(dk, group, dtype), _sum_groups(dv, group, dtype)
-    return tuple(heads_back(g, bhsd, np.ndim(q)) for g in gradients)
+    of_heads = _gradients_of_heads(lse, (do * out).sum(-1, dtype=_sums(dtype)), options)
+    return (*(heads_back(g, bhsd, np.ndim(q)) for g in gradients), *of_heads.values())
 
 
 def magnitudes(q, k, v, dout=None, **options) -> dict[str, np.ndarray]:
@@ -122,6 +124,20 @@ def magnitudes(q, k, v, dout=None, **options) -> dict[str, np.ndarray]:
     found["dq"] = ds @ k_abs
     found["dk"] = _sum_groups(ds.swapaxes(-1, -2) @ np.abs(q), group, np.float64)
     found["dv"] = _sum_groups(p.swapaxes(-1, -2) @ np.abs(do), group, np.float64)
+    of_heads = _gradients_of_heads(lse, np.abs(do * out).sum(-1), options)
+    return found | {name: np.abs(gradient) for name, gradient in of_heads.items()}
+
+
+def _gradients_of_heads(lse, product, options) -> dict[str, np.ndarray]:
+    """By name, as in "dsinks": the gradients of options that heads have, (num_heads_q,).
+
+    `lse` and `product`, that of dO and O, are (batch, head, query).
+    """
+    found = {}
+    for row in FEATURES:
+        value = options.get(row.option, row.default)
+        if row.gradient is not None and row.is_asked(value):
+            found[f"d{row.option}"] = row.gradient(lse, product, value).sum((0, 2))
     return found
 
 
@@ -154,11 +170,28 @@ def _forward(q, k, v, dtype, matmul, options):
         # -inf - -inf is NaN: rows that see no key subtract 0 instead.
         e = np.exp(s - np.where(np.isneginf(row_max), dtype.type(0), row_max))
         row_sum = e.sum(-1, keepdims=True, dtype=_sums(dtype)).astype(dtype)
-        p = np.where(row_sum == 0, dtype.type(0), e / row_sum)
-        exact_sum = e.sum(-1, dtype=_sums(dtype))
-        lse = row_max[..., 0].astype(_sums(dtype)) + np.log(exact_sum)
+        exact_sum = e.sum(-1, keepdims=True, dtype=_sums(dtype))
+        _, row_sum, kept = end_of_rows(row_max, row_sum, options)
+        p = np.where(row_sum == 0, dtype.type(0), e * kept / row_sum)
+        exact_max = row_max.astype(_sums(dtype))
+        exact_max, exact_sum, _ = end_of_rows(exact_max, exact_sum, options)
+        lse = (exact_max + np.log(exact_sum))[..., 0]
     out = matmul(p, repeat(v.astype(dtype), q.shape[1] // v.shape[1]), dtype)
     return out, lse, s, slope, scale
+
+
+def end_of_rows(row_max, row_sum, options):
+    """(row_max, row_sum, kept): with what features join to rows, all (batch, head, query, 1).
+
+    Exponentials relative to row_max, as they were, must be multiplied by `kept`.
+    """
+    kept = row_max.dtype.type(1)
+    for row in FEATURES:
+        value = options.get(row.option, row.default)
+        if row.hook == "finish" and row.is_asked(value):
+            row_max, row_sum, more = row.reference(row_max, row_sum, value)
+            kept = kept * more
+    return row_max, row_sum, kept
 
 
 def scores(q, k, dtype, matmul, options):

@@ -24,7 +24,13 @@ sink (arXiv 2606.06521).
 import numpy as np
 
 from numflash.configs.formats import FORMATS
-from numflash.reference.attention import heads_back, heads_first, repeat, scores
+from numflash.reference.attention import (
+    end_of_rows,
+    heads_back,
+    heads_first,
+    repeat,
+    scores,
+)
 
 HEAD_DIM_STEP = 64
 TOKEN_STEP = 64
@@ -268,7 +274,8 @@ def attention_of_codes(
             if tile_n is not None:
                 p = e4m3.decode(e4m3.encode(p * 2.0**P_SCALE_LOG2)) * 2.0**-P_SCALE_LOG2
             out += np.exp(m - largest) * (p @ v[:, :, keys])
-        out = np.where(total == 0, 0, out / total)
+        largest, total, kept = end_of_rows(largest, total, options)
+        out = np.where(total == 0, 0, out * kept / total)
         lse = (largest + np.log(total))[..., 0]
     return heads_back(out, bhsd, ndim), lse.reshape(lse.shape[4 - ndim :])
 

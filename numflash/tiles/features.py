@@ -8,6 +8,15 @@ counts, and says the derivative of that by s:
 Only the distance i - j of the places means anything; they are float32, as integers would have to
 be converted one by one, and exact below 2 ** 24. `args` is what the feature's other function,
 NAME_of_head, takes out of the records of a kernel's arguments once for all rows of a head.
+
+A function that ends a row takes its largest score and the sum of its exponentials relative to
+that, both natural, and says by what the exponentials so far must be multiplied:
+
+    finish(row_max, row_sum, args) -> (row_max, row_sum, kept)
+
+Its gradient is what a row adds to that of `args`, of its lse and the product of dO and O:
+
+    NAME_gradient(lse, product, args) -> the row's share
 """
 
 import math
@@ -39,6 +48,17 @@ def alibi(s, i, j, slope):
 def _alibi_of_head(features, batch, head):
     record = features.alibi
     return record.slopes[batch * record.batch + head * record.head]
+
+
+class Finish(NamedTuple):
+    """A function that ends a row, what finds its `args`, and its gradient."""
+
+    function: object
+    of_head: object
+    gradient: object
+
+
+FINISHES: dict[str, Finish] = {}
 
 
 class Score(NamedTuple):
@@ -106,3 +126,52 @@ def _besides(first, rest):
         return first(records, batch, head), rest(records, batch, head)
 
     return args_of_head
+
+
+@cache
+def make_finish(features):
+    """(finish, whether it does anything): the functions of `features` that end a row, in order.
+
+    finish(row_max, row_sum, records, batch, head) -> (row_max, row_sum, kept), of the record
+    `Features`.
+    """
+    finish, ending = _unfinished, [name for name in features if name in FINISHES]
+    for name in reversed(ending):
+        finish = _finished_by(FINISHES[name], finish)
+    return finish, bool(ending)
+
+
+@cache
+def make_gradient_of_end(features):
+    """gradient_of_end(lse, product, records, batch, head): what a row adds to a head's gradient.
+
+    None if no feature of these ends rows. Only one can.
+    """
+    ending = [FINISHES[name] for name in features if name in FINISHES]
+    if not ending:
+        return None
+    (row,) = ending
+    gradient, of_head = row.gradient, row.of_head
+
+    @device_function
+    def gradient_of_end(lse, product, records, batch, head):
+        return gradient(lse, product, of_head(records, batch, head))
+
+    return gradient_of_end
+
+
+@device_function
+def _unfinished(row_max, row_sum, records, batch, head):
+    return row_max, row_sum, f32(1)
+
+
+def _finished_by(row, rest):
+    function, of_head = row.function, row.of_head
+
+    @device_function
+    def finish(row_max, row_sum, records, batch, head):
+        top, total, kept = function(row_max, row_sum, of_head(records, batch, head))
+        last_top, last_total, more = rest(top, total, records, batch, head)
+        return last_top, last_total, kept * more
+
+    return finish

@@ -89,8 +89,9 @@ from numflash.tiles.mma.fragments import (
 from numflash.tiles.mma.layouts import TileLayout, make_word
 from numflash.tiles.mma.products import make_product_nt
 from numflash.tiles.mma.scores import make_mask_scores, make_scale_scores
-from numflash.tiles.mma.softmax import lse_of_row, make_scale_rows, row_sum_of_quad
-from numflash.tiles.portable.softmax import LOG2_E
+from numflash.tiles.mma.softmax import make_scale_rows, row_sum_of_quad
+from numflash.tiles.portable.softmax import LN_2, LOG2_E
+from numflash.tiles.rows import make_end_of_row
 from numflash.tiles.scores import NEG_INF, band_block_begin, band_block_end
 
 
@@ -131,6 +132,7 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
     mask_scores = make_mask_scores(m_tiles, n_tiles)
     tile_softmax = make_tile_softmax(m_tiles, n_tiles, o_tiles, traits.key_scales)
     scale_rows = make_scale_rows(m_tiles, o_tiles)
+    end_of_row, lse_of_row = make_end_of_row(traits.features, LN_2, is_split)
     store_o = make_store_rows(
         result, m_tiles, o_tiles, traits.vectorized or is_split, is_split, packed=True
     )
@@ -336,14 +338,13 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
         row = i32(m_start + accumulator_row(rows_per_warp))
         num_parts = shape.batch_size * shape.num_heads_q
         for r in range(rows):
-            total = row_sum_of_quad(row_sum[r])
-            # A row that sees no key has output 0 and lse -inf.
-            row_sum[r] = f32(1) / total if total != f32(0) else f32(0)
-            i = i32(row + ROW_STEP * r)
+            i, total = i32(row + ROW_STEP * r), row_sum_of_quad(row_sum[r])
+            token = token_of_row(i, layout.pack)
+            packed, top = i - token * layout.pack, row_max[r]
+            row_sum[r], top, total = end_of_row(top, total, scores.features, batch, head + packed)
             if accumulator_column() == 0 and i < num_rows:
-                token = token_of_row(i, layout.pack)
-                part = i64(split) * num_parts + head_of_batch + i - token * layout.pack
-                lse[part * shape.seqlen_q + token] = lse_of_row(row_max[r], f32(1), total)
+                part = i64(split) * num_parts + head_of_batch + packed
+                lse[part * shape.seqlen_q + token] = lse_of_row(top, total)
         scale_rows(o_acc, row_sum)
         out_base = split * out.split + first_of_head(out, batch, head)
         store_o(o_acc, out, out_base, row, num_rows, shape.head_dim_v, layout.pack)

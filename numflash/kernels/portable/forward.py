@@ -7,8 +7,6 @@ another warp; the block meets only to replace K and V in shared memory.
 Source: FlashAttention-2, arXiv 2307.08691, Algorithm 1.
 """
 
-import math
-
 from numflash.configs import ForwardConfig, Traits
 from numflash.kernels.arguments import Mask, Pointer, Scores, Shape, Tensor
 from numflash.kernels.kernel import Kernel
@@ -26,6 +24,7 @@ from numflash.tiles.portable.lanes import (
 )
 from numflash.tiles.portable.products import make_product_nn, make_product_nt
 from numflash.tiles.portable.softmax import make_online_softmax, row_sum_of_lanes
+from numflash.tiles.rows import NATURAL, make_end_of_row
 from numflash.tiles.scores import (
     NEG_INF,
     band_block_begin,
@@ -61,6 +60,7 @@ def make_forward_kernel(config: ForwardConfig, traits: Traits) -> Kernel:
     scale_scores = make_scale_scores(rows, columns, traits.features)
     mask_scores = make_mask_scores(rows, columns)
     online_softmax = make_online_softmax(rows, columns, n_out, p_pitch)
+    end_of_row, lse_of_row = make_end_of_row(traits.features, NATURAL)
     store_o = make_store_rows(element, rows, groups, traits.vectorized)
     storage, args_of_head = element.storage, make_args_of_head(traits.features)
 
@@ -130,16 +130,12 @@ def make_forward_kernel(config: ForwardConfig, traits: Traits) -> Kernel:
 
         for r in range(rows):
             total = row_sum_of_lanes(row_sum[r])
-            # A row that sees no key has output 0 and lse -inf.
-            reciprocal = f32(1) / total if total != f32(0) else f32(0)
+            factor, top, total = end_of_row(row_max[r], total, scores.features, batch, head)
             for j in range(n_out):
-                o_acc[n_out * r + j] *= reciprocal
+                o_acc[n_out * r + j] *= factor
             i = m_start + row + ROW_LANES * r
             if column == 0 and i < shape.seqlen_q:
-                row_lse = NEG_INF
-                if total != f32(0):
-                    row_lse = row_max[r] + f32(math.log(total))
-                lse[i64(head_of_batch) * shape.seqlen_q + i] = row_lse
+                lse[i64(head_of_batch) * shape.seqlen_q + i] = lse_of_row(top, total)
         store_o(o_acc, out, out_base, m_start + row, shape.seqlen_q, shape.head_dim_v)
 
     return Kernel(config.family, forward, num_threads, layout.smem_bytes)

@@ -82,7 +82,7 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
         layout: Layout,
         scores: Scores,
     ):
-        results, maps = (out, lse, out_map), (q_map, k_map, v_map)
+        results, maps = (out, lse, out_map, scores.features), (q_map, k_map, v_map)
         scale_log2 = LOG2_E
         if not bends:
             scale_log2 = scores.scale * LOG2_E

@@ -80,7 +80,7 @@ def make_fp8_forward_kernel(config: Sm90Fp8ForwardConfig, traits: Traits) -> Ker
         layout: Layout,
         scores: Scores,
     ):
-        results, maps = (out, lse, out_map), (q_map, k_map, v_map)
+        results, maps = (out, lse, out_map, scores.features), (q_map, k_map, v_map)
         # Scores are in base 2 before their maximum is taken.
         run_block(results, maps, mask, shape, layout, f32(1), (descales, scores))
 

@@ -72,9 +72,9 @@ class Operands(NamedTuple):
 def make_skeleton(config: Sm90ForwardConfig, traits: Traits, look_up, attend, tiles_per_stage=1):
     """run_block(results, maps, mask, shape, layout, max_scale, arguments): a whole forward.
 
-    `results` are out, a `Part`, lse and the map of out; `maps` those of Q, K and V; max_scale
-    brings row_max to base 2; `arguments` go to these two, of which consumers run the first while
-    Q is on its way, and the second if their rows see any key:
+    `results` are out, a `Part`, lse, the map of out and the record `Features`; `maps` those of Q,
+    K and V; max_scale brings row_max to base 2; `arguments` go to these two, of which consumers
+    run the first while Q is on its way, and the second if their rows see any key:
 
         look_up(rows, shape, arguments) -> values that the second needs for `rows`
         attend(smem, barriers, at, rows, sums, max_scale, arguments, values, keys, stage, parity)

@@ -11,7 +11,6 @@ Source: FlashAttention-2, arXiv 2307.08691, Algorithm 1; the lag: FlashAttention
 2603.05451.
 """
 
-import math
 from functools import cache
 
 from numflash.ptx import (
@@ -25,7 +24,6 @@ from numflash.ptx import (
 )
 from numflash.tiles.mma.fragments import MMA_COLUMNS
 from numflash.tiles.portable.lanes import FULL_WARP
-from numflash.tiles.portable.softmax import LN_2
 from numflash.tiles.scores import NEG_INF
 
 LAG = f32(8)
@@ -181,14 +179,6 @@ def make_online_softmax(m_tiles, n_tiles, o_tiles):
         exponentials(s_acc, scale_log2, shifts, row_sum)
 
     return online_softmax
-
-
-@device_function
-def lse_of_row(row_max, max_scale, total):
-    """The natural log-sum-exp of a row, -inf where it saw no key; max_scale brings to base 2."""
-    if total == f32(0):
-        return NEG_INF
-    return fma_rn_f32(row_max * max_scale, LN_2, f32(math.log(total)))
 
 
 @cache
