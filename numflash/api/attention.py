@@ -20,6 +20,7 @@ def attention(
     window_size: tuple[int | None, int | None] = (-1, -1),
     softcap: float = 0.0,
     alibi_slopes=None,
+    sinks=None,
     layout: str = "bshd",
     precision: str | None = None,
     fp8: Fp8Recipe | None = None,
@@ -55,6 +56,9 @@ def attention(
         softcap: scores s become softcap * tanh(s / softcap); 0 is off.
         alibi_slopes: float32, (num_heads_q,) or (batch, num_heads_q): slope * distance is
             subtracted from a score, after softcap.
+        sinks: float32, (num_heads_q,): a logit of each query head that is part of the sum of
+            each of its rows, as one more score without a key or value: P of a row adds up to
+            less than 1. lse includes it; -inf is none.
         layout: "bshd" or "bhsd", of q, k, v and the result.
         precision: "tf32" allows float32 to be multiplied on tensor cores, with operands rounded
             to 10 bits after the point; where they have no kernel for it (head dims above 128,
@@ -85,8 +89,8 @@ def attention(
         out: (batch, seqlen_q, num_heads_q, head_dim_v) in the layout, dtype and kind of q. A
             query that sees no key gives 0.
         lse: with return_lse, (batch, num_heads_q, seqlen_q) float32: the natural logarithm of the
-            sum of exponentials of the scores; -inf where a query sees no key. Without batch or
-            heads axes in q, these are absent here too.
+            sum of exponentials of the scores; where a query sees no key -inf, or its sink. Without
+            batch or heads axes in q, these are absent here too.
         decision: with return_decision, a `PrecisionDecision`.
 
     Raises:
@@ -111,6 +115,7 @@ def attention(
         window_size,
         softcap,
         alibi_slopes,
+        sinks,
         layout,
         precision,
         config,
@@ -141,6 +146,7 @@ def attention_backward(
     window_size: tuple[int | None, int | None] = (-1, -1),
     softcap: float = 0.0,
     alibi_slopes=None,
+    sinks=None,
     layout: str = "bshd",
     precision: str | None = None,
     stream=None,
@@ -152,14 +158,16 @@ def attention_backward(
         dout: gradient of the result, shaped like it.
         q, k, v: as given to `attention`.
         out, lse: as returned by `attention(..., return_lse=True)`.
-        softmax_scale, causal, causal_align, window_size, softcap, alibi_slopes, layout, precision,
-            stream: as given to `attention`.
+        softmax_scale, causal, causal_align, window_size, softcap, alibi_slopes, sinks, layout,
+            precision, stream: as given to `attention`.
         config: kernels to run instead of those that numflash chooses, by family: "backward-dkdv"
             and "backward-dq"; or "backward", one kernel for all gradients, which takes five
             products a tile instead of seven and num_splits more float32 copies of dq.
 
     Returns:
         dq, dk, dv: shaped like q, k and v, contiguous. Queries that see no key have gradient 0.
+        dsinks: with sinks, a fourth: (num_heads_q,) float32, the sum over a head's rows of
+            -exp(sink - lse) * (dout . out).
         The same call gives the same bits every time: no atomics.
 
     Raises:
@@ -176,6 +184,7 @@ def attention_backward(
         window_size,
         softcap,
         alibi_slopes,
+        sinks,
         layout,
         precision,
         config,

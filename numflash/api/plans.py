@@ -88,6 +88,7 @@ def warmup(
     seqlen_k: int = _LONG,
     softcap: bool = False,
     alibi: bool = False,
+    sinks: bool = False,
     precision: str | None = None,
     fp8: Fp8Recipe | None = None,
     backward: bool = False,
@@ -99,7 +100,7 @@ def warmup(
         dtype: "float16", "bfloat16" or "float32".
         head_dim, head_dim_v: as in the arrays to come; head_dim_v defaults to head_dim.
         seqlen_q, seqlen_k: likewise; sequences of up to 32 tokens have kernels of their own.
-        softcap, alibi: whether the calls will use them.
+        softcap, alibi, sinks: whether the calls will use them.
         precision, fp8: as in the calls to come; on 8-bit floats also what quantises.
         backward: also compile for `attention_backward`.
         device: ordinal of the CUDA device.
@@ -109,7 +110,7 @@ def warmup(
         ValueError: a dtype that does not exist or does not go with precision, a head_dim below 1.
         UnsupportedError: a head_dim above 256, no GPU, or no compiler; a backward on 8-bit floats.
     """
-    asked = {"softcap": softcap, "alibi": alibi}
+    asked = {"softcap": softcap, "alibi": alibi, "sinks": sinks}
     features = tuple(name for name, is_asked in asked.items() if is_asked)
     head_dim_v = head_dim if head_dim_v is None else head_dim_v
     for name, value in (("head_dim", head_dim), ("head_dim_v", head_dim_v)):
@@ -139,7 +140,10 @@ def warmup(
     if SIMULATED:
         return
     limits = limits_of_device(device)
-    for family in ("forward", "delta", *BACKWARD) if backward else ("forward",):
+    families = ["forward", *(("delta", *BACKWARD) if backward else ())]
+    if backward and any(row.gradient for row in rows_of(features)):
+        families.append("head-sums")
+    for family in families:
         rows = seqlen_k if family == "backward-dkdv" else seqlen_q
         # Of contiguous arrays rows that are not aligned cannot be fetched by bulk copies.
         no_bulk_copies = None if traits.vectorized else "rows are not aligned to 16 bytes"

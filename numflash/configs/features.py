@@ -104,6 +104,16 @@ class Feature:
         return self.record(*(None if isinstance(kind, Pointer) else 0 for kind in kinds))
 
 
+def expect_of_heads(name: str, view: ArrayView, asked: Asked) -> None:
+    """Check the dtype and device of what heads have. Raises TypeError, ValueError."""
+    if view.dtype != "float32":
+        raise TypeError(f"{name} must be float32, got {view.dtype}")
+    if view.device != asked.device:
+        raise ValueError(
+            f"{name} must lie on the device of q, {asked.device}, got device {view.device}"
+        )
+
+
 class Softcap(NamedTuple):
     """The bound of scores."""
 
@@ -141,12 +151,7 @@ class Alibi(NamedTuple):
 
 def _read_alibi(slopes: ArrayView, asked: Asked) -> Alibi:
     heads = asked.num_heads_q
-    if slopes.dtype != "float32":
-        raise TypeError(f"alibi_slopes must be float32, got {slopes.dtype}")
-    if slopes.device != asked.device:
-        raise ValueError(
-            f"alibi_slopes must lie on the device of q, {asked.device}, got device {slopes.device}"
-        )
+    expect_of_heads("alibi_slopes", slopes, asked)
     if slopes.shape == (heads,):
         return Alibi("alibi_slopes", 0, slopes.strides[0])
     if slopes.shape == (asked.batch, heads):
@@ -164,6 +169,36 @@ def _alibi(s, value, i, j):
 def _example_of_slopes(num_heads_q: int) -> np.ndarray:
     head = np.arange(1, num_heads_q + 1, dtype=np.float32)
     return 2 ** (-8 * head / num_heads_q)
+
+
+class Sinks(NamedTuple):
+    """A logit for each query head, (num_heads_q,), and its stride in elements."""
+
+    data: Pointer(f32)
+    head: i64
+
+
+def _read_sinks(sinks: ArrayView, asked: Asked) -> Sinks:
+    expect_of_heads("sinks", sinks, asked)
+    if sinks.shape != (asked.num_heads_q,):
+        raise ValueError(f"sinks must have shape ({asked.num_heads_q},), got {sinks.shape}")
+    return Sinks("sinks", sinks.strides[0])
+
+
+def _sinks(row_max, row_sum, value):
+    sinks = np.asarray(value).astype(row_max.dtype)[None, :, None, None]
+    top = np.maximum(row_max, sinks)
+    # -inf - -inf would be NaN: of a row without keys, and a sink that is none.
+    shift = np.where(np.isneginf(top), row_max.dtype.type(0), top)
+    kept = np.exp(row_max - shift)
+    return top, row_sum * kept + np.exp(sinks - shift), kept
+
+
+def _gradient_of_sinks(lse, product, value):
+    sinks = np.asarray(value).astype(lse.dtype)[None, :, None]
+    # A row that sees no key and has no sink has nothing to share out.
+    share = np.where(np.isneginf(lse), lse.dtype.type(0), lse)
+    return -np.exp(sinks - share) * product
 
 
 FEATURES = (
@@ -192,6 +227,18 @@ FEATURES = (
         example=_example_of_slopes,
         is_array=True,
         of_a_head="ALiBi slopes",
+    ),
+    Feature(
+        "sinks",
+        "attention sinks",
+        "finish",
+        "sinks",
+        Sinks,
+        _read_sinks,
+        _sinks,
+        example=lambda num_heads_q: np.linspace(-2, 4, num_heads_q, dtype=np.float32),
+        is_array=True,
+        gradient=_gradient_of_sinks,
     ),
 )
 BY_NAME = {row.name: row for row in FEATURES}

@@ -23,7 +23,15 @@ import math
 from functools import cache
 from typing import NamedTuple
 
-from numflash.ptx import device_function, f32, fma_rn_f32
+from numflash.ptx import device_function, ex2_approx_ftz_f32, f32, fma_rn_f32, max_f32
+
+_LOG2_E = f32(math.log2(math.e))
+_NEG_INF = f32(-math.inf)
+
+
+@device_function
+def _exp(x):
+    return ex2_approx_ftz_f32(x * _LOG2_E)
 
 
 @device_function
@@ -50,6 +58,27 @@ def _alibi_of_head(features, batch, head):
     return record.slopes[batch * record.batch + head * record.head]
 
 
+@device_function
+def sinks(row_max, row_sum, sink):
+    """The row with one more score, the sink, that has no value."""
+    top = max_f32(row_max, sink)
+    # -inf - -inf would be NaN: of a row without keys, and a sink that is none.
+    shift = top if top > _NEG_INF else f32(0)
+    kept = _exp(row_max - shift)
+    return top, fma_rn_f32(row_sum, kept, _exp(sink - shift)), kept
+
+
+@device_function
+def _sinks_gradient(lse, product, sink):
+    # A row that sees no key and has no sink has lse -inf, and O = 0.
+    return -_exp(sink - lse) * product if lse > _NEG_INF else f32(0)
+
+
+@device_function
+def _sinks_of_head(features, batch, head):
+    return features.sinks.data[head * features.sinks.head]
+
+
 class Finish(NamedTuple):
     """A function that ends a row, what finds its `args`, and its gradient."""
 
@@ -58,7 +87,7 @@ class Finish(NamedTuple):
     gradient: object
 
 
-FINISHES: dict[str, Finish] = {}
+FINISHES = {"sinks": Finish(sinks, _sinks_of_head, _sinks_gradient)}
 
 
 class Score(NamedTuple):
