@@ -9,15 +9,3 @@ finish          the end of a tile of rows
 channels        buffers between producer and consumers, with the verbs to wait and to release
 ring            where buffers and channels lie in shared memory
 """
-
-from numflash.kernels.wgmma.forward import make_forward_kernel
-from numflash.kernels.wgmma.fp8_forward import make_fp8_forward_kernel
-
-
-def _make_forward(config, traits):
-    make = make_fp8_forward_kernel if traits.fp8 else make_forward_kernel
-    return make(config, traits)
-
-
-FACTORIES = {"forward": _make_forward}
-"""Kernel family -> factory(config, traits) -> Kernel."""
