@@ -3,7 +3,6 @@
 from functools import cache
 from typing import NamedTuple
 
-from numflash.configs.traits import Traits
 from numflash.ptx import cuda, device_function, f32, i32
 from numflash.tiles.mma.fragments import MMA_ROWS, accumulator_column, accumulator_row
 from numflash.tiles.mma.scores import make_mask_scores, make_scale_scores
@@ -33,11 +32,11 @@ class Rows(NamedTuple):
 
 
 @cache
-def make_shape_scores(tile_n: int, traits: Traits):
+def make_shape_scores(tile_n, traits):
     """shape_scores(s_acc, rows, n_start, scores, slope): products S -> scores, in place.
 
     Of the tile of keys from n_start on. `scores` is a record as in `tiles.scores`; S is not scaled
-    where there is neither softcap nor ALiBi.
+    where `traits` have neither softcap nor ALiBi.
     """
     n_tiles = tile_n // 8
     bends, n_cap_slopes = traits.softcap or traits.alibi, 4 * n_tiles if traits.softcap else 1
