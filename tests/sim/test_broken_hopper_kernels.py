@@ -402,7 +402,7 @@ def test_a_tensor_map_without_swizzle_is_caught(name, monkeypatch):
         mapped = maps[name]
         return maps | {name: mapped._replace(layout=replace(mapped.layout, swizzled=False))}
 
-    monkeypatch.setattr(calls.Forward, "_tensor_maps", mutated)
+    monkeypatch.setattr(calls, "_tensor_maps", mutated)
     assert first_failure(["persistent"], monkeypatch)
 
 

@@ -14,7 +14,6 @@ import numflash
 from numflash.calls import forward as calls
 from numflash.calls import ready
 from numflash.configs import parse_config
-from numflash.kernels import wgmma
 from numflash.problem.fp8 import Fp8Recipe
 from numflash.runtime.driver import limits_of_device
 from numflash.runtime.errors import UnsupportedError
@@ -234,7 +233,9 @@ def first_failure_of(monkeypatch, config, module=None, fault=None, seeds=range(3
     """How the kernel with a fault in `module` fails with a config; None if it is right."""
     if fault is not None:
         changed = load((module, KERNEL), module, fault, monkeypatch)
-        monkeypatch.setitem(wgmma.FACTORIES, "forward", changed.make_fp8_forward_kernel)
+        monkeypatch.setattr(
+            fp8_forward, "make_fp8_forward_kernel", changed.make_fp8_forward_kernel
+        )
 
     return first_failure(lambda: is_right(config, config), monkeypatch, seeds)
 

@@ -16,7 +16,8 @@ from hashlib import sha256
 
 import optuna
 
-from numflash.machine_code.compiler import source_hash, versions
+from numflash.machine_code.compiler import versions
+from numflash.machine_code.sources import family_hash
 from numflash.problem.classes import ProblemClass
 from numflash.selection import store
 from numflash.selection.choice import FUSED
@@ -229,7 +230,12 @@ class Session:
 
     def _study_name(self, space: Space) -> str:
         """What trials of one study have in common, so that they can be compared."""
-        made = [source_hash(), sorted(versions().items()), space.budgets, space.dimensions]
+        made = [
+            family_hash(space.problem.family),
+            sorted(versions().items()),
+            space.budgets,
+            space.dimensions,
+        ]
         made += [model.source_hash(), FORMAT]
         digest = sha256(repr(made).encode()).hexdigest()[:12]
         return f"{space.problem} on {self.device}, {self.origin}, {digest}"
@@ -260,7 +266,7 @@ class Session:
             spread=best.spread,
             origin=self.origin,
             date=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-            kernels=source_hash(),
+            kernels=family_hash(space.problem.family),
             compilers=versions(),
             default_config=default.config,
             default_ms=default.time_ms if math.isfinite(default.time_ms) else None,

@@ -134,7 +134,7 @@ def make_attend(config: Sm90ForwardConfig, traits: Traits):
         pass_turn(group)
         # Hazard: the tensor cores still write S, and read K.
         wait_for_s(s_acc)
-        # K has been read: the producer may fetch another.
+        # Hazard: before this wait for S the next K would have overwritten this one.
         K.release(barriers, stage)
         shape_scores(s_acc, rows, i32(first * tile_n), scores.scale, scores.shift, args)
         online_softmax(s_acc, running, factors, scale_log2)
@@ -146,7 +146,7 @@ def make_attend(config: Sm90ForwardConfig, traits: Traits):
             stage, parity = K.following(stage, parity)
             take_turn(group)
             if overlap:
-                # Hazard: as above, before each product.
+                # Hazard: S would be made of the K of a tile before.
                 K.wait(barriers, stage, parity)
                 begin_q_k(s_acc, q_of(at.q, group), u32(at.k + stage * k_step))
             # Hazard: O would get a V that has not arrived.
@@ -155,15 +155,19 @@ def make_attend(config: Sm90ForwardConfig, traits: Traits):
             if not overlap:
                 # Hazard: the tensor cores still write O, and read P and V.
                 wait_for_o(o_acc)
+                # Hazard: before this wait for O the next V would have overwritten this one.
                 V.release(barriers, v_stage)
+                # Hazard: S would be made of the K of a tile before.
                 K.wait(barriers, stage, parity)
                 begin_q_k(s_acc, q_of(at.q, group), u32(at.k + stage * k_step))
             pass_turn(group)
             if overlap:
-                # Hazard: as above. The product that began after this one may go on.
+                # Hazard: the tensor cores still write S. P V, begun after it, may go on.
                 wait_for_next_s(s_acc)
             else:
+                # Hazard: the tensor cores still write S, and read K.
                 wait_for_s(s_acc)
+            # Hazard: before S is there the next K would overwrite this one.
             K.release(barriers, stage)
 
             # P = softmax(S) of tile n, with overlap beside O += P V of tile n - 1
@@ -174,16 +178,19 @@ def make_attend(config: Sm90ForwardConfig, traits: Traits):
                 # Hazard: P would change under the product, and O would be rescaled before it is
                 # added to.
                 wait_for_o(o_acc)
+                # Hazard: before this wait for O the next V would have overwritten this one.
                 V.release(barriers, v_stage)
             pack_p(p_frag, s_acc)
             if has_grown:
                 scale_rows(o_acc, factors)
 
         # O += P V of the last tile
+        # Hazard: O would get a V that has not arrived.
         V.wait(barriers, stage, parity)
         begin_p_v(o_acc, p_frag, u32(at.v + stage * v_step))
         # Hazard: `finish` reads O.
         wait_for_o(o_acc)
+        # Hazard: before this wait for O the next V would have overwritten this one.
         V.release(barriers, stage)
         return V.following(stage, parity)
 

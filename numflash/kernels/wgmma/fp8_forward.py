@@ -209,7 +209,7 @@ def make_attend(config: Sm90Fp8ForwardConfig, traits: Traits):
         # Hazard: the tensor cores still write S, and read K.
         wait_for_s(s_acc)
         if tile == last_of_stage:
-            # K has been read: the producer may fetch another.
+            # Hazard: before the last tile has been read the next K would overwrite it.
             K.release(barriers, stage)
         softmax(s_acc, running, factors, weights, rows, n_start, k_scale, arguments, known)
         weights[0], weights[1] = weights[0] * v_scale, weights[1] * v_scale
@@ -227,7 +227,7 @@ def make_attend(config: Sm90Fp8ForwardConfig, traits: Traits):
             k_scale, v_scale = scales_of_tile(arguments[0], known, n_start, rows.end)
             take_turn(group)
             if overlap:
-                # Hazard: as above, before each product.
+                # Hazard: S would be made of the K of a stage before.
                 K.wait(barriers, stage, parity)
                 begin_q_k(s_acc, q_of(at.q), k_of(at.k, stage, tile))
             # Hazard: O would get a V that has not arrived.
@@ -235,17 +235,21 @@ def make_attend(config: Sm90Fp8ForwardConfig, traits: Traits):
             if overlap:
                 begin_p_v(part_acc, p_frag, v_of(at.v, v_stage, v_tile))
                 pass_turn(group)
-                # Hazard: as above. The product that began after this one may go on.
+                # Hazard: the tensor cores still write S. P V, begun after it, may go on.
                 wait_for_next_s(s_acc)
             else:
                 add_tile(o_acc, part_acc, p_frag, v_of(at.v, v_stage, v_tile), weights)
                 if v_tile == last_of_stage:
+                    # Hazard: before the last tile has been read the next V would overwrite it.
                     V.release(barriers, v_stage)
+                # Hazard: S would be made of the K of a stage before.
                 K.wait(barriers, stage, parity)
                 begin_q_k(s_acc, q_of(at.q), k_of(at.k, stage, tile))
                 pass_turn(group)
+                # Hazard: the tensor cores still write S, and read K.
                 wait_for_s(s_acc)
             if tile == last_of_stage:
+                # Hazard: before the last tile has been read the next K would overwrite it.
                 K.release(barriers, stage)
 
             # P = softmax(S) of tile n, with overlap beside P V of tile n - 1
@@ -256,6 +260,7 @@ def make_attend(config: Sm90Fp8ForwardConfig, traits: Traits):
                 softmax_before_wait(smem, 0, row_sum[0], row_sum[1])
                 # Hazard: P would change under the product, which still writes its part of O.
                 wait_for_part(part_acc)
+                # Hazard: before this wait the next V would have overwritten this one.
                 V.release(barriers, v_stage)
                 add_part(o_acc, 0, part_acc, weights)
             if has_grown:
@@ -264,8 +269,10 @@ def make_attend(config: Sm90Fp8ForwardConfig, traits: Traits):
             pack_p(p_frag, s_acc)
 
         # O += weights * (P V) of the last tile
+        # Hazard: O would get a V that has not arrived.
         V.wait(barriers, stage, parity)
         add_tile(o_acc, part_acc, p_frag, v_of(at.v, stage, tile), weights)
+        # Hazard: before `add_tile` has waited the next V would overwrite this one.
         V.release(barriers, stage)
         return V.following(stage, parity)
 

@@ -165,13 +165,14 @@ def make_skeleton(config: Sm90ForwardConfig, traits: Traits, look_up, attend, ti
             n_begin, n_end = keys_of(m_start, split, grid, band)
             stage, parity = skip_keys(barriers, group, end, n_end, stage, parity)
             if not o_replaces_q:
-                # The producer fetches the next Q while these rows are finished.
+                # Hazard: products must have read Q; the next comes while these rows are finished.
                 Q.release(barriers, group)
             finish(sums, max_scale, smem, results, place, grid, shape)
             if o_replaces_q:
                 if leads():
                     # Hazard: the next Q would overwrite O, which a bulk copy still reads.
                     cp_async_bulk_wait_group_read()
+                # Hazard: before that wait the next Q would overwrite O.
                 Q.release(barriers, group)
             place, step = next_place(place, step)
         if leads():

@@ -3,7 +3,6 @@
 from functools import cache
 from typing import NamedTuple
 
-from numflash.configs.traits import Traits
 from numflash.ptx import device_function, i32
 from numflash.tiles.mma.fragments import MMA_ROWS, accumulator_column, accumulator_row
 from numflash.tiles.mma.scores import make_mask_scores, make_scale_scores
@@ -33,7 +32,7 @@ class Rows(NamedTuple):
 
 
 @cache
-def make_shape_scores(tile_n: int, traits: Traits):
+def make_shape_scores(tile_n, traits):
     """shape_scores(s_acc, rows, n_start, scale, shift, args): products S -> scores, in place.
 
     Of the tile of keys from n_start on; the last three are as in `tiles.mma.scores`. S is not

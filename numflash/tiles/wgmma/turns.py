@@ -57,17 +57,20 @@ def make_turns(num_groups):
     @device_function
     def take_turn(group):
         if alternate:
+            # No hazard: two warpgroups would issue products at once, and softmaxes at once.
             bar_sync(_FIRST_TURN + group, _TWO_WARPGROUPS)
 
     @device_function
     def pass_turn(group):
         if alternate:
+            # Hazard: the next warpgroup would wait for its turn for ever.
             following = 0 if group == last else group + 1
             bar_arrive(_FIRST_TURN + following, _TWO_WARPGROUPS)
 
     @device_function
     def give_first_turn(group):
         if alternate and group == last:
+            # Hazard: nobody would begin, each would wait for another's turn to end.
             bar_arrive(_FIRST_TURN, _TWO_WARPGROUPS)
 
     return take_turn, pass_turn, give_first_turn
