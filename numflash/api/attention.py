@@ -49,7 +49,7 @@ def attention(
         window_size: (left, right): a query sees that many keys before and after its own position,
             inclusive; -1 or None is no limit. What is hidden gets the weight zero, but within a
             tile it is multiplied all the same: a NaN or infinity in a hidden row of v makes NaN
-            of the queries that share a computed tile with it (docs/architecture.md, "Masks").
+            of the queries that share a computed tile with it (docs/decisions.md, "Masks").
             Nothing beyond the ends of a sequence does.
         softcap: scores s become softcap * tanh(s / softcap); 0 is off.
         alibi_slopes: float32, (num_heads_q,) or (batch, num_heads_q): slope * distance is

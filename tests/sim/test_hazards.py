@@ -298,7 +298,7 @@ def reached(run_tile: tuple[int, int], n: int, key: int) -> np.ndarray:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_nan_that_the_mask_hides_reaches_its_tiles_and_no_further(name, gpu):
-    """Of V in O; of V and dO in the gradients. docs/architecture.md says which rows these are."""
+    """Of V in O; of V and dO in the gradients. docs/decisions.md says which rows these are."""
     run = gpu(RUNS[name])
     text = run.forward if isinstance(run.forward, str) else run.forward["forward"]
     config = parse_config("forward", text)
