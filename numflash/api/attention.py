@@ -101,6 +101,13 @@ def attention(
     quantised.
 
     Sources: FlashAttention-2, arXiv 2307.08691; FlashAttention-3, arXiv 2407.08608, for FP8.
+
+    Example:
+        >>> import numpy as np, numflash
+        >>> q, k, v = np.random.default_rng(0).standard_normal((3, 1, 32, 2, 16)).astype("float16")
+        >>> out, lse = numflash.attention(q, k, v, causal=True, return_lse=True)
+        >>> out.shape, lse.shape
+        ((1, 32, 2, 16), (1, 2, 32))
     """
     options = {
         "softmax_scale": softmax_scale,
@@ -166,6 +173,15 @@ def attention_backward(
     Needs two float32 workspaces of batch x num_heads_q x seqlen_q.
 
     Source: FlashAttention, arXiv 2205.14135, Algorithm 4.
+
+    Example:
+        >>> import numpy as np, numflash
+        >>> q, k, v = np.random.default_rng(0).standard_normal((3, 1, 32, 2, 16)).astype("float16")
+        >>> out, lse = numflash.attention(q, k, v, causal=True, return_lse=True)
+        >>> dout = np.ones_like(out)
+        >>> dq, dk, dv = numflash.attention_backward(dout, q, k, v, out, lse, causal=True)
+        >>> dq.shape == q.shape, dv.dtype
+        (True, dtype('float16'))
     """
     options = {
         "softmax_scale": softmax_scale,

@@ -37,6 +37,13 @@ class Explanation:
         backward: the kernels of `attention_backward`, by family; none on 8-bit floats.
         in_16_bits: with precision="auto", the kernel for the heads that `forward` leaves out.
         gpu: what was asked about, where it was a GPU that need not be here.
+
+    Example:
+        >>> import numpy as np, numflash
+        >>> x = np.empty((2, 4096, 16, 64), "float16")
+        >>> explanation = numflash.explain_dispatch(x, x, x, arch="sm_80")
+        >>> explanation.forward.family, sorted(explanation.backward)
+        ('forward', ['backward-dkdv', 'backward-dq'])
     """
 
     forward: Choice
@@ -86,6 +93,13 @@ def explain_dispatch(q, k, v, *, arch: str | None = None, **options) -> Explanat
 
     With precision="fp8" the kernels that quantise are compiled on the way, as the call does,
     except with arch. On 8-bit floats there is no backward: `backward` is empty.
+
+    Example:
+        >>> import numpy as np, numflash
+        >>> x = np.empty((2, 4096, 16, 64), "float16")
+        >>> print(numflash.explain_dispatch(x, x, x, arch="NVIDIA H200"))  # doctest: +ELLIPSIS
+        on NVIDIA H200...
+        forward: sm90-...
     """
     gpu = None if arch is None else find(arch)
     descales = tuple(options.pop(f"{name}_descale", None) for name in "qkv")

@@ -37,6 +37,13 @@ class Plan:
 
     Where q is of a library that is seen through CuPy, each launch hands the same memory back anew,
     so that this library's work comes after the launch: take the results from the plan then.
+
+    Example:
+        >>> import numpy as np, numflash
+        >>> q, k, v = np.random.default_rng(0).standard_normal((3, 1, 32, 2, 16)).astype("float16")
+        >>> plan = numflash.plan(q, k, v)
+        >>> plan.launch() is plan.out, plan.lse.shape
+        (True, (1, 2, 32))
     """
 
     def __init__(self, bound: BoundForward):
@@ -68,6 +75,14 @@ def plan(
 
     Raises:
         TypeError, ValueError, UnsupportedError: as `attention`.
+
+    Example:
+        >>> import numpy as np, numflash
+        >>> q, k, v = np.random.default_rng(0).standard_normal((3, 1, 32, 2, 16)).astype("float16")
+        >>> plan = numflash.plan(q, k, v)
+        >>> v[:] = 1  # the plan reads the arrays where they are
+        >>> bool(np.allclose(plan.launch(), 1, atol=1e-3))
+        True
     """
     expect_known("plan", options, ("out", "stream"))
     for name, array in (("q", q), ("k", k), ("v", v)):
@@ -107,6 +122,10 @@ def warmup(
         TypeError: a head_dim that is not an integer, an fp8 that is no `Fp8Recipe`.
         ValueError: a dtype that does not exist or does not go with precision, a head_dim below 1.
         UnsupportedError: a head_dim above 256, no GPU, or no compiler; a backward on 8-bit floats.
+
+    Example:
+        >>> import numflash
+        >>> numflash.warmup("bfloat16", head_dim=128, backward=True)
     """
     head_dim_v = head_dim if head_dim_v is None else head_dim_v
     for name, value in (("head_dim", head_dim), ("head_dim_v", head_dim_v)):

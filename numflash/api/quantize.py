@@ -59,6 +59,13 @@ def quantize_fp8(
     time, and those of `numflash.reference.quantize_fp8`.
 
     Source: FlashAttention-3, arXiv 2407.08608, section 3.3.
+
+    Example:
+        >>> import numpy as np, numflash
+        >>> x = np.random.default_rng(0).standard_normal((1, 16, 1, 64)).astype("float16")
+        >>> x8 = numflash.quantize_fp8(x, "token", hadamard=True)
+        >>> x8.data.shape, x8.descale.shape
+        ((1, 16, 1, 64), (1, 1, 16))
     """
     recipe = Fp8Recipe(granularity, block, hadamard, seed)
     library = library_of(x, "x")
@@ -98,6 +105,13 @@ def dequantize_fp8(x: Fp8Array, dtype: str | None = None, stream=None):
 
     Raises:
         TypeError, ValueError, UnsupportedError: as `quantize_fp8`.
+
+    Example:
+        >>> import numpy as np, numflash
+        >>> x = np.random.default_rng(0).standard_normal((1, 16, 1, 64)).astype("float16")
+        >>> x8 = numflash.quantize_fp8(x, "token")
+        >>> bool(abs(numflash.dequantize_fp8(x8) - x).max() < 0.07 * abs(x).max())
+        True
     """
     if not isinstance(x, Fp8Array):
         raise TypeError(f"x must be an Fp8Array, got {x!r} ({type(x).__name__})")

@@ -35,5 +35,11 @@ SIMULATED = _as_numba_decides()
 
 
 def simulating() -> bool:
-    """Whether kernels of this process run in the simulator, on NumPy arrays."""
+    """Whether kernels of this process run in the simulator, on NumPy arrays.
+
+    Example:
+        >>> import numflash
+        >>> numflash.simulating()  # with NUMBA_ENABLE_CUDASIM=1
+        True
+    """
     return SIMULATED
