@@ -166,7 +166,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _about_unknown(arguments: list[str]) -> str:
-    """What to say of arguments that nobody knows: a word may be meant as a subcommand."""
+    """The message about unknown arguments: a word may be meant as a subcommand."""
     said = f"unrecognized arguments: {' '.join(arguments)}"
     words = [word for word in arguments if not word.startswith("-")]
     if not words:

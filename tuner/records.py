@@ -1,4 +1,4 @@
-"""What the tuner knows of one config: the record that a trial leaves behind.
+"""The record that a trial of one config leaves behind.
 
 A record is data, also where something failed. It travels through Optuna's storages, the journals
 of exhaustive runs and the report as JSON.
@@ -29,7 +29,7 @@ estimate, not even compiled."""
 
 @dataclass(frozen=True)
 class ResourceUsage:
-    """What a config's machine code takes of the device it was compiled for.
+    """Resources of the device that a config's machine code takes.
 
     Attributes:
         registers: per thread.
@@ -101,7 +101,7 @@ class Record:
 
     @property
     def time_ms(self) -> float:
-        """What the search minimises: measured, else predicted; infinite if it failed."""
+        """The time that the search minimises: measured, else predicted; infinite if it failed."""
         if self.outcome in FAILURES:
             return math.inf
         time = self.predicted_ms if self.median_ms is None else self.median_ms

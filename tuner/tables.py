@@ -48,7 +48,7 @@ def paths() -> list[Path]:
 
 
 def made_now() -> dict[str, Any]:
-    """What a table that is made now is made with."""
+    """The versions that a table made now is made with."""
     return {"kernels": source_hash(), "compilers": versions(), "model": model.source_hash()}
 
 
@@ -64,7 +64,7 @@ def write(path: Path, entries: dict[DeviceKey, list[Entry]], made: dict[str, Any
 
 
 def made(path: Path) -> dict[str, Any]:
-    """What a table was made with; tables that do not say it are as old as their first entry.
+    """The versions that a table was made with; a table without them is as old as its first entry.
 
     Raises:
         ValueError: it is no table.

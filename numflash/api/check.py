@@ -210,7 +210,7 @@ def _check_fp8(given: dict, descales: dict, options: dict) -> CheckReport:
 
 
 def _recipe(given: dict, descales: dict, recipe: Fp8Recipe | None) -> Fp8Recipe:
-    """How `attention` quantises what is not in 8 bits yet."""
+    """The recipe by which `attention` quantises arrays that are not in 8 bits yet."""
     arrays = [given[name].recipe for name in "qk" if isinstance(given[name], Fp8Array)]
     if any(x is not None for x in descales.values()):
         return replace(recipe or Fp8Recipe(), hadamard=False)

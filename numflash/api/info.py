@@ -35,7 +35,7 @@ _CUDA_13 = 13000
 
 
 def collect() -> dict[str, Any]:
-    """What `numflash-info --json` prints.
+    """Collect all that `numflash-info --json` prints.
 
     Returns:
         simulator: whether this process simulates.
@@ -137,7 +137,7 @@ def _version(*distributions: str) -> str | None:
 
 
 def _missing(driver_version: int | None, no_devices: str | None) -> list[dict[str, str]]:
-    """What is missing, and the command that mends it."""
+    """Missing parts, each with the command that installs it."""
     extra = "cu12" if driver_version is not None and driver_version < _CUDA_13 else "cu13"
     install = f'pip install "numflash[{extra}]"'
     install_compiler = install if no_devices is None else 'pip install "numflash[compile]"'
@@ -178,7 +178,7 @@ def _can_load(library: str) -> bool:
 
 
 def describe(info: dict[str, Any]) -> str:
-    """What was collected, to be read by people."""
+    """The collected facts as text for people."""
     lines = ["Devices"]
     for ordinal, device in enumerate(info["devices"]):
         capability = "{}.{}".format(*device["compute_capability"])

@@ -48,7 +48,7 @@ _NO_SIMULATOR = (
 
 @dataclass(frozen=True)
 class Report:
-    """What a kernel is on one architecture.
+    """A kernel's machine code on one architecture, in figures.
 
     Attributes:
         kernel: family, as in `configs.FAMILIES` and `configs.QUANTIZE_CONFIGS`.
@@ -85,7 +85,7 @@ class Report:
 
     @property
     def faults(self) -> tuple[str, ...]:
-        """What no shipped kernel may have: spills, local memory, float64, warnings, no room."""
+        """Faults of a kernel, in words: spills, local memory, float64, warnings, no room."""
         counts = {name: self.instructions.get(name, 0) for name in ("LDL", "STL", "F64")}
         found = {
             "spill stores": self.spill_store_bytes,
@@ -174,7 +174,7 @@ def describe(report: Report, limits: Architecture) -> str:
 
 
 def _main_loop_rows(loop: MainLoop) -> dict[str, str]:
-    """What a turn of the main loop does, and which of it takes how long at least."""
+    """Rows on a turn of the main loop: its instructions, and the least time of each kind."""
 
     def listed(counts: dict[str, int]) -> str:
         present = [f"{name.replace('_', ' ')} {n}" for name, n in counts.items() if n]

@@ -128,7 +128,7 @@ def dequantize_fp8(x: Fp8Array, dtype: str | None = None, stream=None):
 
 
 def _remembered(key: tuple, make: Callable[[], Any]):
-    """What `make` makes, or made for an equal key."""
+    """The object that `make` makes, or made before for an equal key."""
     try:
         ready = _ready.get(key)
     except TypeError:

@@ -194,7 +194,7 @@ class MmaConfig:
 
     @classmethod
     def _fields(cls, text: str) -> dict | None:
-        """What a string form says of each field; None if it is none."""
+        """The fields of a string form, by name; None if the text is no such form."""
         match = _PATTERN.fullmatch(text)
         if match is None:
             return None
@@ -415,7 +415,7 @@ _PREFERENCES = {
 }
 _PREFERENCES["reduce-dq"] = _PREFERENCES["backward"]
 WARPS_PER_SM = (8, 4, 1)
-"""How many warps should fit on an SM at once: the most wanted first."""
+"""Warps that should fit on an SM at once, the best number first."""
 
 _MAX_REGISTERS = 255
 # Elements of one output a thread: the compiler does not unroll longer loops over them. Half of it

@@ -24,7 +24,7 @@ def padded_fp8_head_dim(head_dim: int) -> int:
 
 @dataclass(frozen=True)
 class Traits:
-    """What a kernel is compiled for.
+    """Properties of a problem that a kernel is compiled for.
 
     Attributes:
         dtype: "float16", "bfloat16" or "float32".

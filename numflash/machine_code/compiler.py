@@ -120,7 +120,7 @@ def content_key(kind: str, config: Config, traits: Traits, limits: Architecture)
 
 
 def _from_disk(key: str, limits: Architecture) -> Cubin | None:
-    """What is stored under a key, if a kernel for this GPU can be like that."""
+    """The cubin stored under a key; None if no kernel for this GPU can have its header."""
     stored = cubins.read(key)
     if stored is None:
         return None

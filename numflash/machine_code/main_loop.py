@@ -1,4 +1,4 @@
-"""What a kernel of `wgmma` does for each tile of keys: its main loop, read from machine code.
+"""The main loop of a `wgmma` kernel, one turn for each tile of keys, read from machine code.
 
 The main loop is the innermost loop that holds products of warpgroups. Its path is what every turn
 passes through: blocks that a branch can skip are left out, because in the steady state it does. Of
@@ -104,7 +104,7 @@ def read_main_loop(sass: str) -> MainLoop | None:
 
 @dataclass(frozen=True)
 class Registers:
-    """What `setmaxnreg` leaves a thread of some warps.
+    """Registers that `setmaxnreg` leaves a thread of some warps.
 
     Attributes:
         available: registers a thread.

@@ -50,7 +50,7 @@ _signatures = WeakKeyDictionary()
 
 @contextmanager
 def without_repeated_work():
-    """What is compiled within repeats less."""
+    """A context in which compiling repeats less work."""
     with ExitStack() as changes:
         for change in (_remember_signatures, _leave_out_live_variables):
             try:

@@ -150,7 +150,7 @@ def opcodes(sass: str) -> list[str]:
 
 
 def count_instructions(sass: str) -> dict[str, int]:
-    """How often each opcode of `COUNTED` occurs; "F64" counts everything in float64."""
+    """Count each opcode of `COUNTED`; "F64" counts all instructions in float64."""
     counts = dict.fromkeys((*COUNTED, "F64"), 0)
     for opcode in opcodes(sass):
         name, *modifiers = opcode.split(".")
@@ -193,7 +193,7 @@ def basic_blocks(sass: str) -> list[Block]:
 
 
 def _jump(operands: str) -> re.Match | None:
-    """What a branch depends on besides its guard, and its label."""
+    """A branch's further condition, besides its guard, and its label."""
     return _TARGET.match(operands.strip())
 
 

@@ -84,7 +84,7 @@ class ProblemClass:
 
     @property
     def window(self) -> int | None:
-        """How many keys a query sees at most; None if no window limits them."""
+        """The most keys that a query sees; None if no window limits them."""
         return int(self.mask.removeprefix("window")) if self.mask.startswith("window") else None
 
 

@@ -12,7 +12,7 @@ MAX_BLOCK = 1024
 
 @dataclass(frozen=True)
 class Fp8Recipe:
-    """How q, k and v are quantised.
+    """A recipe for quantising q, k and v.
 
     Attributes:
         granularity: what shares a scale: the whole "tensor", each "head" of each batch entry, each
@@ -76,7 +76,7 @@ class Fp8Recipe:
 
 @dataclass(frozen=True, eq=False)
 class PrecisionDecision:
-    """What `precision="auto"` decided; arrays on the device, filled when its kernels have run.
+    """The decision of `precision="auto"`: arrays on the device, filled by its kernels.
 
     Attributes:
         in_fp8: (batch, num_heads_kv) int32: 1 for key-value heads that were computed in 8 bits.

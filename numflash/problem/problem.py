@@ -80,7 +80,7 @@ class AttentionProblem:
         return self.num_heads_q // self.num_heads_kv
 
     def traits(self, vectorized: bool) -> Traits:
-        """What kernels for this problem are compiled for."""
+        """The traits that kernels for this problem are compiled for."""
         return Traits(
             self.dtype,
             padded_head_dim(self.head_dim),

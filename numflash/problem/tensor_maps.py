@@ -13,7 +13,7 @@ from numflash.problem.problem import Tensor
 MAP_BYTES = 128
 """Size of an encoded map; so large are kernel parameters that hold one."""
 MAP_ALIGNMENT = 64
-"""What the driver asks of the address of a map, in bytes."""
+"""Alignment in bytes that the driver requires of a map's address."""
 _UNIT = 16
 _MAX_REACH = 2**40
 _MAX_EXTENT = 2**32

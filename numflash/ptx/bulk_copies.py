@@ -20,7 +20,7 @@ if SIMULATED:
 EVICT_NORMAL = u64(0x1000000000000000)
 EVICT_FIRST = u64(0x12F0000000000000)
 EVICT_LAST = u64(0x14F0000000000000)
-"""How long the L2 cache keeps what a copy reads."""
+"""Policies for the L2 cache: keep the bytes that a copy reads for a short, or for a long time."""
 
 _LOAD = (
     "cp.async.bulk.tensor.{n}d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "

@@ -82,7 +82,7 @@ class Global:
 
 @dataclass(frozen=True)
 class Instruction:
-    """What the decorator knows of an instruction; `call` is what kernels call."""
+    """An instruction, as the decorator describes it; kernels call `call`."""
 
     name: str
     template: str

@@ -1,4 +1,4 @@
-"""What specialised warps need besides: fences between proxies, one elected lane, registers.
+"""Instructions for specialised warps: fences between proxies, one elected lane, registers.
 
 Four consecutive warps are a warpgroup; its number in the block begins at a multiple of four.
 """

@@ -123,7 +123,7 @@ def naive_backward(dout, q, k, v, *, precision: str, **options):
 
 
 def magnitudes(q, k, v, dout=None, **options) -> dict[str, np.ndarray]:
-    """What the sums behind each result come to without their signs, in float64.
+    """The sums behind each result, taken without signs, in float64.
 
     Rounding is relative to these, not to the results, in which much may cancel: a query that sees
     one key has dS = P * (dP - delta) = 0.
@@ -236,7 +236,7 @@ def scores(q, k, dtype, matmul, options):
 
 
 def _alignment(seqlen_q: int, seqlen_k: int, causal_align: str) -> int:
-    """What is added to a query's index to get the key it stands at."""
+    """The offset from a query's index to the key at its position."""
     return seqlen_k - seqlen_q if causal_align == "bottom_right" else 0
 
 

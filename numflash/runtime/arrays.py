@@ -30,7 +30,7 @@ class ArrayLibrary(Protocol):
         """
 
     def view(self, array, name: str = "array") -> ArrayView:
-        """What is to know of an array. Raises TypeError or ValueError, which speak of `name`."""
+        """The metadata of an array. Raises TypeError or ValueError, whose messages name `name`."""
 
     def operand(self, array) -> Operand:
         """An array made by `empty` or `with_contiguous_rows`, as an argument."""
@@ -336,7 +336,7 @@ def library_of(array, name: str) -> ArrayLibrary:
 
 
 def metadata(array, name: str) -> ArrayView:
-    """What is to know of an array that nothing will read: it need not be on a CUDA device.
+    """The metadata of an array that nothing will read: it need not be on a CUDA device.
 
     Raises:
         TypeError, ValueError: it is no array.

@@ -1,4 +1,4 @@
-"""What every command does: it ends quietly when nobody reads what it prints, as in `| head`."""
+"""Commands end quietly when nothing reads their output, as in `| head`."""
 
 import os
 import select

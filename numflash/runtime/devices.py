@@ -1,4 +1,4 @@
-"""What a GPU has: limits per compute capability, and how many blocks of a kernel fit on an SM.
+"""Limits of GPUs by compute capability, and the number of blocks of a kernel that fit on an SM.
 
 Sources: CUDA C++ Programming Guide, "Compute Capabilities", tables of technical specifications;
 cuda/__device/arch_traits.h of CCCL 3; cuda_occupancy.h of CUDA 13.

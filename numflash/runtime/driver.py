@@ -60,7 +60,7 @@ def clocks(device: int) -> tuple[float, float]:
 
 
 def num_devices() -> int:
-    """How many CUDA devices there are. Raises UnsupportedError without a driver."""
+    """The number of CUDA devices. Raises UnsupportedError without a driver."""
     return checked(open_driver().cuDeviceGetCount())
 
 

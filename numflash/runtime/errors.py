@@ -1,8 +1,8 @@
-"""What numflash raises besides TypeError (wrong types, dtypes) and ValueError (wrong values)."""
+"""The error that numflash raises besides TypeError (types, dtypes) and ValueError (values)."""
 
 
 class UnsupportedError(RuntimeError):
-    """What was asked for is valid, but not possible here: on this GPU, with this installation.
+    """A valid call that is not possible here: on this GPU, or with this installation.
 
     Example:
         >>> import numpy as np, numflash

@@ -26,7 +26,7 @@ else:
     import fcntl
 
 LOCK_SECONDS = 10.0
-"""How long to wait for a lock."""
+"""Seconds to wait for a lock."""
 LEFTOVER_SECONDS = 3600.0
 """A temporary file older than this has no writer any more."""
 _POLL_SECONDS = 0.005

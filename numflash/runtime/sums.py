@@ -1,4 +1,4 @@
-"""How tensor cores add products: exactly, or as published models say that GPUs do.
+"""Sums of tensor cores: exact, or cut as published models say that GPUs cut them.
 
 NUMFLASH_SIM_SUMS chooses, for the simulator and for whatever else runs the bodies of `mma` and
 `wgmma`: `exact` (the default) rounds a sum of an instruction once, to nearest; `ampere`, `ada` and

@@ -33,7 +33,7 @@ def is_on(name: str, default: bool = False) -> bool:
 
 
 def choice(name: str, choices: tuple[str, ...]) -> str:
-    """What an environment variable chooses, in any case; the first where it is unset or empty.
+    """The choice of an environment variable, in any case; the first choice if unset or empty.
 
     Choices are lower case.
 

@@ -1,4 +1,4 @@
-"""What numflash sees of an array, whatever library made it: metadata, and an address."""
+"""Views of arrays of any library: metadata, and an address."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -22,7 +22,7 @@ class Operand(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ArrayView:
-    """What is checked, and compiled for, of an array.
+    """Metadata of an array, which calls check and kernels are compiled for.
 
     Attributes:
         pointer: address of element 0; of an array yet to be allocated, 0.

@@ -40,7 +40,7 @@ class Mbarrier:
         return f"mbarrier {self.index} (shared address {self.address:#x})"
 
     def what_it_lacks(self) -> str:
-        """What its phase still waits for."""
+        """The arrivals and bytes that the current phase still waits for, in words."""
         return (
             f"{self}: phase {self.phase} (parity {self.phase % 2}) lacks "
             f"{self.pending} of {self.count} arrivals and {self.bytes} bytes"

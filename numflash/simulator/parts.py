@@ -1,4 +1,4 @@
-"""What only some kernels need of a block: a part is made when it is first asked for."""
+"""Parts of a block that only some kernels need, each made when it is first asked for."""
 
 
 class Part:

@@ -25,7 +25,7 @@ class AsyncProxy(Part):
         self._unfenced: dict[int, list[slice]] = {}
 
     def fence(self, thread: Thread) -> None:
-        """What `thread` has stored is visible from here on."""
+        """Make the stores of `thread` visible to the asynchronous proxy."""
         thread.stores.clear()
         for words in self._unfenced.pop(thread.index, ()):
             own = self._words[words]

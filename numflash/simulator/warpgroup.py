@@ -77,7 +77,7 @@ class _Product:
 
 
 class _Warp:
-    """What a warp has issued and not waited for."""
+    """Products that a warp has issued and not waited for."""
 
     def __init__(self):
         self.fenced = False
@@ -156,7 +156,7 @@ def go_on(name: str) -> None:
 
 
 def fence() -> None:
-    """What registers hold now, the products that follow will see."""
+    """Let the products that follow see the registers as they are now."""
     _warpgroups().running().fenced = True
 
 

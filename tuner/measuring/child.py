@@ -151,7 +151,7 @@ class Child:
                 return message
 
     def _last_words(self) -> str:
-        """How a child that has closed its output ended."""
+        """The reason why a child that has closed its output ended."""
         try:
             status = self._process.wait(_EXIT_SECONDS)
         except subprocess.TimeoutExpired:

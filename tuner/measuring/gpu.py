@@ -16,7 +16,7 @@ _BUS_ID_BYTES = 32
 
 
 class Device(Protocol):
-    """What `worker` asks of a device.
+    """The device that `worker` needs.
 
     Attributes:
         ordinal: of the CUDA device.
@@ -50,7 +50,7 @@ class Device(Protocol):
 
 
 class _Gpu:
-    """What both array libraries' devices share. `fill` and the like are theirs."""
+    """The common part of both array libraries' devices. Each has its own `fill` and the like."""
 
     def __init__(self, ordinal: int):
         self.ordinal, self._fills = ordinal, 1

@@ -16,7 +16,7 @@ from .gpu import Device
 from .representative import Call
 
 _AFTER = {"forward": "combine", "backward": "reduce-dq"}
-"""What puts the parts together that a family's kernel may write: timed with it."""
+"""The kernel that joins the parts that a family's kernel may write, and is timed with it."""
 
 
 class RefusedError(Exception):

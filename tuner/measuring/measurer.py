@@ -29,7 +29,7 @@ _log = logging.getLogger("numflash")
 
 
 class Measurer(Protocol):
-    """What the search asks for times."""
+    """A source of times for the search."""
 
     def measure(
         self, problem: ProblemClass, config: str, stop: Callable[[list[float]], bool]
@@ -61,7 +61,7 @@ _BESIDE = str(Path(__file__).parents[2])
 
 @dataclass(frozen=True)
 class Limits:
-    """How long a child may take, and how often is measured.
+    """Limits of a child's time, and the number of measurements.
 
     A call is chosen such that a good kernel takes no more than a few seconds (`worker`), and these
     leave room for one that is several times slower: what exceeds them hangs, or has lost anyway.

@@ -50,7 +50,7 @@ class Recording:
 
     @property
     def seconds(self) -> float:
-        """What all its trials took."""
+        """The seconds that all its trials took."""
         return sum(record.seconds for record in self.records.values())
 
 
@@ -194,5 +194,5 @@ def _has_times(record: Record) -> bool:
 
 
 def _preparation_seconds(record: Record) -> float:
-    """What a trial took besides the launches that were timed."""
+    """The seconds that a trial took besides the timed launches."""
     return max(0.0, record.seconds - sum(record.samples_ms) / 1000)

@@ -38,7 +38,7 @@ def predict(
     resources: ResourceUsage,
     code: MachineCode | None,
 ) -> Prediction:
-    """How long a compiled kernel takes, predicted rather than measured.
+    """Predict the time of a compiled kernel.
 
     Args:
         machine: the GPU.
@@ -55,7 +55,7 @@ def predict(
 
 
 def estimate(machine: Machine, problem: ProblemClass, config: Config) -> Prediction:
-    """How long a kernel takes, by formula only. Registers that cannot suffice count as spilled.
+    """Predict a kernel's time by formula only. Registers that cannot suffice count as spilled.
 
     Raises:
         ValueError: as `predict`.

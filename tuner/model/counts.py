@@ -1,4 +1,4 @@
-"""What a warp does for a tile, and a block once, by formula, before anything is compiled.
+"""Work of a warp for a tile, and of a block once, by formula, before anything is compiled.
 
 The formulas follow the kernels' docstrings: products and operands exactly, softmax by instructions
 a score, copies by instructions a load. `complete` puts the same together from machine code.
@@ -41,7 +41,7 @@ aligned and unaligned stores, and slow paths of divisions. Assumed."""
 
 @dataclass(frozen=True)
 class Work:
-    """What the warps of a block do.
+    """Work of the warps of a block.
 
     Attributes:
         tile: by one warp, for each tile.
@@ -241,7 +241,7 @@ def _with_features(tile: Counts, traits: Traits, scores: int) -> Counts:
 
 
 def feature_counts(traits: Traits) -> Counts:
-    """What softcap and ALiBi add to each score."""
+    """Instructions that softcap and ALiBi add to each score."""
     features = Counts().plus(_SOFTCAP, int(traits.softcap))
     return features.plus(_ALIBI, int(traits.alibi))
 

@@ -1,4 +1,4 @@
-"""How far off the offline model is, and what a prediction must gain before it counts.
+"""The offline model's errors, and the gain that a prediction must have before it counts.
 
 Kernels of others with the same structure have published speeds. A test
 (`tests/host/tuner/test_published.py`) holds the model against 109 of them, and keeps the errors
@@ -45,7 +45,7 @@ ARCHITECTURES = ("sm_80", "sm_86", "sm_90a")
 
 
 def kind(problem: ProblemClass, config: Config) -> str:
-    """What kernels have an error in common: "sm80 forward"; "few queries" are decoding's."""
+    """The kind of kernels that share an error: "sm80 forward"; "few queries" for decoding."""
     generation = config.generation if isinstance(config, MmaConfig) else "portable"
     family = problem.family
     if family == "forward" and problem.seqlen_q <= PACKED_SEQLEN:

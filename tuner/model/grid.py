@@ -1,4 +1,4 @@
-"""How a kernel is laid over a problem: blocks, the tiles each visits, bytes of device memory.
+"""A kernel laid out over a problem: blocks, the tiles each visits, bytes of device memory.
 
 Tiles are counted as the kernels do, `tiles.scores.band_block_begin` and `band_block_end`, for each
 row block. A problem class stands for the problem with its rounded sizes.
@@ -22,7 +22,7 @@ _MANY_ROUNDS = 64
 
 @dataclass(frozen=True)
 class Walks:
-    """What the blocks of one head walk over.
+    """Tiles that the blocks of one head visit.
 
     Attributes:
         tiles: of each block, most first.
@@ -281,7 +281,7 @@ def _parts_bytes(problem: ProblemClass, grid: Grid) -> float:
 
 
 def part_bytes(problem: ProblemClass, grid: Grid) -> float:
-    """What the kernel that joins the parts of `grid` reads and writes; 0 if there are no parts."""
+    """Bytes that the kernel which joins the parts of `grid` moves; 0 if there are no parts."""
     parts = _parts_bytes(problem, grid)
     queries = problem.batch_heads * problem.seqlen_q
     columns = (

@@ -58,13 +58,13 @@ OVERLAP_NORM = 2.25
 COPIES_NORM = 12.0
 """Likewise of bulk copies and the rest, which do not disturb each other. Assumed."""
 LEFT_TO_CHANCE = 0.6
-"""What each warpgroup but the first leaves of the loss in lockstep. Fitted."""
+"""Factor of the loss in lockstep for each warpgroup but the first. Fitted."""
 WITH_TURNS = 0.5
-"""What taking turns leaves of it. Fitted."""
+"""Factor of that loss where warpgroups take turns. Fitted."""
 HIDDEN_BY_OVERLAP = 0.5
 """Share of the shorter of P V and softmax that runs beside the other. Fitted."""
 SPILLED_TIMES = 2.0
-"""How much longer a turn takes where registers spill: products are serialised then. Assumed."""
+"""Factor of a turn's time where registers spill: products are serialised then. Assumed."""
 
 _WARP, _WARPGROUP_ROWS, _THREADS = 32, 64, 128
 # Instructions of a warp, by disassembly: beside 4.5 a score, for waiting and for a step of 16.
@@ -78,7 +78,7 @@ _MASK_ALU, _MASK_ISSUED, _MASK_PLACE = 3, 4, 40
 
 @dataclass(frozen=True)
 class Work:
-    """What a warp that multiplies does.
+    """Work of a warp that multiplies.
 
     Attributes:
         tile: for each tile of keys.
@@ -152,7 +152,7 @@ def predict(
     resources: ResourceUsage,
     code: MachineCode | None,
 ) -> Prediction:
-    """How long a compiled kernel takes; as `prediction.predict`.
+    """Predict the time of a compiled kernel, as `prediction.predict`.
 
     Raises:
         ValueError: not even one block fits on an SM, or it has no wgmma.
@@ -166,7 +166,7 @@ def predict(
 
 
 def estimate(machine: Machine, problem: ProblemClass, config: Sm90ForwardConfig) -> Prediction:
-    """How long a kernel takes, by formula only; as `prediction.estimate`.
+    """Predict a kernel's time by formula only, as `prediction.estimate`.
 
     Raises:
         ValueError: as `predict`.

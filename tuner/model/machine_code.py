@@ -1,4 +1,4 @@
-"""What a kernel's machine code does in each turn of its loops, counted from its disassembly.
+"""Work of each turn of a kernel's loops, counted from its disassembly.
 
 The blocks of instructions between labels and branches form a graph. A loop is a backward branch to
 a block that dominates it, and everything on the way. Its counts are those of one turn of one warp:
@@ -211,7 +211,7 @@ def analyse(sass: str) -> MachineCode:
 
 
 def _work(loop: Loop) -> tuple[int, int]:
-    """How much a loop multiplies: matrices first."""
+    """The products of a loop, for comparisons: those of matrices first."""
     return loop.counts.matrix, loop.counts.ffma
 
 
@@ -251,7 +251,7 @@ def _multiply_adds(modifiers: list[str]) -> int:
 
 
 def _bytes(name: str, modifiers: list[str]) -> int:
-    """What one memory instruction moves for a warp."""
+    """Bytes that one memory instruction moves for a warp."""
     if name in ("LDSM", "STSM"):
         # "16.M88.4": that many 8 x 8 matrices of 16 bits.
         return 8 * 8 * 2 * next((int(m) for m in modifiers if m in ("2", "4")), 1)

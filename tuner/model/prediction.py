@@ -69,7 +69,7 @@ L2_LATENCY, MEMORY_LATENCY = 300, 700
 BLOCK_LATENCY = 600
 """Clocks to start a block and to drain its stores, beside its first loads. Assumed."""
 LAUNCH_MS = 0.005
-"""What a kernel takes that does nothing. Fitted to decoding with few keys on an H100: 12 to 15
+"""Time of a kernel that does nothing. Fitted to decoding with few keys on an H100: 12 to 15
 microseconds for two kernels."""
 COMBINED_SPLITS = 8
 """Parts that a `combine` of which nothing else is known puts together. Assumed."""
@@ -84,7 +84,7 @@ _PRODUCTS = {"forward": 2, "backward-dq": 3, "backward-dkdv": 4, "backward": 5}
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the model says of a config.
+    """The model's prediction for a config.
 
     Attributes:
         ms: milliseconds.
@@ -108,7 +108,7 @@ def predict(
     resources: ResourceUsage,
     code: MachineCode | None,
 ) -> Prediction:
-    """How long a compiled kernel takes.
+    """Predict the time of a compiled kernel.
 
     Args:
         machine: the GPU.
@@ -132,7 +132,7 @@ def predict(
 
 
 def estimate(machine: Machine, problem: ProblemClass, config: Config) -> Prediction:
-    """How long a kernel takes, by formula only. Registers that cannot suffice count as spilled.
+    """Predict a kernel's time by formula only. Registers that cannot suffice count as spilled.
 
     Raises:
         ValueError: as `predict`.
@@ -352,7 +352,7 @@ def schedule(grid: Grid, num_sms: int, resident: int, clocks) -> float:
 
 
 def smooth_maximum(norm: float, *times: float) -> float:
-    """How long things take together that take these times alone."""
+    """The time of things together that take these times alone."""
     return sum(t**norm for t in times) ** (1 / norm)
 
 

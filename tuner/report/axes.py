@@ -18,7 +18,7 @@ FONT = 11
 RING = 5
 """Pixels: the radius of the ring around the best."""
 IN_SIGHT = 3.0
-"""What is so many times away from the best is not drawn to scale: it would squeeze all others."""
+"""Times beyond so many times the best are not drawn to scale: they would squeeze all others."""
 _CHARACTER = 0.62
 
 

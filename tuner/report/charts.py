@@ -231,7 +231,7 @@ def _heat_step(time: float, fastest: float, slowest: float) -> int:
 
 
 def importances(result: Result) -> Figure:
-    """What share of the variation in time each parameter explains."""
+    """The share of the variation in time that each parameter explains."""
     title = "Which parameters matter"
     shares = sorted(result.importances.items(), key=lambda item: (-item[1], item[0]))
     if not shares:
@@ -322,7 +322,7 @@ def label_best(labels: Labels, x: float, y: float) -> None:
 
 
 def parts(result: Result) -> Figure:
-    """What each resource alone would take for the best config, next to the floor."""
+    """The time that each resource alone would take for the best config, next to the floor."""
     title = "What bounds the best, by the model"
     if result.winner is None:
         return Figure(title, escaped("There is no best: no config has a time."))

@@ -19,7 +19,7 @@ from ..space.configs import Space
 _FEWEST_TIMES = 6
 """Measured configs from which the model's errors are learned."""
 _RIDGE = 1.0
-"""How much evidence an error needs: that of one measured config."""
+"""The evidence that an error needs: that of one measured config."""
 
 
 class Candidates:
@@ -128,7 +128,7 @@ class Candidates:
 
 
 def distinct(space: Space, most: int | None = None) -> int:
-    """How many feasible configs the model can tell apart, counted up to `most`."""
+    """The number of feasible configs that the model can tell apart, counted up to `most`."""
     estimates: set[float] = set()
     for config in space.feasible:
         if len(estimates) == most:

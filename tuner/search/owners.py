@@ -38,7 +38,7 @@ def _identity(pid: int) -> dict:
 
 @functools.cache
 def _host() -> str:
-    """What process numbers are distinct in: containers may share the name of their host."""
+    """The place within which process numbers are distinct: containers may share a host's name."""
     with contextlib.suppress(OSError):
         return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
     return socket.gethostname()

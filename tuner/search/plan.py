@@ -1,4 +1,4 @@
-"""What a run of the tuner is about to do, and about how long that takes.
+"""A plan of the tuner's run: the work ahead, and about how long it takes.
 
 The time comes from kernels that were compiled here: those of earlier trials, and some of the
 defaults, which are compiled in any case.

@@ -29,7 +29,7 @@ _SIMULATOR = "NUMBA_ENABLE_CUDASIM"
 
 @dataclass(frozen=True)
 class Examined:
-    """What became of a config in the compiler.
+    """The compiler's result for a config.
 
     Attributes:
         resources: None if it failed.

@@ -149,7 +149,7 @@ class Progress:
         self._write(_CLEAR + _cut("  ".join(text for text, _ in pieces), room))
 
     def _pieces(self, bar_width: int, dropped: tuple[str, ...] = ()) -> list[_Piece]:
-        """What is shown, as (text, style); `_draw` leaves out what has no room."""
+        """The shown pieces, as (text, style); `_draw` leaves out those that have no room."""
         pieces: list[_Piece] = [] if "title" in dropped else [(self._title, "")]
         if bar_width:
             share = self._share()
@@ -177,7 +177,7 @@ class Progress:
         return pieces
 
     def _share(self) -> float:
-        """How much of the run is over: by trials or by time, whichever is further."""
+        """The share of the run that is over, by trials or by time: the larger of both."""
         shares = [0.0]
         if self._total:
             shares.append(self.done / self._total)

@@ -160,7 +160,7 @@ class Search:
         return self._rules.size(self.space, self._measurer is not None)
 
     def records(self) -> list[Record]:
-        """What was tried, by all processes, in order of trial; finalists as last measured."""
+        """Records of all processes' trials, in order of trial; finalists as last measured."""
         return [self._finals.get(r.config, r) for r in self.ledger.records()]
 
     def fastest(self) -> Record | None:
@@ -462,7 +462,7 @@ class Search:
 
 
 def _outcomes(records: dict[str, Record]) -> str:
-    """How often each failure occurred, and one reason for each."""
+    """The number of each failure, with one reason for each."""
     found: dict[str, list[str]] = {}
     for record in records.values():
         found.setdefault(record.outcome, []).append(record.reason)

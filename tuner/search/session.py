@@ -39,7 +39,7 @@ _log = logging.getLogger("numflash")
 
 @dataclass(frozen=True)
 class Options:
-    """How to search.
+    """Options of a search.
 
     Attributes:
         rules: when a class is done; its seconds are those of the whole run.
@@ -114,7 +114,7 @@ class Session:
         return spaces
 
     def plan(self, spaces: Sequence[Space]) -> Plan:
-        """What tuning these spaces takes; some defaults are compiled for it unless time is short.
+        """Plan the tuning of these spaces; compiles some defaults for it unless time is short.
 
         Raises:
             StorageError: the studies cannot be read.
@@ -228,14 +228,14 @@ class Session:
         return open_study(self.options.storage, self._study_name(space), sampler)
 
     def _study_name(self, space: Space) -> str:
-        """What trials of one study have in common, so that they can be compared."""
+        """The name of a study: all that its trials share, so that they can be compared."""
         made = [source_hash(), sorted(versions().items()), space.budgets, space.dimensions]
         made += [model.source_hash(), FORMAT]
         digest = sha256(repr(made).encode()).hexdigest()[:12]
         return f"{space.problem} on {self.device}, {self.origin}, {digest}"
 
     def _incumbents(self, space: Space) -> list[Entry]:
-        """What is remembered for a class: their configs have to be beaten."""
+        """The entries remembered for a class, whose configs have to be beaten."""
         return [entry for entry in store.read(self.device) if entry.problem == space.problem]
 
     def _remember(self, space: Space, search: Search, default: Record, best: Record) -> None:

@@ -46,7 +46,7 @@ def journal_path(name: str) -> Path:
 
 
 def shown(url: str | None, name: str) -> str:
-    """How messages call the storage of a study; the arguments are those of `open_storage`."""
+    """The name of a study's storage in messages; the arguments are those of `open_storage`."""
     if _is_database(url):
         hidden = _PASSWORD.sub(r"\g<user>***@", url)
         return f"the storage {_without_parameters(hidden)}"
@@ -99,7 +99,7 @@ def open_storage(url: str | None, name: str) -> BaseStorage:
 
 
 def reason_of(error: BaseException) -> str:
-    """What a storage's driver says, without what Optuna and SQLAlchemy put around it."""
+    """The message of a storage's driver, without the words that Optuna and SQLAlchemy add."""
     while (inner := getattr(error, "orig", None) or error.__cause__) is not None:
         error = inner
     return str(error) or type(error).__name__

@@ -33,7 +33,7 @@ from .storages import StorageError, hide_password, journal_path, open_storage, r
 __all__ = ["ENVIRONMENT", "FORMAT", "Ledger", "StorageError", "journal_path", "open_study"]
 
 FORMAT = "values"
-"""What parameters of trials are; part of the names of studies, which were of indices once."""
+"""The form of trials' parameters; part of the names of studies, which once held indices."""
 ENVIRONMENT = ("timeout", "launch_failed", "compile_failed")
 """Outcomes that may be the machine's fault: a later run tries the config once more."""
 _BEAT_SECONDS = 30
@@ -347,7 +347,7 @@ class Ledger:
         return self._reach(self.study.get_trials, deepcopy=False)
 
     def _reach(self, action: Callable[..., _Answer], *args, **kwargs) -> _Answer:
-        """What a call of the storage answers, which is repeated while the storage fails."""
+        """The answer of a call of the storage, which is repeated while the storage fails."""
         if self._lost is not None:
             raise self._lost
         pauses = list(_PAUSES_SECONDS)
@@ -369,7 +369,7 @@ class Ledger:
             self._sleep(pause)
 
     def _place(self) -> tuple[str, str | None]:
-        """How messages call the storage, and its URL."""
+        """The storage's name in messages, and its URL."""
         return _places.get(self.study, (f"the study {self.study.study_name}", None))
 
 
@@ -388,12 +388,12 @@ class _Told(optuna.samplers.BaseSampler):
         return self._sampler.infer_relative_search_space(study, trial)
 
     def sample_relative(self, study, trial, search_space):
-        """What it was told, where the sampler proposes several parameters together."""
+        """The values it was given, for samplers that propose several parameters together."""
         self._sampler.sample_relative(study, trial, search_space)
         return {name: self._params[name] for name in search_space if name in self._params}
 
     def sample_independent(self, study, trial, param_name, param_distribution):
-        """What it was told."""
+        """The value it was given."""
         return self._params[param_name]
 
 
@@ -409,7 +409,7 @@ def _suggest(trial: Trial, name: str, distribution: BaseDistribution) -> None:
 
 @functools.cache
 def _outages() -> tuple[type[Exception], ...]:
-    """What Optuna raises when a storage cannot be reached or written."""
+    """Errors that Optuna raises when a storage cannot be reached or written."""
     import sqlalchemy.exc
 
     return StorageInternalError, sqlalchemy.exc.SQLAlchemyError, OSError

@@ -51,7 +51,7 @@ Failure = tuple[str, str]
 
 @dataclass(frozen=True)
 class Budgets:
-    """What the user grants a kernel.
+    """Resources that the user grants a kernel.
 
     Attributes:
         smem_bytes: shared memory per block; None is what the device has.
@@ -88,7 +88,7 @@ class Space:
 
     @cached_property
     def default(self) -> Config:
-        """What runs untuned."""
+        """The config that runs untuned."""
         problem, limits = self.problem, self.machine.limits
         if problem.family != "forward":
             rows = problem.seqlen_k if problem.family == "backward-dkdv" else problem.seqlen_q

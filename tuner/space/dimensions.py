@@ -106,7 +106,7 @@ def _hopper(num_warpgroups: int) -> dict[str, tuple]:
 
 
 def _layouts(problem: ProblemClass, machine: Machine, rows_packed: int) -> dict[str, tuple]:
-    """How kernels for tensor cores are laid over the machine."""
+    """Choices for laying kernels for tensor cores out over the machine."""
     if problem.family == "backward":
         return {"num_splits": (1, 2, 4, 8)}
     if problem.family != "forward":
@@ -123,7 +123,7 @@ def _layouts(problem: ProblemClass, machine: Machine, rows_packed: int) -> dict[
 
 
 def _orders(problem: ProblemClass, machine: Machine) -> tuple[int, ...]:
-    """How many heads may be in flight; 0 is as many as the L2 has room for."""
+    """Choices for the heads in flight; 0 is as many as the L2 has room for."""
     traits = problem.traits
     head = problem.seqlen_k * (traits.head_dim + traits.head_dim_v) * traits.dtype_bytes
     if head * problem.batch_heads <= machine.l2_bytes // 2:

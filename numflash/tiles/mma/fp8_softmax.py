@@ -110,15 +110,15 @@ def limit_of_row(row_max):
 
 @device_function
 def unit_of_row(row_max):
-    """What brings P V of a tile to the units of O: 2 ** (top - unit) is the tile's weight."""
+    """The unit of a row of O: a tile's P V enters O with the weight 2 ** (top - unit)."""
     return (row_max if row_max > NEG_INF else f32(0)) + P_SCALE_LOG2
 
 
 @device_function
 def shift_of_row(top, row_max):
-    """What exponents of a tile subtract: nothing but P's unit where scores are differences.
+    """The shift that a tile's exponents subtract: P's unit alone where scores are differences.
 
-    Nor where a row has seen no key: -inf - -inf would be NaN.
+    Also P's unit alone where a row has seen no key: -inf - -inf would be NaN.
     """
     return (top if abs(row_max) <= HUGE else f32(0)) - P_SCALE_LOG2
 

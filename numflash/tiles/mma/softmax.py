@@ -92,7 +92,7 @@ def limit_of_row(row_max, scale_log2):
 
 @device_function
 def shift_of_row(row_max, scale_log2):
-    """What exponents of a row subtract: nothing where scores are differences, or all -inf."""
+    """The shift that a row's exponents subtract: 0 where scores are differences, or all -inf."""
     shift = row_max * scale_log2
     return shift if abs(shift) <= HUGE else f32(0)
 
