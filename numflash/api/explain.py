@@ -1,4 +1,4 @@
-"""numflash.explain_dispatch: which kernels a call runs, and why not the others."""
+"""`numflash.explain_dispatch`: the kernels that a call runs, and why not the others."""
 
 from dataclasses import dataclass, replace
 
@@ -36,7 +36,7 @@ class Explanation:
         combine: the kernel that puts the parts of split keys together; None without splits.
         backward: the kernels of `attention_backward`, by family; none on 8-bit floats.
         in_16_bits: with precision="auto", the kernel for the heads that `forward` leaves out.
-        gpu: what was asked about, where it was a GPU that need not be here.
+        gpu: the GPU that was asked about, where it need not be here.
 
     Example:
         >>> import numpy as np, numflash

@@ -1,4 +1,4 @@
-"""`numflash-info`: what numflash finds on this machine, and how to mend what it does not find.
+"""`numflash-info`: the parts that numflash finds on this machine, and how to get those missing.
 
 Everything is looked at, nothing is needed: a missing driver, compiler or library is reported.
 """
@@ -19,7 +19,7 @@ from numflash.runtime.mode import SIMULATED
 from numflash.runtime.version import __version__
 from numflash.selection import store
 
-# What is shown as one package, and the distributions that it comes in.
+# A package as it is shown, and the distributions that it comes in.
 _PACKAGES = {
     "numpy": ("numpy",),
     "ml_dtypes": ("ml_dtypes",),

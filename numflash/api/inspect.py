@@ -1,8 +1,8 @@
-"""`numflash-inspect`: what a kernel is on a GPU, without having that GPU.
+"""`numflash-inspect`: a kernel's machine code on a GPU that need not be here.
 
-Registers, spills, shared memory, how many blocks fit on an SM and what allows no more, which
-instructions the kernel consists of, and what the compiler complained about. Of kernels whose
-products are those of warpgroups, also what their main loop does for each tile (`main_loop`).
+It shows registers, spills, shared memory, the blocks that fit on an SM and the resource that
+limits them, the number of each instruction, and the compiler's warnings. For kernels with products
+of warpgroups it also shows the work of their main loop for each tile (`main_loop`).
 """
 
 import argparse

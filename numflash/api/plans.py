@@ -33,10 +33,10 @@ class Plan:
         out: the result, as `attention` returns it.
         lse: the log-sum-exp, as `attention` returns it.
         kernel: which kernel runs: family, config and what it was compiled for.
-        decision: with precision="auto" a `PrecisionDecision`, made anew by each launch.
+        decision: with precision="auto" a `PrecisionDecision`, made again by each launch.
 
-    Where q is of a library that is seen through CuPy, each launch hands the same memory back anew,
-    so that this library's work comes after the launch: take the results from the plan then.
+    Where CuPy sees q for another library, each launch hands the same memory back again, so that
+    this library's work comes after the launch: take the results from the plan after each launch.
 
     Example:
         >>> import numpy as np, numflash
@@ -70,7 +70,7 @@ def plan(
     Args:
         q, k, v, out, stream, q_descale, k_descale, v_descale: as for `attention`. Changing the
             arrays' contents is what plans are for; they must have a contiguous last axis, because
-            a copy would not see the change. With precision="fp8" each launch quantises anew.
+            a copy would not see the change. With precision="fp8" each launch quantises again.
         options: the other options of `attention`, without return_lse.
 
     Raises:
@@ -159,11 +159,11 @@ def warmup(
     limits = limits_of_device(device)
     for family in ("forward", "delta", *BACKWARD) if backward else ("forward",):
         rows = seqlen_k if family == "backward-dkdv" else seqlen_q
-        # Of contiguous arrays rows that are not aligned cannot be fetched by bulk copies.
+        # Bulk copies cannot fetch contiguous arrays whose rows are not aligned.
         no_bulk_copies = None if traits.vectorized else "rows are not aligned to 16 bytes"
         choices = [choose(family, traits, limits, rows, no_bulk_copies=no_bulk_copies)]
         if tuned.enabled():
-            # Which of them a call takes depends on sizes that are not known yet.
+            # The sizes that decide which of them a call takes are not known yet.
             choices += tuned.choices(family, traits, device_key(device), limits)
         for choice in choices:
             load(get_cubin(choice.config, choice.traits, limits), device)
@@ -179,7 +179,7 @@ def warmup(
 
 
 def _warm_up_fp8(dtype, q_size, v_size, alibi: bool, device: int, options: dict) -> None:
-    """Make calls ready that are nothing but shapes."""
+    """Make calls ready from shapes alone, without arrays."""
     options = {**DEFAULTS, **options, "described": {}, "max_rel_error": MAX_REL_ERROR}
     kind = AutoForward if options["precision"] == "auto" else Fp8Forward
     sizes = {"q": q_size, "k": (v_size[0], q_size[1]), "v": v_size}

@@ -45,9 +45,8 @@ def quantize_fp8(
 
     Returns:
         The codes, and scales of shape (batch, heads, n) with n = 1, seqlen / block rounded up, or
-        seqlen; (1, 1, 1) for "tensor". What a scale is of: the largest finite |x|, at least
-        2 ** -100, which becomes 256 in e4m3. Infinities become the largest code, a NaN
-        stays one.
+        seqlen; (1, 1, 1) for "tensor". A scale brings the largest finite |x|, at least
+        2 ** -100, to 256 in e4m3. Infinities become the largest code, a NaN stays a NaN.
 
     Raises:
         TypeError: an argument of a wrong type or dtype, or not on a CUDA device.
@@ -55,8 +54,8 @@ def quantize_fp8(
         UnsupportedError: head_dim above 256, an old GPU.
 
     The kernels are enqueued, not waited for: one pass over x, or two where more tokens share a
-    scale than a thread block can hold ("tensor", "head", blocks above 256). The same bits every
-    time, and those of `numflash.reference.quantize_fp8`.
+    scale than a thread block can hold ("tensor", "head", blocks above 256). Every call gives the
+    same bits, those of `numflash.reference.quantize_fp8`.
 
     Source: FlashAttention-3, arXiv 2407.08608, section 3.3.
 

@@ -1,9 +1,9 @@
-"""Kernel configs: what a kernel is compiled for, and what may be tuned about it.
+"""Kernel configs: the traits that a kernel is compiled for, and the choices that may be tuned.
 
 `Traits` is fixed by the problem: dtype, head dims, and which features the kernel has. A config is
 a free choice among equally right ones: tile sizes, warps, stages. Each kernel family, such as
 "forward", has a config class for each of its implementations: the portable kernels
-(`configs.portable`), those for tensor cores (`configs.sm80`), for Hopper's (`configs.sm90`), and
+(`configs.portable`), those for tensor cores (`configs.mma`), for Hopper's (`configs.wgmma`), and
 on 8-bit floats (`configs.fp8`). `configs.quantize` has those of the kernels around attention on
 8-bit floats. Traits and configs have short string forms, used in file names, test ids and on the
 command line: `float16-d64-dv64-softcap-vec`, `m64n32w4`, `sm80-m128n64w4s1`.

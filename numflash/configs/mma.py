@@ -15,7 +15,7 @@ from numflash.configs.traits import Traits
 from numflash.runtime.devices import Architecture, blocks_per_sm
 
 GENERATIONS = ("sm75", "sm80")
-"""sm75 has half-size products of float16 only, and copies that pass by registers."""
+"""sm75 has half-size products of float16 only, and copies that go through registers."""
 MAX_STAGES = 3
 _ROW_STEP, _COLUMN_STEP = 16, 16
 _WORD_BYTES = 4
@@ -34,7 +34,7 @@ class MmaConfig:
     """Common to the kernels for tensor cores.
 
     Attributes:
-        generation: which instructions: "sm75" or "sm80".
+        generation: of instructions: "sm75" or "sm80".
         tile_m: rows of Q in a tile.
         tile_n: rows of K and V in a tile.
         num_warps: per block; they share the rows of the result.

@@ -1,4 +1,4 @@
-"""Traits: what a kernel is compiled for, fixed by the problem."""
+"""Traits: the properties that a kernel is compiled for, fixed by the problem."""
 
 import re
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class Traits:
         fp8: q, k and v are e4m3 codes, with head dims padded to a multiple of 64; dtype is that
             of the result.
         key_scales: with fp8, scales of K and V may differ within a tile.
-        selected: only some heads are computed, those that a table on the device names.
+        selected: only the heads that a table on the device names are computed.
     """
 
     dtype: str

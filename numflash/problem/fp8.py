@@ -1,4 +1,4 @@
-"""8-bit arrays: how one is quantised, and what it then consists of. `quantization` makes them."""
+"""8-bit arrays: the recipe for one, and its parts. `numflash.calls.quantization` makes them."""
 
 from dataclasses import dataclass
 from numbers import Integral

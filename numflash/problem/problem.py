@@ -1,7 +1,7 @@
 """AttentionProblem: one attention call, checked and in numbers.
 
-The only place that interprets the user's arrays and options. What passes here can run: every
-message names the argument, what it was, and the rule.
+The only place that interprets the user's arrays and options. A call that passes here can run;
+every message names the argument, its value, and the rule.
 """
 
 from dataclasses import dataclass

@@ -293,7 +293,7 @@ def heads_first(x, bhsd: bool) -> np.ndarray:
 
 
 def heads_back(x, bhsd: bool, ndim: int) -> np.ndarray:
-    """The inverse of `_heads_first`."""
+    """The inverse of `heads_first`."""
     if ndim == 2:
         return x[0, 0]
     x = x if bhsd else x.swapaxes(1, 2)

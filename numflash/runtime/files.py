@@ -117,7 +117,7 @@ def require_replaceable(path: Path) -> None:
 def replace_file(path: Path, text: str) -> None:
     """Write a file as a whole: it holds what it held, or all of `text`, whatever happens.
 
-    Who may write its folder as a group may read it.
+    A group that may write its folder may read it.
 
     Raises:
         OSError: it cannot be written, or is a folder, a device or a pipe.
@@ -147,7 +147,7 @@ def replace_file(path: Path, text: str) -> None:
 
 
 def _read_by_others(path: str, flags: int) -> int:
-    # Whatever the umask lets others do: a file of the cache that they may write is not believed.
+    # The umask does not matter: a file of the cache that others may write is not believed.
     return os.open(path, flags, 0o644)
 
 

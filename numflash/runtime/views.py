@@ -59,7 +59,7 @@ class ArrayView:
         return 0 in self.shape or all(n == 1 or step == want for n, step, want in axes)
 
     def span(self) -> tuple[int, int]:
-        """The bytes between which its elements lie, from and to, counted from the pointer."""
+        """The range of bytes (from, to) that its elements lie in, counted from the pointer."""
         if 0 in self.shape:
             return 0, 0
         steps = [(n - 1) * step for n, step in zip(self.shape, self.strides, strict=True)]

@@ -1,10 +1,9 @@
 """Bulk copies: tiles that arrive late, and tiles that are read late.
 
 A load holds 0xFF bytes in its place until it arrives, and nothing else may write there: in some
-blocks it does as soon as someone waits for it, in others at random, in others only when no thread
-can run. A store's tile must stay as it is
-until its thread has waited; it reaches global memory when the block ends, or when its thread has
-waited for that.
+blocks it arrives as soon as a thread waits for it, in others at random, in others only when no
+thread can run. A store's tile must stay as it is until its thread has waited; it reaches global
+memory when the block ends, or when its thread has waited for that.
 """
 
 from collections import defaultdict

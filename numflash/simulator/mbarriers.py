@@ -15,7 +15,7 @@ from numflash.simulator.parts import Part
 from numflash.simulator.waiting import who_waits
 
 _MAX_COUNT = (1 << 20) - 1
-# What an mbarrier's own bytes hold, so that whoever writes over them is found out.
+# An mbarrier's own bytes hold this, so that a write over them is found.
 _CONTENT = np.frombuffer(b"mbarrier", np.uint8)
 
 
@@ -67,7 +67,7 @@ class Mbarriers(Part):
         self._content(address)[:] = _CONTENT
 
     def invalidate(self, array, index: int) -> None:
-        """Give the bytes of an mbarrier back: they may be used for anything, for another, too."""
+        """Give the bytes of an mbarrier back for any use, another mbarrier included."""
         barrier = self.find(array, index)
         if barrier.bytes or barrier.waiting:
             raise SimulationError(f"mbarrier.inval while it is used: {barrier.what_it_lacks()}")
@@ -141,7 +141,7 @@ class Mbarriers(Part):
         return True
 
     def report(self) -> list[str]:
-        """Who waits for what it lacks."""
+        """The threads that wait, and what each barrier lacks."""
         lines = []
         for barrier in self._by_address.values():
             if barrier.waiting:

@@ -8,7 +8,7 @@ class Part:
         self.block = block
 
     def advance(self) -> bool:
-        """Let something happen that no thread does, when none can run; whether anything did."""
+        """Make progress that no thread makes, when none can run; whether there was any."""
         return False
 
     def report(self) -> list[str]:

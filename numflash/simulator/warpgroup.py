@@ -1,4 +1,4 @@
-"""Products of a warpgroup (`wgmma`): what they read, and when their results are there.
+"""Products of a warpgroup (`wgmma`): their operands, and when their results arrive.
 
 The functions here run once for a warp, on behalf of its 32 threads: each of the four warps
 computes its 16 rows of a product, when it issues it. Until the warp has waited for it its
@@ -126,7 +126,7 @@ class Warpgroups(Part):
         self._counts[warp] += 1
 
     def finish(self) -> None:
-        """Refuse products that were not waited for, and what not all warps have executed."""
+        """Refuse products not waited for, and instructions that not all warps have executed."""
         ended = f"block {tuple(self.block.blockIdx)} ended and"
         for number, warp in self.warps.items():
             if warp.under_way():

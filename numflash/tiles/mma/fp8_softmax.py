@@ -1,7 +1,7 @@
 """Online softmax whose P is 8 bits wide, on accumulators; see `tiles.mma.softmax`.
 
-P of a tile is in units of its own largest score of the row, so that what goes to 8 bits is as
-exact as it can be wherever the row's maximum turns up:
+P of a tile is in units of the tile's own largest score of the row, so that 8 bits hold P as
+exactly as they can, wherever the row's maximum turns up:
 
     P = 2 ** (scales S - top + 8),   weights = 2 ** (top - row_max - 8)
 
@@ -96,8 +96,8 @@ def make_add_v_scales(m_tiles, n_tiles):
 def top_of_row(largest, scale, row_max):
     """A tile's largest score of a row in base 2, from which its exponents are counted.
 
-    A tile far below row_max weighs nothing, and is counted from where it does: its own top may be
-    so large a number that rounding it makes P infinite.
+    A tile far below row_max weighs nothing, and is counted from row_max - FARTHEST: its own top
+    may be so large a number that rounding it makes P infinite.
     """
     return max_f32(largest * scale, row_max - FARTHEST)
 

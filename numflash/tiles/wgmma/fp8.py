@@ -1,7 +1,7 @@
 """Softmax with P of 8 bits, and O's share of a tile, of a warpgroup; see `tiles.mma.fp8_softmax`.
 
-P of a tile is in units of its own largest score of the row. What a tile adds to O is summed up by
-itself and gets its weight, by which it comes to the units of O, when it is added.
+P of a tile is in units of the tile's own largest score of the row. A tile's part of O is summed up
+by itself; when it is added to O it is multiplied by its weight, which brings it to the units of O.
 """
 
 from functools import cache

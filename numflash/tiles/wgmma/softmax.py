@@ -1,7 +1,7 @@
 """Online softmax of a warpgroup in base 2, apart from the rescaling of O.
 
 While the tensor cores still add to O, it cannot be rescaled: `make_online_softmax` turns S to P
-and says by how much O must be; `tiles.mma.softmax` tells the rest.
+and returns the factors for O. The method is that of `tiles.mma.softmax`.
 """
 
 from functools import cache

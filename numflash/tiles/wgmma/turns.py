@@ -1,4 +1,4 @@
-"""Which warpgroup a thread is of, and when its warps, and warpgroups, wait for each other."""
+"""The warpgroup of a thread, and the waits of warps and warpgroups for each other."""
 
 from functools import cache
 
@@ -25,17 +25,17 @@ def leads():
 
 @cache
 def make_giving_back(arrivals):
-    """(gives_back(), gather(group)): so many threads of a warpgroup give back what all have used.
+    """(gives_back(), gather(group)): so many threads of a warpgroup give back a buffer all used.
 
-    The first says whether this thread arrives for others, once they have waited for a product that
-    used the buffer. Before it gives back one that no product has used those meet in `gather`: a
+    `gives_back` says whether this thread arrives for others, once they have waited for a product
+    that used the buffer. Where no product has used it, those others first meet in `gather`: a
     thread that still waited for the buffer to be full would miss the phase of its mbarrier.
 
-    With four arrivals each warp speaks for itself. It knows no more: a product (`.sync`) holds the
-    threads of a warp together, not the warps, and `wgmma.wait_group` waits for what the executing
-    threads have committed (PTX ISA 9.7.15.7.3). One arrival, of the first warp, takes for granted
+    With four arrivals each warp arrives for itself. It knows no more: a product (`.sync`) holds
+    the threads of a warp together, not the warps, and `wgmma.wait_group` waits for what the
+    executing threads have committed (PTX ISA 9.7.15.7.3). One arrival, of the first warp, assumes
     that a product is over for all four warps at once, and for none before all have issued it.
-    FlashAttention-3 does, as CUTLASS did before 3.6; nothing promises it. It is there to be
+    FlashAttention-3 assumes it, as CUTLASS did before 3.6; no manual promises it. It is here to be
     measured.
     """
     threads = _WARPGROUP // arrivals
@@ -56,10 +56,10 @@ def make_giving_back(arrivals):
 
 @device_function
 def group_of_thread():
-    """This thread's warpgroup, computed anew.
+    """This thread's warpgroup, computed again at each call.
 
-    Through a shuffle the assembler knows that all lanes have the same; else it takes what depends
-    on it for divergent, and may serialise products there.
+    The shuffle tells the assembler that all lanes have the same number; without it, branches on
+    the number count as divergent, and products there may be serialised.
     """
     return cuda.shfl_sync(FULL_WARP, i32(mov_tid_x() // _WARPGROUP), 0)
 
@@ -68,7 +68,7 @@ def group_of_thread():
 def meet(group):
     """The warps of a warpgroup wait for each other. Named barriers 4 and up are for this.
 
-    One of them stores then what all have written, or writes for all.
+    One of them then stores the tile that all have written, or writes for all.
     """
     bar_sync(_FIRST_MEETING + group, _WARPGROUP)
 
@@ -106,6 +106,6 @@ def make_turns(num_groups):
 def softmax_before_wait(smem, offset, x, y):
     """Keep the softmax whose sums x and y are above a wait for the tensor cores that follows.
 
-    The assembler else moves the wait up, and nothing runs beside the products that are waited for.
+    Without this the assembler moves the wait up, and nothing runs beside the products.
     """
     bra_over_store(smem, offset, x, y)
