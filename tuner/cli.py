@@ -2,7 +2,7 @@
 
 numflash-tune                                        this machine's GPU, common problems
 numflash-tune --device "NVIDIA A100" --offline       predict for a GPU that is not here
-numflash-tune --capture FILE -- python program.py    note what a program runs
+numflash-tune --capture FILE -- python program.py    note the problems of a program
 numflash-tune --from-capture FILE                    and tune that
 numflash-tune show | validate | export | merge | clear
 """
@@ -34,8 +34,7 @@ FAMILIES = {
 }
 _TRIALS = 48
 _INTERRUPTED = 130
-# As `ProblemClass.of` rounds.
-# Any softcap is of the class with softcap.
+# Any number will do: a class only knows whether there is a softcap.
 _SOFTCAP = 30.0
 _UNITS = {"": 1, "K": 1024, "M": 1024**2}
 

@@ -1,7 +1,7 @@
 """The tables that numflash ships: one file for each GPU, of configs that differ from the default.
 
-A file has the format of the config cache. Beside its devices it says what it was made with
-(`made`: kernels, compilers, model), so that one without entries can be out of date, too.
+A file has the format of the config cache. Beside its devices it names the versions that it was
+made with (`made`: kernels, compilers, model), so that one without entries can be out of date, too.
 """
 
 import json
@@ -77,13 +77,13 @@ def made(path: Path) -> dict[str, Any]:
     if not rows:
         return {}
     first = rows[0].entry
-    # What was measured needed no model.
+    # A measured entry needed no model.
     known = {"model": model.source_hash()} if first.origin == "measured" else {}
     return {"kernels": first.kernels, "compilers": first.compilers, **known}
 
 
 def staleness(path: Path) -> list[str]:
-    """Why a table says nothing certain of the kernels that are installed; empty if it is fresh.
+    """Reasons why a table does not hold for the installed kernels; empty if it is fresh.
 
     Raises:
         ValueError, OSError: as `made`.

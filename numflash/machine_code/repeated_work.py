@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 
 from numba import types
 
-# What PostProcessor.run refers to, where leaving out the live variables is known to be right.
+# Names in PostProcessor.run, where leaving out the live variables is known to be right.
 _KNOWN_NAMES = {
     "transforms",
     "canonicalize_cfg",

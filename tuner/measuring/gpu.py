@@ -37,13 +37,13 @@ class Device(Protocol):
         """A NumPy float32 array, on this device."""
 
     def total_bytes(self) -> int:
-        """Its memory, whoever uses it."""
+        """Bytes of its memory, used or free."""
 
     def time(self, launch: Callable[[], Any]) -> float:
         """Milliseconds of one launch on the current stream, with a cold L2."""
 
     def synchronize(self) -> None:
-        """Wait for everything; raises what a kernel did wrong."""
+        """Wait for all work; raises the errors of kernels."""
 
     def release(self) -> None:
         """Give cached memory back."""

@@ -43,7 +43,7 @@ def make_arrays(device: Device, family: str, call: Call, seed: int) -> dict[str,
 
 
 def bind(family: str, config: str, call: Call, arrays: dict[str, Any]) -> Callable[[], Any]:
-    """A function that launches a family's kernel on these arrays, what it needs having run.
+    """A function that launches a family's kernel on these arrays, after the kernels it needs.
 
     A forward that splits the keys, and a backward that splits dQ, includes the kernel that puts
     the parts together.
@@ -66,7 +66,7 @@ def bind(family: str, config: str, call: Call, arrays: dict[str, Any]) -> Callab
 
 
 def forced(family: str, config: str, q, k, v, options: dict) -> dict[str, Any]:
-    """The configs that have a call run this one: what combines needs a forward in parts.
+    """The configs that have a call run this one: `combine` needs a forward that splits the keys.
 
     Raises:
         RefusedError: no forward of this call splits its keys.

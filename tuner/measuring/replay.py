@@ -28,8 +28,8 @@ class Recording:
     """An exhaustive run.
 
     Attributes:
-        device: what was measured: name, arch, num_sms.
-        problem: for which class.
+        device: the measured one: name, arch, num_sms.
+        problem: the class.
         compilers: package -> version.
         records: config -> its record.
     """
@@ -119,7 +119,7 @@ class Replay:
     """Answers from a recording. A `measure.Measurer`.
 
     Attributes:
-        recording: what it answers from.
+        recording: with the answers.
         seconds: that the measurements so far would have taken.
     """
 

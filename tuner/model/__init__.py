@@ -2,8 +2,7 @@
 
 `prediction` puts together what `counts` (instructions by formula), `machine_code` (instructions of
 a disassembly), `grid` (blocks and tiles of a problem) and `tuner.space.machines` know; `hopper`
-does so for the kernel whose warpgroups multiply asynchronously. `errors` says how far off all of
-it is.
+does so for the kernel whose warpgroups multiply asynchronously. `errors` holds the errors of all.
 """
 
 from functools import cache

@@ -44,7 +44,7 @@ def read_blocks(sass: str) -> list[Block]:
             start_new = False
         index, opcode = len(blocks) - 1, found["opcode"]
         guard = (found["guard"] or "").strip()
-        # What never happens takes an issue slot only: the assembler waits with such loads.
+        # Instructions that never run take an issue slot only: the assembler delays by them.
         blocks[index].opcodes.append("NOP" if guard == "@!PT" else opcode)
         name = opcode.split(".")[0]
         target = _TARGET.search(found["operands"])
@@ -75,7 +75,7 @@ def _is_conditional(guard: str, operands: str, name: str) -> bool:
 
 
 class Graph:
-    """Who follows whom, who dominates whom, which blocks form loops."""
+    """The successors, dominators and loops of blocks."""
 
     def __init__(self, blocks: list[Block]):
         self.blocks = blocks

@@ -73,7 +73,7 @@ def complete(work: Work, loop: Loop, outside: Counts) -> Work:
     Args:
         work: by formula, of the same kernel.
         loop: the kernel's loop over tiles.
-        outside: what is in no loop.
+        outside: the instructions in no loop.
     """
     tile, wanted = loop.counts, work.tile
     leaves = [inner for top in loop.inner for inner in top.walk() if not inner.inner]
@@ -88,7 +88,7 @@ def complete(work: Work, loop: Loop, outside: Counts) -> Work:
 
 
 def _turned(tile: Counts, loops: list[Counts], kind: str, wanted: Counts) -> Counts:
-    """`tile` and so many turns of its inner loops as what is missing of `kind` takes."""
+    """`tile` and as many turns of its inner loops as bring `kind` to the number by formula."""
     each = sum(getattr(counts, kind) for counts in loops)
     missing = getattr(wanted, kind) - getattr(tile, kind)
     turns = max(0.0, missing / each) if each else 0.0
@@ -227,7 +227,7 @@ def _portable(config: Config, traits: Traits) -> Work:
 
 
 def _with_issued(tile: Counts, addresses: tuple[int, int], asynchronous_copies: int) -> Counts:
-    """Add what addresses take, and the sum of all."""
+    """Add the instructions for addresses, and the sum of all."""
     fma, alu = addresses
     tile.fma, tile.alu = tile.fma + fma, tile.alu + alu
     kinds = ("matrix", "special", "fma", "alu", "conversions", "shared", "shuffles", "barriers")

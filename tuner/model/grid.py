@@ -190,7 +190,7 @@ def dealt_out(grid: Grid, heads_in_flight: int, blocks: int) -> tuple[float, int
     if grid.walks.is_even or rounds == 1:
         return float(rounds * grid.walks.most), rounds
     if rounds > _MANY_ROUNDS:
-        # Rounds go to and fro: what one block is ahead is made good in the next.
+        # Rounds alternate direction: a block that is ahead in one falls back in the next.
         return walks / blocks * grid.mean_tiles + grid.walks.most / 2, rounds
     return _busiest(tuple(grid.walks.tiles.tolist()), grid.heads, heads_in_flight, blocks)
 
@@ -237,7 +237,7 @@ def io_bytes(problem: ProblemClass) -> int:
 
 
 def memory_bytes(problem: ProblemClass, config: Config, grid: Grid, slots: int, l2: int) -> float:
-    """Bytes from and to device memory: what the L2 does not hold is read once per wave of blocks.
+    """Bytes from and to device memory: data beyond the L2's size is read once per wave of blocks.
 
     Args:
         problem: the class.

@@ -1,9 +1,9 @@
-"""The offline model: how long a kernel takes on a machine, from counts and rates alone.
+"""The offline model: a kernel's time on a machine, from counts and rates alone.
 
 `estimate` counts by formula, before anything is compiled; `predict` takes the counts from machine
 code. Otherwise they are the same:
 
-1. What a block does for a tile, and once, is spread over the pipes of an SM: tensor cores, special
+1. A block's work for a tile, and once, is spread over the pipes of an SM: tensor cores, special
    functions, float32, ALU, instruction issue, shared memory, L2. With r blocks on an SM a pipe is
    busy r times as long.
 2. Pipes overlap within a phase: products with the loads of their operands, and exponentials with
@@ -16,8 +16,8 @@ code. Otherwise they are the same:
 5. Bytes from device memory bound the whole; kernels that join parts follow.
 
 No measurement of these kernels went into it. Constants that nobody publishes are marked as
-assumed. Those marked as fitted are from published speeds; `errors` says which points were fitted,
-which were not, and how far off the model is.
+assumed. Those marked as fitted are from published speeds; `errors` names the fitted points, the
+others, and the model's errors.
 """
 
 from dataclasses import dataclass, replace
@@ -45,7 +45,7 @@ PARTITIONS = 4
 SHUFFLE_LANES = 32
 """Per clock and SM. Source: CUDA C++ Programming Guide, arithmetic throughput."""
 OVERLAP_NORM = 3.0
-"""Times t of what is done at once combine to (sum t ** norm) ** (1 / norm): of the pipes of
+"""Times t of work done at once combine to (sum t ** norm) ** (1 / norm): of the pipes of
 portable kernels, and of a kernel and its bytes from device memory. Assumed."""
 PIPES_NORM = 12.0
 """Likewise of the pipes in one phase of a kernel for tensor cores, and of its phases, chain and
@@ -72,7 +72,7 @@ LAUNCH_MS = 0.005
 """Time of a kernel that does nothing. Fitted to decoding with few keys on an H100: 12 to 15
 microseconds for two kernels."""
 COMBINED_SPLITS = 8
-"""Parts that a `combine` of which nothing else is known puts together. Assumed."""
+"""Parts that a `combine` joins, where their number is not known. Assumed."""
 
 _WARP, _FLOAT_BYTES, _MAX_REGISTERS = 32, 4, 255
 # Registers beside accumulators: operands, addresses, bounds. By compiling.

@@ -1,4 +1,4 @@
-"""Axes of the report's charts: where a value lies, where ticks go, how they are drawn.
+"""Axes of the report's charts: the places of values and ticks, and their drawing.
 
 Charts are laid out for their smallest size, so that their text stays legible on a phone.
 """

@@ -1,4 +1,4 @@
-"""The report's tables: the summary, all that was tried, what was pruned and what failed."""
+"""The report's tables: the summary, all trials, pruned configs and failures."""
 
 import re
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""Who works on a trial: a process of some host, and whether it is still at work.
+"""Owners of trials: the process of a host that works on one, and whether it still does.
 
 An owner is what `this_process` returns, as JSON keeps it: host, pid, the process's start and
 `beat`, the time at which it was last seen at work, in seconds since the epoch (UTC).

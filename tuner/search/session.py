@@ -79,7 +79,7 @@ class Session:
             device: whose configs these are.
             machine: the device, as the model knows it.
             measurer: measures on the device; None has the model judge.
-            options: how to search.
+            options: of the search.
             clock: seconds.
         """
         self.device, self.machine, self.measurer = device, machine, measurer
@@ -134,7 +134,7 @@ class Session:
         return Plan(self.device.name, sizes, done, time_ms, jobs, seconds, is_measured)
 
     def tune(self, space: Space, classes_left: int, title: str, quiet: bool = False) -> Result:
-        """Search a space, and remember what won.
+        """Search a space, and remember the winner.
 
         Args:
             space: of the class to tune.
@@ -239,7 +239,7 @@ class Session:
         return [entry for entry in store.read(self.device) if entry.problem == space.problem]
 
     def _remember(self, space: Space, search: Search, default: Record, best: Record) -> None:
-        """Write the winner to the config cache; what goes wrong is logged.
+        """Write the winner to the config cache; an error is logged.
 
         An entry whose config this search has tried gives way even where its time is shorter: that
         time is of another run, under another clock or of another model.

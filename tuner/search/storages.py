@@ -1,6 +1,6 @@
 """The storages of Optuna that studies are kept in: a journal file, or a database.
 
-Whatever is told of a storage hides the password in its URL.
+Every message about a storage hides the password in its URL.
 """
 
 import contextlib
@@ -73,7 +73,7 @@ def open_storage(url: str | None, name: str) -> BaseStorage:
     Args:
         url: of a database that SQLAlchemy knows, as in "postgresql://user@host/database", or the
             path of a journal file; None is a journal file in numflash's cache. Where that cannot
-            be written, or no longer, it goes on in memory, and the log says so.
+            be written, or no longer, it continues in memory, and the log says so.
         name: of the study.
 
     Raises:
@@ -94,7 +94,7 @@ def open_storage(url: str | None, name: str) -> BaseStorage:
         aside = path.with_name(f"{path.name}.corrupt-{int(time.time())}")
         raise StorageError(
             f"the journal {path} is damaged ({error}); move it away, for example to {aside}, to "
-            "begin anew"
+            "begin again"
         ) from error
 
 
@@ -114,7 +114,7 @@ def _journal(url: str | None, name: str) -> Path:
 
 
 class _CacheJournal(BaseJournalBackend):
-    """A journal in the cache; from when it cannot be written its lines are kept in memory."""
+    """A journal in the cache; once it cannot be written its lines are kept in memory."""
 
     def __init__(self, path: Path):
         self._path, self._lines = path, []
@@ -161,8 +161,8 @@ class _CacheJournal(BaseJournalBackend):
 class _JournalLock:
     """The lock of a journal's writers, which dies with its owner.
 
-    Who takes it first removes what a writer that was killed has left of a line: readers ignore
-    a line without an end, and the next line would be appended to it.
+    Its taker first removes the rest of a line that a killed writer has left: readers ignore a
+    line without an end, and the next line would be appended to it.
     """
 
     def __init__(self, path: Path):
@@ -239,7 +239,7 @@ def _make_tables(url: str, engine: dict) -> RDBStorage:
 def _is_answered(error: Exception) -> bool:
     """Whether a database answered a statement with this error.
 
-    What two processes that make the same tables are told has a name of its own in each database:
+    Two processes that make the same tables get an error whose name differs between databases:
     OperationalError of SQLite, ProgrammingError, IntegrityError or InternalError of PostgreSQL.
     """
     import sqlalchemy.exc

@@ -1,9 +1,9 @@
-"""Studies of Optuna, shared by processes and hosts, and what was tried in them.
+"""Studies of Optuna, shared by processes and hosts, and their trials.
 
-Every trial that counts carries the config that it tried; `Ledger.claim` sees to it that no config
+Every trial that counts carries the config that it tried; `Ledger.claim` prevents that a config
 is tried twice, however many processes and hosts work on a study. A process that dies leaves its
 trial running: the next one to look gives it up, and its config is free again. A process of
-another host is taken for dead when it has not shown for some minutes that it works.
+another host is taken for dead when it has shown no work for some minutes.
 """
 
 import contextlib
@@ -47,7 +47,7 @@ _PAUSES_SECONDS = 1, 2, 4
 _COUNTED = TrialState.COMPLETE, TrialState.PRUNED
 
 _log = logging.getLogger("numflash")
-# How messages call the storage of a study, and its URL.
+# The storage's name in messages, and its URL.
 _places: "WeakKeyDictionary[optuna.Study, tuple[str, str | None]]" = WeakKeyDictionary()
 _Answer = TypeVar("_Answer")
 
@@ -100,7 +100,7 @@ def earlier_records(url: str | None, names: Iterable[str]) -> list[list[Record]]
 
 
 class Ledger:
-    """Which configs of a study are tried, by whom, and what came of it.
+    """The configs of a study that are tried, the processes that try them, and the results.
 
     A storage that fails is tried again a few times. Every method but `records`, `tried` and
     `give_up` raises StorageError when that is in vain, and at once from then on.
@@ -195,7 +195,7 @@ class Ledger:
         return trial
 
     def _asked(self, distributions: Mapping[str, BaseDistribution]) -> Trial:
-        # Step by step, so that what fails is repeated alone and the trial is not lost.
+        # Step by step, so that a failed step is repeated alone and the trial is not lost.
         trial = self._reach(self.study.ask)
         self.begin(trial)
         try:
@@ -206,7 +206,7 @@ class Ledger:
             place, _ = self._place()
             raise StorageError(
                 f"the study {self.study.study_name!r} in {place} has other choices ({error}): it "
-                "is of another version of numflash; begin anew in another --storage"
+                "is of another version of numflash; begin again in another --storage"
             ) from error
         return trial
 
@@ -299,7 +299,7 @@ class Ledger:
         return len(abandoned)
 
     def _fail(self, trial: Trial | int) -> None:
-        # Told that a trial has ended already, Optuna raises one or the other.
+        # If a trial has ended already, Optuna raises one or the other.
         with contextlib.suppress(UpdateFinishedTrialError, ValueError):
             self._reach(self.study.tell, trial, state=TrialState.FAIL)
 
@@ -323,7 +323,7 @@ class Ledger:
         ]
 
     def _failures(self, trials: Iterable[FrozenTrial]) -> dict[int, str]:
-        """Trial and config of what the environment may have failed."""
+        """Trial and config of failures that may be the environment's fault."""
         self._read(trials)
         found = {n: r for n, r in self._records.items() if r is not None}
         return {n: r.config for n, r in found.items() if r.outcome in ENVIRONMENT}
@@ -374,7 +374,7 @@ class Ledger:
 
 
 class _Told(optuna.samplers.BaseSampler):
-    """Proposes what it is told; the sampler whose place it takes keeps its books as if it had."""
+    """Proposes given values; the sampler whose place it takes records them as its own."""
 
     def __init__(self, sampler: optuna.samplers.BaseSampler, params: Mapping[str, Any]):
         self._sampler, self._params = sampler, params
