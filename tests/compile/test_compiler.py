@@ -399,7 +399,7 @@ def numbas_switches():
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    """What a process makes whose environment says nothing of Numba."""
+    """The output of a process whose environment says nothing of Numba."""
     return finish(start(CHILD, tmp_path_factory.mktemp("plain")))
 
 
@@ -588,7 +588,7 @@ def make_exponentials():
 
 
 def numbas_own():
-    """What `without_repeated_work` replaces."""
+    """The functions that `without_repeated_work` replaces."""
     from numba import types
     from numba.cuda.core.postproc import PostProcessor
 

@@ -42,7 +42,7 @@ SMALL = ["forward", "--arch", "sm_80", "--head-dim", "32", "--config", "sm80-m16
 
 
 def printed(capsys, *argv):
-    """What a successful run prints."""
+    """The output of a successful run."""
     assert main(list(argv)) == 0
     captured = capsys.readouterr()
     assert captured.err == ""

@@ -128,7 +128,7 @@ def generation(config: str) -> str:
 
 
 def work(kernel) -> str:
-    """What a warp of a kernel or case does: all of a config but its generation and warps."""
+    """The work of a warp of a kernel or case: all of a config but its generation and warps."""
     config = parse_config(kernel.family, kernel.config)
     if not isinstance(config, MmaConfig):
         return kernel.config

@@ -151,7 +151,7 @@ def expect_each_once(cache, count):
 
 
 def entries(cache):
-    """What the config cache holds."""
+    """The entries of the config cache."""
     found = [parse_table(path.read_bytes()) for path in (cache / "configs").glob("*.json")]
     return [row.entry for table in found for rows in table.values() for row in rows]
 

@@ -1,6 +1,6 @@
-"""What is installed: every package, its data, its commands, under names of its own.
+"""The installation: every package, its data, its commands, under names of its own.
 
-And what a package index shows of it, and installs with it.
+And the description that a package index shows, and the packages that it installs with it.
 """
 
 import json

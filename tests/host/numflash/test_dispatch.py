@@ -135,7 +135,7 @@ def test_the_forward_on_hopper_is_that_of_wgmma(dtype, columns):
     for traits in (Traits(dtype, columns, 32), Traits(dtype, 32, columns, True, True, False)):
         choice = choose("forward", traits, HOPPER)
         assert choice.config == wgmma.candidates(traits)[0]
-        # How rows are aligned is all one to bulk copies.
+        # The alignment of rows does not matter to bulk copies.
         assert choice.traits == replace(traits, vectorized=True)
         assert reasons(choice)["sm80"] == "wgmma is faster"
         assert list(reasons(choice))[-1] == "portable"
@@ -587,7 +587,7 @@ def test_splits_fill_the_last_wave_or_as_much_of_it_as_any_number_does():
 
 
 def splits_with_keys(num_splits, num_n_blocks):
-    """How many of them begin before the last block, as the kernels deal blocks out."""
+    """The number of splits that begin before the last block, as the kernels deal blocks out."""
     share = -(-num_n_blocks // num_splits)
     return sum(split * share < num_n_blocks for split in range(num_splits))
 

@@ -671,7 +671,7 @@ def test_threads_do_not_mix_their_arguments(gpu, qkv, monkeypatch):
 
 @pytest.fixture
 def compiled(monkeypatch):
-    """What `warmup` compiles."""
+    """The kernels that `warmup` compiles."""
     compiled = []
 
     def get_cubin(config, traits, limits):

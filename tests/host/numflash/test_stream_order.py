@@ -29,7 +29,7 @@ def gpu(monkeypatch):
 
 @pytest.fixture
 def log():
-    """What was exchanged."""
+    """The exchanges so far."""
     return []
 
 
@@ -167,7 +167,7 @@ def test_a_launch_of_a_plan_gives_on_its_own_stream(gpu, foreign, log):
 
 
 def test_an_array_of_numba_is_given_with_its_stream_and_not_waited_for(gpu, monkeypatch):
-    """What Numba waits for by itself would end a graph capture."""
+    """A wait of Numba's own would end a graph capture."""
     given = []
 
     class NumbaArray:
