@@ -33,7 +33,7 @@ _BRIEF = 12
 
 
 def folder() -> Path:
-    """Where the tables are."""
+    """The folder of the tables."""
     return Path(numflash.selection.shipped.__file__).parent
 
 

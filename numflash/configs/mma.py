@@ -155,7 +155,7 @@ class MmaConfig:
         raise NotImplementedError
 
     def smem_offsets(self, traits: Traits) -> dict[str, int]:
-        """Where each tile begins, in words."""
+        """The word at which each tile begins."""
         offsets, end = {}, 0
         for name, words in self.tiles(traits).items():
             offsets[name] = end

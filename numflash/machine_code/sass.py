@@ -198,7 +198,7 @@ def _jump(operands: str) -> re.Match | None:
 
 
 def _successors(last: Instruction, number: int, labels: dict[str, int], end: int) -> tuple:
-    """Where the block goes on whose last instruction this is."""
+    """The numbers of the blocks that may follow one whose last instruction this is."""
     following = (number + 1,) if number + 1 < end else ()
     if last.name not in _ENDS or last.guard in _NEVER:
         return following

@@ -172,7 +172,7 @@ def visible(
     causal_align: str = "bottom_right",
     window_size=(-1, -1),
 ) -> np.ndarray:
-    """Which keys (columns) each query (row) sees: a boolean (seqlen_q, seqlen_k) array.
+    """A boolean (seqlen_q, seqlen_k) array of the keys (columns) that each query (row) sees.
 
     Example:
         >>> from numflash import reference

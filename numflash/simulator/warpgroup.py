@@ -96,7 +96,7 @@ class Warpgroups(Part):
         super().__init__(block)
         self.warps: dict[int, _Warp] = defaultdict(_Warp)
         self.chunks = block.shared.bytes.reshape(-1, 16)
-        # What each warpgroup executes, and how much of it each warp has.
+        # The instructions of each warpgroup, and the number that each warp has executed.
         self._executed: dict[int, list[tuple]] = defaultdict(list)
         self._counts: dict[int, int] = defaultdict(int)
 

@@ -39,7 +39,7 @@ from numflash.runtime.errors import UnsupportedError
 
 CONFIG, TRAITS, LIMITS = DeltaConfig(8), Traits("float16", 64, 64), ARCHITECTURES["sm_80"]
 ELF = b"\x7fELF"
-# What a cubin's header says in numbers.
+# The numbers in a cubin's header.
 NUMBERS = (
     *("num_threads", "smem_bytes", "registers", "min_blocks"),
     *("spill_store_bytes", "spill_load_bytes", "stack_bytes"),

@@ -104,7 +104,7 @@ def test_json(capsys, argv, present, absent):
         assert instructions[name] > 0, name
     for name in ("LDL", "STL", "F64", *absent):
         assert instructions[name] == 0, name
-    # What is only said of products of warpgroups.
+    # Lines that only products of warpgroups have.
     assert (report["setmaxnreg"], report["main_loop"]) == ({}, None)
 
 

@@ -172,7 +172,7 @@ def test_pip_finds_all_that_the_extras_need(tmp_path):
         shutil.copy(ROOT / name, tmp_path)
     extras = set(PROJECT["project"]["optional-dependencies"])
     report = tmp_path / "report.json"
-    # What is installed here counts: pip downloads what it wants to know of the rest.
+    # Packages installed here count: pip downloads the metadata of the rest.
     pip = [sys.executable, "-m", "pip", "install", "--dry-run", "--quiet", f"--report={report}"]
     for one, others in ONE_OF.items():
         wanted = f"{tmp_path}[{','.join(sorted(extras - others))}]"

@@ -207,7 +207,7 @@ def test_tails(name, lse, gpu):
     q[..., 0], k[..., 0] = root, np.copysign(root, lse)
     q, k, v, dout = run.arrays(q, k, v, dout)
     if run.options.get("precision") == "fp8":
-        # What 8 bits leave of such scores weighs the values, whatever the weights.
+        # The rest that 8 bits leave of such scores weighs the values, whatever the weights.
         out, got_lse = forward(run, q, k, v)
         assert_within(out, v)
         assert np.isfinite(got_lse).all()

@@ -145,7 +145,7 @@ class Graph:
         return rare
 
     def _join(self, index: int) -> int | None:
-        """Where the ways from a block meet again: its nearest post-dominator."""
+        """The block at which the ways from a block meet again: its nearest post-dominator."""
         candidates = self.post_dominators[index] & ~(1 << index)
         nearest, count = None, -1
         while candidates:

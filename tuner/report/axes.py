@@ -33,7 +33,7 @@ class Axis:
     log: bool = False
 
     def __call__(self, value: float) -> float:
-        """Where a value lies, in pixels."""
+        """The position of a value, in pixels."""
         low, high, value = self.low, self.high, value
         if self.log:
             low, high, value = math.log(low), math.log(high), math.log(value)

@@ -256,7 +256,7 @@ def importances(result: Result) -> Figure:
 
 
 def _room(names: Iterable[str]) -> float:
-    """Where bars begin, so that their names fit before them; half of the chart at most."""
+    """The position at which bars begin, so that their names fit; half of the chart at most."""
     return min(WIDTH / 2, 8 + max(map(width_of, names)))
 
 

@@ -52,7 +52,7 @@ _OF_THE_CODE = ("compile_failed", "spilled", "over_budget", "wrong_result")
 
 @dataclass(frozen=True)
 class StoppingRules:
-    """When to stop.
+    """Rules for the end of a search.
 
     Attributes:
         trials: configs tried in the study, by all processes and earlier runs together; None for

@@ -41,7 +41,7 @@ FARTHEST = f32(256)
 
 
 class KeyScales:
-    """Where the scales of a tile's keys lie in shared memory, in words: three rows of tile_n.
+    """The words at which the scales of a tile's keys begin in shared memory: three rows of tile_n.
 
     k_descale, log2 v_descale and 1 / v_descale. Threads below tile_n put them there; a barrier
     makes them visible.

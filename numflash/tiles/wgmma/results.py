@@ -40,7 +40,7 @@ def make_store_slabs(dtype, n_tiles):
         words = cuda.local.array(4, u32)
         thread = mov_tid_x()
         if leads():
-            # What was stored from here before has left.
+            # Earlier stores from here have left shared memory.
             cp_async_bulk_wait_group_read()
         meet(group)
         # This lane names row lane % 16 of its warp's 16, and one of two chunks.

@@ -328,7 +328,7 @@ class _Protocol:
 def test_the_stream_arrives_and_memory_is_allocated_on_it(gpu, qkv, stream, address):
     numflash.attention(*qkv, stream=stream)
     assert [run.stream for run in gpu.driver.launches] == [address]
-    # What is freed while the kernel runs must not be handed out to another stream.
+    # Memory freed while the kernel runs must not be handed out to another stream.
     assert {on for on, _ in gpu.cupy.allocations} == {address}
     assert gpu.cupy.current.stream == 0x5000
 
@@ -428,7 +428,7 @@ class OldDriver(fake_gpu.Driver):
         return status, function
 
     def cuFuncLoad(self, function):
-        # What cuda-bindings does about a function that the driver does not have.
+        # The answer of cuda-bindings for a function that the driver lacks.
         raise RuntimeError("function cuFuncLoad is not found")
 
 

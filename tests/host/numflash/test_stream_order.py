@@ -117,7 +117,7 @@ def test_results_are_given_after_the_launches_and_on_their_stream(
     assert {run.stream for run in launches} == {stream or CUPYS}
     given = [each for each in log if each.kind == "given"]
     assert given and {(each.stream, each.device) for each in given} == {(stream or CUPYS, device)}
-    # What calls two functions gives between their launches, too.
+    # A call of two functions gives between their launches, too.
     assert given[-1].launches == len(launches)
     assert given[0].launches > 0
     taken = [each for each in log if each.kind == "taken"]
