@@ -27,8 +27,8 @@ from numflash.simulator.waiting import who_waits
 
 WARP_SIZE = 32
 # The share of steps at which the engine turns to another warp: always, so that warps go side by
-# side, or so seldom that one runs far ahead of the others, until a barrier stops it. A block has one
-# of these shares.
+# side, or so seldom that one runs far ahead of the others, until a barrier stops it. A block has
+# one of these shares.
 _RESTLESSNESS = (1.0, 1 / 64, 1 / 2048)
 # The probability that a block has a warp that runs only when no other can.
 _LAGGARDS = 0.5

@@ -207,7 +207,7 @@ def test_tails(name, lse, gpu):
     q[..., 0], k[..., 0] = root, np.copysign(root, lse)
     q, k, v, dout = run.arrays(q, k, v, dout)
     if run.options.get("precision") == "fp8":
-        # The rest that 8 bits leave of such scores weighs the values, whatever the weights.
+        # 8 bits leave too little of such scores: O is only some weighted mean of the values.
         out, got_lse = forward(run, q, k, v)
         assert_within(out, v)
         assert np.isfinite(got_lse).all()
