@@ -47,8 +47,8 @@ def attention(
             query sees the last key) or "top_left" (the first query sees only the first key). It
             also aligns window_size and alibi_slopes.
         window_size: (left, right): a query sees that many keys before and after its own position,
-            inclusive; -1 or None is no limit. What is hidden gets the weight zero, but within a
-            tile it is multiplied all the same: a NaN or infinity in a hidden row of v makes NaN
+            inclusive; -1 or None is no limit. Hidden keys get the weight zero, but within a
+            tile they are multiplied all the same: a NaN or infinity in a hidden row of v makes NaN
             of the queries that share a computed tile with it (docs/decisions.md, "Masks").
             Nothing beyond the ends of a sequence does.
         softcap: scores s become softcap * tanh(s / softcap); 0 is off.
@@ -56,10 +56,10 @@ def attention(
             subtracted from a score, after softcap.
         layout: "bshd" or "bhsd", of q, k, v and the result.
         precision: "tf32" allows float32 to be multiplied on tensor cores, with operands rounded
-            to 10 bits after the point; where they have no kernel for it (head dims above 128,
-            Turing) and with None products are exact. "fp8" quantises q, k and v, float16 or
-            bfloat16, to e4m3 and multiplies that, also P: at twice the rate where `mma.sync` has
-            it (Ada, Blackwell's sm_120), elsewhere as float16. Sums are float32 in all cases.
+            to 10 bits after the point; where there is no such kernel (head dims above 128,
+            Turing), and with None, products are exact. "fp8" quantises q, k and v, float16 or
+            bfloat16, to e4m3 and multiplies that, also P: on the tensor cores of Ada, Hopper
+            and Blackwell's sm_120, elsewhere as float16. Sums are float32 in all cases.
             "auto" does so for the key-value heads whose error stays within max_rel_error, by an
             estimate from their quantised blocks, and computes the others in 16 bits.
         fp8: with precision="fp8", how to quantise; None is `Fp8Recipe()`: a scale for each 128
@@ -78,7 +78,7 @@ def attention(
             of the array library of q.
         config: run the kernel with this config, as in "sm80-m128n64w4s1"; a dictionary may also
             name one for the "combine" of split keys, next to "forward". None lets numflash choose:
-            what `numflash-tune` has found, else by rule. `explain_dispatch` tells what it chooses.
+            one that `numflash-tune` has found, else one by rule. `explain_dispatch` names it.
 
     Returns:
         out: (batch, seqlen_q, num_heads_q, head_dim_v) in the layout, dtype and kind of q. A

@@ -162,7 +162,7 @@ def check(q, k, v, *, dout=None, **options) -> CheckReport:
 
 
 def _on_host(options: dict) -> dict:
-    """The options that say what is computed, with slopes in NumPy."""
+    """The options that decide the result, with slopes in NumPy."""
     options = {name: option for name, option in options.items() if name != "out"}
     if options.get("alibi_slopes") is not None:
         options["alibi_slopes"] = to_numpy(options["alibi_slopes"])

@@ -217,7 +217,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run `numflash-info`; the exit status."""
     parser = argparse.ArgumentParser(
         prog="numflash-info",
-        description="Devices, versions, the kernel cache, and what is missing.",
+        description="Devices, versions, the kernel cache, and missing parts.",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args(argv)

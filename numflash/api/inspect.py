@@ -212,7 +212,7 @@ class Parser(argparse.ArgumentParser):
     """Reports a bad argument in one line, and exits with 2."""
 
     def error(self, message: str):
-        """Say what is wrong."""
+        """Print the message, and exit."""
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
@@ -333,7 +333,7 @@ def _traits(args: argparse.Namespace) -> Traits:
 
 
 def _config(args: argparse.Namespace, traits: Traits, limits: Architecture) -> Config | None:
-    """The config that is asked for by name or by what it is to do; None if by neither.
+    """The config that is asked for by name or by its task; None if by neither.
 
     Raises:
         ValueError, UnsupportedError: there is none.

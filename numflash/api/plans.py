@@ -32,7 +32,7 @@ class Plan:
     Attributes:
         out: the result, as `attention` returns it.
         lse: the log-sum-exp, as `attention` returns it.
-        kernel: which kernel runs: family, config and what it was compiled for.
+        kernel: that runs: its family, its config and the traits it was compiled for.
         decision: with precision="auto" a `PrecisionDecision`, made again by each launch.
 
     Where CuPy sees q for another library, each launch hands the same memory back again, so that

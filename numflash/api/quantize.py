@@ -89,11 +89,11 @@ def dequantize_fp8(x: Fp8Array, dtype: str | None = None, stream=None):
 
     Args:
         x: as `quantize_fp8` returns it.
-        dtype: "float16", "bfloat16" or "float32"; None is that of what was quantised.
+        dtype: "float16", "bfloat16" or "float32"; None is that of the quantised array.
         stream: as for `quantize_fp8`.
 
     Returns:
-        A contiguous array with the shape and layout of what was quantised: code * descale, rotated
+        A contiguous array with the shape and layout of the quantised one: code * descale, rotated
         back, in float32 with the bits of `numflash.reference.dequantize_fp8`, rounded to `dtype`.
 
     Raises:

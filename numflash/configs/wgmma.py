@@ -1,7 +1,7 @@
 """Configs of the kernels for Hopper, through `wgmma` and bulk copies.
 
 Their string form: `sm90-m128n176w8s2-overlap-pingpong-persistent`, which is tile_m, tile_n, the
-warps that multiply, stages, and what is switched on. `x8`, `-h4` and `-packed` as in
+warps that multiply, stages, and the switches that are on. `x8`, `-h4` and `-packed` as in
 `configs.mma`, `b2` where two blocks share an SM; `-r232` gives the warps that multiply 232
 registers a thread instead of the usual; with `-a1` one thread arrives for a warpgroup; with
 `-l128` the L2 cache fetches 128 bytes at once for a bulk copy, not 256; with `-fixed`, which comes

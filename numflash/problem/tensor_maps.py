@@ -1,7 +1,8 @@
 """Tensor maps: the description of a tensor for bulk copies, and the tensors that have one.
 
 A map is 128 opaque bytes that the driver makes of a `TensorLayout` and an address. It is encoded
-on the host, and no device is asked. What cannot be described is left to kernels without bulk
+on the host, and no device is asked. Tensors that no map can describe are left to kernels without
+bulk
 copies: `misfit` says why, and nothing here raises for it.
 """
 

@@ -17,8 +17,8 @@ up to the common factor 1 / sum exp(S).
 
 Sources: FlashAttention-3, arXiv 2407.08608, section 3.3 (a scale per block, incoherent
 processing); QuIP, arXiv 2307.13304 (random orthogonal transforms). A scale of P per tile is
-numflash's: a running maximum, as FlashAttention-3 has it, loses what is small next to an attention
-sink (arXiv 2606.06521).
+numflash's: a running maximum, as FlashAttention-3 has it, loses numbers that are small next to an
+attention sink (arXiv 2606.06521).
 """
 
 import numpy as np
@@ -155,7 +155,7 @@ def dequantize_fp8(
     format: str = "e4m3",
     layout: str = "bshd",
 ) -> np.ndarray:
-    """The numbers that codes stand for, float32, shaped like what was quantised.
+    """The numbers that codes stand for, float32, shaped like the quantised array.
 
     `block` is the number of tokens per scale; where there is one for all it does not matter.
 

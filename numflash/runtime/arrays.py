@@ -285,7 +285,7 @@ def on_stream(
     """Run `work`, which allocates, copies and launches for a call, in the order of its stream.
 
     Args:
-        work: takes the stream's address; what it returns is returned.
+        work: takes the stream's address; its result is returned.
         stream: the caller's; None is the current one of the library of the first array.
         device: of the arrays.
         arrays: the call's, by name; every library of theirs allocates and copies on the stream.
@@ -372,7 +372,7 @@ def _is_tensor(array) -> bool:
 
 
 def _records_gradient(tensor) -> bool:
-    """Whether PyTorch would record what is done to a tensor now, and go back through it."""
+    """Whether PyTorch would record operations on a tensor now, for a backward through them."""
     return tensor.requires_grad and sys.modules["torch"].is_grad_enabled()
 
 

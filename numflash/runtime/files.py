@@ -4,7 +4,7 @@ A lock is one of the system's on a file `.lock`, so that it dies with its owner 
 hosts where the file system's locks do. That file stays: removing it would let two owners in.
 
 Nothing is written through a symbolic link: a file that somebody else may have linked elsewhere is
-not opened, and what is replaced is the link.
+not opened, and where a file is replaced the link is.
 """
 
 import errno
@@ -115,7 +115,7 @@ def require_replaceable(path: Path) -> None:
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Write a file as a whole: it holds what it held, or all of `text`, whatever happens.
+    """Write a file as a whole: it keeps its content or holds all of `text`, whatever happens.
 
     A group that may write its folder may read it.
 

@@ -4,7 +4,7 @@ NUMFLASH_SIM_SUMS chooses, for the simulator and for whatever else runs the bodi
 `wgmma`: `exact` (the default) rounds a sum of an instruction once, to nearest; `ampere`, `ada` and
 `hopper` do as these GPUs. They add few products at a time, and c with them. The terms are aligned
 to the largest exponent among them, cut off some bits below it, and added exactly; then the result
-is cut to what it keeps. The next products take it as their c.
+is cut to the bits it keeps. The next products take it as their c.
 
     GPU     instruction          products at a time   bits kept of a term   of the result
     A100    mma, 16 bits, tf32          8, 4                  24                  23

@@ -181,7 +181,7 @@ class Block:
 
         Raises:
             DeadlockError: threads wait and none can run.
-            SimulationError: a kernel ended before what it had begun.
+            SimulationError: a kernel ended before work that it had begun.
             Exception: what a thread raised, with a note that names thread, block and seed.
         """
         global _running
@@ -311,7 +311,7 @@ class Block:
                 self._complete(key, meeting)
 
     def _end_waiting_threads(self) -> None:
-        """After a failure: unwind the threads that wait, so that what they opened is closed."""
+        """After a failure: unwind the threads that wait, so that they close what they opened."""
         global _running
         for warp in self.ready:
             warp.clear()

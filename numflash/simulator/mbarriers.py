@@ -21,7 +21,7 @@ _CONTENT = np.frombuffer(b"mbarrier", np.uint8)
 
 @dataclass(eq=False, slots=True)
 class Mbarrier:
-    """One mbarrier. `bytes` counts what was announced less what was delivered."""
+    """One mbarrier. `bytes` counts those announced less those delivered."""
 
     address: int
     index: int

@@ -3,8 +3,8 @@
 The functions here run once for a warp, on behalf of its 32 threads: each of the four warps
 computes its 16 rows of a product, when it issues it. Until the warp has waited for it its
 accumulators hold 0xFF bytes and refuse to be touched, operand a in registers refuses to be
-written, and operands in shared memory are compared with what they were: the hardware may have read
-them at any time.
+written, and operands in shared memory are compared with their old content: the hardware may have
+read them at any time.
 
 All warps of a warpgroup must execute the same instructions (`.aligned`), but those hold the
 threads of a warp together (`.sync`), not the warps. One may have waited for its products, and
@@ -51,7 +51,7 @@ _ELEMENTS = {
 
 @dataclass(eq=False, slots=True)
 class _Sum:
-    """The accumulator of products under way: the threads' arrays, and what it will hold."""
+    """The accumulator of products under way: the threads' arrays, and its coming value."""
 
     arrays: list[np.ndarray]
     value: np.ndarray
@@ -107,7 +107,7 @@ class Warpgroups(Part):
     def execute(self, instruction: tuple) -> None:
         """The running thread's warp executes what all warps of its warpgroup must.
 
-        `instruction` is its name and what else must be the same.
+        `instruction` is its name and the other parts that must be the same.
         """
         warp = current_thread().warp
         number, count = warp // _WARPS, self._counts[warp]

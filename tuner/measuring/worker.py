@@ -1,6 +1,6 @@
 """The child process that runs kernels: `python -m numflash_tuner.measuring.worker ORDINAL`.
 
-Requests come as lines of JSON on its standard input, replies leave on what was its standard
+Requests come as lines of JSON on its standard input, replies leave on its former standard
 output; all other output goes to standard error. `child.Child` is the other end. The child
 ends when its input does, also in the middle of a kernel that hangs, and after a fault that leaves
 the device unusable.
@@ -52,7 +52,7 @@ class Worker:
         self._checks = 0
 
     def drop(self) -> dict:
-        """Forget what was prepared."""
+        """Forget all that was prepared."""
         self._launches.clear()
         return {}
 

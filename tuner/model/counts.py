@@ -103,7 +103,7 @@ def _mma(config: MmaConfig, traits: Traits) -> Work:
     d, dv, warps = traits.head_dim, traits.head_dim_v, config.num_warps
     rows, columns = 16 * config.m_tiles, config.column_tile
     scores = rows * columns // _WARP
-    # Rows stay, columns are walked over: operands of S (and dP), and of what they are summed to.
+    # Rows stay, columns are walked over: operands of S (and dP), and of the sums over them.
     row_bytes, column_bytes = rows * d * size, columns * (d + dv) * size
     if family == "forward":
         multiply_adds, products, depth = rows * columns * (d + dv), 2, d + columns

@@ -114,7 +114,7 @@ def predict(
         machine: the GPU.
         problem: the class; it stands for the problem with its rounded sizes.
         config: of the problem's family.
-        resources: what was compiled.
+        resources: of the compiled kernel.
         code: its instructions; None counts by formula.
 
     Raises:

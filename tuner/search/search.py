@@ -241,7 +241,7 @@ class Search:
 
     @property
     def _is_guided(self) -> bool:
-        """Whether the model has a say in what is tried."""
+        """Whether the model proposes configs, too."""
         return self._sampler not in ("grid", "random")
 
     def _begin(self) -> tuple[Trial, Config] | None:

@@ -1,7 +1,7 @@
-"""A run of the tuner: problem classes on one device, one after the other, and what it remembers.
+"""A run of the tuner: problem classes on one device, one after the other, and their winners.
 
-Each class has its search and its study. What wins goes to the config cache at once, so that a run
-that is stopped keeps what it has found.
+Each class has its search and its study. A winner goes to the config cache at once, so that a run
+that is stopped keeps it.
 """
 
 import logging

@@ -27,7 +27,7 @@ from numflash.runtime.files import locked, open_for_all, open_unlinked, refuse_l
 _CONNECT_SECONDS = 10
 # Several processes that make the same tables at once are in each other's way.
 _MAKING_ATTEMPTS = 10
-# Up to the last "@" before a query; if there is none, what comes before the first.
+# Up to the last "@" before a query; if there is none, the text before the first.
 _PASSWORD = re.compile(r"(?P<user>://[^:/?#\s]*:)(?P<password>[^?\s]*|\S*?)@")
 
 _log = logging.getLogger("numflash")

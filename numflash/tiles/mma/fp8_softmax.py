@@ -127,7 +127,7 @@ def shift_of_row(top, row_max):
 def follow_top(r, top, largest, row_max, row_sum, factors):
     """Row r takes in the top of a tile; the others of its warp do not matter to it.
 
-    factors[r] is what O must be multiplied by. Returns what must be subtracted from the row's
+    factors[r] becomes the factor for O. Returns the number to subtract from the row's
     scores of this tile before they are scaled: 0, unless the maximum is huge
     (`tiles.mma.softmax.follow_maximum` tells why), else `largest`.
     """

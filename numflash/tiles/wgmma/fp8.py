@@ -29,7 +29,7 @@ def make_tile_softmax(n_tiles):
     `scales`, positive, bring each row of S to base 2. `weights` are set: factors of this tile's
     part of O. True if O must be multiplied by `factors` before that is added. `rows` are four
     arrays over the two rows of a thread: row_max; row_sum, this lane's share until the end; and
-    what follows from row_max, kept from tile to tile: limits and units, as `limit_of_row` and
+    two values of row_max, kept from tile to tile: limits and units, as `limit_of_row` and
     `unit_of_row` give them.
     """
     largest_of_rows = make_largest_of_rows(n_tiles)
