@@ -33,5 +33,5 @@ class Kernel:
 
     @property
     def leaves(self) -> dict[str, object]:
-        """The passed values, one by one: path, as in "q.row" -> scalar, `Pointer` or `TensorMap`."""
+        """The values passed: path, as in "q.row" -> scalar, `Pointer` or `TensorMap`."""
         return leaves(self.parameters)

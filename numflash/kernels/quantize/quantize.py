@@ -2,9 +2,9 @@
 
 A block owns block_tokens tokens of one head. Its threads load all of them to registers before
 anything else, so that many bytes are in flight, rotate rows, find the maximum of the numbers that
-share a scale, and store codes: by rows, or with the tokens innermost. With scale "given" the maximum comes
-from an array (`amax`). With statistics the sums of x ** 2 and of (x - descale code) ** 2 over the
-block are stored too. `codes` is another kernel: it lays existing codes out again.
+share a scale, and store codes: by rows, or with the tokens innermost. With scale "given" the
+maximum comes from an array (`amax`). With statistics the sums of x ** 2 and of (x - descale code)
+** 2 over the block are stored too. `codes` is another kernel: it lays existing codes out again.
 
 In machine code, a thread and element (bfloat16, head_dim 128, blocks of 128, rotated, sm_90a):
 
