@@ -1,8 +1,8 @@
 """Entries of the config cache, and tables of them as JSON text.
 
 A table is JSON: a schema version and a list of devices, each with its list of entries. Text that
-is no table raises ValueError as a whole. An entry that cannot be understood stays in its table with
-the reason, and is written back, for the version of numflash that understands it.
+is no table raises ValueError as a whole. An entry that cannot be understood stays in its table
+with the reason, and is written back, for the version of numflash that understands it.
 """
 
 import json
