@@ -105,7 +105,7 @@ def num_blocks(what: str, rows: int, heads: int, block_rows: int) -> int:
     """The grid of a kernel whose blocks own `block_rows` of the `rows` rows of a head.
 
     Raises:
-        UnsupportedError: more blocks than a grid can have; `what` is what the message speaks of.
+        UnsupportedError: more blocks than a grid can have; `what` is the subject of the message.
     """
     blocks = -(-rows // block_rows) * heads
     if blocks > _MAX_BLOCKS:

@@ -327,7 +327,7 @@ def library_of(array, name: str) -> ArrayLibrary:
 
     Raises:
         TypeError: not an array, or not one that kernels of this process can reach; `name` is the
-            argument that the message speaks of.
+            argument that the message names.
     """
     library = _libraries.get(type(array))
     if library is None:

@@ -106,7 +106,7 @@ def test_a_budget_decides_for_all_or_none():
 
 
 def test_each_kernel_passes_over_the_heads_of_the_other(monkeypatch):
-    # The one in 16 bits comes last, and would hide what the first one does in vain.
+    # The one in 16 bits comes last, and would hide useless work of the first one.
     q, k, v = arrays(np.random.default_rng(0), (1, 4), (1, 4), seqlen_q=5, seqlen_k=9)
     out = np.full_like(q, np.nan)
     with monkeypatch.context() as patch:

@@ -89,7 +89,7 @@ class Labels:
         self._drawn.append(text(*place[:2], content, class_, place[2]))
 
     def keep_clear(self, x: float, y: float, radius: float) -> None:
-        """A mark that no later label shall cover."""
+        """A mark that no later label may cover."""
         self._taken.append((x - radius, y - radius, x + radius, y + radius))
 
     def drawn(self) -> list[Markup]:

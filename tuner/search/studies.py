@@ -103,7 +103,7 @@ class Ledger:
     """The configs of a study that are tried, the processes that try them, and the results.
 
     A storage that fails is tried again a few times. Every method but `records`, `tried` and
-    `give_up` raises StorageError when that is in vain, and at once from then on.
+    `give_up` raises StorageError when that fails, and at once from then on.
     """
 
     def __init__(

@@ -37,7 +37,7 @@ from numflash.tiles.scores import NEG_INF
 P_SCALE_LOG2 = f32(8)
 """The largest P of a row and tile is 2 ** 8: e4m3 ends at 448."""
 FARTHEST = f32(256)
-"""2 ** -256 is no weight any more."""
+"""A weight of 2 ** -256 counts as none."""
 
 
 class KeyScales:
