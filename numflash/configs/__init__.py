@@ -85,7 +85,7 @@ def parse_config(family: str, text: str) -> Config:
     rows = [row for row in IMPLEMENTATIONS if family in row.configs]
     if not rows:
         raise ValueError(f"kernel family must be one of {', '.join(FAMILIES)}, got {family!r}")
-    # A text that begins like none is measured by the most general one.
+    # A text that begins like none is read as a config of the most general one.
     row = next((row for row in rows if text.startswith(row.begins)), rows[-1])
     return row.configs[family].parse(text)
 
