@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numflash.selection.shipped
-from numflash.machine_code.compiler import source_hash, versions
+from numflash.machine_code.compiler import versions
+from numflash.machine_code.sources import source_hash
 from numflash.runtime.files import replace_file
 from numflash.selection.entries import DeviceKey, Entry, Row, format_table, parse_table
 

@@ -16,7 +16,7 @@ from bench.points.points import DIRECTIONS, Point
 from bench.records import record
 from bench.records.checks import ROOT
 from bench.tables import figures, tables
-from numflash.machine_code import compiler
+from numflash.machine_code import sources
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 FP8_BEGIN, FP8_END = "<!-- bench:fp8:begin -->", "<!-- bench:fp8:end -->"
@@ -107,7 +107,7 @@ def newest_points(records: list[dict], direction: str, kind: str = "grid") -> li
 
 
 def _summary(records: list[dict], devices: list[str]) -> str:
-    today = compiler.source_hash()
+    today = sources.source_hash()
     rows = []
     for device in devices:
         mine = [r for r in records if r.get("device") == device]
@@ -144,7 +144,7 @@ def _section(device, direction, points, figures_folder: Path, relative_to: Path)
     ]
     if untimed := tables.untimed(points):
         parts.append(f"No time at any point: {untimed}.")
-    if stale := sum(p["record"].get("source_hash") != compiler.source_hash() for p in points):
+    if stale := sum(p["record"].get("source_hash") != sources.source_hash() for p in points):
         parts.append(f"{stale} of {len(points)} points were measured with older kernels.")
     ceilings = tables.ceilings_of(last)
     if ceilings is not None:

@@ -53,7 +53,7 @@ class Sm90ForwardConfig(MmaForwardConfig):
             each warp, or 1 for all. One is for measurements on a GPU only. It assumes
             that a product is over for all four warps at once, which the PTX ISA does not say: the
             simulator, where warps are apart, may report that a buffer was overwritten while
-            another warp's product read it (`tiles.wgmma.turns.make_giving_back`).
+            another warp's product read it (`kernels.wgmma.channels.make_channel`).
         l2_bytes: bytes that the L2 cache fetches at once for a bulk copy: 256 or 128. It is an
             argument of the tensor maps, so that the machine code is the same.
         fixed: warps keep the registers that they begin with, without `setmaxnreg`. Only for one

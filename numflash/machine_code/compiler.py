@@ -13,7 +13,6 @@ Numba is not even imported.
 """
 
 import gc
-import hashlib
 import logging
 import re
 import sys
@@ -24,12 +23,12 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from importlib import metadata
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from numflash.configs import Config, Traits
 from numflash.machine_code import cubins
+from numflash.machine_code.sources import kernel_hash
 from numflash.runtime.devices import Architecture
 from numflash.runtime.errors import UnsupportedError
 
@@ -48,13 +47,6 @@ _COMPILERS = (
     "nvidia-nvjitlink-cu12",
 )
 _LINKERS = ("nvidia-nvjitlink", "nvidia-nvjitlink-cu12")
-_PACKAGE = Path(__file__).parents[1]
-_SOURCES = (
-    *("ptx", "tiles", "kernels", "configs"),
-    "machine_code/compiler.py",
-    "machine_code/grid_constants.py",
-    "machine_code/repeated_work.py",
-)
 # Local memory of a thread, CUDA C++ Programming Guide, "Compute Capabilities".
 _LOCAL_BYTES = 512 * 1024
 # Settings that Numba takes from NUMBA_* variables, a `.numba_config.yaml` or `numba.config` alone,
@@ -115,7 +107,8 @@ def get_cubin(config: Config, traits: Traits, limits: Architecture) -> Cubin:
 
 def content_key(kind: str, config: Config, traits: Traits, limits: Architecture) -> str:
     """Everything that decides a kernel's code; `kind` is empty for a cubin."""
-    parts = [config.family, str(config), str(traits), limits.arch, _toolchain()]
+    parts = [config.family, str(config), str(traits), limits.arch, kernel_hash(config)]
+    parts.append(_toolchain())
     return "|".join([kind, *parts] if kind else parts)
 
 
@@ -491,27 +484,14 @@ def _resources(log: str) -> dict:
 
 
 @cache
-def source_hash() -> str:
-    """Hash of everything in numflash that decides the machine code."""
-    digest = hashlib.sha256()
-    for name in _SOURCES:
-        path = _PACKAGE / name
-        files = sorted(path.rglob("*.py")) if path.is_dir() else [path]
-        for file in files:
-            digest.update(str(file.relative_to(_PACKAGE)).encode())
-            digest.update(file.read_bytes())
-    return digest.hexdigest()
-
-
-@cache
 def _toolchain() -> str:
-    """The kernel sources, the compilers' versions, and the other inputs of the compilers."""
+    """The compilers' versions, and what else they make code from."""
     # Numba compiles Python's bytecode; cuda-bindings decide which of two linkers is loaded.
     names = ("cuda-bindings", *_COMPILERS)
     found = {"python": sys.version_info[:2], **{name: _version(name) for name in names}}
     if not any(found[name] for name in _LINKERS):
         found["toolkit"] = _toolkit_version()
-    return ";".join([source_hash(), *(f"{name}={version}" for name, version in found.items())])
+    return ";".join(f"{name}={version}" for name, version in found.items())
 
 
 def _toolkit_version() -> str | None:

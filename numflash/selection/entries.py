@@ -67,7 +67,7 @@ class Entry:
             of its samples over their median, None if unknown.
         origin: one of ORIGINS.
         date: when it was found, ISO 8601 in UTC, as in "2026-11-21T09:14:04Z".
-        kernels: hash of the kernels' source.
+        kernels: hash of the sources of the family's kernels.
         compilers: version of each compiler, by name.
         default_config, default_ms: the config that runs untuned, and its time in the same run;
             None if it has none.

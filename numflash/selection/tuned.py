@@ -17,7 +17,8 @@ import os
 from dataclasses import dataclass, replace
 
 from numflash.configs import Config, Traits, implementation_of, parse_config
-from numflash.machine_code.compiler import source_hash, versions
+from numflash.machine_code.compiler import versions
+from numflash.machine_code.sources import family_hash
 from numflash.problem.classes import ProblemClass
 from numflash.runtime import switches
 from numflash.runtime.devices import Architecture
@@ -252,7 +253,7 @@ def without_geometry(config: Config) -> Config:
 
 
 def _is_current(entry: Entry) -> bool:
-    return entry.kernels == source_hash() and entry.compilers == versions()
+    return entry.kernels == family_hash(entry.problem.family) and entry.compilers == versions()
 
 
 def _relation(entry: Entry, wanted: ProblemClass) -> str:

@@ -32,7 +32,7 @@ from numflash.simulator.tensor_maps import swizzled
 WARPS_APART = True
 """Whether the warps of a warpgroup go on by themselves. False holds them together at each
 instruction, as if a product were over for all of them at once: what one arrival for a warpgroup
-counts on (`tiles.wgmma.turns.make_giving_back`), and the PTX ISA does not say."""
+counts on (`kernels.wgmma.channels.make_channel`), and the PTX ISA does not say."""
 _SIZE = 128
 _WARPS = 4
 _LANES = 32

@@ -434,36 +434,6 @@ def test_numbas_settings_do_not_change_the_machine_code(good, monkeypatch):
     numba.config.reload_config()
 
 
-def test_the_key_depends_on_the_sources(tmp_path, monkeypatch):
-    def hash_of_copy(change=None):
-        copy = tmp_path / str(change)
-        for name in compiler._SOURCES:
-            source = compiler._PACKAGE / name
-            if source.is_dir():
-                shutil.copytree(source, copy / name, ignore=shutil.ignore_patterns("*.pyc"))
-            else:
-                (copy / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(source, copy / name)
-        if change is not None:
-            (copy / change).write_text((copy / change).read_text() + "\n")
-        monkeypatch.setattr(compiler, "_PACKAGE", copy)
-        return compiler.source_hash.__wrapped__()
-
-    before = compiler.source_hash()
-    assert hash_of_copy() == before
-    for change in (
-        "ptx/memory.py",
-        "tiles/scores.py",
-        "tiles/mma/products.py",
-        "kernels/shared/delta.py",
-        "kernels/mma/forward.py",
-        "configs/mma.py",
-        "configs/traits.py",
-    ):
-        assert hash_of_copy(change) != before, change
-    assert before in key_of(CONFIG, TRAITS, LIMITS)
-
-
 def test_the_log(cache_directory, caplog):
     with caplog.at_level(logging.INFO, logger="numflash"):
         get_cubin(CONFIG, TRAITS, LIMITS)

@@ -1,7 +1,7 @@
 """A run of the tuner: problem classes on one device, one after the other, and their winners.
 
-Each class has its search and its study. A winner goes to the config cache at once, so that a run
-that is stopped keeps it.
+Each class has its search and its study. What wins goes to the config cache at once, so that a run
+that is stopped keeps what it has found.
 """
 
 import logging
@@ -16,7 +16,8 @@ from hashlib import sha256
 
 import optuna
 
-from numflash.machine_code.compiler import source_hash, versions
+from numflash.machine_code.compiler import versions
+from numflash.machine_code.sources import family_hash
 from numflash.problem.classes import ProblemClass
 from numflash.selection import store
 from numflash.selection.choice import FUSED
@@ -39,7 +40,7 @@ _log = logging.getLogger("numflash")
 
 @dataclass(frozen=True)
 class Options:
-    """Options of a search.
+    """How to search.
 
     Attributes:
         rules: when a class is done; its seconds are those of the whole run.
@@ -79,7 +80,7 @@ class Session:
             device: whose configs these are.
             machine: the device, as the model knows it.
             measurer: measures on the device; None has the model judge.
-            options: of the search.
+            options: how to search.
             clock: seconds.
         """
         self.device, self.machine, self.measurer = device, machine, measurer
@@ -229,7 +230,12 @@ class Session:
 
     def _study_name(self, space: Space) -> str:
         """The name of a study: all that its trials share, so that they can be compared."""
-        made = [source_hash(), sorted(versions().items()), space.budgets, space.dimensions]
+        made = [
+            family_hash(space.problem.family),
+            sorted(versions().items()),
+            space.budgets,
+            space.dimensions,
+        ]
         made += [model.source_hash(), FORMAT]
         digest = sha256(repr(made).encode()).hexdigest()[:12]
         return f"{space.problem} on {self.device}, {self.origin}, {digest}"
@@ -260,7 +266,7 @@ class Session:
             spread=best.spread,
             origin=self.origin,
             date=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-            kernels=source_hash(),
+            kernels=family_hash(space.problem.family),
             compilers=versions(),
             default_config=default.config,
             default_ms=default.time_ms if math.isfinite(default.time_ms) else None,

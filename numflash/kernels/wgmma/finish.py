@@ -4,7 +4,7 @@ from functools import cache
 
 from numflash.configs.traits import Traits
 from numflash.configs.wgmma import WARPGROUP_ROWS, Sm90ForwardConfig
-from numflash.kernels.wgmma.ring import Ring
+from numflash.kernels.wgmma.ring import make_ring
 from numflash.ptx import device_function, f32, i32, i64
 from numflash.tiles.blocks import first_of_head, make_block_place, token_of_row
 from numflash.tiles.mma.fragments import MMA_ROWS, ROW_STEP, accumulator_column, accumulator_row
@@ -15,30 +15,24 @@ from numflash.tiles.wgmma.turns import group_of_thread
 
 @cache
 def make_finish(config: Sm90ForwardConfig, traits: Traits):
-    """finish(o_acc, row_max, row_sum, max_scale, smem, results, place, grid, shape)
+    """finish(sums, max_scale, smem, results, place, grid, shape)
 
-    O divided by its sums and lse, of the rows of this warpgroup at `place`; max_scale brings
-    row_max to base 2. `results` are out, a `Part`, lse and the map of out; `grid` as in
-    `tiles.blocks`, `shape` a `Shape`. O is on its way through shared
-    memory afterwards (`make_store_slabs`), or with splits in `out` as float32.
+    O divided by its sums and lse, of the rows of this warpgroup at `place`. `sums` are its `Sums`
+    (`skeleton`); max_scale brings row_max to base 2. `results` are out, a `Part`, lse and the map
+    of out; `grid` as in `tiles.blocks`, `shape` a `Shape`. O is on its way through shared memory
+    afterwards (`make_store_slabs`), or with splits in `out` as float32.
     """
-    ring, is_split = Ring.of(config, traits), config.num_splits > 1
-    o_smem, o_words, o_tiles = ring.o, ring.o_words, traits.head_dim_v // 8
+    o, is_split, o_tiles = (
+        make_ring(config, traits).o,
+        config.num_splits > 1,
+        traits.head_dim_v // 8,
+    )
     block_place, scale_rows = make_block_place(config.tile_m), make_scale_rows(1, o_tiles)
     store_slabs, store_part = make_store_slabs(traits.dtype, o_tiles), make_store_part(o_tiles)
 
     @device_function
-    def finish(
-        o_acc,
-        row_max,
-        row_sum,
-        max_scale,
-        smem,
-        results,
-        place,
-        grid,
-        shape,
-    ):
+    def finish(sums, max_scale, smem, results, place, grid, shape):
+        o_acc, row_max, row_sum = sums
         out, lse, out_map = results
         num_rows, num_heads, pack, _, _ = grid
         m_start, head_of_batch, split = block_place(place, grid)
@@ -60,7 +54,7 @@ def make_finish(config: Sm90ForwardConfig, traits: Traits):
             store_part(o_acc, out, base, row, num_rows, pack)
         else:
             group = group_of_thread()
-            target = i32(o_smem + o_words * group)
+            target = i32(o.first + o.words * group)
             token = token_of_row(m_start + WARPGROUP_ROWS * group, pack)
             packed_head = token_of_row(head, pack)
             store_slabs(o_acc, smem, target, group, out_map, token, packed_head, batch)

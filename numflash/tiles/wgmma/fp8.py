@@ -73,12 +73,10 @@ def make_tile_softmax(n_tiles):
 
 
 @device_function
-def begin_rows(rows):
-    """Rows that have seen no key."""
-    row_max, row_sum, limits, units = rows
+def begin_rows(limits, units):
+    """Rows that have seen no key: what is kept of them beside row_max and row_sum."""
     for r in range(2):
-        row_max[r], limits[r] = NEG_INF, NEG_INF
-        row_sum[r], units[r] = f32(0), P_SCALE_LOG2
+        limits[r], units[r] = NEG_INF, P_SCALE_LOG2
 
 
 @cache

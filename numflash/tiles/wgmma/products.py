@@ -79,9 +79,11 @@ def make_product_nt(dtype, a_rows, b_rows, n_rows, columns):
 
     @device_function
     def product_nt(acc, a, b):
+        # Hazard: the product would read registers that are still being written.
         wgmma_fence()
         multiply(acc, _descriptor(a, 0), _descriptor(b, 0))
         add_other_steps(1, acc, a, b)
+        # Hazard: a wait for products would not wait for this one.
         wgmma_commit_group()
 
     return product_nt
@@ -105,8 +107,10 @@ def make_product_pn(dtype, k_rows, columns):
 
     @device_function
     def product_pn(acc, p_frag, b):
+        # Hazard: the product would read registers that are still being written.
         wgmma_fence()
         add_steps(0, acc, p_frag, b)
+        # Hazard: a wait for products would not wait for this one.
         wgmma_commit_group()
 
     return product_pn
@@ -134,9 +138,11 @@ def make_product_pt(k_rows, columns, b_rows):
 
     @device_function
     def product_pt(acc, p_frag, b):
+        # Hazard: the product would read registers that are still being written.
         wgmma_fence()
         multiply(acc, p_frag[0:4], _descriptor(b, 0))
         add_other_steps(1, acc, p_frag, b)
+        # Hazard: a wait for products would not wait for this one.
         wgmma_commit_group()
 
     return product_pt

@@ -58,12 +58,10 @@ def make_online_softmax(n_tiles):
 
 
 @device_function
-def begin_rows(rows):
-    """Rows that have seen no key."""
-    row_max, row_sum, limits, shifts = rows
+def begin_rows(limits, shifts):
+    """Rows that have seen no key: what is kept of them beside row_max and row_sum."""
     for r in range(2):
-        row_max[r], limits[r] = NEG_INF, NEG_INF
-        row_sum[r], shifts[r] = f32(0), f32(0)
+        limits[r], shifts[r] = NEG_INF, f32(0)
 
 
 @cache

@@ -13,45 +13,16 @@ from numflash.ptx import (
 )
 from numflash.tiles.portable.lanes import FULL_WARP
 
+WARPGROUP = 128
+"""Threads."""
 _FIRST_TURN, _FIRST_MEETING = 1, 4
-_WARPGROUP, _TWO_WARPGROUPS = 128, 256
+_TWO_WARPGROUPS = 256
 
 
 @device_function
 def leads():
     """Whether this thread speaks for its warpgroup."""
-    return mov_tid_x() % _WARPGROUP == 0
-
-
-@cache
-def make_giving_back(arrivals):
-    """(gives_back(), gather(group)): so many threads of a warpgroup give back a buffer all used.
-
-    `gives_back` says whether this thread arrives for others, once they have waited for a product
-    that used the buffer. Where no product has used it, those others first meet in `gather`: a
-    thread that still waited for the buffer to be full would miss the phase of its mbarrier.
-
-    With four arrivals each warp arrives for itself. It knows no more: a product (`.sync`) holds
-    the threads of a warp together, not the warps, and `wgmma.wait_group` waits for what the
-    executing threads have committed (PTX ISA 9.7.15.7.3). One arrival, of the first warp, assumes
-    that a product is over for all four warps at once, and for none before all have issued it.
-    FlashAttention-3 assumes it, as CUTLASS did before 3.6; no manual promises it. It is here to be
-    measured.
-    """
-    threads = _WARPGROUP // arrivals
-
-    @device_function
-    def gives_back():
-        return mov_tid_x() % threads == 0
-
-    @device_function
-    def gather(group):
-        if arrivals == 1:
-            meet(group)
-        else:
-            cuda.syncwarp()
-
-    return gives_back, gather
+    return mov_tid_x() % WARPGROUP == 0
 
 
 @device_function
@@ -61,7 +32,7 @@ def group_of_thread():
     The shuffle tells the assembler that all lanes have the same number; without it, branches on
     the number count as divergent, and products there may be serialised.
     """
-    return cuda.shfl_sync(FULL_WARP, i32(mov_tid_x() // _WARPGROUP), 0)
+    return cuda.shfl_sync(FULL_WARP, i32(mov_tid_x() // WARPGROUP), 0)
 
 
 @device_function
@@ -70,7 +41,7 @@ def meet(group):
 
     One of them then stores the tile that all have written, or writes for all.
     """
-    bar_sync(_FIRST_MEETING + group, _WARPGROUP)
+    bar_sync(_FIRST_MEETING + group, WARPGROUP)
 
 
 @cache
@@ -86,17 +57,20 @@ def make_turns(num_groups):
     @device_function
     def take_turn(group):
         if alternate:
+            # No hazard: two warpgroups would issue products at once, and softmaxes at once.
             bar_sync(_FIRST_TURN + group, _TWO_WARPGROUPS)
 
     @device_function
     def pass_turn(group):
         if alternate:
+            # Hazard: the next warpgroup would wait for its turn for ever.
             following = 0 if group == last else group + 1
             bar_arrive(_FIRST_TURN + following, _TWO_WARPGROUPS)
 
     @device_function
     def give_first_turn(group):
         if alternate and group == last:
+            # Hazard: nobody would begin, each would wait for another's turn to end.
             bar_arrive(_FIRST_TURN, _TWO_WARPGROUPS)
 
     return take_turn, pass_turn, give_first_turn

@@ -11,7 +11,8 @@ import numflash
 from numflash.calls import launch, ready
 from numflash.calls.arguments import DEFAULTS, request_of
 from numflash.machine_code import compiler
-from numflash.machine_code.compiler import source_hash, versions
+from numflash.machine_code.compiler import versions
+from numflash.machine_code.sources import family_hash
 from numflash.problem.classes import ProblemClass
 from numflash.runtime import driver, gpus
 from numflash.runtime.arrays import metadata
@@ -62,7 +63,7 @@ def remembered(monkeypatch):
             spread=None,
             origin=origin,
             date="2026-11-21T00:00:00Z",
-            kernels=source_hash(),
+            kernels=family_hash(problem.split()[0]),
             compilers=versions(),
             default_config=config,
             default_ms=2.0,

@@ -18,7 +18,8 @@ from numflash.calls import ready
 from numflash.calls.arguments import DEFAULTS, request_of
 from numflash.calls.forward import selection_of
 from numflash.configs import parse_config
-from numflash.machine_code.compiler import source_hash, versions
+from numflash.machine_code.compiler import versions
+from numflash.machine_code.sources import family_hash
 from numflash.problem.classes import ProblemClass
 from numflash.runtime import driver
 from numflash.runtime.arrays import library_of
@@ -59,7 +60,7 @@ def entry(problem=WANTED, config="sm80-m64n32w4s2", **changes):
         spread=None,
         origin="predicted",
         date="2026-11-21T00:00:00Z",
-        kernels=source_hash(),
+        kernels=family_hash(problem.family),
         compilers=versions(),
         default_config=config,
         default_ms=2.0,

@@ -17,7 +17,8 @@ import pytest
 pytest.importorskip("optuna")
 
 from numflash.calls.arguments import DEFAULTS, request_of
-from numflash.machine_code.compiler import source_hash, versions
+from numflash.machine_code.compiler import versions
+from numflash.machine_code.sources import family_hash
 from numflash.problem.classes import ProblemClass
 from numflash.runtime.arrays import library_of
 from numflash.runtime.mode import SIMULATED
@@ -88,7 +89,7 @@ def entry(problem=CLASS, config="m64n32w4", **changes):
         "spread": None,
         "origin": "predicted",
         "date": "2026-11-21T00:00:00Z",
-        "kernels": source_hash(),
+        "kernels": family_hash(problem.split()[0]),
         "compilers": versions(),
         "default_config": config,
         "default_ms": 1.5,
