@@ -74,7 +74,7 @@ def make_tile_softmax(n_tiles):
 
 @device_function
 def begin_rows(limits, units):
-    """Rows that have seen no key: what is kept of them beside row_max and row_sum."""
+    """Rows that have seen no key: the values kept of them beside row_max and row_sum."""
     for r in range(2):
         limits[r], units[r] = NEG_INF, P_SCALE_LOG2
 

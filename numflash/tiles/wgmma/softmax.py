@@ -59,7 +59,7 @@ def make_online_softmax(n_tiles):
 
 @device_function
 def begin_rows(limits, shifts):
-    """Rows that have seen no key: what is kept of them beside row_max and row_sum."""
+    """Rows that have seen no key: the values kept of them beside row_max and row_sum."""
     for r in range(2):
         limits[r], shifts[r] = NEG_INF, f32(0)
 

@@ -57,7 +57,7 @@ def make_turns(num_groups):
     @device_function
     def take_turn(group):
         if alternate:
-            # No hazard: two warpgroups would issue products at once, and softmaxes at once.
+            # No hazard, but slow: warpgroups would issue products at once, and softmaxes at once.
             bar_sync(_FIRST_TURN + group, _TWO_WARPGROUPS)
 
     @device_function
@@ -70,7 +70,7 @@ def make_turns(num_groups):
     @device_function
     def give_first_turn(group):
         if alternate and group == last:
-            # Hazard: nobody would begin, each would wait for another's turn to end.
+            # Hazard: no warpgroup would begin, each would wait for another's turn to end.
             bar_arrive(_FIRST_TURN, _TWO_WARPGROUPS)
 
     return take_turn, pass_turn, give_first_turn
