@@ -1,7 +1,7 @@
 """AttentionProblem: one attention call, checked and in numbers.
 
-The only place that interprets the user's arrays and options. What passes here can run: every
-message names the argument, what it was, and the rule.
+The only place that interprets the user's arrays and options. A call that passes here can run;
+every message names the argument, its value, and the rule.
 """
 
 from dataclasses import dataclass
@@ -93,7 +93,7 @@ class AttentionProblem:
         return tuple(row.option for row in rows if row.gradient is not None)
 
     def traits(self, vectorized: bool) -> Traits:
-        """What kernels for this problem are compiled for."""
+        """The traits that kernels for this problem are compiled for."""
         return Traits(
             self.dtype,
             padded_head_dim(self.head_dim),
@@ -116,7 +116,7 @@ def num_blocks(what: str, rows: int, heads: int, block_rows: int) -> int:
     """The grid of a kernel whose blocks own `block_rows` of the `rows` rows of a head.
 
     Raises:
-        UnsupportedError: more blocks than a grid can have; `what` is what the message speaks of.
+        UnsupportedError: more blocks than a grid can have; `what` is the subject of the message.
     """
     blocks = -(-rows // block_rows) * heads
     if blocks > _MAX_BLOCKS:

@@ -36,6 +36,14 @@ def attention(q, k, v, **options) -> tuple[np.ndarray, np.ndarray]:
         out: (batch, seqlen_q, num_heads_q, head_dim_v), in the layout of q.
         lse: (batch, num_heads_q, seqlen_q), without the axes that q does not have: natural
             log-sum-exp of the scores. A query that sees no key has out 0 and lse -inf.
+
+    Example:
+        >>> import numpy as np
+        >>> from numflash import reference
+        >>> q, k, v = np.random.default_rng(0).standard_normal((3, 1, 32, 2, 16))
+        >>> out, lse = reference.attention(q, k, v, causal=True)
+        >>> bool(np.allclose(out[:, 0], v[:, 0]))  # the first query sees the first key only
+        True
     """
     return naive(q, k, v, precision="float64", **options)
 
@@ -50,6 +58,14 @@ def attention_backward(dout, q, k, v, **options):
     Returns:
         dq, dk, dv, shaped like q, k and v; and the gradients of options that have one, as
         `numflash.attention_backward` returns them.
+
+    Example:
+        >>> import numpy as np
+        >>> from numflash import reference
+        >>> q, k, v = np.random.default_rng(0).standard_normal((3, 1, 32, 2, 16))
+        >>> dq, dk, dv = reference.attention_backward(np.ones_like(q), q, k, v)
+        >>> bool(np.allclose(dv.sum(1), 32))  # each query's weights sum to 1
+        True
     """
     return naive_backward(dout, q, k, v, precision="float64", **options)
 
@@ -58,6 +74,15 @@ def naive(q, k, v, *, precision: str, **options) -> tuple[np.ndarray, np.ndarray
     """`attention` computed step by step in `precision`, every intermediate rounded to it.
 
     "tf32" rounds the operands of each product, and keeps everything else in float32.
+
+    Example:
+        >>> import numpy as np
+        >>> from numflash import reference
+        >>> q, k, v = np.random.default_rng(0).standard_normal((3, 1, 32, 2, 16))
+        >>> exact, _ = reference.attention(q, k, v)
+        >>> rounded, _ = reference.naive(q, k, v, precision="float16")
+        >>> bool(0 < abs(rounded - exact).max() < 0.01)
+        True
     """
     dtype, matmul = _PRECISIONS[precision], _multiplication(precision)
     bhsd = options.get("layout", "bshd") == "bhsd"
@@ -71,6 +96,14 @@ def naive_backward(dout, q, k, v, *, precision: str, **options):
     """`attention_backward` computed step by step in `precision`.
 
     As `numflash.attention_backward` does, it starts from lse, in no less than float32.
+
+    Example:
+        >>> import numpy as np
+        >>> from numflash import reference
+        >>> q, k, v = np.random.default_rng(0).standard_normal((3, 1, 32, 2, 16))
+        >>> dq, dk, dv = reference.naive_backward(q, q, k, v, precision="bfloat16")
+        >>> dq.shape == q.shape
+        True
     """
     dtype, matmul = _PRECISIONS[precision], _multiplication(precision)
     bhsd = options.get("layout", "bshd") == "bhsd"
@@ -94,7 +127,7 @@ def naive_backward(dout, q, k, v, *, precision: str, **options):
 
 
 def magnitudes(q, k, v, dout=None, **options) -> dict[str, np.ndarray]:
-    """What the sums behind each result come to without their signs, in float64.
+    """The sums behind each result, taken without signs, in float64.
 
     Rounding is relative to these, not to the results, in which much may cancel: a query that sees
     one key has dS = P * (dP - delta) = 0.
@@ -105,6 +138,15 @@ def magnitudes(q, k, v, dout=None, **options) -> dict[str, np.ndarray]:
     Returns:
         "out" and "lse", with dout also "dq", "dk" and "dv": shaped like the results with
         (batch, heads, seqlen, ...), whatever the layout.
+
+    Example:
+        >>> import numpy as np
+        >>> from numflash import reference
+        >>> q, k, v = np.random.default_rng(0).standard_normal((3, 1, 32, 2, 16))
+        >>> out, _ = reference.attention(q, k, v)
+        >>> found = reference.magnitudes(q, k, v)
+        >>> bool((found["out"] >= abs(out.transpose(0, 2, 1, 3)) - 1e-12).all())
+        True
     """
     bhsd = options.get("layout", "bshd") == "bhsd"
     q, k, v = (heads_first(x, bhsd).astype(np.float64) for x in (q, k, v))
@@ -148,7 +190,13 @@ def visible(
     causal_align: str = "bottom_right",
     window_size=(-1, -1),
 ) -> np.ndarray:
-    """Which keys (columns) each query (row) sees: a boolean (seqlen_q, seqlen_k) array."""
+    """A boolean (seqlen_q, seqlen_k) array of the keys (columns) that each query (row) sees.
+
+    Example:
+        >>> from numflash import reference
+        >>> reference.visible(2, 3, causal=True).astype(int).tolist()
+        [[1, 1, 0], [1, 1, 1]]
+    """
     i = np.arange(seqlen_q)[:, None] + _alignment(seqlen_q, seqlen_k, causal_align)
     j = np.arange(seqlen_k)[None, :]
     left, right = window_size
@@ -224,7 +272,7 @@ def scores(q, k, dtype, matmul, options):
 
 
 def _alignment(seqlen_q: int, seqlen_k: int, causal_align: str) -> int:
-    """What is added to a query's index to get the key it stands at."""
+    """The offset from a query's index to the key at its position."""
     return seqlen_k - seqlen_q if causal_align == "bottom_right" else 0
 
 
@@ -281,7 +329,7 @@ def heads_first(x, bhsd: bool) -> np.ndarray:
 
 
 def heads_back(x, bhsd: bool, ndim: int) -> np.ndarray:
-    """The inverse of `_heads_first`."""
+    """The inverse of `heads_first`."""
     if ndim == 2:
         return x[0, 0]
     x = x if bhsd else x.swapaxes(1, 2)

@@ -1,4 +1,4 @@
-"""What is refused, with which error, and that the message names subject, value and rule.
+"""Bad input is refused with the right error, whose message names subject, value and rule.
 
 Every call here must fail before anything is compiled or launched. The arrays are NumPy's in the
 simulator and those of a fake GPU otherwise; the checks are the same.
@@ -774,7 +774,7 @@ def test_a_tensor_in_8_bits_that_requires_a_gradient_is_refused(machine):
 
 
 class HostTensor:
-    """What NumPy and numflash see of a PyTorch tensor on the CPU."""
+    """A PyTorch tensor on the CPU, as NumPy and numflash see it."""
 
     def __init__(self, array, requires_grad=False, problem=None):
         self.array, self.requires_grad, self.problem = array, requires_grad, problem
