@@ -66,8 +66,8 @@ class Feature:
         reference: of a score: (s, value, i, j) -> (s, ds) in NumPy, of s (batch, head, query, key)
             and in its dtype; i and j are places of queries and keys, (query, 1) and (key,). Of
             an end: (row_max, row_sum, value) -> (row_max, row_sum, kept), (batch, head, query, 1).
-        gradient: of an end in NumPy: (lse, product, value) -> a share of each (batch, head, query) in
-            the gradient of the option, with the product of dO and O. None if it has none.
+        gradient: of an end in NumPy: (lse, product, value) -> a share of each (batch, head, query)
+            in the gradient of the option, with the product of dO and O. None if it has none.
         example: num_heads_q -> a value to time and check kernels with.
         unit: record -> the divisor of scores when the function gets them: products are scaled
             in any case, so that this costs nothing. Only of the first feature.

@@ -144,7 +144,7 @@ def make_backward_dkdv_kernel(config: MmaBackwardDkDvConfig, traits: Traits) -> 
         m_begin = i32(band_block_begin(n_start, -mask.hi, tile_m))
         m_end = i32(band_block_end(last_row, -mask.lo, shape.seqlen_q, tile_m))
 
-        # Where this lane reads operands, and where its scores lie in the tile.
+        # This lane's position in the operands, and of its scores in the tile.
         lane = cuda.threadIdx.x % 32
         warp_row = first_row_of_warp(rows_per_warp)
         row_operand = warp_row + row_operand_row(lane)
@@ -158,7 +158,7 @@ def make_backward_dkdv_kernel(config: MmaBackwardDkDvConfig, traits: Traits) -> 
 
         k_base = first_of_head(k, batch, head_kv)
         v_base = first_of_head(v, batch, head_kv)
-        # Where no tile follows nobody would wait for them.
+        # Where no tile follows nothing would wait for them.
         if not asynchronous or m_begin < m_end:
             copy_k(smem, k_smem, k, k_base, n_start, shape.seqlen_k, shape.head_dim)
             copy_v(smem, v_smem, v, v_base, n_start, shape.seqlen_k, shape.head_dim_v)

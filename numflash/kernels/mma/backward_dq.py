@@ -128,7 +128,7 @@ def make_backward_dq_kernel(config: MmaBackwardDqConfig, traits: Traits) -> Kern
         n_begin = i32(band_block_begin(m_start, mask.lo, tile_n))
         n_end = i32(band_block_end(last_row, mask.hi, shape.seqlen_k, tile_n))
 
-        # Where this lane reads operands, and where its scores lie in the tile.
+        # This lane's position in the operands, and of its scores in the tile.
         lane = cuda.threadIdx.x % 32
         warp_row = first_row_of_warp(rows_per_warp)
         row_operand = warp_row + row_operand_row(lane)

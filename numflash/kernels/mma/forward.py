@@ -164,7 +164,7 @@ def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
             n_begin = i32(n_begin + split * share)
             n_end = i32(min(n_end, n_begin + share))
 
-        # Where this lane reads operands, and where its scores lie in the tile.
+        # This lane's position in the operands, and of its scores in the tile.
         lane = cuda.threadIdx.x % 32
         warp_row = first_row_of_warp(rows_per_warp)
         q_mine = q_smem + word(warp_row + row_operand_row(lane), row_operand_chunk(lane))
