@@ -154,11 +154,6 @@ class Sm90ForwardConfig(MmaForwardConfig):
         return replace(super().compiled, l2_bytes=type(self).l2_bytes)
 
     @property
-    def stage_n(self) -> int:
-        """Rows of K and V that are fetched at once: one or more tiles."""
-        return self.tile_n
-
-    @property
     def probability_registers(self) -> int:
         """Registers of a thread that hold P as an operand."""
         return self.tile_n * self.operand_bytes // 8

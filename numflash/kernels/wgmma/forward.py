@@ -66,6 +66,7 @@ from numflash.tiles.blocks import (
     make_walk,
     make_whole_keys,
     next_place,
+    sequence_of,
     token_of_row,
 )
 from numflash.tiles.mma.fragments import MMA_ROWS, accumulator_column, accumulator_row
@@ -169,7 +170,7 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
         cuda.syncthreads()
 
         grid = grid_of(shape, layout)
-        band = shape.seqlen_k, mask.lo, mask.hi
+        band = sequence_of(shape, mask)
         places = walk(grid)
         if mov_tid_x() >= num_consumers:
             give_registers()

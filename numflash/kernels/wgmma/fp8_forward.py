@@ -57,6 +57,7 @@ from numflash.tiles.blocks import (
     make_walk,
     make_whole_keys,
     next_place,
+    sequence_of,
     token_of_row,
 )
 from numflash.tiles.mma.fp8_operands import scale_of_key
@@ -192,7 +193,7 @@ def make_fp8_forward_kernel(config: Sm90Fp8ForwardConfig, traits: Traits) -> Ker
         cuda.syncthreads()
 
         grid = grid_of(shape, layout)
-        band = shape.seqlen_k, mask.lo, mask.hi
+        band = sequence_of(shape, mask)
         places = walk(grid)
         if mov_tid_x() >= num_consumers:
             give_registers()
