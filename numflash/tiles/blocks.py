@@ -12,7 +12,7 @@ are of unsigned 32-bit numbers, which take a quarter of the code of Python's.
 from functools import cache
 from typing import NamedTuple
 
-from numflash.ptx import device_function, i32, mov_ctaid_x, mov_nctaid_x, u32
+from numflash.ptx import device_function, i32, i64, mov_ctaid_x, mov_nctaid_x, u32
 
 
 class Grid(NamedTuple):
@@ -119,6 +119,12 @@ def first_of_rows(tensor, batch, head, row):
     return first_of_head(tensor, batch, head) + row * tensor.row
 
 
+@device_function
+def first_of_statistics(batch, head, shape):
+    """The offset of a head in an array (batch, num_heads_q, seqlen_q), as lse and delta are."""
+    return i64(batch * shape.num_heads_q + head) * shape.seqlen_q
+
+
 # The place of a block
 
 
@@ -155,13 +161,14 @@ def make_place_of_queries(tile_m):
 
 @cache
 def make_place_of_keys(tile_n):
-    """place_of_keys(number, num_tiles, shape): the `Place` of a tile of keys of one head.
+    """place_of_keys(number, shape): the `Place` of a tile of tile_n keys of one head.
 
-    The first of `num_tiles` come first: in a causal problem the most queries see them.
+    The first keys come first: in a causal problem the most queries see them.
     """
 
     @device_function
-    def place_of_keys(number, num_tiles, shape):
+    def place_of_keys(number, shape):
+        num_tiles = tiles_of(shape.seqlen_k, tile_n)
         num_heads_kv = quotient(shape.num_heads_q, shape.group_size)
         tile, head_kv, batch = place_in_heads(number, num_tiles, num_heads_kv)
         start, head = i32(tile * tile_n), i32(head_kv * shape.group_size)
@@ -279,14 +286,14 @@ def last_of(start, rows, seqlen):
 
 
 @device_function
-def keys_seen(first, last, stage_n, sequence):
+def tiles_seen(first, last, stage_n, sequence):
     """The `Keys`, in stages of stage_n, that some of the queries `first` to `last` see."""
     end = max(0, min(sequence.seqlen_k, last + sequence.hi + 1))
     return Keys(quotient(max(0, first + sequence.lo), stage_n), tiles_of(end, stage_n))
 
 
 @device_function
-def seen_whole(first, last, tile_n, sequence):
+def tiles_seen_whole(first, last, tile_n, sequence):
     """The tiles of tile_n keys that all of the queries `first` to `last` see, as `Whole`."""
     end = min(sequence.seqlen_k, first + sequence.hi + 1)
     return Whole(i32(last + sequence.lo), i32(end - tile_n))
@@ -310,7 +317,7 @@ def make_keys_of(config):
     @device_function
     def keys_of(start, split, grid, sequence):
         first, last = tokens_of(start, tile_m, grid.pack, sequence)
-        begin, end = keys_seen(first, last, stage_n, sequence)
+        begin, end = tiles_seen(first, last, stage_n, sequence)
         if is_split:
             share = quotient(max(0, end - begin) + grid.num_splits - 1, grid.num_splits)
             begin = i32(begin + split * share)
@@ -332,7 +339,7 @@ def make_keys_of_part(config, rows):
     @device_function
     def keys_of_part(row, begin, end, grid, sequence):
         first, last = tokens_of(row, rows, grid.pack, sequence)
-        seen_begin, seen_end = keys_seen(first, last, stage_n, sequence)
+        seen_begin, seen_end = tiles_seen(first, last, stage_n, sequence)
         seen_begin = min(max(seen_begin, begin), max(begin, end))
         seen_end = max(seen_begin, min(seen_end, end))
         seen_end = seen_end if row < grid.num_rows else seen_begin
@@ -348,6 +355,6 @@ def make_whole_keys(tile_n, rows):
     @device_function
     def whole_keys(row, grid, sequence):
         first, last = tokens_of(row, rows, grid.pack, sequence)
-        return seen_whole(first, last, tile_n, sequence)
+        return tiles_seen_whole(first, last, tile_n, sequence)
 
     return whole_keys

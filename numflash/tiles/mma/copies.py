@@ -118,11 +118,10 @@ def make_copy_tile(
                 row = my_row + r * row_step
                 source_row = i32(first_row + r * row_step)
                 is_inside = source_row < end
-                if r > 0:
-                    if is_strided:
-                        offset += step
-                    else:
-                        offset = address(source, origin, source_row) + per_chunk * chunk
+                if not is_strided:
+                    offset = address(source, origin, source_row) + per_chunk * chunk
+                elif r > 0:
+                    offset += step
                 if repeats:
                     target = first_target + r * row_words
                 else:
