@@ -171,9 +171,9 @@ def make_backward_kernel(config: MmaBackwardConfig, traits: Traits) -> Kernel:
             num_tiles = i32((m_end - m_begin) * shape.group_size)
             next_m, next_head = m_begin, i32(head_kv * shape.group_size)
             m_block, head = m_begin, next_head
-            stage = 0
-            last_stage = num_stages - 1
-            for tile in range(1 - num_stages, num_tiles):
+            stage = i32(0)
+            last_stage = i32(num_stages - 1)
+            for tile in range(i32(1 - num_stages), num_tiles):
                 if tile >= 0:
                     # The tile must have arrived, unless there is only one stage. The barrier shows
                     # it to all threads, and all have read the tile before it and dS, whose buffers
@@ -181,12 +181,14 @@ def make_backward_kernel(config: MmaBackwardConfig, traits: Traits) -> Kernel:
                     if asynchronous and num_stages > 1:
                         wait_for_tile()
                     cuda.syncthreads()
-                if tile + num_stages - 1 < num_tiles:
-                    into = last_stage if tile >= 0 else tile + num_stages - 1
+                if i32(tile + num_stages - 1) < num_tiles:
+                    into = i32(last_stage if tile >= 0 else tile + num_stages - 1)
                     ahead = next_m, next_head
                     fetch_queries(
                         smem, into, ahead, q, do, statistics_log2, batch, sequence, shape
                     )
+                    if num_stages == 1:
+                        m_block, head = ahead
                     next_m, next_head = following(next_m, next_head, m_begin, m_end)
                 if asynchronous:
                     cp_async_commit_group()
@@ -264,8 +266,9 @@ def make_backward_kernel(config: MmaBackwardConfig, traits: Traits) -> Kernel:
                     for i in range(dq_tiles):
                         st_global_v4_f32(dq_parts, place + 128 * i, dq_acc[4 * i : 4 * i + 4])
                     last_stage = stage
-                    stage = stage + 1 if stage + 1 < num_stages else 0
-                    m_block, head = following(m_block, head, m_begin, m_end)
+                    stage = i32(stage + 1 if stage + 1 < num_stages else 0)
+                    if num_stages > 1:
+                        m_block, head = following(m_block, head, m_begin, m_end)
 
             row = i32(n_start + accumulator_row(MMA_ROWS))
             dk_base = first_of_rows(dk, batch, head_kv, sequence.first_k)

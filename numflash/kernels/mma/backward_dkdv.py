@@ -172,9 +172,9 @@ def make_backward_dkdv_kernel(config: MmaBackwardDkDvConfig, traits: Traits) -> 
         num_tiles = i32((m_end - m_begin) * shape.group_size)
         next_m, next_head = m_begin, first_head
         m_block, head = m_begin, first_head
-        stage = 0
-        last_stage = num_stages - 1
-        for tile in range(1 - num_stages, num_tiles):
+        stage = i32(0)
+        last_stage = i32(num_stages - 1)
+        for tile in range(i32(1 - num_stages), num_tiles):
             if tile >= 0:
                 # The tile must have arrived, unless there is only one stage. The barrier shows it
                 # to all threads, and all have read the tile before it, whose buffer is written
@@ -182,10 +182,12 @@ def make_backward_dkdv_kernel(config: MmaBackwardDkDvConfig, traits: Traits) -> 
                 if asynchronous and num_stages > 1:
                     wait_for_tile()
                 cuda.syncthreads()
-            if tile + num_stages - 1 < num_tiles:
-                into = last_stage if tile >= 0 else tile + num_stages - 1
+            if i32(tile + num_stages - 1) < num_tiles:
+                into = i32(last_stage if tile >= 0 else tile + num_stages - 1)
                 ahead = next_m, next_head
                 fetch_queries(smem, into, ahead, q, do, statistics_log2, batch, sequence, shape)
+                if num_stages == 1:
+                    m_block, head = ahead
                 next_m, next_head = following(next_m, next_head, m_begin, m_end)
             if asynchronous:
                 cp_async_commit_group()
@@ -227,9 +229,15 @@ def make_backward_dkdv_kernel(config: MmaBackwardDkDvConfig, traits: Traits) -> 
                 if with_dk:
                     multiply_ds_q(dk_acc, dp_acc, smem, q_transposed + q_words * stage)
                 last_stage = stage
-                stage = stage + 1 if stage + 1 < num_stages else 0
-                m_block, head = following(m_block, head, m_begin, m_end)
+                stage = i32(stage + 1 if stage + 1 < num_stages else 0)
+                if num_stages > 1:
+                    m_block, head = following(m_block, head, m_begin, m_end)
 
+        # The place is computed again, so that no register keeps it through the walk.
+        block = mov_ctaid_x()
+        if apart:
+            block = u32(block // u32(2))
+        n_start, _, head_kv, batch, _ = place_of_keys(block, shape)
         row = i32(n_start + accumulator_row(rows_per_warp))
         dk_base = first_of_rows(dk, batch, head_kv, sequence.first_k)
         dv_base = first_of_rows(dv, batch, head_kv, sequence.first_k)

@@ -149,7 +149,7 @@ def make_backward_dq_kernel(config: MmaBackwardDqConfig, traits: Traits) -> Kern
             copy_q(smem, q_smem, q, q_base, m_start, sequence.seqlen_q, shape.head_dim)
             copy_do(smem, do_smem, do, do_base, m_start, sequence.seqlen_q, shape.head_dim_v)
         for stage in range(num_stages - 1):
-            n = n_begin + stage
+            n = i32(n_begin + stage)
             if n < n_end:
                 fetch_k(smem, k, k_base, n, stage, sequence.seqlen_k, shape.head_dim)
                 fetch_v(smem, v, v_base, n, stage, sequence.seqlen_k, shape.head_dim_v)
@@ -167,15 +167,15 @@ def make_backward_dq_kernel(config: MmaBackwardDqConfig, traits: Traits) -> Kern
                 lses[r] = statistics_log2.lse[first_query + i]
                 deltas[r] = statistics_log2.delta[first_query + i]
 
-        stage = 0
-        last_stage = num_stages - 1
+        stage = i32(0)
+        last_stage = i32(num_stages - 1)
         for n_block in range(n_begin, n_end):
             # The tile must have arrived, unless there is only one stage. The barrier shows it to
             # all threads, and all have read the tile before it, whose buffer is written again.
             if asynchronous and num_stages > 1:
                 wait_for_tile()
             cuda.syncthreads()
-            n = n_block + num_stages - 1
+            n = i32(n_block + num_stages - 1)
             if n < n_end:
                 fetch_k(smem, k, k_base, n, last_stage, sequence.seqlen_k, shape.head_dim)
                 fetch_v(smem, v, v_base, n, last_stage, sequence.seqlen_k, shape.head_dim_v)
@@ -205,7 +205,7 @@ def make_backward_dq_kernel(config: MmaBackwardDqConfig, traits: Traits) -> Kern
             softmax_backward(s_acc, dp_acc, cap_slopes, lses, deltas, scales)
             multiply_ds_k(dq_acc, dp_acc, smem, k_transposed + k_words * stage)
             last_stage = stage
-            stage = stage + 1 if stage + 1 < num_stages else 0
+            stage = i32(stage + 1 if stage + 1 < num_stages else 0)
 
         row = i32(m_start + accumulator_row(rows_per_warp))
         dq_base = first_of_rows(dq, batch, head, sequence.first_q)

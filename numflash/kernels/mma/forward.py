@@ -170,7 +170,7 @@ def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
         if n_begin < n_end:
             copy_q(smem, q_smem, q, q_origin, m_start, num_rows, shape.head_dim)
         for stage in range(num_stages):
-            n = n_begin + stage
+            n = i32(n_begin + stage)
             if n < n_end:
                 fetch_k(smem, k, k_base, n, stage, sequence.seqlen_k, shape.head_dim)
             if asynchronous:
@@ -186,15 +186,15 @@ def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
             row_max[r] = NEG_INF
             row_sum[r] = f32(0)
 
-        stage = 0
-        last_stage = num_stages - 1
+        stage = i32(0)
+        last_stage = i32(num_stages - 1)
         for n_block in range(n_begin, n_end):
             # K of this block must have arrived. The barrier shows it to all threads, and V's last
             # readers are through with the buffer that the next V goes to.
             if asynchronous:
                 wait_for_tile()
             cuda.syncthreads()
-            n = n_block + num_stages - 1
+            n = i32(n_block + num_stages - 1)
             if n < n_end:
                 fetch_v(smem, v, v_base, n, last_stage, sequence.seqlen_k, shape.head_dim_v)
             if asynchronous:
@@ -208,7 +208,7 @@ def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
             if asynchronous:
                 wait_for_tile()
             cuda.syncthreads()
-            n = n_block + num_stages
+            n = i32(n_block + num_stages)
             if n < n_end:
                 fetch_k(smem, k, k_base, n, stage, sequence.seqlen_k, shape.head_dim)
             if asynchronous:
@@ -228,7 +228,7 @@ def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
             online_softmax(s_acc, row_max, row_sum, o_acc, scale_log2)
             multiply_p_v(o_acc, s_acc, smem, v_mine + v_words * stage)
             last_stage = stage
-            stage = stage + 1 if stage + 1 < num_stages else 0
+            stage = i32(stage + 1 if stage + 1 < num_stages else 0)
 
         row = i32(m_start + accumulator_row(rows_per_warp))
         head_of_batch = batch * shape.num_heads_q + head
