@@ -32,6 +32,7 @@ from numflash.ptx import (
     f32,
     i32,
     mov_ctaid_x,
+    mov_tid_x,
     u32,
 )
 from numflash.tiles.blocks import (
@@ -146,7 +147,7 @@ def make_backward_dkdv_kernel(config: MmaBackwardDkDvConfig, traits: Traits) -> 
         whole = tiles_seen_whole(n_start, last_key, tile_m, from_keys)
 
         # Where this lane reads operands, and where its scores lie in the tile.
-        lane = cuda.threadIdx.x % 32
+        lane = mov_tid_x() % 32
         warp_row = first_row_of_warp(rows_per_warp)
         row_operand = warp_row + row_operand_row(lane)
         k_mine = k_smem + k_word(row_operand, row_operand_chunk(lane))
@@ -224,6 +225,11 @@ def make_backward_dkdv_kernel(config: MmaBackwardDkDvConfig, traits: Traits) -> 
                     delta_mine + statistics_of_stage,
                     (scale_log2, scores.softmax_scale),
                 )
+                if apart:
+                    # Long rows leave no registers to keep this in: it is computed again.
+                    lane = mov_tid_x() % 32
+                    q_transposed = q_smem + first_of_q(lane)
+                    do_transposed = do_smem + first_of_do(lane)
                 if with_dv:
                     multiply_p_do(dv_acc, s_acc, smem, do_transposed + do_words * stage)
                 if with_dk:
