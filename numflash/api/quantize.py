@@ -1,15 +1,9 @@
 """`quantize_fp8` and `dequantize_fp8`: arrays to 8-bit floats and back."""
 
-from collections.abc import Callable
-from typing import Any
-
 from numflash.calls.quantization import Dequantization, Quantization
+from numflash.calls.remembered import remembered, run
 from numflash.problem.fp8 import Fp8Array, Fp8Recipe
-from numflash.runtime.arrays import library_of, on_stream, stream_address
-from numflash.runtime.views import Operand
-
-_MAX_READY = 1024
-_ready: dict[tuple, Any] = {}
+from numflash.runtime.arrays import library_of
 
 
 def quantize_fp8(
@@ -45,9 +39,8 @@ def quantize_fp8(
 
     Returns:
         The codes, and scales of shape (batch, heads, n) with n = 1, seqlen / block rounded up, or
-        seqlen; (1, 1, 1) for "tensor". What a scale is of: the largest finite |x|, at least
-        2 ** -100, which becomes 256 in e4m3. Infinities become the largest code, a NaN
-        stays one.
+        seqlen; (1, 1, 1) for "tensor". A scale brings the largest finite |x|, at least
+        2 ** -100, to 256 in e4m3. Infinities become the largest code, a NaN stays a NaN.
 
     Raises:
         TypeError: an argument of a wrong type or dtype, or not on a CUDA device.
@@ -55,10 +48,17 @@ def quantize_fp8(
         UnsupportedError: head_dim above 256, an old GPU.
 
     The kernels are enqueued, not waited for: one pass over x, or two where more tokens share a
-    scale than a thread block can hold ("tensor", "head", blocks above 256). The same bits every
-    time, and those of `numflash.reference.quantize_fp8`.
+    scale than a thread block can hold ("tensor", "head", blocks above 256). Every call gives the
+    same bits, those of `numflash.reference.quantize_fp8`.
 
     Source: FlashAttention-3, arXiv 2407.08608, section 3.3.
+
+    Example:
+        >>> import numpy as np, numflash
+        >>> x = np.random.default_rng(0).standard_normal((1, 16, 1, 64)).astype("float16")
+        >>> x8 = numflash.quantize_fp8(x, "token", hadamard=True)
+        >>> x8.data.shape, x8.descale.shape
+        ((1, 16, 1, 64), (1, 1, 16))
     """
     recipe = Fp8Recipe(granularity, block, hadamard, seed)
     library = library_of(x, "x")
@@ -69,8 +69,8 @@ def quantize_fp8(
     def make() -> Quantization:
         return Quantization(library.view(x, "x"), layout, recipe, **options)
 
-    ready = _remembered(key, make)
-    data, descale = _run(ready, {"x": x}, {"x": operand}, stream)
+    ready = remembered(key, make)
+    data, descale = run(ready, {"x": x}, {"x": operand}, stream)
     tensor = ready.tensor
     return Fp8Array(
         data,
@@ -89,15 +89,22 @@ def dequantize_fp8(x: Fp8Array, dtype: str | None = None, stream=None):
 
     Args:
         x: as `quantize_fp8` returns it.
-        dtype: "float16", "bfloat16" or "float32"; None is that of what was quantised.
+        dtype: "float16", "bfloat16" or "float32"; None is that of the quantised array.
         stream: as for `quantize_fp8`.
 
     Returns:
-        A contiguous array with the shape and layout of what was quantised: code * descale, rotated
+        A contiguous array with the shape and layout of the quantised one: code * descale, rotated
         back, in float32 with the bits of `numflash.reference.dequantize_fp8`, rounded to `dtype`.
 
     Raises:
         TypeError, ValueError, UnsupportedError: as `quantize_fp8`.
+
+    Example:
+        >>> import numpy as np, numflash
+        >>> x = np.random.default_rng(0).standard_normal((1, 16, 1, 64)).astype("float16")
+        >>> x8 = numflash.quantize_fp8(x, "token")
+        >>> bool(abs(numflash.dequantize_fp8(x8) - x).max() < 0.07 * abs(x).max())
+        True
     """
     if not isinstance(x, Fp8Array):
         raise TypeError(f"x must be an Fp8Array, got {x!r} ({type(x).__name__})")
@@ -107,36 +114,7 @@ def dequantize_fp8(x: Fp8Array, dtype: str | None = None, stream=None):
     descale, descale_identity = library_of(x.descale, "x.descale").glance(x.descale)
     traits = x.recipe, tuple(x.shape), x.layout, x.format, x.transposed, dtype
     key = (Dequantization, data_identity, descale_identity, *traits)
-    ready = _remembered(key, lambda: Dequantization(x, dtype))
+    ready = remembered(key, lambda: Dequantization(x, dtype))
     arrays = {"x.data": x.data, "x.descale": x.descale}
-    (out,) = _run(ready, arrays, {"x.data": data, "x.descale": descale}, stream)
+    (out,) = run(ready, arrays, {"x.data": data, "x.descale": descale}, stream)
     return out
-
-
-def _remembered(key: tuple, make: Callable[[], Any]):
-    """What `make` makes, or made for an equal key."""
-    try:
-        ready = _ready.get(key)
-    except TypeError:
-        return make()  # an option cannot even be hashed: `make` finds what is wrong with it
-    if ready is None:
-        ready = make()
-        if len(_ready) >= _MAX_READY:
-            _ready.clear()
-        _ready[key] = ready
-    return ready
-
-
-def _run(ready, arrays: dict[str, Any], operands: dict[str, Operand], stream) -> list:
-    """Bind and launch: the arrays that `ready` makes, of the kind of the first of `arrays`."""
-    first = next(iter(arrays.values()))
-    library = library_of(first, next(iter(arrays)))
-
-    def work(stream: int) -> list:
-        *made, launches = ready.bind(*operands.values(), library)
-        for launch in launches.values():
-            launch(stream)
-        return [library.hand_back(x, first, stream) for x in made if x is not None]
-
-    address = None if stream is None else stream_address(stream)
-    return on_stream(work, address, ready.device, arrays, operands)

@@ -1,6 +1,6 @@
 """Arrays to 8-bit floats and back, made ready: checked, and kernels bound to all but addresses.
 
-A made-ready object holds what follows from shapes, strides and options; `bind` allocates for one
+A made-ready object holds the results of shapes, strides and options; `bind` allocates for one
 array and returns functions that launch. `api.quantize` has the public functions.
 """
 
@@ -25,24 +25,24 @@ from numflash.configs.fp8 import generation
 from numflash.kernels import arguments as records
 from numflash.kernels.arguments import Codes, Grouped, Signs, Sizes
 from numflash.problem.fp8 import TOKEN_STEP, Fp8Array, Fp8Recipe
+from numflash.problem.options import LAYOUTS, expect_one_of
 from numflash.problem.problem import (
-    LAYOUTS,
     Tensor,
     as_tensor,
     expect_contiguous_rows,
     expect_head_dim,
     expect_like,
+    num_blocks,
 )
 from numflash.runtime.arrays import ArrayLibrary, copy_rows, library_of
 from numflash.runtime.driver import limits_of_device
 from numflash.runtime.errors import UnsupportedError
-from numflash.runtime.views import ArrayView, Operand, contiguous_strides
+from numflash.runtime.views import ArrayView, Operand, fresh
 
 CODE_DTYPES = ("uint8", *(kind.dtype.name for kind in FORMATS.values()))
 """dtypes of arrays whose elements are codes."""
 # Token numbers are 32-bit in kernels.
 _MAX_SEQLEN = 2**30
-_MAX_BLOCKS = 2**31 - 1
 
 Launches = dict[str, Callable[[int], None]]
 """By name, in order: functions that launch on a stream."""
@@ -52,8 +52,8 @@ class Quantization:
     """A quantisation made ready: its kernels bound to everything but addresses.
 
     Attributes:
-        tensor: what is quantised.
-        device: where.
+        tensor: to be quantised.
+        device: of the array.
         data_shape, descale_shape: of codes and scales, see `Fp8Array`.
         statistics_shape: (batch, heads, blocks of tokens, 2): the sum of x ** 2 over the block,
             rotated, and of (x - descale * code) ** 2; None without statistics.
@@ -72,7 +72,7 @@ class Quantization:
         statistics: bool = False,
         name: str = "x",
     ):
-        """Check and compile.
+        """Check, and choose kernels.
 
         Args:
             view: of the array.
@@ -90,7 +90,7 @@ class Quantization:
             )
         if not isinstance(transposed, bool):
             raise TypeError(f"transposed must be True or False, got {transposed!r}")
-        _expect_format(format)
+        expect_one_of("format", format, FORMATS)
         self.tensor, self.is_copied = _tensor(view, layout, name)
         self.device, shape = view.device, self.tensor.shape
         batch, seqlen, heads, head_dim = shape
@@ -124,6 +124,13 @@ class Quantization:
         if 0 not in shape:
             stored = self.data_shape[3] if transposed else seqlen
             self._quantize = self._launcher(config, stored)
+
+    def build(self) -> None:
+        """Compile and load; `bind` does it where this was not done before."""
+        reductions = (launcher for launcher, _ in self._reductions.values())
+        for launcher in (self._measure, *reductions, self._quantize):
+            if launcher is not None:
+                launcher.build()
 
     def bind(self, operand: Operand, library: ArrayLibrary) -> tuple[Any, Any, Any, Launches]:
         """Allocate; (data, descale, statistics or None, functions that launch, in order)."""
@@ -159,7 +166,7 @@ class Quantization:
         return data, descale, statistics, launches
 
     def _prepare_maxima(self, config: QuantizeConfig, recipe: Fp8Recipe) -> None:
-        """The kernels that find what scales are of, where a block does not own all of it."""
+        """The kernels that find maxima where a block does not own all that share a scale."""
         batch, seqlen, heads, _ = self.tensor.shape
         blocks = -(-seqlen // config.block_tokens)
         _, descale_heads, scales = self.descale_shape
@@ -182,7 +189,7 @@ class Quantization:
     def _add_reduction(self, name: str, rows: int, per_row: int, per_group: int) -> None:
         groups = -(-per_row // per_group)
         if 0 in self.tensor.shape:
-            # Scales of nothing are defined, too.
+            # Scales of empty arrays are defined, too.
             groups, per_row = self.descale_shape[2] if name == "amax" else 0, 0
         if rows * groups:
             config = AmaxConfig(1 if per_group <= 64 else 8 if per_group <= 2048 else 32)
@@ -200,12 +207,12 @@ class Relayout:
     """Codes that are already there, to be filled up and transposed: made ready.
 
     Attributes:
-        device: where.
+        device: of the array.
         data_shape: of the codes, see `Fp8Array`.
     """
 
     def __init__(self, view: ArrayView, layout: str, *, transposed: bool, name: str = "x"):
-        """Check and compile.
+        """Check, and choose kernels.
 
         Args:
             view: of the codes, (batch, seqlen, heads, head_dim) of uint8 or an 8-bit float.
@@ -237,6 +244,11 @@ class Relayout:
                 config, traits, self.tensor, tokens, _arguments(self.tensor)
             )
 
+    def build(self) -> None:
+        """Compile and load; `bind` does it where this was not done before."""
+        if self._launcher is not None:
+            self._launcher.build()
+
     def bind(self, operand: Operand, library: ArrayLibrary) -> tuple[Any, Launches]:
         """Allocate; (codes laid out, functions that launch)."""
         if self.is_copied:
@@ -252,20 +264,17 @@ class Dequantization:
     """The way back from an `Fp8Array`, made ready.
 
     Attributes:
-        device: where.
+        device: of the array.
     """
 
     def __init__(self, x: Fp8Array, dtype: str):
-        """Check and compile. Raises as `dequantize_fp8`."""
-        if not isinstance(dtype, str):
-            raise TypeError(f"dtype must be a string, got {dtype!r}")
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-        _expect_format(x.format)
+        """Check, and choose the kernel. Raises as `dequantize_fp8`."""
+        expect_one_of("dtype", dtype, DTYPES)
+        expect_one_of("format", x.format, FORMATS)
         data = library_of(x.data, "x.data").view(x.data, "x.data")
         descale = library_of(x.descale, "x.descale").view(x.descale, "x.descale")
         self.device, self.dtype, self.shape = data.device, dtype, tuple(x.shape)
-        out = ArrayView(0, self.shape, contiguous_strides(self.shape), dtype, self.device)
+        out = fresh(self.shape, dtype, self.device)
         tensor, _ = _tensor(out, x.layout)
         batch, seqlen, heads, head_dim = tensor.shape
         expect_like("x.data", data, data_shape(tensor.shape, x.transposed), "uint8", self.device)
@@ -305,13 +314,10 @@ class Dequantization:
 
 def _tensor(view: ArrayView, layout: str, name: str = "x") -> tuple[Tensor, bool]:
     """The array with contiguous rows, and whether it must be copied for that."""
-    if not isinstance(layout, str):
-        raise TypeError(f"layout must be a string, got {layout!r} ({type(layout).__name__})")
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
+    expect_one_of("layout", layout, LAYOUTS)
     is_copied = not view.has_contiguous_rows
     if is_copied:
-        view = ArrayView(0, view.shape, contiguous_strides(view.shape), view.dtype, view.device)
+        view = fresh(view.shape, view.dtype, view.device)
     tensor = as_tensor(name, view, layout)
     expect_head_dim(f"head_dim of {name}", tensor.shape[3])
     if tensor.shape[1] >= _MAX_SEQLEN:
@@ -319,13 +325,6 @@ def _tensor(view: ArrayView, layout: str, name: str = "x") -> tuple[Tensor, bool
             f"seqlen of {name} must be below {_MAX_SEQLEN}, got {tensor.shape[1]}"
         )
     return tensor, is_copied
-
-
-def _expect_format(format: str) -> None:
-    if not isinstance(format, str):
-        raise TypeError(f"format must be a string, got {format!r}")
-    if format not in FORMATS:
-        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
 
 
 def data_shape(shape: tuple[int, ...], transposed: bool) -> tuple[int, ...]:
@@ -359,9 +358,7 @@ def _over_tokens(
 ) -> Launcher:
     """A kernel whose blocks own tokens of a head."""
     batch, _, heads, _ = tensor.shape
-    blocks = -(-tokens // config.block_rows) * heads * batch
-    if blocks > _MAX_BLOCKS:
-        raise UnsupportedError(f"x needs {blocks} thread blocks; a grid has at most {_MAX_BLOCKS}")
+    blocks = num_blocks("x", tokens, heads * batch, config.block_rows)
     return Launcher(config, traits, tensor.view.device, blocks, arguments)
 
 

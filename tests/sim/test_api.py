@@ -13,9 +13,9 @@ import numflash
 from numflash import reference
 from numflash.api import attention as api
 from numflash.api import plans
+from numflash.calls import backward, quantization, ready
 from numflash.calls import forward as calls
 from numflash.calls import fp8_forward as fp8_calls
-from numflash.calls import quantization, ready
 from numflash.configs import parse_config
 from numflash.configs.formats import NAN_CODE
 from numflash.runtime.arrays import _NumPy
@@ -55,7 +55,7 @@ def choose_small(family, traits, limits, rows=None, positive_scale=True, no_bulk
 @pytest.fixture(autouse=True)
 def small_tiles_and_poisoned_results(monkeypatch):
     """Small tiles; and NaN wherever a kernel leaves a result out."""
-    for module in (plans, calls, dispatch, selection):
+    for module in (plans, dispatch, selection):
         monkeypatch.setattr(module, "choose", choose_small)
     monkeypatch.setattr(ready, "_ready", {})
     empty = _NumPy.empty
@@ -412,7 +412,7 @@ def test_the_backward_runs_the_configs_that_are_asked_for(rng, monkeypatch):
         made.append(str(config))
         return launcher(config, *arguments)
 
-    monkeypatch.setattr(calls, "Launcher", noted)
+    monkeypatch.setattr(backward, "Launcher", noted)
     q, k, v = arrays(rng, dtype=np.float16)
     out, lse = numflash.attention(q, k, v, return_lse=True)
     exact = reference.attention_backward(out, q, k, v)
@@ -498,8 +498,8 @@ def test_what_is_explained_is_what_runs(rng, monkeypatch):
     assert plan.kernel == f"forward {choice.config} {choice.traits}"
     assert str(choice.config) == TENSOR_CORES["forward"]
     assert explanation.geometry.pack == H // HKV
-    for family, backward in explanation.backward.items():
-        assert str(backward.config) == TENSOR_CORES[family]
+    for family, choice in explanation.backward.items():
+        assert str(choice.config) == TENSOR_CORES[family]
 
 
 def fp8_arrays(rng):

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from numflash import reference
-from numflash.calls.forward import arguments_of
+from numflash.calls.arguments import arguments_of
 from numflash.calls.launch import SimulatedLaunch
 from numflash.configs import BackwardDkDvConfig, BackwardDqConfig, ForwardConfig, Traits
 from numflash.problem.problem import AttentionProblem, Tensor
@@ -335,9 +335,7 @@ class Problem:
             softmax_scale=32**-0.5,
             band_lo=shift - self.window[0],
             band_hi=shift + self.window[1],
-            bias_shift=shift,
-            softcap=0.0,
-            alibi_strides=None,
+            shift=shift,
         )
         out, lse = reference.attention(q, k, v, **options)
         dq, dk, dv = reference.attention_backward(do, q, k, v, **options)

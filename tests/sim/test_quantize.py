@@ -11,7 +11,7 @@ import pytest
 from numflash import reference
 from numflash.api import quantize as fp8_arrays
 from numflash.api.quantize import dequantize_fp8, quantize_fp8
-from numflash.calls import quantization
+from numflash.calls import quantization, remembered
 from numflash.calls.quantization import Quantization, Relayout
 from numflash.configs import QuantizeConfig
 from numflash.configs.formats import FORMATS
@@ -27,7 +27,7 @@ SEED = 5
 
 @dataclass(frozen=True)
 class Case:
-    """How an array is quantised; `form` is how it lies in memory, `values` what it holds."""
+    """An array and its quantisation; `form` is its layout in memory, `values` its numbers."""
 
     shape: tuple[int, ...]
     dtype: str = "float16"
@@ -126,7 +126,7 @@ CASES = [
 @pytest.fixture(autouse=True)
 def poisoned_results(monkeypatch):
     """0xff bytes wherever a kernel leaves a result out: NaN, and a NaN's code."""
-    monkeypatch.setattr(fp8_arrays, "_ready", {})
+    monkeypatch.setattr(remembered, "_ready", {})
     empty = _NumPy.empty
 
     def poisoned(self, shape, dtype, device):
@@ -253,7 +253,7 @@ def test_each_scale_of_more_tokens_than_a_block_owns_has_maxima_of_its_own(monke
 
 
 def bound(ready, *arrays):
-    """What a made-ready object gives for arrays, launched."""
+    """The results of a made-ready object for arrays, launched."""
     library = library_of(arrays[0], "x")
     *results, launches = ready.bind(*(library.operand(x) for x in arrays), library)
     for launch in launches.values():
@@ -376,9 +376,9 @@ def test_a_problem_is_made_ready_once(monkeypatch):
     quantize_fp8(x, transposed=True)
     quantize_fp8(x, format="e5m2")
     assert len(made) == 5
-    monkeypatch.setattr(fp8_arrays, "_MAX_READY", 2)
+    monkeypatch.setattr(remembered, "_MAX_READY", 2)
     quantize_fp8(x, block=64)
-    assert len(fp8_arrays._ready) == 1
+    assert len(remembered._ready) == 1
 
 
 X = np.zeros((1, 4, 1, 64), np.float16)

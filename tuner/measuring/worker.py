@@ -1,7 +1,7 @@
 """The child process that runs kernels: `python -m numflash_tuner.measuring.worker ORDINAL`.
 
-Requests come as lines of JSON on its standard input, replies leave on what was its standard
-output; whatever else is printed goes to standard error. `child.Child` is the other end. The child
+Requests come as lines of JSON on its standard input, replies leave on its former standard
+output; all other output goes to standard error. `child.Child` is the other end. The child
 ends when its input does, also in the middle of a kernel that hangs, and after a fault that leaves
 the device unusable.
 """
@@ -17,7 +17,6 @@ from typing import Any
 
 import numflash
 from numflash.api.check import check
-from numflash.configs import MmaConfig
 from numflash.machine_code.compiler import get_cubin
 from numflash.problem.classes import ProblemClass
 from numflash.runtime.driver import limits_of_device
@@ -27,7 +26,7 @@ from numflash.selection.rules import choose, force
 
 from . import representative
 from .gpu import Device, open_gpu
-from .launches import RefusedError, bind, forced, make_arrays
+from .launches import RefusedError, bind, forced, make_arrays, options_of
 from .representative import CHECK_SEQLENS, Call
 
 BROKEN = 3
@@ -52,7 +51,7 @@ class Worker:
         self._checks = 0
 
     def drop(self) -> dict:
-        """Forget what was prepared."""
+        """Forget all that was prepared."""
         self._launches.clear()
         return {}
 
@@ -100,14 +99,14 @@ class Worker:
             raise RefusedError("compile_failed", _line(error)) from error
 
     def _check(self, problem: ProblemClass, config: str) -> None:
-        """Compare with float64 on new numbers, so that what an earlier kernel left is wrong."""
+        """Compare with float64 on new numbers, so that results of an earlier kernel are wrong."""
         self._checks += 1
         call = representative.checked(problem, self.check_seqlens)
         arrays = make_arrays(self.device, problem.family, call, seed=10 * self._checks)
         dout = arrays.pop("dout", None)
-        options = {**call.options, "alibi_slopes": arrays.pop("alibi_slopes", None)}
-        configs = forced(problem.family, config, *(arrays[n] for n in "qkv"), options)
-        report = check(**arrays, dout=dout, config=configs, **options)
+        options, qkv = options_of(call, arrays), [arrays[name] for name in "qkv"]
+        configs = forced(problem.family, config, *qkv, options)
+        report = check(*qkv, dout=dout, config=configs, **options)
         if not report.passed:
             wrong = [
                 f"{e.name} is off by {e.error:.3g}, allowed are {e.budget:.3g}"
@@ -123,15 +122,15 @@ class Worker:
             self._launches.clear()
             self._inputs = (None, None, {})
             limits = limits_of_device(self.device.ordinal)
-            default = choose("forward", problem.traits, limits).config
-            rate = _TENSOR_RATE if isinstance(default, MmaConfig) else _PORTABLE_RATE
+            default = choose("forward", problem.traits, limits).implementation
+            rate = _TENSOR_RATE if default.has_tensor_cores else _PORTABLE_RATE
             num_sms = self.device.describe()["num_sms"]
             num_bytes = _MEMORY_SHARE * self.device.total_bytes()
             call = representative.fitting(problem, num_bytes, _CALL_SECONDS * rate * num_sms)
             arrays = make_arrays(self.device, problem.family, call, seed=1)
             if problem.family in representative.BACKWARD:
                 q, k, v = (arrays[name] for name in "qkv")
-                options = {**call.options, "alibi_slopes": arrays.get("alibi_slopes")}
+                options = options_of(call, arrays)
                 out, lse = numflash.attention(q, k, v, return_lse=True, **options)
                 arrays |= {"out": out, "lse": lse}
             self._inputs = (problem, call, arrays)
@@ -191,7 +190,7 @@ def serve(device: Device, channel: Channel | None = None, **settings) -> None:
     """Answer requests until the parent is gone.
 
     Args:
-        device: what to run on.
+        device: to run on.
         channel: to the parent; standard input and output by default.
         settings: of `Worker`.
     """

@@ -21,6 +21,7 @@ from numflash.tiles.blocks import (
     tiles_seen,
     tiles_seen_whole,
 )
+from numflash.tiles.features import make_args_of_head
 from numflash.tiles.portable.copies import make_load_tile, make_store_rows
 from numflash.tiles.portable.elements import ELEMENTS
 from numflash.tiles.portable.gradients import (
@@ -39,8 +40,7 @@ from numflash.tiles.portable.products import make_product_nn, make_product_nt
 from numflash.tiles.scores import (
     first_row_of_thread,
     make_mask_scores,
-    make_scale_scores,
-    make_slope_of,
+    make_scale_scores_backward,
 )
 
 
@@ -69,14 +69,16 @@ def make_backward_dkdv_kernel(config: BackwardDkDvConfig, traits: Traits) -> Ker
     multiply_v_do = make_product_nt(rows, columns, traits.head_dim_v, v_pitch, v_pitch)
     multiply_p_do = make_product_nn(rows, groups_v, tile_m, p_pitch, v_pitch)
     multiply_ds_q = make_product_nn(rows, groups, tile_m, p_pitch, k_pitch)
-    scale_scores = make_scale_scores(rows, columns, traits.softcap, traits.alibi)
+    scale_scores = make_scale_scores_backward(
+        rows, columns, traits.features, False, traits.bends_scores
+    )
     mask_scores = make_mask_scores(rows, columns)
-    softmax_backward = make_softmax_backward(rows, columns, traits.softcap, by_row=False)
+    softmax_backward = make_softmax_backward(rows, columns, traits.bends_scores, by_row=False)
     store_scores = make_store_scores(rows, columns, p_pitch)
     store_dk = make_store_rows(element, rows, groups, traits.vectorized)
     store_dv = make_store_rows(element, rows, groups_v, traits.vectorized)
-    storage, slope_of = element.storage, make_slope_of(traits.alibi)
-    n_cap_slopes = n_scores if traits.softcap else 1
+    storage, args_of_head = element.storage, make_args_of_head(traits.features)
+    n_slopes = n_scores if traits.bends_scores else 1
 
     def backward_dkdv(
         q: Tensor[storage],
@@ -93,7 +95,7 @@ def make_backward_dkdv_kernel(config: BackwardDkDvConfig, traits: Traits) -> Ker
         smem = cuda.shared.array(0, f32, alignment=16)
         s_acc = cuda.local.array(n_scores, f32)
         dp_acc = cuda.local.array(n_scores, f32)
-        cap_slopes = cuda.local.array(n_cap_slopes, f32)
+        slopes = cuda.local.array(n_slopes, f32)
         dk_acc = cuda.local.array(n_dk, f32)
         dv_acc = cuda.local.array(n_dv, f32)
         lses = cuda.local.array(columns, f32)
@@ -128,7 +130,7 @@ def make_backward_dkdv_kernel(config: BackwardDkDvConfig, traits: Traits) -> Ker
             q_base = first_of_rows(q, batch, head, sequence.first_q)
             do_base = first_of_rows(do, batch, head, sequence.first_q)
             first_query = first_of_statistics(batch, head, shape) + sequence.first_q
-            slope = slope_of(scores.alibi, batch, head)
+            args = args_of_head(scores.features, batch, head)
             for m_block in range(m_begin, m_end):
                 m_start = i32(m_block * tile_m)
                 i, j = m_start + column, n_start + row
@@ -143,12 +145,12 @@ def make_backward_dkdv_kernel(config: BackwardDkDvConfig, traits: Traits) -> Ker
                 # S^T = K Q^T, dP^T = V dO^T
                 multiply_k_q(s_acc, smem, k_mine, q_mine)
                 multiply_v_do(dp_acc, smem, v_mine, do_mine)
-                scale_scores(s_acc, cap_slopes, j, i, -scores.alibi.shift, scores, slope)
+                scale_scores(s_acc, slopes, j, i, scores, args)
                 if m_start < whole.first or m_start > whole.last:
                     mask_scores(s_acc, j, i, end, from_keys)
 
                 # dV += P^T dO, dK += dS^T Q; P and dS take turns in one tile
-                softmax_backward(s_acc, dp_acc, cap_slopes, lses, deltas, scores.softmax_scale)
+                softmax_backward(s_acc, dp_acc, slopes, lses, deltas, scores.softmax_scale)
                 store_scores(s_acc, smem, p_mine + column)
                 # P of all lanes must have arrived: a warp exchanges that of its own rows.
                 cuda.syncwarp()

@@ -20,6 +20,7 @@ from numflash.tiles.blocks import (
     tiles_seen,
     tiles_seen_whole,
 )
+from numflash.tiles.features import make_args_of_head
 from numflash.tiles.portable.copies import make_load_tile, make_store_rows
 from numflash.tiles.portable.elements import ELEMENTS
 from numflash.tiles.portable.gradients import (
@@ -38,8 +39,7 @@ from numflash.tiles.portable.products import make_product_nn, make_product_nt
 from numflash.tiles.scores import (
     first_row_of_thread,
     make_mask_scores,
-    make_scale_scores,
-    make_slope_of,
+    make_scale_scores_backward,
 )
 
 
@@ -67,13 +67,15 @@ def make_backward_dq_kernel(config: BackwardDqConfig, traits: Traits) -> Kernel:
     multiply_q_k = make_product_nt(rows, columns, traits.head_dim, k_pitch, k_pitch)
     multiply_do_v = make_product_nt(rows, columns, traits.head_dim_v, v_pitch, v_pitch)
     multiply_ds_k = make_product_nn(rows, groups, tile_n, ds_pitch, k_pitch)
-    scale_scores = make_scale_scores(rows, columns, traits.softcap, traits.alibi)
+    scale_scores = make_scale_scores_backward(
+        rows, columns, traits.features, True, traits.bends_scores
+    )
     mask_scores = make_mask_scores(rows, columns)
-    softmax_backward = make_softmax_backward(rows, columns, traits.softcap, by_row=True)
+    softmax_backward = make_softmax_backward(rows, columns, traits.bends_scores, by_row=True)
     store_scores = make_store_scores(rows, columns, ds_pitch)
     store_dq = make_store_rows(element, rows, groups, traits.vectorized)
-    storage, slope_of = element.storage, make_slope_of(traits.alibi)
-    n_cap_slopes = n_scores if traits.softcap else 1
+    storage, args_of_head = element.storage, make_args_of_head(traits.features)
+    n_slopes = n_scores if traits.bends_scores else 1
 
     def backward_dq(
         q: Tensor[storage],
@@ -89,7 +91,7 @@ def make_backward_dq_kernel(config: BackwardDqConfig, traits: Traits) -> Kernel:
         smem = cuda.shared.array(0, f32, alignment=16)
         s_acc = cuda.local.array(n_scores, f32)
         dp_acc = cuda.local.array(n_scores, f32)
-        cap_slopes = cuda.local.array(n_cap_slopes, f32)
+        slopes = cuda.local.array(n_slopes, f32)
         dq_acc = cuda.local.array(n_dq, f32)
         lses = cuda.local.array(rows, f32)
         deltas = cuda.local.array(rows, f32)
@@ -98,7 +100,7 @@ def make_backward_dq_kernel(config: BackwardDqConfig, traits: Traits) -> Kernel:
         sequence = sequence_of(shape, mask)
         k_base = first_of_rows(k, batch, head_kv, sequence.first_k)
         v_base = first_of_rows(v, batch, head_kv, sequence.first_k)
-        slope = slope_of(scores.alibi, batch, head)
+        args = args_of_head(scores.features, batch, head)
 
         # This thread's first row and columns, in the tiles.
         row = first_row_of_thread(rows_per_warp)
@@ -132,12 +134,12 @@ def make_backward_dq_kernel(config: BackwardDqConfig, traits: Traits) -> Kernel:
             multiply_q_k(s_acc, smem, q_mine, k_mine)
             multiply_do_v(dp_acc, smem, do_mine, v_mine)
             i, j = m_start + row, n_start + column
-            scale_scores(s_acc, cap_slopes, i, j, scores.alibi.shift, scores, slope)
+            scale_scores(s_acc, slopes, i, j, scores, args)
             if n_start < whole.first or n_start > whole.last:
                 mask_scores(s_acc, i, j, sequence.seqlen_k, sequence)
 
             # dS = P * (softmax_scale dP - delta), dQ += dS K
-            softmax_backward(s_acc, dp_acc, cap_slopes, lses, deltas, scores.softmax_scale)
+            softmax_backward(s_acc, dp_acc, slopes, lses, deltas, scores.softmax_scale)
             store_scores(dp_acc, smem, ds_mine + column)
             # dS of all lanes must have arrived: a warp exchanges that of its own rows.
             cuda.syncwarp()

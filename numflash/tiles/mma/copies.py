@@ -104,7 +104,7 @@ def make_copy_tile(
     @device_function
     def copy_tile(smem, tile, source, origin, first, end, num_columns):
         frag = cuda.local.array(4, u32)
-        # Copies are few and registers scarce in the loops they stand in: nothing is kept.
+        # Copies are few and registers scarce in the loops around them: nothing is kept.
         thread = mov_tid_x()
         my_row, my_chunk = thread // threads_per_row, thread % threads_per_row
         # Rows are 32-bit and offsets grow by a step: one addition and one comparison a chunk.

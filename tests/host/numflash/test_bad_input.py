@@ -1,4 +1,4 @@
-"""What is refused, with which error, and that the message names subject, value and rule.
+"""Bad input is refused with the right error, whose message names subject, value and rule.
 
 Every call here must fail before anything is compiled or launched. The arrays are NumPy's in the
 simulator and those of a fake GPU otherwise; the checks are the same.
@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 
 import numflash
-from numflash.calls import forward as calls
-from numflash.calls import ready
+from numflash.calls import backward, forward, ready
 from numflash.configs import BackwardDqConfig, ForwardConfig
 from numflash.runtime import arrays
 from numflash.runtime.mode import SIMULATED
@@ -47,10 +46,14 @@ class Machine:
             def __init__(self, config, *_):
                 machine.made.append(config)
 
+            def build(self):
+                pass
+
             def bind(self, operands):
                 return machine.launched.append
 
-        monkeypatch.setattr(calls, "Launcher", Launcher)
+        for module in (forward, backward):
+            monkeypatch.setattr(module, "Launcher", Launcher)
         monkeypatch.setattr(ready, "_ready", {})
 
     def array(self, spec: A):
@@ -771,7 +774,7 @@ def test_a_tensor_in_8_bits_that_requires_a_gradient_is_refused(machine):
 
 
 class HostTensor:
-    """What NumPy and numflash see of a PyTorch tensor on the CPU."""
+    """A PyTorch tensor on the CPU, as NumPy and numflash see it."""
 
     def __init__(self, array, requires_grad=False, problem=None):
         self.array, self.requires_grad, self.problem = array, requires_grad, problem

@@ -15,9 +15,15 @@ import pytest
 
 import numflash
 from numflash.calls import ready
+from numflash.calls.arguments import request_of
+from numflash.calls.forward import selection_of
 from numflash.configs import parse_config
-from numflash.machine_code.compiler import source_hash, versions
+from numflash.machine_code.compiler import versions
+from numflash.machine_code.sources import family_hash
 from numflash.problem.classes import ProblemClass
+from numflash.problem.options import AttentionOptions
+from numflash.runtime import driver
+from numflash.runtime.arrays import library_of
 from numflash.runtime.devices import architecture
 from numflash.runtime.mode import SIMULATED
 from numflash.selection import autotune, capture, store, tuned
@@ -55,7 +61,7 @@ def entry(problem=WANTED, config="sm80-m64n32w4s2", **changes):
         spread=None,
         origin="predicted",
         date="2026-11-21T00:00:00Z",
-        kernels=source_hash(),
+        kernels=family_hash(problem.family),
         compilers=versions(),
         default_config=config,
         default_ms=2.0,
@@ -145,7 +151,7 @@ def test_on_hopper_the_class_itself_may_have_another_kernel_if_it_can_run():
 
 @needs_simulator
 def test_a_tuned_config_for_hopper_is_not_for_what_bulk_copies_cannot_fetch(monkeypatch):
-    monkeypatch.setattr(selection, "limits_of_device", lambda device: architecture("sm_90a"))
+    monkeypatch.setattr(driver, "limits_of_device", lambda device: architecture("sm_90a"))
     monkeypatch.setattr(selection, "device_key", lambda device: ELSEWHERE)
     store.add(ELSEWHERE, [entry(config="sm90-m64n64w4s1")])
     whole = np.zeros((1, 512, 8, 64), np.float16)
@@ -271,7 +277,7 @@ def test_the_cache_is_read_once_for_all_sizes(monkeypatch):
 
 
 def test_the_packing_of_a_near_entry_is_no_hindrance():
-    alibi = replace(WANTED, traits=replace(WANTED.traits, alibi=True))
+    alibi = replace(WANTED, traits=replace(WANTED.traits, features=("alibi",)))
     store.add(HERE, [entry(config="sm80-m64n32w4s2x4-packed")])
     assert str(find(alibi).config) == "sm80-m64n32w4s2"
 
@@ -441,27 +447,24 @@ def test_a_new_class_is_tuned_once_on_first_use(autotuning):
         SIMULATED_DEVICE, [entry(config="sm80-m32n16w2s1", origin="measured")]
     )
     q, k, v = arrays()
-    choice, _ = selection.forward_choice(*_problem(q, k, v), None)
-    assert str(choice.config) == "sm80-m32n16w2s1"
-    selection.forward_choice(*_problem(q, k, v), None)
+    assert str(_select(q, k, v).forward.config) == "sm80-m32n16w2s1"
+    _select(q, k, v)
     # In the simulator the device is -1.
     assert autotuning.calls == [(WANTED, -1, 20.0)]
 
 
-def _problem(q, k, v):
-    from numflash.calls.forward import problem_of
-    from numflash.runtime.arrays import library_of
-
+def _select(q, k, v):
+    """What a call on these arrays selects."""
     views = {
         name: library_of(x, name).view(x, name) for name, x in zip("qkv", (q, k, v), strict=True)
     }
-    return problem_of(views, {})
+    return selection_of(request_of(views, AttentionOptions()), None)
 
 
 def test_a_class_that_was_measured_is_not_tuned_again(autotuning):
     store.add(SIMULATED_DEVICE, [entry(origin="measured")])
     if SIMULATED:
-        selection.forward_choice(*_problem(*arrays()), None)
+        _select(*arrays())
         assert autotuning.calls == []
 
 

@@ -16,9 +16,11 @@ import pytest
 
 pytest.importorskip("optuna")
 
-from numflash.calls.forward import problem_of
-from numflash.machine_code.compiler import source_hash, versions
+from numflash.calls.arguments import request_of
+from numflash.machine_code.compiler import versions
+from numflash.machine_code.sources import family_hash
 from numflash.problem.classes import ProblemClass
+from numflash.problem.options import AttentionOptions
 from numflash.runtime.arrays import library_of
 from numflash.runtime.mode import SIMULATED
 from numflash.selection import store
@@ -88,7 +90,7 @@ def entry(problem=CLASS, config="m64n32w4", **changes):
         "spread": None,
         "origin": "predicted",
         "date": "2026-11-21T00:00:00Z",
-        "kernels": source_hash(),
+        "kernels": family_hash(problem.split()[0]),
         "compilers": versions(),
         "default_config": config,
         "default_ms": 1.5,
@@ -532,11 +534,11 @@ def test_a_class_is_the_one_that_its_problems_are_of(argv, shape, options):
     views = {
         name: library_of(x, name).view(x, name) for name, x in zip("qkv", (q, k, k), strict=True)
     }
-    problem, traits, _ = problem_of(views, options)
+    request = request_of(views, AttentionOptions(**options))
     full = () if "--mask" in argv else ("--mask", "full")
     forward = ("--pass", "forward", "--dtype", "float16", "--head-dim", "64")
     asked = classes(*forward, *full, *argv)
-    assert str(ProblemClass.of("forward", problem, traits)) in asked
+    assert str(ProblemClass.of("forward", request.problem, request.traits)) in asked
 
 
 def test_tf32_is_for_float32_only(refused):
