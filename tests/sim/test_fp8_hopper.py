@@ -14,6 +14,7 @@ import numflash
 from numflash.calls import forward as calls
 from numflash.calls import ready
 from numflash.configs import parse_config
+from numflash.kernels.wgmma import fp8_forward
 from numflash.problem.fp8 import Fp8Recipe
 from numflash.runtime.driver import limits_of_device
 from numflash.runtime.errors import UnsupportedError

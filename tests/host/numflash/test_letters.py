@@ -85,6 +85,7 @@ PLAIN = {
     "BackwardDkDvConfig": "m64n64w4",
     "BackwardDqConfig": "m64n64w4",
     "DeltaConfig": "w4",
+    "HeadSumsConfig": "w4",
     "CombineConfig": "w4",
     "QuantizeConfig": "sm89-t128w8",
     "AmaxConfig": "w4",
