@@ -1,7 +1,7 @@
 """A kernel of your own in numflash's style: softmax of each row, one warp a row.
 
 With NUMBA_ENABLE_CUDASIM=1 this runs it on the CPU, lane by lane; without, it compiles it for an
-H100 and says what became of it, which needs no GPU either.
+H100 and prints registers, spills and size, which needs no GPU either.
 """
 
 import sys

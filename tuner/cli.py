@@ -2,7 +2,7 @@
 
 numflash-tune                                        this machine's GPU, common problems
 numflash-tune --device "NVIDIA A100" --offline       predict for a GPU that is not here
-numflash-tune --capture FILE -- python program.py    note what a program runs
+numflash-tune --capture FILE -- python program.py    note the problems of a program
 numflash-tune --from-capture FILE                    and tune that
 numflash-tune show | validate | export | merge | clear
 """
@@ -166,7 +166,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _about_unknown(arguments: list[str]) -> str:
-    """What to say of arguments that nobody knows: a word may be meant as a subcommand."""
+    """The message about unknown arguments: a word may be meant as a subcommand."""
     said = f"unrecognized arguments: {' '.join(arguments)}"
     words = [word for word in arguments if not word.startswith("-")]
     if not words:

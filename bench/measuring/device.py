@@ -47,7 +47,7 @@ class Device(Protocol):
         """Milliseconds of one call with a cold L2."""
 
     def synchronize(self) -> None:
-        """Wait for everything; raises what a kernel did wrong."""
+        """Wait for all work; raises the errors of kernels."""
 
     def peak_bytes(self, method: Method) -> int:
         """Device memory that a call takes at most, its results included."""

@@ -1,4 +1,4 @@
-"""numflash.explain_dispatch: which kernels a call runs, and why not the others."""
+"""`numflash.explain_dispatch`: the kernels that a call runs, and why not the others."""
 
 from dataclasses import dataclass, replace
 
@@ -33,7 +33,14 @@ class Explanation(Selection):
         delta: the kernel that runs before those of the backward; None on 8-bit floats.
         backward: the kernels of `attention_backward`, by family; none on 8-bit floats.
         in_16_bits: with precision="auto", the kernel for the heads that `forward` leaves out.
-        gpu: what was asked about, where it was a GPU that need not be here.
+        gpu: the GPU that was asked about, where it need not be here.
+
+    Example:
+        >>> import numpy as np, numflash
+        >>> x = np.empty((2, 4096, 16, 64), "float16")
+        >>> explanation = numflash.explain_dispatch(x, x, x, arch="sm_80")
+        >>> explanation.forward.family, sorted(explanation.backward)
+        ('forward', ['backward-dkdv', 'backward-dq'])
     """
 
     in_16_bits: Choice | None = None
@@ -78,6 +85,13 @@ def explain_dispatch(q, k, v, *, arch: str | None = None, **options) -> Explanat
         TypeError, ValueError, UnsupportedError: as `numflash.attention`; an arch that is none.
 
     Nothing is compiled or launched. On 8-bit floats there is no backward: `backward` is empty.
+
+    Example:
+        >>> import numpy as np, numflash
+        >>> x = np.empty((2, 4096, 16, 64), "float16")
+        >>> print(numflash.explain_dispatch(x, x, x, arch="NVIDIA H200"))  # doctest: +ELLIPSIS
+        on NVIDIA H200...
+        forward: sm90-...
     """
     gpu = None if arch is None else find(arch)
     descales = tuple(options.pop(f"{name}_descale", None) for name in "qkv")

@@ -161,7 +161,7 @@ def _traits(args: argparse.Namespace) -> Traits:
 
 
 def _config(args: argparse.Namespace, traits: Traits, limits: Architecture) -> Config | None:
-    """The config that is asked for by name or by what it is to do; None if by neither.
+    """The config that is asked for by name or by its task; None if by neither.
 
     Raises:
         ValueError, UnsupportedError: there is none.

@@ -33,11 +33,18 @@ class Plan:
     Attributes:
         out: the result, as `attention` returns it.
         lse: the log-sum-exp, as `attention` returns it.
-        kernel: which kernel runs: family, config and what it was compiled for.
-        decision: with precision="auto" a `PrecisionDecision`, made anew by each launch.
+        kernel: that runs: its family, its config and the traits it was compiled for.
+        decision: with precision="auto" a `PrecisionDecision`, made again by each launch.
 
-    Where q is of a library that is seen through CuPy, each launch hands the same memory back anew,
-    so that this library's work comes after the launch: take the results from the plan then.
+    Where CuPy sees q for another library, each launch hands the same memory back again, so that
+    this library's work comes after the launch: take the results from the plan after each launch.
+
+    Example:
+        >>> import numpy as np, numflash
+        >>> q, k, v = np.random.default_rng(0).standard_normal((3, 1, 32, 2, 16)).astype("float16")
+        >>> plan = numflash.plan(q, k, v)
+        >>> plan.launch() is plan.out, plan.lse.shape
+        (True, (1, 2, 32))
     """
 
     def __init__(self, bound: BoundForward):
@@ -64,11 +71,19 @@ def plan(
     Args:
         q, k, v, out, stream, q_descale, k_descale, v_descale: as for `attention`. Changing the
             arrays' contents is what plans are for; they must have a contiguous last axis, because
-            a copy would not see the change. With precision="fp8" each launch quantises anew.
+            a copy would not see the change. With precision="fp8" each launch quantises again.
         options: the other options of `attention`, without return_lse.
 
     Raises:
         TypeError, ValueError, UnsupportedError: as `attention`.
+
+    Example:
+        >>> import numpy as np, numflash
+        >>> q, k, v = np.random.default_rng(0).standard_normal((3, 1, 32, 2, 16)).astype("float16")
+        >>> plan = numflash.plan(q, k, v)
+        >>> v[:] = 1  # the plan reads the arrays where they are
+        >>> bool(np.allclose(plan.launch(), 1, atol=1e-3))
+        True
     """
     options = AttentionOptions.of("plan", options, ("out", "stream"))
     for name, array in (("q", q), ("k", k), ("v", v)):
@@ -109,6 +124,10 @@ def warmup(
         TypeError: a head_dim that is not an integer, an fp8 that is no `Fp8Recipe`.
         ValueError: a dtype that does not exist or does not go with precision, a head_dim below 1.
         UnsupportedError: a head_dim above 256, no GPU, or no compiler; a backward on 8-bit floats.
+
+    Example:
+        >>> import numflash
+        >>> numflash.warmup("bfloat16", head_dim=128, backward=True)
     """
     asked = {"softcap": softcap, "alibi": alibi, "sinks": sinks}
     features = tuple(name for name, is_asked in asked.items() if is_asked)
@@ -145,11 +164,11 @@ def warmup(
         families.append("head-sums")
     for family in families:
         rows = seqlen_k if family == "backward-dkdv" else seqlen_q
-        # Of contiguous arrays rows that are not aligned cannot be fetched by bulk copies.
+        # Bulk copies cannot fetch contiguous arrays whose rows are not aligned.
         no_bulk_copies = None if traits.vectorized else "rows are not aligned to 16 bytes"
         choices = [choose(family, traits, limits, rows, no_bulk_copies=no_bulk_copies)]
         if tuned.enabled():
-            # Which of them a call takes depends on sizes that are not known yet.
+            # The sizes that decide which of them a call takes are not known yet.
             choices += tuned.choices(family, traits, device_key(device), limits)
         for choice in choices:
             load(get_cubin(choice.config, choice.traits, limits), device)
@@ -165,7 +184,7 @@ def warmup(
 
 
 def _warm_up_fp8(dtype, q_size, v_size, features: tuple, device: int, options) -> None:
-    """Make calls ready that are nothing but shapes."""
+    """Make calls ready from shapes alone, without arrays."""
     kind = AutoForward if options.precision == "auto" else Fp8Forward
     sizes = {"q": q_size, "k": (v_size[0], q_size[1]), "v": v_size}
     # One head may be split over its keys, many are not.

@@ -26,7 +26,7 @@ class Backward:
     """A backward problem with its kernels bound to everything but addresses.
 
     Attributes:
-        device: where.
+        device: of the arrays.
     """
 
     def __init__(self, views: dict[str, ArrayView], options: AttentionOptions):

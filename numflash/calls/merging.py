@@ -26,7 +26,7 @@ class Merge:
     """A merge made ready: its kernel bound to everything but addresses.
 
     Attributes:
-        device: where.
+        device: of the kernel.
     """
 
     def __init__(

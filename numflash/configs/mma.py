@@ -15,7 +15,7 @@ from numflash.configs.traits import Asked, Traits
 from numflash.runtime.devices import Architecture, blocks_per_sm
 
 GENERATIONS = ("sm75", "sm80")
-"""sm75 has half-size products of float16 only, and copies that pass by registers."""
+"""sm75 has half-size products of float16 only, and copies that go through registers."""
 MAX_STAGES = 3
 _ROW_STEP, _COLUMN_STEP = 16, 16
 _WORD_BYTES = 4
@@ -26,7 +26,7 @@ class MmaConfig(Lettered):
     """Common to the kernels for tensor cores.
 
     Attributes:
-        generation: which instructions: "sm75" or "sm80".
+        generation: of instructions: "sm75" or "sm80".
         tile_m: rows of Q in a tile.
         tile_n: rows of K and V in a tile.
         num_warps: per block; they share the rows of the result.
@@ -157,7 +157,7 @@ class MmaConfig(Lettered):
         raise NotImplementedError
 
     def smem_offsets(self, traits: Traits) -> dict[str, int]:
-        """Where each tile begins, in words."""
+        """The word at which each tile begins."""
         offsets, end = {}, 0
         for name, words in self.tiles(traits).items():
             offsets[name] = end
@@ -384,7 +384,7 @@ _PREFERENCES = {
 }
 _PREFERENCES["reduce-dq"] = _PREFERENCES["backward"]
 WARPS_PER_SM = (8, 4, 1)
-"""How many warps should fit on an SM at once: the most wanted first."""
+"""Warps that should fit on an SM at once, the best number first."""
 
 _MAX_REGISTERS = 255
 # Elements of one output a thread: the compiler does not unroll longer loops over them. Half of it

@@ -15,7 +15,7 @@ FLOAT_BYTES = 4
 
 
 class SmemLayout:
-    """Where the float32 tiles of a block lie in its shared memory.
+    """The places of a block's float32 tiles in its shared memory.
 
     A pitch is the distance between rows, in floats. Rows of `head_dim` floats are padded by 4;
     rows of scores, a multiple of 8, to an odd multiple of 8. This spreads the lanes of

@@ -1,4 +1,4 @@
-"""Traits: what a kernel is compiled for, fixed by the problem."""
+"""Traits: the properties that a kernel is compiled for, fixed by the problem."""
 
 import re
 from dataclasses import dataclass
@@ -26,13 +26,13 @@ def padded_fp8_head_dim(head_dim: int) -> int:
 
 @dataclass(frozen=True)
 class Asked:
-    """What a problem asks of a kernel besides its traits.
+    """Properties of a problem that kernels are chosen by, besides its traits.
 
     Attributes:
         rows: of the output per head; tiles of twice as many and more would mostly idle.
         positive_scale: whether softmax_scale is above 0.
-        no_bulk_copies: why bulk copies cannot fetch and store what the problem is about, or its
-            rows do not fit warpgroups; None if they can.
+        no_bulk_copies: why bulk copies cannot fetch and store the problem's tensors, or its rows
+            do not fit warpgroups; None if they can.
     """
 
     rows: int = 2**30
@@ -42,7 +42,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Traits:
-    """What a kernel is compiled for.
+    """Properties of a problem that a kernel is compiled for.
 
     Attributes:
         dtype: "float16", "bfloat16" or "float32".
@@ -53,7 +53,7 @@ class Traits:
         fp8: q, k and v are e4m3 codes, with head dims padded to a multiple of 64; dtype is that
             of the result.
         key_scales: with fp8, scales of K and V may differ within a tile.
-        selected: only some heads are computed, those that a table on the device names.
+        selected: only the heads that a table on the device names are computed.
     """
 
     dtype: str

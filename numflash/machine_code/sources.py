@@ -1,6 +1,6 @@
 """The source files that decide a kernel's machine code.
 
-They are the module that makes the kernel, what that imports, and the compiler's own.
+They are the module that makes the kernel, its imports, and the compiler's own.
 Imports are read from the text, so that nothing is imported to find a cubin. A name that a package
 only passes on, as in `from numflash.ptx import f32`, leads to the module that defines it: a change
 to one kernel, or to an instruction, makes the machine code of others no older.
@@ -15,7 +15,7 @@ from numflash.configs import Config
 from numflash.kernels.factories import module_of, modules_of
 
 _PACKAGE = Path(__file__).parents[1]
-# The rooms whose code becomes machine code; what lies below them only tells or simulates.
+# The rooms whose code becomes machine code; rooms below only describe or simulate.
 _ROOMS = ("configs", "kernels", "ptx", "tiles")
 # Text, because a parser takes a tenth of a second for all of them.
 _IMPORT = re.compile(r"^ *from (numflash[.\w]*) import (\([^)]*\)|.*)$", re.MULTILINE)

@@ -29,13 +29,21 @@ def attention(q, k, v, **options) -> tuple[np.ndarray, np.ndarray]:
         q: (batch, seqlen_q, num_heads_q, head_dim).
         k: (batch, seqlen_k, num_heads_kv, head_dim).
         v: (batch, seqlen_k, num_heads_kv, head_dim_v).
-        options: as for `numflash.attention`: softmax_scale, causal, causal_align, window_size,
-            softcap, alibi_slopes, layout.
+        options: as for `numflash.attention`: softmax_scale, causal, causal_align, shift,
+            window_size, softcap, alibi_slopes, sinks, layout.
 
     Returns:
         out: (batch, seqlen_q, num_heads_q, head_dim_v), in the layout of q.
         lse: (batch, num_heads_q, seqlen_q), without the axes that q does not have: natural
             log-sum-exp of the scores. A query that sees no key has out 0 and lse -inf.
+
+    Example:
+        >>> import numpy as np
+        >>> from numflash import reference
+        >>> q, k, v = np.random.default_rng(0).standard_normal((3, 1, 32, 2, 16))
+        >>> out, lse = reference.attention(q, k, v, causal=True)
+        >>> bool(np.allclose(out[:, 0], v[:, 0]))  # the first query sees the first key only
+        True
     """
     return naive(q, k, v, precision="float64", **options)
 
@@ -50,6 +58,14 @@ def attention_backward(dout, q, k, v, **options):
     Returns:
         dq, dk, dv, shaped like q, k and v; and the gradients of options that have one, as
         `numflash.attention_backward` returns them.
+
+    Example:
+        >>> import numpy as np
+        >>> from numflash import reference
+        >>> q, k, v = np.random.default_rng(0).standard_normal((3, 1, 32, 2, 16))
+        >>> dq, dk, dv = reference.attention_backward(np.ones_like(q), q, k, v)
+        >>> bool(np.allclose(dv.sum(1), 32))  # each query's weights sum to 1
+        True
     """
     return naive_backward(dout, q, k, v, precision="float64", **options)
 
@@ -58,6 +74,15 @@ def naive(q, k, v, *, precision: str, **options) -> tuple[np.ndarray, np.ndarray
     """`attention` computed step by step in `precision`, every intermediate rounded to it.
 
     "tf32" rounds the operands of each product, and keeps everything else in float32.
+
+    Example:
+        >>> import numpy as np
+        >>> from numflash import reference
+        >>> q, k, v = np.random.default_rng(0).standard_normal((3, 1, 32, 2, 16))
+        >>> exact, _ = reference.attention(q, k, v)
+        >>> rounded, _ = reference.naive(q, k, v, precision="float16")
+        >>> bool(0 < abs(rounded - exact).max() < 0.01)
+        True
     """
     dtype, matmul = _PRECISIONS[precision], _multiplication(precision)
     bhsd = options.get("layout", "bshd") == "bhsd"
@@ -71,6 +96,14 @@ def naive_backward(dout, q, k, v, *, precision: str, **options):
     """`attention_backward` computed step by step in `precision`.
 
     As `numflash.attention_backward` does, it starts from lse, in no less than float32.
+
+    Example:
+        >>> import numpy as np
+        >>> from numflash import reference
+        >>> q, k, v = np.random.default_rng(0).standard_normal((3, 1, 32, 2, 16))
+        >>> dq, dk, dv = reference.naive_backward(q, q, k, v, precision="bfloat16")
+        >>> dq.shape == q.shape
+        True
     """
     dtype, matmul = _PRECISIONS[precision], _multiplication(precision)
     bhsd = options.get("layout", "bshd") == "bhsd"
@@ -94,7 +127,7 @@ def naive_backward(dout, q, k, v, *, precision: str, **options):
 
 
 def magnitudes(q, k, v, dout=None, **options) -> dict[str, np.ndarray]:
-    """What the sums behind each result come to without their signs, in float64.
+    """The sums behind each result, taken without signs, in float64.
 
     Rounding is relative to these, not to the results, in which much may cancel: a query that sees
     one key has dS = P * (dP - delta) = 0.
@@ -105,6 +138,15 @@ def magnitudes(q, k, v, dout=None, **options) -> dict[str, np.ndarray]:
     Returns:
         "out" and "lse", with dout also "dq", "dk" and "dv": shaped like the results with
         (batch, heads, seqlen, ...), whatever the layout.
+
+    Example:
+        >>> import numpy as np
+        >>> from numflash import reference
+        >>> q, k, v = np.random.default_rng(0).standard_normal((3, 1, 32, 2, 16))
+        >>> out, _ = reference.attention(q, k, v)
+        >>> found = reference.magnitudes(q, k, v)
+        >>> bool((found["out"] >= abs(out.transpose(0, 2, 1, 3)) - 1e-12).all())
+        True
     """
     bhsd = options.get("layout", "bshd") == "bhsd"
     q, k, v = (heads_first(x, bhsd).astype(np.float64) for x in (q, k, v))
@@ -147,9 +189,16 @@ def visible(
     causal: bool = False,
     causal_align: str = "bottom_right",
     window_size=(-1, -1),
+    shift: int = 0,
 ) -> np.ndarray:
-    """Which keys (columns) each query (row) sees: a boolean (seqlen_q, seqlen_k) array."""
-    i = np.arange(seqlen_q)[:, None] + _alignment(seqlen_q, seqlen_k, causal_align)
+    """A boolean (seqlen_q, seqlen_k) array of the keys (columns) that each query (row) sees.
+
+    Example:
+        >>> from numflash import reference
+        >>> reference.visible(2, 3, causal=True).astype(int).tolist()
+        [[1, 1, 0], [1, 1, 1]]
+    """
+    i = np.arange(seqlen_q)[:, None] + _alignment(seqlen_q, seqlen_k, causal_align, shift)
     j = np.arange(seqlen_k)[None, :]
     left, right = window_size
     seen = np.ones((seqlen_q, seqlen_k), bool)
@@ -201,13 +250,13 @@ def scores(q, k, dtype, matmul, options):
     """
     _, num_heads, seqlen_q, head_dim = q.shape
     seqlen_k, group = k.shape[2], num_heads // k.shape[1]
-    causal_align = options.get("causal_align", "bottom_right")
+    align = options.get("causal_align", "bottom_right"), options.get("shift", 0)
     scale = options.get("softmax_scale")
     scale = dtype.type(head_dim**-0.5 if scale is None else scale)
 
     s = matmul(q.astype(dtype), repeat(k.astype(dtype), group).swapaxes(-1, -2), dtype) * scale
     slope = np.ones((), dtype)
-    i = np.arange(seqlen_q)[:, None] + _alignment(seqlen_q, seqlen_k, causal_align)
+    i = np.arange(seqlen_q)[:, None] + _alignment(seqlen_q, seqlen_k, *align)
     for row in FEATURES:
         value = options.get(row.option, row.default)
         if row.hook == "score" and row.is_asked(value):
@@ -217,15 +266,16 @@ def scores(q, k, dtype, matmul, options):
         seqlen_q,
         seqlen_k,
         options.get("causal", False),
-        causal_align,
+        align[0],
         options.get("window_size", (-1, -1)),
+        shift=align[1],
     )
     return np.where(seen, s, dtype.type(-np.inf)), slope, scale
 
 
-def _alignment(seqlen_q: int, seqlen_k: int, causal_align: str) -> int:
-    """What is added to a query's index to get the key it stands at."""
-    return seqlen_k - seqlen_q if causal_align == "bottom_right" else 0
+def _alignment(seqlen_q: int, seqlen_k: int, causal_align: str, shift: int) -> int:
+    """The offset from a query's index to the key at its position."""
+    return shift + (seqlen_k - seqlen_q if causal_align == "bottom_right" else 0)
 
 
 def _sums(dtype):
@@ -281,7 +331,7 @@ def heads_first(x, bhsd: bool) -> np.ndarray:
 
 
 def heads_back(x, bhsd: bool, ndim: int) -> np.ndarray:
-    """The inverse of `_heads_first`."""
+    """The inverse of `heads_first`."""
     if ndim == 2:
         return x[0, 0]
     x = x if bhsd else x.swapaxes(1, 2)

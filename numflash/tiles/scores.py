@@ -1,4 +1,4 @@
-"""From raw products to attention scores: scale, features, and which keys a query may see.
+"""From raw products to attention scores: scale, features, and the keys that a query sees.
 
 Masks are bands: query i sees the keys j with band_lo <= j - i <= band_hi, and j < seqlen_k.
 Causal attention and sliding windows are bands; without either, the band is everything.

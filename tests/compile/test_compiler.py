@@ -39,7 +39,7 @@ from numflash.runtime.views import Pointer
 
 CONFIG, TRAITS, LIMITS = DeltaConfig(8), Traits("float16", 64, 64), ARCHITECTURES["sm_80"]
 ELF = b"\x7fELF"
-# What a cubin's header says in numbers.
+# The numbers in a cubin's header.
 NUMBERS = (
     *("num_threads", "smem_bytes", "registers", "min_blocks"),
     *("spill_store_bytes", "spill_load_bytes", "stack_bytes"),
@@ -400,7 +400,7 @@ def numbas_switches():
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    """What a process makes whose environment says nothing of Numba."""
+    """The output of a process whose environment says nothing of Numba."""
     return finish(start(CHILD, tmp_path_factory.mktemp("plain")))
 
 
@@ -559,7 +559,7 @@ def make_exponentials():
 
 
 def numbas_own():
-    """What `without_repeated_work` replaces."""
+    """The functions that `without_repeated_work` replaces."""
     from numba import types
     from numba.cuda.core.postproc import PostProcessor
 

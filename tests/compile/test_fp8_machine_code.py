@@ -135,7 +135,7 @@ def test_products_of_wgmma_are_as_many_as_there_must_be(case):
 
 
 def products(config: str, arch: str) -> dict[str, int]:
-    """How many instructions a kernel with head_dim 64 has."""
+    """The number of each instruction in a kernel with head_dim 64."""
     traits = Traits("float16", 64, 64, fp8=True)
     cubin = get_cubin(Fp8ForwardConfig.parse(config), traits, architecture(arch))
     return count_instructions(disassemble(cubin.code))

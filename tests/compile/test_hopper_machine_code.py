@@ -88,7 +88,7 @@ def _expect_registers(config: Sm90ForwardConfig, at_entry: int, later: dict[str,
     blocks = config.min_blocks_per_sm
     allowed = REGISTERS // blocks // config.num_threads // 8 * 8
     if config.fixed:
-        # What is not handed on is not asked for: as many as are named.
+        # Registers that are not handed on are not asked for: as many as are named.
         assert at_entry <= 255 and (later, config.registers) == ({}, (allowed, allowed))
         return
     assert at_entry == min(allowed, 255)

@@ -125,7 +125,7 @@ def generation(config: str) -> str:
 
 
 def work(kernel) -> str:
-    """What a warp of a kernel or case does: all of a config but its generation and warps."""
+    """The work of a warp of a kernel or case: all of a config but its generation and warps."""
     config = parse_config(kernel.family, kernel.config)
     if not isinstance(config, MmaConfig):
         return kernel.config
@@ -212,7 +212,7 @@ def cases_of_family(family: str, kernels: list[Shipped]) -> list[Case]:
     capped_work = {work(case) for case in cases}
     for kernel in scarcest(k for k in of_family if k.arch == "sm_75")[-TURING_CASES:]:
         add(kernel)
-    # What keeps dK and dV together spills before what keeps as many accumulators of one.
+    # A kernel that keeps dK and dV spills before one that keeps as many accumulators of one.
     together = [k for k in of_family if k.arch == "sm_75" and not k.config.endswith("-apart")]
     add(scarcest(together)[-1])
     for kernel in scarcest(k for k in of_family if k.traits.tf32)[-TF32_CASES:]:
@@ -225,7 +225,7 @@ def cases_of_family(family: str, kernels: list[Shipped]) -> list[Case]:
     for i, found in enumerate(rest, 2):
         of_kind = [k for k in found if kind_of(k.traits) == i % len(KINDS)]
         add(max(of_kind or found, key=lambda k: (k.scarcity, -uses[k.arch])))
-    # What only Turing or tf32 has, if anything.
+    # Cases that only Turing or tf32 has, if any.
     done = {work(case) for case in cases}
     for kernel in of_family:
         if work(kernel) not in done:

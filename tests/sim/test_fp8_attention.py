@@ -158,7 +158,7 @@ def make_call(
 
 
 def upload_view(x, upload: Callable):
-    """What is on the host stays as it lies there; elsewhere it is copied."""
+    """A host array stays as it lies; elsewhere it is copied."""
     return x if upload is np.ascontiguousarray else upload(np.ascontiguousarray(x))
 
 

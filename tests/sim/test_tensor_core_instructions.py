@@ -19,7 +19,7 @@ from tests.support.tensor_core_cases import E4M3_SUM_BITS, TENSOR_CORE_CASES
 LOADS = {"ldmatrix_x4": ldmatrix_x4, "ldmatrix_x4_trans": ldmatrix_x4_trans}
 
 
-# Where PTX ISA has element i of a fragment: (groupID, threadID_in_group, i) -> row and column.
+# PTX ISA's place of element i of a fragment: (groupID, threadID_in_group, i) -> row and column.
 
 
 def d_place(group, thread, i):

@@ -1,4 +1,4 @@
-"""What a warp does together: syncwarp, shuffles, votes, matches, collective instructions."""
+"""Operations of a whole warp: syncwarp, shuffles, votes, matches, collective instructions."""
 
 import inspect
 

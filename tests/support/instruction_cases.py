@@ -118,7 +118,7 @@ def _to_round() -> np.ndarray:
 
 
 def _to_round_in_pairs() -> tuple[np.ndarray, np.ndarray]:
-    """What lies between float16 values, each with another number beside it."""
+    """Numbers between float16 values, each with another number beside it."""
     x = _to_round()[65536:]
     return x, np.roll(x, 1001)
 

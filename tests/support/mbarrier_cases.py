@@ -69,7 +69,7 @@ def _arrive_expecting_nothing():
 
 
 def _elect(x: Pointer(u32), y: Pointer(u32)):
-    """How many lanes of each warp were elected, twice; which lane it is, nobody promises."""
+    """The number of elected lanes of each warp, twice; no manual says which lane it is."""
     votes = cuda.shared.array(_VOTES, u32)
     t = cuda.threadIdx.x
     votes[t] = elect_sync() * x[t]

@@ -16,7 +16,7 @@ from .gpu import Device
 from .representative import Call
 
 _AFTER = {"forward": "combine", "backward": "reduce-dq"}
-"""What puts the parts together that a family's kernel may write: timed with it."""
+"""The kernel that joins the parts that a family's kernel may write, and is timed with it."""
 
 
 class RefusedError(Exception):
@@ -49,7 +49,7 @@ def options_of(call: Call, arrays: dict[str, Any]) -> dict[str, Any]:
 
 
 def bind(family: str, config: str, call: Call, arrays: dict[str, Any]) -> Callable[[], Any]:
-    """A function that launches a family's kernel on these arrays, what it needs having run.
+    """A function that launches a family's kernel on these arrays, after the kernels it needs.
 
     A forward that splits the keys, and a backward that splits dQ, includes the kernel that puts
     the parts together.
@@ -72,7 +72,7 @@ def bind(family: str, config: str, call: Call, arrays: dict[str, Any]) -> Callab
 
 
 def forced(family: str, config: str, q, k, v, options: dict) -> dict[str, Any]:
-    """The configs that have a call run this one: what combines needs a forward in parts.
+    """The configs that have a call run this one: `combine` needs a forward that splits the keys.
 
     Raises:
         RefusedError: no forward of this call splits its keys.

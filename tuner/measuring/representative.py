@@ -1,4 +1,4 @@
-"""Which attention call stands for a problem class: the one that is timed, and the one checked."""
+"""The attention calls that stand for a problem class: the timed one, and the checked one."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -66,7 +66,7 @@ class Call:
         return 2 * (q_and_out + k_and_v) * element + 3 * 4 * rows_q
 
     def multiply_adds(self, window: int | None) -> int:
-        """Of a forward whose queries each see all keys, or a window of them."""
+        """Multiply-adds of a forward whose queries each see all keys, or a window of them."""
         keys = self.seqlen_k if window is None else min(self.seqlen_k, window)
         return self.batch * self.num_heads_q * self.seqlen_q * keys * self.head_dims
 

@@ -1,7 +1,7 @@
 """The child process that runs kernels: `python -m numflash_tuner.measuring.worker ORDINAL`.
 
-Requests come as lines of JSON on its standard input, replies leave on what was its standard
-output; whatever else is printed goes to standard error. `child.Child` is the other end. The child
+Requests come as lines of JSON on its standard input, replies leave on its former standard
+output; all other output goes to standard error. `child.Child` is the other end. The child
 ends when its input does, also in the middle of a kernel that hangs, and after a fault that leaves
 the device unusable.
 """
@@ -51,7 +51,7 @@ class Worker:
         self._checks = 0
 
     def drop(self) -> dict:
-        """Forget what was prepared."""
+        """Forget all that was prepared."""
         self._launches.clear()
         return {}
 
@@ -99,7 +99,7 @@ class Worker:
             raise RefusedError("compile_failed", _line(error)) from error
 
     def _check(self, problem: ProblemClass, config: str) -> None:
-        """Compare with float64 on new numbers, so that what an earlier kernel left is wrong."""
+        """Compare with float64 on new numbers, so that results of an earlier kernel are wrong."""
         self._checks += 1
         call = representative.checked(problem, self.check_seqlens)
         arrays = make_arrays(self.device, problem.family, call, seed=10 * self._checks)
@@ -190,7 +190,7 @@ def serve(device: Device, channel: Channel | None = None, **settings) -> None:
     """Answer requests until the parent is gone.
 
     Args:
-        device: what to run on.
+        device: to run on.
         channel: to the parent; standard input and output by default.
         settings: of `Worker`.
     """

@@ -1,4 +1,4 @@
-"""A run of the tuner: problem classes on one device, one after the other, and what it remembers.
+"""A run of the tuner: problem classes on one device, one after the other, and their winners.
 
 Each class has its search and its study. What wins goes to the config cache at once, so that a run
 that is stopped keeps what it has found.
@@ -115,7 +115,7 @@ class Session:
         return spaces
 
     def plan(self, spaces: Sequence[Space]) -> Plan:
-        """What tuning these spaces takes; some defaults are compiled for it unless time is short.
+        """Plan the tuning of these spaces; compiles some defaults for it unless time is short.
 
         Raises:
             StorageError: the studies cannot be read.
@@ -135,7 +135,7 @@ class Session:
         return Plan(self.device.name, sizes, done, time_ms, jobs, seconds, is_measured)
 
     def tune(self, space: Space, classes_left: int, title: str, quiet: bool = False) -> Result:
-        """Search a space, and remember what won.
+        """Search a space, and remember the winner.
 
         Args:
             space: of the class to tune.
@@ -229,7 +229,7 @@ class Session:
         return open_study(self.options.storage, self._study_name(space), sampler)
 
     def _study_name(self, space: Space) -> str:
-        """What trials of one study have in common, so that they can be compared."""
+        """The name of a study: all that its trials share, so that they can be compared."""
         made = [
             family_hash(space.problem.family),
             sorted(versions().items()),
@@ -241,11 +241,11 @@ class Session:
         return f"{space.problem} on {self.device}, {self.origin}, {digest}"
 
     def _incumbents(self, space: Space) -> list[Entry]:
-        """What is remembered for a class: their configs have to be beaten."""
+        """The entries remembered for a class, whose configs have to be beaten."""
         return [entry for entry in store.read(self.device) if entry.problem == space.problem]
 
     def _remember(self, space: Space, search: Search, default: Record, best: Record) -> None:
-        """Write the winner to the config cache; what goes wrong is logged.
+        """Write the winner to the config cache; an error is logged.
 
         An entry whose config this search has tried gives way even where its time is shorter: that
         time is of another run, under another clock or of another model.

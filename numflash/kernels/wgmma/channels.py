@@ -1,7 +1,7 @@
 """Channels: buffers in shared memory that a producer fills and consumers empty, in turn.
 
 A buffer is full when the bytes that were announced have arrived, and empty when every warpgroup
-that reads it has released it. An mbarrier counts each of the two; who waits names the parity of
+that reads it has released it. An mbarrier counts each of the two; a wait names the parity of
 the phase that must have ended. `make_channel` gives a kernel its verbs:
 
     by the thread that fills buffers
@@ -59,11 +59,11 @@ def make_channel(full: int, empty: int, stages: int, arrivals: int = 4, readers:
     `full` and `empty` are the mbarriers of the first buffer, those of the others follow. A
     warpgroup releases a buffer by 4 arrivals, or by 1.
 
-    With 4 each warp speaks for itself. It knows no more: a product (`.sync`) holds the threads of
+    With 4 each warp arrives for itself. It knows no more: a product (`.sync`) holds the threads of
     a warp together, not the warps, and `wgmma.wait_group` waits for what the executing threads
     have committed (PTX ISA 9.7.15.7.3). With 1, of the first warp, a product is taken to be over
     for all four warps at once, and for none before all have issued it. FlashAttention-3 does so,
-    as CUTLASS did before 3.6; nothing promises it. It is there to be measured.
+    as CUTLASS did before 3.6; no manual promises it. It is here to be measured.
     """
     threads, last_stage = WARPGROUP // arrivals, stages - 1
 

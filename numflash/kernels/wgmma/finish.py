@@ -1,4 +1,4 @@
-"""The end of a tile of rows: from sums to results, and those to where they belong."""
+"""The end of a tile of rows: sums become results, and results go to their tensors."""
 
 from functools import cache
 

@@ -1,9 +1,9 @@
 """Forward on Hopper: O = softmax(softmax_scale Q K^T) V and lse, by specialised warps.
 
-`attend` is the algorithm, as 128 threads run it for 64 rows of Q. What surrounds it, `skeleton`,
+`attend` is the algorithm, as 128 threads run it for 64 rows of Q. Around it, `skeleton`
 has one thread of the block fetch Q, K and V to shared memory by bulk copies, and several of these
 warpgroups consume them. They multiply asynchronously: S = Q K^T from shared memory, O += P V with
-P in registers. A tile of K or V is there once its channel says so (`K.wait`), and is given back
+P in registers. A tile of K or V has arrived when its channel says so (`K.wait`), and is given back
 when it has been read (`K.release`).
 
 A warpgroup keeps the tensor cores busy while it computes exponentials, in two ways that a config

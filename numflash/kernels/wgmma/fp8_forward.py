@@ -1,9 +1,9 @@
 """Forward on 8-bit floats on Hopper: O = softmax(softmax_scale Q K^T) V of e4m3 codes.
 
 The block is that of `forward` (`skeleton`), the numerics are those of `kernels.mma.fp8_forward`:
-P is e4m3 in units of its tile's largest score, and what a tile adds to O is multiplied by itself,
-into accumulators `part_acc` of its own, and added in float32 with its weight. So it does not
-matter that FP8 tensor cores are reported to add up with 14 bits, and the scales of V cost nothing.
+P is e4m3 in units of its tile's largest score. A tile's P V goes to accumulators `part_acc` of its
+own, and is added to O in float32 with its weight. So it does not matter that FP8 tensor cores are
+reported to add with 14 bits, and the scales of V cost nothing.
 
 e4m3 products read both operands along k, which for P V are the keys: V comes with tokens
 innermost, in the order in which P leaves the accumulators. Results of more than 128 columns are
@@ -12,8 +12,8 @@ added in parts of 64. A tile of keys has one scale of K and one of V; where they
 
 A tile of 128 keys costs a warpgroup, at head_dim 128 with overlap and pingpong, 512 clocks of the
 tensor cores (8 QGMMA), 528 of the special-function units (66 exponentials, two of them for the
-weights) and 501 instructions of each scheduler, 64 FFMA of them to add the tile's share to O: what
-16 bits leave free is about used up. No GPU has timed it yet.
+weights) and 501 instructions of each scheduler, 64 FFMA of them to add the tile's share to O: the
+clocks that 16 bits leave free are about used up. No GPU has timed it yet.
 
 Source: FlashAttention-3, arXiv 2407.08608, section 3.3.
 """
@@ -101,13 +101,13 @@ def _make_look_up(traits: Traits):
         q_scales = cuda.local.array(2, f32)
         base = first_of_head(descales.q, rows.batch, token_of_row(rows.head, descales.q.group))
         for r in range(2):
-            # Beyond the last row any will do.
+            # Beyond the last row any scale will do.
             i = rows.m_start + accumulator_row(MMA_ROWS) + ROW_STEP * r
             i = i32(min(i, i32(shape.seqlen_q * rows.pack) - 1))
             token = token_of_row(i, rows.pack)
             offset = base + (i - token * rows.pack) * descales.q.packed
             q_scales[r] = descales.q.data[offset + (token >> descales.q.shift)] * scores.scale
-            # To base 2, unless S is bent before.
+            # To base 2, unless softcap or ALiBi come first.
             if not bends:
                 q_scales[r] *= LOG2_E
         return RowScales((q_scales[0], q_scales[1]), k_first, v_first, args)

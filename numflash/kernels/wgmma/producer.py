@@ -25,7 +25,7 @@ def make_produce(config: Sm90ForwardConfig, traits: Traits):
 
     All tiles of rows of this block, as the consumers take them: Q of a tile, and K and V tile by
     tile of keys, each as soon as its buffer is empty. `maps` are those of Q, K and V, `places`
-    what `walk` gave, `grid` and `band` as in `tiles.blocks`, `shape` a `Shape`.
+    the result of `walk`, `grid` and `band` as in `tiles.blocks`, `shape` a `Shape`.
     """
     ring, stage_n = make_ring(config, traits), config.stage_n
     num_groups, num_stages = config.num_warpgroups, config.num_stages

@@ -25,11 +25,11 @@ class Buffers(NamedTuple):
 
 @dataclass(frozen=True)
 class Ring:
-    """Where everything lies in shared memory.
+    """The places of buffers and channels in shared memory.
 
     Attributes:
         q, k, v, o: the buffers; those of O may be those of Q.
-        q_bytes, k_bytes, v_bytes: what arrives in one.
+        q_bytes, k_bytes, v_bytes: that arrive in one buffer.
         Q, K, V: the channels; the stages of Q are warpgroups.
         o_replaces_q: whether O goes through the buffer of Q; otherwise it has its own, or none.
     """

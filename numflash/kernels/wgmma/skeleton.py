@@ -1,4 +1,4 @@
-"""What forwards on Hopper share: the warps of a block, and its walk over tiles of rows.
+"""The common part of forwards on Hopper: the warps of a block, and its walk over tiles of rows.
 
 The last warpgroup of a block copies: one of its threads, the producer (`producer`), fetches Q, K
 and V. The others multiply: each consumes these for 64 rows of Q. Both walk over the same tiles of
@@ -50,7 +50,7 @@ from numflash.tiles.wgmma.turns import group_of_thread, leads, make_turns
 
 
 class Sums(NamedTuple):
-    """What a thread keeps of its two rows: registers that `attend` adds to and `finish` reads.
+    """A thread's registers for its two rows: `attend` adds to them and `finish` reads them.
 
     `o_acc` is O, not yet divided by the sums; `row_max` the largest score; `row_sum` this lane's
     share of the sum.
@@ -73,8 +73,8 @@ def make_skeleton(config: Sm90ForwardConfig, traits: Traits, look_up, attend, ti
     """run_block(results, maps, mask, shape, layout, max_scale, arguments): a whole forward.
 
     `results` are out, a `Part`, lse, the map of out and the record `Features`; `maps` those of Q,
-    K and V; max_scale brings row_max to base 2; `arguments` go to these two, of which consumers
-    run the first while Q is on its way, and the second if their rows see any key:
+    K and V; max_scale brings row_max to base 2; `arguments` go to these two. Consumers run the
+    first while Q is on its way, and the second if their rows see any key:
 
         look_up(rows, shape, arguments) -> values that the second needs for `rows`
         attend(smem, barriers, at, rows, sums, max_scale, arguments, values, keys, stage, parity)
@@ -160,7 +160,7 @@ def make_skeleton(config: Sm90ForwardConfig, traits: Traits, look_up, attend, ti
                 # Hazard: no product has held threads together; one may not have seen Q yet.
                 Q.gather(group)
 
-            # Where this tile of rows lies is found out again: registers are scarce in `attend`.
+            # The place of this tile of rows is computed again: registers are scarce in `attend`.
             m_start, _, split = block_place(place, grid)
             n_begin, n_end = keys_of(m_start, split, grid, band)
             stage, parity = skip_keys(barriers, group, end, n_end, stage, parity)

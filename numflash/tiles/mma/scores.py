@@ -1,4 +1,4 @@
-"""Masks, scale and features on accumulators; see `tiles.scores` for what they mean.
+"""Masks, scale and features on accumulators; see `tiles.scores` for their meaning.
 
 The loops run over products of 16 x 8, four scores of a thread at a time: written out like this the
 compiler unrolls them for every GPU, and the scores stay in registers.

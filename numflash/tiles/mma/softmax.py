@@ -66,7 +66,7 @@ def make_scale_rows(m_tiles, n_tiles):
 def follow_maximum(r, grows, largest, row_max, row_sum, factors, scale_log2):
     """Row r takes in the largest score of a tile; the others of its warp do not matter to it.
 
-    factors[r] is what O must be multiplied by. Returns what must be subtracted from the row's
+    factors[r] becomes the factor for O. Returns the number to subtract from the row's
     scores of this tile: 0, unless the maximum is huge. scale_log2 row_max is rounded, and beyond
     2 ** 20 the error, a factor of all P of the row, would no longer be small; differences of
     scores are exact there. A huge row, and one that has seen no key, `grows` with every tile.
@@ -90,7 +90,7 @@ def limit_of_row(row_max, scale_log2):
 
 @device_function
 def shift_of_row(row_max, scale_log2):
-    """What exponents of a row subtract: nothing where scores are differences, or all -inf."""
+    """The shift that a row's exponents subtract: 0 where scores are differences, or all -inf."""
     shift = row_max * scale_log2
     return shift if abs(shift) <= HUGE else f32(0)
 

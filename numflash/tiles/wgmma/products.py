@@ -1,8 +1,8 @@
 """Matrix products of a warpgroup, which run while it does something else.
 
-A product here is issued and committed as a group; nobody touches its accumulator, nor the shared
-memory it reads, before `make_wgmma_wait_group` has been called. Tiles are swizzled slabs of rows
-of 128 bytes, as bulk copies leave them; each begins at a multiple of 1024 bytes.
+A product here is issued and committed as a group; no thread may touch its accumulator, nor the
+shared memory it reads, before `make_wgmma_wait_group` has been called. Tiles are swizzled slabs of
+rows of 128 bytes, as bulk copies leave them; each begins at a multiple of 1024 bytes.
 
 Source: PTX ISA 9.7.15.5, shared memory layouts and matrix descriptors.
 """
@@ -50,7 +50,7 @@ def make_operand(slab_bytes):
 
 @device_function
 def _descriptor(operand, offset):
-    """The descriptor of what lies 16 x offset bytes after the start of an operand."""
+    """The descriptor of the bytes from 16 x offset after the start of an operand."""
     return u64(u32(operand + u32(offset))) | _UPPER
 
 

@@ -1,4 +1,4 @@
-"""Which warpgroup a thread is of, and when its warps, and warpgroups, wait for each other."""
+"""The warpgroup of a thread, and the waits of warps and warpgroups for each other."""
 
 from functools import cache
 
@@ -27,10 +27,10 @@ def leads():
 
 @device_function
 def group_of_thread():
-    """This thread's warpgroup, computed anew.
+    """This thread's warpgroup, computed again at each call.
 
-    Through a shuffle the assembler knows that all lanes have the same; else it takes what depends
-    on it for divergent, and may serialise products there.
+    The shuffle tells the assembler that all lanes have the same number; without it, branches on
+    the number count as divergent, and products there may be serialised.
     """
     return cuda.shfl_sync(FULL_WARP, i32(mov_tid_x() // WARPGROUP), 0)
 
@@ -39,7 +39,7 @@ def group_of_thread():
 def meet(group):
     """The warps of a warpgroup wait for each other. Named barriers 4 and up are for this.
 
-    One of them stores then what all have written, or writes for all.
+    One of them then stores the tile that all have written, or writes for all.
     """
     bar_sync(_FIRST_MEETING + group, WARPGROUP)
 
@@ -57,7 +57,7 @@ def make_turns(num_groups):
     @device_function
     def take_turn(group):
         if alternate:
-            # No hazard: two warpgroups would issue products at once, and softmaxes at once.
+            # No hazard, but slow: warpgroups would issue products at once, and softmaxes at once.
             bar_sync(_FIRST_TURN + group, _TWO_WARPGROUPS)
 
     @device_function
@@ -70,7 +70,7 @@ def make_turns(num_groups):
     @device_function
     def give_first_turn(group):
         if alternate and group == last:
-            # Hazard: nobody would begin, each would wait for another's turn to end.
+            # Hazard: no warpgroup would begin, each would wait for another's turn to end.
             bar_arrive(_FIRST_TURN, _TWO_WARPGROUPS)
 
     return take_turn, pass_turn, give_first_turn
@@ -80,6 +80,6 @@ def make_turns(num_groups):
 def softmax_before_wait(smem, offset, x, y):
     """Keep the softmax whose sums x and y are above a wait for the tensor cores that follows.
 
-    The assembler else moves the wait up, and nothing runs beside the products that are waited for.
+    Without this the assembler moves the wait up, and nothing runs beside the products.
     """
     bra_over_store(smem, offset, x, y)

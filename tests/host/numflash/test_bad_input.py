@@ -1,4 +1,4 @@
-"""What is refused, with which error, and that the message names subject, value and rule.
+"""Bad input is refused with the right error, whose message names subject, value and rule.
 
 Every call here must fail before anything is compiled or launched. The arrays are NumPy's in the
 simulator and those of a fake GPU otherwise; the checks are the same.
@@ -168,6 +168,9 @@ BAD_FORWARD = {
     "causal-array": ({"causal": np.array([True])}, TypeError, "causal must be True or False"),
     "align-name": ({"causal_align": "left"}, ValueError, "causal_align must be one of", "'left'"),
     "align-none": ({"causal_align": None}, TypeError, "causal_align must be a string", "None"),
+    "shift-real": ({"shift": 1.5}, TypeError, "shift must be an integer", "1.5"),
+    "shift-bool": ({"shift": True}, TypeError, "shift must be an integer", "True"),
+    "shift-far": ({"shift": 2**30}, ValueError, "shift must lie between", "1073741824"),
     "align-list": ({"causal_align": ["top_left"]}, TypeError, "causal_align must be a string"),
     "layout-name": ({"layout": "sbhd"}, ValueError, "layout must be one of bshd", "'sbhd'"),
     "layout-none": ({"layout": None}, TypeError, "layout must be a string", "None"),
@@ -794,7 +797,7 @@ def test_a_tensor_in_8_bits_that_requires_a_gradient_is_refused(machine):
 
 
 class HostTensor:
-    """What NumPy and numflash see of a PyTorch tensor on the CPU."""
+    """A PyTorch tensor on the CPU, as NumPy and numflash see it."""
 
     def __init__(self, array, requires_grad=False, problem=None):
         self.array, self.requires_grad, self.problem = array, requires_grad, problem

@@ -27,7 +27,7 @@ def test_the_forward_on_hopper_is_that_of_wgmma(dtype, columns):
     for traits in (Traits(dtype, columns, 32), Traits(dtype, 32, columns, BOTH, False)):
         choice = choose("forward", traits, HOPPER)
         assert choice.config == wgmma.candidates(traits)[0]
-        # How rows are aligned is all one to bulk copies.
+        # The alignment of rows does not matter to bulk copies.
         assert choice.traits == replace(traits, vectorized=True)
         assert reasons(choice)["sm80"] == "wgmma is faster"
         assert list(reasons(choice))[-1] == "portable"

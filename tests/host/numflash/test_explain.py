@@ -209,7 +209,7 @@ def assert_not_against_itself(explanation):
 
 
 def explain(problem: ProblemClass, arch: str):
-    """What runs for a problem of a class."""
+    """The explanation for a problem of a class."""
     dtype = numpy_dtype(problem.traits.dtype)
     heads = min(problem.batch_heads, 8 * problem.group_size)
     batch = problem.batch_heads // heads

@@ -85,7 +85,7 @@ def test_splits_fill_the_last_wave_or_as_much_of_it_as_any_number_does():
 
 
 def splits_with_keys(num_splits, num_n_blocks):
-    """How many of them begin before the last block, as the kernels deal blocks out."""
+    """The number of splits that begin before the last block, as the kernels deal blocks out."""
     share = -(-num_n_blocks // num_splits)
     return sum(split * share < num_n_blocks for split in range(num_splits))
 

@@ -297,7 +297,7 @@ class _Protocol:
 def test_the_stream_arrives_and_memory_is_allocated_on_it(gpu, qkv, stream, address):
     numflash.attention(*qkv, stream=stream)
     assert [run.stream for run in gpu.driver.launches] == [address]
-    # What is freed while the kernel runs must not be handed out to another stream.
+    # Memory freed while the kernel runs must not be handed out to another stream.
     assert {on for on, _ in gpu.cupy.allocations} == {address}
     assert gpu.cupy.current.stream == 0x5000
 
