@@ -90,6 +90,7 @@ BAD_FORWARD = {
     "v-string": ({"v": "v"}, TypeError, "v must be", "str"),
     "q-number": ({"q": 1.0}, TypeError, "q must be", "float"),
     "v-tensor-like": ({"v": TENSOR_LIKE}, TypeError, "v must be", "SimpleNamespace"),
+    "sinks-list": ({"sinks": [1.0] * 4}, TypeError, "sinks must be", "list"),
     "slopes-list": ({"alibi_slopes": [1.0] * 4}, TypeError, "alibi_slopes must be", "list"),
     "out-list": ({"out": [0.0]}, TypeError, "out must be", "list"),
     # Dtypes
@@ -205,6 +206,17 @@ BAD_FORWARD = {
         {"alibi_slopes": A((3, 4), "float32")},
         ValueError,
         "alibi_slopes must have shape (4,) or (2, 4), got (3, 4)",
+    ),
+    "sinks-dtype": ({"sinks": A((4,), "float16")}, TypeError, "sinks must be float32", "float16"),
+    "sinks-heads": (
+        {"sinks": A((2,), "float32")},
+        ValueError,
+        "sinks must have shape (4,), got (2,)",
+    ),
+    "sinks-batch": (
+        {"sinks": A((2, 4), "float32")},
+        ValueError,
+        "sinks must have shape (4,), got (2, 4)",
     ),
     # Where to write
     "out-shape": ({"out": A(Q.shape)}, ValueError, "out must have shape (2, 9, 4, 24)", "16)"),
@@ -393,6 +405,12 @@ BAD_BACKWARD = {
 BAD_DEVICES = {
     "device-k": ({"k": A(K.shape, device=1)}, ValueError, "k must lie on the device of q, 0", "1"),
     "device-v": ({"v": A(V.shape, device=1)}, ValueError, "v must lie on the device of q, 0", "1"),
+    "device-sinks": (
+        {"sinks": A((4,), "float32", device=1)},
+        ValueError,
+        "sinks must lie on the device of q, 0",
+        "got device 1",
+    ),
     "device-slopes": (
         {"alibi_slopes": A((4,), "float32", device=1)},
         ValueError,
@@ -494,6 +512,8 @@ def test_a_wrong_value_is_refused_though_an_equal_right_one_is_ready(machine, ri
         {"alibi_slopes": A((4,), "float32")},
         {"alibi_slopes": A((2, 4), "float32")},
         {"alibi_slopes": A((8,), "float32", np.s_[::2])},
+        {"sinks": A((4,), "float32")},
+        {"sinks": A((8,), "float32", np.s_[::2])},
         {"stream": 0},
         {"out": OUT},
         {"out": A((2, 9, 4, 32), index=np.s_[..., :24])},
