@@ -271,7 +271,7 @@ def _print_traffic(arguments, limits: Architecture) -> None:
 
 
 def _print_ideas(direction: str, limits: Architecture) -> None:
-    """Which comparisons would run, and what the swizzle does to banks."""
+    """The comparisons that would run, and the effect of the swizzle on banks."""
     rows = [
         [i.name, i.point, i.with_it, i.without or "-", i.how]
         for i in ablation.ideas(direction, limits)

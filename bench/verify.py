@@ -87,5 +87,5 @@ def _time_forward(out: Path, seconds: float) -> None:
     try:
         main(["forward", *options])
     except Exception as error:
-        # What the checks found decides the exit status, and is on disk.
+        # The checks' results decide the exit status, and are on disk.
         print(f"timing stopped: {error!r}")

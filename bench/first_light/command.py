@@ -3,8 +3,8 @@
 Instructions first, those that no other compiler's kernel has confirmed before the others; then a
 forward of each kind and gradients against float64; speeds beside cuDNN and FlashAttention; the
 questions that only speed answers, as forced configs in the same run; the model's best configs.
-After each step the record (JSON) and the page (Markdown) are written anew. What crashes, or is
-silent for 25 seconds, costs itself; what no longer fits the time is skipped.
+After each step the record (JSON) and the page (Markdown) are written again. A step that crashes,
+or is silent for 25 seconds, costs itself; what no longer fits the time is skipped.
 
 With --rehearse all of it runs without a GPU, small and in the simulator, under a clock that is
 fake. That also leaves the simulated outputs of instructions in build/first-light, for machines on

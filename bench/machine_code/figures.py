@@ -1,4 +1,4 @@
-"""What is kept of a kernel's machine code, and the file that holds it.
+"""Figures of a kernel's machine code, and the file that holds them.
 
 The opcode sequence is stored whole, compressed, so that two files tell which instructions differ.
 The main loop is the innermost loop with products and exponentials, or with products alone where
@@ -113,7 +113,7 @@ def _of_warpgroups(steady: MainLoop) -> dict:
 
 
 def _turn(blocks: list[Block], names: list[Counter], loop: Loop, products: list[int]) -> dict:
-    """What a loop does; `products` are those of each block."""
+    """The figures of a loop; `products` are those of each block."""
     most = max(loop.body, key=lambda n: (products[n], -n))
     passed = sum((names[n] for n in _passed(blocks, loop, most)), Counter())
     return {

@@ -1,4 +1,4 @@
-"""Which kernels the machine-code net compiles.
+"""The kernels that the machine-code net compiles.
 
 They come from the rules of dispatch: what `choose` takes by default on every GPU, and each
 candidate of its tables at the largest head dims that it fits. With them go the variants of a

@@ -1,4 +1,4 @@
-"""Who numflash is measured against, each as a function that prepares a call.
+"""The peers that numflash is measured against, each a function that prepares a call.
 
 Arrays are (batch, seqlen, heads, head_dim), results too. What a peer needs that is no part of its
 work is done while preparing: other layouts, block masks, the forward before a backward. A peer

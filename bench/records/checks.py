@@ -32,7 +32,7 @@ class Group:
     children: int
 
 
-# What everything else rests on comes first.
+# The checks that all others rest on come first.
 GROUPS = (
     Group("instructions", ("tests/gpu/test_instructions.py",), 1),
     Group("Hopper forward", ("tests/gpu/test_attention.py", "-k", "on_hopper"), 8),
@@ -74,7 +74,7 @@ def run(ids: list[str], children: int, deadline: float, on_outcome) -> dict[str,
 
 
 def by_config(outcomes: dict[str, dict]) -> dict[str, dict[str, int]]:
-    """How many checks of each config that tests name ("[sm90-...:case]") had which outcome."""
+    """The checks of each config that tests name ("[sm90-...:case]"), counted by outcome."""
     found: dict[str, dict[str, int]] = {}
     for name, check in outcomes.items():
         if config := _CONFIG.search(name):

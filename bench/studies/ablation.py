@@ -34,7 +34,7 @@ _SWITCHES = {
     "persistent": "a block for each tile of rows",
     "arrivals": "one thread gives a buffer back for its warpgroup",
 }
-# What a switch that is a number is set to.
+# The value of a switch that is a number.
 _OTHERS = {"arrivals": 1, "l2_bytes": 128}
 
 
@@ -196,7 +196,7 @@ def without_swizzle(config: Any) -> Any:
 
 
 def table(ideas: list[Idea], found: dict[Point, dict]) -> str:
-    """What each idea is worth.
+    """The gain of each idea.
 
     Args:
         ideas: the rows.
@@ -306,7 +306,7 @@ def static_rows(direction: str) -> Iterator[dict]:
 
 
 def bank_conflicts(head_dim: int, swizzled: bool) -> int | None:
-    """How many rows that `ldmatrix` reads at once share a bank, at worst; 1 is free of conflicts.
+    """The most rows that `ldmatrix` reads at once from one bank; 1 is free of conflicts.
 
     From the kernels' own layout function; None if this version has none.
     """

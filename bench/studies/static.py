@@ -1,4 +1,4 @@
-"""What can be said of the kernels without a GPU: their machine code for each architecture.
+"""Facts on the kernels without a GPU: their machine code for each architecture.
 
 Registers, spills, shared memory, blocks per SM and tensor-core instructions, from
 `numflash.machine_code.report`. None of it is a speed.
@@ -41,7 +41,7 @@ _WIDTHS = {"kernel": 13, "config": 27, "variant": 36, "idea": 9}
 
 
 def traits_of(dtype: str, head_dim: int, fp8: bool = False) -> Traits:
-    """What a kernel is compiled for at a point of the grid; `dtype` is that of the result."""
+    """The traits of a kernel at a point of the grid; `dtype` is that of the result."""
     padded = -(-head_dim // FP8_STEP) * FP8_STEP if fp8 else padded_head_dim(head_dim)
     return Traits(dtype, padded, padded, fp8=fp8)
 

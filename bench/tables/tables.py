@@ -141,7 +141,7 @@ def fractions(points: list[dict], ceilings: Ceilings) -> str:
 
 
 def fp8(points: list[dict]) -> str:
-    """How many times as fast as in 16 bits numflash is on 8-bit floats; "" without a time."""
+    """The factor by which 8-bit floats are faster than 16 bits, as a table; "" without a time."""
     rows = []
     for entry in _in_order(points):
         names = peers.FP8, peers.FP8_QUANTIZING

@@ -28,7 +28,7 @@ from numflash.runtime.arrays import ArrayLibrary
 from numflash.runtime.views import ArrayView, Operand
 
 Sources = dict[str, Source]
-"""What makes codes and scales of "q", "k" and "v"."""
+"""Makers of codes and scales of "q", "k" and "v"."""
 
 
 class Fp8Forward:

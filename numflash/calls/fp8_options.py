@@ -1,4 +1,4 @@
-"""What a caller says of 8-bit floats: arrays that are, scales, and how much error is allowed."""
+"""A caller's options on 8-bit floats: codes, scales, and the allowed error."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from numflash.problem.options import AttentionOptions
 from numflash.runtime.errors import UnsupportedError
 
 MAX_REL_ERROR = 0.1
-"""What precision="auto" allows unless told otherwise."""
+"""The error that precision="auto" allows by default."""
 
 
 def has_fp8(*arrays) -> bool:

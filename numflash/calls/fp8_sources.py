@@ -1,8 +1,8 @@
-"""Where codes and scales of q, k and v come from.
+"""Sources of codes and scales of q, k and v.
 
 Each may be an array of 16 bits, which is quantised by the recipe; an `Fp8Array`; or codes of the
 caller's own with a scale per head, as flash-attn has them. A `Source` makes codes and scales of
-any of them, and says how they lie.
+any of them, and describes their layout.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from numflash.runtime.errors import UnsupportedError
 from numflash.runtime.views import ArrayView, Operand, contiguous_strides
 
 SIXTEEN_BITS = ("float16", "bfloat16")
-"""What is quantised in a call, and what its results are of."""
+"""Types of arrays that a call quantises, and of its results."""
 # Shifts a token's number to 0: one scale for all.
 _ALL_TOKENS = 30
 _ALIGNMENT = 16
@@ -29,7 +29,7 @@ _ALIGNMENT = 16
 
 @dataclass(frozen=True)
 class Described:
-    """What is to know of an `Fp8Array` besides its arrays."""
+    """The description of an `Fp8Array`, without its arrays."""
 
     recipe: Fp8Recipe
     shape: tuple[int, ...]
@@ -52,7 +52,7 @@ class Source:
     """Codes and scales of one of q, k and v.
 
     Attributes:
-        view: the array as if it had 16 bits: what is attended to.
+        view: the array as if it had 16 bits, which is attended to.
         rotation: the seed by which rows are rotated; None if they are not.
         tokens_shift: 2 ** this many tokens share a scale.
         data: the view of the codes.
@@ -247,7 +247,7 @@ def make_sources(
     described: dict[str, Described],
     statistics: bool = False,
 ) -> dict[str, Source]:
-    """What makes codes and scales of q, k and v.
+    """Makers of codes and scales of q, k and v.
 
     Args:
         views: of q, k, v, and of their scales, as "k_descale", where there are any.
@@ -264,7 +264,7 @@ def make_sources(
     if recipe is None:
         recipe = Fp8Recipe()
         if len(turns) == 1:
-            # What is quantised now is rotated as what was quantised before.
+            # An array quantised now is rotated as those that were quantised before.
             hadamard, seed = turns.pop()
             recipe = replace(recipe, hadamard=hadamard, seed=seed)
     codes = {name for name in "qkv" if f"{name}_descale" in views and name not in described}
@@ -302,7 +302,7 @@ def _expect_e4m3(name: str, format: str) -> None:
 
 
 def result_dtype(device: int) -> str:
-    """What results are of, where nothing says so."""
+    """The type of results, where nothing else decides it."""
     has_bfloat16 = limits_of_device(device).compute_capability >= (8, 0)
     return "bfloat16" if has_bfloat16 else "float16"
 

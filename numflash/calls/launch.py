@@ -29,7 +29,7 @@ from numflash.runtime.mode import SIMULATED
 from numflash.runtime.switches import choice
 from numflash.runtime.views import Operand, Pointer
 
-# What a simulated launch runs: the kernel's Python, or what the compilers make of it, by which
+# The code of a simulated launch: the kernel's Python, or the compilers' code of it, by the named
 # route (see `compiler.executable_ptx`).
 _SIMULATED_CODE = "python", "ptx", "lto"
 _SLOT_BYTES = 8
@@ -39,7 +39,7 @@ _DEFAULT_SMEM_LIMIT = 48 * 1024
 
 
 class Mapped(NamedTuple):
-    """The argument of a tensor map: which operand it is of, and how that lies."""
+    """The argument of a tensor map: its operand, and the operand's layout."""
 
     operand: str
     layout: TensorLayout
@@ -97,7 +97,7 @@ class Launcher:
     def bind(self, operands: dict[str, Operand | None]) -> Callable[[int], None]:
         """A function of the stream's address that launches on these arrays and keeps them alive.
 
-        `operands` holds what pointers and tensor maps are of, by the names that the arguments say.
+        `operands` holds the arrays of pointers and tensor maps, by their names in the arguments.
         """
         return self.build().bind(operands)
 
@@ -109,7 +109,7 @@ class DriverLaunch:
         self.driver, self.device = open_driver(), device
         self.function = load(cubin, device)
         self.geometry = (num_blocks, 1, 1, cubin.num_threads, 1, 1, cubin.smem_bytes)
-        # What a launch fills in comes first: maps, which are aligned, and pointers.
+        # The values that a launch fills in come first: maps, which are aligned, and pointers.
         kinds = {"T": 0, "P": 1}
         ordered = sorted(cubin.parameters, key=lambda parameter: kinds.get(parameter[1], 2))
         mapped, self.pointer_names = (
@@ -169,7 +169,7 @@ class DriverLaunch:
 
 
 def _operand(operands: dict[str, Operand | None], name: str | None) -> Operand | None:
-    """What a pointer points to; None if nothing is read through it."""
+    """The operand of a pointer; None if nothing is read through it."""
     return None if name is None else operands[name]
 
 
@@ -286,7 +286,7 @@ def _load_now(kernel) -> None:
     """Load a kernel into the current context.
 
     By itself the driver does so when the kernel is first launched (CUDA_MODULE_LOADING is LAZY
-    unless told otherwise), which may be inside a graph capture, where memory is not to be had.
+    by default), which may be inside a graph capture, where memory cannot be allocated.
     """
     driver = open_driver()
     function = checked(driver.cuKernelGetFunction(kernel))

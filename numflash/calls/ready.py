@@ -110,7 +110,7 @@ def prepare(kind: type, arrays: dict[str, Any], options: AttentionOptions, strea
     for name in ARRAY_OPTIONS:
         if (array := getattr(options, name)) is not None:
             arrays[name] = array
-    # What this process tunes changes what is ready.
+    # A tuning of this process changes the ready calls.
     key, operands = [kind, generation()], {}
     for name, array in arrays.items():
         operands[name], identity = library_of(array, name).glance(array)

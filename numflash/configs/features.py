@@ -1,15 +1,14 @@
-"""Features: what attention computes besides products, masks and softmax, a row each.
+"""Features: the parts of attention besides products, masks and softmax, a row each.
 
-A row of `FEATURES` is all that the host knows of a feature. The function of the same name in
-`tiles.features` is what kernels compute, at one of these hooks:
+A row of `FEATURES` is all that the host knows of a feature. Kernels call the function of the same
+name in `tiles.features` at one of these hooks:
 
-    score(s, i, j, args) -> (s, ds)          from a score to the one that counts; the derivative
-    finish(row_max, row_sum, args) -> ...    at the end of a row, what else is part of its sum
+    score(s, i, j, args) -> (s, ds)          the final score, and its derivative
+    finish(row_max, row_sum, args) -> ...    at the end of a row: further parts of its sum
 
 Rules, tables, commands and the tuner go through the rows and name none. Features apply in the
 order of the table, which is that of their names in the string form of `Traits`. It stands beside
-`Traits` because these are what configs know of features; options, problems and the reference
-build on both.
+`Traits`, which hold features in configs; options, problems and the reference build on both.
 """
 
 from collections.abc import Callable
@@ -37,11 +36,11 @@ def expect_real(name: str, value) -> None:
 
 
 def expect_nothing(name: str, value) -> None:
-    """Check what needs no check by itself."""
+    """Accept any value: others check it."""
 
 
 class Asked(NamedTuple):
-    """What a row reads an option by: the sizes of a problem, its scale and its device."""
+    """The problem's sizes, scale and device, by which a row reads an option."""
 
     batch: int
     num_heads_q: int
@@ -56,10 +55,10 @@ class Feature:
     Attributes:
         name: in `Traits.features` and their string form; of the function in `tiles.features`; and
             of the switch of commands, "--name".
-        title: as messages and help call it.
-        hook: where kernels call it.
+        title: in messages and help.
+        hook: at which kernels call it.
         option: the option of `numflash.attention` that asks for it.
-        default: what the option is where nothing is asked.
+        default: the option's value where the feature is not asked for.
         check: (option's name, value) raises TypeError or ValueError for values no call may have.
         is_array: the option is an array of the caller's, which kernels read.
         record: the record of its arguments; a pointer's value is the option's name.
@@ -67,14 +66,14 @@ class Feature:
         reference: of a score: (s, value, i, j) -> (s, ds) in NumPy, of s (batch, head, query, key)
             and in its dtype; i and j are places of queries and keys, (query, 1) and (key,). Of
             an end: (row_max, row_sum, value) -> (row_max, row_sum, kept), (batch, head, query, 1).
-        gradient: of an end in NumPy: (lse, product, value) -> what each row (batch, head, query)
-            adds to the gradient of the option, with the product of dO and O. None if it has none.
+        gradient: of an end in NumPy: (lse, product, value) -> a share of each (batch, head, query)
+            in the gradient of the option, with the product of dO and O. None if it has none.
         example: num_heads_q -> a value to time and check kernels with.
-        unit: record -> what scores are divided by when the function gets them: products are scaled
+        unit: record -> the divisor of scores when the function gets them: products are scaled
             in any case, so that this costs nothing. Only of the first feature.
         bends: the derivative of a score is not 1, so that the backward must keep it.
-        of_a_head: what heads have of their own, where kernels keep it for all rows of a tile:
-            then heads cannot share a tile. None if they can.
+        of_a_head: the heads' own value that kernels keep for all rows of a tile, so that heads
+            cannot share a tile. None if they can.
     """
 
     name: str
@@ -105,7 +104,7 @@ class Feature:
 
 
 def expect_of_heads(name: str, view: ArrayView, asked: Asked) -> None:
-    """Check the dtype and device of what heads have. Raises TypeError, ValueError."""
+    """Check the dtype and device of values of heads. Raises TypeError, ValueError."""
     if view.dtype != "float32":
         raise TypeError(f"{name} must be float32, got {view.dtype}")
     if view.device != asked.device:
@@ -196,7 +195,7 @@ def _sinks(row_max, row_sum, value):
 
 def _gradient_of_sinks(lse, product, value):
     sinks = np.asarray(value).astype(lse.dtype)[None, :, None]
-    # A row that sees no key and has no sink has nothing to share out.
+    # A row that sees no key and has no sink has no weight.
     share = np.where(np.isneginf(lse), lse.dtype.type(0), lse)
     return -np.exp(sinks - share) * product
 
@@ -246,9 +245,9 @@ BY_NAME = {row.name: row for row in FEATURES}
 Features = NamedTuple("Features", [(row.name, row.record) for row in FEATURES])
 Features.__doc__ = "The arguments of all features, by name: a kernel reads those that it has."
 ABSENT = Features(*(row.absent for row in FEATURES))
-"""Where no feature is compiled in."""
+"""The records where no feature is compiled in."""
 NO_FEATURES = Features(*[None] * len(FEATURES))
-"""Of a problem that asks for none."""
+"""The values of a problem that asks for none."""
 
 
 def rows_of(names: tuple[str, ...]) -> tuple[Feature, ...]:

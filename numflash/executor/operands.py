@@ -19,7 +19,7 @@ from numflash.executor.text import (
 )
 
 WAITS = object()
-"""What an operation returns that cannot go on now."""
+"""The result of an operation that cannot go on now."""
 
 
 def reader(program, operand, type_: str) -> Callable:

@@ -49,7 +49,7 @@ class Part(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """What the backward knows of each query, both (batch, num_heads_q, seqlen_q), contiguous.
+    """The forward's statistics of each query, both (batch, num_heads_q, seqlen_q), contiguous.
 
     `lse` is the forward's, or `delta`'s in base 2; `delta` is softmax_scale rowsum(O * dO).
     """
@@ -90,7 +90,7 @@ class Scores(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """How a forward is laid out over blocks.
+    """The layout of a forward over blocks.
 
     `pack` query heads of a token are neighbouring rows; keys are split over `num_splits` blocks;
     `heads_in_flight` heads go together, because their K and V fit the L2 cache.
@@ -138,7 +138,7 @@ class QueryDescale(NamedTuple):
 
 
 class Descales(NamedTuple):
-    """What the codes of Q, K and V must be multiplied with."""
+    """The factors of the codes of Q, K and V."""
 
     q: QueryDescale
     k: Descale
@@ -210,7 +210,7 @@ def fields(annotation) -> dict[str, object] | None:
 
 
 def leaves(parameters: dict[str, object]) -> dict[str, object]:
-    """What the compiler makes of a kernel's parameters: path, as in "q.row" -> type, in order."""
+    """A kernel's parameters as the compiler passes them: path, as in "q.row" -> type, in order."""
     found = {}
     for name, annotation in parameters.items():
         inner = fields(annotation)

@@ -1,4 +1,4 @@
-"""Which factory builds the kernel of a config."""
+"""The factories that build the kernels of configs."""
 
 from importlib import import_module
 

@@ -96,9 +96,9 @@ class Option:
 
     Attributes:
         name: of the parameter.
-        default: what it is unless told otherwise.
-        check: (name, value) raises TypeError or ValueError for values that no call may have; what
-            it is together with others, `problem.describe` checks, or who chooses kernels.
+        default: its value where a call does not give it.
+        check: (name, value) raises TypeError or ValueError for values that no call may have.
+            `problem.describe` or the choice of kernels check it together with others.
         is_array: whether it is an array of the caller's, which kernels read.
     """
 
@@ -131,7 +131,7 @@ _Options = namedtuple(
 )
 
 
-# Of an option's key: numbers, and what no other type is equal to.
+# Types in an option's key: numbers, and types that no other type is equal to.
 _SCALARS = tuple(row.option for row in FEATURES if not row.is_array)
 _NUMBERS = attrgetter("softmax_scale", "causal", "shift", "max_rel_error", *_SCALARS)
 _WORDS = attrgetter("causal_align", "layout", "precision", "fp8")
@@ -150,9 +150,9 @@ class AttentionOptions(_Options):
         """The options that a caller gave by name.
 
         Args:
-            function: who was called, for the message.
+            function: that was called, for the message.
             given: by name.
-            others: what the function takes besides, and has taken out of `given`.
+            others: further options of the function, which it has taken out of `given`.
 
         Raises:
             TypeError: no call has such an option.
@@ -171,9 +171,9 @@ class AttentionOptions(_Options):
             option.check(option.name, value)
 
     def key(self) -> tuple:
-        """A key of what a call is made ready for. Arrays are left out: theirs is their own.
+        """A key of a ready call. Arrays are left out: they have keys of their own.
 
-        With the types of numbers: what an equal 1 made ready must not let a wrong True pass.
+        It holds the types of numbers: a call made ready by 1 must not let a wrong True pass.
         Raises TypeError where an option is of a type that no call may have.
         """
         config = self.config

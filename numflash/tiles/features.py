@@ -1,20 +1,21 @@
-"""What features compute: a function for each row of `configs.features`, with its name.
+"""The functions of features: one for each row of `configs.features`, with its name.
 
-A score function maps score s of the query at place i and the key at place j to the score that
-counts, and says the derivative of that by s:
+A score function maps score s of the query at place i and the key at place j to the final score,
+and gives its derivative by s:
 
     score(s, i, j, args) -> (s, ds)
 
-Only the distance i - j of the places means anything; they are float32, as integers would have to
-be converted one by one, and exact below 2 ** 24. `args` is what the feature's other function,
-NAME_of_head, takes out of the records of a kernel's arguments once for all rows of a head.
+Only the distance i - j of the places counts; they are float32, because integers would have to be
+converted one by one, and exact below 2 ** 24. `args` is the result of the feature's other
+function, NAME_of_head, which reads the records of a kernel's arguments once for all rows of a
+head.
 
 A function that ends a row takes its largest score and the sum of its exponentials relative to
-that, both natural, and says by what the exponentials so far must be multiplied:
+that, both natural, and also returns the factor of the exponentials so far:
 
     finish(row_max, row_sum, args) -> (row_max, row_sum, kept)
 
-Its gradient is what a row adds to that of `args`, of its lse and the product of dO and O:
+Its gradient is a row's share in that of `args`, from its lse and the product of dO and O:
 
     NAME_gradient(lse, product, args) -> the row's share
 """
@@ -80,7 +81,7 @@ def _sinks_of_head(features, batch, head):
 
 
 class Finish(NamedTuple):
-    """A function that ends a row, what finds its `args`, and its gradient."""
+    """A function that ends a row, the one that finds its `args`, and its gradient."""
 
     function: object
     of_head: object
@@ -91,7 +92,7 @@ FINISHES = {"sinks": Finish(sinks, _sinks_of_head, _sinks_gradient)}
 
 
 class Score(NamedTuple):
-    """A score function, what finds its `args`, and whether it looks at places."""
+    """A score function, the one that finds its `args`, and whether it looks at places."""
 
     function: object
     of_head: object
@@ -172,7 +173,7 @@ def make_finish(features):
 
 @cache
 def make_gradient_of_end(features):
-    """gradient_of_end(lse, product, records, batch, head): what a row adds to a head's gradient.
+    """gradient_of_end(lse, product, records, batch, head): a row's share in a head's gradient.
 
     None if no feature of these ends rows. Only one can.
     """

@@ -76,7 +76,7 @@ def is_right(recipe: Fp8Recipe, config: str) -> bool:
 def first_failure_of(
     monkeypatch, module=None, mutation=None, recipes=(OF_TILES, OF_KEYS), configs=ALL, seeds=SEEDS
 ) -> str | None:
-    """How the kernel with a mutated `module` fails, for any config, scales and seed."""
+    """The failure of the kernel with a mutated `module`, for any config, scales and seed."""
     if mutation is not None:
         chain = (module, *IMPORTERS.get(module, ()), KERNEL)
         changed = load(chain, module, mutation, monkeypatch)

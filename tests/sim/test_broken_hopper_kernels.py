@@ -42,7 +42,7 @@ CHAIN = (
 
 @dataclass(frozen=True)
 class Problem:
-    """What a kernel must solve: a config and sizes that need what was taken away.
+    """A problem for a kernel: a config and sizes that need the part that was taken away.
 
     `apart` is the simulator's `WARPS_APART`.
     """
@@ -106,11 +106,11 @@ PROBLEMS = {
     # A warpgroup that passes many tiles of keys by, with nothing else to hold its warps together.
     "bypassed": Problem("m128n16w8s1", 100, 112, options=_CAUSAL, seeds=range(40)),
 }
-# What one thread does for its warpgroup, where products hold warps together.
+# Work of one thread for its warpgroup, where products hold warps together.
 PROBLEMS |= {f"{n} for one": PROBLEMS[n].with_one_arrival(False) for n in ("empty", "bypassed")}
 USUAL = ("persistent", "overlap", "turns")
 ALL = (*USUAL, "shared", "split", "empty")
-# What may be left out as far as results go, and the simulator can tell: (function, called, n).
+# Calls that results do not need, as far as the simulator can tell: (function, called, n).
 NOT_NEEDED = {
     ("make_turns.take_turn", "bar_sync", 0): "turns are for speed",
     ("make_skeleton.skip_keys", "take_turn", 0): "turns are for speed",
@@ -156,7 +156,7 @@ def break_kernel(part: str, fault, monkeypatch) -> None:
 
 
 def first_failure(problems, monkeypatch) -> str | None:
-    """How the kernel fails, for the first of the problems and seeds."""
+    """The failure of the kernel, for the first of the problems and seeds."""
     for name in problems:
         problem = PROBLEMS[name]
         for seed in problem.seeds:

@@ -30,7 +30,7 @@ TILE = 8
 
 
 def first_failure(run, monkeypatch, seeds=SEEDS) -> str | None:
-    """How `run`, which raises or returns whether its result is right, fails for the first seed."""
+    """The failure of `run`, which raises or returns whether it is right, for the first seed."""
     for seed in seeds:
         monkeypatch.setattr(SEED, "value", seed)
         try:
@@ -373,7 +373,7 @@ def mutated_factory(family: str, module: str, fault, monkeypatch):
 
 
 def first_failure_of_kernel(family: str, factory, monkeypatch) -> str | None:
-    """How the kernel from `factory` fails for the first seed."""
+    """The failure of the kernel from `factory` for the first seed."""
     config = CONFIGS[family]
     kernel = factory(config, TRAITS)
     return first_failure(

@@ -55,7 +55,7 @@ def check(family: str, config: str, sizes: tuple[int, int], window: int = 30) ->
 def first_failure_of(
     family, monkeypatch, module=None, mutation=None, seeds=SEEDS, configs=None, problem=None
 ) -> str | None:
-    """How the family's kernel with a mutated `module` fails, for any config and seed.
+    """The failure of the family's kernel with a mutated `module`, for any config and seed.
 
     `problem` are the arguments of `check` behind the config.
     """

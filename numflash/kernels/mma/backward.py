@@ -202,7 +202,7 @@ def make_backward_kernel(config: MmaBackwardConfig, traits: Traits) -> Kernel:
                         cuda.syncthreads()
 
                     # Where this lane reads operands. All gradients in registers leave none to keep
-                    # this in, so it is computed anew for each tile.
+                    # this in, so it is computed again for each tile.
                     thread = mov_tid_x()
                     warp, lane = thread // 32, thread % 32
                     row_operand = warp * MMA_ROWS + row_operand_row(lane)

@@ -148,7 +148,7 @@ def make_backward_dkdv_kernel(config: MmaBackwardDkDvConfig, traits: Traits) -> 
         m_begin, m_end = tiles_seen(n_start, last_key, tile_m, from_keys)
         whole = tiles_seen_whole(n_start, last_key, tile_m, from_keys)
 
-        # Where this lane reads operands, and where its scores lie in the tile.
+        # This lane's position in the operands, and of its scores in the tile.
         lane = mov_tid_x() % 32
         warp_row = first_row_of_warp(rows_per_warp)
         row_operand = warp_row + row_operand_row(lane)

@@ -136,7 +136,7 @@ def make_backward_dq_kernel(config: MmaBackwardDqConfig, traits: Traits) -> Kern
         n_begin, n_end = tiles_seen(m_start, last_query, tile_n, sequence)
         whole = tiles_seen_whole(m_start, last_query, tile_n, sequence)
 
-        # Where this lane reads operands, and where its scores lie in the tile.
+        # This lane's position in the operands, and of its scores in the tile.
         lane = cuda.threadIdx.x % 32
         warp_row = first_row_of_warp(rows_per_warp)
         row_operand = warp_row + row_operand_row(lane)

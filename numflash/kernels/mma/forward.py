@@ -159,7 +159,7 @@ def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
         n_begin, n_end = keys_of(m_start, split, grid, sequence)
         whole = whole_keys(m_start, grid, sequence)
 
-        # Where this lane reads operands, and where its scores lie in the tile.
+        # This lane's position in the operands, and of its scores in the tile.
         lane = cuda.threadIdx.x % 32
         warp_row = first_row_of_warp(rows_per_warp)
         q_mine = q_smem + word(warp_row + row_operand_row(lane), row_operand_chunk(lane))

@@ -24,7 +24,7 @@ instructions, of which
      72 FMNMX, FADD   the row's maximum and sum; 4 SHFL across its four lanes
      16 F2FP          P to e4m3, four to a register
      64 FFMA          O += weight * P V, by which O needs no rescaling of its own for P's unit
-      8 LDGSTS        K and V; 2 LDG for their scales, 8 LDS for those of Q and what was put by
+      8 LDGSTS        K and V; 2 LDG for their scales, 8 LDS for those of Q and for kept values
 
 and out of line 64 FMUL for O where a maximum has grown by 2 ** 8, and the mask. By NVIDIA's
 peak rates Ada's tensor cores take 64 x 16 clocks for it (32 where sums in float32 run at half
@@ -242,12 +242,12 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
             row_max[r] = NEG_INF
             row_sum[r] = f32(0)
         for row in range(cuda.threadIdx.x, tile_m, num_threads):
-            # Beyond the last row any will do.
+            # Beyond the last row any scale will do.
             i = i32(min(m_start + row, num_rows - 1))
             token = token_of_row(i, layout.pack)
             offset = q_descale_base + (i - token * layout.pack) * descales.q.packed
             scale = descales.q.data[offset + (token >> descales.q.shift)] * scores.scale
-            # To base 2, unless S is bent before.
+            # To base 2, unless softcap or ALiBi come first.
             if not bends:
                 scale *= LOG2_E
             st_shared_f32(smem, q_scales_smem + row, scale)
@@ -267,7 +267,7 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
             if asynchronous:
                 cp_async_commit_group()
 
-            # S = Q K^T. Where a lane reads operands is computed anew for each tile.
+            # S = Q K^T. A lane's position in the operands is computed again for each tile.
             thread = mov_tid_x()
             lane, q_row_of_lane = thread % 32, thread // 32 * rows_per_warp
             q_row_of_lane += row_operand_row(lane)

@@ -1,4 +1,4 @@
-"""How a point is measured, with NumPy for a device: order, statistics, checks, failures."""
+"""The measurement of a point, with NumPy for a device: order, statistics, checks, failures."""
 
 import statistics
 import time
