@@ -10,8 +10,6 @@ from tuner.records import Record, ResourceUsage
 from tuner.search.results import Result
 
 PROBLEM = ProblemClass.parse("forward float16-d64-dv64-vec causal q4096 k4096 bh64 g1")
-
-
 VOID = {"meta"}
 
 
@@ -39,8 +37,6 @@ RECORDS = [
     Record("sm80-m512n64w4s1", "over_budget", "needs <much> & 'more'"),
     Record("sm80-m16n16w1s1", "wrong_result", "out: 0.3", samples_ms=(0.1, 0.1)),
 ]
-
-
 BEST = RECORDS[2]
 
 

@@ -1,4 +1,4 @@
-"""Fixtures of this folder."""
+"""The command line, run without compilers and in a folder of its own."""
 
 import pytest
 
