@@ -13,6 +13,7 @@ from pathlib import Path
 from bench import speed
 from bench.peers import methods as peers
 from bench.records import checks, record
+from tuner.measuring.child import DeviceUnavailableError, FailedError
 
 _TIMING_SECONDS = 120
 # Those that need no compiling, but numflash's own.
@@ -45,7 +46,11 @@ def run(arguments: argparse.Namespace) -> int:
         known = record.verified_checks(machine["device"], machine["source_hash"])
     outcomes: dict[str, dict] = {}
     left_out = 0
-    found = checks.collect(checks.GROUPS)
+    try:
+        found = checks.collect(checks.GROUPS)
+    except (DeviceUnavailableError, FailedError) as error:
+        print(f"nothing is verified: {error}")
+        return 1
     for group in checks.GROUPS:
         ids = [name for name in found[group.name] if name not in known]
         print(f"{group.name}: {len(ids)} checks without a record", flush=True)

@@ -14,26 +14,24 @@ import numpy as np
 
 from bench.points.interleave import Method
 from numflash.runtime.views import numpy_dtype
-from tuner.measuring.gpu import CupyGpu, TorchGpu, open_gpu
+from tuner.measuring import gpu
 
 _MATMUL = 8192
 _COPY_BYTES = 2**30
 _CEILING_REPEATS = 20
 
 
-class Device(Protocol):
-    """What `bench.measuring.worker` asks of a device."""
+class Device(gpu.Device, Protocol):
+    """What a benchmark asks of a device beside what the tuner does.
+
+    Attributes:
+        xp: the array library.
+    """
 
     xp: Any
 
-    def describe(self) -> dict[str, Any]:
-        """What the worker says of it when it is ready."""
-
     def normal(self, shape: tuple[int, ...], dtype: str, seed: int):
         """Random normal numbers."""
-
-    def upload(self, array: np.ndarray):
-        """The bytes of an array of uint8 on the device."""
 
     def download(self, array) -> np.ndarray:
         """The inverse of `upload`; waits for everything."""
@@ -44,14 +42,8 @@ class Device(Protocol):
     def time_method(self, method: Method) -> float:
         """Milliseconds of one call with a cold L2."""
 
-    def synchronize(self) -> None:
-        """Wait for everything; raises what a kernel did wrong."""
-
     def peak_bytes(self, method: Method) -> int:
         """Device memory that a call takes at most, its results included."""
-
-    def release(self) -> None:
-        """Give cached memory back."""
 
     def copy(self, size: int) -> Callable[[], None]:
         """A function that copies so many bytes on the device."""
@@ -94,7 +86,7 @@ class _Bench:
         }
 
 
-class TorchDevice(_Bench, TorchGpu):
+class TorchDevice(_Bench, gpu.TorchGpu):
     """A device used through PyTorch."""
 
     matmul_dtype = "bfloat16"
@@ -134,7 +126,7 @@ class TorchDevice(_Bench, TorchGpu):
         return lambda: target.copy_(source)
 
 
-class CupyDevice(_Bench, CupyGpu):
+class CupyDevice(_Bench, gpu.CupyGpu):
     """A device used through CuPy alone."""
 
     matmul_dtype = "float16"
@@ -180,7 +172,7 @@ def open_device(ordinal: int) -> Device:
     Raises:
         RuntimeError: neither can, with both reasons.
     """
-    return open_gpu(ordinal, (TorchDevice, CupyDevice))
+    return gpu.open_gpu(ordinal, (TorchDevice, CupyDevice))
 
 
 def _let_cupy_allocate_from(torch, ordinal: int) -> None:

@@ -50,7 +50,7 @@ def collect(groups: Iterable[Group]) -> dict[str, list[str]]:
     """The ids of the tests of each group, by its name.
 
     Raises:
-        FailedError: they cannot be collected.
+        FailedError, DeviceUnavailableError: they cannot be collected.
     """
     child = Child(_command(), child_environment(), HANG_SECONDS, ROOT)
     try:

@@ -5,6 +5,7 @@ begins and as it ends, so that a crash or a hang can be laid at its door.
 """
 
 import os
+import sys
 
 import pytest
 
@@ -64,7 +65,9 @@ def _context_is_broken() -> bool:
 def collect(selection: list[str]) -> list[str]:
     """The ids of the tests that options of pytest select."""
     collected = Collected()
-    pytest.main([*_OPTIONS, "--collect-only", *selection], plugins=[collected])
+    status = pytest.main([*_OPTIONS, "--collect-only", *selection], plugins=[collected])
+    if status not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+        sys.exit(f"the tests of {' '.join(selection)} cannot be collected")
     return collected.ids
 
 

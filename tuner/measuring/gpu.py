@@ -34,7 +34,7 @@ class Device(Protocol):
         """Fill an array, or a view of one, with random normal numbers."""
 
     def upload(self, array):
-        """A NumPy float32 array, on this device."""
+        """A NumPy array, on this device."""
 
     def total_bytes(self) -> int:
         """Its memory, whoever uses it."""

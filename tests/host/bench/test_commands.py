@@ -50,6 +50,16 @@ def test_every_test_gets_its_outcome(tmp_path, monkeypatch):
     assert "assert 1 == 2" in outcomes["test_rough.py::test_fails"]["reason"]
 
 
+def test_tests_that_cannot_be_collected_end_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(record, "_gpu", lambda *_: "GPU X")
+    monkeypatch.setattr(checks, "ROOT", tmp_path)
+    monkeypatch.setattr(checks, "GROUPS", (checks.Group("rough", ("test_rough.py",), 1),))
+    (tmp_path / "test_rough.py").write_text("import nothing_of_that_name")
+    assert bench.main(["verify", f"--out={tmp_path / 'out'}"]) == 1
+    assert "the tests of test_rough.py cannot be collected" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_deadline_leaves_tests_without_an_outcome(tmp_path, monkeypatch):
     monkeypatch.setattr(checks, "ROOT", tmp_path)
     (tmp_path / "test_rough.py").write_text(_TESTS)
