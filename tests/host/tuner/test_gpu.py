@@ -42,5 +42,6 @@ def test_clocks_of_the_time_that_was_measured(monkeypatch):
     assert log.between(1.9, 2.5) == Reading(1940, 650.5)
     assert log.between(2.3, 2.31) == Reading(1980, 700.5)
     assert log.between(2.9, 3.5) == Reading(400, None)
+    assert log.between(1.9, 3.5) == Reading(1900, 650.5), "what has no power has a clock"
     assert log.between(5, 6) is None
     log.close()
