@@ -125,7 +125,8 @@ def _finite(x: float) -> float | str:
 
 def _parts(device, task, settings, begin) -> dict:
     """Milliseconds of each kernel of a forward, and of them together."""
-    from numflash.calls.forward import DEFAULTS, Forward
+    from numflash.calls.arguments import DEFAULTS
+    from numflash.calls.forward import Forward
     from numflash.runtime.arrays import library_of
 
     point = Point.from_dict(task["point"])

@@ -1,7 +1,7 @@
 """What can be said of the kernels without a GPU: their machine code for each architecture.
 
 Registers, spills, shared memory, blocks per SM and tensor-core instructions, from
-`numflash.api.inspect`. None of it is a speed.
+`numflash.machine_code.report`. None of it is a speed.
 """
 
 import time
@@ -47,7 +47,7 @@ def choose_config(family: str, traits: Traits, limits: Architecture, **options) 
 
 def row(family: str, traits: Traits, limits: Architecture, config: Any) -> dict:
     """One kernel's figures, or the reason why there are none."""
-    from numflash.api.inspect import inspect_kernel
+    from numflash.machine_code.report import inspect_kernel
 
     found: dict = {
         "kernel": family,

@@ -1,6 +1,6 @@
 """Attention and its gradients, as people call them."""
 
-from numflash.calls.forward import Backward
+from numflash.calls.backward import Backward
 from numflash.calls.fp8_options import refuse_backward
 from numflash.calls.ready import bind_forward, prepare
 from numflash.configs import Config

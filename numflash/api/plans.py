@@ -2,12 +2,12 @@
 
 from dataclasses import replace
 
-from numflash.calls.forward import DEFAULTS, expect_known
+from numflash.calls.arguments import DEFAULTS, expect_known
 from numflash.calls.fp8_forward import AutoForward, Fp8Forward
 from numflash.calls.fp8_options import MAX_REL_ERROR, refuse_backward
 from numflash.calls.launch import load
 from numflash.calls.ready import BoundForward, bind_forward
-from numflash.configs import MmaConfig, Traits, padded_head_dim
+from numflash.configs import Traits, padded_head_dim
 from numflash.machine_code.compiler import get_cubin
 from numflash.problem.fp8 import Fp8Array, Fp8Recipe
 from numflash.problem.problem import expect_contiguous_rows, expect_head_dim, expect_precision
@@ -149,7 +149,7 @@ def warmup(
         for choice in choices:
             load(get_cubin(choice.config, choice.traits, limits), device)
         choice = choices[0]
-        if family == "forward" and isinstance(choice.config, MmaConfig):
+        if family == "forward" and choice.has_geometry:
             blocks = -(-seqlen_q // choice.config.block_rows)
             num_sms, _ = multiprocessors(device)
             if num_splits(choice.config, traits, limits, num_sms, blocks, seqlen_k) > 1:

@@ -70,6 +70,9 @@ class Source:
         """Put codes and scales into `operands`; functions that make them, by name."""
         raise NotImplementedError
 
+    def build(self) -> None:
+        """Compile and load what makes them."""
+
     def _share(self, recipe: Fp8Recipe) -> None:
         self.rotation = recipe.seed if recipe.hadamard else None
         shifts = {"token": 0, "block": recipe.block.bit_length() - 1}
@@ -116,6 +119,10 @@ class _Quantized(Source):
             self.descale_shape, contiguous_strides(self.descale_shape)
         )
 
+    def build(self):
+        """As `Source.build`."""
+        self._ready.build()
+
     def bind(self, operands, library):
         """As `Source.bind`; with statistics also those."""
         data, descale, statistics, launches = self._ready.bind(operands[self.name], library)
@@ -141,6 +148,11 @@ class _Given(Source):
             return
         self._relayout = Relayout(data, layout, transposed=self.name == "v", name=what)
         self.data = _fresh(self._relayout.data_shape, data.device)
+
+    def build(self):
+        """As `Source.build`."""
+        if self._relayout is not None:
+            self._relayout.build()
 
     def bind(self, operands, library):
         """As `Source.bind`."""

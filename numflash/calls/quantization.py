@@ -73,7 +73,7 @@ class Quantization:
         statistics: bool = False,
         name: str = "x",
     ):
-        """Check and compile.
+        """Check, and choose kernels.
 
         Args:
             view: of the array.
@@ -125,6 +125,13 @@ class Quantization:
         if 0 not in shape:
             stored = self.data_shape[3] if transposed else seqlen
             self._quantize = self._launcher(config, stored)
+
+    def build(self) -> None:
+        """Compile and load; `bind` does it where this was not done before."""
+        reductions = (launcher for launcher, _ in self._reductions.values())
+        for launcher in (self._measure, *reductions, self._quantize):
+            if launcher is not None:
+                launcher.build()
 
     def bind(self, operand: Operand, library: ArrayLibrary) -> tuple[Any, Any, Any, Launches]:
         """Allocate; (data, descale, statistics or None, functions that launch, in order)."""
@@ -206,7 +213,7 @@ class Relayout:
     """
 
     def __init__(self, view: ArrayView, layout: str, *, transposed: bool, name: str = "x"):
-        """Check and compile.
+        """Check, and choose kernels.
 
         Args:
             view: of the codes, (batch, seqlen, heads, head_dim) of uint8 or an 8-bit float.
@@ -238,6 +245,11 @@ class Relayout:
                 config, traits, self.tensor, tokens, _arguments(self.tensor)
             )
 
+    def build(self) -> None:
+        """Compile and load; `bind` does it where this was not done before."""
+        if self._launcher is not None:
+            self._launcher.build()
+
     def bind(self, operand: Operand, library: ArrayLibrary) -> tuple[Any, Launches]:
         """Allocate; (codes laid out, functions that launch)."""
         if self.is_copied:
@@ -257,7 +269,7 @@ class Dequantization:
     """
 
     def __init__(self, x: Fp8Array, dtype: str):
-        """Check and compile. Raises as `dequantize_fp8`."""
+        """Check, and choose the kernel. Raises as `dequantize_fp8`."""
         expect_one_of("dtype", dtype, DTYPES)
         expect_one_of("format", x.format, FORMATS)
         data = library_of(x.data, "x.data").view(x.data, "x.data")

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from functools import cache
 from typing import ClassVar
 
-from numflash.configs.mma import MmaForwardConfig
-from numflash.configs.traits import Traits
+from numflash.configs.letters import switch
+from numflash.configs.mma import MmaForwardConfig, no_softmax, too_new
+from numflash.configs.traits import Asked, Traits
 from numflash.runtime.devices import Architecture, blocks_per_sm
 
 PREFIX = "fp8-"
@@ -30,10 +31,11 @@ class Fp8ForwardConfig(MmaForwardConfig):
             `tcgen05` multiply e4m3.
     """
 
-    half: bool = False
+    half: bool = switch("half")
 
     implementation: ClassVar = "fp8"
-    _example: ClassVar = "fp8-sm89-m128n64w4s2"
+    prefix: ClassVar = PREFIX
+    example: ClassVar = "fp8-sm89-m128n64w4s2"
     generations: ClassVar = ("sm75", "sm80", "sm89")
 
     def __post_init__(self):
@@ -67,14 +69,6 @@ class Fp8ForwardConfig(MmaForwardConfig):
             "kept": 12,
             "key_scales": 3 * self.tile_n if traits.key_scales else 0,
         }
-
-    def __str__(self) -> str:
-        return PREFIX + super().__str__() + (_HALF if self.half else "")
-
-    @classmethod
-    def _fields(cls, text: str) -> dict | None:
-        fields = super()._fields(text.removeprefix(PREFIX).removesuffix(_HALF))
-        return fields and fields | {"half": text.endswith(_HALF)}
 
 
 def generation(limits: Architecture) -> str:
@@ -119,6 +113,13 @@ _MAX_ACCUMULATORS = {"codes": 160, "sm89": 152, "sm80": 152, "sm75": 144}
 _MAX_BFLOAT16_ON_TURING = 64
 
 
+def cannot_run(
+    config: Fp8ForwardConfig, traits: Traits, limits: Architecture, asked: Asked
+) -> str | None:
+    """Why a config cannot compute a problem on a GPU; None if it can."""
+    return too_new(config.generation, limits) or no_softmax(asked) or config.misfit(traits)
+
+
 @cache
 def candidates(limits: Architecture) -> tuple[Fp8ForwardConfig, ...]:
     """The configs that are shipped for a GPU, preferred first."""
@@ -133,7 +134,7 @@ def candidates(limits: Architecture) -> tuple[Fp8ForwardConfig, ...]:
 def misfit(
     config: Fp8ForwardConfig, traits: Traits, limits: Architecture, rows: int, warps: int
 ) -> str | None:
-    """Why a candidate is not the one to use; None if it is. As `configs.sm80.misfit`."""
+    """Why a candidate is not the one to use; None if it is. As `configs.mma.misfit`."""
     if (needed := config.smem_bytes(traits)) > limits.max_smem_per_block:
         return (
             f"needs {needed} bytes of shared memory per block, {limits.arch} has "

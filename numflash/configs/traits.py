@@ -23,6 +23,22 @@ def padded_fp8_head_dim(head_dim: int) -> int:
 
 
 @dataclass(frozen=True)
+class Asked:
+    """What a problem asks of a kernel besides its traits.
+
+    Attributes:
+        rows: of the output per head; tiles of twice as many and more would mostly idle.
+        positive_scale: whether softmax_scale is above 0.
+        no_bulk_copies: why bulk copies cannot fetch and store what the problem is about, or its
+            rows do not fit warpgroups; None if they can.
+    """
+
+    rows: int = 2**30
+    positive_scale: bool = True
+    no_bulk_copies: str | None = None
+
+
+@dataclass(frozen=True)
 class Traits:
     """What a kernel is compiled for.
 

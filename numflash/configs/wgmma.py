@@ -8,14 +8,14 @@ registers a thread instead of the usual; with `-a1` one thread arrives for a war
 last, warps keep the registers that they begin with. Those on 8-bit floats begin with `fp8-sm90-`.
 """
 
-import re
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import ClassVar
 
 from numflash.configs.fp8 import PREFIX
-from numflash.configs.mma import MmaForwardConfig
-from numflash.configs.traits import Traits
+from numflash.configs.letters import number, switch
+from numflash.configs.mma import MmaForwardConfig, no_softmax
+from numflash.configs.traits import Asked, Traits
 from numflash.runtime.devices import Architecture, architecture
 
 WARPGROUP_ROWS = 64
@@ -32,13 +32,8 @@ _WORD_BYTES, _BARRIER_WORDS = 4, 2
 # Of products of 8-bit floats, which have accumulators of their own.
 _MOST_COLUMNS, _PART_COLUMNS = 128, 64
 _MAX_SMEM_BYTES = architecture("sm_90a").max_smem_per_block
-_SWITCHES = ("overlap", "pingpong", "persistent", "fixed")
 _ARRIVALS = (1, 4)
 _L2_BYTES = (128, 256)
-_SUFFIX = re.compile(
-    r"(?:-r(?P<registers>[1-9]\d*))?(?:-a(?P<arrivals>\d+))?(?:-l(?P<l2_bytes>\d+))?"
-    + "".join(f"(-{s})?" for s in _SWITCHES)
-)
 
 
 @dataclass(frozen=True)
@@ -65,18 +60,18 @@ class Sm90ForwardConfig(MmaForwardConfig):
             warpgroup that multiplies and one block an SM: threads have 256 each then.
     """
 
-    overlap: bool = False
-    pingpong: bool = False
-    persistent: bool = False
-    consumer_registers: int = 0
-    arrivals: int = 4
-    l2_bytes: int = 256
-    fixed: bool = False
+    consumer_registers: int = number("-r", 0)
+    arrivals: int = number("-a", 4)
+    l2_bytes: int = number("-l", 256)
+    overlap: bool = switch("overlap")
+    pingpong: bool = switch("pingpong")
+    persistent: bool = switch("persistent")
+    fixed: bool = switch("fixed")
 
     implementation: ClassVar = "sm90"
     generations: ClassVar = ("sm90",)
     operand_bytes: ClassVar = 2
-    _example: ClassVar = "sm90-m128n128w8s2-overlap"
+    example: ClassVar = "sm90-m128n128w8s2-overlap"
 
     def __post_init__(self):
         super().__post_init__()
@@ -154,11 +149,6 @@ class Sm90ForwardConfig(MmaForwardConfig):
         return replace(super().compiled, l2_bytes=type(self).l2_bytes)
 
     @property
-    def stage_n(self) -> int:
-        """Rows of K and V that are fetched at once: one or more tiles."""
-        return self.tile_n
-
-    @property
     def probability_registers(self) -> int:
         """Registers of a thread that hold P as an operand."""
         return self.tile_n * self.operand_bytes // 8
@@ -200,25 +190,6 @@ class Sm90ForwardConfig(MmaForwardConfig):
     def _o_words(self, traits: Traits) -> int:
         slabs = -(-traits.head_dim_v * traits.dtype_bytes // SLAB_BYTES)
         return self.tile_m * slabs * SLAB_BYTES // _WORD_BYTES
-
-    def __str__(self) -> str:
-        text = super().__str__()
-        text += f"-r{self.consumer_registers}" if self.consumer_registers else ""
-        text += f"-a{self.arrivals}" if self.arrivals != type(self).arrivals else ""
-        text += f"-l{self.l2_bytes}" if self.l2_bytes != type(self).l2_bytes else ""
-        return text + "".join(f"-{name}" for name in _SWITCHES if getattr(self, name))
-
-    @classmethod
-    def _fields(cls, text: str) -> dict | None:
-        suffix = re.search(_SUFFIX.pattern + "$", text)
-        fields = super()._fields(text[: suffix.start()])
-        if fields is None:
-            return None
-        on = {name: f"-{name}" in suffix.groups() for name in _SWITCHES}
-        on["consumer_registers"] = int(suffix["registers"] or 0)
-        on["arrivals"] = int(suffix["arrivals"] or cls.arrivals)
-        on["l2_bytes"] = int(suffix["l2_bytes"] or cls.l2_bytes)
-        return fields | on
 
 
 # Preferred first, by the larger head dim; the first holds what shared memory and registers allow,
@@ -274,9 +245,14 @@ def candidates(traits: Traits) -> tuple[Sm90ForwardConfig, ...]:
     return tuple(kind.parse(f"{prefix}sm90-{text}") for text in texts)
 
 
+def generation(limits: Architecture) -> str | None:
+    """Which instructions of warpgroups a GPU has; None if it has none."""
+    return "sm90" if limits.compute_capability == (9, 0) else None
+
+
 def no_wgmma(traits: Traits, limits: Architecture) -> str | None:
     """Why kernels of `wgmma` cannot compute with these traits on a GPU; None if they can."""
-    if limits.compute_capability != (9, 0):
+    if generation(limits) is None:
         return f"wgmma is an instruction of sm_90a only, this GPU is {limits.arch}"
     if traits.dtype == "float32":
         return "its products are of float16 or bfloat16, not of float32"
@@ -285,6 +261,35 @@ def no_wgmma(traits: Traits, limits: Architecture) -> str | None:
     if traits.selected:
         return "it computes all heads, not those that a table names"
     return None
+
+
+def refuses(traits: Traits, limits: Architecture, asked: Asked) -> str | None:
+    """Why no config can compute a problem on a GPU, or should not; None if one may."""
+    return no_wgmma(traits, limits) or no_softmax(asked) or asked.no_bulk_copies
+
+
+def cannot_run(
+    config: Sm90ForwardConfig, traits: Traits, limits: Architecture, asked: Asked
+) -> str | None:
+    """Why a config cannot compute a problem on a GPU; None if it can."""
+    why = no_wgmma(traits, limits) or no_softmax(asked)
+    return why or config.misfit(traits) or asked.no_bulk_copies
+
+
+def torn(pack: int) -> str | None:
+    """Why bulk copies cannot lay so many packed heads into the rows of a warpgroup, or None."""
+    if WARPGROUP_ROWS % pack == 0:
+        return None
+    return (
+        f"the {pack} query heads of a group cannot be packed: their number does not divide "
+        f"the {WARPGROUP_ROWS} rows of a warpgroup"
+    )
+
+
+def registers_of_a_block(config: Sm90ForwardConfig, limits: Architecture) -> int:
+    """Registers a thread when a block begins: an equal share of what is promised to it."""
+    threads = config.num_threads * config.min_blocks_per_sm
+    return limits.registers_per_sm // threads // 8 * 8
 
 
 def misfit(
@@ -315,7 +320,8 @@ class Sm90Fp8ForwardConfig(Sm90ForwardConfig):
 
     operand_bytes: ClassVar = 1
     multiplies_codes: ClassVar = True
-    _example: ClassVar = "fp8-sm90-m128n128w8s2-pingpong"
+    prefix: ClassVar = PREFIX
+    example: ClassVar = "fp8-sm90-m128n128w8s2-pingpong"
 
     def __post_init__(self):
         super().__post_init__()
@@ -338,11 +344,3 @@ class Sm90Fp8ForwardConfig(Sm90ForwardConfig):
         s, part = self._scores_per_thread(), self.part_columns(traits) // 2
         # Without overlap S has become P before P is multiplied.
         return traits.head_dim_v // 2 + (s + part if self.overlap else max(s, part))
-
-    def __str__(self) -> str:
-        return PREFIX + super().__str__()
-
-    @classmethod
-    def _fields(cls, text: str) -> dict | None:
-        is_fp8 = text.startswith(PREFIX)
-        return super()._fields(text.removeprefix(PREFIX)) if is_fp8 else None

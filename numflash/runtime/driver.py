@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 
 from numflash.runtime.devices import Architecture, architecture, architecture_of
@@ -49,6 +50,28 @@ def multiprocessors(device: int | Gpu) -> tuple[int, int]:
     if SIMULATED:
         return _SIMULATED_MULTIPROCESSORS
     return _attributes(device, "MULTIPROCESSOR_COUNT", "L2_CACHE_SIZE")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A GPU as the choice of kernels sees it.
+
+    Attributes:
+        device: its ordinal, or the `Gpu` that need not be here.
+        limits: of its architecture.
+        num_sms: multiprocessors.
+        l2_bytes: L2 cache.
+    """
+
+    device: int | Gpu
+    limits: Architecture
+    num_sms: int
+    l2_bytes: int
+
+
+def machine_of(device: int | Gpu) -> Machine:
+    """The machine that a CUDA device is, or the simulator. Raises as `limits_of_device`."""
+    return Machine(device, limits_of_device(device), *multiprocessors(device))
 
 
 def clocks(device: int) -> tuple[float, float]:

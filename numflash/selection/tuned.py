@@ -7,7 +7,7 @@
 
 Only kernels for dtypes of the same size and for the same head dims are near. Beyond the first rule
 the splits, packing and order of blocks follow from the problem, as they do for default configs.
-On Hopper only the first rule lets configs of `sm80` and `sm90` take each other's place.
+On Hopper only the first rule lets configs of `mma` and `wgmma` take each other's place.
 NUMFLASH_TUNED=0 turns all of it off.
 """
 
@@ -16,7 +16,7 @@ import math
 import os
 from dataclasses import dataclass, replace
 
-from numflash.configs import Config, MmaConfig, Sm90ForwardConfig, Traits, parse_config
+from numflash.configs import Config, Traits, implementation_of, parse_config
 from numflash.machine_code.compiler import source_hash, versions
 from numflash.problem.classes import ProblemClass
 from numflash.runtime import switches
@@ -80,7 +80,7 @@ def find(
     The config cache is read once, and again when this process has added to it.
     """
     _refresh()
-    kind = None if default is None else isinstance(default, Sm90ForwardConfig)
+    kind = None if default is None else implementation_of(default).needs_maps
     key = wanted, device, rows, kind, bulk_copies
     try:
         return _found[key]
@@ -151,10 +151,10 @@ def _find(
     """As `find`; `kind` is whether the default is for Hopper, None where that does not matter."""
     advice = _advise(wanted, device, limits)
     exact = advice.exact
-    if exact is not None and (bulk_copies or not isinstance(exact.config, Sm90ForwardConfig)):
+    if exact is not None and (bulk_copies or not exact.implementation.needs_maps):
         return exact
     for choice, proven in advice.near:
-        is_hopper = isinstance(choice.config, Sm90ForwardConfig)
+        is_hopper = choice.implementation.needs_maps
         if (kind is not None and is_hopper != kind) or (is_hopper and not bulk_copies):
             continue
         if unfit(choice.config, choice.traits, limits, rows, proven) is None:
@@ -248,9 +248,7 @@ def _usable(
 
 def without_geometry(config: Config) -> Config:
     """The config without what belongs to one class only."""
-    if not isinstance(config, MmaConfig):
-        return config
-    return replace(config, num_splits=1, packed=None, heads_in_flight=0)
+    return config.without_geometry if implementation_of(config).has_tensor_cores else config
 
 
 def _is_current(entry: Entry) -> bool:

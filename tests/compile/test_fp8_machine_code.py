@@ -9,9 +9,9 @@ from dataclasses import replace
 
 import pytest
 
-from numflash.api.inspect import inspect_kernel
 from numflash.configs import Fp8ForwardConfig, Sm90Fp8ForwardConfig, Traits, wgmma
 from numflash.machine_code.compiler import get_cubin
+from numflash.machine_code.report import inspect_kernel
 from numflash.machine_code.sass import count_instructions, disassemble
 from numflash.runtime.devices import architecture
 from numflash.runtime.switches import is_on

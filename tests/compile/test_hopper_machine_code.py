@@ -11,11 +11,11 @@ from dataclasses import replace
 
 import pytest
 
-from numflash.api.inspect import inspect_kernel
 from numflash.configs import Sm90ForwardConfig, Traits
 from numflash.configs.wgmma import candidates
 from numflash.machine_code.compiler import compile_cubin, get_cubin
 from numflash.machine_code.main_loop import MainLoop, Registers, read_main_loop
+from numflash.machine_code.report import inspect_kernel
 from numflash.machine_code.sass import disassemble
 from numflash.ptx import device_function
 from numflash.runtime.devices import architecture

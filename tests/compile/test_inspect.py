@@ -8,9 +8,10 @@ import sys
 import pytest
 
 from numflash.api import info, inspect
-from numflash.api.inspect import Report, inspect_kernel, main
+from numflash.api.inspect import main
 from numflash.configs import DeltaConfig, ForwardConfig, Traits
 from numflash.machine_code import sass
+from numflash.machine_code.report import Report, inspect_kernel
 from numflash.runtime.devices import ARCHITECTURES, architecture, blocks_per_sm
 from numflash.selection.rules import choose
 

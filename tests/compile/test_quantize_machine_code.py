@@ -8,7 +8,6 @@ from collections import Counter
 
 import pytest
 
-from numflash.api.inspect import inspect_kernel
 from numflash.configs import (
     AmaxConfig,
     DequantizeConfig,
@@ -18,6 +17,7 @@ from numflash.configs import (
     quantize_config,
 )
 from numflash.machine_code.compiler import compile_ptx, get_cubin
+from numflash.machine_code.report import inspect_kernel
 from numflash.machine_code.sass import disassemble, opcodes
 from numflash.runtime.devices import architecture
 

@@ -19,19 +19,18 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from numflash.api.inspect import inspect_kernel
 from numflash.configs import (
     HEAD_DIM_STEP,
     MAX_HEAD_DIM,
     ForwardConfig,
     MmaConfig,
     Traits,
-    accumulators_per_thread,
     parse_config,
 )
 from numflash.kernels.arguments import Pointer
 from numflash.kernels.kernel import Kernel
 from numflash.machine_code.compiler import compile_kernel, get_cubin
+from numflash.machine_code.report import inspect_kernel
 from numflash.machine_code.sass import count_instructions, disassemble
 from numflash.ptx import f32
 from numflash.runtime.devices import ARCHITECTURES
@@ -79,9 +78,7 @@ class Shipped:
     def accumulators(self) -> int:
         """float32 accumulators a thread: the more, the scarcer are registers."""
         config = parse_config(self.family, self.config)
-        if isinstance(config, MmaConfig):
-            return config.accumulators_per_thread(self.traits)
-        return accumulators_per_thread(config, self.traits)
+        return config.accumulators_per_thread(self.traits)
 
     @property
     def scarcity(self) -> tuple:

@@ -2,8 +2,8 @@
 
 import pytest
 
-from numflash.api.inspect import inspect_kernel
 from numflash.configs import parse_config
+from numflash.machine_code.report import inspect_kernel
 from numflash.runtime.devices import architecture
 from numflash.selection import store
 

@@ -11,7 +11,7 @@ import pytest
 
 import numflash
 from numflash.calls import ready
-from numflash.kernels import quantize as fp8
+from numflash.kernels.mma import fp8_forward
 from numflash.problem.fp8 import Fp8Recipe
 from tests.sim.test_broken_kernels import first_failure
 from tests.sim.test_fp8_attention import (
@@ -80,7 +80,7 @@ def first_failure_of(
     if mutation is not None:
         chain = (module, *IMPORTERS.get(module, ()), KERNEL)
         changed = load(chain, module, mutation, monkeypatch)
-        monkeypatch.setitem(fp8.FACTORIES, "forward", changed.make_forward_kernel)
+        monkeypatch.setattr(fp8_forward, "make_forward_kernel", changed.make_forward_kernel)
     for config in configs:
         for recipe in recipes:
             failure = first_failure(

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from numflash import reference
-from numflash.calls.forward import arguments_of
+from numflash.calls.arguments import arguments_of
 from numflash.calls.launch import SimulatedLaunch
 from numflash.configs import BackwardDkDvConfig, BackwardDqConfig, ForwardConfig, Traits
 from numflash.problem.problem import AttentionProblem, Tensor

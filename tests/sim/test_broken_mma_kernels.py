@@ -4,12 +4,13 @@ As `test_broken_kernels`: a mutation replaces a piece of source text, and the ke
 a wrong result, or an error, for at least one seed.
 """
 
+import importlib
+
 import numpy as np
 import pytest
 
 import numflash
 from numflash.calls import ready
-from numflash.kernels import mma
 from tests.sim.test_broken_kernels import first_failure
 from tests.support.faults import Dropped, Mutation, events, load, source_of
 
@@ -60,8 +61,9 @@ def first_failure_of(
     """
     if mutation is not None:
         changed = load((module, module_of(family)), module, mutation, monkeypatch)
-        factory = getattr(changed, f"make_{family.replace('-', '_')}_kernel")
-        monkeypatch.setitem(mma.FACTORIES, family, factory)
+        factory = f"make_{family.replace('-', '_')}_kernel"
+        whole = importlib.import_module(module_of(family))
+        monkeypatch.setattr(whole, factory, getattr(changed, factory))
     monkeypatch.setattr(ready, "_ready", {})
 
     def run(config):

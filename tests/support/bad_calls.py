@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 import numflash
-from numflash.calls import forward as calls
-from numflash.calls import ready
+from numflash.calls import backward, forward, ready
 from numflash.configs import BackwardDqConfig
 from numflash.runtime.mode import SIMULATED
 from numflash.runtime.views import numpy_dtype
@@ -39,10 +38,14 @@ class Machine:
             def __init__(self, config, *_):
                 machine.made.append(config)
 
+            def build(self):
+                pass
+
             def bind(self, operands):
                 return machine.launched.append
 
-        monkeypatch.setattr(calls, "Launcher", Launcher)
+        for module in (forward, backward):
+            monkeypatch.setattr(module, "Launcher", Launcher)
         monkeypatch.setattr(ready, "_ready", {})
 
     def array(self, spec: A):

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 import numflash
-from numflash.calls.forward import DEFAULTS, Backward, Forward
-from numflash.configs import MmaConfig
+from numflash.calls.arguments import DEFAULTS
+from numflash.calls.backward import Backward
+from numflash.calls.forward import Forward
 from numflash.runtime.arrays import library_of
 
 from . import representative
@@ -73,8 +74,8 @@ def forced(family: str, config: str, q, k, v, options: dict) -> dict[str, Any]:
     """
     if family != "combine":
         return {family: config}
-    forward = numflash.explain_dispatch(q, k, v, **options).forward.config
-    if not isinstance(forward, MmaConfig):
-        raise RefusedError("invalid", f"the forward {forward} does not split its keys")
-    parts = max(2, forward.num_splits)
-    return {"forward": replace(forward, num_splits=parts), family: config}
+    forward = numflash.explain_dispatch(q, k, v, **options).forward
+    if not forward.has_geometry:
+        raise RefusedError("invalid", f"the forward {forward.config} does not split its keys")
+    parts = max(2, forward.config.num_splits)
+    return {"forward": replace(forward.config, num_splits=parts), family: config}

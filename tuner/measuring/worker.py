@@ -9,7 +9,6 @@ from typing import Any
 
 import numflash
 from numflash.api.check import check
-from numflash.configs import MmaConfig
 from numflash.machine_code.compiler import get_cubin
 from numflash.problem.classes import ProblemClass
 from numflash.runtime.driver import limits_of_device
@@ -114,8 +113,8 @@ class Worker:
             self._launches.clear()
             self._inputs = (None, None, {})
             limits = limits_of_device(self.device.ordinal)
-            default = choose("forward", problem.traits, limits).config
-            rate = _TENSOR_RATE if isinstance(default, MmaConfig) else _PORTABLE_RATE
+            default = choose("forward", problem.traits, limits).implementation
+            rate = _TENSOR_RATE if default.has_tensor_cores else _PORTABLE_RATE
             num_sms = self.device.describe()["num_sms"]
             num_bytes = _MEMORY_SHARE * self.device.total_bytes()
             call = representative.fitting(problem, num_bytes, _CALL_SECONDS * rate * num_sms)

@@ -10,7 +10,7 @@ from functools import cache
 from hashlib import sha256
 from pathlib import Path
 
-from numflash.configs import Config, Sm90ForwardConfig
+from numflash.configs import Config, implementation_of
 from numflash.problem.classes import ProblemClass
 
 from ..records import ResourceUsage
@@ -50,7 +50,7 @@ def predict(
     Raises:
         ValueError: not even one block fits on an SM, or its tensor cores have no such product.
     """
-    module = hopper if isinstance(config, Sm90ForwardConfig) else prediction
+    module = hopper if implementation_of(config).needs_maps else prediction
     return module.predict(machine, problem, config, resources, code)
 
 
@@ -60,7 +60,7 @@ def estimate(machine: Machine, problem: ProblemClass, config: Config) -> Predict
     Raises:
         ValueError: as `predict`.
     """
-    module = hopper if isinstance(config, Sm90ForwardConfig) else prediction
+    module = hopper if implementation_of(config).needs_maps else prediction
     return module.estimate(machine, problem, config)
 
 

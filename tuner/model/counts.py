@@ -6,7 +6,7 @@ a score, copies by instructions a load. `complete` puts the same together from m
 
 from dataclasses import dataclass, replace
 
-from numflash.configs import Config, MmaConfig, Traits
+from numflash.configs import Config, MmaConfig, Traits, implementation_of
 
 from .machine_code import Counts, Loop
 
@@ -64,7 +64,8 @@ class Work:
 
 def by_formula(config: Config, traits: Traits) -> Work:
     """The counts of a tiled kernel."""
-    return _mma(config, traits) if isinstance(config, MmaConfig) else _portable(config, traits)
+    of_kind = _mma if implementation_of(config).has_tensor_cores else _portable
+    return of_kind(config, traits)
 
 
 def complete(work: Work, loop: Loop, outside: Counts) -> Work:

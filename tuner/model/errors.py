@@ -25,7 +25,7 @@ is published of portable kernels, tf32, `combine`, `delta`, nor of other archite
 said of those is taken to be as wrong as the worst that is known.
 """
 
-from numflash.configs import Config, MmaConfig
+from numflash.configs import Config
 from numflash.problem.classes import ProblemClass
 from numflash.selection.geometry import PACKED_SEQLEN
 
@@ -46,7 +46,7 @@ ARCHITECTURES = ("sm_80", "sm_86", "sm_90a")
 
 def kind(problem: ProblemClass, config: Config) -> str:
     """What kernels have an error in common: "sm80 forward"; "few queries" are decoding's."""
-    generation = config.generation if isinstance(config, MmaConfig) else "portable"
+    generation = getattr(config, "generation", "portable")
     family = problem.family
     if family == "forward" and problem.seqlen_q <= PACKED_SEQLEN:
         family = "few queries"

@@ -9,7 +9,7 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
-from numflash.configs import WARPGROUP_ROWS, Config, MmaConfig, Sm90ForwardConfig
+from numflash.configs import Config, MmaConfig, implementation_of
 from numflash.problem.classes import ProblemClass
 from numflash.selection.geometry import PACKED_SEQLEN, heads_of_a_bundle
 
@@ -116,12 +116,12 @@ def lay(problem: ProblemClass, config: Config) -> Grid:
 
 def heads_packed(problem: ProblemClass, config: Config) -> int:
     """Query heads in the rows of a tile, by the rule of `geometry.rows_packed`."""
-    if not isinstance(config, MmaConfig) or problem.family != "forward":
+    row = implementation_of(config)
+    if not row.has_tensor_cores or problem.family != "forward":
         return 1
     few = problem.seqlen_q <= PACKED_SEQLEN and not problem.traits.alibi
     packed = problem.group_size if (few if config.packed is None else config.packed) else 1
-    is_torn = isinstance(config, Sm90ForwardConfig) and WARPGROUP_ROWS % packed
-    return 1 if is_torn else packed
+    return packed if row.packs(packed) else 1
 
 
 @lru_cache(maxsize=1024)
@@ -256,7 +256,7 @@ def memory_bytes(problem: ProblemClass, config: Config, grid: Grid, slots: int, 
     # Blocks that read the same keys (or queries) follow each other, unless heads are interleaved.
     readers = row_blocks * grid.splits * (problem.group_size // grid.packed if by_queries else 1)
     at_once = slots / max(1.0, readers)
-    if problem.family == "forward" and isinstance(config, MmaConfig):
+    if problem.family == "forward" and implementation_of(config).has_tensor_cores:
         in_flight = config.heads_in_flight * grid.packed / problem.group_size
         at_once = max(at_once, in_flight or l2 // 2 // head_bytes)
     heads = problem.batch_heads // problem.group_size

@@ -26,10 +26,9 @@ import numpy as np
 
 from numflash.configs import (
     Config,
-    MmaConfig,
     Sm90ForwardConfig,
     Traits,
-    accumulators_per_thread,
+    implementation_of,
 )
 from numflash.problem.classes import ProblemClass
 from numflash.runtime.devices import blocks_per_sm
@@ -157,11 +156,8 @@ def estimate(machine: Machine, problem: ProblemClass, config: Config) -> Predict
 
 def expected_registers(config: Config, traits: Traits) -> tuple[int, int]:
     """Registers of a tiled kernel before it is compiled, and how many more it would need."""
-    if isinstance(config, MmaConfig):
-        accumulators = config.accumulators_per_thread(traits)
-        kind, min_blocks = config.generation, config.min_blocks
-    else:
-        accumulators, kind, min_blocks = accumulators_per_thread(config, traits), "portable", 0
+    accumulators = config.accumulators_per_thread(traits)
+    kind, min_blocks = getattr(config, "generation", "portable"), getattr(config, "min_blocks", 0)
     most = _MAX_REGISTERS
     if min_blocks:
         most = min(most, 65536 // (min_blocks * config.num_threads) // 8 * 8)
@@ -277,7 +273,7 @@ def _tiled(
     slots = machine.num_sms * resident
     l2 = l2_share(machine, blocks)
     warps = config.num_warps
-    shared_share = 1.0 if isinstance(config, MmaConfig) else BROADCAST
+    shared_share = 1.0 if implementation_of(config).has_tensor_cores else BROADCAST
     from_memory = memory_bytes(problem, config, grid, slots, machine.l2_bytes)
 
     tile = _busy(machine, work.tile, warps, shared_share, l2)

@@ -20,6 +20,7 @@ from numflash.configs import (
     MmaConfig,
     Sm90ForwardConfig,
     Traits,
+    implementation_of,
 )
 from numflash.problem.classes import ProblemClass
 from numflash.problem.problem import AttentionProblem
@@ -94,10 +95,10 @@ class Space:
             rows = problem.seqlen_k if problem.family == "backward-dkdv" else problem.seqlen_q
             return choose(problem.family, problem.traits, limits, rows).config
         stands_for = self._stands_for
-        config = choose_forward(stands_for, problem.traits, limits, self.machine.num_sms).config
-        if isinstance(config, MmaConfig) and problem.group_size > 1 and not problem.traits.alibi:
-            config = replace(config, packed=rows_packed(stands_for) > 1)
-        return config
+        choice = choose_forward(stands_for, problem.traits, limits, self.machine.num_sms)
+        if choice.has_geometry and problem.group_size > 1 and not problem.traits.alibi:
+            return replace(choice.config, packed=rows_packed(stands_for) > 1)
+        return choice.config
 
     @property
     def _stands_for(self) -> AttentionProblem:
@@ -135,11 +136,15 @@ class Space:
             return False
 
     @property
+    def _on_tensor_cores(self) -> bool:
+        return implementation_of(self.default).has_tensor_cores
+
+    @property
     def without_tf32(self) -> str | None:
         """Why a class that allows tf32 does not use it; None if it does, or does not allow it."""
         problem, limits = self.problem, self.machine.limits
         has_products = problem.family in MMA_CONFIGS
-        if not (problem.traits.tf32 and has_products) or isinstance(self.default, MmaConfig):
+        if not (problem.traits.tf32 and has_products) or self._on_tensor_cores:
             return None
         choice = choose(problem.family, problem.traits, limits, problem.seqlen_q)
         what, why = choice.passed_over[0]
@@ -165,7 +170,7 @@ class Space:
 
     def _make(self, values: dict) -> Config:
         family, default = self.problem.family, self.default
-        if not isinstance(default, MmaConfig):
+        if not self._on_tensor_cores:
             return PORTABLE_CONFIGS[family](**values)
         generation = values.get("generation", default.generation)
         if generation in Sm90ForwardConfig.generations:
@@ -181,7 +186,8 @@ class Space:
     def _violation(self, config: Config) -> tuple[str, Failure] | None:
         """(constraint, failure) of the first constraint that a config violates."""
         traits, limits = self.problem.traits, self.machine.limits
-        if isinstance(config, MmaConfig) and (why := config.misfit(traits)) is not None:
+        row = implementation_of(config)
+        if row.has_tensor_cores and (why := config.misfit(traits)) is not None:
             return "instruction shapes", ("invalid", why)
         if (why := self._torn(config)) is not None:
             return "rows of a warpgroup", ("invalid", why)
@@ -194,12 +200,12 @@ class Space:
         if self.budgets.smem_bytes is not None and needed > self.budgets.smem_bytes:
             why = f"needs {needed} bytes of shared memory, granted are {self.budgets.smem_bytes}"
             return "--sram-budget", ("over_budget", why)
-        if isinstance(config, MmaConfig):
+        if row.has_tensor_cores:
             if (why := self._pointless_cap(config, limits)) is not None:
                 return "register caps", ("invalid", why)
             cap, kept = _register_cap(config, limits), config.accumulators_per_thread(traits)
             needed_registers = _registers(kept)
-            if isinstance(config, Sm90ForwardConfig):
+            if row.needs_maps:
                 widest = max(config.tile_n, traits.head_dim_v) // 2
                 if widest + _MIN_REGISTERS >= cap:
                     why = f"a product has {widest} accumulators, all blocks begin with {cap}"
@@ -216,10 +222,8 @@ class Space:
 
     def _torn(self, config: Config) -> str | None:
         """Why bulk copies cannot lay packed heads into the rows of a warpgroup."""
-        if not isinstance(config, Sm90ForwardConfig) or not config.packed:
-            return None
         group = self.problem.group_size
-        if WARPGROUP_ROWS % group:
+        if getattr(config, "packed", False) and not implementation_of(config).packs(group):
             return f"the {group} heads of a group do not divide {WARPGROUP_ROWS} rows"
         return None
 
@@ -246,7 +250,7 @@ class Space:
         fit, by = blocks_per_sm(limits, config.num_threads, _MIN_REGISTERS, smem)
         if fit < config.min_blocks:
             return f"{by} leaves room for {fit} blocks per SM, not {config.min_blocks}"
-        is_hopper = isinstance(config, Sm90ForwardConfig)
+        is_hopper = implementation_of(config).needs_maps
         if not is_hopper and _register_cap(config, limits) >= _MAX_REGISTERS:
             return f"{config.min_blocks} blocks per SM leave all registers to each thread"
         return None

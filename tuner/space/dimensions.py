@@ -4,7 +4,7 @@ What the choices of one dimension exclude of another is not said here, except wh
 together by construction, as the warps of a Hopper config and its rows do.
 """
 
-from numflash.configs import WARPGROUP_ROWS, Config, MmaConfig, Sm90ForwardConfig, wgmma
+from numflash.configs import WARPGROUP_ROWS, Config, Sm90ForwardConfig, implementation_of, wgmma
 from numflash.problem.classes import ProblemClass
 
 from .machines import Machine
@@ -34,7 +34,8 @@ def products(
         default: what runs untuned; its choices are among those of one product.
         rows_packed: query heads that the forward packs by rule.
     """
-    if not isinstance(default, MmaConfig):
+    row = implementation_of(default)
+    if not row.has_tensor_cores:
         found = [_portable(problem.family)]
     elif has_wgmma(problem, machine):
         laid_out = _layouts(problem, machine, rows_packed)
@@ -43,7 +44,7 @@ def products(
         found.append(mma | _mma(problem.family) | laid_out)
     else:
         found = [_mma(problem.family) | _layouts(problem, machine, rows_packed)]
-    own = default.num_warpgroups - 1 if isinstance(default, Sm90ForwardConfig) else -1
+    own = default.num_warpgroups - 1 if row.needs_maps else -1
     found[own] = {
         name: tuple(sorted({*choices, value_of(default, name)}))
         for name, choices in found[own].items()

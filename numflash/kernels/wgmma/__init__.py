@@ -6,15 +6,3 @@ producer        the warp that fetches Q, K and V for both
 finish          how both end a tile of rows
 ring            the buffers between producer and consumers
 """
-
-from numflash.kernels.wgmma.forward import make_forward_kernel
-from numflash.kernels.wgmma.fp8_forward import make_fp8_forward_kernel
-
-
-def _make_forward(config, traits):
-    make = make_fp8_forward_kernel if traits.fp8 else make_forward_kernel
-    return make(config, traits)
-
-
-FACTORIES = {"forward": _make_forward}
-"""Kernel family -> factory(config, traits) -> Kernel."""

@@ -25,17 +25,17 @@ class _Report:
 @pytest.fixture
 def compiled(monkeypatch):
     """What `inspect_kernel` was asked for, instead of compiling."""
-    from numflash.api import inspect
+    from numflash.machine_code import report
 
     asked = []
 
     def inspect_kernel(config, traits, limits):
         asked.append((config, traits, limits.arch))
         if limits.arch == "sm_75":
-            raise inspect.UnsupportedError("not on Turing")
+            raise report.UnsupportedError("not on Turing")
         return _Report()
 
-    monkeypatch.setattr(inspect, "inspect_kernel", inspect_kernel)
+    monkeypatch.setattr(report, "inspect_kernel", inspect_kernel)
     return asked
 
 

@@ -13,9 +13,11 @@ import pytest
 
 import numflash
 from numflash.calls import ready
+from numflash.calls.arguments import DEFAULTS, request_of
+from numflash.calls.forward import selection_of
+from numflash.runtime.arrays import library_of
 from numflash.runtime.mode import SIMULATED
 from numflash.selection import autotune, capture, store, tuned
-from numflash.selection import choice as selection
 from tests.support.tuned_classes import (
     HERE,
     SIMULATED_DEVICE,
@@ -113,27 +115,24 @@ def test_a_new_class_is_tuned_once_on_first_use(autotuning):
         SIMULATED_DEVICE, [entry(config="sm80-m32n16w2s1", origin="measured")]
     )
     q, k, v = arrays()
-    choice, _ = selection.forward_choice(*_problem(q, k, v), None)
-    assert str(choice.config) == "sm80-m32n16w2s1"
-    selection.forward_choice(*_problem(q, k, v), None)
+    assert str(_select(q, k, v).forward.config) == "sm80-m32n16w2s1"
+    _select(q, k, v)
     # In the simulator the device is -1.
     assert autotuning.calls == [(WANTED, -1, 20.0)]
 
 
-def _problem(q, k, v):
-    from numflash.calls.forward import problem_of
-    from numflash.runtime.arrays import library_of
-
+def _select(q, k, v):
+    """What a call on these arrays selects."""
     views = {
         name: library_of(x, name).view(x, name) for name, x in zip("qkv", (q, k, v), strict=True)
     }
-    return problem_of(views, {})
+    return selection_of(request_of(views, DEFAULTS), None)
 
 
 def test_a_class_that_was_measured_is_not_tuned_again(autotuning):
     store.add(SIMULATED_DEVICE, [entry(origin="measured")])
     if SIMULATED:
-        selection.forward_choice(*_problem(*arrays()), None)
+        _select(*arrays())
         assert autotuning.calls == []
 
 

@@ -20,7 +20,6 @@ from numflash.configs import (
     MmaForwardConfig,
     Sm90ForwardConfig,
     Traits,
-    accumulators_per_thread,
     mma,
     padded_head_dim,
     parse_config,
@@ -435,9 +434,9 @@ def walked(family):
 def test_accumulators_are_those_counted_by_hand():
     traits = Traits("float16", 64, 96)
     # 16 rows a warp = 4 a thread; 4 score columns; 8 and 12 output columns.
-    assert accumulators_per_thread(ForwardConfig(64, 32, 4), traits) == 4 * 4 + 4 * 12
-    assert accumulators_per_thread(BackwardDqConfig(64, 32, 4), traits) == 2 * 16 + 4 * 8
-    assert accumulators_per_thread(BackwardDkDvConfig(32, 64, 4), traits) == 2 * 16 + 4 * 20
+    assert ForwardConfig(64, 32, 4).accumulators_per_thread(traits) == 4 * 4 + 4 * 12
+    assert BackwardDqConfig(64, 32, 4).accumulators_per_thread(traits) == 2 * 16 + 4 * 8
+    assert BackwardDkDvConfig(32, 64, 4).accumulators_per_thread(traits) == 2 * 16 + 4 * 20
 
 
 def test_accumulators_of_tensor_core_kernels_are_those_counted_by_hand():

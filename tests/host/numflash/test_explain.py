@@ -9,8 +9,7 @@ import pytest
 
 import numflash
 from numflash.calls import launch, ready
-from numflash.calls.forward import problem_of
-from numflash.configs import Traits, parse_config
+from numflash.calls.arguments import DEFAULTS, request_of
 from numflash.machine_code import compiler
 from numflash.machine_code.compiler import source_hash, versions
 from numflash.problem.classes import ProblemClass
@@ -112,8 +111,9 @@ def test_splits_follow_the_number_of_sms():
 def test_the_answer_is_that_of_the_rules():
     q = array(2, 4096, 8, 128)
     asked = numflash.explain_dispatch(q, q, q, arch="t4")
-    problem, traits, _ = problem_of({name: metadata(q, name) for name in "qkv"}, {})
-    assert asked.forward == choose_forward(problem, traits, architecture("sm_75"), 40)
+    request = request_of({name: metadata(q, name) for name in "qkv"}, DEFAULTS)
+    by_rule = choose_forward(request.problem, request.traits, architecture("sm_75"), 40)
+    assert asked.forward == by_rule
 
 
 @pytest.mark.parametrize("precision", ["fp8", "auto"])
@@ -178,13 +178,6 @@ def test_what_is_no_gpu_is_refused(arch, error, words):
         numflash.explain_dispatch(q, q, q, arch=arch)
     for word in words:
         assert word in str(raised.value)
-
-
-def test_nothing_can_be_launched_on_a_gpu_that_is_not_here():
-    config, traits = parse_config("combine", "w4"), Traits("float16", 64, 64)
-    absent = launch.Launcher(config, traits, gpus.find("t4"), 1, {})
-    with pytest.raises(UnsupportedError, match="Tesla T4: it is not here"):
-        absent.bind({})
 
 
 def test_the_table_is_that_of_the_tuner():

@@ -21,12 +21,6 @@ FLOAT16, BFLOAT16 = 6, 9
 FORCED = "sm90-m64n64w4s1"
 
 
-@pytest.fixture
-def hopper(monkeypatch):
-    """A fake H200."""
-    return fake_gpu.install(monkeypatch, (9, 0), num_sms=132, l2_bytes=50 * 2**20)
-
-
 # What arrives in a launch
 
 

@@ -130,12 +130,6 @@ def test_what_cannot_be_described_and_why(shape, strides, pointer, why):
 # What the driver is asked for
 
 
-@pytest.fixture
-def hopper(monkeypatch):
-    """A fake H200."""
-    return fake_gpu.install(monkeypatch, (9, 0), num_sms=132, l2_bytes=50 * 2**20)
-
-
 @on_the_gpu
 def test_the_driver_is_told_all_of_a_layout(hopper):
     layout = TensorLayout("bfloat16", (64, 3, 5), (128, 1024), (64, 2, 4))

@@ -11,6 +11,7 @@ import numflash
 from numflash.calls import ready
 from numflash.configs import parse_config
 from numflash.problem.classes import ProblemClass
+from numflash.runtime import driver
 from numflash.runtime.devices import architecture
 from numflash.selection import choice as selection
 from numflash.selection import store, tuned
@@ -123,7 +124,7 @@ def test_on_hopper_the_class_itself_may_have_another_kernel_if_it_can_run():
 
 @needs_simulator
 def test_a_tuned_config_for_hopper_is_not_for_what_bulk_copies_cannot_fetch(monkeypatch):
-    monkeypatch.setattr(selection, "limits_of_device", lambda device: architecture("sm_90a"))
+    monkeypatch.setattr(driver, "limits_of_device", lambda device: architecture("sm_90a"))
     monkeypatch.setattr(selection, "device_key", lambda device: ELSEWHERE)
     store.add(ELSEWHERE, [entry(config="sm90-m64n64w4s1")])
     whole = np.zeros((1, 512, 8, 64), np.float16)

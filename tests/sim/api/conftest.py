@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from numflash.api import plans
-from numflash.calls import forward as calls
 from numflash.calls import ready
 from numflash.configs.formats import NAN_CODE
 from numflash.runtime.arrays import _NumPy
@@ -16,7 +15,7 @@ from tests.support.api_calls import choose_small
 @pytest.fixture(autouse=True)
 def small_tiles_and_poisoned_results(monkeypatch):
     """Small tiles; and NaN wherever a kernel leaves a result out."""
-    for module in (plans, calls, dispatch, selection):
+    for module in (plans, dispatch, selection):
         monkeypatch.setattr(module, "choose", choose_small)
     monkeypatch.setattr(ready, "_ready", {})
     empty = _NumPy.empty

@@ -25,8 +25,8 @@ def test_what_is_explained_is_what_runs(rng, monkeypatch):
     assert plan.kernel == f"forward {choice.config} {choice.traits}"
     assert str(choice.config) == TENSOR_CORES["forward"]
     assert explanation.geometry.pack == H // HKV
-    for family, backward in explanation.backward.items():
-        assert str(backward.config) == TENSOR_CORES[family]
+    for family, choice in explanation.backward.items():
+        assert str(choice.config) == TENSOR_CORES[family]
 
 
 def test_what_is_explained_on_8_bit_floats_is_what_runs(rng):

@@ -8,9 +8,9 @@ import pytest
 import numflash
 from numflash import reference
 from numflash.api import plans
+from numflash.calls import backward, quantization, ready
 from numflash.calls import forward as calls
 from numflash.calls import fp8_forward as fp8_calls
-from numflash.calls import quantization, ready
 from numflash.configs import parse_config
 from tests.support.api_calls import (
     DV,
@@ -143,7 +143,7 @@ def test_the_backward_runs_the_configs_that_are_asked_for(rng, monkeypatch):
         made.append(str(config))
         return launcher(config, *arguments)
 
-    monkeypatch.setattr(calls, "Launcher", noted)
+    monkeypatch.setattr(backward, "Launcher", noted)
     q, k, v = arrays(rng, dtype=np.float16)
     out, lse = numflash.attention(q, k, v, return_lse=True)
     exact = reference.attention_backward(out, q, k, v)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 pytest.importorskip("optuna")
-from numflash.calls.forward import problem_of
+from numflash.calls.arguments import DEFAULTS, request_of
 from numflash.problem.classes import ProblemClass
 from numflash.runtime.arrays import library_of
 from numflash.runtime.mode import SIMULATED
@@ -239,11 +239,11 @@ def test_a_class_is_the_one_that_its_problems_are_of(argv, shape, options):
     views = {
         name: library_of(x, name).view(x, name) for name, x in zip("qkv", (q, k, k), strict=True)
     }
-    problem, traits, _ = problem_of(views, options)
+    request = request_of(views, DEFAULTS | options)
     full = () if "--mask" in argv else ("--mask", "full")
     forward = ("--pass", "forward", "--dtype", "float16", "--head-dim", "64")
     asked = classes(*forward, *full, *argv)
-    assert str(ProblemClass.of("forward", problem, traits)) in asked
+    assert str(ProblemClass.of("forward", request.problem, request.traits)) in asked
 
 
 def test_tf32_is_for_float32_only(refused):
