@@ -1,9 +1,9 @@
-"""`python -m bench report`: the README's tables and figures, drawn from `bench/results/*.json`.
+"""`python -m bench report`: tables and figures of README and docs/fp8.md, from `bench/results`.
 
 The newest record of a device that measured a point is the one that counts, and a point is taken
-whole, so that ratios are of methods that ran in turn. What no record has measured is called "not
-yet measured"; no number comes from anywhere else. FP8 accuracy has a part of its own
-(`bench.fp8_accuracy.section`).
+whole, so that ratios are of methods that ran in turn. A point without a record is called "not
+yet measured"; no number comes from anywhere else. `bench.fp8_accuracy.section` draws the accuracy
+of FP8.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from bench.records import record
 from bench.records.checks import ROOT
 from bench.records.entries import is_measured, is_right
 from bench.tables import figures, quantization, tables
-from numflash.machine_code import compiler
+from numflash.machine_code import sources
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 FP8_BEGIN, FP8_END = "<!-- bench:fp8:begin -->", "<!-- bench:fp8:end -->"
@@ -33,29 +33,35 @@ def add_command(commands) -> None:
     parser.add_argument(
         "--fp8-figure", type=Path, default=ROOT / "docs" / "fp8-accuracy.svg", help="plot of FP8"
     )
+    parser.add_argument(
+        "--fp8-page", type=Path, default=ROOT / "docs" / "fp8.md", help="page of FP8's accuracy"
+    )
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Write the README's parts between the markers; 1 if it has none.
+    """Write README and FP8's page between their markers; 1 if one lacks its markers.
 
-    The part on FP8 is left alone where there is no record of it.
+    FP8's page stays as it is where there is no record of it.
     """
     records = record.read_all(arguments.results)
     records = [found for found in records if found["name"] != fp8_section.FILE_NAME]
     fp8 = fp8_section.read(arguments.results)
-    text = render(records, arguments.figures, arguments.readme.parent)
-    readme = arguments.readme.read_text()
-    try:
-        updated = replace_between(readme, text)
-        if fp8 is not None:
-            text = fp8_section.render(fp8, arguments.fp8_figure, arguments.readme.parent)
-            updated = replace_between(updated, text, FP8_BEGIN, FP8_END)
-    except ValueError as error:
-        print(f"{arguments.readme}: {error}")
-        return 1
-    arguments.readme.write_text(updated)
-    print(f"{arguments.readme}: {len(records)} records")
+    readme, page = arguments.readme, arguments.fp8_page
+    pages = {readme: (render(records, arguments.figures, readme.parent), BEGIN, END)}
+    if fp8 is not None:
+        text = fp8_section.render(fp8, arguments.fp8_figure, page.parent)
+        pages[page] = (text, FP8_BEGIN, FP8_END)
+    updated = {}
+    for path, part in pages.items():
+        try:
+            updated[path] = replace_between(path.read_text(), *part)
+        except ValueError as error:
+            print(f"{path}: {error}")
+            return 1
+    for path, text in updated.items():
+        path.write_text(text)
+    print(f"{readme}: {len(records)} records")
     return 0
 
 
@@ -100,7 +106,7 @@ def newest_points(records: list[dict], direction: str, kind: str = "grid") -> li
 
 
 def _summary(records: list[dict], devices: list[str]) -> str:
-    today = compiler.source_hash()
+    today = sources.source_hash()
     rows = []
     for device in devices:
         mine = [r for r in records if r.get("device") == device]
@@ -137,7 +143,7 @@ def _section(device, direction, points, figures_folder: Path, relative_to: Path)
     ]
     if untimed := tables.untimed(points):
         parts.append(f"No time at any point: {untimed}.")
-    if stale := sum(p["record"].get("source_hash") != compiler.source_hash() for p in points):
+    if stale := sum(p["record"].get("source_hash") != sources.source_hash() for p in points):
         parts.append(f"{stale} of {len(points)} points were measured with older kernels.")
     ceilings = tables.ceilings_of(last)
     if ceilings is not None:

@@ -125,8 +125,8 @@ def _finite(x: float) -> float | str:
 
 def _parts(device, task, settings, begin) -> dict:
     """Milliseconds of each kernel of a forward, and of them together."""
-    from numflash.calls.arguments import DEFAULTS
     from numflash.calls.forward import Forward
+    from numflash.problem.options import AttentionOptions
     from numflash.runtime.arrays import library_of
 
     point = Point.from_dict(task["point"])
@@ -135,7 +135,7 @@ def _parts(device, task, settings, begin) -> dict:
     library = library_of(arrays["q"], "q")
     views = {name: library.view(array, name) for name, array in arrays.items()}
     operands = {name: library.operand(array) for name, array in arrays.items()}
-    options = {**DEFAULTS, "causal": point.causal, "config": task["config"]}
+    options = AttentionOptions(causal=point.causal, config=task["config"])
     ready = Forward(views, options)
     # The results must outlive the launches, which only know their addresses.
     out, lse, launches = ready.bind(operands, library)

@@ -1,4 +1,4 @@
-"""The README's section on FP8 accuracy, from the record of `python -m bench fp8-accuracy`."""
+"""The accuracy in docs/fp8.md, from the record of `python -m bench fp8-accuracy`."""
 
 import json
 from dataclasses import dataclass

@@ -20,9 +20,10 @@ from pathlib import Path
 
 from bench.machine_code.kernels import NamedKernel
 from numflash.configs import Traits, parse_config
-from numflash.machine_code.compiler import get_cubin, source_hash, versions
+from numflash.machine_code.compiler import get_cubin, versions
 from numflash.machine_code.main_loop import MainLoop, read_main_loop, read_setmaxnreg
 from numflash.machine_code.sass import Block, Loop, basic_blocks, disassemble, loops, opcodes
+from numflash.machine_code.sources import source_hash
 from numflash.runtime.devices import architecture, blocks_per_sm
 
 SCHEMA = 1

@@ -126,8 +126,8 @@ def _call(command: list, seconds: float, environment: dict | None = None) -> str
 
 def rows(dtype: str, head_dims: list[int]) -> Iterator[dict]:
     """The figures of what is chosen for each head_dim, compiled by what is installed here."""
+    from numflash.api.inspect import inspect_kernel
     from numflash.configs import Traits
-    from numflash.machine_code.report import inspect_kernel
     from numflash.runtime.devices import architecture
     from numflash.selection.rules import choose
 
@@ -166,7 +166,7 @@ def row(config, traits, report, bare) -> dict:
 
     Args:
         config, traits: the kernel.
-        report: of `numflash.machine_code.report`.
+        report: of `numflash.api.inspect`.
         bare: the main loop without the guard; None if there is none to leave out.
     """
     loop = report.main_loop

@@ -1,11 +1,12 @@
-"""numflash.explain_dispatch: which kernels a call runs, and why not the others."""
+"""`numflash.explain_dispatch`: the kernels that a call runs, and why not the others."""
 
 from dataclasses import dataclass, replace
 
-from numflash.calls.arguments import DEFAULTS, expect_known, request_of
+from numflash.calls.arguments import request_of
 from numflash.calls.forward import selection_of
 from numflash.calls.fp8_forward import auto_requests_of, fp8_request_of
 from numflash.calls.fp8_options import has_fp8, take_apart, with_budget
+from numflash.problem.options import ARRAY_OPTIONS, AttentionOptions
 from numflash.runtime.arrays import library_of, metadata
 from numflash.runtime.driver import machine_of
 from numflash.runtime.gpus import Gpu, find
@@ -32,7 +33,14 @@ class Explanation(Selection):
         delta: the kernel that runs before those of the backward; None on 8-bit floats.
         backward: the kernels of `attention_backward`, by family; none on 8-bit floats.
         in_16_bits: with precision="auto", the kernel for the heads that `forward` leaves out.
-        gpu: what was asked about, where it was a GPU that need not be here.
+        gpu: the GPU that was asked about, where it need not be here.
+
+    Example:
+        >>> import numpy as np, numflash
+        >>> x = np.empty((2, 4096, 16, 64), "float16")
+        >>> explanation = numflash.explain_dispatch(x, x, x, arch="sm_80")
+        >>> explanation.forward.family, sorted(explanation.backward)
+        ('forward', ['backward-dkdv', 'backward-dq'])
     """
 
     in_16_bits: Choice | None = None
@@ -77,45 +85,51 @@ def explain_dispatch(q, k, v, *, arch: str | None = None, **options) -> Explanat
         TypeError, ValueError, UnsupportedError: as `numflash.attention`; an arch that is none.
 
     Nothing is compiled or launched. On 8-bit floats there is no backward: `backward` is empty.
+
+    Example:
+        >>> import numpy as np, numflash
+        >>> x = np.empty((2, 4096, 16, 64), "float16")
+        >>> print(numflash.explain_dispatch(x, x, x, arch="NVIDIA H200"))  # doctest: +ELLIPSIS
+        on NVIDIA H200...
+        forward: sm90-...
     """
     gpu = None if arch is None else find(arch)
     descales = tuple(options.pop(f"{name}_descale", None) for name in "qkv")
-    expect_known("explain_dispatch", options, ("arch",))
-    options = {**DEFAULTS, **options}
-    if options["max_rel_error"] is not None:
+    options = AttentionOptions.of("explain_dispatch", options, ("arch",))
+    if options.max_rel_error is not None:
         options = with_budget(options)
-    is_fp8 = options["precision"] in ("fp8", "auto") or any(x is not None for x in descales)
+    is_fp8 = options.precision in ("fp8", "auto") or any(x is not None for x in descales)
     if is_fp8 or has_fp8(q, k, v):
         return _explain_fp8({"q": q, "k": k, "v": v}, descales, options, gpu)
-    if options["fp8"] is not None:
-        raise ValueError(f'fp8 goes with precision="fp8", precision is {options["precision"]!r}')
+    if options.fp8 is not None:
+        raise ValueError(f'fp8 goes with precision="fp8", precision is {options.precision!r}')
     request = request_of(_views({"q": q, "k": k, "v": v}, options, gpu), options)
     found = select(
         request.problem,
         request.traits,
         machine_of(request.device),
-        options["config"],
+        options.config,
         passes=("forward", "backward"),
         runs=False,
     )
     return Explanation(**vars(found), gpu=gpu)
 
 
-def _explain_fp8(arrays: dict, descales: tuple, options: dict, gpu: Gpu | None) -> Explanation:
-    arrays, options = take_apart(arrays, descales, options)
+def _explain_fp8(arrays: dict, descales, options: AttentionOptions, gpu) -> Explanation:
+    arrays, options, described = take_apart(arrays, descales, options)
     views = _views(arrays, options, gpu)
-    if options["precision"] != "auto":
-        request, _ = fp8_request_of(views, options)
-        return Explanation(**vars(selection_of(request, options["config"], runs=False)), gpu=gpu)
-    request, _, other = auto_requests_of(views, with_budget(options))
-    in_8_bits = selection_of(request, options["config"], runs=False)
+    if options.precision != "auto":
+        request, _ = fp8_request_of(views, options, described)
+        return Explanation(**vars(selection_of(request, options.config, runs=False)), gpu=gpu)
+    request, _, other = auto_requests_of(views, with_budget(options), described)
+    in_8_bits = selection_of(request, options.config, runs=False)
     in_16_bits = selection_of(other, None, runs=False).forward
     return Explanation(**vars(in_8_bits), in_16_bits=in_16_bits, gpu=gpu)
 
 
-def _views(arrays: dict, options: dict, gpu: Gpu | None) -> dict[str, ArrayView]:
-    if options["alibi_slopes"] is not None:
-        arrays = {**arrays, "alibi_slopes": options["alibi_slopes"]}
+def _views(arrays: dict, options: AttentionOptions, gpu: Gpu | None) -> dict[str, ArrayView]:
+    given = {name: getattr(options, name) for name in ARRAY_OPTIONS}
+    arrays = arrays | {name: array for name, array in given.items() if array is not None}
     if gpu is None:
         return {n: library_of(x, n).view(x, n) for n, x in arrays.items()}
     return {n: replace(metadata(x, n), device=gpu) for n, x in arrays.items()}

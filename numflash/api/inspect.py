@@ -21,6 +21,7 @@ from numflash.configs import (
     parse_config,
     quantize_config,
 )
+from numflash.configs.features import FEATURES
 from numflash.configs.formats import FORMATS
 from numflash.machine_code.compiler import compile_ptx, get_cubin
 from numflash.machine_code.report import NO_SIMULATOR, describe, inspect_kernel
@@ -78,8 +79,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar=("L", "R"),
         help="accepted and without effect, as --causal",
     )
-    parser.add_argument("--softcap", action="store_true", help="with soft capping compiled in")
-    parser.add_argument("--alibi", action="store_true", help="with ALiBi compiled in")
+    for row in FEATURES:
+        text = f"with {row.title} compiled in"
+        parser.add_argument(f"--{row.name}", action="store_true", help=text)
     parser.add_argument(
         "--unaligned",
         action="store_true",
@@ -150,8 +152,7 @@ def _traits(args: argparse.Namespace) -> Traits:
     return Traits(
         args.dtype,
         *columns,
-        softcap=args.softcap,
-        alibi=args.alibi,
+        tuple(row.name for row in FEATURES if getattr(args, row.name)),
         vectorized=aligned and not args.unaligned,
         tf32=args.precision == "tf32",
         fp8=is_fp8 and is_forward,
@@ -160,7 +161,7 @@ def _traits(args: argparse.Namespace) -> Traits:
 
 
 def _config(args: argparse.Namespace, traits: Traits, limits: Architecture) -> Config | None:
-    """The config that is asked for by name or by what it is to do; None if by neither.
+    """The config that is asked for by name or by its task; None if by neither.
 
     Raises:
         ValueError, UnsupportedError: there is none.

@@ -4,8 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from numflash.configs import Traits
+from numflash.configs.features import FEATURES, Features, rows_of
 from numflash.kernels import arguments as records
-from numflash.kernels.arguments import Alibi, Mask, Scores, Shape, Statistics
+from numflash.kernels.arguments import Mask, Scores, Shape, Statistics
+from numflash.problem.options import AttentionOptions
 from numflash.problem.problem import (
     AttentionProblem,
     Tensor,
@@ -17,45 +19,6 @@ from numflash.problem.problem import (
 from numflash.problem.tensor_maps import misfit
 from numflash.runtime.arrays import copy_rows
 from numflash.runtime.views import ArrayView, Operand, fresh
-
-DEFAULTS = {
-    "softmax_scale": None,
-    "causal": False,
-    "causal_align": "bottom_right",
-    "window_size": (-1, -1),
-    "softcap": 0.0,
-    "alibi_slopes": None,
-    "layout": "bshd",
-    "precision": None,
-    "config": None,
-    "fp8": None,
-    "max_rel_error": None,
-}
-"""The options of a call, as `numflash.attention` has them unless told otherwise."""
-
-
-def expect_known(function: str, options: dict, others: tuple[str, ...] = ()) -> None:
-    """Raise TypeError, which names the function and what it takes, for options that no call has.
-
-    Args:
-        function: whose options these are.
-        options: by name.
-        others: what it takes besides `DEFAULTS`.
-    """
-    unknown = sorted(set(options) - {*DEFAULTS, *others})
-    if unknown:
-        takes = ", ".join([*others, *DEFAULTS])
-        raise TypeError(f"{function} got unknown options: {', '.join(unknown)}; it takes {takes}")
-
-
-# Those that say how, not what, is computed.
-_HOW = ("config", "fp8", "max_rel_error", "described")
-
-
-def _describe(views: dict[str, ArrayView], options: dict) -> tuple[AttentionProblem, dict]:
-    described = {name: value for name, value in options.items() if name not in _HOW}
-    described["alibi_slopes"] = views.get("alibi_slopes")
-    return describe(views["q"], views["k"], views["v"], **described)
 
 
 @dataclass(frozen=True)
@@ -94,10 +57,10 @@ class Request:
         return replace(self, traits=traits, arguments={**self.arguments, "in_fp8": "in_fp8"})
 
 
-def request_of(views: dict[str, ArrayView], options: dict) -> Request:
+def request_of(views: dict[str, ArrayView], options: AttentionOptions) -> Request:
     """A forward call on arrays of 16 or 32 bits. Raises as `numflash.attention`."""
     rows, copied = with_contiguous_rows(views, ("q", "k", "v"))
-    problem, tensors = described(rows, options)
+    problem, tensors = describe(rows, options)
     tensors["out"] = out = described_out(views, rows["q"], problem, options)
     return Request(
         problem=seen_by_bulk_copies(problem, tensors),
@@ -111,15 +74,8 @@ def request_of(views: dict[str, ArrayView], options: dict) -> Request:
     )
 
 
-def described(views: dict[str, ArrayView], options: dict) -> tuple[AttentionProblem, dict]:
-    """The problem of a call, and q, k and v by name as `Tensor`. Raises as `describe`."""
-    what = {name: value for name, value in options.items() if name not in _HOW}
-    what["alibi_slopes"] = views.get("alibi_slopes")
-    return describe(views["q"], views["k"], views["v"], **what)
-
-
 def described_out(
-    views: dict[str, ArrayView], q: ArrayView, problem: AttentionProblem, options: dict
+    views: dict[str, ArrayView], q: ArrayView, problem: AttentionProblem, options: AttentionOptions
 ) -> Tensor:
     """The result: the caller's `out`, checked, or one still to be allocated."""
     shape = (*q.shape[:-1], problem.head_dim_v)
@@ -129,7 +85,7 @@ def described_out(
     else:
         expect_like("out", out, shape, q.dtype, q.device)
         expect_writeable("out", out)
-    return as_tensor("out", out, options["layout"])
+    return as_tensor("out", out, options.layout)
 
 
 def traits_of(problem: AttentionProblem, tensors: Mapping[str, Tensor]) -> Traits:
@@ -139,9 +95,10 @@ def traits_of(problem: AttentionProblem, tensors: Mapping[str, Tensor]) -> Trait
 
 def arguments_of(problem: AttentionProblem, tensors: dict[str, Tensor]) -> dict[str, object]:
     """Arguments of any kernel of attention, by parameter name: its records and numbers."""
-    softmax_scale, softcap = problem.softmax_scale, problem.softcap
-    slopes = None if problem.alibi_strides is None else "alibi_slopes"
-    alibi = Alibi(slopes, *(problem.alibi_strides or (0, 0)), problem.bias_shift)
+    scale, asked = problem.softmax_scale, zip(FEATURES, problem.features, strict=True)
+    features = Features(*(row.absent if record is None else record for row, record in asked))
+    for row in rows_of(problem.feature_names):
+        scale /= row.unit(getattr(features, row.name))
     return {
         **{name: records.Tensor(each.name, *each.strides[:3]) for name, each in tensors.items()},
         "shape": Shape(
@@ -154,9 +111,10 @@ def arguments_of(problem: AttentionProblem, tensors: dict[str, Tensor]) -> dict[
             batch_size=problem.batch,
         ),
         "mask": Mask(problem.band_lo, problem.band_hi),
-        # With softcap the scaled product is the argument of tanh.
-        "scores": Scores(softmax_scale / (softcap or 1.0), softcap, softmax_scale, alibi),
-        "softmax_scale": softmax_scale,
+        "scores": Scores(scale, problem.softmax_scale, problem.shift, features),
+        "features": features,
+        "row_gradients": "row_gradients" if problem.gradients else None,
+        "softmax_scale": problem.softmax_scale,
         "statistics": Statistics("lse", "delta"),
         "statistics_log2": Statistics("lse_log2", "delta"),
         "in_fp8": None,

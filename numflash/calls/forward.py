@@ -11,6 +11,7 @@ from numflash.calls.arguments import Request, copy_all_rows, request_of
 from numflash.calls.launch import Launcher, Mapped
 from numflash.configs import implementation_of
 from numflash.kernels.arguments import Layout, Part
+from numflash.problem.options import AttentionOptions
 from numflash.problem.tensor_maps import TensorLayout
 from numflash.runtime.arrays import ArrayLibrary
 from numflash.runtime.driver import machine_of
@@ -30,11 +31,11 @@ class Forward:
         kernel: which kernel computes the result.
     """
 
-    def __init__(self, views: dict[str, ArrayView], options: dict):
+    def __init__(self, views: dict[str, ArrayView], options: AttentionOptions):
         """Check, choose and build. Raises as `numflash.attention`."""
         request = request_of(views, options)
         self.device, self._results = request.device, Results(views, request)
-        self._kernels = kernels_of(request, options["config"])
+        self._kernels = kernels_of(request, options.config)
         self._kernels.build()
         self.kernel = self._kernels.name
 

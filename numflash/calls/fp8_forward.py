@@ -6,18 +6,24 @@ from typing import Any
 from numflash.calls.arguments import (
     Request,
     arguments_of,
-    described,
     described_out,
     lse_shape,
     request_of,
     seen_by_bulk_copies,
 )
 from numflash.calls.forward import ForwardKernels, Launches, Results, kernels_of
-from numflash.calls.fp8_sources import SIXTEEN_BITS, Source, make_sources, result_dtype
+from numflash.calls.fp8_sources import (
+    SIXTEEN_BITS,
+    AllDescribed,
+    Source,
+    make_sources,
+    result_dtype,
+)
 from numflash.calls.launch import Launcher
 from numflash.configs import FP8_STEP, EstimateConfig, Traits, padded_fp8_head_dim
 from numflash.kernels.arguments import Descales, QueryDescale, Squares
-from numflash.problem.problem import AttentionProblem, Tensor
+from numflash.problem.options import ARRAY_OPTIONS, AttentionOptions
+from numflash.problem.problem import AttentionProblem, Tensor, describe
 from numflash.runtime.arrays import ArrayLibrary
 from numflash.runtime.views import ArrayView, Operand
 
@@ -33,11 +39,16 @@ class Fp8Forward:
         kernel: which kernel computes the result.
     """
 
-    def __init__(self, views: dict[str, ArrayView], options: dict):
+    def __init__(
+        self,
+        views: dict[str, ArrayView],
+        options: AttentionOptions,
+        described: AllDescribed = (),
+    ):
         """Check, choose and build. Raises as `numflash.attention`."""
-        request, self._sources = fp8_request_of(views, options)
+        request, self._sources = fp8_request_of(views, options, described)
         self.device, self._results = request.device, Results(views, request)
-        self._kernels = kernels_of(request, options["config"])
+        self._kernels = kernels_of(request, options.config)
         self.kernel = self._kernels.name
         _build(*self._sources.values(), self._kernels)
 
@@ -61,17 +72,22 @@ class AutoForward:
         kernel: which kernel computes heads in 8 bits.
     """
 
-    def __init__(self, views: dict[str, ArrayView], options: dict):
+    def __init__(
+        self,
+        views: dict[str, ArrayView],
+        options: AttentionOptions,
+        described: AllDescribed = (),
+    ):
         """Check, choose and build. Raises as `numflash.attention`."""
-        request, self._sources, in_16_bits = auto_requests_of(views, options)
+        request, self._sources, in_16_bits = auto_requests_of(views, options, described)
         self.device, self._results = request.device, Results(views, request)
         self._decision_shape = request.problem.batch, request.problem.num_heads_kv
-        self._kernels = kernels_of(request, options["config"])
+        self._kernels = kernels_of(request, options.config)
         self._in_16_bits = kernels_of(in_16_bits, None)
         self.kernel = self._kernels.name
         self._estimate = None
         if not request.is_empty and 0 not in self._decision_shape:
-            self._estimate = _estimate(request, self._sources, options["max_rel_error"])
+            self._estimate = _estimate(request, self._sources, options.max_rel_error)
             self._estimate.build()
         _build(*self._sources.values(), self._kernels, self._in_16_bits)
 
@@ -92,23 +108,26 @@ class AutoForward:
 
 
 def fp8_request_of(
-    views: dict[str, ArrayView], options: dict, statistics: bool = False
+    views: dict[str, ArrayView],
+    options: AttentionOptions,
+    described: AllDescribed = (),
+    statistics: bool = False,
 ) -> tuple[Request, Sources]:
     """A forward call on 8-bit floats, and what makes them; with statistics sums of squares, too.
 
     Raises:
         TypeError, ValueError, UnsupportedError: as `numflash.attention`.
     """
-    sources = make_sources(views, options, statistics)
+    sources = make_sources(views, options, dict(described), statistics)
     like = {name: source.view for name, source in sources.items()}
     # The result is of q's type; k and v may have been quantised from others.
     dtype = like["q"].dtype
     if dtype not in SIXTEEN_BITS:
         dtype = result_dtype(like["q"].device)
     like = {name: replace(view, dtype=dtype) for name, view in like.items()}
-    q, options = like["q"], options | {"precision": None}
-    rest = {name: views[name] for name in ("alibi_slopes",) if name in views}
-    problem, _ = described(like | rest, options)
+    q, options = like["q"], options._replace(precision=None)
+    rest = {name: views[name] for name in ARRAY_OPTIONS if name in views}
+    problem, _ = describe(like | rest, options)
     out = described_out(views, q, problem, options)
     tensors = {name: _codes(name, source) for name, source in sources.items()} | {"out": out}
     traits = replace(
@@ -131,17 +150,17 @@ def fp8_request_of(
 
 
 def auto_requests_of(
-    views: dict[str, ArrayView], options: dict
+    views: dict[str, ArrayView], options: AttentionOptions, described: AllDescribed = ()
 ) -> tuple[Request, Sources, Request]:
     """A call with precision="auto" in 8 bits, what makes these, and the call in 16 bits.
 
     Raises:
         TypeError, ValueError, UnsupportedError: as `numflash.attention`.
     """
-    if options["described"] or any(f"{name}_descale" in views for name in "qkv"):
+    if described or any(f"{name}_descale" in views for name in "qkv"):
         raise TypeError('precision="auto" chooses between 8 and 16 bits: q, k and v need 16')
     request, sources = fp8_request_of(views, options, statistics=True)
-    in_16_bits = request_of(views, options | {"precision": None})
+    in_16_bits = request_of(views, options._replace(precision=None))
     return request.of_selected_heads(), sources, in_16_bits.of_selected_heads()
 
 

@@ -13,6 +13,7 @@ from numflash.configs import FP8_STEP
 from numflash.kernels import arguments as records
 from numflash.kernels.arguments import Descale, Transposed
 from numflash.problem.fp8 import Fp8Array, Fp8Recipe
+from numflash.problem.options import AttentionOptions
 from numflash.problem.problem import Tensor, as_tensor, expect_like
 from numflash.runtime.arrays import ArrayLibrary
 from numflash.runtime.driver import limits_of_device
@@ -41,6 +42,10 @@ class Described:
     def of(cls, x: Fp8Array) -> "Described":
         """Of an array."""
         return cls(x.recipe, tuple(x.shape), x.dtype, x.layout, x.format, x.transposed)
+
+
+AllDescribed = tuple[tuple[str, Described], ...]
+"""(name, `Described`) of each `Fp8Array` among q, k and v: part of a call's key."""
 
 
 class Source:
@@ -237,19 +242,24 @@ class _FromCodes(_Given):
 
 
 def make_sources(
-    views: dict[str, ArrayView], options: dict, statistics: bool = False
+    views: dict[str, ArrayView],
+    options: AttentionOptions,
+    described: dict[str, Described],
+    statistics: bool = False,
 ) -> dict[str, Source]:
     """What makes codes and scales of q, k and v.
 
     Args:
         views: of q, k, v, and of their scales, as "k_descale", where there are any.
-        options: of the call; "described" holds a `Described` for each `Fp8Array`.
+        options: of the call.
+        described: of each `Fp8Array`.
         statistics: whether sums of squares are wanted of those that are quantised.
 
     Raises:
         TypeError, ValueError, UnsupportedError: as `numflash.attention`.
     """
-    described, recipe, layout = options["described"], options["fp8"], options["layout"]
+    options.check()
+    recipe, layout = options.fp8, options.layout
     turns = {(d.recipe.hadamard, d.recipe.seed) for name, d in described.items() if name != "v"}
     if recipe is None:
         recipe = Fp8Recipe()
@@ -257,8 +267,6 @@ def make_sources(
             # What is quantised now is rotated as what was quantised before.
             hadamard, seed = turns.pop()
             recipe = replace(recipe, hadamard=hadamard, seed=seed)
-    elif not isinstance(recipe, Fp8Recipe):
-        raise TypeError(f"fp8 must be an Fp8Recipe, got {recipe!r} ({type(recipe).__name__})")
     codes = {name for name in "qkv" if f"{name}_descale" in views and name not in described}
     if codes:
         result = views["out"].dtype if "out" in views else result_dtype(views["q"].device)

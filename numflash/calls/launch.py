@@ -20,14 +20,14 @@ import numpy as np
 
 from numflash.calls.encoding import aligned, encoder
 from numflash.configs import Config, Traits
-from numflash.kernels.arguments import Pointer, assembled, value_at
+from numflash.kernels.arguments import assembled, value_at
 from numflash.machine_code.compiler import Cubin, get_cubin, warn_of_spills
 from numflash.machine_code.ptx_worker import ptx_of
 from numflash.problem.tensor_maps import MAP_ALIGNMENT, MAP_BYTES, TensorLayout
 from numflash.runtime.driver import checked, in_context, limits_of_device, open_driver, raise_error
 from numflash.runtime.mode import SIMULATED
 from numflash.runtime.switches import choice
-from numflash.runtime.views import Operand
+from numflash.runtime.views import Operand, Pointer
 
 # What a simulated launch runs: the kernel's Python, or what the compilers make of it, by which
 # route (see `compiler.executable_ptx`).

@@ -1,6 +1,6 @@
 """Arrays to 8-bit floats and back, made ready: checked, and kernels bound to all but addresses.
 
-A made-ready object holds what follows from shapes, strides and options; `bind` allocates for one
+A made-ready object holds the results of shapes, strides and options; `bind` allocates for one
 array and returns functions that launch. `api.quantize` has the public functions.
 """
 
@@ -25,14 +25,13 @@ from numflash.configs.fp8 import generation
 from numflash.kernels import arguments as records
 from numflash.kernels.arguments import Codes, Grouped, Signs, Sizes
 from numflash.problem.fp8 import TOKEN_STEP, Fp8Array, Fp8Recipe
+from numflash.problem.options import LAYOUTS, expect_one_of
 from numflash.problem.problem import (
-    LAYOUTS,
     Tensor,
     as_tensor,
     expect_contiguous_rows,
     expect_head_dim,
     expect_like,
-    expect_one_of,
     num_blocks,
 )
 from numflash.runtime.arrays import ArrayLibrary, copy_rows, library_of
@@ -53,8 +52,8 @@ class Quantization:
     """A quantisation made ready: its kernels bound to everything but addresses.
 
     Attributes:
-        tensor: what is quantised.
-        device: where.
+        tensor: to be quantised.
+        device: of the array.
         data_shape, descale_shape: of codes and scales, see `Fp8Array`.
         statistics_shape: (batch, heads, blocks of tokens, 2): the sum of x ** 2 over the block,
             rotated, and of (x - descale * code) ** 2; None without statistics.
@@ -167,7 +166,7 @@ class Quantization:
         return data, descale, statistics, launches
 
     def _prepare_maxima(self, config: QuantizeConfig, recipe: Fp8Recipe) -> None:
-        """The kernels that find what scales are of, where a block does not own all of it."""
+        """The kernels that find maxima where a block does not own all that share a scale."""
         batch, seqlen, heads, _ = self.tensor.shape
         blocks = -(-seqlen // config.block_tokens)
         _, descale_heads, scales = self.descale_shape
@@ -190,7 +189,7 @@ class Quantization:
     def _add_reduction(self, name: str, rows: int, per_row: int, per_group: int) -> None:
         groups = -(-per_row // per_group)
         if 0 in self.tensor.shape:
-            # Scales of nothing are defined, too.
+            # Scales of empty arrays are defined, too.
             groups, per_row = self.descale_shape[2] if name == "amax" else 0, 0
         if rows * groups:
             config = AmaxConfig(1 if per_group <= 64 else 8 if per_group <= 2048 else 32)
@@ -208,7 +207,7 @@ class Relayout:
     """Codes that are already there, to be filled up and transposed: made ready.
 
     Attributes:
-        device: where.
+        device: of the array.
         data_shape: of the codes, see `Fp8Array`.
     """
 
@@ -265,7 +264,7 @@ class Dequantization:
     """The way back from an `Fp8Array`, made ready.
 
     Attributes:
-        device: where.
+        device: of the array.
     """
 
     def __init__(self, x: Fp8Array, dtype: str):

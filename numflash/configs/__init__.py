@@ -1,4 +1,4 @@
-"""Kernel configs: what a kernel is compiled for, and what may be tuned about it.
+"""Kernel configs: the traits that a kernel is compiled for, and the choices that may be tuned.
 
 `Traits` is fixed by the problem: dtype, head dims, and which features the kernel has. A config is
 a free choice among equally right ones: tile sizes, warps, stages. Each kernel family, such as
@@ -34,6 +34,7 @@ from numflash.configs.portable import (
     CombineConfig,
     DeltaConfig,
     ForwardConfig,
+    HeadSumsConfig,
     SmemLayout,
 )
 from numflash.configs.quantize import (
@@ -68,6 +69,7 @@ Config = (
     | BackwardDkDvConfig
     | BackwardDqConfig
     | DeltaConfig
+    | HeadSumsConfig
     | CombineConfig
     | MmaConfig
     | QuantizeConfig
@@ -85,7 +87,7 @@ def parse_config(family: str, text: str) -> Config:
     rows = [row for row in IMPLEMENTATIONS if family in row.configs]
     if not rows:
         raise ValueError(f"kernel family must be one of {', '.join(FAMILIES)}, got {family!r}")
-    # A text that begins like none is measured by the most general one.
+    # A text that begins like none is read as a config of the most general one.
     row = next((row for row in rows if text.startswith(row.begins)), rows[-1])
     return row.configs[family].parse(text)
 
@@ -113,6 +115,7 @@ __all__ = [
     "EstimateConfig",
     "ForwardConfig",
     "Fp8ForwardConfig",
+    "HeadSumsConfig",
     "Implementation",
     "MmaBackwardConfig",
     "MmaBackwardDkDvConfig",

@@ -1,6 +1,6 @@
 """Configs of the forward on 8-bit floats.
 
-Their string form is that of `configs.sm80` behind `fp8-`, as in `fp8-sm89-m128n64w4s2`, with
+Their string form is that of `configs.mma` behind `fp8-`, as in `fp8-sm89-m128n64w4s2`, with
 `-half` at the end where e4m3 is multiplied as float16.
 """
 
@@ -24,7 +24,7 @@ class Fp8ForwardConfig(MmaForwardConfig):
     """A block computes tile_m rows of O; K and V come in tiles of tile_n.
 
     Attributes:
-        generation: which instructions: "sm75" and "sm80" convert e4m3 by arithmetic and multiply
+        generation: of instructions: "sm75" and "sm80" convert e4m3 by arithmetic and multiply
             it as float16, "sm89" has instructions for both.
         half: multiply as float16 although there are instructions for e4m3. They are made of
             float16 products on Hopper and on data-centre Blackwell, where only `wgmma` and
@@ -72,7 +72,7 @@ class Fp8ForwardConfig(MmaForwardConfig):
 
 
 def generation(limits: Architecture) -> str:
-    """Which instructions for 8-bit floats a GPU has."""
+    """The generation of instructions for 8-bit floats that a GPU has."""
     if limits.compute_capability >= (8, 9):
         return "sm89"
     return "sm75" if limits.compute_capability < (8, 0) else "sm80"

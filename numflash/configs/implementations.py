@@ -1,4 +1,4 @@
-"""The implementations of the kernels, a row each: what else must know that there is one.
+"""The implementations of the kernels, a row each: all that other modules know of them.
 
 A row says which families an implementation has, on which GPUs, which problems it refuses and why,
 which configs it ships, and how its blocks are laid over a machine. `selection` goes through the
@@ -38,7 +38,7 @@ class Implementation:
         name: of the row; `kernels.factories` goes by it.
         configs: kernel family -> its config class.
         generation: of a GPU, the instructions that it has for these kernels; None if it has none,
-            and nobody asks why they are not used.
+            and `explain_dispatch` passes the row over in silence.
         candidates: of a family, traits and a GPU, the configs that are shipped, preferred first.
         misfit: (config, traits, limits, rows, warps) -> why a candidate is not the one to use,
             None if it is; at least so many warps must fit on an SM.
@@ -46,11 +46,11 @@ class Implementation:
         cannot_run: (config, traits, limits, asked) -> why a config that the caller forces cannot
             run at all, or None; shared memory aside.
         adapts: of a problem's traits those that its kernels are compiled for.
-        warps: how many should fit on an SM at once, the most wanted first.
-        rule: what chooses a config, as messages say it.
+        warps: that should fit on an SM at once, the best number first.
+        rule: that chooses a config, in words for messages.
         slower: why it is not taken where a row before it runs.
-        title: what messages call it where it refuses; {} is the generation.
-        begins: what string forms of its configs begin with, and of no row before it.
+        title: in messages where it refuses; {} is the generation.
+        begins: the beginning of its configs' string forms, and of those of no row before it.
         takes_last: whether its last candidate runs where none fits.
         fp8: whether it computes on 8-bit floats; others never do.
         has_tensor_cores: whether its products are those of tensor cores. Its forwards then pack
@@ -82,7 +82,7 @@ class Implementation:
     resident: Callable[..., int] = lambda config, limits: _MOST_REGISTERS
 
     def called(self, limits: Architecture) -> str:
-        """What messages call it on a GPU: as its configs' string forms begin there."""
+        """Its name in messages on a GPU: as its configs' string forms begin there."""
         kind = next(iter(self.configs.values()))
         return f"{kind.prefix}{self.generation(limits)}"
 

@@ -2,7 +2,7 @@
 
 A field says in its metadata how it is written: `number`, `switch`, `word` and `chosen` make such
 fields. A config is written as its fields in order, and read by the pattern that they make
-together. What is not written is a field's default.
+together. A field that is not written has its default.
 
     sm80-m128n64w4s2-packed     generation, tile_m, tile_n, num_warps, num_stages, packed
 """
@@ -19,12 +19,12 @@ _NOTHING = object()
 
 @dataclass(frozen=True)
 class Letter:
-    """How one field is written.
+    """The text of one field.
 
     Attributes:
-        pattern: what its text matches.
+        pattern: that its text matches.
         texts: the text of each value where there are few; None for a number or a word.
-        before, after: what stands around a number or a word.
+        before, after: the text around a number or a word.
         left_out: the value that is not written.
     """
 
@@ -56,7 +56,7 @@ def number(letter: str, default: Any = MISSING, *, always: bool = False, **optio
 
 
 def word(pattern: str, after: str = "", **options) -> Any:
-    """A field that is written as it is, as in `sm80`, and then what stands after it."""
+    """A field that is written as it is, as in `sm80`, with the text after it."""
     return _field(Letter(pattern + re.escape(after), after=after), MISSING, options)
 
 
@@ -92,7 +92,7 @@ class Lettered:
     """A config with a string form; every field has a letter.
 
     Attributes:
-        prefix: what the string form begins with, before the fields.
+        prefix: of the string form, before the fields.
         example: a string form, for errors.
     """
 
@@ -106,7 +106,7 @@ class Lettered:
         for name, letter in _letters(type(self)).items():
             value = getattr(self, name)
             if letter.texts is not None:
-                # The config may be one that is about to be refused.
+                # The config may be about to be refused.
                 text += letter.texts.get(value, f"-{value}")
             elif value != letter.left_out:
                 text += f"{letter.before}{value}{letter.after}"

@@ -15,7 +15,7 @@ from numflash.configs.traits import Asked, Traits
 from numflash.runtime.devices import Architecture, blocks_per_sm
 
 GENERATIONS = ("sm75", "sm80")
-"""sm75 has half-size products of float16 only, and copies that pass by registers."""
+"""sm75 has half-size products of float16 only, and copies that go through registers."""
 MAX_STAGES = 3
 _ROW_STEP, _COLUMN_STEP = 16, 16
 _WORD_BYTES = 4
@@ -26,7 +26,7 @@ class MmaConfig(Lettered):
     """Common to the kernels for tensor cores.
 
     Attributes:
-        generation: which instructions: "sm75" or "sm80".
+        generation: of instructions: "sm75" or "sm80".
         tile_m: rows of Q in a tile.
         tile_n: rows of K and V in a tile.
         num_warps: per block; they share the rows of the result.
@@ -134,8 +134,8 @@ class MmaConfig(Lettered):
 
     def misfit(self, traits: Traits) -> str | None:
         """Why it cannot be built for these traits; None if it can."""
-        if self.packed and traits.alibi:
-            return "heads with ALiBi slopes of their own cannot be packed"
+        if self.packed and traits.of_a_head:
+            return f"heads with {traits.of_a_head} of their own cannot be packed"
         return None
 
     @property
@@ -157,7 +157,7 @@ class MmaConfig(Lettered):
         raise NotImplementedError
 
     def smem_offsets(self, traits: Traits) -> dict[str, int]:
-        """Where each tile begins, in words."""
+        """The word at which each tile begins."""
         offsets, end = {}, 0
         for name, words in self.tiles(traits).items():
             offsets[name] = end
@@ -172,8 +172,8 @@ class MmaConfig(Lettered):
         return self.m_tiles * self.column_tile // 2
 
     def _gradient_scores(self, traits: Traits) -> int:
-        # S and dP, and with softcap its slope.
-        return (3 if traits.softcap else 2) * self._scores_per_thread()
+        # S and dP, and the derivative of S if it is kept.
+        return (3 if traits.bends_scores else 2) * self._scores_per_thread()
 
 
 def _words(rows: int, columns: int, traits: Traits) -> int:
@@ -384,14 +384,14 @@ _PREFERENCES = {
 }
 _PREFERENCES["reduce-dq"] = _PREFERENCES["backward"]
 WARPS_PER_SM = (8, 4, 1)
-"""How many warps should fit on an SM at once: the most wanted first."""
+"""Warps that should fit on an SM at once, the best number first."""
 
 _MAX_REGISTERS = 255
 # Elements of one output a thread: the compiler does not unroll longer loops over them. Half of it
 # for tf32, whose loops do more; a little less for Turing where rows are not aligned.
 _MAX_OUTPUTS = 128
 # float32 accumulators a thread can hold next to its operands without spilling, found by compiling:
-# plainly; with softcap, ALiBi or rows that are not aligned; where operands are rounded to tf32.
+# plainly; where features shape scores or rows are not aligned; where operands are rounded to tf32.
 # Turing's copies take registers, too; its forward spills earlier than its dQ, and so does what
 # keeps dK and dV together.
 _MAX_ACCUMULATORS = {
@@ -464,7 +464,7 @@ def misfit(
             f"needs {needed} bytes of shared memory per block, {limits.arch} has "
             f"{limits.max_smem_per_block}"
         )
-    kind = "plain" if traits.vectorized and not (traits.softcap or traits.alibi) else "features"
+    kind = "plain" if traits.vectorized and not traits.shapes_scores else "features"
     most_of = _MAX_ACCUMULATORS[config.generation]
     most = most_of["tf32" if traits.tf32 else kind]
     together = config.family == "backward-dkdv" and not config.apart

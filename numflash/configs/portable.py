@@ -15,7 +15,7 @@ FLOAT_BYTES = 4
 
 
 class SmemLayout:
-    """Where the float32 tiles of a block lie in its shared memory.
+    """The places of a block's float32 tiles in its shared memory.
 
     A pitch is the distance between rows, in floats. Rows of `head_dim` floats are padded by 4;
     rows of scores, a multiple of 8, to an odd multiple of 8. This spreads the lanes of
@@ -208,6 +208,19 @@ class DeltaConfig(_ByRow):
 
 
 @dataclass(frozen=True)
+class HeadSumsConfig(_ByRow):
+    """Each block adds up what the rows of one query head add to a gradient."""
+
+    num_warps: int = number("w", 8, always=True)
+
+    family: ClassVar = "head-sums"
+
+    def smem_bytes(self, traits: Traits) -> int:
+        """Bytes of dynamic shared memory per block: a sum for each warp."""
+        return 4 * self.num_warps
+
+
+@dataclass(frozen=True)
 class CombineConfig(_ByRow):
     """Each block puts one row of O together from the parts of a forward split over keys.
 
@@ -239,7 +252,14 @@ class CombineConfig(_ByRow):
 
 PORTABLE_CONFIGS: dict[str, type] = {
     config.family: config
-    for config in (ForwardConfig, BackwardDkDvConfig, BackwardDqConfig, DeltaConfig, CombineConfig)
+    for config in (
+        ForwardConfig,
+        BackwardDkDvConfig,
+        BackwardDqConfig,
+        DeltaConfig,
+        HeadSumsConfig,
+        CombineConfig,
+    )
 }
 """Kernel family -> its config class."""
 
@@ -250,6 +270,7 @@ _PREFERENCES = {
     "backward-dq": ("m64n32w4", "m32n32w4", "m32n16w4", "m16n16w4", "m16n8w4"),
     "backward-dkdv": ("m32n64w4", "m32n32w4", "m16n32w4", "m16n16w4", "m8n16w4"),
     "delta": ("w8",),
+    "head-sums": ("w8",),
     "combine": ("w4",),
 }
 # float32 accumulators a thread can hold next to its operands without spilling.

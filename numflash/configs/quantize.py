@@ -18,9 +18,9 @@ from numflash.configs.traits import Asked, Traits
 from numflash.runtime.devices import Architecture
 
 GENERATIONS = ("sm75", "sm80", "sm89")
-"""Which instructions: from sm89 on there are some for conversions from and to 8-bit floats."""
+"""Generations of instructions: sm89 has some for conversions from and to 8-bit floats."""
 SCALES = ("block", "token", "given")
-"""Whose maximum a scale is of: the thread block's tokens, one token, or read from an array."""
+"""The maximum behind a scale: of the thread block's tokens, of one token, or from an array."""
 COLUMNS = 8
 """Neighbouring elements that a thread loads at once; 16 of codes."""
 MAX_BLOCK_TOKENS = 256
@@ -68,13 +68,13 @@ class QuantizeConfig(_Threads):
     """A block quantises block_tokens tokens of one head.
 
     Attributes:
-        generation: which instructions.
+        generation: of instructions.
         block_tokens: tokens that one block owns; with scale "block" they share a scale.
         num_warps: per block.
         hadamard: rows are rotated first.
         transposed: codes are stored with the tokens innermost.
         scale: "block", "token" or "given".
-        codes: the source is codes, which are only laid out anew.
+        codes: the source is codes, which are only laid out again.
         measure: the block's maximum is the only result.
         statistics: sums of squares and of squared errors are another result.
         format: "e4m3" or "e5m2".
@@ -107,7 +107,7 @@ class QuantizeConfig(_Threads):
             raise ValueError(f"scale must be one of {', '.join(SCALES)}, got {self.scale!r}")
         plain = self.scale == "block" and not self.statistics
         if self.codes and (self.hadamard or self.measure or not plain):
-            raise ValueError(f"{self}: codes are laid out anew, and nothing else")
+            raise ValueError(f"{self}: codes are laid out again, and nothing else")
         if self.measure and (self.transposed or not plain):
             raise ValueError(f"{self}: a maximum has no layout, scale or statistics")
 
@@ -195,7 +195,7 @@ class DequantizeConfig(_Threads):
     """Four threads compute a row of numbers from its codes.
 
     Attributes:
-        generation: which instructions.
+        generation: of instructions.
         num_warps: per block.
         hadamard: rows are rotated back.
         transposed: codes have the tokens innermost.

@@ -1,8 +1,8 @@
 """Configs of the kernels for Hopper, through `wgmma` and bulk copies.
 
 Their string form: `sm90-m128n176w8s2-overlap-pingpong-persistent`, which is tile_m, tile_n, the
-warps that multiply, stages, and what is switched on. `x8`, `-h4` and `-packed` as in
-`configs.sm80`, `b2` where two blocks share an SM; `-r232` gives the warps that multiply 232
+warps that multiply, stages, and the switches that are on. `x8`, `-h4` and `-packed` as in
+`configs.mma`, `b2` where two blocks share an SM; `-r232` gives the warps that multiply 232
 registers a thread instead of the usual; with `-a1` one thread arrives for a warpgroup; with
 `-l128` the L2 cache fetches 128 bytes at once for a bulk copy, not 256; with `-fixed`, which comes
 last, warps keep the registers that they begin with. Those on 8-bit floats begin with `fp8-sm90-`.
@@ -25,7 +25,7 @@ SLAB_BYTES = 128
 # Registers a thread of the warpgroup that copies, and of those that multiply, by how many these
 # are and how many blocks share an SM: the most that 64 Ki registers allow.
 _REGISTERS = {(1, 1): (56, 256), (1, 2): (24, 232), (2, 1): (24, 240), (3, 1): (32, 160)}
-# What each of 256 threads has where one block has an SM and none gives any to another.
+# Registers of each of 256 threads where one block has an SM and no thread gives any away.
 _EVEN_REGISTERS = 256
 _PRODUCER_THREADS = 128
 _WORD_BYTES, _BARRIER_WORDS = 4, 2
@@ -50,12 +50,12 @@ class Sm90ForwardConfig(MmaForwardConfig):
             finishes one.
         consumer_registers: per thread of the warps that multiply; 0 for the usual number.
         arrivals: with which a warpgroup gives back a buffer that its products have read: 4, one of
-            each warp, or 1 for all. One is for measurements on a GPU only. It takes for granted
+            each warp, or 1 for all. One is for measurements on a GPU only. It assumes
             that a product is over for all four warps at once, which the PTX ISA does not say: the
             simulator, where warps are apart, may report that a buffer was overwritten while
-            another warp's product read it (`tiles.wgmma.turns.make_giving_back`).
-        l2_bytes: which the L2 cache fetches at once for a bulk copy: 256 or 128. It is an argument
-            of the tensor maps, so that the machine code is the same.
+            another warp's product read it (`kernels.wgmma.channels.make_channel`).
+        l2_bytes: bytes that the L2 cache fetches at once for a bulk copy: 256 or 128. It is an
+            argument of the tensor maps, so that the machine code is the same.
         fixed: warps keep the registers that they begin with, without `setmaxnreg`. Only for one
             warpgroup that multiplies and one block an SM: threads have 256 each then.
     """
@@ -230,7 +230,7 @@ _FP8_PREFERENCES = {
     ),
 }
 # Registers of a thread that hold neither S, nor P, nor O; and as many more where 8-bit floats have
-# scores that are bent.
+# softcap or ALiBi.
 _OTHER_REGISTERS, _FP8_BENT_REGISTERS = 32, 32
 
 
@@ -305,7 +305,7 @@ def misfit(
         )
     kept = config.accumulators_per_thread(traits) + config.probability_registers
     most = config.registers[1] - _OTHER_REGISTERS
-    if traits.fp8 and (traits.softcap or traits.alibi):
+    if traits.fp8 and traits.shapes_scores:
         most -= _FP8_BENT_REGISTERS
     if kept > most:
         return f"keeps {kept} registers of S, P and O a thread, at most {most} do not spill"

@@ -20,7 +20,7 @@ from numflash.simulator.parts import Part
 
 # Pieces that a warp executes before another may: a block has one of them.
 _TURNS = (1, 16, 1024)
-# How probable it is that a block has a warp that runs only when no other can.
+# The probability that a block has a warp that runs only when no other can.
 _LAGGARDS = 0.5
 # How often `try_wait` gives up although it could wait.
 _FAILS = 1 / 32

@@ -13,7 +13,6 @@ makes them of its own pointers. No Numba is imported here: a launch with a warm 
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import reduce
 from typing import NamedTuple, get_args, get_origin
 
@@ -22,15 +21,8 @@ from numpy import int32 as i32
 from numpy import int64 as i64
 from numpy import uint8 as u8
 
-
-@dataclass(frozen=True)
-class Pointer:
-    """The address of elements of type `element` in global memory.
-
-    In a kernel it is indexed like an array, `q[offset]`, with a 64-bit element offset.
-    """
-
-    element: type
+from numflash.configs.features import Features
+from numflash.runtime.views import Pointer
 
 
 class Element:
@@ -85,25 +77,16 @@ class Mask(NamedTuple):
     hi: i32
 
 
-class Alibi(NamedTuple):
-    """Slopes (batch, num_heads_q) and their strides; the distance is |i + shift - j|."""
-
-    slopes: Pointer(f32)
-    batch: i64
-    head: i64
-    shift: i32
-
-
 class Scores(NamedTuple):
     """From products Q K^T to scores.
 
-    `scale` is softmax_scale, with softcap divided by `softcap`: the argument of tanh.
+    `scale` is softmax_scale over the unit of the first feature. Query i stands at key i + `shift`.
     """
 
     scale: f32
-    softcap: f32
     softmax_scale: f32
-    alibi: Alibi
+    shift: i32
+    features: Features
 
 
 class Layout(NamedTuple):

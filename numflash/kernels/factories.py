@@ -18,6 +18,7 @@ FACTORIES = {
     ("portable", "backward-dkdv"): "portable.backward_dkdv.make_backward_dkdv_kernel",
     ("portable", "backward-dq"): "portable.backward_dq.make_backward_dq_kernel",
     ("portable", "delta"): "shared.delta.make_delta_kernel",
+    ("portable", "head-sums"): "shared.head_sums.make_head_sums_kernel",
     ("portable", "combine"): "shared.combine.make_combine_kernel",
     ("quantize", "quantize"): "quantize.quantize.make_quantize_kernel",
     ("quantize", "amax"): "quantize.amax.make_amax_kernel",
@@ -30,5 +31,25 @@ below `numflash.kernels`: only what is asked for is imported."""
 
 def make_kernel(config: Config, traits: Traits) -> Kernel:
     """The kernel of a config. Imports its module, and no others."""
+    module, factory = _found(config)
+    return getattr(import_module(module), factory)(config, traits)
+
+
+def module_of(config: Config) -> str:
+    """The dotted name of the module that makes the kernel of a config."""
+    return _found(config)[0]
+
+
+def modules_of(family: str) -> list[str]:
+    """The dotted names of the modules that make kernels of a family."""
+    return [
+        f"numflash.kernels.{factory.rpartition('.')[0]}"
+        for (_, of), factory in FACTORIES.items()
+        if of == family
+    ]
+
+
+def _found(config: Config) -> tuple[str, str]:
+    """(module, factory) of a config."""
     module, _, factory = FACTORIES[implementation_of(config).name, config.family].rpartition(".")
-    return getattr(import_module(f"numflash.kernels.{module}"), factory)(config, traits)
+    return f"numflash.kernels.{module}", factory

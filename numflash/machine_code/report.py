@@ -1,8 +1,8 @@
-"""The report on a kernel's machine code: what a kernel is on a GPU, without having that GPU.
+"""The report on a kernel's machine code on a GPU that need not be here.
 
-Registers, spills, shared memory, how many blocks fit on an SM and what allows no more, which
-instructions the kernel consists of, and what the compiler complained about. Of kernels whose
-products are those of warpgroups, also what their main loop does for each tile (`main_loop`).
+It shows registers, spills, shared memory, the blocks that fit on an SM and the resource that
+limits them, the number of each instruction, and the compiler's warnings. For kernels with products
+of warpgroups it also shows the work of their main loop for each tile (`main_loop`).
 """
 
 import logging
@@ -26,7 +26,7 @@ NO_SIMULATOR = (
 
 @dataclass(frozen=True)
 class Report:
-    """What a kernel is on one architecture.
+    """A kernel's machine code on one architecture, in figures.
 
     Attributes:
         kernel: family, as in `configs.FAMILIES` and `configs.QUANTIZE_CONFIGS`.
@@ -63,7 +63,7 @@ class Report:
 
     @property
     def faults(self) -> tuple[str, ...]:
-        """What no shipped kernel may have: spills, local memory, float64, warnings, no room."""
+        """Faults of a kernel, in words: spills, local memory, float64, warnings, no room."""
         counts = {name: self.instructions.get(name, 0) for name in ("LDL", "STL", "F64")}
         found = {
             "spill stores": self.spill_store_bytes,
@@ -152,7 +152,7 @@ def describe(report: Report, limits: Architecture) -> str:
 
 
 def _main_loop_rows(loop: MainLoop) -> dict[str, str]:
-    """What a turn of the main loop does, and which of it takes how long at least."""
+    """Rows on a turn of the main loop: its instructions, and the least time of each kind."""
 
     def listed(counts: dict[str, int]) -> str:
         present = [f"{name.replace('_', ' ')} {n}" for name, n in counts.items() if n]

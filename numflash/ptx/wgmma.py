@@ -42,7 +42,7 @@ _TYPES = {"float16": ("f16", 16), "bfloat16": ("bf16", 16), "e4m3": ("e4m3", 32)
 
 @instruction("wgmma.fence.sync.aligned;", sm=90, newest=90, collective="warpgroup")
 def wgmma_fence():
-    """Order what registers held before, and the products that follow. PTX ISA 9.7.15.7.1."""
+    """Order earlier writes to registers before the products that follow. PTX ISA 9.7.15.7.1."""
     warpgroup.fence()
 
 
@@ -56,8 +56,8 @@ def wgmma_commit_group():
 def make_wgmma_wait_group(pending: int, registers: int):
     """The instruction that waits until at most `pending` groups are under way.
 
-    It names an accumulator of `registers`, which is that of the last group waited for: what reads
-    it cannot move before the wait. PTX ISA 9.7.15.7.3.
+    It names an accumulator of `registers`, which is that of the last group waited for: its readers
+    cannot move before the wait. PTX ISA 9.7.15.7.3.
     """
 
     def wgmma_wait_group(acc: Accumulator(f32, registers)):
@@ -92,8 +92,9 @@ def make_wgmma(
         a: where operand a is: "shared", named by a descriptor, or "registers".
         b_major: "k" or "mn"; e4m3 has "k" only.
         accumulates: whether acc is added to.
-        in_place: whether acc has the same registers before and after. Others are free until then,
-            where acc is not added to; but the assembler may put off what reads the old acc.
+        in_place: whether acc has the same registers before and after. Where acc is not added to,
+            other registers are free until then; but the assembler may delay readers of the old
+            acc.
         a_major: of an operand a in shared memory, as b_major.
 
     PTX ISA 9.7.15.5.2.

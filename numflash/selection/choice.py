@@ -1,4 +1,4 @@
-"""Which kernels run a call: those the caller forces, those that were tuned, else those by rule.
+"""The kernels of a call: those that the caller forces, those that were tuned, else those by rule.
 
 `rules` knows the rules and `tuned` the configs that numflash-tune has found; here they meet the
 machine and the problem. `select` decides, and builds nothing: calls build launchers from its
@@ -34,7 +34,7 @@ FUSED = "backward"
 
 
 def device_key(device: int | Gpu) -> DeviceKey:
-    """What tuned configs know a CUDA device, or an architecture by itself, by."""
+    """The key under which tuned configs know a CUDA device, or an architecture by itself."""
     named = not device.is_architecture if isinstance(device, Gpu) else not SIMULATED
     num_sms = multiprocessors(device)[0] if named else 0
     return DeviceKey(device_name(device), limits_of_device(device).arch, num_sms)
@@ -59,7 +59,7 @@ def backward_configs(config) -> dict[str, str | Config]:
 
 
 def split_configs(config) -> tuple[dict, dict]:
-    """What a dictionary forces for the forward and for the backward. Raises as both."""
+    """The configs that a dictionary forces: (forward's, backward's). Raises as both."""
     if not isinstance(config, dict):
         return forward_configs(config), {}
     forward = {family: each for family, each in config.items() if family in FORWARD}
@@ -108,8 +108,8 @@ def select(
 
     Args:
         problem: sizes, mask and features.
-        traits: what its kernels are compiled for. With `selected` keys are not split: parts
-            would be put together for heads of either kind.
+        traits: of its kernels. With `selected` keys are not split: parts would be put together
+            for heads of either kind.
         machine: the GPU.
         config: the caller's: a config or its string form for the forward, a dictionary by family,
             or None.
@@ -180,7 +180,7 @@ def _forward(
 
 
 def _lay(choice: Choice, problem: AttentionProblem, machine: Machine) -> Geometry:
-    """How the chosen forward is laid over the machine."""
+    """The layout of the chosen forward over the machine."""
     config, rows, heads = choice.config, problem.seqlen_q, problem.num_heads_q
     if not choice.has_geometry:
         return Geometry(blocks=problem.num_blocks(rows, heads, config.block_rows))
@@ -279,7 +279,7 @@ def _tuned(
 
 
 def _passed_over(found: Choice, default: Choice) -> tuple[tuple[str, str], ...]:
-    """What else than a tuned config might have run: what the rules passed over, and their choice.
+    """Alternatives to a tuned config: the candidates that the rules passed over, and their choice.
 
     That choice may be the tuned config itself, and the rules may have passed it over.
     """

@@ -1,8 +1,9 @@
-"""How a problem is laid out over a grid: packed heads, split keys, heads in flight."""
+"""The layout of a problem over a grid: packed heads, split keys, heads in flight."""
 
 from dataclasses import dataclass, replace
 
 from numflash.configs import MmaConfig, Traits, implementation_of
+from numflash.configs.features import rows_of
 from numflash.problem.problem import AttentionProblem
 from numflash.runtime.devices import Architecture, blocks_per_sm
 
@@ -16,7 +17,7 @@ _FLOP_PER_BYTE = 732
 
 @dataclass(frozen=True)
 class Geometry:
-    """How a forward is laid over the machine.
+    """The layout of a forward over the machine.
 
     Attributes:
         pack: query heads that are neighbouring rows of a tile.
@@ -34,10 +35,12 @@ class Geometry:
 def rows_packed(problem: AttentionProblem, packed: bool | None = None) -> int:
     """Query heads to pack into the rows of a tile: all of a group, or one.
 
-    `packed` is the config's word; None packs where there are few queries.
+    `packed` is the config's choice; None packs where there are few queries.
     """
     if packed is None:
-        packed = problem.seqlen_q <= PACKED_SEQLEN and problem.alibi_strides is None
+        packed = problem.seqlen_q <= PACKED_SEQLEN and not any(
+            row.of_a_head for row in rows_of(problem.feature_names)
+        )
     return problem.group_size if packed else 1
 
 
@@ -58,16 +61,17 @@ def heads_in_flight(problem: AttentionProblem, dtype_bytes: int, l2_bytes: int) 
 def heads_of_a_bundle(config: MmaConfig, fits: int, heads: int, num_sms: int, sharing: int) -> int:
     """Heads whose blocks are interleaved in a forward, heads that are packed counted as one.
 
-    Blocks of `wgmma` go to and fro through bundles (`tiles.blocks`), which gives each as
-    much to do where bundles are large and of one size. They may be larger than the cache: blocks
-    that run at once read the same tiles of K and V, and more rows of them make up for the memory.
+    Blocks of `wgmma` go through bundles in rounds of alternating direction (`tiles.blocks`), which
+    gives each the same work where bundles are large and of one size. They may be larger than the
+    cache: blocks that run at once read the same tiles of K and V, and more rows of them make up
+    for the memory.
 
     Args:
         config: the forward's.
         fits: heads whose K and V fit the cache.
         heads: all there are.
         num_sms: multiprocessors of the GPU.
-        sharing: of them that share K and V.
+        sharing: query heads that share K and V.
     """
     if implementation_of(config).needs_maps:
         # FLOP a byte of K and V, where each block that runs is a tile of rows.
@@ -127,5 +131,5 @@ def num_splits(
 
 
 def with_keys(num_n_blocks: int, num_splits: int) -> int:
-    """Of so many splits those that have keys: each but the last has as many blocks of them."""
+    """The splits that have keys: each but the last has the same number of blocks of keys."""
     return -(-num_n_blocks // -(-num_n_blocks // num_splits))

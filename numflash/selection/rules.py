@@ -1,4 +1,4 @@
-"""Which kernel runs a problem, with which config, and why not the others.
+"""The kernel that runs a problem, its config, and the reasons against the others.
 
 One loop goes through the rows of `configs.implementations`, from the fastest to the most general:
 on Hopper `wgmma` and bulk copies, then the tensor cores through `mma.sync`, then the portable
@@ -37,11 +37,11 @@ class Choice:
 
     Attributes:
         family, config, traits: the kernel.
-        rule: what chose it.
+        rule: that chose it.
         passed_over: (what, why not) of every other candidate and of each other implementation.
         is_final: whether splits, packing and order are the config's own; otherwise they follow
             from the problem.
-        measured_ms: how long it took where it was measured on this device; None if it was not.
+        measured_ms: its time where it was measured on this device; None if it was not.
     """
 
     family: str
@@ -59,7 +59,7 @@ class Choice:
 
     @property
     def has_geometry(self) -> bool:
-        """Whether its config says how a forward is laid over the machine."""
+        """Whether its config decides the layout of a forward over the machine."""
         return self.implementation.has_tensor_cores
 
     def __str__(self) -> str:
@@ -79,9 +79,9 @@ def choose(
 
     Args:
         family: one of `configs.FAMILIES`.
-        traits: what the problem needs.
+        traits: that the problem needs.
         limits: the GPU.
-        rows, positive_scale, no_bulk_copies: what else it asks, see `configs.Asked`.
+        rows, positive_scale, no_bulk_copies: of the problem, see `configs.Asked`.
 
     Raises:
         ValueError: the family is unknown.
@@ -116,9 +116,9 @@ def _first(
     limits: Architecture,
     rows: int,
 ) -> tuple[Config | None, str, list[tuple[str, str]]]:
-    """The first candidate that fits, the rule that says so, and why not each other one.
+    """The first candidate that fits, its rule, and the reasons against each other one.
 
-    None fits, and the reasons are those of the least demanding rule, where the config is None.
+    Where none fits the config is None, and the reasons are those of the least demanding rule.
     """
     for warps in row.warps:
         reasons = {x: row.misfit(x, traits, limits, rows, warps) for x in candidates}
@@ -167,7 +167,7 @@ def force(
         traits: what the problem needs.
         limits: the GPU.
         positive_scale: whether softmax_scale is above 0.
-        problem: of the forward; without it nothing is said of bulk copies.
+        problem: of the forward; without it bulk copies are not checked.
 
     Raises:
         TypeError: `config` is neither a string nor a config of this family.

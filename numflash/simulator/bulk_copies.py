@@ -1,10 +1,9 @@
 """Bulk copies: tiles that arrive late, and tiles that are read late.
 
 A load holds 0xFF bytes in its place until it arrives, and nothing else may write there: in some
-blocks it does as soon as someone waits for it, in others at random, in others only when no thread
-can run. A store's tile must stay as it is
-until its thread has waited; it reaches global memory when the block ends, or when its thread has
-waited for that.
+blocks it arrives as soon as a thread waits for it, in others at random, in others only when no
+thread can run. A store's tile must stay as it is until its thread has waited; it reaches global
+memory when the block ends, or when its thread has waited for that.
 """
 
 from collections import defaultdict
@@ -21,7 +20,7 @@ from numflash.simulator.proxies import AsyncProxy
 from numflash.simulator.tensor_maps import SimulatedTensorMap
 
 _ALIGNMENT = 128
-# How probable it is that a load arrives when its barrier is waited for, and at any other time.
+# The probability that a load arrives when its barrier is waited for, and at any other time.
 _HASTE = ((1.0, 0.0), (0.5, 0.25), (0.0, 0.0))
 
 

@@ -1,7 +1,7 @@
 """Two ways to shared memory: the threads' own loads and stores, and the asynchronous proxy.
 
-Bulk copies and `wgmma` see what a thread has stored only after that thread's fence; here what they
-touch before it is an error. Known are the stores made by instructions (`st_shared_*`,
+Bulk copies and `wgmma` see the stores of a thread only after that thread's fence; here it is an
+error if they touch such bytes before. Only stores made by instructions are known (`st_shared_*`,
 `stmatrix_x4`), not those of array elements.
 """
 
@@ -25,7 +25,7 @@ class AsyncProxy(Part):
         self._unfenced: dict[int, list[slice]] = {}
 
     def fence(self, thread: Thread) -> None:
-        """What `thread` has stored is visible from here on."""
+        """Make the stores of `thread` visible to the asynchronous proxy."""
         thread.stores.clear()
         for words in self._unfenced.pop(thread.index, ()):
             own = self._words[words]

@@ -43,7 +43,7 @@ SMALL = ["forward", "--arch", "sm_80", "--head-dim", "32", "--config", "sm80-m16
 
 
 def printed(capsys, *argv):
-    """What a successful run prints."""
+    """The output of a successful run."""
     assert main(list(argv)) == 0
     captured = capsys.readouterr()
     assert captured.err == ""
@@ -105,7 +105,7 @@ def test_json(capsys, argv, present, absent):
         assert instructions[name] > 0, name
     for name in ("LDL", "STL", "F64", *absent):
         assert instructions[name] == 0, name
-    # What is only said of products of warpgroups.
+    # Lines that only products of warpgroups have.
     assert (report["setmaxnreg"], report["main_loop"]) == ({}, None)
 
 

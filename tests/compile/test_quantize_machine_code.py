@@ -57,7 +57,7 @@ def test_everything_stays_in_registers(config, traits, arch):
 
 
 def counts(config: QuantizeConfig, traits: Traits, arch: str) -> tuple[Counter, int]:
-    """How often each instruction occurs, and elements of a thread."""
+    """The number of each instruction, and elements of a thread."""
     cubin = get_cubin(config, traits, architecture(arch))
     full = opcodes(disassemble(cubin.code))
     names = Counter(name.split(".")[0] for name in full)

@@ -1,4 +1,4 @@
-"""What the shipped tables choose instead of the defaults stays in registers on every GPU."""
+"""Configs of the shipped tables, where not the defaults, stay in registers on every GPU."""
 
 import pytest
 

@@ -29,7 +29,7 @@ _SMALL = {
     # Parts of the forward are put together, and so are those of dq.
     "combine": {"forward": "sm80-m32n16w1s1x2", "backward": "sm80-m16n16w1s2x2"},
 }
-# What runs, on which GPU's code: dtype, tokens, head_dim, whether gradients, options of attention.
+# Calls, and the GPU of their code: dtype, tokens, head_dim, whether gradients, options.
 CASES = {
     "portable": (
         "sm_80",

@@ -227,7 +227,7 @@ def test_parameters_have_generic_addresses():
 
 
 def squares(*products: str, before: str = "") -> np.ndarray:
-    """What a warpgroup has in its accumulators of n = 8 after these products of ones by ones."""
+    """The accumulators of n = 8 of a warpgroup after these products of ones by ones."""
     body = f"""
     .shared .align 1024 .b8 a[8192];
     .reg .b32 %d<4>; .reg .pred %adds;

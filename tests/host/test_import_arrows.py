@@ -14,7 +14,7 @@ ROOT = Path(numflash.__file__).parent
 TUNER = ROOT.parent / "tuner"
 BENCH = ROOT.parent / "bench"
 
-# What each room of numflash may import of numflash. `__init__.py` stands above them all: it may
+# The rooms that each room of numflash may import. `__init__.py` stands above them all: it may
 # import any, and none may import it.
 ARROWS = {
     "runtime": "",
@@ -24,7 +24,7 @@ ARROWS = {
     "simulator": "problem runtime",
     "ptx": "configs runtime simulator",
     "tiles": "ptx",
-    "kernels": "configs ptx tiles",
+    "kernels": "configs ptx runtime tiles",
     "machine_code": "configs kernels ptx runtime",
     "executor": "configs problem ptx runtime simulator",
     "selection": "configs machine_code problem runtime",
@@ -64,7 +64,7 @@ APART = {
     "kernels/mma": "kernels.portable kernels.wgmma",
     "tiles/[a-z]*.py": "tiles.mma tiles.wgmma",
 }
-# What else may be imported, and by whom: "*" everywhere, "f" only inside a function.
+# Other imports, and who may have them: "*" everywhere, "f" only inside a function.
 OUTSIDE = {
     "numpy": "*",
     "ml_dtypes": "*",
@@ -154,7 +154,7 @@ def test_the_tuner_imports_itself_relatively_and_goes_down(path):
     names = [name.split(".") for name, _ in _imports(path, TUNER)]
     assert [".".join(name) for name in names if name[0] in ("bench", "numflash_tuner")] == []
     inside = {name[1] for name in names if name[0] == "tuner" and len(name) > 1} - {unit}
-    # What is not a room or a module is a constant of the package.
+    # A name that is no room or module is a constant of the package.
     above = inside - set(TUNER_ARROWS.get(unit, "").split()) - {"SAMPLERS"}
     assert unit not in TUNER_ARROWS or above == set()
     assert "from tuner" not in path.read_text()

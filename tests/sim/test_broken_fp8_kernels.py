@@ -34,7 +34,7 @@ SEEDS = range(3)
 NATIVE = ("fp8-sm89-m32n64w2s1", "fp8-sm89-m32n64w2s2")
 HALF = ("fp8-sm80-m32n32w2s1",)
 ALL = (*HALF, *NATIVE)
-# What else a module's text is in, in the order of imports.
+# The other modules that hold a module's text, in the order of imports.
 IMPORTERS = {CONVERSIONS: [f"{TILES}operands"]}
 # Tokens that share a scale of K and V: as many as a tile has, or fewer.
 OF_TILES, OF_KEYS = Fp8Recipe("block", 64), Fp8Recipe("block", 16)

@@ -335,9 +335,7 @@ class Problem:
             softmax_scale=32**-0.5,
             band_lo=shift - self.window[0],
             band_hi=shift + self.window[1],
-            bias_shift=shift,
-            softcap=0.0,
-            alibi_strides=None,
+            shift=shift,
         )
         out, lse = reference.attention(q, k, v, **options)
         dq, dk, dv = reference.attention_backward(do, q, k, v, **options)

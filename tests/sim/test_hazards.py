@@ -201,7 +201,7 @@ def test_tails(name, lse, gpu):
     q[..., 0], k[..., 0] = root, np.copysign(root, lse)
     q, k, v, dout = run.arrays(q, k, v, dout)
     if run.options.get("precision") == "fp8":
-        # What 8 bits leave of such scores weighs the values, whatever the weights.
+        # 8 bits leave too little of such scores: O is only some weighted mean of the values.
         out, got_lse = forward(run, q, k, v)
         assert_within(out, v)
         assert np.isfinite(got_lse).all()
@@ -292,7 +292,7 @@ def reached(run_tile: tuple[int, int], n: int, key: int) -> np.ndarray:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_nan_that_the_mask_hides_reaches_its_tiles_and_no_further(name, gpu):
-    """Of V in O; of V and dO in the gradients. docs/architecture.md says which rows these are."""
+    """Of V in O; of V and dO in the gradients. docs/decisions.md says which rows these are."""
     run = gpu(RUNS[name])
     text = run.forward if isinstance(run.forward, str) else run.forward["forward"]
     config = parse_config("forward", text)

@@ -54,7 +54,7 @@ def load(smem, barriers, map, row=0, word=0, expect=TILE_BYTES):
 
 
 def outcomes(kernel, **options):
-    """What several seeds make of a kernel that writes to a list and a tensor."""
+    """The results of a kernel that writes to a list and a tensor, over several seeds."""
     found = set()
     for seed in SEEDS:
         SEED.value = seed

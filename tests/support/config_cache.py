@@ -34,7 +34,7 @@ OF_THE_FUTURE = {"date": "2099-01-01T00:00:00Z"}
 
 
 def content(*raw, device=H200, schema=1) -> dict:
-    """What a file with these raw entries holds."""
+    """The content of a file with these raw entries."""
     key = {"name": device.name, "arch": device.arch, "num_sms": device.num_sms}
     return {"schema": schema, "devices": [{"device": key, "entries": list(raw)}]}
 

@@ -64,7 +64,7 @@ class _Pointer:
 
 
 class CuPyArray:
-    """What numflash reads of a CuPy array. Strides are in bytes."""
+    """A CuPy array, as far as numflash reads it. Strides are in bytes."""
 
     __slots__ = ("data", "dtype", "shape", "strides")
 
@@ -277,11 +277,11 @@ class Status(int):
 
 OK = Status(0)
 FUNCTION = 0xF000
-"""What a context's function is above its kernel."""
+"""The difference between a context's function and its kernel."""
 
 
 class EncodedMap(NamedTuple):
-    """What cuTensorMapEncodeTiled was asked for: numbers and enumerators as in cuda.h."""
+    """A request to cuTensorMapEncodeTiled: numbers and enumerators as in cuda.h."""
 
     dtype: int
     pointer: int
@@ -310,7 +310,7 @@ _ENCODE = ctypes.CFUNCTYPE(
 
 
 class Driver:
-    """What numflash may ask of `cuda.bindings.driver`.
+    """The part of `cuda.bindings.driver` that numflash may use.
 
     Attributes:
         calls: (name, *arguments) of the calls that change something, in order.

@@ -5,7 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from numflash.machine_code.compiler import source_hash, versions
+from numflash.machine_code.compiler import versions
+from numflash.machine_code.sources import family_hash
 from numflash.problem.classes import ProblemClass
 from numflash.runtime.devices import architecture
 from numflash.runtime.mode import SIMULATED
@@ -29,7 +30,7 @@ def entry(problem=WANTED, config="sm80-m64n32w4s2", **changes):
         spread=None,
         origin="predicted",
         date="2026-11-21T00:00:00Z",
-        kernels=source_hash(),
+        kernels=family_hash(problem.family),
         compilers=versions(),
         default_config=config,
         default_ms=2.0,

@@ -121,7 +121,7 @@ class Child:
                 child can go on.
         """
         self._number += 1
-        with suppress(OSError):  # a child that is gone is found out by `_wait`
+        with suppress(OSError):  # `_wait` finds that a child is gone
             line = json.dumps({"id": self._number, **request}) + "\n"
             self._process.stdin.write(line.encode())
             self._process.stdin.flush()
@@ -154,7 +154,8 @@ class Child:
     ) -> dict:
         """The next message that has one of the keys, and the id of the last request.
 
-        Lines that are none are skipped: a library may have printed them before the worker began.
+        Lines that are no messages are skipped: a library may have printed them before the worker
+            began.
         """
         deadline = min(time.monotonic() + limit_s, until)
         while True:
@@ -181,7 +182,7 @@ class Child:
                 return message
 
     def _last_words(self) -> str:
-        """How a child that has closed its output ended."""
+        """The reason why a child that has closed its output ended."""
         try:
             status = self._process.wait(_EXIT_SECONDS)
         except subprocess.TimeoutExpired:
@@ -201,7 +202,7 @@ class Child:
 
 
 def _new_file():
-    """A file that nobody else sees; one that forgets what is written where the disk is full."""
+    """A file without a name; one that forgets its content where the disk is full."""
     try:
         return tempfile.TemporaryFile()
     except OSError:

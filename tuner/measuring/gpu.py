@@ -16,7 +16,7 @@ _BUS_ID_BYTES = 32
 
 
 class Device(Protocol):
-    """What `worker` asks of a device.
+    """The device that `worker` needs.
 
     Attributes:
         ordinal: of the CUDA device.
@@ -37,20 +37,20 @@ class Device(Protocol):
         """A NumPy array, on this device."""
 
     def total_bytes(self) -> int:
-        """Its memory, whoever uses it."""
+        """Bytes of its memory, used or free."""
 
     def time(self, launch: Callable[[], Any]) -> float:
         """Milliseconds of one launch on the current stream, with a cold L2."""
 
     def synchronize(self) -> None:
-        """Wait for everything; raises what a kernel did wrong."""
+        """Wait for all work; raises the errors of kernels."""
 
     def release(self) -> None:
         """Give cached memory back."""
 
 
 class _Gpu:
-    """What both array libraries' devices share. `fill` and the like are theirs."""
+    """The common part of both array libraries' devices. Each has its own `fill` and the like."""
 
     def __init__(self, ordinal: int):
         self.ordinal, self._fills = ordinal, 1

@@ -20,7 +20,7 @@ from . import channel as channels
 from . import representative
 from .channel import Channel
 from .gpu import Device, open_gpu
-from .launches import RefusedError, bind, forced, make_arrays
+from .launches import RefusedError, bind, forced, make_arrays, options_of
 from .representative import CHECK_SEQLENS, Call
 
 _MEMORY_SHARE = 0.35
@@ -42,7 +42,7 @@ class Worker:
         self._checks = 0
 
     def drop(self) -> dict:
-        """Forget what was prepared."""
+        """Forget all that was prepared."""
         self._launches.clear()
         return {}
 
@@ -90,14 +90,14 @@ class Worker:
             raise RefusedError("compile_failed", _line(error)) from error
 
     def _check(self, problem: ProblemClass, config: str) -> None:
-        """Compare with float64 on new numbers, so that what an earlier kernel left is wrong."""
+        """Compare with float64 on new numbers, so that results of an earlier kernel are wrong."""
         self._checks += 1
         call = representative.checked(problem, self.check_seqlens)
         arrays = make_arrays(self.device, problem.family, call, seed=10 * self._checks)
         dout = arrays.pop("dout", None)
-        options = {**call.options, "alibi_slopes": arrays.pop("alibi_slopes", None)}
-        configs = forced(problem.family, config, *(arrays[n] for n in "qkv"), options)
-        report = check(**arrays, dout=dout, config=configs, **options)
+        options, qkv = options_of(call, arrays), [arrays[name] for name in "qkv"]
+        configs = forced(problem.family, config, *qkv, options)
+        report = check(*qkv, dout=dout, config=configs, **options)
         if not report.passed:
             wrong = [
                 f"{e.name} is off by {e.error:.3g}, allowed are {e.budget:.3g}"
@@ -121,7 +121,7 @@ class Worker:
             arrays = make_arrays(self.device, problem.family, call, seed=1)
             if problem.family in representative.BACKWARD:
                 q, k, v = (arrays[name] for name in "qkv")
-                options = {**call.options, "alibi_slopes": arrays.get("alibi_slopes")}
+                options = options_of(call, arrays)
                 out, lse = numflash.attention(q, k, v, return_lse=True, **options)
                 arrays |= {"out": out, "lse": lse}
             self._inputs = (problem, call, arrays)
@@ -149,7 +149,7 @@ def serve(device: Device, channel: Channel | None = None, **settings) -> None:
     """Answer requests until the parent is gone.
 
     Args:
-        device: what to run on.
+        device: to run on.
         channel: to the parent; standard input and output by default.
         settings: of `Worker`.
     """

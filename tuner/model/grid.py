@@ -1,4 +1,4 @@
-"""How a kernel is laid over a problem: blocks, the tiles each visits, bytes of device memory.
+"""A kernel laid out over a problem: blocks, the tiles each visits, bytes of device memory.
 
 Tiles are counted as the kernels do, `tiles.scores.band_block_begin` and `band_block_end`, for each
 row block. A problem class stands for the problem with its rounded sizes.
@@ -22,7 +22,7 @@ _MANY_ROUNDS = 64
 
 @dataclass(frozen=True)
 class Walks:
-    """What the blocks of one head walk over.
+    """Tiles that the blocks of one head visit.
 
     Attributes:
         tiles: of each block, most first.
@@ -119,7 +119,7 @@ def heads_packed(problem: ProblemClass, config: Config) -> int:
     row = implementation_of(config)
     if not row.has_tensor_cores or problem.family != "forward":
         return 1
-    few = problem.seqlen_q <= PACKED_SEQLEN and not problem.traits.alibi
+    few = problem.seqlen_q <= PACKED_SEQLEN and problem.traits.of_a_head is None
     packed = problem.group_size if (few if config.packed is None else config.packed) else 1
     return packed if row.packs(packed) else 1
 
@@ -190,7 +190,7 @@ def dealt_out(grid: Grid, heads_in_flight: int, blocks: int) -> tuple[float, int
     if grid.walks.is_even or rounds == 1:
         return float(rounds * grid.walks.most), rounds
     if rounds > _MANY_ROUNDS:
-        # Rounds go to and fro: what one block is ahead is made good in the next.
+        # Rounds alternate direction: a block that is ahead in one falls back in the next.
         return walks / blocks * grid.mean_tiles + grid.walks.most / 2, rounds
     return _busiest(tuple(grid.walks.tiles.tolist()), grid.heads, heads_in_flight, blocks)
 
@@ -237,7 +237,7 @@ def io_bytes(problem: ProblemClass) -> int:
 
 
 def memory_bytes(problem: ProblemClass, config: Config, grid: Grid, slots: int, l2: int) -> float:
-    """Bytes from and to device memory: what the L2 does not hold is read once per wave of blocks.
+    """Bytes from and to device memory: data beyond the L2's size is read once per wave of blocks.
 
     Args:
         problem: the class.
@@ -281,7 +281,7 @@ def _parts_bytes(problem: ProblemClass, grid: Grid) -> float:
 
 
 def part_bytes(problem: ProblemClass, grid: Grid) -> float:
-    """What the kernel that joins the parts of `grid` reads and writes; 0 if there are no parts."""
+    """Bytes that the kernel which joins the parts of `grid` moves; 0 if there are no parts."""
     parts = _parts_bytes(problem, grid)
     queries = problem.batch_heads * problem.seqlen_q
     columns = (

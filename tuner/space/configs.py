@@ -1,9 +1,9 @@
 """The configs that may be tried for a class of problems on a machine, and why the others may not.
 
 A space is a product of dimensions, such as tile_m and num_warps, each an ordered list of choices;
-where several implementations can run a class it is the union of their products. What obeys the
-rules that are known before anything is compiled is `feasible`; everything else is counted by the
-constraint that excludes it. What only the compiler knows is judged by `judge_resources`.
+where several implementations can run a class it is the union of their products. Configs that obey
+the rules that are known before anything is compiled are `feasible`; the others are counted by the
+constraint that excludes them. `judge_resources` judges a config by its compiled kernel.
 """
 
 import itertools
@@ -22,6 +22,7 @@ from numflash.configs import (
     Traits,
     implementation_of,
 )
+from numflash.configs.features import FEATURES, Features
 from numflash.problem.classes import ProblemClass
 from numflash.problem.problem import AttentionProblem
 from numflash.runtime.devices import Architecture, blocks_per_sm
@@ -40,8 +41,8 @@ _ACCUMULATORS_PER_OPERAND = 8
 _MAX_REGISTERS = 255
 _WARPGROUP_REGISTERS = 20
 _OUTPUTS_PER_OPERAND = 6
-"""As the two above, of the warps that multiply on Hopper: by compiling 35 configs. What passes
-may still spill; of what does not, everything did, or was serialised."""
+"""As the two above, of the warps that multiply on Hopper: by compiling 35 configs. Configs that
+pass may still spill; all that do not pass did, or were serialised."""
 
 _OF_THE_USER = ("--sram-budget", "--min-occupancy")
 """Constraints that hold for the default, too."""
@@ -52,10 +53,10 @@ Failure = tuple[str, str]
 
 @dataclass(frozen=True)
 class Budgets:
-    """What the user grants a kernel.
+    """Resources that the user grants a kernel.
 
     Attributes:
-        smem_bytes: shared memory per block; None is what the device has.
+        smem_bytes: shared memory per block; None is all that the device has.
         min_occupancy: the part of an SM's threads that must be resident at once, 0 to 1.
     """
 
@@ -89,14 +90,14 @@ class Space:
 
     @cached_property
     def default(self) -> Config:
-        """What runs untuned."""
+        """The config that runs untuned."""
         problem, limits = self.problem, self.machine.limits
         if problem.family != "forward":
             rows = problem.seqlen_k if problem.family == "backward-dkdv" else problem.seqlen_q
             return choose(problem.family, problem.traits, limits, rows).config
         stands_for = self._stands_for
         choice = choose_forward(stands_for, problem.traits, limits, self.machine.num_sms)
-        if choice.has_geometry and problem.group_size > 1 and not problem.traits.alibi:
+        if choice.has_geometry and problem.group_size > 1 and problem.traits.of_a_head is None:
             return replace(choice.config, packed=rows_packed(stands_for) > 1)
         return choice.config
 
@@ -116,9 +117,10 @@ class Space:
             softmax_scale=1.0,
             band_lo=-problem.seqlen_q,
             band_hi=problem.seqlen_k,
-            bias_shift=0,
-            softcap=float(traits.softcap),
-            alibi_strides=(0, 0) if traits.alibi else None,
+            shift=0,
+            features=Features(
+                *(row.absent if row.name in traits.features else None for row in FEATURES)
+            ),
             tf32=traits.tf32,
             no_tensor_maps=None if traits.vectorized else "rows are not aligned",
         )
@@ -271,13 +273,13 @@ class Space:
             self._walk(product, feasible, excluded, examples)
         violation = self._violation(self.default)
         if violation is not None and violation[0] not in _OF_THE_USER:
-            # Whatever it is worth, it is what runs untuned.
+            # The default stays, whatever its speed: it runs untuned.
             feasible[self.default] = {n: value_of(self.default, n) for n in self.dimensions}
             excluded[violation[0]] -= 1
         return feasible, excluded, examples
 
     def _walk(self, product: dict[str, tuple], feasible: dict, excluded: Counter, examples: dict):
-        """Add the configs of a product to what is feasible and what is not."""
+        """Sort the configs of a product into feasible ones and others."""
         code = {n: c for n, c in product.items() if n not in GEOMETRY}
         orders = {n: c for n, c in product.items() if n in GEOMETRY and n != "packed"}
         packings = [{"packed": each} for each in product.get("packed", ())] or [{}]

@@ -38,6 +38,7 @@ from numflash.ptx import (
     u32,
 )
 from numflash.tiles.blocks import first_of_head
+from numflash.tiles.features import make_args_of_head
 from numflash.tiles.mma.copies import (
     make_copy_tile,
     make_copy_vector,
@@ -56,10 +57,10 @@ from numflash.tiles.mma.fragments import (
 )
 from numflash.tiles.mma.layouts import TileLayout, make_word
 from numflash.tiles.mma.products import make_product_nt, make_product_pn, make_product_tn
-from numflash.tiles.mma.scores import make_mask_rows, make_mask_scores, make_scale_scores
+from numflash.tiles.mma.scores import make_mask_rows, make_mask_scores, make_scale_scores_backward
 from numflash.tiles.mma.softmax import make_softmax_backward_by_column
 from numflash.tiles.portable.softmax import LOG2_E
-from numflash.tiles.scores import band_block_begin, band_block_end, band_is_partial, make_slope_of
+from numflash.tiles.scores import band_block_begin, band_block_end, band_is_partial
 
 
 def make_backward_kernel(config: MmaBackwardConfig, traits: Traits) -> Kernel:
@@ -98,15 +99,17 @@ def make_backward_kernel(config: MmaBackwardConfig, traits: Traits) -> Kernel:
     multiply_p_do = make_product_pn(element, 1, n_tiles, dv_tiles, v_layout)
     multiply_ds_q = make_product_pn(element, 1, n_tiles, dk_tiles, k_layout)
     multiply_ds_k = make_product_tn(element, tile_n, dq_tiles, ds_layout, k_layout)
-    scale_scores = make_scale_scores(1, n_tiles, traits.softcap, traits.alibi)
+    scale_scores = make_scale_scores_backward(
+        1, n_tiles, traits.features, False, traits.bends_scores
+    )
     mask_scores, mask_rows = make_mask_scores(1, n_tiles), make_mask_rows(1, n_tiles)
-    softmax_backward = make_softmax_backward_by_column(1, n_tiles, traits.softcap)
+    softmax_backward = make_softmax_backward_by_column(1, n_tiles, traits.bends_scores)
     store_ds = make_store_scores(element, n_tiles, ds_layout)
     store_dk = make_store_rows(element, 1, dk_tiles, traits.vectorized, False)
     store_dv = make_store_rows(element, 1, dv_tiles, traits.vectorized, False)
-    storage, slope_of = element.storage, make_slope_of(traits.alibi)
-    bends = traits.softcap or traits.alibi
-    n_cap_slopes = n_scores if traits.softcap else 1
+    storage, args_of_head = element.storage, make_args_of_head(traits.features)
+    bends = traits.shapes_scores
+    n_slopes = n_scores if traits.bends_scores else 1
     # Tiles that may be on their way while one is used.
     wait_for_tile = CP_ASYNC_WAIT_GROUP[max(0, num_stages - 2)]
 
@@ -127,7 +130,7 @@ def make_backward_kernel(config: MmaBackwardConfig, traits: Traits) -> Kernel:
         smem = cuda.shared.array(0, u32, alignment=128)
         s_acc = cuda.local.array(n_scores, f32)
         dp_acc = cuda.local.array(n_scores, f32)
-        cap_slopes = cuda.local.array(n_cap_slopes, f32)
+        slopes = cuda.local.array(n_slopes, f32)
         dk_acc = cuda.local.array(n_dk, f32)
         dv_acc = cuda.local.array(n_dv, f32)
         dq_acc = cuda.local.array(n_dq, f32)
@@ -220,10 +223,10 @@ def make_backward_kernel(config: MmaBackwardConfig, traits: Traits) -> Kernel:
                     multiply_v_do(dp_acc, smem, v_mine, do_mine)
                     m_start = i32(m_block * tile_m)
                     if bends:
-                        slope = slope_of(scores.alibi, batch, head)
+                        args = args_of_head(scores.features, batch, head)
                         j = i32(n_start + accumulator_row(MMA_ROWS))
                         i = i32(m_start + accumulator_column())
-                        scale_scores(s_acc, cap_slopes, j, i, -scores.alibi.shift, scores, slope)
+                        scale_scores(s_acc, slopes, j, i, scores.scale, scores.shift, args)
                     if band_is_partial(
                         n_start, tile_n, m_start, tile_m, shape.seqlen_q, queries_mask
                     ):
@@ -237,7 +240,7 @@ def make_backward_kernel(config: MmaBackwardConfig, traits: Traits) -> Kernel:
                     first_of_stage = tile_m * stage + accumulator_column()
                     lse_mine, delta_mine = lse_smem + first_of_stage, delta_smem + first_of_stage
                     scales = scale_log2, scores.softmax_scale
-                    softmax_backward(s_acc, dp_acc, cap_slopes, smem, lse_mine, delta_mine, scales)
+                    softmax_backward(s_acc, dp_acc, slopes, smem, lse_mine, delta_mine, scales)
                     store_ds(dp_acc, smem, ds_smem)
                     lane = mov_tid_x() % 32
                     do_transposed = do_smem + first_of_do(lane) + do_words * stage

@@ -34,6 +34,7 @@ from numflash.ptx import (
     u32,
 )
 from numflash.tiles.blocks import first_of_head
+from numflash.tiles.features import make_args_of_head
 from numflash.tiles.mma.copies import make_copy_tile, make_copy_vector, make_store_rows
 from numflash.tiles.mma.elements import MMA_ELEMENTS, make_transposed_operand
 from numflash.tiles.mma.fragments import (
@@ -48,10 +49,10 @@ from numflash.tiles.mma.fragments import (
 )
 from numflash.tiles.mma.layouts import TileLayout, make_word
 from numflash.tiles.mma.products import make_product_nt, make_product_pn
-from numflash.tiles.mma.scores import make_mask_scores, make_scale_scores
+from numflash.tiles.mma.scores import make_mask_scores, make_scale_scores_backward
 from numflash.tiles.mma.softmax import make_softmax_backward_by_column
 from numflash.tiles.portable.softmax import LOG2_E
-from numflash.tiles.scores import band_block_begin, band_block_end, band_is_partial, make_slope_of
+from numflash.tiles.scores import band_block_begin, band_block_end, band_is_partial
 
 
 def make_backward_dkdv_kernel(config: MmaBackwardDkDvConfig, traits: Traits) -> Kernel:
@@ -88,14 +89,16 @@ def make_backward_dkdv_kernel(config: MmaBackwardDkDvConfig, traits: Traits) -> 
     multiply_v_do = make_product_nt(element, m_tiles, n_tiles, v_layout, v_layout)
     multiply_p_do = make_product_pn(element, m_tiles, n_tiles, dv_tiles, v_layout)
     multiply_ds_q = make_product_pn(element, m_tiles, n_tiles, dk_tiles, k_layout)
-    scale_scores = make_scale_scores(m_tiles, n_tiles, traits.softcap, traits.alibi)
+    scale_scores = make_scale_scores_backward(
+        m_tiles, n_tiles, traits.features, False, traits.bends_scores
+    )
     mask_scores = make_mask_scores(m_tiles, n_tiles)
-    softmax_backward = make_softmax_backward_by_column(m_tiles, n_tiles, traits.softcap)
+    softmax_backward = make_softmax_backward_by_column(m_tiles, n_tiles, traits.bends_scores)
     store_dk = make_store_rows(element, m_tiles, dk_tiles, traits.vectorized, False)
     store_dv = make_store_rows(element, m_tiles, dv_tiles, traits.vectorized, False)
-    storage, slope_of = element.storage, make_slope_of(traits.alibi)
-    bends = traits.softcap or traits.alibi
-    n_cap_slopes = n_scores if traits.softcap else 1
+    storage, args_of_head = element.storage, make_args_of_head(traits.features)
+    bends = traits.shapes_scores
+    n_slopes = n_scores if traits.bends_scores else 1
     # Tiles that may be on their way while one is used.
     wait_for_tile = CP_ASYNC_WAIT_GROUP[max(0, num_stages - 2)]
 
@@ -114,7 +117,7 @@ def make_backward_dkdv_kernel(config: MmaBackwardDkDvConfig, traits: Traits) -> 
         smem = cuda.shared.array(0, u32, alignment=128)
         s_acc = cuda.local.array(n_scores, f32)
         dp_acc = cuda.local.array(n_scores, f32)
-        cap_slopes = cuda.local.array(n_cap_slopes, f32)
+        slopes = cuda.local.array(n_slopes, f32)
         dk_acc = cuda.local.array(n_dk, f32)
         dv_acc = dk_acc
         if not apart:
@@ -210,8 +213,8 @@ def make_backward_dkdv_kernel(config: MmaBackwardDkDvConfig, traits: Traits) -> 
                 if bends:
                     j = i32(n_start + accumulator_row(rows_per_warp))
                     i = i32(m_start + accumulator_column())
-                    slope = slope_of(scores.alibi, batch, head)
-                    scale_scores(s_acc, cap_slopes, j, i, -scores.alibi.shift, scores, slope)
+                    args = args_of_head(scores.features, batch, head)
+                    scale_scores(s_acc, slopes, j, i, scores.scale, scores.shift, args)
                 if band_is_partial(n_start, tile_n, m_start, tile_m, shape.seqlen_q, queries_mask):
                     j = i32(n_start + accumulator_row(rows_per_warp))
                     i = i32(m_start + accumulator_column())
@@ -222,7 +225,7 @@ def make_backward_dkdv_kernel(config: MmaBackwardDkDvConfig, traits: Traits) -> 
                 softmax_backward(
                     s_acc,
                     dp_acc,
-                    cap_slopes,
+                    slopes,
                     smem,
                     lse_mine + statistics_of_stage,
                     delta_mine + statistics_of_stage,

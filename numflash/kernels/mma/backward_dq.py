@@ -31,6 +31,7 @@ from numflash.ptx import (
     u32,
 )
 from numflash.tiles.blocks import first_of_head
+from numflash.tiles.features import make_args_of_head
 from numflash.tiles.mma.copies import make_copy_tile, make_store_rows
 from numflash.tiles.mma.elements import MMA_ELEMENTS, make_transposed_operand
 from numflash.tiles.mma.fragments import (
@@ -46,10 +47,10 @@ from numflash.tiles.mma.fragments import (
 )
 from numflash.tiles.mma.layouts import TileLayout, make_word
 from numflash.tiles.mma.products import make_product_nt, make_product_pn
-from numflash.tiles.mma.scores import make_mask_scores, make_scale_scores
+from numflash.tiles.mma.scores import make_mask_scores, make_scale_scores_backward
 from numflash.tiles.mma.softmax import make_softmax_backward_by_row
 from numflash.tiles.portable.softmax import LOG2_E
-from numflash.tiles.scores import band_block_begin, band_block_end, band_is_partial, make_slope_of
+from numflash.tiles.scores import band_block_begin, band_block_end, band_is_partial
 
 
 def make_backward_dq_kernel(config: MmaBackwardDqConfig, traits: Traits) -> Kernel:
@@ -78,13 +79,15 @@ def make_backward_dq_kernel(config: MmaBackwardDqConfig, traits: Traits) -> Kern
     multiply_q_k = make_product_nt(element, m_tiles, n_tiles, k_layout, k_layout)
     multiply_do_v = make_product_nt(element, m_tiles, n_tiles, v_layout, v_layout)
     multiply_ds_k = make_product_pn(element, m_tiles, n_tiles, dq_tiles, k_layout)
-    scale_scores = make_scale_scores(m_tiles, n_tiles, traits.softcap, traits.alibi)
+    scale_scores = make_scale_scores_backward(
+        m_tiles, n_tiles, traits.features, True, traits.bends_scores
+    )
     mask_scores = make_mask_scores(m_tiles, n_tiles)
-    softmax_backward = make_softmax_backward_by_row(m_tiles, n_tiles, traits.softcap)
+    softmax_backward = make_softmax_backward_by_row(m_tiles, n_tiles, traits.bends_scores)
     store_dq = make_store_rows(element, m_tiles, dq_tiles, traits.vectorized, False)
-    storage, slope_of = element.storage, make_slope_of(traits.alibi)
-    bends = traits.softcap or traits.alibi
-    n_cap_slopes = n_scores if traits.softcap else 1
+    storage, args_of_head = element.storage, make_args_of_head(traits.features)
+    bends = traits.shapes_scores
+    n_slopes = n_scores if traits.bends_scores else 1
     # Tiles that may be on their way while one is used.
     wait_for_tile = CP_ASYNC_WAIT_GROUP[max(0, num_stages - 2)]
 
@@ -102,7 +105,7 @@ def make_backward_dq_kernel(config: MmaBackwardDqConfig, traits: Traits) -> Kern
         smem = cuda.shared.array(0, u32, alignment=128)
         s_acc = cuda.local.array(n_scores, f32)
         dp_acc = cuda.local.array(n_scores, f32)
-        cap_slopes = cuda.local.array(n_cap_slopes, f32)
+        slopes = cuda.local.array(n_slopes, f32)
         dq_acc = cuda.local.array(n_dq, f32)
         lses = cuda.local.array(rows, f32)
         deltas = cuda.local.array(rows, f32)
@@ -117,7 +120,7 @@ def make_backward_dq_kernel(config: MmaBackwardDqConfig, traits: Traits) -> Kern
         k_base = first_of_head(k, batch, head_kv)
         v_base = first_of_head(v, batch, head_kv)
         do_base = first_of_head(do, batch, head)
-        slope = slope_of(scores.alibi, batch, head)
+        args = args_of_head(scores.features, batch, head)
         scale_log2 = LOG2_E
         if not bends:
             scale_log2 = scores.scale * LOG2_E
@@ -184,7 +187,7 @@ def make_backward_dq_kernel(config: MmaBackwardDqConfig, traits: Traits) -> Kern
             if bends:
                 i = i32(m_start + accumulator_row(rows_per_warp))
                 j = i32(n_start + accumulator_column())
-                scale_scores(s_acc, cap_slopes, i, j, scores.alibi.shift, scores, slope)
+                scale_scores(s_acc, slopes, i, j, scores.scale, scores.shift, args)
             if band_is_partial(m_start, tile_m, n_start, tile_n, shape.seqlen_k, mask):
                 i = i32(m_start + accumulator_row(rows_per_warp))
                 j = i32(n_start + accumulator_column())
@@ -192,7 +195,7 @@ def make_backward_dq_kernel(config: MmaBackwardDqConfig, traits: Traits) -> Kern
 
             # dS = P * (softmax_scale dP - delta), dQ += dS K
             scales = scale_log2, scores.softmax_scale
-            softmax_backward(s_acc, dp_acc, cap_slopes, lses, deltas, scales)
+            softmax_backward(s_acc, dp_acc, slopes, lses, deltas, scales)
             multiply_ds_k(dq_acc, dp_acc, smem, k_transposed + k_words * stage)
             last_stage = stage
             stage = stage + 1 if stage + 1 < num_stages else 0

@@ -39,6 +39,7 @@ from numflash.ptx import (
     u32,
 )
 from numflash.tiles.blocks import first_of_head, token_of_row
+from numflash.tiles.features import make_args_of_head
 from numflash.tiles.mma.copies import make_copy_tile, make_store_rows
 from numflash.tiles.mma.elements import MMA_ELEMENTS, make_transposed_operand
 from numflash.tiles.mma.fragments import (
@@ -56,18 +57,17 @@ from numflash.tiles.mma.layouts import TileLayout, make_word
 from numflash.tiles.mma.products import make_product_nt, make_product_pn
 from numflash.tiles.mma.scores import make_mask_scores, make_scale_scores
 from numflash.tiles.mma.softmax import (
-    lse_of_row,
     make_online_softmax,
     make_scale_rows,
     row_sum_of_quad,
 )
-from numflash.tiles.portable.softmax import LOG2_E
+from numflash.tiles.portable.softmax import LN_2, LOG2_E
+from numflash.tiles.rows import make_end_of_row
 from numflash.tiles.scores import (
     NEG_INF,
     band_block_begin,
     band_block_end,
     band_is_partial,
-    make_slope_of,
 )
 
 
@@ -95,16 +95,16 @@ def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
     first_of_v, _ = make_transposed_operand(element, v_layout)
     multiply_q_k = make_product_nt(element, m_tiles, n_tiles, k_layout, k_layout)
     multiply_p_v = make_product_pn(element, m_tiles, n_tiles, o_tiles, v_layout)
-    scale_scores = make_scale_scores(m_tiles, n_tiles, traits.softcap, traits.alibi)
+    scale_scores = make_scale_scores(m_tiles, n_tiles, traits.features)
     mask_scores = make_mask_scores(m_tiles, n_tiles)
     online_softmax = make_online_softmax(m_tiles, n_tiles, o_tiles)
     scale_rows = make_scale_rows(m_tiles, o_tiles)
+    end_of_row, lse_of_row = make_end_of_row(traits.features, LN_2, is_split)
     store_o = make_store_rows(
         element, m_tiles, o_tiles, traits.vectorized or is_split, is_split, packed=True
     )
-    n_cap_slopes = n_scores if traits.softcap else 1
-    storage, slope_of = element.storage, make_slope_of(traits.alibi)
-    bends = traits.softcap or traits.alibi
+    storage, args_of_head = element.storage, make_args_of_head(traits.features)
+    bends = traits.shapes_scores
     selected = traits.selected
     out_storage = f32 if is_split else storage
     # Copies that may be on their way while the next tile is used: K and V of all stages but one.
@@ -124,7 +124,6 @@ def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
     ):
         smem = cuda.shared.array(0, u32, alignment=128)
         s_acc = cuda.local.array(n_scores, f32)
-        cap_slopes = cuda.local.array(n_cap_slopes, f32)
         o_acc = cuda.local.array(n_o, f32)
         row_max = cuda.local.array(rows, f32)
         row_sum = cuda.local.array(rows, f32)
@@ -150,7 +149,7 @@ def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
         q_base = first_of_head(q, batch, head)
         k_base = first_of_head(k, batch, head_kv)
         v_base = first_of_head(v, batch, head_kv)
-        slope = slope_of(scores.alibi, batch, head)
+        args = args_of_head(scores.features, batch, head)
         scale_log2 = LOG2_E
         if not bends:
             scale_log2 = scores.scale * LOG2_E
@@ -227,7 +226,7 @@ def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
             if bends:
                 i = i32(m_start + accumulator_row(rows_per_warp))
                 j = i32(n_start + accumulator_column())
-                scale_scores(s_acc, cap_slopes, i, j, scores.alibi.shift, scores, slope)
+                scale_scores(s_acc, i, j, scores.scale, scores.shift, args)
             tokens = last_token + 1 - first_token
             if band_is_partial(first_token, tokens, n_start, tile_n, shape.seqlen_k, mask):
                 i = i32(m_start + accumulator_row(rows_per_warp))
@@ -243,14 +242,13 @@ def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
         row = i32(m_start + accumulator_row(rows_per_warp))
         num_parts = shape.batch_size * shape.num_heads_q
         for r in range(rows):
-            total = row_sum_of_quad(row_sum[r])
-            # A row that sees no key has output 0 and lse -inf.
-            row_sum[r] = f32(1) / total if total != f32(0) else f32(0)
-            i = i32(row + ROW_STEP * r)
+            i, total = i32(row + ROW_STEP * r), row_sum_of_quad(row_sum[r])
+            token = token_of_row(i, layout.pack)
+            packed, top = i - token * layout.pack, row_max[r] * scale_log2
+            row_sum[r], top, total = end_of_row(top, total, scores.features, batch, head + packed)
             if accumulator_column() == 0 and i < num_rows:
-                token = token_of_row(i, layout.pack)
-                part = i64(split) * num_parts + head_of_batch + i - token * layout.pack
-                lse[part * shape.seqlen_q + token] = lse_of_row(row_max[r], scale_log2, total)
+                part = i64(split) * num_parts + head_of_batch + packed
+                lse[part * shape.seqlen_q + token] = lse_of_row(top, total)
         scale_rows(o_acc, row_sum)
         out_base = split * out.split + first_of_head(out, batch, head)
         store_o(o_acc, out, out_base, row, num_rows, shape.head_dim_v, layout.pack)

@@ -66,6 +66,7 @@ from numflash.ptx import (
     u32,
 )
 from numflash.tiles.blocks import first_of_head, grid_of, make_block_place, token_of_row
+from numflash.tiles.features import make_args_of_head
 from numflash.tiles.mma.copies import make_store_rows
 from numflash.tiles.mma.fp8_operands import fp8_operands, result_element, scale_of_key
 from numflash.tiles.mma.fp8_products import make_accumulate
@@ -88,9 +89,10 @@ from numflash.tiles.mma.fragments import (
 from numflash.tiles.mma.layouts import TileLayout, make_word
 from numflash.tiles.mma.products import make_product_nt
 from numflash.tiles.mma.scores import make_mask_scores, make_scale_scores
-from numflash.tiles.mma.softmax import lse_of_row, make_scale_rows, row_sum_of_quad
-from numflash.tiles.portable.softmax import LOG2_E
-from numflash.tiles.scores import NEG_INF, band_block_begin, band_block_end, make_slope_of
+from numflash.tiles.mma.softmax import make_scale_rows, row_sum_of_quad
+from numflash.tiles.portable.softmax import LN_2, LOG2_E
+from numflash.tiles.rows import make_end_of_row
+from numflash.tiles.scores import NEG_INF, band_block_begin, band_block_end
 
 
 def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
@@ -126,18 +128,18 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
         make_scale_keys(m_tiles, n_tiles),
         make_add_v_scales(m_tiles, n_tiles),
     )
-    scale_scores = make_scale_scores(m_tiles, n_tiles, traits.softcap, traits.alibi)
+    scale_scores = make_scale_scores(m_tiles, n_tiles, traits.features)
     mask_scores = make_mask_scores(m_tiles, n_tiles)
     tile_softmax = make_tile_softmax(m_tiles, n_tiles, o_tiles, traits.key_scales)
     scale_rows = make_scale_rows(m_tiles, o_tiles)
+    end_of_row, lse_of_row = make_end_of_row(traits.features, LN_2, is_split)
     store_o = make_store_rows(
         result, m_tiles, o_tiles, traits.vectorized or is_split, is_split, packed=True
     )
-    n_cap_slopes = n_scores if traits.softcap else 1
     of_keys = KeyScales(offsets["key_scales"], tile_n)
     k_of_keys, v_log2_of_keys, v_inverse_of_keys = of_keys.k, of_keys.v_log2, of_keys.v_inverse
-    slope_of, selected = make_slope_of(traits.alibi), traits.selected
-    key_scales, bends = traits.key_scales, traits.softcap or traits.alibi
+    args_of_head, selected = make_args_of_head(traits.features), traits.selected
+    key_scales, bends = traits.key_scales, traits.shapes_scores
     out_storage = f32 if is_split else result.storage
     # Copies that may be on their way while the next tile is used: K and V of all stages but one.
     wait_for_tile = CP_ASYNC_WAIT_GROUP[2 * num_stages - 2]
@@ -177,7 +179,6 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
     ):
         smem = cuda.shared.array(0, u32, alignment=128)
         s_acc = cuda.local.array(n_scores, f32)
-        cap_slopes = cuda.local.array(n_cap_slopes, f32)
         o_acc = cuda.local.array(n_o, f32)
         row_max = cuda.local.array(rows, f32)
         row_sum = cuda.local.array(rows, f32)
@@ -218,7 +219,7 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
             st_shared_u32(smem, kept_n_end, u32(n_end))
             st_shared_u32(smem, kept_m_start, u32(m_start))
         cuda.syncthreads()
-        slope = slope_of(scores.alibi, batch, head)
+        args = args_of_head(scores.features, batch, head)
 
         if n_begin < n_end:  # else nobody would wait for it
             copy_q(smem, q_smem, q, q_base, m_start, num_rows, columns, layout.pack)
@@ -305,8 +306,7 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
                 scale_s_rows(s_acc, scales)
                 i = i32(ld_shared_u32(smem, kept_m_start) + accumulator_row(rows_per_warp))
                 key = i32(n_start + j)
-                unscaled = Scores(f32(1), scores.softcap, scores.softmax_scale, scores.alibi)
-                scale_scores(s_acc, cap_slopes, i, key, scores.alibi.shift, unscaled, slope)
+                scale_scores(s_acc, i, key, f32(1), scores.shift, args)
                 for r in range(rows):
                     scales[r] = LOG2_E
             first_whole = i32(ld_shared_u32(smem, whole_begin))
@@ -338,14 +338,13 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
         row = i32(m_start + accumulator_row(rows_per_warp))
         num_parts = shape.batch_size * shape.num_heads_q
         for r in range(rows):
-            total = row_sum_of_quad(row_sum[r])
-            # A row that sees no key has output 0 and lse -inf.
-            row_sum[r] = f32(1) / total if total != f32(0) else f32(0)
-            i = i32(row + ROW_STEP * r)
+            i, total = i32(row + ROW_STEP * r), row_sum_of_quad(row_sum[r])
+            token = token_of_row(i, layout.pack)
+            packed, top = i - token * layout.pack, row_max[r]
+            row_sum[r], top, total = end_of_row(top, total, scores.features, batch, head + packed)
             if accumulator_column() == 0 and i < num_rows:
-                token = token_of_row(i, layout.pack)
-                part = i64(split) * num_parts + head_of_batch + i - token * layout.pack
-                lse[part * shape.seqlen_q + token] = lse_of_row(row_max[r], f32(1), total)
+                part = i64(split) * num_parts + head_of_batch + packed
+                lse[part * shape.seqlen_q + token] = lse_of_row(top, total)
         scale_rows(o_acc, row_sum)
         out_base = split * out.split + first_of_head(out, batch, head)
         store_o(o_acc, out, out_base, row, num_rows, shape.head_dim_v, layout.pack)

@@ -12,6 +12,7 @@ from numflash.kernels.arguments import Mask, Scores, Shape, Statistics, Tensor
 from numflash.kernels.kernel import Kernel
 from numflash.ptx import cuda, f32, i64
 from numflash.tiles.blocks import first_of_head
+from numflash.tiles.features import make_args_of_head
 from numflash.tiles.portable.copies import make_load_tile, make_store_rows
 from numflash.tiles.portable.elements import ELEMENTS
 from numflash.tiles.portable.gradients import (
@@ -33,8 +34,7 @@ from numflash.tiles.scores import (
     band_is_partial,
     first_row_of_thread,
     make_mask_scores,
-    make_scale_scores,
-    make_slope_of,
+    make_scale_scores_backward,
 )
 
 
@@ -62,14 +62,16 @@ def make_backward_dkdv_kernel(config: BackwardDkDvConfig, traits: Traits) -> Ker
     multiply_v_do = make_product_nt(rows, columns, traits.head_dim_v, v_pitch, v_pitch)
     multiply_p_do = make_product_nn(rows, groups_v, tile_m, p_pitch, v_pitch)
     multiply_ds_q = make_product_nn(rows, groups, tile_m, p_pitch, k_pitch)
-    scale_scores = make_scale_scores(rows, columns, traits.softcap, traits.alibi)
+    scale_scores = make_scale_scores_backward(
+        rows, columns, traits.features, False, traits.bends_scores
+    )
     mask_scores = make_mask_scores(rows, columns)
-    softmax_backward = make_softmax_backward(rows, columns, traits.softcap, by_row=False)
+    softmax_backward = make_softmax_backward(rows, columns, traits.bends_scores, by_row=False)
     store_scores = make_store_scores(rows, columns, p_pitch)
     store_dk = make_store_rows(element, rows, groups, traits.vectorized)
     store_dv = make_store_rows(element, rows, groups_v, traits.vectorized)
-    storage, slope_of = element.storage, make_slope_of(traits.alibi)
-    n_cap_slopes = n_scores if traits.softcap else 1
+    storage, args_of_head = element.storage, make_args_of_head(traits.features)
+    n_slopes = n_scores if traits.bends_scores else 1
 
     def backward_dkdv(
         q: Tensor[storage],
@@ -86,7 +88,7 @@ def make_backward_dkdv_kernel(config: BackwardDkDvConfig, traits: Traits) -> Ker
         smem = cuda.shared.array(0, f32, alignment=16)
         s_acc = cuda.local.array(n_scores, f32)
         dp_acc = cuda.local.array(n_scores, f32)
-        cap_slopes = cuda.local.array(n_cap_slopes, f32)
+        slopes = cuda.local.array(n_slopes, f32)
         dk_acc = cuda.local.array(n_dk, f32)
         dv_acc = cuda.local.array(n_dv, f32)
         lses = cuda.local.array(columns, f32)
@@ -125,7 +127,7 @@ def make_backward_dkdv_kernel(config: BackwardDkDvConfig, traits: Traits) -> Ker
             q_base = first_of_head(q, batch, head)
             do_base = first_of_head(do, batch, head)
             first_query = i64(batch * shape.num_heads_q + head) * shape.seqlen_q
-            slope = slope_of(scores.alibi, batch, head)
+            args = args_of_head(scores.features, batch, head)
             for m_block in range(m_begin, m_end):
                 m_start = m_block * tile_m
                 i, j = m_start + column, n_start + row
@@ -138,12 +140,12 @@ def make_backward_dkdv_kernel(config: BackwardDkDvConfig, traits: Traits) -> Ker
                 # S^T = K Q^T, dP^T = V dO^T
                 multiply_k_q(s_acc, smem, k_mine, q_mine)
                 multiply_v_do(dp_acc, smem, v_mine, do_mine)
-                scale_scores(s_acc, cap_slopes, j, i, -scores.alibi.shift, scores, slope)
+                scale_scores(s_acc, slopes, j, i, scores, args)
                 if band_is_partial(n_start, tile_n, m_start, tile_m, shape.seqlen_q, queries_mask):
                     mask_scores(s_acc, j, i, shape.seqlen_q, queries_mask)
 
                 # dV += P^T dO, dK += dS^T Q; P and dS take turns in one tile
-                softmax_backward(s_acc, dp_acc, cap_slopes, lses, deltas, scores.softmax_scale)
+                softmax_backward(s_acc, dp_acc, slopes, lses, deltas, scores.softmax_scale)
                 store_scores(s_acc, smem, p_mine + column)
                 cuda.syncwarp()  # P is exchanged within the warp that owns its rows
                 multiply_p_do(dv_acc, smem, p_mine, do_columns)

@@ -12,6 +12,7 @@ from numflash.kernels.arguments import Mask, Scores, Shape, Statistics, Tensor
 from numflash.kernels.kernel import Kernel
 from numflash.ptx import cuda, f32, i64
 from numflash.tiles.blocks import first_of_head
+from numflash.tiles.features import make_args_of_head
 from numflash.tiles.portable.copies import make_load_tile, make_store_rows
 from numflash.tiles.portable.elements import ELEMENTS
 from numflash.tiles.portable.gradients import (
@@ -33,8 +34,7 @@ from numflash.tiles.scores import (
     band_is_partial,
     first_row_of_thread,
     make_mask_scores,
-    make_scale_scores,
-    make_slope_of,
+    make_scale_scores_backward,
 )
 
 
@@ -61,13 +61,15 @@ def make_backward_dq_kernel(config: BackwardDqConfig, traits: Traits) -> Kernel:
     multiply_q_k = make_product_nt(rows, columns, traits.head_dim, k_pitch, k_pitch)
     multiply_do_v = make_product_nt(rows, columns, traits.head_dim_v, v_pitch, v_pitch)
     multiply_ds_k = make_product_nn(rows, groups, tile_n, ds_pitch, k_pitch)
-    scale_scores = make_scale_scores(rows, columns, traits.softcap, traits.alibi)
+    scale_scores = make_scale_scores_backward(
+        rows, columns, traits.features, True, traits.bends_scores
+    )
     mask_scores = make_mask_scores(rows, columns)
-    softmax_backward = make_softmax_backward(rows, columns, traits.softcap, by_row=True)
+    softmax_backward = make_softmax_backward(rows, columns, traits.bends_scores, by_row=True)
     store_scores = make_store_scores(rows, columns, ds_pitch)
     store_dq = make_store_rows(element, rows, groups, traits.vectorized)
-    storage, slope_of = element.storage, make_slope_of(traits.alibi)
-    n_cap_slopes = n_scores if traits.softcap else 1
+    storage, args_of_head = element.storage, make_args_of_head(traits.features)
+    n_slopes = n_scores if traits.bends_scores else 1
 
     def backward_dq(
         q: Tensor[storage],
@@ -83,7 +85,7 @@ def make_backward_dq_kernel(config: BackwardDqConfig, traits: Traits) -> Kernel:
         smem = cuda.shared.array(0, f32, alignment=16)
         s_acc = cuda.local.array(n_scores, f32)
         dp_acc = cuda.local.array(n_scores, f32)
-        cap_slopes = cuda.local.array(n_cap_slopes, f32)
+        slopes = cuda.local.array(n_slopes, f32)
         dq_acc = cuda.local.array(n_dq, f32)
         lses = cuda.local.array(rows, f32)
         deltas = cuda.local.array(rows, f32)
@@ -97,7 +99,7 @@ def make_backward_dq_kernel(config: BackwardDqConfig, traits: Traits) -> Kernel:
         head_kv = head // shape.group_size
         k_base = first_of_head(k, batch, head_kv)
         v_base = first_of_head(v, batch, head_kv)
-        slope = slope_of(scores.alibi, batch, head)
+        args = args_of_head(scores.features, batch, head)
 
         # This thread's first row and columns, in the tiles.
         row = first_row_of_thread(rows_per_warp)
@@ -129,12 +131,12 @@ def make_backward_dq_kernel(config: BackwardDqConfig, traits: Traits) -> Kernel:
             multiply_q_k(s_acc, smem, q_mine, k_mine)
             multiply_do_v(dp_acc, smem, do_mine, v_mine)
             i, j = m_start + row, n_start + column
-            scale_scores(s_acc, cap_slopes, i, j, scores.alibi.shift, scores, slope)
+            scale_scores(s_acc, slopes, i, j, scores, args)
             if band_is_partial(m_start, tile_m, n_start, tile_n, shape.seqlen_k, mask):
                 mask_scores(s_acc, i, j, shape.seqlen_k, mask)
 
             # dS = P * (softmax_scale dP - delta), dQ += dS K
-            softmax_backward(s_acc, dp_acc, cap_slopes, lses, deltas, scores.softmax_scale)
+            softmax_backward(s_acc, dp_acc, slopes, lses, deltas, scores.softmax_scale)
             store_scores(dp_acc, smem, ds_mine + column)
             cuda.syncwarp()  # dS is exchanged within the warp that owns its rows
             multiply_ds_k(dq_acc, smem, ds_mine, k_columns)

@@ -7,13 +7,12 @@ another warp; the block meets only to replace K and V in shared memory.
 Source: FlashAttention-2, arXiv 2307.08691, Algorithm 1.
 """
 
-import math
-
 from numflash.configs import ForwardConfig, Traits
 from numflash.kernels.arguments import Mask, Pointer, Scores, Shape, Tensor
 from numflash.kernels.kernel import Kernel
 from numflash.ptx import cuda, f32, i64
 from numflash.tiles.blocks import first_of_head
+from numflash.tiles.features import make_args_of_head
 from numflash.tiles.portable.copies import make_load_tile, make_store_rows
 from numflash.tiles.portable.elements import ELEMENTS
 from numflash.tiles.portable.lanes import (
@@ -25,6 +24,7 @@ from numflash.tiles.portable.lanes import (
 )
 from numflash.tiles.portable.products import make_product_nn, make_product_nt
 from numflash.tiles.portable.softmax import make_online_softmax, row_sum_of_lanes
+from numflash.tiles.rows import NATURAL, make_end_of_row
 from numflash.tiles.scores import (
     NEG_INF,
     band_block_begin,
@@ -33,7 +33,6 @@ from numflash.tiles.scores import (
     first_row_of_thread,
     make_mask_scores,
     make_scale_scores,
-    make_slope_of,
 )
 
 
@@ -58,12 +57,12 @@ def make_forward_kernel(config: ForwardConfig, traits: Traits) -> Kernel:
     load_v = make_load_tile(element, tile_n, traits.head_dim_v, v_pitch, *copy)
     multiply_q_k = make_product_nt(rows, columns, traits.head_dim, k_pitch, k_pitch)
     multiply_p_v = make_product_nn(rows, groups, tile_n, p_pitch, v_pitch)
-    scale_scores = make_scale_scores(rows, columns, traits.softcap, traits.alibi)
+    scale_scores = make_scale_scores(rows, columns, traits.features)
     mask_scores = make_mask_scores(rows, columns)
     online_softmax = make_online_softmax(rows, columns, n_out, p_pitch)
+    end_of_row, lse_of_row = make_end_of_row(traits.features, NATURAL)
     store_o = make_store_rows(element, rows, groups, traits.vectorized)
-    storage, slope_of = element.storage, make_slope_of(traits.alibi)
-    n_cap_slopes = n_scores if traits.softcap else 1
+    storage, args_of_head = element.storage, make_args_of_head(traits.features)
 
     def forward(
         q: Tensor[storage],
@@ -77,7 +76,6 @@ def make_forward_kernel(config: ForwardConfig, traits: Traits) -> Kernel:
     ):
         smem = cuda.shared.array(0, f32, alignment=16)
         s_acc = cuda.local.array(n_scores, f32)
-        cap_slopes = cuda.local.array(n_cap_slopes, f32)
         o_acc = cuda.local.array(n_o, f32)
         row_max = cuda.local.array(rows, f32)
         row_sum = cuda.local.array(rows, f32)
@@ -93,7 +91,7 @@ def make_forward_kernel(config: ForwardConfig, traits: Traits) -> Kernel:
         k_base = first_of_head(k, batch, head_kv)
         v_base = first_of_head(v, batch, head_kv)
         out_base = first_of_head(out, batch, head)
-        slope = slope_of(scores.alibi, batch, head)
+        args = args_of_head(scores.features, batch, head)
 
         # This thread's first row and columns, in the tiles.
         row = first_row_of_thread(rows_per_warp)
@@ -121,7 +119,7 @@ def make_forward_kernel(config: ForwardConfig, traits: Traits) -> Kernel:
             # S = softmax_scale Q K^T, masked where the block crosses an edge of the band
             multiply_q_k(s_acc, smem, q_mine, k_mine)
             i, j = m_start + row, n_start + column
-            scale_scores(s_acc, cap_slopes, i, j, scores.alibi.shift, scores, slope)
+            scale_scores(s_acc, i, j, scores, args)
             if band_is_partial(m_start, tile_m, n_start, tile_n, shape.seqlen_k, mask):
                 mask_scores(s_acc, i, j, shape.seqlen_k, mask)
 
@@ -132,16 +130,12 @@ def make_forward_kernel(config: ForwardConfig, traits: Traits) -> Kernel:
 
         for r in range(rows):
             total = row_sum_of_lanes(row_sum[r])
-            # A row that sees no key has output 0 and lse -inf.
-            reciprocal = f32(1) / total if total != f32(0) else f32(0)
+            factor, top, total = end_of_row(row_max[r], total, scores.features, batch, head)
             for j in range(n_out):
-                o_acc[n_out * r + j] *= reciprocal
+                o_acc[n_out * r + j] *= factor
             i = m_start + row + ROW_LANES * r
             if column == 0 and i < shape.seqlen_q:
-                row_lse = NEG_INF
-                if total != f32(0):
-                    row_lse = row_max[r] + f32(math.log(total))
-                lse[i64(head_of_batch) * shape.seqlen_q + i] = row_lse
+                lse[i64(head_of_batch) * shape.seqlen_q + i] = lse_of_row(top, total)
         store_o(o_acc, out, out_base, m_start + row, shape.seqlen_q, shape.head_dim_v)
 
     return Kernel(config.family, forward, num_threads, layout.smem_bytes)

@@ -32,7 +32,7 @@ SMALLEST_AMAX = f32(2.0**-100)
 
 
 def rows_of(config: QuantizeConfig, traits: Traits) -> Rows:
-    """Which rows the threads of a block have."""
+    """The rows that the threads of a block have."""
     lanes = config.lanes(traits)
     return Rows(
         lanes,

@@ -107,7 +107,7 @@ def _make_decode_eight(config: DequantizeConfig) -> Callable:
 
     @device_function
     def decode_eight(values, words, scale):
-        # The butterflies' sums must not take the products in, unrounded.
+        # The butterflies' sums must not fuse with the products, which are rounded first.
         halves = cuda.local.array(2, u32)
         for w in range(2):
             decode(words[w], halves)

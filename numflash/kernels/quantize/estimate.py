@@ -1,4 +1,4 @@
-"""Estimate: how far 8 bits would take the result of each key-value head from exact attention.
+"""Estimate: the error that 8 bits would make in the result of each key-value head.
 
 From sums that the quantisation makes for blocks of tokens, of squares and of squared errors:
 
@@ -8,8 +8,7 @@ From sums that the quantisation makes for blocks of tokens, of squares and of sq
 with the largest |q|^2, |dq|^2 a token of any block of the group's query heads, likewise of k. A
 change ds of a score changes its probability by the factor 1 + ds; independent changes of
 probabilities change the result by as much, relative to its size where it is small because many
-values cancel. Rotated rows make errors of all directions alike, which the formula takes for
-granted.
+values cancel. Rotated rows make errors of all directions alike, which the formula assumes.
 
 A warp estimates one key-value head and decides: 8 bits where the estimate is within the budget.
 """

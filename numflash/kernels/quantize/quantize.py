@@ -1,10 +1,10 @@
 """Quantisation: codes and scales of float16, bfloat16 or float32, in one pass over them.
 
 A block owns block_tokens tokens of one head. Its threads load all of them to registers before
-anything else, so that many bytes are in flight, rotate rows, find the maximum of what shares a
-scale, and store codes: by rows, or with the tokens innermost. With scale "given" the maximum comes
-from an array (`amax`). With statistics the sums of x ** 2 and of (x - descale code) ** 2 over the
-block are stored too. `codes` is another kernel: codes that are there already are laid out anew.
+anything else, so that many bytes are in flight, rotate rows, find the maximum of the numbers that
+share a scale, and store codes: by rows, or with the tokens innermost. With scale "given" the
+maximum comes from an array (`amax`). With statistics the sums of x ** 2 and of (x - descale code)
+** 2 over the block are stored too. `codes` is another kernel: it lays existing codes out again.
 
 In machine code, a thread and element (bfloat16, head_dim 128, blocks of 128, rotated, sm_90a):
 
@@ -153,7 +153,7 @@ def make_quantize_kernel(config: QuantizeConfig, traits: Traits) -> Kernel:
 
 
 def _make_relayout_kernel(config: QuantizeConfig, traits: Traits) -> Kernel:
-    """Codes laid out anew: filled up to the padded head_dim, and transposed where wanted."""
+    """Codes laid out again: filled up to the padded head_dim, and transposed where wanted."""
     rows = rows_of(config, traits)
     n_words = rows.rows * rows.chunks * rows.columns // 4
     lanes, columns, block_tokens = rows.lanes, rows.columns, config.block_tokens
@@ -290,7 +290,7 @@ def _make_store_codes(config: QuantizeConfig, traits: Traits, rows: Rows) -> Cal
 
     @device_function
     def fill_row(r, codes, token, seqlen):
-        # What is filled up is code 0, and not what a rotation makes of zeros.
+        # Padding is code 0, not the result of rotated zeros.
         if token_of_row(token, r) >= seqlen:
             fill_codes(0, codes)
 

@@ -85,7 +85,7 @@ def make_copy_tile(
     @device_function
     def copy_tile(smem, tile, source, base, first, end, num_columns, pack):
         frag = cuda.local.array(4, u32)
-        # Copies are few and registers scarce in the loops they stand in: nothing is kept.
+        # Copies are few and registers scarce in the loops around them: nothing is kept.
         thread = mov_tid_x()
         my_row, my_chunk = thread // threads_per_row, thread % threads_per_row
         # Rows are 32-bit and offsets grow by a step: one addition and one comparison a chunk.
@@ -168,7 +168,7 @@ def make_store_rows(element: MmaElement, m_tiles, n_tiles, vectorized, as_float3
 
     @device_function
     def locate_rows(offsets, widths, target, base, first, end, columns, pack):
-        """Where this thread's rows begin, and how many columns of them there are."""
+        """The offset at which this thread's rows begin, and the number of their columns."""
         for r in range(rows):
             row = i32(first + ROW_STEP * r)
             widths[r] = columns if row < end else i32(0)

@@ -1,4 +1,4 @@
-"""How e4m3 codes get to the tensor cores: as they are, or as float16, which holds each exactly.
+"""Codes of e4m3 on their way to the tensor cores: as they are, or as float16, which is exact.
 
     sm89         products of e4m3, 32 keys deep; tiles in shared memory are copied as they are
     sm89-half    products of float16; codes are converted on their way to shared memory

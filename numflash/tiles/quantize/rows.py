@@ -39,7 +39,7 @@ _INFINITY = f32(math.inf)
 
 @dataclass(frozen=True)
 class Rows:
-    """Which rows, and which columns of them, the threads of a block have.
+    """The rows that the threads of a block have, and the columns of them.
 
     Attributes:
         lanes: neighbouring threads that share a row.

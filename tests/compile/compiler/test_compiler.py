@@ -9,13 +9,13 @@ from importlib import metadata
 import pytest
 
 from numflash.configs import parse_config
-from numflash.kernels.arguments import Pointer
 from numflash.kernels.kernel import Kernel
 from numflash.machine_code import compiler
 from numflash.machine_code.compiler import compile_kernel, get_cubin
 from numflash.machine_code.sass import disassemble
 from numflash.ptx import INSTRUCTIONS, cuda, f32, fma_rn_f32, i32, instruction
 from numflash.runtime.devices import ARCHITECTURES
+from numflash.runtime.views import Pointer
 from tests.support.compilations import CONFIG, ELF, LIMITS, TRAITS, finish, forget, start
 
 
@@ -28,7 +28,8 @@ def test_a_cubin(good):
     assert good.spill_store_bytes == good.spill_load_bytes == good.stack_bytes == 0
     assert good.warnings == ()
     pointers = [name for name, letter in good.parameters if letter == "P"]
-    assert pointers == ["out.data", "do.data", "lse", "delta", "lse_log2"]
+    named = "out.data", "do.data", "lse", "delta", "lse_log2"
+    assert pointers == [*named, "features.alibi.slopes", "features.sinks.data", "row_gradients"]
     assert good.parameters[1:4] == (("out.batch", "q"), ("out.row", "q"), ("out.head", "q"))
     assert {letter for _, letter in good.parameters} <= set("Pqif")
 

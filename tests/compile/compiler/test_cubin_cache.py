@@ -22,7 +22,7 @@ from tests.support.compilations import (
     start,
 )
 
-# What a cubin's header says in numbers.
+# The numbers in a cubin's header.
 NUMBERS = (
     *("num_threads", "smem_bytes", "registers", "min_blocks"),
     *("spill_store_bytes", "spill_load_bytes", "stack_bytes"),

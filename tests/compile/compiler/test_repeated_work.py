@@ -6,11 +6,11 @@ from weakref import WeakKeyDictionary
 
 import pytest
 
-from numflash.kernels.arguments import Pointer
 from numflash.kernels.kernel import Kernel
 from numflash.machine_code import compiler, repeated_work
 from numflash.machine_code.compiler import compile_kernel
 from numflash.ptx import cuda, device_function, ex2_approx_ftz_f32, f32, i32
+from numflash.runtime.views import Pointer
 from tests.support.compilations import CONFIG, LIMITS, TRAITS, instructions
 
 
@@ -36,7 +36,7 @@ def make_exponentials():
 
 
 def numbas_own():
-    """What `without_repeated_work` replaces."""
+    """The functions that `without_repeated_work` replaces."""
     from numba import types
     from numba.cuda.core.postproc import PostProcessor
 

@@ -1,4 +1,4 @@
-"""First light: what was found stays, whoever dies; what is missing or late costs itself only."""
+"""First light: findings stay, whichever process dies; a missing or late part costs itself only."""
 
 import json
 import os

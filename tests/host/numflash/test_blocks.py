@@ -12,7 +12,7 @@ NUM_SMS, L2_BYTES = 132, 50 * 2**20
 
 
 def places(tile_m, seqlen_q, num_heads, pack, num_splits, heads_in_flight):
-    """What `block_place` says of each place."""
+    """The answer of `block_place` for each place."""
     locate, rows = make_block_place(tile_m), i32(seqlen_q * pack)
     count = -(-seqlen_q * pack // tile_m) * (num_heads // pack) * num_splits
     grid = rows, i32(num_heads), i32(pack), i32(num_splits), i32(heads_in_flight)

@@ -13,8 +13,9 @@ import pytest
 
 import numflash
 from numflash.calls import ready
-from numflash.calls.arguments import DEFAULTS, request_of
+from numflash.calls.arguments import request_of
 from numflash.calls.forward import selection_of
+from numflash.problem.options import AttentionOptions
 from numflash.runtime.arrays import library_of
 from numflash.runtime.mode import SIMULATED
 from numflash.selection import autotune, capture, store, tuned
@@ -126,7 +127,7 @@ def _select(q, k, v):
     views = {
         name: library_of(x, name).view(x, name) for name, x in zip("qkv", (q, k, v), strict=True)
     }
-    return selection_of(request_of(views, DEFAULTS), None)
+    return selection_of(request_of(views, AttentionOptions()), None)
 
 
 def test_a_class_that_was_measured_is_not_tuned_again(autotuning):

@@ -25,6 +25,7 @@ from numflash.configs import (
     parse_config,
     portable,
 )
+from numflash.configs.features import BY_NAME
 from numflash.runtime.devices import ARCHITECTURES
 
 HEAD_DIMS = range(32, 257, 32)
@@ -151,22 +152,23 @@ def test_splits_share_their_machine_code_but_not_with_a_forward_that_is_not_spli
 
 
 def test_traits_round_trip_through_their_string():
-    flags = itertools.product([False, True], repeat=3)
-    for dtype, (softcap, alibi, vectorized) in itertools.product(DTYPES, flags):
-        traits = Traits(dtype, 64, 256, softcap=softcap, alibi=alibi, vectorized=vectorized)
+    some = [x for n in range(len(BY_NAME) + 1) for x in itertools.combinations(BY_NAME, n)]
+    for dtype, features, vectorized in itertools.product(DTYPES, some, [False, True]):
+        traits = Traits(dtype, 64, 256, features, vectorized=vectorized)
         assert Traits.parse(str(traits)) == traits
         if dtype == "float32":
             tf32 = replace(traits, tf32=True)
             assert Traits.parse(str(tf32)) == tf32 != traits
     assert str(Traits("float32", 32, 64, tf32=True)) == "float32-d32-dv64-vec-tf32"
-    assert str(Traits("float16", 64, 96, softcap=True)) == "float16-d64-dv96-softcap-vec"
+    assert str(Traits("float16", 64, 96, ("softcap",))) == "float16-d64-dv96-softcap-vec"
 
 
 def test_different_configs_and_traits_have_different_strings():
     configs = [ForwardConfig(m, n, w) for m in (16, 32) for n in (16, 32) for w in (1, 2)]
     assert len(set(map(str, configs))) == len(configs)
     traits = [
-        Traits("float16", 32, 32, s, a, v) for s, a, v in itertools.product([0, 1], repeat=3)
+        Traits("float16", 32, 32, names, v)
+        for names, v in itertools.product([(), ("softcap",), ("alibi",), (*BY_NAME,)], [0, 1])
     ]
     assert len(set(map(str, traits))) == len(traits)
 
@@ -328,7 +330,7 @@ def test_wrong_warps_of_a_kernel_by_rows_are_refused(config, rule, wrong):
         (("float16", 32, 0), ["head_dim_v of a kernel", "got 0"]),
         (("float16", 288, 32), ["head_dim of a kernel", "up to 256", "got 288"]),
         (("float16", -32, 32), ["head_dim of a kernel", "got -32"]),
-        (("bfloat16", 32, 32, False, False, True, True), ["tf32 is a way", "not bfloat16"]),
+        (("bfloat16", 32, 32, (), True, True), ["tf32 is a way", "not bfloat16"]),
     ],
 )
 def test_wrong_traits_are_refused(arguments, words):

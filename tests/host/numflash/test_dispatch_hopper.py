@@ -18,14 +18,16 @@ from tests.host.numflash.test_dispatch import (
     reasons,
 )
 
+BOTH = ("softcap", "alibi")
+
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("columns", HEAD_DIMS)
 def test_the_forward_on_hopper_is_that_of_wgmma(dtype, columns):
-    for traits in (Traits(dtype, columns, 32), Traits(dtype, 32, columns, True, True, False)):
+    for traits in (Traits(dtype, columns, 32), Traits(dtype, 32, columns, BOTH, False)):
         choice = choose("forward", traits, HOPPER)
         assert choice.config == wgmma.candidates(traits)[0]
-        # How rows are aligned is all one to bulk copies.
+        # The alignment of rows does not matter to bulk copies.
         assert choice.traits == replace(traits, vectorized=True)
         assert reasons(choice)["sm80"] == "wgmma is faster"
         assert list(reasons(choice))[-1] == "portable"
@@ -38,7 +40,7 @@ def test_the_forward_on_hopper_is_that_of_wgmma(dtype, columns):
 def test_every_candidate_for_wgmma_is_chosen_somewhere_and_fits_with_all_features():
     chosen, shipped = set(), set()
     for columns, rows in itertools.product(HEAD_DIMS, (33, 65, 129, 2**30)):
-        traits = Traits("bfloat16", columns, columns, True, True)
+        traits = Traits("bfloat16", columns, columns, BOTH)
         shipped |= set(wgmma.candidates(traits))
         chosen.add(choose("forward", traits, HOPPER, rows).config)
         for config in wgmma.candidates(traits):
@@ -83,7 +85,7 @@ def test_few_rows_are_left_to_smaller_tiles():
     ],
 )
 def test_what_is_too_large_for_wgmma_says_so(config, columns, why):
-    traits = Traits("float16", columns, columns, alibi=True)
+    traits = Traits("float16", columns, columns, features=("alibi",))
     assert why in wgmma.misfit(parse_config("forward", config), traits, HOPPER, 2**30)
 
 
@@ -105,9 +107,9 @@ def test_codes_on_hopper_are_multiplied_by_wgmma(columns):
 
 def test_every_candidate_for_codes_is_chosen_somewhere_and_fits():
     chosen, shipped = set(), set()
-    features = itertools.product((False, True), (False, True))
+    features = ((), ("softcap",), ("alibi",), BOTH)
     for columns, rows, bent in itertools.product((64, 128, 192, 256), (33, 65, 2**30), features):
-        traits = Traits("bfloat16", columns, columns, *bent, fp8=True)
+        traits = Traits("bfloat16", columns, columns, bent, fp8=True)
         shipped |= set(wgmma.candidates(traits))
         choice = choose("forward", traits, HOPPER, rows)
         assert choice.config.smem_bytes(traits) <= HOPPER.max_smem_per_block
@@ -119,7 +121,7 @@ def test_codes_with_bent_scores_do_not_overlap_where_registers_would_spill():
     plain = Traits("float16", 128, 128, fp8=True)
     assert choose("forward", plain, HOPPER).config.overlap
     for feature in ("softcap", "alibi"):
-        choice = choose("forward", replace(plain, **{feature: True}), HOPPER)
+        choice = choose("forward", replace(plain, features=(feature,)), HOPPER)
         assert not choice.config.overlap
         assert "keeps 208 registers" in "".join(reasons(choice).values())
 

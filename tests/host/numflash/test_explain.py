@@ -9,10 +9,12 @@ import pytest
 
 import numflash
 from numflash.calls import launch, ready
-from numflash.calls.arguments import DEFAULTS, request_of
+from numflash.calls.arguments import request_of
 from numflash.machine_code import compiler
-from numflash.machine_code.compiler import source_hash, versions
+from numflash.machine_code.compiler import versions
+from numflash.machine_code.sources import family_hash
 from numflash.problem.classes import ProblemClass
+from numflash.problem.options import AttentionOptions
 from numflash.runtime import driver, gpus
 from numflash.runtime.arrays import metadata
 from numflash.runtime.devices import ARCHITECTURES, architecture
@@ -62,7 +64,7 @@ def remembered(monkeypatch):
             spread=None,
             origin=origin,
             date="2026-11-21T00:00:00Z",
-            kernels=source_hash(),
+            kernels=family_hash(problem.split()[0]),
             compilers=versions(),
             default_config=config,
             default_ms=2.0,
@@ -111,7 +113,7 @@ def test_splits_follow_the_number_of_sms():
 def test_the_answer_is_that_of_the_rules():
     q = array(2, 4096, 8, 128)
     asked = numflash.explain_dispatch(q, q, q, arch="t4")
-    request = request_of({name: metadata(q, name) for name in "qkv"}, DEFAULTS)
+    request = request_of({name: metadata(q, name) for name in "qkv"}, AttentionOptions())
     by_rule = choose_forward(request.problem, request.traits, architecture("sm_75"), 40)
     assert asked.forward == by_rule
 
@@ -207,7 +209,7 @@ def assert_not_against_itself(explanation):
 
 
 def explain(problem: ProblemClass, arch: str):
-    """What runs for a problem of a class."""
+    """The explanation for a problem of a class."""
     dtype = numpy_dtype(problem.traits.dtype)
     heads = min(problem.batch_heads, 8 * problem.group_size)
     batch = problem.batch_heads // heads

@@ -6,11 +6,11 @@ import pytest
 import numflash
 from numflash.calls import forward as calls
 from numflash.calls import launch, ready
-from numflash.calls.arguments import DEFAULTS
 from numflash.configs import (
     Traits,
     parse_config,
 )
+from numflash.problem.options import AttentionOptions
 from numflash.runtime import driver
 from numflash.runtime.arrays import library_of
 from numflash.runtime.errors import UnsupportedError
@@ -197,7 +197,8 @@ def test_an_explanation_is_the_selection_of_the_call(machine, monkeypatch):
     monkeypatch.setattr(calls, "select", noting)
     monkeypatch.setattr(calls.ForwardKernels, "build", lambda self: None)
     calls.Forward(
-        {n: library_of(x, n).view(x, n) for n, x in (("q", q), ("k", k), ("v", k))}, DEFAULTS
+        {n: library_of(x, n).view(x, n) for n, x in (("q", q), ("k", k), ("v", k))},
+        AttentionOptions(),
     )
     (selection,) = selections
     for name in ("forward", "geometry", "combine"):

@@ -10,6 +10,7 @@ from numflash.configs import (
     Traits,
     parse_config,
 )
+from numflash.configs.features import NO_FEATURES, Alibi
 from numflash.problem.problem import AttentionProblem
 from numflash.runtime.devices import blocks_per_sm
 from numflash.selection.geometry import (
@@ -84,7 +85,7 @@ def test_splits_fill_the_last_wave_or_as_much_of_it_as_any_number_does():
 
 
 def splits_with_keys(num_splits, num_n_blocks):
-    """How many of them begin before the last block, as the kernels deal blocks out."""
+    """The number of splits that begin before the last block, as the kernels deal blocks out."""
     share = -(-num_n_blocks // num_splits)
     return sum(split * share < num_n_blocks for split in range(num_splits))
 
@@ -144,8 +145,8 @@ def test_a_grid_of_nothing_is_not_split():
 def problem(**changes) -> AttentionProblem:
     """4 batch entries of 8 query heads that share 2."""
     sizes = {"batch": 4, "seqlen_q": 1, "seqlen_k": 1024, "num_heads_q": 8, "num_heads_kv": 2}
-    scalars = {"softmax_scale": 1.0, "band_lo": 0, "band_hi": 0, "bias_shift": 0, "softcap": 0.0}
-    rest = {"head_dim": 128, "head_dim_v": 64, "dtype": "float16", "alibi_strides": None}
+    scalars = {"softmax_scale": 1.0, "band_lo": 0, "band_hi": 0, "shift": 0}
+    rest = {"head_dim": 128, "head_dim_v": 64, "dtype": "float16"}
     return AttentionProblem(**{**sizes, **scalars, **rest, **changes})
 
 
@@ -158,7 +159,7 @@ def problem(**changes) -> AttentionProblem:
         ({"num_heads_kv": 8}, 1),
         ({"num_heads_kv": 1}, 8),
         # Each head has a slope of its own.
-        ({"alibi_strides": (0, 1)}, 1),
+        ({"features": NO_FEATURES._replace(alibi=Alibi("alibi_slopes", 0, 1))}, 1),
     ],
 )
 def test_heads_of_a_group_are_packed_where_queries_are_few(changes, pack):

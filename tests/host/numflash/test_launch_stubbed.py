@@ -46,9 +46,9 @@ def test_forward_arguments_arrive_where_the_driver_reads_them(gpu, dtype):
         "v": v.data.ptr,
         "out": out.data.ptr,
         "lse": lse.data.ptr,
-        "scores.alibi.slopes": slopes.data.ptr,
-        "scores.alibi.batch": H,
-        "scores.alibi.head": 1,
+        "scores.features.alibi.slopes": slopes.data.ptr,
+        "scores.features.alibi.batch": H,
+        "scores.features.alibi.head": 1,
         "shape.seqlen_q": SQ,
         "shape.seqlen_k": SK,
         "shape.num_heads_q": H,
@@ -58,9 +58,9 @@ def test_forward_arguments_arrive_where_the_driver_reads_them(gpu, dtype):
         "shape.batch_size": B,
         "mask.lo": SK - SQ - 11,
         "mask.hi": SK - SQ,
-        "scores.alibi.shift": SK - SQ,
+        "scores.shift": SK - SQ,
         "scores.scale": 0.25 / 8.0,
-        "scores.softcap": 8.0,
+        "scores.features.softcap.cap": 8.0,
         "scores.softmax_scale": 0.25,
     }
     if dtype == "float16":
@@ -108,7 +108,7 @@ def test_backward_runs_delta_before_the_gradients_that_read_it(gpu, qkv, config)
             assert run.arguments["statistics_log2.lse"] == workspaces[1]
         else:
             assert (run.config, run.arguments["statistics.lse"]) == ("m16n16w4", lse.data.ptr)
-        assert run.arguments["scores.alibi.slopes"] == 0
+        assert run.arguments["scores.features.alibi.slopes"] == 0
         assert run.arguments["scores.softmax_scale"] == D**-0.5
         assert run.arguments["do.row"] == strides(dout)[1]
     assert delta.arguments["out"] == out.data.ptr
@@ -297,7 +297,7 @@ class _Protocol:
 def test_the_stream_arrives_and_memory_is_allocated_on_it(gpu, qkv, stream, address):
     numflash.attention(*qkv, stream=stream)
     assert [run.stream for run in gpu.driver.launches] == [address]
-    # What is freed while the kernel runs must not be handed out to another stream.
+    # Memory freed while the kernel runs must not be handed out to another stream.
     assert {on for on, _ in gpu.cupy.allocations} == {address}
     assert gpu.cupy.current.stream == 0x5000
 

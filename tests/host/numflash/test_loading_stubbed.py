@@ -83,7 +83,7 @@ class OldDriver(fake_gpu.Driver):
         return status, function
 
     def cuFuncLoad(self, function):
-        # What cuda-bindings does about a function that the driver does not have.
+        # The answer of cuda-bindings for a function that the driver lacks.
         raise RuntimeError("function cuFuncLoad is not found")
 
 

@@ -161,7 +161,7 @@ def notes(monkeypatch):
 
 
 def loads_of_lanes(notes, run):
-    """What each lane reads in turn: a list of 32 addresses for every load of the warp."""
+    """The reads of each lane in turn: a list of 32 addresses for every load of the warp."""
     lanes = []
     for lane in WARP:
         notes.loads = []
@@ -326,7 +326,7 @@ def shapes():
 
 
 def copies_of_threads(thread, make, num_threads, arguments):
-    """What each thread copies."""
+    """The copies of each thread."""
     copy_tile = copies.make_copy_tile.__wrapped__(*make)
     threads = []
     for thread.index in range(num_threads):

@@ -258,7 +258,7 @@ def test_gradients_are_those_of_central_differences(shape, options):
 
 def _errors(precision):
     (q, k, v, dout), _ = problem((2, 40, 50, 2, 1, 32, 32), {}, seed=2)
-    # What all precisions can hold exactly: only the computation rounds.
+    # Numbers that all precisions hold exactly: only the computation rounds.
     q, k, v, dout = (x.astype(ml_dtypes.bfloat16).astype(np.float64) for x in (q, k, v, dout))
     exact = [*reference.attention(q, k, v), *reference.attention_backward(dout, q, k, v)]
     naive = [

@@ -89,13 +89,13 @@ def test_maps_arrive_by_value_next_to_the_other_arguments(hopper, dtype, number)
     assert others == {
         "out": out.data.ptr,
         "lse": lse.data.ptr,
-        "scores.alibi.slopes": 0,
+        "scores.features.alibi.slopes": 0,
         "out.split": 0,
         "out.batch": S * H * 96,
         "out.row": H * 96,
         "out.head": 96,
-        "scores.alibi.batch": 0,
-        "scores.alibi.head": 0,
+        "scores.features.alibi.batch": 0,
+        "scores.features.alibi.head": 0,
         "shape.batch_size": B,
         "shape.seqlen_q": S,
         "shape.seqlen_k": 70,
@@ -103,12 +103,12 @@ def test_maps_arrive_by_value_next_to_the_other_arguments(hopper, dtype, number)
         "shape.group_size": 4,
         "mask.lo": -S,
         "mask.hi": 70,
-        "scores.alibi.shift": 70 - S,
+        "scores.shift": 70 - S,
         "layout.pack": 1,
         "layout.num_splits": 1,
         "layout.heads_in_flight": B * H,
         "scores.scale": 0.25,
-        "scores.softcap": 0.0,
+        "scores.features.softcap.cap": 0.0,
         "shape.head_dim": D,
         "shape.head_dim_v": 96,
         "scores.softmax_scale": others["scores.scale"],
@@ -383,10 +383,9 @@ def test_a_warm_call_with_maps_costs_little_host_time(hopper, monkeypatch):
 @pytest.mark.skipif(not SIMULATED, reason="needs NUMBA_ENABLE_CUDASIM=1")
 def test_the_simulator_is_given_the_array_and_the_layout(monkeypatch):
     from numflash import simulator
-    from numflash.kernels.arguments import Pointer
     from numflash.kernels.kernel import Kernel
     from numflash.ptx import TensorMap, f32, i32
-    from numflash.runtime.views import Operand
+    from numflash.runtime.views import Operand, Pointer
 
     def kernel(out: Pointer(f32), q_map: TensorMap, out_map: TensorMap, n: i32):
         pass

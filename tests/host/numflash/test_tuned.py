@@ -250,7 +250,7 @@ def test_the_cache_is_read_once_for_all_sizes(monkeypatch):
 
 
 def test_the_packing_of_a_near_entry_is_no_hindrance():
-    alibi = replace(WANTED, traits=replace(WANTED.traits, alibi=True))
+    alibi = replace(WANTED, traits=replace(WANTED.traits, features=("alibi",)))
     store.add(HERE, [entry(config="sm80-m64n32w4s2x4-packed")])
     assert str(find(alibi).config) == "sm80-m64n32w4s2"
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from numflash.problem.classes import ProblemClass
+from numflash.problem.options import AttentionOptions
 from numflash.problem.problem import describe
 from numflash.runtime.arrays import library_of
 from tests.support.numpy_devices import FakeDevice
@@ -21,10 +22,7 @@ def _arrays(call, family="forward"):
 
 def _describe(call, arrays):
     views = {name: library_of(x, name).view(x, name) for name, x in arrays.items()}
-    slopes = views.get("alibi_slopes")
-    problem, tensors = describe(
-        views["q"], views["k"], views["v"], alibi_slopes=slopes, **call.options
-    )
+    problem, tensors = describe(views, AttentionOptions(**call.options))
     return problem, problem.traits(all(tensor.is_vectorizable for tensor in tensors.values()))
 
 

@@ -67,7 +67,7 @@ def test_a_study_with_other_choices_is_refused_in_words(tmp_path):
             after.ask({"tile_m": other})
         said = str(refused.value)
         assert f"the study 'numbers' in the journal {path} has other choices" in said
-        assert "begin anew in another --storage" in said
+        assert "begin again in another --storage" in said
     states = Counter(trial.state for trial in after.study.get_trials())
     assert states == {TrialState.COMPLETE: 1, TrialState.FAIL: 2}
 

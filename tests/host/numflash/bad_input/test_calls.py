@@ -1,4 +1,4 @@
-"""What is refused, with which error, and that the message names subject, value and rule.
+"""Bad input is refused with the right error, whose message names subject, value and rule.
 
 Every call here must fail before anything is compiled or launched. The arrays are NumPy's in the
 simulator and those of a fake GPU otherwise; the checks are the same.

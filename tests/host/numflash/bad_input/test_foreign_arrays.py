@@ -92,7 +92,7 @@ def test_a_tensor_in_8_bits_that_requires_a_gradient_is_refused(machine):
 
 
 class HostTensor:
-    """What NumPy and numflash see of a PyTorch tensor on the CPU."""
+    """A PyTorch tensor on the CPU, as NumPy and numflash see it."""
 
     def __init__(self, array, requires_grad=False, problem=None):
         self.array, self.requires_grad, self.problem = array, requires_grad, problem

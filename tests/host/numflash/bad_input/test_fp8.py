@@ -1,4 +1,4 @@
-"""What FP8 calls refuse, with which error, and that the message names subject, value and rule.
+"""FP8 calls refuse bad input with the right error, whose message names subject, value and rule.
 
 As `test_calls`: every call here must fail before anything is compiled or launched.
 """

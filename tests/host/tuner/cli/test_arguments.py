@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 pytest.importorskip("optuna")
-from numflash.calls.arguments import DEFAULTS, request_of
+from numflash.calls.arguments import request_of
 from numflash.problem.classes import ProblemClass
+from numflash.problem.options import AttentionOptions
 from numflash.runtime.arrays import library_of
 from numflash.runtime.mode import SIMULATED
 from tests.host.tuner.test_session import InstantPool
@@ -239,7 +240,7 @@ def test_a_class_is_the_one_that_its_problems_are_of(argv, shape, options):
     views = {
         name: library_of(x, name).view(x, name) for name, x in zip("qkv", (q, k, k), strict=True)
     }
-    request = request_of(views, DEFAULTS | options)
+    request = request_of(views, AttentionOptions(**options))
     full = () if "--mask" in argv else ("--mask", "full")
     forward = ("--pass", "forward", "--dtype", "float16", "--head-dim", "64")
     asked = classes(*forward, *full, *argv)

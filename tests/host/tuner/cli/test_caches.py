@@ -8,7 +8,8 @@ import sys
 import pytest
 
 pytest.importorskip("optuna")
-from numflash.machine_code.compiler import source_hash, versions
+from numflash.machine_code.compiler import versions
+from numflash.machine_code.sources import family_hash
 from numflash.problem.classes import ProblemClass
 from numflash.selection import store
 from numflash.selection.entries import Entry
@@ -27,7 +28,7 @@ def entry(problem=CLASS, config="m64n32w4", **changes):
         "spread": None,
         "origin": "predicted",
         "date": "2026-11-21T00:00:00Z",
-        "kernels": source_hash(),
+        "kernels": family_hash(problem.split()[0]),
         "compilers": versions(),
         "default_config": config,
         "default_ms": 1.5,
