@@ -17,6 +17,7 @@ def attention(
     softmax_scale: float | None = None,
     causal: bool = False,
     causal_align: str = "bottom_right",
+    shift: int = 0,
     window_size: tuple[int | None, int | None] = (-1, -1),
     softcap: float = 0.0,
     alibi_slopes=None,
@@ -48,6 +49,9 @@ def attention(
         causal_align: where the diagonal lies if seqlen_q != seqlen_k: "bottom_right" (the last
             query sees the last key) or "top_left" (the first query sees only the first key). It
             also aligns window_size and alibi_slopes.
+        shift: added to the alignment: every query's own position is that many keys further on,
+            for masks, windows and alibi_slopes. For parts of a sequence that are not its ends:
+            with causal_align="top_left" queries q0 to q1 and keys k0 to k1 take q0 - k0.
         window_size: (left, right): a query sees that many keys before and after its own position,
             inclusive; -1 or None is no limit. Hidden keys get the weight zero, but within a
             tile they are multiplied all the same: a NaN or infinity in a hidden row of v makes NaN
@@ -119,6 +123,7 @@ def attention(
         softmax_scale,
         causal,
         causal_align,
+        shift,
         window_size,
         softcap,
         alibi_slopes,
@@ -150,6 +155,7 @@ def attention_backward(
     softmax_scale: float | None = None,
     causal: bool = False,
     causal_align: str = "bottom_right",
+    shift: int = 0,
     window_size: tuple[int | None, int | None] = (-1, -1),
     softcap: float = 0.0,
     alibi_slopes=None,
@@ -165,8 +171,8 @@ def attention_backward(
         dout: gradient of the result, shaped like it.
         q, k, v: as given to `attention`.
         out, lse: as returned by `attention(..., return_lse=True)`.
-        softmax_scale, causal, causal_align, window_size, softcap, alibi_slopes, sinks, layout,
-            precision, stream: as given to `attention`.
+        softmax_scale, causal, causal_align, shift, window_size, softcap, alibi_slopes, sinks,
+            layout, precision, stream: as given to `attention`.
         config: kernels to run instead of those that numflash chooses, by family: "backward-dkdv"
             and "backward-dq"; or "backward", one kernel for all gradients, which takes five
             products a tile instead of seven and num_splits more float32 copies of dq.
@@ -197,6 +203,7 @@ def attention_backward(
         softmax_scale,
         causal,
         causal_align,
+        shift,
         window_size,
         softcap,
         alibi_slopes,

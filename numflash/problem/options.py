@@ -14,6 +14,8 @@ from numflash.problem.fp8 import Fp8Recipe
 LAYOUTS = ("bshd", "bhsd")
 ALIGNMENTS = ("bottom_right", "top_left")
 PRECISIONS = ("tf32", "fp8", "auto")
+# Positions are 32-bit in kernels.
+_MAX_SHIFT = 2**30
 
 
 def expect_one_of(name: str, value, choices: Iterable[str]) -> None:
@@ -41,6 +43,13 @@ def _expect_bool(name: str, value) -> None:
 
 def _expect_alignment(name: str, value) -> None:
     expect_one_of(name, value, ALIGNMENTS)
+
+
+def _expect_shift(name: str, value) -> None:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an integer, got {value!r} ({kind_of(value)})")
+    if not -_MAX_SHIFT < value < _MAX_SHIFT:
+        raise ValueError(f"{name} must lie between -2**30 and 2**30, got {value}")
 
 
 def _expect_window(name: str, value) -> None:
@@ -103,6 +112,7 @@ OPTIONS = (
     Option("softmax_scale", None, _expect_scale),
     Option("causal", False, _expect_bool),
     Option("causal_align", "bottom_right", _expect_alignment),
+    Option("shift", 0, _expect_shift),
     Option("window_size", (-1, -1), _expect_window),
     *(Option(row.option, row.default, row.check, row.is_array) for row in FEATURES),
     Option("layout", "bshd", _expect_layout),
@@ -123,7 +133,7 @@ _Options = namedtuple(
 
 # Of an option's key: numbers, and what no other type is equal to.
 _SCALARS = tuple(row.option for row in FEATURES if not row.is_array)
-_NUMBERS = attrgetter("softmax_scale", "causal", "max_rel_error", *_SCALARS)
+_NUMBERS = attrgetter("softmax_scale", "causal", "shift", "max_rel_error", *_SCALARS)
 _WORDS = attrgetter("causal_align", "layout", "precision", "fp8")
 
 

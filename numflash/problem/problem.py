@@ -179,7 +179,9 @@ def describe(
             raise UnsupportedError(f"{name} must be below {_MAX_SEQLEN}, got {value}")
 
     scale = float(head_dim**-0.5 if options.softmax_scale is None else options.softmax_scale)
-    shift = seqlen_k - seqlen_q if options.causal_align == "bottom_right" else 0
+    shift = int(options.shift)
+    if options.causal_align == "bottom_right":
+        shift += seqlen_k - seqlen_q
     left, right = (None if side in (None, -1) else int(side) for side in options.window_size)
     expect_precision(options.precision, q.dtype)
     if options.causal:
@@ -195,8 +197,8 @@ def describe(
         dtype=q.dtype,
         softmax_scale=scale,
         # Differences j - i lie between -seqlen_q and seqlen_k: wider bands are the same.
-        band_lo=-seqlen_q if left is None else max(-seqlen_q, shift - left),
-        band_hi=seqlen_k if right is None else min(seqlen_k, shift + right),
+        band_lo=-seqlen_q if left is None else min(seqlen_k, max(-seqlen_q, shift - left)),
+        band_hi=seqlen_k if right is None else max(-seqlen_q, min(seqlen_k, shift + right)),
         shift=shift,
         features=_features(views, options, Asked(batch, num_heads_q, scale, q.device)),
         tf32=options.precision == "tf32",

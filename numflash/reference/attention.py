@@ -29,8 +29,8 @@ def attention(q, k, v, **options) -> tuple[np.ndarray, np.ndarray]:
         q: (batch, seqlen_q, num_heads_q, head_dim).
         k: (batch, seqlen_k, num_heads_kv, head_dim).
         v: (batch, seqlen_k, num_heads_kv, head_dim_v).
-        options: as for `numflash.attention`: softmax_scale, causal, causal_align, window_size,
-            softcap, alibi_slopes, layout.
+        options: as for `numflash.attention`: softmax_scale, causal, causal_align, shift,
+            window_size, softcap, alibi_slopes, sinks, layout.
 
     Returns:
         out: (batch, seqlen_q, num_heads_q, head_dim_v), in the layout of q.
@@ -189,6 +189,7 @@ def visible(
     causal: bool = False,
     causal_align: str = "bottom_right",
     window_size=(-1, -1),
+    shift: int = 0,
 ) -> np.ndarray:
     """A boolean (seqlen_q, seqlen_k) array of the keys (columns) that each query (row) sees.
 
@@ -197,7 +198,7 @@ def visible(
         >>> reference.visible(2, 3, causal=True).astype(int).tolist()
         [[1, 1, 0], [1, 1, 1]]
     """
-    i = np.arange(seqlen_q)[:, None] + _alignment(seqlen_q, seqlen_k, causal_align)
+    i = np.arange(seqlen_q)[:, None] + _alignment(seqlen_q, seqlen_k, causal_align, shift)
     j = np.arange(seqlen_k)[None, :]
     left, right = window_size
     seen = np.ones((seqlen_q, seqlen_k), bool)
@@ -249,13 +250,13 @@ def scores(q, k, dtype, matmul, options):
     """
     _, num_heads, seqlen_q, head_dim = q.shape
     seqlen_k, group = k.shape[2], num_heads // k.shape[1]
-    causal_align = options.get("causal_align", "bottom_right")
+    align = options.get("causal_align", "bottom_right"), options.get("shift", 0)
     scale = options.get("softmax_scale")
     scale = dtype.type(head_dim**-0.5 if scale is None else scale)
 
     s = matmul(q.astype(dtype), repeat(k.astype(dtype), group).swapaxes(-1, -2), dtype) * scale
     slope = np.ones((), dtype)
-    i = np.arange(seqlen_q)[:, None] + _alignment(seqlen_q, seqlen_k, causal_align)
+    i = np.arange(seqlen_q)[:, None] + _alignment(seqlen_q, seqlen_k, *align)
     for row in FEATURES:
         value = options.get(row.option, row.default)
         if row.hook == "score" and row.is_asked(value):
@@ -265,15 +266,16 @@ def scores(q, k, dtype, matmul, options):
         seqlen_q,
         seqlen_k,
         options.get("causal", False),
-        causal_align,
+        align[0],
         options.get("window_size", (-1, -1)),
+        shift=align[1],
     )
     return np.where(seen, s, dtype.type(-np.inf)), slope, scale
 
 
-def _alignment(seqlen_q: int, seqlen_k: int, causal_align: str) -> int:
+def _alignment(seqlen_q: int, seqlen_k: int, causal_align: str, shift: int) -> int:
     """The offset from a query's index to the key at its position."""
-    return seqlen_k - seqlen_q if causal_align == "bottom_right" else 0
+    return shift + (seqlen_k - seqlen_q if causal_align == "bottom_right" else 0)
 
 
 def _sums(dtype):

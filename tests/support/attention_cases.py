@@ -154,6 +154,8 @@ def _masks(shape, **more):
         "causal": {"causal": True},
         "causal-top-left": {"causal": True, "causal_align": "top_left"},
         "window": {"window_size": (9, 4)},
+        "causal-shift": {"causal": True, "shift": -5},
+        "window-shift": {"window_size": (3, 9), "shift": 7, "causal_align": "top_left"},
         "window-top-left": {"window_size": (3, 17), "causal_align": "top_left"},
         "causal-window": {"causal": True, "window_size": (12, None)},
     }

@@ -55,6 +55,7 @@ def test_the_key_tells_apart_whatever_a_call_is_made_ready_for():
         "softmax_scale": 1.0,
         "causal": True,
         "causal_align": "top_left",
+        "shift": 3,
         "window_size": (3, None),
         "softcap": 2.0,
         "layout": "bhsd",
