@@ -76,7 +76,7 @@ def test_the_key_depends_on_what_no_argument_decides(monkeypatch):
 
 def numbas_switches():
     """All switches that Numba reads from the environment, on."""
-    import numba
+    import numba.cuda
 
     folders = Path(numba.__file__).parent / "core", Path(numba.cuda.__file__).parent
     files = [file for folder in folders for file in folder.rglob("*.py")]
