@@ -96,6 +96,8 @@ def test_maps_arrive_by_value_next_to_the_other_arguments(hopper, dtype, number)
         "out.head": 96,
         "scores.features.alibi.batch": 0,
         "scores.features.alibi.head": 0,
+        "scores.features.sinks": 0,
+        "scores.features.sinks.head": 0,
         "shape.batch_size": B,
         "shape.seqlen_q": S,
         "shape.seqlen_k": 70,
