@@ -23,7 +23,7 @@ _SOURCES = (
     "numflash/simulator/**/*.py",
     "tests/support/instruction_harness.py",
 )
-_CASES = ("tests/*_cases.py",)
+_CASES = ("tests/support/*_cases.py",)
 # Less than a step may be silent.
 _WAIT_SECONDS = 20
 

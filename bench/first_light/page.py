@@ -7,9 +7,9 @@ import statistics
 from typing import Any
 
 from bench.first_light import plan
-from bench.measuring.measure import is_right
 from bench.peers import methods as peers
 from bench.points.points import Point
+from bench.records.entries import is_right
 from bench.tables import tables
 
 REHEARSAL = "REHEARSAL: no GPU ran this, and no time on this page is one."

@@ -57,7 +57,7 @@ def steps(cases: Iterable[Any], limits: Architecture, rehearsal: bool) -> list[d
     """The steps on an architecture.
 
     Args:
-        cases: of instructions, as `tests.instruction_cases.CASES` has them.
+        cases: of instructions, as `tests.support.instruction_cases.CASES` has them.
         limits: the GPU.
         rehearsal: sizes that the simulator runs in a second.
     """

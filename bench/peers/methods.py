@@ -156,7 +156,7 @@ def triton(point: Point, inputs: dict) -> Method:
     from bench.peers.triton import attention
 
     if point.direction == "backward":
-        raise NotImplementedError("bench.triton_attention has a forward only")
+        raise NotImplementedError("bench.peers.triton has a forward only")
     q, k, v = (inputs[name] for name in "qkv")
     return Method("Triton", lambda: {"out": attention(q, k, v, point.causal)})
 

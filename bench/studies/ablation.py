@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from bench.measuring.measure import is_right
 from bench.peers import methods as peers
 from bench.points.points import Point, decode
+from bench.records.entries import is_right
 from bench.studies import schedule, static
 from bench.tables import tables
 from numflash.configs import implementation_of, wgmma

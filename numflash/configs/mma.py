@@ -186,6 +186,11 @@ class MmaForwardConfig(MmaConfig):
 
     family: ClassVar = "forward"
 
+    @property
+    def stage_n(self) -> int:
+        """Rows of K and V that are fetched at once: one or more tiles."""
+        return self.tile_n
+
     def tiles(self, traits: Traits) -> dict[str, int]:
         """The words of each tile in shared memory, in order."""
         return {

@@ -78,28 +78,6 @@ def make_mask_scores(rows, columns):
 
 
 @device_function
-def band_is_partial(row, rows, column, columns, end, mask):
-    """Whether some score of the rows x columns block at (row, column) is masked."""
-    return (
-        column + columns > end
-        or column + columns - 1 - row > mask.hi
-        or column - (row + rows - 1) < mask.lo
-    )
-
-
-@device_function
-def band_block_begin(row, band_lo, tile):
-    """The first column block that some row from `row` on sees."""
-    return max(0, row + band_lo) // tile
-
-
-@device_function
-def band_block_end(last_row, band_hi, num_columns, tile):
-    """One past the last column block that some row up to `last_row` sees."""
-    return (min(num_columns, max(0, last_row + band_hi + 1)) + tile - 1) // tile
-
-
-@device_function
 def first_row_of_thread(rows_per_warp):
     """This thread's first row in a tile."""
     return cuda.threadIdx.x // 32 * rows_per_warp + cuda.threadIdx.x % 32 // COLUMN_LANES

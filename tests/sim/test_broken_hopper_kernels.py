@@ -15,7 +15,7 @@ import numflash
 from numflash.calls import forward as calls
 from numflash.calls import ready
 from numflash.configs import parse_config
-from numflash.kernels import wgmma
+from numflash.kernels.wgmma import forward
 from numflash.runtime.driver import limits_of_device
 from numflash.simulator import SEED, warpgroup
 from numflash.simulator.errors import DeadlockError, SimulationError
@@ -152,7 +152,7 @@ def break_kernel(part: str, fault, monkeypatch) -> None:
     """Let the forward be made of a part with a fault."""
     chain = [module_of(name) for name in CHAIN[CHAIN.index(part) :]]
     changed = load(chain, module_of(part), fault, monkeypatch)
-    monkeypatch.setitem(wgmma.FACTORIES, "forward", changed.make_forward_kernel)
+    monkeypatch.setattr(forward, "make_forward_kernel", changed.make_forward_kernel)
 
 
 def first_failure(problems, monkeypatch) -> str | None:
@@ -395,7 +395,7 @@ def test_a_broken_kernel_is_caught(part, mutation, problems, monkeypatch, record
 
 @pytest.mark.parametrize("name", ["q_map", "k_map", "v_map", "out_map"])
 def test_a_tensor_map_without_swizzle_is_caught(name, monkeypatch):
-    tensor_maps = calls.Forward._tensor_maps
+    tensor_maps = calls._tensor_maps
 
     def mutated(self, *about):
         maps = tensor_maps(self, *about)

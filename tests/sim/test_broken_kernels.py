@@ -404,8 +404,8 @@ FORWARD_MUTATIONS = [
     ),
     ("numflash.tiles.scores", Mutation("the end of the keys", "j >= end", "j > end")),
     (
-        "numflash.tiles.scores",
-        Mutation("one block of keys too few", "+ tile - 1) // tile", ") // tile"),
+        "numflash.tiles.blocks",
+        Mutation("one tile of keys too few", "tiles_of(end, stage_n)", "quotient(end, stage_n)"),
     ),
     (
         f"{PORTABLE}.forward",
@@ -436,8 +436,8 @@ FORWARD_MUTATIONS = [
         f"{PORTABLE}.forward",
         Mutation(
             "a barrier that one warp leaves out",
-            "cuda.syncthreads()  # Q",
-            "cuda.threadIdx.x >= 32 or cuda.syncthreads()  # Q",
+            "must have arrived.\n            cuda.syncthreads()",
+            "\n            cuda.threadIdx.x >= 32 or cuda.syncthreads()",
         ),
     ),
     (

@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 
 import numflash
-from numflash.calls import forward as calls
 from numflash.calls import ready
 from numflash.configs import parse_config
 from numflash.kernels.wgmma import fp8_forward
 from numflash.problem.fp8 import Fp8Recipe
+from numflash.runtime import driver
 from numflash.runtime.driver import limits_of_device
 from numflash.runtime.errors import UnsupportedError
 from numflash.runtime.switches import is_on
+from numflash.selection import choice as selection
 from numflash.simulator import SEED, warpgroup
 from tests.sim.test_broken_kernels import first_failure
 from tests.sim.test_fp8_attention import (
@@ -139,8 +140,8 @@ def test_results_are_those_of_the_specification(case, sort, config, number, monk
 )
 def test_blocks_take_several_tiles_of_rows(config, blocks, monkeypatch):
     """Of which some see no key: the first rows of these."""
-    monkeypatch.setattr(calls, "multiprocessors", lambda device: (blocks, 2**20))
-    monkeypatch.setattr(calls, "resident_blocks", lambda *about: 1)
+    monkeypatch.setattr(driver, "multiprocessors", lambda device: (blocks, 2**20))
+    monkeypatch.setattr(selection, "resident_blocks", lambda *about: 1)
     shape = (1, 300, 150, 2, 1, 64, 64)
     call = call_of(AttentionCase("rows", shape, options={"causal": True}), "codes", 1, config)
     out, lse = run(call, config)

@@ -114,7 +114,7 @@ WITH_BACKWARD = [name for name, run in RUNS.items() if run.backward]
 WITHOUT_SOFTMAX = {
     ("quantize", family): "makes no scores; test_quantize.py and test_fp8_auto.py are about it"
     for family in ("quantize", "amax", "dequantize", "estimate")
-}
+} | {("portable", "head-sums"): "adds up gradients of heads; test_sinks.py is about it"}
 
 
 @pytest.fixture(autouse=True)

@@ -167,7 +167,8 @@ class DeviceMeasurer:
                         outcome = "slow"
                         reason = f"stopped after {len(samples)} of {repeats} repeats"
                         break
-                clock = self._clocks.between(timed, time.monotonic())
+                reading = self._clocks.between(timed, time.monotonic())
+                clock = reading and reading.sm_clock_mhz
                 reason = "; ".join(filter(None, [reason, self._note(problem)]))
             except FailedError as error:
                 outcome, reason = error.outcome, error.reason

@@ -1,17 +1,9 @@
 """The child process that runs kernels: `python -m numflash_tuner.measuring.worker ORDINAL`.
 
-Requests come as lines of JSON on its standard input, replies leave on its former standard
-output; all other output goes to standard error. `child.Child` is the other end. The child
-ends when its input does, also in the middle of a kernel that hangs, and after a fault that leaves
-the device unusable.
+Its requests are `drop`, `prepare` and `time`; `channel` has the pipes, and `measurer` asks.
 """
 
-import json
-import os
-import queue
 import sys
-import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -24,13 +16,13 @@ from numflash.runtime.errors import UnsupportedError
 from numflash.runtime.mode import SIMULATED
 from numflash.selection.rules import choose, force
 
+from . import channel as channels
 from . import representative
+from .channel import Channel
 from .gpu import Device, open_gpu
 from .launches import RefusedError, bind, forced, make_arrays, options_of
 from .representative import CHECK_SEQLENS, Call
 
-BROKEN = 3
-"""The exit status after a fault that the device does not recover from."""
 _MEMORY_SHARE = 0.35
 """Of the device's whole memory, for inputs and results: all processes on such a device then
 measure the same call, whatever else is on it. Workspaces of splits come on top."""
@@ -38,7 +30,6 @@ _CALL_SECONDS = 2.0
 _TENSOR_RATE, _PORTABLE_RATE = 2**38, 2**35
 """Multiply-adds per second and SM that kernels reach on slow devices: about a T4's."""
 _WARM_UPS = 2
-_ORPHAN_SECONDS = 5
 
 
 class Worker:
@@ -154,38 +145,6 @@ class Worker:
         return launch
 
 
-class Channel:
-    """The pipes to the parent. Takes over standard input and output."""
-
-    def __init__(self):
-        requests, replies = os.dup(0), os.dup(1)
-        with open(os.devnull) as nothing:
-            os.dup2(nothing.fileno(), 0)
-        os.dup2(2, 1)
-        self._requests = os.fdopen(requests, encoding="utf-8")
-        self._replies = os.fdopen(replies, "w", encoding="utf-8")
-        self._queue: queue.Queue[str | None] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
-
-    def requests(self):
-        """Requests as they come, until the parent is gone."""
-        while (line := self._queue.get()) is not None:
-            yield json.loads(line)
-
-    def send(self, **message) -> None:
-        """Write a line."""
-        self._replies.write(json.dumps(message) + "\n")
-        self._replies.flush()
-
-    def _read(self) -> None:
-        for line in self._requests:
-            self._queue.put(line)
-        self._queue.put(None)
-        # Without a parent nobody would end a kernel that hangs.
-        time.sleep(_ORPHAN_SECONDS)
-        os._exit(1)
-
-
 def serve(device: Device, channel: Channel | None = None, **settings) -> None:
     """Answer requests until the parent is gone.
 
@@ -194,24 +153,14 @@ def serve(device: Device, channel: Channel | None = None, **settings) -> None:
         channel: to the parent; standard input and output by default.
         settings: of `Worker`.
     """
-    channel = channel or Channel()
     worker = Worker(device, **settings)
     methods = {"drop": worker.drop, "prepare": worker.prepare, "time": worker.time}
-    channel.send(hello=device.describe())
-    for request in channel.requests():
-        number, method = request.pop("id"), methods[request.pop("do")]
-        try:
-            reply = method(**request)
-        except Exception as error:
-            outcome, reason = _failure(error)
-            reply = {"failed": outcome, "reason": reason}
-        if "failed" in reply:
-            worker.forget(request.get("config"))
-            if not _recovers(device):
-                channel.send(id=number, broken=True, **reply)
-                # Nothing that runs at exit could succeed.
-                os._exit(BROKEN)
-        channel.send(id=number, **reply)
+
+    def failure(error: Exception, request: dict) -> tuple[str, str]:
+        worker.forget(request.get("config"))
+        return _failure(error)
+
+    channels.serve(channel or Channel(), device, methods, failure)
 
 
 def _failure(error: Exception) -> tuple[str, str]:
@@ -230,15 +179,6 @@ def _is_out_of_memory(error: Exception) -> bool:
     """NumPy's, CuPy's and PyTorch's errors, and the CUDA driver's."""
     named = "OutOfMemory" in type(error).__name__ or "CUDA_ERROR_OUT_OF_MEMORY" in str(error)
     return named or isinstance(error, MemoryError)
-
-
-def _recovers(device: Device) -> bool:
-    try:
-        device.synchronize()
-        device.release()
-    except Exception:
-        return False
-    return True
 
 
 def _line(error: Exception) -> str:

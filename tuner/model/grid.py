@@ -1,6 +1,6 @@
 """A kernel laid out over a problem: blocks, the tiles each visits, bytes of device memory.
 
-Tiles are counted as the kernels do, `tiles.scores.band_block_begin` and `band_block_end`, for each
+Tiles are counted as the kernels do, `tiles.blocks.tiles_seen`, for each
 row block. A problem class stands for the problem with its rounded sizes.
 """
 
@@ -143,7 +143,7 @@ def _walks(
     begin = np.maximum(0, first + low) // column_tile
     end = -(-np.minimum(columns, np.maximum(0, last + high + 1)) // column_tile)
     found = np.maximum(0, end - begin)
-    # Tiles of which every row sees every column, as `tiles.scores.band_is_partial` tells.
+    # Tiles of which every row sees every column, as `tiles.blocks.tiles_seen_whole` tells.
     whole_begin = np.maximum(begin, -(-(last + low) // column_tile))
     whole_end = np.minimum(columns, first + high + 1) // column_tile
     whole = np.clip(whole_end - whole_begin, 0, found)

@@ -29,6 +29,7 @@ from numflash.ptx import (
     st_shared_f32,
     st_shared_v4_f32,
 )
+from numflash.tiles.blocks import first_of_rows, first_of_statistics, place_in_heads
 from numflash.tiles.portable.elements import ELEMENTS
 from numflash.tiles.portable.lanes import FULL_WARP
 from numflash.tiles.portable.softmax import exp_f32
@@ -65,9 +66,9 @@ def make_combine_kernel(config: CombineConfig, traits: Traits) -> Kernel:
         totals = cuda.local.array(chains_per_warp, f32)
         part = cuda.local.array(4, f32)
         lane, warp = cuda.threadIdx.x % 32, cuda.threadIdx.x // 32
-        row, head_of_batch = cuda.blockIdx.x % shape.seqlen_q, cuda.blockIdx.x // shape.seqlen_q
-        batch, head = head_of_batch // shape.num_heads_q, head_of_batch % shape.num_heads_q
-        lse_row = i64(head_of_batch) * shape.seqlen_q + row
+        # From `blockIdx` the loop over parts is 12 instructions shorter than from `mov_ctaid_x`.
+        row, head, batch = place_in_heads(cuda.blockIdx.x, shape.seqlen_q, shape.num_heads_q)
+        lse_row = first_of_statistics(batch, head, shape) + row
         lse_step = i64(shape.batch_size) * shape.num_heads_q * shape.seqlen_q
         part_row = (i64(batch) * shape.seqlen_q + row) * shape.num_heads_q + head
 
@@ -99,7 +100,7 @@ def make_combine_kernel(config: CombineConfig, traits: Traits) -> Kernel:
         if lane == 0:
             for i in range(chains_per_warp):
                 st_shared_f32(smem, totals_smem + warp + num_warps * i, totals[i])
-        # The chains of all warps are there.
+        # The chains of all warps must have arrived.
         cuda.syncthreads()
 
         whole = f32(0)
@@ -115,7 +116,7 @@ def make_combine_kernel(config: CombineConfig, traits: Traits) -> Kernel:
                     sums[j] += part[j]
             for j in range(4):
                 sums[j] *= factor
-            offset = batch * out.batch + row * out.row + head * out.head + column
+            offset = first_of_rows(out, batch, head, row) + column
             if vectorized:
                 store_four(out.data, offset, sums[0:4])
             else:

@@ -16,8 +16,13 @@ from numflash.configs import DeltaConfig, Traits
 from numflash.configs.features import Features
 from numflash.kernels.arguments import Pointer, Shape, Tensor
 from numflash.kernels.kernel import Kernel
-from numflash.ptx import cuda, f32, fma_rn_f32, i64
-from numflash.tiles.blocks import first_of_head
+from numflash.ptx import cuda, f32, fma_rn_f32, i32, mov_ctaid_x
+from numflash.tiles.blocks import (
+    first_of_rows,
+    first_of_statistics,
+    place_in_heads,
+    tiles_of,
+)
 from numflash.tiles.features import make_gradient_of_end
 from numflash.tiles.portable.elements import ELEMENTS
 from numflash.tiles.portable.lanes import FULL_WARP
@@ -48,12 +53,11 @@ def make_delta_kernel(config: DeltaConfig, traits: Traits) -> Kernel:
         out_values = cuda.local.array(vector, f32)
         do_values = cuda.local.array(vector, f32)
         lane = cuda.threadIdx.x % 32
-        num_blocks = (shape.seqlen_q + num_warps - 1) // num_warps
-        row = cuda.blockIdx.x % num_blocks * num_warps + cuda.threadIdx.x // 32
-        head_of_batch = cuda.blockIdx.x // num_blocks
-        batch, head = head_of_batch // shape.num_heads_q, head_of_batch % shape.num_heads_q
-        out_base = first_of_head(out, batch, head) + row * out.row
-        do_base = first_of_head(do, batch, head) + row * do.row
+        num_tiles = tiles_of(shape.seqlen_q, num_warps)
+        tile, head, batch = place_in_heads(mov_ctaid_x(), num_tiles, shape.num_heads_q)
+        row = i32(tile * num_warps + cuda.threadIdx.x // 32)
+        out_base = first_of_rows(out, batch, head, row)
+        do_base = first_of_rows(do, batch, head, row)
 
         total = f32(0)
         for column in range(lane * vector, columns, step):
@@ -69,7 +73,7 @@ def make_delta_kernel(config: DeltaConfig, traits: Traits) -> Kernel:
         for distance in (16, 8, 4, 2, 1):
             total += cuda.shfl_xor_sync(FULL_WARP, total, distance)
         if lane == 0 and row < shape.seqlen_q:
-            i = i64(head_of_batch) * shape.seqlen_q + row
+            i = first_of_statistics(batch, head, shape) + row
             delta[i] = total * softmax_scale
             if ends_rows:
                 row_gradients[i] = gradient_of_end(lse[i], total, features, batch, head)

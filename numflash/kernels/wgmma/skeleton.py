@@ -41,6 +41,7 @@ from numflash.tiles.blocks import (
     make_walk,
     make_whole_keys,
     next_place,
+    sequence_of,
     token_of_row,
 )
 from numflash.tiles.scores import NEG_INF
@@ -193,7 +194,7 @@ def make_skeleton(config: Sm90ForwardConfig, traits: Traits, look_up, attend, ti
         cuda.syncthreads()
 
         grid = grid_of(shape, layout)
-        band = shape.seqlen_k, mask.lo, mask.hi
+        band = sequence_of(shape, mask)
         places = walk(grid)
         if mov_tid_x() >= num_consumers:
             # Hazard: consumers wait in `take_registers` until all warps that copy have given.

@@ -8,6 +8,7 @@ import pytest
 
 import numflash
 from bench import __main__ as bench
+from bench import report
 from bench.fp8_accuracy import figure as fp8_figure
 from bench.fp8_accuracy import kernels as fp8_kernels
 from bench.fp8_accuracy import section as fp8_section
@@ -16,7 +17,6 @@ from bench.fp8_accuracy.inputs import SINK_GAPS, Input, activations
 from bench.fp8_accuracy.methods import BY_NAME, KERNELS, METHODS, SPECIFICATION, TRUTH, Study
 from bench.fp8_accuracy.methods import tiled_attention as tiled
 from bench.records import record
-from bench.tables import report
 from numflash import reference
 from tests.support.drawings import faults
 

@@ -6,11 +6,12 @@ import sys
 import pytest
 
 from bench import __main__ as bench
+from bench import report
 from bench.peers.methods import FP8, FP8_QUANTIZING
 from bench.points import points, work
 from bench.points.points import Point
 from bench.records import record
-from bench.tables import figures, report, tables
+from bench.tables import figures, tables
 from numflash.machine_code import sources
 
 README = f"before\n{report.BEGIN}\nold text\n{report.END}\nafter\n"

@@ -30,7 +30,7 @@ from numflash.runtime.devices import ARCHITECTURES
 
 HEAD_DIMS = range(32, 257, 32)
 TILED = ("forward", "backward-dq", "backward-dkdv")
-BY_ROW = ("delta", "combine")
+BY_ROW = ("delta", "head-sums", "combine")
 
 
 def all_traits(dtype="float16"):
@@ -44,6 +44,7 @@ def all_traits(dtype="float16"):
 TEXTS = {
     **{family: ["m64n32w4", "m16n16w2", "m128n128w8"] for family in TILED},
     "delta": ["w1", "w8", "w32"],
+    "head-sums": ["w1", "w8", "w32"],
     "combine": ["w2", "w8", "w16"],
 }
 MMA_TEXTS = ["sm80-m128n64w4s1", "sm75-m32n32w2s3", "sm80-m16n16w1s2-linear"]

@@ -20,7 +20,7 @@ from tests.support.attention_cases import SIM_CASES
 ROOT = Path(numflash.__file__).parent
 each_row = pytest.mark.parametrize("row", FEATURES, ids=lambda row: row.name)
 # The functions of a hook, by the names of features.
-HOOKS = {"score": functions.SCORES}
+HOOKS = {"score": functions.SCORES, "finish": functions.FINISHES}
 
 
 @each_row

@@ -1,85 +1,31 @@
-"""The tuner's table and page: parsed, and the numbers in them compared with the records."""
+"""The page's charts: parsed, and what they draw compared with the records."""
 
 import html
-import itertools
 import math
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 from xml.etree import ElementTree
 
-import numpy as np
 import pytest
 
-from numflash.problem.classes import ProblemClass
 from numflash.runtime.devices import architecture, blocks_per_sm
 from tests.support.drawings import SVG, faults, text_boxes, text_width
+from tests.support.tuning_results import (
+    BEST,
+    PROBLEM,
+    RECORDS,
+    Page,
+    measured,
+    parsed,
+    predicted_result,
+    resources,
+    result,
+)
 from tuner import report
-from tuner.records import FAILURES, Record, ResourceUsage
-from tuner.report import charts, style, tables
+from tuner.records import Record
+from tuner.report import charts, tables
 from tuner.report.axes import FONT, Axis, width_of
 from tuner.report.occupancy import corner, occupancy
-from tuner.search.results import Result, parameters, rank_correlation
-
-PROBLEM = ProblemClass.parse("forward float16-d64-dv64-vec causal q4096 k4096 bh64 g1")
-VOID = {"meta"}
-
-
-def resources(registers=128, smem_bytes=32768, num_threads=128, spill_bytes=0):
-    blocks, limited_by = blocks_per_sm(architecture("sm_90a"), num_threads, registers, smem_bytes)
-    return ResourceUsage(registers, spill_bytes, smem_bytes, num_threads, blocks, limited_by)
-
-
-def measured(config, milliseconds, predicted_ms=None, **changes):
-    samples = (milliseconds * 0.99, milliseconds, milliseconds * 1.01)
-    return replace(
-        Record(config, "measured", predicted_ms=predicted_ms, samples_ms=samples), **changes
-    )
-
-
-RECORDS = [
-    measured("sm80-m64n64w4s1", 2.0, 1.9, resources=resources()),
-    measured("sm80-m64n64w4s2", 1.5, 1.6, resources=resources(168, 49152)),
-    measured("sm80-m128n64w4s1", 1.25, 1.2, resources=resources(255, 49152), finished=1.79e9),
-    measured("sm80-m128n64w8s1", 3.0, 2.5, resources=resources(128, 49152, 256)),
-    measured("sm80-m32n32w2s1", 9.0, 8.0, outcome="slow", resources=resources(90, 8192, 64)),
-    Record("sm80-m256n128w4s1", "spilled", "812 bytes", resources(255, 90000)),
-    Record("sm80-m256n128w4s2", "spilled", "96 bytes", resources(255, 90000)),
-    Record("sm80-m256n32w4s1", "spilled", "a warning", resources(255, 90000)),
-    Record("sm80-m512n64w4s1", "over_budget", "needs <much> & 'more'"),
-    Record("sm80-m16n16w1s1", "wrong_result", "out: 0.3", samples_ms=(0.1, 0.1)),
-]
-BEST = RECORDS[2]
-
-
-def result(records=RECORDS, **changes):
-    made = Result(
-        device="NVIDIA H200",
-        arch="sm_90a",
-        num_sms=132,
-        problem=PROBLEM,
-        origin="measured",
-        default=records[0],
-        best=min(records, key=lambda record: record.time_ms),
-        records=list(records),
-        floor_ms={"matrix": 0.5, "exponential": 0.75},
-        space_size=1000,
-        pruned={"shared memory": 600, "threads": 250},
-        pruned_examples={"shared memory": "m256n64w4 needs <600> bytes"},
-        importances={"tile_m": 0.7, "num_stages": 0.3},
-        budgets={"sram_budget_bytes": 65536, "min_occupancy": 0.125, "max_registers": 200},
-    )
-    return replace(made, **changes)
-
-
-def predicted_result():
-    records = [
-        Record(f"sm80-m{m}n64w4s1", "predicted", predicted_ms=ms, resources=resources())
-        for m, ms in ((64, 2.0), (128, 1.6))
-    ]
-    parts = {"matrix": 1.0, "shared_memory": 1.5}
-    best = replace(records[1], parts=parts)
-    return result([records[0], best], origin="predicted", default=records[0], best=best)
 
 
 def hopper_result():
@@ -91,60 +37,6 @@ def hopper_result():
     ]
     records.append(Record("sm90-m128n256w8s1-persistent", "spilled", "144 bytes", resources()))
     return result(records, origin="predicted", best=records[3])
-
-
-class Page(HTMLParser):
-    """What a page consists of; fails where elements do not nest."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.tags, self.attributes, self.text = [], [], [], []
-        self.tables, self.ids, self.links = [], set(), []
-        self.feed(text)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, name, attributes):
-        attributes = dict(attributes)
-        self.tags.append(name)
-        self.attributes.append(attributes)
-        self.ids.add(attributes.get("id"))
-        if name == "a":
-            self.links.append(attributes["href"])
-        if name not in VOID:
-            self.open.append(name)
-        if name == "table":
-            self.tables.append([])
-        elif name == "tr":
-            self.tables[-1].append([])
-        elif name in ("td", "th"):
-            self.tables[-1][-1].append("")
-
-    def handle_startendtag(self, name, attributes):
-        assert name in VOID
-
-    def handle_endtag(self, name):
-        assert self.open.pop() == name
-
-    def handle_data(self, data):
-        if "style" in self.open:
-            return
-        self.text.append(data)
-        if "td" in self.open or "th" in self.open:
-            self.tables[-1][-1][-1] += data
-
-    def table(self, first):
-        """The rows of the table whose first column has this name."""
-        (found,) = [rows[1:] for rows in self.tables if rows[0][0] == first]
-        return found
-
-    @property
-    def all_text(self):
-        return " ".join(self.text)
-
-
-def parsed(*results):
-    return Page(report.page(list(results)))
 
 
 def svg(figure):
@@ -161,231 +53,6 @@ def texts(drawing):
 
 def titles(elements):
     return [e.findtext(SVG + "title") for e in elements]
-
-
-# --- results
-
-
-def test_rank_correlation():
-    x = [1.0, 2.0, 3.0, 4.0, 5.0]
-    assert rank_correlation(x, [v**3 for v in x]) == pytest.approx(1)
-    assert rank_correlation(x, [-v for v in x]) == pytest.approx(-1)
-    # 1 - 6 sum d^2 / n (n^2 - 1), d = 1, -1, 1, -1, 0
-    assert rank_correlation(x, [2, 1, 4, 3, 5]) == pytest.approx(1 - 6 * 4 / 120)
-    # ranks 1 2.5 2.5 4 and 1 2 3 4: Pearson of these
-    tied = np.corrcoef([1, 2.5, 2.5, 4], [1, 2, 3, 4])[0, 1]
-    assert rank_correlation([1, 5, 5, 7], [10, 20, 30, 40]) == pytest.approx(tied)
-
-
-@pytest.mark.parametrize("x", [[], [1.0], [2.0, 2.0, 2.0]])
-def test_rank_correlation_is_undefined(x):
-    assert rank_correlation(x, list(range(len(x)))) is None
-    assert rank_correlation(list(range(len(x))), x) is None
-
-
-def test_rank_correlation_wants_pairs():
-    with pytest.raises(ValueError, match="got 2 and 1"):
-        rank_correlation([1, 2], [1])
-
-
-def test_times_of_one_kind_only_are_compared():
-    mixed = measured("sm80-m64n64w4s1", 2.0)
-    only_predicted = Record("sm80-m128n64w4s1", "predicted", predicted_ms=0.1)
-    found = result([mixed, only_predicted], best=only_predicted)
-    assert found.time_ms(only_predicted) is None
-    assert found.speedup is None and found.winner is None
-    assert result(origin="predicted").time_ms(RECORDS[0]) == 1.9
-    assert result().speedup == pytest.approx(1.6)
-    assert result().spread == pytest.approx(0.01)
-    assert result(origin="predicted").spread is None
-    assert result().floor == 0.75 and result(floor_ms={}).floor is None
-
-
-def test_an_unknown_origin_is_rejected():
-    with pytest.raises(ValueError, match="measured, predicted, got 'guessed'"):
-        result(origin="guessed")
-
-
-def test_parameters():
-    assert parameters("forward", "m64n32w4") == {"tile_m": 64, "tile_n": 32, "num_warps": 4}
-    assert parameters("forward", "sm80-m64n32w4s2")["num_stages"] == 2
-    assert parameters("forward", "nonsense") == {}
-
-
-# --- the table for a terminal
-
-
-def test_table():
-    lines = report.table([result(), predicted_result()]).splitlines()
-    assert lines[1] == "NVIDIA H200 (sm_90a, 132 SMs)"
-    assert lines[2].strip() == str(PROBLEM)
-    assert lines[3].split() == [
-        *("sm80-m64n64w4s1", "2.000", "sm80-m128n64w4s1", "1.250", "1.60x", "1.0%", "measured"),
-    ]
-    assert lines[5].split() == [
-        *("sm80-m64n64w4s1", "~2.000", "sm80-m128n64w4s1", "~1.600", "1.25x", "-", "predicted"),
-    ]
-    assert lines[-1] == "~ predicted by the offline model, not measured."
-    assert lines[3].index("2.000") + 5 == lines[5].index("~2.000") + 6
-    assert "predicted" not in report.table([result()])
-
-
-def test_table_without_a_winner():
-    text = report.table([result([RECORDS[-1]])])
-    assert text.splitlines()[-1].split() == [
-        *("sm80-m16n16w1s1", "failed", "none", "-", "-", "-", "measured")
-    ]
-    assert report.table([]) == "Nothing was tuned."
-
-
-@pytest.mark.parametrize("text", ["GPU\x1b[2J", "GPU\x9b2J", "GPU\u202e002", "GPU\n A100"])
-def test_names_steer_neither_the_terminal_nor_the_page(text):
-    hostile = result([Record(text, "invalid", text)], device=text, pruned={text: 1})
-    for shown in (report.table([hostile]), report.page([hostile])):
-        assert all(line.replace("\t", "").isprintable() for line in shown.split("\n"))
-        assert text[3] not in shown or text[3] == "\n"
-    assert "GPU?[2J" in report.table([result(device="GPU\x1b[2J")])
-
-
-@pytest.mark.parametrize("target", ["elsewhere", "absent"])
-def test_a_link_in_place_of_the_page_is_replaced(tmp_path, target):
-    (tmp_path / "elsewhere").write_text("mine")
-    path = tmp_path / "report.html"
-    path.symlink_to(tmp_path / target)
-    report.write_html(path, [result()])
-    assert (tmp_path / "elsewhere").read_text() == "mine" and not (tmp_path / "absent").exists()
-    assert path.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
-
-
-# --- the page as a whole
-
-HOSTILE = "<script>alert('x')</script> & \"GPU\" \x1b\x00\ud800 名"
-
-
-def many():
-    sizes = (2**n for n in range(4, 10))
-    return [result(problem=replace(PROBLEM, seqlen_q=n)) for n in sizes] + [predicted_result()]
-
-
-@pytest.mark.parametrize(
-    "results",
-    [
-        [],
-        [result()],
-        [result(RECORDS[:1])],
-        [result([r for r in RECORDS if r.outcome in FAILURES])],
-        [predicted_result()],
-        [result(device=HOSTILE, pruned={HOSTILE: 3}, importances={HOSTILE: 0.5})],
-        [result([RECORDS[0].failed(o, HOSTILE) for o in FAILURES], floor_ms={HOSTILE: 1.0})],
-        [result([Record(HOSTILE, "invalid", HOSTILE)])],
-        [result(arch="sm_999"), result(records=[BEST], floor_ms={}, importances={}, budgets={})],
-        many(),
-    ],
-    ids=itertools.count(),
-)
-def test_the_page_is_well_formed_and_needs_nothing_else(tmp_path, results):
-    path = tmp_path / "report.html"
-    report.write_html(path, results)
-    text = path.read_text(encoding="utf-8")
-    page = Page(text)
-    root = ElementTree.fromstring(text.removeprefix("<!DOCTYPE html>\n"))
-    assert root.tag == "html"
-    assert not {"script", "link", "img", "iframe", "object", "image", "use"} & set(page.tags)
-    for attributes in page.attributes:
-        assert not [name for name in attributes if name.startswith("on") or name == "src"]
-    assert all(link.startswith("#") and link[1:] in page.ids for link in page.links)
-    urls = re.findall(r"https?://[^\"' )]*|url\([^)]*\)|@import", text)
-    assert set(urls) <= {"http://www.w3.org/2000/svg", "url(#hatch)"}
-    assert "hatch" in page.ids
-    assert not re.search(r"\b(nan|inf)\b", page.all_text)
-    for name in ("x", "y", "cx", "cy", "x1", "x2", "y1", "y2", "width", "height", "r"):
-        for attributes in page.attributes:
-            if name in attributes:
-                assert -1 <= float(attributes[name]) < 2000
-
-
-def test_names_are_text():
-    page = parsed(result(device=HOSTILE), result())
-    assert "<script>alert('x')</script> & \"GPU\" \ufffd\ufffd\ufffd 名" in page.all_text
-
-
-def test_a_page_that_cannot_be_written(tmp_path):
-    with pytest.raises(OSError):
-        report.write_html(tmp_path / "missing" / "report.html", [])
-
-
-def test_facts_and_subtitle():
-    text = parsed(result()).all_text
-    assert "1 problem class, 10 trials, the last of them on 2026-09-21" in text
-    for fact in ("2.000 ms", "1.250 ms", "1.60x", "1.0%", "0.7500 ms", "1.67 times as long"):
-        assert fact in text
-    assert "predicted by the offline model" not in text
-
-
-def test_predicted_times_are_never_called_measured():
-    page = parsed(predicted_result())
-    assert "All times are predicted by the offline model, not measured." in page.all_text
-    assert "best (predicted)" in page.all_text
-    said = page.all_text.replace("not measured", "").replace("measured, ms", "")
-    said = said.replace("Predicted against measured", "")
-    assert "measured" not in said
-
-
-def test_several_results_have_an_index():
-    page = parsed(*many())
-    index = page.table("problem class")
-    assert len(index) == 7
-    # 16 queries see 4096 keys each, save the last 1 to 15 of them.
-    speed = 4 * 64 * 64 * (16 * 4096 - 15 * 8) / 1.25e-3 / 1e12
-    assert index[0][1:] == [
-        *("sm80-m64n64w4s1", "2.000", "sm80-m128n64w4s1", "1.250", f"{speed:.3g}"),
-        *("1.60x", "1.0%", "measured"),
-    ]
-    assert index[-1][2] == "~2.000" and index[-1][-1] == "predicted"
-    assert index[-1][5] == f"~{4 * 64 * 64 * 4096 * 4097 / 2 / 1.6e-3 / 1e12:.3g}" == "~85.9"
-    assert page.links == [f"#result-{n}" for n in range(1, 8)]
-    assert "Times of 1 of the classes are predicted" in page.all_text
-    assert not [rows for rows in parsed(result()).tables if rows[0][0] == "problem class"]
-
-
-# --- its tables
-
-
-def test_all_tried_by_time():
-    rows = parsed(result()).table("config")
-    assert len(rows) == len(RECORDS)
-    assert [row[2] for row in rows[:5]] == ["1.250", "1.500", "2.000", "3.000", "9.000"]
-    blocks = str(BEST.resources.blocks_per_sm)
-    assert rows[0][1:] == ["measured", "1.250", "1.0%", "1.200", "110", "255", "48.0", blocks]
-    assert [row[0] for row in rows[5:]] == [record.config for record in RECORDS[5:]]
-    assert rows[8][1:] == ["over budget", *["-"] * 7]
-    # Its samples were of a wrong result.
-    assert rows[9][1:4] == ["wrong result", "-", "-"]
-
-
-def test_pruned_and_failed_are_counted():
-    page = parsed(result())
-    assert page.table("constraint") == [
-        ["shared memory", "600", "60.0%", "m256n64w4 needs <600> bytes"],
-        ["threads", "250", "25.0%", ""],
-    ]
-    assert "Pruned before anything was compiled: 850 of 1,000 in the space" in page.all_text
-    assert page.table("outcome")[0] == ["spilled", "2", "812 bytes", "sm80-m256n128w4s1"]
-    assert ["over budget", "1", "needs <much> & 'more'", "sm80-m512n64w4s1"] in page.table(
-        "outcome"
-    )
-    assert sum(int(row[1]) for row in page.table("outcome")) == 5
-    assert "Failed: 5 of 10 tried" in page.all_text
-
-
-def test_failures_that_differ_in_numbers_are_one():
-    groups = tables.failure_groups(RECORDS)
-    assert [(outcome, len(found)) for outcome, found in groups] == [
-        ("spilled", 2),
-        ("over_budget", 1),
-        ("spilled", 1),
-        ("wrong_result", 1),
-    ]
 
 
 # --- its charts
@@ -722,40 +389,6 @@ def test_what_cannot_be_drawn_comes_last():
     page = report.page([result(importances={})])
     drawn = ["<svg" in figure for figure in page.split("<figure>")[1:]]
     assert drawn == sorted(drawn, reverse=True) and not drawn[-1]
-
-
-# --- colours
-
-
-def luminance(color):
-    parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-
-def contrast(a, b):
-    low, high = sorted((luminance(a), luminance(b)))
-    return (high + 0.05) / (low + 0.05)
-
-
-@pytest.mark.parametrize("scheme", [style.LIGHT, style.DARK])
-def test_contrasts(scheme):
-    for ground, name in itertools.product(
-        ("page", "card"), ("text", "muted", "accent", "second", "failed")
-    ):
-        assert contrast(scheme[ground], scheme[name]) >= 4.5, (ground, name)
-    assert contrast(scheme["card"], scheme["axis"]) >= 3
-    for i in range(style.HEAT_STEPS):
-        assert contrast(scheme[f"heat{i}"], scheme[f"on-heat{i}"]) >= 4.5, i
-    steps = [luminance(scheme[f"heat{i}"]) for i in range(style.HEAT_STEPS)]
-    assert steps in (sorted(steps), sorted(steps, reverse=True))
-
-
-def test_every_colour_of_the_style_is_a_token_of_both_schemes():
-    used = set(re.findall(r"var\(--([\w-]+)\)", style.STYLE))
-    assert used <= set(style.LIGHT) and set(style.LIGHT) == set(style.DARK)
-    rules = style.STYLE.split("@media screen", 1)[1].split("\n", 1)[1]
-    assert not re.search(r"#[0-9a-f]{3,6}\b", rules)
 
 
 def test_what_is_on_or_off_is_compared_by_the_best_of_each():

@@ -1,41 +1,35 @@
-"""Bulk copies in the simulator: which bytes a tile is, when it arrives, and what is refused."""
+"""Bulk copies into shared memory: what a tile holds, when it arrives, what a load is refused."""
 
 import numpy as np
 import pytest
 
-from numflash.problem.tensor_maps import TensorLayout
 from numflash.ptx import (
     EVICT_NORMAL,
-    cp_async_bulk_commit_group,
-    cp_async_bulk_tensor_2d,
-    cp_async_bulk_tensor_2d_store,
     cp_async_bulk_tensor_3d,
-    cp_async_bulk_wait_group_read,
     cuda,
-    f32,
     fence_mbarrier_init,
-    fence_proxy_async,
     mbarrier_arrive,
     mbarrier_arrive_expect_tx,
     mbarrier_init,
     mbarrier_wait_parity,
-    st_shared_f32,
     st_shared_u32,
-    st_shared_v4_f32,
-    st_shared_v4_u32,
-    stmatrix_x4,
     u32,
     u64,
 )
-from numflash.simulator import SEED, DeadlockError, SimulatedTensorMap, SimulationError, launch
+from numflash.simulator import SEED, SimulationError
 from tests.support.bulk_copy_cases import BULK_COPY_CASES, LOADS, STORES, TILES, Tile
+from tests.support.bulk_copy_kernels import (
+    SEEDS,
+    TILE_BYTES,
+    TILE_WORDS,
+    begin,
+    load,
+    outcomes,
+    refused,
+    run,
+    tensor,
+)
 from tests.support.instruction_harness import run_simulated
-
-SEEDS = range(12)
-# 32 x 64 float16, and tiles of 8 rows: 1024 bytes.
-LAYOUT = TensorLayout("float16", (64, 32), (128,), (64, 8))
-TILE_BYTES, TILE_WORDS = 1024, 256
-
 
 # What a tile is, element by element
 
@@ -98,57 +92,6 @@ def test_a_negative_or_far_tile_is_zeros_and_counts():
 def test_the_cases_have_every_rank():
     ranks = {len(tile.coordinates) for tile in TILES.values()}
     assert ranks == set(LOADS) == set(STORES)
-
-
-# Kernels of one warp
-
-
-def tensor(layout=LAYOUT):
-    array = np.arange(1, 32 * 64 + 1, dtype=np.uint16).reshape(32, 64)
-    return array, SimulatedTensorMap(array, layout)
-
-
-def run(kernel, *args, block=32, smem=4096):
-    launch(kernel, 1, block, args, smem)
-
-
-def begin(count=1, fence=True):
-    """Shared memory and one mbarrier."""
-    smem, barriers = cuda.shared.array(0, u32), cuda.shared.array(1, u64)
-    if cuda.threadIdx.x == 0:
-        mbarrier_init(barriers, 0, count)
-        if fence:
-            fence_mbarrier_init()
-    cuda.syncthreads()
-    return smem, barriers
-
-
-def load(smem, barriers, map, row=0, word=0, expect=TILE_BYTES):
-    if expect:
-        mbarrier_arrive_expect_tx(barriers, 0, expect)
-    cp_async_bulk_tensor_2d(smem, word, map, barriers, 0, EVICT_NORMAL, 0, row)
-
-
-def outcomes(kernel, **options):
-    """The results of a kernel that writes to a list and a tensor, over several seeds."""
-    found = set()
-    for seed in SEEDS:
-        SEED.value = seed
-        array, map = tensor()
-        out = []
-        try:
-            run(kernel, map, out, **options)
-            found.add((tuple(out), array.tobytes()))
-        except (SimulationError, DeadlockError) as error:
-            found.add(type(error).__name__)
-    return found
-
-
-def refused(kernel, message, **options):
-    for seed in range(4):
-        SEED.value = seed
-        with pytest.raises(SimulationError, match=message):
-            run(kernel, tensor()[1], **options)
 
 
 # When a tile arrives
@@ -357,190 +300,3 @@ def test_a_load_does_not_overtake_stores_without_a_fence():
             load(smem, barriers, map)
 
     refused(kernel, "without a fence_proxy_async")
-
-
-# Stores
-
-
-def store(map, smem, row=0, word=0):
-    cp_async_bulk_tensor_2d_store(map, 0, row, smem, word)
-
-
-def fill(smem, value):
-    for i in range(cuda.threadIdx.x, TILE_WORDS, 32):
-        st_shared_u32(smem, i, u32(value))
-
-
-def test_a_store_needs_commit_and_wait():
-    def uncommitted(map):
-        smem, _ = begin()
-        if cuda.threadIdx.x == 0:
-            store(map, smem)
-            cp_async_bulk_wait_group_read()
-
-    def not_waited_for(map):
-        smem, _ = begin()
-        if cuda.threadIdx.x == 0:
-            store(map, smem)
-            cp_async_bulk_commit_group()
-
-    def waited_for_by_another(map):
-        smem, _ = begin()
-        if cuda.threadIdx.x == 0:
-            store(map, smem)
-            cp_async_bulk_commit_group()
-        cuda.syncthreads()
-        if cuda.threadIdx.x == 1:
-            cp_async_bulk_wait_group_read()
-
-    refused(uncommitted, "thread 0 has not committed")
-    refused(not_waited_for, "thread 0 has not waited for")
-    refused(waited_for_by_another, "thread 0 has not waited for")
-
-
-@pytest.mark.parametrize("write", ["words", "vectors", "floats", "float vectors", "matrices"])
-def test_a_store_reads_only_what_its_writer_has_fenced(write):
-    def kernel(map, fenced):
-        smem, _ = begin()
-        t = cuda.threadIdx.x
-        words, floats = cuda.local.array(4, u32), cuda.local.array(4, f32)
-        words[:], floats[:] = u32(3), f32(3)
-        if write == "words":
-            st_shared_u32(smem, 4 * t, u32(3))
-        elif write == "vectors":
-            st_shared_v4_u32(smem, 4 * t, words)
-        elif write == "floats":
-            st_shared_f32(smem, 4 * t, f32(3))
-        elif write == "float vectors":
-            st_shared_v4_f32(smem.view(f32), 4 * t, floats)
-        else:
-            stmatrix_x4(smem, 4 * t, words)
-        if fenced == "by the writer":
-            fence_proxy_async()
-        cuda.syncthreads()
-        if t == 0:
-            if fenced == "by the reader":
-                fence_proxy_async()
-            store(map, smem)
-            cp_async_bulk_commit_group()
-            cp_async_bulk_wait_group_read()
-
-    run(kernel, tensor()[1], "by the writer")
-    for fenced in ("by the reader", "by nobody"):
-        with pytest.raises(SimulationError, match="without a fence_proxy_async of that thread"):
-            run(kernel, tensor()[1], fenced)
-
-
-def test_a_fence_counts_also_after_others_have_copied():
-    def kernel(map):
-        smem, barriers = begin()
-        t = cuda.threadIdx.x
-        st_shared_u32(smem, t, u32(3))
-        cuda.syncthreads()
-        if t == 0:
-            load(smem, barriers, map, word=TILE_WORDS)
-        cuda.syncthreads()
-        fence_proxy_async()
-        cuda.syncthreads()
-        mbarrier_wait_parity(barriers, 0, 0)
-        if t == 0:
-            store(map, smem)
-            cp_async_bulk_commit_group()
-            cp_async_bulk_wait_group_read()
-
-    run(kernel, tensor()[1])
-
-
-@pytest.mark.parametrize("stored_by", ["instruction", "element"])
-def test_a_store_where_a_load_arrives_is_found_out(stored_by):
-    def kernel(map):
-        smem, barriers = begin()
-        if cuda.threadIdx.x == 0:
-            load(smem, barriers, map)
-            if stored_by == "instruction":
-                st_shared_u32(smem, 5, u32(3))
-            else:
-                smem[5] = u32(3)
-            mbarrier_wait_parity(barriers, 0, 0)
-
-    messages = {"instruction": "while a bulk copy was under way", "element": "which of them is la"}
-
-    def is_refused(seed):
-        SEED.value = seed
-        try:
-            run(kernel, tensor()[1])
-        except SimulationError as error:
-            return messages[stored_by] in str(error)
-        return False
-
-    assert any(is_refused(seed) for seed in SEEDS)
-
-
-def test_a_tile_stays_until_the_store_has_read_it(each_seed):
-    def kernel(map, waits):
-        smem, _ = begin()
-        fill(smem, 1)
-        fence_proxy_async()
-        cuda.syncthreads()
-        if cuda.threadIdx.x == 0:
-            store(map, smem)
-            cp_async_bulk_commit_group()
-            if waits:
-                cp_async_bulk_wait_group_read()
-        cuda.syncthreads()
-        fill(smem, 2)
-        cp_async_bulk_wait_group_read()
-
-    array, map = tensor()
-    run(kernel, map, True)
-    assert (array[:8].ravel()[::2] == 1).all() and array[8, 0] == 8 * 64 + 1
-    with pytest.raises(SimulationError, match="changed after the store was issued"):
-        run(kernel, map, False)
-
-
-def test_some_seed_shows_a_missing_barrier_before_a_store():
-    def kernel(map, seen):
-        smem, _ = begin()
-        t = cuda.threadIdx.x
-        fill(smem, 1)
-        fence_proxy_async()
-        if t == 0:
-            store(map, smem)
-            cp_async_bulk_commit_group()
-            cp_async_bulk_wait_group_read()
-
-    expected = tensor()[0]
-    expected[:8] = np.array([1, 0] * 256).reshape(8, 64)
-    assert outcomes(kernel) - {((), expected.tobytes())}
-
-
-# Maps
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"extents": (64, 33)},
-        {"strides": (120,)},
-        {"strides": ()},
-        {"box": (60, 8)},
-        {"box": (32, 8)},
-        {"box": (64, 257)},
-        {"extents": (64, 0)},
-    ],
-    ids=str,
-)
-def test_a_map_the_driver_would_refuse_is_refused(change):
-    fields = {"dtype": "float16", "extents": (64, 32), "strides": (128,), "box": (64, 8)}
-    with pytest.raises(ValueError, match="a tensor map"):
-        tensor(TensorLayout(**(fields | change)))
-
-
-def test_a_map_may_be_of_an_array_with_gaps():
-    whole = np.arange(16 * 128, dtype=np.uint16).reshape(16, 128)
-    part = whole[::2, 64:]
-    layout = TensorLayout("float16", (64, 8), (512,), (64, 8))
-    map = SimulatedTensorMap(part, layout)
-    assert (map.read((0, 0)).reshape(-1).view(np.uint16).reshape(8, 64) == part).all()
-    map.write((0, 4), np.zeros((64, 16), np.uint8))
-    assert not part[4:].any() and part[:4].all() and whole[1::2].all()

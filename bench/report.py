@@ -10,12 +10,11 @@ import argparse
 from pathlib import Path
 
 from bench.fp8_accuracy import section as fp8_section
-from bench.measuring import quantize
-from bench.measuring.measure import is_right
 from bench.points.points import DIRECTIONS, Point
 from bench.records import record
 from bench.records.checks import ROOT
-from bench.tables import figures, tables
+from bench.records.entries import is_measured, is_right
+from bench.tables import figures, quantization, tables
 from numflash.machine_code import sources
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
@@ -89,9 +88,9 @@ def render(records: list[dict], figures_folder: Path, relative_to: Path) -> str:
             if points:
                 parts.append(_section(device, direction, points, figures_folder, relative_to))
         parts += _gpt2(mine, device)
-        measured = [r for r in mine if quantize.is_measured(r.get("quantize"))]
+        measured = [r for r in mine if quantization.is_measured(r.get("quantize"))]
         if measured:
-            parts += [f"#### {device}, quantisation", quantize.table(measured[-1]["quantize"])]
+            parts += [f"#### {device}, quantisation", quantization.table(measured[-1]["quantize"])]
     return "\n\n".join(parts)
 
 
@@ -101,7 +100,7 @@ def newest_points(records: list[dict], direction: str, kind: str = "grid") -> li
     for found in records:
         for entry in found.get("points", []):
             is_wanted = entry["direction"] == direction and entry["kind"] == kind
-            if is_wanted and tables.is_measured(entry):
+            if is_wanted and is_measured(entry):
                 newest[Point.from_dict(entry)] = {**entry, "record": found}
     return list(newest.values())
 
