@@ -10,7 +10,7 @@ def is_measured(found: dict | None) -> bool:
 
 
 def table(found: dict[str, dict]) -> str:
-    """What was measured, in Markdown."""
+    """The measurements, in Markdown."""
     rows = []
     for name, entry in found.items():
         if "reason" in entry:

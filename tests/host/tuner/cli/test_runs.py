@@ -37,7 +37,7 @@ class Page(HTMLParser):
         """It has no contents."""
 
     def handle_endtag(self, tag):
-        """What ends was the last to begin."""
+        """An element that ends was the last to begin."""
         assert self.open.pop() == tag
 
     def handle_data(self, data):
