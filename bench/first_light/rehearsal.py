@@ -15,7 +15,7 @@ LIMITS = ARCHITECTURES[ARCH]
 MACHINE = {"device": "simulator", "driver": None, "rehearsal": True}
 """The device in a record of a rehearsal."""
 DEVICE = "simulator"
-"""What a worker is told instead of the ordinal of a GPU."""
+"""The device named to a worker instead of the ordinal of a GPU."""
 PREDICTED_GPU = "NVIDIA H200"
 """The GPU whose best configs the tuner's model is asked for."""
 _TIMES = (

@@ -1,4 +1,4 @@
-"""How fast arrays were quantised, next to a device copy, as a table."""
+"""The speed of quantisation, next to a device copy, as a table."""
 
 from bench.measuring import quantize
 from bench.tables.tables import markdown

@@ -180,7 +180,7 @@ _OF_8_BITS = "make_product_pt.product_pt"
 
 
 def _problems_for(part: str, fault: Event) -> tuple[str, ...]:
-    """What shall show a fault of an event: first that for which the event is there."""
+    """Problems that show a fault of an event: first the one that the event is there for."""
     called, context = fault.called, fault.before(SOURCES[part], 4)
     if called == "gather":
         return ("bypassed",)

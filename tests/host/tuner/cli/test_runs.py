@@ -1,4 +1,4 @@
-"""What a run of the tuner's command line does, remembers and reports."""
+"""A run of the tuner's command line: its work, memory and report."""
 
 import dataclasses
 import errno
