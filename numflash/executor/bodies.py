@@ -60,6 +60,7 @@ _PTX_TYPES = {
 _WGMMA = re.compile(
     r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k\d+\.f32\.(f16|bf16|e4m3)\.(f16|bf16|e4m3)"
 )
+_STORED_TRANSPOSED = "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16"
 _WGMMA_DTYPES = {"f16": "float16", "bf16": "bfloat16", "e4m3": "e4m3"}
 
 
@@ -96,15 +97,16 @@ def read_template(instruction: Instruction) -> Template | None:
 
 
 def plain(opcode: str, operands: tuple) -> tuple[str, tuple]:
-    """An opcode and its operands without hints, and with one name for shared memory.
+    """An opcode and its operands without hints and defaults, and with one name for shared memory.
 
-    Caches change no result, and the shared memory of a cluster of one block is the block's.
+    Caches change no result, a bulk copy is one of tiles unless it says otherwise, and the shared
+    memory of a cluster of one block is the block's.
     """
     parts = opcode.split(".")
     if "L2::cache_hint" in parts:
         operands = operands[:-1]
     shared = ("shared::cta", "shared::cluster")
-    parts = ["shared" if part in shared else part for part in parts]
+    parts = ["shared" if part in shared else part for part in parts if part != "tile"]
     return ".".join(part for part in parts if not part.startswith("L2::")), operands
 
 
@@ -115,6 +117,8 @@ def body_operation(statement: Statement, program) -> Callable | None:
             if isinstance(scale_d, Register):
                 return _added_where(scale_d, statement, program)
     opcode, _ = plain(statement.opcode, statement.operands)
+    if opcode == _STORED_TRANSPOSED:
+        return _stored_transposed(statement, program)
     for template in _made_for(statement) or _table().get(opcode, []):
         bindings = template.bindings(statement)
         if bindings is not None:
@@ -182,6 +186,22 @@ def _added_where(predicate: Register, statement: Statement, program) -> Callable
         return (adds if found.all() else overwrites)(warp, mask)
 
     return operation
+
+
+def _stored_transposed(statement: Statement, program) -> Callable:
+    """`stmatrix` of transposed matrices: lane (g, t) holds column g of the rows 2 t and 2 t + 1."""
+    instruction = INSTRUCTIONS["stmatrix_x4"]
+    store, template = instruction.body, read_template(instruction)
+    bindings = replace(template, opcode=_STORED_TRANSPOSED).bindings(statement)
+
+    def body(target, offset, frag):
+        # (lane, matrix, half) -> (g, t, matrix, half) -> row 2 t + half, column g
+        halves = np.ascontiguousarray(frag).view(np.uint16).reshape(8, 4, 4, 2)
+        matrices = halves.transpose(2, 1, 3, 0).reshape(4, 8, 8)
+        rows = np.ascontiguousarray(matrices).view(np.uint32)
+        store(target, offset, np.ascontiguousarray(rows.reshape(4, 32).T))
+
+    return _operation(replace(instruction, body=body), bindings, program)
 
 
 def _matches(pattern, operand, found: dict[str, list]) -> bool:

@@ -101,6 +101,8 @@ class Launch:
             return bytes(n_bytes)
         if isinstance(argument, np.ndarray):
             return self._pointer(name, what, parameter, argument)
+        if isinstance(argument, tuple):
+            argument = b"".join(self._part(name, what, part) for part in argument)
         if isinstance(argument, bytes | bytearray):
             if len(argument) != n_bytes:
                 raise ValueError(f"{what} has {len(argument)} bytes")
@@ -124,6 +126,22 @@ class Launch:
     def _pointer(self, name: str, what: str, parameter: Parameter, array: np.ndarray) -> bytes:
         if parameter.n_bytes != 8 or parameter.type in _FLOATS:
             raise TypeError(f"{what} is an array, whose address has 8 bytes")
+        return self._address(name, what, array)
+
+    def _part(self, name: str, what: str, part) -> bytes:
+        """The bytes of a member of a structure."""
+        if isinstance(part, np.ndarray):
+            return self._address(name, what, part)
+        if isinstance(part, np.generic) and not part.dtype.hasobject:
+            return part.tobytes()
+        if isinstance(part, bytes | bytearray):
+            return bytes(part)
+        raise TypeError(
+            f"{what} has a member of type {type(part).__name__}; members are arrays, NumPy's "
+            "numbers and bytes"
+        )
+
+    def _address(self, name: str, what: str, array: np.ndarray) -> bytes:
         if array.dtype.hasobject:
             raise TypeError(f"{what} is an array of Python objects")
         self.regions.append(array_region(name, array))

@@ -48,7 +48,8 @@ def run_ptx(
         arguments: one for each parameter: a NumPy array for a pointer to its element 0 (only
             memory between the first and the last element of such arrays can be reached), None for
             a null pointer, a number, a tensor map (`numflash.simulator.SimulatedTensorMap`), or
-            the bytes of a structure.
+            a structure: its bytes, or a tuple of its members without gaps (arrays for pointers,
+            NumPy's numbers, bytes).
         shared_bytes: of dynamic shared memory.
         blocks_per_sm: blocks that share the registers of an SM, which `setmaxnreg` distributes.
         seed: of the order in which warps run; NUMFLASH_SIM_SEED, or 0, by default.

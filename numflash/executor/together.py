@@ -257,8 +257,9 @@ def _try_wait(statement, program):
     _refuse_other(
         statement,
         *(
-            f"mbarrier.{name}.parity.{space}b64"
+            f"mbarrier.{name}.parity.{order}{space}b64"
             for name in ("try_wait", "test_wait")
+            for order in ("", "acquire.cta.", "acquire.cluster.")
             for space in ("shared::cta.", "shared.", "")
         ),
     )
@@ -286,6 +287,42 @@ def _try_wait(statement, program):
             return WAITS
         write(warp, target, ended, mask)
         return None
+
+    return operation
+
+
+def _arrive(statement, program):
+    """Its result, a phase, is for waits that the executor does not know: it is not written."""
+    _refuse_other(
+        statement,
+        *(
+            f"mbarrier.arrive.{expects}{order}{space}b64"
+            for expects in ("", "expect_tx.")
+            for order in ("", "release.cta.", "release.cluster.")
+            for space in ("shared::cta.", "shared.", "")
+        ),
+    )
+    _, memory, *counts = statement.operands
+    address_of = shared_address_reader(program, memory)
+    count_of = reader(program, counts[0], "u32") if counts else None
+    expects = "expect_tx" in statement.opcode
+    if expects:
+        arrive = INSTRUCTIONS["mbarrier_arrive_expect_tx"].body
+    else:
+        arrive = INSTRUCTIONS["mbarrier_arrive"].body
+
+    def operation(warp, mask):
+        block, addresses = warp.block, address_of(warp)
+        counts = np.ones(32, np.uint32) if count_of is None else count_of(warp)
+        for lane in np.flatnonzero(mask):
+            become(warp.threads[lane])
+            index, count = block.mbarrier_index(int(addresses[lane])), int(counts[lane])
+            if expects:
+                arrive(block.mbarriers, index, count)
+            else:
+                for _ in range(count):
+                    arrive(block.mbarriers, index)
+        block.something_happened()
 
     return operation
 
@@ -429,6 +466,7 @@ _OPERATIONS = {
     "activemask": _active_mask,
     "mbarrier.try_wait": _try_wait,
     "mbarrier.test_wait": _try_wait,
+    "mbarrier.arrive": _arrive,
     "mbarrier.inval": _invalidate,
     "cp.async.bulk.wait_group": _wait_for_bulk_stores,
     "setmaxnreg": _setmaxnreg,
