@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from numflash.configs import CombineConfig, Traits, padded_head_dim
+from numflash.configs.features import ABSENT
 from numflash.kernels.arguments import Shape, Tensor
 from numflash.kernels.shared.combine import make_combine_kernel
 from numflash.simulator import GlobalPointer, launch
@@ -42,7 +43,7 @@ def combine(parts, part_lse, num_warps=4, head_dim_v=None, dtype="float32", alig
     shape = Shape(seqlen, 0, heads, 1, 0, head_dim_v, batch)
     parts, part_lse, bits, lse_pointer = arrays
     out_record = Tensor(bits, *strides)
-    arguments = [parts, part_lse, out_record, lse_pointer, shape, num_splits]
+    arguments = [parts, part_lse, out_record, lse_pointer, shape, num_splits, ABSENT]
     launch(
         kernel.function, batch * seqlen * heads, kernel.num_threads, arguments, kernel.smem_bytes
     )

@@ -27,7 +27,7 @@ def strides(array) -> tuple[int, ...]:
 @pytest.mark.parametrize("dtype", ["float32", "float16"], ids=["portable", "tensor-cores"])
 def test_forward_arguments_arrive_where_the_driver_reads_them(gpu, dtype):
     q, k, v = (gpu.array(s, dtype) for s in ((B, SQ, H, D), (B, SK, HKV, D), (B, SK, HKV, DV)))
-    slopes = gpu.array((B, H), "float32")
+    slopes, sinks = gpu.array((B, H), "float32"), gpu.array((H,), "float32")
     out, lse = numflash.attention(
         q,
         k,
@@ -37,6 +37,7 @@ def test_forward_arguments_arrive_where_the_driver_reads_them(gpu, dtype):
         window_size=(11, 5),
         softcap=8.0,
         alibi_slopes=slopes,
+        sinks=sinks,
         return_lse=True,
     )
     (run,) = gpu.driver.launches
@@ -49,6 +50,8 @@ def test_forward_arguments_arrive_where_the_driver_reads_them(gpu, dtype):
         "scores.features.alibi.slopes": slopes.data.ptr,
         "scores.features.alibi.batch": H,
         "scores.features.alibi.head": 1,
+        "scores.features.sinks": sinks.data.ptr,
+        "scores.features.sinks.head": 1,
         "shape.seqlen_q": SQ,
         "shape.seqlen_k": SK,
         "shape.num_heads_q": H,
@@ -72,7 +75,7 @@ def test_forward_arguments_arrive_where_the_driver_reads_them(gpu, dtype):
         expected |= {f"{name}.batch": batch, f"{name}.row": row, f"{name}.head": head}
     assert run.arguments == expected
     assert (run.family, run.extra) == ("forward", 0)
-    assert run.traits == f"{dtype}-d64-dv96-softcap-alibi-vec"
+    assert run.traits == f"{dtype}-d64-dv96-softcap-alibi-sinks-vec"
     config = parse_config("forward", run.config)
     assert config.implementation == ("portable" if dtype == "float32" else "sm80")
     assert run.grid == (math.ceil(SQ / config.tile_m) * H * B, 1, 1)
@@ -119,6 +122,24 @@ def test_backward_runs_delta_before_the_gradients_that_read_it(gpu, qkv, config)
     tile_m = parse_config(for_dq.family, for_dq.config).tile_m
     assert for_dq.grid == (math.ceil(SQ / tile_m) * H * B, 1, 1)
     assert delta.grid == (math.ceil(SQ / 8) * H * B, 1, 1)
+
+
+def test_the_gradient_of_sinks_is_added_up_where_the_rows_left_it(gpu, qkv):
+    dout, sinks = gpu.array((B, SQ, H, DV)), gpu.array((H,), "float32")
+    out, lse = gpu.array((B, SQ, H, DV)), gpu.array((B, H, SQ), "float32")
+    *_, dsinks = numflash.attention_backward(dout, *qkv, out, lse, sinks=sinks)
+    delta, _, _, sums = gpu.driver.launches
+    assert (dsinks.shape, dsinks.dtype) == ((H,), "float32")
+    assert (delta.family, sums.family, sums.grid) == ("delta", "head-sums", (H, 1, 1))
+    assert "-sinks" in delta.traits and delta.arguments["features.sinks"] == sinks.data.ptr
+    left = delta.arguments["row_gradients"]
+    assert left == sums.arguments["row_gradients"] != 0
+    assert sums.arguments["sums"] == dsinks.data.ptr
+    # Nothing of it without sinks.
+    gpu.driver.launches.clear()
+    assert len(numflash.attention_backward(dout, *qkv, out, lse)) == 3
+    assert "head-sums" not in [run.family for run in gpu.driver.launches]
+    assert gpu.driver.launches[0].arguments["row_gradients"] == 0
 
 
 # Packed heads, splits over the keys
