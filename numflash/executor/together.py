@@ -162,7 +162,7 @@ def _shuffle(statement, program):
             "idx": lambda: (first | offset & ~segment, (first | offset & ~segment) <= last),
         }[mode]()
         origin = np.where(inside, origin, _LANES)
-        # What a lane that takes no part would give is not defined: all ones here.
+        # The value of a lane that takes no part is not defined: all ones here.
         given = (members & mask)[origin]
         values = np.where(given, value_of(warp)[origin], np.uint32(0xFFFFFFFF))
         if isinstance(target, Pair):
