@@ -50,7 +50,7 @@ def add_commands(commands) -> None:
 
 
 def run_forward(options: list[str]) -> int:
-    """What `python -m bench forward` with these options does; the exit status."""
+    """Run `python -m bench forward` with these options; the exit status."""
     parser = argparse.ArgumentParser()
     add_commands(parser.add_subparsers())
     return run(parser.parse_args(["forward", *options]))

@@ -13,11 +13,11 @@ from numflash.runtime.views import numpy_dtype
 ARCH = "sm_90a"
 LIMITS = ARCHITECTURES[ARCH]
 MACHINE = {"device": "simulator", "driver": None, "rehearsal": True}
-"""What a record of a rehearsal says instead of a GPU."""
+"""The device in a record of a rehearsal."""
 DEVICE = "simulator"
-"""What a worker is told instead of the ordinal of a GPU."""
+"""The device named to a worker instead of the ordinal of a GPU."""
 PREDICTED_GPU = "NVIDIA H200"
-"""Whose best configs the tuner's model is asked for."""
+"""The GPU whose best configs the tuner's model is asked for."""
 _TIMES = (
     "median_ms", "quartiles_ms", "samples_ms", "rounds", "tflops", "gbps", "prepare_s",
     "sm_clock_mhz", "power_w",
@@ -97,5 +97,5 @@ def without_times(result):
 
 
 def environment() -> dict[str, str]:
-    """What a child process runs under beside `checks.child_environment`."""
+    """The environment of a child process, beside `checks.child_environment`."""
     return {"NUMBA_ENABLE_CUDASIM": "1", "NUMFLASH_SIM_ARCH": ARCH}

@@ -155,7 +155,7 @@ def _worse(before: dict, after: dict) -> list[str]:
 
 
 def _notes(before: dict, after: dict) -> Iterator[str]:
-    """What else changed."""
+    """Notes on further changes."""
     if _more_registers(before, after) and after["blocks_per_sm"] >= before["blocks_per_sm"]:
         yield _MORE_REGISTERS
     for what, x, y in (

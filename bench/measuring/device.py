@@ -22,7 +22,7 @@ _CEILING_REPEATS = 20
 
 
 class Device(gpu.Device, Protocol):
-    """What a benchmark asks of a device beside what the tuner does.
+    """The device that a benchmark needs: the tuner's, with more functions.
 
     Attributes:
         xp: the array library.
@@ -53,7 +53,7 @@ class Device(gpu.Device, Protocol):
 
 
 class _Bench:
-    """What both libraries' devices add to the tuner's alike."""
+    """The common additions of both libraries' devices to the tuner's."""
 
     matmul_dtype: str
 

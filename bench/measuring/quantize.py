@@ -1,4 +1,4 @@
-"""How fast numflash quantises, next to a copy that moves as many bytes.
+"""The speed of quantisation, next to a copy that moves as many bytes.
 
 Part of `python -m bench forward`, and all of `python -m bench forward --quantize`. What counts are
 bytes read and written once: the array, its codes and its scales. Each case runs in turn with its
@@ -16,7 +16,7 @@ from bench.points.interleave import Method
 
 TARGET = 0.8
 MAX_REL_RMS = 0.05
-"""What the numbers that codes stand for may differ from the array; e4m3 rounds by 0.026."""
+"""The allowed difference of codes' numbers from the array; e4m3 rounds by 0.026."""
 _BATCH, SEQLEN, HIDDEN = 1, 16384, 8192
 DTYPE, _DTYPE_BYTES = "bfloat16", 2
 _COPY = "copy"

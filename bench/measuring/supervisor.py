@@ -19,7 +19,7 @@ _START_SECONDS = 60
 _RETRIES, _RETRY_SECONDS = 3, 2
 _BROKE, _SILENT, _DIED = "broke the device", "no sign of life", "the process"
 DEATHS = (_BROKE, _SILENT, _DIED)
-"""What the reason of a task begins with that took its worker with it."""
+"""Beginnings of the reason of a task whose worker died with it."""
 _GRACE_SECONDS = 3
 
 

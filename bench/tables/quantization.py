@@ -1,4 +1,4 @@
-"""How fast arrays were quantised, next to a device copy, as a table."""
+"""The speed of quantisation, next to a device copy, as a table."""
 
 from bench.measuring import quantize
 from bench.tables.tables import markdown
@@ -10,7 +10,7 @@ def is_measured(found: dict | None) -> bool:
 
 
 def table(found: dict[str, dict]) -> str:
-    """What was measured, in Markdown."""
+    """The measurements, in Markdown."""
     rows = []
     for name, entry in found.items():
         if "reason" in entry:

@@ -114,7 +114,7 @@ class Traits:
 
     @property
     def of_a_head(self) -> str | None:
-        """What heads have of their own, so that they cannot be packed; None if they can."""
+        """The heads' own values that forbid packing them; None if they can be packed."""
         return next((row.of_a_head for row in rows_of(self.features) if row.of_a_head), None)
 
     @property

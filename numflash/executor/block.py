@@ -1,4 +1,4 @@
-"""A block of an executed kernel: its warps, its memory, and which warp runs when.
+"""A block of an executed kernel: its warps, its memory, and the order of its warps.
 
 The order is random and a seed repeats it, as in `numflash.simulator`: in some blocks warps go
 side by side, in others one runs far ahead; in some one falls behind all others. Parts of the
@@ -22,9 +22,11 @@ from numflash.simulator.parts import Part
 _TURNS = (1, 16, 1024)
 # The probability that a block has a warp that runs only when no other can.
 _LAGGARDS = 0.5
-# How often `try_wait` gives up although it could wait.
+# Pieces after which a warp that makes nothing happen may be one that waits for the laggard.
+_SPINS = 4096
+# The share of `try_wait`s that give up although they could wait.
 _FAILS = 1 / 32
-# How often a block in which nothing happens is asked again, with `try_wait` giving up.
+# A block in which nothing happens is asked again so often, with `try_wait` giving up.
 _PATIENCE = 8
 _SHARED_START = 1024
 
@@ -38,7 +40,8 @@ class Block:
         parts, shared, random, seed, elected_lane, blocks_per_sm, blockIdx: as those of
             `simulator.engine.Block`.
         tensor_maps: by their address.
-        counts: how often warps have executed each piece, where somebody counts.
+        counts: executions of each piece by warps, where a profile is wanted.
+        max_steps: pieces that a warp may execute while nothing happens in the block.
     """
 
     def __init__(self, launch, position: tuple[int, int, int]):
@@ -47,6 +50,7 @@ class Block:
         self.grid, self.extents, self.size = launch.grid, launch.block, launch.num_threads
         self.blocks_per_sm, self.seed = launch.blocks_per_sm, launch.seed
         self.counts, self.traffic = launch.counts, launch.traffic
+        self.max_steps = launch.max_steps
         self.random = random.Random(f"{self.seed} {position}").random
         self.elected_lane = random.Random(f"lane {self.seed}").randrange(32)
         self.shared = program.shared_memory()
@@ -61,6 +65,7 @@ class Block:
         self.tensor_maps = launch.tensor_maps
         self.parts: dict[type, Part] = {}
         self.barriers: dict[int, NamedBarrier] = {}
+        self.cluster_barrier, self.cluster_arrivals = NamedBarrier(), {}
         self.events, self._may_fail = 0, False
         self.warps = [Warp(self, i, program) for i in range(-(-self.size // 32))]
         self.threads = [thread for warp in self.warps for thread in warp.threads]
@@ -79,7 +84,7 @@ class Block:
         return self.shared.bytes.view(type_)
 
     def mbarrier_index(self, address: int) -> int:
-        """Which element of `mbarriers` an address is of. Raises ValueError."""
+        """The element of `mbarriers` at an address. Raises ValueError."""
         if address % 8 or not 0 <= address < self.shared.bytes.size:
             raise ValueError(f"there can be no mbarrier at shared address {address:#x}")
         return address // 8
@@ -95,7 +100,7 @@ class Block:
         """Threads that wait ask again by themselves."""
 
     def something_happened(self) -> None:
-        """What others wait for may be there."""
+        """Let waiting warps look again."""
         self.events += 1
 
     def may_fail(self) -> bool:
@@ -109,7 +114,7 @@ class Block:
         """Run every warp to its end.
 
         Raises:
-            DeadlockError: warps wait and none can run.
+            DeadlockError: warps wait and none can run; or one goes on and on, and nothing happens.
             SimulationError: what the hardware leaves undefined.
             IndexError, ValueError: an address outside every array, or a misaligned one.
         """
@@ -128,17 +133,26 @@ class Block:
 
     def _run_warps(self) -> None:
         waiting: set[Warp] = set()
+        most = min(_SPINS, self.max_steps // 2)
         seen, patience = self.events, _PATIENCE
         while live := [warp for warp in self.warps if warp.groups]:
             ready = [warp for warp in live if warp not in waiting]
             if ready:
-                others = [warp for warp in ready if warp is not self.laggard] or ready
+                others = [w for w in ready if w is not self.laggard and w.steps <= most]
+                others = others or ready
                 warp = others[int(self.random() * len(others))]
-                if not warp.run(self.turn):
+                done = warp.run(self.turn)
+                if not done:
                     waiting.add(warp)
                 if self.events != seen:
                     waiting.clear()
                     seen, patience = self.events, _PATIENCE
+                    for each in live:
+                        each.steps = 0
+                    continue
+                warp.steps += done
+                if warp.steps > self.max_steps:
+                    raise DeadlockError(self._who_spins(warp))
                 continue
             waiting.clear()
             if any(part.advance() for part in list(self.parts.values())):
@@ -162,6 +176,15 @@ class Block:
 
     def _replay(self) -> str:
         return f"seed {self.seed} (NUMFLASH_SIM_SEED={self.seed} repeats this order)"
+
+    def _who_spins(self, warp: Warp) -> str:
+        return (
+            f"warp {warp.number} has executed {warp.steps} pieces of the program while nothing "
+            "happened in its block: no barrier, no copy, no atomic operation that changed memory. "
+            "A loop waits for what never comes, perhaps from a later block (blocks run one after "
+            f"the other); one that only takes its time needs a larger max_steps\n"
+            f"{self._who_waits_where()}"
+        )
 
     def _who_waits_where(self) -> str:
         lines = [f"deadlock in block {self.position}; {self._replay()}"]

@@ -1,6 +1,6 @@
 """Operations whose meaning is an instruction's body in `numflash.ptx`.
 
-Which body belongs to which opcode is read from the templates: a template is a statement like any
+The templates tell which body belongs to which opcode: a template is a statement like any
 other, with `<name>` where a parameter of the body goes, and an instruction of the text has that
 body where the two match. Products of warpgroups have a body for each size, which is made when it
 is asked for.
@@ -9,11 +9,11 @@ is asked for.
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 
-from numflash.executor.one_lane import UnknownError
+from numflash.executor.addresses import GlobalAddress, SharedAddresses, TensorMaps
 from numflash.executor.operands import (
     WAITS,
     address_reader,
@@ -35,7 +35,9 @@ from numflash.executor.text import (
     Placeholder,
     Register,
     Statement,
+    UnknownError,
     Vector,
+    check_operands,
     operand_of,
     split,
 )
@@ -48,6 +50,7 @@ from numflash.ptx.instruction import (
     Regs,
     Shared,
 )
+from numflash.ptx.scalars import f32, u32
 from numflash.ptx.wgmma import make_wgmma, make_wgmma_wait_group
 from numflash.simulator import warpgroup
 from numflash.simulator.engine import become
@@ -58,9 +61,10 @@ _PTX_TYPES = {
     **{np.int64: "s64", np.uint64: "u64"},
 }
 _WGMMA = re.compile(
-    r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k\d+\.f32\.(f16|bf16|e4m3)\.(f16|bf16|e4m3)"
+    r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k\d+\.(f32|f16)\.(f16|bf16|e4m3|tf32)\.\3"
 )
-_WGMMA_DTYPES = {"f16": "float16", "bf16": "bfloat16", "e4m3": "e4m3"}
+_STORED_TRANSPOSED = "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16"
+_WGMMA_DTYPES = {"f16": "float16", "bf16": "bfloat16", "e4m3": "e4m3", "tf32": "tf32"}
 
 
 @dataclass(frozen=True)
@@ -96,15 +100,16 @@ def read_template(instruction: Instruction) -> Template | None:
 
 
 def plain(opcode: str, operands: tuple) -> tuple[str, tuple]:
-    """An opcode and its operands without hints, and with one name for shared memory.
+    """An opcode and its operands without hints and defaults, and with one name for shared memory.
 
-    Caches change no result, and the shared memory of a cluster of one block is the block's.
+    Caches change no result, a bulk copy is one of tiles unless it says otherwise, and the shared
+    memory of a cluster of one block is the block's.
     """
     parts = opcode.split(".")
     if "L2::cache_hint" in parts:
         operands = operands[:-1]
     shared = ("shared::cta", "shared::cluster")
-    parts = ["shared" if part in shared else part for part in parts]
+    parts = ["shared" if part in shared else part for part in parts if part != "tile"]
     return ".".join(part for part in parts if not part.startswith("L2::")), operands
 
 
@@ -115,11 +120,36 @@ def body_operation(statement: Statement, program) -> Callable | None:
             if isinstance(scale_d, Register):
                 return _added_where(scale_d, statement, program)
     opcode, _ = plain(statement.opcode, statement.operands)
+    if opcode == _STORED_TRANSPOSED:
+        return _stored_transposed(statement, program)
     for template in _made_for(statement) or _table().get(opcode, []):
         bindings = template.bindings(statement)
-        if bindings is not None:
+        if bindings is not None and not _has_predicate(bindings, program):
             return _operation(template.instruction, bindings, program)
     return None
+
+
+def _has_predicate(bindings: dict[str, list], program) -> bool:
+    """Whether a parameter is bound to a predicate, which bodies have none of."""
+    return any(
+        isinstance(operand, Register) and program.entry.register_types[operand.number] == "pred"
+        for bound in bindings.values()
+        for operand in bound
+    )
+
+
+def refuse(statement: Statement) -> None:
+    """Raise what is wrong with a statement that is nowhere known.
+
+    PtxError where only the number of its operands is, else UnknownError.
+    """
+    opcode, operands = plain(statement.opcode, statement.operands)
+    templates = _made_for(statement) or _table().get(opcode)
+    if not templates:
+        raise UnknownError(f"the executor does not know {statement.opcode}")
+    hints = len(statement.operands) - len(operands)
+    check_operands(statement, *sorted({len(t.operands) + hints for t in templates}))
+    raise UnknownError(f"the executor does not know {statement.opcode} with these operands")
 
 
 @cache
@@ -136,29 +166,37 @@ def _made_for(statement: Statement) -> list[Template]:
     """The template of a warpgroup's product or wait, made for this statement."""
     operands = statement.operands
     if statement.opcode == "wgmma.wait_group.sync.aligned":
-        # The accumulator of the body is not an operand: 1 stands for whatever it has.
+        check_operands(statement, 1)
+        # The accumulator of the body is not an operand: 1 stands for its number of registers.
         call = make_wgmma_wait_group(operands[0].integer(), 1)
     elif matched := _WGMMA.fullmatch(statement.opcode):
-        n, type_, same = matched.groups()
+        n, sums, type_ = matched.groups()
+        a_in_registers = isinstance(operands[1], Vector) if len(operands) > 1 else False
+        transposes = 0 if type_ in ("e4m3", "tf32") else 1 if a_in_registers else 2
+        check_operands(statement, 6 + transposes)
         numbers = [*operands[3:4], *operands[6:]]
-        if (
-            type_ != same
-            or len(operands) < 6
-            or not all(isinstance(number, Immediate) for number in numbers)
+        if (sums == "f16" and type_ != "f16") or not all(
+            isinstance(number, Immediate) for number in numbers
         ):
             raise UnknownError(
                 f"the executor does not know {statement.opcode} with these operands"
             )
         # Behind the signs: a of shared memory, then b, where they may be MN-major.
         majors = ["mn" if operand.integer() else "k" for operand in operands[6:]]
-        call = make_wgmma(
+        make = partial(
+            make_wgmma,
             int(n),
             _WGMMA_DTYPES[type_],
-            "registers" if isinstance(operands[1], Vector) else "shared",
+            "registers" if a_in_registers else "shared",
             majors[-1] if majors else "k",
             bool(operands[3].integer()),
             a_major=majors[0] if len(majors) > 1 else "k",
+            sums=u32 if sums == "f16" else f32,
         )
+        try:
+            call = make()
+        except ValueError as error:
+            raise UnknownError(str(error)) from None
     else:
         return []
     return [read_template(INSTRUCTIONS[call.__name__])]
@@ -184,6 +222,22 @@ def _added_where(predicate: Register, statement: Statement, program) -> Callable
     return operation
 
 
+def _stored_transposed(statement: Statement, program) -> Callable:
+    """`stmatrix`, transposed: lane (g, t) holds column g of the rows 2 t and 2 t + 1."""
+    instruction = INSTRUCTIONS["stmatrix_x4"]
+    store, template = instruction.body, read_template(instruction)
+    bindings = replace(template, opcode=_STORED_TRANSPOSED).bindings(statement)
+
+    def body(target, offset, frag):
+        # (lane, matrix, half) -> (g, t, matrix, half) -> row 2 t + half, column g
+        halves = np.ascontiguousarray(frag).view(np.uint16).reshape(8, 4, 4, 2)
+        matrices = halves.transpose(2, 1, 3, 0).reshape(4, 8, 8)
+        rows = np.ascontiguousarray(matrices).view(np.uint32)
+        store(target, offset, np.ascontiguousarray(rows.reshape(4, 32).T))
+
+    return _operation(replace(instruction, body=body), bindings, program)
+
+
 def _matches(pattern, operand, found: dict[str, list]) -> bool:
     if isinstance(pattern, Placeholder):
         found.setdefault(pattern.name, []).append(operand)
@@ -207,7 +261,7 @@ def _all_match(patterns, operands, found) -> bool:
 
 
 class _Argument:
-    """How one parameter of a body is read from a warp, and written back.
+    """One parameter of a body, as it is read from a warp, and written back.
 
     Attributes:
         read: gives the argument for all lanes: an array of shape (32,) or (32, n), or for what
@@ -217,16 +271,16 @@ class _Argument:
     def __init__(self, program, annotation, bound: list):
         self.written = ()
         if isinstance(annotation, Regs):
-            # What is read and written may be in other registers before than after: d and c.
+            # A register that is read and written may differ before and after: d and c.
             self._registers(program, annotation, bound)
         elif isinstance(annotation, Shared):
             self._shared(program, annotation, bound[0])
         elif isinstance(annotation, Global):
             addresses = address_reader(program, bound[0])
-            self.read = lambda warp: [_GlobalAddress(warp.memory, a) for a in addresses(warp)]
+            self.read = lambda warp: [GlobalAddress(warp.memory, a) for a in addresses(warp)]
         elif annotation is TensorMap:
             addresses = address_reader(program, bound[0])
-            self.read = lambda warp: _TensorMaps(warp.block.tensor_maps, addresses(warp))
+            self.read = lambda warp: TensorMaps(warp.block.tensor_maps, addresses(warp))
         else:
             self.read = reader(program, bound[0], _PTX_TYPES[annotation])
 
@@ -240,7 +294,7 @@ class _Argument:
             self.written = items(bound[0])
         type_ = _PTX_TYPES[annotation.type]
         if isinstance(annotation, Accumulator):
-            self.read = begin_product(program, registers)
+            self.read = begin_product(program, registers, annotation.type)
         elif isinstance(annotation, LaterRead):
             self.read = hold_while_read(program, registers)
         elif "r" in annotation.mode:
@@ -256,61 +310,9 @@ class _Argument:
 
         def read(warp):
             found = addresses(warp)
-            return _SharedAddresses(warp, found, annotation.type, size)
+            return SharedAddresses(warp, found, annotation.type, size)
 
         self.read = read
-
-
-class _SharedAddresses:
-    """Each lane's element of shared memory: the whole of it, and an index."""
-
-    def __init__(self, warp, addresses, type_, size: int):
-        self.array, self.addresses, self.size = warp.block.shared_as(type_), addresses, size
-        self.region = warp.memory.shared
-
-    def __getitem__(self, lane):
-        return self.array
-
-    def index(self, lanes):
-        """The indices of these lanes' elements. Raises IndexError, ValueError."""
-        addresses = self.addresses[lanes]
-        for address in addresses.tolist():
-            if address % self.size:
-                raise ValueError(
-                    f"shared address {address:#x} is not a multiple of {self.size} bytes"
-                )
-            if not self.region.start <= address <= self.region.end - self.size:
-                raise IndexError(
-                    f"shared address {address:#x} lies outside the block's {self.region}"
-                )
-        return addresses // self.size
-
-
-class _GlobalAddress:
-    """A lane's address in global memory, as a pointer whose element 0 is there."""
-
-    def __init__(self, memory, address):
-        self.memory, self.address = memory, int(address)
-
-    def block(self, offset: int, n_bytes: int) -> np.ndarray:
-        """The n_bytes there. Raises IndexError, ValueError."""
-        if self.address % n_bytes:
-            raise ValueError(f"{n_bytes} bytes at global address {self.address:#x} are misaligned")
-        region = self.memory.find("global", self.address, n_bytes)
-        return region.bytes[self.address - region.start :][:n_bytes]
-
-
-class _TensorMaps:
-    """The tensor map at each lane's address."""
-
-    def __init__(self, known: dict, addresses):
-        self.known, self.addresses = known, addresses
-
-    def __getitem__(self, lane):
-        address = int(self.addresses[lane])
-        if address not in self.known:
-            raise SimulationError(f"there is no tensor map at {address:#x}")
-        return self.known[address]
 
 
 def _operation(instruction: Instruction, bindings: dict, program) -> Callable:
@@ -346,7 +348,7 @@ def _lane_by_lane(instruction: Instruction, order) -> Callable:
                 if argument is not None:
                     value = read[name][lane]
                     values.append(value.item() if isinstance(value, np.generic) else value)
-                elif isinstance(read.get(memory), _SharedAddresses):
+                elif isinstance(read.get(memory), SharedAddresses):
                     values.append(int(read[memory].index([lane])[0]))
                 else:
                     # Global addresses are those of element 0, and hints say nothing.
@@ -373,7 +375,7 @@ def _by_warps(instruction: Instruction, order) -> Callable:
         for name, argument, memory in order:
             if argument is None:
                 values.append(read[memory].index(slice(None)))
-            elif isinstance(read[name], _SharedAddresses):
+            elif isinstance(read[name], SharedAddresses):
                 values.append([read[name].array] * 32)
             else:
                 values.append(read[name])

@@ -9,12 +9,14 @@ import numpy as np
 from numflash.executor.block import Block
 from numflash.executor.memory import PARAMETER_WINDOW, array_region
 from numflash.executor.program import Program
-from numflash.executor.text import Parameter
+from numflash.executor.text import Parameter, shortened
 from numflash.problem.tensor_maps import MAP_BYTES
 from numflash.simulator.tensor_maps import SimulatedTensorMap
 
 # Bodies ask for the running thread, which is one of the process.
 _one_launch = threading.RLock()
+MAX_STEPS = 300_000
+"""Pieces of a warp while nothing happens: some ten seconds of a loop that spins."""
 _FLOATS = {"f32": np.float32, "f64": np.float64}
 
 
@@ -44,6 +46,7 @@ class Launch:
         blocks_per_sm: blocks that share the registers of an SM.
         profiled: whether pieces and bytes are counted.
         names: of the arguments, for messages.
+        max_steps: pieces of the program that a warp may execute while nothing happens.
 
     Raises:
         TypeError, ValueError: arguments that are none of the parameters'.
@@ -59,10 +62,11 @@ class Launch:
         blocks_per_sm: int = 1,
         profiled: bool = False,
         names: Sequence[str] | None = None,
+        max_steps: int = MAX_STEPS,
     ):
         self.program, self.grid, self.block = program, grid, block
         self.num_threads = block[0] * block[1] * block[2]
-        self.seed, self.blocks_per_sm = seed, blocks_per_sm
+        self.seed, self.blocks_per_sm, self.max_steps = seed, blocks_per_sm, max_steps
         self.counts = [0] * len(program.pieces) if profiled else None
         self.traffic = Traffic() if profiled else None
         self.constants = program.constants()
@@ -71,7 +75,8 @@ class Launch:
         parameters = program.entry.parameters
         if len(arguments) != len(parameters):
             raise TypeError(
-                f"the entry has {len(parameters)} parameters, {len(arguments)} arguments are given"
+                f"the entry (line {program.entry.line}) has {len(parameters)} parameters, "
+                f"{len(arguments)} arguments are given"
             )
         names = names or [f"argument {number}" for number in range(len(arguments))]
         end = max([p.offset + p.n_bytes for p in parameters], default=0)
@@ -93,7 +98,10 @@ class Launch:
     def _content(self, name: str, parameter: Parameter, argument) -> bytes:
         """The bytes of an argument."""
         type_, n_bytes = parameter.type, parameter.n_bytes
-        what = f"{name} for a parameter of {n_bytes} bytes (.{type_})"
+        what = (
+            f"{name} for {shortened(parameter.name)} (line {parameter.line}), a parameter of "
+            f"{n_bytes} bytes (.{type_}),"
+        )
         if isinstance(argument, SimulatedTensorMap):
             if n_bytes != MAP_BYTES:
                 raise TypeError(f"{what} is a tensor map, which has {MAP_BYTES} bytes")
@@ -101,6 +109,8 @@ class Launch:
             return bytes(n_bytes)
         if isinstance(argument, np.ndarray):
             return self._pointer(name, what, parameter, argument)
+        if isinstance(argument, tuple):
+            argument = b"".join(self._part(name, what, part) for part in argument)
         if isinstance(argument, bytes | bytearray):
             if len(argument) != n_bytes:
                 raise ValueError(f"{what} has {len(argument)} bytes")
@@ -124,6 +134,22 @@ class Launch:
     def _pointer(self, name: str, what: str, parameter: Parameter, array: np.ndarray) -> bytes:
         if parameter.n_bytes != 8 or parameter.type in _FLOATS:
             raise TypeError(f"{what} is an array, whose address has 8 bytes")
+        return self._address(name, what, array)
+
+    def _part(self, name: str, what: str, part) -> bytes:
+        """The bytes of a member of a structure."""
+        if isinstance(part, np.ndarray):
+            return self._address(name, what, part)
+        if isinstance(part, np.generic) and not part.dtype.hasobject:
+            return part.tobytes()
+        if isinstance(part, bytes | bytearray):
+            return bytes(part)
+        raise TypeError(
+            f"{what} has a member of type {type(part).__name__}; members are arrays, NumPy's "
+            "numbers and bytes"
+        )
+
+    def _address(self, name: str, what: str, array: np.ndarray) -> bytes:
         if array.dtype.hasobject:
             raise TypeError(f"{what} is an array of Python objects")
         self.regions.append(array_region(name, array))

@@ -15,11 +15,11 @@ _MAX_THREADS = 1024
 
 @dataclass(frozen=True)
 class Profile:
-    """What a launch executed. A warp counts once, however many of its lanes took part.
+    """Counts of a launch. A warp counts once, however many of its lanes took part.
 
     Attributes:
         by_opcode, by_line: instructions that warps executed, by opcode and by line of the PTX.
-        bytes: that lanes moved, by ("load" or "store", memory space); not those of copies.
+        bytes: moved by lanes, by ("load" or "store", memory space); not those of copies.
     """
 
     by_opcode: Counter[str]
@@ -38,6 +38,7 @@ def run_ptx(
     blocks_per_sm: int = 1,
     seed: int | None = None,
     profile: bool = False,
+    max_steps: int | None = None,
 ) -> Profile | None:
     """Run a kernel of a PTX module on the CPU, lane by lane; arrays are changed in place.
 
@@ -48,11 +49,15 @@ def run_ptx(
         arguments: one for each parameter: a NumPy array for a pointer to its element 0 (only
             memory between the first and the last element of such arrays can be reached), None for
             a null pointer, a number, a tensor map (`numflash.simulator.SimulatedTensorMap`), or
-            the bytes of a structure.
+            a structure: its bytes, or a tuple of its members without gaps (arrays for pointers,
+            NumPy's numbers, bytes).
         shared_bytes: of dynamic shared memory.
         blocks_per_sm: blocks that share the registers of an SM, which `setmaxnreg` distributes.
         seed: of the order in which warps run; NUMFLASH_SIM_SEED, or 0, by default.
         profile: whether to count what is executed.
+        max_steps: straight pieces of code, from branch to branch, that a warp may execute while
+            nothing happens in its block (no barrier, no copy, no atomic operation that changes
+            memory): a loop that spins longer is a DeadlockError. 300,000 by default.
 
     Returns:
         The profile, if asked for.
@@ -62,10 +67,9 @@ def run_ptx(
         UnsupportedError: an instruction that the executor does not know, by its name and line; or
             NUMBA_ENABLE_CUDASIM is not set.
         IndexError, ValueError: an address outside every array, or a misaligned one.
-        SimulationError, DeadlockError: what the hardware leaves undefined, or waits for forever. A
-            loop that spins without a wait is not found: it runs until it is interrupted.
+        SimulationError, DeadlockError: what the hardware leaves undefined, or waits for forever.
 
-    What fails while it runs names the line of the PTX, and the seed that repeats it.
+    An error while it runs names the line of the PTX, and the seed that repeats it.
 
     Example:
         >>> import numpy as np, numflash
@@ -97,7 +101,7 @@ def run_ptx(
             "run_ptx needs NUMBA_ENABLE_CUDASIM=1, set before Python starts: what instructions "
             "mean is the simulator's"
         )
-    from numflash.executor.launch import Launch
+    from numflash.executor.launch import MAX_STEPS, Launch
     from numflash.executor.program import program_of
     from numflash.simulator.seed import SEED
 
@@ -109,9 +113,13 @@ def run_ptx(
     shared_bytes = _integer("shared_bytes", shared_bytes, 0)
     blocks_per_sm = _integer("blocks_per_sm", blocks_per_sm, 1)
     seed = SEED.value if seed is None else _integer("seed", seed)
+    max_steps = MAX_STEPS if max_steps is None else _integer("max_steps", max_steps, 1)
     program = program_of(ptx, entry, shared_bytes)
     _check_limits(program, block, shared_bytes)
-    launch = Launch(program, grid, block, list(arguments), seed, blocks_per_sm, profile)
+    launch = Launch(
+        *(program, grid, block, list(arguments), seed, blocks_per_sm, profile),
+        max_steps=max_steps,
+    )
     launch.run()
     return _profile(launch) if profile else None
 
@@ -138,7 +146,8 @@ def _check_limits(program, block, shared_bytes: int) -> None:
         raise ValueError(f"block must have at most {_MAX_THREADS} threads, got {num_threads}")
     if allowed and num_threads > allowed[0] * allowed[1] * allowed[2]:
         raise ValueError(
-            f"block has {num_threads} threads, the entry allows {allowed} (.maxntid, .reqntid)"
+            f"block has {num_threads} threads, the entry (line {program.entry.line}) allows "
+            f"{allowed} (.maxntid, .reqntid)"
         )
     try:
         limit = architecture(program.entry.target).max_smem_per_block
@@ -147,8 +156,8 @@ def _check_limits(program, block, shared_bytes: int) -> None:
     used = shared_bytes + program.static_bytes
     if used > limit:
         raise ValueError(
-            f"the block has {used} bytes of shared memory ({shared_bytes} of them shared_bytes); "
-            f"{program.entry.target} allows {limit}"
+            f"a block of the entry (line {program.entry.line}) has {used} bytes of shared memory "
+            f"({shared_bytes} of them shared_bytes); {program.entry.target} allows {limit}"
         )
 
 

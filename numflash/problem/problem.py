@@ -297,7 +297,7 @@ def _expect(name: str, axis: str, value: int, other: str, wanted: int) -> None:
 
 
 def _features(views: dict[str, ArrayView], options: AttentionOptions, asked: Asked) -> Features:
-    """What is asked of each feature. Raises TypeError, ValueError."""
+    """The records of the features that a call asks for. Raises TypeError, ValueError."""
     found = []
     for row in FEATURES:
         value = views.get(row.option) if row.is_array else getattr(options, row.option)

@@ -1,4 +1,4 @@
-"""Where a block works: its tile, head and batch entry, its sequence, and the keys that it sees.
+"""The work of a block: its tile, head and batch entry, its sequence, and the keys that it sees.
 
     Grid        the tiles of a forward, as the host laid them out over blocks
     Place       the tile of one block
@@ -55,7 +55,7 @@ class Sequence(NamedTuple):
     """The queries and keys of a batch entry. Query i sees the keys j with lo <= j - i <= hi.
 
     Attributes:
-        seqlen_q, seqlen_k: how many there are.
+        seqlen_q, seqlen_k: their numbers.
         first_q, first_k: the rows of the first in their arrays.
         lo, hi: the band. Both count from the first query and the first key.
     """
@@ -97,7 +97,7 @@ def divide(x, by):
 
 @device_function
 def tiles_of(length, tile):
-    """How many tiles cover so many rows."""
+    """The number of tiles that cover so many rows."""
     return quotient(length + tile - 1, tile)
 
 

@@ -161,7 +161,7 @@ def test_the_tuner_imports_itself_relatively_and_goes_down(path):
 
 
 def _bench_violations(path: Path) -> list[str]:
-    """What a file of bench imports of it and may not, also inside functions."""
+    """Forbidden imports of a file of bench from bench, also inside functions."""
     unit = path.relative_to(BENCH).parts[0].removesuffix(".py")
     names = [name.split(".") for name, _ in _imports(path, BENCH)]
     rooms = {name[1] for name in names if name[0] == "bench" and len(name) > 1} - {unit}

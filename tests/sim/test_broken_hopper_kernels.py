@@ -180,7 +180,7 @@ _OF_8_BITS = "make_product_pt.product_pt"
 
 
 def _problems_for(part: str, fault: Event) -> tuple[str, ...]:
-    """What shall show a fault of an event: first that for which the event is there."""
+    """Problems that show a fault of an event: first the one that the event is there for."""
     called, context = fault.called, fault.before(SOURCES[part], 4)
     if called == "gather":
         return ("bypassed",)
@@ -400,7 +400,7 @@ def test_a_tensor_map_without_swizzle_is_caught(name, monkeypatch):
     def mutated(self, *about):
         maps = tensor_maps(self, *about)
         mapped = maps[name]
-        return maps | {name: mapped._replace(layout=replace(mapped.layout, swizzled=False))}
+        return maps | {name: mapped._replace(layout=replace(mapped.layout, swizzle_bytes=0))}
 
     monkeypatch.setattr(calls, "_tensor_maps", mutated)
     assert first_failure(["persistent"], monkeypatch)

@@ -45,9 +45,13 @@ def elements(tile: Tile):
             c = tile.coordinates[d] + within
             inside &= 0 <= c < layout.extents[d]
             index += c * steps[d]
-        row, byte = divmod(number * item, 128)
-        place = 128 * row + (16 * (byte // 16 ^ row % 8) + byte % 16)
-        yield (place if layout.swizzled else number * item) // item, index if inside else None
+        place = number * item
+        if width := layout.swizzle_bytes:
+            # Rows repeat their pattern after eight of 128 bytes, however long they are.
+            row, byte = divmod(place, width)
+            change = row // (128 // width) % (width // 16)
+            place = width * row + (16 * (byte // 16 ^ change) + byte % 16)
+        yield place // item, index if inside else None
 
 
 def loaded(tile, x):

@@ -232,7 +232,7 @@ def problem(config: str) -> Fp8Call:
 
 
 def first_failure_of(monkeypatch, config, module=None, fault=None, seeds=range(3)):
-    """How the kernel with a fault in `module` fails with a config; None if it is right."""
+    """The failure of the kernel with a fault in `module` with a config; None if it is right."""
     if fault is not None:
         changed = load((module, KERNEL), module, fault, monkeypatch)
         monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""How Numba kernels are launched on the engine: options, arguments, failures, warp functions."""
+"""Launches of Numba kernels on the engine: options, arguments, failures, warp functions."""
 
 import ml_dtypes
 import numpy as np

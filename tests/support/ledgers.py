@@ -53,7 +53,7 @@ def ledger_of(url, name="numbers"):
 
 
 def tried(*workers):
-    """What workers tried, after they ended well."""
+    """The configs that workers tried, after they ended well."""
     outputs = [worker.communicate(timeout=60)[0].split() for worker in workers]
     assert [worker.returncode for worker in workers] == [0] * len(workers)
     return [config for output in outputs for config in output]

@@ -71,7 +71,7 @@ def predicted_result():
 
 
 class Page(HTMLParser):
-    """What a page consists of; fails where elements do not nest."""
+    """The elements of a page; fails where they do not nest."""
 
     def __init__(self, text):
         super().__init__()

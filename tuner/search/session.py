@@ -40,7 +40,7 @@ _log = logging.getLogger("numflash")
 
 @dataclass(frozen=True)
 class Options:
-    """How to search.
+    """Options of a search.
 
     Attributes:
         rules: when a class is done; its seconds are those of the whole run.

@@ -160,7 +160,7 @@ def make_backward_kernel(config: MmaBackwardConfig, traits: Traits) -> Kernel:
             whole = tiles_seen_whole(n_start, last_key, tile_m, from_keys)
             # All threads have read the K and V before these, whose buffers are filled again.
             cuda.syncthreads()
-            # Nobody waits for the copies of a walk without tiles, which would still be under way
+            # Nothing waits for the copies of a walk without tiles, which would still be under way
             # when the next walk copies to the same bytes.
             if m_begin < m_end:
                 copy_k(smem, k_smem, k, k_base, n_start, sequence.seqlen_k, shape.head_dim)
@@ -245,7 +245,7 @@ def make_backward_kernel(config: MmaBackwardConfig, traits: Traits) -> Kernel:
                     # dS of all warps must have arrived.
                     cuda.syncthreads()
 
-                    # dQ += dS K, on top of what this split's earlier keys gave
+                    # dQ += dS K, on top of the sums over this split's earlier keys
                     part = i64((split * shape.batch_size + batch) * shape.num_heads_q + head)
                     # A warp has 16 rows of queries and dq_tiles of the columns of head_dim. dS
                     # lies by rows of keys, as the warps wrote it.

@@ -162,7 +162,7 @@ def make_backward_dkdv_kernel(config: MmaBackwardDkDvConfig, traits: Traits) -> 
 
         k_base = first_of_rows(k, batch, head_kv, sequence.first_k)
         v_base = first_of_rows(v, batch, head_kv, sequence.first_k)
-        # Without queries nobody would wait for K and V.
+        # Without queries nothing would wait for K and V.
         if not asynchronous or m_begin < m_end:
             copy_k(smem, k_smem, k, k_base, n_start, sequence.seqlen_k, shape.head_dim)
             copy_v(smem, v_smem, v, v_base, n_start, sequence.seqlen_k, shape.head_dim_v)

@@ -146,7 +146,7 @@ def make_backward_dq_kernel(config: MmaBackwardDqConfig, traits: Traits) -> Kern
         v_mine = v_smem + v_word(column_operand_row(lane), column_operand_chunk(lane))
         k_transposed = k_smem + first_of_k(lane)
 
-        # Without keys nobody would wait for Q and dO.
+        # Without keys nothing would wait for Q and dO.
         if n_begin < n_end:
             copy_q(smem, q_smem, q, q_base, m_start, sequence.seqlen_q, shape.head_dim)
             copy_do(smem, do_smem, do, do_base, m_start, sequence.seqlen_q, shape.head_dim_v)

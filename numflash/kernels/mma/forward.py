@@ -166,7 +166,7 @@ def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
         k_mine = k_smem + word(column_operand_row(lane), column_operand_chunk(lane))
         v_mine = v_smem + first_of_v(lane)
 
-        # Without keys nobody would wait for Q.
+        # Without keys nothing would wait for Q.
         if n_begin < n_end:
             copy_q(smem, q_smem, q, q_origin, m_start, num_rows, shape.head_dim)
         for stage in range(num_stages):

@@ -1,7 +1,7 @@
 """Forward on 8-bit floats: O = softmax(softmax_scale Q K^T) V of e4m3 codes and their scales.
 
 The walk is that of `kernels.mma.forward`: a block owns tile_m rows of Q, a warp whole rows, and K
-and V come in tiles of tile_n. What 8 bits change:
+and V come in tiles of tile_n. The changes for 8 bits:
 
     S     the product of codes times the scales of its row and of its tile of K; with `key_scales`
           of each key
@@ -218,11 +218,11 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
             st_shared_u32(smem, whole_end, u32(whole.last))
             st_shared_u32(smem, kept_n_end, u32(n_end))
             st_shared_u32(smem, kept_m_start, u32(m_start))
-        # What one thread has kept is there for all.
+        # Values that one thread has stored are visible to all.
         cuda.syncthreads()
         args = args_of_head(scores.features, batch, head)
 
-        # Without keys nobody would wait for Q.
+        # Without keys nothing would wait for Q.
         if n_begin < n_end:
             copy_q(smem, q_smem, q, q_origin, m_start, num_rows, columns)
         for stage in range(num_stages):

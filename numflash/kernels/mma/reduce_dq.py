@@ -1,4 +1,4 @@
-"""dQ = the sum of the parts that `sm80.backward` left, always in one order.
+"""dQ = the sum of the parts that `mma.backward` left, always in one order.
 
 A block adds up one tile of tile_m rows, its threads in the places of those that wrote the parts.
 """

@@ -194,7 +194,7 @@ def make_store_rows(
 
     @device_function
     def locate_rows(offsets, widths, target, origin, first, end, columns):
-        """Where this thread's rows begin, and how many columns of them there are."""
+        """The offset at which this thread's rows begin, and the number of their columns."""
         for r in range(rows):
             row = i32(first + ROW_STEP * r)
             widths[r] = columns if row < end else i32(0)

@@ -1,4 +1,4 @@
-"""What is missing to compile is named, with the way to get it."""
+"""A missing library of the compiler is named, with the way to get it."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What is compared to see what each idea is worth."""
+"""The comparisons that show the gain of each idea."""
 
 from dataclasses import replace
 

@@ -24,7 +24,7 @@ class _Report:
 
 @pytest.fixture
 def compiled(monkeypatch):
-    """What `inspect_kernel` was asked for, instead of compiling."""
+    """The requests to `inspect_kernel`, instead of compiling."""
     from numflash.machine_code import report
 
     asked = []

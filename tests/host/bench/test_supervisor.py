@@ -56,7 +56,7 @@ if os.path.exists({path!r}):
 
 
 def _supervise(*steps, program=_WORKER, seconds=20.0, **options):
-    """What `supervisor.run` reports for tasks of these steps: results by index, and why not."""
+    """The report of `supervisor.run` for tasks of these steps: results by index, and reasons."""
     results = {}
     settings = {"device": 0, "deadline": time.monotonic() + seconds, "budget_ms": 1}
     reason = supervisor.run(

@@ -29,7 +29,7 @@ def qkv(gpu):
 
 @pytest.fixture
 def compiled(monkeypatch):
-    """What `warmup` compiles."""
+    """The kernels that `warmup` compiles."""
     compiled = []
 
     def get_cubin(config, traits, limits):

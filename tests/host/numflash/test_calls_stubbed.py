@@ -1,4 +1,4 @@
-"""What calls and plans give back, launch and keep, with libraries and the driver stubbed."""
+"""Calls and plans: results, launches and kept memory, with libraries and the driver stubbed."""
 
 import gc
 import sys

@@ -123,7 +123,7 @@ def test_a_new_class_is_tuned_once_on_first_use(autotuning):
 
 
 def _select(q, k, v):
-    """What a call on these arrays selects."""
+    """The selection of a call on these arrays."""
     views = {
         name: library_of(x, name).view(x, name) for name, x in zip("qkv", (q, k, v), strict=True)
     }

@@ -1,4 +1,4 @@
-"""What runs on Hopper through wgmma, and what is left to other kernels."""
+"""Problems that run on Hopper through wgmma, and those left to other kernels."""
 
 import itertools
 from dataclasses import replace

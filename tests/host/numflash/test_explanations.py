@@ -1,4 +1,4 @@
-"""What explain_dispatch says of the rules."""
+"""The rules in the words of explain_dispatch."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""How the forward is laid over the machine: splits, packed heads, bundles."""
+"""The layout of the forward over the machine: splits, packed heads, bundles."""
 
 import itertools
 from dataclasses import replace

@@ -88,7 +88,7 @@ def test_a_question_for_the_type_of_a_config_is_seen(line, asks):
 
 
 def test_nobody_asks_for_the_type_of_a_config():
-    """What implementations differ in is said in their rows."""
+    """Differences of implementations stand in their rows."""
     found = []
     for package in (numflash, tuner, bench):
         for path in Path(package.__file__).parent.rglob("*.py"):

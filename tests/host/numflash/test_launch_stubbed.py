@@ -1,4 +1,4 @@
-"""What a call has arrive at the CUDA driver, with array libraries and the driver stubbed.
+"""Calls as they arrive at the CUDA driver, with array libraries and the driver stubbed.
 
 What a GPU would be asked to do is read where the driver would read it: the argument block, the
 grid, the stream. See `tests.support.fake_gpu`.

@@ -96,7 +96,7 @@ def plain(kind):
 
 
 def neighbours(config):
-    """What may be had of a config by changing one or two fields."""
+    """The configs that differ from a config in one or two fields."""
     names = [field.name for field in fields(config)]
     for pair in itertools.combinations(names, 2):
         for values in itertools.product(VALUES, repeat=2):

@@ -32,7 +32,7 @@ def test_keys_come_in_tiles_of_rows():
         strides=(2 * H * D, 2 * D, 2 * S * H * D),
         box=(64, 176, 1, 1),
     )
-    assert layout.swizzled
+    assert layout.swizzle_bytes == 128
 
 
 def test_queries_come_in_tiles_of_64_rows_of_packed_heads():
@@ -138,7 +138,7 @@ def test_the_driver_is_told_all_of_a_layout(hopper):
     assert hopper.driver.maps == [
         EncodedMap(9, BASE, (64, 3, 5), (128, 1024), (64, 2, 4), (1, 1, 1), 0, 3, 3, 0)
     ]
-    encoder(hopper.driver, replace(layout, dtype="uint8", swizzled=False))(BASE + 16)
+    encoder(hopper.driver, replace(layout, dtype="uint8", swizzle_bytes=0))(BASE + 16)
     assert hopper.driver.maps[1][:2] == (0, BASE + 16) and hopper.driver.maps[1].swizzle == 0
     encoder(hopper.driver, replace(layout, l2_bytes=128))(BASE)
     assert hopper.driver.maps[2] == hopper.driver.maps[0]._replace(l2_promotion=2)
@@ -164,7 +164,8 @@ def test_numbers_are_those_of_the_drivers_enumerations():
         kind = f"CU_TENSOR_MAP_DATA_TYPE_{name.upper()}"
         assert getattr(driver.CUtensorMapDataType, kind) == number
     swizzles, promotions = driver.CUtensorMapSwizzle, driver.CUtensorMapL2promotion
-    assert swizzles.CU_TENSOR_MAP_SWIZZLE_128B == encoding._SWIZZLE_128B
-    assert swizzles.CU_TENSOR_MAP_SWIZZLE_NONE == encoding._SWIZZLE_NONE
+    for n_bytes, number in encoding._SWIZZLES.items():
+        name = f"{n_bytes}B" if n_bytes else "NONE"
+        assert getattr(swizzles, f"CU_TENSOR_MAP_SWIZZLE_{name}") == number
     for n_bytes, number in encoding._L2_PROMOTIONS.items():
         assert getattr(promotions, f"CU_TENSOR_MAP_L2_PROMOTION_L2_{n_bytes}B") == number

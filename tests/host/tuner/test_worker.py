@@ -1,4 +1,4 @@
-"""What a worker runs: numflash in the simulator, on a device that is NumPy."""
+"""A worker that runs numflash in the simulator, on a device that is NumPy."""
 
 import importlib
 import math

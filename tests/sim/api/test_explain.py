@@ -1,4 +1,4 @@
-"""What `explain_dispatch` says is what runs."""
+"""The kernels that `explain_dispatch` names are those that run."""
 
 import numpy as np
 import pytest

@@ -1,1 +1,1 @@
-"""What is refused before anything is compiled or launched."""
+"""Bad input is refused before anything is compiled or launched."""

@@ -1,4 +1,4 @@
-"""What plans, warmup, check and explain_dispatch refuse, and what stands around a call."""
+"""Bad input of plans, warmup, check and explain_dispatch, and of the options around a call."""
 
 import numpy as np
 import pytest

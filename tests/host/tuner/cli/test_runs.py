@@ -1,4 +1,4 @@
-"""What a run of the tuner's command line does, remembers and reports."""
+"""A run of the tuner's command line: its work, memory and report."""
 
 import dataclasses
 import errno
@@ -37,7 +37,7 @@ class Page(HTMLParser):
         """It has no contents."""
 
     def handle_endtag(self, tag):
-        """What ends was the last to begin."""
+        """An element that ends was the last to begin."""
         assert self.open.pop() == tag
 
     def handle_data(self, data):

@@ -1,1 +1,1 @@
-"""What the tuner shows of its results."""
+"""The tuner's presentation of its results."""
