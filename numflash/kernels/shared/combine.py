@@ -34,8 +34,9 @@ from numflash.tiles.portable.elements import ELEMENTS
 from numflash.tiles.portable.lanes import FULL_WARP
 from numflash.tiles.portable.softmax import exp_f32
 from numflash.tiles.rows import NATURAL, make_end_of_row
-from numflash.tiles.scores import NEG_INF
 
+# The lowest float32 that is a number.
+LOWEST = f32(-(2 - 2**-23) * 2.0**127)
 # Columns that one warp covers with 16 bytes a lane.
 _WARP_COLUMNS = 128
 
@@ -72,13 +73,12 @@ def make_combine_kernel(config: CombineConfig, traits: Traits) -> Kernel:
         lse_step = i64(shape.batch_size) * shape.num_heads_q * shape.seqlen_q
         part_row = (i64(batch) * shape.seqlen_q + row) * shape.num_heads_q + head
 
-        largest = NEG_INF
+        # Finite: a row that sees no key has lse -inf in every part, and -inf - -inf would be NaN.
+        largest = LOWEST
         for split in range(lane, num_splits, 32):
             largest = max_f32(largest, part_lses[split * lse_step + lse_row])
         for distance in (16, 8, 4, 2, 1):
             largest = max_f32(largest, cuda.shfl_xor_sync(FULL_WARP, largest, distance))
-        # A row that sees no key has lse -inf in every part, and -inf - -inf would be NaN.
-        shift = largest if largest > NEG_INF else f32(0)
 
         for i in range(chains_per_warp):
             totals[i] = f32(0)
@@ -87,10 +87,10 @@ def make_combine_kernel(config: CombineConfig, traits: Traits) -> Kernel:
         whole_rounds = num_splits // chains * chains
         for first in range(0, whole_rounds, chains):
             place = i32(first + warp), num_splits, lse_step, lse_row, part_row
-            add_round(sums, totals, parts, part_lses, shift, place)
+            add_round(sums, totals, parts, part_lses, largest, place)
         if whole_rounds < num_splits:
             place = i32(whole_rounds + warp), num_splits, lse_step, lse_row, part_row
-            add_last_round(sums, totals, parts, part_lses, shift, place)
+            add_last_round(sums, totals, parts, part_lses, largest, place)
 
         for i in range(n_loads):
             column = 4 * lane + _WARP_COLUMNS * (i % groups)
