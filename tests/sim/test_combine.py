@@ -42,7 +42,8 @@ def combine(parts, part_lse, num_warps=4, head_dim_v=None, dtype="float32", alig
     shape = Shape(seqlen, 0, heads, 1, 0, head_dim_v, batch)
     parts, part_lse, bits, lse_pointer = arrays
     out_record = Tensor(bits, *strides)
-    arguments = [parts, part_lse, out_record, lse_pointer, shape, num_splits]
+    # Without features the kernel reads none.
+    arguments = [parts, part_lse, out_record, lse_pointer, shape, num_splits, None]
     launch(
         kernel.function, batch * seqlen * heads, kernel.num_threads, arguments, kernel.smem_bytes
     )
