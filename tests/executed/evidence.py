@@ -14,42 +14,33 @@ from pathlib import Path
 _DOCS = Path(__file__).parents[2] / "docs"
 RECORD, PAGE = _DOCS / "evidence.json", _DOCS / "evidence.md"
 
-_MOVES = "a move, which every kernel executes in some form"
 WITHOUT = {
-    **dict.fromkeys(
-        ("mov_b32_halves", "float_as_bits", "bits_as_float", "mov_shared_address"), _MOVES
-    ),
-    **dict.fromkeys(("mov_tid_x", "mov_ctaid_x", "mov_nctaid_x"), _MOVES),
-    "mma_m16n8k8_f16": "for sm_75 Triton makes `fma` of a matmul",
-    "mbarrier_arrive": "no kernel here has specialised warps",
-    "bar_arrive": "no kernel here has specialised warps",
-    "cp_async_bulk_wait_group_read": "Triton waits for the writes, too",
-    "fence_mbarrier_init": "Triton sets none, the tests do: it is only refused where missing",
     "fence_proxy_tensormap": "changes nothing on a CPU: a wrong meaning could not be noticed",
     "prefetch_tensormap": "changes nothing on a CPU: a wrong meaning could not be noticed",
     "bra_over_store": "a branch that is never taken; no other compiler has it",
-    "mul_rn_f16x2": "Triton multiplies single float16: `mul.f16`",
-    "st_shared_f32": "Triton stores more or fewer bytes to shared memory at once",
-    "st_shared_u32": "Triton stores more or fewer bytes to shared memory at once",
-    "lop3_select_b32": "LLVM makes `and` and `or`; ptxas makes the `lop3`",
-    "cvt_rna_tf32_f32": "Triton passes float32 to products of tf32 unrounded",
 }
-"""Instructions of `numflash/ptx` that have no witness yet, or can have none, and why."""
+"""Instructions of `numflash/ptx` that can have no witness, and why."""
 
 
 def read() -> dict:
     """The record.
 
-    {"witnesses": {test: {"compiler", "date", "instructions"}},
+    {"witnesses": {test: {"compiler", "module", "date", "instructions"}},
     "noticed": {wrong meaning: {"instruction", "witness", "date"}}, "without": {name: why}}.
     """
     return json.loads(RECORD.read_text())
 
 
-def enter(witnesses: dict[str, dict], noticed: dict[str, dict], meanings: Iterable[str]) -> None:
+def enter(
+    module: str, witnesses: dict[str, dict], noticed: dict[str, dict], wrong: Iterable[str] | None
+) -> None:
     """Replace these entries of the record; what says the same keeps its date.
 
-    Wrong meanings that are none of `meanings` are no longer tried, and dropped.
+    Args:
+        module: whose witnesses ran.
+        witnesses, noticed: what passed, as in the record.
+        wrong: the wrong meanings that witnesses of this module are tried with, if they were:
+            others that these have noticed once are dropped.
     """
     record = read() if RECORD.exists() else {"witnesses": {}, "noticed": {}}
     for kept, entries in (
@@ -59,11 +50,15 @@ def enter(witnesses: dict[str, dict], noticed: dict[str, dict], meanings: Iterab
         for name, entry in entries.items():
             if {**kept.get(name, {}), "date": None} != {**entry, "date": None}:
                 kept[name] = {**entry, "date": date.today().isoformat()}
-    meanings = set(meanings)
-    record["noticed"] = {k: v for k, v in record["noticed"].items() if k in meanings}
-    found = witnesses_of(record)
+    if wrong is not None:
+        by = {name for name, entry in record["witnesses"].items() if entry["module"] == module}
+        record["noticed"] = {
+            meaning: entry
+            for meaning, entry in record["noticed"].items()
+            if meaning in set(wrong) or entry["witness"] not in by
+        }
     record = {part: dict(sorted(record[part].items())) for part in ("witnesses", "noticed")}
-    record["without"] = {name: why for name, why in WITHOUT.items() if name not in found}
+    record["without"] = WITHOUT
     RECORD.write_text(json.dumps(record, indent=1) + "\n")
 
 

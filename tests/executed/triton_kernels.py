@@ -175,7 +175,7 @@ def compiled(
     stages: int = 2,
     aligned: bool = True,
 ) -> dict:
-    """What `tests/executed/test_witnesses.py` runs.
+    """What `tests/executed/test_witnesses_triton.py` runs.
 
     Args:
         kernel: its name here.
