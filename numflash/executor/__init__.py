@@ -1,6 +1,6 @@
 """An executor of PTX on a CPU: what a compiler made of a kernel, run on NumPy arrays.
 
-`text` reads PTX, `one_lane` makes Python of the instructions of one lane and `arithmetic` says
+`text` reads PTX, `one_lane/` makes Python of the instructions of one lane and `arithmetic` says
 what they compute; `together` and `bodies` are what lanes and warps execute together, whose
 meanings are the bodies of `numflash.ptx`; `program` cuts an entry into pieces, `warps` and
 `block` run them, `memory` holds what they reach. `launch` is a grid of blocks.

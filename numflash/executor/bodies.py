@@ -13,7 +13,6 @@ from functools import cache
 
 import numpy as np
 
-from numflash.executor.one_lane import UnknownError
 from numflash.executor.operands import (
     WAITS,
     address_reader,
@@ -35,6 +34,7 @@ from numflash.executor.text import (
     Placeholder,
     Register,
     Statement,
+    UnknownError,
     Vector,
     operand_of,
     split,

@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from numflash.executor.one_lane import BITS
+from numflash.executor.types import BITS
 from numflash.simulator.memory import POISON, bytes_between
 
 SHARED_WINDOW = 1 << 40

@@ -5,7 +5,6 @@ from collections.abc import Callable
 import numpy as np
 
 from numflash.executor.memory import SHARED_WINDOW
-from numflash.executor.one_lane import BITS, DTYPES, UnknownError, bits_of, filled
 from numflash.executor.special_registers import NAMES
 from numflash.executor.text import (
     TYPE_BYTES,
@@ -15,8 +14,10 @@ from numflash.executor.text import (
     Register,
     Special,
     Symbol,
+    UnknownError,
     Vector,
 )
+from numflash.executor.types import BITS, DTYPES, bits_of, filled
 
 WAITS = object()
 """What an operation returns that cannot go on now."""

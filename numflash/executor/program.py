@@ -19,9 +19,9 @@ import numpy as np
 
 from numflash.executor import arithmetic
 from numflash.executor.memory import CONSTANTS, Region
-from numflash.executor.one_lane import OneLane, UnknownError, is_one_lane
+from numflash.executor.one_lane import OneLane, is_one_lane
 from numflash.executor.operands import WAITS
-from numflash.executor.text import Entry, Label, PtxError, Statement, parse
+from numflash.executor.text import Entry, Label, PtxError, Statement, UnknownError, parse
 from numflash.executor.together import make_operation
 from numflash.simulator.memory import SharedMemory
 

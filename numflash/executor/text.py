@@ -9,6 +9,8 @@ import re
 from bisect import bisect_right
 from dataclasses import dataclass, field
 
+from numflash.runtime.errors import UnsupportedError
+
 TYPE_BYTES = {
     **dict.fromkeys(("b8", "u8", "s8"), 1),
     **dict.fromkeys(("b16", "u16", "s16", "f16", "bf16", "e4m3x2", "e5m2x2"), 2),
@@ -21,6 +23,10 @@ TYPE_BYTES = {
 
 class PtxError(ValueError):
     """Text that is no PTX, or an entry that it does not have."""
+
+
+class UnknownError(UnsupportedError):
+    """An instruction that the executor does not know."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,6 @@ from collections.abc import Callable
 import numpy as np
 
 from numflash.executor.bodies import body_operation
-from numflash.executor.one_lane import DTYPES, UnknownError
 from numflash.executor.operands import (
     WAITS,
     address_reader,
@@ -22,7 +21,8 @@ from numflash.executor.operands import (
     shared_address_reader,
     write,
 )
-from numflash.executor.text import Immediate, Memory, Pair, Statement
+from numflash.executor.text import Immediate, Memory, Pair, Statement, UnknownError
+from numflash.executor.types import DTYPES
 from numflash.ptx import INSTRUCTIONS
 from numflash.simulator.bulk_copies import BulkCopies
 from numflash.simulator.engine import become

@@ -8,11 +8,11 @@ are there.
 import numpy as np
 
 from numflash.executor.memory import WINDOWS, Memory, poisoned, space_of
-from numflash.executor.one_lane import BITS
 from numflash.executor.operands import WAITS
 from numflash.executor.program import END, FALSE, TRUE, Program
 from numflash.executor.special_registers import special_registers
 from numflash.executor.text import TYPE_BYTES
+from numflash.executor.types import BITS
 from numflash.runtime.errors import UnsupportedError
 
 _LANES = np.arange(32)
