@@ -102,6 +102,14 @@ def test_vectors_are_added():
     np.testing.assert_array_equal(z, x + y)
 
 
+@witness
+def test_places():
+    kernel = compiled("places", 80, {"z": "*i32"}, {"BLOCK": 128})
+    z = np.zeros(3 * 128, np.int32)
+    run(kernel, 3, z)
+    np.testing.assert_array_equal(z, 3000 + np.arange(3).repeat(128))
+
+
 @pytest.mark.parametrize("ta, tb", _TRANSPOSES)
 @pytest.mark.parametrize("type_, mma", [("fp16", "f16"), ("bf16", "bf16"), ("fp32", "tf32")])
 @witness
@@ -249,6 +257,18 @@ def test_conversions_of_fp8(type_, to_fp8):
     ours = {"fp8e4nv": "e4m3x2", "fp8e5": "e5m2x2"}[type_]
     used = f"cvt.rn.satfinite.{ours}.f32" if to_fp8 else f"cvt.rn.f16x2.{ours}"
     assert used in opcodes
+
+
+@witness
+def test_fp8_of_a_format_of_triton():
+    """e4b15, which is float16 of four bits of exponent and three of significand."""
+    kernel = compiled("convert", 80, {"x": "*fp8e4b15", "y": "*fp16", "n": "i32"}, {"BLOCK": 512})
+    codes = np.arange(1024, dtype=np.uint32).astype(np.uint8)
+    y = np.full(1024, np.nan, np.float16)
+    opcodes = run(kernel, 2, codes, y, 1024)
+    bits = codes.astype(np.uint16)
+    np.testing.assert_array_equal(y.view(np.uint16), (bits & 0x80) << 8 | (bits & 0x7F) << 7)
+    assert "lop3.b32" in opcodes
 
 
 def tensor_map(array: np.ndarray, box) -> list:

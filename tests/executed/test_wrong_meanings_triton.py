@@ -35,7 +35,7 @@ def _stored_in_other_order(body):
 
 
 def _same(swizzled):
-    return lambda chunks: chunks
+    return lambda chunks, *rest: chunks
 
 
 def _offsets_exchanged(mn_major):
@@ -102,12 +102,40 @@ def _a_group_less(pending: int):
     return change
 
 
+def _one_group_fewer(pending: int):
+    """Wait for one group of products fewer than asked for."""
+    opcode = r"(wgmma\.wait_group\.sync\.aligned\s+)"
+    return text(rf"{opcode}{pending};", rf"\g<1>{pending + 1};")
+
+
 _FLOAT16, _TF32 = ("fp16", "f16", 0, 0), ("fp32", "tf32", 0, 0)
 _MAPS = (triton.test_a_matmul_of_tensor_maps, "fp16", 0, 64)
 _SM80, _SM90 = (triton.test_attention, 80, 64), (triton.test_attention, 90, 64)
 _COPIES = {n: (triton.test_copies_of_several_groups, n + 2) for n in range(5)}
 _SCALARS = (triton.test_scalars, 512)
+_GROUPS, _PLACES = (triton.test_a_matmul_of_sm90, "fp16", 0, 1), (triton.test_places,)
 _WGMMA = "wgmma_m64n128k16_f16_a_shared_b_"
+# Which witness has which product.
+_PRODUCTS = {
+    **{
+        f"wgmma_m64n128k16_{type_}_a_shared_b_{'k' if tb else 'mn'}{'_a_mn' * ta}": (
+            triton.test_a_matmul_of_sm90,
+            type_.replace("f16", "fp16").replace("bfp", "bf"),
+            ta,
+            tb,
+        )
+        for type_ in ("f16", "bf16")
+        for ta in (0, 1)
+        for tb in (0, 1)
+    },
+    **{
+        f"wgmma_m64n{n}k16_f16_a_shared_b_{major}": (triton.test_sizes_of_wgmma, n)
+        for n, major in ((16, "k"), (32, "k"), (256, "mn"))
+    },
+    "wgmma_m64n128k32_e4m3_a_shared_b_k": (triton.test_fp8_of_sm90,),
+    "wgmma_m64n64k16_f16_a_shared_b_k": _SM90,
+    "wgmma_m64n64k16_f16_a_registers_b_mn": _SM90,
+}
 # Name of the wrong meaning -> (instruction, what makes it wrong, (witness, its arguments)).
 WRONG = {
     "f16: registers of a exchanged": (
@@ -302,14 +330,56 @@ WRONG = {
         text(r"cvt\.rn\.f16\.f32", "cvt.rn.bf16.f32"),
         (triton.test_scalars, 128),
     ),
+    # Triton types loads and stores by their size: what it says of one, it says of the other.
     **{
-        f"{name}: registers exchanged": (name, exchanged(opcode), _SCALARS)
-        for name, opcode in (
-            ("ld_global_v4_u32", "ld.global.v4.b32"),
-            ("st_global_v4_u32", "st.global.v4.b32"),
-            ("st_global_v2_u32", "st.global.v2.b32"),
+        f"{name}_{type_}: registers exchanged": (
+            f"{name}_{type_}",
+            exchanged(f"{name.replace('_', '.')}.b32"),
+            noticed,
         )
+        for name, types, noticed in (
+            ("ld_global_v4", ("u32", "f32"), _SCALARS),
+            ("st_global_v4", ("u32", "f32"), _SCALARS),
+            ("st_global_v2", ("u32", "f32"), _SCALARS),
+            ("ld_shared_v4", ("f32",), (triton.test_a_matmul_of_sm80, *_FLOAT16)),
+            ("ld_shared_v2", ("f32",), (triton.test_sizes_of_wgmma, 16)),
+            ("st_shared_v4", ("u32", "f32"), (triton.test_a_matmul_of_sm80, *_FLOAT16)),
+        )
+        for type_ in types
     },
+    "a word farther is read": (
+        "ld_shared_u32",
+        text(r"(ld\.shared\.b32\s+%\w+, \[%\w+)\]", r"\1+4]"),
+        _SM80,
+    ),
+    "wgmma: one group more is left": ("wgmma_wait_group_1", _one_group_fewer(1), _GROUPS),
+    **{
+        f"{name}: rows in reverse": (name, rows_exchanged(name), row)
+        for name, row in _PRODUCTS.items()
+    },
+    # Moves
+    "the thread is the block": ("mov_tid_x", text("%tid\\.x", "%ctaid.x"), _PLACES),
+    "the block is the thread": ("mov_ctaid_x", text("%ctaid\\.x", "%tid.x"), _PLACES),
+    "the blocks are the threads": ("mov_nctaid_x", text("%nctaid\\.x", "%ntid.x"), _PLACES),
+    "halves exchanged": (
+        "mov_b32_halves",
+        text(r"(mov\.b32\s+%\w+, \{)(%\w+), (%\w+)\}", r"\1\3, \2}"),
+        (triton.test_scalars, 128),
+    ),
+    **{
+        f"{name}: 0": (name, text(r"(mov\.b32\s+%\w+), %r\w+;", r"\1, 0;"), _SCALARS)
+        for name in ("float_as_bits", "bits_as_float")
+    },
+    "an address 4 bytes farther": (
+        "mov_shared_address",
+        text(r"(mov\.b32\s+%\w+, global_smem);", r"\1+4;"),
+        _SM80,
+    ),
+    "a and b exchanged": (
+        "lop3_select_b32",
+        text(r"(lop3\.b32\s+%\w+), (%?\w+), (%?\w+), (%?\w+),", r"\1, \4, \3, \2,"),
+        (triton.test_fp8_of_a_format_of_triton,),
+    ),
 }
 
 record = witnesses.recorder(triton.__name__, WRONG)
