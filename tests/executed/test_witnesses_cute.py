@@ -7,7 +7,6 @@ memory, what a descriptor holds, and which lane has which element. They are witn
 Opt-in: NUMFLASH_TEST_PEERS=1, with `nvidia-cutlass-dsl` installed (some 400 MB on disk).
 """
 
-import pickle
 from pathlib import Path
 
 import ml_dtypes
@@ -33,8 +32,7 @@ witness = witnesses.witness("CuTe", "nvidia-cutlass-dsl")
 
 def compiled(kernel: str, **parameters) -> str:
     """The PTX of `cute_kernels.compiled`, made in a process of its own."""
-    request = pickle.dumps(dict(kernel=kernel, **parameters))
-    return witnesses.answer(_WORKER, request)["ptx"]
+    return witnesses.answer(_WORKER, "nvidia-cutlass-dsl", kernel=kernel, **parameters)["ptx"]
 
 
 def run(ptx: str, threads: int, *arguments) -> set[str]:

@@ -5,7 +5,6 @@ Triton compiles them without a GPU, in a process of its own. They are witnesses:
 Opt-in: NUMFLASH_TEST_PEERS=1, with `triton` installed (some 290 MB to load, 1 GB on disk).
 """
 
-import pickle
 import re
 from pathlib import Path
 
@@ -47,7 +46,7 @@ def compiled(kernel: str, target: int, signature: dict, constants: dict, **optio
     request = dict(
         kernel=kernel, target=target, signature=signature, constants=constants, **options
     )
-    return witnesses.answer(_WORKER, pickle.dumps(request))
+    return witnesses.answer(_WORKER, "triton", **request)
 
 
 def run(kernel: dict, grid, *arguments, fenced: bool = True) -> set[str]:

@@ -5,7 +5,9 @@ its kernels executed; where it fails under a wrong meaning of one of them, that 
 Both go into the record: `evidence`.
 """
 
+import hashlib
 import importlib.util
+import os
 import pickle
 import re
 import subprocess
@@ -28,6 +30,7 @@ from numflash.runtime.switches import is_on
 from numflash.simulator import DeadlockError, SimulationError, warpgroup
 from tests.executed import evidence
 
+_KEPT = Path(__file__).parents[2] / "build" / "test-cache" / "witnesses"
 # What passed in this run: see `evidence.enter`. And what the running test has executed.
 _WITNESSES: dict[str, dict] = {}
 _NOTICED: dict[str, dict] = {}
@@ -100,12 +103,23 @@ def witness(compiler: str, package: str, *instructions: str):
     return decorate
 
 
-@cache
-def answer(worker: Path, request: bytes) -> dict:
-    """What a program answers to a pickled request, in a process of its own."""
-    process = subprocess.run([sys.executable, str(worker)], input=request, capture_output=True)
-    assert process.returncode == 0, process.stderr.decode()[-2000:]
-    return pickle.loads(process.stdout)
+def answer(worker: Path, package: str, **request) -> dict:
+    """What a program of kernels answers, in a process of its own; kept from run to run.
+
+    The process is needed: a compiler would not work in the simulator's. `package` is the
+    compiler's, whose version decides what it makes.
+    """
+    asked = pickle.dumps(request)
+    key = hashlib.sha256(b"\0".join([worker.read_bytes(), asked, version(package).encode()]))
+    kept = _KEPT / f"{worker.stem}-{key.hexdigest()[:24]}.pickle"
+    if not kept.exists():
+        process = subprocess.run([sys.executable, str(worker)], input=asked, capture_output=True)
+        assert process.returncode == 0, process.stderr.decode()[-2000:]
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        partial = kept.with_suffix(f".{os.getpid()}")
+        partial.write_bytes(process.stdout)
+        partial.replace(kept)
+    return pickle.loads(kept.read_bytes())
 
 
 def run(ptx: str, entry, grid, block, arguments, shared_bytes: int) -> set[str]:
