@@ -8,7 +8,7 @@ from numflash.problem.tensor_maps import MAP_ALIGNMENT, MAP_BYTES, TensorLayout
 
 # CUtensorMapDataType, CUtensorMapSwizzle and CUtensorMapL2promotion of cuda.h.
 _DTYPES = {"uint8": 0, "float16": 6, "float32": 7, "bfloat16": 9}
-_SWIZZLE_NONE, _SWIZZLE_128B = 0, 3
+_SWIZZLES = {0: 0, 32: 1, 64: 2, 128: 3}
 _L2_PROMOTIONS = {128: 2, 256: 3}
 _INTERLEAVE_NONE = _OUT_OF_BOUNDS_ZERO = 0
 _FIRST_CUDA = 12000
@@ -32,7 +32,7 @@ def encoder(driver, layout: TensorLayout) -> Callable[[int], bytes]:
         (ctypes.c_uint32 * rank)(*layout.box),
         (ctypes.c_uint32 * rank)(*[1] * rank),
         _INTERLEAVE_NONE,
-        _SWIZZLE_128B if layout.swizzled else _SWIZZLE_NONE,
+        _SWIZZLES[layout.swizzle_bytes],
         _L2_PROMOTIONS[layout.l2_bytes],
         _OUT_OF_BOUNDS_ZERO,
     )

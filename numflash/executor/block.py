@@ -39,6 +39,7 @@ class Block:
             `simulator.engine.Block`.
         tensor_maps: by their address.
         counts: how often warps have executed each piece, where somebody counts.
+        max_steps: pieces that a warp may execute while nothing happens in the block.
     """
 
     def __init__(self, launch, position: tuple[int, int, int]):
@@ -47,6 +48,7 @@ class Block:
         self.grid, self.extents, self.size = launch.grid, launch.block, launch.num_threads
         self.blocks_per_sm, self.seed = launch.blocks_per_sm, launch.seed
         self.counts, self.traffic = launch.counts, launch.traffic
+        self.max_steps = launch.max_steps
         self.random = random.Random(f"{self.seed} {position}").random
         self.elected_lane = random.Random(f"lane {self.seed}").randrange(32)
         self.shared = program.shared_memory()
@@ -61,6 +63,7 @@ class Block:
         self.tensor_maps = launch.tensor_maps
         self.parts: dict[type, Part] = {}
         self.barriers: dict[int, NamedBarrier] = {}
+        self.cluster_barrier, self.cluster_arrivals = NamedBarrier(), {}
         self.events, self._may_fail = 0, False
         self.warps = [Warp(self, i, program) for i in range(-(-self.size // 32))]
         self.threads = [thread for warp in self.warps for thread in warp.threads]
@@ -109,7 +112,7 @@ class Block:
         """Run every warp to its end.
 
         Raises:
-            DeadlockError: warps wait and none can run.
+            DeadlockError: warps wait and none can run; or one goes on and on, and nothing happens.
             SimulationError: what the hardware leaves undefined.
             IndexError, ValueError: an address outside every array, or a misaligned one.
         """
@@ -134,11 +137,18 @@ class Block:
             if ready:
                 others = [warp for warp in ready if warp is not self.laggard] or ready
                 warp = others[int(self.random() * len(others))]
-                if not warp.run(self.turn):
+                done = warp.run(self.turn)
+                if not done:
                     waiting.add(warp)
                 if self.events != seen:
                     waiting.clear()
                     seen, patience = self.events, _PATIENCE
+                    for each in live:
+                        each.steps = 0
+                    continue
+                warp.steps += done
+                if warp.steps > self.max_steps:
+                    raise DeadlockError(self._who_spins(warp))
                 continue
             waiting.clear()
             if any(part.advance() for part in list(self.parts.values())):
@@ -162,6 +172,15 @@ class Block:
 
     def _replay(self) -> str:
         return f"seed {self.seed} (NUMFLASH_SIM_SEED={self.seed} repeats this order)"
+
+    def _who_spins(self, warp: Warp) -> str:
+        return (
+            f"warp {warp.number} has executed {warp.steps} pieces of the program while nothing "
+            "happened in its block: no barrier, no copy, no atomic operation that changed memory. "
+            "A loop waits for what never comes, perhaps from a later block (blocks run one after "
+            f"the other); one that only takes its time needs a larger max_steps\n"
+            f"{self._who_waits_where()}"
+        )
 
     def _who_waits_where(self) -> str:
         lines = [f"deadlock in block {self.position}; {self._replay()}"]

@@ -9,10 +9,11 @@ is asked for.
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 
+from numflash.executor.addresses import GlobalAddress, SharedAddresses, TensorMaps
 from numflash.executor.operands import (
     WAITS,
     address_reader,
@@ -36,6 +37,7 @@ from numflash.executor.text import (
     Statement,
     UnknownError,
     Vector,
+    check_operands,
     operand_of,
     split,
 )
@@ -48,6 +50,7 @@ from numflash.ptx.instruction import (
     Regs,
     Shared,
 )
+from numflash.ptx.scalars import f32, u32
 from numflash.ptx.wgmma import make_wgmma, make_wgmma_wait_group
 from numflash.simulator import warpgroup
 from numflash.simulator.engine import become
@@ -58,10 +61,10 @@ _PTX_TYPES = {
     **{np.int64: "s64", np.uint64: "u64"},
 }
 _WGMMA = re.compile(
-    r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k\d+\.f32\.(f16|bf16|e4m3)\.(f16|bf16|e4m3)"
+    r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k\d+\.(f32|f16)\.(f16|bf16|e4m3|tf32)\.\3"
 )
 _STORED_TRANSPOSED = "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16"
-_WGMMA_DTYPES = {"f16": "float16", "bf16": "bfloat16", "e4m3": "e4m3"}
+_WGMMA_DTYPES = {"f16": "float16", "bf16": "bfloat16", "e4m3": "e4m3", "tf32": "tf32"}
 
 
 @dataclass(frozen=True)
@@ -121,9 +124,32 @@ def body_operation(statement: Statement, program) -> Callable | None:
         return _stored_transposed(statement, program)
     for template in _made_for(statement) or _table().get(opcode, []):
         bindings = template.bindings(statement)
-        if bindings is not None:
+        if bindings is not None and not _has_predicate(bindings, program):
             return _operation(template.instruction, bindings, program)
     return None
+
+
+def _has_predicate(bindings: dict[str, list], program) -> bool:
+    """Whether a parameter is bound to a predicate, which bodies have none of."""
+    return any(
+        isinstance(operand, Register) and program.entry.register_types[operand.number] == "pred"
+        for bound in bindings.values()
+        for operand in bound
+    )
+
+
+def refuse(statement: Statement) -> None:
+    """Raise what is wrong with a statement that is nowhere known.
+
+    PtxError where only the number of its operands is, else UnknownError.
+    """
+    opcode, operands = plain(statement.opcode, statement.operands)
+    templates = _made_for(statement) or _table().get(opcode)
+    if not templates:
+        raise UnknownError(f"the executor does not know {statement.opcode}")
+    hints = len(statement.operands) - len(operands)
+    check_operands(statement, *sorted({len(t.operands) + hints for t in templates}))
+    raise UnknownError(f"the executor does not know {statement.opcode} with these operands")
 
 
 @cache
@@ -143,26 +169,33 @@ def _made_for(statement: Statement) -> list[Template]:
         # The accumulator of the body is not an operand: 1 stands for whatever it has.
         call = make_wgmma_wait_group(operands[0].integer(), 1)
     elif matched := _WGMMA.fullmatch(statement.opcode):
-        n, type_, same = matched.groups()
+        n, sums, type_ = matched.groups()
+        a_in_registers = isinstance(operands[1], Vector) if len(operands) > 1 else False
+        transposes = 0 if type_ in ("e4m3", "tf32") else 1 if a_in_registers else 2
+        check_operands(statement, 6 + transposes)
         numbers = [*operands[3:4], *operands[6:]]
-        if (
-            type_ != same
-            or len(operands) < 6
-            or not all(isinstance(number, Immediate) for number in numbers)
+        if (sums == "f16" and type_ != "f16") or not all(
+            isinstance(number, Immediate) for number in numbers
         ):
             raise UnknownError(
                 f"the executor does not know {statement.opcode} with these operands"
             )
         # Behind the signs: a of shared memory, then b, where they may be MN-major.
         majors = ["mn" if operand.integer() else "k" for operand in operands[6:]]
-        call = make_wgmma(
+        make = partial(
+            make_wgmma,
             int(n),
             _WGMMA_DTYPES[type_],
-            "registers" if isinstance(operands[1], Vector) else "shared",
+            "registers" if a_in_registers else "shared",
             majors[-1] if majors else "k",
             bool(operands[3].integer()),
             a_major=majors[0] if len(majors) > 1 else "k",
+            sums=u32 if sums == "f16" else f32,
         )
+        try:
+            call = make()
+        except ValueError as error:
+            raise UnknownError(str(error)) from None
     else:
         return []
     return [read_template(INSTRUCTIONS[call.__name__])]
@@ -189,7 +222,7 @@ def _added_where(predicate: Register, statement: Statement, program) -> Callable
 
 
 def _stored_transposed(statement: Statement, program) -> Callable:
-    """`stmatrix` of transposed matrices: lane (g, t) holds column g of the rows 2 t and 2 t + 1."""
+    """`stmatrix`, transposed: lane (g, t) holds column g of the rows 2 t and 2 t + 1."""
     instruction = INSTRUCTIONS["stmatrix_x4"]
     store, template = instruction.body, read_template(instruction)
     bindings = replace(template, opcode=_STORED_TRANSPOSED).bindings(statement)
@@ -243,10 +276,10 @@ class _Argument:
             self._shared(program, annotation, bound[0])
         elif isinstance(annotation, Global):
             addresses = address_reader(program, bound[0])
-            self.read = lambda warp: [_GlobalAddress(warp.memory, a) for a in addresses(warp)]
+            self.read = lambda warp: [GlobalAddress(warp.memory, a) for a in addresses(warp)]
         elif annotation is TensorMap:
             addresses = address_reader(program, bound[0])
-            self.read = lambda warp: _TensorMaps(warp.block.tensor_maps, addresses(warp))
+            self.read = lambda warp: TensorMaps(warp.block.tensor_maps, addresses(warp))
         else:
             self.read = reader(program, bound[0], _PTX_TYPES[annotation])
 
@@ -260,7 +293,7 @@ class _Argument:
             self.written = items(bound[0])
         type_ = _PTX_TYPES[annotation.type]
         if isinstance(annotation, Accumulator):
-            self.read = begin_product(program, registers)
+            self.read = begin_product(program, registers, annotation.type)
         elif isinstance(annotation, LaterRead):
             self.read = hold_while_read(program, registers)
         elif "r" in annotation.mode:
@@ -276,61 +309,9 @@ class _Argument:
 
         def read(warp):
             found = addresses(warp)
-            return _SharedAddresses(warp, found, annotation.type, size)
+            return SharedAddresses(warp, found, annotation.type, size)
 
         self.read = read
-
-
-class _SharedAddresses:
-    """Each lane's element of shared memory: the whole of it, and an index."""
-
-    def __init__(self, warp, addresses, type_, size: int):
-        self.array, self.addresses, self.size = warp.block.shared_as(type_), addresses, size
-        self.region = warp.memory.shared
-
-    def __getitem__(self, lane):
-        return self.array
-
-    def index(self, lanes):
-        """The indices of these lanes' elements. Raises IndexError, ValueError."""
-        addresses = self.addresses[lanes]
-        for address in addresses.tolist():
-            if address % self.size:
-                raise ValueError(
-                    f"shared address {address:#x} is not a multiple of {self.size} bytes"
-                )
-            if not self.region.start <= address <= self.region.end - self.size:
-                raise IndexError(
-                    f"shared address {address:#x} lies outside the block's {self.region}"
-                )
-        return addresses // self.size
-
-
-class _GlobalAddress:
-    """A lane's address in global memory, as a pointer whose element 0 is there."""
-
-    def __init__(self, memory, address):
-        self.memory, self.address = memory, int(address)
-
-    def block(self, offset: int, n_bytes: int) -> np.ndarray:
-        """The n_bytes there. Raises IndexError, ValueError."""
-        if self.address % n_bytes:
-            raise ValueError(f"{n_bytes} bytes at global address {self.address:#x} are misaligned")
-        region = self.memory.find("global", self.address, n_bytes)
-        return region.bytes[self.address - region.start :][:n_bytes]
-
-
-class _TensorMaps:
-    """The tensor map at each lane's address."""
-
-    def __init__(self, known: dict, addresses):
-        self.known, self.addresses = known, addresses
-
-    def __getitem__(self, lane):
-        address = int(self.addresses[lane])
-        if address not in self.known:
-            raise SimulationError(f"there is no tensor map at {address:#x}")
-        return self.known[address]
 
 
 def _operation(instruction: Instruction, bindings: dict, program) -> Callable:
@@ -366,7 +347,7 @@ def _lane_by_lane(instruction: Instruction, order) -> Callable:
                 if argument is not None:
                     value = read[name][lane]
                     values.append(value.item() if isinstance(value, np.generic) else value)
-                elif isinstance(read.get(memory), _SharedAddresses):
+                elif isinstance(read.get(memory), SharedAddresses):
                     values.append(int(read[memory].index([lane])[0]))
                 else:
                     # Global addresses are those of element 0, and hints say nothing.
@@ -393,7 +374,7 @@ def _by_warps(instruction: Instruction, order) -> Callable:
         for name, argument, memory in order:
             if argument is None:
                 values.append(read[memory].index(slice(None)))
-            elif isinstance(read[name], _SharedAddresses):
+            elif isinstance(read[name], SharedAddresses):
                 values.append([read[name].array] * 32)
             else:
                 values.append(read[name])

@@ -15,6 +15,8 @@ from numflash.simulator.tensor_maps import SimulatedTensorMap
 
 # Bodies ask for the running thread, which is one of the process.
 _one_launch = threading.RLock()
+MAX_STEPS = 1_000_000
+"""Some ten seconds of a loop that spins; no loop of a kernel does so little for so long."""
 _FLOATS = {"f32": np.float32, "f64": np.float64}
 
 
@@ -44,6 +46,7 @@ class Launch:
         blocks_per_sm: blocks that share the registers of an SM.
         profiled: whether pieces and bytes are counted.
         names: of the arguments, for messages.
+        max_steps: pieces of the program that a warp may execute while nothing happens.
 
     Raises:
         TypeError, ValueError: arguments that are none of the parameters'.
@@ -59,10 +62,11 @@ class Launch:
         blocks_per_sm: int = 1,
         profiled: bool = False,
         names: Sequence[str] | None = None,
+        max_steps: int = MAX_STEPS,
     ):
         self.program, self.grid, self.block = program, grid, block
         self.num_threads = block[0] * block[1] * block[2]
-        self.seed, self.blocks_per_sm = seed, blocks_per_sm
+        self.seed, self.blocks_per_sm, self.max_steps = seed, blocks_per_sm, max_steps
         self.counts = [0] * len(program.pieces) if profiled else None
         self.traffic = Traffic() if profiled else None
         self.constants = program.constants()

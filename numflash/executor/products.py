@@ -37,7 +37,7 @@ class Sum:
         self.arrays = arrays
 
 
-def begin_product(program, registers):
+def begin_product(program, registers, dtype):
     """A function of a warp that gives its lanes' accumulators, and leaves them under way."""
     numbers = [register.number for register in registers]
 
@@ -54,7 +54,7 @@ def begin_product(program, registers):
             return total.arrays
         if any(isinstance(x, UnderWay) for x in held):
             raise SimulationError("wgmma: the accumulator is in part that of another product")
-        values = np.stack(held, 1).view(np.float32)
+        values = np.stack(held, 1).view(dtype)
         total = Sum([_local(row) for row in values])
         warp.sums.append(total)
         for index, number in enumerate(numbers):

@@ -21,7 +21,15 @@ from numflash.executor import arithmetic
 from numflash.executor.memory import CONSTANTS, Region
 from numflash.executor.one_lane import OneLane, is_one_lane
 from numflash.executor.operands import WAITS
-from numflash.executor.text import Entry, Label, PtxError, Statement, UnknownError, parse
+from numflash.executor.text import (
+    Entry,
+    Label,
+    PtxError,
+    Statement,
+    UnknownError,
+    check_operands,
+    parse,
+)
 from numflash.executor.together import make_operation
 from numflash.simulator.memory import SharedMemory
 
@@ -176,7 +184,8 @@ class Program:
         if guard is not None:
             predicate = self.one_lane.predicate(guard)
             lanes = predicate if mask is None else f"({mask}&{predicate})"
-        if statement.opcode.split(".")[0] in ("bra", "ret", "exit"):
+        if (head := statement.opcode.split(".")[0]) in ("bra", "ret", "exit"):
+            check_operands(statement, 1 if head == "bra" else 0)
             return []
         if is_one_lane(statement.opcode):
             return self.one_lane.lines(statement, lanes)

@@ -38,6 +38,7 @@ def run_ptx(
     blocks_per_sm: int = 1,
     seed: int | None = None,
     profile: bool = False,
+    max_steps: int | None = None,
 ) -> Profile | None:
     """Run a kernel of a PTX module on the CPU, lane by lane; arrays are changed in place.
 
@@ -54,6 +55,9 @@ def run_ptx(
         blocks_per_sm: blocks that share the registers of an SM, which `setmaxnreg` distributes.
         seed: of the order in which warps run; NUMFLASH_SIM_SEED, or 0, by default.
         profile: whether to count what is executed.
+        max_steps: straight pieces of code, from branch to branch, that a warp may execute while
+            nothing happens in its block (no barrier, no copy, no atomic operation that changes
+            memory): a loop that spins longer is a DeadlockError. A million by default.
 
     Returns:
         The profile, if asked for.
@@ -63,8 +67,7 @@ def run_ptx(
         UnsupportedError: an instruction that the executor does not know, by its name and line; or
             NUMBA_ENABLE_CUDASIM is not set.
         IndexError, ValueError: an address outside every array, or a misaligned one.
-        SimulationError, DeadlockError: what the hardware leaves undefined, or waits for forever. A
-            loop that spins without a wait is not found: it runs until it is interrupted.
+        SimulationError, DeadlockError: what the hardware leaves undefined, or waits for forever.
 
     What fails while it runs names the line of the PTX, and the seed that repeats it.
     """
@@ -73,7 +76,7 @@ def run_ptx(
             "run_ptx needs NUMBA_ENABLE_CUDASIM=1, set before Python starts: what instructions "
             "mean is the simulator's"
         )
-    from numflash.executor.launch import Launch
+    from numflash.executor.launch import MAX_STEPS, Launch
     from numflash.executor.program import program_of
     from numflash.simulator.seed import SEED
 
@@ -85,9 +88,13 @@ def run_ptx(
     shared_bytes = _integer("shared_bytes", shared_bytes, 0)
     blocks_per_sm = _integer("blocks_per_sm", blocks_per_sm, 1)
     seed = SEED.value if seed is None else _integer("seed", seed)
+    max_steps = MAX_STEPS if max_steps is None else _integer("max_steps", max_steps, 1)
     program = program_of(ptx, entry, shared_bytes)
     _check_limits(program, block, shared_bytes)
-    launch = Launch(program, grid, block, list(arguments), seed, blocks_per_sm, profile)
+    launch = Launch(
+        *(program, grid, block, list(arguments), seed, blocks_per_sm, profile),
+        max_steps=max_steps,
+    )
     launch.run()
     return _profile(launch) if profile else None
 

@@ -11,9 +11,10 @@ _CLUSTERS_OF_ONE = {
     **{f"%cluster_ctaid.{axis}": 0 for axis in "xyz"},
     **{f"%cluster_nctaid.{axis}": 1 for axis in "xyz"},
 }
+_PLACES = ("tid", "ntid", "ctaid", "nctaid", "clusterid", "nclusterid")
 
 NAMES = frozenset(
-    [f"%{name}.{axis}" for name in ("tid", "ntid", "ctaid", "nctaid") for axis in "xyz"]
+    [f"%{name}.{axis}" for name in _PLACES for axis in "xyz"]
     + [f"%lanemask_{name}" for name in ("eq", "lt", "le", "gt", "ge")]
     + ["%laneid", "%warpid", "%nwarpid", "WARP_SZ", "%dynamic_smem_size", *_CLUSTERS_OF_ONE]
 )
@@ -29,7 +30,8 @@ def special_registers(
     threads = thread % width, thread // width % height, thread // (width * height)
     values = dict(_CLUSTERS_OF_ONE)
     for axis, *of_axis in zip("xyz", threads, block, position, grid, strict=True):
-        for name, value in zip(("tid", "ntid", "ctaid", "nctaid"), of_axis, strict=True):
+        # The last two: each block is a cluster.
+        for name, value in zip(_PLACES, (*of_axis, *of_axis[2:]), strict=True):
             values[f"%{name}.{axis}"] = value
     below = (1 << _LANES.astype(np.uint64)) - 1
     own = below + 1

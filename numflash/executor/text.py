@@ -171,6 +171,14 @@ def shortened(text: str, limit: int = 120) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
+def check_operands(statement: Statement, *counts: int) -> None:
+    """Raise PtxError unless a statement has one of these numbers of operands."""
+    found = len(statement.operands)
+    if found not in counts:
+        takes = " or ".join(str(n) for n in counts) if any(counts) else "none"
+        raise PtxError(f"{statement.opcode} has {found} operands; it takes {takes}")
+
+
 def parse(ptx: str, name: str | None = None) -> Entry:
     """The entry `name` of PTX text, or its only one.
 

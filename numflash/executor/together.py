@@ -2,26 +2,27 @@
 
 An operation is a function of the warp and the mask of lanes that execute it. It returns WAITS
 where it cannot go on, having changed nothing but its group's `state`, and is then called again.
-What is not here comes from the bodies of `numflash.ptx`: `bodies`.
+What is not here comes from the bodies of `numflash.ptx`, `bodies`, or from `copies`.
 """
 
 from collections.abc import Callable
 
 import numpy as np
 
-from numflash.executor.bodies import body_operation
+from numflash.executor import bodies
+from numflash.executor.atomics import make_atomic
+from numflash.executor.clusters import make_cluster_barrier, make_mapa, make_rank
+from numflash.executor.copies import copy_operation
 from numflash.executor.operands import (
     WAITS,
-    address_reader,
     are_here,
     bits_of_lanes,
-    items,
     lanes_of,
     reader,
     shared_address_reader,
     write,
 )
-from numflash.executor.text import Immediate, Memory, Pair, Statement, UnknownError
+from numflash.executor.text import Immediate, Pair, Statement, UnknownError, check_operands
 from numflash.executor.types import DTYPES
 from numflash.ptx import INSTRUCTIONS
 from numflash.simulator.bulk_copies import BulkCopies
@@ -34,16 +35,16 @@ _LANES = np.arange(32)
 
 
 def make_operation(statement: Statement, program) -> Callable:
-    """The operation of a statement. Raises UnknownError."""
+    """The operation of a statement. Raises UnknownError, PtxError."""
     opcode = statement.opcode
-    for name, make in _OPERATIONS.items():
+    for name, (make, counts) in _OPERATIONS.items():
         if opcode == name or opcode.startswith(name + "."):
-            operation = make(statement, program)
-            break
-    else:
-        operation = body_operation(statement, program)
+            if counts:
+                check_operands(statement, *counts)
+            return make(statement, program)
+    operation = bodies.body_operation(statement, program) or copy_operation(statement, program)
     if operation is None:
-        raise UnknownError(f"the executor does not know {opcode}")
+        bodies.refuse(statement)
     return operation
 
 
@@ -299,7 +300,7 @@ def _arrive(statement, program):
             f"mbarrier.arrive.{expects}{order}{space}b64"
             for expects in ("", "expect_tx.")
             for order in ("", "release.cta.", "release.cluster.")
-            for space in ("shared::cta.", "shared.", "")
+            for space in ("shared::cta.", "shared::cluster.", "shared.", "")
         ),
     )
     _, memory, *counts = statement.operands
@@ -307,6 +308,7 @@ def _arrive(statement, program):
     count_of = reader(program, counts[0], "u32") if counts else None
     expects = "expect_tx" in statement.opcode
     if expects:
+        check_operands(statement, 3)
         arrive = INSTRUCTIONS["mbarrier_arrive_expect_tx"].body
     else:
         arrive = INSTRUCTIONS["mbarrier_arrive"].body
@@ -364,70 +366,24 @@ def _invalidate(statement, program):
     return operation
 
 
-def _wait_for_bulk_stores(statement, program):
-    """Until they are over, not only until they have read: 0 groups may be left."""
-    if statement.opcode != "cp.async.bulk.wait_group" or statement.operands != (Immediate("0"),):
-        return body_operation(statement, program)
+def _fence_proxy(statement, program):
+    """Of stores to shared memory; global memory is always in order here."""
+    spaces = ("", ".global", ".shared::cta", ".shared::cluster")
+    _refuse_other(statement, *(f"fence.proxy.async{space}" for space in spaces))
+    if statement.opcode.endswith(".global"):
+        return lambda warp, mask: None
+    fence = INSTRUCTIONS["fence_proxy_async"].body
 
     def operation(warp, mask):
         for lane in np.flatnonzero(mask):
             become(warp.threads[lane])
-            warp.block.part(BulkCopies).wait_for_writes()
-
-    return operation
-
-
-# The rest
-
-
-def _atomic(statement, program):
-    """`atom` and `red` of one element; lanes one after the other."""
-    head, *parts = statement.opcode.split(".")
-    name = next((p for p in parts if p in _ATOMICS), None)
-    type_ = parts[-1]
-    allowed = (name, type_, "relaxed", "acq_rel", "release", "acquire", "gpu", "cta", "sys")
-    spaces = ("global", "shared", "shared::cta")
-    if name is None or type_ not in ("u32", "s32", "b32", "f32", "u64", "s64", "b64", "f64"):
-        raise UnknownError(statement.opcode)
-    if any(p not in (*allowed, *spaces) for p in parts):
-        raise UnknownError(statement.opcode)
-    space = next((p.split("::")[0] for p in parts if p in spaces), "generic")
-    dtype = DTYPES[type_]
-    operands = statement.operands[1:] if head == "atom" else statement.operands
-    memory, *values = operands
-    if not isinstance(memory, Memory) or any(len(items(v)) != 1 for v in values):
-        raise UnknownError(statement.opcode)
-    address_of = address_reader(program, memory)
-    values_of = [reader(program, value, type_) for value in values]
-
-    def operation(warp, mask):
-        addresses, given = address_of(warp), [value_of(warp) for value_of in values_of]
-        before = np.zeros(32, dtype)
-        for lane in np.flatnonzero(mask):
-            only = lane == _LANES
-            held = warp.load(space, addresses, dtype.itemsize, 1, only)[0].view(dtype)
-            before[lane] = held[lane]
-            with np.errstate(all="ignore"):
-                after = _ATOMICS[name](held[lane], *(value[lane] for value in given))
-            bits = np.full(32, after, dtype).view(f"u{dtype.itemsize}")
-            warp.store(space, addresses, dtype.itemsize, (bits,), only)
-        if head == "atom":
-            write(warp, statement.operands[0], before, mask)
+            fence()
         warp.block.something_happened()
 
     return operation
 
 
-_ATOMICS = {
-    "add": lambda held, x: held + x,
-    "min": lambda held, x: min(held, x),
-    "max": lambda held, x: max(held, x),
-    "and": lambda held, x: held & x,
-    "or": lambda held, x: held | x,
-    "xor": lambda held, x: held ^ x,
-    "exch": lambda held, x: x,
-    "cas": lambda held, x, y: y if held == x else held,
-}
+# The rest
 
 
 def _trap(statement, program):
@@ -456,25 +412,35 @@ _FENCES = [
     ),
 ]
 _OPERATIONS = {
-    "bar.warp": _warp_barrier,
-    "bar": _barrier,
-    "barrier": _barrier,
-    "shfl.sync": _shuffle,
-    "vote.sync": _vote,
-    "redux.sync": _reduce,
-    "elect": _elect,
-    "activemask": _active_mask,
-    "mbarrier.try_wait": _try_wait,
-    "mbarrier.test_wait": _try_wait,
-    "mbarrier.arrive": _arrive,
-    "mbarrier.inval": _invalidate,
-    "cp.async.bulk.wait_group": _wait_for_bulk_stores,
-    "setmaxnreg": _setmaxnreg,
-    "atom": _atomic,
-    "red": _atomic,
-    "trap": _trap,
-    "membar": _nothing(*_FENCES),
-    **{name.rpartition(".")[0]: _nothing(*_FENCES) for name in _FENCES if "fence" in name},
-    "nanosleep": _nothing("nanosleep.u32"),
-    "griddepcontrol": _nothing("griddepcontrol.wait", "griddepcontrol.launch_dependents"),
+    "bar.warp": (_warp_barrier, (1,)),
+    "bar": (_barrier, (1, 2)),
+    "barrier.cluster": (make_cluster_barrier, (0,)),
+    "barrier": (_barrier, (1, 2)),
+    "mapa": (make_mapa, (3,)),
+    "getctarank": (make_rank, (2,)),
+    "shfl.sync": (_shuffle, (5,)),
+    "vote.sync": (_vote, (3,)),
+    "redux.sync": (_reduce, (3,)),
+    "elect": (_elect, (2,)),
+    "activemask": (_active_mask, (1,)),
+    "mbarrier.try_wait": (_try_wait, (3, 4)),
+    "mbarrier.test_wait": (_try_wait, (3,)),
+    "mbarrier.arrive": (_arrive, (2, 3)),
+    "mbarrier.inval": (_invalidate, (1,)),
+    "setmaxnreg": (_setmaxnreg, (1,)),
+    "atom": (make_atomic, None),
+    "red": (make_atomic, None),
+    "trap": (_trap, (0,)),
+    "membar": (_nothing(*_FENCES), (0,)),
+    "fence.proxy.async": (_fence_proxy, (0,)),
+    **{name.rpartition(".")[0]: (_nothing(*_FENCES), (0,)) for name in _FENCES if "fence" in name},
+    "nanosleep": (_nothing("nanosleep.u32"), (1,)),
+    "griddepcontrol": (
+        _nothing("griddepcontrol.wait", "griddepcontrol.launch_dependents"),
+        (0,),
+    ),
 }
+"""By the beginning of an opcode: what makes its operation, and how many operands it may have.
+
+None where that depends on the rest of the opcode.
+"""

@@ -9,7 +9,7 @@ import numpy as np
 
 from numflash.executor.memory import WINDOWS, Memory, poisoned, space_of
 from numflash.executor.operands import WAITS
-from numflash.executor.program import END, FALSE, TRUE, Program
+from numflash.executor.program import END, TRUE, Program
 from numflash.executor.special_registers import special_registers
 from numflash.executor.text import TYPE_BYTES
 from numflash.executor.types import BITS
@@ -50,6 +50,7 @@ class Warp:
 
     Attributes:
         alive: the lanes that have not returned.
+        steps: pieces executed since something happened in the block.
         group: the group that runs.
     """
 
@@ -58,13 +59,16 @@ class Warp:
     def __init__(self, block, number: int, program: Program):
         self.block, self.number, self.program = block, number, program
         self.threads = [Thread(block, 32 * number + lane) for lane in range(32)]
+        # What a predicate holds before it is written is anything, in each lane.
+        unwritten = int(block.random() * 2**32) >> _LANES & 1 == 1
         self.registers = [
-            FALSE if type_ == "pred" else _POISON[TYPE_BYTES[type_]]
+            unwritten if type_ == "pred" else _POISON[TYPE_BYTES[type_]]
             for type_ in program.entry.register_types
         ]
         self.alive = 32 * number + _LANES < block.size
         self.groups = [Group(0, self.alive)] if program.pieces else []
         self.group: Group | None = None
+        self.steps = 0
         self.memory: Memory = block.memory
         # Accumulators of products under way, and registers that they read: see `products`.
         self.sums, self.being_read = [], []

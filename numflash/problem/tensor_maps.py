@@ -31,7 +31,7 @@ class TensorLayout:
         extents: elements in each dimension, the fastest first; one to five.
         strides: bytes from an element to the next, for every dimension but the first.
         box: elements of a tile in each dimension.
-        swizzled: whether tiles are swizzled in rows of 128 bytes.
+        swizzle_bytes: rows of tiles in which 16-byte chunks are swizzled: 128, 64 or 32, or 0.
         l2_bytes: which the L2 cache fetches at once: 128 or 256.
     """
 
@@ -39,7 +39,7 @@ class TensorLayout:
     extents: tuple[int, ...]
     strides: tuple[int, ...]
     box: tuple[int, ...]
-    swizzled: bool = True
+    swizzle_bytes: int = 128
     l2_bytes: int = 256
 
     @classmethod

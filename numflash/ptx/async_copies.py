@@ -8,6 +8,8 @@ what is still read; a second copy or a store there is an error, and so is a copy
 for.
 """
 
+import numpy as np
+
 from numflash.ptx.instruction import Global, Shared, instruction
 from numflash.ptx.scalars import i32, i64, u32
 from numflash.runtime.mode import SIMULATED
@@ -28,11 +30,11 @@ def cp_async_16(
     source_offset: i64,
     n_bytes: i32,
 ):
-    """Four words of `target` = the first n_bytes (0 or 16) at element source_offset; then zeros.
+    """Four words of `target` = the first n_bytes, 0 to 16, at element source_offset; then zeros.
 
-    Where n_bytes is 0 the source is not read. PTX ISA 9.7.9.25.3.1.
+    No more of the source is read. PTX ISA 9.7.9.25.3.1.
     """
-    _issue(target, target_offset, source, source_offset, n_bytes, 16)
+    copy(target, target_offset, source, source_offset, n_bytes, 16)
 
 
 @instruction("cp.async.ca.shared.global [<target>], [<source>], 4, <n_bytes>;", sm=80)
@@ -44,7 +46,7 @@ def cp_async_4(
     n_bytes: i32,
 ):
     """As `cp_async_16` with one word. PTX ISA 9.7.9.25.3.1."""
-    _issue(target, target_offset, source, source_offset, n_bytes, 4)
+    copy(target, target_offset, source, source_offset, n_bytes, 4)
 
 
 @instruction("cp.async.commit_group;", sm=80)
@@ -75,15 +77,16 @@ Numba does not know such a tuple: take the element outside the kernel.
 """
 
 
-def _issue(target, target_offset, source, source_offset, n_bytes, size):
+def copy(target, target_offset, source, source_offset, n_bytes, size):
+    """Begin to copy n_bytes, and zeros up to `size`: 4, 8 or 16. PTX ISA 9.7.9.25.3.1."""
     n_words = size // 4
     if target_offset % n_words:
         raise ValueError(f"cp.async: word {target_offset} is not a multiple of {size} bytes")
     if not 0 <= target_offset <= target.size - n_words:
         raise IndexError(f"cp.async: shared memory: word {target_offset} of {target.size}")
-    if n_bytes not in (0, size):
-        raise ValueError(f"cp.async: {n_bytes} of {size} bytes; kernels copy all or nothing")
-    origin = source.block(source_offset, size) if n_bytes else None
+    if not 0 <= n_bytes <= size:
+        raise ValueError(f"cp.async: {n_bytes} bytes of the source to {size} of the target")
+    origin = source.block(source_offset, n_bytes, size) if n_bytes else np.empty(0, np.uint8)
     _copies().issue(target, target_offset, size, origin)
 
 

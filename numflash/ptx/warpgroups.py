@@ -28,7 +28,7 @@ def fence_mbarrier_init():
 def fence_proxy_async():
     """Make what this thread stored to shared memory visible to bulk copies and `wgmma`.
 
-    PTX ISA 9.7.13.4.
+    To its own ones also what others have stored, and it knows of. PTX ISA 9.7.13.4.
     """
     thread = current_thread()
     thread.block.part(AsyncProxy).fence(thread)

@@ -11,7 +11,7 @@ is cut to what it keeps. The next products take it as their c.
     Ada     mma, 16 bits, tf32          8, 4                  24                  23
             mma, e4m3                    16                   13                  13
     H100    mma, 16 bits, tf32         16, 8                  25                  23
-            wgmma, 16 bits               16                   25                  23
+            wgmma, 16 bits, tf32      16, 8                   25                  23
             wgmma, e4m3                  32                   13                  13
 
 For sm_90 the assembler makes two products of float16 of an `mma` of e4m3: first of the even pairs
@@ -114,6 +114,7 @@ MODELS: dict[str, dict[tuple[str, str], Callable]] = {
         ("mma", "e4m3"): _as_float16,
         ("wgmma", "float16"): _HOPPER_16,
         ("wgmma", "bfloat16"): _HOPPER_16,
+        ("wgmma", "tf32"): _HOPPER_TF32,
         ("wgmma", "e4m3"): Cut(32, 13, 13),
     },
 }
@@ -131,7 +132,12 @@ SUMS = _Sums()
 
 
 def add_products(
-    instruction: str, dtype: str, a: np.ndarray, b: np.ndarray, c: np.ndarray
+    instruction: str,
+    dtype: str,
+    a: np.ndarray,
+    b: np.ndarray,
+    c: np.ndarray,
+    to_float16: bool = False,
 ) -> np.ndarray:
     """c + a b, as NUMFLASH_SIM_SUMS has it.
 
@@ -141,18 +147,22 @@ def add_products(
         a: (m, k) float64 that hold numbers of this type.
         b: (k, n), the same.
         c: (m, n) float32.
+        to_float16: whether sums are rounded to float16.
 
     Returns:
         (m, n) float32.
 
     Raises:
-        UnsupportedError: the GPUs of the model have no such instruction.
+        UnsupportedError: the GPUs of the model have no such instruction, or the model no sums of
+            float16.
     """
     with np.errstate(all="ignore"):
         exact = a @ b + c
     if SUMS.model == "exact":
         with np.errstate(all="ignore"):
-            return exact.astype(np.float32)
+            return (exact.astype(np.float16) if to_float16 else exact).astype(np.float32)
+    if to_float16:
+        raise UnsupportedError(f"{_VARIABLE}={SUMS.model}: the models have no sums of float16")
     try:
         add = MODELS[SUMS.model][instruction, dtype]
     except KeyError:

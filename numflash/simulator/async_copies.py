@@ -21,7 +21,7 @@ _POISON_BYTE = bytes([POISON])
 
 @dataclass(eq=False, slots=True)
 class _Copy:
-    """One copy under way: the bytes it writes, and those it reads; zeros where `origin` is None.
+    """One copy under way: the bytes it writes, and those it reads, behind which come zeros.
 
     `group` counts the groups that its thread had committed before it was issued.
     """
@@ -30,7 +30,7 @@ class _Copy:
     group: int
     address: int
     target: np.ndarray
-    origin: np.ndarray | None
+    origin: np.ndarray
 
     def __str__(self) -> str:
         end = self.address + self.target.size - 1
@@ -58,8 +58,8 @@ class AsyncCopies(Part):
         # By the numbers of the words that they write.
         self._under_way: dict[int, _Copy] = {}
 
-    def issue(self, array, offset: int, n_bytes: int, origin: np.ndarray | None) -> None:
-        """Begin to copy the bytes `origin` to element `offset` of `array`; zeros for None."""
+    def issue(self, array, offset: int, n_bytes: int, origin: np.ndarray) -> None:
+        """Begin to copy `origin`, then zeros, to n_bytes at element `offset` of `array`."""
         thread = current_thread().index
         copies = self._threads[thread]
         address = self.block.shared.address(array, offset)
@@ -108,4 +108,5 @@ class AsyncCopies(Part):
             )
         for word in range(copy.address // 4, (copy.address + target.size) // 4):
             del self._under_way[word]
-        target[:] = 0 if copy.origin is None else copy.origin
+        target[: copy.origin.size] = copy.origin
+        target[copy.origin.size :] = 0

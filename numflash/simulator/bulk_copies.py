@@ -1,13 +1,15 @@
 """Bulk copies: tiles that arrive late, and tiles that are read late.
 
-A load holds 0xFF bytes in its place until it arrives, and nothing else may write there: in some
-blocks it does as soon as someone waits for it, in others at random, in others only when no thread
-can run. A store's tile must stay as it is
-until its thread has waited; it reaches global memory when the block ends, or when its thread has
-waited for that.
+A tile is what a tensor map and coordinates name, or consecutive bytes (`Span`). A load holds 0xFF
+bytes in its place until it arrives, and nothing else may write there: in some blocks it does as
+soon as someone waits for it, in others at random, in others only when no thread can run. A store's
+tile must stay as it is until its thread has waited; it reaches global memory when the block ends,
+or when its thread has waited for that. A store may reduce: `combine(held, given)` says what it
+makes of two elements.
 """
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,14 +22,43 @@ from numflash.simulator.parts import Part
 from numflash.simulator.proxies import AsyncProxy
 from numflash.simulator.tensor_maps import SimulatedTensorMap
 
-_ALIGNMENT = 128
 # How probable it is that a load arrives when its barrier is waited for, and at any other time.
 _HASTE = ((1.0, 0.0), (0.5, 0.25), (0.0, 0.0))
 
 
+class Span:
+    """Consecutive bytes of global memory, a multiple of 16, as a tensor map without coordinates.
+
+    Args:
+        content: the bytes.
+        dtype: of the elements, where a store reduces.
+    """
+
+    rank, alignment = 0, 16
+
+    def __init__(self, content: np.ndarray, dtype=np.uint8):
+        self.content, self.n_bytes, self.dtype = content, content.size, np.dtype(dtype)
+
+    def chunks(self, address: int) -> np.ndarray:
+        """Where in shared memory the bytes are, as chunk numbers."""
+        return np.arange(address // 16, (address + self.n_bytes) // 16)
+
+    def read(self, coordinates: tuple) -> np.ndarray:
+        """The bytes, (chunks, 16)."""
+        return self.content.reshape(-1, 16)
+
+    def write(self, coordinates: tuple, chunks: np.ndarray, combine: Callable | None) -> None:
+        """Write the bytes, or combine the elements with those that are there."""
+        given = chunks.reshape(-1)
+        if combine is not None:
+            held = self.content.view(self.dtype)
+            given = combine(held, given.view(self.dtype)).view(np.uint8)
+        self.content[:] = given
+
+
 @dataclass(eq=False, slots=True)
 class _Load:
-    tensor_map: SimulatedTensorMap
+    tensor_map: SimulatedTensorMap | Span
     coordinates: tuple[int, ...]
     address: int
     barrier: Mbarrier
@@ -35,18 +66,23 @@ class _Load:
 
 @dataclass(eq=False, slots=True)
 class _Store:
-    tensor_map: SimulatedTensorMap
+    tensor_map: SimulatedTensorMap | Span
     coordinates: tuple[int, ...]
     chunks: np.ndarray
     content: np.ndarray
+    combine: Callable | None
+    is_read: bool = False
+
+    def write(self) -> None:
+        self.tensor_map.write(self.coordinates, self.content, self.combine)
 
 
 @dataclass(eq=False, slots=True)
 class _Stores:
-    """The stores of a thread that it has not waited for."""
+    """The stores of a thread: those of no group yet, and the groups that are not written."""
 
     issued: list[_Store] = field(default_factory=list)
-    committed: list[_Store] = field(default_factory=list)
+    groups: list[list[_Store]] = field(default_factory=list)
 
 
 class BulkCopies(Part):
@@ -58,7 +94,6 @@ class BulkCopies(Part):
         self._mbarriers, self._proxy = block.part(Mbarriers), block.part(AsyncProxy)
         self._loads: list[_Load] = []
         self._stores: dict[int, _Stores] = defaultdict(_Stores)
-        self._read: list[_Store] = []
         self._when_waited, self._any_time = _HASTE[int(block.random() * len(_HASTE))]
 
     def load(self, target, offset, tensor_map, barriers, index, coordinates) -> None:
@@ -85,39 +120,36 @@ class BulkCopies(Part):
         self._perhaps_deliver()
         return self._mbarriers.test(barriers, index, parity, self._hasten)
 
-    def store(self, tensor_map, coordinates, source, offset) -> None:
-        """Begin to copy the tile at element `offset` of `source`."""
+    def store(self, tensor_map, coordinates, source, offset, combine=None) -> None:
+        """Begin to copy the tile at element `offset` of `source`, or to reduce by `combine`."""
         coordinates, address = self._place("a bulk store", source, offset, tensor_map, coordinates)
         chunks = tensor_map.chunks(address)
         self._proxy.check("a bulk store", chunks)
-        store = _Store(tensor_map, coordinates, chunks, self._chunks[chunks])
+        store = _Store(tensor_map, coordinates, chunks, self._chunks[chunks], combine)
         self._stores[current_thread().index].issued.append(store)
 
     def commit(self) -> None:
         """Make a group of the stores that the running thread issued."""
         stores = self._stores[current_thread().index]
-        stores.committed += stores.issued
+        stores.groups.append(stores.issued)
         stores.issued = []
 
-    def wait_for_reads(self) -> None:
-        """The committed stores of the running thread have read shared memory."""
-        stores = self._stores[current_thread().index]
-        for store in stores.committed:
-            if (self._chunks[store.chunks] != store.content).any():
-                raise SimulationError(
-                    f"the tile of a bulk store to {store.coordinates} changed after the store "
-                    "was issued: a barrier before it, or a wait before the next write, is missing"
-                )
-        self._read += stores.committed
-        stores.committed = []
+    def wait_for_reads(self, pending: int = 0) -> None:
+        """All groups of the running thread but the newest `pending` have read shared memory."""
+        groups = self._stores[current_thread().index].groups
+        for group in groups[: max(0, len(groups) - pending)]:
+            for store in group:
+                self._read(store)
 
-    def wait_for_writes(self) -> None:
-        """The committed stores of the running thread are in global memory."""
-        stores = self._stores[current_thread().index].committed
-        self.wait_for_reads()
-        for store in stores:
-            self._read.remove(store)
-            store.tensor_map.write(store.coordinates, store.content)
+    def wait_for_writes(self, pending: int = 0) -> None:
+        """All groups of the running thread but the newest `pending` are in global memory."""
+        self.wait_for_reads(pending)
+        groups = self._stores[current_thread().index].groups
+        arriving = max(0, len(groups) - pending)
+        for group in groups[:arriving]:
+            for store in group:
+                store.write()
+        del groups[:arriving]
 
     def advance(self) -> bool:
         """Let a load arrive."""
@@ -135,24 +167,36 @@ class BulkCopies(Part):
                 f"address {load.address:#x}, which {load.barrier} counts"
             )
         for thread, stores in self._stores.items():
-            for kind, left in (("committed", stores.issued), ("waited for", stores.committed)):
+            unread = [store for group in stores.groups for store in group if not store.is_read]
+            for kind, left in (("committed", stores.issued), ("waited for", unread)):
                 if left:
                     raise SimulationError(
                         f"{ended} and thread {thread} has not {kind} its bulk store to "
                         f"{left[0].coordinates}"
                     )
-        for store in self._read:
-            store.tensor_map.write(store.coordinates, store.content)
+        for stores in self._stores.values():
+            for group in stores.groups:
+                for store in group:
+                    store.write()
+
+    def _read(self, store: _Store) -> None:
+        """A store reads its tile, which must be as it was when the store was issued."""
+        if not store.is_read and (self._chunks[store.chunks] != store.content).any():
+            raise SimulationError(
+                f"the tile of a bulk store to {store.coordinates} changed after the store was "
+                "issued: a barrier before it, or a wait before the next write, is missing"
+            )
+        store.is_read = True
 
     def _place(self, what, array, offset, tensor_map, coordinates):
-        if not isinstance(tensor_map, SimulatedTensorMap):
+        if not isinstance(tensor_map, SimulatedTensorMap | Span):
             raise SimulationError(f"{what}: {type(tensor_map).__name__} is no tensor map")
         if tensor_map.rank != len(coordinates):
             raise SimulationError(
                 f"{what} of {len(coordinates)} dimensions with a tensor map of {tensor_map.rank}"
             )
         address = self.block.shared.address(array, offset)
-        self.block.shared.check_range(what, address, tensor_map.n_bytes, _ALIGNMENT)
+        self.block.shared.check_range(what, address, tensor_map.n_bytes, tensor_map.alignment)
         return tuple(int(c) for c in coordinates), address
 
     def _perhaps_deliver(self) -> None:

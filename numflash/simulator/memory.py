@@ -160,16 +160,18 @@ class GlobalPointer:
     def __setitem__(self, offset, value):
         self.flat[self._position(offset)] = value
 
-    def block(self, offset: int, n_bytes: int) -> np.ndarray:
+    def block(self, offset: int, n_bytes: int, alignment: int | None = None) -> np.ndarray:
         """The n_bytes at element `offset` as bytes, for one vector access.
 
         Raises:
-            ValueError: the address is not a multiple of n_bytes, which faults on the hardware.
+            ValueError: the address is not a multiple of the alignment, n_bytes by default, which
+                faults on the hardware.
         """
-        position = self._position(offset, n_bytes // self.flat.itemsize)
-        if not is_aligned(self.flat, position, n_bytes):
+        alignment = alignment or n_bytes
+        position = self._position(offset, -(-n_bytes // self.flat.itemsize))
+        if not is_aligned(self.flat, position, alignment):
             raise ValueError(
-                f"{self.name}: a {n_bytes}-byte access at element {offset} is misaligned"
+                f"{self.name}: a {alignment}-byte access at element {offset} is misaligned"
             )
         return self.flat.view(np.uint8)[position * self.flat.itemsize :][:n_bytes]
 

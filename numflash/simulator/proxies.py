@@ -1,13 +1,29 @@
 """Two ways to shared memory: the threads' own loads and stores, and the asynchronous proxy.
 
-Bulk copies and `wgmma` see what a thread has stored only after that thread's fence; here what they
-touch before it is an error. Known are the stores made by instructions (`st_shared_*`,
-`stmatrix_x4`), not those of array elements.
+Bulk copies and `wgmma` see what a thread has stored only after a `fence.proxy.async` on the way
+from the store to them: of the thread that stored, after its store, or of the one that copies or
+multiplies, after the barrier by which it knows of the store. What they touch without one is an
+error. Known are the stores made by instructions (`st_shared_*`, `stmatrix_x4`), not those of array
+elements.
+
+Either side is enough: PTX ISA 9.7.13.4 (`fence`) has this fence "take effect within a single
+thread" and compose "with other forms of synchronization according to the rules of the Memory
+Consistency Model", and 9.7.9.25.2 (Async Proxy) names no side. The rules with fences are written
+out in NVIDIA's formal model (Lustig, Cooksey, Giroux: Mixed-Proxy Extensions for the NVIDIA PTX
+Memory Consistency Model, ISCA 2022; `alloy/ptx.als` of github.com/NVlabs/mixedproxy): a generic
+store precedes an access through another proxy where a fence of that proxy stands anywhere between
+them in base causality order, "proxy fence for dst" in `proxy_preserved_cause_base`, if only it is
+executed in the thread block of the access. CUTLASS fences in the writers, Triton in the readers.
+
+Whether a barrier stands between the store and a reader's fence is not followed. Where it is
+missing, some order of threads has the store come after the fence, and that is found.
 """
+
+from collections.abc import Iterable
 
 import numpy as np
 
-from numflash.simulator.engine import Thread
+from numflash.simulator.engine import Thread, current_thread
 from numflash.simulator.errors import SimulationError
 from numflash.simulator.parts import Part
 
@@ -19,14 +35,20 @@ class AsyncProxy(Part):
 
     def __init__(self, block):
         super().__init__(block)
-        # Clean, the destination of a copy under way, or 1 + the thread whose store is not fenced.
+        # Clean, the destination of a copy under way, or 1 + the thread whose store is not fenced;
+        # and how many fences there had been in the block when it was stored.
         self._words = np.zeros(block.shared.bytes.size // 4, np.uint16)
-        self._chunks = self._words.reshape(-1, 4)
+        self._times = np.zeros(self._words.size, np.int64)
         self._unfenced: dict[int, list[slice]] = {}
+        # By thread: how many fences there had been with its last one.
+        self._fenced: dict[int, int] = {}
+        self._fences = 0
 
     def fence(self, thread: Thread) -> None:
-        """What `thread` has stored is visible from here on."""
-        thread.stores.clear()
+        """What `thread` has stored is visible from here on; and to it, what is stored by now."""
+        self._look_at_stores()
+        self._fences += 1
+        self._fenced[thread.index] = self._fences
         for words in self._unfenced.pop(thread.index, ()):
             own = self._words[words]
             own[own == thread.index + 1] = _CLEAN
@@ -35,17 +57,20 @@ class AsyncProxy(Part):
         """A copy will write n_bytes at `address`, a multiple of 16."""
         chunks = slice(address // 16, (address + n_bytes) // 16)
         self.check(what, chunks)
-        self._chunks[chunks] = _ARRIVING
+        self._words.reshape(-1, 4)[chunks] = _ARRIVING
 
     def end_arrival(self, address: int, n_bytes: int) -> None:
         """The copy has written them."""
         self._look_at_stores()
-        self._chunks[address // 16 : (address + n_bytes) // 16] = _CLEAN
+        self._words[address // 4 : (address + n_bytes) // 4] = _CLEAN
 
-    def check(self, what: str, chunks) -> None:
-        """Raise SimulationError unless `what` may touch these 16-byte chunks of shared memory."""
+    def check(self, what: str, chunks, threads: Iterable[int] | None = None) -> None:
+        """Raise SimulationError unless `what` may touch these 16-byte chunks of shared memory.
+
+        `threads` execute it: the running one by default.
+        """
         self._look_at_stores()
-        states = self._chunks[chunks]
+        states = self._words.reshape(-1, 4)[chunks]
         if not states.any():
             return
         if (states == _ARRIVING).any():
@@ -53,10 +78,15 @@ class AsyncProxy(Part):
                 f"{what} touches bytes to which a bulk copy is still under way: a wait for its "
                 "mbarrier, or for an empty buffer, is missing"
             )
-        writer = int(states[states != _CLEAN].flat[0]) - 1
+        threads = [current_thread().index] if threads is None else threads
+        seen = min(self._fenced.get(thread, 0) for thread in threads)
+        unseen = (states != _CLEAN) & (self._times.reshape(-1, 4)[chunks] >= seen)
+        if not unseen.any():
+            return
+        writer = int(states[unseen].flat[0]) - 1
         raise SimulationError(
             f"{what} touches what thread {writer} stored to shared memory without a "
-            "fence_proxy_async of that thread after it"
+            "fence_proxy_async of that thread after it, or of its own after the barrier"
         )
 
     def _look_at_stores(self) -> None:
@@ -74,4 +104,5 @@ class AsyncProxy(Part):
                         "bulk copy was under way to it"
                     )
                 self._words[ranges[-1]] = thread.index + 1
+                self._times[ranges[-1]] = self._fences
             thread.stores.clear()

@@ -1,15 +1,21 @@
 """Tensor maps as bulk copies read them: which bytes of a tensor a tile is."""
 
 import math
+from collections.abc import Callable
 
+import ml_dtypes
 import numpy as np
 
 from numflash.problem.tensor_maps import TensorLayout
 from numflash.simulator.memory import bytes_between
 
-_ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "uint8": 1}
+_DTYPES = {
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float32": np.dtype(np.float32),
+    "uint8": np.dtype(np.uint8),
+}
 _CHUNK = 16
-_SWIZZLED_ROW = 128
 
 
 class SimulatedTensorMap:
@@ -23,9 +29,12 @@ class SimulatedTensorMap:
         ValueError: a tensor that the driver refuses, or one that leaves the array.
     """
 
+    alignment = 128
+    """Of a tile in shared memory, in bytes."""
+
     def __init__(self, array: np.ndarray, layout: TensorLayout):
-        self.layout = layout
-        self.item_bytes = _ITEM_BYTES[layout.dtype]
+        self.layout, self.dtype = layout, _DTYPES[layout.dtype]
+        self.item_bytes = self.dtype.itemsize
         self.rank = len(layout.extents)
         self.n_bytes = math.prod(layout.box) * self.item_bytes
         strides = (self.item_bytes, *layout.strides)
@@ -62,15 +71,21 @@ class SimulatedTensorMap:
                 f"a tensor map with tiles of {layout.box}: 1 to 256 in each dimension, and a "
                 "multiple of 16 bytes in the first"
             )
-        if layout.swizzled and row != _SWIZZLED_ROW:
+        if layout.swizzle_bytes not in _PATTERNS:
             raise ValueError(
-                f"a tensor map with rows of {row} bytes: the simulator knows the swizzle of 128"
+                f"a tensor map with a swizzle of {layout.swizzle_bytes} bytes: it must be 0, 32, "
+                "64 or 128"
+            )
+        if layout.swizzle_bytes not in (0, row):
+            raise ValueError(
+                f"a tensor map with rows of {row} bytes and a swizzle of {layout.swizzle_bytes}: "
+                "the simulator knows rows as long as the swizzle"
             )
 
     def chunks(self, address: int) -> np.ndarray:
         """Where in shared memory a tile at `address` has its 16-byte chunks, as chunk numbers."""
         chunks = np.arange(address // _CHUNK, (address + self.n_bytes) // _CHUNK)
-        return swizzled(chunks) if self.layout.swizzled else chunks
+        return swizzled(chunks, self.layout.swizzle_bytes)
 
     def read(self, coordinates: tuple[int, ...]) -> np.ndarray:
         """The tile at `coordinates`, (chunks, 16) bytes, zeros outside the tensor."""
@@ -79,11 +94,20 @@ class SimulatedTensorMap:
         tile[inside] = self._tensor[elements]
         return tile.reshape(-1).view(np.uint8).reshape(-1, _CHUNK)
 
-    def write(self, coordinates: tuple[int, ...], chunks: np.ndarray) -> None:
-        """Write the tile but what lies outside the tensor."""
+    def write(
+        self, coordinates: tuple[int, ...], chunks: np.ndarray, combine: Callable | None = None
+    ) -> None:
+        """Write the tile but what lies outside the tensor, or combine it with what is there."""
         tile = chunks.reshape(-1).view(f"V{self.item_bytes}").reshape(self.layout.box[::-1])
         inside, elements = self._overlap(coordinates)
-        self._tensor[elements] = tile[inside]
+        if combine is None:
+            self._tensor[elements] = tile[inside]
+        else:
+            tensor, given = self._tensor.view(self.dtype), tile[inside].reshape(-1)
+            held = tensor[elements]
+            tensor[elements] = combine(held.reshape(-1), given.view(self.dtype)).reshape(
+                held.shape
+            )
 
     def _overlap(self, coordinates):
         """Index of the part inside the tensor, in the tile and in the tensor."""
@@ -97,9 +121,17 @@ class SimulatedTensorMap:
         return tuple(inside), tuple(elements)
 
 
-def swizzled(chunks: np.ndarray) -> np.ndarray:
-    """Chunk numbers under the 128-byte swizzle: address bits 4 to 6 change by bits 7 to 9."""
-    return chunks ^ (chunks >> 3 & 7)
+# Of a swizzle's bytes: which of the bits from 4 on of an address change by those from 7 on.
+_PATTERNS = {0: 0, 32: 1, 64: 3, 128: 7}
+
+
+def swizzled(chunks: np.ndarray, swizzle_bytes: int) -> np.ndarray:
+    """Chunk numbers under a swizzle of 0 (none), 32, 64 or 128 bytes.
+
+    Bits 4 to 6 of an address change by bits 7 to 9 where it is 128; with 64 only two bits change,
+    with 32 one.
+    """
+    return chunks ^ (chunks >> 3 & _PATTERNS[swizzle_bytes])
 
 
 def _extent(array: np.ndarray) -> tuple[int, int]:

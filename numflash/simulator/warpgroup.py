@@ -39,22 +39,28 @@ _LANES = 32
 _ROWS = 64
 _WARP_ROWS = 16
 _K_CHUNKS = 2
-_ROW_CHUNKS = 8
-_SWIZZLE_128 = 1
-_POISON = np.full(4, POISON, np.uint8).view(np.float32)[0]
+_SWIZZLE_BYTES = (0, 128, 64, 32)
+"""By what a descriptor says of the swizzle."""
 _ELEMENTS = {
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "e4m3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "tf32": np.dtype(np.float32),
 }
+# Of float32, products of tf32 ignore the low 13 bits.
+_TF32 = np.uint32(0xFFFFE000)
 
 
 @dataclass(eq=False, slots=True)
 class _Sum:
-    """The accumulator of products under way: the threads' arrays, and what it will hold."""
+    """The accumulator of products under way: the threads' arrays, and what it will hold.
+
+    The arrays are of float32, or of words that hold two float16 each; `value` is of float32.
+    """
 
     arrays: list[np.ndarray]
     value: np.ndarray
+    of_halves: bool
 
 
 @dataclass(eq=False, slots=True)
@@ -207,6 +213,8 @@ def register_a(fragments: list[np.ndarray], dtype: str) -> Operand:
     """Operand a in four registers of each thread."""
     words = np.array(fragments)
     element = _ELEMENTS[dtype]
+    if dtype == "tf32":
+        words &= _TF32
     rows, columns = _a_index(4 // element.itemsize)
     matrix = np.empty((_WARP_ROWS, 32 // element.itemsize))
     matrix[rows, columns] = words.view(element).reshape(_LANES, 4, -1).astype(np.float64)
@@ -221,8 +229,12 @@ def multiply(
     n: int,
     dtype: str,
     accumulate: bool,
+    of_halves: bool = False,
 ) -> None:
-    """Issue accumulators (+)= a b, with b of n columns in shared memory."""
+    """Issue accumulators (+)= a b, with b of n columns in shared memory.
+
+    `of_halves` says that accumulators hold float16, two in a word: sums are rounded to them.
+    """
     warp = _warpgroups().running()
     if not warp.fenced:
         raise SimulationError(
@@ -230,9 +242,9 @@ def multiply(
             "registers may have been touched"
         )
     b = _shared("b", b_descriptors, n, b_major, dtype)
-    total = _sum(warp, accumulators, n, accumulate)
+    total = _sum(warp, accumulators, n, accumulate, of_halves)
     c = total.value if accumulate else np.zeros(total.value.shape, np.float32)
-    total.value = add_products("wgmma", dtype, a.matrix, b.matrix.T, c)
+    total.value = add_products("wgmma", dtype, a.matrix, b.matrix.T, c, of_halves)
     for array in a.arrays:
         array.__class__ = BeingRead
     warp.issued.append(_Product(total, (a, b)))
@@ -242,7 +254,7 @@ def _warpgroups() -> Warpgroups:
     return current_thread().block.part(Warpgroups)
 
 
-def _sum(warp: _Warp, accumulators, n: int, accumulate: bool) -> _Sum:
+def _sum(warp: _Warp, accumulators, n: int, accumulate: bool, of_halves: bool) -> _Sum:
     """The sum that these arrays are under way to hold, begun where they are not."""
     total = warp.sums.get(id(accumulators[0]))
     if total is not None:
@@ -256,23 +268,27 @@ def _sum(warp: _Warp, accumulators, n: int, accumulate: bool) -> _Sum:
         return total
     rows, columns = _d_index(n)
     value = np.empty((_WARP_ROWS, n), np.float32)
+    dtype, count = (np.uint32, n // 4) if of_halves else (np.float32, n // 2)
     if accumulate:
-        value[rows, columns] = np.array(accumulators)
+        held = np.array(accumulators)
+        value[rows, columns] = held.view(np.float16) if of_halves else held
     for array in accumulators:
         own = type(array) is Local and whole(array) is array
-        if not own or array.shape != (n // 2,) or array.dtype != np.float32:
+        if not own or array.shape != (count,) or array.dtype != dtype:
             raise SimulationError(
-                f"wgmma with n = {n}: the accumulator must be a local array of {n // 2} float32, "
-                "whole, that no other product writes or reads"
+                f"wgmma with n = {n}: the accumulator must be a local array of {count} "
+                f"{np.dtype(dtype)}, whole, that no other product writes or reads"
             )
-        array.fill(_POISON)
+        array.view(np.uint8).fill(POISON)
         array.__class__ = InFlight
-    total = warp.sums[id(accumulators[0])] = _Sum(accumulators, value)
+    total = warp.sums[id(accumulators[0])] = _Sum(accumulators, value, of_halves)
     return total
 
 
 def _deliver(total: _Sum) -> None:
     registers = total.value[_d_index(total.value.shape[1])]
+    if total.of_halves:
+        registers = registers.astype(np.float16).view(np.uint32)
     for array, values in zip(total.arrays, registers, strict=True):
         array.__class__ = Local
         array[...] = values
@@ -305,9 +321,13 @@ def _shared(
         # Eight rows a chunk.
         eighths = slice(own.start and own.start // 8, own.stop and own.stop // 8)
         chunks, n_rows = chunks[:, eighths], len(range(n_rows)[own])
-    block.part(AsyncProxy).check(what, chunks)
+    # The warp executes it together: each of its threads must see what was stored.
+    first = current_thread().index // _LANES * _LANES
+    block.part(AsyncProxy).check(what, chunks, range(first, first + _LANES))
     content = block.part(Warpgroups).chunks[chunks]
     elements = content.view(_ELEMENTS[dtype])
+    if dtype == "tf32":
+        elements = (elements.view(np.uint32) & _TF32).view(np.float32)
     if major == "k":
         matrix = elements.reshape(len(content), -1)
     else:
@@ -318,30 +338,39 @@ def _shared(
 
 def _chunks(name: str, descriptor: int, n_rows: int, major: str) -> np.ndarray:
     """The numbers of an operand's 16-byte chunks, (rows, 2) if K-major, else (k, rows / 8)."""
-    if (swizzle := descriptor >> 62) != _SWIZZLE_128 or descriptor >> 49 & 7:
+    if base_offset := descriptor >> 49 & 7:
         raise SimulationError(
-            f"wgmma: the descriptor of operand {name} has swizzle {swizzle} and base offset "
-            f"{descriptor >> 49 & 7}; the simulator knows swizzle 1, of 128 bytes, and offset 0"
+            f"wgmma: the descriptor of operand {name} has base offset {base_offset}; the "
+            "simulator knows 0"
         )
+    swizzle_bytes = _SWIZZLE_BYTES[descriptor >> 62]
     start, leading, stride = (descriptor >> shift & 0x3FFF for shift in (0, 16, 32))
     if major == "k":
-        if start % _ROW_CHUNKS + _K_CHUNKS > _ROW_CHUNKS:
+        row_chunks = swizzle_bytes // 16
+        if row_chunks and start % row_chunks + _K_CHUNKS > row_chunks:
             raise SimulationError(f"wgmma: operand {name} begins in the last chunk of a row")
-        return swizzled(start + _k_major(n_rows, stride))
-    return swizzled(start + _mn_major(n_rows, leading, stride))
+        chunks = _k_major(n_rows, swizzle_bytes, leading, stride)
+    else:
+        chunks = _mn_major(n_rows, swizzle_bytes, leading, stride)
+    return swizzled(start + chunks, swizzle_bytes)
 
 
 @cache
-def _k_major(n_rows: int, stride: int) -> np.ndarray:
-    row = np.arange(n_rows)[:, None]
-    return row // 8 * stride + row % 8 * _ROW_CHUNKS + np.arange(_K_CHUNKS)
+def _k_major(n_rows: int, swizzle_bytes: int, leading: int, stride: int) -> np.ndarray:
+    row, chunk = np.arange(n_rows)[:, None], np.arange(_K_CHUNKS)
+    if not swizzle_bytes:
+        return row // 8 * stride + row % 8 + chunk * leading
+    return row // 8 * stride + row % 8 * (swizzle_bytes // 16) + chunk
 
 
 @cache
-def _mn_major(n_rows: int, leading: int, stride: int) -> np.ndarray:
+def _mn_major(n_rows: int, swizzle_bytes: int, leading: int, stride: int) -> np.ndarray:
     k, chunk = np.arange(16)[:, None], np.arange(n_rows // 8)
-    in_slab = k // 8 * stride + k % 8 * _ROW_CHUNKS + chunk % _ROW_CHUNKS
-    return chunk // _ROW_CHUNKS * leading + in_slab
+    if not swizzle_bytes:
+        return k // 8 * leading + k % 8 + chunk * stride
+    row_chunks = swizzle_bytes // 16
+    in_slab = k // 8 * stride + k % 8 * row_chunks + chunk % row_chunks
+    return chunk // row_chunks * leading + in_slab
 
 
 @cache

@@ -576,7 +576,7 @@ def test_a_tensor_map_without_swizzle_is_caught(name, monkeypatch):
     def mutated(self, *about):
         maps = tensor_maps(self, *about)
         mapped = maps[name]
-        return maps | {name: mapped._replace(layout=replace(mapped.layout, swizzled=False))}
+        return maps | {name: mapped._replace(layout=replace(mapped.layout, swizzle_bytes=0))}
 
     monkeypatch.setattr(calls.Forward, "_tensor_maps", mutated)
     assert first_failure(_P, monkeypatch)

@@ -102,6 +102,7 @@ PUBLISHED = {
     ("hopper", "mma", "tf32"): (8, 25, 23),
     ("hopper", "wgmma", "float16"): (16, 25, 23),
     ("hopper", "wgmma", "bfloat16"): (16, 25, 23),
+    ("hopper", "wgmma", "tf32"): (8, 25, 23),
     ("hopper", "wgmma", "e4m3"): (32, 13, 13),
 }
 

@@ -72,13 +72,13 @@ class Tile:
         return int(np.prod(self.layout.box)) * np.dtype(self.storage).itemsize
 
 
-def _tile(dtype, extents, box, coordinates, swizzled=True) -> Tile:
+def _tile(dtype, extents, box, coordinates, swizzle_bytes=128) -> Tile:
     """The rows of the tensor are padded to 16 bytes, and then by 16 more."""
     item = np.dtype(_STORAGE[dtype]).itemsize
     strides = [-(-extents[0] * item // 16) * 16 + 16]
     for extent in extents[1:-1]:
         strides.append(strides[-1] * extent)
-    return Tile(TensorLayout(dtype, extents, tuple(strides), box, swizzled), coordinates)
+    return Tile(TensorLayout(dtype, extents, tuple(strides), box, swizzle_bytes), coordinates)
 
 
 TILES = {
@@ -88,7 +88,9 @@ TILES = {
     "beyond": _tile("float16", (64, 21), (64, 8), (0, 21)),
     "bytes": _tile("uint8", (200, 11), (128, 8), (96, 5)),
     "float32": _tile("float32", (50, 9), (32, 8), (20, 2)),
-    "not swizzled": _tile("float16", (72, 21), (24, 8), (56, 15), swizzled=False),
+    "not swizzled": _tile("float16", (72, 21), (24, 8), (56, 15), swizzle_bytes=0),
+    "rows of 64 bytes": _tile("float16", (100, 21), (32, 16), (80, 9), swizzle_bytes=64),
+    "rows of 32 bytes": _tile("float32", (50, 21), (8, 16), (-3, 2), swizzle_bytes=32),
     "three": _tile("bfloat16", (64, 5, 7), (64, 3, 4), (0, 3, -2)),
     "keys": _tile("bfloat16", (96, 33, 3, 2), (64, 16, 1, 1), (64, 25, 2, 1)),
     "packed": _tile("float16", (80, 4, 9, 2, 2), (64, 4, 8, 1, 1), (64, 0, 5, 1, 1)),

@@ -15,7 +15,7 @@ and what is in none of the tables of this folder is refused by its name: `Unknow
 
 from numflash.executor.one_lane import accesses, bits, calculations, choices, moves
 from numflash.executor.one_lane.making import Making, Sources
-from numflash.executor.text import TYPE_BYTES, Statement, UnknownError
+from numflash.executor.text import TYPE_BYTES, PtxError, Statement, UnknownError, check_operands
 
 _MAKERS = {
     **calculations.MAKERS,
@@ -39,18 +39,22 @@ class OneLane(Sources):
 
         Raises:
             UnknownError: there is no such instruction, or not in this form.
+            PtxError: it has too few or too many operands.
         """
         head, *parts = statement.opcode.split(".")
         known = _MAKERS.get(head)
         if known is None:
             raise UnknownError(f"the executor does not know {statement.opcode}")
-        make, allowed = known
+        make, counts, allowed = known
         types = [part for part in parts if part in TYPE_BYTES]
         modifiers = [part for part in parts if part not in TYPE_BYTES]
         if refused := [part for part in modifiers if part not in allowed]:
             raise UnknownError(f"the executor does not know {statement.opcode}: .{refused[0]}")
+        check_operands(statement, *counts)
         try:
             return make(Making(self, statement, modifiers, types, mask))
+        except PtxError:
+            raise
         except (IndexError, KeyError, ValueError, AttributeError) as error:
             # A table above has no such type, or the operands are of another kind.
             raise UnknownError(

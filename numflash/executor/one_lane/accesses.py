@@ -5,11 +5,11 @@ from numflash.executor.text import TYPE_BYTES, UnknownError, Vector
 from numflash.executor.types import BITS, DTYPES, name_of
 
 MAKERS = Makers()
-_SPACES = "global shared shared::cta param local const generic"
+_SPACES = "global shared shared::cta shared::cluster param local const generic"
 _HINTS = (
     "relaxed weak volatile acquire release cta gpu sys cluster nc ca cg cs lu cv wb wt "
     "L1::evict_first L1::evict_last L1::no_allocate L1::evict_normal L1::evict_unchanged "
-    "L2::64B L2::128B L2::256B"
+    "L2::64B L2::128B L2::256B L2::cache_hint"
 )
 
 
@@ -17,10 +17,11 @@ def _access(making) -> tuple[str, str, int]:
     """(memory space, type, elements) of a load or store."""
     space = (making.first_of(_SPACES.split()) or "generic").split("::")[0]
     count = making.first_of(("v2", "v4", "v8"))
+    making.check_operands(3 if making.has("L2::cache_hint") else 2)
     return space, making.types[-1], int(count[1]) if count else 1
 
 
-@MAKERS.of("ld ldu", f"{_SPACES} {_HINTS} v2 v4 v8")
+@MAKERS.of("ld ldu", (2, 3), f"{_SPACES} {_HINTS} v2 v4 v8")
 def _ld(making):
     space, type_, count = _access(making)
     dtype = DTYPES[type_]
@@ -37,7 +38,7 @@ def _ld(making):
     return lines
 
 
-@MAKERS.of("st", f"{_SPACES} {_HINTS} v2 v4 v8")
+@MAKERS.of("st", (2, 3), f"{_SPACES} {_HINTS} v2 v4 v8")
 def _st(making):
     space, type_, count = _access(making)
     size = TYPE_BYTES[type_]

@@ -34,29 +34,29 @@ def _elementwise(making: Making, formula: str, n: int, float_formula: str | None
     return making.put(value, type_)
 
 
-@MAKERS.of("add", "rn ftz sat")
+@MAKERS.of("add", 3, "rn ftz sat")
 def _add(making):
     return _elementwise(making, "({}+{})", 2)
 
 
-@MAKERS.of("sub", "rn ftz sat")
+@MAKERS.of("sub", 3, "rn ftz sat")
 def _sub(making):
     return _elementwise(making, "({}-{})", 2)
 
 
-@MAKERS.of("min", "ftz")
+@MAKERS.of("min", 3, "ftz")
 def _min(making):
     return _elementwise(making, "np.minimum({},{})", 2, "a.minimum({},{})")
 
 
-@MAKERS.of("max", "ftz")
+@MAKERS.of("max", (3, 4), "ftz")
 def _max(making):
     if len(making.operands) == 4:
         return _elementwise(making, "", 3, "a.maximum(a.maximum({},{}),{})")
     return _elementwise(making, "np.maximum({},{})", 2, "a.maximum({},{})")
 
 
-@MAKERS.of("mul", "rn ftz sat lo hi wide")
+@MAKERS.of("mul", 3, "rn ftz sat lo hi wide")
 def _mul(making):
     if making.has("wide"):
         wide = _WIDE[making.types[-1]]
@@ -65,7 +65,7 @@ def _mul(making):
     return _elementwise(making, "a.high_product({},{})" if making.has("hi") else "({}*{})", 2)
 
 
-@MAKERS.of("mad", "rn ftz sat lo hi wide")
+@MAKERS.of("mad", 4, "rn ftz sat lo hi wide")
 def _mad(making):
     type_ = making.types[-1]
     if type_ in ("f32", "f64"):
@@ -79,29 +79,29 @@ def _mad(making):
     return _elementwise(making, f"({product}+{{}})", 3)
 
 
-@MAKERS.of("fma", "rn ftz sat")
+@MAKERS.of("fma", 4, "rn ftz sat")
 def _fma(making):
     if making.types[-1] != "f32":
         raise UnknownError(f"{making.opcode}: the executor fuses float32 only")
     return _elementwise(making, "a.fused({},{},{})", 3)
 
 
-@MAKERS.of("div", "rn full approx ftz")
+@MAKERS.of("div", 3, "rn full approx ftz")
 def _div(making):
     return _elementwise(making, "a.quotient({},{})", 2, "({}/{})")
 
 
-@MAKERS.of("rem")
+@MAKERS.of("rem", 3)
 def _rem(making):
     return _elementwise(making, "a.remainder({},{})", 2)
 
 
-@MAKERS.of("neg", "ftz")
+@MAKERS.of("neg", 2, "ftz")
 def _neg(making):
     return _elementwise(making, "(-{})", 1)
 
 
-@MAKERS.of("abs", "ftz")
+@MAKERS.of("abs", 2, "ftz")
 def _abs(making):
     return _elementwise(making, "np.abs({})", 1)
 
@@ -118,13 +118,13 @@ _FUNCTIONS = {
 }
 
 
-@MAKERS.of(" ".join(_FUNCTIONS), "rn approx ftz")
+@MAKERS.of(" ".join(_FUNCTIONS), 2, "rn approx ftz")
 def _function(making):
     if making.types[-1] != "f32":
         raise UnknownError(f"{making.opcode}: the executor knows it of float32 only")
     return _elementwise(making, _FUNCTIONS[making.opcode.split(".")[0]], 1)
 
 
-@MAKERS.of("copysign")
+@MAKERS.of("copysign", 3)
 def _copysign(making):
     return making.put(f"np.copysign({making.source(2)},{making.source(1)})", making.types[-1])

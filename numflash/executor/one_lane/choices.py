@@ -13,7 +13,7 @@ _UNORDERED = {name + "u": symbol for name, symbol in list(_COMPARISONS.items())[
 _BOOLEAN = {"and": "&", "or": "|", "xor": "^"}
 
 
-@MAKERS.of("setp", " ".join([*_COMPARISONS, *_UNORDERED, *_BOOLEAN, "num", "nan", "ftz"]))
+@MAKERS.of("setp", (3, 4), " ".join([*_COMPARISONS, *_UNORDERED, *_BOOLEAN, "num", "nan", "ftz"]))
 def _setp(making):
     type_ = making.types[-1]
     x, y = making.source(1), making.source(2)
@@ -32,6 +32,7 @@ def _setp(making):
         if comparison == "ne" and DTYPES[type_].kind not in "iu":
             value = f"({value}&~{nan})"
     combined = making.first_of(_BOOLEAN)
+    making.check_operands(4 if combined else 3)
     target = making.operands[0]
     if isinstance(target, Pair):
         if combined:
@@ -43,7 +44,7 @@ def _setp(making):
     return making.put(value, "pred")
 
 
-@MAKERS.of("selp")
+@MAKERS.of("selp", 4)
 def _selp(making):
     bits = f"b{8 * TYPE_BYTES[making.types[-1]]}"
     x, y = making.source(1, bits), making.source(2, bits)

@@ -15,6 +15,7 @@ from numflash.executor.text import (
     Special,
     Symbol,
     UnknownError,
+    check_operands,
 )
 from numflash.executor.types import BITS, DTYPES, bits_of, filled, name_of
 
@@ -99,8 +100,13 @@ class Making:
     """
 
     def __init__(self, sources: Sources, statement, modifiers, types, mask):
-        self.sources, self.operands, self.mask = sources, statement.operands, mask
-        self.opcode, self.modifiers, self.types = statement.opcode, modifiers, types
+        self.sources, self.statement, self.mask = sources, statement, mask
+        self.opcode, self.operands = statement.opcode, statement.operands
+        self.modifiers, self.types = modifiers, types
+
+    def check_operands(self, count: int) -> None:
+        """Raise PtxError unless the statement has so many operands."""
+        check_operands(self.statement, count)
 
     def has(self, modifier: str) -> bool:
         """Whether the opcode has a modifier."""
@@ -144,15 +150,19 @@ class Making:
         return f"{value}.astype(a.u{size})"
 
 
-class Makers(dict[str, tuple[Callable, frozenset]]):
-    """By the name of an instruction: what makes its lines, and the modifiers that it knows."""
+class Makers(dict[str, tuple[Callable, tuple[int, ...], frozenset]]):
+    """By the name of an instruction: what makes its lines, and what it knows.
 
-    def of(self, names: str, modifiers: str = ""):
+    That is how many operands it may have, and its modifiers.
+    """
+
+    def of(self, names: str, operands: int | tuple[int, ...], modifiers: str = ""):
         """Enter a function of a `Making` for these instructions."""
+        counts = (operands,) if isinstance(operands, int) else operands
 
         def enter(make):
             for name in names.split():
-                self[name] = make, frozenset(modifiers.split())
+                self[name] = make, counts, frozenset(modifiers.split())
             return make
 
         return enter

@@ -7,7 +7,7 @@ from numflash.executor.types import DTYPES, HALVES, PAIRS, name_of
 MAKERS = Makers()
 
 
-@MAKERS.of("mov")
+@MAKERS.of("mov", 2)
 def _mov(making):
     type_, (target, source) = making.types[-1], making.operands
     if type_ == "pred":
@@ -31,10 +31,12 @@ def _mov(making):
     return making.put(making.source(1, bits), bits)
 
 
-@MAKERS.of("cvt", "rn rna rzi rni rmi rpi ftz sat satfinite")
+@MAKERS.of("cvt", (2, 3), "rn rna rzi rni rmi rpi ftz sat satfinite")
 def _cvt(making):
     to, of = making.types
     ways = set(making.modifiers)
+    packs = of == "f32" and to in (*PAIRS, "e4m3x2", "e5m2x2")
+    making.check_operands(3 if packs else 2)
     if of == "f32" and to in PAIRS and ways == {"rn"}:
         high, low = making.source(1, of), making.source(2, of)
         dtype = f"a.{name_of(PAIRS[to])}"
@@ -81,7 +83,7 @@ def _converted(making, to: str, of: str) -> str:
     return f"a.saturated({value})" if making.has("sat") else value
 
 
-@MAKERS.of("cvta", "to global shared shared::cta const param local")
+@MAKERS.of("cvta", 2, "to global shared shared::cta shared::cluster const param local")
 def _cvta(making):
     space = making.modifiers[-1].split("::")[0]
     to_space = making.has("to")

@@ -48,7 +48,7 @@ def test_keys_come_in_tiles_of_rows():
         strides=(2 * H * D, 2 * D, 2 * S * H * D),
         box=(64, 176, 1, 1),
     )
-    assert layout.swizzled
+    assert layout.swizzle_bytes == 128
 
 
 def test_queries_come_in_tiles_of_64_rows_of_packed_heads():
@@ -160,7 +160,7 @@ def test_the_driver_is_told_all_of_a_layout(hopper):
     assert hopper.driver.maps == [
         EncodedMap(9, BASE, (64, 3, 5), (128, 1024), (64, 2, 4), (1, 1, 1), 0, 3, 3, 0)
     ]
-    encoder(hopper.driver, replace(layout, dtype="uint8", swizzled=False))(BASE + 16)
+    encoder(hopper.driver, replace(layout, dtype="uint8", swizzle_bytes=0))(BASE + 16)
     assert hopper.driver.maps[1][:2] == (0, BASE + 16) and hopper.driver.maps[1].swizzle == 0
     encoder(hopper.driver, replace(layout, l2_bytes=128))(BASE)
     assert hopper.driver.maps[2] == hopper.driver.maps[0]._replace(l2_promotion=2)
