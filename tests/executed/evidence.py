@@ -14,6 +14,8 @@ from pathlib import Path
 _DOCS = Path(__file__).parents[2] / "docs"
 RECORD, PAGE = _DOCS / "evidence.json", _DOCS / "evidence.md"
 
+# All of them once, with nothing kept of an earlier run.
+_SECONDS = 0
 WITHOUT = {
     "fence_proxy_tensormap": "changes nothing on a CPU: a wrong meaning could not be noticed",
     "prefetch_tensormap": "changes nothing on a CPU: a wrong meaning could not be noticed",
@@ -73,29 +75,48 @@ def witnesses_of(record: dict) -> dict[str, list[str]]:
 
 def page(record: dict) -> str:
     """docs/evidence.md."""
-    found = witnesses_of(record)
-    rows = [
-        (
-            f"`{name}`",
-            ", ".join(f"`{test}`" for test in tests),
-            "; ".join(
-                meaning
-                for meaning, entry in record["noticed"].items()
-                if entry["instruction"] == name
-            ),
-        )
-        for name, tests in sorted(found.items())
-    ]
-    compilers = {}
+    ours, others = [], []
+    for name, tests in sorted(witnesses_of(record).items()):
+        noticed = [
+            f"{meaning} (`{entry['witness']}`)"
+            for meaning, entry in record["noticed"].items()
+            if entry["instruction"] == name
+        ]
+        # Names of ours have no dots; opcodes have.
+        rows = others if "." in name else ours
+        rows.append((f"`{name}`", _by_compiler(record, tests), "; ".join(noticed)))
+    seen: dict[str, dict] = {}
     for entry in record["witnesses"].values():
-        compilers[entry["compiler"]] = max(compilers.get(entry["compiler"], ""), entry["date"])
-    seen = ", ".join(f"{name} (last changed {day})" for name, day in sorted(compilers.items()))
-    without = [(f"`{name}`", why) for name, why in sorted(WITHOUT.items())]
+        of = seen.setdefault(entry["compiler"], {"modules": set(), "date": "", "tests": 0})
+        of["modules"].add(f"`tests/executed/{entry['module']}.py`")
+        of["date"] = max(of["date"], entry["date"])
+        of["tests"] += 1
     return _TEXT.format(
-        seen=seen,
-        table=_table(("instruction", "witness", "wrong on purpose, and noticed"), rows),
-        without=_table(("instruction", "why"), without),
+        compilers=_table(
+            ("witnesses", "tests", "in", "last changed"),
+            [
+                (compiler, str(of["tests"]), ", ".join(sorted(of["modules"])), of["date"])
+                for compiler, of in sorted(seen.items())
+            ],
+        ),
+        noticed=len(record["noticed"]),
+        seconds=_SECONDS,
+        table=_table(("instruction", "witness", "wrong on purpose, and noticed by"), ours),
+        others=_table(("opcode", "witness", "wrong on purpose, and noticed by"), others),
+        without=_table(
+            ("instruction", "why"),
+            [(f"`{name}`", why) for name, why in sorted(record["without"].items())],
+        ),
     )
+
+
+def _by_compiler(record: dict, tests: list[str]) -> str:
+    """The tests, behind the name of their compiler without its version."""
+    found: dict[str, list[str]] = {}
+    for test in tests:
+        compiler = record["witnesses"][test]["compiler"].rpartition(" ")[0]
+        found.setdefault(compiler, []).append(f"`{test}`")
+    return "; ".join(f"{name}: {', '.join(of)}" for name, of in sorted(found.items()))
 
 
 def _table(header: Iterable[str], rows: Iterable[tuple]) -> str:
@@ -113,43 +134,54 @@ No GPU has run numflash. What instructions mean is written in the bodies of `num
 the simulator, read from the manuals. The executor uses the same bodies. So when it runs a kernel of another
 compiler, whose code GPUs run every day, and the result is right, that compiler vouches for our meanings.
 
-The witnesses are tests of `tests/executed/test_witnesses.py`: kernels of {seen}, which compile without a GPU,
-against float64. They write the record where they pass:
+{compilers}
 
-    pip install triton          # 290 MB to load, 1 GB on disk
-    NUMBA_ENABLE_CUDASIM=1 NUMFLASH_TEST_PEERS=1 pytest tests/executed/test_witnesses.py
+Triton's and CuTe's kernels are written for this, FlashAttention-4's are its own, forward and backward: all of them
+compile without a GPU, are run by the executor, and compared with float64. PyTorch's conversions are compared with
+the bodies of ours, bit by bit. Witnesses write the record where they pass:
 
-A witness shows that kernels which use an instruction compute what they should. It does not show what the
-instruction does with operands that no kernel gives it, nor how fast it is, nor what ptxas makes of it. CI does
-not run the witnesses: they take 76 s of user CPU time beside the installation.
+    pip install triton                                  # 290 MB to load, 1 GB on disk
+    pip install nvidia-cutlass-dsl "nvidia-cutlass-dsl-libs-cu13" torch flash-attn-4==4.0.0b36    # 5 GB on disk
+    NUMBA_ENABLE_CUDASIM=1 NUMFLASH_TEST_PEERS=1 pytest tests/executed -k "witnesses or wrong_meanings"
+
+A test whose package is missing is skipped. A witness shows that kernels which use an instruction compute what they
+should. It does not show what the instruction does with operands that no kernel gives it, nor how fast it is, nor
+what ptxas makes of it. CI does not run the witnesses: they take {seconds} s of user CPU time beside the installation.
 
 ## Instructions with a witness
 
-The last column is what `test_a_wrong_meaning_is_noticed` makes of the instruction on purpose; its witness fails
-then. Where the column is empty nobody has tried. Loads and stores of Triton are typed `.b32`: they vouch
-for `.u32` and `.f32` of the same size. `bar_sync` is executed as `bar.sync 0`, for all threads. `mul.f32` of Triton vouches for `mul.rn.f32`, which it is.
+The last column is what tests make of the instruction on purpose, {noticed} times in all; the witness behind it fails
+then. Where the column is empty nobody has tried. Loads and stores of other compilers are typed `.b32`: they vouch for
+`.u32` and `.f32` of the same size. `bar.sync 0`, for all threads, is `bar_sync`, too. `mul.f32` and `mul.f16x2` vouch
+for `mul.rn`, which they are, and `lop3` with another table for ours, which the executor looks up alike.
 
 {table}
 
-Tiles of three to five dimensions are loaded and stored with the same swizzle, so that a wrong one would cancel
-out: only the 2-D copies, whose tiles `wgmma` reads, show it. What matters there is which elements a tile is.
+Triton loads and stores tiles of three to five dimensions with the same swizzle, so that a wrong one would cancel out;
+CuTe's `test_tiles_of_tensor_maps` reads each element where CuTe says it is, and stores the tile without a swizzle.
+
+## What only the executor knows
+
+Other compilers use them, kernels of numflash do not.
+
+{others}
 
 ## Instructions without a witness
 
 {without}
 
-Nor has anybody vouched for `wgmma` whose K-major stride offset is not 1024 bytes (every kernel here uses the
-swizzle of 128 bytes, and a simulator that ignored the stride would pass), for `setmaxnreg`, for `bar.sync`
-with a count, and for the 128 bytes that the driver makes of a tensor map: `libcuda` would have to run.
+Nor has anybody vouched for the 128 bytes that the driver makes of a tensor map: they would have to be compared with
+those that `libcuda` writes, which comes with a driver and not as a package. Here a map stands for what it was made
+of. That `setmaxnreg.inc` is needed cannot be seen, either: nothing here runs out of registers for want of it.
 
-## Where Triton and our checks differ
+## Where others and our checks differ
 
-- Triton sets no fence between `mbarrier.init` and bulk copies. We demand `fence.mbarrier_init`; the tests put it
-  into Triton's text (`test_where_we_ask_for_more_fences_than_triton_sets` shows the refusal without).
-- Triton's attention for sm_90 stores Q, waits at a barrier, and then the *readers* execute
-  `fence.proxy.async`. We demand it of the writer, before the barrier; the tests add that one.
-  Whether the PTX ISA allows Triton's order we have not settled.
-- Triton passes float32 to `mma` of tf32 unrounded; the tests cut the low 13 bits of their reference.
+- Triton sets no fence between `mbarrier.init` and bulk copies. We demand `fence.mbarrier_init`, which CuTe and
+  FlashAttention-4 set; the tests put it into Triton's text
+  (`test_where_we_ask_for_more_fences_than_triton_sets` shows the refusal without).
+- Triton's attention for sm_90 stores Q, waits at a barrier, and then the readers execute `fence.proxy.async`;
+  CuTe and FlashAttention-4 have it executed by the writers, before the barrier. Both pass.
+- Triton passes float32 to products of tf32 unrounded; the tests cut the low 13 bits of their reference.
 """  # noqa: E501
 
 

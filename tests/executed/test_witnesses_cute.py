@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from numflash.problem.tensor_maps import TensorLayout
-from numflash.simulator import SimulatedTensorMap, warpgroup
+from numflash.simulator import SimulatedTensorMap, tensor_maps, warpgroup
 from tests.executed import witnesses
 from tests.executed.conftest import normal
 from tests.executed.witnesses import body, function, rows_exchanged, text
@@ -55,22 +55,22 @@ def multiplied(dtype, n, k, a_kind, b_kind, a_order=(0, 1), b_order=(0, 1)) -> s
     return opcodes
 
 
-_K, _MN = ("K_SW128", "K_SW64", "K_SW32"), ("MN_SW128", "MN_SW64", "MN_SW32")
+_K = ("K_SW128", "K_SW64", "K_SW32", "K_INTER")
+_MN = ("MN_SW128", "MN_SW64", "MN_SW32", "MN_INTER")
 
 
 @pytest.mark.parametrize("kind", _K)
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 @witness
 def test_k_major_operands(kind, order):
-    """The stride offset is 8 rows of 128, 64 or 32 bytes; in order (1, 0) as many times k's."""
+    """The stride offset is 8 rows of 128, 64, 32 or 16 bytes; in order (1, 0) a multiple of it."""
     multiplied("float16", 40, 128, kind, kind, order, order)
 
 
 @pytest.mark.parametrize("kind", _MN)
-@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 @witness
-def test_mn_major_operands(kind, order):
-    multiplied("bfloat16", 192, 32, "MN_SW128" if kind == "MN_SW128" else kind, kind, order, order)
+def test_mn_major_operands(kind):
+    multiplied("bfloat16", 192, 32, kind, kind, (0, 1), (1, 0))
 
 
 @pytest.mark.parametrize("kind", _K)
@@ -85,7 +85,7 @@ def test_a_in_registers(dtype, n):
     multiplied(dtype, n, 128, None, "K_SW128")
 
 
-@pytest.mark.parametrize("n", [8, 80, 96, 112, 160, 176])
+@pytest.mark.parametrize("n", [8, 80, 160, 176])
 @witness
 def test_sizes_of_products(n):
     multiplied("float16", n, 64, "K_SW128", "K_SW128")
@@ -175,14 +175,15 @@ def _only(right: int, wrong: int):
     return lambda swizzled: lambda chunks, n: swizzled(chunks, wrong if n == right else n)
 
 
-_SINGLE = (test_single_elements,)
+_SINGLE, _TURNED = (test_single_elements,), (test_k_major_operands, "K_SW128", (1, 0))
+_ANY_K = "wgmma_m64n40k16_f16_a_shared_b_k"
 _PRODUCTS = {
     **{
         f"wgmma_m64n{n}k16_f16_a_shared_b_k": (test_sizes_of_products, n)
-        for n in (8, 80, 96, 112, 160, 176)
+        for n in (8, 80, 160, 176)
     },
     "wgmma_m64n40k16_f16_a_shared_b_k": (test_k_major_operands, "K_SW64", (0, 1)),
-    "wgmma_m64n192k16_bf16_a_shared_b_mn_a_mn": (test_mn_major_operands, "MN_SW64", (0, 1)),
+    "wgmma_m64n192k16_bf16_a_shared_b_mn_a_mn": (test_mn_major_operands, "MN_SW64"),
     "wgmma_m64n24k32_e4m3_a_shared_b_k": (test_operands_of_e4m3, "K_SW32"),
     "wgmma_m64n48k16_f16_a_registers_b_k": (test_a_in_registers, "float16", 48),
     "wgmma_m64n104k16_bf16_a_registers_b_k": (test_a_in_registers, "bfloat16", 104),
@@ -201,6 +202,51 @@ WRONG = {
         )
         for name, row in _PRODUCTS.items()
         if "registers" in name
+    },
+    "K-major: every stride is 1024 bytes": (
+        _ANY_K,
+        function(warpgroup, "_k_major", lambda right: lambda *given: right(*given[:3], 64)),
+        _TURNED,
+    ),
+    "K-major, no swizzle: every leading offset is 128 bytes": (
+        _ANY_K,
+        function(
+            warpgroup, "_k_major", lambda right: lambda n, bits, _, to: right(n, bits, 8, to)
+        ),
+        (test_k_major_operands, "K_INTER", (0, 1)),
+    ),
+    "MN-major, no swizzle: leading and stride offset exchanged": (
+        "wgmma_m64n192k16_bf16_a_shared_b_mn_a_mn",
+        function(warpgroup, "_mn_major", lambda right: lambda n, bits, x, y: right(n, bits, y, x)),
+        (test_mn_major_operands, "MN_INTER"),
+    ),
+    **{
+        f"wgmma: a swizzle of {right} bytes is one of {wrong}": (
+            _ANY_K,
+            function(warpgroup, "swizzled", _only(right, wrong)),
+            (test_k_major_operands, f"K_SW{right}", (0, 1)),
+        )
+        for right, wrong in ((128, 64), (64, 128), (32, 64))
+    },
+    **{
+        f"{len(tile[2])}-D: a swizzle of {right} bytes is one of {wrong}": (
+            f"cp_async_bulk_tensor_{len(tile[2])}d",
+            function(tensor_maps, "swizzled", _only(right, wrong)),
+            (test_tiles_of_tensor_maps, *tile),
+        )
+        for right, wrong, tile in (
+            (64, 128, TILES[1]),
+            (32, 64, TILES[2]),
+            (128, 64, TILES[3]),
+        )
+    },
+    **{
+        f"{name}: 0 where a loop begins": (
+            name,
+            text(r"(mov\.b32\s+%r\w+), %r\w+;", r"\1, 0;"),
+            _TURNED,
+        )
+        for name in ("float_as_bits", "bits_as_float")
     },
     "f16, k = 8: registers of a exchanged": (
         "mma_m16n8k8_f16",

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from numflash.problem.tensor_maps import TensorLayout
-from numflash.simulator import SimulatedTensorMap
+from numflash.simulator import SimulatedTensorMap, tensor_maps
 from tests.executed import witnesses
 from tests.executed.conftest import normal
+from tests.executed.witnesses import body, function, rows_exchanged, text
 
 witnesses.need(
     flash_attn="--no-deps flash-attn-4 quack-kernels einops apache-tvm-ffi",
@@ -207,7 +208,92 @@ def test_a_backward_of_flash_attention_4(head_dim, causal, dtype, n, heads):
         assert any(opcode.startswith(used) for opcode in opcodes), used
 
 
-WRONG = {}
+def _nothing(right):
+    return lambda *given: None
+
+
+def _shifted(right):
+    """Of a bulk load: one row farther."""
+    return lambda *given: right(*given[:7], given[7] + 1, *given[8:])
+
+
+def _stored_shifted(right):
+    return lambda tensor_map, c0, c1, *rest: right(tensor_map, c0, c1 + 1, *rest)
+
+
+_FORWARD = (test_a_forward_of_flash_attention_4, 64, False, "float16", 100, 1)
+_CAUSAL = (test_a_forward_of_flash_attention_4, 64, True, "bfloat16", 100, 1)
+_WIDE = (test_a_forward_of_flash_attention_4, 128, True, "float16", 100, 1)
+_WIDE_BF16 = (test_a_forward_of_flash_attention_4, 128, False, "bfloat16", 100, 1)
+_BACKWARD = (test_a_backward_of_flash_attention_4, 64, False, "float16", 150, 1)
+_PRODUCTS = {
+    "wgmma_m64n128k16_f16_a_shared_b_k": _FORWARD,
+    "wgmma_m64n64k16_f16_a_registers_b_mn": _FORWARD,
+    "wgmma_m64n128k16_bf16_a_shared_b_k": _CAUSAL,
+    "wgmma_m64n64k16_bf16_a_registers_b_mn": _CAUSAL,
+    "wgmma_m64n128k16_f16_a_registers_b_mn": _WIDE,
+    "wgmma_m64n128k16_bf16_a_registers_b_mn": _WIDE_BF16,
+}
+WRONG = {
+    **{
+        f"{name} of FlashAttention-4: rows in reverse": (name, rows_exchanged(name), row)
+        for name, row in _PRODUCTS.items()
+    },
+    "nobody arrives": ("mbarrier_arrive", body("mbarrier_arrive", _nothing), _FORWARD),
+    "nobody arrives at a named barrier": (
+        "bar_arrive",
+        text(r"bar\.arrive\s+[^;]*;", ""),
+        _FORWARD,
+    ),
+    "copies see no mbarrier": (
+        "fence_mbarrier_init",
+        body("fence_mbarrier_init", _nothing),
+        _FORWARD,
+    ),
+    "no register is given back": (
+        "setmaxnreg_dec",
+        text(r"setmaxnreg\.dec[^;]*;", ""),
+        _FORWARD,
+    ),
+    "registers are taken away": (
+        "setmaxnreg_inc",
+        text(r"setmaxnreg\.inc", "setmaxnreg.dec"),
+        _FORWARD,
+    ),
+    "4-D of FlashAttention-4: loaded one row farther": (
+        "cp_async_bulk_tensor_4d",
+        body("cp_async_bulk_tensor_4d", _shifted),
+        _FORWARD,
+    ),
+    "4-D of FlashAttention-4: stored one row farther": (
+        "cp_async_bulk_tensor_4d_store",
+        body("cp_async_bulk_tensor_4d_store", _stored_shifted),
+        _FORWARD,
+    ),
+    "4-D of FlashAttention-4: no swizzle": (
+        "cp_async_bulk_tensor_4d",
+        function(tensor_maps, "swizzled", lambda right: lambda chunks, n: chunks),
+        _FORWARD,
+    ),
+    "a bulk reduction does not add": (
+        "cp.reduce.async.bulk",
+        text(
+            r"cp\.reduce\.async\.bulk\.global\.shared::cta\.bulk_group\.add\.f32",
+            "cp.async.bulk.global.shared::cta.bulk_group",
+        ),
+        _BACKWARD,
+    ),
+    "a bulk copy begins 16 bytes farther": (
+        "cp.async.bulk",
+        text(r"(bytes \[%\w+\], \[%\w+)(\], %\w+, \[)", r"\1+16\2"),
+        _BACKWARD,
+    ),
+    "stored as it is": (
+        "stmatrix.x4.trans",
+        text(r"(stmatrix\.sync\.aligned\.m8n8\.x4)\.trans", r"\1"),
+        _BACKWARD,
+    ),
+}
 record = witnesses.recorder(__name__, WRONG)
 
 

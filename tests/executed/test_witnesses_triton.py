@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from numflash.problem.tensor_maps import TensorLayout
-from numflash.runtime.errors import UnsupportedError
 from numflash.simulator import SimulatedTensorMap, SimulationError
 from tests.executed import witnesses
 from tests.executed.conftest import normal
@@ -29,12 +28,8 @@ _TYPES = {
     "fp8e4nv": np.dtype(ml_dtypes.float8_e4m3fn),
     "fp8e5": np.dtype(ml_dtypes.float8_e5m2),
 }
-# Where Triton and our checks differ: it sets no fence between `mbarrier.init` and copies, and of
-# stores that `wgmma` reads the reader fences, after the barrier. We want it of the writer, before.
-_FENCES = {
-    r"(mbarrier\.init[^;]*;)": r"\1 fence.mbarrier_init.release.cluster;",
-    r"(bar\.sync\s+0;)": r"fence.proxy.async.shared::cta; \1",
-}
+# Triton sets no fence between `mbarrier.init` and copies; we want one.
+_FENCES = {r"(mbarrier\.init[^;]*;)": r"\1 fence.mbarrier_init.release.cluster;"}
 _TRANSPOSES = [(0, 0), (0, 1), (1, 0), (1, 1)]
 
 witness = witnesses.witness("Triton", "triton")
@@ -146,6 +141,13 @@ def test_fp8_of_sm90():
     opcodes, c, exact = multiplied(90, "fp8e4nv", 0, 1, (64, 128, 256), (64, 128, 128))
     np.testing.assert_allclose(c, exact, atol=1e-4)
     assert "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3" in opcodes
+
+
+@witness
+def test_tf32_of_sm90():
+    opcodes, c, exact = multiplied(90, "fp32", 0, 1, (64, 64, 64), (64, 64, 32))
+    np.testing.assert_allclose(c, exact, atol=1e-4)
+    assert "wgmma.mma_async.sync.aligned.m64n64k8.f32.tf32.tf32" in opcodes
 
 
 @pytest.mark.parametrize("target, head_dim", [(80, 64), (90, 64)])
@@ -344,9 +346,3 @@ def test_where_we_ask_for_more_fences_than_triton_sets():
     parameters = [p for box in boxes for p in tensor_map(x.copy(), box)]
     with pytest.raises(SimulationError, match="without a fence_mbarrier_init after it"):
         run(kernel, 1, *parameters, fenced=False)
-
-
-def test_what_is_not_known_is_refused_by_name():
-    """tf32 of sm_90 has a `wgmma` that no kernel of ours uses."""
-    with pytest.raises(UnsupportedError, match=r"m64n64k8\.f32\.tf32\.tf32"):
-        multiplied(90, "fp32", 0, 1, (64, 64, 64), (64, 64, 32))

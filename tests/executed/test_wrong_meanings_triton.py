@@ -39,7 +39,7 @@ def _same(swizzled):
 
 
 def _offsets_exchanged(mn_major):
-    return lambda n_rows, leading, stride: mn_major(n_rows, stride, leading)
+    return lambda n_rows, swizzle, leading, stride: mn_major(n_rows, swizzle, stride, leading)
 
 
 def _first_two_exchanged(transfer):
@@ -133,6 +133,7 @@ _PRODUCTS = {
         for n, major in ((16, "k"), (32, "k"), (256, "mn"))
     },
     "wgmma_m64n128k32_e4m3_a_shared_b_k": (triton.test_fp8_of_sm90,),
+    "wgmma_m64n64k8_tf32_a_shared_b_k": (triton.test_tf32_of_sm90,),
     "wgmma_m64n64k16_f16_a_shared_b_k": _SM90,
     "wgmma_m64n64k16_f16_a_registers_b_mn": _SM90,
 }
@@ -364,15 +365,11 @@ WRONG = {
     "halves exchanged": (
         "mov_b32_halves",
         text(r"(mov\.b32\s+%\w+, \{)(%\w+), (%\w+)\}", r"\1\3, \2}"),
-        (triton.test_scalars, 128),
+        _SCALARS,
     ),
-    **{
-        f"{name}: 0": (name, text(r"(mov\.b32\s+%\w+), %r\w+;", r"\1, 0;"), _SCALARS)
-        for name in ("float_as_bits", "bits_as_float")
-    },
-    "an address 4 bytes farther": (
+    "an address 1024 bytes farther": (
         "mov_shared_address",
-        text(r"(mov\.b32\s+%\w+, global_smem);", r"\1+4;"),
+        text(r"(mov\.b32\s+%\w+, global_smem);", r"\1+1024;"),
         _SM80,
     ),
     "a and b exchanged": (

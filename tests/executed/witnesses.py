@@ -158,7 +158,7 @@ def names(statement) -> set[str]:
     """Our instructions that a statement is; those of `wgmma` without how the sum begins."""
     opcode, operands = bodies.plain(statement.opcode, statement.operands)
     if opcode in ("mov.b32", "mov.u32"):
-        return _moves(operands[1])
+        return _moves(*operands)
     for pattern, name in _BY_HEART.items():
         if re.fullmatch(pattern, opcode):
             return {name}
@@ -179,7 +179,9 @@ def _stem(name: str) -> str:
     return re.sub("_more|_of_1$", "", name)
 
 
-def _moves(source) -> set[str]:
+def _moves(target, source) -> set[str]:
+    if not isinstance(target, Register):
+        return set()
     if isinstance(source, Special):
         return {_SPECIAL[source.name]} if source.name in _SPECIAL else set()
     if isinstance(source, Vector):
