@@ -36,7 +36,7 @@ def read() -> dict:
 def enter(
     module: str, witnesses: dict[str, dict], noticed: dict[str, dict], wrong: Iterable[str] | None
 ) -> None:
-    """Replace these entries of the record; what says the same keeps its date.
+    """Add to the record; what says the same keeps its date, and another version begins anew.
 
     Args:
         module: whose witnesses ran.
@@ -45,6 +45,12 @@ def enter(
             others that these have noticed once are dropped.
     """
     record = read() if RECORD.exists() else {"witnesses": {}, "noticed": {}}
+    for name, entry in witnesses.items():
+        before = record["witnesses"].get(name)
+        if before is not None and before["compiler"] == entry["compiler"]:
+            # A run may be of some of a witness's cases only.
+            together = {*before["instructions"], *entry["instructions"]}
+            entry["instructions"] = sorted(together)
     for kept, entries in (
         (record["witnesses"], witnesses),
         (record["noticed"], noticed),

@@ -192,7 +192,7 @@ def test_a_backward_of_flash_attention_4(head_dim, causal, dtype, n, heads):
         (row_blocks, heads),
         256,
         [
-            tensor(sums, 2, 1, 0),
+            tensor(sums, 0, 1, 2),
             tensor(dq, 0, 1, 2, 3),
             scale,
             0,
