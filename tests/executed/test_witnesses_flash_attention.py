@@ -226,6 +226,8 @@ _CAUSAL = (test_a_forward_of_flash_attention_4, 64, True, "bfloat16", 100, 1)
 _WIDE = (test_a_forward_of_flash_attention_4, 128, True, "float16", 100, 1)
 _WIDE_BF16 = (test_a_forward_of_flash_attention_4, 128, False, "bfloat16", 100, 1)
 _BACKWARD = (test_a_backward_of_flash_attention_4, 64, False, "float16", 150, 1)
+_BACKWARD_BF16 = (test_a_backward_of_flash_attention_4, 128, True, "bfloat16", 100, 1)
+_BACKWARD_80 = (test_a_backward_of_flash_attention_4, 128, False, "float16", 100, 1)
 _PRODUCTS = {
     "wgmma_m64n128k16_f16_a_shared_b_k": _FORWARD,
     "wgmma_m64n64k16_f16_a_registers_b_mn": _FORWARD,
@@ -233,6 +235,11 @@ _PRODUCTS = {
     "wgmma_m64n64k16_bf16_a_registers_b_mn": _CAUSAL,
     "wgmma_m64n128k16_f16_a_registers_b_mn": _WIDE,
     "wgmma_m64n128k16_bf16_a_registers_b_mn": _WIDE_BF16,
+    "wgmma_m64n64k16_f16_a_shared_b_mn": _BACKWARD,
+    "wgmma_m64n64k16_bf16_a_shared_b_k": _BACKWARD_BF16,
+    "wgmma_m64n64k16_bf16_a_shared_b_mn": _BACKWARD_BF16,
+    "wgmma_m64n80k16_f16_a_shared_b_k": _BACKWARD_80,
+    "wgmma_m64n80k16_f16_a_shared_b_k_a_mn": _BACKWARD_80,
 }
 WRONG = {
     **{
