@@ -9,6 +9,7 @@ from numflash import reference
 from numflash.api.attention import attention, attention_backward
 from numflash.api.check import CheckReport, check
 from numflash.api.explain import Explanation, explain_dispatch
+from numflash.api.merge import merge_partials
 from numflash.api.plans import Plan, plan, warmup
 from numflash.api.quantize import dequantize_fp8, quantize_fp8
 from numflash.executor import run_ptx
@@ -31,6 +32,7 @@ __all__ = [
     "check",
     "dequantize_fp8",
     "explain_dispatch",
+    "merge_partials",
     "plan",
     "quantize_fp8",
     "reference",

@@ -1,15 +1,9 @@
 """`quantize_fp8` and `dequantize_fp8`: arrays to 8-bit floats and back."""
 
-from collections.abc import Callable
-from typing import Any
-
 from numflash.calls.quantization import Dequantization, Quantization
+from numflash.calls.remembered import remembered, run
 from numflash.problem.fp8 import Fp8Array, Fp8Recipe
-from numflash.runtime.arrays import library_of, on_stream, stream_address
-from numflash.runtime.views import Operand
-
-_MAX_READY = 1024
-_ready: dict[tuple, Any] = {}
+from numflash.runtime.arrays import library_of
 
 
 def quantize_fp8(
@@ -69,8 +63,8 @@ def quantize_fp8(
     def make() -> Quantization:
         return Quantization(library.view(x, "x"), layout, recipe, **options)
 
-    ready = _remembered(key, make)
-    data, descale = _run(ready, {"x": x}, {"x": operand}, stream)
+    ready = remembered(key, make)
+    data, descale = run(ready, {"x": x}, {"x": operand}, stream)
     tensor = ready.tensor
     return Fp8Array(
         data,
@@ -107,36 +101,7 @@ def dequantize_fp8(x: Fp8Array, dtype: str | None = None, stream=None):
     descale, descale_identity = library_of(x.descale, "x.descale").glance(x.descale)
     traits = x.recipe, tuple(x.shape), x.layout, x.format, x.transposed, dtype
     key = (Dequantization, data_identity, descale_identity, *traits)
-    ready = _remembered(key, lambda: Dequantization(x, dtype))
+    ready = remembered(key, lambda: Dequantization(x, dtype))
     arrays = {"x.data": x.data, "x.descale": x.descale}
-    (out,) = _run(ready, arrays, {"x.data": data, "x.descale": descale}, stream)
+    (out,) = run(ready, arrays, {"x.data": data, "x.descale": descale}, stream)
     return out
-
-
-def _remembered(key: tuple, make: Callable[[], Any]):
-    """What `make` makes, or made for an equal key."""
-    try:
-        ready = _ready.get(key)
-    except TypeError:
-        return make()  # an option cannot even be hashed: `make` finds what is wrong with it
-    if ready is None:
-        ready = make()
-        if len(_ready) >= _MAX_READY:
-            _ready.clear()
-        _ready[key] = ready
-    return ready
-
-
-def _run(ready, arrays: dict[str, Any], operands: dict[str, Operand], stream) -> list:
-    """Bind and launch: the arrays that `ready` makes, of the kind of the first of `arrays`."""
-    first = next(iter(arrays.values()))
-    library = library_of(first, next(iter(arrays)))
-
-    def work(stream: int) -> list:
-        *made, launches = ready.bind(*operands.values(), library)
-        for launch in launches.values():
-            launch(stream)
-        return [library.hand_back(x, first, stream) for x in made if x is not None]
-
-    address = None if stream is None else stream_address(stream)
-    return on_stream(work, address, ready.device, arrays, operands)

@@ -32,17 +32,18 @@ from numflash.problem.problem import (
     expect_contiguous_rows,
     expect_head_dim,
     expect_like,
+    expect_one_of,
+    num_blocks,
 )
 from numflash.runtime.arrays import ArrayLibrary, copy_rows, library_of
 from numflash.runtime.driver import limits_of_device
 from numflash.runtime.errors import UnsupportedError
-from numflash.runtime.views import ArrayView, Operand, contiguous_strides
+from numflash.runtime.views import ArrayView, Operand, fresh
 
 CODE_DTYPES = ("uint8", *(kind.dtype.name for kind in FORMATS.values()))
 """dtypes of arrays whose elements are codes."""
 # Token numbers are 32-bit in kernels.
 _MAX_SEQLEN = 2**30
-_MAX_BLOCKS = 2**31 - 1
 
 Launches = dict[str, Callable[[int], None]]
 """By name, in order: functions that launch on a stream."""
@@ -90,7 +91,7 @@ class Quantization:
             )
         if not isinstance(transposed, bool):
             raise TypeError(f"transposed must be True or False, got {transposed!r}")
-        _expect_format(format)
+        expect_one_of("format", format, FORMATS)
         self.tensor, self.is_copied = _tensor(view, layout, name)
         self.device, shape = view.device, self.tensor.shape
         batch, seqlen, heads, head_dim = shape
@@ -257,15 +258,12 @@ class Dequantization:
 
     def __init__(self, x: Fp8Array, dtype: str):
         """Check and compile. Raises as `dequantize_fp8`."""
-        if not isinstance(dtype, str):
-            raise TypeError(f"dtype must be a string, got {dtype!r}")
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-        _expect_format(x.format)
+        expect_one_of("dtype", dtype, DTYPES)
+        expect_one_of("format", x.format, FORMATS)
         data = library_of(x.data, "x.data").view(x.data, "x.data")
         descale = library_of(x.descale, "x.descale").view(x.descale, "x.descale")
         self.device, self.dtype, self.shape = data.device, dtype, tuple(x.shape)
-        out = ArrayView(0, self.shape, contiguous_strides(self.shape), dtype, self.device)
+        out = fresh(self.shape, dtype, self.device)
         tensor, _ = _tensor(out, x.layout)
         batch, seqlen, heads, head_dim = tensor.shape
         expect_like("x.data", data, data_shape(tensor.shape, x.transposed), "uint8", self.device)
@@ -305,13 +303,10 @@ class Dequantization:
 
 def _tensor(view: ArrayView, layout: str, name: str = "x") -> tuple[Tensor, bool]:
     """The array with contiguous rows, and whether it must be copied for that."""
-    if not isinstance(layout, str):
-        raise TypeError(f"layout must be a string, got {layout!r} ({type(layout).__name__})")
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
+    expect_one_of("layout", layout, LAYOUTS)
     is_copied = not view.has_contiguous_rows
     if is_copied:
-        view = ArrayView(0, view.shape, contiguous_strides(view.shape), view.dtype, view.device)
+        view = fresh(view.shape, view.dtype, view.device)
     tensor = as_tensor(name, view, layout)
     expect_head_dim(f"head_dim of {name}", tensor.shape[3])
     if tensor.shape[1] >= _MAX_SEQLEN:
@@ -319,13 +314,6 @@ def _tensor(view: ArrayView, layout: str, name: str = "x") -> tuple[Tensor, bool
             f"seqlen of {name} must be below {_MAX_SEQLEN}, got {tensor.shape[1]}"
         )
     return tensor, is_copied
-
-
-def _expect_format(format: str) -> None:
-    if not isinstance(format, str):
-        raise TypeError(f"format must be a string, got {format!r}")
-    if format not in FORMATS:
-        raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
 
 
 def data_shape(shape: tuple[int, ...], transposed: bool) -> tuple[int, ...]:
@@ -359,9 +347,7 @@ def _over_tokens(
 ) -> Launcher:
     """A kernel whose blocks own tokens of a head."""
     batch, _, heads, _ = tensor.shape
-    blocks = -(-tokens // config.block_rows) * heads * batch
-    if blocks > _MAX_BLOCKS:
-        raise UnsupportedError(f"x needs {blocks} thread blocks; a grid has at most {_MAX_BLOCKS}")
+    blocks = num_blocks("x", tokens, heads * batch, config.block_rows)
     return Launcher(config, traits, tensor.view.device, blocks, arguments)
 
 

@@ -22,6 +22,8 @@ from numflash.simulator.parts import Part
 _TURNS = (1, 16, 1024)
 # How probable it is that a block has a warp that runs only when no other can.
 _LAGGARDS = 0.5
+# Pieces after which a warp that makes nothing happen may be one that waits for the laggard.
+_SPINS = 4096
 # How often `try_wait` gives up although it could wait.
 _FAILS = 1 / 32
 # How often a block in which nothing happens is asked again, with `try_wait` giving up.
@@ -131,11 +133,13 @@ class Block:
 
     def _run_warps(self) -> None:
         waiting: set[Warp] = set()
+        most = min(_SPINS, self.max_steps // 2)
         seen, patience = self.events, _PATIENCE
         while live := [warp for warp in self.warps if warp.groups]:
             ready = [warp for warp in live if warp not in waiting]
             if ready:
-                others = [warp for warp in ready if warp is not self.laggard] or ready
+                others = [w for w in ready if w is not self.laggard and w.steps <= most]
+                others = others or ready
                 warp = others[int(self.random() * len(others))]
                 done = warp.run(self.turn)
                 if not done:

@@ -166,6 +166,7 @@ def _made_for(statement: Statement) -> list[Template]:
     """The template of a warpgroup's product or wait, made for this statement."""
     operands = statement.operands
     if statement.opcode == "wgmma.wait_group.sync.aligned":
+        check_operands(statement, 1)
         # The accumulator of the body is not an operand: 1 stands for whatever it has.
         call = make_wgmma_wait_group(operands[0].integer(), 1)
     elif matched := _WGMMA.fullmatch(statement.opcode):

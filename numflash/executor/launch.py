@@ -9,14 +9,14 @@ import numpy as np
 from numflash.executor.block import Block
 from numflash.executor.memory import PARAMETER_WINDOW, array_region
 from numflash.executor.program import Program
-from numflash.executor.text import Parameter
+from numflash.executor.text import Parameter, shortened
 from numflash.problem.tensor_maps import MAP_BYTES
 from numflash.simulator.tensor_maps import SimulatedTensorMap
 
 # Bodies ask for the running thread, which is one of the process.
 _one_launch = threading.RLock()
-MAX_STEPS = 1_000_000
-"""Some ten seconds of a loop that spins; no loop of a kernel does so little for so long."""
+MAX_STEPS = 300_000
+"""Pieces of a warp while nothing happens: some ten seconds of a loop that spins."""
 _FLOATS = {"f32": np.float32, "f64": np.float64}
 
 
@@ -75,7 +75,8 @@ class Launch:
         parameters = program.entry.parameters
         if len(arguments) != len(parameters):
             raise TypeError(
-                f"the entry has {len(parameters)} parameters, {len(arguments)} arguments are given"
+                f"the entry (line {program.entry.line}) has {len(parameters)} parameters, "
+                f"{len(arguments)} arguments are given"
             )
         names = names or [f"argument {number}" for number in range(len(arguments))]
         end = max([p.offset + p.n_bytes for p in parameters], default=0)
@@ -97,7 +98,10 @@ class Launch:
     def _content(self, name: str, parameter: Parameter, argument) -> bytes:
         """The bytes of an argument."""
         type_, n_bytes = parameter.type, parameter.n_bytes
-        what = f"{name} for a parameter of {n_bytes} bytes (.{type_})"
+        what = (
+            f"{name} for {shortened(parameter.name)} (line {parameter.line}), a parameter of "
+            f"{n_bytes} bytes (.{type_}),"
+        )
         if isinstance(argument, SimulatedTensorMap):
             if n_bytes != MAP_BYTES:
                 raise TypeError(f"{what} is a tensor map, which has {MAP_BYTES} bytes")

@@ -57,7 +57,7 @@ def run_ptx(
         profile: whether to count what is executed.
         max_steps: straight pieces of code, from branch to branch, that a warp may execute while
             nothing happens in its block (no barrier, no copy, no atomic operation that changes
-            memory): a loop that spins longer is a DeadlockError. A million by default.
+            memory): a loop that spins longer is a DeadlockError. 300,000 by default.
 
     Returns:
         The profile, if asked for.
@@ -121,7 +121,8 @@ def _check_limits(program, block, shared_bytes: int) -> None:
         raise ValueError(f"block must have at most {_MAX_THREADS} threads, got {num_threads}")
     if allowed and num_threads > allowed[0] * allowed[1] * allowed[2]:
         raise ValueError(
-            f"block has {num_threads} threads, the entry allows {allowed} (.maxntid, .reqntid)"
+            f"block has {num_threads} threads, the entry (line {program.entry.line}) allows "
+            f"{allowed} (.maxntid, .reqntid)"
         )
     try:
         limit = architecture(program.entry.target).max_smem_per_block
@@ -130,8 +131,8 @@ def _check_limits(program, block, shared_bytes: int) -> None:
     used = shared_bytes + program.static_bytes
     if used > limit:
         raise ValueError(
-            f"the block has {used} bytes of shared memory ({shared_bytes} of them shared_bytes); "
-            f"{program.entry.target} allows {limit}"
+            f"a block of the entry (line {program.entry.line}) has {used} bytes of shared memory "
+            f"({shared_bytes} of them shared_bytes); {program.entry.target} allows {limit}"
         )
 
 

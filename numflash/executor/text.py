@@ -126,12 +126,13 @@ class Statement:
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """A parameter of an entry: where it lies among their bytes."""
+    """A parameter of an entry: where it lies among their bytes, and in the text."""
 
     name: str
     type: str
     offset: int
     n_bytes: int
+    line: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +151,7 @@ class Entry:
     """A kernel of a PTX module.
 
     Attributes:
+        line: where it begins in the text.
         target: as in `.target`: "sm_90a".
         max_threads: extents that `.maxntid` or `.reqntid` allows; None where nothing is said.
         register_types: the type of each register, by number.
@@ -157,6 +159,7 @@ class Entry:
     """
 
     name: str
+    line: int
     target: str
     parameters: list[Parameter]
     max_threads: tuple[int, int, int] | None
@@ -187,22 +190,25 @@ def parse(ptx: str, name: str | None = None) -> Entry:
     """
     text = _without_comments(ptx)
     if not re.search(r"^\s*\.version\b", text, re.M):
-        raise PtxError("this is no PTX: it has no .version")
+        raise PtxError("line 1: this is no PTX: it has no .version")
     target = re.search(r"^\s*\.target\s+([\w]+)", text, re.M)
     if target is None:
-        raise PtxError("this is no PTX: it has no .target")
+        raise PtxError("line 1: this is no PTX: it has no .target")
     heads = list(re.finditer(r"\.entry\s+([\w$%.]+)\s*(?:\((.*?)\))?([^{;]*)\{", text, re.S))
     names = [head[1] for head in heads]
+    places = ", ".join(f"{head[1]!r} (line {_line(text, head.start())})" for head in heads)
     if name is None and len(heads) == 1:
         head = heads[0]
     elif name in names:
         head = heads[names.index(name)]
     elif name is None:
-        raise PtxError(f"entry must name one of the module's {len(names)} entries: {names}")
+        raise PtxError(f"entry must name one of the module's {len(names)} entries: {places}")
     else:
-        raise PtxError(f"the module has no entry {name!r}; it has {names}")
-    _refuse_clusters(head[3])
-    entry = Entry(head[1], target[1], _parameters(head[2] or ""), _max_threads(head[3]))
+        raise PtxError(f"the module has no entry {name!r}; it has {places or 'none'}")
+    line = _line(text, head.start())
+    _refuse_clusters(head[3], line)
+    parameters = _parameters(head[2] or "", _line(text, max(0, head.start(2))))
+    entry = Entry(head[1], line, target[1], parameters, _max_threads(head[3]))
     _module_variables(text[: heads[0].start()], entry)
     _Body(text, head.end(), entry).read()
     return entry
@@ -299,26 +305,37 @@ def _memory(text: str, registers) -> Memory:
     return Memory(operand_of(address[1], registers), offset, coordinates)
 
 
-def _parameters(text: str) -> list[Parameter]:
-    found, end = [], 0
+def _line(text: str, position: int) -> int:
+    return text.count("\n", 0, position) + 1
+
+
+def _parameters(text: str, line: int) -> list[Parameter]:
+    """The parameters of text that begins in a line."""
+    found, end, position = [], 0, 0
     for part in split(text):
+        position = text.index(part, position)
+        own_line = line + _line(text, position) - 1
         declared = _PARAMETER.fullmatch(part)
         if declared is None:
-            raise PtxError(f"{shortened(part)!r} is no parameter that the executor knows")
+            raise PtxError(
+                f"line {own_line}: {shortened(part)!r} is no parameter that the executor knows"
+            )
         alignment, type_, name, count = declared.groups()
         size = TYPE_BYTES[type_]
         alignment = int(alignment or size)
         start = -(-end // alignment) * alignment
-        found.append(Parameter(name, type_, start, size * int(count or 1)))
+        found.append(Parameter(name, type_, start, size * int(count or 1), own_line))
         end = start + size * int(count or 1)
     return found
 
 
-def _refuse_clusters(directives: str) -> None:
+def _refuse_clusters(directives: str, line: int) -> None:
     """Blocks run one after the other; of a cluster they would have to run together."""
     found = re.search(r"\.(?:reqnctapercluster|maxclusterrank)\s+([\d\s,]+)", directives)
     if found and any(int(n) > 1 for n in re.findall(r"\d+", found[1])):
-        raise PtxError(f"{shortened(found[0])!r}: the executor knows clusters of one block only")
+        raise PtxError(
+            f"line {line}: {shortened(found[0])!r}: the executor knows clusters of one block only"
+        )
 
 
 def _max_threads(directives: str) -> tuple[int, int, int] | None:
@@ -329,12 +346,19 @@ def _max_threads(directives: str) -> tuple[int, int, int] | None:
 
 
 def _module_variables(text: str, entry: Entry) -> None:
+    position = 0
     for part in text.split(";")[:-1]:
         start = re.search(
             r"^\s*\.(?:extern|visible|weak|common|shared|global|const)\b", part, re.M
         )
         if start and ".func" not in part:
-            _declare(part[start.start() :].strip(), entry)
+            declaration = part[start.start() :].strip()
+            try:
+                _declare(declaration, entry)
+            except PtxError as error:
+                line = _line(text, text.index(declaration, position))
+                raise PtxError(f"line {line}: {error}") from None
+        position += len(part) + 1
 
 
 def _declare(text: str, entry: Entry) -> None:
@@ -458,6 +482,10 @@ class _Body:
         labels = {item for item in body if isinstance(item, Label)}
         for position, scopes in self.branches:
             branch = body[position]
+            try:
+                check_operands(branch, 1)
+            except PtxError as error:
+                raise PtxError(f"{branch}: {error}") from None
             name = getattr(branch.operands[-1] if branch.operands else None, "name", None)
             found = [Label(name, s) for s in reversed(scopes) if Label(name, s) in labels]
             if not found:

@@ -4,6 +4,7 @@ The only place that interprets the user's arrays and options. What passes here c
 message names the argument, what it was, and the rule.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from numbers import Integral, Real
 
@@ -97,12 +98,21 @@ class AttentionProblem:
         Raises:
             UnsupportedError: more blocks than a grid can have.
         """
-        blocks = -(-rows // block_rows) * heads * self.batch
-        if blocks > _MAX_BLOCKS:
-            raise UnsupportedError(
-                f"the problem needs {blocks} thread blocks; a grid has at most {_MAX_BLOCKS}"
-            )
-        return blocks
+        return num_blocks("the problem", rows, heads * self.batch, block_rows)
+
+
+def num_blocks(what: str, rows: int, heads: int, block_rows: int) -> int:
+    """The grid of a kernel whose blocks own `block_rows` of the `rows` rows of a head.
+
+    Raises:
+        UnsupportedError: more blocks than a grid can have; `what` is what the message speaks of.
+    """
+    blocks = -(-rows // block_rows) * heads
+    if blocks > _MAX_BLOCKS:
+        raise UnsupportedError(
+            f"{what} needs {blocks} thread blocks; a grid has at most {_MAX_BLOCKS}"
+        )
+    return blocks
 
 
 def describe(
@@ -127,7 +137,7 @@ def describe(
     Raises:
         TypeError, ValueError, UnsupportedError: as `numflash.attention` documents.
     """
-    _one_of("layout", layout, LAYOUTS)
+    expect_one_of("layout", layout, LAYOUTS)
     if q.dtype not in DTYPES:
         raise TypeError(f"q must have one of the dtypes {', '.join(DTYPES)}, got {q.dtype}")
     tensors = {}
@@ -171,7 +181,7 @@ def describe(
             f"softcap must not be so small that softmax_scale / softcap overflows float32, got "
             f"{softcap} with softmax_scale {scale}"
         )
-    _one_of("causal_align", causal_align, ALIGNMENTS)
+    expect_one_of("causal_align", causal_align, ALIGNMENTS)
     shift = seqlen_k - seqlen_q if causal_align == "bottom_right" else 0
     left, right = _window(window_size)
     expect_precision(precision, q.dtype)
@@ -242,11 +252,19 @@ def expect_head_dim(name: str, value: int) -> None:
 def expect_precision(precision: str | None, dtype: str) -> None:
     """Check a precision. Raises TypeError, ValueError."""
     if precision is not None:
-        _one_of("precision", precision, PRECISIONS)
+        expect_one_of("precision", precision, PRECISIONS)
         if precision == "tf32" and dtype != "float32":
             raise ValueError(
                 f'precision="tf32" is a way to multiply float32; q, k and v are {dtype}'
             )
+
+
+def expect_one_of(name: str, value, choices: Iterable[str]) -> None:
+    """Check an argument that names one of several things. Raises TypeError, ValueError."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a string, got {value!r} ({_kind(value)})")
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
 def expect_like(name: str, view: ArrayView, shape: tuple, dtype: str, device: int) -> None:
@@ -301,13 +319,6 @@ def _real(name: str, value) -> float:
     if not -_MAX_FLOAT32 <= value <= _MAX_FLOAT32:
         raise ValueError(f"{name} must be finite in float32, got {value}")
     return float(value)
-
-
-def _one_of(name: str, value, choices: tuple[str, ...]) -> None:
-    if not isinstance(value, str):
-        raise TypeError(f"{name} must be a string, got {value!r} ({_kind(value)})")
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
 def _window(window_size) -> tuple[int | None, int | None]:

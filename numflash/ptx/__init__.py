@@ -47,6 +47,7 @@ from numflash.ptx.bulk_copies import (
     prefetch_tensormap,
 )
 from numflash.ptx.control_flow import bra_over_store
+from numflash.ptx.device import CODE_OPTIONS, SIMULATED, cuda, device_function
 from numflash.ptx.float8 import (
     cvt_rn_f16x2_e4m3x2,
     cvt_rn_f16x2_e5m2x2,
@@ -109,23 +110,6 @@ from numflash.ptx.wgmma import (
     wgmma_commit_group,
     wgmma_fence,
 )
-from numflash.runtime.mode import SIMULATED
-
-CODE_OPTIONS = {"debug": False, "opt": True, "lineinfo": False, "fastmath": False}
-"""What Numba is told with each function, so that none of its settings decides machine code."""
-
-if SIMULATED:
-    from numflash.simulator import cuda, install
-
-    install()
-
-    def device_function(function):
-        """A function that kernels call; inlined into them on the GPU."""
-        return function
-else:
-    from numba import cuda
-
-    device_function = cuda.jit(device=True, forceinline=True, **CODE_OPTIONS)
 
 __all__ = [
     "CODE_OPTIONS",

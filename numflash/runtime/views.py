@@ -76,6 +76,11 @@ def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
+def fresh(shape: tuple[int, ...], dtype: str, device: int) -> ArrayView:
+    """The view of a contiguous array still to be allocated; allocators align to 16 bytes."""
+    return ArrayView(0, tuple(shape), contiguous_strides(shape), dtype, device)
+
+
 @cache
 def numpy_dtype(name: str) -> np.dtype:
     """The NumPy dtype with this name, bfloat16 included."""

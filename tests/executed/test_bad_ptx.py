@@ -12,16 +12,24 @@ from tests.executed.by_hand import AXPY, run
 @pytest.mark.parametrize(
     "ptx, message",
     [
-        ("", "no .version"),
-        ("hello", "no .version"),
-        (".version 8.0\n", "no .target"),
-        (AXPY.replace("ret;\n}", "ret;"), "has no closing brace"),
+        ("", "line 1: .*no .version"),
+        ("hello", "line 1: .*no .version"),
+        (".version 8.0\n", "line 1: .*no .target"),
+        (AXPY.replace("ret;\n}", "ret;"), "line 27: .*has no closing brace"),
         (AXPY.replace("mov.u32 %r2, %ctaid.x;", "mov.u32 %r2 %ctaid.x;"), "line 12"),
         (AXPY.replace("bra DONE", "bra GONE"), "line 17: there is no label GONE"),
         (AXPY.replace("@%p1", "@%p7"), "line 17: .*%p7 is not declared"),
         (AXPY.replace(".reg .pred %p<2>", ".reg .pret %p<2>"), "line 7: .*no such registers"),
         (AXPY.replace("[x]", "[z]"), "line 8: .*z is not declared"),
-        (AXPY.replace(".param .f32 a", ".param .f99 a"), "is no parameter"),
+        (
+            AXPY.replace(".param .f32 a", ".param .f99 a"),
+            "line 5: '.param .f99 a' is no",
+        ),
+        (AXPY.replace(".param .f32 a", "\n.param .f99 a"), "line 6: '.param .f99 a' is no param"),
+        (
+            AXPY.replace(".address_size 64", ".address_size 64\n.shared .align 4 .b99 x[4];"),
+            "line 5: '.shared .align 4 .b99 x.4.' is no declaration",
+        ),
     ],
 )
 def test_text_that_is_no_ptx_is_refused_by_its_line(ptx, message):
@@ -63,21 +71,71 @@ def test_an_instruction_that_is_not_known_is_named_with_its_line(body, name):
 
 
 @pytest.mark.parametrize(
+    "statement, message",
+    [
+        ("add.u32 %r2, %r1;", "add.u32 has 2 operands; it takes 3"),
+        ("add.u32 %r2, %r1, %r1, %r1;", "add.u32 has 4 operands; it takes 3"),
+        ("max.f32 %f1, %f2;", "max.f32 has 2 operands; it takes 3 or 4"),
+        ("fma.rn.f32 %f1, %f2, %f3;", "has 3 operands; it takes 4"),
+        ("lop3.b32 %r2, %r1, %r1, %r1;", "has 4 operands; it takes 5"),
+        ("setp.lt.u32 %p1, %r1, %r1, %p2;", "has 4 operands; it takes 3"),
+        ("setp.lt.and.u32 %p1, %r1, %r1;", "has 3 operands; it takes 4"),
+        ("selp.u32 %r2, %r1, %r1;", "has 3 operands; it takes 4"),
+        ("mov.u32 %r2;", "has 1 operands; it takes 2"),
+        ("cvt.rn.f16x2.f32 %r2, %f1;", "has 2 operands; it takes 3"),
+        ("cvt.rn.f16.f32 %h1, %f1, %f2;", "has 3 operands; it takes 2"),
+        ("cvta.to.global.u64 %rd4;", "has 1 operands; it takes 2"),
+        ("ld.global.u32 %r2, [%rd3], %rd4;", "has 3 operands; it takes 2"),
+        ("ld.global.L2::cache_hint.u32 %r2, [%rd3];", "has 2 operands; it takes 3"),
+        ("st.global.u32 [%rd3];", "has 1 operands; it takes 2 or 3"),
+        ("bar.sync;", "has 0 operands; it takes 1 or 2"),
+        ("bar.warp.sync;", "has 0 operands; it takes 1"),
+        ("shfl.sync.idx.b32 %r2, %r1, 0, 31;", "has 4 operands; it takes 5"),
+        ("vote.sync.any.pred %p1, %p2;", "has 2 operands; it takes 3"),
+        ("activemask.b32;", "has 0 operands; it takes 1"),
+        ("mbarrier.arrive.expect_tx.shared.b64 _, [%r2];", "has 2 operands; it takes 3"),
+        ("mbarrier.try_wait.parity.shared.b64 %p1, [%r2];", "has 2 operands; it takes 3 or 4"),
+        ("mbarrier.init.shared.b64 [%r2];", "has 1 operands; it takes 2"),
+        ("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r2,%r3,%r4,%r5};", "1 operands; it takes 2"),
+        ("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%f1};", "1 operands; it takes 4"),
+        ("cp.async.commit_group %r1;", "has 1 operands; it takes none"),
+        ("wgmma.fence.sync.aligned 0;", "has 1 operands; it takes none"),
+        ("wgmma.wait_group.sync.aligned;", "has 0 operands; it takes 1"),
+        ("membar.gl 1;", "has 1 operands; it takes none"),
+        ("bra.uni;", "bra.uni has 0 operands; it takes 1"),
+        ("ret %r1;", "ret has 1 operands; it takes none"),
+    ],
+)
+def test_too_few_and_too_many_operands_are_counted(statement, message):
+    with pytest.raises(ValueError, match=rf"^line 13: .*{message}$"):
+        run(statement)
+
+
+@pytest.mark.parametrize(
     "changes, error, message",
     [
         ({"grid": 0}, ValueError, "grid must be at least 1, got 0"),
         ({"grid": (1, 2, 3, 4)}, ValueError, "one to three integers"),
         ({"block": 2048}, ValueError, "at most 1024 threads, got 2048"),
         ({"block": 1.5}, TypeError, "block must be an integer, got 1.5"),
-        ({"entry": "nobody"}, ValueError, "no entry 'nobody'; it has .'axpy'."),
+        ({"entry": "nobody"}, ValueError, r"no entry 'nobody'; it has 'axpy' \(line 5\)"),
+        (
+            {"ptx": AXPY + AXPY.replace("entry axpy", "entry other")},
+            ValueError,
+            r"one of the module's 2 entries: 'axpy' \(line 5\), 'other' \(line 32\)",
+        ),
         ({"ptx": 7}, TypeError, "ptx must be text, got int"),
-        ({"shared_bytes": 200_000}, ValueError, "200000 bytes of shared memory .* sm_80 allows"),
+        (
+            {"shared_bytes": 200_000},
+            ValueError,
+            r"entry \(line 5\) has 200000 bytes of shared memory .* sm_80 allows 166912",
+        ),
         ({"shared_bytes": -1}, ValueError, "shared_bytes must be at least 0, got -1"),
-        ({"arguments": []}, TypeError, "has 4 parameters, 0 arguments"),
+        ({"arguments": []}, TypeError, r"entry \(line 5\) has 4 parameters, 0 arguments"),
         (
             {"arguments": [None, None, "a", 1]},
             TypeError,
-            "argument 2 .* must be a number, got str",
+            r"argument 2 for a \(line 5\), a parameter of 4 bytes \(.f32\), must be a number, got",
         ),
         ({"arguments": [1.5, None, 1.0, 1]}, TypeError, "argument 0 .* must be an integer"),
         ({"arguments": [None, None, 1.0, 2**32]}, ValueError, "argument 3 .* got 4294967296"),
@@ -97,7 +155,7 @@ def test_what_a_launch_is_given_is_checked(changes, error, message):
 @pytest.mark.parametrize("directive", [".reqnctapercluster 2, 1, 1", ".maxclusterrank 4"])
 def test_clusters_of_several_blocks_are_refused(directive):
     ptx = AXPY.replace(".param .u32 n)", f".param .u32 n)\n{directive}")
-    with pytest.raises(ValueError, match="clusters of one block only"):
+    with pytest.raises(ValueError, match=r"line 5: .*clusters of one block only"):
         numflash.run_ptx(ptx, None, 1, 32, [None, None, 0.0, 0])
     one = AXPY.replace(".param .u32 n)", ".param .u32 n)\n.reqnctapercluster 1, 1, 1")
     numflash.run_ptx(one, None, 1, 32, [np.ones(4, "f4"), np.ones(4, "f4"), 1.0, 4])
@@ -105,7 +163,7 @@ def test_clusters_of_several_blocks_are_refused(directive):
 
 def test_an_entry_says_how_many_threads_it_allows():
     ptx = AXPY.replace(".param .u32 n)", ".param .u32 n)\n.maxntid 64, 1, 1")
-    with pytest.raises(ValueError, match=r"block has 128 threads, the entry allows \(64, 1, 1\)"):
+    with pytest.raises(ValueError, match=r"128 threads, the entry \(line 5\) allows \(64, 1, 1\)"):
         numflash.run_ptx(ptx, None, 1, 128, [None, None, 0.0, 0])
 
 

@@ -61,9 +61,19 @@ def _d_index(n: int):
 
 
 def multiplied(
-    type_: str, a_major="k", b_major="k", swizzle=128, sums="f32", a_in_registers=False, change=0
+    type_: str,
+    a_major="k",
+    b_major="k",
+    swizzle=128,
+    sums="f32",
+    a_in_registers=False,
+    change=0,
+    noise=0,
 ):
-    """(1 + a b as the executor has it, a b of float64), or what it makes of another descriptor."""
+    """(1 + a b as the executor has it, a b of float64).
+
+    `change` are bits of the descriptor of a, `noise` is written over words of both operands.
+    """
     dtype = TYPES[type_]
     k = 32 // dtype.itemsize
     rng = np.random.default_rng(1)
@@ -76,6 +86,8 @@ def multiplied(
         columns = k // 8 * (t % 4) + h + k // 2 * (i // 2)
         fragments = np.ascontiguousarray(a[rows, columns]).view(np.uint8)
         a_room[: fragments.size] = fragments.reshape(-1)
+    for room in (a_room, b_room):
+        room.view(np.uint32)[...] |= noise
     x = np.concatenate([a_room, b_room, np.zeros(_ROOM, np.uint8)])
     n_registers = N // 2 if sums == "f32" else N // 4
     one = "0x3f800000" if sums == "f32" else "0x3c003c00"
@@ -147,20 +159,11 @@ def test_sums_of_float16(a_in_registers):
     np.testing.assert_array_equal(got, 1 + expected)
 
 
-def test_tf32_ignores_low_bits(monkeypatch):
-    """The lowest 13 of a float32: 1 + 2 ** -11 is 1."""
-    monkeypatch.setitem(TYPES, "tf32", np.dtype(np.float32))
-    exact, _ = multiplied("tf32")
-    real = placed
-
-    def with_noise(matrix, major, swizzle):
-        words = np.ascontiguousarray(matrix).view(np.uint32)
-        return real((words | 0x1FFF).view(np.float32), major, swizzle)
-
-    monkeypatch.setitem(globals(), "placed", with_noise)
-    got, _ = multiplied("tf32")
-    # Zeros with noise are subnormal numbers, and too small to count.
-    np.testing.assert_array_equal(got, exact)
+@pytest.mark.parametrize("a_in_registers", [False, True])
+def test_tf32_ignores_low_bits(a_in_registers):
+    """The lowest 13 of a float32; of zeros they are subnormal numbers, which tf32 has none of."""
+    got, expected = multiplied("tf32", a_in_registers=a_in_registers, noise=0x1FFF)
+    np.testing.assert_array_equal(got, 1 + expected)
 
 
 @pytest.mark.parametrize(

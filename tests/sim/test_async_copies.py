@@ -360,8 +360,9 @@ def test_a_copy_lies_inside_its_arrays(name):
         text = f"x: elements {source} to {source + n - 1} lie outside"
         with pytest.raises(IndexError, match=text):
             copy(0, source)
-    for n_bytes in (-4, 1, 2, 8, 12, 32):
-        with pytest.raises(ValueError, match=f"cp.async: {n_bytes} of {4 * n} bytes"):
+    for n_bytes in (-4, -1, 4 * n + 1, 32):
+        text = f"cp.async: {n_bytes} bytes of the source to {4 * n} of the target"
+        with pytest.raises(ValueError, match=text):
             copy(0, 0, n_bytes)
 
 

@@ -186,8 +186,9 @@ def test_numbers_are_those_of_the_drivers_enumerations():
         kind = f"CU_TENSOR_MAP_DATA_TYPE_{name.upper()}"
         assert getattr(driver.CUtensorMapDataType, kind) == number
     swizzles, promotions = driver.CUtensorMapSwizzle, driver.CUtensorMapL2promotion
-    assert swizzles.CU_TENSOR_MAP_SWIZZLE_128B == encoding._SWIZZLE_128B
-    assert swizzles.CU_TENSOR_MAP_SWIZZLE_NONE == encoding._SWIZZLE_NONE
+    for n_bytes, number in encoding._SWIZZLES.items():
+        name = f"{n_bytes}B" if n_bytes else "NONE"
+        assert getattr(swizzles, f"CU_TENSOR_MAP_SWIZZLE_{name}") == number
     for n_bytes, number in encoding._L2_PROMOTIONS.items():
         assert getattr(promotions, f"CU_TENSOR_MAP_L2_PROMOTION_L2_{n_bytes}B") == number
 

@@ -1,0 +1,75 @@
+"""`merge_partials`: attention over all keys from attention over parts of them."""
+
+from numflash.calls.merging import Merge
+from numflash.calls.remembered import remembered, run
+from numflash.runtime.arrays import library_of
+
+
+def merge_partials(outs, lses, *, layout: str = "bshd", dtype: str | None = None, stream=None):
+    """Attention over all keys, from attention over disjoint parts of them.
+
+        lse = log sum_s exp(lse_s),   out = sum_s exp(lse_s - lse) out_s
+
+    The step that joins what several GPUs, or several calls, have computed of the same queries:
+    ring attention, context parallelism, a prefix that is cached apart.
+
+    Args:
+        outs: the parts' results in a list, tuple or array: each as `attention` returns it,
+            (batch, seqlen_q, num_heads_q, head_dim_v), of float16, bfloat16 or float32. With
+            layout "bhsd" the two middle axes are swapped. Three dimensions mean one batch entry,
+            two one head. Any strides.
+        lses: as many, each as `attention(..., return_lse=True)` returns it,
+            (batch, num_heads_q, seqlen_q) float32, -inf where a query sees none of a part's keys.
+        layout: "bshd" or "bhsd", of outs and the result.
+        dtype: of the result; None is that of outs.
+        stream: a CUDA stream, or its address, to allocate and launch on; None is the current one
+            of the array library of outs.
+
+    Returns:
+        out, lse: as of one call of `attention` that sees the keys of all parts. A query that sees
+            no key in any of them gives 0 and -inf. The same parts in the same order give the same
+            bits.
+
+    Raises:
+        TypeError: an argument of a wrong type or dtype, or not on a CUDA device.
+        ValueError: no parts, not as many lses as outs, shapes that do not fit together.
+        UnsupportedError: head_dim_v above 256.
+
+    Parts are copied next to each other as float32 first. The kernel is enqueued, not waited for.
+
+    Example:
+        >>> import numpy as np
+        >>> rng = np.random.default_rng(0)
+        >>> q, k, v = (rng.standard_normal((2, 40, 3, 32)).astype("float32") for _ in "qkv")
+        >>> near, far = (
+        ...     numflash.attention(q, k[:, part], v[:, part], return_lse=True)
+        ...     for part in (slice(0, 24), slice(24, 40))
+        ... )
+        >>> out, lse = numflash.merge_partials([near[0], far[0]], [near[1], far[1]])
+        >>> bool(np.allclose(out, numflash.attention(q, k, v), atol=1e-5))
+        True
+
+    Source: Flash-Decoding, https://pytorch.org/blog/flash-decoding.
+    """
+    if not hasattr(outs, "__len__") or not hasattr(lses, "__len__"):
+        kinds = type(outs).__name__, type(lses).__name__
+        raise TypeError(
+            f"outs and lses must be lists or arrays of parts, got {kinds[0]}, {kinds[1]}"
+        )
+    if len(outs) == 0 or len(outs) != len(lses):
+        raise ValueError(
+            f"outs and lses must have as many parts, one or more, got {len(outs)} and {len(lses)}"
+        )
+    arrays = {f"outs[{i}]": part for i, part in enumerate(outs)}
+    arrays |= {f"lses[{i}]": part for i, part in enumerate(lses)}
+    key, operands = (Merge, layout, dtype), {}
+    for name, array in arrays.items():
+        operands[name], identity = library_of(array, name).glance(array)
+        key = *key, identity
+
+    def make() -> Merge:
+        views = [library_of(array, name).view(array, name) for name, array in arrays.items()]
+        return Merge(views[: len(outs)], views[len(outs) :], layout, dtype)
+
+    out, lse = run(remembered(key, make), arrays, operands, stream)
+    return out, lse

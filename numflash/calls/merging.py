@@ -1,0 +1,110 @@
+"""Parts of attention over different keys, made ready to be merged by the combine kernel."""
+
+from collections.abc import Callable
+from typing import Any
+
+from numflash.calls.launch import Launcher
+from numflash.configs import DTYPES, Traits, padded_head_dim
+from numflash.kernels import arguments as records
+from numflash.kernels.arguments import Shape
+from numflash.problem.problem import (
+    LAYOUTS,
+    Tensor,
+    as_tensor,
+    expect_head_dim,
+    expect_like,
+    expect_one_of,
+    num_blocks,
+)
+from numflash.runtime.arrays import ArrayLibrary
+from numflash.runtime.driver import limits_of_device
+from numflash.runtime.views import ArrayView, Operand, fresh
+from numflash.selection.rules import choose
+
+
+class Merge:
+    """A merge made ready: its kernel bound to everything but addresses.
+
+    Attributes:
+        device: where.
+    """
+
+    def __init__(
+        self, outs: list[ArrayView], lses: list[ArrayView], layout: str, dtype: str | None
+    ):
+        """Check and compile.
+
+        Args:
+            outs: one for each part, or one of all whose first axis is the part.
+            lses: likewise.
+            layout, dtype: as for `merge_partials`.
+
+        Raises:
+            TypeError, ValueError, UnsupportedError: as `merge_partials`.
+        """
+        expect_one_of("layout", layout, LAYOUTS)
+        first, self.layout = outs[0], layout
+        if first.dtype not in DTYPES:
+            raise TypeError(
+                f"outs must have one of the dtypes {', '.join(DTYPES)}, got {first.dtype}"
+            )
+        dtype = first.dtype if dtype is None else dtype
+        expect_one_of("dtype", dtype, DTYPES)
+        self.device, self.dtype, self.out_shape = first.device, dtype, tuple(first.shape)
+        tensor = as_tensor("each of outs", fresh(first.shape, dtype, self.device), layout)
+        batch, seqlen, heads, head_dim_v = tensor.shape
+        expect_head_dim("head_dim of outs", head_dim_v)
+        self.lse_shape = (batch, heads, seqlen)[4 - len(first.shape) :]
+        for i, (out, lse) in enumerate(zip(outs, lses, strict=True)):
+            expect_like(f"outs[{i}]", out, self.out_shape, first.dtype, self.device)
+            expect_like(f"lses[{i}]", lse, self.lse_shape, "float32", self.device)
+        self._tensor, self._row = tensor, padded_head_dim(head_dim_v)
+        self._parts_shape = (len(outs), batch, seqlen, heads, self._row)
+        self._lses_shape = (len(outs), *self.lse_shape)
+        self._launcher = self._make_launcher(tensor, len(outs))
+
+    def _make_launcher(self, tensor: Tensor, num_parts: int) -> Launcher | None:
+        batch, seqlen, heads, head_dim_v = tensor.shape
+        if not batch * seqlen * heads:
+            return None
+        traits = Traits(self.dtype, self._row, self._row, vectorized=tensor.is_vectorizable)
+        config = choose("combine", traits, limits_of_device(self.device)).config
+        blocks = num_blocks("the merge", seqlen, heads * batch, config.block_rows)
+        arguments = {
+            "out": records.Tensor("out", *tensor.strides[:3]),
+            "shape": Shape(seqlen, 0, heads, 1, 0, head_dim_v, batch),
+            "num_splits": num_parts,
+        }
+        return Launcher(config, traits, self.device, blocks, arguments)
+
+    def bind(
+        self, *operands_and_library: Operand | ArrayLibrary
+    ) -> tuple[Any, Any, dict[str, Callable[[int], None]]]:
+        """Copy the parts next to each other and allocate; (out, lse, functions that launch).
+
+        Args:
+            operands_and_library: the parts of out, those of lse, and the array library.
+        """
+        *operands, library = operands_and_library
+        n = len(operands) // 2
+        parts = library.empty(self._parts_shape, "float32", self.device)
+        part_lses = library.empty(self._lses_shape, "float32", self.device)
+        for i, (out, lse) in enumerate(zip(operands[:n], operands[n:], strict=True)):
+            self._as_given(parts[i])[...] = out.array
+            part_lses[i][...] = lse.array
+        out = library.empty(self.out_shape, self.dtype, self.device)
+        lse = library.empty(self.lse_shape, "float32", self.device)
+        bound = {"parts": parts, "part_lses": part_lses, "out": out, "lse": lse}
+        if self._launcher is None:
+            return out, lse, {}
+        launch = self._launcher.bind({name: library.operand(x) for name, x in bound.items()})
+        return out, lse, {"combine": launch}
+
+    def _as_given(self, part):
+        """A (batch, seqlen, heads, padded head_dim_v) array with the axes that users' have."""
+        part, axes = part[..., : self.out_shape[-1]], len(self.out_shape)
+        if axes == 4:
+            return part.swapaxes(1, 2) if self.layout == "bhsd" else part
+        if axes == 3:
+            return part[0].swapaxes(0, 1) if self.layout == "bhsd" else part[0]
+        return part[0, :, 0]
