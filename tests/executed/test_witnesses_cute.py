@@ -91,12 +91,13 @@ def test_sizes_of_products(n):
     multiplied("float16", n, 64, "K_SW128", "K_SW128")
 
 
-# Type, bits of the swizzle, tile, its number, tensor.
+# Type, bits of the swizzle, tile, its number, tensor. Enough rows lie inside to tell a swizzle
+# from the others.
 TILES = [
     ("float16", 3, (2, 8, 64), (1, 1, 1), (4, 20, 104)),
-    ("float16", 2, (2, 8, 32), (1, 2, 1), (3, 20, 64)),
-    ("bfloat16", 1, (4, 16), (1, 2), (7, 40)),
-    ("float16", 3, (1, 2, 2, 4, 64), (1, 0, 1, 1, 1), (2, 2, 3, 6, 104)),
+    ("float16", 2, (2, 8, 32), (1, 1, 1), (3, 20, 64)),
+    ("bfloat16", 1, (32, 16), (1, 2), (70, 40)),
+    ("float16", 3, (1, 2, 2, 4, 64), (1, 0, 1, 1, 1), (2, 2, 5, 8, 104)),
 ]
 
 
@@ -235,7 +236,7 @@ WRONG = {
             (test_tiles_of_tensor_maps, *tile),
         )
         for right, wrong, tile in (
-            (64, 128, TILES[1]),
+            (64, 32, TILES[1]),
             (32, 64, TILES[2]),
             (128, 64, TILES[3]),
         )
