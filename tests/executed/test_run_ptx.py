@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import numflash
-from tests.executed.by_hand import AXPY, module, run
+from tests.executed.by_hand import AXPY, run
 
 
 def test_a_kernel_changes_its_arrays():
@@ -142,54 +142,6 @@ def test_parameters_have_generic_addresses():
     add.u32 %r5, %r3, %r4;
     st.global.u32 [%rd3], %r5;"""
     assert run(body, n=21)[0] == 42
-
-
-def test_a_structure_is_a_tuple_of_its_members():
-    body = """
-    ld.param.u64 %rd4, [s];
-    ld.param.u32 %r2, [s+8];
-    ld.param.u32 %r3, [s+12];
-    add.s64 %rd4, %rd4, %rd2;
-    ld.global.u32 %r4, [%rd4];
-    mad.lo.u32 %r5, %r4, %r2, %r3;
-    st.global.u32 [%rd3], %r5;"""
-    ptx = module(body, ".param .u64 x, .param .align 8 .b8 s[16]")
-    x, y = np.zeros(32, np.uint32), np.arange(32, dtype=np.uint32)
-    numflash.run_ptx(ptx, None, 1, 32, [x, (y, np.uint32(3), (5).to_bytes(4, "little"))])
-    np.testing.assert_array_equal(x, 3 * y + 5)
-    with pytest.raises(ValueError, match=r"argument 1 .* has 12 bytes"):
-        numflash.run_ptx(ptx, None, 1, 32, [x, (y, np.uint32(3))])
-    with pytest.raises(TypeError, match=r"argument 1 .* has a member of type int"):
-        numflash.run_ptx(ptx, None, 1, 32, [x, (y, 3)])
-
-
-def test_matrices_are_stored_transposed():
-    body = """
-    .shared .align 16 .b8 room[512];
-    mov.u32 %r2, room;
-    shl.b32 %r3, %r1, 4;
-    add.u32 %r3, %r2, %r3;
-    shl.b32 %r4, %r1, 16;
-    or.b32 %r4, %r4, %r1;
-    add.u32 %r5, %r4, 0x00640064;
-    stmatrix.sync.aligned.m8n8.x4TRANS.shared.b16 [%r3], {%r4, %r4, %r5, %r5};
-    bar.sync 0;
-    ldmatrix.sync.aligned.m8n8.x4BACK.shared.b16 {%r6, %r7, %r8, %r9}, [%r3];
-    sub.u32 %r8, %r8, 0x00640064;
-    add.u32 %r6, %r6, %r7;
-    add.u32 %r6, %r6, %r8;
-    add.u32 %r6, %r6, %r9;
-    sub.u32 %r6, %r6, 0x00640064;
-    st.global.u32 [%rd3], %r6;"""
-    lanes = np.arange(32, dtype=np.uint32)
-    for transposes, right in (("", ""), (".trans", ".trans")):
-        x = run(body.replace("TRANS", transposes).replace("BACK", right))
-        np.testing.assert_array_equal(x[:32], 4 * (lanes << 16 | lanes))
-    other = run(body.replace("TRANS", ".trans").replace("BACK", ""))[:32]
-    # Element (row, column) is lane 4 column + row / 2 in either half.
-    rows, pairs = lanes // 4, lanes % 4
-    low, high = 4 * (2 * pairs) + rows // 2, 4 * (2 * pairs + 1) + rows // 2
-    np.testing.assert_array_equal(other, 4 * (high << 16 | low))
 
 
 def test_seeds_repeat_the_order_of_warps():
