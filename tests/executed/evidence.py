@@ -158,7 +158,7 @@ what ptxas makes of it. CI does not run the witnesses: they take some {seconds} 
 ## Instructions with a witness
 
 The last column is what tests make of the instruction on purpose, {noticed} times in all; the witness behind it fails
-then. Where the column is empty nobody has tried. Loads and stores of other compilers are typed `.b32`: they vouch for
+then. No row is without. Loads and stores of other compilers are typed `.b32`: they vouch for
 `.u32` and `.f32` of the same size. `bar.sync 0`, for all threads, is `bar_sync`, too. `mul.f32` and `mul.f16x2` vouch
 for `mul.rn`, which they are, and `lop3` with another table for ours, which the executor looks up alike.
 

@@ -175,7 +175,7 @@ def names(statement) -> set[str]:
 
 
 def _stem(name: str) -> str:
-    return re.sub("_more|_of_1$", "", name)
+    return re.sub("_more|_in_place|_of_1$", "", name)
 
 
 def _moves(target, source) -> set[str]:
