@@ -24,7 +24,7 @@ run: $(VENV)/run.done
 test: $(VENV)/test.done lint
 	@NUMBA_ENABLE_CUDASIM=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal tests/host tests/sim tests/executed
 	@$(BIN)/python -m pytest -q -n 2 --dist worksteal \
-		tests/host/numflash/test_bad_input.py tests/host/numflash/test_launch_stubbed.py \
+		tests/host/numflash/bad_input tests/host/numflash/test_launch_stubbed.py \
 		tests/host/numflash/test_stream_order.py tests/compile tests/gpu
 
 lint: $(VENV)/test.done

@@ -3,12 +3,11 @@
 import argparse
 import sys
 
-from bench import speed, verify
+from bench import report, speed, verify
 from bench.first_light import command as first_light
 from bench.fp8_accuracy import study as fp8_accuracy
 from bench.machine_code import command as machine_code
 from bench.studies import toolchains, tuner
-from bench.tables import report
 from numflash.runtime.commands import command
 
 

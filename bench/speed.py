@@ -9,14 +9,14 @@ import argparse
 import time
 from pathlib import Path
 
-from bench.measuring import profiler, quantize
-from bench.measuring.measure import is_right
+from bench.measuring import profiler
 from bench.measuring.session import Session, point_tasks
 from bench.peers import methods as peers
 from bench.points import points
 from bench.records import record
+from bench.records.entries import is_right
 from bench.studies import ablation, analytic, static
-from bench.tables import figures, tables
+from bench.tables import figures, quantization, tables
 from numflash.runtime.devices import ARCHITECTURES, Architecture, architecture_of
 
 _NO_GPU = "There is no NVIDIA GPU here (nvidia-smi finds none): nothing is measured."
@@ -47,6 +47,13 @@ def add_commands(commands) -> None:
             flag = option[2:].replace("-", "_")
             mode.add_argument(option, dest="mode", action="store_const", const=flag, help=text)
         parser.set_defaults(run=run, direction=direction)
+
+
+def run_forward(options: list[str]) -> int:
+    """What `python -m bench forward` with these options does; the exit status."""
+    parser = argparse.ArgumentParser()
+    add_commands(parser.add_subparsers())
+    return run(parser.parse_args(["forward", *options]))
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -90,7 +97,7 @@ def without_gpu(arguments: argparse.Namespace, deadline: float) -> int:
     elif arguments.mode == "memory":
         print(analytic.memory_table(_one_head_dim(arguments)))
     elif arguments.mode == "quantize":
-        static.print_rows(quantize.static_rows(), static.COLUMNS, deadline)
+        static.print_rows(static.quantize_rows(), static.COLUMNS, deadline)
     elif arguments.mode == "ablate":
         _print_ideas(direction, limits)
         static.print_rows(ablation.static_rows(direction), ablation.STATIC_COLUMNS, deadline)
@@ -105,7 +112,7 @@ def without_gpu(arguments: argparse.Namespace, deadline: float) -> int:
     else:
         static.print_rows(static.rows(direction, dims, dtypes), static.COLUMNS, deadline)
         if direction == "forward":
-            print(static.FP8_NOTE)
+            print(tables.FP8_NOTE)
     return 0
 
 
@@ -212,8 +219,8 @@ def _quantize_tasks(arguments, names, limits):
 
 def _print_quantization(session: Session) -> None:
     found = session.record.get("quantize")
-    if quantize.is_measured(found):
-        print(f"\n{quantize.table(found)}")
+    if quantization.is_measured(found):
+        print(f"\n{quantization.table(found)}")
 
 
 def _traffic_tasks(arguments, names, limits):
@@ -271,7 +278,7 @@ def _print_traffic(arguments, limits: Architecture) -> None:
 
 
 def _print_ideas(direction: str, limits: Architecture) -> None:
-    """Which comparisons would run, and what the swizzle does to banks."""
+    """The comparisons that would run, and the effect of the swizzle on banks."""
     rows = [
         [i.name, i.point, i.with_it, i.without or "-", i.how]
         for i in ablation.ideas(direction, limits)

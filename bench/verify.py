@@ -10,8 +10,10 @@ import argparse
 import time
 from pathlib import Path
 
+from bench import speed
 from bench.peers import methods as peers
 from bench.records import checks, record
+from tuner.measuring.child import DeviceUnavailableError, FailedError
 
 _TIMING_SECONDS = 120
 # Those that need no compiling, but numflash's own.
@@ -44,8 +46,13 @@ def run(arguments: argparse.Namespace) -> int:
         known = record.verified_checks(machine["device"], machine["source_hash"])
     outcomes: dict[str, dict] = {}
     left_out = 0
+    try:
+        found = checks.collect(checks.GROUPS)
+    except (DeviceUnavailableError, FailedError) as error:
+        print(f"nothing is verified: {error}")
+        return 1
     for group in checks.GROUPS:
-        ids = [name for name in checks.collect(group) if name not in known]
+        ids = [name for name in found[group.name] if name not in known]
         print(f"{group.name}: {len(ids)} checks without a record", flush=True)
         if ids:
             done = checks.run(ids, group.children, checks_deadline, _print_outcome)
@@ -80,12 +87,10 @@ def _print_outcome(name: str, check: dict) -> None:
 
 def _time_forward(out: Path, seconds: float) -> None:
     """Run `python -m bench forward --quick` for so long."""
-    from bench.__main__ import main
-
     options = ["--quick", f"--out={out}", f"--peers={_TIMING_PEERS}", f"--time-limit={seconds}"]
     print(f"\nforward {' '.join(options)}", flush=True)
     try:
-        main(["forward", *options])
+        speed.run_forward(options)
     except Exception as error:
-        # What the checks found decides the exit status, and is on disk.
+        # The checks' results decide the exit status, and are on disk.
         print(f"timing stopped: {error!r}")

@@ -1,4 +1,4 @@
-"""What the examples need to run: the simulator, or CuPy and a GPU."""
+"""Requirements of the examples: the simulator, or CuPy and a GPU."""
 
 import numflash
 

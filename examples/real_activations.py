@@ -41,7 +41,7 @@ def run(q, k, v, dout, options: dict):
         synchronize = cupy.cuda.Device().synchronize
     kernel = numflash.plan(q, k, v, **options).kernel
     if not numflash.simulating():
-        # The first call compiles; what is timed is the second.
+        # The first call compiles; the second is timed.
         out, lse = numflash.attention(q, k, v, return_lse=True, **options)
         numflash.attention_backward(dout, q, k, v, out, lse, **options)
         synchronize()
@@ -99,7 +99,7 @@ def main() -> int:
             flush=True,
         )
         if not options and dtype == np.float16:
-            # What the encoder itself computed, stored with the data.
+            # The encoder's own result, stored with the data.
             stored = np.abs(results["out"].astype(np.float64) - data["out"][:entries, :, :heads])
             passed &= bool(stored.max() <= report.errors[0].budget)
     print(

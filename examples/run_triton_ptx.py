@@ -4,7 +4,7 @@
 
 Triton compiles for GPUs that are not there (`pip install triton` is all that it needs), and
 `numflash.run_ptx` executes what it made: `cp.async` and `mma` on sm_80, `wgmma` on sm_90.
-The profile counts what warps executed.
+The profile counts the instructions that warps executed.
 """
 
 import sys

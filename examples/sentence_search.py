@@ -28,7 +28,7 @@ SENTENCES = (
     "A small bakery on the corner sells warm rolls at dawn.",
     "The telescope found a planet circling a faint red star.",
 )
-# A float32 sum of n terms errs by about sqrt(n) roundings of 2**-24, in every layer anew; n is at
+# In every layer a float32 sum of n terms errs by about sqrt(n) roundings of 2**-24; n is at
 # most head_dim + seqlen (one score, then one output). LayerNorm keeps the scale, so layers add up.
 TOLERANCE = minilm.NUM_LAYERS * (minilm.HEAD_DIM + minilm.MAX_TOKENS) ** 0.5 * 2**-24
 

@@ -1,7 +1,7 @@
 """A kernel of your own in numflash's style: softmax of each row, one warp a row.
 
 With NUMBA_ENABLE_CUDASIM=1 this runs it on the CPU, lane by lane; without, it compiles it for an
-H100 and says what became of it, which needs no GPU either.
+H100 and prints registers, spills and size, which needs no GPU either.
 """
 
 import sys
@@ -9,10 +9,10 @@ import sys
 import numpy as np
 
 import numflash
-from numflash.kernels.arguments import Pointer
 from numflash.kernels.kernel import Kernel
 from numflash.ptx import cuda, ex2_approx_ftz_f32, f32, i32, instruction, max_f32
 from numflash.runtime.commands import command
+from numflash.runtime.views import Pointer
 
 LOG2_E = f32(1.4426950408889634)
 

@@ -12,7 +12,7 @@ import pytest
 
 from numflash.runtime.mode import SIMULATED
 
-# Which kernels run must not depend on what was tuned for this user; tests of that turn it on.
+# The choice of kernels must not depend on this user's tuning; tests of that turn it on.
 os.environ["NUMFLASH_TUNED"] = "0"
 
 _HERE = Path(__file__).parent

@@ -1,4 +1,4 @@
-"""NUMFLASH_AUTOTUNE: what numflash calls when it meets a class of problems for the first time."""
+"""NUMFLASH_AUTOTUNE: tuning that numflash calls when it first meets a class of problems."""
 
 import logging
 
@@ -18,7 +18,7 @@ def autotune(problem: ProblemClass, device: int, seconds: float) -> None:
     Args:
         problem: the class.
         device: ordinal of the CUDA device.
-        seconds: what the search may take; compiling what it has begun may take a little longer.
+        seconds: for the search; compilations that it has begun may take a little longer.
 
     Raises:
         LookupError: no config worked.

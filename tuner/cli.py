@@ -2,7 +2,7 @@
 
 numflash-tune                                        this machine's GPU, common problems
 numflash-tune --device "NVIDIA A100" --offline       predict for a GPU that is not here
-numflash-tune --capture FILE -- python program.py    note what a program runs
+numflash-tune --capture FILE -- python program.py    note the problems of a program
 numflash-tune --from-capture FILE                    and tune that
 numflash-tune show | validate | export | merge | clear
 """
@@ -17,7 +17,9 @@ import sys
 from pathlib import Path
 
 from numflash.configs import DTYPES, MAX_HEAD_DIM
+from numflash.configs.features import FEATURES
 from numflash.problem.classes import ProblemClass
+from numflash.problem.options import AttentionOptions
 from numflash.problem.problem import AttentionProblem, describe
 from numflash.runtime.commands import command
 from numflash.runtime.errors import UnsupportedError
@@ -35,8 +37,6 @@ FAMILIES = {
 _TRIALS = 48
 _INTERRUPTED = 130
 # As `ProblemClass.of` rounds.
-# Any softcap is of the class with softcap.
-_SOFTCAP = 30.0
 _UNITS = {"": 1, "K": 1024, "M": 1024**2}
 
 
@@ -78,8 +78,8 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--batch", type=int, default=4, metavar="N", help="default: 4")
     what.add_argument("--heads", type=int, default=16, metavar="N", help="default: 16")
     what.add_argument("--heads-kv", type=int, metavar="N", help="default: as --heads")
-    what.add_argument("--softcap", action="store_true", help="with soft capping")
-    what.add_argument("--alibi", action="store_true", help="with ALiBi slopes")
+    for row in FEATURES:
+        what.add_argument(f"--{row.name}", action="store_true", help=f"with {row.title}")
     what.add_argument("--precision", choices=("tf32",), help="float32 on the tensor cores")
     what.add_argument(
         "--from-capture", metavar="FILE", help="the classes that --capture noted, instead"
@@ -166,7 +166,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _about_unknown(arguments: list[str]) -> str:
-    """What to say of arguments that nobody knows: a word may be meant as a subcommand."""
+    """The message about unknown arguments: a word may be meant as a subcommand."""
     said = f"unrecognized arguments: {' '.join(arguments)}"
     words = [word for word in arguments if not word.startswith("-")]
     if not words:
@@ -346,16 +346,19 @@ def _problem(
     def view(*shape: int, dtype: str = dtype) -> ArrayView:
         return ArrayView(0, shape, contiguous_strides(shape), dtype, 0)
 
-    problem, _ = describe(
-        view(args.batch, seqlen_q, args.heads, head_dim),
-        view(args.batch, seqlen, heads_kv, head_dim),
-        view(args.batch, seqlen, heads_kv, head_dim_v),
-        softcap=_SOFTCAP if args.softcap else 0.0,
-        alibi_slopes=view(args.heads, dtype="float32") if args.alibi else None,
-        precision=args.precision,
-        **_mask_options(mask),
-    )
-    return problem
+    views = {
+        "q": view(args.batch, seqlen_q, args.heads, head_dim),
+        "k": view(args.batch, seqlen, heads_kv, head_dim),
+        "v": view(args.batch, seqlen, heads_kv, head_dim_v),
+    }
+    options = AttentionOptions(precision=args.precision, **_mask_options(mask))
+    for row in FEATURES:
+        value = row.example(args.heads)
+        if getattr(args, row.name) and row.is_array:
+            views[row.option] = view(*value.shape, dtype="float32")
+        elif getattr(args, row.name):
+            options = options._replace(**{row.option: value})
+    return describe(views, options)[0]
 
 
 def _mask_options(text: str) -> dict:

@@ -1,4 +1,4 @@
-"""What the tuner knows of one config: the record that a trial leaves behind.
+"""The record that a trial of one config leaves behind.
 
 A record is data, also where something failed. It travels through Optuna's storages, the journals
 of exhaustive runs and the report as JSON.
@@ -23,20 +23,21 @@ FAILURES = (
 device; the compiler refused it; it spilled registers or drew compiler warnings; its results were
 beyond the error budget; the launch or the kernel failed; it took too long."""
 OUTCOMES = ("measured", "predicted", "slow", *FAILURES)
-"""`slow` was given up far behind the best: measured a few times; or offline, by the model's
-estimate, not even compiled."""
+"""A `slow` config was given up far behind the best: after a few measurements; or offline, by the
+model's estimate, before it was compiled."""
 
 
 @dataclass(frozen=True)
 class ResourceUsage:
-    """What a config's machine code takes of the device it was compiled for.
+    """Resources of the device that a config's machine code takes.
 
     Attributes:
         registers: per thread.
         spill_bytes: stored and loaded, per thread.
         smem_bytes, num_threads: per block.
         blocks_per_sm: that fit at once.
-        limited_by: what allows no more: "threads", "blocks", "registers" or "shared memory".
+        limited_by: the resource that allows no more: "threads", "blocks", "registers" or "shared
+            memory".
         warnings: of the compiler.
         compile_ms: from Python source to machine code; 0 if it was in the cache.
     """
@@ -59,14 +60,14 @@ class Record:
         config: its string form.
         outcome: one of OUTCOMES.
         reason: why, if it failed; of a winner, why another that is faster did not win.
-        resources: what was compiled; None if it never was.
-        predicted_ms: what the offline model says; None if it was not asked.
+        resources: of the compiled kernel; None if it never was compiled.
+        predicted_ms: by the offline model; None if it was not asked.
         parts: milliseconds that each resource alone would take by the model, by name.
         samples_ms: times measured.
         batch_heads: batch x heads of what was timed, which may be fewer than the class's; None is
             those of the class.
         clock_mhz: median SM clock while it was timed; None if unknown.
-        seconds: what the trial took.
+        seconds: that the trial took.
         finished: seconds since the epoch.
     """
 
@@ -101,7 +102,7 @@ class Record:
 
     @property
     def time_ms(self) -> float:
-        """What the search minimises: measured, else predicted; infinite if it failed."""
+        """The time that the search minimises: measured, else predicted; infinite if it failed."""
         if self.outcome in FAILURES:
             return math.inf
         time = self.predicted_ms if self.median_ms is None else self.median_ms

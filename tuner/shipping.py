@@ -1,9 +1,9 @@
-"""`python -m numflash_tuner.shipping`: make anew the tables of configs that come with numflash.
+"""`python -m numflash_tuner.shipping`: make the tables of configs that come with numflash again.
 
 Predicted by the offline model, one file for each GPU; GPUs of one architecture share machine code,
 so that the second costs little. A table measured on the GPU itself, by `numflash-tune export`,
-takes the place of a predicted one. Only what differs from the default is shipped. With `--strip`
-nothing is predicted: entries that would not be shipped today leave the tables that there are.
+takes the place of a predicted one. Only configs other than the default are shipped. With `--strip`
+nothing is predicted: entries that would not be shipped today leave the existing tables.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def make_table(name: str, quiet: bool) -> None:
 
 
 def strip(path: Path) -> list[str]:
-    """Take out of a table what would not be shipped today; what was taken out, and why.
+    """Take out of a table the entries that would not be shipped today; returns the reasons.
 
     Raises:
         ValueError: it is no table, or of a GPU that is unknown.
@@ -67,8 +67,8 @@ def strip(path: Path) -> list[str]:
 def why_not(machine: Machine, entry: Entry) -> str | None:
     """Why an entry would not be shipped today; None if it would.
 
-    Its times are those of the day when it was made. What is predicted is judged by the model's
-    formulas of today, and by what today's model must gain.
+    Its times are those of the day when it was made. A prediction is judged by today's formulas,
+    and by the gain that today's model must have.
     """
     if _is_default(machine, entry):
         return "is the default"

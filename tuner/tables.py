@@ -1,7 +1,7 @@
 """The tables that numflash ships: one file for each GPU, of configs that differ from the default.
 
-A file has the format of the config cache. Beside its devices it says what it was made with
-(`made`: kernels, compilers, model), so that one without entries can be out of date, too.
+A file has the format of the config cache. Beside its devices it names the versions that it was
+made with (`made`: kernels, compilers, model), so that one without entries can be out of date, too.
 """
 
 import json
@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numflash.selection.shipped
-from numflash.machine_code.compiler import source_hash, versions
+from numflash.machine_code.compiler import versions
+from numflash.machine_code.sources import source_hash
 from numflash.runtime.files import replace_file
 from numflash.selection.entries import DeviceKey, Entry, Row, format_table, parse_table
 
@@ -33,7 +34,7 @@ _BRIEF = 12
 
 
 def folder() -> Path:
-    """Where the tables are."""
+    """The folder of the tables."""
     return Path(numflash.selection.shipped.__file__).parent
 
 
@@ -48,7 +49,7 @@ def paths() -> list[Path]:
 
 
 def made_now() -> dict[str, Any]:
-    """What a table that is made now is made with."""
+    """The versions that a table made now is made with."""
     return {"kernels": source_hash(), "compilers": versions(), "model": model.source_hash()}
 
 
@@ -64,7 +65,7 @@ def write(path: Path, entries: dict[DeviceKey, list[Entry]], made: dict[str, Any
 
 
 def made(path: Path) -> dict[str, Any]:
-    """What a table was made with; tables that do not say it are as old as their first entry.
+    """The versions that a table was made with; a table without them is as old as its first entry.
 
     Raises:
         ValueError: it is no table.
@@ -77,13 +78,13 @@ def made(path: Path) -> dict[str, Any]:
     if not rows:
         return {}
     first = rows[0].entry
-    # What was measured needed no model.
+    # A measured entry needed no model.
     known = {"model": model.source_hash()} if first.origin == "measured" else {}
     return {"kernels": first.kernels, "compilers": first.compilers, **known}
 
 
 def staleness(path: Path) -> list[str]:
-    """Why a table says nothing certain of the kernels that are installed; empty if it is fresh.
+    """Reasons why a table does not hold for the installed kernels; empty if it is fresh.
 
     Raises:
         ValueError, OSError: as `made`.

@@ -1,4 +1,4 @@
-"""What runs beside the steps: instructions simulated, and compiled ahead, in other processes.
+"""Work beside the steps: instructions simulated, and compiled ahead, in other processes.
 
 `python -m bench.first_light.background simulate PATH` writes the outputs of all cases of
 instructions, which hardware must give too; it needs greenlet. A machine without that takes the
@@ -23,13 +23,13 @@ _SOURCES = (
     "numflash/simulator/**/*.py",
     "tests/support/instruction_harness.py",
 )
-_CASES = ("tests/*_cases.py",)
+_CASES = ("tests/support/*_cases.py",)
 # Less than a step may be silent.
 _WAIT_SECONDS = 20
 
 
 def expected_path() -> Path:
-    """Where the simulated outputs are for the sources of today."""
+    """The file of the simulated outputs for the sources of today."""
     digest = hashlib.sha256()
     for pattern in (*_SOURCES, *_CASES):
         for path in sorted(ROOT.glob(pattern)):
@@ -104,7 +104,7 @@ def _compile(case, arch: str):
 
 
 def failed_path(path: Path) -> Path:
-    """What says that there will be no such file."""
+    """The file which says that there will be no such file."""
     return path.with_suffix(".failed")
 
 

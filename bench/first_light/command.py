@@ -3,8 +3,8 @@
 Instructions first, those that no other compiler's kernel has confirmed before the others; then a
 forward of each kind and gradients against float64; speeds beside cuDNN and FlashAttention; the
 questions that only speed answers, as forced configs in the same run; the model's best configs.
-After each step the record (JSON) and the page (Markdown) are written anew. What crashes, or is
-silent for 25 seconds, costs itself; what no longer fits the time is skipped.
+After each step the record (JSON) and the page (Markdown) are written again. A step that crashes,
+or is silent for 25 seconds, costs itself; what no longer fits the time is skipped.
 
 With --rehearse all of it runs without a GPU, small and in the simulator, under a clock that is
 fake. That also leaves the simulated outputs of instructions in build/first-light, for machines on
@@ -18,14 +18,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
 from bench.first_light import background, page, plan, rehearsal
 from bench.measuring import supervisor
-from bench.measuring.session import BUDGET_MS, line_of, raise_on_termination
-from bench.records import clocks, record
+from bench.measuring.session import (
+    BUDGET_MS,
+    clock_log,
+    clocks_of,
+    line_of,
+    raise_on_termination,
+)
+from bench.records import record
 from bench.records.checks import ROOT, child_environment
 from numflash.runtime.devices import Architecture, architecture_of
 
@@ -131,13 +136,13 @@ class Visit:
 
     def run(
         self,
-        command: Callable[[str, str], list[str]] | None = None,
+        command: list[str] | None = None,
         began: float | None = None,
     ) -> None:
         """Run the steps until done or out of time; a signal to stop ends it with its record.
 
         Args:
-            command: makes a worker's command, as in `supervisor.run`.
+            command: that runs a worker, as in `supervisor.run`.
             began: when the time began to run, as of time.monotonic(); None is now.
         """
         restore = raise_on_termination()
@@ -154,8 +159,7 @@ class Visit:
 
     def _run(self, folder: Path, command, began: float | None) -> None:
         is_rehearsal = self.record["rehearsal"]
-        clock_path = str(folder / "clock") if is_rehearsal else None
-        clock = rehearsal.FakeClock(clock_path) if is_rehearsal else time.monotonic
+        clock = rehearsal.FakeClock() if is_rehearsal else time.monotonic
         start = clock() if is_rehearsal or began is None else began
         environment = rehearsal.environment() if is_rehearsal else {}
         expected = background.expected_path()
@@ -164,26 +168,28 @@ class Visit:
             "deadline": start + 60 * self.record["minutes"],
             "budget_ms": BUDGET_MS,
             "rehearsal": is_rehearsal,
-            "clock": clock_path,
             "expected": str(expected),
             "compiled": None if is_rehearsal else str(folder),
         }
         helpers = [] if command else self._helpers(folder, expected)
-        log = clocks.ClockLog(self._device)
-
-        def note(task: dict, result: dict) -> None:
-            if result.get("timed"):
-                result = {**result, **log.between(*result["timed"])}
-            self._note(task, result, clock() - start)
-
+        device = rehearsal.DEVICE if is_rehearsal else str(self._device)
         try:
-            with nullcontext() if is_rehearsal else log:
+            # By a rehearsal's clock it takes no time to simulate what all others wait for.
+            for helper in helpers if is_rehearsal else ():
+                helper.wait()
+            with nullcontext() if is_rehearsal else clock_log(self._device) as log:
                 no_device = supervisor.run(
                     self._steps,
                     settings,
-                    on_result=note,
-                    command=command,
+                    on_result=lambda task, result: self._note(
+                        task,
+                        result if is_rehearsal else {**result, **clocks_of(result, log)},
+                        clock() - start,
+                    ),
+                    command=command
+                    or supervisor.worker_command("bench.first_light.tasks", device),
                     clock=clock,
+                    spend=clock.spend if is_rehearsal else None,
                     hang_seconds=HANG_SECONDS,
                     environment=environment,
                 )

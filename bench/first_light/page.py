@@ -7,9 +7,9 @@ import statistics
 from typing import Any
 
 from bench.first_light import plan
-from bench.measuring.measure import is_right
 from bench.peers import methods as peers
 from bench.points.points import Point
+from bench.records.entries import is_right
 from bench.tables import tables
 
 REHEARSAL = "REHEARSAL: no GPU ran this, and no time on this page is one."
@@ -68,7 +68,7 @@ def _about(record: dict) -> str:
 
 
 def outcomes(step: dict) -> dict[str, str]:
-    """What was checked in a step -> "passed", "failed", "crashed", "skipped" or "not run"."""
+    """Check of a step -> "passed", "failed", "crashed", "skipped" or "not run"."""
     if step["kind"] == "instructions":
         found = step.get("cases", {})
         if step["outcome"] == "crashed":
@@ -87,7 +87,7 @@ def outcomes(step: dict) -> dict[str, str]:
 
 
 def _outcome(entry: dict) -> str:
-    """What became of numflash's result at a point that was timed."""
+    """The outcome of numflash's result at a point that was timed."""
     if "check" in entry:
         return "passed" if entry["check"]["outcome"] == "checked" else "failed"
     return {"crashed": "crashed", "left out": "not run"}.get(entry["status"], "failed")
@@ -184,7 +184,7 @@ def _answers(record: dict) -> str:
 
 
 def answer(labels: dict[str, str], methods: dict[str, dict]) -> str:
-    """Which variant is the fastest, and the times of all.
+    """The fastest variant, and the times of all.
 
     Args:
         labels: of the methods, today's choice first.

@@ -1,4 +1,4 @@
-"""What first light does, in order of worth: steps as tasks of `bench.measuring.worker`.
+"""The steps of first light, in order of worth: tasks of `bench.measuring.worker`.
 
 A step is a dictionary with "title", "section", "expected_s" (seconds that it takes on a GPU, which
 decide whether it still fits) and what its "kind" needs.
@@ -22,7 +22,7 @@ from numflash.runtime.devices import Architecture
 _ONE_LANE = ("cvt_", "mul_", "lop3_", "mov_", "float_", "bits_", "ld_", "st_")
 _RECORD = json.loads((Path(__file__).parents[2] / "docs" / "evidence.json").read_text())
 NO_WITNESS = tuple(name for name in _RECORD["without"] if not name.startswith(_ONE_LANE))
-"""What no other compiler's kernel has confirmed and is more than one lane's."""
+"""Instructions of more than one lane that no other compiler's kernel has confirmed."""
 
 INSTRUCTIONS, FORWARD, GRADIENTS = "instructions", "forward", "gradients"
 SPEED, QUESTIONS, TUNER = "speed", "questions", "tuner"
@@ -38,7 +38,7 @@ HEADLINE_PEERS = (
 """numflash, cuDNN, and FlashAttention-2 and -3 as PyTorch has it and as packages."""
 
 _DTYPE = "bfloat16"
-# What the checks against float64 attend to: no tile divides it.
+# The sizes of checks against float64: no tile divides them.
 _BATCH, _SEQLEN, _HEADS = 2, 300, 2
 _REHEARSED_SEQLEN = 24
 _ONE_CONSUMER = "sm90-m64n128w4s2-overlap-persistent"
@@ -57,7 +57,7 @@ def steps(cases: Iterable[Any], limits: Architecture, rehearsal: bool) -> list[d
     """The steps on an architecture.
 
     Args:
-        cases: of instructions, as `tests.instruction_cases.CASES` has them.
+        cases: of instructions, as `tests.support.instruction_cases.CASES` has them.
         limits: the GPU.
         rehearsal: sizes that the simulator runs in a second.
     """

@@ -1,21 +1,21 @@
 """A rehearsal of first light without a GPU: the simulator for a device, and a clock that is fake.
 
-The clock stands still but for what `spend` adds, and it is a file, so that parent and child share
-it and neither's death stops it. No time that this device reports means anything, and none goes
-into a record: `without_times` takes them out.
+The clock stands still but for what `spend` adds; it is the parent's, so no child's death stops it.
+No time that this device reports means anything, and none goes into a record: `without_times` takes
+them out.
 """
-
-import os
-from pathlib import Path
 
 import numpy as np
 
 from numflash.runtime.devices import ARCHITECTURES
+from numflash.runtime.views import numpy_dtype
 
 ARCH = "sm_90a"
 LIMITS = ARCHITECTURES[ARCH]
 MACHINE = {"device": "simulator", "driver": None, "rehearsal": True}
 """What a record of a rehearsal says instead of a GPU."""
+DEVICE = "simulator"
+"""What a worker is told instead of the ordinal of a GPU."""
 PREDICTED_GPU = "NVIDIA H200"
 """Whose best configs the tuner's model is asked for."""
 _TIMES = (
@@ -27,29 +27,31 @@ _TIMES = (
 class FakeClock:
     """Seconds that only `spend` adds to."""
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
+    def __init__(self):
+        self._seconds = 0.0
 
     def __call__(self) -> float:
         """Seconds so far."""
-        return float(self.path.read_text()) if self.path.exists() else 0.0
+        return self._seconds
 
     def spend(self, seconds: float) -> None:
         """Go on by so many seconds."""
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(repr(self() + seconds))
-        os.replace(partial, self.path)
+        self._seconds += seconds
 
 
 class SimulatedDevice:
-    """A `bench.device.Device` whose arrays are NumPy's; it times nothing."""
+    """A `bench.measuring.device.Device` whose arrays are NumPy's; it times nothing."""
 
-    library, xp = "numpy", np
+    xp = np
+
+    def describe(self):
+        """There is nothing to say."""
+        return {}
 
     def normal(self, shape, dtype, seed):
         """As `Device.normal`."""
         x = np.random.default_rng(seed).standard_normal(shape, np.float32)
-        return x.astype(_numpy_dtype(dtype))
+        return x.astype(numpy_dtype(dtype))
 
     def upload(self, array):
         """As `Device.upload`."""
@@ -61,9 +63,9 @@ class SimulatedDevice:
 
     def round_to(self, dtype):
         """As `Device.round_to`."""
-        return lambda x: x.astype(_numpy_dtype(dtype)).astype(np.float32)
+        return lambda x: x.astype(numpy_dtype(dtype)).astype(np.float32)
 
-    def time(self, method):
+    def time_method(self, method):
         """Nothing runs, and the answer means nothing."""
         return 1.0
 
@@ -74,7 +76,7 @@ class SimulatedDevice:
         """Memory is not counted."""
         return 0
 
-    def free(self):
+    def release(self):
         """There is nothing to give back."""
 
     def copy(self, size):
@@ -97,11 +99,3 @@ def without_times(result):
 def environment() -> dict[str, str]:
     """What a child process runs under beside `checks.child_environment`."""
     return {"NUMBA_ENABLE_CUDASIM": "1", "NUMFLASH_SIM_ARCH": ARCH}
-
-
-def _numpy_dtype(name: str):
-    if name != "bfloat16":
-        return name
-    import ml_dtypes
-
-    return ml_dtypes.bfloat16

@@ -1,19 +1,19 @@
-"""The kinds of steps that only first light has, as `bench.measuring.worker` runs them.
+"""The kinds of steps that only first light has, and the worker that runs them.
 
-Each takes the device, the task, the settings, and `begin`, which is told what is about to run; it
-returns what goes into the record.
+`python -P -m bench.first_light.tasks DEVICE` is a `bench.measuring.worker` on the GPU of an
+ordinal, or on the simulator in a rehearsal.
 """
 
 import math
-from collections.abc import Callable
+import sys
 from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 
 from bench.first_light import background, rehearsal
-from bench.measuring import measure
-from bench.measuring.device import Device
+from bench.measuring import measure, worker
+from bench.measuring.device import open_device
 from bench.peers import methods as peers
 from bench.points import interleave
 from bench.points.interleave import Method
@@ -24,11 +24,6 @@ _NO_EXPECTATION = (
     "nothing to compare with: the simulator did not run here (it needs greenlet), and no "
     f"rehearsal of these sources has left its file in {background.PREPARED.name}"
 )
-
-
-def run(device: Device, task: dict, settings: dict, begin: Callable) -> dict:
-    """Run a task of one of `KINDS`."""
-    return KINDS[task["kind"]](device, task, settings, begin)
 
 
 # Instructions
@@ -130,7 +125,8 @@ def _finite(x: float) -> float | str:
 
 def _parts(device, task, settings, begin) -> dict:
     """Milliseconds of each kernel of a forward, and of them together."""
-    from numflash.calls.forward import DEFAULTS, Forward
+    from numflash.calls.forward import Forward
+    from numflash.problem.options import AttentionOptions
     from numflash.runtime.arrays import library_of
 
     point = Point.from_dict(task["point"])
@@ -139,7 +135,7 @@ def _parts(device, task, settings, begin) -> dict:
     library = library_of(arrays["q"], "q")
     views = {name: library.view(array, name) for name, array in arrays.items()}
     operands = {name: library.operand(array) for name, array in arrays.items()}
-    options = {**DEFAULTS, "causal": point.causal, "config": task["config"]}
+    options = AttentionOptions(causal=point.causal, config=task["config"])
     ready = Forward(views, options)
     # The results must outlive the launches, which only know their addresses.
     out, lse, launches = ready.bind(operands, library)
@@ -150,7 +146,7 @@ def _parts(device, task, settings, begin) -> dict:
     methods[-1].call()
     device.synchronize()
     samples = interleave.time_interleaved(
-        methods, device.time, budget_ms=settings["budget_ms"], on_failure=_raise
+        methods, device.time_method, budget_ms=settings["budget_ms"], on_failure=_raise
     )
     parts = {name: interleave.summarise(times) for name, times in samples.items()}
     del out, lse
@@ -200,9 +196,21 @@ def _words(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:600]
 
 
-KINDS = {
+KINDS: dict[str, worker.Kind] = {
+    **worker.KINDS,
     "instructions": _instructions,
     "check": _check,
     "parts": _parts,
     "predicted": _predicted,
 }
+
+
+def main(device: str) -> int:
+    """Run tasks on a device, until the parent is gone; 1 if there is none."""
+    if device == rehearsal.DEVICE:
+        return worker.serve(rehearsal.SimulatedDevice, KINDS)
+    return worker.serve(partial(open_device, int(device)), KINDS)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

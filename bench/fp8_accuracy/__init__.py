@@ -1,1 +1,1 @@
-"""How accurate FP8 attention is, and its tables and figure."""
+"""The accuracy of FP8 attention, with tables and a figure."""

@@ -68,7 +68,7 @@ def _panel(case: dict, left: float, bottom: float) -> list[Markup]:
     papers = {m.name: m.paper for m in METHODS if m.paper and case["name"] == "outliers"}
     values = [value for value in (*found.values(), *papers.values()) if value > 0]
     low = 10.0 ** math.floor(math.log10(min(values)))
-    # What a bar's length means begins at a decade; its figure needs room beyond the longest.
+    # Bars begin at a decade; their figures need room beyond the longest.
     axis = Axis(low, max(values), left, left + _PANEL - _VALUE, log=True)
     parts = [
         text(left, 18, _TITLES[case["name"]], "title"),

@@ -18,7 +18,7 @@ PAPER_HEAD_DIM, PAPER_SEQLEN = 128, 8192
 """The paper names neither; at these, our errors are those of its table."""
 OUTLIER_PROBABILITY, OUTLIER_DEVIATION = 1e-3, 10.0
 SINK_GAPS = np.linspace(8.0, 12.0, 4)
-"""How far each sink's score lies above the mean of the other keys' scores."""
+"""The distance of each sink's score above the mean of the other keys' scores."""
 _SINK_DEVIATION = 1e-4
 # Of each query along its head's sinks, whose entries then deviate by 1 to 1.5 at head_dim 128.
 _SINK_COMPONENT = 8.0

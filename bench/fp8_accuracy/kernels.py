@@ -13,7 +13,7 @@ from numflash.runtime.errors import UnsupportedError
 
 @dataclass(frozen=True)
 class Engine:
-    """Where the kernels run.
+    """The place where the kernels run.
 
     Attributes:
         device: the GPU's name; None if they do not run.
@@ -24,7 +24,7 @@ class Engine:
     reason: str | None = None
 
     def run(self, case: Input, draw: int) -> dict[str, np.ndarray | str]:
-        """What the kernels give for a draw of an input.
+        """The kernels' results for a draw of an input.
 
         Returns:
             By method: (batch, seqlen, heads, head_dim) float16, or why there is none.

@@ -22,7 +22,7 @@ FULL = Fp8Recipe("token", hadamard=True)
 TILE_N = 128
 """Keys per tile of the loops here. Those of the specification have 64."""
 SPECIFICATION, NUMPY, KERNELS = "specification", "numpy", "kernels"
-"""What computes a result: `numflash.reference`, `tiled_attention`, or the kernels on a GPU."""
+"""Engines of a result: `numflash.reference`, `tiled_attention`, or the kernels on a GPU."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The README's section on FP8 accuracy, from the record of `python -m bench fp8-accuracy`."""
+"""The accuracy in docs/fp8.md, from the record of `python -m bench fp8-accuracy`."""
 
 import json
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from bench.tables import tables
 
 FILE_NAME = "fp8-accuracy.json"
 LEAST_GAIN, LARGEST_RMSE = 2.6, 9.1e-3
-"""What the full recipe has to reach on the paper's distribution: times less than per tensor, and
+"""The goal of the full recipe on the paper's distribution: times less than per tensor, and
 the paper's own figure."""
 _STANDARD_ERRORS = 2
 REACHED, NOT_REFUTED, MISSED = "reached", "within two standard errors of it", "missed"
@@ -19,7 +19,7 @@ REACHED, NOT_REFUTED, MISSED = "reached", "within two standard errors of it", "m
 
 @dataclass(frozen=True)
 class Requirement:
-    """What the full recipe reached on the paper's distribution, and in words."""
+    """The full recipe's result on the paper's distribution, also in words."""
 
     gain: float
     gain_standard_error: float
@@ -63,7 +63,7 @@ def requirement(record: dict) -> Requirement | None:
 
 
 def entry_of(case: dict, method: str, *engines: str) -> dict | None:
-    """What an input's record has of a method by one of these engines."""
+    """The entry of a method by one of these engines in an input's record."""
     found = (e for e in case["methods"] if e["method"] == method and e["engine"] in engines)
     return next(found, None)
 

@@ -176,7 +176,7 @@ def _notes(before: dict, after: dict) -> Iterator[str]:
 
 
 def _content(figures: dict) -> dict:
-    """What must be equal: not what parameters are called."""
+    """The figures that must be equal, which the names of parameters need not be."""
     kept = {name: value for name, value in figures.items() if name not in _FREE}
     return kept | {"parameters": _letters(figures), "warnings": _warnings(figures)}
 

@@ -1,4 +1,4 @@
-"""What is kept of a kernel's machine code, and the file that holds it.
+"""Figures of a kernel's machine code, and the file that holds them.
 
 The opcode sequence is stored whole, compressed, so that two files tell which instructions differ.
 The main loop is the innermost loop with products and exponentials, or with products alone where
@@ -20,9 +20,10 @@ from pathlib import Path
 
 from bench.machine_code.kernels import NamedKernel
 from numflash.configs import Traits, parse_config
-from numflash.machine_code.compiler import get_cubin, source_hash, versions
+from numflash.machine_code.compiler import get_cubin, versions
 from numflash.machine_code.main_loop import MainLoop, read_main_loop, read_setmaxnreg
 from numflash.machine_code.sass import Block, Loop, basic_blocks, disassemble, loops, opcodes
+from numflash.machine_code.sources import source_hash
 from numflash.runtime.devices import architecture, blocks_per_sm
 
 SCHEMA = 1
@@ -112,7 +113,7 @@ def _of_warpgroups(steady: MainLoop) -> dict:
 
 
 def _turn(blocks: list[Block], names: list[Counter], loop: Loop, products: list[int]) -> dict:
-    """What a loop does; `products` are those of each block."""
+    """The figures of a loop; `products` are those of each block."""
     most = max(loop.body, key=lambda n: (products[n], -n))
     passed = sum((names[n] for n in _passed(blocks, loop, most)), Counter())
     return {

@@ -1,4 +1,4 @@
-"""Which kernels the machine-code net compiles.
+"""The kernels that the machine-code net compiles.
 
 They come from the rules of dispatch: what `choose` takes by default on every GPU, and each
 candidate of its tables at the largest head dims that it fits. With them go the variants of a
@@ -44,7 +44,7 @@ _NO_BULK_COPIES = "the net asks for the kernel without bulk copies"
 _PAIRS = sorted(
     itertools.product((64, 128, 192, 256), repeat=2), key=lambda pair: (sum(pair), pair)
 )
-_BENT = {"softcap": True, "alibi": True}
+_BENT = {"features": ("softcap", "alibi")}
 _VARIANTS = (
     ("float16", _BENT, ("sm_75", "sm_80", "sm_90a", "sm_120")),
     ("float16", {"vectorized": False}, ("sm_75", "sm_80")),

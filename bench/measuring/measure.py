@@ -20,6 +20,7 @@ from bench.peers import methods as peers
 from bench.points import interleave, work
 from bench.points.interleave import Method
 from bench.points.points import Point
+from bench.records.entries import is_right
 
 _HOST_CALLS, _HOST_BATCH = 300, 50
 
@@ -32,7 +33,7 @@ def expect_working(device: Device, reason: str) -> None:
     """Raise BrokenDeviceError, for this reason, if the device no longer does anything."""
     try:
         device.synchronize()
-        device.free()
+        device.release()
     except Exception as fault:
         raise BrokenDeviceError(reason) from fault
 
@@ -110,7 +111,7 @@ class _Run:
                 methods.append(Method(name, method.call, method.context))
         self._time(methods, entries)
         methods.clear()
-        self.device.free()
+        self.device.release()
         return entries
 
     def _prepare(self, name: str) -> tuple[Method | None, dict]:
@@ -149,7 +150,7 @@ class _Run:
 
         def timer(method: Method) -> float:
             self.begin(method.name)
-            return self.device.time(method)
+            return self.device.time_method(method)
 
         def fail(name: str, error: Exception) -> None:
             entries[name] = self._failure(error)
@@ -182,11 +183,6 @@ class _Run:
         error.__traceback__ = None
         expect_working(self.device, reason)
         return {"status": "out of memory" if is_memory else "failed", "reason": reason}
-
-
-def is_right(entry: dict) -> bool:
-    """Whether an entry holds a time, of results that were right."""
-    return "median_ms" in entry and entry.get("check", {}).get("outcome") == "checked"
 
 
 def host_microseconds(device: Device, names: list[str], begin: Callable[[str], None]) -> dict:

@@ -1,7 +1,8 @@
 """Bytes of device memory as the hardware counts them, where there is Nsight Compute (`ncu`).
 
-The counted process runs one call of numflash: `python -m bench.profiler POINT`, with the point as
-JSON. Whether counters may be read is up to the machine; where not, ncu's own words are the reason.
+The counted process runs one call of numflash: `python -m bench.measuring.profiler POINT`, with the
+point as JSON. Whether counters may be read is up to the machine; where not, ncu's own words are
+the reason.
 """
 
 import csv

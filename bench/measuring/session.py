@@ -6,14 +6,15 @@ The record is written again after every task, so that an interrupted run leaves 
 import signal
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 from bench.measuring import supervisor
-from bench.measuring.measure import is_right
 from bench.peers import methods as peers
 from bench.points.points import Point
-from bench.records import clocks, record
-from bench.tables import tables
+from bench.records import record
+from bench.records.entries import is_measured, is_right
+from tuner.measuring.clocks import ClockLog
 
 BUDGET_MS = 1500.0
 
@@ -41,18 +42,17 @@ class Session:
         self.path = record.reserve(self.record, out)
         self._start, self._tasks, self._done = time.monotonic(), 0, 0
 
-    def run(self, tasks: list[dict], deadline: float, command=None) -> None:
+    def run(self, tasks: list[dict], deadline: float) -> None:
         """Measure `tasks` until `deadline`; a signal to stop ends the run with its record."""
         self._tasks, self._done = len(tasks), 0
         settings = {"device": self.device, "deadline": deadline, "budget_ms": BUDGET_MS}
         restore = raise_on_termination()
         try:
-            with clocks.ClockLog(self.device) as log:
+            with clock_log(self.device) as log:
                 self.no_device = supervisor.run(
                     tasks,
                     settings,
                     on_result=lambda task, result: self._note(task, result, log),
-                    command=command,
                 )
         except KeyboardInterrupt:
             self.record["stopped"] = "interrupted"
@@ -64,13 +64,11 @@ class Session:
             self.record["clocks_after"] = record.clocks(self.device)
             record.save(self.record, self.path)
 
-    def _note(self, task: dict, result: dict, log: clocks.ClockLog) -> None:
+    def _note(self, task: dict, result: dict, log: ClockLog) -> None:
         """Put a task's result into the record, write it, and print a line."""
         self._done += 1
         if task["kind"] == "point":
-            entry = {**task["point"], **result}
-            if result.get("timed"):
-                entry |= log.between(*result["timed"])
+            entry = {**task["point"], **result, **clocks_of(result, log)}
             self.record["points"].append(entry)
             text = line_of(entry)
         else:
@@ -83,13 +81,24 @@ class Session:
 
     def measured(self, kind: str | None = None) -> list[dict]:
         """The points that were measured, of one kind or of all."""
-        entries = [e for e in self.record["points"] if tables.is_measured(e)]
+        entries = [e for e in self.record["points"] if is_measured(e)]
         return [e for e in entries if kind is None or e["kind"] == kind]
 
 
 def point_tasks(chosen: list[Point], names: list[str]) -> list[dict]:
     """Tasks that measure these methods on these points."""
     return [{"kind": "point", "point": p.as_dict(), "peers": names} for p in chosen]
+
+
+def clock_log(device: int) -> closing[ClockLog]:
+    """The log of a GPU's clock and power at times of time.time(), for as long as it is entered."""
+    return closing(ClockLog(str(device), time.time))
+
+
+def clocks_of(result: dict, log: ClockLog) -> dict:
+    """`sm_clock_mhz` and `power_w` while a result was "timed"; empty where that is not known."""
+    reading = log.between(*result["timed"]) if result.get("timed") else None
+    return {} if reading is None else reading._asdict()
 
 
 def line_of(entry: dict) -> str:

@@ -1,98 +1,44 @@
-"""The child process that measures: reads tasks from a file, writes what it finds to a journal.
+"""The child process that measures: `python -P -m bench.measuring.worker ORDINAL`.
 
-`python -m bench.worker TASKS JOURNAL`. A journal line is written before anything that can take
-the process down, so that `bench.measuring.supervisor` knows what to leave out next time.
+`bench.measuring.supervisor` gives it one task after another. It is told of a method before that
+runs, so that it knows what to leave out when the method takes the process down.
 """
 
-import json
-import os
 import sys
-import time
-from pathlib import Path
-from typing import Any, TextIO
+from collections.abc import Callable
+from functools import partial
 
-from bench.first_light import tasks as first_light
-from bench.first_light.rehearsal import FakeClock, SimulatedDevice
 from bench.measuring import measure, quantize
 from bench.measuring.device import Device, open_device
 from bench.peers import methods as peers
 from bench.points.points import Point
+from tuner.measuring import channel as channels
 
-BROKEN = 3
-
-
-class Journal:
-    """Lines of JSON, each on disk before the next thing happens."""
-
-    def __init__(self, file: TextIO):
-        self._file = file
-
-    def write(self, **line: Any) -> None:
-        """Append a line."""
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+Begin = Callable[[str | None], None]
+Kind = Callable[[Device, dict, dict, Begin], dict]
+"""Runs a task with these settings; told a method before it runs, it returns the task's result."""
 
 
-def run_tasks(device: Device, tasks: list[dict], settings: dict, journal: Journal) -> None:
-    """Run the tasks until done or until the deadline.
-
-    A task that says how long it takes ("expected_s") is skipped if that no longer fits. Without
-    the process that reads the journal nothing more is begun.
-    """
-    clock = FakeClock(settings["clock"]) if settings.get("clock") else time.monotonic
-    parent = os.getppid()
-    for task in tasks:
-        left = settings["deadline"] - clock()
-        if left < 0 or os.getppid() != parent:
-            break
-        index = task["index"]
-        expected_s = task.get("expected_s", 0)
-        if expected_s > left:
-            skipped = f"it takes about {expected_s:.0f} s, {left:.0f} s were left"
-            journal.write(task=index, done={"skipped": skipped})
-            continue
-
-        def begin(method: str | None, index=index) -> None:
-            journal.write(task=index, begin=method)
-
-        begin(None)
-        # What a task is told is in seconds that pass.
-        told = {**settings, "deadline": time.monotonic() + left}
-        try:
-            found = _run_task(device, task, told, begin)
-        except measure.BrokenDeviceError:
-            raise
-        except Exception as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            measure.expect_working(device, reason)
-            journal.write(task=index, failed=reason)
-        else:
-            if settings.get("clock"):
-                clock.spend(expected_s)
-            if expected_s:
-                found = {**found, "seconds": round(left - settings["deadline"] + clock(), 1)}
-            journal.write(task=index, done=found)
-    journal.write(end=True)
+def _ceilings(device: Device, task: dict, settings: dict, begin: Begin) -> dict:
+    return device.ceilings()
 
 
-def _run_task(device: Device, task: dict, settings: dict, begin) -> dict:
-    kind = task["kind"]
-    if kind == "ceilings":
-        return device.ceilings()
-    if kind in first_light.KINDS:
-        return first_light.run(device, task, settings, begin)
-    exclude = task["exclude"]
-    if kind == "host":
-        names = [name for name in task["peers"] if name not in exclude]
-        return measure.host_microseconds(device, names, begin)
-    if kind == "quantize":
-        return quantize.measure(device, begin, exclude, settings["budget_ms"])
+def _host(device: Device, task: dict, settings: dict, begin: Begin) -> dict:
+    names = [name for name in task["peers"] if name not in task["exclude"]]
+    return measure.host_microseconds(device, names, begin)
+
+
+def _quantize(device: Device, task: dict, settings: dict, begin: Begin) -> dict:
+    return quantize.measure(device, begin, task["exclude"], settings["budget_ms"])
+
+
+def _point(device: Device, task: dict, settings: dict, begin: Begin) -> dict:
     point = Point.from_dict(task["point"])
     result = measure.measure_point(
         device,
         point,
         task["peers"],
-        exclude=exclude,
+        exclude=task["exclude"],
         begin=begin,
         deadline=settings["deadline"],
         budget_ms=settings["budget_ms"],
@@ -101,27 +47,49 @@ def _run_task(device: Device, task: dict, settings: dict, begin) -> dict:
     return {**result, "kernel": measure.kernels_of(device, point)}
 
 
-def main(tasks: str, journal: str) -> int:
-    """Run the tasks of a file; 3 if the device is broken and the process of no further use."""
-    settings = json.loads(Path(tasks).read_text())
-    with open(journal, "a") as file:
-        lines = Journal(file)
-        try:
-            is_rehearsal = settings.get("rehearsal", False)
-            device = SimulatedDevice() if is_rehearsal else open_device(settings["device"])
-        except RuntimeError as error:
-            lines.write(no_device=str(error))
-            return 1
-        lines.write(library=device.library)
-        try:
-            run_tasks(device, settings["tasks"], settings, lines)
-        except measure.BrokenDeviceError as error:
-            lines.write(broken=str(error))
-            # The context is beyond repair: nothing that runs at exit could succeed.
-            file.flush()
-            os._exit(BROKEN)
+KINDS: dict[str, Kind] = {
+    "ceilings": _ceilings,
+    "host": _host,
+    "quantize": _quantize,
+    "point": _point,
+}
+
+
+def serve(
+    open_it: Callable[[], Device],
+    kinds: dict[str, Kind],
+    channel: channels.Channel | None = None,
+) -> int:
+    """Run tasks as they come, until the parent is gone; 1 if there is no device.
+
+    Args:
+        open_it: opens the device.
+        kinds: what tasks may be of.
+        channel: to the parent; standard input and output by default.
+    """
+    channel = channel or channels.Channel()
+    try:
+        device = open_it()
+    except RuntimeError as error:
+        channel.send(no_device=str(error))
+        return 1
+
+    def begin(method: str | None) -> None:
+        channel.send(note=method)
+
+    def run(task: dict, settings: dict) -> dict:
+        begin(None)
+        return {"done": kinds[task["kind"]](device, task, settings, begin)}
+
+    channels.serve(channel, device, {"task": run}, _failure)
     return 0
 
 
+def _failure(error: Exception, request: dict) -> tuple[str, str]:
+    if isinstance(error, measure.BrokenDeviceError):
+        return "failed", str(error)
+    return "failed", " ".join(f"{type(error).__name__}: {error}".split())
+
+
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(serve(partial(open_device, int(sys.argv[1])), KINDS))

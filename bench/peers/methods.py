@@ -1,4 +1,4 @@
-"""Who numflash is measured against, each as a function that prepares a call.
+"""The peers that numflash is measured against, each a function that prepares a call.
 
 Arrays are (batch, seqlen, heads, head_dim), results too. What a peer needs that is no part of its
 work is done while preparing: other layouts, block masks, the forward before a backward. A peer
@@ -156,7 +156,7 @@ def triton(point: Point, inputs: dict) -> Method:
     from bench.peers.triton import attention
 
     if point.direction == "backward":
-        raise NotImplementedError("bench.triton_attention has a forward only")
+        raise NotImplementedError("bench.peers.triton has a forward only")
     q, k, v = (inputs[name] for name in "qkv")
     return Method("Triton", lambda: {"out": attention(q, k, v, point.causal)})
 

@@ -87,7 +87,7 @@ def summarise(samples: list[float]) -> dict:
 
 
 def paired_ratio(ours: list[float], theirs: list[float]) -> float:
-    """How many times as fast as theirs ours is: the median over the rounds of theirs / ours."""
+    """The factor by which ours is faster than theirs: the median over rounds of theirs / ours."""
     return statistics.median(t / o for o, t in zip(ours, theirs, strict=True))
 
 

@@ -1,4 +1,4 @@
-"""What is measured: the points of the FlashAttention papers' grid, decoding and GPT-2 medium.
+"""Points to measure: the FlashAttention papers' grid, decoding and GPT-2 medium.
 
 The grid is that of `benchmarks/benchmark_flash_attention.py` of the papers: 16k tokens in all,
 hidden size 2,048, seqlen 512 to 16k; so batch = 16384 // seqlen and heads = 2048 // head_dim.
@@ -13,7 +13,7 @@ HEAD_DIMS = (64, 128, 256)
 DTYPES = ("bfloat16", "float16")
 DIRECTIONS = ("forward", "backward")
 
-# What a short visit to a GPU measures, and a long one measures first.
+# Points that a short visit to a GPU measures, and a long one measures first.
 QUICK_SEQLENS = (1024, 4096, 16384)
 QUICK_HEAD_DIMS = (64, 128)
 QUICK_DTYPES = ("bfloat16",)

@@ -1,4 +1,4 @@
-"""How much work a point is: FLOPs, exponentials, bytes, and the time that no kernel can beat.
+"""The work of a point: FLOPs, exponentials, bytes, and the time that no kernel can beat.
 
 FLOPs are counted as the FlashAttention papers do (`hopper/benchmark_attn.py`): two products of
 2 seqlen_q avg_seqlen_k head_dim each in the forward, where a causal mask halves avg_seqlen_k, and
@@ -17,7 +17,7 @@ _FLOAT_BYTES = 4
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the device reached in the same run, and its clock.
+    """The device's rates in the same run, and its clock.
 
     Attributes:
         matmul_tflops: of a large matrix product.

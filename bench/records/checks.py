@@ -4,20 +4,19 @@ The tests of a group are dealt out to several children at once. A child that die
 replaced; the test that was running then is recorded as crashed or timed out, and the rest go on.
 """
 
-import json
 import os
 import re
 import shutil
-import subprocess
 import sys
-import tempfile
 import threading
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from numflash.runtime.cache_folder import cache_dir
+from tuner.measuring.child import Child, DeviceUnavailableError, FailedError
 
 ROOT = Path(__file__).parents[2]
 _CHECKOUT = str(ROOT)
@@ -32,7 +31,7 @@ class Group:
     children: int
 
 
-# What everything else rests on comes first.
+# The checks that all others rest on come first.
 GROUPS = (
     Group("instructions", ("tests/gpu/test_instructions.py",), 1),
     Group("Hopper forward", ("tests/gpu/test_attention.py", "-k", "on_hopper"), 8),
@@ -47,13 +46,21 @@ _TOOLKITS = ("/usr/local/cuda", "/opt/cuda")
 _CONFIG = re.compile(r"\[((?:fp8-)?sm\d+-[\w-]+):")
 
 
-def collect(group: Group) -> list[str]:
-    """The ids of a group's tests."""
-    command = [*_pytest(), "--collect-only", *group.selection]
-    done = subprocess.run(
-        command, cwd=ROOT, env=child_environment(), capture_output=True, text=True
-    )
-    return [line for line in done.stdout.splitlines() if "::" in line]
+def collect(groups: Iterable[Group]) -> dict[str, list[str]]:
+    """The ids of the tests of each group, by its name.
+
+    Raises:
+        FailedError, DeviceUnavailableError: they cannot be collected.
+    """
+    child = Child(_command(), child_environment(), HANG_SECONDS, ROOT)
+    try:
+        found = {
+            group.name: child.ask(HANG_SECONDS, do="collect", selection=group.selection)
+            for group in groups
+        }
+    finally:
+        child.close()
+    return {name: reply["ids"] for name, reply in found.items()}
 
 
 def run(ids: list[str], children: int, deadline: float, on_outcome) -> dict[str, dict]:
@@ -74,7 +81,7 @@ def run(ids: list[str], children: int, deadline: float, on_outcome) -> dict[str,
 
 
 def by_config(outcomes: dict[str, dict]) -> dict[str, dict[str, int]]:
-    """How many checks of each config that tests name ("[sm90-...:case]") had which outcome."""
+    """The checks of each config that tests name ("[sm90-...:case]"), counted by outcome."""
     found: dict[str, dict[str, int]] = {}
     for name, check in outcomes.items():
         if config := _CONFIG.search(name):
@@ -84,70 +91,46 @@ def by_config(outcomes: dict[str, dict]) -> dict[str, dict[str, int]]:
 
 
 def _run_shard(ids: list[str], deadline: float, note) -> None:
-    done: dict[str, dict] = {}
-    while (left := [name for name in ids if name not in done]) and time.monotonic() < deadline:
-        with tempfile.TemporaryDirectory() as folder:
-            outcomes = _run_child(left, Path(folder), deadline, note)
-        if not outcomes and time.monotonic() < deadline:
-            reason = "the child process ended before its first test"
-            outcomes = {name: {"outcome": "crashed", "reason": reason} for name in left}
-            note(outcomes)
-        done |= outcomes
+    left = ids
+    while left and time.monotonic() < deadline:
+        outcomes = _run_child(left, deadline, note)
+        left = [name for name in left if name not in outcomes]
 
 
-def _run_child(ids: list[str], folder: Path, deadline: float, note) -> dict[str, dict]:
+def _run_child(ids: list[str], deadline: float, note) -> dict[str, dict]:
     """One child over `ids`; the outcomes it reached, with the test it fell over, if any."""
-    record, wanted = folder / "record.jsonl", folder / "ids"
-    record.touch()
-    wanted.write_text("\n".join(ids))
-    files = sorted({name.split("::")[0] for name in ids})
-    command = [*_pytest(), f"--record={record}", f"--only-ids={wanted}", *files]
-    with open(folder / "output", "w+") as output:
-        child = subprocess.Popen(
-            command, cwd=ROOT, env=child_environment(), stdout=output, stderr=subprocess.STDOUT
-        )
-        last_change, size, hung = time.monotonic(), 0, False
-        while child.poll() is None:
-            time.sleep(0.2)
-            now = time.monotonic()
-            if record.stat().st_size != size:
-                last_change, size = now, record.stat().st_size
-                note(_finished(record))
-            hung = now - last_change > HANG_SECONDS
-            if hung or now > deadline:
-                child.kill()
-                child.wait()
-        output.seek(0)
-        tail = output.read()[-1500:]
-    outcomes = _finished(record)
-    running = _started(record) - outcomes.keys()
-    if time.monotonic() < deadline or hung:
-        outcome = "timeout" if hung else "crashed"
-        outcomes |= {name: {"outcome": outcome, "reason": tail} for name in running}
+    outcomes: dict[str, dict] = {}
+    running: list[str] = []
+
+    def heed(line: dict) -> None:
+        if line["outcome"] == "started":
+            running[:] = [line["id"]]
+            return
+        running.clear()
+        outcomes[line["id"]] = {"outcome": line["outcome"], "reason": line["reason"]}
+        note(outcomes)
+
+    child, end, reason = None, "crashed", "the child process ended before its first test"
+    try:
+        child = Child(_command(), child_environment(), HANG_SECONDS, ROOT)
+        child.ask(HANG_SECONDS, until=deadline, on_note=heed, do="run", ids=ids)
+    except DeviceUnavailableError as error:
+        reason = str(error)
+    except FailedError as error:
+        end = "timeout" if error.outcome == "timeout" else "crashed"
+        reason = error.reason
+    finally:
+        if child is not None:
+            child.close()
+    if time.monotonic() < deadline:
+        for name in running or (ids if not outcomes else ()):
+            outcomes[name] = {"outcome": end, "reason": reason}
     note(outcomes)
     return outcomes
 
 
-def _lines(record: Path) -> list[dict]:
-    complete = [line for line in record.read_text().splitlines(keepends=True) if line[-1] == "\n"]
-    return [json.loads(line) for line in complete]
-
-
-def _started(record: Path) -> set[str]:
-    return {line["id"] for line in _lines(record) if line["outcome"] == "started"}
-
-
-def _finished(record: Path) -> dict[str, dict]:
-    return {
-        line["id"]: {"outcome": line["outcome"], "reason": line["reason"]}
-        for line in _lines(record)
-        if line["outcome"] != "started"
-    }
-
-
-def _pytest() -> list[str]:
-    plugins = ["-p", "no:cacheprovider", "-p", "bench.records.recording"]
-    return [sys.executable, "-m", "pytest", "-q", *plugins, "-o", "addopts="]
+def _command() -> list[str]:
+    return [sys.executable, "-P", "-m", "bench.records.recording"]
 
 
 def child_environment() -> dict[str, str]:

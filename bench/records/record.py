@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
-from numflash.machine_code import compiler
+from numflash.machine_code import compiler, sources
 
 SCHEMA_VERSION = 2
 RESULTS = Path(__file__).parents[1] / "results"
@@ -54,7 +54,7 @@ def describe_machine(device: int = 0) -> dict:
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "commit": _output("git", "rev-parse", "HEAD"),
         "has_uncommitted_changes": None if changes is None else bool(changes),
-        "source_hash": compiler.source_hash(),
+        "source_hash": sources.source_hash(),
         "device": _gpu("name", device),
         "compute_capability": _gpu("compute_cap", device),
         "max_sm_clock_mhz": _number(_gpu("clocks.max.sm", device)),

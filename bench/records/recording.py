@@ -1,56 +1,52 @@
-"""A pytest plugin that records each test as it begins and ends (`-p bench.recording`).
+"""A child process that runs tests: `python -P -m bench.records.recording`.
 
-What a child process of `bench.records.checks` got done is in the file even if the process dies.
+`bench.records.checks` asks it for the ids of tests, or to run some: then it is told of each as it
+begins and as it ends, so that a crash or a hang can be laid at its door.
 """
 
-import json
 import os
-from pathlib import Path
+import sys
 
 import pytest
 
-_recording: list[str] = []
+from tuner.measuring.channel import BROKEN, Channel
+
+_OPTIONS = ("-q", "-p", "no:cacheprovider", "-o", "addopts=")
 
 
-def pytest_addoption(parser):
-    """Add the plugin's options."""
-    group = parser.getgroup("numflash")
-    group.addoption("--record", help="append each test's start and outcome to this JSONL file")
-    group.addoption("--only-ids", help="run only the tests whose ids this file lists")
+class Collected:
+    """A pytest plugin that keeps the ids of what was collected."""
+
+    def pytest_collection_finish(self, session):
+        """All tests are known."""
+        self.ids = [item.nodeid for item in session.items]
 
 
-def pytest_configure(config):
-    """Remember where to record."""
-    if path := config.getoption("--record"):
-        _recording.append(path)
+class Recording:
+    """A pytest plugin that runs some tests only, and tells of each."""
 
+    def __init__(self, channel: Channel, ids: list[str]):
+        self._channel, self._ids = channel, set(ids)
 
-def pytest_collection_modifyitems(config, items):
-    """Keep the tests that were asked for."""
-    if path := config.getoption("--only-ids"):
-        wanted = set(Path(path).read_text().splitlines())
-        items[:] = [item for item in items if item.nodeid in wanted]
+    def pytest_collection_modifyitems(self, items):
+        """Keep the tests that were asked for."""
+        items[:] = [item for item in items if item.nodeid in self._ids]
 
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_logstart(self, nodeid, location):
+        """A test begins."""
+        self._tell(nodeid, "started", "")
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_logstart(nodeid, location):
-    """Record that a test begins, so that a crash or a hang can be laid at its door."""
-    _record(nodeid, "started", "")
+    def pytest_runtest_logreport(self, report):
+        """A test has an outcome; leave a process whose GPU context is beyond repair."""
+        if report.when == "call" or report.outcome != "passed":
+            reason = "" if report.passed else str(report.longrepr)[-1500:]
+            self._tell(report.nodeid, report.outcome, reason)
+            if report.failed and _context_is_broken():
+                os._exit(BROKEN)
 
-
-def pytest_runtest_logreport(report):
-    """Record a test's outcome; leave a process whose GPU context is beyond repair."""
-    if report.when == "call" or report.outcome != "passed":
-        reason = "" if report.passed else str(report.longrepr)[-1500:]
-        _record(report.nodeid, report.outcome, reason)
-        if report.failed and _context_is_broken():
-            os._exit(3)
-
-
-def _record(nodeid: str, outcome: str, reason: str) -> None:
-    if _recording:
-        with open(_recording[0], "a") as file:
-            file.write(json.dumps({"id": nodeid, "outcome": outcome, "reason": reason}) + "\n")
+    def _tell(self, name: str, outcome: str, reason: str) -> None:
+        self._channel.send(note={"id": name, "outcome": outcome, "reason": reason})
 
 
 def _context_is_broken() -> bool:
@@ -64,3 +60,34 @@ def _context_is_broken() -> bool:
     except Exception:
         return True
     return False
+
+
+def collect(selection: list[str]) -> list[str]:
+    """The ids of the tests that options of pytest select."""
+    collected = Collected()
+    status = pytest.main([*_OPTIONS, "--collect-only", *selection], plugins=[collected])
+    if status not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+        sys.exit(f"the tests of {' '.join(selection)} cannot be collected")
+    return collected.ids
+
+
+def run(ids: list[str], channel: Channel) -> None:
+    """Run tests, and tell of each."""
+    files = sorted({name.split("::")[0] for name in ids})
+    pytest.main([*_OPTIONS, *files], plugins=[Recording(channel, ids)])
+
+
+def main() -> None:
+    """Collect or run tests as it is asked, until the parent is gone."""
+    channel = Channel()
+    channel.send(hello={})
+    for request in channel.requests():
+        if request["do"] == "collect":
+            channel.send(id=request["id"], ids=collect(request["selection"]))
+        else:
+            run(request["ids"], channel)
+            channel.send(id=request["id"])
+
+
+if __name__ == "__main__":
+    main()

@@ -12,12 +12,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from bench.measuring.measure import is_right
 from bench.peers import methods as peers
 from bench.points.points import Point, decode
+from bench.records.entries import is_right
 from bench.studies import schedule, static
 from bench.tables import tables
-from numflash.configs import wgmma
+from numflash.configs import implementation_of, wgmma
 from numflash.runtime.devices import ARCHITECTURES, Architecture
 
 STATIC_COLUMNS = ("idea", "variant", *static.COLUMNS[1:])
@@ -34,7 +34,7 @@ _SWITCHES = {
     "persistent": "a block for each tile of rows",
     "arrivals": "one thread gives a buffer back for its warpgroup",
 }
-# What a switch that is a number is set to.
+# The value of a switch that is a number.
 _OTHERS = {"arrivals": 1, "l2_bytes": 128}
 
 
@@ -136,7 +136,7 @@ def _hopper(point: Point, config: wgmma.Sm90ForwardConfig, limits: Architecture)
 
 def has_switches(configs: dict) -> bool:
     """Whether these configs, by family, are of the Hopper forward."""
-    return isinstance(configs.get("forward"), wgmma.Sm90ForwardConfig)
+    return "forward" in configs and implementation_of(configs["forward"]).needs_maps
 
 
 def switched(config: wgmma.Sm90ForwardConfig, name: str) -> wgmma.Sm90ForwardConfig | None:
@@ -187,13 +187,16 @@ def other_stages(config: Any) -> Any:
 
 def without_swizzle(config: Any) -> Any:
     """The config with tiles that are not swizzled; None if it has none."""
-    if not getattr(config, "swizzled", False) or isinstance(config, wgmma.Sm90ForwardConfig):
+    if not getattr(config, "swizzled", False):
         return None
-    return replace(config, swizzled=False)
+    try:
+        return replace(config, swizzled=False)
+    except ValueError:
+        return None  # tiles of this class of configs always are
 
 
 def table(ideas: list[Idea], found: dict[Point, dict]) -> str:
-    """What each idea is worth.
+    """The gain of each idea.
 
     Args:
         ideas: the rows.
@@ -257,7 +260,7 @@ def block_sizes(family: str, head_dim: int, dtype: str, limits: Architecture) ->
     """Configs of a family that differ in tile sizes and warps, and fit the architecture."""
     traits = static.traits_of(dtype, head_dim)
     default = static.choose_config(family, traits, limits)
-    found, is_sm90 = [default], isinstance(default, wgmma.Sm90ForwardConfig)
+    found, is_sm90 = [default], implementation_of(default).needs_maps
     for tile_m in _TILES_M:
         for tile_n in _TILES_N:
             for num_warps in _SM90_WARPS if is_sm90 else _WARPS:
@@ -267,10 +270,9 @@ def block_sizes(family: str, head_dim: int, dtype: str, limits: Architecture) ->
                     continue  # this class of configs has no such tile
                 if is_sm90 and wgmma.misfit(config, traits, limits, config.block_rows):
                     continue
-                accumulators = getattr(config, "accumulators_per_thread", lambda traits: 0)
                 if (
                     config.smem_bytes(traits) <= limits.max_smem_per_block
-                    and accumulators(traits) <= 224
+                    and config.accumulators_per_thread(traits) <= 224
                     and config not in found
                 ):
                     found.append(config)
@@ -304,7 +306,7 @@ def static_rows(direction: str) -> Iterator[dict]:
 
 
 def bank_conflicts(head_dim: int, swizzled: bool) -> int | None:
-    """How many rows that `ldmatrix` reads at once share a bank, at worst; 1 is free of conflicts.
+    """The most rows that `ldmatrix` reads at once from one bank; 1 is free of conflicts.
 
     From the kernels' own layout function; None if this version has none.
     """

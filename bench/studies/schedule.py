@@ -26,7 +26,7 @@ _STANDARD_PRODUCTS = {"forward": 2, "backward": 4}
 
 @dataclass(frozen=True)
 class Traffic:
-    """What a launch does: FLOPs, bytes read and bytes written."""
+    """The work of a launch: FLOPs, bytes read and bytes written."""
 
     flops: int = 0
     read_bytes: int = 0

@@ -1,14 +1,15 @@
-"""What can be said of the kernels without a GPU: their machine code for each architecture.
+"""Facts on the kernels without a GPU: their machine code for each architecture.
 
 Registers, spills, shared memory, blocks per SM and tensor-core instructions, from
-`numflash.api.inspect`. None of it is a speed.
+`numflash.machine_code.report`. None of it is a speed.
 """
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from numflash.configs import FP8_STEP, Traits, padded_head_dim
+from bench.measuring.quantize import CASES, DTYPE
+from numflash.configs import FP8_STEP, Traits, fp8, padded_head_dim, quantize_config
 from numflash.runtime.devices import ARCHITECTURES, Architecture
 from numflash.runtime.errors import UnsupportedError
 from numflash.selection.rules import choose
@@ -30,18 +31,11 @@ COLUMNS = (
     "EX2",
     "instructions counted",
 )
-FP8_NOTE = (
-    "FP8: sm_89, sm_120 and sm_121 have an instruction for products of 8-bit floats through "
-    "mma.sync (QMMA), sm_90 through wgmma (QGMMA), where a tile of keys has one scale. On sm_100 "
-    "the assembler makes conversions and float16 products of mma.sync's, and before sm_89 there "
-    "is none: there the FP8 forward multiplies float16 (HMMA), saves memory, and cannot be faster "
-    "than 16 bits."
-)
 _WIDTHS = {"kernel": 13, "config": 27, "variant": 36, "idea": 9}
 
 
 def traits_of(dtype: str, head_dim: int, fp8: bool = False) -> Traits:
-    """What a kernel is compiled for at a point of the grid; `dtype` is that of the result."""
+    """The traits of a kernel at a point of the grid; `dtype` is that of the result."""
     padded = -(-head_dim // FP8_STEP) * FP8_STEP if fp8 else padded_head_dim(head_dim)
     return Traits(dtype, padded, padded, fp8=fp8)
 
@@ -53,7 +47,7 @@ def choose_config(family: str, traits: Traits, limits: Architecture, **options) 
 
 def row(family: str, traits: Traits, limits: Architecture, config: Any) -> dict:
     """One kernel's figures, or the reason why there are none."""
-    from numflash.api.inspect import inspect_kernel
+    from numflash.machine_code.report import inspect_kernel
 
     found: dict = {
         "kernel": family,
@@ -111,6 +105,23 @@ def rows(
             # Turing has no bfloat16.
             traits = traits_of("float16" if arch == "sm_75" else dtypes[0], head_dim, fp8=True)
             yield chosen_row("forward", traits, ARCHITECTURES[arch])
+
+
+def quantize_rows() -> Iterator[dict]:
+    """The machine code of what quantises on each architecture, without a GPU."""
+    for case in CASES:
+        for arch in ARCHS:
+            limits = ARCHITECTURES[arch]
+            find = {"hadamard": case.hadamard, "transposed": case.transposed}
+            if case.granularity == "block":
+                find["block"] = 128
+            else:
+                find["scale"] = {"token": "token"}.get(case.granularity, "given")
+            config = quantize_config(fp8.generation(limits), case.head_dim, **find)
+            if config is None:
+                continue
+            traits = Traits(DTYPE, case.head_dim, case.head_dim)
+            yield row("quantize", traits, limits, config)
 
 
 def print_rows(

@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def requirements(version: str) -> list[str]:
-    """What pip installs for a version of CUDA. Raises ValueError if it is none."""
+    """The packages that pip installs for a version of CUDA. Raises ValueError if it is none."""
     found = _VERSION.fullmatch(version)
     if found is None:
         raise ValueError(f"CUDA must look like 13.0 or 13, got {version!r}")

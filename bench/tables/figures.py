@@ -5,10 +5,10 @@ Drawn only where matplotlib is importable (`pip install matplotlib`), only from 
 
 from pathlib import Path
 
-from bench.measuring.measure import is_right
 from bench.peers import methods as peers
 from bench.points import work
 from bench.points.points import Point
+from bench.records.entries import is_right
 from bench.tables import tables
 
 NO_MATPLOTLIB = "no plots: matplotlib is not importable (pip install matplotlib)"

@@ -1,18 +1,17 @@
 """Records as tables: Markdown, which is also what a terminal gets.
 
-A time counts if the method's results were right (`measure.is_right`); everything else is a word
-that says why there is no number.
+A time counts if the method's results were right (`records.entries.is_right`); everything else is
+a word that says why there is no number.
 """
 
 from collections.abc import Iterable
 from typing import Any
 
-from bench.measuring.measure import is_right
 from bench.peers import methods as peers
 from bench.points import interleave, work
 from bench.points.points import Point
 from bench.points.work import Ceilings
-from bench.studies import static
+from bench.records.entries import is_right
 
 _WORDS = {
     "unavailable": "-",
@@ -21,6 +20,13 @@ _WORDS = {
     "crashed": "crashed",
     "left out": "no time",
 }
+FP8_NOTE = (
+    "FP8: sm_89, sm_120 and sm_121 have an instruction for products of 8-bit floats through "
+    "mma.sync (QMMA), sm_90 through wgmma (QGMMA), where a tile of keys has one scale. On sm_100 "
+    "the assembler makes conversions and float16 products of mma.sync's, and before sm_89 there "
+    "is none: there the FP8 forward multiplies float16 (HMMA), saves memory, and cannot be faster "
+    "than 16 bits."
+)
 _RATIO_NOTE = (
     "Ratios are numflash's speed over the peer's, the median of rounds in which both ran in turn; "
     "above 1 numflash is faster."
@@ -47,11 +53,6 @@ def ceilings_of(record: dict) -> Ceilings | None:
         return None
     clock = record.get("max_sm_clock_mhz")
     return Ceilings(found["matmul_tflops"], found["copy_gbps"], found["num_sms"], clock)
-
-
-def is_measured(entry: dict | None) -> bool:
-    """Whether a point was measured at all."""
-    return bool(entry) and "methods" in entry
 
 
 def method_names(points: list[dict]) -> list[str]:
@@ -141,7 +142,7 @@ def fractions(points: list[dict], ceilings: Ceilings) -> str:
 
 
 def fp8(points: list[dict]) -> str:
-    """How many times as fast as in 16 bits numflash is on 8-bit floats; "" without a time."""
+    """The factor by which 8-bit floats are faster than 16 bits, as a table; "" without a time."""
     rows = []
     for entry in _in_order(points):
         names = peers.FP8, peers.FP8_QUANTIZING
@@ -157,7 +158,7 @@ def fp8(points: list[dict]) -> str:
     header = ["point", "16 bits ms", "FP8 ms", f"{both} ms", "FP8 / 16 bits", both]
     return (
         f"{markdown(header, rows)}\n\nSpeeds over numflash's in 16 bits, the median of rounds in "
-        f"which both ran in turn; once on arrays that are in 8 bits already.\n\n{static.FP8_NOTE}"
+        f"which both ran in turn; once on arrays that are in 8 bits already.\n\n{FP8_NOTE}"
     )
 
 

@@ -1,10 +1,11 @@
 """Attention and its gradients, as people call them."""
 
-from numflash.calls.forward import Backward
+from numflash.calls.backward import Backward
 from numflash.calls.fp8_options import refuse_backward
 from numflash.calls.ready import bind_forward, prepare
 from numflash.configs import Config
 from numflash.problem.fp8 import Fp8Recipe
+from numflash.problem.options import AttentionOptions
 from numflash.runtime.arrays import library_of, on_stream
 
 
@@ -16,9 +17,11 @@ def attention(
     softmax_scale: float | None = None,
     causal: bool = False,
     causal_align: str = "bottom_right",
+    shift: int = 0,
     window_size: tuple[int | None, int | None] = (-1, -1),
     softcap: float = 0.0,
     alibi_slopes=None,
+    sinks=None,
     layout: str = "bshd",
     precision: str | None = None,
     fp8: Fp8Recipe | None = None,
@@ -46,20 +49,26 @@ def attention(
         causal_align: where the diagonal lies if seqlen_q != seqlen_k: "bottom_right" (the last
             query sees the last key) or "top_left" (the first query sees only the first key). It
             also aligns window_size and alibi_slopes.
+        shift: added to the alignment: every query's own position is that many keys further on,
+            for masks, windows and alibi_slopes. For parts of a sequence that are not its ends:
+            with causal_align="top_left" queries q0 to q1 and keys k0 to k1 take q0 - k0.
         window_size: (left, right): a query sees that many keys before and after its own position,
-            inclusive; -1 or None is no limit. What is hidden gets the weight zero, but within a
-            tile it is multiplied all the same: a NaN or infinity in a hidden row of v makes NaN
-            of the queries that share a computed tile with it (docs/architecture.md, "Masks").
+            inclusive; -1 or None is no limit. Hidden keys get the weight zero, but within a
+            tile they are multiplied all the same: a NaN or infinity in a hidden row of v makes NaN
+            of the queries that share a computed tile with it (docs/decisions.md, "Masks").
             Nothing beyond the ends of a sequence does.
         softcap: scores s become softcap * tanh(s / softcap); 0 is off.
         alibi_slopes: float32, (num_heads_q,) or (batch, num_heads_q): slope * distance is
             subtracted from a score, after softcap.
+        sinks: float32, (num_heads_q,): a logit of each query head that is part of the sum of
+            each of its rows, as one more score without a key or value: P of a row adds up to
+            less than 1. lse includes it; -inf is none.
         layout: "bshd" or "bhsd", of q, k, v and the result.
         precision: "tf32" allows float32 to be multiplied on tensor cores, with operands rounded
-            to 10 bits after the point; where they have no kernel for it (head dims above 128,
-            Turing) and with None products are exact. "fp8" quantises q, k and v, float16 or
-            bfloat16, to e4m3 and multiplies that, also P: at twice the rate where `mma.sync` has
-            it (Ada, Blackwell's sm_120), elsewhere as float16. Sums are float32 in all cases.
+            to 10 bits after the point; where there is no such kernel (head dims above 128,
+            Turing), and with None, products are exact. "fp8" quantises q, k and v, float16 or
+            bfloat16, to e4m3 and multiplies that, also P: on the tensor cores of Ada, Hopper
+            and Blackwell's sm_120, elsewhere as float16. Sums are float32 in all cases.
             "auto" does so for the key-value heads whose error stays within max_rel_error, by an
             estimate from their quantised blocks, and computes the others in 16 bits.
         fp8: with precision="fp8", how to quantise; None is `Fp8Recipe()`: a scale for each 128
@@ -78,14 +87,14 @@ def attention(
             of the array library of q.
         config: run the kernel with this config, as in "sm80-m128n64w4s1"; a dictionary may also
             name one for the "combine" of split keys, next to "forward". None lets numflash choose:
-            what `numflash-tune` has found, else by rule. `explain_dispatch` tells what it chooses.
+            one that `numflash-tune` has found, else one by rule. `explain_dispatch` names it.
 
     Returns:
         out: (batch, seqlen_q, num_heads_q, head_dim_v) in the layout, dtype and kind of q. A
             query that sees no key gives 0.
         lse: with return_lse, (batch, num_heads_q, seqlen_q) float32: the natural logarithm of the
-            sum of exponentials of the scores; -inf where a query sees no key. Without batch or
-            heads axes in q, these are absent here too.
+            sum of exponentials of the scores; where a query sees no key -inf, or its sink. Without
+            batch or heads axes in q, these are absent here too.
         decision: with return_decision, a `PrecisionDecision`.
 
     Raises:
@@ -101,20 +110,30 @@ def attention(
     quantised.
 
     Sources: FlashAttention-2, arXiv 2307.08691; FlashAttention-3, arXiv 2407.08608, for FP8.
+
+    Example:
+        >>> import numpy as np, numflash
+        >>> q, k, v = np.random.default_rng(0).standard_normal((3, 1, 32, 2, 16)).astype("float16")
+        >>> out, lse = numflash.attention(q, k, v, causal=True, return_lse=True)
+        >>> out.shape, lse.shape
+        ((1, 32, 2, 16), (1, 2, 32))
     """
-    options = {
-        "softmax_scale": softmax_scale,
-        "causal": causal,
-        "causal_align": causal_align,
-        "window_size": window_size,
-        "softcap": softcap,
-        "alibi_slopes": alibi_slopes,
-        "layout": layout,
-        "precision": precision,
-        "config": config,
-        "fp8": fp8,
-        "max_rel_error": max_rel_error,
-    }
+    # By position, which is faster: a test holds the names together.
+    options = AttentionOptions(
+        softmax_scale,
+        causal,
+        causal_align,
+        shift,
+        window_size,
+        softcap,
+        alibi_slopes,
+        sinks,
+        layout,
+        precision,
+        config,
+        fp8,
+        max_rel_error,
+    )
     if return_decision and precision != "auto":
         raise ValueError(f'return_decision goes with precision="auto", got {precision!r}')
     descales = q_descale, k_descale, v_descale
@@ -136,9 +155,11 @@ def attention_backward(
     softmax_scale: float | None = None,
     causal: bool = False,
     causal_align: str = "bottom_right",
+    shift: int = 0,
     window_size: tuple[int | None, int | None] = (-1, -1),
     softcap: float = 0.0,
     alibi_slopes=None,
+    sinks=None,
     layout: str = "bshd",
     precision: str | None = None,
     stream=None,
@@ -150,14 +171,16 @@ def attention_backward(
         dout: gradient of the result, shaped like it.
         q, k, v: as given to `attention`.
         out, lse: as returned by `attention(..., return_lse=True)`.
-        softmax_scale, causal, causal_align, window_size, softcap, alibi_slopes, layout, precision,
-            stream: as given to `attention`.
+        softmax_scale, causal, causal_align, shift, window_size, softcap, alibi_slopes, sinks,
+            layout, precision, stream: as given to `attention`.
         config: kernels to run instead of those that numflash chooses, by family: "backward-dkdv"
             and "backward-dq"; or "backward", one kernel for all gradients, which takes five
             products a tile instead of seven and num_splits more float32 copies of dq.
 
     Returns:
         dq, dk, dv: shaped like q, k and v, contiguous. Queries that see no key have gradient 0.
+        dsinks: with sinks, a fourth: (num_heads_q,) float32, the sum over a head's rows of
+            -exp(sink - lse) * (dout . out).
         The same call gives the same bits every time: no atomics.
 
     Raises:
@@ -166,20 +189,29 @@ def attention_backward(
     Needs two float32 workspaces of batch x num_heads_q x seqlen_q.
 
     Source: FlashAttention, arXiv 2205.14135, Algorithm 4.
+
+    Example:
+        >>> import numpy as np, numflash
+        >>> q, k, v = np.random.default_rng(0).standard_normal((3, 1, 32, 2, 16)).astype("float16")
+        >>> out, lse = numflash.attention(q, k, v, causal=True, return_lse=True)
+        >>> dout = np.ones_like(out)
+        >>> dq, dk, dv = numflash.attention_backward(dout, q, k, v, out, lse, causal=True)
+        >>> dq.shape == q.shape, dv.dtype
+        (True, dtype('float16'))
     """
-    options = {
-        "softmax_scale": softmax_scale,
-        "causal": causal,
-        "causal_align": causal_align,
-        "window_size": window_size,
-        "softcap": softcap,
-        "alibi_slopes": alibi_slopes,
-        "layout": layout,
-        "precision": precision,
-        "config": config,
-        "fp8": None,
-        "max_rel_error": None,
-    }
+    options = AttentionOptions(
+        softmax_scale,
+        causal,
+        causal_align,
+        shift,
+        window_size,
+        softcap,
+        alibi_slopes,
+        sinks,
+        layout,
+        precision,
+        config,
+    )
     refuse_backward(q, k, v, precision)
     arrays = {"q": q, "k": k, "v": v, "dout": dout, "out": out, "lse": lse}
     backward, operands, stream = prepare(Backward, arrays, options, stream)

@@ -1,9 +1,9 @@
-"""numflash.api.check: how far a result is from the exact one, next to how far it may be.
+"""`numflash.check`: the error of a result, next to the error that it may have.
 
 The rule is FlashAttention's own: a kernel's largest error against float64 may be twice that of a
 naive implementation that works in the kernel's input precision throughout, plus the rounding of
-one result. What the rule allows is the `budget`. A result may also be wrong by what is left of
-numbers that should have cancelled: float32's rounding of what it sums up.
+one result. What the rule allows is the `budget`. The budget also
+holds float32's rounding of the summed numbers, which is left where these cancel.
 
 The gradients begin at lse, a float32: their P = exp(S - lse) may be wrong by a factor of
 exp(2**-22 |lse|), so that scores in the millions have no useful gradients. Where that exceeds the
@@ -22,7 +22,9 @@ from numflash import reference
 from numflash.api import attention as api
 from numflash.api.explain import explain_dispatch
 from numflash.calls.fp8_options import has_fp8, refuse_backward
+from numflash.configs.features import FEATURES
 from numflash.problem.fp8 import Fp8Array, Fp8Recipe
+from numflash.problem.options import ARRAY_OPTIONS
 from numflash.reference.attention import heads_first
 from numflash.runtime.arrays import library_of, stream_address
 from numflash.selection.choice import split_configs
@@ -59,8 +61,15 @@ class CheckReport:
 
     Attributes:
         errors: of each result.
-        lse_factor: by how much, relative to 1, gradients may be wrong because lse is a float32; 0
-            where the input precision is coarser.
+        lse_factor: the relative error that gradients may have because lse is a float32; 0 where
+            the input precision is coarser.
+
+    Example:
+        >>> import numpy as np, numflash
+        >>> q, k, v = np.random.default_rng(0).standard_normal((3, 1, 32, 2, 16)).astype("float16")
+        >>> report = numflash.check(q, k, v, causal=True)
+        >>> report.passed, [error.name for error in report.errors]
+        (True, ['out', 'lse'])
     """
 
     errors: tuple[Error, ...]
@@ -105,6 +114,13 @@ def check(q, k, v, *, dout=None, **options) -> CheckReport:
         TypeError, ValueError, UnsupportedError: as `numflash.attention`.
 
     The comparison runs in NumPy on the host and holds the whole score matrix.
+
+    Example:
+        >>> import numpy as np, numflash
+        >>> q, k, v = np.random.default_rng(0).standard_normal((3, 1, 32, 2, 16)).astype("float16")
+        >>> report = numflash.check(q, k, v, dout=v, causal=True)
+        >>> all(error.error <= error.budget for error in report.errors)
+        True
     """
     stream = options.pop("stream", None)
     if stream is not None:
@@ -133,7 +149,7 @@ def check(q, k, v, *, dout=None, **options) -> CheckReport:
         gradients = api.attention_backward(
             dout, q, k, v, out, lse, config=backward_configs, **backward_options
         )
-        got |= zip(("dq", "dk", "dv"), gradients, strict=True)
+        got |= zip(_names_of_gradients(options), gradients, strict=True)
 
     host = {name: to_numpy(array) for name, array in given.items()}
     host_options = _on_host(options)
@@ -147,12 +163,18 @@ def check(q, k, v, *, dout=None, **options) -> CheckReport:
     )
 
 
+def _names_of_gradients(options: dict) -> tuple[str, ...]:
+    """Of what `attention_backward` returns with these options."""
+    rows = [row for row in FEATURES if row.gradient is not None]
+    asked = [row.option for row in rows if row.is_asked(options.get(row.option, row.default))]
+    return "dq", "dk", "dv", *(f"d{name}" for name in asked)
+
+
 def _on_host(options: dict) -> dict:
-    """The options that say what is computed, with slopes in NumPy."""
+    """The options that decide the result, with arrays in NumPy."""
     options = {name: option for name, option in options.items() if name != "out"}
-    if options.get("alibi_slopes") is not None:
-        options["alibi_slopes"] = to_numpy(options["alibi_slopes"])
-    return options
+    given = [name for name in ARRAY_OPTIONS if options.get(name) is not None]
+    return options | {name: to_numpy(options[name]) for name in given}
 
 
 def _check_fp8(given: dict, descales: dict, options: dict) -> CheckReport:
@@ -196,7 +218,7 @@ def _check_fp8(given: dict, descales: dict, options: dict) -> CheckReport:
 
 
 def _recipe(given: dict, descales: dict, recipe: Fp8Recipe | None) -> Fp8Recipe:
-    """How `attention` quantises what is not in 8 bits yet."""
+    """The recipe by which `attention` quantises arrays that are not in 8 bits yet."""
     arrays = [given[name].recipe for name in "qk" if isinstance(given[name], Fp8Array)]
     if any(x is not None for x in descales.values()):
         return replace(recipe or Fp8Recipe(), hadamard=False)
@@ -209,7 +231,7 @@ def _recipe(given: dict, descales: dict, recipe: Fp8Recipe | None) -> Fp8Recipe:
 class _Read:
     """One of q, k and v, (batch, heads, seqlen, head_dim): codes, and the numbers to be exact on.
 
-    The numbers are the array's own before it is quantised, or what its codes stand for.
+    The numbers are those of the array before it is quantised, or those that its codes stand for.
     """
 
     numbers: np.ndarray
@@ -261,7 +283,7 @@ def compare(got: dict, q, k, v, *, precision: str, dout=None, **options) -> Chec
     )
     epsilon, lse_factor = _EPSILON[precision], 0.0
     if dout is not None:
-        names = "dq", "dk", "dv"
+        names = _names_of_gradients(options)
         exact |= zip(names, reference.attention_backward(dout, q, k, v, **options), strict=True)
         naive |= zip(
             names,
@@ -285,7 +307,7 @@ def compare(got: dict, q, k, v, *, precision: str, dout=None, **options) -> Chec
 
 
 def _factor_of_lse(lse: np.ndarray, epsilon: float) -> float:
-    """By how much exp(S - lse) may be wrong relative to 1, where that is more than epsilon.
+    """The relative error that exp(S - lse) may have, where that is more than epsilon, else 0.
 
     lse is rounded when it is made, when it is brought to base 2, and through its largest score:
     each time by 2**-24 of itself. In float32 the naive implementation's errors show as much.
@@ -296,7 +318,7 @@ def _factor_of_lse(lse: np.ndarray, epsilon: float) -> float:
 
 
 def measure(name: str, got, exact, naive, epsilon: float, remainder: float = 0.0) -> Error:
-    """The error of one result against its budget; `remainder` is what cancelling may leave."""
+    """The error of one result against its budget; `remainder` may be left by cancelling."""
     naive_error = _largest_difference(naive, exact)
     budget = 2 * naive_error + epsilon * _largest_finite(exact) + remainder
     return Error(name, _largest_difference(got, exact), naive_error, budget)

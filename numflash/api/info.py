@@ -1,4 +1,4 @@
-"""`numflash-info`: what numflash finds on this machine, and how to mend what it does not find.
+"""`numflash-info`: the parts that numflash finds on this machine, and how to get those missing.
 
 Everything is looked at, nothing is needed: a missing driver, compiler or library is reported.
 """
@@ -19,7 +19,7 @@ from numflash.runtime.mode import SIMULATED
 from numflash.runtime.version import __version__
 from numflash.selection import store
 
-# What is shown as one package, and the distributions that it comes in.
+# A package as it is shown, and the distributions that it comes in.
 _PACKAGES = {
     "numpy": ("numpy",),
     "ml_dtypes": ("ml_dtypes",),
@@ -35,7 +35,7 @@ _CUDA_13 = 13000
 
 
 def collect() -> dict[str, Any]:
-    """What `numflash-info --json` prints.
+    """Collect all that `numflash-info --json` prints.
 
     Returns:
         simulator: whether this process simulates.
@@ -137,7 +137,7 @@ def _version(*distributions: str) -> str | None:
 
 
 def _missing(driver_version: int | None, no_devices: str | None) -> list[dict[str, str]]:
-    """What is missing, and the command that mends it."""
+    """Missing parts, each with the command that installs it."""
     extra = "cu12" if driver_version is not None and driver_version < _CUDA_13 else "cu13"
     install = f'pip install "numflash[{extra}]"'
     install_compiler = install if no_devices is None else 'pip install "numflash[compile]"'
@@ -178,7 +178,7 @@ def _can_load(library: str) -> bool:
 
 
 def describe(info: dict[str, Any]) -> str:
-    """What was collected, to be read by people."""
+    """The collected facts as text for people."""
     lines = ["Devices"]
     for ordinal, device in enumerate(info["devices"]):
         capability = "{}.{}".format(*device["compute_capability"])
@@ -217,7 +217,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run `numflash-info`; the exit status."""
     parser = argparse.ArgumentParser(
         prog="numflash-info",
-        description="Devices, versions, the kernel cache, and what is missing.",
+        description="Devices, versions, the kernel cache, and missing parts.",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args(argv)

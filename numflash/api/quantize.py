@@ -39,9 +39,8 @@ def quantize_fp8(
 
     Returns:
         The codes, and scales of shape (batch, heads, n) with n = 1, seqlen / block rounded up, or
-        seqlen; (1, 1, 1) for "tensor". What a scale is of: the largest finite |x|, at least
-        2 ** -100, which becomes 256 in e4m3. Infinities become the largest code, a NaN
-        stays one.
+        seqlen; (1, 1, 1) for "tensor". A scale brings the largest finite |x|, at least
+        2 ** -100, to 256 in e4m3. Infinities become the largest code, a NaN stays a NaN.
 
     Raises:
         TypeError: an argument of a wrong type or dtype, or not on a CUDA device.
@@ -49,10 +48,17 @@ def quantize_fp8(
         UnsupportedError: head_dim above 256, an old GPU.
 
     The kernels are enqueued, not waited for: one pass over x, or two where more tokens share a
-    scale than a thread block can hold ("tensor", "head", blocks above 256). The same bits every
-    time, and those of `numflash.reference.quantize_fp8`.
+    scale than a thread block can hold ("tensor", "head", blocks above 256). Every call gives the
+    same bits, those of `numflash.reference.quantize_fp8`.
 
     Source: FlashAttention-3, arXiv 2407.08608, section 3.3.
+
+    Example:
+        >>> import numpy as np, numflash
+        >>> x = np.random.default_rng(0).standard_normal((1, 16, 1, 64)).astype("float16")
+        >>> x8 = numflash.quantize_fp8(x, "token", hadamard=True)
+        >>> x8.data.shape, x8.descale.shape
+        ((1, 16, 1, 64), (1, 1, 16))
     """
     recipe = Fp8Recipe(granularity, block, hadamard, seed)
     library = library_of(x, "x")
@@ -83,15 +89,22 @@ def dequantize_fp8(x: Fp8Array, dtype: str | None = None, stream=None):
 
     Args:
         x: as `quantize_fp8` returns it.
-        dtype: "float16", "bfloat16" or "float32"; None is that of what was quantised.
+        dtype: "float16", "bfloat16" or "float32"; None is that of the quantised array.
         stream: as for `quantize_fp8`.
 
     Returns:
-        A contiguous array with the shape and layout of what was quantised: code * descale, rotated
+        A contiguous array with the shape and layout of the quantised one: code * descale, rotated
         back, in float32 with the bits of `numflash.reference.dequantize_fp8`, rounded to `dtype`.
 
     Raises:
         TypeError, ValueError, UnsupportedError: as `quantize_fp8`.
+
+    Example:
+        >>> import numpy as np, numflash
+        >>> x = np.random.default_rng(0).standard_normal((1, 16, 1, 64)).astype("float16")
+        >>> x8 = numflash.quantize_fp8(x, "token")
+        >>> bool(abs(numflash.dequantize_fp8(x8) - x).max() < 0.07 * abs(x).max())
+        True
     """
     if not isinstance(x, Fp8Array):
         raise TypeError(f"x must be an Fp8Array, got {x!r} ({type(x).__name__})")

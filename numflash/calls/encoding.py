@@ -51,7 +51,7 @@ def encoder(driver, layout: TensorLayout) -> Callable[[int], bytes]:
 
 
 def aligned(room: ctypes.Array) -> int:
-    """The first address in a buffer that a map may have."""
+    """The first address in a buffer at which a map may lie."""
     return -(-ctypes.addressof(room) // MAP_ALIGNMENT) * MAP_ALIGNMENT
 
 

@@ -1,15 +1,14 @@
-"""What a caller says of 8-bit floats: arrays that are, scales, and how much error is allowed."""
+"""A caller's options on 8-bit floats: codes, scales, and the allowed error."""
 
-import math
-from numbers import Real
 from typing import Any
 
-from numflash.calls.fp8_sources import Described
+from numflash.calls.fp8_sources import AllDescribed, Described
 from numflash.problem.fp8 import Fp8Array
+from numflash.problem.options import AttentionOptions
 from numflash.runtime.errors import UnsupportedError
 
 MAX_REL_ERROR = 0.1
-"""What precision="auto" allows unless told otherwise."""
+"""The error that precision="auto" allows by default."""
 
 
 def has_fp8(*arrays) -> bool:
@@ -17,42 +16,37 @@ def has_fp8(*arrays) -> bool:
     return any(isinstance(array, Fp8Array) for array in arrays)
 
 
-def take_apart(arrays: dict[str, Any], descales: tuple, options: dict) -> tuple[dict, dict]:
-    """The arrays of an FP8 call, and its options with what else is to know of each `Fp8Array`.
+def take_apart(
+    arrays: dict[str, Any], descales: tuple, options: AttentionOptions
+) -> tuple[dict[str, Any], AttentionOptions, AllDescribed]:
+    """The arrays of an FP8 call, its options, and what else is to know of each `Fp8Array`.
 
     Raises:
         ValueError: another precision, or scales of what has its own.
     """
-    if options["precision"] not in (None, "fp8", "auto"):
-        raise ValueError(f'arrays of 8 bits go with precision="fp8", got {options["precision"]!r}')
-    described, apart = {}, {}
+    if options.precision not in (None, "fp8", "auto"):
+        raise ValueError(f'arrays of 8 bits go with precision="fp8", got {options.precision!r}')
+    described, apart = [], {}
     for (name, array), descale in zip(arrays.items(), descales, strict=True):
         if isinstance(array, Fp8Array):
             if descale is not None:
                 raise ValueError(
                     f"{name} is an Fp8Array with scales of its own: no {name}_descale"
                 )
-            described[name] = Described.of(array)
+            described.append((name, Described.of(array)))
             array, descale = array.data, array.descale
         apart[name] = array
         if descale is not None:
             apart[f"{name}_descale"] = descale
-    precision = options["precision"] or "fp8"
-    return apart, {**options, "precision": precision, "described": described}
+    return apart, options._replace(precision=options.precision or "fp8"), tuple(described)
 
 
-def with_budget(options: dict) -> dict:
-    """The options with a checked max_rel_error. Raises TypeError, ValueError."""
-    budget = options["max_rel_error"]
-    if budget is not None and options["precision"] != "auto":
-        raise ValueError(f'max_rel_error goes with precision="auto", got {options["precision"]!r}')
-    if budget is None:
-        return options | {"max_rel_error": MAX_REL_ERROR}
-    if isinstance(budget, bool) or not isinstance(budget, Real):
-        raise TypeError(f"max_rel_error must be a real number, got {budget!r}")
-    if not 0 < budget < math.inf:
-        raise ValueError(f"max_rel_error must be positive and finite, got {budget}")
-    return options | {"max_rel_error": float(budget)}
+def with_budget(options: AttentionOptions) -> AttentionOptions:
+    """The options with a max_rel_error. Raises ValueError where it has no meaning."""
+    budget = options.max_rel_error
+    if budget is not None and options.precision != "auto":
+        raise ValueError(f'max_rel_error goes with precision="auto", got {options.precision!r}')
+    return options._replace(max_rel_error=MAX_REL_ERROR) if budget is None else options
 
 
 def refuse_backward(q, k, v, precision) -> None:

@@ -1,8 +1,8 @@
-"""Where codes and scales of q, k and v come from.
+"""Sources of codes and scales of q, k and v.
 
 Each may be an array of 16 bits, which is quantised by the recipe; an `Fp8Array`; or codes of the
 caller's own with a scale per head, as flash-attn has them. A `Source` makes codes and scales of
-any of them, and says how they lie.
+any of them, and describes their layout.
 """
 
 from collections.abc import Callable
@@ -13,6 +13,7 @@ from numflash.configs import FP8_STEP
 from numflash.kernels import arguments as records
 from numflash.kernels.arguments import Descale, Transposed
 from numflash.problem.fp8 import Fp8Array, Fp8Recipe
+from numflash.problem.options import AttentionOptions
 from numflash.problem.problem import Tensor, as_tensor, expect_like
 from numflash.runtime.arrays import ArrayLibrary
 from numflash.runtime.driver import limits_of_device
@@ -20,7 +21,7 @@ from numflash.runtime.errors import UnsupportedError
 from numflash.runtime.views import ArrayView, Operand, contiguous_strides
 
 SIXTEEN_BITS = ("float16", "bfloat16")
-"""What is quantised in a call, and what its results are of."""
+"""Types of arrays that a call quantises, and of its results."""
 # Shifts a token's number to 0: one scale for all.
 _ALL_TOKENS = 30
 _ALIGNMENT = 16
@@ -28,7 +29,7 @@ _ALIGNMENT = 16
 
 @dataclass(frozen=True)
 class Described:
-    """What is to know of an `Fp8Array` besides its arrays."""
+    """The description of an `Fp8Array`, without its arrays."""
 
     recipe: Fp8Recipe
     shape: tuple[int, ...]
@@ -43,11 +44,15 @@ class Described:
         return cls(x.recipe, tuple(x.shape), x.dtype, x.layout, x.format, x.transposed)
 
 
+AllDescribed = tuple[tuple[str, Described], ...]
+"""(name, `Described`) of each `Fp8Array` among q, k and v: part of a call's key."""
+
+
 class Source:
     """Codes and scales of one of q, k and v.
 
     Attributes:
-        view: the array as if it had 16 bits: what is attended to.
+        view: the array as if it had 16 bits, which is attended to.
         rotation: the seed by which rows are rotated; None if they are not.
         tokens_shift: 2 ** this many tokens share a scale.
         data: the view of the codes.
@@ -69,6 +74,9 @@ class Source:
     ) -> dict[str, Callable[[int], None]]:
         """Put codes and scales into `operands`; functions that make them, by name."""
         raise NotImplementedError
+
+    def build(self) -> None:
+        """Compile and load what makes them."""
 
     def _share(self, recipe: Fp8Recipe) -> None:
         self.rotation = recipe.seed if recipe.hadamard else None
@@ -116,6 +124,10 @@ class _Quantized(Source):
             self.descale_shape, contiguous_strides(self.descale_shape)
         )
 
+    def build(self):
+        """As `Source.build`."""
+        self._ready.build()
+
     def bind(self, operands, library):
         """As `Source.bind`; with statistics also those."""
         data, descale, statistics, launches = self._ready.bind(operands[self.name], library)
@@ -141,6 +153,11 @@ class _Given(Source):
             return
         self._relayout = Relayout(data, layout, transposed=self.name == "v", name=what)
         self.data = _fresh(self._relayout.data_shape, data.device)
+
+    def build(self):
+        """As `Source.build`."""
+        if self._relayout is not None:
+            self._relayout.build()
 
     def bind(self, operands, library):
         """As `Source.bind`."""
@@ -225,28 +242,31 @@ class _FromCodes(_Given):
 
 
 def make_sources(
-    views: dict[str, ArrayView], options: dict, statistics: bool = False
+    views: dict[str, ArrayView],
+    options: AttentionOptions,
+    described: dict[str, Described],
+    statistics: bool = False,
 ) -> dict[str, Source]:
-    """What makes codes and scales of q, k and v.
+    """Makers of codes and scales of q, k and v.
 
     Args:
         views: of q, k, v, and of their scales, as "k_descale", where there are any.
-        options: of the call; "described" holds a `Described` for each `Fp8Array`.
+        options: of the call.
+        described: of each `Fp8Array`.
         statistics: whether sums of squares are wanted of those that are quantised.
 
     Raises:
         TypeError, ValueError, UnsupportedError: as `numflash.attention`.
     """
-    described, recipe, layout = options["described"], options["fp8"], options["layout"]
+    options.check()
+    recipe, layout = options.fp8, options.layout
     turns = {(d.recipe.hadamard, d.recipe.seed) for name, d in described.items() if name != "v"}
     if recipe is None:
         recipe = Fp8Recipe()
         if len(turns) == 1:
-            # What is quantised now is rotated as what was quantised before.
+            # An array quantised now is rotated as those that were quantised before.
             hadamard, seed = turns.pop()
             recipe = replace(recipe, hadamard=hadamard, seed=seed)
-    elif not isinstance(recipe, Fp8Recipe):
-        raise TypeError(f"fp8 must be an Fp8Recipe, got {recipe!r} ({type(recipe).__name__})")
     codes = {name for name in "qkv" if f"{name}_descale" in views and name not in described}
     if codes:
         result = views["out"].dtype if "out" in views else result_dtype(views["q"].device)
@@ -282,7 +302,7 @@ def _expect_e4m3(name: str, format: str) -> None:
 
 
 def result_dtype(device: int) -> str:
-    """What results are of, where nothing says so."""
+    """The type of results, where nothing else decides it."""
     has_bfloat16 = limits_of_device(device).compute_capability >= (8, 0)
     return "bfloat16" if has_bfloat16 else "float16"
 

@@ -20,18 +20,16 @@ import numpy as np
 
 from numflash.calls.encoding import aligned, encoder
 from numflash.configs import Config, Traits
-from numflash.kernels.arguments import Pointer, assembled, value_at
+from numflash.kernels.arguments import assembled, value_at
 from numflash.machine_code.compiler import Cubin, get_cubin, warn_of_spills
 from numflash.machine_code.ptx_worker import ptx_of
 from numflash.problem.tensor_maps import MAP_ALIGNMENT, MAP_BYTES, TensorLayout
 from numflash.runtime.driver import checked, in_context, limits_of_device, open_driver, raise_error
-from numflash.runtime.errors import UnsupportedError
-from numflash.runtime.gpus import Gpu
 from numflash.runtime.mode import SIMULATED
 from numflash.runtime.switches import choice
-from numflash.runtime.views import Operand
+from numflash.runtime.views import Operand, Pointer
 
-# What a simulated launch runs: the kernel's Python, or what the compilers make of it, by which
+# The code of a simulated launch: the kernel's Python, or the compilers' code of it, by the named
 # route (see `compiler.executable_ptx`).
 _SIMULATED_CODE = "python", "ptx", "lto"
 _SLOT_BYTES = 8
@@ -41,7 +39,7 @@ _DEFAULT_SMEM_LIMIT = 48 * 1024
 
 
 class Mapped(NamedTuple):
-    """The argument of a tensor map: which operand it is of, and how that lies."""
+    """The argument of a tensor map: its operand, and the operand's layout."""
 
     operand: str
     layout: TensorLayout
@@ -54,56 +52,54 @@ class Launcher:
         self,
         config: Config,
         traits: Traits,
-        device: int | Gpu,
+        device: int,
         num_blocks: int,
         arguments: dict[str, object],
     ):
-        """Compile (or find) the kernel and pack its scalar arguments.
+        """Say what is to be launched; nothing is compiled before `build`.
 
         Args:
             config, traits: which kernel.
-            device: ordinal of the CUDA device; for a GPU that is not here nothing is compiled.
+            device: ordinal of the CUDA device.
             num_blocks: blocks of the grid.
             arguments: by parameter name: a record, a number, a `Mapped`, or for a pointer the name
                 of an operand or None, as a record has it too. A pointer that is not among them is
                 the operand of its name; arguments that are no parameters are ignored.
         """
-        if isinstance(device, Gpu):
-            self._launch = AbsentLaunch(device)
-        elif SIMULATED:
-            kernel = _simulated_kernel(config, traits)
-            blocks_per_sm = getattr(config, "min_blocks_per_sm", None) or 1
-            self._launch = SimulatedLaunch(kernel, num_blocks, arguments, blocks_per_sm)
-            code = choice("NUMFLASH_SIM_CODE", _SIMULATED_CODE)
-            if code != "python":
-                ptx = ptx_of(config, traits, limits_of_device(device), code)
-                self._launch = ExecutedLaunch(ptx, kernel, num_blocks, arguments, blocks_per_sm)
-        else:
-            cubin = get_cubin(config, traits, limits_of_device(device))
-            warn_of_spills(f"{config.family} {config} {traits}", cubin)
-            self._launch = DriverLaunch(cubin, device, num_blocks, arguments)
-        self._name = f"{config.family} {config} {traits}"
+        self._config, self._traits, self._device = config, traits, device
+        self._num_blocks, self._arguments = num_blocks, arguments
+        self._launch = None
+
+    def build(self):
+        """Compile (or find) the kernel, load it and pack its scalar arguments, if not yet done."""
+        if self._launch is None:
+            self._launch = self._built()
+        return self._launch
+
+    def _built(self):
+        config, traits = self._config, self._traits
+        laid_out = self._num_blocks, self._arguments
+        limits = limits_of_device(self._device)
+        if not SIMULATED:
+            cubin = get_cubin(config, traits, limits)
+            warn_of_spills(str(self), cubin)
+            return DriverLaunch(cubin, self._device, *laid_out)
+        kernel = _simulated_kernel(config, traits)
+        laid_out = *laid_out, getattr(config, "min_blocks_per_sm", None) or 1
+        code = choice("NUMFLASH_SIM_CODE", _SIMULATED_CODE)
+        if code == "python":
+            return SimulatedLaunch(kernel, *laid_out)
+        return ExecutedLaunch(ptx_of(config, traits, limits, code), kernel, *laid_out)
 
     def __str__(self) -> str:
-        return self._name
+        return f"{self._config.family} {self._config} {self._traits}"
 
     def bind(self, operands: dict[str, Operand | None]) -> Callable[[int], None]:
         """A function of the stream's address that launches on these arrays and keeps them alive.
 
-        `operands` holds what pointers and tensor maps are of, by the names that the arguments say.
+        `operands` holds the arrays of pointers and tensor maps, by their names in the arguments.
         """
-        return self._launch.bind(operands)
-
-
-class AbsentLaunch:
-    """A launch on a GPU that is not here, which is only asked about."""
-
-    def __init__(self, gpu: Gpu):
-        self.gpu = gpu
-
-    def bind(self, operands):
-        """Raise UnsupportedError."""
-        raise UnsupportedError(f"nothing can be launched on {self.gpu.name}: it is not here")
+        return self.build().bind(operands)
 
 
 class DriverLaunch:
@@ -113,7 +109,7 @@ class DriverLaunch:
         self.driver, self.device = open_driver(), device
         self.function = load(cubin, device)
         self.geometry = (num_blocks, 1, 1, cubin.num_threads, 1, 1, cubin.smem_bytes)
-        # What a launch fills in comes first: maps, which are aligned, and pointers.
+        # The values that a launch fills in come first: maps, which are aligned, and pointers.
         kinds = {"T": 0, "P": 1}
         ordered = sorted(cubin.parameters, key=lambda parameter: kinds.get(parameter[1], 2))
         mapped, self.pointer_names = (
@@ -173,7 +169,7 @@ class DriverLaunch:
 
 
 def _operand(operands: dict[str, Operand | None], name: str | None) -> Operand | None:
-    """What a pointer points to; None if nothing is read through it."""
+    """The operand of a pointer; None if nothing is read through it."""
     return None if name is None else operands[name]
 
 
@@ -290,7 +286,7 @@ def _load_now(kernel) -> None:
     """Load a kernel into the current context.
 
     By itself the driver does so when the kernel is first launched (CUDA_MODULE_LOADING is LAZY
-    unless told otherwise), which may be inside a graph capture, where memory is not to be had.
+    by default), which may be inside a graph capture, where memory cannot be allocated.
     """
     driver = open_driver()
     function = checked(driver.cuKernelGetFunction(kernel))

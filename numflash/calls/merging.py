@@ -5,15 +5,15 @@ from typing import Any
 
 from numflash.calls.launch import Launcher
 from numflash.configs import DTYPES, Traits, padded_head_dim
+from numflash.configs.features import ABSENT
 from numflash.kernels import arguments as records
 from numflash.kernels.arguments import Shape
+from numflash.problem.options import LAYOUTS, expect_one_of
 from numflash.problem.problem import (
-    LAYOUTS,
     Tensor,
     as_tensor,
     expect_head_dim,
     expect_like,
-    expect_one_of,
     num_blocks,
 )
 from numflash.runtime.arrays import ArrayLibrary
@@ -26,7 +26,7 @@ class Merge:
     """A merge made ready: its kernel bound to everything but addresses.
 
     Attributes:
-        device: where.
+        device: of the kernel.
     """
 
     def __init__(
@@ -74,6 +74,7 @@ class Merge:
             "out": records.Tensor("out", *tensor.strides[:3]),
             "shape": Shape(seqlen, 0, heads, 1, 0, head_dim_v, batch),
             "num_splits": num_parts,
+            "features": ABSENT,
         }
         return Launcher(config, traits, self.device, blocks, arguments)
 

@@ -1,6 +1,6 @@
 """Arrays to 8-bit floats and back, made ready: checked, and kernels bound to all but addresses.
 
-A made-ready object holds what follows from shapes, strides and options; `bind` allocates for one
+A made-ready object holds the results of shapes, strides and options; `bind` allocates for one
 array and returns functions that launch. `api.quantize` has the public functions.
 """
 
@@ -25,14 +25,13 @@ from numflash.configs.fp8 import generation
 from numflash.kernels import arguments as records
 from numflash.kernels.arguments import Codes, Grouped, Signs, Sizes
 from numflash.problem.fp8 import TOKEN_STEP, Fp8Array, Fp8Recipe
+from numflash.problem.options import LAYOUTS, expect_one_of
 from numflash.problem.problem import (
-    LAYOUTS,
     Tensor,
     as_tensor,
     expect_contiguous_rows,
     expect_head_dim,
     expect_like,
-    expect_one_of,
     num_blocks,
 )
 from numflash.runtime.arrays import ArrayLibrary, copy_rows, library_of
@@ -53,8 +52,8 @@ class Quantization:
     """A quantisation made ready: its kernels bound to everything but addresses.
 
     Attributes:
-        tensor: what is quantised.
-        device: where.
+        tensor: to be quantised.
+        device: of the array.
         data_shape, descale_shape: of codes and scales, see `Fp8Array`.
         statistics_shape: (batch, heads, blocks of tokens, 2): the sum of x ** 2 over the block,
             rotated, and of (x - descale * code) ** 2; None without statistics.
@@ -73,7 +72,7 @@ class Quantization:
         statistics: bool = False,
         name: str = "x",
     ):
-        """Check and compile.
+        """Check, and choose kernels.
 
         Args:
             view: of the array.
@@ -126,6 +125,13 @@ class Quantization:
             stored = self.data_shape[3] if transposed else seqlen
             self._quantize = self._launcher(config, stored)
 
+    def build(self) -> None:
+        """Compile and load; `bind` does it where this was not done before."""
+        reductions = (launcher for launcher, _ in self._reductions.values())
+        for launcher in (self._measure, *reductions, self._quantize):
+            if launcher is not None:
+                launcher.build()
+
     def bind(self, operand: Operand, library: ArrayLibrary) -> tuple[Any, Any, Any, Launches]:
         """Allocate; (data, descale, statistics or None, functions that launch, in order)."""
         if self.is_copied:
@@ -160,7 +166,7 @@ class Quantization:
         return data, descale, statistics, launches
 
     def _prepare_maxima(self, config: QuantizeConfig, recipe: Fp8Recipe) -> None:
-        """The kernels that find what scales are of, where a block does not own all of it."""
+        """The kernels that find maxima where a block does not own all that share a scale."""
         batch, seqlen, heads, _ = self.tensor.shape
         blocks = -(-seqlen // config.block_tokens)
         _, descale_heads, scales = self.descale_shape
@@ -183,7 +189,7 @@ class Quantization:
     def _add_reduction(self, name: str, rows: int, per_row: int, per_group: int) -> None:
         groups = -(-per_row // per_group)
         if 0 in self.tensor.shape:
-            # Scales of nothing are defined, too.
+            # Scales of empty arrays are defined, too.
             groups, per_row = self.descale_shape[2] if name == "amax" else 0, 0
         if rows * groups:
             config = AmaxConfig(1 if per_group <= 64 else 8 if per_group <= 2048 else 32)
@@ -201,12 +207,12 @@ class Relayout:
     """Codes that are already there, to be filled up and transposed: made ready.
 
     Attributes:
-        device: where.
+        device: of the array.
         data_shape: of the codes, see `Fp8Array`.
     """
 
     def __init__(self, view: ArrayView, layout: str, *, transposed: bool, name: str = "x"):
-        """Check and compile.
+        """Check, and choose kernels.
 
         Args:
             view: of the codes, (batch, seqlen, heads, head_dim) of uint8 or an 8-bit float.
@@ -238,6 +244,11 @@ class Relayout:
                 config, traits, self.tensor, tokens, _arguments(self.tensor)
             )
 
+    def build(self) -> None:
+        """Compile and load; `bind` does it where this was not done before."""
+        if self._launcher is not None:
+            self._launcher.build()
+
     def bind(self, operand: Operand, library: ArrayLibrary) -> tuple[Any, Launches]:
         """Allocate; (codes laid out, functions that launch)."""
         if self.is_copied:
@@ -253,11 +264,11 @@ class Dequantization:
     """The way back from an `Fp8Array`, made ready.
 
     Attributes:
-        device: where.
+        device: of the array.
     """
 
     def __init__(self, x: Fp8Array, dtype: str):
-        """Check and compile. Raises as `dequantize_fp8`."""
+        """Check, and choose the kernel. Raises as `dequantize_fp8`."""
         expect_one_of("dtype", dtype, DTYPES)
         expect_one_of("format", x.format, FORMATS)
         data = library_of(x.data, "x.data").view(x.data, "x.data")

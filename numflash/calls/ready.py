@@ -16,6 +16,7 @@ from numflash.calls.fp8_options import (
     with_budget,
 )
 from numflash.problem.fp8 import Fp8Array, PrecisionDecision
+from numflash.problem.options import ARRAY_OPTIONS, AttentionOptions
 from numflash.runtime.arrays import library_of, on_stream, stream_address
 from numflash.selection.store import generation
 
@@ -50,28 +51,28 @@ class BoundForward:
 
 
 def bind_forward(
-    q, k, v, out, options: dict, stream, descales: tuple = (None, None, None)
+    q, k, v, out, options: AttentionOptions, stream, descales: tuple = (None, None, None)
 ) -> BoundForward:
     """Check a forward call, allocate and bind it.
 
     Its `hand_back` gives (out, lse, decision or None) as objects of q's library.
     """
-    arrays, kind = {"q": q, "k": k, "v": v}, Forward
-    if options["precision"] == "auto" or options["max_rel_error"] is not None:
+    arrays, kind, more = {"q": q, "k": k, "v": v}, Forward, ()
+    if options.precision == "auto" or options.max_rel_error is not None:
         options = with_budget(options)
-    is_fp8 = options["precision"] in ("fp8", "auto") or any(x is not None for x in descales)
+    is_fp8 = options.precision in ("fp8", "auto") or any(x is not None for x in descales)
     if is_fp8 or has_fp8(q, k, v):
         kind, q = Fp8Forward, q.data if isinstance(q, Fp8Array) else q
-        arrays, options = take_apart(arrays, descales, options)
-        if options["precision"] == "auto":
+        arrays, options, *more = take_apart(arrays, descales, options)
+        if options.precision == "auto":
             kind = AutoForward
-    elif options["fp8"] is not None:
+    elif options.fp8 is not None:
         raise ValueError(
-            f'fp8 says how to quantise with precision="fp8"; precision is {options["precision"]!r}'
+            f'fp8 says how to quantise with precision="fp8"; precision is {options.precision!r}'
         )
     if out is not None:
         arrays["out"] = out
-    forward, operands, stream = prepare(kind, arrays, options, stream)
+    forward, operands, stream = prepare(kind, arrays, options, stream, *more)
     library = library_of(q, "q")
 
     def work(stream: int) -> tuple:
@@ -92,16 +93,24 @@ def bind_forward(
     return BoundForward(tuple(launches.values()), stream, forward.kernel, hand_back)
 
 
-def prepare(kind: type, arrays: dict[str, Any], options: dict, stream):
+def prepare(kind: type, arrays: dict[str, Any], options: AttentionOptions, stream, *more):
     """Check a call.
+
+    Args:
+        kind: Forward, Backward or one of those on 8-bit floats.
+        arrays: of the call, by name; those among the options are added.
+        options: of the call.
+        stream: of the call.
+        more: what else `kind` takes, and the key has.
 
     Returns:
         The `kind`, Forward or Backward, for this call: found, or made now; the call's arrays as
         operands; the address of `stream`, or None.
     """
-    if options["alibi_slopes"] is not None:
-        arrays["alibi_slopes"] = options["alibi_slopes"]
-    # What this process tunes changes what is ready.
+    for name in ARRAY_OPTIONS:
+        if (array := getattr(options, name)) is not None:
+            arrays[name] = array
+    # A tuning of this process changes the ready calls.
     key, operands = [kind, generation()], {}
     for name, array in arrays.items():
         operands[name], identity = library_of(array, name).glance(array)
@@ -109,39 +118,14 @@ def prepare(kind: type, arrays: dict[str, Any], options: dict, stream):
     if stream is not None:
         stream = stream_address(stream)
     try:
-        key = (*key, *_option_key(**options))
+        key = (*key, *options.key(), *more)
         ready = _ready.get(key)
     except TypeError:
         ready = None  # an option cannot even be hashed: `kind` finds what is wrong with it
     if ready is None:
         views = {name: library_of(x, name).view(x, name) for name, x in arrays.items()}
-        ready = kind(views, options)
+        ready = kind(views, options, *more)
         if len(_ready) >= _MAX_READY:
             _ready.clear()
         _ready[key] = ready
     return ready, operands, stream
-
-
-def _option_key(
-    softmax_scale,
-    causal,
-    causal_align,
-    window_size,
-    softcap,
-    alibi_slopes,
-    layout,
-    precision,
-    config,
-    fp8,
-    max_rel_error,
-    described=None,
-) -> tuple:
-    """A key of the options; the slopes' is that of an array."""
-    values = softmax_scale, causal, softcap, *window_size
-    # With their types: what an equal 1 made ready must not let a wrong True pass.
-    kind = type(config)
-    if isinstance(config, dict):
-        config = tuple(config.items())
-    kinds = *map(type, values), type(window_size), kind
-    described = tuple(described.items()) if described else None
-    return *values, *kinds, causal_align, layout, precision, config, fp8, max_rel_error, described

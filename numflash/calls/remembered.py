@@ -1,4 +1,4 @@
-"""Calls around attention: what was made ready for an equal call is found, bound and launched."""
+"""Calls around attention: the object made ready for an equal call is found, bound and launched."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +12,7 @@ _ready: dict[tuple, Any] = {}
 
 
 def remembered(key: tuple, make: Callable[[], Any]):
-    """The object that `make` makes, or made for an equal key."""
+    """The object that `make` makes, or made before for an equal key."""
     try:
         ready = _ready.get(key)
     except TypeError:

@@ -1,17 +1,23 @@
-"""Kernel configs: what a kernel is compiled for, and what may be tuned about it.
+"""Kernel configs: the traits that a kernel is compiled for, and the choices that may be tuned.
 
 `Traits` is fixed by the problem: dtype, head dims, and which features the kernel has. A config is
 a free choice among equally right ones: tile sizes, warps, stages. Each kernel family, such as
 "forward", has a config class for each of its implementations: the portable kernels
-(`configs.portable`), those for tensor cores (`configs.sm80`), for Hopper's (`configs.sm90`), and
+(`configs.portable`), those for tensor cores (`configs.mma`), for Hopper's (`configs.wgmma`), and
 on 8-bit floats (`configs.fp8`). `configs.quantize` has those of the kernels around attention on
-8-bit floats. Traits and configs have short string forms, used in file names, test ids and on the
-command line: `float16-d64-dv64-softcap-vec`, `m64n32w4`, `sm80-m128n64w4s1`.
+8-bit floats. `configs.implementations` has a row for each. Traits and configs have short string
+forms (`configs.letters`), used in file names, test ids and on the command line:
+`float16-d64-dv64-softcap-vec`, `m64n32w4`, `sm80-m128n64w4s1`.
 
 Everything here is plain arithmetic; nothing imports Numba.
 """
 
-from numflash.configs.fp8 import PREFIX, Fp8ForwardConfig
+from numflash.configs.fp8 import Fp8ForwardConfig
+from numflash.configs.implementations import (
+    IMPLEMENTATIONS,
+    Implementation,
+    implementation_of,
+)
 from numflash.configs.mma import (
     MMA_CONFIGS,
     MmaBackwardConfig,
@@ -28,8 +34,8 @@ from numflash.configs.portable import (
     CombineConfig,
     DeltaConfig,
     ForwardConfig,
+    HeadSumsConfig,
     SmemLayout,
-    accumulators_per_thread,
 )
 from numflash.configs.quantize import (
     QUANTIZE_CONFIGS,
@@ -44,6 +50,7 @@ from numflash.configs.traits import (
     FP8_STEP,
     HEAD_DIM_STEP,
     MAX_HEAD_DIM,
+    Asked,
     Traits,
     padded_fp8_head_dim,
     padded_head_dim,
@@ -55,14 +62,6 @@ from numflash.configs.wgmma import (
     Sm90Fp8ForwardConfig,
 )
 
-FP8_FORWARDS = (Fp8ForwardConfig, Sm90Fp8ForwardConfig)
-"""Configs of the forwards on 8-bit floats."""
-# The beginnings of their string forms; the first that a text has is its own.
-_FORWARDS = {
-    f"{PREFIX}sm90": Sm90Fp8ForwardConfig,
-    PREFIX: Fp8ForwardConfig,
-    "sm90": Sm90ForwardConfig,
-}
 FAMILIES = tuple(dict.fromkeys([*PORTABLE_CONFIGS, *MMA_CONFIGS]))
 """Every kernel family of attention."""
 Config = (
@@ -70,6 +69,7 @@ Config = (
     | BackwardDkDvConfig
     | BackwardDqConfig
     | DeltaConfig
+    | HeadSumsConfig
     | CombineConfig
     | MmaConfig
     | QuantizeConfig
@@ -84,26 +84,20 @@ def parse_config(family: str, text: str) -> Config:
     Raises:
         ValueError: the family is unknown, or the text is no config of it.
     """
-    if family in QUANTIZE_CONFIGS:
-        return QUANTIZE_CONFIGS[family].parse(text)
-    if family not in FAMILIES:
+    rows = [row for row in IMPLEMENTATIONS if family in row.configs]
+    if not rows:
         raise ValueError(f"kernel family must be one of {', '.join(FAMILIES)}, got {family!r}")
-    for prefix, forward in _FORWARDS.items():
-        if text.startswith(prefix) and family == forward.family:
-            return forward.parse(text)
-    implementations = [MMA_CONFIGS, PORTABLE_CONFIGS]
-    if not text.startswith("sm"):
-        implementations.reverse()
-    (config, *_) = (configs[family] for configs in implementations if family in configs)
-    return config.parse(text)
+    # A text that begins like none is read as a config of the most general one.
+    row = next((row for row in rows if text.startswith(row.begins)), rows[-1])
+    return row.configs[family].parse(text)
 
 
 __all__ = [
     "DTYPES",
     "FAMILIES",
-    "FP8_FORWARDS",
     "FP8_STEP",
     "HEAD_DIM_STEP",
+    "IMPLEMENTATIONS",
     "MAX_HEAD_DIM",
     "MMA_CONFIGS",
     "PORTABLE_CONFIGS",
@@ -111,6 +105,7 @@ __all__ = [
     "SLAB_BYTES",
     "WARPGROUP_ROWS",
     "AmaxConfig",
+    "Asked",
     "BackwardDkDvConfig",
     "BackwardDqConfig",
     "CombineConfig",
@@ -120,6 +115,8 @@ __all__ = [
     "EstimateConfig",
     "ForwardConfig",
     "Fp8ForwardConfig",
+    "HeadSumsConfig",
+    "Implementation",
     "MmaBackwardConfig",
     "MmaBackwardDkDvConfig",
     "MmaBackwardDqConfig",
@@ -131,7 +128,7 @@ __all__ = [
     "Sm90Fp8ForwardConfig",
     "SmemLayout",
     "Traits",
-    "accumulators_per_thread",
+    "implementation_of",
     "padded_fp8_head_dim",
     "padded_head_dim",
     "parse_config",

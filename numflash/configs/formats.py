@@ -1,11 +1,11 @@
-"""The two 8-bit float formats, bit by bit: what a conversion to and from them means everywhere.
+"""The two 8-bit float formats, bit by bit: the one definition of conversions to and from them.
 
     e4m3    sign, 4 bits of exponent, 3 after the point; up to 448; steps of 2 ** -9 below 2 ** -6;
             no infinities, NaN is 0x7f or 0xff
     e5m2    the high half of a float16: up to 57344, with infinities and NaNs
 
-Conversion to them rounds to nearest, ties to even, and saturates: what lies outside, infinities
-included, becomes the largest finite number. NaN becomes 0x7f.
+Conversion to them rounds to nearest, ties to even, and saturates: numbers outside, infinities
+included, become the largest finite number. NaN becomes 0x7f.
 
 Source: FP8 Formats for Deep Learning, arXiv 2209.05433; PTX ISA 9.7.9.22 (cvt, .satfinite).
 """
@@ -26,10 +26,10 @@ class Format:
     Attributes:
         name: "e4m3" or "e5m2".
         largest: the largest finite number.
-        peak: what the largest number that shares a scale becomes: the power of two with which the
-            widest steps begin. Numbers just below then have steps half as wide as with a scale
-            that fills the range, which makes squared errors 3 % to 5 % smaller where few numbers
-            share a scale.
+        peak: the largest of the numbers that share a scale becomes this: the power of two with
+            which the widest steps begin. Numbers just below then have steps half as wide as with a
+            scale that fills the range, which makes squared errors 3 % to 5 % smaller where few
+            numbers share a scale.
         dtype: of NumPy arrays of it; "float8_e4m3fn" and "float8_e5m2" are PyTorch's names, too.
     """
 

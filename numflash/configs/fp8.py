@@ -1,6 +1,6 @@
 """Configs of the forward on 8-bit floats.
 
-Their string form is that of `configs.sm80` behind `fp8-`, as in `fp8-sm89-m128n64w4s2`, with
+Their string form is that of `configs.mma` behind `fp8-`, as in `fp8-sm89-m128n64w4s2`, with
 `-half` at the end where e4m3 is multiplied as float16.
 """
 
@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from functools import cache
 from typing import ClassVar
 
-from numflash.configs.mma import MmaForwardConfig
-from numflash.configs.traits import Traits
+from numflash.configs.letters import switch
+from numflash.configs.mma import MmaForwardConfig, no_softmax, too_new
+from numflash.configs.traits import Asked, Traits
 from numflash.runtime.devices import Architecture, blocks_per_sm
 
 PREFIX = "fp8-"
@@ -23,17 +24,18 @@ class Fp8ForwardConfig(MmaForwardConfig):
     """A block computes tile_m rows of O; K and V come in tiles of tile_n.
 
     Attributes:
-        generation: which instructions: "sm75" and "sm80" convert e4m3 by arithmetic and multiply
+        generation: of instructions: "sm75" and "sm80" convert e4m3 by arithmetic and multiply
             it as float16, "sm89" has instructions for both.
         half: multiply as float16 although there are instructions for e4m3. They are made of
             float16 products on Hopper and on data-centre Blackwell, where only `wgmma` and
             `tcgen05` multiply e4m3.
     """
 
-    half: bool = False
+    half: bool = switch("half")
 
     implementation: ClassVar = "fp8"
-    _example: ClassVar = "fp8-sm89-m128n64w4s2"
+    prefix: ClassVar = PREFIX
+    example: ClassVar = "fp8-sm89-m128n64w4s2"
     generations: ClassVar = ("sm75", "sm80", "sm89")
 
     def __post_init__(self):
@@ -68,17 +70,9 @@ class Fp8ForwardConfig(MmaForwardConfig):
             "key_scales": 3 * self.tile_n if traits.key_scales else 0,
         }
 
-    def __str__(self) -> str:
-        return PREFIX + super().__str__() + (_HALF if self.half else "")
-
-    @classmethod
-    def _fields(cls, text: str) -> dict | None:
-        fields = super()._fields(text.removeprefix(PREFIX).removesuffix(_HALF))
-        return fields and fields | {"half": text.endswith(_HALF)}
-
 
 def generation(limits: Architecture) -> str:
-    """Which instructions for 8-bit floats a GPU has."""
+    """The generation of instructions for 8-bit floats that a GPU has."""
     if limits.compute_capability >= (8, 9):
         return "sm89"
     return "sm75" if limits.compute_capability < (8, 0) else "sm80"
@@ -119,6 +113,13 @@ _MAX_ACCUMULATORS = {"codes": 160, "sm89": 152, "sm80": 152, "sm75": 144}
 _MAX_BFLOAT16_ON_TURING = 64
 
 
+def cannot_run(
+    config: Fp8ForwardConfig, traits: Traits, limits: Architecture, asked: Asked
+) -> str | None:
+    """Why a config cannot compute a problem on a GPU; None if it can."""
+    return too_new(config.generation, limits) or no_softmax(asked) or config.misfit(traits)
+
+
 @cache
 def candidates(limits: Architecture) -> tuple[Fp8ForwardConfig, ...]:
     """The configs that are shipped for a GPU, preferred first."""
@@ -133,7 +134,7 @@ def candidates(limits: Architecture) -> tuple[Fp8ForwardConfig, ...]:
 def misfit(
     config: Fp8ForwardConfig, traits: Traits, limits: Architecture, rows: int, warps: int
 ) -> str | None:
-    """Why a candidate is not the one to use; None if it is. As `configs.sm80.misfit`."""
+    """Why a candidate is not the one to use; None if it is. As `configs.mma.misfit`."""
     if (needed := config.smem_bytes(traits)) > limits.max_smem_per_block:
         return (
             f"needs {needed} bytes of shared memory per block, {limits.arch} has "

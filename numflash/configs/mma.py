@@ -6,35 +6,27 @@ splits over the keys, `-h4` for 4 heads in flight, `-packed` or `-unpacked` head
 dK and dV have blocks of their own, `-linear` for tiles that are not swizzled.
 """
 
-import re
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import ClassVar
 
-from numflash.configs.traits import Traits
+from numflash.configs.letters import Lettered, chosen, number, switch, word
+from numflash.configs.traits import Asked, Traits
 from numflash.runtime.devices import Architecture, blocks_per_sm
 
 GENERATIONS = ("sm75", "sm80")
-"""sm75 has half-size products of float16 only, and copies that pass by registers."""
+"""sm75 has half-size products of float16 only, and copies that go through registers."""
 MAX_STAGES = 3
 _ROW_STEP, _COLUMN_STEP = 16, 16
 _WORD_BYTES = 4
-_NUMBER = r"[1-9]\d*"
-_PATTERN = re.compile(
-    rf"(?P<generation>sm\d+)-m(?P<tile_m>{_NUMBER})n(?P<tile_n>{_NUMBER})w(?P<num_warps>{_NUMBER})"
-    rf"s(?P<num_stages>{_NUMBER})(?:b(?P<min_blocks>{_NUMBER}))?(?:x(?P<num_splits>{_NUMBER}))?"
-    rf"(?:-h(?P<heads_in_flight>{_NUMBER}))?(?P<packed>-(?:un)?packed)?(?P<apart>-apart)?"
-    r"(?P<linear>-linear)?",
-    re.ASCII,
-)
 
 
 @dataclass(frozen=True)
-class MmaConfig:
+class MmaConfig(Lettered):
     """Common to the kernels for tensor cores.
 
     Attributes:
-        generation: which instructions: "sm75" or "sm80".
+        generation: of instructions: "sm75" or "sm80".
         tile_m: rows of Q in a tile.
         tile_n: rows of K and V in a tile.
         num_warps: per block; they share the rows of the result.
@@ -51,23 +43,25 @@ class MmaConfig:
             in half of the L2 cache. Forward only.
     """
 
-    generation: str
-    tile_m: int
-    tile_n: int
-    num_warps: int
-    num_stages: int
-    num_splits: int = 1
-    apart: bool = False
-    swizzled: bool = True
-    min_blocks: int = 0
-    packed: bool | None = None
-    heads_in_flight: int = 0
+    generation: str = word(r"sm\d+", "-")
+    tile_m: int = number("m")
+    tile_n: int = number("n")
+    num_warps: int = number("w")
+    num_stages: int = number("s")
+    min_blocks: int = number("b", 0, kw_only=True)
+    num_splits: int = number("x", 1)
+    heads_in_flight: int = number("-h", 0, kw_only=True)
+    packed: bool | None = chosen(
+        {None: "", True: "-packed", False: "-unpacked"}, None, kw_only=True
+    )
+    apart: bool = switch("apart")
+    swizzled: bool = switch("linear", default=True)
 
     implementation: ClassVar = "sm80"
     family: ClassVar[str]
     generations: ClassVar[tuple[str, ...]] = GENERATIONS
     _row_tile: ClassVar[str] = "tile_m"
-    _example: ClassVar[str] = "m64n32w4 or sm80-m64n32w4s2"
+    example: ClassVar[str] = "m64n32w4 or sm80-m64n32w4s2"
 
     def __post_init__(self):
         if self.generation not in self.generations:
@@ -75,11 +69,10 @@ class MmaConfig:
                 f"{type(self).__name__} must begin with one of {', '.join(self.generations)}, "
                 f"got {self.generation!r}"
             )
-        for field in fields(self)[1:6]:
-            if getattr(self, field.name) <= 0:
+        for name in ("tile_m", "tile_n", "num_warps", "num_stages", "num_splits"):
+            if getattr(self, name) <= 0:
                 raise ValueError(
-                    f"{field.name} of {type(self).__name__} must be positive, "
-                    f"got {getattr(self, field.name)}"
+                    f"{name} of {type(self).__name__} must be positive, got {getattr(self, name)}"
                 )
         rows, columns = self.row_tile, self.column_tile
         if rows % (_ROW_STEP * self.num_warps) or columns % _COLUMN_STEP:
@@ -115,6 +108,11 @@ class MmaConfig:
         return self.tile_n if self._row_tile == "tile_m" else self.tile_m
 
     @property
+    def stage_n(self) -> int:
+        """Rows of K and V that are fetched at once: one or more tiles."""
+        return self.tile_n
+
+    @property
     def m_tiles(self) -> int:
         """Products of 16 rows that one warp keeps below each other."""
         return self.row_tile // (_ROW_STEP * self.num_warps)
@@ -136,15 +134,19 @@ class MmaConfig:
 
     def misfit(self, traits: Traits) -> str | None:
         """Why it cannot be built for these traits; None if it can."""
-        if self.packed and traits.alibi:
-            return "heads with ALiBi slopes of their own cannot be packed"
+        if self.packed and traits.of_a_head:
+            return f"heads with {traits.of_a_head} of their own cannot be packed"
         return None
+
+    @property
+    def without_geometry(self) -> "MmaConfig":
+        """The config without what belongs to one class of problems only."""
+        return replace(self, num_splits=1, packed=None, heads_in_flight=0)
 
     @property
     def compiled(self) -> "MmaConfig":
         """The config whose machine code this one shares: how it is laid out is an argument."""
-        splits = min(self.num_splits, 2)
-        return replace(self, num_splits=splits, packed=None, heads_in_flight=0)
+        return replace(self.without_geometry, num_splits=min(self.num_splits, 2))
 
     def tiles(self, traits: Traits) -> dict[str, int]:
         """The words of each tile in shared memory, in order."""
@@ -155,7 +157,7 @@ class MmaConfig:
         raise NotImplementedError
 
     def smem_offsets(self, traits: Traits) -> dict[str, int]:
-        """Where each tile begins, in words."""
+        """The word at which each tile begins."""
         offsets, end = {}, 0
         for name, words in self.tiles(traits).items():
             offsets[name] = end
@@ -170,41 +172,8 @@ class MmaConfig:
         return self.m_tiles * self.column_tile // 2
 
     def _gradient_scores(self, traits: Traits) -> int:
-        # S and dP, and with softcap its slope.
-        return (3 if traits.softcap else 2) * self._scores_per_thread()
-
-    def __str__(self) -> str:
-        text = f"{self.generation}-m{self.tile_m}n{self.tile_n}w{self.num_warps}s{self.num_stages}"
-        text += f"b{self.min_blocks}" if self.min_blocks else ""
-        text += f"x{self.num_splits}" if self.num_splits > 1 else ""
-        text += f"-h{self.heads_in_flight}" if self.heads_in_flight else ""
-        text += {None: "", True: "-packed", False: "-unpacked"}[self.packed]
-        text += "-apart" if self.apart else ""
-        return text if self.swizzled else text + "-linear"
-
-    @classmethod
-    def parse(cls, text: str) -> "MmaConfig":
-        """The inverse of `str`. Raises ValueError for anything else."""
-        fields_of_text = cls._fields(text)
-        if fields_of_text is not None:
-            config = cls(**fields_of_text)
-            if str(config) == text:
-                return config
-        raise ValueError(f"a {cls.family} config must look like {cls._example}, got {text!r}")
-
-    @classmethod
-    def _fields(cls, text: str) -> dict | None:
-        """What a string form says of each field; None if it is none."""
-        match = _PATTERN.fullmatch(text)
-        if match is None:
-            return None
-        sizes = {name: int(n) for name, n in match.groupdict().items() if n and n.isdecimal()}
-        return sizes | {
-            "generation": match["generation"],
-            "packed": {None: None, "-packed": True, "-unpacked": False}[match["packed"]],
-            "apart": match["apart"] is not None,
-            "swizzled": match["linear"] is None,
-        }
+        # S and dP, and the derivative of S if it is kept.
+        return (3 if traits.bends_scores else 2) * self._scores_per_thread()
 
 
 def _words(rows: int, columns: int, traits: Traits) -> int:
@@ -216,6 +185,11 @@ class MmaForwardConfig(MmaConfig):
     """A block computes tile_m rows of O; K and V come in tiles of tile_n."""
 
     family: ClassVar = "forward"
+
+    @property
+    def stage_n(self) -> int:
+        """Rows of K and V that are fetched at once: one or more tiles."""
+        return self.tile_n
 
     def tiles(self, traits: Traits) -> dict[str, int]:
         """The words of each tile in shared memory, in order."""
@@ -415,20 +389,63 @@ _PREFERENCES = {
 }
 _PREFERENCES["reduce-dq"] = _PREFERENCES["backward"]
 WARPS_PER_SM = (8, 4, 1)
-"""How many warps should fit on an SM at once: the most wanted first."""
+"""Warps that should fit on an SM at once, the best number first."""
 
 _MAX_REGISTERS = 255
 # Elements of one output a thread: the compiler does not unroll longer loops over them. Half of it
 # for tf32, whose loops do more; a little less for Turing where rows are not aligned.
 _MAX_OUTPUTS = 128
 # float32 accumulators a thread can hold next to its operands without spilling, found by compiling:
-# plainly; with softcap, ALiBi or rows that are not aligned; where operands are rounded to tf32.
+# plainly; where features shape scores or rows are not aligned; where operands are rounded to tf32.
 # Turing's copies take registers, too; its forward spills earlier than its dQ, and so does what
 # keeps dK and dV together.
 _MAX_ACCUMULATORS = {
     "sm80": {"plain": 192, "features": 176, "tf32": 112},
     "sm75": {"plain": 152, "features": 136, "forward": 136, "dK and dV": 136},
 }
+
+
+# The first compute capability that has the instructions.
+_FIRST = {"sm75": (7, 5), "sm80": (8, 0), "sm89": (8, 9)}
+
+
+def generation(limits: Architecture) -> str:
+    """Which instructions of tensor cores a GPU has."""
+    return "sm75" if limits.compute_capability < _FIRST["sm80"] else "sm80"
+
+
+def too_new(generation: str, limits: Architecture) -> str | None:
+    """Why a GPU does not have the instructions of a generation; None if it does."""
+    if _FIRST[generation] <= limits.compute_capability:
+        return None
+    first = generation.replace("sm", "sm_")
+    return f"its instructions begin with {first}, this GPU is {limits.arch}"
+
+
+def no_softmax(asked: Asked) -> str | None:
+    """Why the softmax of the tensor-core kernels cannot be used; None if it can."""
+    if asked.positive_scale:
+        return None
+    return "softmax_scale is not positive, and the softmax in base 2 folds it into its maximum"
+
+
+def no_products(traits: Traits, generation: str, asked: Asked) -> str | None:
+    """Why the tensor cores of a generation cannot be used; None if they can."""
+    if (why := no_softmax(asked)) is not None:
+        return why
+    if traits.dtype == "float32" and not traits.tf32:
+        return 'float32 is multiplied exactly unless precision="tf32"'
+    if generation == "sm75" and traits.dtype != "float16":
+        return f"Turing's tensor cores have float16, not {'tf32' if traits.tf32 else traits.dtype}"
+    return None
+
+
+def cannot_run(
+    config: MmaConfig, traits: Traits, limits: Architecture, asked: Asked
+) -> str | None:
+    """Why a config cannot compute a problem on a GPU; None if it can."""
+    why = too_new(config.generation, limits) or no_products(traits, config.generation, asked)
+    return why or config.misfit(traits)
 
 
 @cache
@@ -452,7 +469,7 @@ def misfit(
             f"needs {needed} bytes of shared memory per block, {limits.arch} has "
             f"{limits.max_smem_per_block}"
         )
-    kind = "plain" if traits.vectorized and not (traits.softcap or traits.alibi) else "features"
+    kind = "plain" if traits.vectorized and not traits.shapes_scores else "features"
     most_of = _MAX_ACCUMULATORS[config.generation]
     most = most_of["tf32" if traits.tf32 else kind]
     together = config.family == "backward-dkdv" and not config.apart

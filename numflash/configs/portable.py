@@ -3,11 +3,11 @@
 Their string form: `m64n32w4`.
 """
 
-import re
 from dataclasses import dataclass, fields
 from functools import cache
 from typing import ClassVar
 
+from numflash.configs.letters import Lettered, number
 from numflash.configs.traits import Traits
 from numflash.runtime.devices import Architecture
 
@@ -15,7 +15,7 @@ FLOAT_BYTES = 4
 
 
 class SmemLayout:
-    """Where the float32 tiles of a block lie in its shared memory.
+    """The places of a block's float32 tiles in its shared memory.
 
     A pitch is the distance between rows, in floats. Rows of `head_dim` floats are padded by 4;
     rows of scores, a multiple of 8, to an odd multiple of 8. This spreads the lanes of
@@ -34,15 +34,15 @@ class SmemLayout:
 
 
 @dataclass(frozen=True)
-class _Tiled:
+class _Tiled(Lettered):
     """Common to the tiled kernels: tile sizes and warps. Which of them is the row tile differs."""
 
-    tile_m: int
-    tile_n: int
-    num_warps: int
+    tile_m: int = number("m")
+    tile_n: int = number("n")
+    num_warps: int = number("w")
 
     implementation: ClassVar = "portable"
-    family: ClassVar[str]
+    example: ClassVar = "m64n32w4"
     _row_tile: ClassVar[str] = "tile_m"
 
     def __post_init__(self):
@@ -89,16 +89,15 @@ class _Tiled:
         """Bytes of dynamic shared memory per block."""
         return self.smem_layout(traits).smem_bytes
 
-    def __str__(self) -> str:
-        return f"m{self.tile_m}n{self.tile_n}w{self.num_warps}"
+    def accumulators_per_thread(self, traits: Traits) -> int:
+        """float32 accumulators that a thread keeps through the main loop."""
+        raise NotImplementedError
 
-    @classmethod
-    def parse(cls, text: str) -> "_Tiled":
-        """The inverse of `str`. Raises ValueError for anything else."""
-        match = re.fullmatch(r"m([1-9]\d*)n([1-9]\d*)w([1-9]\d*)", text, re.ASCII)
-        if match is None:
-            raise ValueError(f"a {cls.family} config must look like m64n32w4, got {text!r}")
-        return cls(*map(int, match.groups()))
+    def _rows_per_thread(self) -> int:
+        return self.row_tile // (4 * self.num_warps)
+
+    def _scores_per_thread(self) -> int:
+        return self._rows_per_thread() * self.column_tile // 8
 
 
 @dataclass(frozen=True)
@@ -116,6 +115,10 @@ class ForwardConfig(_Tiled):
             p=(self.tile_m, self.tile_n),
         )
 
+    def accumulators_per_thread(self, traits: Traits) -> int:
+        """float32 accumulators that a thread keeps through the main loop."""
+        return self._scores_per_thread() + self._rows_per_thread() * (traits.head_dim_v // 8)
+
 
 @dataclass(frozen=True)
 class BackwardDqConfig(_Tiled):
@@ -132,6 +135,10 @@ class BackwardDqConfig(_Tiled):
             v=(self.tile_n, traits.head_dim_v),
             p=(self.tile_m, self.tile_n),
         )
+
+    def accumulators_per_thread(self, traits: Traits) -> int:
+        """float32 accumulators that a thread keeps through the main loop."""
+        return 2 * self._scores_per_thread() + self._rows_per_thread() * (traits.head_dim // 8)
 
 
 @dataclass(frozen=True)
@@ -151,15 +158,20 @@ class BackwardDkDvConfig(_Tiled):
             p=(self.tile_n, self.tile_m),
         )
 
+    def accumulators_per_thread(self, traits: Traits) -> int:
+        """float32 accumulators that a thread keeps through the main loop."""
+        columns = traits.head_dim // 8 + traits.head_dim_v // 8
+        return 2 * self._scores_per_thread() + self._rows_per_thread() * columns
+
 
 @dataclass(frozen=True)
-class _ByRow:
+class _ByRow(Lettered):
     """Common to the kernels that go row by row, a warp or a block to each."""
 
-    num_warps: int
+    num_warps: int = number("w")
 
     implementation: ClassVar = "portable"
-    family: ClassVar[str]
+    example: ClassVar = "w8"
 
     def __post_init__(self):
         if not 0 < self.num_warps <= 32:
@@ -181,25 +193,31 @@ class _ByRow:
         """Bytes of dynamic shared memory per block: none."""
         return 0
 
-    def __str__(self) -> str:
-        return f"w{self.num_warps}"
-
-    @classmethod
-    def parse(cls, text: str) -> "_ByRow":
-        """The inverse of `str`. Raises ValueError for anything else."""
-        match = re.fullmatch(r"w([1-9]\d*)", text, re.ASCII)
-        if match is None:
-            raise ValueError(f"a {cls.family} config must look like w8, got {text!r}")
-        return cls(int(match[1]))
+    def accumulators_per_thread(self, traits: Traits) -> int:
+        """float32 accumulators that a thread keeps: one, of the value that it sums up."""
+        return 1
 
 
 @dataclass(frozen=True)
 class DeltaConfig(_ByRow):
     """Each warp computes delta = rowsum(O * dO) of one row."""
 
-    num_warps: int = 8
+    num_warps: int = number("w", 8, always=True)
 
     family: ClassVar = "delta"
+
+
+@dataclass(frozen=True)
+class HeadSumsConfig(_ByRow):
+    """Each block adds up what the rows of one query head add to a gradient."""
+
+    num_warps: int = number("w", 8, always=True)
+
+    family: ClassVar = "head-sums"
+
+    def smem_bytes(self, traits: Traits) -> int:
+        """Bytes of dynamic shared memory per block: a sum for each warp."""
+        return 4 * self.num_warps
 
 
 @dataclass(frozen=True)
@@ -210,7 +228,7 @@ class CombineConfig(_ByRow):
     num_warps. That number is the same for all configs, so that they give the same bits.
     """
 
-    num_warps: int = 4
+    num_warps: int = number("w", 4, always=True)
 
     family: ClassVar = "combine"
     num_chains: ClassVar = 16
@@ -234,7 +252,14 @@ class CombineConfig(_ByRow):
 
 PORTABLE_CONFIGS: dict[str, type] = {
     config.family: config
-    for config in (ForwardConfig, BackwardDkDvConfig, BackwardDqConfig, DeltaConfig, CombineConfig)
+    for config in (
+        ForwardConfig,
+        BackwardDkDvConfig,
+        BackwardDqConfig,
+        DeltaConfig,
+        HeadSumsConfig,
+        CombineConfig,
+    )
 }
 """Kernel family -> its config class."""
 
@@ -245,24 +270,11 @@ _PREFERENCES = {
     "backward-dq": ("m64n32w4", "m32n32w4", "m32n16w4", "m16n16w4", "m16n8w4"),
     "backward-dkdv": ("m32n64w4", "m32n32w4", "m16n32w4", "m16n16w4", "m8n16w4"),
     "delta": ("w8",),
+    "head-sums": ("w8",),
     "combine": ("w4",),
 }
 # float32 accumulators a thread can hold next to its operands without spilling.
 _MAX_ACCUMULATORS = 112
-
-
-def accumulators_per_thread(config, traits: Traits) -> int:
-    """float32 accumulators that one thread of a tiled kernel keeps through the main loop."""
-    if not isinstance(config, _Tiled):
-        return 1
-    rows = config.row_tile // (4 * config.num_warps)
-    scores = rows * config.column_tile // 8
-    columns, columns_v = traits.head_dim // 8, traits.head_dim_v // 8
-    if isinstance(config, ForwardConfig):
-        return scores + rows * columns_v
-    if isinstance(config, BackwardDqConfig):
-        return 2 * scores + rows * columns
-    return 2 * scores + rows * (columns + columns_v)
 
 
 @cache
@@ -278,7 +290,7 @@ def misfit(config, traits: Traits, limits: Architecture, rows: int = 2**30) -> s
             f"needs {needed} bytes of shared memory per block, {limits.arch} has "
             f"{limits.max_smem_per_block}"
         )
-    if (needed := accumulators_per_thread(config, traits)) > _MAX_ACCUMULATORS:
+    if (needed := config.accumulators_per_thread(traits)) > _MAX_ACCUMULATORS:
         return f"keeps {needed} accumulators a thread, at most {_MAX_ACCUMULATORS} do not spill"
     if config.block_rows >= 2 * rows:
         return f"computes {config.block_rows} rows at a time, there are {rows}"

@@ -7,18 +7,20 @@ source is codes already, `-measure` where only the maximum is wanted, `-statisti
 to the last `-hadamard`, `-transposed` and `-e5m2`.
 """
 
-import re
 from dataclasses import dataclass
 from functools import cache
 from typing import ClassVar
 
 from numflash.configs.formats import FORMATS
-from numflash.configs.traits import Traits
+from numflash.configs.letters import Lettered, chosen, number, switch, word
+from numflash.configs.mma import too_new
+from numflash.configs.traits import Asked, Traits
+from numflash.runtime.devices import Architecture
 
 GENERATIONS = ("sm75", "sm80", "sm89")
-"""Which instructions: from sm89 on there are some for conversions from and to 8-bit floats."""
+"""Generations of instructions: sm89 has some for conversions from and to 8-bit floats."""
 SCALES = ("block", "token", "given")
-"""Whose maximum a scale is of: the thread block's tokens, one token, or read from an array."""
+"""The maximum behind a scale: of the thread block's tokens, of one token, or from an array."""
 COLUMNS = 8
 """Neighbouring elements that a thread loads at once; 16 of codes."""
 MAX_BLOCK_TOKENS = 256
@@ -26,11 +28,6 @@ _MAX_ELEMENTS = 2**15
 _MAX_THREADS = 512
 _TOKEN_STEP = 16
 _WORD_BYTES = 4
-_NUMBER = r"[1-9]\d*"
-
-
-def _flags(text: str, known: tuple[str, ...]) -> dict[str, bool]:
-    return {name: f"-{name}" in text for name in known}
 
 
 def _expect_generation(config) -> None:
@@ -51,16 +48,19 @@ def _expect_warps(config) -> None:
 
 
 @dataclass(frozen=True)
-class _Threads:
+class _Threads(Lettered):
     """Common to all: how threads are counted, and a family of their own."""
 
     implementation: ClassVar = "fp8"
-    family: ClassVar[str]
 
     @property
     def num_threads(self) -> int:
         """Threads per block."""
         return 32 * self.num_warps
+
+    def misfit(self, traits: Traits) -> str | None:
+        """Why it cannot be built for these traits; None if it can."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -68,36 +68,31 @@ class QuantizeConfig(_Threads):
     """A block quantises block_tokens tokens of one head.
 
     Attributes:
-        generation: which instructions.
+        generation: of instructions.
         block_tokens: tokens that one block owns; with scale "block" they share a scale.
         num_warps: per block.
         hadamard: rows are rotated first.
         transposed: codes are stored with the tokens innermost.
         scale: "block", "token" or "given".
-        codes: the source is codes, which are only laid out anew.
+        codes: the source is codes, which are only laid out again.
         measure: the block's maximum is the only result.
         statistics: sums of squares and of squared errors are another result.
         format: "e4m3" or "e5m2".
     """
 
-    generation: str
-    block_tokens: int
-    num_warps: int
-    hadamard: bool = False
-    transposed: bool = False
-    scale: str = "block"
-    codes: bool = False
-    measure: bool = False
-    statistics: bool = False
-    format: str = "e4m3"
+    generation: str = word(r"sm\d+", "-")
+    block_tokens: int = number("t")
+    num_warps: int = number("w")
+    hadamard: bool = switch("hadamard")
+    transposed: bool = switch("transposed")
+    scale: str = chosen({"block": "", "token": "-token", "given": "-given"}, "block")
+    codes: bool = switch("codes")
+    measure: bool = switch("measure")
+    statistics: bool = switch("statistics")
+    format: str = chosen({"e4m3": "", "e5m2": "-e5m2"}, "e4m3")
 
     family: ClassVar = "quantize"
-    _PATTERN: ClassVar = re.compile(
-        rf"(?P<generation>sm\d+)-t(?P<block_tokens>{_NUMBER})w(?P<num_warps>{_NUMBER})"
-        r"(?P<flags>(?:-hadamard)?(?:-transposed)?(?:-token|-given)?(?:-codes|-measure)?"
-        r"(?:-statistics)?)(?:-(?P<format>e5m2))?",
-        re.ASCII,
-    )
+    example: ClassVar = "sm89-t128w8"
 
     def __post_init__(self):
         _expect_generation(self)
@@ -112,7 +107,7 @@ class QuantizeConfig(_Threads):
             raise ValueError(f"scale must be one of {', '.join(SCALES)}, got {self.scale!r}")
         plain = self.scale == "block" and not self.statistics
         if self.codes and (self.hadamard or self.measure or not plain):
-            raise ValueError(f"{self}: codes are laid out anew, and nothing else")
+            raise ValueError(f"{self}: codes are laid out again, and nothing else")
         if self.measure and (self.transposed or not plain):
             raise ValueError(f"{self}: a maximum has no layout, scale or statistics")
 
@@ -169,41 +164,15 @@ class QuantizeConfig(_Threads):
         """Bytes of dynamic shared memory per block: the tile, and three floats a warp."""
         return _WORD_BYTES * (self.tile_words(traits) + 3 * self.num_warps)
 
-    def __str__(self) -> str:
-        text = f"{self.generation}-t{self.block_tokens}w{self.num_warps}"
-        text += "-hadamard" if self.hadamard else ""
-        text += "-transposed" if self.transposed else ""
-        text += {"block": ""}.get(self.scale, f"-{self.scale}")
-        text += "-codes" if self.codes else ""
-        text += "-measure" if self.measure else ""
-        text += "-statistics" if self.statistics else ""
-        return text + ("" if self.format == "e4m3" else f"-{self.format}")
-
-    @classmethod
-    def parse(cls, text: str) -> "QuantizeConfig":
-        """The inverse of `str`. Raises ValueError for anything else."""
-        match = cls._PATTERN.fullmatch(text)
-        if match is None:
-            raise ValueError(f"a quantize config must look like sm89-t128w8, got {text!r}")
-        names = ("hadamard", "transposed", "codes", "measure", "statistics")
-        scale = next((name for name in SCALES[1:] if f"-{name}" in match["flags"]), "block")
-        return cls(
-            match["generation"],
-            int(match["block_tokens"]),
-            int(match["num_warps"]),
-            scale=scale,
-            format=match["format"] or "e4m3",
-            **_flags(match["flags"], names),
-        )
-
 
 @dataclass(frozen=True)
 class AmaxConfig(_Threads):
     """A block finds the largest of a group of values."""
 
-    num_warps: int = 1
+    num_warps: int = number("w", 1, always=True)
 
     family: ClassVar = "amax"
+    example: ClassVar = "w8"
     block_rows: ClassVar = 1
 
     def __post_init__(self):
@@ -212,17 +181,6 @@ class AmaxConfig(_Threads):
     def smem_bytes(self, traits: Traits) -> int:
         """Bytes of dynamic shared memory per block: a float a warp."""
         return _WORD_BYTES * self.num_warps
-
-    def __str__(self) -> str:
-        return f"w{self.num_warps}"
-
-    @classmethod
-    def parse(cls, text: str) -> "AmaxConfig":
-        """The inverse of `str`. Raises ValueError for anything else."""
-        match = re.fullmatch(rf"w({_NUMBER})", text, re.ASCII)
-        if match is None:
-            raise ValueError(f"a config of {cls.family} must look like w8, got {text!r}")
-        return cls(int(match[1]))
 
 
 @dataclass(frozen=True)
@@ -237,26 +195,22 @@ class DequantizeConfig(_Threads):
     """Four threads compute a row of numbers from its codes.
 
     Attributes:
-        generation: which instructions.
+        generation: of instructions.
         num_warps: per block.
         hadamard: rows are rotated back.
         transposed: codes have the tokens innermost.
         format: "e4m3" or "e5m2".
     """
 
-    generation: str
-    num_warps: int = 4
-    hadamard: bool = False
-    transposed: bool = False
-    format: str = "e4m3"
+    generation: str = word(r"sm\d+", "-")
+    num_warps: int = number("w", 4, always=True)
+    hadamard: bool = switch("hadamard")
+    transposed: bool = switch("transposed")
+    format: str = chosen({"e4m3": "", "e5m2": "-e5m2"}, "e4m3")
 
     family: ClassVar = "dequantize"
+    example: ClassVar = "sm89-w4"
     lanes: ClassVar = 4
-    _PATTERN: ClassVar = re.compile(
-        rf"(?P<generation>sm\d+)-w(?P<num_warps>{_NUMBER})"
-        r"(?P<flags>(?:-hadamard)?(?:-transposed)?)(?:-(?P<format>e5m2))?",
-        re.ASCII,
-    )
 
     def __post_init__(self):
         _expect_generation(self)
@@ -271,31 +225,18 @@ class DequantizeConfig(_Threads):
         """Bytes of dynamic shared memory per block: none."""
         return 0
 
-    def __str__(self) -> str:
-        text = f"{self.generation}-w{self.num_warps}"
-        text += "-hadamard" if self.hadamard else ""
-        text += "-transposed" if self.transposed else ""
-        return text + ("" if self.format == "e4m3" else f"-{self.format}")
-
-    @classmethod
-    def parse(cls, text: str) -> "DequantizeConfig":
-        """The inverse of `str`. Raises ValueError for anything else."""
-        match = cls._PATTERN.fullmatch(text)
-        if match is None:
-            raise ValueError(f"a dequantize config must look like sm89-w4, got {text!r}")
-        return cls(
-            match["generation"],
-            int(match["num_warps"]),
-            format=match["format"] or "e4m3",
-            **_flags(match["flags"], ("hadamard", "transposed")),
-        )
-
 
 QUANTIZE_CONFIGS: dict[str, type] = {
     config.family: config
     for config in (QuantizeConfig, AmaxConfig, EstimateConfig, DequantizeConfig)
 }
 """Kernel family -> its config class."""
+
+
+def cannot_run(config, traits: Traits, limits: Architecture, asked: Asked) -> str | None:
+    """Why a config cannot run on a GPU with these traits; None if it can."""
+    generation = getattr(config, "generation", GENERATIONS[0])
+    return too_new(generation, limits) or config.misfit(traits)
 
 
 @cache

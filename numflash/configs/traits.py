@@ -1,8 +1,10 @@
-"""Traits: what a kernel is compiled for, fixed by the problem."""
+"""Traits: the properties that a kernel is compiled for, fixed by the problem."""
 
 import re
 from dataclasses import dataclass
 from typing import ClassVar
+
+from numflash.configs.features import BY_NAME, rows_of
 
 HEAD_DIM_STEP = 32
 MAX_HEAD_DIM = 256
@@ -23,26 +25,41 @@ def padded_fp8_head_dim(head_dim: int) -> int:
 
 
 @dataclass(frozen=True)
+class Asked:
+    """Properties of a problem that kernels are chosen by, besides its traits.
+
+    Attributes:
+        rows: of the output per head; tiles of twice as many and more would mostly idle.
+        positive_scale: whether softmax_scale is above 0.
+        no_bulk_copies: why bulk copies cannot fetch and store the problem's tensors, or its rows
+            do not fit warpgroups; None if they can.
+    """
+
+    rows: int = 2**30
+    positive_scale: bool = True
+    no_bulk_copies: str | None = None
+
+
+@dataclass(frozen=True)
 class Traits:
-    """What a kernel is compiled for.
+    """Properties of a problem that a kernel is compiled for.
 
     Attributes:
         dtype: "float16", "bfloat16" or "float32".
         head_dim, head_dim_v: padded to a multiple of 32.
-        softcap, alibi: the feature is compiled in.
+        features: names of those that are compiled in, of `configs.features`, in its order.
         vectorized: rows are 16-byte aligned, so that 16 bytes are loaded at once.
         tf32: float32 is multiplied as tf32, on the tensor cores.
         fp8: q, k and v are e4m3 codes, with head dims padded to a multiple of 64; dtype is that
             of the result.
         key_scales: with fp8, scales of K and V may differ within a tile.
-        selected: only some heads are computed, those that a table on the device names.
+        selected: only the heads that a table on the device names are computed.
     """
 
     dtype: str
     head_dim: int
     head_dim_v: int
-    softcap: bool = False
-    alibi: bool = False
+    features: tuple[str, ...] = ()
     vectorized: bool = True
     tf32: bool = False
     fp8: bool = False
@@ -50,8 +67,6 @@ class Traits:
     selected: bool = False
 
     _FLAGS: ClassVar = {
-        "softcap": "softcap",
-        "alibi": "alibi",
         "vectorized": "vec",
         "tf32": "tf32",
         "fp8": "fp8",
@@ -70,6 +85,11 @@ class Traits:
                     f"{MAX_HEAD_DIM}, got {value}"
                 )
 
+        unknown = [name for name in self.features if name not in BY_NAME]
+        if unknown:
+            raise ValueError(f"features must be of {', '.join(BY_NAME)}, got {', '.join(unknown)}")
+        in_order = tuple(name for name in BY_NAME if name in self.features)
+        object.__setattr__(self, "features", in_order)
         if self.tf32 and self.dtype != "float32":
             raise ValueError(f"tf32 is a way to multiply float32, not {self.dtype}")
         if self.fp8 and (
@@ -83,6 +103,21 @@ class Traits:
             raise ValueError("scales of keys go with fp8")
 
     @property
+    def shapes_scores(self) -> bool:
+        """Whether a feature maps scores to other scores."""
+        return any(row.hook == "score" for row in rows_of(self.features))
+
+    @property
+    def bends_scores(self) -> bool:
+        """Whether scores have a derivative that the backward must keep."""
+        return any(row.bends for row in rows_of(self.features))
+
+    @property
+    def of_a_head(self) -> str | None:
+        """What heads have of their own, so that they cannot be packed; None if they can."""
+        return next((row.of_a_head for row in rows_of(self.features) if row.of_a_head), None)
+
+    @property
     def dtype_bytes(self) -> int:
         """Bytes of one element in global memory."""
         return _DTYPE_BYTES[self.dtype]
@@ -94,15 +129,18 @@ class Traits:
 
     def __str__(self) -> str:
         flags = [short for name, short in self._FLAGS.items() if getattr(self, name)]
-        return "-".join([self.dtype, f"d{self.head_dim}", f"dv{self.head_dim_v}", *flags])
+        sizes = f"d{self.head_dim}", f"dv{self.head_dim_v}"
+        return "-".join([self.dtype, *sizes, *self.features, *flags])
 
     @classmethod
     def parse(cls, text: str) -> "Traits":
         """The inverse of `str`. Raises ValueError for anything else."""
         match = re.fullmatch(r"(\w+)-d(\d+)-dv(\d+)((?:-\w+)*)", text, re.ASCII)
         if match is not None:
-            flags = {name: short in match[4].split("-") for name, short in cls._FLAGS.items()}
-            traits = cls(match[1], int(match[2]), int(match[3]), **flags)
+            words = match[4].split("-")
+            flags = {name: short in words for name, short in cls._FLAGS.items()}
+            features = tuple(name for name in BY_NAME if name in words)
+            traits = cls(match[1], int(match[2]), int(match[3]), features, **flags)
             if str(traits) == text:
                 return traits
         raise ValueError(f"traits must look like float16-d64-dv64-softcap-vec, got {text!r}")

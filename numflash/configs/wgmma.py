@@ -1,21 +1,21 @@
 """Configs of the kernels for Hopper, through `wgmma` and bulk copies.
 
 Their string form: `sm90-m128n176w8s2-overlap-pingpong-persistent`, which is tile_m, tile_n, the
-warps that multiply, stages, and what is switched on. `x8`, `-h4` and `-packed` as in
-`configs.sm80`, `b2` where two blocks share an SM; `-r232` gives the warps that multiply 232
+warps that multiply, stages, and the switches that are on. `x8`, `-h4` and `-packed` as in
+`configs.mma`, `b2` where two blocks share an SM; `-r232` gives the warps that multiply 232
 registers a thread instead of the usual; with `-a1` one thread arrives for a warpgroup; with
 `-l128` the L2 cache fetches 128 bytes at once for a bulk copy, not 256; with `-fixed`, which comes
 last, warps keep the registers that they begin with. Those on 8-bit floats begin with `fp8-sm90-`.
 """
 
-import re
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import ClassVar
 
 from numflash.configs.fp8 import PREFIX
-from numflash.configs.mma import MmaForwardConfig
-from numflash.configs.traits import Traits
+from numflash.configs.letters import number, switch
+from numflash.configs.mma import MmaForwardConfig, no_softmax
+from numflash.configs.traits import Asked, Traits
 from numflash.runtime.devices import Architecture, architecture
 
 WARPGROUP_ROWS = 64
@@ -25,20 +25,15 @@ SLAB_BYTES = 128
 # Registers a thread of the warpgroup that copies, and of those that multiply, by how many these
 # are and how many blocks share an SM: the most that 64 Ki registers allow.
 _REGISTERS = {(1, 1): (56, 256), (1, 2): (24, 232), (2, 1): (24, 240), (3, 1): (32, 160)}
-# What each of 256 threads has where one block has an SM and none gives any to another.
+# Registers of each of 256 threads where one block has an SM and no thread gives any away.
 _EVEN_REGISTERS = 256
 _PRODUCER_THREADS = 128
 _WORD_BYTES, _BARRIER_WORDS = 4, 2
 # Of products of 8-bit floats, which have accumulators of their own.
 _MOST_COLUMNS, _PART_COLUMNS = 128, 64
 _MAX_SMEM_BYTES = architecture("sm_90a").max_smem_per_block
-_SWITCHES = ("overlap", "pingpong", "persistent", "fixed")
 _ARRIVALS = (1, 4)
 _L2_BYTES = (128, 256)
-_SUFFIX = re.compile(
-    r"(?:-r(?P<registers>[1-9]\d*))?(?:-a(?P<arrivals>\d+))?(?:-l(?P<l2_bytes>\d+))?"
-    + "".join(f"(-{s})?" for s in _SWITCHES)
-)
 
 
 @dataclass(frozen=True)
@@ -55,28 +50,28 @@ class Sm90ForwardConfig(MmaForwardConfig):
             finishes one.
         consumer_registers: per thread of the warps that multiply; 0 for the usual number.
         arrivals: with which a warpgroup gives back a buffer that its products have read: 4, one of
-            each warp, or 1 for all. One is for measurements on a GPU only. It takes for granted
+            each warp, or 1 for all. One is for measurements on a GPU only. It assumes
             that a product is over for all four warps at once, which the PTX ISA does not say: the
             simulator, where warps are apart, may report that a buffer was overwritten while
-            another warp's product read it (`tiles.wgmma.turns.make_giving_back`).
-        l2_bytes: which the L2 cache fetches at once for a bulk copy: 256 or 128. It is an argument
-            of the tensor maps, so that the machine code is the same.
+            another warp's product read it (`kernels.wgmma.channels.make_channel`).
+        l2_bytes: bytes that the L2 cache fetches at once for a bulk copy: 256 or 128. It is an
+            argument of the tensor maps, so that the machine code is the same.
         fixed: warps keep the registers that they begin with, without `setmaxnreg`. Only for one
             warpgroup that multiplies and one block an SM: threads have 256 each then.
     """
 
-    overlap: bool = False
-    pingpong: bool = False
-    persistent: bool = False
-    consumer_registers: int = 0
-    arrivals: int = 4
-    l2_bytes: int = 256
-    fixed: bool = False
+    consumer_registers: int = number("-r", 0)
+    arrivals: int = number("-a", 4)
+    l2_bytes: int = number("-l", 256)
+    overlap: bool = switch("overlap")
+    pingpong: bool = switch("pingpong")
+    persistent: bool = switch("persistent")
+    fixed: bool = switch("fixed")
 
     implementation: ClassVar = "sm90"
     generations: ClassVar = ("sm90",)
     operand_bytes: ClassVar = 2
-    _example: ClassVar = "sm90-m128n128w8s2-overlap"
+    example: ClassVar = "sm90-m128n128w8s2-overlap"
 
     def __post_init__(self):
         super().__post_init__()
@@ -154,11 +149,6 @@ class Sm90ForwardConfig(MmaForwardConfig):
         return replace(super().compiled, l2_bytes=type(self).l2_bytes)
 
     @property
-    def stage_n(self) -> int:
-        """Rows of K and V that are fetched at once: one or more tiles."""
-        return self.tile_n
-
-    @property
     def probability_registers(self) -> int:
         """Registers of a thread that hold P as an operand."""
         return self.tile_n * self.operand_bytes // 8
@@ -201,25 +191,6 @@ class Sm90ForwardConfig(MmaForwardConfig):
         slabs = -(-traits.head_dim_v * traits.dtype_bytes // SLAB_BYTES)
         return self.tile_m * slabs * SLAB_BYTES // _WORD_BYTES
 
-    def __str__(self) -> str:
-        text = super().__str__()
-        text += f"-r{self.consumer_registers}" if self.consumer_registers else ""
-        text += f"-a{self.arrivals}" if self.arrivals != type(self).arrivals else ""
-        text += f"-l{self.l2_bytes}" if self.l2_bytes != type(self).l2_bytes else ""
-        return text + "".join(f"-{name}" for name in _SWITCHES if getattr(self, name))
-
-    @classmethod
-    def _fields(cls, text: str) -> dict | None:
-        suffix = re.search(_SUFFIX.pattern + "$", text)
-        fields = super()._fields(text[: suffix.start()])
-        if fields is None:
-            return None
-        on = {name: f"-{name}" in suffix.groups() for name in _SWITCHES}
-        on["consumer_registers"] = int(suffix["registers"] or 0)
-        on["arrivals"] = int(suffix["arrivals"] or cls.arrivals)
-        on["l2_bytes"] = int(suffix["l2_bytes"] or cls.l2_bytes)
-        return fields | on
-
 
 # Preferred first, by the larger head dim; the first holds what shared memory and registers allow,
 # those behind it are for fewer rows.
@@ -259,7 +230,7 @@ _FP8_PREFERENCES = {
     ),
 }
 # Registers of a thread that hold neither S, nor P, nor O; and as many more where 8-bit floats have
-# scores that are bent.
+# softcap or ALiBi.
 _OTHER_REGISTERS, _FP8_BENT_REGISTERS = 32, 32
 
 
@@ -274,9 +245,14 @@ def candidates(traits: Traits) -> tuple[Sm90ForwardConfig, ...]:
     return tuple(kind.parse(f"{prefix}sm90-{text}") for text in texts)
 
 
+def generation(limits: Architecture) -> str | None:
+    """Which instructions of warpgroups a GPU has; None if it has none."""
+    return "sm90" if limits.compute_capability == (9, 0) else None
+
+
 def no_wgmma(traits: Traits, limits: Architecture) -> str | None:
     """Why kernels of `wgmma` cannot compute with these traits on a GPU; None if they can."""
-    if limits.compute_capability != (9, 0):
+    if generation(limits) is None:
         return f"wgmma is an instruction of sm_90a only, this GPU is {limits.arch}"
     if traits.dtype == "float32":
         return "its products are of float16 or bfloat16, not of float32"
@@ -285,6 +261,35 @@ def no_wgmma(traits: Traits, limits: Architecture) -> str | None:
     if traits.selected:
         return "it computes all heads, not those that a table names"
     return None
+
+
+def refuses(traits: Traits, limits: Architecture, asked: Asked) -> str | None:
+    """Why no config can compute a problem on a GPU, or should not; None if one may."""
+    return no_wgmma(traits, limits) or no_softmax(asked) or asked.no_bulk_copies
+
+
+def cannot_run(
+    config: Sm90ForwardConfig, traits: Traits, limits: Architecture, asked: Asked
+) -> str | None:
+    """Why a config cannot compute a problem on a GPU; None if it can."""
+    why = no_wgmma(traits, limits) or no_softmax(asked)
+    return why or config.misfit(traits) or asked.no_bulk_copies
+
+
+def torn(pack: int) -> str | None:
+    """Why bulk copies cannot lay so many packed heads into the rows of a warpgroup, or None."""
+    if WARPGROUP_ROWS % pack == 0:
+        return None
+    return (
+        f"the {pack} query heads of a group cannot be packed: their number does not divide "
+        f"the {WARPGROUP_ROWS} rows of a warpgroup"
+    )
+
+
+def registers_of_a_block(config: Sm90ForwardConfig, limits: Architecture) -> int:
+    """Registers a thread when a block begins: an equal share of what is promised to it."""
+    threads = config.num_threads * config.min_blocks_per_sm
+    return limits.registers_per_sm // threads // 8 * 8
 
 
 def misfit(
@@ -300,7 +305,7 @@ def misfit(
         )
     kept = config.accumulators_per_thread(traits) + config.probability_registers
     most = config.registers[1] - _OTHER_REGISTERS
-    if traits.fp8 and (traits.softcap or traits.alibi):
+    if traits.fp8 and traits.shapes_scores:
         most -= _FP8_BENT_REGISTERS
     if kept > most:
         return f"keeps {kept} registers of S, P and O a thread, at most {most} do not spill"
@@ -315,7 +320,8 @@ class Sm90Fp8ForwardConfig(Sm90ForwardConfig):
 
     operand_bytes: ClassVar = 1
     multiplies_codes: ClassVar = True
-    _example: ClassVar = "fp8-sm90-m128n128w8s2-pingpong"
+    prefix: ClassVar = PREFIX
+    example: ClassVar = "fp8-sm90-m128n128w8s2-pingpong"
 
     def __post_init__(self):
         super().__post_init__()
@@ -338,11 +344,3 @@ class Sm90Fp8ForwardConfig(Sm90ForwardConfig):
         s, part = self._scores_per_thread(), self.part_columns(traits) // 2
         # Without overlap S has become P before P is multiplied.
         return traits.head_dim_v // 2 + (s + part if self.overlap else max(s, part))
-
-    def __str__(self) -> str:
-        return PREFIX + super().__str__()
-
-    @classmethod
-    def _fields(cls, text: str) -> dict | None:
-        is_fp8 = text.startswith(PREFIX)
-        return super()._fields(text.removeprefix(PREFIX)) if is_fp8 else None

@@ -1,4 +1,4 @@
-"""An executor of PTX on a CPU: what a compiler made of a kernel, run on NumPy arrays.
+"""An executor of PTX on a CPU: a compiler's code of a kernel, run on NumPy arrays.
 
 `text` reads PTX, `one_lane/` makes Python of the instructions of one lane and `arithmetic` says
 what they compute; `together` and `bodies` are what lanes and warps execute together, whose

@@ -1,7 +1,7 @@
-"""What one-lane instructions compute, on the 32 lanes of a warp at once.
+"""Calculations of one-lane instructions, on the 32 lanes of a warp at once.
 
 Arguments and results are arrays of shape (32,), of the type that the instruction names, and never
-changed in place. What an instruction makes of a NaN is always the same NaN: 0x7fffffff, as float16
+changed in place. Every instruction turns a NaN into the same NaN: 0x7fffffff, as float16
 and bfloat16 0x7fff, as in `numflash.ptx.arithmetic`. float64 keeps what NumPy makes of it.
 
 Division by zero of integers, which PTX leaves undefined, yields all ones.
@@ -192,7 +192,7 @@ def extracted(x, position, length):
 
 
 def leading_zeros(x):
-    """How many zeros come before the first one: `clz`."""
+    """The number of zeros before the first one: `clz`."""
     return np.array([8 * x.dtype.itemsize - int(value).bit_length() for value in x], u4)
 
 

@@ -20,7 +20,7 @@ from numflash.simulator.parts import Part
 
 # Pieces that a warp executes before another may: a block has one of them.
 _TURNS = (1, 16, 1024)
-# How probable it is that a block has a warp that runs only when no other can.
+# The probability that a block has a warp that runs only when no other can.
 _LAGGARDS = 0.5
 # Pieces after which a warp that makes nothing happen may be one that waits for the laggard.
 _SPINS = 4096

@@ -39,7 +39,7 @@ class Launch:
     """A program with its extents and arguments.
 
     Args:
-        program: what every block executes.
+        program: that every block executes.
         grid, block: extents, three integers each.
         arguments: one for each parameter: see `numflash.run_ptx`.
         seed: of the order of warps.

@@ -1,4 +1,4 @@
-"""What a block's loads and stores reach: each address space, with its bounds.
+"""The memory of a block's loads and stores: each address space, with its bounds.
 
 Addresses are those of the host's memory for global arrays. Variables in constant and global
 memory, and the windows through which generic addresses reach shared and local memory and the
@@ -26,7 +26,7 @@ WINDOWS = {
     "shared": SHARED_WINDOW,
     "local": LOCAL_WINDOW,
 }
-"""What is added to an address in a space to make it generic."""
+"""The offset that makes an address in a space generic."""
 
 
 class Region:
@@ -104,5 +104,5 @@ def space_of(address: int) -> tuple[str, int]:
 
 
 def poisoned(n_bytes: int) -> np.ndarray:
-    """Bytes that nobody has written yet."""
+    """Bytes that nothing has written yet."""
     return np.full(n_bytes, POISON, np.uint8)

@@ -20,7 +20,7 @@ from numflash.executor.text import (
 from numflash.executor.types import BITS, DTYPES, bits_of, filled
 
 WAITS = object()
-"""What an operation returns that cannot go on now."""
+"""The result of an operation that cannot go on now."""
 
 
 def reader(program, operand, type_: str) -> Callable:

@@ -1,7 +1,7 @@
 """Registers that products of a warpgroup write or read after they were issued.
 
-An accumulator under way is a `UnderWay` in each of its registers: a move passes it on, and whoever
-computes with it or stores it is told that the wait is missing. The values come with the wait.
+An accumulator under way is a `UnderWay` in each of its registers: a move passes it on, and
+computing with it or storing it raises that the wait is missing. The values come with the wait.
 """
 
 import numpy as np
@@ -80,7 +80,7 @@ def hold_while_read(program, registers):
 
 
 def deliver_products(warp) -> None:
-    """After a wait: put what has arrived into the registers that stand for it."""
+    """After a wait: put the arrived values into the registers that stand for them."""
     for arrays, held in warp.being_read:
         if any(warp.registers[number] is not x for number, x in held):
             raise SimulationError(

@@ -1,4 +1,4 @@
-"""An entry as straight pieces of Python: what the warps of a block execute.
+"""An entry as straight pieces of Python, which the warps of a block execute.
 
 A piece begins where a branch may arrive, after a branch, and at every instruction that lanes or
 warps execute together or that may have to wait: such a one is the first of its piece, so that it
@@ -94,7 +94,7 @@ class Program:
         return functions[masked]
 
     def statement_at(self, filename: str, line: int) -> Statement | None:
-        """Which statement a line of generated code is of; None for other code."""
+        """The statement of a line of generated code; None for other code."""
         statements = self._statements.get(filename)
         return statements[line - 2] if statements and 2 <= line < len(statements) + 2 else None
 

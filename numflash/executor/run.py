@@ -70,6 +70,31 @@ def run_ptx(
         SimulationError, DeadlockError: what the hardware leaves undefined, or waits for forever.
 
     What fails while it runs names the line of the PTX, and the seed that repeats it.
+
+    Example:
+        >>> import numpy as np, numflash
+        >>> ptx = '''
+        ... .version 8.0
+        ... .target sm_80
+        ... .address_size 64
+        ... .visible .entry twice(.param .u64 x)
+        ... {
+        ...     .reg .u32 %lane;
+        ...     .reg .u64 %address, %offset;
+        ...     .reg .f32 %value;
+        ...     ld.param.u64 %address, [x];
+        ...     mov.u32 %lane, %tid.x;
+        ...     mul.wide.u32 %offset, %lane, 4;
+        ...     add.u64 %address, %address, %offset;
+        ...     ld.global.f32 %value, [%address];
+        ...     add.f32 %value, %value, %value;
+        ...     st.global.f32 [%address], %value;
+        ...     ret;
+        ... }'''
+        >>> x = np.arange(4, dtype="float32")
+        >>> numflash.run_ptx(ptx, "twice", grid=1, block=4, arguments=[x])
+        >>> x.tolist()
+        [0.0, 2.0, 4.0, 6.0]
     """
     if not SIMULATED:
         raise UnsupportedError(

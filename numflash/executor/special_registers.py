@@ -1,4 +1,4 @@
-"""The special registers of a warp: what %tid.x and its like hold in each lane."""
+"""The special registers of a warp: the values of %tid.x and its like in each lane."""
 
 import numpy as np
 

@@ -1,7 +1,7 @@
 """PTX text as statements: parameters, variables, registers and the body of one entry.
 
 Registers are numbered over all scopes of the body, so that a name that an inner `{ }` declares
-anew is another register, and labels belong to the scope that holds them, as `{ }` of inline
+again is another register, and labels belong to the scope that holds them, as `{ }` of inline
 assembly needs it. Line numbers are those of the text, comments included.
 """
 
@@ -99,7 +99,7 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Nothing:
-    """`_`: a result that nobody wants."""
+    """`_`: a result that is dropped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +137,7 @@ class Parameter:
 
 @dataclass(frozen=True, slots=True)
 class Variable:
-    """A variable, and what it begins as. The dynamic shared memory has no `n_bytes`."""
+    """A variable, and its first content. The dynamic shared memory has no `n_bytes`."""
 
     name: str
     space: str

@@ -34,8 +34,8 @@ class Group:
     """Lanes at the same piece of the program.
 
     Attributes:
-        state: what an instruction that waits has left here to go on with; None before it began.
-        waits_for: what it waits for, in words.
+        state: of an instruction that waits, to go on with; None before it began.
+        waits_for: the awaited thing, in words.
     """
 
     __slots__ = ("piece", "mask", "full", "state", "waits", "waits_for")
@@ -84,7 +84,7 @@ class Warp:
     # Running
 
     def run(self, most: int) -> int:
-        """Execute at most so many pieces; how many it was, 0 where all groups wait."""
+        """Execute at most so many pieces. Returns their number, 0 where all groups wait."""
         done, counts = 0, self.block.counts
         for group in self.groups:
             group.waits = False
@@ -117,7 +117,7 @@ class Warp:
         return done
 
     def _part(self, group: Group, taken, target: int, following: int) -> int | None:
-        """Where a group goes on after a branch; None where its lanes went apart."""
+        """The piece at which a group goes on after a branch; None where its lanes went apart."""
         there = group.mask & taken
         if not there.any():
             return following

@@ -13,7 +13,6 @@ makes them of its own pointers. No Numba is imported here: a launch with a warm 
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import reduce
 from typing import NamedTuple, get_args, get_origin
 
@@ -22,15 +21,8 @@ from numpy import int32 as i32
 from numpy import int64 as i64
 from numpy import uint8 as u8
 
-
-@dataclass(frozen=True)
-class Pointer:
-    """The address of elements of type `element` in global memory.
-
-    In a kernel it is indexed like an array, `q[offset]`, with a 64-bit element offset.
-    """
-
-    element: type
+from numflash.configs.features import Features
+from numflash.runtime.views import Pointer
 
 
 class Element:
@@ -57,7 +49,7 @@ class Part(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """What the backward knows of each query, both (batch, num_heads_q, seqlen_q), contiguous.
+    """The forward's statistics of each query, both (batch, num_heads_q, seqlen_q), contiguous.
 
     `lse` is the forward's, or `delta`'s in base 2; `delta` is softmax_scale rowsum(O * dO).
     """
@@ -85,29 +77,20 @@ class Mask(NamedTuple):
     hi: i32
 
 
-class Alibi(NamedTuple):
-    """Slopes (batch, num_heads_q) and their strides; the distance is |i + shift - j|."""
-
-    slopes: Pointer(f32)
-    batch: i64
-    head: i64
-    shift: i32
-
-
 class Scores(NamedTuple):
     """From products Q K^T to scores.
 
-    `scale` is softmax_scale, with softcap divided by `softcap`: the argument of tanh.
+    `scale` is softmax_scale over the unit of the first feature. Query i stands at key i + `shift`.
     """
 
     scale: f32
-    softcap: f32
     softmax_scale: f32
-    alibi: Alibi
+    shift: i32
+    features: Features
 
 
 class Layout(NamedTuple):
-    """How a forward is laid out over blocks.
+    """The layout of a forward over blocks.
 
     `pack` query heads of a token are neighbouring rows; keys are split over `num_splits` blocks;
     `heads_in_flight` heads go together, because their K and V fit the L2 cache.
@@ -155,7 +138,7 @@ class QueryDescale(NamedTuple):
 
 
 class Descales(NamedTuple):
-    """What the codes of Q, K and V must be multiplied with."""
+    """The factors of the codes of Q, K and V."""
 
     q: QueryDescale
     k: Descale
@@ -227,7 +210,7 @@ def fields(annotation) -> dict[str, object] | None:
 
 
 def leaves(parameters: dict[str, object]) -> dict[str, object]:
-    """What the compiler makes of a kernel's parameters: path, as in "q.row" -> type, in order."""
+    """A kernel's parameters as the compiler passes them: path, as in "q.row" -> type, in order."""
     found = {}
     for name, annotation in parameters.items():
         inner = fields(annotation)

@@ -1,15 +1,55 @@
-"""Which factory builds the kernel of a config."""
+"""The factories that build the kernels of configs."""
 
 from importlib import import_module
 
-from numflash.configs import Config, Traits
+from numflash.configs import Config, Traits, implementation_of
 from numflash.kernels.kernel import Kernel
 
-# Which room holds the kernels of an implementation, as config strings and reports name it.
-ROOMS = {"portable": "portable", "sm80": "mma", "sm90": "wgmma", "fp8": "quantize"}
+FACTORIES = {
+    ("wgmma", "forward"): "wgmma.forward.make_forward_kernel",
+    ("wgmma-fp8", "forward"): "wgmma.fp8_forward.make_fp8_forward_kernel",
+    ("mma", "forward"): "mma.forward.make_forward_kernel",
+    ("mma", "backward-dkdv"): "mma.backward_dkdv.make_backward_dkdv_kernel",
+    ("mma", "backward-dq"): "mma.backward_dq.make_backward_dq_kernel",
+    ("mma", "backward"): "mma.backward.make_backward_kernel",
+    ("mma", "reduce-dq"): "mma.reduce_dq.make_reduce_dq_kernel",
+    ("mma-fp8", "forward"): "mma.fp8_forward.make_forward_kernel",
+    ("portable", "forward"): "portable.forward.make_forward_kernel",
+    ("portable", "backward-dkdv"): "portable.backward_dkdv.make_backward_dkdv_kernel",
+    ("portable", "backward-dq"): "portable.backward_dq.make_backward_dq_kernel",
+    ("portable", "delta"): "shared.delta.make_delta_kernel",
+    ("portable", "head-sums"): "shared.head_sums.make_head_sums_kernel",
+    ("portable", "combine"): "shared.combine.make_combine_kernel",
+    ("quantize", "quantize"): "quantize.quantize.make_quantize_kernel",
+    ("quantize", "amax"): "quantize.amax.make_amax_kernel",
+    ("quantize", "dequantize"): "quantize.dequantize.make_dequantize_kernel",
+    ("quantize", "estimate"): "quantize.estimate.make_estimate_kernel",
+}
+"""(row of `configs.implementations`, kernel family) -> factory(config, traits) -> Kernel, by name
+below `numflash.kernels`: only what is asked for is imported."""
 
 
 def make_kernel(config: Config, traits: Traits) -> Kernel:
-    """The kernel of a config. Imports the kernels of its implementation, and no others."""
-    room = import_module(f"numflash.kernels.{ROOMS[config.implementation]}")
-    return room.FACTORIES[config.family](config, traits)
+    """The kernel of a config. Imports its module, and no others."""
+    module, factory = _found(config)
+    return getattr(import_module(module), factory)(config, traits)
+
+
+def module_of(config: Config) -> str:
+    """The dotted name of the module that makes the kernel of a config."""
+    return _found(config)[0]
+
+
+def modules_of(family: str) -> list[str]:
+    """The dotted names of the modules that make kernels of a family."""
+    return [
+        f"numflash.kernels.{factory.rpartition('.')[0]}"
+        for (_, of), factory in FACTORIES.items()
+        if of == family
+    ]
+
+
+def _found(config: Config) -> tuple[str, str]:
+    """(module, factory) of a config."""
+    module, _, factory = FACTORIES[implementation_of(config).name, config.family].rpartition(".")
+    return f"numflash.kernels.{module}", factory

@@ -1,4 +1,4 @@
-"""What a factory returns: the kernel function and everything needed to compile and launch it."""
+"""A factory's result: the kernel function and everything needed to compile and launch it."""
 
 import inspect
 from collections.abc import Callable
@@ -33,5 +33,5 @@ class Kernel:
 
     @property
     def leaves(self) -> dict[str, object]:
-        """What is passed, one by one: path, as in "q.row" -> scalar, `Pointer` or `TensorMap`."""
+        """The values passed: path, as in "q.row" -> scalar, `Pointer` or `TensorMap`."""
         return leaves(self.parameters)

@@ -7,13 +7,12 @@ relocatable code, which spills registers and ignores `setmaxnreg`. The linker's 
 registers, spills and warnings.
 
 A cubin is cached in memory and on disk under everything that decides its bytes: kernel source,
-config, traits, architecture and compiler versions. What Numba's own settings could decide is given
-explicitly, so that a debugger's environment makes the same cubin. With a warm cache Numba is not
-even imported.
+config, traits, architecture and compiler versions. Options that Numba's own settings could decide
+are given explicitly, so that a debugger's environment makes the same cubin. With a warm cache
+Numba is not even imported.
 """
 
 import gc
-import hashlib
 import logging
 import re
 import sys
@@ -24,12 +23,12 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from importlib import metadata
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from numflash.configs import Config, Traits
 from numflash.machine_code import cubins
+from numflash.machine_code.sources import kernel_hash
 from numflash.runtime.devices import Architecture
 from numflash.runtime.errors import UnsupportedError
 
@@ -48,17 +47,10 @@ _COMPILERS = (
     "nvidia-nvjitlink-cu12",
 )
 _LINKERS = ("nvidia-nvjitlink", "nvidia-nvjitlink-cu12")
-_PACKAGE = Path(__file__).parents[1]
-_SOURCES = (
-    *("ptx", "tiles", "kernels", "configs"),
-    "machine_code/compiler.py",
-    "machine_code/grid_constants.py",
-    "machine_code/repeated_work.py",
-)
 # Local memory of a thread, CUDA C++ Programming Guide, "Compute Capabilities".
 _LOCAL_BYTES = 512 * 1024
-# What Numba takes from NUMBA_* variables, a `.numba_config.yaml` or `numba.config` alone, although
-# it changes machine code or breaks the compiler. What is an argument is given with the call.
+# Settings that Numba takes from NUMBA_* variables, a `.numba_config.yaml` or `numba.config` alone,
+# although they change machine code or break the compiler. Others are arguments of a call.
 _NUMBA_SETTINGS = {"FORCE_CUDA_CC": None, "CUDA_ENABLE_NRT": False, "DEBUG_JIT": 0}
 
 
@@ -73,7 +65,7 @@ class Cubin:
         num_threads, smem_bytes: how it is launched.
         registers: per thread.
         spill_store_bytes, spill_load_bytes, stack_bytes: per thread; 0 if all is in registers.
-        warnings: what the assembler complained about.
+        warnings: of the assembler.
         min_blocks: blocks per SM that were promised to the assembler; None if it chose.
         compile_ms: time from Python source to machine code.
         code: the ELF image.
@@ -115,12 +107,13 @@ def get_cubin(config: Config, traits: Traits, limits: Architecture) -> Cubin:
 
 def content_key(kind: str, config: Config, traits: Traits, limits: Architecture) -> str:
     """Everything that decides a kernel's code; `kind` is empty for a cubin."""
-    parts = [config.family, str(config), str(traits), limits.arch, _toolchain()]
+    parts = [config.family, str(config), str(traits), limits.arch, kernel_hash(config)]
+    parts.append(_toolchain())
     return "|".join([kind, *parts] if kind else parts)
 
 
 def _from_disk(key: str, limits: Architecture) -> Cubin | None:
-    """What is stored under a key, if a kernel for this GPU can be like that."""
+    """The cubin stored under a key; None if no kernel for this GPU can have its header."""
     stored = cubins.read(key)
     if stored is None:
         return None
@@ -135,7 +128,7 @@ def _from_disk(key: str, limits: Architecture) -> Cubin | None:
 
 
 def _is_plausible(cubin: Cubin, limits: Architecture) -> bool:
-    """Whether what a launch takes from a header has its type and is within the GPU's limits."""
+    """Whether a header's entries for the launch have their types and are within the limits."""
     numbers = (
         (cubin.num_threads, 1, 1024),
         (cubin.smem_bytes, 0, limits.max_smem_per_block),
@@ -171,8 +164,8 @@ def _compile_logged(key: str, config: Config, traits: Traits, limits: Architectu
 def warn_of_spills(what: str, cubin: Cubin) -> None:
     """Say once if CUDA 12's compilers have left a kernel's registers in memory.
 
-    Configs are chosen for what CUDA 13's make of them. CUDA 12's are the only ones for some
-    drivers, and make slower code for Blackwell of some of the same configs.
+    Configs are chosen by the code of CUDA 13's compilers. Some drivers only have CUDA 12's, which
+    spill registers for Blackwell with some of the same configs.
     """
     n_bytes = max(cubin.stack_bytes, cubin.spill_store_bytes, cubin.spill_load_bytes)
     if n_bytes and (_version("cuda-bindings") or "").startswith("12."):
@@ -240,7 +233,7 @@ def compile_ptx(config: Config, traits: Traits, limits: Architecture) -> str:
         UnsupportedError: the compiler packages are missing.
     """
     config = getattr(config, "compiled", config)
-    # How many blocks are promised may follow from the spills, which only the assembler knows.
+    # The number of promised blocks may follow from spills, which only the assembler knows.
     min_blocks = get_cubin(config, traits, limits).min_blocks
     return _front_end(lambda: _make(config, traits), limits, "ptx", min_blocks)[1]
 
@@ -250,8 +243,8 @@ def executable_ptx(config: Config, traits: Traits, limits: Architecture, route: 
 
     Args:
         config, traits, limits: as for `get_cubin`.
-        route: "ptx" for what NVVM makes; "lto" for what nvJitLink makes of LTO-IR before it
-            assembles that, which is the way of machine code.
+        route: "ptx" for the PTX of NVVM; "lto" for the PTX that nvJitLink makes of LTO-IR on the
+            way to machine code.
 
     Raises:
         UnsupportedError: the compiler packages are missing.
@@ -315,7 +308,7 @@ def _numba_for(limits: Architecture):
     ask_driver = dispatcher.get_current_device
     device = SimpleNamespace(compute_capability=_compute_capability(limits.arch))
     dispatcher.get_current_device = lambda: device
-    # Nearly all that Numba allocates lives until it is done: looking for garbage costs a tenth.
+    # Nearly all of Numba's objects live until it is done: looking for garbage costs a tenth.
     collects = gc.isenabled()
     gc.disable()
     try:
@@ -338,7 +331,7 @@ def _settings() -> Iterator[None]:
     """Numba's settings that no argument overrides, as numflash needs them."""
     from numba import config
 
-    # Numba reads the environment again when that has changed, which would undo what is set here.
+    # Numba reads a changed environment again, which would undo these settings.
     config.reload_config()
     own = {name: getattr(config, name) for name in _NUMBA_SETTINGS if hasattr(config, name)}
     for name in own:
@@ -352,9 +345,9 @@ def _settings() -> Iterator[None]:
 
 @contextmanager
 def _without_contraction():
-    """NVVM fuses no product with a sum, as nvJitLink is told, too; Numba has no argument for it.
+    """Have NVVM fuse no product with a sum, as nvJitLink, too; Numba has no argument for it.
 
-    Kernels round as their source says, and the simulator with them: `fma_rn_f32` is what fuses.
+    Kernels round as their source says, and the simulator with them: only `fma_rn_f32` fuses.
     """
     from numba.cuda.cudadrv import nvvm
 
@@ -395,9 +388,10 @@ def _signature(parameters: dict[str, object]):
     from numba import types
     from numba.np import numpy_support
 
-    from numflash.kernels.arguments import Pointer, fields, record_of
+    from numflash.kernels.arguments import fields, record_of
     from numflash.machine_code.grid_constants import TENSOR_MAP
     from numflash.ptx import TensorMap
+    from numflash.runtime.views import Pointer
 
     def numba_type(annotation):
         if annotation is TensorMap:
@@ -491,27 +485,14 @@ def _resources(log: str) -> dict:
 
 
 @cache
-def source_hash() -> str:
-    """Hash of everything in numflash that decides the machine code."""
-    digest = hashlib.sha256()
-    for name in _SOURCES:
-        path = _PACKAGE / name
-        files = sorted(path.rglob("*.py")) if path.is_dir() else [path]
-        for file in files:
-            digest.update(str(file.relative_to(_PACKAGE)).encode())
-            digest.update(file.read_bytes())
-    return digest.hexdigest()
-
-
-@cache
 def _toolchain() -> str:
-    """The kernel sources and the compilers' versions, and what else they make code from."""
+    """The compilers' versions, and what else they make code from."""
     # Numba compiles Python's bytecode; cuda-bindings decide which of two linkers is loaded.
     names = ("cuda-bindings", *_COMPILERS)
     found = {"python": sys.version_info[:2], **{name: _version(name) for name in names}}
     if not any(found[name] for name in _LINKERS):
         found["toolkit"] = _toolkit_version()
-    return ";".join([source_hash(), *(f"{name}={version}" for name, version in found.items())])
+    return ";".join(f"{name}={version}" for name, version in found.items())
 
 
 def _toolkit_version() -> str | None:

@@ -1,9 +1,9 @@
-"""Where numflash keeps files, and the cache of compiled kernels among them.
+"""The cache of compiled kernels in the folder where numflash keeps files.
 
 A kernel is one file, named by the hash of its content key: a header line of JSON and the machine
 code, with a checksum over both. It appears by an atomic rename, so that any number of processes
-can write; what cannot be read, is cut short or was written by another version counts as absent;
-what cannot be written is simply compiled again.
+can write. A file that cannot be read, is cut short or was written by another version counts as
+absent. A kernel that cannot be written is compiled again.
 
 The folders are this user's alone. Where others may write, nothing is read or written (`trust`).
 Users can share a folder that NUMFLASH_CACHE_DIR names and that their group, not the world, may

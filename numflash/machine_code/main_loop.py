@@ -1,8 +1,8 @@
-"""What a kernel of `wgmma` does for each tile of keys: its main loop, read from machine code.
+"""The main loop of a `wgmma` kernel, one turn for each tile of keys, read from machine code.
 
 The main loop is the innermost loop that holds products of warpgroups. Its path is what every turn
-passes through: blocks that a branch can skip are left out, because in the steady state it does. Of
-those, what they are for is judged by their content, so that nothing is left out unseen:
+passes through: blocks that a branch can skip are left out, because in the steady state it skips
+them. They are sorted by their content, so that nothing is left out unseen:
 
     mask            more than half compares integers and selects, for tiles that an edge crosses
     new maximum     holds exponentials, and is run by a warp where a row's maximum has grown
@@ -13,8 +13,8 @@ those, what they are for is judged by their content, so that nothing is left out
 The sides of an if and else would be left out like that, too; none should be `other`. Instructions
 whose guard is false still take the place of one, and count.
 
-How many clocks of an SM a turn takes at least of each unit, for one warpgroup: it has a warp on
-each of the four schedulers. Where several share the SM each takes as much, so proportions stay.
+The clocks of an SM that a turn takes at least of each unit are those of one warpgroup, which has a
+warp on each of the four schedulers. Where several share the SM each takes as many.
 
     tensor          4096 FLOP a clock of 16-bit operands, 8192 of 8-bit ones
     special         16 exponentials or other special functions a clock: 8 for a warp's instruction
@@ -45,7 +45,7 @@ _KINDS = {
     "QGMMA": "products",
 }
 KINDS = ("exponentials", "other_special", *dict.fromkeys(_KINDS.values()), "other")
-"""Kinds of instructions that are counted; `other_special` is what else MUFU computes."""
+"""Kinds of instructions that are counted; `other_special` are the other functions of MUFU."""
 SKIPPED = ("mask", "new maximum", "rescaling", "waits", "other")
 """Kinds of blocks that the path leaves out."""
 _FLOP_PER_CLOCK = {"HGMMA": 4096, "QGMMA": 8192}
@@ -68,7 +68,7 @@ class MainLoop:
         overlapped_exponentials: exponentials of the path that are issued while this warpgroup has
             products under way.
         instructions: of the path, by kind (`KINDS`).
-        skipped: instructions that the path leaves out, by what they are for (`SKIPPED`).
+        skipped: instructions that the path leaves out, by their purpose (`SKIPPED`).
         clocks: the least that a turn takes of each unit.
     """
 
@@ -104,7 +104,7 @@ def read_main_loop(sass: str) -> MainLoop | None:
 
 @dataclass(frozen=True)
 class Registers:
-    """What `setmaxnreg` leaves a thread of some warps.
+    """Registers that `setmaxnreg` leaves a thread of some warps.
 
     Attributes:
         available: registers a thread.
@@ -119,7 +119,7 @@ class Registers:
 def read_setmaxnreg(sass: str) -> dict[str, Registers]:
     """The registers of the warps that give some back ("dec") and of those that take them ("inc").
 
-    Warps are told apart by what can be reached from where `setmaxnreg` is.
+    Warps are told apart by the blocks that can be reached from their `setmaxnreg`.
     """
     blocks, found = basic_blocks(sass), {}
     for block in blocks:

@@ -5,7 +5,7 @@ when something is to be compiled, and ends with this process. PTX is cached in m
 as cubins are, under everything that decides it.
 
 The worker reads a length and a pickled (config, traits, architecture, route) from its standard
-input, and answers with a length and a pickled (PTX, error). What it prints goes to standard error.
+input, and answers with a length and a pickled (PTX, error). Its prints go to standard error.
 """
 
 import io

@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 
 from numba import types
 
-# What PostProcessor.run refers to, where leaving out the live variables is known to be right.
+# Names in PostProcessor.run, where leaving out the live variables is known to be right.
 _KNOWN_NAMES = {
     "transforms",
     "canonicalize_cfg",
@@ -50,7 +50,7 @@ _signatures = WeakKeyDictionary()
 
 @contextmanager
 def without_repeated_work():
-    """What is compiled within repeats less."""
+    """A context in which compiling repeats less work."""
     with ExitStack() as changes:
         for change in (_remember_signatures, _leave_out_live_variables):
             try:

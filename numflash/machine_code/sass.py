@@ -1,7 +1,7 @@
-"""Machine code as text: NVIDIA's disassembler, and what it says, counted and taken apart.
+"""Machine code as text: NVIDIA's disassembler, and its output, counted and taken apart.
 
-Instructions are counted by opcode, or read as basic blocks with the jumps between them, of which
-loops are found. What a loop of a kernel does is for others to say (`main_loop`).
+Instructions are counted by opcode, or read as basic blocks with the jumps between them, and loops
+are found in these. `main_loop` reads the work of a loop.
 
 `nvdisasm` comes from pip (`nvidia-cuda-nvdisasm`, which reads the cubins of every CUDA version) or
 with a CUDA toolkit. It needs neither GPU nor driver.
@@ -39,7 +39,7 @@ COUNTED = (
 )
 """Opcodes that are counted one by one, whatever modifiers follow them.
 
-QMMA and QGMMA multiply 8-bit floats, HMMA and HGMMA what has 16 bits: a kernel on 8-bit floats
+QMMA and QGMMA multiply 8-bit floats, HMMA and HGMMA 16-bit ones: a kernel on 8-bit floats
 that consists of HMMA converts them first, by F2FP from sm_89 on.
 """
 
@@ -61,7 +61,7 @@ _LINE = re.compile(
 )
 _TARGET = re.compile(r"^(?P<conditions>.*?)`\((?P<label>\.\w+)\)")
 _ALWAYS, _NEVER = (None, "PT", "UPT"), ("!PT", "!UPT")
-# After which nothing follows, where no guard prevents it.
+# Nothing follows these, unless a guard skips them.
 _ENDS = {"BRA", "BRX", "BRXU", "JMP", "JMX", "JMXU", "EXIT", "RET", "KILL"}
 
 
@@ -150,7 +150,7 @@ def opcodes(sass: str) -> list[str]:
 
 
 def count_instructions(sass: str) -> dict[str, int]:
-    """How often each opcode of `COUNTED` occurs; "F64" counts everything in float64."""
+    """Count each opcode of `COUNTED`; "F64" counts all instructions in float64."""
     counts = dict.fromkeys((*COUNTED, "F64"), 0)
     for opcode in opcodes(sass):
         name, *modifiers = opcode.split(".")
@@ -193,12 +193,12 @@ def basic_blocks(sass: str) -> list[Block]:
 
 
 def _jump(operands: str) -> re.Match | None:
-    """What a branch depends on besides its guard, and its label."""
+    """A branch's further condition, besides its guard, and its label."""
     return _TARGET.match(operands.strip())
 
 
 def _successors(last: Instruction, number: int, labels: dict[str, int], end: int) -> tuple:
-    """Where the block goes on whose last instruction this is."""
+    """The numbers of the blocks that may follow one whose last instruction this is."""
     following = (number + 1,) if number + 1 < end else ()
     if last.name not in _ENDS or last.guard in _NEVER:
         return following
@@ -225,7 +225,7 @@ def loops(blocks: list[Block]) -> list[Loop]:
             if number not in body:
                 body.add(number)
                 pending += predecessors[number]
-        # What dominates every jump back lies on every turn; dominators of one block are a chain.
+        # Blocks that dominate every jump back lie on every turn; a block's dominators are a chain.
         passed = [n for n in body if all(dominators[end] >> n & 1 for end in ends)]
         path = sorted(passed, key=lambda n: dominators[n].bit_count())
         found.append(Loop(frozenset(body), tuple(path)))

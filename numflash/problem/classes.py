@@ -84,7 +84,7 @@ class ProblemClass:
 
     @property
     def window(self) -> int | None:
-        """How many keys a query sees at most; None if no window limits them."""
+        """The most keys that a query sees; None if no window limits them."""
         return int(self.mask.removeprefix("window")) if self.mask.startswith("window") else None
 
 
@@ -94,7 +94,7 @@ def round_up(n: int, most: int = _MAX_SEQLEN) -> int:
 
 
 def mask_kind(band_lo: int, band_hi: int, seqlen_q: int, seqlen_k: int) -> str:
-    """The kind of a mask, by what it hides rather than by how it was asked for.
+    """The kind of a mask, by the keys that it hides, not by the options that asked for it.
 
     Query i sees the keys j with band_lo <= j - i <= band_hi.
     """

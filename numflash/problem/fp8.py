@@ -1,4 +1,4 @@
-"""8-bit arrays: how one is quantised, and what it then consists of. `quantization` makes them."""
+"""8-bit arrays: the recipe for one, and its parts. `numflash.calls.quantization` makes them."""
 
 from dataclasses import dataclass
 from numbers import Integral
@@ -12,7 +12,7 @@ MAX_BLOCK = 1024
 
 @dataclass(frozen=True)
 class Fp8Recipe:
-    """How q, k and v are quantised.
+    """A recipe for quantising q, k and v.
 
     Attributes:
         granularity: what shares a scale: the whole "tensor", each "head" of each batch entry, each
@@ -26,6 +26,14 @@ class Fp8Recipe:
         TypeError, ValueError: a value that is none of these.
 
     Source: FlashAttention-3, arXiv 2407.08608, section 3.3.
+
+    Example:
+        >>> import numpy as np, numflash
+        >>> x = np.random.default_rng(0).standard_normal((1, 16, 1, 64)).astype("float16")
+        >>> recipe = numflash.Fp8Recipe("token")
+        >>> out = numflash.attention(x, x, x, precision="fp8", fp8=recipe)
+        >>> recipe.num_scales(seqlen=100)
+        100
     """
 
     granularity: str = "block"
@@ -68,12 +76,20 @@ class Fp8Recipe:
 
 @dataclass(frozen=True, eq=False)
 class PrecisionDecision:
-    """What `precision="auto"` decided; arrays on the device, filled when its kernels have run.
+    """The decision of `precision="auto"`: arrays on the device, filled by its kernels.
 
     Attributes:
         in_fp8: (batch, num_heads_kv) int32: 1 for key-value heads that were computed in 8 bits.
         estimated_error: (batch, num_heads_kv) float32: the root mean square of the error that 8
             bits would make, relative to that of the result; an estimate from the quantised blocks.
+
+    Example:
+        >>> import numpy as np, numflash
+        >>> x = np.random.default_rng(0).standard_normal((1, 16, 1, 64)).astype("float16")
+        >>> options = {"precision": "auto", "max_rel_error": 0.5, "return_decision": True}
+        >>> out, decision = numflash.attention(x, x, x, **options)
+        >>> decision.in_fp8.tolist()
+        [[1]]
     """
 
     in_fp8: Any
@@ -97,6 +113,15 @@ class Fp8Array:
         layout: of that array, "bshd" or "bhsd".
         format: "e4m3" or "e5m2".
         transposed: whether tokens are innermost, as the kernels need V.
+
+    Example:
+        >>> import numpy as np, numflash
+        >>> x = np.random.default_rng(0).standard_normal((1, 16, 1, 64)).astype("float16")
+        >>> k8 = numflash.quantize_fp8(x, "token", hadamard=True)
+        >>> v8 = numflash.quantize_fp8(x, "token", transposed=True)
+        >>> v8.data.shape
+        (1, 1, 64, 64)
+        >>> out = numflash.attention(x, k8, v8)
     """
 
     data: Any

@@ -1,24 +1,26 @@
 """AttentionProblem: one attention call, checked and in numbers.
 
-The only place that interprets the user's arrays and options. What passes here can run: every
-message names the argument, what it was, and the rule.
+The only place that interprets the user's arrays and options. A call that passes here can run;
+every message names the argument, its value, and the rule.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Integral
 
 from numflash.configs import DTYPES, MAX_HEAD_DIM, Traits, padded_head_dim
+from numflash.configs.features import FEATURES, NO_FEATURES, Asked, Features, rows_of
+from numflash.problem.options import (
+    PRECISIONS,
+    AttentionOptions,
+    expect_one_of,
+    kind_of,
+)
 from numflash.runtime.errors import UnsupportedError
 from numflash.runtime.views import ArrayView
 
-LAYOUTS = ("bshd", "bhsd")
-ALIGNMENTS = ("bottom_right", "top_left")
-PRECISIONS = ("tf32", "fp8", "auto")
 # Token indices, and their differences, are 32-bit in kernels.
 _MAX_SEQLEN = 2**30
 _MAX_BLOCKS = 2**31 - 1
-_MAX_FLOAT32 = (2 - 2**-23) * 2.0**127
 
 
 @dataclass(frozen=True)
@@ -51,9 +53,8 @@ class AttentionProblem:
         dtype: of q, k and v.
         softmax_scale: factor of Q K^T.
         band_lo, band_hi: query i sees the keys j with band_lo <= j - i <= band_hi.
-        bias_shift: ALiBi's distance is |i + bias_shift - j|.
-        softcap: 0 for none.
-        alibi_strides: (batch, head) strides of the slopes in elements; None without ALiBi.
+        shift: query i stands at key i + shift.
+        features: the arguments of each feature, by name; None of one that is not asked for.
         tf32: whether float32 may be multiplied as tf32.
         no_tensor_maps: why q, k, v and out cannot be described to bulk copies; None if they can.
     """
@@ -69,9 +70,8 @@ class AttentionProblem:
     softmax_scale: float
     band_lo: int
     band_hi: int
-    bias_shift: int
-    softcap: float
-    alibi_strides: tuple[int, int] | None
+    shift: int
+    features: Features = NO_FEATURES
     tf32: bool = False
     no_tensor_maps: str | None = None
 
@@ -80,14 +80,25 @@ class AttentionProblem:
         """Query heads that share one key-value head."""
         return self.num_heads_q // self.num_heads_kv
 
+    @property
+    def feature_names(self) -> tuple[str, ...]:
+        """Of the features that are asked for."""
+        asked = self.features._asdict().items()
+        return tuple(name for name, record in asked if record is not None)
+
+    @property
+    def gradients(self) -> tuple[str, ...]:
+        """Of the options that are asked for, those that have a gradient: one for each head."""
+        rows = rows_of(self.feature_names)
+        return tuple(row.option for row in rows if row.gradient is not None)
+
     def traits(self, vectorized: bool) -> Traits:
-        """What kernels for this problem are compiled for."""
+        """The traits that kernels for this problem are compiled for."""
         return Traits(
             self.dtype,
             padded_head_dim(self.head_dim),
             padded_head_dim(self.head_dim_v),
-            softcap=self.softcap != 0,
-            alibi=self.alibi_strides is not None,
+            self.feature_names,
             vectorized=vectorized,
             tf32=self.tf32,
         )
@@ -105,7 +116,7 @@ def num_blocks(what: str, rows: int, heads: int, block_rows: int) -> int:
     """The grid of a kernel whose blocks own `block_rows` of the `rows` rows of a head.
 
     Raises:
-        UnsupportedError: more blocks than a grid can have; `what` is what the message speaks of.
+        UnsupportedError: more blocks than a grid can have; `what` is the subject of the message.
     """
     blocks = -(-rows // block_rows) * heads
     if blocks > _MAX_BLOCKS:
@@ -116,20 +127,13 @@ def num_blocks(what: str, rows: int, heads: int, block_rows: int) -> int:
 
 
 def describe(
-    q: ArrayView,
-    k: ArrayView,
-    v: ArrayView,
-    *,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    causal_align: str = "bottom_right",
-    window_size: tuple = (-1, -1),
-    softcap: float = 0.0,
-    alibi_slopes: ArrayView | None = None,
-    layout: str = "bshd",
-    precision: str | None = None,
+    views: dict[str, ArrayView], options: AttentionOptions
 ) -> tuple[AttentionProblem, dict[str, Tensor]]:
     """Check q, k, v and the options of a call.
+
+    Args:
+        views: of q, k and v, and of the options that are arrays, by name.
+        options: of the call.
 
     Returns:
         The problem, and the three arrays by name as `Tensor`.
@@ -137,11 +141,13 @@ def describe(
     Raises:
         TypeError, ValueError, UnsupportedError: as `numflash.attention` documents.
     """
-    expect_one_of("layout", layout, LAYOUTS)
+    options.check()
+    q, layout = views["q"], options.layout
     if q.dtype not in DTYPES:
         raise TypeError(f"q must have one of the dtypes {', '.join(DTYPES)}, got {q.dtype}")
     tensors = {}
-    for name, view in (("q", q), ("k", k), ("v", v)):
+    for name in ("q", "k", "v"):
+        view = views[name]
         if view.dtype != q.dtype:
             raise TypeError(f"{name} must have the dtype of q, {q.dtype}, got {view.dtype}")
         if view.device != q.device:
@@ -172,22 +178,13 @@ def describe(
         if value >= _MAX_SEQLEN:
             raise UnsupportedError(f"{name} must be below {_MAX_SEQLEN}, got {value}")
 
-    scale = head_dim**-0.5 if softmax_scale is None else _real("softmax_scale", softmax_scale)
-    cap = _real("softcap", softcap)
-    if cap < 0:
-        raise ValueError(f"softcap must be positive, or 0 for none, got {softcap}")
-    if cap and abs(scale) / cap > _MAX_FLOAT32:
-        raise ValueError(
-            f"softcap must not be so small that softmax_scale / softcap overflows float32, got "
-            f"{softcap} with softmax_scale {scale}"
-        )
-    expect_one_of("causal_align", causal_align, ALIGNMENTS)
-    shift = seqlen_k - seqlen_q if causal_align == "bottom_right" else 0
-    left, right = _window(window_size)
-    expect_precision(precision, q.dtype)
-    if not isinstance(causal, bool):
-        raise TypeError(f"causal must be True or False, got {causal!r} ({_kind(causal)})")
-    if causal:
+    scale = float(head_dim**-0.5 if options.softmax_scale is None else options.softmax_scale)
+    shift = int(options.shift)
+    if options.causal_align == "bottom_right":
+        shift += seqlen_k - seqlen_q
+    left, right = (None if side in (None, -1) else int(side) for side in options.window_size)
+    expect_precision(options.precision, q.dtype)
+    if options.causal:
         right = 0
     problem = AttentionProblem(
         batch=batch,
@@ -200,12 +197,11 @@ def describe(
         dtype=q.dtype,
         softmax_scale=scale,
         # Differences j - i lie between -seqlen_q and seqlen_k: wider bands are the same.
-        band_lo=-seqlen_q if left is None else max(-seqlen_q, shift - left),
-        band_hi=seqlen_k if right is None else min(seqlen_k, shift + right),
-        bias_shift=shift,
-        softcap=cap,
-        alibi_strides=_slope_strides(alibi_slopes, q.device, batch, num_heads_q),
-        tf32=precision == "tf32",
+        band_lo=-seqlen_q if left is None else min(seqlen_k, max(-seqlen_q, shift - left)),
+        band_hi=seqlen_k if right is None else max(-seqlen_q, min(seqlen_k, shift + right)),
+        shift=shift,
+        features=_features(views, options, Asked(batch, num_heads_q, scale, q.device)),
+        tf32=options.precision == "tf32",
     )
     return problem, tensors
 
@@ -242,7 +238,7 @@ def expect_head_dim(name: str, value: int) -> None:
         UnsupportedError: above what kernels are made for.
     """
     if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name} must be an integer, got {value!r} ({_kind(value)})")
+        raise TypeError(f"{name} must be an integer, got {value!r} ({kind_of(value)})")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
     if value > MAX_HEAD_DIM:
@@ -257,14 +253,6 @@ def expect_precision(precision: str | None, dtype: str) -> None:
             raise ValueError(
                 f'precision="tf32" is a way to multiply float32; q, k and v are {dtype}'
             )
-
-
-def expect_one_of(name: str, value, choices: Iterable[str]) -> None:
-    """Check an argument that names one of several things. Raises TypeError, ValueError."""
-    if not isinstance(value, str):
-        raise TypeError(f"{name} must be a string, got {value!r} ({_kind(value)})")
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
 def expect_like(name: str, view: ArrayView, shape: tuple, dtype: str, device: int) -> None:
@@ -308,50 +296,10 @@ def _expect(name: str, axis: str, value: int, other: str, wanted: int) -> None:
         raise ValueError(f"{name} must have the {axis} of {other}, {wanted}, got {value}")
 
 
-def _kind(value) -> str:
-    return type(value).__name__
-
-
-def _real(name: str, value) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a real number, got {value!r} ({_kind(value)})")
-    # Kernels take it as float32. Comparing first also spares integers that no float can hold.
-    if not -_MAX_FLOAT32 <= value <= _MAX_FLOAT32:
-        raise ValueError(f"{name} must be finite in float32, got {value}")
-    return float(value)
-
-
-def _window(window_size) -> tuple[int | None, int | None]:
-    """(left, right), None for unlimited."""
-    rule = "window_size must be a pair (left, right) of numbers of tokens, -1 or None for all"
-    if not isinstance(window_size, tuple | list):
-        raise TypeError(f"{rule}, got {window_size!r} ({_kind(window_size)})")
-    if len(window_size) != 2:
-        raise ValueError(f"{rule}, got {window_size!r}")
-    for side in window_size:
-        if side is None:
-            continue
-        if isinstance(side, bool) or not isinstance(side, Integral):
-            raise TypeError(f"{rule}, got {window_size!r}")
-        if side < -1:
-            raise ValueError(f"{rule}, got {window_size!r}")
-    return tuple(None if side is None or side == -1 else int(side) for side in window_size)
-
-
-def _slope_strides(slopes, device: int, batch: int, num_heads_q: int) -> tuple[int, int] | None:
-    if slopes is None:
-        return None
-    if slopes.dtype != "float32":
-        raise TypeError(f"alibi_slopes must be float32, got {slopes.dtype}")
-    if slopes.device != device:
-        raise ValueError(
-            f"alibi_slopes must lie on the device of q, {device}, got device {slopes.device}"
-        )
-    if slopes.shape == (num_heads_q,):
-        return 0, slopes.strides[0]
-    if slopes.shape == (batch, num_heads_q):
-        return slopes.strides
-    raise ValueError(
-        f"alibi_slopes must have shape ({num_heads_q},) or ({batch}, {num_heads_q}), got "
-        f"{slopes.shape}"
-    )
+def _features(views: dict[str, ArrayView], options: AttentionOptions, asked: Asked) -> Features:
+    """What is asked of each feature. Raises TypeError, ValueError."""
+    found = []
+    for row in FEATURES:
+        value = views.get(row.option) if row.is_array else getattr(options, row.option)
+        found.append(row.read(value, asked) if row.is_asked(value) else None)
+    return Features(*found)

@@ -1,7 +1,8 @@
-"""Tensor maps: what bulk copies must know of a tensor, and which tensors have one.
+"""Tensor maps: the description of a tensor for bulk copies, and the tensors that have one.
 
 A map is 128 opaque bytes that the driver makes of a `TensorLayout` and an address. It is encoded
-on the host, and no device is asked. What cannot be described is left to kernels without bulk
+on the host, and no device is asked. Tensors that no map can describe are left to kernels without
+bulk
 copies: `misfit` says why, and nothing here raises for it.
 """
 
@@ -11,9 +12,9 @@ from numflash.configs import SLAB_BYTES, WARPGROUP_ROWS
 from numflash.problem.problem import Tensor
 
 MAP_BYTES = 128
-"""Size of an encoded map; so large are kernel parameters that hold one."""
+"""Bytes of an encoded map, and of a kernel parameter that holds one."""
 MAP_ALIGNMENT = 64
-"""What the driver asks of the address of a map, in bytes."""
+"""Alignment in bytes that the driver requires of a map's address."""
 _UNIT = 16
 _MAX_REACH = 2**40
 _MAX_EXTENT = 2**32
@@ -32,7 +33,7 @@ class TensorLayout:
         strides: bytes from an element to the next, for every dimension but the first.
         box: elements of a tile in each dimension.
         swizzle_bytes: rows of tiles in which 16-byte chunks are swizzled: 128, 64 or 32, or 0.
-        l2_bytes: which the L2 cache fetches at once: 128 or 256.
+        l2_bytes: bytes that the L2 cache fetches at once: 128 or 256.
     """
 
     dtype: str
@@ -76,7 +77,7 @@ class TensorLayout:
     @classmethod
     def _of(cls, tensor: Tensor, extents, strides, rows) -> "TensorLayout":
         itemsize = tensor.view.itemsize
-        # What is never stepped over may be anything legal.
+        # The stride of a dimension of one element is never used: any legal one will do.
         legal = -(-extents[0] * itemsize // _UNIT) * _UNIT
         in_bytes = tuple(
             stride * itemsize if extent > 1 else legal
@@ -86,9 +87,10 @@ class TensorLayout:
 
 
 def misfit(tensor: Tensor, is_transposed: bool = False) -> str | None:
-    """Why bulk copies cannot be told of a tensor, however its heads are packed; None if they can.
+    """Why no map can describe a tensor, however its heads are packed; None if one can.
 
-    `is_transposed` tells of (batch, heads, head_dim, seqlen). Tiles may be larger than the tensor.
+    With `is_transposed` the tensor is (batch, heads, head_dim, seqlen). Tiles may be larger than
+    the tensor.
     Source: CUDA Driver API, cuTensorMapEncodeTiled.
     """
     itemsize = tensor.view.itemsize

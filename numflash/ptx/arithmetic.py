@@ -1,7 +1,7 @@
 """Arithmetic and conversions of single values.
 
-What an instruction makes of a NaN is always the same NaN: 0x7fffffff, as float16 and bfloat16
-0x7fff. Moves keep every bit, and the conversion to tf32 cuts a NaN off.
+Every instruction turns a NaN into the same NaN: 0x7fffffff, as float16 and bfloat16 0x7fff. Moves
+keep every bit, and the conversion to tf32 cuts a NaN off.
 """
 
 import math
@@ -51,7 +51,7 @@ def mul_rn_f32(a: f32, b: f32) -> f32:
 def fma_rn_f32(a: f32, b: f32, c: f32) -> f32:
     """a * b + c, rounded once. PTX ISA 9.7.3.6.
 
-    Kernels are linked without contraction (`compiler`): only what says fma is one.
+    Kernels are linked without contraction (`machine_code.compiler`): only `fma_rn_f32` is an fma.
     """
     product, addend = float(a) * float(b), float(c)  # float64 holds the product of two float32
     total = product + addend
@@ -181,8 +181,8 @@ def _bf16_bits(x) -> int:
 def _round_inexact(product: float, addend: float, total: float) -> f32:
     """The float32 nearest to product + addend, whose float64 `total` may be rounded or NaN.
 
-    What float64 cut off decides where `total` lies halfway between two float32: an odd last bit
-    stands for it.
+    Where `total` lies halfway between two float32, the bits that float64 cut off decide: an odd
+    last bit stands for them.
     """
     if not math.isfinite(total):
         return f32(total) if total == total else _NAN

@@ -41,7 +41,7 @@ def inline_assembly(
     """A Numba intrinsic named like `body` that emits `template`.
 
     `volatile` keeps the compiler from merging or dropping it, `touches_memory` from moving loads
-    and stores across it, `convergent` from moving it to where only some lanes would come by.
+    and stores across it, `convergent` from moving it to a place that only some lanes reach.
     """
 
     def codegen(context, builder, signature, args):
@@ -83,7 +83,7 @@ def inline_assembly(
 
 
 def _is_memory(operand) -> bool:
-    """Whether an operand's Numba type is that of the array or pointer it is given."""
+    """Whether an operand's Numba type is that of its array or pointer."""
     return isinstance(operand, Regs | Shared | Global) or operand is TensorMap
 
 

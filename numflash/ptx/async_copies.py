@@ -1,11 +1,11 @@
-"""Copies from global to shared memory that pass by the registers. PTX ISA 9.7.9.25.
+"""Copies from global to shared memory that bypass the registers. PTX ISA 9.7.9.25.
 
 A copy is issued, joins the group that its thread commits next, and has arrived once the thread has
 waited for that group; other threads see it after a barrier. Copies are not ordered among each
 other: of two that are under way to the same bytes either may arrive last. In the simulator the
 destination holds 0xFF bytes until the wait, so reading too early shows, and so does writing over
-what is still read; a second copy or a store there is an error, and so is a copy that nobody waits
-for.
+bytes that are still read; a second copy or a store there is an error, and so is a copy that no
+thread waits for.
 """
 
 import numpy as np

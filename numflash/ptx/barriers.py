@@ -1,7 +1,7 @@
 """Named barriers: 16 per block, each for a part of the block's warps. PTX ISA 9.7.13.1.
 
 `cuda.syncthreads()` is barrier 0 with all threads. Producers and consumers meet at another one:
-who only announces its data arrives and goes on, who needs the data waits.
+a thread that announces its data arrives and goes on, a thread that needs the data waits.
 """
 
 from numflash.ptx.instruction import instruction
@@ -20,5 +20,5 @@ def bar_sync(barrier: i32, count: i32):
 
 @instruction("bar.arrive <barrier>, <count>;", sm=75)
 def bar_arrive(barrier: i32, count: i32):
-    """Count as come at `barrier` without waiting."""
+    """Arrive at `barrier` without waiting."""
     current_thread().sync_named(int(barrier), int(count), wait=False)

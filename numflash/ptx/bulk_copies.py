@@ -2,11 +2,11 @@
 
 One thread names a tile of up to five dimensions by the coordinates of its first element, the
 fastest dimension first; the tensor map says where the tensor lies, how big the tile is, and how
-its 16-byte chunks are swizzled in shared memory. What lies outside the tensor is read as zero and
-never written, and counts as delivered. A tile arrives when the mbarrier has counted its bytes.
+its 16-byte chunks are swizzled in shared memory. Elements outside the tensor are read as zero and
+never written, and count as delivered. A tile arrives when the mbarrier has counted its bytes.
 
-Bulk copies go through another proxy than loads and stores: what a thread has stored to shared
-memory they see after its `fence_proxy_async`.
+Bulk copies go through another proxy than loads and stores: they see a thread's stores to shared
+memory after its `fence_proxy_async`.
 """
 
 from numflash.ptx.instruction import Shared, instruction
@@ -20,7 +20,7 @@ if SIMULATED:
 EVICT_NORMAL = u64(0x1000000000000000)
 EVICT_FIRST = u64(0x12F0000000000000)
 EVICT_LAST = u64(0x14F0000000000000)
-"""How long the L2 cache keeps what a copy reads."""
+"""Policies for the L2 cache: keep the bytes that a copy reads for a short, or for a long time."""
 
 _LOAD = (
     "cp.async.bulk.tensor.{n}d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
@@ -179,7 +179,7 @@ def cp_async_bulk_wait_group_read():
 
 @instruction("prefetch.tensormap [<tensor_map>];", sm=90)
 def prefetch_tensormap(tensor_map: TensorMap):
-    """Bring a tensor map into the cache for what will use it. PTX ISA 9.7.9.16."""
+    """Bring a tensor map into the cache before copies use it. PTX ISA 9.7.9.16."""
 
 
 def _load(target, target_offset, tensor_map, barriers, index, coordinates):

@@ -17,8 +17,8 @@ if SIMULATED:
 def bra_over_store(target: Shared(u32, "offset"), offset: i64, x: f32, y: f32):
     """Branch over a store and a barrier, because x + y is not negative; it may be NaN.
 
-    It does nothing; but what comes after it the assembler cannot move above what x and y are made
-    of. PTX ISA 9.7.12.2.
+    It does nothing, but the assembler cannot move instructions after it above those that make x
+    and y. PTX ISA 9.7.12.2.
     """
     if x + y < 0:
         raise SimulationError(f"bra_over_store: {x} + {y} is negative")

@@ -3,7 +3,7 @@
 from numflash.runtime.mode import SIMULATED
 
 CODE_OPTIONS = {"debug": False, "opt": True, "lineinfo": False, "fastmath": False}
-"""What Numba is told with each function, so that none of its settings decides machine code."""
+"""Options given to Numba with each function, so that none of its settings decides machine code."""
 
 if SIMULATED:
     from numflash.simulator import cuda, install

@@ -1,7 +1,7 @@
 """Conversions to and from 8-bit floats, two at a time. PTX ISA 9.7.9.22.
 
-To 8 bits: the nearest number, ties to even; what lies outside, infinities included, becomes the
-largest finite number, and a NaN 0x7f. To float16: exact, and a NaN becomes 0x7fff.
+To 8 bits: the nearest number, ties to even; numbers outside, infinities included, become the
+largest finite number, and a NaN becomes 0x7f. To float16: exact, and a NaN becomes 0x7fff.
 """
 
 import numpy as np
@@ -38,7 +38,7 @@ def cvt_rn_f16x2_e5m2x2(codes: u16) -> u32:
 class _Pairs:
     """Two numbers of a format at a time, in arrays kept for them: a simulated thread's registers.
 
-    What `Format` does for arrays, which is many times as slow for two.
+    `Format` does the same for arrays, many times as slowly for two numbers.
     """
 
     def __init__(self, kind: Format):

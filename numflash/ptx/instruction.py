@@ -6,7 +6,7 @@
         return np.exp2(x)
 
 On the GPU a call emits the template as inline assembly; the body is never compiled. In the
-simulator the body runs; the template is never read. A parameter's annotation says what it is:
+simulator the body runs; the template is never read. A parameter's annotation gives its kind:
 
 * a scalar type (`f32`, `i32`, `u32`, ...): a register;
 * `Regs(type, n, mode)`: n elements of a local array, "r"ead, "w"ritten or both, which stay in
@@ -17,11 +17,11 @@ simulator the body runs; the template is never read. A parameter's annotation sa
 * `Shared(type, index)` and `Global(type, index)`: an address: the element `index`, itself an
   integer parameter of the function, of a shared array or of a `Pointer`.
 
-`collective="warp"` marks what the lanes of a warp do together, and "warpgroup" what each of its
-four warps must do, when it comes to it. The body runs once for the warp: scalars arrive as arrays
-of shape (lanes,), `Regs` as (lanes, n), but `Accumulator` and `LaterRead`, like `Shared` and
-`Global`, as a list of each lane's array; a scalar result goes back as (lanes,). Every instruction
-is listed in `INSTRUCTIONS`, where tests find it.
+`collective="warp"` marks an instruction of all lanes of a warp together, "warpgroup" one that each
+of the four warps must execute, each at its own time. The body runs once for the warp: scalars
+arrive as arrays of shape (lanes,), `Regs` as (lanes, n), but `Accumulator` and `LaterRead`, like
+`Shared` and `Global`, as a list of each lane's array; a scalar result goes back as (lanes,). Every
+instruction is listed in `INSTRUCTIONS`, where tests find it.
 
 The PTX ISA sections are those of "Parallel Thread Execution ISA", version 9.
 """
@@ -82,7 +82,7 @@ class Global:
 
 @dataclass(frozen=True)
 class Instruction:
-    """What the decorator knows of an instruction; `call` is what kernels call."""
+    """An instruction, as the decorator describes it; kernels call `call`."""
 
     name: str
     template: str
@@ -113,8 +113,8 @@ def instruction(
         template: PTX text; `<name>` stands for the parameter `name`, `<ret>` for the result.
         sm: the lowest compute capability that has it, as in sm_75.
         newest: the highest that has it; None where all later ones do.
-        collective: None for one thread, "warp" for what its lanes do together, "warpgroup" for
-            what all four warps of one must execute.
+        collective: None for one thread, "warp" for all lanes together, "warpgroup" where all four
+            warps of one must execute it.
         volatile: keep the compiler from executing it once for several calls.
     """
 
@@ -132,7 +132,7 @@ def instruction(
 
             outputs = [o for o in operands.values() if isinstance(o, Regs) and "w" in o.mode]
             in_memory = any(isinstance(o, Shared | Global) for o in operands.values())
-            # What yields nothing is there for its effect on memory: barriers, commits, waits.
+            # An instruction without results has its effect on memory: barriers, commits, waits.
             touches_memory = in_memory or (result is None and not outputs)
             call = inline_assembly(
                 body,

@@ -1,9 +1,9 @@
 """Barriers in shared memory that count arrivals and bytes. PTX ISA 9.7.13.15.
 
 An mbarrier goes through phases. A phase ends when as many threads have arrived as `mbarrier_init`
-said and as many bytes have been delivered as were announced; the next begins at once. Who waits
-names the parity of the phase that shall have ended: 0 for the first. Waiting for parity 1 at a new
-barrier therefore passes at once, which is how a producer finds empty buffers.
+said and as many bytes have been delivered as were announced; the next begins at once. A wait
+names the parity of the phase that must have ended: 0 for the first. At a new barrier a wait for
+parity 1 therefore passes at once, which is how a producer finds empty buffers.
 """
 
 from numflash.ptx.instruction import Shared, instruction
@@ -48,6 +48,6 @@ def mbarrier_arrive_expect_tx(barriers: Shared(u64, "index"), index: i32, n_byte
 def mbarrier_wait_parity(barriers: Shared(u64, "index"), index: i32, parity: u32):
     """Wait until the phase of this parity has ended: a loop of try_wait. PTX ISA 9.7.13.15.16.
 
-    What was delivered in it, and what was written before arriving, is visible then.
+    After it, bytes delivered in the phase, and stores before the arrivals, are visible.
     """
     current_thread().block.part(BulkCopies).wait(barriers, index, parity)

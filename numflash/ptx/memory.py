@@ -114,7 +114,7 @@ def st_shared_u32(target: Shared(u32, "offset"), offset: i64, x: u32):
 
 
 def _refuse(array, offset, count=4):
-    """Raise what a misaligned or wild access to `count` words of a (16-byte aligned) array is."""
+    """Raise the error of a misaligned or wild access to `count` words of an aligned array."""
     if offset % count:
         raise ValueError(
             f"shared memory: a {4 * count}-byte access at word {offset} is misaligned"

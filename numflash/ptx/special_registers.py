@@ -10,21 +10,21 @@ if SIMULATED:
 
 @instruction("mov.u32 <ret>, %tid.x;", sm=75, volatile=True)
 def mov_tid_x() -> u32:
-    """threadIdx.x, read anew at each call.
+    """threadIdx.x, read again at each call.
 
-    What is computed from `cuda.threadIdx.x` the compiler keeps in registers through a loop; from
-    this it is computed where it is needed. PTX ISA 10.1.
+    The compiler keeps values computed from `cuda.threadIdx.x` in registers through a loop; values
+    from this it computes where they are needed. PTX ISA 10.1.
     """
     return u32(current_thread().threadIdx.x)
 
 
 @instruction("mov.u32 <ret>, %ctaid.x;", sm=75, volatile=True)
 def mov_ctaid_x() -> u32:
-    """blockIdx.x, read anew at each call, as `mov_tid_x`. PTX ISA 10.6."""
+    """blockIdx.x, read again at each call, as `mov_tid_x`. PTX ISA 10.6."""
     return u32(current_thread().block.blockIdx.x)
 
 
 @instruction("mov.u32 <ret>, %nctaid.x;", sm=75, volatile=True)
 def mov_nctaid_x() -> u32:
-    """gridDim.x, read anew at each call, as `mov_tid_x`. PTX ISA 10.7."""
+    """gridDim.x, read again at each call, as `mov_tid_x`. PTX ISA 10.7."""
     return u32(current_thread().block.gridDim.x)

@@ -12,8 +12,7 @@ Every product is d += a b with a of 16 x k, b of k x 8 and d of 16 x 8. Lane l s
     b[i]     (4 t + h + 16 i, g)
 
 Sums are exact here and rounded once; the hardware aligns the terms of a sum to the largest and
-cuts off what lies below, so its last bits may differ. `numflash.runtime.sums` has models of
-that.
+cuts off the bits below, so its last bits may differ. `numflash.runtime.sums` has models of that.
 """
 
 from functools import cache

@@ -1,4 +1,4 @@
-"""What specialised warps need besides: fences between proxies, one elected lane, registers.
+"""Instructions for specialised warps: fences between proxies, one elected lane, registers.
 
 Four consecutive warps are a warpgroup; its number in the block begins at a multiple of four.
 """
@@ -26,7 +26,7 @@ def fence_mbarrier_init():
 
 @instruction("fence.proxy.async.shared::cta;", sm=90)
 def fence_proxy_async():
-    """Make what this thread stored to shared memory visible to bulk copies and `wgmma`.
+    """Make this thread's stores to shared memory visible to bulk copies and `wgmma`.
 
     To its own ones also what others have stored, and it knows of. PTX ISA 9.7.13.4.
     """
@@ -63,7 +63,7 @@ def make_setmaxnreg(action: str, registers: int):
     """The instruction by which a warpgroup takes ("inc") or gives back ("dec") registers.
 
     `registers` are those per thread from then on: a multiple of 8 from 24 to 256. "inc" waits
-    until the block's pool has enough. All four warps must execute it, each when it comes to it.
+    until the block's pool has enough. All four warps must execute it, each at its own time.
     PTX ISA 9.7.20.5.
     """
     if action not in ("inc", "dec") or registers % 8 or not 24 <= registers <= 256:

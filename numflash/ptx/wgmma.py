@@ -56,7 +56,7 @@ _OF_16_BITS = ("float16", "bfloat16")
 
 @instruction("wgmma.fence.sync.aligned;", sm=90, newest=90, collective="warpgroup")
 def wgmma_fence():
-    """Order what registers held before, and the products that follow. PTX ISA 9.7.15.7.1."""
+    """Order earlier writes to registers before the products that follow. PTX ISA 9.7.15.7.1."""
     warpgroup.fence()
 
 
@@ -70,8 +70,8 @@ def wgmma_commit_group():
 def make_wgmma_wait_group(pending: int, registers: int):
     """The instruction that waits until at most `pending` groups are under way.
 
-    It names an accumulator of `registers`, which is that of the last group waited for: what reads
-    it cannot move before the wait. PTX ISA 9.7.15.7.3.
+    It names an accumulator of `registers`, which is that of the last group waited for: its readers
+    cannot move before the wait. PTX ISA 9.7.15.7.3.
     """
 
     def wgmma_wait_group(acc: Accumulator(f32, registers)):
@@ -107,8 +107,9 @@ def make_wgmma(
         a: where operand a is: "shared", named by a descriptor, or "registers".
         b_major: "k" or "mn"; e4m3 and tf32 have "k" only.
         accumulates: whether acc is added to.
-        in_place: whether acc has the same registers before and after. Others are free until then,
-            where acc is not added to; but the assembler may put off what reads the old acc.
+        in_place: whether acc has the same registers before and after. Where acc is not added to,
+            other registers are free until then; but the assembler may delay readers of the old
+            acc.
         a_major: of an operand a in shared memory, as b_major.
         sums: elements of acc: f32, or u32, which are words of two float16 each. Register i of
             these holds d[2 i] and d[2 i + 1]; operands must be float16.

@@ -2,7 +2,7 @@
 
 attention, attention_backward    in float64
 naive, naive_backward            step by step in a lower precision: error budgets
-magnitudes                       what results sum up, without signs: budgets, too
+magnitudes                       the sums behind results, without signs: budgets, too
 quantize_fp8, attention_fp8      with 8-bit floats
 """
 

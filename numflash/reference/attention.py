@@ -11,6 +11,8 @@ with any number of key-value heads that divides the query heads.
 import ml_dtypes
 import numpy as np
 
+from numflash.configs.features import FEATURES
+
 _PRECISIONS = {
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
@@ -27,13 +29,21 @@ def attention(q, k, v, **options) -> tuple[np.ndarray, np.ndarray]:
         q: (batch, seqlen_q, num_heads_q, head_dim).
         k: (batch, seqlen_k, num_heads_kv, head_dim).
         v: (batch, seqlen_k, num_heads_kv, head_dim_v).
-        options: as for `numflash.attention`: softmax_scale, causal, causal_align, window_size,
-            softcap, alibi_slopes, layout.
+        options: as for `numflash.attention`: softmax_scale, causal, causal_align, shift,
+            window_size, softcap, alibi_slopes, sinks, layout.
 
     Returns:
         out: (batch, seqlen_q, num_heads_q, head_dim_v), in the layout of q.
         lse: (batch, num_heads_q, seqlen_q), without the axes that q does not have: natural
             log-sum-exp of the scores. A query that sees no key has out 0 and lse -inf.
+
+    Example:
+        >>> import numpy as np
+        >>> from numflash import reference
+        >>> q, k, v = np.random.default_rng(0).standard_normal((3, 1, 32, 2, 16))
+        >>> out, lse = reference.attention(q, k, v, causal=True)
+        >>> bool(np.allclose(out[:, 0], v[:, 0]))  # the first query sees the first key only
+        True
     """
     return naive(q, k, v, precision="float64", **options)
 
@@ -46,7 +56,16 @@ def attention_backward(dout, q, k, v, **options):
         q, k, v, options: as for `attention`.
 
     Returns:
-        dq, dk, dv, shaped like q, k and v.
+        dq, dk, dv, shaped like q, k and v; and the gradients of options that have one, as
+        `numflash.attention_backward` returns them.
+
+    Example:
+        >>> import numpy as np
+        >>> from numflash import reference
+        >>> q, k, v = np.random.default_rng(0).standard_normal((3, 1, 32, 2, 16))
+        >>> dq, dk, dv = reference.attention_backward(np.ones_like(q), q, k, v)
+        >>> bool(np.allclose(dv.sum(1), 32))  # each query's weights sum to 1
+        True
     """
     return naive_backward(dout, q, k, v, precision="float64", **options)
 
@@ -55,6 +74,15 @@ def naive(q, k, v, *, precision: str, **options) -> tuple[np.ndarray, np.ndarray
     """`attention` computed step by step in `precision`, every intermediate rounded to it.
 
     "tf32" rounds the operands of each product, and keeps everything else in float32.
+
+    Example:
+        >>> import numpy as np
+        >>> from numflash import reference
+        >>> q, k, v = np.random.default_rng(0).standard_normal((3, 1, 32, 2, 16))
+        >>> exact, _ = reference.attention(q, k, v)
+        >>> rounded, _ = reference.naive(q, k, v, precision="float16")
+        >>> bool(0 < abs(rounded - exact).max() < 0.01)
+        True
     """
     dtype, matmul = _PRECISIONS[precision], _multiplication(precision)
     bhsd = options.get("layout", "bshd") == "bhsd"
@@ -68,6 +96,14 @@ def naive_backward(dout, q, k, v, *, precision: str, **options):
     """`attention_backward` computed step by step in `precision`.
 
     As `numflash.attention_backward` does, it starts from lse, in no less than float32.
+
+    Example:
+        >>> import numpy as np
+        >>> from numflash import reference
+        >>> q, k, v = np.random.default_rng(0).standard_normal((3, 1, 32, 2, 16))
+        >>> dq, dk, dv = reference.naive_backward(q, q, k, v, precision="bfloat16")
+        >>> dq.shape == q.shape
+        True
     """
     dtype, matmul = _PRECISIONS[precision], _multiplication(precision)
     bhsd = options.get("layout", "bshd") == "bhsd"
@@ -86,11 +122,12 @@ def naive_backward(dout, q, k, v, *, precision: str, **options):
     dq = matmul(ds, repeat(k4.astype(dtype), group), dtype) * scale
     dk = matmul(ds.swapaxes(-1, -2), q4.astype(dtype), dtype) * scale
     gradients = dq, _sum_groups(dk, group, dtype), _sum_groups(dv, group, dtype)
-    return tuple(heads_back(g, bhsd, np.ndim(q)) for g in gradients)
+    of_heads = _gradients_of_heads(lse, (do * out).sum(-1, dtype=_sums(dtype)), options)
+    return (*(heads_back(g, bhsd, np.ndim(q)) for g in gradients), *of_heads.values())
 
 
 def magnitudes(q, k, v, dout=None, **options) -> dict[str, np.ndarray]:
-    """What the sums behind each result come to without their signs, in float64.
+    """The sums behind each result, taken without signs, in float64.
 
     Rounding is relative to these, not to the results, in which much may cancel: a query that sees
     one key has dS = P * (dP - delta) = 0.
@@ -101,6 +138,15 @@ def magnitudes(q, k, v, dout=None, **options) -> dict[str, np.ndarray]:
     Returns:
         "out" and "lse", with dout also "dq", "dk" and "dv": shaped like the results with
         (batch, heads, seqlen, ...), whatever the layout.
+
+    Example:
+        >>> import numpy as np
+        >>> from numflash import reference
+        >>> q, k, v = np.random.default_rng(0).standard_normal((3, 1, 32, 2, 16))
+        >>> out, _ = reference.attention(q, k, v)
+        >>> found = reference.magnitudes(q, k, v)
+        >>> bool((found["out"] >= abs(out.transpose(0, 2, 1, 3)) - 1e-12).all())
+        True
     """
     bhsd = options.get("layout", "bshd") == "bhsd"
     q, k, v = (heads_first(x, bhsd).astype(np.float64) for x in (q, k, v))
@@ -120,6 +166,20 @@ def magnitudes(q, k, v, dout=None, **options) -> dict[str, np.ndarray]:
     found["dq"] = ds @ k_abs
     found["dk"] = _sum_groups(ds.swapaxes(-1, -2) @ np.abs(q), group, np.float64)
     found["dv"] = _sum_groups(p.swapaxes(-1, -2) @ np.abs(do), group, np.float64)
+    of_heads = _gradients_of_heads(lse, np.abs(do * out).sum(-1), options)
+    return found | {name: np.abs(gradient) for name, gradient in of_heads.items()}
+
+
+def _gradients_of_heads(lse, product, options) -> dict[str, np.ndarray]:
+    """By name, as in "dsinks": the gradients of options that heads have, (num_heads_q,).
+
+    `lse` and `product`, that of dO and O, are (batch, head, query).
+    """
+    found = {}
+    for row in FEATURES:
+        value = options.get(row.option, row.default)
+        if row.gradient is not None and row.is_asked(value):
+            found[f"d{row.option}"] = row.gradient(lse, product, value).sum((0, 2))
     return found
 
 
@@ -129,9 +189,16 @@ def visible(
     causal: bool = False,
     causal_align: str = "bottom_right",
     window_size=(-1, -1),
+    shift: int = 0,
 ) -> np.ndarray:
-    """Which keys (columns) each query (row) sees: a boolean (seqlen_q, seqlen_k) array."""
-    i = np.arange(seqlen_q)[:, None] + _alignment(seqlen_q, seqlen_k, causal_align)
+    """A boolean (seqlen_q, seqlen_k) array of the keys (columns) that each query (row) sees.
+
+    Example:
+        >>> from numflash import reference
+        >>> reference.visible(2, 3, causal=True).astype(int).tolist()
+        [[1, 1, 0], [1, 1, 1]]
+    """
+    i = np.arange(seqlen_q)[:, None] + _alignment(seqlen_q, seqlen_k, causal_align, shift)
     j = np.arange(seqlen_k)[None, :]
     left, right = window_size
     seen = np.ones((seqlen_q, seqlen_k), bool)
@@ -145,51 +212,70 @@ def visible(
 
 
 def _forward(q, k, v, dtype, matmul, options):
-    """Attention on (batch, heads, seqlen, head_dim); also S, the slope of the cap, the scale."""
+    """Attention on (batch, heads, seqlen, head_dim); also S, its slope, the scale."""
     s, slope, scale = scores(q, k, dtype, matmul, options)
     with np.errstate(divide="ignore", invalid="ignore"):
         row_max = s.max(-1, keepdims=True, initial=dtype.type(-np.inf))
         # -inf - -inf is NaN: rows that see no key subtract 0 instead.
         e = np.exp(s - np.where(np.isneginf(row_max), dtype.type(0), row_max))
         row_sum = e.sum(-1, keepdims=True, dtype=_sums(dtype)).astype(dtype)
-        p = np.where(row_sum == 0, dtype.type(0), e / row_sum)
-        exact_sum = e.sum(-1, dtype=_sums(dtype))
-        lse = row_max[..., 0].astype(_sums(dtype)) + np.log(exact_sum)
+        exact_sum = e.sum(-1, keepdims=True, dtype=_sums(dtype))
+        _, row_sum, kept = end_of_rows(row_max, row_sum, options)
+        p = np.where(row_sum == 0, dtype.type(0), e * kept / row_sum)
+        exact_max = row_max.astype(_sums(dtype))
+        exact_max, exact_sum, _ = end_of_rows(exact_max, exact_sum, options)
+        lse = (exact_max + np.log(exact_sum))[..., 0]
     out = matmul(p, repeat(v.astype(dtype), q.shape[1] // v.shape[1]), dtype)
     return out, lse, s, slope, scale
 
 
+def end_of_rows(row_max, row_sum, options):
+    """(row_max, row_sum, kept): with what features join to rows, all (batch, head, query, 1).
+
+    Exponentials relative to row_max, as they were, must be multiplied by `kept`.
+    """
+    kept = row_max.dtype.type(1)
+    for row in FEATURES:
+        value = options.get(row.option, row.default)
+        if row.hook == "finish" and row.is_asked(value):
+            row_max, row_sum, more = row.reference(row_max, row_sum, value)
+            kept = kept * more
+    return row_max, row_sum, kept
+
+
 def scores(q, k, dtype, matmul, options):
-    """S from (batch, heads, seqlen, head_dim), -inf where masked; the cap's slope; the scale."""
-    batch, num_heads, seqlen_q, head_dim = q.shape
+    """S from (batch, heads, seqlen, head_dim), -inf where masked; its slope; the scale.
+
+    The slope is the derivative of S by the scaled product, which features may bend.
+    """
+    _, num_heads, seqlen_q, head_dim = q.shape
     seqlen_k, group = k.shape[2], num_heads // k.shape[1]
-    causal_align = options.get("causal_align", "bottom_right")
-    scale, softcap = options.get("softmax_scale"), options.get("softcap", 0.0)
+    align = options.get("causal_align", "bottom_right"), options.get("shift", 0)
+    scale = options.get("softmax_scale")
     scale = dtype.type(head_dim**-0.5 if scale is None else scale)
 
     s = matmul(q.astype(dtype), repeat(k.astype(dtype), group).swapaxes(-1, -2), dtype) * scale
     slope = np.ones((), dtype)
-    if softcap:
-        bent = np.tanh(s / dtype.type(softcap))
-        s, slope = bent * dtype.type(softcap), 1 - bent * bent
-    if options.get("alibi_slopes") is not None:
-        slopes = np.asarray(options["alibi_slopes"]).astype(dtype)
-        slopes = np.broadcast_to(slopes, (batch, num_heads))[:, :, None, None]
-        i = np.arange(seqlen_q)[:, None] + _alignment(seqlen_q, seqlen_k, causal_align)
-        s = s - slopes * np.abs(i - np.arange(seqlen_k)).astype(dtype)
+    i = np.arange(seqlen_q)[:, None] + _alignment(seqlen_q, seqlen_k, *align)
+    for row in FEATURES:
+        value = options.get(row.option, row.default)
+        if row.hook == "score" and row.is_asked(value):
+            s, more = row.reference(s, value, i, np.arange(seqlen_k))
+            slope = slope * more
     seen = visible(
         seqlen_q,
         seqlen_k,
         options.get("causal", False),
-        causal_align,
+        align[0],
         options.get("window_size", (-1, -1)),
+        shift=align[1],
     )
     return np.where(seen, s, dtype.type(-np.inf)), slope, scale
 
 
-def _alignment(seqlen_q: int, seqlen_k: int, causal_align: str) -> int:
-    """What is added to a query's index to get the key it stands at."""
-    return seqlen_k - seqlen_q if causal_align == "bottom_right" else 0
+def _alignment(seqlen_q: int, seqlen_k: int, causal_align: str, shift: int) -> int:
+    """The offset from a query's index to the key at its position."""
+    return shift + (seqlen_k - seqlen_q if causal_align == "bottom_right" else 0)
 
 
 def _sums(dtype):
@@ -245,7 +331,7 @@ def heads_first(x, bhsd: bool) -> np.ndarray:
 
 
 def heads_back(x, bhsd: bool, ndim: int) -> np.ndarray:
-    """The inverse of `_heads_first`."""
+    """The inverse of `heads_first`."""
     if ndim == 2:
         return x[0, 0]
     x = x if bhsd else x.swapaxes(1, 2)

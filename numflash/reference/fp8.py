@@ -17,14 +17,20 @@ up to the common factor 1 / sum exp(S).
 
 Sources: FlashAttention-3, arXiv 2407.08608, section 3.3 (a scale per block, incoherent
 processing); QuIP, arXiv 2307.13304 (random orthogonal transforms). A scale of P per tile is
-numflash's: a running maximum, as FlashAttention-3 has it, loses what is small next to an attention
-sink (arXiv 2606.06521).
+numflash's: a running maximum, as FlashAttention-3 has it, loses numbers that are small next to an
+attention sink (arXiv 2606.06521).
 """
 
 import numpy as np
 
 from numflash.configs.formats import FORMATS
-from numflash.reference.attention import heads_back, heads_first, repeat, scores
+from numflash.reference.attention import (
+    end_of_rows,
+    heads_back,
+    heads_first,
+    repeat,
+    scores,
+)
 
 HEAD_DIM_STEP = 64
 TOKEN_STEP = 64
@@ -47,14 +53,28 @@ def rotation_size(padded: int) -> int:
 
 
 def hadamard_signs(padded: int, seed: int) -> np.ndarray:
-    """(padded,) float32 of +1 and -1, from the first 256 bits of PCG64(seed), low bits first."""
+    """(padded,) float32 of +1 and -1, from the first 256 bits of PCG64(seed), low bits first.
+
+    Example:
+        >>> from numflash import reference
+        >>> reference.hadamard_signs(4, seed=0).shape
+        (4,)
+    """
     words = np.random.PCG64(seed).random_raw(4).astype("<u8")
     bits = np.unpackbits(words.view(np.uint8), bitorder="little")
     return np.where(bits[:padded], np.float32(-1), np.float32(1))
 
 
 def rotate(x, seed: int) -> np.ndarray:
-    """Rows (..., padded) times signs and Hadamard matrices: float32, an orthogonal transform."""
+    """Rows (..., padded) times signs and Hadamard matrices: float32, an orthogonal transform.
+
+    Example:
+        >>> import numpy as np
+        >>> from numflash import reference
+        >>> x = np.eye(1, 64)
+        >>> bool(np.allclose(abs(reference.rotate(x, seed=0)), 1 / 8))  # an outlier, spread out
+        True
+    """
     x = np.asarray(x, np.float32)
     size, shape = rotation_size(x.shape[-1]), x.shape
     x = x * hadamard_signs(shape[-1], seed)
@@ -97,6 +117,14 @@ def quantize_fp8(
         codes: (batch, seqlen, heads, padded head_dim) uint8, in the layout and with the axes of x.
         descale: (batch, heads, n) float32 with n = 1, seqlen / block rounded up, or seqlen;
             (1, 1, 1) for "tensor".
+
+    Example:
+        >>> import numpy as np
+        >>> from numflash import reference
+        >>> x = np.random.default_rng(0).standard_normal((1, 32, 2, 64))
+        >>> codes, descale = reference.quantize_fp8(x, "block", block=16)
+        >>> codes.shape, descale.shape
+        ((1, 32, 2, 64), (1, 2, 2))
     """
     ndim, bhsd, kind = np.ndim(x), layout == "bhsd", FORMATS[format]
     x = heads_first(x, bhsd).astype(np.float32)
@@ -133,9 +161,18 @@ def dequantize_fp8(
     format: str = "e4m3",
     layout: str = "bshd",
 ) -> np.ndarray:
-    """The numbers that codes stand for, float32, shaped like what was quantised.
+    """The numbers that codes stand for, float32, shaped like the quantised array.
 
     `block` is the number of tokens per scale; where there is one for all it does not matter.
+
+    Example:
+        >>> import numpy as np
+        >>> from numflash import reference
+        >>> x = np.random.default_rng(0).standard_normal((1, 32, 2, 64))
+        >>> codes, descale = reference.quantize_fp8(x, "block", block=16)
+        >>> y = reference.dequantize_fp8(codes, descale, head_dim=64, block=16)
+        >>> bool(abs(y - x).max() < 0.07 * abs(x).max())
+        True
     """
     ndim, bhsd = np.ndim(codes), layout == "bhsd"
     codes = heads_first(codes, bhsd)
@@ -160,6 +197,13 @@ def tokens_innermost(codes) -> np.ndarray:
     This is how V is stored: for each of its columns all tokens, filled up with zeros to a multiple
     of 64, and in each 16 in the order in which P leaves the tensor cores: position p holds token
     2 (p // 4) + p % 2 + 8 (p // 2 % 2). So P goes from accumulator to operand without a shuffle.
+
+    Example:
+        >>> import numpy as np
+        >>> from numflash import reference
+        >>> codes = np.arange(16, dtype=np.uint8).reshape(1, 16, 1, 1)
+        >>> reference.tokens_innermost(codes)[0, 0, 0, :8].tolist()
+        [0, 1, 8, 9, 2, 3, 10, 11]
     """
     codes = np.asarray(codes).transpose(0, 2, 3, 1)
     codes = np.pad(codes, [(0, 0)] * 3 + [(0, -codes.shape[3] % TOKEN_STEP)])
@@ -167,7 +211,16 @@ def tokens_innermost(codes) -> np.ndarray:
 
 
 def tokens_outermost(codes, seqlen: int) -> np.ndarray:
-    """The inverse of `tokens_innermost`."""
+    """The inverse of `tokens_innermost`.
+
+    Example:
+        >>> import numpy as np
+        >>> from numflash import reference
+        >>> codes = np.arange(16, dtype=np.uint8).reshape(1, 16, 1, 1)
+        >>> stored = reference.tokens_innermost(codes)
+        >>> bool((reference.tokens_outermost(stored, seqlen=16) == codes).all())
+        True
+    """
     order = np.argsort(_stored_tokens(codes.shape[3]))
     return np.take(codes, order, axis=3)[..., :seqlen].transpose(0, 3, 1, 2)
 
@@ -201,6 +254,15 @@ def attention_fp8(
 
     Returns:
         out, lse: as `attention`, in float64.
+
+    Example:
+        >>> import numpy as np
+        >>> from numflash import reference
+        >>> q, k, v = np.random.default_rng(0).standard_normal((3, 1, 32, 2, 16))
+        >>> exact, _ = reference.attention(q, k, v)
+        >>> out, _ = reference.attention_fp8(q, k, v, granularity="token")
+        >>> bool(abs(out - exact).max() < 0.1)
+        True
     """
     layout = options.get("layout", "bshd")
     share = {"granularity": granularity, "block": block, "layout": layout}
@@ -234,6 +296,15 @@ def attention_of_codes(
 
     q_descale may have the heads of k and v: each group of query heads then shares one. `tile_n`
     None leaves P as it is: attention of what the codes stand for.
+
+    Example:
+        >>> import numpy as np
+        >>> from numflash import reference
+        >>> x = np.random.default_rng(0).standard_normal((1, 32, 2, 64))
+        >>> codes, descale = reference.quantize_fp8(x, "token")
+        >>> out, lse = reference.attention_of_codes(codes, codes, codes, descale, descale, descale)
+        >>> out.shape, lse.shape
+        ((1, 32, 2, 64), (1, 2, 32))
     """
     bhsd, ndim = options.get("layout", "bshd") == "bhsd", np.ndim(q)
     q, k, v = (heads_first(x, bhsd) for x in (q, k, v))
@@ -268,7 +339,8 @@ def attention_of_codes(
             if tile_n is not None:
                 p = e4m3.decode(e4m3.encode(p * 2.0**P_SCALE_LOG2)) * 2.0**-P_SCALE_LOG2
             out += np.exp(m - largest) * (p @ v[:, :, keys])
-        out = np.where(total == 0, 0, out / total)
+        largest, total, kept = end_of_rows(largest, total, options)
+        out = np.where(total == 0, 0, out * kept / total)
         lse = (largest + np.log(total))[..., 0]
     return heads_back(out, bhsd, ndim), lse.reshape(lse.shape[4 - ndim :])
 

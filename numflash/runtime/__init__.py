@@ -1,1 +1,1 @@
-"""What everything stands on: arrays, devices, the driver, files, switches, errors."""
+"""The room below all others: arrays, devices, the driver, files, switches, errors."""

@@ -30,7 +30,7 @@ class ArrayLibrary(Protocol):
         """
 
     def view(self, array, name: str = "array") -> ArrayView:
-        """What is to know of an array. Raises TypeError or ValueError, which speak of `name`."""
+        """The metadata of an array. Raises TypeError or ValueError, whose messages name `name`."""
 
     def operand(self, array) -> Operand:
         """An array made by `empty` or `with_contiguous_rows`, as an argument."""
@@ -54,12 +54,12 @@ class ArrayLibrary(Protocol):
     def hand_back(self, array, like, stream: int):
         """A result made by `empty`, as the same kind of object as `like`.
 
-        To be called after what fills it was launched on the stream: another library is told to
-        come after that.
+        Call it after the kernels that fill the array were launched on the stream: it makes another
+        library's work wait for them.
         """
 
 
-# What arrays raise that NumPy cannot see.
+# Errors of arrays that NumPy cannot see.
 _NOT_NUMPYS = TypeError, ValueError, RuntimeError, BufferError
 
 
@@ -270,7 +270,7 @@ class _Foreign(_CuPy):
             if type(like).__module__.startswith("numba."):
                 from numba import cuda
 
-                # It keeps the stream for its copies; to wait for it is the caller's to decide.
+                # Numba keeps the stream for its copies; the caller decides when to wait for it.
                 return cuda.as_cuda_array(array, sync=False)
             return array
 
@@ -282,15 +282,15 @@ def on_stream(
     arrays: dict[str, Any],
     operands: dict[str, Operand],
 ) -> Any:
-    """Do what allocates and copies for a call, in the order of the stream that it launches on.
+    """Run `work`, which allocates, copies and launches for a call, in the order of its stream.
 
     Args:
-        work: takes the stream's address; what it returns is returned.
+        work: takes the stream's address; its result is returned.
         stream: the caller's; None is the current one of the library of the first array.
-        device: what the arrays lie on.
+        device: of the arrays.
         arrays: the call's, by name; every library of theirs allocates and copies on the stream.
-        operands: of these arrays. Those that are seen through CuPy are seen anew, so that what
-            filled them comes before the stream's work.
+        operands: of these arrays. CuPy looks again at those that it sees for another library, so
+            that the stream's work comes after the kernels that filled them.
     """
     name, array = next(iter(arrays.items()))
     first = library_of(array, name)
@@ -327,7 +327,7 @@ def library_of(array, name: str) -> ArrayLibrary:
 
     Raises:
         TypeError: not an array, or not one that kernels of this process can reach; `name` is the
-            argument that the message speaks of.
+            argument that the message names.
     """
     library = _libraries.get(type(array))
     if library is None:
@@ -336,7 +336,7 @@ def library_of(array, name: str) -> ArrayLibrary:
 
 
 def metadata(array, name: str) -> ArrayView:
-    """What is to know of an array that nothing will read: it need not be on a CUDA device.
+    """The metadata of an array that nothing will read: it need not be on a CUDA device.
 
     Raises:
         TypeError, ValueError: it is no array.
@@ -372,7 +372,7 @@ def _is_tensor(array) -> bool:
 
 
 def _records_gradient(tensor) -> bool:
-    """Whether PyTorch would record what is done to a tensor now, and go back through it."""
+    """Whether PyTorch would record operations on a tensor now, for a backward through them."""
     return tensor.requires_grad and sys.modules["torch"].is_grad_enabled()
 
 

@@ -13,7 +13,7 @@ _log = logging.getLogger("numflash")
 
 
 def cache_dir() -> Path:
-    """Where numflash keeps files: NUMFLASH_CACHE_DIR, or a folder in the user's cache."""
+    """The folder of numflash's files: NUMFLASH_CACHE_DIR, or a folder in the user's cache."""
     if chosen := os.environ.get("NUMFLASH_CACHE_DIR"):
         return Path(chosen)
     if sys.platform == "win32":

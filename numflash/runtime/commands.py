@@ -1,4 +1,4 @@
-"""What every command does: it ends quietly when nobody reads what it prints, as in `| head`."""
+"""Commands end quietly when nothing reads their output, as in `| head`."""
 
 import os
 import select
@@ -35,15 +35,15 @@ def command(main: Callable) -> Callable:
 
 
 def _drop_if_closed(stream) -> bool:
-    """Send what a stream still holds to nowhere, if it is a closed pipe; whether it is one."""
+    """Discard the text that a stream still holds, if it is a closed pipe; whether it is one."""
     try:
         number = stream.fileno()
     except (OSError, ValueError):
-        return False  # no file, but what takes its place in a test
+        return False  # no file, but a test's stand-in for one
     if not hasattr(select, "poll"):
         return False  # Windows, whose closed pipes are another error
     poll = select.poll()
-    poll.register(number, 0)  # errors are told of unasked
+    poll.register(number, 0)  # poll reports errors without being asked
     if not any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
         return False
     nowhere = os.open(os.devnull, os.O_WRONLY)

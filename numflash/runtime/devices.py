@@ -1,4 +1,4 @@
-"""What a GPU has: limits per compute capability, and how many blocks of a kernel fit on an SM.
+"""Limits of GPUs by compute capability, and the number of blocks of a kernel that fit on an SM.
 
 Sources: CUDA C++ Programming Guide, "Compute Capabilities", tables of technical specifications;
 cuda/__device/arch_traits.h of CCCL 3; cuda_occupancy.h of CUDA 13.
@@ -21,7 +21,7 @@ class Architecture:
         arch: the compiler's name, as in "sm_90a".
         max_smem_per_block: dynamic shared memory a block can opt in to, bytes.
         smem_per_sm: shared memory of an SM, bytes.
-        max_threads_per_sm, max_blocks_per_sm: what an SM holds at once.
+        max_threads_per_sm, max_blocks_per_sm: the most that an SM holds at once.
         registers_per_sm: 32-bit registers of an SM.
         reserved_smem_per_block: shared memory the system takes for each block, bytes.
         smem_unit: shared memory is handed out to blocks in multiples of this, bytes.
@@ -98,7 +98,7 @@ def architecture(name: str) -> Architecture:
 def blocks_per_sm(
     limits: Architecture, num_threads: int, registers: int, smem_bytes: int
 ) -> tuple[int, str]:
-    """Blocks of a kernel that fit on one SM at once, and what allows no more.
+    """Blocks of a kernel that fit on one SM at once, and the resource that limits them.
 
     Args:
         limits: the GPU.

@@ -1,7 +1,8 @@
-"""The CUDA driver and what it says of devices; the simulator answers for a device of its own."""
+"""The CUDA driver and the properties of devices; the simulator is a device of its own."""
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 
 from numflash.runtime.devices import Architecture, architecture, architecture_of
@@ -9,7 +10,7 @@ from numflash.runtime.errors import UnsupportedError
 from numflash.runtime.gpus import Gpu
 from numflash.runtime.mode import SIMULATED
 
-# What the simulator models unless NUMFLASH_SIM_ARCH names another.
+# The architecture that the simulator models unless NUMFLASH_SIM_ARCH names another.
 _SIMULATED_ARCHITECTURE = "sm_80"
 
 
@@ -37,7 +38,7 @@ def limits_of_device(device: int | Gpu) -> Architecture:
         raise UnsupportedError(f"device {device}: {error}") from error
 
 
-# What a simulated device has: one multiprocessor, so that little is split unless asked for.
+# (multiprocessors, bytes of L2) of the simulator: one, so that little is split unless asked for.
 _SIMULATED_MULTIPROCESSORS = 1, 2**20
 
 
@@ -51,8 +52,30 @@ def multiprocessors(device: int | Gpu) -> tuple[int, int]:
     return _attributes(device, "MULTIPROCESSOR_COUNT", "L2_CACHE_SIZE")
 
 
+@dataclass(frozen=True)
+class Machine:
+    """A GPU as the choice of kernels sees it.
+
+    Attributes:
+        device: its ordinal, or the `Gpu` that need not be here.
+        limits: of its architecture.
+        num_sms: multiprocessors.
+        l2_bytes: L2 cache.
+    """
+
+    device: int | Gpu
+    limits: Architecture
+    num_sms: int
+    l2_bytes: int
+
+
+def machine_of(device: int | Gpu) -> Machine:
+    """The machine that a CUDA device is, or the simulator. Raises as `limits_of_device`."""
+    return Machine(device, limits_of_device(device), *multiprocessors(device))
+
+
 def clocks(device: int) -> tuple[float, float]:
-    """(MHz of the SMs at most, 1e9 bytes per second of memory) of a CUDA device."""
+    """(highest MHz of the SMs, 1e9 bytes per second of memory) of a CUDA device."""
     names = "CLOCK_RATE", "MEMORY_CLOCK_RATE", "GLOBAL_MEMORY_BUS_WIDTH"
     clock_khz, memory_khz, bits = _attributes(device, *names)
     # Memory moves data at both edges of its clock.
@@ -60,7 +83,7 @@ def clocks(device: int) -> tuple[float, float]:
 
 
 def num_devices() -> int:
-    """How many CUDA devices there are. Raises UnsupportedError without a driver."""
+    """The number of CUDA devices. Raises UnsupportedError without a driver."""
     return checked(open_driver().cuDeviceGetCount())
 
 

@@ -4,7 +4,7 @@ A lock is one of the system's on a file `.lock`, so that it dies with its owner 
 hosts where the file system's locks do. That file stays: removing it would let two owners in.
 
 Nothing is written through a symbolic link: a file that somebody else may have linked elsewhere is
-not opened, and what is replaced is the link.
+not opened, and where a file is replaced the link is.
 """
 
 import errno
@@ -26,7 +26,7 @@ else:
     import fcntl
 
 LOCK_SECONDS = 10.0
-"""How long to wait for a lock."""
+"""Seconds to wait for a lock."""
 LEFTOVER_SECONDS = 3600.0
 """A temporary file older than this has no writer any more."""
 _POLL_SECONDS = 0.005
@@ -115,9 +115,9 @@ def require_replaceable(path: Path) -> None:
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Write a file as a whole: it holds what it held, or all of `text`, whatever happens.
+    """Write a file as a whole: it keeps its content or holds all of `text`, whatever happens.
 
-    Who may write its folder as a group may read it.
+    A group that may write its folder may read it.
 
     Raises:
         OSError: it cannot be written, or is a folder, a device or a pipe.
@@ -147,7 +147,7 @@ def replace_file(path: Path, text: str) -> None:
 
 
 def _read_by_others(path: str, flags: int) -> int:
-    # Whatever the umask lets others do: a file of the cache that they may write is not believed.
+    # The umask does not matter: a file of the cache that others may write is not believed.
     return os.open(path, flags, 0o644)
 
 

@@ -1,4 +1,4 @@
-"""GPUs that need not be here: what the choice of kernels depends on, by name or architecture.
+"""GPUs that need not be here: the sizes that kernels are chosen by, by name or architecture.
 
 A `Gpu` may stand where the ordinal of a CUDA device is asked for, as far as nothing runs on it.
 The table is `gpus.toml`.
@@ -16,7 +16,7 @@ from numflash.runtime.devices import Architecture, architecture
 _MB = 2**20
 # "sm_89", "sm89", "89", "sm_90a"
 _ARCHITECTURE = re.compile(r"(?:sm_?)?(\d{2,3}[af]?)", re.IGNORECASE)
-# What people leave out of a GPU's name.
+# Words that people leave out of a GPU's name.
 _BRANDS = re.compile(r"nvidia|geforce|tesla|rtx|[^a-z0-9]")
 
 

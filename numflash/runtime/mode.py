@@ -17,7 +17,7 @@ def _as_numba_decides() -> bool:
         # It has decided, when it was imported.
         return "numba.cuda.simulator_init" in sys.modules
     if "numba" not in sys.modules and not os.path.exists(_NUMBAS_FILE):
-        # What follows without Numba, whose import takes half a second.
+        # The same answer without Numba, whose import takes half a second.
         try:
             return bool(int(os.environ.get(_VARIABLE, "0")))
         except ValueError:
@@ -35,5 +35,11 @@ SIMULATED = _as_numba_decides()
 
 
 def simulating() -> bool:
-    """Whether kernels of this process run in the simulator, on NumPy arrays."""
+    """Whether kernels of this process run in the simulator, on NumPy arrays.
+
+    Example:
+        >>> import numflash
+        >>> numflash.simulating()  # with NUMBA_ENABLE_CUDASIM=1
+        True
+    """
     return SIMULATED

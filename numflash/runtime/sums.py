@@ -1,10 +1,10 @@
-"""How tensor cores add products: exactly, or as published models say that GPUs do.
+"""Sums of tensor cores: exact, or cut as published models say that GPUs cut them.
 
 NUMFLASH_SIM_SUMS chooses, for the simulator and for whatever else runs the bodies of `mma` and
 `wgmma`: `exact` (the default) rounds a sum of an instruction once, to nearest; `ampere`, `ada` and
 `hopper` do as these GPUs. They add few products at a time, and c with them. The terms are aligned
 to the largest exponent among them, cut off some bits below it, and added exactly; then the result
-is cut to what it keeps. The next products take it as their c.
+is cut to the bits it keeps. The next products take it as their c.
 
     GPU     instruction          products at a time   bits kept of a term   of the result
     A100    mma, 16 bits, tf32          8, 4                  24                  23
@@ -18,8 +18,8 @@ For sm_90 the assembler makes two products of float16 of an `mma` of e4m3: first
 of k with c = 0, then of the odd ones; c is added at the end, and this sum is rounded to nearest.
 
 Bits are those after the point of the number 1.xxx that an exponent belongs to. The exponent of a
-product is the sum of its factors' and that of a subnormal number the lowest of its type: neither
-is brought up to date by what the multiplication gives.
+product is the sum of its factors' exponents, and that of a subnormal number the lowest of its
+type: neither is adjusted to the value of the product.
 
 Sources: Xie et al., arXiv 2511.10909, whose MMA-Sim was compared bit for bit with ten GPUs;
 Khattak and Mikaitis, arXiv 2512.07004; mmaemu, whose model of e4m3 was compared bit for bit with
@@ -46,9 +46,9 @@ class Cut:
     """Sums that are cut.
 
     Attributes:
-        products: that are added at a time.
-        term_bits: after the point that terms keep, at the largest exponent among them.
-        result_bits: after the point that the result keeps, at its own exponent.
+        products: the number that is added at a time.
+        term_bits: bits after the point that a term keeps, at the largest exponent among them.
+        result_bits: bits after the point that the result keeps, at its own exponent.
         floor: the largest exponent is at least this.
     """
 
@@ -172,6 +172,6 @@ def add_products(
     finite = np.isfinite(exact)
     if finite.all():
         return add(a, b, c, dtype)
-    # What one of the terms is infinite or NaN in, is so whatever is cut off.
+    # A sum with an infinite or NaN term is infinite or NaN, whatever is cut off.
     a, b, c = (np.where(np.isfinite(x), x, 0) for x in (a, b, c))
     return np.where(finite, add(a, b, c, dtype), exact.astype(np.float32))

@@ -11,8 +11,8 @@ _WORDS = {"true": True, "on": True, "yes": True, "false": False, "off": False, "
 def is_on(name: str, default: bool = False) -> bool:
     """Whether an environment variable is on; `default` where it is unset or empty.
 
-    As in Numba's variables an integer is on unless it is 0 ("00" is 0, too). Words do as well, in
-    any case: true, on, yes; false, off, no.
+    As in Numba's variables an integer is on unless it is 0 ("00" is 0, too). Words count as well,
+    in any case: true, on, yes; false, off, no.
 
     Raises:
         ValueError: it is anything else.
@@ -33,7 +33,7 @@ def is_on(name: str, default: bool = False) -> bool:
 
 
 def choice(name: str, choices: tuple[str, ...]) -> str:
-    """What an environment variable chooses, in any case; the first where it is unset or empty.
+    """The choice of an environment variable, in any case; the first choice if unset or empty.
 
     Choices are lower case.
 

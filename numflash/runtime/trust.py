@@ -1,9 +1,9 @@
 """Whether a file may be believed: who else could have written it, and who may read a new one.
 
-What the cache holds is executed on a GPU, so that whoever writes there acts for this user. A file
-or folder is believed that belongs to this user or to root and that nobody else may write. In a
-folder that is shared on purpose, a group of this user's may: then what its members own is believed
-too.
+A GPU executes the kernels in the cache, so whoever writes there acts for this user. A file or
+folder is believed if it belongs to this user or to root and nobody else may write it. A group of
+this user's may write a folder that is shared on purpose: files that its members own are then
+believed, too.
 
 On Windows the folder of a user is the system's to protect, and everything is believed.
 """
@@ -24,7 +24,7 @@ class UntrustedError(PermissionError):
 
 
 def require_trust(path: Path, info: os.stat_result, group: int | None = None) -> None:
-    """Nothing, if a file or folder can be believed. Who could have written it is logged once.
+    """Raise unless a file or folder can be believed; who could have written it is logged once.
 
     Args:
         path: for messages.

@@ -1,4 +1,4 @@
-"""What numflash sees of an array, whatever library made it: metadata, and an address."""
+"""Views of arrays of any library: metadata, and an address."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -20,9 +20,19 @@ class Operand(NamedTuple):
     array: Any
 
 
+@dataclass(frozen=True)
+class Pointer:
+    """The address of elements of type `element` in global memory: what kernels take operands as.
+
+    In a kernel it is indexed like an array, `q[offset]`, with a 64-bit element offset.
+    """
+
+    element: type
+
+
 @dataclass(frozen=True, slots=True)
 class ArrayView:
-    """What is checked, and compiled for, of an array.
+    """Metadata of an array, which calls check and kernels are compiled for.
 
     Attributes:
         pointer: address of element 0; of an array yet to be allocated, 0.
@@ -59,7 +69,7 @@ class ArrayView:
         return 0 in self.shape or all(n == 1 or step == want for n, step, want in axes)
 
     def span(self) -> tuple[int, int]:
-        """The bytes between which its elements lie, from and to, counted from the pointer."""
+        """The range of bytes (from, to) that its elements lie in, counted from the pointer."""
         if 0 in self.shape:
             return 0, 0
         steps = [(n - 1) * step for n, step in zip(self.shape, self.strides, strict=True)]

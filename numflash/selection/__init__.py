@@ -1,1 +1,1 @@
-"""Which kernel runs, with which config and geometry, and why."""
+"""The choice of kernels, their configs and their geometry, with reasons."""

@@ -21,7 +21,7 @@ _tried: set[tuple[ProblemClass, int]] = set()
 
 
 def seconds() -> float:
-    """What may be spent on a class; 0 if nothing is to be tuned."""
+    """Seconds that may be spent on a class; 0 if nothing is to be tuned."""
     if SIMULATED:
         return 0.0
     asked = os.environ.get(_VARIABLE, "")
@@ -41,9 +41,9 @@ def seconds() -> float:
 
 
 def tune(problem: ProblemClass, device: int) -> bool:
-    """Tune a class on a device, once in a process; whether that was done now.
+    """Tune a class on a device, once in a process. Returns whether that was done now.
 
-    Whatever goes wrong is logged: the caller's work goes on with the config it would have had.
+    Errors are logged: the caller's work goes on with the config it would have had.
     """
     budget = seconds()
     if not budget or (problem, device) in _tried:

@@ -1,15 +1,18 @@
-"""Which kernels run a call: those the caller forces, those that were tuned, else those by rule.
+"""The kernels of a call: those that the caller forces, those that were tuned, else those by rule.
 
 `rules` knows the rules and `tuned` the configs that numflash-tune has found; here they meet the
-device and the problem.
+machine and the problem. `select` decides, and builds nothing: calls build launchers from its
+`Selection`, `explain_dispatch` prints it.
 """
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
-from numflash.configs import Config, MmaConfig, Traits
+from numflash.configs import Config, Traits
 from numflash.problem.classes import ProblemClass
 from numflash.problem.problem import AttentionProblem
-from numflash.runtime.driver import device_name, limits_of_device, multiprocessors
+from numflash.runtime.driver import Machine, device_name, limits_of_device, multiprocessors
+from numflash.runtime.errors import UnsupportedError
 from numflash.runtime.gpus import Gpu
 from numflash.runtime.mode import SIMULATED
 from numflash.selection import autotune, capture, tuned
@@ -19,6 +22,7 @@ from numflash.selection.geometry import (
     heads_in_flight,
     heads_of_a_bundle,
     heads_packed,
+    resident_blocks,
     rows_packed,
     with_splits,
 )
@@ -30,7 +34,7 @@ FUSED = "backward"
 
 
 def device_key(device: int | Gpu) -> DeviceKey:
-    """What tuned configs know a CUDA device, or an architecture by itself, by."""
+    """The key under which tuned configs know a CUDA device, or an architecture by itself."""
     named = not device.is_architecture if isinstance(device, Gpu) else not SIMULATED
     num_sms = multiprocessors(device)[0] if named else 0
     return DeviceKey(device_name(device), limits_of_device(device).arch, num_sms)
@@ -55,7 +59,7 @@ def backward_configs(config) -> dict[str, str | Config]:
 
 
 def split_configs(config) -> tuple[dict, dict]:
-    """What a dictionary forces for the forward and for the backward. Raises as both."""
+    """The configs that a dictionary forces: (forward's, backward's). Raises as both."""
     if not isinstance(config, dict):
         return forward_configs(config), {}
     forward = {family: each for family, each in config.items() if family in FORWARD}
@@ -71,73 +75,162 @@ def _expect_families(call: str, config: dict, families: tuple[str, ...]) -> dict
     return config
 
 
-def forward_choice(
+@dataclass(frozen=True)
+class Selection:
+    """The kernels of a problem: chosen, and nothing of them built.
+
+    Attributes:
+        forward: the kernel of `attention`; None if it was not asked about.
+        geometry: how the forward is laid over the machine.
+        combine: the kernel that puts the parts of split keys together; None without splits.
+        delta: the kernel that computes delta for the backward; None if it was not asked about.
+        backward: the kernels of `attention_backward` by family, in the order in which they run.
+    """
+
+    forward: Choice | None = None
+    geometry: Geometry = field(default_factory=Geometry)
+    combine: Choice | None = None
+    delta: Choice | None = None
+    backward: Mapping[str, Choice] = field(default_factory=dict)
+
+
+def select(
     problem: AttentionProblem,
     traits: Traits,
-    device: int | Gpu,
-    config: str | Config | None,
+    machine: Machine,
+    config=None,
+    *,
+    passes: tuple[str, ...] = ("forward",),
+    tokens_per_scale: int | None = None,
     runs: bool = True,
-) -> tuple[Choice, Geometry]:
-    """The forward kernel for a problem, and how it is laid over the machine.
+) -> Selection:
+    """Choose the kernels of a problem.
 
-    `runs` tells a call from a question: only for calls are classes captured and tuned.
+    Args:
+        problem: sizes, mask and features.
+        traits: of its kernels. With `selected` keys are not split: parts would be put together
+            for heads of either kind.
+        machine: the GPU.
+        config: the caller's: a config or its string form for the forward, a dictionary by family,
+            or None.
+        passes: "forward", "backward" or both.
+        tokens_per_scale: with 8-bit floats, the fewest that share a scale of K or V.
+        runs: whether this is a call and no question: only for calls are classes captured and
+            tuned.
+
+    Raises:
+        TypeError, ValueError: the config is none of these families.
+        UnsupportedError: it cannot run this problem, or no kernel can.
     """
-    limits, positive = limits_of_device(device), problem.softmax_scale > 0
-    num_sms, _ = multiprocessors(device)
-    if config is not None:
-        choice = force("forward", config, traits, limits, positive, problem)
-    else:
-        choice = choose_forward(problem, traits, limits, num_sms)
-        rows = problem.seqlen_q * rows_packed(problem)
-        if not (traits.fp8 or traits.selected):
-            choice = _tuned(choice, problem, traits, device, rows, runs)
-    config = choice.config
-    if not isinstance(config, MmaConfig):
-        return choice, Geometry()
-    pack = heads_packed(config, problem)
-    if not choice.is_final:
-        config = with_splits(config, problem, traits, limits, num_sms)
-        choice = replace(choice, config=config)
-    in_flight, heads = config.heads_in_flight, problem.num_heads_q // pack * problem.batch
-    if not in_flight:
-        _, l2_bytes = multiprocessors(device)
-        # Packed heads are one: K and V are read once for all of them.
-        fits = heads_in_flight(problem, traits.operand_bytes, l2_bytes) // pack
-        sharing = problem.group_size // pack
-        in_flight = heads_of_a_bundle(config, fits, heads, num_sms, sharing)
-    in_flight = min(in_flight, max(1, heads))
-    return choice, Geometry(pack, choice.config.num_splits, in_flight)
+    forced = _forced_configs(config, passes)
+    found = Selection()
+    if "forward" in passes:
+        choice = _forward(problem, traits, machine, forced.get("forward"), runs)
+        if tokens_per_scale is not None and tokens_per_scale % choice.config.tile_n:
+            traits = replace(traits, key_scales=True)
+            choice = _forward(problem, traits, machine, forced.get("forward"), runs)
+        geometry, combine = _lay(choice, problem, machine), None
+        if geometry.num_splits > 1:
+            combine = _combine(problem, traits, machine, forced.get("combine"), runs)
+        found = replace(found, forward=choice, geometry=geometry, combine=combine)
+    if "backward" in passes:
+        delta = choose("delta", traits, machine.limits, problem.seqlen_q)
+        backward = _backward(problem, traits, machine, forced, runs)
+        found = replace(found, delta=delta, backward=backward)
+    return found
 
 
-def combine_choice(
-    problem, traits: Traits, device: int, config: str | Config | None, runs: bool = True
+def _forced_configs(config, passes: tuple[str, ...]) -> dict[str, str | Config]:
+    """The caller's configs by family, if all are of these passes."""
+    if passes == ("forward",):
+        return forward_configs(config)
+    if passes == ("backward",):
+        return backward_configs(config)
+    forward, backward = split_configs(config)
+    return forward | backward
+
+
+def _forward(
+    problem: AttentionProblem,
+    traits: Traits,
+    machine: Machine,
+    config: str | Config | None,
+    runs: bool,
 ) -> Choice:
-    """The kernel that puts the parts of split keys together; `runs` as in `forward_choice`.
+    """The forward kernel, with its splits over keys."""
+    limits, num_sms = machine.limits, machine.num_sms
+    if config is not None:
+        choice = force("forward", config, traits, limits, problem.softmax_scale > 0, problem)
+    else:
+        choice = by_rule = choose_forward(problem, traits, limits, num_sms)
+        if not (traits.fp8 or traits.selected):
+            rows = problem.seqlen_q * rows_packed(problem)
+            choice = _tuned(by_rule, problem, traits, machine, rows, runs)
+        if choice is not by_rule and not choice.is_final and choice.has_geometry:
+            split = with_splits(choice.config, problem, traits, limits, num_sms)
+            choice = replace(choice, config=split)
+    if traits.selected:
+        if not choice.has_geometry:
+            raise UnsupportedError(
+                'precision="auto" needs tensor cores in 16 bits: '
+                + "; ".join(f"{what}: {why}" for what, why in choice.passed_over[:1])
+            )
+        choice = replace(choice, config=replace(choice.config, num_splits=1))
+    return choice
+
+
+def _lay(choice: Choice, problem: AttentionProblem, machine: Machine) -> Geometry:
+    """The layout of the chosen forward over the machine."""
+    config, rows, heads = choice.config, problem.seqlen_q, problem.num_heads_q
+    if not choice.has_geometry:
+        return Geometry(blocks=problem.num_blocks(rows, heads, config.block_rows))
+    pack, num_splits = heads_packed(config, problem), config.num_splits
+    heads //= pack
+    in_flight, all_heads = config.heads_in_flight, heads * problem.batch
+    if not in_flight:
+        # Packed heads are one: K and V are read once for all of them.
+        fits = heads_in_flight(problem, choice.traits.operand_bytes, machine.l2_bytes) // pack
+        sharing = problem.group_size // pack
+        in_flight = heads_of_a_bundle(config, fits, all_heads, machine.num_sms, sharing)
+    blocks = problem.num_blocks(rows * pack, heads * num_splits, config.block_rows)
+    if getattr(config, "persistent", False):
+        room = resident_blocks(config, choice.traits, machine.limits)
+        blocks = min(blocks, machine.num_sms * room)
+    return Geometry(pack, num_splits, min(in_flight, max(1, all_heads)), blocks)
+
+
+def _combine(
+    problem: AttentionProblem,
+    traits: Traits,
+    machine: Machine,
+    config: str | Config | None,
+    runs: bool,
+) -> Choice:
+    """The kernel that puts the parts of split keys together.
 
     It is the same after 8-bit floats, but then nothing is captured or tuned.
     """
-    limits, plain = limits_of_device(device), replace(traits, fp8=False, key_scales=False)
+    plain = replace(traits, fp8=False, key_scales=False)
     if config is not None:
-        return force("combine", config, plain, limits)
-    choice = choose("combine", plain, limits)
+        return force("combine", config, plain, machine.limits)
+    choice = choose("combine", plain, machine.limits)
     if traits.fp8:
         return choice
-    return _tuned(choice, problem, traits, device, problem.seqlen_q, runs)
+    return _tuned(choice, problem, traits, machine, problem.seqlen_q, runs)
 
 
-def backward_choices(
+def _backward(
     problem: AttentionProblem,
     traits: Traits,
-    device: int | Gpu,
-    forced: dict[str, str | Config],
-    runs: bool = True,
+    machine: Machine,
+    forced: Mapping[str, str | Config],
+    runs: bool,
 ) -> dict[str, Choice]:
     """The kernels of the backward by family, in the order in which they run.
 
-    One kernel for all gradients runs if it is forced, or measured to be faster than two. `runs`
-    as in `forward_choice`.
+    One kernel for all gradients runs if it is forced, or measured to be faster than two.
     """
-    limits, positive = limits_of_device(device), problem.softmax_scale > 0
+    limits, positive = machine.limits, problem.softmax_scale > 0
     if FUSED in forced:
         return {FUSED: force(FUSED, forced[FUSED], traits, limits, positive)}
     choices, times = {}, []
@@ -147,17 +240,23 @@ def backward_choices(
             choices[family] = force(family, forced[family], traits, limits, positive)
             continue
         choice = choose(family, traits, limits, rows, positive)
-        choices[family] = _tuned(choice, problem, traits, device, rows, runs)
+        choices[family] = _tuned(choice, problem, traits, machine, rows, runs)
         times.append(choices[family].measured_ms)
-    if not forced and None not in times:
-        fused = tuned.measured(ProblemClass.of(FUSED, problem, traits), device_key(device), limits)
+    if len(times) == len(BACKWARD) and None not in times:
+        wanted = ProblemClass.of(FUSED, problem, traits)
+        fused = tuned.measured(wanted, device_key(machine.device), limits)
         if fused is not None and fused.measured_ms < sum(times):
             return {FUSED: fused}
     return choices
 
 
 def _tuned(
-    choice: Choice, problem: AttentionProblem, traits: Traits, device: int, rows: int, runs: bool
+    choice: Choice,
+    problem: AttentionProblem,
+    traits: Traits,
+    machine: Machine,
+    rows: int,
+    runs: bool,
 ) -> Choice:
     """The tuned config for a problem in the place of the one by rule, if there is one."""
     wanted = ProblemClass.of(choice.family, problem, traits)
@@ -165,14 +264,14 @@ def _tuned(
         capture.note(wanted)
     if not tuned.enabled():
         return choice
-    limits = limits_of_device(device)
     if not problem.softmax_scale > 0:
         return choice
-    bulk_copies = without_bulk_copies(problem) is None
-    query = wanted, device_key(device), limits, rows, choice.config, bulk_copies
+    bulk_copies = without_bulk_copies(problem, rows_packed(problem)) is None
+    key = device_key(machine.device)
+    query = wanted, key, machine.limits, rows, choice.config, bulk_copies
     found = tuned.find(*query)
     is_measured = found is not None and found.measured_ms is not None
-    if runs and not is_measured and autotune.tune(wanted, device):
+    if runs and not is_measured and autotune.tune(wanted, machine.device):
         found = tuned.find(*query)
     if found is None:
         return choice
@@ -180,7 +279,7 @@ def _tuned(
 
 
 def _passed_over(found: Choice, default: Choice) -> tuple[tuple[str, str], ...]:
-    """What else than a tuned config might have run: what the rules passed over, and their choice.
+    """Alternatives to a tuned config: the candidates that the rules passed over, and their choice.
 
     That choice may be the tuned config itself, and the rules may have passed it over.
     """

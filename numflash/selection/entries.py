@@ -1,8 +1,8 @@
-"""What the config cache remembers: entries of devices, and tables of them as JSON text.
+"""Entries of the config cache, and tables of them as JSON text.
 
-A table is JSON: a schema version and a list of devices, each with its list of entries. What is no
-table raises ValueError as a whole. An entry that cannot be understood stays in its table with the
-reason, and in what is written of it, for the version of numflash that understands it.
+A table is JSON: a schema version and a list of devices, each with its list of entries. Text that
+is no table raises ValueError as a whole. An entry that cannot be understood stays in its table
+with the reason, and is written back, for the version of numflash that understands it.
 """
 
 import json
@@ -20,7 +20,7 @@ from numflash.runtime.printable import printable
 SCHEMA = 1
 """Version of the format."""
 ORIGINS = ("predicted", "measured")
-"""How a time was found, the weaker first."""
+"""Origins of a time, the weaker first."""
 CLOCK_ERROR = timedelta(hours=1)
 """Clocks of hosts may differ by so much: a date that is farther ahead is of the future."""
 _MAX_INT = 2**31 - 1
@@ -67,10 +67,10 @@ class Entry:
             of its samples over their median, None if unknown.
         origin: one of ORIGINS.
         date: when it was found, ISO 8601 in UTC, as in "2026-11-21T09:14:04Z".
-        kernels: hash of the kernels' source.
+        kernels: hash of the sources of the family's kernels.
         compilers: version of each compiler, by name.
-        default_config, default_ms: what runs untuned, and its time in the same run; None if it
-            has none.
+        default_config, default_ms: the config that runs untuned, and its time in the same run;
+            None if it has none.
 
     Raises:
         ValueError: one of them cannot be that: sizes of a class are powers of two, and the configs
@@ -118,12 +118,12 @@ class Entry:
 
     @property
     def key(self) -> tuple:
-        """What a device has one entry for."""
+        """The key, of which a device has one entry."""
         return self.problem, self.kernels, tuple(sorted(self.compilers.items()))
 
     @property
     def moment(self) -> datetime:
-        """When it was found."""
+        """The moment at which it was found."""
         return _moment(self.date)
 
     @property
@@ -135,8 +135,8 @@ class Entry:
     def rank(self) -> tuple:
         """Of entries with the same key the one of the highest rank stays.
 
-        A date that can be true comes first, then what was measured, then the shorter time, then
-        the later date; the text settles the rest, so that the order of merging never matters.
+        A date that can be true comes first, then a measured time, then the shorter time, then the
+        later date; the text settles the rest, so that the order of merging never matters.
         """
         text = json.dumps(self.to_dict(), sort_keys=True)
         is_measured = ORIGINS.index(self.origin)
@@ -149,7 +149,7 @@ class Entry:
 
     @classmethod
     def from_dict(cls, found: dict[str, Any]) -> "Entry":
-        """Read what a table holds; unknown fields are ignored. Raises ValueError."""
+        """Read an entry of a table; unknown fields are ignored. Raises ValueError."""
         values = _fields_of(cls, found)
         problem = values["problem"]
         _require(isinstance(problem, str), "problem", "the string form of a class", problem)
@@ -162,7 +162,7 @@ class Row:
 
     Attributes:
         raw: as it is written.
-        entry: what it means; None if it cannot be understood.
+        entry: its meaning; None if it cannot be understood.
         why: why it cannot.
     """
 
@@ -177,7 +177,7 @@ class Row:
 
     @classmethod
     def read(cls, raw: Any) -> "Row":
-        """The row of what was read."""
+        """The row of a JSON value that was read."""
         try:
             return cls(raw, Entry.from_dict(raw))
         except ValueError as error:
@@ -196,7 +196,7 @@ class ForeignSchemaError(ValueError):
 
 
 def parse_table(data: bytes) -> Table:
-    """What a file holds.
+    """The table in a file.
 
     Raises:
         ForeignSchemaError: it is of another schema.
@@ -250,7 +250,7 @@ def enter(rows: dict[tuple, Row], new: Row) -> str:
 
 
 def _sorted(rows: list[Row]) -> list[dict]:
-    """What is written of rows: entries by their problem, then those not understood."""
+    """Rows as they are written: entries by their problem, then those not understood."""
     written = []
     for row in rows:
         kept = row.raw if isinstance(row.raw, dict) and _plain(row.raw) else {}

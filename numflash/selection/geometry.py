@@ -1,13 +1,9 @@
-"""How a problem is laid out over a grid: packed heads, split keys, heads in flight."""
+"""The layout of a problem over a grid: packed heads, split keys, heads in flight."""
 
 from dataclasses import dataclass, replace
 
-from numflash.configs import (
-    WARPGROUP_ROWS,
-    MmaConfig,
-    Sm90ForwardConfig,
-    Traits,
-)
+from numflash.configs import MmaConfig, Traits, implementation_of
+from numflash.configs.features import rows_of
 from numflash.problem.problem import AttentionProblem
 from numflash.runtime.devices import Architecture, blocks_per_sm
 
@@ -17,41 +13,41 @@ _MAX_SPLITS = 128
 _MIN_BLOCKS_PER_SPLIT = 2
 # Four times what a byte of memory costs on Hopper: 788 TFLOP/s of matrix products by 4.3 TB/s.
 _FLOP_PER_BYTE = 732
-# Registers that a kernel is taken to use where occupancy is estimated before it is compiled.
-_REGISTERS = 255
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """How a forward for tensor cores is laid over the machine.
+    """The layout of a forward over the machine.
 
     Attributes:
         pack: query heads that are neighbouring rows of a tile.
         num_splits: parts that the keys are dealt out to.
         heads_in_flight: heads whose blocks are interleaved.
+        blocks: of the grid; those of persistent kernels take tile after tile.
     """
 
     pack: int = 1
     num_splits: int = 1
     heads_in_flight: int = 1
+    blocks: int = 0
 
 
 def rows_packed(problem: AttentionProblem, packed: bool | None = None) -> int:
     """Query heads to pack into the rows of a tile: all of a group, or one.
 
-    `packed` is the config's word; None packs where there are few queries.
+    `packed` is the config's choice; None packs where there are few queries.
     """
     if packed is None:
-        packed = problem.seqlen_q <= PACKED_SEQLEN and problem.alibi_strides is None
+        packed = problem.seqlen_q <= PACKED_SEQLEN and not any(
+            row.of_a_head for row in rows_of(problem.feature_names)
+        )
     return problem.group_size if packed else 1
 
 
 def heads_packed(config: MmaConfig, problem: AttentionProblem) -> int:
     """Query heads that a forward config packs into the rows of a tile."""
     pack = rows_packed(problem, config.packed)
-    if isinstance(config, Sm90ForwardConfig) and WARPGROUP_ROWS % pack:
-        return 1
-    return pack
+    return pack if implementation_of(config).packs(pack) else 1
 
 
 def heads_in_flight(problem: AttentionProblem, dtype_bytes: int, l2_bytes: int) -> int:
@@ -65,18 +61,19 @@ def heads_in_flight(problem: AttentionProblem, dtype_bytes: int, l2_bytes: int) 
 def heads_of_a_bundle(config: MmaConfig, fits: int, heads: int, num_sms: int, sharing: int) -> int:
     """Heads whose blocks are interleaved in a forward, heads that are packed counted as one.
 
-    Blocks of `configs.sm90` go to and fro through bundles (`tiles.blocks`), which gives each as
-    much to do where bundles are large and of one size. They may be larger than the cache: blocks
-    that run at once read the same tiles of K and V, and more rows of them make up for the memory.
+    Blocks of `wgmma` go through bundles in rounds of alternating direction (`tiles.blocks`), which
+    gives each the same work where bundles are large and of one size. They may be larger than the
+    cache: blocks that run at once read the same tiles of K and V, and more rows of them make up
+    for the memory.
 
     Args:
         config: the forward's.
         fits: heads whose K and V fit the cache.
         heads: all there are.
         num_sms: multiprocessors of the GPU.
-        sharing: of them that share K and V.
+        sharing: query heads that share K and V.
     """
-    if isinstance(config, Sm90ForwardConfig):
+    if implementation_of(config).needs_maps:
         # FLOP a byte of K and V, where each block that runs is a tile of rows.
         fits = max(fits, num_sms * config.block_rows * sharing // _FLOP_PER_BYTE)
         bundles = max(1, -(-heads // max(1, fits)))
@@ -97,7 +94,7 @@ def with_splits(
     blocks = problem.num_blocks(problem.seqlen_q * pack, heads, config.block_rows)
     # Keys that a tile of rows sees through a window, wherever that begins in a block of keys.
     tokens = min(problem.seqlen_q, 1 + -(-config.block_rows // pack))
-    seen = max(0, problem.band_hi - problem.band_lo + tokens) + _dealt_out(config)
+    seen = max(0, problem.band_hi - problem.band_lo + tokens) + config.stage_n
     keys = min(problem.seqlen_k, seen)
     splits = num_splits(config, traits, limits, num_sms, blocks, keys)
     return replace(config, num_splits=splits)
@@ -105,11 +102,7 @@ def with_splits(
 
 def resident_blocks(config: MmaConfig, traits: Traits, limits: Architecture) -> int:
     """Blocks of a kernel that an SM has room for, before it is compiled; 0 if it cannot run."""
-    registers = _REGISTERS
-    if isinstance(config, Sm90ForwardConfig):
-        # A block begins with an equal share for each thread of what is promised to it.
-        threads = config.num_threads * config.min_blocks_per_sm
-        registers = limits.registers_per_sm // threads // 8 * 8
+    registers = implementation_of(config).resident(config, limits)
     return blocks_per_sm(limits, config.num_threads, registers, config.smem_bytes(traits))[0]
 
 
@@ -124,7 +117,7 @@ def num_splits(
     """
     fit = resident_blocks(config, traits, limits)
     slots = num_sms * max(1, min(fit, 8 // config.num_warps))
-    num_n_blocks = -(-seqlen_k // _dealt_out(config))
+    num_n_blocks = -(-seqlen_k // config.stage_n)
     if blocks == 0 or blocks >= 0.8 * slots or num_n_blocks <= 2 * _MIN_BLOCKS_PER_SPLIT:
         return 1
     # Of blocks of one warp it takes more to fill an SM.
@@ -137,11 +130,6 @@ def num_splits(
     return min(s for s in fullness if fullness[s] >= 0.85 * max(fullness.values()))
 
 
-def _dealt_out(config: MmaConfig) -> int:
-    """Keys of a block, of which each split has a number."""
-    return config.stage_n if isinstance(config, Sm90ForwardConfig) else config.tile_n
-
-
 def with_keys(num_n_blocks: int, num_splits: int) -> int:
-    """Of so many splits those that have keys: each but the last has as many blocks of them."""
+    """The splits that have keys: each but the last has the same number of blocks of keys."""
     return -(-num_n_blocks // -(-num_n_blocks // num_splits))

@@ -1,8 +1,7 @@
-"""The config cache: which config was found best, in files that many processes share.
+"""The config cache: the best configs found, in files that many processes share.
 
-There is one file for each device in `config_dir()`; what is exported, or shipped with the
-package, has the same format and may hold several devices. This module owns the files; choosing
-among entries is another's business.
+There is one file for each device in `config_dir()`; exported and shipped files have the same
+format and may hold several devices. This module owns the files; `tuned` chooses among entries.
 
 Readers take no lock, for a file only ever appears whole, by a rename. Writers read, modify and
 write under one lock. A file that cannot be understood or trusted is renamed, with a warning; in a
@@ -42,7 +41,7 @@ _log = logging.getLogger("numflash")
 
 @dataclass
 class MergeCounts:
-    """What became of entries that were merged.
+    """Counts of merged entries, by result.
 
     Attributes:
         added: new in the cache.
@@ -66,7 +65,7 @@ def generation() -> int:
 
 
 def config_dir() -> Path:
-    """Where the files are; it need not exist."""
+    """The folder of the files; it need not exist."""
     return cache_dir() / "configs"
 
 
@@ -78,13 +77,13 @@ def path_of(device: DeviceKey) -> Path:
 
 
 def read(device: DeviceKey) -> list[Entry]:
-    """The entries of a device. What is wrong is logged, never raised."""
+    """The entries of a device. Errors are logged, never raised."""
     path = path_of(device)
     return _entries(path, _load(path)).get(device, [])
 
 
 def read_all() -> dict[DeviceKey, list[Entry]]:
-    """The entries of every device that has some. What is wrong is logged, never raised."""
+    """The entries of every device that has some. Errors are logged, never raised."""
     paths = sorted(config_dir().glob("*.json"))
     return _together([_entries(path, _load(path)) for path in paths])
 
@@ -119,7 +118,7 @@ def add(device: DeviceKey, entries: Iterable[Entry], instead_of: Collection[Entr
 
     Args:
         device: whose entries.
-        entries: what was found.
+        entries: the new ones.
         instead_of: entries that go whatever their rank, as their configs have been tried again.
 
     Raises:
@@ -168,7 +167,7 @@ def export(path: str | os.PathLike, devices: Iterable[DeviceKey] | None = None) 
 
 
 def validate(path: str | os.PathLike) -> list[str]:
-    """What is wrong with a file, in words; an empty list if nothing is."""
+    """The faults of a file, in words; an empty list if it has none."""
     try:
         table = _parse_file(path)
     except (OSError, ValueError) as error:
@@ -191,7 +190,7 @@ def validate(path: str | os.PathLike) -> list[str]:
 
 
 def clear(device: DeviceKey | None = None) -> list[Path]:
-    """Remove what the cache holds of a device, or all of it, with what was set aside.
+    """Remove the files of a device, or of all, with those that were set aside.
 
     Returns:
         The files removed.
@@ -257,7 +256,7 @@ def _read_table(path: Path) -> Table:
 
 
 def _load(path: Path) -> Table:
-    """What a file of the cache holds; nothing, with a warning, if it cannot be read."""
+    """The table in a file of the cache; an empty one, with a warning, if it cannot be read."""
     try:
         return _read_table(path)
     except (FileNotFoundError, UntrustedError):
@@ -276,7 +275,7 @@ def _load(path: Path) -> Table:
 
 
 def _load_or_set_aside(path: Path) -> Table:
-    """The same under the lock, where what another process has repaired meanwhile is read.
+    """The same under the lock, where a file that another process has repaired meanwhile is read.
 
     Raises:
         OSError: the file can be neither read nor set aside.

@@ -1,4 +1,4 @@
-"""Which tuned config serves a problem: the rules, from the nearest to the farthest.
+"""The tuned config that serves a problem: the rules, from the nearest to the farthest.
 
 1. An entry of this device for this very class, made with these kernels and compilers.
 2. The nearest class that was tuned on this device.
@@ -7,7 +7,7 @@
 
 Only kernels for dtypes of the same size and for the same head dims are near. Beyond the first rule
 the splits, packing and order of blocks follow from the problem, as they do for default configs.
-On Hopper only the first rule lets configs of `sm80` and `sm90` take each other's place.
+On Hopper only the first rule lets configs of `mma` and `wgmma` take each other's place.
 NUMFLASH_TUNED=0 turns all of it off.
 """
 
@@ -16,8 +16,9 @@ import math
 import os
 from dataclasses import dataclass, replace
 
-from numflash.configs import Config, MmaConfig, Sm90ForwardConfig, Traits, parse_config
-from numflash.machine_code.compiler import source_hash, versions
+from numflash.configs import Config, Traits, implementation_of, parse_config
+from numflash.machine_code.compiler import versions
+from numflash.machine_code.sources import family_hash
 from numflash.problem.classes import ProblemClass
 from numflash.runtime import switches
 from numflash.runtime.devices import Architecture
@@ -27,7 +28,7 @@ from numflash.selection.entries import DeviceKey, Entry
 from numflash.selection.rules import Choice, force, unfit
 
 _log = logging.getLogger("numflash")
-# Farther classes say nothing: sizes that differ by a factor of 2 are 1 apart.
+# Farther classes are no advice: sizes that differ by a factor of 2 are 1 apart.
 _MAX_DISTANCE = 8
 _OTHER_MASK = 2
 _MAX_FOUND = 4096
@@ -35,7 +36,7 @@ _MAX_FOUND = 4096
 
 @dataclass(frozen=True)
 class _Advice:
-    """What the config cache says of one class on one device.
+    """The config cache's advice on one class on one device.
 
     Attributes:
         exact: the choice of the class itself; None if there is none.
@@ -70,7 +71,7 @@ def find(
 
     Args:
         wanted: the problem's class.
-        device: what it runs on.
+        device: that it runs on.
         limits: the device's.
         rows: rows of the output per head; tiles of twice as many and more would mostly idle.
         default: the config by rule. Where it is for Hopper only such a config may take its place
@@ -80,7 +81,7 @@ def find(
     The config cache is read once, and again when this process has added to it.
     """
     _refresh()
-    kind = None if default is None else isinstance(default, Sm90ForwardConfig)
+    kind = None if default is None else implementation_of(default).needs_maps
     key = wanted, device, rows, kind, bulk_copies
     try:
         return _found[key]
@@ -91,14 +92,14 @@ def find(
 
 
 def measured(wanted: ProblemClass, device: DeviceKey, limits: Architecture) -> Choice | None:
-    """What was measured on this device for this very class; None if nothing was."""
+    """The choice measured on this device for this very class; None if there is none."""
     _refresh()
     exact = _advise(wanted, device, limits).exact
     return exact if exact is not None and exact.measured_ms is not None else None
 
 
 def choices(family: str, traits: Traits, device: DeviceKey, limits: Architecture) -> list[Choice]:
-    """What was tuned on a device for a kernel with these traits, these kernels and compilers."""
+    """Choices tuned on a device for a kernel with these traits, these kernels and compilers."""
     _refresh()
     found = {}
     for entry in _read()[0].get(device, []):
@@ -109,7 +110,7 @@ def choices(family: str, traits: Traits, device: DeviceKey, limits: Architecture
 
 
 def distance(a: ProblemClass, b: ProblemClass) -> float:
-    """How far apart two classes are; infinite if the one's config is no advice for the other."""
+    """The distance of two classes; infinite if the one's config is no advice for the other."""
     kernels = [
         (c.family, c.traits.dtype_bytes, c.traits.tf32, c.traits.head_dim, c.traits.head_dim_v)
         for c in (a, b)
@@ -119,8 +120,9 @@ def distance(a: ProblemClass, b: ProblemClass) -> float:
     # float16 and bfloat16 differ in one letter of the instructions.
     sizes = "seqlen_q", "seqlen_k", "batch_heads", "group_size"
     apart = sum(abs(math.log2(getattr(a, name) / getattr(b, name))) for name in sizes)
-    kinds = "dtype", "softcap", "alibi", "vectorized"
+    kinds = "dtype", "vectorized"
     apart += sum(getattr(a.traits, name) != getattr(b.traits, name) for name in kinds)
+    apart += len(set(a.traits.features) ^ set(b.traits.features))
     if (a.window is None) != (b.window is None) or (a.window is None and a.mask != b.mask):
         apart += _OTHER_MASK
     elif a.window is not None:
@@ -129,7 +131,7 @@ def distance(a: ProblemClass, b: ProblemClass) -> float:
 
 
 def _refresh() -> None:
-    """Forget what was found where the cache has changed since."""
+    """Forget earlier findings where the cache has changed since."""
     # Not config_dir(): making a path takes as long as the whole lookup may.
     state = [os.environ.get("NUMFLASH_CACHE_DIR"), store.generation()]
     if state != _state:
@@ -151,10 +153,10 @@ def _find(
     """As `find`; `kind` is whether the default is for Hopper, None where that does not matter."""
     advice = _advise(wanted, device, limits)
     exact = advice.exact
-    if exact is not None and (bulk_copies or not isinstance(exact.config, Sm90ForwardConfig)):
+    if exact is not None and (bulk_copies or not exact.implementation.needs_maps):
         return exact
     for choice, proven in advice.near:
-        is_hopper = isinstance(choice.config, Sm90ForwardConfig)
+        is_hopper = choice.implementation.needs_maps
         if (kind is not None and is_hopper != kind) or (is_hopper and not bulk_copies):
             continue
         if unfit(choice.config, choice.traits, limits, rows, proven) is None:
@@ -214,8 +216,8 @@ def _same_architecture(tables: dict[DeviceKey, list[Entry]], device: DeviceKey) 
 def _nearest(entries: list[Entry], wanted: ProblemClass) -> list[Entry]:
     """The entries near enough, nearest first.
 
-    Of equally near ones the current come before the old, then those whose date can be true, then
-    the measured, then the newer.
+    Of equally near ones current entries come before old ones, then those whose date can be true,
+    then measured ones, then newer ones.
     """
     ranked = [(distance(entry.problem, wanted), entry) for entry in entries]
     near = [(apart, entry) for apart, entry in ranked if apart < math.inf]
@@ -225,7 +227,7 @@ def _nearest(entries: list[Entry], wanted: ProblemClass) -> list[Entry]:
 
 
 def _doubts(entry: Entry) -> tuple[bool, bool, bool]:
-    """What speaks against an entry that is as near as others, the gravest first."""
+    """Doubts about an entry that is as near as others, the gravest first."""
     return not _is_current(entry), entry.is_of_the_future, entry.origin == "predicted"
 
 
@@ -238,7 +240,7 @@ def _usable(
         config = config if with_geometry else without_geometry(config)
         return force(wanted.family, config, wanted.traits, limits)
     except (UnsupportedError, ValueError) as error:
-        # Another class may need more shared memory; for its own the entry is wrong.
+        # Another class may need more shared memory; for its own class the entry is wrong.
         known = entry.problem, entry.config
         if entry.problem == wanted and known not in _warned:
             _warned.add(known)
@@ -248,13 +250,11 @@ def _usable(
 
 def without_geometry(config: Config) -> Config:
     """The config without what belongs to one class only."""
-    if not isinstance(config, MmaConfig):
-        return config
-    return replace(config, num_splits=1, packed=None, heads_in_flight=0)
+    return config.without_geometry if implementation_of(config).has_tensor_cores else config
 
 
 def _is_current(entry: Entry) -> bool:
-    return entry.kernels == source_hash() and entry.compilers == versions()
+    return entry.kernels == family_hash(entry.problem.family) and entry.compilers == versions()
 
 
 def _relation(entry: Entry, wanted: ProblemClass) -> str:

@@ -1,9 +1,10 @@
 """The block engine under Numba's CUDA simulator: what a kernel means, without a GPU.
 
 `engine` schedules the threads of a block, `memory` poisons and checks what they touch, `cuda` is
-the `cuda` module that a simulated kernel sees, `launch` runs grids and installs the engine. What
-only some kernels need of a block are its `parts`: `async_copies`, `mbarriers`, `bulk_copies`,
-`warpgroup`, `proxies`, `register_pool`. How products add up is in `numflash.runtime.sums`.
+the `cuda` module that a simulated kernel sees, `launch` runs grids and installs the engine. The
+`parts` of a block are those that only some kernels need: `async_copies`, `mbarriers`,
+`bulk_copies`, `warpgroup`, `proxies`, `register_pool`. How products add up is in
+`numflash.runtime.sums`.
 """
 
 from numflash.simulator.cuda import cuda

@@ -1,9 +1,9 @@
-"""Asynchronous copies of threads (`cp.async`): bytes that are nobody's until they were waited for.
+"""Asynchronous copies of threads (`cp.async`): bytes that no thread may touch until the wait.
 
 The hardware orders copies neither among each other nor with stores: a copy may arrive at any time
-between its issue and the end of its thread's wait. Here the bytes hold 0xFF meanwhile. What else
-writes them then, a copy of any thread or a store, is an error, and so is a copy that nobody waits
-for: it could arrive on top of whatever its bytes are used for next.
+between its issue and the end of its thread's wait. Here the bytes hold 0xFF meanwhile. Another
+write to them then, by a copy of any thread or a store, is an error, and so is a copy that no
+thread waits for: it could arrive on top of later data.
 """
 
 from collections import defaultdict

@@ -22,7 +22,7 @@ from numflash.simulator.parts import Part
 from numflash.simulator.proxies import AsyncProxy
 from numflash.simulator.tensor_maps import SimulatedTensorMap
 
-# How probable it is that a load arrives when its barrier is waited for, and at any other time.
+# The probability that a load arrives when its barrier is waited for, and at any other time.
 _HASTE = ((1.0, 0.0), (0.5, 0.25), (0.0, 0.0))
 
 

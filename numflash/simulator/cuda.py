@@ -1,4 +1,4 @@
-"""What `cuda.*` means inside a simulated kernel.
+"""The meaning of `cuda.*` inside a simulated kernel.
 
 `SimulatedCuda` is Numba's own stand-in for the `cuda` module with the block engine under it:
 thread indices, barriers, shared and local arrays, and the warp shuffles, votes and matches that
@@ -183,12 +183,12 @@ def _shuffle(name, mask, value, source):
 
 
 def _bits(value):
-    """What a match compares: -0.0 differs from 0.0, a NaN equals itself."""
+    """The bits that a match compares: -0.0 differs from 0.0, a NaN equals itself."""
     return np.float64(value).tobytes() if isinstance(value, float | np.floating) else value
 
 
 def _poison(like):
-    """What an undefined register of the type of `like` holds."""
+    """A value for an undefined register of the type of `like`."""
     if isinstance(like, np.generic):
         return np.frombuffer(bytes([POISON]) * like.itemsize, like.dtype)[0]
     if isinstance(like, float):

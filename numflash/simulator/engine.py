@@ -26,10 +26,11 @@ from numflash.simulator.seed import SEED
 from numflash.simulator.waiting import who_waits
 
 WARP_SIZE = 32
-# How often the engine turns to another warp: always, so that warps go side by side, or so seldom
-# that one runs far ahead of the others, until a barrier stops it. A block has one of them.
+# The share of steps at which the engine turns to another warp: always, so that warps go side by
+# side, or so seldom that one runs far ahead of the others, until a barrier stops it. A block has
+# one of these shares.
 _RESTLESSNESS = (1.0, 1 / 64, 1 / 2048)
-# How probable it is that a block has a warp that runs only when no other can.
+# The probability that a block has a warp that runs only when no other can.
 _LAGGARDS = 0.5
 
 _running: "Thread | None" = None
@@ -180,7 +181,7 @@ class Block:
 
         Raises:
             DeadlockError: threads wait and none can run.
-            SimulationError: a kernel ended before what it had begun.
+            SimulationError: a kernel ended before work that it had begun.
             Exception: what a thread raised, with a note that names thread, block and seed.
         """
         global _running
@@ -310,7 +311,7 @@ class Block:
                 self._complete(key, meeting)
 
     def _end_waiting_threads(self) -> None:
-        """After a failure: unwind the threads that wait, so that what they opened is closed."""
+        """After a failure: unwind the threads that wait, so that they close what they opened."""
         global _running
         for warp in self.ready:
             warp.clear()

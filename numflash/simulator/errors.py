@@ -1,4 +1,4 @@
-"""What the simulator raises."""
+"""Errors of the simulator."""
 
 
 class DeadlockError(RuntimeError):

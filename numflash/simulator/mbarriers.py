@@ -15,13 +15,13 @@ from numflash.simulator.parts import Part
 from numflash.simulator.waiting import who_waits
 
 _MAX_COUNT = (1 << 20) - 1
-# What an mbarrier's own bytes hold, so that whoever writes over them is found out.
+# An mbarrier's own bytes hold this, so that a write over them is found.
 _CONTENT = np.frombuffer(b"mbarrier", np.uint8)
 
 
 @dataclass(eq=False, slots=True)
 class Mbarrier:
-    """One mbarrier. `bytes` counts what was announced less what was delivered."""
+    """One mbarrier. `bytes` counts those announced less those delivered."""
 
     address: int
     index: int
@@ -40,7 +40,7 @@ class Mbarrier:
         return f"mbarrier {self.index} (shared address {self.address:#x})"
 
     def what_it_lacks(self) -> str:
-        """What its phase still waits for."""
+        """The arrivals and bytes that the current phase still waits for, in words."""
         return (
             f"{self}: phase {self.phase} (parity {self.phase % 2}) lacks "
             f"{self.pending} of {self.count} arrivals and {self.bytes} bytes"
@@ -67,7 +67,7 @@ class Mbarriers(Part):
         self._content(address)[:] = _CONTENT
 
     def invalidate(self, array, index: int) -> None:
-        """Give the bytes of an mbarrier back: they may be used for anything, for another, too."""
+        """Give the bytes of an mbarrier back for any use, another mbarrier included."""
         barrier = self.find(array, index)
         if barrier.bytes or barrier.waiting:
             raise SimulationError(f"mbarrier.inval while it is used: {barrier.what_it_lacks()}")
@@ -141,7 +141,7 @@ class Mbarriers(Part):
         return True
 
     def report(self) -> list[str]:
-        """Who waits for what it lacks."""
+        """The threads that wait, and what each barrier lacks."""
         lines = []
         for barrier in self._by_address.values():
             if barrier.waiting:

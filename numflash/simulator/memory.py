@@ -16,7 +16,7 @@ from numba.np import numpy_support
 from numflash.simulator.errors import SimulationError
 
 POISON = 0xFF
-# The hardware keeps the first kilobyte of shared memory; what it gives a block begins aligned.
+# The hardware keeps the first kilobyte of shared memory; a block's part begins aligned.
 _SHARED_START = 1024
 _STATIC_BYTES = 48 * 1024
 

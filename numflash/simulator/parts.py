@@ -1,4 +1,4 @@
-"""What only some kernels need of a block: a part is made when it is first asked for."""
+"""Parts of a block that only some kernels need, each made when it is first asked for."""
 
 
 class Part:
@@ -8,7 +8,7 @@ class Part:
         self.block = block
 
     def advance(self) -> bool:
-        """Let something happen that no thread does, when none can run; whether anything did."""
+        """Make progress that no thread makes, when none can run; whether there was any."""
         return False
 
     def report(self) -> list[str]:

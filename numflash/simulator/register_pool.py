@@ -52,7 +52,7 @@ class RegisterPool(Part):
         return number not in self._wanted
 
     def report(self) -> list[str]:
-        """Who waits for what it lacks."""
+        """The warps that wait, and the registers that the pool lacks."""
         lines = []
         for number, registers in self._wanted.items():
             lines.append(

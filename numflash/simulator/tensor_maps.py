@@ -83,7 +83,7 @@ class SimulatedTensorMap:
             )
 
     def chunks(self, address: int) -> np.ndarray:
-        """Where in shared memory a tile at `address` has its 16-byte chunks, as chunk numbers."""
+        """The numbers of the shared memory's 16-byte chunks that a tile at `address` has."""
         chunks = np.arange(address // _CHUNK, (address + self.n_bytes) // _CHUNK)
         return swizzled(chunks, self.layout.swizzle_bytes)
 

@@ -1,10 +1,10 @@
-"""Products of a warpgroup (`wgmma`): what they read, and when their results are there.
+"""Products of a warpgroup (`wgmma`): their operands, and when their results arrive.
 
 The functions here run once for a warp, on behalf of its 32 threads: each of the four warps
 computes its 16 rows of a product, when it issues it. Until the warp has waited for it its
 accumulators hold 0xFF bytes and refuse to be touched, operand a in registers refuses to be
-written, and operands in shared memory are compared with what they were: the hardware may have read
-them at any time.
+written, and operands in shared memory are compared with their old content: the hardware may have
+read them at any time.
 
 All warps of a warpgroup must execute the same instructions (`.aligned`), but those hold the
 threads of a warp together (`.sync`), not the warps. One may have waited for its products, and
@@ -32,7 +32,7 @@ from numflash.simulator.tensor_maps import swizzled
 WARPS_APART = True
 """Whether the warps of a warpgroup go on by themselves. False holds them together at each
 instruction, as if a product were over for all of them at once: what one arrival for a warpgroup
-counts on (`tiles.wgmma.turns.make_giving_back`), and the PTX ISA does not say."""
+counts on (`kernels.wgmma.channels.make_channel`), and the PTX ISA does not say."""
 _SIZE = 128
 _WARPS = 4
 _LANES = 32
@@ -83,7 +83,7 @@ class _Product:
 
 
 class _Warp:
-    """What a warp has issued and not waited for."""
+    """Products that a warp has issued and not waited for."""
 
     def __init__(self):
         self.fenced = False
@@ -102,7 +102,7 @@ class Warpgroups(Part):
         super().__init__(block)
         self.warps: dict[int, _Warp] = defaultdict(_Warp)
         self.chunks = block.shared.bytes.reshape(-1, 16)
-        # What each warpgroup executes, and how much of it each warp has.
+        # The instructions of each warpgroup, and the number that each warp has executed.
         self._executed: dict[int, list[tuple]] = defaultdict(list)
         self._counts: dict[int, int] = defaultdict(int)
 
@@ -113,7 +113,7 @@ class Warpgroups(Part):
     def execute(self, instruction: tuple) -> None:
         """The running thread's warp executes what all warps of its warpgroup must.
 
-        `instruction` is its name and what else must be the same.
+        `instruction` is its name and the other parts that must be the same.
         """
         warp = current_thread().warp
         number, count = warp // _WARPS, self._counts[warp]
@@ -132,7 +132,7 @@ class Warpgroups(Part):
         self._counts[warp] += 1
 
     def finish(self) -> None:
-        """Refuse products that were not waited for, and what not all warps have executed."""
+        """Refuse products not waited for, and instructions that not all warps have executed."""
         ended = f"block {tuple(self.block.blockIdx)} ended and"
         for number, warp in self.warps.items():
             if warp.under_way():
@@ -162,7 +162,7 @@ def go_on(name: str) -> None:
 
 
 def fence() -> None:
-    """What registers hold now, the products that follow will see."""
+    """Let the products that follow see the registers as they are now."""
     _warpgroups().running().fenced = True
 
 

@@ -1,4 +1,4 @@
-"""From raw products to attention scores: scale, softcap, ALiBi, and which keys a query may see.
+"""From raw products to attention scores: scale, features, and the keys that a query sees.
 
 Masks are bands: query i sees the keys j with band_lo <= j - i <= band_hi, and j < seqlen_k.
 Causal attention and sliding windows are bands; without either, the band is everything.
@@ -11,55 +11,50 @@ by a loop's variable lies in local memory, not in registers.
 import math
 from functools import cache
 
-from numflash.ptx import cuda, device_function, f32, fma_rn_f32
+from numflash.ptx import cuda, device_function, f32, i32
+from numflash.tiles.features import make_score
 from numflash.tiles.portable.lanes import COLUMN_LANES, ROW_LANES
 
 NEG_INF = f32(-math.inf)
 
 
 @cache
-def make_scale_scores(rows, columns, softcap, alibi):
-    """scale_scores(s_acc, cap_slopes, row, column, shift, scores, slope)
+def make_scale_scores_backward(rows, columns, features, by_row, keeps_slopes):
+    """scale_scores(s_acc, slopes, row, column, scores, args)
 
-    Turns products Q K^T into scores, in place: s = scale * s; with softcap, where `scale` is
-    softmax_scale / softcap, s = softcap * tanh(s); with ALiBi,
-    s -= slope * |row + shift - column|. `scores` is a record with `scale` and `softcap`.
-    `cap_slopes` receives the derivative 1 - tanh(s)^2 of the capped by the raw score, which the
-    backward needs.
+    Turns products Q K^T into scores, in place: s = scores.scale s, and what the functions of
+    `features` make of it; `args` are theirs. With keeps_slopes `slopes` receives the derivative
+    of each score by the scaled product. Queries are the rows of the tile, or its columns.
     """
-    n_scores = rows * columns
+    n_scores, score = rows * columns, make_score(features)
 
     @device_function
-    def scale_scores(s_acc, cap_slopes, row, column, shift, scores, slope):
+    def scale_scores(s_acc, slopes, row, column, scores, args):
+        first = f32(i32(row + scores.shift - column if by_row else column + scores.shift - row))
         for i in range(n_scores):
-            s = s_acc[i] * scores.scale
-            if softcap:
-                bent = f32(math.tanh(s))
-                cap_slopes[i] = fma_rn_f32(-bent, bent, f32(1))
-                s = scores.softcap * bent
-            if alibi:
-                r, c = i // columns, i % columns
-                distance = row + ROW_LANES * r + shift - column - COLUMN_LANES * c
-                s = fma_rn_f32(-slope, f32(abs(distance)), s)
+            r, c = ROW_LANES * (i // columns), COLUMN_LANES * (i % columns)
+            key = f32(c - r if by_row else r - c)
+            s, slope = score(s_acc[i] * scores.scale, first, key, args)
+            if keeps_slopes:
+                slopes[i] = slope
             s_acc[i] = s
 
     return scale_scores
 
 
 @cache
-def make_slope_of(alibi):
-    """slope_of(record, batch, head): ALiBi's slope of a head, 0 without ALiBi.
+def make_scale_scores(rows, columns, features):
+    """scale_scores(s_acc, row, column, scores, args)
 
-    `record` has the `slopes` and their strides `batch` and `head`.
+    As `make_scale_scores_backward` where nobody needs slopes.
     """
+    scale_and_keep = make_scale_scores_backward(rows, columns, features, True, False)
 
     @device_function
-    def slope_of(record, batch, head):
-        if alibi:
-            return record.slopes[batch * record.batch + head * record.head]
-        return f32(0)
+    def scale_scores(s_acc, row, column, scores, args):
+        scale_and_keep(s_acc, s_acc, row, column, scores, args)
 
-    return slope_of
+    return scale_scores
 
 
 @cache
@@ -80,28 +75,6 @@ def make_mask_scores(rows, columns):
                 s_acc[i] = NEG_INF
 
     return mask_scores
-
-
-@device_function
-def band_is_partial(row, rows, column, columns, end, mask):
-    """Whether some score of the rows x columns block at (row, column) is masked."""
-    return (
-        column + columns > end
-        or column + columns - 1 - row > mask.hi
-        or column - (row + rows - 1) < mask.lo
-    )
-
-
-@device_function
-def band_block_begin(row, band_lo, tile):
-    """The first column block that some row from `row` on sees."""
-    return max(0, row + band_lo) // tile
-
-
-@device_function
-def band_block_end(last_row, band_hi, num_columns, tile):
-    """One past the last column block that some row up to `last_row` sees."""
-    return (min(num_columns, max(0, last_row + band_hi + 1)) + tile - 1) // tile
 
 
 @device_function

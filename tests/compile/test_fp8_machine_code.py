@@ -9,9 +9,9 @@ from dataclasses import replace
 
 import pytest
 
-from numflash.api.inspect import inspect_kernel
 from numflash.configs import Fp8ForwardConfig, Sm90Fp8ForwardConfig, Traits, wgmma
 from numflash.machine_code.compiler import get_cubin
+from numflash.machine_code.report import inspect_kernel
 from numflash.machine_code.sass import count_instructions, disassemble
 from numflash.runtime.devices import architecture
 from numflash.runtime.switches import is_on
@@ -23,7 +23,7 @@ NATIVE = ("sm_89", "sm_120")
 HOPPER, MANY_ROWS = architecture("sm_90a"), 2**30
 HEAD_DIMS = (64, 128, 192, 256)
 PLAIN, KEYS = {}, {"key_scales": True}
-BENT = {"softcap": True, "alibi": True}
+BENT = {"features": ("softcap", "alibi")}
 ALL = {**KEYS, **BENT}
 
 
@@ -84,7 +84,7 @@ def test_what_is_chosen_stays_in_registers_and_multiplies(case):
 def _hopper_cases():
     """(config, dtype, head_dim, features): what is chosen; in full every candidate."""
     if is_on("NUMFLASH_TEST_EVERY_CONFIG"):
-        features = [PLAIN, {"softcap": True}, {"alibi": True}, BENT]
+        features = [PLAIN, {"features": ("softcap",)}, {"features": ("alibi",)}, BENT]
         for head_dim, dtype, feature in itertools.product(
             HEAD_DIMS, ("float16", "bfloat16"), features
         ):
@@ -99,10 +99,10 @@ def _hopper_cases():
         (64, "float16", BENT),
         (128, "bfloat16", PLAIN),
         (128, "float16", PLAIN),
-        (128, "bfloat16", {"alibi": True}),
+        (128, "bfloat16", {"features": ("alibi",)}),
         (192, "float16", PLAIN),
         (256, "bfloat16", PLAIN),
-        (256, "float16", {"alibi": True}),
+        (256, "float16", {"features": ("alibi",)}),
     ):
         yield kernel("sm_90a", head_dim, feature, dtype)[0], dtype, head_dim, feature
     few = kernel("sm_90a", 128, PLAIN, rows=64)[0]
@@ -130,12 +130,12 @@ def test_products_of_wgmma_are_as_many_as_there_must_be(case):
         assert (loop.groups, loop.waits) == ((of_s, of_o), (1, 0))
         assert loop.overlapped_exponentials == loop.exponentials
     # A thread has 2 scores of each 8 columns for each of 2 rows, and a weight for each row.
-    tanh = config.tile_n // 2 if traits.softcap else 0
+    tanh = config.tile_n // 2 if "softcap" in traits.features else 0
     assert loop.exponentials == config.tile_n // 2 + 2 + tanh
 
 
 def products(config: str, arch: str) -> dict[str, int]:
-    """How many instructions a kernel with head_dim 64 has."""
+    """The number of each instruction in a kernel with head_dim 64."""
     traits = Traits("float16", 64, 64, fp8=True)
     cubin = get_cubin(Fp8ForwardConfig.parse(config), traits, architecture(arch))
     return count_instructions(disassemble(cubin.code))

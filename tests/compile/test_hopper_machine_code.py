@@ -11,11 +11,11 @@ from dataclasses import replace
 
 import pytest
 
-from numflash.api.inspect import inspect_kernel
 from numflash.configs import Sm90ForwardConfig, Traits
 from numflash.configs.wgmma import candidates
 from numflash.machine_code.compiler import compile_cubin, get_cubin
 from numflash.machine_code.main_loop import MainLoop, Registers, read_main_loop
+from numflash.machine_code.report import inspect_kernel
 from numflash.machine_code.sass import disassemble
 from numflash.ptx import device_function
 from numflash.runtime.devices import architecture
@@ -25,7 +25,7 @@ from numflash.selection.rules import choose
 HOPPER = architecture("sm_90a")
 DTYPES = ("float16", "bfloat16")
 HEAD_DIMS = (64, 128, 192, 256)
-PLAIN, BENT = {}, {"softcap": True, "alibi": True}
+PLAIN, BENT = {}, {"features": ("softcap", "alibi")}
 REGISTERS, WARPGROUP = 64 * 1024, 128
 # Instructions of a turn: for a score its maximum, exponential, product, sum and half a conversion;
 # for a product its descriptor; the rest, which assemblers from 12.8 to 13.5 write with 35 to 70.
@@ -47,7 +47,7 @@ def every(head_dim: int) -> tuple[Sm90ForwardConfig, ...]:
 def _cases():
     """(config, dtype, head_dim, features): what is chosen; in full every candidate."""
     if is_on("NUMFLASH_TEST_EVERY_CONFIG"):
-        features = [PLAIN, {"softcap": True}, {"alibi": True}, BENT]
+        features = [PLAIN, {"features": ("softcap",)}, {"features": ("alibi",)}, BENT]
         for head_dim, dtype in itertools.product(HEAD_DIMS, DTYPES):
             for config, feature in itertools.product(every(head_dim), features):
                 yield config, dtype, head_dim, feature
@@ -88,7 +88,7 @@ def _expect_registers(config: Sm90ForwardConfig, at_entry: int, later: dict[str,
     blocks = config.min_blocks_per_sm
     allowed = REGISTERS // blocks // config.num_threads // 8 * 8
     if config.fixed:
-        # What is not handed on is not asked for: as many as are named.
+        # Registers that are not handed on are not asked for: as many as are named.
         assert at_entry <= 255 and (later, config.registers) == ({}, (allowed, allowed))
         return
     assert at_entry == min(allowed, 255)
@@ -112,7 +112,7 @@ def _expect_main_loop(config: Sm90ForwardConfig, traits: Traits, loop: MainLoop)
     assert loop.waits == ((1, 0) if config.overlap else (0, 0))
     # A thread has 2 scores of each 8 columns for each of 2 rows.
     scores, results = config.tile_n // 2, traits.head_dim_v // 2
-    exponentials = scores * (2 if traits.softcap else 1)
+    exponentials = scores * (2 if "softcap" in traits.features else 1)
     assert loop.exponentials == exponentials
     assert loop.overlapped_exponentials == (exponentials if config.overlap else 0)
     issued = loop.instructions
@@ -122,7 +122,7 @@ def _expect_main_loop(config: Sm90ForwardConfig, traits: Traits, loop: MainLoop)
     assert issued["fmnmx"] == scores + 2
     assert loop.skipped["rescaling"] == results
     assert loop.skipped["other"] == 0
-    if not traits.softcap and not traits.alibi:
+    if not traits.shapes_scores:
         assert (issued["ffma"], issued["other_special"]) == (scores, 0)
         assert issued["fadd"] <= scores + 4
         assert loop.issued <= PER_SCORE * scores + PER_PRODUCT * (of_s + of_o) + REST

@@ -8,9 +8,10 @@ import sys
 import pytest
 
 from numflash.api import info, inspect
-from numflash.api.inspect import Report, inspect_kernel, main
+from numflash.api.inspect import main
 from numflash.configs import DeltaConfig, ForwardConfig, Traits
 from numflash.machine_code import sass
+from numflash.machine_code.report import Report, inspect_kernel
 from numflash.runtime.devices import ARCHITECTURES, architecture, blocks_per_sm
 from numflash.selection.rules import choose
 
@@ -42,7 +43,7 @@ SMALL = ["forward", "--arch", "sm_80", "--head-dim", "32", "--config", "sm80-m16
 
 
 def printed(capsys, *argv):
-    """What a successful run prints."""
+    """The output of a successful run."""
     assert main(list(argv)) == 0
     captured = capsys.readouterr()
     assert captured.err == ""
@@ -104,7 +105,7 @@ def test_json(capsys, argv, present, absent):
         assert instructions[name] > 0, name
     for name in ("LDL", "STL", "F64", *absent):
         assert instructions[name] == 0, name
-    # What is only said of products of warpgroups.
+    # Lines that only products of warpgroups have.
     assert (report["setmaxnreg"], report["main_loop"]) == ({}, None)
 
 

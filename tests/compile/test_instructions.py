@@ -4,12 +4,12 @@ import re
 
 import pytest
 
-from numflash.kernels.arguments import Pointer
 from numflash.kernels.kernel import Kernel
 from numflash.machine_code import sass
 from numflash.machine_code.compiler import compile_kernel
 from numflash.ptx import INSTRUCTIONS, cuda, device_function, f32, instruction, u32
 from numflash.runtime.devices import ARCHITECTURES
+from numflash.runtime.views import Pointer
 from numflash.tiles.quantize.conversions import make_encode
 from tests.support.instruction_cases import CASES
 

@@ -8,7 +8,6 @@ from collections import Counter
 
 import pytest
 
-from numflash.api.inspect import inspect_kernel
 from numflash.configs import (
     AmaxConfig,
     DequantizeConfig,
@@ -18,6 +17,7 @@ from numflash.configs import (
     quantize_config,
 )
 from numflash.machine_code.compiler import compile_ptx, get_cubin
+from numflash.machine_code.report import inspect_kernel
 from numflash.machine_code.sass import disassemble, opcodes
 from numflash.runtime.devices import architecture
 
@@ -57,7 +57,7 @@ def test_everything_stays_in_registers(config, traits, arch):
 
 
 def counts(config: QuantizeConfig, traits: Traits, arch: str) -> tuple[Counter, int]:
-    """How often each instruction occurs, and elements of a thread."""
+    """The number of each instruction, and elements of a thread."""
     cubin = get_cubin(config, traits, architecture(arch))
     full = opcodes(disassemble(cubin.code))
     names = Counter(name.split(".")[0] for name in full)

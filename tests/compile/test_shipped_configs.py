@@ -19,23 +19,22 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from numflash.api.inspect import inspect_kernel
 from numflash.configs import (
     HEAD_DIM_STEP,
     MAX_HEAD_DIM,
     ForwardConfig,
     MmaConfig,
     Traits,
-    accumulators_per_thread,
     parse_config,
 )
-from numflash.kernels.arguments import Pointer
 from numflash.kernels.kernel import Kernel
 from numflash.machine_code.compiler import compile_kernel, get_cubin
+from numflash.machine_code.report import inspect_kernel
 from numflash.machine_code.sass import count_instructions, disassemble
 from numflash.ptx import f32
 from numflash.runtime.devices import ARCHITECTURES
 from numflash.runtime.switches import is_on
+from numflash.runtime.views import Pointer
 from numflash.selection.rules import choose
 
 FAMILIES = ("forward", "backward-dkdv", "backward-dq", "delta", "combine")
@@ -51,16 +50,16 @@ LIKE_SM_86 = ("sm_89", "sm_120")
 DTYPES = (("float16", {}), ("bfloat16", {}), ("float32", {"tf32": True}), ("float32", {}))
 FEATURES = (
     {},
-    {"softcap": True, "alibi": True},
+    {"features": ("softcap", "alibi")},
     {"vectorized": False},
-    {"alibi": True},
-    {"softcap": True, "vectorized": False},
+    {"features": ("alibi",)},
+    {"features": ("softcap",), "vectorized": False},
 )
 # Which config is chosen depends on which of these kinds the features are of.
 KINDS = (
     ({},),
-    ({"softcap": True}, {"softcap": True, "alibi": True}, {"alibi": True}),
-    ({"softcap": True, "vectorized": False}, {"vectorized": False}),
+    ({"features": ("softcap",)}, {"features": ("softcap", "alibi")}, {"features": ("alibi",)}),
+    ({"features": ("softcap",), "vectorized": False}, {"vectorized": False}),
 )
 # Of each family.
 TURING_CASES, TF32_CASES = 2, 2
@@ -79,9 +78,7 @@ class Shipped:
     def accumulators(self) -> int:
         """float32 accumulators a thread: the more, the scarcer are registers."""
         config = parse_config(self.family, self.config)
-        if isinstance(config, MmaConfig):
-            return config.accumulators_per_thread(self.traits)
-        return accumulators_per_thread(config, self.traits)
+        return config.accumulators_per_thread(self.traits)
 
     @property
     def scarcity(self) -> tuple:
@@ -128,7 +125,7 @@ def generation(config: str) -> str:
 
 
 def work(kernel) -> str:
-    """What a warp of a kernel or case does: all of a config but its generation and warps."""
+    """The work of a warp of a kernel or case: all of a config but its generation and warps."""
     config = parse_config(kernel.family, kernel.config)
     if not isinstance(config, MmaConfig):
         return kernel.config
@@ -196,7 +193,7 @@ def cases_of_family(family: str, kernels: list[Shipped]) -> list[Case]:
         traits = kernel.traits
         if traits.dtype == "float16" and kernel.arch != "sm_75":
             traits = replace(traits, dtype=("float16", "bfloat16")[len(cases) % 2])
-        plain = replace(traits, softcap=False, alibi=False, vectorized=True)
+        plain = replace(traits, features=(), vectorized=True)
         varied = replace(plain, **next(features[kind_of(traits)]))
         case = Case(family, kernel.config, varied, (kernel.arch,))
         cases.append(case if is_shipped(case) else replace(case, traits=traits))
@@ -215,7 +212,7 @@ def cases_of_family(family: str, kernels: list[Shipped]) -> list[Case]:
     capped_work = {work(case) for case in cases}
     for kernel in scarcest(k for k in of_family if k.arch == "sm_75")[-TURING_CASES:]:
         add(kernel)
-    # What keeps dK and dV together spills before what keeps as many accumulators of one.
+    # A kernel that keeps dK and dV spills before one that keeps as many accumulators of one.
     together = [k for k in of_family if k.arch == "sm_75" and not k.config.endswith("-apart")]
     add(scarcest(together)[-1])
     for kernel in scarcest(k for k in of_family if k.traits.tf32)[-TF32_CASES:]:
@@ -228,7 +225,7 @@ def cases_of_family(family: str, kernels: list[Shipped]) -> list[Case]:
     for i, found in enumerate(rest, 2):
         of_kind = [k for k in found if kind_of(k.traits) == i % len(KINDS)]
         add(max(of_kind or found, key=lambda k: (k.scarcity, -uses[k.arch])))
-    # What only Turing or tf32 has, if anything.
+    # Cases that only Turing or tf32 has, if any.
     done = {work(case) for case in cases}
     for kernel in of_family:
         if work(kernel) not in done:
@@ -254,7 +251,7 @@ def kind_of(traits: Traits) -> int:
     """Which of `KINDS` traits are of."""
     if not traits.vectorized:
         return 2
-    return int(traits.softcap or traits.alibi)
+    return int(traits.shapes_scores)
 
 
 def split_cases() -> list[Case]:
@@ -310,10 +307,12 @@ def test_the_cases_cover_everything():
                 assert any(CASES.index(c) % 4 == 0 for c in some), "disassembled"
             if family not in TENSOR_CORE_FAMILIES:
                 continue
-            assert any("sm_120" in c.archs and c.traits.softcap for c in some), family
+            capped = [c for c in some if "softcap" in c.traits.features]
+            assert any("sm_120" in c.archs for c in capped), family
             assert {c.traits.dtype for c in some} == {"float16", "bfloat16", "float32"}
-            for name in ("softcap", "alibi", "vectorized"):
-                assert {getattr(c.traits, name) for c in some} == {True, False}, (family, name)
+            assert {c.traits.vectorized for c in some} == {True, False}, family
+            for name in ("softcap", "alibi"):
+                assert {name in c.traits.features for c in some} == {True, False}, (family, name)
 
 
 @pytest.mark.parametrize("arch", LIKE_SM_86)

@@ -1,9 +1,9 @@
-"""What the shipped tables choose instead of the defaults stays in registers on every GPU."""
+"""Configs of the shipped tables, where not the defaults, stay in registers on every GPU."""
 
 import pytest
 
-from numflash.api.inspect import inspect_kernel
 from numflash.configs import parse_config
+from numflash.machine_code.report import inspect_kernel
 from numflash.runtime.devices import architecture
 from numflash.selection import store
 

@@ -1,6 +1,6 @@
 """The tuner's reading of machine code, on kernels compiled for machines that are not here.
 
-The counts are those that the kernels' docstrings and docs/architecture.md give.
+The counts are those that the kernels' docstrings and docs/decisions.md give.
 """
 
 from functools import cache

@@ -66,7 +66,7 @@ OPTIONS = (
     *("--pass", "forward", "--dtype", "float16", "--head-dim", "64", "--mask", "full"),
     *("--jobs", "2", "--seed", "0"),
 )
-# Which config a call of this class runs in the simulator of an sm_80, and by which rule.
+# Prints the config of a call of this class in the simulator of an sm_80, and its rule.
 EXPLAIN = """
 import numpy as np
 from numflash import explain_dispatch
@@ -151,7 +151,7 @@ def expect_each_once(cache, count):
 
 
 def entries(cache):
-    """What the config cache holds."""
+    """The entries of the config cache."""
     found = [parse_table(path.read_bytes()) for path in (cache / "configs").glob("*.json")]
     return [row.entry for table in found for rows in table.values() for row in rows]
 

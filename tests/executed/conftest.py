@@ -1,4 +1,4 @@
-"""What the tests of executed kernels share."""
+"""Fixtures of the tests of executed kernels."""
 
 import numpy as np
 import pytest

@@ -113,6 +113,17 @@ MORE:
         run(body, max_steps=4000)
 
 
+def test_what_happens_in_the_block_begins_the_count_again():
+    body = """
+    mov.u32 %r2, 0;
+MORE:
+    add.u32 %r2, %r2, 1;
+    bar.sync 0;
+    setp.lt.u32 %p1, %r2, 2000;
+    @%p1 bra MORE;"""
+    run(body, block=64, max_steps=2100)
+
+
 def test_blocks_run_one_after_the_other():
     """One that waits for a later one is told so."""
     body = f"""

@@ -1,4 +1,4 @@
-"""docs/evidence.md is what its record gives, and speaks of every instruction."""
+"""docs/evidence.md is drawn from its record, and names every instruction."""
 
 import re
 

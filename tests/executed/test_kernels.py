@@ -29,7 +29,7 @@ _SMALL = {
     # Parts of the forward are put together, and so are those of dq.
     "combine": {"forward": "sm80-m32n16w1s1x2", "backward": "sm80-m16n16w1s2x2"},
 }
-# What runs, on which GPU's code: dtype, tokens, head_dim, whether gradients, options of attention.
+# Calls, and the GPU of their code: dtype, tokens, head_dim, whether gradients, options.
 CASES = {
     "portable": (
         "sm_80",
@@ -45,6 +45,23 @@ CASES = {
     "tf32": ("sm_80", np.float32, 40, 32, True, {"precision": "tf32", "config": _SMALL["sm80"]}),
     "combine": ("sm_80", np.float16, 70, 32, True, {"config": _SMALL["combine"]}),
     "sm90": ("sm_90a", np.float16, 150, 64, False, {"causal": True}),
+    # The sink joins in `combine`, once; its gradient comes of `delta` and `head_sums`.
+    "sinks": (
+        "sm_80",
+        np.float16,
+        70,
+        32,
+        True,
+        {"sinks": np.array([1.5], np.float32), "config": _SMALL["combine"]},
+    ),
+    "sinks-sm90": (
+        "sm_90a",
+        np.float16,
+        150,
+        64,
+        False,
+        {"sinks": np.array([1.5], np.float32), "causal": True},
+    ),
     "fp8-sm89": ("sm_89", np.float16, 70, 64, False, {"precision": "fp8"}),
     "fp8-sm90": ("sm_90a", np.float16, 128, 128, False, {"precision": "fp8"}),
 }

@@ -15,7 +15,7 @@ KERNELS = {
     "sm80": ("sm_80", np.float16, 130, 32),
     "sm90": ("sm_90a", np.float16, 200, 64),
 }
-# What may be missing. "first" and "last" are places; where neither is said all are taken out.
+# Statements that may be missing. "first" and "last" are places; without either all are taken out.
 DROPPED = [
     ("portable", "bar.sync", "first"),
     ("portable", "bar.sync", "last"),

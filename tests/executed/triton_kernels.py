@@ -104,7 +104,7 @@ def convert(x, y, n, BLOCK: tl.constexpr):
 
 @triton.jit
 def scalars(x, y, low, halves, product, wide, narrow, brain, chosen, n, BLOCK: tl.constexpr):
-    """What one lane computes: each output by one instruction, or by two beside each other."""
+    """Calculations of one lane: each output by one instruction, or by two beside each other."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     seen = i < n
     u, v = tl.load(x + i, mask=seen), tl.load(y + i, mask=seen)

@@ -1,4 +1,4 @@
-"""What only a device can show of the public face: streams, graphs, memory, other libraries."""
+"""The public face where only a device shows it: streams, graphs, memory, other libraries."""
 
 import numpy as np
 import pytest

@@ -12,6 +12,7 @@ import numflash
 from bench.measuring import agreement
 from bench.points.points import Point
 from numflash.configs.wgmma import Sm90ForwardConfig
+from numflash.problem.options import ARRAY_OPTIONS
 from numflash.runtime.driver import limits_of_device
 from numflash.runtime.views import numpy_dtype
 from tests.support.attention_cases import (
@@ -137,8 +138,8 @@ def _on_device(case):
 
     arrays = {name: upload(array) for name, array in case.arrays().items()}
     options = case.call_options()
-    if "alibi_slopes" in options:
-        options["alibi_slopes"] = cupy.asarray(options["alibi_slopes"])
+    given = [name for name in ARRAY_OPTIONS if name in options]
+    options |= {name: cupy.asarray(options[name]) for name in given}
     return arrays, options
 
 

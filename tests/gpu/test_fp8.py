@@ -13,6 +13,7 @@ from numflash.api.check import to_numpy
 from numflash.configs import parse_config
 from numflash.configs.fp8 import multiplies_codes
 from numflash.problem.fp8 import Fp8Recipe
+from numflash.problem.options import ARRAY_OPTIONS
 from numflash.reference.attention import heads_first
 from numflash.reference.fp8 import tokens_innermost
 from numflash.runtime.driver import limits_of_device
@@ -62,16 +63,16 @@ def _forced():
 def run(call, **more):
     """(out, lse) of a call."""
     options = dict(call.options)
-    if "alibi_slopes" in options:
-        options["alibi_slopes"] = upload(options["alibi_slopes"])
+    given = [name for name in ARRAY_OPTIONS if name in options]
+    options |= {name: upload(options[name]) for name in given}
     return numflash.attention(**call.arguments, **options, return_lse=True, **more)
 
 
 def tile_n_of_choice(call) -> int:
     """Keys of a tile of the config that is chosen."""
     options = dict(call.options)
-    if "alibi_slopes" in options:
-        options["alibi_slopes"] = upload(options["alibi_slopes"])
+    given = [name for name in ARRAY_OPTIONS if name in options]
+    options |= {name: upload(options[name]) for name in given}
     return tile_n_of(numflash.plan(**call.arguments, **options))
 
 

@@ -12,8 +12,9 @@ import numflash
 
 ROOT = Path(numflash.__file__).parent
 TUNER = ROOT.parent / "tuner"
+BENCH = ROOT.parent / "bench"
 
-# What each room of numflash may import of numflash. `__init__.py` stands above them all: it may
+# The rooms that each room of numflash may import. `__init__.py` stands above them all: it may
 # import any, and none may import it.
 ARROWS = {
     "runtime": "",
@@ -23,7 +24,7 @@ ARROWS = {
     "simulator": "problem runtime",
     "ptx": "configs runtime simulator",
     "tiles": "ptx",
-    "kernels": "configs ptx tiles",
+    "kernels": "configs ptx runtime tiles",
     "machine_code": "configs kernels ptx runtime",
     "executor": "configs problem ptx runtime simulator",
     "selection": "configs machine_code problem runtime",
@@ -40,6 +41,20 @@ TUNER_ARROWS = {
     "report": "records search",
     "tables": "model",
 }
+BENCH_ARROWS = {
+    "points": "",
+    "records": "",
+    "peers": "points",
+    "measuring": "peers points records",
+    "tables": "measuring peers points records",
+    "machine_code": "tables",
+    "fp8_accuracy": "records tables",
+    "studies": "measuring peers points records tables",
+    "first_light": "measuring peers points records studies tables",
+    "speed": "measuring peers points records studies tables",
+    "report": "fp8_accuracy points records tables",
+    "verify": "peers records speed",
+}
 # Within a layer: the files of a folder import none of these folders. The portable kernels stay
 # readable by themselves, and each implementation can be taken out.
 APART = {
@@ -49,7 +64,7 @@ APART = {
     "kernels/mma": "kernels.portable kernels.wgmma",
     "tiles/[a-z]*.py": "tiles.mma tiles.wgmma",
 }
-# What else may be imported, and by whom: "*" everywhere, "f" only inside a function.
+# Other imports, and who may have them: "*" everywhere, "f" only inside a function.
 OUTSIDE = {
     "numpy": "*",
     "ml_dtypes": "*",
@@ -83,7 +98,7 @@ def _imports(path: Path, root: Path | None = None) -> list[tuple[str, bool]]:
             beside = (root or ROOT).parent
             package = path.relative_to(beside).parts[: -node.level] if node.level else ()
             module = ".".join([*package, *filter(None, [node.module])])
-            if module in ("numflash", "tuner"):
+            if module in ("numflash", "tuner", "bench"):
                 # `from numflash import reference` imports a room.
                 found.extend((f"{module}.{alias.name}", inside) for alias in node.names)
             else:
@@ -139,13 +154,53 @@ def test_the_tuner_imports_itself_relatively_and_goes_down(path):
     names = [name.split(".") for name, _ in _imports(path, TUNER)]
     assert [".".join(name) for name in names if name[0] in ("bench", "numflash_tuner")] == []
     inside = {name[1] for name in names if name[0] == "tuner" and len(name) > 1} - {unit}
-    # What is not a room or a module is a constant of the package.
+    # A name that is no room or module is a constant of the package.
     above = inside - set(TUNER_ARROWS.get(unit, "").split()) - {"SAMPLERS"}
     assert unit not in TUNER_ARROWS or above == set()
     assert "from tuner" not in path.read_text()
 
 
-@pytest.mark.parametrize("table", [ARROWS, TUNER_ARROWS], ids=["numflash", "tuner"])
+def _bench_violations(path: Path) -> list[str]:
+    """What a file of bench imports of it and may not, also inside functions."""
+    unit = path.relative_to(BENCH).parts[0].removesuffix(".py")
+    names = [name.split(".") for name, _ in _imports(path, BENCH)]
+    rooms = {name[1] for name in names if name[0] == "bench" and len(name) > 1} - {unit}
+    above = rooms - set(BENCH_ARROWS.get(unit, "").split())
+    return [f"{unit} imports bench.{room}" for room in sorted(above) if unit in BENCH_ARROWS]
+
+
+@pytest.mark.parametrize(
+    "path", sorted(BENCH.rglob("*.py")), ids=lambda p: str(p.relative_to(BENCH))
+)
+def test_bench_goes_down(path):
+    assert _bench_violations(path) == []
+
+
+def test_every_room_of_bench_is_in_the_table():
+    rooms = {path.relative_to(BENCH).parts[0].removesuffix(".py") for path in BENCH.rglob("*.py")}
+    assert rooms == {*BENCH_ARROWS, "__init__", "__main__"}
+
+
+@pytest.mark.parametrize(
+    "file, line, message",
+    [
+        ("measuring/worker.py", "from bench.tables import x", "measuring imports bench.tables"),
+        ("tables/tables.py", "from bench.studies import static", "tables imports bench.studies"),
+        ("verify.py", "def f():\n    from bench.report import x", "verify imports bench.report"),
+        ("points/work.py", "from ..records import record", "points imports bench.records"),
+    ],
+)
+def test_a_wrong_arrow_of_bench_is_seen(monkeypatch, tmp_path, file, line, message):
+    monkeypatch.setattr(sys.modules[__name__], "BENCH", tmp_path / "bench")
+    path = tmp_path / "bench" / file
+    path.parent.mkdir(parents=True)
+    path.write_text(line)
+    assert _bench_violations(path) == [message]
+
+
+@pytest.mark.parametrize(
+    "table", [ARROWS, TUNER_ARROWS, BENCH_ARROWS], ids=["numflash", "tuner", "bench"]
+)
 def test_a_table_has_no_cycle(table):
     done = set()
     while len(done) < len(table):

@@ -1,6 +1,6 @@
-"""What is installed: every package, its data, its commands, under names of its own.
+"""The installation: every package, its data, its commands, under names of its own.
 
-And what a package index shows of it, and installs with it.
+And the description that a package index shows, and the packages that it installs with it.
 """
 
 import json
@@ -73,10 +73,49 @@ LINK = re.compile(r"!?\[([^\]]*)\]\(([^)\s]*)\)")
 ELSEWHERE = ("https://", "#")
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/architecture.md"])
+PAGES = sorted(
+    str(path.relative_to(ROOT))
+    for folder in (ROOT, ROOT / "docs", ROOT / "examples" / "data")
+    for path in folder.glob("*.md")
+)
+
+
+def anchors(page: Path) -> set[str]:
+    """The headings of a page, as links name them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", PAGES)
 def test_links_of_the_repository_lead_somewhere(name):
-    for _, target in LINK.findall((ROOT / name).read_text(encoding="utf-8")):
-        assert target.startswith(ELSEWHERE) or ((ROOT / name).parent / target).is_file(), target
+    for _, link in LINK.findall((ROOT / name).read_text(encoding="utf-8")):
+        if link.startswith("https://"):
+            continue
+        target, _, anchor = link.partition("#")
+        page = (ROOT / name).parent / target if target else ROOT / name
+        assert page.is_file() and (not anchor or anchor in anchors(page)), link
+
+
+# A file or folder that a page names in code, as `tuner/cli.py`, `runtime/sums.py` or `ptx/`.
+NAMED_FILE = re.compile(r"`([\w./-]+(?:/|\.(?:py|toml|json|md|svg)))`")
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_files_that_a_page_names_exist(name):
+    """From the repository, from numflash, or, without a folder, anywhere in them."""
+    for named in NAMED_FILE.findall((ROOT / name).read_text(encoding="utf-8")):
+        places = [ROOT / named, ROOT / "numflash" / named, (ROOT / name).parent / named]
+        found = any(place.exists() for place in places)
+        if not found and "/" not in named:
+            folders = ("numflash", "tuner", "bench", "tests", "examples")
+            found = any(True for folder in folders for _ in (ROOT / folder).rglob(named))
+        assert found, named
+
+
+def test_the_pages_keep_their_length():
+    """Architecture is read at one sitting."""
+    lines = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 120
 
 
 def assert_complete(description):
@@ -133,7 +172,7 @@ def test_pip_finds_all_that_the_extras_need(tmp_path):
         shutil.copy(ROOT / name, tmp_path)
     extras = set(PROJECT["project"]["optional-dependencies"])
     report = tmp_path / "report.json"
-    # What is installed here counts: pip downloads what it wants to know of the rest.
+    # Packages installed here count: pip downloads the metadata of the rest.
     pip = [sys.executable, "-m", "pip", "install", "--dry-run", "--quiet", f"--report={report}"]
     for one, others in ONE_OF.items():
         wanted = f"{tmp_path}[{','.join(sorted(extras - others))}]"

@@ -11,7 +11,7 @@ import pytest
 
 import numflash
 from numflash.calls import ready
-from numflash.kernels import quantize as fp8
+from numflash.kernels.mma import fp8_forward
 from numflash.problem.fp8 import Fp8Recipe
 from tests.sim.test_broken_kernels import first_failure
 from tests.sim.test_fp8_attention import (
@@ -34,7 +34,7 @@ SEEDS = range(3)
 NATIVE = ("fp8-sm89-m32n64w2s1", "fp8-sm89-m32n64w2s2")
 HALF = ("fp8-sm80-m32n32w2s1",)
 ALL = (*HALF, *NATIVE)
-# What else a module's text is in, in the order of imports.
+# The other modules that hold a module's text, in the order of imports.
 IMPORTERS = {CONVERSIONS: [f"{TILES}operands"]}
 # Tokens that share a scale of K and V: as many as a tile has, or fewer.
 OF_TILES, OF_KEYS = Fp8Recipe("block", 64), Fp8Recipe("block", 16)
@@ -76,11 +76,11 @@ def is_right(recipe: Fp8Recipe, config: str) -> bool:
 def first_failure_of(
     monkeypatch, module=None, mutation=None, recipes=(OF_TILES, OF_KEYS), configs=ALL, seeds=SEEDS
 ) -> str | None:
-    """How the kernel with a mutated `module` fails, for any config, scales and seed."""
+    """The failure of the kernel with a mutated `module`, for any config, scales and seed."""
     if mutation is not None:
         chain = (module, *IMPORTERS.get(module, ()), KERNEL)
         changed = load(chain, module, mutation, monkeypatch)
-        monkeypatch.setitem(fp8.FACTORIES, "forward", changed.make_forward_kernel)
+        monkeypatch.setattr(fp8_forward, "make_forward_kernel", changed.make_forward_kernel)
     for config in configs:
         for recipe in recipes:
             failure = first_failure(

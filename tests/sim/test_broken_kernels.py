@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from numflash import reference
-from numflash.calls.forward import arguments_of
+from numflash.calls.arguments import arguments_of
 from numflash.calls.launch import SimulatedLaunch
 from numflash.configs import BackwardDkDvConfig, BackwardDqConfig, ForwardConfig, Traits
 from numflash.problem.problem import AttentionProblem, Tensor
@@ -30,7 +30,7 @@ TILE = 8
 
 
 def first_failure(run, monkeypatch, seeds=SEEDS) -> str | None:
-    """How `run`, which raises or returns whether its result is right, fails for the first seed."""
+    """The failure of `run`, which raises or returns whether it is right, for the first seed."""
     for seed in seeds:
         monkeypatch.setattr(SEED, "value", seed)
         try:
@@ -335,9 +335,7 @@ class Problem:
             softmax_scale=32**-0.5,
             band_lo=shift - self.window[0],
             band_hi=shift + self.window[1],
-            bias_shift=shift,
-            softcap=0.0,
-            alibi_strides=None,
+            shift=shift,
         )
         out, lse = reference.attention(q, k, v, **options)
         dq, dk, dv = reference.attention_backward(do, q, k, v, **options)
@@ -375,7 +373,7 @@ def mutated_factory(family: str, module: str, fault, monkeypatch):
 
 
 def first_failure_of_kernel(family: str, factory, monkeypatch) -> str | None:
-    """How the kernel from `factory` fails for the first seed."""
+    """The failure of the kernel from `factory` for the first seed."""
     config = CONFIGS[family]
     kernel = factory(config, TRAITS)
     return first_failure(
@@ -406,8 +404,8 @@ FORWARD_MUTATIONS = [
     ),
     ("numflash.tiles.scores", Mutation("the end of the keys", "j >= end", "j > end")),
     (
-        "numflash.tiles.scores",
-        Mutation("one block of keys too few", "+ tile - 1) // tile", ") // tile"),
+        "numflash.tiles.blocks",
+        Mutation("one tile of keys too few", "tiles_of(end, stage_n)", "quotient(end, stage_n)"),
     ),
     (
         f"{PORTABLE}.forward",
@@ -438,8 +436,8 @@ FORWARD_MUTATIONS = [
         f"{PORTABLE}.forward",
         Mutation(
             "a barrier that one warp leaves out",
-            "cuda.syncthreads()  # Q",
-            "cuda.threadIdx.x >= 32 or cuda.syncthreads()  # Q",
+            "must have arrived.\n            cuda.syncthreads()",
+            "\n            cuda.threadIdx.x >= 32 or cuda.syncthreads()",
         ),
     ),
     (

@@ -4,17 +4,18 @@ As `test_broken_kernels`: a mutation replaces a piece of source text, and the ke
 a wrong result, or an error, for at least one seed.
 """
 
+import importlib
+
 import numpy as np
 import pytest
 
 import numflash
 from numflash.calls import ready
-from numflash.kernels import mma
 from tests.sim.test_broken_kernels import first_failure
 from tests.support.faults import Dropped, Mutation, events, load, source_of
 
 KERNELS = "numflash.kernels.mma"
-TILES = "numflash.tiles.mma"
+TILES = "numflash.tiles"
 # Two warps, so that they need each other; several tiles to walk over.
 CONFIGS = {
     "forward": ("sm80-m32n16w2s1", "sm80-m32n16w2s2"),
@@ -54,14 +55,17 @@ def check(family: str, config: str, sizes: tuple[int, int], window: int = 30) ->
 def first_failure_of(
     family, monkeypatch, module=None, mutation=None, seeds=SEEDS, configs=None, problem=None
 ) -> str | None:
-    """How the family's kernel with a mutated `module` fails, for any config and seed.
+    """The failure of the family's kernel with a mutated `module`, for any config and seed.
 
     `problem` are the arguments of `check` behind the config.
     """
     if mutation is not None:
-        changed = load((module, module_of(family)), module, mutation, monkeypatch)
-        factory = getattr(changed, f"make_{family.replace('-', '_')}_kernel")
-        monkeypatch.setitem(mma.FACTORIES, family, factory)
+        own = module_of(family)
+        chain = (own,) if module == own else (module, f"{KERNELS}.queries", own)
+        changed = load(chain, module, mutation, monkeypatch)
+        factory = f"make_{family.replace('-', '_')}_kernel"
+        whole = importlib.import_module(own)
+        monkeypatch.setattr(whole, factory, getattr(changed, factory))
     monkeypatch.setattr(ready, "_ready", {})
 
     def run(config):
@@ -88,71 +92,81 @@ def synchronisations() -> list:
 MUTATIONS = [
     (
         "forward",
-        "copies",
+        "mma.copies",
         Mutation("rows past the end", "is_inside = source_row < end", "is_inside = True"),
     ),
     (
         "forward",
-        "softmax",
+        "mma.softmax",
         Mutation("a maximum that never moves", "row_max[r] = new_max\n", "pass\n"),
     ),
     (
         "forward",
-        "softmax",
+        "mma.softmax",
         Mutation("sums that are not rescaled", "row_sum[r] *= factors[r]", "pass"),
     ),
     (
         "forward",
-        "softmax",
+        "mma.softmax",
         Dropped("make_online_softmax.online_softmax", "scale_rows"),
     ),
     (
         "forward",
-        "softmax",
+        "mma.softmax",
         Mutation(
             "a maximum of half a row", "max_f32(x, cuda.shfl_xor_sync(FULL_WARP, x, 2))", "x"
         ),
     ),
     (
         "forward",
-        "scores",
+        "mma.scores",
         Mutation("the first column of the mask", "(column >= first)", "(column > first)"),
     ),
     (
         "forward",
-        "scores",
+        "mma.scores",
         Mutation("the last column of the mask", "(column <= last)", "(column < last)"),
     ),
     (
         "forward",
-        "products",
+        "mma.products",
         Mutation("operand A of the first step", "advance_a(a_period, step)", "a_period"),
     ),
     (
         "forward",
-        "copies",
+        "mma.copies",
         Dropped("make_store_rows.store_packed", "transpose_quad"),
     ),
     (
+        "forward",
+        "blocks",
+        Mutation("no mask at the upper edge", "i32(end - tile_n)", "i32(end - 1)"),
+    ),
+    (
+        "backward-dkdv",
+        "blocks",
+        Mutation("queries that see keys as keys see them", "i32(-sequence.hi)", "sequence.lo"),
+    ),
+    (
         "backward-dq",
-        "softmax",
+        "mma.softmax",
         Mutation("delta left out", "softmax_scale, -delta)", "softmax_scale, f32(0))"),
     ),
     (
         "backward-dkdv",
-        "copies",
+        "mma.copies",
         Mutation(
             "statistics of one query", "source, base + first + i, n", "source, base + first, n"
         ),
     ),
     (
         "backward",
-        "products",
+        "mma.products",
         Mutation("dS of the first keys", "smem, a + step * a_step)", "smem, a)"),
     ),
     (
         "backward",
-        "copies",
+        "mma.copies",
         Mutation("rows of dS on top of others", "above + ROW_STEP * layout_pitch", "above"),
     ),
 ]

@@ -6,7 +6,7 @@ import pytest
 
 from numflash.configs import CombineConfig, Traits, padded_head_dim
 from numflash.kernels.arguments import Shape, Tensor
-from numflash.kernels.portable import make_combine_kernel
+from numflash.kernels.shared.combine import make_combine_kernel
 from numflash.simulator import GlobalPointer, launch
 
 WARPS = 2, 4, 8, 16

@@ -55,7 +55,7 @@ def arrays(rng, seqlen_q=5, seqlen_k=37, heads=2, heads_kv=1, dims=(64, 64), dty
 
 
 def call_of(q, k, v, recipes, **options) -> Fp8Call:
-    """What a call with these numbers attends to; `recipes` of q, k and v, or one."""
+    """The numbers that a call with these arrays attends to; `recipes` of q, k and v, or one."""
     if isinstance(recipes, Fp8Recipe):
         recipes = recipes, recipes, replace(recipes, hadamard=False)
     layout = options.get("layout", "bshd")

@@ -18,7 +18,6 @@ from numflash.api.check import measure, to_numpy
 from numflash.calls import ready
 from numflash.configs import parse_config
 from numflash.configs.formats import FORMATS
-from numflash.kernels.arguments import Pointer
 from numflash.problem.fp8 import Fp8Array, Fp8Recipe
 from numflash.ptx import cuda, mov_ctaid_x, u32
 from numflash.reference.attention import heads_first
@@ -26,6 +25,7 @@ from numflash.reference.fp8 import attention_of_codes, tokens_innermost
 from numflash.runtime.arrays import _NumPy
 from numflash.runtime.driver import limits_of_device
 from numflash.runtime.switches import is_on
+from numflash.runtime.views import Pointer
 from numflash.simulator import SEED, GlobalPointer, launch
 from tests.support.attention_cases import FP8_CONFIGS, SIM_CASES, AttentionCase, on_fp8
 
@@ -158,7 +158,7 @@ def make_call(
 
 
 def upload_view(x, upload: Callable):
-    """What is on the host stays as it lies there; elsewhere it is copied."""
+    """A host array stays as it lies; elsewhere it is copied."""
     return x if upload is np.ascontiguousarray else upload(np.ascontiguousarray(x))
 
 

@@ -8,6 +8,7 @@ import pytest
 
 import numflash
 from numflash import reference
+from numflash.calls import forward
 from numflash.calls import fp8_forward as fp8_calls
 
 DATA = Path(__file__).parents[2] / "examples" / "data" / "minilm_layer.npz"
@@ -107,10 +108,15 @@ def test_a_budget_decides_for_all_or_none():
 
 def test_each_kernel_passes_over_the_heads_of_the_other(monkeypatch):
     # The one in 16 bits comes last, and would hide what the first one does in vain.
+    def in_8_bits_only(request, config):
+        if request.traits.fp8:
+            return forward.kernels_of(request, config)
+        return forward.ForwardKernels(request, {}, {})
+
     q, k, v = arrays(np.random.default_rng(0), (1, 4), (1, 4), seqlen_q=5, seqlen_k=9)
     out = np.full_like(q, np.nan)
     with monkeypatch.context() as patch:
-        patch.setattr(fp8_calls.SelectedForward, "_launches", lambda *arguments: {})
+        patch.setattr(fp8_calls, "kernels_of", in_8_bits_only)
         numflash.plan(q, k, v, out=out, **AUTO).launch()
     assert np.isnan(by_head(out)).all((2, 3, 4)).tolist() == [[False, True]]
 

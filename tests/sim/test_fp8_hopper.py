@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 
 import numflash
-from numflash.calls import forward as calls
 from numflash.calls import ready
 from numflash.configs import parse_config
-from numflash.kernels import wgmma
+from numflash.kernels.wgmma import fp8_forward
 from numflash.problem.fp8 import Fp8Recipe
+from numflash.runtime import driver
 from numflash.runtime.driver import limits_of_device
 from numflash.runtime.errors import UnsupportedError
 from numflash.runtime.switches import is_on
+from numflash.selection import choice as selection
 from numflash.simulator import SEED, warpgroup
 from tests.sim.test_broken_kernels import first_failure
 from tests.sim.test_fp8_attention import (
@@ -34,7 +35,7 @@ from tests.sim.test_fp8_attention import (
     tokens_per_scale,
 )
 from tests.support.attention_cases import SIM_CASES, AttentionCase, on_fp8
-from tests.support.faults import Dropped, Mutation, load
+from tests.support.faults import Early, events, load, mutations, source_of
 
 EVERY = is_on("NUMFLASH_TEST_EVERY_CONFIG")
 KERNEL, TILES = "numflash.kernels.wgmma.fp8_forward", "numflash.tiles.wgmma"
@@ -139,8 +140,8 @@ def test_results_are_those_of_the_specification(case, sort, config, number, monk
 )
 def test_blocks_take_several_tiles_of_rows(config, blocks, monkeypatch):
     """Of which some see no key: the first rows of these."""
-    monkeypatch.setattr(calls, "multiprocessors", lambda device: (blocks, 2**20))
-    monkeypatch.setattr(calls, "resident_blocks", lambda *about: 1)
+    monkeypatch.setattr(driver, "multiprocessors", lambda device: (blocks, 2**20))
+    monkeypatch.setattr(selection, "resident_blocks", lambda *about: 1)
     shape = (1, 300, 150, 2, 1, 64, 64)
     call = call_of(AttentionCase("rows", shape, options={"causal": True}), "codes", 1, config)
     out, lse = run(call, config)
@@ -205,6 +206,7 @@ PLAIN = "fp8-sm90-m64n64w4s2"
 OVERLAP = "fp8-sm90-m64n128w4s2-overlap"
 WIDE = "fp8-sm90-m64n64w4s1-persistent"  # with head_dim_v 256: O in parts
 TURNING = "fp8-sm90-m128n128w8s2-overlap-pingpong"
+TURNS_ALONE = "fp8-sm90-m128n64w8s2-pingpong"
 
 
 @cache
@@ -229,11 +231,13 @@ def problem(config: str) -> Fp8Call:
     return Fp8Call(made, options, codes, descales, blocks, head_dim_v)
 
 
-def first_failure_of(monkeypatch, config, module=None, mutation=None, seeds=range(3)):
-    """How the kernel with a mutated `module` fails with a config; None if it is right."""
-    if mutation is not None:
-        changed = load((module, KERNEL), module, mutation, monkeypatch)
-        monkeypatch.setitem(wgmma.FACTORIES, "forward", changed.make_fp8_forward_kernel)
+def first_failure_of(monkeypatch, config, module=None, fault=None, seeds=range(3)):
+    """How the kernel with a fault in `module` fails with a config; None if it is right."""
+    if fault is not None:
+        changed = load((module, KERNEL), module, fault, monkeypatch)
+        monkeypatch.setattr(
+            fp8_forward, "make_fp8_forward_kernel", changed.make_fp8_forward_kernel
+        )
 
     return first_failure(lambda: is_right(config, config), monkeypatch, seeds)
 
@@ -245,148 +249,87 @@ def is_right(config: str, of_problem: str) -> bool:
     return not differences(*run(call, config), call, tile_n_of(config))
 
 
-# (module, config, mutation) for each idea that the kernel could get wrong.
-MUTATIONS = [
-    (
-        "fp8",
-        PLAIN,
-        Mutation(
-            "P in the order of tokens",
-            "encode_four(s_acc[i], s_acc[i + 1], s_acc[i + 4], s_acc[i + 5])",
-            "encode_four(s_acc[i], s_acc[i + 4], s_acc[i + 1], s_acc[i + 5])",
-        ),
-    ),
-    (
-        "fp8",
-        PLAIN,
-        Mutation("rows of P changed over", "p_frag[2 * half + 1] =", "p_frag[3 - 2 * half] ="),
-    ),
-    (
-        "fp8",
-        PLAIN,
-        Mutation(
-            "weights of the other row",
-            "part[i + 2], weights[1]",
-            "part[i + 2], weights[0]",
-        ),
-    ),
-    ("fp8", PLAIN, Mutation("weights forgotten", "part[i], weights[0]", "part[i], f32(1)")),
-    (
-        "fp8",
-        PLAIN,
-        Mutation(
-            "P of at most one",
-            "= shift_of_row(top_above",
-            "= P_SCALE_LOG2 + shift_of_row(top_above",
-        ),
-    ),
-    (
-        "fp8",
-        PLAIN,
-        Mutation("sums in units of a tile", "(sum_above, weights[0]", "(sum_above, f32(1)"),
-    ),
-    (
-        "fp8",
-        OVERLAP,
-        Mutation("a unit that never moves", "limits[r], units[r] =", "limits[r], limits[r] ="),
-    ),
-    (
-        "fp8_forward",
-        WIDE,
-        Mutation("parts in one place", "n_part * part, part_acc", "0, part_acc"),
-    ),
-    (
-        "fp8_forward",
-        WIDE,
-        Mutation("columns of the first part", "v_operand + part * part_step", "v_operand"),
-    ),
-    (
-        "fp8_forward",
-        PLAIN,
-        Mutation("the first tile of K of a stage", " + tile * k_tile_step", ""),
-    ),
-    (
-        "fp8_forward",
-        PLAIN,
-        Mutation("the first tile of V of a stage", " + tile * v_tile_step", ""),
-    ),
-    (
-        "fp8_forward",
-        OVERLAP,
-        Mutation("the first stage of K", "k_first + stage * k_step", "k_first"),
-    ),
-    (
-        "fp8_forward",
-        OVERLAP,
-        Mutation("the first stage of V", "v_first + stage * v_step", "v_first"),
-    ),
-    (
-        "fp8_forward",
-        TURNING,
-        Mutation("rows of the first warpgroup", " * q_step)", " * 0)"),
-    ),
-    (
-        "fp8_forward",
-        OVERLAP,
-        Mutation(
-            "weights of the next tile",
-            "add_part(o_acc, 0, part_acc, weights)",
-            "add_part(o_acc, 0, part_acc, next_weights)",
-        ),
-    ),
-    (
-        "fp8_forward",
-        OVERLAP,
-        Dropped("make_fp8_forward_kernel.forward", "scale_rows"),
-    ),
-    (
-        "fp8_forward",
-        OVERLAP,
-        Dropped("make_fp8_forward_kernel.forward", "wait_for_part"),
-    ),
-    ("fp8_forward", OVERLAP, Dropped("make_fp8_forward_kernel.forward", "wait_for_next_s")),
-    (
-        "fp8_forward",
-        OVERLAP,
-        Mutation("V of the stage of K", "v_stage, v_parity, v_tile = stage, parity, tile", "pass"),
-    ),
-    ("fp8_forward", PLAIN, Mutation("the scale of V forgotten", "weights[0] *= v_scale", "pass")),
-    (
-        "fp8_forward",
-        WIDE,
-        Mutation(
-            "V is never given back", "mbarrier_arrive(barriers, v_empty + v_stage)", "pass", 2
-        ),
-    ),
-    (
-        "fp8_forward",
-        PLAIN,
-        Mutation("a scale of Q for all rows", "(token >> descales.q.shift)", "0"),
-    ),
-    (
-        "fp8_forward",
-        PLAIN,
-        Mutation(
-            "a scale of K for all keys",
-            "k_scale = scale_of_key(descales.k, k_scales, key)",
-            "k_scale = descales.k.data[k_scales]",
-            2,
-        ),
-    ),
-]
+# The configs that show that an event is missing, (called, n); `OVERLAP` shows the others.
+SHOWN_BY = {
+    ("K.wait", 2): PLAIN,
+    ("wait_for_s", 1): PLAIN,
+    # Buffers must be filled twice, the last in another tile of rows.
+    ("V.release", 0): WIDE,
+    ("V.release", 2): WIDE,
+    ("pass_turn", 0): TURNING,
+    ("pass_turn", 1): TURNING,
+    ("pass_turn", 2): TURNS_ALONE,
+}
+IDEAS = """
+fp8  PLAIN  P in the order of tokens
+    s_acc[i + 1], s_acc[i + 4], s_acc[i + 5]) -> s_acc[i + 4], s_acc[i + 1], s_acc[i + 5])
+fp8  PLAIN  rows of P changed over
+    p_frag[2 * half + 1] = -> p_frag[3 - 2 * half] =
+fp8  PLAIN  weights of the other row
+    part[i + 2], weights[1] -> part[i + 2], weights[0]
+fp8  PLAIN  weights forgotten
+    part[i], weights[0] -> part[i], f32(1)
+fp8  PLAIN  P of at most one
+    = shift_of_row(top_above -> = P_SCALE_LOG2 + shift_of_row(top_above
+fp8  PLAIN  sums in units of a tile
+    (sum_above, weights[0] -> (sum_above, f32(1)
+fp8  OVERLAP  a unit that never moves
+    limits[r], units[r] = limit -> limits[r], limits[r] = limit
+fp8_forward  WIDE  parts in one place
+    n_part * part, part_acc -> 0, part_acc
+fp8_forward  WIDE  columns of the first part
+    v_operand + part * part_step -> v_operand
+fp8_forward  PLAIN  the first tile of K of a stage
+    + tile * k_tile_step ->
+fp8_forward  PLAIN  the first tile of V of a stage
+    + tile * v_tile_step ->
+fp8_forward  OVERLAP  the first stage of K
+    k + stage * k_step -> k
+fp8_forward  OVERLAP  the first stage of V
+    v + stage * v_step -> v
+fp8_forward  TURNING  rows of the first warpgroup
+    * q_step) -> * 0)
+fp8_forward  OVERLAP  weights of the next tile
+    add_part(o_acc, 0, part_acc, weights) -> add_part(o_acc, 0, part_acc, next_weights)
+fp8_forward  OVERLAP  V of the stage of K
+    v_stage, v_parity, v_tile = stage, parity, tile -> pass
+fp8_forward  PLAIN  the scale of V forgotten
+    weights[0], weights[1] = weights[0] * v_scale, weights[1] * v_scale -> pass
+fp8_forward  PLAIN  a scale of Q for all rows
+    (token >> descales.q.shift) -> 0
+fp8_forward  PLAIN  a scale of K for all keys
+    scale_of_key(descales.k, known.k_first, key) -> descales.k.data[known.k_first]
+"""
 
 
-@pytest.mark.parametrize("config", [PLAIN, OVERLAP, WIDE, TURNING])
+def faults() -> list:
+    """(module, config, fault): of each event of `attend` that it is missing, and of each idea.
+
+    What the forward on 16 bits shares is broken in `test_broken_hopper_kernels`.
+    """
+    source, found = source_of(KERNEL), []
+    called = r"[KV]\.(wait|release)|wait_for_\w+|pass_turn|scale_rows"
+    for fault in events(source, called):
+        in_parts = fault.function == "make_attend.add_tile"
+        config = WIDE if in_parts else SHOWN_BY.get((fault.called, fault.n), OVERLAP)
+        found.append(pytest.param(KERNEL, config, fault, id=f"no {fault}"))
+    early = Early("make_attend.attend", "V.release", 1)
+    found.append(pytest.param(KERNEL, OVERLAP, early, id=f"early {early}"))
+    configs = {"PLAIN": PLAIN, "OVERLAP": OVERLAP, "WIDE": WIDE, "TURNING": TURNING}
+    for module, config, mutation in mutations(IDEAS):
+        name = KERNEL if module == "fp8_forward" else f"{TILES}.{module}"
+        found.append(pytest.param(name, configs[config], mutation, id=str(mutation)))
+    return found
+
+
+@pytest.mark.parametrize("config", [PLAIN, OVERLAP, WIDE, TURNING, TURNS_ALONE])
 def test_the_kernel_is_right_for_every_seed(config, monkeypatch):
     assert first_failure_of(monkeypatch, config) is None
 
 
-@pytest.mark.parametrize(
-    ("module", "config", "mutation"), MUTATIONS, ids=[str(m[2]) for m in MUTATIONS]
-)
-def test_a_broken_kernel_is_caught(module, config, mutation, monkeypatch, record_property):
-    name = KERNEL if module == "fp8_forward" else f"{TILES}.{module}"
-    caught = first_failure_of(monkeypatch, config, name, mutation)
+@pytest.mark.parametrize(("module", "config", "fault"), faults())
+def test_a_broken_kernel_is_caught(module, config, fault, monkeypatch, record_property):
+    caught = first_failure_of(monkeypatch, config, module, fault)
     record_property("caught", caught)
     assert caught
 

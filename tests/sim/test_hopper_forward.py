@@ -12,13 +12,14 @@ import pytest
 
 import numflash
 from bench.points.points import Point
-from numflash.calls import forward as calls
 from numflash.calls import ready
 from numflash.configs.wgmma import Sm90ForwardConfig
+from numflash.runtime import driver
 from numflash.runtime.arrays import _NumPy
 from numflash.runtime.devices import ARCHITECTURES
 from numflash.runtime.driver import limits_of_device
 from numflash.runtime.switches import is_on
+from numflash.selection import choice as selection
 from numflash.simulator import SEED
 from tests.gpu.test_attention import check_sample, hopper_cases, inputs_of
 from tests.support.attention_cases import (
@@ -74,8 +75,8 @@ def grid(monkeypatch):
         run_block(kernel, grid, block, position, *more)
 
     def sized(multiprocessors: int) -> list[int]:
-        monkeypatch.setattr(calls, "multiprocessors", lambda device: (multiprocessors, 2**20))
-        monkeypatch.setattr(calls, "resident_blocks", lambda *about: 1)
+        monkeypatch.setattr(driver, "multiprocessors", lambda device: (multiprocessors, 2**20))
+        monkeypatch.setattr(selection, "resident_blocks", lambda *about: 1)
         monkeypatch.setattr(simulated_launch, "run_block", noting)
         return blocks
 

@@ -59,7 +59,7 @@ def bits(x) -> int:
 # All instructions
 
 
-# What a call makes registers when it is made: of each a case, not of every one ever made.
+# Factories register an instruction at each call: a factory has one case, not one for every call.
 FACTORIES = ("wgmma_m64", "wgmma_wait_group_", "setmaxnreg_inc_", "setmaxnreg_dec_")
 
 
@@ -109,7 +109,7 @@ def test_kernels_of_cases_declare_the_pointers_they_take(case):
     assert [None if a is TensorMap else np.dtype(a.element) for a in annotations] == expected
 
 
-# What each case must give. One function an instruction: inputs -> outputs.
+# The outputs that each case must give. One function an instruction: inputs -> outputs.
 
 
 def expected_ex2(x):
@@ -211,7 +211,7 @@ def expected_cvt_rna_tf32_f32(x):
         return math.copysign(math.floor(abs(value) / place + 0.5) * place, value)
 
     result = np.array([rounded(value) for value in x.tolist()]).astype(np.float32).view(u32)
-    # What is above the largest tf32 became infinite. Of a NaN the high bits stay.
+    # Numbers above the largest tf32 became infinite. Of a NaN the high bits stay.
     return np.where(np.isnan(x), x.view(u32) & u32(0xFFFFE000), result)
 
 

@@ -325,7 +325,7 @@ def test_registers_are_taken_when_others_have_given_them(each_seed):
 
     order = run(kernel, [], block=384)
     assert (order.count("gives"), order.count("has")) == (128, 256)
-    # What a warp gives, 144 a thread, is enough for two that take 72.
+    # The registers that a warp gives, 144 a thread, are enough for two that take 72.
     for i in range(384):
         assert 72 * order[: i + 1].count("has") <= 144 * order[: i + 1].count("gives")
 

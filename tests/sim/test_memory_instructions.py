@@ -1,4 +1,4 @@
-"""What loads and stores touch, and what they refuse: misaligned vectors, and those outside."""
+"""Loads and stores: the bytes that they touch, and misaligned or outside vectors refused."""
 
 import numpy as np
 import pytest

@@ -69,6 +69,29 @@ def test_layouts_and_dimensions_and_strides(layout, axes):
     np.testing.assert_allclose(lse, exact_lse, atol=2e-6)
 
 
+def test_shifted_parts_of_a_causal_call_are_that_call():
+    """As a ring computes them: each step knows a part of the queries and a part of the keys."""
+    q, k, v = arrays(shape=(1, 12, 2, 16), seqlen_k=12, head_dim_v=16)
+    slopes = np.array([0.5, 0.25], np.float32)
+    options = {"causal": True, "causal_align": "top_left", "alibi_slopes": slopes}
+    exact, exact_lse = numflash.reference.attention(q, k, v, **options)
+    for queries in (slice(0, 5), slice(5, 12)):
+        found = [
+            numflash.attention(
+                q[:, queries],
+                k[:, keys],
+                v[:, keys],
+                shift=queries.start - keys.start,
+                return_lse=True,
+                **options,
+            )
+            for keys in (slice(0, 7), slice(7, 12))
+        ]
+        out, lse = numflash.merge_partials(*zip(*found, strict=True))
+        np.testing.assert_allclose(out, exact[:, queries], atol=2e-6)
+        np.testing.assert_allclose(lse, exact_lse[..., queries], atol=2e-6)
+
+
 def test_parts_that_a_query_does_not_see():
     q, k, v = arrays(shape=(1, 8, 2, 16), seqlen_k=8, head_dim_v=16)
     outs, lses = parts_of(q, k, v, (0, 8))

@@ -27,7 +27,7 @@ SEED = 5
 
 @dataclass(frozen=True)
 class Case:
-    """How an array is quantised; `form` is how it lies in memory, `values` what it holds."""
+    """An array and its quantisation; `form` is its layout in memory, `values` its numbers."""
 
     shape: tuple[int, ...]
     dtype: str = "float16"
@@ -253,7 +253,7 @@ def test_each_scale_of_more_tokens_than_a_block_owns_has_maxima_of_its_own(monke
 
 
 def bound(ready, *arrays):
-    """What a made-ready object gives for arrays, launched."""
+    """The results of a made-ready object for arrays, launched."""
     library = library_of(arrays[0], "x")
     *results, launches = ready.bind(*(library.operand(x) for x in arrays), library)
     for launch in launches.values():

@@ -1,4 +1,4 @@
-"""How tensor cores cut their sums: models, instructions under them, and who vouches for them."""
+"""Cut sums of tensor cores: models, instructions under them, and programs that vouch for them."""
 
 import importlib.util
 import itertools

@@ -10,8 +10,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from numflash.kernels.arguments import Pointer
 from numflash.ptx import cuda, f32, ldmatrix_x4, ldmatrix_x4_trans, mma_m16n8k8_f16, u32
+from numflash.runtime.views import Pointer
 from numflash.simulator import DeadlockError, GlobalPointer, launch
 from tests.support.instruction_harness import THREADS, run_simulated
 from tests.support.tensor_core_cases import E4M3_SUM_BITS, TENSOR_CORE_CASES
@@ -19,7 +19,7 @@ from tests.support.tensor_core_cases import E4M3_SUM_BITS, TENSOR_CORE_CASES
 LOADS = {"ldmatrix_x4": ldmatrix_x4, "ldmatrix_x4_trans": ldmatrix_x4_trans}
 
 
-# Where PTX ISA has element i of a fragment: (groupID, threadID_in_group, i) -> row and column.
+# PTX ISA's place of element i of a fragment: (groupID, threadID_in_group, i) -> row and column.
 
 
 def d_place(group, thread, i):

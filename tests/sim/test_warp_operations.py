@@ -1,4 +1,4 @@
-"""What a warp does together: syncwarp, shuffles, votes, matches, collective instructions."""
+"""Operations of a whole warp: syncwarp, shuffles, votes, matches, collective instructions."""
 
 import inspect
 
@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from numflash import ptx
-from numflash.kernels.arguments import Pointer
 from numflash.ptx import (
     Global,
     Regs,
@@ -17,6 +16,7 @@ from numflash.ptx import (
     instruction,
     u32,
 )
+from numflash.runtime.views import Pointer
 from numflash.simulator import DeadlockError, GlobalPointer, SimulationError, launch
 
 FULL = 0xFFFFFFFF

@@ -2,7 +2,6 @@
 
 import numpy as np
 
-from numflash.kernels.arguments import Pointer
 from numflash.ptx import (
     CP_ASYNC_WAIT_GROUP,
     cp_async_4,
@@ -12,6 +11,7 @@ from numflash.ptx import (
     u16,
     u32,
 )
+from numflash.runtime.views import Pointer
 from tests.support.instruction_harness import THREADS, InstructionCase
 
 wait_for_all, wait_for_all_but_one = CP_ASYNC_WAIT_GROUP[:2]

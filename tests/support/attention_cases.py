@@ -91,7 +91,7 @@ class AttentionCase:
         dtype: of q, k, v.
         inputs: "normal"; "large" (scores of about +-1e4); "equal" (all scores of a row are equal,
             so every key is the maximum); "strided" (slices of larger arrays full of NaN).
-        options: of `numflash.attention`; alibi_slopes is given as its shape.
+        options: of `numflash.attention`; arrays, as alibi_slopes, are given as their shape.
     """
 
     name: str
@@ -131,11 +131,20 @@ class AttentionCase:
     def call_options(self) -> dict:
         """The options with arrays in place of shapes."""
         options = dict(self.options)
-        if "alibi_slopes" in options:
-            shape = options["alibi_slopes"]
-            slopes = 2.0 ** -np.arange(1, 1 + np.prod(shape))
-            options["alibi_slopes"] = slopes.reshape(shape).astype(np.float32)
+        for name, value_of in _ARRAYS.items():
+            if name in options:
+                shape = options[name]
+                values = value_of(np.arange(np.prod(shape))).reshape(shape)
+                options[name] = values.astype(np.float32)
         return options
+
+
+# The i-th element of options that are arrays.
+_ARRAYS = {
+    "alibi_slopes": lambda i: 2.0 ** -(i + 1),
+    # One far below the scores, others near and above them.
+    "sinks": lambda i: 3.0 * i - 2.0,
+}
 
 
 def _amid_nan(x: np.ndarray) -> np.ndarray:
@@ -154,6 +163,8 @@ def _masks(shape, **more):
         "causal": {"causal": True},
         "causal-top-left": {"causal": True, "causal_align": "top_left"},
         "window": {"window_size": (9, 4)},
+        "causal-shift": {"causal": True, "shift": -5},
+        "window-shift": {"window_size": (3, 9), "shift": 7, "causal_align": "top_left"},
         "window-top-left": {"window_size": (3, 17), "causal_align": "top_left"},
         "causal-window": {"causal": True, "window_size": (12, None)},
     }
@@ -222,6 +233,21 @@ def _small() -> list[AttentionCase]:
                 "causal_align": "top_left",
             },
         ),
+        # With a causal mask the first 29 queries see no key: their lse is the sink.
+        AttentionCase(
+            "sinks-tall", (1, 50, 21, 2, 1, 32, 32), options={"sinks": (2,), "causal": True}
+        ),
+        AttentionCase("sinks", (2, 17, 40, 4, 2, 16, 24), "float16", options={"sinks": (4,)}),
+        AttentionCase(
+            "sinks-large", (1, 17, 33, 3, 1, 32, 32), "float32", "large", {"sinks": (3,)}
+        ),
+        AttentionCase(
+            "sinks-softcap-alibi",
+            (1, 20, 37, 2, 2, 32, 32),
+            "bfloat16",
+            "strided",
+            {"sinks": (2,), "softcap": 2.0, "alibi_slopes": (2,), "window_size": (9, 4)},
+        ),
     ]
     return cases
 
@@ -250,6 +276,12 @@ def _large() -> list[AttentionCase]:
                 options={"alibi_slopes": (2, 4), "causal": True},
             ),
             AttentionCase("groups-of-8", (1, 300, 300, 16, 2, 128, 128), dtype),
+            AttentionCase(
+                "sinks",
+                (2, 300, 513, 8, 2, 64, 64),
+                dtype,
+                options={"sinks": (8,), "causal": True},
+            ),
         ]
     return [*cases, *_small()]
 

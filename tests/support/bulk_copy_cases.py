@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from numflash.kernels.arguments import Pointer
 from numflash.problem.tensor_maps import TensorLayout
 from numflash.ptx import (
     EVICT_FIRST,
@@ -32,6 +31,7 @@ from numflash.ptx import (
     u32,
     u64,
 )
+from numflash.runtime.views import Pointer
 from tests.support.instruction_harness import THREADS, InstructionCase
 
 LOADS = {

@@ -46,7 +46,7 @@ def text_boxes(drawing: ElementTree.Element, sizes: dict[str, float]) -> list[tu
 
 
 def faults(drawing: ElementTree.Element, sizes: dict[str, float]) -> list[str]:
-    """What is wrong with the text of a drawing: lines that it cuts, and lines on each other."""
+    """Faults of the text of a drawing: lines that it cuts, and lines on each other."""
     _, _, width, height = map(float, drawing.get("viewBox").split())
     boxes = text_boxes(drawing, sizes)
     wrong = [

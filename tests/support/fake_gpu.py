@@ -16,7 +16,6 @@ import ml_dtypes
 import numpy as np
 
 from numflash.api import plans
-from numflash.calls import forward as calls
 from numflash.calls import fp8_sources, launch, quantization, ready, remembered
 from numflash.kernels.factories import make_kernel
 from numflash.machine_code.compiler import Cubin, letter_of
@@ -32,6 +31,8 @@ _DTYPES = {
     "uint8": np.dtype(np.uint8),
 }
 _ALLOCATION = 512
+B, SQ, SK, H, HKV, D, DV = 2, 100, 70, 4, 2, 64, 96
+"""Sizes of the arrays that most tests take."""
 
 
 def _contiguous(shape, itemsize):
@@ -63,7 +64,7 @@ class _Pointer:
 
 
 class CuPyArray:
-    """What numflash reads of a CuPy array. Strides are in bytes."""
+    """A CuPy array, as far as numflash reads it. Strides are in bytes."""
 
     __slots__ = ("data", "dtype", "shape", "strides")
 
@@ -276,11 +277,11 @@ class Status(int):
 
 OK = Status(0)
 FUNCTION = 0xF000
-"""What a context's function is above its kernel."""
+"""The difference between a context's function and its kernel."""
 
 
 class EncodedMap(NamedTuple):
-    """What cuTensorMapEncodeTiled was asked for: numbers and enumerators as in cuda.h."""
+    """A request to cuTensorMapEncodeTiled: numbers and enumerators as in cuda.h."""
 
     dtype: int
     pointer: int
@@ -309,7 +310,7 @@ _ENCODE = ctypes.CFUNCTYPE(
 
 
 class Driver:
-    """What numflash may ask of `cuda.bindings.driver`.
+    """The part of `cuda.bindings.driver` that numflash may use.
 
     Attributes:
         calls: (name, *arguments) of the calls that change something, in order.
@@ -522,7 +523,7 @@ def install(monkeypatch, capability=(7, 5), num_sms=40, l2_bytes=4 * 2**20) -> G
     # Caches of this test's own, so that nothing fake outlives it.
     for name in ("limits_of_device", "multiprocessors", "device_name"):
         function = cache(getattr(driver, name).__wrapped__)
-        for module in (driver, launch, plans, calls, selection, quantization, fp8_sources):
+        for module in (driver, launch, plans, selection, quantization, fp8_sources):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, function)
     context = cache(driver._primary_context.__wrapped__)

@@ -1,8 +1,9 @@
 """Faults put into kernels on purpose, and the one loader of modules that have one.
 
-`Dropped` is a fault of an event: the n-th call of a function in another is left out, whatever its
-arguments and its place in the file. `Mutation` replaces a piece of text, for ideas that are no
-call. What has a fault must give a wrong result, or an error of the simulator.
+`Dropped`, `Early` and `Twice` are faults of an event: the n-th call of a function in another is
+left out, comes too early, or comes twice, whatever its arguments and its place in the file.
+`Mutation` replaces a piece of text, for ideas that are no call; `mutations` reads a table of them.
+What has a fault must give a wrong result, or an error of the simulator.
 """
 
 import ast
@@ -37,13 +38,13 @@ class Mutation:
 
 
 @dataclass(frozen=True)
-class Dropped:
-    """The n-th statement, from 0, that only calls `called` in `function` is left out.
+class Event:
+    """The n-th statement, from 0, that only calls `called` in `function`.
 
     Attributes:
         function: the innermost function that the call stands in, with the factory that it is in:
-            "make_forward_kernel.forward".
-        called: as it is written: "cuda.syncthreads", "mbarrier_arrive".
+            "make_attend.attend".
+        called: as it is written: "cuda.syncthreads", "K.release".
         n: which of them.
     """
 
@@ -52,48 +53,97 @@ class Dropped:
     n: int = 0
 
     def apply(self, source: str) -> str:
-        """The source without it, its other lines where they were. Raises AssertionError."""
-        assert self in _statements(source), f"there is no {self} in the source"
-        call = _statements(source)[self]
-        lines = source.splitlines()
-        first = lines[call.lineno - 1]
-        indent = first[: len(first) - len(first.lstrip())]
-        lines[call.lineno - 1 : call.end_lineno] = [
-            f"{indent}pass",
-            *[""] * (call.end_lineno - call.lineno),
-        ]
-        return "\n".join(lines)
+        """The source with the fault. Raises AssertionError if the event is not there."""
+        where = self.function, self.called, self.n
+        found = _statements(source)
+        assert where in found, f"there is no {self} in the source"
+        return "\n".join(self._changed(source.splitlines(), *found[where]))
 
     def before(self, source: str, count: int) -> str:
         """The `count` lines before the call."""
-        number = _statements(source)[self].lineno - 1
+        number = _statements(source)[self.function, self.called, self.n][0].lineno - 1
         return "\n".join(source.splitlines()[max(0, number - count) : number])
 
     def __str__(self) -> str:
         return f"{self.called} {self.n} of {self.function}"
 
+    def _changed(self, lines, call, earlier) -> list[str]:
+        raise NotImplementedError
 
-def events(source: str, called: str) -> list[Dropped]:
-    """Every statement of a source whose only call matches `called`, in the order of the source."""
-    return [fault for fault in _statements(source) if re.fullmatch(called, fault.called)]
+
+class Dropped(Event):
+    """The event is left out; other lines stay where they were."""
+
+    def _changed(self, lines, call, earlier):
+        kept = [f"{' ' * call.col_offset}pass", *[""] * (call.end_lineno - call.lineno)]
+        return [*lines[: call.lineno - 1], *kept, *lines[call.end_lineno :]]
+
+
+class Early(Event):
+    """The event comes before the statement that it stands behind."""
+
+    def _changed(self, lines, call, earlier):
+        assert earlier is not None, f"{self} stands behind nothing"
+        first, last = earlier.lineno - 1, call.lineno - 1
+        moved = lines[last : call.end_lineno]
+        return [*lines[:first], *moved, *lines[first:last], *lines[call.end_lineno :]]
+
+
+class Twice(Event):
+    """The event comes twice."""
+
+    def _changed(self, lines, call, earlier):
+        again = lines[call.lineno - 1 : call.end_lineno]
+        return [*lines[: call.end_lineno], *again, *lines[call.end_lineno :]]
+
+
+def events(source: str, called: str, kind: type[Event] = Dropped) -> list[Event]:
+    """Every statement of a source whose only call matches `called`, in the order of the source.
+
+    Of `Early` those that stand behind another statement.
+    """
+    return [
+        kind(*where)
+        for where, (_, earlier) in _statements(source).items()
+        if re.fullmatch(called, where[1]) and not (kind is Early and earlier is None)
+    ]
 
 
 @cache
-def _statements(source: str) -> dict[Dropped, ast.Expr]:
-    """Every statement that is a call, by where it stands."""
+def _statements(source: str) -> dict[tuple, tuple[ast.Expr, ast.stmt | None]]:
+    """Every statement that is a call, by where it stands, with the one before it in its block."""
     found, counts = {}, Counter()
 
     def visit(node: ast.AST, function: str) -> None:
         if isinstance(node, ast.FunctionDef):
             function = f"{function}.{node.name}".lstrip(".")
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
-            where = function, ast.unparse(node.value.func)
-            found[Dropped(*where, counts[where])] = node
-            counts[where] += 1
-        for child in ast.iter_child_nodes(node):
-            visit(child, function)
+        for block in (getattr(node, name, ()) for name in ("body", "orelse", "finalbody")):
+            earlier = None
+            for child in block if isinstance(block, list) else ():
+                if isinstance(child, ast.Expr) and isinstance(child.value, ast.Call):
+                    where = function, ast.unparse(child.value.func)
+                    found[*where, counts[where]] = child, earlier
+                    counts[where] += 1
+                visit(child, function)
+                earlier = child
 
     visit(ast.parse(source), "")
+    return found
+
+
+def mutations(table: str) -> list[tuple[str, str, Mutation]]:
+    """(part, problem, mutation) of each row of a table; a row has two lines:
+
+    part  problem  the idea, in words[  x2, if it stands in two places]
+        old text -> new text
+    """
+    lines = [line.strip() for line in table.splitlines() if line.strip()]
+    found = []
+    for head, change in zip(lines[::2], lines[1::2], strict=True):
+        part, problem, name, *times = re.split(" {2,}", head)
+        old, new = f"{change} ".split(" -> ")
+        times = int(times[0].removeprefix("x")) if times else 1
+        found.append((part, problem, Mutation(name, old, new.rstrip(), times)))
     return found
 
 
@@ -108,7 +158,7 @@ def load(modules: Iterable[str], faulty: str, fault, monkeypatch) -> ModuleType:
     Args:
         modules: by name, in the order of imports: what has the fault, and all that must see it.
         faulty: which of them has it.
-        fault: a `Dropped` or a `Mutation`.
+        fault: an `Event` or a `Mutation`.
         monkeypatch: what takes them out of `sys.modules` again.
     """
     for name in dict.fromkeys(modules):

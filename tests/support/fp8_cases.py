@@ -3,7 +3,6 @@
 import numpy as np
 
 from numflash.configs.formats import FORMATS, Format
-from numflash.kernels.arguments import Pointer
 from numflash.ptx import (
     cuda,
     cvt_rn_f16x2_e4m3x2,
@@ -18,6 +17,7 @@ from numflash.ptx import (
     u16,
     u32,
 )
+from numflash.runtime.views import Pointer
 from tests.support.instruction_harness import THREADS, InstructionCase
 
 

@@ -6,7 +6,6 @@ instructions have files of their own.
 
 import numpy as np
 
-from numflash.kernels.arguments import Pointer
 from numflash.ptx import (
     bar_arrive,
     bar_sync,
@@ -43,6 +42,7 @@ from numflash.ptx import (
     u16,
     u32,
 )
+from numflash.runtime.views import Pointer
 from tests.support.async_copy_cases import ASYNC_COPY_CASES
 from tests.support.bulk_copy_cases import BULK_COPY_CASES
 from tests.support.fp8_cases import FP8_CASES
@@ -118,7 +118,7 @@ def _to_round() -> np.ndarray:
 
 
 def _to_round_in_pairs() -> tuple[np.ndarray, np.ndarray]:
-    """What lies between float16 values, each with another number beside it."""
+    """Numbers between float16 values, each with another number beside it."""
     x = _to_round()[65536:]
     return x, np.roll(x, 1001)
 

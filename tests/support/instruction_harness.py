@@ -132,7 +132,7 @@ def run_on_gpu(case: InstructionCase, cubin, upload: Callable, download: Callabl
 
 
 def bit_distance(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """How many representable values lie between x and y; for integers |x - y|."""
+    """The number of representable values between x and y; for integers |x - y|."""
     return np.abs(_position(x) - _position(y))
 
 

@@ -2,7 +2,6 @@
 
 import numpy as np
 
-from numflash.kernels.arguments import Pointer
 from numflash.ptx import (
     cuda,
     elect_sync,
@@ -18,6 +17,7 @@ from numflash.ptx import (
     u32,
     u64,
 )
+from numflash.runtime.views import Pointer
 from tests.support.instruction_harness import THREADS, InstructionCase
 
 STEPS = 7
@@ -69,7 +69,7 @@ def _arrive_expecting_nothing():
 
 
 def _elect(x: Pointer(u32), y: Pointer(u32)):
-    """How many lanes of each warp were elected, twice; which lane it is, nobody promises."""
+    """The number of elected lanes of each warp, twice; no manual says which lane it is."""
     votes = cuda.shared.array(_VOTES, u32)
     t = cuda.threadIdx.x
     votes[t] = elect_sync() * x[t]

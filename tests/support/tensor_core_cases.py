@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import ml_dtypes
 import numpy as np
 
-from numflash.kernels.arguments import Pointer
 from numflash.ptx import (
     cuda,
     f32,
@@ -24,6 +23,7 @@ from numflash.ptx import (
     mma_m16n8k32_e4m3,
     u32,
 )
+from numflash.runtime.views import Pointer
 from tests.support.instruction_harness import THREADS, InstructionCase
 
 # At most 17 positive terms are added, and of each less than a unit of the largest is lost.

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import ml_dtypes
 import numpy as np
 
-from numflash.kernels.arguments import Pointer
 from numflash.ptx import (
     cuda,
     f32,
@@ -22,6 +21,7 @@ from numflash.ptx import (
     wgmma_commit_group,
     wgmma_fence,
 )
+from numflash.runtime.views import Pointer
 from tests.support.instruction_harness import InstructionCase
 
 THREADS = 128

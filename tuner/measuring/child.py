@@ -1,10 +1,11 @@
 """A child process that answers requests, and the watchdog over it.
 
-Requests and replies are lines of JSON (see `worker`). A child that does not answer in time is
+Requests and replies are lines of JSON (see `channel`). A child that does not answer in time is
 killed with all processes it has started; one that dies is reported with its last words.
 """
 
 import json
+import math
 import os
 import queue
 import signal
@@ -12,7 +13,9 @@ import subprocess
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 _EXIT_SECONDS = 2.0
@@ -44,13 +47,20 @@ class Child:
         device: what the child says of its device.
     """
 
-    def __init__(self, command: list[str], environment: dict[str, str], limit_s: float):
+    def __init__(
+        self,
+        command: list[str],
+        environment: dict[str, str],
+        limit_s: float,
+        folder: Path | None = None,
+    ):
         """Start it and wait until it is ready.
 
         Args:
             command: to run.
             environment: of the process.
             limit_s: seconds it may take to be ready.
+            folder: to run in; that of this process by default.
 
         Raises:
             DeviceUnavailableError: it is not ready in time, or has no device.
@@ -64,6 +74,7 @@ class Child:
                 stdout=subprocess.PIPE,
                 stderr=self._stderr,
                 env=environment,
+                cwd=folder,
                 # A group of its own, to be killed as one, which Ctrl-C does not reach.
                 start_new_session=True,
             )
@@ -89,11 +100,20 @@ class Child:
         """Whether it can be asked."""
         return self._process.poll() is None
 
-    def ask(self, limit_s: float, **request) -> dict:
+    def ask(
+        self,
+        limit_s: float,
+        *,
+        until: float = math.inf,
+        on_note: Callable[[Any], None] | None = None,
+        **request,
+    ) -> dict:
         """Send a request and wait for its reply.
 
         Args:
-            limit_s: seconds it may take.
+            limit_s: seconds it may take; with `on_note`, seconds from one note to the next.
+            until: when it is given up at the latest, as of time.monotonic().
+            on_note: told each note that the child sends before its reply.
             request: what to do.
 
         Raises:
@@ -101,11 +121,11 @@ class Child:
                 child can go on.
         """
         self._number += 1
-        with suppress(OSError):  # a child that is gone is found out by `_wait`
+        with suppress(OSError):  # `_wait` finds that a child is gone
             line = json.dumps({"id": self._number, **request}) + "\n"
             self._process.stdin.write(line.encode())
             self._process.stdin.flush()
-        reply = self._wait(str(request.get("do")), limit_s, "id")
+        reply = self._wait(str(request.get("do")), limit_s, "id", until=until, on_note=on_note)
         if reply.get("broken"):
             self.close()
         if "failed" in reply:
@@ -124,12 +144,20 @@ class Child:
             self._process.stdin.close()
         self._stderr.close()
 
-    def _wait(self, what: str, limit_s: float, *keys: str) -> dict:
+    def _wait(
+        self,
+        what: str,
+        limit_s: float,
+        *keys: str,
+        until: float = math.inf,
+        on_note: Callable[[Any], None] | None = None,
+    ) -> dict:
         """The next message that has one of the keys, and the id of the last request.
 
-        Lines that are none are skipped: a library may have printed them before the worker began.
+        Lines that are no messages are skipped: a library may have printed them before the worker
+            began.
         """
-        deadline = time.monotonic() + limit_s
+        deadline = min(time.monotonic() + limit_s, until)
         while True:
             try:
                 line = self._lines.get(timeout=max(0.0, deadline - time.monotonic()))
@@ -147,11 +175,14 @@ class Child:
                 continue
             if not isinstance(message, dict) or message.get("id", self._number) != self._number:
                 continue
-            if any(key in message for key in keys):
+            if on_note is not None and "note" in message:
+                on_note(message["note"])
+                deadline = min(time.monotonic() + limit_s, until)
+            elif any(key in message for key in keys):
                 return message
 
     def _last_words(self) -> str:
-        """How a child that has closed its output ended."""
+        """The reason why a child that has closed its output ended."""
         try:
             status = self._process.wait(_EXIT_SECONDS)
         except subprocess.TimeoutExpired:
@@ -171,7 +202,7 @@ class Child:
 
 
 def _new_file():
-    """A file that nobody else sees; one that forgets what is written where the disk is full."""
+    """A file without a name; one that forgets its content where the disk is full."""
     try:
         return tempfile.TemporaryFile()
     except OSError:

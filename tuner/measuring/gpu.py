@@ -6,7 +6,7 @@ while the host prepares the launch, so that its latency is not counted as the ke
 
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from typing import Any, Protocol
 
@@ -16,7 +16,7 @@ _BUS_ID_BYTES = 32
 
 
 class Device(Protocol):
-    """What `worker` asks of a device.
+    """The device that `worker` needs.
 
     Attributes:
         ordinal: of the CUDA device.
@@ -34,23 +34,23 @@ class Device(Protocol):
         """Fill an array, or a view of one, with random normal numbers."""
 
     def upload(self, array):
-        """A NumPy float32 array, on this device."""
+        """A NumPy array, on this device."""
 
     def total_bytes(self) -> int:
-        """Its memory, whoever uses it."""
+        """Bytes of its memory, used or free."""
 
     def time(self, launch: Callable[[], Any]) -> float:
         """Milliseconds of one launch on the current stream, with a cold L2."""
 
     def synchronize(self) -> None:
-        """Wait for everything; raises what a kernel did wrong."""
+        """Wait for all work; raises the errors of kernels."""
 
     def release(self) -> None:
         """Give cached memory back."""
 
 
 class _Gpu:
-    """What both array libraries' devices share. `fill` and the like are theirs."""
+    """The common part of both array libraries' devices. Each has its own `fill` and the like."""
 
     def __init__(self, ordinal: int):
         self.ordinal, self._fills = ordinal, 1
@@ -69,14 +69,18 @@ class _Gpu:
         for _ in range(self._fills):
             self._fill()
         begin.record()
-        launch()
+        # Results are let go after the time is taken.
+        results = launch()
         end.record()
         end.synchronize()
+        del results
         return self._elapsed_ms(begin, end)
 
 
 class CupyGpu(_Gpu):
     """A GPU used through CuPy."""
+
+    library = "CuPy"
 
     def __init__(self, ordinal: int):
         import cupy
@@ -124,6 +128,8 @@ class CupyGpu(_Gpu):
 class TorchGpu(_Gpu):
     """A GPU used through PyTorch."""
 
+    library = "PyTorch"
+
     def __init__(self, ordinal: int):
         import torch
 
@@ -170,18 +176,22 @@ class TorchGpu(_Gpu):
         return begin.elapsed_time(end)
 
 
-def open_gpu(ordinal: int) -> Device:
-    """The GPU, through CuPy if that can use it, else through PyTorch.
+def open_gpu(ordinal: int, kinds: Iterable[type] = (CupyGpu, TorchGpu)) -> Device:
+    """The GPU through the first library that can use it.
+
+    Args:
+        ordinal: of the CUDA device.
+        kinds: classes of devices, one for each library.
 
     Raises:
-        RuntimeError: neither can, with both reasons.
+        RuntimeError: none can, with the reason of each.
     """
     reasons = []
-    for kind, library in ((CupyGpu, "CuPy"), (TorchGpu, "PyTorch")):
+    for kind in kinds:
         try:
             return kind(ordinal)
         except Exception as error:
-            reasons.append(f"{library}: {' '.join(str(error).split()) or repr(error)}")
+            reasons.append(f"{kind.library}: {' '.join(str(error).split()) or repr(error)}")
     raise RuntimeError("; ".join(reasons))
 
 

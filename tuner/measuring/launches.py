@@ -4,11 +4,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 import numflash
-from numflash.calls.forward import DEFAULTS, Backward, Forward
-from numflash.configs import MmaConfig
+from numflash.calls.backward import Backward
+from numflash.calls.forward import Forward
+from numflash.configs.features import rows_of
+from numflash.problem.options import ARRAY_OPTIONS, AttentionOptions
 from numflash.runtime.arrays import library_of
 
 from . import representative
@@ -16,7 +16,7 @@ from .gpu import Device
 from .representative import Call
 
 _AFTER = {"forward": "combine", "backward": "reduce-dq"}
-"""What puts the parts together that a family's kernel may write: timed with it."""
+"""The kernel that joins the parts that a family's kernel may write, and is timed with it."""
 
 
 class RefusedError(Exception):
@@ -24,7 +24,7 @@ class RefusedError(Exception):
 
 
 def make_arrays(device: Device, family: str, call: Call, seed: int) -> dict[str, Any]:
-    """q, k and v of a call, with `dout` for a backward, and its `alibi_slopes`."""
+    """q, k and v of a call, with `dout` for a backward, and the arrays among its options."""
     arrays = {}
     names = ("q", "k", "v") if family in representative.FORWARD else ("q", "k", "v", "dout")
     for i, name in enumerate(names):
@@ -36,25 +36,31 @@ def make_arrays(device: Device, family: str, call: Call, seed: int) -> dict[str,
         array = array if call.is_aligned else array[..., -call.shapes[name][-1] :]
         device.fill_normal(array, seed + i)
         arrays[name] = array
-    if call.has_alibi:
-        head = np.arange(1, call.num_heads_q + 1, dtype=np.float32)
-        arrays["alibi_slopes"] = device.upload(2 ** (-8 * head / call.num_heads_q))
+    for row in rows_of(call.features):
+        if row.is_array:
+            arrays[row.option] = device.upload(row.example(call.num_heads_q))
     return arrays
 
 
+def options_of(call: Call, arrays: dict[str, Any]) -> dict[str, Any]:
+    """The options of a call, arrays included."""
+    given = {name: arrays[name] for name in ARRAY_OPTIONS if name in arrays}
+    return {**call.options, **given}
+
+
 def bind(family: str, config: str, call: Call, arrays: dict[str, Any]) -> Callable[[], Any]:
-    """A function that launches a family's kernel on these arrays, what it needs having run.
+    """A function that launches a family's kernel on these arrays, after the kernels it needs.
 
     A forward that splits the keys, and a backward that splits dQ, includes the kernel that puts
     the parts together.
     """
-    options = {**call.options, "alibi_slopes": arrays.get("alibi_slopes")}
+    options = options_of(call, arrays)
     configs = forced(family, config, *(arrays[name] for name in "qkv"), options)
     library = library_of(arrays["q"], "q")
     views = {name: library.view(array, name) for name, array in arrays.items()}
     operands = {name: library.operand(array) for name, array in arrays.items()}
     kind = Forward if family in representative.FORWARD else Backward
-    ready = kind(views, {**DEFAULTS, **options, "config": configs})
+    ready = kind(views, AttentionOptions(**options, config=configs))
     *_, launches = ready.bind(operands, library)
     stream = library.stream(ready.device)
     for launch in launches.values():
@@ -66,15 +72,15 @@ def bind(family: str, config: str, call: Call, arrays: dict[str, Any]) -> Callab
 
 
 def forced(family: str, config: str, q, k, v, options: dict) -> dict[str, Any]:
-    """The configs that have a call run this one: what combines needs a forward in parts.
+    """The configs that have a call run this one: `combine` needs a forward that splits the keys.
 
     Raises:
         RefusedError: no forward of this call splits its keys.
     """
     if family != "combine":
         return {family: config}
-    forward = numflash.explain_dispatch(q, k, v, **options).forward.config
-    if not isinstance(forward, MmaConfig):
-        raise RefusedError("invalid", f"the forward {forward} does not split its keys")
-    parts = max(2, forward.num_splits)
-    return {"forward": replace(forward, num_splits=parts), family: config}
+    forward = numflash.explain_dispatch(q, k, v, **options).forward
+    if not forward.has_geometry:
+        raise RefusedError("invalid", f"the forward {forward.config} does not split its keys")
+    parts = max(2, forward.config.num_splits)
+    return {"forward": replace(forward.config, num_splits=parts), family: config}

@@ -1,7 +1,7 @@
 """Measuring configs on a GPU, in a child process that may hang or crash.
 
 The child (`worker`) checks a config before its time counts. The limits here are those of the
-watchdog: what exceeds one costs the config a record, and the child its life. Processes that share
+watchdog: exceeding one costs the config a record, and the child its life. Processes that share
 a GPU measure one at a time, under a lock in the cache directory.
 """
 
@@ -29,7 +29,7 @@ _log = logging.getLogger("numflash")
 
 
 class Measurer(Protocol):
-    """What the search asks for times."""
+    """A source of times for the search."""
 
     def measure(
         self, problem: ProblemClass, config: str, stop: Callable[[list[float]], bool]
@@ -42,7 +42,7 @@ class Measurer(Protocol):
             stop: told the samples so far, in milliseconds; True gives the config up as "slow".
 
         Returns:
-            Its record, "measured", "slow" or why not; nothing that a config does is raised.
+            Its record, "measured", "slow" or the failure; a config's errors are never raised.
         """
 
     def remeasure(
@@ -61,13 +61,13 @@ _BESIDE = str(Path(__file__).parents[2])
 
 @dataclass(frozen=True)
 class Limits:
-    """How long a child may take, and how often is measured.
+    """Limits of a child's time, and the number of measurements.
 
     A call is chosen such that a good kernel takes no more than a few seconds (`worker`), and these
-    leave room for one that is several times slower: what exceeds them hangs, or has lost anyway.
-    Only where a single group of heads takes longer, as of 64 heads of 131072 tokens in float32,
-    may every config of a class be a "timeout". Of launches that take more than budget_ms /
-    min_repeats there are min_repeats samples.
+    leave room for one that is several times slower: a kernel beyond them hangs, or has lost
+    anyway. Only where a single group of heads takes longer, as of 64 heads of 131072 tokens in
+    float32, may every config of a class be a "timeout". Of launches that take more than budget_ms
+    / min_repeats there are min_repeats samples.
 
     Attributes:
         start_s: until a child is ready.
@@ -109,7 +109,7 @@ class DeviceMeasurer:
 
         Args:
             ordinal: of the CUDA device.
-            expected: the device that it must be, since a child reads CUDA_VISIBLE_DEVICES anew;
+            expected: the device that it must be, since a child reads CUDA_VISIBLE_DEVICES again;
                 None takes any.
             limits: of the watchdog.
             command: that runs a child; `tuner/measuring/worker.py` by default.
@@ -167,7 +167,8 @@ class DeviceMeasurer:
                         outcome = "slow"
                         reason = f"stopped after {len(samples)} of {repeats} repeats"
                         break
-                clock = self._clocks.between(timed, time.monotonic())
+                reading = self._clocks.between(timed, time.monotonic())
+                clock = reading and reading.sm_clock_mhz
                 reason = "; ".join(filter(None, [reason, self._note(problem)]))
             except FailedError as error:
                 outcome, reason = error.outcome, error.reason
@@ -203,7 +204,7 @@ class DeviceMeasurer:
         return {config: times if config in alive else [] for config, times in samples.items()}
 
     def _prepare_all(self, problem: ProblemClass, configs: list[str]) -> list[str]:
-        """Prepare configs next to each other in one child; those that could be."""
+        """Prepare configs next to each other in one child; returns those that succeeded."""
         ready, waiting = [], list(configs)
         while ready or waiting:
             if not self._child.is_alive:
@@ -220,7 +221,7 @@ class DeviceMeasurer:
         return ready
 
     def _drop(self) -> None:
-        """Let the child forget what it has prepared, or replace it."""
+        """Let the child forget the kernels it has prepared, or replace it."""
         try:
             self._child.ask(self.limits.sample_s, do="drop")
         except FailedError:

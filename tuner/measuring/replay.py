@@ -28,8 +28,8 @@ class Recording:
     """An exhaustive run.
 
     Attributes:
-        device: what was measured: name, arch, num_sms.
-        problem: for which class.
+        device: the measured one: name, arch, num_sms.
+        problem: the class.
         compilers: package -> version.
         records: config -> its record.
     """
@@ -50,7 +50,7 @@ class Recording:
 
     @property
     def seconds(self) -> float:
-        """What all its trials took."""
+        """The seconds that all its trials took."""
         return sum(record.seconds for record in self.records.values())
 
 
@@ -119,7 +119,7 @@ class Replay:
     """Answers from a recording. A `measure.Measurer`.
 
     Attributes:
-        recording: what it answers from.
+        recording: with the answers.
         seconds: that the measurements so far would have taken.
     """
 
@@ -194,5 +194,5 @@ def _has_times(record: Record) -> bool:
 
 
 def _preparation_seconds(record: Record) -> float:
-    """What a trial took besides the launches that were timed."""
+    """The seconds that a trial took besides the timed launches."""
     return max(0.0, record.seconds - sum(record.samples_ms) / 1000)

@@ -1,15 +1,15 @@
-"""Which attention call stands for a problem class: the one that is timed, and the one checked."""
+"""The attention calls that stand for a problem class: the timed one, and the checked one."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from numflash.configs.features import rows_of
 from numflash.problem.classes import ProblemClass
 from numflash.selection.geometry import PACKED_SEQLEN
 
 CHECK_SEQLENS = (113, 257)
 """(seqlen_q, seqlen_k) that no tile divides."""
-SOFTCAP = 30.0
 FORWARD = ("forward", "combine")
 BACKWARD = ("backward-dkdv", "backward-dq", "backward")
 _HEADS = 32
@@ -24,7 +24,7 @@ class Call:
         batch, seqlen_q, seqlen_k, num_heads_q, num_heads_kv, head_dim, head_dim_v: sizes.
         dtype: of q, k and v.
         is_aligned: rows are 16-byte aligned.
-        has_alibi: the call has `alibi_slopes`.
+        features: names of those that the call asks for; arrays are made with the others.
         options: the other options of `numflash.attention`, without config.
     """
 
@@ -37,7 +37,7 @@ class Call:
     head_dim_v: int
     dtype: str
     is_aligned: bool
-    has_alibi: bool
+    features: tuple[str, ...]
     options: Mapping[str, Any]
 
     @property
@@ -66,7 +66,7 @@ class Call:
         return 2 * (q_and_out + k_and_v) * element + 3 * 4 * rows_q
 
     def multiply_adds(self, window: int | None) -> int:
-        """Of a forward whose queries each see all keys, or a window of them."""
+        """Multiply-adds of a forward whose queries each see all keys, or a window of them."""
         keys = self.seqlen_k if window is None else min(self.seqlen_k, window)
         return self.batch * self.num_heads_q * self.seqlen_q * keys * self.head_dims
 
@@ -105,7 +105,7 @@ def timed(problem: ProblemClass, batch_heads: int | None = None) -> Call:
         traits.head_dim_v,
         traits.dtype,
         traits.vectorized,
-        traits.alibi,
+        traits.features,
         _options(problem, problem.seqlen_k, problem.window),
     )
 
@@ -169,8 +169,9 @@ def _options(problem: ProblemClass, seqlen_k: int, window: int | None) -> dict[s
         # Half of the keys on either side, but no window so wide that it hides none to the left.
         left = min((window - 1) // 2, max(0, seqlen_k - 2))
         options["window_size"] = (left, window - 1 - left)
-    if problem.traits.softcap:
-        options["softcap"] = SOFTCAP
+    for row in rows_of(problem.traits.features):
+        if not row.is_array:
+            options[row.option] = row.example(problem.batch_heads)
     if problem.traits.tf32:
         options["precision"] = "tf32"
     return options

@@ -1,23 +1,14 @@
 """The child process that runs kernels: `python -m numflash_tuner.measuring.worker ORDINAL`.
 
-Requests come as lines of JSON on its standard input, replies leave on what was its standard
-output; whatever else is printed goes to standard error. `child.Child` is the other end. The child
-ends when its input does, also in the middle of a kernel that hangs, and after a fault that leaves
-the device unusable.
+Its requests are `drop`, `prepare` and `time`; `channel` has the pipes, and `measurer` asks.
 """
 
-import json
-import os
-import queue
 import sys
-import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
 import numflash
 from numflash.api.check import check
-from numflash.configs import MmaConfig
 from numflash.machine_code.compiler import get_cubin
 from numflash.problem.classes import ProblemClass
 from numflash.runtime.driver import limits_of_device
@@ -25,13 +16,13 @@ from numflash.runtime.errors import UnsupportedError
 from numflash.runtime.mode import SIMULATED
 from numflash.selection.rules import choose, force
 
+from . import channel as channels
 from . import representative
+from .channel import Channel
 from .gpu import Device, open_gpu
-from .launches import RefusedError, bind, forced, make_arrays
+from .launches import RefusedError, bind, forced, make_arrays, options_of
 from .representative import CHECK_SEQLENS, Call
 
-BROKEN = 3
-"""The exit status after a fault that the device does not recover from."""
 _MEMORY_SHARE = 0.35
 """Of the device's whole memory, for inputs and results: all processes on such a device then
 measure the same call, whatever else is on it. Workspaces of splits come on top."""
@@ -39,7 +30,6 @@ _CALL_SECONDS = 2.0
 _TENSOR_RATE, _PORTABLE_RATE = 2**38, 2**35
 """Multiply-adds per second and SM that kernels reach on slow devices: about a T4's."""
 _WARM_UPS = 2
-_ORPHAN_SECONDS = 5
 
 
 class Worker:
@@ -52,7 +42,7 @@ class Worker:
         self._checks = 0
 
     def drop(self) -> dict:
-        """Forget what was prepared."""
+        """Forget all that was prepared."""
         self._launches.clear()
         return {}
 
@@ -100,14 +90,14 @@ class Worker:
             raise RefusedError("compile_failed", _line(error)) from error
 
     def _check(self, problem: ProblemClass, config: str) -> None:
-        """Compare with float64 on new numbers, so that what an earlier kernel left is wrong."""
+        """Compare with float64 on new numbers, so that results of an earlier kernel are wrong."""
         self._checks += 1
         call = representative.checked(problem, self.check_seqlens)
         arrays = make_arrays(self.device, problem.family, call, seed=10 * self._checks)
         dout = arrays.pop("dout", None)
-        options = {**call.options, "alibi_slopes": arrays.pop("alibi_slopes", None)}
-        configs = forced(problem.family, config, *(arrays[n] for n in "qkv"), options)
-        report = check(**arrays, dout=dout, config=configs, **options)
+        options, qkv = options_of(call, arrays), [arrays[name] for name in "qkv"]
+        configs = forced(problem.family, config, *qkv, options)
+        report = check(*qkv, dout=dout, config=configs, **options)
         if not report.passed:
             wrong = [
                 f"{e.name} is off by {e.error:.3g}, allowed are {e.budget:.3g}"
@@ -123,15 +113,15 @@ class Worker:
             self._launches.clear()
             self._inputs = (None, None, {})
             limits = limits_of_device(self.device.ordinal)
-            default = choose("forward", problem.traits, limits).config
-            rate = _TENSOR_RATE if isinstance(default, MmaConfig) else _PORTABLE_RATE
+            default = choose("forward", problem.traits, limits).implementation
+            rate = _TENSOR_RATE if default.has_tensor_cores else _PORTABLE_RATE
             num_sms = self.device.describe()["num_sms"]
             num_bytes = _MEMORY_SHARE * self.device.total_bytes()
             call = representative.fitting(problem, num_bytes, _CALL_SECONDS * rate * num_sms)
             arrays = make_arrays(self.device, problem.family, call, seed=1)
             if problem.family in representative.BACKWARD:
                 q, k, v = (arrays[name] for name in "qkv")
-                options = {**call.options, "alibi_slopes": arrays.get("alibi_slopes")}
+                options = options_of(call, arrays)
                 out, lse = numflash.attention(q, k, v, return_lse=True, **options)
                 arrays |= {"out": out, "lse": lse}
             self._inputs = (problem, call, arrays)
@@ -155,64 +145,22 @@ class Worker:
         return launch
 
 
-class Channel:
-    """The pipes to the parent. Takes over standard input and output."""
-
-    def __init__(self):
-        requests, replies = os.dup(0), os.dup(1)
-        with open(os.devnull) as nothing:
-            os.dup2(nothing.fileno(), 0)
-        os.dup2(2, 1)
-        self._requests = os.fdopen(requests, encoding="utf-8")
-        self._replies = os.fdopen(replies, "w", encoding="utf-8")
-        self._queue: queue.Queue[str | None] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
-
-    def requests(self):
-        """Requests as they come, until the parent is gone."""
-        while (line := self._queue.get()) is not None:
-            yield json.loads(line)
-
-    def send(self, **message) -> None:
-        """Write a line."""
-        self._replies.write(json.dumps(message) + "\n")
-        self._replies.flush()
-
-    def _read(self) -> None:
-        for line in self._requests:
-            self._queue.put(line)
-        self._queue.put(None)
-        # Without a parent nobody would end a kernel that hangs.
-        time.sleep(_ORPHAN_SECONDS)
-        os._exit(1)
-
-
 def serve(device: Device, channel: Channel | None = None, **settings) -> None:
     """Answer requests until the parent is gone.
 
     Args:
-        device: what to run on.
+        device: to run on.
         channel: to the parent; standard input and output by default.
         settings: of `Worker`.
     """
-    channel = channel or Channel()
     worker = Worker(device, **settings)
     methods = {"drop": worker.drop, "prepare": worker.prepare, "time": worker.time}
-    channel.send(hello=device.describe())
-    for request in channel.requests():
-        number, method = request.pop("id"), methods[request.pop("do")]
-        try:
-            reply = method(**request)
-        except Exception as error:
-            outcome, reason = _failure(error)
-            reply = {"failed": outcome, "reason": reason}
-        if "failed" in reply:
-            worker.forget(request.get("config"))
-            if not _recovers(device):
-                channel.send(id=number, broken=True, **reply)
-                # Nothing that runs at exit could succeed.
-                os._exit(BROKEN)
-        channel.send(id=number, **reply)
+
+    def failure(error: Exception, request: dict) -> tuple[str, str]:
+        worker.forget(request.get("config"))
+        return _failure(error)
+
+    channels.serve(channel or Channel(), device, methods, failure)
 
 
 def _failure(error: Exception) -> tuple[str, str]:
@@ -231,15 +179,6 @@ def _is_out_of_memory(error: Exception) -> bool:
     """NumPy's, CuPy's and PyTorch's errors, and the CUDA driver's."""
     named = "OutOfMemory" in type(error).__name__ or "CUDA_ERROR_OUT_OF_MEMORY" in str(error)
     return named or isinstance(error, MemoryError)
-
-
-def _recovers(device: Device) -> bool:
-    try:
-        device.synchronize()
-        device.release()
-    except Exception:
-        return False
-    return True
 
 
 def _line(error: Exception) -> str:

@@ -2,15 +2,14 @@
 
 `prediction` puts together what `counts` (instructions by formula), `machine_code` (instructions of
 a disassembly), `grid` (blocks and tiles of a problem) and `tuner.space.machines` know; `hopper`
-does so for the kernel whose warpgroups multiply asynchronously. `errors` says how far off all of
-it is.
+does so for the kernel whose warpgroups multiply asynchronously. `errors` holds the errors of all.
 """
 
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
 
-from numflash.configs import Config, Sm90ForwardConfig
+from numflash.configs import Config, implementation_of
 from numflash.problem.classes import ProblemClass
 
 from ..records import ResourceUsage
@@ -38,29 +37,29 @@ def predict(
     resources: ResourceUsage,
     code: MachineCode | None,
 ) -> Prediction:
-    """How long a compiled kernel takes, predicted rather than measured.
+    """Predict the time of a compiled kernel.
 
     Args:
         machine: the GPU.
         problem: the class; it stands for the problem with its rounded sizes.
         config: of the problem's family.
-        resources: what was compiled.
+        resources: of the compiled kernel.
         code: its instructions; None counts by formula.
 
     Raises:
         ValueError: not even one block fits on an SM, or its tensor cores have no such product.
     """
-    module = hopper if isinstance(config, Sm90ForwardConfig) else prediction
+    module = hopper if implementation_of(config).needs_maps else prediction
     return module.predict(machine, problem, config, resources, code)
 
 
 def estimate(machine: Machine, problem: ProblemClass, config: Config) -> Prediction:
-    """How long a kernel takes, by formula only. Registers that cannot suffice count as spilled.
+    """Predict a kernel's time by formula only. Registers that cannot suffice count as spilled.
 
     Raises:
         ValueError: as `predict`.
     """
-    module = hopper if isinstance(config, Sm90ForwardConfig) else prediction
+    module = hopper if implementation_of(config).needs_maps else prediction
     return module.estimate(machine, problem, config)
 
 

@@ -44,7 +44,7 @@ def read_blocks(sass: str) -> list[Block]:
             start_new = False
         index, opcode = len(blocks) - 1, found["opcode"]
         guard = (found["guard"] or "").strip()
-        # What never happens takes an issue slot only: the assembler waits with such loads.
+        # Instructions that never run take an issue slot only: the assembler delays by them.
         blocks[index].opcodes.append("NOP" if guard == "@!PT" else opcode)
         name = opcode.split(".")[0]
         target = _TARGET.search(found["operands"])
@@ -75,7 +75,7 @@ def _is_conditional(guard: str, operands: str, name: str) -> bool:
 
 
 class Graph:
-    """Who follows whom, who dominates whom, which blocks form loops."""
+    """The successors, dominators and loops of blocks."""
 
     def __init__(self, blocks: list[Block]):
         self.blocks = blocks
@@ -145,7 +145,7 @@ class Graph:
         return rare
 
     def _join(self, index: int) -> int | None:
-        """Where the ways from a block meet again: its nearest post-dominator."""
+        """The block at which the ways from a block meet again: its nearest post-dominator."""
         candidates = self.post_dominators[index] & ~(1 << index)
         nearest, count = None, -1
         while candidates:

@@ -1,4 +1,4 @@
-"""What a warp does for a tile, and a block once, by formula, before anything is compiled.
+"""Work of a warp for a tile, and of a block once, by formula, before anything is compiled.
 
 The formulas follow the kernels' docstrings: products and operands exactly, softmax by instructions
 a score, copies by instructions a load. `complete` puts the same together from machine code.
@@ -6,7 +6,7 @@ a score, copies by instructions a load. `complete` puts the same together from m
 
 from dataclasses import dataclass, replace
 
-from numflash.configs import Config, MmaConfig, Traits
+from numflash.configs import Config, MmaConfig, Traits, implementation_of
 
 from .machine_code import Counts, Loop
 
@@ -20,8 +20,10 @@ _MMA = {"sm80": 16 * 8 * 16, "sm75": 16 * 8 * 8, "tf32": 16 * 8 * 8}
 _COPY_FMA, _COPY_ALU = 2, 5
 _PORTABLE_COPY_FMA, _PORTABLE_COPY_ALU = 9, 11
 # Instructions a score of the features, by disassembly.
-_SOFTCAP = Counts(issued=16, special=2, fma=10, alu=4)
-_ALIBI = Counts(issued=4, fma=2, alu=2)
+_OF_FEATURES = {
+    "softcap": Counts(issued=16, special=2, fma=10, alu=4),
+    "alibi": Counts(issued=4, fma=2, alu=2),
+}
 # (fma, alu) for the addresses and bounds of a tile, by disassembly.
 _ADDRESSES = {
     "forward": (10, 70),
@@ -41,7 +43,7 @@ aligned and unaligned stores, and slow paths of divisions. Assumed."""
 
 @dataclass(frozen=True)
 class Work:
-    """What the warps of a block do.
+    """Work of the warps of a block.
 
     Attributes:
         tile: by one warp, for each tile.
@@ -64,7 +66,8 @@ class Work:
 
 def by_formula(config: Config, traits: Traits) -> Work:
     """The counts of a tiled kernel."""
-    return _mma(config, traits) if isinstance(config, MmaConfig) else _portable(config, traits)
+    of_kind = _mma if implementation_of(config).has_tensor_cores else _portable
+    return of_kind(config, traits)
 
 
 def complete(work: Work, loop: Loop, outside: Counts) -> Work:
@@ -73,7 +76,7 @@ def complete(work: Work, loop: Loop, outside: Counts) -> Work:
     Args:
         work: by formula, of the same kernel.
         loop: the kernel's loop over tiles.
-        outside: what is in no loop.
+        outside: the instructions in no loop.
     """
     tile, wanted = loop.counts, work.tile
     leaves = [inner for top in loop.inner for inner in top.walk() if not inner.inner]
@@ -88,7 +91,7 @@ def complete(work: Work, loop: Loop, outside: Counts) -> Work:
 
 
 def _turned(tile: Counts, loops: list[Counts], kind: str, wanted: Counts) -> Counts:
-    """`tile` and so many turns of its inner loops as what is missing of `kind` takes."""
+    """`tile` and as many turns of its inner loops as bring `kind` to the number by formula."""
     each = sum(getattr(counts, kind) for counts in loops)
     missing = getattr(wanted, kind) - getattr(tile, kind)
     turns = max(0.0, missing / each) if each else 0.0
@@ -103,7 +106,7 @@ def _mma(config: MmaConfig, traits: Traits) -> Work:
     d, dv, warps = traits.head_dim, traits.head_dim_v, config.num_warps
     rows, columns = 16 * config.m_tiles, config.column_tile
     scores = rows * columns // _WARP
-    # Rows stay, columns are walked over: operands of S (and dP), and of what they are summed to.
+    # Rows stay, columns are walked over: operands of S (and dP), and of the sums over them.
     row_bytes, column_bytes = rows * d * size, columns * (d + dv) * size
     if family == "forward":
         multiply_adds, products, depth = rows * columns * (d + dv), 2, d + columns
@@ -227,7 +230,7 @@ def _portable(config: Config, traits: Traits) -> Work:
 
 
 def _with_issued(tile: Counts, addresses: tuple[int, int], asynchronous_copies: int) -> Counts:
-    """Add what addresses take, and the sum of all."""
+    """Add the instructions for addresses, and the sum of all."""
     fma, alu = addresses
     tile.fma, tile.alu = tile.fma + fma, tile.alu + alu
     kinds = ("matrix", "special", "fma", "alu", "conversions", "shared", "shuffles", "barriers")
@@ -241,9 +244,11 @@ def _with_features(tile: Counts, traits: Traits, scores: int) -> Counts:
 
 
 def feature_counts(traits: Traits) -> Counts:
-    """What softcap and ALiBi add to each score."""
-    features = Counts().plus(_SOFTCAP, int(traits.softcap))
-    return features.plus(_ALIBI, int(traits.alibi))
+    """Instructions that features add to each score."""
+    added = Counts()
+    for name in traits.features:
+        added = added.plus(_OF_FEATURES.get(name, Counts()), 1)
+    return added
 
 
 def _once(config: Config, traits: Traits, rows: int, outputs: int) -> Counts:

@@ -1,9 +1,9 @@
-"""How far off the offline model is, and what a prediction must gain before it counts.
+"""The offline model's errors, and the gain that a prediction must have before it counts.
 
 Kernels of others with the same structure have published speeds. A test
 (`tests/host/tuner/test_published.py`) holds the model against 109 of them, and keeps the errors
-stated here from being too small. Each is the largest of its kind: by which part the longer of the
-published and the predicted time is longer.
+stated here from being too small. Each is the largest of its kind: the longer of the published and
+the predicted time over the shorter, less 1.
 
 | kind | held against | fitted | others, worst and median |
 |---|---|---|---|
@@ -21,11 +21,11 @@ gradients. The form of the model (phases that follow each other, no time for wha
 found with all of these in sight.
 
 Gradients are faster than FlashAttention-2's in all 12 points, so the model flatters them. Nothing
-is published of portable kernels, tf32, `combine`, `delta`, nor of other architectures: what is
-said of those is taken to be as wrong as the worst that is known.
+is published of portable kernels, tf32, `combine`, `delta`, nor of other architectures:
+predictions for those are taken to be as wrong as the worst that is known.
 """
 
-from numflash.configs import Config, MmaConfig
+from numflash.configs import Config
 from numflash.problem.classes import ProblemClass
 from numflash.selection.geometry import PACKED_SEQLEN
 
@@ -39,14 +39,14 @@ ERRORS = {
 }
 """The model's error by kind."""
 UNKNOWN = max(ERRORS.values())
-"""Of what it was not held against."""
+"""The error of kernels and GPUs that it was not held against."""
 ARCHITECTURES = ("sm_80", "sm_86", "sm_90a")
-"""Of the GPUs it was held against."""
+"""The architectures of the GPUs that it was held against."""
 
 
 def kind(problem: ProblemClass, config: Config) -> str:
-    """What kernels have an error in common: "sm80 forward"; "few queries" are decoding's."""
-    generation = config.generation if isinstance(config, MmaConfig) else "portable"
+    """The kind of kernels that share an error: "sm80 forward"; "few queries" for decoding."""
+    generation = getattr(config, "generation", "portable")
     family = problem.family
     if family == "forward" and problem.seqlen_q <= PACKED_SEQLEN:
         family = "few queries"
@@ -54,14 +54,14 @@ def kind(problem: ProblemClass, config: Config) -> str:
 
 
 def error(machine: Machine, problem: ProblemClass, config: Config) -> float:
-    """By which part a predicted time may be off, in either direction."""
+    """The fraction by which a predicted time may be off, in either direction."""
     if machine.arch not in ARCHITECTURES or problem.traits.tf32:
         return UNKNOWN
     return ERRORS.get(kind(problem, config), UNKNOWN)
 
 
 def gain_needed(machine: Machine, problem: ProblemClass, config: Config, default: Config) -> float:
-    """By which part the default must be predicted slower than a config, to give way to it.
+    """The fraction by which the default must be predicted slower than a config to give way.
 
     Configs of one kind err together, and their kind's error counts once; of two kinds one may be
     flattered and the other not, and both errors count.

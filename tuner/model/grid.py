@@ -1,6 +1,6 @@
-"""How a kernel is laid over a problem: blocks, the tiles each visits, bytes of device memory.
+"""A kernel laid out over a problem: blocks, the tiles each visits, bytes of device memory.
 
-Tiles are counted as the kernels do, `tiles.scores.band_block_begin` and `band_block_end`, for each
+Tiles are counted as the kernels do, `tiles.blocks.tiles_seen`, for each
 row block. A problem class stands for the problem with its rounded sizes.
 """
 
@@ -9,7 +9,7 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
-from numflash.configs import WARPGROUP_ROWS, Config, MmaConfig, Sm90ForwardConfig
+from numflash.configs import Config, MmaConfig, implementation_of
 from numflash.problem.classes import ProblemClass
 from numflash.selection.geometry import PACKED_SEQLEN, heads_of_a_bundle
 
@@ -22,7 +22,7 @@ _MANY_ROUNDS = 64
 
 @dataclass(frozen=True)
 class Walks:
-    """What the blocks of one head walk over.
+    """Tiles that the blocks of one head visit.
 
     Attributes:
         tiles: of each block, most first.
@@ -116,12 +116,12 @@ def lay(problem: ProblemClass, config: Config) -> Grid:
 
 def heads_packed(problem: ProblemClass, config: Config) -> int:
     """Query heads in the rows of a tile, by the rule of `geometry.rows_packed`."""
-    if not isinstance(config, MmaConfig) or problem.family != "forward":
+    row = implementation_of(config)
+    if not row.has_tensor_cores or problem.family != "forward":
         return 1
-    few = problem.seqlen_q <= PACKED_SEQLEN and not problem.traits.alibi
+    few = problem.seqlen_q <= PACKED_SEQLEN and problem.traits.of_a_head is None
     packed = problem.group_size if (few if config.packed is None else config.packed) else 1
-    is_torn = isinstance(config, Sm90ForwardConfig) and WARPGROUP_ROWS % packed
-    return 1 if is_torn else packed
+    return packed if row.packs(packed) else 1
 
 
 @lru_cache(maxsize=1024)
@@ -143,7 +143,7 @@ def _walks(
     begin = np.maximum(0, first + low) // column_tile
     end = -(-np.minimum(columns, np.maximum(0, last + high + 1)) // column_tile)
     found = np.maximum(0, end - begin)
-    # Tiles of which every row sees every column, as `tiles.scores.band_is_partial` tells.
+    # Tiles of which every row sees every column, as `tiles.blocks.tiles_seen_whole` tells.
     whole_begin = np.maximum(begin, -(-(last + low) // column_tile))
     whole_end = np.minimum(columns, first + high + 1) // column_tile
     whole = np.clip(whole_end - whole_begin, 0, found)
@@ -190,7 +190,7 @@ def dealt_out(grid: Grid, heads_in_flight: int, blocks: int) -> tuple[float, int
     if grid.walks.is_even or rounds == 1:
         return float(rounds * grid.walks.most), rounds
     if rounds > _MANY_ROUNDS:
-        # Rounds go to and fro: what one block is ahead is made good in the next.
+        # Rounds alternate direction: a block that is ahead in one falls back in the next.
         return walks / blocks * grid.mean_tiles + grid.walks.most / 2, rounds
     return _busiest(tuple(grid.walks.tiles.tolist()), grid.heads, heads_in_flight, blocks)
 
@@ -237,7 +237,7 @@ def io_bytes(problem: ProblemClass) -> int:
 
 
 def memory_bytes(problem: ProblemClass, config: Config, grid: Grid, slots: int, l2: int) -> float:
-    """Bytes from and to device memory: what the L2 does not hold is read once per wave of blocks.
+    """Bytes from and to device memory: data beyond the L2's size is read once per wave of blocks.
 
     Args:
         problem: the class.
@@ -256,7 +256,7 @@ def memory_bytes(problem: ProblemClass, config: Config, grid: Grid, slots: int, 
     # Blocks that read the same keys (or queries) follow each other, unless heads are interleaved.
     readers = row_blocks * grid.splits * (problem.group_size // grid.packed if by_queries else 1)
     at_once = slots / max(1.0, readers)
-    if problem.family == "forward" and isinstance(config, MmaConfig):
+    if problem.family == "forward" and implementation_of(config).has_tensor_cores:
         in_flight = config.heads_in_flight * grid.packed / problem.group_size
         at_once = max(at_once, in_flight or l2 // 2 // head_bytes)
     heads = problem.batch_heads // problem.group_size
@@ -281,7 +281,7 @@ def _parts_bytes(problem: ProblemClass, grid: Grid) -> float:
 
 
 def part_bytes(problem: ProblemClass, grid: Grid) -> float:
-    """What the kernel that joins the parts of `grid` reads and writes; 0 if there are no parts."""
+    """Bytes that the kernel which joins the parts of `grid` moves; 0 if there are no parts."""
     parts = _parts_bytes(problem, grid)
     queries = problem.batch_heads * problem.seqlen_q
     columns = (

@@ -1,14 +1,14 @@
 """The offline model of the forward on Hopper: warpgroups that multiply asynchronously.
 
-As in `prediction`, pipes of an SM are busy with what all its warpgroups do, and each warpgroup has
-a chain of its own; here the tensor cores work beside both. For one tile of keys a warpgroup needs
-them for T clocks, and X clocks for its softmax; with W warpgroups on an SM:
+As in `prediction`, pipes of an SM are busy with the work of all its warpgroups, and each warpgroup
+has a chain of its own; here the tensor cores work beside both. For one tile of keys a warpgroup
+needs them for T clocks, and X clocks for its softmax; with W warpgroups on an SM:
 
 1. At best a turn of all takes the smooth maximum of W T, the other pipes, and the chain T + X.
 2. In lockstep, all multiplying and then all computing their softmax, it takes W T + W X.
-3. What of the difference is lost to chance falls with each further warpgroup, and once more where
-   they take turns (`pingpong`).
-4. `overlap` shortens the chain and the lockstep by what runs beside a warpgroup's own P V.
+3. A part of the difference is lost to chance. It falls with each further warpgroup, and once more
+   where they take turns (`pingpong`).
+4. `overlap` shortens the chain and the lockstep by the work beside a warpgroup's own P V.
 5. A tile of rows begins and ends with a softmax and an epilogue; blocks that are not `persistent`
    also start and fetch their first tiles, which nothing hides. Persistent blocks walk over several
    tiles of rows, so that how these are dealt out decides instead of waves.
@@ -58,19 +58,19 @@ OVERLAP_NORM = 2.25
 COPIES_NORM = 12.0
 """Likewise of bulk copies and the rest, which do not disturb each other. Assumed."""
 LEFT_TO_CHANCE = 0.6
-"""What each warpgroup but the first leaves of the loss in lockstep. Fitted."""
+"""Factor of the loss in lockstep for each warpgroup but the first. Fitted."""
 WITH_TURNS = 0.5
-"""What taking turns leaves of it. Fitted."""
+"""Factor of that loss where warpgroups take turns. Fitted."""
 HIDDEN_BY_OVERLAP = 0.5
 """Share of the shorter of P V and softmax that runs beside the other. Fitted."""
 SPILLED_TIMES = 2.0
-"""How much longer a turn takes where registers spill: products are serialised then. Assumed."""
+"""Factor of a turn's time where registers spill: products are serialised then. Assumed."""
 
 _WARP, _WARPGROUP_ROWS, _THREADS = 32, 64, 128
 # Instructions of a warp, by disassembly: beside 4.5 a score, for waiting and for a step of 16.
 _ISSUED_PER_SCORE, _ISSUED_PER_TILE, _ISSUED_PER_STEP = 4.5, 90, 5
 _ALU_PER_TILE, _FMA_PER_TILE = 45, 20
-# What else a tile of rows takes: indices and barriers, and what a column of O does.
+# The rest of a tile of rows: indices and barriers, and a column of O.
 _ISSUED_PER_PLACE, _ISSUED_PER_OUTPUT = 300, 2
 # A masked score, and where in the mask a thread's scores lie.
 _MASK_ALU, _MASK_ISSUED, _MASK_PLACE = 3, 4, 40
@@ -78,7 +78,7 @@ _MASK_ALU, _MASK_ISSUED, _MASK_PLACE = 3, 4, 40
 
 @dataclass(frozen=True)
 class Work:
-    """What a warp that multiplies does.
+    """Work of a warp that multiplies.
 
     Attributes:
         tile: for each tile of keys.
@@ -99,7 +99,7 @@ class Turn:
         busy: of each of PIPES.
         products: of the tensor cores, with their wait for operands.
         softmax: from the end of S to the end of P, alone on an SM.
-        lockstep: of that, what each further warpgroup adds if all do it at once.
+        lockstep: of that, the clocks that each further warpgroup adds if all do it at once.
         packing: from the end of O += P V to the next one.
         loads: until K, or V, arrives after its buffer is free.
     """
@@ -140,7 +140,7 @@ def by_formula(config: Sm90ForwardConfig, traits: Traits) -> Work:
 
 
 def from_machine_code(code: MachineCode) -> Work:
-    """The counts of what was compiled: the loop over tiles of rows holds one tile of keys, too."""
+    """The counts of a compiled kernel: the loop over tiles of rows holds one tile of keys, too."""
     tile, around = code.main.counts, code.around
     return Work(tile, code.main.rare, around.plus(tile, -1))
 
@@ -152,7 +152,7 @@ def predict(
     resources: ResourceUsage,
     code: MachineCode | None,
 ) -> Prediction:
-    """How long a compiled kernel takes; as `prediction.predict`.
+    """Predict the time of a compiled kernel, as `prediction.predict`.
 
     Raises:
         ValueError: not even one block fits on an SM, or it has no wgmma.
@@ -166,7 +166,7 @@ def predict(
 
 
 def estimate(machine: Machine, problem: ProblemClass, config: Sm90ForwardConfig) -> Prediction:
-    """How long a kernel takes, by formula only; as `prediction.estimate`.
+    """Predict a kernel's time by formula only, as `prediction.estimate`.
 
     Raises:
         ValueError: as `predict`.

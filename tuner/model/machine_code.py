@@ -1,4 +1,4 @@
-"""What a kernel's machine code does in each turn of its loops, counted from its disassembly.
+"""Work of each turn of a kernel's loops, counted from its disassembly.
 
 The blocks of instructions between labels and branches form a graph. A loop is a backward branch to
 a block that dominates it, and everything on the way. Its counts are those of one turn of one warp:
@@ -7,8 +7,8 @@ a block that dominates it, and everything on the way. Its counts are those of on
   machine code.
 - Code that a branch may skip is counted if it moves data, multiplies matrices or waits for others:
   such branches guard the edges of a tensor, and nearly every turn takes them. Skipped arithmetic
-  is `rare`: masks of tiles that an edge crosses, the rescaling when a maximum has grown. It does
-  not matter where the compiler put it, between the rest or out of line behind the loop.
+  is `rare`: masks of tiles that an edge crosses, the rescaling when a maximum has grown. The
+  compiler may put it between the rest or out of line behind the loop.
 - Of two alternatives the longer one counts.
 
 The loop over tiles is found by its products and barriers. Where whole warpgroups multiply, it is
@@ -44,7 +44,7 @@ _CONTROL = {
 
 @dataclass
 class Counts:
-    """Instructions of one warp, by what they occupy.
+    """Instructions of one warp, by the unit that they occupy.
 
     Attributes:
         issued: all of them.
@@ -58,8 +58,8 @@ class Counts:
         alu: minima, comparisons, selections, logic, integer sums.
         conversions: between number formats, F2FP among them.
         shared: loads and stores of shared memory.
-        shared_bytes: their bytes, as if no two lanes read the same. What asynchronous copies
-            write does not count: FlashAttention-2 with head_dim 256 leaves no room for it.
+        shared_bytes: their bytes, as if no two lanes read the same. Bytes that asynchronous copies
+            write do not count: FlashAttention-2 with head_dim 256 leaves no room for them.
         global_bytes: bytes between registers or shared memory and global memory.
         global_loads: instructions that read global memory into registers.
         shuffles, barriers: exchanges within a warp; meetings of a block.
@@ -136,8 +136,8 @@ class Loop:
     """One loop.
 
     Attributes:
-        counts: what a warp does in each turn, inner loops left out.
-        rare: what it does in few turns only.
+        counts: of a warp in each turn, inner loops left out.
+        rare: of few turns only.
         inner: the loops in it, in order.
     """
 
@@ -163,8 +163,8 @@ class MachineCode:
     Attributes:
         loops: the outermost loops, in order.
         main: the loop that walks over tiles; None if the kernel has no loop.
-        outside: what is in no loop, every branch taken once.
-        around: one turn of each loop around `main`, without what is in `main`.
+        outside: the instructions in no loop, every branch taken once.
+        around: one turn of each loop around `main`, without `main` itself.
     """
 
     loops: tuple[Loop, ...]
@@ -174,7 +174,7 @@ class MachineCode:
 
 
 def analyse(sass: str) -> MachineCode:
-    """The loops of the first kernel in a disassembly, and what is in them.
+    """The loops of the first kernel in a disassembly, and their instructions.
 
     Args:
         sass: as `numflash.machine_code.sass.disassemble` returns it.
@@ -211,7 +211,7 @@ def analyse(sass: str) -> MachineCode:
 
 
 def _work(loop: Loop) -> tuple[int, int]:
-    """How much a loop multiplies: matrices first."""
+    """The products of a loop, for comparisons: those of matrices first."""
     return loop.counts.matrix, loop.counts.ffma
 
 
@@ -251,7 +251,7 @@ def _multiply_adds(modifiers: list[str]) -> int:
 
 
 def _bytes(name: str, modifiers: list[str]) -> int:
-    """What one memory instruction moves for a warp."""
+    """Bytes that one memory instruction moves for a warp."""
     if name in ("LDSM", "STSM"):
         # "16.M88.4": that many 8 x 8 matrices of 16 bits.
         return 8 * 8 * 2 * next((int(m) for m in modifiers if m in ("2", "4")), 1)

@@ -1,9 +1,9 @@
-"""The offline model: how long a kernel takes on a machine, from counts and rates alone.
+"""The offline model: a kernel's time on a machine, from counts and rates alone.
 
 `estimate` counts by formula, before anything is compiled; `predict` takes the counts from machine
 code. Otherwise they are the same:
 
-1. What a block does for a tile, and once, is spread over the pipes of an SM: tensor cores, special
+1. A block's work for a tile, and once, is spread over the pipes of an SM: tensor cores, special
    functions, float32, ALU, instruction issue, shared memory, L2. With r blocks on an SM a pipe is
    busy r times as long.
 2. Pipes overlap within a phase: products with the loads of their operands, and exponentials with
@@ -16,8 +16,8 @@ code. Otherwise they are the same:
 5. Bytes from device memory bound the whole; kernels that join parts follow.
 
 No measurement of these kernels went into it. Constants that nobody publishes are marked as
-assumed. Those marked as fitted are from published speeds; `errors` says which points were fitted,
-which were not, and how far off the model is.
+assumed. Those marked as fitted are from published speeds; `errors` names the fitted points, the
+others, and the model's errors.
 """
 
 from dataclasses import dataclass, replace
@@ -26,10 +26,9 @@ import numpy as np
 
 from numflash.configs import (
     Config,
-    MmaConfig,
     Sm90ForwardConfig,
     Traits,
-    accumulators_per_thread,
+    implementation_of,
 )
 from numflash.problem.classes import ProblemClass
 from numflash.runtime.devices import blocks_per_sm
@@ -45,7 +44,7 @@ PARTITIONS = 4
 SHUFFLE_LANES = 32
 """Per clock and SM. Source: CUDA C++ Programming Guide, arithmetic throughput."""
 OVERLAP_NORM = 3.0
-"""Times t of what is done at once combine to (sum t ** norm) ** (1 / norm): of the pipes of
+"""Times t of work done at once combine to (sum t ** norm) ** (1 / norm): of the pipes of
 portable kernels, and of a kernel and its bytes from device memory. Assumed."""
 PIPES_NORM = 12.0
 """Likewise of the pipes in one phase of a kernel for tensor cores, and of its phases, chain and
@@ -69,10 +68,10 @@ L2_LATENCY, MEMORY_LATENCY = 300, 700
 BLOCK_LATENCY = 600
 """Clocks to start a block and to drain its stores, beside its first loads. Assumed."""
 LAUNCH_MS = 0.005
-"""What a kernel takes that does nothing. Fitted to decoding with few keys on an H100: 12 to 15
+"""Time of a kernel that does nothing. Fitted to decoding with few keys on an H100: 12 to 15
 microseconds for two kernels."""
 COMBINED_SPLITS = 8
-"""Parts that a `combine` of which nothing else is known puts together. Assumed."""
+"""Parts that a `combine` joins, where their number is not known. Assumed."""
 
 _WARP, _FLOAT_BYTES, _MAX_REGISTERS = 32, 4, 255
 # Registers beside accumulators: operands, addresses, bounds. By compiling.
@@ -84,7 +83,7 @@ _PRODUCTS = {"forward": 2, "backward-dq": 3, "backward-dkdv": 4, "backward": 5}
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the model says of a config.
+    """The model's prediction for a config.
 
     Attributes:
         ms: milliseconds.
@@ -108,13 +107,13 @@ def predict(
     resources: ResourceUsage,
     code: MachineCode | None,
 ) -> Prediction:
-    """How long a compiled kernel takes.
+    """Predict the time of a compiled kernel.
 
     Args:
         machine: the GPU.
         problem: the class; it stands for the problem with its rounded sizes.
         config: of the problem's family.
-        resources: what was compiled.
+        resources: of the compiled kernel.
         code: its instructions; None counts by formula.
 
     Raises:
@@ -132,7 +131,7 @@ def predict(
 
 
 def estimate(machine: Machine, problem: ProblemClass, config: Config) -> Prediction:
-    """How long a kernel takes, by formula only. Registers that cannot suffice count as spilled.
+    """Predict a kernel's time by formula only. Registers that cannot suffice count as spilled.
 
     Raises:
         ValueError: as `predict`.
@@ -157,11 +156,8 @@ def estimate(machine: Machine, problem: ProblemClass, config: Config) -> Predict
 
 def expected_registers(config: Config, traits: Traits) -> tuple[int, int]:
     """Registers of a tiled kernel before it is compiled, and how many more it would need."""
-    if isinstance(config, MmaConfig):
-        accumulators = config.accumulators_per_thread(traits)
-        kind, min_blocks = config.generation, config.min_blocks
-    else:
-        accumulators, kind, min_blocks = accumulators_per_thread(config, traits), "portable", 0
+    accumulators = config.accumulators_per_thread(traits)
+    kind, min_blocks = getattr(config, "generation", "portable"), getattr(config, "min_blocks", 0)
     most = _MAX_REGISTERS
     if min_blocks:
         most = min(most, 65536 // (min_blocks * config.num_threads) // 8 * 8)
@@ -277,7 +273,7 @@ def _tiled(
     slots = machine.num_sms * resident
     l2 = l2_share(machine, blocks)
     warps = config.num_warps
-    shared_share = 1.0 if isinstance(config, MmaConfig) else BROADCAST
+    shared_share = 1.0 if implementation_of(config).has_tensor_cores else BROADCAST
     from_memory = memory_bytes(problem, config, grid, slots, machine.l2_bytes)
 
     tile = _busy(machine, work.tile, warps, shared_share, l2)
@@ -352,7 +348,7 @@ def schedule(grid: Grid, num_sms: int, resident: int, clocks) -> float:
 
 
 def smooth_maximum(norm: float, *times: float) -> float:
-    """How long things take together that take these times alone."""
+    """The time of things together that take these times alone."""
     return sum(t**norm for t in times) ** (1 / norm)
 
 

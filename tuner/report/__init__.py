@@ -1,4 +1,4 @@
-"""What the tuner shows at the end: a table for the terminal, and a page that explains it.
+"""The tuner's report: a table for the terminal, and a page that explains it.
 
 The page is one file without scripts and without anything from elsewhere. A time is called measured
 only if it was; predicted ones are marked wherever they stand.

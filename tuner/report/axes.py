@@ -1,4 +1,4 @@
-"""Axes of the report's charts: where a value lies, where ticks go, how they are drawn.
+"""Axes of the report's charts: the places of values and ticks, and their drawing.
 
 Charts are laid out for their smallest size, so that their text stays legible on a phone.
 """
@@ -18,7 +18,7 @@ FONT = 11
 RING = 5
 """Pixels: the radius of the ring around the best."""
 IN_SIGHT = 3.0
-"""What is so many times away from the best is not drawn to scale: it would squeeze all others."""
+"""Times beyond so many times the best are not drawn to scale: they would squeeze all others."""
 _CHARACTER = 0.62
 
 
@@ -33,7 +33,7 @@ class Axis:
     log: bool = False
 
     def __call__(self, value: float) -> float:
-        """Where a value lies, in pixels."""
+        """The position of a value, in pixels."""
         low, high, value = self.low, self.high, value
         if self.log:
             low, high, value = math.log(low), math.log(high), math.log(value)
@@ -89,7 +89,7 @@ class Labels:
         self._drawn.append(text(*place[:2], content, class_, place[2]))
 
     def keep_clear(self, x: float, y: float, radius: float) -> None:
-        """A mark that no later label shall cover."""
+        """A mark that no later label may cover."""
         self._taken.append((x - radius, y - radius, x + radius, y + radius))
 
     def drawn(self) -> list[Markup]:

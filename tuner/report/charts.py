@@ -57,7 +57,7 @@ def key(symbol: str, class_: str, meaning: str) -> Markup:
 def history(result: Result) -> Figure:
     """Time of each trial, and the best so far.
 
-    What is slower or faster than `IN_SIGHT` times the best lies at the edge, or is said instead.
+    Trials beyond `IN_SIGHT` times the best lie at the edge, or are counted in words.
     """
     title = f"History ({result.origin} time)"
     times = [result.time_ms(record) for record in result.records]
@@ -218,7 +218,7 @@ def heat_map(result: Result) -> Figure:
 
 
 def _short(time: float) -> str:
-    """Three significant digits, as in .123, which is what a cell has room for."""
+    """Three significant digits, as in .123, for which a cell has room."""
     return f"{time:.{max(0, 2 - math.floor(math.log10(time)))}f}".removeprefix("0")
 
 
@@ -231,7 +231,7 @@ def _heat_step(time: float, fastest: float, slowest: float) -> int:
 
 
 def importances(result: Result) -> Figure:
-    """What share of the variation in time each parameter explains."""
+    """The share of the variation in time that each parameter explains."""
     title = "Which parameters matter"
     shares = sorted(result.importances.items(), key=lambda item: (-item[1], item[0]))
     if not shares:
@@ -256,7 +256,7 @@ def importances(result: Result) -> Figure:
 
 
 def _room(names: Iterable[str]) -> float:
-    """Where bars begin, so that their names fit before them; half of the chart at most."""
+    """The position at which bars begin, so that their names fit; half of the chart at most."""
     return min(WIDTH / 2, 8 + max(map(width_of, names)))
 
 
@@ -269,7 +269,7 @@ def _elided(name: str, room: float) -> str:
 def agreement(result: Result) -> Figure:
     """Predicted against measured time of each config that has both.
 
-    What is more than `IN_SIGHT` times the shortest of all these times lies at the edge.
+    Times of more than `IN_SIGHT` times the shortest lie at the edge.
     """
     title = "Predicted against measured"
     pairs = result.pairs()
@@ -322,7 +322,7 @@ def label_best(labels: Labels, x: float, y: float) -> None:
 
 
 def parts(result: Result) -> Figure:
-    """What each resource alone would take for the best config, next to the floor."""
+    """The time that each resource alone would take for the best config, next to the floor."""
     title = "What bounds the best, by the model"
     if result.winner is None:
         return Figure(title, escaped("There is no best: no config has a time."))

@@ -1,6 +1,6 @@
 """Elements of HTML and SVG as text in which everything that is not markup has been escaped.
 
-What is written is well-formed as XML too.
+The result is well-formed as XML, too.
 """
 
 import html
@@ -15,7 +15,7 @@ class Markup(str):
 def escaped(content: object) -> Markup:
     """Content of an element: markup as it is, anything else as text.
 
-    What cannot be printed becomes a replacement character: XML cannot hold control characters and
+    Unprintable characters become replacement characters: XML cannot hold control characters and
     surrogates, and marks that turn the direction of writing would disguise a name.
     """
     if isinstance(content, Markup):

@@ -1,6 +1,6 @@
-"""The occupancy picture: how many blocks of each compiled config fit on an SM, and the budgets.
+"""The occupancy picture: the blocks of each compiled config that fit on an SM, and the budgets.
 
-How many registers a block takes depends on its threads, so there is a chart per number of threads.
+The registers of a block depend on its threads, so there is a chart per number of threads.
 """
 
 import math

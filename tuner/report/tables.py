@@ -1,4 +1,4 @@
-"""The report's tables: the summary, all that was tried, what was pruned and what failed."""
+"""The report's tables: the summary, all trials, pruned configs and failures."""
 
 import re
 from collections.abc import Iterable
@@ -76,7 +76,7 @@ def tried(result: Result) -> Markup:
 
 
 def switches(result: Result) -> Markup | None:
-    """What is on or off in configs: the best time either way; None if nothing is.
+    """The switches of configs, each with its best time on and off; None if there are none.
 
     The other parameters may differ, too.
     """
@@ -105,7 +105,7 @@ def best_by_switch(result: Result) -> dict[str, tuple[Record, Record]]:
 
 
 def pruned(result: Result) -> Markup:
-    """How many configs each constraint removed before compiling, with an example's reason."""
+    """Configs that each constraint removed before compiling: the number, and one reason."""
     ordered = sorted(result.pruned.items(), key=lambda item: (-item[1], item[0]))
     rows = []
     for name, count in ordered:

@@ -1,7 +1,7 @@
-"""The feasible configs of a space as a table: where each lies, what the model expects of it.
+"""The feasible configs of a space as a table: the choices of each, and the model's estimate.
 
 Proposals are moved to the nearest row that is free, and rows are ranked by the model, corrected by
-what has been measured: each choice of each dimension gets a factor by which the model errs.
+measurements: each choice of each dimension gets a factor by which the model errs.
 """
 
 import math
@@ -19,7 +19,7 @@ from ..space.configs import Space
 _FEWEST_TIMES = 6
 """Measured configs from which the model's errors are learned."""
 _RIDGE = 1.0
-"""How much evidence an error needs: that of one measured config."""
+"""The evidence that an error needs: that of one measured config."""
 
 
 class Candidates:
@@ -30,7 +30,7 @@ class Candidates:
         numbers: text -> number.
         estimates: milliseconds by the model before anything is compiled, of each number; infinite
             where no block fits.
-        distributions: what a sampler is asked for: a choice of each dimension that has several.
+        distributions: asked of a sampler: a choice of each dimension that has several.
     """
 
     def __init__(self, space: Space):
@@ -60,14 +60,14 @@ class Candidates:
         return choices
 
     def free(self, taken: Iterable[str], broken: Iterable[str]) -> np.ndarray:
-        """Which numbers are neither taken nor of the machine code of a broken config."""
+        """A mask of the numbers that are neither taken nor of a broken config's machine code."""
         is_free = np.ones(len(self.configs), bool)
         is_free[[self.numbers[text] for text in taken if text in self.numbers]] = False
         codes = [self._codes[self.numbers[text]] for text in broken if text in self.numbers]
         return is_free & ~np.isin(self._codes, codes)
 
     def twins(self, texts: Iterable[str], wanted: Iterable[str] = ()) -> np.ndarray:
-        """Which numbers have the very estimate of one of these texts, except the wanted ones."""
+        """A mask of the numbers with the estimate of one of these texts, but the wanted ones."""
         known = [self.numbers[text] for text in texts if text in self.numbers]
         are_twins = np.isin(self.estimates, self.estimates[known]) & np.isfinite(self.estimates)
         are_twins[[self.numbers[text] for text in wanted if text in self.numbers]] = False
@@ -128,7 +128,7 @@ class Candidates:
 
 
 def distinct(space: Space, most: int | None = None) -> int:
-    """How many feasible configs the model can tell apart, counted up to `most`."""
+    """The number of feasible configs that the model can tell apart, counted up to `most`."""
     estimates: set[float] = set()
     for config in space.feasible:
         if len(estimates) == most:

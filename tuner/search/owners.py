@@ -1,4 +1,4 @@
-"""Who works on a trial: a process of some host, and whether it is still at work.
+"""Owners of trials: the process of a host that works on one, and whether it still does.
 
 An owner is what `this_process` returns, as JSON keeps it: host, pid, the process's start and
 `beat`, the time at which it was last seen at work, in seconds since the epoch (UTC).
@@ -38,7 +38,7 @@ def _identity(pid: int) -> dict:
 
 @functools.cache
 def _host() -> str:
-    """What process numbers are distinct in: containers may share the name of their host."""
+    """The place within which process numbers are distinct: containers may share a host's name."""
     with contextlib.suppress(OSError):
         return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
     return socket.gethostname()

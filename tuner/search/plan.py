@@ -1,4 +1,4 @@
-"""What a run of the tuner is about to do, and about how long that takes.
+"""A plan of the tuner's run: the work ahead, and about how long it takes.
 
 The time comes from kernels that were compiled here: those of earlier trials, and some of the
 defaults, which are compiled in any case.
@@ -22,9 +22,9 @@ class Plan:
         device: name of the device.
         sizes: trials of each class when it is done.
         done: trials of each class that earlier runs have made.
-        compile_ms: what compiling a kernel took here; None if nothing was compiled yet.
+        compile_ms: to compile a kernel here; None if nothing was compiled yet.
         jobs: kernels that are compiled at once.
-        seconds: after which the run ends; None if it is over with its trials.
+        seconds: after which the run ends; None if it ends with its trials.
         measures: whether configs are measured, too.
     """
 
@@ -79,7 +79,7 @@ def compile_time(
     Args:
         spaces: the defaults of some are compiled for it, about two for each process: nothing is
             said until they are.
-        earlier: what was tried before; kernels from a cache do not count.
+        earlier: records of earlier trials; kernels from a cache do not count.
         pool: compiles.
         jobs: its processes.
 

@@ -29,11 +29,11 @@ _SIMULATOR = "NUMBA_ENABLE_CUDASIM"
 
 @dataclass(frozen=True)
 class Examined:
-    """What became of a config in the compiler.
+    """The compiler's result for a config.
 
     Attributes:
         resources: None if it failed.
-        code: what its machine code consists of; None without a disassembler.
+        code: its machine code, counted; None without a disassembler.
         failure: (outcome, reason) as in `records.FAILURES`; None if it was compiled.
     """
 
@@ -89,10 +89,10 @@ class CompilePool:
         """Processes start with the first config.
 
         Args:
-            arch: what to compile for.
+            arch: to compile for.
             jobs: how many processes.
             timeout: seconds after which a config is given up and its process ended.
-            work: what a process does for a config, as `examine`.
+            work: of a process for a config, as `examine`.
         """
         self._arch, self._timeout, self._work = arch, timeout, work
         self._queue: SimpleQueue = SimpleQueue()
@@ -226,7 +226,7 @@ def _work_off(pipe: Connection, work: Callable[..., Examined]) -> None:
         except OSError:
             return
         if not gc.get_freeze_count():
-            # What Numba has loaded by now lives to the end: looking through it for garbage after
+            # Objects that Numba has loaded live to the end: looking through them for garbage after
             # each kernel takes a tenth of the time.
             gc.collect()
             gc.freeze()
@@ -241,7 +241,7 @@ def _failed(error: Exception) -> Examined:
 def _without_ctrl_c() -> Iterator[None]:
     """For processes started within, there is no Ctrl-C, not even while they start.
 
-    It reaches the whole group: the parent decides what becomes of its workers.
+    It reaches the whole group: the parent decides when its workers end.
     """
     if sys.platform == "win32":
         yield

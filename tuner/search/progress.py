@@ -1,4 +1,4 @@
-"""Progress: how far a run of the tuner has come.
+"""Progress of a run of the tuner.
 
 On a terminal it is one line, redrawn in place; elsewhere (the log of a CI job) a plain line now
 and then. A stream that can no longer be written to stops the display, never the run.
@@ -45,7 +45,7 @@ class Progress:
 
         Args:
             total: trials of the whole run, earlier ones included; None if only time limits it.
-            title: what is tuned.
+            title: of the run.
             stream: where to show it; `sys.stderr` if None.
             clock: seconds, for the time elapsed and left.
             time_budget: seconds after which the run ends; None if only trials limit it.
@@ -149,7 +149,7 @@ class Progress:
         self._write(_CLEAR + _cut("  ".join(text for text, _ in pieces), room))
 
     def _pieces(self, bar_width: int, dropped: tuple[str, ...] = ()) -> list[_Piece]:
-        """What is shown, as (text, style); `_draw` leaves out what has no room."""
+        """The shown pieces, as (text, style); `_draw` leaves out those that have no room."""
         pieces: list[_Piece] = [] if "title" in dropped else [(self._title, "")]
         if bar_width:
             share = self._share()
@@ -158,7 +158,7 @@ class Progress:
         pieces.append(
             (f"{self.done}" if self._total is None else f"{self.done}/{self._total}", "")
         )
-        # What is best is decided at the end; until then there is a fastest.
+        # The best is decided at the end; until then there is a fastest.
         if (record := self._best or self._fastest) is not None:
             about = "" if record.median_ms is not None else "predicted "
             text = f"{'best' if self._best else 'fastest'} {about}{format_ms(record.time_ms)} ms"
@@ -177,7 +177,7 @@ class Progress:
         return pieces
 
     def _share(self) -> float:
-        """How much of the run is over: by trials or by time, whichever is further."""
+        """The share of the run that is over, by trials or by time: the larger of both."""
         shares = [0.0]
         if self._total:
             shares.append(self.done / self._total)

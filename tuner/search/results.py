@@ -1,4 +1,4 @@
-"""Result: what a run of the tuner found for one problem class on one device.
+"""Result: the findings of a run of the tuner for one problem class on one device.
 
 A result is either measured or predicted, and so are all times that are compared in it.
 """
@@ -26,11 +26,11 @@ class Result:
         device: name of the device, "NVIDIA H200"; or that of an architecture, "sm_80".
         arch: as in `numflash.runtime.devices.ARCHITECTURES`.
         num_sms: multiprocessors of the device.
-        problem: what was tuned.
+        problem: the tuned class.
         origin: "measured", or "predicted" by the offline model.
         default: the config that is used without a tuner.
         best: the winner, possibly the default itself.
-        records: all that was tried, in order of trial, failures included.
+        records: of all trials, in their order, failures included.
         floor_ms: resource -> milliseconds that no kernel can beat; the floor is the largest.
         space_size: configs in the space.
         pruned: constraint -> configs of the space that it removed before anything was compiled.

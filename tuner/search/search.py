@@ -1,8 +1,8 @@
 """The search for the best config of one problem class: ask, compile, judge, tell, choose.
 
-Optuna proposes; what it proposes is moved to the nearest feasible config that nobody has tried.
-Every second proposal is the model's, corrected by what has been measured.
-Compilers work ahead in other processes. Where there is a GPU the judge is a `Measurer`; offline it
+Optuna proposes; each proposal is moved to the nearest feasible config that nobody has tried.
+Every second proposal is the model's, corrected by measurements. Compilers work ahead in other
+processes. Where there is a GPU the judge is a `Measurer`; offline it
 is the model. The default and the configs that the model likes best come first, and no winner is
 named before the default is tried: it has to be beaten.
 """
@@ -33,18 +33,18 @@ _FAVOURITES = 8
 """Configs of distinct machine code that the model has tried first."""
 _HOPELESS = 1.25
 """Without a GPU, a config whose estimate is so many times the best time is not compiled: estimates
-were 0.93 to 1.03 of what the model says of machine code, over the shipped tables."""
+were 0.93 to 1.03 of predictions from machine code, over the shipped tables."""
 _SLOW, _FEW_SAMPLES = 1.25, 3
 """A config that is so many times as slow as the best after so many samples is stopped."""
 _FINALISTS, _FINAL_ROUNDS = 5, 15
 _TIE = 0.01
 """Times this close are equal; the config with less shared memory wins."""
 _FEW_TRIALS = 10
-"""From so many on it can be told which parameters matter."""
+"""With so many times the parameters that matter can be told."""
 _USABLE = ("measured", "predicted")
 """Outcomes of configs that may win."""
 _HOPELESS_RUN = 12
-"""So many failures in a row that need not be the config's fault are the environment's."""
+"""So many failures in a row, which need not be the configs' fault, are the environment's."""
 _POLL_SECONDS = 0.1
 _OF_THE_CODE = ("compile_failed", "spilled", "over_budget", "wrong_result")
 """Failures that all configs of the same machine code share."""
@@ -52,7 +52,7 @@ _OF_THE_CODE = ("compile_failed", "spilled", "over_budget", "wrong_result")
 
 @dataclass(frozen=True)
 class StoppingRules:
-    """When to stop.
+    """Rules for the end of a search.
 
     Attributes:
         trials: configs tried in the study, by all processes and earlier runs together; None for
@@ -68,7 +68,7 @@ class StoppingRules:
     def size(self, space: Space, is_measured: bool) -> int:
         """Trials of a space after which a search ends by itself.
 
-        Where the model judges, of configs that it cannot tell apart one, unless that fails.
+        Where the model judges, it counts one of several configs that it cannot tell apart.
         """
         if not is_measured:
             return distinct(space, self.trials)
@@ -94,7 +94,7 @@ def make_sampler(name: str, seed: int | None) -> optuna.samplers.BaseSampler:
             raise ImportError("the sampler cmaes needs: pip install cmaes") from error
         found = optuna.samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False)
         return OrderedSampler(found)
-    # The grid is walked here; the sampler only fills in what is not asked for.
+    # The grid is walked here; the sampler only fills in the rest.
     return optuna.samplers.RandomSampler(seed=seed)
 
 
@@ -127,7 +127,7 @@ class Search:
         """Nothing runs yet.
 
         Args:
-            space: what may be tried.
+            space: of the configs that may be tried.
             study: where trials are kept; its sampler is asked.
             pool: compiles for the space's machine.
             measurer: judges compiled configs; None has the model judge.
@@ -160,7 +160,7 @@ class Search:
         return self._rules.size(self.space, self._measurer is not None)
 
     def records(self) -> list[Record]:
-        """What was tried, by all processes, in order of trial; finalists as last measured."""
+        """Records of all processes' trials, in order of trial; finalists as last measured."""
         return [self._finals.get(r.config, r) for r in self.ledger.records()]
 
     def fastest(self) -> Record | None:
@@ -175,7 +175,7 @@ class Search:
             on_record: told each record when it is done.
             on_idle: called several times a second while compilers are waited for.
 
-        Whatever ends it early leaves the study as it should be, ready to go on.
+        However the search ends, it leaves the study ready to go on.
 
         Raises:
             LookupError: many configs in a row failed for reasons that are hardly theirs.
@@ -241,7 +241,7 @@ class Search:
 
     @property
     def _is_guided(self) -> bool:
-        """Whether the model has a say in what is tried."""
+        """Whether the model proposes configs, too."""
         return self._sampler not in ("grid", "random")
 
     def _begin(self) -> tuple[Trial, Config] | None:
@@ -257,14 +257,14 @@ class Search:
                 return None
             trial = self._ask(is_free)
             number = candidates.at(trial.params)
-            # What somebody has enqueued with Optuna need not be free, nor a config.
+            # A trial that somebody has enqueued with Optuna need not be free, nor a config.
             is_wanted = number is not None and is_free[number]
             if is_wanted and self.ledger.claim(trial, candidates.texts[number]):
                 return trial, candidates.configs[number]
             self.ledger.give_up(trial)
 
     def _ask(self, is_free: np.ndarray) -> Trial:
-        """A trial of a free config: of what comes first; then sampler and model take turns."""
+        """A trial of a free config: the first ones in order; then sampler and model take turns."""
         candidates = self.candidates
         texts = self._first + self._favourites
         numbers = [candidates.numbers[text] for text in texts if text in candidates.numbers]
@@ -285,14 +285,14 @@ class Search:
         return self.ledger.ask(candidates.distributions, candidates.choices(number))
 
     def _foreseen(self) -> np.ndarray:
-        """Which numbers the model, being the judge, cannot tell from one that works or may yet."""
+        """Numbers (a mask) that the model as judge cannot tell from ones that work, or may yet."""
         if self._measurer is not None:
             return np.zeros(len(self.candidates.configs), bool)
         failed = {r.config for r in self.ledger.records() if r.outcome in FAILURES}
         return self.candidates.twins(self.ledger.taken() - failed, self._first)
 
     def _times_ms(self) -> dict[str, float]:
-        """The times of what was compiled, also of what was stopped because it was slow."""
+        """The times of compiled configs, also of those stopped because they were slow."""
         tried = [r for r in self.ledger.records() if r.resources is not None]
         return {r.config: r.time_ms for r in tried if math.isfinite(r.time_ms)}
 
@@ -415,7 +415,7 @@ class Search:
         return default, replace(best, reason="; ".join(filter(None, [best.reason, *why])))
 
     def _measured_again(self, finalists: list[Record]) -> list[Record]:
-        """The finalists, measured in turn; those as they were if that is in vain for all."""
+        """The finalists, measured in turn; as they were before if every measurement fails."""
         configs = [record.config for record in finalists]
         samples = self._measurer.remeasure(self.space.problem, configs, _FINAL_ROUNDS)
         if not any(samples.values()):
@@ -433,7 +433,7 @@ class Search:
     def _beyond_error(
         self, usable: list[Record], default: Record | None
     ) -> tuple[list[Record], list[Record]]:
-        """(the default and what gains more over it than the model's error may feign, the rest)."""
+        """(the default and configs whose gain is larger than the model's error, the rest)."""
         if self._measurer is not None or default is None or not math.isfinite(default.time_ms):
             return usable, []
         beyond, within = [], []
@@ -444,7 +444,7 @@ class Search:
         return beyond, within
 
     def _gain_needed(self, record: Record) -> float:
-        """By which part the default must be predicted slower than a config, to give way to it."""
+        """The fraction by which the default must be predicted slower than a config to give way."""
         space, candidates = self.space, self.candidates
         config = candidates.configs[candidates.numbers[record.config]]
         return model.gain_needed(space.machine, space.problem, config, space.default)
@@ -462,7 +462,7 @@ class Search:
 
 
 def _outcomes(records: dict[str, Record]) -> str:
-    """How often each failure occurred, and one reason for each."""
+    """The number of each failure, with one reason for each."""
     found: dict[str, list[str]] = {}
     for record in records.values():
         found.setdefault(record.outcome, []).append(record.reason)

@@ -1,4 +1,4 @@
-"""A run of the tuner: problem classes on one device, one after the other, and what it remembers.
+"""A run of the tuner: problem classes on one device, one after the other, and their winners.
 
 Each class has its search and its study. What wins goes to the config cache at once, so that a run
 that is stopped keeps what it has found.
@@ -16,7 +16,8 @@ from hashlib import sha256
 
 import optuna
 
-from numflash.machine_code.compiler import source_hash, versions
+from numflash.machine_code.compiler import versions
+from numflash.machine_code.sources import family_hash
 from numflash.problem.classes import ProblemClass
 from numflash.selection import store
 from numflash.selection.choice import FUSED
@@ -114,7 +115,7 @@ class Session:
         return spaces
 
     def plan(self, spaces: Sequence[Space]) -> Plan:
-        """What tuning these spaces takes; some defaults are compiled for it unless time is short.
+        """Plan the tuning of these spaces; compiles some defaults for it unless time is short.
 
         Raises:
             StorageError: the studies cannot be read.
@@ -134,7 +135,7 @@ class Session:
         return Plan(self.device.name, sizes, done, time_ms, jobs, seconds, is_measured)
 
     def tune(self, space: Space, classes_left: int, title: str, quiet: bool = False) -> Result:
-        """Search a space, and remember what won.
+        """Search a space, and remember the winner.
 
         Args:
             space: of the class to tune.
@@ -228,18 +229,23 @@ class Session:
         return open_study(self.options.storage, self._study_name(space), sampler)
 
     def _study_name(self, space: Space) -> str:
-        """What trials of one study have in common, so that they can be compared."""
-        made = [source_hash(), sorted(versions().items()), space.budgets, space.dimensions]
+        """The name of a study: all that its trials share, so that they can be compared."""
+        made = [
+            family_hash(space.problem.family),
+            sorted(versions().items()),
+            space.budgets,
+            space.dimensions,
+        ]
         made += [model.source_hash(), FORMAT]
         digest = sha256(repr(made).encode()).hexdigest()[:12]
         return f"{space.problem} on {self.device}, {self.origin}, {digest}"
 
     def _incumbents(self, space: Space) -> list[Entry]:
-        """What is remembered for a class: their configs have to be beaten."""
+        """The entries remembered for a class, whose configs have to be beaten."""
         return [entry for entry in store.read(self.device) if entry.problem == space.problem]
 
     def _remember(self, space: Space, search: Search, default: Record, best: Record) -> None:
-        """Write the winner to the config cache; what goes wrong is logged.
+        """Write the winner to the config cache; an error is logged.
 
         An entry whose config this search has tried gives way even where its time is shorter: that
         time is of another run, under another clock or of another model.
@@ -260,7 +266,7 @@ class Session:
             spread=best.spread,
             origin=self.origin,
             date=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-            kernels=source_hash(),
+            kernels=family_hash(space.problem.family),
             compilers=versions(),
             default_config=default.config,
             default_ms=default.time_ms if math.isfinite(default.time_ms) else None,

@@ -1,6 +1,6 @@
 """The storages of Optuna that studies are kept in: a journal file, or a database.
 
-Whatever is told of a storage hides the password in its URL.
+Every message about a storage hides the password in its URL.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from numflash.runtime.files import locked, open_for_all, open_unlinked, refuse_l
 _CONNECT_SECONDS = 10
 # Several processes that make the same tables at once are in each other's way.
 _MAKING_ATTEMPTS = 10
-# Up to the last "@" before a query; if there is none, what comes before the first.
+# Up to the last "@" before a query; if there is none, the text before the first.
 _PASSWORD = re.compile(r"(?P<user>://[^:/?#\s]*:)(?P<password>[^?\s]*|\S*?)@")
 
 _log = logging.getLogger("numflash")
@@ -46,7 +46,7 @@ def journal_path(name: str) -> Path:
 
 
 def shown(url: str | None, name: str) -> str:
-    """How messages call the storage of a study; the arguments are those of `open_storage`."""
+    """The name of a study's storage in messages; the arguments are those of `open_storage`."""
     if _is_database(url):
         hidden = _PASSWORD.sub(r"\g<user>***@", url)
         return f"the storage {_without_parameters(hidden)}"
@@ -73,7 +73,7 @@ def open_storage(url: str | None, name: str) -> BaseStorage:
     Args:
         url: of a database that SQLAlchemy knows, as in "postgresql://user@host/database", or the
             path of a journal file; None is a journal file in numflash's cache. Where that cannot
-            be written, or no longer, it goes on in memory, and the log says so.
+            be written, or no longer, it continues in memory, and the log says so.
         name: of the study.
 
     Raises:
@@ -94,12 +94,12 @@ def open_storage(url: str | None, name: str) -> BaseStorage:
         aside = path.with_name(f"{path.name}.corrupt-{int(time.time())}")
         raise StorageError(
             f"the journal {path} is damaged ({error}); move it away, for example to {aside}, to "
-            "begin anew"
+            "begin again"
         ) from error
 
 
 def reason_of(error: BaseException) -> str:
-    """What a storage's driver says, without what Optuna and SQLAlchemy put around it."""
+    """The message of a storage's driver, without the words that Optuna and SQLAlchemy add."""
     while (inner := getattr(error, "orig", None) or error.__cause__) is not None:
         error = inner
     return str(error) or type(error).__name__
@@ -114,7 +114,7 @@ def _journal(url: str | None, name: str) -> Path:
 
 
 class _CacheJournal(BaseJournalBackend):
-    """A journal in the cache; from when it cannot be written its lines are kept in memory."""
+    """A journal in the cache; once it cannot be written its lines are kept in memory."""
 
     def __init__(self, path: Path):
         self._path, self._lines = path, []
@@ -161,8 +161,8 @@ class _CacheJournal(BaseJournalBackend):
 class _JournalLock:
     """The lock of a journal's writers, which dies with its owner.
 
-    Who takes it first removes what a writer that was killed has left of a line: readers ignore
-    a line without an end, and the next line would be appended to it.
+    Its taker first removes the rest of a line that a killed writer has left: readers ignore a
+    line without an end, and the next line would be appended to it.
     """
 
     def __init__(self, path: Path):
@@ -239,7 +239,7 @@ def _make_tables(url: str, engine: dict) -> RDBStorage:
 def _is_answered(error: Exception) -> bool:
     """Whether a database answered a statement with this error.
 
-    What two processes that make the same tables are told has a name of its own in each database:
+    Two processes that make the same tables get an error whose name differs between databases:
     OperationalError of SQLite, ProgrammingError, IntegrityError or InternalError of PostgreSQL.
     """
     import sqlalchemy.exc

@@ -1,9 +1,9 @@
-"""Studies of Optuna, shared by processes and hosts, and what was tried in them.
+"""Studies of Optuna, shared by processes and hosts, and their trials.
 
-Every trial that counts carries the config that it tried; `Ledger.claim` sees to it that no config
+Every trial that counts carries the config that it tried; `Ledger.claim` prevents that a config
 is tried twice, however many processes and hosts work on a study. A process that dies leaves its
 trial running: the next one to look gives it up, and its config is free again. A process of
-another host is taken for dead when it has not shown for some minutes that it works.
+another host is taken for dead when it has shown no work for some minutes.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ from .storages import StorageError, hide_password, journal_path, open_storage, r
 __all__ = ["ENVIRONMENT", "FORMAT", "Ledger", "StorageError", "journal_path", "open_study"]
 
 FORMAT = "values"
-"""What parameters of trials are; part of the names of studies, which were of indices once."""
+"""The form of trials' parameters; part of the names of studies, which once held indices."""
 ENVIRONMENT = ("timeout", "launch_failed", "compile_failed")
 """Outcomes that may be the machine's fault: a later run tries the config once more."""
 _BEAT_SECONDS = 30
@@ -47,7 +47,7 @@ _PAUSES_SECONDS = 1, 2, 4
 _COUNTED = TrialState.COMPLETE, TrialState.PRUNED
 
 _log = logging.getLogger("numflash")
-# How messages call the storage of a study, and its URL.
+# The storage's name in messages, and its URL.
 _places: "WeakKeyDictionary[optuna.Study, tuple[str, str | None]]" = WeakKeyDictionary()
 _Answer = TypeVar("_Answer")
 
@@ -100,10 +100,10 @@ def earlier_records(url: str | None, names: Iterable[str]) -> list[list[Record]]
 
 
 class Ledger:
-    """Which configs of a study are tried, by whom, and what came of it.
+    """The configs of a study that are tried, the processes that try them, and the results.
 
     A storage that fails is tried again a few times. Every method but `records`, `tried` and
-    `give_up` raises StorageError when that is in vain, and at once from then on.
+    `give_up` raises StorageError when that fails, and at once from then on.
     """
 
     def __init__(
@@ -195,7 +195,7 @@ class Ledger:
         return trial
 
     def _asked(self, distributions: Mapping[str, BaseDistribution]) -> Trial:
-        # Step by step, so that what fails is repeated alone and the trial is not lost.
+        # Step by step, so that a failed step is repeated alone and the trial is not lost.
         trial = self._reach(self.study.ask)
         self.begin(trial)
         try:
@@ -206,7 +206,7 @@ class Ledger:
             place, _ = self._place()
             raise StorageError(
                 f"the study {self.study.study_name!r} in {place} has other choices ({error}): it "
-                "is of another version of numflash; begin anew in another --storage"
+                "is of another version of numflash; begin again in another --storage"
             ) from error
         return trial
 
@@ -299,7 +299,7 @@ class Ledger:
         return len(abandoned)
 
     def _fail(self, trial: Trial | int) -> None:
-        # Told that a trial has ended already, Optuna raises one or the other.
+        # If a trial has ended already, Optuna raises one or the other.
         with contextlib.suppress(UpdateFinishedTrialError, ValueError):
             self._reach(self.study.tell, trial, state=TrialState.FAIL)
 
@@ -323,7 +323,7 @@ class Ledger:
         ]
 
     def _failures(self, trials: Iterable[FrozenTrial]) -> dict[int, str]:
-        """Trial and config of what the environment may have failed."""
+        """Trial and config of failures that may be the environment's fault."""
         self._read(trials)
         found = {n: r for n, r in self._records.items() if r is not None}
         return {n: r.config for n, r in found.items() if r.outcome in ENVIRONMENT}
@@ -347,7 +347,7 @@ class Ledger:
         return self._reach(self.study.get_trials, deepcopy=False)
 
     def _reach(self, action: Callable[..., _Answer], *args, **kwargs) -> _Answer:
-        """What a call of the storage answers, which is repeated while the storage fails."""
+        """The answer of a call of the storage, which is repeated while the storage fails."""
         if self._lost is not None:
             raise self._lost
         pauses = list(_PAUSES_SECONDS)
@@ -369,12 +369,12 @@ class Ledger:
             self._sleep(pause)
 
     def _place(self) -> tuple[str, str | None]:
-        """How messages call the storage, and its URL."""
+        """The storage's name in messages, and its URL."""
         return _places.get(self.study, (f"the study {self.study.study_name}", None))
 
 
 class _Told(optuna.samplers.BaseSampler):
-    """Proposes what it is told; the sampler whose place it takes keeps its books as if it had."""
+    """Proposes given values; the sampler whose place it takes records them as its own."""
 
     def __init__(self, sampler: optuna.samplers.BaseSampler, params: Mapping[str, Any]):
         self._sampler, self._params = sampler, params
@@ -388,12 +388,12 @@ class _Told(optuna.samplers.BaseSampler):
         return self._sampler.infer_relative_search_space(study, trial)
 
     def sample_relative(self, study, trial, search_space):
-        """What it was told, where the sampler proposes several parameters together."""
+        """The values it was given, for samplers that propose several parameters together."""
         self._sampler.sample_relative(study, trial, search_space)
         return {name: self._params[name] for name in search_space if name in self._params}
 
     def sample_independent(self, study, trial, param_name, param_distribution):
-        """What it was told."""
+        """The value it was given."""
         return self._params[param_name]
 
 
@@ -409,7 +409,7 @@ def _suggest(trial: Trial, name: str, distribution: BaseDistribution) -> None:
 
 @functools.cache
 def _outages() -> tuple[type[Exception], ...]:
-    """What Optuna raises when a storage cannot be reached or written."""
+    """Errors that Optuna raises when a storage cannot be reached or written."""
     import sqlalchemy.exc
 
     return StorageInternalError, sqlalchemy.exc.SQLAlchemyError, OSError

@@ -1,1 +1,1 @@
-"""What can be chosen: configs, budgets, GPUs, and the class that is tuned."""
+"""The space of a search: configs, budgets, GPUs, and the class that is tuned."""

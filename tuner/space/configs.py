@@ -1,9 +1,9 @@
 """The configs that may be tried for a class of problems on a machine, and why the others may not.
 
 A space is a product of dimensions, such as tile_m and num_warps, each an ordered list of choices;
-where several implementations can run a class it is the union of their products. What obeys the
-rules that are known before anything is compiled is `feasible`; everything else is counted by the
-constraint that excludes it. What only the compiler knows is judged by `judge_resources`.
+where several implementations can run a class it is the union of their products. Configs that obey
+the rules that are known before anything is compiled are `feasible`; the others are counted by the
+constraint that excludes them. `judge_resources` judges a config by its compiled kernel.
 """
 
 import itertools
@@ -20,7 +20,9 @@ from numflash.configs import (
     MmaConfig,
     Sm90ForwardConfig,
     Traits,
+    implementation_of,
 )
+from numflash.configs.features import FEATURES, Features
 from numflash.problem.classes import ProblemClass
 from numflash.problem.problem import AttentionProblem
 from numflash.runtime.devices import Architecture, blocks_per_sm
@@ -39,8 +41,8 @@ _ACCUMULATORS_PER_OPERAND = 8
 _MAX_REGISTERS = 255
 _WARPGROUP_REGISTERS = 20
 _OUTPUTS_PER_OPERAND = 6
-"""As the two above, of the warps that multiply on Hopper: by compiling 35 configs. What passes
-may still spill; of what does not, everything did, or was serialised."""
+"""As the two above, of the warps that multiply on Hopper: by compiling 35 configs. Configs that
+pass may still spill; all that do not pass did, or were serialised."""
 
 _OF_THE_USER = ("--sram-budget", "--min-occupancy")
 """Constraints that hold for the default, too."""
@@ -51,10 +53,10 @@ Failure = tuple[str, str]
 
 @dataclass(frozen=True)
 class Budgets:
-    """What the user grants a kernel.
+    """Resources that the user grants a kernel.
 
     Attributes:
-        smem_bytes: shared memory per block; None is what the device has.
+        smem_bytes: shared memory per block; None is all that the device has.
         min_occupancy: the part of an SM's threads that must be resident at once, 0 to 1.
     """
 
@@ -88,16 +90,16 @@ class Space:
 
     @cached_property
     def default(self) -> Config:
-        """What runs untuned."""
+        """The config that runs untuned."""
         problem, limits = self.problem, self.machine.limits
         if problem.family != "forward":
             rows = problem.seqlen_k if problem.family == "backward-dkdv" else problem.seqlen_q
             return choose(problem.family, problem.traits, limits, rows).config
         stands_for = self._stands_for
-        config = choose_forward(stands_for, problem.traits, limits, self.machine.num_sms).config
-        if isinstance(config, MmaConfig) and problem.group_size > 1 and not problem.traits.alibi:
-            config = replace(config, packed=rows_packed(stands_for) > 1)
-        return config
+        choice = choose_forward(stands_for, problem.traits, limits, self.machine.num_sms)
+        if choice.has_geometry and problem.group_size > 1 and problem.traits.of_a_head is None:
+            return replace(choice.config, packed=rows_packed(stands_for) > 1)
+        return choice.config
 
     @property
     def _stands_for(self) -> AttentionProblem:
@@ -115,9 +117,10 @@ class Space:
             softmax_scale=1.0,
             band_lo=-problem.seqlen_q,
             band_hi=problem.seqlen_k,
-            bias_shift=0,
-            softcap=float(traits.softcap),
-            alibi_strides=(0, 0) if traits.alibi else None,
+            shift=0,
+            features=Features(
+                *(row.absent if row.name in traits.features else None for row in FEATURES)
+            ),
             tf32=traits.tf32,
             no_tensor_maps=None if traits.vectorized else "rows are not aligned",
         )
@@ -135,11 +138,15 @@ class Space:
             return False
 
     @property
+    def _on_tensor_cores(self) -> bool:
+        return implementation_of(self.default).has_tensor_cores
+
+    @property
     def without_tf32(self) -> str | None:
         """Why a class that allows tf32 does not use it; None if it does, or does not allow it."""
         problem, limits = self.problem, self.machine.limits
         has_products = problem.family in MMA_CONFIGS
-        if not (problem.traits.tf32 and has_products) or isinstance(self.default, MmaConfig):
+        if not (problem.traits.tf32 and has_products) or self._on_tensor_cores:
             return None
         choice = choose(problem.family, problem.traits, limits, problem.seqlen_q)
         what, why = choice.passed_over[0]
@@ -165,7 +172,7 @@ class Space:
 
     def _make(self, values: dict) -> Config:
         family, default = self.problem.family, self.default
-        if not isinstance(default, MmaConfig):
+        if not self._on_tensor_cores:
             return PORTABLE_CONFIGS[family](**values)
         generation = values.get("generation", default.generation)
         if generation in Sm90ForwardConfig.generations:
@@ -181,7 +188,8 @@ class Space:
     def _violation(self, config: Config) -> tuple[str, Failure] | None:
         """(constraint, failure) of the first constraint that a config violates."""
         traits, limits = self.problem.traits, self.machine.limits
-        if isinstance(config, MmaConfig) and (why := config.misfit(traits)) is not None:
+        row = implementation_of(config)
+        if row.has_tensor_cores and (why := config.misfit(traits)) is not None:
             return "instruction shapes", ("invalid", why)
         if (why := self._torn(config)) is not None:
             return "rows of a warpgroup", ("invalid", why)
@@ -194,12 +202,12 @@ class Space:
         if self.budgets.smem_bytes is not None and needed > self.budgets.smem_bytes:
             why = f"needs {needed} bytes of shared memory, granted are {self.budgets.smem_bytes}"
             return "--sram-budget", ("over_budget", why)
-        if isinstance(config, MmaConfig):
+        if row.has_tensor_cores:
             if (why := self._pointless_cap(config, limits)) is not None:
                 return "register caps", ("invalid", why)
             cap, kept = _register_cap(config, limits), config.accumulators_per_thread(traits)
             needed_registers = _registers(kept)
-            if isinstance(config, Sm90ForwardConfig):
+            if row.needs_maps:
                 widest = max(config.tile_n, traits.head_dim_v) // 2
                 if widest + _MIN_REGISTERS >= cap:
                     why = f"a product has {widest} accumulators, all blocks begin with {cap}"
@@ -216,10 +224,8 @@ class Space:
 
     def _torn(self, config: Config) -> str | None:
         """Why bulk copies cannot lay packed heads into the rows of a warpgroup."""
-        if not isinstance(config, Sm90ForwardConfig) or not config.packed:
-            return None
         group = self.problem.group_size
-        if WARPGROUP_ROWS % group:
+        if getattr(config, "packed", False) and not implementation_of(config).packs(group):
             return f"the {group} heads of a group do not divide {WARPGROUP_ROWS} rows"
         return None
 
@@ -246,7 +252,7 @@ class Space:
         fit, by = blocks_per_sm(limits, config.num_threads, _MIN_REGISTERS, smem)
         if fit < config.min_blocks:
             return f"{by} leaves room for {fit} blocks per SM, not {config.min_blocks}"
-        is_hopper = isinstance(config, Sm90ForwardConfig)
+        is_hopper = implementation_of(config).needs_maps
         if not is_hopper and _register_cap(config, limits) >= _MAX_REGISTERS:
             return f"{config.min_blocks} blocks per SM leave all registers to each thread"
         return None
@@ -267,13 +273,13 @@ class Space:
             self._walk(product, feasible, excluded, examples)
         violation = self._violation(self.default)
         if violation is not None and violation[0] not in _OF_THE_USER:
-            # Whatever it is worth, it is what runs untuned.
+            # The default stays, whatever its speed: it runs untuned.
             feasible[self.default] = {n: value_of(self.default, n) for n in self.dimensions}
             excluded[violation[0]] -= 1
         return feasible, excluded, examples
 
     def _walk(self, product: dict[str, tuple], feasible: dict, excluded: Counter, examples: dict):
-        """Add the configs of a product to what is feasible and what is not."""
+        """Sort the configs of a product into feasible ones and others."""
         code = {n: c for n, c in product.items() if n not in GEOMETRY}
         orders = {n: c for n, c in product.items() if n in GEOMETRY and n != "packed"}
         packings = [{"packed": each} for each in product.get("packed", ())] or [{}]

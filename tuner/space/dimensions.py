@@ -1,10 +1,10 @@
-"""The dimensions of a space: which choices the configs of each implementation have.
+"""The dimensions of a space: the choices that the configs of each implementation have.
 
-What the choices of one dimension exclude of another is not said here, except where they belong
-together by construction, as the warps of a Hopper config and its rows do.
+Choices of one dimension that exclude choices of another are not treated here, except where they
+belong together by construction, as the warps of a Hopper config and its rows do.
 """
 
-from numflash.configs import WARPGROUP_ROWS, Config, MmaConfig, Sm90ForwardConfig, wgmma
+from numflash.configs import WARPGROUP_ROWS, Config, Sm90ForwardConfig, implementation_of, wgmma
 from numflash.problem.classes import ProblemClass
 
 from .machines import Machine
@@ -12,10 +12,10 @@ from .machines import Machine
 GEOMETRY = ("num_splits", "packed", "heads_in_flight")
 """Dimensions that are arguments of a kernel rather than its code."""
 HOPPER_ONLY = {"overlap": False, "pingpong": False, "persistent": False, "consumer_registers": 0}
-"""Fields that only configs for Hopper have, and what all others count as."""
+"""Fields that only configs for Hopper have, with the values that all others count as."""
 
 _BLOCKS_PER_SM = 8
-"""More blocks than this per SM fill a machine whatever they are."""
+"""With more blocks than this per SM a machine is full, whatever the blocks do."""
 _FEWER_REGISTERS = {1: (), 2: (232,), 3: (152,)}
 """By warpgroups: fewer registers than usual for those that multiply, which leaves the one that
 copies more."""
@@ -31,10 +31,11 @@ def products(
     Args:
         problem: the class.
         machine: the GPU.
-        default: what runs untuned; its choices are among those of one product.
+        default: the config that runs untuned; its choices are among those of one product.
         rows_packed: query heads that the forward packs by rule.
     """
-    if not isinstance(default, MmaConfig):
+    row = implementation_of(default)
+    if not row.has_tensor_cores:
         found = [_portable(problem.family)]
     elif has_wgmma(problem, machine):
         laid_out = _layouts(problem, machine, rows_packed)
@@ -43,7 +44,7 @@ def products(
         found.append(mma | _mma(problem.family) | laid_out)
     else:
         found = [_mma(problem.family) | _layouts(problem, machine, rows_packed)]
-    own = default.num_warpgroups - 1 if isinstance(default, Sm90ForwardConfig) else -1
+    own = default.num_warpgroups - 1 if row.needs_maps else -1
     found[own] = {
         name: tuple(sorted({*choices, value_of(default, name)}))
         for name, choices in found[own].items()
@@ -90,7 +91,7 @@ def _mma(family: str) -> dict[str, tuple]:
 
 
 def _hopper(num_warpgroups: int) -> dict[str, tuple]:
-    """Of so many warpgroups that multiply."""
+    """The dimensions for so many warpgroups that multiply."""
     return {
         "generation": ("sm90",),
         "tile_m": (WARPGROUP_ROWS * num_warpgroups,),
@@ -106,7 +107,7 @@ def _hopper(num_warpgroups: int) -> dict[str, tuple]:
 
 
 def _layouts(problem: ProblemClass, machine: Machine, rows_packed: int) -> dict[str, tuple]:
-    """How kernels for tensor cores are laid over the machine."""
+    """Choices for laying kernels for tensor cores out over the machine."""
     if problem.family == "backward":
         return {"num_splits": (1, 2, 4, 8)}
     if problem.family != "forward":
@@ -116,14 +117,14 @@ def _layouts(problem: ProblemClass, machine: Machine, rows_packed: int) -> dict[
     fewest = max(1, heads) * -(-problem.seqlen_q // 256)
     most = max(1, _BLOCKS_PER_SM * machine.num_sms // fewest)
     layouts = {"num_splits": tuple(2**i for i in range(8) if 2**i <= most)}
-    if problem.group_size > 1 and not problem.traits.alibi:
+    if problem.group_size > 1 and problem.traits.of_a_head is None:
         layouts["packed"] = _OFF_ON
     layouts["heads_in_flight"] = _orders(problem, machine)
     return layouts
 
 
 def _orders(problem: ProblemClass, machine: Machine) -> tuple[int, ...]:
-    """How many heads may be in flight; 0 is as many as the L2 has room for."""
+    """Choices for the heads in flight; 0 is as many as the L2 has room for."""
     traits = problem.traits
     head = problem.seqlen_k * (traits.head_dim + traits.head_dim_v) * traits.dtype_bytes
     if head * problem.batch_heads <= machine.l2_bytes // 2:

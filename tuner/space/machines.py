@@ -17,7 +17,7 @@ _TABLE = Path(__file__).with_name("machines.toml")
 _MB = 2**20
 # "sm_89", "sm89", "89", "sm_90a"
 _ARCHITECTURE = re.compile(r"(?:sm_?)?(\d{2,3}[af]?)", re.IGNORECASE)
-# What people leave out of a GPU's name.
+# Words that people leave out of a GPU's name.
 _BRANDS = re.compile(r"nvidia|geforce|tesla|rtx|[^a-z0-9]")
 
 

@@ -1,4 +1,4 @@
-"""Which GPU is tuned: one of this machine, or one that is only known by name."""
+"""The GPU that is tuned: one of this machine, or one that is only known by name."""
 
 import re
 from dataclasses import dataclass
@@ -19,8 +19,8 @@ class Target:
     """A GPU to tune for.
 
     Attributes:
-        key: what the config cache knows it by.
-        machine: what the model knows of it.
+        key: under which the config cache knows it.
+        machine: its figures for the model.
         ordinal: of the CUDA device that measures; None if the model judges.
     """
 

@@ -25,6 +25,7 @@ deterministic mode.
 from numflash.configs import MmaBackwardConfig, Traits
 from numflash.kernels.arguments import Mask, Pointer, Scores, Shape, Statistics, Tensor
 from numflash.kernels.kernel import Kernel
+from numflash.kernels.mma.queries import following, make_fetch_queries
 from numflash.ptx import (
     CP_ASYNC_WAIT_GROUP,
     cp_async_commit_group,
@@ -33,17 +34,24 @@ from numflash.ptx import (
     i32,
     i64,
     ld_global_v4_f32,
+    mov_ctaid_x,
     mov_tid_x,
     st_global_v4_f32,
     u32,
 )
-from numflash.tiles.blocks import first_of_head
-from numflash.tiles.mma.copies import (
-    make_copy_tile,
-    make_copy_vector,
-    make_store_rows,
-    make_store_scores,
+from numflash.tiles.blocks import (
+    first_of_rows,
+    last_of,
+    place_in_heads,
+    quotient,
+    seen_from_keys,
+    sequence_of,
+    tiles_of,
+    tiles_seen,
+    tiles_seen_whole,
 )
+from numflash.tiles.features import make_args_of_head
+from numflash.tiles.mma.copies import make_copy_tile, make_store_rows, make_store_scores
 from numflash.tiles.mma.elements import MMA_ELEMENTS, make_transposed_operand
 from numflash.tiles.mma.fragments import (
     MMA_ROWS,
@@ -56,10 +64,9 @@ from numflash.tiles.mma.fragments import (
 )
 from numflash.tiles.mma.layouts import TileLayout, make_word
 from numflash.tiles.mma.products import make_product_nt, make_product_pn, make_product_tn
-from numflash.tiles.mma.scores import make_mask_rows, make_mask_scores, make_scale_scores
+from numflash.tiles.mma.scores import make_mask_rows, make_mask_scores, make_scale_scores_backward
 from numflash.tiles.mma.softmax import make_softmax_backward_by_column
 from numflash.tiles.portable.softmax import LOG2_E
-from numflash.tiles.scores import band_block_begin, band_block_end, band_is_partial, make_slope_of
 
 
 def make_backward_kernel(config: MmaBackwardConfig, traits: Traits) -> Kernel:
@@ -87,9 +94,7 @@ def make_backward_kernel(config: MmaBackwardConfig, traits: Traits) -> Kernel:
     copy = (num_threads, traits.vectorized, asynchronous)
     copy_k = make_copy_tile(element, k_layout, tile_n, *copy)
     copy_v = make_copy_tile(element, v_layout, tile_n, *copy)
-    copy_q = make_copy_tile(element, k_layout, tile_m, *copy)
-    copy_do = make_copy_tile(element, v_layout, tile_m, *copy)
-    copy_vector = make_copy_vector(tile_m, num_threads, asynchronous)
+    fetch_queries = make_fetch_queries(config, traits)
     k_word, v_word, ds_word = make_word(k_layout), make_word(v_layout), make_word(ds_layout)
     first_of_q, _ = make_transposed_operand(element, k_layout)
     first_of_do, _ = make_transposed_operand(element, v_layout)
@@ -98,15 +103,17 @@ def make_backward_kernel(config: MmaBackwardConfig, traits: Traits) -> Kernel:
     multiply_p_do = make_product_pn(element, 1, n_tiles, dv_tiles, v_layout)
     multiply_ds_q = make_product_pn(element, 1, n_tiles, dk_tiles, k_layout)
     multiply_ds_k = make_product_tn(element, tile_n, dq_tiles, ds_layout, k_layout)
-    scale_scores = make_scale_scores(1, n_tiles, traits.softcap, traits.alibi)
+    scale_scores = make_scale_scores_backward(
+        1, n_tiles, traits.features, False, traits.bends_scores
+    )
     mask_scores, mask_rows = make_mask_scores(1, n_tiles), make_mask_rows(1, n_tiles)
-    softmax_backward = make_softmax_backward_by_column(1, n_tiles, traits.softcap)
+    softmax_backward = make_softmax_backward_by_column(1, n_tiles, traits.bends_scores)
     store_ds = make_store_scores(element, n_tiles, ds_layout)
-    store_dk = make_store_rows(element, 1, dk_tiles, traits.vectorized, False)
-    store_dv = make_store_rows(element, 1, dv_tiles, traits.vectorized, False)
-    storage, slope_of = element.storage, make_slope_of(traits.alibi)
-    bends = traits.softcap or traits.alibi
-    n_cap_slopes = n_scores if traits.softcap else 1
+    store_dk = make_store_rows(element, 1, dk_tiles, traits.vectorized)
+    store_dv = make_store_rows(element, 1, dv_tiles, traits.vectorized)
+    storage, args_of_head = element.storage, make_args_of_head(traits.features)
+    bends = traits.shapes_scores
+    n_slopes = n_scores if traits.bends_scores else 1
     # Tiles that may be on their way while one is used.
     wait_for_tile = CP_ASYNC_WAIT_GROUP[max(0, num_stages - 2)]
 
@@ -127,83 +134,75 @@ def make_backward_kernel(config: MmaBackwardConfig, traits: Traits) -> Kernel:
         smem = cuda.shared.array(0, u32, alignment=128)
         s_acc = cuda.local.array(n_scores, f32)
         dp_acc = cuda.local.array(n_scores, f32)
-        cap_slopes = cuda.local.array(n_cap_slopes, f32)
+        slopes = cuda.local.array(n_slopes, f32)
         dk_acc = cuda.local.array(n_dk, f32)
         dv_acc = cuda.local.array(n_dv, f32)
         dq_acc = cuda.local.array(n_dq, f32)
 
-        num_n_blocks = (shape.seqlen_k + tile_n - 1) // tile_n
-        num_m_blocks = (shape.seqlen_q + tile_m - 1) // tile_m
-        num_heads_kv = shape.num_heads_q // shape.group_size
-        split = i32(cuda.blockIdx.x % num_splits)
-        head_kv = cuda.blockIdx.x // num_splits % num_heads_kv
-        batch = cuda.blockIdx.x // num_splits // num_heads_kv
-        k_base = first_of_head(k, batch, head_kv)
-        v_base = first_of_head(v, batch, head_kv)
+        num_heads_kv = quotient(shape.num_heads_q, shape.group_size)
+        split, head_kv, batch = place_in_heads(mov_ctaid_x(), num_splits, num_heads_kv)
+        sequence = sequence_of(shape, mask)
+        from_keys = seen_from_keys(sequence)
+        num_n_blocks = tiles_of(sequence.seqlen_k, tile_n)
+        num_m_blocks = tiles_of(shape.seqlen_q, tile_m)
+        k_base = first_of_rows(k, batch, head_kv, sequence.first_k)
+        v_base = first_of_rows(v, batch, head_kv, sequence.first_k)
         scale_log2 = LOG2_E
         if not bends:
             scale_log2 = scores.scale * LOG2_E
 
-        for walk in range(i32((num_n_blocks - split + num_splits - 1) // num_splits)):
+        for walk in range(tiles_of(num_n_blocks - split, num_splits)):
             n_block = i32(split + walk * num_splits)
             n_start = i32(n_block * tile_n)
-            # The mask from the side of the keys.
-            queries_mask = Mask(-mask.hi, -mask.lo)
-            last_row = min(n_start + tile_n, shape.seqlen_k) - 1
-            m_begin = i32(band_block_begin(n_start, -mask.hi, tile_m))
-            m_end = i32(band_block_end(last_row, -mask.lo, shape.seqlen_q, tile_m))
-            cuda.syncthreads()  # the previous K and V have been read by all
+            # Tiles of queries that see some of these keys, and those that see all of them.
+            last_key = last_of(n_start, tile_n, sequence.seqlen_k)
+            m_begin, m_end = tiles_seen(n_start, last_key, tile_m, from_keys)
+            whole = tiles_seen_whole(n_start, last_key, tile_m, from_keys)
+            # All threads have read the K and V before these, whose buffers are filled again.
+            cuda.syncthreads()
             # Nobody waits for the copies of a walk without tiles, which would still be under way
             # when the next walk copies to the same bytes.
             if m_begin < m_end:
-                copy_k(smem, k_smem, k, k_base, n_start, shape.seqlen_k, shape.head_dim)
-                copy_v(smem, v_smem, v, v_base, n_start, shape.seqlen_k, shape.head_dim_v)
+                copy_k(smem, k_smem, k, k_base, n_start, sequence.seqlen_k, shape.head_dim)
+                copy_v(smem, v_smem, v, v_base, n_start, sequence.seqlen_k, shape.head_dim_v)
             for i in range(n_dk):
                 dk_acc[i] = f32(0)
             for i in range(n_dv):
                 dv_acc[i] = f32(0)
 
             num_tiles = i32((m_end - m_begin) * shape.group_size)
-            next_head, next_m = i32(head_kv * shape.group_size), m_begin
-            head, m_block = next_head, m_begin
-            stage = 0
-            last_stage = num_stages - 1
-            for tile in range(1 - num_stages, num_tiles):
+            next_m, next_head = m_begin, i32(head_kv * shape.group_size)
+            m_block, head = m_begin, next_head
+            stage = i32(0)
+            last_stage = i32(num_stages - 1)
+            for tile in range(i32(1 - num_stages), num_tiles):
                 if tile >= 0:
-                    # The tile has arrived, unless there is only one stage; the one before it,
-                    # and dS, have been read.
+                    # The tile must have arrived, unless there is only one stage. The barrier shows
+                    # it to all threads, and all have read the tile before it and dS, whose buffers
+                    # are written again.
                     if asynchronous and num_stages > 1:
                         wait_for_tile()
                     cuda.syncthreads()
-                if tile + num_stages - 1 < num_tiles:
-                    into = last_stage if tile >= 0 else tile + num_stages - 1
-                    q_base = first_of_head(q, batch, next_head)
-                    do_base = first_of_head(do, batch, next_head)
-                    first_query = i64(batch * shape.num_heads_q + next_head) * shape.seqlen_q
-                    m = i32(next_m * tile_m)
-                    q_tile, do_tile = q_smem + q_words * into, do_smem + do_words * into
-                    lse_tile, delta_tile = lse_smem + tile_m * into, delta_smem + tile_m * into
-                    copy_q(smem, q_tile, q, q_base, m, shape.seqlen_q, shape.head_dim)
-                    copy_do(smem, do_tile, do, do_base, m, shape.seqlen_q, shape.head_dim_v)
-                    copy_vector(
-                        smem, lse_tile, statistics_log2.lse, first_query, m, shape.seqlen_q
+                if i32(tile + num_stages - 1) < num_tiles:
+                    into = i32(last_stage if tile >= 0 else tile + num_stages - 1)
+                    ahead = next_m, next_head
+                    fetch_queries(
+                        smem, into, ahead, q, do, statistics_log2, batch, sequence, shape
                     )
-                    copy_vector(
-                        smem, delta_tile, statistics_log2.delta, first_query, m, shape.seqlen_q
-                    )
-                    next_m = i32(next_m + 1)
-                    if next_m == m_end:
-                        next_m, next_head = m_begin, i32(next_head + 1)
+                    if num_stages == 1:
+                        m_block, head = ahead
+                    next_m, next_head = following(next_m, next_head, m_begin, m_end)
                 if asynchronous:
                     cp_async_commit_group()
                 if tile >= 0:
                     if num_stages == 1:
+                        # The only buffer must have been filled, for all threads.
                         if asynchronous:
                             wait_for_tile()
                         cuda.syncthreads()
 
                     # Where this lane reads operands. All gradients in registers leave none to keep
-                    # this in, so it is computed anew for each tile.
+                    # this in, so it is computed again for each tile.
                     thread = mov_tid_x()
                     warp, lane = thread // 32, thread % 32
                     row_operand = warp * MMA_ROWS + row_operand_row(lane)
@@ -220,31 +219,31 @@ def make_backward_kernel(config: MmaBackwardConfig, traits: Traits) -> Kernel:
                     multiply_v_do(dp_acc, smem, v_mine, do_mine)
                     m_start = i32(m_block * tile_m)
                     if bends:
-                        slope = slope_of(scores.alibi, batch, head)
+                        args = args_of_head(scores.features, batch, head)
                         j = i32(n_start + accumulator_row(MMA_ROWS))
                         i = i32(m_start + accumulator_column())
-                        scale_scores(s_acc, cap_slopes, j, i, -scores.alibi.shift, scores, slope)
-                    if band_is_partial(
-                        n_start, tile_n, m_start, tile_m, shape.seqlen_q, queries_mask
-                    ):
+                        scale_scores(s_acc, slopes, j, i, scores.scale, scores.shift, args)
+                    if m_start < whole.first or m_start > whole.last:
                         j = i32(n_start + accumulator_row(MMA_ROWS))
                         i = i32(m_start + accumulator_column())
-                        mask_scores(s_acc, j, i, shape.seqlen_q, queries_mask, 1)
-                    if n_start + tile_n > shape.seqlen_k:
-                        mask_rows(s_acc, i32(n_start + accumulator_row(MMA_ROWS)), shape.seqlen_k)
+                        mask_scores(s_acc, j, i, sequence.seqlen_q, from_keys, 1)
+                    if n_start + tile_n > sequence.seqlen_k:
+                        j = i32(n_start + accumulator_row(MMA_ROWS))
+                        mask_rows(s_acc, j, sequence.seqlen_k)
 
                     # dS = P * (softmax_scale dP - delta); dV += P^T dO, dK += dS^T Q
                     first_of_stage = tile_m * stage + accumulator_column()
                     lse_mine, delta_mine = lse_smem + first_of_stage, delta_smem + first_of_stage
                     scales = scale_log2, scores.softmax_scale
-                    softmax_backward(s_acc, dp_acc, cap_slopes, smem, lse_mine, delta_mine, scales)
+                    softmax_backward(s_acc, dp_acc, slopes, smem, lse_mine, delta_mine, scales)
                     store_ds(dp_acc, smem, ds_smem)
                     lane = mov_tid_x() % 32
                     do_transposed = do_smem + first_of_do(lane) + do_words * stage
                     q_transposed = q_smem + first_of_q(lane) + q_words * stage
                     multiply_p_do(dv_acc, s_acc, smem, do_transposed)
                     multiply_ds_q(dk_acc, dp_acc, smem, q_transposed)
-                    cuda.syncthreads()  # dS of all warps has arrived
+                    # dS of all warps must have arrived.
+                    cuda.syncthreads()
 
                     # dQ += dS K, on top of what this split's earlier keys gave
                     part = i64((split * shape.batch_size + batch) * shape.num_heads_q + head)
@@ -258,7 +257,7 @@ def make_backward_kernel(config: MmaBackwardConfig, traits: Traits) -> Kernel:
                     k_transposed = k_smem + k_word(row_operand_row(lane), k_chunk)
                     dq_mine = (thread // 32 * dq_tiles * 32 + thread % 32) * 4
                     place = (part * num_m_blocks + m_block) * dq_words + dq_mine
-                    first_seen = band_block_begin(m_start, mask.lo, tile_n)
+                    first_seen = quotient(max(0, m_start + sequence.lo), tile_n)
                     if n_block - num_splits < first_seen:
                         for i in range(n_dq):
                             dq_acc[i] = f32(0)
@@ -269,15 +268,14 @@ def make_backward_kernel(config: MmaBackwardConfig, traits: Traits) -> Kernel:
                     for i in range(dq_tiles):
                         st_global_v4_f32(dq_parts, place + 128 * i, dq_acc[4 * i : 4 * i + 4])
                     last_stage = stage
-                    stage = stage + 1 if stage + 1 < num_stages else 0
-                    m_block = i32(m_block + 1)
-                    if m_block == m_end:
-                        m_block, head = m_begin, i32(head + 1)
+                    stage = i32(stage + 1 if stage + 1 < num_stages else 0)
+                    if num_stages > 1:
+                        m_block, head = following(m_block, head, m_begin, m_end)
 
             row = i32(n_start + accumulator_row(MMA_ROWS))
-            dk_base = first_of_head(dk, batch, head_kv)
-            dv_base = first_of_head(dv, batch, head_kv)
-            store_dv(dv_acc, dv, dv_base, row, shape.seqlen_k, shape.head_dim_v)
-            store_dk(dk_acc, dk, dk_base, row, shape.seqlen_k, shape.head_dim)
+            dk_base = first_of_rows(dk, batch, head_kv, sequence.first_k)
+            dv_base = first_of_rows(dv, batch, head_kv, sequence.first_k)
+            store_dv(dv_acc, dv, dv_base, row, sequence.seqlen_k, shape.head_dim_v)
+            store_dk(dk_acc, dk, dk_base, row, sequence.seqlen_k, shape.head_dim)
 
     return Kernel(config.family, backward, num_threads, config.smem_bytes(traits))

@@ -24,17 +24,28 @@ Source: FlashAttention-2, arXiv 2307.08691, Algorithm 2.
 from numflash.configs import MmaBackwardDkDvConfig, Traits
 from numflash.kernels.arguments import Mask, Scores, Shape, Statistics, Tensor
 from numflash.kernels.kernel import Kernel
+from numflash.kernels.mma.queries import following, make_fetch_queries
 from numflash.ptx import (
     CP_ASYNC_WAIT_GROUP,
     cp_async_commit_group,
     cuda,
     f32,
     i32,
-    i64,
+    mov_ctaid_x,
+    mov_tid_x,
     u32,
 )
-from numflash.tiles.blocks import first_of_head
-from numflash.tiles.mma.copies import make_copy_tile, make_copy_vector, make_store_rows
+from numflash.tiles.blocks import (
+    first_of_rows,
+    last_of,
+    make_place_of_keys,
+    seen_from_keys,
+    sequence_of,
+    tiles_seen,
+    tiles_seen_whole,
+)
+from numflash.tiles.features import make_args_of_head
+from numflash.tiles.mma.copies import make_copy_tile, make_store_rows
 from numflash.tiles.mma.elements import MMA_ELEMENTS, make_transposed_operand
 from numflash.tiles.mma.fragments import (
     MMA_ROWS,
@@ -48,10 +59,9 @@ from numflash.tiles.mma.fragments import (
 )
 from numflash.tiles.mma.layouts import TileLayout, make_word
 from numflash.tiles.mma.products import make_product_nt, make_product_pn
-from numflash.tiles.mma.scores import make_mask_scores, make_scale_scores
+from numflash.tiles.mma.scores import make_mask_scores, make_scale_scores_backward
 from numflash.tiles.mma.softmax import make_softmax_backward_by_column
 from numflash.tiles.portable.softmax import LOG2_E
-from numflash.tiles.scores import band_block_begin, band_block_end, band_is_partial, make_slope_of
 
 
 def make_backward_dkdv_kernel(config: MmaBackwardDkDvConfig, traits: Traits) -> Kernel:
@@ -74,13 +84,12 @@ def make_backward_dkdv_kernel(config: MmaBackwardDkDvConfig, traits: Traits) -> 
     v_layout = TileLayout(traits.head_dim_v // element.per_chunk, config.swizzled)
     q_words, do_words = tile_m * k_layout.pitch, tile_m * v_layout.pitch
 
+    place_of_keys = make_place_of_keys(tile_n)
     asynchronous = config.generation != "sm75" and traits.vectorized
     copy = (num_threads, traits.vectorized, asynchronous)
     copy_k = make_copy_tile(element, k_layout, tile_n, *copy)
     copy_v = make_copy_tile(element, v_layout, tile_n, *copy)
-    copy_q = make_copy_tile(element, k_layout, tile_m, *copy)
-    copy_do = make_copy_tile(element, v_layout, tile_m, *copy)
-    copy_vector = make_copy_vector(tile_m, num_threads, asynchronous)
+    fetch_queries = make_fetch_queries(config, traits)
     k_word, v_word = make_word(k_layout), make_word(v_layout)
     first_of_q, _ = make_transposed_operand(element, k_layout)
     first_of_do, _ = make_transposed_operand(element, v_layout)
@@ -88,14 +97,16 @@ def make_backward_dkdv_kernel(config: MmaBackwardDkDvConfig, traits: Traits) -> 
     multiply_v_do = make_product_nt(element, m_tiles, n_tiles, v_layout, v_layout)
     multiply_p_do = make_product_pn(element, m_tiles, n_tiles, dv_tiles, v_layout)
     multiply_ds_q = make_product_pn(element, m_tiles, n_tiles, dk_tiles, k_layout)
-    scale_scores = make_scale_scores(m_tiles, n_tiles, traits.softcap, traits.alibi)
+    scale_scores = make_scale_scores_backward(
+        m_tiles, n_tiles, traits.features, False, traits.bends_scores
+    )
     mask_scores = make_mask_scores(m_tiles, n_tiles)
-    softmax_backward = make_softmax_backward_by_column(m_tiles, n_tiles, traits.softcap)
-    store_dk = make_store_rows(element, m_tiles, dk_tiles, traits.vectorized, False)
-    store_dv = make_store_rows(element, m_tiles, dv_tiles, traits.vectorized, False)
-    storage, slope_of = element.storage, make_slope_of(traits.alibi)
-    bends = traits.softcap or traits.alibi
-    n_cap_slopes = n_scores if traits.softcap else 1
+    softmax_backward = make_softmax_backward_by_column(m_tiles, n_tiles, traits.bends_scores)
+    store_dk = make_store_rows(element, m_tiles, dk_tiles, traits.vectorized)
+    store_dv = make_store_rows(element, m_tiles, dv_tiles, traits.vectorized)
+    storage, args_of_head = element.storage, make_args_of_head(traits.features)
+    bends = traits.shapes_scores
+    n_slopes = n_scores if traits.bends_scores else 1
     # Tiles that may be on their way while one is used.
     wait_for_tile = CP_ASYNC_WAIT_GROUP[max(0, num_stages - 2)]
 
@@ -114,35 +125,31 @@ def make_backward_dkdv_kernel(config: MmaBackwardDkDvConfig, traits: Traits) -> 
         smem = cuda.shared.array(0, u32, alignment=128)
         s_acc = cuda.local.array(n_scores, f32)
         dp_acc = cuda.local.array(n_scores, f32)
-        cap_slopes = cuda.local.array(n_cap_slopes, f32)
+        slopes = cuda.local.array(n_slopes, f32)
         dk_acc = cuda.local.array(n_dk, f32)
         dv_acc = dk_acc
         if not apart:
             dv_acc = cuda.local.array(n_dv, f32)
 
-        # The first keys of a causal problem are seen by the most queries: they start first.
-        block = cuda.blockIdx.x
+        block = mov_ctaid_x()
         with_dk = with_dv = True
         if apart:
             with_dv = block % 2 == 0
             with_dk = not with_dv
-            block //= 2
-        num_n_blocks = (shape.seqlen_k + tile_n - 1) // tile_n
-        n_start = block % num_n_blocks * tile_n
-        num_heads_kv = shape.num_heads_q // shape.group_size
-        head_kv = block // num_n_blocks % num_heads_kv
-        batch = block // num_n_blocks // num_heads_kv
+            block = u32(block // u32(2))
+        n_start, first_head, head_kv, batch, _ = place_of_keys(block, shape)
         scale_log2 = LOG2_E
         if not bends:
             scale_log2 = scores.scale * LOG2_E
-        # The mask from the side of the keys.
-        queries_mask = Mask(-mask.hi, -mask.lo)
-        last_row = min(n_start + tile_n, shape.seqlen_k) - 1
-        m_begin = i32(band_block_begin(n_start, -mask.hi, tile_m))
-        m_end = i32(band_block_end(last_row, -mask.lo, shape.seqlen_q, tile_m))
+        sequence = sequence_of(shape, mask)
+        # Tiles of queries that see some of these keys, and those that see all of them.
+        from_keys = seen_from_keys(sequence)
+        last_key = last_of(n_start, tile_n, sequence.seqlen_k)
+        m_begin, m_end = tiles_seen(n_start, last_key, tile_m, from_keys)
+        whole = tiles_seen_whole(n_start, last_key, tile_m, from_keys)
 
-        # Where this lane reads operands, and where its scores lie in the tile.
-        lane = cuda.threadIdx.x % 32
+        # This lane's position in the operands, and of its scores in the tile.
+        lane = mov_tid_x() % 32
         warp_row = first_row_of_warp(rows_per_warp)
         row_operand = warp_row + row_operand_row(lane)
         k_mine = k_smem + k_word(row_operand, row_operand_chunk(lane))
@@ -153,51 +160,43 @@ def make_backward_dkdv_kernel(config: MmaBackwardDkDvConfig, traits: Traits) -> 
         lse_mine = lse_smem + accumulator_column()
         delta_mine = delta_smem + accumulator_column()
 
-        k_base = first_of_head(k, batch, head_kv)
-        v_base = first_of_head(v, batch, head_kv)
-        # Where no tile follows nobody would wait for them.
+        k_base = first_of_rows(k, batch, head_kv, sequence.first_k)
+        v_base = first_of_rows(v, batch, head_kv, sequence.first_k)
+        # Without queries nobody would wait for K and V.
         if not asynchronous or m_begin < m_end:
-            copy_k(smem, k_smem, k, k_base, n_start, shape.seqlen_k, shape.head_dim)
-            copy_v(smem, v_smem, v, v_base, n_start, shape.seqlen_k, shape.head_dim_v)
+            copy_k(smem, k_smem, k, k_base, n_start, sequence.seqlen_k, shape.head_dim)
+            copy_v(smem, v_smem, v, v_base, n_start, sequence.seqlen_k, shape.head_dim_v)
         for i in range(n_dk):
             dk_acc[i] = f32(0)
         for i in range(n_dv):
             dv_acc[i] = f32(0)
 
         # One walk over the tiles of all heads of the group; copies run num_stages - 1 ahead.
-        num_tiles = (m_end - m_begin) * shape.group_size
-        next_head, next_m = head_kv * shape.group_size, m_begin
-        head, m_block = next_head, m_begin
-        stage = 0
-        last_stage = num_stages - 1
-        for tile in range(1 - num_stages, num_tiles):
+        num_tiles = i32((m_end - m_begin) * shape.group_size)
+        next_m, next_head = m_begin, first_head
+        m_block, head = m_begin, first_head
+        stage = i32(0)
+        last_stage = i32(num_stages - 1)
+        for tile in range(i32(1 - num_stages), num_tiles):
             if tile >= 0:
-                # The tile has arrived, unless there is only one stage; the one before it has
-                # been read.
+                # The tile must have arrived, unless there is only one stage. The barrier shows it
+                # to all threads, and all have read the tile before it, whose buffer is written
+                # again.
                 if asynchronous and num_stages > 1:
                     wait_for_tile()
                 cuda.syncthreads()
-            if tile + num_stages - 1 < num_tiles:
-                into = last_stage if tile >= 0 else tile + num_stages - 1
-                q_base = first_of_head(q, batch, next_head)
-                do_base = first_of_head(do, batch, next_head)
-                first_query = i64(batch * shape.num_heads_q + next_head) * shape.seqlen_q
-                m = i32(next_m * tile_m)
-                q_tile, do_tile = q_smem + q_words * into, do_smem + do_words * into
-                lse_tile, delta_tile = lse_smem + tile_m * into, delta_smem + tile_m * into
-                copy_q(smem, q_tile, q, q_base, m, shape.seqlen_q, shape.head_dim)
-                copy_do(smem, do_tile, do, do_base, m, shape.seqlen_q, shape.head_dim_v)
-                copy_vector(smem, lse_tile, statistics_log2.lse, first_query, m, shape.seqlen_q)
-                copy_vector(
-                    smem, delta_tile, statistics_log2.delta, first_query, m, shape.seqlen_q
-                )
-                next_m += 1
-                if next_m == m_end:
-                    next_m, next_head = m_begin, next_head + 1
+            if i32(tile + num_stages - 1) < num_tiles:
+                into = i32(last_stage if tile >= 0 else tile + num_stages - 1)
+                ahead = next_m, next_head
+                fetch_queries(smem, into, ahead, q, do, statistics_log2, batch, sequence, shape)
+                if num_stages == 1:
+                    m_block, head = ahead
+                next_m, next_head = following(next_m, next_head, m_begin, m_end)
             if asynchronous:
                 cp_async_commit_group()
             if tile >= 0:
                 if num_stages == 1:
+                    # The only buffer must have been filled, for all threads.
                     if asynchronous:
                         wait_for_tile()
                     cuda.syncthreads()
@@ -210,40 +209,50 @@ def make_backward_dkdv_kernel(config: MmaBackwardDkDvConfig, traits: Traits) -> 
                 if bends:
                     j = i32(n_start + accumulator_row(rows_per_warp))
                     i = i32(m_start + accumulator_column())
-                    slope = slope_of(scores.alibi, batch, head)
-                    scale_scores(s_acc, cap_slopes, j, i, -scores.alibi.shift, scores, slope)
-                if band_is_partial(n_start, tile_n, m_start, tile_m, shape.seqlen_q, queries_mask):
+                    args = args_of_head(scores.features, batch, head)
+                    scale_scores(s_acc, slopes, j, i, scores.scale, scores.shift, args)
+                if m_start < whole.first or m_start > whole.last:
                     j = i32(n_start + accumulator_row(rows_per_warp))
                     i = i32(m_start + accumulator_column())
-                    mask_scores(s_acc, j, i, shape.seqlen_q, queries_mask, 1)
+                    mask_scores(s_acc, j, i, sequence.seqlen_q, from_keys, 1)
 
                 # dS = P * (softmax_scale dP - delta); dV += P^T dO, dK += dS^T Q
                 statistics_of_stage = tile_m * stage
                 softmax_backward(
                     s_acc,
                     dp_acc,
-                    cap_slopes,
+                    slopes,
                     smem,
                     lse_mine + statistics_of_stage,
                     delta_mine + statistics_of_stage,
                     (scale_log2, scores.softmax_scale),
                 )
+                if apart and not asynchronous:
+                    # Long rows and their copies leave no registers to keep this in: it is
+                    # computed again.
+                    lane = mov_tid_x() % 32
+                    q_transposed = q_smem + first_of_q(lane)
+                    do_transposed = do_smem + first_of_do(lane)
                 if with_dv:
                     multiply_p_do(dv_acc, s_acc, smem, do_transposed + do_words * stage)
                 if with_dk:
                     multiply_ds_q(dk_acc, dp_acc, smem, q_transposed + q_words * stage)
                 last_stage = stage
-                stage = stage + 1 if stage + 1 < num_stages else 0
-                m_block += 1
-                if m_block == m_end:
-                    m_block, head = m_begin, head + 1
+                stage = i32(stage + 1 if stage + 1 < num_stages else 0)
+                if num_stages > 1:
+                    m_block, head = following(m_block, head, m_begin, m_end)
 
+        # The place is computed again, so that no register keeps it through the walk.
+        block = mov_ctaid_x()
+        if apart:
+            block = u32(block // u32(2))
+        n_start, _, head_kv, batch, _ = place_of_keys(block, shape)
         row = i32(n_start + accumulator_row(rows_per_warp))
-        dk_base = first_of_head(dk, batch, head_kv)
-        dv_base = first_of_head(dv, batch, head_kv)
+        dk_base = first_of_rows(dk, batch, head_kv, sequence.first_k)
+        dv_base = first_of_rows(dv, batch, head_kv, sequence.first_k)
         if with_dv:
-            store_dv(dv_acc, dv, dv_base, row, shape.seqlen_k, shape.head_dim_v)
+            store_dv(dv_acc, dv, dv_base, row, sequence.seqlen_k, shape.head_dim_v)
         if with_dk:
-            store_dk(dk_acc, dk, dk_base, row, shape.seqlen_k, shape.head_dim)
+            store_dk(dk_acc, dk, dk_base, row, sequence.seqlen_k, shape.head_dim)
 
     return Kernel(config.family, backward_dkdv, num_threads, config.smem_bytes(traits))

@@ -27,11 +27,20 @@ from numflash.ptx import (
     cuda,
     f32,
     i32,
-    i64,
+    mov_ctaid_x,
     u32,
 )
-from numflash.tiles.blocks import first_of_head
-from numflash.tiles.mma.copies import make_copy_tile, make_store_rows
+from numflash.tiles.blocks import (
+    first_of_rows,
+    first_of_statistics,
+    last_of,
+    make_place_of_queries,
+    sequence_of,
+    tiles_seen,
+    tiles_seen_whole,
+)
+from numflash.tiles.features import make_args_of_head
+from numflash.tiles.mma.copies import make_copy_tile, make_fetch_tile, make_store_rows
 from numflash.tiles.mma.elements import MMA_ELEMENTS, make_transposed_operand
 from numflash.tiles.mma.fragments import (
     MMA_ROWS,
@@ -46,10 +55,9 @@ from numflash.tiles.mma.fragments import (
 )
 from numflash.tiles.mma.layouts import TileLayout, make_word
 from numflash.tiles.mma.products import make_product_nt, make_product_pn
-from numflash.tiles.mma.scores import make_mask_scores, make_scale_scores
+from numflash.tiles.mma.scores import make_mask_scores, make_scale_scores_backward
 from numflash.tiles.mma.softmax import make_softmax_backward_by_row
 from numflash.tiles.portable.softmax import LOG2_E
-from numflash.tiles.scores import band_block_begin, band_block_end, band_is_partial, make_slope_of
 
 
 def make_backward_dq_kernel(config: MmaBackwardDqConfig, traits: Traits) -> Kernel:
@@ -67,24 +75,29 @@ def make_backward_dq_kernel(config: MmaBackwardDqConfig, traits: Traits) -> Kern
     v_layout = TileLayout(traits.head_dim_v // element.per_chunk, config.swizzled)
     k_words, v_words = tile_n * k_layout.pitch, tile_n * v_layout.pitch
 
+    place_of_queries = make_place_of_queries(tile_m)
     asynchronous = config.generation != "sm75" and traits.vectorized
     copy = (num_threads, traits.vectorized, asynchronous)
     copy_q = make_copy_tile(element, k_layout, tile_m, *copy)
     copy_do = make_copy_tile(element, v_layout, tile_m, *copy)
     copy_k = make_copy_tile(element, k_layout, tile_n, *copy)
     copy_v = make_copy_tile(element, v_layout, tile_n, *copy)
+    fetch_k = make_fetch_tile(copy_k, k_smem, k_words, tile_n)
+    fetch_v = make_fetch_tile(copy_v, v_smem, v_words, tile_n)
     k_word, v_word = make_word(k_layout), make_word(v_layout)
     first_of_k, _ = make_transposed_operand(element, k_layout)
     multiply_q_k = make_product_nt(element, m_tiles, n_tiles, k_layout, k_layout)
     multiply_do_v = make_product_nt(element, m_tiles, n_tiles, v_layout, v_layout)
     multiply_ds_k = make_product_pn(element, m_tiles, n_tiles, dq_tiles, k_layout)
-    scale_scores = make_scale_scores(m_tiles, n_tiles, traits.softcap, traits.alibi)
+    scale_scores = make_scale_scores_backward(
+        m_tiles, n_tiles, traits.features, True, traits.bends_scores
+    )
     mask_scores = make_mask_scores(m_tiles, n_tiles)
-    softmax_backward = make_softmax_backward_by_row(m_tiles, n_tiles, traits.softcap)
-    store_dq = make_store_rows(element, m_tiles, dq_tiles, traits.vectorized, False)
-    storage, slope_of = element.storage, make_slope_of(traits.alibi)
-    bends = traits.softcap or traits.alibi
-    n_cap_slopes = n_scores if traits.softcap else 1
+    softmax_backward = make_softmax_backward_by_row(m_tiles, n_tiles, traits.bends_scores)
+    store_dq = make_store_rows(element, m_tiles, dq_tiles, traits.vectorized)
+    storage, args_of_head = element.storage, make_args_of_head(traits.features)
+    bends = traits.shapes_scores
+    n_slopes = n_scores if traits.bends_scores else 1
     # Tiles that may be on their way while one is used.
     wait_for_tile = CP_ASYNC_WAIT_GROUP[max(0, num_stages - 2)]
 
@@ -102,30 +115,28 @@ def make_backward_dq_kernel(config: MmaBackwardDqConfig, traits: Traits) -> Kern
         smem = cuda.shared.array(0, u32, alignment=128)
         s_acc = cuda.local.array(n_scores, f32)
         dp_acc = cuda.local.array(n_scores, f32)
-        cap_slopes = cuda.local.array(n_cap_slopes, f32)
+        slopes = cuda.local.array(n_slopes, f32)
         dq_acc = cuda.local.array(n_dq, f32)
         lses = cuda.local.array(rows, f32)
         deltas = cuda.local.array(rows, f32)
 
-        # The last rows of a causal problem see the most keys: they start first.
-        num_m_blocks = (shape.seqlen_q + tile_m - 1) // tile_m
-        m_start = (num_m_blocks - 1 - cuda.blockIdx.x % num_m_blocks) * tile_m
-        head_of_batch = cuda.blockIdx.x // num_m_blocks
-        head, batch = head_of_batch % shape.num_heads_q, head_of_batch // shape.num_heads_q
-        head_kv = head // shape.group_size
-        q_base = first_of_head(q, batch, head)
-        k_base = first_of_head(k, batch, head_kv)
-        v_base = first_of_head(v, batch, head_kv)
-        do_base = first_of_head(do, batch, head)
-        slope = slope_of(scores.alibi, batch, head)
+        m_start, head, head_kv, batch, _ = place_of_queries(mov_ctaid_x(), shape)
+        sequence = sequence_of(shape, mask)
+        q_base = first_of_rows(q, batch, head, sequence.first_q)
+        k_base = first_of_rows(k, batch, head_kv, sequence.first_k)
+        v_base = first_of_rows(v, batch, head_kv, sequence.first_k)
+        do_base = first_of_rows(do, batch, head, sequence.first_q)
+        first_query = first_of_statistics(batch, head, shape) + sequence.first_q
+        args = args_of_head(scores.features, batch, head)
         scale_log2 = LOG2_E
         if not bends:
             scale_log2 = scores.scale * LOG2_E
-        last_row = min(m_start + tile_m, shape.seqlen_q) - 1
-        n_begin = i32(band_block_begin(m_start, mask.lo, tile_n))
-        n_end = i32(band_block_end(last_row, mask.hi, shape.seqlen_k, tile_n))
+        # Tiles of keys that some of these rows see, and those that all of them see.
+        last_query = last_of(m_start, tile_m, sequence.seqlen_q)
+        n_begin, n_end = tiles_seen(m_start, last_query, tile_n, sequence)
+        whole = tiles_seen_whole(m_start, last_query, tile_n, sequence)
 
-        # Where this lane reads operands, and where its scores lie in the tile.
+        # This lane's position in the operands, and of its scores in the tile.
         lane = cuda.threadIdx.x % 32
         warp_row = first_row_of_warp(rows_per_warp)
         row_operand = warp_row + row_operand_row(lane)
@@ -135,15 +146,15 @@ def make_backward_dq_kernel(config: MmaBackwardDqConfig, traits: Traits) -> Kern
         v_mine = v_smem + v_word(column_operand_row(lane), column_operand_chunk(lane))
         k_transposed = k_smem + first_of_k(lane)
 
-        if n_begin < n_end:  # else nobody would wait for them
-            copy_q(smem, q_smem, q, q_base, m_start, shape.seqlen_q, shape.head_dim)
-            copy_do(smem, do_smem, do, do_base, m_start, shape.seqlen_q, shape.head_dim_v)
+        # Without keys nobody would wait for Q and dO.
+        if n_begin < n_end:
+            copy_q(smem, q_smem, q, q_base, m_start, sequence.seqlen_q, shape.head_dim)
+            copy_do(smem, do_smem, do, do_base, m_start, sequence.seqlen_q, shape.head_dim_v)
         for stage in range(num_stages - 1):
-            n = n_begin + stage
+            n = i32(n_begin + stage)
             if n < n_end:
-                k_tile, v_tile = k_smem + k_words * stage, v_smem + v_words * stage
-                copy_k(smem, k_tile, k, k_base, i32(n * tile_n), shape.seqlen_k, shape.head_dim)
-                copy_v(smem, v_tile, v, v_base, i32(n * tile_n), shape.seqlen_k, shape.head_dim_v)
+                fetch_k(smem, k, k_base, n, stage, sequence.seqlen_k, shape.head_dim)
+                fetch_v(smem, v, v_base, n, stage, sequence.seqlen_k, shape.head_dim_v)
             if asynchronous:
                 cp_async_commit_group()
         for i in range(n_dq):
@@ -154,25 +165,26 @@ def make_backward_dq_kernel(config: MmaBackwardDqConfig, traits: Traits) -> Kern
             # A row past the end is like one that sees no key: its P is zero.
             lses[r] = f32(math.inf)
             deltas[r] = f32(0)
-            if i < shape.seqlen_q:
-                lses[r] = statistics_log2.lse[i64(head_of_batch) * shape.seqlen_q + i]
-                deltas[r] = statistics_log2.delta[i64(head_of_batch) * shape.seqlen_q + i]
+            if i < sequence.seqlen_q:
+                lses[r] = statistics_log2.lse[first_query + i]
+                deltas[r] = statistics_log2.delta[first_query + i]
 
-        stage = 0
-        last_stage = num_stages - 1
+        stage = i32(0)
+        last_stage = i32(num_stages - 1)
         for n_block in range(n_begin, n_end):
-            # The tile has arrived, unless there is only one stage; the previous one has been read.
+            # The tile must have arrived, unless there is only one stage. The barrier shows it to
+            # all threads, and all have read the tile before it, whose buffer is written again.
             if asynchronous and num_stages > 1:
                 wait_for_tile()
             cuda.syncthreads()
-            n = n_block + num_stages - 1
+            n = i32(n_block + num_stages - 1)
             if n < n_end:
-                k_tile, v_tile = k_smem + k_words * last_stage, v_smem + v_words * last_stage
-                copy_k(smem, k_tile, k, k_base, i32(n * tile_n), shape.seqlen_k, shape.head_dim)
-                copy_v(smem, v_tile, v, v_base, i32(n * tile_n), shape.seqlen_k, shape.head_dim_v)
+                fetch_k(smem, k, k_base, n, last_stage, sequence.seqlen_k, shape.head_dim)
+                fetch_v(smem, v, v_base, n, last_stage, sequence.seqlen_k, shape.head_dim_v)
             if asynchronous:
                 cp_async_commit_group()
             if num_stages == 1:
+                # The only buffer must have been filled, for all threads.
                 if asynchronous:
                     wait_for_tile()
                 cuda.syncthreads()
@@ -184,21 +196,21 @@ def make_backward_dq_kernel(config: MmaBackwardDqConfig, traits: Traits) -> Kern
             if bends:
                 i = i32(m_start + accumulator_row(rows_per_warp))
                 j = i32(n_start + accumulator_column())
-                scale_scores(s_acc, cap_slopes, i, j, scores.alibi.shift, scores, slope)
-            if band_is_partial(m_start, tile_m, n_start, tile_n, shape.seqlen_k, mask):
+                scale_scores(s_acc, slopes, i, j, scores.scale, scores.shift, args)
+            if n_start < whole.first or n_start > whole.last:
                 i = i32(m_start + accumulator_row(rows_per_warp))
                 j = i32(n_start + accumulator_column())
-                mask_scores(s_acc, i, j, shape.seqlen_k, mask, 1)
+                mask_scores(s_acc, i, j, sequence.seqlen_k, sequence, 1)
 
             # dS = P * (softmax_scale dP - delta), dQ += dS K
             scales = scale_log2, scores.softmax_scale
-            softmax_backward(s_acc, dp_acc, cap_slopes, lses, deltas, scales)
+            softmax_backward(s_acc, dp_acc, slopes, lses, deltas, scales)
             multiply_ds_k(dq_acc, dp_acc, smem, k_transposed + k_words * stage)
             last_stage = stage
-            stage = stage + 1 if stage + 1 < num_stages else 0
+            stage = i32(stage + 1 if stage + 1 < num_stages else 0)
 
         row = i32(m_start + accumulator_row(rows_per_warp))
-        dq_base = first_of_head(dq, batch, head)
-        store_dq(dq_acc, dq, dq_base, row, shape.seqlen_q, shape.head_dim)
+        dq_base = first_of_rows(dq, batch, head, sequence.first_q)
+        store_dq(dq_acc, dq, dq_base, row, sequence.seqlen_q, shape.head_dim)
 
     return Kernel(config.family, backward_dq, num_threads, config.smem_bytes(traits))

@@ -36,10 +36,26 @@ from numflash.ptx import (
     f32,
     i32,
     i64,
+    mov_ctaid_x,
     u32,
 )
-from numflash.tiles.blocks import first_of_head, token_of_row
-from numflash.tiles.mma.copies import make_copy_tile, make_store_rows
+from numflash.tiles.blocks import (
+    first_of_rows,
+    grid_of,
+    make_keys_of,
+    make_place_of,
+    make_whole_keys,
+    number_of_head_kv,
+    sequence_of,
+    token_of_row,
+)
+from numflash.tiles.features import make_args_of_head
+from numflash.tiles.mma.copies import (
+    make_copy_tile,
+    make_fetch_tile,
+    make_store_rows,
+    row_of_packed_heads,
+)
 from numflash.tiles.mma.elements import MMA_ELEMENTS, make_transposed_operand
 from numflash.tiles.mma.fragments import (
     MMA_ROWS,
@@ -56,19 +72,13 @@ from numflash.tiles.mma.layouts import TileLayout, make_word
 from numflash.tiles.mma.products import make_product_nt, make_product_pn
 from numflash.tiles.mma.scores import make_mask_scores, make_scale_scores
 from numflash.tiles.mma.softmax import (
-    lse_of_row,
     make_online_softmax,
     make_scale_rows,
     row_sum_of_quad,
 )
-from numflash.tiles.portable.softmax import LOG2_E
-from numflash.tiles.scores import (
-    NEG_INF,
-    band_block_begin,
-    band_block_end,
-    band_is_partial,
-    make_slope_of,
-)
+from numflash.tiles.portable.softmax import LN_2, LOG2_E
+from numflash.tiles.rows import make_end_of_row
+from numflash.tiles.scores import NEG_INF
 
 
 def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
@@ -86,25 +96,28 @@ def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
     v_layout = TileLayout(traits.head_dim_v // element.per_chunk, config.swizzled)
     k_words, v_words = tile_n * k_layout.pitch, tile_n * v_layout.pitch
 
+    place_of, keys_of = make_place_of(tile_m), make_keys_of(config)
+    whole_keys = make_whole_keys(tile_n, tile_m)
     asynchronous = config.generation != "sm75" and traits.vectorized
     copy = (num_threads, traits.vectorized, asynchronous)
-    copy_q = make_copy_tile(element, k_layout, tile_m, *copy, packed=True)
+    copy_q = make_copy_tile(element, k_layout, tile_m, *copy, row_of_packed_heads)
     copy_k = make_copy_tile(element, k_layout, tile_n, *copy)
     copy_v = make_copy_tile(element, v_layout, tile_n, *copy)
+    fetch_k = make_fetch_tile(copy_k, k_smem, k_words, tile_n)
+    fetch_v = make_fetch_tile(copy_v, v_smem, v_words, tile_n)
     word = make_word(k_layout)
     first_of_v, _ = make_transposed_operand(element, v_layout)
     multiply_q_k = make_product_nt(element, m_tiles, n_tiles, k_layout, k_layout)
     multiply_p_v = make_product_pn(element, m_tiles, n_tiles, o_tiles, v_layout)
-    scale_scores = make_scale_scores(m_tiles, n_tiles, traits.softcap, traits.alibi)
+    scale_scores = make_scale_scores(m_tiles, n_tiles, traits.features)
     mask_scores = make_mask_scores(m_tiles, n_tiles)
     online_softmax = make_online_softmax(m_tiles, n_tiles, o_tiles)
     scale_rows = make_scale_rows(m_tiles, o_tiles)
-    store_o = make_store_rows(
-        element, m_tiles, o_tiles, traits.vectorized or is_split, is_split, packed=True
-    )
-    n_cap_slopes = n_scores if traits.softcap else 1
-    storage, slope_of = element.storage, make_slope_of(traits.alibi)
-    bends = traits.softcap or traits.alibi
+    end_of_row, lse_of_row = make_end_of_row(traits.features, LN_2, is_split)
+    store_as = traits.vectorized or is_split, is_split, row_of_packed_heads
+    store_o = make_store_rows(element, m_tiles, o_tiles, *store_as)
+    storage, args_of_head = element.storage, make_args_of_head(traits.features)
+    bends = traits.shapes_scores
     selected = traits.selected
     out_storage = f32 if is_split else storage
     # Copies that may be on their way while the next tile is used: K and V of all stages but one.
@@ -124,69 +137,47 @@ def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
     ):
         smem = cuda.shared.array(0, u32, alignment=128)
         s_acc = cuda.local.array(n_scores, f32)
-        cap_slopes = cuda.local.array(n_cap_slopes, f32)
         o_acc = cuda.local.array(n_o, f32)
         row_max = cuda.local.array(rows, f32)
         row_sum = cuda.local.array(rows, f32)
 
-        # Heads go in bundles whose K and V fit the L2 cache; within a bundle the last rows, which
-        # in a causal problem see the most keys, start first.
-        num_rows = shape.seqlen_q * layout.pack
-        num_m_blocks = (num_rows + tile_m - 1) // tile_m
-        num_heads = shape.batch_size * (shape.num_heads_q // layout.pack)
-        split = cuda.blockIdx.x % layout.num_splits
-        block = cuda.blockIdx.x // layout.num_splits
-        first_head = block // (layout.heads_in_flight * num_m_blocks) * layout.heads_in_flight
-        bundle = min(layout.heads_in_flight, num_heads - first_head)
-        in_bundle = block - first_head * num_m_blocks
-        m_start = (num_m_blocks - 1 - in_bundle // bundle) * tile_m
-        head_of_batch = (first_head + in_bundle % bundle) * layout.pack
-        head, batch = head_of_batch % shape.num_heads_q, head_of_batch // shape.num_heads_q
-        head_kv = head // shape.group_size
+        grid = grid_of(shape, layout)
+        m_start, head, head_kv, batch, split = place_of(mov_ctaid_x(), grid, shape)
         # Heads that are computed on 8-bit floats are another kernel's.
-        if selected and in_fp8[batch * (shape.num_heads_q // shape.group_size) + head_kv] != 0:
+        if selected and in_fp8[number_of_head_kv(batch, head_kv, shape)] != 0:
             return
-
-        q_base = first_of_head(q, batch, head)
-        k_base = first_of_head(k, batch, head_kv)
-        v_base = first_of_head(v, batch, head_kv)
-        slope = slope_of(scores.alibi, batch, head)
+        sequence = sequence_of(shape, mask)
+        num_rows = i32(sequence.seqlen_q * layout.pack)
+        q_origin = first_of_rows(q, batch, head, sequence.first_q), layout.pack
+        k_base = first_of_rows(k, batch, head_kv, sequence.first_k)
+        v_base = first_of_rows(v, batch, head_kv, sequence.first_k)
+        args = args_of_head(scores.features, batch, head)
         scale_log2 = LOG2_E
         if not bends:
             scale_log2 = scores.scale * LOG2_E
+        # Tiles of keys that some of these rows see, and those that all of them see.
+        n_begin, n_end = keys_of(m_start, split, grid, sequence)
+        whole = whole_keys(m_start, grid, sequence)
 
-        # The tokens of this block's rows, the keys they see, and this split's share of those.
-        first_token = token_of_row(m_start, layout.pack)
-        last_token = token_of_row(min(m_start + tile_m, num_rows) - 1, layout.pack)
-        n_begin = i32(band_block_begin(first_token, mask.lo, tile_n))
-        n_end = i32(band_block_end(last_token, mask.hi, shape.seqlen_k, tile_n))
-        if is_split:
-            share = (max(0, n_end - n_begin) + layout.num_splits - 1) // layout.num_splits
-            n_begin = i32(n_begin + split * share)
-            n_end = i32(min(n_end, n_begin + share))
-
-        # Where this lane reads operands, and where its scores lie in the tile.
+        # This lane's position in the operands, and of its scores in the tile.
         lane = cuda.threadIdx.x % 32
         warp_row = first_row_of_warp(rows_per_warp)
         q_mine = q_smem + word(warp_row + row_operand_row(lane), row_operand_chunk(lane))
         k_mine = k_smem + word(column_operand_row(lane), column_operand_chunk(lane))
         v_mine = v_smem + first_of_v(lane)
 
-        if n_begin < n_end:  # else nobody would wait for it
-            copy_q(smem, q_smem, q, q_base, m_start, num_rows, shape.head_dim, layout.pack)
+        # Without keys nobody would wait for Q.
+        if n_begin < n_end:
+            copy_q(smem, q_smem, q, q_origin, m_start, num_rows, shape.head_dim)
         for stage in range(num_stages):
-            n = n_begin + stage
+            n = i32(n_begin + stage)
             if n < n_end:
-                k_tile = k_smem + k_words * stage
-                copy_k(smem, k_tile, k, k_base, i32(n * tile_n), shape.seqlen_k, shape.head_dim)
+                fetch_k(smem, k, k_base, n, stage, sequence.seqlen_k, shape.head_dim)
             if asynchronous:
                 cp_async_commit_group()
             if stage < num_stages - 1:
                 if n < n_end:
-                    v_tile = v_smem + v_words * stage
-                    copy_v(
-                        smem, v_tile, v, v_base, i32(n * tile_n), shape.seqlen_k, shape.head_dim_v
-                    )
+                    fetch_v(smem, v, v_base, n, stage, sequence.seqlen_k, shape.head_dim_v)
                 if asynchronous:
                     cp_async_commit_group()
         for i in range(n_o):
@@ -195,31 +186,31 @@ def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
             row_max[r] = NEG_INF
             row_sum[r] = f32(0)
 
-        stage = 0
-        last_stage = num_stages - 1
+        stage = i32(0)
+        last_stage = i32(num_stages - 1)
         for n_block in range(n_begin, n_end):
-            # K of this block has arrived; V of the previous block has been read by all.
+            # K of this block must have arrived. The barrier shows it to all threads, and V's last
+            # readers are through with the buffer that the next V goes to.
             if asynchronous:
                 wait_for_tile()
             cuda.syncthreads()
-            n = n_block + num_stages - 1
+            n = i32(n_block + num_stages - 1)
             if n < n_end:
-                v_tile = v_smem + v_words * last_stage
-                copy_v(smem, v_tile, v, v_base, i32(n * tile_n), shape.seqlen_k, shape.head_dim_v)
+                fetch_v(smem, v, v_base, n, last_stage, sequence.seqlen_k, shape.head_dim_v)
             if asynchronous:
                 cp_async_commit_group()
 
             # S = Q K^T
             multiply_q_k(s_acc, smem, q_mine, k_mine + k_words * stage)
 
-            # V of this block has arrived; K has been read by all.
+            # V of this block must have arrived, for all threads, and all have read K, whose buffer
+            # the next K goes to.
             if asynchronous:
                 wait_for_tile()
             cuda.syncthreads()
-            n = n_block + num_stages
+            n = i32(n_block + num_stages)
             if n < n_end:
-                k_tile = k_smem + k_words * stage
-                copy_k(smem, k_tile, k, k_base, i32(n * tile_n), shape.seqlen_k, shape.head_dim)
+                fetch_k(smem, k, k_base, n, stage, sequence.seqlen_k, shape.head_dim)
             if asynchronous:
                 cp_async_commit_group()
 
@@ -227,32 +218,30 @@ def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
             if bends:
                 i = i32(m_start + accumulator_row(rows_per_warp))
                 j = i32(n_start + accumulator_column())
-                scale_scores(s_acc, cap_slopes, i, j, scores.alibi.shift, scores, slope)
-            tokens = last_token + 1 - first_token
-            if band_is_partial(first_token, tokens, n_start, tile_n, shape.seqlen_k, mask):
+                scale_scores(s_acc, i, j, scores.scale, scores.shift, args)
+            if n_start < whole.first or n_start > whole.last:
                 i = i32(m_start + accumulator_row(rows_per_warp))
                 j = i32(n_start + accumulator_column())
-                mask_scores(s_acc, i, j, shape.seqlen_k, mask, layout.pack)
+                mask_scores(s_acc, i, j, sequence.seqlen_k, sequence, layout.pack)
 
             # P = softmax(S), O += P V
             online_softmax(s_acc, row_max, row_sum, o_acc, scale_log2)
             multiply_p_v(o_acc, s_acc, smem, v_mine + v_words * stage)
             last_stage = stage
-            stage = stage + 1 if stage + 1 < num_stages else 0
+            stage = i32(stage + 1 if stage + 1 < num_stages else 0)
 
         row = i32(m_start + accumulator_row(rows_per_warp))
-        num_parts = shape.batch_size * shape.num_heads_q
+        head_of_batch = batch * shape.num_heads_q + head
         for r in range(rows):
-            total = row_sum_of_quad(row_sum[r])
-            # A row that sees no key has output 0 and lse -inf.
-            row_sum[r] = f32(1) / total if total != f32(0) else f32(0)
-            i = i32(row + ROW_STEP * r)
+            i, total = i32(row + ROW_STEP * r), row_sum_of_quad(row_sum[r])
+            token = token_of_row(i, layout.pack)
+            packed, top = i - token * layout.pack, row_max[r] * scale_log2
+            row_sum[r], top, total = end_of_row(top, total, scores.features, batch, head + packed)
             if accumulator_column() == 0 and i < num_rows:
-                token = token_of_row(i, layout.pack)
-                part = i64(split) * num_parts + head_of_batch + i - token * layout.pack
-                lse[part * shape.seqlen_q + token] = lse_of_row(row_max[r], scale_log2, total)
+                part = i64(split) * grid.num_heads + head_of_batch + packed
+                lse[part * shape.seqlen_q + token] = lse_of_row(top, total)
         scale_rows(o_acc, row_sum)
-        out_base = split * out.split + first_of_head(out, batch, head)
-        store_o(o_acc, out, out_base, row, num_rows, shape.head_dim_v, layout.pack)
+        out_base = split * out.split + first_of_rows(out, batch, head, sequence.first_q)
+        store_o(o_acc, out, (out_base, layout.pack), row, num_rows, shape.head_dim_v)
 
     return Kernel(config.family, forward, num_threads, config.smem_bytes(traits))

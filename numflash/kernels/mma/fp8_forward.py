@@ -24,7 +24,7 @@ instructions, of which
      72 FMNMX, FADD   the row's maximum and sum; 4 SHFL across its four lanes
      16 F2FP          P to e4m3, four to a register
      64 FFMA          O += weight * P V, by which O needs no rescaling of its own for P's unit
-      8 LDGSTS        K and V; 2 LDG for their scales, 8 LDS for those of Q and what was put by
+      8 LDGSTS        K and V; 2 LDG for their scales, 8 LDS for those of Q and for kept values
 
 and out of line 64 FMUL for O where a maximum has grown by 2 ** 8, and the mask. By NVIDIA's
 peak rates Ada's tensor cores take 64 x 16 clocks for it (32 where sums in float32 run at half
@@ -65,8 +65,20 @@ from numflash.ptx import (
     u8,
     u32,
 )
-from numflash.tiles.blocks import first_of_head, grid_of, make_block_place, token_of_row
-from numflash.tiles.mma.copies import make_store_rows
+from numflash.tiles.blocks import (
+    first_of_head,
+    first_of_rows,
+    grid_of,
+    make_keys_of,
+    make_place_of,
+    make_whole_keys,
+    number_of_head_kv,
+    quotient,
+    sequence_of,
+    token_of_row,
+)
+from numflash.tiles.features import make_args_of_head
+from numflash.tiles.mma.copies import make_store_rows, row_of_packed_heads
 from numflash.tiles.mma.fp8_operands import fp8_operands, result_element, scale_of_key
 from numflash.tiles.mma.fp8_products import make_accumulate
 from numflash.tiles.mma.fp8_softmax import (
@@ -88,9 +100,10 @@ from numflash.tiles.mma.fragments import (
 from numflash.tiles.mma.layouts import TileLayout, make_word
 from numflash.tiles.mma.products import make_product_nt
 from numflash.tiles.mma.scores import make_mask_scores, make_scale_scores
-from numflash.tiles.mma.softmax import lse_of_row, make_scale_rows, row_sum_of_quad
-from numflash.tiles.portable.softmax import LOG2_E
-from numflash.tiles.scores import NEG_INF, band_block_begin, band_block_end, make_slope_of
+from numflash.tiles.mma.softmax import make_scale_rows, row_sum_of_quad
+from numflash.tiles.portable.softmax import LN_2, LOG2_E
+from numflash.tiles.rows import make_end_of_row
+from numflash.tiles.scores import NEG_INF
 
 
 def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
@@ -114,8 +127,9 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
     v_layout = TileLayout(tile_n // element.per_chunk, config.swizzled)
     k_words, v_words = tile_n * k_layout.pitch, columns_v * v_layout.pitch
 
-    block_place = make_block_place(tile_m)
-    copy_q = operands.make_copy_rows(k_layout, tile_m, num_threads, packed=True)
+    place_of, keys_of = make_place_of(tile_m), make_keys_of(config)
+    whole_keys = make_whole_keys(tile_n, tile_m)
+    copy_q = operands.make_copy_rows(k_layout, tile_m, num_threads, row_of_packed_heads)
     copy_k = operands.make_copy_rows(k_layout, tile_n, num_threads)
     copy_v = operands.make_copy_columns(v_layout, columns_v, num_threads)
     k_word, v_word = make_word(k_layout), make_word(v_layout)
@@ -126,18 +140,17 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
         make_scale_keys(m_tiles, n_tiles),
         make_add_v_scales(m_tiles, n_tiles),
     )
-    scale_scores = make_scale_scores(m_tiles, n_tiles, traits.softcap, traits.alibi)
+    scale_scores = make_scale_scores(m_tiles, n_tiles, traits.features)
     mask_scores = make_mask_scores(m_tiles, n_tiles)
     tile_softmax = make_tile_softmax(m_tiles, n_tiles, o_tiles, traits.key_scales)
     scale_rows = make_scale_rows(m_tiles, o_tiles)
-    store_o = make_store_rows(
-        result, m_tiles, o_tiles, traits.vectorized or is_split, is_split, packed=True
-    )
-    n_cap_slopes = n_scores if traits.softcap else 1
+    end_of_row, lse_of_row = make_end_of_row(traits.features, LN_2, is_split)
+    store_as = traits.vectorized or is_split, is_split, row_of_packed_heads
+    store_o = make_store_rows(result, m_tiles, o_tiles, *store_as)
     of_keys = KeyScales(offsets["key_scales"], tile_n)
     k_of_keys, v_log2_of_keys, v_inverse_of_keys = of_keys.k, of_keys.v_log2, of_keys.v_inverse
-    slope_of, selected = make_slope_of(traits.alibi), traits.selected
-    key_scales, bends = traits.key_scales, traits.softcap or traits.alibi
+    args_of_head, selected = make_args_of_head(traits.features), traits.selected
+    key_scales, bends = traits.key_scales, traits.shapes_scores
     out_storage = f32 if is_split else result.storage
     # Copies that may be on their way while the next tile is used: K and V of all stages but one.
     wait_for_tile = CP_ASYNC_WAIT_GROUP[2 * num_stages - 2]
@@ -177,51 +190,41 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
     ):
         smem = cuda.shared.array(0, u32, alignment=128)
         s_acc = cuda.local.array(n_scores, f32)
-        cap_slopes = cuda.local.array(n_cap_slopes, f32)
         o_acc = cuda.local.array(n_o, f32)
         row_max = cuda.local.array(rows, f32)
         row_sum = cuda.local.array(rows, f32)
         scales = cuda.local.array(rows, f32)
         weights = cuda.local.array(rows, f32)
 
-        num_rows, grid = shape.seqlen_q * layout.pack, grid_of(shape, layout)
-        m_start, head_of_batch, split = block_place(mov_ctaid_x(), grid)
-        batch = token_of_row(head_of_batch, shape.num_heads_q)
-        head = head_of_batch - batch * shape.num_heads_q
-        head_kv = token_of_row(head, shape.group_size)
-        if selected and in_fp8[batch * (shape.num_heads_q // shape.group_size) + head_kv] == 0:
+        grid = grid_of(shape, layout)
+        m_start, head, head_kv, batch, split = place_of(mov_ctaid_x(), grid, shape)
+        # Heads that are computed in 16 bits are another kernel's.
+        if selected and in_fp8[number_of_head_kv(batch, head_kv, shape)] == 0:
             return
-
-        q_base = first_of_head(q, batch, head)
-        q_descale_base = first_of_head(descales.q, batch, token_of_row(head, descales.q.group))
-        # The tokens of this block's rows.
-        first_token = token_of_row(m_start, layout.pack)
-        last_token = token_of_row(min(m_start + tile_m, num_rows) - 1, layout.pack)
-        # The keys that these see, and this split's share of them.
-        n_begin = i32(band_block_begin(first_token, mask.lo, tile_n))
-        n_end = i32(band_block_end(last_token, mask.hi, shape.seqlen_k, tile_n))
-        if is_split:
-            share = (max(0, n_end - n_begin) + layout.num_splits - 1) // layout.num_splits
-            n_begin = i32(n_begin + split * share)
-            n_end = i32(min(n_end, n_begin + share))
+        sequence = sequence_of(shape, mask)
+        num_rows = i32(sequence.seqlen_q * layout.pack)
+        q_origin = first_of_rows(q, batch, head, sequence.first_q), layout.pack
+        q_descale_base = first_of_head(descales.q, batch, quotient(head, descales.q.group))
+        n_begin, n_end = keys_of(m_start, split, grid, sequence)
 
         if cuda.threadIdx.x == 0:
             # Registers are scarcer than shared memory.
-            keep(smem, k_base, first_of_head(k, batch, head_kv))
-            keep(smem, v_base, first_of_head(v, batch, head_kv))
+            keep(smem, k_base, first_of_rows(k, batch, head_kv, sequence.first_k))
+            keep(smem, v_base, first_of_head(v, batch, head_kv) + sequence.first_k)
             keep(smem, k_descale_base, first_of_head(descales.k, batch, head_kv))
             keep(smem, v_descale_base, first_of_head(descales.v, batch, head_kv))
-            # Tiles that begin between these are seen whole by all rows.
-            st_shared_u32(smem, whole_begin, u32(last_token + mask.lo))
-            end = min(shape.seqlen_k, first_token + mask.hi + 1) - tile_n
-            st_shared_u32(smem, whole_end, u32(end))
+            whole = whole_keys(m_start, grid, sequence)
+            st_shared_u32(smem, whole_begin, u32(whole.first))
+            st_shared_u32(smem, whole_end, u32(whole.last))
             st_shared_u32(smem, kept_n_end, u32(n_end))
             st_shared_u32(smem, kept_m_start, u32(m_start))
+        # What one thread has kept is there for all.
         cuda.syncthreads()
-        slope = slope_of(scores.alibi, batch, head)
+        args = args_of_head(scores.features, batch, head)
 
-        if n_begin < n_end:  # else nobody would wait for it
-            copy_q(smem, q_smem, q, q_base, m_start, num_rows, columns, layout.pack)
+        # Without keys nobody would wait for Q.
+        if n_begin < n_end:
+            copy_q(smem, q_smem, q, q_origin, m_start, num_rows, columns)
         for stage in range(num_stages):
             n = i32(n_begin + stage)
             if n < n_end:
@@ -239,12 +242,12 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
             row_max[r] = NEG_INF
             row_sum[r] = f32(0)
         for row in range(cuda.threadIdx.x, tile_m, num_threads):
-            # Beyond the last row any will do.
+            # Beyond the last row any scale will do.
             i = i32(min(m_start + row, num_rows - 1))
             token = token_of_row(i, layout.pack)
             offset = q_descale_base + (i - token * layout.pack) * descales.q.packed
             scale = descales.q.data[offset + (token >> descales.q.shift)] * scores.scale
-            # To base 2, unless S is bent before.
+            # To base 2, unless softcap or ALiBi come first.
             if not bends:
                 scale *= LOG2_E
             st_shared_f32(smem, q_scales_smem + row, scale)
@@ -253,7 +256,8 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
         last_stage = i32(num_stages - 1)
         for n_block in range(n_begin, n_end):
             n_start = i32(n_block * tile_n)
-            # K of this block has arrived; V of the previous block has been read by all.
+            # K of this block must have arrived, and the scales of Q. The barrier shows them to all
+            # threads, and V's last readers are through with the buffer that the next V goes to.
             if asynchronous:
                 wait_for_tile()
             cuda.syncthreads()
@@ -263,7 +267,7 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
             if asynchronous:
                 cp_async_commit_group()
 
-            # S = Q K^T. Where a lane reads operands is computed anew for each tile.
+            # S = Q K^T. A lane's position in the operands is computed again for each tile.
             thread = mov_tid_x()
             lane, q_row_of_lane = thread % 32, thread // 32 * rows_per_warp
             q_row_of_lane += row_operand_row(lane)
@@ -285,7 +289,8 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
                 k_scale = scale_of_key(descales.k, kept(smem, k_descale_base), n_start)
                 v_scale = scale_of_key(descales.v, kept(smem, v_descale_base), n_start)
 
-            # V and scales of this block have arrived; K has been read by all.
+            # V and scales of this block must have arrived, for all threads, and all have read K,
+            # whose buffer the next K goes to.
             if asynchronous:
                 wait_for_tile()
             cuda.syncthreads()
@@ -305,15 +310,14 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
                 scale_s_rows(s_acc, scales)
                 i = i32(ld_shared_u32(smem, kept_m_start) + accumulator_row(rows_per_warp))
                 key = i32(n_start + j)
-                unscaled = Scores(f32(1), scores.softcap, scores.softmax_scale, scores.alibi)
-                scale_scores(s_acc, cap_slopes, i, key, scores.alibi.shift, unscaled, slope)
+                scale_scores(s_acc, i, key, f32(1), scores.shift, args)
                 for r in range(rows):
                     scales[r] = LOG2_E
             first_whole = i32(ld_shared_u32(smem, whole_begin))
             last_whole = i32(ld_shared_u32(smem, whole_end))
             if n_start < first_whole or n_start > last_whole:
                 i = i32(ld_shared_u32(smem, kept_m_start) + accumulator_row(rows_per_warp))
-                mask_scores(s_acc, i, i32(n_start + j), shape.seqlen_k, mask, layout.pack)
+                mask_scores(s_acc, i, i32(n_start + j), sequence.seqlen_k, sequence, layout.pack)
 
             # P = softmax(S), O += P V
             if key_scales:
@@ -330,24 +334,21 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
             last_stage = stage
             stage = i32(stage + 1 if stage + 1 < num_stages else 0)
 
-        # Where this block stands is found out once more: it need not be kept through the loop.
-        grid = grid_of(shape, layout)
-        m_start, head_of_batch, split = block_place(mov_ctaid_x(), grid)
-        batch = token_of_row(head_of_batch, shape.num_heads_q)
-        head = head_of_batch - batch * shape.num_heads_q
+        # The place is computed again, so that no register keeps it through the loop.
+        m_start, head, _, batch, split = place_of(mov_ctaid_x(), grid_of(shape, layout), shape)
+        head_of_batch = batch * shape.num_heads_q + head
         row = i32(m_start + accumulator_row(rows_per_warp))
-        num_parts = shape.batch_size * shape.num_heads_q
+        num_heads = shape.batch_size * shape.num_heads_q
         for r in range(rows):
-            total = row_sum_of_quad(row_sum[r])
-            # A row that sees no key has output 0 and lse -inf.
-            row_sum[r] = f32(1) / total if total != f32(0) else f32(0)
-            i = i32(row + ROW_STEP * r)
+            i, total = i32(row + ROW_STEP * r), row_sum_of_quad(row_sum[r])
+            token = token_of_row(i, layout.pack)
+            packed, top = i - token * layout.pack, row_max[r]
+            row_sum[r], top, total = end_of_row(top, total, scores.features, batch, head + packed)
             if accumulator_column() == 0 and i < num_rows:
-                token = token_of_row(i, layout.pack)
-                part = i64(split) * num_parts + head_of_batch + i - token * layout.pack
-                lse[part * shape.seqlen_q + token] = lse_of_row(row_max[r], f32(1), total)
+                part = i64(split) * num_heads + head_of_batch + packed
+                lse[part * shape.seqlen_q + token] = lse_of_row(top, total)
         scale_rows(o_acc, row_sum)
-        out_base = split * out.split + first_of_head(out, batch, head)
-        store_o(o_acc, out, out_base, row, num_rows, shape.head_dim_v, layout.pack)
+        out_base = split * out.split + first_of_rows(out, batch, head, sequence.first_q)
+        store_o(o_acc, out, (out_base, layout.pack), row, num_rows, shape.head_dim_v)
 
     return Kernel(config.family, forward, num_threads, config.smem_bytes(traits))

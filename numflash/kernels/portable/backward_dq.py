@@ -10,8 +10,17 @@ its own rows of dQ.
 from numflash.configs import BackwardDqConfig, Traits
 from numflash.kernels.arguments import Mask, Scores, Shape, Statistics, Tensor
 from numflash.kernels.kernel import Kernel
-from numflash.ptx import cuda, f32, i64
-from numflash.tiles.blocks import first_of_head
+from numflash.ptx import cuda, f32, i32, mov_ctaid_x
+from numflash.tiles.blocks import (
+    first_of_rows,
+    first_of_statistics,
+    last_of,
+    make_place_of_queries,
+    sequence_of,
+    tiles_seen,
+    tiles_seen_whole,
+)
+from numflash.tiles.features import make_args_of_head
 from numflash.tiles.portable.copies import make_load_tile, make_store_rows
 from numflash.tiles.portable.elements import ELEMENTS
 from numflash.tiles.portable.gradients import (
@@ -28,13 +37,9 @@ from numflash.tiles.portable.lanes import (
 )
 from numflash.tiles.portable.products import make_product_nn, make_product_nt
 from numflash.tiles.scores import (
-    band_block_begin,
-    band_block_end,
-    band_is_partial,
     first_row_of_thread,
     make_mask_scores,
-    make_scale_scores,
-    make_slope_of,
+    make_scale_scores_backward,
 )
 
 
@@ -52,6 +57,7 @@ def make_backward_dq_kernel(config: BackwardDqConfig, traits: Traits) -> Kernel:
     k_smem, v_smem, ds_smem = (layout.offsets[name] for name in "kvp")
     k_pitch, v_pitch, ds_pitch = (layout.pitches[name] for name in "kvp")
 
+    place_of_queries = make_place_of_queries(tile_m)
     copy = (num_threads, traits.vectorized)
     load_q = make_load_tile(element, tile_m, traits.head_dim, k_pitch, *copy)
     load_do = make_load_tile(element, tile_m, traits.head_dim_v, v_pitch, *copy)
@@ -61,13 +67,15 @@ def make_backward_dq_kernel(config: BackwardDqConfig, traits: Traits) -> Kernel:
     multiply_q_k = make_product_nt(rows, columns, traits.head_dim, k_pitch, k_pitch)
     multiply_do_v = make_product_nt(rows, columns, traits.head_dim_v, v_pitch, v_pitch)
     multiply_ds_k = make_product_nn(rows, groups, tile_n, ds_pitch, k_pitch)
-    scale_scores = make_scale_scores(rows, columns, traits.softcap, traits.alibi)
+    scale_scores = make_scale_scores_backward(
+        rows, columns, traits.features, True, traits.bends_scores
+    )
     mask_scores = make_mask_scores(rows, columns)
-    softmax_backward = make_softmax_backward(rows, columns, traits.softcap, by_row=True)
+    softmax_backward = make_softmax_backward(rows, columns, traits.bends_scores, by_row=True)
     store_scores = make_store_scores(rows, columns, ds_pitch)
     store_dq = make_store_rows(element, rows, groups, traits.vectorized)
-    storage, slope_of = element.storage, make_slope_of(traits.alibi)
-    n_cap_slopes = n_scores if traits.softcap else 1
+    storage, args_of_head = element.storage, make_args_of_head(traits.features)
+    n_slopes = n_scores if traits.bends_scores else 1
 
     def backward_dq(
         q: Tensor[storage],
@@ -83,21 +91,16 @@ def make_backward_dq_kernel(config: BackwardDqConfig, traits: Traits) -> Kernel:
         smem = cuda.shared.array(0, f32, alignment=16)
         s_acc = cuda.local.array(n_scores, f32)
         dp_acc = cuda.local.array(n_scores, f32)
-        cap_slopes = cuda.local.array(n_cap_slopes, f32)
+        slopes = cuda.local.array(n_slopes, f32)
         dq_acc = cuda.local.array(n_dq, f32)
         lses = cuda.local.array(rows, f32)
         deltas = cuda.local.array(rows, f32)
 
-        # The last rows of a causal problem see the most keys: they start first.
-        num_m_blocks = (shape.seqlen_q + tile_m - 1) // tile_m
-        m_start = (num_m_blocks - 1 - cuda.blockIdx.x % num_m_blocks) * tile_m
-        head_of_batch = cuda.blockIdx.x // num_m_blocks
-        head = head_of_batch % shape.num_heads_q
-        batch = head_of_batch // shape.num_heads_q
-        head_kv = head // shape.group_size
-        k_base = first_of_head(k, batch, head_kv)
-        v_base = first_of_head(v, batch, head_kv)
-        slope = slope_of(scores.alibi, batch, head)
+        m_start, head, head_kv, batch, _ = place_of_queries(mov_ctaid_x(), shape)
+        sequence = sequence_of(shape, mask)
+        k_base = first_of_rows(k, batch, head_kv, sequence.first_k)
+        v_base = first_of_rows(v, batch, head_kv, sequence.first_k)
+        args = args_of_head(scores.features, batch, head)
 
         # This thread's first row and columns, in the tiles.
         row = first_row_of_thread(rows_per_warp)
@@ -106,20 +109,22 @@ def make_backward_dq_kernel(config: BackwardDqConfig, traits: Traits) -> Kernel:
         do_mine, v_mine = do_smem + row * v_pitch, v_smem + column * v_pitch
         ds_mine, k_columns = ds_smem + row * ds_pitch, k_smem + 4 * column
 
-        q_base = first_of_head(q, batch, head)
-        do_base = first_of_head(do, batch, head)
-        load_q(smem, q_smem, q, q_base, m_start, shape.seqlen_q, shape.head_dim)
-        load_do(smem, do_smem, do, do_base, m_start, shape.seqlen_q, shape.head_dim_v)
-        first_query = i64(head_of_batch) * shape.seqlen_q
-        load_query_statistics(lses, deltas, statistics, first_query, m_start + row, shape.seqlen_q)
+        q_base = first_of_rows(q, batch, head, sequence.first_q)
+        do_base = first_of_rows(do, batch, head, sequence.first_q)
+        first_query = first_of_statistics(batch, head, shape) + sequence.first_q
+        end = sequence.seqlen_q
+        load_q(smem, q_smem, q, q_base, m_start, end, shape.head_dim)
+        load_do(smem, do_smem, do, do_base, m_start, end, shape.head_dim_v)
+        load_query_statistics(lses, deltas, statistics, first_query, m_start + row, end)
         for i in range(n_dq):
             dq_acc[i] = f32(0)
 
-        last_row = min(m_start + tile_m, shape.seqlen_q) - 1
-        n_begin = band_block_begin(m_start, mask.lo, tile_n)
-        n_end = band_block_end(last_row, mask.hi, shape.seqlen_k, tile_n)
+        # Tiles of keys that some of these rows see, and those that all of them see.
+        last_query = last_of(m_start, tile_m, sequence.seqlen_q)
+        n_begin, n_end = tiles_seen(m_start, last_query, tile_n, sequence)
+        whole = tiles_seen_whole(m_start, last_query, tile_n, sequence)
         for n_block in range(n_begin, n_end):
-            n_start = n_block * tile_n
+            n_start = i32(n_block * tile_n)
             cuda.syncthreads()  # the previous K and V have been read by all
             load_k(smem, k_smem, k, k_base, n_start, shape.seqlen_k, shape.head_dim)
             load_v(smem, v_smem, v, v_base, n_start, shape.seqlen_k, shape.head_dim_v)
@@ -129,17 +134,18 @@ def make_backward_dq_kernel(config: BackwardDqConfig, traits: Traits) -> Kernel:
             multiply_q_k(s_acc, smem, q_mine, k_mine)
             multiply_do_v(dp_acc, smem, do_mine, v_mine)
             i, j = m_start + row, n_start + column
-            scale_scores(s_acc, cap_slopes, i, j, scores.alibi.shift, scores, slope)
-            if band_is_partial(m_start, tile_m, n_start, tile_n, shape.seqlen_k, mask):
-                mask_scores(s_acc, i, j, shape.seqlen_k, mask)
+            scale_scores(s_acc, slopes, i, j, scores, args)
+            if n_start < whole.first or n_start > whole.last:
+                mask_scores(s_acc, i, j, sequence.seqlen_k, sequence)
 
             # dS = P * (softmax_scale dP - delta), dQ += dS K
-            softmax_backward(s_acc, dp_acc, cap_slopes, lses, deltas, scores.softmax_scale)
+            softmax_backward(s_acc, dp_acc, slopes, lses, deltas, scores.softmax_scale)
             store_scores(dp_acc, smem, ds_mine + column)
-            cuda.syncwarp()  # dS is exchanged within the warp that owns its rows
+            # dS of all lanes must have arrived: a warp exchanges that of its own rows.
+            cuda.syncwarp()
             multiply_ds_k(dq_acc, smem, ds_mine, k_columns)
 
-        dq_base = first_of_head(dq, batch, head)
-        store_dq(dq_acc, dq, dq_base, m_start + row, shape.seqlen_q, shape.head_dim)
+        dq_base = first_of_rows(dq, batch, head, sequence.first_q)
+        store_dq(dq_acc, dq, dq_base, m_start + row, sequence.seqlen_q, shape.head_dim)
 
     return Kernel(config.family, backward_dq, num_threads, layout.smem_bytes)

@@ -7,13 +7,20 @@ another warp; the block meets only to replace K and V in shared memory.
 Source: FlashAttention-2, arXiv 2307.08691, Algorithm 1.
 """
 
-import math
-
 from numflash.configs import ForwardConfig, Traits
 from numflash.kernels.arguments import Mask, Pointer, Scores, Shape, Tensor
 from numflash.kernels.kernel import Kernel
-from numflash.ptx import cuda, f32, i64
-from numflash.tiles.blocks import first_of_head
+from numflash.ptx import cuda, f32, i32, mov_ctaid_x
+from numflash.tiles.blocks import (
+    first_of_rows,
+    first_of_statistics,
+    last_of,
+    make_place_of_queries,
+    sequence_of,
+    tiles_seen,
+    tiles_seen_whole,
+)
+from numflash.tiles.features import make_args_of_head
 from numflash.tiles.portable.copies import make_load_tile, make_store_rows
 from numflash.tiles.portable.elements import ELEMENTS
 from numflash.tiles.portable.lanes import (
@@ -25,15 +32,12 @@ from numflash.tiles.portable.lanes import (
 )
 from numflash.tiles.portable.products import make_product_nn, make_product_nt
 from numflash.tiles.portable.softmax import make_online_softmax, row_sum_of_lanes
+from numflash.tiles.rows import NATURAL, make_end_of_row
 from numflash.tiles.scores import (
     NEG_INF,
-    band_block_begin,
-    band_block_end,
-    band_is_partial,
     first_row_of_thread,
     make_mask_scores,
     make_scale_scores,
-    make_slope_of,
 )
 
 
@@ -52,18 +56,19 @@ def make_forward_kernel(config: ForwardConfig, traits: Traits) -> Kernel:
     v_smem, p_smem = layout.offsets["v"], layout.offsets["p"]
     k_pitch, v_pitch, p_pitch = (layout.pitches[name] for name in "kvp")
 
+    place_of_queries = make_place_of_queries(tile_m)
     copy = (num_threads, traits.vectorized)
     load_q = make_load_tile(element, tile_m, traits.head_dim, k_pitch, *copy)
     load_k = make_load_tile(element, tile_n, traits.head_dim, k_pitch, *copy)
     load_v = make_load_tile(element, tile_n, traits.head_dim_v, v_pitch, *copy)
     multiply_q_k = make_product_nt(rows, columns, traits.head_dim, k_pitch, k_pitch)
     multiply_p_v = make_product_nn(rows, groups, tile_n, p_pitch, v_pitch)
-    scale_scores = make_scale_scores(rows, columns, traits.softcap, traits.alibi)
+    scale_scores = make_scale_scores(rows, columns, traits.features)
     mask_scores = make_mask_scores(rows, columns)
     online_softmax = make_online_softmax(rows, columns, n_out, p_pitch)
+    end_of_row, lse_of_row = make_end_of_row(traits.features, NATURAL)
     store_o = make_store_rows(element, rows, groups, traits.vectorized)
-    storage, slope_of = element.storage, make_slope_of(traits.alibi)
-    n_cap_slopes = n_scores if traits.softcap else 1
+    storage, args_of_head = element.storage, make_args_of_head(traits.features)
 
     def forward(
         q: Tensor[storage],
@@ -77,23 +82,18 @@ def make_forward_kernel(config: ForwardConfig, traits: Traits) -> Kernel:
     ):
         smem = cuda.shared.array(0, f32, alignment=16)
         s_acc = cuda.local.array(n_scores, f32)
-        cap_slopes = cuda.local.array(n_cap_slopes, f32)
         o_acc = cuda.local.array(n_o, f32)
         row_max = cuda.local.array(rows, f32)
         row_sum = cuda.local.array(rows, f32)
 
-        # The last rows of a causal problem see the most keys: they start first.
-        num_m_blocks = (shape.seqlen_q + tile_m - 1) // tile_m
-        m_start = (num_m_blocks - 1 - cuda.blockIdx.x % num_m_blocks) * tile_m
-        head_of_batch = cuda.blockIdx.x // num_m_blocks
-        head = head_of_batch % shape.num_heads_q
-        batch = head_of_batch // shape.num_heads_q
-        head_kv = head // shape.group_size
-        q_base = first_of_head(q, batch, head)
-        k_base = first_of_head(k, batch, head_kv)
-        v_base = first_of_head(v, batch, head_kv)
-        out_base = first_of_head(out, batch, head)
-        slope = slope_of(scores.alibi, batch, head)
+        m_start, head, head_kv, batch, _ = place_of_queries(mov_ctaid_x(), shape)
+        sequence = sequence_of(shape, mask)
+        q_base = first_of_rows(q, batch, head, sequence.first_q)
+        k_base = first_of_rows(k, batch, head_kv, sequence.first_k)
+        v_base = first_of_rows(v, batch, head_kv, sequence.first_k)
+        out_base = first_of_rows(out, batch, head, sequence.first_q)
+        first_query = first_of_statistics(batch, head, shape) + sequence.first_q
+        args = args_of_head(scores.features, batch, head)
 
         # This thread's first row and columns, in the tiles.
         row = first_row_of_thread(rows_per_warp)
@@ -101,47 +101,47 @@ def make_forward_kernel(config: ForwardConfig, traits: Traits) -> Kernel:
         q_mine, k_mine = q_smem + row * k_pitch, k_smem + column * k_pitch
         p_mine, v_mine = p_smem + row * p_pitch, v_smem + 4 * column
 
-        load_q(smem, q_smem, q, q_base, m_start, shape.seqlen_q, shape.head_dim)
+        load_q(smem, q_smem, q, q_base, m_start, sequence.seqlen_q, shape.head_dim)
         for i in range(n_o):
             o_acc[i] = f32(0)
         for r in range(rows):
             row_max[r] = NEG_INF
             row_sum[r] = f32(0)
 
-        last_row = min(m_start + tile_m, shape.seqlen_q) - 1
-        n_begin = band_block_begin(m_start, mask.lo, tile_n)
-        n_end = band_block_end(last_row, mask.hi, shape.seqlen_k, tile_n)
+        # Tiles of keys that some of these rows see, and those that all of them see.
+        last_query = last_of(m_start, tile_m, sequence.seqlen_q)
+        n_begin, n_end = tiles_seen(m_start, last_query, tile_n, sequence)
+        whole = tiles_seen_whole(m_start, last_query, tile_n, sequence)
         for n_block in range(n_begin, n_end):
-            n_start = n_block * tile_n
-            cuda.syncthreads()  # the previous K and V have been read by all
-            load_k(smem, k_smem, k, k_base, n_start, shape.seqlen_k, shape.head_dim)
-            load_v(smem, v_smem, v, v_base, n_start, shape.seqlen_k, shape.head_dim_v)
-            cuda.syncthreads()  # Q, K and V have arrived
+            n_start = i32(n_block * tile_n)
+            # All threads have read the K and V before these, whose place they take.
+            cuda.syncthreads()
+            load_k(smem, k_smem, k, k_base, n_start, sequence.seqlen_k, shape.head_dim)
+            load_v(smem, v_smem, v, v_base, n_start, sequence.seqlen_k, shape.head_dim_v)
+            # Q, K and V of all threads must have arrived.
+            cuda.syncthreads()
 
             # S = softmax_scale Q K^T, masked where the block crosses an edge of the band
             multiply_q_k(s_acc, smem, q_mine, k_mine)
             i, j = m_start + row, n_start + column
-            scale_scores(s_acc, cap_slopes, i, j, scores.alibi.shift, scores, slope)
-            if band_is_partial(m_start, tile_m, n_start, tile_n, shape.seqlen_k, mask):
-                mask_scores(s_acc, i, j, shape.seqlen_k, mask)
+            scale_scores(s_acc, i, j, scores, args)
+            if n_start < whole.first or n_start > whole.last:
+                mask_scores(s_acc, i, j, sequence.seqlen_k, sequence)
 
             # P = exp(S - row_max), O += P V
             online_softmax(s_acc, row_max, row_sum, o_acc, smem, p_mine + column)
-            cuda.syncwarp()  # P is exchanged within the warp that owns its rows
+            # P of all lanes must have arrived: a warp exchanges that of its own rows.
+            cuda.syncwarp()
             multiply_p_v(o_acc, smem, p_mine, v_mine)
 
         for r in range(rows):
             total = row_sum_of_lanes(row_sum[r])
-            # A row that sees no key has output 0 and lse -inf.
-            reciprocal = f32(1) / total if total != f32(0) else f32(0)
+            factor, top, total = end_of_row(row_max[r], total, scores.features, batch, head)
             for j in range(n_out):
-                o_acc[n_out * r + j] *= reciprocal
+                o_acc[n_out * r + j] *= factor
             i = m_start + row + ROW_LANES * r
-            if column == 0 and i < shape.seqlen_q:
-                row_lse = NEG_INF
-                if total != f32(0):
-                    row_lse = row_max[r] + f32(math.log(total))
-                lse[i64(head_of_batch) * shape.seqlen_q + i] = row_lse
-        store_o(o_acc, out, out_base, m_start + row, shape.seqlen_q, shape.head_dim_v)
+            if column == 0 and i < sequence.seqlen_q:
+                lse[first_query + i] = lse_of_row(top, total)
+        store_o(o_acc, out, out_base, m_start + row, sequence.seqlen_q, shape.head_dim_v)
 
     return Kernel(config.family, forward, num_threads, layout.smem_bytes)

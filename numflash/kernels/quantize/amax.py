@@ -12,27 +12,25 @@ from functools import cache
 from numflash.configs import AmaxConfig, QuantizeConfig, Traits
 from numflash.kernels.arguments import Pointer, Signs, Sizes, Tensor
 from numflash.kernels.kernel import Kernel
-from numflash.ptx import cuda, device_function, f32, i32, i64, max_f32, u32
-from numflash.tiles.blocks import first_of_head
+from numflash.ptx import cuda, device_function, f32, i32, i64, max_f32, mov_ctaid_x, u32
+from numflash.tiles.blocks import divide, first_of_head, place_in_heads, tiles_of
 from numflash.tiles.portable.elements import ELEMENTS
 from numflash.tiles.quantize.hadamard import make_apply_signs, make_rotate
 from numflash.tiles.quantize.rows import (
     Rows,
-    divide,
     make_largest,
     make_load_rows,
     make_max_of_block,
     make_place_of_thread,
     make_to_f32,
     make_tokens,
-    place_of_block,
 )
 
 SMALLEST_AMAX = f32(2.0**-100)
 
 
 def rows_of(config: QuantizeConfig, traits: Traits) -> Rows:
-    """Which rows the threads of a block have."""
+    """The rows that the threads of a block have."""
     lanes = config.lanes(traits)
     return Rows(
         lanes,
@@ -93,8 +91,8 @@ def make_measure_kernel(config: QuantizeConfig, traits: Traits) -> Kernel:
     ):
         values = cuda.local.array(n_values, f32)
         smem = cuda.shared.array(0, f32)
-        num_blocks, _ = divide(sizes.seqlen + block_tokens - 1, block_tokens)
-        block, batch, head = place_of_block(num_blocks, sizes.num_heads)
+        num_blocks = tiles_of(sizes.seqlen, block_tokens)
+        block, head, batch = place_in_heads(mov_ctaid_x(), num_blocks, sizes.num_heads)
         row, lane = place_of_thread()
         token = i32(block * block_tokens + first_token_of_row(row))
         base = first_of_head(x, batch, head)
@@ -120,7 +118,7 @@ def make_amax_kernel(config: AmaxConfig, traits: Traits) -> Kernel:
         peak: f32,
     ):
         smem = cuda.shared.array(0, f32)
-        row, group = divide(cuda.blockIdx.x, groups)
+        row, group = divide(mov_ctaid_x(), groups)
         begin = group * per_group
         end, base = min(begin + per_group, per_row), i64(row) * per_row
         found = SMALLEST_AMAX

@@ -16,14 +16,15 @@ from numflash.ptx import (
     device_function,
     f32,
     i32,
+    mov_ctaid_x,
     mul_rn_f32,
     u16,
     u32,
 )
-from numflash.tiles.blocks import first_of_head
+from numflash.tiles.blocks import first_of_head, place_in_heads, quotient, tiles_of
 from numflash.tiles.portable.elements import ELEMENTS
 from numflash.tiles.quantize.hadamard import COLUMNS, make_apply_signs, make_rotate
-from numflash.tiles.quantize.rows import divide, make_decode, make_place_of_thread, place_of_block
+from numflash.tiles.quantize.rows import make_decode, make_place_of_thread
 
 
 def make_dequantize_kernel(config: DequantizeConfig, traits: Traits) -> Kernel:
@@ -49,8 +50,8 @@ def make_dequantize_kernel(config: DequantizeConfig, traits: Traits) -> Kernel:
         values = cuda.local.array(n_values, f32)
         words = cuda.local.array(n_words, u32)
         row, lane = place_of_thread()
-        num_blocks, _ = divide(sizes.seqlen + rows - 1, rows)
-        block, batch, head = place_of_block(num_blocks, sizes.num_heads)
+        num_blocks = tiles_of(sizes.seqlen, rows)
+        block, head, batch = place_in_heads(mov_ctaid_x(), num_blocks, sizes.num_heads)
         token = i32(block * rows + row)
         # Lanes without a token compute another's row, so that all take part in the shuffles.
         t = min(token, sizes.seqlen - 1)
@@ -61,7 +62,7 @@ def make_dequantize_kernel(config: DequantizeConfig, traits: Traits) -> Kernel:
         for c in range(chunks):
             column = lane * COLUMNS + chunk_columns * c
             _load_eight(words[2 * c : 2 * c + 2], data, first + column * data.column)
-        group, _ = divide(t, descale.tokens)
+        group = quotient(t, descale.tokens)
         scale = descale.data[first_of_head(descale, batch, head) + group]
         for c in range(chunks):
             eight = values[COLUMNS * c : COLUMNS * c + COLUMNS]
@@ -107,7 +108,7 @@ def _make_decode_eight(config: DequantizeConfig) -> Callable:
 
     @device_function
     def decode_eight(values, words, scale):
-        # The butterflies' sums must not take the products in, unrounded.
+        # The butterflies' sums must not fuse with the products, which are rounded first.
         halves = cuda.local.array(2, u32)
         for w in range(2):
             decode(words[w], halves)

@@ -1,4 +1,4 @@
-"""Estimate: how far 8 bits would take the result of each key-value head from exact attention.
+"""Estimate: the error that 8 bits would make in the result of each key-value head.
 
 From sums that the quantisation makes for blocks of tokens, of squares and of squared errors:
 
@@ -8,8 +8,7 @@ From sums that the quantisation makes for blocks of tokens, of squares and of sq
 with the largest |q|^2, |dq|^2 a token of any block of the group's query heads, likewise of k. A
 change ds of a score changes its probability by the factor 1 + ds; independent changes of
 probabilities change the result by as much, relative to its size where it is small because many
-values cancel. Rotated rows make errors of all directions alike, which the formula takes for
-granted.
+values cancel. Rotated rows make errors of all directions alike, which the formula assumes.
 
 A warp estimates one key-value head and decides: 8 bits where the estimate is within the budget.
 """
@@ -20,6 +19,7 @@ from numflash.configs import EstimateConfig, Traits
 from numflash.kernels.arguments import Pointer, Shape, Squares
 from numflash.kernels.kernel import Kernel
 from numflash.ptx import cuda, device_function, f32, fma_rn_f32, i32, i64, max_f32
+from numflash.tiles.blocks import divide, tiles_of
 from numflash.tiles.portable.lanes import FULL_WARP
 
 P_NOISE = f32(7.05e-4)
@@ -41,7 +41,7 @@ def make_estimate_kernel(config: EstimateConfig, traits: Traits) -> Kernel:
         """The largest mean over the tokens of a block; infinite if one is not a number."""
         largest = f32(0)
         for i in range(cuda.threadIdx.x, blocks, 32):
-            block = i % ((seqlen + squares.tokens - 1) // squares.tokens)
+            _, block = divide(i, tiles_of(seqlen, squares.tokens))
             count = min(squares.tokens, seqlen - block * squares.tokens)
             mean = squares.data[2 * (first + i) + kind] / f32(count)
             largest = mean if mean > largest else largest
@@ -73,9 +73,8 @@ def make_estimate_kernel(config: EstimateConfig, traits: Traits) -> Kernel:
         max_rel_error: f32,
     ):
         head = cuda.blockIdx.x
-        q_blocks = (shape.seqlen_q + q.tokens - 1) // q.tokens * shape.group_size
-        k_blocks = (shape.seqlen_k + k.tokens - 1) // k.tokens
-        v_blocks = (shape.seqlen_k + v.tokens - 1) // v.tokens
+        q_blocks = tiles_of(shape.seqlen_q, q.tokens) * shape.group_size
+        k_blocks, v_blocks = tiles_of(shape.seqlen_k, k.tokens), tiles_of(shape.seqlen_k, v.tokens)
         q_first, k_first = i64(head) * q_blocks, i64(head) * k_blocks
         q_size = largest_per_token(q, q_first, q_blocks, 0, shape.seqlen_q)
         dq_size = largest_per_token(q, q_first, q_blocks, 1, shape.seqlen_q)

@@ -1,10 +1,10 @@
 """Quantisation: codes and scales of float16, bfloat16 or float32, in one pass over them.
 
 A block owns block_tokens tokens of one head. Its threads load all of them to registers before
-anything else, so that many bytes are in flight, rotate rows, find the maximum of what shares a
-scale, and store codes: by rows, or with the tokens innermost. With scale "given" the maximum comes
-from an array (`amax`). With statistics the sums of x ** 2 and of (x - descale code) ** 2 over the
-block are stored too. `codes` is another kernel: codes that are there already are laid out anew.
+anything else, so that many bytes are in flight, rotate rows, find the maximum of the numbers that
+share a scale, and store codes: by rows, or with the tokens innermost. With scale "given" the
+maximum comes from an array (`amax`). With statistics the sums of x ** 2 and of (x - descale code)
+** 2 over the block are stored too. `codes` is another kernel: it lays existing codes out again.
 
 In machine code, a thread and element (bfloat16, head_dim 128, blocks of 128, rotated, sm_90a):
 
@@ -48,18 +48,18 @@ from numflash.ptx import (
     i32,
     i64,
     max_f32,
+    mov_ctaid_x,
     st_global_v2_u32,
     st_global_v4_u32,
     u8,
     u16,
     u32,
 )
-from numflash.tiles.blocks import first_of_head
+from numflash.tiles.blocks import first_of_head, place_in_heads, quotient, tiles_of
 from numflash.tiles.portable.elements import ELEMENTS
 from numflash.tiles.quantize.conversions import make_encode
 from numflash.tiles.quantize.rows import (
     Rows,
-    divide,
     make_decode,
     make_largest,
     make_load_rows,
@@ -68,7 +68,6 @@ from numflash.tiles.quantize.rows import (
     make_place_of_thread,
     make_sums_of_block,
     make_tokens,
-    place_of_block,
 )
 from numflash.tiles.quantize.transposition import make_store_columns, make_store_quad
 from numflash.tiles.unrolled import make_unrolled
@@ -118,15 +117,15 @@ def make_quantize_kernel(config: QuantizeConfig, traits: Traits) -> Kernel:
         smem = cuda.shared.array(0, f32)
 
         # With the tokens innermost their number is a multiple of 64, filled up with code 0.
-        stored = (sizes.seqlen + 63) // 64 * 64 if transposed else sizes.seqlen
-        num_blocks, _ = divide(stored + block_tokens - 1, block_tokens)
-        block, batch, head = place_of_block(num_blocks, sizes.num_heads)
+        stored = tiles_of(sizes.seqlen, 64) * 64 if transposed else sizes.seqlen
+        num_blocks = tiles_of(stored, block_tokens)
+        block, head, batch = place_in_heads(mov_ctaid_x(), num_blocks, sizes.num_heads)
         row, lane = place_of_thread()
         token = i32(block * block_tokens + first_token_of_row(row))
         base = first_of_head(x, batch, head)
         load_values(values, x, base, token, sizes, lane, signs)
 
-        num_scaled, _ = divide(sizes.seqlen + block_tokens - 1, block_tokens)
+        num_scaled = tiles_of(sizes.seqlen, block_tokens)
         head_of_batch = i64(batch) * sizes.num_heads + head
         place = head_of_batch * num_scaled + block
         if is_token:
@@ -138,7 +137,7 @@ def make_quantize_kernel(config: QuantizeConfig, traits: Traits) -> Kernel:
                 descale[place] = amaxes[0] / peak
         else:
             offset = first_of_head(amax, batch, head)
-            group, _ = divide(block * block_tokens, amax.tokens)
+            group = quotient(block * block_tokens, amax.tokens)
             amaxes[0] = amax.data[offset + group]
 
         sums = cuda.local.array(2, f32)
@@ -153,7 +152,7 @@ def make_quantize_kernel(config: QuantizeConfig, traits: Traits) -> Kernel:
 
 
 def _make_relayout_kernel(config: QuantizeConfig, traits: Traits) -> Kernel:
-    """Codes laid out anew: filled up to the padded head_dim, and transposed where wanted."""
+    """Codes laid out again: filled up to the padded head_dim, and transposed where wanted."""
     rows = rows_of(config, traits)
     n_words = rows.rows * rows.chunks * rows.columns // 4
     lanes, columns, block_tokens = rows.lanes, rows.columns, config.block_tokens
@@ -169,9 +168,9 @@ def _make_relayout_kernel(config: QuantizeConfig, traits: Traits) -> Kernel:
         sizes: Sizes,
     ):
         codes = cuda.local.array(n_words, u32)
-        stored = (sizes.seqlen + 63) // 64 * 64 if transposed else sizes.seqlen
-        num_blocks, _ = divide(stored + block_tokens - 1, block_tokens)
-        block, batch, head = place_of_block(num_blocks, sizes.num_heads)
+        stored = tiles_of(sizes.seqlen, 64) * 64 if transposed else sizes.seqlen
+        num_blocks = tiles_of(stored, block_tokens)
+        block, head, batch = place_in_heads(mov_ctaid_x(), num_blocks, sizes.num_heads)
         row, lane = place_of_thread()
         token = i32(block * block_tokens + first_token_of_row(row))
         column = lane * columns
@@ -290,7 +289,7 @@ def _make_store_codes(config: QuantizeConfig, traits: Traits, rows: Rows) -> Cal
 
     @device_function
     def fill_row(r, codes, token, seqlen):
-        # What is filled up is code 0, and not what a rotation makes of zeros.
+        # Padding is code 0, not the result of rotated zeros.
         if token_of_row(token, r) >= seqlen:
             fill_codes(0, codes)
 
@@ -318,8 +317,9 @@ def _make_store_codes(config: QuantizeConfig, traits: Traits, rows: Rows) -> Cal
         fill_rows(0, codes, token, sizes.seqlen)
         row, lane = place_of_thread()
         store_all_quads(0, codes, tile, lane * eighths, row)
+        # The quads of all threads must have arrived: columns are stored across them.
         cuda.syncthreads()
-        stored = (i64(sizes.seqlen) + 63) // 64 * 64
+        stored = i64(tiles_of(sizes.seqlen, 64)) * 64
         first_column = (i64(batch) * sizes.num_heads + head) * head_dim
         begin = i64(block) * block_tokens
         store_columns(pieces, data, first_column * stored + begin, stored, stored - begin)

@@ -1,1 +1,1 @@
-"""Kernels that every implementation uses: the combination of split keys, and delta."""
+"""Kernels that every implementation uses: combine, delta and head_sums."""

@@ -2,6 +2,8 @@
 
     lse = log sum_s exp(lse_s),   O = sum_s exp(lse_s - lse) O_s
 
+Here the row ends (`tiles.rows`): parts are rows by themselves, without what features join to one.
+
 One block computes one row. Split s belongs to chain s % 16; each chain is summed up in order, one
 warp at a time, and the chains in order at the end. The order depends on a split's number alone:
 not on how many there are, nor on how many warps share the chains. The parts are float32,
@@ -10,9 +12,8 @@ contiguous: (split, batch, seqlen, head, padded head_dim_v) and (split, batch, h
 Source: Flash-Decoding, https://pytorch.org/blog/flash-decoding.
 """
 
-import math
-
 from numflash.configs import CombineConfig, Traits
+from numflash.configs.features import Features
 from numflash.kernels.arguments import Pointer, Shape, Tensor
 from numflash.kernels.kernel import Kernel
 from numflash.ptx import (
@@ -28,9 +29,11 @@ from numflash.ptx import (
     st_shared_f32,
     st_shared_v4_f32,
 )
+from numflash.tiles.blocks import first_of_rows, first_of_statistics, place_in_heads
 from numflash.tiles.portable.elements import ELEMENTS
 from numflash.tiles.portable.lanes import FULL_WARP
 from numflash.tiles.portable.softmax import exp_f32
+from numflash.tiles.rows import NATURAL, make_end_of_row
 from numflash.tiles.scores import NEG_INF
 
 # Columns that one warp covers with 16 bytes a lane.
@@ -46,6 +49,7 @@ def make_combine_kernel(config: CombineConfig, traits: Traits) -> Kernel:
     groups, chains_per_warp = -(-pitch // _WARP_COLUMNS), chains // num_warps
     n_loads, totals_smem = groups * chains_per_warp, chains * pitch
     n_sums = 4 * n_loads
+    end_of_row, lse_of_row = make_end_of_row(traits.features, NATURAL)
     add_round, add_last_round = (_make_add_round(config, pitch, last) for last in (False, True))
 
     def combine(
@@ -55,15 +59,16 @@ def make_combine_kernel(config: CombineConfig, traits: Traits) -> Kernel:
         lse: Pointer(f32),
         shape: Shape,
         num_splits: i32,
+        features: Features,
     ):
         smem = cuda.shared.array(0, f32, alignment=16)
         sums = cuda.local.array(n_sums, f32)
         totals = cuda.local.array(chains_per_warp, f32)
         part = cuda.local.array(4, f32)
         lane, warp = cuda.threadIdx.x % 32, cuda.threadIdx.x // 32
-        row, head_of_batch = cuda.blockIdx.x % shape.seqlen_q, cuda.blockIdx.x // shape.seqlen_q
-        batch, head = head_of_batch // shape.num_heads_q, head_of_batch % shape.num_heads_q
-        lse_row = i64(head_of_batch) * shape.seqlen_q + row
+        # From `blockIdx` the loop over parts is 12 instructions shorter than from `mov_ctaid_x`.
+        row, head, batch = place_in_heads(cuda.blockIdx.x, shape.seqlen_q, shape.num_heads_q)
+        lse_row = first_of_statistics(batch, head, shape) + row
         lse_step = i64(shape.batch_size) * shape.num_heads_q * shape.seqlen_q
         part_row = (i64(batch) * shape.seqlen_q + row) * shape.num_heads_q + head
 
@@ -95,13 +100,13 @@ def make_combine_kernel(config: CombineConfig, traits: Traits) -> Kernel:
         if lane == 0:
             for i in range(chains_per_warp):
                 st_shared_f32(smem, totals_smem + warp + num_warps * i, totals[i])
-        # The chains of all warps are there.
+        # The chains of all warps must have arrived.
         cuda.syncthreads()
 
         whole = f32(0)
         for chain in range(chains):
             whole += smem[totals_smem + chain]
-        reciprocal = f32(1) / whole if whole != f32(0) else f32(0)
+        factor, top, whole = end_of_row(largest, whole, features, batch, head)
         for column in range(4 * cuda.threadIdx.x, shape.head_dim_v, 4 * num_threads):
             for j in range(4):
                 sums[j] = f32(0)
@@ -110,8 +115,8 @@ def make_combine_kernel(config: CombineConfig, traits: Traits) -> Kernel:
                 for j in range(4):
                     sums[j] += part[j]
             for j in range(4):
-                sums[j] *= reciprocal
-            offset = batch * out.batch + row * out.row + head * out.head + column
+                sums[j] *= factor
+            offset = first_of_rows(out, batch, head, row) + column
             if vectorized:
                 store_four(out.data, offset, sums[0:4])
             else:
@@ -119,10 +124,7 @@ def make_combine_kernel(config: CombineConfig, traits: Traits) -> Kernel:
                     if column + j < shape.head_dim_v:
                         out.data[offset + j] = from_f32(sums[j])
         if cuda.threadIdx.x == 0:
-            row_lse = NEG_INF
-            if whole != f32(0):
-                row_lse = shift + f32(math.log(whole))
-            lse[lse_row] = row_lse
+            lse[lse_row] = lse_of_row(top, whole)
 
     return Kernel(config.family, combine, num_threads, config.smem_bytes(traits))
 

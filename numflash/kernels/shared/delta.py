@@ -4,16 +4,26 @@ The gradient of the scores before they are scaled is dS = P * (softmax_scale dP 
 computes one row. lse_log2 = lse log2 e is what kernels in base 2 subtract; +inf for a query
 without keys, which makes its P zero. Only -inf means that: a NaN stays one.
 
+Where a feature ends rows, row_gradients is what each row adds to the gradient of its argument;
+`head_sums` adds that up.
+
 Source: FlashAttention, arXiv 2205.14135, Appendix B.4.
 """
 
 import math
 
 from numflash.configs import DeltaConfig, Traits
+from numflash.configs.features import Features
 from numflash.kernels.arguments import Pointer, Shape, Tensor
 from numflash.kernels.kernel import Kernel
-from numflash.ptx import cuda, f32, fma_rn_f32, i64
-from numflash.tiles.blocks import first_of_head
+from numflash.ptx import cuda, f32, fma_rn_f32, i32, mov_ctaid_x
+from numflash.tiles.blocks import (
+    first_of_rows,
+    first_of_statistics,
+    place_in_heads,
+    tiles_of,
+)
+from numflash.tiles.features import make_gradient_of_end
 from numflash.tiles.portable.elements import ELEMENTS
 from numflash.tiles.portable.lanes import FULL_WARP
 from numflash.tiles.portable.softmax import LOG2_E
@@ -24,6 +34,8 @@ def make_delta_kernel(config: DeltaConfig, traits: Traits) -> Kernel:
     """The delta kernel for one config; see the module's docstring."""
     element, num_warps = ELEMENTS[traits.dtype], config.num_warps
     storage, to_f32, load_vector = element.storage, element.to_f32, element.load_vector
+    gradient_of_end = make_gradient_of_end(traits.features)
+    ends_rows = gradient_of_end is not None
     vector = element.vector if traits.vectorized else 1
     vectorized, columns, step = traits.vectorized, traits.head_dim_v, 32 * vector
 
@@ -35,16 +47,17 @@ def make_delta_kernel(config: DeltaConfig, traits: Traits) -> Kernel:
         lse_log2: Pointer(f32),
         shape: Shape,
         softmax_scale: f32,
+        features: Features,
+        row_gradients: Pointer(f32),
     ):
         out_values = cuda.local.array(vector, f32)
         do_values = cuda.local.array(vector, f32)
         lane = cuda.threadIdx.x % 32
-        num_blocks = (shape.seqlen_q + num_warps - 1) // num_warps
-        row = cuda.blockIdx.x % num_blocks * num_warps + cuda.threadIdx.x // 32
-        head_of_batch = cuda.blockIdx.x // num_blocks
-        batch, head = head_of_batch // shape.num_heads_q, head_of_batch % shape.num_heads_q
-        out_base = first_of_head(out, batch, head) + row * out.row
-        do_base = first_of_head(do, batch, head) + row * do.row
+        num_tiles = tiles_of(shape.seqlen_q, num_warps)
+        tile, head, batch = place_in_heads(mov_ctaid_x(), num_tiles, shape.num_heads_q)
+        row = i32(tile * num_warps + cuda.threadIdx.x // 32)
+        out_base = first_of_rows(out, batch, head, row)
+        do_base = first_of_rows(do, batch, head, row)
 
         total = f32(0)
         for column in range(lane * vector, columns, step):
@@ -60,8 +73,10 @@ def make_delta_kernel(config: DeltaConfig, traits: Traits) -> Kernel:
         for distance in (16, 8, 4, 2, 1):
             total += cuda.shfl_xor_sync(FULL_WARP, total, distance)
         if lane == 0 and row < shape.seqlen_q:
-            i = i64(head_of_batch) * shape.seqlen_q + row
+            i = first_of_statistics(batch, head, shape) + row
             delta[i] = total * softmax_scale
+            if ends_rows:
+                row_gradients[i] = gradient_of_end(lse[i], total, features, batch, head)
             lse_log2[i] = lse[i] * LOG2_E if lse[i] != NEG_INF else f32(math.inf)
 
     return Kernel(config.family, delta, config.num_threads, 0)

@@ -1,20 +1,11 @@
 """FlashAttention-3 on Hopper: specialised warps, bulk copies, and products of warpgroups.
 
-forward         O and lse; with splits over the keys, parts that `shared.combine` adds up
-fp8_forward     the same of e4m3 codes and their scales
-producer        the warp that fetches Q, K and V for both
-finish          how both end a tile of rows
-ring            the buffers between producer and consumers
+skeleton        the common part of both forwards: the warps of a block, its walk over tiles of rows
+forward         `attend` of 16-bit elements: O and lse; with splits over the keys, parts that
+                `shared.combine` adds up
+fp8_forward     `attend` of e4m3 codes and their scales
+producer        the thread that fetches Q, K and V
+finish          the end of a tile of rows
+channels        buffers between producer and consumers, with the verbs to wait and to release
+ring            the places of buffers and channels in shared memory
 """
-
-from numflash.kernels.wgmma.forward import make_forward_kernel
-from numflash.kernels.wgmma.fp8_forward import make_fp8_forward_kernel
-
-
-def _make_forward(config, traits):
-    make = make_fp8_forward_kernel if traits.fp8 else make_forward_kernel
-    return make(config, traits)
-
-
-FACTORIES = {"forward": _make_forward}
-"""Kernel family -> factory(config, traits) -> Kernel."""

@@ -4,7 +4,7 @@ from functools import cache
 
 from numflash.configs.traits import Traits
 from numflash.configs.wgmma import WARPGROUP_ROWS, Sm90ForwardConfig
-from numflash.kernels.wgmma.ring import SLAB_WORDS, Ring, make_next_stage
+from numflash.kernels.wgmma.ring import SLAB_WORDS, make_ring
 from numflash.ptx import (
     EVICT_FIRST,
     EVICT_LAST,
@@ -12,8 +12,6 @@ from numflash.ptx import (
     cp_async_bulk_tensor_5d,
     device_function,
     i32,
-    mbarrier_arrive_expect_tx,
-    mbarrier_wait_parity,
     prefetch_tensormap,
     u32,
 )
@@ -27,43 +25,35 @@ def make_produce(config: Sm90ForwardConfig, traits: Traits):
 
     All tiles of rows of this block, as the consumers take them: Q of a tile, and K and V tile by
     tile of keys, each as soon as its buffer is empty. `maps` are those of Q, K and V, `places`
-    what `walk` gave, `grid` and `band` as in `tiles.blocks`, `shape` a `Shape`.
+    the result of `walk`, `grid` and `band` as in `tiles.blocks`, `shape` a `Shape`.
     """
-    ring, stage_n = Ring.of(config, traits), config.stage_n
+    ring, stage_n = make_ring(config, traits), config.stage_n
     num_groups, num_stages = config.num_warpgroups, config.num_stages
-    q, k, v, q_words, k_words, v_words = (
-        ring.q,
-        ring.k,
-        ring.v,
-        ring.q_words,
-        ring.k_words,
-        ring.v_words,
-    )
+    Q, K, V, q, k, v = ring.Q, ring.K, ring.V, ring.q, ring.k, ring.v
     q_bytes, k_bytes, v_bytes = u32(ring.q_bytes), u32(ring.k_bytes), u32(ring.v_bytes)
-    q_full, q_empty = ring.q_full, ring.q_empty
-    k_full, k_empty, v_full, v_empty = ring.k_full, ring.k_empty, ring.v_full, ring.v_empty
     slab_elements = SLAB_BYTES // config.operand_bytes
     columns_innermost = not traits.fp8
     k_slabs, v_slabs = config.slabs(traits.head_dim), config.v_slabs(traits)
-    v_slab_words = v_words // v_slabs
+    v_slab_words = v.words // v_slabs
     block_place, keys_of = make_block_place(config.tile_m), make_keys_of(config)
-    next_stage = make_next_stage(num_stages)
     # K's only buffer is not empty before V has been used, if it holds several tiles.
     k_leads = num_stages > 1 or stage_n == config.tile_n
 
     @device_function
     def fetch_q(smem, barriers, q_map, group, parity, token, head, batch):
-        mbarrier_wait_parity(barriers, q_empty + group, parity)
-        mbarrier_arrive_expect_tx(barriers, q_full + group, q_bytes)
+        # Hazard: this Q would overwrite the one before, or O, which takes its place.
+        Q.claim(barriers, group, parity)
+        # Hazard: Q would count as full before all of its slabs have arrived.
+        Q.expect(barriers, group, q_bytes)
         for slab in range(k_slabs):
-            target = i32(q + group * q_words + slab * WARPGROUP_ROWS * SLAB_WORDS)
+            target = i32(q.first + group * q.words + slab * WARPGROUP_ROWS * SLAB_WORDS)
             column = i32(slab * slab_elements)
             cp_async_bulk_tensor_5d(
                 smem,
                 target,
                 q_map,
                 barriers,
-                q_full + group,
+                Q.full + group,
                 EVICT_FIRST,
                 column,
                 0,
@@ -74,11 +64,13 @@ def make_produce(config: Sm90ForwardConfig, traits: Traits):
 
     @device_function
     def fetch_k(smem, barriers, k_map, stage, parity, n, head, batch):
-        key, full = i32(n * stage_n), k_full + stage
-        mbarrier_wait_parity(barriers, k_empty + stage, parity)
-        mbarrier_arrive_expect_tx(barriers, full, k_bytes)
+        key, full = i32(n * stage_n), K.full + stage
+        # Hazard: this K would overwrite the one that a warpgroup still multiplies.
+        K.claim(barriers, stage, parity)
+        # Hazard: K would count as full before all of its slabs have arrived.
+        K.expect(barriers, stage, k_bytes)
         for slab in range(k_slabs):
-            target = i32(k + stage * k_words + slab * stage_n * SLAB_WORDS)
+            target = i32(k.first + stage * k.words + slab * stage_n * SLAB_WORDS)
             column = i32(slab * slab_elements)
             cp_async_bulk_tensor_4d(
                 smem, target, k_map, barriers, full, EVICT_LAST, column, key, head, batch
@@ -86,11 +78,13 @@ def make_produce(config: Sm90ForwardConfig, traits: Traits):
 
     @device_function
     def fetch_v(smem, barriers, v_map, stage, parity, n, head, batch):
-        key, full = i32(n * stage_n), v_full + stage
-        mbarrier_wait_parity(barriers, v_empty + stage, parity)
-        mbarrier_arrive_expect_tx(barriers, full, v_bytes)
+        key, full = i32(n * stage_n), V.full + stage
+        # Hazard: this V would overwrite the one that a warpgroup still multiplies.
+        V.claim(barriers, stage, parity)
+        # Hazard: V would count as full before all of its slabs have arrived.
+        V.expect(barriers, stage, v_bytes)
         for slab in range(v_slabs):
-            target = i32(v + stage * v_words + slab * v_slab_words)
+            target = i32(v.first + stage * v.words + slab * v_slab_words)
             # Slabs are side by side along the axis that is innermost in memory.
             inner, outer = i32(slab * slab_elements), key
             if not columns_innermost:
@@ -126,7 +120,7 @@ def make_produce(config: Sm90ForwardConfig, traits: Traits):
             q_parity = u32(q_parity ^ u32(1))
             for n in range(n_begin, n_end):
                 # The next K comes before this V, as the consumers want them.
-                next_k, next_parity = next_stage(stage, parity)
+                next_k, next_parity = K.following(stage, parity)
                 if k_leads and n + 1 < n_end:
                     fetch_k(smem, barriers, k_map, next_k, next_parity, n + 1, head_kv, batch)
                 fetch_v(smem, barriers, v_map, stage, parity, n, head_kv, batch)

@@ -31,6 +31,26 @@ from numflash.tiles.mma.fragments import MMA_ROWS, ROW_STEP
 from numflash.tiles.mma.layouts import TileLayout, make_word
 from numflash.tiles.portable.lanes import FULL_WARP
 
+# Addresses: address(source, origin, row) is the offset of the first element of a row. `source` is
+# a record with `data` and strides, `origin` what the address needs beside them.
+
+
+@device_function
+def row_of_head(source, origin, row):
+    """The address of a row of one head; `origin` is the offset of its row 0."""
+    return origin + row * source.row
+
+
+@device_function
+def row_of_packed_heads(source, origin, row):
+    """The address of a row where heads are packed.
+
+    `origin` is (offset of row 0, pack): `pack` rows are a token of as many heads.
+    """
+    base, pack = origin
+    token = token_of_row(row, pack)
+    return base + token * source.row + (row - token * pack) * source.head
+
 
 @cache
 def make_copy_tile(
@@ -40,13 +60,12 @@ def make_copy_tile(
     num_threads,
     vectorized,
     asynchronous,
-    packed=False,
+    address=row_of_head,
 ):
-    """copy_tile(smem, tile, source, base, first, end, num_columns), with `packed` also (..., pack)
+    """copy_tile(smem, tile, source, origin, first, end, num_columns)
 
-    The tile at word `tile` = rows first to first + rows of `source`, a record with `data` and the
-    strides `row` and `head`, whose row 0 begins at `base`; zeros from row `end` and from
-    `num_columns` on. With `packed`, `pack` consecutive rows are one row of as many heads.
+    The tile at word `tile` = rows first to first + rows of `source`, which lie where
+    `address(source, origin, row)` says; zeros from row `end` and from `num_columns` on.
     """
     chunks, per_chunk = layout.chunks, element.per_chunk
     # Neighbouring threads copy neighbouring chunks: as many of them share a row as divide it.
@@ -58,7 +77,7 @@ def make_copy_tile(
     repeats, row_words = row_step % 8 == 0, row_step * layout.pitch
     word = make_word(layout)
     is_float32, cp_async = element.storage is f32, vectorized and asynchronous
-    per_word = per_chunk // 4
+    per_word, is_strided = per_chunk // 4, address is row_of_head
 
     @device_function
     def load_word(source, offset, columns):
@@ -83,9 +102,9 @@ def make_copy_tile(
             frag[3] = load_word(source, offset + 3 * per_word, left - 3 * per_word)
 
     @device_function
-    def copy_tile(smem, tile, source, base, first, end, num_columns, pack):
+    def copy_tile(smem, tile, source, origin, first, end, num_columns):
         frag = cuda.local.array(4, u32)
-        # Copies are few and registers scarce in the loops they stand in: nothing is kept.
+        # Copies are few and registers scarce in the loops around them: nothing is kept.
         thread = mov_tid_x()
         my_row, my_chunk = thread // threads_per_row, thread % threads_per_row
         # Rows are 32-bit and offsets grow by a step: one addition and one comparison a chunk.
@@ -93,16 +112,14 @@ def make_copy_tile(
         step = row_step * source.row
         for p in range(chunk_passes):
             chunk = my_chunk + p * threads_per_row
-            left = base + per_chunk * chunk
             first_target = tile + word(my_row, chunk)
-            offset = left + first_row * source.row
+            offset = address(source, origin, first_row) + per_chunk * chunk
             for r in range(row_passes):
                 row = my_row + r * row_step
                 source_row = i32(first_row + r * row_step)
                 is_inside = source_row < end
-                if packed:
-                    token = token_of_row(source_row, pack)
-                    offset = left + token * source.row + (source_row - token * pack) * source.head
+                if not is_strided:
+                    offset = address(source, origin, source_row) + per_chunk * chunk
                 elif r > 0:
                     offset += step
                 if repeats:
@@ -119,17 +136,23 @@ def make_copy_tile(
                         )
                         st_shared_v4_u32(smem, target, frag)
 
-    return copy_tile if packed else copying_rows(copy_tile)
+    return copy_tile
 
 
-def copying_rows(copy_tile):
-    """A `copy_tile` of rows that are not packed."""
+@cache
+def make_fetch_tile(copy_tile, first_word, tile_words, rows):
+    """fetch_tile(smem, source, origin, n, stage, end, num_columns)
+
+    Tile n of `rows` rows goes to buffer `stage` of those that begin at `first_word`, `tile_words`
+    apart; the rest as in `make_copy_tile`.
+    """
 
     @device_function
-    def copy_rows(smem, tile, source, base, first, end, num_columns):
-        copy_tile(smem, tile, source, base, first, end, num_columns, 1)
+    def fetch_tile(smem, source, origin, n, stage, end, num_columns):
+        tile = first_word + tile_words * stage
+        copy_tile(smem, tile, source, origin, i32(n * rows), end, num_columns)
 
-    return copy_rows
+    return fetch_tile
 
 
 @cache
@@ -156,33 +179,32 @@ def make_copy_vector(rows, num_threads, asynchronous):
 
 
 @cache
-def make_store_rows(element: MmaElement, m_tiles, n_tiles, vectorized, as_float32, packed=False):
-    """store_rows(acc, target, base, first, end, num_columns), with `packed` also (..., pack)
+def make_store_rows(
+    element: MmaElement, m_tiles, n_tiles, vectorized, as_float32=False, address=row_of_head
+):
+    """store_rows(acc, target, origin, first, end, num_columns)
 
-    Each warp writes its accumulator; `first` is this lane's first row. Rows from `end` and columns
-    from `num_columns` on are left out. `target`, `base` and `pack` are as in `make_copy_tile`.
-    With `as_float32` the target holds float32, otherwise the element type.
+    Each warp writes its accumulator to `target`, a record as the source of `make_copy_tile`, whose
+    rows lie where `address(target, origin, row)` says; `first` is this lane's first row. Rows from
+    `end` and columns from `num_columns` on are left out. With `as_float32` the target holds
+    float32, otherwise the element type.
     """
     rows, groups, pack_two = 2 * m_tiles, n_tiles // 4, element.pack_two
     as_float32 = as_float32 or pack_two is None
 
     @device_function
-    def locate_rows(offsets, widths, target, base, first, end, columns, pack):
+    def locate_rows(offsets, widths, target, origin, first, end, columns):
         """Where this thread's rows begin, and how many columns of them there are."""
         for r in range(rows):
             row = i32(first + ROW_STEP * r)
             widths[r] = columns if row < end else i32(0)
-            if packed:
-                token = token_of_row(row, pack)
-                offsets[r] = base + token * target.row + (row - token * pack) * target.head
-            else:
-                offsets[r] = base + row * target.row
+            offsets[r] = address(target, origin, row)
 
     @device_function
-    def store_float32(acc, target, base, first, end, columns, pack):
+    def store_float32(acc, target, origin, first, end, columns):
         offsets = cuda.local.array(rows, i64)
         widths = cuda.local.array(rows, i32)
-        locate_rows(offsets, widths, target, base, first, end, columns, pack)
+        locate_rows(offsets, widths, target, origin, first, end, columns)
         first_column = cuda.threadIdx.x % 4 * 2
         for x in range(rows * n_tiles):
             r, j = x // n_tiles, x % n_tiles
@@ -206,10 +228,10 @@ def make_store_rows(element: MmaElement, m_tiles, n_tiles, vectorized, as_float3
             target[offset + 1] = u16(word >> 16)
 
     @device_function
-    def store_packed(acc, target, base, first, end, columns, pack):
+    def store_packed(acc, target, origin, first, end, columns):
         offsets = cuda.local.array(rows, i64)
         widths = cuda.local.array(rows, i32)
-        locate_rows(offsets, widths, target, base, first, end, columns, pack)
+        locate_rows(offsets, widths, target, origin, first, end, columns)
         words = cuda.local.array(4, u32)
         t = cuda.threadIdx.x % 4
         for x in range(rows * groups):
@@ -232,13 +254,7 @@ def make_store_rows(element: MmaElement, m_tiles, n_tiles, vectorized, as_float3
                 store_word(target.data, offset + 16, left - 16, words[2])
                 store_word(target.data, offset + 24, left - 24, words[3])
 
-    store = store_float32 if as_float32 else store_packed
-
-    @device_function
-    def store_rows(acc, target, base, first, end, columns):
-        store(acc, target, base, first, end, columns, 1)
-
-    return store if packed else store_rows
+    return store_float32 if as_float32 else store_packed
 
 
 @cache

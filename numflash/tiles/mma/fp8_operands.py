@@ -1,4 +1,4 @@
-"""How e4m3 codes get to the tensor cores: as they are, or as float16, which holds each exactly.
+"""Codes of e4m3 on their way to the tensor cores: as they are, or as float16, which is exact.
 
     sm89         products of e4m3, 32 keys deep; tiles in shared memory are copied as they are
     sm89-half    products of float16; codes are converted on their way to shared memory
@@ -25,8 +25,7 @@ from numflash.ptx import (
     u8,
     u32,
 )
-from numflash.tiles.blocks import token_of_row
-from numflash.tiles.mma.copies import copying_rows, make_copy_tile
+from numflash.tiles.mma.copies import make_copy_tile, row_of_head
 from numflash.tiles.mma.elements import MMA_ELEMENTS, MmaElement
 from numflash.tiles.mma.layouts import TileLayout, make_word
 from numflash.tiles.portable.elements import ELEMENTS
@@ -42,7 +41,7 @@ class Fp8Operands:
     Attributes:
         element: the product, and how its operands are read from shared memory.
         is_asynchronous: whether copies to shared memory run ahead.
-        make_copy_rows: (layout, rows, num_threads, packed): copies of Q and K, as
+        make_copy_rows: (layout, rows, num_threads, address): copies of Q and K, as
             `mma.copies.make_copy_tile`.
         make_copy_columns: the same for V, whose rows are the columns of the result.
     """
@@ -59,19 +58,19 @@ def fp8_operands(generation: str, multiplies_codes: bool) -> Fp8Operands:
     if multiplies_codes:
         element = _codes_element(generation)
 
-        def make_copy(layout, rows, num_threads, packed=False):
-            return make_copy_tile(element, layout, rows, num_threads, True, True, packed)
+        def make_copy(layout, rows, num_threads, address=row_of_head):
+            return make_copy_tile(element, layout, rows, num_threads, True, True, address)
 
         return Fp8Operands(element, True, make_copy, make_copy)
     product = "sm75" if generation == "sm75" else "sm80"
     element = _half_element(MMA_ELEMENTS[product, "float16"], generation)
     decode = make_decode_halves(generation)
 
-    def make_copy_rows(layout, rows, num_threads, packed=False):
-        return _make_copy_decoded(decode, layout, rows, num_threads, packed, False)
+    def make_copy_rows(layout, rows, num_threads, address=row_of_head):
+        return _make_copy_decoded(decode, layout, rows, num_threads, address, False)
 
     def make_copy_columns(layout, rows, num_threads):
-        return _make_copy_decoded(decode, layout, rows, num_threads, False, True)
+        return _make_copy_decoded(decode, layout, rows, num_threads, row_of_head, True)
 
     return Fp8Operands(element, False, make_copy_rows, make_copy_columns)
 
@@ -123,7 +122,7 @@ def _half_element(float16: MmaElement, generation: str) -> MmaElement:
     return MmaElement(u8, 8, 16, 2, float16.mma, float16.load_frag, pack, None)
 
 
-def _make_copy_decoded(decode, layout: TileLayout, rows, num_threads, packed, in_stored_order):
+def _make_copy_decoded(decode, layout: TileLayout, rows, num_threads, address, in_stored_order):
     """copy_tile as `mma.copies.make_copy_tile` makes it, from codes to a tile of float16.
 
     `in_stored_order`: each 16 codes are 16 tokens in the order in which V is stored.
@@ -133,7 +132,7 @@ def _make_copy_decoded(decode, layout: TileLayout, rows, num_threads, packed, in
     is_exact = rows * code_chunks % num_threads == 0
 
     @device_function
-    def copy_tile(smem, tile, source, base, first, end, num_columns, pack):
+    def copy_tile(smem, tile, source, origin, first, end, num_columns):
         codes = cuda.local.array(4, u32)
         low = cuda.local.array(4, u32)
         high = cuda.local.array(4, u32)
@@ -143,11 +142,7 @@ def _make_copy_decoded(decode, layout: TileLayout, rows, num_threads, packed, in
             i = i32(thread + p * num_threads)
             row, chunk = i // code_chunks, i % code_chunks
             source_row, column = i32(first + row), CODES_PER_CHUNK * chunk
-            if packed:
-                token = token_of_row(source_row, pack)
-                offset = base + token * source.row + (source_row - token * pack) * source.head
-            else:
-                offset = base + source_row * source.row
+            offset = address(source, origin, source_row)
             codes[0], codes[1], codes[2], codes[3] = u32(0), u32(0), u32(0), u32(0)
             if source_row < end and column < num_columns:
                 ld_global_v4_u32(codes, source.data, offset + column)
@@ -165,4 +160,4 @@ def _make_copy_decoded(decode, layout: TileLayout, rows, num_threads, packed, in
                 st_shared_v4_u32(smem, tile + word(row, 2 * chunk), low)
                 st_shared_v4_u32(smem, tile + word(row, 2 * chunk + 1), high)
 
-    return copy_tile if packed else copying_rows(copy_tile)
+    return copy_tile

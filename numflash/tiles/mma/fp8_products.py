@@ -17,8 +17,8 @@ def make_accumulate(element: MmaElement, m_tiles, k_tiles, n_tiles, b_layout: Ti
     operand.
 
     P B begins at zero for each tile and is added in float32: FP8 tensor cores sum with 13 bits
-    after the point, which is enough within a tile and too little over all of them. Its weights
-    bring the tile's P to the units of acc; that they are needed makes the addition free.
+    after the point, which is enough within a tile and too little over all of them. The weights
+    bring the tile's P to the units of acc in a multiply-add, so that the addition is free.
     """
     per_step = 4 * element.k_step // 8
     steps, n_p = 8 * k_tiles // element.k_step, 4 * m_tiles * (8 * k_tiles // element.k_step)
@@ -37,7 +37,7 @@ def make_accumulate(element: MmaElement, m_tiles, k_tiles, n_tiles, b_layout: Ti
                 left = 4 * (steps * i + step)
                 pack(p_frag[left : left + 4], p_acc, 4 * k_tiles * i + per_step * step)
         for j in range(n_tiles // 2):
-            # No instruction, but a fence for the assembler, which else begins so many columns at
+            # No instruction, but a fence for the assembler: without it so many columns begin at
             # once that registers spill.
             cuda.syncwarp()
             for i in range(n_parts):

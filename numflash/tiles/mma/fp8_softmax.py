@@ -1,7 +1,7 @@
 """Online softmax whose P is 8 bits wide, on accumulators; see `tiles.mma.softmax`.
 
-P of a tile is in units of its own largest score of the row, so that what goes to 8 bits is as
-exact as it can be wherever the row's maximum turns up:
+P of a tile is in units of the tile's own largest score of the row, so that 8 bits hold P as
+exactly as they can, wherever the row's maximum turns up:
 
     P = 2 ** (scales S - top + 8),   weights = 2 ** (top - row_max - 8)
 
@@ -37,11 +37,11 @@ from numflash.tiles.scores import NEG_INF
 P_SCALE_LOG2 = f32(8)
 """The largest P of a row and tile is 2 ** 8: e4m3 ends at 448."""
 FARTHEST = f32(256)
-"""2 ** -256 is no weight any more."""
+"""A weight of 2 ** -256 counts as none."""
 
 
 class KeyScales:
-    """Where the scales of a tile's keys lie in shared memory, in words: three rows of tile_n.
+    """The words at which the scales of a tile's keys begin in shared memory: three rows of tile_n.
 
     k_descale, log2 v_descale and 1 / v_descale. Threads below tile_n put them there; a barrier
     makes them visible.
@@ -96,8 +96,8 @@ def make_add_v_scales(m_tiles, n_tiles):
 def top_of_row(largest, scale, row_max):
     """A tile's largest score of a row in base 2, from which its exponents are counted.
 
-    A tile far below row_max weighs nothing, and is counted from where it does: its own top may be
-    so large a number that rounding it makes P infinite.
+    A tile far below row_max weighs nothing, and is counted from row_max - FARTHEST: its own top
+    may be so large a number that rounding it makes P infinite.
     """
     return max_f32(largest * scale, row_max - FARTHEST)
 
@@ -110,15 +110,15 @@ def limit_of_row(row_max):
 
 @device_function
 def unit_of_row(row_max):
-    """What brings P V of a tile to the units of O: 2 ** (top - unit) is the tile's weight."""
+    """The unit of a row of O: a tile's P V enters O with the weight 2 ** (top - unit)."""
     return (row_max if row_max > NEG_INF else f32(0)) + P_SCALE_LOG2
 
 
 @device_function
 def shift_of_row(top, row_max):
-    """What exponents of a tile subtract: nothing but P's unit where scores are differences.
+    """The shift that a tile's exponents subtract: P's unit alone where scores are differences.
 
-    Nor where a row has seen no key: -inf - -inf would be NaN.
+    Also P's unit alone where a row has seen no key: -inf - -inf would be NaN.
     """
     return (top if abs(row_max) <= HUGE else f32(0)) - P_SCALE_LOG2
 
@@ -127,7 +127,7 @@ def shift_of_row(top, row_max):
 def follow_top(r, top, largest, row_max, row_sum, factors):
     """Row r takes in the top of a tile; the others of its warp do not matter to it.
 
-    factors[r] is what O must be multiplied by. Returns what must be subtracted from the row's
+    factors[r] becomes the factor for O. Returns the number to subtract from the row's
     scores of this tile before they are scaled: 0, unless the maximum is huge
     (`tiles.mma.softmax.follow_maximum` tells why), else `largest`.
     """

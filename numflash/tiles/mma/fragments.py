@@ -1,4 +1,4 @@
-"""Which elements of a tile a lane holds, and where it reads them.
+"""The elements of a tile that a lane holds, and where it reads them.
 
 Lane l stands at (g, t) = (l // 4, l % 4). Rows and columns are relative to the warp's part of the
 tile. An accumulator is made of 16 x 8 products; register 4 (n_tiles i + j) + e of a thread is
@@ -20,8 +20,8 @@ ROW_STEP = 8  # from one row of a thread to its next
 def accumulator_row(rows_per_warp):
     """This thread's first row in the block's tile; the next ones follow in steps of `ROW_STEP`.
 
-    Computed where it is needed, like `accumulator_column`: masks are rare, and registers that
-    waited for them would be missing in the products.
+    Computed where it is needed, like `accumulator_column`: masks are rare, and products need the
+    registers that would keep it.
     """
     thread = mov_tid_x()
     return thread // 32 * rows_per_warp + thread % 32 // 4

@@ -1,4 +1,4 @@
-"""Where the 16-byte chunks of a tile lie in shared memory.
+"""The places of a tile's 16-byte chunks in shared memory.
 
 `ldmatrix` reads the same chunk of eight neighbouring rows at once. So that the eight lie in
 different banks, chunk c of row r is stored where chunk c ^ s(r) would be, with s running through

@@ -1,14 +1,14 @@
-"""Masks, scale, softcap and ALiBi on accumulators; see `tiles.scores` for what they mean.
+"""Masks, scale and features on accumulators; see `tiles.scores` for their meaning.
 
 The loops run over products of 16 x 8, four scores of a thread at a time: written out like this the
 compiler unrolls them for every GPU, and the scores stay in registers.
 """
 
-import math
 from functools import cache
 
-from numflash.ptx import cuda, device_function, f32, fma_rn_f32, i32
+from numflash.ptx import cuda, device_function, f32, i32
 from numflash.tiles.blocks import token_of_row
+from numflash.tiles.features import has_places, make_score
 from numflash.tiles.mma.fragments import MMA_COLUMNS, MMA_ROWS, ROW_STEP
 from numflash.tiles.scores import NEG_INF
 
@@ -67,41 +67,52 @@ def make_mask_rows(m_tiles, n_tiles):
 
 
 @cache
-def make_scale_scores(m_tiles, n_tiles, softcap, alibi):
-    """scale_scores(s_acc, cap_slopes, row, column, shift, scores, slope)
+def make_scale_scores_backward(m_tiles, n_tiles, features, by_row, keeps_slopes):
+    """scale_scores(s_acc, slopes, row, column, scale, shift, args)
 
-    As `tiles.scores.make_scale_scores`.
+    As `tiles.scores.make_scale_scores_backward`, with `scale` and `shift` of its record apart.
     """
-    tiles = m_tiles * n_tiles
+    tiles, score = m_tiles * n_tiles, make_score(features)
 
     @device_function
-    def scale_one(s_acc, cap_slopes, i, distance, scores, slope):
-        s = s_acc[i] * scores.scale
-        if softcap:
-            bent = f32(math.tanh(s))
-            cap_slopes[i] = fma_rn_f32(-bent, bent, f32(1))
-            s = scores.softcap * bent
-        if alibi:
-            s = fma_rn_f32(-slope, f32(abs(distance)), s)
-        s_acc[i] = s
+    def scale_one(s_acc, slopes, e, i, j, scale, args):
+        s, slope = score(s_acc[e] * scale, i, j, args)
+        if keeps_slopes:
+            slopes[e] = slope
+        s_acc[e] = s
 
     @device_function
-    def cap_scores(s_acc, cap_slopes, row, column, shift, scores, slope):
-        for i in range(4 * tiles):
-            scale_one(s_acc, cap_slopes, i, 0, scores, slope)
+    def scale_without_places(s_acc, slopes, row, column, scale, shift, args):
+        for e in range(4 * tiles):
+            scale_one(s_acc, slopes, e, f32(0), f32(0), scale, args)
 
     @device_function
-    def scale_scores(s_acc, cap_slopes, row, column, shift, scores, slope):
-        # As floats, which are exact below 2 ** 24: integers would have to be converted one by one.
-        first = f32(i32(row + shift - column))
+    def scale_scores(s_acc, slopes, row, column, scale, shift, args):
+        i = f32(i32(row + shift - column if by_row else column + shift - row))
         for tile in range(tiles):
-            i = 4 * tile
-            above = first + f32(tile // n_tiles * MMA_ROWS - tile % n_tiles * MMA_COLUMNS)
-            below = above + f32(ROW_STEP)
-            scale_one(s_acc, cap_slopes, i, above, scores, slope)
-            scale_one(s_acc, cap_slopes, i + 1, above - f32(1), scores, slope)
-            scale_one(s_acc, cap_slopes, i + 2, below, scores, slope)
-            scale_one(s_acc, cap_slopes, i + 3, below - f32(1), scores, slope)
+            # All that is known of a place is in j, one number for the compiler.
+            e, r, c = 4 * tile, tile // n_tiles * MMA_ROWS, tile % n_tiles * MMA_COLUMNS
+            j = f32(c - r if by_row else r - c)
+            right, below = f32(1 if by_row else -1), f32(-ROW_STEP if by_row else ROW_STEP)
+            scale_one(s_acc, slopes, e, i, j, scale, args)
+            scale_one(s_acc, slopes, e + 1, i, j + right, scale, args)
+            scale_one(s_acc, slopes, e + 2, i, j + below, scale, args)
+            scale_one(s_acc, slopes, e + 3, i, j + below + right, scale, args)
 
-    # Without distances Blackwell's compiler unrolls a loop over scores, but not one over products.
-    return scale_scores if alibi else cap_scores
+    # Without places Blackwell's compiler unrolls a loop over scores, but not one over products.
+    return scale_scores if has_places(features) else scale_without_places
+
+
+@cache
+def make_scale_scores(m_tiles, n_tiles, features):
+    """scale_scores(s_acc, row, column, scale, shift, args)
+
+    As `make_scale_scores_backward` where nobody needs slopes.
+    """
+    scale_and_keep = make_scale_scores_backward(m_tiles, n_tiles, features, True, False)
+
+    @device_function
+    def scale_scores(s_acc, row, column, scale, shift, args):
+        scale_and_keep(s_acc, s_acc, row, column, scale, shift, args)
+
+    return scale_scores

@@ -11,7 +11,6 @@ Source: FlashAttention-2, arXiv 2307.08691, Algorithm 1; the lag: FlashAttention
 2603.05451.
 """
 
-import math
 from functools import cache
 
 from numflash.ptx import (
@@ -25,7 +24,6 @@ from numflash.ptx import (
 )
 from numflash.tiles.mma.fragments import MMA_COLUMNS
 from numflash.tiles.portable.lanes import FULL_WARP
-from numflash.tiles.portable.softmax import LN_2
 from numflash.tiles.scores import NEG_INF
 
 LAG = f32(8)
@@ -68,7 +66,7 @@ def make_scale_rows(m_tiles, n_tiles):
 def follow_maximum(r, grows, largest, row_max, row_sum, factors, scale_log2):
     """Row r takes in the largest score of a tile; the others of its warp do not matter to it.
 
-    factors[r] is what O must be multiplied by. Returns what must be subtracted from the row's
+    factors[r] becomes the factor for O. Returns the number to subtract from the row's
     scores of this tile: 0, unless the maximum is huge. scale_log2 row_max is rounded, and beyond
     2 ** 20 the error, a factor of all P of the row, would no longer be small; differences of
     scores are exact there. A huge row, and one that has seen no key, `grows` with every tile.
@@ -92,7 +90,7 @@ def limit_of_row(row_max, scale_log2):
 
 @device_function
 def shift_of_row(row_max, scale_log2):
-    """What exponents of a row subtract: nothing where scores are differences, or all -inf."""
+    """The shift that a row's exponents subtract: 0 where scores are differences, or all -inf."""
     shift = row_max * scale_log2
     return shift if abs(shift) <= HUGE else f32(0)
 
@@ -183,77 +181,69 @@ def make_online_softmax(m_tiles, n_tiles, o_tiles):
     return online_softmax
 
 
-@device_function
-def lse_of_row(row_max, max_scale, total):
-    """The natural log-sum-exp of a row, -inf where it saw no key; max_scale brings to base 2."""
-    if total == f32(0):
-        return NEG_INF
-    return fma_rn_f32(row_max * max_scale, LN_2, f32(math.log(total)))
-
-
 @cache
-def make_softmax_backward_by_row(m_tiles, n_tiles, softcap):
-    """softmax_backward(s_acc, dp_acc, cap_slopes, lses, deltas, scales): S -> P, dP -> dS.
+def make_softmax_backward_by_row(m_tiles, n_tiles, has_slopes):
+    """softmax_backward(s_acc, dp_acc, slopes, lses, deltas, scales): S -> P, dP -> dS.
 
         P  = 2 ** (scale_log2 S - lse log2 e)
-        dS = P * (softmax_scale dP - delta), times the cap's slope with softcap
+        dS = P * (softmax_scale dP - delta), times the slope of the score
 
     `scales` are scale_log2 and softmax_scale; delta holds the latter, see
     `tiles.portable.gradients`. The rows are queries: lses (in base 2, +inf for a query without
     keys) and deltas are a thread's.
     """
-    tiles, gradient_of_score = m_tiles * n_tiles, _make_gradient_of_score(softcap)
+    tiles, gradient_of_score = m_tiles * n_tiles, _make_gradient_of_score(has_slopes)
 
     @device_function
-    def softmax_backward(s_acc, dp_acc, cap_slopes, lses, deltas, scales):
+    def softmax_backward(s_acc, dp_acc, slopes, lses, deltas, scales):
         for tile in range(tiles):
             i, r = 4 * tile, tile // n_tiles * 2
             lse, delta = lses[r], deltas[r]
-            gradient_of_score(s_acc, dp_acc, cap_slopes, i, lse, delta, scales)
-            gradient_of_score(s_acc, dp_acc, cap_slopes, i + 1, lse, delta, scales)
+            gradient_of_score(s_acc, dp_acc, slopes, i, lse, delta, scales)
+            gradient_of_score(s_acc, dp_acc, slopes, i + 1, lse, delta, scales)
             lse, delta = lses[r + 1], deltas[r + 1]
-            gradient_of_score(s_acc, dp_acc, cap_slopes, i + 2, lse, delta, scales)
-            gradient_of_score(s_acc, dp_acc, cap_slopes, i + 3, lse, delta, scales)
+            gradient_of_score(s_acc, dp_acc, slopes, i + 2, lse, delta, scales)
+            gradient_of_score(s_acc, dp_acc, slopes, i + 3, lse, delta, scales)
 
     return softmax_backward
 
 
 @cache
-def make_softmax_backward_by_column(m_tiles, n_tiles, softcap):
-    """softmax_backward(s_acc, dp_acc, cap_slopes, smem, lse, delta, scales): S -> P, dP -> dS.
+def make_softmax_backward_by_column(m_tiles, n_tiles, has_slopes):
+    """softmax_backward(s_acc, dp_acc, slopes, smem, lse, delta, scales): S -> P, dP -> dS.
 
     As `make_softmax_backward_by_row` where the columns are queries. `lse` and `delta` are the
     positions in smem of the values of this thread's first column.
     """
-    tiles, gradient_of_score = m_tiles * n_tiles, _make_gradient_of_score(softcap)
+    tiles, gradient_of_score = m_tiles * n_tiles, _make_gradient_of_score(has_slopes)
 
     @device_function
-    def softmax_backward(s_acc, dp_acc, cap_slopes, smem, lse, delta, scales):
+    def softmax_backward(s_acc, dp_acc, slopes, smem, lse, delta, scales):
         lses = cuda.local.array(2, f32)
         deltas = cuda.local.array(2, f32)
         for tile in range(tiles):
             i, first = 4 * tile, tile % n_tiles * MMA_COLUMNS
             ld_shared_v2_f32(lses, smem, lse + first)
             ld_shared_v2_f32(deltas, smem, delta + first)
-            gradient_of_score(s_acc, dp_acc, cap_slopes, i, lses[0], deltas[0], scales)
-            gradient_of_score(s_acc, dp_acc, cap_slopes, i + 1, lses[1], deltas[1], scales)
-            gradient_of_score(s_acc, dp_acc, cap_slopes, i + 2, lses[0], deltas[0], scales)
-            gradient_of_score(s_acc, dp_acc, cap_slopes, i + 3, lses[1], deltas[1], scales)
+            gradient_of_score(s_acc, dp_acc, slopes, i, lses[0], deltas[0], scales)
+            gradient_of_score(s_acc, dp_acc, slopes, i + 1, lses[1], deltas[1], scales)
+            gradient_of_score(s_acc, dp_acc, slopes, i + 2, lses[0], deltas[0], scales)
+            gradient_of_score(s_acc, dp_acc, slopes, i + 3, lses[1], deltas[1], scales)
 
     return softmax_backward
 
 
 @cache
-def _make_gradient_of_score(softcap):
-    """gradient_of_score(s_acc, dp_acc, cap_slopes, i, lse, delta, scales) for one score."""
+def _make_gradient_of_score(has_slopes):
+    """gradient_of_score(s_acc, dp_acc, slopes, i, lse, delta, scales) for one score."""
 
     @device_function
-    def gradient_of_score(s_acc, dp_acc, cap_slopes, i, lse, delta, scales):
+    def gradient_of_score(s_acc, dp_acc, slopes, i, lse, delta, scales):
         scale_log2, softmax_scale = scales
         probability = ex2_approx_ftz_f32(fma_rn_f32(s_acc[i], scale_log2, -lse))
         gradient = probability * fma_rn_f32(dp_acc[i], softmax_scale, -delta)
-        if softcap:
-            gradient *= cap_slopes[i]
+        if has_slopes:
+            gradient *= slopes[i]
         s_acc[i] = probability
         dp_acc[i] = gradient
 

@@ -3,8 +3,8 @@
     P  = exp(S - lse)                           from the forward's log-sum-exp
     dS = P * (softmax_scale dP - delta)         delta = softmax_scale rowsum(O * dO)
 
-dS is the gradient of Q K^T, before it was scaled: as large as what dQ and dK are made of, so that
-it fits where they do.
+dS is the gradient of Q K^T before scaling. It is as large as the terms that dQ and dK sum up, so
+that it fits a type that they fit.
 
 lse and delta belong to queries, which are the rows of a tile in the dQ kernel and the columns in
 the dK, dV kernel; `by_row` says which.
@@ -24,8 +24,8 @@ def make_load_query_statistics(count, step):
     """load_query_statistics(lses, deltas, statistics, base, first, end)
 
     lses[i], deltas[i] of the queries first + step * i, from the `lse` and `delta` of `statistics`
-    behind `base`. A query past `end`, and one that saw no
-    key, gets lse +inf, which makes its P zero everywhere.
+    behind `base`. A query past `end`, and one that saw no key, gets lse +inf, which makes its P
+    zero everywhere.
     """
 
     @device_function
@@ -42,23 +42,23 @@ def make_load_query_statistics(count, step):
 
 
 @cache
-def make_softmax_backward(rows, columns, softcap, by_row):
-    """softmax_backward(s_acc, dp_acc, cap_slopes, lses, deltas, softmax_scale)
+def make_softmax_backward(rows, columns, has_slopes, by_row):
+    """softmax_backward(s_acc, dp_acc, slopes, lses, deltas, softmax_scale)
 
     S -> P and dP -> dS, in place.
 
-    With softcap, `cap_slopes` holds the derivative of the capped by the raw score.
+    With has_slopes, `slopes` holds the derivative of each score by the scaled product.
     """
     n_scores = rows * columns
 
     @device_function
-    def softmax_backward(s_acc, dp_acc, cap_slopes, lses, deltas, softmax_scale):
+    def softmax_backward(s_acc, dp_acc, slopes, lses, deltas, softmax_scale):
         for i in range(n_scores):
             query = i // columns if by_row else i % columns
             probability = exp_f32(s_acc[i] - lses[query])
             gradient = probability * fma_rn_f32(dp_acc[i], softmax_scale, -deltas[query])
-            if softcap:
-                gradient *= cap_slopes[i]
+            if has_slopes:
+                gradient *= slopes[i]
             s_acc[i] = probability
             dp_acc[i] = gradient
 

@@ -1,4 +1,4 @@
-"""Which rows and columns of a tile belong to which thread.
+"""The rows and columns of a tile that belong to each thread.
 
 A warp is a grid of 4 x 8 lanes. Its rows are shared out over the 4 lane rows, the columns over the
 8 lane columns, so that a row of scores lies in 8 neighbouring lanes, three shuffles wide:

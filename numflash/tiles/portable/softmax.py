@@ -47,7 +47,7 @@ def make_online_softmax(rows, columns, n_out, p_pitch):
     """online_softmax(s_acc, row_max, row_sum, o_acc, smem, p)
 
     Takes in one block of scores: P = exp(S - row_max) goes to shared memory at `p`, this
-    thread's first element of the tile; what was summed so far is scaled to the new maximum.
+    thread's first element of the tile; earlier sums are scaled to the new maximum.
     row_sum stays this lane's share until the end, when `row_sum_of_lanes` adds up the row.
     """
 

@@ -44,7 +44,7 @@ _NOT_SIGNS = u32(0x7F7F7F7F)
 def make_encode(format: str, generation: str) -> Callable:
     """encode_four(a, b, c, d): four float32 to a register of four codes, a's in the lowest byte.
 
-    Nearest, ties to even; what lies outside saturates; NaN becomes 0x7f; zeros keep their sign.
+    Nearest, ties to even; numbers outside saturate; NaN becomes 0x7f; zeros keep their sign.
     Machine code: 2 instructions on sm_89 and later, 37 by arithmetic.
     """
     if generation == "sm89":
@@ -170,7 +170,7 @@ def make_round_to_e4m3(generation: str) -> Callable:
 
     @device_function
     def round_two(low, high):
-        # Bits of a NaN spill over: they are ored, where a carry could make a number of it.
+        # Bits of a NaN spill over: `|` keeps it a NaN, where a carry could make it a number.
         low = float_as_bits(round_one(low) * rebias)
         high = float_as_bits(round_one(high) * rebias)
         return u32(low >> u32(13) | high << u32(3))

@@ -27,6 +27,7 @@ from numflash.ptx import (
     u16,
     u32,
 )
+from numflash.tiles.blocks import divide
 from numflash.tiles.portable.elements import ELEMENTS
 from numflash.tiles.portable.lanes import FULL_WARP
 from numflash.tiles.quantize.conversions import make_decode_halves
@@ -39,7 +40,7 @@ _INFINITY = f32(math.inf)
 
 @dataclass(frozen=True)
 class Rows:
-    """Which rows, and which columns of them, the threads of a block have.
+    """The rows that the threads of a block have, and the columns of them.
 
     Attributes:
         lanes: neighbouring threads that share a row.
@@ -55,21 +56,6 @@ class Rows:
     columns: int
     step: int
     in_quads: bool
-
-
-@device_function
-def divide(x, by):
-    """(x // by, x % by) of numbers that are not negative, in 32 bits."""
-    quotient = i32(u32(x) // u32(by))
-    return quotient, i32(x - quotient * by)
-
-
-@device_function
-def place_of_block(num_blocks, num_heads):
-    """(block of tokens, batch, head) of this thread block."""
-    head_of_batch, block = divide(cuda.blockIdx.x, num_blocks)
-    batch, head = divide(head_of_batch, num_heads)
-    return block, batch, head
 
 
 @cache
@@ -294,6 +280,7 @@ def make_max_of_block(num_warps: int) -> Callable:
         x = max_of_warp(x)
         if cuda.threadIdx.x % 32 == 0:
             st_shared_f32(smem, first + cuda.threadIdx.x // 32, x)
+        # The maxima of all warps must have arrived.
         cuda.syncthreads()
         for i in range(num_warps):
             x = max_f32(x, smem[first + i])
@@ -318,6 +305,7 @@ def make_sums_of_block(num_warps: int) -> Callable:
         if cuda.threadIdx.x % 32 == 0:
             st_shared_f32(smem, first + cuda.threadIdx.x // 32, a)
             st_shared_f32(smem, first + num_warps + cuda.threadIdx.x // 32, b)
+        # The sums of all warps must have arrived.
         cuda.syncthreads()
         if cuda.threadIdx.x < 2:
             total = f32(0)

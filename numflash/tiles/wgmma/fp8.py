@@ -1,7 +1,7 @@
 """Softmax with P of 8 bits, and O's share of a tile, of a warpgroup; see `tiles.mma.fp8_softmax`.
 
-P of a tile is in units of its own largest score of the row. What a tile adds to O is summed up by
-itself and gets its weight, by which it comes to the units of O, when it is added.
+P of a tile is in units of the tile's own largest score of the row. A tile's part of O is summed up
+by itself; when it is added to O it is multiplied by its weight, which brings it to the units of O.
 """
 
 from functools import cache
@@ -29,7 +29,7 @@ def make_tile_softmax(n_tiles):
     `scales`, positive, bring each row of S to base 2. `weights` are set: factors of this tile's
     part of O. True if O must be multiplied by `factors` before that is added. `rows` are four
     arrays over the two rows of a thread: row_max; row_sum, this lane's share until the end; and
-    what follows from row_max, kept from tile to tile: limits and units, as `limit_of_row` and
+    two values of row_max, kept from tile to tile: limits and units, as `limit_of_row` and
     `unit_of_row` give them.
     """
     largest_of_rows = make_largest_of_rows(n_tiles)
@@ -73,12 +73,10 @@ def make_tile_softmax(n_tiles):
 
 
 @device_function
-def begin_rows(rows):
-    """Rows that have seen no key."""
-    row_max, row_sum, limits, units = rows
+def begin_rows(limits, units):
+    """Rows that have seen no key: the values kept of them beside row_max and row_sum."""
     for r in range(2):
-        row_max[r], limits[r] = NEG_INF, NEG_INF
-        row_sum[r], units[r] = f32(0), P_SCALE_LOG2
+        limits[r], units[r] = NEG_INF, P_SCALE_LOG2
 
 
 @cache

@@ -1,8 +1,8 @@
 """Matrix products of a warpgroup, which run while it does something else.
 
-A product here is issued and committed as a group; nobody touches its accumulator, nor the shared
-memory it reads, before `make_wgmma_wait_group` has been called. Tiles are swizzled slabs of rows
-of 128 bytes, as bulk copies leave them; each begins at a multiple of 1024 bytes.
+A product here is issued and committed as a group; no thread may touch its accumulator, nor the
+shared memory it reads, before `make_wgmma_wait_group` has been called. Tiles are swizzled slabs of
+rows of 128 bytes, as bulk copies leave them; each begins at a multiple of 1024 bytes.
 
 Source: PTX ISA 9.7.15.5, shared memory layouts and matrix descriptors.
 """
@@ -50,7 +50,7 @@ def make_operand(slab_bytes):
 
 @device_function
 def _descriptor(operand, offset):
-    """The descriptor of what lies 16 x offset bytes after the start of an operand."""
+    """The descriptor of the bytes from 16 x offset after the start of an operand."""
     return u64(u32(operand + u32(offset))) | _UPPER
 
 
@@ -79,9 +79,11 @@ def make_product_nt(dtype, a_rows, b_rows, n_rows, columns):
 
     @device_function
     def product_nt(acc, a, b):
+        # Hazard: the product would read registers that are still being written.
         wgmma_fence()
         multiply(acc, _descriptor(a, 0), _descriptor(b, 0))
         add_other_steps(1, acc, a, b)
+        # Hazard: a wait for products would not wait for this one.
         wgmma_commit_group()
 
     return product_nt
@@ -105,8 +107,10 @@ def make_product_pn(dtype, k_rows, columns):
 
     @device_function
     def product_pn(acc, p_frag, b):
+        # Hazard: the product would read registers that are still being written.
         wgmma_fence()
         add_steps(0, acc, p_frag, b)
+        # Hazard: a wait for products would not wait for this one.
         wgmma_commit_group()
 
     return product_pn
@@ -134,9 +138,11 @@ def make_product_pt(k_rows, columns, b_rows):
 
     @device_function
     def product_pt(acc, p_frag, b):
+        # Hazard: the product would read registers that are still being written.
         wgmma_fence()
         multiply(acc, p_frag[0:4], _descriptor(b, 0))
         add_other_steps(1, acc, p_frag, b)
+        # Hazard: a wait for products would not wait for this one.
         wgmma_commit_group()
 
     return product_pt

@@ -40,8 +40,10 @@ def make_store_slabs(dtype, n_tiles):
         words = cuda.local.array(4, u32)
         thread = mov_tid_x()
         if leads():
-            # What was stored from here before has left.
+            # Hazard: new results would overwrite those that a copy still reads.
             cp_async_bulk_wait_group_read()
+        # Hazard: the other warps would write before the leader has waited; and O that replaces Q
+        # would overwrite what another warp's product still reads.
         meet(group)
         # This lane names row lane % 16 of its warp's 16, and one of two chunks.
         row, chunk = thread // 32 % 4 * 16 + thread % 16, thread % 32 // 16
@@ -54,7 +56,9 @@ def make_store_slabs(dtype, n_tiles):
             slab = tile + block // _BLOCKS_PER_SLAB * _ROWS * _SLAB_WORDS
             swizzled = (block % _BLOCKS_PER_SLAB * 2 + chunk) ^ (row % 8)
             stmatrix_x4(smem, slab + row * _SLAB_WORDS + 4 * swizzled, words)
+        # Hazard: the copy goes through another proxy, and would not see these writes.
         fence_proxy_async()
+        # Hazard: the leader would store what other warps have not written yet.
         meet(group)
         if leads():
             for slab in range(slabs):
@@ -68,6 +72,7 @@ def make_store_slabs(dtype, n_tiles):
                     smem,
                     i32(tile + slab * _ROWS * _SLAB_WORDS),
                 )
+            # Hazard: a wait for copies would not wait for these.
             cp_async_bulk_commit_group()
 
     return store_slabs

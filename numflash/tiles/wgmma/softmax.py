@@ -1,7 +1,7 @@
 """Online softmax of a warpgroup in base 2, apart from the rescaling of O.
 
 While the tensor cores still add to O, it cannot be rescaled: `make_online_softmax` turns S to P
-and says by how much O must be; `tiles.mma.softmax` tells the rest.
+and returns the factors for O. The method is that of `tiles.mma.softmax`.
 """
 
 from functools import cache
@@ -58,12 +58,10 @@ def make_online_softmax(n_tiles):
 
 
 @device_function
-def begin_rows(rows):
-    """Rows that have seen no key."""
-    row_max, row_sum, limits, shifts = rows
+def begin_rows(limits, shifts):
+    """Rows that have seen no key: the values kept of them beside row_max and row_sum."""
     for r in range(2):
-        row_max[r], limits[r] = NEG_INF, NEG_INF
-        row_sum[r], shifts[r] = f32(0), f32(0)
+        limits[r], shifts[r] = NEG_INF, f32(0)
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Which warpgroup a thread is of, and when its warps, and warpgroups, wait for each other."""
+"""The warpgroup of a thread, and the waits of warps and warpgroups for each other."""
 
 from functools import cache
 
@@ -13,64 +13,35 @@ from numflash.ptx import (
 )
 from numflash.tiles.portable.lanes import FULL_WARP
 
+WARPGROUP = 128
+"""Threads."""
 _FIRST_TURN, _FIRST_MEETING = 1, 4
-_WARPGROUP, _TWO_WARPGROUPS = 128, 256
+_TWO_WARPGROUPS = 256
 
 
 @device_function
 def leads():
     """Whether this thread speaks for its warpgroup."""
-    return mov_tid_x() % _WARPGROUP == 0
-
-
-@cache
-def make_giving_back(arrivals):
-    """(gives_back(), gather(group)): so many threads of a warpgroup give back what all have used.
-
-    The first says whether this thread arrives for others, once they have waited for a product that
-    used the buffer. Before it gives back one that no product has used those meet in `gather`: a
-    thread that still waited for the buffer to be full would miss the phase of its mbarrier.
-
-    With four arrivals each warp speaks for itself. It knows no more: a product (`.sync`) holds the
-    threads of a warp together, not the warps, and `wgmma.wait_group` waits for what the executing
-    threads have committed (PTX ISA 9.7.15.7.3). One arrival, of the first warp, takes for granted
-    that a product is over for all four warps at once, and for none before all have issued it.
-    FlashAttention-3 does, as CUTLASS did before 3.6; nothing promises it. It is there to be
-    measured.
-    """
-    threads = _WARPGROUP // arrivals
-
-    @device_function
-    def gives_back():
-        return mov_tid_x() % threads == 0
-
-    @device_function
-    def gather(group):
-        if arrivals == 1:
-            meet(group)
-        else:
-            cuda.syncwarp()
-
-    return gives_back, gather
+    return mov_tid_x() % WARPGROUP == 0
 
 
 @device_function
 def group_of_thread():
-    """This thread's warpgroup, computed anew.
+    """This thread's warpgroup, computed again at each call.
 
-    Through a shuffle the assembler knows that all lanes have the same; else it takes what depends
-    on it for divergent, and may serialise products there.
+    The shuffle tells the assembler that all lanes have the same number; without it, branches on
+    the number count as divergent, and products there may be serialised.
     """
-    return cuda.shfl_sync(FULL_WARP, i32(mov_tid_x() // _WARPGROUP), 0)
+    return cuda.shfl_sync(FULL_WARP, i32(mov_tid_x() // WARPGROUP), 0)
 
 
 @device_function
 def meet(group):
     """The warps of a warpgroup wait for each other. Named barriers 4 and up are for this.
 
-    One of them stores then what all have written, or writes for all.
+    One of them then stores the tile that all have written, or writes for all.
     """
-    bar_sync(_FIRST_MEETING + group, _WARPGROUP)
+    bar_sync(_FIRST_MEETING + group, WARPGROUP)
 
 
 @cache
@@ -86,17 +57,20 @@ def make_turns(num_groups):
     @device_function
     def take_turn(group):
         if alternate:
+            # No hazard, but slow: warpgroups would issue products at once, and softmaxes at once.
             bar_sync(_FIRST_TURN + group, _TWO_WARPGROUPS)
 
     @device_function
     def pass_turn(group):
         if alternate:
+            # Hazard: the next warpgroup would wait for its turn for ever.
             following = 0 if group == last else group + 1
             bar_arrive(_FIRST_TURN + following, _TWO_WARPGROUPS)
 
     @device_function
     def give_first_turn(group):
         if alternate and group == last:
+            # Hazard: no warpgroup would begin, each would wait for another's turn to end.
             bar_arrive(_FIRST_TURN, _TWO_WARPGROUPS)
 
     return take_turn, pass_turn, give_first_turn
@@ -106,6 +80,6 @@ def make_turns(num_groups):
 def softmax_before_wait(smem, offset, x, y):
     """Keep the softmax whose sums x and y are above a wait for the tensor cores that follows.
 
-    The assembler else moves the wait up, and nothing runs beside the products that are waited for.
+    Without this the assembler moves the wait up, and nothing runs beside the products.
     """
     bra_over_store(smem, offset, x, y)

@@ -3,8 +3,6 @@
 import json
 import time
 
-import pytest
-
 from bench import __main__ as bench
 from bench.records import checks, record
 
@@ -23,35 +21,49 @@ def test_crashes():
 def test_hangs():
     time.sleep(60)
 
-def test_passes_at_last():
+def test_passes_after_a_crash():
+    pass
+
+def test_passes_after_a_hang():
     pass
 """
 
 
-@pytest.mark.parametrize("children", [1, 3])
-def test_every_test_gets_its_outcome(tmp_path, monkeypatch, children):
+def test_every_test_gets_its_outcome(tmp_path, monkeypatch):
+    # One of two children goes on after a crash, the other after a hang.
     monkeypatch.setattr(checks, "HANG_SECONDS", 3)
     monkeypatch.setattr(checks, "ROOT", tmp_path)
     (tmp_path / "test_rough.py").write_text(_TESTS)
-    ids = checks.collect(checks.Group("rough", ("test_rough.py",), 1))
-    assert len(ids) == 5
+    ids = checks.collect([checks.Group("rough", ("test_rough.py",), 1)])["rough"]
+    assert len(ids) == 6
     seen = []
-    outcomes = checks.run(ids, children, time.monotonic() + 60, lambda name, _: seen.append(name))
+    outcomes = checks.run(ids, 2, time.monotonic() + 60, lambda name, _: seen.append(name))
     assert {name.split("::test_")[1]: check["outcome"] for name, check in outcomes.items()} == {
         "passes": "passed",
         "fails": "failed",
         "crashes": "crashed",
         "hangs": "timeout",
-        "passes_at_last": "passed",
+        "passes_after_a_crash": "passed",
+        "passes_after_a_hang": "passed",
     }
     assert sorted(seen) == sorted(ids)
     assert "assert 1 == 2" in outcomes["test_rough.py::test_fails"]["reason"]
 
 
+def test_tests_that_cannot_be_collected_end_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(record, "_gpu", lambda *_: "GPU X")
+    monkeypatch.setattr(checks, "ROOT", tmp_path)
+    monkeypatch.setattr(checks, "GROUPS", (checks.Group("rough", ("test_rough.py",), 1),))
+    (tmp_path / "test_rough.py").write_text("import nothing_of_that_name")
+    assert bench.main(["verify", f"--out={tmp_path / 'out'}"]) == 1
+    assert "the tests of test_rough.py cannot be collected" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_deadline_leaves_tests_without_an_outcome(tmp_path, monkeypatch):
     monkeypatch.setattr(checks, "ROOT", tmp_path)
     (tmp_path / "test_rough.py").write_text(_TESTS)
-    ids = ["test_rough.py::test_hangs", "test_rough.py::test_passes_at_last"]
+    ids = ["test_rough.py::test_hangs", "test_rough.py::test_passes_after_a_hang"]
     assert checks.run(ids, 1, time.monotonic() + 2, lambda *_: None) == {}
 
 
@@ -84,8 +96,8 @@ def test_checks_are_counted_by_config():
 
 
 def test_every_check_of_the_forward_is_in_one_group():
-    ids = [set(checks.collect(group)) for group in checks.GROUPS if "orward" in group.name]
-    hopper, rest = ids
+    found = checks.collect(group for group in checks.GROUPS if "orward" in group.name)
+    hopper, rest = map(set, found.values())
     assert not hopper & rest
     assert len(checks.by_config({name: {"outcome": "passed"} for name in hopper})) > 20
     assert any("of_many_tiles" in name for name in hopper)

@@ -1,4 +1,4 @@
-"""First light: what was found stays, whoever dies; what is missing or late costs itself only."""
+"""First light: findings stay, whichever process dies; a missing or late part costs itself only."""
 
 import json
 import os
@@ -10,25 +10,25 @@ from dataclasses import replace
 import pytest
 
 from bench import __main__ as bench
-from bench.first_light import background, command, page, plan, rehearsal
-from bench.measuring import supervisor, worker
+from bench import report
+from bench.first_light import background, command, page, plan
+from bench.measuring import supervisor
 from bench.points.points import Point
-from bench.records import checks, clocks, record
+from bench.records import checks, record
 from bench.studies import static
-from bench.tables import report
 from numflash.configs import parse_config
 from numflash.runtime.devices import ARCHITECTURES
 from numflash.selection.rules import force
+from tuner.measuring import clocks
 
 LIMITS = ARCHITECTURES["sm_90a"]
 
 # A worker that has an answer to every step at once, and deeds to do before some of them.
 _WORKER = """
 import json, os, sys, time
-settings, deeds = json.load(open(sys.argv[1])), json.loads(sys.argv[3])
-journal = open(sys.argv[2], "a")
-def write(**line):
-    print(json.dumps(line), file=journal, flush=True)
+deeds = json.loads(sys.argv[1])
+def send(**message):
+    print(json.dumps(message), flush=True)
 def entry(ms):
     return {"status": "measured", "check": {"outcome": "checked"}, "median_ms": ms,
             "tflops": 1000 / ms, "gbps": 900 / ms}
@@ -52,27 +52,26 @@ def answer(task):
     if kind == "predicted":
         found["predicted_ms"] = {"numflash:a": 2.0, "numflash:b": 2.0}
     return found
-for task in settings["tasks"]:
-    index = task["index"]
-    write(task=index, begin=None)
-    deed = deeds.get(str(index))
+send(hello={})
+for line in sys.stdin:
+    request = json.loads(line)
+    task = request["task"]
+    send(note=None)
+    deed = deeds.get(str(task["index"]))
     if deed == "die":
         os._exit(7)
     if deed == "hang":
         time.sleep(60)
     if deed == "die in a case" and not task["exclude"]:
-        write(task=index, begin=task["names"][0])
+        send(note=task["names"][0])
         os._exit(11)
-    write(task=index, done=answer(task))
-write(end=True)
+    send(id=request["id"], done=answer(task))
 """
 
 
-def _command(deeds):
-    return lambda tasks, journal: [
-        *(sys.executable, "-S", "-c", _WORKER, tasks, journal),
-        json.dumps({str(i): deed for i, deed in deeds.items()}),
-    ]
+def _command(deeds, program=_WORKER):
+    deeds = {str(index): deed for index, deed in deeds.items()}
+    return [sys.executable, "-S", "-c", program, json.dumps(deeds)]
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +85,7 @@ def steps(cases):
 
 
 @pytest.fixture(autouse=True)
-def quick_polls(monkeypatch):
-    monkeypatch.setattr(supervisor, "_POLL_SECONDS", 0.01)
+def quick(monkeypatch):
     monkeypatch.setattr(supervisor, "_GRACE_SECONDS", 0.1)
 
 
@@ -217,7 +215,7 @@ def test_a_child_that_dies_at_a_step_costs_that_step(visit, steps, monkeypatch, 
             assert outcome == (wanted if index in noted else "not reached")
 
     monkeypatch.setattr(visit, "_note", spy)
-    # A worker that dies before its first task is not replaced; at step 0 it dies in a case.
+    # At step 0 it dies in a case, which is left out when the step is run again.
     deeds = {index: "die" for index in killed} | ({0: "die in a case"} if 0 in killed else {})
     killed -= {0}
     visit.run(_command(deeds))
@@ -244,49 +242,47 @@ def test_the_watchdog_is_that_of_the_issue():
 def test_a_worker_that_begins_slowly_is_waited_for(monkeypatch, visit, steps, capsys):
     # Importing PyTorch for the first time may take longer than a step may be silent.
     monkeypatch.setattr(command, "HANG_SECONDS", 0.3)
-    plain = _command({})
-
-    def slow(tasks, journal):
-        python, flags, option, program, *rest = plain(tasks, journal)
-        return [python, flags, option, "import time; time.sleep(1)\n" + program, *rest]
-
-    visit.run(slow)
+    visit.run(_command({}, "import time; time.sleep(1)\n" + _WORKER))
     assert {step["outcome"] for step in visit.record["steps"]} == {"done"}
 
 
-@pytest.mark.parametrize("written", [0, 1])
-def test_a_parent_that_dies_at_a_step_leaves_what_was_done(
-    visit, steps, monkeypatch, capsys, written
-):
-    # At each step a copy of the process dies while it writes the step's result: before the record
-    # is replaced, or between the record and the page.
+def test_a_parent_that_dies_at_a_step_leaves_what_was_done(visit, steps, monkeypatch, capsys):
+    # At each step two copies of the process die while they write the step's result: before the
+    # record is replaced, and between the record and the page.
     results = {"check": {"check": "passed", "reason": "", "errors": {}}}
     results["ceilings"] = {"matmul_tflops": 800.0, "copy_gbps": 1.0, "num_sms": 1}
     results["point"] = results["predicted"] = {"methods": {}, "predicted_ms": {}}
     results["parts"] = {"parts": {}}
-    replace_file, calls = os.replace, []
+    replace_file = os.replace
 
-    def die_while_replacing(*paths):
-        calls.append(paths)
-        if len(calls) > written:
-            os.kill(os.getpid(), signal.SIGKILL)
-        replace_file(*paths)
+    def die_after(written, result, on_result):
+        """In a child: write so many files, and die."""
+        calls = []
+
+        def die_while_replacing(*paths):
+            calls.append(paths)
+            if len(calls) > written:
+                os.kill(os.getpid(), signal.SIGKILL)
+            replace_file(*paths)
+
+        os.replace = die_while_replacing
+        on_result(*result)
+        os._exit(0)
 
     def supervise(tasks, settings, *, on_result, **options):
         for index, task in enumerate(tasks):
             cases = {name: {"outcome": "passed", "reason": ""} for name in task.get("names", ())}
             result = {**task, "index": index}, results.get(task["kind"], {"cases": cases})
-            child = os.fork()
-            if child == 0:
-                os.replace = die_while_replacing
-                on_result(*result)
-                os._exit(0)
-            _, status = os.waitpid(child, 0)
-            assert os.WTERMSIG(status) == signal.SIGKILL
-            outcomes = [step["outcome"] for step in _on_disk(visit.path)["steps"]]
-            done, all_steps = index + written, len(steps)
-            assert outcomes == ["done"] * done + ["not reached"] * (all_steps - done)
-            assert f"{index} of {all_steps} steps" in visit.page_path.read_text()
+            for written in (0, 1):
+                child = os.fork()
+                if child == 0:
+                    die_after(written, result, on_result)
+                _, status = os.waitpid(child, 0)
+                assert os.WTERMSIG(status) == signal.SIGKILL
+                outcomes = [step["outcome"] for step in _on_disk(visit.path)["steps"]]
+                done, all_steps = index + written, len(steps)
+                assert outcomes == ["done"] * done + ["not reached"] * (all_steps - done)
+                assert f"{index} of {all_steps} steps" in visit.page_path.read_text()
             on_result(*result)
 
     monkeypatch.setattr(supervisor, "run", supervise)
@@ -296,7 +292,7 @@ def test_a_parent_that_dies_at_a_step_leaves_what_was_done(
 
 def test_the_clock_during_a_point_is_in_the_record(visit, steps, monkeypatch, capsys):
     def between(log, start, end):
-        return {"sm_clock_mhz": 1755.0} if (start, end) == (10.0, 12.0) else {}
+        return clocks.Reading(1755.0, 600.0) if (start, end) == (10.0, 12.0) else None
 
     def supervise(tasks, settings, *, on_result, **options):
         index = next(i for i, step in enumerate(tasks) if step["kind"] == "point")
@@ -305,7 +301,8 @@ def test_the_clock_during_a_point_is_in_the_record(visit, steps, monkeypatch, ca
     monkeypatch.setattr(clocks.ClockLog, "between", between)
     monkeypatch.setattr(supervisor, "run", supervise)
     visit.run()
-    assert [point["sm_clock_mhz"] for point in _on_disk(visit.path)["points"]] == [1755.0]
+    (point,) = _on_disk(visit.path)["points"]
+    assert (point["sm_clock_mhz"], point["power_w"]) == (1755.0, 600.0)
 
 
 def test_a_signal_to_stop_ends_it_with_its_record(visit, monkeypatch, capsys):
@@ -322,37 +319,6 @@ def test_without_a_device_the_page_says_why(visit, monkeypatch, capsys):
 
 
 # The time
-
-
-def _run_tasks(tmp_path, tasks, deadline, monkeypatch, deed=lambda task: None):
-    """The worker's journal under a fake clock; a task does nothing."""
-    monkeypatch.setattr(worker, "_run_task", lambda device, task, *rest: deed(task) or {})
-    settings = {"deadline": deadline, "clock": str(tmp_path / "clock")}
-    with open(tmp_path / "journal", "w") as file:
-        worker.run_tasks(rehearsal.SimulatedDevice(), tasks, settings, worker.Journal(file))
-    lines = map(json.loads, (tmp_path / "journal").read_text().splitlines())
-    return [line for line in lines if "begin" not in line]
-
-
-def test_what_no_longer_fits_is_skipped_and_smaller_steps_go_on(tmp_path, monkeypatch):
-    tasks = [{"index": i, "kind": "x", "expected_s": s} for i, s in enumerate((6, 5, 3, 1))]
-    assert _run_tasks(tmp_path, tasks, 10.0, monkeypatch) == [
-        {"task": 0, "done": {"seconds": 6}},
-        {"task": 1, "done": {"skipped": "it takes about 5 s, 4 s were left"}},
-        {"task": 2, "done": {"seconds": 3}},
-        {"task": 3, "done": {"seconds": 1}},
-        {"end": True},
-    ]
-
-
-def test_a_worker_without_its_parent_begins_nothing_more(tmp_path, monkeypatch):
-    tasks = [{"index": i, "kind": "x", "expected_s": 1} for i in range(3)]
-
-    def orphan(task):
-        monkeypatch.setattr(os, "getppid", lambda: 1)
-
-    found = _run_tasks(tmp_path, tasks, 10.0, monkeypatch, orphan)
-    assert found == [{"task": 0, "done": {"seconds": 1}}, {"end": True}]
 
 
 def test_nine_minutes_are_enough_for_all_but_the_last(steps):

@@ -5,15 +5,16 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from bench import __main__ as bench
+from bench import report
 from bench.first_light import background, page, plan, rehearsal, tasks
-from bench.first_light.rehearsal import FakeClock, SimulatedDevice
+from bench.first_light.rehearsal import SimulatedDevice
 from bench.records import checks, record
-from bench.tables import report
 from numflash.machine_code.compiler import Cubin
 from numflash.runtime.mode import SIMULATED
 from tests.support import instruction_harness
@@ -95,14 +96,6 @@ def test_a_rehearsal_is_not_written_to_where_records_are(folder, capsys):
     assert sorted(record.RESULTS.rglob("*")) == before
 
 
-def test_the_fake_clock_is_shared_and_goes_only_when_told(tmp_path):
-    mine, other = FakeClock(tmp_path / "clock"), FakeClock(tmp_path / "clock")
-    assert mine() == other() == 0
-    mine.spend(2.5)
-    other.spend(1)
-    assert mine() == other() == 3.5
-
-
 def test_times_are_taken_out_of_results_of_every_kind():
     entry = {"median_ms": 1.0, "tflops": 3.0, "status": "measured", "check": {"errors": {}}}
     cleaned = rehearsal.without_times({"methods": {"a": entry}, "ratios": {"b": 2.0}})
@@ -118,13 +111,32 @@ def _settings(tmp_path, **more):
     return {"device": 0, "rehearsal": True, "budget_ms": 1, "deadline": 1e9, **paths, **more}
 
 
+def _run(task, tmp_path):
+    return tasks.KINDS[task["kind"]](SimulatedDevice(), task, _settings(tmp_path), print)
+
+
 @in_the_simulator
 def test_without_a_simulator_instructions_are_not_called_right(tmp_path, monkeypatch):
     (tmp_path / "expected.failed").touch()
     task = {"kind": "instructions", "names": ["cp_async_4"], "exclude": {}}
-    found = tasks.run(SimulatedDevice(), task, _settings(tmp_path), lambda name: None)
+    found = _run(task, tmp_path)
     assert found["cases"]["cp_async_4"]["outcome"] == "skipped"
     assert "greenlet" in found["cases"]["cp_async_4"]["reason"]
+
+
+def test_expected_outputs_are_those_of_the_cases_of_today(tmp_path, monkeypatch):
+    files = [f"{name}.py" for name in ("numflash/ptx/a", "tests/support/b_cases")]
+    files += ["numflash/simulator/c.py", "tests/support/instruction_harness.py"]
+    for file in files:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+        assert any(background.ROOT.glob(str(Path(file).parent / "*.py")))
+    monkeypatch.setattr(background, "ROOT", tmp_path)
+    seen = {background.expected_path()}
+    for file in files:
+        (tmp_path / file).write_text("changed")
+        seen.add(background.expected_path())
+    assert len(seen) == 1 + len(files)
 
 
 def test_a_simulator_that_fails_says_so_at_once(tmp_path, monkeypatch):
@@ -136,30 +148,38 @@ def test_a_simulator_that_fails_says_so_at_once(tmp_path, monkeypatch):
     assert not background.wait_for(path)
 
 
-@pytest.mark.parametrize("missing", ["optuna", "tuner"])
-def test_without_optuna_the_tuners_part_says_so(monkeypatch, missing, tmp_path):
+def test_without_optuna_the_tuners_part_says_so(monkeypatch, tmp_path):
     # Its parts may have been imported by another test.
-    for name in [n for n in sys.modules if n.startswith((f"{missing}.", "tuner."))]:
+    for name in [n for n in sys.modules if n.startswith(("optuna.", "tuner."))]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, missing, None)
+    monkeypatch.setitem(sys.modules, "optuna", None)
     task = {"kind": "predicted", "class": "", "count": 5, "point": {}, "exclude": {}}
-    found = tasks.run(SimulatedDevice(), task, _settings(tmp_path), lambda name: None)
-    assert missing in found["unavailable"]
+    found = _run(task, tmp_path)
+    assert "optuna" in found["unavailable"]
 
 
-def test_parent_and_child_begin_on_a_bare_image():
-    # Without greenlet only the simulator is missing, and without optuna only the tuner.
-    program = """
-import sys
+# What a GPU would be given
+
+# Without greenlet only the simulator is missing, and without optuna only the tuner.
+_BARE = """
+import runpy, sys
 for name in ("greenlet", "torch", "triton", "optuna", "cupy", "matplotlib", "pytest"):
     sys.modules[name] = None
-import bench.__main__, bench.measuring.worker
+import bench.__main__, bench.first_light.tasks
 from bench.first_light import background, plan
 from numflash.runtime.devices import ARCHITECTURES
 print(len(plan.steps(background.cases().values(), ARCHITECTURES["sm_90a"], False)))
+runpy.run_module("bench.first_light.background", run_name="__main__")
 """
+
+
+def test_on_a_bare_image_all_begins_and_instructions_are_compiled_ahead(tmp_path, monkeypatch):
+    names = list(background.cases())
     done = subprocess.run(
-        [sys.executable, "-c", program],
+        [
+            *(sys.executable, "-c", _BARE),
+            *("compile", str(tmp_path), "sm_90a", "0", str(len(names))),
+        ],
         cwd=checks.ROOT,
         env=checks.child_environment(),
         capture_output=True,
@@ -167,22 +187,6 @@ print(len(plan.steps(background.cases().values(), ARCHITECTURES["sm_90a"], False
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 50
-
-
-# What a GPU would be given
-
-
-def test_instructions_are_compiled_ahead_in_another_process(tmp_path, monkeypatch):
-    names = list(background.cases())
-    command = [sys.executable, "-m", "bench.first_light.background", "compile", str(tmp_path)]
-    done = subprocess.run(
-        [*command, "sm_90a", "0", str(len(names))],
-        cwd=checks.ROOT,
-        env=checks.child_environment(),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
     monkeypatch.setattr(background, "_compile", lambda case, arch: "compiled now")
     found = background.compiled(str(tmp_path), names[0], "sm_90a")
     parameters = inspect.signature(background.cases()[names[0]].kernel).parameters

@@ -1,4 +1,4 @@
-"""The FP8 accuracy study: its inputs, its methods, what it records and what the README gets."""
+"""The FP8 accuracy study: its inputs, its methods, what it records and what docs/fp8.md gets."""
 
 import json
 import xml.etree.ElementTree as ET
@@ -8,6 +8,7 @@ import pytest
 
 import numflash
 from bench import __main__ as bench
+from bench import report
 from bench.fp8_accuracy import figure as fp8_figure
 from bench.fp8_accuracy import kernels as fp8_kernels
 from bench.fp8_accuracy import section as fp8_section
@@ -16,7 +17,6 @@ from bench.fp8_accuracy.inputs import SINK_GAPS, Input, activations
 from bench.fp8_accuracy.methods import BY_NAME, KERNELS, METHODS, SPECIFICATION, TRUTH, Study
 from bench.fp8_accuracy.methods import tiled_attention as tiled
 from bench.records import record
-from bench.tables import report
 from numflash import reference
 from tests.support.drawings import faults
 
@@ -231,7 +231,7 @@ def test_a_kernel_that_fails_costs_only_its_own_figure(monkeypatch):
     assert set(outs) == set(fp8_kernels.kernel_options())
 
 
-# The command, the README
+# The command, the page
 
 
 def test_a_quick_run_leaves_a_record(quick, capsys):
@@ -278,20 +278,21 @@ def test_the_report_writes_its_part_and_nothing_else(quick, tmp_path):
     _, found, _ = quick
     on_gpu = tmp_path / fp8_section.FILE_NAME
     on_gpu.write_text(json.dumps({**found, "device": "GPU X"}))
-    parts = (report.BEGIN, report.END, "between", report.FP8_BEGIN, report.FP8_END, "end")
-    (tmp_path / "README.md").write_text("\n".join(parts))
+    readme, page = tmp_path / "README.md", tmp_path / "fp8.md"
+    readme.write_text(f"{report.BEGIN}\n{report.END}\n")
+    page.write_text("\n".join(("before", report.FP8_BEGIN, report.FP8_END, "end")))
     figure = tmp_path / "docs" / "plot.svg"
-    arguments = ["report", f"--readme={tmp_path / 'README.md'}", f"--results={tmp_path}"]
+    arguments = ["report", f"--readme={readme}", f"--fp8-page={page}", f"--results={tmp_path}"]
     assert bench.main([*arguments, f"--fp8-figure={figure}"]) == 0
-    text = (tmp_path / "README.md").read_text()
+    text = page.read_text()
     part = text.partition(report.FP8_BEGIN)[2].partition(report.FP8_END)[0]
     assert "(docs/plot.svg)" in part and "No number here comes from a GPU yet" in part
     full = fp8_section.entry_of(found["inputs"][0], "fp8-full", SPECIFICATION)
     rmse = f"{full['rmse']:.2e}".replace("e-0", "e-")
     assert f"{rmse} ({full['relative_rmse']:.2%})" in part
     # It verifies nothing, so the GPU that it ran on has no line in the hardware record.
-    assert "GPU X" not in text.partition("between")[0]
-    assert text.endswith(f"{report.FP8_END}\nend")
+    assert "GPU X" not in readme.read_text() and report.FP8_BEGIN not in readme.read_text()
+    assert text.startswith("before\n") and text.endswith(f"{report.FP8_END}\nend")
 
     svg = ET.parse(figure).getroot()
     bars = [e for e in svg.iter() if e.get("class") == "bar"]
@@ -316,12 +317,14 @@ def test_the_committed_figure_is_that_of_the_record_and_cuts_no_text(tmp_path):
     assert all(f">{method.label}</text>" in text for method in METHODS)
 
 
-def test_a_readme_without_markers_is_refused(quick, tmp_path, capsys):
+def test_a_page_without_markers_is_refused_and_nothing_written(quick, tmp_path, capsys):
     _, _, folder = quick
-    (tmp_path / "README.md").write_text(f"{report.BEGIN}\n{report.END}\n")
-    arguments = ["report", f"--readme={tmp_path / 'README.md'}", f"--results={folder}"]
+    readme, page = tmp_path / "README.md", tmp_path / "fp8.md"
+    readme.write_text(f"{report.BEGIN}\nold\n{report.END}\n")
+    page.write_text("no markers")
+    arguments = ["report", f"--readme={readme}", f"--fp8-page={page}", f"--results={folder}"]
     assert bench.main([*arguments, f"--fp8-figure={tmp_path / 'plot.svg'}"]) == 1
-    assert report.FP8_BEGIN in capsys.readouterr().out
+    assert report.FP8_BEGIN in capsys.readouterr().out and "old" in readme.read_text()
 
 
 def test_the_committed_table_is_the_papers():
@@ -334,5 +337,5 @@ def test_the_committed_table_is_the_papers():
             assert 0.8 * method.paper < rmse < 1.1 * method.paper, method.name
     reached = fp8_section.requirement(found)
     assert reached.verdict != fp8_section.MISSED, reached.text
-    readme = (report.ROOT / "README.md").read_text()
-    assert fp8_section.tables_of(found) in readme and reached.verdict in readme
+    page = (report.ROOT / "docs" / "fp8.md").read_text()
+    assert fp8_section.tables_of(found) in page and reached.verdict in page

@@ -67,7 +67,7 @@ def file(**found) -> dict:
 
 
 def only_difference(**changes) -> compare.Difference:
-    """What is said of a kernel that changed."""
+    """The report on a kernel that changed."""
     after = file(**{NAME: kernel(**changes)})
     (found,) = compare.compare(file(), after)
     return found

@@ -1,6 +1,5 @@
-"""How a point is measured, with NumPy for a device: order, statistics, checks, failures."""
+"""The measurement of a point, with NumPy for a device: order, statistics, checks, failures."""
 
-import statistics
 import time
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,42 +14,12 @@ from bench.peers.methods import Peer
 from bench.points import interleave
 from bench.points.interleave import Method
 from bench.points.points import Point
-from bench.records import clocks
+from bench.records.entries import is_right
 from numflash import reference
+from tests.support.numpy_devices import NumpyDevice
 
 FORWARD = Point("forward", "grid", "float16", 2, 40, 40, 2, 2, 16, True)
 BACKWARD = replace(FORWARD, direction="backward")
-
-
-class NumpyDevice:
-    """Arrays on the host; a call takes as many milliseconds as `milliseconds` says."""
-
-    library, xp = "numpy", np
-
-    def __init__(self, milliseconds=None):
-        self.milliseconds, self.is_broken, self.timed = milliseconds or {}, False, []
-
-    def normal(self, shape, dtype, seed):
-        return np.random.default_rng(seed).standard_normal(shape, np.float32).astype(dtype)
-
-    def round_to(self, dtype):
-        return lambda x: x.astype(dtype).astype(np.float32)
-
-    def time(self, method):
-        with method.context():
-            method.call()
-        self.timed.append(method.name)
-        return self.milliseconds.get(method.name, 1.0)
-
-    def synchronize(self):
-        if self.is_broken:
-            raise RuntimeError("an illegal memory access was encountered")
-
-    def peak_bytes(self, method):
-        return 123
-
-    def free(self):
-        pass
 
 
 def _exact(point, inputs):
@@ -286,7 +255,7 @@ def test_a_wrong_result_has_no_ratio(fakes, monkeypatch, point):
     fakes("wrong", _wrong)
     result = _measure(point)
     assert result["methods"]["wrong"]["check"]["outcome"] == "failed"
-    assert not measure.is_right(result["methods"]["wrong"])
+    assert not is_right(result["methods"]["wrong"])
     assert result["ratios"] == {}
 
 
@@ -328,7 +297,7 @@ def test_a_method_that_fails_while_timed_is_an_entry_too(fakes):
     methods = _measure(FORWARD)["methods"]
     assert methods["numflash"]["rounds"] == 7
     assert methods["late"]["status"] == "out of memory"
-    assert not measure.is_right(methods["late"])
+    assert not is_right(methods["late"])
 
 
 def test_what_had_no_memory_next_to_the_others_is_tried_alone(fakes):
@@ -439,24 +408,3 @@ def test_a_variant_passes_its_config(monkeypatch):
         {"causal": True, "config": {"backward-dkdv": "m32n64w4", "backward-dq": "m64n32w4"}},
         {"causal": True},
     ]
-
-
-# The clock
-
-
-def test_clocks_are_those_of_the_time_asked_for():
-    log = clocks.ClockLog(0)
-    for when, line in ((1, "345, 80.0"), (2, "1800, 600.5"), (3, "1700, 700.5"), (9, "345, 80.0")):
-        log.add(when, line)
-    log.add(2.5, "[N/A], [N/A]")
-    assert log.between(1.5, 4) == {
-        "sm_clock_mhz": statistics.median([1800, 1700]),
-        "power_w": 650.5,
-    }
-    assert log.between(4, 5) == {}
-
-
-def test_without_nvidia_smi_the_clock_stays_empty(monkeypatch):
-    monkeypatch.setenv("PATH", "/nowhere")
-    with clocks.ClockLog(0) as log:
-        assert log.between(0, time.time()) == {}

@@ -6,12 +6,13 @@ import sys
 import pytest
 
 from bench import __main__ as bench
+from bench import report
 from bench.peers.methods import FP8, FP8_QUANTIZING
 from bench.points import points, work
 from bench.points.points import Point
 from bench.records import record
-from bench.tables import figures, report, tables
-from numflash.machine_code import compiler
+from bench.tables import figures, tables
+from numflash.machine_code import sources
 
 README = f"before\n{report.BEGIN}\nold text\n{report.END}\nafter\n"
 
@@ -52,7 +53,7 @@ def _record(chosen, direction="forward", **changes):
         "date": "2026-01-02",
         "commit": "0123456789abcdef",
         "driver": "580.1",
-        "source_hash": compiler.source_hash(),
+        "source_hash": sources.source_hash(),
         "max_sm_clock_mhz": 1980.0,
         "ceilings": {"matmul_tflops": 788.0, "copy_gbps": 4300.0, "num_sms": 132},
         "points": chosen,
@@ -151,7 +152,7 @@ def test_checks_count_with_the_kernels_of_today_only(tmp_path):
     old = {"device": "GPU X", "date": "2026-01-01", "source_hash": "old", "checks": checks}
     assert "not yet verified on hardware with the kernels of today" in _report(tmp_path, old)[1]
     # Records of schema 1 have no kind.
-    new = {**old, "date": "2026-01-02", "source_hash": compiler.source_hash()}
+    new = {**old, "date": "2026-01-02", "source_hash": sources.source_hash()}
     assert "| GPU X | 1 of 2 " in _report(tmp_path, new)[1]
 
 

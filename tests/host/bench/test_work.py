@@ -1,4 +1,4 @@
-"""What a point is and how much work it holds, against numbers worked out by hand."""
+"""Points and their work, against numbers worked out by hand."""
 
 import pytest
 

@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 
 from numflash.configs import Traits, parse_config
+from numflash.configs.features import FEATURES, NO_FEATURES, Alibi, Features, Softcap
 from numflash.kernels.arguments import (
-    Alibi,
     Descales,
-    Pointer,
     Scores,
     Tensor,
     assembled,
@@ -19,6 +18,7 @@ from numflash.kernels.arguments import (
     value_at,
 )
 from numflash.kernels.factories import make_kernel
+from numflash.runtime.views import Pointer
 
 F32, I64 = np.float32, np.int64
 TRAITS = Traits("float16", 64, 64)
@@ -29,6 +29,7 @@ KERNELS = [
     ("backward-dkdv", "m16n16w4", TRAITS),
     ("backward-dq", "m16n16w4", TRAITS),
     ("delta", "w8", TRAITS),
+    ("head-sums", "w8", TRAITS),
     ("combine", "w4", TRAITS),
     ("forward", "sm80-m64n64w4s1", TRAITS),
     ("backward-dkdv", "sm80-m64n64w4s1", TRAITS),
@@ -69,20 +70,24 @@ def test_a_record_falls_apart_into_its_leaves_in_order():
         "q.head": I64,
         "n": np.int32,
     }
-    assert list(leaves({"scores": Scores}))[2:5] == [
-        "scores.softmax_scale",
-        "scores.alibi.slopes",
-        "scores.alibi.batch",
+    assert list(leaves({"scores": Scores}))[2:6] == [
+        "scores.shift",
+        "scores.features.softcap.cap",
+        "scores.features.alibi.slopes",
+        "scores.features.alibi.batch",
     ]
 
 
 def test_leaves_are_put_together_to_the_same_records():
-    scores = Scores(1.0, 2.0, 3.0, Alibi("slopes", 4, 5, 6))
+    asked = NO_FEATURES._replace(softcap=Softcap(4.0), alibi=Alibi("slopes", 5, 6))
+    records = zip(FEATURES, asked, strict=True)
+    features = Features(*(row.absent if record is None else record for row, record in records))
+    scores = Scores(1.0, 2.0, 3, features)
     paths = leaves({"scores": Scores})
     values = [value_at({"scores": scores}, path) for path in paths]
-    assert values == [1.0, 2.0, 3.0, "slopes", 4, 5, 6]
+    assert values[:7] == [1.0, 2.0, 3, 4.0, "slopes", 5, 6]
     again = assembled(Scores, iter(values))
-    assert again == scores and type(again.alibi) is Alibi
+    assert again == scores and type(again.features.alibi) is Alibi
     tensor = assembled(Tensor[F32], iter(range(4)))
     assert tensor == Tensor(0, 1, 2, 3) and type(tensor) is Tensor
 

@@ -4,15 +4,25 @@ import numpy as np
 import pytest
 
 from numflash.configs import parse_config
+from numflash.kernels.arguments import Mask, Shape
 from numflash.ptx import i32, u32
 from numflash.selection.geometry import heads_of_a_bundle
-from numflash.tiles.blocks import make_block_place
+from numflash.tiles.blocks import (
+    last_of,
+    make_block_place,
+    make_place_of_keys,
+    make_place_of_queries,
+    seen_from_keys,
+    sequence_of,
+    tiles_seen,
+    tiles_seen_whole,
+)
 
 NUM_SMS, L2_BYTES = 132, 50 * 2**20
 
 
 def places(tile_m, seqlen_q, num_heads, pack, num_splits, heads_in_flight):
-    """What `block_place` says of each place."""
+    """The answer of `block_place` for each place."""
     locate, rows = make_block_place(tile_m), i32(seqlen_q * pack)
     count = -(-seqlen_q * pack // tile_m) * (num_heads // pack) * num_splits
     grid = rows, i32(num_heads), i32(pack), i32(num_splits), i32(heads_in_flight)
@@ -77,3 +87,45 @@ def test_bundles_are_of_one_size_and_as_large_as_memory_allows():
     other = parse_config("forward", "sm80-m128n64w4s1")
     assert heads_of_a_bundle(other, 3, 16, 132, 1) == 3
     assert heads_of_a_bundle(other, 0, 16, 132, 1) == 1
+
+
+SHAPE = Shape(*map(i32, (300, 200, 6, 3, 64, 64, 2)))
+
+
+@pytest.mark.parametrize("tile", [16, 64, 512])
+def test_each_tile_of_a_head_is_one_block_s(tile):
+    """Of queries the last come first, of keys the first; then come other heads, then entries."""
+    of_queries, of_keys = make_place_of_queries(tile), make_place_of_keys(tile)
+    queries = [(b, h, m) for b in range(2) for h in range(6) for m in range(0, 300, tile)[::-1]]
+    found = [of_queries(u32(number), SHAPE) for number in range(len(queries))]
+    assert [(p.batch, p.head, p.start) for p in found] == queries
+    assert all(p.head_kv == p.head // 3 and p.split == 0 for p in found)
+    keys = [(b, h, n) for b in range(2) for h in range(2) for n in range(0, 200, tile)]
+    found = [of_keys(u32(number), SHAPE) for number in range(len(keys))]
+    assert [(p.batch, p.head_kv, p.start) for p in found] == keys
+    assert all(p.head == p.head_kv * 3 for p in found)
+
+
+@pytest.mark.parametrize(("lo", "hi"), [(-300, 200), (-300, -100), (-130, -90), (3, 40), (70, 50)])
+def test_tiles_that_are_seen_and_seen_whole_are_those_of_the_mask(lo, hi):
+    """Of the keys that tiles of queries see, and of the queries that see tiles of keys."""
+    sequence = sequence_of(SHAPE, Mask(i32(lo), i32(hi)))
+    distances = np.arange(200) - np.arange(300)[:, None]
+    band = (distances >= lo) & (distances <= hi)
+    for rows, tile in ((64, 16), (16, 64), (48, 32)):
+        for mask, side in ((band, sequence), (band.T, seen_from_keys(sequence))):
+            for first in range(0, len(mask), rows):
+                last = last_of(i32(first), rows, i32(side.seqlen_q))
+                seen = mask[first : first + rows]
+                assert last == first + len(seen) - 1
+                keys = tiles_seen(i32(first), last, tile, side)
+                whole = tiles_seen_whole(i32(first), last, tile, side)
+                for n in range(-(-mask.shape[1] // tile)):
+                    of_tile = seen[:, n * tile : (n + 1) * tile]
+                    assert (keys.begin <= n < keys.end) or not of_tile.any()
+                    is_whole = of_tile.shape[1] == tile and of_tile.all()
+                    assert (whole.first <= n * tile <= whole.last) == is_whole
+                seen_tiles = range(keys.begin, keys.end)
+                if seen.any():
+                    assert seen[:, seen_tiles[0] * tile : (seen_tiles[0] + 1) * tile].any()
+                    assert seen[:, seen_tiles[-1] * tile :].any()

@@ -176,7 +176,7 @@ def test_information_without_cupy_and_a_gpu_is_given(tmp_path):
 
 
 def test_every_command_is_one():
-    """What is installed, what `python -m` runs, and each example."""
+    """Installed commands, modules that `python -m` runs, and each example."""
     mains = [
         "numflash/api/info.py",
         "numflash/api/inspect.py",

@@ -1,4 +1,4 @@
-"""What tests compile is kept for the next run, in a folder that does not grow for ever."""
+"""Kernels that tests compile are kept for the next run, in a folder of limited size."""
 
 import os
 

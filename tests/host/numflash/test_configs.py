@@ -20,17 +20,17 @@ from numflash.configs import (
     MmaForwardConfig,
     Sm90ForwardConfig,
     Traits,
-    accumulators_per_thread,
     mma,
     padded_head_dim,
     parse_config,
     portable,
 )
+from numflash.configs.features import BY_NAME
 from numflash.runtime.devices import ARCHITECTURES
 
 HEAD_DIMS = range(32, 257, 32)
 TILED = ("forward", "backward-dq", "backward-dkdv")
-BY_ROW = ("delta", "combine")
+BY_ROW = ("delta", "head-sums", "combine")
 
 
 def all_traits(dtype="float16"):
@@ -44,6 +44,7 @@ def all_traits(dtype="float16"):
 TEXTS = {
     **{family: ["m64n32w4", "m16n16w2", "m128n128w8"] for family in TILED},
     "delta": ["w1", "w8", "w32"],
+    "head-sums": ["w1", "w8", "w32"],
     "combine": ["w2", "w8", "w16"],
 }
 MMA_TEXTS = ["sm80-m128n64w4s1", "sm75-m32n32w2s3", "sm80-m16n16w1s2-linear"]
@@ -152,22 +153,23 @@ def test_splits_share_their_machine_code_but_not_with_a_forward_that_is_not_spli
 
 
 def test_traits_round_trip_through_their_string():
-    flags = itertools.product([False, True], repeat=3)
-    for dtype, (softcap, alibi, vectorized) in itertools.product(DTYPES, flags):
-        traits = Traits(dtype, 64, 256, softcap=softcap, alibi=alibi, vectorized=vectorized)
+    some = [x for n in range(len(BY_NAME) + 1) for x in itertools.combinations(BY_NAME, n)]
+    for dtype, features, vectorized in itertools.product(DTYPES, some, [False, True]):
+        traits = Traits(dtype, 64, 256, features, vectorized=vectorized)
         assert Traits.parse(str(traits)) == traits
         if dtype == "float32":
             tf32 = replace(traits, tf32=True)
             assert Traits.parse(str(tf32)) == tf32 != traits
     assert str(Traits("float32", 32, 64, tf32=True)) == "float32-d32-dv64-vec-tf32"
-    assert str(Traits("float16", 64, 96, softcap=True)) == "float16-d64-dv96-softcap-vec"
+    assert str(Traits("float16", 64, 96, ("softcap",))) == "float16-d64-dv96-softcap-vec"
 
 
 def test_different_configs_and_traits_have_different_strings():
     configs = [ForwardConfig(m, n, w) for m in (16, 32) for n in (16, 32) for w in (1, 2)]
     assert len(set(map(str, configs))) == len(configs)
     traits = [
-        Traits("float16", 32, 32, s, a, v) for s, a, v in itertools.product([0, 1], repeat=3)
+        Traits("float16", 32, 32, names, v)
+        for names, v in itertools.product([(), ("softcap",), ("alibi",), (*BY_NAME,)], [0, 1])
     ]
     assert len(set(map(str, traits))) == len(traits)
 
@@ -329,7 +331,7 @@ def test_wrong_warps_of_a_kernel_by_rows_are_refused(config, rule, wrong):
         (("float16", 32, 0), ["head_dim_v of a kernel", "got 0"]),
         (("float16", 288, 32), ["head_dim of a kernel", "up to 256", "got 288"]),
         (("float16", -32, 32), ["head_dim of a kernel", "got -32"]),
-        (("bfloat16", 32, 32, False, False, True, True), ["tf32 is a way", "not bfloat16"]),
+        (("bfloat16", 32, 32, (), True, True), ["tf32 is a way", "not bfloat16"]),
     ],
 )
 def test_wrong_traits_are_refused(arguments, words):
@@ -435,9 +437,9 @@ def walked(family):
 def test_accumulators_are_those_counted_by_hand():
     traits = Traits("float16", 64, 96)
     # 16 rows a warp = 4 a thread; 4 score columns; 8 and 12 output columns.
-    assert accumulators_per_thread(ForwardConfig(64, 32, 4), traits) == 4 * 4 + 4 * 12
-    assert accumulators_per_thread(BackwardDqConfig(64, 32, 4), traits) == 2 * 16 + 4 * 8
-    assert accumulators_per_thread(BackwardDkDvConfig(32, 64, 4), traits) == 2 * 16 + 4 * 20
+    assert ForwardConfig(64, 32, 4).accumulators_per_thread(traits) == 4 * 4 + 4 * 12
+    assert BackwardDqConfig(64, 32, 4).accumulators_per_thread(traits) == 2 * 16 + 4 * 8
+    assert BackwardDkDvConfig(32, 64, 4).accumulators_per_thread(traits) == 2 * 16 + 4 * 20
 
 
 def test_accumulators_of_tensor_core_kernels_are_those_counted_by_hand():

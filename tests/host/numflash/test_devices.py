@@ -1,4 +1,4 @@
-"""What a GPU has, and how many blocks fit on an SM: examples worked out by hand.
+"""Limits of GPUs, and the blocks that fit on an SM: examples worked out by hand.
 
 The rules are those of NVIDIA's cuda_occupancy.h: a warp takes its registers in units of 256 from
 one of four partitions of 16384; a block takes shared memory in units of 128 bytes (256 on Turing)

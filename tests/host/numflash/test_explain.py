@@ -9,11 +9,12 @@ import pytest
 
 import numflash
 from numflash.calls import launch, ready
-from numflash.calls.forward import problem_of
-from numflash.configs import Traits, parse_config
+from numflash.calls.arguments import request_of
 from numflash.machine_code import compiler
-from numflash.machine_code.compiler import source_hash, versions
+from numflash.machine_code.compiler import versions
+from numflash.machine_code.sources import family_hash
 from numflash.problem.classes import ProblemClass
+from numflash.problem.options import AttentionOptions
 from numflash.runtime import driver, gpus
 from numflash.runtime.arrays import metadata
 from numflash.runtime.devices import ARCHITECTURES, architecture
@@ -63,7 +64,7 @@ def remembered(monkeypatch):
             spread=None,
             origin=origin,
             date="2026-11-21T00:00:00Z",
-            kernels=source_hash(),
+            kernels=family_hash(problem.split()[0]),
             compilers=versions(),
             default_config=config,
             default_ms=2.0,
@@ -112,8 +113,9 @@ def test_splits_follow_the_number_of_sms():
 def test_the_answer_is_that_of_the_rules():
     q = array(2, 4096, 8, 128)
     asked = numflash.explain_dispatch(q, q, q, arch="t4")
-    problem, traits, _ = problem_of({name: metadata(q, name) for name in "qkv"}, {})
-    assert asked.forward == choose_forward(problem, traits, architecture("sm_75"), 40)
+    request = request_of({name: metadata(q, name) for name in "qkv"}, AttentionOptions())
+    by_rule = choose_forward(request.problem, request.traits, architecture("sm_75"), 40)
+    assert asked.forward == by_rule
 
 
 @pytest.mark.parametrize("precision", ["fp8", "auto"])
@@ -180,13 +182,6 @@ def test_what_is_no_gpu_is_refused(arch, error, words):
         assert word in str(raised.value)
 
 
-def test_nothing_can_be_launched_on_a_gpu_that_is_not_here():
-    config, traits = parse_config("combine", "w4"), Traits("float16", 64, 64)
-    absent = launch.Launcher(config, traits, gpus.find("t4"), 1, {})
-    with pytest.raises(UnsupportedError, match="Tesla T4: it is not here"):
-        absent.bind({})
-
-
 def test_the_table_is_that_of_the_tuner():
     """numflash does not import the tuner, whose table has more to each GPU."""
     assert gpus.names() == machines.names()
@@ -214,7 +209,7 @@ def assert_not_against_itself(explanation):
 
 
 def explain(problem: ProblemClass, arch: str):
-    """What runs for a problem of a class."""
+    """The explanation for a problem of a class."""
     dtype = numpy_dtype(problem.traits.dtype)
     heads = min(problem.batch_heads, 8 * problem.group_size)
     batch = problem.batch_heads // heads

@@ -22,7 +22,7 @@ BITS = {"e4m3": (4, 3, 7), "e5m2": (5, 2, 15)}
 
 
 def number_of(code: int, name: str):
-    """What a code stands for: a Fraction, or a float that is not finite."""
+    """The number that a code stands for: a Fraction, or a float that is not finite."""
     exponent_bits, digits, bias = BITS[name]
     sign = -1 if code & 0x80 else 1
     exponent, fraction = (code & 0x7F) >> digits, code & (1 << digits) - 1

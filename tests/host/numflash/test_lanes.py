@@ -95,7 +95,7 @@ def thread(monkeypatch):
 
 
 def make(factory, *arguments):
-    """What a factory makes, uncached: as plain Python."""
+    """The function of a factory, uncached, as plain Python."""
     return factory.__wrapped__(*arguments)
 
 

@@ -1,54 +1,23 @@
-"""The way from a call to the CUDA driver, with array libraries and the driver stubbed.
+"""What a call has arrive at the CUDA driver, with array libraries and the driver stubbed.
 
 What a GPU would be asked to do is read where the driver would read it: the argument block, the
-grid, the stream. See `tests.fake_gpu`.
+grid, the stream. See `tests.support.fake_gpu`.
 """
 
 import ctypes
-import gc
 import math
-import sys
-import threading
-import time
-import timeit
 import types
-from collections import Counter
-from dataclasses import replace
-from functools import cache
 
 import numpy as np
 import pytest
 
 import numflash
-from numflash.api import plans
-from numflash.calls import launch
 from numflash.configs import Traits, parse_config
-from numflash.machine_code import compiler
-from numflash.runtime import driver
 from numflash.runtime.mode import SIMULATED
 from tests.support import fake_gpu
+from tests.support.fake_gpu import DV, HKV, SK, SQ, B, D, H
 
 pytestmark = pytest.mark.skipif(SIMULATED, reason="needs NUMBA_ENABLE_CUDASIM unset")
-
-B, SQ, SK, H, HKV, D, DV = 2, 100, 70, 4, 2, 64, 96
-
-
-@pytest.fixture
-def gpu(monkeypatch):
-    """A fake Turing."""
-    return fake_gpu.install(monkeypatch)
-
-
-@pytest.fixture
-def hopper(monkeypatch):
-    """A fake H200."""
-    return fake_gpu.install(monkeypatch, (9, 0), num_sms=132, l2_bytes=50 * 2**20)
-
-
-@pytest.fixture
-def qkv(gpu):
-    """Contiguous float16 arrays of the sizes above."""
-    return gpu.array((B, SQ, H, D)), gpu.array((B, SK, HKV, D)), gpu.array((B, SK, HKV, DV))
 
 
 def strides(array) -> tuple[int, ...]:
@@ -77,9 +46,9 @@ def test_forward_arguments_arrive_where_the_driver_reads_them(gpu, dtype):
         "v": v.data.ptr,
         "out": out.data.ptr,
         "lse": lse.data.ptr,
-        "scores.alibi.slopes": slopes.data.ptr,
-        "scores.alibi.batch": H,
-        "scores.alibi.head": 1,
+        "scores.features.alibi.slopes": slopes.data.ptr,
+        "scores.features.alibi.batch": H,
+        "scores.features.alibi.head": 1,
         "shape.seqlen_q": SQ,
         "shape.seqlen_k": SK,
         "shape.num_heads_q": H,
@@ -89,9 +58,9 @@ def test_forward_arguments_arrive_where_the_driver_reads_them(gpu, dtype):
         "shape.batch_size": B,
         "mask.lo": SK - SQ - 11,
         "mask.hi": SK - SQ,
-        "scores.alibi.shift": SK - SQ,
+        "scores.shift": SK - SQ,
         "scores.scale": 0.25 / 8.0,
-        "scores.softcap": 8.0,
+        "scores.features.softcap.cap": 8.0,
         "scores.softmax_scale": 0.25,
     }
     if dtype == "float16":
@@ -139,7 +108,7 @@ def test_backward_runs_delta_before_the_gradients_that_read_it(gpu, qkv, config)
             assert run.arguments["statistics_log2.lse"] == workspaces[1]
         else:
             assert (run.config, run.arguments["statistics.lse"]) == ("m16n16w4", lse.data.ptr)
-        assert run.arguments["scores.alibi.slopes"] == 0
+        assert run.arguments["scores.features.alibi.slopes"] == 0
         assert run.arguments["scores.softmax_scale"] == D**-0.5
         assert run.arguments["do.row"] == strides(dout)[1]
     assert delta.arguments["out"] == out.data.ptr
@@ -301,7 +270,7 @@ def test_a_last_axis_that_is_not_contiguous_is_copied(gpu, qkv):
     assert gpu.driver.launches[0].arguments["v"] != gpu.driver.launches[1].arguments["v"]
 
 
-def _stream(**attributes):
+def stream_with(**attributes):
     return types.SimpleNamespace(**attributes)
 
 
@@ -316,11 +285,11 @@ class _Protocol:
         (None, 0x5000),
         (0, 0),
         (0xABC0, 0xABC0),
-        (_stream(ptr=0xABC0), 0xABC0),
-        (_stream(cuda_stream=0xABC0), 0xABC0),
-        (_stream(handle=0xABC0), 0xABC0),
-        (_stream(handle=ctypes.c_void_p(0xABC0)), 0xABC0),
-        (_stream(handle=ctypes.c_void_p(None)), 0),
+        (stream_with(ptr=0xABC0), 0xABC0),
+        (stream_with(cuda_stream=0xABC0), 0xABC0),
+        (stream_with(handle=0xABC0), 0xABC0),
+        (stream_with(handle=ctypes.c_void_p(0xABC0)), 0xABC0),
+        (stream_with(handle=ctypes.c_void_p(None)), 0),
         (_Protocol(), 0xABC0),
     ],
     ids=["current", "0", "int", "ptr", "cuda_stream", "handle", "c_void_p", "null", "protocol"],
@@ -328,7 +297,7 @@ class _Protocol:
 def test_the_stream_arrives_and_memory_is_allocated_on_it(gpu, qkv, stream, address):
     numflash.attention(*qkv, stream=stream)
     assert [run.stream for run in gpu.driver.launches] == [address]
-    # What is freed while the kernel runs must not be handed out to another stream.
+    # Memory freed while the kernel runs must not be handed out to another stream.
     assert {on for on, _ in gpu.cupy.allocations} == {address}
     assert gpu.cupy.current.stream == 0x5000
 
@@ -359,422 +328,3 @@ def test_shared_memory_above_48_kb_is_asked_for_once(hopper, head_dim, raised):
     assert (smem_bytes > 48 * 1024) is raised
     asked = [call for call in gpu.driver.calls if call[0] == "cuKernelSetAttribute"]
     assert [call[1:3] for call in asked] == [("max dynamic smem", smem_bytes)] * raised
-
-
-# Loading
-
-
-def run_everything(gpu):
-    """One call of each public function that launches; both GPUs of `gpu` and `hopper` do all."""
-    q = gpu.array((B, SQ, H, D))
-    out, lse = numflash.attention(q, q, q, return_lse=True)
-    numflash.attention_backward(out, q, q, q, out, lse)
-    numflash.plan(q, q, q, causal=True).launch()
-    few, many = gpu.array((1, 1, H, D)), gpu.array((1, 65536, H, D))
-    numflash.attention(few, many, many)
-    numflash.dequantize_fp8(numflash.quantize_fp8(q, "head"))
-    numflash.attention(q, q, q, precision="fp8")
-    numflash.attention(q, q, q, precision="auto")
-
-
-@pytest.mark.parametrize("current", [0, 1, None], ids=["here", "another-device", "no-context"])
-@pytest.mark.parametrize("machine", ["gpu", "hopper"])
-def test_every_kernel_is_loaded_before_its_first_launch(request, machine, current):
-    driver = request.getfixturevalue(machine).driver
-    driver.device = current
-    run_everything(request.getfixturevalue(machine))
-    assert driver.loaded_lazily == [] and driver.device == current
-    assert len(driver.launches) >= 15
-    # Once each, into the context of the device that it runs on.
-    loads = [call[1] for call in driver.calls if call[0] == "cuFuncLoad"]
-    assert sorted(loads) == sorted(driver.kernels)
-    assert driver.loaded == {(number, 0) for number, _ in enumerate(driver.kernels, 1)}
-
-
-def test_shared_memory_is_asked_for_before_a_kernel_is_loaded(hopper):
-    q = hopper.array((B, SQ, H, 128))
-    numflash.attention(q, q, q)
-    names = [name for name, *_ in hopper.driver.calls]
-    assert names == ["cuKernelSetAttribute", "cuKernelGetFunction", "cuFuncLoad", "cuLaunchKernel"]
-
-
-def test_each_device_loads_for_itself(gpu):
-    for device in (0, 1):
-        q = gpu.array((B, SQ, H, D), device=device)
-        numflash.attention(q, q, q)
-    assert gpu.driver.loaded == {(1, 0), (2, 1)} and gpu.driver.loaded_lazily == []
-
-
-def test_a_plan_has_loaded_its_kernels_before_it_is_launched(gpu, qkv):
-    numflash.plan(*qkv)
-    assert [name for name, *_ in gpu.driver.calls] == ["cuKernelGetFunction", "cuFuncLoad"]
-
-
-def test_warmup_loads_what_attention_will_launch(gpu, compiled, qkv):
-    numflash.warmup("float16", D, DV, backward=True)
-    assert len(gpu.driver.loaded) == len(gpu.driver.kernels) == len(compiled) == 4
-    gpu.driver.calls.clear()
-    out, lse = numflash.attention(*qkv, return_lse=True)
-    numflash.attention_backward(out, *qkv, out, lse)
-    assert {name for name, *_ in gpu.driver.calls} == {"cuLaunchKernel"}
-
-
-class OldDriver(fake_gpu.Driver):
-    """CUDA 12.3: loads a kernel when its function is asked for."""
-
-    def cuKernelGetFunction(self, kernel):
-        status, function = super().cuKernelGetFunction(kernel)
-        self.loaded.add((kernel, self.device))
-        return status, function
-
-    def cuFuncLoad(self, function):
-        # What cuda-bindings does about a function that the driver does not have.
-        raise RuntimeError("function cuFuncLoad is not found")
-
-
-class OldBindings(OldDriver):
-    @property
-    def cuFuncLoad(self):
-        raise AttributeError("cuFuncLoad")
-
-
-@pytest.mark.parametrize("old", [OldDriver, OldBindings])
-def test_a_driver_that_cannot_load_a_function_is_asked_for_it(gpu, qkv, old):
-    gpu.driver.__class__ = old
-    numflash.attention(*qkv)
-    names = [name for name, *_ in gpu.driver.calls]
-    assert names == ["cuKernelGetFunction", "cuLaunchKernel"]
-    assert gpu.driver.loaded_lazily == []
-
-
-def test_a_kernel_that_cannot_be_loaded_is_tried_again(gpu, qkv):
-    gpu.driver.load_status = fake_gpu.Status(2)
-    with pytest.raises(RuntimeError, match="CUDA_ERROR_OUT_OF_MEMORY"):
-        numflash.attention(*qkv)
-    assert gpu.driver.launches == []
-    gpu.driver.load_status = fake_gpu.OK
-    numflash.attention(*qkv)
-    assert gpu.driver.loaded_lazily == [] and len(gpu.driver.launches) == 1
-
-
-def test_nothing_is_launched_for_empty_results(gpu, qkv):
-    _, k, v = qkv
-    none = gpu.array((0, SQ, H, D))
-    out, lse = numflash.attention(none, none, none, return_lse=True)
-    assert (out.shape, lse.shape) == ((0, SQ, H, D), (0, H, SQ))
-    out, lse = numflash.attention(gpu.array((B, 0, H, D)), k, v, return_lse=True)
-    assert (out.shape, lse.shape) == ((B, 0, H, DV), (B, H, 0))
-    assert numflash.plan(none, none, none).launch().shape == none.shape
-    numflash.attention_backward(none, none, none, none, none, gpu.array((0, H, SQ), "float32"))
-    assert gpu.driver.calls == []
-
-
-def test_zeros_are_written_where_there_is_no_key(gpu):
-    q, none = gpu.array((B, SQ, H, D)), gpu.array((B, 0, H, D))
-    out, lse = numflash.attention(q, none, none, return_lse=True)
-    assert [run.family for run in gpu.driver.launches] == ["forward"]
-    gpu.driver.launches.clear()
-    _, dk, _ = numflash.attention_backward(out, q, none, none, out, lse)
-    assert [run.family for run in gpu.driver.launches] == ["delta", "backward-dq"]
-    assert dk.shape == none.shape
-    # And no query: dK and dV are zeros.
-    gpu.driver.launches.clear()
-    lse = gpu.array((B, H, 0), "float32")
-    numflash.attention_backward(none, none, q, q, none, lse)
-    assert [run.family for run in gpu.driver.launches] == ["backward-dkdv"]
-
-
-def test_cupy_arrays_give_cupy_arrays(gpu, qkv):
-    out, lse = numflash.attention(*qkv, return_lse=True)
-    assert type(out) is type(lse) is gpu.cupy.ndarray
-    assert (out.shape, out.dtype) == ((B, SQ, H, DV), np.float16)
-    assert (lse.shape, lse.dtype) == ((B, H, SQ), np.float32)
-
-
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_torch_tensors_give_torch_tensors_from_torchs_pool_and_stream(gpu, dtype):
-    q, k, v = (gpu.tensor((B, s, H, D), dtype, ("cuda", 1)) for s in (SQ, SK, SK))
-    gpu.driver.device = 1
-    out, lse = numflash.attention(q, k, v, return_lse=True)
-    assert isinstance(out, gpu.torch.Tensor) and isinstance(lse, gpu.torch.Tensor)
-    assert out.dtype is getattr(gpu.torch, dtype) and lse.dtype is gpu.torch.float32
-    assert out.device.index == lse.device.index == 1
-    assert gpu.torch.allocations == [(0x6000, 1)] * 2 and gpu.cupy.allocations == []
-    (run,) = gpu.driver.launches
-    assert (run.stream, run.arguments["q"]) == (0x6000, q.data_ptr())
-    numflash.attention(q, k, v, stream=0xABC0)
-    assert gpu.torch.allocations[2:] == [(0xABC0, 1)] * 2
-    assert gpu.driver.launches[-1].stream == 0xABC0
-
-
-def test_arrays_of_other_libraries_are_seen_through_cupy_and_given_back(gpu):
-    class Namespace:
-        @staticmethod
-        def from_dlpack(array):
-            return Foreign(array)
-
-    class Foreign:
-        def __init__(self, seen):
-            self.seen = seen
-
-        def __dlpack_device__(self):
-            return 2, 0
-
-        def __dlpack__(self):
-            return self.seen
-
-        def __array_namespace__(self):
-            return Namespace
-
-    q = Foreign(gpu.array((B, SQ, H, D)))
-    for _ in range(2):
-        out, lse = numflash.attention(q, q, q, return_lse=True)
-        assert isinstance(out, Foreign) and isinstance(lse, Foreign)
-        assert gpu.driver.launches[-1].arguments["q"] == q.seen.data.ptr
-        assert gpu.driver.launches[-1].arguments["out"] == out.seen.data.ptr
-
-
-def test_cuda_array_interface_alone_is_enough(gpu):
-    class Foreign:
-        __cuda_array_interface__ = None
-
-        def __init__(self, seen):
-            self.as_cupy = seen
-
-    q = Foreign(gpu.array((B, SQ, H, D)))
-    out = numflash.attention(q, q, q)
-    assert type(out) is gpu.cupy.ndarray
-    assert gpu.driver.launches[-1].arguments["q"] == q.as_cupy.data.ptr
-
-
-@pytest.mark.parametrize("current", [1, None], ids=["another-device", "no-context"])
-def test_another_current_context_is_put_aside_for_the_launch(gpu, qkv, current):
-    gpu.driver.device = current
-    numflash.attention(*qkv)
-    assert gpu.driver.calls[-3:] == [
-        ("cuCtxPushCurrent", 0xC0),
-        ("cuLaunchKernel", gpu.driver.kernels[0]),
-        ("cuCtxPopCurrent",),
-    ]
-
-
-def test_results_lie_on_the_device_of_the_inputs(gpu):
-    q = gpu.array((B, SQ, H, D), device=1)
-    spread = gpu.array((B, SQ, H, 2 * D), device=1)[..., ::2]
-    out, lse = numflash.attention(q, q, spread, return_lse=True, stream=0xABC0)
-    assert out.data.device_id == lse.data.device_id == 1
-    assert gpu.cupy.allocations == [(0xABC0, 1)] * 3
-    assert gpu.cupy.current.device == 0
-    numflash.attention(q, q, q)
-    assert gpu.driver.launches[-1].stream == 0x5000
-    assert ("cuCtxPushCurrent", 0xC1) in gpu.driver.calls
-
-
-@pytest.mark.parametrize("current", [0, 1])
-def test_a_driver_error_has_the_drivers_name_and_leaves_the_context_alone(gpu, qkv, current):
-    gpu.driver.device = current
-    gpu.driver.launch_status = fake_gpu.Status(2)
-    with pytest.raises(RuntimeError, match="CUDA_ERROR_OUT_OF_MEMORY"):
-        numflash.attention(*qkv)
-    names = [name for name, *_ in gpu.driver.calls]
-    # The one for loading, the other for the launch.
-    assert names.count("cuCtxPushCurrent") == names.count("cuCtxPopCurrent") == 2 * current
-    assert gpu.driver.device == current
-
-
-def test_the_driver_is_asked_for_nothing_but_launches_once_a_kernel_is_loaded(gpu, qkv):
-    numflash.attention(*qkv)
-    gpu.driver.calls.clear()
-    numflash.attention(*qkv)
-    assert [name for name, *_ in gpu.driver.calls] == ["cuLaunchKernel"]
-    # The stub has no synchronisation at all: to ask for one is an error.
-    with pytest.raises(AttributeError):
-        gpu.driver.cuStreamSynchronize  # noqa: B018
-    with pytest.raises(AttributeError):
-        gpu.cupy.cuda.Stream  # noqa: B018
-
-
-def test_another_shape_does_not_find_the_launch_of_the_first(gpu, qkv):
-    q, k, v = qkv
-    numflash.attention(q, k, v)
-    numflash.attention(q[:, : SQ // 2], k, v)
-    numflash.attention(q, k, v, causal=True)
-    first, second, third = gpu.driver.launches
-    assert (first.arguments["shape.seqlen_q"], second.arguments["shape.seqlen_q"]) == (SQ, SQ // 2)
-    assert first.arguments["mask.hi"] != third.arguments["mask.hi"]
-
-
-def test_out_is_written_in_place(gpu, qkv):
-    whole = gpu.array((B, SQ, 3, DV, H))
-    out = whole.transpose(0, 1, 4, 2, 3)[..., 1, :]
-    assert out.shape == (B, SQ, H, DV) and strides(out)[-1] == H
-    with pytest.raises(ValueError, match="out must have a contiguous last axis"):
-        numflash.attention(*qkv, out=out)
-    out = gpu.array((B, SQ, 3, H, DV))[:, :, 1]
-    for array in (out, gpu.array(out.shape)):
-        assert numflash.attention(*qkv, out=array) is array
-        run = gpu.driver.launches[-1]
-        assert run.arguments["out"] == array.data.ptr
-        assert run.arguments["out.row"] == strides(array)[1]
-
-
-def test_a_plan_repeats_its_launch_with_the_same_addresses(gpu, qkv):
-    plan = numflash.plan(*qkv, causal=True)
-    assert gpu.driver.launches == []
-    numflash.attention(*qkv, causal=True)  # the same kernel, with other results
-    allocations = len(gpu.cupy.allocations)
-    assert plan.launch() is plan.out
-    assert plan.launch(stream=_stream(ptr=0xABC0)) is plan.out
-    other, first, second = gpu.driver.launches
-    assert first.arguments == second.arguments
-    assert first.arguments["out"] == plan.out.data.ptr != other.arguments["out"]
-    assert first.arguments["lse"] == plan.lse.data.ptr
-    assert (first.stream, second.stream) == (0x5000, 0xABC0)
-    assert len(gpu.cupy.allocations) == allocations
-    assert plan.kernel == f"forward {first.config} float16-d64-dv96-vec"
-    assert numflash.plan(*qkv, stream=0xABC0).launch() is not plan.out
-    assert gpu.driver.launches[-1].stream == 0xABC0
-
-
-def test_a_plan_keeps_its_arrays_alive(gpu):
-    def keepers():
-        gc.collect()
-        return sum(isinstance(x, gpu.cupy.ndarray) for x in gc.get_objects())
-
-    before = keepers()
-    plan = numflash.plan(*(gpu.array((B, SK, H, D)) for _ in range(3)))
-    assert keepers() - before == 5
-    del plan
-    assert keepers() == before
-
-
-def test_threads_do_not_mix_their_arguments(gpu, qkv, monkeypatch):
-    launch_kernel = fake_gpu.Driver.cuLaunchKernel
-
-    def slow(driver, *arguments):
-        time.sleep(1e-3)  # other threads run before the arguments are read
-        return launch_kernel(driver, *arguments)
-
-    monkeypatch.setattr(fake_gpu.Driver, "cuLaunchKernel", slow)
-    plans = [numflash.plan(*qkv) for _ in range(4)]
-    threads = [threading.Thread(target=lambda p=p: [p.launch() for _ in range(5)]) for p in plans]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    launched = Counter(run.arguments["out"] for run in gpu.driver.launches)
-    assert launched == {plan.out.data.ptr: 5 for plan in plans}
-    lse_of = {plan.out.data.ptr: plan.lse.data.ptr for plan in plans}
-    for run in gpu.driver.launches:
-        assert run.arguments["lse"] == lse_of[run.arguments["out"]]
-
-
-@pytest.fixture
-def compiled(monkeypatch):
-    """What `warmup` compiles."""
-    compiled = []
-
-    def get_cubin(config, traits, limits):
-        compiled.append(f"{config.family}|{config}|{traits}")
-        return fake_gpu.fake_get_cubin(config, traits, limits)
-
-    monkeypatch.setattr(plans, "get_cubin", get_cubin)
-    return compiled
-
-
-def test_warmup_compiles_what_attention_will_launch(gpu, compiled, qkv):
-    numflash.warmup("float16", D, DV, backward=True)
-    out, lse = numflash.attention(*qkv, return_lse=True)
-    numflash.attention_backward(out, *qkv, out, lse)
-    assert sorted(compiled) == sorted(gpu.driver.kernels)
-
-
-@pytest.mark.parametrize("precision", [None, "tf32"])
-def test_warmup_compiles_for_the_precision_of_the_calls(hopper, compiled, precision):
-    numflash.warmup("float32", D, backward=True, precision=precision)
-    q = hopper.array((16, 512, 8, D), "float32")
-    out, lse = numflash.attention(q, q, q, return_lse=True, precision=precision)
-    numflash.attention_backward(out, q, q, q, out, lse, precision=precision)
-    assert sorted(compiled) == sorted(hopper.driver.kernels)
-    assert any("tf32" in kernel for kernel in compiled) is (precision is not None)
-
-
-@pytest.mark.parametrize(
-    ("bindings", "spills", "said"),
-    [("12.9.10", 184, 1), ("12.9.10", 0, 0), ("13.5.0", 184, 0), (None, 184, 0)],
-)
-def test_what_spills_with_cuda_12_says_so_once(bindings, spills, said, gpu, monkeypatch, caplog):
-    def get_cubin(*arguments):
-        return replace(fake_gpu.fake_get_cubin(*arguments), spill_store_bytes=spills)
-
-    monkeypatch.setattr(launch, "get_cubin", get_cubin)
-    monkeypatch.setattr(compiler, "_version", lambda name: bindings)
-    monkeypatch.setattr(compiler, "_warn_once", cache(compiler._warn_once.__wrapped__))
-    for length in (SQ, 2 * SQ):
-        q = gpu.array((B, length, H, D))
-        numflash.attention(q, q, q)
-    messages = [record.getMessage() for record in caplog.records]
-    assert len(messages) == said
-    assert all("forward" in m and "184 bytes" in m and "numflash[cu13]" in m for m in messages)
-
-
-def test_a_gpu_older_than_turing_is_unsupported(monkeypatch):
-    gpu = fake_gpu.install(monkeypatch, capability=(7, 0))
-    q = gpu.array((B, SQ, H, D))
-    with pytest.raises(numflash.UnsupportedError, match=r"device 0: .*sm_70.*not supported"):
-        numflash.attention(q, q, q)
-
-
-def _bindings(initialise):
-    module = types.ModuleType("cuda.bindings")
-    module.driver = types.SimpleNamespace(cuInit=initialise)
-    return module
-
-
-def _not_found(flags):
-    raise RuntimeError("libcuda.so.1 was not found.")
-
-
-@pytest.mark.parametrize(
-    "bindings, reason",
-    [
-        (None, "cuda.bindings"),
-        (_bindings(_not_found), "libcuda.so.1 was not found. Kernels"),
-        (_bindings(lambda flags: (fake_gpu.Status(100),)), "CUDA_ERROR_UNKNOWN"),
-    ],
-    ids=["not-installed", "not-found", "no-device"],
-)
-def test_without_a_driver_the_error_says_why_and_what_to_do(monkeypatch, bindings, reason):
-    monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
-    monkeypatch.setattr(driver, "open_driver", driver.open_driver.__wrapped__)
-    monkeypatch.setattr(plans, "limits_of_device", driver.limits_of_device.__wrapped__)
-    with pytest.raises(numflash.UnsupportedError) as error:
-        numflash.warmup()
-    words = ["the CUDA driver cannot be used", reason, "numflash[cu13]", "NUMBA_ENABLE_CUDASIM=1"]
-    for word in words:
-        assert word in str(error.value)
-
-
-# Host time. The promise is for a quiet machine; these limits leave room for a busy one.
-PROMISED_CALL_US, PROMISED_LAUNCH_US, ROOM = 25, 8, 4
-
-
-def _microseconds(call) -> float:
-    return min(timeit.repeat(call, number=200, repeat=10)) / 200 * 1e6
-
-
-@pytest.fixture
-def silent(gpu, monkeypatch):
-    """The fake machine with a driver that does not even record."""
-    status = (fake_gpu.OK,)
-    monkeypatch.setattr(fake_gpu.Driver, "cuLaunchKernel", lambda self, *_: status)
-    return gpu
-
-
-def test_a_warm_call_costs_little_host_time(silent, qkv):
-    numflash.attention(*qkv)
-    assert _microseconds(lambda: numflash.attention(*qkv)) < ROOM * PROMISED_CALL_US
-
-
-def test_a_planned_launch_costs_little_host_time(silent, qkv):
-    assert _microseconds(numflash.plan(*qkv).launch) < ROOM * PROMISED_LAUNCH_US

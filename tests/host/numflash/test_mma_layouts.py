@@ -161,7 +161,7 @@ def notes(monkeypatch):
 
 
 def loads_of_lanes(notes, run):
-    """What each lane reads in turn: a list of 32 addresses for every load of the warp."""
+    """The reads of each lane in turn: a list of 32 addresses for every load of the warp."""
     lanes = []
     for lane in WARP:
         notes.loads = []
@@ -326,7 +326,7 @@ def shapes():
 
 
 def copies_of_threads(thread, make, num_threads, arguments):
-    """What each thread copies."""
+    """The copies of each thread."""
     copy_tile = copies.make_copy_tile.__wrapped__(*make)
     threads = []
     for thread.index in range(num_threads):
@@ -389,9 +389,9 @@ def test_copies_through_registers_store_as_asynchronous_ones(thread, layout):
 def test_copies_of_packed_heads_take_each_row_from_its_head(thread, layout, pack):
     element = MMA_ELEMENTS["sm80", "float16"]
     base, row_stride, pack_stride, first, rows = 1000, 8192, 512, 32, 32
-    make = element, layout, rows, 64, True, True, True
+    make = element, layout, rows, 64, True, True, copies.row_of_packed_heads
     source = Tensor(None, 0, row_stride, pack_stride)
-    arguments = None, TILE, source, base, first, 60, 8 * layout.chunks, pack
+    arguments = None, TILE, source, (base, pack), first, 60, 8 * layout.chunks
     copied = dict(itertools.chain(*copies_of_threads(thread, make, 64, arguments)))
     word = make_word(layout)
     for row, chunk in itertools.product(range(rows), range(layout.chunks)):

@@ -6,6 +6,7 @@ import pytest
 
 from numflash.configs import FAMILIES, Traits
 from numflash.problem.classes import ProblemClass, round_up
+from numflash.problem.options import AttentionOptions
 from numflash.problem.problem import describe
 from numflash.runtime.views import ArrayView, contiguous_strides
 
@@ -20,7 +21,7 @@ def problem(seqlen_q, seqlen_k, *, batch=1, heads=4, heads_kv=4, head_dim=64, **
         return ArrayView(0, shape, contiguous_strides(shape), "float16", 0)
 
     q, k = view(seqlen_q, heads), view(seqlen_k, heads_kv)
-    return describe(q, k, k, **options)[0]
+    return describe({"q": q, "k": k, "v": k}, AttentionOptions(**options))[0]
 
 
 def class_of(*args, **options):
@@ -72,7 +73,7 @@ def test_empty_problems_have_a_class():
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("mask", ["full", "causal", "window256"])
 def test_parse_is_the_inverse_of_str(family, mask):
-    traits = replace(TRAITS, softcap=True, head_dim_v=96)
+    traits = replace(TRAITS, features=("softcap",), head_dim_v=96)
     original = ProblemClass(family, traits, mask, 1, 4096, 64, 8)
     assert ProblemClass.parse(str(original)) == original
 

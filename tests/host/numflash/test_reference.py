@@ -23,6 +23,11 @@ CASES = {
     "causal-wide": ((1, 3, 6, 1, 1, 2, 2), {"causal": True}),
     "causal-tall": ((1, 6, 3, 1, 1, 2, 2), {"causal": True}),
     "top-left-wide": ((1, 3, 6, 1, 1, 2, 2), {"causal": True, "causal_align": "top_left"}),
+    "shift": ((1, 5, 6, 2, 1, 2, 2), {"causal": True, "shift": -2}),
+    "shift-window-alibi": (
+        (1, 5, 6, 2, 2, 2, 2),
+        {"window_size": (1, 1), "shift": 3, "alibi_slopes": (2,), "causal_align": "top_left"},
+    ),
     "top-left-tall": ((1, 6, 3, 1, 1, 2, 2), {"causal": True, "causal_align": "top_left"}),
     "window": ((1, 6, 6, 1, 1, 2, 2), {"window_size": (1, 2)}),
     "window-list": ((1, 6, 6, 1, 1, 2, 2), {"window_size": [2, 0]}),
@@ -110,6 +115,7 @@ def by_loops(q, k, v, options):
     seqlen_k, group = k.shape[2], heads // k.shape[1]
     slopes = np.broadcast_to(options.get("alibi_slopes", 0.0), (batch, heads))
     shift = 0 if options.get("causal_align") == "top_left" else seqlen_k - seqlen_q
+    shift += options.get("shift", 0)
     out, lse = np.zeros((batch, heads, seqlen_q, v.shape[3])), np.zeros((batch, heads, seqlen_q))
     for b, h, i in np.ndindex(batch, heads, seqlen_q):
         out[b, h, i], lse[b, h, i] = attend(
@@ -258,7 +264,7 @@ def test_gradients_are_those_of_central_differences(shape, options):
 
 def _errors(precision):
     (q, k, v, dout), _ = problem((2, 40, 50, 2, 1, 32, 32), {}, seed=2)
-    # What all precisions can hold exactly: only the computation rounds.
+    # Numbers that all precisions hold exactly: only the computation rounds.
     q, k, v, dout = (x.astype(ml_dtypes.bfloat16).astype(np.float64) for x in (q, k, v, dout))
     exact = [*reference.attention(q, k, v), *reference.attention_backward(dout, q, k, v)]
     naive = [

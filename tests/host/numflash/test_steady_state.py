@@ -1,4 +1,4 @@
-"""What is read from a main loop, on machine code written by hand as the assembler writes it."""
+"""The reading of a main loop, on machine code written by hand as the assembler writes it."""
 
 import pytest
 

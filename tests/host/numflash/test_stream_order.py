@@ -29,7 +29,7 @@ def gpu(monkeypatch):
 
 @pytest.fixture
 def log():
-    """What was exchanged."""
+    """The exchanges so far."""
     return []
 
 
@@ -117,7 +117,7 @@ def test_results_are_given_after_the_launches_and_on_their_stream(
     assert {run.stream for run in launches} == {stream or CUPYS}
     given = [each for each in log if each.kind == "given"]
     assert given and {(each.stream, each.device) for each in given} == {(stream or CUPYS, device)}
-    # What calls two functions gives between their launches, too.
+    # A call of two functions gives between their launches, too.
     assert given[-1].launches == len(launches)
     assert given[0].launches > 0
     taken = [each for each in log if each.kind == "taken"]
@@ -167,7 +167,7 @@ def test_a_launch_of_a_plan_gives_on_its_own_stream(gpu, foreign, log):
 
 
 def test_an_array_of_numba_is_given_with_its_stream_and_not_waited_for(gpu, monkeypatch):
-    """What Numba waits for by itself would end a graph capture."""
+    """A wait of Numba's own would end a graph capture."""
     given = []
 
     class NumbaArray:

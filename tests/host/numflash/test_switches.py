@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[3]
 OFF = ["0", "00", " 0 ", "-0", "False", "false", "off", "OFF", "no"]
 ON = ["1", "01", "2", "-1", " 1\n", "True", "on", "yes"]
 
-# What numflash decides comes first: it may not know Numba yet.
+# numflash decides first: it may not know Numba yet.
 ASK = """
 import json, sys
 from numflash.runtime.mode import SIMULATED

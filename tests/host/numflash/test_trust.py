@@ -38,7 +38,7 @@ def users_cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def warnings(caplog):
-    """What was logged so far, and forgotten with that."""
+    """The messages logged so far, which are then forgotten."""
 
     def take():
         found = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
@@ -62,7 +62,7 @@ def fill():
 
 
 def is_read():
-    """What of `fill` is found: (the kernel, the table)."""
+    """The parts of `fill` that are found: (the kernel, the table)."""
     return cubins.read("key") == ({"registers": 1}, b"code"), store.read(H200) == [ENTRY]
 
 

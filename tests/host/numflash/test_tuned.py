@@ -1,12 +1,6 @@
-"""Which tuned config serves a problem, and what explain_dispatch says of it."""
+"""Which tuned config a call gets: of its class, of a near one, of this device or another."""
 
-import functools
-import json
 import logging
-import os
-import subprocess
-import sys
-import tempfile
 from dataclasses import replace
 from timeit import timeit
 
@@ -16,20 +10,24 @@ import pytest
 import numflash
 from numflash.calls import ready
 from numflash.configs import parse_config
-from numflash.machine_code.compiler import source_hash, versions
 from numflash.problem.classes import ProblemClass
+from numflash.runtime import driver
 from numflash.runtime.devices import architecture
-from numflash.runtime.mode import SIMULATED
-from numflash.selection import autotune, capture, store, tuned
 from numflash.selection import choice as selection
-from numflash.selection.entries import DeviceKey, Entry
+from numflash.selection import store, tuned
+from numflash.selection.entries import DeviceKey
+from tests.support.tuned_classes import (
+    HERE,
+    LIMITS,
+    SIMULATED_DEVICE,
+    WANTED,
+    arrays,
+    entry,
+    find,
+    needs_simulator,
+)
 
-WANTED = ProblemClass.parse("forward float16-d64-dv64-vec full q512 k512 bh8 g1")
-LIMITS = architecture("sm_80")
-HERE = DeviceKey("NVIDIA A100-SXM4-80GB", "sm_80", 108)
 OTHER = DeviceKey("NVIDIA A30", "sm_80", 56)
-ELSEWHERE = DeviceKey("NVIDIA H200", "sm_90a", 132)
-needs_simulator = pytest.mark.skipif(not SIMULATED, reason="needs NUMBA_ENABLE_CUDASIM=1")
 
 
 @pytest.fixture(autouse=True)
@@ -44,28 +42,7 @@ def empty_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(ready, "_ready", {})
 
 
-def entry(problem=WANTED, config="sm80-m64n32w4s2", **changes):
-    """An entry that is exact for WANTED unless told otherwise."""
-    if isinstance(problem, str):
-        problem = ProblemClass.parse(problem)
-    found = Entry(
-        problem=problem,
-        config=config,
-        time_ms=1.0,
-        spread=None,
-        origin="predicted",
-        date="2026-11-21T00:00:00Z",
-        kernels=source_hash(),
-        compilers=versions(),
-        default_config=config,
-        default_ms=2.0,
-    )
-    return replace(found, **changes)
-
-
-def find(wanted=WANTED, device=HERE, rows=512):
-    """The tuned choice for a class."""
-    return tuned.find(wanted, device, LIMITS, rows)
+ELSEWHERE = DeviceKey("NVIDIA H200", "sm_90a", 132)
 
 
 def near(text):
@@ -111,6 +88,8 @@ def test_the_nearest_class_of_this_device_gives_only_its_tiles():
 
 
 NEAR = "forward float16-d64-dv64-vec full q1024 k1024 bh8 g1"
+
+
 BY_RULE = {
     "sm90": parse_config("forward", "sm90-m128n64w8s2-overlap"),
     "sm80": parse_config("forward", "sm80-m128n64w4s1"),
@@ -145,7 +124,7 @@ def test_on_hopper_the_class_itself_may_have_another_kernel_if_it_can_run():
 
 @needs_simulator
 def test_a_tuned_config_for_hopper_is_not_for_what_bulk_copies_cannot_fetch(monkeypatch):
-    monkeypatch.setattr(selection, "limits_of_device", lambda device: architecture("sm_90a"))
+    monkeypatch.setattr(driver, "limits_of_device", lambda device: architecture("sm_90a"))
     monkeypatch.setattr(selection, "device_key", lambda device: ELSEWHERE)
     store.add(ELSEWHERE, [entry(config="sm90-m64n64w4s1")])
     whole = np.zeros((1, 512, 8, 64), np.float16)
@@ -271,7 +250,7 @@ def test_the_cache_is_read_once_for_all_sizes(monkeypatch):
 
 
 def test_the_packing_of_a_near_entry_is_no_hindrance():
-    alibi = replace(WANTED, traits=replace(WANTED.traits, alibi=True))
+    alibi = replace(WANTED, traits=replace(WANTED.traits, features=("alibi",)))
     store.add(HERE, [entry(config="sm80-m64n32w4s2x4-packed")])
     assert str(find(alibi).config) == "sm80-m64n32w4s2"
 
@@ -291,14 +270,6 @@ def test_warmup_takes_what_was_tuned_and_passes_over_what_cannot_run():
     assert [str(choice.config) for choice in found] == ["sm80-m64n32w4s2"]
     assert tuned.choices("forward", big.traits, HERE, LIMITS) == []
     assert tuned.choices("backward-dq", WANTED.traits, HERE, LIMITS) == []
-
-
-def arrays(batch=1, seqlen=512, heads=8, head_dim=64):
-    """q, k and v of the class WANTED."""
-    return (np.zeros((batch, seqlen, heads, head_dim), np.float16),) * 3
-
-
-SIMULATED_DEVICE = DeviceKey("sm_80", "sm_80", 0)
 
 
 @needs_simulator
@@ -365,164 +336,3 @@ def test_one_kernel_for_all_gradients_runs_where_it_was_measured_faster(
     assert set(backward) == ({"backward"} if runs_fused else {"backward-dkdv", "backward-dq"})
     if runs_fused:
         assert str(backward["backward"].config) == configs["backward"]
-
-
-@needs_simulator
-def test_classes_are_captured_once_and_read_back(tmp_path, monkeypatch):
-    path = tmp_path / "classes.txt"
-    monkeypatch.setattr(capture, "_noted", set())
-    monkeypatch.setenv("NUMFLASH_CAPTURE", str(path))
-    numflash.explain_dispatch(*arrays())
-    assert not path.exists()  # to ask is not to run
-    for seqlen in (512, 400, 600):
-        numflash.plan(*arrays(seqlen=seqlen))
-    found = capture.read(path)
-    assert len(path.read_text().splitlines()) == len(found) == 2
-    assert WANTED in found and replace(WANTED, seqlen_q=1024, seqlen_k=1024) in found
-
-
-def test_a_capture_that_cannot_be_written_is_only_a_warning(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(capture, "_noted", set())
-    monkeypatch.setenv("NUMFLASH_CAPTURE", str(tmp_path / "no" / "such" / "folder"))
-    with caplog.at_level(logging.WARNING, "numflash"):
-        capture.note(WANTED)
-        capture.note(WANTED)
-    assert len(caplog.records) == 1
-
-
-@pytest.mark.parametrize("target", ["mine", "absent"])
-def test_classes_are_not_captured_through_a_link(tmp_path, monkeypatch, caplog, target):
-    (tmp_path / "mine").write_text("mine")
-    (tmp_path / "classes").symlink_to(tmp_path / target)
-    monkeypatch.setenv("NUMFLASH_CAPTURE", str(tmp_path / "classes"))
-    capture.note(WANTED)
-    assert "a symbolic link is not written through" in caplog.text
-    assert (tmp_path / "mine").read_text() == "mine" and not (tmp_path / "absent").exists()
-
-
-def test_a_damaged_capture_names_the_line(tmp_path):
-    path = tmp_path / "classes.txt"
-    path.write_text(f"{WANTED}\n\nnonsense\n")
-    with pytest.raises(ValueError, match="line 3"):
-        capture.read(path)
-
-
-class EntryPoint:
-    """An entry point that notes its calls."""
-
-    def __init__(self, effect=lambda: None):
-        self.calls, self.effect = [], effect
-
-    def load(self):
-        """The function."""
-
-        def tune(problem, device, seconds):
-            self.calls.append((problem, device, seconds))
-            self.effect()
-
-        return tune
-
-
-@pytest.fixture
-def autotuning(monkeypatch):
-    """An entry point that numflash finds, as if there were a GPU."""
-    point = EntryPoint()
-    monkeypatch.setattr(autotune, "SIMULATED", False)
-    monkeypatch.setattr(autotune, "_tried", set())
-    monkeypatch.setattr(autotune, "_warnings", set())
-    monkeypatch.setattr(autotune.metadata, "entry_points", lambda group: [point])
-    monkeypatch.setenv("NUMFLASH_AUTOTUNE", "1")
-    return point
-
-
-@needs_simulator
-def test_a_new_class_is_tuned_once_on_first_use(autotuning):
-    autotuning.effect = lambda: store.add(
-        SIMULATED_DEVICE, [entry(config="sm80-m32n16w2s1", origin="measured")]
-    )
-    q, k, v = arrays()
-    choice, _ = selection.forward_choice(*_problem(q, k, v), None)
-    assert str(choice.config) == "sm80-m32n16w2s1"
-    selection.forward_choice(*_problem(q, k, v), None)
-    # In the simulator the device is -1.
-    assert autotuning.calls == [(WANTED, -1, 20.0)]
-
-
-def _problem(q, k, v):
-    from numflash.calls.forward import problem_of
-    from numflash.runtime.arrays import library_of
-
-    views = {
-        name: library_of(x, name).view(x, name) for name, x in zip("qkv", (q, k, v), strict=True)
-    }
-    return problem_of(views, {})
-
-
-def test_a_class_that_was_measured_is_not_tuned_again(autotuning):
-    store.add(SIMULATED_DEVICE, [entry(origin="measured")])
-    if SIMULATED:
-        selection.forward_choice(*_problem(*arrays()), None)
-        assert autotuning.calls == []
-
-
-def test_a_tuner_that_fails_is_only_a_warning(autotuning, caplog):
-    def fail():
-        raise RuntimeError("no luck")
-
-    autotuning.effect = fail
-    with caplog.at_level(logging.WARNING, "numflash"):
-        assert not autotune.tune(WANTED, 0)
-        assert not autotune.tune(WANTED, 0)
-    assert len(autotuning.calls) == 1 and "no luck" in caplog.text
-
-
-@pytest.mark.parametrize(
-    "asked, seconds", [("0", 0), ("", 0), ("1", 20), ("7.5", 7.5), ("x", 0), ("-3", 0), ("nan", 0)]
-)
-def test_the_budget_of_an_autotune(autotuning, monkeypatch, asked, seconds):
-    monkeypatch.setenv("NUMFLASH_AUTOTUNE", asked)
-    assert autotune.seconds() == seconds
-
-
-def test_without_the_tuner_autotune_says_how_to_get_it(autotuning, monkeypatch, caplog):
-    monkeypatch.setattr(autotune.metadata, "entry_points", lambda group: [])
-    with caplog.at_level(logging.WARNING, "numflash"):
-        assert not autotune.tune(WANTED, 0)
-    assert "numflash[tune]" in caplog.text
-
-
-def test_numflash_imports_neither_optuna_nor_the_tuner():
-    code = (
-        "import sys, json, numflash; "
-        "tops = {name.partition('.')[0] for name in sys.modules}; "
-        "print(json.dumps(sorted(tops & {'optuna', 'numflash_tuner'})))"
-    )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert json.loads(out.stdout) == []
-
-
-def test_a_user_without_a_home_has_no_cache(monkeypatch, caplog):
-    from pathlib import Path
-
-    from numflash.machine_code import cubins
-    from numflash.runtime import cache_folder
-
-    def fail(self):
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.delenv("NUMFLASH_CACHE_DIR")
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr(Path, "expanduser", fail)
-    monkeypatch.setattr(
-        cache_folder, "_nowhere", functools.cache(cache_folder._nowhere.__wrapped__)
-    )
-    before = sorted(Path(tempfile.gettempdir()).glob("numflash*"))
-    assert find() is None
-    cubins.write("key", {}, b"code")
-    assert cubins.read("key") is None and cubins.contents() == (0, 0)
-    with pytest.raises(OSError, match=os.devnull):
-        store.add(HERE, [entry()])
-    assert sorted(Path(tempfile.gettempdir()).glob("numflash*")) == before
-    assert [r.message for r in caplog.records if "has no home" in r.message] == [
-        "this user has no home: nothing is cached unless NUMFLASH_CACHE_DIR is set"
-    ]

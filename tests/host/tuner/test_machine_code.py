@@ -195,7 +195,7 @@ def test_where_warpgroups_multiply_the_innermost_products_are_the_walk():
     # Of each product of 64 rows a warp does 16.
     assert turn.multiply_adds == 16 * (128 + 64) * 16
     assert (turn.matrix, turn.exponentials, turn.fma) == (2, 2, 0)
-    # What is done once for each tile of rows, the first tile of keys among it.
+    # Work done once for each tile of rows, the first tile of keys among it.
     assert code.around == rows.counts
     assert (code.around.matrix, code.around.exponentials, code.around.fma) == (2, 1, 1)
     assert analyse(listing(NESTED)).around == Counts()

@@ -29,7 +29,7 @@ def about(text):
 
 
 def work(family, text, traits, arch):
-    """What a compiler does for a config: by its name."""
+    """The stand-in for a compiler's work on a config: by its name."""
     if text == RAISES:
         raise RuntimeError("the back end\nis lost")
     if text == CRASHES:
@@ -43,7 +43,7 @@ def work(family, text, traits, arch):
 
 
 def examine_process(family, text, traits, arch):
-    """What a compiler's process is."""
+    """The stand-in for a compiler's process."""
     simulated = os.environ.get("NUMBA_ENABLE_CUDASIM")
     ignores = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
     main = getattr(sys.modules["__main__"], "__file__", None)

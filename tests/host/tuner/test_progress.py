@@ -1,4 +1,4 @@
-"""What the tuner's progress bar writes, on a terminal of given width and into a log."""
+"""The output of the tuner's progress bar, on a terminal of given width and into a log."""
 
 import io
 import re

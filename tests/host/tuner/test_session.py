@@ -17,7 +17,8 @@ import optuna
 from optuna.storages.journal import JournalFileBackend
 
 from numflash.configs import parse_config
-from numflash.machine_code.compiler import source_hash, versions
+from numflash.machine_code.compiler import versions
+from numflash.machine_code.sources import family_hash
 from numflash.problem.classes import ProblemClass
 from numflash.selection import store
 from numflash.selection.entries import DeviceKey
@@ -131,7 +132,7 @@ def test_a_predicted_winner_is_an_entry_with_all_its_facts():
         result.default.predicted_ms,
     )
     assert entry.origin == result.origin == "predicted"
-    assert (entry.kernels, entry.compilers) == (source_hash(), versions())
+    assert (entry.kernels, entry.compilers) == (family_hash(DQ.family), versions())
     found = datetime.strptime(entry.date, "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC)
     assert timedelta() <= datetime.now(UTC) - found < timedelta(minutes=1)
 
@@ -319,7 +320,7 @@ def test_trials_are_shared_by_runs_that_compare_and_by_no_others(tmp_path, monke
     assert len(journals(tmp_path)) == 2
     tune(budgets=Budgets(min_occupancy=0.2))
     assert len(journals(tmp_path)) == 3
-    monkeypatch.setattr(session, "source_hash", lambda: "0" * 64)
+    monkeypatch.setattr(session, "family_hash", lambda family: "0" * 64)
     tune()
     assert len(journals(tmp_path)) == 4
     monkeypatch.setattr(session, "versions", lambda: {**versions(), "numba": "99"})

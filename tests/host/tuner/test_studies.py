@@ -1,12 +1,8 @@
 """Studies: shared by processes, resumed after any end, and no config tried twice."""
 
-import importlib
 import json
-import multiprocessing
 import signal
 import sqlite3
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -15,71 +11,14 @@ from contextlib import closing
 import pytest
 
 pytest.importorskip("optuna")
-import optuna
-import sqlalchemy.exc
 from optuna.distributions import CategoricalDistribution, IntDistribution
-from optuna.exceptions import StorageInternalError
-from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
 
 from numflash.runtime.files import locked
-from numflash.runtime.switches import is_on
+from tests.support.ledgers import configs_of, expect_each_once, keep, ledger_of, start, tried
 from tuner.records import Record
-from tuner.search import owners, storages
-from tuner.search.studies import ENVIRONMENT, Ledger, StorageError, journal_path, open_study
-
-# A worker that tries numbers 0 to 11 as "configs", each once, and takes a moment for each.
-WORKER = """
-import json, sys, time
-import optuna
-from optuna.distributions import IntDistribution
-from tuner.records import Record
-from tuner.search.studies import Ledger, open_study
-from numflash.runtime.switches import is_on
-
-url, name, pause = sys.argv[1], sys.argv[2], float(sys.argv[3])
-optuna.logging.set_verbosity(optuna.logging.ERROR)
-ledger = Ledger(open_study(url, name, optuna.samplers.RandomSampler(seed=0)))
-ledger.give_up_abandoned()
-while len(ledger.records()) < 12:
-    trial = ledger.ask({"x": IntDistribution(0, 11)})
-    config = str(trial.params["x"])
-    if config in ledger.taken() or not ledger.claim(trial, config):
-        ledger.give_up(trial)
-        if len(ledger.taken()) == 12:
-            break
-        continue
-    print(config, flush=True)
-    time.sleep(pause)
-    ledger.finish(trial, Record(config, "predicted", predicted_ms=1.0 + trial.params["x"]))
-"""
-
-
-def start(url, pause=0.0, name="numbers"):
-    """A worker process on a study."""
-    return subprocess.Popen(
-        [sys.executable, "-c", WORKER, str(url), name, str(pause)],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-
-
-def ledger_of(url, name="numbers"):
-    """The ledger of a study."""
-    return Ledger(open_study(str(url), name, optuna.samplers.RandomSampler()))
-
-
-def tried(*workers):
-    """What workers tried, after they ended well."""
-    outputs = [worker.communicate(timeout=60)[0].split() for worker in workers]
-    assert [worker.returncode for worker in workers] == [0] * len(workers)
-    return [config for output in outputs for config in output]
-
-
-def expect_each_once(ledger):
-    """Every config has one record."""
-    counts = Counter(record.config for record in ledger.records())
-    assert counts == Counter(map(str, range(12)))
+from tuner.search import owners
+from tuner.search.studies import ENVIRONMENT, Ledger, StorageError
 
 
 def test_two_processes_share_a_journal_and_try_nothing_twice(tmp_path):
@@ -107,27 +46,12 @@ def test_after_a_kill_the_next_process_goes_on(tmp_path):
     assert not states[TrialState.RUNNING]
 
 
-def keep(ledger, config, outcome="predicted", **fields):
-    """Try a config: a trial from its beginning to its end."""
-    if outcome == "predicted":
-        fields = {"predicted_ms": 1.0, **fields}
-    trial = ledger.ask()
-    assert ledger.claim(trial, config)
-    assert ledger.finish(trial, Record(config, outcome, **fields))
-    return trial
-
-
 def loses(ledger, config):
     """Whether the ledger may not have a config."""
     trial = ledger.ask()
     claimed = ledger.claim(trial, config)
     ledger.give_up(trial)
     return not claimed
-
-
-def configs_of(ledger):
-    """The configs with records, in order of trial."""
-    return [record.config for record in ledger.records()]
 
 
 def test_a_study_with_other_choices_is_refused_in_words(tmp_path):
@@ -143,7 +67,7 @@ def test_a_study_with_other_choices_is_refused_in_words(tmp_path):
             after.ask({"tile_m": other})
         said = str(refused.value)
         assert f"the study 'numbers' in the journal {path} has other choices" in said
-        assert "begin anew in another --storage" in said
+        assert "begin again in another --storage" in said
     states = Counter(trial.state for trial in after.study.get_trials())
     assert states == {TrialState.COMPLETE: 1, TrialState.FAIL: 2}
 
@@ -336,125 +260,6 @@ def test_the_earlier_of_two_claims_wins_whoever_asks_first(tmp_path):
     assert not ledger.claim(third, "a")
 
 
-METHODS = (
-    *("create_new_trial", "set_trial_param", "set_trial_user_attr", "set_trial_state_values"),
-    *("set_trial_intermediate_value", "get_all_trials"),
-)
-
-
-class Fragile(InMemoryStorage):
-    """A storage in which some methods fail so many times, before or after they did their work."""
-
-    failures, failing, late = 0, METHODS, False
-
-
-def _fragile(name):
-    method = getattr(InMemoryStorage, name)
-
-    def call(self, *args, **kwargs):
-        fails = self.failures > 0 and name in self.failing
-        self.failures -= fails
-        if self.late or not fails:
-            answer = method(self, *args, **kwargs)
-        if fails:
-            raise StorageInternalError("as Optuna puts it") from OSError("the line is cut")
-        return answer
-
-    return call
-
-
-for _name in METHODS:
-    setattr(Fragile, _name, _fragile(_name))
-
-
-def fragile_ledger():
-    """(ledger, its storage, how long it slept)."""
-    storage, slept = Fragile(), []
-    study = optuna.create_study(storage=storage, study_name="numbers")
-    return Ledger(study, sleep=slept.append), storage, slept
-
-
-def test_a_storage_that_fails_is_tried_again(caplog):
-    ledger, storage, slept = fragile_ledger()
-    distributions = {
-        "x": optuna.distributions.IntDistribution(0, 11),
-        "y": optuna.distributions.CategoricalDistribution(["p", "q"]),
-        "z": optuna.distributions.FloatDistribution(0.5, 8.0, log=True),
-    }
-    for config in "abcde":
-        proposed = {"x": ord(config) - ord("a"), "y": "q", "z": 2.0}
-        storage.failures = 3
-        trial = ledger.ask(distributions, proposed)
-        assert slept == [1, 2, 4]
-        assert trial.params == proposed and trial.distributions == distributions
-        storage.failures = 1
-        assert ledger.claim(trial, config)
-        storage.failures = 3
-        assert ledger.finish(trial, Record(config, "slow", samples_ms=(5.0,)))
-        storage.failures = 3
-        assert len(ledger.taken()) == len(ledger.records())
-        slept.clear()
-    assert configs_of(Ledger(ledger.study)) == list("abcde")
-    assert len(ledger.study.trials) == 5
-    assert "the line is cut" in caplog.text and "trying again in 4 s" in caplog.text
-
-
-def test_a_proposal_is_not_lost_to_a_storage_that_fails():
-    ledger, storage, slept = fragile_ledger()
-    storage.failing = ("set_trial_param",)
-    storage.failures = 2
-    trial = ledger.ask({"x": optuna.distributions.IntDistribution(0, 11)}, {"x": 7})
-    assert trial.params == {"x": 7} and slept == [1, 2] and len(ledger.study.trials) == 1
-
-
-def test_what_a_failing_storage_did_all_the_same_is_not_lost():
-    ledger, storage, slept = fragile_ledger()
-    storage.failing, storage.late = ("set_trial_state_values",), True
-    for config, outcome in (("a", "measured"), ("b", "spilled")):
-        trial = ledger.ask()
-        assert ledger.claim(trial, config)
-        storage.failures = 1
-        assert ledger.finish(trial, Record(config, outcome, samples_ms=(1.0,)))
-        assert storage.failures == 0
-    assert slept == [1, 1] and configs_of(Ledger(ledger.study)) == ["a", "b"]
-
-
-def test_a_storage_that_is_gone_is_an_error_and_records_stay():
-    ledger, storage, slept = fragile_ledger()
-    keep(ledger, "a")
-    trial = ledger.ask()
-    assert ledger.claim(trial, "b")
-    storage.failures = 10**6
-    with pytest.raises(StorageError, match="numbers can no longer be used: the line is cut"):
-        ledger.finish(trial, Record("b", "predicted", predicted_ms=1.0))
-    assert slept == [1, 2, 4]
-    assert configs_of(ledger) == ["a", "b"] and ledger.tried() == {"a", "b"}
-    for use in (ledger.ask, ledger.taken, ledger.give_up_abandoned):
-        with pytest.raises(StorageError):
-            use()
-    ledger.give_up(trial)
-    assert slept == [1, 2, 4]  # nobody waits for it any more
-
-
-def test_a_journal_that_is_gone_is_named(tmp_path):
-    path = tmp_path / "studies" / "x.journal"
-    ledger = Ledger(ledger_of(path).study, sleep=lambda seconds: None)
-    keep(ledger, "a")
-    path.unlink()
-    with pytest.raises(StorageError, match=r"the journal .*x\.journal can no longer be used"):
-        ledger.taken()
-    assert configs_of(ledger) == ["a"]
-
-
-def test_a_journal_that_is_damaged_meanwhile_is_named(tmp_path):
-    path = tmp_path / "x.journal"
-    ledger = ledger_of(path)
-    with open(path, "ab") as file:
-        file.write(b"this is\nno journal\n")
-    with pytest.raises(StorageError, match=r"x\.journal .* damaged"):
-        ledger.taken()
-
-
 def test_what_the_environment_failed_is_tried_once_more_by_a_later_run(tmp_path):
     path = tmp_path / "study.journal"
     first, beside = ledger_of(path), ledger_of(path)
@@ -521,246 +326,6 @@ def test_failures_and_slow_configs_are_records_too(tmp_path):
     assert ledger_of(tmp_path / "study.journal").records() == records
     states = [trial.state for trial in ledger.study.get_trials()]
     assert states == [TrialState.COMPLETE, TrialState.PRUNED, TrialState.PRUNED]
-
-
-def test_the_journal_lies_in_the_cache_under_a_readable_name(tmp_path, monkeypatch):
-    monkeypatch.setenv("NUMFLASH_CACHE_DIR", str(tmp_path))
-    path = journal_path("forward float16 on NVIDIA H200, measured")
-    assert path.parent == tmp_path / "studies" and "NVIDIA-H200" in path.name
-    assert path != journal_path("forward float16 on NVIDIA H200; measured")
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="permissions of POSIX")
-@pytest.mark.parametrize("what", ["cache", "studies", "file"])
-def test_a_journal_in_the_cache_that_others_may_write_is_not_used(
-    what, tmp_path, monkeypatch, caplog
-):
-    monkeypatch.setenv("NUMFLASH_CACHE_DIR", str(tmp_path / "cache"))
-    sampler = optuna.samplers.RandomSampler()
-    open_study(None, "x", sampler).tell(open_study(None, "x", sampler).ask(), 1.0)
-    path = journal_path("x")
-    assert [p.stat().st_mode & 0o777 for p in (path.parent.parent, path.parent, path)] == [
-        *(0o700, 0o700, 0o600)
-    ]
-    spoiled = {"cache": path.parent.parent, "studies": path.parent, "file": path}[what]
-    spoiled.chmod(0o777)
-    before = path.read_bytes()
-    study = open_study(None, "x", sampler)
-    assert not study.trials, "the file is read"
-    study.ask()
-    assert len(study.trials) == 1 and path.read_bytes() == before
-    assert "everyone may write it" in caplog.text and "kept in memory" in caplog.text
-
-
-@pytest.mark.parametrize(
-    "url, words",
-    [
-        ("postgresql://nobody:secret@127.0.0.1:1/none", ["127.0.0.1:1", "does not answer"]),
-        ("nosuchbase://x/y", ["nosuchbase"]),
-        ("sqlite:////no/such/folder/x.db", ["/no/such/folder/x.db"]),
-    ],
-)
-def test_a_storage_that_does_not_answer_is_named_without_its_password(url, words):
-    if url.startswith("postgresql"):
-        pytest.importorskip("psycopg")
-    with pytest.raises(StorageError) as error:
-        open_study(url, "x", optuna.samplers.RandomSampler())
-    assert all(word in str(error.value) for word in words) and "secret" not in str(error.value)
-
-
-def test_a_journal_that_cannot_be_written_is_named(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(StorageError, match="file"):
-        open_study(str(tmp_path / "file" / "x.journal"), "x", optuna.samplers.RandomSampler())
-
-
-def test_a_damaged_journal_is_named(tmp_path):
-    path = tmp_path / "x.journal"
-    path.write_text("this is\nno journal\n")
-    with pytest.raises(StorageError, match=r"x\.journal is damaged"):
-        open_study(str(path), "x", optuna.samplers.RandomSampler())
-
-
-@pytest.mark.parametrize(
-    "url, words",
-    [
-        ("postgresql://me:SECRET@h:54x/db", ["54x", "neither"]),
-        ("://me:SECRET@h/db", ["neither"]),
-        ("nosuchbase://me:SECRET@h/db", ["nosuchbase", "driver"]),
-        ("postgresql://me:SE@CRET@h/db", ["%40"]),
-        ("nosuchbase://me:SE/CRET@h/db", ["nosuchbase", "driver"]),
-        ("nosuchbase://me:SE?CRET@h/db", ["nosuchbase", "driver"]),
-        ("nosuchbase://h/db?password=SECRET&x=1", ["nosuchbase", "x=1"]),
-    ],
-)
-def test_no_message_tells_a_password(url, words):
-    with pytest.raises(StorageError) as error:
-        open_study(url, "x", optuna.samplers.RandomSampler())
-    message = str(error.value)
-    assert all(word in message for word in words)
-    assert "SE" not in message and "CRET" not in message
-
-
-@pytest.mark.parametrize(
-    "url, shown",
-    [
-        ("postgresql://me:SECRET@h/db", "postgresql://me:***@h/db"),
-        ("postgresql://me@h/db?email=a:b@c", "postgresql://me@h/db?email=a:b@c"),
-        ("postgresql://me:a@h/db?to=b@c", "postgresql://me:***@h/db?to=b@c"),
-        ("mysql://h/db?user=me&password=SECRET&x=1", "mysql://h/db?user=me&password=***&x=1"),
-    ],
-)
-def test_a_storage_is_shown_without_its_password(url, shown):
-    assert storages.shown(url, "x") == f"the storage {shown}"
-
-
-def test_a_reason_is_told_without_the_password():
-    text = "no 'S%40T' in\npostgresql://me:S%40T@h/db, nor is S@T one"
-    expected = "no '***' in postgresql://me:***@h/db, nor is *** one"
-    assert storages.hide_password(text, "postgresql://me:S%40T@h/db") == expected
-
-
-def test_a_study_that_cannot_be_opened_tells_no_password(tmp_path, monkeypatch):
-    def fail(*args, **kwargs):
-        raise RuntimeError("postgresql://me:SECRET@h/db is not to my liking")
-
-    monkeypatch.setattr(storages, "RDBStorage", lambda *args, **kwargs: InMemoryStorage())
-    monkeypatch.setattr(optuna, "create_study", fail)
-    with pytest.raises(StorageError, match="not to my liking") as error:
-        open_study("postgresql://me:SECRET@h/db", "x", optuna.samplers.RandomSampler())
-    assert "SECRET" not in str(error.value) and "me:***@h/db" in str(error.value)
-
-
-def test_tables_of_another_version_of_optuna_are_an_error(tmp_path):
-    path = tmp_path / "x.db"
-    ledger_of(f"sqlite:///{path}")
-    for version, advice in (("v3.0.0.a", "storage upgrade"), ("v99", "pip install")):
-        with closing(sqlite3.connect(path)) as database:
-            database.execute("update alembic_version set version_num = ?", (version,))
-            database.commit()
-        with pytest.raises(StorageError, match=f"another version of Optuna: .*{advice}"):
-            ledger_of(f"sqlite:///{path}")
-
-
-# A process that opens new storages, each at the same moment as the others.
-OPENER = """
-import optuna
-from tuner.search.studies import open_study
-
-def run(urls, barrier, said):
-    for url in urls:
-        barrier.wait(60)
-        try:
-            open_study(url, "numbers", optuna.samplers.RandomSampler())
-            said.put("")
-        except Exception as error:
-            said.put(f"{type(error).__name__}: {error}")
-"""
-
-
-def expect_all_open(urls, tmp_path, monkeypatch):
-    """Several processes that begin at once on new storages can open every one."""
-    (tmp_path / "opener_of_storages.py").write_text(OPENER)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    run = importlib.import_module("opener_of_storages").run
-    context = multiprocessing.get_context("spawn")
-    barrier, said = context.Barrier(3), context.Queue()
-    processes = [context.Process(target=run, args=(urls, barrier, said)) for _ in range(3)]
-    for process in processes:
-        process.start()
-    assert [said.get(timeout=60) for _ in range(3 * len(urls))] == [""] * 3 * len(urls)
-    for process in processes:
-        process.join(60)
-    for url in urls:
-        assert ledger_of(url).records() == []
-
-
-@pytest.mark.parametrize("kind", ["sqlite:///{}.db", "{}.journal"])
-def test_processes_that_begin_at_once_make_one_storage(kind, tmp_path, monkeypatch):
-    urls = [kind.format(tmp_path / str(number)) for number in range(8)]
-    expect_all_open(urls, tmp_path, monkeypatch)
-
-
-def test_a_database_that_does_not_answer_is_asked_once(monkeypatch):
-    asked = []
-
-    def refuse(url, **options):
-        asked.append(url)
-        raise sqlalchemy.exc.OperationalError(None, None, OSError("refused"))
-
-    monkeypatch.setattr(storages, "RDBStorage", refuse)
-    with pytest.raises(StorageError, match="does not answer: refused"):
-        storages.open_storage("sqlite:///x.db", "x")
-    assert len(asked) == 1
-
-
-@pytest.fixture(scope="module")
-def postgresql():
-    """A PostgreSQL server on loopback, started for these tests."""
-    if not is_on("NUMFLASH_TEST_POSTGRESQL"):
-        pytest.skip("set NUMFLASH_TEST_POSTGRESQL=1 to start a PostgreSQL server and test on it")
-    pytest.importorskip("psycopg")
-    from tests.support.postgresql import serve
-
-    with serve() as server:
-        yield server
-
-
-def test_processes_share_a_postgresql_database_that_all_find_empty(postgresql):
-    url = postgresql.url
-    configs = tried(*(start(url, 0.02) for _ in range(3)))
-    assert sorted(map(int, configs)) == list(range(12))
-    expect_each_once(ledger_of(url))
-
-
-def test_processes_that_begin_at_once_make_the_tables_of_postgresql(
-    postgresql, tmp_path, monkeypatch
-):
-    import psycopg
-
-    schemas = [f"s{number}" for number in range(6)]
-    url = postgresql.url.replace("postgresql://", "postgresql+psycopg://")
-    with psycopg.connect(postgresql.url, autocommit=True) as connection:
-        for schema in schemas:
-            connection.execute(f"create schema {schema}")
-    urls = [f"{url}?options=-csearch_path%3D{schema}" for schema in schemas]
-    expect_all_open(urls, tmp_path, monkeypatch)
-
-
-def test_after_a_kill_a_postgresql_study_goes_on(postgresql):
-    worker = start(postgresql.url, 0.3, "killed")
-    worker.stdout.readline()
-    worker.stdout.readline()
-    worker.kill()
-    worker.wait()
-    tried(start(postgresql.url, name="killed"))
-    expect_each_once(ledger_of(postgresql.url, "killed"))
-
-
-def test_a_postgresql_server_may_restart_in_the_middle(postgresql):
-    worker = start(postgresql.url, 0.2, "restarted")
-    for _ in range(3):
-        worker.stdout.readline()
-    postgresql.stop()
-    time.sleep(1.5)
-    postgresql.start()
-    assert len(tried(worker)) == 9
-    expect_each_once(ledger_of(postgresql.url, "restarted"))
-
-
-def test_a_postgresql_server_that_stays_away_is_named_without_its_password(postgresql):
-    url = postgresql.url.replace("tuner@", "tuner:SECRET@")
-    slept = []
-    ledger = Ledger(ledger_of(url, "lost").study, sleep=slept.append)
-    keep(ledger, "a")
-    postgresql.stop()
-    try:
-        with pytest.raises(StorageError, match=r"tuner:\*\*\*@127.*: .*refused") as error:
-            ledger.taken()
-    finally:
-        postgresql.start()
-    assert "SECRET" not in str(error.value) and slept == [1, 2, 4]
-    assert configs_of(ledger) == ["a"]
 
 
 def test_records_are_json_of_any_version():

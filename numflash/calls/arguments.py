@@ -1,0 +1,152 @@
+"""A call in numbers: what its kernels are chosen and built from, and their arguments by name."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from numflash.configs import Traits
+from numflash.configs.features import FEATURES, Features, rows_of
+from numflash.kernels import arguments as records
+from numflash.kernels.arguments import Mask, Scores, Shape, Statistics
+from numflash.problem.options import AttentionOptions
+from numflash.problem.problem import (
+    AttentionProblem,
+    Tensor,
+    as_tensor,
+    describe,
+    expect_like,
+    expect_writeable,
+)
+from numflash.problem.tensor_maps import misfit
+from numflash.runtime.arrays import copy_rows
+from numflash.runtime.views import ArrayView, Operand, fresh
+
+
+@dataclass(frozen=True)
+class Request:
+    """A forward call, checked and in numbers: what kernels are chosen and built from.
+
+    Attributes:
+        problem: sizes, mask and features, and whether bulk copies can be told of its tensors.
+        traits: what its kernels are compiled for.
+        tensors: "q", "k", "v", as arrays or codes of 8 bits, and "out".
+        arguments: of kernels by parameter name, but for what the choice of a kernel decides.
+        device: the ordinal of the CUDA device, or a `Gpu` that is only asked about.
+        out_shape, lse_shape: of the results, with the axes that q has.
+        copied: of q, k and v those of which the kernel reads a copy.
+        tokens_per_scale: with 8-bit floats, the fewest that share a scale of K or V.
+    """
+
+    problem: AttentionProblem
+    traits: Traits
+    tensors: Mapping[str, Tensor]
+    arguments: Mapping[str, object]
+    device: int
+    out_shape: tuple[int, ...]
+    lse_shape: tuple[int, ...]
+    copied: tuple[str, ...] = ()
+    tokens_per_scale: int | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the results have no elements."""
+        return not self.problem.batch * self.problem.seqlen_q
+
+    def of_selected_heads(self) -> "Request":
+        """The same call of the heads that a table on the device names."""
+        traits = replace(self.traits, selected=True)
+        return replace(self, traits=traits, arguments={**self.arguments, "in_fp8": "in_fp8"})
+
+
+def request_of(views: dict[str, ArrayView], options: AttentionOptions) -> Request:
+    """A forward call on arrays of 16 or 32 bits. Raises as `numflash.attention`."""
+    rows, copied = with_contiguous_rows(views, ("q", "k", "v"))
+    problem, tensors = describe(rows, options)
+    tensors["out"] = out = described_out(views, rows["q"], problem, options)
+    return Request(
+        problem=seen_by_bulk_copies(problem, tensors),
+        traits=traits_of(problem, tensors),
+        tensors=tensors,
+        arguments=arguments_of(problem, tensors),
+        device=rows["q"].device,
+        out_shape=out.view.shape,
+        lse_shape=lse_shape(problem, rows["q"]),
+        copied=copied,
+    )
+
+
+def described_out(
+    views: dict[str, ArrayView], q: ArrayView, problem: AttentionProblem, options: AttentionOptions
+) -> Tensor:
+    """The result: the caller's `out`, checked, or one still to be allocated."""
+    shape = (*q.shape[:-1], problem.head_dim_v)
+    out = views.get("out")
+    if out is None:
+        out = fresh(shape, q.dtype, q.device)
+    else:
+        expect_like("out", out, shape, q.dtype, q.device)
+        expect_writeable("out", out)
+    return as_tensor("out", out, options.layout)
+
+
+def traits_of(problem: AttentionProblem, tensors: Mapping[str, Tensor]) -> Traits:
+    """The traits of the kernels for a problem with these tensors."""
+    return problem.traits(all(tensor.is_vectorizable for tensor in tensors.values()))
+
+
+def arguments_of(problem: AttentionProblem, tensors: dict[str, Tensor]) -> dict[str, object]:
+    """Arguments of any kernel of attention, by parameter name: its records and numbers."""
+    scale, asked = problem.softmax_scale, zip(FEATURES, problem.features, strict=True)
+    features = Features(*(row.absent if record is None else record for row, record in asked))
+    for row in rows_of(problem.feature_names):
+        scale /= row.unit(getattr(features, row.name))
+    return {
+        **{name: records.Tensor(each.name, *each.strides[:3]) for name, each in tensors.items()},
+        "shape": Shape(
+            seqlen_q=problem.seqlen_q,
+            seqlen_k=problem.seqlen_k,
+            num_heads_q=problem.num_heads_q,
+            group_size=problem.group_size,
+            head_dim=problem.head_dim,
+            head_dim_v=problem.head_dim_v,
+            batch_size=problem.batch,
+        ),
+        "mask": Mask(problem.band_lo, problem.band_hi),
+        "scores": Scores(scale, problem.softmax_scale, problem.shift, features),
+        "features": features,
+        "row_gradients": "row_gradients" if problem.gradients else None,
+        "softmax_scale": problem.softmax_scale,
+        "statistics": Statistics("lse", "delta"),
+        "statistics_log2": Statistics("lse_log2", "delta"),
+        "in_fp8": None,
+    }
+
+
+def seen_by_bulk_copies(
+    problem: AttentionProblem, tensors: Mapping[str, Tensor], transposed_v: bool = False
+) -> AttentionProblem:
+    """The problem, which then knows whether bulk copies can be told of its tensors."""
+    for name in ("q", "k", "v", "out"):
+        if (why := misfit(tensors[name], transposed_v and name == "v")) is not None:
+            why = f"{name} cannot be described to bulk copies: {why}"
+            return replace(problem, no_tensor_maps=why)
+    return problem
+
+
+def lse_shape(problem: AttentionProblem, q: ArrayView) -> tuple[int, ...]:
+    """(batch, heads, seqlen_q), without the axes that q does not have."""
+    return (problem.batch, problem.num_heads_q, problem.seqlen_q)[4 - len(q.shape) :]
+
+
+def with_contiguous_rows(
+    views: dict[str, ArrayView], names: tuple[str, ...]
+) -> tuple[dict[str, ArrayView], tuple[str, ...]]:
+    """The views, with those of the copies of `names` that must be copied; and their names."""
+    copied = tuple(name for name in names if not views[name].has_contiguous_rows)
+    copies = {n: fresh(views[n].shape, views[n].dtype, views[n].device) for n in copied}
+    return views | copies, copied
+
+
+def copy_all_rows(names: tuple[str, ...], operands: dict[str, Operand]) -> None:
+    """Replace these operands by copies whose last axis is contiguous."""
+    for name in names:
+        operands[name] = copy_rows(operands[name])

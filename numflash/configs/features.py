@@ -1,0 +1,255 @@
+"""Features: the parts of attention besides products, masks and softmax, a row each.
+
+A row of `FEATURES` is all that the host knows of a feature. Kernels call the function of the same
+name in `tiles.features` at one of these hooks:
+
+    score(s, i, j, args) -> (s, ds)          the final score, and its derivative
+    finish(row_max, row_sum, args) -> ...    at the end of a row: further parts of its sum
+
+Rules, tables, commands and the tuner go through the rows and name none. Features apply in the
+order of the table, which is that of their names in the string form of `Traits`. It stands beside
+`Traits`, which hold features in configs; options, problems and the reference build on both.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy import float32 as f32
+from numpy import int64 as i64
+
+from numflash.runtime.views import ArrayView, Pointer
+
+MAX_FLOAT32 = (2 - 2**-23) * 2.0**127
+
+
+def expect_real(name: str, value) -> None:
+    """Check a number that kernels take as float32. Raises TypeError, ValueError."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        kind = type(value).__name__
+        raise TypeError(f"{name} must be a real number, got {value!r} ({kind})")
+    # Comparing also spares integers that no float can hold.
+    if not -MAX_FLOAT32 <= value <= MAX_FLOAT32:
+        raise ValueError(f"{name} must be finite in float32, got {value}")
+
+
+def expect_nothing(name: str, value) -> None:
+    """Accept any value: others check it."""
+
+
+class Asked(NamedTuple):
+    """The problem's sizes, scale and device, by which a row reads an option."""
+
+    batch: int
+    num_heads_q: int
+    softmax_scale: float
+    device: Any
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One feature.
+
+    Attributes:
+        name: in `Traits.features` and their string form; of the function in `tiles.features`; and
+            of the switch of commands, "--name".
+        title: in messages and help.
+        hook: at which kernels call it.
+        option: the option of `numflash.attention` that asks for it.
+        default: the option's value where the feature is not asked for.
+        check: (option's name, value) raises TypeError or ValueError for values no call may have.
+        is_array: the option is an array of the caller's, which kernels read.
+        record: the record of its arguments; a pointer's value is the option's name.
+        read: (option's value, an array as its view; `Asked`) -> the record, or raises.
+        reference: of a score: (s, value, i, j) -> (s, ds) in NumPy, of s (batch, head, query, key)
+            and in its dtype; i and j are places of queries and keys, (query, 1) and (key,). Of
+            an end: (row_max, row_sum, value) -> (row_max, row_sum, kept), (batch, head, query, 1).
+        gradient: of an end in NumPy: (lse, product, value) -> a share of each (batch, head, query)
+            in the gradient of the option, with the product of dO and O. None if it has none.
+        example: num_heads_q -> a value to time and check kernels with.
+        unit: record -> the divisor of scores when the function gets them: products are scaled
+            in any case, so that this costs nothing. Only of the first feature.
+        bends: the derivative of a score is not 1, so that the backward must keep it.
+        of_a_head: the heads' own value that kernels keep for all rows of a tile, so that heads
+            cannot share a tile. None if they can.
+    """
+
+    name: str
+    title: str
+    hook: str
+    option: str
+    record: type
+    read: Callable[[Any, Asked], Any]
+    reference: Callable
+    example: Callable[[int], Any]
+    default: Any = None
+    check: Callable[[str, Any], None] = expect_nothing
+    is_array: bool = False
+    unit: Callable[[Any], float] = lambda record: 1.0
+    bends: bool = False
+    of_a_head: str | None = None
+    gradient: Callable | None = None
+
+    def is_asked(self, value) -> bool:
+        """Whether an option's value asks for the feature."""
+        return value is not None if self.is_array else bool(value)
+
+    @property
+    def absent(self) -> Any:
+        """The record where the feature is not compiled in and nothing reads it."""
+        kinds = self.record.__annotations__.values()
+        return self.record(*(None if isinstance(kind, Pointer) else 0 for kind in kinds))
+
+
+def expect_of_heads(name: str, view: ArrayView, asked: Asked) -> None:
+    """Check the dtype and device of values of heads. Raises TypeError, ValueError."""
+    if view.dtype != "float32":
+        raise TypeError(f"{name} must be float32, got {view.dtype}")
+    if view.device != asked.device:
+        raise ValueError(
+            f"{name} must lie on the device of q, {asked.device}, got device {view.device}"
+        )
+
+
+class Softcap(NamedTuple):
+    """The bound of scores."""
+
+    cap: f32
+
+
+def _expect_softcap(name: str, value) -> None:
+    expect_real(name, value)
+    if value < 0:
+        raise ValueError(f"{name} must be positive, or 0 for none, got {value}")
+
+
+def _read_softcap(value: float, asked: Asked) -> Softcap:
+    if abs(asked.softmax_scale) / value > MAX_FLOAT32:
+        raise ValueError(
+            f"softcap must not be so small that softmax_scale / softcap overflows float32, got "
+            f"{value} with softmax_scale {asked.softmax_scale}"
+        )
+    return Softcap(float(value))
+
+
+def _softcap(s, value, i, j):
+    cap = s.dtype.type(value)
+    bent = np.tanh(s / cap)
+    return bent * cap, 1 - bent * bent
+
+
+class Alibi(NamedTuple):
+    """Slopes (batch, num_heads_q) and their strides in elements."""
+
+    slopes: Pointer(f32)
+    batch: i64
+    head: i64
+
+
+def _read_alibi(slopes: ArrayView, asked: Asked) -> Alibi:
+    heads = asked.num_heads_q
+    expect_of_heads("alibi_slopes", slopes, asked)
+    if slopes.shape == (heads,):
+        return Alibi("alibi_slopes", 0, slopes.strides[0])
+    if slopes.shape == (asked.batch, heads):
+        return Alibi("alibi_slopes", *slopes.strides)
+    raise ValueError(
+        f"alibi_slopes must have shape ({heads},) or ({asked.batch}, {heads}), got {slopes.shape}"
+    )
+
+
+def _alibi(s, value, i, j):
+    slopes = np.broadcast_to(np.asarray(value).astype(s.dtype), s.shape[:2])[:, :, None, None]
+    return s - slopes * np.abs(i - j).astype(s.dtype), s.dtype.type(1)
+
+
+def _example_of_slopes(num_heads_q: int) -> np.ndarray:
+    head = np.arange(1, num_heads_q + 1, dtype=np.float32)
+    return 2 ** (-8 * head / num_heads_q)
+
+
+class Sinks(NamedTuple):
+    """A logit for each query head, (num_heads_q,), and its stride in elements."""
+
+    data: Pointer(f32)
+    head: i64
+
+
+def _read_sinks(sinks: ArrayView, asked: Asked) -> Sinks:
+    expect_of_heads("sinks", sinks, asked)
+    if sinks.shape != (asked.num_heads_q,):
+        raise ValueError(f"sinks must have shape ({asked.num_heads_q},), got {sinks.shape}")
+    return Sinks("sinks", sinks.strides[0])
+
+
+def _sinks(row_max, row_sum, value):
+    sinks = np.asarray(value).astype(row_max.dtype)[None, :, None, None]
+    top = np.maximum(row_max, sinks)
+    # -inf - -inf would be NaN: of a row without keys, and a sink that is none.
+    shift = np.where(np.isneginf(top), row_max.dtype.type(0), top)
+    kept = np.exp(row_max - shift)
+    return top, row_sum * kept + np.exp(sinks - shift), kept
+
+
+def _gradient_of_sinks(lse, product, value):
+    sinks = np.asarray(value).astype(lse.dtype)[None, :, None]
+    # A row that sees no key and has no sink has no weight.
+    share = np.where(np.isneginf(lse), lse.dtype.type(0), lse)
+    return -np.exp(sinks - share) * product
+
+
+FEATURES = (
+    Feature(
+        "softcap",
+        "soft capping",
+        "score",
+        "softcap",
+        Softcap,
+        _read_softcap,
+        _softcap,
+        example=lambda num_heads_q: 30.0,
+        default=0.0,
+        check=_expect_softcap,
+        unit=lambda record: record.cap,
+        bends=True,
+    ),
+    Feature(
+        "alibi",
+        "ALiBi",
+        "score",
+        "alibi_slopes",
+        Alibi,
+        _read_alibi,
+        _alibi,
+        example=_example_of_slopes,
+        is_array=True,
+        of_a_head="ALiBi slopes",
+    ),
+    Feature(
+        "sinks",
+        "attention sinks",
+        "finish",
+        "sinks",
+        Sinks,
+        _read_sinks,
+        _sinks,
+        example=lambda num_heads_q: np.linspace(-2, 4, num_heads_q, dtype=np.float32),
+        is_array=True,
+        gradient=_gradient_of_sinks,
+    ),
+)
+BY_NAME = {row.name: row for row in FEATURES}
+
+Features = NamedTuple("Features", [(row.name, row.record) for row in FEATURES])
+Features.__doc__ = "The arguments of all features, by name: a kernel reads those that it has."
+ABSENT = Features(*(row.absent for row in FEATURES))
+"""The records where no feature is compiled in."""
+NO_FEATURES = Features(*[None] * len(FEATURES))
+"""The values of a problem that asks for none."""
+
+
+def rows_of(names: tuple[str, ...]) -> tuple[Feature, ...]:
+    """The rows with these names."""
+    return tuple(BY_NAME[name] for name in names)

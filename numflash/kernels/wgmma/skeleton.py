@@ -1,0 +1,225 @@
+"""The common part of forwards on Hopper: the warps of a block, and its walk over tiles of rows.
+
+The last warpgroup of a block copies: one of its threads, the producer (`producer`), fetches Q, K
+and V. The others multiply: each consumes these for 64 rows of Q. Both walk over the same tiles of
+rows in the same order, and meet at channels (`channels`) only:
+
+    producer        for each tile of rows: Q of each warpgroup, K and V of each stage of keys
+    consumers       for each tile of rows: wait for Q; skip the keys that none of their rows see;
+                    attend to those they see; skip the rest; release Q; finish the rows
+
+`attend` is the algorithm, and a forward's own: O, row_max and row_sum of 64 rows, from all the
+stages of keys that they see. `finish` (`finish`) is the only end of a row.
+"""
+
+from typing import NamedTuple
+
+from numflash.configs.traits import Traits
+from numflash.configs.wgmma import WARPGROUP_ROWS, Sm90ForwardConfig
+from numflash.kernels.wgmma.finish import make_finish
+from numflash.kernels.wgmma.producer import make_produce
+from numflash.kernels.wgmma.ring import make_ring
+from numflash.ptx import (
+    cp_async_bulk_wait_group_read,
+    cuda,
+    device_function,
+    elect_sync,
+    f32,
+    fence_mbarrier_init,
+    i32,
+    make_setmaxnreg,
+    mov_shared_address,
+    mov_tid_x,
+    u32,
+    u64,
+)
+from numflash.tiles.blocks import (
+    grid_of,
+    make_block_place,
+    make_keys_of,
+    make_keys_of_part,
+    make_walk,
+    make_whole_keys,
+    next_place,
+    sequence_of,
+    token_of_row,
+)
+from numflash.tiles.scores import NEG_INF
+from numflash.tiles.wgmma.products import SLAB_BYTES, make_operand
+from numflash.tiles.wgmma.scores import Rows
+from numflash.tiles.wgmma.turns import group_of_thread, leads, make_turns
+
+
+class Sums(NamedTuple):
+    """A thread's registers for its two rows: `attend` adds to them and `finish` reads them.
+
+    `o_acc` is O, not yet divided by the sums; `row_max` the largest score; `row_sum` this lane's
+    share of the sum.
+    """
+
+    o_acc: object
+    row_max: object
+    row_sum: object
+
+
+class Operands(NamedTuple):
+    """The first buffers of Q, K and V as operands of products (`tiles.wgmma.products`)."""
+
+    q: object
+    k: object
+    v: object
+
+
+def make_skeleton(config: Sm90ForwardConfig, traits: Traits, look_up, attend, tiles_per_stage=1):
+    """run_block(results, maps, mask, shape, layout, max_scale, arguments): a whole forward.
+
+    `results` are out, a `Part`, lse, the map of out and the record `Features`; `maps` those of Q,
+    K and V; max_scale brings row_max to base 2; `arguments` go to these two. Consumers run the
+    first while Q is on its way, and the second if their rows see any key:
+
+        look_up(rows, shape, arguments) -> values that the second needs for `rows`
+        attend(smem, barriers, at, rows, sums, max_scale, arguments, values, keys, stage, parity)
+            -> the stage after the last, and its parity
+
+    `at` are `Operands`, `rows` `Rows`, `sums` `Sums`. `keys` are (first, end) of the stages that
+    the rows see, each of `tiles_per_stage` tiles, in which a warpgroup takes a turn.
+    """
+    ring, num_groups = make_ring(config, traits), config.num_warpgroups
+    Q, K, V, o_replaces_q = ring.Q, ring.K, ring.V, ring.o_replaces_q
+    q_first, k_first, v_first = ring.q.first, ring.k.first, ring.v.first
+    # From one slab to the next: products ask for it where rows of V are keys.
+    operand = make_operand(config.stage_n * SLAB_BYTES)
+    num_consumers, n_o = 128 * num_groups, traits.head_dim_v // 2
+    give_registers, take_registers = _make_register_exchange(config)
+    take_turn, pass_turn, give_first_turn = make_turns(num_groups if config.pingpong else 1)
+    produce, finish = make_produce(config, traits), make_finish(config, traits)
+    walk, block_place = make_walk(config.tile_m), make_block_place(config.tile_m)
+    keys_of, keys_of_part = make_keys_of(config), make_keys_of_part(config, WARPGROUP_ROWS)
+    whole_keys = make_whole_keys(config.tile_n, WARPGROUP_ROWS)
+
+    @device_function
+    def skip_keys(barriers, group, first, end, stage, parity):
+        """Leave stages of keys to the other warpgroups; the stage after them, and its parity."""
+        for _ in range(first, end):
+            for _ in range(tiles_per_stage):
+                take_turn(group)
+                pass_turn(group)
+            # Hazard: the producer waits for all warpgroups, those too whose rows see no such key.
+            # It may want K's buffer for the next K before it fetches this V.
+            K.skip(barriers, group, stage, parity)
+            V.skip(barriers, group, stage, parity)
+            stage, parity = K.following(stage, parity)
+        return stage, parity
+
+    @device_function
+    def consume(smem, barriers, results, places, grid, band, mask, shape, max_scale, arguments):
+        sums = Sums(cuda.local.array(n_o, f32), cuda.local.array(2, f32), cuda.local.array(2, f32))
+        at = Operands(
+            operand(mov_shared_address(smem, q_first)),
+            operand(mov_shared_address(smem, k_first)),
+            operand(mov_shared_address(smem, v_first)),
+        )
+        group = group_of_thread()
+        give_first_turn(group)
+        place, step, num_places = places
+        stage, parity, q_parity = i32(0), u32(0), u32(0)
+        while place < num_places:
+            m_start, head_of_batch, split = block_place(place, grid)
+            n_begin, n_end = keys_of(m_start, split, grid, band)
+            row = i32(m_start + WARPGROUP_ROWS * group)
+            first, end = keys_of_part(row, n_begin, n_end, grid, band)
+            batch = token_of_row(head_of_batch, shape.num_heads_q)
+            head = i32(head_of_batch - batch * shape.num_heads_q)
+            whole = whole_keys(row, grid, band)
+            rows = Rows(group, m_start, batch, head, whole, shape.seqlen_k, mask, grid[2])
+            values = look_up(rows, shape, arguments)
+            for i in range(n_o):
+                sums.o_acc[i] = f32(0)
+            for r in range(2):
+                sums.row_max[r], sums.row_sum[r] = NEG_INF, f32(0)
+            # Hazard: S would be made of the Q of the tile of rows before, or of no Q.
+            Q.wait(barriers, group, q_parity)
+            q_parity = u32(q_parity ^ u32(1))
+
+            stage, parity = skip_keys(barriers, group, n_begin, first, stage, parity)
+            if first < end:
+                keys = first, end
+                stage, parity = attend(
+                    smem,
+                    barriers,
+                    at,
+                    rows,
+                    sums,
+                    max_scale,
+                    arguments,
+                    values,
+                    keys,
+                    stage,
+                    parity,
+                )
+            else:
+                # Hazard: no product has held threads together; one may not have seen Q yet.
+                Q.gather(group)
+
+            # The place of this tile of rows is computed again: registers are scarce in `attend`.
+            m_start, _, split = block_place(place, grid)
+            n_begin, n_end = keys_of(m_start, split, grid, band)
+            stage, parity = skip_keys(barriers, group, end, n_end, stage, parity)
+            if not o_replaces_q:
+                # Hazard: products must have read Q; the next comes while these rows are finished.
+                Q.release(barriers, group)
+            finish(sums, max_scale, smem, results, place, grid, shape)
+            if o_replaces_q:
+                if leads():
+                    # Hazard: the next Q would overwrite O, which a bulk copy still reads.
+                    cp_async_bulk_wait_group_read()
+                # Hazard: before that wait the next Q would overwrite O.
+                Q.release(barriers, group)
+            place, step = next_place(place, step)
+        if leads():
+            # Hazard: shared memory is gone once the block has ended, and a copy may still read O.
+            cp_async_bulk_wait_group_read()
+
+    @device_function
+    def run_block(results, maps, mask, shape, layout, max_scale, arguments):
+        smem = cuda.shared.array(0, u32, alignment=1024)
+        barriers = cuda.shared.array(0, u64, alignment=1024)
+        if mov_tid_x() == 0:
+            Q.init(barriers)
+            K.init(barriers)
+            V.init(barriers)
+            # Hazard: bulk copies would not see the mbarriers at which they complete.
+            fence_mbarrier_init()
+        # Hazard: a thread would wait at an mbarrier that has not been made.
+        cuda.syncthreads()
+
+        grid = grid_of(shape, layout)
+        band = sequence_of(shape, mask)
+        places = walk(grid)
+        if mov_tid_x() >= num_consumers:
+            # Hazard: consumers wait in `take_registers` until all warps that copy have given.
+            give_registers()
+            if mov_tid_x() < num_consumers + 32 and elect_sync() != 0:
+                produce(smem, barriers, maps, places, grid, band, shape)
+        else:
+            # Hazard: without it accumulators would not fit into a thread's registers.
+            take_registers()
+            consume(smem, barriers, results, places, grid, band, mask, shape, max_scale, arguments)
+
+    return run_block
+
+
+def _make_register_exchange(config: Sm90ForwardConfig):
+    """(give_registers(), take_registers()): by all warps that copy, and by all that multiply.
+
+    With fixed registers both do nothing.
+    """
+    few, many = config.registers
+    if not config.fixed:
+        return make_setmaxnreg("dec", few), make_setmaxnreg("inc", many)
+
+    @device_function
+    def keep_registers():
+        pass
+
+    return keep_registers, keep_registers

@@ -1,0 +1,207 @@
+"""The functions of features: one for each row of `configs.features`, with its name.
+
+A score function maps score s of the query at place i and the key at place j to the final score,
+and gives its derivative by s:
+
+    score(s, i, j, args) -> (s, ds)
+
+Only the distance i - j of the places counts; they are float32, because integers would have to be
+converted one by one, and exact below 2 ** 24. `args` is the result of the feature's other
+function, NAME_of_head, which reads the records of a kernel's arguments once for all rows of a
+head.
+
+A function that ends a row takes its largest score and the sum of its exponentials relative to
+that, both natural, and also returns the factor of the exponentials so far:
+
+    finish(row_max, row_sum, args) -> (row_max, row_sum, kept)
+
+Its gradient is a row's share in that of `args`, from its lse and the product of dO and O:
+
+    NAME_gradient(lse, product, args) -> the row's share
+"""
+
+import math
+from functools import cache
+from typing import NamedTuple
+
+from numflash.ptx import device_function, ex2_approx_ftz_f32, f32, fma_rn_f32, max_f32
+
+_LOG2_E = f32(math.log2(math.e))
+_NEG_INF = f32(-math.inf)
+
+
+@device_function
+def _exp(x):
+    return ex2_approx_ftz_f32(x * _LOG2_E)
+
+
+@device_function
+def softcap(s, i, j, cap):
+    """cap tanh(s), of a score that comes divided by cap."""
+    bent = f32(math.tanh(s))
+    return cap * bent, fma_rn_f32(-bent, bent, f32(1))
+
+
+@device_function
+def _softcap_of_head(features, batch, head):
+    return features.softcap.cap
+
+
+@device_function
+def alibi(s, i, j, slope):
+    """s - slope |i - j|."""
+    return fma_rn_f32(-slope, f32(abs(i - j)), s), f32(1)
+
+
+@device_function
+def _alibi_of_head(features, batch, head):
+    record = features.alibi
+    return record.slopes[batch * record.batch + head * record.head]
+
+
+@device_function
+def sinks(row_max, row_sum, sink):
+    """The row with one more score, the sink, that has no value."""
+    top = max_f32(row_max, sink)
+    # -inf - -inf would be NaN: of a row without keys, and a sink that is none.
+    shift = top if top > _NEG_INF else f32(0)
+    kept = _exp(row_max - shift)
+    return top, fma_rn_f32(row_sum, kept, _exp(sink - shift)), kept
+
+
+@device_function
+def _sinks_gradient(lse, product, sink):
+    # A row that sees no key and has no sink has lse -inf, and O = 0.
+    return -_exp(sink - lse) * product if lse > _NEG_INF else f32(0)
+
+
+@device_function
+def _sinks_of_head(features, batch, head):
+    return features.sinks.data[head * features.sinks.head]
+
+
+class Finish(NamedTuple):
+    """A function that ends a row, the one that finds its `args`, and its gradient."""
+
+    function: object
+    of_head: object
+    gradient: object
+
+
+FINISHES = {"sinks": Finish(sinks, _sinks_of_head, _sinks_gradient)}
+
+
+class Score(NamedTuple):
+    """A score function, the one that finds its `args`, and whether it looks at places."""
+
+    function: object
+    of_head: object
+    has_places: bool
+
+
+SCORES = {
+    "softcap": Score(softcap, _softcap_of_head, False),
+    "alibi": Score(alibi, _alibi_of_head, True),
+}
+
+
+def has_places(features) -> bool:
+    """Whether a feature of these looks at the places of scores."""
+    return any(SCORES[name].has_places for name in features if name in SCORES)
+
+
+@cache
+def make_score(features):
+    """score(s, i, j, args): the score functions of `features` one after another."""
+    score = _plain
+    for name in reversed(features):
+        if name in SCORES:
+            score = _followed_by(SCORES[name].function, score)
+    return score
+
+
+@cache
+def make_args_of_head(features):
+    """args_of_head(records, batch, head): `args` of `make_score`, of the record `Features`."""
+    args_of_head = _no_args
+    for name in reversed(features):
+        if name in SCORES:
+            args_of_head = _besides(SCORES[name].of_head, args_of_head)
+    return args_of_head
+
+
+@device_function
+def _plain(s, i, j, args):
+    return s, f32(1)
+
+
+def _followed_by(first, rest):
+    @device_function
+    def score(s, i, j, args):
+        t, slope = first(s, i, j, args[0])
+        u, more = rest(t, i, j, args[1])
+        return u, slope * more
+
+    return score
+
+
+@device_function
+def _no_args(records, batch, head):
+    return f32(0)
+
+
+def _besides(first, rest):
+    @device_function
+    def args_of_head(records, batch, head):
+        return first(records, batch, head), rest(records, batch, head)
+
+    return args_of_head
+
+
+@cache
+def make_finish(features):
+    """(finish, whether it does anything): the functions of `features` that end a row, in order.
+
+    finish(row_max, row_sum, records, batch, head) -> (row_max, row_sum, kept), of the record
+    `Features`.
+    """
+    finish, ending = _unfinished, [name for name in features if name in FINISHES]
+    for name in reversed(ending):
+        finish = _finished_by(FINISHES[name], finish)
+    return finish, bool(ending)
+
+
+@cache
+def make_gradient_of_end(features):
+    """gradient_of_end(lse, product, records, batch, head): a row's share in a head's gradient.
+
+    None if no feature of these ends rows. Only one can.
+    """
+    ending = [FINISHES[name] for name in features if name in FINISHES]
+    if not ending:
+        return None
+    (row,) = ending
+    gradient, of_head = row.gradient, row.of_head
+
+    @device_function
+    def gradient_of_end(lse, product, records, batch, head):
+        return gradient(lse, product, of_head(records, batch, head))
+
+    return gradient_of_end
+
+
+@device_function
+def _unfinished(row_max, row_sum, records, batch, head):
+    return row_max, row_sum, f32(1)
+
+
+def _finished_by(row, rest):
+    function, of_head = row.function, row.of_head
+
+    @device_function
+    def finish(row_max, row_sum, records, batch, head):
+        top, total, kept = function(row_max, row_sum, of_head(records, batch, head))
+        last_top, last_total, more = rest(top, total, records, batch, head)
+        return last_top, last_total, kept * more
+
+    return finish

@@ -1,0 +1,46 @@
+"""The end of a row: from the sum of its exponentials to its weight and its log-sum-exp.
+
+The only place where rows end in a way of their own:
+
+    a row that sees no key      has output 0 and lse -inf
+    features that end rows      join something to the sum (`tiles.features`): sinks
+    a part of split keys        is a row by itself; `shared.combine` ends the whole row, and
+                                features join it there, once
+"""
+
+import math
+from functools import cache
+
+from numflash.ptx import device_function, f32, fma_rn_f32
+from numflash.tiles.features import make_finish
+from numflash.tiles.scores import NEG_INF
+
+NATURAL = f32(1)
+
+
+@cache
+def make_end_of_row(features, unit, is_part=False):
+    """(end_of_row, lse_of_row): two functions, as the second is one lane's work.
+
+        end_of_row(row_max, row_sum, records, batch, head) -> (factor, row_max, row_sum)
+        lse_of_row(row_max, row_sum) -> the natural log-sum-exp
+
+    `row_sum` is the sum of exponentials relative to row_max, which counts in units of `unit`:
+    `NATURAL`, or the natural logarithm of 2 where exponentials are powers of two. O must be
+    multiplied by the factor. `records` is the record `Features` of the kernel's arguments.
+    """
+    finish, ends = make_finish(() if is_part else features)
+    unit_before, unit_after = (unit, NATURAL) if ends else (NATURAL, unit)
+
+    @device_function
+    def end_of_row(row_max, row_sum, records, batch, head):
+        top, total, kept = finish(row_max * unit_before, row_sum, records, batch, head)
+        return kept / total if total != f32(0) else f32(0), top, total
+
+    @device_function
+    def lse_of_row(row_max, row_sum):
+        if row_sum == f32(0):
+            return NEG_INF
+        return fma_rn_f32(row_max, unit_after, f32(math.log(row_sum)))
+
+    return end_of_row, lse_of_row

@@ -1,0 +1,56 @@
+"""Scores of a warpgroup's rows: features, and the mask where an edge crosses a tile."""
+
+from functools import cache
+from typing import NamedTuple
+
+from numflash.ptx import device_function, i32
+from numflash.tiles.mma.fragments import MMA_ROWS, accumulator_column, accumulator_row
+from numflash.tiles.mma.scores import make_mask_scores, make_scale_scores
+
+
+class Rows(NamedTuple):
+    """The rows of a warpgroup, and the keys that they see.
+
+    Attributes:
+        group: the warpgroup.
+        m_start: the first row of the block's tile, of which a warpgroup has 64.
+        batch, head: whose rows they are; of packed heads the first.
+        whole: (first, last), between which tiles of keys begin that no edge crosses.
+        end: one past the last key.
+        mask: the band, a record.
+        pack: heads whose rows of a token are neighbours.
+    """
+
+    group: object
+    m_start: object
+    batch: object
+    head: object
+    whole: object
+    end: object
+    mask: object
+    pack: object
+
+
+@cache
+def make_shape_scores(tile_n, traits):
+    """shape_scores(s_acc, rows, n_start, scale, shift, args): products S -> scores, in place.
+
+    Of the tile of keys from n_start on; the last three are as in `tiles.mma.scores`. S is not
+    scaled where no feature shapes scores.
+    """
+    n_tiles, bends = tile_n // 8, traits.shapes_scores
+    scale_scores = make_scale_scores(1, n_tiles, traits.features)
+    mask_scores = make_mask_scores(1, n_tiles)
+
+    @device_function
+    def shape_scores(s_acc, rows, n_start, scale, shift, args):
+        if bends:
+            i = i32(rows.m_start + accumulator_row(MMA_ROWS))
+            j = i32(n_start + accumulator_column())
+            scale_scores(s_acc, i, j, scale, shift, args)
+        if n_start < rows.whole[0] or n_start > rows.whole[1]:
+            i = i32(rows.m_start + accumulator_row(MMA_ROWS))
+            j = i32(n_start + accumulator_column())
+            mask_scores(s_acc, i, j, rows.end, rows.mask, rows.pack)
+
+    return shape_scores

@@ -1,0 +1,148 @@
+"""What runs on Hopper through wgmma, and what is left to other kernels."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+
+from numflash.configs import (
+    Traits,
+    parse_config,
+    wgmma,
+)
+from numflash.runtime.devices import ARCHITECTURES
+from numflash.selection.rules import choose
+from tests.host.numflash.test_dispatch import (
+    HEAD_DIMS,
+    HOPPER,
+    reasons,
+)
+
+BOTH = ("softcap", "alibi")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("columns", HEAD_DIMS)
+def test_the_forward_on_hopper_is_that_of_wgmma(dtype, columns):
+    for traits in (Traits(dtype, columns, 32), Traits(dtype, 32, columns, BOTH, False)):
+        choice = choose("forward", traits, HOPPER)
+        assert choice.config == wgmma.candidates(traits)[0]
+        # The alignment of rows does not matter to bulk copies.
+        assert choice.traits == replace(traits, vectorized=True)
+        assert reasons(choice)["sm80"] == "wgmma is faster"
+        assert list(reasons(choice))[-1] == "portable"
+    for limits in ARCHITECTURES.values():
+        if limits is not HOPPER:
+            assert "sm90" not in str(choose("forward", traits, limits))
+    assert "sm90" not in str(choose("backward-dq", traits, HOPPER))
+
+
+def test_every_candidate_for_wgmma_is_chosen_somewhere_and_fits_with_all_features():
+    chosen, shipped = set(), set()
+    for columns, rows in itertools.product(HEAD_DIMS, (33, 65, 129, 2**30)):
+        traits = Traits("bfloat16", columns, columns, BOTH)
+        shipped |= set(wgmma.candidates(traits))
+        chosen.add(choose("forward", traits, HOPPER, rows).config)
+        for config in wgmma.candidates(traits):
+            assert config.smem_bytes(traits) <= HOPPER.max_smem_per_block
+            assert wgmma.misfit(config, traits, HOPPER, 2**30) is None
+    assert chosen == shipped
+
+
+@pytest.mark.parametrize(
+    ("traits", "options", "why"),
+    [
+        ("float32-d64-dv64-vec", {}, "of float16 or bfloat16, not of float32"),
+        ("float32-d64-dv64-vec-tf32", {}, "of float16 or bfloat16, not of float32"),
+        ("float16-d64-dv64-vec-selected", {}, "not those that a table names"),
+        ("float16-d64-dv64-vec", {"positive_scale": False}, "softmax_scale is not positive"),
+        ("float16-d64-dv64-vec", {"no_bulk_copies": "k is odd"}, "k is odd"),
+    ],
+)
+def test_what_is_not_for_wgmma_says_so_first(traits, options, why):
+    choice = choose("forward", Traits.parse(traits), HOPPER, **options)
+    assert choice.config.implementation != "sm90"
+    (what, reason), *_ = choice.passed_over
+    assert what == "sm90" and why in reason
+
+
+def test_few_rows_are_left_to_smaller_tiles():
+    traits = Traits("float16", 128, 128)
+    sizes = {32: "sm80", 33: "sm90-m64", 64: "sm90-m64", 65: "sm90-m128"}
+    for rows, tile in sizes.items():
+        choice = choose("forward", traits, HOPPER, rows)
+        assert str(choice.config).startswith(tile)
+    few = reasons(choose("forward", traits, HOPPER, 32))
+    assert few["sm90-m64n128w4s2-overlap-persistent"] == "computes 64 rows at a time, there are 32"
+
+
+@pytest.mark.parametrize(
+    ("config", "columns", "why"),
+    [
+        ("sm90-m128n256w8s2", 128, "needs 295008 bytes of shared memory per block, sm_90a has"),
+        ("sm90-m192n192w12s2", 64, "keeps 176 registers of S, P and O a thread, at most 128"),
+        ("sm90-m64n64w4s1-packed", 64, "slopes of their own cannot be packed"),
+    ],
+)
+def test_what_is_too_large_for_wgmma_says_so(config, columns, why):
+    traits = Traits("float16", columns, columns, features=("alibi",))
+    assert why in wgmma.misfit(parse_config("forward", config), traits, HOPPER, 2**30)
+
+
+@pytest.mark.parametrize("columns", [64, 128, 192, 256])
+def test_codes_on_hopper_are_multiplied_by_wgmma(columns):
+    for traits in (
+        Traits("float16", columns, 64, fp8=True),
+        Traits("float16", 64, columns, vectorized=False, fp8=True),
+    ):
+        choice = choose("forward", traits, HOPPER)
+        assert choice.config == wgmma.candidates(traits)[0]
+        assert str(choice.config).startswith("fp8-sm90-") and choice.config.multiplies_codes
+        assert choice.traits == replace(traits, vectorized=True)
+        assert "mma.sync must make float16" in reasons(choice)["fp8-sm89"]
+        for limits in ARCHITECTURES.values():
+            if limits is not HOPPER:
+                assert "sm90" not in str(choose("forward", traits, limits))
+
+
+def test_every_candidate_for_codes_is_chosen_somewhere_and_fits():
+    chosen, shipped = set(), set()
+    features = ((), ("softcap",), ("alibi",), BOTH)
+    for columns, rows, bent in itertools.product((64, 128, 192, 256), (33, 65, 2**30), features):
+        traits = Traits("bfloat16", columns, columns, bent, fp8=True)
+        shipped |= set(wgmma.candidates(traits))
+        choice = choose("forward", traits, HOPPER, rows)
+        assert choice.config.smem_bytes(traits) <= HOPPER.max_smem_per_block
+        chosen.add(choice.config)
+    assert chosen == shipped
+
+
+def test_codes_with_bent_scores_do_not_overlap_where_registers_would_spill():
+    plain = Traits("float16", 128, 128, fp8=True)
+    assert choose("forward", plain, HOPPER).config.overlap
+    for feature in ("softcap", "alibi"):
+        choice = choose("forward", replace(plain, features=(feature,)), HOPPER)
+        assert not choice.config.overlap
+        assert "keeps 208 registers" in "".join(reasons(choice).values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "why"),
+    [
+        ({"key_scales": True}, {}, "scales of K or V change within a tile of keys"),
+        ({"selected": True}, {}, "not those that a table names"),
+        ({}, {"no_bulk_copies": "k is odd"}, "k is odd"),
+    ],
+)
+def test_codes_that_are_not_for_wgmma_say_so_first(changes, options, why):
+    traits = replace(Traits("float16", 128, 128, fp8=True), **changes)
+    choice = choose("forward", traits, HOPPER, **options)
+    assert choice.config.implementation == "fp8" and not choice.config.multiplies_codes
+    (what, reason), *_ = choice.passed_over
+    assert what == "fp8-sm90" and why in reason
+
+
+def test_few_rows_of_codes_are_left_to_smaller_tiles():
+    traits = Traits("float16", 128, 128, fp8=True)
+    for rows, tile in {32: "fp8-sm89-", 33: "fp8-sm90-m64", 65: "fp8-sm90-m128"}.items():
+        assert str(choose("forward", traits, HOPPER, rows).config).startswith(tile)

@@ -1,0 +1,82 @@
+"""The options of a call: each said once, and each where it belongs."""
+
+import inspect
+
+import pytest
+
+import numflash
+from numflash.api import attention as api
+from numflash.problem.options import ARRAY_OPTIONS, OPTIONS, AttentionOptions
+
+NAMES = AttentionOptions._fields
+
+
+class Asked(Exception):
+    """Raised with the options that a call came to."""
+
+
+def _asked(monkeypatch, function, *arrays, **given) -> AttentionOptions:
+    def stop(*args):
+        raise Asked(next(x for x in args if isinstance(x, AttentionOptions)))
+
+    monkeypatch.setattr(api, "bind_forward", stop)
+    monkeypatch.setattr(api, "prepare", stop)
+    with pytest.raises(Asked) as caught:
+        function(*arrays, **given)
+    return caught.value.args[0]
+
+
+@pytest.mark.parametrize(
+    ("function", "arrays"), [(numflash.attention, 3), (numflash.attention_backward, 6)]
+)
+def test_every_option_comes_by_its_name(monkeypatch, function, arrays):
+    """Public functions pass options by position: each must arrive in its own field."""
+    taken = inspect.signature(function).parameters
+    assert {name for name in NAMES if name in taken} >= {*NAMES} - {"fp8", "max_rel_error"}
+    for name in NAMES:
+        if name in taken:
+            mark = object()
+            options = _asked(monkeypatch, function, *[None] * arrays, **{name: mark})
+            others = {n: x for n, x in options._asdict().items() if n != name}
+            assert getattr(options, name) is mark
+            assert others == {n: x for n, x in AttentionOptions()._asdict().items() if n != name}
+
+
+def test_defaults_are_those_of_the_signature():
+    parameters = inspect.signature(numflash.attention).parameters
+    assert {option.name: option.default for option in OPTIONS} == {
+        name: parameters[name].default for name in NAMES
+    }
+    AttentionOptions().check()
+
+
+def test_the_key_tells_apart_whatever_a_call_is_made_ready_for():
+    others = {
+        "softmax_scale": 1.0,
+        "causal": True,
+        "causal_align": "top_left",
+        "shift": 3,
+        "window_size": (3, None),
+        "softcap": 2.0,
+        "layout": "bhsd",
+        "precision": "tf32",
+        "config": "m16n16w2",
+        "fp8": numflash.Fp8Recipe("token"),
+        "max_rel_error": 0.5,
+    }
+    assert set(others) == {*NAMES} - {*ARRAY_OPTIONS}
+    keys = {AttentionOptions(**{name: value}).key() for name, value in others.items()}
+    assert len(keys | {AttentionOptions().key()}) == len(others) + 1
+    # Equal numbers of other types are other calls: one of them may be wrong.
+    for name, one, other in (
+        ("softcap", 1, True),
+        ("causal", True, 1),
+        ("window_size", (1, 2), (True, 2)),
+        ("max_rel_error", 1, True),
+    ):
+        assert AttentionOptions(**{name: one}).key() != AttentionOptions(**{name: other}).key()
+
+
+def test_unknown_options_are_named_with_what_there_is():
+    with pytest.raises(TypeError, match="plan got unknown options: colour; it takes out, softmax"):
+        AttentionOptions.of("plan", {"colour": 1, "causal": True}, ("out",))

@@ -1,0 +1,1 @@
+"""The public functions end to end in the simulator."""

@@ -1,0 +1,48 @@
+"""Examples run: that of each public docstring, those of README.md and docs/fp8.md."""
+
+import doctest
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import numflash
+from numflash import reference
+
+ROOT = Path(__file__).parents[2]
+
+PUBLIC = {
+    f"{module.__name__}.{name}": getattr(module, name)
+    for module in (numflash, reference)
+    for name in module.__all__
+    if callable(getattr(module, name))
+}
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_a_public_name_has_an_example_that_runs(name):
+    docstring = PUBLIC[name].__doc__
+    test = doctest.DocTestParser().get_doctest(docstring, {}, name, None, None)
+    assert "\n    Example:\n" in docstring and test.examples
+    report: list[str] = []
+    results = doctest.DocTestRunner(verbose=False).run(test, out=report.append)
+    assert not results.failed, "".join(report)
+
+
+def test_the_code_of_the_readme_runs(monkeypatch, capsys):
+    """On NumPy arrays, and with a smaller shape."""
+    monkeypatch.setitem(sys.modules, "cupy", np)
+    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    assert "shape = 2, 4096, 16, 64" in code
+    exec(code.replace("shape = 2, 4096, 16, 64", "shape = 1, 48, 2, 32"), {})
+    assert capsys.readouterr().out.count("ok") == 2
+
+
+def test_the_code_of_the_page_on_fp8_runs():
+    q, k, v = np.random.default_rng(0).standard_normal((3, 1, 16, 1, 64)).astype("float16")
+    page = (ROOT / "docs" / "fp8.md").read_text()
+    lines = [line.strip() for line in page.splitlines() if line.startswith("    ")]
+    assert len(lines) == 5
+    exec("\n".join(lines), {"numflash": numflash, "q": q, "k": k, "v": v})
