@@ -322,6 +322,11 @@ def _arrive(statement, program):
             if expects:
                 arrive(block.mbarriers, index, count)
             else:
+                barrier = block.part(Mbarriers).find(block.mbarriers, index)
+                if count > max(barrier.pending, 1):
+                    raise SimulationError(
+                        f"{barrier}: {count} arrivals at once, the phase lacks {barrier.pending}"
+                    )
                 for _ in range(count):
                     arrive(block.mbarriers, index)
         block.something_happened()
