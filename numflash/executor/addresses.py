@@ -1,4 +1,4 @@
-"""What lies at the addresses that the lanes of a warp name, as bodies ask for it."""
+"""The objects at addresses that the lanes of a warp name, as bodies ask for them."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""A block of an executed kernel: its warps, its memory, and which warp runs when.
+"""A block of an executed kernel: its warps, its memory, and the order of its warps.
 
 The order is random and a seed repeats it, as in `numflash.simulator`: in some blocks warps go
 side by side, in others one runs far ahead; in some one falls behind all others. Parts of the
@@ -24,9 +24,9 @@ _TURNS = (1, 16, 1024)
 _LAGGARDS = 0.5
 # Pieces after which a warp that makes nothing happen may be one that waits for the laggard.
 _SPINS = 4096
-# How often `try_wait` gives up although it could wait.
+# The share of `try_wait`s that give up although they could wait.
 _FAILS = 1 / 32
-# How often a block in which nothing happens is asked again, with `try_wait` giving up.
+# A block in which nothing happens is asked again so often, with `try_wait` giving up.
 _PATIENCE = 8
 _SHARED_START = 1024
 
@@ -40,7 +40,7 @@ class Block:
         parts, shared, random, seed, elected_lane, blocks_per_sm, blockIdx: as those of
             `simulator.engine.Block`.
         tensor_maps: by their address.
-        counts: how often warps have executed each piece, where somebody counts.
+        counts: executions of each piece by warps, where a profile is wanted.
         max_steps: pieces that a warp may execute while nothing happens in the block.
     """
 
@@ -84,7 +84,7 @@ class Block:
         return self.shared.bytes.view(type_)
 
     def mbarrier_index(self, address: int) -> int:
-        """Which element of `mbarriers` an address is of. Raises ValueError."""
+        """The element of `mbarriers` at an address. Raises ValueError."""
         if address % 8 or not 0 <= address < self.shared.bytes.size:
             raise ValueError(f"there can be no mbarrier at shared address {address:#x}")
         return address // 8
@@ -100,7 +100,7 @@ class Block:
         """Threads that wait ask again by themselves."""
 
     def something_happened(self) -> None:
-        """What others wait for may be there."""
+        """Let waiting warps look again."""
         self.events += 1
 
     def may_fail(self) -> bool:

@@ -1,6 +1,6 @@
 """Operations whose meaning is an instruction's body in `numflash.ptx`.
 
-Which body belongs to which opcode is read from the templates: a template is a statement like any
+The templates tell which body belongs to which opcode: a template is a statement like any
 other, with `<name>` where a parameter of the body goes, and an instruction of the text has that
 body where the two match. Products of warpgroups have a body for each size, which is made when it
 is asked for.
@@ -167,7 +167,7 @@ def _made_for(statement: Statement) -> list[Template]:
     operands = statement.operands
     if statement.opcode == "wgmma.wait_group.sync.aligned":
         check_operands(statement, 1)
-        # The accumulator of the body is not an operand: 1 stands for whatever it has.
+        # The accumulator of the body is not an operand: 1 stands for its number of registers.
         call = make_wgmma_wait_group(operands[0].integer(), 1)
     elif matched := _WGMMA.fullmatch(statement.opcode):
         n, sums, type_ = matched.groups()
@@ -261,7 +261,7 @@ def _all_match(patterns, operands, found) -> bool:
 
 
 class _Argument:
-    """How one parameter of a body is read from a warp, and written back.
+    """One parameter of a body, as it is read from a warp, and written back.
 
     Attributes:
         read: gives the argument for all lanes: an array of shape (32,) or (32, n), or for what
@@ -271,7 +271,7 @@ class _Argument:
     def __init__(self, program, annotation, bound: list):
         self.written = ()
         if isinstance(annotation, Regs):
-            # What is read and written may be in other registers before than after: d and c.
+            # A register that is read and written may differ before and after: d and c.
             self._registers(program, annotation, bound)
         elif isinstance(annotation, Shared):
             self._shared(program, annotation, bound[0])

@@ -304,7 +304,7 @@ def _make_bulk_wait(statement, operands, matched, program, hints):
 
 
 def _make_nothing(statement, operands, matched, program, hints):
-    """What only fills caches."""
+    """An instruction that only fills caches."""
     return lambda warp, mask: None
 
 

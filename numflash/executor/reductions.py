@@ -1,4 +1,4 @@
-"""What an atomic operation, or a bulk copy that reduces, makes of two elements."""
+"""The result of an atomic operation, or of a bulk copy that reduces, on two elements."""
 
 from collections.abc import Callable
 

@@ -15,11 +15,11 @@ _MAX_THREADS = 1024
 
 @dataclass(frozen=True)
 class Profile:
-    """What a launch executed. A warp counts once, however many of its lanes took part.
+    """Counts of a launch. A warp counts once, however many of its lanes took part.
 
     Attributes:
         by_opcode, by_line: instructions that warps executed, by opcode and by line of the PTX.
-        bytes: that lanes moved, by ("load" or "store", memory space); not those of copies.
+        bytes: moved by lanes, by ("load" or "store", memory space); not those of copies.
     """
 
     by_opcode: Counter[str]
@@ -69,7 +69,7 @@ def run_ptx(
         IndexError, ValueError: an address outside every array, or a misaligned one.
         SimulationError, DeadlockError: what the hardware leaves undefined, or waits for forever.
 
-    What fails while it runs names the line of the PTX, and the seed that repeats it.
+    An error while it runs names the line of the PTX, and the seed that repeats it.
 
     Example:
         >>> import numpy as np, numflash

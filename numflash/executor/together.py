@@ -162,7 +162,7 @@ def _shuffle(statement, program):
             "idx": lambda: (first | offset & ~segment, (first | offset & ~segment) <= last),
         }[mode]()
         origin = np.where(inside, origin, _LANES)
-        # What a lane that takes no part would give is not defined: all ones here.
+        # The value of a lane that takes no part is not defined: all ones here.
         given = (members & mask)[origin]
         values = np.where(given, value_of(warp)[origin], np.uint32(0xFFFFFFFF))
         if isinstance(target, Pair):
@@ -322,6 +322,11 @@ def _arrive(statement, program):
             if expects:
                 arrive(block.mbarriers, index, count)
             else:
+                barrier = block.part(Mbarriers).find(block.mbarriers, index)
+                if count > max(barrier.pending, 1):
+                    raise SimulationError(
+                        f"{barrier}: {count} arrivals at once, the phase lacks {barrier.pending}"
+                    )
                 for _ in range(count):
                     arrive(block.mbarriers, index)
         block.something_happened()

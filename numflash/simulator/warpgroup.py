@@ -53,7 +53,7 @@ _TF32 = np.uint32(0xFFFFE000)
 
 @dataclass(eq=False, slots=True)
 class _Sum:
-    """The accumulator of products under way: the threads' arrays, and what it will hold.
+    """The accumulator of products under way: the threads' arrays, and its coming value.
 
     The arrays are of float32, or of words that hold two float16 each; `value` is of float32.
     """

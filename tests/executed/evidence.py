@@ -14,44 +14,43 @@ from pathlib import Path
 _DOCS = Path(__file__).parents[2] / "docs"
 RECORD, PAGE = _DOCS / "evidence.json", _DOCS / "evidence.md"
 
-_MOVES = "a move, which every kernel executes in some form"
+_SECONDS = 300
+"""Of user CPU time: all witnesses and wrong meanings once, with nothing kept of an earlier run."""
 WITHOUT = {
-    **dict.fromkeys(
-        ("mov_b32_halves", "float_as_bits", "bits_as_float", "mov_shared_address"), _MOVES
-    ),
-    **dict.fromkeys(("mov_tid_x", "mov_ctaid_x", "mov_nctaid_x"), _MOVES),
-    "mma_m16n8k8_f16": "for sm_75 Triton makes `fma` of a matmul",
-    "mbarrier_arrive": "no kernel here has specialised warps",
-    "bar_arrive": "no kernel here has specialised warps",
-    "cp_async_bulk_wait_group_read": "Triton waits for the writes, too",
-    "fence_mbarrier_init": "Triton sets none, the tests do: it is only refused where missing",
     "fence_proxy_tensormap": "changes nothing on a CPU: a wrong meaning could not be noticed",
     "prefetch_tensormap": "changes nothing on a CPU: a wrong meaning could not be noticed",
     "bra_over_store": "a branch that is never taken; no other compiler has it",
-    "mul_rn_f16x2": "Triton multiplies single float16: `mul.f16`",
-    "st_shared_f32": "Triton stores more or fewer bytes to shared memory at once",
-    "st_shared_u32": "Triton stores more or fewer bytes to shared memory at once",
-    "lop3_select_b32": "LLVM makes `and` and `or`; ptxas makes the `lop3`",
-    "cvt_rna_tf32_f32": "Triton passes float32 to products of tf32 unrounded",
 }
-"""Instructions of `numflash/ptx` that have no witness yet, or can have none, and why."""
+"""Instructions of `numflash/ptx` that can have no witness, and why."""
 
 
 def read() -> dict:
     """The record.
 
-    {"witnesses": {test: {"compiler", "date", "instructions"}},
+    {"witnesses": {test: {"compiler", "module", "date", "instructions"}},
     "noticed": {wrong meaning: {"instruction", "witness", "date"}}, "without": {name: why}}.
     """
     return json.loads(RECORD.read_text())
 
 
-def enter(witnesses: dict[str, dict], noticed: dict[str, dict], meanings: Iterable[str]) -> None:
-    """Replace these entries of the record; what says the same keeps its date.
+def enter(
+    module: str, witnesses: dict[str, dict], noticed: dict[str, dict], wrong: Iterable[str] | None
+) -> None:
+    """Add to the record; what says the same keeps its date, and another version begins anew.
 
-    Wrong meanings that are none of `meanings` are no longer tried, and dropped.
+    Args:
+        module: whose witnesses ran.
+        witnesses, noticed: what passed, as in the record.
+        wrong: the wrong meanings that witnesses of this module are tried with, if they were:
+            others that these have noticed once are dropped.
     """
     record = read() if RECORD.exists() else {"witnesses": {}, "noticed": {}}
+    for name, entry in witnesses.items():
+        before = record["witnesses"].get(name)
+        if before is not None and before["compiler"] == entry["compiler"]:
+            # A run may be of some of a witness's cases only.
+            together = {*before["instructions"], *entry["instructions"]}
+            entry["instructions"] = sorted(together)
     for kept, entries in (
         (record["witnesses"], witnesses),
         (record["noticed"], noticed),
@@ -59,11 +58,15 @@ def enter(witnesses: dict[str, dict], noticed: dict[str, dict], meanings: Iterab
         for name, entry in entries.items():
             if {**kept.get(name, {}), "date": None} != {**entry, "date": None}:
                 kept[name] = {**entry, "date": date.today().isoformat()}
-    meanings = set(meanings)
-    record["noticed"] = {k: v for k, v in record["noticed"].items() if k in meanings}
-    found = witnesses_of(record)
+    if wrong is not None:
+        by = {name for name, entry in record["witnesses"].items() if entry["module"] == module}
+        record["noticed"] = {
+            meaning: entry
+            for meaning, entry in record["noticed"].items()
+            if meaning in set(wrong) or entry["witness"] not in by
+        }
     record = {part: dict(sorted(record[part].items())) for part in ("witnesses", "noticed")}
-    record["without"] = {name: why for name, why in WITHOUT.items() if name not in found}
+    record["without"] = WITHOUT
     RECORD.write_text(json.dumps(record, indent=1) + "\n")
 
 
@@ -78,29 +81,48 @@ def witnesses_of(record: dict) -> dict[str, list[str]]:
 
 def page(record: dict) -> str:
     """docs/evidence.md."""
-    found = witnesses_of(record)
-    rows = [
-        (
-            f"`{name}`",
-            ", ".join(f"`{test}`" for test in tests),
-            "; ".join(
-                meaning
-                for meaning, entry in record["noticed"].items()
-                if entry["instruction"] == name
-            ),
-        )
-        for name, tests in sorted(found.items())
-    ]
-    compilers = {}
+    ours, others = [], []
+    for name, tests in sorted(witnesses_of(record).items()):
+        noticed = [
+            f"{meaning} (`{entry['witness']}`)"
+            for meaning, entry in record["noticed"].items()
+            if entry["instruction"] == name
+        ]
+        # Names of ours have no dots; opcodes have.
+        rows = others if "." in name else ours
+        rows.append((f"`{name}`", _by_compiler(record, tests), "; ".join(noticed)))
+    seen: dict[str, dict] = {}
     for entry in record["witnesses"].values():
-        compilers[entry["compiler"]] = max(compilers.get(entry["compiler"], ""), entry["date"])
-    seen = ", ".join(f"{name} (last changed {day})" for name, day in sorted(compilers.items()))
-    without = [(f"`{name}`", why) for name, why in sorted(WITHOUT.items())]
+        of = seen.setdefault(entry["compiler"], {"modules": set(), "date": "", "tests": 0})
+        of["modules"].add(f"`tests/executed/{entry['module']}.py`")
+        of["date"] = max(of["date"], entry["date"])
+        of["tests"] += 1
     return _TEXT.format(
-        seen=seen,
-        table=_table(("instruction", "witness", "wrong on purpose, and noticed"), rows),
-        without=_table(("instruction", "why"), without),
+        compilers=_table(
+            ("witnesses", "tests", "in", "last changed"),
+            [
+                (compiler, str(of["tests"]), ", ".join(sorted(of["modules"])), of["date"])
+                for compiler, of in sorted(seen.items())
+            ],
+        ),
+        noticed=len(record["noticed"]),
+        seconds=_SECONDS,
+        table=_table(("instruction", "witness", "wrong on purpose, and noticed by"), ours),
+        others=_table(("opcode", "witness", "wrong on purpose, and noticed by"), others),
+        without=_table(
+            ("instruction", "why"),
+            [(f"`{name}`", why) for name, why in sorted(record["without"].items())],
+        ),
     )
+
+
+def _by_compiler(record: dict, tests: list[str]) -> str:
+    """The tests, behind the name of their compiler without its version."""
+    found: dict[str, list[str]] = {}
+    for test in tests:
+        compiler = record["witnesses"][test]["compiler"].rpartition(" ")[0]
+        found.setdefault(compiler, []).append(f"`{test}`")
+    return "; ".join(f"{name}: {', '.join(of)}" for name, of in sorted(found.items()))
 
 
 def _table(header: Iterable[str], rows: Iterable[tuple]) -> str:
@@ -118,43 +140,55 @@ No GPU has run numflash. What instructions mean is written in the bodies of `num
 the simulator, read from the manuals. The executor uses the same bodies. So when it runs a kernel of another
 compiler, whose code GPUs run every day, and the result is right, that compiler vouches for our meanings.
 
-The witnesses are tests of `tests/executed/test_witnesses.py`: kernels of {seen}, which compile without a GPU,
-against float64. They write the record where they pass:
+{compilers}
 
-    pip install triton          # 290 MB to load, 1 GB on disk
-    NUMBA_ENABLE_CUDASIM=1 NUMFLASH_TEST_PEERS=1 pytest tests/executed/test_witnesses.py
+Triton's and CuTe's kernels are written for this, FlashAttention-4's are its own, forward and backward: all of them
+compile without a GPU, are run by the executor, and compared with float64. PyTorch's conversions are compared with
+the bodies of ours, bit by bit. Witnesses write the record where they pass:
 
-A witness shows that kernels which use an instruction compute what they should. It does not show what the
-instruction does with operands that no kernel gives it, nor how fast it is, nor what ptxas makes of it. CI does
-not run the witnesses: they take 76 s of user CPU time beside the installation.
+    pip install triton                                  # 290 MB to load, 1 GB on disk
+    pip install torch nvidia-cutlass-dsl nvidia-cutlass-dsl-libs-cu13     # 5 GB on disk
+    pip install quack-kernels einops apache-tvm-ffi && pip install --no-deps flash-attn-4==4.0.0b36
+    NUMBA_ENABLE_CUDASIM=1 NUMFLASH_TEST_PEERS=1 pytest tests/executed -k "witnesses or wrong_meanings"
+
+A test whose package is missing is skipped. A witness shows that kernels which use an instruction compute what they
+should. It does not show what the instruction does with operands that no kernel gives it, nor how fast it is, nor
+what ptxas makes of it. CI does not run the witnesses: they take some {seconds} s of user CPU time beside the installation.
 
 ## Instructions with a witness
 
-The last column is what `test_a_wrong_meaning_is_noticed` makes of the instruction on purpose; its witness fails
-then. Where the column is empty nobody has tried. Loads and stores of Triton are typed `.b32`: they vouch
-for `.u32` and `.f32` of the same size. `bar_sync` is executed as `bar.sync 0`, for all threads. `mul.f32` of Triton vouches for `mul.rn.f32`, which it is.
+The last column is what tests make of the instruction on purpose, {noticed} times in all; the witness behind it fails
+then. No row is without. Loads and stores of other compilers are typed `.b32`: they vouch for
+`.u32` and `.f32` of the same size. `bar.sync 0`, for all threads, is `bar_sync`, too. `mul.f32` and `mul.f16x2` vouch
+for `mul.rn`, which they are, and `lop3` with another table for ours, which the executor looks up alike.
 
 {table}
 
-Tiles of three to five dimensions are loaded and stored with the same swizzle, so that a wrong one would cancel
-out: only the 2-D copies, whose tiles `wgmma` reads, show it. What matters there is which elements a tile is.
+Triton loads and stores tiles of three to five dimensions with the same swizzle, so that a wrong one would cancel out;
+CuTe's `test_tiles_of_tensor_maps` reads each element where CuTe says it is, and stores the tile without a swizzle.
+
+## What only the executor knows
+
+Other compilers use them, kernels of numflash do not.
+
+{others}
 
 ## Instructions without a witness
 
 {without}
 
-Nor has anybody vouched for `wgmma` whose K-major stride offset is not 1024 bytes (every kernel here uses the
-swizzle of 128 bytes, and a simulator that ignored the stride would pass), for `setmaxnreg`, for `bar.sync`
-with a count, and for the 128 bytes that the driver makes of a tensor map: `libcuda` would have to run.
+Nor has anybody vouched for the 128 bytes that the driver makes of a tensor map: they would have to be compared with
+those that `libcuda` writes, which comes with a driver and not as a package. Here a map stands for what it was made
+of. That `setmaxnreg.inc` is needed cannot be seen, either: nothing here runs out of registers for want of it.
 
-## Where Triton and our checks differ
+## Where others and our checks differ
 
-- Triton sets no fence between `mbarrier.init` and bulk copies. We demand `fence.mbarrier_init`; the tests put it
-  into Triton's text (`test_where_we_ask_for_more_fences_than_triton_sets` shows the refusal without).
-- Triton's attention for sm_90 stores Q, waits at a barrier, and then the *readers* execute
-  `fence.proxy.async`. We demand it of the writer, before the barrier; the tests add that one.
-  Whether the PTX ISA allows Triton's order we have not settled.
-- Triton passes float32 to `mma` of tf32 unrounded; the tests cut the low 13 bits of their reference.
+- Triton sets no fence between `mbarrier.init` and bulk copies. We demand `fence.mbarrier_init`, which CuTe and
+  FlashAttention-4 set; the tests put it into Triton's text
+  (`test_where_we_ask_for_more_fences_than_triton_sets` shows the refusal without).
+- Triton's attention for sm_90 stores Q, waits at a barrier, and then the readers execute `fence.proxy.async`;
+  CuTe and FlashAttention-4 have it executed by the writers, before the barrier. Both pass.
+- Triton passes float32 to products of tf32 unrounded; the tests cut the low 13 bits of their reference.
 """  # noqa: E501
 
 

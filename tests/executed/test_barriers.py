@@ -27,6 +27,29 @@ def test_an_mbarrier_that_is_no_more():
         run(INVALIDATED.replace("inval.shared::cta.b64 [%r2]", "init.shared.b64 [%r2], 1"))
 
 
+@pytest.mark.parametrize("order", ["", "release.cta.", "release.cluster."])
+def test_arrivals_are_counted(order):
+    """One thread arrives for the others, too; what it is told of the phase nobody needs."""
+    arrive = f"mbarrier.arrive.{order}shared::cta.b64 %rd5, [%r2], %r3;"
+    body = """
+    .shared .align 8 .b8 barrier[8];
+    mov.u32 %r2, barrier;
+    mov.u32 %r3, 5;
+    setp.eq.u32 %p1, %r1, 0;
+    @%p1 mbarrier.init.shared.b64 [%r2], COUNT;
+    bar.sync 0;
+    @%p1 ARRIVE
+    AGAIN:
+    mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 %p2, [%r2], 0;
+    @!%p2 bra AGAIN;
+    st.global.u32 [%rd3], %r3;""".replace("ARRIVE", arrive)
+    assert (run(body.replace("COUNT", "5"), block=64) == 5).all()
+    with pytest.raises(DeadlockError, match=r"lacks 1 of 6 arrivals"):
+        run(body.replace("COUNT", "6"), block=64)
+    with pytest.raises(SimulationError, match="5 arrivals at once, the phase lacks 4"):
+        run(body.replace("COUNT", "4"), block=64)
+
+
 # Clusters of one block
 
 

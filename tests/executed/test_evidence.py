@@ -34,9 +34,21 @@ def test_the_page_is_drawn_from_the_record():
 
 
 def test_the_witnesses_exist():
-    tests = (evidence.RECORD.parents[1] / "tests/executed/test_witnesses.py").read_text()
     record = evidence.read()
-    assert record["witnesses"] and all(f"def {name}(" in tests for name in record["witnesses"])
+    for name, entry in record["witnesses"].items():
+        module = evidence.RECORD.parents[1] / "tests" / "executed" / f"{entry['module']}.py"
+        assert f"def {name}(" in module.read_text(), name
+
+
+def test_what_was_noticed_is_what_its_witness_executes():
+    record = evidence.read()
     assert record["noticed"]
-    for entry in record["noticed"].values():
-        assert entry["instruction"] in record["witnesses"][entry["witness"]]["instructions"]
+    for meaning, entry in record["noticed"].items():
+        instructions = record["witnesses"][entry["witness"]]["instructions"]
+        assert entry["instruction"] in instructions, meaning
+
+
+def test_every_instruction_with_a_witness_has_been_wrong_on_purpose():
+    record = evidence.read()
+    tried = {entry["instruction"] for entry in record["noticed"].values()}
+    assert set(evidence.witnesses_of(record)) <= tried

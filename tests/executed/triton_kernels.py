@@ -21,6 +21,14 @@ def add(x, y, z, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def places(z, BLOCK: tl.constexpr):
+    """z[i] = 1000 blocks + the block of i."""
+    block = tl.program_id(0)
+    i = block * BLOCK + tl.arange(0, BLOCK)
+    tl.store(z + i, tl.zeros((BLOCK,), tl.int32) + 1000 * tl.num_programs(0) + block)
+
+
+@triton.jit
 def matmul(
     a,
     b,
@@ -175,7 +183,7 @@ def compiled(
     stages: int = 2,
     aligned: bool = True,
 ) -> dict:
-    """What `tests/executed/test_witnesses.py` runs.
+    """What `tests/executed/test_witnesses_triton.py` runs.
 
     Args:
         kernel: its name here.

@@ -287,7 +287,7 @@ producer  overlap  Q of one warpgroup
 producer  overlap  rows of one warpgroup
     + group * tokens ->
 producer  slabs  K and V of another head
-    head_kv = token_of_row(head, shape.group_size) -> head_kv = head
+    m_start, head, head_kv, batch, split = -> m_start, head_kv, head, batch, split =
 producer  persistent  keys from the first on
     i32(n * stage_n), K.full -> i32(0 * stage_n), K.full
 forward  persistent  the step of the stages of K

@@ -21,7 +21,7 @@ from numflash.executor.types import BITS, DTYPES, bits_of, filled, name_of
 
 
 class Sources:
-    """What instructions read, as Python.
+    """Operands that instructions read, as Python.
 
     Args:
         register_types: of an entry.

@@ -17,12 +17,13 @@ from numflash.tiles.wgmma.turns import group_of_thread
 
 @cache
 def make_finish(config: Sm90ForwardConfig, traits: Traits):
-    """finish(sums, max_scale, smem, results, place, grid, shape)
+    """finish(sums, max_scale, smem, results, number, grid, shape)
 
-    O divided by its sums and lse, of the rows of this warpgroup at `place`. `sums` are its `Sums`
-    (`skeleton`); max_scale brings row_max to base 2. `results` are out, a `Part`, lse, the map of
-    out and the record `Features`; `grid` as in `tiles.blocks`, `shape` a `Shape`. O is on its way
-    through shared memory afterwards (`make_store_slabs`), or with splits in `out` as float32.
+    O divided by its sums and lse, of the rows of this warpgroup; `number` is the block's place.
+    `sums` are its `Sums` (`skeleton`); max_scale brings row_max to base 2. `results` are out, a
+    `Part`, lse, the map of out and the record `Features`; `grid` is a `Grid`, `shape` a `Shape`. O
+    is on its way through shared memory afterwards (`make_store_slabs`), or with splits in `out` as
+    float32.
     """
     o, is_split, o_tiles = (
         make_ring(config, traits).o,
@@ -34,11 +35,11 @@ def make_finish(config: Sm90ForwardConfig, traits: Traits):
     store_slabs, store_part = make_store_slabs(traits.dtype, o_tiles), make_store_part(o_tiles)
 
     @device_function
-    def finish(sums, max_scale, smem, results, place, grid, shape):
+    def finish(sums, max_scale, smem, results, number, grid, shape):
         o_acc, row_max, row_sum = sums
         out, lse, out_map, features = results
         num_rows, num_heads, pack, _, _ = grid
-        m_start, head_of_batch, split = block_place(place, grid)
+        m_start, head_of_batch, split = block_place(number, grid)
         batch = token_of_row(head_of_batch, shape.num_heads_q)
         head = i32(head_of_batch - batch * shape.num_heads_q)
         row = i32(m_start + accumulator_row(MMA_ROWS))

@@ -1,7 +1,7 @@
 """Forward on Hopper: O = softmax(softmax_scale Q K^T) V and lse, by specialised warps.
 
-`attend` is the algorithm, as 128 threads run it for 64 rows of Q. Around it, `skeleton`
-has one thread of the block fetch Q, K and V to shared memory by bulk copies, and several of these
+`attend` is the algorithm, as 128 threads run it for 64 rows of Q. In `skeleton`, around it, one
+thread of the block fetches Q, K and V to shared memory by bulk copies, and several of these
 warpgroups consume them. They multiply asynchronously: S = Q K^T from shared memory, O += P V with
 P in registers. A tile of K or V has arrived when its channel says so (`K.wait`), and is given back
 when it has been read (`K.release`).
@@ -66,7 +66,7 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
 
     @device_function
     def look_up(rows, shape, scores):
-        return args_of_head(scores.features, rows.batch, rows.head)
+        return args_of_head(scores.features, rows.place.batch, rows.place.head)
 
     run_block = make_skeleton(config, traits, look_up, make_attend(config, traits))
 

@@ -94,15 +94,15 @@ def _make_look_up(traits: Traits):
     @device_function
     def look_up(rows, shape, arguments):
         descales, scores = arguments
-        head_kv = token_of_row(rows.head, shape.group_size)
-        k_first = first_of_head(descales.k, rows.batch, head_kv)
-        v_first = first_of_head(descales.v, rows.batch, head_kv)
-        args = args_of_head(scores.features, rows.batch, rows.head)
+        batch, head = rows.place.batch, rows.place.head
+        k_first = first_of_head(descales.k, batch, rows.place.head_kv)
+        v_first = first_of_head(descales.v, batch, rows.place.head_kv)
+        args = args_of_head(scores.features, batch, head)
         q_scales = cuda.local.array(2, f32)
-        base = first_of_head(descales.q, rows.batch, token_of_row(rows.head, descales.q.group))
+        base = first_of_head(descales.q, batch, token_of_row(head, descales.q.group))
         for r in range(2):
             # Beyond the last row any scale will do.
-            i = rows.m_start + accumulator_row(MMA_ROWS) + ROW_STEP * r
+            i = rows.place.start + accumulator_row(MMA_ROWS) + ROW_STEP * r
             i = i32(min(i, i32(shape.seqlen_q * rows.pack) - 1))
             token = token_of_row(i, rows.pack)
             offset = base + (i - token * rows.pack) * descales.q.packed
@@ -200,7 +200,7 @@ def make_attend(config: Sm90Fp8ForwardConfig, traits: Traits):
 
         # S = Q K^T, P = softmax(S) of the first tile of keys: no P V is there to overlap with.
         tile, n_start = i32(0), i32(first * tiles_per_stage * tile_n)
-        k_scale, v_scale = scales_of_tile(arguments[0], known, n_start, rows.end)
+        k_scale, v_scale = scales_of_tile(arguments[0], known, n_start, rows.sequence.seqlen_k)
         take_turn(group)
         # Hazard: S would be made of a K that has not arrived.
         K.wait(barriers, stage, parity)
@@ -224,7 +224,7 @@ def make_attend(config: Sm90Fp8ForwardConfig, traits: Traits):
             else:
                 tile = i32(tile + 1)
             n_start = i32(n * tile_n)
-            k_scale, v_scale = scales_of_tile(arguments[0], known, n_start, rows.end)
+            k_scale, v_scale = scales_of_tile(arguments[0], known, n_start, rows.sequence.seqlen_k)
             take_turn(group)
             if overlap:
                 # Hazard: S would be made of the K of a stage before.

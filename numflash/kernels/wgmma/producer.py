@@ -15,17 +15,17 @@ from numflash.ptx import (
     prefetch_tensormap,
     u32,
 )
-from numflash.tiles.blocks import make_block_place, make_keys_of, next_place, token_of_row
+from numflash.tiles.blocks import make_keys_of, make_place_of, next_place, token_of_row
 from numflash.tiles.wgmma.products import SLAB_BYTES
 
 
 @cache
 def make_produce(config: Sm90ForwardConfig, traits: Traits):
-    """produce(smem, barriers, maps, places, grid, band, shape)
+    """produce(smem, barriers, maps, places, grid, sequence, shape)
 
     All tiles of rows of this block, as the consumers take them: Q of a tile, and K and V tile by
     tile of keys, each as soon as its buffer is empty. `maps` are those of Q, K and V, `places`
-    the result of `walk`, `grid` and `band` as in `tiles.blocks`, `shape` a `Shape`.
+    the result of `walk`, `grid` and `sequence` as in `tiles.blocks`, `shape` a `Shape`.
     """
     ring, stage_n = make_ring(config, traits), config.stage_n
     num_groups, num_stages = config.num_warpgroups, config.num_stages
@@ -35,7 +35,7 @@ def make_produce(config: Sm90ForwardConfig, traits: Traits):
     columns_innermost = not traits.fp8
     k_slabs, v_slabs = config.slabs(traits.head_dim), config.v_slabs(traits)
     v_slab_words = v.words // v_slabs
-    block_place, keys_of = make_block_place(config.tile_m), make_keys_of(config)
+    place_of, keys_of = make_place_of(config.tile_m), make_keys_of(config)
     # K's only buffer is not empty before V has been used, if it holds several tiles.
     k_leads = num_stages > 1 or stage_n == config.tile_n
 
@@ -94,22 +94,19 @@ def make_produce(config: Sm90ForwardConfig, traits: Traits):
             )
 
     @device_function
-    def produce(smem, barriers, maps, places, grid, band, shape):
+    def produce(smem, barriers, maps, places, grid, sequence, shape):
         q_map, k_map, v_map = maps
-        place, step, num_places = places
-        pack = grid[2]
+        number, step, num_places = places
+        pack = grid.pack
         prefetch_tensormap(q_map)
         prefetch_tensormap(k_map)
         prefetch_tensormap(v_map)
         tokens = i32(u32(WARPGROUP_ROWS) // u32(pack))
         # Buffers are empty at first, as if a phase of parity 1 had ended.
         stage, parity, q_parity = i32(0), u32(1), u32(1)
-        while place < num_places:
-            m_start, head_of_batch, split = block_place(place, grid)
-            batch = token_of_row(head_of_batch, shape.num_heads_q)
-            head = i32(head_of_batch - batch * shape.num_heads_q)
-            head_kv = token_of_row(head, shape.group_size)
-            n_begin, n_end = keys_of(m_start, split, grid, band)
+        while number < num_places:
+            m_start, head, head_kv, batch, split = place_of(number, grid, shape)
+            n_begin, n_end = keys_of(m_start, split, grid, sequence)
             # The first K while the tile of rows before is finished, and still has Q's buffers.
             if n_begin < n_end:
                 fetch_k(smem, barriers, k_map, stage, parity, n_begin, head_kv, batch)
@@ -127,6 +124,6 @@ def make_produce(config: Sm90ForwardConfig, traits: Traits):
                 if not k_leads and n + 1 < n_end:
                     fetch_k(smem, barriers, k_map, next_k, next_parity, n + 1, head_kv, batch)
                 stage, parity = next_k, next_parity
-            place, step = next_place(place, step)
+            number, step = next_place(number, step)
 
     return produce

@@ -35,14 +35,13 @@ from numflash.ptx import (
 )
 from numflash.tiles.blocks import (
     grid_of,
-    make_block_place,
     make_keys_of,
     make_keys_of_part,
+    make_place_of,
     make_walk,
     make_whole_keys,
     next_place,
     sequence_of,
-    token_of_row,
 )
 from numflash.tiles.scores import NEG_INF
 from numflash.tiles.wgmma.products import SLAB_BYTES, make_operand
@@ -71,14 +70,14 @@ class Operands(NamedTuple):
 
 
 def make_skeleton(config: Sm90ForwardConfig, traits: Traits, look_up, attend, tiles_per_stage=1):
-    """run_block(results, maps, mask, shape, layout, max_scale, arguments): a whole forward.
+    """run_block(results, maps, mask, shape, layout, max_scale, given): a whole forward.
 
     `results` are out, a `Part`, lse, the map of out and the record `Features`; `maps` those of Q,
-    K and V; max_scale brings row_max to base 2; `arguments` go to these two. Consumers run the
+    K and V; max_scale brings row_max to base 2; `given` goes to these two. Consumers run the
     first while Q is on its way, and the second if their rows see any key:
 
-        look_up(rows, shape, arguments) -> values that the second needs for `rows`
-        attend(smem, barriers, at, rows, sums, max_scale, arguments, values, keys, stage, parity)
+        look_up(rows, shape, given) -> `known`, which the second needs of these rows
+        attend(smem, barriers, at, rows, sums, max_scale, given, known, keys, stage, parity)
             -> the stage after the last, and its parity
 
     `at` are `Operands`, `rows` `Rows`, `sums` `Sums`. `keys` are (first, end) of the stages that
@@ -93,7 +92,7 @@ def make_skeleton(config: Sm90ForwardConfig, traits: Traits, look_up, attend, ti
     give_registers, take_registers = _make_register_exchange(config)
     take_turn, pass_turn, give_first_turn = make_turns(num_groups if config.pingpong else 1)
     produce, finish = make_produce(config, traits), make_finish(config, traits)
-    walk, block_place = make_walk(config.tile_m), make_block_place(config.tile_m)
+    walk, place_of = make_walk(config.tile_m), make_place_of(config.tile_m)
     keys_of, keys_of_part = make_keys_of(config), make_keys_of_part(config, WARPGROUP_ROWS)
     whole_keys = make_whole_keys(config.tile_n, WARPGROUP_ROWS)
 
@@ -112,7 +111,7 @@ def make_skeleton(config: Sm90ForwardConfig, traits: Traits, look_up, attend, ti
         return stage, parity
 
     @device_function
-    def consume(smem, barriers, results, places, grid, band, mask, shape, max_scale, arguments):
+    def consume(smem, barriers, results, places, grid, sequence, shape, max_scale, given):
         sums = Sums(cuda.local.array(n_o, f32), cuda.local.array(2, f32), cuda.local.array(2, f32))
         at = Operands(
             operand(mov_shared_address(smem, q_first)),
@@ -121,18 +120,15 @@ def make_skeleton(config: Sm90ForwardConfig, traits: Traits, look_up, attend, ti
         )
         group = group_of_thread()
         give_first_turn(group)
-        place, step, num_places = places
+        number, step, num_places = places
         stage, parity, q_parity = i32(0), u32(0), u32(0)
-        while place < num_places:
-            m_start, head_of_batch, split = block_place(place, grid)
-            n_begin, n_end = keys_of(m_start, split, grid, band)
-            row = i32(m_start + WARPGROUP_ROWS * group)
-            first, end = keys_of_part(row, n_begin, n_end, grid, band)
-            batch = token_of_row(head_of_batch, shape.num_heads_q)
-            head = i32(head_of_batch - batch * shape.num_heads_q)
-            whole = whole_keys(row, grid, band)
-            rows = Rows(group, m_start, batch, head, whole, shape.seqlen_k, mask, grid[2])
-            values = look_up(rows, shape, arguments)
+        while number < num_places:
+            place = place_of(number, grid, shape)
+            n_begin, n_end = keys_of(place.start, place.split, grid, sequence)
+            row = i32(place.start + WARPGROUP_ROWS * group)
+            first, end = keys_of_part(row, n_begin, n_end, grid, sequence)
+            rows = Rows(group, place, whole_keys(row, grid, sequence), sequence, grid.pack)
+            known = look_up(rows, shape, given)
             for i in range(n_o):
                 sums.o_acc[i] = f32(0)
             for r in range(2):
@@ -145,43 +141,33 @@ def make_skeleton(config: Sm90ForwardConfig, traits: Traits, look_up, attend, ti
             if first < end:
                 keys = first, end
                 stage, parity = attend(
-                    smem,
-                    barriers,
-                    at,
-                    rows,
-                    sums,
-                    max_scale,
-                    arguments,
-                    values,
-                    keys,
-                    stage,
-                    parity,
+                    smem, barriers, at, rows, sums, max_scale, given, known, keys, stage, parity
                 )
             else:
                 # Hazard: no product has held threads together; one may not have seen Q yet.
                 Q.gather(group)
 
             # The place of this tile of rows is computed again: registers are scarce in `attend`.
-            m_start, _, split = block_place(place, grid)
-            n_begin, n_end = keys_of(m_start, split, grid, band)
+            place = place_of(number, grid, shape)
+            n_begin, n_end = keys_of(place.start, place.split, grid, sequence)
             stage, parity = skip_keys(barriers, group, end, n_end, stage, parity)
             if not o_replaces_q:
                 # Hazard: products must have read Q; the next comes while these rows are finished.
                 Q.release(barriers, group)
-            finish(sums, max_scale, smem, results, place, grid, shape)
+            finish(sums, max_scale, smem, results, number, grid, shape)
             if o_replaces_q:
                 if leads():
                     # Hazard: the next Q would overwrite O, which a bulk copy still reads.
                     cp_async_bulk_wait_group_read()
                 # Hazard: before that wait the next Q would overwrite O.
                 Q.release(barriers, group)
-            place, step = next_place(place, step)
+            number, step = next_place(number, step)
         if leads():
             # Hazard: shared memory is gone once the block has ended, and a copy may still read O.
             cp_async_bulk_wait_group_read()
 
     @device_function
-    def run_block(results, maps, mask, shape, layout, max_scale, arguments):
+    def run_block(results, maps, mask, shape, layout, max_scale, given):
         smem = cuda.shared.array(0, u32, alignment=1024)
         barriers = cuda.shared.array(0, u64, alignment=1024)
         if mov_tid_x() == 0:
@@ -194,17 +180,17 @@ def make_skeleton(config: Sm90ForwardConfig, traits: Traits, look_up, attend, ti
         cuda.syncthreads()
 
         grid = grid_of(shape, layout)
-        band = sequence_of(shape, mask)
+        sequence = sequence_of(shape, mask)
         places = walk(grid)
         if mov_tid_x() >= num_consumers:
             # Hazard: consumers wait in `take_registers` until all warps that copy have given.
             give_registers()
             if mov_tid_x() < num_consumers + 32 and elect_sync() != 0:
-                produce(smem, barriers, maps, places, grid, band, shape)
+                produce(smem, barriers, maps, places, grid, sequence, shape)
         else:
             # Hazard: without it accumulators would not fit into a thread's registers.
             take_registers()
-            consume(smem, barriers, results, places, grid, band, mask, shape, max_scale, arguments)
+            consume(smem, barriers, results, places, grid, sequence, shape, max_scale, given)
 
     return run_block
 

@@ -13,21 +13,16 @@ class Rows(NamedTuple):
 
     Attributes:
         group: the warpgroup.
-        m_start: the first row of the block's tile, of which a warpgroup has 64.
-        batch, head: whose rows they are; of packed heads the first.
-        whole: (first, last), between which tiles of keys begin that no edge crosses.
-        end: one past the last key.
-        mask: the band, a record.
+        place: the `Place` of the block's tile, of whose rows a warpgroup has 64.
+        whole: the tiles of keys that no edge crosses, `Whole`.
+        sequence: the `Sequence` of the rows.
         pack: heads whose rows of a token are neighbours.
     """
 
     group: object
-    m_start: object
-    batch: object
-    head: object
+    place: object
     whole: object
-    end: object
-    mask: object
+    sequence: object
     pack: object
 
 
@@ -45,12 +40,12 @@ def make_shape_scores(tile_n, traits):
     @device_function
     def shape_scores(s_acc, rows, n_start, scale, shift, args):
         if bends:
-            i = i32(rows.m_start + accumulator_row(MMA_ROWS))
+            i = i32(rows.place.start + accumulator_row(MMA_ROWS))
             j = i32(n_start + accumulator_column())
             scale_scores(s_acc, i, j, scale, shift, args)
-        if n_start < rows.whole[0] or n_start > rows.whole[1]:
-            i = i32(rows.m_start + accumulator_row(MMA_ROWS))
+        if n_start < rows.whole.first or n_start > rows.whole.last:
+            i = i32(rows.place.start + accumulator_row(MMA_ROWS))
             j = i32(n_start + accumulator_column())
-            mask_scores(s_acc, i, j, rows.end, rows.mask, rows.pack)
+            mask_scores(s_acc, i, j, rows.sequence.seqlen_k, rows.sequence, rows.pack)
 
     return shape_scores
