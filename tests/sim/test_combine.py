@@ -43,12 +43,7 @@ def combine(parts, part_lse, num_warps=4, head_dim_v=None, dtype="float32", alig
     shape = Shape(seqlen, 0, heads, 1, 0, head_dim_v, batch)
     parts, part_lse, bits, lse_pointer = arrays
     out_record = Tensor(bits, *strides)
-<<<<<<< HEAD
     arguments = [parts, part_lse, out_record, lse_pointer, shape, num_splits, ABSENT]
-=======
-    # Without features the kernel reads none.
-    arguments = [parts, part_lse, out_record, lse_pointer, shape, num_splits, None]
->>>>>>> main
     launch(
         kernel.function, batch * seqlen * heads, kernel.num_threads, arguments, kernel.smem_bytes
     )
