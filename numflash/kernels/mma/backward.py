@@ -118,14 +118,14 @@ def make_backward_kernel(config: MmaBackwardConfig, traits: Traits) -> Kernel:
     wait_for_tile = CP_ASYNC_WAIT_GROUP[max(0, num_stages - 2)]
 
     def backward(
-        q: Tensor[storage],
-        k: Tensor[storage],
-        v: Tensor[storage],
-        do: Tensor[storage],
-        statistics_log2: Statistics,
-        dk: Tensor[storage],
-        dv: Tensor[storage],
-        dq_parts: Pointer(f32),
+        q: Tensor[storage],  # (batch, seqlen_q, num_heads_q, head_dim)
+        k: Tensor[storage],  # (batch, seqlen_k, num_heads_kv, head_dim)
+        v: Tensor[storage],  # (batch, seqlen_k, num_heads_kv, head_dim_v)
+        do: Tensor[storage],  # (batch, seqlen_q, num_heads_q, head_dim_v)
+        statistics_log2: Statistics,  # both (batch, num_heads_q, seqlen_q)
+        dk: Tensor[storage],  # (batch, seqlen_k, num_heads_kv, head_dim)
+        dv: Tensor[storage],  # (batch, seqlen_k, num_heads_kv, head_dim_v)
+        dq_parts: Pointer(f32),  # (split, batch, num_heads_q, tiles of queries, tile_m * head_dim)
         mask: Mask,
         shape: Shape,
         num_splits: i32,

@@ -124,12 +124,12 @@ def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
     wait_for_tile = CP_ASYNC_WAIT_GROUP[2 * num_stages - 2]
 
     def forward(
-        q: Tensor[storage],
-        k: Tensor[storage],
-        v: Tensor[storage],
-        out: Part[out_storage],
-        lse: Pointer(f32),
-        in_fp8: Pointer(i32),
+        q: Tensor[storage],  # (batch, seqlen_q, num_heads_q, head_dim)
+        k: Tensor[storage],  # (batch, seqlen_k, num_heads_kv, head_dim)
+        v: Tensor[storage],  # (batch, seqlen_k, num_heads_kv, head_dim_v)
+        out: Part[out_storage],  # (split, batch, seqlen_q, num_heads_q, head_dim_v)
+        lse: Pointer(f32),  # (split, batch, num_heads_q, seqlen_q)
+        in_fp8: Pointer(i32),  # (batch, num_heads_kv)
         mask: Mask,
         shape: Shape,
         layout: Layout,

@@ -176,13 +176,13 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
         copy_v(smem, tile, v, base, 0, columns_v, left)
 
     def forward(
-        q: Tensor[u8],
-        k: Tensor[u8],
-        v: Transposed,
-        out: Part[out_storage],
-        lse: Pointer(f32),
+        q: Tensor[u8],  # (batch, seqlen_q, num_heads_q, head_dim)
+        k: Tensor[u8],  # (batch, seqlen_k, num_heads_kv, head_dim)
+        v: Transposed,  # (batch, num_heads_kv, head_dim_v, seqlen_k)
+        out: Part[out_storage],  # (split, batch, seqlen_q, num_heads_q, head_dim_v)
+        lse: Pointer(f32),  # (split, batch, num_heads_q, seqlen_q)
         descales: Descales,
-        in_fp8: Pointer(i32),
+        in_fp8: Pointer(i32),  # (batch, num_heads_kv)
         mask: Mask,
         shape: Shape,
         layout: Layout,

@@ -33,8 +33,8 @@ def make_reduce_dq_kernel(config: MmaBackwardConfig, traits: Traits) -> Kernel:
     storage, place_of_queries = element.storage, make_place_of_queries(tile_m)
 
     def reduce_dq(
-        dq_parts: Pointer(f32),
-        dq: Tensor[storage],
+        dq_parts: Pointer(f32),  # (split, batch, num_heads_q, tiles of queries, tile_m * head_dim)
+        dq: Tensor[storage],  # (batch, seqlen_q, num_heads_q, head_dim)
         mask: Mask,
         shape: Shape,
         num_splits: i32,

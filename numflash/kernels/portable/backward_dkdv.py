@@ -81,13 +81,13 @@ def make_backward_dkdv_kernel(config: BackwardDkDvConfig, traits: Traits) -> Ker
     n_slopes = n_scores if traits.bends_scores else 1
 
     def backward_dkdv(
-        q: Tensor[storage],
-        k: Tensor[storage],
-        v: Tensor[storage],
-        do: Tensor[storage],
-        statistics: Statistics,
-        dk: Tensor[storage],
-        dv: Tensor[storage],
+        q: Tensor[storage],  # (batch, seqlen_q, num_heads_q, head_dim)
+        k: Tensor[storage],  # (batch, seqlen_k, num_heads_kv, head_dim)
+        v: Tensor[storage],  # (batch, seqlen_k, num_heads_kv, head_dim_v)
+        do: Tensor[storage],  # (batch, seqlen_q, num_heads_q, head_dim_v)
+        statistics: Statistics,  # both (batch, num_heads_q, seqlen_q)
+        dk: Tensor[storage],  # (batch, seqlen_k, num_heads_kv, head_dim)
+        dv: Tensor[storage],  # (batch, seqlen_k, num_heads_kv, head_dim_v)
         mask: Mask,
         shape: Shape,
         scores: Scores,

@@ -78,12 +78,12 @@ def make_backward_dq_kernel(config: BackwardDqConfig, traits: Traits) -> Kernel:
     n_slopes = n_scores if traits.bends_scores else 1
 
     def backward_dq(
-        q: Tensor[storage],
-        k: Tensor[storage],
-        v: Tensor[storage],
-        do: Tensor[storage],
-        statistics: Statistics,
-        dq: Tensor[storage],
+        q: Tensor[storage],  # (batch, seqlen_q, num_heads_q, head_dim)
+        k: Tensor[storage],  # (batch, seqlen_k, num_heads_kv, head_dim)
+        v: Tensor[storage],  # (batch, seqlen_k, num_heads_kv, head_dim_v)
+        do: Tensor[storage],  # (batch, seqlen_q, num_heads_q, head_dim_v)
+        statistics: Statistics,  # both (batch, num_heads_q, seqlen_q)
+        dq: Tensor[storage],  # (batch, seqlen_q, num_heads_q, head_dim)
         mask: Mask,
         shape: Shape,
         scores: Scores,

@@ -71,11 +71,11 @@ def make_forward_kernel(config: ForwardConfig, traits: Traits) -> Kernel:
     storage, args_of_head = element.storage, make_args_of_head(traits.features)
 
     def forward(
-        q: Tensor[storage],
-        k: Tensor[storage],
-        v: Tensor[storage],
-        out: Tensor[storage],
-        lse: Pointer(f32),
+        q: Tensor[storage],  # (batch, seqlen_q, num_heads_q, head_dim)
+        k: Tensor[storage],  # (batch, seqlen_k, num_heads_kv, head_dim)
+        v: Tensor[storage],  # (batch, seqlen_k, num_heads_kv, head_dim_v)
+        out: Tensor[storage],  # (batch, seqlen_q, num_heads_q, head_dim_v)
+        lse: Pointer(f32),  # (batch, num_heads_q, seqlen_q)
         mask: Mask,
         shape: Shape,
         scores: Scores,

@@ -84,8 +84,8 @@ def make_measure_kernel(config: QuantizeConfig, traits: Traits) -> Kernel:
     largest, max_of_block = make_largest(n_values), make_max_of_block(config.num_warps)
 
     def measure(
-        x: Tensor[storage],
-        maxima: Pointer(f32),
+        x: Tensor[storage],  # (batch, seqlen, num_heads, head_dim)
+        maxima: Pointer(f32),  # (batch, num_heads, blocks of tokens)
         sizes: Sizes,
         signs: Signs,
     ):
@@ -109,9 +109,9 @@ def make_amax_kernel(config: AmaxConfig, traits: Traits) -> Kernel:
     num_threads, max_of_block = config.num_threads, make_max_of_block(config.num_warps)
 
     def amax(
-        maxima: Pointer(f32),
-        amax: Pointer(f32),
-        descale: Pointer(f32),
+        maxima: Pointer(f32),  # (rows, per_row)
+        amax: Pointer(f32),  # (rows, groups)
+        descale: Pointer(f32),  # (rows, groups)
         per_row: i32,
         per_group: i32,
         groups: i32,

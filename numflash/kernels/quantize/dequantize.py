@@ -41,9 +41,9 @@ def make_dequantize_kernel(config: DequantizeConfig, traits: Traits) -> Kernel:
     n_values, n_words = chunks * COLUMNS, 2 * chunks
 
     def dequantize(
-        data: Codes,
-        descale: Grouped,
-        out: Tensor[storage],
+        data: Codes,  # (batch, seqlen, num_heads, padded head_dim)
+        descale: Grouped,  # (batch, num_heads, groups of tokens)
+        out: Tensor[storage],  # (batch, seqlen, num_heads, head_dim)
         sizes: Sizes,
         signs: Signs,
     ):

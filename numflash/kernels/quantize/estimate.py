@@ -62,11 +62,11 @@ def make_estimate_kernel(config: EstimateConfig, traits: Traits) -> Kernel:
         return largest_of_warp(largest)
 
     def estimate(
-        q: Squares,
-        k: Squares,
-        v: Squares,
-        estimate: Pointer(f32),
-        in_fp8: Pointer(i32),
+        q: Squares,  # (batch, num_heads_q, blocks of tokens, 2)
+        k: Squares,  # (batch, num_heads_kv, blocks of tokens, 2)
+        v: Squares,  # (batch, num_heads_kv, blocks of tokens, 2)
+        estimate: Pointer(f32),  # (batch, num_heads_kv)
+        in_fp8: Pointer(i32),  # (batch, num_heads_kv)
         shape: Shape,
         rotated_dims: i32,
         softmax_scale: f32,

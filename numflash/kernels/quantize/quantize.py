@@ -103,11 +103,11 @@ def make_quantize_kernel(config: QuantizeConfig, traits: Traits) -> Kernel:
     peak = f32(FORMATS[config.format].peak)
 
     def quantize(
-        x: Tensor[storage],
-        amax: Grouped,
+        x: Tensor[storage],  # (batch, seqlen, num_heads, head_dim)
+        amax: Grouped,  # (batch, num_heads, groups of tokens)
         data: Pointer(u8),
         descale: Pointer(f32),
-        statistics: Pointer(f32),
+        statistics: Pointer(f32),  # (batch, num_heads, blocks of tokens, 2)
         sizes: Sizes,
         signs: Signs,
     ):
@@ -163,7 +163,7 @@ def _make_relayout_kernel(config: QuantizeConfig, traits: Traits) -> Kernel:
     store_codes = _make_store_codes(config, traits, rows)
 
     def quantize(
-        x: Tensor[u8],
+        x: Tensor[u8],  # (batch, seqlen, num_heads, head_dim)
         data: Pointer(u8),
         sizes: Sizes,
     ):

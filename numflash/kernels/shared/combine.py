@@ -54,10 +54,10 @@ def make_combine_kernel(config: CombineConfig, traits: Traits) -> Kernel:
     add_round, add_last_round = (_make_add_round(config, pitch, last) for last in (False, True))
 
     def combine(
-        parts: Pointer(f32),
-        part_lses: Pointer(f32),
-        out: Tensor[storage],
-        lse: Pointer(f32),
+        parts: Pointer(f32),  # (split, batch, seqlen_q, num_heads_q, padded head_dim_v)
+        part_lses: Pointer(f32),  # (split, batch, num_heads_q, seqlen_q)
+        out: Tensor[storage],  # (batch, seqlen_q, num_heads_q, head_dim_v)
+        lse: Pointer(f32),  # (batch, num_heads_q, seqlen_q)
         shape: Shape,
         num_splits: i32,
         features: Features,

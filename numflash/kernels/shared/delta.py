@@ -40,15 +40,15 @@ def make_delta_kernel(config: DeltaConfig, traits: Traits) -> Kernel:
     vectorized, columns, step = traits.vectorized, traits.head_dim_v, 32 * vector
 
     def delta(
-        out: Tensor[storage],
-        do: Tensor[storage],
-        lse: Pointer(f32),
-        delta: Pointer(f32),
-        lse_log2: Pointer(f32),
+        out: Tensor[storage],  # (batch, seqlen_q, num_heads_q, head_dim_v)
+        do: Tensor[storage],  # (batch, seqlen_q, num_heads_q, head_dim_v)
+        lse: Pointer(f32),  # (batch, num_heads_q, seqlen_q)
+        delta: Pointer(f32),  # (batch, num_heads_q, seqlen_q)
+        lse_log2: Pointer(f32),  # (batch, num_heads_q, seqlen_q)
         shape: Shape,
         softmax_scale: f32,
         features: Features,
-        row_gradients: Pointer(f32),
+        row_gradients: Pointer(f32),  # (batch, num_heads_q, seqlen_q)
     ):
         out_values = cuda.local.array(vector, f32)
         do_values = cuda.local.array(vector, f32)
