@@ -66,7 +66,7 @@ class Block:
         self.parts: dict[type, Part] = {}
         self.barriers: dict[int, NamedBarrier] = {}
         self.cluster_barrier, self.cluster_arrivals = NamedBarrier(), {}
-        self.events, self._may_fail = 0, False
+        self.events, self.fences, self._may_fail = 0, 0, False
         self.warps = [Warp(self, i, program) for i in range(-(-self.size // 32))]
         self.threads = [thread for warp in self.warps for thread in warp.threads]
         self.turn = _TURNS[int(self.random() * len(_TURNS))]

@@ -188,7 +188,8 @@ class Warp:
         if space == "shared" and self.program.follows_stores:
             words, n_words = self.block.words, max(1, size * count // 4)
             for lane in lanes:
-                self.threads[lane].stores.append((words, int(address[lane]) // 4, n_words))
+                store = words, int(address[lane]) // 4, n_words, self.block.fences
+                self.threads[lane].stores.append(store)
 
     def _write(self, region, address, size: int, content) -> None:
         if not region.writeable:

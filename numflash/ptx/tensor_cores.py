@@ -194,7 +194,7 @@ def stmatrix_x4(target: Shared(u32, "offset"), offset: i64, frag: Regs(u32, 4, "
     running = current_thread()
     lanes = running.block.threads[running.index - running.lane :][:32]
     for thread, first in zip(lanes, offset, strict=True):
-        thread.stores.append((smem, first, 4))
+        thread.stores.append((smem, first, 4, thread.block.fences))
 
 
 def _rows(source, offset) -> np.ndarray:

@@ -52,7 +52,7 @@ def become(thread) -> None:
 def note_store(array, first: int, n_words: int) -> None:
     """The running thread, if any does, has stored words to shared memory."""
     if _running is not None:
-        _running.stores.append((array, first, n_words))
+        _running.stores.append((array, first, n_words, _running.block.fences))
 
 
 @dataclass(slots=True)
@@ -91,7 +91,8 @@ class Thread:
         # NumPy keeps its floating-point error settings in the context.
         self.greenlet.gr_context = copy_context()
         self.result = None
-        # (array, first word, words) of stores to shared memory since the last fence.
+        # (array, first word, words, fences of the block before) of stores to shared memory since
+        # the thread's last fence.
         self.stores: list[tuple] = []
 
     def sync_block(
@@ -167,6 +168,7 @@ class Block:
         self.restlessness = _RESTLESSNESS[int(self.random() * len(_RESTLESSNESS))]
         self.meetings: dict[tuple, Meeting] = {}
         self.parts: dict[type, Part] = {}
+        self.fences = 0  # of the asynchronous proxy, of all threads
         self.scheduler = None
 
     def part(self, kind: type[Part]) -> Part:

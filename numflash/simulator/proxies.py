@@ -42,13 +42,12 @@ class AsyncProxy(Part):
         self._unfenced: dict[int, list[slice]] = {}
         # By thread: how many fences there had been with its last one.
         self._fenced: dict[int, int] = {}
-        self._fences = 0
 
     def fence(self, thread: Thread) -> None:
         """What `thread` has stored is visible from here on; and to it, what is stored by now."""
-        self._look_at_stores()
-        self._fences += 1
-        self._fenced[thread.index] = self._fences
+        thread.stores.clear()
+        self.block.fences += 1
+        self._fenced[thread.index] = self.block.fences
         for words in self._unfenced.pop(thread.index, ()):
             own = self._words[words]
             own[own == thread.index + 1] = _CLEAN
@@ -95,7 +94,7 @@ class AsyncProxy(Part):
             if not thread.stores:
                 continue
             ranges = self._unfenced.setdefault(thread.index, [])
-            for array, first, n_words in thread.stores:
+            for array, first, n_words, fences in thread.stores:
                 word = address(array, first) // 4
                 ranges.append(slice(word, word + n_words))
                 if (self._words[ranges[-1]] == _ARRIVING).any():
@@ -104,5 +103,6 @@ class AsyncProxy(Part):
                         "bulk copy was under way to it"
                     )
                 self._words[ranges[-1]] = thread.index + 1
-                self._times[ranges[-1]] = self._fences
+                times = self._times[ranges[-1]]
+                np.maximum(times, fences, out=times)
             thread.stores.clear()
