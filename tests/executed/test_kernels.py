@@ -67,7 +67,7 @@ CASES = {
 }
 
 
-def _inputs(dtype, tokens, head_dim):
+def inputs_of(dtype, tokens, head_dim):
     return [normal((1, tokens, 1, head_dim), dtype, seed) for seed in range(4)]
 
 
@@ -75,35 +75,51 @@ def _inputs(dtype, tokens, head_dim):
 def test_a_family_is_within_its_error_budget(executed, name):
     arch, dtype, tokens, head_dim, gradients, options = CASES[name]
     executed(arch)
-    q, k, v, dout = _inputs(dtype, tokens, head_dim)
+    q, k, v, dout = inputs_of(dtype, tokens, head_dim)
     report = numflash.check(q, k, v, dout=dout if gradients else None, **options)
     assert report.passed, report
 
 
-@pytest.mark.parametrize("name", ["portable", "sm80", "sm90"])
+@pytest.mark.parametrize("name", CASES)
 def test_the_simulator_computes_the_same_bits(executed, name):
-    """Products, sums and exponentials are the same; log-sum-exp is not.
+    """Products, sums and exponentials are the same; logarithms and tanh are not.
 
-    Its logarithm is libdevice's on the GPU and NumPy's in the simulator: a few units in the last
-    place.
+    Those are libdevice's on the GPU and NumPy's in the simulator, a few units in the last place
+    apart: the log-sum-exp, and with softcap every score.
     """
-    arch, dtype, tokens, head_dim, _, options = CASES[name]
-    q, k, v, _ = _inputs(dtype, tokens, head_dim)
+    arch, dtype, tokens, head_dim, gradients, options = CASES[name]
+    q, k, v, dout = inputs_of(dtype, tokens, head_dim)
+    forward, backward = _configs(options)
     executed(arch)
-    options = {**options, "config": options.get("config", {}).get("forward")}
-    out, lse = numflash.attention(q, k, v, return_lse=True, **options)
+    out, lse = numflash.attention(q, k, v, return_lse=True, **forward)
+    # Both backwards begin from these.
+    given = dout, q, k, v, out, lse
+    found = numflash.attention_backward(*given, **backward) if gradients else ()
     executed(arch, code="python")
-    same, same_lse = numflash.attention(q, k, v, return_lse=True, **options)
-    np.testing.assert_array_equal(out.view(f"u{out.itemsize}"), same.view(f"u{out.itemsize}"))
+    same, same_lse = numflash.attention(q, k, v, return_lse=True, **forward)
+    same_gradients = numflash.attention_backward(*given, **backward) if gradients else ()
+    for one, other in zip((out, *found), (same, *same_gradients), strict=True):
+        if "softcap" in options:
+            np.testing.assert_allclose(one.astype("f4"), other.astype("f4"), rtol=2**-7, atol=1e-5)
+        else:
+            bits = f"u{one.itemsize}"
+            np.testing.assert_array_equal(one.view(bits), other.view(bits))
     np.testing.assert_array_max_ulp(lse, same_lse, 4)
+
+
+def _configs(options: dict) -> tuple[dict, dict]:
+    """The options of the forward, and those of the backward."""
+    configs = options.get("config", {})
+    backward = {family: each for family, each in configs.items() if family != "forward"}
+    return {**options, "config": configs.get("forward")}, {**options, "config": backward or None}
 
 
 @pytest.mark.parametrize("name", ["sm75", "combine", "sm90"])
 def test_what_the_linker_makes_computes_the_same_bits(executed, name):
     """nvJitLink optimises LTO-IR once more and fuses as little as NVVM."""
     arch, dtype, tokens, head_dim, _, options = CASES[name]
-    q, k, v, _ = _inputs(dtype, tokens, head_dim)
-    options = {**options, "config": options.get("config", {}).get("forward")}
+    q, k, v, _ = inputs_of(dtype, tokens, head_dim)
+    options, _ = _configs(options)
     texts, results = {}, {}
     for code in ("ptx", "lto"):
         texts[code] = []
@@ -120,7 +136,7 @@ def test_the_order_of_warps_does_not_matter(executed, monkeypatch, seed):
     from numflash.simulator import SEED
 
     arch, dtype, tokens, head_dim, _, options = CASES["sm90"]
-    q, k, v, _ = _inputs(dtype, tokens, head_dim)
+    q, k, v, _ = inputs_of(dtype, tokens, head_dim)
     executed(arch)
     results = []
     for value in (seed, seed + 100):
@@ -131,7 +147,7 @@ def test_the_order_of_warps_does_not_matter(executed, monkeypatch, seed):
 
 def test_strides_beyond_two_to_the_31st(executed):
     executed("sm_80")
-    q, k, v, _ = _inputs(np.float16, 40, 32)
+    q, k, v, _ = inputs_of(np.float16, 40, 32)
     expected = numflash.attention(q, k, v)
     far = []
     for x in (q, k, v):
@@ -147,14 +163,14 @@ def test_strides_beyond_two_to_the_31st(executed):
 
 def test_a_switch_that_is_neither_is_named(executed):
     executed("sm_80", code="sass")
-    q, k, v, _ = _inputs(np.float16, 8, 32)
+    q, k, v, _ = inputs_of(np.float16, 8, 32)
     with pytest.raises(ValueError, match="must be python, ptx or lto, got 'sass"):
         numflash.attention(q, k, v)
 
 
 def test_the_switch_chooses_compiled_code(executed):
     executed("sm_80", lambda ptx: ptx.replace("ret;", "trap;"))
-    q, k, v, _ = _inputs(np.float16, 40, 32)
+    q, k, v, _ = inputs_of(np.float16, 40, 32)
     with pytest.raises(SimulationError, match="trap"):
         numflash.attention(q, k, v)
     executed("sm_80", lambda ptx: ptx.replace("ret;", "trap;"), code="python")

@@ -5,7 +5,7 @@ import pytest
 import numflash
 from numflash.runtime import sums
 from numflash.runtime.errors import UnsupportedError
-from tests.executed.test_kernels import CASES, _inputs
+from tests.executed.test_kernels import CASES, inputs_of
 
 # A case for each kind of product, and the models that have it.
 FAMILIES = {
@@ -24,7 +24,7 @@ def checked(executed, monkeypatch):
         arch, dtype, tokens, head_dim, _, options = CASES[family]
         executed(arch)
         monkeypatch.setattr(sums.SUMS, "model", model)
-        q, k, v, _ = _inputs(dtype, tokens, head_dim)
+        q, k, v, _ = inputs_of(dtype, tokens, head_dim)
         return numflash.check(q, k, v, **options)
 
     return check
