@@ -48,7 +48,6 @@ from numflash.ptx import (
     i32,
     i64,
     max_f32,
-    mov_ctaid_x,
     st_global_v2_u32,
     st_global_v4_u32,
     u8,
@@ -119,7 +118,8 @@ def make_quantize_kernel(config: QuantizeConfig, traits: Traits) -> Kernel:
         # With the tokens innermost their number is a multiple of 64, filled up with code 0.
         stored = tiles_of(sizes.seqlen, 64) * 64 if transposed else sizes.seqlen
         num_blocks = tiles_of(stored, block_tokens)
-        block, head, batch = place_in_heads(mov_ctaid_x(), num_blocks, sizes.num_heads)
+        # The compiler reads `blockIdx` again where it needs it; `mov_ctaid_x` would keep a register.
+        block, head, batch = place_in_heads(cuda.blockIdx.x, num_blocks, sizes.num_heads)
         row, lane = place_of_thread()
         token = i32(block * block_tokens + first_token_of_row(row))
         base = first_of_head(x, batch, head)
@@ -170,7 +170,7 @@ def _make_relayout_kernel(config: QuantizeConfig, traits: Traits) -> Kernel:
         codes = cuda.local.array(n_words, u32)
         stored = tiles_of(sizes.seqlen, 64) * 64 if transposed else sizes.seqlen
         num_blocks = tiles_of(stored, block_tokens)
-        block, head, batch = place_in_heads(mov_ctaid_x(), num_blocks, sizes.num_heads)
+        block, head, batch = place_in_heads(cuda.blockIdx.x, num_blocks, sizes.num_heads)
         row, lane = place_of_thread()
         token = i32(block * block_tokens + first_token_of_row(row))
         column = lane * columns
