@@ -118,7 +118,7 @@ def make_quantize_kernel(config: QuantizeConfig, traits: Traits) -> Kernel:
         # With the tokens innermost their number is a multiple of 64, filled up with code 0.
         stored = tiles_of(sizes.seqlen, 64) * 64 if transposed else sizes.seqlen
         num_blocks = tiles_of(stored, block_tokens)
-        # The compiler reads `blockIdx` again where it needs it; `mov_ctaid_x` would keep a register.
+        # The compiler reads `blockIdx` again where it needs it, but would keep `mov_ctaid_x`.
         block, head, batch = place_in_heads(cuda.blockIdx.x, num_blocks, sizes.num_heads)
         row, lane = place_of_thread()
         token = i32(block * block_tokens + first_token_of_row(row))
