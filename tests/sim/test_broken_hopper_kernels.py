@@ -25,6 +25,7 @@ SEEDS = range(8)
 # In the order of imports: what is mutated is in all that follow.
 CHAIN = (
     "tiles/blocks",
+    "tiles/rows",
     "tiles/wgmma/turns",
     "tiles/wgmma/products",
     "tiles/wgmma/results",
@@ -332,8 +333,6 @@ rows  persistent  factors of rows changed over
     factors[r] = ex2 -> factors[1 - r] = ex2
 rows  persistent  rows without keys
     shift if abs(shift) <= HUGE else f32(0) -> shift
-rows  persistent  lse in base 2
-    max_scale, LN_2, -> max_scale, f32(1),
 results  persistent  results that are not swizzled
     ^ (row % 8) ->
 results  persistent  half of the swizzle
@@ -350,7 +349,9 @@ finish  overlap  rows of one warpgroup
     m_start + WARPGROUP_ROWS * group -> m_start
 finish  overlap  results on top of each other
     o.first + o.words * group -> o.first
-finish  persistent  rows without keys
+finish  persistent  lse in base 2
+    LN_2, is_split -> 2 * LN_2, is_split
+row_ends  persistent  rows without keys
     if total != f32(0) else f32(0) ->
 turns  overlap  a turn for oneself
     following = 0 if group == last else group + 1 -> following = group
@@ -362,7 +363,7 @@ turns  overlap  turns and meetings in one place
 def ideas() -> list:
     """(part, mutation, problems) of IDEAS."""
     parts = {part.rpartition("/")[2]: part for part in CHAIN if part.split("/")[1] == "wgmma"}
-    parts["rows"] = "tiles/mma/softmax"
+    parts |= {"rows": "tiles/mma/softmax", "row_ends": "tiles/rows"}
     return [
         pytest.param(parts[part], mutation, (problem,), id=f"{part}: {mutation}")
         for part, problem, mutation in mutations(IDEAS)

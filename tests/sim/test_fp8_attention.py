@@ -14,7 +14,7 @@ import pytest
 
 import numflash
 from numflash import reference
-from numflash.api.check import measure, to_numpy
+from numflash.api.check import measure, remainder_of_codes, to_numpy
 from numflash.calls import ready
 from numflash.configs import parse_config
 from numflash.configs.formats import FORMATS
@@ -165,12 +165,12 @@ def upload_view(x, upload: Callable):
 def differences(out, lse, call: Fp8Call, tile_n: int, lse_tolerance: float = 1e-5) -> list[str]:
     """Which rules a result breaks: none, if the kernel is right."""
     spec, spec_lse = call.expected(tile_n)
-    exact, _ = call.expected(None)
+    exact, exact_lse = call.expected(None)
     got, lse = to_numpy(out), to_numpy(lse).astype(np.float64)
     rounding = ROUNDING[got.dtype.name]
     got = got.astype(np.float64)
     found = []
-    error = measure("out", got, exact, spec, rounding)
+    error = measure("out", got, exact, spec, rounding, remainder_of_codes(exact, exact_lse))
     if not error.passed:
         found.append(f"error {error.error:.3g}, budget {error.budget:.3g}")
     with np.errstate(invalid="ignore"):

@@ -464,7 +464,8 @@ def test_features_and_dtypes_are_counted():
 
 
 def test_every_family_has_a_prediction():
-    assert {*CONFIGS, *PORTABLE} == {*MMA_CONFIGS, *PORTABLE_CONFIGS}
+    # head-sums adds up a number of each row: there is nothing to choose, and nothing is predicted.
+    assert {*CONFIGS, *PORTABLE, "head-sums"} == {*MMA_CONFIGS, *PORTABLE_CONFIGS}
 
 
 def test_it_is_quick():
