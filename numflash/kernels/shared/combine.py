@@ -103,6 +103,8 @@ def make_combine_kernel(config: CombineConfig, traits: Traits) -> Kernel:
         # The chains of all warps must have arrived.
         cuda.syncthreads()
 
+        # The place is computed again, so that no register keeps it through the loop.
+        row, head, batch = place_in_heads(cuda.blockIdx.x, shape.seqlen_q, shape.num_heads_q)
         whole = f32(0)
         for chain in range(chains):
             whole += smem[totals_smem + chain]
