@@ -58,7 +58,6 @@ from numflash.ptx import (
     i32,
     i64,
     ld_shared_u32,
-    mov_ctaid_x,
     mov_tid_x,
     st_shared_f32,
     st_shared_u32,
@@ -197,7 +196,7 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
         weights = cuda.local.array(rows, f32)
 
         grid = grid_of(shape, layout)
-        m_start, head, head_kv, batch, split = place_of(mov_ctaid_x(), grid, shape)
+        m_start, head, head_kv, batch, split = place_of(cuda.blockIdx.x, grid, shape)
         # Heads that are computed in 16 bits are another kernel's.
         if selected and in_fp8[number_of_head_kv(batch, head_kv, shape)] == 0:
             return
@@ -335,7 +334,7 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
             stage = i32(stage + 1 if stage + 1 < num_stages else 0)
 
         # The place is computed again, so that no register keeps it through the loop.
-        m_start, head, _, batch, split = place_of(mov_ctaid_x(), grid_of(shape, layout), shape)
+        m_start, head, _, batch, split = place_of(cuda.blockIdx.x, grid_of(shape, layout), shape)
         head_of_batch = batch * shape.num_heads_q + head
         row = i32(m_start + accumulator_row(rows_per_warp))
         num_heads = shape.batch_size * shape.num_heads_q
