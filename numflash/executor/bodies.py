@@ -42,14 +42,8 @@ from numflash.executor.text import (
     split,
 )
 from numflash.ptx import INSTRUCTIONS, TensorMap
-from numflash.ptx.instruction import (
-    Accumulator,
-    Global,
-    Instruction,
-    LaterRead,
-    Regs,
-    Shared,
-)
+from numflash.ptx.instruction import Instruction
+from numflash.ptx.operands import Accumulator, Global, LaterRead, Regs, Shared
 from numflash.ptx.scalars import f32, u32
 from numflash.ptx.wgmma import make_wgmma, make_wgmma_wait_group
 from numflash.simulator import warpgroup

@@ -54,15 +54,7 @@ from numflash.ptx.float8 import (
     cvt_rn_satfinite_e4m3x2_f32,
     cvt_rn_satfinite_e5m2x2_f32,
 )
-from numflash.ptx.instruction import (
-    INSTRUCTIONS,
-    Accumulator,
-    Global,
-    Instruction,
-    Regs,
-    Shared,
-    instruction,
-)
+from numflash.ptx.instruction import INSTRUCTIONS, Instruction, instruction
 from numflash.ptx.mbarriers import (
     mbarrier_arrive,
     mbarrier_arrive_expect_tx,
@@ -85,6 +77,7 @@ from numflash.ptx.memory import (
     st_shared_v4_f32,
     st_shared_v4_u32,
 )
+from numflash.ptx.operands import Accumulator, Global, Regs, Shared
 from numflash.ptx.scalars import TensorMap, f32, i32, i64, u8, u16, u32, u64
 from numflash.ptx.special_registers import mov_ctaid_x, mov_nctaid_x, mov_tid_x
 from numflash.ptx.tensor_cores import (

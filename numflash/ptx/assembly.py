@@ -12,7 +12,7 @@ from llvmlite import ir
 from numba import types
 from numba.cuda.extending import intrinsic
 
-from numflash.ptx.instruction import Global, Regs, Shared
+from numflash.ptx.operands import Global, Regs, Shared
 from numflash.ptx.scalars import TensorMap
 
 # scalar type -> (LLVM type, letter of the inline-assembly constraint, Numba type)

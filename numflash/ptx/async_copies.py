@@ -10,7 +10,8 @@ thread waits for.
 
 import numpy as np
 
-from numflash.ptx.instruction import Global, Shared, instruction
+from numflash.ptx.instruction import instruction
+from numflash.ptx.operands import Global, Shared
 from numflash.ptx.scalars import i32, i64, u32
 from numflash.runtime.mode import SIMULATED
 

@@ -9,7 +9,8 @@ Bulk copies go through another proxy than loads and stores: they see a thread's 
 memory after its `fence_proxy_async`.
 """
 
-from numflash.ptx.instruction import Shared, instruction
+from numflash.ptx.instruction import instruction
+from numflash.ptx.operands import Shared
 from numflash.ptx.scalars import TensorMap, i32, u32, u64
 from numflash.runtime.mode import SIMULATED
 

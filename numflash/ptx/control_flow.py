@@ -1,6 +1,7 @@
 """Branches that the assembler must keep. PTX ISA 9.7.12."""
 
-from numflash.ptx.instruction import Shared, instruction
+from numflash.ptx.instruction import instruction
+from numflash.ptx.operands import Shared
 from numflash.ptx.scalars import f32, i64, u32
 from numflash.runtime.mode import SIMULATED
 

@@ -6,7 +6,8 @@ names the parity of the phase that must have ended: 0 for the first. At a new ba
 parity 1 therefore passes at once, which is how a producer finds empty buffers.
 """
 
-from numflash.ptx.instruction import Shared, instruction
+from numflash.ptx.instruction import instruction
+from numflash.ptx.operands import Shared
 from numflash.ptx.scalars import i32, u32, u64
 from numflash.runtime.mode import SIMULATED
 

@@ -3,7 +3,8 @@
 The address must be a multiple of the size. PTX ISA 9.7.9.8 (ld) and 9.7.9.12 (st).
 """
 
-from numflash.ptx.instruction import Global, Regs, Shared, instruction
+from numflash.ptx.instruction import instruction
+from numflash.ptx.operands import Global, Regs, Shared
 from numflash.ptx.scalars import f32, i64, u32
 from numflash.runtime.mode import SIMULATED
 

@@ -21,7 +21,8 @@ import ml_dtypes
 import numpy as np
 
 from numflash.configs.formats import FORMATS
-from numflash.ptx.instruction import Regs, Shared, instruction
+from numflash.ptx.instruction import instruction
+from numflash.ptx.operands import Regs, Shared
 from numflash.ptx.scalars import f32, i64, u8, u16, u32
 from numflash.runtime.mode import SIMULATED
 from numflash.runtime.sums import add_products

@@ -38,7 +38,8 @@ nothing says that they do so at the same time, or that products are over for all
 
 from functools import cache
 
-from numflash.ptx.instruction import Accumulator, LaterRead, instruction
+from numflash.ptx.instruction import instruction
+from numflash.ptx.operands import Accumulator, LaterRead
 from numflash.ptx.scalars import f32, u32, u64
 from numflash.runtime.mode import SIMULATED
 

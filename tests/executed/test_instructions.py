@@ -9,7 +9,7 @@ from numflash.executor.one_lane import is_one_lane
 from numflash.executor.program import Program
 from numflash.executor.text import parse
 from numflash.ptx import INSTRUCTIONS, TensorMap
-from numflash.ptx.instruction import Global, Regs, Shared
+from numflash.ptx.operands import Global, Regs, Shared
 from numflash.ptx.scalars import f32, i32, i64, u16, u32, u64
 from numflash.ptx.warpgroups import make_setmaxnreg
 from numflash.ptx.wgmma import make_wgmma, make_wgmma_wait_group

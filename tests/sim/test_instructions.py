@@ -33,7 +33,7 @@ from numflash.ptx import (
     u16,
     u32,
 )
-from numflash.ptx.instruction import Accumulator
+from numflash.ptx.operands import Accumulator
 from tests.support.instruction_cases import BASIC_CASES, CASES, HALF_CODES, NANS, SUBNORMALS, TINY
 from tests.support.instruction_harness import InstructionCase, bit_distance, run_simulated
 
