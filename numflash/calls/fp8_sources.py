@@ -18,7 +18,7 @@ from numflash.problem.problem import Tensor, as_tensor, expect_like
 from numflash.runtime.arrays import ArrayLibrary
 from numflash.runtime.driver import limits_of_device
 from numflash.runtime.errors import UnsupportedError
-from numflash.runtime.views import ArrayView, Operand, contiguous_strides
+from numflash.runtime.views import ArrayView, Operand, contiguous_strides, fresh
 
 SIXTEEN_BITS = ("float16", "bfloat16")
 """Types of arrays that a call quantises, and of its results."""
@@ -117,7 +117,7 @@ class _Quantized(Source):
             statistics=statistics,
             name=name,
         )
-        self.data = _fresh(self._ready.data_shape, view.device)
+        self.data = fresh(self._ready.data_shape, "uint8", view.device)
         self.statistics_tokens = self._ready.statistics_tokens
         self.descale_shape = self._ready.descale_shape
         self.descale_strides = _strides_of_scales(
@@ -152,7 +152,7 @@ class _Given(Source):
             self.data = replace(data, shape=tensor.shape, strides=tensor.strides)
             return
         self._relayout = Relayout(data, layout, transposed=self.name == "v", name=what)
-        self.data = _fresh(self._relayout.data_shape, data.device)
+        self.data = fresh(self._relayout.data_shape, "uint8", data.device)
 
     def build(self):
         """As `Source.build`."""
@@ -305,10 +305,6 @@ def result_dtype(device: int) -> str:
     """The type of results, where nothing else decides it."""
     has_bfloat16 = limits_of_device(device).compute_capability >= (8, 0)
     return "bfloat16" if has_bfloat16 else "float16"
-
-
-def _fresh(shape: tuple[int, ...], device: int) -> ArrayView:
-    return ArrayView(0, shape, contiguous_strides(shape), "uint8", device)
 
 
 def _can_be_read(tensor: Tensor) -> bool:

@@ -62,6 +62,8 @@ class Merge:
         self._parts_shape = (len(outs), batch, seqlen, heads, self._row)
         self._lses_shape = (len(outs), *self.lse_shape)
         self._launcher = self._make_launcher(tensor, len(outs))
+        if self._launcher is not None:
+            self._launcher.build()
 
     def _make_launcher(self, tensor: Tensor, num_parts: int) -> Launcher | None:
         batch, seqlen, heads, head_dim_v = tensor.shape
