@@ -13,7 +13,7 @@ makes them of its own pointers. No Numba is imported here: a launch with a warm 
 """
 
 from collections.abc import Iterator
-from functools import reduce
+from functools import cache, reduce
 from typing import NamedTuple, get_args, get_origin
 
 from numpy import float32 as f32
@@ -21,6 +21,7 @@ from numpy import int32 as i32
 from numpy import int64 as i64
 from numpy import uint8 as u8
 
+from numflash.configs import Traits
 from numflash.configs.features import Features
 from numflash.runtime.views import Pointer
 
@@ -51,11 +52,28 @@ class Part(NamedTuple):
 class Statistics(NamedTuple):
     """The forward's statistics of each query, both (batch, num_heads_q, seqlen_q), contiguous.
 
-    `lse` is the forward's, or `delta`'s in base 2; `delta` is softmax_scale rowsum(O * dO).
+    `lse` is the forward's, or `delta`'s in base 2; `delta` is softmax_scale rowsum(O * dO), or
+    that unscaled.
     """
 
     lse: Pointer(f32)
     delta: Pointer(f32)
+
+
+@cache
+def of_rows(traits: Traits) -> type:
+    """The record of more that `shared.delta` reads and writes of each query, as traits ask for.
+
+    The caller's, (batch, num_heads_q, seqlen_q) with any strides: `dlse`, the gradient of lse, and
+    `delta`, rowsum(O * dO). And `plain`, where delta goes to unscaled.
+    """
+    asked = {
+        "dlse": (traits.dlse, Tensor[f32]),
+        "delta": (traits.given_delta, Tensor[f32]),
+        "plain": (traits.plain_delta, Pointer(f32)),
+    }
+    found = [(name, kind) for name, (is_asked, kind) in asked.items() if is_asked]
+    return NamedTuple("OfRows", found)
 
 
 class Shape(NamedTuple):
