@@ -67,6 +67,18 @@ def _expect_window(name: str, value) -> None:
             raise ValueError(f"{rule}, got {value!r}")
 
 
+def _expect_origin(name: str, value) -> None:
+    if value is None:
+        return
+    rule = f"{name} must be three numbers (row, column, head)"
+    if not isinstance(value, tuple | list):
+        raise TypeError(f"{rule}, got {value!r} ({kind_of(value)})")
+    if any(isinstance(number, bool) or not isinstance(number, Integral) for number in value):
+        raise TypeError(f"{rule}, got {value!r}")
+    if len(value) != 3 or not all(0 <= number < _MAX_SHIFT for number in value):
+        raise ValueError(f"{rule} from 0 up to 2**30, got {value!r}")
+
+
 def _expect_layout(name: str, value) -> None:
     expect_one_of(name, value, LAYOUTS)
 
@@ -115,6 +127,7 @@ OPTIONS = (
     Option("shift", 0, _expect_shift),
     Option("window_size", (-1, -1), _expect_window),
     *(Option(row.option, row.default, row.check, row.is_array) for row in FEATURES),
+    Option("origin", None, _expect_origin),
     Option("layout", "bshd", _expect_layout),
     Option("precision", None, _expect_precision),
     Option("config", None),
@@ -176,9 +189,11 @@ class AttentionOptions(_Options):
         It holds the types of numbers: a call made ready by 1 must not let a wrong True pass.
         Raises TypeError where an option is of a type that no call may have.
         """
-        config = self.config
+        config, origin = self.config, self.origin
         values = *_NUMBERS(self), *self.window_size
         kinds = *map(type, values), type(self.window_size), type(config)
         if isinstance(config, dict):
             config = tuple(config.items())
-        return values, kinds, config, _WORDS(self)
+        if origin is not None:
+            origin = *origin, *map(type, origin)
+        return values, kinds, config, origin, _WORDS(self)

@@ -6,6 +6,7 @@ every message names the argument, its value, and the rule.
 
 from dataclasses import dataclass
 from numbers import Integral
+from typing import NamedTuple
 
 from numflash.configs import DTYPES, MAX_HEAD_DIM, Traits, padded_head_dim
 from numflash.configs.features import FEATURES, NO_FEATURES, Asked, Features
@@ -44,6 +45,17 @@ class Tensor:
         )
 
 
+class Origin(NamedTuple):
+    """The numbers that features see of a call's first query, first key and first query head."""
+
+    row: int
+    column: int
+    head: int
+
+
+WHOLE = Origin(0, 0, 0)
+
+
 @dataclass(frozen=True)
 class AttentionProblem:
     """Sizes, scale, mask and features of one attention call.
@@ -55,6 +67,7 @@ class AttentionProblem:
         band_lo, band_hi: query i sees the keys j with band_lo <= j - i <= band_hi.
         shift: query i stands at key i + shift.
         features: the arguments of each feature, by name; None of one that is not asked for.
+        origin: of a part of a larger problem, the numbers of its first row, column and head.
         tf32: whether float32 may be multiplied as tf32.
         no_tensor_maps: why q, k, v and out cannot be described to bulk copies; None if they can.
     """
@@ -72,6 +85,7 @@ class AttentionProblem:
     band_hi: int
     shift: int
     features: Features = NO_FEATURES
+    origin: Origin = WHOLE
     tf32: bool = False
     no_tensor_maps: str | None = None
 
@@ -180,6 +194,8 @@ def describe(
     expect_precision(options.precision, q.dtype)
     if options.causal:
         right = 0
+    origin = None if options.origin is None else Origin(*map(int, options.origin))
+    asked = Asked(batch, num_heads_q, scale, q.device, None if origin is None else origin.head)
     problem = AttentionProblem(
         batch=batch,
         seqlen_q=seqlen_q,
@@ -194,7 +210,8 @@ def describe(
         band_lo=-seqlen_q if left is None else min(seqlen_k, max(-seqlen_q, shift - left)),
         band_hi=seqlen_k if right is None else max(-seqlen_q, min(seqlen_k, shift + right)),
         shift=shift,
-        features=_features(views, options, Asked(batch, num_heads_q, scale, q.device)),
+        features=_features(views, options, asked),
+        origin=origin or WHOLE,
         tf32=options.precision == "tf32",
     )
     return problem, tensors

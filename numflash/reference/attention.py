@@ -9,11 +9,12 @@ with any number of key-value heads that divides the query heads.
 """
 
 import math
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from numflash.configs.features import FEATURES, default_gradients
+from numflash.configs.features import FEATURES, Feature, default_gradients
 
 _PRECISIONS = {
     "float16": np.dtype(np.float16),
@@ -32,7 +33,7 @@ def attention(q, k, v, **options) -> tuple[np.ndarray, np.ndarray]:
         k: (batch, seqlen_k, num_heads_kv, head_dim).
         v: (batch, seqlen_k, num_heads_kv, head_dim_v).
         options: as for `numflash.attention`: softmax_scale, causal, causal_align, shift,
-            window_size, softcap, alibi_slopes, sinks, layout.
+            window_size, softcap, alibi_slopes, sinks, origin, layout.
 
     Returns:
         out: (batch, seqlen_q, num_heads_q, head_dim_v), in the layout of q.
@@ -176,6 +177,17 @@ def magnitudes(q, k, v, dout=None, **options) -> dict[str, np.ndarray]:
     return {n: x for n, x in found.items() if n in ("out", "lse") or n[1:] in wanted}
 
 
+def _asked(options: dict, num_heads: int) -> list[tuple[Feature, Any]]:
+    """The features that are asked for, with their values: of arrays those of this part."""
+    found, (_, _, first) = [], options.get("origin") or (0, 0, 0)
+    for row in FEATURES:
+        value = options.get(row.option, row.default)
+        if row.is_asked(value):
+            value = np.asarray(value)[..., first : first + num_heads] if row.is_array else value
+            found.append((row, value))
+    return found
+
+
 def names_of_gradients(options: dict) -> tuple[str, ...]:
     """What `attention_backward` returns gradients of with these options, in order."""
     asked = (row for row in FEATURES if row.is_asked(options.get(row.option, row.default)))
@@ -203,9 +215,8 @@ def _gradients_of_heads(lse, product, of_scores, slopes, options) -> dict[str, n
     `of_scores` is the gradient of the final scores, (batch, head, query, key).
     """
     found, places = {}, _places(*of_scores.shape[2:], options)
-    for row in FEATURES:
-        value = options.get(row.option, row.default)
-        if row.gradient is None or not row.is_asked(value):
+    for row, value in _asked(options, lse.shape[1]):
+        if row.gradient is None:
             continue
         if row.hook == "finish":
             shares = row.gradient.shares(lse, product, value)
@@ -271,9 +282,8 @@ def end_of_rows(row_max, row_sum, options):
     Exponentials relative to row_max, as they were, must be multiplied by `kept`.
     """
     kept = row_max.dtype.type(1)
-    for row in FEATURES:
-        value = options.get(row.option, row.default)
-        if row.hook == "finish" and row.is_asked(value):
+    for row, value in _asked(options, row_max.shape[1]):
+        if row.hook == "finish":
             row_max, row_sum, more = row.reference(row_max, row_sum, value)
             kept = kept * more
     return row_max, row_sum, kept
@@ -292,9 +302,8 @@ def scores(q, k, dtype, matmul, options):
 
     s = matmul(q.astype(dtype), repeat(k.astype(dtype), group).swapaxes(-1, -2), dtype) * scale
     slopes, places = {}, _places(seqlen_q, seqlen_k, options)
-    for row in FEATURES:
-        value = options.get(row.option, row.default)
-        if row.hook == "score" and row.is_asked(value):
+    for row, value in _asked(options, num_heads):
+        if row.hook == "score":
             s, slopes[row.name] = row.reference(s, value, *places)
     seen = visible(
         seqlen_q,
