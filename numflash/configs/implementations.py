@@ -163,6 +163,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         misfit=lambda config, traits, limits, rows, warps: portable.misfit(
             config, traits, limits, rows
         ),
+        cannot_run=lambda config, traits, limits, asked: config.misfit(traits),
         adapts=_without_tf32,
         rule="the first that fits of the portable configs",
         slower="tensor cores are faster",

@@ -54,6 +54,7 @@ class Traits:
             of the result.
         key_scales: with fp8, scales of K and V may differ within a tile.
         selected: only the heads that a table on the device names are computed.
+        blocks: queries and keys of a block of the block mask; () without one.
     """
 
     dtype: str
@@ -65,6 +66,7 @@ class Traits:
     fp8: bool = False
     key_scales: bool = False
     selected: bool = False
+    blocks: tuple[int, int] | tuple[()] = ()
 
     _FLAGS: ClassVar = {
         "vectorized": "vec",
@@ -101,6 +103,10 @@ class Traits:
             )
         if self.key_scales and not self.fp8:
             raise ValueError("scales of keys go with fp8")
+        if self.blocks and (len(self.blocks) != 2 or min(self.blocks) <= 0):
+            raise ValueError(
+                f"blocks must be () or numbers of queries and keys above 0, got {self.blocks}"
+            )
 
     @property
     def shapes_scores(self) -> bool:
@@ -117,6 +123,17 @@ class Traits:
         """The heads' own values that forbid packing them; None if they can be packed."""
         return next((row.of_a_head for row in rows_of(self.features) if row.of_a_head), None)
 
+    def torn(self, tile_m: int, tile_n: int) -> str | None:
+        """Why tiles of queries and keys do not fit the blocks of the block mask, or None."""
+        if not self.blocks:
+            return None
+        for what, tile, block in zip(
+            ("queries", "keys"), (tile_m, tile_n), self.blocks, strict=True
+        ):
+            if block % tile:
+                return f"its tiles of {tile} {what} do not divide block_mask's blocks of {block}"
+        return None
+
     @property
     def dtype_bytes(self) -> int:
         """Bytes of one element in global memory."""
@@ -129,6 +146,8 @@ class Traits:
 
     def __str__(self) -> str:
         flags = [short for name, short in self._FLAGS.items() if getattr(self, name)]
+        if self.blocks:
+            flags.append(f"blocks{self.blocks[0]}x{self.blocks[1]}")
         sizes = f"d{self.head_dim}", f"dv{self.head_dim_v}"
         return "-".join([self.dtype, *sizes, *self.features, *flags])
 
@@ -140,6 +159,8 @@ class Traits:
             words = match[4].split("-")
             flags = {name: short in words for name, short in cls._FLAGS.items()}
             features = tuple(name for name in BY_NAME if name in words)
+            found = re.search(r"-blocks([1-9]\d*)x([1-9]\d*)", match[4], re.ASCII)
+            flags["blocks"] = (int(found[1]), int(found[2])) if found else ()
             traits = cls(match[1], int(match[2]), int(match[3]), features, **flags)
             if str(traits) == text:
                 return traits

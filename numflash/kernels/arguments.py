@@ -22,6 +22,7 @@ from numpy import int64 as i64
 from numpy import uint8 as u8
 
 from numflash.configs.features import Features
+from numflash.configs.traits import Traits
 from numflash.runtime.views import Pointer
 
 
@@ -75,6 +76,34 @@ class Mask(NamedTuple):
 
     lo: i32
     hi: i32
+
+
+class BlockLists(NamedTuple):
+    """The lists of a block mask: for each row of blocks those that are not empty, in order.
+
+    An entry is 2 * block + is_full. Of rows of blocks of queries a list has blocks of keys, or the
+    other way round. `batch` and `head` are the rows of blocks from one to the next, 0 where all
+    share them; a list begins `pitch` entries after the one before.
+    """
+
+    entries: Pointer(i32)
+    counts: Pointer(i32)
+    batch: i32
+    head: i32
+    pitch: i32
+
+
+class BlockMask(NamedTuple):
+    """A `Mask` of which a row sees only the blocks of keys that its list has."""
+
+    lo: i32
+    hi: i32
+    lists: BlockLists
+
+
+def mask_of(traits: Traits) -> type:
+    """The record of a kernel's mask."""
+    return BlockMask if traits.blocks else Mask
 
 
 class Scores(NamedTuple):

@@ -17,6 +17,8 @@ class Rows(NamedTuple):
         whole: the tiles of keys that no edge crosses, `Whole`.
         sequence: the `Sequence` of the rows.
         pack: heads whose rows of a token are neighbours.
+        mask: the kernel's.
+        blocks: the `BlockRow` of the block's tile (`tiles.steps`).
     """
 
     group: object
@@ -24,6 +26,8 @@ class Rows(NamedTuple):
     whole: object
     sequence: object
     pack: object
+    mask: object
+    blocks: object
 
 
 @cache
