@@ -33,4 +33,5 @@ def test_softcap_bias_table_and_documents():
     expected = 5 * inner + learned.astype("f8")[h, (j - i) % 7]
     np.testing.assert_allclose(scores, expected, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(slopes, 1 - inner**2, rtol=1e-5, atol=1e-5)
-    np.testing.assert_array_equal(kept, (j <= i) & (documents[i] == documents[j]))
+    expected = (j <= i) & (documents[i] == documents[j])
+    np.testing.assert_array_equal(kept, np.broadcast_to(expected, SHAPE))
