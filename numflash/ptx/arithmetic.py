@@ -82,7 +82,7 @@ def sqrt_approx_ftz_f32(x: f32) -> f32:
 @instruction("rsqrt.approx.ftz.f32 <ret>, <x>;", sm=75)
 def rsqrt_approx_ftz_f32(x: f32) -> f32:
     """1 / the square root of x, to 2 ** -22 of it; infinite for subnormals. PTX ISA 9.7.3.18."""
-    return _flushed(f32(1 / np.sqrt(np.float64(_flushed(x)))))
+    return _flushed(f32(1) / np.sqrt(_flushed(x)))
 
 
 @instruction("sin.approx.ftz.f32 <ret>, <x>;", sm=75)
