@@ -1,5 +1,7 @@
 """Attention and its gradients, as people call them."""
 
+from collections.abc import Callable
+
 from numflash.calls.backward import Backward
 from numflash.calls.fp8_options import refuse_backward
 from numflash.calls.ready import bind_forward, prepare
@@ -22,6 +24,11 @@ def attention(
     softcap: float = 0.0,
     alibi_slopes=None,
     sinks=None,
+    bias=None,
+    mask=None,
+    score_mod: Callable | None = None,
+    mask_mod: Callable | None = None,
+    aux: tuple = (),
     layout: str = "bshd",
     precision: str | None = None,
     fp8: Fp8Recipe | None = None,
@@ -63,6 +70,16 @@ def attention(
         sinks: float32, (num_heads_q,): a logit of each query head that is part of the sum of
             each of its rows, as one more score without a key or value: P of a row adds up to
             less than 1. lse includes it; -inf is none.
+        bias: float16, bfloat16 or float32, broadcastable to (batch, num_heads_q, seqlen_q,
+            seqlen_k), any strides: added to the scaled scores, after softcap and ALiBi.
+        mask: boolean, broadcastable in the same way: True keeps a key, False hides it.
+        score_mod: score_mod(score, batch, head, q_idx, kv_idx, *aux) -> score, a Python function
+            of symbolic numbers (`numflash.math`): what becomes of a score, which arrives scaled,
+            after softcap, ALiBi and bias, and before masks.
+        mask_mod: mask_mod(batch, head, q_idx, kv_idx, *aux) -> boolean: which keys a query sees,
+            besides what mask, causal and window_size hide.
+        aux: arrays, and numbers that change from call to call, that score_mod and mask_mod get.
+            Numbers that a function closes over are constants of its kernel.
         layout: "bshd" or "bhsd", of q, k, v and the result.
         precision: "tf32" allows float32 to be multiplied on tensor cores, with operands rounded
             to 10 bits after the point; where there is no such kernel (head dims above 128,
@@ -128,6 +145,11 @@ def attention(
         softcap,
         alibi_slopes,
         sinks,
+        bias,
+        mask,
+        score_mod,
+        mask_mod,
+        aux,
         layout,
         precision,
         config,
@@ -160,6 +182,11 @@ def attention_backward(
     softcap: float = 0.0,
     alibi_slopes=None,
     sinks=None,
+    bias=None,
+    mask=None,
+    score_mod: Callable | None = None,
+    mask_mod: Callable | None = None,
+    aux: tuple = (),
     layout: str = "bshd",
     precision: str | None = None,
     stream=None,
@@ -172,7 +199,8 @@ def attention_backward(
         q, k, v: as given to `attention`.
         out, lse: as returned by `attention(..., return_lse=True)`.
         softmax_scale, causal, causal_align, shift, window_size, softcap, alibi_slopes, sinks,
-            layout, precision, stream: as given to `attention`.
+            bias, mask, score_mod, mask_mod, aux, layout, precision, stream: as given to
+            `attention`.
         config: kernels to run instead of those that numflash chooses, by family: "backward-dkdv"
             and "backward-dq"; or "backward", one kernel for all gradients, which takes five
             products a tile instead of seven and num_splits more float32 copies of dq.
@@ -208,6 +236,11 @@ def attention_backward(
         softcap,
         alibi_slopes,
         sinks,
+        bias,
+        mask,
+        score_mod,
+        mask_mod,
+        aux,
         layout,
         precision,
         config,

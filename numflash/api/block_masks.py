@@ -266,7 +266,7 @@ def show_mask(
     if isinstance(mask, ListedBlocks) or is_flex_attention(mask):
         mask = own(mask)
         places = min(batch, mask.blocks.batch - 1), min(head, mask.blocks.heads - 1)
-        if mask.blocks.batch > 1 and batch != places[0] or head != places[1] != 0:
+        if (batch, head) != (places[0] or batch, places[1] or head):
             raise ValueError(
                 f"the mask has {mask.blocks.batch} batch entries and {mask.blocks.heads} heads, "
                 f"asked for {batch} and {head}"

@@ -13,17 +13,30 @@ makes them of its own pointers. No Numba is imported here: a launch with a warm 
 """
 
 from collections.abc import Iterator
-from functools import reduce
+from functools import cache, reduce
 from typing import NamedTuple, get_args, get_origin
 
 from numpy import float32 as f32
 from numpy import int32 as i32
 from numpy import int64 as i64
 from numpy import uint8 as u8
+from numpy import uint16 as u16
 
 from numflash.configs.features import Features
 from numflash.configs.traits import Traits
+from numflash.functions.program import Program
 from numflash.runtime.views import Pointer
+
+STORAGE = {
+    "float16": u16,
+    "bfloat16": u16,
+    "float32": f32,
+    "int32": i32,
+    "int64": i64,
+    "bool": u8,
+    "uint8": u8,
+}
+"""dtype of an array that a program reads -> the scalar type in memory."""
 
 
 class Element:
@@ -152,6 +165,25 @@ class Scores(NamedTuple):
     softmax_scale: f32
     shift: i32
     features: Features
+
+
+@cache
+def given_of(program: str) -> type:
+    """The record `Given` of a program: the leaves that its functions read, by `Program.fields`."""
+    kinds = {"i64": i64, "i32": i32, "f32": f32}
+    declared = [
+        (name, kinds[kind] if kind in kinds else Pointer(STORAGE[kind.removeprefix("pointer:")]))
+        for name, kind in Program.parse(program).fields
+    ]
+    return NamedTuple("Given", declared)
+
+
+@cache
+def scores_of(program: str) -> type:
+    """The record `Scores` of kernels with this program: with what its functions read, `given`."""
+    if not program:
+        return Scores
+    return NamedTuple("Scores", [*Scores.__annotations__.items(), ("given", given_of(program))])
 
 
 class Layout(NamedTuple):

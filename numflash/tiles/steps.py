@@ -18,7 +18,7 @@ A row lists its blocks from the first to the last, each as 2 * block + is_full
 from functools import cache
 from typing import NamedTuple
 
-from numflash.ptx import device_function, i32
+from numflash.ptx import device_function, function_of_numbers, i32
 from numflash.tiles.blocks import Keys, divide, quotient, tiles_seen, tokens_of
 
 
@@ -128,8 +128,10 @@ def make_keys_of(config, traits):
     """
     tile_m, stage_n, is_split = config.tile_m, config.stage_n, config.num_splits > 1
     steps_of = make_steps_of(traits, stage_n)
+    # With a block mask it reads lists, too.
+    of_what = device_function if traits.blocks else function_of_numbers
 
-    @device_function
+    @of_what
     def keys_of(start, split, grid, sequence, mask, row):
         first, last = tokens_of(start, tile_m, grid.pack, sequence)
         begin, end = steps_of(mask, row, tiles_seen(first, last, stage_n, sequence))
@@ -154,7 +156,7 @@ def make_keys_of_part(config, traits, rows):
         return _all_of_them
     stage_n = config.stage_n
 
-    @device_function
+    @function_of_numbers
     def keys_of_part(row, begin, end, grid, sequence):
         first, last = tokens_of(row, rows, grid.pack, sequence)
         seen_begin, seen_end = tiles_seen(first, last, stage_n, sequence)
@@ -166,6 +168,6 @@ def make_keys_of_part(config, traits, rows):
     return keys_of_part
 
 
-@device_function
+@function_of_numbers
 def _all_of_them(row, begin, end, grid, sequence):
     return Keys(begin, i32(max(begin, end) if row < grid.num_rows else begin))

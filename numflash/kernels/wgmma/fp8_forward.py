@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from numflash.configs.traits import Traits
 from numflash.configs.wgmma import WARPGROUP_ROWS, Sm90Fp8ForwardConfig
-from numflash.kernels.arguments import Descales, Layout, Part, Pointer, Scores, Shape, mask_of
+from numflash.kernels.arguments import Descales, Layout, Part, Pointer, Shape, mask_of, scores_of
 from numflash.kernels.kernel import Kernel
 from numflash.kernels.wgmma.ring import make_ring
 from numflash.kernels.wgmma.skeleton import make_skeleton
@@ -79,7 +79,7 @@ def make_fp8_forward_kernel(config: Sm90Fp8ForwardConfig, traits: Traits) -> Ker
         mask: mask_of(traits),
         shape: Shape,
         layout: Layout,
-        scores: Scores,
+        scores: scores_of(traits.program),
     ):
         results, maps = (out, lse, out_map, scores.features), (q_map, k_map, v_map)
         # Scores are in base 2 before their maximum is taken.
@@ -90,7 +90,7 @@ def make_fp8_forward_kernel(config: Sm90Fp8ForwardConfig, traits: Traits) -> Ker
 
 def _make_look_up(traits: Traits):
     """look_up(rows, shape, arguments): the `RowScales` of a thread's rows."""
-    bends, args_of_head = traits.shapes_scores, make_args_of_head(traits.features)
+    bends, args_of_head = traits.shapes_scores, make_args_of_head(traits)
 
     @device_function
     def look_up(rows, shape, arguments):
@@ -98,7 +98,7 @@ def _make_look_up(traits: Traits):
         batch, head = rows.place.batch, rows.place.head
         k_first = first_of_head(descales.k, batch, rows.place.head_kv)
         v_first = first_of_head(descales.v, batch, rows.place.head_kv)
-        args = args_of_head(scores.features, batch, head)
+        args = args_of_head(scores, batch, head)
         q_scales = cuda.local.array(2, f32)
         base = first_of_head(descales.q, batch, token_of_row(head, descales.q.group))
         for r in range(2):
@@ -167,8 +167,11 @@ def make_attend(config: Sm90Fp8ForwardConfig, traits: Traits):
         )
 
     @device_function
-    def softmax(s_acc, running, factors, weights, rows, n_start, k_scale, arguments, known):
-        """S -> P and the weights of P V; whether O must be multiplied by the factors before."""
+    def softmax(s_acc, running, factors, weights, rows, tile, k_scale, arguments, known):
+        """S -> P and the weights of P V; whether O must be multiplied by the factors before.
+
+        `tile` is its first key, and `is_full` as in `tiles.scores.Corner`.
+        """
         scores = arguments[1]
         scales = cuda.local.array(2, f32)
         scales[0], scales[1] = known.q[0] * k_scale, known.q[1] * k_scale
@@ -176,7 +179,8 @@ def make_attend(config: Sm90Fp8ForwardConfig, traits: Traits):
             # Softcap and ALiBi take scores that are scaled.
             scale_s_rows(s_acc, scales)
             scales[0], scales[1] = LOG2_E, LOG2_E
-        shape_scores(s_acc, rows, n_start, f32(1), scores.shift, known.args)
+        n_start, is_full = tile
+        shape_scores(s_acc, rows, n_start, is_full, f32(1), scores, known.args)
         return tile_softmax(s_acc, running, factors, scales, weights)
 
     @device_function
@@ -213,7 +217,8 @@ def make_attend(config: Sm90Fp8ForwardConfig, traits: Traits):
         if tile == last_of_stage:
             # Hazard: before the last tile has been read the next K would overwrite it.
             K.release(barriers, stage)
-        softmax(s_acc, running, factors, weights, rows, n_start, k_scale, arguments, known)
+        keys_of_tile = n_start, is_full
+        softmax(s_acc, running, factors, weights, rows, keys_of_tile, k_scale, arguments, known)
         weights[0], weights[1] = weights[0] * v_scale, weights[1] * v_scale
         pack_p(p_frag, s_acc)
 
@@ -256,8 +261,9 @@ def make_attend(config: Sm90Fp8ForwardConfig, traits: Traits):
                 K.release(barriers, stage)
 
             # P = softmax(S) of tile n, with overlap beside P V of tile n - 1
+            keys_of_tile = n_start, is_full
             has_grown = softmax(
-                s_acc, running, factors, next_weights, rows, n_start, k_scale, arguments, known
+                s_acc, running, factors, next_weights, rows, keys_of_tile, k_scale, arguments, known
             )
             if overlap:
                 softmax_before_wait(smem, 0, row_sum[0], row_sum[1])

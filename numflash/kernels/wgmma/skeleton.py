@@ -81,8 +81,8 @@ def make_skeleton(config: Sm90ForwardConfig, traits: Traits, look_up, attend, ti
             -> the stage after the last, and its parity
 
     `at` are `Operands`, `rows` `Rows`, `sums` `Sums`. `keys` are (first, end) of the steps
-    (`tiles.steps`) of stages of keys that the rows see, each of `tiles_per_stage` tiles, in which a
-    warpgroup takes a turn.
+    (`tiles.steps`) of stages of keys that the rows see, each of `tiles_per_stage` tiles, in which
+    a warpgroup takes a turn.
     """
     ring, num_groups = make_ring(config, traits), config.num_warpgroups
     Q, K, V, o_replaces_q = ring.Q, ring.K, ring.V, ring.o_replaces_q

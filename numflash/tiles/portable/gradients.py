@@ -42,14 +42,15 @@ def make_load_query_statistics(count, step):
 
 
 @cache
-def make_softmax_backward(rows, columns, has_slopes, by_row):
+def make_softmax_backward(rows, columns, traits, by_row):
     """softmax_backward(s_acc, dp_acc, slopes, lses, deltas, softmax_scale)
 
     S -> P and dP -> dS, in place.
 
-    With has_slopes, `slopes` holds the derivative of each score by the scaled product.
+    `slopes` holds the derivative of each score by the scaled product, if a function bends scores.
     """
     n_scores = rows * columns
+    has_slopes, slopes_are_finite = traits.bends_scores, not traits.program_bends
 
     @device_function
     def softmax_backward(s_acc, dp_acc, slopes, lses, deltas, softmax_scale):
@@ -59,6 +60,9 @@ def make_softmax_backward(rows, columns, has_slopes, by_row):
             gradient = probability * fma_rn_f32(dp_acc[i], softmax_scale, -deltas[query])
             if has_slopes:
                 gradient *= slopes[i]
+                if not slopes_are_finite:
+                    # A function may bend without bound where P is 0, as the logarithm at 0.
+                    gradient = gradient if probability > f32(0) else f32(0)
             s_acc[i] = probability
             dp_acc[i] = gradient
 
