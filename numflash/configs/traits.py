@@ -56,6 +56,9 @@ class Traits:
             of the result.
         key_scales: with fp8, scales of K and V may differ within a tile.
         selected: only the heads that a table on the device names are computed.
+        dlse: of the kernel of delta: lse has a gradient of its own.
+        given_delta: of the kernel of delta: the product of dO and O is the caller's.
+        plain_delta: of the kernel of delta: it also leaves delta unscaled.
         program: the text of the caller's functions (`functions.program.Program`); "" without.
     """
 
@@ -68,6 +71,9 @@ class Traits:
     fp8: bool = False
     key_scales: bool = False
     selected: bool = False
+    dlse: bool = False
+    given_delta: bool = False
+    plain_delta: bool = False
     program: str = ""
 
     _FLAGS: ClassVar = {
@@ -76,6 +82,9 @@ class Traits:
         "fp8": "fp8",
         "key_scales": "keyscales",
         "selected": "selected",
+        "dlse": "dlse",
+        "given_delta": "delta",
+        "plain_delta": "plain",
     }
 
     def __post_init__(self):
