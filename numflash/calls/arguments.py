@@ -114,10 +114,12 @@ def arguments_of(problem: AttentionProblem, tensors: dict[str, Tensor]) -> dict[
         "mask": Mask(problem.band_lo, problem.band_hi),
         "scores": _scores(problem, scale, features),
         "features": features,
-        "row_gradients": "row_gradients" if problem.gradients else None,
+        "row_gradients": None,
         "softmax_scale": problem.softmax_scale,
         "statistics": Statistics("lse", "delta"),
         "statistics_log2": Statistics("lse_log2", "delta"),
+        "plain_statistics": Statistics("lse", "plain_delta"),
+        "plain_statistics_log2": Statistics("lse_log2", "plain_delta"),
         "in_fp8": None,
     }
 
@@ -145,6 +147,15 @@ def seen_by_bulk_copies(
 def lse_shape(problem: AttentionProblem, q: ArrayView) -> tuple[int, ...]:
     """(batch, heads, seqlen_q), without the axes that q does not have."""
     return (problem.batch, problem.num_heads_q, problem.seqlen_q)[4 - len(q.shape) :]
+
+
+def of_each_query(
+    name: str, view: ArrayView, problem: AttentionProblem, q: ArrayView
+) -> records.Tensor:
+    """An array of the caller's that is shaped like lse, with any strides. Raises as `describe`."""
+    expect_like(name, view, lse_shape(problem, q), "float32", q.device)
+    batch, head, row = (0,) * (3 - len(view.strides)) + view.strides
+    return records.Tensor(name, batch, row, head)
 
 
 def with_contiguous_rows(

@@ -37,6 +37,7 @@ from numflash.configs.portable import (
     PORTABLE_CONFIGS,
     BackwardDkDvConfig,
     BackwardDqConfig,
+    BackwardRowsConfig,
     CombineConfig,
     DeltaConfig,
     ForwardConfig,
@@ -74,6 +75,7 @@ Config = (
     ForwardConfig
     | BackwardDkDvConfig
     | BackwardDqConfig
+    | BackwardRowsConfig
     | DeltaConfig
     | HeadSumsConfig
     | CombineConfig
@@ -118,6 +120,7 @@ __all__ = [
     "Asked",
     "BackwardDkDvConfig",
     "BackwardDqConfig",
+    "BackwardRowsConfig",
     "CombineConfig",
     "Config",
     "DeltaConfig",

@@ -57,6 +57,9 @@ class Traits:
         key_scales: with fp8, scales of K and V may differ within a tile.
         selected: only the heads that a table on the device names are computed.
         blocks: queries and keys of a block of the block mask; () without one.
+        dlse: of the kernel of delta: lse has a gradient of its own.
+        given_delta: of the kernel of delta: the product of dO and O is the caller's.
+        plain_delta: of the kernel of delta: it also leaves delta unscaled.
         program: the text of the caller's functions (`functions.program.Program`); "" without.
     """
 
@@ -70,6 +73,9 @@ class Traits:
     key_scales: bool = False
     selected: bool = False
     blocks: tuple[int, int] | tuple[()] = ()
+    dlse: bool = False
+    given_delta: bool = False
+    plain_delta: bool = False
     program: str = ""
 
     _FLAGS: ClassVar = {
@@ -78,6 +84,9 @@ class Traits:
         "fp8": "fp8",
         "key_scales": "keyscales",
         "selected": "selected",
+        "dlse": "dlse",
+        "given_delta": "delta",
+        "plain_delta": "plain",
     }
 
     def __post_init__(self):

@@ -22,6 +22,7 @@ from numpy import int64 as i64
 from numpy import uint8 as u8
 from numpy import uint16 as u16
 
+from numflash.configs import Traits
 from numflash.configs.features import Features
 from numflash.configs.traits import Traits
 from numflash.functions.program import Program
@@ -65,11 +66,28 @@ class Part(NamedTuple):
 class Statistics(NamedTuple):
     """The forward's statistics of each query, both (batch, num_heads_q, seqlen_q), contiguous.
 
-    `lse` is the forward's, or `delta`'s in base 2; `delta` is softmax_scale rowsum(O * dO).
+    `lse` is the forward's, or `delta`'s in base 2; `delta` is softmax_scale rowsum(O * dO), or
+    that unscaled.
     """
 
     lse: Pointer(f32)
     delta: Pointer(f32)
+
+
+@cache
+def of_rows(traits: Traits) -> type:
+    """The record of more that `shared.delta` reads and writes of each query, as traits ask for.
+
+    The caller's, (batch, num_heads_q, seqlen_q) with any strides: `dlse`, the gradient of lse, and
+    `delta`, rowsum(O * dO). And `plain`, where delta goes to unscaled.
+    """
+    asked = {
+        "dlse": (traits.dlse, Tensor[f32]),
+        "delta": (traits.given_delta, Tensor[f32]),
+        "plain": (traits.plain_delta, Pointer(f32)),
+    }
+    found = [(name, kind) for name, (is_asked, kind) in asked.items() if is_asked]
+    return NamedTuple("OfRows", found)
 
 
 class Shape(NamedTuple):

@@ -8,11 +8,15 @@ from numbers import Integral, Number, Real
 from operator import attrgetter
 from typing import Any
 
+import numpy as np
+
 from numflash.configs.features import FEATURES, expect_nothing, expect_real
+from numflash.functions.identity import key_of
 from numflash.problem.fp8 import Fp8Recipe
 
 LAYOUTS = ("bshd", "bhsd")
 ALIGNMENTS = ("bottom_right", "top_left")
+_NUMBER = Number | np.generic
 PRECISIONS = ("tf32", "fp8", "auto")
 # Positions are 32-bit in kernels.
 _MAX_SHIFT = 2**30
@@ -189,7 +193,7 @@ class AttentionOptions(_Options):
         found = {name: array for name, array in given.items() if array is not None}
         if self.aux:
             of_aux = {f"aux{n}": each for n, each in enumerate(self.aux)}
-            found |= {name: each for name, each in of_aux.items() if not isinstance(each, Number)}
+            found |= {name: each for name, each in of_aux.items() if not isinstance(each, _NUMBER)}
         return found
 
     def check(self) -> None:
@@ -214,7 +218,8 @@ class AttentionOptions(_Options):
         """What functions mean, and the numbers that they get."""
         if self.score_mod is None and self.mask_mod is None and not self.aux:
             return ()
-        from numflash.functions.identity import meaning_of
-
-        numbers = [(type(x), x) if isinstance(x, Number) else None for x in self.aux]
-        return meaning_of(self.score_mod), meaning_of(self.mask_mod), *numbers
+        keys = key_of(self.score_mod), key_of(self.mask_mod)
+        if None in keys:
+            raise TypeError("nobody can tell whether these functions mean what they meant before")
+        numbers = [(type(x), x) if isinstance(x, _NUMBER) else None for x in self.aux]
+        return *keys, *numbers

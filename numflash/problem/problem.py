@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from numbers import Integral
 
 from numflash.configs import DTYPES, MAX_HEAD_DIM, Traits, padded_head_dim
-from numflash.configs.features import FEATURES, NO_FEATURES, Asked, Features, rows_of
+from numflash.configs.features import FEATURES, NO_FEATURES, Asked, Features
 from numflash.problem.options import (
     PRECISIONS,
     AttentionOptions,
@@ -90,12 +90,6 @@ class AttentionProblem:
         """Of the features that are asked for."""
         asked = self.features._asdict().items()
         return tuple(name for name, record in asked if record is not None)
-
-    @property
-    def gradients(self) -> tuple[str, ...]:
-        """Of the options that are asked for, those that have a gradient: one for each head."""
-        rows = rows_of(self.feature_names)
-        return tuple(row.option for row in rows if row.gradient is not None)
 
     def traits(self, vectorized: bool) -> Traits:
         """The traits that kernels for this problem are compiled for."""

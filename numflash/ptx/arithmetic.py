@@ -277,4 +277,5 @@ _BITS = _CELL.view(np.uint32)
 _PAIRS = np.zeros(4, np.float16)
 _PAIRS_BITS, _HALVES_BITS = _PAIRS.view(np.uint32), _PAIRS.view(np.uint16)
 _ZERO, _INF = f32(0), f32(np.inf)
+_SMALLEST_NORMAL = np.finfo(np.float32).tiny
 _NAN = u32(0x7FFFFFFF).view(f32)

@@ -19,9 +19,11 @@ that, both natural, and also returns the factor of the exponentials so far:
 
     finish(row_max, row_sum, args) -> (row_max, row_sum, kept)
 
-Its gradient is a row's share in that of `args`, from its lse and the product of dO and O:
+Its gradient is a row's share in that of `args`, from its lse and the product of dO and O, less
+the gradient of lse; that of a score is the score's share, from the gradient of the final score:
 
     NAME_gradient(lse, product, args) -> the row's share
+    NAME_gradient(ds, i - j) -> the score's share
 """
 
 import math
@@ -96,17 +98,31 @@ class Finish(NamedTuple):
 FINISHES = {"sinks": Finish(sinks, _sinks_of_head, _sinks_gradient)}
 
 
+@device_function
+def _alibi_gradient(ds, distance):
+    return ds * -abs(distance)
+
+
+@device_function
+def _ones_gradient(ds, distance):
+    return ds
+
+
 class Score(NamedTuple):
-    """A score function, the one that finds its `args`, and whether it looks at places."""
+    """A score function, the one that finds its `args`, and its gradient if these have one.
+
+    It may look at places.
+    """
 
     function: object
     of_head: object
     has_places: bool
+    gradient: object = None
 
 
 SCORES = {
     "softcap": Score(softcap, _softcap_of_head, False),
-    "alibi": Score(alibi, _alibi_of_head, True),
+    "alibi": Score(alibi, _alibi_of_head, True, _alibi_gradient),
 }
 
 
@@ -175,6 +191,18 @@ def make_keep(traits):
         return of_program(i, j, args.program)
 
     return keep
+
+
+def make_gradient_of_score(features):
+    """gradient_of_score(ds, i - j): the share of one score in the gradient of a head's argument.
+
+    `ds` is the gradient of the final score. Only one feature has such an argument, and nothing
+    after it bends scores; without it the share is that of a number added to all scores.
+    """
+    found = [SCORES[name].gradient for name in features if name in SCORES]
+    found = [gradient for gradient in found if gradient is not None]
+    (gradient,) = found or [_ones_gradient]
+    return gradient
 
 
 @cache

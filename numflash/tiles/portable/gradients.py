@@ -47,10 +47,12 @@ def make_softmax_backward(rows, columns, traits, by_row):
 
     S -> P and dP -> dS, in place.
 
-    `slopes` holds the derivative of each score by the scaled product, if a function bends scores.
+    `slopes` holds the derivative of each score by the scaled product, if a function of `traits`
+    bends scores; without traits dS is that of the final scores.
     """
     n_scores = rows * columns
-    has_slopes, slopes_are_finite = traits.bends_scores, not traits.program_bends
+    has_slopes = traits is not None and traits.bends_scores
+    slopes_are_finite = not has_slopes or not traits.program_bends
 
     @device_function
     def softmax_backward(s_acc, dp_acc, slopes, lses, deltas, softmax_scale):
