@@ -1,5 +1,7 @@
 """Attention and its gradients, as people call them."""
 
+from collections.abc import Callable
+
 from numflash.calls.backward import Backward
 from numflash.calls.fp8_options import refuse_backward
 from numflash.calls.ready import bind_forward, prepare
@@ -23,6 +25,11 @@ def attention(
     alibi_slopes=None,
     sinks=None,
     origin: tuple[int, int, int] | None = None,
+    bias=None,
+    mask=None,
+    score_mod: Callable | None = None,
+    mask_mod: Callable | None = None,
+    aux: tuple = (),
     layout: str = "bshd",
     precision: str | None = None,
     fp8: Fp8Recipe | None = None,
@@ -68,6 +75,16 @@ def attention(
             numbers of its first query, key and query head, as features see them. alibi_slopes
             and sinks then are those of all heads of the larger problem. Masks, windows and the
             distances of ALiBi go by `shift`: with causal_align="top_left", row - column.
+        bias: float16, bfloat16 or float32, broadcastable to (batch, num_heads_q, seqlen_q,
+            seqlen_k), any strides: added to the scaled scores, after softcap and ALiBi.
+        mask: boolean, broadcastable in the same way: True keeps a key, False hides it.
+        score_mod: score_mod(score, batch, head, q_idx, kv_idx, *aux) -> score, a Python function
+            of symbolic numbers (`numflash.math`): what becomes of a score, which arrives scaled,
+            after softcap, ALiBi and bias, and before masks.
+        mask_mod: mask_mod(batch, head, q_idx, kv_idx, *aux) -> boolean: which keys a query sees,
+            besides what mask, causal and window_size hide.
+        aux: arrays, and numbers that change from call to call, that score_mod and mask_mod get.
+            Numbers that a function closes over are constants of its kernel.
         layout: "bshd" or "bhsd", of q, k, v and the result.
         precision: "tf32" allows float32 to be multiplied on tensor cores, with operands rounded
             to 10 bits after the point; where there is no such kernel (head dims above 128,
@@ -134,6 +151,11 @@ def attention(
         alibi_slopes,
         sinks,
         origin,
+        bias,
+        mask,
+        score_mod,
+        mask_mod,
+        aux,
         layout,
         precision,
         config,
@@ -167,6 +189,11 @@ def attention_backward(
     alibi_slopes=None,
     sinks=None,
     origin: tuple[int, int, int] | None = None,
+    bias=None,
+    mask=None,
+    score_mod: Callable | None = None,
+    mask_mod: Callable | None = None,
+    aux: tuple = (),
     layout: str = "bshd",
     precision: str | None = None,
     dlse=None,
@@ -183,7 +210,8 @@ def attention_backward(
         out, lse: as returned by `attention(..., return_lse=True)`. With delta out is not read,
             and may be None.
         softmax_scale, causal, causal_align, shift, window_size, softcap, alibi_slopes, sinks,
-            origin, layout, precision, stream: as given to `attention`.
+            origin, bias, mask, score_mod, mask_mod, aux, layout, precision, stream: as given to
+            `attention`.
         dlse: gradient of lse, where a loss depends on it: shaped like lse, float32, any strides.
         delta: the sum over head_dim_v of dout * out, where the caller has it: shaped like lse,
             float32, any strides.
@@ -233,6 +261,11 @@ def attention_backward(
         alibi_slopes,
         sinks,
         origin,
+        bias,
+        mask,
+        score_mod,
+        mask_mod,
+        aux,
         layout,
         precision,
         config,

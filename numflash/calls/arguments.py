@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from numflash.configs import Traits
 from numflash.configs.features import FEATURES, Features, rows_of
@@ -111,7 +112,7 @@ def arguments_of(problem: AttentionProblem, tensors: dict[str, Tensor]) -> dict[
             batch_size=problem.batch,
         ),
         "mask": Mask(problem.band_lo, problem.band_hi),
-        "scores": Scores(scale, problem.softmax_scale, problem.shift, features),
+        "scores": _scores(problem, scale, features),
         "features": features,
         "row_gradients": None,
         "softmax_scale": problem.softmax_scale,
@@ -121,6 +122,15 @@ def arguments_of(problem: AttentionProblem, tensors: dict[str, Tensor]) -> dict[
         "plain_statistics_log2": Statistics("lse_log2", "plain_delta"),
         "in_fp8": None,
     }
+
+
+def _scores(problem: AttentionProblem, scale: float, features: Features) -> NamedTuple:
+    """The record of `scores_of` for a problem."""
+    values = scale, problem.softmax_scale, problem.shift, features
+    if not problem.program:
+        return Scores(*values)
+    given = records.given_of(problem.program)(*problem.given)
+    return records.scores_of(problem.program)(*values, given)
 
 
 def seen_by_bulk_copies(

@@ -377,8 +377,10 @@ def _where(c, a, b):
         return a if c.value else b
     if c.op == "not":
         return apply("where", c.args[0], b, a)
-    if a.type == "b" and is_const(a) and is_const(b):
-        return c if a.value else apply("not", c)
+    if a.type == "b" and is_const(b):
+        return apply("or", apply("not", c), a) if b.value else apply("and", c, a)
+    if a.type == "b" and is_const(a):
+        return apply("or", c, b) if a.value else apply("and", apply("not", c), b)
     return None
 
 

@@ -9,7 +9,6 @@ A version, the kinds of `aux`, then parts: `t0=`, `t1=`, ... for what is used mo
 the results. `parse` checks it as if it came from a stranger, and evaluates none of it.
 """
 
-import math
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -132,6 +131,7 @@ class Program:
         aux: descriptions of the arrays and numbers that it reads.
         score: the score that comes of score s; None if that is s.
         keep: whether the key takes part; None if each does.
+        given_slope: the derivative of the score by s, where that is not the one found.
 
     Raises:
         TypeError, ValueError: `score` is no float, `keep` no truth value, or a node reads `aux`
@@ -141,13 +141,14 @@ class Program:
     aux: tuple[Array | Number, ...] = ()
     score: Node | None = None
     keep: Node | None = None
+    given_slope: Node | None = None
 
     def __post_init__(self):
         if self.score == LEAF["s"]:
             object.__setattr__(self, "score", None)
         if self.keep is not None and is_const(self.keep, True):
             object.__setattr__(self, "keep", None)
-        for name, node, type in (("score", self.score, "f"), ("keep", self.keep, "b")):
+        for (name, node), type in zip(self.results.items(), "fbf", strict=True):
             if node is not None and node.type != type:
                 raise TypeError(f"{name} must be of type {type!r}, got {node.type!r}")
         if self.keep is not None and "s" in self.keep.uses:
@@ -161,9 +162,14 @@ class Program:
             raise ValueError(f"a program has at most {MAX_NODES} operations, got {count}")
 
     @property
+    def results(self) -> dict[str, Node | None]:
+        """Its results by their names in the text."""
+        return {"score": self.score, "keep": self.keep, "slope": self.given_slope}
+
+    @property
     def roots(self) -> tuple[Node, ...]:
-        """Its results."""
-        return tuple(node for node in (self.score, self.keep) if node is not None)
+        """The results that there are."""
+        return tuple(node for node in self.results.values() if node is not None)
 
     @property
     def nodes(self) -> Iterable[Node]:
@@ -178,6 +184,8 @@ class Program:
     @cached_property
     def slope(self) -> Node:
         """The derivative of the score by s."""
+        if self.given_slope is not None:
+            return self.given_slope
         if self.score is None:
             return const(1.0)
         return derivative(self.score, LEAF["s"]) or const(0.0)
@@ -191,7 +199,7 @@ class Program:
     def partials(self) -> tuple[Partial, ...]:
         """For each read of an array that the score changes with, how it does."""
         found = []
-        for node in order(self.roots[:1] if self.score is not None else ()):
+        for node in order(() if self.score is None else (self.score,)):
             if node.op == "load" and node.type == "f":
                 slope = derivative(self.score, node)
                 if slope is not None:
@@ -289,7 +297,7 @@ def _written(program: Program) -> str:
             parts.append(f"t{len(parts)}={text}")
             text, depth = f"t{len(parts) - 1}", 0
         texts[node], depths[node] = text, depth
-    for name, root in (("score", program.score), ("keep", program.keep)):
+    for name, root in program.results.items():
         if root is not None:
             parts.append(f"{name}={texts[root]}")
     return ";".join([VERSION, ",".join(map(str, program.aux)), *parts])
@@ -304,12 +312,12 @@ def _leaf_text(node: Node) -> str:
         return "true" if node.value else "false"
     if node.type == "i":
         return str(node.value)
-    return str(np.float32(node.value)) if math.isfinite(node.value) else f"{node.value}f"
+    return str(np.float32(node.value))  # inf, -inf or nan, if it is not finite
 
 
 _KIND = re.compile(r"(?:(f32|i32)|([a-z0-9]{1,10})\[(\d)(u?)\])", re.ASCII)
 _TOKEN = re.compile(
-    r"(-?\d+\.\d*(?:e[+-]?\d+)?|-?\d+e[+-]?\d+|-?inff|nanf)|(-?\d+)|aux(\d+)|([a-z]\w*)|([(),\[\]])",
+    r"(-?\d+\.\d+(?:e[+-]?\d+)?|-?\d+e[+-]?\d+|-?inf|nan)|(-?\d+)|aux(\d+)|([a-z]\w*)|([(),\[\]])",
     re.ASCII,
 )
 
@@ -327,11 +335,13 @@ def _parsed(text: str) -> Program:
     reader, results = _Reader(tuple(kinds)), {}
     for part in rest[1:]:
         name, equals, expression = part.partition("=")
-        if not equals or name in results:
+        if not equals or name in results or (name == "slope" and "given_slope" in results):
             raise ValueError(f"a part of a program must be a name and an expression, got {part!r}")
         node = reader.read(expression)
         if name in ("score", "keep"):
             results[name] = node
+        elif name == "slope":
+            results["given_slope"] = node
         elif name == f"t{len(reader.parts)}":
             reader.parts[name] = node
         else:
@@ -385,7 +395,7 @@ class _Reader:
             raise self._wrong()
         real, whole, k, name, _ = (token := self.tokens.pop()).groups()
         if real is not None:
-            return const(float(real.removesuffix("f")), "f")
+            return const(float(real), "f")
         if whole is not None:
             return const(int(whole), "i")
         if k is not None:

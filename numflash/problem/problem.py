@@ -16,6 +16,7 @@ from numflash.problem.options import (
     expect_one_of,
     kind_of,
 )
+from numflash.problem.programs import Extent, program_of
 from numflash.runtime.errors import UnsupportedError
 from numflash.runtime.views import ArrayView
 
@@ -68,6 +69,8 @@ class AttentionProblem:
         shift: query i stands at key i + shift.
         features: the arguments of each feature, by name; None of one that is not asked for.
         origin: of a part of a larger problem, the numbers of its first row, column and head.
+        program: the text of the caller's functions, bias and mask; "" without.
+        given: what they read: the values of `Program.fields`; of a pointer the operand's name.
         tf32: whether float32 may be multiplied as tf32.
         no_tensor_maps: why q, k, v and out cannot be described to bulk copies; None if they can.
     """
@@ -86,6 +89,8 @@ class AttentionProblem:
     shift: int
     features: Features = NO_FEATURES
     origin: Origin = WHOLE
+    program: str = ""
+    given: tuple = ()
     tf32: bool = False
     no_tensor_maps: str | None = None
 
@@ -109,6 +114,7 @@ class AttentionProblem:
             self.feature_names,
             vectorized=vectorized,
             tf32=self.tf32,
+            program=self.program,
         )
 
     def num_blocks(self, rows: int, heads: int, block_rows: int) -> int:
@@ -196,6 +202,8 @@ def describe(
         right = 0
     origin = None if options.origin is None else Origin(*map(int, options.origin))
     asked = Asked(batch, num_heads_q, scale, q.device, None if origin is None else origin.head)
+    extent = Extent(batch, num_heads_q, seqlen_q, seqlen_k, q.device, origin)
+    program, given = program_of(views, options, extent)
     problem = AttentionProblem(
         batch=batch,
         seqlen_q=seqlen_q,
@@ -212,6 +220,8 @@ def describe(
         shift=shift,
         features=_features(views, options, asked),
         origin=origin or WHOLE,
+        program=program,
+        given=given,
         tf32=options.precision == "tf32",
     )
     return problem, tensors

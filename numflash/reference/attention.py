@@ -16,6 +16,9 @@ import numpy as np
 
 from numflash.configs.features import FEATURES, Feature, default_gradients
 
+# Half the length of the line through a function that gives its slope.
+_NEAR = 1e-6
+
 _PRECISIONS = {
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
@@ -33,7 +36,8 @@ def attention(q, k, v, **options) -> tuple[np.ndarray, np.ndarray]:
         k: (batch, seqlen_k, num_heads_kv, head_dim).
         v: (batch, seqlen_k, num_heads_kv, head_dim_v).
         options: as for `numflash.attention`: softmax_scale, causal, causal_align, shift,
-            window_size, softcap, alibi_slopes, sinks, origin, layout.
+            window_size, softcap, alibi_slopes, sinks, origin, bias, mask, score_mod, mask_mod,
+            aux, layout. Functions get NumPy arrays that broadcast to the scores.
 
     Returns:
         out: (batch, seqlen_q, num_heads_q, head_dim_v), in the layout of q.
@@ -117,6 +121,8 @@ def naive_backward(dout, q, k, v, *, precision: str, **options):
     with np.errstate(invalid="ignore"):
         p = np.exp(s - lse[..., None]).astype(dtype)
     p = np.where(np.isneginf(s), dtype.type(0), p)
+    # A function may bend without bound where P is 0.
+    slopes = {name: np.where(p == 0, dtype.type(0), slope) for name, slope in slopes.items()}
 
     dv = matmul(p.swapaxes(-1, -2), do, dtype)
     dp = matmul(do, repeat(v4.astype(dtype), group).swapaxes(-1, -2), dtype)
@@ -160,6 +166,7 @@ def magnitudes(q, k, v, dout=None, **options) -> dict[str, np.ndarray]:
     k_abs, v_abs = (repeat(np.abs(x), group) for x in (k, v))
     with np.errstate(invalid="ignore"):
         p = np.where(np.isneginf(s), 0, np.exp(s - lse[..., None]))
+    slopes = {name: np.where(p == 0, 0, np.abs(slope)) for name, slope in slopes.items()}
     products = np.abs(q) @ k_abs.swapaxes(-1, -2) * abs(scale)
     products = np.where(np.isneginf(s), 0, products)
     found = {"out": p @ v_abs, "lse": products.max(-1, initial=0)}
@@ -313,7 +320,40 @@ def scores(q, k, dtype, matmul, options):
         options.get("window_size", (-1, -1)),
         shift=align[1],
     )
-    return np.where(seen, s, dtype.type(-np.inf)), slopes, scale
+    s, more, kept = _given_scores(s, options)
+    return np.where(seen & kept, s, dtype.type(-np.inf)), slopes | {"given": more}, scale
+
+
+def _given_scores(s, options):
+    """Scores with the caller's bias, masks and functions: (scores, their slope, which are kept).
+
+    The slope of a function is that of a short line through it, in float64.
+    """
+    slope, kept = s.dtype.type(1), np.ones((), bool)
+    row, column, head = options.get("origin") or (0, 0, 0)
+    starts = 0, head, row, column
+    axes = np.ix_(*(first + np.arange(n) for first, n in zip(starts, s.shape, strict=True)))
+    aux = [np.asarray(x) for x in options.get("aux") or ()]
+    if options.get("bias") is not None:
+        s = s + _part(options["bias"], axes).astype(s.dtype)
+    if (score_mod := options.get("score_mod")) is not None:
+        exact = s.astype(np.float64)
+        with np.errstate(all="ignore"):
+            low, high = (score_mod(exact + x, *axes, *aux) for x in (-_NEAR, _NEAR))
+            slope = ((high - low) / (2 * _NEAR)).astype(s.dtype)
+            s = np.broadcast_to(score_mod(s, *axes, *aux), s.shape).astype(s.dtype)
+    if options.get("mask") is not None:
+        kept = kept & _part(options["mask"], axes)
+    if (mask_mod := options.get("mask_mod")) is not None:
+        kept = kept & mask_mod(*axes, *aux)
+    return s, slope, kept
+
+
+def _part(array, axes) -> np.ndarray:
+    """Of an array that broadcasts to the scores of a larger problem those at these places."""
+    array = np.asarray(array)
+    array = array.reshape((1,) * (4 - array.ndim) + array.shape)
+    return array[tuple(0 * at if n == 1 else at for n, at in zip(array.shape, axes, strict=True))]
 
 
 def _places(seqlen_q: int, seqlen_k: int, options):

@@ -291,7 +291,12 @@ def _tuned(
     rows: int,
     runs: bool,
 ) -> Choice:
-    """The tuned config for a problem in the place of the one by rule, if there is one."""
+    """The tuned config for a problem in the place of the one by rule, if there is one.
+
+    There is none for the caller's functions: what they cost no table knows.
+    """
+    if traits.program:
+        return choice
     wanted = ProblemClass.of(choice.family, problem, traits)
     if runs:
         capture.note(wanted)

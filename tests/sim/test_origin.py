@@ -91,6 +91,26 @@ def test_the_gradients_of_parts_are_those_of_the_whole():
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4, err_msg=name)
 
 
+def test_functions_and_biases_see_the_numbers_of_the_whole():
+    q, k, v, dout = inputs("float32", 16)
+    rng = np.random.default_rng(5)
+    given = {
+        "bias": rng.standard_normal((HEADS, SEQLEN, SEQLEN)).astype(np.float32),
+        "mask": rng.random((2, 1, SEQLEN, SEQLEN)) < 0.8,
+        "score_mod": lambda s, b, h, i, j: s + 0.1 * h - 0.01 * i * j,
+        "mask_mod": lambda b, h, i, j: (i + h) % 3 != j % 4,
+    }
+    rows, heads = np.s_[:, 10:19, 4:8], np.s_[:, 6:, 2:]
+    call = q[rows], k[heads], v[heads], dout[rows]
+    # Without the first six keys the whole hides them, too.
+    hidden = given | {"mask": given["mask"] & (np.arange(SEQLEN) >= 6)}
+    whole = numflash.attention(q, k, v, **hidden)
+    options = {**given, "origin": (10, 6, 4)}
+    np.testing.assert_allclose(numflash.attention(*call[:3], **options), whole[rows], atol=1e-5)
+    report = numflash.check(*call[:3], dout=call[3], **options)
+    assert report.passed, f"\n{report}"
+
+
 def test_arrays_of_heads_may_have_any_strides_and_more_heads():
     q, k, v, _ = inputs("float32", 16)
     few = np.s_[:1, :, :2]

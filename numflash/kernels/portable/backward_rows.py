@@ -8,7 +8,7 @@ kernel does; `shared.head_sums` adds up the rows of a head. No atomics: the same
 """
 
 from numflash.configs import BackwardRowsConfig, Traits
-from numflash.kernels.arguments import Mask, Pointer, Scores, Shape, Statistics, Tensor
+from numflash.kernels.arguments import Mask, Pointer, Shape, Statistics, Tensor, scores_of
 from numflash.kernels.kernel import Kernel
 from numflash.kernels.portable.score_gradients import make_score_gradients
 from numflash.ptx import cuda, f32, i32, mov_ctaid_x
@@ -29,10 +29,11 @@ from numflash.tiles.portable.softmax import row_sum_of_lanes
 def make_backward_rows_kernel(config: BackwardRowsConfig, traits: Traits) -> Kernel:
     """The kernel for one config; see the module's docstring."""
     tile_m, tile_n = config.tile_m, config.tile_n
-    load_queries, load_keys, compute, place, rows, columns = make_score_gradients(config, traits)
+    of_tiles = make_score_gradients(config, traits, before_program=True)
+    load_queries, load_keys, compute, place, rows, columns = of_tiles
     n_scores, storage = rows * columns, ELEMENTS[traits.dtype].storage
     place_of_queries = make_place_of_queries(tile_m)
-    args_of_head = make_args_of_head(traits.features)
+    args_of_head = make_args_of_head(traits)
     gradient_of_score = make_gradient_of_score(traits.features)
 
     def backward_rows(
@@ -44,7 +45,7 @@ def make_backward_rows_kernel(config: BackwardRowsConfig, traits: Traits) -> Ker
         row_gradients: Pointer(f32),  # (batch, num_heads_q, seqlen_q)
         mask: Mask,
         shape: Shape,
-        scores: Scores,
+        scores: scores_of(traits.program),
     ):
         smem = cuda.shared.array(0, f32, alignment=16)
         s_acc = cuda.local.array(n_scores, f32)
@@ -55,7 +56,7 @@ def make_backward_rows_kernel(config: BackwardRowsConfig, traits: Traits) -> Ker
 
         m_start, head, head_kv, batch, _ = place_of_queries(mov_ctaid_x(), shape)
         sequence, inputs = sequence_of(shape, mask), (q, k, v, do, plain_statistics)
-        args = args_of_head(scores.features, batch, head)
+        args = args_of_head(scores, batch, head)
         load_queries(smem, lses, deltas, inputs, batch, head, m_start, sequence, shape)
         for r in range(rows):
             shares[r] = f32(0)
