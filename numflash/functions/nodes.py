@@ -71,7 +71,8 @@ SIGNATURES = {
 }
 """Operation -> types of the operands -> type of the result."""
 
-COMMUTE = frozenset({"add", "mul", "min", "max", "and", "or", "xor", "eq", "ne"})
+# Not min and max, whose derivative is that of the first where both are equal.
+COMMUTE = frozenset({"add", "mul", "and", "or", "xor", "eq", "ne"})
 
 _MEANING = {
     "add": np.add,

@@ -51,7 +51,7 @@ def kernel_of(text: str, with_partials: bool = False, shape=SHAPE) -> Kernel:
 
     if not partials:
         return Kernel("program", run, THREADS, 0)
-    ((partial, offset),) = partials
+    partial, offset = partials[-1]
 
     def run_with_partial(
         scores: Pointer(f32), slopes: Pointer(f32), kept: Pointer(i64), given: given_type
@@ -65,6 +65,34 @@ def kernel_of(text: str, with_partials: bool = False, shape=SHAPE) -> Kernel:
             kept[at] = offset(i, j, known)
 
     return Kernel("program", run_with_partial, THREADS, 0)
+
+
+def kernel_of_many(texts: list[str]) -> Kernel:
+    """A thread for each score, which all programs change one after the other."""
+    scope, lines, parameters = {}, [], {"scores": Pointer(f32)}
+    for n, text in enumerate(texts):
+        scope[f"functions_{n}"] = make_program(text)
+        for name in ("known_of_head", "score", "keep"):
+            scope[f"{name}_{n}"] = getattr(scope[f"functions_{n}"], name)
+        parameters[f"given_{n}"] = given_of(Program.parse(text))
+        lines += [
+            f"    known = known_of_head_{n}(given_{n}, b, h)",
+            f"    s, slope = score_{n}(scores[at], i, j, known)",
+            f"    scores[at] = s * slope if keep_{n}(i, j, known) else f32(0)",
+        ]
+    scope |= {"cuda": cuda, "i32": i32, "f32": f32}
+    head = [
+        f"def run({', '.join(parameters)}):",
+        "    i, j = i32(cuda.threadIdx.x), i32(cuda.blockIdx.x)",
+        "    b, h = i32(cuda.blockIdx.y), i32(cuda.blockIdx.z)",
+        "    at = i32(j * 32 + i)",
+    ]
+    # Each program has a `known` of its own type.
+    body = [line.replace("known =", f"known_{n // 3} =") for n, line in enumerate(lines)]
+    body = [line.replace("known)", f"known_{n // 3})") for n, line in enumerate(body)]
+    exec("\n".join([*head, *body]), scope)
+    scope["run"].__annotations__ = parameters
+    return Kernel("programs", scope["run"], THREADS, 0)
 
 
 def run(program: Program, aux=(), scores=None, with_partial: bool = False):
