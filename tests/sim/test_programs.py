@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from numflash import masks
+from numflash import math as nm
 from numflash.functions import emission
 from numflash.functions.nodes import LEAF, apply, const, load, number, to
 from numflash.functions.program import Array, Number, Program
@@ -42,6 +43,47 @@ def test_a_function_does_in_a_kernel_what_it_does_in_numpy(name):
     np.testing.assert_array_equal(
         kept, np.broadcast_to(PLACES["j"] <= PLACES["i"], SHAPE).astype("i4")
     )
+
+
+AT_PLACES = {
+    "T5",
+    "documents",
+    "checkerboard",
+    "bias",
+    "flags",
+    "bytes",
+    "division",
+    "of a float index",
+    "whole arithmetic",
+    "number of keys a group",
+}
+LONG_DISTANCES = {
+    "product": lambda s, b, h, q, k: s - 0.5 * (q - k) * (q - k) * (h + 1),
+    "twice": lambda s, b, h, q, k: s + (2 * q - 3 - 2 * k) * 0.25 - nm.maximum(k - q, 3),
+    "selected": lambda s, b, h, q, k: s * nm.where(q >= k + 2, q - k, b) - nm.where(k == q, 1, h),
+    "compared": lambda s, b, h, q, k: nm.where((q - k > 3) | (3 * k + h < 3 * q), s, 2 * s),
+}
+
+
+@pytest.mark.parametrize("name", [*SCORES, *LONG_DISTANCES])
+def test_a_function_of_the_distance_only(name):
+    function, aux = SCORES.get(name) or (LONG_DISTANCES[name], ())
+    program = trace(function, masks.sliding_window(4, 1), tuple(map(metadata, aux))).program
+    functions = programs.make_program(program.text)
+    assert (functions.score_by_distance is None) == (name in AT_PLACES)
+    assert functions.keep_by_distance is not None
+    if name in AT_PLACES:
+        return
+    expected, got = (run(program, aux, inputs(), by_distance=way) for way in (False, True))
+    for one, other in zip(expected, got, strict=True):
+        np.testing.assert_allclose(other, one, rtol=1e-5, atol=1e-5)
+
+
+def test_a_mask_at_places_has_no_distance():
+    for mask in (masks.prefix(4), masks.chunked(3), lambda b, h, q, k: q + k < 9):
+        functions = programs.make_program(trace(None, mask).program.text)
+        assert functions.keep_by_distance is None
+        assert functions.score_by_distance is not None  # it does nothing
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -158,7 +200,7 @@ def test_what_a_head_knows_is_computed_once():
         return s / (factor * slopes[h] + b) - slopes[h] * (q - k) * factor
 
     source = emission.source_of(trace(score, aux=(slopes, 0.5)).program)
-    head, function, _ = source.split("\n\n")
+    head, function, *_ = source.split("\n\n")
     # A division by what a head knows is a product, and factors of a head are put together.
     assert head.count("div(") == 1 and "div(" not in function
     assert function.count(" * ") == 1 and function.count("fma_rn_f32(") == 1
@@ -170,8 +212,8 @@ def test_the_source_has_no_name_that_is_not_given():
         program = random_program(seed)
         scope = {"__builtins__": {}, **programs._NAMES}
         exec(emission.source_of(program, True), scope)
-        own = {"known_of_head", "score", "keep", "abs", "min", "max"}
-        for name, function in scope.items():
-            if name in own:
-                names = set(function.__code__.co_names)
-                assert names <= {*programs._NAMES, *own, *dict(program.fields)}
+        allowed = {*programs._NAMES, "abs", "min", "max", *dict(program.fields)}
+        made = scope.keys() - programs._NAMES.keys() - {"__builtins__"}
+        assert {"known_of_head", "score", "keep", "partial_0", "offset_0"} <= made
+        for name in made:
+            assert set(scope[name].__code__.co_names) <= allowed
