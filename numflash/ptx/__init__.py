@@ -56,7 +56,13 @@ from numflash.ptx.bulk_copies import (
     prefetch_tensormap,
 )
 from numflash.ptx.control_flow import bra_over_store
-from numflash.ptx.device import CODE_OPTIONS, SIMULATED, cuda, device_function
+from numflash.ptx.device import (
+    CODE_OPTIONS,
+    SIMULATED,
+    cuda,
+    device_function,
+    function_of_numbers,
+)
 from numflash.ptx.float8 import (
     cvt_rn_f16x2_e4m3x2,
     cvt_rn_f16x2_e5m2x2,
@@ -168,6 +174,7 @@ __all__ = [
     "fence_proxy_tensormap",
     "float_as_bits",
     "fma_rn_f32",
+    "function_of_numbers",
     "i32",
     "i64",
     "instruction",

@@ -16,10 +16,13 @@ from numflash.ptx.scalars import f32, i32, u16, u32
 @instruction("ex2.approx.ftz.f32 <ret>, <x>;", sm=75)
 def ex2_approx_ftz_f32(x: f32) -> f32:
     """2 ** x, to 2 ulp; 0 for -inf and for results below the normal range. PTX ISA 9.7.3.22."""
-    y = f32(np.exp2(np.float64(x)))
-    if y < _SMALLEST_NORMAL:
-        return f32(0)
-    return y if y == y else _NAN
+    x = float(x)
+    if x < -126.0:
+        return _ZERO
+    if x < 128.0:
+        _CELL[0] = 2.0**x
+        return _CELL[0]
+    return _INF if x == x else _NAN
 
 
 @instruction("max.f32 <ret>, <a>, <b>;", sm=75)
@@ -273,5 +276,6 @@ _CELL = np.zeros(1, np.float32)
 _BITS = _CELL.view(np.uint32)
 _PAIRS = np.zeros(4, np.float16)
 _PAIRS_BITS, _HALVES_BITS = _PAIRS.view(np.uint32), _PAIRS.view(np.uint16)
+_ZERO, _INF = f32(0), f32(np.inf)
 _SMALLEST_NORMAL = np.finfo(np.float32).tiny
 _NAN = u32(0x7FFFFFFF).view(f32)

@@ -31,21 +31,8 @@ from numflash.ptx import (
     rsqrt_approx_ftz_f32,
     sin_approx_ftz_f32,
     sqrt_approx_ftz_f32,
-    u8,
-    u16,
     u32,
 )
-
-STORAGE = {
-    "float16": u16,
-    "bfloat16": u16,
-    "float32": f32,
-    "int32": i32,
-    "int64": i64,
-    "uint8": u8,
-    "bool": u8,
-}
-"""dtype of an array that a program reads -> the scalar type behind its pointer."""
 
 _LOG2_E, _LN_2 = f32(math.log2(math.e)), f32(math.log(2))
 

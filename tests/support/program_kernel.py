@@ -5,10 +5,11 @@ from collections import namedtuple
 import numpy as np
 
 from numflash.functions.program import Number, Program
+from numflash.kernels.arguments import STORAGE
 from numflash.kernels.kernel import Kernel
 from numflash.ptx import cuda, f32, i32, i64
 from numflash.runtime.views import Pointer
-from numflash.tiles.programs import STORAGE, make_program
+from numflash.tiles.programs import make_program
 
 SHAPE = (2, 3, 10, 13)
 """Batch entries, heads, queries and keys of `run`."""
