@@ -324,3 +324,27 @@ def test_an_array_that_kernels_cannot_read_is_refused(arguments, error, part):
 def test_numbers_are_of_two_kinds():
     with pytest.raises(TypeError, match="f32 or i32"):
         Number("f64")
+
+
+def test_an_array_must_have_an_element_for_each_place():
+    def score(s, b, h, q, k, table, flags):
+        return s + table[h, k - q] + flags[b, 0, q, k]
+
+    shapes = [(3, 9), (2, 1, 5, 9)]
+    arrays = tuple(metadata(np.zeros(shape, np.float32)) for shape in shapes)
+    program, names = trace(score, aux=arrays)
+    counts = {"b": 2, "h": 3, "i": 5, "j": 9}
+    program.check_shapes(names, shapes, counts)
+    for place, axis, name, what in (
+        ("b", 0, "aux1", "the batch entry"),
+        ("h", 0, "aux0", "the query head"),
+        ("i", 2, "aux1", "the query's number"),
+        ("j", 3, "aux1", "the key's number"),
+    ):
+        more = counts | {place: counts[place] + 1}
+        rule = f"axis {axis} of {name} is indexed by {what} and must have at least {more[place]} e"
+        with pytest.raises(ValueError, match=rule):
+            program.check_shapes(names, shapes, more)
+        program.check_shapes(names, shapes, more | {"j": 0})  # nothing is read
+    with pytest.raises(ValueError, match="axis 1 of aux0 is indexed by a computed number"):
+        program.check_shapes(names, [(3, 0), (2, 1, 5, 9)], counts)
