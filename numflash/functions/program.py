@@ -256,7 +256,7 @@ class Program:
                 continue
             name, shape = names[node.value], shapes[node.value]
             for axis, by in enumerate(axes_of(node)):
-                needed = counts[by] if by in counts else 1
+                needed = counts.get(by, 1)
                 if shape[axis] < needed and 0 not in counts.values():
                     what = _AXES.get(by, "a computed number")
                     raise ValueError(
