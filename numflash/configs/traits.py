@@ -60,6 +60,8 @@ class Traits:
         dlse: of the kernel of delta: lse has a gradient of its own.
         given_delta: of the kernel of delta: the product of dO and O is the caller's.
         plain_delta: of the kernel of delta: it also leaves delta unscaled.
+        float32_out: results, gradients among them, are float32 where q, k and v have fewer bits;
+            of the kernel of delta: O is.
         program: the text of the caller's functions (`functions.program.Program`); "" without.
     """
 
@@ -76,6 +78,7 @@ class Traits:
     dlse: bool = False
     given_delta: bool = False
     plain_delta: bool = False
+    float32_out: bool = False
     program: str = ""
 
     _FLAGS: ClassVar = {
@@ -87,6 +90,7 @@ class Traits:
         "dlse": "dlse",
         "given_delta": "delta",
         "plain_delta": "plain",
+        "float32_out": "out32",
     }
 
     def __post_init__(self):
@@ -114,6 +118,10 @@ class Traits:
                 f"kernels for fp8 have results of 16 bits and head dims that are multiples of "
                 f"{FP8_STEP}, got {self.dtype}, {self.head_dim} and {self.head_dim_v}"
             )
+        if self.float32_out and self.dtype == "float32":
+            raise ValueError(
+                "results of float32 are float32 anyhow: float32_out goes with 16 bits"
+            )
         if self.key_scales and not self.fp8:
             raise ValueError("scales of keys go with fp8")
         if self.blocks and (len(self.blocks) != 2 or min(self.blocks) <= 0):
@@ -123,6 +131,11 @@ class Traits:
         if self.program:
             # Raises ValueError where the text is none.
             Program.parse(self.program)
+
+    @property
+    def out_dtype(self) -> str:
+        """The dtype of results."""
+        return "float32" if self.float32_out else self.dtype
 
     @property
     def program_scores(self) -> bool:

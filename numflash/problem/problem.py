@@ -72,6 +72,7 @@ class AttentionProblem:
         program: the text of the caller's functions, bias and mask; "" without.
         given: what they read: the values of `Program.fields`; of a pointer the operand's name.
         tf32: whether float32 may be multiplied as tf32.
+        float32_out: whether the result is float32 where q, k and v have fewer bits.
         no_tensor_maps: why q, k, v and out cannot be described to bulk copies; None if they can.
     """
 
@@ -92,6 +93,7 @@ class AttentionProblem:
     program: str = ""
     given: tuple = ()
     tf32: bool = False
+    float32_out: bool = False
     no_tensor_maps: str | None = None
 
     @property
@@ -114,6 +116,7 @@ class AttentionProblem:
             self.feature_names,
             vectorized=vectorized,
             tf32=self.tf32,
+            float32_out=self.float32_out,
             program=self.program,
         )
 
@@ -223,6 +226,7 @@ def describe(
         program=program,
         given=given,
         tf32=options.precision == "tf32",
+        float32_out=expect_out_dtype("out_dtype", options.out_dtype, q.dtype) != q.dtype,
     )
     return problem, tensors
 
@@ -264,6 +268,18 @@ def expect_head_dim(name: str, value: int) -> None:
         raise ValueError(f"{name} must be at least 1, got {value}")
     if value > MAX_HEAD_DIM:
         raise UnsupportedError(f"{name} must be at most {MAX_HEAD_DIM}, got {value}")
+
+
+def expect_out_dtype(name: str, dtype: str | None, of_q: str) -> str:
+    """The dtype of results that a caller asks for. Raises TypeError, ValueError."""
+    if dtype is None:
+        return of_q
+    if not isinstance(dtype, str):
+        raise TypeError(f"{name} must be a string, got {dtype!r} ({kind_of(dtype)})")
+    if dtype not in (of_q, "float32"):
+        choices = dict.fromkeys((of_q, "float32"))
+        raise ValueError(f"{name} must be {' or '.join(choices)}, got {dtype!r}")
+    return dtype
 
 
 def expect_precision(precision: str | None, dtype: str) -> None:

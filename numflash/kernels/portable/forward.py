@@ -45,7 +45,7 @@ from numflash.tiles.steps import make_row_of, make_steps_of, make_tile_at
 
 def make_forward_kernel(config: ForwardConfig, traits: Traits) -> Kernel:
     """The forward kernel for one config; see the module's docstring."""
-    element = ELEMENTS[traits.dtype]
+    element, result = ELEMENTS[traits.dtype], ELEMENTS[traits.out_dtype]
     tile_m, tile_n, num_threads = config.tile_m, config.tile_n, config.num_threads
     rows, columns = rows_per_thread(tile_m, config.num_warps), columns_per_thread(tile_n)
     groups = groups_per_thread(traits.head_dim_v)
@@ -71,14 +71,15 @@ def make_forward_kernel(config: ForwardConfig, traits: Traits) -> Kernel:
     mask_scores = make_mask_scores(rows, columns)
     online_softmax = make_online_softmax(rows, columns, n_out, p_pitch)
     end_of_row, lse_of_row = make_end_of_row(traits.features, NATURAL)
-    store_o = make_store_rows(element, rows, groups, traits.vectorized)
+    store_o = make_store_rows(result, rows, groups, traits.vectorized)
+    out_storage = result.storage
     storage, args_of_head = element.storage, make_args_of_head(traits)
 
     def forward(
         q: Tensor[storage],  # (batch, seqlen_q, num_heads_q, head_dim)
         k: Tensor[storage],  # (batch, seqlen_k, num_heads_kv, head_dim)
         v: Tensor[storage],  # (batch, seqlen_k, num_heads_kv, head_dim_v)
-        out: Tensor[storage],  # (batch, seqlen_q, num_heads_q, head_dim_v)
+        out: Tensor[out_storage],  # (batch, seqlen_q, num_heads_q, head_dim_v)
         lse: Pointer(f32),  # (batch, num_heads_q, seqlen_q)
         mask: mask_of(traits),
         shape: Shape,
