@@ -137,10 +137,12 @@ class At(NamedTuple):
     """The place of a score.
 
     `first` and `step` are numbers whose difference is the distance of query and key, which the
-    functions of features take for i and j; `i` and `j` are those of the caller's program.
+    functions of features take for i and j. For the caller's program they are `far` and `step`, if
+    it looks at distances alone, or the places themselves, `i` and `j`.
     """
 
     first: f32
+    far: f32
     step: f32
     i: i32
     j: i32
@@ -168,29 +170,49 @@ def make_score(traits):
             return of_features(s, at.first, at.step, args.features)
 
         return score
-    of_program = make_program(traits.program).score
+    program = make_program(traits.program)
+    of_program, by_distance = program.score, program.score_by_distance
 
     @device_function
-    def score_with_program(s, at, args):
+    def score_by_place(s, at, args):
         t, slope = of_features(s, at.first, at.step, args.features)
         u, more = of_program(t, at.i, at.j, args.program)
         return u, slope * more
 
-    return score_with_program
+    @device_function
+    def score_by_distance(s, at, args):
+        t, slope = of_features(s, at.first, at.step, args.features)
+        u, more = by_distance(t, at.far, at.step, args.program)
+        return u, slope * more
+
+    return score_by_place if by_distance is None else score_by_distance
 
 
 @cache
 def make_keep(traits):
-    """keep(i, j, args): whether the caller's program lets a query see a key."""
+    """keep(at, args): whether the caller's program lets a query see a key, at an `At`."""
     if not traits.keeps_scores:
         return _keep_all
-    of_program = make_program(traits.program).keep
+    program = make_program(traits.program)
+    of_program, by_distance = program.keep, program.keep_by_distance
 
     @device_function
-    def keep(i, j, args):
-        return of_program(i, j, args.program)
+    def keep_by_place(at, args):
+        return of_program(at.i, at.j, args.program)
 
-    return keep
+    @device_function
+    def keep_by_distance(at, args):
+        return by_distance(at.far, at.step, args.program)
+
+    return keep_by_place if by_distance is None else keep_by_distance
+
+
+def looks_at_distances(traits) -> bool:
+    """Whether a function of the caller's program looks at distances alone."""
+    if not traits.program:
+        return False
+    program = make_program(traits.program)
+    return program.score_by_distance is not None or program.keep_by_distance is not None
 
 
 def make_gradient_of_score(features):
@@ -232,7 +254,7 @@ def make_args_of_head(traits):
 
 
 @device_function
-def _keep_all(i, j, args):
+def _keep_all(at, args):
     return True
 
 

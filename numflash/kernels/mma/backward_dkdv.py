@@ -213,7 +213,7 @@ def make_backward_dkdv_kernel(config: MmaBackwardDkDvConfig, traits: Traits) -> 
                     j = i32(n_start + accumulator_row(rows_per_warp))
                     i = i32(m_start + accumulator_column())
                     args = args_of_head(scores, batch, head)
-                    corner = Corner(j, i, sequence, 1, is_full)
+                    corner = Corner(j, i, sequence, is_full)
                     apply_functions(s_acc, slopes, corner, scores.scale, scores, args)
                 if m_start < whole.first or m_start > whole.last:
                     j = i32(n_start + accumulator_row(rows_per_warp))

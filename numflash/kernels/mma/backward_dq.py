@@ -202,7 +202,7 @@ def make_backward_dq_kernel(config: MmaBackwardDqConfig, traits: Traits) -> Kern
             if has_functions:
                 i = i32(m_start + accumulator_row(rows_per_warp))
                 j = i32(n_start + accumulator_column())
-                corner = Corner(i, j, sequence, 1, is_full)
+                corner = Corner(i, j, sequence, is_full)
                 apply_functions(s_acc, slopes, corner, scores.scale, scores, args)
             if n_start < whole.first or n_start > whole.last:
                 i = i32(m_start + accumulator_row(rows_per_warp))

@@ -225,7 +225,7 @@ def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
             if has_functions:
                 i = i32(m_start + accumulator_row(rows_per_warp))
                 j = i32(n_start + accumulator_column())
-                corner = Corner(i, j, sequence, layout.pack, is_full)
+                corner = Corner(i, j, sequence, is_full)
                 apply_functions(s_acc, s_acc, corner, scores.scale, scores, args)
             if n_start < whole.first or n_start > whole.last:
                 i = i32(m_start + accumulator_row(rows_per_warp))

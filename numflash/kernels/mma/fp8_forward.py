@@ -319,7 +319,7 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
                     scales[r] = LOG2_E
             if has_functions:
                 i = i32(ld_shared_u32(smem, kept_m_start) + accumulator_row(rows_per_warp))
-                corner = Corner(i, i32(n_start + j), sequence, layout.pack, is_full)
+                corner = Corner(i, i32(n_start + j), sequence, is_full)
                 apply_functions(s_acc, s_acc, corner, f32(1), scores, args)
             first_whole = i32(ld_shared_u32(smem, whole_begin))
             last_whole = i32(ld_shared_u32(smem, whole_end))

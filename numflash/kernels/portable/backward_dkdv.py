@@ -150,7 +150,7 @@ def make_backward_dkdv_kernel(config: BackwardDkDvConfig, traits: Traits) -> Ker
                 # S^T = K Q^T, dP^T = V dO^T
                 multiply_k_q(s_acc, smem, k_mine, q_mine)
                 multiply_v_do(dp_acc, smem, v_mine, do_mine)
-                apply_functions(s_acc, slopes, Corner(j, i, sequence, 1, is_full), scores, args)
+                apply_functions(s_acc, slopes, Corner(j, i, sequence, is_full), scores, args)
                 if m_start < whole.first or m_start > whole.last:
                     mask_scores(s_acc, j, i, end, from_keys)
 

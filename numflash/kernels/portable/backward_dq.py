@@ -139,7 +139,7 @@ def make_backward_dq_kernel(config: BackwardDqConfig, traits: Traits) -> Kernel:
             multiply_q_k(s_acc, smem, q_mine, k_mine)
             multiply_do_v(dp_acc, smem, do_mine, v_mine)
             i, j = m_start + row, n_start + column
-            apply_functions(s_acc, slopes, Corner(i, j, sequence, 1, is_full), scores, args)
+            apply_functions(s_acc, slopes, Corner(i, j, sequence, is_full), scores, args)
             if n_start < whole.first or n_start > whole.last:
                 mask_scores(s_acc, i, j, sequence.seqlen_k, sequence)
 

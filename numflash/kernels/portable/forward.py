@@ -131,7 +131,7 @@ def make_forward_kernel(config: ForwardConfig, traits: Traits) -> Kernel:
             # S = softmax_scale Q K^T, masked where the block crosses an edge of the band
             multiply_q_k(s_acc, smem, q_mine, k_mine)
             i, j = m_start + row, n_start + column
-            apply_functions(s_acc, s_acc, Corner(i, j, sequence, 1, is_full), scores, args)
+            apply_functions(s_acc, s_acc, Corner(i, j, sequence, is_full), scores, args)
             if n_start < whole.first or n_start > whole.last:
                 mask_scores(s_acc, i, j, sequence.seqlen_k, sequence)
 
