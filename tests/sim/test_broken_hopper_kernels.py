@@ -74,7 +74,8 @@ class Problem:
         # Scores grow along the keys, so that maxima move and what was summed is rescaled.
         k *= np.linspace(1, 12, self.seqlen_k, dtype=np.float16)[:, None, None]
         ready._ready.clear()
-        return numflash.check(q, k, v, config=f"sm90-{self.config}", **self.options).passed
+        config = {"forward": f"sm90-{self.config}", "combine": "w2"}
+        return numflash.check(q, k, v, config=config, **self.options).passed
 
 
 _CAUSAL = {"causal": True}
@@ -110,7 +111,8 @@ PROBLEMS = {
 # Work of one thread for its warpgroup, where products hold warps together.
 PROBLEMS |= {f"{n} for one": PROBLEMS[n].with_one_arrival(False) for n in ("empty", "bypassed")}
 USUAL = ("persistent", "overlap", "turns")
-ALL = (*USUAL, "shared", "split", "empty")
+# The cheap ones first.
+ALL = (*USUAL, "empty", "shared", "split")
 # Calls that results do not need, as far as the simulator can tell: (function, called, n).
 NOT_NEEDED = {
     ("make_turns.take_turn", "bar_sync", 0): "turns are for speed",
@@ -157,10 +159,15 @@ def break_kernel(part: str, fault, monkeypatch) -> None:
 
 
 def first_failure(problems, monkeypatch) -> str | None:
-    """The failure of the kernel, for the first of the problems and seeds."""
-    for name in problems:
-        problem = PROBLEMS[name]
-        for seed in problem.seeds:
+    """The failure of the kernel for the first seed, of these for the first problem.
+
+    Most faults show with any seed, but not in any problem.
+    """
+    problems = {name: PROBLEMS[name] for name in problems}
+    for seed in sorted(set().union(*(problem.seeds for problem in problems.values()))):
+        for name, problem in problems.items():
+            if seed not in problem.seeds:
+                continue
             monkeypatch.setattr(SEED, "value", seed)
             monkeypatch.setattr(warpgroup, "WARPS_APART", problem.apart)
             try:
@@ -410,7 +417,7 @@ def test_a_tensor_map_without_swizzle_is_caught(name, monkeypatch):
 @pytest.mark.parametrize("name", ALL)
 def test_one_arrival_takes_products_to_be_over_for_all_warps_at_once(name, monkeypatch):
     """Right if that is so; and if each warp has its own, as the PTX ISA says, it is found out."""
-    for apart, seeds in ((False, range(2)), (True, SEEDS)):
+    for apart, seeds in ((False, range(1)), (True, SEEDS)):
         monkeypatch.setitem(PROBLEMS, name, PROBLEMS[name].with_one_arrival(apart))
         monkeypatch.setitem(PROBLEMS, name, replace(PROBLEMS[name], seeds=seeds))
         failure = first_failure([name], monkeypatch)

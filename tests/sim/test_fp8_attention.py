@@ -24,10 +24,10 @@ from numflash.reference.attention import heads_first
 from numflash.reference.fp8 import attention_of_codes, tokens_innermost
 from numflash.runtime.arrays import _NumPy
 from numflash.runtime.driver import limits_of_device
-from numflash.runtime.switches import is_on
 from numflash.runtime.views import Pointer
 from numflash.simulator import SEED, GlobalPointer, launch
 from tests.support.attention_cases import FP8_CONFIGS, SIM_CASES, AttentionCase, on_fp8
+from tests.support.covering import FULL
 
 SORTS = ("16-bit", "arrays", "codes")
 # Quantising takes longest in the simulator, and has tests of its own.
@@ -231,7 +231,7 @@ def _cases():
     Of the masks, which other kernels have too, a sixth, and each name once.
     """
     cases, found = on_fp8(SIM_CASES), []
-    if is_on("NUMFLASH_TEST_FULL"):
+    if FULL:
         chosen = [(c, s, f) for c in cases for s in SORTS for f in FP8_CONFIGS]
     else:
         masks = [case for case in cases if case.name.startswith(("square-", "tall-", "wide-"))]
