@@ -19,7 +19,17 @@ from numflash.kernels.wgmma import forward
 from numflash.runtime.driver import limits_of_device
 from numflash.simulator import SEED, warpgroup
 from numflash.simulator.errors import DeadlockError, SimulationError
-from tests.support.faults import Dropped, Early, Event, Twice, events, load, mutations, source_of
+from tests.support.faults import (
+    Dropped,
+    Early,
+    Event,
+    Twice,
+    attempts,
+    events,
+    load,
+    mutations,
+    source_of,
+)
 
 SEEDS = range(8)
 # In the order of imports: what is mutated is in all that follow.
@@ -159,22 +169,16 @@ def break_kernel(part: str, fault, monkeypatch) -> None:
 
 
 def first_failure(problems, monkeypatch) -> str | None:
-    """The failure of the kernel for the first seed, of these for the first problem.
-
-    Most faults show with any seed, but not in any problem.
-    """
-    problems = {name: PROBLEMS[name] for name in problems}
-    for seed in sorted(set().union(*(problem.seeds for problem in problems.values()))):
-        for name, problem in problems.items():
-            if seed not in problem.seeds:
-                continue
-            monkeypatch.setattr(SEED, "value", seed)
-            monkeypatch.setattr(warpgroup, "WARPS_APART", problem.apart)
-            try:
-                if not problem.is_solved():
-                    return f"{name}: wrong result with seed {seed}"
-            except (SimulationError, DeadlockError) as error:
-                return f"{name}: {type(error).__name__} with seed {seed}: {error}"
+    """The failure of the kernel, for the first of `attempts`."""
+    for name, seed in attempts(problems, lambda name: PROBLEMS[name].seeds):
+        problem = PROBLEMS[name]
+        monkeypatch.setattr(SEED, "value", seed)
+        monkeypatch.setattr(warpgroup, "WARPS_APART", problem.apart)
+        try:
+            if not problem.is_solved():
+                return f"{name}: wrong result with seed {seed}"
+        except (SimulationError, DeadlockError) as error:
+            return f"{name}: {type(error).__name__} with seed {seed}: {error}"
     return None
 
 
