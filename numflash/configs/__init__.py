@@ -12,6 +12,12 @@ forms (`configs.letters`), used in file names, test ids and on the command line:
 Everything here is plain arithmetic; nothing imports Numba.
 """
 
+from numflash.configs.block_masks import (
+    BLOCK_MASK_CONFIGS,
+    MaskListsConfig,
+    MaskScatterConfig,
+    MaskTilesConfig,
+)
 from numflash.configs.fp8 import Fp8ForwardConfig
 from numflash.configs.implementations import (
     IMPLEMENTATIONS,
@@ -31,6 +37,7 @@ from numflash.configs.portable import (
     PORTABLE_CONFIGS,
     BackwardDkDvConfig,
     BackwardDqConfig,
+    BackwardRowsConfig,
     CombineConfig,
     DeltaConfig,
     ForwardConfig,
@@ -68,6 +75,7 @@ Config = (
     ForwardConfig
     | BackwardDkDvConfig
     | BackwardDqConfig
+    | BackwardRowsConfig
     | DeltaConfig
     | HeadSumsConfig
     | CombineConfig
@@ -75,6 +83,9 @@ Config = (
     | QuantizeConfig
     | AmaxConfig
     | DequantizeConfig
+    | MaskTilesConfig
+    | MaskScatterConfig
+    | MaskListsConfig
 )
 
 
@@ -93,6 +104,7 @@ def parse_config(family: str, text: str) -> Config:
 
 
 __all__ = [
+    "BLOCK_MASK_CONFIGS",
     "DTYPES",
     "FAMILIES",
     "FP8_STEP",
@@ -108,6 +120,7 @@ __all__ = [
     "Asked",
     "BackwardDkDvConfig",
     "BackwardDqConfig",
+    "BackwardRowsConfig",
     "CombineConfig",
     "Config",
     "DeltaConfig",
@@ -117,6 +130,9 @@ __all__ = [
     "Fp8ForwardConfig",
     "HeadSumsConfig",
     "Implementation",
+    "MaskListsConfig",
+    "MaskScatterConfig",
+    "MaskTilesConfig",
     "MmaBackwardConfig",
     "MmaBackwardDkDvConfig",
     "MmaBackwardDqConfig",

@@ -17,6 +17,7 @@ FACTORIES = {
     ("portable", "forward"): "portable.forward.make_forward_kernel",
     ("portable", "backward-dkdv"): "portable.backward_dkdv.make_backward_dkdv_kernel",
     ("portable", "backward-dq"): "portable.backward_dq.make_backward_dq_kernel",
+    ("portable", "backward-rows"): "portable.backward_rows.make_backward_rows_kernel",
     ("portable", "delta"): "shared.delta.make_delta_kernel",
     ("portable", "head-sums"): "shared.head_sums.make_head_sums_kernel",
     ("portable", "combine"): "shared.combine.make_combine_kernel",
@@ -24,6 +25,9 @@ FACTORIES = {
     ("quantize", "amax"): "quantize.amax.make_amax_kernel",
     ("quantize", "dequantize"): "quantize.dequantize.make_dequantize_kernel",
     ("quantize", "estimate"): "quantize.estimate.make_estimate_kernel",
+    ("block-mask", "mask-tiles"): "masks.tiles.make_mask_tiles_kernel",
+    ("block-mask", "mask-scatter"): "masks.scatter.make_mask_scatter_kernel",
+    ("block-mask", "mask-lists"): "masks.lists.make_mask_lists_kernel",
 }
 """(row of `configs.implementations`, kernel family) -> factory(config, traits) -> Kernel, by name
 below `numflash.kernels`: only what is asked for is imported."""

@@ -19,7 +19,7 @@ its own rows of dQ.
 import math
 
 from numflash.configs import MmaBackwardDqConfig, Traits
-from numflash.kernels.arguments import Mask, Scores, Shape, Statistics, Tensor
+from numflash.kernels.arguments import Shape, Statistics, Tensor, mask_of, scores_of
 from numflash.kernels.kernel import Kernel
 from numflash.ptx import (
     CP_ASYNC_WAIT_GROUP,
@@ -55,9 +55,11 @@ from numflash.tiles.mma.fragments import (
 )
 from numflash.tiles.mma.layouts import TileLayout, make_word
 from numflash.tiles.mma.products import make_product_nt, make_product_pn
-from numflash.tiles.mma.scores import make_mask_scores, make_scale_scores_backward
+from numflash.tiles.mma.scores import make_apply_functions, make_mask_scores
 from numflash.tiles.mma.softmax import make_softmax_backward_by_row
 from numflash.tiles.portable.softmax import LOG2_E
+from numflash.tiles.scores import Corner
+from numflash.tiles.steps import make_row_of, make_steps_of, make_tile_at
 
 
 def make_backward_dq_kernel(config: MmaBackwardDqConfig, traits: Traits) -> Kernel:
@@ -75,7 +77,8 @@ def make_backward_dq_kernel(config: MmaBackwardDqConfig, traits: Traits) -> Kern
     v_layout = TileLayout(traits.head_dim_v // element.per_chunk, config.swizzled)
     k_words, v_words = tile_n * k_layout.pitch, tile_n * v_layout.pitch
 
-    place_of_queries = make_place_of_queries(tile_m)
+    place_of_queries, row_of = make_place_of_queries(tile_m), make_row_of(traits)
+    steps_of, tile_at = make_steps_of(traits, tile_n), make_tile_at(traits, tile_n)
     asynchronous = config.generation != "sm75" and traits.vectorized
     copy = (num_threads, traits.vectorized, asynchronous)
     copy_q = make_copy_tile(element, k_layout, tile_m, *copy)
@@ -89,14 +92,12 @@ def make_backward_dq_kernel(config: MmaBackwardDqConfig, traits: Traits) -> Kern
     multiply_q_k = make_product_nt(element, m_tiles, n_tiles, k_layout, k_layout)
     multiply_do_v = make_product_nt(element, m_tiles, n_tiles, v_layout, v_layout)
     multiply_ds_k = make_product_pn(element, m_tiles, n_tiles, dq_tiles, k_layout)
-    scale_scores = make_scale_scores_backward(
-        m_tiles, n_tiles, traits.features, True, traits.bends_scores
-    )
+    apply_functions = make_apply_functions(m_tiles, n_tiles, traits, True, traits.bends_scores)
     mask_scores = make_mask_scores(m_tiles, n_tiles)
-    softmax_backward = make_softmax_backward_by_row(m_tiles, n_tiles, traits.bends_scores)
+    softmax_backward = make_softmax_backward_by_row(m_tiles, n_tiles, traits)
     store_dq = make_store_rows(element, m_tiles, dq_tiles, traits.vectorized)
-    storage, args_of_head = element.storage, make_args_of_head(traits.features)
-    bends = traits.shapes_scores
+    storage, args_of_head = element.storage, make_args_of_head(traits)
+    bends, has_functions = traits.shapes_scores, traits.has_functions
     n_slopes = n_scores if traits.bends_scores else 1
     # Tiles that may be on their way while one is used.
     wait_for_tile = CP_ASYNC_WAIT_GROUP[max(0, num_stages - 2)]
@@ -108,9 +109,9 @@ def make_backward_dq_kernel(config: MmaBackwardDqConfig, traits: Traits) -> Kern
         do: Tensor[storage],  # (batch, seqlen_q, num_heads_q, head_dim_v)
         statistics_log2: Statistics,  # both (batch, num_heads_q, seqlen_q)
         dq: Tensor[storage],  # (batch, seqlen_q, num_heads_q, head_dim)
-        mask: Mask,
+        mask: mask_of(traits),
         shape: Shape,
-        scores: Scores,
+        scores: scores_of(traits.program),
     ):
         smem = cuda.shared.array(0, u32, alignment=128)
         s_acc = cuda.local.array(n_scores, f32)
@@ -127,13 +128,15 @@ def make_backward_dq_kernel(config: MmaBackwardDqConfig, traits: Traits) -> Kern
         v_base = first_of_rows(v, batch, head_kv, sequence.first_k)
         do_base = first_of_rows(do, batch, head, sequence.first_q)
         first_query = first_of_statistics(batch, head, shape) + sequence.first_q
-        args = args_of_head(scores.features, batch, head)
+        args = args_of_head(scores, batch, head)
         scale_log2 = LOG2_E
         if not bends:
             scale_log2 = scores.scale * LOG2_E
         # Tiles of keys that some of these rows see, and those that all of them see.
         last_query = last_of(m_start, tile_m, sequence.seqlen_q)
-        n_begin, n_end = tiles_seen(m_start, last_query, tile_n, sequence)
+        blocks = row_of(mask, batch, head, m_start)
+        tiles = tiles_seen(m_start, last_query, tile_n, sequence)
+        n_begin, n_end = steps_of(mask, blocks, tiles)
         whole = tiles_seen_whole(m_start, last_query, tile_n, sequence)
 
         # This lane's position in the operands, and of its scores in the tile.
@@ -153,8 +156,9 @@ def make_backward_dq_kernel(config: MmaBackwardDqConfig, traits: Traits) -> Kern
         for stage in range(num_stages - 1):
             n = i32(n_begin + stage)
             if n < n_end:
-                fetch_k(smem, k, k_base, n, stage, sequence.seqlen_k, shape.head_dim)
-                fetch_v(smem, v, v_base, n, stage, sequence.seqlen_k, shape.head_dim_v)
+                n_block, _ = tile_at(mask, blocks, n)
+                fetch_k(smem, k, k_base, n_block, stage, sequence.seqlen_k, shape.head_dim)
+                fetch_v(smem, v, v_base, n_block, stage, sequence.seqlen_k, shape.head_dim_v)
             if asynchronous:
                 cp_async_commit_group()
         for i in range(n_dq):
@@ -171,16 +175,17 @@ def make_backward_dq_kernel(config: MmaBackwardDqConfig, traits: Traits) -> Kern
 
         stage = i32(0)
         last_stage = i32(num_stages - 1)
-        for n_block in range(n_begin, n_end):
+        for step in range(n_begin, n_end):
             # The tile must have arrived, unless there is only one stage. The barrier shows it to
             # all threads, and all have read the tile before it, whose buffer is written again.
             if asynchronous and num_stages > 1:
                 wait_for_tile()
             cuda.syncthreads()
-            n = i32(n_block + num_stages - 1)
+            n = i32(step + num_stages - 1)
             if n < n_end:
-                fetch_k(smem, k, k_base, n, last_stage, sequence.seqlen_k, shape.head_dim)
-                fetch_v(smem, v, v_base, n, last_stage, sequence.seqlen_k, shape.head_dim_v)
+                n_block, _ = tile_at(mask, blocks, n)
+                fetch_k(smem, k, k_base, n_block, last_stage, sequence.seqlen_k, shape.head_dim)
+                fetch_v(smem, v, v_base, n_block, last_stage, sequence.seqlen_k, shape.head_dim_v)
             if asynchronous:
                 cp_async_commit_group()
             if num_stages == 1:
@@ -192,11 +197,13 @@ def make_backward_dq_kernel(config: MmaBackwardDqConfig, traits: Traits) -> Kern
             # S = Q K^T, dP = dO V^T
             multiply_q_k(s_acc, smem, q_mine, k_mine + k_words * stage)
             multiply_do_v(dp_acc, smem, do_mine, v_mine + v_words * stage)
+            n_block, is_full = tile_at(mask, blocks, step)
             n_start = i32(n_block * tile_n)
-            if bends:
+            if has_functions:
                 i = i32(m_start + accumulator_row(rows_per_warp))
                 j = i32(n_start + accumulator_column())
-                scale_scores(s_acc, slopes, i, j, scores.scale, scores.shift, args)
+                corner = Corner(i, j, sequence, 1, is_full)
+                apply_functions(s_acc, slopes, corner, scores.scale, scores, args)
             if n_start < whole.first or n_start > whole.last:
                 i = i32(m_start + accumulator_row(rows_per_warp))
                 j = i32(n_start + accumulator_column())

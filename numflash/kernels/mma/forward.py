@@ -27,7 +27,7 @@ Source: FlashAttention-2, arXiv 2307.08691, Algorithm 1; Flash-Decoding for the 
 """
 
 from numflash.configs import MmaForwardConfig, Traits
-from numflash.kernels.arguments import Layout, Mask, Part, Pointer, Scores, Shape, Tensor
+from numflash.kernels.arguments import Layout, Part, Pointer, Shape, Tensor, mask_of, scores_of
 from numflash.kernels.kernel import Kernel
 from numflash.ptx import (
     CP_ASYNC_WAIT_GROUP,
@@ -42,7 +42,6 @@ from numflash.ptx import (
 from numflash.tiles.blocks import (
     first_of_rows,
     grid_of,
-    make_keys_of,
     make_place_of,
     make_whole_keys,
     number_of_head_kv,
@@ -70,7 +69,7 @@ from numflash.tiles.mma.fragments import (
 )
 from numflash.tiles.mma.layouts import TileLayout, make_word
 from numflash.tiles.mma.products import make_product_nt, make_product_pn
-from numflash.tiles.mma.scores import make_mask_scores, make_scale_scores
+from numflash.tiles.mma.scores import make_apply_functions, make_mask_scores
 from numflash.tiles.mma.softmax import (
     make_online_softmax,
     make_scale_rows,
@@ -78,7 +77,8 @@ from numflash.tiles.mma.softmax import (
 )
 from numflash.tiles.portable.softmax import LN_2, LOG2_E
 from numflash.tiles.rows import make_end_of_row
-from numflash.tiles.scores import NEG_INF
+from numflash.tiles.scores import NEG_INF, Corner
+from numflash.tiles.steps import make_keys_of, make_row_of, make_tile_at
 
 
 def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
@@ -96,7 +96,8 @@ def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
     v_layout = TileLayout(traits.head_dim_v // element.per_chunk, config.swizzled)
     k_words, v_words = tile_n * k_layout.pitch, tile_n * v_layout.pitch
 
-    place_of, keys_of = make_place_of(tile_m), make_keys_of(config)
+    place_of, keys_of = make_place_of(tile_m), make_keys_of(config, traits)
+    row_of, tile_at = make_row_of(traits), make_tile_at(traits, tile_n)
     whole_keys = make_whole_keys(tile_n, tile_m)
     asynchronous = config.generation != "sm75" and traits.vectorized
     copy = (num_threads, traits.vectorized, asynchronous)
@@ -109,15 +110,15 @@ def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
     first_of_v, _ = make_transposed_operand(element, v_layout)
     multiply_q_k = make_product_nt(element, m_tiles, n_tiles, k_layout, k_layout)
     multiply_p_v = make_product_pn(element, m_tiles, n_tiles, o_tiles, v_layout)
-    scale_scores = make_scale_scores(m_tiles, n_tiles, traits.features)
+    apply_functions = make_apply_functions(m_tiles, n_tiles, traits, True, False)
     mask_scores = make_mask_scores(m_tiles, n_tiles)
     online_softmax = make_online_softmax(m_tiles, n_tiles, o_tiles)
     scale_rows = make_scale_rows(m_tiles, o_tiles)
     end_of_row, lse_of_row = make_end_of_row(traits.features, LN_2, is_split)
     store_as = traits.vectorized or is_split, is_split, row_of_packed_heads
     store_o = make_store_rows(element, m_tiles, o_tiles, *store_as)
-    storage, args_of_head = element.storage, make_args_of_head(traits.features)
-    bends = traits.shapes_scores
+    storage, args_of_head = element.storage, make_args_of_head(traits)
+    bends, has_functions = traits.shapes_scores, traits.has_functions
     selected = traits.selected
     out_storage = f32 if is_split else storage
     # Copies that may be on their way while the next tile is used: K and V of all stages but one.
@@ -130,10 +131,10 @@ def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
         out: Part[out_storage],  # (split, batch, seqlen_q, num_heads_q, head_dim_v)
         lse: Pointer(f32),  # (split, batch, num_heads_q, seqlen_q)
         in_fp8: Pointer(i32),  # (batch, num_heads_kv)
-        mask: Mask,
+        mask: mask_of(traits),
         shape: Shape,
         layout: Layout,
-        scores: Scores,
+        scores: scores_of(traits.program),
     ):
         smem = cuda.shared.array(0, u32, alignment=128)
         s_acc = cuda.local.array(n_scores, f32)
@@ -151,12 +152,13 @@ def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
         q_origin = first_of_rows(q, batch, head, sequence.first_q), layout.pack
         k_base = first_of_rows(k, batch, head_kv, sequence.first_k)
         v_base = first_of_rows(v, batch, head_kv, sequence.first_k)
-        args = args_of_head(scores.features, batch, head)
+        args = args_of_head(scores, batch, head)
         scale_log2 = LOG2_E
         if not bends:
             scale_log2 = scores.scale * LOG2_E
         # Tiles of keys that some of these rows see, and those that all of them see.
-        n_begin, n_end = keys_of(m_start, split, grid, sequence)
+        blocks = row_of(mask, batch, head, token_of_row(m_start, layout.pack))
+        n_begin, n_end = keys_of(m_start, split, grid, sequence, mask, blocks)
         whole = whole_keys(m_start, grid, sequence)
 
         # This lane's position in the operands, and of its scores in the tile.
@@ -172,12 +174,14 @@ def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
         for stage in range(num_stages):
             n = i32(n_begin + stage)
             if n < n_end:
-                fetch_k(smem, k, k_base, n, stage, sequence.seqlen_k, shape.head_dim)
+                n_block, _ = tile_at(mask, blocks, n)
+                fetch_k(smem, k, k_base, n_block, stage, sequence.seqlen_k, shape.head_dim)
             if asynchronous:
                 cp_async_commit_group()
             if stage < num_stages - 1:
                 if n < n_end:
-                    fetch_v(smem, v, v_base, n, stage, sequence.seqlen_k, shape.head_dim_v)
+                    n_block, _ = tile_at(mask, blocks, n)
+                    fetch_v(smem, v, v_base, n_block, stage, sequence.seqlen_k, shape.head_dim_v)
                 if asynchronous:
                     cp_async_commit_group()
         for i in range(n_o):
@@ -188,15 +192,16 @@ def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
 
         stage = i32(0)
         last_stage = i32(num_stages - 1)
-        for n_block in range(n_begin, n_end):
+        for step in range(n_begin, n_end):
             # K of this block must have arrived. The barrier shows it to all threads, and V's last
             # readers are through with the buffer that the next V goes to.
             if asynchronous:
                 wait_for_tile()
             cuda.syncthreads()
-            n = i32(n_block + num_stages - 1)
+            n = i32(step + num_stages - 1)
             if n < n_end:
-                fetch_v(smem, v, v_base, n, last_stage, sequence.seqlen_k, shape.head_dim_v)
+                n_block, _ = tile_at(mask, blocks, n)
+                fetch_v(smem, v, v_base, n_block, last_stage, sequence.seqlen_k, shape.head_dim_v)
             if asynchronous:
                 cp_async_commit_group()
 
@@ -208,17 +213,20 @@ def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
             if asynchronous:
                 wait_for_tile()
             cuda.syncthreads()
-            n = i32(n_block + num_stages)
+            n = i32(step + num_stages)
             if n < n_end:
-                fetch_k(smem, k, k_base, n, stage, sequence.seqlen_k, shape.head_dim)
+                n_block, _ = tile_at(mask, blocks, n)
+                fetch_k(smem, k, k_base, n_block, stage, sequence.seqlen_k, shape.head_dim)
             if asynchronous:
                 cp_async_commit_group()
 
+            n_block, is_full = tile_at(mask, blocks, step)
             n_start = i32(n_block * tile_n)
-            if bends:
+            if has_functions:
                 i = i32(m_start + accumulator_row(rows_per_warp))
                 j = i32(n_start + accumulator_column())
-                scale_scores(s_acc, i, j, scores.scale, scores.shift, args)
+                corner = Corner(i, j, sequence, layout.pack, is_full)
+                apply_functions(s_acc, s_acc, corner, scores.scale, scores, args)
             if n_start < whole.first or n_start > whole.last:
                 i = i32(m_start + accumulator_row(rows_per_warp))
                 j = i32(n_start + accumulator_column())
