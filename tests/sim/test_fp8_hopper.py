@@ -33,7 +33,7 @@ from tests.sim.test_fp8_attention import (
     tile_n_of,
     tokens_per_scale,
 )
-from tests.support.attention_cases import SIM_CASES, AttentionCase, on_fp8
+from tests.support.attention_cases import SIM_CASES, AttentionCase, is_of_masks, on_fp8
 from tests.support.covering import FULL
 from tests.support.faults import Early, events, load, mutations, source_of
 
@@ -87,8 +87,8 @@ def _small():
     cases = [_storable(case) for case in on_fp8(SIM_CASES)]
     if FULL:
         return [(case, sort, config) for case in cases for sort in SORTS for config in SMALL]
-    masks = [case for case in cases if case.name.startswith(("square-", "tall-", "wide-"))]
-    cases = [*masks[::6], *(case for case in cases if case not in masks)]
+    masks = [case for case in cases if is_of_masks(case)][::9]
+    cases = [*masks, *(case for case in cases if not is_of_masks(case))]
     cases = list({case.name: case for case in cases if case.name != "67"}.values())[::2]
     found = []
     for i, case in enumerate(cases):

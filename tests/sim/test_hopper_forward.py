@@ -26,16 +26,23 @@ from tests.support.attention_cases import (
     SIM_CASES,
     SMALL_CONFIGS,
     AttentionCase,
+    is_of_masks,
+    masks_of,
     on_hopper,
 )
-from tests.support.covering import FULL
+from tests.support.covering import FULL, covering
 
 CONFIGS = tuple(configs["forward"] for configs in SMALL_CONFIGS["sm90"])
 
 
 def _cases() -> list[tuple[str, AttentionCase]]:
-    """(config, case): each small case on one config, or on all of them, and the larger cases."""
+    """(config, case): each small case on one config, or on all of them, and the larger cases.
+
+    Masks are those of other kernels: of their cases each form and each mask once.
+    """
     small = on_hopper(SIM_CASES)
+    masked = covering([case for case in small if is_of_masks(case)], masks_of, together=1)
+    small = [*masked, *(case for case in small if not is_of_masks(case))]
     if FULL:
         found = [(config, case) for case in small for config in CONFIGS]
     else:
