@@ -24,7 +24,6 @@ from numpy import uint16 as u16
 
 from numflash.configs import Traits
 from numflash.configs.features import Features
-from numflash.configs.traits import Traits
 from numflash.functions.program import Program
 from numflash.runtime.views import Pointer
 
