@@ -23,6 +23,7 @@ from numpy import uint8 as u8
 from numpy import uint16 as u16
 
 from numflash.configs.features import Features
+from numflash.configs.traits import Traits
 from numflash.functions.program import Program
 from numflash.runtime.views import Pointer
 

@@ -15,8 +15,8 @@ NUMBER = Number | np.generic
 """What functions get that is no array."""
 BLOCK_STEP = 16
 """Blocks are multiples of this many queries and keys: the smallest tiles of kernels are."""
-# Places in lists are 32-bit in kernels, and so are those of queries and keys.
-_MAX_ENTRIES = 2**31 - 1
+# Steps are 32-bit in kernels, and so are places of queries and keys.
+_MAX_STEPS = 2**31 - 1
 _MAX_BLOCK = 2**16
 _MAX_SEQLEN = 2**30
 _NAMES = ("block_entries", "block_counts", "block_entries_of_keys", "block_counts_of_keys")
@@ -135,10 +135,12 @@ def block_size_of(value) -> tuple[int, int]:
 def blocks_of(size: tuple[int, int], rows: int, columns: int, batch: int, heads: int) -> Blocks:
     """Blocks in numbers. Raises UnsupportedError where there are too many for lists."""
     blocks = Blocks(size, rows, columns, batch, heads)
-    if blocks.count > _MAX_ENTRIES:
+    # Kernels number the steps of all lists, as many to an entry as small tiles are in a block.
+    most = _MAX_STEPS // (max(size) // BLOCK_STEP)
+    if blocks.count > most:
         raise UnsupportedError(
             f"a block mask of {batch} x {heads} heads and {rows} x {columns} blocks has "
-            f"{blocks.count} entries; lists have at most {_MAX_ENTRIES}"
+            f"{blocks.count} entries; lists of blocks of {max(size)} have at most {most}"
         )
     return blocks
 

@@ -8,8 +8,8 @@ import pytest
 from numflash.configs import Traits, parse_config
 from numflash.kernels.arguments import BlockLists, BlockMask, Mask
 from numflash.ptx import i32
-from numflash.tiles.blocks import Grid, Keys, Sequence
-from numflash.tiles.steps import make_keys_of, make_row_of, make_steps_of, make_tile_at
+from numflash.tiles.blocks import Grid, Keys, Place, Sequence
+from numflash.tiles.steps import make_keys_of, make_steps_of, make_tile_at, make_tile_in
 
 RNG = np.random.default_rng(3)
 
@@ -30,10 +30,10 @@ def mask_of_tiles(tiles, full):
 
 def walked(traits, tile, mask, head, start, seen, by_keys=False):
     """(tile, is_full) of each step."""
-    row = make_row_of(traits, by_keys)(mask, i32(0), i32(head), i32(start))
-    begin, end = make_steps_of(traits, tile, by_keys)(mask, row, Keys(*map(i32, seen)))
+    place = i32(0), i32(head), i32(start)
+    begin, end = make_steps_of(traits, tile, by_keys)(mask, *place, Keys(*map(i32, seen)))
     at = make_tile_at(traits, tile, by_keys)
-    found = [at(mask, row, i32(step)) for step in range(begin, end)]
+    found = [at(mask, i32(step)) for step in range(begin, end)]
     return [(int(n), bool(is_full)) for n, is_full in found]
 
 
@@ -75,12 +75,12 @@ def test_splits_share_the_steps_of_a_list():
     tiles = np.array([[[0, 1, 1, 0, 1, 0, 0]]], bool)
     mask = mask_of_tiles(tiles, tiles)
     sequence = Sequence(*map(i32, (64, 7 * 32, 0, 0, -(2**20), 2**20)))
-    row = make_row_of(traits)(mask, i32(0), i32(0), i32(0))
     keys_of, at = make_keys_of(config, traits), make_tile_at(traits, 16)
     for splits in (2, 3, 5):
         grid = Grid(*map(i32, (64, 1, 1, splits, 1)))
-        parts = [keys_of(i32(0), i32(s), grid, sequence, mask, row) for s in range(splits)]
-        found = [int(at(mask, row, i32(n))[0]) for part in parts for n in range(*part)]
+        places = [Place(*map(i32, (0, 0, 0, 0, split))) for split in range(splits)]
+        parts = [keys_of(place, grid, sequence, mask) for place in places]
+        found = [int(at(mask, i32(n))[0]) for part in parts for n in range(*part)]
         assert found == [2, 3, 4, 5, 8, 9]
         assert max(end - begin for begin, end in parts) == -(-6 // splits)
 
@@ -98,3 +98,14 @@ def test_traits_know_which_tiles_divide_blocks():
     for wrong in ((128,), (0, 128), (128, -16)):
         with pytest.raises(ValueError, match="blocks must be"):
             Traits("float16", 64, 64, blocks=wrong)
+
+
+def test_a_tile_by_itself_is_found_in_its_list():
+    traits = Traits("float16", 32, 32, blocks=(32, 32))
+    tiles = RNG.random((2, 3, 5)) < 0.5
+    full = tiles & (RNG.random(tiles.shape) < 0.5)
+    mask, tile_in = mask_of_tiles(tiles, full), make_tile_in(traits, 32, 16)
+    for head, m, n in itertools.product(range(2), range(0, 96, 32), range(0, 160, 16)):
+        found = tile_in(mask, *map(i32, (0, head, m, n)))
+        place = head, m // 32, n // 32
+        assert found == (bool(tiles[place]), bool(full[place]))
