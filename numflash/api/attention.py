@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from numflash.api.block_masks import with_own_block_mask
 from numflash.calls.backward import Backward
 from numflash.calls.fp8_options import refuse_backward
 from numflash.calls.ready import bind_forward, prepare
@@ -29,6 +30,7 @@ def attention(
     score_mod: Callable | None = None,
     mask_mod: Callable | None = None,
     aux: tuple = (),
+    block_mask=None,
     layout: str = "bshd",
     precision: str | None = None,
     fp8: Fp8Recipe | None = None,
@@ -80,6 +82,9 @@ def attention(
             besides what mask, causal and window_size hide.
         aux: arrays, and numbers that change from call to call, that score_mod and mask_mod get.
             Numbers that a function closes over are constants of its kernel.
+        block_mask: a `BlockMask`, as `create_block_mask` makes it, or FlexAttention's: which
+            blocks of queries and keys are computed at all, and the function that decides within
+            those that are partly kept, which need not be given as mask_mod again.
         layout: "bshd" or "bhsd", of q, k, v and the result.
         precision: "tf32" allows float32 to be multiplied on tensor cores, with operands rounded
             to 10 bits after the point; where there is no such kernel (head dims above 128,
@@ -150,12 +155,14 @@ def attention(
         score_mod,
         mask_mod,
         aux,
+        block_mask,
         layout,
         precision,
         config,
         fp8,
         max_rel_error,
     )
+    options = with_own_block_mask(options, stream)
     if return_decision and precision != "auto":
         raise ValueError(f'return_decision goes with precision="auto", got {precision!r}')
     descales = q_descale, k_descale, v_descale
@@ -187,6 +194,7 @@ def attention_backward(
     score_mod: Callable | None = None,
     mask_mod: Callable | None = None,
     aux: tuple = (),
+    block_mask=None,
     layout: str = "bshd",
     precision: str | None = None,
     dlse=None,
@@ -203,8 +211,8 @@ def attention_backward(
         out, lse: as returned by `attention(..., return_lse=True)`. With delta out is not read,
             and may be None.
         softmax_scale, causal, causal_align, shift, window_size, softcap, alibi_slopes, sinks,
-            bias, mask, score_mod, mask_mod, aux, layout, precision, stream: as given to
-            `attention`.
+            bias, mask, score_mod, mask_mod, aux, block_mask, layout, precision, stream: as given
+            to `attention`.
         dlse: gradient of lse, where a loss depends on it: shaped like lse, float32, any strides.
         delta: the sum over head_dim_v of dout * out, where the caller has it: shaped like lse,
             float32, any strides.
@@ -256,10 +264,12 @@ def attention_backward(
         score_mod,
         mask_mod,
         aux,
+        block_mask,
         layout,
         precision,
         config,
     )
+    options = with_own_block_mask(options, stream)
     refuse_backward(q, k, v, precision)
     arrays = {"q": q, "k": k, "v": v, "dout": dout, "lse": lse}
     if delta is None:

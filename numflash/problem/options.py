@@ -4,19 +4,17 @@ import math
 from collections import namedtuple
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from numbers import Integral, Number, Real
+from numbers import Integral, Real
 from operator import attrgetter
 from typing import Any
 
-import numpy as np
-
 from numflash.configs.features import FEATURES, expect_nothing, expect_real
 from numflash.functions.identity import key_of
+from numflash.problem.block_masks import NUMBER, ListedBlocks, expect_block_mask
 from numflash.problem.fp8 import Fp8Recipe
 
 LAYOUTS = ("bshd", "bhsd")
 ALIGNMENTS = ("bottom_right", "top_left")
-_NUMBER = Number | np.generic
 PRECISIONS = ("tf32", "fp8", "auto")
 # Positions are 32-bit in kernels.
 _MAX_SHIFT = 2**30
@@ -137,6 +135,7 @@ OPTIONS = (
     Option("score_mod", None, _expect_function),
     Option("mask_mod", None, _expect_function),
     Option("aux", (), _expect_aux),
+    Option("block_mask", None, expect_block_mask),
     Option("layout", "bshd", _expect_layout),
     Option("precision", None, _expect_precision),
     Option("config", None),
@@ -193,7 +192,9 @@ class AttentionOptions(_Options):
         found = {name: array for name, array in given.items() if array is not None}
         if self.aux:
             of_aux = {f"aux{n}": each for n, each in enumerate(self.aux)}
-            found |= {name: each for name, each in of_aux.items() if not isinstance(each, _NUMBER)}
+            found |= {name: each for name, each in of_aux.items() if not isinstance(each, NUMBER)}
+        if isinstance(self.block_mask, ListedBlocks):
+            found |= self.block_mask.arrays()
         return found
 
     def check(self) -> None:
@@ -208,11 +209,15 @@ class AttentionOptions(_Options):
         Raises TypeError where an option is of a type that no call may have.
         """
         config = self.config
+        if not isinstance(self.block_mask, ListedBlocks | None):
+            raise TypeError("no call may have such a block_mask")
         values = *_NUMBERS(self), *self.window_size
         kinds = *map(type, values), type(self.window_size), type(config)
         if isinstance(config, dict):
             config = tuple(config.items())
-        return values, kinds, config, _WORDS(self), *self._key_of_functions()
+        words = _WORDS(self)
+        blocks = None if self.block_mask is None else self.block_mask.key()
+        return values, kinds, config, words, blocks, *self._key_of_functions()
 
     def _key_of_functions(self) -> tuple:
         """What functions mean, and the numbers that they get."""
@@ -221,5 +226,5 @@ class AttentionOptions(_Options):
         keys = key_of(self.score_mod), key_of(self.mask_mod)
         if None in keys:
             raise TypeError("nobody can tell whether these functions mean what they meant before")
-        numbers = [(type(x), x) if isinstance(x, _NUMBER) else None for x in self.aux]
+        numbers = [(type(x), x) if isinstance(x, NUMBER) else None for x in self.aux]
         return *keys, *numbers

@@ -9,6 +9,7 @@ from numbers import Integral
 
 from numflash.configs import DTYPES, MAX_HEAD_DIM, Traits, padded_head_dim
 from numflash.configs.features import FEATURES, NO_FEATURES, Asked, Features
+from numflash.problem.block_masks import Blocks, expect_blocks
 from numflash.problem.options import (
     PRECISIONS,
     AttentionOptions,
@@ -58,6 +59,7 @@ class AttentionProblem:
         features: the arguments of each feature, by name; None of one that is not asked for.
         program: the text of the caller's functions, bias and mask; "" without.
         given: what they read: the values of `Program.fields`; of a pointer the operand's name.
+        blocks: of the block mask; None without one.
         tf32: whether float32 may be multiplied as tf32.
         no_tensor_maps: why q, k, v and out cannot be described to bulk copies; None if they can.
     """
@@ -77,6 +79,7 @@ class AttentionProblem:
     features: Features = NO_FEATURES
     program: str = ""
     given: tuple = ()
+    blocks: Blocks | None = None
     tf32: bool = False
     no_tensor_maps: str | None = None
 
@@ -101,6 +104,7 @@ class AttentionProblem:
             vectorized=vectorized,
             tf32=self.tf32,
             program=self.program,
+            blocks=self.blocks.size if self.blocks else (),
         )
 
     def num_blocks(self, rows: int, heads: int, block_rows: int) -> int:
@@ -188,6 +192,9 @@ def describe(
         right = 0
     extent = Extent(batch, num_heads_q, seqlen_q, seqlen_k, q.device)
     program, given = program_of(views, options, extent)
+    blocks = None
+    if options.block_mask is not None:
+        blocks = expect_blocks(options.block_mask, views, extent[:4], q.device)
     problem = AttentionProblem(
         batch=batch,
         seqlen_q=seqlen_q,
@@ -205,6 +212,7 @@ def describe(
         features=_features(views, options, Asked(batch, num_heads_q, scale, q.device)),
         program=program,
         given=given,
+        blocks=blocks,
         tf32=options.precision == "tf32",
     )
     return problem, tensors

@@ -222,7 +222,7 @@ def _combine(
 
     It is the same after 8-bit floats, but then nothing is captured or tuned.
     """
-    plain = replace(traits, fp8=False, key_scales=False)
+    plain = replace(traits, fp8=False, key_scales=False, blocks=())
     if config is not None:
         return force("combine", config, plain, machine.limits)
     choice = choose("combine", plain, machine.limits)
@@ -238,6 +238,7 @@ def traits_of_delta(traits: Traits, gradients: Gradients) -> Traits:
     return replace(
         traits,
         features=features,
+        blocks=(),
         dlse=gradients.dlse,
         given_delta=gradients.delta,
         plain_delta=any(gradients.needs(family, traits.features) for family in OF_OPTIONS),
@@ -293,9 +294,9 @@ def _tuned(
 ) -> Choice:
     """The tuned config for a problem in the place of the one by rule, if there is one.
 
-    There is none for the caller's functions: what they cost no table knows.
+    There is none for the caller's functions and block masks: what they cost no table knows.
     """
-    if traits.program:
+    if traits.program or traits.blocks:
         return choice
     wanted = ProblemClass.of(choice.family, problem, traits)
     if runs:

@@ -42,7 +42,7 @@ from numflash.tiles.scores import (
     make_apply_functions,
     make_mask_scores,
 )
-from numflash.tiles.steps import make_row_of, make_steps_of, make_tile_at
+from numflash.tiles.steps import make_steps_of, make_tile_at
 
 
 def make_backward_dq_kernel(config: BackwardDqConfig, traits: Traits) -> Kernel:
@@ -60,7 +60,6 @@ def make_backward_dq_kernel(config: BackwardDqConfig, traits: Traits) -> Kernel:
     k_pitch, v_pitch, ds_pitch = (layout.pitches[name] for name in "kvp")
 
     place_of_queries = make_place_of_queries(tile_m)
-    row_of = make_row_of(traits)
     steps_of, tile_at = make_steps_of(traits, tile_n), make_tile_at(traits, tile_n)
     copy = (num_threads, traits.vectorized)
     load_q = make_load_tile(element, tile_m, traits.head_dim, k_pitch, *copy)
@@ -123,12 +122,11 @@ def make_backward_dq_kernel(config: BackwardDqConfig, traits: Traits) -> Kernel:
 
         # Tiles of keys that some of these rows see, and those that all of them see.
         last_query = last_of(m_start, tile_m, sequence.seqlen_q)
-        blocks = row_of(mask, batch, head, m_start)
         tiles = tiles_seen(m_start, last_query, tile_n, sequence)
-        n_begin, n_end = steps_of(mask, blocks, tiles)
+        n_begin, n_end = steps_of(mask, batch, head, m_start, tiles)
         whole = tiles_seen_whole(m_start, last_query, tile_n, sequence)
         for step in range(n_begin, n_end):
-            n_block, is_full = tile_at(mask, blocks, step)
+            n_block, is_full = tile_at(mask, step)
             n_start = i32(n_block * tile_n)
             cuda.syncthreads()  # the previous K and V have been read by all
             load_k(smem, k_smem, k, k_base, n_start, shape.seqlen_k, shape.head_dim)

@@ -44,7 +44,8 @@ class ScoreGradients(NamedTuple):
             of Q and dO to shared memory, and the thread's rows of the statistics.
         load_keys: (smem, inputs, batch, head_kv, n_start, sequence, shape): a tile of K and V.
         compute: (ds_acc, s_acc, smem, of_rows, tile, sequence, scores, args): dS, and P to s_acc.
-            of_rows is (lses, deltas), tile is (m_start, n_start, whether no score is masked).
+            of_rows is (lses, deltas), tile is (m_start, n_start, whether no edge of the band
+            crosses it, `is_full` of `tiles.scores.Corner`).
         place: () -> (row, column): the thread's first, in a tile; its score i is in row
             row + ROW_LANES * (i // columns) and column + COLUMN_LANES * (i % columns).
         rows, columns: of a thread; ds_acc and s_acc have rows * columns elements.
@@ -107,12 +108,12 @@ def make_score_gradients(config, traits: Traits) -> ScoreGradients:
     @device_function
     def compute(ds_acc, s_acc, smem, of_rows, tile, sequence, scores, args):
         lses, deltas = of_rows
-        m_start, n_start, is_whole = tile
+        m_start, n_start, is_whole, is_full = tile
         row, column = place()
         multiply_q_k(s_acc, smem, q_smem + row * k_pitch, k_smem + column * k_pitch)
         multiply_do_v(ds_acc, smem, do_smem + row * v_pitch, v_smem + column * v_pitch)
         i, j = m_start + row, n_start + column
-        apply_functions(s_acc, s_acc, Corner(i, j, sequence, False), scores, args)
+        apply_functions(s_acc, s_acc, Corner(i, j, sequence, is_full), scores, args)
         if not is_whole:
             mask_scores(s_acc, i, j, sequence.seqlen_k, sequence)
         softmax_backward(s_acc, ds_acc, s_acc, lses, deltas, f32(1))

@@ -19,7 +19,6 @@ class Rows(NamedTuple):
         sequence: the `Sequence` of the rows.
         pack: heads whose rows of a token are neighbours.
         mask: the kernel's.
-        blocks: the `BlockRow` of the block's tile (`tiles.steps`).
     """
 
     group: object
@@ -28,7 +27,6 @@ class Rows(NamedTuple):
     sequence: object
     pack: object
     mask: object
-    blocks: object
 
 
 @cache
