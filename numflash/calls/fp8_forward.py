@@ -22,7 +22,7 @@ from numflash.calls.fp8_sources import (
 from numflash.calls.launch import Launcher
 from numflash.configs import FP8_STEP, EstimateConfig, Traits, padded_fp8_head_dim
 from numflash.kernels.arguments import Descales, QueryDescale, Squares
-from numflash.problem.options import ARRAY_OPTIONS, AttentionOptions
+from numflash.problem.options import AttentionOptions
 from numflash.problem.problem import AttentionProblem, Tensor, describe
 from numflash.runtime.arrays import ArrayLibrary
 from numflash.runtime.views import ArrayView, Operand
@@ -126,7 +126,7 @@ def fp8_request_of(
         dtype = result_dtype(like["q"].device)
     like = {name: replace(view, dtype=dtype) for name, view in like.items()}
     q, options = like["q"], options._replace(precision=None)
-    rest = {name: views[name] for name in ARRAY_OPTIONS if name in views}
+    rest = {name: views[name] for name in options.arrays()}
     problem, _ = describe(like | rest, options)
     out = described_out(views, q, problem, options)
     tensors = {name: _codes(name, source) for name, source in sources.items()} | {"out": out}

@@ -16,7 +16,7 @@ from numflash.calls.fp8_options import (
     with_budget,
 )
 from numflash.problem.fp8 import Fp8Array, PrecisionDecision
-from numflash.problem.options import ARRAY_OPTIONS, AttentionOptions
+from numflash.problem.options import AttentionOptions
 from numflash.runtime.arrays import library_of, on_stream, stream_address
 from numflash.selection.store import generation
 
@@ -107,9 +107,7 @@ def prepare(kind: type, arrays: dict[str, Any], options: AttentionOptions, strea
         The `kind`, Forward or Backward, for this call: found, or made now; the call's arrays as
         operands; the address of `stream`, or None.
     """
-    for name in ARRAY_OPTIONS:
-        if (array := getattr(options, name)) is not None:
-            arrays[name] = array
+    arrays |= options.arrays()
     # A tuning of this process changes the ready calls.
     key, operands = [kind, generation()], {}
     for name, array in arrays.items():
@@ -121,11 +119,14 @@ def prepare(kind: type, arrays: dict[str, Any], options: AttentionOptions, strea
         key = (*key, *options.key(), *more)
         ready = _ready.get(key)
     except TypeError:
-        ready = None  # an option cannot even be hashed: `kind` finds what is wrong with it
+        # An option cannot be hashed: `kind` finds what is wrong with it. Or nobody can be sure of
+        # a function: the call is made ready each time.
+        key = ready = None
     if ready is None:
         views = {name: library_of(x, name).view(x, name) for name, x in arrays.items()}
         ready = kind(views, options, *more)
         if len(_ready) >= _MAX_READY:
             _ready.clear()
-        _ready[key] = ready
+        if key is not None:
+            _ready[key] = ready
     return ready, operands, stream

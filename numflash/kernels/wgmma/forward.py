@@ -32,7 +32,7 @@ Source: FlashAttention-3, arXiv 2407.08608, Algorithms 1 and 2.
 
 from numflash.configs.traits import Traits
 from numflash.configs.wgmma import WARPGROUP_ROWS, Sm90ForwardConfig
-from numflash.kernels.arguments import Layout, Mask, Part, Pointer, Scores, Shape
+from numflash.kernels.arguments import Layout, Mask, Part, Pointer, Shape, scores_of
 from numflash.kernels.kernel import Kernel
 from numflash.kernels.wgmma.ring import make_ring
 from numflash.kernels.wgmma.skeleton import make_skeleton
@@ -62,11 +62,11 @@ from numflash.tiles.wgmma.turns import group_of_thread, make_turns, softmax_befo
 def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
     """The forward kernel for one config; see the module's docstring."""
     out_storage = f32 if config.num_splits > 1 else u16
-    bends, args_of_head = traits.shapes_scores, make_args_of_head(traits.features)
+    bends, args_of_head = traits.shapes_scores, make_args_of_head(traits)
 
     @device_function
     def look_up(rows, shape, scores):
-        return args_of_head(scores.features, rows.place.batch, rows.place.head)
+        return args_of_head(scores, rows.place.batch, rows.place.head)
 
     run_block = make_skeleton(config, traits, look_up, make_attend(config, traits))
 
@@ -80,7 +80,7 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
         mask: Mask,
         shape: Shape,
         layout: Layout,
-        scores: Scores,
+        scores: scores_of(traits.program),
     ):
         results, maps = (out, lse, out_map, scores.features), (q_map, k_map, v_map)
         scale_log2 = LOG2_E
@@ -136,7 +136,7 @@ def make_attend(config: Sm90ForwardConfig, traits: Traits):
         wait_for_s(s_acc)
         # Hazard: before this wait for S the next K would have overwritten this one.
         K.release(barriers, stage)
-        shape_scores(s_acc, rows, i32(first * tile_n), scores.scale, scores.shift, args)
+        shape_scores(s_acc, rows, i32(first * tile_n), scores.scale, scores, args)
         online_softmax(s_acc, running, factors, scale_log2)
         pack_p(p_frag, s_acc)
 
@@ -171,7 +171,7 @@ def make_attend(config: Sm90ForwardConfig, traits: Traits):
             K.release(barriers, stage)
 
             # P = softmax(S) of tile n, with overlap beside O += P V of tile n - 1
-            shape_scores(s_acc, rows, i32(n * tile_n), scores.scale, scores.shift, args)
+            shape_scores(s_acc, rows, i32(n * tile_n), scores.scale, scores, args)
             has_grown = online_softmax(s_acc, running, factors, scale_log2)
             if overlap:
                 softmax_before_wait(smem, 0, row_sum[0], row_sum[1])

@@ -182,7 +182,7 @@ def make_online_softmax(m_tiles, n_tiles, o_tiles):
 
 
 @cache
-def make_softmax_backward_by_row(m_tiles, n_tiles, has_slopes):
+def make_softmax_backward_by_row(m_tiles, n_tiles, traits):
     """softmax_backward(s_acc, dp_acc, slopes, lses, deltas, scales): S -> P, dP -> dS.
 
         P  = 2 ** (scale_log2 S - lse log2 e)
@@ -192,7 +192,7 @@ def make_softmax_backward_by_row(m_tiles, n_tiles, has_slopes):
     `tiles.portable.gradients`. The rows are queries: lses (in base 2, +inf for a query without
     keys) and deltas are a thread's.
     """
-    tiles, gradient_of_score = m_tiles * n_tiles, _make_gradient_of_score(has_slopes)
+    tiles, gradient_of_score = m_tiles * n_tiles, _make_gradient_of_score(traits)
 
     @device_function
     def softmax_backward(s_acc, dp_acc, slopes, lses, deltas, scales):
@@ -209,13 +209,13 @@ def make_softmax_backward_by_row(m_tiles, n_tiles, has_slopes):
 
 
 @cache
-def make_softmax_backward_by_column(m_tiles, n_tiles, has_slopes):
+def make_softmax_backward_by_column(m_tiles, n_tiles, traits):
     """softmax_backward(s_acc, dp_acc, slopes, smem, lse, delta, scales): S -> P, dP -> dS.
 
     As `make_softmax_backward_by_row` where the columns are queries. `lse` and `delta` are the
     positions in smem of the values of this thread's first column.
     """
-    tiles, gradient_of_score = m_tiles * n_tiles, _make_gradient_of_score(has_slopes)
+    tiles, gradient_of_score = m_tiles * n_tiles, _make_gradient_of_score(traits)
 
     @device_function
     def softmax_backward(s_acc, dp_acc, slopes, smem, lse, delta, scales):
@@ -234,8 +234,9 @@ def make_softmax_backward_by_column(m_tiles, n_tiles, has_slopes):
 
 
 @cache
-def _make_gradient_of_score(has_slopes):
+def _make_gradient_of_score(traits):
     """gradient_of_score(s_acc, dp_acc, slopes, i, lse, delta, scales) for one score."""
+    has_slopes, slopes_are_finite = traits.bends_scores, not traits.program_bends
 
     @device_function
     def gradient_of_score(s_acc, dp_acc, slopes, i, lse, delta, scales):
@@ -244,6 +245,9 @@ def _make_gradient_of_score(has_slopes):
         gradient = probability * fma_rn_f32(dp_acc[i], softmax_scale, -delta)
         if has_slopes:
             gradient *= slopes[i]
+            if not slopes_are_finite:
+                # A function may bend without bound where P is 0, as the logarithm at 0.
+                gradient = gradient if probability > f32(0) else f32(0)
         s_acc[i] = probability
         dp_acc[i] = gradient
 

@@ -42,14 +42,17 @@ def make_load_query_statistics(count, step):
 
 
 @cache
-def make_softmax_backward(rows, columns, has_slopes, by_row):
+def make_softmax_backward(rows, columns, traits, by_row):
     """softmax_backward(s_acc, dp_acc, slopes, lses, deltas, softmax_scale)
 
     S -> P and dP -> dS, in place.
 
-    With has_slopes, `slopes` holds the derivative of each score by the scaled product.
+    `slopes` holds the derivative of each score by the scaled product, if a function of `traits`
+    bends scores; without traits dS is that of the final scores.
     """
     n_scores = rows * columns
+    has_slopes = traits is not None and traits.bends_scores
+    slopes_are_finite = not has_slopes or not traits.program_bends
 
     @device_function
     def softmax_backward(s_acc, dp_acc, slopes, lses, deltas, softmax_scale):
@@ -59,6 +62,9 @@ def make_softmax_backward(rows, columns, has_slopes, by_row):
             gradient = probability * fma_rn_f32(dp_acc[i], softmax_scale, -deltas[query])
             if has_slopes:
                 gradient *= slopes[i]
+                if not slopes_are_finite:
+                    # A function may bend without bound where P is 0, as the logarithm at 0.
+                    gradient = gradient if probability > f32(0) else f32(0)
             s_acc[i] = probability
             dp_acc[i] = gradient
 
