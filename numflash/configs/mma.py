@@ -397,11 +397,11 @@ _MAX_REGISTERS = 255
 _MAX_OUTPUTS = 128
 # float32 accumulators a thread can hold next to its operands without spilling, found by compiling:
 # plainly; where features shape scores or rows are not aligned; where operands are rounded to tf32.
-# Turing's copies take registers, too; its forward spills earlier than its dQ, and so does what
-# keeps dK and dV together.
+# Turing's copies take registers, too: its forward, and what keeps dK and dV together, have their
+# own numbers where nothing else takes registers.
 _MAX_ACCUMULATORS = {
     "sm80": {"plain": 192, "features": 176, "tf32": 112},
-    "sm75": {"plain": 152, "features": 136, "forward": 136, "dK and dV": 136},
+    "sm75": {"plain": 152, "features": 136, "forward": 160, "dK and dV": 160},
 }
 
 
@@ -471,9 +471,9 @@ def misfit(
         )
     kind = "plain" if traits.vectorized and not traits.shapes_scores else "features"
     most_of = _MAX_ACCUMULATORS[config.generation]
-    most = most_of["tf32" if traits.tf32 else kind]
     together = config.family == "backward-dkdv" and not config.apart
-    most = min(most, most_of.get("dK and dV" if together else config.family, most))
+    own = "dK and dV" if together else config.family
+    most = most_of["tf32" if traits.tf32 else own if kind == "plain" and own in most_of else kind]
     columns = traits.head_dim if config.family == "backward-dq" else traits.head_dim_v
     outputs, most_outputs = config.m_tiles * columns // 2, _MAX_OUTPUTS
     if traits.tf32:
