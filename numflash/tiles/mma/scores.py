@@ -11,6 +11,7 @@ from numflash.tiles.blocks import token_of_row
 from numflash.tiles.features import At, has_places, make_keep, make_score
 from numflash.tiles.mma.fragments import MMA_COLUMNS, MMA_ROWS, ROW_STEP
 from numflash.tiles.scores import NEG_INF, make_place, make_place_of_score
+from numflash.tiles.unrolled import make_unrolled
 
 
 @device_function
@@ -81,7 +82,7 @@ def make_apply_functions(m_tiles, n_tiles, traits, by_row, keeps_slopes):
     def apply_functions(s_acc, slopes, corner, scale, scores, args):
         if shapes:
             scale_scores(s_acc, slopes, corner, scale, scores, args)
-        if has_keep:
+        if has_keep and not corner.is_full:
             keep_scores(s_acc, corner, scores, args)
 
     return apply_functions
@@ -104,22 +105,33 @@ def _make_scale_scores(m_tiles, n_tiles, traits, by_row, keeps_slopes):
             scale_one(s_acc, slopes, e, At(f32(0), f32(0), i32(0), i32(0)), scale, args)
 
     @device_function
+    def scale_tile(tile, s_acc, slopes, corner, first, scale, scores, args):
+        """One product of 16 x 8: four scores of a thread."""
+        # All that is known of a distance is in step, one number for the compiler.
+        e, r, c = 4 * tile, tile // n_tiles * MMA_ROWS, tile % n_tiles * MMA_COLUMNS
+        right, below = f32(1 if by_row else -1), f32(-ROW_STEP if by_row else ROW_STEP)
+        step = f32(c - r if by_row else r - c)
+        i, j = place_of_score(corner, r, c, scores)
+        scale_one(s_acc, slopes, e, At(first, step, i, j), scale, args)
+        i, j = place_of_score(corner, r, c + 1, scores)
+        scale_one(s_acc, slopes, e + 1, At(first, step + right, i, j), scale, args)
+        i, j = place_of_score(corner, r + ROW_STEP, c, scores)
+        scale_one(s_acc, slopes, e + 2, At(first, step + below, i, j), scale, args)
+        i, j = place_of_score(corner, r + ROW_STEP, c + 1, scores)
+        scale_one(s_acc, slopes, e + 3, At(first, step + below + right, i, j), scale, args)
+
+    # A function of the caller's may be long: the compiler would leave the loop as it is.
+    scale_tiles = make_unrolled(scale_tile, tiles) if traits.program_scores else None
+
+    @device_function
     def scale_scores(s_acc, slopes, corner, scale, scores, args):
         row, column, shift = corner.row, corner.column, scores.shift
         first = f32(i32(row + shift - column if by_row else column + shift - row))
-        right, below = f32(1 if by_row else -1), f32(-ROW_STEP if by_row else ROW_STEP)
-        for tile in range(tiles):
-            # All that is known of a distance is in step, one number for the compiler.
-            e, r, c = 4 * tile, tile // n_tiles * MMA_ROWS, tile % n_tiles * MMA_COLUMNS
-            step = f32(c - r if by_row else r - c)
-            i, j = place_of_score(corner, r, c, scores)
-            scale_one(s_acc, slopes, e, At(first, step, i, j), scale, args)
-            i, j = place_of_score(corner, r, c + 1, scores)
-            scale_one(s_acc, slopes, e + 1, At(first, step + right, i, j), scale, args)
-            i, j = place_of_score(corner, r + ROW_STEP, c, scores)
-            scale_one(s_acc, slopes, e + 2, At(first, step + below, i, j), scale, args)
-            i, j = place_of_score(corner, r + ROW_STEP, c + 1, scores)
-            scale_one(s_acc, slopes, e + 3, At(first, step + below + right, i, j), scale, args)
+        if scale_tiles is not None:
+            scale_tiles(i32(0), s_acc, slopes, corner, first, scale, scores, args)
+        else:
+            for tile in range(tiles):
+                scale_tile(tile, s_acc, slopes, corner, first, scale, scores, args)
 
     # Without places Blackwell's compiler unrolls a loop over scores, but not one over products.
     return scale_scores if has_places(traits) else scale_without_places
@@ -134,12 +146,17 @@ def _make_keep_scores(m_tiles, n_tiles, traits, by_row):
         s_acc[e] = s_acc[e] if keep(i, j, args) else NEG_INF
 
     @device_function
+    def keep_tile(tile, s_acc, corner, scores, args):
+        e, r, c = 4 * tile, tile // n_tiles * MMA_ROWS, tile % n_tiles * MMA_COLUMNS
+        keep_one(s_acc, e, corner, r, c, scores, args)
+        keep_one(s_acc, e + 1, corner, r, c + 1, scores, args)
+        keep_one(s_acc, e + 2, corner, r + ROW_STEP, c, scores, args)
+        keep_one(s_acc, e + 3, corner, r + ROW_STEP, c + 1, scores, args)
+
+    keep_tiles = make_unrolled(keep_tile, tiles)
+
+    @device_function
     def keep_scores(s_acc, corner, scores, args):
-        for tile in range(tiles):
-            e, r, c = 4 * tile, tile // n_tiles * MMA_ROWS, tile % n_tiles * MMA_COLUMNS
-            keep_one(s_acc, e, corner, r, c, scores, args)
-            keep_one(s_acc, e + 1, corner, r, c + 1, scores, args)
-            keep_one(s_acc, e + 2, corner, r + ROW_STEP, c, scores, args)
-            keep_one(s_acc, e + 3, corner, r + ROW_STEP, c + 1, scores, args)
+        keep_tiles(i32(0), s_acc, corner, scores, args)
 
     return keep_scores
