@@ -25,6 +25,7 @@ def attention(
     softcap: float = 0.0,
     alibi_slopes=None,
     sinks=None,
+    origin: tuple[int, int, int] | None = None,
     bias=None,
     mask=None,
     score_mod: Callable | None = None,
@@ -72,6 +73,10 @@ def attention(
         sinks: float32, (num_heads_q,): a logit of each query head that is part of the sum of
             each of its rows, as one more score without a key or value: P of a row adds up to
             less than 1. lse includes it; -inf is none.
+        origin: (row, column, head): a part of a larger problem says where it begins there: the
+            numbers of its first query, key and query head, as features see them. alibi_slopes
+            and sinks then are those of all heads of the larger problem. Masks, windows and the
+            distances of ALiBi go by `shift`: with causal_align="top_left", row - column.
         bias: float16, bfloat16 or float32, broadcastable to (batch, num_heads_q, seqlen_q,
             seqlen_k), any strides: added to the scaled scores, after softcap and ALiBi.
         mask: boolean, broadcastable in the same way: True keeps a key, False hides it.
@@ -150,6 +155,7 @@ def attention(
         softcap,
         alibi_slopes,
         sinks,
+        origin,
         bias,
         mask,
         score_mod,
@@ -189,6 +195,7 @@ def attention_backward(
     softcap: float = 0.0,
     alibi_slopes=None,
     sinks=None,
+    origin: tuple[int, int, int] | None = None,
     bias=None,
     mask=None,
     score_mod: Callable | None = None,
@@ -211,8 +218,8 @@ def attention_backward(
         out, lse: as returned by `attention(..., return_lse=True)`. With delta out is not read,
             and may be None.
         softmax_scale, causal, causal_align, shift, window_size, softcap, alibi_slopes, sinks,
-            bias, mask, score_mod, mask_mod, aux, block_mask, layout, precision, stream: as given
-            to `attention`.
+            origin, bias, mask, score_mod, mask_mod, aux, block_mask, layout, precision, stream:
+            as given to `attention`.
         dlse: gradient of lse, where a loss depends on it: shaped like lse, float32, any strides.
         delta: the sum over head_dim_v of dout * out, where the caller has it: shaped like lse,
             float32, any strides.
@@ -228,6 +235,8 @@ def attention_backward(
         dq, dk, dv: shaped like q, k and v, contiguous. Queries that see no key have gradient 0.
         dsinks: (num_heads_q,) float32: the sum over a head's rows of
             exp(sink - lse) * (dlse - dout . out).
+        dalibi_slopes: float32, (num_heads_q,) or (batch, num_heads_q), as the slopes: the sum of
+            -dS * distance, of dS by scores. With origin both are of the heads of this call.
         The same call gives the same bits every time: no atomics.
 
     Raises:
@@ -259,6 +268,7 @@ def attention_backward(
         softcap,
         alibi_slopes,
         sinks,
+        origin,
         bias,
         mask,
         score_mod,

@@ -20,7 +20,7 @@ import numpy as np
 from numpy import float32 as f32
 from numpy import int64 as i64
 
-from numflash.runtime.views import ArrayView, Pointer
+from numflash.runtime.views import ArrayView, FromHead, Pointer
 
 MAX_FLOAT32 = (2 - 2**-23) * 2.0**127
 
@@ -40,12 +40,17 @@ def expect_nothing(name: str, value) -> None:
 
 
 class Asked(NamedTuple):
-    """The problem's sizes, scale and device, by which a row reads an option."""
+    """The problem's sizes, scale and device, by which a row reads an option.
+
+    `first_head` is the number of its first head in arrays of heads that are those of a larger
+    problem; None where they are its own.
+    """
 
     batch: int
     num_heads_q: int
     softmax_scale: float
     device: Any
+    first_head: int | None = None
 
 
 class Gradient(NamedTuple):
@@ -118,14 +123,35 @@ class Feature:
         return self.record(*(None if isinstance(kind, Pointer) else 0 for kind in kinds))
 
 
-def expect_of_heads(name: str, view: ArrayView, asked: Asked) -> None:
-    """Check the dtype and device of values of heads. Raises TypeError, ValueError."""
+def expect_of_heads(
+    name: str, view: ArrayView, asked: Asked, by_batch: bool = False
+) -> str | FromHead:
+    """Check values of heads, or by batch entry and head; the pointer to the first of the call's.
+
+    Raises TypeError, ValueError.
+    """
     if view.dtype != "float32":
         raise TypeError(f"{name} must be float32, got {view.dtype}")
     if view.device != asked.device:
         raise ValueError(
             f"{name} must lie on the device of q, {asked.device}, got device {view.device}"
         )
+    first, heads = asked.first_head, asked.num_heads_q
+    leading = ((), (asked.batch,)) if by_batch else ((),)
+    if first is None:
+        if view.shape not in [(*batch, heads) for batch in leading]:
+            shapes = " or ".join(
+                f"({asked.batch}, {heads})" if b else f"({heads},)" for b in leading
+            )
+            raise ValueError(f"{name} must have shape {shapes}, got {view.shape}")
+        return name
+    if view.shape[:-1] not in leading or view.shape[-1:] < (first + heads,):
+        shapes = " or ".join(f"({asked.batch}, heads)" if b else "(heads,)" for b in leading)
+        raise ValueError(
+            f"{name} must have shape {shapes} with at least {first + heads} heads, origin's "
+            f"{first} and {heads} of q, got {view.shape}"
+        )
+    return FromHead(name, first)
 
 
 class Softcap(NamedTuple):
@@ -164,15 +190,8 @@ class Alibi(NamedTuple):
 
 
 def _read_alibi(slopes: ArrayView, asked: Asked) -> Alibi:
-    heads = asked.num_heads_q
-    expect_of_heads("alibi_slopes", slopes, asked)
-    if slopes.shape == (heads,):
-        return Alibi("alibi_slopes", 0, slopes.strides[0])
-    if slopes.shape == (asked.batch, heads):
-        return Alibi("alibi_slopes", *slopes.strides)
-    raise ValueError(
-        f"alibi_slopes must have shape ({heads},) or ({asked.batch}, {heads}), got {slopes.shape}"
-    )
+    pointer = expect_of_heads("alibi_slopes", slopes, asked, by_batch=True)
+    return Alibi(pointer, *(0, *slopes.strides)[-2:])
 
 
 def _alibi(s, value, i, j):
@@ -197,10 +216,7 @@ class Sinks(NamedTuple):
 
 
 def _read_sinks(sinks: ArrayView, asked: Asked) -> Sinks:
-    expect_of_heads("sinks", sinks, asked)
-    if sinks.shape != (asked.num_heads_q,):
-        raise ValueError(f"sinks must have shape ({asked.num_heads_q},), got {sinks.shape}")
-    return Sinks("sinks", sinks.strides[0])
+    return Sinks(expect_of_heads("sinks", sinks, asked), sinks.strides[0])
 
 
 def _sinks(row_max, row_sum, value):

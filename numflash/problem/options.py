@@ -69,6 +69,18 @@ def _expect_window(name: str, value) -> None:
             raise ValueError(f"{rule}, got {value!r}")
 
 
+def _expect_origin(name: str, value) -> None:
+    if value is None:
+        return
+    rule = f"{name} must be three numbers (row, column, head)"
+    if not isinstance(value, tuple | list):
+        raise TypeError(f"{rule}, got {value!r} ({kind_of(value)})")
+    if any(isinstance(number, bool) or not isinstance(number, Integral) for number in value):
+        raise TypeError(f"{rule}, got {value!r}")
+    if len(value) != 3 or not all(0 <= number < _MAX_SHIFT for number in value):
+        raise ValueError(f"{rule} from 0 up to 2**30, got {value!r}")
+
+
 def _expect_function(name: str, value) -> None:
     if value is not None and not callable(value):
         raise TypeError(f"{name} must be a function, got {value!r} ({kind_of(value)})")
@@ -130,6 +142,7 @@ OPTIONS = (
     Option("shift", 0, _expect_shift),
     Option("window_size", (-1, -1), _expect_window),
     *(Option(row.option, row.default, row.check, row.is_array) for row in FEATURES),
+    Option("origin", None, _expect_origin),
     Option("bias", None, is_array=True),
     Option("mask", None, is_array=True),
     Option("score_mod", None, _expect_function),
@@ -208,16 +221,18 @@ class AttentionOptions(_Options):
         It holds the types of numbers: a call made ready by 1 must not let a wrong True pass.
         Raises TypeError where an option is of a type that no call may have.
         """
-        config = self.config
+        config, origin = self.config, self.origin
         if not isinstance(self.block_mask, ListedBlocks | None):
             raise TypeError("no call may have such a block_mask")
         values = *_NUMBERS(self), *self.window_size
         kinds = *map(type, values), type(self.window_size), type(config)
         if isinstance(config, dict):
             config = tuple(config.items())
+        if origin is not None:
+            origin = *origin, *map(type, origin)
         words = _WORDS(self)
         blocks = None if self.block_mask is None else self.block_mask.key()
-        return values, kinds, config, words, blocks, *self._key_of_functions()
+        return values, kinds, config, origin, words, blocks, *self._key_of_functions()
 
     def _key_of_functions(self) -> tuple:
         """What functions mean, and the numbers that they get."""

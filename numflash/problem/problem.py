@@ -6,6 +6,7 @@ every message names the argument, its value, and the rule.
 
 from dataclasses import dataclass
 from numbers import Integral
+from typing import NamedTuple
 
 from numflash.configs import DTYPES, MAX_HEAD_DIM, Traits, padded_head_dim
 from numflash.configs.features import FEATURES, NO_FEATURES, Asked, Features
@@ -46,6 +47,17 @@ class Tensor:
         )
 
 
+class Origin(NamedTuple):
+    """The numbers that features see of a call's first query, first key and first query head."""
+
+    row: int
+    column: int
+    head: int
+
+
+WHOLE = Origin(0, 0, 0)
+
+
 @dataclass(frozen=True)
 class AttentionProblem:
     """Sizes, scale, mask and features of one attention call.
@@ -57,6 +69,7 @@ class AttentionProblem:
         band_lo, band_hi: query i sees the keys j with band_lo <= j - i <= band_hi.
         shift: query i stands at key i + shift.
         features: the arguments of each feature, by name; None of one that is not asked for.
+        origin: of a part of a larger problem, the numbers of its first row, column and head.
         program: the text of the caller's functions, bias and mask; "" without.
         given: what they read: the values of `Program.fields`; of a pointer the operand's name.
         blocks: of the block mask; None without one.
@@ -77,6 +90,7 @@ class AttentionProblem:
     band_hi: int
     shift: int
     features: Features = NO_FEATURES
+    origin: Origin = WHOLE
     program: str = ""
     given: tuple = ()
     blocks: Blocks | None = None
@@ -190,7 +204,9 @@ def describe(
     expect_precision(options.precision, q.dtype)
     if options.causal:
         right = 0
-    extent = Extent(batch, num_heads_q, seqlen_q, seqlen_k, q.device)
+    origin = None if options.origin is None else Origin(*map(int, options.origin))
+    asked = Asked(batch, num_heads_q, scale, q.device, None if origin is None else origin.head)
+    extent = Extent(batch, num_heads_q, seqlen_q, seqlen_k, q.device, origin)
     program, given = program_of(views, options, extent)
     blocks = None
     if options.block_mask is not None:
@@ -209,7 +225,8 @@ def describe(
         band_lo=-seqlen_q if left is None else min(seqlen_k, max(-seqlen_q, shift - left)),
         band_hi=seqlen_k if right is None else max(-seqlen_q, min(seqlen_k, shift + right)),
         shift=shift,
-        features=_features(views, options, Asked(batch, num_heads_q, scale, q.device)),
+        features=_features(views, options, asked),
+        origin=origin or WHOLE,
         program=program,
         given=given,
         blocks=blocks,

@@ -1,5 +1,6 @@
 """The program of a call: its bias, its masks and its functions as one, and what they read."""
 
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -13,13 +14,17 @@ BIAS_DTYPES = ("float16", "bfloat16", "float32")
 
 
 class Extent(NamedTuple):
-    """What a bias or a mask broadcasts to, and the device that it must lie on."""
+    """What a bias or a mask broadcasts to, and the device that it must lie on.
+
+    `origin` is (row, column, head) where the arrays are those of a larger problem.
+    """
 
     batch: int
     num_heads_q: int
     seqlen_q: int
     seqlen_k: int
     device: Any
+    origin: tuple[int, int, int] | None = None
 
 
 def program_of(
@@ -41,7 +46,7 @@ def program_of(
         (more, more_names), more_numbers = _of_mask(mask.mask_mod, mask.aux, views, extent)
         program, names = program.also(more), names + more_names
         numbers |= more_numbers
-    return program.text, tuple(_values(program, names, views, numbers))
+    return program.text, tuple(_values(program, names, views, numbers, extent.origin))
 
 
 def program_of_mask(
@@ -53,7 +58,7 @@ def program_of_mask(
         TypeError, ValueError: as `numflash.create_block_mask`.
     """
     (program, names), numbers = _of_mask(mask_mod, aux, views, extent)
-    return program.text, tuple(_values(program, names, views, numbers))
+    return program.text, tuple(_values(program, names, views, numbers, extent.origin))
 
 
 def _of_mask(
@@ -103,12 +108,15 @@ def _check_broadcast(
     if view.dtype not in dtypes:
         raise TypeError(f"{name} must be {' or '.join(dtypes)}, got {view.dtype}")
     _expect_device(name, view, extent)
-    sizes = zip(reversed(view.shape), reversed(wanted), strict=False)
-    if len(view.shape) > len(wanted) or any(size not in (1, full) for size, full in sizes):
-        raise ValueError(
-            f"{name} must broadcast to (batch, num_heads_q, seqlen_q, seqlen_k) = {wanted}, got "
-            f"shape {tuple(view.shape)}"
-        )
+    rule = f"{name} must broadcast to (batch, num_heads_q, seqlen_q, seqlen_k) = {wanted}"
+    sizes, fits = zip(reversed(view.shape), reversed(wanted), strict=False), operator.eq
+    if extent.origin is not None:
+        row, column, head = extent.origin
+        whole = extent.batch, head + wanted[1], row + wanted[2], column + wanted[3]
+        rule = f"{name} must have axes of 1, or with origin of at least {whole}"
+        sizes, fits = zip(reversed(view.shape), reversed(whole), strict=False), operator.ge
+    if len(view.shape) > len(wanted) or not all(n == 1 or fits(n, full) for n, full in sizes):
+        raise ValueError(f"{rule}, got shape {tuple(view.shape)}")
 
 
 def _expect_device(name: str, view: ArrayView, extent: Extent) -> None:
@@ -119,14 +127,19 @@ def _expect_device(name: str, view: ArrayView, extent: Extent) -> None:
 
 
 def _values(
-    program: Program, names: tuple[str, ...], views: Mapping[str, ArrayView], numbers: dict
+    program: Program,
+    names: tuple[str, ...],
+    views: Mapping[str, ArrayView],
+    numbers: dict,
+    origin: tuple[int, int, int] | None,
 ):
     """The values of the program's `fields`, in order."""
+    begin = dict(zip(("row", "column", "first_head"), origin or (0, 0, 0), strict=True))
     for field, kind in program.fields:
-        name, _, axis = field.partition("_")
-        if not name[1:].isdigit():
-            yield 0  # where the caller's numbers begin
+        if field in begin:
+            yield begin[field]
             continue
+        name, _, axis = field.partition("_")
         k = int(name[1:])
         if kind.startswith("pointer"):
             yield names[k]

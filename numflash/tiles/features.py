@@ -156,8 +156,11 @@ class Args(NamedTuple):
 
 
 @cache
-def make_score(traits):
-    """score(s, at, args): all score functions one after another, at an `At`."""
+def make_score(traits, after_features=False):
+    """score(s, at, args): all score functions one after another, at an `At`.
+
+    With after_features the derivative is by the score that features give, not by s.
+    """
     score = _plain
     for name in reversed(traits.features):
         if name in SCORES:
@@ -177,7 +180,7 @@ def make_score(traits):
     def score_by_place(s, at, args):
         t, slope = of_features(s, at.first, at.step, args.features)
         u, more = of_program(t, at.i, at.j, args.program)
-        return u, slope * more
+        return u, more if after_features else slope * more
 
     @device_function
     def score_by_distance(s, at, args):
@@ -218,8 +221,8 @@ def looks_at_distances(traits) -> bool:
 def make_gradient_of_score(features):
     """gradient_of_score(ds, i - j): the share of one score in the gradient of a head's argument.
 
-    `ds` is the gradient of the final score. Only one feature has such an argument, and nothing
-    after it bends scores; without it the share is that of a number added to all scores.
+    `ds` is the gradient of the score that features give. Only one of them has such an argument,
+    and none after it bends scores; without it the share is that of a number added to all scores.
     """
     found = [SCORES[name].gradient for name in features if name in SCORES]
     found = [gradient for gradient in found if gradient is not None]

@@ -37,7 +37,8 @@ from numflash.tiles.steps import make_steps_of, make_tile_at
 def make_backward_rows_kernel(config: BackwardRowsConfig, traits: Traits) -> Kernel:
     """The kernel for one config; see the module's docstring."""
     tile_m, tile_n = config.tile_m, config.tile_n
-    load_queries, load_keys, compute, place, rows, columns = make_score_gradients(config, traits)
+    of_tiles = make_score_gradients(config, traits, before_program=True)
+    load_queries, load_keys, compute, place, rows, columns = of_tiles
     n_scores, storage = rows * columns, ELEMENTS[traits.dtype].storage
     place_of_queries = make_place_of_queries(tile_m)
     steps_of, tile_at = make_steps_of(traits, tile_n), make_tile_at(traits, tile_n)
