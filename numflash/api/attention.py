@@ -22,6 +22,8 @@ def attention(
     softcap: float = 0.0,
     alibi_slopes=None,
     sinks=None,
+    dropout_p: float = 0.0,
+    seed=None,
     layout: str = "bshd",
     precision: str | None = None,
     fp8: Fp8Recipe | None = None,
@@ -63,6 +65,13 @@ def attention(
         sinks: float32, (num_heads_q,): a logit of each query head that is part of the sum of
             each of its rows, as one more score without a key or value: P of a row adds up to
             less than 1. lse includes it; -inf is none.
+        dropout_p: the share of the weights P that become 0, at random; the others are divided by
+            the share that stays. It is rounded to a multiple of 2**-16. lse is without dropout.
+        seed: with dropout_p, which weights these are: an integer of at most 64 bits, or an array
+            of one int64, uint64 or int32 on the device, which kernels read when they run, so that
+            a CUDA graph can change it. A weight is dropped for the seed and its batch entry, head,
+            query and key alone, whatever kernel runs: `numflash.reference.dropout_mask` says
+            which are kept. The backward takes the same. Another seed compiles nothing.
         layout: "bshd" or "bhsd", of q, k, v and the result.
         precision: "tf32" allows float32 to be multiplied on tensor cores, with operands rounded
             to 10 bits after the point; where there is no such kernel (head dims above 128,
@@ -128,6 +137,8 @@ def attention(
         softcap,
         alibi_slopes,
         sinks,
+        dropout_p,
+        seed,
         layout,
         precision,
         config,
@@ -160,6 +171,8 @@ def attention_backward(
     softcap: float = 0.0,
     alibi_slopes=None,
     sinks=None,
+    dropout_p: float = 0.0,
+    seed=None,
     layout: str = "bshd",
     precision: str | None = None,
     stream=None,
@@ -172,7 +185,7 @@ def attention_backward(
         q, k, v: as given to `attention`.
         out, lse: as returned by `attention(..., return_lse=True)`.
         softmax_scale, causal, causal_align, shift, window_size, softcap, alibi_slopes, sinks,
-            layout, precision, stream: as given to `attention`.
+            dropout_p, seed, layout, precision, stream: as given to `attention`.
         config: kernels to run instead of those that numflash chooses, by family: "backward-dkdv"
             and "backward-dq"; or "backward", one kernel for all gradients, which takes five
             products a tile instead of seven and num_splits more float32 copies of dq.
@@ -208,6 +221,8 @@ def attention_backward(
         softcap,
         alibi_slopes,
         sinks,
+        dropout_p,
+        seed,
         layout,
         precision,
         config,

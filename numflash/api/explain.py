@@ -6,7 +6,7 @@ from numflash.calls.arguments import request_of
 from numflash.calls.forward import selection_of
 from numflash.calls.fp8_forward import auto_requests_of, fp8_request_of
 from numflash.calls.fp8_options import has_fp8, take_apart, with_budget
-from numflash.problem.options import ARRAY_OPTIONS, AttentionOptions
+from numflash.problem.options import AttentionOptions
 from numflash.runtime.arrays import library_of, metadata
 from numflash.runtime.driver import machine_of
 from numflash.runtime.gpus import Gpu, find
@@ -128,8 +128,7 @@ def _explain_fp8(arrays: dict, descales, options: AttentionOptions, gpu) -> Expl
 
 
 def _views(arrays: dict, options: AttentionOptions, gpu: Gpu | None) -> dict[str, ArrayView]:
-    given = {name: getattr(options, name) for name in ARRAY_OPTIONS}
-    arrays = arrays | {name: array for name, array in given.items() if array is not None}
+    arrays = arrays | options.arrays()
     if gpu is None:
         return {n: library_of(x, n).view(x, n) for n, x in arrays.items()}
     return {n: replace(metadata(x, n), device=gpu) for n, x in arrays.items()}

@@ -16,7 +16,7 @@ from numflash.calls.fp8_options import (
     with_budget,
 )
 from numflash.problem.fp8 import Fp8Array, PrecisionDecision
-from numflash.problem.options import ARRAY_OPTIONS, AttentionOptions
+from numflash.problem.options import AttentionOptions
 from numflash.runtime.arrays import library_of, on_stream, stream_address
 from numflash.selection.store import generation
 
@@ -105,13 +105,12 @@ def prepare(kind: type, arrays: dict[str, Any], options: AttentionOptions, strea
 
     Returns:
         The `kind`, Forward or Backward, for this call: found, or made now; the call's arrays as
-        operands; the address of `stream`, or None.
+        operands, and numbers that launches fill in; the address of `stream`, or None.
     """
-    for name in ARRAY_OPTIONS:
-        if (array := getattr(options, name)) is not None:
-            arrays[name] = array
+    arrays |= options.arrays()
     # A tuning of this process changes the ready calls.
-    key, operands = [kind, generation()], {}
+    key, operands = [kind, generation()], options.numbers()
+    key += operands
     for name, array in arrays.items():
         operands[name], identity = library_of(array, name).glance(array)
         key += name, identity

@@ -113,6 +113,11 @@ class Traits:
         return any(row.bends for row in rows_of(self.features))
 
     @property
+    def drops_weights(self) -> bool:
+        """Whether a feature weighs P once a row has its sum."""
+        return any(row.hook == "weigh" for row in rows_of(self.features))
+
+    @property
     def of_a_head(self) -> str | None:
         """The heads' own values that forbid packing them; None if they can be packed."""
         return next((row.of_a_head for row in rows_of(self.features) if row.of_a_head), None)

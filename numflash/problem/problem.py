@@ -186,6 +186,7 @@ def describe(
     expect_precision(options.precision, q.dtype)
     if options.causal:
         right = 0
+    asked = Asked(batch, num_heads_q, scale, q.device, views)
     problem = AttentionProblem(
         batch=batch,
         seqlen_q=seqlen_q,
@@ -200,7 +201,7 @@ def describe(
         band_lo=-seqlen_q if left is None else min(seqlen_k, max(-seqlen_q, shift - left)),
         band_hi=seqlen_k if right is None else max(-seqlen_q, min(seqlen_k, shift + right)),
         shift=shift,
-        features=_features(views, options, Asked(batch, num_heads_q, scale, q.device)),
+        features=_features(views, options, asked),
         tf32=options.precision == "tf32",
     )
     return problem, tensors

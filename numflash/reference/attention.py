@@ -30,7 +30,7 @@ def attention(q, k, v, **options) -> tuple[np.ndarray, np.ndarray]:
         k: (batch, seqlen_k, num_heads_kv, head_dim).
         v: (batch, seqlen_k, num_heads_kv, head_dim_v).
         options: as for `numflash.attention`: softmax_scale, causal, causal_align, shift,
-            window_size, softcap, alibi_slopes, sinks, layout.
+            window_size, softcap, alibi_slopes, sinks, dropout_p, seed, layout.
 
     Returns:
         out: (batch, seqlen_q, num_heads_q, head_dim_v), in the layout of q.
@@ -108,15 +108,15 @@ def naive_backward(dout, q, k, v, *, precision: str, **options):
     dtype, matmul = _PRECISIONS[precision], _multiplication(precision)
     bhsd = options.get("layout", "bshd") == "bhsd"
     do, q4, k4, v4 = (heads_first(x, bhsd) for x in (dout, q, k, v))
-    out, lse, s, slope, scale = _forward(q4, k4, v4, dtype, matmul, options)
+    out, lse, s, slope, scale, weights = _forward(q4, k4, v4, dtype, matmul, options)
     group = q4.shape[1] // k4.shape[1]
     do = do.astype(dtype)
     with np.errstate(invalid="ignore"):
         p = np.exp(s - lse[..., None]).astype(dtype)
     p = np.where(np.isneginf(s), dtype.type(0), p)
 
-    dv = matmul(p.swapaxes(-1, -2), do, dtype)
-    dp = matmul(do, repeat(v4.astype(dtype), group).swapaxes(-1, -2), dtype)
+    dv = matmul((p * weights).swapaxes(-1, -2), do, dtype)
+    dp = matmul(do, repeat(v4.astype(dtype), group).swapaxes(-1, -2), dtype) * weights
     delta = (do * out).sum(-1, keepdims=True, dtype=_sums(dtype)).astype(dtype)
     ds = p * (dp - delta) * slope
     dq = matmul(ds, repeat(k4.astype(dtype), group), dtype) * scale
@@ -150,22 +150,25 @@ def magnitudes(q, k, v, dout=None, **options) -> dict[str, np.ndarray]:
     """
     bhsd = options.get("layout", "bshd") == "bhsd"
     q, k, v = (heads_first(x, bhsd).astype(np.float64) for x in (q, k, v))
-    out, lse, s, slope, scale = _forward(q, k, v, np.dtype(np.float64), _matmul, options)
+    out, lse, s, slope, scale, weights = _forward(
+        q, k, v, np.dtype(np.float64), _matmul, options
+    )
     group = q.shape[1] // k.shape[1]
     k_abs, v_abs = (repeat(np.abs(x), group) for x in (k, v))
     with np.errstate(invalid="ignore"):
         p = np.where(np.isneginf(s), 0, np.exp(s - lse[..., None]))
     products = np.abs(q) @ k_abs.swapaxes(-1, -2) * abs(scale)
     products = np.where(np.isneginf(s), 0, products)
-    found = {"out": p @ v_abs, "lse": products.max(-1, initial=0)}
+    found = {"out": (p * weights) @ v_abs, "lse": products.max(-1, initial=0)}
     if dout is None:
         return found
     do = heads_first(dout, bhsd).astype(np.float64)
     dp, delta = np.abs(do) @ v_abs.swapaxes(-1, -2), np.abs(do * out).sum(-1, keepdims=True)
+    dp = dp * weights
     ds = p * (dp + delta) * slope * abs(scale)
     found["dq"] = ds @ k_abs
     found["dk"] = _sum_groups(ds.swapaxes(-1, -2) @ np.abs(q), group, np.float64)
-    found["dv"] = _sum_groups(p.swapaxes(-1, -2) @ np.abs(do), group, np.float64)
+    found["dv"] = _sum_groups((p * weights).swapaxes(-1, -2) @ np.abs(do), group, np.float64)
     of_heads = _gradients_of_heads(lse, np.abs(do * out).sum(-1), options)
     return found | {name: np.abs(gradient) for name, gradient in of_heads.items()}
 
@@ -212,7 +215,7 @@ def visible(
 
 
 def _forward(q, k, v, dtype, matmul, options):
-    """Attention on (batch, heads, seqlen, head_dim); also S, its slope, the scale."""
+    """Attention on (batch, heads, seqlen, head_dim); also S, its slope, the scale, weights of P."""
     s, slope, scale = scores(q, k, dtype, matmul, options)
     with np.errstate(divide="ignore", invalid="ignore"):
         row_max = s.max(-1, keepdims=True, initial=dtype.type(-np.inf))
@@ -225,8 +228,44 @@ def _forward(q, k, v, dtype, matmul, options):
         exact_max = row_max.astype(_sums(dtype))
         exact_max, exact_sum, _ = end_of_rows(exact_max, exact_sum, options)
         lse = (exact_max + np.log(exact_sum))[..., 0]
-    out = matmul(p, repeat(v.astype(dtype), q.shape[1] // v.shape[1]), dtype)
-    return out, lse, s, slope, scale
+    weights = _weights(s.shape, dtype, options)
+    out = matmul(p * weights, repeat(v.astype(dtype), q.shape[1] // v.shape[1]), dtype)
+    return out, lse, s, slope, scale, weights
+
+
+def _weights(shape, dtype, options):
+    """The factors of P (batch, head, query, key), once its rows have their sums."""
+    weights = np.ones((), dtype)
+    for row in FEATURES:
+        value = options.get(row.option, row.default)
+        if row.hook == "weigh" and row.is_asked(value):
+            beside = (options.get(each.name, each.default) for each in row.beside)
+            weights = weights * row.reference(shape, value, *beside).astype(dtype)
+    return weights
+
+
+def dropout_mask(
+    batch: int, heads: int, seqlen_q: int, seqlen_k: int, *, dropout_p: float, seed: int
+) -> np.ndarray:
+    """The scores that dropout keeps, a boolean (batch, heads, seqlen_q, seqlen_k) array.
+
+    Args:
+        batch, heads, seqlen_q, seqlen_k: sizes; heads are those of q.
+        dropout_p, seed: as for `numflash.attention`; a seed in an array must be on the host.
+
+    The random bits of a score are those of Philox4x32-10 for the seed and the score's place alone:
+    the same in every kernel, for every tile size, on every GPU, forward and backward. A score is
+    kept if its 16 bits are at least round(2**16 dropout_p); the weights of those kept are
+    multiplied by 1 / (1 - round(2**16 dropout_p) / 2**16).
+
+    Example:
+        >>> from numflash import reference
+        >>> kept = reference.dropout_mask(1, 2, 64, 64, dropout_p=0.25, seed=1)
+        >>> kept.shape, round(float(kept.mean()), 2)
+        ((1, 2, 64, 64), 0.75)
+    """
+    shape, options = (batch, heads, seqlen_q, seqlen_k), {"dropout_p": dropout_p, "seed": seed}
+    return np.broadcast_to(_weights(shape, np.float64, options) != 0, shape)
 
 
 def end_of_rows(row_max, row_sum, options):

@@ -50,7 +50,7 @@ from numflash.tiles.blocks import (
     tiles_seen,
     tiles_seen_whole,
 )
-from numflash.tiles.features import make_args_of_head
+from numflash.tiles.features import make_args_of_head, make_weigh
 from numflash.tiles.mma.copies import make_copy_tile, make_store_rows, make_store_scores
 from numflash.tiles.mma.elements import MMA_ELEMENTS, make_transposed_operand
 from numflash.tiles.mma.fragments import (
@@ -107,11 +107,14 @@ def make_backward_kernel(config: MmaBackwardConfig, traits: Traits) -> Kernel:
         1, n_tiles, traits.features, False, traits.bends_scores
     )
     mask_scores, mask_rows = make_mask_scores(1, n_tiles), make_mask_rows(1, n_tiles)
-    softmax_backward = make_softmax_backward_by_column(1, n_tiles, traits.bends_scores)
+    softmax_backward = make_softmax_backward_by_column(
+        1, n_tiles, traits.features, traits.bends_scores
+    )
     store_ds = make_store_scores(element, n_tiles, ds_layout)
     store_dk = make_store_rows(element, 1, dk_tiles, traits.vectorized)
     store_dv = make_store_rows(element, 1, dv_tiles, traits.vectorized)
     storage, args_of_head = element.storage, make_args_of_head(traits.features)
+    _, weigh_of_head, drops = make_weigh(traits.features)
     bends = traits.shapes_scores
     n_slopes = n_scores if traits.bends_scores else 1
     # Tiles that may be on their way while one is used.
@@ -235,7 +238,14 @@ def make_backward_kernel(config: MmaBackwardConfig, traits: Traits) -> Kernel:
                     first_of_stage = tile_m * stage + accumulator_column()
                     lse_mine, delta_mine = lse_smem + first_of_stage, delta_smem + first_of_stage
                     scales = scale_log2, scores.softmax_scale
-                    softmax_backward(s_acc, dp_acc, slopes, smem, lse_mine, delta_mine, scales)
+                    at = smem, lse_mine, delta_mine
+                    if drops:
+                        j = i32(n_start + accumulator_row(MMA_ROWS))
+                        i = i32(m_start + accumulator_column())
+                        drawn = weigh_of_head(scores.features, batch, head)
+                        softmax_backward(s_acc, dp_acc, slopes, *at, scales, j, i, drawn)
+                    else:
+                        softmax_backward(s_acc, dp_acc, slopes, *at, scales)
                     store_ds(dp_acc, smem, ds_smem)
                     lane = mov_tid_x() % 32
                     do_transposed = do_smem + first_of_do(lane) + do_words * stage

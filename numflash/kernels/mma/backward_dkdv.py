@@ -44,7 +44,7 @@ from numflash.tiles.blocks import (
     tiles_seen,
     tiles_seen_whole,
 )
-from numflash.tiles.features import make_args_of_head
+from numflash.tiles.features import make_args_of_head, make_weigh
 from numflash.tiles.mma.copies import make_copy_tile, make_store_rows
 from numflash.tiles.mma.elements import MMA_ELEMENTS, make_transposed_operand
 from numflash.tiles.mma.fragments import (
@@ -101,10 +101,13 @@ def make_backward_dkdv_kernel(config: MmaBackwardDkDvConfig, traits: Traits) -> 
         m_tiles, n_tiles, traits.features, False, traits.bends_scores
     )
     mask_scores = make_mask_scores(m_tiles, n_tiles)
-    softmax_backward = make_softmax_backward_by_column(m_tiles, n_tiles, traits.bends_scores)
+    softmax_backward = make_softmax_backward_by_column(
+        m_tiles, n_tiles, traits.features, traits.bends_scores
+    )
     store_dk = make_store_rows(element, m_tiles, dk_tiles, traits.vectorized)
     store_dv = make_store_rows(element, m_tiles, dv_tiles, traits.vectorized)
     storage, args_of_head = element.storage, make_args_of_head(traits.features)
+    _, weigh_of_head, drops = make_weigh(traits.features)
     bends = traits.shapes_scores
     n_slopes = n_scores if traits.bends_scores else 1
     # Tiles that may be on their way while one is used.
@@ -217,16 +220,17 @@ def make_backward_dkdv_kernel(config: MmaBackwardDkDvConfig, traits: Traits) -> 
                     mask_scores(s_acc, j, i, sequence.seqlen_q, from_keys, 1)
 
                 # dS = P * (softmax_scale dP - delta); dV += P^T dO, dK += dS^T Q
-                statistics_of_stage = tile_m * stage
-                softmax_backward(
-                    s_acc,
-                    dp_acc,
-                    slopes,
-                    smem,
-                    lse_mine + statistics_of_stage,
-                    delta_mine + statistics_of_stage,
-                    (scale_log2, scores.softmax_scale),
-                )
+                lse_of_stage = lse_mine + tile_m * stage
+                delta_of_stage = delta_mine + tile_m * stage
+                at = smem, lse_of_stage, delta_of_stage
+                scales = scale_log2, scores.softmax_scale
+                if drops:
+                    j = i32(n_start + accumulator_row(rows_per_warp))
+                    i = i32(m_start + accumulator_column())
+                    drawn = weigh_of_head(scores.features, batch, head)
+                    softmax_backward(s_acc, dp_acc, slopes, *at, scales, j, i, drawn)
+                else:
+                    softmax_backward(s_acc, dp_acc, slopes, *at, scales)
                 if apart and not asynchronous:
                     # Long rows and their copies leave no registers to keep this in: it is
                     # computed again.

@@ -39,7 +39,7 @@ from numflash.tiles.blocks import (
     tiles_seen,
     tiles_seen_whole,
 )
-from numflash.tiles.features import make_args_of_head
+from numflash.tiles.features import make_args_of_head, make_weigh
 from numflash.tiles.mma.copies import make_copy_tile, make_fetch_tile, make_store_rows
 from numflash.tiles.mma.elements import MMA_ELEMENTS, make_transposed_operand
 from numflash.tiles.mma.fragments import (
@@ -93,9 +93,12 @@ def make_backward_dq_kernel(config: MmaBackwardDqConfig, traits: Traits) -> Kern
         m_tiles, n_tiles, traits.features, True, traits.bends_scores
     )
     mask_scores = make_mask_scores(m_tiles, n_tiles)
-    softmax_backward = make_softmax_backward_by_row(m_tiles, n_tiles, traits.bends_scores)
+    softmax_backward = make_softmax_backward_by_row(
+        m_tiles, n_tiles, traits.features, traits.bends_scores
+    )
     store_dq = make_store_rows(element, m_tiles, dq_tiles, traits.vectorized)
     storage, args_of_head = element.storage, make_args_of_head(traits.features)
+    _, weigh_of_head, drops = make_weigh(traits.features)
     bends = traits.shapes_scores
     n_slopes = n_scores if traits.bends_scores else 1
     # Tiles that may be on their way while one is used.
@@ -128,6 +131,7 @@ def make_backward_dq_kernel(config: MmaBackwardDqConfig, traits: Traits) -> Kern
         do_base = first_of_rows(do, batch, head, sequence.first_q)
         first_query = first_of_statistics(batch, head, shape) + sequence.first_q
         args = args_of_head(scores.features, batch, head)
+        drawn = weigh_of_head(scores.features, batch, head)
         scale_log2 = LOG2_E
         if not bends:
             scale_log2 = scores.scale * LOG2_E
@@ -204,7 +208,12 @@ def make_backward_dq_kernel(config: MmaBackwardDqConfig, traits: Traits) -> Kern
 
             # dS = P * (softmax_scale dP - delta), dQ += dS K
             scales = scale_log2, scores.softmax_scale
-            softmax_backward(s_acc, dp_acc, slopes, lses, deltas, scales)
+            if drops:
+                i = i32(m_start + accumulator_row(rows_per_warp))
+                j = i32(n_start + accumulator_column())
+                softmax_backward(s_acc, dp_acc, slopes, lses, deltas, scales, i, j, drawn)
+            else:
+                softmax_backward(s_acc, dp_acc, slopes, lses, deltas, scales)
             multiply_ds_k(dq_acc, dp_acc, smem, k_transposed + k_words * stage)
             last_stage = stage
             stage = i32(stage + 1 if stage + 1 < num_stages else 0)

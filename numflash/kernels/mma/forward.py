@@ -49,13 +49,14 @@ from numflash.tiles.blocks import (
     sequence_of,
     token_of_row,
 )
-from numflash.tiles.features import make_args_of_head
+from numflash.tiles.features import make_args_of_head, make_weigh
 from numflash.tiles.mma.copies import (
     make_copy_tile,
     make_fetch_tile,
     make_store_rows,
     row_of_packed_heads,
 )
+from numflash.tiles.mma.dropout import make_weigh_scores
 from numflash.tiles.mma.elements import MMA_ELEMENTS, make_transposed_operand
 from numflash.tiles.mma.fragments import (
     MMA_ROWS,
@@ -117,6 +118,8 @@ def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
     store_as = traits.vectorized or is_split, is_split, row_of_packed_heads
     store_o = make_store_rows(element, m_tiles, o_tiles, *store_as)
     storage, args_of_head = element.storage, make_args_of_head(traits.features)
+    _, weigh_of_head, drops = make_weigh(traits.features)
+    weigh_scores = make_weigh_scores(m_tiles, n_tiles, traits.features)
     bends = traits.shapes_scores
     selected = traits.selected
     out_storage = f32 if is_split else storage
@@ -152,6 +155,7 @@ def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
         k_base = first_of_rows(k, batch, head_kv, sequence.first_k)
         v_base = first_of_rows(v, batch, head_kv, sequence.first_k)
         args = args_of_head(scores.features, batch, head)
+        drawn = weigh_of_head(scores.features, batch, head)
         scale_log2 = LOG2_E
         if not bends:
             scale_log2 = scores.scale * LOG2_E
@@ -226,6 +230,10 @@ def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
 
             # P = softmax(S), O += P V
             online_softmax(s_acc, row_max, row_sum, o_acc, scale_log2)
+            if drops:
+                i = i32(m_start + accumulator_row(rows_per_warp))
+                j = i32(n_start + accumulator_column())
+                weigh_scores(s_acc, i, j, drawn)
             multiply_p_v(o_acc, s_acc, smem, v_mine + v_words * stage)
             last_stage = stage
             stage = i32(stage + 1 if stage + 1 < num_stages else 0)

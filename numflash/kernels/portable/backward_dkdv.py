@@ -10,7 +10,7 @@ Source: FlashAttention, arXiv 2205.14135, Algorithm 4.
 from numflash.configs import BackwardDkDvConfig, Traits
 from numflash.kernels.arguments import Mask, Scores, Shape, Statistics, Tensor
 from numflash.kernels.kernel import Kernel
-from numflash.ptx import cuda, f32, i32, mov_ctaid_x
+from numflash.ptx import cuda, f32, i32, mov_ctaid_x, u32
 from numflash.tiles.blocks import (
     first_of_rows,
     first_of_statistics,
@@ -21,8 +21,9 @@ from numflash.tiles.blocks import (
     tiles_seen,
     tiles_seen_whole,
 )
-from numflash.tiles.features import make_args_of_head
+from numflash.tiles.features import make_args_of_head, make_weigh
 from numflash.tiles.portable.copies import make_load_tile, make_store_rows
+from numflash.tiles.portable.dropout import make_draw_kept, words_of_bits
 from numflash.tiles.portable.elements import ELEMENTS
 from numflash.tiles.portable.gradients import (
     make_load_query_statistics,
@@ -73,12 +74,17 @@ def make_backward_dkdv_kernel(config: BackwardDkDvConfig, traits: Traits) -> Ker
         rows, columns, traits.features, False, traits.bends_scores
     )
     mask_scores = make_mask_scores(rows, columns)
-    softmax_backward = make_softmax_backward(rows, columns, traits.bends_scores, by_row=False)
+    _, weigh_of_head, drops = make_weigh(traits.features)
+    draw_kept = make_draw_kept(rows, columns, traits.features, by_row=False)
+    softmax_backward = make_softmax_backward(
+        rows, columns, traits.features, traits.bends_scores, by_row=False
+    )
     store_scores = make_store_scores(rows, columns, p_pitch)
     store_dk = make_store_rows(element, rows, groups, traits.vectorized)
     store_dv = make_store_rows(element, rows, groups_v, traits.vectorized)
     storage, args_of_head = element.storage, make_args_of_head(traits.features)
     n_slopes = n_scores if traits.bends_scores else 1
+    n_kept = words_of_bits(n_scores) if drops else 1
 
     def backward_dkdv(
         q: Tensor[storage],  # (batch, seqlen_q, num_heads_q, head_dim)
@@ -96,6 +102,7 @@ def make_backward_dkdv_kernel(config: BackwardDkDvConfig, traits: Traits) -> Ker
         s_acc = cuda.local.array(n_scores, f32)
         dp_acc = cuda.local.array(n_scores, f32)
         slopes = cuda.local.array(n_slopes, f32)
+        kept = cuda.local.array(n_kept, u32)
         dk_acc = cuda.local.array(n_dk, f32)
         dv_acc = cuda.local.array(n_dv, f32)
         lses = cuda.local.array(columns, f32)
@@ -131,6 +138,7 @@ def make_backward_dkdv_kernel(config: BackwardDkDvConfig, traits: Traits) -> Ker
             do_base = first_of_rows(do, batch, head, sequence.first_q)
             first_query = first_of_statistics(batch, head, shape) + sequence.first_q
             args = args_of_head(scores.features, batch, head)
+            drawn = weigh_of_head(scores.features, batch, head)
             for m_block in range(m_begin, m_end):
                 m_start = i32(m_block * tile_m)
                 i, j = m_start + column, n_start + row
@@ -150,7 +158,8 @@ def make_backward_dkdv_kernel(config: BackwardDkDvConfig, traits: Traits) -> Ker
                     mask_scores(s_acc, j, i, end, from_keys)
 
                 # dV += P^T dO, dK += dS^T Q; P and dS take turns in one tile
-                softmax_backward(s_acc, dp_acc, slopes, lses, deltas, scores.softmax_scale)
+                draw_kept(kept, j, i, drawn)
+                softmax_backward(s_acc, dp_acc, slopes, lses, deltas, scores, kept)
                 store_scores(s_acc, smem, p_mine + column)
                 # P of all lanes must have arrived: a warp exchanges that of its own rows.
                 cuda.syncwarp()

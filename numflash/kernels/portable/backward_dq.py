@@ -10,7 +10,7 @@ its own rows of dQ.
 from numflash.configs import BackwardDqConfig, Traits
 from numflash.kernels.arguments import Mask, Scores, Shape, Statistics, Tensor
 from numflash.kernels.kernel import Kernel
-from numflash.ptx import cuda, f32, i32, mov_ctaid_x
+from numflash.ptx import cuda, f32, i32, mov_ctaid_x, u32
 from numflash.tiles.blocks import (
     first_of_rows,
     first_of_statistics,
@@ -20,8 +20,9 @@ from numflash.tiles.blocks import (
     tiles_seen,
     tiles_seen_whole,
 )
-from numflash.tiles.features import make_args_of_head
+from numflash.tiles.features import make_args_of_head, make_weigh
 from numflash.tiles.portable.copies import make_load_tile, make_store_rows
+from numflash.tiles.portable.dropout import make_draw_kept, words_of_bits
 from numflash.tiles.portable.elements import ELEMENTS
 from numflash.tiles.portable.gradients import (
     make_load_query_statistics,
@@ -71,11 +72,16 @@ def make_backward_dq_kernel(config: BackwardDqConfig, traits: Traits) -> Kernel:
         rows, columns, traits.features, True, traits.bends_scores
     )
     mask_scores = make_mask_scores(rows, columns)
-    softmax_backward = make_softmax_backward(rows, columns, traits.bends_scores, by_row=True)
+    _, weigh_of_head, drops = make_weigh(traits.features)
+    draw_kept = make_draw_kept(rows, columns, traits.features, by_row=True)
+    softmax_backward = make_softmax_backward(
+        rows, columns, traits.features, traits.bends_scores, by_row=True
+    )
     store_scores = make_store_scores(rows, columns, ds_pitch)
     store_dq = make_store_rows(element, rows, groups, traits.vectorized)
     storage, args_of_head = element.storage, make_args_of_head(traits.features)
     n_slopes = n_scores if traits.bends_scores else 1
+    n_kept = words_of_bits(n_scores) if drops else 1
 
     def backward_dq(
         q: Tensor[storage],  # (batch, seqlen_q, num_heads_q, head_dim)
@@ -92,6 +98,7 @@ def make_backward_dq_kernel(config: BackwardDqConfig, traits: Traits) -> Kernel:
         s_acc = cuda.local.array(n_scores, f32)
         dp_acc = cuda.local.array(n_scores, f32)
         slopes = cuda.local.array(n_slopes, f32)
+        kept = cuda.local.array(n_kept, u32)
         dq_acc = cuda.local.array(n_dq, f32)
         lses = cuda.local.array(rows, f32)
         deltas = cuda.local.array(rows, f32)
@@ -101,6 +108,7 @@ def make_backward_dq_kernel(config: BackwardDqConfig, traits: Traits) -> Kernel:
         k_base = first_of_rows(k, batch, head_kv, sequence.first_k)
         v_base = first_of_rows(v, batch, head_kv, sequence.first_k)
         args = args_of_head(scores.features, batch, head)
+        drawn = weigh_of_head(scores.features, batch, head)
 
         # This thread's first row and columns, in the tiles.
         row = first_row_of_thread(rows_per_warp)
@@ -139,7 +147,8 @@ def make_backward_dq_kernel(config: BackwardDqConfig, traits: Traits) -> Kernel:
                 mask_scores(s_acc, i, j, sequence.seqlen_k, sequence)
 
             # dS = P * (softmax_scale dP - delta), dQ += dS K
-            softmax_backward(s_acc, dp_acc, slopes, lses, deltas, scores.softmax_scale)
+            draw_kept(kept, i, j, drawn)
+            softmax_backward(s_acc, dp_acc, slopes, lses, deltas, scores, kept)
             store_scores(dp_acc, smem, ds_mine + column)
             # dS of all lanes must have arrived: a warp exchanges that of its own rows.
             cuda.syncwarp()

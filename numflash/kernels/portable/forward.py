@@ -10,7 +10,7 @@ Source: FlashAttention-2, arXiv 2307.08691, Algorithm 1.
 from numflash.configs import ForwardConfig, Traits
 from numflash.kernels.arguments import Mask, Pointer, Scores, Shape, Tensor
 from numflash.kernels.kernel import Kernel
-from numflash.ptx import cuda, f32, i32, mov_ctaid_x
+from numflash.ptx import cuda, f32, i32, mov_ctaid_x, u32
 from numflash.tiles.blocks import (
     first_of_rows,
     first_of_statistics,
@@ -20,8 +20,9 @@ from numflash.tiles.blocks import (
     tiles_seen,
     tiles_seen_whole,
 )
-from numflash.tiles.features import make_args_of_head
+from numflash.tiles.features import make_args_of_head, make_weigh
 from numflash.tiles.portable.copies import make_load_tile, make_store_rows
+from numflash.tiles.portable.dropout import make_draw_kept, words_of_bits
 from numflash.tiles.portable.elements import ELEMENTS
 from numflash.tiles.portable.lanes import (
     COLUMN_LANES,
@@ -65,10 +66,13 @@ def make_forward_kernel(config: ForwardConfig, traits: Traits) -> Kernel:
     multiply_p_v = make_product_nn(rows, groups, tile_n, p_pitch, v_pitch)
     scale_scores = make_scale_scores(rows, columns, traits.features)
     mask_scores = make_mask_scores(rows, columns)
-    online_softmax = make_online_softmax(rows, columns, n_out, p_pitch)
+    _, weigh_of_head, drops = make_weigh(traits.features)
+    draw_kept = make_draw_kept(rows, columns, traits.features, by_row=True)
+    online_softmax = make_online_softmax(rows, columns, n_out, p_pitch, traits.features)
     end_of_row, lse_of_row = make_end_of_row(traits.features, NATURAL)
     store_o = make_store_rows(element, rows, groups, traits.vectorized)
     storage, args_of_head = element.storage, make_args_of_head(traits.features)
+    n_kept = words_of_bits(n_scores) if drops else 1
 
     def forward(
         q: Tensor[storage],  # (batch, seqlen_q, num_heads_q, head_dim)
@@ -85,6 +89,7 @@ def make_forward_kernel(config: ForwardConfig, traits: Traits) -> Kernel:
         o_acc = cuda.local.array(n_o, f32)
         row_max = cuda.local.array(rows, f32)
         row_sum = cuda.local.array(rows, f32)
+        kept = cuda.local.array(n_kept, u32)
 
         m_start, head, head_kv, batch, _ = place_of_queries(mov_ctaid_x(), shape)
         sequence = sequence_of(shape, mask)
@@ -94,6 +99,7 @@ def make_forward_kernel(config: ForwardConfig, traits: Traits) -> Kernel:
         out_base = first_of_rows(out, batch, head, sequence.first_q)
         first_query = first_of_statistics(batch, head, shape) + sequence.first_q
         args = args_of_head(scores.features, batch, head)
+        drawn = weigh_of_head(scores.features, batch, head)
 
         # This thread's first row and columns, in the tiles.
         row = first_row_of_thread(rows_per_warp)
@@ -129,7 +135,8 @@ def make_forward_kernel(config: ForwardConfig, traits: Traits) -> Kernel:
                 mask_scores(s_acc, i, j, sequence.seqlen_k, sequence)
 
             # P = exp(S - row_max), O += P V
-            online_softmax(s_acc, row_max, row_sum, o_acc, smem, p_mine + column)
+            draw_kept(kept, i, j, drawn)
+            online_softmax(s_acc, row_max, row_sum, o_acc, smem, p_mine + column, kept)
             # P of all lanes must have arrived: a warp exchanges that of its own rows.
             cuda.syncwarp()
             multiply_p_v(o_acc, smem, p_mine, v_mine)

@@ -7,6 +7,9 @@ without keys, which makes its P zero. Only -inf means that: a NaN stays one.
 Where a feature ends rows, row_gradients is what each row adds to the gradient of its argument;
 `head_sums` adds that up.
 
+Where weights are dropped, those that are kept have a common factor. Kernels take it from here:
+with P times the factor, which is another lse, and delta over it, dS is the same.
+
 Source: FlashAttention, arXiv 2205.14135, Appendix B.4.
 """
 
@@ -23,7 +26,7 @@ from numflash.tiles.blocks import (
     place_in_heads,
     tiles_of,
 )
-from numflash.tiles.features import make_gradient_of_end
+from numflash.tiles.features import make_gradient_of_end, make_weigh
 from numflash.tiles.portable.elements import ELEMENTS
 from numflash.tiles.portable.lanes import FULL_WARP
 from numflash.tiles.portable.softmax import LOG2_E
@@ -36,6 +39,7 @@ def make_delta_kernel(config: DeltaConfig, traits: Traits) -> Kernel:
     storage, to_f32, load_vector = element.storage, element.to_f32, element.load_vector
     gradient_of_end = make_gradient_of_end(traits.features)
     ends_rows = gradient_of_end is not None
+    _, _, drops = make_weigh(traits.features)
     vector = element.vector if traits.vectorized else 1
     vectorized, columns, step = traits.vectorized, traits.head_dim_v, 32 * vector
 
@@ -78,5 +82,8 @@ def make_delta_kernel(config: DeltaConfig, traits: Traits) -> Kernel:
             if ends_rows:
                 row_gradients[i] = gradient_of_end(lse[i], total, features, batch, head)
             lse_log2[i] = lse[i] * LOG2_E if lse[i] != NEG_INF else f32(math.inf)
+            if drops:
+                delta[i] /= features.dropout.scale
+                lse_log2[i] -= features.dropout.log2_scale
 
     return Kernel(config.family, delta, config.num_threads, 0)

@@ -46,7 +46,7 @@ from numflash.ptx import (
     u16,
     u32,
 )
-from numflash.tiles.features import make_args_of_head
+from numflash.tiles.features import make_args_of_head, make_weigh
 from numflash.tiles.mma.softmax import make_scale_rows
 from numflash.tiles.portable.softmax import LOG2_E
 from numflash.tiles.wgmma.products import (
@@ -54,7 +54,7 @@ from numflash.tiles.wgmma.products import (
     make_product_nt,
     make_product_pn,
 )
-from numflash.tiles.wgmma.scores import make_shape_scores
+from numflash.tiles.wgmma.scores import make_shape_scores, make_weigh_scores
 from numflash.tiles.wgmma.softmax import begin_rows, make_online_softmax
 from numflash.tiles.wgmma.turns import group_of_thread, make_turns, softmax_before_wait
 
@@ -63,10 +63,12 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
     """The forward kernel for one config; see the module's docstring."""
     out_storage = f32 if config.num_splits > 1 else u16
     bends, args_of_head = traits.shapes_scores, make_args_of_head(traits.features)
+    _, weigh_of_head, _ = make_weigh(traits.features)
 
     @device_function
     def look_up(rows, shape, scores):
-        return args_of_head(scores.features, rows.place.batch, rows.place.head)
+        features, batch, head = scores.features, rows.place.batch, rows.place.head
+        return args_of_head(features, batch, head), weigh_of_head(features, batch, head)
 
     run_block = make_skeleton(config, traits, look_up, make_attend(config, traits))
 
@@ -92,7 +94,7 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
 
 
 def make_attend(config: Sm90ForwardConfig, traits: Traits):
-    """attend(smem, barriers, at, rows, sums, scale_log2, scores, args, keys, stage, parity)
+    """attend(smem, barriers, at, rows, sums, scale_log2, scores, known, keys, stage, parity)
 
     O += softmax(Q K^T) V over the tiles of keys that a warpgroup's rows see; see `skeleton`.
     """
@@ -108,6 +110,7 @@ def make_attend(config: Sm90ForwardConfig, traits: Traits):
     wait_for_s, wait_for_next_s = (make_wgmma_wait_group(i, n_scores) for i in range(2))
     wait_for_o = make_wgmma_wait_group(0, 4 * o_tiles)
     shape_scores, online_softmax = make_shape_scores(tile_n, traits), make_online_softmax(n_tiles)
+    weigh_scores = make_weigh_scores(tile_n, traits)
     pack_p, scale_rows = make_pack(dtype, n_tiles), make_scale_rows(1, o_tiles)
 
     @device_function
@@ -118,10 +121,10 @@ def make_attend(config: Sm90ForwardConfig, traits: Traits):
         return u32(q + group * q_step)
 
     @device_function
-    def attend(smem, barriers, at, rows, sums, scale_log2, scores, args, keys, stage, parity):
+    def attend(smem, barriers, at, rows, sums, scale_log2, scores, known, keys, stage, parity):
         s_acc, p_frag = cuda.local.array(n_scores, f32), cuda.local.array(n_p, u32)
         limits, shifts = cuda.local.array(2, f32), cuda.local.array(2, f32)
-        factors = cuda.local.array(2, f32)
+        factors, (args, drawn) = cuda.local.array(2, f32), known
         o_acc, row_sum, group, (first, end) = sums.o_acc, sums.row_sum, rows.group, keys
         running = sums.row_max, row_sum, limits, shifts
         begin_rows(limits, shifts)
@@ -138,6 +141,7 @@ def make_attend(config: Sm90ForwardConfig, traits: Traits):
         K.release(barriers, stage)
         shape_scores(s_acc, rows, i32(first * tile_n), scores.scale, scores.shift, args)
         online_softmax(s_acc, running, factors, scale_log2)
+        weigh_scores(s_acc, rows, i32(first * tile_n), drawn)
         pack_p(p_frag, s_acc)
 
         for n in range(first + 1, end):
@@ -173,6 +177,7 @@ def make_attend(config: Sm90ForwardConfig, traits: Traits):
             # P = softmax(S) of tile n, with overlap beside O += P V of tile n - 1
             shape_scores(s_acc, rows, i32(n * tile_n), scores.scale, scores.shift, args)
             has_grown = online_softmax(s_acc, running, factors, scale_log2)
+            weigh_scores(s_acc, rows, i32(n * tile_n), drawn)
             if overlap:
                 softmax_before_wait(smem, 0, row_sum[0], row_sum[1])
                 # Hazard: P would change under the product, and O would be rescaled before it is

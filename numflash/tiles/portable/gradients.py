@@ -14,6 +14,8 @@ import math
 from functools import cache
 
 from numflash.ptx import device_function, f32, fma_rn_f32, st_shared_f32
+from numflash.tiles.features import make_weigh
+from numflash.tiles.portable.dropout import make_weight
 from numflash.tiles.portable.lanes import COLUMN_LANES, ROW_LANES
 from numflash.tiles.portable.softmax import exp_f32
 from numflash.tiles.scores import NEG_INF
@@ -42,24 +44,29 @@ def make_load_query_statistics(count, step):
 
 
 @cache
-def make_softmax_backward(rows, columns, has_slopes, by_row):
-    """softmax_backward(s_acc, dp_acc, slopes, lses, deltas, softmax_scale)
+def make_softmax_backward(rows, columns, features, has_slopes, by_row):
+    """softmax_backward(s_acc, dp_acc, slopes, lses, deltas, scores, kept)
 
-    S -> P and dP -> dS, in place.
+    S -> P and dP -> dS, in place; `scores` is the record of the kernel's arguments.
 
-    With has_slopes, `slopes` holds the derivative of each score by the scaled product.
+    With has_slopes, `slopes` holds the derivative of each score by the scaled product. With
+    features that weigh P, `kept` says of which scores P and dP count (`tiles.portable.dropout`),
+    and P has their common factor, over which `delta` is.
     """
-    n_scores = rows * columns
+    n_scores, weight, (_, _, weighs) = rows * columns, make_weight(features), make_weigh(features)
 
     @device_function
-    def softmax_backward(s_acc, dp_acc, slopes, lses, deltas, softmax_scale):
+    def softmax_backward(s_acc, dp_acc, slopes, lses, deltas, scores, kept):
         for i in range(n_scores):
             query = i // columns if by_row else i % columns
             probability = exp_f32(s_acc[i] - lses[query])
-            gradient = probability * fma_rn_f32(dp_acc[i], softmax_scale, -deltas[query])
+            if weighs:
+                probability *= scores.features.dropout.scale
+            gradient = weight(kept, i, dp_acc[i])
+            gradient = probability * fma_rn_f32(gradient, scores.softmax_scale, -deltas[query])
             if has_slopes:
                 gradient *= slopes[i]
-            s_acc[i] = probability
+            s_acc[i] = weight(kept, i, probability)
             dp_acc[i] = gradient
 
     return softmax_backward
