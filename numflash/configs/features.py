@@ -24,7 +24,7 @@ from numpy import int32 as i32
 from numpy import int64 as i64
 from numpy import uint32 as u32
 
-from numflash.configs.philox import key_of, random_bits
+from numflash.runtime.philox import key_of, random_bits
 from numflash.runtime.views import ArrayView, Pointer
 
 MAX_FLOAT32 = (2 - 2**-23) * 2.0**127

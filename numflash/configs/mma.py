@@ -396,7 +396,8 @@ _MAX_REGISTERS = 255
 # for tf32, whose loops do more; a little less for Turing where rows are not aligned.
 _MAX_OUTPUTS = 128
 # float32 accumulators a thread can hold next to its operands without spilling, found by compiling:
-# plainly; where features shape scores or rows are not aligned; where operands are rounded to tf32.
+# plainly; where features shape or drop scores, or rows are not aligned; where operands are rounded
+# to tf32.
 # Turing's copies take registers, too; its forward spills earlier than its dQ, and so does what
 # keeps dK and dV together.
 _MAX_ACCUMULATORS = {
@@ -469,7 +470,9 @@ def misfit(
             f"needs {needed} bytes of shared memory per block, {limits.arch} has "
             f"{limits.max_smem_per_block}"
         )
-    kind = "plain" if traits.vectorized and not traits.shapes_scores else "features"
+    # Transposed tiles have room for random bits where they have it for dP beside S.
+    bends = traits.shapes_scores or (traits.drops_weights and config.family != "backward-dkdv")
+    kind = "plain" if traits.vectorized and not bends else "features"
     most_of = _MAX_ACCUMULATORS[config.generation]
     most = most_of["tf32" if traits.tf32 else kind]
     together = config.family == "backward-dkdv" and not config.apart

@@ -1,12 +1,12 @@
-"""Philox4x32-10 on the device; `configs.philox` says which bits decide over which score."""
+"""Philox4x32-10 on the device; `runtime.philox` says which bits decide over which score."""
 
-from numflash.configs.philox import MULTIPLIERS, ROUNDS, WEYL
 from numflash.ptx import device_function, i32, u32, u64
 
 ROWS, COLUMNS = 8, 4
 """The counters of 16 rows, and of 16 columns."""
-_M0, _M1 = map(u64, MULTIPLIERS)
-_W0, _W1 = map(u64, WEYL)
+_ROUNDS = 10
+_M0, _M1 = u64(0xD2511F53), u64(0xCD9E8D57)
+_W0, _W1 = u64(0x9E3779B9), u64(0xBB67AE85)
 _32 = u64(32)
 
 
@@ -30,7 +30,7 @@ def _one_round_before(rest):
 
 philox = _ended
 """philox(c0, c1, c2, c3, k0, k1): the four words for a counter and a key, all u32."""
-for _ in range(ROUNDS):
+for _ in range(_ROUNDS):
     philox = _one_round_before(philox)
 
 

@@ -1,7 +1,7 @@
 """Dropout on accumulators: which scores of a thread are kept.
 
 A thread has eight scores of two neighbouring products of 16 x 8. Where the rows are queries, they
-are the eight that share random bits (`configs.philox`). Where they are keys, neighbouring rows
+are the eight that share random bits (`runtime.philox`). Where they are keys, neighbouring rows
 share bits and neighbouring columns do not: the lanes of two neighbouring rows each draw the bits
 of one of two neighbouring columns, and exchange halves.
 

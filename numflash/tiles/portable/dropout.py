@@ -1,6 +1,6 @@
 """Dropout on a tile in registers: a bit for each score of a thread, 1 if it is kept.
 
-Eight scores share random bits (`configs.philox`). Of a thread's those share them whose rows are 8
+Eight scores share random bits (`runtime.philox`). Of a thread's those share them whose rows are 8
 apart, and those whose columns are: two or four are drawn at once where the tile's sides are
 multiples of 16, so that the first of them is known when the kernel is compiled.
 """
