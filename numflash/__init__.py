@@ -13,6 +13,7 @@ from numflash.api.merge import merge_partials
 from numflash.api.plans import Plan, plan, warmup
 from numflash.api.quantize import dequantize_fp8, quantize_fp8
 from numflash.executor import run_ptx
+from numflash.functions import masks, math
 from numflash.problem.fp8 import Fp8Array, Fp8Recipe, PrecisionDecision
 from numflash.runtime.errors import UnsupportedError
 from numflash.runtime.mode import simulating
@@ -32,6 +33,8 @@ __all__ = [
     "check",
     "dequantize_fp8",
     "explain_dispatch",
+    "masks",
+    "math",
     "merge_partials",
     "plan",
     "quantize_fp8",

@@ -1,5 +1,7 @@
 """Attention and its gradients, as people call them."""
 
+from collections.abc import Callable
+
 from numflash.calls.backward import Backward
 from numflash.calls.fp8_options import refuse_backward
 from numflash.calls.ready import bind_forward, prepare
@@ -24,6 +26,11 @@ def attention(
     sinks=None,
     dropout_p: float = 0.0,
     seed=None,
+    bias=None,
+    mask=None,
+    score_mod: Callable | None = None,
+    mask_mod: Callable | None = None,
+    aux: tuple = (),
     layout: str = "bshd",
     precision: str | None = None,
     fp8: Fp8Recipe | None = None,
@@ -72,6 +79,16 @@ def attention(
             a CUDA graph can change it. A weight is dropped for the seed and its batch entry, head,
             query and key alone, whatever kernel runs: `numflash.reference.dropout_mask` says
             which are kept. The backward takes the same. Another seed compiles nothing.
+        bias: float16, bfloat16 or float32, broadcastable to (batch, num_heads_q, seqlen_q,
+            seqlen_k), any strides: added to the scaled scores, after softcap and ALiBi.
+        mask: boolean, broadcastable in the same way: True keeps a key, False hides it.
+        score_mod: score_mod(score, batch, head, q_idx, kv_idx, *aux) -> score, a Python function
+            of symbolic numbers (`numflash.math`): what becomes of a score, which arrives scaled,
+            after softcap, ALiBi and bias, and before masks.
+        mask_mod: mask_mod(batch, head, q_idx, kv_idx, *aux) -> boolean: which keys a query sees,
+            besides what mask, causal and window_size hide.
+        aux: arrays, and numbers that change from call to call, that score_mod and mask_mod get.
+            Numbers that a function closes over are constants of its kernel.
         layout: "bshd" or "bhsd", of q, k, v and the result.
         precision: "tf32" allows float32 to be multiplied on tensor cores, with operands rounded
             to 10 bits after the point; where there is no such kernel (head dims above 128,
@@ -139,6 +156,11 @@ def attention(
         sinks,
         dropout_p,
         seed,
+        bias,
+        mask,
+        score_mod,
+        mask_mod,
+        aux,
         layout,
         precision,
         config,
@@ -173,33 +195,51 @@ def attention_backward(
     sinks=None,
     dropout_p: float = 0.0,
     seed=None,
+    bias=None,
+    mask=None,
+    score_mod: Callable | None = None,
+    mask_mod: Callable | None = None,
+    aux: tuple = (),
     layout: str = "bshd",
     precision: str | None = None,
+    dlse=None,
+    delta=None,
+    wrt: tuple[str, ...] | None = None,
     stream=None,
     config: dict[str, str | Config] | None = None,
 ):
-    """The gradients of `attention` with respect to q, k and v.
+    """The gradients of `attention`, with respect to q, k and v or what `wrt` names.
 
     Args:
         dout: gradient of the result, shaped like it.
         q, k, v: as given to `attention`.
-        out, lse: as returned by `attention(..., return_lse=True)`.
+        out, lse: as returned by `attention(..., return_lse=True)`. With delta out is not read,
+            and may be None.
         softmax_scale, causal, causal_align, shift, window_size, softcap, alibi_slopes, sinks,
-            dropout_p, seed, layout, precision, stream: as given to `attention`.
+            dropout_p, seed, bias, mask, score_mod, mask_mod, aux, layout, precision, stream: as
+            given to `attention`.
+        dlse: gradient of lse, where a loss depends on it: shaped like lse, float32, any strides.
+        delta: the sum over head_dim_v of dout * out, where the caller has it: shaped like lse,
+            float32, any strides.
+        wrt: what to return gradients of, in this order: "q", "k", "v"; with sinks "sinks"; with
+            alibi_slopes "alibi_slopes". Kernels that make none of them do not run. None is
+            ("q", "k", "v"), and with sinks also "sinks".
         config: kernels to run instead of those that numflash chooses, by family: "backward-dkdv"
             and "backward-dq"; or "backward", one kernel for all gradients, which takes five
             products a tile instead of seven and num_splits more float32 copies of dq.
 
     Returns:
+        A tuple with a gradient for each name in wrt.
         dq, dk, dv: shaped like q, k and v, contiguous. Queries that see no key have gradient 0.
-        dsinks: with sinks, a fourth: (num_heads_q,) float32, the sum over a head's rows of
-            -exp(sink - lse) * (dout . out).
+        dsinks: (num_heads_q,) float32: the sum over a head's rows of
+            exp(sink - lse) * (dlse - dout . out).
         The same call gives the same bits every time: no atomics.
 
     Raises:
         TypeError, ValueError, UnsupportedError: as `attention`.
 
-    Needs two float32 workspaces of batch x num_heads_q x seqlen_q.
+    Needs two float32 workspaces of batch x num_heads_q x seqlen_q, and one for each array of
+    heads in wrt.
 
     Source: FlashAttention, arXiv 2205.14135, Algorithm 4.
 
@@ -211,6 +251,9 @@ def attention_backward(
         >>> dq, dk, dv = numflash.attention_backward(dout, q, k, v, out, lse, causal=True)
         >>> dq.shape == q.shape, dv.dtype
         (True, dtype('float16'))
+        >>> (dv,) = numflash.attention_backward(dout, q, k, v, out, lse, causal=True, wrt=("v",))
+        >>> dv.shape == v.shape
+        True
     """
     options = AttentionOptions(
         softmax_scale,
@@ -223,13 +266,24 @@ def attention_backward(
         sinks,
         dropout_p,
         seed,
+        bias,
+        mask,
+        score_mod,
+        mask_mod,
+        aux,
         layout,
         precision,
         config,
     )
     refuse_backward(q, k, v, precision)
-    arrays = {"q": q, "k": k, "v": v, "dout": dout, "out": out, "lse": lse}
-    backward, operands, stream = prepare(Backward, arrays, options, stream)
+    arrays = {"q": q, "k": k, "v": v, "dout": dout, "lse": lse}
+    if delta is None:
+        arrays["out"] = out
+    for name, array in (("dlse", dlse), ("delta", delta)):
+        if array is not None:
+            arrays[name] = array
+    wrt = tuple(wrt) if isinstance(wrt, list) else wrt
+    backward, operands, stream = prepare(Backward, arrays, options, stream, wrt)
     library = library_of(q, "q")
 
     def work(stream: int) -> tuple:

@@ -22,13 +22,14 @@ from numflash import reference
 from numflash.api import attention as api
 from numflash.api.explain import explain_dispatch
 from numflash.calls.fp8_options import has_fp8, refuse_backward
-from numflash.configs.features import FEATURES
 from numflash.problem.fp8 import Fp8Array, Fp8Recipe
 from numflash.problem.options import ARRAY_OPTIONS
-from numflash.reference.attention import heads_first
+from numflash.reference.attention import heads_first, names_of_gradients
 from numflash.runtime.arrays import library_of, stream_address
 from numflash.selection.choice import split_configs
 
+# Options that `attention_backward` alone has.
+_OF_BACKWARD = ("dlse", "wrt")
 _EPSILON = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "tf32": 2.0**-11}
 
 
@@ -101,14 +102,15 @@ def check(q, k, v, *, dout=None, **options) -> CheckReport:
     Args:
         q, k, v: as for `numflash.attention`.
         dout: gradient of the output; with it the gradients are checked as well.
-        options: the options of `numflash.attention`. `config` may be a dictionary that also names
-            configs for the backward, by family.
+        options: the options of `numflash.attention`, and `dlse` and `wrt` of
+            `numflash.attention_backward`. `config` may be a dictionary that also names configs
+            for the backward, by family.
 
     On 8-bit floats the exact result is that of the arrays before they are quantised; of an
     `Fp8Array`, and of codes with scales, that of the numbers they stand for.
 
     Returns:
-        The errors of out and lse, and with dout of dq, dk and dv.
+        The errors of out and lse, and with dout of the gradients.
 
     Raises:
         TypeError, ValueError, UnsupportedError: as `numflash.attention`.
@@ -141,15 +143,16 @@ def check(q, k, v, *, dout=None, **options) -> CheckReport:
         if dout is not None:
             refuse_backward(q, k, v, options.get("precision") or "fp8")
         return _check_fp8(given, descales, options)
+    of_backward = {name: options.pop(name) for name in _OF_BACKWARD if name in options}
     forward_configs, backward_configs = split_configs(options.pop("config", None))
     out, lse = api.attention(q, k, v, return_lse=True, config=forward_configs, **options)
     got = {"out": out, "lse": lse}
     if dout is not None:
         backward_options = {n: o for n, o in options.items() if n != "out"}
         gradients = api.attention_backward(
-            dout, q, k, v, out, lse, config=backward_configs, **backward_options
+            dout, q, k, v, out, lse, config=backward_configs, **backward_options, **of_backward
         )
-        got |= zip(_names_of_gradients(options), gradients, strict=True)
+        got |= zip(_names_of_gradients(options | of_backward), gradients, strict=True)
 
     host = {name: to_numpy(array) for name, array in given.items()}
     host_options = _on_host(options)
@@ -160,20 +163,20 @@ def check(q, k, v, *, dout=None, **options) -> CheckReport:
         precision=precision,
         dout=None if dout is None else to_numpy(dout),
         **host_options,
+        **_on_host(of_backward),
     )
 
 
 def _names_of_gradients(options: dict) -> tuple[str, ...]:
     """Of what `attention_backward` returns with these options."""
-    rows = [row for row in FEATURES if row.gradient is not None]
-    asked = [row.option for row in rows if row.is_asked(options.get(row.option, row.default))]
-    return "dq", "dk", "dv", *(f"d{name}" for name in asked)
+    return tuple(f"d{name}" for name in names_of_gradients(options))
 
 
 def _on_host(options: dict) -> dict:
     """The options that decide the result, with arrays in NumPy."""
     options = {name: option for name, option in options.items() if name != "out"}
-    given = [name for name in ARRAY_OPTIONS if options.get(name) is not None]
+    arrays = *ARRAY_OPTIONS, "dlse"
+    given = [name for name in arrays if options.get(name) is not None]
     return options | {name: to_numpy(options[name]) for name in given}
 
 

@@ -10,6 +10,7 @@ from numflash.configs import Traits, padded_head_dim
 from numflash.configs.features import rows_of
 from numflash.machine_code.compiler import get_cubin
 from numflash.problem.fp8 import Fp8Array, Fp8Recipe
+from numflash.problem.gradients import Gradients
 from numflash.problem.options import AttentionOptions
 from numflash.problem.problem import expect_contiguous_rows, expect_head_dim, expect_precision
 from numflash.runtime.arrays import library_of, stream_address
@@ -17,7 +18,7 @@ from numflash.runtime.driver import limits_of_device, multiprocessors
 from numflash.runtime.mode import SIMULATED
 from numflash.runtime.views import ArrayView, contiguous_strides
 from numflash.selection import tuned
-from numflash.selection.choice import BACKWARD, device_key
+from numflash.selection.choice import BACKWARD, HEAD_SUMS, device_key, traits_of_delta
 from numflash.selection.geometry import num_splits
 from numflash.selection.rules import choose
 
@@ -161,13 +162,15 @@ def warmup(
         return
     limits = limits_of_device(device)
     families = ["forward", *(("delta", *BACKWARD) if backward else ())]
-    if backward and any(row.gradient for row in rows_of(features)):
-        families.append("head-sums")
+    gradients = Gradients.of(features)
+    if backward and gradients.options_of("delta", features):
+        load(get_cubin(HEAD_SUMS.config, HEAD_SUMS.traits, limits), device)
     for family in families:
         rows = seqlen_k if family == "backward-dkdv" else seqlen_q
         # Bulk copies cannot fetch contiguous arrays whose rows are not aligned.
         no_bulk_copies = None if traits.vectorized else "rows are not aligned to 16 bytes"
-        choices = [choose(family, traits, limits, rows, no_bulk_copies=no_bulk_copies)]
+        asked = traits_of_delta(traits, gradients) if family == "delta" else traits
+        choices = [choose(family, asked, limits, rows, no_bulk_copies=no_bulk_copies)]
         if tuned.enabled():
             # The sizes that decide which of them a call takes are not known yet.
             choices += tuned.choices(family, traits, device_key(device), limits)

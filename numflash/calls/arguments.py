@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from numflash.configs import Traits
 from numflash.configs.features import FEATURES, Features, rows_of
@@ -111,14 +112,25 @@ def arguments_of(problem: AttentionProblem, tensors: dict[str, Tensor]) -> dict[
             batch_size=problem.batch,
         ),
         "mask": Mask(problem.band_lo, problem.band_hi),
-        "scores": Scores(scale, problem.softmax_scale, problem.shift, features),
+        "scores": _scores(problem, scale, features),
         "features": features,
-        "row_gradients": "row_gradients" if problem.gradients else None,
+        "row_gradients": None,
         "softmax_scale": problem.softmax_scale,
         "statistics": Statistics("lse", "delta"),
         "statistics_log2": Statistics("lse_log2", "delta"),
+        "plain_statistics": Statistics("lse", "plain_delta"),
+        "plain_statistics_log2": Statistics("lse_log2", "plain_delta"),
         "in_fp8": None,
     }
+
+
+def _scores(problem: AttentionProblem, scale: float, features: Features) -> NamedTuple:
+    """The record of `scores_of` for a problem."""
+    values = scale, problem.softmax_scale, problem.shift, features
+    if not problem.program:
+        return Scores(*values)
+    given = records.given_of(problem.program)(*problem.given)
+    return records.scores_of(problem.program)(*values, given)
 
 
 def seen_by_bulk_copies(
@@ -135,6 +147,15 @@ def seen_by_bulk_copies(
 def lse_shape(problem: AttentionProblem, q: ArrayView) -> tuple[int, ...]:
     """(batch, heads, seqlen_q), without the axes that q does not have."""
     return (problem.batch, problem.num_heads_q, problem.seqlen_q)[4 - len(q.shape) :]
+
+
+def of_each_query(
+    name: str, view: ArrayView, problem: AttentionProblem, q: ArrayView
+) -> records.Tensor:
+    """An array of the caller's that is shaped like lse, with any strides. Raises as `describe`."""
+    expect_like(name, view, lse_shape(problem, q), "float32", q.device)
+    batch, head, row = (0,) * (3 - len(view.strides)) + view.strides
+    return records.Tensor(name, batch, row, head)
 
 
 def with_contiguous_rows(

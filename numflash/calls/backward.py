@@ -3,23 +3,41 @@
 `ready` keeps one `Backward` for each distinct problem; the tuner binds its kernels one by one.
 """
 
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import NamedTuple
+
 from numflash.calls.arguments import (
     arguments_of,
     copy_all_rows,
     lse_shape,
+    of_each_query,
     traits_of,
     with_contiguous_rows,
 )
 from numflash.calls.forward import Launches
 from numflash.calls.launch import Launcher
-from numflash.configs import HeadSumsConfig
+from numflash.kernels.arguments import Tensor as TensorRecord
+from numflash.problem.gradients import Gradients
 from numflash.problem.options import AttentionOptions
-from numflash.problem.problem import AttentionProblem, Tensor, as_tensor, describe, expect_like
+from numflash.problem.problem import AttentionProblem, as_tensor, describe, expect_like
 from numflash.runtime.arrays import ArrayLibrary
 from numflash.runtime.driver import machine_of
 from numflash.runtime.views import ArrayView, Operand, fresh
-from numflash.selection.choice import FUSED, select
+from numflash.selection.choice import FUSED, HEAD_SUMS, select
 from numflash.selection.rules import Choice
+
+_OPERANDS = ("q", "k", "v")
+# The caller's product of dO and O, among the operands; "delta" is the workspace of its kernel.
+_GIVEN_DELTA = "given_delta"
+
+
+class Allocated(NamedTuple):
+    """An array that a call allocates."""
+
+    shape: tuple[int, ...]
+    dtype: str
 
 
 class Backward:
@@ -29,77 +47,137 @@ class Backward:
         device: of the arrays.
     """
 
-    def __init__(self, views: dict[str, ArrayView], options: AttentionOptions):
-        """Check, choose and build. Raises as `numflash.attention_backward`."""
-        rows, self._copied = with_contiguous_rows(views, ("q", "k", "v", "dout", "out"))
+    def __init__(
+        self,
+        views: dict[str, ArrayView],
+        options: AttentionOptions,
+        wrt: tuple[str, ...] | None = None,
+    ):
+        """Check, choose and build. Raises as `numflash.attention_backward`.
+
+        Args:
+            views: of q, k, v, dout and lse; out, or delta in its place; dlse where lse has a
+                gradient; the options that are arrays.
+            options: of the call.
+            wrt: what gradients are of; None is the default.
+        """
+        results = tuple(name for name in ("dout", "out") if name in views)
+        rows, self._copied = with_contiguous_rows(views, (*_OPERANDS, *results))
         problem, tensors = describe(rows, options)
+        gradients = Gradients.of(
+            problem.feature_names, wrt, dlse="dlse" in views, delta="delta" in views
+        )
         q, layout = rows["q"], options.layout
         out_shape = (*q.shape[:-1], problem.head_dim_v)
-        expect_like("dout", rows["dout"], out_shape, q.dtype, q.device)
-        expect_like("out", rows["out"], out_shape, q.dtype, q.device)
+        for name in results:
+            expect_like(name, rows[name], out_shape, q.dtype, q.device)
+            tensors["do" if name == "dout" else name] = as_tensor(name, rows[name], layout)
         expect_like("lse", rows["lse"], lse_shape(problem, q), "float32", q.device)
         if not rows["lse"].is_contiguous:
             raise ValueError(
                 f"lse must be contiguous, as `attention` returns it, got strides "
                 f"{rows['lse'].strides} for shape {rows['lse'].shape}"
             )
-        tensors["do"] = as_tensor("dout", rows["dout"], layout)
-        tensors["out"] = as_tensor("out", rows["out"], layout)
-        for name in ("q", "k", "v"):
+        given = {
+            name: of_each_query(name, rows[name], problem, q)
+            for name in ("dlse", "delta")
+            if name in views
+        }
+        if gradients.delta:
+            given["delta"] = given["delta"]._replace(data=_GIVEN_DELTA)
+        for name in _OPERANDS:
             gradient = fresh(rows[name].shape, q.dtype, q.device)
             tensors["d" + name] = as_tensor("d" + name, gradient, layout)
-        self.device, self._dtype = q.device, problem.dtype
-        self._shapes = {"d" + name: rows[name].shape for name in ("q", "k", "v")}
-        self._float32: dict[str, tuple[int, ...]] = {}
-        queries = problem.batch * problem.num_heads_q * problem.seqlen_q
-        self._workspaces = dict.fromkeys(("delta", "lse_log2"), (queries,))
+        self.device, self._gradients = q.device, gradients
+        self._arguments = arguments_of(problem, tensors)
+        self._arguments["of_rows"] = SimpleNamespace(**given, plain="plain_delta")
+        self._arguments.setdefault("out", TensorRecord(None, 0, 0, 0))
+        queries = (problem.batch * problem.num_heads_q * problem.seqlen_q,)
+        self._of_queries = Allocated(queries, "float32")
+        self._workspaces = dict.fromkeys(("delta", "lse_log2"), self._of_queries)
+        # Of options the shape: a number for each head, or for each head of each batch entry.
+        self._shapes = {
+            name: (*rows[name].shape[:-1], problem.num_heads_q)
+            for name in gradients.wrt
+            if name not in _OPERANDS
+        }
+        self._launchers: dict[str, Launcher] = {}
         selection = select(
             problem,
             traits_of(problem, tensors),
             machine_of(q.device),
             options.config,
             passes=("backward",),
+            gradients=gradients,
         )
-        rows = {"delta": problem.seqlen_q, "backward-dkdv": problem.seqlen_k}
-        self._launchers: dict[str, Launcher] = {}
-        for family, choice in {"delta": selection.delta, **selection.backward}.items():
-            if family == FUSED:
-                self._add_fused(problem, tensors, choice)
-            elif problem.batch and rows.get(family, problem.seqlen_q):
-                self._launchers[family] = _launcher(choice, problem, tensors, q.device)
-        for name in problem.gradients:
-            self._add_head_sums(problem, tensors, selection.delta, name)
+        # One kernel makes dk and dv, or all three, whichever are wanted.
+        made = {"q"} & {*gradients.wrt}
+        if selection.backward.keys() & {FUSED, "backward-dkdv"}:
+            made |= {"k", "v"}
+        self._results = {f"d{name}": Allocated(rows[name].shape, q.dtype) for name in made}
+        if selection.delta.traits.plain_delta:
+            self._workspaces["plain_delta"] = self._of_queries
+        self._add(problem, "delta", selection.delta)
+        for family, choice in selection.backward.items():
+            add = self._add_fused if family == FUSED else self._add
+            add(problem, family, choice)
         for launcher in self._launchers.values():
             launcher.build()
 
-    def _add_head_sums(
-        self, problem: AttentionProblem, tensors: dict[str, Tensor], delta: Choice, name: str
-    ) -> None:
-        """The gradient of what heads have: what `delta` leaves of each row, added up."""
-        self._float32[f"d{name}"] = (problem.num_heads_q,)
-        self._workspaces["row_gradients"] = self._workspaces["delta"]
-        arguments = arguments_of(problem, tensors) | {"sums": f"d{name}"}
-        heads = problem.num_heads_q
-        launcher = Launcher(HeadSumsConfig(), delta.traits, self.device, heads, arguments)
-        self._launchers[HeadSumsConfig.family] = launcher
+    def _add(self, problem: AttentionProblem, family: str, choice: Choice) -> None:
+        """A kernel, and what adds up the shares of rows that it leaves for gradients of options.
 
-    def _add_fused(
-        self, problem: AttentionProblem, tensors: dict[str, Tensor], choice: Choice
-    ) -> None:
-        """The one kernel for all gradients, and the one that adds up its parts of dQ."""
+        Kernels without a row of their own to write are not launched.
+        """
+        arguments = self._arguments
+        options = self._gradients.options_of(family, problem.feature_names)
+        for option in options:
+            shares = f"row_gradients of {option}"
+            self._workspaces[shares] = self._of_queries
+            arguments = arguments | {"row_gradients": shares}
+        rows, heads = problem.seqlen_q, problem.num_heads_q
+        if family == "backward-dkdv":
+            rows, heads = problem.seqlen_k, problem.num_heads_kv
+        if getattr(choice.config, "apart", False):
+            heads *= 2
+        if problem.batch and rows:
+            blocks = problem.num_blocks(rows, heads, choice.config.block_rows)
+            self._launchers[family] = self._launcher(choice, blocks, arguments)
+        for option in options:
+            self._add_head_sums(problem, option)
+
+    def _add_head_sums(self, problem: AttentionProblem, option: str) -> None:
+        """The gradient of what heads have: the shares of rows, added up."""
+        self._results[f"d{option}"] = Allocated(self._shapes[option], "float32")
+        heads, of_call = math.prod(self._shapes[option]), self._arguments["shape"]
+        batch = 1 if len(self._shapes[option]) == 2 else problem.batch
+        arguments = self._arguments | {
+            "row_gradients": f"row_gradients of {option}",
+            "sums": f"d{option}",
+            "shape": of_call._replace(num_heads_q=heads, batch_size=batch),
+        }
+        if heads:
+            launcher = self._launcher(HEAD_SUMS, heads, arguments)
+            self._launchers[f"{HEAD_SUMS.family} of {option}"] = launcher
+
+    def _add_fused(self, problem: AttentionProblem, family: str, choice: Choice) -> None:
+        """The one kernel for dq, dk and dv, and the one that adds up its parts of dQ."""
         config = choice.config
-        arguments = arguments_of(problem, tensors) | {"num_splits": config.num_splits}
+        arguments = self._arguments | {"num_splits": config.num_splits}
         tiles = -(-problem.seqlen_q // config.tile_m) * problem.num_heads_q * problem.batch
         part = tiles * config.tile_m * choice.traits.head_dim
-        self._workspaces["dq_parts"] = (config.num_splits * part,)
+        self._workspaces["dq_parts"] = Allocated((config.num_splits * part,), "float32")
         if problem.batch and problem.seqlen_k:
             blocks = problem.num_blocks(1, problem.num_heads_kv * config.num_splits, 1)
-            launcher = Launcher(config, choice.traits, self.device, blocks, arguments)
-            self._launchers[FUSED] = launcher
-        if tiles:
-            reduction = config.reduction()
-            launcher = Launcher(reduction, choice.traits, self.device, tiles, arguments)
-            self._launchers[reduction.family] = launcher
+            self._launchers[family] = self._launcher(choice, blocks, arguments)
+        if tiles and "q" in self._gradients.wrt:
+            reduction = replace(choice, config=config.reduction())
+            launcher = self._launcher(reduction, tiles, arguments)
+            self._launchers[reduction.config.family] = launcher
+
+    def _launcher(self, choice: Choice, num_blocks: int, arguments: dict) -> Launcher:
+        """A kernel for the problem, with all but addresses bound."""
+        return Launcher(choice.config, choice.traits, self.device, num_blocks, arguments)
 
     def __call__(self, operands: dict[str, Operand], library: ArrayLibrary, stream: int):
         """Allocate and launch; the gradients."""
@@ -110,29 +188,13 @@ class Backward:
 
     def bind(self, operands: dict[str, Operand], library: ArrayLibrary) -> tuple[list, Launches]:
         """Allocate; the gradients, and by family, in order, functions that launch."""
+        operands = dict(operands)
         copy_all_rows(self._copied, operands)
-        for name, shape in self._workspaces.items():
-            operands[name] = library.operand(library.empty(shape, "float32", self.device))
-        gradients = []
-        for name, shape in self._shapes.items():
-            gradients.append(library.empty(shape, self._dtype, self.device))
-            operands[name] = library.operand(gradients[-1])
-        for name, shape in self._float32.items():
-            gradients.append(library.empty(shape, "float32", self.device))
-            operands[name] = library.operand(gradients[-1])
+        if self._gradients.delta:
+            operands[_GIVEN_DELTA] = operands["delta"]
+        arrays = {}
+        for name, (shape, dtype) in (self._workspaces | self._results).items():
+            arrays[name] = library.empty(shape, dtype, self.device)
+            operands[name] = library.operand(arrays[name])
         launches = {family: each.bind(operands) for family, each in self._launchers.items()}
-        return gradients, launches
-
-
-def _launcher(
-    choice: Choice, problem: AttentionProblem, tensors: dict[str, Tensor], device: int
-) -> Launcher:
-    """A backward kernel for a problem, with all but addresses bound."""
-    rows, heads = problem.seqlen_q, problem.num_heads_q
-    if choice.family == "backward-dkdv":
-        rows, heads = problem.seqlen_k, problem.num_heads_kv
-    if getattr(choice.config, "apart", False):
-        heads *= 2
-    num_blocks = problem.num_blocks(rows, heads, choice.config.block_rows)
-    arguments = arguments_of(problem, tensors)
-    return Launcher(choice.config, choice.traits, device, num_blocks, arguments)
+        return [arrays["d" + name] for name in self._gradients.wrt], launches

@@ -120,11 +120,14 @@ def prepare(kind: type, arrays: dict[str, Any], options: AttentionOptions, strea
         key = (*key, *options.key(), *more)
         ready = _ready.get(key)
     except TypeError:
-        ready = None  # an option cannot even be hashed: `kind` finds what is wrong with it
+        # An option cannot be hashed: `kind` finds what is wrong with it. Or nobody can be sure of
+        # a function: the call is made ready each time.
+        key = ready = None
     if ready is None:
         views = {name: library_of(x, name).view(x, name) for name, x in arrays.items()}
         ready = kind(views, options, *more)
         if len(_ready) >= _MAX_READY:
             _ready.clear()
-        _ready[key] = ready
+        if key is not None:
+            _ready[key] = ready
     return ready, operands, stream

@@ -31,6 +31,7 @@ from numflash.configs.portable import (
     PORTABLE_CONFIGS,
     BackwardDkDvConfig,
     BackwardDqConfig,
+    BackwardRowsConfig,
     CombineConfig,
     DeltaConfig,
     ForwardConfig,
@@ -68,6 +69,7 @@ Config = (
     ForwardConfig
     | BackwardDkDvConfig
     | BackwardDqConfig
+    | BackwardRowsConfig
     | DeltaConfig
     | HeadSumsConfig
     | CombineConfig
@@ -108,6 +110,7 @@ __all__ = [
     "Asked",
     "BackwardDkDvConfig",
     "BackwardDqConfig",
+    "BackwardRowsConfig",
     "CombineConfig",
     "Config",
     "DeltaConfig",

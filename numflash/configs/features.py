@@ -68,6 +68,22 @@ class Beside(NamedTuple):
     example: Any
 
 
+class Gradient(NamedTuple):
+    """The gradient of a feature's option, a sum of shares of each row of queries.
+
+    Attributes:
+        shares: in NumPy the share of each (batch, head, query). Of an end: (lse, product, value)
+            -> shares, with `product` that of dO and O, less the gradient of lse. Of a score:
+            (ds, i, j) -> shares, with `ds` the gradient of the score that the feature gives.
+        family: the kernels that leave the shares; `shared.head_sums` adds them up.
+        is_default: whether `attention_backward` returns it unless `wrt` says otherwise.
+    """
+
+    shares: Callable
+    family: str
+    is_default: bool = False
+
+
 @dataclass(frozen=True)
 class Feature:
     """One feature.
@@ -88,8 +104,7 @@ class Feature:
             an end: (row_max, row_sum, value) -> (row_max, row_sum, kept), (batch, head, query, 1).
             Of weights: (shape, value, the values of the options beside it) -> float64 factors of
             P (batch, head, query, key).
-        gradient: of an end in NumPy: (lse, product, value) -> a share of each (batch, head, query)
-            in the gradient of the option, with the product of dO and O. None if it has none.
+        gradient: that of the option, which is an array of heads; None if it has none.
         example: num_heads_q -> a value to time and check kernels with.
         unit: record -> the divisor of scores when the function gets them: products are scaled
             in any case, so that this costs nothing. Only of the first feature.
@@ -118,7 +133,7 @@ class Feature:
     unit: Callable[[Any], float] = lambda record: 1.0
     bends: bool = False
     of_a_head: str | None = None
-    gradient: Callable | None = None
+    gradient: Gradient | None = None
     beside: tuple[Beside, ...] = ()
     numbers: Callable[..., dict[str, float]] | None = None
     in_8_bits: bool = True
@@ -196,6 +211,10 @@ def _alibi(s, value, i, j):
     return s - slopes * np.abs(i - j).astype(s.dtype), s.dtype.type(1)
 
 
+def _shares_of_slopes(ds, i, j):
+    return -(ds * np.abs(i - j).astype(ds.dtype)).sum(-1)
+
+
 def _example_of_slopes(num_heads_q: int) -> np.ndarray:
     head = np.arange(1, num_heads_q + 1, dtype=np.float32)
     return 2 ** (-8 * head / num_heads_q)
@@ -224,7 +243,7 @@ def _sinks(row_max, row_sum, value):
     return top, row_sum * kept + np.exp(sinks - shift), kept
 
 
-def _gradient_of_sinks(lse, product, value):
+def _shares_of_sinks(lse, product, value):
     sinks = np.asarray(value).astype(lse.dtype)[None, :, None]
     # A row that sees no key and has no sink has no weight.
     share = np.where(np.isneginf(lse), lse.dtype.type(0), lse)
@@ -359,6 +378,7 @@ FEATURES = (
         example=_example_of_slopes,
         is_array=True,
         of_a_head="ALiBi slopes",
+        gradient=Gradient(_shares_of_slopes, "backward-rows"),
     ),
     Feature(
         "sinks",
@@ -370,7 +390,7 @@ FEATURES = (
         _sinks,
         example=lambda num_heads_q: np.linspace(-2, 4, num_heads_q, dtype=np.float32),
         is_array=True,
-        gradient=_gradient_of_sinks,
+        gradient=Gradient(_shares_of_sinks, "delta", is_default=True),
     ),
     Feature(
         "dropout",
@@ -402,3 +422,15 @@ NO_FEATURES = Features(*[None] * len(FEATURES))
 def rows_of(names: tuple[str, ...]) -> tuple[Feature, ...]:
     """The rows with these names."""
     return tuple(BY_NAME[name] for name in names)
+
+
+def with_gradient(names: tuple[str, ...], family: str | None = None) -> tuple[Feature, ...]:
+    """Of the rows with these names those with a gradient, whose shares `family` leaves."""
+    rows = [row for row in rows_of(names) if row.gradient is not None]
+    return tuple(row for row in rows if family in (None, row.gradient.family))
+
+
+def default_gradients(names: tuple[str, ...]) -> tuple[str, ...]:
+    """What `attention_backward` returns gradients of by default, with these features."""
+    rows = [row for row in with_gradient(names) if row.gradient.is_default]
+    return "q", "k", "v", *(row.option for row in rows)

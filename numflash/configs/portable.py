@@ -142,6 +142,26 @@ class BackwardDqConfig(_Tiled):
 
 
 @dataclass(frozen=True)
+class BackwardRowsConfig(_Tiled):
+    """A block computes a number for each of tile_m rows of Q; K and V come in tiles of tile_n."""
+
+    family: ClassVar = "backward-rows"
+
+    def smem_layout(self, traits: Traits) -> SmemLayout:
+        """The shared-memory tiles of a kernel with these traits."""
+        return SmemLayout(
+            q=(self.tile_m, traits.head_dim),
+            do=(self.tile_m, traits.head_dim_v),
+            k=(self.tile_n, traits.head_dim),
+            v=(self.tile_n, traits.head_dim_v),
+        )
+
+    def accumulators_per_thread(self, traits: Traits) -> int:
+        """float32 accumulators that a thread keeps through the main loop."""
+        return 2 * self._scores_per_thread() + self._rows_per_thread()
+
+
+@dataclass(frozen=True)
 class BackwardDkDvConfig(_Tiled):
     """A block computes tile_n rows of dK and dV; Q and dO come in tiles of tile_m."""
 
@@ -256,6 +276,7 @@ PORTABLE_CONFIGS: dict[str, type] = {
         ForwardConfig,
         BackwardDkDvConfig,
         BackwardDqConfig,
+        BackwardRowsConfig,
         DeltaConfig,
         HeadSumsConfig,
         CombineConfig,
@@ -268,6 +289,7 @@ PORTABLE_CONFIGS: dict[str, type] = {
 _PREFERENCES = {
     "forward": ("m64n64w4", "m64n32w4", "m32n32w4", "m32n16w4", "m16n16w4"),
     "backward-dq": ("m64n32w4", "m32n32w4", "m32n16w4", "m16n16w4", "m16n8w4"),
+    "backward-rows": ("m64n32w4", "m32n32w4", "m32n16w4", "m16n16w4", "m16n8w4"),
     "backward-dkdv": ("m32n64w4", "m32n32w4", "m16n32w4", "m16n16w4", "m8n16w4"),
     "delta": ("w8",),
     "head-sums": ("w8",),

@@ -3,8 +3,10 @@
 import re
 from dataclasses import dataclass
 from typing import ClassVar
+from urllib.parse import quote, unquote
 
 from numflash.configs.features import BY_NAME, rows_of
+from numflash.functions.program import Program
 
 HEAD_DIM_STEP = 32
 MAX_HEAD_DIM = 256
@@ -54,6 +56,10 @@ class Traits:
             of the result.
         key_scales: with fp8, scales of K and V may differ within a tile.
         selected: only the heads that a table on the device names are computed.
+        dlse: of the kernel of delta: lse has a gradient of its own.
+        given_delta: of the kernel of delta: the product of dO and O is the caller's.
+        plain_delta: of the kernel of delta: it also leaves delta unscaled.
+        program: the text of the caller's functions (`functions.program.Program`); "" without.
     """
 
     dtype: str
@@ -65,6 +71,10 @@ class Traits:
     fp8: bool = False
     key_scales: bool = False
     selected: bool = False
+    dlse: bool = False
+    given_delta: bool = False
+    plain_delta: bool = False
+    program: str = ""
 
     _FLAGS: ClassVar = {
         "vectorized": "vec",
@@ -72,6 +82,9 @@ class Traits:
         "fp8": "fp8",
         "key_scales": "keyscales",
         "selected": "selected",
+        "dlse": "dlse",
+        "given_delta": "delta",
+        "plain_delta": "plain",
     }
 
     def __post_init__(self):
@@ -101,16 +114,40 @@ class Traits:
             )
         if self.key_scales and not self.fp8:
             raise ValueError("scales of keys go with fp8")
+        if self.program:
+            # Raises ValueError where the text is none.
+            Program.parse(self.program)
+
+    @property
+    def program_scores(self) -> bool:
+        """Whether the program maps scores to other scores."""
+        return bool(self.program) and Program.parse(self.program).score is not None
+
+    @property
+    def program_bends(self) -> bool:
+        """Whether the derivative of the program's score function is not 1."""
+        return bool(self.program) and Program.parse(self.program).bends
+
+    @property
+    def keeps_scores(self) -> bool:
+        """Whether the program hides keys from queries."""
+        return bool(self.program) and Program.parse(self.program).keep is not None
 
     @property
     def shapes_scores(self) -> bool:
-        """Whether a feature maps scores to other scores."""
-        return any(row.hook == "score" for row in rows_of(self.features))
+        """Whether a feature or the program maps scores to other scores."""
+        of_features = any(row.hook == "score" for row in rows_of(self.features))
+        return of_features or self.program_scores
+
+    @property
+    def has_functions(self) -> bool:
+        """Whether anything happens to scores between their product and the band's edges."""
+        return self.shapes_scores or self.keeps_scores
 
     @property
     def bends_scores(self) -> bool:
         """Whether scores have a derivative that the backward must keep."""
-        return any(row.bends for row in rows_of(self.features))
+        return any(row.bends for row in rows_of(self.features)) or self.program_bends
 
     @property
     def drops_weights(self) -> bool:
@@ -120,6 +157,8 @@ class Traits:
     @property
     def of_a_head(self) -> str | None:
         """The heads' own values that forbid packing them; None if they can be packed."""
+        if self.program and "h" in Program.parse(self.program).uses:
+            return "a function"
         return next((row.of_a_head for row in rows_of(self.features) if row.of_a_head), None)
 
     @property
@@ -135,17 +174,26 @@ class Traits:
     def __str__(self) -> str:
         flags = [short for name, short in self._FLAGS.items() if getattr(self, name)]
         sizes = f"d{self.head_dim}", f"dv{self.head_dim_v}"
-        return "-".join([self.dtype, *sizes, *self.features, *flags])
+        program = [f"program:{_quoted(self.program)}"] if self.program else []
+        return "-".join([self.dtype, *sizes, *self.features, *flags, *program])
 
     @classmethod
     def parse(cls, text: str) -> "Traits":
         """The inverse of `str`. Raises ValueError for anything else."""
-        match = re.fullmatch(r"(\w+)-d(\d+)-dv(\d+)((?:-\w+)*)", text, re.ASCII)
+        pattern = r"(\w+)-d(\d+)-dv(\d+)((?:-\w+)*)(?:-program:(\S+))?"
+        match = re.fullmatch(pattern, text, re.ASCII)
         if match is not None:
             words = match[4].split("-")
             flags = {name: short in words for name, short in cls._FLAGS.items()}
             features = tuple(name for name in BY_NAME if name in words)
-            traits = cls(match[1], int(match[2]), int(match[3]), features, **flags)
+            program = unquote(match[5] or "")
+            sizes = int(match[2]), int(match[3])
+            traits = cls(match[1], *sizes, features, **flags, program=program)
             if str(traits) == text:
                 return traits
         raise ValueError(f"traits must look like float16-d64-dv64-softcap-vec, got {text!r}")
+
+
+def _quoted(program: str) -> str:
+    """A program without spaces and dashes, which separate traits from others."""
+    return quote(program, safe="()[],.:;=+*<>").replace("-", "%2D")

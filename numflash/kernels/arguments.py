@@ -13,16 +13,30 @@ makes them of its own pointers. No Numba is imported here: a launch with a warm 
 """
 
 from collections.abc import Iterator
-from functools import reduce
+from functools import cache, reduce
 from typing import NamedTuple, get_args, get_origin
 
 from numpy import float32 as f32
 from numpy import int32 as i32
 from numpy import int64 as i64
 from numpy import uint8 as u8
+from numpy import uint16 as u16
 
+from numflash.configs import Traits
 from numflash.configs.features import Features
+from numflash.functions.program import Program
 from numflash.runtime.views import Pointer
+
+STORAGE = {
+    "float16": u16,
+    "bfloat16": u16,
+    "float32": f32,
+    "int32": i32,
+    "int64": i64,
+    "bool": u8,
+    "uint8": u8,
+}
+"""dtype of an array that a program reads -> the scalar type in memory."""
 
 
 class Element:
@@ -51,11 +65,28 @@ class Part(NamedTuple):
 class Statistics(NamedTuple):
     """The forward's statistics of each query, both (batch, num_heads_q, seqlen_q), contiguous.
 
-    `lse` is the forward's, or `delta`'s in base 2; `delta` is softmax_scale rowsum(O * dO).
+    `lse` is the forward's, or `delta`'s in base 2; `delta` is softmax_scale rowsum(O * dO), or
+    that unscaled.
     """
 
     lse: Pointer(f32)
     delta: Pointer(f32)
+
+
+@cache
+def of_rows(traits: Traits) -> type:
+    """The record of more that `shared.delta` reads and writes of each query, as traits ask for.
+
+    The caller's, (batch, num_heads_q, seqlen_q) with any strides: `dlse`, the gradient of lse, and
+    `delta`, rowsum(O * dO). And `plain`, where delta goes to unscaled.
+    """
+    asked = {
+        "dlse": (traits.dlse, Tensor[f32]),
+        "delta": (traits.given_delta, Tensor[f32]),
+        "plain": (traits.plain_delta, Pointer(f32)),
+    }
+    found = [(name, kind) for name, (is_asked, kind) in asked.items() if is_asked]
+    return NamedTuple("OfRows", found)
 
 
 class Shape(NamedTuple):
@@ -87,6 +118,25 @@ class Scores(NamedTuple):
     softmax_scale: f32
     shift: i32
     features: Features
+
+
+@cache
+def given_of(program: str) -> type:
+    """The record `Given` of a program: the leaves that its functions read, by `Program.fields`."""
+    kinds = {"i64": i64, "i32": i32, "f32": f32}
+    declared = [
+        (name, kinds[kind] if kind in kinds else Pointer(STORAGE[kind.removeprefix("pointer:")]))
+        for name, kind in Program.parse(program).fields
+    ]
+    return NamedTuple("Given", declared)
+
+
+@cache
+def scores_of(program: str) -> type:
+    """The record `Scores` of kernels with this program: with what its functions read, `given`."""
+    if not program:
+        return Scores
+    return NamedTuple("Scores", [*Scores.__annotations__.items(), ("given", given_of(program))])
 
 
 class Layout(NamedTuple):

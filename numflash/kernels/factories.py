@@ -17,6 +17,7 @@ FACTORIES = {
     ("portable", "forward"): "portable.forward.make_forward_kernel",
     ("portable", "backward-dkdv"): "portable.backward_dkdv.make_backward_dkdv_kernel",
     ("portable", "backward-dq"): "portable.backward_dq.make_backward_dq_kernel",
+    ("portable", "backward-rows"): "portable.backward_rows.make_backward_rows_kernel",
     ("portable", "delta"): "shared.delta.make_delta_kernel",
     ("portable", "head-sums"): "shared.head_sums.make_head_sums_kernel",
     ("portable", "combine"): "shared.combine.make_combine_kernel",

@@ -16,7 +16,7 @@ from numflash.kernels.factories import module_of, modules_of
 
 _PACKAGE = Path(__file__).parents[1]
 # The rooms whose code becomes machine code; rooms below only describe or simulate.
-_ROOMS = ("configs", "kernels", "ptx", "tiles")
+_ROOMS = ("configs", "functions", "kernels", "ptx", "tiles")
 # Text, because a parser takes a tenth of a second for all of them.
 _IMPORT = re.compile(r"^ *from (numflash[.\w]*) import (\([^)]*\)|.*)$", re.MULTILINE)
 _COMPILER = ("compiler.py", "grid_constants.py", "repeated_work.py")

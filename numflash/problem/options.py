@@ -4,17 +4,19 @@ import math
 from collections import namedtuple
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Integral, Number, Real
 from operator import attrgetter
 from typing import Any
 
 import numpy as np
 
 from numflash.configs.features import FEATURES, Feature, expect_nothing, expect_real
+from numflash.functions.identity import key_of
 from numflash.problem.fp8 import Fp8Recipe
 
 LAYOUTS = ("bshd", "bhsd")
 ALIGNMENTS = ("bottom_right", "top_left")
+_NUMBER = Number | np.generic
 PRECISIONS = ("tf32", "fp8", "auto")
 # Positions are 32-bit in kernels.
 _MAX_SHIFT = 2**30
@@ -67,6 +69,19 @@ def _expect_window(name: str, value) -> None:
             raise TypeError(f"{rule}, got {value!r}")
         if side < -1:
             raise ValueError(f"{rule}, got {value!r}")
+
+
+def _expect_function(name: str, value) -> None:
+    if value is not None and not callable(value):
+        raise TypeError(f"{name} must be a function, got {value!r} ({kind_of(value)})")
+
+
+def _expect_aux(name: str, value) -> None:
+    if not isinstance(value, tuple | list):
+        raise TypeError(
+            f"{name} must be a tuple of the arrays and numbers that functions get, got "
+            f"{kind_of(value)}"
+        )
 
 
 def _expect_layout(name: str, value) -> None:
@@ -122,6 +137,11 @@ OPTIONS = (
     Option("shift", 0, _expect_shift),
     Option("window_size", (-1, -1), _expect_window),
     *(option for row in FEATURES for option in _of_feature(row)),
+    Option("bias", None, is_array=True),
+    Option("mask", None, is_array=True),
+    Option("score_mod", None, _expect_function),
+    Option("mask_mod", None, _expect_function),
+    Option("aux", (), _expect_aux),
     Option("layout", "bshd", _expect_layout),
     Option("precision", None, _expect_precision),
     Option("config", None),
@@ -179,15 +199,20 @@ class AttentionOptions(_Options):
             )
         return cls(**given)
 
+    def arrays(self) -> dict[str, Any]:
+        """The caller's arrays among the options, by name; those of `aux` are aux0, aux1, ..."""
+        given = {name: getattr(self, name) for name in ARRAY_OPTIONS}
+        # A seed may also be a number.
+        found = {n: x for n, x in given.items() if x is not None and not isinstance(x, _INTEGERS)}
+        if self.aux:
+            of_aux = {f"aux{n}": each for n, each in enumerate(self.aux)}
+            found |= {name: each for name, each in of_aux.items() if not isinstance(each, _NUMBER)}
+        return found
+
     def check(self) -> None:
         """Raise TypeError or ValueError for an option that no call may have."""
         for option, value in zip(OPTIONS, self, strict=True):
             option.check(option.name, value)
-
-    def arrays(self) -> dict[str, Any]:
-        """The options that are arrays, by name."""
-        given = {name: getattr(self, name) for name in ARRAY_OPTIONS}
-        return {n: x for n, x in given.items() if x is not None and not isinstance(x, _INTEGERS)}
 
     def numbers(self) -> dict[str, float]:
         """By name, the numbers that launches fill in: calls with others are ready, too.
@@ -212,4 +237,14 @@ class AttentionOptions(_Options):
         kinds = *map(type, values), type(self.window_size), type(config)
         if isinstance(config, dict):
             config = tuple(config.items())
-        return values, kinds, config, _WORDS(self)
+        return values, kinds, config, _WORDS(self), *self._key_of_functions()
+
+    def _key_of_functions(self) -> tuple:
+        """What functions mean, and the numbers that they get."""
+        if self.score_mod is None and self.mask_mod is None and not self.aux:
+            return ()
+        keys = key_of(self.score_mod), key_of(self.mask_mod)
+        if None in keys:
+            raise TypeError("nobody can tell whether these functions mean what they meant before")
+        numbers = [(type(x), x) if isinstance(x, _NUMBER) else None for x in self.aux]
+        return *keys, *numbers

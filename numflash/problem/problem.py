@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from numbers import Integral
 
 from numflash.configs import DTYPES, MAX_HEAD_DIM, Traits, padded_head_dim
-from numflash.configs.features import FEATURES, NO_FEATURES, Asked, Features, rows_of
+from numflash.configs.features import FEATURES, NO_FEATURES, Asked, Features
 from numflash.problem.options import (
     PRECISIONS,
     AttentionOptions,
     expect_one_of,
     kind_of,
 )
+from numflash.problem.programs import Extent, program_of
 from numflash.runtime.errors import UnsupportedError
 from numflash.runtime.views import ArrayView
 
@@ -55,6 +56,8 @@ class AttentionProblem:
         band_lo, band_hi: query i sees the keys j with band_lo <= j - i <= band_hi.
         shift: query i stands at key i + shift.
         features: the arguments of each feature, by name; None of one that is not asked for.
+        program: the text of the caller's functions, bias and mask; "" without.
+        given: what they read: the values of `Program.fields`; of a pointer the operand's name.
         tf32: whether float32 may be multiplied as tf32.
         no_tensor_maps: why q, k, v and out cannot be described to bulk copies; None if they can.
     """
@@ -72,6 +75,8 @@ class AttentionProblem:
     band_hi: int
     shift: int
     features: Features = NO_FEATURES
+    program: str = ""
+    given: tuple = ()
     tf32: bool = False
     no_tensor_maps: str | None = None
 
@@ -86,12 +91,6 @@ class AttentionProblem:
         asked = self.features._asdict().items()
         return tuple(name for name, record in asked if record is not None)
 
-    @property
-    def gradients(self) -> tuple[str, ...]:
-        """Of the options that are asked for, those that have a gradient: one for each head."""
-        rows = rows_of(self.feature_names)
-        return tuple(row.option for row in rows if row.gradient is not None)
-
     def traits(self, vectorized: bool) -> Traits:
         """The traits that kernels for this problem are compiled for."""
         return Traits(
@@ -101,6 +100,7 @@ class AttentionProblem:
             self.feature_names,
             vectorized=vectorized,
             tf32=self.tf32,
+            program=self.program,
         )
 
     def num_blocks(self, rows: int, heads: int, block_rows: int) -> int:
@@ -187,6 +187,8 @@ def describe(
     if options.causal:
         right = 0
     asked = Asked(batch, num_heads_q, scale, q.device, views)
+    extent = Extent(batch, num_heads_q, seqlen_q, seqlen_k, q.device)
+    program, given = program_of(views, options, extent)
     problem = AttentionProblem(
         batch=batch,
         seqlen_q=seqlen_q,
@@ -202,6 +204,8 @@ def describe(
         band_hi=seqlen_k if right is None else max(-seqlen_q, min(seqlen_k, shift + right)),
         shift=shift,
         features=_features(views, options, asked),
+        program=program,
+        given=given,
         tf32=options.precision == "tf32",
     )
     return problem, tensors

@@ -7,14 +7,20 @@ back end can be added below.
 
 from numflash.ptx.arithmetic import (
     bits_as_float,
+    cos_approx_ftz_f32,
     cvt_f32_f16,
+    cvt_rmi_f32_f32,
     cvt_rn_bf16x2_f32,
     cvt_rn_f16_f32,
     cvt_rn_f16x2_f32,
     cvt_rna_tf32_f32,
+    cvt_rzi_s32_f32,
+    div_full_ftz_f32,
+    div_u32,
     ex2_approx_ftz_f32,
     float_as_bits,
     fma_rn_f32,
+    lg2_approx_ftz_f32,
     lop3_select_b32,
     max_f32,
     min_f32,
@@ -22,6 +28,9 @@ from numflash.ptx.arithmetic import (
     mul_rn_f16x2,
     mul_rn_f32,
     prmt_b32,
+    rsqrt_approx_ftz_f32,
+    sin_approx_ftz_f32,
+    sqrt_approx_ftz_f32,
 )
 from numflash.ptx.async_copies import (
     CP_ASYNC_WAIT_GROUP,
@@ -47,7 +56,13 @@ from numflash.ptx.bulk_copies import (
     prefetch_tensormap,
 )
 from numflash.ptx.control_flow import bra_over_store
-from numflash.ptx.device import CODE_OPTIONS, SIMULATED, cuda, device_function
+from numflash.ptx.device import (
+    CODE_OPTIONS,
+    SIMULATED,
+    cuda,
+    device_function,
+    function_of_numbers,
+)
 from numflash.ptx.float8 import (
     cvt_rn_f16x2_e4m3x2,
     cvt_rn_f16x2_e5m2x2,
@@ -122,6 +137,7 @@ __all__ = [
     "bar_sync",
     "bits_as_float",
     "bra_over_store",
+    "cos_approx_ftz_f32",
     "cp_async_4",
     "cp_async_16",
     "cp_async_bulk_commit_group",
@@ -137,6 +153,7 @@ __all__ = [
     "cp_async_commit_group",
     "cuda",
     "cvt_f32_f16",
+    "cvt_rmi_f32_f32",
     "cvt_rn_bf16x2_f32",
     "cvt_rn_f16_f32",
     "cvt_rn_f16x2_e4m3x2",
@@ -145,7 +162,10 @@ __all__ = [
     "cvt_rn_satfinite_e4m3x2_f32",
     "cvt_rn_satfinite_e5m2x2_f32",
     "cvt_rna_tf32_f32",
+    "cvt_rzi_s32_f32",
     "device_function",
+    "div_full_ftz_f32",
+    "div_u32",
     "elect_sync",
     "ex2_approx_ftz_f32",
     "f32",
@@ -154,6 +174,7 @@ __all__ = [
     "fence_proxy_tensormap",
     "float_as_bits",
     "fma_rn_f32",
+    "function_of_numbers",
     "i32",
     "i64",
     "instruction",
@@ -164,6 +185,7 @@ __all__ = [
     "ld_shared_v4_f32",
     "ldmatrix_x4",
     "ldmatrix_x4_trans",
+    "lg2_approx_ftz_f32",
     "lop3_select_b32",
     "make_setmaxnreg",
     "make_wgmma",
@@ -188,6 +210,9 @@ __all__ = [
     "mul_rn_f32",
     "prefetch_tensormap",
     "prmt_b32",
+    "rsqrt_approx_ftz_f32",
+    "sin_approx_ftz_f32",
+    "sqrt_approx_ftz_f32",
     "st_global_v2_f32",
     "st_global_v2_u32",
     "st_global_v4_f32",

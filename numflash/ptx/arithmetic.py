@@ -10,16 +10,19 @@ from functools import cache
 import numpy as np
 
 from numflash.ptx.instruction import instruction
-from numflash.ptx.scalars import f32, u16, u32
+from numflash.ptx.scalars import f32, i32, u16, u32
 
 
 @instruction("ex2.approx.ftz.f32 <ret>, <x>;", sm=75)
 def ex2_approx_ftz_f32(x: f32) -> f32:
     """2 ** x, to 2 ulp; 0 for -inf and for results below the normal range. PTX ISA 9.7.3.22."""
-    y = f32(np.exp2(np.float64(x)))
-    if y < _SMALLEST_NORMAL:
-        return f32(0)
-    return y if y == y else _NAN
+    x = float(x)
+    if x < -126.0:
+        return _ZERO
+    if x < 128.0:
+        _CELL[0] = 2.0**x
+        return _CELL[0]
+    return _INF if x == x else _NAN
 
 
 @instruction("max.f32 <ret>, <a>, <b>;", sm=75)
@@ -59,6 +62,64 @@ def fma_rn_f32(a: f32, b: f32, c: f32) -> f32:
         return _round_inexact(product, addend, total)
     _CELL[0] = total  # three times as fast as f32(total)
     return _CELL[0]
+
+
+@instruction("lg2.approx.ftz.f32 <ret>, <x>;", sm=75)
+def lg2_approx_ftz_f32(x: f32) -> f32:
+    """The logarithm of x to base 2, to 2 ** -22; -inf for 0 and subnormals. PTX ISA 9.7.3.21."""
+    return _flushed(np.log2(_flushed(x)))
+
+
+@instruction("div.full.ftz.f32 <ret>, <a>, <b>;", sm=75)
+def div_full_ftz_f32(a: f32, b: f32) -> f32:
+    """a / b, to 2 ulp; subnormals are 0. PTX ISA 9.7.3.8."""
+    return _flushed(_flushed(a) / _flushed(b))
+
+
+@instruction("sqrt.approx.ftz.f32 <ret>, <x>;", sm=75)
+def sqrt_approx_ftz_f32(x: f32) -> f32:
+    """The square root of x, to 2 ** -23 of it. PTX ISA 9.7.3.17."""
+    return _flushed(np.sqrt(_flushed(x)))
+
+
+@instruction("rsqrt.approx.ftz.f32 <ret>, <x>;", sm=75)
+def rsqrt_approx_ftz_f32(x: f32) -> f32:
+    """1 / the square root of x, to 2 ** -22 of it; infinite for subnormals. PTX ISA 9.7.3.18."""
+    return _flushed(f32(1) / np.sqrt(_flushed(x)))
+
+
+@instruction("sin.approx.ftz.f32 <ret>, <x>;", sm=75)
+def sin_approx_ftz_f32(x: f32) -> f32:
+    """The sine of x, to 2 ** -20.5 between -pi and pi. PTX ISA 9.7.3.19."""
+    return _flushed(np.sin(_flushed(x)))
+
+
+@instruction("cos.approx.ftz.f32 <ret>, <x>;", sm=75)
+def cos_approx_ftz_f32(x: f32) -> f32:
+    """The cosine of x, to 2 ** -20.5 between -pi and pi. PTX ISA 9.7.3.20."""
+    return _flushed(np.cos(_flushed(x)))
+
+
+@instruction("cvt.rmi.f32.f32 <ret>, <x>;", sm=75)
+def cvt_rmi_f32_f32(x: f32) -> f32:
+    """The largest whole number that is at most x. PTX ISA 9.7.9.22."""
+    return _one_nan(np.floor(f32(x)))
+
+
+@instruction("cvt.rzi.s32.f32 <ret>, <x>;", sm=75)
+def cvt_rzi_s32_f32(x: f32) -> i32:
+    """x without its fraction, at most and at least what 32 bits hold; 0 of a NaN.
+
+    PTX ISA 9.7.9.22.
+    """
+    x = float(x)
+    return i32(min(max(x, -(2.0**31)), 2.0**31 - 1)) if x == x else i32(0)
+
+
+@instruction("div.u32 <ret>, <a>, <b>;", sm=75)
+def div_u32(a: u32, b: u32) -> u32:
+    """a // b; with all bits set where b is 0, which PTX does not say. PTX ISA 9.7.1.8."""
+    return u32(int(a) // int(b)) if b else u32(0xFFFFFFFF)
 
 
 @instruction("mul.rn.f16x2 <ret>, <a>, <b>;", sm=75)
@@ -172,6 +233,17 @@ def bits_as_float(bits: u32) -> f32:
     return _CELL[0]
 
 
+def _one_nan(x) -> f32:
+    return x if x == x else _NAN
+
+
+def _flushed(x) -> f32:
+    """x as instructions with .ftz read and write it: subnormals are 0, and there is one NaN."""
+    if abs(x) < _SMALLEST_NORMAL:
+        return f32(math.copysign(0, x))
+    return f32(x) if x == x else _NAN
+
+
 def _bf16_bits(x) -> int:
     _CELL[0] = x
     bits = _BITS.item()
@@ -204,5 +276,6 @@ _CELL = np.zeros(1, np.float32)
 _BITS = _CELL.view(np.uint32)
 _PAIRS = np.zeros(4, np.float16)
 _PAIRS_BITS, _HALVES_BITS = _PAIRS.view(np.uint32), _PAIRS.view(np.uint16)
+_ZERO, _INF = f32(0), f32(np.inf)
 _SMALLEST_NORMAL = np.finfo(np.float32).tiny
 _NAN = u32(0x7FFFFFFF).view(f32)

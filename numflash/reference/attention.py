@@ -8,10 +8,15 @@ All functions take NumPy arrays of shape (batch, seqlen, heads, head_dim), or wh
 with any number of key-value heads that divides the query heads.
 """
 
+import math
+
 import ml_dtypes
 import numpy as np
 
-from numflash.configs.features import FEATURES
+from numflash.configs.features import FEATURES, default_gradients
+
+# Half the length of the line through a function that gives its slope.
+_NEAR = 1e-6
 
 _PRECISIONS = {
     "float16": np.dtype(np.float16),
@@ -30,7 +35,8 @@ def attention(q, k, v, **options) -> tuple[np.ndarray, np.ndarray]:
         k: (batch, seqlen_k, num_heads_kv, head_dim).
         v: (batch, seqlen_k, num_heads_kv, head_dim_v).
         options: as for `numflash.attention`: softmax_scale, causal, causal_align, shift,
-            window_size, softcap, alibi_slopes, sinks, dropout_p, seed, layout.
+            window_size, softcap, alibi_slopes, sinks, dropout_p, seed, bias, mask, score_mod,
+            mask_mod, aux, layout. Functions get NumPy arrays that broadcast to the scores.
 
     Returns:
         out: (batch, seqlen_q, num_heads_q, head_dim_v), in the layout of q.
@@ -53,11 +59,11 @@ def attention_backward(dout, q, k, v, **options):
 
     Args:
         dout: gradient of the output, shaped like it.
-        q, k, v, options: as for `attention`.
+        q, k, v, options: as for `attention`; and `dlse` and `wrt` as for
+            `numflash.attention_backward`.
 
     Returns:
-        dq, dk, dv, shaped like q, k and v; and the gradients of options that have one, as
-        `numflash.attention_backward` returns them.
+        A tuple of gradients, as `numflash.attention_backward` returns them.
 
     Example:
         >>> import numpy as np
@@ -108,22 +114,26 @@ def naive_backward(dout, q, k, v, *, precision: str, **options):
     dtype, matmul = _PRECISIONS[precision], _multiplication(precision)
     bhsd = options.get("layout", "bshd") == "bhsd"
     do, q4, k4, v4 = (heads_first(x, bhsd) for x in (dout, q, k, v))
-    out, lse, s, slope, scale, weights = _forward(q4, k4, v4, dtype, matmul, options)
+    out, lse, s, slopes, scale, weights = _forward(q4, k4, v4, dtype, matmul, options)
     group = q4.shape[1] // k4.shape[1]
     do = do.astype(dtype)
     with np.errstate(invalid="ignore"):
         p = np.exp(s - lse[..., None]).astype(dtype)
     p = np.where(np.isneginf(s), dtype.type(0), p)
+    # A function may bend without bound where P is 0.
+    slopes = {name: np.where(p == 0, dtype.type(0), slope) for name, slope in slopes.items()}
 
     dv = matmul((p * weights).swapaxes(-1, -2), do, dtype)
     dp = matmul(do, repeat(v4.astype(dtype), group).swapaxes(-1, -2), dtype) * weights
-    delta = (do * out).sum(-1, keepdims=True, dtype=_sums(dtype)).astype(dtype)
-    ds = p * (dp - delta) * slope
+    product = (do * out).sum(-1, dtype=_sums(dtype)) - _dlse(lse, options)
+    of_scores = p * (dp - product.astype(dtype)[..., None])
+    ds = of_scores * _product(slopes)
     dq = matmul(ds, repeat(k4.astype(dtype), group), dtype) * scale
     dk = matmul(ds.swapaxes(-1, -2), q4.astype(dtype), dtype) * scale
-    gradients = dq, _sum_groups(dk, group, dtype), _sum_groups(dv, group, dtype)
-    of_heads = _gradients_of_heads(lse, (do * out).sum(-1, dtype=_sums(dtype)), options)
-    return (*(heads_back(g, bhsd, np.ndim(q)) for g in gradients), *of_heads.values())
+    gradients = {"q": dq, "k": _sum_groups(dk, group, dtype), "v": _sum_groups(dv, group, dtype)}
+    found = {name: heads_back(g, bhsd, np.ndim(q)) for name, g in gradients.items()}
+    found |= _gradients_of_heads(lse, product, of_scores, slopes, options)
+    return tuple(found[name] for name in names_of_gradients(options))
 
 
 def magnitudes(q, k, v, dout=None, **options) -> dict[str, np.ndarray]:
@@ -136,7 +146,7 @@ def magnitudes(q, k, v, dout=None, **options) -> dict[str, np.ndarray]:
         q, k, v, dout, options: as for `attention` and `attention_backward`.
 
     Returns:
-        "out" and "lse", with dout also "dq", "dk" and "dv": shaped like the results with
+        "out" and "lse", with dout also the gradients, as in "dq": shaped like the results with
         (batch, heads, seqlen, ...), whatever the layout.
 
     Example:
@@ -150,39 +160,71 @@ def magnitudes(q, k, v, dout=None, **options) -> dict[str, np.ndarray]:
     """
     bhsd = options.get("layout", "bshd") == "bhsd"
     q, k, v = (heads_first(x, bhsd).astype(np.float64) for x in (q, k, v))
-    out, lse, s, slope, scale, weights = _forward(
-        q, k, v, np.dtype(np.float64), _matmul, options
-    )
-    group = q.shape[1] // k.shape[1]
+    float64 = np.dtype(np.float64)
+    out, lse, s, slopes, scale, weights = _forward(q, k, v, float64, _matmul, options)
+    wanted, group = names_of_gradients(options), q.shape[1] // k.shape[1]
     k_abs, v_abs = (repeat(np.abs(x), group) for x in (k, v))
     with np.errstate(invalid="ignore"):
         p = np.where(np.isneginf(s), 0, np.exp(s - lse[..., None]))
+    slopes = {name: np.where(p == 0, 0, np.abs(slope)) for name, slope in slopes.items()}
     products = np.abs(q) @ k_abs.swapaxes(-1, -2) * abs(scale)
     products = np.where(np.isneginf(s), 0, products)
     found = {"out": (p * weights) @ v_abs, "lse": products.max(-1, initial=0)}
     if dout is None:
         return found
     do = heads_first(dout, bhsd).astype(np.float64)
-    dp, delta = np.abs(do) @ v_abs.swapaxes(-1, -2), np.abs(do * out).sum(-1, keepdims=True)
-    dp = dp * weights
-    ds = p * (dp + delta) * slope * abs(scale)
+    product = np.abs(do * out).sum(-1) + np.abs(_dlse(lse, options))
+    dp = np.abs(do) @ v_abs.swapaxes(-1, -2) * weights
+    of_scores = p * (dp + product[..., None])
+    ds = of_scores * _product(slopes) * abs(scale)
     found["dq"] = ds @ k_abs
     found["dk"] = _sum_groups(ds.swapaxes(-1, -2) @ np.abs(q), group, np.float64)
     found["dv"] = _sum_groups((p * weights).swapaxes(-1, -2) @ np.abs(do), group, np.float64)
-    of_heads = _gradients_of_heads(lse, np.abs(do * out).sum(-1), options)
-    return found | {name: np.abs(gradient) for name, gradient in of_heads.items()}
+    of_heads = _gradients_of_heads(lse, product, of_scores, slopes, options)
+    found |= {f"d{name}": np.abs(gradient) for name, gradient in of_heads.items()}
+    return {n: x for n, x in found.items() if n in ("out", "lse") or n[1:] in wanted}
 
 
-def _gradients_of_heads(lse, product, options) -> dict[str, np.ndarray]:
-    """By name, as in "dsinks": the gradients of options that heads have, (num_heads_q,).
+def names_of_gradients(options: dict) -> tuple[str, ...]:
+    """What `attention_backward` returns gradients of with these options, in order."""
+    asked = (row for row in FEATURES if row.is_asked(options.get(row.option, row.default)))
+    return options.get("wrt") or default_gradients(tuple(row.name for row in asked))
 
-    `lse` and `product`, that of dO and O, are (batch, head, query).
+
+def _dlse(lse, options):
+    """The gradient of lse, (batch, head, query); 0 where that is a constant, or none is given."""
+    dlse = options.get("dlse")
+    dlse = np.asarray(0 if dlse is None else dlse, lse.dtype)
+    if dlse.ndim:
+        dlse = dlse.reshape(lse.shape)
+    return np.where(np.isneginf(lse), lse.dtype.type(0), dlse)
+
+
+def _product(slopes: dict[str, np.ndarray]):
+    """The derivative of scores by scaled products, from those of one feature by another."""
+    return math.prod(slopes.values())
+
+
+def _gradients_of_heads(lse, product, of_scores, slopes, options) -> dict[str, np.ndarray]:
+    """By name, as in "sinks": the gradients of options that heads have.
+
+    `lse`, and `product`, that of dO and O less the gradient of lse, are (batch, head, query);
+    `of_scores` is the gradient of the final scores, (batch, head, query, key).
     """
-    found = {}
+    found, places = {}, _places(*of_scores.shape[2:], options)
     for row in FEATURES:
         value = options.get(row.option, row.default)
-        if row.gradient is not None and row.is_asked(value):
-            found[f"d{row.option}"] = row.gradient(lse, product, value).sum((0, 2))
+        if row.gradient is None or not row.is_asked(value):
+            continue
+        if row.hook == "finish":
+            shares = row.gradient.shares(lse, product, value)
+        else:
+            names = list(slopes)
+            later = {name: slopes[name] for name in names[names.index(row.name) + 1 :]}
+            of_this = of_scores.astype(lse.dtype) * _product(later)
+            shares = row.gradient.shares(of_this, *places)
+        batches = 0 if np.ndim(value) == 1 else ()
+        found[row.option] = shares.sum(-1, dtype=lse.dtype).sum(batches)
     return found
 
 
@@ -215,8 +257,8 @@ def visible(
 
 
 def _forward(q, k, v, dtype, matmul, options):
-    """Attention on (batch, heads, seqlen, head_dim); also S, its slope, the scale, weights of P."""
-    s, slope, scale = scores(q, k, dtype, matmul, options)
+    """Attention on (batch, heads, seqlen, head_dim); also S, its slopes, the scale, P's weights."""
+    s, slopes, scale = scores(q, k, dtype, matmul, options)
     with np.errstate(divide="ignore", invalid="ignore"):
         row_max = s.max(-1, keepdims=True, initial=dtype.type(-np.inf))
         # -inf - -inf is NaN: rows that see no key subtract 0 instead.
@@ -230,7 +272,7 @@ def _forward(q, k, v, dtype, matmul, options):
         lse = (exact_max + np.log(exact_sum))[..., 0]
     weights = _weights(s.shape, dtype, options)
     out = matmul(p * weights, repeat(v.astype(dtype), q.shape[1] // v.shape[1]), dtype)
-    return out, lse, s, slope, scale, weights
+    return out, lse, s, slopes, scale, weights
 
 
 def _weights(shape, dtype, options):
@@ -283,9 +325,9 @@ def end_of_rows(row_max, row_sum, options):
 
 
 def scores(q, k, dtype, matmul, options):
-    """S from (batch, heads, seqlen, head_dim), -inf where masked; its slope; the scale.
+    """S from (batch, heads, seqlen, head_dim), -inf where masked; its slopes; the scale.
 
-    The slope is the derivative of S by the scaled product, which features may bend.
+    The slopes are by feature, in order: the derivative of its score by the one that it gets.
     """
     _, num_heads, seqlen_q, head_dim = q.shape
     seqlen_k, group = k.shape[2], num_heads // k.shape[1]
@@ -294,13 +336,11 @@ def scores(q, k, dtype, matmul, options):
     scale = dtype.type(head_dim**-0.5 if scale is None else scale)
 
     s = matmul(q.astype(dtype), repeat(k.astype(dtype), group).swapaxes(-1, -2), dtype) * scale
-    slope = np.ones((), dtype)
-    i = np.arange(seqlen_q)[:, None] + _alignment(seqlen_q, seqlen_k, *align)
+    slopes, places = {}, _places(seqlen_q, seqlen_k, options)
     for row in FEATURES:
         value = options.get(row.option, row.default)
         if row.hook == "score" and row.is_asked(value):
-            s, more = row.reference(s, value, i, np.arange(seqlen_k))
-            slope = slope * more
+            s, slopes[row.name] = row.reference(s, value, *places)
     seen = visible(
         seqlen_q,
         seqlen_k,
@@ -309,7 +349,38 @@ def scores(q, k, dtype, matmul, options):
         options.get("window_size", (-1, -1)),
         shift=align[1],
     )
-    return np.where(seen, s, dtype.type(-np.inf)), slope, scale
+    s, more, kept = _given_scores(s, options)
+    return np.where(seen & kept, s, dtype.type(-np.inf)), slopes | {"given": more}, scale
+
+
+def _given_scores(s, options):
+    """Scores with the caller's bias, masks and functions: (scores, their slope, which are kept).
+
+    The slope of a function is that of a short line through it, in float64.
+    """
+    slope, kept = s.dtype.type(1), np.ones((), bool)
+    axes = np.ix_(*map(np.arange, s.shape))
+    aux = [np.asarray(x) for x in options.get("aux") or ()]
+    if options.get("bias") is not None:
+        s = s + np.asarray(options["bias"]).astype(s.dtype)
+    if (score_mod := options.get("score_mod")) is not None:
+        exact = s.astype(np.float64)
+        with np.errstate(all="ignore"):
+            low, high = (score_mod(exact + x, *axes, *aux) for x in (-_NEAR, _NEAR))
+            slope = ((high - low) / (2 * _NEAR)).astype(s.dtype)
+            s = np.broadcast_to(score_mod(s, *axes, *aux), s.shape).astype(s.dtype)
+    if options.get("mask") is not None:
+        kept = kept & np.asarray(options["mask"])
+    if (mask_mod := options.get("mask_mod")) is not None:
+        kept = kept & mask_mod(*axes, *aux)
+    return s, slope, kept
+
+
+def _places(seqlen_q: int, seqlen_k: int, options):
+    """The keys at which queries stand, (query, 1), and the keys."""
+    align = options.get("causal_align", "bottom_right"), options.get("shift", 0)
+    i = np.arange(seqlen_q)[:, None] + _alignment(seqlen_q, seqlen_k, *align)
+    return i, np.arange(seqlen_k)
 
 
 def _alignment(seqlen_q: int, seqlen_k: int, causal_align: str, shift: int) -> int:

@@ -8,8 +8,10 @@ machine and the problem. `select` decides, and builds nothing: calls build launc
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from numflash.configs import Config, Traits
+from numflash.configs import Config, HeadSumsConfig, Traits
+from numflash.configs.features import rows_of
 from numflash.problem.classes import ProblemClass
+from numflash.problem.gradients import Gradients
 from numflash.problem.problem import AttentionProblem
 from numflash.runtime.driver import Machine, device_name, limits_of_device, multiprocessors
 from numflash.runtime.errors import UnsupportedError
@@ -30,7 +32,13 @@ from numflash.selection.rules import Choice, choose, choose_forward, force, with
 
 FORWARD = ("forward", "combine")
 BACKWARD = ("backward-dkdv", "backward-dq")
+OF_OPTIONS = ("backward-rows",)
+"""The kernels that begin gradients of options."""
 FUSED = "backward"
+HEAD_SUMS = Choice(
+    HeadSumsConfig.family, HeadSumsConfig(), Traits("float32", 32, 32), "the only one", ()
+)
+"""It adds up float32 numbers, whatever a problem is."""
 
 
 def device_key(device: int | Gpu) -> DeviceKey:
@@ -55,7 +63,7 @@ def backward_configs(config) -> dict[str, str | Config]:
         return {}
     if not isinstance(config, dict):
         raise TypeError(f"config of a backward must map families to configs, got {config!r}")
-    return _expect_families("backward", config, (*BACKWARD, FUSED))
+    return _expect_families("backward", config, (*BACKWARD, *OF_OPTIONS, FUSED))
 
 
 def split_configs(config) -> tuple[dict, dict]:
@@ -101,6 +109,7 @@ def select(
     config=None,
     *,
     passes: tuple[str, ...] = ("forward",),
+    gradients: Gradients | None = None,
     tokens_per_scale: int | None = None,
     runs: bool = True,
 ) -> Selection:
@@ -114,6 +123,7 @@ def select(
         config: the caller's: a config or its string form for the forward, a dictionary by family,
             or None.
         passes: "forward", "backward" or both.
+        gradients: of the backward; None for those that it returns by default.
         tokens_per_scale: with 8-bit floats, the fewest that share a scale of K or V.
         runs: whether this is a call and no question: only for calls are classes captured and
             tuned.
@@ -134,8 +144,10 @@ def select(
             combine = _combine(problem, traits, machine, forced.get("combine"), runs)
         found = replace(found, forward=choice, geometry=geometry, combine=combine)
     if "backward" in passes:
-        delta = choose("delta", traits, machine.limits, problem.seqlen_q)
-        backward = _backward(problem, traits, machine, forced, runs)
+        gradients = gradients or Gradients.of(traits.features)
+        of_delta = traits_of_delta(traits, gradients)
+        delta = choose("delta", of_delta, machine.limits, problem.seqlen_q)
+        backward = _backward(problem, traits, machine, forced, gradients, runs)
         found = replace(found, delta=delta, backward=backward)
     return found
 
@@ -219,34 +231,55 @@ def _combine(
     return _tuned(choice, problem, traits, machine, problem.seqlen_q, runs)
 
 
+def traits_of_delta(traits: Traits, gradients: Gradients) -> Traits:
+    """The traits of the kernel of delta: of the features those whose gradient it begins."""
+    begun = gradients.options_of("delta", traits.features)
+    features = tuple(row.name for row in rows_of(traits.features) if row.option in begun)
+    return replace(
+        traits,
+        features=features,
+        dlse=gradients.dlse,
+        given_delta=gradients.delta,
+        plain_delta=any(gradients.needs(family, traits.features) for family in OF_OPTIONS),
+    )
+
+
 def _backward(
     problem: AttentionProblem,
     traits: Traits,
     machine: Machine,
     forced: Mapping[str, str | Config],
+    gradients: Gradients,
     runs: bool,
 ) -> dict[str, Choice]:
     """The kernels of the backward by family, in the order in which they run.
 
-    One kernel for all gradients runs if it is forced, or measured to be faster than two.
+    One kernel for all of dq, dk and dv runs if it is forced, or measured to be faster than two.
     """
     limits, positive = machine.limits, problem.softmax_scale > 0
-    if FUSED in forced:
-        return {FUSED: force(FUSED, forced[FUSED], traits, limits, positive)}
+    needed = {
+        family: gradients.needs(family, traits.features) for family in (*BACKWARD, *OF_OPTIONS)
+    }
     choices, times = {}, []
-    for family in BACKWARD:
+    if FUSED in forced and any(needed[family] for family in BACKWARD):
+        choices[FUSED] = force(FUSED, forced[FUSED], traits, limits, positive)
+        needed |= dict.fromkeys(BACKWARD, False)
+    for family in (family for family, is_needed in needed.items() if is_needed):
         rows = problem.seqlen_k if family == "backward-dkdv" else problem.seqlen_q
         if family in forced:
             choices[family] = force(family, forced[family], traits, limits, positive)
             continue
         choice = choose(family, traits, limits, rows, positive)
-        choices[family] = _tuned(choice, problem, traits, machine, rows, runs)
-        times.append(choices[family].measured_ms)
+        if family in BACKWARD:
+            choice = _tuned(choice, problem, traits, machine, rows, runs)
+            times.append(choice.measured_ms)
+        choices[family] = choice
     if len(times) == len(BACKWARD) and None not in times:
         wanted = ProblemClass.of(FUSED, problem, traits)
         fused = tuned.measured(wanted, device_key(machine.device), limits)
         if fused is not None and fused.measured_ms < sum(times):
-            return {FUSED: fused}
+            others = {f: choice for f, choice in choices.items() if f not in BACKWARD}
+            return {FUSED: fused, **others}
     return choices
 
 
@@ -258,7 +291,12 @@ def _tuned(
     rows: int,
     runs: bool,
 ) -> Choice:
-    """The tuned config for a problem in the place of the one by rule, if there is one."""
+    """The tuned config for a problem in the place of the one by rule, if there is one.
+
+    There is none for the caller's functions: what they cost no table knows.
+    """
+    if traits.program:
+        return choice
     wanted = ProblemClass.of(choice.family, problem, traits)
     if runs:
         capture.note(wanted)

@@ -3,7 +3,6 @@
 from dataclasses import dataclass, replace
 
 from numflash.configs import MmaConfig, Traits, implementation_of
-from numflash.configs.features import rows_of
 from numflash.problem.problem import AttentionProblem
 from numflash.runtime.devices import Architecture, blocks_per_sm
 
@@ -38,9 +37,8 @@ def rows_packed(problem: AttentionProblem, packed: bool | None = None) -> int:
     `packed` is the config's choice; None packs where there are few queries.
     """
     if packed is None:
-        packed = problem.seqlen_q <= PACKED_SEQLEN and not any(
-            row.of_a_head for row in rows_of(problem.feature_names)
-        )
+        few = problem.seqlen_q <= PACKED_SEQLEN
+        packed = few and problem.traits(vectorized=True).of_a_head is None
     return problem.group_size if packed else 1
 
 

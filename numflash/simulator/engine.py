@@ -17,12 +17,13 @@ from collections.abc import Callable
 from contextvars import copy_context
 from dataclasses import dataclass, field
 
-from greenlet import getcurrent, greenlet
+from greenlet import getcurrent
 
 from numflash.simulator.errors import DeadlockError, SimulationError
 from numflash.simulator.memory import SharedMemory
 from numflash.simulator.parts import Part
 from numflash.simulator.seed import SEED
+from numflash.simulator.stacks import STACKS
 from numflash.simulator.waiting import who_waits
 
 WARP_SIZE = 32
@@ -68,7 +69,10 @@ class Meeting:
 
 
 class Thread:
-    """One simulated CUDA thread: its place in the block, and how it meets others."""
+    """One simulated CUDA thread: its place in the block, and how it meets others.
+
+    `greenlet` is what it runs on, None before it has begun and after it has returned.
+    """
 
     __slots__ = (
         "block",
@@ -87,9 +91,7 @@ class Thread:
         self.lane = index % WARP_SIZE
         self.warp = index // WARP_SIZE
         self.threadIdx = position
-        self.greenlet = greenlet(block.kernel)
-        # NumPy keeps its floating-point error settings in the context.
-        self.greenlet.gr_context = copy_context()
+        self.greenlet = None
         self.result = None
         # (array, first word, words, fences of the block before) of stores to shared memory since
         # the thread's last fence.
@@ -157,10 +159,10 @@ class Block:
             for first in range(0, self.size, WARP_SIZE)
         ]
         # The threads that can run, by warp.
-        self.ready: list[list[Thread]] = [[] for _ in self.live_lanes]
-        self.num_ready = 0
-        for thread in self.threads:
-            self.wake(thread)
+        self.ready: list[list[Thread]] = [
+            self.threads[first : first + WARP_SIZE] for first in range(0, self.size, WARP_SIZE)
+        ]
+        self.num_ready = self.size
         self.favourite, self.laggard = 0, None
         fate = random.Random(f"laggard {self.seed} {tuple(block_idx)}")
         if fate.random() < _LAGGARDS:
@@ -199,16 +201,20 @@ class Block:
 
     def _run_ready_threads(self, args: tuple) -> None:
         global _running
+        # NumPy keeps its floating-point error settings in the context: threads have those of the
+        # launch.
+        context = copy_context()
         try:
-            # Threads hand over to each other. Control comes back when one has ended, when one is
-            # to begin, and when all that are left wait: for each other, or for a copy.
+            # Threads hand over to each other. Control comes back when one has returned, when one
+            # is to begin, and when all that are left wait: for each other, or for a copy.
             while self._someone_can_run():
                 _running = thread = self._pick()
-                if thread.greenlet:
-                    thread.greenlet.switch()
+                if thread.greenlet is None:
+                    thread.greenlet = STACKS.take(context)
+                    returned = thread.greenlet.switch(self.kernel, args)
                 else:
-                    thread.greenlet.switch(*args)
-                if _running.greenlet.dead:
+                    returned = thread.greenlet.switch()
+                if returned:
                     self._returned(_running)
         except Exception as error:
             error.add_note(
@@ -233,15 +239,27 @@ class Block:
 
     def _pick(self) -> Thread:
         """A random ready thread of the favoured warp, taken out in constant time."""
-        ready = self.ready[self.favourite]
-        if not ready or ready is self.laggard or self.random() < self.restlessness:
-            warps = [warp for warp in self.ready if warp and warp is not self.laggard]
-            ready = warps[int(self.random() * len(warps))] if warps else self.laggard
+        random, ready = self.random, self.ready[self.favourite]
+        if not ready or ready is self.laggard or random() < self.restlessness:
+            ready = self._warp()
             self.favourite = ready[0].warp
-        pick = int(self.random() * len(ready))
+        pick = int(random() * len(ready))
         ready[pick], ready[-1] = ready[-1], ready[pick]
         self.num_ready -= 1
         return ready.pop()
+
+    def _warp(self) -> list[Thread]:
+        """The ready threads of a random warp; of the laggard only where there are no others."""
+        warps, laggard = self.ready, self.laggard
+        if len(warps) == 1:
+            return warps[0]
+        # Where many are ready one of two guesses is.
+        for _ in range(2):
+            warp = warps[int(self.random() * len(warps))]
+            if warp and warp is not laggard:
+                return warp
+        warps = [warp for warp in warps if warp and warp is not laggard]
+        return warps[int(self.random() * len(warps))] if warps else laggard
 
     def wake(self, thread: Thread) -> None:
         """Let a parked thread go on, at a time of the engine's choice."""
@@ -253,7 +271,7 @@ class Block:
         global _running
         if self.num_ready:
             following = self._pick()
-            if following.greenlet:
+            if following.greenlet is not None:
                 _running = following
                 following.greenlet.switch()
                 return
@@ -290,16 +308,19 @@ class Block:
                 self.wake(thread)
             return
         meeting.arrived.sort()  # by index, which no two share
-        results = meeting.together([payload for _, _, payload in meeting.arrived])
+        results, ready = meeting.together([each[2] for each in meeting.arrived]), self.ready
         for (_, thread, _), result in zip(meeting.arrived, results, strict=True):
             thread.result = result
-            self.wake(thread)
+            ready[thread.warp].append(thread)
+        self.num_ready += len(meeting.arrived)
 
     def _returned(self, thread: Thread) -> None:
         """A thread returned: barriers of its block and its warp no longer wait for it.
 
         Named barriers do, and so do collective instructions, which need every thread.
         """
+        STACKS.give_back(thread.greenlet)
+        thread.greenlet = None
         self.live -= 1
         self.live_lanes[thread.warp] &= ~(1 << thread.lane)
         for key, meeting in list(self.meetings.items()):

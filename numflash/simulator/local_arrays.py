@@ -5,6 +5,7 @@ paid for the check. A slice has the class that its array had when it was taken.
 """
 
 import math
+from functools import cache
 
 import numpy as np
 
@@ -52,6 +53,11 @@ class BeingRead(np.ndarray):
 
 def local_array(shape, dtype) -> Local:
     """A new array of 0xFF bytes: `cuda.local.array`."""
+    return _unwritten(shape, dtype).copy()
+
+
+@cache
+def _unwritten(shape, dtype) -> Local:
     dtype = numpy_dtype(dtype)
     count = shape if isinstance(shape, int) else math.prod(shape)
     return Local(shape, dtype, bytearray(_POISON_BYTE * (count * dtype.itemsize)))

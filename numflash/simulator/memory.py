@@ -19,6 +19,7 @@ POISON = 0xFF
 # The hardware keeps the first kilobyte of shared memory; a block's part begins aligned.
 _SHARED_START = 1024
 _STATIC_BYTES = 48 * 1024
+_MOST_STARTS = 64
 
 
 @cache
@@ -43,11 +44,6 @@ def _narrow_floats() -> dict[str, np.dtype]:
 _NARROW_FLOATS = _narrow_floats()
 
 
-def is_aligned(array: np.ndarray, index: int, n_bytes: int) -> bool:
-    """Whether element `index` of a one-dimensional array has an address divisible by n_bytes."""
-    return (array.__array_interface__["data"][0] + int(index) * array.itemsize) % n_bytes == 0
-
-
 class SharedMemory:
     """The shared memory of one block: a dynamic part, and behind it statically declared arrays.
 
@@ -66,13 +62,18 @@ class SharedMemory:
         self._base = self.bytes.__array_interface__["data"][0]
         self._first_free = size - _STATIC_BYTES
         self._static: dict[tuple, np.ndarray] = {}
+        self._typed: dict[np.dtype, np.ndarray] = {}
+        # By its id: an array, which the entry keeps alive, and its first byte.
+        self._starts: dict[int, tuple[np.ndarray, int]] = {}
 
     def array(self, shape, dtype, alignment=None, *, site) -> np.ndarray:
         """`cuda.shared.array`. `site` tells declarations apart; shape 0 is the dynamic part."""
         dtype = numpy_dtype(dtype)
         if shape == 0:
-            whole_elements = self.dynamic.size // dtype.itemsize * dtype.itemsize
-            return self.dynamic[:whole_elements].view(dtype)
+            if dtype not in self._typed:
+                whole_elements = self.dynamic.size // dtype.itemsize * dtype.itemsize
+                self._typed[dtype] = self.dynamic[:whole_elements].view(dtype)
+            return self._typed[dtype]
         # Functions of one factory share their code, not their arrays.
         key = (site, shape, dtype)
         if key not in self._static:
@@ -96,12 +97,21 @@ class SharedMemory:
             SimulationError: the array lies elsewhere.
             IndexError: it has no such element.
         """
-        start = array.__array_interface__["data"][0] - self._base
-        if not 0 <= start <= self.bytes.size:
-            raise SimulationError("an array that is not in shared memory is used as if it were")
+        known = self._starts.get(id(array))
+        start = self._find(array) if known is None else known[1]
         if not 0 <= index <= array.size:
             raise IndexError(f"shared memory: element {index} of {array.size}")
         return start + int(index) * array.itemsize
+
+    def _find(self, array: np.ndarray) -> int:
+        """The address of an array's first byte, remembered: NumPy is slow to say it."""
+        start = array.__array_interface__["data"][0] - self._base
+        if not 0 <= start <= self.bytes.size:
+            raise SimulationError("an array that is not in shared memory is used as if it were")
+        if len(self._starts) == _MOST_STARTS:
+            self._starts.clear()
+        self._starts[id(array)] = array, start
+        return start
 
     def check_range(self, what: str, address: int, n_bytes: int, alignment: int) -> None:
         """Raise SimulationError where n_bytes at `address` are misaligned or lie outside."""
@@ -132,7 +142,7 @@ class GlobalPointer:
     that holds the array raises IndexError.
     """
 
-    __slots__ = ("flat", "base", "name")
+    __slots__ = ("flat", "base", "name", "_bytes", "_address")
 
     def __init__(self, array: np.ndarray, storage: np.dtype, name: str = "array"):
         itemsize = array.itemsize
@@ -143,7 +153,9 @@ class GlobalPointer:
             low = high = 0
         self.base = -low // itemsize
         self.name = name
-        self.flat = bytes_between(array, low, high).view(storage)
+        self._bytes = bytes_between(array, low, high)
+        self._address = self._bytes.__array_interface__["data"][0]
+        self.flat = self._bytes.view(storage)
 
     def _position(self, offset: int, count: int = 1) -> int:
         position = self.base + int(offset)
@@ -167,13 +179,13 @@ class GlobalPointer:
             ValueError: the address is not a multiple of the alignment, n_bytes by default, which
                 faults on the hardware.
         """
-        alignment = alignment or n_bytes
-        position = self._position(offset, -(-n_bytes // self.flat.itemsize))
-        if not is_aligned(self.flat, position, alignment):
+        alignment, itemsize = alignment or n_bytes, self.flat.itemsize
+        first = self._position(offset, -(-n_bytes // itemsize)) * itemsize
+        if (self._address + first) % alignment:
             raise ValueError(
                 f"{self.name}: a {alignment}-byte access at element {offset} is misaligned"
             )
-        return self.flat.view(np.uint8)[position * self.flat.itemsize :][:n_bytes]
+        return self._bytes[first : first + n_bytes]
 
 
 def bytes_between(array: np.ndarray, low: int, high: int) -> np.ndarray:

@@ -12,7 +12,15 @@ are of unsigned 32-bit numbers, which take a quarter of the code of Python's.
 from functools import cache
 from typing import NamedTuple
 
-from numflash.ptx import device_function, i32, i64, mov_ctaid_x, mov_nctaid_x, u32
+from numflash.ptx import (
+    device_function,
+    function_of_numbers,
+    i32,
+    i64,
+    mov_ctaid_x,
+    mov_nctaid_x,
+    u32,
+)
 
 
 class Grid(NamedTuple):
@@ -82,20 +90,20 @@ class Whole(NamedTuple):
     last: i32
 
 
-@device_function
+@function_of_numbers
 def quotient(x, by):
     """x // by of numbers that are not negative."""
     return i32(u32(x) // u32(by))
 
 
-@device_function
+@function_of_numbers
 def divide(x, by):
     """(x // by, x % by) of numbers that are not negative."""
     whole = quotient(x, by)
     return whole, i32(x - whole * by)
 
 
-@device_function
+@function_of_numbers
 def tiles_of(length, tile):
     """The number of tiles that cover so many rows."""
     return quotient(length + tile - 1, tile)
@@ -119,7 +127,7 @@ def first_of_rows(tensor, batch, head, row):
     return first_of_head(tensor, batch, head) + row * tensor.row
 
 
-@device_function
+@function_of_numbers
 def first_of_statistics(batch, head, shape):
     """The offset of a head in an array (batch, num_heads_q, seqlen_q), as lse and delta are."""
     return i64(batch * shape.num_heads_q + head) * shape.seqlen_q
@@ -128,7 +136,7 @@ def first_of_statistics(batch, head, shape):
 # The place of a block
 
 
-@device_function
+@function_of_numbers
 def place_in_heads(number, num_tiles, num_heads):
     """(tile, head, batch): the tiles of a head come one after the other, then the next head's."""
     head_of_batch, tile = divide(number, num_tiles)
@@ -136,7 +144,7 @@ def place_in_heads(number, num_tiles, num_heads):
     return tile, head, batch
 
 
-@device_function
+@function_of_numbers
 def number_of_head_kv(batch, head_kv, shape):
     """The number of a key-value head among those of all batch entries."""
     return i32(batch * quotient(shape.num_heads_q, shape.group_size) + head_kv)
@@ -149,7 +157,7 @@ def make_place_of_queries(tile_m):
     The last rows come first: in a causal problem they see the most keys.
     """
 
-    @device_function
+    @function_of_numbers
     def place_of_queries(number, shape):
         num_tiles = tiles_of(shape.seqlen_q, tile_m)
         tile, head, batch = place_in_heads(number, num_tiles, shape.num_heads_q)
@@ -166,7 +174,7 @@ def make_place_of_keys(tile_n):
     The first keys come first: in a causal problem the most queries see them.
     """
 
-    @device_function
+    @function_of_numbers
     def place_of_keys(number, shape):
         num_tiles = tiles_of(shape.seqlen_k, tile_n)
         num_heads_kv = quotient(shape.num_heads_q, shape.group_size)
@@ -191,7 +199,7 @@ def make_place_of(tile_m):
     """place_of(number, grid, shape): the `Place` of a tile of rows, see `make_block_place`."""
     block_place = make_block_place(tile_m)
 
-    @device_function
+    @function_of_numbers
     def place_of(number, grid, shape):
         start, head_of_batch, split = block_place(number, grid)
         batch, head = divide(head_of_batch, shape.num_heads_q)
@@ -210,7 +218,7 @@ def make_block_place(tile_m):
     they come last, and so on: from one place to the next the work changes little.
     """
 
-    @device_function
+    @function_of_numbers
     def block_place(place, grid):
         num_rows, num_heads, pack, num_splits, heads_in_flight = grid
         in_order = u32(place // u32(num_splits))
@@ -285,21 +293,21 @@ def last_of(start, rows, seqlen):
     return i32(min(start + rows, seqlen) - 1)
 
 
-@device_function
+@function_of_numbers
 def tiles_seen(first, last, stage_n, sequence):
     """The `Keys`, in stages of stage_n, that some of the queries `first` to `last` see."""
     end = max(0, min(sequence.seqlen_k, last + sequence.hi + 1))
     return Keys(quotient(max(0, first + sequence.lo), stage_n), tiles_of(end, stage_n))
 
 
-@device_function
+@function_of_numbers
 def tiles_seen_whole(first, last, tile_n, sequence):
     """The tiles of tile_n keys that all of the queries `first` to `last` see, as `Whole`."""
     end = min(sequence.seqlen_k, first + sequence.hi + 1)
     return Whole(i32(last + sequence.lo), i32(end - tile_n))
 
 
-@device_function
+@function_of_numbers
 def tokens_of(row, rows, pack, sequence):
     """(first, last): the tokens of so many rows from `row` on, of heads that are packed."""
     last_row = last_of(row, rows, sequence.seqlen_q * pack)
@@ -314,7 +322,7 @@ def make_keys_of(config):
     """
     tile_m, stage_n, is_split = config.tile_m, config.stage_n, config.num_splits > 1
 
-    @device_function
+    @function_of_numbers
     def keys_of(start, split, grid, sequence):
         first, last = tokens_of(start, tile_m, grid.pack, sequence)
         begin, end = tiles_seen(first, last, stage_n, sequence)
@@ -336,7 +344,7 @@ def make_keys_of_part(config, rows):
     """
     stage_n = config.stage_n
 
-    @device_function
+    @function_of_numbers
     def keys_of_part(row, begin, end, grid, sequence):
         first, last = tokens_of(row, rows, grid.pack, sequence)
         seen_begin, seen_end = tiles_seen(first, last, stage_n, sequence)
@@ -352,7 +360,7 @@ def make_keys_of_part(config, rows):
 def make_whole_keys(tile_n, rows):
     """whole_keys(row, grid, sequence): the tiles that all of `rows` rows from `row` on see."""
 
-    @device_function
+    @function_of_numbers
     def whole_keys(row, grid, sequence):
         first, last = tokens_of(row, rows, grid.pack, sequence)
         return tiles_seen_whole(first, last, tile_n, sequence)

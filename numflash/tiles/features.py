@@ -10,14 +10,20 @@ converted one by one, and exact below 2 ** 24. `args` is the result of the featu
 function, NAME_of_head, which reads the records of a kernel's arguments once for all rows of a
 head.
 
+After these comes the caller's program (`functions`, `tiles.programs`): its score function, and
+its keep function, which says whether a query sees a key. They get both places as int32, as the
+caller counts them.
+
 A function that ends a row takes its largest score and the sum of its exponentials relative to
 that, both natural, and also returns the factor of the exponentials so far:
 
     finish(row_max, row_sum, args) -> (row_max, row_sum, kept)
 
-Its gradient is a row's share in that of `args`, from its lse and the product of dO and O:
+Its gradient is a row's share in that of `args`, from its lse and the product of dO and O, less
+the gradient of lse; that of a score is the score's share, from the gradient of the final score:
 
     NAME_gradient(lse, product, args) -> the row's share
+    NAME_gradient(ds, i - j) -> the score's share
 
 A function that weighs P gives the random bits of eight scores, in four words: of the eight with
 these counters of row and column (`tiles.philox`). `args` holds the limit below which bits drop a
@@ -32,6 +38,7 @@ from typing import NamedTuple
 
 from numflash.ptx import device_function, ex2_approx_ftz_f32, f32, fma_rn_f32, i32, max_f32, u32
 from numflash.tiles.philox import philox
+from numflash.tiles.programs import make_program
 
 _LOG2_E = f32(math.log2(math.e))
 _NEG_INF = f32(-math.inf)
@@ -142,43 +149,146 @@ class Finish(NamedTuple):
 FINISHES = {"sinks": Finish(sinks, _sinks_of_head, _sinks_gradient)}
 
 
+@device_function
+def _alibi_gradient(ds, distance):
+    return ds * -abs(distance)
+
+
+@device_function
+def _ones_gradient(ds, distance):
+    return ds
+
+
 class Score(NamedTuple):
-    """A score function, the one that finds its `args`, and whether it looks at places."""
+    """A score function, the one that finds its `args`, and its gradient if these have one.
+
+    It may look at places.
+    """
 
     function: object
     of_head: object
     has_places: bool
+    gradient: object = None
 
 
 SCORES = {
     "softcap": Score(softcap, _softcap_of_head, False),
-    "alibi": Score(alibi, _alibi_of_head, True),
+    "alibi": Score(alibi, _alibi_of_head, True, _alibi_gradient),
 }
 
 
-def has_places(features) -> bool:
-    """Whether a feature of these looks at the places of scores."""
-    return any(SCORES[name].has_places for name in features if name in SCORES)
+def has_places(traits) -> bool:
+    """Whether a function of these traits looks at the places of scores."""
+    return traits.program != "" or any(
+        SCORES[name].has_places for name in traits.features if name in SCORES
+    )
+
+
+class At(NamedTuple):
+    """The place of a score.
+
+    `first` and `step` are numbers whose difference is the distance of query and key, which the
+    functions of features take for i and j; `i` and `j` are those of the caller's program.
+    """
+
+    first: f32
+    step: f32
+    i: i32
+    j: i32
+
+
+class Args(NamedTuple):
+    """What functions know of a head: the `args` of score functions, of the program, of `weigh`."""
+
+    features: object
+    program: object
+    drawn: object
 
 
 @cache
-def make_score(features):
-    """score(s, i, j, args): the score functions of `features` one after another."""
+def make_score(traits):
+    """score(s, at, args): all score functions one after another, at an `At`."""
     score = _plain
-    for name in reversed(features):
+    for name in reversed(traits.features):
         if name in SCORES:
             score = _followed_by(SCORES[name].function, score)
-    return score
+    of_features = score
+    if not traits.program_scores:
+
+        @device_function
+        def score(s, at, args):
+            return of_features(s, at.first, at.step, args.features)
+
+        return score
+    of_program = make_program(traits.program).score
+
+    @device_function
+    def score_with_program(s, at, args):
+        t, slope = of_features(s, at.first, at.step, args.features)
+        u, more = of_program(t, at.i, at.j, args.program)
+        return u, slope * more
+
+    return score_with_program
 
 
 @cache
-def make_args_of_head(features):
-    """args_of_head(records, batch, head): `args` of `make_score`, of the record `Features`."""
+def make_keep(traits):
+    """keep(i, j, args): whether the caller's program lets a query see a key."""
+    if not traits.keeps_scores:
+        return _keep_all
+    of_program = make_program(traits.program).keep
+
+    @device_function
+    def keep(i, j, args):
+        return of_program(i, j, args.program)
+
+    return keep
+
+
+def make_gradient_of_score(features):
+    """gradient_of_score(ds, i - j): the share of one score in the gradient of a head's argument.
+
+    `ds` is the gradient of the final score. Only one feature has such an argument, and nothing
+    after it bends scores; without it the share is that of a number added to all scores.
+    """
+    found = [SCORES[name].gradient for name in features if name in SCORES]
+    found = [gradient for gradient in found if gradient is not None]
+    (gradient,) = found or [_ones_gradient]
+    return gradient
+
+
+@cache
+def make_args_of_head(traits):
+    """args_of_head(scores, batch, head): the `Args` of a head, of a record `Scores`."""
     args_of_head = _no_args
-    for name in reversed(features):
+    for name in reversed(traits.features):
         if name in SCORES:
             args_of_head = _besides(SCORES[name].of_head, args_of_head)
-    return args_of_head
+    of_features, (_, weigh_of_head, _) = args_of_head, make_weigh(traits.features)
+    if not traits.program:
+
+        @device_function
+        def args_of_head(scores, batch, head):
+            features = scores.features
+            drawn = weigh_of_head(features, batch, head)
+            return Args(of_features(features, batch, head), f32(0), drawn)
+
+        return args_of_head
+    known_of_head = make_program(traits.program).known_of_head
+
+    @device_function
+    def args_with_program(scores, batch, head):
+        given, features = scores.given, scores.features
+        known = known_of_head(given, i32(batch), i32(head + given.first_head))
+        drawn = weigh_of_head(features, batch, head)
+        return Args(of_features(features, batch, head), known, drawn)
+
+    return args_with_program
+
+
+@device_function
+def _keep_all(i, j, args):
+    return True
 
 
 @device_function

@@ -10,51 +10,93 @@ by a loop's variable lies in local memory, not in registers.
 
 import math
 from functools import cache
+from typing import NamedTuple
 
 from numflash.ptx import cuda, device_function, f32, i32
-from numflash.tiles.features import make_score
+from numflash.tiles.blocks import token_of_row
+from numflash.tiles.features import At, make_keep, make_score
 from numflash.tiles.portable.lanes import COLUMN_LANES, ROW_LANES
 
 NEG_INF = f32(-math.inf)
 
 
+class Corner(NamedTuple):
+    """The first score of a thread in a tile, from which its others count.
+
+    Attributes:
+        row, column: a row and a key; in a tile whose rows are keys, a key and a query.
+        sequence: the `Sequence` of both.
+        pack: consecutive rows that are one query.
+    """
+
+    row: i32
+    column: i32
+    sequence: object
+    pack: i32
+
+
 @cache
-def make_scale_scores_backward(rows, columns, features, by_row, keeps_slopes):
-    """scale_scores(s_acc, slopes, row, column, scores, args)
+def make_place(by_row):
+    """place(corner, r, c, scores): (i, j) of the score r rows and c columns from a corner.
+
+    As the caller's program counts them. Beyond the ends of the sequence the last query and the
+    last key stand for others, which the mask hides.
+    """
+
+    @device_function
+    def place(corner, r, c, scores):
+        row, column, sequence = i32(corner.row + r), i32(corner.column + c), corner.sequence
+        i, j = column, row
+        if by_row:
+            i, j = token_of_row(row, corner.pack), column
+        i = min(i, i32(sequence.seqlen_q - 1))
+        j = min(j, i32(sequence.seqlen_k - 1))
+        return i32(i + scores.given.row), i32(j + scores.given.column)
+
+    return place
+
+
+@device_function
+def _no_place(corner, r, c, scores):
+    return i32(0), i32(0)
+
+
+def make_place_of_score(traits, by_row):
+    """place_of_score(corner, r, c, scores): as `make_place`, if a score function looks at it."""
+    return make_place(by_row) if traits.program_scores else _no_place
+
+
+@cache
+def make_apply_functions(rows, columns, traits, by_row, keeps_slopes):
+    """apply_functions(s_acc, slopes, corner, scores, args)
 
     Turns products Q K^T into scores, in place: s = scores.scale s, and what the functions of
-    `features` make of it; `args` are theirs. With keeps_slopes `slopes` receives the derivative
+    `traits` make of it; `args` are theirs. With keeps_slopes `slopes` receives the derivative
     of each score by the scaled product. Queries are the rows of the tile, or its columns.
     """
-    n_scores, score = rows * columns, make_score(features)
+    n_scores, score = rows * columns, make_score(traits)
+    place, place_of_score = make_place(by_row), make_place_of_score(traits, by_row)
+    has_keep, keep = traits.keeps_scores, make_keep(traits)
 
     @device_function
-    def scale_scores(s_acc, slopes, row, column, scores, args):
-        first = f32(i32(row + scores.shift - column if by_row else column + scores.shift - row))
-        for i in range(n_scores):
-            r, c = ROW_LANES * (i // columns), COLUMN_LANES * (i % columns)
-            key = f32(c - r if by_row else r - c)
-            s, slope = score(s_acc[i] * scores.scale, first, key, args)
+    def apply_functions(s_acc, slopes, corner, scores, args):
+        row, column, shift = corner.row, corner.column, scores.shift
+        first = f32(i32(row + shift - column if by_row else column + shift - row))
+        for n in range(n_scores):
+            r, c = ROW_LANES * (n // columns), COLUMN_LANES * (n % columns)
+            step = f32(c - r if by_row else r - c)
+            i, j = place_of_score(corner, r, c, scores)
+            s, slope = score(s_acc[n] * scores.scale, At(first, step, i, j), args)
             if keeps_slopes:
-                slopes[i] = slope
-            s_acc[i] = s
+                slopes[n] = slope
+            s_acc[n] = s
+        if has_keep:
+            for n in range(n_scores):
+                r, c = ROW_LANES * (n // columns), COLUMN_LANES * (n % columns)
+                i, j = place(corner, r, c, scores)
+                s_acc[n] = s_acc[n] if keep(i, j, args) else NEG_INF
 
-    return scale_scores
-
-
-@cache
-def make_scale_scores(rows, columns, features):
-    """scale_scores(s_acc, row, column, scores, args)
-
-    As `make_scale_scores_backward` where nobody needs slopes.
-    """
-    scale_and_keep = make_scale_scores_backward(rows, columns, features, True, False)
-
-    @device_function
-    def scale_scores(s_acc, row, column, scores, args):
-        scale_and_keep(s_acc, s_acc, row, column, scores, args)
-
-    return scale_scores
+    return apply_functions
 
 
 @cache

@@ -1,7 +1,7 @@
 """The forward on 8-bit floats as machine code: what is chosen stays in registers, and multiplies.
 
 For each head_dim and GPU the config that `selection.rules` chooses, with scales of tiles and of
-keys in turn. NUMFLASH_TEST_EVERY_CONFIG=1 compiles all of them with every feature.
+keys in turn. NUMFLASH_TEST_FULL=1 compiles all of them with every feature.
 """
 
 import itertools
@@ -38,7 +38,7 @@ def kernel(
 
 def _cases():
     """(arch, head_dim, features): each GPU and head_dim; where registers are scarcest both."""
-    if is_on("NUMFLASH_TEST_EVERY_CONFIG"):
+    if is_on("NUMFLASH_TEST_FULL"):
         return list(itertools.product(ARCHS, HEAD_DIMS, (PLAIN, KEYS, BENT, ALL)))
     return [
         ("sm_75", 64, KEYS),
@@ -83,7 +83,7 @@ def test_what_is_chosen_stays_in_registers_and_multiplies(case):
 
 def _hopper_cases():
     """(config, dtype, head_dim, features): what is chosen; in full every candidate."""
-    if is_on("NUMFLASH_TEST_EVERY_CONFIG"):
+    if is_on("NUMFLASH_TEST_FULL"):
         features = [PLAIN, {"features": ("softcap",)}, {"features": ("alibi",)}, BENT]
         for head_dim, dtype, feature in itertools.product(
             HEAD_DIMS, ("float16", "bfloat16"), features

@@ -2,7 +2,7 @@
 
 The assembler says nothing of what hurts most: it may wait for each product by itself, spill, or
 move a wait above the softmax that was to run beside products. A mask is data of these kernels, so
-that causal attention runs the same code. NUMFLASH_TEST_EVERY_CONFIG=1 compiles every candidate
+that causal attention runs the same code. NUMFLASH_TEST_FULL=1 compiles every candidate
 with every feature.
 """
 
@@ -46,7 +46,7 @@ def every(head_dim: int) -> tuple[Sm90ForwardConfig, ...]:
 
 def _cases():
     """(config, dtype, head_dim, features): what is chosen; in full every candidate."""
-    if is_on("NUMFLASH_TEST_EVERY_CONFIG"):
+    if is_on("NUMFLASH_TEST_FULL"):
         features = [PLAIN, {"features": ("softcap",)}, {"features": ("alibi",)}, BENT]
         for head_dim, dtype in itertools.product(HEAD_DIMS, DTYPES):
             for config, feature in itertools.product(every(head_dim), features):

@@ -9,7 +9,7 @@ nothing but their warps, each of which does the same, count as one. Dtypes, feat
 round, and every family is compiled for every GPU. Kernels for Hopper are held to their design in
 test_hopper_machine_code; here its GPUs stand for what runs where bulk copies cannot. Turing,
 Blackwell with softcap, tf32 and splits over the keys have cases of their own.
-NUMFLASH_TEST_EVERY_CONFIG=1 compiles everything that is shipped for `PAIRS` of head dims, which
+NUMFLASH_TEST_FULL=1 compiles everything that is shipped for `PAIRS` of head dims, which
 takes hours.
 """
 
@@ -264,7 +264,7 @@ def split_cases() -> list[Case]:
     return cases
 
 
-CASES = every_case() if is_on("NUMFLASH_TEST_EVERY_CONFIG") else fewest_cases()
+CASES = every_case() if is_on("NUMFLASH_TEST_FULL") else fewest_cases()
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

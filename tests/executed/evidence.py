@@ -20,6 +20,20 @@ WITHOUT = {
     "fence_proxy_tensormap": "changes nothing on a CPU: a wrong meaning could not be noticed",
     "prefetch_tensormap": "changes nothing on a CPU: a wrong meaning could not be noticed",
     "bra_over_store": "a branch that is never taken; no other compiler has it",
+    **dict.fromkeys(
+        (
+            "lg2_approx_ftz_f32",
+            "div_full_ftz_f32",
+            "sqrt_approx_ftz_f32",
+            "rsqrt_approx_ftz_f32",
+            "sin_approx_ftz_f32",
+            "cos_approx_ftz_f32",
+            "cvt_rmi_f32_f32",
+            "cvt_rzi_s32_f32",
+            "div_u32",
+        ),
+        "its body is NumPy's function, checked in float64; no kernel that vouches has it",
+    ),
 }
 """Instructions of `numflash/ptx` that can have no witness, and why."""
 

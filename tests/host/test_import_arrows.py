@@ -19,11 +19,12 @@ BENCH = ROOT.parent / "bench"
 ARROWS = {
     "runtime": "",
     "configs": "runtime",
+    "functions": "runtime",
     "problem": "configs runtime",
     "reference": "configs",
     "simulator": "problem runtime",
     "ptx": "configs runtime simulator",
-    "tiles": "ptx",
+    "tiles": "functions ptx",
     "kernels": "configs ptx runtime tiles",
     "machine_code": "configs kernels ptx runtime",
     "executor": "configs problem ptx runtime simulator",

@@ -1,31 +1,56 @@
 """Forward and all three gradients of every kernel, against float64, in the simulator."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 
 import numflash
 from numflash.runtime.arrays import _NumPy
-from numflash.runtime.switches import is_on
-from tests.support.attention_cases import SIM_CASES, SMALL_CONFIGS, on_tensor_cores
+from tests.support.attention_cases import (
+    SIM_CASES,
+    SMALL_CONFIGS,
+    is_of_masks,
+    masks_of,
+    on_tensor_cores,
+)
+from tests.support.covering import FULL, covering
 
 
 def _cases():
-    """(case, configs): all cases on all kernels.
+    """(case, configs): all cases on all kernels, whose configs take turns.
 
-    Of the kernels that share all but instructions with sm80's, half of the cases on sm75 and a
-    sixth on tf32, unless NUMFLASH_TEST_EVERY_CONFIG=1.
+    sm75 and tf32 share all but instructions with sm80. Each of them has masks on each form, each
+    other kernel each mask, too, and each form has each mask; of the other cases sm75 has a third,
+    tf32 a sixth.
     """
-    every = {} if is_on("NUMFLASH_TEST_EVERY_CONFIG") else {"sm75": 2, "tf32": 6}
-    found = [
-        pytest.param(case, SMALL_CONFIGS["portable"][0], id=f"portable-{case}")
-        for case in SIM_CASES
+    some = {} if FULL else {"sm75": 3, "tf32": 6}
+    table = [
+        (implementation, case)
+        for implementation in SMALL_CONFIGS
+        if implementation != "sm90"
+        for case in (
+            SIM_CASES
+            if implementation == "portable"
+            else on_tensor_cores(SIM_CASES, implementation)
+        )
     ]
-    for implementation in ("sm80", "sm75", "tf32"):
-        cases = on_tensor_cores(SIM_CASES, implementation)
+    masked = [(implementation, case) for implementation, case in table if is_of_masks(case)]
+
+    def labels(row):
+        implementation, (form, mask) = row[0], masks_of(row[1])
+        return implementation, form, None if implementation in some else mask, row[1].dtype
+
+    chosen = covering(masked, labels)
+    for implementation in SMALL_CONFIGS:
+        others = [row for row in table if row[0] == implementation and not is_of_masks(row[1])]
+        chosen += others[:: some.get(implementation, 1)]
+    turns, found = Counter(), []
+    for implementation, case in chosen:
         configs = SMALL_CONFIGS[implementation]
-        for i, case in enumerate(cases[:: every.get(implementation, 1)]):
-            name = f"{implementation}-{case}"
-            found.append(pytest.param(case, configs[i % len(configs)], id=name))
+        turn = configs[turns[implementation] % len(configs)]
+        turns[implementation] += 1
+        found.append(pytest.param(case, turn, id=f"{implementation}-{case}"))
     return found
 
 
@@ -58,7 +83,7 @@ def test_no_order_of_threads_changes_a_bit(implementation, monkeypatch):
     (case,) = (case for case in cases if case.name == "square-causal-window")
     configs = SMALL_CONFIGS[implementation][1]
     q, k, v, dout = case.arrays().values()
-    backward = {family: config for family, config in configs.items() if family != "forward"}
+    backward = {family: config for family, config in configs.items() if "backward" in family}
 
     def run(seed):
         monkeypatch.setattr(SEED, "value", seed)
@@ -76,7 +101,7 @@ def test_no_order_of_threads_changes_a_bit(implementation, monkeypatch):
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_default_configs_are_within_budget(head_dim, dtype, poisoned_results):
     rng = np.random.default_rng(head_dim)
-    q, k, v, dout = (rng.standard_normal((1, 18, 1, head_dim)).astype(dtype) for _ in "qkvd")
+    q, k, v, dout = (rng.standard_normal((1, 9, 1, head_dim)).astype(dtype) for _ in "qkvd")
     report = numflash.check(q, k, v, dout=dout, causal=True)
     assert report.passed, f"\n{report}"
 

@@ -65,7 +65,7 @@ def bits_of(*arrays):
 
 
 @pytest.mark.parametrize("head_dim_v", [20, 32, 96, 256])
-@pytest.mark.parametrize("num_splits", [1, 3, 16, 17, 37])
+@pytest.mark.parametrize("num_splits", [1, 3, 16, 37])
 def test_parts_are_put_together(num_splits, head_dim_v):
     rng = np.random.default_rng(num_splits)
     parts, part_lse = parts_of(rng, num_splits, head_dim_v=head_dim_v)
@@ -84,8 +84,7 @@ def test_results_are_rounded_and_stored_wherever_rows_lie(dtype, head_dim_v, ali
     assert bits_of(out) == bits_of(wide.astype(ELEMENTS[dtype]))
 
 
-@pytest.mark.parametrize("num_splits", [2, 9, 21])
-@pytest.mark.parametrize("head_dim_v", [64, 160])
+@pytest.mark.parametrize(("num_splits", "head_dim_v"), [(2, 160), (9, 64), (21, 160)])
 def test_the_bits_do_not_depend_on_the_number_of_warps(num_splits, head_dim_v, each_seed):
     parts, part_lse = parts_of(np.random.default_rng(2), num_splits, head_dim_v=head_dim_v)
     parts *= np.float32(1.1) ** np.arange(num_splits)[:, None, None, None, None]

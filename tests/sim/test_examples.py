@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 import numflash
-from numflash import reference
+from numflash import masks, math, reference
 
 ROOT = Path(__file__).parents[2]
 
 PUBLIC = {
     f"{module.__name__}.{name}": getattr(module, name)
-    for module in (numflash, reference)
+    for module in (numflash, reference, masks, math)
     for name in module.__all__
     if callable(getattr(module, name))
 }

@@ -220,7 +220,9 @@ def run(call: Fp8Call, config: str, **more):
     """(out, lse) of a call with a config."""
     config = config.removesuffix("-packed") if "alibi_slopes" in call.options else config
     everything = {**call.arguments, **call.options, **more}
-    return numflash.attention(**everything, return_lse=True, config=config)
+    # The simulator runs all threads of the kernel that puts splits together, also idle ones.
+    configs = {"forward": config, "combine": "w2"}
+    return numflash.attention(**everything, return_lse=True, config=configs)
 
 
 def _cases():
@@ -229,12 +231,12 @@ def _cases():
     Of the masks, which other kernels have too, a sixth, and each name once.
     """
     cases, found = on_fp8(SIM_CASES), []
-    if is_on("NUMFLASH_TEST_EVERY_CONFIG"):
+    if is_on("NUMFLASH_TEST_FULL"):
         chosen = [(c, s, f) for c in cases for s in SORTS for f in FP8_CONFIGS]
     else:
         masks = [case for case in cases if case.name.startswith(("square-", "tall-", "wide-"))]
         cases = [*masks[::6], *(case for case in cases if case not in masks)]
-        cases = list({case.name: case for case in reversed(cases) if case.name != "113"}.values())
+        cases = list({case.name: case for case in reversed(cases) if case.name != "67"}.values())
         chosen = [
             (case, TURNS[i % len(TURNS)], FP8_CONFIGS[i % len(FP8_CONFIGS)])
             for i, case in enumerate(cases)

@@ -37,7 +37,7 @@ from tests.sim.test_fp8_attention import (
 from tests.support.attention_cases import SIM_CASES, AttentionCase, on_fp8
 from tests.support.faults import Early, events, load, mutations, source_of
 
-EVERY = is_on("NUMFLASH_TEST_EVERY_CONFIG")
+EVERY = is_on("NUMFLASH_TEST_FULL")
 KERNEL, TILES = "numflash.kernels.wgmma.fp8_forward", "numflash.tiles.wgmma"
 SMALL = (
     "fp8-sm90-m64n128w4s2-overlap-persistent",
@@ -90,7 +90,7 @@ def _small():
         return [(case, sort, config) for case in cases for sort in SORTS for config in SMALL]
     masks = [case for case in cases if case.name.startswith(("square-", "tall-", "wide-"))]
     cases = [*masks[::6], *(case for case in cases if case not in masks)]
-    cases = list({case.name: case for case in cases if case.name != "113"}.values())[::2]
+    cases = list({case.name: case for case in cases if case.name != "67"}.values())[::2]
     found = []
     for i, case in enumerate(cases):
         # Heads with slopes of their own cannot be packed.
@@ -103,17 +103,17 @@ def _large():
     """(case, sort, config): several tiles of rows and of keys."""
     causal, window = {"causal": True}, {"window_size": (150, 40)}
     table = (
-        ((1, 150, 300, 1, 1, 64, 64), "overlap-pingpong", "m128n128w8s2", causal),
+        ((1, 140, 300, 1, 1, 64, 64), "overlap-pingpong", "m128n128w8s2", causal),
         ((1, 140, 270, 1, 1, 128, 128), "overlap-pingpong-persistent", "m128n128w8s2", causal),
         ((1, 70, 280, 1, 1, 128, 128), "pingpong-persistent", "m128n128w8s2", {"softcap": 3.0}),
         ((1, 130, 260, 1, 1, 192, 128), "overlap-persistent", "m128n128w8s1", window),
         ((1, 70, 260, 1, 1, 256, 256), "pingpong-persistent", "m128n64w8s2", causal),
         ((1, 70, 200, 1, 1, 128, 256), "persistent", "m64n64w4s3", {"softcap": 2.0, **causal}),
-        ((1, 200, 300, 1, 1, 64, 128), "persistent", "m192n128w12s2", window),
-        ((1, 200, 300, 1, 1, 64, 64), "overlap-pingpong", "m192n128w12s3", causal),
-        ((2, 24, 600, 4, 1, 64, 64), "packed-overlap", "m64n128w4s2x3", causal),
-        ((1, 40, 500, 2, 1, 64, 64), "unpacked-overlap", "m64n128w4s2x2", window),
-        ((1, 70, 500, 2, 1, 64, 64), "persistent", "m64n256w4s2", {"alibi_slopes": (2,)}),
+        ((1, 200, 150, 1, 1, 64, 128), "persistent", "m192n128w12s2", window),
+        ((1, 200, 270, 1, 1, 64, 64), "overlap-pingpong", "m192n128w12s3", causal),
+        ((1, 9, 400, 4, 1, 64, 64), "packed-overlap", "m64n128w4s2x3", causal),
+        ((1, 17, 300, 2, 1, 64, 64), "unpacked-overlap", "m64n128w4s2x2", window),
+        ((1, 70, 300, 2, 1, 64, 64), "persistent", "m64n256w4s2", {"alibi_slopes": (2,)}),
     )
     for i, (shape, switches, tile, options) in enumerate(table):
         dtype = ("float16", "bfloat16")[i % 2]

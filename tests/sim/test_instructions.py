@@ -236,6 +236,29 @@ def spread(x, n):
     return np.concatenate([groups, gaps], axis=1).ravel()
 
 
+def canonical(x):
+    """float32 with one NaN."""
+    return np.where(np.isnan(x), u32(NAN).view(f32), x).astype(f32)
+
+
+def in_float64(function, summand=0):
+    """The function of numbers as .ftz reads and writes them: subnormals are 0."""
+
+    def flushed(x):
+        return np.where(np.abs(x) < TINY, np.copysign(0, x), x)
+
+    def expected(*x):
+        y = flushed(function(*(flushed(each.astype("f8")) for each in x)).astype("f4"))
+        return canonical((y + f32(summand)).astype("f4"))
+
+    return expected
+
+
+def whole_number(x: float) -> int:
+    """x as int32 without its fraction; what is too large as the largest, a NaN as 0."""
+    return 0 if math.isnan(x) else int(np.clip(np.trunc(x), -(2.0**31), 2.0**31 - 1))
+
+
 EXPECTED = {
     "ex2_approx_ftz_f32": expected_ex2,
     "max_f32": expected_max,
@@ -262,6 +285,15 @@ EXPECTED = {
     "st_shared_v4_u32": between_ones,
     "st_shared_f32": backwards(4),
     "st_shared_u32": backwards(4),
+    "div_full_ftz_f32": in_float64(np.divide),
+    "div_u32": lambda a, b: a // b,
+    "lg2_approx_ftz_f32": in_float64(np.log2, 8),
+    "sqrt_approx_ftz_f32": in_float64(np.sqrt),
+    "rsqrt_approx_ftz_f32": in_float64(lambda x: 1 / np.sqrt(x)),
+    "sin_approx_ftz_f32": in_float64(np.sin, 2),
+    "cos_approx_ftz_f32": in_float64(np.cos, 2),
+    "cvt_rmi_f32_f32": lambda x: canonical(np.floor(x.astype("f8")).astype("f4")),
+    "cvt_rzi_s32_f32": lambda x: np.array([whole_number(v) for v in x.tolist()], np.int32),
     "bra_over_store": lambda x: np.resize(np.arange(4, dtype=u32), x.size),
     "mov_tid_x": lambda x: np.stack([np.arange(x.size, dtype=u32), x], axis=1).ravel(),
     "bar_sync": expected_pairs_of_warps,

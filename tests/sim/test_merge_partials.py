@@ -11,7 +11,7 @@ import numflash
 ELEMENTS = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
 
 
-def arrays(dtype="float32", shape=(2, 9, 3, 20), seqlen_k=40, head_dim_v=20, seed=0):
+def arrays(dtype="float32", shape=(2, 3, 2, 20), seqlen_k=40, head_dim_v=20, seed=0):
     rng = np.random.default_rng(seed)
     batch, _, heads, head_dim = shape
     shapes = shape, (batch, seqlen_k, heads, head_dim), (batch, seqlen_k, heads, head_dim_v)
@@ -50,7 +50,7 @@ def test_parts_give_what_one_call_gives(bounds, head_dim_v, dtype):
 @pytest.mark.parametrize("axes", [2, 3, 4])
 @pytest.mark.parametrize("layout", ["bshd", "bhsd"])
 def test_layouts_and_dimensions_and_strides(layout, axes):
-    q, k, v = arrays(shape=(2, 9, 3, 16), seqlen_k=12, head_dim_v=16)
+    q, k, v = arrays(shape=(2, 4, 3, 16), seqlen_k=12, head_dim_v=16)
     if layout == "bhsd":
         q, k, v = (np.ascontiguousarray(x.swapaxes(1, 2)) for x in (q, k, v))
     if axes < 4:

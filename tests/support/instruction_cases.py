@@ -11,26 +11,36 @@ from numflash.ptx import (
     bar_sync,
     bits_as_float,
     bra_over_store,
+    cos_approx_ftz_f32,
     cuda,
     cvt_f32_f16,
+    cvt_rmi_f32_f32,
     cvt_rn_bf16x2_f32,
     cvt_rn_f16_f32,
     cvt_rn_f16x2_f32,
     cvt_rna_tf32_f32,
+    cvt_rzi_s32_f32,
+    div_full_ftz_f32,
+    div_u32,
     ex2_approx_ftz_f32,
     f32,
     float_as_bits,
     fma_rn_f32,
+    i32,
     ld_global_v4_f32,
     ld_global_v4_u32,
     ld_shared_u32,
     ld_shared_v2_f32,
     ld_shared_v4_f32,
+    lg2_approx_ftz_f32,
     max_f32,
     min_f32,
     mov_ctaid_x,
     mov_tid_x,
     mul_rn_f32,
+    rsqrt_approx_ftz_f32,
+    sin_approx_ftz_f32,
+    sqrt_approx_ftz_f32,
     st_global_v2_f32,
     st_global_v2_u32,
     st_global_v4_f32,
@@ -95,6 +105,22 @@ def _exponents() -> np.ndarray:
     )
 
 
+def _angles() -> np.ndarray:
+    return np.concatenate(
+        [SPECIALS[np.abs(SPECIALS) < 4], np.linspace(-3.14, 3.14, 999, dtype="f4")]
+    )
+
+
+def _positive() -> np.ndarray:
+    return np.concatenate([SPECIALS, np.abs(_random_floats(1000)), _random_floats(40)])
+
+
+def _counts() -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(3)
+    a, b = rng.integers(0, 2**32, (2, 1000), np.uint32)
+    return a, np.maximum(b >> rng.integers(0, 32, 1000, np.uint32), np.uint32(1))
+
+
 def _pairs() -> tuple[np.ndarray, np.ndarray]:
     a, b = (x.ravel() for x in np.meshgrid(SPECIALS, SPECIALS))
     return np.concatenate([a, _random_floats(500)]), np.concatenate(
@@ -154,8 +180,18 @@ def _map(instruction, x_type, y_type, n):
     return apply
 
 
-def _map_pairs(instruction, y_type, n):
-    def apply(a: Pointer(f32), b: Pointer(f32), y: Pointer(y_type)):
+def _map_and_add(instruction, summand, n):
+    """An absolute error of the instruction is one in units of the sum's last place."""
+
+    def apply(x: Pointer(f32), y: Pointer(f32)):
+        for i in range(cuda.threadIdx.x, n, THREADS):
+            y[i] = instruction(x[i]) + summand
+
+    return apply
+
+
+def _map_pairs(instruction, y_type, n, x_type=f32):
+    def apply(a: Pointer(x_type), b: Pointer(x_type), y: Pointer(y_type)):
         for i in range(cuda.threadIdx.x, n, THREADS):
             y[i] = instruction(a[i], b[i])
 
@@ -323,13 +359,26 @@ def _map_case(instruction, x, x_type, y_type, tolerance_ulp=0) -> InstructionCas
     )
 
 
-def _pairs_case(instruction, pairs, y_type) -> InstructionCase:
+def _pairs_case(instruction, pairs, y_type, tolerance_ulp=0) -> InstructionCase:
+    x_type = pairs[0].dtype.type
     return InstructionCase(
         instruction.__name__,
         "",
-        _map_pairs(instruction, y_type, pairs[0].size),
+        _map_pairs(instruction, y_type, pairs[0].size, x_type),
         pairs,
         ((pairs[0].shape, y_type),),
+        tolerance_ulp=tolerance_ulp,
+    )
+
+
+def _sum_case(instruction, x, summand, tolerance_ulp) -> InstructionCase:
+    return InstructionCase(
+        instruction.__name__,
+        "",
+        _map_and_add(instruction, f32(summand), x.size),
+        (x,),
+        ((x.shape, f32),),
+        tolerance_ulp=tolerance_ulp,
     )
 
 
@@ -405,6 +454,15 @@ def _arithmetic_cases() -> list[InstructionCase]:
         _pairs_case(min_f32, _pairs(), f32),
         _pairs_case(mul_rn_f32, _pairs(), f32),
         _triples_case(fma_rn_f32),
+        _pairs_case(div_full_ftz_f32, _pairs(), f32, tolerance_ulp=2),
+        _pairs_case(div_u32, _counts(), u32),
+        _sum_case(lg2_approx_ftz_f32, _positive(), 8, tolerance_ulp=2),
+        _map_case(sqrt_approx_ftz_f32, _positive(), f32, f32, tolerance_ulp=2),
+        _map_case(rsqrt_approx_ftz_f32, _positive(), f32, f32, tolerance_ulp=2),
+        _sum_case(sin_approx_ftz_f32, _angles(), 2, tolerance_ulp=8),
+        _sum_case(cos_approx_ftz_f32, _angles(), 2, tolerance_ulp=8),
+        _map_case(cvt_rmi_f32_f32, bits, f32, f32),
+        _map_case(cvt_rzi_s32_f32, bits, f32, i32),
         _map_case(cvt_f32_f16, HALF_CODES, u16, f32),
         _map_case(cvt_rn_f16_f32, _to_round(), f32, u16),
         _pairs_case(cvt_rn_f16x2_f32, _to_round_in_pairs(), u32),

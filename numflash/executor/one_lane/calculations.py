@@ -21,6 +21,9 @@ def _elementwise(making: Making, formula: str, n: int, float_formula: str | None
     if type_ in HALVES:
         sources = [f"{source}.astype(a.f4)" for source in sources]
         return making.put(f"a.half({formula.format(*sources)},a.{name_of(DTYPES[type_])})", type_)
+    if type_ == "f32" and making.has("ftz") and not formula.startswith("a.exp2"):
+        # 2 to the power of a subnormal is 1, and that of 0.
+        sources = [f"a.flushed({source})" for source in sources]
     value = formula.format(*sources)
     if type_ == "f32":
         if not value.startswith(("a.maximum", "a.minimum", "a.fused", "a.exp2")):

@@ -23,7 +23,7 @@ deterministic mode.
 """
 
 from numflash.configs import MmaBackwardConfig, Traits
-from numflash.kernels.arguments import Mask, Pointer, Scores, Shape, Statistics, Tensor
+from numflash.kernels.arguments import Mask, Pointer, Shape, Statistics, Tensor, scores_of
 from numflash.kernels.kernel import Kernel
 from numflash.kernels.mma.queries import following, make_fetch_queries
 from numflash.ptx import (
@@ -50,7 +50,7 @@ from numflash.tiles.blocks import (
     tiles_seen,
     tiles_seen_whole,
 )
-from numflash.tiles.features import make_args_of_head, make_weigh
+from numflash.tiles.features import make_args_of_head
 from numflash.tiles.mma.copies import make_copy_tile, make_store_rows, make_store_scores
 from numflash.tiles.mma.elements import MMA_ELEMENTS, make_transposed_operand
 from numflash.tiles.mma.fragments import (
@@ -64,9 +64,10 @@ from numflash.tiles.mma.fragments import (
 )
 from numflash.tiles.mma.layouts import TileLayout, make_word
 from numflash.tiles.mma.products import make_product_nt, make_product_pn, make_product_tn
-from numflash.tiles.mma.scores import make_mask_rows, make_mask_scores, make_scale_scores_backward
+from numflash.tiles.mma.scores import make_apply_functions, make_mask_rows, make_mask_scores
 from numflash.tiles.mma.softmax import make_softmax_backward_by_column
 from numflash.tiles.portable.softmax import LOG2_E
+from numflash.tiles.scores import Corner
 
 
 def make_backward_kernel(config: MmaBackwardConfig, traits: Traits) -> Kernel:
@@ -103,19 +104,15 @@ def make_backward_kernel(config: MmaBackwardConfig, traits: Traits) -> Kernel:
     multiply_p_do = make_product_pn(element, 1, n_tiles, dv_tiles, v_layout)
     multiply_ds_q = make_product_pn(element, 1, n_tiles, dk_tiles, k_layout)
     multiply_ds_k = make_product_tn(element, tile_n, dq_tiles, ds_layout, k_layout)
-    scale_scores = make_scale_scores_backward(
-        1, n_tiles, traits.features, False, traits.bends_scores
-    )
+    apply_functions = make_apply_functions(1, n_tiles, traits, False, traits.bends_scores)
     mask_scores, mask_rows = make_mask_scores(1, n_tiles), make_mask_rows(1, n_tiles)
-    softmax_backward = make_softmax_backward_by_column(
-        1, n_tiles, traits.features, traits.bends_scores
-    )
+    softmax_backward = make_softmax_backward_by_column(1, n_tiles, traits)
     store_ds = make_store_scores(element, n_tiles, ds_layout)
     store_dk = make_store_rows(element, 1, dk_tiles, traits.vectorized)
     store_dv = make_store_rows(element, 1, dv_tiles, traits.vectorized)
-    storage, args_of_head = element.storage, make_args_of_head(traits.features)
-    _, weigh_of_head, drops = make_weigh(traits.features)
-    bends = traits.shapes_scores
+    storage, args_of_head = element.storage, make_args_of_head(traits)
+    bends, has_functions = traits.shapes_scores, traits.has_functions
+    drops = traits.drops_weights
     n_slopes = n_scores if traits.bends_scores else 1
     # Tiles that may be on their way while one is used.
     wait_for_tile = CP_ASYNC_WAIT_GROUP[max(0, num_stages - 2)]
@@ -132,7 +129,7 @@ def make_backward_kernel(config: MmaBackwardConfig, traits: Traits) -> Kernel:
         mask: Mask,
         shape: Shape,
         num_splits: i32,
-        scores: Scores,
+        scores: scores_of(traits.program),
     ):
         smem = cuda.shared.array(0, u32, alignment=128)
         s_acc = cuda.local.array(n_scores, f32)
@@ -221,11 +218,12 @@ def make_backward_kernel(config: MmaBackwardConfig, traits: Traits) -> Kernel:
                     multiply_k_q(s_acc, smem, k_mine, q_mine)
                     multiply_v_do(dp_acc, smem, v_mine, do_mine)
                     m_start = i32(m_block * tile_m)
-                    if bends:
-                        args = args_of_head(scores.features, batch, head)
+                    if has_functions:
+                        args = args_of_head(scores, batch, head)
                         j = i32(n_start + accumulator_row(MMA_ROWS))
                         i = i32(m_start + accumulator_column())
-                        scale_scores(s_acc, slopes, j, i, scores.scale, scores.shift, args)
+                        corner = Corner(j, i, sequence, 1)
+                        apply_functions(s_acc, slopes, corner, scores.scale, scores, args)
                     if m_start < whole.first or m_start > whole.last:
                         j = i32(n_start + accumulator_row(MMA_ROWS))
                         i = i32(m_start + accumulator_column())
@@ -242,7 +240,7 @@ def make_backward_kernel(config: MmaBackwardConfig, traits: Traits) -> Kernel:
                     if drops:
                         j = i32(n_start + accumulator_row(MMA_ROWS))
                         i = i32(m_start + accumulator_column())
-                        drawn = weigh_of_head(scores.features, batch, head)
+                        drawn = args_of_head(scores, batch, head).drawn
                         softmax_backward(s_acc, dp_acc, slopes, *at, scales, j, i, drawn)
                     else:
                         softmax_backward(s_acc, dp_acc, slopes, *at, scales)

@@ -22,7 +22,7 @@ Source: FlashAttention-2, arXiv 2307.08691, Algorithm 2.
 """
 
 from numflash.configs import MmaBackwardDkDvConfig, Traits
-from numflash.kernels.arguments import Mask, Scores, Shape, Statistics, Tensor
+from numflash.kernels.arguments import Mask, Shape, Statistics, Tensor, scores_of
 from numflash.kernels.kernel import Kernel
 from numflash.kernels.mma.queries import following, make_fetch_queries
 from numflash.ptx import (
@@ -44,7 +44,7 @@ from numflash.tiles.blocks import (
     tiles_seen,
     tiles_seen_whole,
 )
-from numflash.tiles.features import make_args_of_head, make_weigh
+from numflash.tiles.features import make_args_of_head
 from numflash.tiles.mma.copies import make_copy_tile, make_store_rows
 from numflash.tiles.mma.elements import MMA_ELEMENTS, make_transposed_operand
 from numflash.tiles.mma.fragments import (
@@ -59,9 +59,10 @@ from numflash.tiles.mma.fragments import (
 )
 from numflash.tiles.mma.layouts import TileLayout, make_word
 from numflash.tiles.mma.products import make_product_nt, make_product_pn
-from numflash.tiles.mma.scores import make_mask_scores, make_scale_scores_backward
+from numflash.tiles.mma.scores import make_apply_functions, make_mask_scores
 from numflash.tiles.mma.softmax import make_softmax_backward_by_column
 from numflash.tiles.portable.softmax import LOG2_E
+from numflash.tiles.scores import Corner
 
 
 def make_backward_dkdv_kernel(config: MmaBackwardDkDvConfig, traits: Traits) -> Kernel:
@@ -97,18 +98,14 @@ def make_backward_dkdv_kernel(config: MmaBackwardDkDvConfig, traits: Traits) -> 
     multiply_v_do = make_product_nt(element, m_tiles, n_tiles, v_layout, v_layout)
     multiply_p_do = make_product_pn(element, m_tiles, n_tiles, dv_tiles, v_layout)
     multiply_ds_q = make_product_pn(element, m_tiles, n_tiles, dk_tiles, k_layout)
-    scale_scores = make_scale_scores_backward(
-        m_tiles, n_tiles, traits.features, False, traits.bends_scores
-    )
+    apply_functions = make_apply_functions(m_tiles, n_tiles, traits, False, traits.bends_scores)
     mask_scores = make_mask_scores(m_tiles, n_tiles)
-    softmax_backward = make_softmax_backward_by_column(
-        m_tiles, n_tiles, traits.features, traits.bends_scores
-    )
+    softmax_backward = make_softmax_backward_by_column(m_tiles, n_tiles, traits)
     store_dk = make_store_rows(element, m_tiles, dk_tiles, traits.vectorized)
     store_dv = make_store_rows(element, m_tiles, dv_tiles, traits.vectorized)
-    storage, args_of_head = element.storage, make_args_of_head(traits.features)
-    _, weigh_of_head, drops = make_weigh(traits.features)
-    bends = traits.shapes_scores
+    storage, args_of_head = element.storage, make_args_of_head(traits)
+    bends, has_functions = traits.shapes_scores, traits.has_functions
+    drops = traits.drops_weights
     n_slopes = n_scores if traits.bends_scores else 1
     # Tiles that may be on their way while one is used.
     wait_for_tile = CP_ASYNC_WAIT_GROUP[max(0, num_stages - 2)]
@@ -123,7 +120,7 @@ def make_backward_dkdv_kernel(config: MmaBackwardDkDvConfig, traits: Traits) -> 
         dv: Tensor[storage],  # (batch, seqlen_k, num_heads_kv, head_dim_v)
         mask: Mask,
         shape: Shape,
-        scores: Scores,
+        scores: scores_of(traits.program),
     ):
         smem = cuda.shared.array(0, u32, alignment=128)
         s_acc = cuda.local.array(n_scores, f32)
@@ -209,11 +206,12 @@ def make_backward_dkdv_kernel(config: MmaBackwardDkDvConfig, traits: Traits) -> 
                 if with_dk:
                     multiply_v_do(dp_acc, smem, v_mine, do_mine + do_words * stage)
                 m_start = i32(m_block * tile_m)
-                if bends:
+                if has_functions:
                     j = i32(n_start + accumulator_row(rows_per_warp))
                     i = i32(m_start + accumulator_column())
-                    args = args_of_head(scores.features, batch, head)
-                    scale_scores(s_acc, slopes, j, i, scores.scale, scores.shift, args)
+                    args = args_of_head(scores, batch, head)
+                    corner = Corner(j, i, sequence, 1)
+                    apply_functions(s_acc, slopes, corner, scores.scale, scores, args)
                 if m_start < whole.first or m_start > whole.last:
                     j = i32(n_start + accumulator_row(rows_per_warp))
                     i = i32(m_start + accumulator_column())
@@ -227,7 +225,7 @@ def make_backward_dkdv_kernel(config: MmaBackwardDkDvConfig, traits: Traits) -> 
                 if drops:
                     j = i32(n_start + accumulator_row(rows_per_warp))
                     i = i32(m_start + accumulator_column())
-                    drawn = weigh_of_head(scores.features, batch, head)
+                    drawn = args_of_head(scores, batch, head).drawn
                     softmax_backward(s_acc, dp_acc, slopes, *at, scales, j, i, drawn)
                 else:
                     softmax_backward(s_acc, dp_acc, slopes, *at, scales)

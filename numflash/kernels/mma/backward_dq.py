@@ -19,7 +19,7 @@ its own rows of dQ.
 import math
 
 from numflash.configs import MmaBackwardDqConfig, Traits
-from numflash.kernels.arguments import Mask, Scores, Shape, Statistics, Tensor
+from numflash.kernels.arguments import Mask, Shape, Statistics, Tensor, scores_of
 from numflash.kernels.kernel import Kernel
 from numflash.ptx import (
     CP_ASYNC_WAIT_GROUP,
@@ -39,7 +39,7 @@ from numflash.tiles.blocks import (
     tiles_seen,
     tiles_seen_whole,
 )
-from numflash.tiles.features import make_args_of_head, make_weigh
+from numflash.tiles.features import make_args_of_head
 from numflash.tiles.mma.copies import make_copy_tile, make_fetch_tile, make_store_rows
 from numflash.tiles.mma.elements import MMA_ELEMENTS, make_transposed_operand
 from numflash.tiles.mma.fragments import (
@@ -55,9 +55,10 @@ from numflash.tiles.mma.fragments import (
 )
 from numflash.tiles.mma.layouts import TileLayout, make_word
 from numflash.tiles.mma.products import make_product_nt, make_product_pn
-from numflash.tiles.mma.scores import make_mask_scores, make_scale_scores_backward
+from numflash.tiles.mma.scores import make_apply_functions, make_mask_scores
 from numflash.tiles.mma.softmax import make_softmax_backward_by_row
 from numflash.tiles.portable.softmax import LOG2_E
+from numflash.tiles.scores import Corner
 
 
 def make_backward_dq_kernel(config: MmaBackwardDqConfig, traits: Traits) -> Kernel:
@@ -89,17 +90,13 @@ def make_backward_dq_kernel(config: MmaBackwardDqConfig, traits: Traits) -> Kern
     multiply_q_k = make_product_nt(element, m_tiles, n_tiles, k_layout, k_layout)
     multiply_do_v = make_product_nt(element, m_tiles, n_tiles, v_layout, v_layout)
     multiply_ds_k = make_product_pn(element, m_tiles, n_tiles, dq_tiles, k_layout)
-    scale_scores = make_scale_scores_backward(
-        m_tiles, n_tiles, traits.features, True, traits.bends_scores
-    )
+    apply_functions = make_apply_functions(m_tiles, n_tiles, traits, True, traits.bends_scores)
     mask_scores = make_mask_scores(m_tiles, n_tiles)
-    softmax_backward = make_softmax_backward_by_row(
-        m_tiles, n_tiles, traits.features, traits.bends_scores
-    )
+    softmax_backward = make_softmax_backward_by_row(m_tiles, n_tiles, traits)
     store_dq = make_store_rows(element, m_tiles, dq_tiles, traits.vectorized)
-    storage, args_of_head = element.storage, make_args_of_head(traits.features)
-    _, weigh_of_head, drops = make_weigh(traits.features)
-    bends = traits.shapes_scores
+    storage, args_of_head = element.storage, make_args_of_head(traits)
+    bends, has_functions = traits.shapes_scores, traits.has_functions
+    drops = traits.drops_weights
     n_slopes = n_scores if traits.bends_scores else 1
     # Tiles that may be on their way while one is used.
     wait_for_tile = CP_ASYNC_WAIT_GROUP[max(0, num_stages - 2)]
@@ -113,7 +110,7 @@ def make_backward_dq_kernel(config: MmaBackwardDqConfig, traits: Traits) -> Kern
         dq: Tensor[storage],  # (batch, seqlen_q, num_heads_q, head_dim)
         mask: Mask,
         shape: Shape,
-        scores: Scores,
+        scores: scores_of(traits.program),
     ):
         smem = cuda.shared.array(0, u32, alignment=128)
         s_acc = cuda.local.array(n_scores, f32)
@@ -130,8 +127,7 @@ def make_backward_dq_kernel(config: MmaBackwardDqConfig, traits: Traits) -> Kern
         v_base = first_of_rows(v, batch, head_kv, sequence.first_k)
         do_base = first_of_rows(do, batch, head, sequence.first_q)
         first_query = first_of_statistics(batch, head, shape) + sequence.first_q
-        args = args_of_head(scores.features, batch, head)
-        drawn = weigh_of_head(scores.features, batch, head)
+        args = args_of_head(scores, batch, head)
         scale_log2 = LOG2_E
         if not bends:
             scale_log2 = scores.scale * LOG2_E
@@ -197,10 +193,11 @@ def make_backward_dq_kernel(config: MmaBackwardDqConfig, traits: Traits) -> Kern
             multiply_q_k(s_acc, smem, q_mine, k_mine + k_words * stage)
             multiply_do_v(dp_acc, smem, do_mine, v_mine + v_words * stage)
             n_start = i32(n_block * tile_n)
-            if bends:
+            if has_functions:
                 i = i32(m_start + accumulator_row(rows_per_warp))
                 j = i32(n_start + accumulator_column())
-                scale_scores(s_acc, slopes, i, j, scores.scale, scores.shift, args)
+                corner = Corner(i, j, sequence, 1)
+                apply_functions(s_acc, slopes, corner, scores.scale, scores, args)
             if n_start < whole.first or n_start > whole.last:
                 i = i32(m_start + accumulator_row(rows_per_warp))
                 j = i32(n_start + accumulator_column())
@@ -211,7 +208,7 @@ def make_backward_dq_kernel(config: MmaBackwardDqConfig, traits: Traits) -> Kern
             if drops:
                 i = i32(m_start + accumulator_row(rows_per_warp))
                 j = i32(n_start + accumulator_column())
-                softmax_backward(s_acc, dp_acc, slopes, lses, deltas, scales, i, j, drawn)
+                softmax_backward(s_acc, dp_acc, slopes, lses, deltas, scales, i, j, args.drawn)
             else:
                 softmax_backward(s_acc, dp_acc, slopes, lses, deltas, scales)
             multiply_ds_k(dq_acc, dp_acc, smem, k_transposed + k_words * stage)

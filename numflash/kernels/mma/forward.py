@@ -27,7 +27,7 @@ Source: FlashAttention-2, arXiv 2307.08691, Algorithm 1; Flash-Decoding for the 
 """
 
 from numflash.configs import MmaForwardConfig, Traits
-from numflash.kernels.arguments import Layout, Mask, Part, Pointer, Scores, Shape, Tensor
+from numflash.kernels.arguments import Layout, Mask, Part, Pointer, Shape, Tensor, scores_of
 from numflash.kernels.kernel import Kernel
 from numflash.ptx import (
     CP_ASYNC_WAIT_GROUP,
@@ -49,7 +49,7 @@ from numflash.tiles.blocks import (
     sequence_of,
     token_of_row,
 )
-from numflash.tiles.features import make_args_of_head, make_weigh
+from numflash.tiles.features import make_args_of_head
 from numflash.tiles.mma.copies import (
     make_copy_tile,
     make_fetch_tile,
@@ -71,7 +71,7 @@ from numflash.tiles.mma.fragments import (
 )
 from numflash.tiles.mma.layouts import TileLayout, make_word
 from numflash.tiles.mma.products import make_product_nt, make_product_pn
-from numflash.tiles.mma.scores import make_mask_scores, make_scale_scores
+from numflash.tiles.mma.scores import make_apply_functions, make_mask_scores
 from numflash.tiles.mma.softmax import (
     make_online_softmax,
     make_scale_rows,
@@ -79,7 +79,7 @@ from numflash.tiles.mma.softmax import (
 )
 from numflash.tiles.portable.softmax import LN_2, LOG2_E
 from numflash.tiles.rows import make_end_of_row
-from numflash.tiles.scores import NEG_INF
+from numflash.tiles.scores import NEG_INF, Corner
 
 
 def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
@@ -110,17 +110,17 @@ def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
     first_of_v, _ = make_transposed_operand(element, v_layout)
     multiply_q_k = make_product_nt(element, m_tiles, n_tiles, k_layout, k_layout)
     multiply_p_v = make_product_pn(element, m_tiles, n_tiles, o_tiles, v_layout)
-    scale_scores = make_scale_scores(m_tiles, n_tiles, traits.features)
+    apply_functions = make_apply_functions(m_tiles, n_tiles, traits, True, False)
     mask_scores = make_mask_scores(m_tiles, n_tiles)
     online_softmax = make_online_softmax(m_tiles, n_tiles, o_tiles)
     scale_rows = make_scale_rows(m_tiles, o_tiles)
     end_of_row, lse_of_row = make_end_of_row(traits.features, LN_2, is_split)
     store_as = traits.vectorized or is_split, is_split, row_of_packed_heads
     store_o = make_store_rows(element, m_tiles, o_tiles, *store_as)
-    storage, args_of_head = element.storage, make_args_of_head(traits.features)
-    _, weigh_of_head, drops = make_weigh(traits.features)
+    storage, args_of_head = element.storage, make_args_of_head(traits)
+    bends, has_functions = traits.shapes_scores, traits.has_functions
+    drops = traits.drops_weights
     weigh_scores = make_weigh_scores(m_tiles, n_tiles, traits.features)
-    bends = traits.shapes_scores
     selected = traits.selected
     out_storage = f32 if is_split else storage
     # Copies that may be on their way while the next tile is used: K and V of all stages but one.
@@ -136,7 +136,7 @@ def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
         mask: Mask,
         shape: Shape,
         layout: Layout,
-        scores: Scores,
+        scores: scores_of(traits.program),
     ):
         smem = cuda.shared.array(0, u32, alignment=128)
         s_acc = cuda.local.array(n_scores, f32)
@@ -154,8 +154,7 @@ def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
         q_origin = first_of_rows(q, batch, head, sequence.first_q), layout.pack
         k_base = first_of_rows(k, batch, head_kv, sequence.first_k)
         v_base = first_of_rows(v, batch, head_kv, sequence.first_k)
-        args = args_of_head(scores.features, batch, head)
-        drawn = weigh_of_head(scores.features, batch, head)
+        args = args_of_head(scores, batch, head)
         scale_log2 = LOG2_E
         if not bends:
             scale_log2 = scores.scale * LOG2_E
@@ -219,10 +218,11 @@ def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
                 cp_async_commit_group()
 
             n_start = i32(n_block * tile_n)
-            if bends:
+            if has_functions:
                 i = i32(m_start + accumulator_row(rows_per_warp))
                 j = i32(n_start + accumulator_column())
-                scale_scores(s_acc, i, j, scores.scale, scores.shift, args)
+                corner = Corner(i, j, sequence, layout.pack)
+                apply_functions(s_acc, s_acc, corner, scores.scale, scores, args)
             if n_start < whole.first or n_start > whole.last:
                 i = i32(m_start + accumulator_row(rows_per_warp))
                 j = i32(n_start + accumulator_column())
@@ -233,7 +233,7 @@ def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
             if drops:
                 i = i32(m_start + accumulator_row(rows_per_warp))
                 j = i32(n_start + accumulator_column())
-                weigh_scores(s_acc, i, j, drawn)
+                weigh_scores(s_acc, i, j, args.drawn)
             multiply_p_v(o_acc, s_acc, smem, v_mine + v_words * stage)
             last_stage = stage
             stage = i32(stage + 1 if stage + 1 < num_stages else 0)

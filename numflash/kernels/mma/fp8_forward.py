@@ -42,10 +42,10 @@ from numflash.kernels.arguments import (
     Mask,
     Part,
     Pointer,
-    Scores,
     Shape,
     Tensor,
     Transposed,
+    scores_of,
 )
 from numflash.kernels.kernel import Kernel
 from numflash.ptx import (
@@ -98,11 +98,11 @@ from numflash.tiles.mma.fragments import (
 )
 from numflash.tiles.mma.layouts import TileLayout, make_word
 from numflash.tiles.mma.products import make_product_nt
-from numflash.tiles.mma.scores import make_mask_scores, make_scale_scores
+from numflash.tiles.mma.scores import make_apply_functions, make_mask_scores
 from numflash.tiles.mma.softmax import make_scale_rows, row_sum_of_quad
 from numflash.tiles.portable.softmax import LN_2, LOG2_E
 from numflash.tiles.rows import make_end_of_row
-from numflash.tiles.scores import NEG_INF
+from numflash.tiles.scores import NEG_INF, Corner
 
 
 def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
@@ -139,7 +139,7 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
         make_scale_keys(m_tiles, n_tiles),
         make_add_v_scales(m_tiles, n_tiles),
     )
-    scale_scores = make_scale_scores(m_tiles, n_tiles, traits.features)
+    apply_functions = make_apply_functions(m_tiles, n_tiles, traits, True, False)
     mask_scores = make_mask_scores(m_tiles, n_tiles)
     tile_softmax = make_tile_softmax(m_tiles, n_tiles, o_tiles, traits.key_scales)
     scale_rows = make_scale_rows(m_tiles, o_tiles)
@@ -148,8 +148,9 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
     store_o = make_store_rows(result, m_tiles, o_tiles, *store_as)
     of_keys = KeyScales(offsets["key_scales"], tile_n)
     k_of_keys, v_log2_of_keys, v_inverse_of_keys = of_keys.k, of_keys.v_log2, of_keys.v_inverse
-    args_of_head, selected = make_args_of_head(traits.features), traits.selected
+    args_of_head, selected = make_args_of_head(traits), traits.selected
     key_scales, bends = traits.key_scales, traits.shapes_scores
+    has_functions = traits.has_functions
     out_storage = f32 if is_split else result.storage
     # Copies that may be on their way while the next tile is used: K and V of all stages but one.
     wait_for_tile = CP_ASYNC_WAIT_GROUP[2 * num_stages - 2]
@@ -185,7 +186,7 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
         mask: Mask,
         shape: Shape,
         layout: Layout,
-        scores: Scores,
+        scores: scores_of(traits.program),
     ):
         smem = cuda.shared.array(0, u32, alignment=128)
         s_acc = cuda.local.array(n_scores, f32)
@@ -219,7 +220,7 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
             st_shared_u32(smem, kept_m_start, u32(m_start))
         # Values that one thread has stored are visible to all.
         cuda.syncthreads()
-        args = args_of_head(scores.features, batch, head)
+        args = args_of_head(scores, batch, head)
 
         # Without keys nothing would wait for Q.
         if n_begin < n_end:
@@ -307,11 +308,12 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
                 scales[r] = bits_as_float(ld_shared_u32(smem, row + ROW_STEP * r)) * k_scale
             if bends:
                 scale_s_rows(s_acc, scales)
-                i = i32(ld_shared_u32(smem, kept_m_start) + accumulator_row(rows_per_warp))
-                key = i32(n_start + j)
-                scale_scores(s_acc, i, key, f32(1), scores.shift, args)
                 for r in range(rows):
                     scales[r] = LOG2_E
+            if has_functions:
+                i = i32(ld_shared_u32(smem, kept_m_start) + accumulator_row(rows_per_warp))
+                corner = Corner(i, i32(n_start + j), sequence, layout.pack)
+                apply_functions(s_acc, s_acc, corner, f32(1), scores, args)
             first_whole = i32(ld_shared_u32(smem, whole_begin))
             last_whole = i32(ld_shared_u32(smem, whole_end))
             if n_start < first_whole or n_start > last_whole:

@@ -8,7 +8,7 @@ Source: FlashAttention, arXiv 2205.14135, Algorithm 4.
 """
 
 from numflash.configs import BackwardDkDvConfig, Traits
-from numflash.kernels.arguments import Mask, Scores, Shape, Statistics, Tensor
+from numflash.kernels.arguments import Mask, Shape, Statistics, Tensor, scores_of
 from numflash.kernels.kernel import Kernel
 from numflash.ptx import cuda, f32, i32, mov_ctaid_x, u32
 from numflash.tiles.blocks import (
@@ -21,7 +21,7 @@ from numflash.tiles.blocks import (
     tiles_seen,
     tiles_seen_whole,
 )
-from numflash.tiles.features import make_args_of_head, make_weigh
+from numflash.tiles.features import make_args_of_head
 from numflash.tiles.portable.copies import make_load_tile, make_store_rows
 from numflash.tiles.portable.dropout import make_draw_kept, words_of_bits
 from numflash.tiles.portable.elements import ELEMENTS
@@ -39,9 +39,10 @@ from numflash.tiles.portable.lanes import (
 )
 from numflash.tiles.portable.products import make_product_nn, make_product_nt
 from numflash.tiles.scores import (
+    Corner,
     first_row_of_thread,
+    make_apply_functions,
     make_mask_scores,
-    make_scale_scores_backward,
 )
 
 
@@ -70,21 +71,16 @@ def make_backward_dkdv_kernel(config: BackwardDkDvConfig, traits: Traits) -> Ker
     multiply_v_do = make_product_nt(rows, columns, traits.head_dim_v, v_pitch, v_pitch)
     multiply_p_do = make_product_nn(rows, groups_v, tile_m, p_pitch, v_pitch)
     multiply_ds_q = make_product_nn(rows, groups, tile_m, p_pitch, k_pitch)
-    scale_scores = make_scale_scores_backward(
-        rows, columns, traits.features, False, traits.bends_scores
-    )
+    apply_functions = make_apply_functions(rows, columns, traits, False, traits.bends_scores)
     mask_scores = make_mask_scores(rows, columns)
-    _, weigh_of_head, drops = make_weigh(traits.features)
     draw_kept = make_draw_kept(rows, columns, traits.features, by_row=False)
-    softmax_backward = make_softmax_backward(
-        rows, columns, traits.features, traits.bends_scores, by_row=False
-    )
+    softmax_backward = make_softmax_backward(rows, columns, traits, by_row=False)
     store_scores = make_store_scores(rows, columns, p_pitch)
     store_dk = make_store_rows(element, rows, groups, traits.vectorized)
     store_dv = make_store_rows(element, rows, groups_v, traits.vectorized)
-    storage, args_of_head = element.storage, make_args_of_head(traits.features)
+    storage, args_of_head = element.storage, make_args_of_head(traits)
     n_slopes = n_scores if traits.bends_scores else 1
-    n_kept = words_of_bits(n_scores) if drops else 1
+    n_kept = words_of_bits(n_scores) if traits.drops_weights else 1
 
     def backward_dkdv(
         q: Tensor[storage],  # (batch, seqlen_q, num_heads_q, head_dim)
@@ -96,7 +92,7 @@ def make_backward_dkdv_kernel(config: BackwardDkDvConfig, traits: Traits) -> Ker
         dv: Tensor[storage],  # (batch, seqlen_k, num_heads_kv, head_dim_v)
         mask: Mask,
         shape: Shape,
-        scores: Scores,
+        scores: scores_of(traits.program),
     ):
         smem = cuda.shared.array(0, f32, alignment=16)
         s_acc = cuda.local.array(n_scores, f32)
@@ -137,8 +133,7 @@ def make_backward_dkdv_kernel(config: BackwardDkDvConfig, traits: Traits) -> Ker
             q_base = first_of_rows(q, batch, head, sequence.first_q)
             do_base = first_of_rows(do, batch, head, sequence.first_q)
             first_query = first_of_statistics(batch, head, shape) + sequence.first_q
-            args = args_of_head(scores.features, batch, head)
-            drawn = weigh_of_head(scores.features, batch, head)
+            args = args_of_head(scores, batch, head)
             for m_block in range(m_begin, m_end):
                 m_start = i32(m_block * tile_m)
                 i, j = m_start + column, n_start + row
@@ -153,13 +148,14 @@ def make_backward_dkdv_kernel(config: BackwardDkDvConfig, traits: Traits) -> Ker
                 # S^T = K Q^T, dP^T = V dO^T
                 multiply_k_q(s_acc, smem, k_mine, q_mine)
                 multiply_v_do(dp_acc, smem, v_mine, do_mine)
-                scale_scores(s_acc, slopes, j, i, scores, args)
+                apply_functions(s_acc, slopes, Corner(j, i, sequence, 1), scores, args)
                 if m_start < whole.first or m_start > whole.last:
                     mask_scores(s_acc, j, i, end, from_keys)
 
                 # dV += P^T dO, dK += dS^T Q; P and dS take turns in one tile
-                draw_kept(kept, j, i, drawn)
-                softmax_backward(s_acc, dp_acc, slopes, lses, deltas, scores, kept)
+                draw_kept(kept, j, i, args.drawn)
+                scales = scores.softmax_scale, scores.features.dropout.scale
+                softmax_backward(s_acc, dp_acc, slopes, lses, deltas, scales, kept)
                 store_scores(s_acc, smem, p_mine + column)
                 # P of all lanes must have arrived: a warp exchanges that of its own rows.
                 cuda.syncwarp()

@@ -8,7 +8,7 @@ its own rows of dQ.
 """
 
 from numflash.configs import BackwardDqConfig, Traits
-from numflash.kernels.arguments import Mask, Scores, Shape, Statistics, Tensor
+from numflash.kernels.arguments import Mask, Shape, Statistics, Tensor, scores_of
 from numflash.kernels.kernel import Kernel
 from numflash.ptx import cuda, f32, i32, mov_ctaid_x, u32
 from numflash.tiles.blocks import (
@@ -20,7 +20,7 @@ from numflash.tiles.blocks import (
     tiles_seen,
     tiles_seen_whole,
 )
-from numflash.tiles.features import make_args_of_head, make_weigh
+from numflash.tiles.features import make_args_of_head
 from numflash.tiles.portable.copies import make_load_tile, make_store_rows
 from numflash.tiles.portable.dropout import make_draw_kept, words_of_bits
 from numflash.tiles.portable.elements import ELEMENTS
@@ -38,9 +38,10 @@ from numflash.tiles.portable.lanes import (
 )
 from numflash.tiles.portable.products import make_product_nn, make_product_nt
 from numflash.tiles.scores import (
+    Corner,
     first_row_of_thread,
+    make_apply_functions,
     make_mask_scores,
-    make_scale_scores_backward,
 )
 
 
@@ -68,20 +69,15 @@ def make_backward_dq_kernel(config: BackwardDqConfig, traits: Traits) -> Kernel:
     multiply_q_k = make_product_nt(rows, columns, traits.head_dim, k_pitch, k_pitch)
     multiply_do_v = make_product_nt(rows, columns, traits.head_dim_v, v_pitch, v_pitch)
     multiply_ds_k = make_product_nn(rows, groups, tile_n, ds_pitch, k_pitch)
-    scale_scores = make_scale_scores_backward(
-        rows, columns, traits.features, True, traits.bends_scores
-    )
+    apply_functions = make_apply_functions(rows, columns, traits, True, traits.bends_scores)
     mask_scores = make_mask_scores(rows, columns)
-    _, weigh_of_head, drops = make_weigh(traits.features)
     draw_kept = make_draw_kept(rows, columns, traits.features, by_row=True)
-    softmax_backward = make_softmax_backward(
-        rows, columns, traits.features, traits.bends_scores, by_row=True
-    )
+    softmax_backward = make_softmax_backward(rows, columns, traits, by_row=True)
     store_scores = make_store_scores(rows, columns, ds_pitch)
     store_dq = make_store_rows(element, rows, groups, traits.vectorized)
-    storage, args_of_head = element.storage, make_args_of_head(traits.features)
+    storage, args_of_head = element.storage, make_args_of_head(traits)
     n_slopes = n_scores if traits.bends_scores else 1
-    n_kept = words_of_bits(n_scores) if drops else 1
+    n_kept = words_of_bits(n_scores) if traits.drops_weights else 1
 
     def backward_dq(
         q: Tensor[storage],  # (batch, seqlen_q, num_heads_q, head_dim)
@@ -92,7 +88,7 @@ def make_backward_dq_kernel(config: BackwardDqConfig, traits: Traits) -> Kernel:
         dq: Tensor[storage],  # (batch, seqlen_q, num_heads_q, head_dim)
         mask: Mask,
         shape: Shape,
-        scores: Scores,
+        scores: scores_of(traits.program),
     ):
         smem = cuda.shared.array(0, f32, alignment=16)
         s_acc = cuda.local.array(n_scores, f32)
@@ -107,8 +103,7 @@ def make_backward_dq_kernel(config: BackwardDqConfig, traits: Traits) -> Kernel:
         sequence = sequence_of(shape, mask)
         k_base = first_of_rows(k, batch, head_kv, sequence.first_k)
         v_base = first_of_rows(v, batch, head_kv, sequence.first_k)
-        args = args_of_head(scores.features, batch, head)
-        drawn = weigh_of_head(scores.features, batch, head)
+        args = args_of_head(scores, batch, head)
 
         # This thread's first row and columns, in the tiles.
         row = first_row_of_thread(rows_per_warp)
@@ -142,13 +137,14 @@ def make_backward_dq_kernel(config: BackwardDqConfig, traits: Traits) -> Kernel:
             multiply_q_k(s_acc, smem, q_mine, k_mine)
             multiply_do_v(dp_acc, smem, do_mine, v_mine)
             i, j = m_start + row, n_start + column
-            scale_scores(s_acc, slopes, i, j, scores, args)
+            apply_functions(s_acc, slopes, Corner(i, j, sequence, 1), scores, args)
             if n_start < whole.first or n_start > whole.last:
                 mask_scores(s_acc, i, j, sequence.seqlen_k, sequence)
 
             # dS = P * (softmax_scale dP - delta), dQ += dS K
-            draw_kept(kept, i, j, drawn)
-            softmax_backward(s_acc, dp_acc, slopes, lses, deltas, scores, kept)
+            draw_kept(kept, i, j, args.drawn)
+            scales = scores.softmax_scale, scores.features.dropout.scale
+            softmax_backward(s_acc, dp_acc, slopes, lses, deltas, scales, kept)
             store_scores(dp_acc, smem, ds_mine + column)
             # dS of all lanes must have arrived: a warp exchanges that of its own rows.
             cuda.syncwarp()

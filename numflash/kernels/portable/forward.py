@@ -8,7 +8,7 @@ Source: FlashAttention-2, arXiv 2307.08691, Algorithm 1.
 """
 
 from numflash.configs import ForwardConfig, Traits
-from numflash.kernels.arguments import Mask, Pointer, Scores, Shape, Tensor
+from numflash.kernels.arguments import Mask, Pointer, Shape, Tensor, scores_of
 from numflash.kernels.kernel import Kernel
 from numflash.ptx import cuda, f32, i32, mov_ctaid_x, u32
 from numflash.tiles.blocks import (
@@ -20,7 +20,7 @@ from numflash.tiles.blocks import (
     tiles_seen,
     tiles_seen_whole,
 )
-from numflash.tiles.features import make_args_of_head, make_weigh
+from numflash.tiles.features import make_args_of_head
 from numflash.tiles.portable.copies import make_load_tile, make_store_rows
 from numflash.tiles.portable.dropout import make_draw_kept, words_of_bits
 from numflash.tiles.portable.elements import ELEMENTS
@@ -36,9 +36,10 @@ from numflash.tiles.portable.softmax import make_online_softmax, row_sum_of_lane
 from numflash.tiles.rows import NATURAL, make_end_of_row
 from numflash.tiles.scores import (
     NEG_INF,
+    Corner,
     first_row_of_thread,
+    make_apply_functions,
     make_mask_scores,
-    make_scale_scores,
 )
 
 
@@ -64,15 +65,14 @@ def make_forward_kernel(config: ForwardConfig, traits: Traits) -> Kernel:
     load_v = make_load_tile(element, tile_n, traits.head_dim_v, v_pitch, *copy)
     multiply_q_k = make_product_nt(rows, columns, traits.head_dim, k_pitch, k_pitch)
     multiply_p_v = make_product_nn(rows, groups, tile_n, p_pitch, v_pitch)
-    scale_scores = make_scale_scores(rows, columns, traits.features)
+    apply_functions = make_apply_functions(rows, columns, traits, True, False)
     mask_scores = make_mask_scores(rows, columns)
-    _, weigh_of_head, drops = make_weigh(traits.features)
     draw_kept = make_draw_kept(rows, columns, traits.features, by_row=True)
     online_softmax = make_online_softmax(rows, columns, n_out, p_pitch, traits.features)
     end_of_row, lse_of_row = make_end_of_row(traits.features, NATURAL)
     store_o = make_store_rows(element, rows, groups, traits.vectorized)
-    storage, args_of_head = element.storage, make_args_of_head(traits.features)
-    n_kept = words_of_bits(n_scores) if drops else 1
+    storage, args_of_head = element.storage, make_args_of_head(traits)
+    n_kept = words_of_bits(n_scores) if traits.drops_weights else 1
 
     def forward(
         q: Tensor[storage],  # (batch, seqlen_q, num_heads_q, head_dim)
@@ -82,7 +82,7 @@ def make_forward_kernel(config: ForwardConfig, traits: Traits) -> Kernel:
         lse: Pointer(f32),  # (batch, num_heads_q, seqlen_q)
         mask: Mask,
         shape: Shape,
-        scores: Scores,
+        scores: scores_of(traits.program),
     ):
         smem = cuda.shared.array(0, f32, alignment=16)
         s_acc = cuda.local.array(n_scores, f32)
@@ -98,8 +98,7 @@ def make_forward_kernel(config: ForwardConfig, traits: Traits) -> Kernel:
         v_base = first_of_rows(v, batch, head_kv, sequence.first_k)
         out_base = first_of_rows(out, batch, head, sequence.first_q)
         first_query = first_of_statistics(batch, head, shape) + sequence.first_q
-        args = args_of_head(scores.features, batch, head)
-        drawn = weigh_of_head(scores.features, batch, head)
+        args = args_of_head(scores, batch, head)
 
         # This thread's first row and columns, in the tiles.
         row = first_row_of_thread(rows_per_warp)
@@ -130,12 +129,12 @@ def make_forward_kernel(config: ForwardConfig, traits: Traits) -> Kernel:
             # S = softmax_scale Q K^T, masked where the block crosses an edge of the band
             multiply_q_k(s_acc, smem, q_mine, k_mine)
             i, j = m_start + row, n_start + column
-            scale_scores(s_acc, i, j, scores, args)
+            apply_functions(s_acc, s_acc, Corner(i, j, sequence, 1), scores, args)
             if n_start < whole.first or n_start > whole.last:
                 mask_scores(s_acc, i, j, sequence.seqlen_k, sequence)
 
             # P = exp(S - row_max), O += P V
-            draw_kept(kept, i, j, drawn)
+            draw_kept(kept, i, j, args.drawn)
             online_softmax(s_acc, row_max, row_sum, o_acc, smem, p_mine + column, kept)
             # P of all lanes must have arrived: a warp exchanges that of its own rows.
             cuda.syncwarp()

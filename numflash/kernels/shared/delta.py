@@ -4,6 +4,12 @@ The gradient of the scores before they are scaled is dS = P * (softmax_scale dP 
 computes one row. lse_log2 = lse log2 e is what kernels in base 2 subtract; +inf for a query
 without keys, which makes its P zero. Only -inf means that: a NaN stays one.
 
+The derivative of lse by a score is P, too: a gradient of lse, dlse, is taken off rowsum(O * dO),
+here and in row_gradients. Of a query without keys lse is a constant. Callers who have
+rowsum(O * dO) already give it, and neither O nor dO is read.
+
+Kernels that want dS by the scaled scores, also where softmax_scale is 0, get delta unscaled too.
+
 Where a feature ends rows, row_gradients is what each row adds to the gradient of its argument;
 `head_sums` adds that up.
 
@@ -17,7 +23,7 @@ import math
 
 from numflash.configs import DeltaConfig, Traits
 from numflash.configs.features import Features
-from numflash.kernels.arguments import Pointer, Shape, Tensor
+from numflash.kernels.arguments import Pointer, Shape, Tensor, of_rows
 from numflash.kernels.kernel import Kernel
 from numflash.ptx import cuda, f32, fma_rn_f32, i32, mov_ctaid_x
 from numflash.tiles.blocks import (
@@ -26,7 +32,7 @@ from numflash.tiles.blocks import (
     place_in_heads,
     tiles_of,
 )
-from numflash.tiles.features import make_gradient_of_end, make_weigh
+from numflash.tiles.features import make_gradient_of_end
 from numflash.tiles.portable.elements import ELEMENTS
 from numflash.tiles.portable.lanes import FULL_WARP
 from numflash.tiles.portable.softmax import LOG2_E
@@ -39,9 +45,14 @@ def make_delta_kernel(config: DeltaConfig, traits: Traits) -> Kernel:
     storage, to_f32, load_vector = element.storage, element.to_f32, element.load_vector
     gradient_of_end = make_gradient_of_end(traits.features)
     ends_rows = gradient_of_end is not None
-    _, _, drops = make_weigh(traits.features)
+    drops = traits.drops_weights
     vector = element.vector if traits.vectorized else 1
-    vectorized, columns, step = traits.vectorized, traits.head_dim_v, 32 * vector
+    vectorized, step = traits.vectorized, 32 * vector
+    columns = 0 if traits.given_delta else traits.head_dim_v
+    given = of_rows(traits)
+    has_dlse = traits.dlse
+    has_delta = traits.given_delta
+    keeps_plain = traits.plain_delta
 
     def delta(
         out: Tensor[storage],  # (batch, seqlen_q, num_heads_q, head_dim_v)
@@ -53,6 +64,7 @@ def make_delta_kernel(config: DeltaConfig, traits: Traits) -> Kernel:
         softmax_scale: f32,
         features: Features,
         row_gradients: Pointer(f32),  # (batch, num_heads_q, seqlen_q)
+        of_rows: given,
     ):
         out_values = cuda.local.array(vector, f32)
         do_values = cuda.local.array(vector, f32)
@@ -78,12 +90,22 @@ def make_delta_kernel(config: DeltaConfig, traits: Traits) -> Kernel:
             total += cuda.shfl_xor_sync(FULL_WARP, total, distance)
         if lane == 0 and row < shape.seqlen_q:
             i = first_of_statistics(batch, head, shape) + row
-            delta[i] = total * softmax_scale
+            if has_delta:
+                at = first_of_rows(of_rows.delta, batch, head, row)
+                total = of_rows.delta.data[at]
+            if has_dlse:
+                at = first_of_rows(of_rows.dlse, batch, head, row)
+                total = total - of_rows.dlse.data[at] if lse[i] != NEG_INF else f32(0)
+            per_weight = total
+            if drops:
+                per_weight /= features.dropout.scale
+            if keeps_plain:
+                of_rows.plain[i] = per_weight
+            delta[i] = per_weight * softmax_scale
             if ends_rows:
                 row_gradients[i] = gradient_of_end(lse[i], total, features, batch, head)
             lse_log2[i] = lse[i] * LOG2_E if lse[i] != NEG_INF else f32(math.inf)
             if drops:
-                delta[i] /= features.dropout.scale
                 lse_log2[i] -= features.dropout.log2_scale
 
     return Kernel(config.family, delta, config.num_threads, 0)

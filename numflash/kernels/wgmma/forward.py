@@ -32,7 +32,7 @@ Source: FlashAttention-3, arXiv 2407.08608, Algorithms 1 and 2.
 
 from numflash.configs.traits import Traits
 from numflash.configs.wgmma import WARPGROUP_ROWS, Sm90ForwardConfig
-from numflash.kernels.arguments import Layout, Mask, Part, Pointer, Scores, Shape
+from numflash.kernels.arguments import Layout, Mask, Part, Pointer, Shape, scores_of
 from numflash.kernels.kernel import Kernel
 from numflash.kernels.wgmma.ring import make_ring
 from numflash.kernels.wgmma.skeleton import make_skeleton
@@ -46,7 +46,7 @@ from numflash.ptx import (
     u16,
     u32,
 )
-from numflash.tiles.features import make_args_of_head, make_weigh
+from numflash.tiles.features import make_args_of_head
 from numflash.tiles.mma.softmax import make_scale_rows
 from numflash.tiles.portable.softmax import LOG2_E
 from numflash.tiles.wgmma.products import (
@@ -62,13 +62,11 @@ from numflash.tiles.wgmma.turns import group_of_thread, make_turns, softmax_befo
 def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
     """The forward kernel for one config; see the module's docstring."""
     out_storage = f32 if config.num_splits > 1 else u16
-    bends, args_of_head = traits.shapes_scores, make_args_of_head(traits.features)
-    _, weigh_of_head, _ = make_weigh(traits.features)
+    bends, args_of_head = traits.shapes_scores, make_args_of_head(traits)
 
     @device_function
     def look_up(rows, shape, scores):
-        features, batch, head = scores.features, rows.place.batch, rows.place.head
-        return args_of_head(features, batch, head), weigh_of_head(features, batch, head)
+        return args_of_head(scores, rows.place.batch, rows.place.head)
 
     run_block = make_skeleton(config, traits, look_up, make_attend(config, traits))
 
@@ -82,7 +80,7 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
         mask: Mask,
         shape: Shape,
         layout: Layout,
-        scores: Scores,
+        scores: scores_of(traits.program),
     ):
         results, maps = (out, lse, out_map, scores.features), (q_map, k_map, v_map)
         scale_log2 = LOG2_E
@@ -94,7 +92,7 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
 
 
 def make_attend(config: Sm90ForwardConfig, traits: Traits):
-    """attend(smem, barriers, at, rows, sums, scale_log2, scores, known, keys, stage, parity)
+    """attend(smem, barriers, at, rows, sums, scale_log2, scores, args, keys, stage, parity)
 
     O += softmax(Q K^T) V over the tiles of keys that a warpgroup's rows see; see `skeleton`.
     """
@@ -121,10 +119,10 @@ def make_attend(config: Sm90ForwardConfig, traits: Traits):
         return u32(q + group * q_step)
 
     @device_function
-    def attend(smem, barriers, at, rows, sums, scale_log2, scores, known, keys, stage, parity):
+    def attend(smem, barriers, at, rows, sums, scale_log2, scores, args, keys, stage, parity):
         s_acc, p_frag = cuda.local.array(n_scores, f32), cuda.local.array(n_p, u32)
         limits, shifts = cuda.local.array(2, f32), cuda.local.array(2, f32)
-        factors, (args, drawn) = cuda.local.array(2, f32), known
+        factors = cuda.local.array(2, f32)
         o_acc, row_sum, group, (first, end) = sums.o_acc, sums.row_sum, rows.group, keys
         running = sums.row_max, row_sum, limits, shifts
         begin_rows(limits, shifts)
@@ -139,9 +137,9 @@ def make_attend(config: Sm90ForwardConfig, traits: Traits):
         wait_for_s(s_acc)
         # Hazard: before this wait for S the next K would have overwritten this one.
         K.release(barriers, stage)
-        shape_scores(s_acc, rows, i32(first * tile_n), scores.scale, scores.shift, args)
+        shape_scores(s_acc, rows, i32(first * tile_n), scores.scale, scores, args)
         online_softmax(s_acc, running, factors, scale_log2)
-        weigh_scores(s_acc, rows, i32(first * tile_n), drawn)
+        weigh_scores(s_acc, rows, i32(first * tile_n), args.drawn)
         pack_p(p_frag, s_acc)
 
         for n in range(first + 1, end):
@@ -175,9 +173,9 @@ def make_attend(config: Sm90ForwardConfig, traits: Traits):
             K.release(barriers, stage)
 
             # P = softmax(S) of tile n, with overlap beside O += P V of tile n - 1
-            shape_scores(s_acc, rows, i32(n * tile_n), scores.scale, scores.shift, args)
+            shape_scores(s_acc, rows, i32(n * tile_n), scores.scale, scores, args)
             has_grown = online_softmax(s_acc, running, factors, scale_log2)
-            weigh_scores(s_acc, rows, i32(n * tile_n), drawn)
+            weigh_scores(s_acc, rows, i32(n * tile_n), args.drawn)
             if overlap:
                 softmax_before_wait(smem, 0, row_sum[0], row_sum[1])
                 # Hazard: P would change under the product, and O would be rescaled before it is

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from numflash.configs.traits import Traits
 from numflash.configs.wgmma import WARPGROUP_ROWS, Sm90Fp8ForwardConfig
-from numflash.kernels.arguments import Descales, Layout, Mask, Part, Pointer, Scores, Shape
+from numflash.kernels.arguments import Descales, Layout, Mask, Part, Pointer, Shape, scores_of
 from numflash.kernels.kernel import Kernel
 from numflash.kernels.wgmma.ring import make_ring
 from numflash.kernels.wgmma.skeleton import make_skeleton
@@ -78,7 +78,7 @@ def make_fp8_forward_kernel(config: Sm90Fp8ForwardConfig, traits: Traits) -> Ker
         mask: Mask,
         shape: Shape,
         layout: Layout,
-        scores: Scores,
+        scores: scores_of(traits.program),
     ):
         results, maps = (out, lse, out_map, scores.features), (q_map, k_map, v_map)
         # Scores are in base 2 before their maximum is taken.
@@ -89,7 +89,7 @@ def make_fp8_forward_kernel(config: Sm90Fp8ForwardConfig, traits: Traits) -> Ker
 
 def _make_look_up(traits: Traits):
     """look_up(rows, shape, arguments): the `RowScales` of a thread's rows."""
-    bends, args_of_head = traits.shapes_scores, make_args_of_head(traits.features)
+    bends, args_of_head = traits.shapes_scores, make_args_of_head(traits)
 
     @device_function
     def look_up(rows, shape, arguments):
@@ -97,7 +97,7 @@ def _make_look_up(traits: Traits):
         batch, head = rows.place.batch, rows.place.head
         k_first = first_of_head(descales.k, batch, rows.place.head_kv)
         v_first = first_of_head(descales.v, batch, rows.place.head_kv)
-        args = args_of_head(scores.features, batch, head)
+        args = args_of_head(scores, batch, head)
         q_scales = cuda.local.array(2, f32)
         base = first_of_head(descales.q, batch, token_of_row(head, descales.q.group))
         for r in range(2):
@@ -175,7 +175,7 @@ def make_attend(config: Sm90Fp8ForwardConfig, traits: Traits):
             # Softcap and ALiBi take scores that are scaled.
             scale_s_rows(s_acc, scales)
             scales[0], scales[1] = LOG2_E, LOG2_E
-        shape_scores(s_acc, rows, n_start, f32(1), scores.shift, known.args)
+        shape_scores(s_acc, rows, n_start, f32(1), scores, known.args)
         return tile_softmax(s_acc, running, factors, scales, weights)
 
     @device_function

@@ -8,9 +8,9 @@ from functools import cache
 
 from numflash.ptx import cuda, device_function, f32, i32
 from numflash.tiles.blocks import token_of_row
-from numflash.tiles.features import has_places, make_score
+from numflash.tiles.features import At, has_places, make_keep, make_score
 from numflash.tiles.mma.fragments import MMA_COLUMNS, MMA_ROWS, ROW_STEP
-from numflash.tiles.scores import NEG_INF
+from numflash.tiles.scores import NEG_INF, make_place, make_place_of_score
 
 
 @device_function
@@ -67,52 +67,79 @@ def make_mask_rows(m_tiles, n_tiles):
 
 
 @cache
-def make_scale_scores_backward(m_tiles, n_tiles, features, by_row, keeps_slopes):
-    """scale_scores(s_acc, slopes, row, column, scale, shift, args)
+def make_apply_functions(m_tiles, n_tiles, traits, by_row, keeps_slopes):
+    """apply_functions(s_acc, slopes, corner, scale, scores, args)
 
-    As `tiles.scores.make_scale_scores_backward`, with `scale` and `shift` of its record apart.
+    As `tiles.scores.make_apply_functions`, with `scale` for that of `scores`; products stay
+    unscaled where no function shapes scores.
     """
-    tiles, score = m_tiles * n_tiles, make_score(features)
+    shapes, has_keep = traits.shapes_scores, traits.keeps_scores
+    scale_scores = _make_scale_scores(m_tiles, n_tiles, traits, by_row, keeps_slopes)
+    keep_scores = _make_keep_scores(m_tiles, n_tiles, traits, by_row)
 
     @device_function
-    def scale_one(s_acc, slopes, e, i, j, scale, args):
-        s, slope = score(s_acc[e] * scale, i, j, args)
+    def apply_functions(s_acc, slopes, corner, scale, scores, args):
+        if shapes:
+            scale_scores(s_acc, slopes, corner, scale, scores, args)
+        if has_keep:
+            keep_scores(s_acc, corner, scores, args)
+
+    return apply_functions
+
+
+def _make_scale_scores(m_tiles, n_tiles, traits, by_row, keeps_slopes):
+    tiles, score = m_tiles * n_tiles, make_score(traits)
+    place_of_score = make_place_of_score(traits, by_row)
+
+    @device_function
+    def scale_one(s_acc, slopes, e, at, scale, args):
+        s, slope = score(s_acc[e] * scale, at, args)
         if keeps_slopes:
             slopes[e] = slope
         s_acc[e] = s
 
     @device_function
-    def scale_without_places(s_acc, slopes, row, column, scale, shift, args):
+    def scale_without_places(s_acc, slopes, corner, scale, scores, args):
         for e in range(4 * tiles):
-            scale_one(s_acc, slopes, e, f32(0), f32(0), scale, args)
+            scale_one(s_acc, slopes, e, At(f32(0), f32(0), i32(0), i32(0)), scale, args)
 
     @device_function
-    def scale_scores(s_acc, slopes, row, column, scale, shift, args):
-        i = f32(i32(row + shift - column if by_row else column + shift - row))
+    def scale_scores(s_acc, slopes, corner, scale, scores, args):
+        row, column, shift = corner.row, corner.column, scores.shift
+        first = f32(i32(row + shift - column if by_row else column + shift - row))
+        right, below = f32(1 if by_row else -1), f32(-ROW_STEP if by_row else ROW_STEP)
         for tile in range(tiles):
-            # All that is known of a place is in j, one number for the compiler.
+            # All that is known of a distance is in step, one number for the compiler.
             e, r, c = 4 * tile, tile // n_tiles * MMA_ROWS, tile % n_tiles * MMA_COLUMNS
-            j = f32(c - r if by_row else r - c)
-            right, below = f32(1 if by_row else -1), f32(-ROW_STEP if by_row else ROW_STEP)
-            scale_one(s_acc, slopes, e, i, j, scale, args)
-            scale_one(s_acc, slopes, e + 1, i, j + right, scale, args)
-            scale_one(s_acc, slopes, e + 2, i, j + below, scale, args)
-            scale_one(s_acc, slopes, e + 3, i, j + below + right, scale, args)
+            step = f32(c - r if by_row else r - c)
+            i, j = place_of_score(corner, r, c, scores)
+            scale_one(s_acc, slopes, e, At(first, step, i, j), scale, args)
+            i, j = place_of_score(corner, r, c + 1, scores)
+            scale_one(s_acc, slopes, e + 1, At(first, step + right, i, j), scale, args)
+            i, j = place_of_score(corner, r + ROW_STEP, c, scores)
+            scale_one(s_acc, slopes, e + 2, At(first, step + below, i, j), scale, args)
+            i, j = place_of_score(corner, r + ROW_STEP, c + 1, scores)
+            scale_one(s_acc, slopes, e + 3, At(first, step + below + right, i, j), scale, args)
 
     # Without places Blackwell's compiler unrolls a loop over scores, but not one over products.
-    return scale_scores if has_places(features) else scale_without_places
+    return scale_scores if has_places(traits) else scale_without_places
 
 
-@cache
-def make_scale_scores(m_tiles, n_tiles, features):
-    """scale_scores(s_acc, row, column, scale, shift, args)
-
-    As `make_scale_scores_backward` where nobody needs slopes.
-    """
-    scale_and_keep = make_scale_scores_backward(m_tiles, n_tiles, features, True, False)
+def _make_keep_scores(m_tiles, n_tiles, traits, by_row):
+    tiles, keep, place = m_tiles * n_tiles, make_keep(traits), make_place(by_row)
 
     @device_function
-    def scale_scores(s_acc, row, column, scale, shift, args):
-        scale_and_keep(s_acc, s_acc, row, column, scale, shift, args)
+    def keep_one(s_acc, e, corner, r, c, scores, args):
+        i, j = place(corner, r, c, scores)
+        s_acc[e] = s_acc[e] if keep(i, j, args) else NEG_INF
 
-    return scale_scores
+    @device_function
+    def keep_scores(s_acc, corner, scores, args):
+        for tile in range(tiles):
+            e, r, c = 4 * tile, tile // n_tiles * MMA_ROWS, tile % n_tiles * MMA_COLUMNS
+            keep_one(s_acc, e, corner, r, c, scores, args)
+            keep_one(s_acc, e + 1, corner, r, c + 1, scores, args)
+            keep_one(s_acc, e + 2, corner, r + ROW_STEP, c, scores, args)
+            keep_one(s_acc, e + 3, corner, r + ROW_STEP, c + 1, scores, args)
+
+    return keep_scores

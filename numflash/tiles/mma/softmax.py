@@ -186,7 +186,7 @@ def make_online_softmax(m_tiles, n_tiles, o_tiles):
 
 
 @cache
-def make_softmax_backward_by_row(m_tiles, n_tiles, features, has_slopes):
+def make_softmax_backward_by_row(m_tiles, n_tiles, traits):
     """softmax_backward(s_acc, dp_acc, slopes, lses, deltas, scales, *drawn): S -> P, dP -> dS.
 
         P  = 2 ** (scale_log2 S - lse log2 e)
@@ -199,8 +199,8 @@ def make_softmax_backward_by_row(m_tiles, n_tiles, features, has_slopes):
     With features that weigh P, `drawn` are this thread's first row and column and the `args` of
     these: of scores that are dropped P becomes 0, and their dP counts as 0.
     """
-    tiles, gradient_of_score = m_tiles * n_tiles, _make_gradient_of_score(has_slopes)
-    weighed = _make_weighed_by_row(m_tiles, n_tiles, features, gradient_of_score)
+    tiles, gradient_of_score = m_tiles * n_tiles, _make_gradient_of_score(traits)
+    weighed = _make_weighed_by_row(m_tiles, n_tiles, traits.features, gradient_of_score)
 
     @device_function
     def softmax_backward(s_acc, dp_acc, slopes, lses, deltas, scales):
@@ -243,14 +243,14 @@ def _make_weighed_by_row(m_tiles, n_tiles, features, gradient_of_score):
 
 
 @cache
-def make_softmax_backward_by_column(m_tiles, n_tiles, features, has_slopes):
+def make_softmax_backward_by_column(m_tiles, n_tiles, traits):
     """softmax_backward(s_acc, dp_acc, slopes, smem, lse, delta, scales, *drawn): S -> P, dP -> dS.
 
     As `make_softmax_backward_by_row` where the columns are queries. `lse` and `delta` are the
     positions in smem of the values of this thread's first column.
     """
-    tiles, gradient_of_score = m_tiles * n_tiles, _make_gradient_of_score(has_slopes)
-    weighed = _make_weighed_by_column(m_tiles, n_tiles, features, gradient_of_score)
+    tiles, gradient_of_score = m_tiles * n_tiles, _make_gradient_of_score(traits)
+    weighed = _make_weighed_by_column(m_tiles, n_tiles, traits.features, gradient_of_score)
 
     @device_function
     def softmax_backward(s_acc, dp_acc, slopes, smem, lse, delta, scales):
@@ -303,8 +303,9 @@ def _make_weighed_by_column(m_tiles, n_tiles, features, gradient_of_score):
 
 
 @cache
-def _make_gradient_of_score(has_slopes):
+def _make_gradient_of_score(traits):
     """gradient_of_score(s_acc, dp_acc, slopes, i, lse, delta, scales, kept) for one score."""
+    has_slopes, slopes_are_finite = traits.bends_scores, not traits.program_bends
 
     @device_function
     def gradient_of_score(s_acc, dp_acc, slopes, i, lse, delta, scales, kept):
@@ -314,6 +315,9 @@ def _make_gradient_of_score(has_slopes):
         gradient = probability * fma_rn_f32(gradient, softmax_scale, -delta)
         if has_slopes:
             gradient *= slopes[i]
+            if not slopes_are_finite:
+                # A function may bend without bound where P is 0, as the logarithm at 0.
+                gradient = gradient if probability > f32(0) else f32(0)
         s_acc[i] = probability if kept else f32(0)
         dp_acc[i] = gradient
 

@@ -14,7 +14,6 @@ import math
 from functools import cache
 
 from numflash.ptx import device_function, f32, fma_rn_f32, st_shared_f32
-from numflash.tiles.features import make_weigh
 from numflash.tiles.portable.dropout import make_weight
 from numflash.tiles.portable.lanes import COLUMN_LANES, ROW_LANES
 from numflash.tiles.portable.softmax import exp_f32
@@ -44,28 +43,35 @@ def make_load_query_statistics(count, step):
 
 
 @cache
-def make_softmax_backward(rows, columns, features, has_slopes, by_row):
-    """softmax_backward(s_acc, dp_acc, slopes, lses, deltas, scores, kept)
+def make_softmax_backward(rows, columns, traits, by_row, of_scores=False):
+    """softmax_backward(s_acc, dp_acc, slopes, lses, deltas, scales, kept)
 
-    S -> P and dP -> dS, in place; `scores` is the record of the kernel's arguments.
+    S -> P and dP -> dS, in place; `scales` are softmax_scale and the factor of weights that dropout
+    keeps, over which `delta` is.
 
-    With has_slopes, `slopes` holds the derivative of each score by the scaled product. With
-    features that weigh P, `kept` says of which scores P and dP count (`tiles.portable.dropout`),
-    and P has their common factor, over which `delta` is.
+    `slopes` holds the derivative of each score by the scaled product, if a function of `traits`
+    bends scores, but where dS is to be `of_scores`, as they go into the softmax. With dropout `kept`
+    says of which scores P and dP count (`tiles.portable.dropout`).
     """
-    n_scores, weight, (_, _, weighs) = rows * columns, make_weight(features), make_weigh(features)
+    n_scores, weight, drops = rows * columns, make_weight(traits.features), traits.drops_weights
+    has_slopes = traits.bends_scores and not of_scores
+    slopes_are_finite = not traits.program_bends
 
     @device_function
-    def softmax_backward(s_acc, dp_acc, slopes, lses, deltas, scores, kept):
+    def softmax_backward(s_acc, dp_acc, slopes, lses, deltas, scales, kept):
+        softmax_scale, factor = scales
         for i in range(n_scores):
             query = i // columns if by_row else i % columns
             probability = exp_f32(s_acc[i] - lses[query])
-            if weighs:
-                probability *= scores.features.dropout.scale
+            if drops:
+                probability *= factor
             gradient = weight(kept, i, dp_acc[i])
-            gradient = probability * fma_rn_f32(gradient, scores.softmax_scale, -deltas[query])
+            gradient = probability * fma_rn_f32(gradient, softmax_scale, -deltas[query])
             if has_slopes:
                 gradient *= slopes[i]
+                if not slopes_are_finite:
+                    # A function may bend without bound where P is 0, as the logarithm at 0.
+                    gradient = gradient if probability > f32(0) else f32(0)
             s_acc[i] = weight(kept, i, probability)
             dp_acc[i] = gradient
 

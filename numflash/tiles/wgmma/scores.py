@@ -7,7 +7,8 @@ from numflash.ptx import device_function, i32
 from numflash.tiles.features import make_weigh
 from numflash.tiles.mma import dropout
 from numflash.tiles.mma.fragments import MMA_ROWS, accumulator_column, accumulator_row
-from numflash.tiles.mma.scores import make_mask_scores, make_scale_scores
+from numflash.tiles.mma.scores import make_apply_functions, make_mask_scores
+from numflash.tiles.scores import Corner
 
 
 class Rows(NamedTuple):
@@ -30,21 +31,22 @@ class Rows(NamedTuple):
 
 @cache
 def make_shape_scores(tile_n, traits):
-    """shape_scores(s_acc, rows, n_start, scale, shift, args): products S -> scores, in place.
+    """shape_scores(s_acc, rows, n_start, scale, scores, args): products S -> scores, in place.
 
     Of the tile of keys from n_start on; the last three are as in `tiles.mma.scores`. S is not
     scaled where no feature shapes scores.
     """
-    n_tiles, bends = tile_n // 8, traits.shapes_scores
-    scale_scores = make_scale_scores(1, n_tiles, traits.features)
+    n_tiles, has_functions = tile_n // 8, traits.has_functions
+    apply_functions = make_apply_functions(1, n_tiles, traits, True, False)
     mask_scores = make_mask_scores(1, n_tiles)
 
     @device_function
-    def shape_scores(s_acc, rows, n_start, scale, shift, args):
-        if bends:
+    def shape_scores(s_acc, rows, n_start, scale, scores, args):
+        if has_functions:
             i = i32(rows.place.start + accumulator_row(MMA_ROWS))
             j = i32(n_start + accumulator_column())
-            scale_scores(s_acc, i, j, scale, shift, args)
+            corner = Corner(i, j, rows.sequence, rows.pack)
+            apply_functions(s_acc, s_acc, corner, scale, scores, args)
         if n_start < rows.whole.first or n_start > rows.whole.last:
             i = i32(rows.place.start + accumulator_row(MMA_ROWS))
             j = i32(n_start + accumulator_column())

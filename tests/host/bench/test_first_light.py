@@ -19,6 +19,7 @@ from bench.studies import static
 from numflash.configs import parse_config
 from numflash.runtime.devices import ARCHITECTURES
 from numflash.selection.rules import force
+from tests.support.covering import FULL
 from tuner.measuring import clocks
 
 LIMITS = ARCHITECTURES["sm_90a"]
@@ -247,8 +248,8 @@ def test_a_worker_that_begins_slowly_is_waited_for(monkeypatch, visit, steps, ca
 
 
 def test_a_parent_that_dies_at_a_step_leaves_what_was_done(visit, steps, monkeypatch, capsys):
-    # At each step two copies of the process die while they write the step's result: before the
-    # record is replaced, and between the record and the page.
+    # At each kind of step, and the last, two copies of the process die while they write the step's
+    # result: before the record is replaced, and between the record and the page.
     results = {"check": {"check": "passed", "reason": "", "errors": {}}}
     results["ceilings"] = {"matmul_tflops": 800.0, "copy_gbps": 1.0, "num_sms": 1}
     results["point"] = results["predicted"] = {"methods": {}, "predicted_ms": {}}
@@ -270,10 +271,12 @@ def test_a_parent_that_dies_at_a_step_leaves_what_was_done(visit, steps, monkeyp
         os._exit(0)
 
     def supervise(tasks, settings, *, on_result, **options):
+        kinds = [task["kind"] for task in tasks]
         for index, task in enumerate(tasks):
             cases = {name: {"outcome": "passed", "reason": ""} for name in task.get("names", ())}
             result = {**task, "index": index}, results.get(task["kind"], {"cases": cases})
-            for written in (0, 1):
+            is_killed = FULL or index in (kinds.index(task["kind"]), len(tasks) - 1)
+            for written in (0, 1) if is_killed else ():
                 child = os.fork()
                 if child == 0:
                     die_after(written, result, on_result)

@@ -1,0 +1,126 @@
+"""dS of a tile, computed again from Q, K, V, dO and the statistics of queries.
+
+For kernels that want the gradient of the scores themselves, and not of what they are made of:
+`backward_rows` is one. They own what they like, and walk over tiles as they like; here a tile of
+dS is made in registers. dS is the gradient of the final scores, as they go into the softmax:
+
+    dS = P * (dP - delta)       P = exp(S - lse), dP = dO V^T, delta not scaled
+
+so `statistics` must be those whose delta is rowsum(O * dO), less the gradient of lse. All threads
+of a block call these functions together.
+"""
+
+from typing import NamedTuple
+
+from numflash.configs import Traits
+from numflash.ptx import cuda, device_function, f32, u32
+from numflash.tiles.blocks import first_of_rows, first_of_statistics
+from numflash.tiles.portable.copies import make_load_tile
+from numflash.tiles.portable.dropout import make_draw_kept, words_of_bits
+from numflash.tiles.portable.elements import ELEMENTS
+from numflash.tiles.portable.gradients import (
+    make_load_query_statistics,
+    make_softmax_backward,
+)
+from numflash.tiles.portable.lanes import (
+    COLUMN_LANES,
+    ROW_LANES,
+    columns_per_thread,
+    rows_per_thread,
+)
+from numflash.tiles.portable.products import make_product_nt
+from numflash.tiles.scores import (
+    Corner,
+    first_row_of_thread,
+    make_apply_functions,
+    make_mask_scores,
+)
+
+
+class ScoreGradients(NamedTuple):
+    """Device functions; `inputs` is (q, k, v, do, statistics), as kernels take them.
+
+    Attributes:
+        load_queries: (smem, lses, deltas, inputs, batch, head, m_start, sequence, shape): a tile
+            of Q and dO to shared memory, and the thread's rows of the statistics.
+        load_keys: (smem, inputs, batch, head_kv, n_start, sequence, shape): a tile of K and V.
+        compute: (ds_acc, s_acc, smem, of_rows, tile, sequence, scores, args): dS, and P to s_acc.
+            of_rows is (lses, deltas), tile is (m_start, n_start, whether no score is masked).
+        place: () -> (row, column): the thread's first, in a tile; its score i is in row
+            row + ROW_LANES * (i // columns) and column + COLUMN_LANES * (i % columns).
+        rows, columns: of a thread; ds_acc and s_acc have rows * columns elements.
+    """
+
+    load_queries: object
+    load_keys: object
+    compute: object
+    place: object
+    rows: int
+    columns: int
+
+
+def make_score_gradients(config, traits: Traits) -> ScoreGradients:
+    """The functions for a config with the tiles q, do, k and v in shared memory."""
+    element = ELEMENTS[traits.dtype]
+    tile_m, tile_n, num_threads = config.tile_m, config.tile_n, config.num_threads
+    rows, columns = rows_per_thread(tile_m, config.num_warps), columns_per_thread(tile_n)
+    rows_per_warp = ROW_LANES * rows
+    layout = config.smem_layout(traits)
+    q_smem, do_smem = layout.offsets["q"], layout.offsets["do"]
+    k_smem, v_smem = layout.offsets["k"], layout.offsets["v"]
+    k_pitch, v_pitch = layout.pitches["k"], layout.pitches["v"]
+
+    copy = (num_threads, traits.vectorized)
+    load_q = make_load_tile(element, tile_m, traits.head_dim, k_pitch, *copy)
+    load_do = make_load_tile(element, tile_m, traits.head_dim_v, v_pitch, *copy)
+    load_k = make_load_tile(element, tile_n, traits.head_dim, k_pitch, *copy)
+    load_v = make_load_tile(element, tile_n, traits.head_dim_v, v_pitch, *copy)
+    load_query_statistics = make_load_query_statistics(rows, ROW_LANES)
+    multiply_q_k = make_product_nt(rows, columns, traits.head_dim, k_pitch, k_pitch)
+    multiply_do_v = make_product_nt(rows, columns, traits.head_dim_v, v_pitch, v_pitch)
+    apply_functions = make_apply_functions(rows, columns, traits, True, False)
+    mask_scores = make_mask_scores(rows, columns)
+    softmax_backward = make_softmax_backward(rows, columns, traits, by_row=True, of_scores=True)
+    draw_kept = make_draw_kept(rows, columns, traits.features, by_row=True)
+    n_kept = words_of_bits(rows * columns) if traits.drops_weights else 1
+
+    @device_function
+    def place():
+        return first_row_of_thread(rows_per_warp), cuda.threadIdx.x % COLUMN_LANES
+
+    @device_function
+    def load_queries(smem, lses, deltas, inputs, batch, head, m_start, sequence, shape):
+        q, _, _, do, statistics = inputs
+        end, (row, _) = sequence.seqlen_q, place()
+        q_base = first_of_rows(q, batch, head, sequence.first_q)
+        do_base = first_of_rows(do, batch, head, sequence.first_q)
+        load_q(smem, q_smem, q, q_base, m_start, end, shape.head_dim)
+        load_do(smem, do_smem, do, do_base, m_start, end, shape.head_dim_v)
+        first_query = first_of_statistics(batch, head, shape) + sequence.first_q
+        load_query_statistics(lses, deltas, statistics, first_query, m_start + row, end)
+
+    @device_function
+    def load_keys(smem, inputs, batch, head_kv, n_start, sequence, shape):
+        _, k, v, _, _ = inputs
+        k_base = first_of_rows(k, batch, head_kv, sequence.first_k)
+        v_base = first_of_rows(v, batch, head_kv, sequence.first_k)
+        load_k(smem, k_smem, k, k_base, n_start, sequence.seqlen_k, shape.head_dim)
+        load_v(smem, v_smem, v, v_base, n_start, sequence.seqlen_k, shape.head_dim_v)
+
+    @device_function
+    def compute(ds_acc, s_acc, smem, of_rows, tile, sequence, scores, args):
+        kept = cuda.local.array(n_kept, u32)
+        lses, deltas = of_rows
+        m_start, n_start, is_whole = tile
+        row, column = place()
+        multiply_q_k(s_acc, smem, q_smem + row * k_pitch, k_smem + column * k_pitch)
+        multiply_do_v(ds_acc, smem, do_smem + row * v_pitch, v_smem + column * v_pitch)
+        i, j = m_start + row, n_start + column
+        apply_functions(s_acc, s_acc, Corner(i, j, sequence, 1), scores, args)
+        if not is_whole:
+            mask_scores(s_acc, i, j, sequence.seqlen_k, sequence)
+        draw_kept(kept, i, j, args.drawn)
+        scales = f32(1), scores.features.dropout.scale
+        softmax_backward(s_acc, ds_acc, s_acc, lses, deltas, scales, kept)
+
+    return ScoreGradients(load_queries, load_keys, compute, place, rows, columns)

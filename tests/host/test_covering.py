@@ -1,0 +1,57 @@
+"""`tests.support.covering`: small sets of cases in which every pair of a table still meets."""
+
+import itertools
+
+import pytest
+
+from tests.support.covering import covering, meetings
+
+AXES = ("sm75", "sm80", "sm90"), ("full", "causal", "window", "tall"), ("f2", "b2"), range(5)
+TABLE = list(itertools.product(*AXES))
+
+
+def pairs(rows) -> set:
+    return set().union(*map(meetings, rows))
+
+
+def test_every_pair_meets_in_a_sixth_of_the_rows():
+    chosen = covering(TABLE, lambda row: row, full=False)
+    assert pairs(chosen) == pairs(TABLE)
+    assert len(chosen) <= len(TABLE) // 5
+    assert chosen == sorted(chosen, key=TABLE.index)
+
+
+def test_no_row_of_it_is_needless():
+    chosen = covering(TABLE, lambda row: row, full=False)
+    for i in range(len(chosen)):
+        assert pairs(chosen[:i] + chosen[i + 1 :]) != pairs(TABLE)
+
+
+def test_the_choice_is_the_same_again_and_the_whole_table_is_one_word_away():
+    assert covering(TABLE, lambda row: row, full=False) == covering(
+        iter(TABLE), lambda row: row, full=False
+    )
+    assert covering(iter(TABLE), lambda row: row, full=True) == TABLE
+
+
+def test_cheap_rows_come_before_dear_ones():
+    table = [("a", n) for n in (9, 1, 5)]
+    # Only the first label pairs with anything.
+    chosen = covering(table, lambda row: (row[0],), cost=lambda row: row[1], full=False)
+    assert chosen == [("a", 1)]
+
+
+def test_each_label_alone():
+    chosen = covering(TABLE, lambda row: row, together=1, full=False)
+    assert len(chosen) == 5
+    assert [set(axis) for axis in zip(*chosen, strict=True)] == [set(axis) for axis in AXES]
+
+
+def test_none_is_no_label():
+    table = [("a", None), ("a", "x"), ("b", None)]
+    assert covering(table, lambda row: row, full=False) == [("a", "x"), ("b", None)]
+
+
+@pytest.mark.parametrize("rows", [[], [("a", "b")]])
+def test_few_rows_are_all_kept(rows):
+    assert covering(rows, lambda row: row, full=False) == rows

@@ -1,0 +1,96 @@
+"""A tiny kernel that runs a program's functions on every score of a problem."""
+
+from collections import namedtuple
+
+import numpy as np
+
+from numflash.functions.program import Number, Program
+from numflash.kernels.arguments import STORAGE
+from numflash.kernels.kernel import Kernel
+from numflash.ptx import cuda, f32, i32, i64
+from numflash.runtime.views import Pointer
+from numflash.tiles.programs import make_program
+
+SHAPE = (2, 3, 10, 13)
+"""Batch entries, heads, queries and keys of `run`."""
+THREADS = 32
+
+
+def given_of(program: Program):
+    """The class of the record `given` of a program."""
+    kinds = {"f32": f32, "i32": i32, "i64": i64}
+    fields = program.fields or (("row", "i32"),)
+    given = namedtuple("Given", [name for name, _ in fields])
+    given.__annotations__ = {
+        name: kinds[kind] if kind in kinds else Pointer(STORAGE[kind.partition(":")[2]])
+        for name, kind in fields
+    }
+    return given
+
+
+def kernel_of(text: str, with_partials: bool = False, shape=SHAPE) -> Kernel:
+    """A block for each batch entry and head; a thread takes every 32nd score.
+
+    Results are scores, slopes and whether they are kept, and for each partial its value and
+    offset, each of `shape`.
+    """
+    program, functions = Program.parse(text), make_program(text, with_partials)
+    known_of_head, score, keep, partials = functions
+    _, heads, rows, columns = shape
+    given_type = given_of(program)
+
+    def run(scores: Pointer(f32), slopes: Pointer(f32), kept: Pointer(i32), given: given_type):
+        block = i32(cuda.blockIdx.x)
+        known = known_of_head(given, i32(block // heads), i32(block % heads))
+        for place in range(i32(cuda.threadIdx.x), rows * columns, THREADS):
+            i, j = i32(place // columns), i32(place % columns)
+            at = block * rows * columns + place
+            s, slope = score(scores[at], i, j, known)
+            scores[at] = s
+            slopes[at] = slope
+            kept[at] = i32(keep(i, j, known))
+
+    if not partials:
+        return Kernel("program", run, THREADS, 0)
+    ((partial, offset),) = partials
+
+    def run_with_partial(
+        scores: Pointer(f32), slopes: Pointer(f32), kept: Pointer(i64), given: given_type
+    ):
+        block = i32(cuda.blockIdx.x)
+        known = known_of_head(given, i32(block // heads), i32(block % heads))
+        for place in range(i32(cuda.threadIdx.x), rows * columns, THREADS):
+            i, j = i32(place // columns), i32(place % columns)
+            at = block * rows * columns + place
+            slopes[at] = partial(scores[at], i, j, known)
+            kept[at] = offset(i, j, known)
+
+    return Kernel("program", run_with_partial, THREADS, 0)
+
+
+def run(program: Program, aux=(), scores=None, with_partial: bool = False):
+    """(scores, slopes, kept) of `SHAPE`; or with a partial (scores, partial, offset)."""
+    from numflash.simulator import GlobalPointer, launch
+
+    rng = np.random.default_rng(5)
+    if scores is None:
+        scores = rng.standard_normal(SHAPE) * 2
+    scores = np.array(scores, np.float32)
+    slopes = np.full(SHAPE, np.nan, np.float32)
+    kept = np.full(SHAPE, -7, np.int64 if with_partial else np.int32)
+    kernel = kernel_of(program.text, with_partial)
+    given = given_of(program)
+    values = {"row": i32(0), "column": i32(0), "first_head": i32(0)}
+    for k, (description, array) in enumerate(zip(program.aux, aux, strict=True)):
+        if isinstance(description, Number):
+            values[f"a{k}"] = (f32 if description.kind == "f32" else i32)(array)
+            continue
+        storage = np.dtype(STORAGE[description.dtype])
+        values[f"a{k}"] = GlobalPointer(array, storage, f"aux{k}")
+        for axis in range(array.ndim):
+            values[f"a{k}_s{axis}"] = i64(array.strides[axis] // array.itemsize)
+            values[f"a{k}_n{axis}"] = i32(array.shape[axis])
+    args = [GlobalPointer(x, x.dtype, "x") for x in (scores, slopes, kept)]
+    record = given(*(values[name] for name in given._fields))
+    launch(kernel.function, SHAPE[0] * SHAPE[1], THREADS, [*args, record])
+    return scores, slopes, kept
