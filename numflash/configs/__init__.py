@@ -12,6 +12,12 @@ forms (`configs.letters`), used in file names, test ids and on the command line:
 Everything here is plain arithmetic; nothing imports Numba.
 """
 
+from numflash.configs.block_masks import (
+    BLOCK_MASK_CONFIGS,
+    MaskListsConfig,
+    MaskScatterConfig,
+    MaskTilesConfig,
+)
 from numflash.configs.fp8 import Fp8ForwardConfig
 from numflash.configs.implementations import (
     IMPLEMENTATIONS,
@@ -77,6 +83,9 @@ Config = (
     | QuantizeConfig
     | AmaxConfig
     | DequantizeConfig
+    | MaskTilesConfig
+    | MaskScatterConfig
+    | MaskListsConfig
 )
 
 
@@ -95,6 +104,7 @@ def parse_config(family: str, text: str) -> Config:
 
 
 __all__ = [
+    "BLOCK_MASK_CONFIGS",
     "DTYPES",
     "FAMILIES",
     "FP8_STEP",
@@ -120,6 +130,9 @@ __all__ = [
     "Fp8ForwardConfig",
     "HeadSumsConfig",
     "Implementation",
+    "MaskListsConfig",
+    "MaskScatterConfig",
+    "MaskTilesConfig",
     "MmaBackwardConfig",
     "MmaBackwardDkDvConfig",
     "MmaBackwardDqConfig",

@@ -135,6 +135,8 @@ def misfit(
     config: Fp8ForwardConfig, traits: Traits, limits: Architecture, rows: int, warps: int
 ) -> str | None:
     """Why a candidate is not the one to use; None if it is. As `configs.mma.misfit`."""
+    if (why := config.misfit(traits)) is not None:
+        return why
     if (needed := config.smem_bytes(traits)) > limits.max_smem_per_block:
         return (
             f"needs {needed} bytes of shared memory per block, {limits.arch} has "

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from numflash.configs import fp8, mma, portable, quantize, wgmma
+from numflash.configs.block_masks import BLOCK_MASK_CONFIGS
 from numflash.configs.fp8 import PREFIX, Fp8ForwardConfig
 from numflash.configs.mma import MMA_CONFIGS
 from numflash.configs.portable import PORTABLE_CONFIGS
@@ -163,6 +164,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         misfit=lambda config, traits, limits, rows, warps: portable.misfit(
             config, traits, limits, rows
         ),
+        cannot_run=lambda config, traits, limits, asked: config.misfit(traits),
         adapts=_without_tf32,
         rule="the first that fits of the portable configs",
         slower="tensor cores are faster",
@@ -178,6 +180,14 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         misfit=_nothing,
         cannot_run=quantize.cannot_run,
         adapts=_without_tf32,
+        has_tensor_cores=False,
+    ),
+    Implementation(
+        name="block-mask",
+        configs=BLOCK_MASK_CONFIGS,
+        generation=lambda limits: "block-mask",
+        candidates=lambda family, traits, limits: (BLOCK_MASK_CONFIGS[family](),),
+        misfit=_nothing,
         has_tensor_cores=False,
     ),
 )

@@ -136,7 +136,7 @@ class MmaConfig(Lettered):
         """Why it cannot be built for these traits; None if it can."""
         if self.packed and traits.of_a_head:
             return f"heads with {traits.of_a_head} of their own cannot be packed"
-        return None
+        return traits.torn(self.tile_m, self.stage_n)
 
     @property
     def without_geometry(self) -> "MmaConfig":
@@ -275,6 +275,8 @@ class MmaBackwardConfig(MmaConfig):
         """Why it cannot be built for these traits; None if it can."""
         if traits.tf32:
             return "dS goes through shared memory transposed, which only 16-bit elements can"
+        if traits.blocks:
+            return "with block_mask dK, dV and dQ come from two kernels, each with its own lists"
         if self.tile_m % 32 and self.tile_m != 16:
             return f"tile_m must be 16 or a multiple of 32, got {self.tile_m}"
         column_warps = self.num_warps * _ROW_STEP // self.tile_m

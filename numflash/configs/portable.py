@@ -81,6 +81,10 @@ class _Tiled(Lettered):
         """Rows of the output that one block computes."""
         return self.row_tile
 
+    def misfit(self, traits: Traits) -> str | None:
+        """Why it cannot be built for these traits; None if it can."""
+        return traits.torn(self.tile_m, self.tile_n)
+
     def smem_layout(self, traits: Traits) -> SmemLayout:
         """The shared-memory tiles of a kernel with these traits."""
         raise NotImplementedError
@@ -209,6 +213,10 @@ class _ByRow(Lettered):
         """Rows that one block computes."""
         return self.num_warps
 
+    def misfit(self, traits: Traits) -> str | None:
+        """Why it cannot be built for these traits: it always can."""
+        return None
+
     def smem_bytes(self, traits: Traits) -> int:
         """Bytes of dynamic shared memory per block: none."""
         return 0
@@ -307,6 +315,8 @@ def candidates(family: str) -> tuple:
 
 def misfit(config, traits: Traits, limits: Architecture, rows: int = 2**30) -> str | None:
     """Why a candidate is not the one to use; None if it is."""
+    if (why := config.misfit(traits)) is not None:
+        return why
     if (needed := config.smem_bytes(traits)) > limits.max_smem_per_block:
         return (
             f"needs {needed} bytes of shared memory per block, {limits.arch} has "

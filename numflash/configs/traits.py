@@ -56,6 +56,7 @@ class Traits:
             of the result.
         key_scales: with fp8, scales of K and V may differ within a tile.
         selected: only the heads that a table on the device names are computed.
+        blocks: queries and keys of a block of the block mask; () without one.
         dlse: of the kernel of delta: lse has a gradient of its own.
         given_delta: of the kernel of delta: the product of dO and O is the caller's.
         plain_delta: of the kernel of delta: it also leaves delta unscaled.
@@ -71,6 +72,7 @@ class Traits:
     fp8: bool = False
     key_scales: bool = False
     selected: bool = False
+    blocks: tuple[int, int] | tuple[()] = ()
     dlse: bool = False
     given_delta: bool = False
     plain_delta: bool = False
@@ -114,6 +116,10 @@ class Traits:
             )
         if self.key_scales and not self.fp8:
             raise ValueError("scales of keys go with fp8")
+        if self.blocks and (len(self.blocks) != 2 or min(self.blocks) <= 0):
+            raise ValueError(
+                f"blocks must be () or numbers of queries and keys above 0, got {self.blocks}"
+            )
         if self.program:
             # Raises ValueError where the text is none.
             Program.parse(self.program)
@@ -161,6 +167,17 @@ class Traits:
             return "a function"
         return next((row.of_a_head for row in rows_of(self.features) if row.of_a_head), None)
 
+    def torn(self, tile_m: int, tile_n: int) -> str | None:
+        """Why tiles of queries and keys do not fit the blocks of the block mask, or None."""
+        if not self.blocks:
+            return None
+        for what, tile, block in zip(
+            ("queries", "keys"), (tile_m, tile_n), self.blocks, strict=True
+        ):
+            if block % tile:
+                return f"its tiles of {tile} {what} do not divide block_mask's blocks of {block}"
+        return None
+
     @property
     def dtype_bytes(self) -> int:
         """Bytes of one element in global memory."""
@@ -173,6 +190,8 @@ class Traits:
 
     def __str__(self) -> str:
         flags = [short for name, short in self._FLAGS.items() if getattr(self, name)]
+        if self.blocks:
+            flags.append(f"blocks{self.blocks[0]}x{self.blocks[1]}")
         sizes = f"d{self.head_dim}", f"dv{self.head_dim_v}"
         program = [f"program:{_quoted(self.program)}"] if self.program else []
         return "-".join([self.dtype, *sizes, *self.features, *flags, *program])
@@ -186,6 +205,8 @@ class Traits:
             words = match[4].split("-")
             flags = {name: short in words for name, short in cls._FLAGS.items()}
             features = tuple(name for name in BY_NAME if name in words)
+            found = re.search(r"-blocks([1-9]\d*)x([1-9]\d*)", match[4], re.ASCII)
+            flags["blocks"] = (int(found[1]), int(found[2])) if found else ()
             program = unquote(match[5] or "")
             sizes = int(match[2]), int(match[3])
             traits = cls(match[1], *sizes, features, **flags, program=program)

@@ -24,6 +24,7 @@ from numpy import uint16 as u16
 
 from numflash.configs import Traits
 from numflash.configs.features import Features
+from numflash.configs.traits import Traits
 from numflash.functions.program import Program
 from numflash.runtime.views import Pointer
 
@@ -106,6 +107,70 @@ class Mask(NamedTuple):
 
     lo: i32
     hi: i32
+
+
+class BlockLists(NamedTuple):
+    """The lists of a block mask: for each row of blocks those that are not empty, in order.
+
+    An entry is 2 * block + is_full. Of rows of blocks of queries a list has blocks of keys, or the
+    other way round. `batch` and `head` are the rows of blocks from one to the next, 0 where all
+    share them; a list begins `pitch` entries after the one before.
+    """
+
+    entries: Pointer(i32)
+    counts: Pointer(i32)
+    batch: i32
+    head: i32
+    pitch: i32
+
+
+class BlockSizes(NamedTuple):
+    """The blocks of a block mask, and the sequences that they lie in."""
+
+    batch: i32
+    heads: i32
+    rows: i32
+    columns: i32
+    seqlen_q: i32
+    seqlen_k: i32
+
+
+class TileFlags(NamedTuple):
+    """A flag for each block, (batch, head, row, column), with strides in elements."""
+
+    data: Pointer(u8)
+    batch: i64
+    head: i64
+    row: i64
+    column: i64
+
+
+class RowLists(NamedTuple):
+    """FlexAttention's lists: (batch, head, row) counts, (batch, head, row, length) indices."""
+
+    counts: Pointer(i32)
+    indices: Pointer(i32)
+    count_batch: i64
+    count_head: i64
+    count_row: i64
+    batch: i64
+    head: i64
+    row: i64
+    step: i64
+    length: i32
+
+
+class BlockMask(NamedTuple):
+    """A `Mask` of which a row sees only the blocks of keys that its list has."""
+
+    lo: i32
+    hi: i32
+    lists: BlockLists
+
+
+def mask_of(traits: Traits) -> type:
+    """The record of a kernel's mask."""
+    return BlockMask if traits.blocks else Mask
 
 
 class Scores(NamedTuple):

@@ -25,6 +25,9 @@ FACTORIES = {
     ("quantize", "amax"): "quantize.amax.make_amax_kernel",
     ("quantize", "dequantize"): "quantize.dequantize.make_dequantize_kernel",
     ("quantize", "estimate"): "quantize.estimate.make_estimate_kernel",
+    ("block-mask", "mask-tiles"): "masks.tiles.make_mask_tiles_kernel",
+    ("block-mask", "mask-scatter"): "masks.scatter.make_mask_scatter_kernel",
+    ("block-mask", "mask-lists"): "masks.lists.make_mask_lists_kernel",
 }
 """(row of `configs.implementations`, kernel family) -> factory(config, traits) -> Kernel, by name
 below `numflash.kernels`: only what is asked for is imported."""

@@ -315,48 +315,6 @@ def tokens_of(row, rows, pack, sequence):
 
 
 @cache
-def make_keys_of(config):
-    """keys_of(start, split, grid, sequence)
-
-    The `Keys` that some of tile_m rows from `start` on see: this split's share of them.
-    """
-    tile_m, stage_n, is_split = config.tile_m, config.stage_n, config.num_splits > 1
-
-    @function_of_numbers
-    def keys_of(start, split, grid, sequence):
-        first, last = tokens_of(start, tile_m, grid.pack, sequence)
-        begin, end = tiles_seen(first, last, stage_n, sequence)
-        if is_split:
-            share = quotient(max(0, end - begin) + grid.num_splits - 1, grid.num_splits)
-            begin = i32(begin + split * share)
-            end = i32(min(end, begin + share))
-        return Keys(begin, end)
-
-    return keys_of
-
-
-@cache
-def make_keys_of_part(config, rows):
-    """keys_of_part(row, begin, end, grid, sequence)
-
-    The `Keys` from `begin` to `end` that some of `rows` rows from `row` on see; both ends lie
-    between these, and are equal where there are no such rows.
-    """
-    stage_n = config.stage_n
-
-    @function_of_numbers
-    def keys_of_part(row, begin, end, grid, sequence):
-        first, last = tokens_of(row, rows, grid.pack, sequence)
-        seen_begin, seen_end = tiles_seen(first, last, stage_n, sequence)
-        seen_begin = min(max(seen_begin, begin), max(begin, end))
-        seen_end = max(seen_begin, min(seen_end, end))
-        seen_end = seen_end if row < grid.num_rows else seen_begin
-        return Keys(i32(seen_begin), i32(seen_end))
-
-    return keys_of_part
-
-
-@cache
 def make_whole_keys(tile_n, rows):
     """whole_keys(row, grid, sequence): the tiles that all of `rows` rows from `row` on see."""
 

@@ -27,12 +27,14 @@ class Corner(NamedTuple):
         row, column: a row and a key; in a tile whose rows are keys, a key and a query.
         sequence: the `Sequence` of both.
         pack: consecutive rows that are one query.
+        is_full: whether the caller's mask keeps every key of the tile, and is not asked.
     """
 
     row: i32
     column: i32
     sequence: object
     pack: i32
+    is_full: bool
 
 
 @cache
@@ -90,7 +92,7 @@ def make_apply_functions(rows, columns, traits, by_row, keeps_slopes):
             if keeps_slopes:
                 slopes[n] = slope
             s_acc[n] = s
-        if has_keep:
+        if has_keep and not corner.is_full:
             for n in range(n_scores):
                 r, c = ROW_LANES * (n // columns), COLUMN_LANES * (n % columns)
                 i, j = place(corner, r, c, scores)

@@ -22,9 +22,9 @@ Source: FlashAttention-2, arXiv 2307.08691, Algorithm 2.
 """
 
 from numflash.configs import MmaBackwardDkDvConfig, Traits
-from numflash.kernels.arguments import Mask, Shape, Statistics, Tensor, scores_of
+from numflash.kernels.arguments import Shape, Statistics, Tensor, mask_of, scores_of
 from numflash.kernels.kernel import Kernel
-from numflash.kernels.mma.queries import following, make_fetch_queries
+from numflash.kernels.mma.queries import Walk, make_fetch_queries, make_steps_of_heads
 from numflash.ptx import (
     CP_ASYNC_WAIT_GROUP,
     cp_async_commit_group,
@@ -91,6 +91,7 @@ def make_backward_dkdv_kernel(config: MmaBackwardDkDvConfig, traits: Traits) -> 
     copy_k = make_copy_tile(element, k_layout, tile_n, *copy)
     copy_v = make_copy_tile(element, v_layout, tile_n, *copy)
     fetch_queries = make_fetch_queries(config, traits)
+    count_steps, first_step, next_step, tile_of_step = make_steps_of_heads(traits, tile_m)
     k_word, v_word = make_word(k_layout), make_word(v_layout)
     first_of_q, _ = make_transposed_operand(element, k_layout)
     first_of_do, _ = make_transposed_operand(element, v_layout)
@@ -118,7 +119,7 @@ def make_backward_dkdv_kernel(config: MmaBackwardDkDvConfig, traits: Traits) -> 
         statistics_log2: Statistics,  # both (batch, num_heads_q, seqlen_q)
         dk: Tensor[storage],  # (batch, seqlen_k, num_heads_kv, head_dim)
         dv: Tensor[storage],  # (batch, seqlen_k, num_heads_kv, head_dim_v)
-        mask: Mask,
+        mask: mask_of(traits),
         shape: Shape,
         scores: scores_of(traits.program),
     ):
@@ -145,7 +146,8 @@ def make_backward_dkdv_kernel(config: MmaBackwardDkDvConfig, traits: Traits) -> 
         # Tiles of queries that see some of these keys, and those that see all of them.
         from_keys = seen_from_keys(sequence)
         last_key = last_of(n_start, tile_n, sequence.seqlen_k)
-        m_begin, m_end = tiles_seen(n_start, last_key, tile_m, from_keys)
+        tiles = tiles_seen(n_start, last_key, tile_m, from_keys)
+        walk = Walk(mask, batch, n_start, first_head, shape.group_size, tiles)
         whole = tiles_seen_whole(n_start, last_key, tile_m, from_keys)
 
         # This lane's position in the operands, and of its scores in the tile.
@@ -163,7 +165,8 @@ def make_backward_dkdv_kernel(config: MmaBackwardDkDvConfig, traits: Traits) -> 
         k_base = first_of_rows(k, batch, head_kv, sequence.first_k)
         v_base = first_of_rows(v, batch, head_kv, sequence.first_k)
         # Without queries nothing would wait for K and V.
-        if not asynchronous or m_begin < m_end:
+        next_m, next_head, next_listed = first_step(walk)
+        if not asynchronous or next_m < next_listed.end:
             copy_k(smem, k_smem, k, k_base, n_start, sequence.seqlen_k, shape.head_dim)
             copy_v(smem, v_smem, v, v_base, n_start, sequence.seqlen_k, shape.head_dim_v)
         for i in range(n_dk):
@@ -172,9 +175,8 @@ def make_backward_dkdv_kernel(config: MmaBackwardDkDvConfig, traits: Traits) -> 
             dv_acc[i] = f32(0)
 
         # One walk over the tiles of all heads of the group; copies run num_stages - 1 ahead.
-        num_tiles = i32((m_end - m_begin) * shape.group_size)
-        next_m, next_head = m_begin, first_head
-        m_block, head = m_begin, first_head
+        num_tiles = count_steps(walk)
+        m_step, head, listed = next_m, next_head, next_listed
         stage = i32(0)
         last_stage = i32(num_stages - 1)
         for tile in range(i32(1 - num_stages), num_tiles):
@@ -187,11 +189,12 @@ def make_backward_dkdv_kernel(config: MmaBackwardDkDvConfig, traits: Traits) -> 
                 cuda.syncthreads()
             if i32(tile + num_stages - 1) < num_tiles:
                 into = i32(last_stage if tile >= 0 else tile + num_stages - 1)
-                ahead = next_m, next_head
+                m_block, _ = tile_of_step(walk, next_m, next_listed)
+                ahead = m_block, next_head
                 fetch_queries(smem, into, ahead, q, do, statistics_log2, batch, sequence, shape)
                 if num_stages == 1:
-                    m_block, head = ahead
-                next_m, next_head = following(next_m, next_head, m_begin, m_end)
+                    m_step, head, listed = next_m, next_head, next_listed
+                next_m, next_head, next_listed = next_step(walk, next_m, next_head, next_listed)
             if asynchronous:
                 cp_async_commit_group()
             if tile >= 0:
@@ -205,12 +208,13 @@ def make_backward_dkdv_kernel(config: MmaBackwardDkDvConfig, traits: Traits) -> 
                 multiply_k_q(s_acc, smem, k_mine, q_mine + q_words * stage)
                 if with_dk:
                     multiply_v_do(dp_acc, smem, v_mine, do_mine + do_words * stage)
+                m_block, is_full = tile_of_step(walk, m_step, listed)
                 m_start = i32(m_block * tile_m)
                 if has_functions:
                     j = i32(n_start + accumulator_row(rows_per_warp))
                     i = i32(m_start + accumulator_column())
                     args = args_of_head(scores, batch, head)
-                    corner = Corner(j, i, sequence, 1)
+                    corner = Corner(j, i, sequence, 1, is_full)
                     apply_functions(s_acc, slopes, corner, scores.scale, scores, args)
                 if m_start < whole.first or m_start > whole.last:
                     j = i32(n_start + accumulator_row(rows_per_warp))
@@ -242,7 +246,7 @@ def make_backward_dkdv_kernel(config: MmaBackwardDkDvConfig, traits: Traits) -> 
                 last_stage = stage
                 stage = i32(stage + 1 if stage + 1 < num_stages else 0)
                 if num_stages > 1:
-                    m_block, head = following(m_block, head, m_begin, m_end)
+                    m_step, head, listed = next_step(walk, m_step, head, listed)
 
         # The place is computed again, so that no register keeps it through the walk.
         block = mov_ctaid_x()

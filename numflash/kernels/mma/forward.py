@@ -27,7 +27,7 @@ Source: FlashAttention-2, arXiv 2307.08691, Algorithm 1; Flash-Decoding for the 
 """
 
 from numflash.configs import MmaForwardConfig, Traits
-from numflash.kernels.arguments import Layout, Mask, Part, Pointer, Shape, Tensor, scores_of
+from numflash.kernels.arguments import Layout, Part, Pointer, Shape, Tensor, mask_of, scores_of
 from numflash.kernels.kernel import Kernel
 from numflash.ptx import (
     CP_ASYNC_WAIT_GROUP,
@@ -42,7 +42,6 @@ from numflash.ptx import (
 from numflash.tiles.blocks import (
     first_of_rows,
     grid_of,
-    make_keys_of,
     make_place_of,
     make_whole_keys,
     number_of_head_kv,
@@ -80,6 +79,7 @@ from numflash.tiles.mma.softmax import (
 from numflash.tiles.portable.softmax import LN_2, LOG2_E
 from numflash.tiles.rows import make_end_of_row
 from numflash.tiles.scores import NEG_INF, Corner
+from numflash.tiles.steps import make_keys_of, make_row_of, make_tile_at
 
 
 def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
@@ -97,7 +97,8 @@ def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
     v_layout = TileLayout(traits.head_dim_v // element.per_chunk, config.swizzled)
     k_words, v_words = tile_n * k_layout.pitch, tile_n * v_layout.pitch
 
-    place_of, keys_of = make_place_of(tile_m), make_keys_of(config)
+    place_of, keys_of = make_place_of(tile_m), make_keys_of(config, traits)
+    row_of, tile_at = make_row_of(traits), make_tile_at(traits, tile_n)
     whole_keys = make_whole_keys(tile_n, tile_m)
     asynchronous = config.generation != "sm75" and traits.vectorized
     copy = (num_threads, traits.vectorized, asynchronous)
@@ -133,7 +134,7 @@ def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
         out: Part[out_storage],  # (split, batch, seqlen_q, num_heads_q, head_dim_v)
         lse: Pointer(f32),  # (split, batch, num_heads_q, seqlen_q)
         in_fp8: Pointer(i32),  # (batch, num_heads_kv)
-        mask: Mask,
+        mask: mask_of(traits),
         shape: Shape,
         layout: Layout,
         scores: scores_of(traits.program),
@@ -159,7 +160,8 @@ def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
         if not bends:
             scale_log2 = scores.scale * LOG2_E
         # Tiles of keys that some of these rows see, and those that all of them see.
-        n_begin, n_end = keys_of(m_start, split, grid, sequence)
+        blocks = row_of(mask, batch, head, token_of_row(m_start, layout.pack))
+        n_begin, n_end = keys_of(m_start, split, grid, sequence, mask, blocks)
         whole = whole_keys(m_start, grid, sequence)
 
         # This lane's position in the operands, and of its scores in the tile.
@@ -175,12 +177,14 @@ def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
         for stage in range(num_stages):
             n = i32(n_begin + stage)
             if n < n_end:
-                fetch_k(smem, k, k_base, n, stage, sequence.seqlen_k, shape.head_dim)
+                n_block, _ = tile_at(mask, blocks, n)
+                fetch_k(smem, k, k_base, n_block, stage, sequence.seqlen_k, shape.head_dim)
             if asynchronous:
                 cp_async_commit_group()
             if stage < num_stages - 1:
                 if n < n_end:
-                    fetch_v(smem, v, v_base, n, stage, sequence.seqlen_k, shape.head_dim_v)
+                    n_block, _ = tile_at(mask, blocks, n)
+                    fetch_v(smem, v, v_base, n_block, stage, sequence.seqlen_k, shape.head_dim_v)
                 if asynchronous:
                     cp_async_commit_group()
         for i in range(n_o):
@@ -191,15 +195,16 @@ def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
 
         stage = i32(0)
         last_stage = i32(num_stages - 1)
-        for n_block in range(n_begin, n_end):
+        for step in range(n_begin, n_end):
             # K of this block must have arrived. The barrier shows it to all threads, and V's last
             # readers are through with the buffer that the next V goes to.
             if asynchronous:
                 wait_for_tile()
             cuda.syncthreads()
-            n = i32(n_block + num_stages - 1)
+            n = i32(step + num_stages - 1)
             if n < n_end:
-                fetch_v(smem, v, v_base, n, last_stage, sequence.seqlen_k, shape.head_dim_v)
+                n_block, _ = tile_at(mask, blocks, n)
+                fetch_v(smem, v, v_base, n_block, last_stage, sequence.seqlen_k, shape.head_dim_v)
             if asynchronous:
                 cp_async_commit_group()
 
@@ -211,17 +216,19 @@ def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
             if asynchronous:
                 wait_for_tile()
             cuda.syncthreads()
-            n = i32(n_block + num_stages)
+            n = i32(step + num_stages)
             if n < n_end:
-                fetch_k(smem, k, k_base, n, stage, sequence.seqlen_k, shape.head_dim)
+                n_block, _ = tile_at(mask, blocks, n)
+                fetch_k(smem, k, k_base, n_block, stage, sequence.seqlen_k, shape.head_dim)
             if asynchronous:
                 cp_async_commit_group()
 
+            n_block, is_full = tile_at(mask, blocks, step)
             n_start = i32(n_block * tile_n)
             if has_functions:
                 i = i32(m_start + accumulator_row(rows_per_warp))
                 j = i32(n_start + accumulator_column())
-                corner = Corner(i, j, sequence, layout.pack)
+                corner = Corner(i, j, sequence, layout.pack, is_full)
                 apply_functions(s_acc, s_acc, corner, scores.scale, scores, args)
             if n_start < whole.first or n_start > whole.last:
                 i = i32(m_start + accumulator_row(rows_per_warp))

@@ -8,7 +8,7 @@ Source: FlashAttention, arXiv 2205.14135, Algorithm 4.
 """
 
 from numflash.configs import BackwardDkDvConfig, Traits
-from numflash.kernels.arguments import Mask, Shape, Statistics, Tensor, scores_of
+from numflash.kernels.arguments import Shape, Statistics, Tensor, mask_of, scores_of
 from numflash.kernels.kernel import Kernel
 from numflash.ptx import cuda, f32, i32, mov_ctaid_x, u32
 from numflash.tiles.blocks import (
@@ -44,6 +44,7 @@ from numflash.tiles.scores import (
     make_apply_functions,
     make_mask_scores,
 )
+from numflash.tiles.steps import make_row_of, make_steps_of, make_tile_at
 
 
 def make_backward_dkdv_kernel(config: BackwardDkDvConfig, traits: Traits) -> Kernel:
@@ -60,7 +61,9 @@ def make_backward_dkdv_kernel(config: BackwardDkDvConfig, traits: Traits) -> Ker
     k_smem, v_smem, p_smem = (layout.offsets[name] for name in "kvp")
     k_pitch, v_pitch, p_pitch = (layout.pitches[name] for name in "kvp")
 
-    place_of_keys = make_place_of_keys(tile_n)
+    place_of_keys, row_of = make_place_of_keys(tile_n), make_row_of(traits, by_keys=True)
+    steps_of = make_steps_of(traits, tile_m, by_keys=True)
+    tile_at = make_tile_at(traits, tile_m, by_keys=True)
     copy = (num_threads, traits.vectorized)
     load_k = make_load_tile(element, tile_n, traits.head_dim, k_pitch, *copy)
     load_v = make_load_tile(element, tile_n, traits.head_dim_v, v_pitch, *copy)
@@ -90,7 +93,7 @@ def make_backward_dkdv_kernel(config: BackwardDkDvConfig, traits: Traits) -> Ker
         statistics: Statistics,  # both (batch, num_heads_q, seqlen_q)
         dk: Tensor[storage],  # (batch, seqlen_k, num_heads_kv, head_dim)
         dv: Tensor[storage],  # (batch, seqlen_k, num_heads_kv, head_dim_v)
-        mask: Mask,
+        mask: mask_of(traits),
         shape: Shape,
         scores: scores_of(traits.program),
     ):
@@ -127,14 +130,17 @@ def make_backward_dkdv_kernel(config: BackwardDkDvConfig, traits: Traits) -> Ker
         # Tiles of queries that see some of these keys, and those that see all of them.
         from_keys, end = seen_from_keys(sequence), sequence.seqlen_q
         last_key = last_of(n_start, tile_n, sequence.seqlen_k)
-        m_begin, m_end = tiles_seen(n_start, last_key, tile_m, from_keys)
+        tiles = tiles_seen(n_start, last_key, tile_m, from_keys)
         whole = tiles_seen_whole(n_start, last_key, tile_m, from_keys)
         for head in range(first_head, first_head + shape.group_size):
             q_base = first_of_rows(q, batch, head, sequence.first_q)
             do_base = first_of_rows(do, batch, head, sequence.first_q)
             first_query = first_of_statistics(batch, head, shape) + sequence.first_q
             args = args_of_head(scores, batch, head)
-            for m_block in range(m_begin, m_end):
+            blocks = row_of(mask, batch, head, n_start)
+            m_begin, m_end = steps_of(mask, blocks, tiles)
+            for step in range(m_begin, m_end):
+                m_block, is_full = tile_at(mask, blocks, step)
                 m_start = i32(m_block * tile_m)
                 i, j = m_start + column, n_start + row
                 # All threads have read the Q and dO before these, whose place they take.
@@ -148,7 +154,7 @@ def make_backward_dkdv_kernel(config: BackwardDkDvConfig, traits: Traits) -> Ker
                 # S^T = K Q^T, dP^T = V dO^T
                 multiply_k_q(s_acc, smem, k_mine, q_mine)
                 multiply_v_do(dp_acc, smem, v_mine, do_mine)
-                apply_functions(s_acc, slopes, Corner(j, i, sequence, 1), scores, args)
+                apply_functions(s_acc, slopes, Corner(j, i, sequence, 1, is_full), scores, args)
                 if m_start < whole.first or m_start > whole.last:
                     mask_scores(s_acc, j, i, end, from_keys)
 

@@ -8,7 +8,7 @@ its own rows of dQ.
 """
 
 from numflash.configs import BackwardDqConfig, Traits
-from numflash.kernels.arguments import Mask, Shape, Statistics, Tensor, scores_of
+from numflash.kernels.arguments import Shape, Statistics, Tensor, mask_of, scores_of
 from numflash.kernels.kernel import Kernel
 from numflash.ptx import cuda, f32, i32, mov_ctaid_x, u32
 from numflash.tiles.blocks import (
@@ -43,6 +43,7 @@ from numflash.tiles.scores import (
     make_apply_functions,
     make_mask_scores,
 )
+from numflash.tiles.steps import make_row_of, make_steps_of, make_tile_at
 
 
 def make_backward_dq_kernel(config: BackwardDqConfig, traits: Traits) -> Kernel:
@@ -60,6 +61,8 @@ def make_backward_dq_kernel(config: BackwardDqConfig, traits: Traits) -> Kernel:
     k_pitch, v_pitch, ds_pitch = (layout.pitches[name] for name in "kvp")
 
     place_of_queries = make_place_of_queries(tile_m)
+    row_of = make_row_of(traits)
+    steps_of, tile_at = make_steps_of(traits, tile_n), make_tile_at(traits, tile_n)
     copy = (num_threads, traits.vectorized)
     load_q = make_load_tile(element, tile_m, traits.head_dim, k_pitch, *copy)
     load_do = make_load_tile(element, tile_m, traits.head_dim_v, v_pitch, *copy)
@@ -86,7 +89,7 @@ def make_backward_dq_kernel(config: BackwardDqConfig, traits: Traits) -> Kernel:
         do: Tensor[storage],  # (batch, seqlen_q, num_heads_q, head_dim_v)
         statistics: Statistics,  # both (batch, num_heads_q, seqlen_q)
         dq: Tensor[storage],  # (batch, seqlen_q, num_heads_q, head_dim)
-        mask: Mask,
+        mask: mask_of(traits),
         shape: Shape,
         scores: scores_of(traits.program),
     ):
@@ -124,9 +127,12 @@ def make_backward_dq_kernel(config: BackwardDqConfig, traits: Traits) -> Kernel:
 
         # Tiles of keys that some of these rows see, and those that all of them see.
         last_query = last_of(m_start, tile_m, sequence.seqlen_q)
-        n_begin, n_end = tiles_seen(m_start, last_query, tile_n, sequence)
+        blocks = row_of(mask, batch, head, m_start)
+        tiles = tiles_seen(m_start, last_query, tile_n, sequence)
+        n_begin, n_end = steps_of(mask, blocks, tiles)
         whole = tiles_seen_whole(m_start, last_query, tile_n, sequence)
-        for n_block in range(n_begin, n_end):
+        for step in range(n_begin, n_end):
+            n_block, is_full = tile_at(mask, blocks, step)
             n_start = i32(n_block * tile_n)
             cuda.syncthreads()  # the previous K and V have been read by all
             load_k(smem, k_smem, k, k_base, n_start, shape.seqlen_k, shape.head_dim)
@@ -137,7 +143,7 @@ def make_backward_dq_kernel(config: BackwardDqConfig, traits: Traits) -> Kernel:
             multiply_q_k(s_acc, smem, q_mine, k_mine)
             multiply_do_v(dp_acc, smem, do_mine, v_mine)
             i, j = m_start + row, n_start + column
-            apply_functions(s_acc, slopes, Corner(i, j, sequence, 1), scores, args)
+            apply_functions(s_acc, slopes, Corner(i, j, sequence, 1, is_full), scores, args)
             if n_start < whole.first or n_start > whole.last:
                 mask_scores(s_acc, i, j, sequence.seqlen_k, sequence)
 

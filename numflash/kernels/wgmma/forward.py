@@ -32,7 +32,7 @@ Source: FlashAttention-3, arXiv 2407.08608, Algorithms 1 and 2.
 
 from numflash.configs.traits import Traits
 from numflash.configs.wgmma import WARPGROUP_ROWS, Sm90ForwardConfig
-from numflash.kernels.arguments import Layout, Mask, Part, Pointer, Shape, scores_of
+from numflash.kernels.arguments import Layout, Part, Pointer, Shape, mask_of, scores_of
 from numflash.kernels.kernel import Kernel
 from numflash.kernels.wgmma.ring import make_ring
 from numflash.kernels.wgmma.skeleton import make_skeleton
@@ -49,6 +49,7 @@ from numflash.ptx import (
 from numflash.tiles.features import make_args_of_head
 from numflash.tiles.mma.softmax import make_scale_rows
 from numflash.tiles.portable.softmax import LOG2_E
+from numflash.tiles.steps import make_tile_at
 from numflash.tiles.wgmma.products import (
     make_pack,
     make_product_nt,
@@ -77,7 +78,7 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
         k_map: TensorMap,  # (batch, num_heads_kv, seqlen_k, head_dim)
         v_map: TensorMap,  # (batch, num_heads_kv, seqlen_k, head_dim_v)
         out_map: TensorMap,  # (batch, num_heads_q / pack, seqlen_q, pack, head_dim_v)
-        mask: Mask,
+        mask: mask_of(traits),
         shape: Shape,
         layout: Layout,
         scores: scores_of(traits.program),
@@ -97,7 +98,7 @@ def make_attend(config: Sm90ForwardConfig, traits: Traits):
     O += softmax(Q K^T) V over the tiles of keys that a warpgroup's rows see; see `skeleton`.
     """
     ring, tile_n, overlap = make_ring(config, traits), config.tile_n, config.overlap
-    K, V, dtype = ring.K, ring.V, traits.dtype
+    K, V, dtype, tile_at = ring.K, ring.V, traits.dtype, make_tile_at(traits, tile_n)
     # Operands count in units of 16 bytes.
     q_step, k_step, v_step = ring.q.words >> 2, ring.k.words >> 2, ring.v.words >> 2
     n_tiles, o_tiles, rows_are_long = tile_n // 8, traits.head_dim_v // 8, traits.head_dim > 128
@@ -137,13 +138,14 @@ def make_attend(config: Sm90ForwardConfig, traits: Traits):
         wait_for_s(s_acc)
         # Hazard: before this wait for S the next K would have overwritten this one.
         K.release(barriers, stage)
-        shape_scores(s_acc, rows, i32(first * tile_n), scores.scale, scores, args)
+        tile, is_full = tile_at(rows.mask, rows.blocks, first)
+        shape_scores(s_acc, rows, i32(tile * tile_n), is_full, scores.scale, scores, args)
         online_softmax(s_acc, running, factors, scale_log2)
         weigh_scores(s_acc, rows, i32(first * tile_n), args.drawn)
         pack_p(p_frag, s_acc)
 
         for n in range(first + 1, end):
-            # S = Q K^T of tile n, O += P V of tile n - 1
+            # S = Q K^T of step n, O += P V of step n - 1
             v_stage, v_parity = stage, parity
             stage, parity = K.following(stage, parity)
             take_turn(group)
@@ -172,8 +174,9 @@ def make_attend(config: Sm90ForwardConfig, traits: Traits):
             # Hazard: before S is there the next K would overwrite this one.
             K.release(barriers, stage)
 
-            # P = softmax(S) of tile n, with overlap beside O += P V of tile n - 1
-            shape_scores(s_acc, rows, i32(n * tile_n), scores.scale, scores, args)
+            # P = softmax(S) of step n, with overlap beside O += P V of step n - 1
+            tile, is_full = tile_at(rows.mask, rows.blocks, n)
+            shape_scores(s_acc, rows, i32(tile * tile_n), is_full, scores.scale, scores, args)
             has_grown = online_softmax(s_acc, running, factors, scale_log2)
             weigh_scores(s_acc, rows, i32(n * tile_n), args.drawn)
             if overlap:

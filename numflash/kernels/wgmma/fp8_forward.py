@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from numflash.configs.traits import Traits
 from numflash.configs.wgmma import WARPGROUP_ROWS, Sm90Fp8ForwardConfig
-from numflash.kernels.arguments import Descales, Layout, Mask, Part, Pointer, Shape, scores_of
+from numflash.kernels.arguments import Descales, Layout, Part, Pointer, Shape, mask_of, scores_of
 from numflash.kernels.kernel import Kernel
 from numflash.kernels.wgmma.ring import make_ring
 from numflash.kernels.wgmma.skeleton import make_skeleton
@@ -42,6 +42,7 @@ from numflash.tiles.mma.fp8_operands import scale_of_key
 from numflash.tiles.mma.fragments import MMA_ROWS, ROW_STEP, accumulator_row
 from numflash.tiles.mma.softmax import make_scale_rows
 from numflash.tiles.portable.softmax import LOG2_E
+from numflash.tiles.steps import make_tile_at
 from numflash.tiles.wgmma.fp8 import begin_rows, make_add_part, make_pack, make_tile_softmax
 from numflash.tiles.wgmma.products import (
     SLAB_BYTES,
@@ -75,7 +76,7 @@ def make_fp8_forward_kernel(config: Sm90Fp8ForwardConfig, traits: Traits) -> Ker
         k_map: TensorMap,  # (batch, num_heads_kv, seqlen_k, head_dim)
         v_map: TensorMap,  # (batch, num_heads_kv, head_dim_v, seqlen_k)
         out_map: TensorMap,  # (batch, num_heads_q / pack, seqlen_q, pack, head_dim_v)
-        mask: Mask,
+        mask: mask_of(traits),
         shape: Shape,
         layout: Layout,
         scores: scores_of(traits.program),
@@ -122,7 +123,7 @@ def make_attend(config: Sm90Fp8ForwardConfig, traits: Traits):
     stage holds one tile of keys, or two. `known` are the `RowScales`.
     """
     ring, tile_n, overlap = make_ring(config, traits), config.tile_n, config.overlap
-    K, V = ring.K, ring.V
+    K, V, tile_at = ring.K, ring.V, make_tile_at(traits, tile_n)
     tiles_per_stage = config.stage_n // tile_n
     last_of_stage = tiles_per_stage - 1
     part_columns, bends = config.part_columns(traits), traits.shapes_scores
@@ -166,8 +167,11 @@ def make_attend(config: Sm90Fp8ForwardConfig, traits: Traits):
         )
 
     @device_function
-    def softmax(s_acc, running, factors, weights, rows, n_start, k_scale, arguments, known):
-        """S -> P and the weights of P V; whether O must be multiplied by the factors before."""
+    def softmax(s_acc, running, factors, weights, rows, tile, k_scale, arguments, known):
+        """S -> P and the weights of P V; whether O must be multiplied by the factors before.
+
+        `tile` is its first key, and `is_full` as in `tiles.scores.Corner`.
+        """
         scores = arguments[1]
         scales = cuda.local.array(2, f32)
         scales[0], scales[1] = known.q[0] * k_scale, known.q[1] * k_scale
@@ -175,7 +179,8 @@ def make_attend(config: Sm90Fp8ForwardConfig, traits: Traits):
             # Softcap and ALiBi take scores that are scaled.
             scale_s_rows(s_acc, scales)
             scales[0], scales[1] = LOG2_E, LOG2_E
-        shape_scores(s_acc, rows, n_start, f32(1), scores, known.args)
+        n_start, is_full = tile
+        shape_scores(s_acc, rows, n_start, is_full, f32(1), scores, known.args)
         return tile_softmax(s_acc, running, factors, scales, weights)
 
     @device_function
@@ -199,7 +204,8 @@ def make_attend(config: Sm90Fp8ForwardConfig, traits: Traits):
         begin_rows(limits, units)
 
         # S = Q K^T, P = softmax(S) of the first tile of keys: no P V is there to overlap with.
-        tile, n_start = i32(0), i32(first * tiles_per_stage * tile_n)
+        n_block, is_full = tile_at(rows.mask, rows.blocks, i32(first * tiles_per_stage))
+        tile, n_start = i32(0), i32(n_block * tile_n)
         k_scale, v_scale = scales_of_tile(arguments[0], known, n_start, rows.sequence.seqlen_k)
         take_turn(group)
         # Hazard: S would be made of a K that has not arrived.
@@ -211,7 +217,8 @@ def make_attend(config: Sm90Fp8ForwardConfig, traits: Traits):
         if tile == last_of_stage:
             # Hazard: before the last tile has been read the next K would overwrite it.
             K.release(barriers, stage)
-        softmax(s_acc, running, factors, weights, rows, n_start, k_scale, arguments, known)
+        keys_of_tile = n_start, is_full
+        softmax(s_acc, running, factors, weights, rows, keys_of_tile, k_scale, arguments, known)
         weights[0], weights[1] = weights[0] * v_scale, weights[1] * v_scale
         pack_p(p_frag, s_acc)
 
@@ -223,7 +230,8 @@ def make_attend(config: Sm90Fp8ForwardConfig, traits: Traits):
                 stage, parity = K.following(stage, parity)
             else:
                 tile = i32(tile + 1)
-            n_start = i32(n * tile_n)
+            n_block, is_full = tile_at(rows.mask, rows.blocks, n)
+            n_start = i32(n_block * tile_n)
             k_scale, v_scale = scales_of_tile(arguments[0], known, n_start, rows.sequence.seqlen_k)
             take_turn(group)
             if overlap:
@@ -253,8 +261,9 @@ def make_attend(config: Sm90Fp8ForwardConfig, traits: Traits):
                 K.release(barriers, stage)
 
             # P = softmax(S) of tile n, with overlap beside P V of tile n - 1
+            keys_of_tile = n_start, is_full
             has_grown = softmax(
-                s_acc, running, factors, next_weights, rows, n_start, k_scale, arguments, known
+                s_acc, running, factors, next_weights, rows, keys_of_tile, k_scale, arguments, known
             )
             if overlap:
                 softmax_before_wait(smem, 0, row_sum[0], row_sum[1])

@@ -15,17 +15,19 @@ from numflash.ptx import (
     prefetch_tensormap,
     u32,
 )
-from numflash.tiles.blocks import make_keys_of, make_place_of, next_place, token_of_row
+from numflash.tiles.blocks import make_place_of, next_place, token_of_row
+from numflash.tiles.steps import make_keys_of, make_row_of, make_tile_at
 from numflash.tiles.wgmma.products import SLAB_BYTES
 
 
 @cache
 def make_produce(config: Sm90ForwardConfig, traits: Traits):
-    """produce(smem, barriers, maps, places, grid, sequence, shape)
+    """produce(smem, barriers, maps, places, grid, sequence, shape, mask)
 
     All tiles of rows of this block, as the consumers take them: Q of a tile, and K and V tile by
     tile of keys, each as soon as its buffer is empty. `maps` are those of Q, K and V, `places`
-    the result of `walk`, `grid` and `sequence` as in `tiles.blocks`, `shape` a `Shape`.
+    the result of `walk`, `grid` and `sequence` as in `tiles.blocks`, `shape` a `Shape`, `mask` the
+    kernel's.
     """
     ring, stage_n = make_ring(config, traits), config.stage_n
     num_groups, num_stages = config.num_warpgroups, config.num_stages
@@ -35,7 +37,8 @@ def make_produce(config: Sm90ForwardConfig, traits: Traits):
     columns_innermost = not traits.fp8
     k_slabs, v_slabs = config.slabs(traits.head_dim), config.v_slabs(traits)
     v_slab_words = v.words // v_slabs
-    place_of, keys_of = make_place_of(config.tile_m), make_keys_of(config)
+    place_of, keys_of = make_place_of(config.tile_m), make_keys_of(config, traits)
+    row_of, tile_at = make_row_of(traits), make_tile_at(traits, stage_n)
     # K's only buffer is not empty before V has been used, if it holds several tiles.
     k_leads = num_stages > 1 or stage_n == config.tile_n
 
@@ -94,9 +97,9 @@ def make_produce(config: Sm90ForwardConfig, traits: Traits):
             )
 
     @device_function
-    def produce(smem, barriers, maps, places, grid, sequence, shape):
+    def produce(smem, barriers, maps, places, grid, sequence, shape, mask):
         q_map, k_map, v_map = maps
-        number, step, num_places = places
+        number, far, num_places = places
         pack = grid.pack
         prefetch_tensormap(q_map)
         prefetch_tensormap(k_map)
@@ -106,24 +109,29 @@ def make_produce(config: Sm90ForwardConfig, traits: Traits):
         stage, parity, q_parity = i32(0), u32(1), u32(1)
         while number < num_places:
             m_start, head, head_kv, batch, split = place_of(number, grid, shape)
-            n_begin, n_end = keys_of(m_start, split, grid, sequence)
+            blocks = row_of(mask, batch, head, token_of_row(m_start, pack))
+            n_begin, n_end = keys_of(m_start, split, grid, sequence, mask, blocks)
             # The first K while the tile of rows before is finished, and still has Q's buffers.
             if n_begin < n_end:
-                fetch_k(smem, barriers, k_map, stage, parity, n_begin, head_kv, batch)
+                n, _ = tile_at(mask, blocks, n_begin)
+                fetch_k(smem, barriers, k_map, stage, parity, n, head_kv, batch)
             packed_head = token_of_row(head, pack)
             for group in range(num_groups):
                 token = i32(token_of_row(m_start, pack) + group * tokens)
                 fetch_q(smem, barriers, q_map, group, q_parity, token, packed_head, batch)
             q_parity = u32(q_parity ^ u32(1))
-            for n in range(n_begin, n_end):
+            for step in range(n_begin, n_end):
                 # The next K comes before this V, as the consumers want them.
                 next_k, next_parity = K.following(stage, parity)
-                if k_leads and n + 1 < n_end:
-                    fetch_k(smem, barriers, k_map, next_k, next_parity, n + 1, head_kv, batch)
+                if k_leads and step + 1 < n_end:
+                    n, _ = tile_at(mask, blocks, step + 1)
+                    fetch_k(smem, barriers, k_map, next_k, next_parity, n, head_kv, batch)
+                n, _ = tile_at(mask, blocks, step)
                 fetch_v(smem, barriers, v_map, stage, parity, n, head_kv, batch)
-                if not k_leads and n + 1 < n_end:
-                    fetch_k(smem, barriers, k_map, next_k, next_parity, n + 1, head_kv, batch)
+                if not k_leads and step + 1 < n_end:
+                    n, _ = tile_at(mask, blocks, step + 1)
+                    fetch_k(smem, barriers, k_map, next_k, next_parity, n, head_kv, batch)
                 stage, parity = next_k, next_parity
-            number, step = next_place(number, step)
+            number, far = next_place(number, far)
 
     return produce

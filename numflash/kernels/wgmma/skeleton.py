@@ -35,15 +35,15 @@ from numflash.ptx import (
 )
 from numflash.tiles.blocks import (
     grid_of,
-    make_keys_of,
-    make_keys_of_part,
     make_place_of,
     make_walk,
     make_whole_keys,
     next_place,
     sequence_of,
+    token_of_row,
 )
 from numflash.tiles.scores import NEG_INF
+from numflash.tiles.steps import make_keys_of, make_keys_of_part, make_row_of
 from numflash.tiles.wgmma.products import SLAB_BYTES, make_operand
 from numflash.tiles.wgmma.scores import Rows
 from numflash.tiles.wgmma.turns import group_of_thread, leads, make_turns
@@ -80,8 +80,9 @@ def make_skeleton(config: Sm90ForwardConfig, traits: Traits, look_up, attend, ti
         attend(smem, barriers, at, rows, sums, max_scale, given, known, keys, stage, parity)
             -> the stage after the last, and its parity
 
-    `at` are `Operands`, `rows` `Rows`, `sums` `Sums`. `keys` are (first, end) of the stages that
-    the rows see, each of `tiles_per_stage` tiles, in which a warpgroup takes a turn.
+    `at` are `Operands`, `rows` `Rows`, `sums` `Sums`. `keys` are (first, end) of the steps
+    (`tiles.steps`) of stages of keys that the rows see, each of `tiles_per_stage` tiles, in which
+    a warpgroup takes a turn.
     """
     ring, num_groups = make_ring(config, traits), config.num_warpgroups
     Q, K, V, o_replaces_q = ring.Q, ring.K, ring.V, ring.o_replaces_q
@@ -93,7 +94,9 @@ def make_skeleton(config: Sm90ForwardConfig, traits: Traits, look_up, attend, ti
     take_turn, pass_turn, give_first_turn = make_turns(num_groups if config.pingpong else 1)
     produce, finish = make_produce(config, traits), make_finish(config, traits)
     walk, place_of = make_walk(config.tile_m), make_place_of(config.tile_m)
-    keys_of, keys_of_part = make_keys_of(config), make_keys_of_part(config, WARPGROUP_ROWS)
+    keys_of = make_keys_of(config, traits)
+    keys_of_part = make_keys_of_part(config, traits, WARPGROUP_ROWS)
+    row_of = make_row_of(traits)
     whole_keys = make_whole_keys(config.tile_n, WARPGROUP_ROWS)
 
     @device_function
@@ -111,7 +114,13 @@ def make_skeleton(config: Sm90ForwardConfig, traits: Traits, look_up, attend, ti
         return stage, parity
 
     @device_function
-    def consume(smem, barriers, results, places, grid, sequence, shape, max_scale, given):
+    def seen(place, grid, sequence, mask):
+        """The list of a tile of rows, and the first and the last of its steps."""
+        blocks = row_of(mask, place.batch, place.head, token_of_row(place.start, grid.pack))
+        return blocks, keys_of(place.start, place.split, grid, sequence, mask, blocks)
+
+    @device_function
+    def consume(smem, barriers, results, places, grid, sequence, shape, mask, max_scale, given):
         sums = Sums(cuda.local.array(n_o, f32), cuda.local.array(2, f32), cuda.local.array(2, f32))
         at = Operands(
             operand(mov_shared_address(smem, q_first)),
@@ -124,10 +133,11 @@ def make_skeleton(config: Sm90ForwardConfig, traits: Traits, look_up, attend, ti
         stage, parity, q_parity = i32(0), u32(0), u32(0)
         while number < num_places:
             place = place_of(number, grid, shape)
-            n_begin, n_end = keys_of(place.start, place.split, grid, sequence)
+            blocks, (n_begin, n_end) = seen(place, grid, sequence, mask)
             row = i32(place.start + WARPGROUP_ROWS * group)
             first, end = keys_of_part(row, n_begin, n_end, grid, sequence)
-            rows = Rows(group, place, whole_keys(row, grid, sequence), sequence, grid.pack)
+            whole = whole_keys(row, grid, sequence)
+            rows = Rows(group, place, whole, sequence, grid.pack, mask, blocks)
             known = look_up(rows, shape, given)
             for i in range(n_o):
                 sums.o_acc[i] = f32(0)
@@ -149,7 +159,7 @@ def make_skeleton(config: Sm90ForwardConfig, traits: Traits, look_up, attend, ti
 
             # The place of this tile of rows is computed again: registers are scarce in `attend`.
             place = place_of(number, grid, shape)
-            n_begin, n_end = keys_of(place.start, place.split, grid, sequence)
+            _, (n_begin, n_end) = seen(place, grid, sequence, mask)
             stage, parity = skip_keys(barriers, group, end, n_end, stage, parity)
             if not o_replaces_q:
                 # Hazard: products must have read Q; the next comes while these rows are finished.
@@ -186,11 +196,11 @@ def make_skeleton(config: Sm90ForwardConfig, traits: Traits, look_up, attend, ti
             # Hazard: consumers wait in `take_registers` until all warps that copy have given.
             give_registers()
             if mov_tid_x() < num_consumers + 32 and elect_sync() != 0:
-                produce(smem, barriers, maps, places, grid, sequence, shape)
+                produce(smem, barriers, maps, places, grid, sequence, shape, mask)
         else:
             # Hazard: without it accumulators would not fit into a thread's registers.
             take_registers()
-            consume(smem, barriers, results, places, grid, sequence, shape, max_scale, given)
+            consume(smem, barriers, results, places, grid, sequence, shape, mask, max_scale, given)
 
     return run_block
 

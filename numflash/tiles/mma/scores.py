@@ -81,7 +81,7 @@ def make_apply_functions(m_tiles, n_tiles, traits, by_row, keeps_slopes):
     def apply_functions(s_acc, slopes, corner, scale, scores, args):
         if shapes:
             scale_scores(s_acc, slopes, corner, scale, scores, args)
-        if has_keep:
+        if has_keep and not corner.is_full:
             keep_scores(s_acc, corner, scores, args)
 
     return apply_functions

@@ -20,6 +20,8 @@ class Rows(NamedTuple):
         whole: the tiles of keys that no edge crosses, `Whole`.
         sequence: the `Sequence` of the rows.
         pack: heads whose rows of a token are neighbours.
+        mask: the kernel's.
+        blocks: the `BlockRow` of the block's tile (`tiles.steps`).
     """
 
     group: object
@@ -27,25 +29,28 @@ class Rows(NamedTuple):
     whole: object
     sequence: object
     pack: object
+    mask: object
+    blocks: object
 
 
 @cache
 def make_shape_scores(tile_n, traits):
-    """shape_scores(s_acc, rows, n_start, scale, scores, args): products S -> scores, in place.
+    """shape_scores(s_acc, rows, n_start, is_full, scale, scores, args)
 
-    Of the tile of keys from n_start on; the last three are as in `tiles.mma.scores`. S is not
-    scaled where no feature shapes scores.
+    Products S -> scores, in place, of the tile of keys from n_start on; is_full is as in
+    `tiles.scores.Corner`, the last three are as in `tiles.mma.scores`. S is not scaled where no
+    feature shapes scores.
     """
     n_tiles, has_functions = tile_n // 8, traits.has_functions
     apply_functions = make_apply_functions(1, n_tiles, traits, True, False)
     mask_scores = make_mask_scores(1, n_tiles)
 
     @device_function
-    def shape_scores(s_acc, rows, n_start, scale, scores, args):
+    def shape_scores(s_acc, rows, n_start, is_full, scale, scores, args):
         if has_functions:
             i = i32(rows.place.start + accumulator_row(MMA_ROWS))
             j = i32(n_start + accumulator_column())
-            corner = Corner(i, j, rows.sequence, rows.pack)
+            corner = Corner(i, j, rows.sequence, rows.pack, is_full)
             apply_functions(s_acc, s_acc, corner, scale, scores, args)
         if n_start < rows.whole.first or n_start > rows.whole.last:
             i = i32(rows.place.start + accumulator_row(MMA_ROWS))

@@ -1,0 +1,179 @@
+"""Block masks: which blocks of queries and keys attention computes, as lists on the device."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Any, NamedTuple
+
+from numflash.problem.options import kind_of
+from numflash.runtime.errors import UnsupportedError
+from numflash.runtime.views import ArrayView
+
+BLOCK_STEP = 16
+"""Blocks are multiples of this many queries and keys: the smallest tiles of kernels are."""
+# Places in lists are 32-bit in kernels, and so are those of queries and keys.
+_MAX_ENTRIES = 2**31 - 1
+_MAX_BLOCK = 2**16
+_MAX_SEQLEN = 2**30
+_NAMES = ("block_entries", "block_counts", "block_entries_of_keys", "block_counts_of_keys")
+
+
+class Blocks(NamedTuple):
+    """A block mask in numbers.
+
+    Attributes:
+        size: queries and keys of a block.
+        rows, columns: blocks of queries and of keys.
+        batch, heads: lists for each batch entry and head; 1 where all share them.
+    """
+
+    size: tuple[int, int]
+    rows: int
+    columns: int
+    batch: int
+    heads: int
+
+    @property
+    def count(self) -> int:
+        """All blocks of all heads."""
+        return self.batch * self.heads * self.rows * self.columns
+
+
+@dataclass(frozen=True, eq=False)
+class ListedBlocks:
+    """The blocks of queries and keys that are not empty, in lists.
+
+    Attributes:
+        blocks: their numbers.
+        seqlens: (seqlen_q, seqlen_k) that it was made for; None where only blocks are known.
+        entries: (batch, heads, rows, columns) int32: of each row of blocks those that are not
+            empty, in order, as 2 * column + is_full.
+        counts: (batch, heads, rows) int32: how many.
+        entries_of_keys, counts_of_keys: the same by columns.
+        mask_mod: what says which keys of a block that is not full a query sees; None: all.
+        aux: the arrays and numbers that it gets.
+    """
+
+    blocks: Blocks
+    seqlens: tuple[int, int] | None
+    entries: Any
+    counts: Any
+    entries_of_keys: Any
+    counts_of_keys: Any
+    mask_mod: Callable | None = None
+    aux: tuple = ()
+
+    @property
+    def block_size(self) -> tuple[int, int]:
+        """Queries and keys of a block."""
+        return self.blocks.size
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(batch, heads, seqlen_q, seqlen_k); whole blocks where only these are known."""
+        (block_m, block_n), rows, columns, batch, heads = self.blocks
+        return batch, heads, *(self.seqlens or (rows * block_m, columns * block_n))
+
+    def lists(self) -> dict[str, Any]:
+        """The arrays of lists, by the names of operands."""
+        arrays = self.entries, self.counts, self.entries_of_keys, self.counts_of_keys
+        return dict(zip(_NAMES, arrays, strict=True))
+
+    def __repr__(self) -> str:
+        (block_m, block_n), rows, columns, batch, heads = self.blocks
+        name = getattr(self.mask_mod, "__name__", repr(self.mask_mod))
+        return (
+            f"BlockMask(shape={self.shape}, block_size=({block_m}, {block_n}), mask_mod={name}, "
+            f"{rows} x {columns} blocks of {batch} x {heads} heads)"
+        )
+
+
+def block_size_of(value) -> tuple[int, int]:
+    """(queries, keys) of a block, from one number or two.
+
+    Raises:
+        TypeError: neither.
+        ValueError: one that is no multiple of 16 in range.
+    """
+    sizes = tuple(value) if isinstance(value, tuple | list) else (value, value)
+    if len(sizes) != 2 or any(isinstance(n, bool) or not isinstance(n, Integral) for n in sizes):
+        raise TypeError(
+            f"block_size must be an integer, or a pair (queries, keys), got {value!r}"
+        )
+    for n in sizes:
+        if n % BLOCK_STEP or not 0 < n <= _MAX_BLOCK:
+            raise ValueError(
+                f"block_size must be a multiple of {BLOCK_STEP} from {BLOCK_STEP} to "
+                f"{_MAX_BLOCK}, so that tiles divide it, got {value}"
+            )
+    return int(sizes[0]), int(sizes[1])
+
+
+def blocks_of(size: tuple[int, int], rows: int, columns: int, batch: int, heads: int) -> Blocks:
+    """Blocks in numbers. Raises UnsupportedError where there are too many for lists."""
+    blocks = Blocks(size, rows, columns, batch, heads)
+    if blocks.count > _MAX_ENTRIES:
+        raise UnsupportedError(
+            f"a block mask of {batch} x {heads} heads and {rows} x {columns} blocks has "
+            f"{blocks.count} entries; lists have at most {_MAX_ENTRIES}"
+        )
+    return blocks
+
+
+def blocks_of_sequences(
+    size: tuple[int, int], seqlen_q: int, seqlen_k: int, batch: int, heads: int
+) -> Blocks:
+    """The blocks that cover sequences. Raises TypeError, ValueError, UnsupportedError."""
+    names = "batch", "heads", "seqlen_q", "seqlen_k"
+    for name, value in zip(names, (batch, heads, seqlen_q, seqlen_k), strict=True):
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise TypeError(f"{name} must be an integer, got {value!r} ({kind_of(value)})")
+        fewest = 0 if name.startswith("seqlen") else 1
+        if value < fewest:
+            raise ValueError(f"{name} must be at least {fewest}, got {value}")
+        if value >= _MAX_SEQLEN:
+            raise UnsupportedError(f"{name} must be below {_MAX_SEQLEN}, got {value}")
+    return blocks_of(size, -(-seqlen_q // size[0]), -(-seqlen_k // size[1]), batch, heads)
+
+
+def expect_blocks(
+    mask: ListedBlocks, views: dict[str, ArrayView], sizes: tuple[int, int, int, int], device
+) -> Blocks:
+    """Check that a block mask is for a problem of (batch, num_heads_q, seqlen_q, seqlen_k).
+
+    Raises:
+        ValueError: it is for another one, or on another device.
+    """
+    batch, heads, seqlen_q, seqlen_k = sizes
+    found = mask.blocks
+    for name, value, wanted in (("batch", found.batch, batch), ("heads", found.heads, heads)):
+        if value not in (1, wanted):
+            raise ValueError(f"block_mask must have {name} 1 or {wanted}, as q has, got {value}")
+    if mask.seqlens is not None and mask.seqlens != (seqlen_q, seqlen_k):
+        raise ValueError(
+            f"block_mask must be made for seqlen_q and seqlen_k of q and k, {seqlen_q} and "
+            f"{seqlen_k}, got {mask.seqlens[0]} and {mask.seqlens[1]}"
+        )
+    rows, columns = -(-seqlen_q // found.size[0]), -(-seqlen_k // found.size[1])
+    if (found.rows, found.columns) != (rows, columns):
+        raise ValueError(
+            f"block_mask must have {rows} x {columns} blocks of {found.size[0]} x "
+            f"{found.size[1]} for seqlens {seqlen_q} and {seqlen_k}, got {found.rows} x "
+            f"{found.columns}"
+        )
+    for name in _NAMES:
+        if views[name].device != device:
+            raise ValueError(
+                f"block_mask must lie on the device of q, {device}, got device "
+                f"{views[name].device}"
+            )
+    return found
+
+
+def expect_block_mask(name: str, value) -> None:
+    """Check the type of an option. Raises TypeError."""
+    if value is not None and not isinstance(value, ListedBlocks):
+        raise TypeError(
+            f"{name} must be a BlockMask, as create_block_mask makes it, or FlexAttention's, got "
+            f"{value!r} ({kind_of(value)})"
+        )
