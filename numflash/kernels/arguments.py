@@ -22,7 +22,6 @@ from numpy import int64 as i64
 from numpy import uint8 as u8
 from numpy import uint16 as u16
 
-from numflash.configs import Traits
 from numflash.configs.features import Features
 from numflash.configs.traits import Traits
 from numflash.functions.program import Program

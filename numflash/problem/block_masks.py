@@ -97,9 +97,7 @@ def block_size_of(value) -> tuple[int, int]:
     """
     sizes = tuple(value) if isinstance(value, tuple | list) else (value, value)
     if len(sizes) != 2 or any(isinstance(n, bool) or not isinstance(n, Integral) for n in sizes):
-        raise TypeError(
-            f"block_size must be an integer, or a pair (queries, keys), got {value!r}"
-        )
+        raise TypeError(f"block_size must be an integer, or a pair (queries, keys), got {value!r}")
     for n in sizes:
         if n % BLOCK_STEP or not 0 < n <= _MAX_BLOCK:
             raise ValueError(

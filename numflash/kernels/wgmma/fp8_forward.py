@@ -263,7 +263,15 @@ def make_attend(config: Sm90Fp8ForwardConfig, traits: Traits):
             # P = softmax(S) of tile n, with overlap beside P V of tile n - 1
             keys_of_tile = n_start, is_full
             has_grown = softmax(
-                s_acc, running, factors, next_weights, rows, keys_of_tile, k_scale, arguments, known
+                s_acc,
+                running,
+                factors,
+                next_weights,
+                rows,
+                keys_of_tile,
+                k_scale,
+                arguments,
+                known,
             )
             if overlap:
                 softmax_before_wait(smem, 0, row_sum[0], row_sum[1])
