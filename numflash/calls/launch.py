@@ -6,8 +6,8 @@ the caller's stream: no allocation, no synchronisation, capturable in a CUDA gra
 
 The arguments are the records of `kernels.arguments`, by parameter name; what the driver gets, or
 the executor, is their leaves. A leaf that is a name is an operand: a pointer's array, or a number
-that may be another one with each call, as a seed. A tensor map is passed by value. It is encoded when an address is
-first bound and remembered.
+that may be another one with each call, as a seed. A tensor map is passed by value. It is encoded
+when an address is first bound and remembered.
 """
 
 import ctypes

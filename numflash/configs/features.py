@@ -297,7 +297,9 @@ def _expect_seed(name: str, value) -> None:
         raise ValueError(f"dropout_p needs a {name}: an integer, or a device array of one")
     if isinstance(value, bool | str | Real) and not is_seed_number(value):
         kind = type(value).__name__
-        raise TypeError(f"{name} must be an integer or a device array of one, got {value!r} ({kind})")
+        raise TypeError(
+            f"{name} must be an integer or a device array of one, got {value!r} ({kind})"
+        )
     if is_seed_number(value) and not -(2**63) <= value < 2**64:
         raise ValueError(f"{name} must have at most 64 bits, got {value}")
 
@@ -341,9 +343,7 @@ def _numbers_of_dropout(dropout_p: float, seed) -> dict[str, float]:
     key, steps = key_of(int(seed) if is_seed_number(seed) else 0), steps_dropped(dropout_p)
     low, high, limit = (word - (word >> 31 << 32) for word in (*key, steps << 16))
     scale = _STEPS / (_STEPS - steps)
-    return dict(
-        zip(_NUMBERS_OF_DROPOUT, (low, high, limit, scale, math.log2(scale)), strict=True)
-    )
+    return dict(zip(_NUMBERS_OF_DROPOUT, (low, high, limit, scale, math.log2(scale)), strict=True))
 
 
 def _dropout(shape, value, seed):

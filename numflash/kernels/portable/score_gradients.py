@@ -116,7 +116,7 @@ def make_score_gradients(config, traits: Traits) -> ScoreGradients:
         multiply_q_k(s_acc, smem, q_smem + row * k_pitch, k_smem + column * k_pitch)
         multiply_do_v(ds_acc, smem, do_smem + row * v_pitch, v_smem + column * v_pitch)
         i, j = m_start + row, n_start + column
-        apply_functions(s_acc, s_acc, Corner(i, j, sequence, 1), scores, args)
+        apply_functions(s_acc, s_acc, Corner(i, j, sequence, 1, False), scores, args)
         if not is_whole:
             mask_scores(s_acc, i, j, sequence.seqlen_k, sequence)
         draw_kept(kept, i, j, args.drawn)

@@ -276,9 +276,7 @@ def _make_weighed_by_column(m_tiles, n_tiles, features, gradient_of_score):
     draw, is_kept, pairs = make_draw(n_tiles, features, False), make_is_kept(False), n_tiles // 2
 
     @device_function
-    def backward_of_pair(
-        pair, s_acc, dp_acc, slopes, smem, lse, delta, scales, row, column, args
-    ):
+    def backward_of_pair(pair, s_acc, dp_acc, slopes, smem, lse, delta, scales, row, column, args):
         words = cuda.local.array(4, u32)
         lses = cuda.local.array(4, f32)
         deltas = cuda.local.array(4, f32)

@@ -10,8 +10,8 @@ import pytest
 
 from numflash import reference
 from numflash.configs.features import BY_NAME
-from numflash.runtime.philox import key_of, philox, random_bits
 from numflash.problem.options import AttentionOptions
+from numflash.runtime.philox import key_of, philox, random_bits
 
 # Random123's kat_vectors, of Philox4x32-10: counter, key, result.
 KNOWN = (
