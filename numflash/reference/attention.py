@@ -257,7 +257,7 @@ def visible(
 
 
 def _forward(q, k, v, dtype, matmul, options):
-    """Attention on (batch, heads, seqlen, head_dim); also S, its slopes, the scale, P's weights."""
+    """Attention on (batch, heads, seqlen, head_dim); also S, its slopes, scale, weights of P."""
     s, slopes, scale = scores(q, k, dtype, matmul, options)
     with np.errstate(divide="ignore", invalid="ignore"):
         row_max = s.max(-1, keepdims=True, initial=dtype.type(-np.inf))

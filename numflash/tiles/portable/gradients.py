@@ -46,12 +46,12 @@ def make_load_query_statistics(count, step):
 def make_softmax_backward(rows, columns, traits, by_row, of_scores=False):
     """softmax_backward(s_acc, dp_acc, slopes, lses, deltas, scales, kept)
 
-    S -> P and dP -> dS, in place; `scales` are softmax_scale and the factor of weights that dropout
-    keeps, over which `delta` is.
+    S -> P and dP -> dS, in place; `scales` are softmax_scale and the factor of weights that
+    dropout keeps, over which `delta` is.
 
     `slopes` holds the derivative of each score by the scaled product, if a function of `traits`
-    bends scores, but where dS is to be `of_scores`, as they go into the softmax. With dropout `kept`
-    says of which scores P and dP count (`tiles.portable.dropout`).
+    bends scores, but where dS is to be `of_scores`, as they go into the softmax. With dropout
+    `kept` says of which scores P and dP count (`tiles.portable.dropout`).
     """
     n_scores, weight, drops = rows * columns, make_weight(traits.features), traits.drops_weights
     has_slopes = traits.bends_scores and not of_scores
