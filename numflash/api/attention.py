@@ -25,6 +25,8 @@ def attention(
     softcap: float = 0.0,
     alibi_slopes=None,
     sinks=None,
+    dropout_p: float = 0.0,
+    seed=None,
     origin: tuple[int, int, int] | None = None,
     bias=None,
     mask=None,
@@ -73,6 +75,13 @@ def attention(
         sinks: float32, (num_heads_q,): a logit of each query head that is part of the sum of
             each of its rows, as one more score without a key or value: P of a row adds up to
             less than 1. lse includes it; -inf is none.
+        dropout_p: the share of the weights P that become 0, at random; the others are divided by
+            the share that stays. It is rounded to a multiple of 2**-16. lse is without dropout.
+        seed: with dropout_p, which weights these are: an integer of at most 64 bits, or an array
+            of one int64, uint64 or int32 on the device, which kernels read when they run, so that
+            a CUDA graph can change it. A weight is dropped for the seed and its batch entry, head,
+            query and key alone, whatever kernel runs: `numflash.reference.dropout_mask` says
+            which are kept. The backward takes the same. Another seed compiles nothing.
         origin: (row, column, head): a part of a larger problem says where it begins there: the
             numbers of its first query, key and query head, as features see them. alibi_slopes
             and sinks then are those of all heads of the larger problem. Masks, windows and the
@@ -155,6 +164,8 @@ def attention(
         softcap,
         alibi_slopes,
         sinks,
+        dropout_p,
+        seed,
         origin,
         bias,
         mask,
@@ -195,6 +206,8 @@ def attention_backward(
     softcap: float = 0.0,
     alibi_slopes=None,
     sinks=None,
+    dropout_p: float = 0.0,
+    seed=None,
     origin: tuple[int, int, int] | None = None,
     bias=None,
     mask=None,
@@ -218,8 +231,8 @@ def attention_backward(
         out, lse: as returned by `attention(..., return_lse=True)`. With delta out is not read,
             and may be None.
         softmax_scale, causal, causal_align, shift, window_size, softcap, alibi_slopes, sinks,
-            origin, bias, mask, score_mod, mask_mod, aux, block_mask, layout, precision, stream:
-            as given to `attention`.
+            dropout_p, seed, origin, bias, mask, score_mod, mask_mod, aux, block_mask, layout,
+            precision, stream: as given to `attention`.
         dlse: gradient of lse, where a loss depends on it: shaped like lse, float32, any strides.
         delta: the sum over head_dim_v of dout * out, where the caller has it: shaped like lse,
             float32, any strides.
@@ -268,6 +281,8 @@ def attention_backward(
         softcap,
         alibi_slopes,
         sinks,
+        dropout_p,
+        seed,
         origin,
         bias,
         mask,

@@ -156,6 +156,11 @@ class Traits:
         return any(row.bends for row in rows_of(self.features)) or self.program_bends
 
     @property
+    def drops_weights(self) -> bool:
+        """Whether a feature weighs P once a row has its sum."""
+        return any(row.hook == "weigh" for row in rows_of(self.features))
+
+    @property
     def of_a_head(self) -> str | None:
         """The heads' own values that forbid packing them; None if they can be packed."""
         if self.program and Program.parse(self.program).uses & {"h", "i"}:

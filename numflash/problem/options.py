@@ -8,7 +8,9 @@ from numbers import Integral, Real
 from operator import attrgetter
 from typing import Any
 
-from numflash.configs.features import FEATURES, expect_nothing, expect_real
+import numpy as np
+
+from numflash.configs.features import FEATURES, Feature, expect_nothing, expect_real
 from numflash.functions.identity import key_of
 from numflash.problem.block_masks import NUMBER, ListedBlocks, expect_block_mask
 from numflash.problem.fp8 import Fp8Recipe
@@ -126,13 +128,18 @@ class Option:
         default: its value where a call does not give it.
         check: (name, value) raises TypeError or ValueError for values that no call may have.
             `problem.describe` or the choice of kernels check it together with others.
-        is_array: whether it is an array of the caller's, which kernels read.
+        is_array: whether it is an array of the caller's, which kernels read, or may be one.
     """
 
     name: str
     default: Any
     check: Callable[[str, Any], None] = expect_nothing
     is_array: bool = False
+
+
+def _of_feature(row: Feature) -> list[Option]:
+    beside = [Option(each.name, each.default, is_array=True) for each in row.beside]
+    return [Option(row.option, row.default, row.check, row.is_array), *beside]
 
 
 OPTIONS = (
@@ -157,6 +164,7 @@ OPTIONS = (
 )
 """In the order of the fields of `AttentionOptions`."""
 ARRAY_OPTIONS = tuple(option.name for option in OPTIONS if option.is_array)
+_INTEGERS = int, np.integer
 
 _Options = namedtuple(
     "_Options",
@@ -166,9 +174,15 @@ _Options = namedtuple(
 
 
 # Types in an option's key: numbers, and types that no other type is equal to.
-_SCALARS = tuple(row.option for row in FEATURES if not row.is_array)
+_SCALARS = tuple(row.option for row in FEATURES if not row.is_array and row.numbers is None)
 _NUMBERS = attrgetter("softmax_scale", "causal", "shift", "max_rel_error", *_SCALARS)
 _WORDS = attrgetter("causal_align", "layout", "precision", "fp8")
+# What finds the numbers of a launch, and the options that it takes.
+_FILLED_IN = tuple(
+    (row.numbers, attrgetter(row.option, *(each.name for each in row.beside)))
+    for row in FEATURES
+    if row.numbers is not None
+)
 
 
 class AttentionOptions(_Options):
@@ -202,7 +216,8 @@ class AttentionOptions(_Options):
     def arrays(self) -> dict[str, Any]:
         """The caller's arrays among the options, by name; those of `aux` are aux0, aux1, ..."""
         given = {name: getattr(self, name) for name in ARRAY_OPTIONS}
-        found = {name: array for name, array in given.items() if array is not None}
+        # A seed may also be a number.
+        found = {n: x for n, x in given.items() if x is not None and not isinstance(x, _INTEGERS)}
         if self.aux:
             of_aux = {f"aux{n}": each for n, each in enumerate(self.aux)}
             found |= {name: each for name, each in of_aux.items() if not isinstance(each, NUMBER)}
@@ -215,8 +230,20 @@ class AttentionOptions(_Options):
         for option, value in zip(OPTIONS, self, strict=True):
             option.check(option.name, value)
 
+    def numbers(self) -> dict[str, float]:
+        """By name, the numbers that launches fill in: calls with others are ready, too.
+
+        Raises TypeError, ValueError for values that no call may have.
+        """
+        found = {}
+        for numbers_of, values in _FILLED_IN:
+            found |= numbers_of(*values(self))
+        return found
+
     def key(self) -> tuple:
         """A key of a ready call. Arrays are left out: they have keys of their own.
+
+        So are numbers that launches fill in; which of them there are belongs to the key.
 
         It holds the types of numbers: a call made ready by 1 must not let a wrong True pass.
         Raises TypeError where an option is of a type that no call may have.

@@ -205,7 +205,7 @@ def describe(
     if options.causal:
         right = 0
     origin = None if options.origin is None else Origin(*map(int, options.origin))
-    asked = Asked(batch, num_heads_q, scale, q.device, None if origin is None else origin.head)
+    asked = Asked(batch, num_heads_q, scale, q.device, views, origin)
     extent = Extent(batch, num_heads_q, seqlen_q, seqlen_k, q.device, origin)
     program, given = program_of(views, options, extent)
     blocks = None

@@ -242,9 +242,13 @@ def _combine(
 
 
 def traits_of_delta(traits: Traits, gradients: Gradients) -> Traits:
-    """The traits of the kernel of delta: of the features those whose gradient it begins."""
+    """The traits of the kernel of delta.
+
+    Of the features those whose gradient it begins, and those that weigh P, whose factor it has.
+    """
     begun = gradients.options_of("delta", traits.features)
-    features = tuple(row.name for row in rows_of(traits.features) if row.option in begun)
+    asked = rows_of(traits.features)
+    features = tuple(row.name for row in asked if row.option in begun or row.hook == "weigh")
     return replace(
         traits,
         features=features,

@@ -108,6 +108,7 @@ def make_backward_dkdv_kernel(config: MmaBackwardDkDvConfig, traits: Traits) -> 
     store_dv = make_store_rows(element, m_tiles, dv_tiles, traits.vectorized)
     storage, args_of_head = element.storage, make_args_of_head(traits)
     bends, has_functions = traits.shapes_scores, traits.has_functions
+    drops = traits.drops_weights
     n_slopes = n_scores if traits.bends_scores else 1
     # Tiles that may be on their way while one is used.
     wait_for_tile = CP_ASYNC_WAIT_GROUP[max(0, num_stages - 2)]
@@ -223,16 +224,17 @@ def make_backward_dkdv_kernel(config: MmaBackwardDkDvConfig, traits: Traits) -> 
                     mask_scores(s_acc, j, i, sequence.seqlen_q, from_keys, 1)
 
                 # dS = P * (softmax_scale dP - delta); dV += P^T dO, dK += dS^T Q
-                statistics_of_stage = tile_m * stage
-                softmax_backward(
-                    s_acc,
-                    dp_acc,
-                    slopes,
-                    smem,
-                    lse_mine + statistics_of_stage,
-                    delta_mine + statistics_of_stage,
-                    (scale_log2, scores.softmax_scale),
-                )
+                lse_of_stage = lse_mine + tile_m * stage
+                delta_of_stage = delta_mine + tile_m * stage
+                at = smem, lse_of_stage, delta_of_stage
+                scales = scale_log2, scores.softmax_scale
+                if drops:
+                    j = i32(n_start + accumulator_row(rows_per_warp))
+                    i = i32(m_start + accumulator_column())
+                    drawn = args_of_head(scores, batch, head).drawn
+                    softmax_backward(s_acc, dp_acc, slopes, *at, scales, j, i, drawn)
+                else:
+                    softmax_backward(s_acc, dp_acc, slopes, *at, scales)
                 if apart and not asynchronous:
                     # Long rows and their copies leave no registers to keep this in: it is
                     # computed again.

@@ -98,6 +98,7 @@ def make_backward_dq_kernel(config: MmaBackwardDqConfig, traits: Traits) -> Kern
     store_dq = make_store_rows(element, m_tiles, dq_tiles, traits.vectorized)
     storage, args_of_head = element.storage, make_args_of_head(traits)
     bends, has_functions = traits.shapes_scores, traits.has_functions
+    drops = traits.drops_weights
     n_slopes = n_scores if traits.bends_scores else 1
     # Tiles that may be on their way while one is used.
     wait_for_tile = CP_ASYNC_WAIT_GROUP[max(0, num_stages - 2)]
@@ -210,7 +211,12 @@ def make_backward_dq_kernel(config: MmaBackwardDqConfig, traits: Traits) -> Kern
 
             # dS = P * (softmax_scale dP - delta), dQ += dS K
             scales = scale_log2, scores.softmax_scale
-            softmax_backward(s_acc, dp_acc, slopes, lses, deltas, scales)
+            if drops:
+                i = i32(m_start + accumulator_row(rows_per_warp))
+                j = i32(n_start + accumulator_column())
+                softmax_backward(s_acc, dp_acc, slopes, lses, deltas, scales, i, j, args.drawn)
+            else:
+                softmax_backward(s_acc, dp_acc, slopes, lses, deltas, scales)
             multiply_ds_k(dq_acc, dp_acc, smem, k_transposed + k_words * stage)
             last_stage = stage
             stage = i32(stage + 1 if stage + 1 < num_stages else 0)

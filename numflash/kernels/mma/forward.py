@@ -55,6 +55,7 @@ from numflash.tiles.mma.copies import (
     make_store_rows,
     row_of_packed_heads,
 )
+from numflash.tiles.mma.dropout import make_weigh_scores
 from numflash.tiles.mma.elements import MMA_ELEMENTS, make_transposed_operand
 from numflash.tiles.mma.fragments import (
     MMA_ROWS,
@@ -119,6 +120,8 @@ def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
     store_o = make_store_rows(element, m_tiles, o_tiles, *store_as)
     storage, args_of_head = element.storage, make_args_of_head(traits)
     bends, has_functions = traits.shapes_scores, traits.has_functions
+    drops = traits.drops_weights
+    weigh_scores = make_weigh_scores(m_tiles, n_tiles, traits.features)
     selected = traits.selected
     out_storage = f32 if is_split else storage
     # Copies that may be on their way while the next tile is used: K and V of all stages but one.
@@ -234,6 +237,10 @@ def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
 
             # P = softmax(S), O += P V
             online_softmax(s_acc, row_max, row_sum, o_acc, scale_log2)
+            if drops:
+                i = i32(m_start + accumulator_row(rows_per_warp))
+                j = i32(n_start + accumulator_column())
+                weigh_scores(s_acc, i, j, args.drawn)
             multiply_p_v(o_acc, s_acc, smem, v_mine + v_words * stage)
             last_stage = stage
             stage = i32(stage + 1 if stage + 1 < num_stages else 0)

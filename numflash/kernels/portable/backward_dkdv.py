@@ -10,7 +10,7 @@ Source: FlashAttention, arXiv 2205.14135, Algorithm 4.
 from numflash.configs import BackwardDkDvConfig, Traits
 from numflash.kernels.arguments import Shape, Statistics, Tensor, mask_of, scores_of
 from numflash.kernels.kernel import Kernel
-from numflash.ptx import cuda, f32, i32, mov_ctaid_x
+from numflash.ptx import cuda, f32, i32, mov_ctaid_x, u32
 from numflash.tiles.blocks import (
     first_of_rows,
     first_of_statistics,
@@ -23,6 +23,7 @@ from numflash.tiles.blocks import (
 )
 from numflash.tiles.features import make_args_of_head
 from numflash.tiles.portable.copies import make_load_tile, make_store_rows
+from numflash.tiles.portable.dropout import make_draw_kept, words_of_bits
 from numflash.tiles.portable.elements import ELEMENTS
 from numflash.tiles.portable.gradients import (
     make_load_query_statistics,
@@ -75,12 +76,14 @@ def make_backward_dkdv_kernel(config: BackwardDkDvConfig, traits: Traits) -> Ker
     multiply_ds_q = make_product_nn(rows, groups, tile_m, p_pitch, k_pitch)
     apply_functions = make_apply_functions(rows, columns, traits, False, traits.bends_scores)
     mask_scores = make_mask_scores(rows, columns)
+    draw_kept = make_draw_kept(rows, columns, traits.features, by_row=False)
     softmax_backward = make_softmax_backward(rows, columns, traits, by_row=False)
     store_scores = make_store_scores(rows, columns, p_pitch)
     store_dk = make_store_rows(element, rows, groups, traits.vectorized)
     store_dv = make_store_rows(element, rows, groups_v, traits.vectorized)
     storage, args_of_head = element.storage, make_args_of_head(traits)
     n_slopes = n_scores if traits.bends_scores else 1
+    n_kept = words_of_bits(n_scores) if traits.drops_weights else 1
 
     def backward_dkdv(
         q: Tensor[storage],  # (batch, seqlen_q, num_heads_q, head_dim)
@@ -98,6 +101,7 @@ def make_backward_dkdv_kernel(config: BackwardDkDvConfig, traits: Traits) -> Ker
         s_acc = cuda.local.array(n_scores, f32)
         dp_acc = cuda.local.array(n_scores, f32)
         slopes = cuda.local.array(n_slopes, f32)
+        kept = cuda.local.array(n_kept, u32)
         dk_acc = cuda.local.array(n_dk, f32)
         dv_acc = cuda.local.array(n_dv, f32)
         lses = cuda.local.array(columns, f32)
@@ -154,7 +158,9 @@ def make_backward_dkdv_kernel(config: BackwardDkDvConfig, traits: Traits) -> Ker
                     mask_scores(s_acc, j, i, end, from_keys)
 
                 # dV += P^T dO, dK += dS^T Q; P and dS take turns in one tile
-                softmax_backward(s_acc, dp_acc, slopes, lses, deltas, scores.softmax_scale)
+                draw_kept(kept, j, i, args.drawn)
+                scales = scores.softmax_scale, scores.features.dropout.scale
+                softmax_backward(s_acc, dp_acc, slopes, lses, deltas, scales, kept)
                 store_scores(s_acc, smem, p_mine + column)
                 # P of all lanes must have arrived: a warp exchanges that of its own rows.
                 cuda.syncwarp()

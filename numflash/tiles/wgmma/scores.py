@@ -4,6 +4,8 @@ from functools import cache
 from typing import NamedTuple
 
 from numflash.ptx import device_function, i32
+from numflash.tiles.features import make_weigh
+from numflash.tiles.mma import dropout
 from numflash.tiles.mma.fragments import MMA_ROWS, accumulator_column, accumulator_row
 from numflash.tiles.mma.scores import make_apply_functions, make_mask_scores
 from numflash.tiles.scores import Corner
@@ -54,3 +56,22 @@ def make_shape_scores(tile_n, traits):
             mask_scores(s_acc, i, j, rows.sequence.seqlen_k, rows.sequence, rows.pack)
 
     return shape_scores
+
+
+@cache
+def make_weigh_scores(tile_n, traits):
+    """weigh_scores(p_acc, rows, n_start, drawn): P of scores that features drop becomes 0.
+
+    Of the tile of keys from n_start on; `drawn` are the `args` of `tiles.features.make_weigh`.
+    """
+    _, _, drops = make_weigh(traits.features)
+    weigh = dropout.make_weigh_scores(1, tile_n // 8, traits.features)
+
+    @device_function
+    def weigh_scores(p_acc, rows, n_start, drawn):
+        if drops:
+            i = i32(rows.place.start + accumulator_row(MMA_ROWS))
+            j = i32(n_start + accumulator_column())
+            weigh(p_acc, i, j, drawn)
+
+    return weigh_scores
