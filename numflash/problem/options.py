@@ -148,7 +148,7 @@ OPTIONS = (
     Option("causal_align", "bottom_right", _expect_alignment),
     Option("shift", 0, _expect_shift),
     Option("window_size", (-1, -1), _expect_window),
-    *(Option(row.option, row.default, row.check, row.is_array) for row in FEATURES),
+    *(option for row in FEATURES for option in _of_feature(row)),
     Option("origin", None, _expect_origin),
     Option("bias", None, is_array=True),
     Option("mask", None, is_array=True),
