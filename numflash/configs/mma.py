@@ -399,7 +399,7 @@ _MAX_REGISTERS = 255
 _MAX_OUTPUTS = 128
 # float32 accumulators a thread can hold next to its operands without spilling, found by compiling:
 # plainly; where features shape scores or rows are not aligned; where operands are rounded to tf32.
-# Turing's copies take registers, too: its forward, and what keeps dK and dV together, spill earlier
+# Turing's copies take registers: its forward, and what keeps dK and dV together, spill sooner
 # than its dQ, but not where nothing is asked for beside head dims that are equal or both small.
 _MAX_ACCUMULATORS = {
     "sm80": {"plain": 192, "features": 176, "tf32": 112},
