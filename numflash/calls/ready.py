@@ -106,11 +106,12 @@ def prepare(kind: type, arrays: dict[str, Any], options: AttentionOptions, strea
 
     Returns:
         The `kind`, Forward or Backward, for this call: found, or made now; the call's arrays as
-        operands; the address of `stream`, or None.
+        operands, and numbers that launches fill in; the address of `stream`, or None.
     """
     arrays |= options.arrays()
     # A tuning of this process changes the ready calls.
-    key, operands = [kind, generation()], {}
+    key, operands = [kind, generation()], options.numbers()
+    key += operands
     for name, array in arrays.items():
         operands[name], identity = library_of(array, name).glance(array)
         key += name, identity

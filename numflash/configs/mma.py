@@ -398,9 +398,10 @@ _MAX_REGISTERS = 255
 # for tf32, whose loops do more; a little less for Turing where rows are not aligned.
 _MAX_OUTPUTS = 128
 # float32 accumulators a thread can hold next to its operands without spilling, found by compiling:
-# plainly; where features shape scores or rows are not aligned; where operands are rounded to tf32.
-# Turing's copies take registers: its forward, and what keeps dK and dV together, spill sooner
-# than its dQ, but not where nothing is asked for beside head dims that are equal or both small.
+# plainly; where features shape or drop scores, or rows are not aligned; where operands are rounded
+# to tf32. Turing's copies take registers, too: its forward, and what keeps dK and dV together,
+# spill earlier than its dQ, but not where nothing is asked for beside head dims that are equal or
+# both small.
 _MAX_ACCUMULATORS = {
     "sm80": {"plain": 192, "features": 176, "tf32": 112},
     "sm75": {"plain": 152, "features": 136, "forward": 136, "dK and dV": 136, "even": 160},
@@ -487,7 +488,9 @@ def misfit(
             f"needs {needed} bytes of shared memory per block, {limits.arch} has "
             f"{limits.max_smem_per_block}"
         )
-    kind = "plain" if traits.vectorized and not traits.shapes_scores else "features"
+    # Transposed tiles have room for random bits where they have it for dP beside S.
+    bends = traits.shapes_scores or (traits.drops_weights and config.family != "backward-dkdv")
+    kind = "plain" if traits.vectorized and not bends else "features"
     most = _most_accumulators(config, traits, kind)
     columns = traits.head_dim if config.family == "backward-dq" else traits.head_dim_v
     outputs, most_outputs = config.m_tiles * columns // 2, _MAX_OUTPUTS

@@ -239,6 +239,8 @@ _FP8_PREFERENCES = {
 # Registers of a thread that hold neither S, nor P, nor O; and as many more where 8-bit floats have
 # softcap or ALiBi.
 _OTHER_REGISTERS, _FP8_BENT_REGISTERS = 32, 32
+# And as many more that random bits are drawn in.
+_DROPOUT_REGISTERS = 16
 
 
 @cache
@@ -317,6 +319,8 @@ def misfit(
     most = config.registers[1] - _OTHER_REGISTERS
     if traits.fp8 and traits.shapes_scores:
         most -= _FP8_BENT_REGISTERS
+    if traits.drops_weights:
+        most -= _DROPOUT_REGISTERS
     if kept > most:
         return f"keeps {kept} registers of S, P and O a thread, at most {most} do not spill"
     if config.block_rows >= 2 * rows:

@@ -232,7 +232,7 @@ def _combine(
 
     It is the same after 8-bit floats, but then nothing is captured or tuned.
     """
-    plain = replace(traits, fp8=False, key_scales=False)
+    plain = replace(traits, fp8=False, key_scales=False, blocks=())
     if config is not None:
         return force("combine", config, plain, machine.limits)
     choice = choose("combine", plain, machine.limits)
@@ -242,12 +242,17 @@ def _combine(
 
 
 def traits_of_delta(traits: Traits, gradients: Gradients) -> Traits:
-    """The traits of the kernel of delta: of the features those whose gradient it begins."""
+    """The traits of the kernel of delta.
+
+    Of the features those whose gradient it begins, and those that weigh P, whose factor it has.
+    """
     begun = gradients.options_of("delta", traits.features)
-    features = tuple(row.name for row in rows_of(traits.features) if row.option in begun)
+    asked = rows_of(traits.features)
+    features = tuple(row.name for row in asked if row.option in begun or row.hook == "weigh")
     return replace(
         traits,
         features=features,
+        blocks=(),
         dlse=gradients.dlse,
         given_delta=gradients.delta,
         plain_delta=any(gradients.needs(family, traits.features) for family in OF_OPTIONS),
@@ -308,9 +313,9 @@ def _tuned(
 ) -> Choice:
     """The tuned config for a problem in the place of the one by rule, if there is one.
 
-    There is none for the caller's functions: what they cost no table knows.
+    There is none for the caller's functions and block masks: what they cost no table knows.
     """
-    if traits.program:
+    if traits.program or traits.blocks:
         return choice
     wanted = ProblemClass.of(choice.family, problem, traits)
     if runs:

@@ -24,7 +24,7 @@ from numflash.configs import (
 from numflash.problem.problem import AttentionProblem
 from numflash.runtime.devices import Architecture
 from numflash.runtime.errors import UnsupportedError
-from numflash.selection.geometry import rows_packed, with_splits
+from numflash.selection.geometry import apart_by_blocks, rows_packed, with_splits
 
 _MANY_ROWS = 2**30
 # Rows of the smallest product: fewer cost as much.
@@ -222,6 +222,8 @@ def force(
         asked = Asked(positive_scale=positive_scale, no_bulk_copies=no_bulk_copies)
         why = row.cannot_run(config, traits, limits, asked)
         traits = row.adapts(traits)
+    if why is None and problem is not None and getattr(config, "packed", None):
+        why = apart_by_blocks(problem)
     if why is None and (needed := config.smem_bytes(traits)) > limits.max_smem_per_block:
         why = (
             f"it needs {needed} bytes of shared memory per block with head dims "
