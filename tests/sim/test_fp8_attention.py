@@ -14,7 +14,7 @@ import pytest
 
 import numflash
 from numflash import reference
-from numflash.api.check import measure, remainder_of_codes, to_numpy
+from numflash.api.check import measure, remainder_of_codes
 from numflash.calls import ready
 from numflash.configs import parse_config
 from numflash.configs.formats import FORMATS
@@ -22,7 +22,7 @@ from numflash.problem.fp8 import Fp8Array, Fp8Recipe
 from numflash.ptx import cuda, mov_ctaid_x, u32
 from numflash.reference.attention import heads_first
 from numflash.reference.fp8 import attention_of_codes, tokens_innermost
-from numflash.runtime.arrays import _NumPy
+from numflash.runtime.arrays import _NumPy, to_numpy
 from numflash.runtime.driver import limits_of_device
 from numflash.runtime.views import Pointer
 from numflash.simulator import SEED, GlobalPointer, launch

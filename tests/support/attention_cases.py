@@ -258,6 +258,30 @@ def _small() -> list[AttentionCase]:
             "strided",
             {"sinks": (2,), "softcap": 2.0, "alibi_slopes": (2,), "window_size": (9, 4)},
         ),
+        AttentionCase(
+            "dropout", (2, 33, 40, 4, 2, 32, 32), "float16", options={"dropout_p": 0.3, "seed": 7}
+        ),
+        # With a causal mask the first 29 queries see no key.
+        AttentionCase(
+            "dropout-tall",
+            (1, 50, 21, 2, 1, 32, 32),
+            options={"dropout_p": 0.5, "seed": -1, "causal": True},
+        ),
+        AttentionCase(
+            "dropout-everything",
+            (2, 21, 37, 4, 2, 20, 28),
+            "bfloat16",
+            "strided",
+            {
+                "dropout_p": 0.1,
+                "seed": 2**40 + 1,
+                "sinks": (4,),
+                "softcap": 2.0,
+                "alibi_slopes": (4,),
+                "window_size": (15, 3),
+                "causal_align": "top_left",
+            },
+        ),
     ]
     return cases
 
@@ -291,6 +315,12 @@ def _large() -> list[AttentionCase]:
                 (2, 300, 513, 8, 2, 64, 64),
                 dtype,
                 options={"sinks": (8,), "causal": True},
+            ),
+            AttentionCase(
+                "dropout",
+                (2, 300, 513, 8, 2, 64, 64),
+                dtype,
+                options={"dropout_p": 0.2, "seed": 2**63, "causal": True},
             ),
         ]
     return [*cases, *_small()]
@@ -343,6 +373,7 @@ def on_fp8(cases: list[AttentionCase]) -> list[AttentionCase]:
         AttentionCase("d80-48", (1, 17, 70, 1, 1, 80, 48)),
         AttentionCase("d192-256", (1, 9, 70, 1, 1, 192, 256)),
     ]
+    cases = [case for case in cases if "dropout_p" not in case.options]
     return on_tensor_cores([*cases, *more], "sm80")
 
 
@@ -470,6 +501,22 @@ def _hopper() -> tuple[tuple[str, AttentionCase], ...]:
                 "softmax_scale": 0.3,
                 "causal_align": "top_left",
             },
+        ),
+        (
+            "dropout",
+            "m128n64w8s2-overlap-pingpong-persistent",
+            (1, 130, 90, 2, 1, 64, 64),
+            "float16",
+            "normal",
+            {"dropout_p": 0.4, "seed": 11, "causal": True},
+        ),
+        (
+            "dropout-splits",
+            "m64n32w4s2x3-overlap",
+            (2, 70, 130, 1, 1, 32, 64),
+            "bfloat16",
+            "normal",
+            {"dropout_p": 0.2, "seed": 12, "window_size": (60, 20)},
         ),
         (
             "registers-fixed",
