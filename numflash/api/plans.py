@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from numflash.api.block_masks import with_own_block_mask
 from numflash.calls.fp8_forward import AutoForward, Fp8Forward
 from numflash.calls.fp8_options import MAX_REL_ERROR, refuse_backward
 from numflash.calls.launch import load
@@ -87,6 +88,7 @@ def plan(
         True
     """
     options = AttentionOptions.of("plan", options, ("out", "stream"))
+    options = with_own_block_mask(options, stream)
     for name, array in (("q", q), ("k", k), ("v", v)):
         array = array.data if isinstance(array, Fp8Array) else array
         view = library_of(array, name).view(array, name)

@@ -25,10 +25,11 @@ from numflash.kernels.arguments import assembled, value_at
 from numflash.machine_code.compiler import Cubin, get_cubin, warn_of_spills
 from numflash.machine_code.ptx_worker import ptx_of
 from numflash.problem.tensor_maps import MAP_ALIGNMENT, MAP_BYTES, TensorLayout
+from numflash.runtime.arrays import library_of
 from numflash.runtime.driver import checked, in_context, limits_of_device, open_driver, raise_error
 from numflash.runtime.mode import SIMULATED
 from numflash.runtime.switches import choice
-from numflash.runtime.views import Operand, Pointer
+from numflash.runtime.views import FromHead, Operand, Pointer
 
 # The code of a simulated launch: the kernel's Python, or the compilers' code of it, by the named
 # route (see `compiler.executable_ptx`).
@@ -183,8 +184,11 @@ def _is_given(value, letter: str) -> bool:
     return isinstance(value, str) and letter not in ("T", "P")
 
 
-def _operand(operands: dict[str, Operand | None], name: str | None) -> Operand | None:
+def _operand(operands: dict[str, Operand | None], name: str | FromHead | None) -> Operand | None:
     """The operand of a pointer; None if nothing is read through it."""
+    if isinstance(name, FromHead):
+        array = operands[name.operand].array
+        return library_of(array, name.operand).operand(array[..., name.first :])
     return None if name is None else operands[name]
 
 
@@ -259,7 +263,8 @@ def _simulated_leaves(kernel, arguments: dict, operands: dict, pointer: Callable
             return SimulatedTensorMap(operands[value.operand].array, value.layout)
         if isinstance(annotation, Pointer):
             operand = _operand(operands, value)
-            return pointer(value or path, operand and operand.array, annotation.element)
+            name = getattr(value, "operand", value)
+            return pointer(name or path, operand and operand.array, annotation.element)
         return annotation(operands[value] if isinstance(value, str) else value)
 
     return [leaf(path, annotation) for path, annotation in kernel.leaves.items()]

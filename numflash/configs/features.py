@@ -25,7 +25,7 @@ from numpy import int64 as i64
 from numpy import uint32 as u32
 
 from numflash.runtime.philox import key_of, random_bits
-from numflash.runtime.views import ArrayView, Pointer
+from numflash.runtime.views import ArrayView, FromHead, Pointer
 
 MAX_FLOAT32 = (2 - 2**-23) * 2.0**127
 
@@ -47,7 +47,11 @@ def expect_nothing(name: str, value) -> None:
 class Asked(NamedTuple):
     """The problem's sizes, scale and device, and a call's arrays, by which a row reads an option.
 
-    `views` are those of the options that are arrays, by name.
+    Attributes:
+        batch, num_heads_q, softmax_scale, device: of the problem.
+        views: of the options that are arrays, by name.
+        origin: the numbers of its first row, column and head in a larger problem, whose heads
+            arrays then have; None where they are its own.
     """
 
     batch: int
@@ -55,6 +59,12 @@ class Asked(NamedTuple):
     softmax_scale: float
     device: Any
     views: Mapping[str, ArrayView] = {}
+    origin: tuple[int, int, int] | None = None
+
+    @property
+    def first_head(self) -> int | None:
+        """The number of its first head in arrays of a larger problem's heads; None without."""
+        return None if self.origin is None else self.origin[2]
 
 
 class Beside(NamedTuple):
@@ -149,14 +159,35 @@ class Feature:
         return self.record(*(None if isinstance(kind, Pointer) else 0 for kind in kinds))
 
 
-def expect_of_heads(name: str, view: ArrayView, asked: Asked) -> None:
-    """Check the dtype and device of values of heads. Raises TypeError, ValueError."""
+def expect_of_heads(
+    name: str, view: ArrayView, asked: Asked, by_batch: bool = False
+) -> str | FromHead:
+    """Check values of heads, or by batch entry and head; the pointer to the first of the call's.
+
+    Raises TypeError, ValueError.
+    """
     if view.dtype != "float32":
         raise TypeError(f"{name} must be float32, got {view.dtype}")
     if view.device != asked.device:
         raise ValueError(
             f"{name} must lie on the device of q, {asked.device}, got device {view.device}"
         )
+    first, heads = asked.first_head, asked.num_heads_q
+    leading = ((), (asked.batch,)) if by_batch else ((),)
+    if first is None:
+        if view.shape not in [(*batch, heads) for batch in leading]:
+            shapes = " or ".join(
+                f"({asked.batch}, {heads})" if b else f"({heads},)" for b in leading
+            )
+            raise ValueError(f"{name} must have shape {shapes}, got {view.shape}")
+        return name
+    if view.shape[:-1] not in leading or view.shape[-1:] < (first + heads,):
+        shapes = " or ".join(f"({asked.batch}, heads)" if b else "(heads,)" for b in leading)
+        raise ValueError(
+            f"{name} must have shape {shapes} with at least {first + heads} heads, origin's "
+            f"{first} and {heads} of q, got {view.shape}"
+        )
+    return FromHead(name, first)
 
 
 class Softcap(NamedTuple):
@@ -195,15 +226,8 @@ class Alibi(NamedTuple):
 
 
 def _read_alibi(slopes: ArrayView, asked: Asked) -> Alibi:
-    heads = asked.num_heads_q
-    expect_of_heads("alibi_slopes", slopes, asked)
-    if slopes.shape == (heads,):
-        return Alibi("alibi_slopes", 0, slopes.strides[0])
-    if slopes.shape == (asked.batch, heads):
-        return Alibi("alibi_slopes", *slopes.strides)
-    raise ValueError(
-        f"alibi_slopes must have shape ({heads},) or ({asked.batch}, {heads}), got {slopes.shape}"
-    )
+    pointer = expect_of_heads("alibi_slopes", slopes, asked, by_batch=True)
+    return Alibi(pointer, *(0, *slopes.strides)[-2:])
 
 
 def _alibi(s, value, i, j):
@@ -228,10 +252,7 @@ class Sinks(NamedTuple):
 
 
 def _read_sinks(sinks: ArrayView, asked: Asked) -> Sinks:
-    expect_of_heads("sinks", sinks, asked)
-    if sinks.shape != (asked.num_heads_q,):
-        raise ValueError(f"sinks must have shape ({asked.num_heads_q},), got {sinks.shape}")
-    return Sinks("sinks", sinks.strides[0])
+    return Sinks(expect_of_heads("sinks", sinks, asked), sinks.strides[0])
 
 
 def _sinks(row_max, row_sum, value):
@@ -274,6 +295,8 @@ class Dropout(NamedTuple):
 
 _SEED_WORDS = {"int32": 1, "int64": 2, "uint64": 2}
 _STEPS = 2**16
+DROPOUT_STEP = 16
+"""Rows and columns whose random bits belong together (`runtime.philox`)."""
 _NO_NUMBERS: dict[str, float] = {}
 
 
@@ -321,7 +344,14 @@ def _read_dropout(dropout_p: float, asked: Asked) -> Dropout:
                 f"seed must lie on the device of q, {asked.device}, got device {view.device}"
             )
         words = _SEED_WORDS[view.dtype]
-    return Dropout("seed" if words else None, words, *_NUMBERS_OF_DROPOUT, 0, 0, 0)
+    row, column, head = asked.origin or (0, 0, 0)
+    for name, value in (("row", row), ("column", column)):
+        if value % DROPOUT_STEP:
+            raise ValueError(
+                f"origin must have a {name} that is a multiple of {DROPOUT_STEP} with dropout_p, "
+                f"whose random bits belong to so many {name}s, got {value}"
+            )
+    return Dropout("seed" if words else None, words, *_NUMBERS_OF_DROPOUT, row, column, head)
 
 
 _NUMBERS_OF_DROPOUT = (

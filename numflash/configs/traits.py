@@ -163,8 +163,8 @@ class Traits:
     @property
     def of_a_head(self) -> str | None:
         """The heads' own values that forbid packing them; None if they can be packed."""
-        if self.program and "h" in Program.parse(self.program).uses:
-            return "a function"
+        if self.program and Program.parse(self.program).uses & {"h", "i"}:
+            return "a function of queries"
         return next((row.of_a_head for row in rows_of(self.features) if row.of_a_head), None)
 
     def torn(self, tile_m: int, tile_n: int) -> str | None:

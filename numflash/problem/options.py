@@ -4,7 +4,7 @@ import math
 from collections import namedtuple
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from numbers import Integral, Number, Real
+from numbers import Integral, Real
 from operator import attrgetter
 from typing import Any
 
@@ -12,11 +12,11 @@ import numpy as np
 
 from numflash.configs.features import FEATURES, Feature, expect_nothing, expect_real
 from numflash.functions.identity import key_of
+from numflash.problem.block_masks import NUMBER, ListedBlocks, expect_block_mask
 from numflash.problem.fp8 import Fp8Recipe
 
 LAYOUTS = ("bshd", "bhsd")
 ALIGNMENTS = ("bottom_right", "top_left")
-_NUMBER = Number | np.generic
 PRECISIONS = ("tf32", "fp8", "auto")
 # Positions are 32-bit in kernels.
 _MAX_SHIFT = 2**30
@@ -69,6 +69,18 @@ def _expect_window(name: str, value) -> None:
             raise TypeError(f"{rule}, got {value!r}")
         if side < -1:
             raise ValueError(f"{rule}, got {value!r}")
+
+
+def _expect_origin(name: str, value) -> None:
+    if value is None:
+        return
+    rule = f"{name} must be three numbers (row, column, head)"
+    if not isinstance(value, tuple | list):
+        raise TypeError(f"{rule}, got {value!r} ({kind_of(value)})")
+    if any(isinstance(number, bool) or not isinstance(number, Integral) for number in value):
+        raise TypeError(f"{rule}, got {value!r}")
+    if len(value) != 3 or not all(0 <= number < _MAX_SHIFT for number in value):
+        raise ValueError(f"{rule} from 0 up to 2**30, got {value!r}")
 
 
 def _expect_function(name: str, value) -> None:
@@ -137,11 +149,13 @@ OPTIONS = (
     Option("shift", 0, _expect_shift),
     Option("window_size", (-1, -1), _expect_window),
     *(option for row in FEATURES for option in _of_feature(row)),
+    Option("origin", None, _expect_origin),
     Option("bias", None, is_array=True),
     Option("mask", None, is_array=True),
     Option("score_mod", None, _expect_function),
     Option("mask_mod", None, _expect_function),
     Option("aux", (), _expect_aux),
+    Option("block_mask", None, expect_block_mask),
     Option("layout", "bshd", _expect_layout),
     Option("precision", None, _expect_precision),
     Option("config", None),
@@ -206,7 +220,9 @@ class AttentionOptions(_Options):
         found = {n: x for n, x in given.items() if x is not None and not isinstance(x, _INTEGERS)}
         if self.aux:
             of_aux = {f"aux{n}": each for n, each in enumerate(self.aux)}
-            found |= {name: each for name, each in of_aux.items() if not isinstance(each, _NUMBER)}
+            found |= {name: each for name, each in of_aux.items() if not isinstance(each, NUMBER)}
+        if isinstance(self.block_mask, ListedBlocks):
+            found |= self.block_mask.arrays()
         return found
 
     def check(self) -> None:
@@ -232,12 +248,18 @@ class AttentionOptions(_Options):
         It holds the types of numbers: a call made ready by 1 must not let a wrong True pass.
         Raises TypeError where an option is of a type that no call may have.
         """
-        config = self.config
+        config, origin = self.config, self.origin
+        if not isinstance(self.block_mask, ListedBlocks | None):
+            raise TypeError("no call may have such a block_mask")
         values = *_NUMBERS(self), *self.window_size
         kinds = *map(type, values), type(self.window_size), type(config)
         if isinstance(config, dict):
             config = tuple(config.items())
-        return values, kinds, config, _WORDS(self), *self._key_of_functions()
+        if origin is not None:
+            origin = *origin, *map(type, origin)
+        words = _WORDS(self)
+        blocks = None if self.block_mask is None else self.block_mask.key()
+        return values, kinds, config, origin, words, blocks, *self._key_of_functions()
 
     def _key_of_functions(self) -> tuple:
         """What functions mean, and the numbers that they get."""
@@ -246,5 +268,5 @@ class AttentionOptions(_Options):
         keys = key_of(self.score_mod), key_of(self.mask_mod)
         if None in keys:
             raise TypeError("nobody can tell whether these functions mean what they meant before")
-        numbers = [(type(x), x) if isinstance(x, _NUMBER) else None for x in self.aux]
+        numbers = [(type(x), x) if isinstance(x, NUMBER) else None for x in self.aux]
         return *keys, *numbers

@@ -9,11 +9,12 @@ with any number of key-value heads that divides the query heads.
 """
 
 import math
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from numflash.configs.features import FEATURES, default_gradients
+from numflash.configs.features import FEATURES, Feature, default_gradients
 
 # Half the length of the line through a function that gives its slope.
 _NEAR = 1e-6
@@ -35,8 +36,8 @@ def attention(q, k, v, **options) -> tuple[np.ndarray, np.ndarray]:
         k: (batch, seqlen_k, num_heads_kv, head_dim).
         v: (batch, seqlen_k, num_heads_kv, head_dim_v).
         options: as for `numflash.attention`: softmax_scale, causal, causal_align, shift,
-            window_size, softcap, alibi_slopes, sinks, dropout_p, seed, bias, mask, score_mod,
-            mask_mod, aux, layout. Functions get NumPy arrays that broadcast to the scores.
+            window_size, softcap, alibi_slopes, sinks, origin, bias, mask, score_mod, mask_mod,
+            aux, layout. Functions get NumPy arrays that broadcast to the scores.
 
     Returns:
         out: (batch, seqlen_q, num_heads_q, head_dim_v), in the layout of q.
@@ -185,6 +186,17 @@ def magnitudes(q, k, v, dout=None, **options) -> dict[str, np.ndarray]:
     return {n: x for n, x in found.items() if n in ("out", "lse") or n[1:] in wanted}
 
 
+def _asked(options: dict, num_heads: int) -> list[tuple[Feature, Any]]:
+    """The features that are asked for, with their values: of arrays those of this part."""
+    found, (_, _, first) = [], options.get("origin") or (0, 0, 0)
+    for row in FEATURES:
+        value = options.get(row.option, row.default)
+        if row.is_asked(value):
+            value = np.asarray(value)[..., first : first + num_heads] if row.is_array else value
+            found.append((row, value))
+    return found
+
+
 def names_of_gradients(options: dict) -> tuple[str, ...]:
     """What `attention_backward` returns gradients of with these options, in order."""
     asked = (row for row in FEATURES if row.is_asked(options.get(row.option, row.default)))
@@ -212,9 +224,8 @@ def _gradients_of_heads(lse, product, of_scores, slopes, options) -> dict[str, n
     `of_scores` is the gradient of the final scores, (batch, head, query, key).
     """
     found, places = {}, _places(*of_scores.shape[2:], options)
-    for row in FEATURES:
-        value = options.get(row.option, row.default)
-        if row.gradient is None or not row.is_asked(value):
+    for row, value in _asked(options, lse.shape[1]):
+        if row.gradient is None:
             continue
         if row.hook == "finish":
             shares = row.gradient.shares(lse, product, value)
@@ -316,9 +327,8 @@ def end_of_rows(row_max, row_sum, options):
     Exponentials relative to row_max, as they were, must be multiplied by `kept`.
     """
     kept = row_max.dtype.type(1)
-    for row in FEATURES:
-        value = options.get(row.option, row.default)
-        if row.hook == "finish" and row.is_asked(value):
+    for row, value in _asked(options, row_max.shape[1]):
+        if row.hook == "finish":
             row_max, row_sum, more = row.reference(row_max, row_sum, value)
             kept = kept * more
     return row_max, row_sum, kept
@@ -337,9 +347,8 @@ def scores(q, k, dtype, matmul, options):
 
     s = matmul(q.astype(dtype), repeat(k.astype(dtype), group).swapaxes(-1, -2), dtype) * scale
     slopes, places = {}, _places(seqlen_q, seqlen_k, options)
-    for row in FEATURES:
-        value = options.get(row.option, row.default)
-        if row.hook == "score" and row.is_asked(value):
+    for row, value in _asked(options, num_heads):
+        if row.hook == "score":
             s, slopes[row.name] = row.reference(s, value, *places)
     seen = visible(
         seqlen_q,
@@ -359,10 +368,12 @@ def _given_scores(s, options):
     The slope of a function is that of a short line through it, in float64.
     """
     slope, kept = s.dtype.type(1), np.ones((), bool)
-    axes = np.ix_(*map(np.arange, s.shape))
+    row, column, head = options.get("origin") or (0, 0, 0)
+    starts = 0, head, row, column
+    axes = np.ix_(*(first + np.arange(n) for first, n in zip(starts, s.shape, strict=True)))
     aux = [np.asarray(x) for x in options.get("aux") or ()]
     if options.get("bias") is not None:
-        s = s + np.asarray(options["bias"]).astype(s.dtype)
+        s = s + _part(options["bias"], axes).astype(s.dtype)
     if (score_mod := options.get("score_mod")) is not None:
         exact = s.astype(np.float64)
         with np.errstate(all="ignore"):
@@ -370,10 +381,17 @@ def _given_scores(s, options):
             slope = ((high - low) / (2 * _NEAR)).astype(s.dtype)
             s = np.broadcast_to(score_mod(s, *axes, *aux), s.shape).astype(s.dtype)
     if options.get("mask") is not None:
-        kept = kept & np.asarray(options["mask"])
+        kept = kept & _part(options["mask"], axes)
     if (mask_mod := options.get("mask_mod")) is not None:
         kept = kept & mask_mod(*axes, *aux)
     return s, slope, kept
+
+
+def _part(array, axes) -> np.ndarray:
+    """Of an array that broadcasts to the scores of a larger problem those at these places."""
+    array = np.asarray(array)
+    array = array.reshape((1,) * (4 - array.ndim) + array.shape)
+    return array[tuple(0 * at if n == 1 else at for n, at in zip(array.shape, axes, strict=True))]
 
 
 def _places(seqlen_q: int, seqlen_k: int, options):

@@ -188,10 +188,12 @@ class At(NamedTuple):
     """The place of a score.
 
     `first` and `step` are numbers whose difference is the distance of query and key, which the
-    functions of features take for i and j; `i` and `j` are those of the caller's program.
+    functions of features take for i and j. For the caller's program they are `far` and `step`, if
+    it looks at distances alone, or the places themselves, `i` and `j`.
     """
 
     first: f32
+    far: f32
     step: f32
     i: i32
     j: i32
@@ -206,8 +208,11 @@ class Args(NamedTuple):
 
 
 @cache
-def make_score(traits):
-    """score(s, at, args): all score functions one after another, at an `At`."""
+def make_score(traits, after_features=False):
+    """score(s, at, args): all score functions one after another, at an `At`.
+
+    With after_features the derivative is by the score that features give, not by s.
+    """
     score = _plain
     for name in reversed(traits.features):
         if name in SCORES:
@@ -220,36 +225,56 @@ def make_score(traits):
             return of_features(s, at.first, at.step, args.features)
 
         return score
-    of_program = make_program(traits.program).score
+    program = make_program(traits.program)
+    of_program, by_distance = program.score, program.score_by_distance
 
     @device_function
-    def score_with_program(s, at, args):
+    def score_by_place(s, at, args):
         t, slope = of_features(s, at.first, at.step, args.features)
         u, more = of_program(t, at.i, at.j, args.program)
+        return u, more if after_features else slope * more
+
+    @device_function
+    def score_by_distance(s, at, args):
+        t, slope = of_features(s, at.first, at.step, args.features)
+        u, more = by_distance(t, at.far, at.step, args.program)
         return u, slope * more
 
-    return score_with_program
+    return score_by_place if by_distance is None else score_by_distance
 
 
 @cache
 def make_keep(traits):
-    """keep(i, j, args): whether the caller's program lets a query see a key."""
+    """keep(at, args): whether the caller's program lets a query see a key, at an `At`."""
     if not traits.keeps_scores:
         return _keep_all
-    of_program = make_program(traits.program).keep
+    program = make_program(traits.program)
+    of_program, by_distance = program.keep, program.keep_by_distance
 
     @device_function
-    def keep(i, j, args):
-        return of_program(i, j, args.program)
+    def keep_by_place(at, args):
+        return of_program(at.i, at.j, args.program)
 
-    return keep
+    @device_function
+    def keep_by_distance(at, args):
+        return by_distance(at.far, at.step, args.program)
+
+    return keep_by_place if by_distance is None else keep_by_distance
+
+
+def looks_at_distances(traits) -> bool:
+    """Whether a function of the caller's program looks at distances alone."""
+    if not traits.program:
+        return False
+    program = make_program(traits.program)
+    return program.score_by_distance is not None or program.keep_by_distance is not None
 
 
 def make_gradient_of_score(features):
     """gradient_of_score(ds, i - j): the share of one score in the gradient of a head's argument.
 
-    `ds` is the gradient of the final score. Only one feature has such an argument, and nothing
-    after it bends scores; without it the share is that of a number added to all scores.
+    `ds` is the gradient of the score that features give. Only one of them has such an argument,
+    and none after it bends scores; without it the share is that of a number added to all scores.
     """
     found = [SCORES[name].gradient for name in features if name in SCORES]
     found = [gradient for gradient in found if gradient is not None]
@@ -287,7 +312,7 @@ def make_args_of_head(traits):
 
 
 @device_function
-def _keep_all(i, j, args):
+def _keep_all(at, args):
     return True
 
 

@@ -13,7 +13,11 @@ from numflash.runtime.views import numpy_dtype
 # directions. Those of the tensor cores go round: one or two rows of products a warp, one to three
 # stages, one or two warps, keys split or not, gradients by one kernel, by two or by three.
 SMALL_CONFIGS = {
-    "portable": ({"forward": "m16n16w2", "backward-dq": "m16n16w2", "backward-dkdv": "m16n16w2"},),
+    "portable": (
+        {"forward": "m16n16w2", "backward-dq": "m16n16w2", "backward-dkdv": "m16n16w2"},
+        {"forward": "m8n8w2", "backward-dq": "m8n16w2", "backward-dkdv": "m8n8w2"},
+        {"forward": "m16n8w2", "backward-dq": "m8n8w1", "backward-dkdv": "m16n8w1"},
+    ),
     "sm80": (
         {
             "forward": "sm80-m16n16w1s1",
@@ -320,6 +324,12 @@ def _large() -> list[AttentionCase]:
             ),
         ]
     return [*cases, *_small()]
+
+
+def halved(case: AttentionCase) -> AttentionCase:
+    """The case with half as many tokens: as many tiles of half the size."""
+    batch, seqlen_q, seqlen_k, *rest = case.shape
+    return replace(case, shape=(batch, -(-seqlen_q // 2), -(-seqlen_k // 2), *rest))
 
 
 def is_of_masks(case: AttentionCase) -> bool:

@@ -222,7 +222,7 @@ def make_backward_kernel(config: MmaBackwardConfig, traits: Traits) -> Kernel:
                         args = args_of_head(scores, batch, head)
                         j = i32(n_start + accumulator_row(MMA_ROWS))
                         i = i32(m_start + accumulator_column())
-                        corner = Corner(j, i, sequence, 1, False)
+                        corner = Corner(j, i, sequence, False)
                         apply_functions(s_acc, slopes, corner, scores.scale, scores, args)
                     if m_start < whole.first or m_start > whole.last:
                         j = i32(n_start + accumulator_row(MMA_ROWS))

@@ -44,7 +44,7 @@ from numflash.tiles.scores import (
     make_apply_functions,
     make_mask_scores,
 )
-from numflash.tiles.steps import make_row_of, make_steps_of, make_tile_at
+from numflash.tiles.steps import make_steps_of, make_tile_at
 
 
 def make_backward_dkdv_kernel(config: BackwardDkDvConfig, traits: Traits) -> Kernel:
@@ -61,7 +61,7 @@ def make_backward_dkdv_kernel(config: BackwardDkDvConfig, traits: Traits) -> Ker
     k_smem, v_smem, p_smem = (layout.offsets[name] for name in "kvp")
     k_pitch, v_pitch, p_pitch = (layout.pitches[name] for name in "kvp")
 
-    place_of_keys, row_of = make_place_of_keys(tile_n), make_row_of(traits, by_keys=True)
+    place_of_keys = make_place_of_keys(tile_n)
     steps_of = make_steps_of(traits, tile_m, by_keys=True)
     tile_at = make_tile_at(traits, tile_m, by_keys=True)
     copy = (num_threads, traits.vectorized)
@@ -137,10 +137,9 @@ def make_backward_dkdv_kernel(config: BackwardDkDvConfig, traits: Traits) -> Ker
             do_base = first_of_rows(do, batch, head, sequence.first_q)
             first_query = first_of_statistics(batch, head, shape) + sequence.first_q
             args = args_of_head(scores, batch, head)
-            blocks = row_of(mask, batch, head, n_start)
-            m_begin, m_end = steps_of(mask, blocks, tiles)
+            m_begin, m_end = steps_of(mask, batch, head, n_start, tiles)
             for step in range(m_begin, m_end):
-                m_block, is_full = tile_at(mask, blocks, step)
+                m_block, is_full = tile_at(mask, step)
                 m_start = i32(m_block * tile_m)
                 i, j = m_start + column, n_start + row
                 # All threads have read the Q and dO before these, whose place they take.
@@ -154,7 +153,7 @@ def make_backward_dkdv_kernel(config: BackwardDkDvConfig, traits: Traits) -> Ker
                 # S^T = K Q^T, dP^T = V dO^T
                 multiply_k_q(s_acc, smem, k_mine, q_mine)
                 multiply_v_do(dp_acc, smem, v_mine, do_mine)
-                apply_functions(s_acc, slopes, Corner(j, i, sequence, 1, is_full), scores, args)
+                apply_functions(s_acc, slopes, Corner(j, i, sequence, is_full), scores, args)
                 if m_start < whole.first or m_start > whole.last:
                     mask_scores(s_acc, j, i, end, from_keys)
 

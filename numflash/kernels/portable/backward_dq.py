@@ -43,7 +43,7 @@ from numflash.tiles.scores import (
     make_apply_functions,
     make_mask_scores,
 )
-from numflash.tiles.steps import make_row_of, make_steps_of, make_tile_at
+from numflash.tiles.steps import make_steps_of, make_tile_at
 
 
 def make_backward_dq_kernel(config: BackwardDqConfig, traits: Traits) -> Kernel:
@@ -61,7 +61,6 @@ def make_backward_dq_kernel(config: BackwardDqConfig, traits: Traits) -> Kernel:
     k_pitch, v_pitch, ds_pitch = (layout.pitches[name] for name in "kvp")
 
     place_of_queries = make_place_of_queries(tile_m)
-    row_of = make_row_of(traits)
     steps_of, tile_at = make_steps_of(traits, tile_n), make_tile_at(traits, tile_n)
     copy = (num_threads, traits.vectorized)
     load_q = make_load_tile(element, tile_m, traits.head_dim, k_pitch, *copy)
@@ -127,12 +126,11 @@ def make_backward_dq_kernel(config: BackwardDqConfig, traits: Traits) -> Kernel:
 
         # Tiles of keys that some of these rows see, and those that all of them see.
         last_query = last_of(m_start, tile_m, sequence.seqlen_q)
-        blocks = row_of(mask, batch, head, m_start)
         tiles = tiles_seen(m_start, last_query, tile_n, sequence)
-        n_begin, n_end = steps_of(mask, blocks, tiles)
+        n_begin, n_end = steps_of(mask, batch, head, m_start, tiles)
         whole = tiles_seen_whole(m_start, last_query, tile_n, sequence)
         for step in range(n_begin, n_end):
-            n_block, is_full = tile_at(mask, blocks, step)
+            n_block, is_full = tile_at(mask, step)
             n_start = i32(n_block * tile_n)
             cuda.syncthreads()  # the previous K and V have been read by all
             load_k(smem, k_smem, k, k_base, n_start, shape.seqlen_k, shape.head_dim)
@@ -143,7 +141,7 @@ def make_backward_dq_kernel(config: BackwardDqConfig, traits: Traits) -> Kernel:
             multiply_q_k(s_acc, smem, q_mine, k_mine)
             multiply_do_v(dp_acc, smem, do_mine, v_mine)
             i, j = m_start + row, n_start + column
-            apply_functions(s_acc, slopes, Corner(i, j, sequence, 1, is_full), scores, args)
+            apply_functions(s_acc, slopes, Corner(i, j, sequence, is_full), scores, args)
             if n_start < whole.first or n_start > whole.last:
                 mask_scores(s_acc, i, j, sequence.seqlen_k, sequence)
 

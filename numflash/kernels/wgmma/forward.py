@@ -138,7 +138,7 @@ def make_attend(config: Sm90ForwardConfig, traits: Traits):
         wait_for_s(s_acc)
         # Hazard: before this wait for S the next K would have overwritten this one.
         K.release(barriers, stage)
-        tile, is_full = tile_at(rows.mask, rows.blocks, first)
+        tile, is_full = tile_at(rows.mask, first)
         shape_scores(s_acc, rows, i32(tile * tile_n), is_full, scores.scale, scores, args)
         online_softmax(s_acc, running, factors, scale_log2)
         weigh_scores(s_acc, rows, i32(first * tile_n), args.drawn)
@@ -175,7 +175,7 @@ def make_attend(config: Sm90ForwardConfig, traits: Traits):
             K.release(barriers, stage)
 
             # P = softmax(S) of step n, with overlap beside O += P V of step n - 1
-            tile, is_full = tile_at(rows.mask, rows.blocks, n)
+            tile, is_full = tile_at(rows.mask, n)
             shape_scores(s_acc, rows, i32(tile * tile_n), is_full, scores.scale, scores, args)
             has_grown = online_softmax(s_acc, running, factors, scale_log2)
             weigh_scores(s_acc, rows, i32(n * tile_n), args.drawn)

@@ -21,7 +21,6 @@ class Rows(NamedTuple):
         sequence: the `Sequence` of the rows.
         pack: heads whose rows of a token are neighbours.
         mask: the kernel's.
-        blocks: the `BlockRow` of the block's tile (`tiles.steps`).
     """
 
     group: object
@@ -30,7 +29,6 @@ class Rows(NamedTuple):
     sequence: object
     pack: object
     mask: object
-    blocks: object
 
 
 @cache
@@ -50,7 +48,7 @@ def make_shape_scores(tile_n, traits):
         if has_functions:
             i = i32(rows.place.start + accumulator_row(MMA_ROWS))
             j = i32(n_start + accumulator_column())
-            corner = Corner(i, j, rows.sequence, rows.pack, is_full)
+            corner = Corner(i, j, rows.sequence, is_full)
             apply_functions(s_acc, s_acc, corner, scale, scores, args)
         if n_start < rows.whole.first or n_start > rows.whole.last:
             i = i32(rows.place.start + accumulator_row(MMA_ROWS))

@@ -59,6 +59,10 @@ def test_the_key_tells_apart_whatever_a_call_is_made_ready_for():
         "shift": 3,
         "window_size": (3, None),
         "softcap": 2.0,
+        "origin": (0, 0, 0),
+        "score_mod": lambda score, b, h, i, j: score + 1,
+        "mask_mod": lambda b, h, i, j: i > j,
+        "aux": (1.0,),
         "layout": "bhsd",
         "precision": "tf32",
         "config": "m16n16w2",
@@ -75,6 +79,7 @@ def test_the_key_tells_apart_whatever_a_call_is_made_ready_for():
         ("causal", True, 1),
         ("window_size", (1, 2), (True, 2)),
         ("max_rel_error", 1, True),
+        ("origin", (0, 0, 1), (0, 0, True)),
     ):
         assert AttentionOptions(**{name: one}).key() != AttentionOptions(**{name: other}).key()
 
