@@ -30,7 +30,8 @@ from .space.machines import Machine
 from .space.target import find_target
 
 _PROBLEMS = (
-    "--head-dim 64 128 --seqlen 4096",
+    "--head-dim 64 128 256 --seqlen 4096",
+    "--head-dim 192 --head-dim-v 128 --seqlen 4096",
     # Decoding: one query of each sequence, and many keys.
     "--pass forward --head-dim 64 128 --mask full --seqlen-q 1 --seqlen 65536 --batch 2",
     "--pass forward --head-dim 128 --mask full --seqlen-q 1 --seqlen 65536 --heads-kv 4",
@@ -61,7 +62,7 @@ def make_table(name: str, folder: Path, jobs: int, quiet: bool) -> list[Entry]:
         for number, space in enumerate(spaces, 1):
             title = f"{name} [{number}/{len(spaces)}] {space.problem}"
             session.tune(space, len(spaces), title, quiet)
-    entries = [entry for entry in session.entries if not _is_default(target.machine, entry)]
+    entries = [entry for entry in session.entries if why_not(target.machine, entry) is None]
     tables.write(tables.path_of(name), {target.key: entries}, tables.made_now())
     return entries
 
