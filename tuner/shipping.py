@@ -63,7 +63,9 @@ def make_table(name: str, folder: Path, jobs: int, quiet: bool) -> list[Entry]:
             title = f"{name} [{number}/{len(spaces)}] {space.problem}"
             session.tune(space, len(spaces), title, quiet)
     entries = [entry for entry in session.entries if why_not(target.machine, entry) is None]
-    tables.write(tables.path_of(name), {target.key: entries}, tables.made_now())
+    found = {entry.problem for entry in entries}
+    stays = [str(space.problem) for space in spaces if space.problem not in found]
+    tables.write(tables.path_of(name), {target.key: entries}, tables.made_now(), stays)
     return entries
 
 
@@ -90,7 +92,7 @@ def strip(path: Path) -> list[str]:
         table[device] = [entry for entry, why in found if why is None]
         removed += [f"{device.name}: {e.problem}: {e.config} {why}" for e, why in found if why]
     if removed:
-        tables.write(path, table, made)
+        tables.write(path, table, made, tables.default_stays(path))
     return removed
 
 
