@@ -153,9 +153,18 @@ class Args(NamedTuple):
     program: object
 
 
+def _functions_of(traits):
+    """The program's functions, with those of its reads where a kernel is about one."""
+    return make_program(traits.program, with_partials=traits.read != "")
+
+
 @cache
-def make_score(traits):
-    """score(s, at, args): all score functions one after another, at an `At`."""
+def make_score(traits, after_features=False):
+    """score(s, at, args): all score functions one after another, at an `At`.
+
+    With after_features the derivative is by the score that features give, not by s. With
+    `traits.read` it is by the element that is read.
+    """
     score = _plain
     for name in reversed(traits.features):
         if name in SCORES:
@@ -168,13 +177,24 @@ def make_score(traits):
             return of_features(s, at.first, at.step, args.features)
 
         return score
-    of_program = make_program(traits.program).score
+    functions = _functions_of(traits)
+    of_program = functions.score
+    if traits.read:
+        partial, _ = functions.partials[int(traits.read)]
+
+        @device_function
+        def score_with_partial(s, at, args):
+            t, _ = of_features(s, at.first, at.step, args.features)
+            u, _ = of_program(t, at.i, at.j, args.program)
+            return u, partial(t, at.i, at.j, args.program)
+
+        return score_with_partial
 
     @device_function
     def score_with_program(s, at, args):
         t, slope = of_features(s, at.first, at.step, args.features)
         u, more = of_program(t, at.i, at.j, args.program)
-        return u, slope * more
+        return u, more if after_features else slope * more
 
     return score_with_program
 
@@ -184,7 +204,7 @@ def make_keep(traits):
     """keep(i, j, args): whether the caller's program lets a query see a key."""
     if not traits.keeps_scores:
         return _keep_all
-    of_program = make_program(traits.program).keep
+    of_program = _functions_of(traits).keep
 
     @device_function
     def keep(i, j, args):
@@ -193,13 +213,37 @@ def make_keep(traits):
     return keep
 
 
-def make_gradient_of_score(features):
+@cache
+def make_offset(traits):
+    """(known, offset): where the read of `traits` lies in its array.
+
+    known(given, batch, head) is what a head knows; offset(i, j, known) is in elements.
+    """
+    functions = _functions_of(traits)
+    known_of_head, (_, offset) = functions.known_of_head, functions.partials[int(traits.read)]
+
+    @device_function
+    def known(given, batch, head):
+        return known_of_head(given, i32(batch), i32(head + given.first_head))
+
+    return known, offset
+
+
+@device_function
+def _absolute_gradient(ds, distance):
+    return abs(ds)
+
+
+def make_gradient_of_score(traits):
     """gradient_of_score(ds, i - j): the share of one score in the gradient of a head's argument.
 
-    `ds` is the gradient of the final score. Only one feature has such an argument, and nothing
-    after it bends scores; without it the share is that of a number added to all scores.
+    `ds` is the gradient of the score that features give. Only one of them has such an argument,
+    and none after it bends scores; without it the share is that of a number added to all scores.
+    With `traits.read` ds is the gradient of the element that is read.
     """
-    found = [SCORES[name].gradient for name in features if name in SCORES]
+    if traits.read:
+        return _absolute_gradient if traits.absolute else _ones_gradient
+    found = [SCORES[name].gradient for name in traits.features if name in SCORES]
     found = [gradient for gradient in found if gradient is not None]
     (gradient,) = found or [_ones_gradient]
     return gradient
@@ -220,7 +264,7 @@ def make_args_of_head(traits):
             return Args(of_features(scores.features, batch, head), f32(0))
 
         return args_of_head
-    known_of_head = make_program(traits.program).known_of_head
+    known_of_head = _functions_of(traits).known_of_head
 
     @device_function
     def args_with_program(scores, batch, head):

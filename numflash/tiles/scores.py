@@ -69,14 +69,15 @@ def make_place_of_score(traits, by_row):
 
 
 @cache
-def make_apply_functions(rows, columns, traits, by_row, keeps_slopes):
+def make_apply_functions(rows, columns, traits, by_row, keeps_slopes, after_features=False):
     """apply_functions(s_acc, slopes, corner, scores, args)
 
     Turns products Q K^T into scores, in place: s = scores.scale s, and what the functions of
     `traits` make of it; `args` are theirs. With keeps_slopes `slopes` receives the derivative
-    of each score by the scaled product. Queries are the rows of the tile, or its columns.
+    of each score by the scaled product, or with after_features by what features made of that.
+    Queries are the rows of the tile, or its columns.
     """
-    n_scores, score = rows * columns, make_score(traits)
+    n_scores, score = rows * columns, make_score(traits, after_features)
     place, place_of_score = make_place(by_row), make_place_of_score(traits, by_row)
     has_keep, keep = traits.keeps_scores, make_keep(traits)
 
