@@ -188,7 +188,7 @@ def _on_host(options: dict) -> dict:
     given = [name for name in arrays if options.get(name) is not None]
     found = options | {name: to_numpy(options[name]) for name in given}
     if "aux" in options:
-        found["aux"] = tuple(x if np.ndim(x) == 0 else to_numpy(x) for x in options["aux"])
+        found["aux"] = tuple(to_numpy(x) if hasattr(x, "shape") else x for x in options["aux"])
     return found
 
 
