@@ -6,12 +6,13 @@ made with (`made`: kernels, compilers, model), so that one without entries can b
 
 import json
 import re
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numflash.selection.shipped
 from numflash.machine_code.compiler import versions
-from numflash.machine_code.sources import source_hash
+from numflash.machine_code.sources import family_hash
 from numflash.runtime.files import replace_file
 from numflash.selection.entries import DeviceKey, Entry, Row, format_table, parse_table
 
@@ -30,6 +31,8 @@ GPUS = (
     "NVIDIA B200",
     "NVIDIA GeForce RTX 5090",
 )
+FAMILIES = ("forward", "combine", "backward-dkdv", "backward-dq")
+"""Families of kernels that a table has configs of."""
 _BRIEF = 12
 
 
@@ -50,7 +53,8 @@ def paths() -> list[Path]:
 
 def made_now() -> dict[str, Any]:
     """The versions that a table made now is made with."""
-    return {"kernels": source_hash(), "compilers": versions(), "model": model.source_hash()}
+    kernels = sha256("".join(map(family_hash, FAMILIES)).encode()).hexdigest()
+    return {"kernels": kernels, "compilers": versions(), "model": model.source_hash()}
 
 
 def write(path: Path, entries: dict[DeviceKey, list[Entry]], made: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import numflash
 from bench.fp8_accuracy.inputs import Input
 from bench.fp8_accuracy.methods import METHODS
-from numflash.api.check import to_numpy
+from numflash.runtime.arrays import to_numpy
 from numflash.runtime.errors import UnsupportedError
 
 

@@ -6,6 +6,7 @@
 import math
 from typing import Any, NamedTuple
 
+from numflash.calls.arguments import mask_record
 from numflash.configs import ClearSumsConfig, RoundSumsConfig
 from numflash.kernels.arguments import Axes, Reduced, given_of
 from numflash.problem.array_gradients import ArrayGradient, given_of_sums
@@ -52,7 +53,7 @@ def kernels_of_array(
         what = f"the gradient of {gradient.name}"
         blocks = num_blocks(what, problem.seqlen_q, heads, choice.config.tile_m)
         more = {"array_gradient": f"d{gradient.name}", "reduced": reduced}
-        return ArrayKernels({}, {}, [(choice, blocks, more)])
+        return ArrayKernels({}, {}, [*_cleared(gradient), (choice, blocks, more)])
     of_queries = gradient.way == "rows"
     length = problem.seqlen_q if of_queries else problem.seqlen_k
     shares = f"shares of {gradient.name}"
@@ -62,8 +63,30 @@ def kernels_of_array(
     reduced = _reduced(problem, gradient, "i" if of_queries else "j")
     sums = array_sums(gradient.dtype, math.prod(reduced.summed))
     of_sums = {"shares": shares, "array_gradient": f"d{gradient.name}", "reduced": reduced}
-    launches = [(choice, blocks, {parameter: shares}), (sums, math.prod(reduced.kept), of_sums)]
+    of_shares = {parameter: shares}
+    if not of_queries:
+        of_shares["mask"] = mask_record(problem, by_keys=True)
+    launches = [
+        *_cleared(gradient),
+        (choice, blocks, of_shares),
+        (sums, math.prod(reduced.kept), of_sums),
+    ]
     return ArrayKernels(workspaces, {}, launches)
+
+
+def _cleared(gradient: ArrayGradient) -> list[tuple[Choice, int, dict[str, Any]]]:
+    """The launch that writes zeros where the call does not reach; none where it reaches all."""
+    if not gradient.is_larger:
+        return []
+    name, elements = f"d{gradient.name}", math.prod(gradient.shape)
+    return [_clearing(f"the gradient of {gradient.name}", name, elements, gradient.dtype)]
+
+
+def _clearing(what: str, name: str, elements: int, dtype: str):
+    clear = ClearSumsConfig()
+    blocks = num_blocks(what, elements, 1, clear.block_rows)
+    arguments = {"array_gradient": name, "elements": elements}
+    return fixed_point(clear, dtype), blocks, arguments
 
 
 def _reduced(problem: AttentionProblem, gradient: ArrayGradient, along: str) -> Reduced:
@@ -74,6 +97,7 @@ def _reduced(problem: AttentionProblem, gradient: ArrayGradient, along: str) -> 
     return Reduced(
         Axes(*(n if by in strides else 1 for by, n in sizes.items())),
         Axes(*(1 if by in strides else n for by, n in sizes.items())),
+        gradient.first,
         strides.get("b", 0),
         strides.get("h", 0),
         strides.get(along, 0),
@@ -115,11 +139,12 @@ def _scattered(
         num_heads_q=1, batch_size=len(gradient.reads) * problem.batch * problem.num_heads_q
     )
     launches.append((HEAD_SUMS, 1, {"row_gradients": bounds, "sums": total, "shape": shape}))
-    clear, rounded = ClearSumsConfig(), RoundSumsConfig()
-    blocks = num_blocks(f"the gradient of {name}", elements, 1, clear.block_rows)
-    launches.append((fixed_point(clear, "float32"), blocks, more))
+    # Zeros of 64 bits are two of 32.
+    launches.append(_clearing(f"the gradient of {name}", fixed, 2 * elements, "float32"))
     for choice in choices[len(gradient.reads) :]:
         launches.append((choice, _blocks(problem, choice), more))
+    rounded = RoundSumsConfig()
+    blocks = num_blocks(f"the gradient of {name}", elements, 1, rounded.block_rows)
     launches.append((fixed_point(rounded, gradient.dtype), blocks, more))
     return ArrayKernels(workspaces, parts, launches)
 

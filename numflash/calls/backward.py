@@ -12,6 +12,7 @@ from numflash.calls.arguments import (
     arguments_of,
     copy_all_rows,
     lse_shape,
+    mask_record,
     of_each_query,
     traits_of,
     with_contiguous_rows,
@@ -144,6 +145,7 @@ class Backward:
         rows, heads = problem.seqlen_q, problem.num_heads_q
         if family == "backward-dkdv":
             rows, heads = problem.seqlen_k, problem.num_heads_kv
+            arguments = arguments | {"mask": mask_record(problem, by_keys=True)}
         if getattr(choice.config, "apart", False):
             heads *= 2
         if problem.batch and rows:

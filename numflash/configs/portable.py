@@ -302,7 +302,7 @@ class ArraySumsConfig(HeadSumsConfig):
 
 @dataclass(frozen=True)
 class ClearSumsConfig(_ByRow):
-    """Each thread clears a sum in fixed point."""
+    """Each thread writes a zero."""
 
     num_warps: int = number("w", 8, always=True)
 
@@ -310,7 +310,7 @@ class ClearSumsConfig(_ByRow):
 
     @property
     def block_rows(self) -> int:
-        """Sums that one block has."""
+        """Elements that one block has."""
         return self.num_threads
 
 

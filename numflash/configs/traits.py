@@ -182,10 +182,15 @@ class Traits:
         return any(row.bends for row in rows_of(self.features)) or self.program_bends
 
     @property
+    def drops_weights(self) -> bool:
+        """Whether a feature weighs P once a row has its sum."""
+        return any(row.hook == "weigh" for row in rows_of(self.features))
+
+    @property
     def of_a_head(self) -> str | None:
         """The heads' own values that forbid packing them; None if they can be packed."""
-        if self.program and "h" in Program.parse(self.program).uses:
-            return "a function"
+        if self.program and Program.parse(self.program).uses & {"h", "i"}:
+            return "a function of queries"
         return next((row.of_a_head for row in rows_of(self.features) if row.of_a_head), None)
 
     def torn(self, tile_m: int, tile_n: int) -> str | None:

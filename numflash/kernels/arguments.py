@@ -215,11 +215,13 @@ class Reduced(NamedTuple):
     """How an array goes with scores: its axes, and those that share its elements.
 
     An array has `kept` elements along an axis of the scores, and `summed` neighbours share each;
-    one of both is 1. `batch`, `head`, `row` and `column` are its strides, in elements.
+    one of both is 1. `batch`, `head`, `row` and `column` are its strides, in elements, and `first`
+    is the offset of the element of the first batch entry, head, query and key.
     """
 
     kept: Axes
     summed: Axes
+    first: i64
     batch: i64
     head: i64
     row: i64

@@ -105,6 +105,16 @@ def get_cubin(config: Config, traits: Traits, limits: Architecture) -> Cubin:
     return cubin
 
 
+def known_cubin(config: Config, traits: Traits, limits: Architecture) -> Cubin | None:
+    """As `get_cubin`, from memory or disk; None if it would have to be compiled."""
+    config = getattr(config, "compiled", config)
+    key = content_key("", config, traits, limits)
+    cubin = _cubins.get(key)
+    if cubin is None and (cubin := _from_disk(key, limits)) is not None:
+        cubin = _cubins.setdefault(key, cubin)
+    return cubin
+
+
 def content_key(kind: str, config: Config, traits: Traits, limits: Architecture) -> str:
     """Everything that decides a kernel's code; `kind` is empty for a cubin."""
     parts = [config.family, str(config), str(traits), limits.arch, kernel_hash(config)]

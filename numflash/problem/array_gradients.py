@@ -16,6 +16,7 @@ from typing import NamedTuple
 from numflash.functions.program import Partial, Program
 from numflash.problem.options import AttentionOptions
 from numflash.problem.problem import AttentionProblem
+from numflash.runtime.errors import UnsupportedError
 from numflash.runtime.views import ArrayView, contiguous_strides
 
 
@@ -30,6 +31,8 @@ class ArrayGradient(NamedTuple):
         reads: the numbers of its reads among the program's partials.
         strides: of its gradient, by "b", "h", "i" and "j": along axes that scores have; in the
             ways but "scatter".
+        first: the offset of the element of the call's first query, key and head.
+        is_larger: whether it has elements that the call does not reach.
     """
 
     name: str
@@ -39,6 +42,8 @@ class ArrayGradient(NamedTuple):
     way: str
     reads: tuple[int, ...]
     strides: Mapping[str, int]
+    first: int = 0
+    is_larger: bool = False
 
     @property
     def kernels(self) -> tuple[tuple[str, int, bool], ...]:
@@ -83,34 +88,40 @@ def _gradient(
     if not found:
         return ValueError(f"wrt names {name!r}, and no score changes with it")
     reads = tuple(n for n, _ in found)
-    axes = _axes(name, view, found[0][1], problem) if len(found) == 1 else None
-    way, strides = "scatter", {}
-    if axes is not None:
-        by_axis = zip(axes, contiguous_strides(view.shape), strict=True)
-        strides = {letter: stride for letter, stride in by_axis if letter}
-        of_tiles = "i" in strides and "j" in strides
-        way = "tiles" if of_tiles else "columns" if "j" in strides else "rows"
-    return ArrayGradient(name, k, view.shape, view.dtype, way, reads, strides)
+    if any("s" in index.uses for _, each in found for index in each.load.args):
+        return UnsupportedError(
+            f"wrt names {name!r}, which score_mod reads at a place that depends on the score"
+        )
+    axes = _axes(name, view, found[0][1]) if len(found) == 1 else None
+    if axes is None:
+        return ArrayGradient(name, k, view.shape, view.dtype, "scatter", reads, {})
+    by_axis = zip(axes, contiguous_strides(view.shape), strict=True)
+    strides = {letter: stride for letter, stride in by_axis if letter}
+    of_tiles = "i" in strides and "j" in strides
+    way = "tiles" if of_tiles else "columns" if "j" in strides else "rows"
+    row, column, head = problem.origin
+    begins = {"b": 0, "h": head, "i": row, "j": column}
+    first = sum(stride * begins[letter] for letter, stride in strides.items())
+    sizes = zip(axes, view.shape, strict=True)
+    is_larger = any(by and n != _extents(problem)[by] for by, n in sizes)
+    return ArrayGradient(name, k, view.shape, view.dtype, way, reads, strides, first, is_larger)
 
 
-def _axes(
-    name: str, view: ArrayView, partial: Partial, problem: AttentionProblem
-) -> tuple[str, ...] | None:
+def _extents(problem: AttentionProblem) -> dict[str, int]:
+    """The sizes of scores along each axis."""
+    sizes = problem.batch, problem.num_heads_q, problem.seqlen_q, problem.seqlen_k
+    return dict(zip("bhij", sizes, strict=True))
+
+
+def _axes(name: str, view: ArrayView, partial: Partial) -> tuple[str, ...] | None:
     """What each axis goes by, "" if it has one element; None if that is not all about it."""
     axes = partial.axes
     if name == "bias":
         # The program leaves out axes of stride 0, whose elements have gradients of their own.
         axes = "bhij"[4 - len(view.shape) :]
-    extents = {
-        "b": problem.batch,
-        "h": problem.num_heads_q,
-        "i": problem.seqlen_q,
-        "j": problem.seqlen_k,
-    }
     axes = tuple("" if n == 1 else by for by, n in zip(axes, view.shape, strict=True))
-    long = [(by, n) for by, n in zip(axes, view.shape, strict=True) if n != 1]
-    fits = all(extents.get(by) == n for by, n in long)
-    return axes if fits and len({by for by, _ in long}) == len(long) else None
+    letters = [by for by, n in zip(axes, view.shape, strict=True) if n != 1]
+    return axes if set(letters) <= set("bhij") and len(set(letters)) == len(letters) else None
 
 
 def given_of_sums(problem: AttentionProblem, gradient: ArrayGradient) -> tuple:

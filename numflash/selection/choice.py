@@ -13,6 +13,7 @@ from numflash.configs.features import rows_of
 from numflash.problem.classes import ProblemClass
 from numflash.problem.gradients import Gradients
 from numflash.problem.problem import AttentionProblem
+from numflash.runtime.devices import Architecture
 from numflash.runtime.driver import Machine, device_name, limits_of_device, multiprocessors
 from numflash.runtime.errors import UnsupportedError
 from numflash.runtime.gpus import Gpu
@@ -28,7 +29,15 @@ from numflash.selection.geometry import (
     rows_packed,
     with_splits,
 )
-from numflash.selection.rules import Choice, choose, choose_forward, force, without_bulk_copies
+from numflash.selection.rules import (
+    Choice,
+    Spills,
+    choose,
+    choose_forward,
+    force,
+    without_bulk_copies,
+)
+from numflash.selection.spills import spilled_bytes
 
 FORWARD = ("forward", "combine")
 BACKWARD = ("backward-dkdv", "backward-dq")
@@ -194,7 +203,8 @@ def _forward(
     if config is not None:
         choice = force("forward", config, traits, limits, problem.softmax_scale > 0, problem)
     else:
-        choice = by_rule = choose_forward(problem, traits, limits, num_sms)
+        spills = _spills(limits, runs)
+        choice = by_rule = choose_forward(problem, traits, limits, num_sms, spills)
         if not (traits.fp8 or traits.selected):
             rows = problem.seqlen_q * rows_packed(problem)
             choice = _tuned(by_rule, problem, traits, machine, rows, runs)
@@ -242,7 +252,7 @@ def _combine(
 
     It is the same after 8-bit floats, but then nothing is captured or tuned.
     """
-    plain = replace(traits, fp8=False, key_scales=False)
+    plain = replace(traits, fp8=False, key_scales=False, blocks=())
     if config is not None:
         return force("combine", config, plain, machine.limits)
     choice = choose("combine", plain, machine.limits)
@@ -252,12 +262,17 @@ def _combine(
 
 
 def traits_of_delta(traits: Traits, gradients: Gradients) -> Traits:
-    """The traits of the kernel of delta: of the features those whose gradient it begins."""
+    """The traits of the kernel of delta.
+
+    Of the features those whose gradient it begins, and those that weigh P, whose factor it has.
+    """
     begun = gradients.options_of("delta", traits.features)
-    features = tuple(row.name for row in rows_of(traits.features) if row.option in begun)
+    asked = rows_of(traits.features)
+    features = tuple(row.name for row in asked if row.option in begun or row.hook == "weigh")
     return replace(
         traits,
         features=features,
+        blocks=(),
         dlse=gradients.dlse,
         given_delta=gradients.delta,
         plain_delta=bool(gradients.arrays)
@@ -290,7 +305,7 @@ def _backward(
         if family in forced:
             choices[family] = force(family, forced[family], traits, limits, positive)
             continue
-        choice = choose(family, traits, limits, rows, positive)
+        choice = choose(family, traits, limits, rows, positive, spills=_spills(limits, runs))
         if family in BACKWARD:
             choice = _tuned(choice, problem, traits, machine, rows, runs)
             times.append(choice.measured_ms)
@@ -327,6 +342,11 @@ def _of_arrays(
     return found
 
 
+def _spills(limits: Architecture, runs: bool) -> Spills:
+    """What `rules` asks of a config that fits."""
+    return lambda config, traits: spilled_bytes(config, traits, limits, runs)
+
+
 def _tuned(
     choice: Choice,
     problem: AttentionProblem,
@@ -337,9 +357,9 @@ def _tuned(
 ) -> Choice:
     """The tuned config for a problem in the place of the one by rule, if there is one.
 
-    There is none for the caller's functions: what they cost no table knows.
+    There is none for the caller's functions and block masks: what they cost no table knows.
     """
-    if traits.program:
+    if traits.program or traits.blocks:
         return choice
     wanted = ProblemClass.of(choice.family, problem, traits)
     if runs:

@@ -18,14 +18,14 @@ BENCH = ROOT.parent / "bench"
 # import any, and none may import it.
 ARROWS = {
     "runtime": "",
-    "configs": "runtime",
-    "functions": "runtime",
-    "problem": "configs runtime",
+    "functions": "",
+    "configs": "functions runtime",
+    "problem": "configs functions runtime",
     "reference": "configs",
     "simulator": "problem runtime",
     "ptx": "configs runtime simulator",
     "tiles": "functions ptx",
-    "kernels": "configs ptx runtime tiles",
+    "kernels": "configs functions ptx runtime tiles",
     "machine_code": "configs kernels ptx runtime",
     "executor": "configs problem ptx runtime simulator",
     "selection": "configs machine_code problem runtime",

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 import numflash
-from numflash import reference
 from numflash.calls import ready
 from numflash.calls.launch import Launcher
 from numflash.runtime.arrays import _NumPy
@@ -57,9 +56,7 @@ def inputs(dtype="float32", heads_kv=2, head_dim=8, shape=SHAPE, seed=0):
     batch, heads, queries, keys = shape
     rng = np.random.default_rng(seed)
     shapes = [(queries, heads), (keys, heads_kv), (keys, heads_kv), (queries, heads)]
-    return [
-        rng.standard_normal((batch, *each, head_dim)).astype(DTYPES[dtype]) for each in shapes
-    ]
+    return [rng.standard_normal((batch, *each, head_dim)).astype(DTYPES[dtype]) for each in shapes]
 
 
 def normal(shape, dtype="float32", seed=1):

@@ -25,7 +25,7 @@ from numflash.tiles.blocks import (
 from numflash.tiles.features import make_args_of_head
 from numflash.tiles.portable.elements import ELEMENTS
 from numflash.tiles.portable.lanes import COLUMN_LANES, FULL_WARP
-from numflash.tiles.steps import make_row_of, make_steps_of, make_tile_at
+from numflash.tiles.steps import make_steps_of, make_tile_at
 
 
 def make_backward_columns_kernel(config: BackwardColumnsConfig, traits: Traits) -> Kernel:
@@ -35,7 +35,7 @@ def make_backward_columns_kernel(config: BackwardColumnsConfig, traits: Traits) 
     n_scores, storage = rows * columns, ELEMENTS[traits.dtype].storage
     # K has room for a tile_n of each warp: its rows are longer than 32, the most warps.
     sums_smem = config.smem_layout(traits).offsets["k"]
-    args_of_head, row_of = make_args_of_head(traits), make_row_of(traits, by_keys=True)
+    args_of_head = make_args_of_head(traits)
     steps_of = make_steps_of(traits, tile_m, by_keys=True)
     tile_at = make_tile_at(traits, tile_m, by_keys=True)
 
@@ -68,12 +68,11 @@ def make_backward_columns_kernel(config: BackwardColumnsConfig, traits: Traits) 
 
         # Tiles of queries that see some of these keys, and those that see all of them.
         from_keys, last_key = seen_from_keys(sequence), last_of(n_start, tile_n, sequence.seqlen_k)
-        blocks = row_of(mask, batch, head, n_start)
         tiles = tiles_seen(n_start, last_key, tile_m, from_keys)
-        m_begin, m_end = steps_of(mask, blocks, tiles)
+        m_begin, m_end = steps_of(mask, batch, head, n_start, tiles)
         whole = tiles_seen_whole(n_start, last_key, tile_m, from_keys)
         for step in range(m_begin, m_end):
-            m_block, is_full = tile_at(mask, blocks, step)
+            m_block, is_full = tile_at(mask, step)
             m_start = i32(m_block * tile_m)
             # All threads have read the Q and dO before these, whose place they take.
             cuda.syncthreads()

@@ -27,7 +27,7 @@ from numflash.tiles.features import make_args_of_head, make_gradient_of_score
 from numflash.tiles.portable.elements import ELEMENTS
 from numflash.tiles.portable.lanes import COLUMN_LANES, ROW_LANES
 from numflash.tiles.portable.softmax import row_sum_of_lanes
-from numflash.tiles.steps import make_row_of, make_steps_of, make_tile_at
+from numflash.tiles.steps import make_steps_of, make_tile_at
 
 
 def make_backward_rows_kernel(config: BackwardRowsConfig, traits: Traits) -> Kernel:
@@ -36,7 +36,7 @@ def make_backward_rows_kernel(config: BackwardRowsConfig, traits: Traits) -> Ker
     of_tiles = make_score_gradients(config, traits, before_program=True)
     load_queries, load_keys, compute, place, rows, columns = of_tiles
     n_scores, storage = rows * columns, ELEMENTS[traits.dtype].storage
-    place_of_queries, row_of = make_place_of_queries(tile_m), make_row_of(traits)
+    place_of_queries = make_place_of_queries(tile_m)
     steps_of, tile_at = make_steps_of(traits, tile_n), make_tile_at(traits, tile_n)
     args_of_head = make_args_of_head(traits)
     gradient_of_score = make_gradient_of_score(traits)
@@ -69,12 +69,11 @@ def make_backward_rows_kernel(config: BackwardRowsConfig, traits: Traits) -> Ker
         # Tiles of keys that some of these rows see, and those that all of them see.
         row, column = place()
         last_query = last_of(m_start, tile_m, sequence.seqlen_q)
-        blocks = row_of(mask, batch, head, m_start)
         tiles = tiles_seen(m_start, last_query, tile_n, sequence)
-        n_begin, n_end = steps_of(mask, blocks, tiles)
+        n_begin, n_end = steps_of(mask, batch, head, m_start, tiles)
         whole = tiles_seen_whole(m_start, last_query, tile_n, sequence)
         for step in range(n_begin, n_end):
-            n_block, is_full = tile_at(mask, blocks, step)
+            n_block, is_full = tile_at(mask, step)
             n_start = i32(n_block * tile_n)
             # All threads have read the K and V before these, whose place they take.
             cuda.syncthreads()

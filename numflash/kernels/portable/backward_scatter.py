@@ -39,7 +39,7 @@ from numflash.tiles.fixed_point import is_finite_sum, scale_of_sum
 from numflash.tiles.portable.elements import ELEMENTS
 from numflash.tiles.portable.lanes import COLUMN_LANES, ROW_LANES
 from numflash.tiles.scores import Corner, make_place
-from numflash.tiles.steps import make_row_of, make_steps_of, make_tile_at
+from numflash.tiles.steps import make_steps_of, make_tile_at
 
 # What the kernel is about where nobody asks: a table of relative positions.
 _TABLE = "1;float32[1u];score=add(aux0[sub(j,i)],s)"
@@ -52,7 +52,7 @@ def make_backward_scatter_kernel(config: BackwardScatterConfig, traits: Traits) 
     tile_m, tile_n = config.tile_m, config.tile_n
     load_queries, load_keys, compute, place, rows, columns = make_score_gradients(config, traits)
     n_scores, storage = rows * columns, ELEMENTS[traits.dtype].storage
-    place_of_queries, row_of = make_place_of_queries(tile_m), make_row_of(traits)
+    place_of_queries = make_place_of_queries(tile_m)
     steps_of, tile_at = make_steps_of(traits, tile_n), make_tile_at(traits, tile_n)
     args_of_head, place_of_score = make_args_of_head(traits), make_place(True)
     known_of_head, offset = make_offset(traits)
@@ -87,15 +87,14 @@ def make_backward_scatter_kernel(config: BackwardScatterConfig, traits: Traits) 
         # Tiles of keys that some of these rows see, and those that all of them see.
         row, column = place()
         last_query = last_of(m_start, tile_m, sequence.seqlen_q)
-        blocks = row_of(mask, batch, head, m_start)
         tiles = tiles_seen(m_start, last_query, tile_n, sequence)
-        n_begin, n_end = steps_of(mask, blocks, tiles)
+        n_begin, n_end = steps_of(mask, batch, head, m_start, tiles)
         if not is_finite_sum(absolute_sum[0]):
             # All sums will be NaN, and there is no unit.
             n_end = n_begin
         whole = tiles_seen_whole(m_start, last_query, tile_n, sequence)
         for step in range(n_begin, n_end):
-            n_block, is_full = tile_at(mask, blocks, step)
+            n_block, is_full = tile_at(mask, step)
             n_start = i32(n_block * tile_n)
             # All threads have read the K and V before these, whose place they take.
             cuda.syncthreads()
@@ -105,13 +104,13 @@ def make_backward_scatter_kernel(config: BackwardScatterConfig, traits: Traits) 
             is_whole = n_start >= whole.first and n_start <= whole.last
             tile, of_rows = (m_start, n_start, is_whole, is_full), (lses, deltas)
             compute(ds_acc, s_acc, smem, of_rows, tile, sequence, scores, args)
-            corner = Corner(i32(m_start + row), i32(n_start + column), sequence, i32(1), is_full)
+            corner = Corner(i32(m_start + row), i32(n_start + column), sequence, is_full)
             for e in range(n_scores):
                 r, c = ROW_LANES * (e // columns), COLUMN_LANES * (e % columns)
                 summand = i64(ds_acc[e] * scale)
                 if summand != 0:
                     i, j = place_of_score(corner, r, c, scores)
-                    target = offset(i, j, known)
+                    target = offset(f32(0), i, j, known)
                     if target != element:
                         if total != 0:
                             red_global_add_s64(fixed_sums, element, total)

@@ -34,7 +34,7 @@ from numflash.tiles.blocks import (
 from numflash.tiles.features import make_args_of_head
 from numflash.tiles.portable.elements import ELEMENTS
 from numflash.tiles.portable.lanes import COLUMN_LANES, ROW_LANES
-from numflash.tiles.steps import make_row_of, make_steps_of, make_tile_at
+from numflash.tiles.steps import make_steps_of, make_tile_at
 
 
 def make_backward_tiles_kernel(config: BackwardTilesConfig, traits: Traits) -> Kernel:
@@ -44,7 +44,7 @@ def make_backward_tiles_kernel(config: BackwardTilesConfig, traits: Traits) -> K
     n_scores, storage = rows * columns, ELEMENTS[traits.dtype].storage
     result = ELEMENTS[traits.dtype_of_read]
     from_f32 = result.from_f32
-    args_of_head, row_of = make_args_of_head(traits), make_row_of(traits)
+    args_of_head = make_args_of_head(traits)
     steps_of, tile_at = make_steps_of(traits, tile_n), make_tile_at(traits, tile_n)
 
     def backward_tiles(
@@ -83,10 +83,9 @@ def make_backward_tiles_kernel(config: BackwardTilesConfig, traits: Traits) -> K
         is_whole = n_start >= whole.first and n_start <= whole.last
         for batch in range(first_batch, first_batch + reduced.summed.batch):
             for head in range(first_head, first_head + reduced.summed.heads):
-                blocks = row_of(mask, batch, head, m_start)
-                begin, end = steps_of(mask, blocks, seen)
+                begin, end = steps_of(mask, batch, head, m_start, seen)
                 for step in range(begin, end):
-                    _, is_full = tile_at(mask, blocks, step)
+                    _, is_full = tile_at(mask, step)
                     args = args_of_head(scores, batch, head)
                     # All threads have read the tiles of the head before, whose place these take.
                     cuda.syncthreads()
@@ -100,7 +99,7 @@ def make_backward_tiles_kernel(config: BackwardTilesConfig, traits: Traits) -> K
                     for i in range(n_scores):
                         sums[i] += ds_acc[i]
 
-        base = i64(first_batch) * reduced.batch + i64(first_head) * reduced.head
+        base = reduced.first + i64(first_batch) * reduced.batch + i64(first_head) * reduced.head
         for i in range(n_scores):
             r = i32(m_start + row + ROW_LANES * (i // columns))
             c = i32(n_start + column + COLUMN_LANES * (i % columns))

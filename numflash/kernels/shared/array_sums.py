@@ -50,7 +50,7 @@ def make_array_sums_kernel(config: ArraySumsConfig, traits: Traits) -> Kernel:
             total = f32(0)
             for i in range(num_warps):
                 total += smem[i]
-            of_head = i64(batch) * reduced.batch + i64(head) * reduced.head
+            of_head = reduced.first + i64(batch) * reduced.batch + i64(head) * reduced.head
             array_gradient[of_head + i64(place) * reduced.row] = from_f32(total)
 
     return Kernel(config.family, array_sums, num_threads, config.smem_bytes(traits))

@@ -1,4 +1,4 @@
-"""Sums in fixed point, which `backward_scatter` makes: cleared before it, and as floats after it.
+"""Sums in fixed point, which `backward_scatter` makes, become floats; and arrays of zeros.
 
 A thread has an element of the array.
 """
@@ -14,16 +14,16 @@ from numflash.tiles.portable.elements import ELEMENTS
 
 
 def make_clear_sums_kernel(config: ClearSumsConfig, traits: Traits) -> Kernel:
-    """The kernel that clears; it takes any traits."""
-    num_threads = config.num_threads
+    """The kernel that writes zeros of dtype `traits.dtype`."""
+    num_threads, storage = config.num_threads, ELEMENTS[traits.dtype].storage
 
     def clear_sums(
-        fixed_sums: Pointer(i64),  # (elements,)
+        array_gradient: Pointer(storage),  # (elements,)
         elements: i64,
     ):
         element = i64(mov_ctaid_x()) * num_threads + cuda.threadIdx.x
         if element < elements:
-            fixed_sums[element] = i64(0)
+            array_gradient[element] = storage(0)
 
     return Kernel(config.family, clear_sums, num_threads, 0)
 
