@@ -12,13 +12,16 @@ from numflash.calls.arguments import (
     arguments_of,
     copy_all_rows,
     lse_shape,
+    mask_record,
     of_each_query,
     traits_of,
     with_contiguous_rows,
 )
+from numflash.calls.array_gradients import kernels_of_array
 from numflash.calls.forward import Launches
 from numflash.calls.launch import Launcher
 from numflash.kernels.arguments import Tensor as TensorRecord
+from numflash.problem.array_gradients import ArrayGradient, array_gradients
 from numflash.problem.gradients import Gradients
 from numflash.problem.options import AttentionOptions
 from numflash.problem.problem import (
@@ -72,12 +75,14 @@ class Backward:
         results = tuple(name for name in ("dout", "out") if name in views)
         rows, self._copied = with_contiguous_rows(views, (*_OPERANDS, *results))
         problem, tensors = describe(rows, options)
+        arrays = {} if wrt is None else array_gradients(problem, rows, options)
         q, layout = rows["q"], options.layout
         grad_dtype = expect_out_dtype("grad_dtype", grad_dtype, q.dtype)
         out_is_longer = "out" in views and rows["out"].dtype == "float32" != q.dtype
         gradients = Gradients.of(
             problem.feature_names,
             wrt,
+            arrays,
             dlse="dlse" in views,
             delta="delta" in views,
             float32_out=out_is_longer,
@@ -115,8 +120,10 @@ class Backward:
         self._shapes = {
             name: (*rows[name].shape[:-1], problem.num_heads_q)
             for name in gradients.wrt
-            if name not in _OPERANDS
+            if name not in (*_OPERANDS, *arrays)
         }
+        # Parts of workspaces: (workspace, from, to).
+        self._parts: dict[str, tuple[str, int, int]] = {}
         self._launchers: dict[str, Launcher] = {}
         selection = select(
             problem,
@@ -137,6 +144,8 @@ class Backward:
         for family, choice in selection.backward.items():
             add = self._add_fused if family == FUSED else self._add
             add(problem, family, choice)
+        for gradient in gradients.arrays:
+            self._add_array(problem, gradient, selection.arrays[gradient.name])
         for launcher in self._launchers.values():
             launcher.build()
 
@@ -154,6 +163,7 @@ class Backward:
         rows, heads = problem.seqlen_q, problem.num_heads_q
         if family == "backward-dkdv":
             rows, heads = problem.seqlen_k, problem.num_heads_kv
+            arguments = arguments | {"mask": mask_record(problem, by_keys=True)}
         if getattr(choice.config, "apart", False):
             heads *= 2
         if problem.batch and rows:
@@ -191,6 +201,21 @@ class Backward:
             launcher = self._launcher(reduction, tiles, arguments)
             self._launchers[reduction.config.family] = launcher
 
+    def _add_array(
+        self, problem: AttentionProblem, gradient: ArrayGradient, choices: tuple[Choice, ...]
+    ) -> None:
+        """The kernels for the gradient of an array that scores read."""
+        self._results[f"d{gradient.name}"] = Allocated(gradient.shape, gradient.dtype)
+        if not math.prod(gradient.shape):
+            return
+        made = kernels_of_array(problem, gradient, choices, self._arguments)
+        self._workspaces |= {n: Allocated(*each) for n, each in made.workspaces.items()}
+        self._parts |= made.parts
+        for number, (choice, blocks, arguments) in enumerate(made.launches):
+            if blocks:
+                launcher = self._launcher(choice, blocks, self._arguments | arguments)
+                self._launchers[f"{choice.family} of {gradient.name}, {number}"] = launcher
+
     def _launcher(self, choice: Choice, num_blocks: int, arguments: dict) -> Launcher:
         """A kernel for the problem, with all but addresses bound."""
         return Launcher(choice.config, choice.traits, self.device, num_blocks, arguments)
@@ -212,5 +237,7 @@ class Backward:
         for name, (shape, dtype) in (self._workspaces | self._results).items():
             arrays[name] = library.empty(shape, dtype, self.device)
             operands[name] = library.operand(arrays[name])
+        for name, (whole, first, end) in self._parts.items():
+            operands[name] = library.operand(arrays[whole][first:end])
         launches = {family: each.bind(operands) for family, each in self._launchers.items()}
         return [arrays["d" + name] for name in self._gradients.wrt], launches

@@ -36,13 +36,19 @@ from numflash.configs.mma import (
 )
 from numflash.configs.portable import (
     PORTABLE_CONFIGS,
+    ArraySumsConfig,
+    BackwardColumnsConfig,
     BackwardDkDvConfig,
     BackwardDqConfig,
     BackwardRowsConfig,
+    BackwardScatterConfig,
+    BackwardTilesConfig,
+    ClearSumsConfig,
     CombineConfig,
     DeltaConfig,
     ForwardConfig,
     HeadSumsConfig,
+    RoundSumsConfig,
     SmemLayout,
 )
 from numflash.configs.quantize import (
@@ -77,8 +83,14 @@ Config = (
     | BackwardDkDvConfig
     | BackwardDqConfig
     | BackwardRowsConfig
+    | BackwardColumnsConfig
+    | BackwardTilesConfig
+    | BackwardScatterConfig
     | DeltaConfig
     | HeadSumsConfig
+    | ArraySumsConfig
+    | ClearSumsConfig
+    | RoundSumsConfig
     | CombineConfig
     | MmaConfig
     | QuantizeConfig
@@ -118,10 +130,15 @@ __all__ = [
     "SLAB_BYTES",
     "WARPGROUP_ROWS",
     "AmaxConfig",
+    "ArraySumsConfig",
     "Asked",
+    "BackwardColumnsConfig",
     "BackwardDkDvConfig",
     "BackwardDqConfig",
     "BackwardRowsConfig",
+    "BackwardScatterConfig",
+    "BackwardTilesConfig",
+    "ClearSumsConfig",
     "CombineConfig",
     "Config",
     "DeltaConfig",
@@ -142,6 +159,7 @@ __all__ = [
     "MmaForwardConfig",
     "QuantizeConfig",
     "ReduceDqConfig",
+    "RoundSumsConfig",
     "Sm90ForwardConfig",
     "Sm90Fp8ForwardConfig",
     "SmemLayout",

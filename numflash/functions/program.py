@@ -25,6 +25,7 @@ from numflash.functions.nodes import (
     PLACES,
     SIGNATURES,
     Node,
+    apply,
     const,
     is_const,
     load,
@@ -270,6 +271,27 @@ class Program:
         if not self.roots:
             return ""
         return _written(self)
+
+    def also(self, other: "Program") -> "Program":
+        """The program that keeps a key where both do; of the other only `keep` is taken.
+
+        The other's arrays and numbers come behind those of this one.
+        """
+        if other.keep is None:
+            return self
+        moved: dict[Node, Node] = {}
+        for node in order((other.keep,)):
+            operands = [moved[each] for each in node.args]
+            if node.op == "load":
+                moved[node] = load(node.value + len(self.aux), node.type, operands)
+            elif node.op == "number":
+                moved[node] = number(node.value + len(self.aux), node.type)
+            else:
+                moved[node] = apply(node.op, *operands) if operands else node
+        keep = moved[other.keep]
+        if self.keep is not None:
+            keep = apply("and", self.keep, keep)
+        return Program(self.aux + other.aux, self.score, keep, self.given_slope)
 
     @classmethod
     def parse(cls, text: str) -> "Program":

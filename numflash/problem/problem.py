@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from numflash.configs import DTYPES, MAX_HEAD_DIM, Traits, padded_head_dim
 from numflash.configs.features import FEATURES, NO_FEATURES, Asked, Features
+from numflash.problem.block_masks import Blocks, expect_blocks
 from numflash.problem.options import (
     PRECISIONS,
     AttentionOptions,
@@ -71,6 +72,7 @@ class AttentionProblem:
         origin: of a part of a larger problem, the numbers of its first row, column and head.
         program: the text of the caller's functions, bias and mask; "" without.
         given: what they read: the values of `Program.fields`; of a pointer the operand's name.
+        blocks: of the block mask; None without one.
         tf32: whether float32 may be multiplied as tf32.
         float32_out: whether the result is float32 where q, k and v have fewer bits.
         no_tensor_maps: why q, k, v and out cannot be described to bulk copies; None if they can.
@@ -92,6 +94,7 @@ class AttentionProblem:
     origin: Origin = WHOLE
     program: str = ""
     given: tuple = ()
+    blocks: Blocks | None = None
     tf32: bool = False
     float32_out: bool = False
     no_tensor_maps: str | None = None
@@ -118,6 +121,7 @@ class AttentionProblem:
             tf32=self.tf32,
             float32_out=self.float32_out,
             program=self.program,
+            blocks=self.blocks.size if self.blocks else (),
         )
 
     def num_blocks(self, rows: int, heads: int, block_rows: int) -> int:
@@ -204,9 +208,12 @@ def describe(
     if options.causal:
         right = 0
     origin = None if options.origin is None else Origin(*map(int, options.origin))
-    asked = Asked(batch, num_heads_q, scale, q.device, None if origin is None else origin.head)
+    asked = Asked(batch, num_heads_q, scale, q.device, views, origin)
     extent = Extent(batch, num_heads_q, seqlen_q, seqlen_k, q.device, origin)
     program, given = program_of(views, options, extent)
+    blocks = None
+    if options.block_mask is not None:
+        blocks = expect_blocks(options.block_mask, views, extent[:4], q.device)
     problem = AttentionProblem(
         batch=batch,
         seqlen_q=seqlen_q,
@@ -225,6 +232,7 @@ def describe(
         origin=origin or WHOLE,
         program=program,
         given=given,
+        blocks=blocks,
         tf32=options.precision == "tf32",
         float32_out=expect_out_dtype("out_dtype", options.out_dtype, q.dtype) != q.dtype,
     )

@@ -10,6 +10,7 @@ import math
 from dataclasses import replace
 
 from numflash.configs import MmaBackwardRowsConfig, Traits
+from numflash.configs.features import rows_of
 from numflash.kernels.arguments import Pointer, Shape, Statistics, Tensor, mask_of, scores_of
 from numflash.kernels.kernel import Kernel
 from numflash.ptx import (
@@ -51,7 +52,7 @@ from numflash.tiles.mma.scores import make_apply_functions, make_mask_scores
 from numflash.tiles.mma.softmax import make_softmax_backward_by_row, row_sum_of_quad
 from numflash.tiles.portable.softmax import LOG2_E
 from numflash.tiles.scores import Corner
-from numflash.tiles.steps import make_row_of, make_steps_of, make_tile_at
+from numflash.tiles.steps import make_steps_of, make_tile_at
 
 
 def make_backward_rows_kernel(config: MmaBackwardRowsConfig, traits: Traits) -> Kernel:
@@ -69,7 +70,7 @@ def make_backward_rows_kernel(config: MmaBackwardRowsConfig, traits: Traits) -> 
     v_layout = TileLayout(traits.head_dim_v // element.per_chunk, config.swizzled)
     k_words, v_words = tile_n * k_layout.pitch, tile_n * v_layout.pitch
 
-    place_of_queries, row_of = make_place_of_queries(tile_m), make_row_of(traits)
+    place_of_queries = make_place_of_queries(tile_m)
     steps_of, tile_at = make_steps_of(traits, tile_n), make_tile_at(traits, tile_n)
     asynchronous = config.generation != "sm75" and traits.vectorized
     copy = (num_threads, traits.vectorized, asynchronous)
@@ -82,15 +83,18 @@ def make_backward_rows_kernel(config: MmaBackwardRowsConfig, traits: Traits) -> 
     k_word, v_word = make_word(k_layout), make_word(v_layout)
     multiply_q_k = make_product_nt(element, m_tiles, n_tiles, k_layout, k_layout)
     multiply_do_v = make_product_nt(element, m_tiles, n_tiles, v_layout, v_layout)
-    later = replace(traits, features=())
+    # Of what features do to scores dS takes no notice, but of what they do to P.
+    weighing = (row.name for row in rows_of(traits.features) if row.hook == "weigh")
+    later = replace(traits, features=tuple(weighing))
     apply_functions = make_apply_functions(
         m_tiles, n_tiles, traits, True, later.bends_scores, after_features=True
     )
     mask_scores = make_mask_scores(m_tiles, n_tiles)
     softmax_backward = make_softmax_backward_by_row(m_tiles, n_tiles, later)
-    gradient_of_score = make_gradient_of_score(traits.features)
+    gradient_of_score = make_gradient_of_score(traits)
     storage, args_of_head = element.storage, make_args_of_head(traits)
     bends, has_functions = traits.shapes_scores, traits.has_functions
+    drops = traits.drops_weights
     n_slopes = n_scores if later.bends_scores else 1
     # Tiles that may be on their way while one is used.
     wait_for_tile = CP_ASYNC_WAIT_GROUP[max(0, num_stages - 2)]
@@ -127,9 +131,8 @@ def make_backward_rows_kernel(config: MmaBackwardRowsConfig, traits: Traits) -> 
             scale_log2 = scores.scale * LOG2_E
         # Tiles of keys that some of these rows see, and those that all of them see.
         last_query = last_of(m_start, tile_m, sequence.seqlen_q)
-        blocks = row_of(mask, batch, head, m_start)
         tiles = tiles_seen(m_start, last_query, tile_n, sequence)
-        n_begin, n_end = steps_of(mask, blocks, tiles)
+        n_begin, n_end = steps_of(mask, batch, head, m_start, tiles)
         whole = tiles_seen_whole(m_start, last_query, tile_n, sequence)
 
         # This lane's position in the operands, and of its scores in the tile.
@@ -148,7 +151,7 @@ def make_backward_rows_kernel(config: MmaBackwardRowsConfig, traits: Traits) -> 
         for stage in range(num_stages - 1):
             n = i32(n_begin + stage)
             if n < n_end:
-                n_block, _ = tile_at(mask, blocks, n)
+                n_block, _ = tile_at(mask, n)
                 fetch_k(smem, k, k_base, n_block, stage, sequence.seqlen_k, shape.head_dim)
                 fetch_v(smem, v, v_base, n_block, stage, sequence.seqlen_k, shape.head_dim_v)
             if asynchronous:
@@ -174,7 +177,7 @@ def make_backward_rows_kernel(config: MmaBackwardRowsConfig, traits: Traits) -> 
             cuda.syncthreads()
             n = i32(step + num_stages - 1)
             if n < n_end:
-                n_block, _ = tile_at(mask, blocks, n)
+                n_block, _ = tile_at(mask, n)
                 fetch_k(smem, k, k_base, n_block, last_stage, sequence.seqlen_k, shape.head_dim)
                 fetch_v(smem, v, v_base, n_block, last_stage, sequence.seqlen_k, shape.head_dim_v)
             if asynchronous:
@@ -188,12 +191,12 @@ def make_backward_rows_kernel(config: MmaBackwardRowsConfig, traits: Traits) -> 
             # S = Q K^T, dP = dO V^T
             multiply_q_k(s_acc, smem, q_mine, k_mine + k_words * stage)
             multiply_do_v(dp_acc, smem, do_mine, v_mine + v_words * stage)
-            n_block, is_full = tile_at(mask, blocks, step)
+            n_block, is_full = tile_at(mask, step)
             n_start = i32(n_block * tile_n)
             if has_functions:
                 i = i32(m_start + accumulator_row(rows_per_warp))
                 j = i32(n_start + accumulator_column())
-                corner = Corner(i, j, sequence, 1, is_full)
+                corner = Corner(i, j, sequence, is_full)
                 apply_functions(s_acc, slopes, corner, scores.scale, scores, args)
             if n_start < whole.first or n_start > whole.last:
                 i = i32(m_start + accumulator_row(rows_per_warp))
@@ -201,9 +204,14 @@ def make_backward_rows_kernel(config: MmaBackwardRowsConfig, traits: Traits) -> 
                 mask_scores(s_acc, i, j, sequence.seqlen_k, sequence, 1)
 
             # dS = P * (dP - delta), of which each lane adds up its part of the rows
-            softmax_backward(s_acc, dp_acc, slopes, lses, deltas, (scale_log2, f32(1)))
-            row, column = i32(m_start + accumulator_row(rows_per_warp)), accumulator_column()
-            first = f32(i32(row + scores.shift - n_start - column))
+            scales = scale_log2, f32(1)
+            i = i32(m_start + accumulator_row(rows_per_warp))
+            j = i32(n_start + accumulator_column())
+            if drops:
+                softmax_backward(s_acc, dp_acc, slopes, lses, deltas, scales, i, j, args.drawn)
+            else:
+                softmax_backward(s_acc, dp_acc, slopes, lses, deltas, scales)
+            first = f32(i32(i + scores.shift - j))
             for tile in range(m_tiles * n_tiles):
                 e, r, c = 4 * tile, tile // n_tiles * 2, tile % n_tiles * MMA_COLUMNS
                 above = first + f32(tile // n_tiles * MMA_ROWS - c)
