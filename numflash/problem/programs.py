@@ -98,6 +98,8 @@ def _of_options(
     """What bias, mask and functions make together, and the numbers that they get, by name."""
     asked = (options.bias, options.mask, options.score_mod, options.mask_mod)
     if all(each is None for each in asked):
+        if options.score_mod_grad is not None:
+            raise ValueError("score_mod_grad is the derivative of score_mod, which is not given")
         if options.aux:
             raise ValueError("aux goes with score_mod or mask_mod, which get it; there is neither")
         return Traced(Program(), ()), {}
@@ -113,6 +115,7 @@ def _of_options(
         aux,
         bias=views.get("bias"),
         mask=views.get("mask"),
+        score_mod_grad=options.score_mod_grad,
     )
     return traced, {f"aux{n}": each for n, each in enumerate(aux)}
 
