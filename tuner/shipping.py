@@ -30,7 +30,8 @@ from .space.machines import Machine
 from .space.target import find_target
 
 _PROBLEMS = (
-    "--head-dim 64 128 --seqlen 4096",
+    "--head-dim 64 128 256 --seqlen 4096",
+    "--head-dim 192 --head-dim-v 128 --seqlen 4096",
     # Decoding: one query of each sequence, and many keys.
     "--pass forward --head-dim 64 128 --mask full --seqlen-q 1 --seqlen 65536 --batch 2",
     "--pass forward --head-dim 128 --mask full --seqlen-q 1 --seqlen 65536 --heads-kv 4",
@@ -61,8 +62,10 @@ def make_table(name: str, folder: Path, jobs: int, quiet: bool) -> list[Entry]:
         for number, space in enumerate(spaces, 1):
             title = f"{name} [{number}/{len(spaces)}] {space.problem}"
             session.tune(space, len(spaces), title, quiet)
-    entries = [entry for entry in session.entries if not _is_default(target.machine, entry)]
-    tables.write(tables.path_of(name), {target.key: entries}, tables.made_now())
+    entries = [entry for entry in session.entries if why_not(target.machine, entry) is None]
+    found = {entry.problem for entry in entries}
+    stays = [str(space.problem) for space in spaces if space.problem not in found]
+    tables.write(tables.path_of(name), {target.key: entries}, tables.made_now(), stays)
     return entries
 
 
@@ -89,7 +92,7 @@ def strip(path: Path) -> list[str]:
         table[device] = [entry for entry, why in found if why is None]
         removed += [f"{device.name}: {e.problem}: {e.config} {why}" for e, why in found if why]
     if removed:
-        tables.write(path, table, made)
+        tables.write(path, table, made, tables.default_stays(path))
     return removed
 
 

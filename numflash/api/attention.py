@@ -31,6 +31,7 @@ def attention(
     bias=None,
     mask=None,
     score_mod: Callable | None = None,
+    score_mod_grad: Callable | None = None,
     mask_mod: Callable | None = None,
     aux: tuple = (),
     block_mask=None,
@@ -92,6 +93,8 @@ def attention(
         score_mod: score_mod(score, batch, head, q_idx, kv_idx, *aux) -> score, a Python function
             of symbolic numbers (`numflash.math`): what becomes of a score, which arrives scaled,
             after softcap, ALiBi and bias, and before masks.
+        score_mod_grad: the derivative of score_mod by the score, of the same arguments. numflash
+            finds it, unless score_mod has a Python `if` that depends on a symbol.
         mask_mod: mask_mod(batch, head, q_idx, kv_idx, *aux) -> boolean: which keys a query sees,
             besides what mask, causal and window_size hide.
         aux: arrays, and numbers that change from call to call, that score_mod and mask_mod get.
@@ -170,6 +173,7 @@ def attention(
         bias,
         mask,
         score_mod,
+        score_mod_grad,
         mask_mod,
         aux,
         block_mask,
@@ -212,6 +216,7 @@ def attention_backward(
     bias=None,
     mask=None,
     score_mod: Callable | None = None,
+    score_mod_grad: Callable | None = None,
     mask_mod: Callable | None = None,
     aux: tuple = (),
     block_mask=None,
@@ -231,8 +236,8 @@ def attention_backward(
         out, lse: as returned by `attention(..., return_lse=True)`. With delta out is not read,
             and may be None.
         softmax_scale, causal, causal_align, shift, window_size, softcap, alibi_slopes, sinks,
-            dropout_p, seed, origin, bias, mask, score_mod, mask_mod, aux, block_mask, layout,
-            precision, stream: as given to `attention`.
+            dropout_p, seed, origin, bias, mask, score_mod, score_mod_grad, mask_mod, aux,
+            block_mask, layout, precision, stream: as given to `attention`.
         dlse: gradient of lse, where a loss depends on it: shaped like lse, float32, any strides.
         delta: the sum over head_dim_v of dout * out, where the caller has it: shaped like lse,
             float32, any strides.
@@ -287,6 +292,7 @@ def attention_backward(
         bias,
         mask,
         score_mod,
+        score_mod_grad,
         mask_mod,
         aux,
         block_mask,

@@ -153,6 +153,7 @@ OPTIONS = (
     Option("bias", None, is_array=True),
     Option("mask", None, is_array=True),
     Option("score_mod", None, _expect_function),
+    Option("score_mod_grad", None, _expect_function),
     Option("mask_mod", None, _expect_function),
     Option("aux", (), _expect_aux),
     Option("block_mask", None, expect_block_mask),
@@ -263,9 +264,10 @@ class AttentionOptions(_Options):
 
     def _key_of_functions(self) -> tuple:
         """What functions mean, and the numbers that they get."""
-        if self.score_mod is None and self.mask_mod is None and not self.aux:
+        functions = self.score_mod, self.score_mod_grad, self.mask_mod
+        if functions == (None, None, None) and not self.aux:
             return ()
-        keys = key_of(self.score_mod), key_of(self.mask_mod)
+        keys = tuple(map(key_of, functions))
         if None in keys:
             raise TypeError("nobody can tell whether these functions mean what they meant before")
         numbers = [(type(x), x) if isinstance(x, NUMBER) else None for x in self.aux]

@@ -160,7 +160,7 @@ def test_whole_division_is_python_s_for_every_sign():
             )
             got = run(program, (divisor,))[0]
             close(got, numpy_op(PLACES["j"] - PLACES["i"], divisor), rtol=1e-7)
-    assert not run(program, (0,))[0].any()
+            assert not run(program, (0,))[0].any()
 
 
 def test_powers_of_all_kinds():

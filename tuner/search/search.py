@@ -189,6 +189,7 @@ class Search:
         waiting: list[_Waiting] = []
         try:
             while True:
+                awaited = self._awaits_default()
                 while self._may_begin(len(waiting)) and (begun := self._begin()) is not None:
                     waiting += self._look_at(*begun, on_record)
                 if waiting:
@@ -197,7 +198,7 @@ class Search:
                     # Another process is at it, or was until it died.
                     self.ledger.give_up_abandoned()
                     time.sleep(_POLL_SECONDS)
-                else:
+                elif not awaited or (self._awaits_default() and not self._may_begin(0)):
                     return
                 on_idle()
                 self.ledger.beat()

@@ -183,6 +183,11 @@ def test_only_what_differs_from_the_default_is_shipped(folder, monkeypatch, tmp_
     assert store.read_file(path) == {DEVICE: [entry()]}
     assert tables.staleness(path) == []
     assert json.loads(path.read_bytes())["made"] == tables.made_now()
+    # What the fake remembers is of other classes than it was asked for.
+    assert tables.default_stays(path) == sorted(map(str, tuned))
+    assert caches.main(["show", "--shipped"]) == 0
+    said = f"{path.name}: the default stays in {len(tuned)} classes\n"
+    assert said in capsys.readouterr().out
     assert os.environ["NUMFLASH_CACHE_DIR"] == str(tmp_path / "made")
     # The same command goes on with what is not fresh.
     seen = len(tuned)
