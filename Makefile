@@ -1,5 +1,6 @@
 # make run: install what this machine can use, tune, and do the main job on real input.
 # make test: the same, then every test layer this machine can run.
+# make tables: the shipped tables of configs, before a release.
 
 PYTHON ?= python3
 VENV := .venv
@@ -15,7 +16,7 @@ TUNE := --pass forward --dtype float16 --head-dim 32 --seqlen 128 --mask full
 TUNE += $(if $(GPU_EXTRA),--batch 2 --heads 12 --time-budget 60,--batch 1 --heads 4 --device sm_80 --offline --trials 12)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: run test lint clean
+.PHONY: run test lint tables clean
 
 run: $(VENV)/run.done
 	@$(BIN)/numflash-tune $(TUNE)
@@ -31,6 +32,10 @@ lint: $(VENV)/test.done
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 
+# Shipped tables that are stale, predicted again; goes on where it was stopped.
+tables: $(VENV)/run.done
+	@$(BIN)/python -m tuner.shipping
+
 $(VENV)/run.done: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -q -e ".[$(EXTRA),tune]"
@@ -41,4 +46,4 @@ $(VENV)/test.done: $(VENV)/run.done
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build/test-cache .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) build/test-cache build/tables .pytest_cache .ruff_cache *.egg-info

@@ -16,7 +16,8 @@ import ml_dtypes
 import numpy as np
 
 import numflash
-from numflash.api.check import compare, to_numpy
+from numflash.api.check import compare
+from numflash.runtime.arrays import to_numpy
 from numflash.runtime.commands import command
 
 DATA = Path(__file__).parent / "data" / "minilm_layer.npz"

@@ -7,6 +7,7 @@ out = numflash.attention(q, k, v, causal=True)
 
 from numflash import reference
 from numflash.api.attention import attention, attention_backward
+from numflash.api.block_masks import BlockMask, create_block_mask, show_mask
 from numflash.api.check import CheckReport, check
 from numflash.api.explain import Explanation, explain_dispatch
 from numflash.api.merge import merge_partials
@@ -20,6 +21,7 @@ from numflash.runtime.mode import simulating
 from numflash.runtime.version import __version__
 
 __all__ = [
+    "BlockMask",
     "CheckReport",
     "Explanation",
     "Fp8Array",
@@ -31,6 +33,7 @@ __all__ = [
     "attention",
     "attention_backward",
     "check",
+    "create_block_mask",
     "dequantize_fp8",
     "explain_dispatch",
     "masks",
@@ -40,6 +43,7 @@ __all__ = [
     "quantize_fp8",
     "reference",
     "run_ptx",
+    "show_mask",
     "simulating",
     "warmup",
 ]

@@ -71,10 +71,16 @@ def _show(args: argparse.Namespace) -> int:
         of = f" of a device like {args.device!r}" if args.device else ""
         where = "the shipped tables" if args.shipped else store.config_dir()
         _print(f"no entries{of} in {where}", file=sys.stderr)
-    stale = _stale() if args.shipped else []
-    if stale:
-        _print(*stale)
+    if args.shipped:
+        for line in (*_defaults(), *_stale()):
+            _print(line)
     return 0
+
+
+def _defaults() -> list[str]:
+    """A line for each shipped table in which some defaults were not displaced."""
+    counts = {path.name: len(tables.default_stays(path)) for path in tables.paths()}
+    return [f"{name}: the default stays in {n} classes" for name, n in counts.items() if n]
 
 
 def _stale() -> list[str]:

@@ -40,7 +40,8 @@ _INTERRUPTED = 130
 _UNITS = {"": 1, "K": 1024, "M": 1024**2}
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """The options of a run."""
     parser = caches.Parser(
         prog="numflash-tune",
         description="Find, prove and remember the best config of each kernel on a GPU. "
@@ -149,7 +150,7 @@ def main(argv: list[str] | None = None) -> int:
     if "--" in argv:
         at = argv.index("--")
         argv, program = argv[:at], argv[at + 1 :]
-    parser = _parser()
+    parser = make_parser()
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         parser.error(_about_unknown(unknown))
@@ -214,7 +215,7 @@ def _tune(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         print("\n".join(names()))
         return 0
     try:
-        problems = _problems(args)
+        problems = problems_of(args)
         target = find_target(args.device, args.offline)
         options = Options(
             rules=StoppingRules(
@@ -251,6 +252,8 @@ def _tune(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
                 parser.error("nothing to tune: keys are not split in these problems")
             if not args.quiet:
                 print(printable(str(session.plan(spaces))), file=sys.stderr, flush=True)
+            if measurer is None:
+                session.compile_ahead(spaces)
             for number, space in enumerate(spaces):
                 title = f"[{number + 1}/{len(spaces)}] {space.problem}"
                 left = len(spaces) - number
@@ -299,7 +302,7 @@ def _write_report(path: str | None, results: list, write) -> None:
         print(f"report: {Path(path).resolve()}")
 
 
-def _problems(args: argparse.Namespace) -> list[ProblemClass]:
+def problems_of(args: argparse.Namespace) -> list[ProblemClass]:
     """The classes to tune. Raises ValueError, OSError."""
     families = [family for name in args.passes for family in FAMILIES[name]]
     if args.from_capture is not None:

@@ -22,9 +22,9 @@ FAILURES = (
 """Why a config was given up: against a rule of the kernel; beyond a budget of the user or the
 device; the compiler refused it; it spilled registers or drew compiler warnings; its results were
 beyond the error budget; the launch or the kernel failed; it took too long."""
-OUTCOMES = ("measured", "predicted", "slow", *FAILURES)
-"""A `slow` config was given up far behind the best: after a few measurements; or offline, by the
-model's estimate, before it was compiled."""
+OUTCOMES = ("measured", "predicted", "estimated", "slow", *FAILURES)
+"""A `slow` config was given up after a few measurements, far behind the best. An `estimated` one
+was not compiled: offline it could not win, whatever the compiler made of it."""
 
 
 @dataclass(frozen=True)

@@ -1,48 +1,80 @@
 """`python -m numflash_tuner.shipping`: make the tables of configs that come with numflash again.
 
-Predicted by the offline model, one file for each GPU; GPUs of one architecture share machine code,
-so that the second costs little. A table measured on the GPU itself, by `numflash-tune export`,
-takes the place of a predicted one. Only configs other than the default are shipped. With `--strip`
-nothing is predicted: entries that would not be shipped today leave the existing tables.
+Predicted by the offline model, one file for each GPU. Only configs other than the default are
+shipped. A class costs the compilation of its default, and of the configs that could displace it;
+GPUs of one architecture share machine code. What was compiled and tried is kept in a folder, and
+tables that are fresh stay as they are, so that a run that was stopped goes on where it was. A
+table measured on the GPU itself, by `numflash-tune export`, takes the place of a predicted one.
+With `--strip` nothing is predicted: entries that would not be shipped today leave the tables.
 """
 
 import argparse
 import os
 import sys
-import tempfile
+import time
 from pathlib import Path
 
 from numflash.configs import parse_config
+from numflash.problem.classes import ProblemClass
 from numflash.runtime.commands import command
 from numflash.selection import store
-from numflash.selection.entries import DeviceKey, Entry
+from numflash.selection.entries import Entry
 
 from . import cli, model, tables
+from .search.progress import format_duration
+from .search.search import StoppingRules
+from .search.session import Options, Session
 from .space import machines
 from .space.configs import Space
 from .space.machines import Machine
+from .space.target import find_target
 
 _PROBLEMS = (
-    "--head-dim 64 128 --seqlen 4096",
+    "--head-dim 64 128 256 --seqlen 4096",
+    "--head-dim 192 --head-dim-v 128 --seqlen 4096",
     # Decoding: one query of each sequence, and many keys.
     "--pass forward --head-dim 64 128 --mask full --seqlen-q 1 --seqlen 65536 --batch 2",
     "--pass forward --head-dim 128 --mask full --seqlen-q 1 --seqlen 65536 --heads-kv 4",
 )
 """float16 only: bfloat16 finds it near."""
-_SEARCH = ["--offline", "--dtype", "float16", "--trials", "24", "--seed", "0"]
+_TRIALS = 12
+_FOLDER = Path("build", "tables")
 
 
-def make_table(name: str, quiet: bool) -> None:
-    """Predict the table of a GPU. Raises RuntimeError if a class cannot be tuned."""
-    with tempfile.TemporaryDirectory() as folder:
-        for problem in _PROBLEMS:
-            journal = str(Path(folder) / "studies.journal")
-            options = ["--device", name, "--storage", journal, *(["--quiet"] if quiet else [])]
-            if cli.main([*_SEARCH, *options, *problem.split()]):
-                raise RuntimeError(f"the table of {name} could not be made")
-    machine, device = _device(name)
-    entries = [each for each in store.read(device) if not _is_default(machine, each)]
-    tables.write(tables.path_of(name), {device: entries}, tables.made_now())
+def make_table(name: str, folder: Path, jobs: int, quiet: bool) -> list[Entry]:
+    """Predict the table of a GPU and write it; returns its entries.
+
+    Args:
+        name: of the GPU.
+        folder: where trials are kept.
+        jobs: compiler processes.
+        quiet: show no progress.
+
+    Raises:
+        LookupError: a class cannot be tuned.
+    """
+    target = find_target(name, offline=True)
+    journal = str(folder.resolve() / f"{tables.path_of(name).stem}.journal")
+    options = Options(StoppingRules(_TRIALS), seed=0, jobs=jobs, storage=journal)
+    with Session(target.key, target.machine, None, options) as session:
+        spaces = session.spaces(_problems())
+        session.compile_ahead(spaces)
+        for number, space in enumerate(spaces, 1):
+            title = f"{name} [{number}/{len(spaces)}] {space.problem}"
+            session.tune(space, len(spaces), title, quiet)
+    entries = [entry for entry in session.entries if why_not(target.machine, entry) is None]
+    found = {entry.problem for entry in entries}
+    stays = [str(space.problem) for space in spaces if space.problem not in found]
+    tables.write(tables.path_of(name), {target.key: entries}, tables.made_now(), stays)
+    return entries
+
+
+def _problems() -> list[ProblemClass]:
+    """The classes of a table."""
+    parser, found = cli.make_parser(), []
+    for options in _PROBLEMS:
+        found += cli.problems_of(parser.parse_args(["--dtype", "float16", *options.split()]))
+    return list(dict.fromkeys(found))
 
 
 def strip(path: Path) -> list[str]:
@@ -60,7 +92,7 @@ def strip(path: Path) -> list[str]:
         table[device] = [entry for entry, why in found if why is None]
         removed += [f"{device.name}: {e.problem}: {e.config} {why}" for e, why in found if why]
     if removed:
-        tables.write(path, table, made)
+        tables.write(path, table, made, tables.default_stays(path))
     return removed
 
 
@@ -91,30 +123,36 @@ def _is_default(machine: Machine, entry: Entry) -> bool:
     return entry.config == str(Space(entry.problem, machine).default)
 
 
-def _device(name: str) -> tuple[Machine, DeviceKey]:
-    machine = machines.find(name)
-    return machine, DeviceKey(machine.name, machine.arch, machine.num_sms)
-
-
 @command
 def main(argv: list[str] | None = None) -> int:
     """Make the tables of some or all GPUs; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("gpus", nargs="*", default=tables.GPUS, help="default: all")
+    parser.add_argument("--all", action="store_true", help="also tables that are fresh")
     parser.add_argument(
         "--strip", action="store_true", help="predict nothing, only take out what is not shipped"
     )
+    parser.add_argument(
+        "--folder", type=Path, default=_FOLDER, help=f"for machine code and trials: {_FOLDER}"
+    )
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compiler processes")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args(argv)
     if args.strip:
         for name in args.gpus:
             print("\n".join(strip(tables.path_of(name)) or [f"{name}: nothing to take out"]))
         return 0
-    if "NUMFLASH_CACHE_DIR" not in os.environ:
-        parser.error("set NUMFLASH_CACHE_DIR to a new folder: tables must not hold what was tuned")
-    for name in args.gpus:
-        make_table(name, args.quiet)
-        print(tables.path_of(name), flush=True)
+    # Apart from the user's, whose tuned configs would be tried first.
+    os.environ["NUMFLASH_CACHE_DIR"] = str(args.folder.resolve())
+    args.folder.mkdir(parents=True, exist_ok=True)
+    for number, name in enumerate(args.gpus, 1):
+        path, began = tables.path_of(name), time.monotonic()
+        if path.exists() and not tables.staleness(path) and not args.all:
+            done = "is fresh"
+        else:
+            made = make_table(name, args.folder, args.jobs, args.quiet)
+            done = f"{len(made)} entries, {format_duration(time.monotonic() - began)}"
+        print(f"[{number}/{len(args.gpus)}] {path.name}: {done}", flush=True)
     return 0
 
 

@@ -1,17 +1,20 @@
 """The tables that numflash ships: one file for each GPU, of configs that differ from the default.
 
 A file has the format of the config cache. Beside its devices it names the versions that it was
-made with (`made`: kernels, compilers, model), so that one without entries can be out of date, too.
+made with (`made`: kernels, compilers, model), so that one without entries can be out of date, too,
+and the classes in which the default stays.
 """
 
 import json
 import re
+from collections.abc import Iterable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numflash.selection.shipped
 from numflash.machine_code.compiler import versions
-from numflash.machine_code.sources import source_hash
+from numflash.machine_code.sources import family_hash
 from numflash.runtime.files import replace_file
 from numflash.selection.entries import DeviceKey, Entry, Row, format_table, parse_table
 
@@ -30,6 +33,8 @@ GPUS = (
     "NVIDIA B200",
     "NVIDIA GeForce RTX 5090",
 )
+FAMILIES = ("forward", "combine", "backward-dkdv", "backward-dq")
+"""Families of kernels that a table has configs of."""
 _BRIEF = 12
 
 
@@ -50,17 +55,29 @@ def paths() -> list[Path]:
 
 def made_now() -> dict[str, Any]:
     """The versions that a table made now is made with."""
-    return {"kernels": source_hash(), "compilers": versions(), "model": model.source_hash()}
+    kernels = sha256("".join(map(family_hash, FAMILIES)).encode()).hexdigest()
+    return {"kernels": kernels, "compilers": versions(), "model": model.source_hash()}
 
 
-def write(path: Path, entries: dict[DeviceKey, list[Entry]], made: dict[str, Any]) -> None:
+def write(
+    path: Path,
+    entries: dict[DeviceKey, list[Entry]],
+    made: dict[str, Any],
+    default_stays: Iterable[str] = (),
+) -> None:
     """Write a table; a device may have no entries.
+
+    Args:
+        path: of the file.
+        entries: by device.
+        made: the versions that it is made with.
+        default_stays: the classes that were tried too, and in which nothing displaced the default.
 
     Raises:
         OSError: it cannot be written.
     """
     text = format_table({device: list(map(Row.of, each)) for device, each in entries.items()})
-    content = {**json.loads(text), "made": made}
+    content = {**json.loads(text), "made": made, "default_stays": sorted(default_stays)}
     replace_file(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
@@ -81,6 +98,12 @@ def made(path: Path) -> dict[str, Any]:
     # A measured entry needed no model.
     known = {"model": model.source_hash()} if first.origin == "measured" else {}
     return {"kernels": first.kernels, "compilers": first.compilers, **known}
+
+
+def default_stays(path: Path) -> list[str]:
+    """The classes of a table in which nothing displaced the default. Raises as `made`."""
+    parse_table(data := path.read_bytes())
+    return list(json.loads(data).get("default_stays", []))
 
 
 def staleness(path: Path) -> list[str]:

@@ -19,6 +19,7 @@ from bench.points import interleave
 from bench.points.interleave import Method
 from bench.points.points import Point
 from bench.studies import static
+from numflash.runtime.errors import in_one_line
 
 _NO_EXPECTATION = (
     "nothing to compare with: the simulator did not run here (it needs greenlet), and no "
@@ -40,7 +41,7 @@ def _instructions(device, task, settings, begin) -> dict:
         try:
             found[name] = _instruction(device, name, settings)
         except Exception as error:
-            reason = _words(error)
+            reason = in_one_line(error)
             measure.expect_working(device, reason)
             found[name] = {"outcome": "failed", "reason": reason}
     return {"cases": found}
@@ -190,10 +191,6 @@ def _predicted(device, task, settings, begin) -> dict:
         budget_ms=settings["budget_ms"],
     )
     return {**result, "predicted_ms": predicted}
-
-
-def _words(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:600]
 
 
 KINDS: dict[str, worker.Kind] = {

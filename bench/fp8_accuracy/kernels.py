@@ -7,8 +7,8 @@ import numpy as np
 import numflash
 from bench.fp8_accuracy.inputs import Input
 from bench.fp8_accuracy.methods import METHODS
-from numflash.api.check import to_numpy
-from numflash.runtime.errors import UnsupportedError
+from numflash.runtime.arrays import to_numpy
+from numflash.runtime.errors import UnsupportedError, in_one_line
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Engine:
                 outs[name] = to_numpy(numflash.attention(*arrays, **options))
             # One method that fails must not cost the others their figures.
             except Exception as error:
-                outs[name] = " ".join(f"{type(error).__name__}: {error}".split())
+                outs[name] = in_one_line(error)
         return outs
 
 

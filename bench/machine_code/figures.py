@@ -25,6 +25,7 @@ from numflash.machine_code.main_loop import MainLoop, read_main_loop, read_setma
 from numflash.machine_code.sass import Block, Loop, basic_blocks, disassemble, loops, opcodes
 from numflash.machine_code.sources import source_hash
 from numflash.runtime.devices import architecture, blocks_per_sm
+from numflash.runtime.errors import in_one_line
 
 SCHEMA = 1
 _TENSOR_PRODUCTS = ("HGMMA", "QGMMA", "HMMA", "QMMA")
@@ -38,7 +39,7 @@ def figures_of(kernel: NamedKernel) -> dict:
         cubin = get_cubin(config, Traits.parse(kernel.traits), limits)
         sass = disassemble(cubin.code)
     except Exception as error:
-        return {"failed": " ".join(f"{type(error).__name__}: {error}".split())}
+        return {"failed": in_one_line(error)}
     blocks, limited_by = blocks_per_sm(
         limits, cubin.num_threads, cubin.registers, cubin.smem_bytes
     )
@@ -177,5 +178,5 @@ def read(path: Path) -> dict:
             return found
         reason = f"its schema is {found['schema']!r}, not {SCHEMA}"
     except (ValueError, KeyError, TypeError) as error:
-        reason = f"{type(error).__name__}: {error}"
+        reason = in_one_line(error)
     raise ValueError(f"{path} is no file of `python -m bench machine-code`: {reason}")

@@ -21,6 +21,8 @@ from bench.points import interleave, work
 from bench.points.interleave import Method
 from bench.points.points import Point
 from bench.records.entries import is_right
+from numflash.runtime.errors import in_one_line
+from tuner.measuring.channel import recovers
 
 _HOST_CALLS, _HOST_BATCH = 300, 50
 
@@ -31,11 +33,8 @@ class BrokenDeviceError(Exception):
 
 def expect_working(device: Device, reason: str) -> None:
     """Raise BrokenDeviceError, for this reason, if the device no longer does anything."""
-    try:
-        device.synchronize()
-        device.release()
-    except Exception as fault:
-        raise BrokenDeviceError(reason) from fault
+    if not recovers(device):
+        raise BrokenDeviceError(reason)
 
 
 def measure_point(
@@ -175,7 +174,7 @@ class _Run:
 
     def _failure(self, error: Exception, warned: list[str] | None = None) -> dict:
         """The entry of a method that raised. Raises BrokenDeviceError if the device is broken."""
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = in_one_line(error)
         # PyTorch says in warnings why a back end was not available.
         reason = "; ".join([reason, *(" ".join(w.split()) for w in warned or ())])[:600]
         is_memory = "outofmemory" in type(error).__name__.lower() or "out of memory" in reason
@@ -205,7 +204,7 @@ def host_microseconds(device: Device, names: list[str], begin: Callable[[str], N
             with method.context():
                 found[name] = {"median_us": _host_time(device, method.call)}
         except Exception as error:
-            found[name] = {"reason": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
+            found[name] = {"reason": in_one_line(error)}
             expect_working(device, found[name]["reason"])
     return found
 

@@ -13,6 +13,7 @@ from typing import Any
 from bench.measuring.device import Device
 from bench.points import interleave
 from bench.points.interleave import Method
+from numflash.runtime.errors import in_one_line
 
 TARGET = 0.8
 MAX_REL_RMS = 0.05
@@ -76,7 +77,7 @@ def measure(
         try:
             found[name] = _measure(device, case, budget_ms)
         except Exception as error:
-            found[name] = {"reason": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
+            found[name] = {"reason": in_one_line(error)}
             device.synchronize()
         device.release()
     return found

@@ -12,6 +12,7 @@ from bench.measuring import measure, quantize
 from bench.measuring.device import Device, open_device
 from bench.peers import methods as peers
 from bench.points.points import Point
+from numflash.runtime.errors import in_one_line
 from tuner.measuring import channel as channels
 
 Begin = Callable[[str | None], None]
@@ -88,7 +89,7 @@ def serve(
 def _failure(error: Exception, request: dict) -> tuple[str, str]:
     if isinstance(error, measure.BrokenDeviceError):
         return "failed", str(error)
-    return "failed", " ".join(f"{type(error).__name__}: {error}".split())
+    return "failed", in_one_line(error)
 
 
 if __name__ == "__main__":

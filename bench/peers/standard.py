@@ -58,62 +58,59 @@ def whole_matrix_recomputed(point: Point, q, k, v, dout=None) -> Callable[[], di
 
 def whole_rows(point: Point, q, k, v, dout=None) -> Callable[[], dict]:
     """Blocks of queries against all keys at once."""
-    xp = _module_of(q)
-    _expect_forward(dout)
 
-    def call() -> dict:
-        out = xp.empty_like(q)
-        for first, end in _blocks(point.seqlen_q, ROWS):
-            last_key = _keys_seen(point, end)
-            seen = _seen(xp, point, first, end, 0, last_key)
-            p = _softmax(xp, point, q[:, :, first:end], k[:, :, :last_key], seen)
-            out[:, :, first:end] = p @ v[:, :, :last_key]
-        return {"out": _back(out)}
+    def of_rows(xp, block, rows):
+        last_key = _keys_seen(point, rows[1])
+        seen = _seen(xp, point, *rows, 0, last_key)
+        return _softmax(xp, point, block, k[:, :, :last_key], seen) @ v[:, :, :last_key]
 
-    return call
+    return _by_rows(point, q, dout, of_rows)
 
 
 def two_passes(point: Point, q, k, v, dout=None) -> Callable[[], dict]:
     """Tiles of keys, twice: first the maximum and the sum of a row, then its output."""
-    xp = _module_of(q)
-    _expect_forward(dout)
 
-    def call() -> dict:
-        out = xp.empty_like(q)
-        for rows in _blocks(point.seqlen_q, ROWS):
-            block = q[:, :, rows[0] : rows[1]]
-            tiles = _blocks(_keys_seen(point, rows[1]), KEYS)
-            row_max = row_sum = None
-            for tile in tiles:
-                s = _scores(xp, point, block, k, rows, tile)
-                row_max, row_sum, _, _ = _join(xp, s, row_max, row_sum)
-            o = 0
-            for first, end in tiles:
-                s = _scores(xp, point, block, k, rows, (first, end))
-                p = (xp.exp(s - row_max) / row_sum).astype(q.dtype)
-                o = o + (p @ v[:, :, first:end]).astype("float32")
-            out[:, :, rows[0] : rows[1]] = o.astype(q.dtype)
-        return {"out": _back(out)}
+    def of_rows(xp, block, rows):
+        tiles = _blocks(_keys_seen(point, rows[1]), KEYS)
+        row_max = row_sum = None
+        for tile in tiles:
+            s = _scores(xp, point, block, k, rows, tile)
+            row_max, row_sum, _, _ = _join(xp, s, row_max, row_sum)
+        o = 0
+        for first, end in tiles:
+            s = _scores(xp, point, block, k, rows, (first, end))
+            p = (xp.exp(s - row_max) / row_sum).astype(q.dtype)
+            o = o + (p @ v[:, :, first:end]).astype("float32")
+        return o.astype(q.dtype)
 
-    return call
+    return _by_rows(point, q, dout, of_rows)
 
 
 def one_pass(point: Point, q, k, v, dout=None) -> Callable[[], dict]:
     """Tiles of keys, once: the online softmax rescales the output as the maximum grows."""
+
+    def of_rows(xp, block, rows):
+        row_max = row_sum = None
+        o = 0
+        for first, end in _blocks(_keys_seen(point, rows[1]), KEYS):
+            s = _scores(xp, point, block, k, rows, (first, end))
+            row_max, row_sum, scale, p = _join(xp, s, row_max, row_sum)
+            o = o * scale + (p.astype(q.dtype) @ v[:, :, first:end]).astype("float32")
+        return (o / row_sum).astype(q.dtype)
+
+    return _by_rows(point, q, dout, of_rows)
+
+
+def _by_rows(point: Point, q, dout, of_rows: Callable) -> Callable[[], dict]:
+    """A forward whose rows come from `of_rows(xp, block of q, its first row and its end)`."""
+    if dout is not None:
+        raise NotImplementedError("this variant has a forward only")
     xp = _module_of(q)
-    _expect_forward(dout)
 
     def call() -> dict:
         out = xp.empty_like(q)
-        for rows in _blocks(point.seqlen_q, ROWS):
-            block = q[:, :, rows[0] : rows[1]]
-            row_max = row_sum = None
-            o = 0
-            for first, end in _blocks(_keys_seen(point, rows[1]), KEYS):
-                s = _scores(xp, point, block, k, rows, (first, end))
-                row_max, row_sum, scale, p = _join(xp, s, row_max, row_sum)
-                o = o * scale + (p.astype(q.dtype) @ v[:, :, first:end]).astype("float32")
-            out[:, :, rows[0] : rows[1]] = (o / row_sum).astype(q.dtype)
+        for first, end in _blocks(point.seqlen_q, ROWS):
+            out[:, :, first:end] = of_rows(xp, q[:, :, first:end], (first, end))
         return {"out": _back(out)}
 
     return call
@@ -124,11 +121,6 @@ def _module_of(array):
     import sys
 
     return sys.modules[type(array).__module__.partition(".")[0]]
-
-
-def _expect_forward(dout) -> None:
-    if dout is not None:
-        raise NotImplementedError("this variant has a forward only")
 
 
 def _back(x):

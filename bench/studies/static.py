@@ -11,7 +11,7 @@ from typing import Any
 from bench.measuring.quantize import CASES, DTYPE
 from numflash.configs import FP8_STEP, Traits, fp8, padded_head_dim, quantize_config
 from numflash.runtime.devices import ARCHITECTURES, Architecture
-from numflash.runtime.errors import UnsupportedError
+from numflash.runtime.errors import UnsupportedError, in_one_line
 from numflash.selection.rules import choose
 
 ARCHS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90a", "sm_120")
@@ -59,7 +59,7 @@ def row(family: str, traits: Traits, limits: Architecture, config: Any) -> dict:
     try:
         report = inspect_kernel(config, traits, limits)
     except Exception as error:
-        return {**found, "reason": " ".join(f"{type(error).__name__}: {error}".split())}
+        return {**found, "reason": in_one_line(error)}
     counts = report.instructions
     return {
         **found,

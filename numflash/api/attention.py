@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from numflash.api.block_masks import with_own_block_mask
 from numflash.calls.backward import Backward
 from numflash.calls.fp8_options import refuse_backward
 from numflash.calls.ready import bind_forward, prepare
@@ -24,11 +25,16 @@ def attention(
     softcap: float = 0.0,
     alibi_slopes=None,
     sinks=None,
+    dropout_p: float = 0.0,
+    seed=None,
+    origin: tuple[int, int, int] | None = None,
     bias=None,
     mask=None,
     score_mod: Callable | None = None,
+    score_mod_grad: Callable | None = None,
     mask_mod: Callable | None = None,
     aux: tuple = (),
+    block_mask=None,
     layout: str = "bshd",
     precision: str | None = None,
     fp8: Fp8Recipe | None = None,
@@ -70,16 +76,32 @@ def attention(
         sinks: float32, (num_heads_q,): a logit of each query head that is part of the sum of
             each of its rows, as one more score without a key or value: P of a row adds up to
             less than 1. lse includes it; -inf is none.
+        dropout_p: the share of the weights P that become 0, at random; the others are divided by
+            the share that stays. It is rounded to a multiple of 2**-16. lse is without dropout.
+        seed: with dropout_p, which weights these are: an integer of at most 64 bits, or an array
+            of one int64, uint64 or int32 on the device, which kernels read when they run, so that
+            a CUDA graph can change it. A weight is dropped for the seed and its batch entry, head,
+            query and key alone, whatever kernel runs: `numflash.reference.dropout_mask` says
+            which are kept. The backward takes the same. Another seed compiles nothing.
+        origin: (row, column, head): a part of a larger problem says where it begins there: the
+            numbers of its first query, key and query head, as features see them. alibi_slopes
+            and sinks then are those of all heads of the larger problem. Masks, windows and the
+            distances of ALiBi go by `shift`: with causal_align="top_left", row - column.
         bias: float16, bfloat16 or float32, broadcastable to (batch, num_heads_q, seqlen_q,
             seqlen_k), any strides: added to the scaled scores, after softcap and ALiBi.
         mask: boolean, broadcastable in the same way: True keeps a key, False hides it.
         score_mod: score_mod(score, batch, head, q_idx, kv_idx, *aux) -> score, a Python function
             of symbolic numbers (`numflash.math`): what becomes of a score, which arrives scaled,
             after softcap, ALiBi and bias, and before masks.
+        score_mod_grad: the derivative of score_mod by the score, of the same arguments. numflash
+            finds it, unless score_mod has a Python `if` that depends on a symbol.
         mask_mod: mask_mod(batch, head, q_idx, kv_idx, *aux) -> boolean: which keys a query sees,
             besides what mask, causal and window_size hide.
         aux: arrays, and numbers that change from call to call, that score_mod and mask_mod get.
             Numbers that a function closes over are constants of its kernel.
+        block_mask: a `BlockMask`, as `create_block_mask` makes it, or FlexAttention's: which
+            blocks of queries and keys are computed at all, and the function that decides within
+            those that are partly kept, which need not be given as mask_mod again.
         layout: "bshd" or "bhsd", of q, k, v and the result.
         precision: "tf32" allows float32 to be multiplied on tensor cores, with operands rounded
             to 10 bits after the point; where there is no such kernel (head dims above 128,
@@ -145,17 +167,23 @@ def attention(
         softcap,
         alibi_slopes,
         sinks,
+        dropout_p,
+        seed,
+        origin,
         bias,
         mask,
         score_mod,
+        score_mod_grad,
         mask_mod,
         aux,
+        block_mask,
         layout,
         precision,
         config,
         fp8,
         max_rel_error,
     )
+    options = with_own_block_mask(options, stream)
     if return_decision and precision != "auto":
         raise ValueError(f'return_decision goes with precision="auto", got {precision!r}')
     descales = q_descale, k_descale, v_descale
@@ -182,11 +210,16 @@ def attention_backward(
     softcap: float = 0.0,
     alibi_slopes=None,
     sinks=None,
+    dropout_p: float = 0.0,
+    seed=None,
+    origin: tuple[int, int, int] | None = None,
     bias=None,
     mask=None,
     score_mod: Callable | None = None,
+    score_mod_grad: Callable | None = None,
     mask_mod: Callable | None = None,
     aux: tuple = (),
+    block_mask=None,
     layout: str = "bshd",
     precision: str | None = None,
     dlse=None,
@@ -203,8 +236,8 @@ def attention_backward(
         out, lse: as returned by `attention(..., return_lse=True)`. With delta out is not read,
             and may be None.
         softmax_scale, causal, causal_align, shift, window_size, softcap, alibi_slopes, sinks,
-            bias, mask, score_mod, mask_mod, aux, layout, precision, stream: as given to
-            `attention`.
+            dropout_p, seed, origin, bias, mask, score_mod, score_mod_grad, mask_mod, aux,
+            block_mask, layout, precision, stream: as given to `attention`.
         dlse: gradient of lse, where a loss depends on it: shaped like lse, float32, any strides.
         delta: the sum over head_dim_v of dout * out, where the caller has it: shaped like lse,
             float32, any strides.
@@ -220,6 +253,8 @@ def attention_backward(
         dq, dk, dv: shaped like q, k and v, contiguous. Queries that see no key have gradient 0.
         dsinks: (num_heads_q,) float32: the sum over a head's rows of
             exp(sink - lse) * (dlse - dout . out).
+        dalibi_slopes: float32, (num_heads_q,) or (batch, num_heads_q), as the slopes: the sum of
+            -dS * distance, of dS by scores. With origin both are of the heads of this call.
         The same call gives the same bits every time: no atomics.
 
     Raises:
@@ -251,15 +286,21 @@ def attention_backward(
         softcap,
         alibi_slopes,
         sinks,
+        dropout_p,
+        seed,
+        origin,
         bias,
         mask,
         score_mod,
+        score_mod_grad,
         mask_mod,
         aux,
+        block_mask,
         layout,
         precision,
         config,
     )
+    options = with_own_block_mask(options, stream)
     refuse_backward(q, k, v, precision)
     arrays = {"q": q, "k": k, "v": v, "dout": dout, "lse": lse}
     if delta is None:

@@ -6,19 +6,26 @@ from typing import Any
 
 import numpy as np
 
-from numflash.api.check import to_numpy
 from numflash.calls import block_masks as making
 from numflash.calls.block_masks import Room
 from numflash.problem.block_masks import (
+    NUMBER,
     Blocks,
     ListedBlocks,
+    arrays_of_aux,
     block_size_of,
     blocks_of,
     blocks_of_sequences,
 )
 from numflash.problem.options import AttentionOptions, kind_of
-from numflash.problem.programs import arrays_of_aux, program_of_mask
-from numflash.runtime.arrays import default_library, library_of, on_stream, stream_address
+from numflash.problem.programs import Extent, program_of_mask
+from numflash.runtime.arrays import (
+    current_array,
+    library_of,
+    on_stream,
+    stream_address,
+    to_numpy,
+)
 from numflash.runtime.views import ArrayView, Operand
 
 EMPTY, PARTIAL, FULL = range(3)
@@ -152,14 +159,18 @@ class BlockMask(ListedBlocks):
         total = self.blocks.count
         return 100 * (1 - float(to_numpy(self.counts).sum()) / total) if total else 0.0
 
-    def dense(self) -> np.ndarray:
-        """(batch, heads, seqlen_q, seqlen_k) boolean on the host: which keys each query sees."""
+    def dense(self, seqlen_q: int | None = None, seqlen_k: int | None = None) -> np.ndarray:
+        """(batch, heads, seqlen_q, seqlen_k) boolean on the host: which keys each query sees.
+
+        Args:
+            seqlen_q, seqlen_k: of the sequences, where the mask was made for whole blocks.
+        """
         (block_m, block_n), *_ = self.blocks
-        _, _, seqlen_q, seqlen_k = self.shape
+        seqlen_q, seqlen_k = self.seqlens or (seqlen_q, seqlen_k)
         tiles = self.tiles().repeat(block_m, 2).repeat(block_n, 3)[:, :, :seqlen_q, :seqlen_k]
         if self.mask_mod is None:
             return tiles != EMPTY
-        aux = [to_numpy(x) if hasattr(x, "shape") else x for x in self.aux]
+        aux = _on_host(self.aux)
         kept = _asked(self.mask_mod, aux, *map(np.arange, tiles.shape))
         return (tiles == FULL) | ((tiles == PARTIAL) & kept)
 
@@ -221,10 +232,10 @@ def create_block_mask(
     views = {n: library_of(x, n).view(x, n) for n, x in arrays.items()}
     first = next(iter(arrays.values())) if like is None and arrays else like
     if first is None:
-        first = default_library("create_block_mask needs like=, an array as q").like()
+        first = current_array("create_block_mask needs like=, an array as q")
     device = library_of(first, "like").view(first, "like").device
-    sizes = batch, heads, seqlen_q, seqlen_k
-    program, given = program_of_mask(mask_mod, aux, views, (*sizes, device))
+    extent = Extent(batch, heads, seqlen_q, seqlen_k, device)
+    program, given = program_of_mask(mask_mod, aux, views, extent)
 
     def flags(operands: dict[str, Operand], room: Room):
         bind = making.tiles_of_function(program, given, blocks, (seqlen_q, seqlen_k), room)
@@ -397,6 +408,10 @@ def _blocks_of_lists(views: dict[str, ArrayView], size: tuple[int, int]) -> Bloc
     return blocks_of(size, rows, views["kv_indices"].shape[3], batch, heads)
 
 
+def _on_host(aux) -> list:
+    return [each if isinstance(each, NUMBER) else to_numpy(each) for each in aux]
+
+
 def _asked(mask_mod: Callable, aux, batch, heads, queries, keys) -> np.ndarray:
     """A function asked about numbers, as NumPy arrays: (batch, heads, queries, keys)."""
     kept = mask_mod(*np.ix_(batch, heads, queries, keys), *aux)
@@ -405,7 +420,7 @@ def _asked(mask_mod: Callable, aux, batch, heads, queries, keys) -> np.ndarray:
 
 
 def _tiles_on_host(mask_mod, aux, place, seqlens, size) -> np.ndarray:
-    aux = [to_numpy(x) if hasattr(x, "shape") else x for x in aux]
+    aux = _on_host(aux)
     (seqlen_q, seqlen_k), (block_m, block_n) = seqlens, size
     columns = range(0, seqlen_k, block_n)
     found = np.full((-(-seqlen_q // block_m), len(columns)), EMPTY, np.int8)

@@ -13,23 +13,25 @@ On 8-bit floats the specification, `reference.attention_fp8`, takes the place of
 implementation: the error of quantisation is in it, and is not the kernel's.
 """
 
-import sys
+import re
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from numflash import reference
 from numflash.api import attention as api
+from numflash.api.block_masks import own
 from numflash.api.explain import explain_dispatch
 from numflash.calls.fp8_options import has_fp8, refuse_backward
 from numflash.problem.fp8 import Fp8Array, Fp8Recipe
 from numflash.problem.options import ARRAY_OPTIONS
 from numflash.reference.attention import heads_first, names_of_gradients
-from numflash.runtime.arrays import library_of, stream_address
+from numflash.runtime.arrays import library_of, stream_address, to_numpy
 from numflash.selection.choice import split_configs
 
 # Options that `attention_backward` alone has.
 _OF_BACKWARD = ("dlse", "wrt")
+_OF_ARRAYS = re.compile(r"dbias|daux\d+", re.ASCII)
 _EPSILON = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "tf32": 2.0**-11}
 
 
@@ -155,15 +157,22 @@ def check(q, k, v, *, dout=None, **options) -> CheckReport:
         got |= zip(_names_of_gradients(options | of_backward), gradients, strict=True)
 
     host = {name: to_numpy(array) for name, array in given.items()}
-    host_options = _on_host(options)
+    host_options = _on_host(options, q, k)
     precision = host_options.pop("precision", None) or library_of(q, "q").view(q, "q").dtype
+    # The gradient of an array that scores read has the array's dtype.
+    dtypes = {
+        name: library_of(array, name).view(array, name).dtype
+        for name, array in got.items()
+        if _OF_ARRAYS.fullmatch(name)
+    }
     return compare(
         {name: to_numpy(array) for name, array in got.items()},
         *host.values(),
         precision=precision,
+        dtypes=dtypes,
         dout=None if dout is None else to_numpy(dout),
         **host_options,
-        **_on_host(of_backward),
+        **_on_host(of_backward, q, k),
     )
 
 
@@ -172,12 +181,25 @@ def _names_of_gradients(options: dict) -> tuple[str, ...]:
     return tuple(f"d{name}" for name in names_of_gradients(options))
 
 
-def _on_host(options: dict) -> dict:
-    """The options that decide the result, with arrays in NumPy."""
+def _on_host(options: dict, q, k) -> dict:
+    """The options that decide the result, with arrays in NumPy; a block mask as a mask."""
     options = {name: option for name, option in options.items() if name != "out"}
     arrays = *ARRAY_OPTIONS, "dlse"
     given = [name for name in arrays if options.get(name) is not None]
-    return options | {name: to_numpy(options[name]) for name in given}
+    options |= {name: to_numpy(options[name]) for name in given}
+    if "aux" in options:
+        given = options["aux"]
+        options["aux"] = tuple(to_numpy(x) if hasattr(x, "shape") else x for x in given)
+    blocks = options.pop("block_mask", None)
+    if blocks is not None:
+        layout, mask = options.get("layout", "bshd"), options.get("mask")
+        kept = own(blocks).dense(_seqlen(q, layout), _seqlen(k, layout))
+        options["mask"] = kept if mask is None else kept & mask
+    return options
+
+
+def _seqlen(x, layout: str) -> int:
+    return x.shape[-2 if layout == "bhsd" or len(x.shape) == 2 else -3]
 
 
 def _check_fp8(given: dict, descales: dict, options: dict) -> CheckReport:
@@ -186,7 +208,7 @@ def _check_fp8(given: dict, descales: dict, options: dict) -> CheckReport:
     dtype = library_of(out, "out").view(out, "out").dtype
     asked = {name: option for name, option in options.items() if name != "out"}
     config = explain_dispatch(*given.values(), **asked).forward.config
-    of_call = _on_host(options)
+    of_call = _on_host(options, given["q"], given["k"])
     for name in ("precision", "max_rel_error", "config", *(f"{name}_descale" for name in given)):
         of_call.pop(name, None)
     bhsd = of_call.pop("layout", "bshd") == "bhsd"
@@ -285,8 +307,13 @@ def _tokens_per_scale(recipe: Fp8Recipe) -> int:
     return 1 if recipe.granularity == "token" else recipe.block
 
 
-def compare(got: dict, q, k, v, *, precision: str, dout=None, **options) -> CheckReport:
-    """Compare results, by name, with float64; everything in NumPy."""
+def compare(
+    got: dict, q, k, v, *, precision: str, dtypes: dict | None = None, dout=None, **options
+) -> CheckReport:
+    """Compare results, by name, with float64; everything in NumPy.
+
+    `dtypes` are those of results that do not have `precision`.
+    """
     exact = dict(zip(("out", "lse"), reference.attention(q, k, v, **options), strict=True))
     naive = dict(
         zip(
@@ -310,10 +337,12 @@ def compare(got: dict, q, k, v, *, precision: str, dout=None, **options) -> Chec
         * _largest_finite(sums)
         for name, sums in reference.magnitudes(q, k, v, dout, **options).items()
     }
+    dtypes = dtypes or {}
+    epsilons = {n: max(epsilon, _EPSILON[dtypes[n]]) if n in dtypes else epsilon for n in got}
     # lse is float32 whatever the inputs are, but its scores are not more exact than they.
     return CheckReport(
         tuple(
-            measure(name, array, exact[name], naive[name], epsilon, remainders[name])
+            measure(name, array, exact[name], naive[name], epsilons[name], remainders[name])
             for name, array in got.items()
         ),
         lse_factor,
@@ -352,21 +381,3 @@ def _largest_difference(a, exact) -> float:
         difference = np.where(same, 0.0, np.abs(a - exact))
     difference = np.where(np.isnan(difference), np.inf, difference)
     return float(difference.max(initial=0))
-
-
-def to_numpy(array) -> np.ndarray:
-    """A host copy of an array of any library."""
-    if isinstance(array, np.ndarray):
-        return array
-    if hasattr(array, "get"):  # CuPy
-        return array.get()
-    if hasattr(array, "detach"):  # PyTorch; NumPy has no bfloat16 of its own to copy to
-        tensor = array.detach().cpu()
-        if "float8" in str(tensor.dtype):
-            return tensor.view(sys.modules["torch"].uint8).numpy()
-        if str(tensor.dtype) == "torch.bfloat16":
-            return tensor.float().numpy()
-        return tensor.numpy()
-    if hasattr(array, "copy_to_host"):  # Numba
-        return array.copy_to_host()
-    return np.asarray(array)

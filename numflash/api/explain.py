@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 
+from numflash.api.block_masks import with_own_block_mask
 from numflash.calls.arguments import request_of
 from numflash.calls.forward import selection_of
 from numflash.calls.fp8_forward import auto_requests_of, fp8_request_of
@@ -96,6 +97,9 @@ def explain_dispatch(q, k, v, *, arch: str | None = None, **options) -> Explanat
     gpu = None if arch is None else find(arch)
     descales = tuple(options.pop(f"{name}_descale", None) for name in "qkv")
     options = AttentionOptions.of("explain_dispatch", options, ("arch",))
+    # A number in an array's place is no array.
+    options.numbers()
+    options = with_own_block_mask(options)
     if options.max_rel_error is not None:
         options = with_budget(options)
     is_fp8 = options.precision in ("fp8", "auto") or any(x is not None for x in descales)

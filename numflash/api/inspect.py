@@ -3,9 +3,10 @@
 import argparse
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 
+from numflash.api.inspect_functions import program_of
 from numflash.configs import (
     DTYPES,
     FAMILIES,
@@ -24,9 +25,15 @@ from numflash.configs import (
 from numflash.configs.features import FEATURES
 from numflash.configs.formats import FORMATS
 from numflash.machine_code.compiler import compile_ptx, get_cubin
-from numflash.machine_code.report import NO_SIMULATOR, describe, inspect_kernel
+from numflash.machine_code.report import (
+    NO_SIMULATOR,
+    cost_of_functions,
+    describe,
+    inspect_kernel,
+)
 from numflash.machine_code.sass import disassemble
 from numflash.problem.fp8 import GRANULARITIES, Fp8Recipe
+from numflash.problem.programs import BIAS_DTYPES
 from numflash.runtime.commands import command
 from numflash.runtime.devices import ARCHITECTURES, Architecture, architecture
 from numflash.runtime.errors import UnsupportedError
@@ -82,6 +89,22 @@ def _parser() -> argparse.ArgumentParser:
     for row in FEATURES:
         text = f"with {row.title} compiled in"
         parser.add_argument(f"--{row.name}", action="store_true", help=text)
+    functions = parser.add_argument_group(
+        "functions of the caller", "compiled in; the report then also says what they cost"
+    )
+    for name in ("score", "mask"):
+        functions.add_argument(
+            f"--{name}-mod", metavar="FUNCTION", help="FILE.py:NAME, which is run, or MODULE:NAME"
+        )
+    functions.add_argument(
+        "--aux",
+        nargs="+",
+        default=[],
+        metavar="WHAT",
+        help="what they get: arrays as DTYPE[AXES], as in float32[2], or numbers",
+    )
+    functions.add_argument("--bias", choices=BIAS_DTYPES, help="with a bias of this dtype")
+    functions.add_argument("--mask", action="store_true", help="with a boolean mask")
     parser.add_argument(
         "--unaligned",
         action="store_true",
@@ -157,6 +180,7 @@ def _traits(args: argparse.Namespace) -> Traits:
         tf32=args.precision == "tf32",
         fp8=is_fp8 and is_forward,
         key_scales=args.key_scales and is_forward,
+        program=program_of(args.score_mod, args.mask_mod, args.aux, args.bias, args.mask),
     )
 
 
@@ -197,7 +221,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             choice = force(args.kernel, config, traits, limits)
         config, traits = choice.config, choice.traits
-    except (ValueError, UnsupportedError) as error:
+    except (TypeError, ValueError, UnsupportedError) as error:
         parser.error(str(error))
     try:
         if args.ptx:
@@ -206,8 +230,13 @@ def main(argv: list[str] | None = None) -> int:
             print(disassemble(get_cubin(config, traits, limits).code))
         else:
             report = inspect_kernel(config, traits, limits)
-            text = json.dumps(asdict(report), indent=2) if args.json else describe(report, limits)
-            print(text)
+            if args.json:
+                print(json.dumps(asdict(report), indent=2))
+            else:
+                print(describe(report, limits))
+                if traits.program:
+                    plain = inspect_kernel(config, replace(traits, program=""), limits)
+                    print(cost_of_functions(report, plain))
     except UnsupportedError as error:
         parser.exit(1, f"{parser.prog}: error: {error}\n")
     return 0

@@ -1,7 +1,7 @@
 """`merge_partials`: attention over all keys from attention over parts of them."""
 
-from numflash.calls.merging import Merge
-from numflash.calls.remembered import remembered, run
+from numflash.calls.merging import Merge, parts_of
+from numflash.calls.ready import remembered, run
 from numflash.runtime.arrays import library_of
 
 
@@ -35,7 +35,9 @@ def merge_partials(outs, lses, *, layout: str = "bshd", dtype: str | None = None
         ValueError: no parts, not as many lses as outs, shapes that do not fit together.
         UnsupportedError: head_dim_v above 256.
 
-    Parts are copied next to each other as float32 first. The kernel is enqueued, not waited for.
+    Parts are copied next to each other as float32 first, unless outs and lses are contiguous
+    float32 arrays with head_dim_v a multiple of 32 and layout "bshd". The kernel is enqueued, not
+    waited for.
 
     Example:
         >>> import numpy as np, numflash
@@ -58,15 +60,21 @@ def merge_partials(outs, lses, *, layout: str = "bshd", dtype: str | None = None
         raise ValueError(
             f"outs and lses must have as many parts, one or more, got {len(outs)} and {len(lses)}"
         )
-    arrays = {f"outs[{i}]": part for i, part in enumerate(outs)}
-    arrays |= {f"lses[{i}]": part for i, part in enumerate(lses)}
-    key, operands = (Merge, layout, dtype), {}
+    are_stacked = not isinstance(outs, list | tuple) and not isinstance(lses, list | tuple)
+    if are_stacked:
+        arrays = {"outs": outs, "lses": lses}
+    else:
+        arrays = {f"outs[{i}]": part for i, part in enumerate(outs)}
+        arrays |= {f"lses[{i}]": part for i, part in enumerate(lses)}
+    key, operands = (Merge, are_stacked, layout, dtype), {}
     for name, array in arrays.items():
         operands[name], identity = library_of(array, name).glance(array)
         key = *key, identity
 
     def make() -> Merge:
         views = [library_of(array, name).view(array, name) for name, array in arrays.items()]
+        if are_stacked:
+            return Merge(*map(parts_of, views), layout, dtype, stacked=tuple(views))
         return Merge(views[: len(outs)], views[len(outs) :], layout, dtype)
 
     out, lse = run(remembered(key, make), arrays, operands, stream)

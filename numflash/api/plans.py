@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from numflash.api.block_masks import with_own_block_mask
 from numflash.calls.fp8_forward import AutoForward, Fp8Forward
 from numflash.calls.fp8_options import MAX_REL_ERROR, refuse_backward
 from numflash.calls.launch import load
@@ -87,6 +88,7 @@ def plan(
         True
     """
     options = AttentionOptions.of("plan", options, ("out", "stream"))
+    options = with_own_block_mask(options, stream)
     for name, array in (("q", q), ("k", k), ("v", v)):
         array = array.data if isinstance(array, Fp8Array) else array
         view = library_of(array, name).view(array, name)
@@ -105,6 +107,7 @@ def warmup(
     softcap: bool = False,
     alibi: bool = False,
     sinks: bool = False,
+    dropout: bool = False,
     precision: str | None = None,
     fp8: Fp8Recipe | None = None,
     backward: bool = False,
@@ -116,7 +119,7 @@ def warmup(
         dtype: "float16", "bfloat16" or "float32".
         head_dim, head_dim_v: as in the arrays to come; head_dim_v defaults to head_dim.
         seqlen_q, seqlen_k: likewise; sequences of up to 32 tokens have kernels of their own.
-        softcap, alibi, sinks: whether the calls will use them.
+        softcap, alibi, sinks, dropout: whether the calls will use them.
         precision, fp8: as in the calls to come; on 8-bit floats also what quantises.
         backward: also compile for `attention_backward`.
         device: ordinal of the CUDA device.
@@ -130,7 +133,7 @@ def warmup(
         >>> import numflash
         >>> numflash.warmup("bfloat16", head_dim=128, backward=True)
     """
-    asked = {"softcap": softcap, "alibi": alibi, "sinks": sinks}
+    asked = {"softcap": softcap, "alibi": alibi, "sinks": sinks, "dropout": dropout}
     features = tuple(name for name, is_asked in asked.items() if is_asked)
     head_dim_v = head_dim if head_dim_v is None else head_dim_v
     for name, value in (("head_dim", head_dim), ("head_dim_v", head_dim_v)):

@@ -1,7 +1,7 @@
 """`quantize_fp8` and `dequantize_fp8`: arrays to 8-bit floats and back."""
 
 from numflash.calls.quantization import Dequantization, Quantization
-from numflash.calls.remembered import remembered, run
+from numflash.calls.ready import remembered, run
 from numflash.problem.fp8 import Fp8Array, Fp8Recipe
 from numflash.runtime.arrays import library_of
 

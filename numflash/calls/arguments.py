@@ -111,7 +111,7 @@ def arguments_of(problem: AttentionProblem, tensors: dict[str, Tensor]) -> dict[
             head_dim_v=problem.head_dim_v,
             batch_size=problem.batch,
         ),
-        "mask": Mask(problem.band_lo, problem.band_hi),
+        "mask": mask_record(problem),
         "scores": _scores(problem, scale, features),
         "features": features,
         "row_gradients": None,
@@ -122,6 +122,24 @@ def arguments_of(problem: AttentionProblem, tensors: dict[str, Tensor]) -> dict[
         "plain_statistics_log2": Statistics("lse_log2", "plain_delta"),
         "in_fp8": None,
     }
+
+
+def mask_record(problem: AttentionProblem, by_keys: bool = False) -> NamedTuple:
+    """The record of `mask_of` for a problem; with `by_keys` for a kernel that owns keys."""
+    band, blocks = (problem.band_lo, problem.band_hi), problem.blocks
+    if blocks is None:
+        return Mask(*band)
+    rows, columns, suffix = blocks.rows, blocks.columns, ""
+    if by_keys:
+        rows, columns, suffix = columns, rows, "_of_keys"
+    lists = records.BlockLists(
+        f"block_entries{suffix}",
+        f"block_counts{suffix}",
+        batch=blocks.heads * rows if blocks.batch > 1 else 0,
+        head=rows if blocks.heads > 1 else 0,
+        pitch=columns,
+    )
+    return records.BlockMask(*band, lists)
 
 
 def _scores(problem: AttentionProblem, scale: float, features: Features) -> NamedTuple:

@@ -12,13 +12,16 @@ from numflash.calls.arguments import (
     arguments_of,
     copy_all_rows,
     lse_shape,
+    mask_record,
     of_each_query,
     traits_of,
     with_contiguous_rows,
 )
+from numflash.calls.array_gradients import kernels_of_array
 from numflash.calls.forward import Launches
 from numflash.calls.launch import Launcher
 from numflash.kernels.arguments import Tensor as TensorRecord
+from numflash.problem.array_gradients import ArrayGradient, array_gradients
 from numflash.problem.gradients import Gradients
 from numflash.problem.options import AttentionOptions
 from numflash.problem.problem import AttentionProblem, as_tensor, describe, expect_like
@@ -64,9 +67,9 @@ class Backward:
         results = tuple(name for name in ("dout", "out") if name in views)
         rows, self._copied = with_contiguous_rows(views, (*_OPERANDS, *results))
         problem, tensors = describe(rows, options)
-        gradients = Gradients.of(
-            problem.feature_names, wrt, dlse="dlse" in views, delta="delta" in views
-        )
+        arrays = {} if wrt is None else array_gradients(problem, rows, options)
+        of_lse = {"dlse": "dlse" in views, "delta": "delta" in views}
+        gradients = Gradients.of(problem.feature_names, wrt, arrays, **of_lse)
         q, layout = rows["q"], options.layout
         out_shape = (*q.shape[:-1], problem.head_dim_v)
         for name in results:
@@ -99,8 +102,10 @@ class Backward:
         self._shapes = {
             name: (*rows[name].shape[:-1], problem.num_heads_q)
             for name in gradients.wrt
-            if name not in _OPERANDS
+            if name not in (*_OPERANDS, *arrays)
         }
+        # Parts of workspaces: (workspace, from, to).
+        self._parts: dict[str, tuple[str, int, int]] = {}
         self._launchers: dict[str, Launcher] = {}
         selection = select(
             problem,
@@ -121,6 +126,8 @@ class Backward:
         for family, choice in selection.backward.items():
             add = self._add_fused if family == FUSED else self._add
             add(problem, family, choice)
+        for gradient in gradients.arrays:
+            self._add_array(problem, gradient, selection.arrays[gradient.name])
         for launcher in self._launchers.values():
             launcher.build()
 
@@ -138,6 +145,7 @@ class Backward:
         rows, heads = problem.seqlen_q, problem.num_heads_q
         if family == "backward-dkdv":
             rows, heads = problem.seqlen_k, problem.num_heads_kv
+            arguments = arguments | {"mask": mask_record(problem, by_keys=True)}
         if getattr(choice.config, "apart", False):
             heads *= 2
         if problem.batch and rows:
@@ -175,6 +183,21 @@ class Backward:
             launcher = self._launcher(reduction, tiles, arguments)
             self._launchers[reduction.config.family] = launcher
 
+    def _add_array(
+        self, problem: AttentionProblem, gradient: ArrayGradient, choices: tuple[Choice, ...]
+    ) -> None:
+        """The kernels for the gradient of an array that scores read."""
+        self._results[f"d{gradient.name}"] = Allocated(gradient.shape, gradient.dtype)
+        if not math.prod(gradient.shape):
+            return
+        made = kernels_of_array(problem, gradient, choices, self._arguments)
+        self._workspaces |= {n: Allocated(*each) for n, each in made.workspaces.items()}
+        self._parts |= made.parts
+        for number, (choice, blocks, arguments) in enumerate(made.launches):
+            if blocks:
+                launcher = self._launcher(choice, blocks, self._arguments | arguments)
+                self._launchers[f"{choice.family} of {gradient.name}, {number}"] = launcher
+
     def _launcher(self, choice: Choice, num_blocks: int, arguments: dict) -> Launcher:
         """A kernel for the problem, with all but addresses bound."""
         return Launcher(choice.config, choice.traits, self.device, num_blocks, arguments)
@@ -196,5 +219,7 @@ class Backward:
         for name, (shape, dtype) in (self._workspaces | self._results).items():
             arrays[name] = library.empty(shape, dtype, self.device)
             operands[name] = library.operand(arrays[name])
+        for name, (whole, first, end) in self._parts.items():
+            operands[name] = library.operand(arrays[whole][first:end])
         launches = {family: each.bind(operands) for family, each in self._launchers.items()}
         return [arrays["d" + name] for name in self._gradients.wrt], launches

@@ -62,7 +62,7 @@ class Results:
         """(out, lse), also put into `operands`."""
         request = self._request
         if self._is_given:
-            self._refuse_overlap({name: o.pointer for name, o in operands.items()})
+            self._refuse_overlap({name: operands[name].pointer for name in self._spans})
             out = operands["out"].array
         else:
             out = library.empty(request.out_shape, request.problem.dtype, request.device)

@@ -21,10 +21,12 @@ from numflash.calls.fp8_sources import (
 )
 from numflash.calls.launch import Launcher
 from numflash.configs import FP8_STEP, EstimateConfig, Traits, padded_fp8_head_dim
+from numflash.configs.features import rows_of
 from numflash.kernels.arguments import Descales, QueryDescale, Squares
 from numflash.problem.options import AttentionOptions
 from numflash.problem.problem import AttentionProblem, Tensor, describe
 from numflash.runtime.arrays import ArrayLibrary
+from numflash.runtime.errors import UnsupportedError
 from numflash.runtime.views import ArrayView, Operand
 
 Sources = dict[str, Source]
@@ -128,6 +130,12 @@ def fp8_request_of(
     q, options = like["q"], options._replace(precision=None)
     rest = {name: views[name] for name in options.arrays()}
     problem, _ = describe(like | rest, options)
+    for row in rows_of(problem.feature_names):
+        if not row.in_8_bits:
+            raise UnsupportedError(
+                f'{row.option} goes with 16 and 32 bits, not with precision="fp8" or "auto" and '
+                f"arrays of 8-bit floats; got {row.option} {getattr(options, row.option)}"
+            )
     out = described_out(views, q, problem, options)
     tensors = {name: _codes(name, source) for name, source in sources.items()} | {"out": out}
     traits = replace(

@@ -5,8 +5,9 @@ GPU a launch packs those addresses next to the arguments packed before and makes
 the caller's stream: no allocation, no synchronisation, capturable in a CUDA graph.
 
 The arguments are the records of `kernels.arguments`, by parameter name; what the driver gets, or
-the executor, is their leaves. A tensor map is passed by value. It is encoded when an address is
-first bound and remembered.
+the executor, is their leaves. A leaf that is a name is an operand: a pointer's array, or a number
+that may be another one with each call, as a seed. A tensor map is passed by value. It is encoded
+when an address is first bound and remembered.
 """
 
 import ctypes
@@ -24,15 +25,18 @@ from numflash.kernels.arguments import assembled, value_at
 from numflash.machine_code.compiler import Cubin, get_cubin, warn_of_spills
 from numflash.machine_code.ptx_worker import ptx_of
 from numflash.problem.tensor_maps import MAP_ALIGNMENT, MAP_BYTES, TensorLayout
+from numflash.runtime.arrays import library_of
 from numflash.runtime.driver import checked, in_context, limits_of_device, open_driver, raise_error
 from numflash.runtime.mode import SIMULATED
 from numflash.runtime.switches import choice
-from numflash.runtime.views import Operand, Pointer
+from numflash.runtime.views import FromHead, Operand, Pointer
 
 # The code of a simulated launch: the kernel's Python, or the compilers' code of it, by the named
 # route (see `compiler.executable_ptx`).
 _SIMULATED_CODE = "python", "ptx", "lto"
 _SLOT_BYTES = 8
+# A number by its `struct` letter, with the bytes that fill up its slot.
+_IN_A_SLOT = {"i": "i4x", "f": "f4x", "q": "q"}
 # Encoded maps that are remembered, of each parameter of a launch: allocators use addresses again.
 _MAX_MAPS = 64
 _DEFAULT_SMEM_LIMIT = 48 * 1024
@@ -63,8 +67,9 @@ class Launcher:
             device: ordinal of the CUDA device.
             num_blocks: blocks of the grid.
             arguments: by parameter name: a record, a number, a `Mapped`, or for a pointer the name
-                of an operand or None, as a record has it too. A pointer that is not among them is
-                the operand of its name; arguments that are no parameters are ignored.
+                of an operand or None, as a record has it too. A number may also be the name of one
+                that `bind` gets. A pointer that is not among them is the operand of its name;
+                arguments that are no parameters are ignored.
         """
         self._config, self._traits, self._device = config, traits, device
         self._num_blocks, self._arguments = num_blocks, arguments
@@ -94,10 +99,11 @@ class Launcher:
     def __str__(self) -> str:
         return f"{self._config.family} {self._config} {self._traits}"
 
-    def bind(self, operands: dict[str, Operand | None]) -> Callable[[int], None]:
+    def bind(self, operands: dict[str, Operand | float | None]) -> Callable[[int], None]:
         """A function of the stream's address that launches on these arrays and keeps them alive.
 
-        `operands` holds the arrays of pointers and tensor maps, by their names in the arguments.
+        `operands` holds the arrays of pointers and tensor maps, and numbers, by their names in the
+        arguments.
         """
         return self.build().bind(operands)
 
@@ -109,25 +115,30 @@ class DriverLaunch:
         self.driver, self.device = open_driver(), device
         self.function = load(cubin, device)
         self.geometry = (num_blocks, 1, 1, cubin.num_threads, 1, 1, cubin.smem_bytes)
-        # The values that a launch fills in come first: maps, which are aligned, and pointers.
+        values = {path: value_at(arguments, path) for path, _ in cubin.parameters}
+        given = {path for path, letter in cubin.parameters if _is_given(values[path], letter)}
+        # The values that a launch fills in come first: maps, which are aligned, pointers, numbers.
         kinds = {"T": 0, "P": 1}
-        ordered = sorted(cubin.parameters, key=lambda parameter: kinds.get(parameter[1], 2))
-        mapped, self.pointer_names = (
-            [value_at(arguments, path) for path, letter in ordered if letter == kind]
-            for kind in kinds
+        ordered = sorted(
+            cubin.parameters, key=lambda each: kinds.get(each[1], 2 if each[0] in given else 3)
         )
+        mapped, self.pointer_names = (
+            [values[path] for path, letter in ordered if letter == kind] for kind in kinds
+        )
+        self.number_names = [values[path] for path, _ in ordered if path in given]
         self.map_names = [each.operand for each in mapped]
         self.encoders = [self._encoder(each.layout) for each in mapped]
         n_maps, n_pointers = len(self.map_names), len(self.pointer_names)
-        self.pack = struct.Struct("<" + f"{MAP_BYTES}s" * n_maps + f"{n_pointers}Q").pack_into
+        numbers = "".join(_IN_A_SLOT[letter] for path, letter in ordered if path in given)
+        form = "<" + f"{MAP_BYTES}s" * n_maps + f"{n_pointers}Q" + numbers
+        self.pack = struct.Struct(form).pack_into
         sizes = [MAP_BYTES if letter == "T" else _SLOT_BYTES for _, letter in ordered]
         self.slots = ctypes.create_string_buffer(sum(sizes) + MAP_ALIGNMENT)
         self.first = aligned(self.slots) - ctypes.addressof(self.slots)
         offset, offsets = self.first, {}
         for (path, letter), size in zip(ordered, sizes, strict=True):
-            if letter not in kinds:
-                value = value_at(arguments, path)
-                struct.pack_into(f"<{letter}", self.slots, offset, value)
+            if letter not in kinds and path not in given:
+                struct.pack_into(f"<{letter}", self.slots, offset, values[path])
             offsets[path] = offset
             offset += size
         base = ctypes.addressof(self.slots)
@@ -146,7 +157,7 @@ class DriverLaunch:
             encode_at(operand.pointer)
             for encode_at, operand in zip(self.encoders, mapped, strict=True)
         ]
-        values = maps + pointers
+        values = maps + pointers + [operands[name] for name in self.number_names]
 
         def launch(stream: int, _keep_alive=(bound, mapped)) -> None:
             in_context(self.device, self._launch, values, stream)
@@ -158,7 +169,7 @@ class DriverLaunch:
         encode = encoder(self.driver, layout)
         return lru_cache(_MAX_MAPS)(lambda pointer: in_context(self.device, encode, pointer))
 
-    def _launch(self, values: list[bytes | int], stream: int) -> None:
+    def _launch(self, values: list[bytes | float], stream: int) -> None:
         with self.lock:
             self.pack(self.slots, self.first, *values)
             status = self.driver.cuLaunchKernel(
@@ -168,8 +179,16 @@ class DriverLaunch:
             raise_error(status[0])
 
 
-def _operand(operands: dict[str, Operand | None], name: str | None) -> Operand | None:
+def _is_given(value, letter: str) -> bool:
+    """Whether a parameter is a number that `bind` gets by this name."""
+    return isinstance(value, str) and letter not in ("T", "P")
+
+
+def _operand(operands: dict[str, Operand | None], name: str | FromHead | None) -> Operand | None:
     """The operand of a pointer; None if nothing is read through it."""
+    if isinstance(name, FromHead):
+        array = operands[name.operand].array
+        return library_of(array, name.operand).operand(array[..., name.first :])
     return None if name is None else operands[name]
 
 
@@ -244,8 +263,9 @@ def _simulated_leaves(kernel, arguments: dict, operands: dict, pointer: Callable
             return SimulatedTensorMap(operands[value.operand].array, value.layout)
         if isinstance(annotation, Pointer):
             operand = _operand(operands, value)
-            return pointer(value or path, operand and operand.array, annotation.element)
-        return annotation(value)
+            name = getattr(value, "operand", value)
+            return pointer(name or path, operand and operand.array, annotation.element)
+        return annotation(operands[value] if isinstance(value, str) else value)
 
     return [leaf(path, annotation) for path, annotation in kernel.leaves.items()]
 

@@ -1,6 +1,7 @@
 """Parts of attention over different keys, made ready to be merged by the combine kernel."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from numflash.calls.launch import Launcher
@@ -21,6 +22,20 @@ from numflash.runtime.driver import limits_of_device
 from numflash.runtime.views import ArrayView, Operand, fresh
 from numflash.selection.rules import choose
 
+_ALIGNMENT = 16
+"""Bytes: the kernel reads four numbers at once."""
+
+
+def parts_of(view: ArrayView) -> list[ArrayView]:
+    """The views of what stands along the first axis of an array."""
+    step = view.strides[0] * view.itemsize
+    return [
+        replace(
+            view, pointer=view.pointer + i * step, shape=view.shape[1:], strides=view.strides[1:]
+        )
+        for i in range(view.shape[0])
+    ]
+
 
 class Merge:
     """A merge made ready: its kernel bound to everything but addresses.
@@ -30,14 +45,20 @@ class Merge:
     """
 
     def __init__(
-        self, outs: list[ArrayView], lses: list[ArrayView], layout: str, dtype: str | None
+        self,
+        outs: list[ArrayView],
+        lses: list[ArrayView],
+        layout: str,
+        dtype: str | None,
+        stacked: tuple[ArrayView, ArrayView] | None = None,
     ):
         """Check and compile.
 
         Args:
-            outs: one for each part, or one of all whose first axis is the part.
+            outs: one for each part.
             lses: likewise.
             layout, dtype: as for `merge_partials`.
+            stacked: the arrays of all outs and of all lses, if the call has them.
 
         Raises:
             TypeError, ValueError, UnsupportedError: as `merge_partials`.
@@ -61,6 +82,8 @@ class Merge:
         self._tensor, self._row = tensor, padded_head_dim(head_dim_v)
         self._parts_shape = (len(outs), batch, seqlen, heads, self._row)
         self._lses_shape = (len(outs), *self.lse_shape)
+        self._are_stacked = stacked is not None
+        self._lie_ready = self._are_stacked and self._lies_ready(*stacked)
         self._launcher = self._make_launcher(tensor, len(outs))
         if self._launcher is not None:
             self._launcher.build()
@@ -80,28 +103,45 @@ class Merge:
         }
         return Launcher(config, traits, self.device, blocks, arguments)
 
+    def _lies_ready(self, outs: ArrayView, lses: ArrayView) -> bool:
+        """Whether the kernel can read the parts where they are."""
+        in_order = self.layout == "bshd" and self.out_shape[-1] == self._row
+        return in_order and outs.dtype == "float32" and outs.is_contiguous and lses.is_contiguous
+
     def bind(
         self, *operands_and_library: Operand | ArrayLibrary
     ) -> tuple[Any, Any, dict[str, Callable[[int], None]]]:
         """Copy the parts next to each other and allocate; (out, lse, functions that launch).
 
         Args:
-            operands_and_library: the parts of out, those of lse, and the array library.
+            operands_and_library: the parts of out, those of lse, or the arrays of all of either;
+                and the array library.
         """
         *operands, library = operands_and_library
-        n = len(operands) // 2
-        parts = library.empty(self._parts_shape, "float32", self.device)
-        part_lses = library.empty(self._lses_shape, "float32", self.device)
-        for i, (out, lse) in enumerate(zip(operands[:n], operands[n:], strict=True)):
-            self._as_given(parts[i])[...] = out.array
-            part_lses[i][...] = lse.array
+        if self._lie_ready and all(each.pointer % _ALIGNMENT == 0 for each in operands):
+            parts, part_lses = operands
+        else:
+            parts, part_lses = map(library.operand, self._copied(operands, library))
         out = library.empty(self.out_shape, self.dtype, self.device)
         lse = library.empty(self.lse_shape, "float32", self.device)
-        bound = {"parts": parts, "part_lses": part_lses, "out": out, "lse": lse}
         if self._launcher is None:
             return out, lse, {}
-        launch = self._launcher.bind({name: library.operand(x) for name, x in bound.items()})
+        results = {"out": library.operand(out), "lse": library.operand(lse)}
+        launch = self._launcher.bind({"parts": parts, "part_lses": part_lses, **results})
         return out, lse, {"combine": launch}
+
+    def _copied(self, operands: list[Operand], library: ArrayLibrary) -> tuple[Any, Any]:
+        """The parts of out and of lse, next to each other."""
+        arrays = [each.array for each in operands]
+        if not self._are_stacked:
+            n = len(arrays) // 2
+            arrays = [arrays[:n], arrays[n:]]
+        parts = library.empty(self._parts_shape, "float32", self.device)
+        part_lses = library.empty(self._lses_shape, "float32", self.device)
+        for i, (out, lse) in enumerate(zip(*arrays, strict=True)):
+            self._as_given(parts[i])[...] = out
+            part_lses[i][...] = lse
+        return parts, part_lses
 
     def _as_given(self, part):
         """A (batch, seqlen, heads, padded head_dim_v) array with the axes that users' have."""

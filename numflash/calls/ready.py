@@ -18,9 +18,10 @@ from numflash.calls.fp8_options import (
 from numflash.problem.fp8 import Fp8Array, PrecisionDecision
 from numflash.problem.options import AttentionOptions
 from numflash.runtime.arrays import library_of, on_stream, stream_address
+from numflash.runtime.views import Operand
 from numflash.selection.store import generation
 
-# Ready launches by problem; emptied when it grows past this, so that varying shapes cannot leak.
+# Objects made ready; emptied when it grows past this, so that varying shapes cannot leak.
 _MAX_READY = 4096
 _ready: dict[tuple, Any] = {}
 
@@ -105,28 +106,53 @@ def prepare(kind: type, arrays: dict[str, Any], options: AttentionOptions, strea
 
     Returns:
         The `kind`, Forward or Backward, for this call: found, or made now; the call's arrays as
-        operands; the address of `stream`, or None.
+        operands, and numbers that launches fill in; the address of `stream`, or None.
     """
     arrays |= options.arrays()
     # A tuning of this process changes the ready calls.
-    key, operands = [kind, generation()], {}
+    key, operands = [kind, generation()], options.numbers()
+    key += operands
     for name, array in arrays.items():
         operands[name], identity = library_of(array, name).glance(array)
         key += name, identity
     if stream is not None:
         stream = stream_address(stream)
+
+    def make():
+        views = {name: library_of(x, name).view(x, name) for name, x in arrays.items()}
+        return kind(views, options, *more)
+
     try:
         key = (*key, *options.key(), *more)
+    except TypeError:
+        return make(), operands, stream
+    return remembered(key, make), operands, stream
+
+
+def remembered(key: tuple, make: Callable[[], Any]):
+    """The object that `make` makes, or made before for an equal key."""
+    try:
         ready = _ready.get(key)
     except TypeError:
-        # An option cannot be hashed: `kind` finds what is wrong with it. Or nobody can be sure of
-        # a function: the call is made ready each time.
-        key = ready = None
+        return make()  # an option cannot even be hashed: `make` finds what is wrong with it
     if ready is None:
-        views = {name: library_of(x, name).view(x, name) for name, x in arrays.items()}
-        ready = kind(views, options, *more)
+        ready = make()
         if len(_ready) >= _MAX_READY:
             _ready.clear()
-        if key is not None:
-            _ready[key] = ready
-    return ready, operands, stream
+        _ready[key] = ready
+    return ready
+
+
+def run(ready, arrays: dict[str, Any], operands: dict[str, Operand], stream) -> list:
+    """Bind and launch: the arrays that `ready` makes, of the kind of the first of `arrays`."""
+    first = next(iter(arrays.values()))
+    library = library_of(first, next(iter(arrays)))
+
+    def work(stream: int) -> list:
+        *made, launches = ready.bind(*operands.values(), library)
+        for launch in launches.values():
+            launch(stream)
+        return [library.hand_back(x, first, stream) for x in made if x is not None]
+
+    address = None if stream is None else stream_address(stream)
+    return on_stream(work, address, ready.device, arrays, operands)

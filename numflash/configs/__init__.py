@@ -35,13 +35,19 @@ from numflash.configs.mma import (
 )
 from numflash.configs.portable import (
     PORTABLE_CONFIGS,
+    ArraySumsConfig,
+    BackwardColumnsConfig,
     BackwardDkDvConfig,
     BackwardDqConfig,
     BackwardRowsConfig,
+    BackwardScatterConfig,
+    BackwardTilesConfig,
+    ClearSumsConfig,
     CombineConfig,
     DeltaConfig,
     ForwardConfig,
     HeadSumsConfig,
+    RoundSumsConfig,
     SmemLayout,
 )
 from numflash.configs.quantize import (
@@ -76,8 +82,14 @@ Config = (
     | BackwardDkDvConfig
     | BackwardDqConfig
     | BackwardRowsConfig
+    | BackwardColumnsConfig
+    | BackwardTilesConfig
+    | BackwardScatterConfig
     | DeltaConfig
     | HeadSumsConfig
+    | ArraySumsConfig
+    | ClearSumsConfig
+    | RoundSumsConfig
     | CombineConfig
     | MmaConfig
     | QuantizeConfig
@@ -117,10 +129,15 @@ __all__ = [
     "SLAB_BYTES",
     "WARPGROUP_ROWS",
     "AmaxConfig",
+    "ArraySumsConfig",
     "Asked",
+    "BackwardColumnsConfig",
     "BackwardDkDvConfig",
     "BackwardDqConfig",
     "BackwardRowsConfig",
+    "BackwardScatterConfig",
+    "BackwardTilesConfig",
+    "ClearSumsConfig",
     "CombineConfig",
     "Config",
     "DeltaConfig",
@@ -140,6 +157,7 @@ __all__ = [
     "MmaForwardConfig",
     "QuantizeConfig",
     "ReduceDqConfig",
+    "RoundSumsConfig",
     "Sm90ForwardConfig",
     "Sm90Fp8ForwardConfig",
     "SmemLayout",

@@ -5,22 +5,27 @@ name in `tiles.features` at one of these hooks:
 
     score(s, i, j, args) -> (s, ds)          the final score, and its derivative
     finish(row_max, row_sum, args) -> ...    at the end of a row: further parts of its sum
+    weigh(row, column, args) -> ...          what P is multiplied by once a row has its sum
 
 Rules, tables, commands and the tuner go through the rows and name none. Features apply in the
 order of the table, which is that of their names in the string form of `Traits`. It stands beside
 `Traits`, which hold features in configs; options, problems and the reference build on both.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy import float32 as f32
+from numpy import int32 as i32
 from numpy import int64 as i64
+from numpy import uint32 as u32
 
-from numflash.runtime.views import ArrayView, Pointer
+from numflash.runtime.philox import key_of, random_bits
+from numflash.runtime.views import ArrayView, FromHead, Pointer
 
 MAX_FLOAT32 = (2 - 2**-23) * 2.0**127
 
@@ -40,12 +45,37 @@ def expect_nothing(name: str, value) -> None:
 
 
 class Asked(NamedTuple):
-    """The problem's sizes, scale and device, by which a row reads an option."""
+    """The problem's sizes, scale and device, and a call's arrays, by which a row reads an option.
+
+    Attributes:
+        batch, num_heads_q, softmax_scale, device: of the problem.
+        views: of the options that are arrays, by name.
+        origin: the numbers of its first row, column and head in a larger problem, whose heads
+            arrays then have; None where they are its own.
+    """
 
     batch: int
     num_heads_q: int
     softmax_scale: float
     device: Any
+    views: Mapping[str, ArrayView] = {}
+    origin: tuple[int, int, int] | None = None
+
+    @property
+    def first_head(self) -> int | None:
+        """The number of its first head in arrays of a larger problem's heads; None without."""
+        return None if self.origin is None else self.origin[2]
+
+
+class Beside(NamedTuple):
+    """A further option that a feature reads: its name, its default, and a value to time with.
+
+    It is a number, or an array of the caller's, which kernels read.
+    """
+
+    name: str
+    default: Any
+    example: Any
 
 
 class Gradient(NamedTuple):
@@ -82,6 +112,8 @@ class Feature:
         reference: of a score: (s, value, i, j) -> (s, ds) in NumPy, of s (batch, head, query, key)
             and in its dtype; i and j are places of queries and keys, (query, 1) and (key,). Of
             an end: (row_max, row_sum, value) -> (row_max, row_sum, kept), (batch, head, query, 1).
+            Of weights: (shape, value, the values of the options beside it) -> float64 factors of
+            P (batch, head, query, key).
         gradient: that of the option, which is an array of heads; None if it has none.
         example: num_heads_q -> a value to time and check kernels with.
         unit: record -> the divisor of scores when the function gets them: products are scaled
@@ -89,6 +121,12 @@ class Feature:
         bends: the derivative of a score is not 1, so that the backward must keep it.
         of_a_head: the heads' own value that kernels keep for all rows of a tile, so that heads
             cannot share a tile. None if they can.
+        beside: further options that the feature reads.
+        numbers: (the option's value, the values of those beside it) -> by name, the numbers that a
+            launch fills in, so that a call with others is made ready by the same; raises for
+            values that no call may have. The record has the names. Empty where the feature is not
+            asked for. None of a feature whose record has all of its numbers.
+        in_8_bits: forwards on 8-bit floats have it.
     """
 
     name: str
@@ -106,6 +144,9 @@ class Feature:
     bends: bool = False
     of_a_head: str | None = None
     gradient: Gradient | None = None
+    beside: tuple[Beside, ...] = ()
+    numbers: Callable[..., dict[str, float]] | None = None
+    in_8_bits: bool = True
 
     def is_asked(self, value) -> bool:
         """Whether an option's value asks for the feature."""
@@ -118,14 +159,35 @@ class Feature:
         return self.record(*(None if isinstance(kind, Pointer) else 0 for kind in kinds))
 
 
-def expect_of_heads(name: str, view: ArrayView, asked: Asked) -> None:
-    """Check the dtype and device of values of heads. Raises TypeError, ValueError."""
+def expect_of_heads(
+    name: str, view: ArrayView, asked: Asked, by_batch: bool = False
+) -> str | FromHead:
+    """Check values of heads, or by batch entry and head; the pointer to the first of the call's.
+
+    Raises TypeError, ValueError.
+    """
     if view.dtype != "float32":
         raise TypeError(f"{name} must be float32, got {view.dtype}")
     if view.device != asked.device:
         raise ValueError(
             f"{name} must lie on the device of q, {asked.device}, got device {view.device}"
         )
+    first, heads = asked.first_head, asked.num_heads_q
+    leading = ((), (asked.batch,)) if by_batch else ((),)
+    if first is None:
+        if view.shape not in [(*batch, heads) for batch in leading]:
+            shapes = " or ".join(
+                f"({asked.batch}, {heads})" if b else f"({heads},)" for b in leading
+            )
+            raise ValueError(f"{name} must have shape {shapes}, got {view.shape}")
+        return name
+    if view.shape[:-1] not in leading or view.shape[-1:] < (first + heads,):
+        shapes = " or ".join(f"({asked.batch}, heads)" if b else "(heads,)" for b in leading)
+        raise ValueError(
+            f"{name} must have shape {shapes} with at least {first + heads} heads, origin's "
+            f"{first} and {heads} of q, got {view.shape}"
+        )
+    return FromHead(name, first)
 
 
 class Softcap(NamedTuple):
@@ -164,15 +226,8 @@ class Alibi(NamedTuple):
 
 
 def _read_alibi(slopes: ArrayView, asked: Asked) -> Alibi:
-    heads = asked.num_heads_q
-    expect_of_heads("alibi_slopes", slopes, asked)
-    if slopes.shape == (heads,):
-        return Alibi("alibi_slopes", 0, slopes.strides[0])
-    if slopes.shape == (asked.batch, heads):
-        return Alibi("alibi_slopes", *slopes.strides)
-    raise ValueError(
-        f"alibi_slopes must have shape ({heads},) or ({asked.batch}, {heads}), got {slopes.shape}"
-    )
+    pointer = expect_of_heads("alibi_slopes", slopes, asked, by_batch=True)
+    return Alibi(pointer, *(0, *slopes.strides)[-2:])
 
 
 def _alibi(s, value, i, j):
@@ -197,10 +252,7 @@ class Sinks(NamedTuple):
 
 
 def _read_sinks(sinks: ArrayView, asked: Asked) -> Sinks:
-    expect_of_heads("sinks", sinks, asked)
-    if sinks.shape != (asked.num_heads_q,):
-        raise ValueError(f"sinks must have shape ({asked.num_heads_q},), got {sinks.shape}")
-    return Sinks("sinks", sinks.strides[0])
+    return Sinks(expect_of_heads("sinks", sinks, asked), sinks.strides[0])
 
 
 def _sinks(row_max, row_sum, value):
@@ -217,6 +269,117 @@ def _shares_of_sinks(lse, product, value):
     # A row that sees no key and has no sink has no weight.
     share = np.where(np.isneginf(lse), lse.dtype.type(0), lse)
     return -np.exp(sinks - share) * product
+
+
+class Dropout(NamedTuple):
+    """Which weights are dropped, and the factor of the others.
+
+    A weight is dropped if its 16 random bits, shifted left by 16, are below `limit` as an unsigned
+    number. The seed is `low` and `high`, or where `words` is not 0 what `seed` points to: so many
+    words of 32 bits. `log2_scale` is the logarithm of the factor. Random bits are those of the
+    caller's rows, columns and heads, of which the first are `row`, `column` and `head`; rows and
+    columns are multiples of 16.
+    """
+
+    seed: Pointer(u32)
+    words: i32
+    low: i32
+    high: i32
+    limit: i32
+    scale: f32
+    log2_scale: f32
+    row: i32
+    column: i32
+    head: i32
+
+
+_SEED_WORDS = {"int32": 1, "int64": 2, "uint64": 2}
+_STEPS = 2**16
+DROPOUT_STEP = 16
+"""Rows and columns whose random bits belong together (`runtime.philox`)."""
+_NO_NUMBERS: dict[str, float] = {}
+
+
+def _expect_dropout(name: str, value) -> None:
+    expect_real(name, value)
+    if not 0 <= value < 1:
+        raise ValueError(f"{name} must be at least 0 and below 1, got {value}")
+    if steps_dropped(value) == _STEPS:
+        raise ValueError(
+            f"{name} must stay below 1 when it is rounded to a multiple of 2**-16, got {value}"
+        )
+
+
+def steps_dropped(dropout_p: float) -> int:
+    """The values of 16 random bits below which weights are dropped."""
+    return round(_STEPS * float(dropout_p))
+
+
+def _expect_seed(name: str, value) -> None:
+    if value is None:
+        raise ValueError(f"dropout_p needs a {name}: an integer, or a device array of one")
+    if isinstance(value, bool | str | Real) and not is_seed_number(value):
+        kind = type(value).__name__
+        raise TypeError(
+            f"{name} must be an integer or a device array of one, got {value!r} ({kind})"
+        )
+    if is_seed_number(value) and not -(2**63) <= value < 2**64:
+        raise ValueError(f"{name} must have at most 64 bits, got {value}")
+
+
+def is_seed_number(value) -> bool:
+    """Whether a seed is a number, not an array."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _read_dropout(dropout_p: float, asked: Asked) -> Dropout:
+    view, words = asked.views.get("seed"), 0
+    if view is not None:
+        if view.dtype not in _SEED_WORDS:
+            raise TypeError(f"seed must be int64, int32 or uint64, got {view.dtype}")
+        if math.prod(view.shape) != 1:
+            raise ValueError(f"seed must be an array of one element, got shape {view.shape}")
+        if view.device != asked.device:
+            raise ValueError(
+                f"seed must lie on the device of q, {asked.device}, got device {view.device}"
+            )
+        words = _SEED_WORDS[view.dtype]
+    row, column, head = asked.origin or (0, 0, 0)
+    for name, value in (("row", row), ("column", column)):
+        if value % DROPOUT_STEP:
+            raise ValueError(
+                f"origin must have a {name} that is a multiple of {DROPOUT_STEP} with dropout_p, "
+                f"whose random bits belong to so many {name}s, got {value}"
+            )
+    return Dropout("seed" if words else None, words, *_NUMBERS_OF_DROPOUT, row, column, head)
+
+
+_NUMBERS_OF_DROPOUT = (
+    "dropout_low",
+    "dropout_high",
+    "dropout_limit",
+    "dropout_scale",
+    "dropout_log2_scale",
+)
+
+
+def _numbers_of_dropout(dropout_p: float, seed) -> dict[str, float]:
+    if seed is None and type(dropout_p) is float and dropout_p == 0.0:
+        return _NO_NUMBERS
+    _expect_dropout("dropout_p", dropout_p)
+    if dropout_p == 0:
+        return _NO_NUMBERS
+    _expect_seed("seed", seed)
+    key, steps = key_of(int(seed) if is_seed_number(seed) else 0), steps_dropped(dropout_p)
+    low, high, limit = (word - (word >> 31 << 32) for word in (*key, steps << 16))
+    scale = _STEPS / (_STEPS - steps)
+    return dict(zip(_NUMBERS_OF_DROPOUT, (low, high, limit, scale, math.log2(scale)), strict=True))
+
+
+def _dropout(shape, value, seed):
+    steps = steps_dropped(value)
+    bits = random_bits(shape, int(np.asarray(seed).reshape(())))
+    return np.where(bits >= steps, _STEPS / (_STEPS - steps), 0.0)
 
 
 FEATURES = (
@@ -258,6 +421,22 @@ FEATURES = (
         example=lambda num_heads_q: np.linspace(-2, 4, num_heads_q, dtype=np.float32),
         is_array=True,
         gradient=Gradient(_shares_of_sinks, "delta", is_default=True),
+    ),
+    Feature(
+        "dropout",
+        "dropout",
+        "weigh",
+        "dropout_p",
+        Dropout,
+        _read_dropout,
+        _dropout,
+        example=lambda num_heads_q: 0.125,
+        default=0.0,
+        check=_expect_dropout,
+        of_a_head="random bits",
+        beside=(Beside("seed", None, 1),),
+        numbers=_numbers_of_dropout,
+        in_8_bits=False,
     ),
 )
 BY_NAME = {row.name: row for row in FEATURES}

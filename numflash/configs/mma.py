@@ -398,13 +398,15 @@ _MAX_REGISTERS = 255
 # for tf32, whose loops do more; a little less for Turing where rows are not aligned.
 _MAX_OUTPUTS = 128
 # float32 accumulators a thread can hold next to its operands without spilling, found by compiling:
-# plainly; where features shape scores or rows are not aligned; where operands are rounded to tf32.
-# Turing's copies take registers, too; its forward spills earlier than its dQ, and so does what
-# keeps dK and dV together.
+# plainly; where features shape or drop scores, or rows are not aligned; where operands are rounded
+# to tf32. Turing's copies take registers, too: its forward, and what keeps dK and dV together,
+# spill earlier than its dQ, but not where nothing is asked for beside head dims that are equal or
+# both small.
 _MAX_ACCUMULATORS = {
     "sm80": {"plain": 192, "features": 176, "tf32": 112},
-    "sm75": {"plain": 152, "features": 136, "forward": 136, "dK and dV": 136},
+    "sm75": {"plain": 152, "features": 136, "forward": 136, "dK and dV": 136, "even": 160},
 }
+_EVEN_HEAD_DIM = 128
 
 
 # The first compute capability that has the instructions.
@@ -457,6 +459,21 @@ def candidates(family: str, generation: str) -> tuple[MmaConfig, ...]:
     return tuple(MMA_CONFIGS[family].parse(f"{generation}-{text}") for text in texts)
 
 
+def _most_accumulators(config: MmaConfig, traits: Traits, kind: str) -> int:
+    """The accumulators that a config can hold, of a kind as in `_MAX_ACCUMULATORS`."""
+    most_of = _MAX_ACCUMULATORS[config.generation]
+    most = most_of["tf32" if traits.tf32 else kind]
+    together = config.family == "backward-dkdv" and not config.apart
+    own = "dK and dV" if together else config.family
+    if own not in most_of:
+        return most
+    d, dv = traits.head_dim, traits.head_dim_v
+    asks_nothing_else = traits == Traits(traits.dtype, d, dv)
+    if asks_nothing_else and (d == dv or max(d, dv) <= _EVEN_HEAD_DIM):
+        return most_of["even"]
+    return min(most, most_of[own])
+
+
 def misfit(
     config: MmaConfig, traits: Traits, limits: Architecture, rows: int, warps: int
 ) -> str | None:
@@ -471,11 +488,10 @@ def misfit(
             f"needs {needed} bytes of shared memory per block, {limits.arch} has "
             f"{limits.max_smem_per_block}"
         )
-    kind = "plain" if traits.vectorized and not traits.shapes_scores else "features"
-    most_of = _MAX_ACCUMULATORS[config.generation]
-    most = most_of["tf32" if traits.tf32 else kind]
-    together = config.family == "backward-dkdv" and not config.apart
-    most = min(most, most_of.get("dK and dV" if together else config.family, most))
+    # Transposed tiles have room for random bits where they have it for dP beside S.
+    bends = traits.shapes_scores or (traits.drops_weights and config.family != "backward-dkdv")
+    kind = "plain" if traits.vectorized and not bends else "features"
+    most = _most_accumulators(config, traits, kind)
     columns = traits.head_dim if config.family == "backward-dq" else traits.head_dim_v
     outputs, most_outputs = config.m_tiles * columns // 2, _MAX_OUTPUTS
     if traits.tf32:

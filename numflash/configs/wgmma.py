@@ -213,7 +213,14 @@ _PREFERENCES = {
         "m64n64w4s2-overlap-persistent",
     ),
 }
-# The same on 8-bit floats.
+# With the caller's functions, which need registers that nobody knows before they are compiled:
+# behind those above of as many rows.
+_WITH_FUNCTIONS = {
+    128: ("m128n96w8s2-overlap-pingpong-persistent", "m64n96w4s2-overlap-persistent"),
+    192: ("m128n64w8s2-overlap-persistent", "m64n64w4s2-overlap-persistent"),
+    256: ("m128n48w8s2-overlap-persistent", "m64n48w4s2-overlap-persistent"),
+}
+# The preferred ones on 8-bit floats.
 _FP8_PREFERENCES = {
     64: (
         "m128n128w8s2-overlap-pingpong-persistent",
@@ -232,6 +239,8 @@ _FP8_PREFERENCES = {
 # Registers of a thread that hold neither S, nor P, nor O; and as many more where 8-bit floats have
 # softcap or ALiBi.
 _OTHER_REGISTERS, _FP8_BENT_REGISTERS = 32, 32
+# And as many more that random bits are drawn in.
+_DROPOUT_REGISTERS = 16
 
 
 @cache
@@ -242,7 +251,10 @@ def candidates(traits: Traits) -> tuple[Sm90ForwardConfig, ...]:
     if traits.fp8:
         kind, prefix, preferences = Sm90Fp8ForwardConfig, PREFIX, _FP8_PREFERENCES
     texts = next(texts for most, texts in preferences.items() if columns <= most)
-    return tuple(kind.parse(f"{prefix}sm90-{text}") for text in texts)
+    if traits.program and not traits.fp8:
+        texts += next(texts for most, texts in _WITH_FUNCTIONS.items() if columns <= most)
+    found = [kind.parse(f"{prefix}sm90-{text}") for text in texts]
+    return tuple(sorted(found, key=lambda config: -config.tile_m))
 
 
 def generation(limits: Architecture) -> str | None:
@@ -307,6 +319,8 @@ def misfit(
     most = config.registers[1] - _OTHER_REGISTERS
     if traits.fp8 and traits.shapes_scores:
         most -= _FP8_BENT_REGISTERS
+    if traits.drops_weights:
+        most -= _DROPOUT_REGISTERS
     if kept > most:
         return f"keeps {kept} registers of S, P and O a thread, at most {most} do not spill"
     if config.block_rows >= 2 * rows:

@@ -4,7 +4,10 @@
     score(s, i, j, known) -> (s, ds)         the score and its derivative by s
     keep(i, j, known) -> bool
     partial_N(s, i, j, known) -> float       derivative of the score by what read N reads, and
-    offset_N(i, j, known) -> i64             the offset of that, in elements
+    offset_N(s, i, j, known) -> i64          the offset of that, in elements
+
+`score_by_distance` and `keep_by_distance` are the same with float32 places, of which only i - j
+counts; a program that looks at a place itself has none.
 
 The source is made of checked nodes only, and means the same on the GPU and in the simulator:
 floats are float32, integers int32 but for offsets. A division by what a head knows is a product,
@@ -16,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from numflash.functions.distance import DISTANCE, by_distance
 from numflash.functions.nodes import (
     FUNCTIONS,
     LEAVES,
@@ -53,6 +57,7 @@ def source_of(program: Program, with_partials: bool = False) -> str:
     partials = program.partials if with_partials else ()
     nodes += [partial.slope for partial in partials]
     nodes += [partial.load for partial in partials]
+    far = [by_distance(node) for node in nodes[:3]]
     score, slope, keep, *rest = _rewritten(nodes)
     known = _Known(program.aux)
     functions = [
@@ -63,7 +68,13 @@ def source_of(program: Program, with_partials: bool = False) -> str:
         zip(rest[: len(partials)], rest[len(partials) :], strict=True)
     ):
         functions.append(_function(f"partial_{n}(s, i, j, known)", [value], known))
-        functions.append(_function(f"offset_{n}(i, j, known)", [read], known, offset=True))
+        functions.append(_function(f"offset_{n}(s, i, j, known)", [read], known, offset=True))
+    if None not in far[:2]:
+        functions.append(
+            _function("score_by_distance(s, i, j, known)", _rewritten(far[:2]), known)
+        )
+    if far[2] is not None:
+        functions.append(_function("keep_by_distance(i, j, known)", _rewritten(far[2:]), known))
     return "\n\n".join([known.function(), *functions])
 
 
@@ -264,6 +275,8 @@ class _Lines:
             return name
         if node.op in LEAVES:
             return node.op
+        if node == DISTANCE:
+            return "i - j"
         if node.op == "number":
             return self.given(f"a{node.value}")
         if node.op == "load":

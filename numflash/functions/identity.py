@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary, ref
 import numpy as np
 
 # Modules whose functions stay what they are.
-_STABLE = frozenset({"builtins", "cmath", "functools", "math", "numpy", "operator", "torch"})
+_STABLE = frozenset({"_operator", "builtins", "math", "numpy", "operator", "torch"})
 _OWN = frozenset({"numflash", "numflash.functions.math", "numflash.functions.masks"})
 _ATOMS = frozenset({bool, int, str, bytes, type(None), type(...)})
 _FUNCTION, _MISSING = types.FunctionType, object()

@@ -71,7 +71,8 @@ SIGNATURES = {
 }
 """Operation -> types of the operands -> type of the result."""
 
-COMMUTE = frozenset({"add", "mul", "min", "max", "and", "or", "xor", "eq", "ne"})
+# Not min and max, whose derivative is that of the first where both are equal.
+COMMUTE = frozenset({"add", "mul", "and", "or", "xor", "eq", "ne"})
 
 _MEANING = {
     "add": np.add,
@@ -214,6 +215,8 @@ def to(node: Node, type: str) -> Node:
         return apply("where", node, const(1, type), const(0, type))
     if type == "i" and node.op == "float":
         return node.args[0]
+    if node.op == "where" and all(a.op in ("const", "where") for a in node.args[1:]):
+        return apply("where", node.args[0], *(to(a, type) for a in node.args[1:]))
     return apply("float" if type == "f" else "int", node)
 
 
@@ -377,6 +380,8 @@ def _where(c, a, b):
         return a if c.value else b
     if c.op == "not":
         return apply("where", c.args[0], b, a)
+    if c.op == "lt" and c.args[0].type == "i":  # one way to write both
+        return apply("where", make("le", *reversed(c.args)), b, a)
     if a.type == "b" and is_const(b):
         return apply("or", apply("not", c), a) if b.value else apply("and", c, a)
     if a.type == "b" and is_const(a):

@@ -11,7 +11,7 @@ the results. `parse` checks it as if it came from a stranger, and evaluates none
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import NamedTuple
@@ -25,6 +25,7 @@ from numflash.functions.nodes import (
     PLACES,
     SIGNATURES,
     Node,
+    apply,
     const,
     is_const,
     load,
@@ -236,12 +237,61 @@ class Program:
             return ()
         return *fields, ("row", "i32"), ("column", "i32"), ("first_head", "i32")
 
+    def check_shapes(
+        self, names: Sequence[str], shapes: Sequence[tuple[int, ...]], counts: dict[str, int]
+    ) -> None:
+        """Check that arrays have an element for each place that they are indexed by.
+
+        Args:
+            names: of `aux`, for the message.
+            shapes: of the arrays, in elements; what stands for a number does not matter.
+            counts: how many batch entries "b", query heads "h", queries "i" and keys "j" there
+                are, and those before the caller's origin.
+
+        Raises:
+            ValueError: an array is too small, or is indexed by a computed number and has no
+                element.
+        """
+        for node in self.nodes:
+            if node.op != "load":
+                continue
+            name, shape = names[node.value], shapes[node.value]
+            for axis, by in enumerate(axes_of(node)):
+                needed = counts.get(by, 1)
+                if shape[axis] < needed and 0 not in counts.values():
+                    what = _AXES.get(by, "a computed number")
+                    raise ValueError(
+                        f"axis {axis} of {name} is indexed by {what} and must have at least "
+                        f"{needed} elements, got shape {shape}"
+                    )
+
     @cached_property
     def text(self) -> str:
         """The canonical text; "" if the program does nothing."""
         if not self.roots:
             return ""
         return _written(self)
+
+    def also(self, other: "Program") -> "Program":
+        """The program that keeps a key where both do; of the other only `keep` is taken.
+
+        The other's arrays and numbers come behind those of this one.
+        """
+        if other.keep is None:
+            return self
+        moved: dict[Node, Node] = {}
+        for node in order((other.keep,)):
+            operands = [moved[each] for each in node.args]
+            if node.op == "load":
+                moved[node] = load(node.value + len(self.aux), node.type, operands)
+            elif node.op == "number":
+                moved[node] = number(node.value + len(self.aux), node.type)
+            else:
+                moved[node] = apply(node.op, *operands) if operands else node
+        keep = moved[other.keep]
+        if self.keep is not None:
+            keep = apply("and", self.keep, keep)
+        return Program(self.aux + other.aux, self.score, keep, self.given_slope)
 
     @classmethod
     def parse(cls, text: str) -> "Program":
@@ -251,6 +301,15 @@ class Program:
             ValueError: no program has this text.
         """
         return _parsed(text)
+
+
+_AXES = {
+    "b": "the batch entry",
+    "h": "the query head",
+    "i": "the query's number",
+    "j": "the key's number",
+    "0": "0",
+}
 
 
 def axes_of(node: Node) -> tuple[str, ...]:

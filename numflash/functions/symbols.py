@@ -63,6 +63,11 @@ class Trace:
             )
         if condition in self.asked:
             return self.decisions[self.asked.index(condition)]
+        if len(self.asked) == MAX_PATHS:
+            raise TraceError(
+                f"a loop or an `if` asks more than {MAX_PATHS} times for what is known on the "
+                "device only; write where(), or a loop over a constant number of steps"
+            )
         self.asked.append(condition)
         if len(self.asked) > len(self.decisions):
             self.decisions.append(True)
@@ -158,6 +163,9 @@ class Symbol:
 
     def __invert__(self):
         return call("not", self)
+
+    def __divmod__(self, other):
+        return self // other, self % other
 
     def __floor__(self):
         return call("floor", self).int()

@@ -29,7 +29,7 @@ from typing import Any
 from numflash.configs import Config, Traits
 from numflash.machine_code import cubins
 from numflash.machine_code.sources import kernel_hash
-from numflash.runtime.devices import Architecture
+from numflash.runtime.devices import Architecture, blocks_per_sm
 from numflash.runtime.errors import UnsupportedError
 
 _log = logging.getLogger("numflash")
@@ -49,6 +49,8 @@ _COMPILERS = (
 _LINKERS = ("nvidia-nvjitlink", "nvidia-nvjitlink-cu12")
 # Local memory of a thread, CUDA C++ Programming Guide, "Compute Capabilities".
 _LOCAL_BYTES = 512 * 1024
+# The assembler gives registers to threads in multiples of it.
+_REGISTER_STEP = 8
 # Settings that Numba takes from NUMBA_* variables, a `.numba_config.yaml` or `numba.config` alone,
 # although they change machine code or break the compiler. Others are arguments of a call.
 _NUMBA_SETTINGS = {"FORCE_CUDA_CC": None, "CUDA_ENABLE_NRT": False, "DEBUG_JIT": 0}
@@ -102,6 +104,16 @@ def get_cubin(config: Config, traits: Traits, limits: Architecture) -> Cubin:
                 or _compile_logged(key, config, traits, limits)
             )
             _cubins[key] = cubin
+    return cubin
+
+
+def known_cubin(config: Config, traits: Traits, limits: Architecture) -> Cubin | None:
+    """As `get_cubin`, from memory or disk; None if it would have to be compiled."""
+    config = getattr(config, "compiled", config)
+    key = content_key("", config, traits, limits)
+    cubin = _cubins.get(key)
+    if cubin is None and (cubin := _from_disk(key, limits)) is not None:
+        cubin = _cubins.setdefault(key, cubin)
     return cubin
 
 
@@ -201,12 +213,29 @@ def compile_kernel(
     """
     start = time.perf_counter()
     cubin = _compile(make, limits, min_blocks)
-    if min_blocks is None and (cubin.spill_store_bytes or cubin.spill_load_bytes):
-        # The assembler spills a little where that lets one more block fit on an SM; told that one
-        # block is enough, it takes the registers.
-        roomy = _compile(make, limits, min_blocks=1)
-        cubin = min(cubin, roomy, key=lambda c: c.spill_store_bytes + c.spill_load_bytes)
+    if min_blocks is None and _spilled(cubin):
+        # The assembler spills a little where that lets one more block fit on an SM. Often shared
+        # memory, of which it knows nothing, has no room for that block. Told how many blocks are
+        # enough, it takes the registers.
+        for enough in _numbers_of_blocks(cubin, limits):
+            roomy = _compile(make, limits, min_blocks=enough)
+            cubin = min(cubin, roomy, key=_spilled)
+            if not _spilled(cubin):
+                break
     return replace(cubin, compile_ms=(time.perf_counter() - start) * 1e3)
+
+
+def _spilled(cubin: Cubin) -> int:
+    return cubin.spill_store_bytes + cubin.spill_load_bytes
+
+
+def _numbers_of_blocks(cubin: Cubin, limits: Architecture) -> list[int]:
+    """Numbers of blocks per SM for which a kernel that spills may have more registers."""
+    threads = cubin.num_threads
+    fit, _ = blocks_per_sm(limits, threads, cubin.registers, cubin.smem_bytes)
+    # Where registers limit the number, it leaves no more of them.
+    left = limits.registers_per_sm // (max(1, fit) * threads) // _REGISTER_STEP * _REGISTER_STEP
+    return [fit, 1] if fit > 1 and left > cubin.registers else [1]
 
 
 def _compile(

@@ -151,6 +151,21 @@ def describe(report: Report, limits: Architecture) -> str:
     return "\n".join([f"{report.kernel} {report.config} on {report.arch}", *lines])
 
 
+def cost_of_functions(report: Report, plain: Report) -> str:
+    """What functions cost: the report next to that of the same kernel without them."""
+    figures = {
+        "registers": (plain.registers, report.registers),
+        "spilled bytes": (plain.spill_store_bytes, report.spill_store_bytes),
+        "instructions": tuple(sum(each.instructions.values()) for each in (plain, report)),
+    }
+    if plain.main_loop is not None and report.main_loop is not None:
+        figures["issued in a turn of the main loop"] = tuple(
+            sum(each.main_loop.instructions.values()) for each in (plain, report)
+        )
+    listed = "   ".join(f"{name} {a} -> {b}" for name, (a, b) in figures.items())
+    return f"  {'functions':<15}{_wrap(listed).replace(chr(10), chr(10) + ' ' * 17)}"
+
+
 def _main_loop_rows(loop: MainLoop) -> dict[str, str]:
     """Rows on a turn of the main loop: its instructions, and the least time of each kind."""
 

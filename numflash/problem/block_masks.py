@@ -2,17 +2,21 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Integral
+from numbers import Integral, Number
 from typing import Any, NamedTuple
 
-from numflash.problem.options import kind_of
+import numpy as np
+
+from numflash.functions.identity import key_of
 from numflash.runtime.errors import UnsupportedError
 from numflash.runtime.views import ArrayView
 
+NUMBER = Number | np.generic
+"""What functions get that is no array."""
 BLOCK_STEP = 16
 """Blocks are multiples of this many queries and keys: the smallest tiles of kernels are."""
-# Places in lists are 32-bit in kernels, and so are those of queries and keys.
-_MAX_ENTRIES = 2**31 - 1
+# Steps are 32-bit in kernels, and so are places of queries and keys.
+_MAX_STEPS = 2**31 - 1
 _MAX_BLOCK = 2**16
 _MAX_SEQLEN = 2**30
 _NAMES = ("block_entries", "block_counts", "block_entries_of_keys", "block_counts_of_keys")
@@ -74,10 +78,20 @@ class ListedBlocks:
         (block_m, block_n), rows, columns, batch, heads = self.blocks
         return batch, heads, *(self.seqlens or (rows * block_m, columns * block_n))
 
-    def lists(self) -> dict[str, Any]:
-        """The arrays of lists, by the names of operands."""
-        arrays = self.entries, self.counts, self.entries_of_keys, self.counts_of_keys
-        return dict(zip(_NAMES, arrays, strict=True))
+    def arrays(self) -> dict[str, Any]:
+        """The arrays of lists and of aux, by the names of operands."""
+        lists = self.entries, self.counts, self.entries_of_keys, self.counts_of_keys
+        return dict(zip(_NAMES, lists, strict=True)) | arrays_of_aux(self.aux)
+
+    def key(self) -> tuple:
+        """A key of a ready call. Arrays are left out: they have keys of their own.
+
+        Raises TypeError where nobody can tell what its function means.
+        """
+        if (meaning := key_of(self.mask_mod)) is None:
+            raise TypeError("nobody can tell whether this function means what it meant before")
+        numbers = [(type(x), x) if isinstance(x, NUMBER) else None for x in self.aux]
+        return self.blocks, self.seqlens, meaning, *numbers
 
     def __repr__(self) -> str:
         (block_m, block_n), rows, columns, batch, heads = self.blocks
@@ -86,6 +100,17 @@ class ListedBlocks:
             f"BlockMask(shape={self.shape}, block_size=({block_m}, {block_n}), mask_mod={name}, "
             f"{rows} x {columns} blocks of {batch} x {heads} heads)"
         )
+
+
+def names_of_aux(aux: tuple) -> list[str]:
+    """The names of operands of a block mask's aux."""
+    return [f"block_aux{n}" for n in range(len(aux))]
+
+
+def arrays_of_aux(aux: tuple) -> dict[str, Any]:
+    """The arrays of a block mask's aux, by the names of operands."""
+    named = zip(names_of_aux(aux), aux, strict=True)
+    return {name: each for name, each in named if not isinstance(each, NUMBER)}
 
 
 def block_size_of(value) -> tuple[int, int]:
@@ -110,10 +135,12 @@ def block_size_of(value) -> tuple[int, int]:
 def blocks_of(size: tuple[int, int], rows: int, columns: int, batch: int, heads: int) -> Blocks:
     """Blocks in numbers. Raises UnsupportedError where there are too many for lists."""
     blocks = Blocks(size, rows, columns, batch, heads)
-    if blocks.count > _MAX_ENTRIES:
+    # Kernels number the steps of all lists, as many to an entry as small tiles are in a block.
+    most = _MAX_STEPS // (max(size) // BLOCK_STEP)
+    if blocks.count > most:
         raise UnsupportedError(
             f"a block mask of {batch} x {heads} heads and {rows} x {columns} blocks has "
-            f"{blocks.count} entries; lists have at most {_MAX_ENTRIES}"
+            f"{blocks.count} entries; lists of blocks of {max(size)} have at most {most}"
         )
     return blocks
 
@@ -125,7 +152,8 @@ def blocks_of_sequences(
     names = "batch", "heads", "seqlen_q", "seqlen_k"
     for name, value in zip(names, (batch, heads, seqlen_q, seqlen_k), strict=True):
         if isinstance(value, bool) or not isinstance(value, Integral):
-            raise TypeError(f"{name} must be an integer, got {value!r} ({kind_of(value)})")
+            kind = type(value).__name__
+            raise TypeError(f"{name} must be an integer, got {value!r} ({kind})")
         fewest = 0 if name.startswith("seqlen") else 1
         if value < fewest:
             raise ValueError(f"{name} must be at least {fewest}, got {value}")
@@ -173,5 +201,5 @@ def expect_block_mask(name: str, value) -> None:
     if value is not None and not isinstance(value, ListedBlocks):
         raise TypeError(
             f"{name} must be a BlockMask, as create_block_mask makes it, or FlexAttention's, got "
-            f"{value!r} ({kind_of(value)})"
+            f"{value!r} ({type(value).__name__})"
         )

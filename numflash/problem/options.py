@@ -4,19 +4,19 @@ import math
 from collections import namedtuple
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from numbers import Integral, Number, Real
+from numbers import Integral, Real
 from operator import attrgetter
 from typing import Any
 
 import numpy as np
 
-from numflash.configs.features import FEATURES, expect_nothing, expect_real
+from numflash.configs.features import FEATURES, Feature, expect_nothing, expect_real
 from numflash.functions.identity import key_of
+from numflash.problem.block_masks import NUMBER, ListedBlocks, expect_block_mask
 from numflash.problem.fp8 import Fp8Recipe
 
 LAYOUTS = ("bshd", "bhsd")
 ALIGNMENTS = ("bottom_right", "top_left")
-_NUMBER = Number | np.generic
 PRECISIONS = ("tf32", "fp8", "auto")
 # Positions are 32-bit in kernels.
 _MAX_SHIFT = 2**30
@@ -71,6 +71,18 @@ def _expect_window(name: str, value) -> None:
             raise ValueError(f"{rule}, got {value!r}")
 
 
+def _expect_origin(name: str, value) -> None:
+    if value is None:
+        return
+    rule = f"{name} must be three numbers (row, column, head)"
+    if not isinstance(value, tuple | list):
+        raise TypeError(f"{rule}, got {value!r} ({kind_of(value)})")
+    if any(isinstance(number, bool) or not isinstance(number, Integral) for number in value):
+        raise TypeError(f"{rule}, got {value!r}")
+    if len(value) != 3 or not all(0 <= number < _MAX_SHIFT for number in value):
+        raise ValueError(f"{rule} from 0 up to 2**30, got {value!r}")
+
+
 def _expect_function(name: str, value) -> None:
     if value is not None and not callable(value):
         raise TypeError(f"{name} must be a function, got {value!r} ({kind_of(value)})")
@@ -116,7 +128,7 @@ class Option:
         default: its value where a call does not give it.
         check: (name, value) raises TypeError or ValueError for values that no call may have.
             `problem.describe` or the choice of kernels check it together with others.
-        is_array: whether it is an array of the caller's, which kernels read.
+        is_array: whether it is an array of the caller's, which kernels read, or may be one.
     """
 
     name: str
@@ -125,18 +137,26 @@ class Option:
     is_array: bool = False
 
 
+def _of_feature(row: Feature) -> list[Option]:
+    beside = [Option(each.name, each.default, is_array=True) for each in row.beside]
+    return [Option(row.option, row.default, row.check, row.is_array), *beside]
+
+
 OPTIONS = (
     Option("softmax_scale", None, _expect_scale),
     Option("causal", False, _expect_bool),
     Option("causal_align", "bottom_right", _expect_alignment),
     Option("shift", 0, _expect_shift),
     Option("window_size", (-1, -1), _expect_window),
-    *(Option(row.option, row.default, row.check, row.is_array) for row in FEATURES),
+    *(option for row in FEATURES for option in _of_feature(row)),
+    Option("origin", None, _expect_origin),
     Option("bias", None, is_array=True),
     Option("mask", None, is_array=True),
     Option("score_mod", None, _expect_function),
+    Option("score_mod_grad", None, _expect_function),
     Option("mask_mod", None, _expect_function),
     Option("aux", (), _expect_aux),
+    Option("block_mask", None, expect_block_mask),
     Option("layout", "bshd", _expect_layout),
     Option("precision", None, _expect_precision),
     Option("config", None),
@@ -145,6 +165,7 @@ OPTIONS = (
 )
 """In the order of the fields of `AttentionOptions`."""
 ARRAY_OPTIONS = tuple(option.name for option in OPTIONS if option.is_array)
+_INTEGERS = int, np.integer
 
 _Options = namedtuple(
     "_Options",
@@ -154,9 +175,15 @@ _Options = namedtuple(
 
 
 # Types in an option's key: numbers, and types that no other type is equal to.
-_SCALARS = tuple(row.option for row in FEATURES if not row.is_array)
+_SCALARS = tuple(row.option for row in FEATURES if not row.is_array and row.numbers is None)
 _NUMBERS = attrgetter("softmax_scale", "causal", "shift", "max_rel_error", *_SCALARS)
 _WORDS = attrgetter("causal_align", "layout", "precision", "fp8")
+# What finds the numbers of a launch, and the options that it takes.
+_FILLED_IN = tuple(
+    (row.numbers, attrgetter(row.option, *(each.name for each in row.beside)))
+    for row in FEATURES
+    if row.numbers is not None
+)
 
 
 class AttentionOptions(_Options):
@@ -190,10 +217,13 @@ class AttentionOptions(_Options):
     def arrays(self) -> dict[str, Any]:
         """The caller's arrays among the options, by name; those of `aux` are aux0, aux1, ..."""
         given = {name: getattr(self, name) for name in ARRAY_OPTIONS}
-        found = {name: array for name, array in given.items() if array is not None}
+        # A seed may also be a number.
+        found = {n: x for n, x in given.items() if x is not None and not isinstance(x, _INTEGERS)}
         if self.aux:
             of_aux = {f"aux{n}": each for n, each in enumerate(self.aux)}
-            found |= {name: each for name, each in of_aux.items() if not isinstance(each, _NUMBER)}
+            found |= {name: each for name, each in of_aux.items() if not isinstance(each, NUMBER)}
+        if isinstance(self.block_mask, ListedBlocks):
+            found |= self.block_mask.arrays()
         return found
 
     def check(self) -> None:
@@ -201,25 +231,44 @@ class AttentionOptions(_Options):
         for option, value in zip(OPTIONS, self, strict=True):
             option.check(option.name, value)
 
+    def numbers(self) -> dict[str, float]:
+        """By name, the numbers that launches fill in: calls with others are ready, too.
+
+        Raises TypeError, ValueError for values that no call may have.
+        """
+        found = {}
+        for numbers_of, values in _FILLED_IN:
+            found |= numbers_of(*values(self))
+        return found
+
     def key(self) -> tuple:
         """A key of a ready call. Arrays are left out: they have keys of their own.
+
+        So are numbers that launches fill in; which of them there are belongs to the key.
 
         It holds the types of numbers: a call made ready by 1 must not let a wrong True pass.
         Raises TypeError where an option is of a type that no call may have.
         """
-        config = self.config
+        config, origin = self.config, self.origin
+        if not isinstance(self.block_mask, ListedBlocks | None):
+            raise TypeError("no call may have such a block_mask")
         values = *_NUMBERS(self), *self.window_size
         kinds = *map(type, values), type(self.window_size), type(config)
         if isinstance(config, dict):
             config = tuple(config.items())
-        return values, kinds, config, _WORDS(self), *self._key_of_functions()
+        if origin is not None:
+            origin = *origin, *map(type, origin)
+        words = _WORDS(self)
+        blocks = None if self.block_mask is None else self.block_mask.key()
+        return values, kinds, config, origin, words, blocks, *self._key_of_functions()
 
     def _key_of_functions(self) -> tuple:
         """What functions mean, and the numbers that they get."""
-        if self.score_mod is None and self.mask_mod is None and not self.aux:
+        functions = self.score_mod, self.score_mod_grad, self.mask_mod
+        if functions == (None, None, None) and not self.aux:
             return ()
-        keys = key_of(self.score_mod), key_of(self.mask_mod)
+        keys = tuple(map(key_of, functions))
         if None in keys:
             raise TypeError("nobody can tell whether these functions mean what they meant before")
-        numbers = [(type(x), x) if isinstance(x, _NUMBER) else None for x in self.aux]
+        numbers = [(type(x), x) if isinstance(x, NUMBER) else None for x in self.aux]
         return *keys, *numbers

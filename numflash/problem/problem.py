@@ -6,9 +6,11 @@ every message names the argument, its value, and the rule.
 
 from dataclasses import dataclass
 from numbers import Integral
+from typing import NamedTuple
 
 from numflash.configs import DTYPES, MAX_HEAD_DIM, Traits, padded_head_dim
 from numflash.configs.features import FEATURES, NO_FEATURES, Asked, Features
+from numflash.problem.block_masks import Blocks, expect_blocks
 from numflash.problem.options import (
     PRECISIONS,
     AttentionOptions,
@@ -45,6 +47,17 @@ class Tensor:
         )
 
 
+class Origin(NamedTuple):
+    """The numbers that features see of a call's first query, first key and first query head."""
+
+    row: int
+    column: int
+    head: int
+
+
+WHOLE = Origin(0, 0, 0)
+
+
 @dataclass(frozen=True)
 class AttentionProblem:
     """Sizes, scale, mask and features of one attention call.
@@ -56,8 +69,10 @@ class AttentionProblem:
         band_lo, band_hi: query i sees the keys j with band_lo <= j - i <= band_hi.
         shift: query i stands at key i + shift.
         features: the arguments of each feature, by name; None of one that is not asked for.
+        origin: of a part of a larger problem, the numbers of its first row, column and head.
         program: the text of the caller's functions, bias and mask; "" without.
         given: what they read: the values of `Program.fields`; of a pointer the operand's name.
+        blocks: of the block mask; None without one.
         tf32: whether float32 may be multiplied as tf32.
         no_tensor_maps: why q, k, v and out cannot be described to bulk copies; None if they can.
     """
@@ -75,8 +90,10 @@ class AttentionProblem:
     band_hi: int
     shift: int
     features: Features = NO_FEATURES
+    origin: Origin = WHOLE
     program: str = ""
     given: tuple = ()
+    blocks: Blocks | None = None
     tf32: bool = False
     no_tensor_maps: str | None = None
 
@@ -101,6 +118,7 @@ class AttentionProblem:
             vectorized=vectorized,
             tf32=self.tf32,
             program=self.program,
+            blocks=self.blocks.size if self.blocks else (),
         )
 
     def num_blocks(self, rows: int, heads: int, block_rows: int) -> int:
@@ -186,8 +204,13 @@ def describe(
     expect_precision(options.precision, q.dtype)
     if options.causal:
         right = 0
-    extent = Extent(batch, num_heads_q, seqlen_q, seqlen_k, q.device)
+    origin = None if options.origin is None else Origin(*map(int, options.origin))
+    asked = Asked(batch, num_heads_q, scale, q.device, views, origin)
+    extent = Extent(batch, num_heads_q, seqlen_q, seqlen_k, q.device, origin)
     program, given = program_of(views, options, extent)
+    blocks = None
+    if options.block_mask is not None:
+        blocks = expect_blocks(options.block_mask, views, extent[:4], q.device)
     problem = AttentionProblem(
         batch=batch,
         seqlen_q=seqlen_q,
@@ -202,9 +225,11 @@ def describe(
         band_lo=-seqlen_q if left is None else min(seqlen_k, max(-seqlen_q, shift - left)),
         band_hi=seqlen_k if right is None else max(-seqlen_q, min(seqlen_k, shift + right)),
         shift=shift,
-        features=_features(views, options, Asked(batch, num_heads_q, scale, q.device)),
+        features=_features(views, options, asked),
+        origin=origin or WHOLE,
         program=program,
         given=given,
+        blocks=blocks,
         tf32=options.precision == "tf32",
     )
     return problem, tensors

@@ -1,9 +1,12 @@
 """The program of a call: its bias, its masks and its functions as one, and what they read."""
 
-from collections.abc import Mapping
+import operator
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from numflash.functions.program import Program
 from numflash.functions.trace import Traced, trace
+from numflash.problem.block_masks import names_of_aux
 from numflash.problem.options import AttentionOptions
 from numflash.runtime.views import ArrayView
 
@@ -11,13 +14,17 @@ BIAS_DTYPES = ("float16", "bfloat16", "float32")
 
 
 class Extent(NamedTuple):
-    """What a bias or a mask broadcasts to, and the device that it must lie on."""
+    """What a bias or a mask broadcasts to, and the device that it must lie on.
+
+    `origin` is (row, column, head) where the arrays are those of a larger problem.
+    """
 
     batch: int
     num_heads_q: int
     seqlen_q: int
     seqlen_k: int
     device: Any
+    origin: tuple[int, int, int] | None = None
 
 
 def program_of(
@@ -33,11 +40,69 @@ def program_of(
     Raises:
         TypeError, ValueError: as `numflash.attention`.
     """
+    traced, numbers = _of_options(views, options, extent)
+    program, names = traced
+    if (mask := options.block_mask) is not None and mask.mask_mod is not None:
+        (more, more_names), more_numbers = _of_mask(mask.mask_mod, mask.aux, views, extent)
+        program, names = program.also(more), names + more_names
+        numbers |= more_numbers
+    _check_shapes(program, names, views, extent)
+    return program.text, tuple(_values(program, names, views, numbers, extent.origin))
+
+
+def program_of_mask(
+    mask_mod: Callable, aux: tuple, views: Mapping[str, ArrayView], extent: Extent
+) -> tuple[str, tuple]:
+    """As `program_of`, of a block mask's function and its aux (`block_masks.arrays_of_aux`).
+
+    Raises:
+        TypeError, ValueError: as `numflash.create_block_mask`.
+    """
+    (program, names), numbers = _of_mask(mask_mod, aux, views, extent)
+    _check_shapes(program, names, views, extent)
+    return program.text, tuple(_values(program, names, views, numbers, extent.origin))
+
+
+def _check_shapes(
+    program: Program, names: tuple[str, ...], views: Mapping[str, ArrayView], extent: Extent
+) -> None:
+    """Check that no read lies outside of its array. Raises ValueError."""
+    row, column, head = extent.origin or (0, 0, 0)
+    counts = {
+        "b": extent.batch,
+        "h": head + extent.num_heads_q,
+        "i": row + extent.seqlen_q,
+        "j": column + extent.seqlen_k,
+    }
+    if 0 in (extent.batch, extent.num_heads_q, extent.seqlen_q, extent.seqlen_k):
+        return  # nothing is read
+    shapes = [views[name].shape if name in views else () for name in names]
+    program.check_shapes(names, shapes, counts)
+
+
+def _of_mask(
+    mask_mod: Callable, aux: tuple, views: Mapping[str, ArrayView], extent: Extent
+) -> tuple[Traced, dict[str, int | float]]:
+    names = names_of_aux(aux)
+    for name in names:
+        if name in views:
+            _expect_device(name, views[name], extent)
+    given = [views.get(name, each) for name, each in zip(names, aux, strict=True)]
+    traced = trace(None, mask_mod, given)
+    return Traced(traced.program, tuple(names)), dict(zip(names, given, strict=True))
+
+
+def _of_options(
+    views: Mapping[str, ArrayView], options: AttentionOptions, extent: Extent
+) -> tuple[Traced, dict[str, int | float]]:
+    """What bias, mask and functions make together, and the numbers that they get, by name."""
     asked = (options.bias, options.mask, options.score_mod, options.mask_mod)
     if all(each is None for each in asked):
+        if options.score_mod_grad is not None:
+            raise ValueError("score_mod_grad is the derivative of score_mod, which is not given")
         if options.aux:
             raise ValueError("aux goes with score_mod or mask_mod, which get it; there is neither")
-        return "", ()
+        return Traced(Program(), ()), {}
     for n in range(len(options.aux)):
         if f"aux{n}" in views:
             _expect_device(f"aux{n}", views[f"aux{n}"], extent)
@@ -50,8 +115,9 @@ def program_of(
         aux,
         bias=views.get("bias"),
         mask=views.get("mask"),
+        score_mod_grad=options.score_mod_grad,
     )
-    return traced.program.text, tuple(_values(traced, views, aux))
+    return traced, {f"aux{n}": each for n, each in enumerate(aux)}
 
 
 def _check_broadcast(
@@ -64,12 +130,15 @@ def _check_broadcast(
     if view.dtype not in dtypes:
         raise TypeError(f"{name} must be {' or '.join(dtypes)}, got {view.dtype}")
     _expect_device(name, view, extent)
-    sizes = zip(reversed(view.shape), reversed(wanted), strict=False)
-    if len(view.shape) > len(wanted) or any(size not in (1, full) for size, full in sizes):
-        raise ValueError(
-            f"{name} must broadcast to (batch, num_heads_q, seqlen_q, seqlen_k) = {wanted}, got "
-            f"shape {tuple(view.shape)}"
-        )
+    rule = f"{name} must broadcast to (batch, num_heads_q, seqlen_q, seqlen_k) = {wanted}"
+    sizes, fits = zip(reversed(view.shape), reversed(wanted), strict=False), operator.eq
+    if extent.origin is not None:
+        row, column, head = extent.origin
+        whole = extent.batch, head + wanted[1], row + wanted[2], column + wanted[3]
+        rule = f"{name} must have axes of 1, or with origin of at least {whole}"
+        sizes, fits = zip(reversed(view.shape), reversed(whole), strict=False), operator.ge
+    if len(view.shape) > len(wanted) or not all(n == 1 or fits(n, full) for n, full in sizes):
+        raise ValueError(f"{rule}, got shape {tuple(view.shape)}")
 
 
 def _expect_device(name: str, view: ArrayView, extent: Extent) -> None:
@@ -79,19 +148,25 @@ def _expect_device(name: str, view: ArrayView, extent: Extent) -> None:
         )
 
 
-def _values(traced: Traced, views: Mapping[str, ArrayView], aux: list):
+def _values(
+    program: Program,
+    names: tuple[str, ...],
+    views: Mapping[str, ArrayView],
+    numbers: dict,
+    origin: tuple[int, int, int] | None,
+):
     """The values of the program's `fields`, in order."""
-    first = len(traced.names) - len(aux)
-    for field, kind in traced.program.fields:
-        name, _, axis = field.partition("_")
-        if not name[1:].isdigit():
-            yield 0  # where the caller's numbers begin
+    begin = dict(zip(("row", "column", "first_head"), origin or (0, 0, 0), strict=True))
+    for field, kind in program.fields:
+        if field in begin:
+            yield begin[field]
             continue
+        name, _, axis = field.partition("_")
         k = int(name[1:])
         if kind.startswith("pointer"):
-            yield traced.names[k]
+            yield names[k]
         elif axis:
-            view = views[traced.names[k]]
+            view = views[names[k]]
             yield (view.strides if axis[0] == "s" else view.shape)[int(axis[1:])]
         else:
-            yield aux[k - first]
+            yield numbers[names[k]]

@@ -3,12 +3,14 @@
 attention, attention_backward    in float64
 naive, naive_backward            step by step in a lower precision: error budgets
 magnitudes                       the sums behind results, without signs: budgets, too
+dropout_mask                     which scores dropout keeps
 quantize_fp8, attention_fp8      with 8-bit floats
 """
 
 from numflash.reference.attention import (
     attention,
     attention_backward,
+    dropout_mask,
     magnitudes,
     naive,
     naive_backward,
@@ -31,6 +33,7 @@ __all__ = [
     "attention_fp8",
     "attention_of_codes",
     "dequantize_fp8",
+    "dropout_mask",
     "hadamard_signs",
     "magnitudes",
     "naive",

@@ -9,11 +9,12 @@ with any number of key-value heads that divides the query heads.
 """
 
 import math
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from numflash.configs.features import FEATURES, default_gradients
+from numflash.configs.features import FEATURES, Feature, default_gradients
 
 # Half the length of the line through a function that gives its slope.
 _NEAR = 1e-6
@@ -35,8 +36,8 @@ def attention(q, k, v, **options) -> tuple[np.ndarray, np.ndarray]:
         k: (batch, seqlen_k, num_heads_kv, head_dim).
         v: (batch, seqlen_k, num_heads_kv, head_dim_v).
         options: as for `numflash.attention`: softmax_scale, causal, causal_align, shift,
-            window_size, softcap, alibi_slopes, sinks, bias, mask, score_mod, mask_mod, aux,
-            layout. Functions get NumPy arrays that broadcast to the scores.
+            window_size, softcap, alibi_slopes, sinks, origin, bias, mask, score_mod, mask_mod,
+            aux, layout. Functions get NumPy arrays that broadcast to the scores.
 
     Returns:
         out: (batch, seqlen_q, num_heads_q, head_dim_v), in the layout of q.
@@ -114,7 +115,7 @@ def naive_backward(dout, q, k, v, *, precision: str, **options):
     dtype, matmul = _PRECISIONS[precision], _multiplication(precision)
     bhsd = options.get("layout", "bshd") == "bhsd"
     do, q4, k4, v4 = (heads_first(x, bhsd) for x in (dout, q, k, v))
-    out, lse, s, slopes, scale = _forward(q4, k4, v4, dtype, matmul, options)
+    out, lse, s, slopes, scale, weights = _forward(q4, k4, v4, dtype, matmul, options)
     group = q4.shape[1] // k4.shape[1]
     do = do.astype(dtype)
     with np.errstate(invalid="ignore"):
@@ -123,8 +124,8 @@ def naive_backward(dout, q, k, v, *, precision: str, **options):
     # A function may bend without bound where P is 0.
     slopes = {name: np.where(p == 0, dtype.type(0), slope) for name, slope in slopes.items()}
 
-    dv = matmul(p.swapaxes(-1, -2), do, dtype)
-    dp = matmul(do, repeat(v4.astype(dtype), group).swapaxes(-1, -2), dtype)
+    dv = matmul((p * weights).swapaxes(-1, -2), do, dtype)
+    dp = matmul(do, repeat(v4.astype(dtype), group).swapaxes(-1, -2), dtype) * weights
     product = (do * out).sum(-1, dtype=_sums(dtype)) - _dlse(lse, options)
     of_scores = p * (dp - product.astype(dtype)[..., None])
     ds = of_scores * _product(slopes)
@@ -133,6 +134,8 @@ def naive_backward(dout, q, k, v, *, precision: str, **options):
     gradients = {"q": dq, "k": _sum_groups(dk, group, dtype), "v": _sum_groups(dv, group, dtype)}
     found = {name: heads_back(g, bhsd, np.ndim(q)) for name, g in gradients.items()}
     found |= _gradients_of_heads(lse, product, of_scores, slopes, options)
+    operands = q4, k4, dtype, matmul
+    found |= _gradients_of_arrays(operands, np.where(p == 0, 0, of_scores), slopes, options)
     return tuple(found[name] for name in names_of_gradients(options))
 
 
@@ -160,7 +163,8 @@ def magnitudes(q, k, v, dout=None, **options) -> dict[str, np.ndarray]:
     """
     bhsd = options.get("layout", "bshd") == "bhsd"
     q, k, v = (heads_first(x, bhsd).astype(np.float64) for x in (q, k, v))
-    out, lse, s, slopes, scale = _forward(q, k, v, np.dtype(np.float64), _matmul, options)
+    float64 = np.dtype(np.float64)
+    out, lse, s, slopes, scale, weights = _forward(q, k, v, float64, _matmul, options)
     wanted, group = names_of_gradients(options), q.shape[1] // k.shape[1]
     k_abs, v_abs = (repeat(np.abs(x), group) for x in (k, v))
     with np.errstate(invalid="ignore"):
@@ -168,19 +172,33 @@ def magnitudes(q, k, v, dout=None, **options) -> dict[str, np.ndarray]:
     slopes = {name: np.where(p == 0, 0, np.abs(slope)) for name, slope in slopes.items()}
     products = np.abs(q) @ k_abs.swapaxes(-1, -2) * abs(scale)
     products = np.where(np.isneginf(s), 0, products)
-    found = {"out": p @ v_abs, "lse": products.max(-1, initial=0)}
+    found = {"out": (p * weights) @ v_abs, "lse": products.max(-1, initial=0)}
     if dout is None:
         return found
     do = heads_first(dout, bhsd).astype(np.float64)
     product = np.abs(do * out).sum(-1) + np.abs(_dlse(lse, options))
-    of_scores = p * (np.abs(do) @ v_abs.swapaxes(-1, -2) + product[..., None])
+    dp = np.abs(do) @ v_abs.swapaxes(-1, -2) * weights
+    of_scores = p * (dp + product[..., None])
     ds = of_scores * _product(slopes) * abs(scale)
     found["dq"] = ds @ k_abs
     found["dk"] = _sum_groups(ds.swapaxes(-1, -2) @ np.abs(q), group, np.float64)
-    found["dv"] = _sum_groups(p.swapaxes(-1, -2) @ np.abs(do), group, np.float64)
+    found["dv"] = _sum_groups((p * weights).swapaxes(-1, -2) @ np.abs(do), group, np.float64)
     of_heads = _gradients_of_heads(lse, product, of_scores, slopes, options)
-    found |= {f"d{name}": np.abs(gradient) for name, gradient in of_heads.items()}
+    operands = q, k, np.dtype(np.float64), _matmul
+    of_arrays = _gradients_of_arrays(operands, of_scores, slopes, options, np.abs)
+    found |= {f"d{name}": np.abs(g) for name, g in (of_heads | of_arrays).items()}
     return {n: x for n, x in found.items() if n in ("out", "lse") or n[1:] in wanted}
+
+
+def _asked(options: dict, num_heads: int) -> list[tuple[Feature, Any]]:
+    """The features that are asked for, with their values: of arrays those of this part."""
+    found, (_, _, first) = [], options.get("origin") or (0, 0, 0)
+    for row in FEATURES:
+        value = options.get(row.option, row.default)
+        if row.is_asked(value):
+            value = np.asarray(value)[..., first : first + num_heads] if row.is_array else value
+            found.append((row, value))
+    return found
 
 
 def names_of_gradients(options: dict) -> tuple[str, ...]:
@@ -210,9 +228,8 @@ def _gradients_of_heads(lse, product, of_scores, slopes, options) -> dict[str, n
     `of_scores` is the gradient of the final scores, (batch, head, query, key).
     """
     found, places = {}, _places(*of_scores.shape[2:], options)
-    for row in FEATURES:
-        value = options.get(row.option, row.default)
-        if row.gradient is None or not row.is_asked(value):
+    for row, value in _asked(options, lse.shape[1]):
+        if row.gradient is None:
             continue
         if row.hook == "finish":
             shares = row.gradient.shares(lse, product, value)
@@ -224,6 +241,82 @@ def _gradients_of_heads(lse, product, of_scores, slopes, options) -> dict[str, n
         batches = 0 if np.ndim(value) == 1 else ()
         found[row.option] = shares.sum(-1, dtype=lse.dtype).sum(batches)
     return found
+
+
+class _Probe:
+    """An array of `aux` whose read `number`, of those that a function makes, is larger by `step`.
+
+    Attributes:
+        count: reads so far.
+        index: of that read.
+    """
+
+    def __init__(self, array: np.ndarray, number: int, step: float):
+        self._array, self._number, self._step = array, number, step
+        self.count, self.index = 0, None
+
+    def __getitem__(self, index):
+        read = self._array[index]
+        if self.count == self._number:
+            self.index, read = index, read + self._step
+        self.count += 1
+        return read
+
+    def __getattr__(self, name):
+        return getattr(self._array, name)
+
+
+def _gradients_of_arrays(operands, of_scores, slopes, options, sign=np.asarray) -> dict:
+    """By name: the gradients of the bias, and of arrays of `aux`, that `wrt` names.
+
+    `operands` are those of `scores`, `of_scores` is the gradient of the final scores, 0 where P
+    is; `sign` is applied to derivatives. A function's derivative by an element that it reads is,
+    for each score, the slope of a short line through it, in float64.
+    """
+    q, k, dtype, matmul = operands
+    found, wanted = {}, names_of_gradients(options)
+    if "bias" in wanted:
+        of_bias = of_scores * slopes["given"]
+        found["bias"] = _sum_to(of_bias, np.shape(options["bias"]), dtype)
+    arrays = [name for name in wanted if name.startswith("aux")]
+    if not arrays:
+        return found
+    unmasked = {"mask": None, "mask_mod": None, "causal": False, "window_size": (-1, -1)}
+    before, *_ = scores(q, k, dtype, matmul, options | unmasked | {"score_mod": None})
+    before, axes = before.astype(np.float64), np.ix_(*map(np.arange, before.shape))
+    aux = [np.asarray(x).astype(np.float64) if _is_real(x) else x for x in options["aux"]]
+    for name in arrays:
+        place = int(name[3:])
+        gradient, number, count = np.zeros(aux[place].shape, _sums(dtype)), 0, 1
+        while number < count:
+            ends = []
+            for step in (-_NEAR, _NEAR):
+                probe = _Probe(aux[place], number, step)
+                given = [*aux[:place], probe, *aux[place + 1 :]]
+                with np.errstate(all="ignore"):
+                    ends.append(options["score_mod"](before, *axes, *given))
+            count = probe.count
+            if probe.index is not None:
+                slope = np.where(of_scores == 0, 0, (ends[1] - ends[0]) / (2 * _NEAR))
+                shares = of_scores * sign(slope).astype(dtype)
+                shape = np.shape(aux[place][probe.index])
+                np.add.at(gradient, probe.index, _sum_to(shares, shape, _sums(dtype)))
+            number += 1
+        found[name] = gradient.astype(dtype)
+    return found
+
+
+def _is_real(x) -> bool:
+    """Whether something of `aux` is a float, or an array of them."""
+    kind = np.asarray(x).dtype
+    return kind.kind == "f" or kind == ml_dtypes.bfloat16
+
+
+def _sum_to(x, shape: tuple[int, ...], dtype) -> np.ndarray:
+    """The sums of x over the axes along which `shape` is broadcast to it."""
+    full = (1,) * (x.ndim - len(shape)) + shape
+    axes = tuple(axis for axis, n in enumerate(full) if n == 1)
+    return x.sum(axes, dtype=_sums(np.dtype(dtype)), keepdims=True).astype(dtype).reshape(shape)
 
 
 def visible(
@@ -255,7 +348,7 @@ def visible(
 
 
 def _forward(q, k, v, dtype, matmul, options):
-    """Attention on (batch, heads, seqlen, head_dim); also S, its slopes, the scale."""
+    """Attention on (batch, heads, seqlen, head_dim); also S, its slopes, scale, weights of P."""
     s, slopes, scale = scores(q, k, dtype, matmul, options)
     with np.errstate(divide="ignore", invalid="ignore"):
         row_max = s.max(-1, keepdims=True, initial=dtype.type(-np.inf))
@@ -268,8 +361,44 @@ def _forward(q, k, v, dtype, matmul, options):
         exact_max = row_max.astype(_sums(dtype))
         exact_max, exact_sum, _ = end_of_rows(exact_max, exact_sum, options)
         lse = (exact_max + np.log(exact_sum))[..., 0]
-    out = matmul(p, repeat(v.astype(dtype), q.shape[1] // v.shape[1]), dtype)
-    return out, lse, s, slopes, scale
+    weights = _weights(s.shape, dtype, options)
+    out = matmul(p * weights, repeat(v.astype(dtype), q.shape[1] // v.shape[1]), dtype)
+    return out, lse, s, slopes, scale, weights
+
+
+def _weights(shape, dtype, options):
+    """The factors of P (batch, head, query, key), once its rows have their sums."""
+    weights = np.ones((), dtype)
+    for row in FEATURES:
+        value = options.get(row.option, row.default)
+        if row.hook == "weigh" and row.is_asked(value):
+            beside = (options.get(each.name, each.default) for each in row.beside)
+            weights = weights * row.reference(shape, value, *beside).astype(dtype)
+    return weights
+
+
+def dropout_mask(
+    batch: int, heads: int, seqlen_q: int, seqlen_k: int, *, dropout_p: float, seed: int
+) -> np.ndarray:
+    """The scores that dropout keeps, a boolean (batch, heads, seqlen_q, seqlen_k) array.
+
+    Args:
+        batch, heads, seqlen_q, seqlen_k: sizes; heads are those of q.
+        dropout_p, seed: as for `numflash.attention`; a seed in an array must be on the host.
+
+    The random bits of a score are those of Philox4x32-10 for the seed and the score's place alone:
+    the same in every kernel, for every tile size, on every GPU, forward and backward. A score is
+    kept if its 16 bits are at least round(2**16 dropout_p); the weights of those kept are
+    multiplied by 1 / (1 - round(2**16 dropout_p) / 2**16).
+
+    Example:
+        >>> from numflash import reference
+        >>> kept = reference.dropout_mask(1, 2, 64, 64, dropout_p=0.25, seed=1)
+        >>> kept.shape, round(float(kept.mean()), 2)
+        ((1, 2, 64, 64), 0.75)
+    """
+    shape, options = (batch, heads, seqlen_q, seqlen_k), {"dropout_p": dropout_p, "seed": seed}
+    return np.broadcast_to(_weights(shape, np.float64, options) != 0, shape)
 
 
 def end_of_rows(row_max, row_sum, options):
@@ -278,9 +407,8 @@ def end_of_rows(row_max, row_sum, options):
     Exponentials relative to row_max, as they were, must be multiplied by `kept`.
     """
     kept = row_max.dtype.type(1)
-    for row in FEATURES:
-        value = options.get(row.option, row.default)
-        if row.hook == "finish" and row.is_asked(value):
+    for row, value in _asked(options, row_max.shape[1]):
+        if row.hook == "finish":
             row_max, row_sum, more = row.reference(row_max, row_sum, value)
             kept = kept * more
     return row_max, row_sum, kept
@@ -299,9 +427,8 @@ def scores(q, k, dtype, matmul, options):
 
     s = matmul(q.astype(dtype), repeat(k.astype(dtype), group).swapaxes(-1, -2), dtype) * scale
     slopes, places = {}, _places(seqlen_q, seqlen_k, options)
-    for row in FEATURES:
-        value = options.get(row.option, row.default)
-        if row.hook == "score" and row.is_asked(value):
+    for row, value in _asked(options, num_heads):
+        if row.hook == "score":
             s, slopes[row.name] = row.reference(s, value, *places)
     seen = visible(
         seqlen_q,
@@ -321,10 +448,12 @@ def _given_scores(s, options):
     The slope of a function is that of a short line through it, in float64.
     """
     slope, kept = s.dtype.type(1), np.ones((), bool)
-    axes = np.ix_(*map(np.arange, s.shape))
+    row, column, head = options.get("origin") or (0, 0, 0)
+    starts = 0, head, row, column
+    axes = np.ix_(*(first + np.arange(n) for first, n in zip(starts, s.shape, strict=True)))
     aux = [np.asarray(x) for x in options.get("aux") or ()]
     if options.get("bias") is not None:
-        s = s + np.asarray(options["bias"]).astype(s.dtype)
+        s = s + _part(options["bias"], axes).astype(s.dtype)
     if (score_mod := options.get("score_mod")) is not None:
         exact = s.astype(np.float64)
         with np.errstate(all="ignore"):
@@ -332,10 +461,17 @@ def _given_scores(s, options):
             slope = ((high - low) / (2 * _NEAR)).astype(s.dtype)
             s = np.broadcast_to(score_mod(s, *axes, *aux), s.shape).astype(s.dtype)
     if options.get("mask") is not None:
-        kept = kept & np.asarray(options["mask"])
+        kept = kept & _part(options["mask"], axes)
     if (mask_mod := options.get("mask_mod")) is not None:
         kept = kept & mask_mod(*axes, *aux)
     return s, slope, kept
+
+
+def _part(array, axes) -> np.ndarray:
+    """Of an array that broadcasts to the scores of a larger problem those at these places."""
+    array = np.asarray(array)
+    array = array.reshape((1,) * (4 - array.ndim) + array.shape)
+    return array[tuple(0 * at if n == 1 else at for n, at in zip(array.shape, axes, strict=True))]
 
 
 def _places(seqlen_q: int, seqlen_k: int, options):

@@ -335,6 +335,44 @@ def library_of(array, name: str) -> ArrayLibrary:
     return library
 
 
+def current_array(why: str):
+    """An empty array on the device, and of the library, that this process works with.
+
+    PyTorch's if it has been imported and sees a GPU, else CuPy's.
+
+    Raises:
+        UnsupportedError: there is neither; `why` says what needs it.
+    """
+    if SIMULATED:
+        return np.empty(0, np.int32)
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        return torch.empty(0, dtype=torch.int32, device="cuda")
+    try:
+        import cupy
+    except ImportError as error:
+        raise UnsupportedError(f"{why}: there is neither PyTorch nor CuPy") from error
+    return cupy.empty(0, np.int32)
+
+
+def to_numpy(array) -> np.ndarray:
+    """A host copy of an array of any library."""
+    if isinstance(array, np.ndarray):
+        return array
+    if hasattr(array, "get"):  # CuPy
+        return array.get()
+    if hasattr(array, "detach"):  # PyTorch; NumPy has no bfloat16 of its own to copy to
+        tensor = array.detach().cpu()
+        if "float8" in str(tensor.dtype):
+            return tensor.view(sys.modules["torch"].uint8).numpy()
+        if str(tensor.dtype) == "torch.bfloat16":
+            return tensor.float().numpy()
+        return tensor.numpy()
+    if hasattr(array, "copy_to_host"):  # Numba
+        return array.copy_to_host()
+    return np.asarray(array)
+
+
 def metadata(array, name: str) -> ArrayView:
     """The metadata of an array that nothing will read: it need not be on a CUDA device.
 

@@ -1,4 +1,4 @@
-"""The error that numflash raises besides TypeError (types, dtypes) and ValueError (values)."""
+"""The error that numflash raises besides TypeError and ValueError; and errors in one line."""
 
 
 class UnsupportedError(RuntimeError):
@@ -13,3 +13,8 @@ class UnsupportedError(RuntimeError):
         ...     print(error)
         head_dim of q and k must be at most 256, got 300
     """
+
+
+def in_one_line(error: Exception) -> str:
+    """An error's type and message, for records and tables: 600 characters at most."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:600]

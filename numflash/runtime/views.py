@@ -30,6 +30,13 @@ class Pointer:
     element: type
 
 
+class FromHead(NamedTuple):
+    """In place of the name of an operand: without the first elements of its last axis."""
+
+    operand: str
+    first: int
+
+
 @dataclass(frozen=True, slots=True)
 class ArrayView:
     """Metadata of an array, which calls check and kernels are compiled for.

@@ -8,11 +8,12 @@ machine and the problem. `select` decides, and builds nothing: calls build launc
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from numflash.configs import Config, HeadSumsConfig, Traits
+from numflash.configs import ArraySumsConfig, ClearSumsConfig, Config, HeadSumsConfig, Traits
 from numflash.configs.features import rows_of
 from numflash.problem.classes import ProblemClass
 from numflash.problem.gradients import Gradients
 from numflash.problem.problem import AttentionProblem
+from numflash.runtime.devices import Architecture
 from numflash.runtime.driver import Machine, device_name, limits_of_device, multiprocessors
 from numflash.runtime.errors import UnsupportedError
 from numflash.runtime.gpus import Gpu
@@ -28,17 +29,39 @@ from numflash.selection.geometry import (
     rows_packed,
     with_splits,
 )
-from numflash.selection.rules import Choice, choose, choose_forward, force, without_bulk_copies
+from numflash.selection.rules import (
+    Choice,
+    Spills,
+    choose,
+    choose_forward,
+    force,
+    without_bulk_copies,
+)
+from numflash.selection.spills import spilled_bytes
 
 FORWARD = ("forward", "combine")
 BACKWARD = ("backward-dkdv", "backward-dq")
 OF_OPTIONS = ("backward-rows",)
 """The kernels that begin gradients of options."""
+OF_ARRAYS = ("backward-rows", "backward-columns", "backward-tiles", "backward-scatter")
+"""The kernels that begin gradients of arrays that scores read."""
 FUSED = "backward"
 HEAD_SUMS = Choice(
     HeadSumsConfig.family, HeadSumsConfig(), Traits("float32", 32, 32), "the only one", ()
 )
 """It adds up float32 numbers, whatever a problem is."""
+_ONE_WARP_ADDS = 1024
+
+
+def array_sums(dtype: str, terms: int) -> Choice:
+    """The kernel that adds up so many numbers for each element of an array."""
+    config = ArraySumsConfig(1 if terms <= _ONE_WARP_ADDS else 8)
+    return Choice(config.family, config, Traits(dtype, 32, 32), f"for {terms} numbers each", ())
+
+
+def fixed_point(config: ClearSumsConfig, dtype: str) -> Choice:
+    """The kernel that clears sums in fixed point, or makes floats of a dtype of them."""
+    return Choice(config.family, config, Traits(dtype, 32, 32), "the only one", ())
 
 
 def device_key(device: int | Gpu) -> DeviceKey:
@@ -63,7 +86,9 @@ def backward_configs(config) -> dict[str, str | Config]:
         return {}
     if not isinstance(config, dict):
         raise TypeError(f"config of a backward must map families to configs, got {config!r}")
-    return _expect_families("backward", config, (*BACKWARD, *OF_OPTIONS, FUSED))
+    return _expect_families(
+        "backward", config, tuple(dict.fromkeys((*BACKWARD, *OF_OPTIONS, *OF_ARRAYS, FUSED)))
+    )
 
 
 def split_configs(config) -> tuple[dict, dict]:
@@ -93,6 +118,8 @@ class Selection:
         combine: the kernel that puts the parts of split keys together; None without splits.
         delta: the kernel that computes delta for the backward; None if it was not asked about.
         backward: the kernels of `attention_backward` by family, in the order in which they run.
+        arrays: the kernels that walk over scores for gradients of arrays that scores read, by the
+            array's name, in order.
     """
 
     forward: Choice | None = None
@@ -100,6 +127,7 @@ class Selection:
     combine: Choice | None = None
     delta: Choice | None = None
     backward: Mapping[str, Choice] = field(default_factory=dict)
+    arrays: Mapping[str, tuple[Choice, ...]] = field(default_factory=dict)
 
 
 def select(
@@ -148,7 +176,8 @@ def select(
         of_delta = traits_of_delta(traits, gradients)
         delta = choose("delta", of_delta, machine.limits, problem.seqlen_q)
         backward = _backward(problem, traits, machine, forced, gradients, runs)
-        found = replace(found, delta=delta, backward=backward)
+        arrays = _of_arrays(problem, traits, machine, forced, gradients)
+        found = replace(found, delta=delta, backward=backward, arrays=arrays)
     return found
 
 
@@ -174,7 +203,8 @@ def _forward(
     if config is not None:
         choice = force("forward", config, traits, limits, problem.softmax_scale > 0, problem)
     else:
-        choice = by_rule = choose_forward(problem, traits, limits, num_sms)
+        spills = _spills(limits, runs)
+        choice = by_rule = choose_forward(problem, traits, limits, num_sms, spills)
         if not (traits.fp8 or traits.selected):
             rows = problem.seqlen_q * rows_packed(problem)
             choice = _tuned(by_rule, problem, traits, machine, rows, runs)
@@ -222,7 +252,7 @@ def _combine(
 
     It is the same after 8-bit floats, but then nothing is captured or tuned.
     """
-    plain = replace(traits, fp8=False, key_scales=False)
+    plain = replace(traits, fp8=False, key_scales=False, blocks=())
     if config is not None:
         return force("combine", config, plain, machine.limits)
     choice = choose("combine", plain, machine.limits)
@@ -232,15 +262,21 @@ def _combine(
 
 
 def traits_of_delta(traits: Traits, gradients: Gradients) -> Traits:
-    """The traits of the kernel of delta: of the features those whose gradient it begins."""
+    """The traits of the kernel of delta.
+
+    Of the features those whose gradient it begins, and those that weigh P, whose factor it has.
+    """
     begun = gradients.options_of("delta", traits.features)
-    features = tuple(row.name for row in rows_of(traits.features) if row.option in begun)
+    asked = rows_of(traits.features)
+    features = tuple(row.name for row in asked if row.option in begun or row.hook == "weigh")
     return replace(
         traits,
         features=features,
+        blocks=(),
         dlse=gradients.dlse,
         given_delta=gradients.delta,
-        plain_delta=any(gradients.needs(family, traits.features) for family in OF_OPTIONS),
+        plain_delta=bool(gradients.arrays)
+        or any(gradients.needs(family, traits.features) for family in OF_OPTIONS),
     )
 
 
@@ -269,7 +305,7 @@ def _backward(
         if family in forced:
             choices[family] = force(family, forced[family], traits, limits, positive)
             continue
-        choice = choose(family, traits, limits, rows, positive)
+        choice = choose(family, traits, limits, rows, positive, spills=_spills(limits, runs))
         if family in BACKWARD:
             choice = _tuned(choice, problem, traits, machine, rows, runs)
             times.append(choice.measured_ms)
@@ -283,6 +319,34 @@ def _backward(
     return choices
 
 
+def _of_arrays(
+    problem: AttentionProblem,
+    traits: Traits,
+    machine: Machine,
+    forced: Mapping[str, str | Config],
+    gradients: Gradients,
+) -> dict[str, tuple[Choice, ...]]:
+    """The kernels that walk over scores for gradients of arrays, by the array's name."""
+    limits, positive = machine.limits, problem.softmax_scale > 0
+    found = {}
+    for array in gradients.arrays:
+        choices = []
+        for family, read, absolute in array.kernels:
+            of_read = replace(traits, read=str(read), absolute=absolute)
+            rows = problem.seqlen_k if family == "backward-columns" else problem.seqlen_q
+            if family in forced:
+                choices.append(force(family, forced[family], of_read, limits, positive))
+            else:
+                choices.append(choose(family, of_read, limits, rows, positive))
+        found[array.name] = tuple(choices)
+    return found
+
+
+def _spills(limits: Architecture, runs: bool) -> Spills:
+    """What `rules` asks of a config that fits."""
+    return lambda config, traits: spilled_bytes(config, traits, limits, runs)
+
+
 def _tuned(
     choice: Choice,
     problem: AttentionProblem,
@@ -293,9 +357,9 @@ def _tuned(
 ) -> Choice:
     """The tuned config for a problem in the place of the one by rule, if there is one.
 
-    There is none for the caller's functions: what they cost no table knows.
+    There is none for the caller's functions and block masks: what they cost no table knows.
     """
-    if traits.program:
+    if traits.program or traits.blocks:
         return choice
     wanted = ProblemClass.of(choice.family, problem, traits)
     if runs:

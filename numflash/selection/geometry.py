@@ -31,11 +31,25 @@ class Geometry:
     blocks: int = 0
 
 
+def apart_by_blocks(problem: AttentionProblem) -> str | None:
+    """Why heads of a block mask cannot share the rows of a tile; None if they can."""
+    blocks = problem.blocks
+    if blocks is None or problem.group_size == 1:
+        return None
+    if blocks.heads > 1:
+        return "block_mask has a list for each head"
+    if blocks.rows > 1:
+        return f"block_mask has {blocks.rows} rows of blocks, and rows of a tile are of one"
+    return None
+
+
 def rows_packed(problem: AttentionProblem, packed: bool | None = None) -> int:
     """Query heads to pack into the rows of a tile: all of a group, or one.
 
     `packed` is the config's choice; None packs where there are few queries.
     """
+    if apart_by_blocks(problem) is not None:
+        return 1
     if packed is None:
         few = problem.seqlen_q <= PACKED_SEQLEN
         packed = few and problem.traits(vectorized=True).of_a_head is None

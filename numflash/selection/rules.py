@@ -7,7 +7,7 @@ excludes runs. A config that the caller forces is held to the same rules, except
 concern speed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from numflash.configs import (
@@ -24,11 +24,19 @@ from numflash.configs import (
 from numflash.problem.problem import AttentionProblem
 from numflash.runtime.devices import Architecture
 from numflash.runtime.errors import UnsupportedError
-from numflash.selection.geometry import rows_packed, with_splits
+from numflash.selection.geometry import apart_by_blocks, rows_packed, with_splits
 
 _MANY_ROWS = 2**30
 # Rows of the smallest product: fewer cost as much.
 _MIN_ROWS = 16
+
+Spills = Callable[[Config, Traits], int]
+"""Bytes that a config's kernel is known to spill; see `selection.spills`."""
+
+
+def _no_spills(config: Config, traits: Traits) -> int:
+    """The shipped configs do not spill."""
+    return 0
 
 
 @dataclass(frozen=True)
@@ -74,6 +82,7 @@ def choose(
     rows: int = _MANY_ROWS,
     positive_scale: bool = True,
     no_bulk_copies: str | None = None,
+    spills: Spills = _no_spills,
 ) -> Choice:
     """The kernel to run.
 
@@ -82,6 +91,8 @@ def choose(
         traits: that the problem needs.
         limits: the GPU.
         rows, positive_scale, no_bulk_copies: of the problem, see `configs.Asked`.
+        spills: asked of a config that no rule excludes: one that spills gives way to the next, or
+            where all do the one that spills least runs.
 
     Raises:
         ValueError: the family is unknown.
@@ -99,7 +110,7 @@ def choose(
             continue
         adapted = row.adapts(traits)
         config, rule, reasons = _first(
-            row, row.candidates(family, traits, limits), adapted, limits, rows
+            row, row.candidates(family, traits, limits), adapted, limits, rows, spills
         )
         passed_over += reasons
         if config is not None:
@@ -115,18 +126,29 @@ def _first(
     traits: Traits,
     limits: Architecture,
     rows: int,
+    spills: Spills,
 ) -> tuple[Config | None, str, list[tuple[str, str]]]:
-    """The first candidate that fits, its rule, and the reasons against each other one.
+    """The first candidate that fits and does not spill, its rule, and reasons against the others.
 
-    Where none fits the config is None, and the reasons are those of the least demanding rule.
+    Where all that fit spill it is the one that spills least. Where none fits the config is None,
+    and the reasons are those of the least demanding rule.
     """
+    spilled: dict[Config, int] = {}
     for warps in row.warps:
         reasons = {x: row.misfit(x, traits, limits, rows, warps) for x in candidates}
-        chosen = next((x for x, why in reasons.items() if why is None), None)
+        fitting = [x for x, why in reasons.items() if why is None and x not in spilled]
+        chosen = None
+        for config in fitting:
+            if not (bytes_ := spills(config, traits)):
+                chosen = config
+                break
+            spilled[config] = bytes_
         if chosen is not None:
             break
     else:
         chosen = candidates[-1] if row.takes_last else None
+        chosen = min(spilled, key=spilled.get, default=chosen)
+    reasons |= {x: f"spills {n} bytes a thread with these functions" for x, n in spilled.items()}
     others = [
         (str(x), why or f"fits too, and comes after {chosen}")
         for x, why in reasons.items()
@@ -136,19 +158,30 @@ def _first(
 
 
 def choose_forward(
-    problem: AttentionProblem, traits: Traits, limits: Architecture, num_sms: int
+    problem: AttentionProblem,
+    traits: Traits,
+    limits: Architecture,
+    num_sms: int,
+    spills: Spills = _no_spills,
 ) -> Choice:
     """The forward kernel to run, with its splits over keys. As `choose`."""
-    positive, pack = problem.softmax_scale > 0, rows_packed(problem)
-    no_bulk_copies, rows = without_bulk_copies(problem, pack), problem.seqlen_q
-    choice = choose("forward", traits, limits, rows * pack, positive, no_bulk_copies)
-    if not choice.has_geometry:
+    pack = rows_packed(problem)
+    asked = problem.softmax_scale > 0, without_bulk_copies(problem, pack)
+
+    def split(config: Config) -> Config:
+        if not implementation_of(config).has_tensor_cores:
+            return config
+        return with_splits(config, problem, traits, limits, num_sms)
+
+    def spills_split(config: Config, adapted: Traits) -> int:
+        return spills(split(config), adapted)
+
+    rows = problem.seqlen_q
+    choice = choose("forward", traits, limits, rows * pack, *asked, spills_split)
+    if not choice.has_geometry and pack > 1:
         # The portable kernels do not pack.
-        if pack > 1:
-            choice = choose("forward", traits, limits, rows, positive, no_bulk_copies)
-        return choice
-    config = with_splits(choice.config, problem, traits, limits, num_sms)
-    return replace(choice, config=config)
+        choice = choose("forward", traits, limits, rows, *asked, spills_split)
+    return replace(choice, config=split(choice.config))
 
 
 def force(
@@ -189,6 +222,8 @@ def force(
         asked = Asked(positive_scale=positive_scale, no_bulk_copies=no_bulk_copies)
         why = row.cannot_run(config, traits, limits, asked)
         traits = row.adapts(traits)
+    if why is None and problem is not None and getattr(config, "packed", None):
+        why = apart_by_blocks(problem)
     if why is None and (needed := config.smem_bytes(traits)) > limits.max_smem_per_block:
         why = (
             f"it needs {needed} bytes of shared memory per block with head dims "

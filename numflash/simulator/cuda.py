@@ -31,8 +31,7 @@ class _CooperativeGroups:
 
 
 class _Local:
-    def array(self, shape, dtype, alignment=None):
-        return local_array(shape, dtype)
+    array = staticmethod(local_array)
 
 
 def _of_block(attribute: str) -> property:
@@ -166,20 +165,22 @@ def _vote(name, mask, predicate, function):
 
 
 def _shuffle(name, mask, value, source):
-    own = current_thread().lane
+    thread = current_thread()
+    return thread.warp_collective(name, int(mask), (thread.lane, value, source), _exchange)
 
-    def exchange(payloads):
-        values = {lane: value for lane, value, _ in payloads}
 
-        def received(own_value, wanted):
-            if wanted in values:
-                return values[wanted]
-            # Past either end of the warp a lane keeps its own value.
-            return _poison(own_value) if 0 <= wanted < WARP_SIZE else own_value
+def _exchange(payloads):
+    """What each lane gets, of (lane, its value, the lane that it reads)."""
+    values = {lane: value for lane, value, _ in payloads}
+    return [
+        values[source] if source in values else _from_outside(value, source)
+        for _, value, source in payloads
+    ]
 
-        return [received(own_value, wanted) for _, own_value, wanted in payloads]
 
-    return current_thread().warp_collective(name, int(mask), (own, value, source), exchange)
+def _from_outside(own, source):
+    # Past either end of the warp a lane keeps its own value.
+    return _poison(own) if 0 <= source < WARP_SIZE else own
 
 
 def _bits(value):

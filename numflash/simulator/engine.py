@@ -101,7 +101,8 @@ class Thread:
         self, name: str = "syncthreads", payload=None, together: Callable | None = None
     ):
         """Wait for every thread of the block that has not returned."""
-        return self.block.meet(self, ("block", name), name, self.block.live, payload, together)
+        block = self.block
+        return block.meet(self, ("block", name), name, block.live, payload, together)
 
     def sync_named(self, barrier: int, count: int, wait: bool = True):
         """`bar.sync barrier, count`, or `bar.arrive` where `wait` is false."""
@@ -296,10 +297,10 @@ class Block:
             meeting.waiting.append(thread)
         if len(arrived) == expected:
             self._complete(key, meeting)
-        if not wait:
-            return None
-        self.park()
-        return thread.result
+        if wait:
+            self.park()
+            return thread.result
+        return None
 
     def _complete(self, key, meeting: Meeting) -> None:
         del self.meetings[key]

@@ -51,8 +51,8 @@ class BeingRead(np.ndarray):
         super().__setitem__(index, value)
 
 
-def local_array(shape, dtype) -> Local:
-    """A new array of 0xFF bytes: `cuda.local.array`."""
+def local_array(shape, dtype, alignment=None) -> Local:
+    """A new array of 0xFF bytes: `cuda.local.array`. Alignment does not matter here."""
     return _unwritten(shape, dtype).copy()
 
 

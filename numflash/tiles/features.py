@@ -24,13 +24,20 @@ the gradient of lse; that of a score is the score's share, from the gradient of 
 
     NAME_gradient(lse, product, args) -> the row's share
     NAME_gradient(ds, i - j) -> the score's share
+
+A function that weighs P gives the random bits of eight scores, in four words: of the eight with
+these counters of row and column (`tiles.philox`). `args` holds the limit below which bits drop a
+score.
+
+    weigh(row_counter, column_counter, args) -> (w0, w1, w2, w3)
 """
 
 import math
 from functools import cache
 from typing import NamedTuple
 
-from numflash.ptx import device_function, ex2_approx_ftz_f32, f32, fma_rn_f32, i32, max_f32
+from numflash.ptx import device_function, ex2_approx_ftz_f32, f32, fma_rn_f32, i32, max_f32, u32
+from numflash.tiles.philox import philox
 from numflash.tiles.programs import make_program
 
 _LOG2_E = f32(math.log2(math.e))
@@ -87,6 +94,50 @@ def _sinks_of_head(features, batch, head):
     return features.sinks.data[head * features.sinks.head]
 
 
+class Drawn(NamedTuple):
+    """What random bits depend on besides rows and columns, and the limit of those dropped.
+
+    The caller's first row and column are added to those of a problem.
+    """
+
+    k0: u32
+    k1: u32
+    head: u32
+    batch: u32
+    limit: u32
+    first_row: i32
+    first_column: i32
+
+
+@device_function
+def dropout(row_counter, column_counter, args):
+    """The random bits of eight scores."""
+    c0, c1 = u32(row_counter), u32(column_counter)
+    return philox(c0, c1, args.head, args.batch, args.k0, args.k1)
+
+
+@device_function
+def _dropout_of_head(features, batch, head):
+    record = features.dropout
+    k0, k1 = u32(record.low), u32(record.high)
+    # The same for all threads. A number of 32 bits keeps its sign.
+    if record.words > 0:
+        k0 = u32(record.seed[0])
+        k1 = u32(record.seed[1]) if record.words > 1 else u32(i32(k0) >> i32(31))
+    head, batch, limit = u32(head + record.head), u32(batch), u32(record.limit)
+    return Drawn(k0, k1, head, batch, limit, record.row, record.column)
+
+
+class Weigh(NamedTuple):
+    """A function that weighs P, and the one that finds its `args`."""
+
+    function: object
+    of_head: object
+
+
+WEIGHS = {"dropout": Weigh(dropout, _dropout_of_head)}
+
+
 class Finish(NamedTuple):
     """A function that ends a row, the one that finds its `args`, and its gradient."""
 
@@ -137,25 +188,37 @@ class At(NamedTuple):
     """The place of a score.
 
     `first` and `step` are numbers whose difference is the distance of query and key, which the
-    functions of features take for i and j; `i` and `j` are those of the caller's program.
+    functions of features take for i and j. For the caller's program they are `far` and `step`, if
+    it looks at distances alone, or the places themselves, `i` and `j`.
     """
 
     first: f32
+    far: f32
     step: f32
     i: i32
     j: i32
 
 
 class Args(NamedTuple):
-    """What functions know of a head: the `args` of features, and those of the program."""
+    """What functions know of a head: the `args` of score functions, of the program, of `weigh`."""
 
     features: object
     program: object
+    drawn: object
+
+
+def _functions_of(traits):
+    """The program's functions, with those of its reads where a kernel is about one."""
+    return make_program(traits.program, with_partials=traits.read != "")
 
 
 @cache
-def make_score(traits):
-    """score(s, at, args): all score functions one after another, at an `At`."""
+def make_score(traits, after_features=False):
+    """score(s, at, args): all score functions one after another, at an `At`.
+
+    With after_features the derivative is by the score that features give, not by s. With
+    `traits.read` it is by the element that is read.
+    """
     score = _plain
     for name in reversed(traits.features):
         if name in SCORES:
@@ -168,38 +231,92 @@ def make_score(traits):
             return of_features(s, at.first, at.step, args.features)
 
         return score
-    of_program = make_program(traits.program).score
+    program = _functions_of(traits)
+    of_program, by_distance = program.score, program.score_by_distance
+    if traits.read:
+        partial, _ = program.partials[int(traits.read)]
+
+        @device_function
+        def score_with_partial(s, at, args):
+            t, _ = of_features(s, at.first, at.step, args.features)
+            u, _ = of_program(t, at.i, at.j, args.program)
+            return u, partial(t, at.i, at.j, args.program)
+
+        return score_with_partial
 
     @device_function
-    def score_with_program(s, at, args):
+    def score_by_place(s, at, args):
         t, slope = of_features(s, at.first, at.step, args.features)
         u, more = of_program(t, at.i, at.j, args.program)
-        return u, slope * more
+        return u, more if after_features else slope * more
 
-    return score_with_program
+    @device_function
+    def score_by_distance(s, at, args):
+        t, slope = of_features(s, at.first, at.step, args.features)
+        u, more = by_distance(t, at.far, at.step, args.program)
+        return u, more if after_features else slope * more
+
+    return score_by_place if by_distance is None else score_by_distance
 
 
 @cache
 def make_keep(traits):
-    """keep(i, j, args): whether the caller's program lets a query see a key."""
+    """keep(at, args): whether the caller's program lets a query see a key, at an `At`."""
     if not traits.keeps_scores:
         return _keep_all
-    of_program = make_program(traits.program).keep
+    program = _functions_of(traits)
+    of_program, by_distance = program.keep, program.keep_by_distance
 
     @device_function
-    def keep(i, j, args):
-        return of_program(i, j, args.program)
+    def keep_by_place(at, args):
+        return of_program(at.i, at.j, args.program)
 
-    return keep
+    @device_function
+    def keep_by_distance(at, args):
+        return by_distance(at.far, at.step, args.program)
+
+    return keep_by_place if by_distance is None else keep_by_distance
 
 
-def make_gradient_of_score(features):
+def looks_at_distances(traits) -> bool:
+    """Whether a function of the caller's program looks at distances alone."""
+    if not traits.program:
+        return False
+    program = make_program(traits.program)
+    return program.score_by_distance is not None or program.keep_by_distance is not None
+
+
+@cache
+def make_offset(traits):
+    """(known, offset): where the read of `traits` lies in its array.
+
+    known(given, batch, head) is what a head knows; offset(i, j, known) is in elements.
+    """
+    functions = _functions_of(traits)
+    known_of_head, (_, offset) = functions.known_of_head, functions.partials[int(traits.read)]
+
+    @device_function
+    def known(given, batch, head):
+        return known_of_head(given, i32(batch), i32(head + given.first_head))
+
+    return known, offset
+
+
+@device_function
+def _absolute_gradient(ds, distance):
+    return abs(ds)
+
+
+def make_gradient_of_score(traits):
     """gradient_of_score(ds, i - j): the share of one score in the gradient of a head's argument.
 
-    `ds` is the gradient of the final score. Only one feature has such an argument, and nothing
-    after it bends scores; without it the share is that of a number added to all scores.
+    `ds` is the gradient of the score that features give. Only one of them has such an argument,
+    and none after it bends scores; without it the share is that of a number added to all scores.
+    With `traits.read` ds is the gradient of the element that is read.
     """
-    found = [SCORES[name].gradient for name in features if name in SCORES]
+    if traits.read:
+        return _absolute_gradient if traits.absolute else _ones_gradient
+    found = [SCORES[name].gradient for name in traits.features if name in SCORES]
     found = [gradient for gradient in found if gradient is not None]
     (gradient,) = found or [_ones_gradient]
     return gradient
@@ -212,27 +329,30 @@ def make_args_of_head(traits):
     for name in reversed(traits.features):
         if name in SCORES:
             args_of_head = _besides(SCORES[name].of_head, args_of_head)
-    of_features = args_of_head
+    of_features, (_, weigh_of_head, _) = args_of_head, make_weigh(traits.features)
     if not traits.program:
 
         @device_function
         def args_of_head(scores, batch, head):
-            return Args(of_features(scores.features, batch, head), f32(0))
+            features = scores.features
+            drawn = weigh_of_head(features, batch, head)
+            return Args(of_features(features, batch, head), f32(0), drawn)
 
         return args_of_head
-    known_of_head = make_program(traits.program).known_of_head
+    known_of_head = _functions_of(traits).known_of_head
 
     @device_function
     def args_with_program(scores, batch, head):
-        given = scores.given
+        given, features = scores.given, scores.features
         known = known_of_head(given, i32(batch), i32(head + given.first_head))
-        return Args(of_features(scores.features, batch, head), known)
+        drawn = weigh_of_head(features, batch, head)
+        return Args(of_features(features, batch, head), known, drawn)
 
     return args_with_program
 
 
 @device_function
-def _keep_all(i, j, args):
+def _keep_all(at, args):
     return True
 
 
@@ -262,6 +382,25 @@ def _besides(first, rest):
         return first(records, batch, head), rest(records, batch, head)
 
     return args_of_head
+
+
+@cache
+def make_weigh(features):
+    """(weigh, weigh_of_head, whether they do anything): see the module's docstring.
+
+    weigh_of_head(records, batch, head) gives the `args` of `weigh`, of the record `Features`. Only
+    one feature can weigh P.
+    """
+    weighing = [WEIGHS[name] for name in features if name in WEIGHS]
+    if not weighing:
+        return _no_bits, _no_args, False
+    (row,) = weighing
+    return row.function, row.of_head, True
+
+
+@device_function
+def _no_bits(row_counter, column_counter, args):
+    return u32(0), u32(0), u32(0), u32(0)
 
 
 @cache

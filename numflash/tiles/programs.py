@@ -162,14 +162,19 @@ class Functions(NamedTuple):
         score: (s, i, j, known) -> (the new score, its derivative by s).
         keep: (i, j, known) -> whether the key takes part.
         partials: for each of `Program.partials` (partial, offset): partial(s, i, j, known) is the
-            derivative of the new score by the element that is read, and offset(i, j, known)
+            derivative of the new score by the element that is read, and offset(s, i, j, known)
             where that lies in its array, in elements. Empty if they were not asked for.
+        score_by_distance, keep_by_distance: as `score` and `keep`, with float32 places i and j of
+            which only i - j counts, as for the features of `tiles.features`; None for a program
+            that looks at a place itself, or reads by it.
     """
 
     known_of_head: object
     score: object
     keep: object
     partials: tuple = ()
+    score_by_distance: object = None
+    keep_by_distance: object = None
 
 
 @cache
@@ -179,11 +184,12 @@ def make_program(text: str, with_partials: bool = False) -> Functions:
     source = source_of(program, with_partials)
     scope = dict(_NAMES)
     exec(compile(source, f"<program {text[:80]}>", "exec"), scope)
+    found = {
+        name: device_function(function)
+        for name, function in scope.items()
+        if name not in _NAMES and name != "__builtins__"
+    }
     count = len(program.partials) if with_partials else 0
-    return Functions(
-        *(device_function(scope[name]) for name in ("known_of_head", "score", "keep")),
-        tuple(
-            (device_function(scope[f"partial_{n}"]), device_function(scope[f"offset_{n}"]))
-            for n in range(count)
-        ),
-    )
+    partials = tuple((found[f"partial_{n}"], found[f"offset_{n}"]) for n in range(count))
+    own = {name: found[name] for name in Functions._fields if name in found}
+    return Functions(**own, partials=partials)

@@ -4,6 +4,7 @@ The only place where rows end in a way of their own:
 
     a row that sees no key      has output 0 and lse -inf
     features that end rows      join something to the sum (`tiles.features`): sinks
+    features that weigh P       have a factor of all weights that are kept: dropout
     a part of split keys        is a row by itself; `shared.combine` ends the whole row, and
                                 features join it there, once
 """
@@ -12,7 +13,7 @@ import math
 from functools import cache
 
 from numflash.ptx import device_function, f32, fma_rn_f32
-from numflash.tiles.features import make_finish
+from numflash.tiles.features import make_finish, make_weigh
 from numflash.tiles.scores import NEG_INF
 
 NATURAL = f32(1)
@@ -29,13 +30,17 @@ def make_end_of_row(features, unit, is_part=False):
     `NATURAL`, or the natural logarithm of 2 where exponentials are powers of two. O must be
     multiplied by the factor. `records` is the record `Features` of the kernel's arguments.
     """
-    finish, ends = make_finish(() if is_part else features)
+    features = () if is_part else features
+    (finish, ends), (_, _, weighs) = make_finish(features), make_weigh(features)
     unit_before, unit_after = (unit, NATURAL) if ends else (NATURAL, unit)
 
     @device_function
     def end_of_row(row_max, row_sum, records, batch, head):
         top, total, kept = finish(row_max * unit_before, row_sum, records, batch, head)
-        return kept / total if total != f32(0) else f32(0), top, total
+        factor = kept / total if total != f32(0) else f32(0)
+        if weighs:
+            factor *= records.dropout.scale
+        return factor, top, total
 
     @device_function
     def lse_of_row(row_max, row_sum):

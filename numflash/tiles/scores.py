@@ -13,8 +13,7 @@ from functools import cache
 from typing import NamedTuple
 
 from numflash.ptx import cuda, device_function, f32, i32
-from numflash.tiles.blocks import token_of_row
-from numflash.tiles.features import At, make_keep, make_score
+from numflash.tiles.features import At, looks_at_distances, make_keep, make_score
 from numflash.tiles.portable.lanes import COLUMN_LANES, ROW_LANES
 
 NEG_INF = f32(-math.inf)
@@ -26,14 +25,12 @@ class Corner(NamedTuple):
     Attributes:
         row, column: a row and a key; in a tile whose rows are keys, a key and a query.
         sequence: the `Sequence` of both.
-        pack: consecutive rows that are one query.
         is_full: whether the caller's mask keeps every key of the tile, and is not asked.
     """
 
     row: i32
     column: i32
     sequence: object
-    pack: i32
     is_full: bool
 
 
@@ -42,15 +39,14 @@ def make_place(by_row):
     """place(corner, r, c, scores): (i, j) of the score r rows and c columns from a corner.
 
     As the caller's program counts them. Beyond the ends of the sequence the last query and the
-    last key stand for others, which the mask hides.
+    last key stand for others, which the mask hides. Rows are queries: none are packed where a
+    function looks at them (`Traits.of_a_head`).
     """
 
     @device_function
     def place(corner, r, c, scores):
         row, column, sequence = i32(corner.row + r), i32(corner.column + c), corner.sequence
-        i, j = column, row
-        if by_row:
-            i, j = token_of_row(row, corner.pack), column
+        i, j = (row, column) if by_row else (column, row)
         i = min(i, i32(sequence.seqlen_q - 1))
         j = min(j, i32(sequence.seqlen_k - 1))
         return i32(i + scores.given.row), i32(j + scores.given.column)
@@ -63,40 +59,68 @@ def _no_place(corner, r, c, scores):
     return i32(0), i32(0)
 
 
+@cache
+def make_distance(traits, by_row):
+    """distance(corner, scores): i - j at a corner, float32, as the caller's program counts them.
+
+    0 where it does not look at distances alone.
+    """
+    if not looks_at_distances(traits):
+        return _no_distance
+
+    @device_function
+    def distance(corner, scores):
+        row, column, given = corner.row, corner.column, scores.given
+        far = i32(row - column) if by_row else i32(column - row)
+        return f32(i32(far + given.row - given.column))
+
+    return distance
+
+
+@device_function
+def _no_distance(corner, scores):
+    return f32(0)
+
+
 def make_place_of_score(traits, by_row):
     """place_of_score(corner, r, c, scores): as `make_place`, if a score function looks at it."""
     return make_place(by_row) if traits.program_scores else _no_place
 
 
 @cache
-def make_apply_functions(rows, columns, traits, by_row, keeps_slopes):
+def make_apply_functions(rows, columns, traits, by_row, keeps_slopes, after_features=False):
     """apply_functions(s_acc, slopes, corner, scores, args)
 
     Turns products Q K^T into scores, in place: s = scores.scale s, and what the functions of
     `traits` make of it; `args` are theirs. With keeps_slopes `slopes` receives the derivative
-    of each score by the scaled product. Queries are the rows of the tile, or its columns.
+    of each score by the scaled product, or with after_features by what features made of that.
+    Queries are the rows of the tile, or its columns.
     """
-    n_scores, score = rows * columns, make_score(traits)
+    n_scores, score = rows * columns, make_score(traits, after_features)
     place, place_of_score = make_place(by_row), make_place_of_score(traits, by_row)
     has_keep, keep = traits.keeps_scores, make_keep(traits)
+    distance = make_distance(traits, by_row)
 
     @device_function
     def apply_functions(s_acc, slopes, corner, scores, args):
         row, column, shift = corner.row, corner.column, scores.shift
         first = f32(i32(row + shift - column if by_row else column + shift - row))
+        far = distance(corner, scores)
         for n in range(n_scores):
             r, c = ROW_LANES * (n // columns), COLUMN_LANES * (n % columns)
             step = f32(c - r if by_row else r - c)
             i, j = place_of_score(corner, r, c, scores)
-            s, slope = score(s_acc[n] * scores.scale, At(first, step, i, j), args)
+            s, slope = score(s_acc[n] * scores.scale, At(first, far, step, i, j), args)
             if keeps_slopes:
                 slopes[n] = slope
             s_acc[n] = s
         if has_keep and not corner.is_full:
             for n in range(n_scores):
                 r, c = ROW_LANES * (n // columns), COLUMN_LANES * (n % columns)
+                step = f32(c - r if by_row else r - c)
                 i, j = place(corner, r, c, scores)
-                s_acc[n] = s_acc[n] if keep(i, j, args) else NEG_INF
+                is_kept = keep(At(f32(0), far, step, i, j), args)
+                s_acc[n] = s_acc[n] if is_kept else NEG_INF
 
     return apply_functions
 

@@ -2,118 +2,118 @@
 
 A kernel that walks counts steps from `begin` up to `end`:
 
-    row = row_of(mask, batch, head, start)             where its rows are found in a block mask
-    begin, end = steps_of(mask, row, tiles)            of the tiles that the band leaves
-    tile, is_full = tile_at(mask, row, step)
+    begin, end = steps_of(mask, batch, head, start, tiles)     of the tiles that the band leaves
+    tile, is_full = tile_at(mask, step)
 
 Without a block mask a step is a tile, and nothing of this is in the machine code. With one the
-tiles that its row of blocks lists come one after the other: those of empty blocks are no steps,
-which costs neither copies nor products. `is_full` says that the function of the mask keeps every
-key of the tile for every query, so that it need not be asked.
+tiles of the blocks that are listed come one after the other: empty blocks have no steps, which
+costs neither copies nor products. `is_full` says that the function of the mask keeps every key of
+the tile for every query, so that it need not be asked.
 
-A row lists its blocks from the first to the last, each as 2 * block + is_full
-(`kernels.arguments.BlockLists`). Tiles divide blocks (`Traits.torn`).
+A row of blocks lists its blocks in order, each as 2 * block + is_full, one row's entries behind
+another's (`kernels.arguments.BlockLists`). Steps count through the entries of all rows, so that a
+number is all that a kernel keeps of a place in a list. Tiles divide blocks (`Traits.torn`).
 """
 
 from functools import cache
-from typing import NamedTuple
 
 from numflash.ptx import device_function, function_of_numbers, i32
 from numflash.tiles.blocks import Keys, divide, quotient, tiles_seen, tokens_of
 
 
-class BlockRow(NamedTuple):
-    """The list of a row of blocks: the place of its first entry, and their number."""
-
-    first: i32
-    count: i32
-
-
-@cache
-def make_row_of(traits, by_keys=False):
-    """row_of(mask, batch, head, start): the `BlockRow` of a tile of queries from `start` on.
-
-    With `by_keys` of a tile of keys, whose list is one of blocks of queries.
-    """
-    if not traits.blocks:
-        return _no_row
-    block = traits.blocks[int(by_keys)]
-
-    @device_function
-    def row_of(mask, batch, head, start):
-        lists = mask.lists
-        row = i32(batch * lists.batch + head * lists.head + quotient(start, block))
-        return BlockRow(i32(row * lists.pitch), i32(lists.counts[row]))
-
-    return row_of
-
-
 @cache
 def make_steps_of(traits, tile, by_keys=False):
-    """steps_of(mask, row, tiles): the steps that are of `tiles`, which are from one to another.
+    """steps_of(mask, batch, head, start, tiles)
 
-    Both are `Keys`, in tiles of `tile` keys, or with `by_keys` of queries.
+    The steps, as `Keys`, of a tile of queries from `start` on that are of `tiles`, the `Keys` from
+    one tile of `tile` keys to another. With `by_keys` keys and queries change places.
     """
     if not traits.blocks:
         return _tiles_themselves
-    per_block = traits.blocks[int(not by_keys)] // tile
+    own, other = traits.blocks[::-1] if by_keys else traits.blocks
+    per_block = other // tile
 
     @device_function
-    def first_step(mask, row, tile):
-        """The first step that is of this tile or of one behind it."""
-        entries, block = mask.lists.entries, quotient(tile, per_block)
+    def first_step(entries, first, end, tile):
+        """The first step of entries `first` to `end` that is of this tile or of one behind it."""
+        block = quotient(tile, per_block)
         # The last entry is tried first: mostly the band leaves all of a list.
-        low, high, middle = i32(0), row.count, i32(row.count - 1)
+        low, high, middle = first, end, i32(end - 1)
         while low < high:
-            if entries[i32(row.first + middle)] >> 1 < block:
+            if entries[middle] >> 1 < block:
                 low = i32(middle + 1)
             else:
                 high = middle
             middle = i32((low + high) >> 1)
         step = i32(low * per_block)
-        if low < row.count and entries[i32(row.first + low)] >> 1 == block:
+        if low < end and entries[low] >> 1 == block:
             step = i32(step + tile - block * per_block)
         return step
 
     @device_function
-    def steps_of(mask, row, tiles):
-        begin = i32(0)
+    def steps_of(mask, batch, head, start, tiles):
+        lists = mask.lists
+        row = i32(batch * lists.batch + head * lists.head + quotient(start, own))
+        first = i32(row * lists.pitch)
+        end, begin = i32(first + lists.counts[row]), i32(first * per_block)
         if tiles.begin > 0:
-            begin = first_step(mask, row, tiles.begin)
-        return Keys(begin, i32(max(begin, first_step(mask, row, tiles.end))))
+            begin = first_step(lists.entries, first, end, tiles.begin)
+        return Keys(begin, i32(max(begin, first_step(lists.entries, first, end, tiles.end))))
 
     return steps_of
 
 
 @cache
 def make_tile_at(traits, tile, by_keys=False):
-    """tile_at(mask, row, step): (tile, is_full) of a step; see `make_steps_of`."""
+    """tile_at(mask, step): (tile, is_full) of a step; see `make_steps_of`."""
     if not traits.blocks:
         return _step_itself
     per_block = traits.blocks[int(not by_keys)] // tile
 
     @device_function
-    def tile_at(mask, row, step):
+    def tile_at(mask, step):
         place, part = divide(step, per_block)
-        entry = i32(mask.lists.entries[i32(row.first + place)])
+        entry = i32(mask.lists.entries[place])
         return i32((entry >> 1) * per_block + part), entry & 1 != 0
 
     return tile_at
 
 
-@device_function
-def _no_row(mask, batch, head, start):
-    return BlockRow(i32(0), i32(0))
+@cache
+def make_tile_in(traits, tile_m, tile_n):
+    """tile_in(mask, batch, head, m_start, n_start): (whether it is listed, is_full)
+
+    Of the tile of tile_m queries and tile_n keys from there on; for kernels that do not walk.
+    """
+    if not traits.blocks:
+        return _always
+    steps_of, tile_at = make_steps_of(traits, tile_n), make_tile_at(traits, tile_n)
+
+    @device_function
+    def tile_in(mask, batch, head, m_start, n_start):
+        tile = quotient(n_start, tile_n)
+        begin, end = steps_of(mask, batch, head, m_start, Keys(tile, i32(tile + 1)))
+        is_full = False
+        if begin < end:
+            _, is_full = tile_at(mask, begin)
+        return begin < end, is_full
+
+    return tile_in
 
 
 @device_function
-def _tiles_themselves(mask, row, tiles):
+def _tiles_themselves(mask, batch, head, start, tiles):
     return tiles
 
 
 @device_function
-def _step_itself(mask, row, step):
+def _step_itself(mask, step):
     return step, False
+
+
+@device_function
+def _always(mask, batch, head, m_start, n_start):
+    return True, False
 
 
 # The keys that a forward's tile of rows sees
@@ -121,10 +121,10 @@ def _step_itself(mask, row, step):
 
 @cache
 def make_keys_of(config, traits):
-    """keys_of(start, split, grid, sequence, mask, row)
+    """keys_of(place, grid, sequence, mask)
 
-    The steps of the keys that some of tile_m rows from `start` on see, as `Keys`: this split's
-    share of them. `row` is the `BlockRow` of the tile.
+    The steps of the keys that some of tile_m rows of a `Place` see, as `Keys`: the share of its
+    split.
     """
     tile_m, stage_n, is_split = config.tile_m, config.stage_n, config.num_splits > 1
     steps_of = make_steps_of(traits, stage_n)
@@ -132,12 +132,13 @@ def make_keys_of(config, traits):
     of_what = device_function if traits.blocks else function_of_numbers
 
     @of_what
-    def keys_of(start, split, grid, sequence, mask, row):
-        first, last = tokens_of(start, tile_m, grid.pack, sequence)
-        begin, end = steps_of(mask, row, tiles_seen(first, last, stage_n, sequence))
+    def keys_of(place, grid, sequence, mask):
+        first, last = tokens_of(place.start, tile_m, grid.pack, sequence)
+        tiles = tiles_seen(first, last, stage_n, sequence)
+        begin, end = steps_of(mask, place.batch, place.head, first, tiles)
         if is_split:
             share = quotient(max(0, end - begin) + grid.num_splits - 1, grid.num_splits)
-            begin = i32(begin + split * share)
+            begin = i32(begin + place.split * share)
             end = i32(min(end, begin + share))
         return Keys(begin, end)
 

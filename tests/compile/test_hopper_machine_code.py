@@ -19,8 +19,8 @@ from numflash.machine_code.report import inspect_kernel
 from numflash.machine_code.sass import disassemble
 from numflash.ptx import device_function
 from numflash.runtime.devices import architecture
-from numflash.runtime.switches import is_on
 from numflash.selection.rules import choose
+from tests.support.covering import FULL
 
 HOPPER = architecture("sm_90a")
 DTYPES = ("float16", "bfloat16")
@@ -46,7 +46,7 @@ def every(head_dim: int) -> tuple[Sm90ForwardConfig, ...]:
 
 def _cases():
     """(config, dtype, head_dim, features): what is chosen; in full every candidate."""
-    if is_on("NUMFLASH_TEST_FULL"):
+    if FULL:
         features = [PLAIN, {"features": ("softcap",)}, {"features": ("alibi",)}, BENT]
         for head_dim, dtype in itertools.product(HEAD_DIMS, DTYPES):
             for config, feature in itertools.product(every(head_dim), features):
@@ -54,9 +54,8 @@ def _cases():
             for config in every(head_dim):
                 yield replace(config, num_splits=2), dtype, head_dim, PLAIN
         return
-    for head_dim, dtype in itertools.product((64, 128, 256), DTYPES):
+    for head_dim, dtype in zip(HEAD_DIMS, DTYPES * 2, strict=True):
         yield chosen(head_dim), dtype, head_dim, PLAIN
-    yield chosen(192), "bfloat16", 192, PLAIN
     yield chosen(128), "bfloat16", 128, BENT
     # As few warps as there are, without `setmaxnreg`.
     yield replace(every(128)[-1], fixed=True), "bfloat16", 128, PLAIN

@@ -11,6 +11,7 @@ from numflash.ptx import INSTRUCTIONS, cuda, device_function, f32, instruction, 
 from numflash.runtime.devices import ARCHITECTURES
 from numflash.runtime.views import Pointer
 from numflash.tiles.quantize.conversions import make_encode
+from tests.support.covering import FULL
 from tests.support.instruction_cases import CASES
 
 _CASES = [case for cases in CASES.values() for case in cases]
@@ -21,11 +22,56 @@ def _compile(case, arch):
     return compile_kernel(lambda: kernel, ARCHITECTURES[arch], case.min_blocks)
 
 
-@pytest.mark.parametrize("case", _CASES, ids=str)
-def test_it_assembles_for_the_oldest_gpu_that_has_it(case):
-    oldest = f"sm_{INSTRUCTIONS[case.instruction].sm}".replace("sm_90", "sm_90a")
-    cubin = _compile(case, oldest)
-    assert cubin.warnings == ()
+def _oldest(case) -> str:
+    return f"sm_{INSTRUCTIONS[case.instruction].sm}".replace("sm_90", "sm_90a")
+
+
+def _variants(cases) -> list:
+    """Of what needs a kernel of its own one case for each instruction: others differ in data."""
+    seen, found = set(), []
+    for case in cases:
+        if FULL or not _is_alone(case) or case.instruction not in seen:
+            found.append(case)
+            seen.add(case.instruction)
+    return found
+
+
+def _is_alone(case) -> bool:
+    """Whether a case needs a kernel of its own: for its launch bounds, or its parameters.
+
+    Tensor maps are parameters by value, which `grid_constants` writes as NVVM for Hopper reads
+    them.
+    """
+    return case.min_blocks is not None or bool(case.tensor_maps)
+
+
+def _alike(cases) -> list[list]:
+    """The cases that one kernel can hold, in lists: a front end for each takes the most time."""
+    found = {}
+    for number, case in enumerate(cases):
+        own = number if _is_alone(case) else None
+        found.setdefault((case.block, case.smem_bytes, own), []).append(case)
+    return list(found.values())
+
+
+_ON_OLDEST = [
+    (arch, together)
+    for arch in sorted(set(map(_oldest, _CASES)))
+    for together in _alike(_variants(case for case in _CASES if _oldest(case) == arch))
+]
+
+
+@pytest.mark.parametrize(
+    ("arch", "together"),
+    _ON_OLDEST,
+    ids=[f"{arch}-{together[0]}-{len(together)}" for arch, together in _ON_OLDEST],
+)
+def test_they_assemble_for_the_oldest_gpu_that_has_them(arch, together):
+    if len(together) == 1:
+        cubin = _compile(together[0], arch)
+    else:
+        cubin = compile_kernel(lambda: _one_kernel_of(together), ARCHITECTURES[arch])
+    assert cubin.warnings == (), [str(case) for case in together]
     assert cubin.stack_bytes == cubin.spill_store_bytes == 0
 
 
@@ -44,12 +90,11 @@ def _one_kernel_of(cases) -> Kernel:
 
 @pytest.mark.parametrize("arch", ["sm_90a", "sm_120"])
 def test_it_assembles_for_newer_gpus(arch):
-    """Nearly all instructions in a few kernels: a front end for each would take the most time."""
+    """Nearly all instructions in a few kernels."""
     major, minor = ARCHITECTURES[arch].compute_capability
     sm = 10 * major + minor
     # Variants differ in their data and the types around the instruction: one is enough. What this
-    # is the oldest GPU of has been assembled above. Tensor maps are parameters by value, which
-    # `grid_constants` writes as NVVM for Hopper reads them.
+    # is the oldest GPU of has been assembled above.
     cases = [
         found[0]
         for found in CASES.values()
@@ -57,14 +102,13 @@ def test_it_assembles_for_newer_gpus(arch):
         and INSTRUCTIONS[found[0].instruction].sm < sm
         and not found[0].tensor_maps
     ]
-    alike = {}
-    for case in cases:
-        if case.min_blocks is None:
-            alike.setdefault((case.block, case.smem_bytes), []).append(case)
-        else:  # launch bounds of its own
-            assert _compile(case, arch).warnings == (), case
-    for together in alike.values():
-        cubin = compile_kernel(lambda cases=together: _one_kernel_of(cases), ARCHITECTURES[arch])
+    for together in _alike(cases):
+        if _is_alone(together[0]):
+            cubin = _compile(together[0], arch)
+        else:
+            cubin = compile_kernel(
+                lambda cases=together: _one_kernel_of(cases), ARCHITECTURES[arch]
+            )
         assert cubin.warnings == (), [str(case) for case in together]
 
 

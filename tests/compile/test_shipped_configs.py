@@ -3,14 +3,16 @@
 Shipped is what `choose` returns. Which config that is depends on dtype, head dims, features, the
 number of rows and the GPU; a case is a kernel with the GPUs that it is compiled for here.
 
-Compiling a tensor-core kernel takes seconds, so by default every config is compiled once, with the
-head dims of those that it is shipped for where registers are scarcest; configs that differ in
-nothing but their warps, each of which does the same, count as one. Dtypes, features and GPUs go
-round, and every family is compiled for every GPU. Kernels for Hopper are held to their design in
-test_hopper_machine_code; here its GPUs stand for what runs where bulk copies cannot. Turing,
-Blackwell with softcap, tf32 and splits over the keys have cases of their own.
-NUMFLASH_TEST_FULL=1 compiles everything that is shipped for `PAIRS` of head dims, which
-takes hours.
+`CASES` hold every config once, with the head dims of those that it is shipped for where registers
+are scarcest; configs that differ in nothing but their warps, each of which does the same, count as
+one. Dtypes, features and GPUs go round, and every family is there for every GPU. Kernels for
+Hopper are held to their design in test_hopper_machine_code; here its GPUs stand for what runs
+where bulk copies cannot. Turing, Blackwell with softcap, tf32 and splits over the keys have cases
+of their own.
+
+Compiling a tensor-core kernel takes seconds, so `COMPILED` are a covering set: each family on each
+generation, with what keeps the most in registers, each kind of features, and each GPU. All CASES
+are compiled with NUMFLASH_TEST_FULL=1, and all that is shipped by `python -m bench machine-code`.
 """
 
 import itertools
@@ -33,9 +35,9 @@ from numflash.machine_code.report import inspect_kernel
 from numflash.machine_code.sass import count_instructions, disassemble
 from numflash.ptx import f32
 from numflash.runtime.devices import ARCHITECTURES
-from numflash.runtime.switches import is_on
 from numflash.runtime.views import Pointer
 from numflash.selection.rules import choose
+from tests.support.covering import covering
 
 FAMILIES = ("forward", "backward-dkdv", "backward-dq", "delta", "combine")
 TENSOR_CORE_FAMILIES = FAMILIES[:3]
@@ -132,19 +134,6 @@ def work(kernel) -> str:
     one_warp = {"generation": "sm80", "num_warps": 1, "num_splits": 1}
     rows = "tile_n" if kernel.family == "backward-dkdv" else "tile_m"
     return str(replace(config, **one_warp, **{rows: config.row_tile // config.num_warps}))
-
-
-def every_case() -> list[Case]:
-    """All that is shipped, features in turn."""
-    archs = {}
-    for i, dtype in enumerate(DTYPES):
-        for j, pair in enumerate(PAIRS):
-            features = (FEATURES[(i + j) % len(FEATURES)],)
-            for kernel in shipped(dtypes=(dtype,), features=features, pairs=(pair,)):
-                key = kernel.family, kernel.config, kernel.traits
-                archs.setdefault(key, []).append(kernel.arch)
-    cases = [Case(*key, tuple(archs)) for key, archs in archs.items()]
-    return [*cases, *split_cases()]
 
 
 def fewest_cases() -> list[Case]:
@@ -264,20 +253,50 @@ def split_cases() -> list[Case]:
     return cases
 
 
-CASES = every_case() if is_on("NUMFLASH_TEST_FULL") else fewest_cases()
+def compiled(cases: list[Case]) -> list[tuple[Case, str]]:
+    """(case, GPU): those of the module's docstring."""
+    table = [(case, arch) for case in cases for arch in case.archs]
+    scarcest = {}
+    for case in cases:
+        kind = case.family, generation(case.config)
+        of_kind = scarcest.setdefault(kind, case)
+        if accumulators(case) > accumulators(of_kind):
+            scarcest[kind] = case
+
+    def labels(row):
+        case, arch = row
+        made_for, kind = generation(case.config), kind_of(case.traits)
+        most = scarcest[case.family, made_for] is case
+        splits = case.config.endswith("x2")
+        return (
+            (case.family, made_for, most or None),
+            (made_for, kind, splits),
+            (made_for, arch),
+            (made_for, case.traits.dtype),
+        )
+
+    return covering(table, labels, together=1)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_a_shipped_config(case):
+def accumulators(case: Case) -> int:
+    """float32 accumulators a thread."""
     config = parse_config(case.family, case.config)
-    for arch in case.archs:
-        cubin = get_cubin(config, case.traits, ARCHITECTURES[arch])
-        assert cubin.spill_store_bytes == cubin.spill_load_bytes == cubin.stack_bytes == 0, arch
-        assert cubin.warnings == (), arch
-        assert cubin.smem_bytes <= ARCHITECTURES[arch].max_smem_per_block, arch
-    # Disassembling takes long, so one GPU stands for all, and a quarter of the cases for the rest.
-    if CASES.index(case) % 4 == 0:
-        arch = case.archs[-1]
+    return config.accumulators_per_thread(case.traits)
+
+
+CASES = fewest_cases()
+COMPILED = compiled(CASES)
+
+
+@pytest.mark.parametrize(("case", "arch"), COMPILED, ids=str)
+def test_a_shipped_config(case, arch):
+    config = parse_config(case.family, case.config)
+    cubin = get_cubin(config, case.traits, ARCHITECTURES[arch])
+    assert cubin.spill_store_bytes == cubin.spill_load_bytes == cubin.stack_bytes == 0
+    assert cubin.warnings == ()
+    assert cubin.smem_bytes <= ARCHITECTURES[arch].max_smem_per_block
+    # Disassembling takes long, so a third of the cases stand for the rest.
+    if COMPILED.index((case, arch)) % 3 == 0:
         report = inspect_kernel(config, case.traits, ARCHITECTURES[arch])
         assert report.faults == (), arch
         assert (report.instructions["HMMA"] > 0) is (config.implementation == "sm80")
@@ -287,6 +306,16 @@ def test_a_shipped_config(case):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_case_is_shipped(case):
     assert is_shipped(case)
+
+
+def test_what_is_compiled_covers_every_family_generation_and_gpu():
+    made = {(case.family, generation(case.config)) for case in CASES}
+    assert {(case.family, generation(case.config)) for case, _ in COMPILED} == made
+    assert {arch for _, arch in COMPILED} == set(ARCHS)
+    by_generation = {(generation(case.config), arch) for case in CASES for arch in case.archs}
+    assert {(generation(case.config), arch) for case, arch in COMPILED} == by_generation
+    read = [case for i, (case, _) in enumerate(COMPILED) if i % 3 == 0]
+    assert {generation(case.config) for case in read} == {"", "sm75", "sm80"}, "disassembled"
 
 
 def test_the_cases_cover_everything():
@@ -303,8 +332,6 @@ def test_the_cases_cover_everything():
         for is_mma in implementations:
             some = [c for c in of_family if bool(generation(c.config)) is is_mma]
             assert {arch for c in some for arch in c.archs} == set(ARCHS), (family, is_mma)
-            if len(some) > 1:
-                assert any(CASES.index(c) % 4 == 0 for c in some), "disassembled"
             if family not in TENSOR_CORE_FAMILIES:
                 continue
             capped = [c for c in some if "softcap" in c.traits.features]

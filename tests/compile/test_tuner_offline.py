@@ -64,7 +64,7 @@ sys.exit(cli.main())
 OPTIONS = (
     *("--device", "sm_80", "--offline"),
     *("--pass", "forward", "--dtype", "float16", "--head-dim", "64", "--mask", "full"),
-    *("--jobs", "2", "--seed", "0"),
+    *("--jobs", "1", "--seed", "0"),
 )
 # Prints the config of a call of this class in the simulator of an sm_80, and its rule.
 EXPLAIN = """
@@ -129,7 +129,9 @@ def tune(cache, *options):
 
 def trials(cache):
     """The trials of the only study, as its journal has them."""
-    (path,) = (cache / "studies").glob("*.journal")
+    path = next((cache / "studies").glob("*.journal"), None)
+    if path is None:
+        return []
     storage = JournalStorage(JournalFileBackend(str(path)))
     studies = storage.get_all_studies()
     return storage.get_all_trials(studies[0]._study_id, deepcopy=False) if studies else []
@@ -263,19 +265,23 @@ def test_ctrl_c_remembers_the_best_reports_and_says_how_to_go_on(cache, tmp_path
 
 def test_killed_before_the_default_is_known_the_next_run_tries_it(cache):
     first = start(cache, "--trials", 60, program=WITHOUT_DEFAULT)
-    wait_for_records(cache, 3, first)
+    began = time.monotonic()
+    while not any("config" in trial.user_attrs for trial in trials(cache)):
+        assert time.monotonic() - began < DEADLINE and first.poll() is None
+        time.sleep(0.05)
     os.killpg(first.pid, signal.SIGKILL)
     first.communicate()
-    before = tried(cache)
-    tune(cache, "--trials", len(before))
+    # Without a GPU nothing is tried before the default is known.
+    assert tried(cache) == []
+    tune(cache, "--trials", 3)
     (entry,) = entries(cache)
-    assert entry.default_config not in before and entry.default_config in tried(cache)
+    assert tried(cache)[0] == entry.default_config and len(tried(cache)) == 3
     gain = entry.default_ms / entry.time_ms - 1
     assert entry.config == entry.default_config or gain > ERRORS["sm80 forward"]
 
 
 def test_two_processes_at_once_try_nothing_twice(cache):
-    both = [start(cache, "--trials", 6, "--jobs", 1, pause=1) for _ in range(2)]
+    both = [start(cache, "--trials", 6, pause=1) for _ in range(2)]
     outcomes = [end(process) for process in both]
     assert [status for status, _, _ in outcomes] == [0, 0], outcomes
     counts = Counter(tried(cache))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import numflash
-from numflash.api.check import to_numpy
+from numflash.runtime.arrays import to_numpy
 from numflash.runtime.views import numpy_dtype
 
 

@@ -9,13 +9,13 @@ import pytest
 
 import numflash
 from numflash import reference
-from numflash.api.check import to_numpy
 from numflash.configs import parse_config
 from numflash.configs.fp8 import multiplies_codes
 from numflash.problem.fp8 import Fp8Recipe
 from numflash.problem.options import ARRAY_OPTIONS
 from numflash.reference.attention import heads_first
 from numflash.reference.fp8 import tokens_innermost
+from numflash.runtime.arrays import to_numpy
 from numflash.runtime.driver import limits_of_device
 from numflash.runtime.views import numpy_dtype
 from tests.sim.test_fp8_attention import SORTS, differences, make_call, rms

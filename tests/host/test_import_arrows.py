@@ -18,19 +18,19 @@ BENCH = ROOT.parent / "bench"
 # import any, and none may import it.
 ARROWS = {
     "runtime": "",
-    "configs": "runtime",
-    "functions": "runtime",
-    "problem": "configs runtime",
+    "functions": "",
+    "configs": "functions runtime",
+    "problem": "configs functions runtime",
     "reference": "configs",
     "simulator": "problem runtime",
     "ptx": "configs runtime simulator",
     "tiles": "functions ptx",
-    "kernels": "configs ptx runtime tiles",
+    "kernels": "configs functions ptx runtime tiles",
     "machine_code": "configs kernels ptx runtime",
     "executor": "configs problem ptx runtime simulator",
     "selection": "configs machine_code problem runtime",
     "calls": "configs executor kernels machine_code problem ptx runtime selection simulator",
-    "api": "calls configs machine_code problem reference runtime selection",
+    "api": "calls configs functions machine_code problem reference runtime selection",
 }
 # The same of the other packages; what is not listed stands above all that is.
 TUNER_ARROWS = {

@@ -4,6 +4,7 @@ As `test_broken_mma_kernels`. Results are held to the rules of `test_fp8_attenti
 second also sees a kernel that is more exact than its specification.
 """
 
+import itertools
 from functools import cache
 
 import numpy as np
@@ -24,7 +25,7 @@ from tests.sim.test_fp8_attention import (
     tile_n_of,
     tokens_per_scale,
 )
-from tests.support.faults import Dropped, Mutation, events, load, source_of
+from tests.support.faults import Dropped, Mutation, attempts, events, load, source_of
 
 KERNEL = "numflash.kernels.mma.fp8_forward"
 TILES = "numflash.tiles.mma.fp8_"
@@ -81,13 +82,13 @@ def first_failure_of(
         chain = (module, *IMPORTERS.get(module, ()), KERNEL)
         changed = load(chain, module, mutation, monkeypatch)
         monkeypatch.setattr(fp8_forward, "make_forward_kernel", changed.make_forward_kernel)
-    for config in configs:
-        for recipe in recipes:
-            failure = first_failure(
-                lambda recipe=recipe, config=config: is_right(recipe, config), monkeypatch, seeds
-            )
-            if failure:
-                return f"{config} with scales of {recipe.block}: {failure}"
+    problems = itertools.product(configs, recipes)
+    for (config, recipe), seed in attempts(problems, lambda problem: seeds):
+        failure = first_failure(
+            lambda recipe=recipe, config=config: is_right(recipe, config), monkeypatch, [seed]
+        )
+        if failure:
+            return f"{config} with scales of {recipe.block}: {failure}"
     return None
 
 

@@ -12,7 +12,7 @@ import pytest
 import numflash
 from numflash.calls import ready
 from tests.sim.test_broken_kernels import first_failure
-from tests.support.faults import Dropped, Mutation, events, load, source_of
+from tests.support.faults import Dropped, Mutation, attempts, events, load, source_of
 
 KERNELS = "numflash.kernels.mma"
 TILES = "numflash.tiles"
@@ -23,6 +23,12 @@ CONFIGS = {
     "backward-dkdv": ("sm80-m16n32w2s1", "sm80-m16n32w2s2"),
     "backward": ("sm80-m32n32w2s1", "sm80-m32n32w2s2x2"),
 }
+# What the other kernels of a call run.
+SMALL = (
+    ("forward", "sm80-m16n16w1s1"),
+    ("backward-dq", "sm80-m16n16w1s1"),
+    ("backward-dkdv", "sm80-m16n16w1s1"),
+)
 SEEDS = range(4)
 
 
@@ -49,7 +55,10 @@ def check(family: str, config: str, sizes: tuple[int, int], window: int = 30) ->
     options = {"causal": True, "window_size": (window, 0)}
     if family == "forward":
         return numflash.check(q, k, v, config=config, **options).passed
-    return numflash.check(q, k, v, dout=dout, config={family: config}, **options).passed
+    configs = SMALL[:1] if family == "backward" else SMALL
+    return numflash.check(
+        q, k, v, dout=dout, config=dict([*configs, (family, config)]), **options
+    ).passed
 
 
 def first_failure_of(
@@ -72,8 +81,8 @@ def first_failure_of(
         ready._ready.clear()
         return check(family, config, *(problem or [sizes_of(family)]))
 
-    for config in configs or CONFIGS[family]:
-        failure = first_failure(lambda config=config: run(config), monkeypatch, seeds)
+    for config, seed in attempts(configs or CONFIGS[family], lambda config: seeds):
+        failure = first_failure(lambda config=config: run(config), monkeypatch, [seed])
         if failure:
             return f"{config}: {failure}"
     return None
@@ -191,14 +200,18 @@ def test_a_broken_tile_is_caught(family, module, mutation, monkeypatch, record_p
     assert caught
 
 
-# By family: the walk's bounds, configs, and a problem of which blocks have no tile to visit:
+# By family: when there are tiles, configs, and a problem of which blocks have no tile to visit:
 # (seqlen_q, seqlen_k) and the window.
 WITHOUT_TILES = {
-    "forward": ("n", ("sm80-m32n16w2s1", "sm80-m32n16w2s3"), ((70, 18), 9)),
-    "backward-dq": ("n", ("sm80-m32n16w2s1", "sm80-m32n16w2s3"), ((70, 18), 9)),
-    "backward-dkdv": ("m", ("sm80-m16n32w2s1", "sm80-m16n32w2s3"), ((18, 100), 9)),
+    "forward": ("n_begin < n_end:", ("sm80-m32n16w2s1", "sm80-m32n16w2s3"), ((70, 18), 9)),
+    "backward-dq": ("n_begin < n_end:", ("sm80-m32n16w2s1", "sm80-m32n16w2s3"), ((70, 18), 9)),
+    "backward-dkdv": (
+        "next_m < next_end:",
+        ("sm80-m16n32w2s1", "sm80-m16n32w2s3"),
+        ((18, 100), 9),
+    ),
     # Three walks without a tile come before one that has some, in either split.
-    "backward": ("m", [f"sm80-m32n32w2s{s}x2" for s in (1, 2, 3)], ((32, 256), 16)),
+    "backward": ("m_begin < m_end:", [f"sm80-m32n32w2s{s}x2" for s in (1, 2, 3)], ((32, 256), 16)),
 }
 
 
@@ -207,8 +220,8 @@ WITHOUT_TILES = {
 )
 def test_what_no_tile_needs_is_not_copied(family, config, monkeypatch, record_property):
     """Nobody waits for such a copy, and what comes next may copy to the same bytes."""
-    axis, _, problem = WITHOUT_TILES[family]
-    mutation = Mutation("copies for no tile", f"{axis}_begin < {axis}_end:", "True:")
+    condition, _, problem = WITHOUT_TILES[family]
+    mutation = Mutation("copies for no tile", condition, "True:")
     about = {"configs": (config,), "problem": problem}
     assert first_failure_of(family, monkeypatch, seeds=range(1), **about) is None
     caught = first_failure_of(family, monkeypatch, module_of(family), mutation, **about)

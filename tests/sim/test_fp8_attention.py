@@ -14,7 +14,7 @@ import pytest
 
 import numflash
 from numflash import reference
-from numflash.api.check import measure, remainder_of_codes, to_numpy
+from numflash.api.check import measure, remainder_of_codes
 from numflash.calls import ready
 from numflash.configs import parse_config
 from numflash.configs.formats import FORMATS
@@ -22,12 +22,18 @@ from numflash.problem.fp8 import Fp8Array, Fp8Recipe
 from numflash.ptx import cuda, mov_ctaid_x, u32
 from numflash.reference.attention import heads_first
 from numflash.reference.fp8 import attention_of_codes, tokens_innermost
-from numflash.runtime.arrays import _NumPy
+from numflash.runtime.arrays import _NumPy, to_numpy
 from numflash.runtime.driver import limits_of_device
-from numflash.runtime.switches import is_on
 from numflash.runtime.views import Pointer
 from numflash.simulator import SEED, GlobalPointer, launch
-from tests.support.attention_cases import FP8_CONFIGS, SIM_CASES, AttentionCase, on_fp8
+from tests.support.attention_cases import (
+    FP8_CONFIGS,
+    SIM_CASES,
+    AttentionCase,
+    is_of_masks,
+    on_fp8,
+)
+from tests.support.covering import FULL
 
 SORTS = ("16-bit", "arrays", "codes")
 # Quantising takes longest in the simulator, and has tests of its own.
@@ -228,14 +234,14 @@ def run(call: Fp8Call, config: str, **more):
 def _cases():
     """(case, sort, config, number): configs and sorts in turn; all of them if asked for.
 
-    Of the masks, which other kernels have too, a sixth, and each name once.
+    Of the masks, which other kernels have too, each form and some masks; each name once.
     """
     cases, found = on_fp8(SIM_CASES), []
-    if is_on("NUMFLASH_TEST_FULL"):
+    if FULL:
         chosen = [(c, s, f) for c in cases for s in SORTS for f in FP8_CONFIGS]
     else:
-        masks = [case for case in cases if case.name.startswith(("square-", "tall-", "wide-"))]
-        cases = [*masks[::6], *(case for case in cases if case not in masks)]
+        masks = [case for case in cases if is_of_masks(case)][::9]
+        cases = [*masks, *(case for case in cases if not is_of_masks(case))]
         cases = list({case.name: case for case in reversed(cases) if case.name != "67"}.values())
         chosen = [
             (case, TURNS[i % len(TURNS)], FP8_CONFIGS[i % len(FP8_CONFIGS)])

@@ -18,7 +18,6 @@ from numflash.runtime import driver
 from numflash.runtime.arrays import _NumPy
 from numflash.runtime.devices import ARCHITECTURES
 from numflash.runtime.driver import limits_of_device
-from numflash.runtime.switches import is_on
 from numflash.selection import choice as selection
 from numflash.simulator import SEED
 from tests.gpu.test_attention import check_sample, hopper_cases, inputs_of
@@ -27,17 +26,24 @@ from tests.support.attention_cases import (
     SIM_CASES,
     SMALL_CONFIGS,
     AttentionCase,
+    is_of_masks,
+    masks_of,
     on_hopper,
 )
+from tests.support.covering import FULL, covering
 
-EVERY = is_on("NUMFLASH_TEST_FULL")
 CONFIGS = tuple(configs["forward"] for configs in SMALL_CONFIGS["sm90"])
 
 
 def _cases() -> list[tuple[str, AttentionCase]]:
-    """(config, case): each small case on one config, or on all of them, and the larger cases."""
+    """(config, case): each small case on one config, or on all of them, and the larger cases.
+
+    Masks are those of other kernels: of their cases each form and each mask once.
+    """
     small = on_hopper(SIM_CASES)
-    if EVERY:
+    masked = covering([case for case in small if is_of_masks(case)], masks_of, together=1)
+    small = [*masked, *(case for case in small if not is_of_masks(case))]
+    if FULL:
         found = [(config, case) for case in small for config in CONFIGS]
     else:
         found = [(CONFIGS[i % len(CONFIGS)], case) for i, case in enumerate(small)]
@@ -133,7 +139,7 @@ def test_no_order_of_threads_changes_a_bit(config, shape, monkeypatch):
         options = dict(case.options, config=config, return_lse=True)
         return [x.tobytes() for x in numflash.attention(q, k, v, **options)]
 
-    assert len({tuple(run(seed)) for seed in range(10 if EVERY else 3)}) == 1
+    assert len({tuple(run(seed)) for seed in range(10 if FULL else 3)}) == 1
 
 
 # Tiles of rows in blocks. Where rows are many and keys few, some tiles see no key: the first or

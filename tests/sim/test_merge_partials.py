@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import numflash
+from numflash.calls import merging
 
 ELEMENTS = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
 
@@ -155,3 +156,46 @@ OUT, LSE = np.zeros((1, 4, 2, 16), np.float32), np.zeros((1, 2, 4), np.float32)
 def test_wrong_input_is_told(outs, lses, options, error, words):
     with pytest.raises(error, match=words):
         numflash.merge_partials(outs, lses, **options)
+
+
+@pytest.mark.parametrize("axes", [3, 4])
+@pytest.mark.parametrize(
+    "way", ["as they are", "another dtype", "strides", "odd", "layout", "row"]
+)
+def test_stacked_parts_are_read_where_they_are_if_they_lie_so(monkeypatch, way, axes):
+    copied = []
+    real = merging.Merge._copied
+    monkeypatch.setattr(merging.Merge, "_copied", lambda *args: copied.append(True) or real(*args))
+    q, k, v = arrays(head_dim_v=20 if way == "row" else 32)
+    if axes == 3:
+        q, k, v = q[0], k[0], v[0]
+    outs, lses = parts_of(q, k, v, (0, 7, 40), axes - 3)
+    exact, exact_lse = numflash.merge_partials(outs, lses)
+    assert copied == [True]
+    outs, lses = (np.ascontiguousarray(np.stack(each)) for each in (outs, lses))
+    options = {}
+    if way == "another dtype":
+        outs = outs.astype("float16")
+    elif way == "strides":
+        outs = np.repeat(outs, 2, axis=0)[::2]
+    elif way == "odd":
+        outs = np.concatenate([np.zeros(1, "float32"), outs.ravel()])[1:].reshape(outs.shape)
+        assert outs.ctypes.data % 16
+    elif way == "layout":
+        outs, options = np.ascontiguousarray(outs.swapaxes(-2, -3)), {"layout": "bhsd"}
+    before = outs.copy()
+    out, lse = numflash.merge_partials(outs, lses, **options)
+    assert len(copied) == (1 if way == "as they are" else 2)
+    out = out.swapaxes(-2, -3) if way == "layout" else out
+    if way == "another dtype":
+        np.testing.assert_allclose(out.astype("float32"), exact, atol=2e-3)
+    else:
+        np.testing.assert_array_equal(out, exact)
+    np.testing.assert_array_equal(lse, exact_lse)
+    np.testing.assert_array_equal(outs, before)
+
+
+def test_what_is_wrong_with_a_stacked_part_is_said_of_it():
+    outs, lses = np.zeros((2, 1, 4, 1, 32), "float32"), np.zeros((2, 1, 1, 5), "float32")
+    with pytest.raises(ValueError, match=r"lses\[0\] must"):
+        numflash.merge_partials(outs, lses)

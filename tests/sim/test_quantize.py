@@ -11,7 +11,7 @@ import pytest
 from numflash import reference
 from numflash.api import quantize as fp8_arrays
 from numflash.api.quantize import dequantize_fp8, quantize_fp8
-from numflash.calls import quantization, remembered
+from numflash.calls import quantization, ready
 from numflash.calls.quantization import Quantization, Relayout
 from numflash.configs import QuantizeConfig
 from numflash.configs.formats import FORMATS
@@ -126,7 +126,7 @@ CASES = [
 @pytest.fixture(autouse=True)
 def poisoned_results(monkeypatch):
     """0xff bytes wherever a kernel leaves a result out: NaN, and a NaN's code."""
-    monkeypatch.setattr(remembered, "_ready", {})
+    monkeypatch.setattr(ready, "_ready", {})
     empty = _NumPy.empty
 
     def poisoned(self, shape, dtype, device):
@@ -376,9 +376,9 @@ def test_a_problem_is_made_ready_once(monkeypatch):
     quantize_fp8(x, transposed=True)
     quantize_fp8(x, format="e5m2")
     assert len(made) == 5
-    monkeypatch.setattr(remembered, "_MAX_READY", 2)
+    monkeypatch.setattr(ready, "_MAX_READY", 2)
     quantize_fp8(x, block=64)
-    assert len(remembered._ready) == 1
+    assert len(ready._ready) == 1
 
 
 X = np.zeros((1, 4, 1, 64), np.float16)

@@ -69,6 +69,7 @@ def test_a_row_without_keys_has_its_sink_as_lse_and_output_0(config):
     q, k, v, dout = inputs(seqlen_q=24, seqlen_k=7, head_dim=16)
     sinks = np.array([-1.0, -np.inf, 2.0, 4.0], np.float32)
     options = {"sinks": sinks, "causal": True}
+    config = {"forward": config, "combine": "w2"}
     out, lse = numflash.attention(q, k, v, return_lse=True, config=config, **options)
     assert not out[:, :17].any() and out[:, 17:].any()
     np.testing.assert_array_equal(lse[0, :, :17], np.repeat(sinks[:, None], 17, 1))
@@ -121,7 +122,7 @@ def test_the_gradients_are_finite_differences():
 def test_dsinks_are_the_same_bits_in_every_run_and_for_any_strides(monkeypatch):
     from numflash.simulator import SEED
 
-    q, k, v, dout = inputs(seqlen_q=19, seqlen_k=20, head_dim=16)
+    q, k, v, dout = inputs(seqlen_q=9, seqlen_k=20, head_dim=16)
     room = np.full(8, np.nan, np.float32)
     room[::2] = SINKS
     found = []

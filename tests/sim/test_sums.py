@@ -261,7 +261,7 @@ def test_errors_stay_within_their_budgets(family, name, model, monkeypatch):
     rng = np.random.default_rng(11)
     element = {"bfloat16": ml_dtypes.bfloat16}.get(dtype, dtype)
     q, k, v, dout = (
-        rng.standard_normal((1, seqlen, 1, 32)).astype(element) for seqlen in (33, 70, 70, 33)
+        rng.standard_normal((1, seqlen, 1, 32)).astype(element) for seqlen in (17, 40, 40, 17)
     )
     dout = dout if isinstance(config, dict) else None
     model(name)

@@ -13,7 +13,11 @@ from numflash.runtime.views import numpy_dtype
 # directions. Those of the tensor cores go round: one or two rows of products a warp, one to three
 # stages, one or two warps, keys split or not, gradients by one kernel, by two or by three.
 SMALL_CONFIGS = {
-    "portable": ({"forward": "m16n16w2", "backward-dq": "m16n16w2", "backward-dkdv": "m16n16w2"},),
+    "portable": (
+        {"forward": "m16n16w2", "backward-dq": "m16n16w2", "backward-dkdv": "m16n16w2"},
+        {"forward": "m8n8w2", "backward-dq": "m8n16w2", "backward-dkdv": "m8n8w2"},
+        {"forward": "m16n8w2", "backward-dq": "m8n8w1", "backward-dkdv": "m16n8w1"},
+    ),
     "sm80": (
         {
             "forward": "sm80-m16n16w1s1",
@@ -254,6 +258,30 @@ def _small() -> list[AttentionCase]:
             "strided",
             {"sinks": (2,), "softcap": 2.0, "alibi_slopes": (2,), "window_size": (9, 4)},
         ),
+        AttentionCase(
+            "dropout", (2, 33, 40, 4, 2, 32, 32), "float16", options={"dropout_p": 0.3, "seed": 7}
+        ),
+        # With a causal mask the first 29 queries see no key.
+        AttentionCase(
+            "dropout-tall",
+            (1, 50, 21, 2, 1, 32, 32),
+            options={"dropout_p": 0.5, "seed": -1, "causal": True},
+        ),
+        AttentionCase(
+            "dropout-everything",
+            (2, 21, 37, 4, 2, 20, 28),
+            "bfloat16",
+            "strided",
+            {
+                "dropout_p": 0.1,
+                "seed": 2**40 + 1,
+                "sinks": (4,),
+                "softcap": 2.0,
+                "alibi_slopes": (4,),
+                "window_size": (15, 3),
+                "causal_align": "top_left",
+            },
+        ),
     ]
     return cases
 
@@ -288,8 +316,20 @@ def _large() -> list[AttentionCase]:
                 dtype,
                 options={"sinks": (8,), "causal": True},
             ),
+            AttentionCase(
+                "dropout",
+                (2, 300, 513, 8, 2, 64, 64),
+                dtype,
+                options={"dropout_p": 0.2, "seed": 2**63, "causal": True},
+            ),
         ]
     return [*cases, *_small()]
+
+
+def halved(case: AttentionCase) -> AttentionCase:
+    """The case with half as many tokens: as many tiles of half the size."""
+    batch, seqlen_q, seqlen_k, *rest = case.shape
+    return replace(case, shape=(batch, -(-seqlen_q // 2), -(-seqlen_k // 2), *rest))
 
 
 def is_of_masks(case: AttentionCase) -> bool:
@@ -333,6 +373,7 @@ def on_fp8(cases: list[AttentionCase]) -> list[AttentionCase]:
         AttentionCase("d80-48", (1, 17, 70, 1, 1, 80, 48)),
         AttentionCase("d192-256", (1, 9, 70, 1, 1, 192, 256)),
     ]
+    cases = [case for case in cases if "dropout_p" not in case.options]
     return on_tensor_cores([*cases, *more], "sm80")
 
 
@@ -460,6 +501,22 @@ def _hopper() -> tuple[tuple[str, AttentionCase], ...]:
                 "softmax_scale": 0.3,
                 "causal_align": "top_left",
             },
+        ),
+        (
+            "dropout",
+            "m128n64w8s2-overlap-pingpong-persistent",
+            (1, 130, 90, 2, 1, 64, 64),
+            "float16",
+            "normal",
+            {"dropout_p": 0.4, "seed": 11, "causal": True},
+        ),
+        (
+            "dropout-splits",
+            "m64n32w4s2x3-overlap",
+            (2, 70, 130, 1, 1, 32, 64),
+            "bfloat16",
+            "normal",
+            {"dropout_p": 0.2, "seed": 12, "window_size": (60, 20)},
         ),
         (
             "registers-fixed",

@@ -16,11 +16,12 @@ import ml_dtypes
 import numpy as np
 
 from numflash.api import plans
-from numflash.calls import fp8_sources, launch, quantization, ready, remembered
+from numflash.calls import fp8_sources, launch, quantization, ready
 from numflash.kernels.factories import make_kernel
 from numflash.machine_code.compiler import Cubin, letter_of
 from numflash.runtime import arrays, driver
 from numflash.selection import choice as selection
+from numflash.selection import spills
 
 _DTYPES = {
     "float16": np.dtype(np.float16),
@@ -28,7 +29,10 @@ _DTYPES = {
     "float32": np.dtype(np.float32),
     "float64": np.dtype(np.float64),
     "int32": np.dtype(np.int32),
+    "int64": np.dtype(np.int64),
+    "uint64": np.dtype(np.uint64),
     "uint8": np.dtype(np.uint8),
+    "bool": np.dtype(np.bool_),
 }
 _ALLOCATION = 512
 B, SQ, SK, H, HKV, D, DV = 2, 100, 70, 4, 2, 64, 96
@@ -516,9 +520,10 @@ def install(monkeypatch, capability=(7, 5), num_sms=40, l2_bytes=4 * 2**20) -> G
         monkeypatch.setattr(module, "open_driver", lambda: gpu.driver)
     monkeypatch.setattr(launch, "get_cubin", fake_get_cubin)
     monkeypatch.setattr(plans, "get_cubin", fake_get_cubin)
+    monkeypatch.setattr(spills, "get_cubin", fake_get_cubin)
+    monkeypatch.setattr(spills, "known_cubin", fake_get_cubin)
     monkeypatch.setattr(launch, "_loaded", {})
     monkeypatch.setattr(ready, "_ready", {})
-    monkeypatch.setattr(remembered, "_ready", {})
     monkeypatch.setattr(arrays, "_libraries", {})
     # Caches of this test's own, so that nothing fake outlives it.
     for name in ("limits_of_device", "multiprocessors", "device_name"):

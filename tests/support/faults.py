@@ -12,7 +12,7 @@ import inspect
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -95,6 +95,16 @@ class Twice(Event):
     def _changed(self, lines, call, earlier):
         again = lines[call.lineno - 1 : call.end_lineno]
         return [*lines[: call.end_lineno], *again, *lines[call.end_lineno :]]
+
+
+def attempts(problems: Iterable, seeds: Callable[[object], Iterable[int]]) -> list[tuple]:
+    """(problem, seed): each problem with its first seed, then each with its other ones.
+
+    Most faults show with any seed but not in any problem, some in one problem with few seeds.
+    """
+    every = [(problem, list(seeds(problem))) for problem in problems]
+    first = [(problem, seed) for problem, of_it in every for seed in of_it[:1]]
+    return first + [(problem, seed) for problem, of_it in every for seed in of_it[1:]]
 
 
 def events(source: str, called: str, kind: type[Event] = Dropped) -> list[Event]:

@@ -28,14 +28,16 @@ def given_of(program: Program):
     return given
 
 
-def kernel_of(text: str, with_partials: bool = False, shape=SHAPE) -> Kernel:
+def kernel_of(
+    text: str, with_partials: bool = False, shape=SHAPE, by_distance: bool = False
+) -> Kernel:
     """A block for each batch entry and head; a thread takes every 32nd score.
 
     Results are scores, slopes and whether they are kept, and for each partial its value and
     offset, each of `shape`.
     """
     program, functions = Program.parse(text), make_program(text, with_partials)
-    known_of_head, score, keep, partials = functions
+    known_of_head, score, keep, partials, far_score, far_keep = functions
     _, heads, rows, columns = shape
     given_type = given_of(program)
 
@@ -50,9 +52,23 @@ def kernel_of(text: str, with_partials: bool = False, shape=SHAPE) -> Kernel:
             slopes[at] = slope
             kept[at] = i32(keep(i, j, known))
 
+    def run_by_distance(
+        scores: Pointer(f32), slopes: Pointer(f32), kept: Pointer(i32), given: given_type
+    ):
+        block = i32(cuda.blockIdx.x)
+        known = known_of_head(given, i32(block // heads), i32(block % heads))
+        for place in range(i32(cuda.threadIdx.x), rows * columns, THREADS):
+            # Only their difference counts.
+            i, j = f32(place // columns - 70), f32(place % columns - 70)
+            at = block * rows * columns + place
+            s, slope = far_score(scores[at], i, j, known)
+            scores[at] = s
+            slopes[at] = slope
+            kept[at] = i32(far_keep(i, j, known))
+
     if not partials:
-        return Kernel("program", run, THREADS, 0)
-    ((partial, offset),) = partials
+        return Kernel("program", run_by_distance if by_distance else run, THREADS, 0)
+    partial, offset = partials[-1]
 
     def run_with_partial(
         scores: Pointer(f32), slopes: Pointer(f32), kept: Pointer(i64), given: given_type
@@ -63,12 +79,42 @@ def kernel_of(text: str, with_partials: bool = False, shape=SHAPE) -> Kernel:
             i, j = i32(place // columns), i32(place % columns)
             at = block * rows * columns + place
             slopes[at] = partial(scores[at], i, j, known)
-            kept[at] = offset(i, j, known)
+            kept[at] = offset(scores[at], i, j, known)
 
     return Kernel("program", run_with_partial, THREADS, 0)
 
 
-def run(program: Program, aux=(), scores=None, with_partial: bool = False):
+def kernel_of_many(texts: list[str]) -> Kernel:
+    """A thread for each score, which all programs change one after the other."""
+    scope, lines, parameters = {}, [], {"scores": Pointer(f32)}
+    for n, text in enumerate(texts):
+        scope[f"functions_{n}"] = make_program(text)
+        for name in ("known_of_head", "score", "keep"):
+            scope[f"{name}_{n}"] = getattr(scope[f"functions_{n}"], name)
+        parameters[f"given_{n}"] = given_of(Program.parse(text))
+        lines += [
+            f"    known = known_of_head_{n}(given_{n}, b, h)",
+            f"    s, slope = score_{n}(scores[at], i, j, known)",
+            f"    scores[at] = s * slope if keep_{n}(i, j, known) else f32(0)",
+        ]
+    scope |= {"cuda": cuda, "i32": i32, "f32": f32}
+    head = [
+        f"def run({', '.join(parameters)}):",
+        "    i, j = i32(cuda.threadIdx.x), i32(cuda.blockIdx.x)",
+        "    b, h = i32(cuda.blockIdx.y), i32(cuda.blockIdx.z)",
+        "    at = i32(j * 32 + i)",
+    ]
+    # Each program has a `known` of its own type.
+    body = [line.replace("known =", f"known_{n // 3} =") for n, line in enumerate(lines)]
+    body = [line.replace("known)", f"known_{n // 3})") for n, line in enumerate(body)]
+    exec("\n".join([*head, *body]), scope)
+    scope["run"].__annotations__ = parameters
+    return Kernel("programs", scope["run"], THREADS, 0)
+
+
+def run(
+    program: Program, aux=(), scores=None, with_partial: bool = False, by_distance: bool = False
+):
     """(scores, slopes, kept) of `SHAPE`; or with a partial (scores, partial, offset)."""
     from numflash.simulator import GlobalPointer, launch
 
@@ -78,7 +124,7 @@ def run(program: Program, aux=(), scores=None, with_partial: bool = False):
     scores = np.array(scores, np.float32)
     slopes = np.full(SHAPE, np.nan, np.float32)
     kept = np.full(SHAPE, -7, np.int64 if with_partial else np.int32)
-    kernel = kernel_of(program.text, with_partial)
+    kernel = kernel_of(program.text, with_partial, by_distance=by_distance)
     given = given_of(program)
     values = {"row": i32(0), "column": i32(0), "first_head": i32(0)}
     for k, (description, array) in enumerate(zip(program.aux, aux, strict=True)):

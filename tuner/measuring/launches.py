@@ -58,9 +58,10 @@ def bind(family: str, config: str, call: Call, arrays: dict[str, Any]) -> Callab
     configs = forced(family, config, *(arrays[name] for name in "qkv"), options)
     library = library_of(arrays["q"], "q")
     views = {name: library.view(array, name) for name, array in arrays.items()}
-    operands = {name: library.operand(array) for name, array in arrays.items()}
+    asked = AttentionOptions(**options, config=configs)
+    operands = {name: library.operand(array) for name, array in arrays.items()} | asked.numbers()
     kind = Forward if family in representative.FORWARD else Backward
-    ready = kind(views, AttentionOptions(**options, config=configs))
+    ready = kind(views, asked)
     *_, launches = ready.bind(operands, library)
     stream = library.stream(ready.device)
     for launch in launches.values():

@@ -172,6 +172,7 @@ def _options(problem: ProblemClass, seqlen_k: int, window: int | None) -> dict[s
     for row in rows_of(problem.traits.features):
         if not row.is_array:
             options[row.option] = row.example(problem.batch_heads)
+        options |= {each.name: each.example for each in row.beside}
     if problem.traits.tf32:
         options["precision"] = "tf32"
     return options

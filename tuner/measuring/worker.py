@@ -12,7 +12,7 @@ from numflash.api.check import check
 from numflash.machine_code.compiler import get_cubin
 from numflash.problem.classes import ProblemClass
 from numflash.runtime.driver import limits_of_device
-from numflash.runtime.errors import UnsupportedError
+from numflash.runtime.errors import UnsupportedError, in_one_line
 from numflash.runtime.mode import SIMULATED
 from numflash.selection.rules import choose, force
 
@@ -87,7 +87,7 @@ class Worker:
         except UnsupportedError:
             raise
         except Exception as error:
-            raise RefusedError("compile_failed", _line(error)) from error
+            raise RefusedError("compile_failed", in_one_line(error)) from error
 
     def _check(self, problem: ProblemClass, config: str) -> None:
         """Compare with float64 on new numbers, so that results of an earlier kernel are wrong."""
@@ -169,20 +169,16 @@ def _failure(error: Exception) -> tuple[str, str]:
         return error.args
     if _is_out_of_memory(error):
         # Another process may hold the memory: this says nothing about the machine code.
-        return "launch_failed", f"out of memory: {_line(error)}"
+        return "launch_failed", f"out of memory: {in_one_line(error)}"
     if isinstance(error, TypeError | ValueError | UnsupportedError):
-        return "invalid", _line(error)
-    return "launch_failed", _line(error)
+        return "invalid", in_one_line(error)
+    return "launch_failed", in_one_line(error)
 
 
 def _is_out_of_memory(error: Exception) -> bool:
     """NumPy's, CuPy's and PyTorch's errors, and the CUDA driver's."""
     named = "OutOfMemory" in type(error).__name__ or "CUDA_ERROR_OUT_OF_MEMORY" in str(error)
     return named or isinstance(error, MemoryError)
-
-
-def _line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:600]
 
 
 def main(arguments: list[str]) -> int:

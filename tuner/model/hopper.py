@@ -171,6 +171,27 @@ def estimate(machine: Machine, problem: ProblemClass, config: Sm90ForwardConfig)
     Raises:
         ValueError: as `predict`.
     """
+    traits = problem.traits
+    slower = SPILLED_TIMES if config.registers[1] < expected_registers(config, traits) else 1.0
+    return _by_formula(machine, problem, config, slower)
+
+
+def at_best(machine: Machine, problem: ProblemClass, config: Sm90ForwardConfig) -> Prediction:
+    """Predict a kernel's time by formula if nothing spills, as `prediction.at_best`.
+
+    How many blocks share an SM follows from the config: a kernel gives registers away and takes
+    them, so that the compiler cannot save any.
+
+    Raises:
+        ValueError: as `predict`.
+    """
+    return _by_formula(machine, problem, config, 1.0)
+
+
+def _by_formula(
+    machine: Machine, problem: ProblemClass, config: Sm90ForwardConfig, slower: float
+) -> Prediction:
+    """By formula, where a turn takes `slower` times as long as without spills."""
     traits, limits = problem.traits, machine.limits
     threads = config.num_threads * config.min_blocks_per_sm
     registers = min(255, limits.registers_per_sm // threads // 8 * 8)
@@ -178,7 +199,6 @@ def estimate(machine: Machine, problem: ProblemClass, config: Sm90ForwardConfig)
     fit, limited_by = blocks_per_sm(limits, config.num_threads, registers, smem)
     if fit < 1:
         raise ValueError(f"no block of {config} fits on an SM of {machine.name}: {limited_by}")
-    slower = SPILLED_TIMES if config.registers[1] < expected_registers(config, traits) else 1.0
     return _predicted(machine, problem, config, by_formula(config, traits), fit, slower)
 
 

@@ -154,6 +154,31 @@ def estimate(machine: Machine, problem: ProblemClass, config: Config) -> Predict
     return _tiled(machine, problem, config, work, fit)
 
 
+def at_best(machine: Machine, problem: ProblemClass, config: Config) -> Prediction:
+    """Predict a kernel's time by formula if its registers are as few as can be.
+
+    They are those of the accumulators and some addresses, none spills, and as many blocks share
+    an SM as that allows, or fewer where that is faster.
+
+    Raises:
+        ValueError: as `predict`.
+    """
+    traits, limits, smem = problem.traits, machine.limits, config.smem_bytes(problem.traits)
+    is_rows = problem.family in _ROW_KERNELS
+    kept = 0 if is_rows else config.accumulators_per_thread(traits)
+    registers = min(_MAX_REGISTERS, kept + _FEWEST_OTHER_REGISTERS)
+    most, limited_by = blocks_per_sm(limits, config.num_threads, registers, smem)
+    if most < 1:
+        raise ValueError(f"no block of {config} fits on an SM of {machine.name}: {limited_by}")
+    fits = range(1, most + 1)
+    if is_rows:
+        found = [_rows(machine, problem, config, fit) for fit in fits]
+    else:
+        work = counts.by_formula(config, traits)
+        found = [_tiled(machine, problem, config, work, fit) for fit in fits]
+    return min(found, key=lambda prediction: prediction.ms)
+
+
 def expected_registers(config: Config, traits: Traits) -> tuple[int, int]:
     """Registers of a tiled kernel before it is compiled, and how many more it would need."""
     accumulators = config.accumulators_per_thread(traits)

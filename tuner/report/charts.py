@@ -66,7 +66,9 @@ def history(result: Result) -> Figure:
     if not found:
         reason = f"No trial has a {result.origin} time; {failures} of {len(times)} failed."
         return Figure(title, escaped(reason))
-    best = min(found)
+    is_result = [record.outcome != "estimated" for record in result.records]
+    results = [t for t, counts in zip(times, is_result, strict=True) if counts and t is not None]
+    best = min(results or found)
     slowest = IN_SIGHT * best
     lines_at = {
         name: time
@@ -91,7 +93,7 @@ def history(result: Result) -> Figure:
             if result.winner and record.config == result.winner.config:
                 marks.append(circle(*at, RING, "ring"))
                 labels.keep_clear(*at, RING)
-            if time < so_far:
+            if time < so_far and is_result[number - 1]:
                 path += f"H{at[0]:.1f}V{at[1]:.1f}" if path else f"M{at[0]:.1f} {at[1]:.1f}"
                 so_far = time
         elif record.outcome in FAILURES:
@@ -110,11 +112,10 @@ def history(result: Result) -> Figure:
     legend = [key("●", "k-accent", result.origin)]
     if result.winner:
         legend.append(key("◯", "k-text", "the best"))
-    slow = [record for record in result.records if record.outcome == "slow"]
-    if any(record.samples_ms for record in slow):
+    if any(record.outcome == "slow" for record in result.records):
         legend.append(key("○", "k-accent", "stopped early, slow"))
-    if any(not record.samples_ms for record in slow):
-        legend.append(key("○", "k-accent", "slow by the model's estimate, not compiled"))
+    if not all(is_result):
+        legend.append(key("○", "k-accent", "estimated: not compiled, because it could not win"))
     if slower := sum(time > slowest for time in found):
         legend.append(key("↑", "k-accent", f"slower than {format_ms(slowest)} ms ({slower})"))
     if failures:

@@ -5,7 +5,8 @@ measurements: each choice of each dimension gets a factor by which the model err
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ class Candidates:
         numbers: text -> number.
         estimates: milliseconds by the model before anything is compiled, of each number; infinite
             where no block fits.
+        at_best: milliseconds that no machine code of each number is predicted to beat.
         distributions: asked of a sampler: a choice of each dimension that has several.
     """
 
@@ -48,8 +50,14 @@ class Candidates:
         self._codes = np.array(
             [codes.setdefault(getattr(c, "compiled", c), len(codes)) for c in self.configs]
         )
+        self._space = space
         self.estimates = np.array([_estimate(space, config) for config in self.configs])
         self._choices = self._one_hot([len(choices) for choices in several.values()])
+
+    @cached_property
+    def at_best(self) -> np.ndarray:
+        """As above; infinite where no block fits."""
+        return np.array([_estimate(self._space, each, model.at_best) for each in self.configs])
 
     def _one_hot(self, sizes: list[int]) -> np.ndarray:
         """A row for each config with a 1 for its choice in each dimension."""
@@ -137,8 +145,8 @@ def distinct(space: Space, most: int | None = None) -> int:
     return len(estimates)
 
 
-def _estimate(space: Space, config: Config) -> float:
+def _estimate(space: Space, config: Config, by: Callable = model.estimate) -> float:
     try:
-        return model.estimate(space.machine, space.problem, config).ms
+        return by(space.machine, space.problem, config).ms
     except ValueError:
         return math.inf

@@ -20,6 +20,7 @@ from types import ModuleType
 
 from numflash.configs import Config, Traits, parse_config
 from numflash.runtime.devices import architecture, blocks_per_sm
+from numflash.runtime.errors import in_one_line
 
 from ..model.machine_code import MachineCode, analyse
 from ..records import ResourceUsage
@@ -233,8 +234,7 @@ def _work_off(pipe: Connection, work: Callable[..., Examined]) -> None:
 
 
 def _failed(error: Exception) -> Examined:
-    why = " ".join(f"{type(error).__name__}: {error}".split())
-    return Examined(failure=("compile_failed", why[:500]))
+    return Examined(failure=("compile_failed", in_one_line(error)))
 
 
 @contextmanager

@@ -128,8 +128,8 @@ class Progress:
 
     def _count(self, record: Record) -> None:
         self._counts[record.outcome] += 1
-        # A measured time beats every predicted one: they do not compare.
-        if record.outcome not in FAILURES and (
+        # A measured time beats every predicted one: they do not compare. An estimate is no result.
+        if record.outcome not in (*FAILURES, "estimated") and (
             self._fastest is None or _rank(record) < _rank(self._fastest)
         ):
             self._fastest = record

@@ -2,9 +2,11 @@
 
 Optuna proposes; each proposal is moved to the nearest feasible config that nobody has tried.
 Every second proposal is the model's, corrected by measurements. Compilers work ahead in other
-processes. Where there is a GPU the judge is a `Measurer`; offline it
-is the model. The default and the configs that the model likes best come first, and no winner is
-named before the default is tried: it has to be beaten.
+processes. Where there is a GPU the judge is a `Measurer`; offline it is the model. The default
+and the configs that the model likes best come first, and no winner is named before the default is
+tried: it has to be beaten. Offline the default is judged alone, and a config that could not
+displace it even if the compiler did as well as can be (`model.at_best`) is not compiled, as its
+record says.
 """
 
 import math
@@ -13,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import optuna
@@ -31,9 +34,6 @@ from .studies import ENVIRONMENT, Ledger
 
 _FAVOURITES = 8
 """Configs of distinct machine code that the model has tried first."""
-_HOPELESS = 1.25
-"""Without a GPU, a config whose estimate is so many times the best time is not compiled: estimates
-were 0.93 to 1.03 of predictions from machine code, over the shipped tables."""
 _SLOW, _FEW_SAMPLES = 1.25, 3
 """A config that is so many times as slow as the best after so many samples is stopped."""
 _FINALISTS, _FINAL_ROUNDS = 5, 15
@@ -189,15 +189,16 @@ class Search:
         waiting: list[_Waiting] = []
         try:
             while True:
+                awaited = self._awaits_default()
                 while self._may_begin(len(waiting)) and (begun := self._begin()) is not None:
                     waiting += self._look_at(*begun, on_record)
                 if waiting:
                     wait([each.future for each in waiting], _POLL_SECONDS, FIRST_COMPLETED)
-                elif self._lacks_default() and self.ledger.is_running(self._default):
+                elif self._needs_default() and self.ledger.is_running(self._default):
                     # Another process is at it, or was until it died.
                     self.ledger.give_up_abandoned()
                     time.sleep(_POLL_SECONDS)
-                else:
+                elif not awaited or (self._awaits_default() and not self._may_begin(0)):
                     return
                 on_idle()
                 self.ledger.beat()
@@ -211,9 +212,9 @@ class Search:
             self.ledger.give_up_own()
 
     def _may_begin(self, waiting: int) -> bool:
-        if waiting >= self._ahead:
-            return False
         taken = self.ledger.taken()
+        if waiting >= self._ahead or (self._awaits_default() and self._default in taken):
+            return False
         if self._lacks_default() and self._default not in taken:
             return True
         has_room = self._rules.trials is None or len(taken) < self._rules.trials
@@ -226,6 +227,14 @@ class Search:
         """Whether something may win that the default has not been compared with."""
         self._knows_default = self._knows_default or self._default in self.ledger.tried()
         return not self._knows_default and self.fastest() is not None
+
+    def _awaits_default(self) -> bool:
+        """Whether the model as judge has yet to see the default, by which it leaves out others."""
+        is_tried = self._knows_default or self._default in self.ledger.tried()
+        return self._measurer is None and not is_tried
+
+    def _needs_default(self) -> bool:
+        return self._awaits_default() or self._lacks_default()
 
     def _is_limited(self) -> bool:
         """Whether a stopping rule holds."""
@@ -250,6 +259,8 @@ class Search:
         while True:
             taken = self.ledger.taken()
             is_free = candidates.free(taken, self._broken) & ~self._foreseen()
+            may_win = is_free & ~self._hopeless()
+            is_free = may_win if may_win.any() else is_free
             if self._default in candidates.numbers and self._default not in taken:
                 # Also where other layouts of its code have failed: it gets a record of its own.
                 is_free[candidates.numbers[self._default]] = True
@@ -298,18 +309,61 @@ class Search:
 
     def _look_at(self, trial: Trial, config: Config, on_record) -> list[_Waiting]:
         """Have a config compiled, unless the model knows already that it is hopeless."""
-        began, best = self._clock(), self.fastest()
-        estimate = float(self.candidates.estimates[self.candidates.numbers[str(config)]])
-        is_default = str(config) == self._default
-        if self._measurer is None and best is not None and not is_default:
-            times = estimate / best.time_ms
-            if times > _HOPELESS:
-                why = f"not compiled: the model's estimate is {times:.1f} times the best time"
-                record = Record(str(config), "slow", why, predicted_ms=estimate)
-                self._finish(trial, record, began, on_record)
-                return []
+        began = self._clock()
+        if (why := self._why_hopeless(str(config))) is not None:
+            estimate = float(self.candidates.estimates[self.candidates.numbers[str(config)]])
+            why = f"not compiled: {why}"
+            record = Record(str(config), "estimated", why, predicted_ms=estimate)
+            self._finish(trial, record, began, on_record)
+            return []
         future = self._pool.submit(config, self.space.problem.traits)
         return [_Waiting(trial, config, began, future)]
+
+    def _hopeless(self) -> np.ndarray:
+        """Numbers (a mask) whose machine code the model as judge need not see: none could win."""
+        hopeless = np.zeros(len(self.candidates.configs), bool)
+        best = self.fastest() if self._measurer is None else None
+        if best is not None:
+            hopeless = self.candidates.at_best >= best.time_ms
+        if best is not None and (default := self._time_of_default()) is not None:
+            hopeless |= self.candidates.at_best * (1 + self._gains_needed) >= default
+        # The default and what is remembered are tried in any case.
+        firsts = [text for text in self._first if text in self.candidates.numbers]
+        hopeless[[self.candidates.numbers[text] for text in firsts]] = False
+        return hopeless
+
+    def _why_hopeless(self, config: str) -> str | None:
+        """The same of one config, in words; None if it may win."""
+        number = self.candidates.numbers[config]
+        if not self._hopeless()[number]:
+            return None
+        at_best, default = float(self.candidates.at_best[number]), self._time_of_default()
+        if default is not None and default / at_best - 1 <= self._gains_needed[number]:
+            return (
+                f"with as few registers and instructions as can be it would gain "
+                f"{default / at_best - 1:.1%} over the default, and must gain more than "
+                f"{self._gains_needed[number]:.1%}, the model's error, to displace it"
+            )
+        return (
+            f"with as few registers and instructions as can be it would take {at_best:.4g} ms, "
+            f"the best takes {self.fastest().time_ms:.4g} ms"
+        )
+
+    def _time_of_default(self) -> float | None:
+        """Milliseconds of the default; None while it was not tried, or where it failed."""
+        found = [r.time_ms for r in self.ledger.records() if r.config == self._default]
+        return found[0] if found and math.isfinite(found[0]) else None
+
+    @cached_property
+    def _gains_needed(self) -> np.ndarray:
+        """Of each number the fraction by which the default must be slower to give way."""
+        space = self.space
+        return np.array(
+            [
+                model.gain_needed(space.machine, space.problem, config, space.default)
+                for config in self.candidates.configs
+            ]
+        )
 
     def _judge(self, config: Config, examined: Examined) -> Record:
         """The record of a config that came out of the compiler."""
@@ -412,6 +466,11 @@ class Search:
                 f"{fastest.config} is predicted to gain {gain:.1%} over the default, and must "
                 f"gain more than {needed:.1%}, the model's error, to displace it"
             )
+        estimated = [r for r in records.values() if r.outcome == "estimated"]
+        estimated = [r for r in estimated if r.predicted_ms < best.time_ms]
+        if estimated and not within_error:
+            fastest = min(estimated, key=lambda record: record.predicted_ms)
+            why.append(f"{fastest.config} was {fastest.reason}")
         return default, replace(best, reason="; ".join(filter(None, [best.reason, *why])))
 
     def _measured_again(self, finalists: list[Record]) -> list[Record]:
@@ -444,10 +503,7 @@ class Search:
         return beyond, within
 
     def _gain_needed(self, record: Record) -> float:
-        """The fraction by which the default must be predicted slower than a config to give way."""
-        space, candidates = self.space, self.candidates
-        config = candidates.configs[candidates.numbers[record.config]]
-        return model.gain_needed(space.machine, space.problem, config, space.default)
+        return float(self._gains_needed[self.candidates.numbers[record.config]])
 
     def importances(self) -> dict[str, float]:
         """Each dimension's share in the variation of the time; empty while too little is known."""

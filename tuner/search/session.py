@@ -64,6 +64,7 @@ class Session:
 
     Attributes:
         results: of the classes tuned so far, also of one whose search was stopped in its middle.
+        entries: what was remembered of them.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class Session:
         self.options, self._clock = options, clock
         self.origin = "predicted" if measurer is None else "measured"
         self.results: list[Result] = []
+        self.entries: list[Entry] = []
         self._pool = CompilePool(device.arch, options.jobs)
         self._deadline = None
         if options.rules.seconds is not None:
@@ -133,6 +135,11 @@ class Session:
         jobs, seconds = self.options.jobs, rules.seconds
         time_ms = compile_time(left, everything, self._pool, jobs)
         return Plan(self.device.name, sizes, done, time_ms, jobs, seconds, is_measured)
+
+    def compile_ahead(self, spaces: Sequence[Space]) -> None:
+        """Have the defaults of these spaces compiled at once: the model waits for each of them."""
+        for space in spaces:
+            self._pool.submit(space.default, space.problem.traits)
 
     def tune(self, space: Space, classes_left: int, title: str, quiet: bool = False) -> Result:
         """Search a space, and remember the winner.
@@ -271,6 +278,7 @@ class Session:
             default_config=default.config,
             default_ms=default.time_ms if math.isfinite(default.time_ms) else None,
         )
+        self.entries.append(entry)
         try:
             store.add(self.device, [entry], [e for e in retried if e.key == entry.key])
         except OSError as error:

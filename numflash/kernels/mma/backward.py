@@ -112,6 +112,7 @@ def make_backward_kernel(config: MmaBackwardConfig, traits: Traits) -> Kernel:
     store_dv = make_store_rows(element, 1, dv_tiles, traits.vectorized)
     storage, args_of_head = element.storage, make_args_of_head(traits)
     bends, has_functions = traits.shapes_scores, traits.has_functions
+    drops = traits.drops_weights
     n_slopes = n_scores if traits.bends_scores else 1
     # Tiles that may be on their way while one is used.
     wait_for_tile = CP_ASYNC_WAIT_GROUP[max(0, num_stages - 2)]
@@ -221,7 +222,7 @@ def make_backward_kernel(config: MmaBackwardConfig, traits: Traits) -> Kernel:
                         args = args_of_head(scores, batch, head)
                         j = i32(n_start + accumulator_row(MMA_ROWS))
                         i = i32(m_start + accumulator_column())
-                        corner = Corner(j, i, sequence, 1, False)
+                        corner = Corner(j, i, sequence, False)
                         apply_functions(s_acc, slopes, corner, scores.scale, scores, args)
                     if m_start < whole.first or m_start > whole.last:
                         j = i32(n_start + accumulator_row(MMA_ROWS))
@@ -235,7 +236,14 @@ def make_backward_kernel(config: MmaBackwardConfig, traits: Traits) -> Kernel:
                     first_of_stage = tile_m * stage + accumulator_column()
                     lse_mine, delta_mine = lse_smem + first_of_stage, delta_smem + first_of_stage
                     scales = scale_log2, scores.softmax_scale
-                    softmax_backward(s_acc, dp_acc, slopes, smem, lse_mine, delta_mine, scales)
+                    at = smem, lse_mine, delta_mine
+                    if drops:
+                        j = i32(n_start + accumulator_row(MMA_ROWS))
+                        i = i32(m_start + accumulator_column())
+                        drawn = args_of_head(scores, batch, head).drawn
+                        softmax_backward(s_acc, dp_acc, slopes, *at, scales, j, i, drawn)
+                    else:
+                        softmax_backward(s_acc, dp_acc, slopes, *at, scales)
                     store_ds(dp_acc, smem, ds_smem)
                     lane = mov_tid_x() % 32
                     do_transposed = do_smem + first_of_do(lane) + do_words * stage

@@ -63,6 +63,7 @@ from numflash.tiles.mma.scores import make_apply_functions, make_mask_scores
 from numflash.tiles.mma.softmax import make_softmax_backward_by_column
 from numflash.tiles.portable.softmax import LOG2_E
 from numflash.tiles.scores import Corner
+from numflash.tiles.steps import make_tile_at
 
 
 def make_backward_dkdv_kernel(config: MmaBackwardDkDvConfig, traits: Traits) -> Kernel:
@@ -91,7 +92,8 @@ def make_backward_dkdv_kernel(config: MmaBackwardDkDvConfig, traits: Traits) -> 
     copy_k = make_copy_tile(element, k_layout, tile_n, *copy)
     copy_v = make_copy_tile(element, v_layout, tile_n, *copy)
     fetch_queries = make_fetch_queries(config, traits)
-    count_steps, first_step, next_step, tile_of_step = make_steps_of_heads(traits, tile_m)
+    count_steps, first_step, next_step = make_steps_of_heads(traits, tile_m)
+    tile_at, listed = make_tile_at(traits, tile_m, by_keys=True), bool(traits.blocks)
     k_word, v_word = make_word(k_layout), make_word(v_layout)
     first_of_q, _ = make_transposed_operand(element, k_layout)
     first_of_do, _ = make_transposed_operand(element, v_layout)
@@ -106,6 +108,7 @@ def make_backward_dkdv_kernel(config: MmaBackwardDkDvConfig, traits: Traits) -> 
     store_dv = make_store_rows(element, m_tiles, dv_tiles, traits.vectorized)
     storage, args_of_head = element.storage, make_args_of_head(traits)
     bends, has_functions = traits.shapes_scores, traits.has_functions
+    drops = traits.drops_weights
     n_slopes = n_scores if traits.bends_scores else 1
     # Tiles that may be on their way while one is used.
     wait_for_tile = CP_ASYNC_WAIT_GROUP[max(0, num_stages - 2)]
@@ -164,8 +167,10 @@ def make_backward_dkdv_kernel(config: MmaBackwardDkDvConfig, traits: Traits) -> 
         k_base = first_of_rows(k, batch, head_kv, sequence.first_k)
         v_base = first_of_rows(v, batch, head_kv, sequence.first_k)
         # Without queries nothing would wait for K and V.
-        next_m, next_head, next_listed = first_step(walk)
-        if not asynchronous or next_m < next_listed.end:
+        next_m, next_head, next_end = first_step(walk)
+        if listed:
+            steps, heads = cuda.local.array(num_stages, i32), cuda.local.array(num_stages, i32)
+        if not asynchronous or next_m < next_end:
             copy_k(smem, k_smem, k, k_base, n_start, sequence.seqlen_k, shape.head_dim)
             copy_v(smem, v_smem, v, v_base, n_start, sequence.seqlen_k, shape.head_dim_v)
         for i in range(n_dk):
@@ -175,7 +180,7 @@ def make_backward_dkdv_kernel(config: MmaBackwardDkDvConfig, traits: Traits) -> 
 
         # One walk over the tiles of all heads of the group; copies run num_stages - 1 ahead.
         num_tiles = count_steps(walk)
-        m_step, head, listed = next_m, next_head, next_listed
+        m_step, head, m_end = next_m, next_head, next_end
         stage = i32(0)
         last_stage = i32(num_stages - 1)
         for tile in range(i32(1 - num_stages), num_tiles):
@@ -186,14 +191,19 @@ def make_backward_dkdv_kernel(config: MmaBackwardDkDvConfig, traits: Traits) -> 
                 if asynchronous and num_stages > 1:
                     wait_for_tile()
                 cuda.syncthreads()
+            if listed:
+                # Of the tiles under way, which is less to keep than two places in lists.
+                for i in range(num_stages - 1):
+                    steps[i], heads[i] = steps[i + 1], heads[i + 1]
+                steps[num_stages - 1], heads[num_stages - 1] = next_m, next_head
             if i32(tile + num_stages - 1) < num_tiles:
                 into = i32(last_stage if tile >= 0 else tile + num_stages - 1)
-                m_block, _ = tile_of_step(walk, next_m, next_listed)
+                m_block, _ = tile_at(mask, next_m)
                 ahead = m_block, next_head
                 fetch_queries(smem, into, ahead, q, do, statistics_log2, batch, sequence, shape)
                 if num_stages == 1:
-                    m_step, head, listed = next_m, next_head, next_listed
-                next_m, next_head, next_listed = next_step(walk, next_m, next_head, next_listed)
+                    m_step, head, m_end = next_m, next_head, next_end
+                next_m, next_head, next_end = next_step(walk, next_m, next_head, next_end)
             if asynchronous:
                 cp_async_commit_group()
             if tile >= 0:
@@ -207,13 +217,15 @@ def make_backward_dkdv_kernel(config: MmaBackwardDkDvConfig, traits: Traits) -> 
                 multiply_k_q(s_acc, smem, k_mine, q_mine + q_words * stage)
                 if with_dk:
                     multiply_v_do(dp_acc, smem, v_mine, do_mine + do_words * stage)
-                m_block, is_full = tile_of_step(walk, m_step, listed)
+                if listed:
+                    m_step, head = steps[0], heads[0]
+                m_block, is_full = tile_at(mask, m_step)
                 m_start = i32(m_block * tile_m)
                 if has_functions:
                     j = i32(n_start + accumulator_row(rows_per_warp))
                     i = i32(m_start + accumulator_column())
                     args = args_of_head(scores, batch, head)
-                    corner = Corner(j, i, sequence, 1, is_full)
+                    corner = Corner(j, i, sequence, is_full)
                     apply_functions(s_acc, slopes, corner, scores.scale, scores, args)
                 if m_start < whole.first or m_start > whole.last:
                     j = i32(n_start + accumulator_row(rows_per_warp))
@@ -221,16 +233,17 @@ def make_backward_dkdv_kernel(config: MmaBackwardDkDvConfig, traits: Traits) -> 
                     mask_scores(s_acc, j, i, sequence.seqlen_q, from_keys, 1)
 
                 # dS = P * (softmax_scale dP - delta); dV += P^T dO, dK += dS^T Q
-                statistics_of_stage = tile_m * stage
-                softmax_backward(
-                    s_acc,
-                    dp_acc,
-                    slopes,
-                    smem,
-                    lse_mine + statistics_of_stage,
-                    delta_mine + statistics_of_stage,
-                    (scale_log2, scores.softmax_scale),
-                )
+                lse_of_stage = lse_mine + tile_m * stage
+                delta_of_stage = delta_mine + tile_m * stage
+                at = smem, lse_of_stage, delta_of_stage
+                scales = scale_log2, scores.softmax_scale
+                if drops:
+                    j = i32(n_start + accumulator_row(rows_per_warp))
+                    i = i32(m_start + accumulator_column())
+                    drawn = args_of_head(scores, batch, head).drawn
+                    softmax_backward(s_acc, dp_acc, slopes, *at, scales, j, i, drawn)
+                else:
+                    softmax_backward(s_acc, dp_acc, slopes, *at, scales)
                 if apart and not asynchronous:
                     # Long rows and their copies leave no registers to keep this in: it is
                     # computed again.
@@ -243,8 +256,8 @@ def make_backward_dkdv_kernel(config: MmaBackwardDkDvConfig, traits: Traits) -> 
                     multiply_ds_q(dk_acc, dp_acc, smem, q_transposed + q_words * stage)
                 last_stage = stage
                 stage = i32(stage + 1 if stage + 1 < num_stages else 0)
-                if num_stages > 1:
-                    m_step, head, listed = next_step(walk, m_step, head, listed)
+                if num_stages > 1 and not listed:
+                    m_step, head, m_end = next_step(walk, m_step, head, m_end)
 
         # The place is computed again, so that no register keeps it through the walk.
         block = mov_ctaid_x()

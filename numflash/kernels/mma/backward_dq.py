@@ -59,7 +59,7 @@ from numflash.tiles.mma.scores import make_apply_functions, make_mask_scores
 from numflash.tiles.mma.softmax import make_softmax_backward_by_row
 from numflash.tiles.portable.softmax import LOG2_E
 from numflash.tiles.scores import Corner
-from numflash.tiles.steps import make_row_of, make_steps_of, make_tile_at
+from numflash.tiles.steps import make_steps_of, make_tile_at
 
 
 def make_backward_dq_kernel(config: MmaBackwardDqConfig, traits: Traits) -> Kernel:
@@ -77,7 +77,7 @@ def make_backward_dq_kernel(config: MmaBackwardDqConfig, traits: Traits) -> Kern
     v_layout = TileLayout(traits.head_dim_v // element.per_chunk, config.swizzled)
     k_words, v_words = tile_n * k_layout.pitch, tile_n * v_layout.pitch
 
-    place_of_queries, row_of = make_place_of_queries(tile_m), make_row_of(traits)
+    place_of_queries = make_place_of_queries(tile_m)
     steps_of, tile_at = make_steps_of(traits, tile_n), make_tile_at(traits, tile_n)
     asynchronous = config.generation != "sm75" and traits.vectorized
     copy = (num_threads, traits.vectorized, asynchronous)
@@ -98,6 +98,7 @@ def make_backward_dq_kernel(config: MmaBackwardDqConfig, traits: Traits) -> Kern
     store_dq = make_store_rows(element, m_tiles, dq_tiles, traits.vectorized)
     storage, args_of_head = element.storage, make_args_of_head(traits)
     bends, has_functions = traits.shapes_scores, traits.has_functions
+    drops = traits.drops_weights
     n_slopes = n_scores if traits.bends_scores else 1
     # Tiles that may be on their way while one is used.
     wait_for_tile = CP_ASYNC_WAIT_GROUP[max(0, num_stages - 2)]
@@ -134,9 +135,8 @@ def make_backward_dq_kernel(config: MmaBackwardDqConfig, traits: Traits) -> Kern
             scale_log2 = scores.scale * LOG2_E
         # Tiles of keys that some of these rows see, and those that all of them see.
         last_query = last_of(m_start, tile_m, sequence.seqlen_q)
-        blocks = row_of(mask, batch, head, m_start)
         tiles = tiles_seen(m_start, last_query, tile_n, sequence)
-        n_begin, n_end = steps_of(mask, blocks, tiles)
+        n_begin, n_end = steps_of(mask, batch, head, m_start, tiles)
         whole = tiles_seen_whole(m_start, last_query, tile_n, sequence)
 
         # This lane's position in the operands, and of its scores in the tile.
@@ -156,7 +156,7 @@ def make_backward_dq_kernel(config: MmaBackwardDqConfig, traits: Traits) -> Kern
         for stage in range(num_stages - 1):
             n = i32(n_begin + stage)
             if n < n_end:
-                n_block, _ = tile_at(mask, blocks, n)
+                n_block, _ = tile_at(mask, n)
                 fetch_k(smem, k, k_base, n_block, stage, sequence.seqlen_k, shape.head_dim)
                 fetch_v(smem, v, v_base, n_block, stage, sequence.seqlen_k, shape.head_dim_v)
             if asynchronous:
@@ -183,7 +183,7 @@ def make_backward_dq_kernel(config: MmaBackwardDqConfig, traits: Traits) -> Kern
             cuda.syncthreads()
             n = i32(step + num_stages - 1)
             if n < n_end:
-                n_block, _ = tile_at(mask, blocks, n)
+                n_block, _ = tile_at(mask, n)
                 fetch_k(smem, k, k_base, n_block, last_stage, sequence.seqlen_k, shape.head_dim)
                 fetch_v(smem, v, v_base, n_block, last_stage, sequence.seqlen_k, shape.head_dim_v)
             if asynchronous:
@@ -197,12 +197,12 @@ def make_backward_dq_kernel(config: MmaBackwardDqConfig, traits: Traits) -> Kern
             # S = Q K^T, dP = dO V^T
             multiply_q_k(s_acc, smem, q_mine, k_mine + k_words * stage)
             multiply_do_v(dp_acc, smem, do_mine, v_mine + v_words * stage)
-            n_block, is_full = tile_at(mask, blocks, step)
+            n_block, is_full = tile_at(mask, step)
             n_start = i32(n_block * tile_n)
             if has_functions:
                 i = i32(m_start + accumulator_row(rows_per_warp))
                 j = i32(n_start + accumulator_column())
-                corner = Corner(i, j, sequence, 1, is_full)
+                corner = Corner(i, j, sequence, is_full)
                 apply_functions(s_acc, slopes, corner, scores.scale, scores, args)
             if n_start < whole.first or n_start > whole.last:
                 i = i32(m_start + accumulator_row(rows_per_warp))
@@ -211,7 +211,12 @@ def make_backward_dq_kernel(config: MmaBackwardDqConfig, traits: Traits) -> Kern
 
             # dS = P * (softmax_scale dP - delta), dQ += dS K
             scales = scale_log2, scores.softmax_scale
-            softmax_backward(s_acc, dp_acc, slopes, lses, deltas, scales)
+            if drops:
+                i = i32(m_start + accumulator_row(rows_per_warp))
+                j = i32(n_start + accumulator_column())
+                softmax_backward(s_acc, dp_acc, slopes, lses, deltas, scales, i, j, args.drawn)
+            else:
+                softmax_backward(s_acc, dp_acc, slopes, lses, deltas, scales)
             multiply_ds_k(dq_acc, dp_acc, smem, k_transposed + k_words * stage)
             last_stage = stage
             stage = i32(stage + 1 if stage + 1 < num_stages else 0)

@@ -55,6 +55,7 @@ from numflash.tiles.mma.copies import (
     make_store_rows,
     row_of_packed_heads,
 )
+from numflash.tiles.mma.dropout import make_weigh_scores
 from numflash.tiles.mma.elements import MMA_ELEMENTS, make_transposed_operand
 from numflash.tiles.mma.fragments import (
     MMA_ROWS,
@@ -78,7 +79,7 @@ from numflash.tiles.mma.softmax import (
 from numflash.tiles.portable.softmax import LN_2, LOG2_E
 from numflash.tiles.rows import make_end_of_row
 from numflash.tiles.scores import NEG_INF, Corner
-from numflash.tiles.steps import make_keys_of, make_row_of, make_tile_at
+from numflash.tiles.steps import make_keys_of, make_tile_at
 
 
 def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
@@ -97,7 +98,7 @@ def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
     k_words, v_words = tile_n * k_layout.pitch, tile_n * v_layout.pitch
 
     place_of, keys_of = make_place_of(tile_m), make_keys_of(config, traits)
-    row_of, tile_at = make_row_of(traits), make_tile_at(traits, tile_n)
+    tile_at = make_tile_at(traits, tile_n)
     whole_keys = make_whole_keys(tile_n, tile_m)
     asynchronous = config.generation != "sm75" and traits.vectorized
     copy = (num_threads, traits.vectorized, asynchronous)
@@ -119,6 +120,8 @@ def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
     store_o = make_store_rows(element, m_tiles, o_tiles, *store_as)
     storage, args_of_head = element.storage, make_args_of_head(traits)
     bends, has_functions = traits.shapes_scores, traits.has_functions
+    drops = traits.drops_weights
+    weigh_scores = make_weigh_scores(m_tiles, n_tiles, traits.features)
     selected = traits.selected
     out_storage = f32 if is_split else storage
     # Copies that may be on their way while the next tile is used: K and V of all stages but one.
@@ -143,7 +146,8 @@ def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
         row_sum = cuda.local.array(rows, f32)
 
         grid = grid_of(shape, layout)
-        m_start, head, head_kv, batch, split = place_of(mov_ctaid_x(), grid, shape)
+        place = place_of(mov_ctaid_x(), grid, shape)
+        m_start, head, head_kv, batch, split = place
         # Heads that are computed on 8-bit floats are another kernel's.
         if selected and in_fp8[number_of_head_kv(batch, head_kv, shape)] != 0:
             return
@@ -157,8 +161,7 @@ def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
         if not bends:
             scale_log2 = scores.scale * LOG2_E
         # Tiles of keys that some of these rows see, and those that all of them see.
-        blocks = row_of(mask, batch, head, token_of_row(m_start, layout.pack))
-        n_begin, n_end = keys_of(m_start, split, grid, sequence, mask, blocks)
+        n_begin, n_end = keys_of(place, grid, sequence, mask)
         whole = whole_keys(m_start, grid, sequence)
 
         # This lane's position in the operands, and of its scores in the tile.
@@ -174,13 +177,13 @@ def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
         for stage in range(num_stages):
             n = i32(n_begin + stage)
             if n < n_end:
-                n_block, _ = tile_at(mask, blocks, n)
+                n_block, _ = tile_at(mask, n)
                 fetch_k(smem, k, k_base, n_block, stage, sequence.seqlen_k, shape.head_dim)
             if asynchronous:
                 cp_async_commit_group()
             if stage < num_stages - 1:
                 if n < n_end:
-                    n_block, _ = tile_at(mask, blocks, n)
+                    n_block, _ = tile_at(mask, n)
                     fetch_v(smem, v, v_base, n_block, stage, sequence.seqlen_k, shape.head_dim_v)
                 if asynchronous:
                     cp_async_commit_group()
@@ -200,7 +203,7 @@ def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
             cuda.syncthreads()
             n = i32(step + num_stages - 1)
             if n < n_end:
-                n_block, _ = tile_at(mask, blocks, n)
+                n_block, _ = tile_at(mask, n)
                 fetch_v(smem, v, v_base, n_block, last_stage, sequence.seqlen_k, shape.head_dim_v)
             if asynchronous:
                 cp_async_commit_group()
@@ -215,17 +218,17 @@ def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
             cuda.syncthreads()
             n = i32(step + num_stages)
             if n < n_end:
-                n_block, _ = tile_at(mask, blocks, n)
+                n_block, _ = tile_at(mask, n)
                 fetch_k(smem, k, k_base, n_block, stage, sequence.seqlen_k, shape.head_dim)
             if asynchronous:
                 cp_async_commit_group()
 
-            n_block, is_full = tile_at(mask, blocks, step)
+            n_block, is_full = tile_at(mask, step)
             n_start = i32(n_block * tile_n)
             if has_functions:
                 i = i32(m_start + accumulator_row(rows_per_warp))
                 j = i32(n_start + accumulator_column())
-                corner = Corner(i, j, sequence, layout.pack, is_full)
+                corner = Corner(i, j, sequence, is_full)
                 apply_functions(s_acc, s_acc, corner, scores.scale, scores, args)
             if n_start < whole.first or n_start > whole.last:
                 i = i32(m_start + accumulator_row(rows_per_warp))
@@ -234,6 +237,10 @@ def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
 
             # P = softmax(S), O += P V
             online_softmax(s_acc, row_max, row_sum, o_acc, scale_log2)
+            if drops:
+                i = i32(m_start + accumulator_row(rows_per_warp))
+                j = i32(n_start + accumulator_column())
+                weigh_scores(s_acc, i, j, args.drawn)
             multiply_p_v(o_acc, s_acc, smem, v_mine + v_words * stage)
             last_stage = stage
             stage = i32(stage + 1 if stage + 1 < num_stages else 0)

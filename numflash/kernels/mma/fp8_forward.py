@@ -102,7 +102,7 @@ from numflash.tiles.mma.softmax import make_scale_rows, row_sum_of_quad
 from numflash.tiles.portable.softmax import LN_2, LOG2_E
 from numflash.tiles.rows import make_end_of_row
 from numflash.tiles.scores import NEG_INF, Corner
-from numflash.tiles.steps import make_keys_of, make_row_of, make_tile_at
+from numflash.tiles.steps import make_keys_of, make_tile_at
 
 
 def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
@@ -127,7 +127,7 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
     k_words, v_words = tile_n * k_layout.pitch, columns_v * v_layout.pitch
 
     place_of, keys_of = make_place_of(tile_m), make_keys_of(config, traits)
-    row_of, tile_at = make_row_of(traits), make_tile_at(traits, tile_n)
+    tile_at = make_tile_at(traits, tile_n)
     whole_keys = make_whole_keys(tile_n, tile_m)
     copy_q = operands.make_copy_rows(k_layout, tile_m, num_threads, row_of_packed_heads)
     copy_k = operands.make_copy_rows(k_layout, tile_n, num_threads)
@@ -198,7 +198,8 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
         weights = cuda.local.array(rows, f32)
 
         grid = grid_of(shape, layout)
-        m_start, head, head_kv, batch, split = place_of(cuda.blockIdx.x, grid, shape)
+        place = place_of(cuda.blockIdx.x, grid, shape)
+        m_start, head, head_kv, batch, split = place
         # Heads that are computed in 16 bits are another kernel's.
         if selected and in_fp8[number_of_head_kv(batch, head_kv, shape)] == 0:
             return
@@ -206,8 +207,7 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
         num_rows = i32(sequence.seqlen_q * layout.pack)
         q_origin = first_of_rows(q, batch, head, sequence.first_q), layout.pack
         q_descale_base = first_of_head(descales.q, batch, quotient(head, descales.q.group))
-        blocks = row_of(mask, batch, head, token_of_row(m_start, layout.pack))
-        n_begin, n_end = keys_of(m_start, split, grid, sequence, mask, blocks)
+        n_begin, n_end = keys_of(place, grid, sequence, mask)
 
         if cuda.threadIdx.x == 0:
             # Registers are scarcer than shared memory.
@@ -230,13 +230,13 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
         for stage in range(num_stages):
             n = i32(n_begin + stage)
             if n < n_end:
-                n_block, _ = tile_at(mask, blocks, n)
+                n_block, _ = tile_at(mask, n)
                 fetch_k(smem, k, n_block, stage, shape.seqlen_k)
             if asynchronous:
                 cp_async_commit_group()
             if stage < num_stages - 1:
                 if n < n_end:
-                    n_block, _ = tile_at(mask, blocks, n)
+                    n_block, _ = tile_at(mask, n)
                     fetch_v(smem, v, n_block, stage)
                 if asynchronous:
                     cp_async_commit_group()
@@ -259,7 +259,7 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
         stage = i32(0)
         last_stage = i32(num_stages - 1)
         for step in range(n_begin, n_end):
-            n_block, is_full = tile_at(mask, blocks, step)
+            n_block, is_full = tile_at(mask, step)
             n_start = i32(n_block * tile_n)
             # K of this block must have arrived, and the scales of Q. The barrier shows them to all
             # threads, and V's last readers are through with the buffer that the next V goes to.
@@ -268,7 +268,7 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
             cuda.syncthreads()
             n = i32(step + num_stages - 1)
             if n < i32(ld_shared_u32(smem, kept_n_end)):
-                n_block, _ = tile_at(mask, blocks, n)
+                n_block, _ = tile_at(mask, n)
                 fetch_v(smem, v, n_block, last_stage)
             if asynchronous:
                 cp_async_commit_group()
@@ -302,7 +302,7 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
             cuda.syncthreads()
             n = i32(step + num_stages)
             if n < i32(ld_shared_u32(smem, kept_n_end)):
-                n_block, _ = tile_at(mask, blocks, n)
+                n_block, _ = tile_at(mask, n)
                 fetch_k(smem, k, n_block, stage, shape.seqlen_k)
             if asynchronous:
                 cp_async_commit_group()
@@ -319,7 +319,7 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
                     scales[r] = LOG2_E
             if has_functions:
                 i = i32(ld_shared_u32(smem, kept_m_start) + accumulator_row(rows_per_warp))
-                corner = Corner(i, i32(n_start + j), sequence, layout.pack, is_full)
+                corner = Corner(i, i32(n_start + j), sequence, is_full)
                 apply_functions(s_acc, s_acc, corner, f32(1), scores, args)
             first_whole = i32(ld_shared_u32(smem, whole_begin))
             last_whole = i32(ld_shared_u32(smem, whole_end))

@@ -13,7 +13,7 @@ from numflash.tiles.blocks import first_of_rows, first_of_statistics
 from numflash.tiles.mma.copies import make_copy_tile, make_copy_vector, make_fetch_tile
 from numflash.tiles.mma.elements import MMA_ELEMENTS
 from numflash.tiles.mma.layouts import TileLayout
-from numflash.tiles.steps import BlockRow, make_row_of, make_steps_of, make_tile_at
+from numflash.tiles.steps import make_steps_of
 
 
 @cache
@@ -79,25 +79,15 @@ class Walk(NamedTuple):
     tiles: object
 
 
-class Listed(NamedTuple):
-    """The list of a head's blocks of queries, and the end of the steps in it."""
-
-    end: i32
-    blocks: BlockRow
-
-
 @cache
 def make_steps_of_heads(traits: Traits, tile_m: int):
-    """Functions of a `Walk`, of which a step is (number, head, `Listed`); see `tiles.steps`.
+    """Functions of a `Walk`, of which a step is (number, head, end of the head's numbers).
 
     count_steps(walk) -> the steps of all heads
-    first_step(walk) -> the first step; its number is not below `listed.end` if there is none
-    next_step(walk, number, head, listed) -> the step after; behind a head's last the next head's
-    tile_of_step(walk, number, listed) -> (tile, is_full)
+    first_step(walk) -> the first step; its number is not below its end if there is none
+    next_step(walk, number, head, end) -> the step after; behind a head's last the next head's
     """
-    row_of = make_row_of(traits, by_keys=True)
     steps_of = make_steps_of(traits, tile_m, by_keys=True)
-    tile_at = make_tile_at(traits, tile_m, by_keys=True)
 
     @device_function
     def count_steps(walk):
@@ -105,47 +95,40 @@ def make_steps_of_heads(traits: Traits, tile_m: int):
 
     @device_function
     def first_step(walk):
-        listed = Listed(walk.tiles.end, BlockRow(i32(0), i32(0)))
-        return walk.tiles.begin, walk.first_head, listed
+        return walk.tiles.begin, walk.first_head, walk.tiles.end
 
     @device_function
-    def next_step(walk, number, head, listed):
+    def next_step(walk, number, head, end):
         number, head = following(number, head, walk.tiles.begin, walk.tiles.end)
-        return number, head, listed
+        return number, head, end
 
     @device_function
     def count_listed_steps(walk):
         count = i32(0)
         for head in range(walk.first_head, walk.first_head + walk.num_heads):
-            blocks = row_of(walk.mask, walk.batch, head, walk.n_start)
-            begin, end = steps_of(walk.mask, blocks, walk.tiles)
+            begin, end = steps_of(walk.mask, walk.batch, head, walk.n_start, walk.tiles)
             count = i32(count + end - begin)
         return count
 
     @device_function
     def first_from(walk, head):
         """The first step of a head or, where its list is empty, of one behind it."""
-        blocks, begin, end = BlockRow(i32(0), i32(0)), i32(0), i32(0)
+        begin, end = i32(0), i32(0)
         while begin >= end and head < walk.first_head + walk.num_heads:
-            blocks = row_of(walk.mask, walk.batch, head, walk.n_start)
-            begin, end = steps_of(walk.mask, blocks, walk.tiles)
+            begin, end = steps_of(walk.mask, walk.batch, head, walk.n_start, walk.tiles)
             head = i32(head + 1)
-        return begin, i32(head - 1), Listed(end, blocks)
+        return begin, i32(head - 1), end
 
     @device_function
     def first_listed_step(walk):
         return first_from(walk, walk.first_head)
 
     @device_function
-    def next_listed_step(walk, number, head, listed):
-        if number + 1 < listed.end:
-            return i32(number + 1), head, listed
+    def next_listed_step(walk, number, head, end):
+        if number + 1 < end:
+            return i32(number + 1), head, end
         return first_from(walk, i32(head + 1))
 
-    @device_function
-    def tile_of_step(walk, number, listed):
-        return tile_at(walk.mask, listed.blocks, number)
-
     if traits.blocks:
-        return count_listed_steps, first_listed_step, next_listed_step, tile_of_step
-    return count_steps, first_step, next_step, tile_of_step
+        return count_listed_steps, first_listed_step, next_listed_step
+    return count_steps, first_step, next_step

@@ -10,7 +10,7 @@ Source: FlashAttention, arXiv 2205.14135, Algorithm 4.
 from numflash.configs import BackwardDkDvConfig, Traits
 from numflash.kernels.arguments import Shape, Statistics, Tensor, mask_of, scores_of
 from numflash.kernels.kernel import Kernel
-from numflash.ptx import cuda, f32, i32, mov_ctaid_x
+from numflash.ptx import cuda, f32, i32, mov_ctaid_x, u32
 from numflash.tiles.blocks import (
     first_of_rows,
     first_of_statistics,
@@ -23,6 +23,7 @@ from numflash.tiles.blocks import (
 )
 from numflash.tiles.features import make_args_of_head
 from numflash.tiles.portable.copies import make_load_tile, make_store_rows
+from numflash.tiles.portable.dropout import make_draw_kept, words_of_bits
 from numflash.tiles.portable.elements import ELEMENTS
 from numflash.tiles.portable.gradients import (
     make_load_query_statistics,
@@ -43,7 +44,7 @@ from numflash.tiles.scores import (
     make_apply_functions,
     make_mask_scores,
 )
-from numflash.tiles.steps import make_row_of, make_steps_of, make_tile_at
+from numflash.tiles.steps import make_steps_of, make_tile_at
 
 
 def make_backward_dkdv_kernel(config: BackwardDkDvConfig, traits: Traits) -> Kernel:
@@ -60,7 +61,7 @@ def make_backward_dkdv_kernel(config: BackwardDkDvConfig, traits: Traits) -> Ker
     k_smem, v_smem, p_smem = (layout.offsets[name] for name in "kvp")
     k_pitch, v_pitch, p_pitch = (layout.pitches[name] for name in "kvp")
 
-    place_of_keys, row_of = make_place_of_keys(tile_n), make_row_of(traits, by_keys=True)
+    place_of_keys = make_place_of_keys(tile_n)
     steps_of = make_steps_of(traits, tile_m, by_keys=True)
     tile_at = make_tile_at(traits, tile_m, by_keys=True)
     copy = (num_threads, traits.vectorized)
@@ -75,12 +76,14 @@ def make_backward_dkdv_kernel(config: BackwardDkDvConfig, traits: Traits) -> Ker
     multiply_ds_q = make_product_nn(rows, groups, tile_m, p_pitch, k_pitch)
     apply_functions = make_apply_functions(rows, columns, traits, False, traits.bends_scores)
     mask_scores = make_mask_scores(rows, columns)
+    draw_kept = make_draw_kept(rows, columns, traits.features, by_row=False)
     softmax_backward = make_softmax_backward(rows, columns, traits, by_row=False)
     store_scores = make_store_scores(rows, columns, p_pitch)
     store_dk = make_store_rows(element, rows, groups, traits.vectorized)
     store_dv = make_store_rows(element, rows, groups_v, traits.vectorized)
     storage, args_of_head = element.storage, make_args_of_head(traits)
     n_slopes = n_scores if traits.bends_scores else 1
+    n_kept = words_of_bits(n_scores) if traits.drops_weights else 1
 
     def backward_dkdv(
         q: Tensor[storage],  # (batch, seqlen_q, num_heads_q, head_dim)
@@ -98,6 +101,7 @@ def make_backward_dkdv_kernel(config: BackwardDkDvConfig, traits: Traits) -> Ker
         s_acc = cuda.local.array(n_scores, f32)
         dp_acc = cuda.local.array(n_scores, f32)
         slopes = cuda.local.array(n_slopes, f32)
+        kept = cuda.local.array(n_kept, u32)
         dk_acc = cuda.local.array(n_dk, f32)
         dv_acc = cuda.local.array(n_dv, f32)
         lses = cuda.local.array(columns, f32)
@@ -133,10 +137,9 @@ def make_backward_dkdv_kernel(config: BackwardDkDvConfig, traits: Traits) -> Ker
             do_base = first_of_rows(do, batch, head, sequence.first_q)
             first_query = first_of_statistics(batch, head, shape) + sequence.first_q
             args = args_of_head(scores, batch, head)
-            blocks = row_of(mask, batch, head, n_start)
-            m_begin, m_end = steps_of(mask, blocks, tiles)
+            m_begin, m_end = steps_of(mask, batch, head, n_start, tiles)
             for step in range(m_begin, m_end):
-                m_block, is_full = tile_at(mask, blocks, step)
+                m_block, is_full = tile_at(mask, step)
                 m_start = i32(m_block * tile_m)
                 i, j = m_start + column, n_start + row
                 # All threads have read the Q and dO before these, whose place they take.
@@ -150,12 +153,14 @@ def make_backward_dkdv_kernel(config: BackwardDkDvConfig, traits: Traits) -> Ker
                 # S^T = K Q^T, dP^T = V dO^T
                 multiply_k_q(s_acc, smem, k_mine, q_mine)
                 multiply_v_do(dp_acc, smem, v_mine, do_mine)
-                apply_functions(s_acc, slopes, Corner(j, i, sequence, 1, is_full), scores, args)
+                apply_functions(s_acc, slopes, Corner(j, i, sequence, is_full), scores, args)
                 if m_start < whole.first or m_start > whole.last:
                     mask_scores(s_acc, j, i, end, from_keys)
 
                 # dV += P^T dO, dK += dS^T Q; P and dS take turns in one tile
-                softmax_backward(s_acc, dp_acc, slopes, lses, deltas, scores.softmax_scale)
+                draw_kept(kept, j, i, args.drawn)
+                scales = scores.softmax_scale, scores.features.dropout.scale
+                softmax_backward(s_acc, dp_acc, slopes, lses, deltas, scales, kept)
                 store_scores(s_acc, smem, p_mine + column)
                 # P of all lanes must have arrived: a warp exchanges that of its own rows.
                 cuda.syncwarp()

@@ -10,7 +10,7 @@ its own rows of dQ.
 from numflash.configs import BackwardDqConfig, Traits
 from numflash.kernels.arguments import Shape, Statistics, Tensor, mask_of, scores_of
 from numflash.kernels.kernel import Kernel
-from numflash.ptx import cuda, f32, i32, mov_ctaid_x
+from numflash.ptx import cuda, f32, i32, mov_ctaid_x, u32
 from numflash.tiles.blocks import (
     first_of_rows,
     first_of_statistics,
@@ -22,6 +22,7 @@ from numflash.tiles.blocks import (
 )
 from numflash.tiles.features import make_args_of_head
 from numflash.tiles.portable.copies import make_load_tile, make_store_rows
+from numflash.tiles.portable.dropout import make_draw_kept, words_of_bits
 from numflash.tiles.portable.elements import ELEMENTS
 from numflash.tiles.portable.gradients import (
     make_load_query_statistics,
@@ -42,7 +43,7 @@ from numflash.tiles.scores import (
     make_apply_functions,
     make_mask_scores,
 )
-from numflash.tiles.steps import make_row_of, make_steps_of, make_tile_at
+from numflash.tiles.steps import make_steps_of, make_tile_at
 
 
 def make_backward_dq_kernel(config: BackwardDqConfig, traits: Traits) -> Kernel:
@@ -60,7 +61,6 @@ def make_backward_dq_kernel(config: BackwardDqConfig, traits: Traits) -> Kernel:
     k_pitch, v_pitch, ds_pitch = (layout.pitches[name] for name in "kvp")
 
     place_of_queries = make_place_of_queries(tile_m)
-    row_of = make_row_of(traits)
     steps_of, tile_at = make_steps_of(traits, tile_n), make_tile_at(traits, tile_n)
     copy = (num_threads, traits.vectorized)
     load_q = make_load_tile(element, tile_m, traits.head_dim, k_pitch, *copy)
@@ -73,11 +73,13 @@ def make_backward_dq_kernel(config: BackwardDqConfig, traits: Traits) -> Kernel:
     multiply_ds_k = make_product_nn(rows, groups, tile_n, ds_pitch, k_pitch)
     apply_functions = make_apply_functions(rows, columns, traits, True, traits.bends_scores)
     mask_scores = make_mask_scores(rows, columns)
+    draw_kept = make_draw_kept(rows, columns, traits.features, by_row=True)
     softmax_backward = make_softmax_backward(rows, columns, traits, by_row=True)
     store_scores = make_store_scores(rows, columns, ds_pitch)
     store_dq = make_store_rows(element, rows, groups, traits.vectorized)
     storage, args_of_head = element.storage, make_args_of_head(traits)
     n_slopes = n_scores if traits.bends_scores else 1
+    n_kept = words_of_bits(n_scores) if traits.drops_weights else 1
 
     def backward_dq(
         q: Tensor[storage],  # (batch, seqlen_q, num_heads_q, head_dim)
@@ -94,6 +96,7 @@ def make_backward_dq_kernel(config: BackwardDqConfig, traits: Traits) -> Kernel:
         s_acc = cuda.local.array(n_scores, f32)
         dp_acc = cuda.local.array(n_scores, f32)
         slopes = cuda.local.array(n_slopes, f32)
+        kept = cuda.local.array(n_kept, u32)
         dq_acc = cuda.local.array(n_dq, f32)
         lses = cuda.local.array(rows, f32)
         deltas = cuda.local.array(rows, f32)
@@ -123,12 +126,11 @@ def make_backward_dq_kernel(config: BackwardDqConfig, traits: Traits) -> Kernel:
 
         # Tiles of keys that some of these rows see, and those that all of them see.
         last_query = last_of(m_start, tile_m, sequence.seqlen_q)
-        blocks = row_of(mask, batch, head, m_start)
         tiles = tiles_seen(m_start, last_query, tile_n, sequence)
-        n_begin, n_end = steps_of(mask, blocks, tiles)
+        n_begin, n_end = steps_of(mask, batch, head, m_start, tiles)
         whole = tiles_seen_whole(m_start, last_query, tile_n, sequence)
         for step in range(n_begin, n_end):
-            n_block, is_full = tile_at(mask, blocks, step)
+            n_block, is_full = tile_at(mask, step)
             n_start = i32(n_block * tile_n)
             cuda.syncthreads()  # the previous K and V have been read by all
             load_k(smem, k_smem, k, k_base, n_start, shape.seqlen_k, shape.head_dim)
@@ -139,12 +141,14 @@ def make_backward_dq_kernel(config: BackwardDqConfig, traits: Traits) -> Kernel:
             multiply_q_k(s_acc, smem, q_mine, k_mine)
             multiply_do_v(dp_acc, smem, do_mine, v_mine)
             i, j = m_start + row, n_start + column
-            apply_functions(s_acc, slopes, Corner(i, j, sequence, 1, is_full), scores, args)
+            apply_functions(s_acc, slopes, Corner(i, j, sequence, is_full), scores, args)
             if n_start < whole.first or n_start > whole.last:
                 mask_scores(s_acc, i, j, sequence.seqlen_k, sequence)
 
             # dS = P * (softmax_scale dP - delta), dQ += dS K
-            softmax_backward(s_acc, dp_acc, slopes, lses, deltas, scores.softmax_scale)
+            draw_kept(kept, i, j, args.drawn)
+            scales = scores.softmax_scale, scores.features.dropout.scale
+            softmax_backward(s_acc, dp_acc, slopes, lses, deltas, scales, kept)
             store_scores(dp_acc, smem, ds_mine + column)
             # dS of all lanes must have arrived: a warp exchanges that of its own rows.
             cuda.syncwarp()

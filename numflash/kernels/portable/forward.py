@@ -10,7 +10,7 @@ Source: FlashAttention-2, arXiv 2307.08691, Algorithm 1.
 from numflash.configs import ForwardConfig, Traits
 from numflash.kernels.arguments import Pointer, Shape, Tensor, mask_of, scores_of
 from numflash.kernels.kernel import Kernel
-from numflash.ptx import cuda, f32, i32, mov_ctaid_x
+from numflash.ptx import cuda, f32, i32, mov_ctaid_x, u32
 from numflash.tiles.blocks import (
     first_of_rows,
     first_of_statistics,
@@ -22,6 +22,7 @@ from numflash.tiles.blocks import (
 )
 from numflash.tiles.features import make_args_of_head
 from numflash.tiles.portable.copies import make_load_tile, make_store_rows
+from numflash.tiles.portable.dropout import make_draw_kept, words_of_bits
 from numflash.tiles.portable.elements import ELEMENTS
 from numflash.tiles.portable.lanes import (
     COLUMN_LANES,
@@ -40,7 +41,7 @@ from numflash.tiles.scores import (
     make_apply_functions,
     make_mask_scores,
 )
-from numflash.tiles.steps import make_row_of, make_steps_of, make_tile_at
+from numflash.tiles.steps import make_steps_of, make_tile_at
 
 
 def make_forward_kernel(config: ForwardConfig, traits: Traits) -> Kernel:
@@ -59,7 +60,6 @@ def make_forward_kernel(config: ForwardConfig, traits: Traits) -> Kernel:
     k_pitch, v_pitch, p_pitch = (layout.pitches[name] for name in "kvp")
 
     place_of_queries = make_place_of_queries(tile_m)
-    row_of = make_row_of(traits)
     steps_of, tile_at = make_steps_of(traits, tile_n), make_tile_at(traits, tile_n)
     copy = (num_threads, traits.vectorized)
     load_q = make_load_tile(element, tile_m, traits.head_dim, k_pitch, *copy)
@@ -69,10 +69,12 @@ def make_forward_kernel(config: ForwardConfig, traits: Traits) -> Kernel:
     multiply_p_v = make_product_nn(rows, groups, tile_n, p_pitch, v_pitch)
     apply_functions = make_apply_functions(rows, columns, traits, True, False)
     mask_scores = make_mask_scores(rows, columns)
-    online_softmax = make_online_softmax(rows, columns, n_out, p_pitch)
+    draw_kept = make_draw_kept(rows, columns, traits.features, by_row=True)
+    online_softmax = make_online_softmax(rows, columns, n_out, p_pitch, traits.features)
     end_of_row, lse_of_row = make_end_of_row(traits.features, NATURAL)
     store_o = make_store_rows(element, rows, groups, traits.vectorized)
     storage, args_of_head = element.storage, make_args_of_head(traits)
+    n_kept = words_of_bits(n_scores) if traits.drops_weights else 1
 
     def forward(
         q: Tensor[storage],  # (batch, seqlen_q, num_heads_q, head_dim)
@@ -89,6 +91,7 @@ def make_forward_kernel(config: ForwardConfig, traits: Traits) -> Kernel:
         o_acc = cuda.local.array(n_o, f32)
         row_max = cuda.local.array(rows, f32)
         row_sum = cuda.local.array(rows, f32)
+        kept = cuda.local.array(n_kept, u32)
 
         m_start, head, head_kv, batch, _ = place_of_queries(mov_ctaid_x(), shape)
         sequence = sequence_of(shape, mask)
@@ -114,12 +117,11 @@ def make_forward_kernel(config: ForwardConfig, traits: Traits) -> Kernel:
 
         # Tiles of keys that some of these rows see, and those that all of them see.
         last_query = last_of(m_start, tile_m, sequence.seqlen_q)
-        blocks = row_of(mask, batch, head, m_start)
         tiles = tiles_seen(m_start, last_query, tile_n, sequence)
-        n_begin, n_end = steps_of(mask, blocks, tiles)
+        n_begin, n_end = steps_of(mask, batch, head, m_start, tiles)
         whole = tiles_seen_whole(m_start, last_query, tile_n, sequence)
         for step in range(n_begin, n_end):
-            n_block, is_full = tile_at(mask, blocks, step)
+            n_block, is_full = tile_at(mask, step)
             n_start = i32(n_block * tile_n)
             # All threads have read the K and V before these, whose place they take.
             cuda.syncthreads()
@@ -131,12 +133,13 @@ def make_forward_kernel(config: ForwardConfig, traits: Traits) -> Kernel:
             # S = softmax_scale Q K^T, masked where the block crosses an edge of the band
             multiply_q_k(s_acc, smem, q_mine, k_mine)
             i, j = m_start + row, n_start + column
-            apply_functions(s_acc, s_acc, Corner(i, j, sequence, 1, is_full), scores, args)
+            apply_functions(s_acc, s_acc, Corner(i, j, sequence, is_full), scores, args)
             if n_start < whole.first or n_start > whole.last:
                 mask_scores(s_acc, i, j, sequence.seqlen_k, sequence)
 
             # P = exp(S - row_max), O += P V
-            online_softmax(s_acc, row_max, row_sum, o_acc, smem, p_mine + column)
+            draw_kept(kept, i, j, args.drawn)
+            online_softmax(s_acc, row_max, row_sum, o_acc, smem, p_mine + column, kept)
             # P of all lanes must have arrived: a warp exchanges that of its own rows.
             cuda.syncwarp()
             multiply_p_v(o_acc, smem, p_mine, v_mine)

@@ -13,9 +13,10 @@ of a block call these functions together.
 from typing import NamedTuple
 
 from numflash.configs import Traits
-from numflash.ptx import cuda, device_function, f32
+from numflash.ptx import cuda, device_function, f32, u32
 from numflash.tiles.blocks import first_of_rows, first_of_statistics
 from numflash.tiles.portable.copies import make_load_tile
+from numflash.tiles.portable.dropout import make_draw_kept, words_of_bits
 from numflash.tiles.portable.elements import ELEMENTS
 from numflash.tiles.portable.gradients import (
     make_load_query_statistics,
@@ -44,7 +45,8 @@ class ScoreGradients(NamedTuple):
             of Q and dO to shared memory, and the thread's rows of the statistics.
         load_keys: (smem, inputs, batch, head_kv, n_start, sequence, shape): a tile of K and V.
         compute: (ds_acc, s_acc, smem, of_rows, tile, sequence, scores, args): dS, and P to s_acc.
-            of_rows is (lses, deltas), tile is (m_start, n_start, whether no score is masked).
+            of_rows is (lses, deltas), tile is (m_start, n_start, whether no edge of the band
+            crosses it, `is_full` of `tiles.scores.Corner`).
         place: () -> (row, column): the thread's first, in a tile; its score i is in row
             row + ROW_LANES * (i // columns) and column + COLUMN_LANES * (i % columns).
         rows, columns: of a thread; ds_acc and s_acc have rows * columns elements.
@@ -58,8 +60,12 @@ class ScoreGradients(NamedTuple):
     columns: int
 
 
-def make_score_gradients(config, traits: Traits) -> ScoreGradients:
-    """The functions for a config with the tiles q, do, k and v in shared memory."""
+def make_score_gradients(config, traits: Traits, before_program: bool = False) -> ScoreGradients:
+    """The functions for a config with the tiles q, do, k and v in shared memory.
+
+    dS is that of the final scores, or with before_program that of the scores that features give.
+    With `traits.read` it is that of the element that the program reads for each score.
+    """
     element = ELEMENTS[traits.dtype]
     tile_m, tile_n, num_threads = config.tile_m, config.tile_n, config.num_threads
     rows, columns = rows_per_thread(tile_m, config.num_warps), columns_per_thread(tile_n)
@@ -77,9 +83,13 @@ def make_score_gradients(config, traits: Traits) -> ScoreGradients:
     load_query_statistics = make_load_query_statistics(rows, ROW_LANES)
     multiply_q_k = make_product_nt(rows, columns, traits.head_dim, k_pitch, k_pitch)
     multiply_do_v = make_product_nt(rows, columns, traits.head_dim_v, v_pitch, v_pitch)
-    apply_functions = make_apply_functions(rows, columns, traits, True, False)
+    bends = (before_program or traits.read != "") and traits.program_bends
+    n_slopes = rows * columns if bends else 1
+    apply_functions = make_apply_functions(rows, columns, traits, True, bends, True)
     mask_scores = make_mask_scores(rows, columns)
-    softmax_backward = make_softmax_backward(rows, columns, None, by_row=True)
+    softmax_backward = make_softmax_backward(rows, columns, traits, True, of_scores=not bends)
+    draw_kept = make_draw_kept(rows, columns, traits.features, by_row=True)
+    n_kept = words_of_bits(rows * columns) if traits.drops_weights else 1
 
     @device_function
     def place():
@@ -106,15 +116,19 @@ def make_score_gradients(config, traits: Traits) -> ScoreGradients:
 
     @device_function
     def compute(ds_acc, s_acc, smem, of_rows, tile, sequence, scores, args):
+        slopes = cuda.local.array(n_slopes, f32)
+        kept = cuda.local.array(n_kept, u32)
         lses, deltas = of_rows
-        m_start, n_start, is_whole = tile
+        m_start, n_start, is_whole, is_full = tile
         row, column = place()
         multiply_q_k(s_acc, smem, q_smem + row * k_pitch, k_smem + column * k_pitch)
         multiply_do_v(ds_acc, smem, do_smem + row * v_pitch, v_smem + column * v_pitch)
         i, j = m_start + row, n_start + column
-        apply_functions(s_acc, s_acc, Corner(i, j, sequence, 1), scores, args)
+        apply_functions(s_acc, slopes, Corner(i, j, sequence, is_full), scores, args)
         if not is_whole:
             mask_scores(s_acc, i, j, sequence.seqlen_k, sequence)
-        softmax_backward(s_acc, ds_acc, s_acc, lses, deltas, f32(1))
+        draw_kept(kept, i, j, args.drawn)
+        scales = f32(1), scores.features.dropout.scale
+        softmax_backward(s_acc, ds_acc, slopes, lses, deltas, scales, kept)
 
     return ScoreGradients(load_queries, load_keys, compute, place, rows, columns)

@@ -13,6 +13,9 @@ Kernels that want dS by the scaled scores, also where softmax_scale is 0, get de
 Where a feature ends rows, row_gradients is what each row adds to the gradient of its argument;
 `head_sums` adds that up.
 
+Where weights are dropped, those that are kept have a common factor. Kernels take it from here:
+with P times the factor, which is another lse, and delta over it, dS is the same.
+
 Source: FlashAttention, arXiv 2205.14135, Appendix B.4.
 """
 
@@ -42,6 +45,7 @@ def make_delta_kernel(config: DeltaConfig, traits: Traits) -> Kernel:
     storage, to_f32, load_vector = element.storage, element.to_f32, element.load_vector
     gradient_of_end = make_gradient_of_end(traits.features)
     ends_rows = gradient_of_end is not None
+    drops = traits.drops_weights
     vector = element.vector if traits.vectorized else 1
     vectorized, step = traits.vectorized, 32 * vector
     columns = 0 if traits.given_delta else traits.head_dim_v
@@ -92,11 +96,16 @@ def make_delta_kernel(config: DeltaConfig, traits: Traits) -> Kernel:
             if has_dlse:
                 at = first_of_rows(of_rows.dlse, batch, head, row)
                 total = total - of_rows.dlse.data[at] if lse[i] != NEG_INF else f32(0)
+            per_weight = total
+            if drops:
+                per_weight /= features.dropout.scale
             if keeps_plain:
-                of_rows.plain[i] = total
-            delta[i] = total * softmax_scale
+                of_rows.plain[i] = per_weight
+            delta[i] = per_weight * softmax_scale
             if ends_rows:
                 row_gradients[i] = gradient_of_end(lse[i], total, features, batch, head)
             lse_log2[i] = lse[i] * LOG2_E if lse[i] != NEG_INF else f32(math.inf)
+            if drops:
+                lse_log2[i] -= features.dropout.log2_scale
 
     return Kernel(config.family, delta, config.num_threads, 0)

@@ -55,7 +55,7 @@ from numflash.tiles.wgmma.products import (
     make_product_nt,
     make_product_pn,
 )
-from numflash.tiles.wgmma.scores import make_shape_scores
+from numflash.tiles.wgmma.scores import make_shape_scores, make_weigh_scores
 from numflash.tiles.wgmma.softmax import begin_rows, make_online_softmax
 from numflash.tiles.wgmma.turns import group_of_thread, make_turns, softmax_before_wait
 
@@ -109,6 +109,7 @@ def make_attend(config: Sm90ForwardConfig, traits: Traits):
     wait_for_s, wait_for_next_s = (make_wgmma_wait_group(i, n_scores) for i in range(2))
     wait_for_o = make_wgmma_wait_group(0, 4 * o_tiles)
     shape_scores, online_softmax = make_shape_scores(tile_n, traits), make_online_softmax(n_tiles)
+    weigh_scores = make_weigh_scores(tile_n, traits)
     pack_p, scale_rows = make_pack(dtype, n_tiles), make_scale_rows(1, o_tiles)
 
     @device_function
@@ -137,9 +138,10 @@ def make_attend(config: Sm90ForwardConfig, traits: Traits):
         wait_for_s(s_acc)
         # Hazard: before this wait for S the next K would have overwritten this one.
         K.release(barriers, stage)
-        tile, is_full = tile_at(rows.mask, rows.blocks, first)
+        tile, is_full = tile_at(rows.mask, first)
         shape_scores(s_acc, rows, i32(tile * tile_n), is_full, scores.scale, scores, args)
         online_softmax(s_acc, running, factors, scale_log2)
+        weigh_scores(s_acc, rows, i32(first * tile_n), args.drawn)
         pack_p(p_frag, s_acc)
 
         for n in range(first + 1, end):
@@ -173,9 +175,10 @@ def make_attend(config: Sm90ForwardConfig, traits: Traits):
             K.release(barriers, stage)
 
             # P = softmax(S) of step n, with overlap beside O += P V of step n - 1
-            tile, is_full = tile_at(rows.mask, rows.blocks, n)
+            tile, is_full = tile_at(rows.mask, n)
             shape_scores(s_acc, rows, i32(tile * tile_n), is_full, scores.scale, scores, args)
             has_grown = online_softmax(s_acc, running, factors, scale_log2)
+            weigh_scores(s_acc, rows, i32(n * tile_n), args.drawn)
             if overlap:
                 softmax_before_wait(smem, 0, row_sum[0], row_sum[1])
                 # Hazard: P would change under the product, and O would be rescaled before it is

@@ -204,7 +204,7 @@ def make_attend(config: Sm90Fp8ForwardConfig, traits: Traits):
         begin_rows(limits, units)
 
         # S = Q K^T, P = softmax(S) of the first tile of keys: no P V is there to overlap with.
-        n_block, is_full = tile_at(rows.mask, rows.blocks, i32(first * tiles_per_stage))
+        n_block, is_full = tile_at(rows.mask, i32(first * tiles_per_stage))
         tile, n_start = i32(0), i32(n_block * tile_n)
         k_scale, v_scale = scales_of_tile(arguments[0], known, n_start, rows.sequence.seqlen_k)
         take_turn(group)
@@ -230,7 +230,7 @@ def make_attend(config: Sm90Fp8ForwardConfig, traits: Traits):
                 stage, parity = K.following(stage, parity)
             else:
                 tile = i32(tile + 1)
-            n_block, is_full = tile_at(rows.mask, rows.blocks, n)
+            n_block, is_full = tile_at(rows.mask, n)
             n_start = i32(n_block * tile_n)
             k_scale, v_scale = scales_of_tile(arguments[0], known, n_start, rows.sequence.seqlen_k)
             take_turn(group)

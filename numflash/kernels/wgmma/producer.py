@@ -16,7 +16,7 @@ from numflash.ptx import (
     u32,
 )
 from numflash.tiles.blocks import make_place_of, next_place, token_of_row
-from numflash.tiles.steps import make_keys_of, make_row_of, make_tile_at
+from numflash.tiles.steps import make_keys_of, make_tile_at
 from numflash.tiles.wgmma.products import SLAB_BYTES
 
 
@@ -38,7 +38,7 @@ def make_produce(config: Sm90ForwardConfig, traits: Traits):
     k_slabs, v_slabs = config.slabs(traits.head_dim), config.v_slabs(traits)
     v_slab_words = v.words // v_slabs
     place_of, keys_of = make_place_of(config.tile_m), make_keys_of(config, traits)
-    row_of, tile_at = make_row_of(traits), make_tile_at(traits, stage_n)
+    tile_at = make_tile_at(traits, stage_n)
     # K's only buffer is not empty before V has been used, if it holds several tiles.
     k_leads = num_stages > 1 or stage_n == config.tile_n
 
@@ -108,12 +108,12 @@ def make_produce(config: Sm90ForwardConfig, traits: Traits):
         # Buffers are empty at first, as if a phase of parity 1 had ended.
         stage, parity, q_parity = i32(0), u32(1), u32(1)
         while number < num_places:
-            m_start, head, head_kv, batch, split = place_of(number, grid, shape)
-            blocks = row_of(mask, batch, head, token_of_row(m_start, pack))
-            n_begin, n_end = keys_of(m_start, split, grid, sequence, mask, blocks)
+            place = place_of(number, grid, shape)
+            m_start, head, head_kv, batch, _ = place
+            n_begin, n_end = keys_of(place, grid, sequence, mask)
             # The first K while the tile of rows before is finished, and still has Q's buffers.
             if n_begin < n_end:
-                n, _ = tile_at(mask, blocks, n_begin)
+                n, _ = tile_at(mask, n_begin)
                 fetch_k(smem, barriers, k_map, stage, parity, n, head_kv, batch)
             packed_head = token_of_row(head, pack)
             for group in range(num_groups):
@@ -124,12 +124,12 @@ def make_produce(config: Sm90ForwardConfig, traits: Traits):
                 # The next K comes before this V, as the consumers want them.
                 next_k, next_parity = K.following(stage, parity)
                 if k_leads and step + 1 < n_end:
-                    n, _ = tile_at(mask, blocks, step + 1)
+                    n, _ = tile_at(mask, step + 1)
                     fetch_k(smem, barriers, k_map, next_k, next_parity, n, head_kv, batch)
-                n, _ = tile_at(mask, blocks, step)
+                n, _ = tile_at(mask, step)
                 fetch_v(smem, barriers, v_map, stage, parity, n, head_kv, batch)
                 if not k_leads and step + 1 < n_end:
-                    n, _ = tile_at(mask, blocks, step + 1)
+                    n, _ = tile_at(mask, step + 1)
                     fetch_k(smem, barriers, k_map, next_k, next_parity, n, head_kv, batch)
                 stage, parity = next_k, next_parity
             number, far = next_place(number, far)

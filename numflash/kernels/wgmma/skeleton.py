@@ -40,10 +40,9 @@ from numflash.tiles.blocks import (
     make_whole_keys,
     next_place,
     sequence_of,
-    token_of_row,
 )
 from numflash.tiles.scores import NEG_INF
-from numflash.tiles.steps import make_keys_of, make_keys_of_part, make_row_of
+from numflash.tiles.steps import make_keys_of, make_keys_of_part
 from numflash.tiles.wgmma.products import SLAB_BYTES, make_operand
 from numflash.tiles.wgmma.scores import Rows
 from numflash.tiles.wgmma.turns import group_of_thread, leads, make_turns
@@ -96,7 +95,6 @@ def make_skeleton(config: Sm90ForwardConfig, traits: Traits, look_up, attend, ti
     walk, place_of = make_walk(config.tile_m), make_place_of(config.tile_m)
     keys_of = make_keys_of(config, traits)
     keys_of_part = make_keys_of_part(config, traits, WARPGROUP_ROWS)
-    row_of = make_row_of(traits)
     whole_keys = make_whole_keys(config.tile_n, WARPGROUP_ROWS)
 
     @device_function
@@ -114,12 +112,6 @@ def make_skeleton(config: Sm90ForwardConfig, traits: Traits, look_up, attend, ti
         return stage, parity
 
     @device_function
-    def seen(place, grid, sequence, mask):
-        """The list of a tile of rows, and the first and the last of its steps."""
-        blocks = row_of(mask, place.batch, place.head, token_of_row(place.start, grid.pack))
-        return blocks, keys_of(place.start, place.split, grid, sequence, mask, blocks)
-
-    @device_function
     def consume(smem, barriers, results, places, grid, sequence, shape, mask, max_scale, given):
         sums = Sums(cuda.local.array(n_o, f32), cuda.local.array(2, f32), cuda.local.array(2, f32))
         at = Operands(
@@ -133,11 +125,11 @@ def make_skeleton(config: Sm90ForwardConfig, traits: Traits, look_up, attend, ti
         stage, parity, q_parity = i32(0), u32(0), u32(0)
         while number < num_places:
             place = place_of(number, grid, shape)
-            blocks, (n_begin, n_end) = seen(place, grid, sequence, mask)
+            n_begin, n_end = keys_of(place, grid, sequence, mask)
             row = i32(place.start + WARPGROUP_ROWS * group)
             first, end = keys_of_part(row, n_begin, n_end, grid, sequence)
             whole = whole_keys(row, grid, sequence)
-            rows = Rows(group, place, whole, sequence, grid.pack, mask, blocks)
+            rows = Rows(group, place, whole, sequence, grid.pack, mask)
             known = look_up(rows, shape, given)
             for i in range(n_o):
                 sums.o_acc[i] = f32(0)
@@ -159,7 +151,7 @@ def make_skeleton(config: Sm90ForwardConfig, traits: Traits, look_up, attend, ti
 
             # The place of this tile of rows is computed again: registers are scarce in `attend`.
             place = place_of(number, grid, shape)
-            _, (n_begin, n_end) = seen(place, grid, sequence, mask)
+            n_begin, n_end = keys_of(place, grid, sequence, mask)
             stage, parity = skip_keys(barriers, group, end, n_end, stage, parity)
             if not o_replaces_q:
                 # Hazard: products must have read Q; the next comes while these rows are finished.

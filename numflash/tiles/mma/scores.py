@@ -10,7 +10,8 @@ from numflash.ptx import cuda, device_function, f32, i32
 from numflash.tiles.blocks import token_of_row
 from numflash.tiles.features import At, has_places, make_keep, make_score
 from numflash.tiles.mma.fragments import MMA_COLUMNS, MMA_ROWS, ROW_STEP
-from numflash.tiles.scores import NEG_INF, make_place, make_place_of_score
+from numflash.tiles.scores import NEG_INF, make_distance, make_place, make_place_of_score
+from numflash.tiles.unrolled import make_unrolled
 
 
 @device_function
@@ -90,6 +91,7 @@ def make_apply_functions(m_tiles, n_tiles, traits, by_row, keeps_slopes):
 def _make_scale_scores(m_tiles, n_tiles, traits, by_row, keeps_slopes):
     tiles, score = m_tiles * n_tiles, make_score(traits)
     place_of_score = make_place_of_score(traits, by_row)
+    distance = make_distance(traits, by_row)
 
     @device_function
     def scale_one(s_acc, slopes, e, at, scale, args):
@@ -101,25 +103,37 @@ def _make_scale_scores(m_tiles, n_tiles, traits, by_row, keeps_slopes):
     @device_function
     def scale_without_places(s_acc, slopes, corner, scale, scores, args):
         for e in range(4 * tiles):
-            scale_one(s_acc, slopes, e, At(f32(0), f32(0), i32(0), i32(0)), scale, args)
+            scale_one(s_acc, slopes, e, At(f32(0), f32(0), f32(0), i32(0), i32(0)), scale, args)
+
+    @device_function
+    def scale_tile(tile, s_acc, slopes, corner, first, far, scale, scores, args):
+        """One product of 16 x 8: four scores of a thread."""
+        # All that is known of a distance is in step, one number for the compiler.
+        e, r, c = 4 * tile, tile // n_tiles * MMA_ROWS, tile % n_tiles * MMA_COLUMNS
+        right, below = f32(1 if by_row else -1), f32(-ROW_STEP if by_row else ROW_STEP)
+        step = f32(c - r if by_row else r - c)
+        i, j = place_of_score(corner, r, c, scores)
+        scale_one(s_acc, slopes, e, At(first, far, step, i, j), scale, args)
+        i, j = place_of_score(corner, r, c + 1, scores)
+        scale_one(s_acc, slopes, e + 1, At(first, far, step + right, i, j), scale, args)
+        i, j = place_of_score(corner, r + ROW_STEP, c, scores)
+        scale_one(s_acc, slopes, e + 2, At(first, far, step + below, i, j), scale, args)
+        i, j = place_of_score(corner, r + ROW_STEP, c + 1, scores)
+        scale_one(s_acc, slopes, e + 3, At(first, far, step + below + right, i, j), scale, args)
+
+    # A function of the caller's may be long: the compiler would leave the loop as it is.
+    scale_tiles = make_unrolled(scale_tile, tiles) if traits.program_scores else None
 
     @device_function
     def scale_scores(s_acc, slopes, corner, scale, scores, args):
         row, column, shift = corner.row, corner.column, scores.shift
         first = f32(i32(row + shift - column if by_row else column + shift - row))
-        right, below = f32(1 if by_row else -1), f32(-ROW_STEP if by_row else ROW_STEP)
-        for tile in range(tiles):
-            # All that is known of a distance is in step, one number for the compiler.
-            e, r, c = 4 * tile, tile // n_tiles * MMA_ROWS, tile % n_tiles * MMA_COLUMNS
-            step = f32(c - r if by_row else r - c)
-            i, j = place_of_score(corner, r, c, scores)
-            scale_one(s_acc, slopes, e, At(first, step, i, j), scale, args)
-            i, j = place_of_score(corner, r, c + 1, scores)
-            scale_one(s_acc, slopes, e + 1, At(first, step + right, i, j), scale, args)
-            i, j = place_of_score(corner, r + ROW_STEP, c, scores)
-            scale_one(s_acc, slopes, e + 2, At(first, step + below, i, j), scale, args)
-            i, j = place_of_score(corner, r + ROW_STEP, c + 1, scores)
-            scale_one(s_acc, slopes, e + 3, At(first, step + below + right, i, j), scale, args)
+        far = distance(corner, scores)
+        if scale_tiles is not None:
+            scale_tiles(i32(0), s_acc, slopes, corner, first, far, scale, scores, args)
+        else:
+            for tile in range(tiles):
+                scale_tile(tile, s_acc, slopes, corner, first, far, scale, scores, args)
 
     # Without places Blackwell's compiler unrolls a loop over scores, but not one over products.
     return scale_scores if has_places(traits) else scale_without_places
@@ -127,19 +141,27 @@ def _make_scale_scores(m_tiles, n_tiles, traits, by_row, keeps_slopes):
 
 def _make_keep_scores(m_tiles, n_tiles, traits, by_row):
     tiles, keep, place = m_tiles * n_tiles, make_keep(traits), make_place(by_row)
+    distance = make_distance(traits, by_row)
 
     @device_function
-    def keep_one(s_acc, e, corner, r, c, scores, args):
+    def keep_one(s_acc, e, corner, far, r, c, scores, args):
         i, j = place(corner, r, c, scores)
-        s_acc[e] = s_acc[e] if keep(i, j, args) else NEG_INF
+        step = f32(c - r if by_row else r - c)
+        is_kept = keep(At(f32(0), far, step, i, j), args)
+        s_acc[e] = s_acc[e] if is_kept else NEG_INF
+
+    @device_function
+    def keep_tile(tile, s_acc, corner, far, scores, args):
+        e, r, c = 4 * tile, tile // n_tiles * MMA_ROWS, tile % n_tiles * MMA_COLUMNS
+        keep_one(s_acc, e, corner, far, r, c, scores, args)
+        keep_one(s_acc, e + 1, corner, far, r, c + 1, scores, args)
+        keep_one(s_acc, e + 2, corner, far, r + ROW_STEP, c, scores, args)
+        keep_one(s_acc, e + 3, corner, far, r + ROW_STEP, c + 1, scores, args)
+
+    keep_tiles = make_unrolled(keep_tile, tiles)
 
     @device_function
     def keep_scores(s_acc, corner, scores, args):
-        for tile in range(tiles):
-            e, r, c = 4 * tile, tile // n_tiles * MMA_ROWS, tile % n_tiles * MMA_COLUMNS
-            keep_one(s_acc, e, corner, r, c, scores, args)
-            keep_one(s_acc, e + 1, corner, r, c + 1, scores, args)
-            keep_one(s_acc, e + 2, corner, r + ROW_STEP, c, scores, args)
-            keep_one(s_acc, e + 3, corner, r + ROW_STEP, c + 1, scores, args)
+        keep_tiles(i32(0), s_acc, corner, distance(corner, scores), scores, args)
 
     return keep_scores

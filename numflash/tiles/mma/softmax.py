@@ -21,10 +21,14 @@ from numflash.ptx import (
     fma_rn_f32,
     ld_shared_v2_f32,
     max_f32,
+    u32,
 )
+from numflash.tiles.features import make_weigh
+from numflash.tiles.mma.dropout import make_draw, make_is_kept
 from numflash.tiles.mma.fragments import MMA_COLUMNS
 from numflash.tiles.portable.lanes import FULL_WARP
 from numflash.tiles.scores import NEG_INF
+from numflash.tiles.unrolled import make_unrolled
 
 LAG = f32(8)
 HUGE = f32(2.0**20)
@@ -183,7 +187,7 @@ def make_online_softmax(m_tiles, n_tiles, o_tiles):
 
 @cache
 def make_softmax_backward_by_row(m_tiles, n_tiles, traits):
-    """softmax_backward(s_acc, dp_acc, slopes, lses, deltas, scales): S -> P, dP -> dS.
+    """softmax_backward(s_acc, dp_acc, slopes, lses, deltas, scales, *drawn): S -> P, dP -> dS.
 
         P  = 2 ** (scale_log2 S - lse log2 e)
         dS = P * (softmax_scale dP - delta), times the slope of the score
@@ -191,31 +195,62 @@ def make_softmax_backward_by_row(m_tiles, n_tiles, traits):
     `scales` are scale_log2 and softmax_scale; delta holds the latter, see
     `tiles.portable.gradients`. The rows are queries: lses (in base 2, +inf for a query without
     keys) and deltas are a thread's.
+
+    With features that weigh P, `drawn` are this thread's first row and column and the `args` of
+    these: of scores that are dropped P becomes 0, and their dP counts as 0.
     """
     tiles, gradient_of_score = m_tiles * n_tiles, _make_gradient_of_score(traits)
+    weighed = _make_weighed_by_row(m_tiles, n_tiles, traits.features, gradient_of_score)
 
     @device_function
     def softmax_backward(s_acc, dp_acc, slopes, lses, deltas, scales):
         for tile in range(tiles):
             i, r = 4 * tile, tile // n_tiles * 2
             lse, delta = lses[r], deltas[r]
-            gradient_of_score(s_acc, dp_acc, slopes, i, lse, delta, scales)
-            gradient_of_score(s_acc, dp_acc, slopes, i + 1, lse, delta, scales)
+            gradient_of_score(s_acc, dp_acc, slopes, i, lse, delta, scales, True)
+            gradient_of_score(s_acc, dp_acc, slopes, i + 1, lse, delta, scales, True)
             lse, delta = lses[r + 1], deltas[r + 1]
-            gradient_of_score(s_acc, dp_acc, slopes, i + 2, lse, delta, scales)
-            gradient_of_score(s_acc, dp_acc, slopes, i + 3, lse, delta, scales)
+            gradient_of_score(s_acc, dp_acc, slopes, i + 2, lse, delta, scales, True)
+            gradient_of_score(s_acc, dp_acc, slopes, i + 3, lse, delta, scales, True)
+
+    return softmax_backward if weighed is None else weighed
+
+
+def _make_weighed_by_row(m_tiles, n_tiles, features, gradient_of_score):
+    """The `softmax_backward` with `drawn`; None if no feature weighs P."""
+    _, _, weighs = make_weigh(features)
+    if not weighs:
+        return None
+    draw, is_kept, pairs = make_draw(n_tiles, features, True), make_is_kept(True), n_tiles // 2
+
+    @device_function
+    def backward_of_pair(pair, s_acc, dp_acc, slopes, lses, deltas, scales, row, column, args):
+        words = cuda.local.array(4, u32)
+        draw(words, pair, row, column, args)
+        r, i = pair // pairs * 2, 8 * pair
+        for n in range(8):
+            q = r + n // 2 % 2
+            kept = is_kept(words, n, args.limit)
+            gradient_of_score(s_acc, dp_acc, slopes, i + n, lses[q], deltas[q], scales, kept)
+
+    loop = make_unrolled(backward_of_pair, m_tiles * pairs)
+
+    @device_function
+    def softmax_backward(s_acc, dp_acc, slopes, lses, deltas, scales, row, column, args):
+        loop(0, s_acc, dp_acc, slopes, lses, deltas, scales, row, column, args)
 
     return softmax_backward
 
 
 @cache
 def make_softmax_backward_by_column(m_tiles, n_tiles, traits):
-    """softmax_backward(s_acc, dp_acc, slopes, smem, lse, delta, scales): S -> P, dP -> dS.
+    """softmax_backward(s_acc, dp_acc, slopes, smem, lse, delta, scales, *drawn): S -> P, dP -> dS.
 
     As `make_softmax_backward_by_row` where the columns are queries. `lse` and `delta` are the
     positions in smem of the values of this thread's first column.
     """
     tiles, gradient_of_score = m_tiles * n_tiles, _make_gradient_of_score(traits)
+    weighed = _make_weighed_by_column(m_tiles, n_tiles, traits.features, gradient_of_score)
 
     @device_function
     def softmax_backward(s_acc, dp_acc, slopes, smem, lse, delta, scales):
@@ -225,30 +260,63 @@ def make_softmax_backward_by_column(m_tiles, n_tiles, traits):
             i, first = 4 * tile, tile % n_tiles * MMA_COLUMNS
             ld_shared_v2_f32(lses, smem, lse + first)
             ld_shared_v2_f32(deltas, smem, delta + first)
-            gradient_of_score(s_acc, dp_acc, slopes, i, lses[0], deltas[0], scales)
-            gradient_of_score(s_acc, dp_acc, slopes, i + 1, lses[1], deltas[1], scales)
-            gradient_of_score(s_acc, dp_acc, slopes, i + 2, lses[0], deltas[0], scales)
-            gradient_of_score(s_acc, dp_acc, slopes, i + 3, lses[1], deltas[1], scales)
+            gradient_of_score(s_acc, dp_acc, slopes, i, lses[0], deltas[0], scales, True)
+            gradient_of_score(s_acc, dp_acc, slopes, i + 1, lses[1], deltas[1], scales, True)
+            gradient_of_score(s_acc, dp_acc, slopes, i + 2, lses[0], deltas[0], scales, True)
+            gradient_of_score(s_acc, dp_acc, slopes, i + 3, lses[1], deltas[1], scales, True)
+
+    return softmax_backward if weighed is None else weighed
+
+
+def _make_weighed_by_column(m_tiles, n_tiles, features, gradient_of_score):
+    """The `softmax_backward` with `drawn`; None if no feature weighs P."""
+    _, _, weighs = make_weigh(features)
+    if not weighs:
+        return None
+    draw, is_kept, pairs = make_draw(n_tiles, features, False), make_is_kept(False), n_tiles // 2
+
+    @device_function
+    def backward_of_pair(pair, s_acc, dp_acc, slopes, smem, lse, delta, scales, row, column, args):
+        words = cuda.local.array(4, u32)
+        lses = cuda.local.array(4, f32)
+        deltas = cuda.local.array(4, f32)
+        first, i = pair % pairs * (2 * MMA_COLUMNS), 8 * pair
+        ld_shared_v2_f32(lses[0:2], smem, lse + first)
+        ld_shared_v2_f32(lses[2:4], smem, lse + first + MMA_COLUMNS)
+        ld_shared_v2_f32(deltas[0:2], smem, delta + first)
+        ld_shared_v2_f32(deltas[2:4], smem, delta + first + MMA_COLUMNS)
+        draw(words, pair, row, column, args)
+        for n in range(8):
+            q = n // 4 * 2 + n % 2
+            kept = is_kept(words, n, args.limit)
+            gradient_of_score(s_acc, dp_acc, slopes, i + n, lses[q], deltas[q], scales, kept)
+
+    loop = make_unrolled(backward_of_pair, m_tiles * pairs)
+
+    @device_function
+    def softmax_backward(s_acc, dp_acc, slopes, smem, lse, delta, scales, row, column, args):
+        loop(0, s_acc, dp_acc, slopes, smem, lse, delta, scales, row, column, args)
 
     return softmax_backward
 
 
 @cache
 def _make_gradient_of_score(traits):
-    """gradient_of_score(s_acc, dp_acc, slopes, i, lse, delta, scales) for one score."""
+    """gradient_of_score(s_acc, dp_acc, slopes, i, lse, delta, scales, kept) for one score."""
     has_slopes, slopes_are_finite = traits.bends_scores, not traits.program_bends
 
     @device_function
-    def gradient_of_score(s_acc, dp_acc, slopes, i, lse, delta, scales):
+    def gradient_of_score(s_acc, dp_acc, slopes, i, lse, delta, scales, kept):
         scale_log2, softmax_scale = scales
         probability = ex2_approx_ftz_f32(fma_rn_f32(s_acc[i], scale_log2, -lse))
-        gradient = probability * fma_rn_f32(dp_acc[i], softmax_scale, -delta)
+        gradient = dp_acc[i] if kept else f32(0)
+        gradient = probability * fma_rn_f32(gradient, softmax_scale, -delta)
         if has_slopes:
             gradient *= slopes[i]
             if not slopes_are_finite:
                 # A function may bend without bound where P is 0, as the logarithm at 0.
                 gradient = gradient if probability > f32(0) else f32(0)
-        s_acc[i] = probability
+        s_acc[i] = probability if kept else f32(0)
         dp_acc[i] = gradient
 
     return gradient_of_score

@@ -14,6 +14,7 @@ import math
 from functools import cache
 
 from numflash.ptx import device_function, f32, fma_rn_f32, st_shared_f32
+from numflash.tiles.portable.dropout import make_weight
 from numflash.tiles.portable.lanes import COLUMN_LANES, ROW_LANES
 from numflash.tiles.portable.softmax import exp_f32
 from numflash.tiles.scores import NEG_INF
@@ -42,30 +43,36 @@ def make_load_query_statistics(count, step):
 
 
 @cache
-def make_softmax_backward(rows, columns, traits, by_row):
-    """softmax_backward(s_acc, dp_acc, slopes, lses, deltas, softmax_scale)
+def make_softmax_backward(rows, columns, traits, by_row, of_scores=False):
+    """softmax_backward(s_acc, dp_acc, slopes, lses, deltas, scales, kept)
 
-    S -> P and dP -> dS, in place.
+    S -> P and dP -> dS, in place; `scales` are softmax_scale and the factor of weights that
+    dropout keeps, over which `delta` is.
 
     `slopes` holds the derivative of each score by the scaled product, if a function of `traits`
-    bends scores; without traits dS is that of the final scores.
+    bends scores, but where dS is to be `of_scores`, as they go into the softmax. With dropout
+    `kept` says of which scores P and dP count (`tiles.portable.dropout`).
     """
-    n_scores = rows * columns
-    has_slopes = traits is not None and traits.bends_scores
-    slopes_are_finite = not has_slopes or not traits.program_bends
+    n_scores, weight, drops = rows * columns, make_weight(traits.features), traits.drops_weights
+    has_slopes = traits.bends_scores and not of_scores
+    slopes_are_finite = not traits.program_bends
 
     @device_function
-    def softmax_backward(s_acc, dp_acc, slopes, lses, deltas, softmax_scale):
+    def softmax_backward(s_acc, dp_acc, slopes, lses, deltas, scales, kept):
+        softmax_scale, factor = scales
         for i in range(n_scores):
             query = i // columns if by_row else i % columns
             probability = exp_f32(s_acc[i] - lses[query])
-            gradient = probability * fma_rn_f32(dp_acc[i], softmax_scale, -deltas[query])
+            if drops:
+                probability *= factor
+            gradient = weight(kept, i, dp_acc[i])
+            gradient = probability * fma_rn_f32(gradient, softmax_scale, -deltas[query])
             if has_slopes:
                 gradient *= slopes[i]
                 if not slopes_are_finite:
                     # A function may bend without bound where P is 0, as the logarithm at 0.
                     gradient = gradient if probability > f32(0) else f32(0)
-            s_acc[i] = probability
+            s_acc[i] = weight(kept, i, probability)
             dp_acc[i] = gradient
 
     return softmax_backward

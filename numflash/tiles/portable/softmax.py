@@ -11,6 +11,7 @@ import math
 from functools import cache
 
 from numflash.ptx import cuda, device_function, ex2_approx_ftz_f32, f32, max_f32, st_shared_f32
+from numflash.tiles.portable.dropout import make_weight
 from numflash.tiles.portable.lanes import COLUMN_LANES, FULL_WARP, ROW_LANES
 from numflash.tiles.scores import NEG_INF
 
@@ -43,16 +44,18 @@ def row_sum_of_lanes(x):
 
 
 @cache
-def make_online_softmax(rows, columns, n_out, p_pitch):
-    """online_softmax(s_acc, row_max, row_sum, o_acc, smem, p)
+def make_online_softmax(rows, columns, n_out, p_pitch, features):
+    """online_softmax(s_acc, row_max, row_sum, o_acc, smem, p, kept)
 
     Takes in one block of scores: P = exp(S - row_max) goes to shared memory at `p`, this
     thread's first element of the tile; earlier sums are scaled to the new maximum.
-    row_sum stays this lane's share until the end, when `row_sum_of_lanes` adds up the row.
+    row_sum stays this lane's share until the end, when `row_sum_of_lanes` adds up the row. With
+    features that weigh P, `kept` says of which scores it goes there (`tiles.portable.dropout`).
     """
+    weight = make_weight(features)
 
     @device_function
-    def online_softmax(s_acc, row_max, row_sum, o_acc, smem, p):
+    def online_softmax(s_acc, row_max, row_sum, o_acc, smem, p, kept):
         for r in range(rows):
             new_max = row_max[r]
             for c in range(columns):
@@ -66,6 +69,7 @@ def make_online_softmax(rows, columns, n_out, p_pitch):
             for c in range(columns):
                 probability = exp_f32(s_acc[columns * r + c] - shift)
                 row_sum[r] += probability
+                probability = weight(kept, columns * r + c, probability)
                 st_shared_f32(smem, p + ROW_LANES * p_pitch * r + COLUMN_LANES * c, probability)
             for j in range(n_out):
                 o_acc[n_out * r + j] *= row_scale

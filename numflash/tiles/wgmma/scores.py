@@ -4,6 +4,8 @@ from functools import cache
 from typing import NamedTuple
 
 from numflash.ptx import device_function, i32
+from numflash.tiles.features import make_weigh
+from numflash.tiles.mma import dropout
 from numflash.tiles.mma.fragments import MMA_ROWS, accumulator_column, accumulator_row
 from numflash.tiles.mma.scores import make_apply_functions, make_mask_scores
 from numflash.tiles.scores import Corner
@@ -19,7 +21,6 @@ class Rows(NamedTuple):
         sequence: the `Sequence` of the rows.
         pack: heads whose rows of a token are neighbours.
         mask: the kernel's.
-        blocks: the `BlockRow` of the block's tile (`tiles.steps`).
     """
 
     group: object
@@ -28,7 +29,6 @@ class Rows(NamedTuple):
     sequence: object
     pack: object
     mask: object
-    blocks: object
 
 
 @cache
@@ -48,7 +48,7 @@ def make_shape_scores(tile_n, traits):
         if has_functions:
             i = i32(rows.place.start + accumulator_row(MMA_ROWS))
             j = i32(n_start + accumulator_column())
-            corner = Corner(i, j, rows.sequence, rows.pack, is_full)
+            corner = Corner(i, j, rows.sequence, is_full)
             apply_functions(s_acc, s_acc, corner, scale, scores, args)
         if n_start < rows.whole.first or n_start > rows.whole.last:
             i = i32(rows.place.start + accumulator_row(MMA_ROWS))
@@ -56,3 +56,22 @@ def make_shape_scores(tile_n, traits):
             mask_scores(s_acc, i, j, rows.sequence.seqlen_k, rows.sequence, rows.pack)
 
     return shape_scores
+
+
+@cache
+def make_weigh_scores(tile_n, traits):
+    """weigh_scores(p_acc, rows, n_start, drawn): P of scores that features drop becomes 0.
+
+    Of the tile of keys from n_start on; `drawn` are the `args` of `tiles.features.make_weigh`.
+    """
+    _, _, drops = make_weigh(traits.features)
+    weigh = dropout.make_weigh_scores(1, tile_n // 8, traits.features)
+
+    @device_function
+    def weigh_scores(p_acc, rows, n_start, drawn):
+        if drops:
+            i = i32(rows.place.start + accumulator_row(MMA_ROWS))
+            j = i32(n_start + accumulator_column())
+            weigh(p_acc, i, j, drawn)
+
+    return weigh_scores

@@ -20,7 +20,7 @@ from tests.support.attention_cases import SIM_CASES
 ROOT = Path(numflash.__file__).parent
 each_row = pytest.mark.parametrize("row", FEATURES, ids=lambda row: row.name)
 # The functions of a hook, by the names of features.
-HOOKS = {"score": functions.SCORES, "finish": functions.FINISHES}
+HOOKS = {"score": functions.SCORES, "finish": functions.FINISHES, "weigh": functions.WEIGHS}
 
 
 @each_row
@@ -37,6 +37,9 @@ def test_every_row_has_its_function_its_case_its_letter_and_its_docstring_line(r
         assert row.option in inspect.signature(function).parameters
         assert re.search(rf"^ +[\w, ]*\b{row.option}\b[^\n]*", function.__doc__, re.M)
     assert re.search(rf"^ +{row.option}: ", numflash.attention.__doc__, re.M)
+    for each in row.beside:
+        assert each.name in inspect.signature(numflash.attention).parameters
+        assert re.search(rf"^ +{each.name}: ", numflash.attention.__doc__, re.M)
     assert row.name in inspect.signature(numflash.warmup).parameters
     (option,) = (option for option in OPTIONS if option.name == row.option)
     assert (option.default, option.check, option.is_array) == (

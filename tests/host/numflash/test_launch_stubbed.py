@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 
 import numflash
+from numflash.calls import ready
 from numflash.configs import Traits, parse_config
+from numflash.configs.features import Dropout
 from numflash.runtime.mode import SIMULATED
 from tests.support import fake_gpu
 from tests.support.fake_gpu import DV, HKV, SK, SQ, B, D, H
@@ -66,6 +68,9 @@ def test_forward_arguments_arrive_where_the_driver_reads_them(gpu, dtype):
         "scores.features.softcap.cap": 8.0,
         "scores.softmax_scale": 0.25,
     }
+    # Of a feature that is not asked for.
+    absent = {f"scores.features.dropout.{name}": 0 for name in Dropout._fields}
+    expected |= absent
     if dtype == "float16":
         # K and V of all heads fit the L2 cache.
         expected |= {"layout.heads_in_flight": B * H}
@@ -128,7 +133,7 @@ def test_the_gradient_of_sinks_is_added_up_where_the_rows_left_it(gpu, qkv):
     dout, sinks = gpu.array((B, SQ, H, DV)), gpu.array((H,), "float32")
     out, lse = gpu.array((B, SQ, H, DV)), gpu.array((B, H, SQ), "float32")
     *_, dsinks = numflash.attention_backward(dout, *qkv, out, lse, sinks=sinks)
-    delta, _, _, sums = gpu.driver.launches
+    delta, sums, *_ = gpu.driver.launches
     assert (dsinks.shape, dsinks.dtype) == ((H,), "float32")
     assert (delta.family, sums.family, sums.grid) == ("delta", "head-sums", (H, 1, 1))
     assert "-sinks" in delta.traits and delta.arguments["features.sinks"] == sinks.data.ptr
@@ -140,6 +145,55 @@ def test_the_gradient_of_sinks_is_added_up_where_the_rows_left_it(gpu, qkv):
     assert len(numflash.attention_backward(dout, *qkv, out, lse)) == 3
     assert "head-sums" not in [run.family for run in gpu.driver.launches]
     assert gpu.driver.launches[0].arguments["row_gradients"] == 0
+
+
+# Numbers that a launch fills in
+
+
+def dropout_of(run) -> dict:
+    """The arguments of dropout, as the driver reads them."""
+    start = "scores.features.dropout."
+    return {
+        path.removeprefix(start): value
+        for path, value in run.arguments.items()
+        if path.startswith(start)
+    }
+
+
+def test_a_seed_and_a_share_arrive_with_the_launch_and_make_nothing_ready_again(gpu, qkv):
+    q, k, v = qkv
+    made = []
+    for dropout_p, seed in ((0.25, 1), (0.75, -2), (0.25, 2**64 - 1)):
+        gpu.driver.launches.clear()
+        out, lse = numflash.attention(
+            q, k, v, dropout_p=dropout_p, seed=seed, return_lse=True, causal=True
+        )
+        numflash.attention_backward(
+            out, q, k, v, out, lse, dropout_p=dropout_p, seed=seed, causal=True
+        )
+        steps, scale = round(65536 * dropout_p), 1 / (1 - dropout_p)
+        forward, delta, *backward = gpu.driver.launches
+        for run in (forward, *backward):
+            assert "-dropout" in run.traits
+            found = dropout_of(run)
+            log2_scale = found.pop("log2_scale")
+            assert math.isclose(log2_scale, math.log2(scale), rel_tol=1e-6)
+            assert math.isclose(found.pop("scale"), scale, rel_tol=1e-6)
+            low, high = (seed >> shift & 0xFFFFFFFF for shift in (0, 32))
+            words = {"low": low, "high": high, "limit": steps << 16}
+            assert {n: found.pop(n) & 0xFFFFFFFF for n in words} == words
+            assert set(found.values()) == {0}
+        assert delta.arguments["features.dropout.log2_scale"] == log2_scale
+        made.append(len(ready._ready))
+    assert made[0] == made[1] == made[2]
+
+
+def test_a_seed_on_the_device_is_a_pointer(gpu, qkv):
+    for dtype, words in (("int64", 2), ("uint64", 2), ("int32", 1)):
+        seed = gpu.array((1,), dtype)
+        numflash.attention(*qkv, dropout_p=0.5, seed=seed)
+        found = dropout_of(gpu.driver.launches[-1])
+        assert (found["seed"], found["words"], found["low"]) == (seed.data.ptr, words, 0)
 
 
 # Packed heads, splits over the keys

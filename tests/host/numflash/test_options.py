@@ -2,6 +2,7 @@
 
 import inspect
 
+import numpy as np
 import pytest
 
 import numflash
@@ -58,13 +59,20 @@ def test_the_key_tells_apart_whatever_a_call_is_made_ready_for():
         "shift": 3,
         "window_size": (3, None),
         "softcap": 2.0,
+        "origin": (0, 0, 0),
+        "score_mod": lambda score, b, h, i, j: score + 1,
+        "score_mod_grad": lambda score, b, h, i, j: score,
+        "mask_mod": lambda b, h, i, j: i > j,
+        "aux": (1.0,),
+        "block_mask": numflash.BlockMask.from_tiles(np.ones((1, 1), bool)),
         "layout": "bhsd",
         "precision": "tf32",
         "config": "m16n16w2",
         "fp8": numflash.Fp8Recipe("token"),
         "max_rel_error": 0.5,
     }
-    assert set(others) == {*NAMES} - {*ARRAY_OPTIONS}
+    # Of numbers that a launch fills in the key has the names.
+    assert set(others) == {*NAMES} - {*ARRAY_OPTIONS, "dropout_p"}
     keys = {AttentionOptions(**{name: value}).key() for name, value in others.items()}
     assert len(keys | {AttentionOptions().key()}) == len(others) + 1
     # Equal numbers of other types are other calls: one of them may be wrong.
@@ -73,8 +81,20 @@ def test_the_key_tells_apart_whatever_a_call_is_made_ready_for():
         ("causal", True, 1),
         ("window_size", (1, 2), (True, 2)),
         ("max_rel_error", 1, True),
+        ("origin", (0, 0, 1), (0, 0, True)),
     ):
         assert AttentionOptions(**{name: one}).key() != AttentionOptions(**{name: other}).key()
+
+
+def test_numbers_that_a_launch_fills_in_are_those_of_the_call_and_in_no_key():
+    one, other = AttentionOptions(dropout_p=0.5, seed=1), AttentionOptions(dropout_p=0.1, seed=2)
+    assert one.key() == other.key()
+    assert one.numbers().keys() == other.numbers().keys()
+    assert one.numbers() != other.numbers() and not AttentionOptions().numbers()
+    assert not AttentionOptions(seed=3).numbers() and not AttentionOptions(dropout_p=0).numbers()
+    assert one.arrays() == {} and AttentionOptions(seed=np.int64(3)).arrays() == {}
+    array = np.array([1])
+    assert AttentionOptions(dropout_p=0.5, seed=array).arrays() == {"seed": array}
 
 
 def test_unknown_options_are_named_with_what_there_is():

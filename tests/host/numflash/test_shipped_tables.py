@@ -1,6 +1,7 @@
 """The tables of tuned configs that come with numflash: valid, of nothing superfluous, dated."""
 
 import json
+import os
 import warnings
 from dataclasses import replace
 
@@ -162,21 +163,37 @@ def test_what_was_measured_is_not_judged_by_the_model():
     assert shipping.why_not(H100, entry(DEFAULT, origin="measured")) == "is the default"
 
 
-def test_only_what_differs_from_the_default_is_shipped(folder, monkeypatch, tmp_path):
-    monkeypatch.setenv("NUMFLASH_CACHE_DIR", str(tmp_path / "cache"))
+def test_only_what_differs_from_the_default_is_shipped(folder, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("NUMFLASH_CACHE_DIR", "of the user")
     same = entry(DEFAULT, problem=replace(SHORT, batch_heads=512))
+    tuned = []
 
-    def tune(arguments):
-        """As the command, which remembers what wins, be it the default."""
-        store.add(DEVICE, [entry(), same])
-        return 0
+    def tune(session, space, *more):
+        """As the real one, which remembers what wins, be it the default."""
+        tuned.append(space.problem)
+        if len(tuned) == 1:
+            session.entries += [entry(), same]
 
-    monkeypatch.setattr(shipping.cli, "main", tune)
-    assert shipping.main([H100.name, "--quiet"]) == 0
+    monkeypatch.setattr(shipping.Session, "tune", tune)
+    monkeypatch.setattr(shipping.Session, "compile_ahead", lambda session, spaces: None)
+    command = [H100.name, "--quiet", "--folder", str(tmp_path / "made")]
+    assert shipping.main(command) == 0
     path = tables.path_of(H100.name)
+    assert {problem.family for problem in tuned} == set(tables.FAMILIES)
     assert store.read_file(path) == {DEVICE: [entry()]}
     assert tables.staleness(path) == []
     assert json.loads(path.read_bytes())["made"] == tables.made_now()
+    # What the fake remembers is of other classes than it was asked for.
+    assert tables.default_stays(path) == sorted(map(str, tuned))
+    assert caches.main(["show", "--shipped"]) == 0
+    said = f"{path.name}: the default stays in {len(tuned)} classes\n"
+    assert said in capsys.readouterr().out
+    assert os.environ["NUMFLASH_CACHE_DIR"] == str(tmp_path / "made")
+    # The same command goes on with what is not fresh.
+    seen = len(tuned)
+    assert shipping.main(command) == 0 and len(tuned) == seen
+    assert capsys.readouterr().out.splitlines()[-1] == f"[1/1] {path.name}: is fresh"
+    assert shipping.main([*command, "--all"]) == 0 and len(tuned) == 2 * seen
 
 
 def test_configs_in_this_file_are_configs():

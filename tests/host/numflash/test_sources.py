@@ -13,7 +13,7 @@ from numflash.machine_code import compiler, sources
 from numflash.runtime.devices import architecture
 
 MODULES = sorted({f"numflash.kernels.{each.rpartition('.')[0]}" for each in FACTORIES.values()})
-ROOMS = "configs", "kernels", "ptx", "tiles"
+ROOMS = "configs", "functions", "kernels", "ptx", "tiles"
 FORWARD = parse_config("forward", "sm80-m64n64w4s1")
 
 

@@ -61,7 +61,10 @@ def test_check_refuses_what_attention_refuses(machine):
 def test_explain_dispatch_refuses_what_attention_refuses(machine, changes, error, words):
     if isinstance(changes.get("config"), dict):
         changes = {"config": {"sideways": "m64n32w4"}}
-        error, words = ValueError, ["backward-dkdv, backward-dq or backward, got 'sideways'"]
+        error, words = (
+            ValueError,
+            ["backward-dkdv, backward-dq, backward-rows or backward, got 'sideways'"],
+        )
     refused(machine, numflash.explain_dispatch, FORWARD | changes, error, words)
 
 

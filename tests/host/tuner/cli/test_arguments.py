@@ -202,7 +202,7 @@ def test_help_names_the_subcommands(run):
 
 def classes(*argv):
     """The classes that arguments mean."""
-    return [str(found) for found in cli._problems(cli._parser().parse_args(argv))]
+    return [str(found) for found in cli.problems_of(cli.make_parser().parse_args(argv))]
 
 
 def test_classes_are_every_combination_once():

@@ -16,7 +16,7 @@ from tests.host.tuner.test_session import InstantPool, Stopwatch
 from tests.support.tuning_entries import A100, CLASS, OFFLINE, SMALL
 from tuner import cli
 from tuner.search.candidates import distinct
-from tuner.search.search import StoppingRules
+from tuner.search.search import Search, StoppingRules
 from tuner.search.session import Options, Session
 from tuner.space import machines
 from tuner.space import target as targets
@@ -95,10 +95,10 @@ def test_the_plan_of_the_commands_example_is_24_classes(monkeypatch):
         "submit",
         lambda self, *config: submitted.append(config) or submit(self, *config),
     )
-    args = cli._parser().parse_args(["--device", "A100", "--offline"])
+    args = cli.make_parser().parse_args(["--device", "A100", "--offline"])
     target = targets.find_target(args.device, args.offline)
     with Session(target.key, target.machine, None, Options(StoppingRules(48), jobs=2)) as session_:
-        spaces = session_.spaces(cli._problems(args))
+        spaces = session_.spaces(cli.problems_of(args))
         plan = session_.plan(spaces)
     assert 2 <= len(submitted) <= 4
     assert str(plan) == (
@@ -108,10 +108,10 @@ def test_the_plan_of_the_commands_example_is_24_classes(monkeypatch):
 
 
 def test_a_plan_counts_once_what_the_model_cannot_tell_apart():
-    args = cli._parser().parse_args([*OFFLINE, *SMALL, "--dtype", "float16"])
+    args = cli.make_parser().parse_args([*OFFLINE, *SMALL, "--dtype", "float16"])
     target = targets.find_target(args.device, args.offline)
     with Session(target.key, target.machine, None, Options(jobs=1)) as session_:
-        (space,) = session_.spaces(cli._problems(args))
+        (space,) = session_.spaces(cli.problems_of(args))
         (size,) = session_.plan([space]).sizes
     assert size == distinct(space) < len(space.feasible)
 
@@ -175,15 +175,21 @@ def test_a_report_that_can_no_longer_be_written_costs_the_report_only(run, monke
     assert store.read_all()
 
 
-def test_ctrl_c_writes_the_report_that_was_asked_for(run, tmp_path, monkeypatch):
-    real, count = InstantPool.submit, itertools.count()
+def interrupt_at(number, monkeypatch):
+    """Ctrl-C before the trial of this number; the method that it replaces."""
+    real, count = Search._look_at, itertools.count()
 
-    def submit(self, config, traits):
-        if next(count) == 6:
+    def look_at(self, *trial):
+        if next(count) == number:
             raise KeyboardInterrupt
-        return real(self, config, traits)
+        return real(self, *trial)
 
-    monkeypatch.setattr(InstantPool, "submit", submit)
+    monkeypatch.setattr(Search, "_look_at", look_at)
+    return real
+
+
+def test_ctrl_c_writes_the_report_that_was_asked_for(run, tmp_path, monkeypatch):
+    interrupt_at(5, monkeypatch)
     status, out, err = run(*OFFLINE, *SMALL, "--trials", 9, "--jobs", 1, "--report", "r.html")
     assert status == 130 and err.endswith("stopped; the same command goes on from here\n")
     (found,) = store.read_all()[DeviceKey("sm_80", "sm_80", 0)]
@@ -203,21 +209,12 @@ def test_where_the_cache_cannot_be_written_work_goes_on(run, tmp_path, monkeypat
 
 
 def test_ctrl_c_says_how_to_go_on_and_shows_what_there_is(run, monkeypatch):
-    real = InstantPool.submit
-
-    def submit(self, config, traits):
-        if str(config) in seen:
-            raise KeyboardInterrupt
-        seen.append(str(config))
-        return real(self, config, traits)
-
-    seen = []
     command = (*OFFLINE, *SMALL, "--trials", 2, "--seqlen", 4096, 8192, "--quiet")
-    monkeypatch.setattr(InstantPool, "submit", submit)
+    real = interrupt_at(2, monkeypatch)
     status, out, err = run(*command)
     assert (status, err) == (130, "stopped; the same command goes on from here\n")
     assert CLASS in out and "q8192" not in out
-    monkeypatch.setattr(InstantPool, "submit", real)
+    monkeypatch.setattr(Search, "_look_at", real)
     status, out, _ = run(*command)
     assert status == 0 and CLASS in out and "q8192" in out
 

@@ -190,7 +190,7 @@ def test_outliers_do_not_flatten_the_pictures(outlier):
 
 
 def test_what_was_never_compiled_is_not_called_stopped():
-    never = Record("sm80-m16n64w4s1", "slow", "not compiled: ...", predicted_ms=3.5)
+    never = Record("sm80-m16n64w4s1", "estimated", "not compiled: ...", predicted_ms=3.5)
     offline = predicted_result()
     caption = charts.history(replace(offline, records=[*offline.records, never])).caption
     assert "not compiled" in html.unescape(caption) and "stopped" not in caption
