@@ -138,7 +138,7 @@ def test_what_lies_between_rows_of_out_is_left_alone(on):
     options = {"config": "sm90-m64n32w4s1", "out_dtype": "float32"}
     assert numflash.attention(q, k, v, **options, out=out) is out
     assert (room[..., 33:] == 7).all()
-    np.testing.assert_array_equal(out, numflash.attention(q, k, v, out_dtype="float32"))
+    np.testing.assert_array_equal(out, numflash.attention(q, k, v, **options))
 
 
 def test_float32_is_float32_anyhow():
