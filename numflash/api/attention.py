@@ -247,9 +247,9 @@ def attention_backward(
         delta: the sum over head_dim_v of dout * out, where the caller has it: shaped like lse,
             float32, any strides.
         wrt: what to return gradients of, in this order: "q", "k", "v"; with sinks "sinks"; with
-            alibi_slopes "alibi_slopes"; with bias "bias"; "aux0", "aux1", ... of arrays of float16,
-            bfloat16 or float32 that score_mod reads. Kernels that make none of them do not run.
-            None is ("q", "k", "v"), and with sinks also "sinks".
+            alibi_slopes "alibi_slopes"; with bias "bias"; "aux0", "aux1", ... of arrays of
+            float16, bfloat16 or float32 that score_mod reads. Kernels that make none of them do
+            not run. None is ("q", "k", "v"), and with sinks also "sinks".
         grad_dtype: "float32" leaves dq, dk and dv, and gradients of arrays that scores read, in
             float32, as they were summed, where q, k and v have fewer bits; None is the dtype of q,
             and of the array.
@@ -270,8 +270,8 @@ def attention_backward(
             each element has a gradient of its own. Elements that no score reads have gradient 0.
             An array that is read once, at batch, head, q_idx and kv_idx themselves, has a sum in
             a fixed order. Any other, as a table that is read at a computed place, has one of
-            integers of 64 bits, in units of at most 2 ** -59 of the sum of all absolute values: each
-            score loses less than one. Where one of them is infinite or NaN, all are NaN.
+            integers of 64 bits, in units of at most 2 ** -59 of the sum of all absolute values:
+            each score loses less than one. Where one of them is infinite or NaN, all are NaN.
         The same call gives the same bits every time: floats are added in a fixed order.
 
     Raises:
