@@ -30,7 +30,7 @@ from numflash.runtime.arrays import library_of, stream_address, to_numpy
 from numflash.selection.choice import split_configs
 
 # Options that `attention_backward` alone has.
-_OF_BACKWARD = ("dlse", "wrt")
+_OF_BACKWARD = ("dlse", "wrt", "grad_dtype")
 _OF_ARRAYS = re.compile(r"dbias|daux\d+", re.ASCII)
 _EPSILON = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "tf32": 2.0**-11}
 
@@ -104,7 +104,7 @@ def check(q, k, v, *, dout=None, **options) -> CheckReport:
     Args:
         q, k, v: as for `numflash.attention`.
         dout: gradient of the output; with it the gradients are checked as well.
-        options: the options of `numflash.attention`, and `dlse` and `wrt` of
+        options: the options of `numflash.attention`, and `dlse`, `wrt` and `grad_dtype` of
             `numflash.attention_backward`. `config` may be a dictionary that also names configs
             for the backward, by family.
 
@@ -150,7 +150,7 @@ def check(q, k, v, *, dout=None, **options) -> CheckReport:
     out, lse = api.attention(q, k, v, return_lse=True, config=forward_configs, **options)
     got = {"out": out, "lse": lse}
     if dout is not None:
-        backward_options = {n: o for n, o in options.items() if n != "out"}
+        backward_options = {n: o for n, o in options.items() if n not in ("out", "out_dtype")}
         gradients = api.attention_backward(
             dout, q, k, v, out, lse, config=backward_configs, **backward_options, **of_backward
         )

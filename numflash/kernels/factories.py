@@ -11,6 +11,7 @@ FACTORIES = {
     ("mma", "forward"): "mma.forward.make_forward_kernel",
     ("mma", "backward-dkdv"): "mma.backward_dkdv.make_backward_dkdv_kernel",
     ("mma", "backward-dq"): "mma.backward_dq.make_backward_dq_kernel",
+    ("mma", "backward-rows"): "mma.backward_rows.make_backward_rows_kernel",
     ("mma", "backward"): "mma.backward.make_backward_kernel",
     ("mma", "reduce-dq"): "mma.reduce_dq.make_reduce_dq_kernel",
     ("mma-fp8", "forward"): "mma.fp8_forward.make_forward_kernel",

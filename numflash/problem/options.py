@@ -162,6 +162,7 @@ OPTIONS = (
     Option("config", None),
     Option("fp8", None, _expect_recipe),
     Option("max_rel_error", None, _expect_error),
+    Option("out_dtype", None),
 )
 """In the order of the fields of `AttentionOptions`."""
 ARRAY_OPTIONS = tuple(option.name for option in OPTIONS if option.is_array)
@@ -177,7 +178,7 @@ _Options = namedtuple(
 # Types in an option's key: numbers, and types that no other type is equal to.
 _SCALARS = tuple(row.option for row in FEATURES if not row.is_array and row.numbers is None)
 _NUMBERS = attrgetter("softmax_scale", "causal", "shift", "max_rel_error", *_SCALARS)
-_WORDS = attrgetter("causal_align", "layout", "precision", "fp8")
+_WORDS = attrgetter("causal_align", "layout", "precision", "fp8", "out_dtype")
 # What finds the numbers of a launch, and the options that it takes.
 _FILLED_IN = tuple(
     (row.numbers, attrgetter(row.option, *(each.name for each in row.beside)))

@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from numflash.configs.features import FEATURES, Feature, default_gradients
+from numflash.functions.plain import on_arrays
 
 # Half the length of the line through a function that gives its slope.
 _NEAR = 1e-6
@@ -294,7 +295,9 @@ def _gradients_of_arrays(operands, of_scores, slopes, options, sign=np.asarray) 
                 probe = _Probe(aux[place], number, step)
                 given = [*aux[:place], probe, *aux[place + 1 :]]
                 with np.errstate(all="ignore"):
-                    ends.append(options["score_mod"](before, *axes, *given))
+                    of_both = options.get("mask_mod") is not None
+                    places = (before, *axes)
+                    ends.append(on_arrays(options["score_mod"], places, given, of_both))
             count = probe.count
             if probe.index is not None:
                 slope = np.where(of_scores == 0, 0, (ends[1] - ends[0]) / (2 * _NEAR))
@@ -454,16 +457,20 @@ def _given_scores(s, options):
     aux = [np.asarray(x) for x in options.get("aux") or ()]
     if options.get("bias") is not None:
         s = s + _part(options["bias"], axes).astype(s.dtype)
-    if (score_mod := options.get("score_mod")) is not None:
+    score_mod, mask_mod = options.get("score_mod"), options.get("mask_mod")
+    of_both = score_mod is not None and mask_mod is not None
+    if score_mod is not None:
         exact = s.astype(np.float64)
         with np.errstate(all="ignore"):
-            low, high = (score_mod(exact + x, *axes, *aux) for x in (-_NEAR, _NEAR))
+            near = (exact + x for x in (-_NEAR, _NEAR))
+            low, high = (on_arrays(score_mod, (x, *axes), aux, of_both) for x in near)
             slope = ((high - low) / (2 * _NEAR)).astype(s.dtype)
-            s = np.broadcast_to(score_mod(s, *axes, *aux), s.shape).astype(s.dtype)
+            new = on_arrays(score_mod, (s, *axes), aux, of_both)
+            s = np.broadcast_to(new, s.shape).astype(s.dtype)
     if options.get("mask") is not None:
         kept = kept & _part(options["mask"], axes)
-    if (mask_mod := options.get("mask_mod")) is not None:
-        kept = kept & mask_mod(*axes, *aux)
+    if mask_mod is not None:
+        kept = kept & on_arrays(mask_mod, axes, aux, of_both)
     return s, slope, kept
 
 

@@ -30,7 +30,8 @@ from numflash.tiles.steps import make_steps_of, make_tile_at
 
 def make_backward_columns_kernel(config: BackwardColumnsConfig, traits: Traits) -> Kernel:
     """The kernel for one config; see the module's docstring."""
-    tile_m, tile_n, num_warps = config.tile_m, config.tile_n, config.num_warps
+    tile_m, tile_n = config.tile_m, config.tile_n
+    num_warps, num_threads = config.num_warps, config.num_threads
     load_queries, load_keys, compute, place, rows, columns = make_score_gradients(config, traits)
     n_scores, storage = rows * columns, ELEMENTS[traits.dtype].storage
     # K has room for a tile_n of each warp: its rows are longer than 32, the most warps.
@@ -98,11 +99,11 @@ def make_backward_columns_kernel(config: BackwardColumnsConfig, traits: Traits) 
         # The sums of all warps must have arrived.
         cuda.syncthreads()
         first_key = i64(batch * shape.num_heads_q + head) * shape.seqlen_k + sequence.first_k
-        for c in range(cuda.threadIdx.x, tile_n, config.num_threads):
+        for c in range(cuda.threadIdx.x, tile_n, num_threads):
             if n_start + c < sequence.seqlen_k:
                 total = f32(0)
                 for w in range(num_warps):
                     total += smem[sums_smem + tile_n * w + c]
                 column_gradients[first_key + n_start + c] = total
 
-    return Kernel(config.family, backward_columns, config.num_threads, config.smem_bytes(traits))
+    return Kernel(config.family, backward_columns, num_threads, config.smem_bytes(traits))

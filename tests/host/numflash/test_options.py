@@ -33,7 +33,8 @@ def _asked(monkeypatch, function, *arrays, **given) -> AttentionOptions:
 def test_every_option_comes_by_its_name(monkeypatch, function, arrays):
     """Public functions pass options by position: each must arrive in its own field."""
     taken = inspect.signature(function).parameters
-    assert {name for name in NAMES if name in taken} >= {*NAMES} - {"fp8", "max_rel_error"}
+    of_results = {"fp8", "max_rel_error", "out_dtype"}
+    assert {name for name in NAMES if name in taken} >= {*NAMES} - of_results
     for name in NAMES:
         if name in taken:
             mark = object()
@@ -70,6 +71,7 @@ def test_the_key_tells_apart_whatever_a_call_is_made_ready_for():
         "config": "m16n16w2",
         "fp8": numflash.Fp8Recipe("token"),
         "max_rel_error": 0.5,
+        "out_dtype": "float32",
     }
     # Of numbers that a launch fills in the key has the names.
     assert set(others) == {*NAMES} - {*ARRAY_OPTIONS, "dropout_p"}
