@@ -31,6 +31,7 @@ def attention(
     bias=None,
     mask=None,
     score_mod: Callable | None = None,
+    score_mod_grad: Callable | None = None,
     mask_mod: Callable | None = None,
     aux: tuple = (),
     block_mask=None,
@@ -43,6 +44,7 @@ def attention(
     max_rel_error: float | None = None,
     return_lse: bool = False,
     return_decision: bool = False,
+    out_dtype: str | None = None,
     out=None,
     stream=None,
     config: str | Config | dict[str, str | Config] | None = None,
@@ -92,6 +94,8 @@ def attention(
         score_mod: score_mod(score, batch, head, q_idx, kv_idx, *aux) -> score, a Python function
             of symbolic numbers (`numflash.math`): what becomes of a score, which arrives scaled,
             after softcap, ALiBi and bias, and before masks.
+        score_mod_grad: the derivative of score_mod by the score, of the same arguments. numflash
+            finds it, unless score_mod has a Python `if` that depends on a symbol.
         mask_mod: mask_mod(batch, head, q_idx, kv_idx, *aux) -> boolean: which keys a query sees,
             besides what mask, causal and window_size hide.
         aux: arrays, and numbers that change from call to call, that score_mod and mask_mod get.
@@ -117,6 +121,8 @@ def attention(
             that of its result; None means 0.1. The error of 8 bits on random numbers is 0.05.
         return_lse: also return the log-sum-exp.
         return_decision: with precision="auto", also return which heads were computed in 8 bits.
+        out_dtype: "float32" leaves the result in float32, as it was summed, where q, k and v have
+            fewer bits; None is the dtype of q.
         out: an array to write the result to; it must not overlap an input. What reads it must
             come after the call on `stream`.
         stream: a CUDA stream, or its address, to allocate and launch on; None is the current one
@@ -126,8 +132,8 @@ def attention(
             one that `numflash-tune` has found, else one by rule. `explain_dispatch` names it.
 
     Returns:
-        out: (batch, seqlen_q, num_heads_q, head_dim_v) in the layout, dtype and kind of q. A
-            query that sees no key gives 0.
+        out: (batch, seqlen_q, num_heads_q, head_dim_v) in the layout and kind of q, and its dtype
+            or out_dtype. A query that sees no key gives 0.
         lse: with return_lse, (batch, num_heads_q, seqlen_q) float32: the natural logarithm of the
             sum of exponentials of the scores; where a query sees no key -inf, or its sink. Without
             batch or heads axes in q, these are absent here too.
@@ -170,6 +176,7 @@ def attention(
         bias,
         mask,
         score_mod,
+        score_mod_grad,
         mask_mod,
         aux,
         block_mask,
@@ -178,6 +185,7 @@ def attention(
         config,
         fp8,
         max_rel_error,
+        out_dtype,
     )
     options = with_own_block_mask(options, stream)
     if return_decision and precision != "auto":
@@ -212,6 +220,7 @@ def attention_backward(
     bias=None,
     mask=None,
     score_mod: Callable | None = None,
+    score_mod_grad: Callable | None = None,
     mask_mod: Callable | None = None,
     aux: tuple = (),
     block_mask=None,
@@ -220,6 +229,7 @@ def attention_backward(
     dlse=None,
     delta=None,
     wrt: tuple[str, ...] | None = None,
+    grad_dtype: str | None = None,
     stream=None,
     config: dict[str, str | Config] | None = None,
 ):
@@ -229,16 +239,18 @@ def attention_backward(
         dout: gradient of the result, shaped like it.
         q, k, v: as given to `attention`.
         out, lse: as returned by `attention(..., return_lse=True)`. With delta out is not read,
-            and may be None.
+            and may be None. out may be float32, as out_dtype leaves it; dout has the dtype of q.
         softmax_scale, causal, causal_align, shift, window_size, softcap, alibi_slopes, sinks,
-            dropout_p, seed, origin, bias, mask, score_mod, mask_mod, aux, block_mask, layout,
-            precision, stream: as given to `attention`.
+            dropout_p, seed, origin, bias, mask, score_mod, score_mod_grad, mask_mod, aux,
+            block_mask, layout, precision, stream: as given to `attention`.
         dlse: gradient of lse, where a loss depends on it: shaped like lse, float32, any strides.
         delta: the sum over head_dim_v of dout * out, where the caller has it: shaped like lse,
             float32, any strides.
         wrt: what to return gradients of, in this order: "q", "k", "v"; with sinks "sinks"; with
             alibi_slopes "alibi_slopes". Kernels that make none of them do not run. None is
             ("q", "k", "v"), and with sinks also "sinks".
+        grad_dtype: "float32" leaves dq, dk and dv in float32, as they were summed, where q, k and
+            v have fewer bits; None is the dtype of q.
         config: kernels to run instead of those that numflash chooses, by family: "backward-dkdv"
             and "backward-dq"; or "backward", one kernel for all gradients, which takes five
             products a tile instead of seven and num_splits more float32 copies of dq.
@@ -287,6 +299,7 @@ def attention_backward(
         bias,
         mask,
         score_mod,
+        score_mod_grad,
         mask_mod,
         aux,
         block_mask,
@@ -303,7 +316,7 @@ def attention_backward(
         if array is not None:
             arrays[name] = array
     wrt = tuple(wrt) if isinstance(wrt, list) else wrt
-    backward, operands, stream = prepare(Backward, arrays, options, stream, wrt)
+    backward, operands, stream = prepare(Backward, arrays, options, stream, wrt, grad_dtype)
     library = library_of(q, "q")
 
     def work(stream: int) -> tuple:

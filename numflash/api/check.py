@@ -13,6 +13,7 @@ On 8-bit floats the specification, `reference.attention_fp8`, takes the place of
 implementation: the error of quantisation is in it, and is not the kernel's.
 """
 
+import re
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -29,7 +30,8 @@ from numflash.runtime.arrays import library_of, stream_address, to_numpy
 from numflash.selection.choice import split_configs
 
 # Options that `attention_backward` alone has.
-_OF_BACKWARD = ("dlse", "wrt")
+_OF_BACKWARD = ("dlse", "wrt", "grad_dtype")
+_OF_ARRAYS = re.compile(r"dbias|daux\d+", re.ASCII)
 _EPSILON = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "tf32": 2.0**-11}
 
 
@@ -102,7 +104,7 @@ def check(q, k, v, *, dout=None, **options) -> CheckReport:
     Args:
         q, k, v: as for `numflash.attention`.
         dout: gradient of the output; with it the gradients are checked as well.
-        options: the options of `numflash.attention`, and `dlse` and `wrt` of
+        options: the options of `numflash.attention`, and `dlse`, `wrt` and `grad_dtype` of
             `numflash.attention_backward`. `config` may be a dictionary that also names configs
             for the backward, by family.
 
@@ -148,7 +150,7 @@ def check(q, k, v, *, dout=None, **options) -> CheckReport:
     out, lse = api.attention(q, k, v, return_lse=True, config=forward_configs, **options)
     got = {"out": out, "lse": lse}
     if dout is not None:
-        backward_options = {n: o for n, o in options.items() if n != "out"}
+        backward_options = {n: o for n, o in options.items() if n not in ("out", "out_dtype")}
         gradients = api.attention_backward(
             dout, q, k, v, out, lse, config=backward_configs, **backward_options, **of_backward
         )
@@ -157,10 +159,17 @@ def check(q, k, v, *, dout=None, **options) -> CheckReport:
     host = {name: to_numpy(array) for name, array in given.items()}
     host_options = _on_host(options, q, k)
     precision = host_options.pop("precision", None) or library_of(q, "q").view(q, "q").dtype
+    # The gradient of an array that scores read has the array's dtype.
+    dtypes = {
+        name: library_of(array, name).view(array, name).dtype
+        for name, array in got.items()
+        if _OF_ARRAYS.fullmatch(name)
+    }
     return compare(
         {name: to_numpy(array) for name, array in got.items()},
         *host.values(),
         precision=precision,
+        dtypes=dtypes,
         dout=None if dout is None else to_numpy(dout),
         **host_options,
         **_on_host(of_backward, q, k),
@@ -178,6 +187,9 @@ def _on_host(options: dict, q, k) -> dict:
     arrays = *ARRAY_OPTIONS, "dlse"
     given = [name for name in arrays if options.get(name) is not None]
     options |= {name: to_numpy(options[name]) for name in given}
+    if "aux" in options:
+        given = options["aux"]
+        options["aux"] = tuple(to_numpy(x) if hasattr(x, "shape") else x for x in given)
     blocks = options.pop("block_mask", None)
     if blocks is not None:
         layout, mask = options.get("layout", "bshd"), options.get("mask")
@@ -295,8 +307,13 @@ def _tokens_per_scale(recipe: Fp8Recipe) -> int:
     return 1 if recipe.granularity == "token" else recipe.block
 
 
-def compare(got: dict, q, k, v, *, precision: str, dout=None, **options) -> CheckReport:
-    """Compare results, by name, with float64; everything in NumPy."""
+def compare(
+    got: dict, q, k, v, *, precision: str, dtypes: dict | None = None, dout=None, **options
+) -> CheckReport:
+    """Compare results, by name, with float64; everything in NumPy.
+
+    `dtypes` are those of results that do not have `precision`.
+    """
     exact = dict(zip(("out", "lse"), reference.attention(q, k, v, **options), strict=True))
     naive = dict(
         zip(
@@ -320,10 +337,12 @@ def compare(got: dict, q, k, v, *, precision: str, dout=None, **options) -> Chec
         * _largest_finite(sums)
         for name, sums in reference.magnitudes(q, k, v, dout, **options).items()
     }
+    dtypes = dtypes or {}
+    epsilons = {n: max(epsilon, _EPSILON[dtypes[n]]) if n in dtypes else epsilon for n in got}
     # lse is float32 whatever the inputs are, but its scores are not more exact than they.
     return CheckReport(
         tuple(
-            measure(name, array, exact[name], naive[name], epsilon, remainders[name])
+            measure(name, array, exact[name], naive[name], epsilons[name], remainders[name])
             for name, array in got.items()
         ),
         lse_factor,

@@ -97,6 +97,8 @@ def explain_dispatch(q, k, v, *, arch: str | None = None, **options) -> Explanat
     gpu = None if arch is None else find(arch)
     descales = tuple(options.pop(f"{name}_descale", None) for name in "qkv")
     options = AttentionOptions.of("explain_dispatch", options, ("arch",))
+    # A number in an array's place is no array.
+    options.numbers()
     options = with_own_block_mask(options)
     if options.max_rel_error is not None:
         options = with_budget(options)

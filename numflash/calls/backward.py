@@ -17,12 +17,20 @@ from numflash.calls.arguments import (
     traits_of,
     with_contiguous_rows,
 )
+from numflash.calls.array_gradients import kernels_of_array
 from numflash.calls.forward import Launches
 from numflash.calls.launch import Launcher
 from numflash.kernels.arguments import Tensor as TensorRecord
+from numflash.problem.array_gradients import ArrayGradient, array_gradients
 from numflash.problem.gradients import Gradients
 from numflash.problem.options import AttentionOptions
-from numflash.problem.problem import AttentionProblem, as_tensor, describe, expect_like
+from numflash.problem.problem import (
+    AttentionProblem,
+    as_tensor,
+    describe,
+    expect_like,
+    expect_out_dtype,
+)
 from numflash.runtime.arrays import ArrayLibrary
 from numflash.runtime.driver import machine_of
 from numflash.runtime.views import ArrayView, Operand, fresh
@@ -53,6 +61,7 @@ class Backward:
         views: dict[str, ArrayView],
         options: AttentionOptions,
         wrt: tuple[str, ...] | None = None,
+        grad_dtype: str | None = None,
     ):
         """Check, choose and build. Raises as `numflash.attention_backward`.
 
@@ -61,17 +70,28 @@ class Backward:
                 gradient; the options that are arrays.
             options: of the call.
             wrt: what gradients are of; None is the default.
+            grad_dtype: of dq, dk and dv; None is that of q.
         """
         results = tuple(name for name in ("dout", "out") if name in views)
         rows, self._copied = with_contiguous_rows(views, (*_OPERANDS, *results))
         problem, tensors = describe(rows, options)
-        gradients = Gradients.of(
-            problem.feature_names, wrt, dlse="dlse" in views, delta="delta" in views
-        )
+        arrays = {} if wrt is None else array_gradients(problem, rows, options)
         q, layout = rows["q"], options.layout
+        grad_dtype = expect_out_dtype("grad_dtype", grad_dtype, q.dtype)
+        out_is_longer = "out" in views and rows["out"].dtype == "float32" != q.dtype
+        gradients = Gradients.of(
+            problem.feature_names,
+            wrt,
+            arrays,
+            dlse="dlse" in views,
+            delta="delta" in views,
+            float32_out=out_is_longer,
+            in_float32=grad_dtype != q.dtype,
+        )
         out_shape = (*q.shape[:-1], problem.head_dim_v)
         for name in results:
-            expect_like(name, rows[name], out_shape, q.dtype, q.device)
+            dtype = "float32" if name == "out" and out_is_longer else q.dtype
+            expect_like(name, rows[name], out_shape, dtype, q.device)
             tensors["do" if name == "dout" else name] = as_tensor(name, rows[name], layout)
         expect_like("lse", rows["lse"], lse_shape(problem, q), "float32", q.device)
         if not rows["lse"].is_contiguous:
@@ -87,7 +107,7 @@ class Backward:
         if gradients.delta:
             given["delta"] = given["delta"]._replace(data=_GIVEN_DELTA)
         for name in _OPERANDS:
-            gradient = fresh(rows[name].shape, q.dtype, q.device)
+            gradient = fresh(rows[name].shape, grad_dtype, q.device)
             tensors["d" + name] = as_tensor("d" + name, gradient, layout)
         self.device, self._gradients = q.device, gradients
         self._arguments = arguments_of(problem, tensors)
@@ -100,8 +120,10 @@ class Backward:
         self._shapes = {
             name: (*rows[name].shape[:-1], problem.num_heads_q)
             for name in gradients.wrt
-            if name not in _OPERANDS
+            if name not in (*_OPERANDS, *arrays)
         }
+        # Parts of workspaces: (workspace, from, to).
+        self._parts: dict[str, tuple[str, int, int]] = {}
         self._launchers: dict[str, Launcher] = {}
         selection = select(
             problem,
@@ -115,13 +137,15 @@ class Backward:
         made = {"q"} & {*gradients.wrt}
         if selection.backward.keys() & {FUSED, "backward-dkdv"}:
             made |= {"k", "v"}
-        self._results = {f"d{name}": Allocated(rows[name].shape, q.dtype) for name in made}
+        self._results = {f"d{name}": Allocated(rows[name].shape, grad_dtype) for name in made}
         if selection.delta.traits.plain_delta:
             self._workspaces["plain_delta"] = self._of_queries
         self._add(problem, "delta", selection.delta)
         for family, choice in selection.backward.items():
             add = self._add_fused if family == FUSED else self._add
             add(problem, family, choice)
+        for gradient in gradients.arrays:
+            self._add_array(problem, gradient, selection.arrays[gradient.name])
         for launcher in self._launchers.values():
             launcher.build()
 
@@ -177,6 +201,21 @@ class Backward:
             launcher = self._launcher(reduction, tiles, arguments)
             self._launchers[reduction.config.family] = launcher
 
+    def _add_array(
+        self, problem: AttentionProblem, gradient: ArrayGradient, choices: tuple[Choice, ...]
+    ) -> None:
+        """The kernels for the gradient of an array that scores read."""
+        self._results[f"d{gradient.name}"] = Allocated(gradient.shape, gradient.dtype)
+        if not math.prod(gradient.shape):
+            return
+        made = kernels_of_array(problem, gradient, choices, self._arguments)
+        self._workspaces |= {n: Allocated(*each) for n, each in made.workspaces.items()}
+        self._parts |= made.parts
+        for number, (choice, blocks, arguments) in enumerate(made.launches):
+            if blocks:
+                launcher = self._launcher(choice, blocks, self._arguments | arguments)
+                self._launchers[f"{choice.family} of {gradient.name}, {number}"] = launcher
+
     def _launcher(self, choice: Choice, num_blocks: int, arguments: dict) -> Launcher:
         """A kernel for the problem, with all but addresses bound."""
         return Launcher(choice.config, choice.traits, self.device, num_blocks, arguments)
@@ -198,5 +237,7 @@ class Backward:
         for name, (shape, dtype) in (self._workspaces | self._results).items():
             arrays[name] = library.empty(shape, dtype, self.device)
             operands[name] = library.operand(arrays[name])
+        for name, (whole, first, end) in self._parts.items():
+            operands[name] = library.operand(arrays[whole][first:end])
         launches = {family: each.bind(operands) for family, each in self._launchers.items()}
         return [arrays["d" + name] for name in self._gradients.wrt], launches

@@ -29,19 +29,26 @@ from numflash.configs.mma import (
     MmaBackwardConfig,
     MmaBackwardDkDvConfig,
     MmaBackwardDqConfig,
+    MmaBackwardRowsConfig,
     MmaConfig,
     MmaForwardConfig,
     ReduceDqConfig,
 )
 from numflash.configs.portable import (
     PORTABLE_CONFIGS,
+    ArraySumsConfig,
+    BackwardColumnsConfig,
     BackwardDkDvConfig,
     BackwardDqConfig,
     BackwardRowsConfig,
+    BackwardScatterConfig,
+    BackwardTilesConfig,
+    ClearSumsConfig,
     CombineConfig,
     DeltaConfig,
     ForwardConfig,
     HeadSumsConfig,
+    RoundSumsConfig,
     SmemLayout,
 )
 from numflash.configs.quantize import (
@@ -76,8 +83,14 @@ Config = (
     | BackwardDkDvConfig
     | BackwardDqConfig
     | BackwardRowsConfig
+    | BackwardColumnsConfig
+    | BackwardTilesConfig
+    | BackwardScatterConfig
     | DeltaConfig
     | HeadSumsConfig
+    | ArraySumsConfig
+    | ClearSumsConfig
+    | RoundSumsConfig
     | CombineConfig
     | MmaConfig
     | QuantizeConfig
@@ -117,10 +130,15 @@ __all__ = [
     "SLAB_BYTES",
     "WARPGROUP_ROWS",
     "AmaxConfig",
+    "ArraySumsConfig",
     "Asked",
+    "BackwardColumnsConfig",
     "BackwardDkDvConfig",
     "BackwardDqConfig",
     "BackwardRowsConfig",
+    "BackwardScatterConfig",
+    "BackwardTilesConfig",
+    "ClearSumsConfig",
     "CombineConfig",
     "Config",
     "DeltaConfig",
@@ -136,10 +154,12 @@ __all__ = [
     "MmaBackwardConfig",
     "MmaBackwardDkDvConfig",
     "MmaBackwardDqConfig",
+    "MmaBackwardRowsConfig",
     "MmaConfig",
     "MmaForwardConfig",
     "QuantizeConfig",
     "ReduceDqConfig",
+    "RoundSumsConfig",
     "Sm90ForwardConfig",
     "Sm90Fp8ForwardConfig",
     "SmemLayout",

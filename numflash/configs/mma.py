@@ -85,7 +85,8 @@ class MmaConfig(Lettered):
             raise ValueError(f"{type(self).__name__} {self}: a block has at most 32 warps")
         if self.num_stages > MAX_STAGES:
             raise ValueError(f"{type(self).__name__} {self}: at most {MAX_STAGES} stages")
-        if self.num_splits > 1 and self.family in ("backward-dkdv", "backward-dq"):
+        unsplit = "backward-dkdv", "backward-dq", "backward-rows"
+        if self.num_splits > 1 and self.family in unsplit:
             raise ValueError(
                 f"{type(self).__name__} {self}: only forward and backward can be split, not "
                 f"{self.family}"
@@ -225,6 +226,17 @@ class MmaBackwardDqConfig(MmaConfig):
 
 
 @dataclass(frozen=True)
+class MmaBackwardRowsConfig(MmaBackwardDqConfig):
+    """A block computes a number for each of tile_m rows of Q; K and V come in tiles of tile_n."""
+
+    family: ClassVar = "backward-rows"
+
+    def accumulators_per_thread(self, traits: Traits) -> int:
+        """float32 accumulators that a thread keeps through the main loop."""
+        return self._gradient_scores(traits) + 2 * self.m_tiles
+
+
+@dataclass(frozen=True)
 class MmaBackwardDkDvConfig(MmaConfig):
     """A block computes tile_n rows of dK and dV; Q and dO come in tiles of tile_m."""
 
@@ -331,6 +343,7 @@ MMA_CONFIGS: dict[str, type] = {
         MmaForwardConfig,
         MmaBackwardDkDvConfig,
         MmaBackwardDqConfig,
+        MmaBackwardRowsConfig,
         MmaBackwardConfig,
         ReduceDqConfig,
     )
@@ -389,6 +402,7 @@ _PREFERENCES = {
         "m16n16w1s1-apart",
     ),
 }
+_PREFERENCES["backward-rows"] = _PREFERENCES["backward-dq"]
 _PREFERENCES["reduce-dq"] = _PREFERENCES["backward"]
 WARPS_PER_SM = (8, 4, 1)
 """Warps that should fit on an SM at once, the best number first."""

@@ -145,11 +145,11 @@ class BackwardDqConfig(_Tiled):
         return 2 * self._scores_per_thread() + self._rows_per_thread() * (traits.head_dim // 8)
 
 
-@dataclass(frozen=True)
-class BackwardRowsConfig(_Tiled):
-    """A block computes a number for each of tile_m rows of Q; K and V come in tiles of tile_n."""
+class _OfScores(_Tiled):
+    """Common to the kernels that make dS again, for the gradient of something scores are made of.
 
-    family: ClassVar = "backward-rows"
+    Q and dO come in tiles of tile_m, K and V in tiles of tile_n.
+    """
 
     def smem_layout(self, traits: Traits) -> SmemLayout:
         """The shared-memory tiles of a kernel with these traits."""
@@ -160,9 +160,54 @@ class BackwardRowsConfig(_Tiled):
             v=(self.tile_n, traits.head_dim_v),
         )
 
+
+@dataclass(frozen=True)
+class BackwardRowsConfig(_OfScores):
+    """A block computes a number for each of tile_m rows of Q."""
+
+    family: ClassVar = "backward-rows"
+
     def accumulators_per_thread(self, traits: Traits) -> int:
         """float32 accumulators that a thread keeps through the main loop."""
         return 2 * self._scores_per_thread() + self._rows_per_thread()
+
+
+@dataclass(frozen=True)
+class BackwardColumnsConfig(_OfScores):
+    """A block computes a number for each of tile_n keys."""
+
+    family: ClassVar = "backward-columns"
+
+    @property
+    def block_rows(self) -> int:
+        """Rows of the output that one block computes."""
+        return self.tile_n
+
+    def accumulators_per_thread(self, traits: Traits) -> int:
+        """float32 accumulators that a thread keeps through the main loop."""
+        return 2 * self._scores_per_thread() + self.tile_n // 8
+
+
+@dataclass(frozen=True)
+class BackwardTilesConfig(_OfScores):
+    """A block computes a number for each of tile_m queries and tile_n keys."""
+
+    family: ClassVar = "backward-tiles"
+
+    def accumulators_per_thread(self, traits: Traits) -> int:
+        """float32 accumulators that a thread keeps through the main loop."""
+        return 3 * self._scores_per_thread()
+
+
+@dataclass(frozen=True)
+class BackwardScatterConfig(_OfScores):
+    """A block adds what tile_m rows of Q contribute to the sums of an array."""
+
+    family: ClassVar = "backward-scatter"
+
+    def accumulators_per_thread(self, traits: Traits) -> int:
+        """float32 accumulators that a thread keeps through the main loop; a sum of 64 bits."""
+        return 2 * self._scores_per_thread() + 4
 
 
 @dataclass(frozen=True)
@@ -249,6 +294,34 @@ class HeadSumsConfig(_ByRow):
 
 
 @dataclass(frozen=True)
+class ArraySumsConfig(HeadSumsConfig):
+    """Each block adds up what rows or columns of heads add to an element of a gradient."""
+
+    family: ClassVar = "array-sums"
+
+
+@dataclass(frozen=True)
+class ClearSumsConfig(_ByRow):
+    """Each thread writes a zero."""
+
+    num_warps: int = number("w", 8, always=True)
+
+    family: ClassVar = "clear-sums"
+
+    @property
+    def block_rows(self) -> int:
+        """Elements that one block has."""
+        return self.num_threads
+
+
+@dataclass(frozen=True)
+class RoundSumsConfig(ClearSumsConfig):
+    """Each thread makes a float of a sum in fixed point."""
+
+    family: ClassVar = "round-sums"
+
+
+@dataclass(frozen=True)
 class CombineConfig(_ByRow):
     """Each block puts one row of O together from the parts of a forward split over keys.
 
@@ -285,22 +358,31 @@ PORTABLE_CONFIGS: dict[str, type] = {
         BackwardDkDvConfig,
         BackwardDqConfig,
         BackwardRowsConfig,
+        BackwardColumnsConfig,
+        BackwardTilesConfig,
+        BackwardScatterConfig,
         DeltaConfig,
         HeadSumsConfig,
+        ArraySumsConfig,
+        ClearSumsConfig,
+        RoundSumsConfig,
         CombineConfig,
     )
 }
 """Kernel family -> its config class."""
 
+_OF_SCORES = ("m64n32w4", "m32n32w4", "m32n16w4", "m16n16w4", "m16n8w4")
 # Preferred first. The first that the rows fill, whose registers fit the head dims and whose shared
 # memory fits the device is the default.
 _PREFERENCES = {
     "forward": ("m64n64w4", "m64n32w4", "m32n32w4", "m32n16w4", "m16n16w4"),
     "backward-dq": ("m64n32w4", "m32n32w4", "m32n16w4", "m16n16w4", "m16n8w4"),
-    "backward-rows": ("m64n32w4", "m32n32w4", "m32n16w4", "m16n16w4", "m16n8w4"),
+    **dict.fromkeys(
+        ("backward-rows", "backward-columns", "backward-tiles", "backward-scatter"), _OF_SCORES
+    ),
     "backward-dkdv": ("m32n64w4", "m32n32w4", "m16n32w4", "m16n16w4", "m8n16w4"),
     "delta": ("w8",),
-    "head-sums": ("w8",),
+    **dict.fromkeys(("head-sums", "array-sums", "clear-sums", "round-sums"), ("w8",)),
     "combine": ("w4",),
 }
 # float32 accumulators a thread can hold next to its operands without spilling.

@@ -6,6 +6,7 @@ from typing import ClassVar
 from urllib.parse import quote, unquote
 
 from numflash.configs.features import BY_NAME, rows_of
+from numflash.functions.nodes import is_const
 from numflash.functions.program import Program
 
 HEAD_DIM_STEP = 32
@@ -60,7 +61,12 @@ class Traits:
         dlse: of the kernel of delta: lse has a gradient of its own.
         given_delta: of the kernel of delta: the product of dO and O is the caller's.
         plain_delta: of the kernel of delta: it also leaves delta unscaled.
+        float32_out: results, gradients among them, are float32 where q, k and v have fewer bits;
+            of the kernel of delta: O is.
         program: the text of the caller's functions (`functions.program.Program`); "" without.
+        read: of kernels for the gradient of an array that the program reads: the number of its
+            read among `Program.partials`, as text; "" of other kernels.
+        absolute: of the kernel that sums the gradients of a read by rows: their absolute values.
     """
 
     dtype: str
@@ -76,7 +82,10 @@ class Traits:
     dlse: bool = False
     given_delta: bool = False
     plain_delta: bool = False
+    float32_out: bool = False
     program: str = ""
+    read: str = ""
+    absolute: bool = False
 
     _FLAGS: ClassVar = {
         "vectorized": "vec",
@@ -87,6 +96,8 @@ class Traits:
         "dlse": "dlse",
         "given_delta": "delta",
         "plain_delta": "plain",
+        "float32_out": "out32",
+        "absolute": "absolute",
     }
 
     def __post_init__(self):
@@ -114,15 +125,28 @@ class Traits:
                 f"kernels for fp8 have results of 16 bits and head dims that are multiples of "
                 f"{FP8_STEP}, got {self.dtype}, {self.head_dim} and {self.head_dim_v}"
             )
+        if self.float32_out and self.dtype == "float32":
+            raise ValueError(
+                "results of float32 are float32 anyhow: float32_out goes with 16 bits"
+            )
         if self.key_scales and not self.fp8:
             raise ValueError("scales of keys go with fp8")
         if self.blocks and (len(self.blocks) != 2 or min(self.blocks) <= 0):
             raise ValueError(
                 f"blocks must be () or numbers of queries and keys above 0, got {self.blocks}"
             )
-        if self.program:
-            # Raises ValueError where the text is none.
-            Program.parse(self.program)
+        # Raises ValueError where the text is none.
+        program = Program.parse(self.program)
+        if self.read and self.read not in map(str, range(len(program.partials))):
+            raise ValueError(
+                f"read must be the number of one of the program's {len(program.partials)} reads "
+                f"that scores change with, got {self.read!r}"
+            )
+
+    @property
+    def out_dtype(self) -> str:
+        """The dtype of results."""
+        return "float32" if self.float32_out else self.dtype
 
     @property
     def program_scores(self) -> bool:
@@ -131,8 +155,21 @@ class Traits:
 
     @property
     def program_bends(self) -> bool:
-        """Whether the derivative of the program's score function is not 1."""
+        """Whether the derivative of the program's score function is not 1.
+
+        That by the score, or with `read` that by the element.
+        """
+        if self.read:
+            return not is_const(Program.parse(self.program).partials[int(self.read)].slope, 1)
         return bool(self.program) and Program.parse(self.program).bends
+
+    @property
+    def dtype_of_read(self) -> str:
+        """The dtype of the array that `read` is of; float32 without."""
+        if not self.read:
+            return "float32"
+        program = Program.parse(self.program)
+        return program.aux[program.partials[int(self.read)].aux].dtype
 
     @property
     def keeps_scores(self) -> bool:
@@ -153,6 +190,8 @@ class Traits:
     @property
     def bends_scores(self) -> bool:
         """Whether scores have a derivative that the backward must keep."""
+        if self.read:
+            return self.program_bends
         return any(row.bends for row in rows_of(self.features)) or self.program_bends
 
     @property
@@ -192,6 +231,8 @@ class Traits:
         flags = [short for name, short in self._FLAGS.items() if getattr(self, name)]
         if self.blocks:
             flags.append(f"blocks{self.blocks[0]}x{self.blocks[1]}")
+        if self.read:
+            flags.append(f"read{self.read}")
         sizes = f"d{self.head_dim}", f"dv{self.head_dim_v}"
         program = [f"program:{_quoted(self.program)}"] if self.program else []
         return "-".join([self.dtype, *sizes, *self.features, *flags, *program])
@@ -207,6 +248,8 @@ class Traits:
             features = tuple(name for name in BY_NAME if name in words)
             found = re.search(r"-blocks([1-9]\d*)x([1-9]\d*)", match[4], re.ASCII)
             flags["blocks"] = (int(found[1]), int(found[2])) if found else ()
+            found = re.search(r"-read(\d+)", match[4], re.ASCII)
+            flags["read"] = found[1] if found else ""
             program = unquote(match[5] or "")
             sizes = int(match[2]), int(match[3])
             traits = cls(match[1], *sizes, features, **flags, program=program)

@@ -291,7 +291,7 @@ class Program:
         keep = moved[other.keep]
         if self.keep is not None:
             keep = apply("and", self.keep, keep)
-        return Program(self.aux + other.aux, self.score, keep)
+        return Program(self.aux + other.aux, self.score, keep, self.given_slope)
 
     @classmethod
     def parse(cls, text: str) -> "Program":

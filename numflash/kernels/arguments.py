@@ -203,6 +203,31 @@ def scores_of(program: str) -> type:
     return NamedTuple("Scores", [*Scores.__annotations__.items(), ("given", given_of(program))])
 
 
+class Axes(NamedTuple):
+    """Numbers of batch entries, of query heads, and of queries or keys."""
+
+    batch: i32
+    heads: i32
+    length: i32
+
+
+class Reduced(NamedTuple):
+    """How an array goes with scores: its axes, and those that share its elements.
+
+    An array has `kept` elements along an axis of the scores, and `summed` neighbours share each;
+    one of both is 1. `batch`, `head`, `row` and `column` are its strides, in elements, and `first`
+    is the offset of the element of the first batch entry, head, query and key.
+    """
+
+    kept: Axes
+    summed: Axes
+    first: i64
+    batch: i64
+    head: i64
+    row: i64
+    column: i64
+
+
 class Layout(NamedTuple):
     """The layout of a forward over blocks.
 

@@ -153,6 +153,7 @@ OPTIONS = (
     Option("bias", None, is_array=True),
     Option("mask", None, is_array=True),
     Option("score_mod", None, _expect_function),
+    Option("score_mod_grad", None, _expect_function),
     Option("mask_mod", None, _expect_function),
     Option("aux", (), _expect_aux),
     Option("block_mask", None, expect_block_mask),
@@ -161,6 +162,7 @@ OPTIONS = (
     Option("config", None),
     Option("fp8", None, _expect_recipe),
     Option("max_rel_error", None, _expect_error),
+    Option("out_dtype", None),
 )
 """In the order of the fields of `AttentionOptions`."""
 ARRAY_OPTIONS = tuple(option.name for option in OPTIONS if option.is_array)
@@ -176,7 +178,7 @@ _Options = namedtuple(
 # Types in an option's key: numbers, and types that no other type is equal to.
 _SCALARS = tuple(row.option for row in FEATURES if not row.is_array and row.numbers is None)
 _NUMBERS = attrgetter("softmax_scale", "causal", "shift", "max_rel_error", *_SCALARS)
-_WORDS = attrgetter("causal_align", "layout", "precision", "fp8")
+_WORDS = attrgetter("causal_align", "layout", "precision", "fp8", "out_dtype")
 # What finds the numbers of a launch, and the options that it takes.
 _FILLED_IN = tuple(
     (row.numbers, attrgetter(row.option, *(each.name for each in row.beside)))
@@ -263,9 +265,10 @@ class AttentionOptions(_Options):
 
     def _key_of_functions(self) -> tuple:
         """What functions mean, and the numbers that they get."""
-        if self.score_mod is None and self.mask_mod is None and not self.aux:
+        functions = self.score_mod, self.score_mod_grad, self.mask_mod
+        if functions == (None, None, None) and not self.aux:
             return ()
-        keys = key_of(self.score_mod), key_of(self.mask_mod)
+        keys = tuple(map(key_of, functions))
         if None in keys:
             raise TypeError("nobody can tell whether these functions mean what they meant before")
         numbers = [(type(x), x) if isinstance(x, NUMBER) else None for x in self.aux]

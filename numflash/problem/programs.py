@@ -46,6 +46,7 @@ def program_of(
         (more, more_names), more_numbers = _of_mask(mask.mask_mod, mask.aux, views, extent)
         program, names = program.also(more), names + more_names
         numbers |= more_numbers
+    _check_shapes(program, names, views, extent)
     return program.text, tuple(_values(program, names, views, numbers, extent.origin))
 
 
@@ -58,7 +59,25 @@ def program_of_mask(
         TypeError, ValueError: as `numflash.create_block_mask`.
     """
     (program, names), numbers = _of_mask(mask_mod, aux, views, extent)
+    _check_shapes(program, names, views, extent)
     return program.text, tuple(_values(program, names, views, numbers, extent.origin))
+
+
+def _check_shapes(
+    program: Program, names: tuple[str, ...], views: Mapping[str, ArrayView], extent: Extent
+) -> None:
+    """Check that no read lies outside of its array. Raises ValueError."""
+    row, column, head = extent.origin or (0, 0, 0)
+    counts = {
+        "b": extent.batch,
+        "h": head + extent.num_heads_q,
+        "i": row + extent.seqlen_q,
+        "j": column + extent.seqlen_k,
+    }
+    if 0 in (extent.batch, extent.num_heads_q, extent.seqlen_q, extent.seqlen_k):
+        return  # nothing is read
+    shapes = [views[name].shape if name in views else () for name in names]
+    program.check_shapes(names, shapes, counts)
 
 
 def _of_mask(
@@ -79,6 +98,8 @@ def _of_options(
     """What bias, mask and functions make together, and the numbers that they get, by name."""
     asked = (options.bias, options.mask, options.score_mod, options.mask_mod)
     if all(each is None for each in asked):
+        if options.score_mod_grad is not None:
+            raise ValueError("score_mod_grad is the derivative of score_mod, which is not given")
         if options.aux:
             raise ValueError("aux goes with score_mod or mask_mod, which get it; there is neither")
         return Traced(Program(), ()), {}
@@ -94,6 +115,7 @@ def _of_options(
         aux,
         bias=views.get("bias"),
         mask=views.get("mask"),
+        score_mod_grad=options.score_mod_grad,
     )
     return traced, {f"aux{n}": each for n, each in enumerate(aux)}
 

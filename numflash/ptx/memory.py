@@ -1,11 +1,11 @@
-"""Loads and stores; vectors of 8 or 16 bytes move in one instruction.
+"""Loads and stores; vectors of 8 or 16 bytes move in one instruction. And a sum in memory.
 
-The address must be a multiple of the size. PTX ISA 9.7.9.8 (ld) and 9.7.9.12 (st).
+The address must be a multiple of the size. PTX ISA 9.7.9.8 (ld), 9.7.9.12 (st), 9.7.13.6 (red).
 """
 
 from numflash.ptx.instruction import instruction
 from numflash.ptx.operands import Global, Regs, Shared
-from numflash.ptx.scalars import f32, i64, u32
+from numflash.ptx.scalars import f32, i64, u32, u64
 from numflash.runtime.mode import SIMULATED
 
 if SIMULATED:
@@ -46,6 +46,16 @@ def st_global_v4_u32(target: Global(u32, "offset"), offset: i64, frag: Regs(u32,
 def st_global_v2_f32(target: Global(f32, "offset"), offset: i64, frag: Regs(f32, 2, "r")):
     """target[offset : offset + 2] = frag."""
     target.block(offset, 8).view(f32)[:] = frag
+
+
+@instruction("red.global.add.u64 [<target>], <x>;", sm=75)
+def red_global_add_s64(target: Global(i64, "offset"), offset: i64, x: i64):
+    """target[offset] += x, modulo 2 ** 64, whichever threads do so at once.
+
+    Integers have no order: the sum is the same bits in every run.
+    """
+    held = target.block(offset, 8).view(u64)
+    held += i64(x).view(u64)
 
 
 @instruction("ld.shared.v4.f32 <frag>, [<source>];", sm=75)

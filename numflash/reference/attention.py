@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from numflash.configs.features import FEATURES, Feature, default_gradients
+from numflash.functions.plain import on_arrays
 
 # Half the length of the line through a function that gives its slope.
 _NEAR = 1e-6
@@ -134,6 +135,8 @@ def naive_backward(dout, q, k, v, *, precision: str, **options):
     gradients = {"q": dq, "k": _sum_groups(dk, group, dtype), "v": _sum_groups(dv, group, dtype)}
     found = {name: heads_back(g, bhsd, np.ndim(q)) for name, g in gradients.items()}
     found |= _gradients_of_heads(lse, product, of_scores, slopes, options)
+    operands = q4, k4, dtype, matmul
+    found |= _gradients_of_arrays(operands, np.where(p == 0, 0, of_scores), slopes, options)
     return tuple(found[name] for name in names_of_gradients(options))
 
 
@@ -182,7 +185,9 @@ def magnitudes(q, k, v, dout=None, **options) -> dict[str, np.ndarray]:
     found["dk"] = _sum_groups(ds.swapaxes(-1, -2) @ np.abs(q), group, np.float64)
     found["dv"] = _sum_groups((p * weights).swapaxes(-1, -2) @ np.abs(do), group, np.float64)
     of_heads = _gradients_of_heads(lse, product, of_scores, slopes, options)
-    found |= {f"d{name}": np.abs(gradient) for name, gradient in of_heads.items()}
+    operands = q, k, np.dtype(np.float64), _matmul
+    of_arrays = _gradients_of_arrays(operands, of_scores, slopes, options, np.abs)
+    found |= {f"d{name}": np.abs(g) for name, g in (of_heads | of_arrays).items()}
     return {n: x for n, x in found.items() if n in ("out", "lse") or n[1:] in wanted}
 
 
@@ -237,6 +242,84 @@ def _gradients_of_heads(lse, product, of_scores, slopes, options) -> dict[str, n
         batches = 0 if np.ndim(value) == 1 else ()
         found[row.option] = shares.sum(-1, dtype=lse.dtype).sum(batches)
     return found
+
+
+class _Probe:
+    """An array of `aux` whose read `number`, of those that a function makes, is larger by `step`.
+
+    Attributes:
+        count: reads so far.
+        index: of that read.
+    """
+
+    def __init__(self, array: np.ndarray, number: int, step: float):
+        self._array, self._number, self._step = array, number, step
+        self.count, self.index = 0, None
+
+    def __getitem__(self, index):
+        read = self._array[index]
+        if self.count == self._number:
+            self.index, read = index, read + self._step
+        self.count += 1
+        return read
+
+    def __getattr__(self, name):
+        return getattr(self._array, name)
+
+
+def _gradients_of_arrays(operands, of_scores, slopes, options, sign=np.asarray) -> dict:
+    """By name: the gradients of the bias, and of arrays of `aux`, that `wrt` names.
+
+    `operands` are those of `scores`, `of_scores` is the gradient of the final scores, 0 where P
+    is; `sign` is applied to derivatives. A function's derivative by an element that it reads is,
+    for each score, the slope of a short line through it, in float64.
+    """
+    q, k, dtype, matmul = operands
+    found, wanted = {}, names_of_gradients(options)
+    if "bias" in wanted:
+        of_bias = of_scores * slopes["given"]
+        found["bias"] = _sum_to(of_bias, np.shape(options["bias"]), dtype)
+    arrays = [name for name in wanted if name.startswith("aux")]
+    if not arrays:
+        return found
+    unmasked = {"mask": None, "mask_mod": None, "causal": False, "window_size": (-1, -1)}
+    before, *_ = scores(q, k, dtype, matmul, options | unmasked | {"score_mod": None})
+    before, axes = before.astype(np.float64), np.ix_(*map(np.arange, before.shape))
+    aux = [np.asarray(x).astype(np.float64) if _is_real(x) else x for x in options["aux"]]
+    for name in arrays:
+        place = int(name[3:])
+        gradient, number, count = np.zeros(aux[place].shape, _sums(dtype)), 0, 1
+        while number < count:
+            ends = []
+            for step in (-_NEAR, _NEAR):
+                probe = _Probe(aux[place], number, step)
+                given = [*aux[:place], probe, *aux[place + 1 :]]
+                with np.errstate(all="ignore"):
+                    of_both = options.get("mask_mod") is not None
+                    places = (before, *axes)
+                    ends.append(on_arrays(options["score_mod"], places, given, of_both))
+            count = probe.count
+            if probe.index is not None:
+                slope = np.where(of_scores == 0, 0, (ends[1] - ends[0]) / (2 * _NEAR))
+                shares = of_scores * sign(slope).astype(dtype)
+                shape = np.shape(aux[place][probe.index])
+                np.add.at(gradient, probe.index, _sum_to(shares, shape, _sums(dtype)))
+            number += 1
+        found[name] = gradient.astype(dtype)
+    return found
+
+
+def _is_real(x) -> bool:
+    """Whether something of `aux` is a float, or an array of them."""
+    kind = np.asarray(x).dtype
+    return kind.kind == "f" or kind == ml_dtypes.bfloat16
+
+
+def _sum_to(x, shape: tuple[int, ...], dtype) -> np.ndarray:
+    """The sums of x over the axes along which `shape` is broadcast to it."""
+    full = (1,) * (x.ndim - len(shape)) + shape
+    axes = tuple(axis for axis, n in enumerate(full) if n == 1)
+    return x.sum(axes, dtype=_sums(np.dtype(dtype)), keepdims=True).astype(dtype).reshape(shape)
 
 
 def visible(
@@ -374,16 +457,20 @@ def _given_scores(s, options):
     aux = [np.asarray(x) for x in options.get("aux") or ()]
     if options.get("bias") is not None:
         s = s + _part(options["bias"], axes).astype(s.dtype)
-    if (score_mod := options.get("score_mod")) is not None:
+    score_mod, mask_mod = options.get("score_mod"), options.get("mask_mod")
+    of_both = score_mod is not None and mask_mod is not None
+    if score_mod is not None:
         exact = s.astype(np.float64)
         with np.errstate(all="ignore"):
-            low, high = (score_mod(exact + x, *axes, *aux) for x in (-_NEAR, _NEAR))
+            near = (exact + x for x in (-_NEAR, _NEAR))
+            low, high = (on_arrays(score_mod, (x, *axes), aux, of_both) for x in near)
             slope = ((high - low) / (2 * _NEAR)).astype(s.dtype)
-            s = np.broadcast_to(score_mod(s, *axes, *aux), s.shape).astype(s.dtype)
+            new = on_arrays(score_mod, (s, *axes), aux, of_both)
+            s = np.broadcast_to(new, s.shape).astype(s.dtype)
     if options.get("mask") is not None:
         kept = kept & _part(options["mask"], axes)
-    if (mask_mod := options.get("mask_mod")) is not None:
-        kept = kept & mask_mod(*axes, *aux)
+    if mask_mod is not None:
+        kept = kept & on_arrays(mask_mod, axes, aux, of_both)
     return s, slope, kept
 
 

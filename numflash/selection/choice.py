@@ -8,7 +8,7 @@ machine and the problem. `select` decides, and builds nothing: calls build launc
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from numflash.configs import Config, HeadSumsConfig, Traits
+from numflash.configs import ArraySumsConfig, ClearSumsConfig, Config, HeadSumsConfig, Traits
 from numflash.configs.features import rows_of
 from numflash.problem.classes import ProblemClass
 from numflash.problem.gradients import Gradients
@@ -43,11 +43,25 @@ FORWARD = ("forward", "combine")
 BACKWARD = ("backward-dkdv", "backward-dq")
 OF_OPTIONS = ("backward-rows",)
 """The kernels that begin gradients of options."""
+OF_ARRAYS = ("backward-rows", "backward-columns", "backward-tiles", "backward-scatter")
+"""The kernels that begin gradients of arrays that scores read."""
 FUSED = "backward"
 HEAD_SUMS = Choice(
     HeadSumsConfig.family, HeadSumsConfig(), Traits("float32", 32, 32), "the only one", ()
 )
 """It adds up float32 numbers, whatever a problem is."""
+_ONE_WARP_ADDS = 1024
+
+
+def array_sums(dtype: str, terms: int) -> Choice:
+    """The kernel that adds up so many numbers for each element of an array."""
+    config = ArraySumsConfig(1 if terms <= _ONE_WARP_ADDS else 8)
+    return Choice(config.family, config, Traits(dtype, 32, 32), f"for {terms} numbers each", ())
+
+
+def fixed_point(config: ClearSumsConfig, dtype: str) -> Choice:
+    """The kernel that clears sums in fixed point, or makes floats of a dtype of them."""
+    return Choice(config.family, config, Traits(dtype, 32, 32), "the only one", ())
 
 
 def device_key(device: int | Gpu) -> DeviceKey:
@@ -72,7 +86,9 @@ def backward_configs(config) -> dict[str, str | Config]:
         return {}
     if not isinstance(config, dict):
         raise TypeError(f"config of a backward must map families to configs, got {config!r}")
-    return _expect_families("backward", config, (*BACKWARD, *OF_OPTIONS, FUSED))
+    return _expect_families(
+        "backward", config, tuple(dict.fromkeys((*BACKWARD, *OF_OPTIONS, *OF_ARRAYS, FUSED)))
+    )
 
 
 def split_configs(config) -> tuple[dict, dict]:
@@ -102,6 +118,8 @@ class Selection:
         combine: the kernel that puts the parts of split keys together; None without splits.
         delta: the kernel that computes delta for the backward; None if it was not asked about.
         backward: the kernels of `attention_backward` by family, in the order in which they run.
+        arrays: the kernels that walk over scores for gradients of arrays that scores read, by the
+            array's name, in order.
     """
 
     forward: Choice | None = None
@@ -109,6 +127,7 @@ class Selection:
     combine: Choice | None = None
     delta: Choice | None = None
     backward: Mapping[str, Choice] = field(default_factory=dict)
+    arrays: Mapping[str, tuple[Choice, ...]] = field(default_factory=dict)
 
 
 def select(
@@ -156,8 +175,10 @@ def select(
         gradients = gradients or Gradients.of(traits.features)
         of_delta = traits_of_delta(traits, gradients)
         delta = choose("delta", of_delta, machine.limits, problem.seqlen_q)
-        backward = _backward(problem, traits, machine, forced, gradients, runs)
-        found = replace(found, delta=delta, backward=backward)
+        of_gradients = replace(traits, float32_out=gradients.in_float32)
+        backward = _backward(problem, of_gradients, machine, forced, gradients, runs)
+        arrays = _of_arrays(problem, traits, machine, forced, gradients)
+        found = replace(found, delta=delta, backward=backward, arrays=arrays)
     return found
 
 
@@ -255,7 +276,9 @@ def traits_of_delta(traits: Traits, gradients: Gradients) -> Traits:
         blocks=(),
         dlse=gradients.dlse,
         given_delta=gradients.delta,
-        plain_delta=any(gradients.needs(family, traits.features) for family in OF_OPTIONS),
+        float32_out=gradients.float32_out,
+        plain_delta=bool(gradients.arrays)
+        or any(gradients.needs(family, traits.features) for family in OF_OPTIONS),
     )
 
 
@@ -290,12 +313,36 @@ def _backward(
             times.append(choice.measured_ms)
         choices[family] = choice
     if len(times) == len(BACKWARD) and None not in times:
-        wanted = ProblemClass.of(FUSED, problem, traits)
+        wanted = ProblemClass.of(FUSED, problem, replace(traits, float32_out=False))
         fused = tuned.measured(wanted, device_key(machine.device), limits)
         if fused is not None and fused.measured_ms < sum(times):
+            fused = replace(fused, traits=replace(fused.traits, float32_out=traits.float32_out))
             others = {f: choice for f, choice in choices.items() if f not in BACKWARD}
             return {FUSED: fused, **others}
     return choices
+
+
+def _of_arrays(
+    problem: AttentionProblem,
+    traits: Traits,
+    machine: Machine,
+    forced: Mapping[str, str | Config],
+    gradients: Gradients,
+) -> dict[str, tuple[Choice, ...]]:
+    """The kernels that walk over scores for gradients of arrays, by the array's name."""
+    limits, positive = machine.limits, problem.softmax_scale > 0
+    found = {}
+    for array in gradients.arrays:
+        choices = []
+        for family, read, absolute in array.kernels:
+            of_read = replace(traits, read=str(read), absolute=absolute)
+            rows = problem.seqlen_k if family == "backward-columns" else problem.seqlen_q
+            if family in forced:
+                choices.append(force(family, forced[family], of_read, limits, positive))
+            else:
+                choices.append(choose(family, of_read, limits, rows, positive))
+        found[array.name] = tuple(choices)
+    return found
 
 
 def _spills(limits: Architecture, runs: bool) -> Spills:
@@ -314,10 +361,11 @@ def _tuned(
     """The tuned config for a problem in the place of the one by rule, if there is one.
 
     There is none for the caller's functions and block masks: what they cost no table knows.
+    How results are stored does not matter.
     """
     if traits.program or traits.blocks:
         return choice
-    wanted = ProblemClass.of(choice.family, problem, traits)
+    wanted = ProblemClass.of(choice.family, problem, replace(traits, float32_out=False))
     if runs:
         capture.note(wanted)
     if not tuned.enabled():
@@ -333,6 +381,7 @@ def _tuned(
         found = tuned.find(*query)
     if found is None:
         return choice
+    found = replace(found, traits=replace(found.traits, float32_out=traits.float32_out))
     return replace(found, passed_over=_passed_over(found, choice))
 
 

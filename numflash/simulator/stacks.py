@@ -21,12 +21,12 @@ class _Stacks(threading.local):
         It switches to its parent, the greenlet that called `take`, with True when the kernel has
         returned; what the kernel raises is raised there.
         """
-        if self._idle:
-            taken = self._idle.pop()
-            taken.parent = getcurrent()
-        else:
-            taken = greenlet(_serve)
-        taken.gr_context = context
+        if not self._idle:
+            begun = greenlet(_serve)
+            begun.switch()
+            self._idle.append(begun)
+        taken = self._idle.pop()
+        taken.parent, taken.gr_context = getcurrent(), context
         return taken
 
     def give_back(self, idle: greenlet) -> None:
@@ -34,14 +34,14 @@ class _Stacks(threading.local):
         self._idle.append(idle)
 
 
-def _serve(kernel, args):
+def _serve():
     """Run one kernel after another; a kernel that fails, or is ended, ends this, too."""
     me = getcurrent()
     while True:
-        kernel(*args)
         # Nothing of a launch may live longer than it.
         kernel = args = me.gr_context = None
         kernel, args = me.parent.switch(True)
+        kernel(*args)
 
 
 STACKS = _Stacks()

@@ -207,11 +207,17 @@ class Args(NamedTuple):
     drawn: object
 
 
+def _functions_of(traits):
+    """The program's functions, with those of its reads where a kernel is about one."""
+    return make_program(traits.program, with_partials=traits.read != "")
+
+
 @cache
 def make_score(traits, after_features=False):
     """score(s, at, args): all score functions one after another, at an `At`.
 
-    With after_features the derivative is by the score that features give, not by s.
+    With after_features the derivative is by the score that features give, not by s. With
+    `traits.read` it is by the element that is read.
     """
     score = _plain
     for name in reversed(traits.features):
@@ -225,8 +231,18 @@ def make_score(traits, after_features=False):
             return of_features(s, at.first, at.step, args.features)
 
         return score
-    program = make_program(traits.program)
+    program = _functions_of(traits)
     of_program, by_distance = program.score, program.score_by_distance
+    if traits.read:
+        partial, _ = program.partials[int(traits.read)]
+
+        @device_function
+        def score_with_partial(s, at, args):
+            t, _ = of_features(s, at.first, at.step, args.features)
+            u, _ = of_program(t, at.i, at.j, args.program)
+            return u, partial(t, at.i, at.j, args.program)
+
+        return score_with_partial
 
     @device_function
     def score_by_place(s, at, args):
@@ -238,7 +254,7 @@ def make_score(traits, after_features=False):
     def score_by_distance(s, at, args):
         t, slope = of_features(s, at.first, at.step, args.features)
         u, more = by_distance(t, at.far, at.step, args.program)
-        return u, slope * more
+        return u, more if after_features else slope * more
 
     return score_by_place if by_distance is None else score_by_distance
 
@@ -248,7 +264,7 @@ def make_keep(traits):
     """keep(at, args): whether the caller's program lets a query see a key, at an `At`."""
     if not traits.keeps_scores:
         return _keep_all
-    program = make_program(traits.program)
+    program = _functions_of(traits)
     of_program, by_distance = program.keep, program.keep_by_distance
 
     @device_function
@@ -270,13 +286,37 @@ def looks_at_distances(traits) -> bool:
     return program.score_by_distance is not None or program.keep_by_distance is not None
 
 
-def make_gradient_of_score(features):
+@cache
+def make_offset(traits):
+    """(known, offset): where the read of `traits` lies in its array.
+
+    known(given, batch, head) is what a head knows; offset(i, j, known) is in elements.
+    """
+    functions = _functions_of(traits)
+    known_of_head, (_, offset) = functions.known_of_head, functions.partials[int(traits.read)]
+
+    @device_function
+    def known(given, batch, head):
+        return known_of_head(given, i32(batch), i32(head + given.first_head))
+
+    return known, offset
+
+
+@device_function
+def _absolute_gradient(ds, distance):
+    return abs(ds)
+
+
+def make_gradient_of_score(traits):
     """gradient_of_score(ds, i - j): the share of one score in the gradient of a head's argument.
 
     `ds` is the gradient of the score that features give. Only one of them has such an argument,
     and none after it bends scores; without it the share is that of a number added to all scores.
+    With `traits.read` ds is the gradient of the element that is read.
     """
-    found = [SCORES[name].gradient for name in features if name in SCORES]
+    if traits.read:
+        return _absolute_gradient if traits.absolute else _ones_gradient
+    found = [SCORES[name].gradient for name in traits.features if name in SCORES]
     found = [gradient for gradient in found if gradient is not None]
     (gradient,) = found or [_ones_gradient]
     return gradient
@@ -299,7 +339,7 @@ def make_args_of_head(traits):
             return Args(of_features(features, batch, head), f32(0), drawn)
 
         return args_of_head
-    known_of_head = make_program(traits.program).known_of_head
+    known_of_head = _functions_of(traits).known_of_head
 
     @device_function
     def args_with_program(scores, batch, head):

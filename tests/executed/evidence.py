@@ -34,6 +34,7 @@ WITHOUT = {
         ),
         "its body is NumPy's function, checked in float64; no kernel that vouches has it",
     ),
+    "red_global_add_s64": "a sum of integers that NumPy has; no kernel that vouches has it",
 }
 """Instructions of `numflash/ptx` that can have no witness, and why."""
 

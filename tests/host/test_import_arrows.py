@@ -21,7 +21,7 @@ ARROWS = {
     "functions": "",
     "configs": "functions runtime",
     "problem": "configs functions runtime",
-    "reference": "configs",
+    "reference": "configs functions",
     "simulator": "problem runtime",
     "ptx": "configs runtime simulator",
     "tiles": "functions ptx",
@@ -30,7 +30,7 @@ ARROWS = {
     "executor": "configs problem ptx runtime simulator",
     "selection": "configs machine_code problem runtime",
     "calls": "configs executor kernels machine_code problem ptx runtime selection simulator",
-    "api": "calls configs machine_code problem reference runtime selection",
+    "api": "calls configs functions machine_code problem reference runtime selection",
 }
 # The same of the other packages; what is not listed stands above all that is.
 TUNER_ARROWS = {

@@ -200,14 +200,18 @@ def test_a_broken_tile_is_caught(family, module, mutation, monkeypatch, record_p
     assert caught
 
 
-# By family: the walk's bounds, configs, and a problem of which blocks have no tile to visit:
+# By family: when there are tiles, configs, and a problem of which blocks have no tile to visit:
 # (seqlen_q, seqlen_k) and the window.
 WITHOUT_TILES = {
-    "forward": ("n", ("sm80-m32n16w2s1", "sm80-m32n16w2s3"), ((70, 18), 9)),
-    "backward-dq": ("n", ("sm80-m32n16w2s1", "sm80-m32n16w2s3"), ((70, 18), 9)),
-    "backward-dkdv": ("m", ("sm80-m16n32w2s1", "sm80-m16n32w2s3"), ((18, 100), 9)),
+    "forward": ("n_begin < n_end:", ("sm80-m32n16w2s1", "sm80-m32n16w2s3"), ((70, 18), 9)),
+    "backward-dq": ("n_begin < n_end:", ("sm80-m32n16w2s1", "sm80-m32n16w2s3"), ((70, 18), 9)),
+    "backward-dkdv": (
+        "next_m < next_end:",
+        ("sm80-m16n32w2s1", "sm80-m16n32w2s3"),
+        ((18, 100), 9),
+    ),
     # Three walks without a tile come before one that has some, in either split.
-    "backward": ("m", [f"sm80-m32n32w2s{s}x2" for s in (1, 2, 3)], ((32, 256), 16)),
+    "backward": ("m_begin < m_end:", [f"sm80-m32n32w2s{s}x2" for s in (1, 2, 3)], ((32, 256), 16)),
 }
 
 
@@ -216,8 +220,8 @@ WITHOUT_TILES = {
 )
 def test_what_no_tile_needs_is_not_copied(family, config, monkeypatch, record_property):
     """Nobody waits for such a copy, and what comes next may copy to the same bytes."""
-    axis, _, problem = WITHOUT_TILES[family]
-    mutation = Mutation("copies for no tile", f"{axis}_begin < {axis}_end:", "True:")
+    condition, _, problem = WITHOUT_TILES[family]
+    mutation = Mutation("copies for no tile", condition, "True:")
     about = {"configs": (config,), "problem": problem}
     assert first_failure_of(family, monkeypatch, seeds=range(1), **about) is None
     caught = first_failure_of(family, monkeypatch, module_of(family), mutation, **about)

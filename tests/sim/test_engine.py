@@ -9,9 +9,11 @@ import inspect
 import re
 import threading
 import warnings
+import weakref
 
 import numpy as np
 import pytest
+from greenlet import getcurrent
 from numba import cuda as numba_cuda
 
 from numflash.ptx import (
@@ -451,3 +453,47 @@ def test_a_plain_numba_device_function_works_in_a_kernel_of_ours():
         out[cuda.threadIdx.x] = plain_device_function(100)
 
     assert (run(kernel, np.zeros(32)) == 100 + LANES).all()
+
+
+# Stacks
+
+
+def test_a_launch_runs_on_the_stacks_of_the_last_one_and_leaves_nothing_on_them():
+    def kernel(out, given):
+        cuda.syncthreads()
+        out[cuda.threadIdx.x] = id(getcurrent())
+
+    class Given:
+        pass
+
+    first, again, given = np.zeros(64, np.int64), np.zeros(64, np.int64), Given()
+    run(kernel, first, given, block=64)
+    run(kernel, again, given, block=64)
+    assert len(set(first)) == 64 and set(again) == set(first)
+    told = weakref.ref(given)
+    del given
+    assert told() is None
+
+
+def test_a_stack_has_the_error_settings_of_its_launch():
+    seen = []
+
+    def kernel(out):
+        seen.append(np.geterr()["over"])
+
+    run(kernel, np.zeros(1))
+    with np.errstate(over="raise"):
+        run(kernel, np.zeros(1))
+        assert np.geterr()["over"] == "raise"
+    assert seen == ["ignore"] * 64
+
+
+def test_a_kernel_that_fails_takes_its_stack_with_it_and_the_next_one_runs():
+    def kernel(out, fails):
+        cuda.syncthreads()
+        out[cuda.threadIdx.x] = 1 // (cuda.threadIdx.x != fails)
+
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            run(kernel, np.zeros(32), 7)
+    assert (run(kernel, np.zeros(32), 99) == 1).all()

@@ -273,10 +273,22 @@ ALIBI_CASES = {
 }
 
 
-@pytest.mark.parametrize("name", ALIBI_CASES)
-def test_slopes_have_a_gradient(name):
+ALIBI_KERNELS = {
+    "portable": ("sm_80", "float32", "m16n16w2", tuple(ALIBI_CASES)),
+    "sm80": ("sm_80", "bfloat16", "sm80-m32n16w1s2", tuple(ALIBI_CASES)[:2]),
+    "sm75": ("sm_75", "float16", "sm75-m16n32w1s1", tuple(ALIBI_CASES)[:1]),
+}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "name"),
+    [(kernel, name) for kernel, (*_, names) in ALIBI_KERNELS.items() for name in names],
+)
+def test_slopes_have_a_gradient(on, kernel, name):
+    arch, dtype, config, _ = ALIBI_KERNELS[kernel]
+    on(arch)
     options, shape = ALIBI_CASES[name]
-    (q, k, v, dout), dlse = inputs()
+    (q, k, v, dout), dlse = inputs(dtype)
     q, k, v, dout = (np.concatenate([x, x[:, ::-1]]) for x in (q, k, v, dout))
     slopes = np.resize(SLOPES, shape).astype(np.float32)
     report = numflash.check(
@@ -285,7 +297,7 @@ def test_slopes_have_a_gradient(name):
         alibi_slopes=slopes,
         dlse=np.concatenate([dlse, -dlse]),
         wrt=("alibi_slopes", "v"),
-        config={"forward": "m16n16w2", "backward-rows": "m16n16w2", "backward-dkdv": "m16n16w2"},
+        config={"backward-rows": config},
         **options,
     )
     assert [error.name for error in report.errors] == ["out", "lse", "dalibi_slopes", "dv"]

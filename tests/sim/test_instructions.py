@@ -295,6 +295,7 @@ EXPECTED = {
     "cvt_rmi_f32_f32": lambda x: canonical(np.floor(x.astype("f8")).astype("f4")),
     "cvt_rzi_s32_f32": lambda x: np.array([whole_number(v) for v in x.tolist()], np.int32),
     "bra_over_store": lambda x: np.resize(np.arange(4, dtype=u32), x.size),
+    "red_global_add_s64": lambda x: x.reshape(-1, 8).sum(0) - 1,
     "mov_tid_x": lambda x: np.stack([np.arange(x.size, dtype=u32), x], axis=1).ravel(),
     "bar_sync": expected_pairs_of_warps,
     "bar_arrive": lambda x: x.reshape(-1, 32)[:, ::-1].ravel(),

@@ -182,6 +182,23 @@ BAD_FORWARD = {
         "alibi_slopes must have shape (heads,) or (2, heads)",
         "got (3, 4)",
     ),
+    "out-dtype-name": (
+        {"out_dtype": "float64"},
+        ValueError,
+        "out_dtype must be float16 or float32, got 'float64'",
+    ),
+    "out-dtype-of-another": (
+        {"out_dtype": "bfloat16"},
+        ValueError,
+        "out_dtype must be float16 or float32, got 'bfloat16'",
+    ),
+    "out-dtype-type": ({"out_dtype": np.float32}, TypeError, "out_dtype must be a string"),
+    "out-dtype-list": ({"out_dtype": ["float32"]}, TypeError, "out_dtype must be a string"),
+    "out-of-out-dtype": (
+        {"out_dtype": "float32", "out": OUT},
+        TypeError,
+        "out must be float32, got float16",
+    ),
     "layout-name": ({"layout": "sbhd"}, ValueError, "layout must be one of bshd", "'sbhd'"),
     "layout-none": ({"layout": None}, TypeError, "layout must be a string", "None"),
     "layout-array": ({"layout": np.array(["bshd"])}, TypeError, "layout must be a string"),

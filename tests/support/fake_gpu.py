@@ -32,6 +32,7 @@ _DTYPES = {
     "int64": np.dtype(np.int64),
     "uint64": np.dtype(np.uint64),
     "uint8": np.dtype(np.uint8),
+    "bool": np.dtype(np.bool_),
 }
 _ALLOCATION = 512
 B, SQ, SK, H, HKV, D, DV = 2, 100, 70, 4, 2, 64, 96

@@ -27,6 +27,7 @@ from numflash.ptx import (
     float_as_bits,
     fma_rn_f32,
     i32,
+    i64,
     ld_global_v4_f32,
     ld_global_v4_u32,
     ld_shared_u32,
@@ -38,6 +39,7 @@ from numflash.ptx import (
     mov_ctaid_x,
     mov_tid_x,
     mul_rn_f32,
+    red_global_add_s64,
     rsqrt_approx_ftz_f32,
     sin_approx_ftz_f32,
     sqrt_approx_ftz_f32,
@@ -311,6 +313,12 @@ def _block_index(x: Pointer(u32), y: Pointer(u32)):
     y[2 * t + 1] = x[THREADS * mov_ctaid_x() + t]
 
 
+def _sum_in_memory(x: Pointer(i64), y: Pointer(i64)):
+    """Threads of both warps meet, eight at each of eight sums."""
+    t = cuda.threadIdx.x
+    red_global_add_s64(y, t % 8, x[t])
+
+
 _STEPS = 6
 
 
@@ -514,6 +522,14 @@ def _register_cases() -> list[InstructionCase]:
     return [InstructionCase("mov_tid_x", "", _thread_index, (x,), (((2 * THREADS,), np.uint32),))]
 
 
+def _sum_cases() -> list[InstructionCase]:
+    """Sums that begin with what memory holds, -1, and overflow."""
+    x = np.random.default_rng(4).integers(-(2**63), 2**63 - 1, THREADS, np.int64)
+    return [
+        InstructionCase("red_global_add_s64", "", _sum_in_memory, (x,), (((8,), np.int64),)),
+    ]
+
+
 def _branch_cases() -> list[InstructionCase]:
     x = np.resize(np.concatenate([NANS, [0.0, -0.0, 1.0, np.inf, TINY]]).astype(f32), THREADS)
     return [InstructionCase("bra_over_store", "", _branch, (x,), (((THREADS,), np.uint32),))]
@@ -550,6 +566,7 @@ BASIC_CASES = [
     *_arithmetic_cases(),
     *_memory_cases(),
     *_register_cases(),
+    *_sum_cases(),
     *_branch_cases(),
     *_barrier_cases(),
 ]

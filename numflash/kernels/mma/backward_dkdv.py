@@ -93,7 +93,7 @@ def make_backward_dkdv_kernel(config: MmaBackwardDkDvConfig, traits: Traits) -> 
     copy_v = make_copy_tile(element, v_layout, tile_n, *copy)
     fetch_queries = make_fetch_queries(config, traits)
     count_steps, first_step, next_step = make_steps_of_heads(traits, tile_m)
-    tile_at = make_tile_at(traits, tile_m, by_keys=True)
+    tile_at, listed = make_tile_at(traits, tile_m, by_keys=True), bool(traits.blocks)
     k_word, v_word = make_word(k_layout), make_word(v_layout)
     first_of_q, _ = make_transposed_operand(element, k_layout)
     first_of_do, _ = make_transposed_operand(element, v_layout)
@@ -104,8 +104,10 @@ def make_backward_dkdv_kernel(config: MmaBackwardDkDvConfig, traits: Traits) -> 
     apply_functions = make_apply_functions(m_tiles, n_tiles, traits, False, traits.bends_scores)
     mask_scores = make_mask_scores(m_tiles, n_tiles)
     softmax_backward = make_softmax_backward_by_column(m_tiles, n_tiles, traits)
-    store_dk = make_store_rows(element, m_tiles, dk_tiles, traits.vectorized)
-    store_dv = make_store_rows(element, m_tiles, dv_tiles, traits.vectorized)
+    store_as = traits.vectorized, traits.float32_out
+    store_dk = make_store_rows(element, m_tiles, dk_tiles, *store_as)
+    store_dv = make_store_rows(element, m_tiles, dv_tiles, *store_as)
+    out_storage = f32 if traits.float32_out else element.storage
     storage, args_of_head = element.storage, make_args_of_head(traits)
     bends, has_functions = traits.shapes_scores, traits.has_functions
     drops = traits.drops_weights
@@ -119,8 +121,8 @@ def make_backward_dkdv_kernel(config: MmaBackwardDkDvConfig, traits: Traits) -> 
         v: Tensor[storage],  # (batch, seqlen_k, num_heads_kv, head_dim_v)
         do: Tensor[storage],  # (batch, seqlen_q, num_heads_q, head_dim_v)
         statistics_log2: Statistics,  # both (batch, num_heads_q, seqlen_q)
-        dk: Tensor[storage],  # (batch, seqlen_k, num_heads_kv, head_dim)
-        dv: Tensor[storage],  # (batch, seqlen_k, num_heads_kv, head_dim_v)
+        dk: Tensor[out_storage],  # (batch, seqlen_k, num_heads_kv, head_dim)
+        dv: Tensor[out_storage],  # (batch, seqlen_k, num_heads_kv, head_dim_v)
         mask: mask_of(traits),
         shape: Shape,
         scores: scores_of(traits.program),
@@ -168,6 +170,8 @@ def make_backward_dkdv_kernel(config: MmaBackwardDkDvConfig, traits: Traits) -> 
         v_base = first_of_rows(v, batch, head_kv, sequence.first_k)
         # Without queries nothing would wait for K and V.
         next_m, next_head, next_end = first_step(walk)
+        if listed:
+            steps, heads = cuda.local.array(num_stages, i32), cuda.local.array(num_stages, i32)
         if not asynchronous or next_m < next_end:
             copy_k(smem, k_smem, k, k_base, n_start, sequence.seqlen_k, shape.head_dim)
             copy_v(smem, v_smem, v, v_base, n_start, sequence.seqlen_k, shape.head_dim_v)
@@ -189,6 +193,11 @@ def make_backward_dkdv_kernel(config: MmaBackwardDkDvConfig, traits: Traits) -> 
                 if asynchronous and num_stages > 1:
                     wait_for_tile()
                 cuda.syncthreads()
+            if listed:
+                # Of the tiles under way, which is less to keep than two places in lists.
+                for i in range(num_stages - 1):
+                    steps[i], heads[i] = steps[i + 1], heads[i + 1]
+                steps[num_stages - 1], heads[num_stages - 1] = next_m, next_head
             if i32(tile + num_stages - 1) < num_tiles:
                 into = i32(last_stage if tile >= 0 else tile + num_stages - 1)
                 m_block, _ = tile_at(mask, next_m)
@@ -210,6 +219,8 @@ def make_backward_dkdv_kernel(config: MmaBackwardDkDvConfig, traits: Traits) -> 
                 multiply_k_q(s_acc, smem, k_mine, q_mine + q_words * stage)
                 if with_dk:
                     multiply_v_do(dp_acc, smem, v_mine, do_mine + do_words * stage)
+                if listed:
+                    m_step, head = steps[0], heads[0]
                 m_block, is_full = tile_at(mask, m_step)
                 m_start = i32(m_block * tile_m)
                 if has_functions:
@@ -247,7 +258,7 @@ def make_backward_dkdv_kernel(config: MmaBackwardDkDvConfig, traits: Traits) -> 
                     multiply_ds_q(dk_acc, dp_acc, smem, q_transposed + q_words * stage)
                 last_stage = stage
                 stage = i32(stage + 1 if stage + 1 < num_stages else 0)
-                if num_stages > 1:
+                if num_stages > 1 and not listed:
                     m_step, head, m_end = next_step(walk, m_step, head, m_end)
 
         # The place is computed again, so that no register keeps it through the walk.

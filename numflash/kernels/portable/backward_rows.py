@@ -3,19 +3,15 @@
     row_gradients[i] = the sum over keys j of dS[i, j] * (derivative of the score by the argument)
 
 The derivative is the feature's that has such an argument: of ALiBi's slope -|i - j|. Without one
-it is 1. A block owns tile_m rows of Q and dO and walks over K and V in tiles of tile_n, as the dQ
-kernel does; `shared.head_sums` adds up the rows of a head. No atomics: the same bits in every run.
+it is 1. With `traits.read` it is that by the element that the program reads.
+
+A block owns tile_m rows of Q and dO and walks over K and V in tiles of tile_n, as the dQ kernel
+does; `shared.head_sums` and `shared.array_sums` add up rows. No atomics: the same bits in every
+run.
 """
 
 from numflash.configs import BackwardRowsConfig, Traits
-from numflash.kernels.arguments import (
-    Pointer,
-    Shape,
-    Statistics,
-    Tensor,
-    mask_of,
-    scores_of,
-)
+from numflash.kernels.arguments import Pointer, Shape, Statistics, Tensor, mask_of, scores_of
 from numflash.kernels.kernel import Kernel
 from numflash.kernels.portable.score_gradients import make_score_gradients
 from numflash.ptx import cuda, f32, i32, mov_ctaid_x
@@ -43,7 +39,7 @@ def make_backward_rows_kernel(config: BackwardRowsConfig, traits: Traits) -> Ker
     place_of_queries = make_place_of_queries(tile_m)
     steps_of, tile_at = make_steps_of(traits, tile_n), make_tile_at(traits, tile_n)
     args_of_head = make_args_of_head(traits)
-    gradient_of_score = make_gradient_of_score(traits.features)
+    gradient_of_score = make_gradient_of_score(traits)
 
     def backward_rows(
         q: Tensor[storage],  # (batch, seqlen_q, num_heads_q, head_dim)
@@ -89,8 +85,8 @@ def make_backward_rows_kernel(config: BackwardRowsConfig, traits: Traits) -> Ker
             compute(ds_acc, s_acc, smem, of_rows, tile, sequence, scores, args)
             distance = f32(i32(m_start + row + scores.shift - n_start - column))
             for i in range(n_scores):
-                step = ROW_LANES * (i // columns) - COLUMN_LANES * (i % columns)
-                shares[i // columns] += gradient_of_score(ds_acc[i], distance + f32(step))
+                more = ROW_LANES * (i // columns) - COLUMN_LANES * (i % columns)
+                shares[i // columns] += gradient_of_score(ds_acc[i], distance + f32(more))
 
         first_query = first_of_statistics(batch, head, shape) + sequence.first_q
         for r in range(rows):

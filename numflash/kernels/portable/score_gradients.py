@@ -64,6 +64,7 @@ def make_score_gradients(config, traits: Traits, before_program: bool = False) -
     """The functions for a config with the tiles q, do, k and v in shared memory.
 
     dS is that of the final scores, or with before_program that of the scores that features give.
+    With `traits.read` it is that of the element that the program reads for each score.
     """
     element = ELEMENTS[traits.dtype]
     tile_m, tile_n, num_threads = config.tile_m, config.tile_n, config.num_threads
@@ -82,7 +83,7 @@ def make_score_gradients(config, traits: Traits, before_program: bool = False) -
     load_query_statistics = make_load_query_statistics(rows, ROW_LANES)
     multiply_q_k = make_product_nt(rows, columns, traits.head_dim, k_pitch, k_pitch)
     multiply_do_v = make_product_nt(rows, columns, traits.head_dim_v, v_pitch, v_pitch)
-    bends = before_program and traits.program_bends
+    bends = (before_program or traits.read != "") and traits.program_bends
     n_slopes = rows * columns if bends else 1
     apply_functions = make_apply_functions(rows, columns, traits, True, bends, True)
     mask_scores = make_mask_scores(rows, columns)

@@ -1,1 +1,1 @@
-"""Kernels that every implementation uses: combine, delta and head_sums."""
+"""Kernels that every implementation uses: combine, delta, and the sums that end gradients."""

@@ -1,5 +1,9 @@
 """Every tile of rows has its place, and blocks that walk through the places have as much to do."""
 
+import ast
+import inspect
+import re
+
 import numpy as np
 import pytest
 
@@ -7,6 +11,7 @@ from numflash.configs import parse_config
 from numflash.kernels.arguments import Mask, Shape
 from numflash.ptx import i32, u32
 from numflash.selection.geometry import heads_of_a_bundle
+from numflash.tiles import blocks as blocks_of_tiles
 from numflash.tiles.blocks import (
     last_of,
     make_block_place,
@@ -129,3 +134,24 @@ def test_tiles_that_are_seen_and_seen_whole_are_those_of_the_mask(lo, hi):
                 if seen.any():
                     assert seen[:, seen_tiles[0] * tile : (seen_tiles[0] + 1) * tile].any()
                     assert seen[:, seen_tiles[-1] * tile :].any()
+
+
+def test_what_the_simulator_remembers_knows_numbers_only():
+    """A function_of_numbers that reads where it runs, or memory, would give an old answer."""
+    tree = ast.parse(inspect.getsource(blocks_of_tiles))
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    remembered = [
+        function
+        for function in functions
+        if "function_of_numbers" in map(ast.unparse, function.decorator_list)
+    ]
+    assert len(remembered) > 10
+    unsure = {
+        function.name
+        for function in functions
+        if re.search(r"\bcuda\.|\bmov_|\.data\b|\[", "".join(map(ast.unparse, function.body)))
+    }
+    assert {"walk", "next_place"} <= unsure
+    for function in remembered:
+        names = {node.id for node in ast.walk(function) if isinstance(node, ast.Name)}
+        assert function.name not in unsure and not names & unsure, function.name

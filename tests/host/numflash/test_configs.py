@@ -29,7 +29,7 @@ from numflash.configs.features import BY_NAME
 from numflash.runtime.devices import ARCHITECTURES
 
 HEAD_DIMS = range(32, 257, 32)
-TILED = ("forward", "backward-dq", "backward-dkdv")
+TILED = ("forward", "backward-dq", "backward-rows", "backward-dkdv")
 BY_ROW = ("delta", "head-sums", "combine")
 
 

@@ -33,7 +33,8 @@ def _asked(monkeypatch, function, *arrays, **given) -> AttentionOptions:
 def test_every_option_comes_by_its_name(monkeypatch, function, arrays):
     """Public functions pass options by position: each must arrive in its own field."""
     taken = inspect.signature(function).parameters
-    assert {name for name in NAMES if name in taken} >= {*NAMES} - {"fp8", "max_rel_error"}
+    of_results = {"fp8", "max_rel_error", "out_dtype"}
+    assert {name for name in NAMES if name in taken} >= {*NAMES} - of_results
     for name in NAMES:
         if name in taken:
             mark = object()
@@ -61,13 +62,16 @@ def test_the_key_tells_apart_whatever_a_call_is_made_ready_for():
         "softcap": 2.0,
         "origin": (0, 0, 0),
         "score_mod": lambda score, b, h, i, j: score + 1,
+        "score_mod_grad": lambda score, b, h, i, j: score,
         "mask_mod": lambda b, h, i, j: i > j,
         "aux": (1.0,),
+        "block_mask": numflash.BlockMask.from_tiles(np.ones((1, 1), bool)),
         "layout": "bhsd",
         "precision": "tf32",
         "config": "m16n16w2",
         "fp8": numflash.Fp8Recipe("token"),
         "max_rel_error": 0.5,
+        "out_dtype": "float32",
     }
     # Of numbers that a launch fills in the key has the names.
     assert set(others) == {*NAMES} - {*ARRAY_OPTIONS, "dropout_p"}

@@ -348,3 +348,15 @@ def test_an_array_must_have_an_element_for_each_place():
         program.check_shapes(names, shapes, more | {"j": 0})  # nothing is read
     with pytest.raises(ValueError, match="axis 1 of aux0 is indexed by a computed number"):
         program.check_shapes(names, [(3, 0), (2, 1, 5, 9)], counts)
+
+
+def test_a_program_and_the_keep_of_another():
+    def leaky(s, b, h, q, k, x):
+        return s * x[h] if s > 0 else s
+
+    slopes, ids = metadata(np.zeros(3, np.float32)), metadata(np.zeros(9, np.int32))
+    slope = trace(leaky, masks.causal, (slopes,), score_mod_grad=lambda *a: a[-1][a[2]]).program
+    both = slope.also(trace(None, masks.document, (ids,)).program)
+    assert (both.score, both.slope) == (slope.score, slope.slope)
+    assert both.text.startswith("1;float32[1u],int32[1u];") and "aux1[" in both.text
+    assert Program.parse(both.text) == both

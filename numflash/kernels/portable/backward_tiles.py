@@ -1,0 +1,110 @@
+"""Backward for an array with an element for each query and key, as a bias: its gradient.
+
+    array_gradient[b, h, i, j] = the sum of dS * (derivative of the score by the element)
+
+over the batch entries and heads that share the element. A block owns a tile of tile_m queries and
+tile_n keys of the array, and walks over these batch entries and heads, the first to the last, with
+S and dP computed again for each. So no sums of parts lie in memory, and without atomics the bits
+are the same in every run. A tile that no query sees is written, as zeros.
+"""
+
+from numflash.configs import BackwardTilesConfig, Traits
+from numflash.kernels.arguments import (
+    Pointer,
+    Reduced,
+    Shape,
+    Statistics,
+    Tensor,
+    mask_of,
+    scores_of,
+)
+from numflash.kernels.kernel import Kernel
+from numflash.kernels.portable.score_gradients import make_score_gradients
+from numflash.ptx import cuda, f32, i32, i64, mov_ctaid_x
+from numflash.tiles.blocks import (
+    Keys,
+    divide,
+    last_of,
+    quotient,
+    sequence_of,
+    tiles_of,
+    tiles_seen,
+    tiles_seen_whole,
+)
+from numflash.tiles.features import make_args_of_head
+from numflash.tiles.portable.elements import ELEMENTS
+from numflash.tiles.portable.lanes import COLUMN_LANES, ROW_LANES
+from numflash.tiles.steps import make_steps_of, make_tile_at
+
+
+def make_backward_tiles_kernel(config: BackwardTilesConfig, traits: Traits) -> Kernel:
+    """The kernel for one config; see the module's docstring."""
+    tile_m, tile_n = config.tile_m, config.tile_n
+    load_queries, load_keys, compute, place, rows, columns = make_score_gradients(config, traits)
+    n_scores, storage = rows * columns, ELEMENTS[traits.dtype].storage
+    result = ELEMENTS[traits.dtype_of_read]
+    from_f32 = result.from_f32
+    args_of_head = make_args_of_head(traits)
+    steps_of, tile_at = make_steps_of(traits, tile_n), make_tile_at(traits, tile_n)
+
+    def backward_tiles(
+        q: Tensor[storage],  # (batch, seqlen_q, num_heads_q, head_dim)
+        k: Tensor[storage],  # (batch, seqlen_k, num_heads_kv, head_dim)
+        v: Tensor[storage],  # (batch, seqlen_k, num_heads_kv, head_dim_v)
+        do: Tensor[storage],  # (batch, seqlen_q, num_heads_q, head_dim_v)
+        plain_statistics: Statistics,  # both (batch, num_heads_q, seqlen_q)
+        array_gradient: Pointer(result.storage),  # the array's shape, contiguous
+        reduced: Reduced,
+        mask: mask_of(traits),
+        shape: Shape,
+        scores: scores_of(traits.program),
+    ):
+        smem = cuda.shared.array(0, f32, alignment=16)
+        s_acc = cuda.local.array(n_scores, f32)
+        ds_acc = cuda.local.array(n_scores, f32)
+        sums = cuda.local.array(n_scores, f32)
+        lses = cuda.local.array(rows, f32)
+        deltas = cuda.local.array(rows, f32)
+
+        sequence, inputs = sequence_of(shape, mask), (q, k, v, do, plain_statistics)
+        above, n_block = divide(i32(mov_ctaid_x()), tiles_of(sequence.seqlen_k, tile_n))
+        above, m_block = divide(above, tiles_of(sequence.seqlen_q, tile_m))
+        first_batch, first_head = divide(above, reduced.kept.heads)
+        m_start, n_start = i32(m_block * tile_m), i32(n_block * tile_n)
+        row, column = place()
+        for i in range(n_scores):
+            sums[i] = f32(0)
+
+        # The tile itself if some of its queries see some of its keys, else nothing.
+        last_query = last_of(m_start, tile_m, sequence.seqlen_q)
+        seen = tiles_seen(m_start, last_query, tile_n, sequence)
+        seen = Keys(i32(max(seen.begin, n_block)), i32(min(seen.end, n_block + 1)))
+        whole = tiles_seen_whole(m_start, last_query, tile_n, sequence)
+        is_whole = n_start >= whole.first and n_start <= whole.last
+        for batch in range(first_batch, first_batch + reduced.summed.batch):
+            for head in range(first_head, first_head + reduced.summed.heads):
+                begin, end = steps_of(mask, batch, head, m_start, seen)
+                for step in range(begin, end):
+                    _, is_full = tile_at(mask, step)
+                    args = args_of_head(scores, batch, head)
+                    # All threads have read the tiles of the head before, whose place these take.
+                    cuda.syncthreads()
+                    load_queries(smem, lses, deltas, inputs, batch, head, m_start, sequence, shape)
+                    head_kv = quotient(head, shape.group_size)
+                    load_keys(smem, inputs, batch, head_kv, n_start, sequence, shape)
+                    # Q, dO, K and V of all threads must have arrived.
+                    cuda.syncthreads()
+                    tile, of_rows = (m_start, n_start, is_whole, is_full), (lses, deltas)
+                    compute(ds_acc, s_acc, smem, of_rows, tile, sequence, scores, args)
+                    for i in range(n_scores):
+                        sums[i] += ds_acc[i]
+
+        base = reduced.first + i64(first_batch) * reduced.batch + i64(first_head) * reduced.head
+        for i in range(n_scores):
+            r = i32(m_start + row + ROW_LANES * (i // columns))
+            c = i32(n_start + column + COLUMN_LANES * (i % columns))
+            if r < sequence.seqlen_q and c < sequence.seqlen_k:
+                place_of_sum = base + i64(r) * reduced.row + i64(c) * reduced.column
+                array_gradient[place_of_sum] = from_f32(sums[i])
+
+    return Kernel(config.family, backward_tiles, config.num_threads, config.smem_bytes(traits))
