@@ -220,7 +220,7 @@ class AttentionOptions(_Options):
         given = {name: getattr(self, name) for name in ARRAY_OPTIONS}
         # A seed may also be a number.
         found = {n: x for n, x in given.items() if x is not None and not isinstance(x, _INTEGERS)}
-        if self.aux:
+        if isinstance(self.aux, tuple | list):
             of_aux = {f"aux{n}": each for n, each in enumerate(self.aux)}
             found |= {name: each for name, each in of_aux.items() if not isinstance(each, NUMBER)}
         if isinstance(self.block_mask, ListedBlocks):
@@ -266,7 +266,9 @@ class AttentionOptions(_Options):
     def _key_of_functions(self) -> tuple:
         """What functions mean, and the numbers that they get."""
         functions = self.score_mod, self.score_mod_grad, self.mask_mod
-        if functions == (None, None, None) and not self.aux:
+        if not isinstance(self.aux, tuple | list):
+            raise TypeError("no call may have such an aux")
+        if not self.aux and all(each is None for each in functions):
             return ()
         keys = tuple(map(key_of, functions))
         if None in keys:

@@ -96,12 +96,12 @@ def _of_options(
     views: Mapping[str, ArrayView], options: AttentionOptions, extent: Extent
 ) -> tuple[Traced, dict[str, int | float]]:
     """What bias, mask and functions make together, and the numbers that they get, by name."""
+    if options.score_mod is None and options.mask_mod is None and options.aux:
+        raise ValueError("aux goes with score_mod or mask_mod, which get it; there is neither")
     asked = (options.bias, options.mask, options.score_mod, options.mask_mod)
     if all(each is None for each in asked):
         if options.score_mod_grad is not None:
             raise ValueError("score_mod_grad is the derivative of score_mod, which is not given")
-        if options.aux:
-            raise ValueError("aux goes with score_mod or mask_mod, which get it; there is neither")
         return Traced(Program(), ()), {}
     for n in range(len(options.aux)):
         if f"aux{n}" in views:

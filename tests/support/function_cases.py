@@ -103,7 +103,7 @@ def _in_its_document(b, h, i, j, table, scale, documents):
 
 
 def _table(rng, n: Sizes, dtype=np.float32):
-    return _normal(rng, (n.heads_q, n.seqlen_q + n.seqlen_k), dtype)
+    return _normal(rng, (n.heads_q, 2 * max(n.seqlen_q, n.seqlen_k)), dtype)
 
 
 def _documents(rng, count, shape, dtype):
@@ -188,21 +188,8 @@ PROGRAMS: dict[str, tuple[str, Callable]] = {
     ),
 }
 
-SAME_FOR_ALL_HEADS = {
-    "bias-float32-keys",
-    "bias-backwards",
-    "bias-stride-0",
-    "mask-2d",
-    "mask-keys",
-    "numbers",
-    "bent",
-    "logarithm",
-    "causal",
-    "documents",
-    "bytes",
-    "flags",
-}
-"""Programs that do not look at the head: only these allow packed heads."""
+OF_KEYS_ALONE = {"bias-float32-keys", "mask-keys", "numbers", "bent", "logarithm"}
+"""Programs that do not look at heads and queries: only these allow packed heads."""
 
 FEATURES = {
     "none": lambda n: {},
@@ -323,7 +310,7 @@ class FunctionCase:
     def config(self) -> dict:
         """Of the kernels, by family. Heads that a program tells apart are not packed."""
         configs = PLACES[self.place].configs
-        if self.feature == "alibi" or self.program not in SAME_FOR_ALL_HEADS:
+        if self.feature == "alibi" or self.program not in OF_KEYS_ALONE:
             configs = [each for each in configs if "-packed" not in each["forward"]]
         return configs[self.turn % len(configs)]
 
