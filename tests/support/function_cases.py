@@ -5,7 +5,7 @@ features, bands and kernels; `tests/sim/test_functions.py` takes a covering set 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import cycle, product
 from typing import NamedTuple
 
@@ -226,7 +226,7 @@ class Place(NamedTuple):
 
 
 _SMALL = (Sizes(1, 17, 20, 2, 1, 16, 16), Sizes(2, 9, 17, 1, 1, 16, 24))
-_WIDE = (Sizes(1, 17, 40, 4, 2, 32, 32), Sizes(2, 9, 70, 1, 1, 32, 48))
+_WIDE = (Sizes(1, 17, 40, 2, 1, 32, 32), Sizes(2, 9, 70, 1, 1, 32, 48))
 _PACKED = {
     "sm80": {"forward": "sm80-m16n16w1s1-packed", "backward": "sm80-m16n16w1s1"},
     "sm90": {"forward": "sm90-m64n32w4s1x2-packed-overlap"},
@@ -340,22 +340,37 @@ class FunctionCase:
         }
 
 
+# Kernels that share all but instructions take turns.
+_GROUPS = (
+    ("portable",),
+    ("sm80",),
+    ("sm75", "tf32"),
+    ("sm90",),
+    ("fp8", "fp8-sm75"),
+    ("fp8-sm90",),
+)
+
+
 def some_cases() -> list[FunctionCase]:
     """Of all programs with all features, bands and kernels some.
 
-    Each kind of program meets each kernel, feature and band, and these each other; and each
-    program is there with gradients, and on Hopper. What takes turns does so from case to case.
+    Each kind of program meets each group of kernels, each feature and band, and these each other;
+    and each program is there with gradients. What takes turns does so from case to case.
     """
-    axes = product(PLACES, PROGRAMS, FEATURES, BANDS)
-    table = [FunctionCase(*names, turn) for turn, names in enumerate(axes)]
+    axes = product(_GROUPS, PROGRAMS, FEATURES, BANDS)
+    table = list(axes)
 
-    def labels(case):
-        return case.place, PROGRAMS[case.program][0], case.feature, case.band
+    def labels(row):
+        places, program, feature, band = row
+        return places, PROGRAMS[program][0], feature, band
 
-    chosen = covering(table, labels, cost=lambda case: PLACES[case.place].cost)
-    there = {(case.place, case.program) for case in chosen}
+    chosen = covering(table, labels, cost=lambda row: PLACES[row[0][0]].cost)
+    there = {(places, program) for places, program, *_ in chosen}
     others = cycle(product(FEATURES, BANDS))
-    for place, program in product(("sm80", "sm90"), PROGRAMS):
-        if (place, program) not in there:
-            chosen.append(FunctionCase(place, program, *next(others), len(chosen)))
-    return [replace(case, turn=turn) for turn, case in enumerate(chosen)]
+    for program in PROGRAMS:
+        if (("sm80",), program) not in there:
+            chosen.append((("sm80",), program, *next(others)))
+    return [
+        FunctionCase(places[turn % len(places)], *rest, turn)
+        for turn, (places, *rest) in enumerate(chosen)
+    ]
