@@ -44,6 +44,7 @@ def attention(
     max_rel_error: float | None = None,
     return_lse: bool = False,
     return_decision: bool = False,
+    out_dtype: str | None = None,
     out=None,
     stream=None,
     config: str | Config | dict[str, str | Config] | None = None,
@@ -120,6 +121,8 @@ def attention(
             that of its result; None means 0.1. The error of 8 bits on random numbers is 0.05.
         return_lse: also return the log-sum-exp.
         return_decision: with precision="auto", also return which heads were computed in 8 bits.
+        out_dtype: "float32" leaves the result in float32, as it was summed, where q, k and v have
+            fewer bits; None is the dtype of q.
         out: an array to write the result to; it must not overlap an input. What reads it must
             come after the call on `stream`.
         stream: a CUDA stream, or its address, to allocate and launch on; None is the current one
@@ -129,8 +132,8 @@ def attention(
             one that `numflash-tune` has found, else one by rule. `explain_dispatch` names it.
 
     Returns:
-        out: (batch, seqlen_q, num_heads_q, head_dim_v) in the layout, dtype and kind of q. A
-            query that sees no key gives 0.
+        out: (batch, seqlen_q, num_heads_q, head_dim_v) in the layout and kind of q, and its dtype
+            or out_dtype. A query that sees no key gives 0.
         lse: with return_lse, (batch, num_heads_q, seqlen_q) float32: the natural logarithm of the
             sum of exponentials of the scores; where a query sees no key -inf, or its sink. Without
             batch or heads axes in q, these are absent here too.
@@ -182,6 +185,7 @@ def attention(
         config,
         fp8,
         max_rel_error,
+        out_dtype,
     )
     options = with_own_block_mask(options, stream)
     if return_decision and precision != "auto":
@@ -225,6 +229,7 @@ def attention_backward(
     dlse=None,
     delta=None,
     wrt: tuple[str, ...] | None = None,
+    grad_dtype: str | None = None,
     stream=None,
     config: dict[str, str | Config] | None = None,
 ):
@@ -234,7 +239,7 @@ def attention_backward(
         dout: gradient of the result, shaped like it.
         q, k, v: as given to `attention`.
         out, lse: as returned by `attention(..., return_lse=True)`. With delta out is not read,
-            and may be None.
+            and may be None. out may be float32, as out_dtype leaves it; dout has the dtype of q.
         softmax_scale, causal, causal_align, shift, window_size, softcap, alibi_slopes, sinks,
             dropout_p, seed, origin, bias, mask, score_mod, score_mod_grad, mask_mod, aux,
             block_mask, layout, precision, stream: as given to `attention`.
@@ -242,11 +247,16 @@ def attention_backward(
         delta: the sum over head_dim_v of dout * out, where the caller has it: shaped like lse,
             float32, any strides.
         wrt: what to return gradients of, in this order: "q", "k", "v"; with sinks "sinks"; with
-            alibi_slopes "alibi_slopes". Kernels that make none of them do not run. None is
-            ("q", "k", "v"), and with sinks also "sinks".
+            alibi_slopes "alibi_slopes"; with bias "bias"; "aux0", "aux1", ... of arrays of
+            float16, bfloat16 or float32 that score_mod reads. Kernels that make none of them do
+            not run. None is ("q", "k", "v"), and with sinks also "sinks".
+        grad_dtype: "float32" leaves dq, dk and dv, and gradients of arrays that scores read, in
+            float32, as they were summed, where q, k and v have fewer bits; None is the dtype of q,
+            and of the array.
         config: kernels to run instead of those that numflash chooses, by family: "backward-dkdv"
             and "backward-dq"; or "backward", one kernel for all gradients, which takes five
-            products a tile instead of seven and num_splits more float32 copies of dq.
+            products a tile instead of seven and num_splits more float32 copies of dq;
+            "backward-rows", "backward-columns", "backward-tiles" and "backward-scatter" of arrays.
 
     Returns:
         A tuple with a gradient for each name in wrt.
@@ -255,13 +265,22 @@ def attention_backward(
             exp(sink - lse) * (dlse - dout . out).
         dalibi_slopes: float32, (num_heads_q,) or (batch, num_heads_q), as the slopes: the sum of
             -dS * distance, of dS by scores. With origin both are of the heads of this call.
-        The same call gives the same bits every time: no atomics.
+        dbias, daux0, ...: of the shape and dtype of the array, contiguous, summed in float32. An
+            axis of one element is summed over; along an axis of stride 0, of a broadcast view,
+            each element has a gradient of its own. Elements that no score reads have gradient 0.
+            An array that is read once, at batch, head, q_idx and kv_idx themselves, has a sum in
+            a fixed order. Any other, as a table that is read at a computed place, has one of
+            integers of 64 bits, in units of at most 2 ** -59 of the sum of all absolute values:
+            each score loses less than one. Where one of them is infinite or NaN, all are NaN.
+        The same call gives the same bits every time: floats are added in a fixed order.
 
     Raises:
         TypeError, ValueError, UnsupportedError: as `attention`.
 
-    Needs two float32 workspaces of batch x num_heads_q x seqlen_q, and one for each array of
-    heads in wrt.
+    Needs two float32 workspaces of batch x num_heads_q x seqlen_q, and one more, or one of
+    batch x num_heads_q x seqlen_k, for each array of heads in wrt and each array that scores
+    read; none for one with an axis of queries and one of keys. One that is read at computed places
+    takes 8 bytes for each of its elements.
 
     Source: FlashAttention, arXiv 2205.14135, Algorithm 4.
 
@@ -309,7 +328,7 @@ def attention_backward(
         if array is not None:
             arrays[name] = array
     wrt = tuple(wrt) if isinstance(wrt, list) else wrt
-    backward, operands, stream = prepare(Backward, arrays, options, stream, wrt)
+    backward, operands, stream = prepare(Backward, arrays, options, stream, wrt, grad_dtype)
     library = library_of(q, "q")
 
     def work(stream: int) -> tuple:

@@ -80,11 +80,11 @@ def described_out(
 ) -> Tensor:
     """The result: the caller's `out`, checked, or one still to be allocated."""
     shape = (*q.shape[:-1], problem.head_dim_v)
-    out = views.get("out")
+    out, dtype = views.get("out"), options.out_dtype or q.dtype
     if out is None:
-        out = fresh(shape, q.dtype, q.device)
+        out = fresh(shape, dtype, q.device)
     else:
-        expect_like("out", out, shape, q.dtype, q.device)
+        expect_like("out", out, shape, dtype, q.device)
         expect_writeable("out", out)
     return as_tensor("out", out, options.layout)
 

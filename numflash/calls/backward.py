@@ -24,7 +24,13 @@ from numflash.kernels.arguments import Tensor as TensorRecord
 from numflash.problem.array_gradients import ArrayGradient, array_gradients
 from numflash.problem.gradients import Gradients
 from numflash.problem.options import AttentionOptions
-from numflash.problem.problem import AttentionProblem, as_tensor, describe, expect_like
+from numflash.problem.problem import (
+    AttentionProblem,
+    as_tensor,
+    describe,
+    expect_like,
+    expect_out_dtype,
+)
 from numflash.runtime.arrays import ArrayLibrary
 from numflash.runtime.driver import machine_of
 from numflash.runtime.views import ArrayView, Operand, fresh
@@ -55,6 +61,7 @@ class Backward:
         views: dict[str, ArrayView],
         options: AttentionOptions,
         wrt: tuple[str, ...] | None = None,
+        grad_dtype: str | None = None,
     ):
         """Check, choose and build. Raises as `numflash.attention_backward`.
 
@@ -63,17 +70,29 @@ class Backward:
                 gradient; the options that are arrays.
             options: of the call.
             wrt: what gradients are of; None is the default.
+            grad_dtype: of dq, dk and dv; None is that of q. With float32 that of arrays, too.
         """
         results = tuple(name for name in ("dout", "out") if name in views)
         rows, self._copied = with_contiguous_rows(views, (*_OPERANDS, *results))
         problem, tensors = describe(rows, options)
-        arrays = {} if wrt is None else array_gradients(problem, rows, options)
-        of_lse = {"dlse": "dlse" in views, "delta": "delta" in views}
-        gradients = Gradients.of(problem.feature_names, wrt, arrays, **of_lse)
         q, layout = rows["q"], options.layout
+        grad_dtype = expect_out_dtype("grad_dtype", grad_dtype, q.dtype)
+        in_float32 = grad_dtype != q.dtype
+        arrays = {} if wrt is None else array_gradients(problem, rows, options, in_float32)
+        out_is_longer = "out" in views and rows["out"].dtype == "float32" != q.dtype
+        gradients = Gradients.of(
+            problem.feature_names,
+            wrt,
+            arrays,
+            dlse="dlse" in views,
+            delta="delta" in views,
+            float32_out=out_is_longer,
+            in_float32=in_float32,
+        )
         out_shape = (*q.shape[:-1], problem.head_dim_v)
         for name in results:
-            expect_like(name, rows[name], out_shape, q.dtype, q.device)
+            dtype = "float32" if name == "out" and out_is_longer else q.dtype
+            expect_like(name, rows[name], out_shape, dtype, q.device)
             tensors["do" if name == "dout" else name] = as_tensor(name, rows[name], layout)
         expect_like("lse", rows["lse"], lse_shape(problem, q), "float32", q.device)
         if not rows["lse"].is_contiguous:
@@ -89,7 +108,7 @@ class Backward:
         if gradients.delta:
             given["delta"] = given["delta"]._replace(data=_GIVEN_DELTA)
         for name in _OPERANDS:
-            gradient = fresh(rows[name].shape, q.dtype, q.device)
+            gradient = fresh(rows[name].shape, grad_dtype, q.device)
             tensors["d" + name] = as_tensor("d" + name, gradient, layout)
         self.device, self._gradients = q.device, gradients
         self._arguments = arguments_of(problem, tensors)
@@ -119,7 +138,7 @@ class Backward:
         made = {"q"} & {*gradients.wrt}
         if selection.backward.keys() & {FUSED, "backward-dkdv"}:
             made |= {"k", "v"}
-        self._results = {f"d{name}": Allocated(rows[name].shape, q.dtype) for name in made}
+        self._results = {f"d{name}": Allocated(rows[name].shape, grad_dtype) for name in made}
         if selection.delta.traits.plain_delta:
             self._workspaces["plain_delta"] = self._of_queries
         self._add(problem, "delta", selection.delta)

@@ -65,7 +65,8 @@ class Results:
             self._refuse_overlap({name: operands[name].pointer for name in self._spans})
             out = operands["out"].array
         else:
-            out = library.empty(request.out_shape, request.problem.dtype, request.device)
+            dtype = request.tensors["out"].view.dtype
+            out = library.empty(request.out_shape, dtype, request.device)
             operands["out"] = library.operand(out)
         lse = library.empty(request.lse_shape, "float32", request.device)
         operands["lse"] = library.operand(lse)
@@ -167,8 +168,8 @@ def _combine(request: Request, selection: Selection, arguments: dict) -> Launche
 def _tensor_maps(request: Request, config, geometry: Geometry) -> Mapping[str, Mapped]:
     """The tensor maps of a forward by parameter name."""
     tensors = request.tensors
-    # Parts are written without bulk copies: their map is that of any tensor, and never used.
-    out = "q" if geometry.num_splits > 1 else "out"
+    # Float32 is written without bulk copies: the map is that of any tensor, and never used.
+    out = "q" if geometry.num_splits > 1 or request.traits.float32_out else "out"
     layouts = {
         "q": TensorLayout.of_queries(tensors["q"], geometry.pack),
         "out": TensorLayout.of_queries(tensors[out], geometry.pack),

@@ -85,7 +85,7 @@ class MmaConfig(Lettered):
             raise ValueError(f"{type(self).__name__} {self}: a block has at most 32 warps")
         if self.num_stages > MAX_STAGES:
             raise ValueError(f"{type(self).__name__} {self}: at most {MAX_STAGES} stages")
-        if self.num_splits > 1 and self.family in ("backward-dkdv", "backward-dq"):
+        if self.num_splits > 1 and self.family.startswith("backward-"):
             raise ValueError(
                 f"{type(self).__name__} {self}: only forward and backward can be split, not "
                 f"{self.family}"
@@ -225,6 +225,67 @@ class MmaBackwardDqConfig(MmaConfig):
 
 
 @dataclass(frozen=True)
+class MmaBackwardRowsConfig(MmaBackwardDqConfig):
+    """A block computes a number for each of tile_m rows of Q; K and V come in tiles of tile_n."""
+
+    family: ClassVar = "backward-rows"
+
+    def accumulators_per_thread(self, traits: Traits) -> int:
+        """float32 accumulators that a thread keeps through the main loop."""
+        return self._gradient_scores(traits) + 2 * self.m_tiles
+
+
+@dataclass(frozen=True)
+class _OfArrays(MmaBackwardRowsConfig):
+    """Common to the kernels for gradients of arrays that scores read: tiles are not ahead."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.num_stages != 1:
+            raise ValueError(
+                f"{type(self).__name__} {self}: {self.family} has one stage, got {self.num_stages}"
+            )
+
+
+@dataclass(frozen=True)
+class MmaBackwardColumnsConfig(_OfArrays):
+    """A block computes a number for each of tile_n keys; Q and dO come in tiles of tile_m."""
+
+    family: ClassVar = "backward-columns"
+
+    @property
+    def block_rows(self) -> int:
+        """Rows of the output that one block computes."""
+        return self.tile_n
+
+    def accumulators_per_thread(self, traits: Traits) -> int:
+        """float32 accumulators that a thread keeps through the main loop."""
+        return self._gradient_scores(traits) + self.tile_n // 4
+
+
+@dataclass(frozen=True)
+class MmaBackwardTilesConfig(_OfArrays):
+    """A block computes a number for each of tile_m queries and tile_n keys."""
+
+    family: ClassVar = "backward-tiles"
+
+    def accumulators_per_thread(self, traits: Traits) -> int:
+        """float32 accumulators that a thread keeps through the main loop."""
+        return self._gradient_scores(traits) + self._scores_per_thread()
+
+
+@dataclass(frozen=True)
+class MmaBackwardScatterConfig(_OfArrays):
+    """A block adds what tile_m rows of Q contribute to the sums of an array."""
+
+    family: ClassVar = "backward-scatter"
+
+    def accumulators_per_thread(self, traits: Traits) -> int:
+        """float32 accumulators that a thread keeps through the main loop; a sum of 64 bits."""
+        return self._gradient_scores(traits) + 4
+
+
+@dataclass(frozen=True)
 class MmaBackwardDkDvConfig(MmaConfig):
     """A block computes tile_n rows of dK and dV; Q and dO come in tiles of tile_m."""
 
@@ -331,6 +392,10 @@ MMA_CONFIGS: dict[str, type] = {
         MmaForwardConfig,
         MmaBackwardDkDvConfig,
         MmaBackwardDqConfig,
+        MmaBackwardRowsConfig,
+        MmaBackwardColumnsConfig,
+        MmaBackwardTilesConfig,
+        MmaBackwardScatterConfig,
         MmaBackwardConfig,
         ReduceDqConfig,
     )
@@ -389,6 +454,11 @@ _PREFERENCES = {
         "m16n16w1s1-apart",
     ),
 }
+_PREFERENCES["backward-rows"] = _PREFERENCES["backward-dq"]
+_PREFERENCES |= dict.fromkeys(
+    ("backward-columns", "backward-tiles", "backward-scatter"),
+    ("m64n64w4s1", "m64n32w4s1", "m32n32w2s1", "m16n16w1s1"),
+)
 _PREFERENCES["reduce-dq"] = _PREFERENCES["backward"]
 WARPS_PER_SM = (8, 4, 1)
 """Warps that should fit on an SM at once, the best number first."""
@@ -401,10 +471,17 @@ _MAX_OUTPUTS = 128
 # plainly; where features shape or drop scores, or rows are not aligned; where operands are rounded
 # to tf32. Turing's copies take registers, too: its forward, and what keeps dK and dV together,
 # spill earlier than its dQ, but not where nothing is asked for beside head dims that are equal or
-# both small.
+# both small. "lists" is of dQ with a block mask.
 _MAX_ACCUMULATORS = {
-    "sm80": {"plain": 192, "features": 176, "tf32": 112},
-    "sm75": {"plain": 152, "features": 136, "forward": 136, "dK and dV": 136, "even": 160},
+    "sm80": {"plain": 192, "features": 176, "tf32": 112, "lists": 176},
+    "sm75": {
+        "plain": 152,
+        "features": 136,
+        "forward": 136,
+        "dK and dV": 136,
+        "even": 160,
+        "lists": 120,
+    },
 }
 _EVEN_HEAD_DIM = 128
 
@@ -463,6 +540,8 @@ def _most_accumulators(config: MmaConfig, traits: Traits, kind: str) -> int:
     """The accumulators that a config can hold, of a kind as in `_MAX_ACCUMULATORS`."""
     most_of = _MAX_ACCUMULATORS[config.generation]
     most = most_of["tf32" if traits.tf32 else kind]
+    if traits.blocks and config.family == "backward-dq":
+        most = min(most, most_of["lists"])
     together = config.family == "backward-dkdv" and not config.apart
     own = "dK and dV" if together else config.family
     if own not in most_of:
@@ -490,8 +569,6 @@ def misfit(
         )
     # Transposed tiles have room for random bits where they have it for dP beside S.
     bends = traits.shapes_scores or (traits.drops_weights and config.family != "backward-dkdv")
-    # Places in lists are what is too much for the largest tiles of dQ.
-    bends = bends or (bool(traits.blocks) and config.family == "backward-dq")
     kind = "plain" if traits.vectorized and not bends else "features"
     most = _most_accumulators(config, traits, kind)
     columns = traits.head_dim if config.family == "backward-dq" else traits.head_dim_v

@@ -61,6 +61,8 @@ class Traits:
         dlse: of the kernel of delta: lse has a gradient of its own.
         given_delta: of the kernel of delta: the product of dO and O is the caller's.
         plain_delta: of the kernel of delta: it also leaves delta unscaled.
+        float32_out: results, gradients among them, are float32 where q, k and v have fewer bits;
+            of the kernel of delta: O is.
         program: the text of the caller's functions (`functions.program.Program`); "" without.
         read: of kernels for the gradient of an array that the program reads: the number of its
             read among `Program.partials`, as text; "" of other kernels.
@@ -80,6 +82,7 @@ class Traits:
     dlse: bool = False
     given_delta: bool = False
     plain_delta: bool = False
+    float32_out: bool = False
     program: str = ""
     read: str = ""
     absolute: bool = False
@@ -93,6 +96,7 @@ class Traits:
         "dlse": "dlse",
         "given_delta": "delta",
         "plain_delta": "plain",
+        "float32_out": "out32",
         "absolute": "absolute",
     }
 
@@ -121,6 +125,10 @@ class Traits:
                 f"kernels for fp8 have results of 16 bits and head dims that are multiples of "
                 f"{FP8_STEP}, got {self.dtype}, {self.head_dim} and {self.head_dim_v}"
             )
+        if self.float32_out and self.dtype == "float32":
+            raise ValueError(
+                "results of float32 are float32 anyhow: float32_out goes with 16 bits"
+            )
         if self.key_scales and not self.fp8:
             raise ValueError("scales of keys go with fp8")
         if self.blocks and (len(self.blocks) != 2 or min(self.blocks) <= 0):
@@ -134,6 +142,11 @@ class Traits:
                 f"read must be the number of one of the program's {len(program.partials)} reads "
                 f"that scores change with, got {self.read!r}"
             )
+
+    @property
+    def out_dtype(self) -> str:
+        """The dtype of results."""
+        return "float32" if self.float32_out else self.dtype
 
     @property
     def program_scores(self) -> bool:
@@ -152,8 +165,8 @@ class Traits:
 
     @property
     def dtype_of_read(self) -> str:
-        """The dtype of the array that `read` is of; float32 without."""
-        if not self.read:
+        """The dtype of the gradient of the array that `read` is of; float32 without."""
+        if not self.read or self.float32_out:
             return "float32"
         program = Program.parse(self.program)
         return program.aux[program.partials[int(self.read)].aux].dtype

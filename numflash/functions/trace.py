@@ -22,6 +22,7 @@ import numpy as np
 
 from numflash.functions.identity import key_of
 from numflash.functions.nodes import LEAF, Node, apply, const, load, to
+from numflash.functions.plain import aux_taken, takes
 from numflash.functions.program import Array, Number, Program
 from numflash.functions.symbols import (
     MAX_PATHS,
@@ -202,11 +203,9 @@ class _Runs:
         own = len(self.asked.axes)
         of_all = zip(self.asked.names, self.asked.described, self.shapes, strict=True)
         aux = list(enumerate(of_all))[own:]
-        takes_all = _can_take(function, places + len(aux))
-        if not takes_all and self.are_two and _can_take(function, places):
-            return ()
+        aux = aux[: aux_taken(function, places, len(aux), self.are_two)]
         _check_parameters(role, function, places, len(aux))
-        self.took_aux = True
+        self.took_aux |= bool(aux)
         return tuple((k, *rest) for k, rest in aux)
 
     def call(
@@ -286,19 +285,8 @@ def _joined(ways: list, depth: int) -> Node:
     return apply("where", condition, *(_joined(side, depth + 1) for side in sides))
 
 
-def _can_take(function: Callable, count: int) -> bool:
-    """Whether a function takes so many arguments; a function of C says so when it is called."""
-    try:
-        inspect.signature(function).bind(*[None] * count)
-    except TypeError:
-        return False
-    except ValueError:
-        pass
-    return True
-
-
 def _check_parameters(role: str, function: Callable, places: int, count: int) -> None:
-    if not _can_take(function, places + count):
+    if not takes(function, places + count):
         first = ("score",) if places > len(_PLACE_NAMES) else ()
         wanted = ", ".join([*first, *_PLACE_NAMES, *(f"aux{k}" for k in range(count))])
         raise TypeError(

@@ -23,12 +23,16 @@ class Gradients:
         arrays: of those the ones that the program reads.
         dlse: whether lse has a gradient of its own.
         delta: whether the product of dO and O is the caller's.
+        float32_out: whether O is float32 where q, k and v have fewer bits.
+        in_float32: whether dq, dk and dv are.
     """
 
     wrt: tuple[str, ...] = _OPERANDS
     arrays: tuple[ArrayGradient, ...] = ()
     dlse: bool = False
     delta: bool = False
+    float32_out: bool = False
+    in_float32: bool = False
 
     @classmethod
     def of(

@@ -74,6 +74,7 @@ class AttentionProblem:
         given: what they read: the values of `Program.fields`; of a pointer the operand's name.
         blocks: of the block mask; None without one.
         tf32: whether float32 may be multiplied as tf32.
+        float32_out: whether the result is float32 where q, k and v have fewer bits.
         no_tensor_maps: why q, k, v and out cannot be described to bulk copies; None if they can.
     """
 
@@ -95,6 +96,7 @@ class AttentionProblem:
     given: tuple = ()
     blocks: Blocks | None = None
     tf32: bool = False
+    float32_out: bool = False
     no_tensor_maps: str | None = None
 
     @property
@@ -117,6 +119,7 @@ class AttentionProblem:
             self.feature_names,
             vectorized=vectorized,
             tf32=self.tf32,
+            float32_out=self.float32_out,
             program=self.program,
             blocks=self.blocks.size if self.blocks else (),
         )
@@ -231,6 +234,7 @@ def describe(
         given=given,
         blocks=blocks,
         tf32=options.precision == "tf32",
+        float32_out=expect_out_dtype("out_dtype", options.out_dtype, q.dtype) != q.dtype,
     )
     return problem, tensors
 
@@ -272,6 +276,18 @@ def expect_head_dim(name: str, value: int) -> None:
         raise ValueError(f"{name} must be at least 1, got {value}")
     if value > MAX_HEAD_DIM:
         raise UnsupportedError(f"{name} must be at most {MAX_HEAD_DIM}, got {value}")
+
+
+def expect_out_dtype(name: str, dtype: str | None, of_q: str) -> str:
+    """The dtype of results that a caller asks for. Raises TypeError, ValueError."""
+    if dtype is None:
+        return of_q
+    if not isinstance(dtype, str):
+        raise TypeError(f"{name} must be a string, got {dtype!r} ({kind_of(dtype)})")
+    if dtype not in (of_q, "float32"):
+        choices = dict.fromkeys((of_q, "float32"))
+        raise ValueError(f"{name} must be {' or '.join(choices)}, got {dtype!r}")
+    return dtype
 
 
 def expect_precision(precision: str | None, dtype: str) -> None:

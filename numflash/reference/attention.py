@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from numflash.configs.features import FEATURES, Feature, default_gradients
+from numflash.functions.plain import on_arrays
 
 # Half the length of the line through a function that gives its slope.
 _NEAR = 1e-6
@@ -294,7 +295,9 @@ def _gradients_of_arrays(operands, of_scores, slopes, options, sign=np.asarray) 
                 probe = _Probe(aux[place], number, step)
                 given = [*aux[:place], probe, *aux[place + 1 :]]
                 with np.errstate(all="ignore"):
-                    ends.append(options["score_mod"](before, *axes, *given))
+                    of_both = options.get("mask_mod") is not None
+                    places = (before, *axes)
+                    ends.append(on_arrays(options["score_mod"], places, given, of_both))
             count = probe.count
             if probe.index is not None:
                 slope = np.where(of_scores == 0, 0, (ends[1] - ends[0]) / (2 * _NEAR))
@@ -368,23 +371,31 @@ def _forward(q, k, v, dtype, matmul, options):
 
 def _weights(shape, dtype, options):
     """The factors of P (batch, head, query, key), once its rows have their sums."""
-    weights = np.ones((), dtype)
+    weights, origin = np.ones((), dtype), options.get("origin") or (0, 0, 0)
     for row in FEATURES:
         value = options.get(row.option, row.default)
         if row.hook == "weigh" and row.is_asked(value):
             beside = (options.get(each.name, each.default) for each in row.beside)
-            weights = weights * row.reference(shape, value, *beside).astype(dtype)
+            weights = weights * row.reference(shape, origin, value, *beside).astype(dtype)
     return weights
 
 
 def dropout_mask(
-    batch: int, heads: int, seqlen_q: int, seqlen_k: int, *, dropout_p: float, seed: int
+    batch: int,
+    heads: int,
+    seqlen_q: int,
+    seqlen_k: int,
+    *,
+    dropout_p: float,
+    seed: int,
+    origin: tuple[int, int, int] = (0, 0, 0),
 ) -> np.ndarray:
     """The scores that dropout keeps, a boolean (batch, heads, seqlen_q, seqlen_k) array.
 
     Args:
         batch, heads, seqlen_q, seqlen_k: sizes; heads are those of q.
-        dropout_p, seed: as for `numflash.attention`; a seed in an array must be on the host.
+        dropout_p, seed, origin: as for `numflash.attention`; a seed in an array must be on the
+            host.
 
     The random bits of a score are those of Philox4x32-10 for the seed and the score's place alone:
     the same in every kernel, for every tile size, on every GPU, forward and backward. A score is
@@ -397,7 +408,8 @@ def dropout_mask(
         >>> kept.shape, round(float(kept.mean()), 2)
         ((1, 2, 64, 64), 0.75)
     """
-    shape, options = (batch, heads, seqlen_q, seqlen_k), {"dropout_p": dropout_p, "seed": seed}
+    shape = batch, heads, seqlen_q, seqlen_k
+    options = {"dropout_p": dropout_p, "seed": seed, "origin": origin}
     return np.broadcast_to(_weights(shape, np.float64, options) != 0, shape)
 
 
@@ -454,16 +466,20 @@ def _given_scores(s, options):
     aux = [np.asarray(x) for x in options.get("aux") or ()]
     if options.get("bias") is not None:
         s = s + _part(options["bias"], axes).astype(s.dtype)
-    if (score_mod := options.get("score_mod")) is not None:
+    score_mod, mask_mod = options.get("score_mod"), options.get("mask_mod")
+    of_both = score_mod is not None and mask_mod is not None
+    if score_mod is not None:
         exact = s.astype(np.float64)
         with np.errstate(all="ignore"):
-            low, high = (score_mod(exact + x, *axes, *aux) for x in (-_NEAR, _NEAR))
+            near = (exact + x for x in (-_NEAR, _NEAR))
+            low, high = (on_arrays(score_mod, (x, *axes), aux, of_both) for x in near)
             slope = ((high - low) / (2 * _NEAR)).astype(s.dtype)
-            s = np.broadcast_to(score_mod(s, *axes, *aux), s.shape).astype(s.dtype)
+            new = on_arrays(score_mod, (s, *axes), aux, of_both)
+            s = np.broadcast_to(new, s.shape).astype(s.dtype)
     if options.get("mask") is not None:
         kept = kept & _part(options["mask"], axes)
-    if (mask_mod := options.get("mask_mod")) is not None:
-        kept = kept & mask_mod(*axes, *aux)
+    if mask_mod is not None:
+        kept = kept & on_arrays(mask_mod, axes, aux, of_both)
     return s, slope, kept
 
 

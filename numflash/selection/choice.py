@@ -175,7 +175,8 @@ def select(
         gradients = gradients or Gradients.of(traits.features)
         of_delta = traits_of_delta(traits, gradients)
         delta = choose("delta", of_delta, machine.limits, problem.seqlen_q)
-        backward = _backward(problem, traits, machine, forced, gradients, runs)
+        of_gradients = replace(traits, float32_out=gradients.in_float32)
+        backward = _backward(problem, of_gradients, machine, forced, gradients, runs)
         arrays = _of_arrays(problem, traits, machine, forced, gradients)
         found = replace(found, delta=delta, backward=backward, arrays=arrays)
     return found
@@ -275,6 +276,7 @@ def traits_of_delta(traits: Traits, gradients: Gradients) -> Traits:
         blocks=(),
         dlse=gradients.dlse,
         given_delta=gradients.delta,
+        float32_out=gradients.float32_out,
         plain_delta=bool(gradients.arrays)
         or any(gradients.needs(family, traits.features) for family in OF_OPTIONS),
     )
@@ -311,9 +313,10 @@ def _backward(
             times.append(choice.measured_ms)
         choices[family] = choice
     if len(times) == len(BACKWARD) and None not in times:
-        wanted = ProblemClass.of(FUSED, problem, traits)
+        wanted = ProblemClass.of(FUSED, problem, replace(traits, float32_out=False))
         fused = tuned.measured(wanted, device_key(machine.device), limits)
         if fused is not None and fused.measured_ms < sum(times):
+            fused = replace(fused, traits=replace(fused.traits, float32_out=traits.float32_out))
             others = {f: choice for f, choice in choices.items() if f not in BACKWARD}
             return {FUSED: fused, **others}
     return choices
@@ -332,7 +335,8 @@ def _of_arrays(
     for array in gradients.arrays:
         choices = []
         for family, read, absolute in array.kernels:
-            of_read = replace(traits, read=str(read), absolute=absolute)
+            in_float32 = gradients.in_float32 and family == "backward-tiles"
+            of_read = replace(traits, read=str(read), absolute=absolute, float32_out=in_float32)
             rows = problem.seqlen_k if family == "backward-columns" else problem.seqlen_q
             if family in forced:
                 choices.append(force(family, forced[family], of_read, limits, positive))
@@ -358,10 +362,11 @@ def _tuned(
     """The tuned config for a problem in the place of the one by rule, if there is one.
 
     There is none for the caller's functions and block masks: what they cost no table knows.
+    How results are stored does not matter.
     """
     if traits.program or traits.blocks:
         return choice
-    wanted = ProblemClass.of(choice.family, problem, traits)
+    wanted = ProblemClass.of(choice.family, problem, replace(traits, float32_out=False))
     if runs:
         capture.note(wanted)
     if not tuned.enabled():
@@ -377,6 +382,7 @@ def _tuned(
         found = tuned.find(*query)
     if found is None:
         return choice
+    found = replace(found, traits=replace(found.traits, float32_out=traits.float32_out))
     return replace(found, passed_over=_passed_over(found, choice))
 
 

@@ -21,9 +21,14 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
+from numflash.configs import parse_config
+from numflash.problem.classes import ProblemClass
 from numflash.selection.entries import parse_table
 from tests.conftest import share_compiled
+from tuner import model
 from tuner.model.errors import ERRORS
+from tuner.records import Record
+from tuner.space import machines
 
 CLASS = "forward float16-d64-dv64-vec full q4096 k4096 bh64 g1"
 TUNER = ("-m", "numflash_tuner")
@@ -175,6 +180,13 @@ def test_a_bare_machine_ends_with_an_entry_that_dispatch_uses(cache, tmp_path):
     assert (str(entry.problem), entry.origin) == (CLASS, "predicted")
     assert entry.config in out and entry.default_ms >= entry.time_ms > 0
     expect_each_once(cache, 6)
+    records = [Record.from_json(trial.user_attrs["record"]) for trial in trials(cache)]
+    problem, machine = ProblemClass.parse(CLASS), machines.find("sm_80")
+    for record in records:
+        # What is not compiled for it is slow: no machine code beats it.
+        at_best = model.at_best(machine, problem, parse_config("forward", record.config)).ms
+        assert record.outcome == "estimated" or record.predicted_ms > at_best, record
+    assert {record.outcome for record in records} >= {"predicted", "estimated"}
     report = (tmp_path / "r.html").read_text()
     assert CLASS in report and entry.config in report and report.endswith("</html>\n")
     explained = subprocess.run(

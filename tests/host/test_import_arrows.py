@@ -21,7 +21,7 @@ ARROWS = {
     "functions": "",
     "configs": "functions runtime",
     "problem": "configs functions runtime",
-    "reference": "configs",
+    "reference": "configs functions",
     "simulator": "problem runtime",
     "ptx": "configs runtime simulator",
     "tiles": "functions ptx",

@@ -1,6 +1,11 @@
 """Fixtures of the tests of the simulator."""
 
+import numpy as np
 import pytest
+
+from numflash.calls import ready
+from numflash.runtime.arrays import _NumPy
+from numflash.runtime.driver import limits_of_device
 
 
 @pytest.fixture(params=range(5), ids=lambda seed: f"seed{seed}")
@@ -10,3 +15,23 @@ def each_seed(request, monkeypatch):
 
     monkeypatch.setattr(SEED, "value", request.param)
     return request.param
+
+
+@pytest.fixture
+def on(monkeypatch):
+    """A function that chooses the simulated GPU. Results hold NaN before they are written."""
+    empty = _NumPy.empty
+
+    def poisoned(self, shape, dtype, device):
+        array = empty(self, shape, dtype, device)
+        array.view(np.uint8)[...] = 0xFF
+        return array
+
+    def be(arch):
+        monkeypatch.setenv("NUMFLASH_SIM_ARCH", arch)
+        limits_of_device.cache_clear()
+
+    monkeypatch.setattr(_NumPy, "empty", poisoned)
+    monkeypatch.setattr(ready, "_ready", {})
+    yield be
+    limits_of_device.cache_clear()

@@ -4,6 +4,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+import numflash
 from numflash import masks
 from numflash import math as nm
 from numflash.functions import emission
@@ -217,3 +218,32 @@ def test_the_source_has_no_name_that_is_not_given():
         assert {"known_of_head", "score", "keep", "partial_0", "offset_0"} <= made
         for name in made:
             assert set(scope[name].__code__.co_names) <= allowed
+
+
+def test_attention_by_functions_with_an_if_and_without_arrays():
+    """The library's functions beside those that read arrays; and a given derivative."""
+    rng = np.random.default_rng(0)
+    q, k, v, dout = (rng.standard_normal((1, 9, 2, 32)).astype("float16") for _ in range(4))
+
+    def leaky(s, b, h, i, j, slopes):
+        if s < 0:
+            return slopes[h] * s
+        return s
+
+    def slope(s, b, h, i, j, slopes):
+        return slopes[h] if s < 0 else 1.0
+
+    def strictly_before(b, h, i, j):
+        return j < i or i == 0
+
+    report = numflash.check(
+        q,
+        k,
+        v,
+        dout=dout,
+        score_mod=leaky,
+        score_mod_grad=slope,
+        mask_mod=strictly_before,
+        aux=(np.array([0.25, 0.5], np.float32),),
+    )
+    assert report.passed, f"\n{report}"

@@ -56,9 +56,13 @@ class Machine:
         return array[spec.index] if spec.index != () else array
 
     def call(self, function, **arguments):
-        """Call with every `A` made an array."""
-        made = {n: self.array(x) if isinstance(x, A) else x for n, x in arguments.items()}
-        return function(**made)
+        """Call with every `A`, also those in tuples, made an array."""
+        return function(**{name: self._made(x) for name, x in arguments.items()})
+
+    def _made(self, x):
+        if isinstance(x, A):
+            return self.array(x)
+        return tuple(map(self._made, x)) if type(x) is tuple else x
 
 
 Q, K, V = A((2, 9, 4, 16)), A((2, 11, 2, 16)), A((2, 11, 2, 24))
@@ -181,6 +185,23 @@ BAD_FORWARD = {
         ValueError,
         "alibi_slopes must have shape (heads,) or (2, heads)",
         "got (3, 4)",
+    ),
+    "out-dtype-name": (
+        {"out_dtype": "float64"},
+        ValueError,
+        "out_dtype must be float16 or float32, got 'float64'",
+    ),
+    "out-dtype-of-another": (
+        {"out_dtype": "bfloat16"},
+        ValueError,
+        "out_dtype must be float16 or float32, got 'bfloat16'",
+    ),
+    "out-dtype-type": ({"out_dtype": np.float32}, TypeError, "out_dtype must be a string"),
+    "out-dtype-list": ({"out_dtype": ["float32"]}, TypeError, "out_dtype must be a string"),
+    "out-of-out-dtype": (
+        {"out_dtype": "float32", "out": OUT},
+        TypeError,
+        "out must be float32, got float16",
     ),
     "layout-name": ({"layout": "sbhd"}, ValueError, "layout must be one of bshd", "'sbhd'"),
     "layout-none": ({"layout": None}, TypeError, "layout must be a string", "None"),

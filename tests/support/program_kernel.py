@@ -84,32 +84,49 @@ def kernel_of(
     return Kernel("program", run_with_partial, THREADS, 0)
 
 
-def kernel_of_many(texts: list[str]) -> Kernel:
-    """A thread for each score, which all programs change one after the other."""
-    scope, lines, parameters = {}, [], {"scores": Pointer(f32)}
+def kernel_of_many(texts: list[str], shape=SHAPE) -> Kernel:
+    """As `kernel_of`, for all programs: each writes results of its own, one after the other."""
+    _, heads, rows, columns = shape
+    of_head, total = rows * columns, rows * columns * heads * shape[0]
+    parameters = {"x": Pointer(f32), "scores": Pointer(f32), "slopes": Pointer(f32)}
+    parameters["kept"] = Pointer(i32)
+    scope, lines = {"cuda": cuda, "i32": i32, "f32": f32}, []
     for n, text in enumerate(texts):
-        scope[f"functions_{n}"] = make_program(text)
+        functions = make_program(text)
         for name in ("known_of_head", "score", "keep"):
-            scope[f"{name}_{n}"] = getattr(scope[f"functions_{n}"], name)
+            scope[f"{name}_{n}"] = getattr(functions, name)
         parameters[f"given_{n}"] = given_of(Program.parse(text))
         lines += [
-            f"    known = known_of_head_{n}(given_{n}, b, h)",
-            f"    s, slope = score_{n}(scores[at], i, j, known)",
-            f"    scores[at] = s * slope if keep_{n}(i, j, known) else f32(0)",
+            f"known_{n} = known_of_head_{n}(given_{n}, b, h)",
+            f"scores[{n * total} + at], slopes[{n * total} + at] = score_{n}(s, i, j, known_{n})",
+            f"kept[{n * total} + at] = i32(keep_{n}(i, j, known_{n}))",
         ]
-    scope |= {"cuda": cuda, "i32": i32, "f32": f32}
     head = [
         f"def run({', '.join(parameters)}):",
-        "    i, j = i32(cuda.threadIdx.x), i32(cuda.blockIdx.x)",
-        "    b, h = i32(cuda.blockIdx.y), i32(cuda.blockIdx.z)",
-        "    at = i32(j * 32 + i)",
+        "    block = i32(cuda.blockIdx.x)",
+        f"    b, h = i32(block // {heads}), i32(block % {heads})",
+        f"    for place in range(i32(cuda.threadIdx.x), {of_head}, {THREADS}):",
+        f"        i, j = i32(place // {columns}), i32(place % {columns})",
+        f"        at = block * {of_head} + place",
+        "        s = x[at]",
     ]
-    # Each program has a `known` of its own type.
-    body = [line.replace("known =", f"known_{n // 3} =") for n, line in enumerate(lines)]
-    body = [line.replace("known)", f"known_{n // 3})") for n, line in enumerate(body)]
-    exec("\n".join([*head, *body]), scope)
+    exec("\n".join([*head, *(f"        {line}" for line in lines)]), scope)
     scope["run"].__annotations__ = parameters
     return Kernel("programs", scope["run"], THREADS, 0)
+
+
+def values_of(program: Program, aux: tuple) -> dict[str, object]:
+    """The values of a program's fields; of a pointer the array."""
+    values = {"row": i32(0), "column": i32(0), "first_head": i32(0)}
+    for k, (description, array) in enumerate(zip(program.aux, aux, strict=True)):
+        if isinstance(description, Number):
+            values[f"a{k}"] = (f32 if description.kind == "f32" else i32)(array)
+            continue
+        values[f"a{k}"] = array
+        for axis in range(array.ndim):
+            values[f"a{k}_s{axis}"] = i64(array.strides[axis] // array.itemsize)
+            values[f"a{k}_n{axis}"] = i32(array.shape[axis])
+    return {name: values[name] for name, _ in program.fields}
 
 
 def run(
@@ -126,17 +143,12 @@ def run(
     kept = np.full(SHAPE, -7, np.int64 if with_partial else np.int32)
     kernel = kernel_of(program.text, with_partial, by_distance=by_distance)
     given = given_of(program)
-    values = {"row": i32(0), "column": i32(0), "first_head": i32(0)}
-    for k, (description, array) in enumerate(zip(program.aux, aux, strict=True)):
-        if isinstance(description, Number):
-            values[f"a{k}"] = (f32 if description.kind == "f32" else i32)(array)
-            continue
-        storage = np.dtype(STORAGE[description.dtype])
-        values[f"a{k}"] = GlobalPointer(array, storage, f"aux{k}")
-        for axis in range(array.ndim):
-            values[f"a{k}_s{axis}"] = i64(array.strides[axis] // array.itemsize)
-            values[f"a{k}_n{axis}"] = i32(array.shape[axis])
+    values = values_of(program, aux) or {"row": i32(0)}
+    for name, kind in program.fields:
+        if kind.startswith("pointer:"):
+            storage = np.dtype(STORAGE[kind.removeprefix("pointer:")])
+            values[name] = GlobalPointer(values[name], storage, name)
     args = [GlobalPointer(x, x.dtype, "x") for x in (scores, slopes, kept)]
-    record = given(*(values[name] for name in given._fields))
+    record = given(**values)
     launch(kernel.function, SHAPE[0] * SHAPE[1], THREADS, [*args, record])
     return scores, slopes, kept

@@ -108,8 +108,10 @@ def make_backward_kernel(config: MmaBackwardConfig, traits: Traits) -> Kernel:
     mask_scores, mask_rows = make_mask_scores(1, n_tiles), make_mask_rows(1, n_tiles)
     softmax_backward = make_softmax_backward_by_column(1, n_tiles, traits)
     store_ds = make_store_scores(element, n_tiles, ds_layout)
-    store_dk = make_store_rows(element, 1, dk_tiles, traits.vectorized)
-    store_dv = make_store_rows(element, 1, dv_tiles, traits.vectorized)
+    store_as = traits.vectorized, traits.float32_out
+    store_dk = make_store_rows(element, 1, dk_tiles, *store_as)
+    store_dv = make_store_rows(element, 1, dv_tiles, *store_as)
+    out_storage = f32 if traits.float32_out else element.storage
     storage, args_of_head = element.storage, make_args_of_head(traits)
     bends, has_functions = traits.shapes_scores, traits.has_functions
     drops = traits.drops_weights
@@ -123,8 +125,8 @@ def make_backward_kernel(config: MmaBackwardConfig, traits: Traits) -> Kernel:
         v: Tensor[storage],  # (batch, seqlen_k, num_heads_kv, head_dim_v)
         do: Tensor[storage],  # (batch, seqlen_q, num_heads_q, head_dim_v)
         statistics_log2: Statistics,  # both (batch, num_heads_q, seqlen_q)
-        dk: Tensor[storage],  # (batch, seqlen_k, num_heads_kv, head_dim)
-        dv: Tensor[storage],  # (batch, seqlen_k, num_heads_kv, head_dim_v)
+        dk: Tensor[out_storage],  # (batch, seqlen_k, num_heads_kv, head_dim)
+        dv: Tensor[out_storage],  # (batch, seqlen_k, num_heads_kv, head_dim_v)
         dq_parts: Pointer(f32),  # (split, batch, num_heads_q, tiles of queries, tile_m * head_dim)
         mask: Mask,
         shape: Shape,

@@ -104,8 +104,10 @@ def make_backward_dkdv_kernel(config: MmaBackwardDkDvConfig, traits: Traits) -> 
     apply_functions = make_apply_functions(m_tiles, n_tiles, traits, False, traits.bends_scores)
     mask_scores = make_mask_scores(m_tiles, n_tiles)
     softmax_backward = make_softmax_backward_by_column(m_tiles, n_tiles, traits)
-    store_dk = make_store_rows(element, m_tiles, dk_tiles, traits.vectorized)
-    store_dv = make_store_rows(element, m_tiles, dv_tiles, traits.vectorized)
+    store_as = traits.vectorized, traits.float32_out
+    store_dk = make_store_rows(element, m_tiles, dk_tiles, *store_as)
+    store_dv = make_store_rows(element, m_tiles, dv_tiles, *store_as)
+    out_storage = f32 if traits.float32_out else element.storage
     storage, args_of_head = element.storage, make_args_of_head(traits)
     bends, has_functions = traits.shapes_scores, traits.has_functions
     drops = traits.drops_weights
@@ -119,8 +121,8 @@ def make_backward_dkdv_kernel(config: MmaBackwardDkDvConfig, traits: Traits) -> 
         v: Tensor[storage],  # (batch, seqlen_k, num_heads_kv, head_dim_v)
         do: Tensor[storage],  # (batch, seqlen_q, num_heads_q, head_dim_v)
         statistics_log2: Statistics,  # both (batch, num_heads_q, seqlen_q)
-        dk: Tensor[storage],  # (batch, seqlen_k, num_heads_kv, head_dim)
-        dv: Tensor[storage],  # (batch, seqlen_k, num_heads_kv, head_dim_v)
+        dk: Tensor[out_storage],  # (batch, seqlen_k, num_heads_kv, head_dim)
+        dv: Tensor[out_storage],  # (batch, seqlen_k, num_heads_kv, head_dim_v)
         mask: mask_of(traits),
         shape: Shape,
         scores: scores_of(traits.program),

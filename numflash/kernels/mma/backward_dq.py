@@ -95,7 +95,8 @@ def make_backward_dq_kernel(config: MmaBackwardDqConfig, traits: Traits) -> Kern
     apply_functions = make_apply_functions(m_tiles, n_tiles, traits, True, traits.bends_scores)
     mask_scores = make_mask_scores(m_tiles, n_tiles)
     softmax_backward = make_softmax_backward_by_row(m_tiles, n_tiles, traits)
-    store_dq = make_store_rows(element, m_tiles, dq_tiles, traits.vectorized)
+    store_dq = make_store_rows(element, m_tiles, dq_tiles, traits.vectorized, traits.float32_out)
+    out_storage = f32 if traits.float32_out else element.storage
     storage, args_of_head = element.storage, make_args_of_head(traits)
     bends, has_functions = traits.shapes_scores, traits.has_functions
     drops = traits.drops_weights
@@ -109,7 +110,7 @@ def make_backward_dq_kernel(config: MmaBackwardDqConfig, traits: Traits) -> Kern
         v: Tensor[storage],  # (batch, seqlen_k, num_heads_kv, head_dim_v)
         do: Tensor[storage],  # (batch, seqlen_q, num_heads_q, head_dim_v)
         statistics_log2: Statistics,  # both (batch, num_heads_q, seqlen_q)
-        dq: Tensor[storage],  # (batch, seqlen_q, num_heads_q, head_dim)
+        dq: Tensor[out_storage],  # (batch, seqlen_q, num_heads_q, head_dim)
         mask: mask_of(traits),
         shape: Shape,
         scores: scores_of(traits.program),

@@ -116,14 +116,15 @@ def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
     online_softmax = make_online_softmax(m_tiles, n_tiles, o_tiles)
     scale_rows = make_scale_rows(m_tiles, o_tiles)
     end_of_row, lse_of_row = make_end_of_row(traits.features, LN_2, is_split)
-    store_as = traits.vectorized or is_split, is_split, row_of_packed_heads
+    is_float32 = is_split or traits.float32_out
+    store_as = traits.vectorized or is_split, is_float32, row_of_packed_heads
     store_o = make_store_rows(element, m_tiles, o_tiles, *store_as)
     storage, args_of_head = element.storage, make_args_of_head(traits)
     bends, has_functions = traits.shapes_scores, traits.has_functions
     drops = traits.drops_weights
     weigh_scores = make_weigh_scores(m_tiles, n_tiles, traits.features)
     selected = traits.selected
-    out_storage = f32 if is_split else storage
+    out_storage = f32 if is_float32 else storage
     # Copies that may be on their way while the next tile is used: K and V of all stages but one.
     wait_for_tile = CP_ASYNC_WAIT_GROUP[2 * num_stages - 2]
 

@@ -145,14 +145,15 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
     tile_softmax = make_tile_softmax(m_tiles, n_tiles, o_tiles, traits.key_scales)
     scale_rows = make_scale_rows(m_tiles, o_tiles)
     end_of_row, lse_of_row = make_end_of_row(traits.features, LN_2, is_split)
-    store_as = traits.vectorized or is_split, is_split, row_of_packed_heads
+    is_float32 = is_split or traits.float32_out
+    store_as = traits.vectorized or is_split, is_float32, row_of_packed_heads
     store_o = make_store_rows(result, m_tiles, o_tiles, *store_as)
     of_keys = KeyScales(offsets["key_scales"], tile_n)
     k_of_keys, v_log2_of_keys, v_inverse_of_keys = of_keys.k, of_keys.v_log2, of_keys.v_inverse
     args_of_head, selected = make_args_of_head(traits), traits.selected
     key_scales, bends = traits.key_scales, traits.shapes_scores
     has_functions = traits.has_functions
-    out_storage = f32 if is_split else result.storage
+    out_storage = f32 if is_float32 else result.storage
     # Copies that may be on their way while the next tile is used: K and V of all stages but one.
     wait_for_tile = CP_ASYNC_WAIT_GROUP[2 * num_stages - 2]
 

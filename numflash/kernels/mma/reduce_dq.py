@@ -29,12 +29,13 @@ def make_reduce_dq_kernel(config: MmaBackwardConfig, traits: Traits) -> Kernel:
     m_warps = tile_m // MMA_ROWS
     dq_tiles = traits.head_dim // 8 // (config.num_warps // m_warps)
     n_dq, dq_words = 4 * dq_tiles, tile_m * traits.head_dim
-    store_dq = make_store_rows(element, 1, dq_tiles, traits.vectorized)
-    storage, place_of_queries = element.storage, make_place_of_queries(tile_m)
+    store_dq = make_store_rows(element, 1, dq_tiles, traits.vectorized, traits.float32_out)
+    out_storage = f32 if traits.float32_out else element.storage
+    place_of_queries = make_place_of_queries(tile_m)
 
     def reduce_dq(
         dq_parts: Pointer(f32),  # (split, batch, num_heads_q, tiles of queries, tile_m * head_dim)
-        dq: Tensor[storage],  # (batch, seqlen_q, num_heads_q, head_dim)
+        dq: Tensor[out_storage],  # (batch, seqlen_q, num_heads_q, head_dim)
         mask: Mask,
         shape: Shape,
         num_splits: i32,

@@ -49,7 +49,7 @@ from numflash.tiles.steps import make_steps_of, make_tile_at
 
 def make_backward_dkdv_kernel(config: BackwardDkDvConfig, traits: Traits) -> Kernel:
     """The dK and dV kernel for one config; see the module's docstring."""
-    element = ELEMENTS[traits.dtype]
+    element, result = ELEMENTS[traits.dtype], ELEMENTS[traits.out_dtype]
     tile_m, tile_n, num_threads = config.tile_m, config.tile_n, config.num_threads
     rows, columns = rows_per_thread(tile_n, config.num_warps), columns_per_thread(tile_m)
     groups, groups_v = groups_per_thread(traits.head_dim), groups_per_thread(traits.head_dim_v)
@@ -79,8 +79,9 @@ def make_backward_dkdv_kernel(config: BackwardDkDvConfig, traits: Traits) -> Ker
     draw_kept = make_draw_kept(rows, columns, traits.features, by_row=False)
     softmax_backward = make_softmax_backward(rows, columns, traits, by_row=False)
     store_scores = make_store_scores(rows, columns, p_pitch)
-    store_dk = make_store_rows(element, rows, groups, traits.vectorized)
-    store_dv = make_store_rows(element, rows, groups_v, traits.vectorized)
+    store_dk = make_store_rows(result, rows, groups, traits.vectorized)
+    store_dv = make_store_rows(result, rows, groups_v, traits.vectorized)
+    out_storage = result.storage
     storage, args_of_head = element.storage, make_args_of_head(traits)
     n_slopes = n_scores if traits.bends_scores else 1
     n_kept = words_of_bits(n_scores) if traits.drops_weights else 1
@@ -91,8 +92,8 @@ def make_backward_dkdv_kernel(config: BackwardDkDvConfig, traits: Traits) -> Ker
         v: Tensor[storage],  # (batch, seqlen_k, num_heads_kv, head_dim_v)
         do: Tensor[storage],  # (batch, seqlen_q, num_heads_q, head_dim_v)
         statistics: Statistics,  # both (batch, num_heads_q, seqlen_q)
-        dk: Tensor[storage],  # (batch, seqlen_k, num_heads_kv, head_dim)
-        dv: Tensor[storage],  # (batch, seqlen_k, num_heads_kv, head_dim_v)
+        dk: Tensor[out_storage],  # (batch, seqlen_k, num_heads_kv, head_dim)
+        dv: Tensor[out_storage],  # (batch, seqlen_k, num_heads_kv, head_dim_v)
         mask: mask_of(traits),
         shape: Shape,
         scores: scores_of(traits.program),

@@ -48,7 +48,7 @@ from numflash.tiles.steps import make_steps_of, make_tile_at
 
 def make_backward_dq_kernel(config: BackwardDqConfig, traits: Traits) -> Kernel:
     """The dQ kernel for one config; see the module's docstring."""
-    element = ELEMENTS[traits.dtype]
+    element, result = ELEMENTS[traits.dtype], ELEMENTS[traits.out_dtype]
     tile_m, tile_n, num_threads = config.tile_m, config.tile_n, config.num_threads
     rows, columns = rows_per_thread(tile_m, config.num_warps), columns_per_thread(tile_n)
     groups = groups_per_thread(traits.head_dim)
@@ -76,7 +76,8 @@ def make_backward_dq_kernel(config: BackwardDqConfig, traits: Traits) -> Kernel:
     draw_kept = make_draw_kept(rows, columns, traits.features, by_row=True)
     softmax_backward = make_softmax_backward(rows, columns, traits, by_row=True)
     store_scores = make_store_scores(rows, columns, ds_pitch)
-    store_dq = make_store_rows(element, rows, groups, traits.vectorized)
+    store_dq = make_store_rows(result, rows, groups, traits.vectorized)
+    out_storage = result.storage
     storage, args_of_head = element.storage, make_args_of_head(traits)
     n_slopes = n_scores if traits.bends_scores else 1
     n_kept = words_of_bits(n_scores) if traits.drops_weights else 1
@@ -87,7 +88,7 @@ def make_backward_dq_kernel(config: BackwardDqConfig, traits: Traits) -> Kernel:
         v: Tensor[storage],  # (batch, seqlen_k, num_heads_kv, head_dim_v)
         do: Tensor[storage],  # (batch, seqlen_q, num_heads_q, head_dim_v)
         statistics: Statistics,  # both (batch, num_heads_q, seqlen_q)
-        dq: Tensor[storage],  # (batch, seqlen_q, num_heads_q, head_dim)
+        dq: Tensor[out_storage],  # (batch, seqlen_q, num_heads_q, head_dim)
         mask: mask_of(traits),
         shape: Shape,
         scores: scores_of(traits.program),

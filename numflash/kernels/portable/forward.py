@@ -46,7 +46,7 @@ from numflash.tiles.steps import make_steps_of, make_tile_at
 
 def make_forward_kernel(config: ForwardConfig, traits: Traits) -> Kernel:
     """The forward kernel for one config; see the module's docstring."""
-    element = ELEMENTS[traits.dtype]
+    element, result = ELEMENTS[traits.dtype], ELEMENTS[traits.out_dtype]
     tile_m, tile_n, num_threads = config.tile_m, config.tile_n, config.num_threads
     rows, columns = rows_per_thread(tile_m, config.num_warps), columns_per_thread(tile_n)
     groups = groups_per_thread(traits.head_dim_v)
@@ -72,7 +72,8 @@ def make_forward_kernel(config: ForwardConfig, traits: Traits) -> Kernel:
     draw_kept = make_draw_kept(rows, columns, traits.features, by_row=True)
     online_softmax = make_online_softmax(rows, columns, n_out, p_pitch, traits.features)
     end_of_row, lse_of_row = make_end_of_row(traits.features, NATURAL)
-    store_o = make_store_rows(element, rows, groups, traits.vectorized)
+    store_o = make_store_rows(result, rows, groups, traits.vectorized)
+    out_storage = result.storage
     storage, args_of_head = element.storage, make_args_of_head(traits)
     n_kept = words_of_bits(n_scores) if traits.drops_weights else 1
 
@@ -80,7 +81,7 @@ def make_forward_kernel(config: ForwardConfig, traits: Traits) -> Kernel:
         q: Tensor[storage],  # (batch, seqlen_q, num_heads_q, head_dim)
         k: Tensor[storage],  # (batch, seqlen_k, num_heads_kv, head_dim)
         v: Tensor[storage],  # (batch, seqlen_k, num_heads_kv, head_dim_v)
-        out: Tensor[storage],  # (batch, seqlen_q, num_heads_q, head_dim_v)
+        out: Tensor[out_storage],  # (batch, seqlen_q, num_heads_q, head_dim_v)
         lse: Pointer(f32),  # (batch, num_heads_q, seqlen_q)
         mask: mask_of(traits),
         shape: Shape,

@@ -43,7 +43,7 @@ _WARP_COLUMNS = 128
 
 def make_combine_kernel(config: CombineConfig, traits: Traits) -> Kernel:
     """The combine kernel for one config; see the module's docstring."""
-    element, num_warps, chains = ELEMENTS[traits.dtype], config.num_warps, config.num_chains
+    element, num_warps, chains = ELEMENTS[traits.out_dtype], config.num_warps, config.num_chains
     storage, from_f32, store_four = element.storage, element.from_f32, element.store_four
     pitch, vectorized, num_threads = traits.head_dim_v, traits.vectorized, config.num_threads
     # A lane has four neighbouring columns of each group; a warp has every num_warps-th chain.

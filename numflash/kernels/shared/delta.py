@@ -43,6 +43,10 @@ def make_delta_kernel(config: DeltaConfig, traits: Traits) -> Kernel:
     """The delta kernel for one config; see the module's docstring."""
     element, num_warps = ELEMENTS[traits.dtype], config.num_warps
     storage, to_f32, load_vector = element.storage, element.to_f32, element.load_vector
+    result = ELEMENTS[traits.out_dtype]
+    out_storage, out_to_f32, load_out = result.storage, result.to_f32, result.load_vector
+    # O in float32 takes two loads where dO takes one.
+    out_vector = min(result.vector, element.vector)
     gradient_of_end = make_gradient_of_end(traits.features)
     ends_rows = gradient_of_end is not None
     drops = traits.drops_weights
@@ -55,7 +59,7 @@ def make_delta_kernel(config: DeltaConfig, traits: Traits) -> Kernel:
     keeps_plain = traits.plain_delta
 
     def delta(
-        out: Tensor[storage],  # (batch, seqlen_q, num_heads_q, head_dim_v)
+        out: Tensor[out_storage],  # (batch, seqlen_q, num_heads_q, head_dim_v)
         do: Tensor[storage],  # (batch, seqlen_q, num_heads_q, head_dim_v)
         lse: Pointer(f32),  # (batch, num_heads_q, seqlen_q)
         delta: Pointer(f32),  # (batch, num_heads_q, seqlen_q)
@@ -79,10 +83,11 @@ def make_delta_kernel(config: DeltaConfig, traits: Traits) -> Kernel:
         for column in range(lane * vector, columns, step):
             if row < shape.seqlen_q and column < shape.head_dim_v:
                 if vectorized:
-                    load_vector(out_values, out.data, out_base + column)
+                    for i in range(0, vector, out_vector):
+                        load_out(out_values[i : i + out_vector], out.data, out_base + column + i)
                     load_vector(do_values, do.data, do_base + column)
                 else:
-                    out_values[0] = to_f32(out.data[out_base + column])
+                    out_values[0] = out_to_f32(out.data[out_base + column])
                     do_values[0] = to_f32(do.data[do_base + column])
                 for i in range(vector):
                     total = fma_rn_f32(out_values[i], do_values[i], total)

@@ -22,8 +22,8 @@ def make_finish(config: Sm90ForwardConfig, traits: Traits):
     O divided by its sums and lse, of the rows of this warpgroup; `number` is the block's place.
     `sums` are its `Sums` (`skeleton`); max_scale brings row_max to base 2. `results` are out, a
     `Part`, lse, the map of out and the record `Features`; `grid` is a `Grid`, `shape` a `Shape`. O
-    is on its way through shared memory afterwards (`make_store_slabs`), or with splits in `out` as
-    float32.
+    is on its way through shared memory afterwards (`make_store_slabs`), or in `out` where that is
+    float32: with splits, or because the caller wants it.
     """
     o, is_split, o_tiles = (
         make_ring(config, traits).o,
@@ -33,6 +33,7 @@ def make_finish(config: Sm90ForwardConfig, traits: Traits):
     block_place, scale_rows = make_block_place(config.tile_m), make_scale_rows(1, o_tiles)
     end_of_row, lse_of_row = make_end_of_row(traits.features, LN_2, is_split)
     store_slabs, store_part = make_store_slabs(traits.dtype, o_tiles), make_store_part(o_tiles)
+    in_float32, store_rows = traits.float32_out, make_store_part(o_tiles, is_padded=False)
 
     @device_function
     def finish(sums, max_scale, smem, results, number, grid, shape):
@@ -54,7 +55,10 @@ def make_finish(config: Sm90ForwardConfig, traits: Traits):
         scale_rows(o_acc, row_sum)
         if is_split:
             base = split * out.split + first_of_head(out, batch, head)
-            store_part(o_acc, out, base, row, num_rows, pack)
+            store_part(o_acc, out, base, row, num_rows, pack, shape.head_dim_v)
+        elif in_float32:
+            base = first_of_head(out, batch, head)
+            store_rows(o_acc, out, base, row, num_rows, pack, shape.head_dim_v)
         else:
             group = group_of_thread()
             target = i32(o.first + o.words * group)

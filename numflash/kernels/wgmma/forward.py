@@ -62,7 +62,7 @@ from numflash.tiles.wgmma.turns import group_of_thread, make_turns, softmax_befo
 
 def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
     """The forward kernel for one config; see the module's docstring."""
-    out_storage = f32 if config.num_splits > 1 else u16
+    out_storage = f32 if config.num_splits > 1 or traits.float32_out else u16
     bends, args_of_head = traits.shapes_scores, make_args_of_head(traits)
 
     @device_function

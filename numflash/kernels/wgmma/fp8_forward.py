@@ -64,7 +64,7 @@ class RowScales(NamedTuple):
 
 def make_fp8_forward_kernel(config: Sm90Fp8ForwardConfig, traits: Traits) -> Kernel:
     """The forward kernel for one config; see the module's docstring."""
-    out_storage = f32 if config.num_splits > 1 else u16
+    out_storage = f32 if config.num_splits > 1 or traits.float32_out else u16
     look_up, attend = _make_look_up(traits), make_attend(config, traits)
     run_block = make_skeleton(config, traits, look_up, attend, config.stage_n // config.tile_n)
 

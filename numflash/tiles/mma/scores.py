@@ -68,14 +68,15 @@ def make_mask_rows(m_tiles, n_tiles):
 
 
 @cache
-def make_apply_functions(m_tiles, n_tiles, traits, by_row, keeps_slopes):
+def make_apply_functions(m_tiles, n_tiles, traits, by_row, keeps_slopes, after_features=False):
     """apply_functions(s_acc, slopes, corner, scale, scores, args)
 
     As `tiles.scores.make_apply_functions`, with `scale` for that of `scores`; products stay
     unscaled where no function shapes scores.
     """
     shapes, has_keep = traits.shapes_scores, traits.keeps_scores
-    scale_scores = _make_scale_scores(m_tiles, n_tiles, traits, by_row, keeps_slopes)
+    slopes_of = keeps_slopes, after_features
+    scale_scores = _make_scale_scores(m_tiles, n_tiles, traits, by_row, *slopes_of)
     keep_scores = _make_keep_scores(m_tiles, n_tiles, traits, by_row)
 
     @device_function
@@ -88,8 +89,8 @@ def make_apply_functions(m_tiles, n_tiles, traits, by_row, keeps_slopes):
     return apply_functions
 
 
-def _make_scale_scores(m_tiles, n_tiles, traits, by_row, keeps_slopes):
-    tiles, score = m_tiles * n_tiles, make_score(traits)
+def _make_scale_scores(m_tiles, n_tiles, traits, by_row, keeps_slopes, after_features):
+    tiles, score = m_tiles * n_tiles, make_score(traits, after_features)
     place_of_score = make_place_of_score(traits, by_row)
     distance = make_distance(traits, by_row)
 

@@ -79,16 +79,25 @@ def make_store_slabs(dtype, n_tiles):
 
 
 @cache
-def make_store_part(n_tiles):
-    """store_part(acc, target, base, first, end, pack)
+def make_store_part(n_tiles, is_padded=True):
+    """store_part(acc, target, base, first, end, pack, num_columns)
 
     Float32 results of this warp's 16 rows to global memory; `first` is this lane's first row. Rows
     from `end` on are left out, `target`, `base` and `pack` are as in
-    `tiles.mma.copies.make_copy_tile`.
+    `tiles.mma.copies.make_copy_tile`. So are columns from num_columns on, unless the target is
+    padded. Its rows begin at multiples of 8 bytes.
     """
+    columns = 8 * n_tiles
 
     @device_function
-    def store_part(acc, target, base, first, end, pack):
+    def store_two(target, offset, two, left):
+        if left > 1:
+            st_global_v2_f32(target, offset, two)
+        elif left > 0:
+            target[offset] = two[0]
+
+    @device_function
+    def store_part(acc, target, base, first, end, pack, num_columns):
         column = accumulator_column()
         above = token_of_row(first, pack)
         below = token_of_row(first + ROW_STEP, pack)
@@ -97,11 +106,12 @@ def make_store_part(n_tiles):
         below_base += (first + ROW_STEP - below * pack) * target.head
         is_above, is_below = first < end, first + ROW_STEP < end
         for tile in range(n_tiles):
+            left = i32(columns if is_padded else num_columns - column - 8 * tile)
             if is_above:
-                st_global_v2_f32(target.data, above_base + 8 * tile, acc[4 * tile : 4 * tile + 2])
+                store_two(target.data, above_base + 8 * tile, acc[4 * tile : 4 * tile + 2], left)
             if is_below:
-                st_global_v2_f32(
-                    target.data, below_base + 8 * tile, acc[4 * tile + 2 : 4 * tile + 4]
+                store_two(
+                    target.data, below_base + 8 * tile, acc[4 * tile + 2 : 4 * tile + 4], left
                 )
 
     return store_part

@@ -33,7 +33,8 @@ def _asked(monkeypatch, function, *arrays, **given) -> AttentionOptions:
 def test_every_option_comes_by_its_name(monkeypatch, function, arrays):
     """Public functions pass options by position: each must arrive in its own field."""
     taken = inspect.signature(function).parameters
-    assert {name for name in NAMES if name in taken} >= {*NAMES} - {"fp8", "max_rel_error"}
+    of_results = {"fp8", "max_rel_error", "out_dtype"}
+    assert {name for name in NAMES if name in taken} >= {*NAMES} - of_results
     for name in NAMES:
         if name in taken:
             mark = object()
@@ -70,6 +71,7 @@ def test_the_key_tells_apart_whatever_a_call_is_made_ready_for():
         "config": "m16n16w2",
         "fp8": numflash.Fp8Recipe("token"),
         "max_rel_error": 0.5,
+        "out_dtype": "float32",
     }
     # Of numbers that a launch fills in the key has the names.
     assert set(others) == {*NAMES} - {*ARRAY_OPTIONS, "dropout_p"}
@@ -100,3 +102,17 @@ def test_numbers_that_a_launch_fills_in_are_those_of_the_call_and_in_no_key():
 def test_unknown_options_are_named_with_what_there_is():
     with pytest.raises(TypeError, match="plan got unknown options: colour; it takes out, softmax"):
         AttentionOptions.of("plan", {"colour": 1, "causal": True}, ("out",))
+
+
+def test_a_number_of_aux_that_changes_leaves_a_call_ready():
+    def score_mod(score, batch, head, q_idx, kv_idx, factor, offset):
+        return score * factor + offset
+
+    def of(*aux):
+        return AttentionOptions(score_mod=score_mod, aux=aux)
+
+    assert of(0.5, 3).key() == of(2.0, -7).key()
+    assert of(2.0, -7).numbers() == {"aux0": 2.0, "aux1": -7}
+    assert of(0.5, 3).key() != of(1, 3).key() and of(0.5, 3).key() != of(0.5, 3.0).key()
+    with pytest.raises(ValueError, match="aux1 must fit into 32 bits"):
+        of(0.5, 2**31).numbers()

@@ -15,6 +15,7 @@ from tuner.model import counts, grid, prediction
 from tuner.model.machine_code import Counts, Loop
 from tuner.records import ResourceUsage
 from tuner.space import machines
+from tuner.space.configs import Space
 
 A100 = machines.find("A100")
 MACHINES = ["T4", "A100", "A10", "RTX 4090", "H100", "B200", "5090"]
@@ -358,6 +359,24 @@ def test_occupancy_and_spills_cost():
     assert model.estimate(A100, problem, crowded).ms > 2 * two.ms
     # 448 accumulators are more than any thread has.
     assert estimate_ms("m256n96w4s1", problem) > 2 * two.ms
+
+
+@pytest.mark.parametrize("family", ["forward", "backward-dkdv", "combine"])
+@pytest.mark.parametrize("machine", [A100, machines.find("H100")], ids=lambda m: m.arch)
+def test_at_best_nothing_spills_and_nothing_is_slower(family, machine):
+    problem = problem_class(family)
+    for config in list(Space(problem, machine).feasible)[::7]:
+        by_formula = model.estimate(machine, problem, config).ms
+        at_best = model.at_best(machine, problem, config).ms
+        assert at_best <= (1 - model.CODE_SAVES_OF_OTHERS) * by_formula * (1 + 1e-9), config
+        # Whatever the compiler makes of it: more registers, more spills, fewer blocks.
+        smem = config.smem_bytes(problem.traits)
+        for blocks in (1, 2, 4):
+            resources = ResourceUsage(255, 0, smem, config.num_threads, blocks, "registers")
+            if blocks <= 65536 // (config.num_threads * 24):
+                found = model.predict(machine, problem, config, resources, None)
+                room = model.at_best(machine, problem, config).blocks_per_sm
+                assert blocks > room or found.ms > at_best, (config, blocks)
 
 
 def latency_clocks(text, problem, machine=A100):

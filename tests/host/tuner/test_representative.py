@@ -36,6 +36,7 @@ CLASSES = [
     "forward float16-d32-dv32-alibi causal q64 k64 bh4 g1",
     "forward float16-d64-dv64-alibi-sinks-vec full q64 k64 bh4 g1",
     "backward-dq float16-d64-dv64-sinks-vec causal q64 k64 bh4 g2",
+    "forward float16-d64-dv64-sinks-dropout-vec full q64 k64 bh4 g2",
     "forward float16-d32-dv32 window128 q64 k64 bh2 g1",
     "backward-dq float16-d32-dv32-vec window1 q64 k64 bh2 g1",
 ]

@@ -31,7 +31,13 @@ BAD_BACKWARD = {
     "dout-dtype": ({"dout": A(OUT.shape, "float32")}, TypeError, "dout must be float16, got"),
     "out-none": ({"out": None}, TypeError, "out must be", "NoneType"),
     "out-shape": ({"out": Q}, ValueError, "out must have shape (2, 9, 4, 24)", "4, 16)"),
-    "out-dtype": ({"out": A(OUT.shape, "float32")}, TypeError, "out must be float16, got"),
+    "out-dtype": ({"out": A(OUT.shape, "bfloat16")}, TypeError, "out must be float16, got"),
+    "grad-dtype-name": (
+        {"grad_dtype": "bfloat16"},
+        ValueError,
+        "grad_dtype must be float16 or float32, got 'bfloat16'",
+    ),
+    "grad-dtype-type": ({"grad_dtype": 32}, TypeError, "grad_dtype must be a string", "32 (int)"),
     "lse-none": ({"lse": None}, TypeError, "lse must be", "NoneType"),
     "lse-shape": ({"lse": A((2, 9, 4), "float32")}, ValueError, "lse must have shape (2, 4, 9)"),
     "lse-rank": ({"lse": A((4, 9), "float32")}, ValueError, "lse must have shape (2, 4, 9)"),
@@ -75,7 +81,7 @@ BAD_BACKWARD = {
     "wrt-unknown": (
         {"wrt": ("q", "dk")},
         ValueError,
-        "wrt must name gradients of q, k, v, alibi_slopes, sinks, got 'dk'",
+        "wrt must name gradients of q, k, v, alibi_slopes, sinks, bias, aux0, aux1, ..., got 'dk'",
     ),
     "wrt-absent": (
         {"wrt": ("sinks",)},
@@ -99,7 +105,7 @@ BAD_BACKWARD = {
     "config-family": (
         {"config": {"forward": "m64n32w4"}},
         ValueError,
-        "config of a backward has the keys backward-dkdv, backward-dq, backward-rows or backward",
+        "config of a backward has the keys backward-dkdv, backward-dq, backward-rows, ",
         "got 'forward'",
     ),
     "config-delta": ({"config": {"delta": "w8"}}, ValueError, "has the keys", "got 'delta'"),

@@ -1,0 +1,232 @@
+"""Backward for what a head gives all of its scores, on the tensor cores: the share of each row.
+
+    row_gradients[i] = the sum over keys j of dS[i, j] * (derivative of the score by the argument)
+
+The dQ kernel (`backward_dq`) without its last product: see there for the walk, and
+`kernels.portable.backward_rows` for the shares. dS is that of the scores that features give.
+"""
+
+import math
+from dataclasses import replace
+
+from numflash.configs import MmaBackwardRowsConfig, Traits
+from numflash.configs.features import rows_of
+from numflash.kernels.arguments import Pointer, Shape, Statistics, Tensor, mask_of, scores_of
+from numflash.kernels.kernel import Kernel
+from numflash.ptx import (
+    CP_ASYNC_WAIT_GROUP,
+    cp_async_commit_group,
+    cuda,
+    f32,
+    i32,
+    mov_ctaid_x,
+    u32,
+)
+from numflash.tiles.blocks import (
+    first_of_rows,
+    first_of_statistics,
+    last_of,
+    make_place_of_queries,
+    sequence_of,
+    tiles_seen,
+    tiles_seen_whole,
+)
+from numflash.tiles.features import make_args_of_head, make_gradient_of_score
+from numflash.tiles.mma.copies import make_copy_tile, make_fetch_tile
+from numflash.tiles.mma.elements import MMA_ELEMENTS
+from numflash.tiles.mma.fragments import (
+    MMA_COLUMNS,
+    MMA_ROWS,
+    ROW_STEP,
+    accumulator_column,
+    accumulator_row,
+    column_operand_chunk,
+    column_operand_row,
+    first_row_of_warp,
+    row_operand_chunk,
+    row_operand_row,
+)
+from numflash.tiles.mma.layouts import TileLayout, make_word
+from numflash.tiles.mma.products import make_product_nt
+from numflash.tiles.mma.scores import make_apply_functions, make_mask_scores
+from numflash.tiles.mma.softmax import make_softmax_backward_by_row, row_sum_of_quad
+from numflash.tiles.portable.softmax import LOG2_E
+from numflash.tiles.scores import Corner
+from numflash.tiles.steps import make_steps_of, make_tile_at
+
+
+def make_backward_rows_kernel(config: MmaBackwardRowsConfig, traits: Traits) -> Kernel:
+    """The kernel for one config; see the module's docstring."""
+    element = MMA_ELEMENTS[config.generation, traits.dtype]
+    tile_m, tile_n, num_threads = config.tile_m, config.tile_n, config.num_threads
+    num_stages = config.num_stages
+    m_tiles, n_tiles = config.m_tiles, tile_n // 8
+    rows, rows_per_warp = 2 * m_tiles, MMA_ROWS * m_tiles
+    n_scores = 4 * m_tiles * n_tiles
+
+    offsets = config.smem_offsets(traits)
+    q_smem, do_smem, k_smem, v_smem = (offsets[name] for name in ("q", "do", "k", "v"))
+    k_layout = TileLayout(traits.head_dim // element.per_chunk, config.swizzled)
+    v_layout = TileLayout(traits.head_dim_v // element.per_chunk, config.swizzled)
+    k_words, v_words = tile_n * k_layout.pitch, tile_n * v_layout.pitch
+
+    place_of_queries = make_place_of_queries(tile_m)
+    steps_of, tile_at = make_steps_of(traits, tile_n), make_tile_at(traits, tile_n)
+    asynchronous = config.generation != "sm75" and traits.vectorized
+    copy = (num_threads, traits.vectorized, asynchronous)
+    copy_q = make_copy_tile(element, k_layout, tile_m, *copy)
+    copy_do = make_copy_tile(element, v_layout, tile_m, *copy)
+    copy_k = make_copy_tile(element, k_layout, tile_n, *copy)
+    copy_v = make_copy_tile(element, v_layout, tile_n, *copy)
+    fetch_k = make_fetch_tile(copy_k, k_smem, k_words, tile_n)
+    fetch_v = make_fetch_tile(copy_v, v_smem, v_words, tile_n)
+    k_word, v_word = make_word(k_layout), make_word(v_layout)
+    multiply_q_k = make_product_nt(element, m_tiles, n_tiles, k_layout, k_layout)
+    multiply_do_v = make_product_nt(element, m_tiles, n_tiles, v_layout, v_layout)
+    # Of what features do to scores dS takes no notice, but of what they do to P.
+    weighing = (row.name for row in rows_of(traits.features) if row.hook == "weigh")
+    later = replace(traits, features=tuple(weighing))
+    apply_functions = make_apply_functions(
+        m_tiles, n_tiles, traits, True, later.bends_scores, after_features=True
+    )
+    mask_scores = make_mask_scores(m_tiles, n_tiles)
+    softmax_backward = make_softmax_backward_by_row(m_tiles, n_tiles, later)
+    gradient_of_score = make_gradient_of_score(traits)
+    storage, args_of_head = element.storage, make_args_of_head(traits)
+    bends, has_functions = traits.shapes_scores, traits.has_functions
+    drops = traits.drops_weights
+    n_slopes = n_scores if later.bends_scores else 1
+    # Tiles that may be on their way while one is used.
+    wait_for_tile = CP_ASYNC_WAIT_GROUP[max(0, num_stages - 2)]
+
+    def backward_rows(
+        q: Tensor[storage],  # (batch, seqlen_q, num_heads_q, head_dim)
+        k: Tensor[storage],  # (batch, seqlen_k, num_heads_kv, head_dim)
+        v: Tensor[storage],  # (batch, seqlen_k, num_heads_kv, head_dim_v)
+        do: Tensor[storage],  # (batch, seqlen_q, num_heads_q, head_dim_v)
+        plain_statistics_log2: Statistics,  # both (batch, num_heads_q, seqlen_q)
+        row_gradients: Pointer(f32),  # (batch, num_heads_q, seqlen_q)
+        mask: mask_of(traits),
+        shape: Shape,
+        scores: scores_of(traits.program),
+    ):
+        smem = cuda.shared.array(0, u32, alignment=128)
+        s_acc = cuda.local.array(n_scores, f32)
+        dp_acc = cuda.local.array(n_scores, f32)
+        slopes = cuda.local.array(n_slopes, f32)
+        shares = cuda.local.array(rows, f32)
+        lses = cuda.local.array(rows, f32)
+        deltas = cuda.local.array(rows, f32)
+
+        m_start, head, head_kv, batch, _ = place_of_queries(mov_ctaid_x(), shape)
+        sequence = sequence_of(shape, mask)
+        q_base = first_of_rows(q, batch, head, sequence.first_q)
+        k_base = first_of_rows(k, batch, head_kv, sequence.first_k)
+        v_base = first_of_rows(v, batch, head_kv, sequence.first_k)
+        do_base = first_of_rows(do, batch, head, sequence.first_q)
+        first_query = first_of_statistics(batch, head, shape) + sequence.first_q
+        args = args_of_head(scores, batch, head)
+        scale_log2 = LOG2_E
+        if not bends:
+            scale_log2 = scores.scale * LOG2_E
+        # Tiles of keys that some of these rows see, and those that all of them see.
+        last_query = last_of(m_start, tile_m, sequence.seqlen_q)
+        tiles = tiles_seen(m_start, last_query, tile_n, sequence)
+        n_begin, n_end = steps_of(mask, batch, head, m_start, tiles)
+        whole = tiles_seen_whole(m_start, last_query, tile_n, sequence)
+
+        # This lane's position in the operands, and of its scores in the tile.
+        lane = cuda.threadIdx.x % 32
+        warp_row = first_row_of_warp(rows_per_warp)
+        row_operand = warp_row + row_operand_row(lane)
+        q_mine = q_smem + k_word(row_operand, row_operand_chunk(lane))
+        do_mine = do_smem + v_word(row_operand, row_operand_chunk(lane))
+        k_mine = k_smem + k_word(column_operand_row(lane), column_operand_chunk(lane))
+        v_mine = v_smem + v_word(column_operand_row(lane), column_operand_chunk(lane))
+
+        # Without keys nothing would wait for Q and dO.
+        if n_begin < n_end:
+            copy_q(smem, q_smem, q, q_base, m_start, sequence.seqlen_q, shape.head_dim)
+            copy_do(smem, do_smem, do, do_base, m_start, sequence.seqlen_q, shape.head_dim_v)
+        for stage in range(num_stages - 1):
+            n = i32(n_begin + stage)
+            if n < n_end:
+                n_block, _ = tile_at(mask, n)
+                fetch_k(smem, k, k_base, n_block, stage, sequence.seqlen_k, shape.head_dim)
+                fetch_v(smem, v, v_base, n_block, stage, sequence.seqlen_k, shape.head_dim_v)
+            if asynchronous:
+                cp_async_commit_group()
+        row = i32(m_start + accumulator_row(rows_per_warp))
+        for r in range(rows):
+            i = row + ROW_STEP * r
+            # A row past the end is like one that sees no key: its P is zero.
+            shares[r] = f32(0)
+            lses[r] = f32(math.inf)
+            deltas[r] = f32(0)
+            if i < sequence.seqlen_q:
+                lses[r] = plain_statistics_log2.lse[first_query + i]
+                deltas[r] = plain_statistics_log2.delta[first_query + i]
+
+        stage = i32(0)
+        last_stage = i32(num_stages - 1)
+        for step in range(n_begin, n_end):
+            # The tile must have arrived, unless there is only one stage. The barrier shows it to
+            # all threads, and all have read the tile before it, whose buffer is written again.
+            if asynchronous and num_stages > 1:
+                wait_for_tile()
+            cuda.syncthreads()
+            n = i32(step + num_stages - 1)
+            if n < n_end:
+                n_block, _ = tile_at(mask, n)
+                fetch_k(smem, k, k_base, n_block, last_stage, sequence.seqlen_k, shape.head_dim)
+                fetch_v(smem, v, v_base, n_block, last_stage, sequence.seqlen_k, shape.head_dim_v)
+            if asynchronous:
+                cp_async_commit_group()
+            if num_stages == 1:
+                # The only buffer must have been filled, for all threads.
+                if asynchronous:
+                    wait_for_tile()
+                cuda.syncthreads()
+
+            # S = Q K^T, dP = dO V^T
+            multiply_q_k(s_acc, smem, q_mine, k_mine + k_words * stage)
+            multiply_do_v(dp_acc, smem, do_mine, v_mine + v_words * stage)
+            n_block, is_full = tile_at(mask, step)
+            n_start = i32(n_block * tile_n)
+            if has_functions:
+                i = i32(m_start + accumulator_row(rows_per_warp))
+                j = i32(n_start + accumulator_column())
+                corner = Corner(i, j, sequence, is_full)
+                apply_functions(s_acc, slopes, corner, scores.scale, scores, args)
+            if n_start < whole.first or n_start > whole.last:
+                i = i32(m_start + accumulator_row(rows_per_warp))
+                j = i32(n_start + accumulator_column())
+                mask_scores(s_acc, i, j, sequence.seqlen_k, sequence, 1)
+
+            # dS = P * (dP - delta), of which each lane adds up its part of the rows
+            scales = scale_log2, f32(1)
+            i = i32(m_start + accumulator_row(rows_per_warp))
+            j = i32(n_start + accumulator_column())
+            if drops:
+                softmax_backward(s_acc, dp_acc, slopes, lses, deltas, scales, i, j, args.drawn)
+            else:
+                softmax_backward(s_acc, dp_acc, slopes, lses, deltas, scales)
+            first = f32(i32(i + scores.shift - j))
+            for tile in range(m_tiles * n_tiles):
+                e, r, c = 4 * tile, tile // n_tiles * 2, tile % n_tiles * MMA_COLUMNS
+                above = first + f32(tile // n_tiles * MMA_ROWS - c)
+                below = above + f32(ROW_STEP)
+                shares[r] += gradient_of_score(dp_acc[e], above)
+                shares[r] += gradient_of_score(dp_acc[e + 1], above - f32(1))
+                shares[r + 1] += gradient_of_score(dp_acc[e + 2], below)
+                shares[r + 1] += gradient_of_score(dp_acc[e + 3], below - f32(1))
+            last_stage = stage
+            stage = i32(stage + 1 if stage + 1 < num_stages else 0)
+
+        row = i32(m_start + accumulator_row(rows_per_warp))
+        for r in range(rows):
+            share, i = row_sum_of_quad(shares[r]), i32(row + ROW_STEP * r)
+            if accumulator_column() == 0 and i < sequence.seqlen_q:
+                row_gradients[first_query + i] = share
+
+    return Kernel(config.family, backward_rows, num_threads, config.smem_bytes(traits))
