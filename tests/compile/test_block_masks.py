@@ -41,7 +41,6 @@ def test_causal_as_a_function_with_its_blocks_has_a_main_loop_as_long(config, ar
     for more in ({}, {"blocks": BLOCKS, "program": CAUSAL}):
         traits = Traits("bfloat16", head_dim, head_dim, **more)
         issued.append(main_loop(disassemble(compiled(config, traits, arch).code))["issued"])
-    print(issued)
     assert issued[1] <= 1.1 * issued[0]
 
 
