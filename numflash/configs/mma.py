@@ -455,10 +455,9 @@ _PREFERENCES = {
     ),
 }
 _PREFERENCES["backward-rows"] = _PREFERENCES["backward-dq"]
-_PREFERENCES |= dict.fromkeys(
-    ("backward-columns", "backward-tiles", "backward-scatter"),
-    ("m64n64w4s1", "m64n32w4s1", "m32n32w2s1", "m16n16w1s1"),
-)
+_ONE_STAGE = ("m64n32w4s1", "m32n32w2s1", "m16n16w1s1")
+_PREFERENCES["backward-tiles"] = _ONE_STAGE
+_PREFERENCES["backward-columns"] = _PREFERENCES["backward-scatter"] = ("m64n64w4s1", *_ONE_STAGE)
 _PREFERENCES["reduce-dq"] = _PREFERENCES["backward"]
 WARPS_PER_SM = (8, 4, 1)
 """Warps that should fit on an SM at once, the best number first."""
