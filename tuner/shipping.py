@@ -22,8 +22,10 @@ from numflash.selection.entries import Entry
 
 from . import cli, model, tables
 from .search.progress import format_duration
+from .search.results import Result
 from .search.search import StoppingRules
 from .search.session import Options, Session
+from .search.studies import ENVIRONMENT
 from .space import machines
 from .space.configs import Space
 from .space.machines import Machine
@@ -51,7 +53,7 @@ def make_table(name: str, folder: Path, jobs: int, quiet: bool) -> list[Entry]:
         quiet: show no progress.
 
     Raises:
-        LookupError: a class cannot be tuned.
+        LookupError: a class cannot be tuned, or a config not be compiled.
     """
     target = find_target(name, offline=True)
     journal = str(folder.resolve() / f"{tables.path_of(name).stem}.journal")
@@ -61,12 +63,22 @@ def make_table(name: str, folder: Path, jobs: int, quiet: bool) -> list[Entry]:
         session.compile_ahead(spaces)
         for number, space in enumerate(spaces, 1):
             title = f"{name} [{number}/{len(spaces)}] {space.problem}"
-            session.tune(space, len(spaces), title, quiet)
+            _expect_compiled(session.tune(space, len(spaces), title, quiet))
     entries = [entry for entry in session.entries if why_not(target.machine, entry) is None]
     found = {entry.problem for entry in entries}
     stays = [str(space.problem) for space in spaces if space.problem not in found]
     tables.write(tables.path_of(name), {target.key: entries}, tables.made_now(), stays)
     return entries
+
+
+def _expect_compiled(result: Result) -> None:
+    """Raise LookupError if a config was given up for reasons that are hardly its own."""
+    for record in result.records:
+        if record.outcome in ENVIRONMENT:
+            raise LookupError(
+                f"{record.config} of {result.problem} could not be looked at ({record.outcome}: "
+                f"{record.reason}); the same command tries it again"
+            )
 
 
 def _problems() -> list[ProblemClass]:
@@ -150,7 +162,10 @@ def main(argv: list[str] | None = None) -> int:
         if path.exists() and not tables.staleness(path) and not args.all:
             done = "is fresh"
         else:
-            made = make_table(name, args.folder, args.jobs, args.quiet)
+            try:
+                made = make_table(name, args.folder, args.jobs, args.quiet)
+            except LookupError as error:
+                parser.exit(1, f"{path.name} is not made: {error.args[0]}\n")
             done = f"{len(made)} entries, {format_duration(time.monotonic() - began)}"
         print(f"[{number}/{len(args.gpus)}] {path.name}: {done}", flush=True)
     return 0

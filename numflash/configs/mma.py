@@ -559,6 +559,8 @@ def misfit(
         )
     # Transposed tiles have room for random bits where they have it for dP beside S.
     bends = traits.shapes_scores or (traits.drops_weights and config.family != "backward-dkdv")
+    # Places in lists are what is too much for the largest tiles of dQ.
+    bends = bends or (bool(traits.blocks) and config.family == "backward-dq")
     kind = "plain" if traits.vectorized and not bends else "features"
     most = _most_accumulators(config, traits, kind)
     columns = traits.head_dim if config.family == "backward-dq" else traits.head_dim_v

@@ -4,6 +4,7 @@ import json
 import os
 import warnings
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,9 +14,11 @@ from numflash.configs import parse_config
 from numflash.problem.classes import ProblemClass
 from numflash.runtime.devices import architecture
 from numflash.selection import store
+from numflash.selection.choice import FUSED
 from numflash.selection.entries import DeviceKey, Entry
 from numflash.selection.rules import force
 from tuner import caches, shipping, tables
+from tuner.records import Record
 from tuner.space import machines
 from tuner.space.configs import Space
 
@@ -165,6 +168,7 @@ def test_what_was_measured_is_not_judged_by_the_model():
 
 def test_only_what_differs_from_the_default_is_shipped(folder, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("NUMFLASH_CACHE_DIR", "of the user")
+    monkeypatch.setattr(shipping, "_PROBLEMS", ("--head-dim 64 --mask full",))
     same = entry(DEFAULT, problem=replace(SHORT, batch_heads=512))
     tuned = []
 
@@ -173,13 +177,14 @@ def test_only_what_differs_from_the_default_is_shipped(folder, monkeypatch, tmp_
         tuned.append(space.problem)
         if len(tuned) == 1:
             session.entries += [entry(), same]
+        return SimpleNamespace(records=[Record(DEFAULT, "predicted", predicted_ms=0.19)])
 
     monkeypatch.setattr(shipping.Session, "tune", tune)
     monkeypatch.setattr(shipping.Session, "compile_ahead", lambda session, spaces: None)
     command = [H100.name, "--quiet", "--folder", str(tmp_path / "made")]
     assert shipping.main(command) == 0
     path = tables.path_of(H100.name)
-    assert {problem.family for problem in tuned} == set(tables.FAMILIES)
+    assert [problem.family for problem in tuned] == ["forward", "backward-dkdv", "backward-dq"]
     assert store.read_file(path) == {DEVICE: [entry()]}
     assert tables.staleness(path) == []
     assert json.loads(path.read_bytes())["made"] == tables.made_now()
@@ -194,6 +199,26 @@ def test_only_what_differs_from_the_default_is_shipped(folder, monkeypatch, tmp_
     assert shipping.main(command) == 0 and len(tuned) == seen
     assert capsys.readouterr().out.splitlines()[-1] == f"[1/1] {path.name}: is fresh"
     assert shipping.main([*command, "--all"]) == 0 and len(tuned) == 2 * seen
+
+
+def test_a_table_has_classes_of_all_families_that_it_is_dated_by():
+    families = {problem.family for problem in shipping._problems()}
+    assert families - {FUSED} == set(tables.FAMILIES)
+
+
+def test_a_table_is_not_made_where_a_config_could_not_be_compiled(folder, monkeypatch, capsys):
+    monkeypatch.setenv("NUMFLASH_CACHE_DIR", "of the user")
+    monkeypatch.setattr(shipping, "_PROBLEMS", ("--head-dim 64 --mask full",))
+    records = [Record(DEFAULT, "timeout", "compiling took more than 180 s")]
+    found = SimpleNamespace(records=records, problem=SHORT)
+    monkeypatch.setattr(shipping.Session, "tune", lambda *_: found)
+    monkeypatch.setattr(shipping.Session, "compile_ahead", lambda session, spaces: None)
+    with pytest.raises(SystemExit) as end:
+        shipping.main([H100.name, "--quiet", "--folder", str(folder / "made")])
+    path = tables.path_of(H100.name)
+    assert end.value.code == 1 and not path.exists()
+    said = f"{path.name} is not made: {DEFAULT} of {SHORT} could not be looked at (timeout: "
+    assert capsys.readouterr().err.startswith(said)
 
 
 def test_configs_in_this_file_are_configs():
