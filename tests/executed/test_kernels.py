@@ -84,7 +84,11 @@ CASES = {
         150,
         64,
         False,
-        {"dropout_p": 0.3, "seed": np.array([-7]), "config": {"forward": "sm90-m64n32w4s2-overlap"}},
+        {
+            "dropout_p": 0.3,
+            "seed": np.array([-7]),
+            "config": {"forward": "sm90-m64n32w4s2-overlap"},
+        },
     ),
     "fp8-sm89": ("sm_89", np.float16, 70, 64, False, {"precision": "fp8"}),
     "fp8-sm90": ("sm_90a", np.float16, 128, 128, False, {"precision": "fp8"}),

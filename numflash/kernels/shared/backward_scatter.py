@@ -85,7 +85,7 @@ def make_kernel(config, traits: Traits, of_tiles: ScoreGradients) -> Kernel:
         k: Tensor[storage],  # (batch, seqlen_k, num_heads_kv, head_dim)
         v: Tensor[storage],  # (batch, seqlen_k, num_heads_kv, head_dim_v)
         do: Tensor[storage],  # (batch, seqlen_q, num_heads_q, head_dim_v)
-        plain_statistics: Statistics,  # both (batch, num_heads_q, seqlen_q)
+        tile_statistics: Statistics,  # both (batch, num_heads_q, seqlen_q)
         absolute_sum: Pointer(f32),  # (1,)
         fixed_sums: Pointer(i64),  # the array's shape, contiguous
         of_sums: given_of(traits.program),  # `scores.given` with the strides of fixed_sums
@@ -101,7 +101,7 @@ def make_kernel(config, traits: Traits, of_tiles: ScoreGradients) -> Kernel:
         sums = cuda.local.array(2, i64)
 
         m_start, head, head_kv, batch, _ = place_of_queries(mov_ctaid_x(), shape)
-        sequence, inputs = sequence_of(shape, mask), (q, k, v, do, plain_statistics)
+        sequence, inputs = sequence_of(shape, mask), (q, k, v, do, tile_statistics)
         args, known = args_of_head(scores, batch, head), known_of_head(of_sums, batch, head)
         scale, _ = scale_of_sum(absolute_sum[0])
         # The element that the last summands belong to, and their sum.
