@@ -81,11 +81,14 @@ BROADCASTS = list(itertools.product((True, False), repeat=4))
 
 
 def bias_cases():
-    """Each set of axes, and with it causal or not, a dtype of q and one of the bias."""
+    """Each set of axes; each way of summing with a band, a dtype of q and one of the bias."""
     rows = itertools.product(BROADCASTS, (False, True), DTYPES, DTYPES)
-    return covering(
-        list(rows), lambda row: (row[0], (row[0][2:], row[1]), (row[0][2:], row[2], row[3]))
-    )
+
+    def labels(row):
+        kept, *others = row
+        return kept, *((kept[2:], other) for other in others), tuple(others[1:])
+
+    return covering(rows, labels, together=1)
 
 
 @pytest.mark.parametrize(("kept", "causal", "dtype", "dtype_of_bias"), bias_cases())
