@@ -239,12 +239,11 @@ class MmaBackwardRowsConfig(MmaBackwardDqConfig):
 class _OfArrays(MmaBackwardRowsConfig):
     """Common to the kernels for gradients of arrays that scores read: tiles are not ahead."""
 
-    def __post_init__(self):
-        super().__post_init__()
+    def misfit(self, traits: Traits) -> str | None:
+        """Why it cannot be built for these traits; None if it can."""
         if self.num_stages != 1:
-            raise ValueError(
-                f"{type(self).__name__} {self}: {self.family} has one stage, got {self.num_stages}"
-            )
+            return f"its tiles have one stage, the config has {self.num_stages}"
+        return super().misfit(traits)
 
 
 @dataclass(frozen=True)

@@ -272,6 +272,32 @@ def test_all_ways_go_with_other_features(name):
     check(wrt=wrt, bias=bias, score_mod=function, aux=aux, **COMBINED[name])
 
 
+@pytest.mark.parametrize("config", ["m16n16w2", "sm80-m16n16w1s1"])
+def test_all_ways_go_with_a_block_mask(config):
+    """Blocks that are empty, full and partial, of a mask that differs from head to head."""
+    block, dtype = 16, "float32" if config == "m16n16w2" else "float16"
+    queries, keys = 2 * block + 5, 2 * block + 3
+
+    def mask(batch, head, q_idx, kv_idx):
+        return (q_idx + 3 >= kv_idx) & ((head == 0) | (kv_idx >= block))
+
+    def function(score, batch, head, q_idx, kv_idx, rows, keys, table):
+        return score * rows[head, q_idx] + keys[kv_idx] + table[head, kv_idx - q_idx + 64]
+
+    q, k, v, dout = inputs(dtype, shape=(1, 2, queries, keys))
+    report = numflash.check(
+        *(q, k, v),
+        dout=dout,
+        wrt=("bias", "aux0", "aux1", "aux2"),
+        bias=normal((queries, keys), dtype),
+        score_mod=function,
+        aux=(normal((2, queries)), normal(keys), normal((2, 128))),
+        block_mask=numflash.create_block_mask(mask, 1, 2, queries, keys, block_size=block),
+        config=dict.fromkeys(("forward", *OF_SCORES), config),
+    )
+    assert report.passed, f"\n{report}"
+
+
 IMPLEMENTATIONS = {
     "sm80": ("sm_80", "bfloat16", "sm80-m16n16w1s1", {}),
     "sm80, two warps": ("sm_80", "float16", "sm80-m32n32w2s1", {"dropout_p": 0.3, "seed": 7}),
