@@ -2,6 +2,7 @@
 
 import doctest
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 import numflash
 from numflash import masks, math, reference
+from tests.support.covering import FULL
 
 ROOT = Path(__file__).parents[2]
 
@@ -46,3 +48,16 @@ def test_the_code_of_the_page_on_fp8_runs():
     lines = [line.strip() for line in page.splitlines() if line.startswith("    ")]
     assert len(lines) == 5
     exec("\n".join(lines), {"numflash": numflash, "q": q, "k": k, "v": v})
+
+
+# One of each kind: a table of aux, places of tokens in images, everything; the whole takes a minute.
+SOME = ["relative_position", "neighbourhood", "together"]
+
+
+def test_masks_and_scores():
+    """The example, of which NUMFLASH_TEST_FULL=1 runs all."""
+    names = [] if FULL else SOME
+    path = ROOT / "examples" / "masks_and_scores.py"
+    done = subprocess.run([sys.executable, path, *names], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("  ok\n") == len(names) or FULL
