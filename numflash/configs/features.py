@@ -5,7 +5,7 @@ name in `tiles.features` at one of these hooks:
 
     score(s, i, j, args) -> (s, ds)          the final score, and its derivative
     finish(row_max, row_sum, args) -> ...    at the end of a row: further parts of its sum
-    weigh(row, column, args) -> ...          what P is multiplied by once a row has its sum
+    weigh(row, column, args) -> ...          which P become 0 once a row has its sum
 
 Rules, tables, commands and the tuner go through the rows and name none. Features apply in the
 order of the table, which is that of their names in the string form of `Traits`. It stands beside
