@@ -99,7 +99,11 @@ CASES = {
         150,
         64,
         False,
-        {"dropout_p": 0.3, "seed": np.array([-7]), "config": {"forward": "sm90-m64n32w4s2-overlap"}},
+        {
+            "dropout_p": 0.3,
+            "seed": np.array([-7]),
+            "config": {"forward": "sm90-m64n32w4s2-overlap"},
+        },
     ),
     # Bias, mask, a table and a closed-over number: what a program reads and computes.
     "program": ("sm_80", np.float16, 40, 32, True, {**PROGRAM, "config": _SMALL["sm80"]}),

@@ -4,6 +4,7 @@ import doctest
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +51,20 @@ def test_the_code_of_the_page_on_fp8_runs():
     exec("\n".join(lines), {"numflash": numflash, "q": q, "k": k, "v": v})
 
 
-# One of each kind: a table of aux, places of tokens in images, everything; the whole takes a minute.
+def test_the_code_of_the_page_on_masks_runs(capsys):
+    heads, seqlen = 2, 32
+    rng = np.random.default_rng(0)
+    q, k, v = rng.standard_normal((3, 2, seqlen, heads, 16)).astype("float16")
+    given = {"heads": heads, "seqlen": seqlen, "q": q, "k": k, "v": v, "np": np}
+    given |= {"lengths": np.array([32, 9]), "document": np.repeat(np.arange(4), 8)}
+    given |= {"numflash": numflash, "table": np.zeros((heads, seqlen), "float32")}
+    page = (ROOT / "docs" / "masks_and_scores.md").read_text()
+    code = page[page.index("    bias") : page.index("`examples/")]
+    exec(textwrap.dedent(code), given)
+    assert given["out"].shape == q.shape and capsys.readouterr().out
+
+
+# One of each kind: a table of aux, places in images, everything; the whole takes a minute.
 SOME = ["relative_position", "neighbourhood", "together"]
 
 

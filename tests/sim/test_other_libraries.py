@@ -104,7 +104,9 @@ def test_onnx(name):
     k = rng.random((batch, heads_kv, keys, 8)).astype(np.float32)
     v = rng.random((batch, heads_kv, keys, head_dim_v)).astype(np.float32)
     asked = _mask(rng, *mask)
-    out = numflash.attention(q, k, v, layout="bhsd", causal_align="top_left", config=CONFIG, **options, **asked)
+    out = numflash.attention(
+        q, k, v, layout="bhsd", causal_align="top_left", config=CONFIG, **options, **asked
+    )
     options = dict(options)
     if options.pop("causal", False):
         options["mask"] = np.tril(np.ones((rows, keys), bool))
