@@ -5,6 +5,8 @@ import numflash
 out = numflash.attention(q, k, v, causal=True)
 """
 
+import sys
+
 from numflash import reference
 from numflash.api.attention import attention, attention_backward
 from numflash.api.block_masks import BlockMask, create_block_mask, show_mask
@@ -19,6 +21,9 @@ from numflash.problem.fp8 import Fp8Array, Fp8Recipe, PrecisionDecision
 from numflash.runtime.errors import UnsupportedError
 from numflash.runtime.mode import simulating
 from numflash.runtime.version import __version__
+
+# These two are for people, who also write `from numflash.math import where`.
+sys.modules |= {f"{__name__}.masks": masks, f"{__name__}.math": math}
 
 __all__ = [
     "BlockMask",

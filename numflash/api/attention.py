@@ -247,13 +247,16 @@ def attention_backward(
         delta: the sum over head_dim_v of dout * out, where the caller has it: shaped like lse,
             float32, any strides.
         wrt: what to return gradients of, in this order: "q", "k", "v"; with sinks "sinks"; with
-            alibi_slopes "alibi_slopes". Kernels that make none of them do not run. None is
-            ("q", "k", "v"), and with sinks also "sinks".
-        grad_dtype: "float32" leaves dq, dk and dv in float32, as they were summed, where q, k and
-            v have fewer bits; None is the dtype of q.
+            alibi_slopes "alibi_slopes"; with bias "bias"; "aux0", "aux1", ... of arrays of
+            float16, bfloat16 or float32 that score_mod reads. Kernels that make none of them do
+            not run. None is ("q", "k", "v"), and with sinks also "sinks".
+        grad_dtype: "float32" leaves dq, dk and dv, and gradients of arrays that scores read, in
+            float32, as they were summed, where q, k and v have fewer bits; None is the dtype of q,
+            and of the array.
         config: kernels to run instead of those that numflash chooses, by family: "backward-dkdv"
             and "backward-dq"; or "backward", one kernel for all gradients, which takes five
-            products a tile instead of seven and num_splits more float32 copies of dq.
+            products a tile instead of seven and num_splits more float32 copies of dq;
+            "backward-rows", "backward-columns", "backward-tiles" and "backward-scatter" of arrays.
 
     Returns:
         A tuple with a gradient for each name in wrt.
@@ -262,13 +265,22 @@ def attention_backward(
             exp(sink - lse) * (dlse - dout . out).
         dalibi_slopes: float32, (num_heads_q,) or (batch, num_heads_q), as the slopes: the sum of
             -dS * distance, of dS by scores. With origin both are of the heads of this call.
-        The same call gives the same bits every time: no atomics.
+        dbias, daux0, ...: of the shape and dtype of the array, contiguous, summed in float32. An
+            axis of one element is summed over; along an axis of stride 0, of a broadcast view,
+            each element has a gradient of its own. Elements that no score reads have gradient 0.
+            An array that is read once, at batch, head, q_idx and kv_idx themselves, has a sum in
+            a fixed order. Any other, as a table that is read at a computed place, has one of
+            integers of 64 bits, in units of at most 2 ** -59 of the sum of all absolute values:
+            each score loses less than one. Where one of them is infinite or NaN, all are NaN.
+        The same call gives the same bits every time: floats are added in a fixed order.
 
     Raises:
         TypeError, ValueError, UnsupportedError: as `attention`.
 
-    Needs two float32 workspaces of batch x num_heads_q x seqlen_q, and one for each array of
-    heads in wrt.
+    Needs two float32 workspaces of batch x num_heads_q x seqlen_q, and one more, or one of
+    batch x num_heads_q x seqlen_k, for each array of heads in wrt and each array that scores
+    read; none for one with an axis of queries and one of keys. One that is read at computed places
+    takes 8 bytes for each of its elements.
 
     Source: FlashAttention, arXiv 2205.14135, Algorithm 4.
 

@@ -9,6 +9,10 @@ The gradients begin at lse, a float32: their P = exp(S - lse) may be wrong by a 
 exp(2**-22 |lse|), so that scores in the millions have no useful gradients. Where that exceeds the
 input precision it is part of the budget, and the report says so.
 
+A gradient of what heads give their scores is a number for all rows of a head. Each row's O was
+rounded to the input precision, independently of others, and the naive error of one number says
+little: the budget also holds that rounding, of the summed numbers of a row, for the root of rows.
+
 On 8-bit floats the specification, `reference.attention_fp8`, takes the place of the naive
 implementation: the error of quantisation is in it, and is not the kernel's.
 """
@@ -23,6 +27,7 @@ from numflash.api import attention as api
 from numflash.api.block_masks import own
 from numflash.api.explain import explain_dispatch
 from numflash.calls.fp8_options import has_fp8, refuse_backward
+from numflash.configs.features import FEATURES
 from numflash.problem.fp8 import Fp8Array, Fp8Recipe
 from numflash.problem.options import ARRAY_OPTIONS
 from numflash.reference.attention import heads_first, names_of_gradients
@@ -31,6 +36,9 @@ from numflash.selection.choice import split_configs
 
 # Options that `attention_backward` alone has.
 _OF_BACKWARD = ("dlse", "wrt", "grad_dtype")
+_OF_HEADS = {
+    f"d{row.option}" for row in FEATURES if row.gradient is not None and row.hook == "score"
+}
 _OF_ARRAYS = re.compile(r"dbias|daux\d+", re.ASCII)
 _EPSILON = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "tf32": 2.0**-11}
 
@@ -332,11 +340,15 @@ def compare(
             strict=True,
         )
         lse_factor = _factor_of_lse(exact["lse"], epsilon)
+    magnitudes = reference.magnitudes(q, k, v, dout, **options)
     remainders = {
         name: (2 * _EPSILON["float32"] + (lse_factor if name.startswith("d") else 0))
         * _largest_finite(sums)
-        for name, sums in reference.magnitudes(q, k, v, dout, **options).items()
+        for name, sums in magnitudes.items()
     }
+    for name in _OF_HEADS & magnitudes.keys():
+        rows = exact["lse"].size / magnitudes[name].size
+        remainders[name] += epsilon * _largest_finite(magnitudes[name]) / rows**0.5
     dtypes = dtypes or {}
     epsilons = {n: max(epsilon, _EPSILON[dtypes[n]]) if n in dtypes else epsilon for n in got}
     # lse is float32 whatever the inputs are, but its scores are not more exact than they.

@@ -70,14 +70,15 @@ class Backward:
                 gradient; the options that are arrays.
             options: of the call.
             wrt: what gradients are of; None is the default.
-            grad_dtype: of dq, dk and dv; None is that of q.
+            grad_dtype: of dq, dk and dv; None is that of q. With float32 that of arrays, too.
         """
         results = tuple(name for name in ("dout", "out") if name in views)
         rows, self._copied = with_contiguous_rows(views, (*_OPERANDS, *results))
         problem, tensors = describe(rows, options)
-        arrays = {} if wrt is None else array_gradients(problem, rows, options)
         q, layout = rows["q"], options.layout
         grad_dtype = expect_out_dtype("grad_dtype", grad_dtype, q.dtype)
+        in_float32 = grad_dtype != q.dtype
+        arrays = {} if wrt is None else array_gradients(problem, rows, options, in_float32)
         out_is_longer = "out" in views and rows["out"].dtype == "float32" != q.dtype
         gradients = Gradients.of(
             problem.feature_names,
@@ -86,7 +87,7 @@ class Backward:
             dlse="dlse" in views,
             delta="delta" in views,
             float32_out=out_is_longer,
-            in_float32=grad_dtype != q.dtype,
+            in_float32=in_float32,
         )
         out_shape = (*q.shape[:-1], problem.head_dim_v)
         for name in results:

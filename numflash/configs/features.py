@@ -5,7 +5,7 @@ name in `tiles.features` at one of these hooks:
 
     score(s, i, j, args) -> (s, ds)          the final score, and its derivative
     finish(row_max, row_sum, args) -> ...    at the end of a row: further parts of its sum
-    weigh(row, column, args) -> ...          what P is multiplied by once a row has its sum
+    weigh(row, column, args) -> ...          which P become 0 once a row has its sum
 
 Rules, tables, commands and the tuner go through the rows and name none. Features apply in the
 order of the table, which is that of their names in the string form of `Traits`. It stands beside
@@ -24,7 +24,7 @@ from numpy import int32 as i32
 from numpy import int64 as i64
 from numpy import uint32 as u32
 
-from numflash.runtime.philox import key_of, random_bits
+from numflash.runtime.philox import ALIGNMENT, key_of, random_bits
 from numflash.runtime.views import ArrayView, FromHead, Pointer
 
 MAX_FLOAT32 = (2 - 2**-23) * 2.0**127
@@ -112,8 +112,8 @@ class Feature:
         reference: of a score: (s, value, i, j) -> (s, ds) in NumPy, of s (batch, head, query, key)
             and in its dtype; i and j are places of queries and keys, (query, 1) and (key,). Of
             an end: (row_max, row_sum, value) -> (row_max, row_sum, kept), (batch, head, query, 1).
-            Of weights: (shape, value, the values of the options beside it) -> float64 factors of
-            P (batch, head, query, key).
+            Of weights: (shape, origin, value, the values of the options beside it) -> float64
+            factors of P (batch, head, query, key); origin has the first row, column and head.
         gradient: that of the option, which is an array of heads; None if it has none.
         example: num_heads_q -> a value to time and check kernels with.
         unit: record -> the divisor of scores when the function gets them: products are scaled
@@ -295,8 +295,6 @@ class Dropout(NamedTuple):
 
 _SEED_WORDS = {"int32": 1, "int64": 2, "uint64": 2}
 _STEPS = 2**16
-DROPOUT_STEP = 16
-"""Rows and columns whose random bits belong together (`runtime.philox`)."""
 _NO_NUMBERS: dict[str, float] = {}
 
 
@@ -346,9 +344,9 @@ def _read_dropout(dropout_p: float, asked: Asked) -> Dropout:
         words = _SEED_WORDS[view.dtype]
     row, column, head = asked.origin or (0, 0, 0)
     for name, value in (("row", row), ("column", column)):
-        if value % DROPOUT_STEP:
+        if value % ALIGNMENT:
             raise ValueError(
-                f"origin must have a {name} that is a multiple of {DROPOUT_STEP} with dropout_p, "
+                f"origin must have a {name} that is a multiple of {ALIGNMENT} with dropout_p, "
                 f"whose random bits belong to so many {name}s, got {value}"
             )
     return Dropout("seed" if words else None, words, *_NUMBERS_OF_DROPOUT, row, column, head)
@@ -376,9 +374,9 @@ def _numbers_of_dropout(dropout_p: float, seed) -> dict[str, float]:
     return dict(zip(_NUMBERS_OF_DROPOUT, (low, high, limit, scale, math.log2(scale)), strict=True))
 
 
-def _dropout(shape, value, seed):
+def _dropout(shape, origin, value, seed):
     steps = steps_dropped(value)
-    bits = random_bits(shape, int(np.asarray(seed).reshape(())))
+    bits = random_bits(shape, int(np.asarray(seed).reshape(())), origin)
     return np.where(bits >= steps, _STEPS / (_STEPS - steps), 0.0)
 
 

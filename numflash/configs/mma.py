@@ -85,8 +85,7 @@ class MmaConfig(Lettered):
             raise ValueError(f"{type(self).__name__} {self}: a block has at most 32 warps")
         if self.num_stages > MAX_STAGES:
             raise ValueError(f"{type(self).__name__} {self}: at most {MAX_STAGES} stages")
-        unsplit = "backward-dkdv", "backward-dq", "backward-rows"
-        if self.num_splits > 1 and self.family in unsplit:
+        if self.num_splits > 1 and self.family.startswith("backward-"):
             raise ValueError(
                 f"{type(self).__name__} {self}: only forward and backward can be split, not "
                 f"{self.family}"
@@ -237,6 +236,56 @@ class MmaBackwardRowsConfig(MmaBackwardDqConfig):
 
 
 @dataclass(frozen=True)
+class _OfArrays(MmaBackwardRowsConfig):
+    """Common to the kernels for gradients of arrays that scores read: tiles are not ahead."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.num_stages != 1:
+            raise ValueError(
+                f"{type(self).__name__} {self}: {self.family} has one stage, got {self.num_stages}"
+            )
+
+
+@dataclass(frozen=True)
+class MmaBackwardColumnsConfig(_OfArrays):
+    """A block computes a number for each of tile_n keys; Q and dO come in tiles of tile_m."""
+
+    family: ClassVar = "backward-columns"
+
+    @property
+    def block_rows(self) -> int:
+        """Rows of the output that one block computes."""
+        return self.tile_n
+
+    def accumulators_per_thread(self, traits: Traits) -> int:
+        """float32 accumulators that a thread keeps through the main loop."""
+        return self._gradient_scores(traits) + self.tile_n // 4
+
+
+@dataclass(frozen=True)
+class MmaBackwardTilesConfig(_OfArrays):
+    """A block computes a number for each of tile_m queries and tile_n keys."""
+
+    family: ClassVar = "backward-tiles"
+
+    def accumulators_per_thread(self, traits: Traits) -> int:
+        """float32 accumulators that a thread keeps through the main loop."""
+        return self._gradient_scores(traits) + self._scores_per_thread()
+
+
+@dataclass(frozen=True)
+class MmaBackwardScatterConfig(_OfArrays):
+    """A block adds what tile_m rows of Q contribute to the sums of an array."""
+
+    family: ClassVar = "backward-scatter"
+
+    def accumulators_per_thread(self, traits: Traits) -> int:
+        """float32 accumulators that a thread keeps through the main loop; a sum of 64 bits."""
+        return self._gradient_scores(traits) + 4
+
+
+@dataclass(frozen=True)
 class MmaBackwardDkDvConfig(MmaConfig):
     """A block computes tile_n rows of dK and dV; Q and dO come in tiles of tile_m."""
 
@@ -344,6 +393,9 @@ MMA_CONFIGS: dict[str, type] = {
         MmaBackwardDkDvConfig,
         MmaBackwardDqConfig,
         MmaBackwardRowsConfig,
+        MmaBackwardColumnsConfig,
+        MmaBackwardTilesConfig,
+        MmaBackwardScatterConfig,
         MmaBackwardConfig,
         ReduceDqConfig,
     )
@@ -403,6 +455,10 @@ _PREFERENCES = {
     ),
 }
 _PREFERENCES["backward-rows"] = _PREFERENCES["backward-dq"]
+_PREFERENCES |= dict.fromkeys(
+    ("backward-columns", "backward-tiles", "backward-scatter"),
+    ("m64n64w4s1", "m64n32w4s1", "m32n32w2s1", "m16n16w1s1"),
+)
 _PREFERENCES["reduce-dq"] = _PREFERENCES["backward"]
 WARPS_PER_SM = (8, 4, 1)
 """Warps that should fit on an SM at once, the best number first."""
@@ -504,6 +560,8 @@ def misfit(
         )
     # Transposed tiles have room for random bits where they have it for dP beside S.
     bends = traits.shapes_scores or (traits.drops_weights and config.family != "backward-dkdv")
+    # Places in lists are what is too much for the largest tiles of dQ.
+    bends = bends or (bool(traits.blocks) and config.family == "backward-dq")
     kind = "plain" if traits.vectorized and not bends else "features"
     most = _most_accumulators(config, traits, kind)
     columns = traits.head_dim if config.family == "backward-dq" else traits.head_dim_v

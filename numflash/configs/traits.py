@@ -165,8 +165,8 @@ class Traits:
 
     @property
     def dtype_of_read(self) -> str:
-        """The dtype of the array that `read` is of; float32 without."""
-        if not self.read:
+        """The dtype of the gradient of the array that `read` is of; float32 without."""
+        if not self.read or self.float32_out:
             return "float32"
         program = Program.parse(self.program)
         return program.aux[program.partials[int(self.read)].aux].dtype

@@ -152,6 +152,9 @@ class Symbol:
 
     __len__ = __iter__
 
+    def __getitem__(self, index) -> NoReturn:
+        raise TraceError(f"a number has no elements, so that [{index!r:.60}] finds none")
+
     def __neg__(self):
         return call("neg", self)
 

@@ -26,7 +26,8 @@ class ArrayGradient(NamedTuple):
     Attributes:
         name: "bias", "aux0", "aux1", ...
         aux: its place in the program's `aux`.
-        shape, dtype: of it and of its gradient.
+        shape: of it and of its gradient.
+        dtype: of the gradient.
         way: "tiles", "rows", "columns" or "scatter".
         reads: the numbers of its reads among the program's partials.
         strides: of its gradient, by "b", "h", "i" and "j": along axes that scores have; in the
@@ -55,13 +56,24 @@ class ArrayGradient(NamedTuple):
 
 
 def array_gradients(
-    problem: AttentionProblem, views: Mapping[str, ArrayView], options: AttentionOptions
+    problem: AttentionProblem,
+    views: Mapping[str, ArrayView],
+    options: AttentionOptions,
+    in_float32: bool = False,
 ) -> dict[str, ArrayGradient | Exception]:
-    """Of bias and each of aux of a call the gradient, or the error for asking for it."""
+    """Of bias and each of aux of a call the gradient, or the error for asking for it.
+
+    Gradients are of the array's dtype, or `in_float32`.
+    """
     program = Program.parse(problem.program)
     numbers = _numbers_of_arrays(problem, program)
     names = [*(["bias"] if "bias" in views else []), *(f"aux{n}" for n in range(len(options.aux)))]
-    return {name: _gradient(name, numbers.get(name), problem, program, views) for name in names}
+    found = {name: _gradient(name, numbers.get(name), problem, program, views) for name in names}
+    if in_float32:
+        for name, each in found.items():
+            if isinstance(each, ArrayGradient):
+                found[name] = each._replace(dtype="float32")
+    return found
 
 
 def _numbers_of_arrays(problem: AttentionProblem, program: Program) -> dict[str, int]:

@@ -12,6 +12,7 @@ import numpy as np
 
 from numflash.configs.features import FEATURES, Feature, expect_nothing, expect_real
 from numflash.functions.identity import key_of
+from numflash.functions.trace import describe
 from numflash.problem.block_masks import NUMBER, ListedBlocks, expect_block_mask
 from numflash.problem.fp8 import Fp8Recipe
 
@@ -220,7 +221,7 @@ class AttentionOptions(_Options):
         given = {name: getattr(self, name) for name in ARRAY_OPTIONS}
         # A seed may also be a number.
         found = {n: x for n, x in given.items() if x is not None and not isinstance(x, _INTEGERS)}
-        if self.aux:
+        if isinstance(self.aux, tuple | list):
             of_aux = {f"aux{n}": each for n, each in enumerate(self.aux)}
             found |= {name: each for name, each in of_aux.items() if not isinstance(each, NUMBER)}
         if isinstance(self.block_mask, ListedBlocks):
@@ -240,6 +241,11 @@ class AttentionOptions(_Options):
         found = {}
         for numbers_of, values in _FILLED_IN:
             found |= numbers_of(*values(self))
+        if self.aux and isinstance(self.aux, tuple | list):
+            for n, each in enumerate(self.aux):
+                if isinstance(each, NUMBER):
+                    kind = describe(each, f"aux{n}").kind
+                    found[f"aux{n}"] = int(each) if kind == "i32" else float(each)
         return found
 
     def key(self) -> tuple:
@@ -264,12 +270,13 @@ class AttentionOptions(_Options):
         return values, kinds, config, origin, words, blocks, *self._key_of_functions()
 
     def _key_of_functions(self) -> tuple:
-        """What functions mean, and the numbers that they get."""
+        """What functions mean, and the types of the numbers that they get."""
         functions = self.score_mod, self.score_mod_grad, self.mask_mod
-        if functions == (None, None, None) and not self.aux:
+        if not isinstance(self.aux, tuple | list):
+            raise TypeError("no call may have such an aux")
+        if not self.aux and all(each is None for each in functions):
             return ()
         keys = tuple(map(key_of, functions))
         if None in keys:
             raise TypeError("nobody can tell whether these functions mean what they meant before")
-        numbers = [(type(x), x) if isinstance(x, NUMBER) else None for x in self.aux]
-        return *keys, *numbers
+        return *keys, *(type(x) if isinstance(x, NUMBER) else None for x in self.aux)

@@ -30,7 +30,9 @@ class Extent(NamedTuple):
 def program_of(
     views: Mapping[str, ArrayView], options: AttentionOptions, extent: Extent
 ) -> tuple[str, tuple]:
-    """The text of a call's program, and the values of its `fields`; of a pointer the operand.
+    """The text of a call's program, and the values of its `fields`.
+
+    Of an array, and of a number among the options' aux, it is the name of the operand.
 
     Args:
         views: of the arrays among the options, by name.
@@ -40,12 +42,10 @@ def program_of(
     Raises:
         TypeError, ValueError: as `numflash.attention`.
     """
-    traced, numbers = _of_options(views, options, extent)
-    program, names = traced
+    (program, names), numbers = _of_options(views, options, extent), {}
     if (mask := options.block_mask) is not None and mask.mask_mod is not None:
-        (more, more_names), more_numbers = _of_mask(mask.mask_mod, mask.aux, views, extent)
+        (more, more_names), numbers = _of_mask(mask.mask_mod, mask.aux, views, extent)
         program, names = program.also(more), names + more_names
-        numbers |= more_numbers
     _check_shapes(program, names, views, extent)
     return program.text, tuple(_values(program, names, views, numbers, extent.origin))
 
@@ -94,22 +94,22 @@ def _of_mask(
 
 def _of_options(
     views: Mapping[str, ArrayView], options: AttentionOptions, extent: Extent
-) -> tuple[Traced, dict[str, int | float]]:
-    """What bias, mask and functions make together, and the numbers that they get, by name."""
+) -> Traced:
+    """What bias, mask and functions make together."""
+    if options.score_mod is None and options.mask_mod is None and options.aux:
+        raise ValueError("aux goes with score_mod or mask_mod, which get it; there is neither")
     asked = (options.bias, options.mask, options.score_mod, options.mask_mod)
     if all(each is None for each in asked):
         if options.score_mod_grad is not None:
             raise ValueError("score_mod_grad is the derivative of score_mod, which is not given")
-        if options.aux:
-            raise ValueError("aux goes with score_mod or mask_mod, which get it; there is neither")
-        return Traced(Program(), ()), {}
+        return Traced(Program(), ())
     for n in range(len(options.aux)):
         if f"aux{n}" in views:
             _expect_device(f"aux{n}", views[f"aux{n}"], extent)
     _check_broadcast("bias", views, extent, BIAS_DTYPES)
     _check_broadcast("mask", views, extent, ("bool",))
     aux = [views.get(f"aux{n}", each) for n, each in enumerate(options.aux)]
-    traced = trace(
+    return trace(
         options.score_mod,
         options.mask_mod,
         aux,
@@ -117,7 +117,6 @@ def _of_options(
         mask=views.get("mask"),
         score_mod_grad=options.score_mod_grad,
     )
-    return traced, {f"aux{n}": each for n, each in enumerate(aux)}
 
 
 def _check_broadcast(
@@ -155,7 +154,7 @@ def _values(
     numbers: dict,
     origin: tuple[int, int, int] | None,
 ):
-    """The values of the program's `fields`, in order."""
+    """The values of the program's `fields`, in order; `numbers` are those that stay."""
     begin = dict(zip(("row", "column", "first_head"), origin or (0, 0, 0), strict=True))
     for field, kind in program.fields:
         if field in begin:
@@ -169,4 +168,4 @@ def _values(
             view = views[names[k]]
             yield (view.strides if axis[0] == "s" else view.shape)[int(axis[1:])]
         else:
-            yield numbers[names[k]]
+            yield numbers.get(names[k], names[k])

@@ -371,23 +371,31 @@ def _forward(q, k, v, dtype, matmul, options):
 
 def _weights(shape, dtype, options):
     """The factors of P (batch, head, query, key), once its rows have their sums."""
-    weights = np.ones((), dtype)
+    weights, origin = np.ones((), dtype), options.get("origin") or (0, 0, 0)
     for row in FEATURES:
         value = options.get(row.option, row.default)
         if row.hook == "weigh" and row.is_asked(value):
             beside = (options.get(each.name, each.default) for each in row.beside)
-            weights = weights * row.reference(shape, value, *beside).astype(dtype)
+            weights = weights * row.reference(shape, origin, value, *beside).astype(dtype)
     return weights
 
 
 def dropout_mask(
-    batch: int, heads: int, seqlen_q: int, seqlen_k: int, *, dropout_p: float, seed: int
+    batch: int,
+    heads: int,
+    seqlen_q: int,
+    seqlen_k: int,
+    *,
+    dropout_p: float,
+    seed: int,
+    origin: tuple[int, int, int] = (0, 0, 0),
 ) -> np.ndarray:
     """The scores that dropout keeps, a boolean (batch, heads, seqlen_q, seqlen_k) array.
 
     Args:
         batch, heads, seqlen_q, seqlen_k: sizes; heads are those of q.
-        dropout_p, seed: as for `numflash.attention`; a seed in an array must be on the host.
+        dropout_p, seed, origin: as for `numflash.attention`; a seed in an array must be on the
+            host.
 
     The random bits of a score are those of Philox4x32-10 for the seed and the score's place alone:
     the same in every kernel, for every tile size, on every GPU, forward and backward. A score is
@@ -400,7 +408,8 @@ def dropout_mask(
         >>> kept.shape, round(float(kept.mean()), 2)
         ((1, 2, 64, 64), 0.75)
     """
-    shape, options = (batch, heads, seqlen_q, seqlen_k), {"dropout_p": dropout_p, "seed": seed}
+    shape = batch, heads, seqlen_q, seqlen_k
+    options = {"dropout_p": dropout_p, "seed": seed, "origin": origin}
     return np.broadcast_to(_weights(shape, np.float64, options) != 0, shape)
 
 

@@ -38,22 +38,29 @@ def key_of(seed: int) -> tuple[int, int]:
     return seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF
 
 
-def random_bits(shape: tuple[int, int, int, int], seed: int) -> np.ndarray:
-    """The 16 bits, as uint16, of each score of (batch, heads, seqlen_q, seqlen_k)."""
+def random_bits(
+    shape: tuple[int, int, int, int], seed: int, origin: tuple[int, int, int] = (0, 0, 0)
+) -> np.ndarray:
+    """The 16 bits, as uint16, of each score of (batch, heads, seqlen_q, seqlen_k).
+
+    `origin` has the numbers of the first row, column and head.
+    """
     batch, heads, rows, columns = shape
-    i, j = np.arange(rows), np.arange(columns)
+    first_row, first_column, first_head = origin
+    i, j = first_row + np.arange(rows), first_column + np.arange(columns)
+    row, column = i // 16 * 8 + i % 8, j // 16 * 4 + j % 8 // 2
     # The counters that occur, each computed once.
-    row_counters, column_counters = np.arange(-(-rows // 16) * 8), np.arange(-(-columns // 16) * 4)
+    row_counters, row = np.unique(row, return_inverse=True)
+    column_counters, column = np.unique(column, return_inverse=True)
     words = philox(
         row_counters[:, None],
         column_counters,
-        np.arange(heads)[:, None, None],
+        first_head + np.arange(heads)[:, None, None],
         np.arange(batch)[:, None, None, None],
         key_of(seed),
     )
     words = np.stack(words, -1).astype(np.uint32).view(np.uint16)
     if words.dtype.newbyteorder("<") != words.dtype:
         words = words[..., [1, 0, 3, 2, 5, 4, 7, 6]]
-    row, column = i // 16 * 8 + i % 8, j // 16 * 4 + j % 8 // 2
     halfword = (i // 8 % 2)[:, None] + 2 * (j % 2) + 4 * (j // 8 % 2)
     return words[:, :, row[:, None], column, halfword]

@@ -335,7 +335,8 @@ def _of_arrays(
     for array in gradients.arrays:
         choices = []
         for family, read, absolute in array.kernels:
-            of_read = replace(traits, read=str(read), absolute=absolute)
+            in_float32 = gradients.in_float32 and family == "backward-tiles"
+            of_read = replace(traits, read=str(read), absolute=absolute, float32_out=in_float32)
             rows = problem.seqlen_k if family == "backward-columns" else problem.seqlen_q
             if family in forced:
                 choices.append(force(family, forced[family], of_read, limits, positive))

@@ -79,28 +79,6 @@ def make_tile_at(traits, tile, by_keys=False):
     return tile_at
 
 
-@cache
-def make_tile_in(traits, tile_m, tile_n):
-    """tile_in(mask, batch, head, m_start, n_start): (whether it is listed, is_full)
-
-    Of the tile of tile_m queries and tile_n keys from there on; for kernels that do not walk.
-    """
-    if not traits.blocks:
-        return _always
-    steps_of, tile_at = make_steps_of(traits, tile_n), make_tile_at(traits, tile_n)
-
-    @device_function
-    def tile_in(mask, batch, head, m_start, n_start):
-        tile = quotient(n_start, tile_n)
-        begin, end = steps_of(mask, batch, head, m_start, Keys(tile, i32(tile + 1)))
-        is_full = False
-        if begin < end:
-            _, is_full = tile_at(mask, begin)
-        return begin < end, is_full
-
-    return tile_in
-
-
 @device_function
 def _tiles_themselves(mask, batch, head, start, tiles):
     return tiles
@@ -109,11 +87,6 @@ def _tiles_themselves(mask, batch, head, start, tiles):
 @device_function
 def _step_itself(mask, step):
     return step, False
-
-
-@device_function
-def _always(mask, batch, head, m_start, n_start):
-    return True, False
 
 
 # The keys that a forward's tile of rows sees

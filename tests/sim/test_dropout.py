@@ -288,6 +288,39 @@ def test_a_wrong_share_is_refused_though_a_right_call_is_ready():
             numflash.attention(q, k, v, **options)
 
 
+@pytest.mark.parametrize("dtype", SMALL)
+def test_a_part_of_a_larger_problem_drops_its_share(dtype):
+    q, k, v, dout = inputs(dtype, seqlen_q=40, seqlen_k=50, heads=4, heads_kv=4, head_dim=16)
+    forward, backward = SMALL[dtype]
+    rows, columns, heads = slice(16, 40), slice(32, 50), slice(1, 3)
+    q, dout = q[:, rows, heads], dout[:, rows, heads]
+    k, v = k[:, columns, heads], v[:, columns, heads]
+    origin, options = (16, 32, 1), {"dropout_p": P, "seed": SEED}
+    whole = reference.dropout_mask(1, 4, 40, 50, **options)
+    part = reference.dropout_mask(1, 2, 24, 18, origin=origin, **options)
+    np.testing.assert_array_equal(part, whole[:, heads, rows, columns])
+    configs = {"forward": forward, **backward}
+    options |= {"origin": origin, "shift": -16, "config": configs}
+    report = numflash.check(q, k, v, dout=dout, causal=True, causal_align="top_left", **options)
+    assert report.passed, f"\n{report}"
+    with pytest.raises(ValueError, match="origin must have a row that is a multiple of 16"):
+        numflash.attention(q, k, v, **options | {"origin": (8, 32, 1), "config": forward})
+
+
+def test_gradients_of_arrays_that_scores_read_know_of_dropout():
+    q, k, v, dout = inputs(np.float32, seqlen_k=30, head_dim=16)
+    rng, options = np.random.default_rng(5), {"dropout_p": P, "seed": SEED, "causal": True}
+    arrays = {
+        "bias": rng.standard_normal((1, 2, 20, 30)).astype(np.float32),
+        "alibi_slopes": np.array([0.1, 0.5], np.float32),
+        "sinks": np.array([0.0, 1.0], np.float32),
+    }
+    report = numflash.check(
+        q, k, v, dout=dout, wrt=("q", "bias", "alibi_slopes", "sinks"), **arrays, **options
+    )
+    assert report.passed, f"\n{report}"
+
+
 def test_heads_with_random_bits_share_no_tile(on):
     on("sm_80")
     q, k, v, _ = inputs(seqlen_q=1, heads=8)

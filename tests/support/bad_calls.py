@@ -56,9 +56,13 @@ class Machine:
         return array[spec.index] if spec.index != () else array
 
     def call(self, function, **arguments):
-        """Call with every `A` made an array."""
-        made = {n: self.array(x) if isinstance(x, A) else x for n, x in arguments.items()}
-        return function(**made)
+        """Call with every `A`, also those in tuples, made an array."""
+        return function(**{name: self._made(x) for name, x in arguments.items()})
+
+    def _made(self, x):
+        if isinstance(x, A):
+            return self.array(x)
+        return tuple(map(self._made, x)) if type(x) is tuple else x
 
 
 Q, K, V = A((2, 9, 4, 16)), A((2, 11, 2, 16)), A((2, 11, 2, 24))

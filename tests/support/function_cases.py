@@ -5,7 +5,7 @@ features, bands and kernels; `tests/sim/test_functions.py` takes a covering set 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import cycle, product
 from typing import NamedTuple
 
@@ -103,7 +103,7 @@ def _in_its_document(b, h, i, j, table, scale, documents):
 
 
 def _table(rng, n: Sizes, dtype=np.float32):
-    return _normal(rng, (n.heads_q, n.seqlen_q + n.seqlen_k), dtype)
+    return _normal(rng, (n.heads_q, 2 * max(n.seqlen_q, n.seqlen_k)), dtype)
 
 
 def _documents(rng, count, shape, dtype):
@@ -188,21 +188,8 @@ PROGRAMS: dict[str, tuple[str, Callable]] = {
     ),
 }
 
-SAME_FOR_ALL_HEADS = {
-    "bias-float32-keys",
-    "bias-backwards",
-    "bias-stride-0",
-    "mask-2d",
-    "mask-keys",
-    "numbers",
-    "bent",
-    "logarithm",
-    "causal",
-    "documents",
-    "bytes",
-    "flags",
-}
-"""Programs that do not look at the head: only these allow packed heads."""
+OF_KEYS_ALONE = {"bias-float32-keys", "mask-keys", "numbers", "bent", "logarithm"}
+"""Programs that do not look at heads and queries: only these allow packed heads."""
 
 FEATURES = {
     "none": lambda n: {},
@@ -239,7 +226,7 @@ class Place(NamedTuple):
 
 
 _SMALL = (Sizes(1, 17, 20, 2, 1, 16, 16), Sizes(2, 9, 17, 1, 1, 16, 24))
-_WIDE = (Sizes(1, 17, 40, 4, 2, 32, 32), Sizes(2, 9, 70, 1, 1, 32, 48))
+_WIDE = (Sizes(1, 17, 40, 2, 1, 32, 32), Sizes(2, 9, 70, 1, 1, 32, 48))
 _PACKED = {
     "sm80": {"forward": "sm80-m16n16w1s1-packed", "backward": "sm80-m16n16w1s1"},
     "sm90": {"forward": "sm90-m64n32w4s1x2-packed-overlap"},
@@ -323,7 +310,7 @@ class FunctionCase:
     def config(self) -> dict:
         """Of the kernels, by family. Heads that a program tells apart are not packed."""
         configs = PLACES[self.place].configs
-        if self.feature == "alibi" or self.program not in SAME_FOR_ALL_HEADS:
+        if self.feature == "alibi" or self.program not in OF_KEYS_ALONE:
             configs = [each for each in configs if "-packed" not in each["forward"]]
         return configs[self.turn % len(configs)]
 
@@ -353,22 +340,37 @@ class FunctionCase:
         }
 
 
+# Kernels that share all but instructions take turns.
+_GROUPS = (
+    ("portable",),
+    ("sm80",),
+    ("sm75", "tf32"),
+    ("sm90",),
+    ("fp8", "fp8-sm75"),
+    ("fp8-sm90",),
+)
+
+
 def some_cases() -> list[FunctionCase]:
     """Of all programs with all features, bands and kernels some.
 
-    Each kind of program meets each kernel, feature and band, and these each other; and each
-    program is there with gradients, and on Hopper. What takes turns does so from case to case.
+    Each kind of program meets each group of kernels, each feature and band, and these each other;
+    and each program is there with gradients. What takes turns does so from case to case.
     """
-    axes = product(PLACES, PROGRAMS, FEATURES, BANDS)
-    table = [FunctionCase(*names, turn) for turn, names in enumerate(axes)]
+    axes = product(_GROUPS, PROGRAMS, FEATURES, BANDS)
+    table = list(axes)
 
-    def labels(case):
-        return case.place, PROGRAMS[case.program][0], case.feature, case.band
+    def labels(row):
+        places, program, feature, band = row
+        return places, PROGRAMS[program][0], feature, band
 
-    chosen = covering(table, labels, cost=lambda case: PLACES[case.place].cost)
-    there = {(case.place, case.program) for case in chosen}
+    chosen = covering(table, labels, cost=lambda row: PLACES[row[0][0]].cost)
+    there = {(places, program) for places, program, *_ in chosen}
     others = cycle(product(FEATURES, BANDS))
-    for place, program in product(("sm80", "sm90"), PROGRAMS):
-        if (place, program) not in there:
-            chosen.append(FunctionCase(place, program, *next(others), len(chosen)))
-    return [replace(case, turn=turn) for turn, case in enumerate(chosen)]
+    for program in PROGRAMS:
+        if (("sm80",), program) not in there:
+            chosen.append((("sm80",), program, *next(others)))
+    return [
+        FunctionCase(places[turn % len(places)], *rest, turn)
+        for turn, (places, *rest) in enumerate(chosen)
+    ]

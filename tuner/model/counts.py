@@ -23,6 +23,7 @@ _PORTABLE_COPY_FMA, _PORTABLE_COPY_ALU = 9, 11
 _OF_FEATURES = {
     "softcap": Counts(issued=16, special=2, fma=10, alu=4),
     "alibi": Counts(issued=4, fma=2, alu=2),
+    "dropout": Counts(issued=10, fma=2, alu=8),
 }
 # (fma, alu) for the addresses and bounds of a tile, by disassembly.
 _ADDRESSES = {

@@ -34,7 +34,13 @@ def make_backward_rows_kernel(config: BackwardRowsConfig, traits: Traits) -> Ker
     """The kernel for one config; see the module's docstring."""
     tile_m, tile_n = config.tile_m, config.tile_n
     of_tiles = make_score_gradients(config, traits, before_program=True)
-    load_queries, load_keys, compute, place, rows, columns = of_tiles
+    load_queries, load_keys = of_tiles.load_queries, of_tiles.load_keys
+    compute, place, rows, columns = (
+        of_tiles.compute,
+        of_tiles.place,
+        of_tiles.rows,
+        of_tiles.columns,
+    )
     n_scores, storage = rows * columns, ELEMENTS[traits.dtype].storage
     place_of_queries = make_place_of_queries(tile_m)
     steps_of, tile_at = make_steps_of(traits, tile_n), make_tile_at(traits, tile_n)

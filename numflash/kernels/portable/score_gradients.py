@@ -10,9 +10,8 @@ so `statistics` must be those whose delta is rowsum(O * dO), less the gradient o
 of a block call these functions together.
 """
 
-from typing import NamedTuple
-
 from numflash.configs import Traits
+from numflash.kernels.shared.score_gradients import ScoreGradients
 from numflash.ptx import cuda, device_function, f32, u32
 from numflash.tiles.blocks import first_of_rows, first_of_statistics
 from numflash.tiles.portable.copies import make_load_tile
@@ -24,6 +23,7 @@ from numflash.tiles.portable.gradients import (
 )
 from numflash.tiles.portable.lanes import (
     COLUMN_LANES,
+    FULL_WARP,
     ROW_LANES,
     columns_per_thread,
     rows_per_thread,
@@ -37,27 +37,31 @@ from numflash.tiles.scores import (
 )
 
 
-class ScoreGradients(NamedTuple):
-    """Device functions; `inputs` is (q, k, v, do, statistics), as kernels take them.
+@device_function
+def _wait():
+    """Loads are there when they return."""
 
-    Attributes:
-        load_queries: (smem, lses, deltas, inputs, batch, head, m_start, sequence, shape): a tile
-            of Q and dO to shared memory, and the thread's rows of the statistics.
-        load_keys: (smem, inputs, batch, head_kv, n_start, sequence, shape): a tile of K and V.
-        compute: (ds_acc, s_acc, smem, of_rows, tile, sequence, scores, args): dS, and P to s_acc.
-            of_rows is (lses, deltas), tile is (m_start, n_start, whether no edge of the band
-            crosses it, `is_full` of `tiles.scores.Corner`).
-        place: () -> (row, column): the thread's first, in a tile; its score i is in row
-            row + ROW_LANES * (i // columns) and column + COLUMN_LANES * (i % columns).
-        rows, columns: of a thread; ds_acc and s_acc have rows * columns elements.
-    """
 
-    load_queries: object
-    load_keys: object
-    compute: object
-    place: object
-    rows: int
-    columns: int
+@device_function
+def _columns_beyond(c):
+    return COLUMN_LANES * c
+
+
+@device_function
+def _sum_of_column(x):
+    for distance in (8, 16):
+        x += cuda.shfl_xor_sync(FULL_WARP, x, distance)
+    return x
+
+
+@device_function
+def _leads_column():
+    return cuda.threadIdx.x % 32 < COLUMN_LANES
+
+
+@device_function
+def _read_float(smem, i):
+    return smem[i]
 
 
 def make_score_gradients(config, traits: Traits, before_program: bool = False) -> ScoreGradients:
@@ -96,6 +100,14 @@ def make_score_gradients(config, traits: Traits, before_program: bool = False) -
         return first_row_of_thread(rows_per_warp), cuda.threadIdx.x % COLUMN_LANES
 
     @device_function
+    def beyond(e):
+        return ROW_LANES * (e // columns), COLUMN_LANES * (e % columns)
+
+    @device_function
+    def column_of(e):
+        return e % columns
+
+    @device_function
     def load_queries(smem, lses, deltas, inputs, batch, head, m_start, sequence, shape):
         q, _, _, do, statistics = inputs
         end, (row, _) = sequence.seqlen_q, place()
@@ -131,4 +143,21 @@ def make_score_gradients(config, traits: Traits, before_program: bool = False) -
         scales = f32(1), scores.features.dropout.scale
         softmax_backward(s_acc, ds_acc, slopes, lses, deltas, scales, kept)
 
-    return ScoreGradients(load_queries, load_keys, compute, place, rows, columns)
+    return ScoreGradients(
+        load_queries,
+        load_keys,
+        _wait,
+        compute,
+        place,
+        beyond,
+        _columns_beyond,
+        column_of,
+        _sum_of_column,
+        _leads_column,
+        _read_float,
+        memory=f32,
+        alignment=16,
+        rows=rows,
+        columns=columns,
+        n_scores=rows * columns,
+    )

@@ -45,6 +45,8 @@ def test_the_bits_of_a_score_depend_on_its_place_and_the_seed_alone():
         place = tuple(int(rng.integers(n)) for n in bits.shape)
         assert bits[place] == halfword_of(*place, 12345)
     np.testing.assert_array_equal(bits[:1, :2, :20, :16], random_bits((1, 2, 20, 16), 12345))
+    part = random_bits((2, 2, 11, 30), 12345, (19, 3, 1))
+    np.testing.assert_array_equal(bits[:, 1:, 19:30, 3:33], part)
 
 
 def test_no_two_scores_share_bits():

@@ -13,6 +13,7 @@ import numflash
 import tuner
 from numflash import configs
 from numflash.configs import (
+    BLOCK_MASK_CONFIGS,
     FAMILIES,
     IMPLEMENTATIONS,
     QUANTIZE_CONFIGS,
@@ -42,7 +43,8 @@ def test_every_row_has_a_factory_for_each_of_its_families():
 def test_every_config_is_of_one_row():
     kinds = [kind for row in IMPLEMENTATIONS for kind in row.configs.values()]
     assert len(set(kinds)) == len(kinds)
-    assert {kind.family for kind in kinds} == {*FAMILIES, *QUANTIZE_CONFIGS}
+    of_attention = {*FAMILIES, *QUANTIZE_CONFIGS}
+    assert {kind.family for kind in kinds} == {*of_attention, *BLOCK_MASK_CONFIGS}
     for row in IMPLEMENTATIONS:
         for family, kind in row.configs.items():
             assert kind.family == family and implementation_of(kind) is row

@@ -365,7 +365,7 @@ def test_stores_of_scores_are_free_of_conflicts(thread, monkeypatch, config):
     rows, columns = shape(config)
     pitch = p_pitch(config)
     store_scores = make(gradients.make_store_scores, rows, columns, pitch)
-    online_softmax = make(softmax.make_online_softmax, rows, columns, 1, pitch)
+    online_softmax = make(softmax.make_online_softmax, rows, columns, 1, pitch, ())
     for name in ("exp_f32", "row_max_of_lanes"):
         monkeypatch.setattr(softmax, name, lambda x: x)
     monkeypatch.setattr(softmax, "max_f32", max)
@@ -377,7 +377,7 @@ def test_stores_of_scores_are_free_of_conflicts(thread, monkeypatch, config):
     def softmax_store(lane):
         row, column = place(thread, lane, config)
         zeros = [[0.0] * n for n in (rows * columns, rows, rows, rows)]
-        online_softmax(*zeros, Tile(), 400 + row * pitch + column)
+        online_softmax(*zeros, Tile(), 400 + row * pitch + column, [])
 
     for call in (store, softmax_store):
         found = accesses(thread, call)

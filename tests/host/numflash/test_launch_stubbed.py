@@ -403,3 +403,14 @@ def test_shared_memory_above_48_kb_is_asked_for_once(hopper, head_dim, raised):
     assert (smem_bytes > 48 * 1024) is raised
     asked = [call for call in gpu.driver.calls if call[0] == "cuKernelSetAttribute"]
     assert [call[1:3] for call in asked] == [("max dynamic smem", smem_bytes)] * raised
+
+
+def test_numbers_of_aux_are_filled_in_by_each_launch(gpu, qkv):
+    def score_mod(score, batch, head, q_idx, kv_idx, factor, offset):
+        return score * factor + offset
+
+    for aux in ((0.5, 3), (-2.0, 2**31 - 1)):
+        numflash.attention(*qkv, score_mod=score_mod, aux=aux)
+        arguments = gpu.driver.launches[-1].arguments
+        assert (arguments["scores.given.a0"], arguments["scores.given.a1"]) == aux
+    assert len(ready._ready) == 1

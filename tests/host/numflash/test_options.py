@@ -102,3 +102,17 @@ def test_numbers_that_a_launch_fills_in_are_those_of_the_call_and_in_no_key():
 def test_unknown_options_are_named_with_what_there_is():
     with pytest.raises(TypeError, match="plan got unknown options: colour; it takes out, softmax"):
         AttentionOptions.of("plan", {"colour": 1, "causal": True}, ("out",))
+
+
+def test_a_number_of_aux_that_changes_leaves_a_call_ready():
+    def score_mod(score, batch, head, q_idx, kv_idx, factor, offset):
+        return score * factor + offset
+
+    def of(*aux):
+        return AttentionOptions(score_mod=score_mod, aux=aux)
+
+    assert of(0.5, 3).key() == of(2.0, -7).key()
+    assert of(2.0, -7).numbers() == {"aux0": 2.0, "aux1": -7}
+    assert of(0.5, 3).key() != of(1, 3).key() and of(0.5, 3).key() != of(0.5, 3.0).key()
+    with pytest.raises(ValueError, match="aux1 must fit into 32 bits"):
+        of(0.5, 2**31).numbers()

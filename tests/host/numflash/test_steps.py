@@ -9,7 +9,7 @@ from numflash.configs import Traits, parse_config
 from numflash.kernels.arguments import BlockLists, BlockMask, Mask
 from numflash.ptx import i32
 from numflash.tiles.blocks import Grid, Keys, Place, Sequence
-from numflash.tiles.steps import make_keys_of, make_steps_of, make_tile_at, make_tile_in
+from numflash.tiles.steps import make_keys_of, make_steps_of, make_tile_at
 
 RNG = np.random.default_rng(3)
 
@@ -98,14 +98,3 @@ def test_traits_know_which_tiles_divide_blocks():
     for wrong in ((128,), (0, 128), (128, -16)):
         with pytest.raises(ValueError, match="blocks must be"):
             Traits("float16", 64, 64, blocks=wrong)
-
-
-def test_a_tile_by_itself_is_found_in_its_list():
-    traits = Traits("float16", 32, 32, blocks=(32, 32))
-    tiles = RNG.random((2, 3, 5)) < 0.5
-    full = tiles & (RNG.random(tiles.shape) < 0.5)
-    mask, tile_in = mask_of_tiles(tiles, full), make_tile_in(traits, 32, 16)
-    for head, m, n in itertools.product(range(2), range(0, 96, 32), range(0, 160, 16)):
-        found = tile_in(mask, *map(i32, (0, head, m, n)))
-        place = head, m // 32, n // 32
-        assert found == (bool(tiles[place]), bool(full[place]))

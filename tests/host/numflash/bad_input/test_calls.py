@@ -81,7 +81,7 @@ BAD_BACKWARD = {
     "wrt-unknown": (
         {"wrt": ("q", "dk")},
         ValueError,
-        "wrt must name gradients of q, k, v, alibi_slopes, sinks, got 'dk'",
+        "wrt must name gradients of q, k, v, alibi_slopes, sinks, bias, aux0, aux1, ..., got 'dk'",
     ),
     "wrt-absent": (
         {"wrt": ("sinks",)},
@@ -105,7 +105,7 @@ BAD_BACKWARD = {
     "config-family": (
         {"config": {"forward": "m64n32w4"}},
         ValueError,
-        "config of a backward has the keys backward-dkdv, backward-dq, backward-rows or backward",
+        "config of a backward has the keys backward-dkdv, backward-dq, backward-rows, ",
         "got 'forward'",
     ),
     "config-delta": ({"config": {"delta": "w8"}}, ValueError, "has the keys", "got 'delta'"),

@@ -63,7 +63,7 @@ def test_explain_dispatch_refuses_what_attention_refuses(machine, changes, error
         changes = {"config": {"sideways": "m64n32w4"}}
         error, words = (
             ValueError,
-            ["backward-dkdv, backward-dq, backward-rows or backward, got 'sideways'"],
+            ["has the keys backward-dkdv, backward-dq, ", "or backward, got 'sideways'"],
         )
     refused(machine, numflash.explain_dispatch, FORWARD | changes, error, words)
 

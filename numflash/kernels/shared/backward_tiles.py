@@ -8,7 +8,7 @@ S and dP computed again for each. So no sums of parts lie in memory, and without
 are the same in every run. A tile that no query sees is written, as zeros.
 """
 
-from numflash.configs import BackwardTilesConfig, Traits
+from numflash.configs import Traits
 from numflash.kernels.arguments import (
     Pointer,
     Reduced,
@@ -19,7 +19,7 @@ from numflash.kernels.arguments import (
     scores_of,
 )
 from numflash.kernels.kernel import Kernel
-from numflash.kernels.portable.score_gradients import make_score_gradients
+from numflash.kernels.shared.score_gradients import ScoreGradients
 from numflash.ptx import cuda, f32, i32, i64, mov_ctaid_x
 from numflash.tiles.blocks import (
     Keys,
@@ -33,15 +33,17 @@ from numflash.tiles.blocks import (
 )
 from numflash.tiles.features import make_args_of_head
 from numflash.tiles.portable.elements import ELEMENTS
-from numflash.tiles.portable.lanes import COLUMN_LANES, ROW_LANES
 from numflash.tiles.steps import make_steps_of, make_tile_at
 
 
-def make_backward_tiles_kernel(config: BackwardTilesConfig, traits: Traits) -> Kernel:
-    """The kernel for one config; see the module's docstring."""
+def make_kernel(config, traits: Traits, of_tiles: ScoreGradients) -> Kernel:
+    """The kernel of an implementation for one config; see the module's docstring."""
     tile_m, tile_n = config.tile_m, config.tile_n
-    load_queries, load_keys, compute, place, rows, columns = make_score_gradients(config, traits)
-    n_scores, storage = rows * columns, ELEMENTS[traits.dtype].storage
+    load_queries, load_keys, wait = of_tiles.load_queries, of_tiles.load_keys, of_tiles.wait
+    compute, place, beyond = of_tiles.compute, of_tiles.place, of_tiles.beyond
+    rows, n_scores = of_tiles.rows, of_tiles.n_scores
+    memory, alignment = of_tiles.memory, of_tiles.alignment
+    storage = ELEMENTS[traits.dtype].storage
     result = ELEMENTS[traits.dtype_of_read]
     from_f32 = result.from_f32
     args_of_head = make_args_of_head(traits)
@@ -59,7 +61,7 @@ def make_backward_tiles_kernel(config: BackwardTilesConfig, traits: Traits) -> K
         shape: Shape,
         scores: scores_of(traits.program),
     ):
-        smem = cuda.shared.array(0, f32, alignment=16)
+        smem = cuda.shared.array(0, memory, alignment=alignment)
         s_acc = cuda.local.array(n_scores, f32)
         ds_acc = cuda.local.array(n_scores, f32)
         sums = cuda.local.array(n_scores, f32)
@@ -93,6 +95,7 @@ def make_backward_tiles_kernel(config: BackwardTilesConfig, traits: Traits) -> K
                     head_kv = quotient(head, shape.group_size)
                     load_keys(smem, inputs, batch, head_kv, n_start, sequence, shape)
                     # Q, dO, K and V of all threads must have arrived.
+                    wait()
                     cuda.syncthreads()
                     tile, of_rows = (m_start, n_start, is_whole, is_full), (lses, deltas)
                     compute(ds_acc, s_acc, smem, of_rows, tile, sequence, scores, args)
@@ -101,8 +104,8 @@ def make_backward_tiles_kernel(config: BackwardTilesConfig, traits: Traits) -> K
 
         base = reduced.first + i64(first_batch) * reduced.batch + i64(first_head) * reduced.head
         for i in range(n_scores):
-            r = i32(m_start + row + ROW_LANES * (i // columns))
-            c = i32(n_start + column + COLUMN_LANES * (i % columns))
+            more_rows, more_columns = beyond(i)
+            r, c = i32(m_start + row + more_rows), i32(n_start + column + more_columns)
             if r < sequence.seqlen_q and c < sequence.seqlen_k:
                 place_of_sum = base + i64(r) * reduced.row + i64(c) * reduced.column
                 array_gradient[place_of_sum] = from_f32(sums[i])

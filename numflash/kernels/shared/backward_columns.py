@@ -7,10 +7,10 @@ sums its rows, then the lanes of a column, then the warps, each in order; `share
 up the heads that share an element. No atomics: the same bits in every run.
 """
 
-from numflash.configs import BackwardColumnsConfig, Traits
+from numflash.configs import Traits
 from numflash.kernels.arguments import Pointer, Shape, Statistics, Tensor, mask_of, scores_of
 from numflash.kernels.kernel import Kernel
-from numflash.kernels.portable.score_gradients import make_score_gradients
+from numflash.kernels.shared.score_gradients import ScoreGradients
 from numflash.ptx import cuda, f32, i32, i64, mov_ctaid_x, st_shared_f32
 from numflash.tiles.blocks import (
     last_of,
@@ -24,18 +24,25 @@ from numflash.tiles.blocks import (
 )
 from numflash.tiles.features import make_args_of_head
 from numflash.tiles.portable.elements import ELEMENTS
-from numflash.tiles.portable.lanes import COLUMN_LANES, FULL_WARP
 from numflash.tiles.steps import make_steps_of, make_tile_at
 
 
-def make_backward_columns_kernel(config: BackwardColumnsConfig, traits: Traits) -> Kernel:
-    """The kernel for one config; see the module's docstring."""
+def make_kernel(config, traits: Traits, of_tiles: ScoreGradients) -> Kernel:
+    """The kernel of an implementation for one config; see the module's docstring."""
     tile_m, tile_n = config.tile_m, config.tile_n
     num_warps, num_threads = config.num_warps, config.num_threads
-    load_queries, load_keys, compute, place, rows, columns = make_score_gradients(config, traits)
-    n_scores, storage = rows * columns, ELEMENTS[traits.dtype].storage
-    # K has room for a tile_n of each warp: its rows are longer than 32, the most warps.
-    sums_smem = config.smem_layout(traits).offsets["k"]
+    load_queries, load_keys, wait = of_tiles.load_queries, of_tiles.load_keys, of_tiles.wait
+    compute, place = of_tiles.compute, of_tiles.place
+    rows, n_scores = of_tiles.rows, of_tiles.n_scores
+    memory, alignment = of_tiles.memory, of_tiles.alignment
+    storage = ELEMENTS[traits.dtype].storage
+    columns, column_of, columns_beyond = (
+        of_tiles.columns,
+        of_tiles.column_of,
+        of_tiles.columns_beyond,
+    )
+    sum_of_column, leads_column = of_tiles.sum_of_column, of_tiles.leads_column
+    read_float = of_tiles.read_float
     args_of_head = make_args_of_head(traits)
     steps_of = make_steps_of(traits, tile_m, by_keys=True)
     tile_at = make_tile_at(traits, tile_m, by_keys=True)
@@ -51,7 +58,7 @@ def make_backward_columns_kernel(config: BackwardColumnsConfig, traits: Traits) 
         shape: Shape,
         scores: scores_of(traits.program),
     ):
-        smem = cuda.shared.array(0, f32, alignment=16)
+        smem = cuda.shared.array(0, memory, alignment=alignment)
         s_acc = cuda.local.array(n_scores, f32)
         ds_acc = cuda.local.array(n_scores, f32)
         sums = cuda.local.array(columns, f32)
@@ -63,7 +70,6 @@ def make_backward_columns_kernel(config: BackwardColumnsConfig, traits: Traits) 
         n_block, head, batch = place_in_heads(i32(mov_ctaid_x()), num_tiles, shape.num_heads_q)
         n_start, head_kv = i32(n_block * tile_n), quotient(head, shape.group_size)
         args = args_of_head(scores, batch, head)
-        load_keys(smem, inputs, batch, head_kv, n_start, sequence, shape)
         for c in range(columns):
             sums[c] = f32(0)
 
@@ -72,6 +78,9 @@ def make_backward_columns_kernel(config: BackwardColumnsConfig, traits: Traits) 
         tiles = tiles_seen(n_start, last_key, tile_m, from_keys)
         m_begin, m_end = steps_of(mask, batch, head, n_start, tiles)
         whole = tiles_seen_whole(n_start, last_key, tile_m, from_keys)
+        # Without queries nothing would wait for K and V.
+        if m_begin < m_end:
+            load_keys(smem, inputs, batch, head_kv, n_start, sequence, shape)
         for step in range(m_begin, m_end):
             m_block, is_full = tile_at(mask, step)
             m_start = i32(m_block * tile_m)
@@ -79,23 +88,22 @@ def make_backward_columns_kernel(config: BackwardColumnsConfig, traits: Traits) 
             cuda.syncthreads()
             load_queries(smem, lses, deltas, inputs, batch, head, m_start, sequence, shape)
             # K, V, Q and dO of all threads must have arrived.
+            wait()
             cuda.syncthreads()
             is_whole = m_start >= whole.first and m_start <= whole.last
             tile, of_rows = (m_start, n_start, is_whole, is_full), (lses, deltas)
             compute(ds_acc, s_acc, smem, of_rows, tile, sequence, scores, args)
             for i in range(n_scores):
-                sums[i % columns] += ds_acc[i]
+                sums[column_of(i)] += ds_acc[i]
 
         _, column = place()
         warp = cuda.threadIdx.x // 32
-        # All threads have read K, whose place the sums take.
+        # All threads have read the tiles, whose place the sums take.
         cuda.syncthreads()
         for c in range(columns):
-            total = sums[c]
-            for distance in (8, 16):
-                total += cuda.shfl_xor_sync(FULL_WARP, total, distance)
-            if cuda.threadIdx.x % 32 < COLUMN_LANES:
-                st_shared_f32(smem, sums_smem + tile_n * warp + column + COLUMN_LANES * c, total)
+            total = sum_of_column(sums[c])
+            if leads_column():
+                st_shared_f32(smem, tile_n * warp + column + columns_beyond(c), total)
         # The sums of all warps must have arrived.
         cuda.syncthreads()
         first_key = i64(batch * shape.num_heads_q + head) * shape.seqlen_k + sequence.first_k
@@ -103,7 +111,7 @@ def make_backward_columns_kernel(config: BackwardColumnsConfig, traits: Traits) 
             if n_start + c < sequence.seqlen_k:
                 total = f32(0)
                 for w in range(num_warps):
-                    total += smem[sums_smem + tile_n * w + c]
+                    total += read_float(smem, tile_n * w + c)
                 column_gradients[first_key + n_start + c] = total
 
     return Kernel(config.family, backward_columns, num_threads, config.smem_bytes(traits))

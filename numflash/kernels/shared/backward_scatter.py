@@ -14,7 +14,7 @@ neighbours that belong to one element before it goes to memory: distant keys of 
 
 from dataclasses import replace
 
-from numflash.configs import BackwardScatterConfig, Traits
+from numflash.configs import Traits
 from numflash.kernels.arguments import (
     Pointer,
     Shape,
@@ -25,7 +25,7 @@ from numflash.kernels.arguments import (
     scores_of,
 )
 from numflash.kernels.kernel import Kernel
-from numflash.kernels.portable.score_gradients import make_score_gradients
+from numflash.kernels.shared.score_gradients import ScoreGradients
 from numflash.ptx import cuda, f32, i32, i64, mov_ctaid_x, red_global_add_s64
 from numflash.tiles.blocks import (
     last_of,
@@ -37,7 +37,6 @@ from numflash.tiles.blocks import (
 from numflash.tiles.features import make_args_of_head, make_offset
 from numflash.tiles.fixed_point import is_finite_sum, scale_of_sum
 from numflash.tiles.portable.elements import ELEMENTS
-from numflash.tiles.portable.lanes import COLUMN_LANES, ROW_LANES
 from numflash.tiles.scores import Corner, make_place
 from numflash.tiles.steps import make_steps_of, make_tile_at
 
@@ -45,13 +44,19 @@ from numflash.tiles.steps import make_steps_of, make_tile_at
 _TABLE = "1;float32[1u];score=add(aux0[sub(j,i)],s)"
 
 
-def make_backward_scatter_kernel(config: BackwardScatterConfig, traits: Traits) -> Kernel:
-    """The kernel for one config; see the module's docstring."""
-    if not traits.read:
-        traits = replace(traits, program=_TABLE, read="0")
+def of_a_read(traits: Traits) -> Traits:
+    """The traits themselves, or without a read those of one of a table."""
+    return traits if traits.read else replace(traits, program=_TABLE, read="0")
+
+
+def make_kernel(config, traits: Traits, of_tiles: ScoreGradients) -> Kernel:
+    """The kernel of an implementation for one config; see the module's docstring."""
     tile_m, tile_n = config.tile_m, config.tile_n
-    load_queries, load_keys, compute, place, rows, columns = make_score_gradients(config, traits)
-    n_scores, storage = rows * columns, ELEMENTS[traits.dtype].storage
+    load_queries, load_keys, wait = of_tiles.load_queries, of_tiles.load_keys, of_tiles.wait
+    compute, place, beyond = of_tiles.compute, of_tiles.place, of_tiles.beyond
+    rows, n_scores = of_tiles.rows, of_tiles.n_scores
+    memory, alignment = of_tiles.memory, of_tiles.alignment
+    storage = ELEMENTS[traits.dtype].storage
     place_of_queries = make_place_of_queries(tile_m)
     steps_of, tile_at = make_steps_of(traits, tile_n), make_tile_at(traits, tile_n)
     args_of_head, place_of_score = make_args_of_head(traits), make_place(True)
@@ -70,7 +75,7 @@ def make_backward_scatter_kernel(config: BackwardScatterConfig, traits: Traits) 
         shape: Shape,
         scores: scores_of(traits.program),
     ):
-        smem = cuda.shared.array(0, f32, alignment=16)
+        smem = cuda.shared.array(0, memory, alignment=alignment)
         s_acc = cuda.local.array(n_scores, f32)
         ds_acc = cuda.local.array(n_scores, f32)
         lses = cuda.local.array(rows, f32)
@@ -80,7 +85,6 @@ def make_backward_scatter_kernel(config: BackwardScatterConfig, traits: Traits) 
         sequence, inputs = sequence_of(shape, mask), (q, k, v, do, plain_statistics)
         args, known = args_of_head(scores, batch, head), known_of_head(of_sums, batch, head)
         scale, _ = scale_of_sum(absolute_sum[0])
-        load_queries(smem, lses, deltas, inputs, batch, head, m_start, sequence, shape)
         # The element that the last summands belong to, and their sum.
         element, total = i64(0), i64(0)
 
@@ -92,6 +96,9 @@ def make_backward_scatter_kernel(config: BackwardScatterConfig, traits: Traits) 
         if not is_finite_sum(absolute_sum[0]):
             # All sums will be NaN, and there is no unit.
             n_end = n_begin
+        # Without keys nothing would wait for Q and dO.
+        if n_begin < n_end:
+            load_queries(smem, lses, deltas, inputs, batch, head, m_start, sequence, shape)
         whole = tiles_seen_whole(m_start, last_query, tile_n, sequence)
         for step in range(n_begin, n_end):
             n_block, is_full = tile_at(mask, step)
@@ -100,13 +107,14 @@ def make_backward_scatter_kernel(config: BackwardScatterConfig, traits: Traits) 
             cuda.syncthreads()
             load_keys(smem, inputs, batch, head_kv, n_start, sequence, shape)
             # Q, dO, K and V of all threads must have arrived.
+            wait()
             cuda.syncthreads()
             is_whole = n_start >= whole.first and n_start <= whole.last
             tile, of_rows = (m_start, n_start, is_whole, is_full), (lses, deltas)
             compute(ds_acc, s_acc, smem, of_rows, tile, sequence, scores, args)
             corner = Corner(i32(m_start + row), i32(n_start + column), sequence, is_full)
             for e in range(n_scores):
-                r, c = ROW_LANES * (e // columns), COLUMN_LANES * (e % columns)
+                r, c = beyond(e)
                 summand = i64(ds_acc[e] * scale)
                 if summand != 0:
                     i, j = place_of_score(corner, r, c, scores)

@@ -1,0 +1,50 @@
+"""What kernels for gradients of arrays ask of an implementation: dS of a tile, in registers.
+
+`portable.score_gradients` and `mma.score_gradients` have it.
+"""
+
+from typing import NamedTuple
+
+
+class ScoreGradients(NamedTuple):
+    """Device functions that all threads of a block call together, and sizes.
+
+    `inputs` is (q, k, v, do, plain_statistics), as kernels take them.
+
+    Attributes:
+        load_queries: (smem, lses, deltas, inputs, batch, head, m_start, sequence, shape): a tile
+            of Q and dO to shared memory, and the thread's rows of the statistics.
+        load_keys: (smem, inputs, batch, head_kv, n_start, sequence, shape): a tile of K and V.
+        wait: (): until this thread's loads have arrived; a barrier must follow.
+        compute: (ds_acc, s_acc, smem, of_rows, tile, sequence, scores, args): dS, and P to s_acc.
+            of_rows is (lses, deltas), tile is (m_start, n_start, whether no edge of the band
+            crosses it, `is_full` of `tiles.scores.Corner`).
+        place: () -> (row, column): the thread's first, in a tile.
+        beyond: (e) -> (rows, columns) from the thread's first to score e.
+        columns_beyond: (c) -> columns from the thread's first to its column c.
+        column_of: (e) -> the number c of the column of score e.
+        sum_of_column: (x) -> the sum over the lanes that share a column.
+        leads_column: () -> whether this thread is the one of its warp that has its columns' sums.
+        read_float: (smem, i) -> the float32 in word i of shared memory.
+        memory: the scalar type of shared memory, in words of 4 bytes.
+        alignment: of shared memory.
+        rows, columns: of a thread; lses and deltas have `rows` elements.
+        n_scores: of a thread, in ds_acc and s_acc.
+    """
+
+    load_queries: object
+    load_keys: object
+    wait: object
+    compute: object
+    place: object
+    beyond: object
+    columns_beyond: object
+    column_of: object
+    sum_of_column: object
+    leads_column: object
+    read_float: object
+    memory: type
+    alignment: int
+    rows: int
+    columns: int
+    n_scores: int
