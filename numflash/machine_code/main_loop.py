@@ -1,8 +1,9 @@
 """The main loop of a `wgmma` kernel, one turn for each tile of keys, read from machine code.
 
 The main loop is the innermost loop that holds products of warpgroups. Its path is the shortest
-turn: blocks that a branch can skip are left out, because in the steady state it skips them, and of
-an if and else the longer side. They are sorted by their content, so that nothing is left out unseen:
+turn: blocks that a branch can skip are left out, because in the steady state it skips them, and
+of an if and else the longer side. They are sorted by their content, so that nothing is left out
+unseen:
 
     mask            more than half compares integers and selects, for tiles that an edge crosses
     new maximum     holds exponentials, and is run by a warp where a row's maximum has grown

@@ -164,7 +164,7 @@ def test_basic_blocks():
 
 
 def test_loops():
-    """A loop in a loop, a wait that is repeated out of line, blocks that are skipped, and two sides."""
+    """A loop in a loop, a wait that is repeated out of line, skipped blocks and two sides."""
     blocks = sass.basic_blocks(
         listing("""
         MOV R1, R2
