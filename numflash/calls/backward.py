@@ -207,7 +207,9 @@ class Backward:
         self._parts |= made.parts
         for number, (choice, blocks, arguments) in enumerate(made.launches):
             if blocks:
-                launcher = self._launcher(choice, blocks, self._arguments | arguments)
+                own = "plain_statistics_log2" if choice.has_geometry else "plain_statistics"
+                of_tiles = {"tile_statistics": self._arguments[own], **arguments}
+                launcher = self._launcher(choice, blocks, self._arguments | of_tiles)
                 self._launchers[f"{choice.family} of {gradient.name}, {number}"] = launcher
 
     def _launcher(self, choice: Choice, num_blocks: int, arguments: dict) -> Launcher:

@@ -154,6 +154,11 @@ class Traits:
         return bool(self.program) and Program.parse(self.program).score is not None
 
     @property
+    def reads_by_place(self) -> bool:
+        """Whether the program reads an array by a query's or a key's number as it is."""
+        return bool(self.program) and Program.parse(self.program).reads_by_place
+
+    @property
     def program_bends(self) -> bool:
         """Whether the derivative of the program's score function is not 1.
 

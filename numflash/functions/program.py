@@ -183,6 +183,12 @@ class Program:
         return frozenset().union(*(root.uses for root in self.roots)) & frozenset(PLACES)
 
     @cached_property
+    def reads_by_place(self) -> bool:
+        """Whether an array is read by a query's or a key's number as it is."""
+        reads = (axes_of(node) for node in self.nodes if node.op == "load")
+        return any(by in ("i", "j") for axes in reads for by in axes)
+
+    @cached_property
     def slope(self) -> Node:
         """The derivative of the score by s."""
         if self.given_slope is not None:

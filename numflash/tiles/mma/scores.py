@@ -10,7 +10,13 @@ from numflash.ptx import cuda, device_function, f32, i32
 from numflash.tiles.blocks import token_of_row
 from numflash.tiles.features import At, has_places, make_keep, make_score
 from numflash.tiles.mma.fragments import MMA_COLUMNS, MMA_ROWS, ROW_STEP
-from numflash.tiles.scores import NEG_INF, make_distance, make_place, make_place_of_score
+from numflash.tiles.scores import (
+    NEG_INF,
+    make_distance,
+    make_is_inside,
+    make_place,
+    make_place_of_score,
+)
 from numflash.tiles.unrolled import make_unrolled
 
 
@@ -75,9 +81,9 @@ def make_apply_functions(m_tiles, n_tiles, traits, by_row, keeps_slopes, after_f
     unscaled where no function shapes scores.
     """
     shapes, has_keep = traits.shapes_scores, traits.keeps_scores
-    slopes_of = keeps_slopes, after_features
-    scale_scores = _make_scale_scores(m_tiles, n_tiles, traits, by_row, *slopes_of)
-    keep_scores = _make_keep_scores(m_tiles, n_tiles, traits, by_row)
+    which = m_tiles, n_tiles, traits, by_row
+    scale_scores = _make_scale_scores(*which, keeps_slopes, after_features)
+    keep_scores = _make_keep_scores(*which)
 
     @device_function
     def apply_functions(s_acc, slopes, corner, scale, scores, args):
@@ -91,8 +97,10 @@ def make_apply_functions(m_tiles, n_tiles, traits, by_row, keeps_slopes, after_f
 
 def _make_scale_scores(m_tiles, n_tiles, traits, by_row, keeps_slopes, after_features):
     tiles, score = m_tiles * n_tiles, make_score(traits, after_features)
-    place_of_score = make_place_of_score(traits, by_row)
-    distance = make_distance(traits, by_row)
+    is_inside, distance = (
+        _make_is_inside(m_tiles, n_tiles, traits, by_row),
+        make_distance(traits, by_row),
+    )
 
     @device_function
     def scale_one(s_acc, slopes, e, at, scale, args):
@@ -106,63 +114,92 @@ def _make_scale_scores(m_tiles, n_tiles, traits, by_row, keeps_slopes, after_fea
         for e in range(4 * tiles):
             scale_one(s_acc, slopes, e, At(f32(0), f32(0), f32(0), i32(0), i32(0)), scale, args)
 
-    @device_function
-    def scale_tile(tile, s_acc, slopes, corner, first, far, scale, scores, args):
-        """One product of 16 x 8: four scores of a thread."""
-        # All that is known of a distance is in step, one number for the compiler.
-        e, r, c = 4 * tile, tile // n_tiles * MMA_ROWS, tile % n_tiles * MMA_COLUMNS
-        right, below = f32(1 if by_row else -1), f32(-ROW_STEP if by_row else ROW_STEP)
-        step = f32(c - r if by_row else r - c)
-        i, j = place_of_score(corner, r, c, scores)
-        scale_one(s_acc, slopes, e, At(first, far, step, i, j), scale, args)
-        i, j = place_of_score(corner, r, c + 1, scores)
-        scale_one(s_acc, slopes, e + 1, At(first, far, step + right, i, j), scale, args)
-        i, j = place_of_score(corner, r + ROW_STEP, c, scores)
-        scale_one(s_acc, slopes, e + 2, At(first, far, step + below, i, j), scale, args)
-        i, j = place_of_score(corner, r + ROW_STEP, c + 1, scores)
-        scale_one(s_acc, slopes, e + 3, At(first, far, step + below + right, i, j), scale, args)
+    def make_scale_tile(inside):
+        place_of_score = make_place_of_score(traits, by_row, inside)
+
+        @device_function
+        def scale_tile(tile, s_acc, slopes, corner, first, far, scale, scores, args):
+            """One product of 16 x 8: four scores of a thread."""
+            # All that is known of a distance is in step, one number for the compiler.
+            e, r, c = 4 * tile, tile // n_tiles * MMA_ROWS, tile % n_tiles * MMA_COLUMNS
+            right, below = f32(1 if by_row else -1), f32(-ROW_STEP if by_row else ROW_STEP)
+            step = f32(c - r if by_row else r - c)
+            i, j = place_of_score(corner, r, c, scores)
+            scale_one(s_acc, slopes, e, At(first, far, step, i, j), scale, args)
+            i, j = place_of_score(corner, r, c + 1, scores)
+            scale_one(s_acc, slopes, e + 1, At(first, far, step + right, i, j), scale, args)
+            i, j = place_of_score(corner, r + ROW_STEP, c, scores)
+            scale_one(s_acc, slopes, e + 2, At(first, far, step + below, i, j), scale, args)
+            i, j = place_of_score(corner, r + ROW_STEP, c + 1, scores)
+            step = step + below + right
+            scale_one(s_acc, slopes, e + 3, At(first, far, step, i, j), scale, args)
+
+        return scale_tile
 
     # A function of the caller's may be long: the compiler would leave the loop as it is.
-    scale_tiles = make_unrolled(scale_tile, tiles) if traits.program_scores else None
+    is_written_out = traits.program_scores
+    scale_tile = make_scale_tile(False)
+    scale_at_the_end = make_unrolled(scale_tile, tiles) if is_written_out else None
+    scale_inside = make_unrolled(make_scale_tile(True), tiles) if is_written_out else None
 
     @device_function
     def scale_scores(s_acc, slopes, corner, scale, scores, args):
         row, column, shift = corner.row, corner.column, scores.shift
         first = f32(i32(row + shift - column if by_row else column + shift - row))
         far = distance(corner, scores)
-        if scale_tiles is not None:
-            scale_tiles(i32(0), s_acc, slopes, corner, first, far, scale, scores, args)
-        else:
+        if not is_written_out:
             for tile in range(tiles):
                 scale_tile(tile, s_acc, slopes, corner, first, far, scale, scores, args)
+        elif is_inside(corner):
+            scale_inside(i32(0), s_acc, slopes, corner, first, far, scale, scores, args)
+        else:
+            scale_at_the_end(i32(0), s_acc, slopes, corner, first, far, scale, scores, args)
 
     # Without places Blackwell's compiler unrolls a loop over scores, but not one over products.
     return scale_scores if has_places(traits) else scale_without_places
 
 
 def _make_keep_scores(m_tiles, n_tiles, traits, by_row):
-    tiles, keep, place = m_tiles * n_tiles, make_keep(traits), make_place(by_row)
-    distance = make_distance(traits, by_row)
+    tiles, keep = m_tiles * n_tiles, make_keep(traits)
+    is_inside, distance = (
+        _make_is_inside(m_tiles, n_tiles, traits, by_row),
+        make_distance(traits, by_row),
+    )
 
-    @device_function
-    def keep_one(s_acc, e, corner, far, r, c, scores, args):
-        i, j = place(corner, r, c, scores)
-        step = f32(c - r if by_row else r - c)
-        is_kept = keep(At(f32(0), far, step, i, j), args)
-        s_acc[e] = s_acc[e] if is_kept else NEG_INF
+    def make_keep_tiles(inside):
+        place = make_place(by_row, inside)
 
-    @device_function
-    def keep_tile(tile, s_acc, corner, far, scores, args):
-        e, r, c = 4 * tile, tile // n_tiles * MMA_ROWS, tile % n_tiles * MMA_COLUMNS
-        keep_one(s_acc, e, corner, far, r, c, scores, args)
-        keep_one(s_acc, e + 1, corner, far, r, c + 1, scores, args)
-        keep_one(s_acc, e + 2, corner, far, r + ROW_STEP, c, scores, args)
-        keep_one(s_acc, e + 3, corner, far, r + ROW_STEP, c + 1, scores, args)
+        @device_function
+        def keep_one(s_acc, e, corner, far, r, c, scores, args):
+            i, j = place(corner, r, c, scores)
+            step = f32(c - r if by_row else r - c)
+            is_kept = keep(At(f32(0), far, step, i, j), args)
+            s_acc[e] = s_acc[e] if is_kept else NEG_INF
 
-    keep_tiles = make_unrolled(keep_tile, tiles)
+        @device_function
+        def keep_tile(tile, s_acc, corner, far, scores, args):
+            e, r, c = 4 * tile, tile // n_tiles * MMA_ROWS, tile % n_tiles * MMA_COLUMNS
+            keep_one(s_acc, e, corner, far, r, c, scores, args)
+            keep_one(s_acc, e + 1, corner, far, r, c + 1, scores, args)
+            keep_one(s_acc, e + 2, corner, far, r + ROW_STEP, c, scores, args)
+            keep_one(s_acc, e + 3, corner, far, r + ROW_STEP, c + 1, scores, args)
+
+        return make_unrolled(keep_tile, tiles)
+
+    keep_inside, keep_at_the_end = make_keep_tiles(True), make_keep_tiles(False)
 
     @device_function
     def keep_scores(s_acc, corner, scores, args):
-        keep_tiles(i32(0), s_acc, corner, distance(corner, scores), scores, args)
+        far = distance(corner, scores)
+        if is_inside(corner):
+            keep_inside(i32(0), s_acc, corner, far, scores, args)
+        else:
+            keep_at_the_end(i32(0), s_acc, corner, far, scores, args)
 
     return keep_scores
+
+
+def _make_is_inside(m_tiles, n_tiles, traits, by_row):
+    """As `tiles.scores.make_is_inside`, for the scores of a thread in so many products."""
+    rows, columns = MMA_ROWS * m_tiles - ROW_STEP, MMA_COLUMNS * (n_tiles - 1) + 1
+    return make_is_inside(traits, rows, columns, by_row)
