@@ -469,10 +469,17 @@ _MAX_OUTPUTS = 128
 # plainly; where features shape or drop scores, or rows are not aligned; where operands are rounded
 # to tf32. Turing's copies take registers, too: its forward, and what keeps dK and dV together,
 # spill earlier than its dQ, but not where nothing is asked for beside head dims that are equal or
-# both small.
+# both small. "lists" is of dQ with a block mask.
 _MAX_ACCUMULATORS = {
-    "sm80": {"plain": 192, "features": 176, "tf32": 112},
-    "sm75": {"plain": 152, "features": 136, "forward": 136, "dK and dV": 136, "even": 160},
+    "sm80": {"plain": 192, "features": 176, "tf32": 112, "lists": 176},
+    "sm75": {
+        "plain": 152,
+        "features": 136,
+        "forward": 136,
+        "dK and dV": 136,
+        "even": 160,
+        "lists": 120,
+    },
 }
 _EVEN_HEAD_DIM = 128
 
@@ -531,6 +538,8 @@ def _most_accumulators(config: MmaConfig, traits: Traits, kind: str) -> int:
     """The accumulators that a config can hold, of a kind as in `_MAX_ACCUMULATORS`."""
     most_of = _MAX_ACCUMULATORS[config.generation]
     most = most_of["tf32" if traits.tf32 else kind]
+    if traits.blocks and config.family == "backward-dq":
+        most = min(most, most_of["lists"])
     together = config.family == "backward-dkdv" and not config.apart
     own = "dK and dV" if together else config.family
     if own not in most_of:
@@ -558,8 +567,6 @@ def misfit(
         )
     # Transposed tiles have room for random bits where they have it for dP beside S.
     bends = traits.shapes_scores or (traits.drops_weights and config.family != "backward-dkdv")
-    # Places in lists are what is too much for the largest tiles of dQ.
-    bends = bends or (bool(traits.blocks) and config.family == "backward-dq")
     kind = "plain" if traits.vectorized and not bends else "features"
     most = _most_accumulators(config, traits, kind)
     columns = traits.head_dim if config.family == "backward-dq" else traits.head_dim_v
