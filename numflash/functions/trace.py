@@ -156,7 +156,7 @@ def _broadcast_axes(array: Any, name: str) -> tuple[str, ...]:
         )
     letters = "bhij"[len(_PLACES) - rank :]
     sizes = zip(letters, array.shape, array.strides, strict=True)
-    # An axis without elements is not broadcast: nothing of it may be read for a whole head.
+    # An empty axis has no element that all places could share.
     return tuple("0" if n == 1 or (n and step == 0) else letter for letter, n, step in sizes)
 
 
