@@ -239,12 +239,11 @@ class MmaBackwardRowsConfig(MmaBackwardDqConfig):
 class _OfArrays(MmaBackwardRowsConfig):
     """Common to the kernels for gradients of arrays that scores read: tiles are not ahead."""
 
-    def __post_init__(self):
-        super().__post_init__()
+    def misfit(self, traits: Traits) -> str | None:
+        """Why it cannot be built for these traits; None if it can."""
         if self.num_stages != 1:
-            raise ValueError(
-                f"{type(self).__name__} {self}: {self.family} has one stage, got {self.num_stages}"
-            )
+            return f"its tiles have one stage, the config has {self.num_stages}"
+        return super().misfit(traits)
 
 
 @dataclass(frozen=True)
@@ -455,10 +454,9 @@ _PREFERENCES = {
     ),
 }
 _PREFERENCES["backward-rows"] = _PREFERENCES["backward-dq"]
-_PREFERENCES |= dict.fromkeys(
-    ("backward-columns", "backward-tiles", "backward-scatter"),
-    ("m64n64w4s1", "m64n32w4s1", "m32n32w2s1", "m16n16w1s1"),
-)
+_ONE_STAGE = ("m64n32w4s1", "m32n32w2s1", "m16n16w1s1")
+_PREFERENCES["backward-tiles"] = _ONE_STAGE
+_PREFERENCES["backward-columns"] = _PREFERENCES["backward-scatter"] = ("m64n64w4s1", *_ONE_STAGE)
 _PREFERENCES["reduce-dq"] = _PREFERENCES["backward"]
 WARPS_PER_SM = (8, 4, 1)
 """Warps that should fit on an SM at once, the best number first."""
@@ -471,10 +469,17 @@ _MAX_OUTPUTS = 128
 # plainly; where features shape or drop scores, or rows are not aligned; where operands are rounded
 # to tf32. Turing's copies take registers, too: its forward, and what keeps dK and dV together,
 # spill earlier than its dQ, but not where nothing is asked for beside head dims that are equal or
-# both small.
+# both small. "lists" is of dQ with a block mask.
 _MAX_ACCUMULATORS = {
-    "sm80": {"plain": 192, "features": 176, "tf32": 112},
-    "sm75": {"plain": 152, "features": 136, "forward": 136, "dK and dV": 136, "even": 160},
+    "sm80": {"plain": 192, "features": 176, "tf32": 112, "lists": 176},
+    "sm75": {
+        "plain": 152,
+        "features": 136,
+        "forward": 136,
+        "dK and dV": 136,
+        "even": 160,
+        "lists": 120,
+    },
 }
 _EVEN_HEAD_DIM = 128
 
@@ -533,6 +538,8 @@ def _most_accumulators(config: MmaConfig, traits: Traits, kind: str) -> int:
     """The accumulators that a config can hold, of a kind as in `_MAX_ACCUMULATORS`."""
     most_of = _MAX_ACCUMULATORS[config.generation]
     most = most_of["tf32" if traits.tf32 else kind]
+    if traits.blocks and config.family == "backward-dq":
+        most = min(most, most_of["lists"])
     together = config.family == "backward-dkdv" and not config.apart
     own = "dK and dV" if together else config.family
     if own not in most_of:
@@ -560,8 +567,6 @@ def misfit(
         )
     # Transposed tiles have room for random bits where they have it for dP beside S.
     bends = traits.shapes_scores or (traits.drops_weights and config.family != "backward-dkdv")
-    # Places in lists are what is too much for the largest tiles of dQ.
-    bends = bends or (bool(traits.blocks) and config.family == "backward-dq")
     kind = "plain" if traits.vectorized and not bends else "features"
     most = _most_accumulators(config, traits, kind)
     columns = traits.head_dim if config.family == "backward-dq" else traits.head_dim_v
