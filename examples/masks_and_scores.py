@@ -46,32 +46,38 @@ def example(**options):
 
 @example()
 def relative_bias(score, batch, head, q_idx, kv_idx):
+    """A number for each distance."""
     return score + (q_idx - kv_idx)
 
 
 @example(aux=(np.array([0.5, 0.25], np.float32),), causal=True)
 def alibi(score, batch, head, q_idx, kv_idx, slopes):
+    """As `alibi_slopes=` of causal attention."""
     return score + slopes[head] * (kv_idx - q_idx)
 
 
 @example()
 def soft_cap(score, batch, head, q_idx, kv_idx):
+    """As `softcap=20`."""
     return 20 * tanh(score / 20)
 
 
 @example(aux=(RNG.standard_normal((2, HEADS)).astype(np.float16),))
 def bias_of_head(score, batch, head, q_idx, kv_idx, bias):
+    """A number of each batch entry and head."""
     return score + bias[batch, head]
 
 
 @example()
 def checkerboard(score, batch, head, q_idx, kv_idx):
+    """Half of a score, or twice it."""
     score = where(abs(kv_idx - q_idx) % 2 == 1, score * 0.5, score)
     return where(abs(kv_idx - q_idx) % 2 == 0, score * 2.0, score)
 
 
 @example()
 def causal_as_a_score(score, batch, head, q_idx, kv_idx):
+    """Slower than a mask, and right."""
     return where(q_idx >= kv_idx, score, -float("inf"))
 
 
@@ -84,27 +90,32 @@ EXAMPLES["relative_position"] = {"score_mod": masks.relative_position(), "aux": 
 
 @example()
 def causal(batch, head, q_idx, kv_idx):
+    """As `causal=True`."""
     return q_idx >= kv_idx
 
 
 @example()
 def sliding_window(batch, head, q_idx, kv_idx):
+    """As `window_size=(7, 0)`."""
     return (q_idx >= kv_idx) & (q_idx - kv_idx <= 7)
 
 
 @example()
 def dilated_window(batch, head, q_idx, kv_idx):
+    """Every third key."""
     distance = q_idx - kv_idx
     return (distance >= 0) & (distance <= 12) & (distance % 3 == 0)
 
 
 @example(aux=(np.array([4, 11], np.int32),))
 def prefix_lm(batch, head, q_idx, kv_idx, lengths):
+    """A prompt is seen as a whole, what follows it is causal."""
     return (kv_idx < lengths[batch]) | (q_idx >= kv_idx)
 
 
 @example(aux=(DOCUMENT,))
 def documents(batch, head, q_idx, kv_idx, document):
+    """Of several in a sequence a token sees its own."""
     return document[q_idx] == document[kv_idx]
 
 
@@ -118,6 +129,7 @@ def window_in_documents(batch, head, q_idx, kv_idx, document, first):
 
 @example(aux=(np.array([LENGTH, 13], np.int32),))
 def padding(batch, head, q_idx, kv_idx, lengths):
+    """Sequences of a batch have their own lengths."""
     return kv_idx < lengths[batch]
 
 

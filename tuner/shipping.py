@@ -2,8 +2,8 @@
 
 Predicted by the offline model, one file for each GPU. Only configs other than the default are
 shipped. A class costs the compilation of its default, and of the configs that could displace it;
-GPUs of one architecture share machine code. What was compiled and tried is kept in a folder, and
-tables that are fresh stay as they are, so that a run that was stopped goes on where it was. A
+GPUs of one architecture share machine code. What was compiled is kept in a folder, and tables that
+are fresh stay as they are, so that a run that was stopped soon is where it was. A
 table measured on the GPU itself, by `numflash-tune export`, takes the place of a predicted one.
 With `--strip` nothing is predicted: entries that would not be shipped today leave the tables.
 """
@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from numflash.configs import parse_config
 from numflash.problem.classes import ProblemClass
@@ -29,7 +30,7 @@ from .search.studies import ENVIRONMENT
 from .space import machines
 from .space.configs import Space
 from .space.machines import Machine
-from .space.target import find_target
+from .space.target import Target, find_target
 
 _PROBLEMS = (
     "--head-dim 64 128 256 --seqlen 4096",
@@ -43,32 +44,37 @@ _TRIALS = 12
 _FOLDER = Path("build", "tables")
 
 
-def make_table(name: str, folder: Path, jobs: int, quiet: bool) -> list[Entry]:
+def make_table(name: str, jobs: int, quiet: bool) -> list[Entry]:
     """Predict the table of a GPU and write it; returns its entries.
 
     Args:
         name: of the GPU.
-        folder: where trials are kept.
         jobs: compiler processes.
         quiet: show no progress.
 
     Raises:
         LookupError: a class cannot be tuned, or a config not be compiled.
     """
-    target = find_target(name, offline=True)
-    journal = str(folder.resolve() / f"{tables.path_of(name).stem}.journal")
-    options = Options(StoppingRules(_TRIALS), seed=0, jobs=jobs, storage=journal)
+    target, rules = find_target(name, offline=True), StoppingRules(_TRIALS)
+    with TemporaryDirectory() as folder:
+        options = Options(rules, seed=0, jobs=jobs, storage=str(Path(folder, "studies.journal")))
+        session = _tuned(name, target, options, quiet)
+    entries = [entry for entry in session.entries if why_not(target.machine, entry) is None]
+    found, tried = {entry.problem for entry in entries}, session.results
+    stays = [str(result.problem) for result in tried if result.problem not in found]
+    tables.write(tables.path_of(name), {target.key: entries}, tables.made_now(), stays)
+    return entries
+
+
+def _tuned(name: str, target: Target, options: Options, quiet: bool) -> Session:
+    """A session that has tuned the classes of a table. Raises LookupError as `make_table`."""
     with Session(target.key, target.machine, None, options) as session:
         spaces = session.spaces(_problems())
         session.compile_ahead(spaces)
         for number, space in enumerate(spaces, 1):
             title = f"{name} [{number}/{len(spaces)}] {space.problem}"
             _expect_compiled(session.tune(space, len(spaces), title, quiet))
-    entries = [entry for entry in session.entries if why_not(target.machine, entry) is None]
-    found = {entry.problem for entry in entries}
-    stays = [str(space.problem) for space in spaces if space.problem not in found]
-    tables.write(tables.path_of(name), {target.key: entries}, tables.made_now(), stays)
-    return entries
+    return session
 
 
 def _expect_compiled(result: Result) -> None:
@@ -145,7 +151,7 @@ def main(argv: list[str] | None = None) -> int:
         "--strip", action="store_true", help="predict nothing, only take out what is not shipped"
     )
     parser.add_argument(
-        "--folder", type=Path, default=_FOLDER, help=f"for machine code and trials: {_FOLDER}"
+        "--folder", type=Path, default=_FOLDER, help=f"for machine code: {_FOLDER}"
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compiler processes")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -163,7 +169,7 @@ def main(argv: list[str] | None = None) -> int:
             done = "is fresh"
         else:
             try:
-                made = make_table(name, args.folder, args.jobs, args.quiet)
+                made = make_table(name, args.jobs, args.quiet)
             except LookupError as error:
                 parser.exit(1, f"{path.name} is not made: {error.args[0]}\n")
             done = f"{len(made)} entries, {format_duration(time.monotonic() - began)}"

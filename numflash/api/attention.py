@@ -264,7 +264,8 @@ def attention_backward(
         dsinks: (num_heads_q,) float32: the sum over a head's rows of
             exp(sink - lse) * (dlse - dout . out).
         dalibi_slopes: float32, (num_heads_q,) or (batch, num_heads_q), as the slopes: the sum of
-            -dS * distance, of dS by scores. With origin both are of the heads of this call.
+            -dS * distance, of dS by scores. With origin both have the shape of the larger
+            problem's, and zeros where this call has no heads.
         dbias, daux0, ...: of the shape and dtype of the array, contiguous, summed in float32. An
             axis of one element is summed over; along an axis of stride 0, of a broadcast view,
             each element has a gradient of its own. Elements that no score reads have gradient 0.

@@ -74,6 +74,36 @@ def kernels_of_array(
     return ArrayKernels(workspaces, {}, launches)
 
 
+def sums_of_heads(
+    problem: AttentionProblem, name: str, shape: tuple[int, ...], arguments: dict[str, Any]
+) -> list[tuple[Choice, int, dict[str, Any]]]:
+    """The launches that add up shares of rows to the gradient of an array of heads.
+
+    Args:
+        problem: the call's.
+        name: of the array; its shares are the workspace "row_gradients of NAME".
+        shape: of the array, ([batch,] heads), of the larger problem's heads if there is one.
+        arguments: of all kernels, by parameter name.
+    """
+    heads, shares, result = problem.num_heads_q, f"row_gradients of {name}", f"d{name}"
+    batch = problem.batch if len(shape) == 2 else 1
+    if shape[-1] == heads:
+        # One sum for each head, or for each head of each batch entry, as if these were heads.
+        sizes = arguments["shape"]._replace(
+            num_heads_q=batch * heads, batch_size=1 if len(shape) == 2 else problem.batch
+        )
+        of_sums = {"row_gradients": shares, "sums": result, "shape": sizes}
+        return [(HEAD_SUMS, batch * heads, of_sums)]
+    summed = Axes(1 if len(shape) == 2 else problem.batch, 1, problem.seqlen_q)
+    strides = (shape[-1] if len(shape) == 2 else 0), 1, 0, 0
+    reduced = Reduced(Axes(batch, heads, 1), summed, problem.origin.head, *strides)
+    of_sums = {"shares": shares, "array_gradient": result, "reduced": reduced}
+    return [
+        _clearing(f"the gradient of {name}", result, math.prod(shape), "float32"),
+        (array_sums("float32", math.prod(summed)), batch * heads, of_sums),
+    ]
+
+
 def _cleared(gradient: ArrayGradient) -> list[tuple[Choice, int, dict[str, Any]]]:
     """The launch that writes zeros where the call does not reach; none where it reaches all."""
     if not gradient.is_larger:

@@ -17,7 +17,7 @@ from numflash.calls.arguments import (
     traits_of,
     with_contiguous_rows,
 )
-from numflash.calls.array_gradients import kernels_of_array
+from numflash.calls.array_gradients import kernels_of_array, sums_of_heads
 from numflash.calls.forward import Launches
 from numflash.calls.launch import Launcher
 from numflash.kernels.arguments import Tensor as TensorRecord
@@ -34,7 +34,7 @@ from numflash.problem.problem import (
 from numflash.runtime.arrays import ArrayLibrary
 from numflash.runtime.driver import machine_of
 from numflash.runtime.views import ArrayView, Operand, fresh
-from numflash.selection.choice import FUSED, HEAD_SUMS, select
+from numflash.selection.choice import FUSED, select
 from numflash.selection.rules import Choice
 
 _OPERANDS = ("q", "k", "v")
@@ -119,9 +119,7 @@ class Backward:
         self._workspaces = dict.fromkeys(("delta", "lse_log2"), self._of_queries)
         # Of options the shape: a number for each head, or for each head of each batch entry.
         self._shapes = {
-            name: (*rows[name].shape[:-1], problem.num_heads_q)
-            for name in gradients.wrt
-            if name not in (*_OPERANDS, *arrays)
+            name: rows[name].shape for name in gradients.wrt if name not in (*_OPERANDS, *arrays)
         }
         # Parts of workspaces: (workspace, from, to).
         self._parts: dict[str, tuple[str, int, int]] = {}
@@ -176,16 +174,11 @@ class Backward:
     def _add_head_sums(self, problem: AttentionProblem, option: str) -> None:
         """The gradient of what heads have: the shares of rows, added up."""
         self._results[f"d{option}"] = Allocated(self._shapes[option], "float32")
-        heads, of_call = math.prod(self._shapes[option]), self._arguments["shape"]
-        batch = 1 if len(self._shapes[option]) == 2 else problem.batch
-        arguments = self._arguments | {
-            "row_gradients": f"row_gradients of {option}",
-            "sums": f"d{option}",
-            "shape": of_call._replace(num_heads_q=heads, batch_size=batch),
-        }
-        if heads:
-            launcher = self._launcher(HEAD_SUMS, heads, arguments)
-            self._launchers[f"{HEAD_SUMS.family} of {option}"] = launcher
+        launches = sums_of_heads(problem, option, self._shapes[option], self._arguments)
+        for choice, blocks, arguments in launches:
+            if blocks:
+                launcher = self._launcher(choice, blocks, self._arguments | arguments)
+                self._launchers[f"{choice.family} of {option}"] = launcher
 
     def _add_fused(self, problem: AttentionProblem, family: str, choice: Choice) -> None:
         """The one kernel for dq, dk and dv, and the one that adds up its parts of dQ."""
@@ -214,7 +207,9 @@ class Backward:
         self._parts |= made.parts
         for number, (choice, blocks, arguments) in enumerate(made.launches):
             if blocks:
-                launcher = self._launcher(choice, blocks, self._arguments | arguments)
+                own = "plain_statistics_log2" if choice.has_geometry else "plain_statistics"
+                of_tiles = {"tile_statistics": self._arguments[own], **arguments}
+                launcher = self._launcher(choice, blocks, self._arguments | of_tiles)
                 self._launchers[f"{choice.family} of {gradient.name}, {number}"] = launcher
 
     def _launcher(self, choice: Choice, num_blocks: int, arguments: dict) -> Launcher:

@@ -239,12 +239,11 @@ class MmaBackwardRowsConfig(MmaBackwardDqConfig):
 class _OfArrays(MmaBackwardRowsConfig):
     """Common to the kernels for gradients of arrays that scores read: tiles are not ahead."""
 
-    def __post_init__(self):
-        super().__post_init__()
+    def misfit(self, traits: Traits) -> str | None:
+        """Why it cannot be built for these traits; None if it can."""
         if self.num_stages != 1:
-            raise ValueError(
-                f"{type(self).__name__} {self}: {self.family} has one stage, got {self.num_stages}"
-            )
+            return f"its tiles have one stage, the config has {self.num_stages}"
+        return super().misfit(traits)
 
 
 @dataclass(frozen=True)
@@ -455,10 +454,9 @@ _PREFERENCES = {
     ),
 }
 _PREFERENCES["backward-rows"] = _PREFERENCES["backward-dq"]
-_PREFERENCES |= dict.fromkeys(
-    ("backward-columns", "backward-tiles", "backward-scatter"),
-    ("m64n64w4s1", "m64n32w4s1", "m32n32w2s1", "m16n16w1s1"),
-)
+_ONE_STAGE = ("m64n32w4s1", "m32n32w2s1", "m16n16w1s1")
+_PREFERENCES["backward-tiles"] = _ONE_STAGE
+_PREFERENCES["backward-columns"] = _PREFERENCES["backward-scatter"] = ("m64n64w4s1", *_ONE_STAGE)
 _PREFERENCES["reduce-dq"] = _PREFERENCES["backward"]
 WARPS_PER_SM = (8, 4, 1)
 """Warps that should fit on an SM at once, the best number first."""

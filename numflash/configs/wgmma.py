@@ -216,7 +216,12 @@ _PREFERENCES = {
 # With the caller's functions, which need registers that nobody knows before they are compiled:
 # behind those above of as many rows.
 _WITH_FUNCTIONS = {
-    128: ("m128n96w8s2-overlap-pingpong-persistent", "m64n96w4s2-overlap-persistent"),
+    128: (
+        "m128n96w8s2-overlap-pingpong-persistent",
+        "m128n64w8s2-overlap-pingpong-persistent",
+        "m64n96w4s2-overlap-persistent",
+        "m64n64w4s2-overlap-persistent",
+    ),
     192: ("m128n64w8s2-overlap-persistent", "m64n64w4s2-overlap-persistent"),
     256: ("m128n48w8s2-overlap-persistent", "m64n48w4s2-overlap-persistent"),
 }

@@ -156,7 +156,8 @@ def _broadcast_axes(array: Any, name: str) -> tuple[str, ...]:
         )
     letters = "bhij"[len(_PLACES) - rank :]
     sizes = zip(letters, array.shape, array.strides, strict=True)
-    return tuple("0" if n == 1 or step == 0 else letter for letter, n, step in sizes)
+    # An empty axis has no element that all places could share.
+    return tuple("0" if n == 1 or (n and step == 0) else letter for letter, n, step in sizes)
 
 
 def _trace(asked: _Asked, functions: tuple, shapes: tuple) -> tuple[Program, bool]:

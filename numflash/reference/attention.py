@@ -240,7 +240,11 @@ def _gradients_of_heads(lse, product, of_scores, slopes, options) -> dict[str, n
             of_this = of_scores.astype(lse.dtype) * _product(later)
             shares = row.gradient.shares(of_this, *places)
         batches = 0 if np.ndim(value) == 1 else ()
-        found[row.option] = shares.sum(-1, dtype=lse.dtype).sum(batches)
+        whole = np.zeros(np.shape(options[row.option]), lse.dtype)
+        first = (options.get("origin") or (0, 0, 0))[2]
+        part = shares.sum(-1, dtype=lse.dtype).sum(batches)
+        whole[..., first : first + lse.shape[1]] = part
+        found[row.option] = whole
     return found
 
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import numflash
+from numflash import masks
 from numflash.simulator import SimulationError
 from tests.executed.conftest import normal
 
@@ -28,6 +29,20 @@ _SMALL = {
     },
     # Parts of the forward are put together, and so are those of dq.
     "combine": {"forward": "sm80-m32n16w1s1x2", "backward": "sm80-m16n16w1s2x2"},
+}
+
+
+def _scaled(score, batch, head, q_idx, kv_idx, table, scale):
+    return score * scale + table[(q_idx - kv_idx) % 7]
+
+
+BIAS = {"bias": normal((150,), np.float16, 4)}
+PROGRAM = {
+    "bias": normal((1, 40, 40), BF16, 5),
+    "mask": normal((40, 1), np.float32, 6) < 1,
+    "score_mod": _scaled,
+    "mask_mod": lambda b, h, i, j, *aux: (i + j) % 3 != 0,
+    "aux": (normal((7,), np.float32, 7), 0.75),
 }
 # Calls, and the GPU of their code: dtype, tokens, head_dim, whether gradients, options.
 CASES = {
@@ -90,6 +105,9 @@ CASES = {
             "config": {"forward": "sm90-m64n32w4s2-overlap"},
         },
     ),
+    # Bias, mask, a table and a closed-over number: what a program reads and computes.
+    "program": ("sm_80", np.float16, 40, 32, True, {**PROGRAM, "config": _SMALL["sm80"]}),
+    "program-sm90": ("sm_90a", np.float16, 150, 64, False, {"mask_mod": masks.causal, **BIAS}),
     "fp8-sm89": ("sm_89", np.float16, 70, 64, False, {"precision": "fp8"}),
     "fp8-sm90": ("sm_90a", np.float16, 128, 128, False, {"precision": "fp8"}),
 }

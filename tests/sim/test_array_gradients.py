@@ -11,6 +11,7 @@ from numflash import reference
 from numflash.calls import ready
 from numflash.calls.launch import Launcher
 from numflash.runtime.arrays import _NumPy
+from numflash.runtime.driver import limits_of_device
 from tests.support.covering import covering
 
 OF_SCORES = ("backward-rows", "backward-columns", "backward-tiles", "backward-scatter")
@@ -80,11 +81,14 @@ BROADCASTS = list(itertools.product((True, False), repeat=4))
 
 
 def bias_cases():
-    """Each set of axes, and with it causal or not, a dtype of q and one of the bias."""
+    """Each set of axes; each way of summing with a band, a dtype of q and one of the bias."""
     rows = itertools.product(BROADCASTS, (False, True), DTYPES, DTYPES)
-    return covering(
-        list(rows), lambda row: (row[0], (row[0][2:], row[1]), (row[0][2:], row[2], row[3]))
-    )
+
+    def labels(row):
+        kept, *others = row
+        return kept, *((kept[2:], other) for other in others), tuple(others[1:])
+
+    return covering(rows, labels, together=1)
 
 
 @pytest.mark.parametrize(("kept", "causal", "dtype", "dtype_of_bias"), bias_cases())
@@ -266,6 +270,69 @@ def test_all_ways_go_with_other_features(name):
 
     wrt = "bias", "aux0", "aux1", "aux2"
     check(wrt=wrt, bias=bias, score_mod=function, aux=aux, **COMBINED[name])
+
+
+@pytest.mark.parametrize("config", ["m16n16w2", "sm80-m16n16w1s1"])
+def test_all_ways_go_with_a_block_mask(config):
+    """Blocks that are empty, full and partial, of a mask that differs from head to head."""
+    block, dtype = 16, "float32" if config == "m16n16w2" else "float16"
+    queries, keys = 2 * block + 5, 2 * block + 3
+
+    def mask(batch, head, q_idx, kv_idx):
+        return (q_idx + 3 >= kv_idx) & ((head == 0) | (kv_idx >= block))
+
+    def function(score, batch, head, q_idx, kv_idx, rows, keys, table):
+        return score * rows[head, q_idx] + keys[kv_idx] + table[head, kv_idx - q_idx + 64]
+
+    q, k, v, dout = inputs(dtype, shape=(1, 2, queries, keys))
+    report = numflash.check(
+        *(q, k, v),
+        dout=dout,
+        wrt=("bias", "aux0", "aux1", "aux2"),
+        bias=normal((queries, keys), dtype),
+        score_mod=function,
+        aux=(normal((2, queries)), normal(keys), normal((2, 128))),
+        block_mask=numflash.create_block_mask(mask, 1, 2, queries, keys, block_size=block),
+        config=dict.fromkeys(("forward", *OF_SCORES), config),
+    )
+    assert report.passed, f"\n{report}"
+
+
+IMPLEMENTATIONS = {
+    "sm80": ("sm_80", "bfloat16", "sm80-m16n16w1s1", {}),
+    "sm80, two warps": ("sm_80", "float16", "sm80-m32n32w2s1", {"dropout_p": 0.3, "seed": 7}),
+    "sm75": ("sm_75", "float16", "sm75-m16n16w1s1", {"softcap": 3.0, "window_size": (9, 3)}),
+    "tf32": ("sm_80", "float32", "sm80-m16n16w1s1", {"precision": "tf32", "causal": True}),
+}
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_each_implementation_has_all_ways(name, monkeypatch):
+    """With an array of each dtype; of the second function one that nothing bends."""
+    arch, dtype, config, options = IMPLEMENTATIONS[name]
+    monkeypatch.setenv("NUMFLASH_SIM_ARCH", arch)
+    limits_of_device.cache_clear()
+    queries, keys = (37, 35) if "two" in name else (21, 19)
+    q, k, v, dout = inputs(dtype, shape=(1, 2, queries, keys))
+    aux = normal((2, queries), dtype), normal(keys), normal((2, 7), "float16")
+
+    def function(score, batch, head, q_idx, kv_idx, rows, keys, table):
+        near = np.minimum(np.maximum(kv_idx - q_idx, -3), 3) + 3
+        return np.tanh(score) * rows[head, q_idx] + keys[kv_idx] + table[head, near]
+
+    report = numflash.check(
+        *(q, k, v),
+        dout=dout,
+        wrt=("bias", "aux0", "aux1", "aux2"),
+        bias=normal((1, 2, queries, keys), dtype),
+        score_mod=function,
+        aux=aux,
+        config=dict.fromkeys(("forward", *OF_SCORES), config),
+        **options,
+    )
+    limits_of_device.cache_clear()
+    assert report.passed, f"\n{report}"
+    assert all(error.error <= 2 * error.naive_error for error in report.errors[2:])
 
 
 def test_a_part_of_a_larger_problem_writes_its_share():

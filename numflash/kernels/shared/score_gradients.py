@@ -9,7 +9,8 @@ from typing import NamedTuple
 class ScoreGradients(NamedTuple):
     """Device functions that all threads of a block call together, and sizes.
 
-    `inputs` is (q, k, v, do, plain_statistics), as kernels take them.
+    `inputs` is (q, k, v, do, tile_statistics), as kernels take them: delta is not scaled, and lse
+    is in base 2 on the tensor cores.
 
     Attributes:
         load_queries: (smem, lses, deltas, inputs, batch, head, m_start, sequence, shape): a tile

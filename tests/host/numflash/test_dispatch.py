@@ -382,3 +382,21 @@ def test_what_is_chosen_may_be_forced():
 
 def test_every_family_that_runs_by_itself_is_a_family():
     assert set(RUN) <= set(FAMILIES)
+
+
+@pytest.mark.parametrize(
+    ("traits", "config"),
+    [
+        (Traits("float16", 128, 128), "sm75-m32n64w4s1"),
+        (Traits("float16", 128, 96), "sm75-m32n64w4s1"),
+        # By compiling: 24 bytes spilled with softcap, 12 with so many columns of dV.
+        (Traits("float16", 128, 128, ("softcap",)), "sm75-m32n64w4s1-apart"),
+        (Traits("float16", 32, 224), "sm75-m32n64w4s1-apart"),
+        # Never compiled: what takes registers beside the head dims.
+        (Traits("float16", 128, 128, blocks=(128, 128)), "sm75-m32n64w4s1-apart"),
+        (Traits("float16", 128, 128, ("sinks",)), "sm75-m32n64w4s1-apart"),
+    ],
+    ids=str,
+)
+def test_turing_computes_dk_and_dv_together_where_registers_suffice(traits, config):
+    assert str(choose("backward-dkdv", traits, ARCHITECTURES["sm_75"]).config) == config

@@ -177,7 +177,9 @@ def test_only_what_differs_from_the_default_is_shipped(folder, monkeypatch, tmp_
         tuned.append(space.problem)
         if len(tuned) == 1:
             session.entries += [entry(), same]
-        return SimpleNamespace(records=[Record(DEFAULT, "predicted", predicted_ms=0.19)])
+        record = Record(DEFAULT, "predicted", predicted_ms=0.19)
+        session.results.append(SimpleNamespace(problem=space.problem, records=[record]))
+        return session.results[-1]
 
     monkeypatch.setattr(shipping.Session, "tune", tune)
     monkeypatch.setattr(shipping.Session, "compile_ahead", lambda session, spaces: None)

@@ -87,8 +87,8 @@ def test_nothing_is_compiled_without_a_program_nor_in_the_simulator(monkeypatch)
 def test_where_all_spill_the_one_that_spills_least_runs(monkeypatch):
     fake = Compiler(monkeypatch, lambda config: config.tile_m + config.tile_n)
     chosen = ask().forward
-    assert str(chosen.config).startswith("sm90-m64n96w4") and len(fake.compiled) == 4
-    assert "sm90-m64n96w4s2-overlap-persistent" not in dict(chosen.passed_over)
+    assert str(chosen.config).startswith("sm90-m64n64w4") and len(fake.compiled) == 6
+    assert "sm90-m64n64w4s2-overlap-persistent" not in dict(chosen.passed_over)
 
 
 @pytest.mark.parametrize("name", ["NVIDIA A100-SXM4-80GB", "Tesla T4", "NVIDIA H200"])
