@@ -154,11 +154,6 @@ class Traits:
         return bool(self.program) and Program.parse(self.program).score is not None
 
     @property
-    def reads_by_place(self) -> bool:
-        """Whether the program reads an array by a query's or a key's number as it is."""
-        return bool(self.program) and Program.parse(self.program).reads_by_place
-
-    @property
     def program_bends(self) -> bool:
         """Whether the derivative of the program's score function is not 1.
 
@@ -175,6 +170,11 @@ class Traits:
             return "float32"
         program = Program.parse(self.program)
         return program.aux[program.partials[int(self.read)].aux].dtype
+
+    @property
+    def program_indexes(self) -> frozenset[str]:
+        """Which of "i" and "j" the program indexes arrays by."""
+        return Program.parse(self.program).indexes if self.program else frozenset()
 
     @property
     def keeps_scores(self) -> bool:

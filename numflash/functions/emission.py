@@ -273,9 +273,6 @@ class _Lines:
             name = self.known.value(node)
             self.used[name] = None
             return name
-        if node.op in ("i", "j"):
-            # Where reads take them they may be wider.
-            return f"i32({node.op})"
         if node.op in LEAVES:
             return node.op
         if node == DISTANCE:
@@ -320,7 +317,7 @@ class _Lines:
             in_head = _of_head(index)
             if by == "0" or (in_head and self.known is not None) or (of_head and not in_head):
                 continue
-            position = by if by in ("i", "j") else self.names[index]
+            position = self.names[index]
             if by == "":
                 size = self.given(f"a{k}_n{axis}")
                 position = f"max(0, min({position}, {size} - 1))"

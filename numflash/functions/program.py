@@ -183,10 +183,10 @@ class Program:
         return frozenset().union(*(root.uses for root in self.roots)) & frozenset(PLACES)
 
     @cached_property
-    def reads_by_place(self) -> bool:
-        """Whether an array is read by a query's or a key's number as it is."""
+    def indexes(self) -> frozenset[str]:
+        """Which of "i" and "j" arrays are indexed by as they are, so that they must exist."""
         reads = (axes_of(node) for node in self.nodes if node.op == "load")
-        return any(by in ("i", "j") for axes in reads for by in axes)
+        return frozenset(by for axes in reads for by in axes) & {"i", "j"}
 
     @cached_property
     def slope(self) -> Node:

@@ -12,7 +12,7 @@ import math
 from functools import cache
 from typing import NamedTuple
 
-from numflash.ptx import cuda, device_function, f32, i32, i64
+from numflash.ptx import cuda, device_function, f32, i32
 from numflash.tiles.features import At, looks_at_distances, make_keep, make_score
 from numflash.tiles.portable.lanes import COLUMN_LANES, ROW_LANES
 
@@ -35,31 +35,21 @@ class Corner(NamedTuple):
 
 
 @cache
-def make_place(by_row, inside=False):
+def make_place(by_row, stopped=frozenset("ij")):
     """place(corner, r, c, scores): (i, j) of the score r rows and c columns from a corner.
 
-    As the caller's program counts them. Beyond the ends of the sequence the last query and the
-    last key stand for others, which the mask hides: unless a tile is `inside` of it, or nothing is
-    read by these numbers. Rows are queries: none are packed where a function looks at them
-    (`Traits.of_a_head`).
+    As the caller's program counts them. Those that are `stopped` stop at the ends of the sequence:
+    the last query or key stands for others, which the mask hides. Rows are queries: none are
+    packed where a function looks at them (`Traits.of_a_head`).
     """
-    if inside:
-
-        @device_function
-        def place_inside(corner, r, c, scores):
-            # Not cut to 32 bits: constants then are parts of addresses.
-            row, column = i64(corner.row) + r, i64(corner.column) + c
-            i, j = (row, column) if by_row else (column, row)
-            return i + scores.given.row, j + scores.given.column
-
-        return place_inside
+    stops_i, stops_j = "i" in stopped, "j" in stopped
 
     @device_function
     def place(corner, r, c, scores):
         row, column, sequence = i32(corner.row + r), i32(corner.column + c), corner.sequence
         i, j = (row, column) if by_row else (column, row)
-        i = min(i, i32(sequence.seqlen_q - 1))
-        j = min(j, i32(sequence.seqlen_k - 1))
+        i = min(i, i32(sequence.seqlen_q - 1)) if stops_i else i
+        j = min(j, i32(sequence.seqlen_k - 1)) if stops_j else j
         return i32(i + scores.given.row), i32(j + scores.given.column)
 
     return place
@@ -93,28 +83,9 @@ def _no_distance(corner, scores):
     return f32(0)
 
 
-def make_place_of_score(traits, by_row, inside=False):
+def make_place_of_score(traits, by_row, stopped):
     """place_of_score(corner, r, c, scores): as `make_place`, if a score function looks at it."""
-    return make_place(by_row, inside) if traits.program_scores else _no_place
-
-
-@cache
-def make_is_inside(traits, rows, columns, by_row):
-    """is_inside(corner): whether `place` need not keep a tile inside of the sequence.
-
-    A thread's scores are up to `rows` rows and `columns` columns from its corner.
-    """
-    reads_by_place = traits.reads_by_place
-
-    @device_function
-    def is_inside(corner):
-        if not reads_by_place:
-            return True
-        ends = corner.sequence.seqlen_q, corner.sequence.seqlen_k
-        row_end, column_end = ends if by_row else (ends[1], ends[0])
-        return corner.row + rows < row_end and corner.column + columns < column_end
-
-    return is_inside
+    return make_place(by_row, stopped) if traits.program_scores else _no_place
 
 
 @cache
@@ -127,7 +98,11 @@ def make_apply_functions(rows, columns, traits, by_row, keeps_slopes, after_feat
     Queries are the rows of the tile, or its columns.
     """
     n_scores, score = rows * columns, make_score(traits, after_features)
-    place, place_of_score = make_place(by_row), make_place_of_score(traits, by_row)
+    stopped = traits.program_indexes
+    place, place_of_score = (
+        make_place(by_row, stopped),
+        make_place_of_score(traits, by_row, stopped),
+    )
     has_keep, keep = traits.keeps_scores, make_keep(traits)
     distance = make_distance(traits, by_row)
 

@@ -10,13 +10,7 @@ from numflash.ptx import cuda, device_function, f32, i32
 from numflash.tiles.blocks import token_of_row
 from numflash.tiles.features import At, has_places, make_keep, make_score
 from numflash.tiles.mma.fragments import MMA_COLUMNS, MMA_ROWS, ROW_STEP
-from numflash.tiles.scores import (
-    NEG_INF,
-    make_distance,
-    make_is_inside,
-    make_place,
-    make_place_of_score,
-)
+from numflash.tiles.scores import NEG_INF, make_distance, make_place, make_place_of_score
 from numflash.tiles.unrolled import make_unrolled
 
 
@@ -79,11 +73,41 @@ def make_apply_functions(m_tiles, n_tiles, traits, by_row, keeps_slopes, after_f
 
     As `tiles.scores.make_apply_functions`, with `scale` for that of `scores`; products stay
     unscaled where no function shapes scores.
+
+    Places that index arrays stop at the ends of sequences only in tiles that reach there: between
+    them the compiler has one address for a row, and the distances of columns in the instructions.
     """
+    indexes, of_slopes = traits.program_indexes, (keeps_slopes, after_features)
+    inside = _make_apply_functions(m_tiles, n_tiles, traits, by_row, frozenset(), *of_slopes)
+    if not indexes:
+        return inside
+    at_ends = _make_apply_functions(m_tiles, n_tiles, traits, by_row, indexes, *of_slopes)
+    last_row = (m_tiles - 1) * MMA_ROWS + ROW_STEP
+    last_column = (n_tiles - 1) * MMA_COLUMNS + 1
+    last_i, last_j = (last_row, last_column) if by_row else (last_column, last_row)
+    has_i, has_j = "i" in indexes, "j" in indexes
+
+    @device_function
+    def apply_functions(s_acc, slopes, corner, scale, scores, args):
+        i, j = (corner.row, corner.column) if by_row else (corner.column, corner.row)
+        is_inside = True
+        if has_i:
+            is_inside = i + last_i < corner.sequence.seqlen_q
+        if has_j:
+            is_inside &= j + last_j < corner.sequence.seqlen_k
+        if is_inside:
+            inside(s_acc, slopes, corner, scale, scores, args)
+        else:
+            at_ends(s_acc, slopes, corner, scale, scores, args)
+
+    return apply_functions
+
+
+def _make_apply_functions(m_tiles, n_tiles, traits, by_row, stopped, keeps_slopes, after_features):
     shapes, has_keep = traits.shapes_scores, traits.keeps_scores
-    which = m_tiles, n_tiles, traits, by_row
-    scale_scores = _make_scale_scores(*which, keeps_slopes, after_features)
-    keep_scores = _make_keep_scores(*which)
+    of_tile = m_tiles, n_tiles, traits, by_row, stopped
+    scale_scores = _make_scale_scores(*of_tile, keeps_slopes, after_features)
+    keep_scores = _make_keep_scores(*of_tile)
 
     @device_function
     def apply_functions(s_acc, slopes, corner, scale, scores, args):
@@ -95,12 +119,10 @@ def make_apply_functions(m_tiles, n_tiles, traits, by_row, keeps_slopes, after_f
     return apply_functions
 
 
-def _make_scale_scores(m_tiles, n_tiles, traits, by_row, keeps_slopes, after_features):
+def _make_scale_scores(m_tiles, n_tiles, traits, by_row, stopped, keeps_slopes, after_features):
     tiles, score = m_tiles * n_tiles, make_score(traits, after_features)
-    is_inside, distance = (
-        _make_is_inside(m_tiles, n_tiles, traits, by_row),
-        make_distance(traits, by_row),
-    )
+    place_of_score = make_place_of_score(traits, by_row, stopped)
+    distance = make_distance(traits, by_row)
 
     @device_function
     def scale_one(s_acc, slopes, e, at, scale, args):
@@ -114,92 +136,63 @@ def _make_scale_scores(m_tiles, n_tiles, traits, by_row, keeps_slopes, after_fea
         for e in range(4 * tiles):
             scale_one(s_acc, slopes, e, At(f32(0), f32(0), f32(0), i32(0), i32(0)), scale, args)
 
-    def make_scale_tile(inside):
-        place_of_score = make_place_of_score(traits, by_row, inside)
-
-        @device_function
-        def scale_tile(tile, s_acc, slopes, corner, first, far, scale, scores, args):
-            """One product of 16 x 8: four scores of a thread."""
-            # All that is known of a distance is in step, one number for the compiler.
-            e, r, c = 4 * tile, tile // n_tiles * MMA_ROWS, tile % n_tiles * MMA_COLUMNS
-            right, below = f32(1 if by_row else -1), f32(-ROW_STEP if by_row else ROW_STEP)
-            step = f32(c - r if by_row else r - c)
-            i, j = place_of_score(corner, r, c, scores)
-            scale_one(s_acc, slopes, e, At(first, far, step, i, j), scale, args)
-            i, j = place_of_score(corner, r, c + 1, scores)
-            scale_one(s_acc, slopes, e + 1, At(first, far, step + right, i, j), scale, args)
-            i, j = place_of_score(corner, r + ROW_STEP, c, scores)
-            scale_one(s_acc, slopes, e + 2, At(first, far, step + below, i, j), scale, args)
-            i, j = place_of_score(corner, r + ROW_STEP, c + 1, scores)
-            step = step + below + right
-            scale_one(s_acc, slopes, e + 3, At(first, far, step, i, j), scale, args)
-
-        return scale_tile
+    @device_function
+    def scale_tile(tile, s_acc, slopes, corner, first, far, scale, scores, args):
+        """One product of 16 x 8: four scores of a thread."""
+        # All that is known of a distance is in step, one number for the compiler.
+        e, r, c = 4 * tile, tile // n_tiles * MMA_ROWS, tile % n_tiles * MMA_COLUMNS
+        right, below = f32(1 if by_row else -1), f32(-ROW_STEP if by_row else ROW_STEP)
+        step = f32(c - r if by_row else r - c)
+        i, j = place_of_score(corner, r, c, scores)
+        scale_one(s_acc, slopes, e, At(first, far, step, i, j), scale, args)
+        i, j = place_of_score(corner, r, c + 1, scores)
+        scale_one(s_acc, slopes, e + 1, At(first, far, step + right, i, j), scale, args)
+        i, j = place_of_score(corner, r + ROW_STEP, c, scores)
+        scale_one(s_acc, slopes, e + 2, At(first, far, step + below, i, j), scale, args)
+        i, j = place_of_score(corner, r + ROW_STEP, c + 1, scores)
+        scale_one(s_acc, slopes, e + 3, At(first, far, step + below + right, i, j), scale, args)
 
     # A function of the caller's may be long: the compiler would leave the loop as it is.
-    is_written_out = traits.program_scores
-    scale_tile = make_scale_tile(False)
-    scale_at_the_end = make_unrolled(scale_tile, tiles) if is_written_out else None
-    scale_inside = make_unrolled(make_scale_tile(True), tiles) if is_written_out else None
+    scale_tiles = make_unrolled(scale_tile, tiles) if traits.program_scores else None
 
     @device_function
     def scale_scores(s_acc, slopes, corner, scale, scores, args):
         row, column, shift = corner.row, corner.column, scores.shift
         first = f32(i32(row + shift - column if by_row else column + shift - row))
         far = distance(corner, scores)
-        if not is_written_out:
+        if scale_tiles is not None:
+            scale_tiles(i32(0), s_acc, slopes, corner, first, far, scale, scores, args)
+        else:
             for tile in range(tiles):
                 scale_tile(tile, s_acc, slopes, corner, first, far, scale, scores, args)
-        elif is_inside(corner):
-            scale_inside(i32(0), s_acc, slopes, corner, first, far, scale, scores, args)
-        else:
-            scale_at_the_end(i32(0), s_acc, slopes, corner, first, far, scale, scores, args)
 
     # Without places Blackwell's compiler unrolls a loop over scores, but not one over products.
     return scale_scores if has_places(traits) else scale_without_places
 
 
-def _make_keep_scores(m_tiles, n_tiles, traits, by_row):
-    tiles, keep = m_tiles * n_tiles, make_keep(traits)
-    is_inside, distance = (
-        _make_is_inside(m_tiles, n_tiles, traits, by_row),
-        make_distance(traits, by_row),
-    )
+def _make_keep_scores(m_tiles, n_tiles, traits, by_row, stopped):
+    tiles, keep, place = m_tiles * n_tiles, make_keep(traits), make_place(by_row, stopped)
+    distance = make_distance(traits, by_row)
 
-    def make_keep_tiles(inside):
-        place = make_place(by_row, inside)
+    @device_function
+    def keep_one(s_acc, e, corner, far, r, c, scores, args):
+        i, j = place(corner, r, c, scores)
+        step = f32(c - r if by_row else r - c)
+        is_kept = keep(At(f32(0), far, step, i, j), args)
+        s_acc[e] = s_acc[e] if is_kept else NEG_INF
 
-        @device_function
-        def keep_one(s_acc, e, corner, far, r, c, scores, args):
-            i, j = place(corner, r, c, scores)
-            step = f32(c - r if by_row else r - c)
-            is_kept = keep(At(f32(0), far, step, i, j), args)
-            s_acc[e] = s_acc[e] if is_kept else NEG_INF
+    @device_function
+    def keep_tile(tile, s_acc, corner, far, scores, args):
+        e, r, c = 4 * tile, tile // n_tiles * MMA_ROWS, tile % n_tiles * MMA_COLUMNS
+        keep_one(s_acc, e, corner, far, r, c, scores, args)
+        keep_one(s_acc, e + 1, corner, far, r, c + 1, scores, args)
+        keep_one(s_acc, e + 2, corner, far, r + ROW_STEP, c, scores, args)
+        keep_one(s_acc, e + 3, corner, far, r + ROW_STEP, c + 1, scores, args)
 
-        @device_function
-        def keep_tile(tile, s_acc, corner, far, scores, args):
-            e, r, c = 4 * tile, tile // n_tiles * MMA_ROWS, tile % n_tiles * MMA_COLUMNS
-            keep_one(s_acc, e, corner, far, r, c, scores, args)
-            keep_one(s_acc, e + 1, corner, far, r, c + 1, scores, args)
-            keep_one(s_acc, e + 2, corner, far, r + ROW_STEP, c, scores, args)
-            keep_one(s_acc, e + 3, corner, far, r + ROW_STEP, c + 1, scores, args)
-
-        return make_unrolled(keep_tile, tiles)
-
-    keep_inside, keep_at_the_end = make_keep_tiles(True), make_keep_tiles(False)
+    keep_tiles = make_unrolled(keep_tile, tiles)
 
     @device_function
     def keep_scores(s_acc, corner, scores, args):
-        far = distance(corner, scores)
-        if is_inside(corner):
-            keep_inside(i32(0), s_acc, corner, far, scores, args)
-        else:
-            keep_at_the_end(i32(0), s_acc, corner, far, scores, args)
+        keep_tiles(i32(0), s_acc, corner, distance(corner, scores), scores, args)
 
     return keep_scores
-
-
-def _make_is_inside(m_tiles, n_tiles, traits, by_row):
-    """As `tiles.scores.make_is_inside`, for the scores of a thread in so many products."""
-    rows, columns = MMA_ROWS * m_tiles - ROW_STEP, MMA_COLUMNS * (n_tiles - 1) + 1
-    return make_is_inside(traits, rows, columns, by_row)
