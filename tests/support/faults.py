@@ -171,8 +171,9 @@ def load(modules: Iterable[str], faulty: str, fault, monkeypatch) -> ModuleType:
         fault: an `Event` or a `Mutation`.
         monkeypatch: what takes them out of `sys.modules` again.
     """
-    for name in dict.fromkeys(modules):
-        source = source_of(name)
+    # All are imported as they are first: one that is imported later would keep what has the fault.
+    sources = {name: source_of(name) for name in dict.fromkeys(modules)}
+    for name, source in sources.items():
         changed = ModuleType(name)
         changed.__package__ = name.rpartition(".")[0]
         text = fault.apply(source) if name == faulty else source
