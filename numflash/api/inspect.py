@@ -32,6 +32,7 @@ from numflash.machine_code.report import (
     inspect_kernel,
 )
 from numflash.machine_code.sass import disassemble
+from numflash.problem.block_masks import block_size_of
 from numflash.problem.fp8 import GRANULARITIES, Fp8Recipe
 from numflash.problem.programs import BIAS_DTYPES
 from numflash.runtime.commands import command
@@ -105,6 +106,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     functions.add_argument("--bias", choices=BIAS_DTYPES, help="with a bias of this dtype")
     functions.add_argument("--mask", action="store_true", help="with a boolean mask")
+    parser.add_argument(
+        "--block-mask",
+        type=int,
+        nargs=2,
+        metavar=("M", "N"),
+        help="with a block mask, whose blocks have M queries and N keys",
+    )
     parser.add_argument(
         "--unaligned",
         action="store_true",
@@ -180,6 +188,7 @@ def _traits(args: argparse.Namespace) -> Traits:
         tf32=args.precision == "tf32",
         fp8=is_fp8 and is_forward,
         key_scales=args.key_scales and is_forward,
+        blocks=block_size_of(args.block_mask) if args.block_mask else (),
         program=program_of(args.score_mod, args.mask_mod, args.aux, args.bias, args.mask),
     )
 
