@@ -9,9 +9,10 @@ The gradients begin at lse, a float32: their P = exp(S - lse) may be wrong by a 
 exp(2**-22 |lse|), so that scores in the millions have no useful gradients. Where that exceeds the
 input precision it is part of the budget, and the report says so.
 
-A gradient of what heads give their scores is a number for all rows of a head. Each row's O was
-rounded to the input precision, independently of others, and the naive error of one number says
-little: the budget also holds that rounding, of the summed numbers of a row, for the root of rows.
+A gradient of what heads give their scores is a number for all rows of a head, and an element of an
+array that scores read may be one for many rows. Each row's O was rounded to the input precision,
+independently of others, and the naive error of one number says little: the budget also holds that
+rounding, of the summed numbers of a row, for the root of rows.
 
 On 8-bit floats the specification, `reference.attention_fp8`, takes the place of the naive
 implementation: the error of quantisation is in it, and is not the kernel's.
@@ -346,9 +347,10 @@ def compare(
         * _largest_finite(sums)
         for name, sums in magnitudes.items()
     }
-    for name in _OF_HEADS & magnitudes.keys():
-        rows = exact["lse"].size / magnitudes[name].size
-        remainders[name] += epsilon * _largest_finite(magnitudes[name]) / rows**0.5
+    for name, sums in magnitudes.items():
+        rows = exact["lse"].size / max(sums.size, 1)
+        if name in _OF_HEADS or (_OF_ARRAYS.fullmatch(name) and rows > 1):
+            remainders[name] += epsilon * _largest_finite(sums) / rows**0.5
     dtypes = dtypes or {}
     epsilons = {n: max(epsilon, _EPSILON[dtypes[n]]) if n in dtypes else epsilon for n in got}
     # lse is float32 whatever the inputs are, but its scores are not more exact than they.

@@ -371,15 +371,14 @@ PORTABLE_CONFIGS: dict[str, type] = {
 }
 """Kernel family -> its config class."""
 
-_OF_SCORES = ("m64n32w4", "m32n32w4", "m32n16w4", "m16n16w4", "m16n8w4")
+_OF_SCORES = ("m32n32w4", "m32n16w4", "m16n16w4", "m16n8w4")
 # Preferred first. The first that the rows fill, whose registers fit the head dims and whose shared
 # memory fits the device is the default.
 _PREFERENCES = {
     "forward": ("m64n64w4", "m64n32w4", "m32n32w4", "m32n16w4", "m16n16w4"),
     "backward-dq": ("m64n32w4", "m32n32w4", "m32n16w4", "m16n16w4", "m16n8w4"),
-    **dict.fromkeys(
-        ("backward-rows", "backward-columns", "backward-tiles", "backward-scatter"), _OF_SCORES
-    ),
+    "backward-rows": ("m64n32w4", *_OF_SCORES),
+    **dict.fromkeys(("backward-columns", "backward-tiles", "backward-scatter"), _OF_SCORES),
     "backward-dkdv": ("m32n64w4", "m32n32w4", "m16n32w4", "m16n16w4", "m8n16w4"),
     "delta": ("w8",),
     **dict.fromkeys(("head-sums", "array-sums", "clear-sums", "round-sums"), ("w8",)),

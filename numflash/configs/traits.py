@@ -172,6 +172,11 @@ class Traits:
         return program.aux[program.partials[int(self.read)].aux].dtype
 
     @property
+    def program_indexes(self) -> frozenset[str]:
+        """Which of "i" and "j" the program indexes arrays by."""
+        return Program.parse(self.program).indexes if self.program else frozenset()
+
+    @property
     def keeps_scores(self) -> bool:
         """Whether the program hides keys from queries."""
         return bool(self.program) and Program.parse(self.program).keep is not None

@@ -183,6 +183,12 @@ class Program:
         return frozenset().union(*(root.uses for root in self.roots)) & frozenset(PLACES)
 
     @cached_property
+    def indexes(self) -> frozenset[str]:
+        """Which of "i" and "j" arrays are indexed by as they are, so that they must exist."""
+        reads = (axes_of(node) for node in self.nodes if node.op == "load")
+        return frozenset(by for axes in reads for by in axes) & {"i", "j"}
+
+    @cached_property
     def slope(self) -> Node:
         """The derivative of the score by s."""
         if self.given_slope is not None:

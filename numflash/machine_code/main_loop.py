@@ -1,17 +1,17 @@
 """The main loop of a `wgmma` kernel, one turn for each tile of keys, read from machine code.
 
-The main loop is the innermost loop that holds products of warpgroups. Its path is what every turn
-passes through: blocks that a branch can skip are left out, because in the steady state it skips
-them. They are sorted by their content, so that nothing is left out unseen:
+The main loop is the innermost loop that holds products of warpgroups. Its path is the shortest
+turn: blocks that a branch can skip are left out, because in the steady state it skips them, and
+of an if and else the longer side. They are sorted by their content, so that nothing is left out
+unseen:
 
     mask            more than half compares integers and selects, for tiles that an edge crosses
     new maximum     holds exponentials, and is run by a warp where a row's maximum has grown
     rescaling       more than half are multiplications, of O after a new maximum
     waits           waits for an mbarrier again
-    other           anything else
+    other           anything else: the tiles at a sequence's end of a function that reads arrays
 
-The sides of an if and else would be left out like that, too; none should be `other`. Instructions
-whose guard is false still take the place of one, and count.
+Instructions whose guard is false still take the place of one, and count.
 
 The clocks of an SM that a turn takes at least of each unit are those of one warpgroup, which has a
 warp on each of the four schedulers. Where several share the SM each takes as many.

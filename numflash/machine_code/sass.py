@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import tempfile
 from dataclasses import dataclass
+from heapq import heappop, heappush
 from importlib import metadata
 from pathlib import Path
 
@@ -93,9 +94,9 @@ class Loop:
 
     Attributes:
         body: every block of it, those of loops inside included.
-        path: the blocks that every turn of the loop passes through, in that order, from the one
-            where it is entered. A block that a branch may skip is not among them, nor is either
-            side of an if and else.
+        path: the blocks of the turn that takes the fewest instructions, in order, from the one
+            where it is entered. A block that a branch may skip is not among them, of an if and
+            else the longer side is not.
     """
 
     body: frozenset[int]
@@ -225,11 +226,22 @@ def loops(blocks: list[Block]) -> list[Loop]:
             if number not in body:
                 body.add(number)
                 pending += predecessors[number]
-        # Blocks that dominate every jump back lie on every turn; a block's dominators are a chain.
-        passed = [n for n in body if all(dominators[end] >> n & 1 for end in ends)]
-        path = sorted(passed, key=lambda n: dominators[n].bit_count())
-        found.append(Loop(frozenset(body), tuple(path)))
+        found.append(Loop(frozenset(body), _shortest(blocks, header, body, set(ends))))
     return found
+
+
+def _shortest(blocks: list[Block], header: int, body: set[int], ends: set[int]) -> tuple[int, ...]:
+    """The way from a loop's header to a jump back that takes the fewest instructions."""
+    pending, seen = [(len(blocks[header].instructions), (header,))], set()
+    while pending:
+        length, way = heappop(pending)
+        if way[-1] in ends:
+            return way
+        if way[-1] not in seen:
+            seen.add(way[-1])
+            for number in set(blocks[way[-1]].successors) & body - seen:
+                heappush(pending, (length + len(blocks[number].instructions), (*way, number)))
+    return (header,)
 
 
 def _dominators(blocks: list[Block]) -> tuple[dict[int, int], dict[int, list[int]]]:

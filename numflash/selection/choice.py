@@ -313,10 +313,9 @@ def _backward(
             times.append(choice.measured_ms)
         choices[family] = choice
     if len(times) == len(BACKWARD) and None not in times:
-        wanted = ProblemClass.of(FUSED, problem, replace(traits, float32_out=False))
+        wanted = ProblemClass.of(FUSED, problem, traits)
         fused = tuned.measured(wanted, device_key(machine.device), limits)
         if fused is not None and fused.measured_ms < sum(times):
-            fused = replace(fused, traits=replace(fused.traits, float32_out=traits.float32_out))
             others = {f: choice for f, choice in choices.items() if f not in BACKWARD}
             return {FUSED: fused, **others}
     return choices
@@ -361,12 +360,12 @@ def _tuned(
 ) -> Choice:
     """The tuned config for a problem in the place of the one by rule, if there is one.
 
-    There is none for the caller's functions and block masks: what they cost no table knows.
-    How results are stored does not matter.
+    There is none for the caller's functions, block masks and results in float32: what they cost
+    no table knows.
     """
-    if traits.program or traits.blocks:
+    if traits.program or traits.blocks or traits.float32_out:
         return choice
-    wanted = ProblemClass.of(choice.family, problem, replace(traits, float32_out=False))
+    wanted = ProblemClass.of(choice.family, problem, traits)
     if runs:
         capture.note(wanted)
     if not tuned.enabled():
@@ -382,7 +381,6 @@ def _tuned(
         found = tuned.find(*query)
     if found is None:
         return choice
-    found = replace(found, traits=replace(found.traits, float32_out=traits.float32_out))
     return replace(found, passed_over=_passed_over(found, choice))
 
 

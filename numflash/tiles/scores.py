@@ -35,20 +35,21 @@ class Corner(NamedTuple):
 
 
 @cache
-def make_place(by_row):
+def make_place(by_row, stopped=frozenset("ij")):
     """place(corner, r, c, scores): (i, j) of the score r rows and c columns from a corner.
 
-    As the caller's program counts them. Beyond the ends of the sequence the last query and the
-    last key stand for others, which the mask hides. Rows are queries: none are packed where a
-    function looks at them (`Traits.of_a_head`).
+    As the caller's program counts them. Those that are `stopped` stop at the ends of the sequence:
+    the last query or key stands for others, which the mask hides. Rows are queries: none are
+    packed where a function looks at them (`Traits.of_a_head`).
     """
+    stops_i, stops_j = "i" in stopped, "j" in stopped
 
     @device_function
     def place(corner, r, c, scores):
         row, column, sequence = i32(corner.row + r), i32(corner.column + c), corner.sequence
         i, j = (row, column) if by_row else (column, row)
-        i = min(i, i32(sequence.seqlen_q - 1))
-        j = min(j, i32(sequence.seqlen_k - 1))
+        i = min(i, i32(sequence.seqlen_q - 1)) if stops_i else i
+        j = min(j, i32(sequence.seqlen_k - 1)) if stops_j else j
         return i32(i + scores.given.row), i32(j + scores.given.column)
 
     return place
@@ -82,9 +83,9 @@ def _no_distance(corner, scores):
     return f32(0)
 
 
-def make_place_of_score(traits, by_row):
+def make_place_of_score(traits, by_row, stopped):
     """place_of_score(corner, r, c, scores): as `make_place`, if a score function looks at it."""
-    return make_place(by_row) if traits.program_scores else _no_place
+    return make_place(by_row, stopped) if traits.program_scores else _no_place
 
 
 @cache
@@ -97,7 +98,11 @@ def make_apply_functions(rows, columns, traits, by_row, keeps_slopes, after_feat
     Queries are the rows of the tile, or its columns.
     """
     n_scores, score = rows * columns, make_score(traits, after_features)
-    place, place_of_score = make_place(by_row), make_place_of_score(traits, by_row)
+    stopped = traits.program_indexes
+    place, place_of_score = (
+        make_place(by_row, stopped),
+        make_place_of_score(traits, by_row, stopped),
+    )
     has_keep, keep = traits.keeps_scores, make_keep(traits)
     distance = make_distance(traits, by_row)
 

@@ -77,7 +77,7 @@ def test_machine_code_is_clean(case):
     assert not cubin.warnings
     assert cubin.stack_bytes == cubin.spill_store_bytes == cubin.spill_load_bytes == 0, config
     found = list(opcodes(disassemble(cubin.code)))
-    assert not [o for o in found if re.match(r"D(ADD|MUL|FMA|SETP|MNMX)|.*F64|LDL|STL|CALL", o)]
+    assert not [o for o in found if re.match(r"D(ADD|MUL|FMA|SETP|MNMX)|.*F64|LDL|STL", o)]
     if name == "bias" and family == "forward":
         # Each element is read once: by one instruction for a score of a thread.
         assert sum(o.startswith("LDG") for o in found) % (config.tile_n // 2) == 0

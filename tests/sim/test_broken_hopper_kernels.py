@@ -114,7 +114,8 @@ PROBLEMS = {
     ),
     # Two slabs of columns, heads in groups.
     "slabs": Problem("m64n32w4s2-unpacked-overlap", 40, 70, 4, 2, 128),
-    "split": Problem("m64n16w4s2x2-persistent", 70, 60, options=_CAUSAL),
+    # Few orders of threads show that Q was given back for one warp only.
+    "split": Problem("m64n16w4s2x2-persistent", 70, 60, options=_CAUSAL, seeds=range(24, 48)),
     # A warpgroup that passes many tiles of keys by, with nothing else to hold its warps together.
     "bypassed": Problem("m128n16w8s1", 100, 112, options=_CAUSAL, seeds=range(40)),
 }

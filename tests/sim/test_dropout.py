@@ -307,8 +307,42 @@ def test_a_part_of_a_larger_problem_drops_its_share(dtype):
         numflash.attention(q, k, v, **options | {"origin": (8, 32, 1), "config": forward})
 
 
-def test_gradients_of_arrays_that_scores_read_know_of_dropout():
-    q, k, v, dout = inputs(np.float32, seqlen_k=30, head_dim=16)
+WALKS = {
+    "portable": ("sm_80", np.float32, *SMALL[np.float32]),
+    "sm80": ("sm_80", np.float16, *SMALL[np.float16]),
+    "sm90": ("sm_90a", np.float16, "sm90-m64n32w4s2-overlap-persistent", None),
+}
+
+
+@pytest.mark.parametrize("name", WALKS)
+def test_tiles_that_a_list_names_have_their_own_bits(on, name):
+    """Every second block is empty: the n-th tile of a walk is not the n-th of the keys."""
+    arch, dtype, forward, backward = WALKS[name]
+    on(arch)
+    blocks = 64 if backward is None else 16
+    rows, columns = 2 * blocks, 4 * blocks
+    q, k, v, dout = inputs(dtype, rows, columns, heads=1, head_dim=16)
+
+    def odd_blocks(b, h, i, j):
+        return (j // blocks) % 2 == 1
+
+    mask = numflash.create_block_mask(odd_blocks, 1, 1, rows, columns, blocks)
+    report = numflash.check(
+        q,
+        k,
+        v,
+        dout=None if backward is None else dout,
+        block_mask=mask,
+        config={"forward": forward, **(backward or {})},
+        dropout_p=P,
+        seed=SEED,
+    )
+    assert report.passed, f"\n{report}"
+
+
+@pytest.mark.parametrize("dtype", SMALL)
+def test_gradients_of_arrays_that_scores_read_know_of_dropout(dtype):
+    q, k, v, dout = inputs(dtype, seqlen_k=30, head_dim=16)
     rng, options = np.random.default_rng(5), {"dropout_p": P, "seed": SEED, "causal": True}
     arrays = {
         "bias": rng.standard_normal((1, 2, 20, 30)).astype(np.float32),

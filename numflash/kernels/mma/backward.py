@@ -51,7 +51,12 @@ from numflash.tiles.blocks import (
     tiles_seen_whole,
 )
 from numflash.tiles.features import make_args_of_head
-from numflash.tiles.mma.copies import make_copy_tile, make_store_rows, make_store_scores
+from numflash.tiles.mma.copies import (
+    make_copy_tile,
+    make_store_rows,
+    make_store_scores,
+    row_of_head,
+)
 from numflash.tiles.mma.elements import MMA_ELEMENTS, make_transposed_operand
 from numflash.tiles.mma.fragments import (
     MMA_ROWS,
@@ -108,7 +113,7 @@ def make_backward_kernel(config: MmaBackwardConfig, traits: Traits) -> Kernel:
     mask_scores, mask_rows = make_mask_scores(1, n_tiles), make_mask_rows(1, n_tiles)
     softmax_backward = make_softmax_backward_by_column(1, n_tiles, traits)
     store_ds = make_store_scores(element, n_tiles, ds_layout)
-    store_as = traits.vectorized, traits.float32_out
+    store_as = traits.vectorized, traits.float32_out, row_of_head, traits.float32_out
     store_dk = make_store_rows(element, 1, dk_tiles, *store_as)
     store_dv = make_store_rows(element, 1, dv_tiles, *store_as)
     out_storage = f32 if traits.float32_out else element.storage

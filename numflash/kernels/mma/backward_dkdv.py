@@ -45,7 +45,7 @@ from numflash.tiles.blocks import (
     tiles_seen_whole,
 )
 from numflash.tiles.features import make_args_of_head
-from numflash.tiles.mma.copies import make_copy_tile, make_store_rows
+from numflash.tiles.mma.copies import make_copy_tile, make_store_rows, row_of_head
 from numflash.tiles.mma.elements import MMA_ELEMENTS, make_transposed_operand
 from numflash.tiles.mma.fragments import (
     MMA_ROWS,
@@ -104,7 +104,7 @@ def make_backward_dkdv_kernel(config: MmaBackwardDkDvConfig, traits: Traits) -> 
     apply_functions = make_apply_functions(m_tiles, n_tiles, traits, False, traits.bends_scores)
     mask_scores = make_mask_scores(m_tiles, n_tiles)
     softmax_backward = make_softmax_backward_by_column(m_tiles, n_tiles, traits)
-    store_as = traits.vectorized, traits.float32_out
+    store_as = traits.vectorized, traits.float32_out, row_of_head, traits.float32_out
     store_dk = make_store_rows(element, m_tiles, dk_tiles, *store_as)
     store_dv = make_store_rows(element, m_tiles, dv_tiles, *store_as)
     out_storage = f32 if traits.float32_out else element.storage

@@ -40,7 +40,7 @@ from numflash.tiles.blocks import (
     tiles_seen_whole,
 )
 from numflash.tiles.features import make_args_of_head
-from numflash.tiles.mma.copies import make_copy_tile, make_fetch_tile, make_store_rows
+from numflash.tiles.mma.copies import make_copy_tile, make_fetch_tile, make_store_rows, row_of_head
 from numflash.tiles.mma.elements import MMA_ELEMENTS, make_transposed_operand
 from numflash.tiles.mma.fragments import (
     MMA_ROWS,
@@ -95,7 +95,8 @@ def make_backward_dq_kernel(config: MmaBackwardDqConfig, traits: Traits) -> Kern
     apply_functions = make_apply_functions(m_tiles, n_tiles, traits, True, traits.bends_scores)
     mask_scores = make_mask_scores(m_tiles, n_tiles)
     softmax_backward = make_softmax_backward_by_row(m_tiles, n_tiles, traits)
-    store_dq = make_store_rows(element, m_tiles, dq_tiles, traits.vectorized, traits.float32_out)
+    store_as = traits.float32_out, row_of_head, traits.float32_out
+    store_dq = make_store_rows(element, m_tiles, dq_tiles, traits.vectorized, *store_as)
     out_storage = f32 if traits.float32_out else element.storage
     storage, args_of_head = element.storage, make_args_of_head(traits)
     bends, has_functions = traits.shapes_scores, traits.has_functions

@@ -117,7 +117,7 @@ def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
     scale_rows = make_scale_rows(m_tiles, o_tiles)
     end_of_row, lse_of_row = make_end_of_row(traits.features, LN_2, is_split)
     is_float32 = is_split or traits.float32_out
-    store_as = traits.vectorized or is_split, is_float32, row_of_packed_heads
+    store_as = traits.vectorized or is_split, is_float32, row_of_packed_heads, traits.float32_out
     store_o = make_store_rows(element, m_tiles, o_tiles, *store_as)
     storage, args_of_head = element.storage, make_args_of_head(traits)
     bends, has_functions = traits.shapes_scores, traits.has_functions

@@ -146,7 +146,7 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
     scale_rows = make_scale_rows(m_tiles, o_tiles)
     end_of_row, lse_of_row = make_end_of_row(traits.features, LN_2, is_split)
     is_float32 = is_split or traits.float32_out
-    store_as = traits.vectorized or is_split, is_float32, row_of_packed_heads
+    store_as = traits.vectorized or is_split, is_float32, row_of_packed_heads, traits.float32_out
     store_o = make_store_rows(result, m_tiles, o_tiles, *store_as)
     of_keys = KeyScales(offsets["key_scales"], tile_n)
     k_of_keys, v_log2_of_keys, v_inverse_of_keys = of_keys.k, of_keys.v_log2, of_keys.v_inverse

@@ -17,7 +17,7 @@ from numflash.tiles.blocks import (
     tiles_of,
     tiles_seen,
 )
-from numflash.tiles.mma.copies import make_store_rows
+from numflash.tiles.mma.copies import make_store_rows, row_of_head
 from numflash.tiles.mma.elements import MMA_ELEMENTS
 from numflash.tiles.mma.fragments import MMA_ROWS
 
@@ -29,7 +29,8 @@ def make_reduce_dq_kernel(config: MmaBackwardConfig, traits: Traits) -> Kernel:
     m_warps = tile_m // MMA_ROWS
     dq_tiles = traits.head_dim // 8 // (config.num_warps // m_warps)
     n_dq, dq_words = 4 * dq_tiles, tile_m * traits.head_dim
-    store_dq = make_store_rows(element, 1, dq_tiles, traits.vectorized, traits.float32_out)
+    store_as = traits.float32_out, row_of_head, traits.float32_out
+    store_dq = make_store_rows(element, 1, dq_tiles, traits.vectorized, *store_as)
     out_storage = f32 if traits.float32_out else element.storage
     place_of_queries = make_place_of_queries(tile_m)
 

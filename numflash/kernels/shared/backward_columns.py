@@ -27,7 +27,7 @@ from numflash.tiles.portable.elements import ELEMENTS
 from numflash.tiles.steps import make_steps_of, make_tile_at
 
 
-def make_kernel(config, traits: Traits, of_tiles: ScoreGradients) -> Kernel:
+def make_columns_kernel(config, traits: Traits, of_tiles: ScoreGradients) -> Kernel:
     """The kernel of an implementation for one config; see the module's docstring."""
     tile_m, tile_n = config.tile_m, config.tile_n
     num_warps, num_threads = config.num_warps, config.num_threads

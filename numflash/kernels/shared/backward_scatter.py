@@ -50,7 +50,7 @@ def of_a_read(traits: Traits) -> Traits:
     return traits if traits.read else replace(traits, program=_TABLE, read="0")
 
 
-def make_kernel(config, traits: Traits, of_tiles: ScoreGradients) -> Kernel:
+def make_scatter_kernel(config, traits: Traits, of_tiles: ScoreGradients) -> Kernel:
     """The kernel of an implementation for one config; see the module's docstring."""
     tile_m, tile_n = config.tile_m, config.tile_n
     load_queries, load_keys, wait = of_tiles.load_queries, of_tiles.load_keys, of_tiles.wait

@@ -36,7 +36,7 @@ from numflash.tiles.portable.elements import ELEMENTS
 from numflash.tiles.steps import make_steps_of, make_tile_at
 
 
-def make_kernel(config, traits: Traits, of_tiles: ScoreGradients) -> Kernel:
+def make_tiles_kernel(config, traits: Traits, of_tiles: ScoreGradients) -> Kernel:
     """The kernel of an implementation for one config; see the module's docstring."""
     tile_m, tile_n = config.tile_m, config.tile_n
     load_queries, load_keys, wait = of_tiles.load_queries, of_tiles.load_keys, of_tiles.wait

@@ -141,7 +141,7 @@ def make_attend(config: Sm90ForwardConfig, traits: Traits):
         tile, is_full = tile_at(rows.mask, first)
         shape_scores(s_acc, rows, i32(tile * tile_n), is_full, scores.scale, scores, args)
         online_softmax(s_acc, running, factors, scale_log2)
-        weigh_scores(s_acc, rows, i32(first * tile_n), args.drawn)
+        weigh_scores(s_acc, rows, i32(tile * tile_n), args.drawn)
         pack_p(p_frag, s_acc)
 
         for n in range(first + 1, end):
@@ -178,7 +178,7 @@ def make_attend(config: Sm90ForwardConfig, traits: Traits):
             tile, is_full = tile_at(rows.mask, n)
             shape_scores(s_acc, rows, i32(tile * tile_n), is_full, scores.scale, scores, args)
             has_grown = online_softmax(s_acc, running, factors, scale_log2)
-            weigh_scores(s_acc, rows, i32(n * tile_n), args.drawn)
+            weigh_scores(s_acc, rows, i32(tile * tile_n), args.drawn)
             if overlap:
                 softmax_before_wait(smem, 0, row_sum[0], row_sum[1])
                 # Hazard: P would change under the product, and O would be rescaled before it is

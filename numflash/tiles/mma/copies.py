@@ -30,6 +30,7 @@ from numflash.tiles.mma.elements import MmaElement
 from numflash.tiles.mma.fragments import MMA_ROWS, ROW_STEP
 from numflash.tiles.mma.layouts import TileLayout, make_word
 from numflash.tiles.portable.lanes import FULL_WARP
+from numflash.tiles.unrolled import make_unrolled
 
 # Addresses: address(source, origin, row) is the offset of the first element of a row. `source` is
 # a record with `data` and strides, `origin` what the address needs beside them.
@@ -180,14 +181,20 @@ def make_copy_vector(rows, num_threads, asynchronous):
 
 @cache
 def make_store_rows(
-    element: MmaElement, m_tiles, n_tiles, vectorized, as_float32=False, address=row_of_head
+    element: MmaElement,
+    m_tiles,
+    n_tiles,
+    vectorized,
+    as_float32=False,
+    address=row_of_head,
+    written_out=False,
 ):
     """store_rows(acc, target, origin, first, end, num_columns)
 
     Each warp writes its accumulator to `target`, a record as the source of `make_copy_tile`, whose
     rows lie where `address(target, origin, row)` says; `first` is this lane's first row. Rows from
     `end` and columns from `num_columns` on are left out. With `as_float32` the target holds
-    float32, otherwise the element type.
+    float32, otherwise the element type. A loop that is `written_out` is unrolled, however long.
     """
     rows, groups, pack_two = 2 * m_tiles, n_tiles // 4, element.pack_two
     as_float32 = as_float32 or pack_two is None
@@ -201,24 +208,33 @@ def make_store_rows(
             offsets[r] = address(target, origin, row)
 
     @device_function
+    def store_two(x, acc, target, offsets, widths, first_column):
+        r, j = x // n_tiles, x % n_tiles
+        i = 4 * (n_tiles * (r // 2) + j) + r % 2 * 2
+        column = first_column + 8 * j
+        left, offset = widths[r] - column, offsets[r] + column
+        if vectorized:
+            if left > 0:
+                st_global_v2_f32(target.data, offset, acc[i : i + 2])
+        else:
+            if left > 0:
+                target.data[offset] = acc[i]
+            if left > 1:
+                target.data[offset + 1] = acc[i + 1]
+
+    store_all = make_unrolled(store_two, rows * n_tiles) if written_out else None
+
+    @device_function
     def store_float32(acc, target, origin, first, end, columns):
         offsets = cuda.local.array(rows, i64)
         widths = cuda.local.array(rows, i32)
         locate_rows(offsets, widths, target, origin, first, end, columns)
         first_column = cuda.threadIdx.x % 4 * 2
-        for x in range(rows * n_tiles):
-            r, j = x // n_tiles, x % n_tiles
-            i = 4 * (n_tiles * (r // 2) + j) + r % 2 * 2
-            column = first_column + 8 * j
-            left, offset = widths[r] - column, offsets[r] + column
-            if vectorized:
-                if left > 0:
-                    st_global_v2_f32(target.data, offset, acc[i : i + 2])
-            else:
-                if left > 0:
-                    target.data[offset] = acc[i]
-                if left > 1:
-                    target.data[offset + 1] = acc[i + 1]
+        if store_all is not None:
+            store_all(i32(0), acc, target, offsets, widths, first_column)
+        else:
+            for x in range(rows * n_tiles):
+                store_two(x, acc, target, offsets, widths, first_column)
 
     @device_function
     def store_word(target, offset, columns, word):

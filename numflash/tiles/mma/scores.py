@@ -73,11 +73,41 @@ def make_apply_functions(m_tiles, n_tiles, traits, by_row, keeps_slopes, after_f
 
     As `tiles.scores.make_apply_functions`, with `scale` for that of `scores`; products stay
     unscaled where no function shapes scores.
+
+    Places that index arrays stop at the ends of sequences only in tiles that reach there: between
+    them the compiler has one address for a row, and the distances of columns in the instructions.
     """
+    indexes, of_slopes = traits.program_indexes, (keeps_slopes, after_features)
+    inside = _make_apply_functions(m_tiles, n_tiles, traits, by_row, frozenset(), *of_slopes)
+    if not indexes:
+        return inside
+    at_ends = _make_apply_functions(m_tiles, n_tiles, traits, by_row, indexes, *of_slopes)
+    last_row = (m_tiles - 1) * MMA_ROWS + ROW_STEP
+    last_column = (n_tiles - 1) * MMA_COLUMNS + 1
+    last_i, last_j = (last_row, last_column) if by_row else (last_column, last_row)
+    has_i, has_j = "i" in indexes, "j" in indexes
+
+    @device_function
+    def apply_functions(s_acc, slopes, corner, scale, scores, args):
+        i, j = (corner.row, corner.column) if by_row else (corner.column, corner.row)
+        is_inside = True
+        if has_i:
+            is_inside = i + last_i < corner.sequence.seqlen_q
+        if has_j:
+            is_inside &= j + last_j < corner.sequence.seqlen_k
+        if is_inside:
+            inside(s_acc, slopes, corner, scale, scores, args)
+        else:
+            at_ends(s_acc, slopes, corner, scale, scores, args)
+
+    return apply_functions
+
+
+def _make_apply_functions(m_tiles, n_tiles, traits, by_row, stopped, keeps_slopes, after_features):
     shapes, has_keep = traits.shapes_scores, traits.keeps_scores
-    slopes_of = keeps_slopes, after_features
-    scale_scores = _make_scale_scores(m_tiles, n_tiles, traits, by_row, *slopes_of)
-    keep_scores = _make_keep_scores(m_tiles, n_tiles, traits, by_row)
+    of_tile = m_tiles, n_tiles, traits, by_row, stopped
+    scale_scores = _make_scale_scores(*of_tile, keeps_slopes, after_features)
+    keep_scores = _make_keep_scores(*of_tile)
 
     @device_function
     def apply_functions(s_acc, slopes, corner, scale, scores, args):
@@ -89,9 +119,9 @@ def make_apply_functions(m_tiles, n_tiles, traits, by_row, keeps_slopes, after_f
     return apply_functions
 
 
-def _make_scale_scores(m_tiles, n_tiles, traits, by_row, keeps_slopes, after_features):
+def _make_scale_scores(m_tiles, n_tiles, traits, by_row, stopped, keeps_slopes, after_features):
     tiles, score = m_tiles * n_tiles, make_score(traits, after_features)
-    place_of_score = make_place_of_score(traits, by_row)
+    place_of_score = make_place_of_score(traits, by_row, stopped)
     distance = make_distance(traits, by_row)
 
     @device_function
@@ -140,8 +170,8 @@ def _make_scale_scores(m_tiles, n_tiles, traits, by_row, keeps_slopes, after_fea
     return scale_scores if has_places(traits) else scale_without_places
 
 
-def _make_keep_scores(m_tiles, n_tiles, traits, by_row):
-    tiles, keep, place = m_tiles * n_tiles, make_keep(traits), make_place(by_row)
+def _make_keep_scores(m_tiles, n_tiles, traits, by_row, stopped):
+    tiles, keep, place = m_tiles * n_tiles, make_keep(traits), make_place(by_row, stopped)
     distance = make_distance(traits, by_row)
 
     @device_function

@@ -147,6 +147,47 @@ def test_the_gradient_of_sinks_is_added_up_where_the_rows_left_it(gpu, qkv):
     assert gpu.driver.launches[0].arguments["row_gradients"] == 0
 
 
+def test_gradients_of_arrays_arrive_where_they_are_asked_for(gpu, qkv):
+    """Of a bias that heads share, and of a table: the sums' own strides, and zeros first."""
+    dout, bias = gpu.array((B, SQ, H, DV)), gpu.array((B, 1, SQ, SK))
+    out, lse = gpu.array((B, SQ, H, DV)), gpu.array((B, H, SQ), "float32")
+    table = gpu.array((7, H), "float32")
+
+    def function(score, batch, head, q_idx, kv_idx, table):
+        return score + table[kv_idx - q_idx, head]
+
+    dbias, dtable = numflash.attention_backward(
+        *(dout, *qkv, out, lse),
+        bias=bias,
+        score_mod=function,
+        aux=(table,),
+        wrt=("bias", "aux0"),
+    )
+    assert (dbias.shape, dbias.dtype) == (bias.shape, bias.dtype)
+    assert (dtable.shape, dtable.dtype) == (table.shape, "float32")
+    delta, tiles, rows, sums, clear, scatter, rounded = gpu.driver.launches
+    assert [run.family for run in gpu.driver.launches[1:]] == [
+        *("backward-tiles", "backward-rows", "head-sums"),
+        *("clear-sums", "backward-scatter", "round-sums"),
+    ]
+    config = parse_config("backward-tiles", tiles.config)
+    num_tiles = math.ceil(SQ / config.tile_m) * math.ceil(SK / config.tile_n)
+    assert tiles.grid == (num_tiles * B, 1, 1)
+    assert tiles.arguments["array_gradient"] == dbias.data.ptr
+    assert tiles.arguments["reduced.kept.batch"] == B
+    assert tiles.arguments["reduced.summed.heads"] == H
+    assert tiles.arguments["tile_statistics.delta"] == delta.arguments["of_rows.plain"]
+    assert "absolute" in rows.traits and "absolute" not in scatter.traits
+    assert rows.arguments["row_gradients"] == sums.arguments["row_gradients"]
+    assert sums.arguments["shape.seqlen_q"] * sums.arguments["shape.batch_size"] == B * H * SQ
+    fixed = clear.arguments["array_gradient"]
+    assert clear.arguments["elements"] == 2 * 7 * H
+    assert fixed == scatter.arguments["fixed_sums"] == rounded.arguments["fixed_sums"]
+    assert sums.arguments["sums"] == rounded.arguments["absolute_sum"]
+    assert scatter.arguments["absolute_sum"] == rounded.arguments["absolute_sum"]
+    assert rounded.arguments["array_gradient"] == dtable.data.ptr
+
+
 # Numbers that a launch fills in
 
 
