@@ -128,6 +128,9 @@ WITHOUT_SOFTMAX = {
     for family in ("quantize", "amax", "dequantize", "estimate")
 } | {("portable", "head-sums"): "adds up gradients of heads; test_sinks.py is about it"}
 WITHOUT_SOFTMAX |= {
+    ("block-mask", family): "makes lists, no scores; api/test_block_masks.py is about it"
+    for family in ("mask-tiles", "mask-scatter", "mask-lists")
+} | {
     ("portable", family): "ends gradients of arrays; test_array_gradients.py is about it"
     for family in ("array-sums", "clear-sums", "round-sums")
 } | {
