@@ -18,7 +18,7 @@ from numflash.problem.block_masks import (
     blocks_of_sequences,
 )
 from numflash.problem.options import AttentionOptions, kind_of
-from numflash.problem.programs import Extent, program_of_mask
+from numflash.problem.programs import Extent, keeps_everything, program_of_mask
 from numflash.runtime.arrays import (
     current_array,
     library_of,
@@ -141,6 +141,8 @@ class BlockMask(ListedBlocks):
             return *bind(operands), (strides, strides)
 
         mask_mod = getattr(block_mask, "mask_mod", None)
+        if mask_mod is not None and not aux and keeps_everything(mask_mod):
+            mask_mod = None
         return _made(cls, flags, arrays, device, blocks, seqlens, stream, mask_mod, aux)
 
     def tiles(self) -> np.ndarray:
@@ -320,7 +322,10 @@ def own(value, stream=None):
     """A block mask of FlexAttention's as one of ours; anything else as it is."""
     if not is_flex_attention(value):
         return value
-    found = _read.get(value)
+    try:
+        found = _read.get(value)
+    except TypeError:
+        return BlockMask.from_flex_attention(value, stream=stream)  # it cannot be remembered
     if found is None:
         found = _read[value] = BlockMask.from_flex_attention(value, stream=stream)
     return found

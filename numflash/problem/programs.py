@@ -80,6 +80,11 @@ def _check_shapes(
     program.check_shapes(names, shapes, counts)
 
 
+def keeps_everything(mask_mod: Callable) -> bool:
+    """Whether a function without aux hides nothing. Raises TypeError where it cannot be traced."""
+    return trace(None, mask_mod, ()).program.keep is None
+
+
 def _of_mask(
     mask_mod: Callable, aux: tuple, views: Mapping[str, ArrayView], extent: Extent
 ) -> tuple[Traced, dict[str, int | float]]:

@@ -28,7 +28,7 @@ B, SQ, SK, H, HKV, D, DV = 1, 5, 11, 2, 1, 32, 32
 NAN = np.float32(np.nan)
 
 
-def choose_small(family, traits, limits, rows=None, positive_scale=True, no_bulk_copies=None):
+def choose_small(family, traits, limits, *_, **others):
     """float16 on the tensor cores, float32 on the portable kernels."""
     if traits.fp8:
         return Choice(family, parse_config(family, FP8_CONFIG), traits, "small", ())

@@ -340,3 +340,24 @@ def test_bad_input_is_named(name):
     call, error, text = BAD[name]
     with pytest.raises(error, match=text):
         call()
+
+
+def test_dispatch_is_explained_for_a_gpu_that_is_not_here():
+    q = np.zeros((1, 256, 2, 128), np.float16)
+    mask = numflash.create_block_mask(causal, 1, 1, 256, 256)
+    found = numflash.explain_dispatch(q, q, q, block_mask=mask, arch="NVIDIA H200")
+    assert found.forward.traits.blocks == (128, 128) and found.forward.traits.keeps_scores
+    assert set(found.backward) == {"backward-dq", "backward-dkdv"}
+
+
+def test_pytorch_s_own_block_masks_are_taken():
+    torch = pytest.importorskip("torch")
+    theirs = pytest.importorskip("torch.nn.attention.flex_attention")
+    made = theirs.create_block_mask(causal, 1, 2, 100, 90, device="cpu", BLOCK_SIZE=32)
+    mask = numflash.BlockMask.from_flex_attention(made)
+    i, j = np.ogrid[:100, :90]
+    np.testing.assert_array_equal(mask.dense(), np.broadcast_to(i >= j, (1, 2, 100, 90)))
+    counts = torch.tensor([[[1, 2]]], dtype=torch.int32)
+    indices = torch.tensor([[[[0, 1], [0, 1]]]], dtype=torch.int32)
+    whole = theirs.BlockMask.from_kv_blocks(counts, indices, BLOCK_SIZE=16)
+    assert numflash.BlockMask.from_flex_attention(whole).dense().mean() == 0.75
