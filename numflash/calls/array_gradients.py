@@ -143,13 +143,16 @@ def _scattered(
 ) -> ArrayKernels:
     """Absolute sums by rows, all of them together, the sums in fixed point, and as floats."""
     name, elements = gradient.name, math.prod(gradient.shape)
-    rows = problem.batch * problem.num_heads_q * problem.seqlen_q
-    bounds, fixed, total = (
-        f"{what} of {name}" for what in ("absolute rows", "fixed sums", "absolute sum")
+    heads = problem.batch * problem.num_heads_q
+    rows, of_reads = heads * problem.seqlen_q, len(gradient.reads) * heads
+    bounds, by_head, total, fixed = (
+        f"{what} of {name}"
+        for what in ("absolute rows", "absolute heads", "absolute sum", "fixed sums")
     )
     workspaces = {
         bounds: ((len(gradient.reads) * rows,), "float32"),
         fixed: ((elements,), "int64"),
+        by_head: ((of_reads,), "float32"),
         total: ((1,), "float32"),
     }
     parts, launches = {}, []
@@ -165,10 +168,15 @@ def _scattered(
         parts[part] = bounds, number * rows, (number + 1) * rows
         blocks = _blocks(problem, choice)
         launches.append((choice, blocks, {"row_gradients": part}))
-    shape = arguments["shape"]._replace(
-        num_heads_q=1, batch_size=len(gradient.reads) * problem.batch * problem.num_heads_q
-    )
-    launches.append((HEAD_SUMS, 1, {"row_gradients": bounds, "sums": total, "shape": shape}))
+    # The sum of all rows: by one block for each head, then by one for all.
+    of_rows = arguments["shape"]._replace(num_heads_q=of_reads, batch_size=1)
+    of_heads = of_rows._replace(num_heads_q=1, seqlen_q=of_reads)
+    for rows_of, sums, blocks, shape in (
+        (bounds, by_head, of_reads, of_rows),
+        (by_head, total, 1, of_heads),
+    ):
+        more_sums = {"row_gradients": rows_of, "sums": sums, "shape": shape}
+        launches.append((HEAD_SUMS, blocks, more_sums))
     # Zeros of 64 bits are two of 32.
     launches.append(_clearing(f"the gradient of {name}", fixed, 2 * elements, "float32"))
     for choice in choices[len(gradient.reads) :]:

@@ -241,7 +241,7 @@ class AttentionOptions(_Options):
         found = {}
         for numbers_of, values in _FILLED_IN:
             found |= numbers_of(*values(self))
-        if self.aux and isinstance(self.aux, tuple | list):
+        if isinstance(self.aux, tuple | list) and self.aux:
             for n, each in enumerate(self.aux):
                 if isinstance(each, NUMBER):
                     kind = describe(each, f"aux{n}").kind

@@ -39,7 +39,7 @@ def test_nothing_spills(family, where):
     report = inspect_kernel(choice.config, choice.traits, ARCHITECTURES[arch])
     assert not report.faults, f"{choice.config}: {report.faults}"
     # A sum in memory by one instruction, not by a loop that tries.
-    text = disassemble(get_cubin(choice.config, choice.traits, ARCHITECTURES[arch]))
+    text = disassemble(get_cubin(choice.config, choice.traits, ARCHITECTURES[arch]).code)
     atomics = {opcode.split(".")[0] for opcode in opcodes(text) if opcode[:3] in ("RED", "ATO")}
     assert atomics <= {"RED", "REDG"}
     assert bool(atomics) == (family == "backward-scatter")

@@ -80,12 +80,35 @@ def logarithm(score, batch, head, q_idx, kv_idx):
     return log(maximum(score, 0.0))
 
 
-@pytest.mark.parametrize("name", ["portable", "sm80", "sm80-one-backward"])
-def test_a_slope_without_bound_where_p_is_0(on, name):
+def reciprocal(score, batch, head, q_idx, kv_idx):
+    """It is infinite for the zeros that fill the last tile."""
+    return 0.001 / abs(score)
+
+
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [
+        ("portable", logarithm),
+        ("sm80", logarithm),
+        ("sm80-one-backward", logarithm),
+        ("portable", reciprocal),
+        ("sm80", reciprocal),
+        ("sm80-one-backward", reciprocal),
+    ],
+)
+def test_infinite_slopes_and_scores(on, name, function):
     arch, options, head_dim, _ = KERNELS[name]
     on(arch)
-    q, k, v, dout = inputs(head_dim, 9, 18)
-    report = numflash.check(q, k, v, dout=dout, score_mod=logarithm, **options)
+    q, k, v, dout = inputs(head_dim, 9, 18, 1)
+    report = numflash.check(q, k, v, dout=dout, score_mod=function, **options)
+    assert report.passed, f"\n{report}"
+
+
+def test_precision_is_chosen_for_heads_with_functions(on):
+    on("sm_89")
+    q, k, v, _ = inputs(64, 9, 18)
+    bias = np.ones((9, 18), np.float32)
+    report = numflash.check(q, k, v, precision="auto", bias=bias, mask_mod=masks.causal)
     assert report.passed, f"\n{report}"
 
 

@@ -127,14 +127,21 @@ WITHOUT_SOFTMAX = {
     ("quantize", family): "makes no scores; test_quantize.py and test_fp8_auto.py are about it"
     for family in ("quantize", "amax", "dequantize", "estimate")
 } | {("portable", "head-sums"): "adds up gradients of heads; test_sinks.py is about it"}
-WITHOUT_SOFTMAX |= {
-    ("portable", family): "ends gradients of arrays; test_array_gradients.py is about it"
-    for family in ("array-sums", "clear-sums", "round-sums")
-} | {
-    (row, f"backward-{way}"): "makes P as backward-dq; test_array_gradients.py is about it"
-    for row in ("portable", "mma")
-    for way in ("rows", "columns", "tiles", "scatter")
-}
+WITHOUT_SOFTMAX |= (
+    {
+        ("block-mask", family): "makes lists, no scores; api/test_block_masks.py is about it"
+        for family in ("mask-tiles", "mask-scatter", "mask-lists")
+    }
+    | {
+        ("portable", family): "ends gradients of arrays; test_array_gradients.py is about it"
+        for family in ("array-sums", "clear-sums", "round-sums")
+    }
+    | {
+        (row, f"backward-{way}"): "makes P as backward-dq; test_array_gradients.py is about it"
+        for row in ("portable", "mma")
+        for way in ("rows", "columns", "tiles", "scatter")
+    }
+)
 
 
 @pytest.fixture(autouse=True)

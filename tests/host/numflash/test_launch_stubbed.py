@@ -165,9 +165,9 @@ def test_gradients_of_arrays_arrive_where_they_are_asked_for(gpu, qkv):
     )
     assert (dbias.shape, dbias.dtype) == (bias.shape, bias.dtype)
     assert (dtable.shape, dtable.dtype) == (table.shape, "float32")
-    delta, tiles, rows, sums, clear, scatter, rounded = gpu.driver.launches
+    delta, tiles, rows, heads, total, clear, scatter, rounded = gpu.driver.launches
     assert [run.family for run in gpu.driver.launches[1:]] == [
-        *("backward-tiles", "backward-rows", "head-sums"),
+        *("backward-tiles", "backward-rows", "head-sums", "head-sums"),
         *("clear-sums", "backward-scatter", "round-sums"),
     ]
     config = parse_config("backward-tiles", tiles.config)
@@ -178,12 +178,14 @@ def test_gradients_of_arrays_arrive_where_they_are_asked_for(gpu, qkv):
     assert tiles.arguments["reduced.summed.heads"] == H
     assert tiles.arguments["tile_statistics.delta"] == delta.arguments["of_rows.plain"]
     assert "absolute" in rows.traits and "absolute" not in scatter.traits
-    assert rows.arguments["row_gradients"] == sums.arguments["row_gradients"]
-    assert sums.arguments["shape.seqlen_q"] * sums.arguments["shape.batch_size"] == B * H * SQ
+    assert rows.arguments["row_gradients"] == heads.arguments["row_gradients"]
+    assert (heads.grid, total.grid) == ((B * H, 1, 1), (1, 1, 1))
+    assert (heads.arguments["shape.seqlen_q"], total.arguments["shape.seqlen_q"]) == (SQ, B * H)
+    assert heads.arguments["sums"] == total.arguments["row_gradients"]
     fixed = clear.arguments["array_gradient"]
     assert clear.arguments["elements"] == 2 * 7 * H
     assert fixed == scatter.arguments["fixed_sums"] == rounded.arguments["fixed_sums"]
-    assert sums.arguments["sums"] == rounded.arguments["absolute_sum"]
+    assert total.arguments["sums"] == rounded.arguments["absolute_sum"]
     assert scatter.arguments["absolute_sum"] == rounded.arguments["absolute_sum"]
     assert rounded.arguments["array_gradient"] == dtable.data.ptr
 

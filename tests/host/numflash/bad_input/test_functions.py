@@ -177,7 +177,7 @@ BAD = {
         "(2,)",
     ),
     "packed": (
-        {"mask_mod": lambda b, h, i, j: j <= i, "config": "sm80-m16n16w1s1-packed"},
+        {"mask_mod": lambda b, h, i, j: j <= i, "config": "sm75-m16n16w1s1-packed"},
         numflash.UnsupportedError,
         "packed",
         "function",
