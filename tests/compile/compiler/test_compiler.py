@@ -29,7 +29,8 @@ def test_a_cubin(good):
     assert good.warnings == ()
     pointers = [name for name, letter in good.parameters if letter == "P"]
     named = "out.data", "do.data", "lse", "delta", "lse_log2"
-    assert pointers == [*named, "features.alibi.slopes", "features.sinks.data", "row_gradients"]
+    of_features = (f"features.{name}" for name in ("alibi.slopes", "sinks.data", "dropout.seed"))
+    assert pointers == [*named, *of_features, "row_gradients"]
     assert good.parameters[1:4] == (("out.batch", "q"), ("out.row", "q"), ("out.head", "q"))
     assert {letter for _, letter in good.parameters} <= set("Pqif")
 
@@ -99,6 +100,8 @@ def test_a_kernel_that_spills_gets_more_registers(spills, calls, kept, good, mon
         return cubin
 
     monkeypatch.setattr(compiler, "_compile", compile_once)
+    # Which numbers of blocks are promised is test_promised_blocks.py's matter.
+    monkeypatch.setattr(compiler, "_numbers_of_blocks", lambda cubin, limits: [1])
     assert compiler.compile_cubin(CONFIG, TRAITS, LIMITS).code == bytes([kept])
     assert len(made) == calls
 
@@ -128,6 +131,7 @@ def test_the_ptx_is_that_of_the_cubin(min_blocks, spills, directive, cache_direc
 
     linked = []
     monkeypatch.setattr(compiler, "_link", link_and_spill)
+    monkeypatch.setattr(compiler, "_numbers_of_blocks", lambda cubin, limits: [1])
     config = replace(parse_config("forward", "sm80-m16n16w1s1"), min_blocks=min_blocks)
     assert get_cubin(config, TRAITS, LIMITS).min_blocks == directive
     forget()  # as inspecting in another process: from the cubin on disk
