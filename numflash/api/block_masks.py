@@ -1,7 +1,7 @@
 """Block masks: `create_block_mask`, `BlockMask.from_tiles`, FlexAttention's, and `show_mask`."""
 
-import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -143,7 +143,8 @@ class BlockMask(ListedBlocks):
         mask_mod = getattr(block_mask, "mask_mod", None)
         if mask_mod is not None and not aux and keeps_everything(mask_mod):
             mask_mod = None
-        return _made(cls, flags, arrays, device, blocks, seqlens, stream, mask_mod, aux)
+        made = _made(cls, flags, arrays, device, blocks, seqlens, stream, mask_mod, aux)
+        return replace(made, is_of_function=True)
 
     def tiles(self) -> np.ndarray:
         """(batch, heads, rows, columns) int8 on the host: 0 empty, 1 partly kept, 2 full."""
@@ -246,7 +247,8 @@ def create_block_mask(
 
     arrays = {"like": first, **arrays}
     seqlens = seqlen_q, seqlen_k
-    return _made(BlockMask, flags, arrays, device, blocks, seqlens, stream, mask_mod, aux)
+    made = _made(BlockMask, flags, arrays, device, blocks, seqlens, stream, mask_mod, aux)
+    return replace(made, is_of_function=True)
 
 
 def show_mask(
@@ -314,21 +316,11 @@ def is_flex_attention(value) -> bool:
     )
 
 
-# A block mask of FlexAttention's is read once; it forgets with the object.
-_read: "weakref.WeakKeyDictionary[Any, BlockMask]" = weakref.WeakKeyDictionary()
-
-
 def own(value, stream=None):
-    """A block mask of FlexAttention's as one of ours; anything else as it is."""
+    """A block mask of FlexAttention's as one of ours, read anew; anything else as it is."""
     if not is_flex_attention(value):
         return value
-    try:
-        found = _read.get(value)
-    except TypeError:
-        return BlockMask.from_flex_attention(value, stream=stream)  # it cannot be remembered
-    if found is None:
-        found = _read[value] = BlockMask.from_flex_attention(value, stream=stream)
-    return found
+    return BlockMask.from_flex_attention(value, stream=stream)
 
 
 def with_own_block_mask(options: AttentionOptions, stream=None) -> AttentionOptions:

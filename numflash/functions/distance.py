@@ -13,6 +13,8 @@ DISTANCE = Node("d", "f")
 """The leaf i - j, float32."""
 DISTANCE.uses = frozenset("ij")
 
+_MOST = 2.0**23
+"""Whole numbers below it can be added to a distance."""
 _COMPARISONS = frozenset({"lt", "le", "eq", "ne"})
 
 
@@ -67,12 +69,8 @@ class _Rewriting:
             if node.op in ("add", "sub", "neg"):
                 parts = [self._of(a) for a in node.args]
                 return _Linear(*(_combined(node.op, *x) for x in zip(*parts, strict=True)))
-            if node.op == "mul" and any(is_const(a) for a in node.args):
-                factor, x = sorted(node.args, key=lambda a: not is_const(a))
-                i, j, rest = self._of(x)
-                scaled = apply("mul", rest, const(float(factor.value)))
-                return _Linear(i * factor.value, j * factor.value, scaled)
-            if node.op in ("mul", "abs", "min", "max"):
+            # Products may leave the whole numbers that floats hold.
+            if node.op in ("abs", "min", "max"):
                 args = [self._float(a) for a in node.args]
                 return _Linear(0, 0, apply(node.op, *args))
             if node.op == "where":
@@ -98,12 +96,22 @@ class _Rewriting:
         if node.op == "float":
             return self._float(node.args[0])
         if node.op in _COMPARISONS and node.args[0].type == "i":
-            a, b = (self._of(x) for x in node.args)
-            return apply(node.op, _sum(a.i - b.i, a.j - b.j, a.rest), b.rest)
+            return self._compared(node.op, *(self._of(x) for x in node.args))
         if any(a.type == "i" for a in node.args):
             raise _PlaceError  # a read at a place
         args = tuple(self.new[a] for a in node.args)
         return make(node.op, *args)
+
+    def _compared(self, op: str, a: _Linear, b: _Linear) -> Node:
+        """Whole numbers compared: a distance with a number, whose rounding changes nothing."""
+        i, j = a.i - b.i, a.j - b.j
+        if i and is_const(a.rest, 0):
+            return apply(op, _sum(i, j, const(0.0)), b.rest)
+        if i and is_const(b.rest, 0):
+            return apply(op, _sum(i, j, const(0.0)), apply("neg", a.rest))
+        if not (is_const(a.rest) and is_const(b.rest)):
+            raise _PlaceError  # numbers that are known later may be too large for a float
+        return apply(op, _sum(i, j, a.rest), b.rest)
 
 
 def _combined(op: str, *x):
@@ -115,6 +123,8 @@ _OF_NUMBERS = {"add": operator.add, "sub": operator.sub, "neg": operator.neg}
 
 
 def _sum(i: int, j: int, rest: Node) -> Node:
-    if i != -j:
+    if i != -j or abs(i) > 1:
         raise _PlaceError
+    if i and not (is_const(rest) and abs(rest.value) < _MOST):
+        raise _PlaceError  # the sum may be too large for a float to hold
     return apply("add", apply("mul", DISTANCE, const(float(i))), rest) if i else rest

@@ -134,7 +134,7 @@ class _Sight:
             x = scope.get(name, _MISSING)
             self._globals.append((scope, name, x))
             if x is not _MISSING:
-                inner.append(self.key(x))
+                inner += name, self.key(x)
             elif not hasattr(builtins, name):
                 raise _UnsureError
         inner.append(self.key(function.__defaults__))

@@ -310,6 +310,31 @@ def _div(a, b):
     return None
 
 
+def _floor(a):
+    """Of a whole number over a whole number the whole division: a product might round across."""
+    return None if (parts := _quotient(a)) is None else to(apply("floordiv", *parts), "f")
+
+
+def _int(a):
+    parts = _quotient(a)
+    if parts is None:
+        return None
+    x, y = parts
+    below = apply("neg", apply("floordiv", apply("neg", x), y))
+    return apply("where", apply("lt", x, const(0, "i")), below, apply("floordiv", x, y))
+
+
+def _quotient(a):
+    """The whole numbers (x, y) of a float that is x / y, or x times 1 / y; None of another."""
+    if a.op == "mul":
+        for x, y in (a.args, a.args[::-1]):
+            if x.op == "float" and is_const(y) and y.value and math.isfinite(y.value):
+                whole = round(1 / y.value)
+                if 0 < whole < 2**24 and float(np.float32(1 / whole)) == y.value:
+                    return x.args[0], const(whole, "i")
+    return None
+
+
 def has_reciprocal(value: float) -> bool:
     """Whether 1 / value is a normal float32, so that a product is as good as a division."""
     return 2.0**-126 <= abs(value) <= 2.0**126
@@ -321,7 +346,8 @@ def _pow(a, b):
             return apply("exp2", apply("mul", b, const(math.log2(a.value), "f")))
         return None
     whole, exponent = math.floor(abs(b.value)) if math.isfinite(b.value) else -1, abs(b.value)
-    if not 0 <= whole <= _LARGEST_PRODUCT or exponent - whole not in (0, 0.5):
+    # Of a root the derivative at 0 is infinite; that of a power above 1 is not.
+    if not 0 <= whole <= _LARGEST_PRODUCT or (exponent != whole and exponent != 0.5):
         return None
     if b.value == -0.5:
         return apply("rsqrt", a)
@@ -404,6 +430,8 @@ _SIMPLER = {
     "abs": _abs,
     "div": _div,
     "pow": _pow,
+    "floor": _floor,
+    "int": _int,
     "min": _same_or_none,
     "max": _same_or_none,
     "and": _and,

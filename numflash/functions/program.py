@@ -9,10 +9,11 @@ A version, the kinds of `aux`, then parts: `t0=`, `t1=`, ... for what is used mo
 the results. `parse` checks it as if it came from a stranger, and evaluates none of it.
 """
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import NamedTuple
 
@@ -270,6 +271,15 @@ class Program:
                         f"axis {axis} of {name} is indexed by {what} and must have at least "
                         f"{needed} elements, got shape {shape}"
                     )
+
+    def with_hidden_scores(self) -> "Program":
+        """The program whose scores are -inf where this one keeps no key, and which keeps all."""
+        score = LEAF["s"] if self.score is None else self.score
+        hidden = apply("where", self.keep, score, const(-math.inf))
+        slope = self.given_slope
+        if slope is not None:
+            slope = apply("where", self.keep, slope, const(0.0))
+        return replace(self, score=hidden, keep=None, given_slope=slope)
 
     @cached_property
     def text(self) -> str:

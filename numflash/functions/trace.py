@@ -12,10 +12,12 @@ called once for each way through it, and the ways are put together again by sele
 import builtins
 import inspect
 import linecache
+import math
 import os
+import threading
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from numbers import Integral, Real
+from numbers import Complex, Integral, Real
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -93,18 +95,21 @@ def trace(
     functions = (score_mod, mask_mod, score_mod_grad)
     if None in keys:
         return Traced(_trace(asked, functions, shapes)[0], names)
-    for key in (asked, (asked, shapes)):
-        if key in _known:
-            _known[key] = _known.pop(key)  # the last to be forgotten
-            return Traced(_known[key], names)
+    with _tracing:
+        for key in (asked, (asked, shapes)):
+            if (program := _known.pop(key, None)) is not None:
+                _known[key] = program  # the last to be forgotten
+                return Traced(program, names)
     program, looked_at_shapes = _trace(asked, functions, shapes)
-    _known[(asked, shapes) if looked_at_shapes else asked] = program
-    while len(_known) > _MOST_KNOWN:
-        _known.pop(next(iter(_known)), None)
+    with _tracing:
+        _known[(asked, shapes) if looked_at_shapes else asked] = program
+        while len(_known) > _MOST_KNOWN:
+            del _known[next(iter(_known))]
     return Traced(program, names)
 
 
 _known: dict = {}
+_tracing = threading.Lock()
 _MOST_KNOWN = 1024
 
 
@@ -124,7 +129,11 @@ def describe(x: Any, name: str) -> Array | Number:
         TypeError: neither of both, or of a dtype that kernels do not read.
         ValueError: an array with too many axes.
     """
+    if isinstance(x, np.complexfloating) or (isinstance(x, Complex) and not isinstance(x, Real)):
+        raise TypeError(f"{name} must be a real number or an array, got {x!r}")
     if isinstance(x, np.generic | Real):
+        if math.isfinite(x) and abs(x) > _MAX_FLOAT32:
+            raise ValueError(f"{name} must fit into float32, got {x}")
         if not isinstance(x, Integral | np.bool_):
             return _F32
         if not -(2**31) <= int(x) < 2**31:
@@ -135,6 +144,7 @@ def describe(x: Any, name: str) -> Array | Number:
     raise TypeError(f"{name} must be an array or a number, got {type(x).__name__}")
 
 
+_MAX_FLOAT32 = float(np.finfo(np.float32).max)
 _I32, _F32 = Number("i32"), Number("f32")
 
 

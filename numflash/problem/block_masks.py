@@ -56,6 +56,8 @@ class ListedBlocks:
         entries_of_keys, counts_of_keys: the same by columns.
         mask_mod: what says which keys of a block that is not full a query sees; None: all.
         aux: the arrays and numbers that it gets.
+        is_of_function: whether its lists were made of mask_mod, for the batch entries and heads
+            that they have.
     """
 
     blocks: Blocks
@@ -66,6 +68,7 @@ class ListedBlocks:
     counts_of_keys: Any
     mask_mod: Callable | None = None
     aux: tuple = ()
+    is_of_function: bool = False
 
     @property
     def block_size(self) -> tuple[int, int]:
@@ -90,7 +93,8 @@ class ListedBlocks:
         """
         if (meaning := key_of(self.mask_mod)) is None:
             raise TypeError("nobody can tell whether this function means what it meant before")
-        numbers = [(type(x), x) if isinstance(x, NUMBER) else None for x in self.aux]
+        # By their text, which tells -0.0 from 0.0.
+        numbers = [(type(x), repr(x)) if isinstance(x, NUMBER) else None for x in self.aux]
         return self.blocks, self.seqlens, meaning, *numbers
 
     def __repr__(self) -> str:

@@ -213,6 +213,11 @@ def describe(
     program, given = program_of(views, options, extent)
     blocks = None
     if options.block_mask is not None:
+        if origin is not None:
+            raise ValueError(
+                "block_mask is made for the rows, columns and heads of a call, and origin says "
+                "that they are others; give mask_mod with origin, or block_mask without"
+            )
         blocks = expect_blocks(options.block_mask, views, extent[:4], q.device)
     problem = AttentionProblem(
         batch=batch,

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from numflash.functions.program import Program
 from numflash.functions.trace import Traced, trace
-from numflash.problem.block_masks import names_of_aux
+from numflash.problem.block_masks import ListedBlocks, names_of_aux
 from numflash.problem.options import AttentionOptions
 from numflash.runtime.views import ArrayView
 
@@ -43,11 +43,30 @@ def program_of(
         TypeError, ValueError: as `numflash.attention`.
     """
     (program, names), numbers = _of_options(views, options, extent), {}
-    if (mask := options.block_mask) is not None and mask.mask_mod is not None:
+    mask = options.block_mask
+    if mask is not None and program.keep is not None:
+        # Full blocks ask nobody for what is kept, so that what else hides keys is said by scores.
+        program = program.with_hidden_scores()
+    if mask is not None and mask.mask_mod is not None:
         (more, more_names), numbers = _of_mask(mask.mask_mod, mask.aux, views, extent)
+        if mask.is_of_function:
+            _expect_lists_of_all(mask, more, extent)
         program, names = program.also(more), names + more_names
     _check_shapes(program, names, views, extent)
     return program.text, tuple(_values(program, names, views, numbers, extent.origin))
+
+
+def _expect_lists_of_all(mask: ListedBlocks, program: Program, extent: Extent) -> None:
+    """Check that lists were made for all heads if their function tells these apart."""
+    for letter, name, given, wanted in (
+        ("b", "batch", mask.blocks.batch, extent.batch),
+        ("h", "heads", mask.blocks.heads, extent.num_heads_q),
+    ):
+        if letter in program.uses and given != wanted:
+            raise ValueError(
+                f"block_mask must be made for {name} {wanted}, as q has, because its mask_mod "
+                f"looks at their numbers, got {given}"
+            )
 
 
 def program_of_mask(
