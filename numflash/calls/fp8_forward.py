@@ -23,7 +23,7 @@ from numflash.calls.launch import Launcher
 from numflash.configs import FP8_STEP, EstimateConfig, Traits, padded_fp8_head_dim
 from numflash.configs.features import rows_of
 from numflash.kernels.arguments import Descales, QueryDescale, Squares
-from numflash.problem.options import AttentionOptions
+from numflash.problem.options import ARRAY_OPTIONS, AttentionOptions
 from numflash.problem.problem import AttentionProblem, Tensor, describe
 from numflash.runtime.arrays import ArrayLibrary
 from numflash.runtime.errors import UnsupportedError
@@ -128,7 +128,9 @@ def fp8_request_of(
         dtype = result_dtype(like["q"].device)
     like = {name: replace(view, dtype=dtype) for name, view in like.items()}
     q, options = like["q"], options._replace(precision=None)
-    rest = {name: views[name] for name in options.arrays()}
+    # Of a call that is made ready ahead only the views are there.
+    names = {*ARRAY_OPTIONS, *options.arrays()}
+    rest = {name: views[name] for name in names if name in views}
     problem, _ = describe(like | rest, options)
     for row in rows_of(problem.feature_names):
         if not row.in_8_bits:

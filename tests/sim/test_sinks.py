@@ -162,14 +162,14 @@ ROWS, FEATURES = "numflash.tiles.rows", "numflash.tiles.features"
 FAULTS = {
     "joined by each part, and once more": (
         ROWS,
-        Mutation("part", "make_finish(() if is_part else features)", "make_finish(features)"),
+        Mutation("part", "features = () if is_part else features", "features = features"),
     ),
     "forgotten in lse": (
         ROWS,
         Mutation(
             "lse",
-            "return kept / total if total != f32(0) else f32(0), top, total",
-            "return kept / total if total != f32(0) else f32(0), row_max * unit_before, row_sum",
+            "return factor, top, total",
+            "return factor, row_max * unit_before, row_sum",
         ),
     ),
     "O not brought to the new maximum": (ROWS, Mutation("kept", "kept / total", "f32(1) / total")),
