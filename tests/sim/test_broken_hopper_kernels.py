@@ -300,7 +300,7 @@ producer  overlap  Q of one warpgroup
 producer  overlap  rows of one warpgroup
     + group * tokens ->
 producer  slabs  K and V of another head
-    m_start, head, head_kv, batch, split = -> m_start, head_kv, head, batch, split =
+    m_start, head, head_kv, batch, _ = place -> m_start, head_kv, head, batch, _ = place
 producer  persistent  keys from the first on
     i32(n * stage_n), K.full -> i32(0 * stage_n), K.full
 forward  persistent  the step of the stages of K
