@@ -130,7 +130,7 @@ def describe(x: Any, name: str) -> Array | Number:
         ValueError: an array with too many axes.
     """
     if isinstance(x, np.complexfloating) or (isinstance(x, Complex) and not isinstance(x, Real)):
-        raise TypeError(f"{name} must be a real number or an array, got {x!r}")
+        raise TypeError(f"{name} must be an array or a real number, got {x!r}, a complex one")
     if isinstance(x, np.generic | Real):
         if math.isfinite(x) and abs(x) > _MAX_FLOAT32:
             raise ValueError(f"{name} must fit into float32, got {x}")
