@@ -57,6 +57,9 @@ AT_PLACES = {
     "of a float index",
     "whole arithmetic",
     "number of keys a group",
+    # Multiples of a distance may be whole numbers that no float holds.
+    "twice",
+    "compared",
 }
 LONG_DISTANCES = {
     "product": lambda s, b, h, q, k: s - 0.5 * (q - k) * (q - k) * (h + 1),
