@@ -42,7 +42,7 @@ def on_arrays(
     count = aux_taken(function, len(places), len(aux), is_one_of_two)
     given = [_Inside(x) if isinstance(x, np.ndarray) and x.ndim else x for x in aux[:count]]
     try:
-        return function(*places, *given)
+        return np.asarray(function(*places, *given))
     except ValueError as error:
         if "truth value" not in str(error):
             raise

@@ -281,8 +281,7 @@ def _gradients_of_arrays(operands, of_scores, slopes, options, sign=np.asarray) 
     q, k, dtype, matmul = operands
     found, wanted = {}, names_of_gradients(options)
     if "bias" in wanted:
-        of_bias = of_scores * slopes["given"]
-        found["bias"] = _sum_to(of_bias, np.shape(options["bias"]), dtype)
+        found["bias"] = _gradient_of_bias(of_scores * slopes["given"], options, dtype)
     arrays = [name for name in wanted if name.startswith("aux")]
     if not arrays:
         return found
@@ -293,24 +292,43 @@ def _gradients_of_arrays(operands, of_scores, slopes, options, sign=np.asarray) 
     for name in arrays:
         place = int(name[3:])
         gradient, number, count = np.zeros(aux[place].shape, _sums(dtype)), 0, 1
+        is_read_whole = aux[place].ndim == 0
         while number < count:
             ends = []
             for step in (-_NEAR, _NEAR):
                 probe = _Probe(aux[place], number, step)
+                if is_read_whole:
+                    probe = aux[place] + step
                 given = [*aux[:place], probe, *aux[place + 1 :]]
                 with np.errstate(all="ignore"):
                     of_both = options.get("mask_mod") is not None
                     places = (before, *axes)
                     ends.append(on_arrays(options["score_mod"], places, given, of_both))
-            count = probe.count
-            if probe.index is not None:
+            count = 1 if is_read_whole else probe.count
+            index = () if is_read_whole else probe.index
+            if index is not None:
                 slope = np.where(of_scores == 0, 0, (ends[1] - ends[0]) / (2 * _NEAR))
                 shares = of_scores * sign(slope).astype(dtype)
-                shape = np.shape(aux[place][probe.index])
-                np.add.at(gradient, probe.index, _sum_to(shares, shape, _sums(dtype)))
+                shape = np.shape(aux[place][index])
+                np.add.at(gradient, index, _sum_to(shares, shape, _sums(dtype)))
             number += 1
         found[name] = gradient.astype(dtype)
     return found
+
+
+def _gradient_of_bias(of_bias, options, dtype) -> np.ndarray:
+    """Of a bias of a larger problem that of the part where `origin` says, and zeros elsewhere."""
+    shape, (row, column, head) = np.shape(options["bias"]), options.get("origin") or (0, 0, 0)
+    if options.get("origin") is None:
+        return _sum_to(of_bias, shape, dtype)
+    axes = zip(shape, of_bias.shape[4 - len(shape) :], strict=True)
+    part = tuple(1 if n == 1 else full for n, full in axes)
+    first = (0, head, row, column)[4 - len(shape) :]
+    whole = np.zeros(shape, dtype)
+    places = zip(first, part, shape, strict=True)
+    inside = tuple(slice(None) if n == 1 else slice(x, x + m) for x, m, n in places)
+    whole[inside] = _sum_to(of_bias, part, dtype)
+    return whole
 
 
 def _is_real(x) -> bool:

@@ -93,3 +93,23 @@ def test_a_power_above_1_has_gradient_0_at_0():
 def test_a_number_of_aux_is_a_float32(number):
     with pytest.raises((ValueError, TypeError), match="aux0 must"):
         numflash.attention(Q, K, K, score_mod=lambda s, b, h, i, j, x: s * x, aux=(number,))
+
+
+CHECKED = {
+    "a part's bias": {
+        "bias": RNG.standard_normal((3, 40, 60)).astype("float16"),
+        "origin": (8, 16, 1),
+        "wrt": ("bias",),
+    },
+    "an array without axes": {
+        "score_mod": lambda s, b, h, i, j, x: s * x,
+        "aux": (np.array(1.5, np.float32),),
+        "wrt": ("aux0",),
+    },
+    "a constant": {"score_mod": lambda s, b, h, i, j: 1.0},
+}
+
+
+@pytest.mark.parametrize("name", CHECKED)
+def test_check_compares_what_attention_takes(name):
+    assert numflash.check(Q, K, K, dout=DOUT, **CHECKED[name]).passed
