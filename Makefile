@@ -15,6 +15,8 @@ EXTRA := $(or $(GPU_EXTRA),compile)
 TUNE := --pass forward --dtype float16 --head-dim 32 --seqlen 128 --mask full
 TUNE += $(if $(GPU_EXTRA),--batch 2 --heads 12 --time-budget 60,--batch 1 --heads 4 --device sm_80 --offline --trials 12)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Where the environment forbids bytecode each process of a run would compile all sources anew.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: run test lint tables clean
 
@@ -23,9 +25,11 @@ run: $(VENV)/run.done
 	@$(SIMULATE) $(BIN)/python examples/real_activations.py
 
 test: $(VENV)/test.done lint
-	@NUMBA_ENABLE_CUDASIM=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal tests/host tests/sim tests/executed
+	@NUMBA_ENABLE_CUDASIM=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal \
+		tests/host tests/sim tests/executed tests/frontends
 	@$(BIN)/python -m pytest -q -n 2 --dist worksteal \
-		tests/host/numflash/bad_input tests/host/numflash/test_launch_stubbed.py \
+		tests/host/numflash/bad_input tests/host/numflash/test_*_stubbed.py \
+		tests/host/numflash/test_tensor_map*.py tests/host/numflash/test_memory.py \
 		tests/host/numflash/test_stream_order.py tests/compile tests/gpu
 
 lint: $(VENV)/test.done
@@ -36,14 +40,17 @@ lint: $(VENV)/test.done
 tables: $(VENV)/run.done
 	@$(BIN)/python -m tuner.shipping
 
-$(VENV)/run.done: pyproject.toml
+$(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/run.done: pyproject.toml | $(VENV)/bin/python
 	$(PIP) install -q -e ".[$(EXTRA),tune]"
 	@touch $@
 
-$(VENV)/test.done: $(VENV)/run.done
+# All that `run` needs is there, too.
+$(VENV)/test.done: pyproject.toml | $(VENV)/bin/python
 	$(PIP) install -q -e ".[$(EXTRA),postgresql,test]"
-	@touch $@
+	@touch $(VENV)/run.done $@
 
 clean:
 	rm -rf $(VENV) build/test-cache build/tables .pytest_cache .ruff_cache *.egg-info

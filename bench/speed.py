@@ -7,8 +7,9 @@ and for --traffic and --memory the counts.
 
 import argparse
 import time
-from pathlib import Path
+from functools import partial
 
+from bench import timing
 from bench.measuring import profiler
 from bench.measuring.session import Session, point_tasks
 from bench.peers import methods as peers
@@ -19,7 +20,6 @@ from bench.studies import ablation, analytic, static
 from bench.tables import figures, quantization, tables
 from numflash.runtime.devices import ARCHITECTURES, Architecture, architecture_of
 
-_NO_GPU = "There is no NVIDIA GPU here (nvidia-smi finds none): nothing is measured."
 _STATIC_ARCH = "sm_80"
 _MEMORY_PEERS = [peers.OURS, "torch-flash", "torch-math", "cupy"]
 
@@ -28,11 +28,7 @@ def add_commands(commands) -> None:
     """Add `forward` and `backward` to the commands of `python -m bench`."""
     for direction in points.DIRECTIONS:
         parser = commands.add_parser(direction, help=f"time the {direction} against every peer")
-        parser.add_argument("--device", type=int, default=0, help="ordinal of the GPU")
-        parser.add_argument("--peers", default=peers.ALL, help="names with commas; default: all")
-        parser.add_argument("--quick", action="store_true", help="a useful part of the grid")
-        parser.add_argument("--out", type=Path, default=record.RESULTS, help="folder of records")
-        parser.add_argument("--time-limit", type=float, default=540.0, metavar="SECONDS")
+        timing.add_options(parser)
         parser.add_argument("--seqlen", type=int, nargs="+", help="of the grid")
         parser.add_argument("--head-dim", type=int, nargs="+", help="of the grid")
         parser.add_argument("--dtype", nargs="+", choices=points.DTYPES, help="of the grid")
@@ -58,36 +54,24 @@ def run_forward(options: list[str]) -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure, or without a GPU print the static figures; the exit status."""
-    deadline = time.monotonic() + arguments.time_limit
-    try:
-        names = peers.chosen(arguments.peers)
-    except ValueError as error:
-        print(f"--peers: {error}")
-        return 2
-    machine = record.describe_machine(arguments.device)
-    if machine["device"] is None:
-        print(_NO_GPU)
-        return without_gpu(arguments, deadline)
-    print(f"{machine['device']}, driver {machine['driver']}, commit {machine['commit']}")
-    capability = tuple(map(int, (machine["compute_capability"] or "9.0").split(".")))
-    limits = architecture_of(capability)
-    kind = "-".join(filter(None, [arguments.direction, (arguments.mode or "").replace("_", "-")]))
-    session = Session(machine, arguments.direction, kind, arguments.out, arguments.device)
-    tasks, finish = _TASKS[arguments.mode](arguments, names, limits)
-    session.run([{"kind": "ceilings"}, *tasks], deadline)
-    if session.no_device is not None:
-        print(f"no device could be opened: {session.no_device}")
-        return 1
-    finish(session, deadline)
-    _print_ceilings(session)
-    if troubles := tables.problems(session.measured()):
-        print(f"\nWithout a time:\n{troubles}")
-    print(f"\nrecord: {session.path}")
-    return 0
+
+    def plan_of(names: list[str], machine: dict) -> timing.Plan:
+        capability = tuple(map(int, (machine["compute_capability"] or "9.0").split(".")))
+        tasks, tell = _TASKS[arguments.mode](arguments, names, architecture_of(capability))
+        mode = (arguments.mode or "").replace("_", "-")
+        kind = "-".join(filter(None, [arguments.direction, mode]))
+
+        def finish(session: Session, deadline: float) -> None:
+            tell(session, deadline)
+            _print_ceilings(session)
+
+        return arguments.direction, kind, tasks, finish
+
+    return timing.run(arguments, plan_of, partial(without_gpu, arguments))
 
 
-def without_gpu(arguments: argparse.Namespace, deadline: float) -> int:
-    """Print what can be said without a GPU; 0."""
+def without_gpu(arguments: argparse.Namespace, deadline: float) -> None:
+    """Print what can be said without a GPU."""
     direction = arguments.direction
     dims = arguments.head_dim or (points.QUICK_HEAD_DIMS if arguments.quick else points.HEAD_DIMS)
     dtypes = arguments.dtype or (points.QUICK_DTYPES if arguments.quick else points.DTYPES)
@@ -113,7 +97,6 @@ def without_gpu(arguments: argparse.Namespace, deadline: float) -> int:
         static.print_rows(static.rows(direction, dims, dtypes), static.COLUMNS, deadline)
         if direction == "forward":
             print(tables.FP8_NOTE)
-    return 0
 
 
 def _grid_tasks(arguments, names, limits):

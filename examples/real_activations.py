@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 
 import numflash
-from numflash.api.check import compare
+from numflash.api.comparison import compare
 from numflash.runtime.arrays import to_numpy
 from numflash.runtime.commands import command
 

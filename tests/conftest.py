@@ -1,9 +1,10 @@
-"""The five test layers, chosen by folder: host, sim, executed, compile, gpu.
+"""The six test layers, chosen by folder: host, sim, executed, frontends, compile, gpu.
 
-The simulator is chosen when Numba is imported, so one process runs either `host`, `sim` and
-`executed` (NUMBA_ENABLE_CUDASIM=1) or `compile` and `gpu`. `make test` runs both.
+The simulator is chosen when Numba is imported, so one process runs either `host`, `sim`,
+`executed` and `frontends` (NUMBA_ENABLE_CUDASIM=1) or `compile` and `gpu`. `make test` runs both.
 """
 
+import gc
 import os
 import zlib
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from numflash.runtime.mode import SIMULATED
+from tests.support.covering import ALL
 
 # The choice of kernels must not depend on this user's tuning; tests of that turn it on.
 os.environ["NUMFLASH_TUNED"] = "0"
@@ -21,16 +23,29 @@ _HERE = Path(__file__).parent
 # edit makes stale is never found again. Tests of the cache itself have folders of their own.
 _COMPILED = _HERE.parent / "build" / "test-cache" / "cubins"
 _MOST_COMPILED_BYTES = 2**30
-_LAYERS = ("host", "sim", "executed", "compile", "gpu")
+_LAYERS = ("host", "sim", "executed", "frontends", "compile", "gpu")
 
 
 def pytest_configure(config):
     """Register a marker for each layer, so that `-m sim` selects it."""
     for layer in _LAYERS:
         config.addinivalue_line("markers", f"{layer}: tests of the {layer} layer")
+    config.addinivalue_line("markers", "thorough: tests that run with NUMFLASH_TEST_ALL=1")
     _COMPILED.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not hasattr(config, "workerinput"):  # once, not in every worker
         drop_oldest(_COMPILED, _MOST_COMPILED_BYTES)
+
+
+def pytest_collection(session):
+    """Look for no garbage while tests are collected: they stay, and would be looked at again."""
+    gc.disable()
+
+
+def pytest_collection_finish(session):
+    """Collect garbage from here on, but never look again at what was collected above."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 def drop_oldest(folder: Path, most_bytes: int) -> None:
@@ -46,11 +61,19 @@ def drop_oldest(folder: Path, most_bytes: int) -> None:
         size -= n_bytes
 
 
-def pytest_collection_modifyitems(items):
-    """Mark each test with its layer; skip what this process cannot run, saying why."""
+def pytest_collection_modifyitems(config, items):
+    """Mark each test with its layer; skip what this process cannot run, saying why.
+
+    Thorough tests are left out, but where all run.
+    """
+    if not ALL:
+        left_out = [item for item in items if item.get_closest_marker("thorough")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("thorough")]
     missing = {
         "sim": None if SIMULATED else "needs NUMBA_ENABLE_CUDASIM=1",
         "executed": None if SIMULATED else "needs NUMBA_ENABLE_CUDASIM=1",
+        "frontends": None if SIMULATED else "needs NUMBA_ENABLE_CUDASIM=1",
         "compile": "needs NUMBA_ENABLE_CUDASIM unset" if SIMULATED else None,
         "gpu": "needs NUMBA_ENABLE_CUDASIM unset" if SIMULATED else _no_gpu(),
     }

@@ -14,12 +14,13 @@ import logging
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
-from numflash.configs import DTYPES, MAX_HEAD_DIM
+from numflash.configs import DTYPES, MAX_HEAD_DIM, Traits
 from numflash.configs.features import FEATURES
 from numflash.problem.classes import ProblemClass
-from numflash.problem.options import AttentionOptions
+from numflash.problem.options import PACKED, AttentionOptions
 from numflash.problem.problem import AttentionProblem, describe
 from numflash.runtime.commands import command
 from numflash.runtime.errors import UnsupportedError
@@ -62,7 +63,7 @@ def make_parser() -> argparse.ArgumentParser:
     where.add_argument("--list-devices", action="store_true", help="the GPUs known by name")
     what = parser.add_argument_group("what: every combination of these is a class of problems")
     what.add_argument(
-        "--pass", dest="passes", nargs="+", choices=tuple(FAMILIES), default=list(FAMILIES)
+        "--pass", dest="passes", nargs="+", choices=tuple(FAMILIES), help="default: all there are"
     )
     what.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float16", "bfloat16"])
     what.add_argument("--head-dim", nargs="+", type=int, default=[64, 128], metavar="N")
@@ -79,6 +80,17 @@ def make_parser() -> argparse.ArgumentParser:
     what.add_argument("--batch", type=int, default=4, metavar="N", help="default: 4")
     what.add_argument("--heads", type=int, default=16, metavar="N", help="default: 16")
     what.add_argument("--heads-kv", type=int, metavar="N", help="default: as --heads")
+    what.add_argument(
+        "--varlen",
+        action="store_true",
+        help="sequences with lengths of their own: --batch of them, with --seqlen keys on average",
+    )
+    what.add_argument(
+        "--page-size",
+        type=int,
+        metavar="N",
+        help="a cache in pages of N keys, with room for --seqlen keys of each sequence; forward",
+    )
     for row in FEATURES:
         what.add_argument(f"--{row.name}", action="store_true", help=f"with {row.title}")
     what.add_argument("--precision", choices=("tf32",), help="float32 on the tensor cores")
@@ -304,7 +316,11 @@ def _write_report(path: str | None, results: list, write) -> None:
 
 def problems_of(args: argparse.Namespace) -> list[ProblemClass]:
     """The classes to tune. Raises ValueError, OSError."""
-    families = [family for name in args.passes for family in FAMILIES[name]]
+    passes = args.passes or list(FAMILIES)
+    if args.page_size is not None:
+        _expect_forward(args)
+        passes = ["forward"]
+    families = [family for name in passes for family in FAMILIES[name]]
     if args.from_capture is not None:
         try:
             found = read_capture(args.from_capture)
@@ -312,7 +328,7 @@ def problems_of(args: argparse.Namespace) -> list[ProblemClass]:
             raise ValueError(f"{args.from_capture} is no capture: {error}") from error
         chosen = [problem for problem in found if problem.family in families]
         if not chosen:
-            raise ValueError(f"{args.from_capture} holds no class of {', '.join(args.passes)}")
+            raise ValueError(f"{args.from_capture} holds no class of {', '.join(passes)}")
         return chosen
     if args.precision == "tf32" and args.dtype != ["float32"]:
         given = " ".join(args.dtype)
@@ -326,8 +342,25 @@ def problems_of(args: argparse.Namespace) -> list[ProblemClass]:
         vector = 4 if dtype == "float32" else 8
         aligned = problem.head_dim % vector == 0 and problem.head_dim_v % vector == 0
         traits = problem.traits(vectorized=aligned)
-        problems += [ProblemClass.of(family, problem, traits) for family in families]
+        problems += [_class_of(family, problem, traits) for family in families]
     return list(dict.fromkeys(problems))
+
+
+def _expect_forward(args: argparse.Namespace) -> None:
+    """Check what goes with --page-size. Raises ValueError."""
+    _positive("--page-size", args.page_size)
+    if args.passes and args.passes != ["forward"]:
+        raise ValueError("--page-size goes with --pass forward: a cache has no gradients")
+    if args.varlen:
+        raise ValueError(
+            "--page-size goes without --varlen: sequences in pages have lengths anyway"
+        )
+
+
+def _class_of(family: str, problem: AttentionProblem, traits: Traits) -> ProblemClass:
+    """The class of a kernel of a problem; what combines parts reads no pages."""
+    traits = replace(traits, paged=False) if family == "combine" else traits
+    return ProblemClass.of(family, problem, traits)
 
 
 def _problem(
@@ -349,12 +382,24 @@ def _problem(
     def view(*shape: int, dtype: str = dtype) -> ArrayView:
         return ArrayView(0, shape, contiguous_strides(shape), dtype, 0)
 
-    views = {
-        "q": view(args.batch, seqlen_q, args.heads, head_dim),
-        "k": view(args.batch, seqlen, heads_kv, head_dim),
-        "v": view(args.batch, seqlen, heads_kv, head_dim_v),
-    }
+    of_q, of_k, more = (args.batch, seqlen_q), (args.batch, seqlen), {}
     options = AttentionOptions(precision=args.precision, **_mask_options(mask))
+    if args.varlen:
+        of_q, of_k = (args.batch * seqlen_q,), (args.batch * seqlen,)
+        ends = view(args.batch + 1, dtype="int32")
+        more = {"cu_seqlens_q": ends, "cu_seqlens_k": ends}
+        options = options._replace(layout=PACKED)
+    elif args.page_size is not None:
+        width = max(1, seqlen // args.page_size)
+        of_k = args.batch * width, args.page_size
+        more = {"page_table": view(args.batch, width, dtype="int32")}
+        more |= {"seqlens_k": view(args.batch, dtype="int32")}
+    views = {
+        "q": view(*of_q, args.heads, head_dim),
+        "k": view(*of_k, heads_kv, head_dim),
+        "v": view(*of_k, heads_kv, head_dim_v),
+        **more,
+    }
     for row in FEATURES:
         value = row.example(args.heads)
         if getattr(args, row.name) and row.is_array:

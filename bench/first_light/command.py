@@ -33,6 +33,7 @@ from bench.measuring.session import (
 from bench.records import record
 from bench.records.checks import ROOT, child_environment
 from numflash.runtime.devices import Architecture, architecture_of
+from numflash.runtime.files import replace_file
 
 HANG_SECONDS = 25
 _CHECK_ID = "tests/gpu/test_instructions.py::test_hardware_agrees_with_the_simulator[{}]"
@@ -248,9 +249,7 @@ class Visit:
 
     def _save(self) -> None:
         record.save(self.record, self.path)
-        partial = self.page_path.with_suffix(".md.partial")
-        partial.write_text(page.render(self.record))
-        os.replace(partial, self.page_path)
+        replace_file(self.page_path, page.render(self.record))
 
     def is_right(self) -> bool:
         """Whether something ran, and nothing of it was wrong or broke."""

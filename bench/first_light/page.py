@@ -26,6 +26,8 @@ _SUBJECTS = {
     plan.QUESTIONS: "results of forced configs",
     plan.TUNER: "results of the model's configs",
 }
+_ONE_CHECK = ("check", "tests")
+"""Kinds of steps that are one check each."""
 _SAME = 0.01
 """Times that differ by less are called equal."""
 _REASON, _FEW = 240, 6
@@ -74,7 +76,7 @@ def outcomes(step: dict) -> dict[str, str]:
         if step["outcome"] == "crashed":
             return dict.fromkeys(step["names"], "crashed")
         return {name: found.get(name, {"outcome": "not run"})["outcome"] for name in step["names"]}
-    if step["kind"] == "check":
+    if step["kind"] in _ONE_CHECK:
         if step["outcome"] == "done":
             return {step["title"]: step["check"]}
         is_lost = step["outcome"] in ("crashed", "failed")
@@ -97,7 +99,7 @@ def _rightness(record: dict) -> str:
     tallies: dict[str, dict[str, int]] = {}
     for step in record["steps"]:
         for name, outcome in outcomes(step).items():
-            subject = name if step["kind"] == "check" else _SUBJECTS[step["section"]]
+            subject = name if step["kind"] in _ONE_CHECK else _SUBJECTS[step["section"]]
             if step["title"] in plan.NO_WITNESS:
                 subject = "instructions without a witness"
             tally = tallies.setdefault(subject, dict.fromkeys(_OUTCOMES, 0))

@@ -14,7 +14,7 @@ from bench.peers import methods as peers
 from bench.points import points
 from bench.points.points import Point
 from bench.studies import ablation, static
-from numflash.configs import wgmma
+from numflash.configs import implementation_of
 from numflash.configs.traits import Traits
 from numflash.problem.classes import ProblemClass, round_up
 from numflash.runtime.devices import Architecture
@@ -25,7 +25,7 @@ NO_WITNESS = tuple(name for name in _RECORD["without"] if not name.startswith(_O
 """Instructions of more than one lane that no other compiler's kernel has confirmed."""
 
 INSTRUCTIONS, FORWARD, GRADIENTS = "instructions", "forward", "gradients"
-SPEED, QUESTIONS, TUNER = "speed", "questions", "tuner"
+SPEED, QUESTIONS, FRAMEWORKS, TUNER = "speed", "questions", "frameworks", "tuner"
 
 HEADLINE_PEERS = (
     peers.OURS,
@@ -41,16 +41,17 @@ _DTYPE = "bfloat16"
 # The sizes of checks against float64: no tile divides them.
 _BATCH, _SEQLEN, _HEADS = 2, 300, 2
 _REHEARSED_SEQLEN = 24
-_ONE_CONSUMER = "sm90-m64n128w4s2-overlap-persistent"
-_TILES = (176, 160)
+_PAGE_SIZE = 16
+_TILE = 176
 _BEST = 5
+_FRAMEWORKS = {"torch": "tests/gpu/test_torch.py", "jax": "tests/gpu/test_jax.py"}
 
 # Seconds on a GPU: of one instruction that is compiled for it and of one that is compiled ahead,
 # of a forward and a backward that are compiled, of a point, and of one more config on it.
 _INSTRUCTION_S, _COMPILED_S = 1.5, 0.3
 _FORWARD_S, _BACKWARD_S = 8.0, 14.0
 _CEILINGS_S, _POINT_S, _CONFIG_S = 3.0, 8.0, 5.0
-_PARTS_S, _CANDIDATES_S = 5.0, 6.0
+_PARTS_S, _CANDIDATES_S, _TESTS_S = 5.0, 6.0, 15.0
 
 
 def steps(cases: Iterable[Any], limits: Architecture, rehearsal: bool) -> list[dict]:
@@ -63,12 +64,14 @@ def steps(cases: Iterable[Any], limits: Architecture, rehearsal: bool) -> list[d
     """
     found = [
         *_instructions(cases),
-        *_forwards(limits),
+        *_forwards(),
         *_gradients(),
         _step(SPEED, "matrix product and copy", _CEILINGS_S, "ceilings"),
         *_headlines(),
+        *_questions_of_gradients(limits),
         *_questions(limits),
         *_decode(limits, rehearsal),
+        *_frameworks(),
         *_predictions(),
     ]
     return [_small(step) for step in found] if rehearsal else found
@@ -102,7 +105,10 @@ def _small(step: dict) -> dict:
 
 
 def _instructions(cases: Iterable[Any]) -> list[dict]:
-    """Those without a witness one by one, the encoding of tensor maps, then the others."""
+    """Those without a witness one by one, then the others, of which the last use tensor maps.
+
+    By then most are compiled.
+    """
     cases = list(cases)
     found, left = [], []
     for name in NO_WITNESS:
@@ -111,15 +117,12 @@ def _instructions(cases: Iterable[Any]) -> list[dict]:
             seconds = _INSTRUCTION_S * len(mine)
             found.append(_step(INSTRUCTIONS, name, seconds, "instructions", names=mine))
     left = [case for case in cases if case.instruction not in NO_WITNESS]
-    mapped = [str(case) for case in left if case.tensor_maps]
-    seconds = _INSTRUCTION_S * len(mapped)
-    title = "tensor maps as the driver encodes them"
-    found.append(_step(INSTRUCTIONS, title, seconds, "instructions", names=mapped))
     groups: dict[str, list[str]] = {}
     for case in left:
         if not case.tensor_maps:
             groups.setdefault(_subject(case.instruction), []).append(str(case))
-    for subject, names in groups.items():
+    mapped = [str(case) for case in left if case.tensor_maps]
+    for subject, names in [*groups.items(), ("tensor maps as the driver encodes them", mapped)]:
         seconds = _INSTRUCTION_S + _COMPILED_S * len(names)
         found.append(_step(INSTRUCTIONS, subject, seconds, "instructions", names=names))
     return found
@@ -130,25 +133,27 @@ def _subject(instruction: str) -> str:
     return instruction.partition("_")[0]
 
 
-def _forwards(limits: Architecture) -> list[dict]:
+def _forwards() -> list[dict]:
     found = [
         _check(FORWARD, f"forward, head_dim {head_dim}", _FORWARD_S, head_dim, head_dim)
         for head_dim in (64, 128, 256)
     ]
     found.append(_check(FORWARD, "forward, head_dim 128, head_dim_v 96", _FORWARD_S, 128, 96))
-    if _is_hopper(limits):
-        title = f"{_ONE_CONSUMER}: setmaxnreg 56 and 256"
-        found.append(_check(FORWARD, title, _FORWARD_S, 128, 128, config=_ONE_CONSUMER))
-    return found
+    title = "forward, sequences one after another"
+    found.append(_check(FORWARD, title, _FORWARD_S, 128, 128, is_packed=True))
+    title = f"decode step, cache in pages of {_PAGE_SIZE} keys"
+    return [*found, _check(FORWARD, title, _FORWARD_S, 128, 128, page_size=_PAGE_SIZE)]
 
 
 def _gradients() -> list[dict]:
+    """In two kernels, then in one, where Hopper shares dQ out otherwise at 64 than at 128."""
     found = [
         _check(GRADIENTS, f"gradients, head_dim {d}", _BACKWARD_S, d, d, gradients=True)
-        for d in (64, 128)
+        for d in (64, 128, 256)
     ]
-    title = "gradients, head_dim 64, one kernel for all"
-    found.append(_check(GRADIENTS, title, _BACKWARD_S, 64, 64, gradients=True, fused=True))
+    for d in (64, 128):
+        title = f"gradients, head_dim {d}, one kernel for all"
+        found.append(_check(GRADIENTS, title, _BACKWARD_S, d, d, gradients=True, fused=True))
     return found
 
 
@@ -160,18 +165,24 @@ def _check(section: str, title: str, seconds: float, head_dim: int, head_dim_v: 
 # How fast is it?
 
 
-def _grid_point(head_dim: int, seqlen: int, causal: bool, kind: str = "grid") -> Point:
-    grid = points.grid("forward", (seqlen,), (head_dim,), (_DTYPE,))
+def _grid_point(
+    head_dim: int, seqlen: int, causal: bool, kind: str = "grid", direction: str = "forward"
+) -> Point:
+    grid = points.grid(direction, (seqlen,), (head_dim,), (_DTYPE,))
     return replace(next(p for p in grid if p.causal == causal), kind=kind)
 
 
 def _headlines() -> list[dict]:
-    return [
-        _timed(SPEED, _grid_point(head_dim, seqlen, causal), list(HEADLINE_PEERS))
-        for head_dim in (128, 64)
-        for seqlen in (4096, 16384)
+    forward = [
+        _grid_point(head_dim, seqlen, causal)
+        for head_dim, seqlen in ((128, 4096), (128, 16384), (64, 16384))
         for causal in (False, True)
     ]
+    backward = [
+        _grid_point(head_dim, 16384, causal, direction="backward")
+        for head_dim, causal in ((128, False), (128, True), (64, False), (256, False))
+    ]
+    return [_timed(SPEED, point, list(HEADLINE_PEERS)) for point in (*forward, *backward)]
 
 
 def _timed(section: str, point: Point, names: list[str], title: str = "", **what) -> dict:
@@ -185,43 +196,55 @@ def _timed(section: str, point: Point, names: list[str], title: str = "", **what
 
 def _questions(limits: Architecture) -> list[dict]:
     """Forced configs in the same run; the first of "labels" is today's choice."""
-    found = []
     if not _is_hopper(limits):
-        return found
-    for head_dim in (128, 64):
-        config = static.choose_config("forward", static.traits_of(_DTYPE, head_dim), limits)
-        # Of head_dim 64 a row has 128 bytes: with 256 the L2 cache fetches another head's, too.
-        names = ("overlap", "pingpong", "arrivals", *["l2_bytes"] * (head_dim == 64))
-        for name in names:
-            other = ablation.switched(config, name)
-            if other is None:
-                continue
-            title = f"{name} at head_dim {head_dim}"
-            labels = {_name(each): _label(each, name) for each in (config, other)}
-            found.append(_question(title, _grid_point(head_dim, 16384, False, "question"), labels))
-        if head_dim == 128:
-            found[:0] = [_tiles(config, seqlen) for seqlen in (4096, 16384)]
-            found.append(_fixed(config))
+        return []
+    config = static.choose_config("forward", static.traits_of(_DTYPE, 128), limits)
+    point = _grid_point(128, 16384, False, "question")
+    labels = {
+        _name(config): "as today",
+        _name(replace(config, v_stages=config.num_stages + 1)): "one more stage of V",
+        _name(replace(config, tile_n=_TILE)): f"tiles of {_TILE} keys",
+    }
+    found = [_question("v_stages or tile_n at head_dim 128", point, labels)]
+    for name in ("overlap", "pingpong"):
+        labels = {
+            _name(each): f"{name} {'on' if getattr(each, name) else 'off'}"
+            for each in (config, ablation.switched(config, name))
+        }
+        found.append(_question(f"{name} at head_dim 128", point, labels))
     return found
 
 
-def _tiles(config: wgmma.Sm90ForwardConfig, seqlen: int) -> dict:
-    wider = [replace(config, tile_n=tile_n) for tile_n in _TILES]
-    labels = {_name(each): f"tiles of {each.tile_n} keys" for each in (config, *wider)}
-    title = f"tile_n at head_dim 128, {seqlen} tokens, no mask"
-    return _question(title, _grid_point(128, seqlen, False, "question"), labels)
+def _questions_of_gradients(limits: Architecture) -> list[dict]:
+    """One kernel or two, and how long each of two takes, on Hopper.
 
-
-def _fixed(config: wgmma.Sm90ForwardConfig) -> dict:
-    """`setmaxnreg` or none, where one warpgroup multiplies; beside both today's choice."""
-    one = wgmma.Sm90ForwardConfig.parse(_ONE_CONSUMER)
-    labels = {
-        _name(config): f"{config.num_warpgroups} warpgroups",
-        _name(one): "one warpgroup with setmaxnreg",
-        _name(replace(one, fixed=True)): "one warpgroup without setmaxnreg",
-    }
-    title = "fixed registers at head_dim 128"
-    return _question(title, _grid_point(128, 16384, False, "question"), labels)
+    dK and dV alone have four of the five products, and nothing of dQ: if shared memory binds as
+    the tuner's model says, they are as much faster than the whole as their bytes are fewer.
+    """
+    found = []
+    if not _is_hopper(limits):
+        return found
+    for head_dim, causal in ((128, False), (128, True), (64, False)):
+        traits = static.traits_of(_DTYPE, head_dim)
+        two = {
+            family: static.choose_config(family, traits, limits)
+            for family in ("backward-dq", "backward-dkdv")
+        }
+        fused = static.choose_config("backward", traits, limits)
+        ways = [(two, "two kernels"), ({"backward": fused}, "one kernel for all")]
+        if implementation_of(fused).blocks_to_fuse is not None:
+            ways.reverse()
+        labels = {ablation.variants_named(configs): label for configs, label in ways}
+        mask = "causal" if causal else "no mask"
+        title = f"gradients in one kernel or two at head_dim {head_dim}, {mask}"
+        point = _grid_point(head_dim, 16384, causal, "question", "backward")
+        found.append(_question(title, point, labels))
+        if head_dim == 128 and not causal:
+            texts = {family: str(config) for family, config in two.items()}
+            what = {"point": point.as_dict(), "config": texts}
+            title = "gradients at head_dim 128, kernel by kernel"
+            found.append(_step(QUESTIONS, title, _PARTS_S, "parts", **what))
+    return found
 
 
 def _question(title: str, point: Point, labels: dict[str, str]) -> dict:
@@ -230,13 +253,6 @@ def _question(title: str, point: Point, labels: dict[str, str]) -> dict:
 
 def _name(config: Any) -> str:
     return ablation.variants_named({"forward": config})
-
-
-def _label(config: Any, name: str) -> str:
-    value = getattr(config, name)
-    if isinstance(value, bool):
-        return f"{name} {'on' if value else 'off'}"
-    return f"{value} " + {"arrivals": "arrivals a warpgroup", "l2_bytes": "bytes to L2"}[name]
 
 
 def _decode(limits: Architecture, rehearsal: bool) -> list[dict]:
@@ -256,10 +272,18 @@ def _decode(limits: Architecture, rehearsal: bool) -> list[dict]:
     return found
 
 
+def _frameworks() -> list[dict]:
+    """What only a device shows of PyTorch's and JAX's front ends."""
+    return [
+        _step(FRAMEWORKS, path, _TESTS_S, "tests", module=module, path=path)
+        for module, path in _FRAMEWORKS.items()
+    ]
+
+
 def _predictions() -> list[dict]:
-    """The model's five best of the classes of the headline points, beside today's choice."""
+    """The model's best of the class of a headline point, beside today's choice."""
     found = []
-    for head_dim, causal in ((128, True), (64, True), (128, False), (64, False)):
+    for head_dim, causal in ((128, True),):
         point = _grid_point(head_dim, 16384, causal, "tuner")
         heads = round_up(point.batch * point.num_heads_q)
         mask = "causal" if causal else "full"

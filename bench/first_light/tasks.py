@@ -4,8 +4,12 @@
 ordinal, or on the simulator in a rehearsal.
 """
 
+import importlib.util
 import math
+import subprocess
 import sys
+import tempfile
+import time
 from functools import cache, partial
 from pathlib import Path
 
@@ -18,6 +22,7 @@ from bench.peers import methods as peers
 from bench.points import interleave
 from bench.points.interleave import Method
 from bench.points.points import Point
+from bench.records.checks import ROOT
 from bench.studies import static
 from numflash.runtime.errors import in_one_line
 
@@ -25,6 +30,10 @@ _NO_EXPECTATION = (
     "nothing to compare with: the simulator did not run here (it needs greenlet), and no "
     f"rehearsal of these sources has left its file in {background.PREPARED.name}"
 )
+
+_NOTHING_COLLECTED = 5
+"""The exit status of pytest where a whole file is skipped."""
+_LAST_LINES = 4
 
 
 # Instructions
@@ -102,6 +111,18 @@ def _check(device, task, settings, begin) -> dict:
         for seed, dim in enumerate((head_dim, head_dim, head_dim_v))
     )
     options = {"causal": task["causal"], "config": task.get("config")}
+    if task.get("is_packed"):
+        q, k, v = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
+        # Three sequences, the second without tokens.
+        first = seqlen // 3
+        ends = device.upload(np.array([0, first, first, batch * seqlen], np.int32))
+        options |= {"cu_seqlens_q": ends, "cu_seqlens_k": ends}
+    elif size := task.get("page_size"):
+        width = seqlen // size
+        q, lengths = q[:, :1], np.linspace(width * size - 1, 1, batch).astype(np.int32)
+        k, v = (x[:, : width * size].reshape(-1, size, *x.shape[2:]) for x in (k, v))
+        table = np.arange(batch * width, dtype=np.int32)[::-1].reshape(batch, width).copy()
+        options |= {"seqlens_k": device.upload(lengths), "page_table": device.upload(table)}
     kernel = str(numflash.explain_dispatch(q, k, v, **options).forward.config)
     if task.get("gradients"):
         options["dout"] = device.normal(v.shape, "float16", 3)
@@ -121,11 +142,13 @@ def _finite(x: float) -> float | str:
     return x if math.isfinite(x) else "not finite"
 
 
-# Decoding in parts
+# Kernels one by one
 
 
 def _parts(device, task, settings, begin) -> dict:
-    """Milliseconds of each kernel of a forward, and of them together."""
+    """Milliseconds of each kernel of a call, and of them together."""
+    import numflash
+    from numflash.calls.backward import Backward
     from numflash.calls.forward import Forward
     from numflash.problem.options import AttentionOptions
     from numflash.runtime.arrays import library_of
@@ -133,13 +156,19 @@ def _parts(device, task, settings, begin) -> dict:
     point = Point.from_dict(task["point"])
     shapes = {"q": point.q_shape, "k": point.kv_shape, "v": point.kv_shape}
     arrays = {n: device.normal(s, point.dtype, i) for i, (n, s) in enumerate(shapes.items())}
+    of_direction = Forward
+    if point.direction == "backward":
+        begin("forward")
+        out, lse = numflash.attention(**arrays, causal=point.causal, return_lse=True)
+        dout = device.normal(point.q_shape, point.dtype, 3)
+        arrays |= {"dout": dout, "out": out, "lse": lse}
+        of_direction = Backward
     library = library_of(arrays["q"], "q")
     views = {name: library.view(array, name) for name, array in arrays.items()}
     operands = {name: library.operand(array) for name, array in arrays.items()}
-    options = AttentionOptions(causal=point.causal, config=task["config"])
-    ready = Forward(views, options)
+    ready = of_direction(views, AttentionOptions(causal=point.causal, config=task["config"]))
     # The results must outlive the launches, which only know their addresses.
-    out, lse, launches = ready.bind(operands, library)
+    *results, launches = ready.bind(operands, library)
     stream = library.stream(ready.device)
     methods = [Method(name, partial(launch, stream)) for name, launch in launches.items()]
     methods.append(Method("together", lambda: [launch(stream) for launch in launches.values()]))
@@ -150,12 +179,43 @@ def _parts(device, task, settings, begin) -> dict:
         methods, device.time_method, budget_ms=settings["budget_ms"], on_failure=_raise
     )
     parts = {name: interleave.summarise(times) for name, times in samples.items()}
-    del out, lse
+    del results
     return {"parts": parts, "kernel": ready.kernel}
 
 
 def _raise(name: str, error: Exception) -> None:
     raise error
+
+
+# Front ends
+
+
+def _tests(device, task, settings, begin) -> dict:
+    """The outcome of a file of tests, in a process of its own; in a rehearsal they do not run."""
+    if importlib.util.find_spec(task["module"]) is None:
+        return {"check": "skipped", "reason": f"{task['module']} is not installed"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", task["path"]]
+    if settings["rehearsal"]:
+        command.append("--collect-only")
+    begin(None)
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+        try:
+            while process.poll() is None:
+                if time.monotonic() > settings["deadline"]:
+                    return {"check": "skipped", "reason": "out of time"}
+                time.sleep(0.2)
+                # What is silent is taken to hang; a test that does is stopped by the deadline.
+                begin(None)
+        finally:
+            process.kill()
+            process.wait()
+        output.seek(0)
+        lines = output.read().strip().splitlines()
+    summary = lines[-1] if lines else "no output"
+    if process.returncode not in (0, _NOTHING_COLLECTED):
+        return {"check": "failed", "reason": " ".join(" ".join(lines[-_LAST_LINES:]).split())}
+    return {"check": "passed" if " passed" in summary else "skipped", "reason": summary}
 
 
 # The tuner's predictions
@@ -198,6 +258,7 @@ KINDS: dict[str, worker.Kind] = {
     "instructions": _instructions,
     "check": _check,
     "parts": _parts,
+    "tests": _tests,
     "predicted": _predicted,
 }
 

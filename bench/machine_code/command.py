@@ -2,17 +2,20 @@
 
 Without files it compiles the kernels that dispatch chooses or may choose on every GPU, and writes
 registers, spills, warnings, parameters, opcodes and main loops. With two such files it prints what
-differs, and fails where anything is worse. It needs a compiler and a disassembler, no GPU.
+differs, and fails where anything is worse. With `--against` it prints the main loops of another
+compiler's kernels, out of a wheel or a cubin, beside ours. It needs a compiler and a disassembler,
+no GPU.
 """
 
 import argparse
+import re
 import sys
 import time
 from collections.abc import Iterator
 from multiprocessing import get_context
 from pathlib import Path
 
-from bench.machine_code import compare, figures
+from bench.machine_code import against, compare, figures
 from bench.machine_code.kernels import NamedKernel, kernels
 from numflash.runtime.errors import UnsupportedError
 from numflash.runtime.mode import SIMULATED
@@ -39,6 +42,20 @@ def add_command(commands) -> None:
     )
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes; default: 1")
     parser.add_argument(
+        "--against",
+        nargs="+",
+        type=Path,
+        metavar="PATH",
+        help="wheels, libraries, cubins or folders of these: print the main loops of their "
+        "kernels, then ours, those of --only or the defaults for the same GPUs in bfloat16",
+    )
+    parser.add_argument(
+        "--matching",
+        default="",
+        metavar="REGEX",
+        help="with --against: only kernels in whose 'sm_90/MANGLED_NAME' it is found",
+    )
+    parser.add_argument(
         "--diff",
         metavar="TEXT",
         help="with two files: also print how opcodes differ in kernels whose name contains TEXT",
@@ -47,8 +64,12 @@ def add_command(commands) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Write figures, or compare two files; 1 where a kernel fails or is worse, 2 if misused."""
+    """Write or compare figures; 1 where a kernel fails or is worse, 2 if misused."""
     try:
+        if arguments.against:
+            return _against(arguments)
+        if arguments.matching:
+            raise ValueError("--matching stands with --against only")
         if not arguments.files:
             return _write(arguments)
         if len(arguments.files) != 2:
@@ -62,6 +83,20 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.diff is not None:
         print("\n".join(compare.opcode_differences(before, after, arguments.diff)))
     return int(not passes)
+
+
+def _against(arguments: argparse.Namespace) -> int:
+    if SIMULATED:
+        raise UnsupportedError("kernels cannot be compiled while NUMBA_ENABLE_CUDASIM is set")
+    if arguments.files:
+        raise ValueError("--against stands without BEFORE and AFTER")
+    try:
+        re.compile(arguments.matching)
+    except re.error as error:
+        raise ValueError(f"--matching {arguments.matching!r} is no regex: {error}") from error
+    ours = kernels(arguments.only) if arguments.only else None
+    print(against.report(arguments.against, arguments.matching, ours))
+    return 0
 
 
 def _write(arguments: argparse.Namespace) -> int:

@@ -3,8 +3,9 @@
 They come from the rules of dispatch: what `choose` takes by default on every GPU, and each
 candidate of its tables at the largest head dims that it fits. With them go the variants of a
 kernel: features, unaligned rows, tf32, splits over the keys, selected heads; and the kernels
-around attention on 8-bit floats. Every config is there, but not with every dtype, head dim and
-feature, which would take hours. A mask is data of the kernels, not code: one kernel has all masks.
+around attention on 8-bit floats, and a fixed list of kernels with what callers ask for (`asked`).
+Every config is there, but not with every dtype, head dim and feature, which would take hours. A
+causal mask or a window is data of the kernels, not code: one kernel has all of these.
 """
 
 import fnmatch
@@ -12,20 +13,25 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from bench.machine_code import asked
 from numflash.configs import (
+    BLOCK_MASK_CONFIGS,
     FAMILIES,
     PORTABLE_CONFIGS,
     QUANTIZE_CONFIGS,
+    SEQUENCE_CONFIGS,
     AmaxConfig,
     Config,
     DequantizeConfig,
     EstimateConfig,
+    PrepareConfig,
+    RotaryConfig,
     Traits,
     fp8,
     portable,
     quantize_config,
 )
-from numflash.configs import mma as sm80
+from numflash.configs import mma_rules as sm80
 from numflash.configs import wgmma as sm90
 from numflash.runtime.devices import ARCHITECTURES
 from numflash.runtime.errors import UnsupportedError
@@ -38,6 +44,7 @@ OTHER_ARCHS = ("sm_86", "sm_89", "sm_120")
 _DTYPES = {64: "float16", 128: "bfloat16", 256: "float16"}
 _ONE_HEAD_DIM = 128
 _ATTENTION = ("forward", "backward-dkdv", "backward-dq", "backward")
+_FAMILIES = (*FAMILIES, *QUANTIZE_CONFIGS, *BLOCK_MASK_CONFIGS, *SEQUENCE_CONFIGS)
 _OF_EVERY_ARCH = ("forward", "backward-dkdv")
 _NO_BULK_COPIES = "the net asks for the kernel without bulk copies"
 # The larger the head dims, the scarcer are registers.
@@ -83,7 +90,14 @@ def kernels(only: Sequence[str] = ()) -> list[NamedKernel]:
     """
     found: dict[NamedKernel, None] = {}
     for config, traits, arch in itertools.chain(
-        _defaults(), _candidates(), _variants(), _in_8_bits(), _quantisation()
+        _defaults(),
+        _candidates(),
+        _variants(),
+        _in_8_bits(),
+        _quantisation(),
+        _rotary(),
+        _prepare(),
+        _asked(),
     ):
         code = getattr(config, "compiled", config)
         found[NamedKernel(config.family, arch, str(traits), str(code))] = None
@@ -91,7 +105,7 @@ def kernels(only: Sequence[str] = ()) -> list[NamedKernel]:
         if not any(is_wanted(kernel, [pattern]) for kernel in map(str, found)):
             raise ValueError(
                 f"--only must name kernels as FAMILY or FAMILY/GPU, got {pattern!r}, which "
-                f"matches none; families are {', '.join([*FAMILIES, *QUANTIZE_CONFIGS])}, GPUs "
+                f"matches none; families are {', '.join(_FAMILIES)}, GPUs "
                 f"{', '.join(ARCHITECTURES)}"
             )
     return [kernel for kernel in found if is_wanted(str(kernel), only)]
@@ -209,3 +223,47 @@ def _quantisation() -> _Found:
             yield DequantizeConfig(generation, **options), traits, arch
         for config in (AmaxConfig(1), AmaxConfig(8), EstimateConfig()):
             yield config, Traits("float16", 64, 64), arch
+
+
+def _asked() -> _Found:
+    """With functions, block masks, dropout and gradients of options, as callers ask for them."""
+    for arch in MAIN_ARCHS:
+        dtype = "float16" if arch == "sm_75" else "bfloat16"
+        for families, changes in asked.ROWS:
+            for family in families:
+                traits = Traits(dtype, _ONE_HEAD_DIM, _ONE_HEAD_DIM, **changes)
+                yield from _chosen(family, traits, arch)
+        for config, changes in asked.around_attention():
+            yield config, Traits("float16", 32, 32, **changes), arch
+    traits = Traits("float32", 64, 64, program=asked.PROGRAMS["bias"])
+    for family in ("forward", "backward-dq", "backward-dkdv"):
+        yield from _chosen(family, traits, "sm_80")
+
+
+def _rotary() -> _Found:
+    """As `numflash.apply_rotary` asks for them."""
+    given = [
+        ("float16", 128, {}),
+        ("bfloat16", 128, {"interleaved": True}),
+        ("bfloat16", 64, {"narrow": True}),
+        ("float32", 256, {"interleaved": True}),
+    ]
+    for arch, (dtype, head_dim, options) in itertools.product(MAIN_ARCHS, given):
+        yield RotaryConfig(**options), Traits(dtype, head_dim, head_dim), arch
+    for arch in OTHER_ARCHS:
+        yield RotaryConfig(), Traits("float16", 96, 96, vectorized=False), arch
+
+
+def _prepare() -> _Found:
+    """As `numflash.attention_with_kvcache` asks for them."""
+    asked = [
+        ("float16", 128, 128, {}),
+        ("bfloat16", 128, 64, {"interleaved": True, "narrow": True}),
+        ("float32", 256, 256, {"interleaved": True}),
+    ]
+    for arch, (dtype, head_dim, head_dim_v, options) in itertools.product(MAIN_ARCHS, asked):
+        yield PrepareConfig(**options), Traits(dtype, head_dim, head_dim_v), arch
+    for arch in MAIN_ARCHS:
+        yield PrepareConfig(), Traits("float16", 128, 128, codes=True), arch
+    for arch in OTHER_ARCHS:
+        yield PrepareConfig(), Traits("float16", 96, 96, vectorized=False), arch

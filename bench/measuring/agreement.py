@@ -1,10 +1,11 @@
 """Whether a method computes attention: its results on a sample of heads against float32.
 
-The rule is numflash's own (`numflash.api.check`): the largest error may be twice that of a naive
-implementation that rounds every intermediate to the input precision, plus the rounding of one
-result. It is applied on the device, to the first head of the first batch entry and the last of
-the last, so that the longest points of the grid are checked as well. Methods on 8-bit floats are
-held to a relative root mean square instead: what their error is depends on how they quantise.
+The rule is numflash's own (`numflash.api.comparison`): the largest error may be twice that of a
+naive implementation that rounds every intermediate to the input precision, plus the rounding of
+one result. It is applied on the device, to the first head of the first batch entry and the last of
+the last, or of the longest packed sequence, so that the longest points of the grid are checked as
+well. Methods on 8-bit floats are held to a relative root mean square instead: what their error is
+depends on how they quantise.
 
 The sums here are float32, row block by row block, so that memory stays linear in seqlen. `xp` is
 the array module: torch, cupy or numpy, whose names are alike as far as they are used.
@@ -27,6 +28,7 @@ class Sample:
         batch, head, head_kv: which head of the arrays.
         exact: result name -> float32 array, (seqlen, head_dim).
         budgets: result name -> largest error allowed.
+        rows: of packed arrays those of the sequence `batch`; None: arrays have a batch.
     """
 
     batch: int
@@ -34,6 +36,7 @@ class Sample:
     head_kv: int
     exact: dict
     budgets: dict[str, float]
+    rows: slice | None = None
 
 
 def make_samples(xp, point: Point, round_to, q, k, v, dout=None) -> list[Sample]:
@@ -43,20 +46,24 @@ def make_samples(xp, point: Point, round_to, q, k, v, dout=None) -> list[Sample]
         xp: the array module.
         point: sizes and mask; a backward needs num_heads_q == num_heads_kv.
         round_to: rounds a float32 array to the input precision and back.
-        q, k, v, dout: (batch, seqlen, heads, head_dim); dout for the backward only.
+        q, k, v, dout: (batch, seqlen, heads, head_dim), or (tokens, heads, head_dim) of packed
+            sequences; dout for the backward only.
     """
     if dout is not None and point.group_size != 1:
         raise ValueError("the sample of a backward holds one head of K and V for each of Q")
     samples = []
-    last = (point.batch - 1, point.num_heads_q - 1)
+    longest = point.seqlens.index(max(point.seqlens)) if point.is_packed else point.batch - 1
+    last = (longest, point.num_heads_q - 1)
     for batch, head in dict.fromkeys([(0, 0), last]):
         head_kv = head // point.group_size
-        rows = [_rows(q, batch, head), _rows(k, batch, head_kv), _rows(v, batch, head_kv)]
+        own = _rows_of_sequence(point, batch)
+        places = (q, head), (k, head_kv), (v, head_kv)
+        rows = [_rows(x, batch, number, own) for x, number in places]
         if dout is None:
             exact = {"out": forward(xp, *rows, point.causal)}
             naive = {"out": forward(xp, *rows, point.causal, round_to)}
         else:
-            do = _rows(dout, batch, head)
+            do = _rows(dout, batch, head, own)
             names = "dq", "dk", "dv"
             exact = dict(zip(names, backward(xp, do, *rows, point.causal), strict=True))
             naive = dict(zip(names, backward(xp, do, *rows, point.causal, round_to), strict=True))
@@ -65,7 +72,7 @@ def make_samples(xp, point: Point, round_to, q, k, v, dout=None) -> list[Sample]
             name: 2 * _largest(naive[name] - value) + epsilon * _largest(value)
             for name, value in exact.items()
         }
-        samples.append(Sample(batch, head, head_kv, exact, budgets))
+        samples.append(Sample(batch, head, head_kv, exact, budgets, own))
     return samples
 
 
@@ -83,7 +90,7 @@ def compare(results: dict, samples: list[Sample], max_rel_rms: float | None = No
         for name, exact in sample.exact.items():
             head = sample.head if name in ("out", "dq") else sample.head_kv
             norm = _largest if max_rel_rms is None else _rms
-            error = _error(results[name], sample.batch, head, exact, norm)
+            error = _error(results[name], sample, head, exact, norm)
             budget = sample.budgets[name]
             if max_rel_rms is not None:
                 error, budget = error / _rms(exact), max_rel_rms
@@ -149,18 +156,26 @@ def _rounded(x, round_to):
     return x if round_to is None else round_to(x)
 
 
-def _rows(x, batch: int, head: int):
-    """One head, (seqlen, head_dim), in float32."""
-    return _to_float32(x[batch, :, head])
+def _rows(x, batch: int, head: int, rows: slice | None):
+    """One head, (seqlen, head_dim), in float32; `rows` are those of a packed sequence."""
+    return _to_float32(x[batch, :, head] if rows is None else x[rows, head])
+
+
+def _rows_of_sequence(point: Point, number: int) -> slice | None:
+    """The rows of a packed sequence; None of a batch entry."""
+    if not point.is_packed:
+        return None
+    first = sum(point.seqlens[:number])
+    return slice(first, first + point.seqlens[number])
 
 
 def _to_float32(x):
     return x.float() if hasattr(x, "float") else x.astype("float32")
 
 
-def _error(result, batch: int, head: int, exact, norm) -> float:
+def _error(result, sample: Sample, head: int, exact, norm) -> float:
     """norm(result - exact) of one head; infinite where shapes differ or a number is not finite."""
-    got = _rows(result, batch, head)
+    got = _rows(result, sample.batch, head, sample.rows)
     if tuple(got.shape) != tuple(exact.shape):
         return math.inf
     error = norm(got - exact)

@@ -14,7 +14,7 @@ import time
 import warnings
 from collections.abc import Callable
 
-from bench.measuring import agreement
+from bench.measuring import agreement, inputs
 from bench.measuring.device import Device
 from bench.peers import methods as peers
 from bench.points import interleave, work
@@ -86,15 +86,12 @@ class _Run:
         self.deadline, self.budget_ms = deadline, budget_ms
         self.ratios: dict[str, float] = {}
         self.timed: list[float] = []
-        shapes = {"q": point.q_shape, "k": point.kv_shape, "v": point.kv_shape}
-        if point.direction == "backward":
-            shapes["dout"] = point.q_shape
-        self.inputs = {
-            name: device.normal(shape, point.dtype, seed)
-            for seed, (name, shape) in enumerate(shapes.items())
-        }
+        self.inputs = inputs.make(device, point)
         round_to = device.round_to(point.dtype)
-        self.samples = agreement.make_samples(device.xp, point, round_to, **self.inputs)
+        exact_of = {name: x for name, x in self.inputs.items() if name != "cu_seqlens"}
+        self.samples = agreement.make_samples(device.xp, point, round_to, **exact_of)
+        del exact_of
+        inputs.into_cache(device, point, self.inputs)
 
     def measure(self, names: list[str]) -> dict[str, dict]:
         """Entries of the methods; those that can run are timed together."""
@@ -140,8 +137,9 @@ class _Run:
         if self.point.direction == "backward" and name.startswith(peers.OURS):
             import numflash
 
-            q, k, v = (self.inputs[n] for n in "qkv")
-            results = numflash.attention(q, k, v, causal=self.point.causal, return_lse=True)
+            run = numflash.attention_varlen if self.point.is_packed else numflash.attention
+            arrays, given = inputs.of_call(self.point, self.inputs)
+            results = run(*arrays, causal=self.point.causal, return_lse=True, **given)
             self.inputs["out"], self.inputs["lse"] = results
 
     def _time(self, methods: list[Method], entries: dict[str, dict]) -> None:
@@ -191,7 +189,7 @@ def host_microseconds(device: Device, names: list[str], begin: Callable[[str], N
     holds the host up.
     """
     point = Point("forward", "host", "bfloat16", 1, 128, 128, 1, 1, 64, False)
-    inputs = {name: device.normal(point.q_shape, point.dtype, i) for i, name in enumerate("qkv")}
+    arrays = {name: device.normal(point.q_shape, point.dtype, i) for i, name in enumerate("qkv")}
     found: dict[str, dict] = {}
     for name in names:
         begin(name)
@@ -200,7 +198,7 @@ def host_microseconds(device: Device, names: list[str], begin: Callable[[str], N
             if (reason := peer.unavailable()) is not None:
                 found[name] = {"reason": reason}
                 continue
-            method = peer.prepare(point, inputs)
+            method = peer.prepare(point, arrays)
             with method.context():
                 found[name] = {"median_us": _host_time(device, method.call)}
         except Exception as error:
@@ -225,12 +223,13 @@ def kernels_of(device: Device, point: Point) -> str | None:
     """Which of numflash's kernels runs a point, in its own words; None if it does not say."""
     import numflash
 
-    shapes = {"q": point.q_shape, "k": point.kv_shape, "v": point.kv_shape}
-    arrays = [device.normal(shape, point.dtype, 0) for shape in shapes.values()]
+    made = inputs.make(device, point)
+    inputs.into_cache(device, point, made)
+    arrays, given = inputs.of_call(point, made)
     try:
         explain = getattr(numflash, "explain_dispatch", None)
         if explain is not None:
-            return str(explain(*arrays, causal=point.causal))
+            return str(explain(*arrays, causal=point.causal, **given))
         if point.direction == "backward":
             return None
         return numflash.plan(*arrays, causal=point.causal).kernel

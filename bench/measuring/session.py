@@ -11,12 +11,14 @@ from pathlib import Path
 
 from bench.measuring import supervisor
 from bench.peers import methods as peers
-from bench.points.points import Point
+from bench.points.points import KVCACHE, Point
 from bench.records import record
 from bench.records.entries import is_measured, is_right
 from tuner.measuring.clocks import ClockLog
 
 BUDGET_MS = 1500.0
+NO_GPU = "There is no NVIDIA GPU here (nvidia-smi finds none): nothing is measured."
+_BY_BYTES = ("decode", KVCACHE)
 
 
 class Session:
@@ -109,12 +111,12 @@ def line_of(entry: dict) -> str:
     parts = []
     for name, method in entry["methods"].items():
         if "median_ms" in method:
-            number = method["gbps"] if point.kind == "decode" else method["tflops"]
+            number = method["gbps"] if point.kind in _BY_BYTES else method["tflops"]
             wrong = "" if is_right(method) else " WRONG"
             parts.append(f"{name} {number:.0f}{wrong}")
         elif method["status"] != "unavailable":
             parts.append(f"{name} {method['status']}")
-    unit = "GB/s" if point.kind == "decode" else "TFLOP/s"
+    unit = "GB/s" if point.kind in _BY_BYTES else "TFLOP/s"
     ours = entry["methods"].get(peers.OURS, {})
     check = ours.get("check", {}).get("outcome", ours.get("status", "-"))
     return f"{point} [{unit}; numflash {check}]: {', '.join(parts)}"

@@ -6,12 +6,14 @@ says what it cannot do by raising; the benchmark records the reason and goes on.
 """
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from bench.peers import fp8 as peers_fp8
+from bench.peers import sequences
 from bench.points.interleave import Method
 from bench.points.points import Point
 
@@ -58,6 +60,8 @@ def numflash(config: Any = None) -> Callable:
     """Preparation of numflash, with a config other than its own choice."""
 
     def prepare(point: Point, inputs: dict) -> Method:
+        if point.kind in sequences.KINDS:
+            return sequences.numflash(config)(point, inputs)
         import numflash as library
 
         options = {"causal": point.causal, **({} if config is None else {"config": config})}
@@ -122,6 +126,9 @@ def flex_attention(point: Point, inputs: dict) -> Method:
 
 def flash_attention_2(point: Point, inputs: dict) -> Method:
     """The flash_attn package."""
+    if point.kind in sequences.KINDS:
+        attend = sequences.flash_attention("flash_attn", "block_table")(point, inputs)
+        return _torch_method("FlashAttention-2", point, inputs, attend)
     from flash_attn import flash_attn_func
 
     def attend(q, k, v):
@@ -137,13 +144,17 @@ def flash_attention_3(module: str) -> Callable:
         interface = importlib.import_module(module)
         if module == "fa3_fwd_interface" and point.direction == "backward":
             raise NotImplementedError("the fa3-fwd wheel has no backward")
+        if point.kind in sequences.KINDS:
+            inner = sequences.flash_attention(module, "page_table")(point, inputs)
+        else:
+            # Of one query only this function splits the keys by itself.
+            is_decode = point.kind == "decode"
+            function = "flash_attn_with_kvcache" if is_decode else "flash_attn_func"
+            inner = partial(getattr(interface, function), causal=point.causal)
 
-        def attend(q, k, v):
-            if point.kind == "decode":
-                # Only this function splits the keys by itself.
-                result = interface.flash_attn_with_kvcache(q, k, v, causal=point.causal)
-            else:
-                result = interface.flash_attn_func(q, k, v, causal=point.causal)
+        def attend(*tensors):
+            # Some versions return more beside the result.
+            result = inner(*tensors)
             return result[0] if isinstance(result, tuple) else result
 
         return _torch_method("FlashAttention-3", point, inputs, attend)
@@ -189,7 +200,8 @@ def _torch_method(
     """A method from a forward function on tensors; its backward is autograd's."""
     import torch
 
-    tensors = [inputs[key] for key in "qkv"]
+    of_cache = "q", "k_cache", "v_cache"
+    tensors = [inputs[key] for key in (of_cache if "k_cache" in inputs else "qkv")]
     if not isinstance(tensors[0], torch.Tensor):
         raise NotImplementedError("needs PyTorch to use the GPU")
     if point.direction == "forward":
@@ -246,6 +258,9 @@ PEERS: dict[str, Peer] = {
     )
 }
 """Name -> peer. The first is numflash; those that compile long come last."""
+OF_SEQUENCES = (OURS, "flash-attention-2", "flash-attention-3", "fa3-fwd", "flashinfer")
+"""Those that have functions for sequences one after another, or for caches."""
+_FLASHINFER = Peer("flashinfer", ("flashinfer",), sequences.flashinfer, "flashinfer-python")
 
 
 def find(name: str) -> Peer:
@@ -258,6 +273,8 @@ def find(name: str) -> Peer:
     """
     if name in PEERS:
         return PEERS[name]
+    if name == _FLASHINFER.name:
+        return _FLASHINFER
     kind, _, variant = name.partition(":")
     if kind == OURS and variant:
         config: Any = variant
@@ -271,7 +288,14 @@ def find(name: str) -> Peer:
     raise ValueError(f"peer must be one of {', '.join(PEERS)}, got {name!r}")
 
 
-def chosen(text: str) -> list[str]:
-    """The peers that `--peers` names, numflash always among them. Raises ValueError."""
-    names = list(PEERS) if text == ALL else [name.strip() for name in text.split(",") if name]
+def chosen(text: str, everyone: Iterable[str] | None = None) -> list[str]:
+    """The peers that `--peers` names, numflash always among them. Raises ValueError.
+
+    `everyone` are those of "all"; by default `PEERS`.
+    """
+    names = (
+        list(everyone or PEERS)
+        if text == ALL
+        else [name.strip() for name in text.split(",") if name]
+    )
     return list(dict.fromkeys([OURS, *(find(name).name for name in names)]))

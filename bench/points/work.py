@@ -7,6 +7,7 @@ FLOPs are counted as the FlashAttention papers do (`hopper/benchmark_attn.py`): 
 """
 
 from dataclasses import dataclass
+from math import prod
 
 from bench.points.points import Point
 
@@ -41,6 +42,10 @@ def average_keys(point: Point) -> float:
 
 def scores(point: Point) -> float:
     """Scores that some query sees, over all heads."""
+    if point.is_packed:
+        # Each token of a sequence sees half of it with a causal mask, as in `average_keys`.
+        squares = sum(n * n for n in point.seqlens)
+        return point.num_heads_q * squares / (2 if point.causal else 1)
     return point.batch * point.num_heads_q * point.seqlen_q * average_keys(point)
 
 
@@ -69,6 +74,16 @@ def min_bytes(point: Point, operand_bytes: int | None = None) -> int:
         read = (queries + 2 * keys) * operand_bytes
         return read + queries * point.dtype_bytes + statistics
     return (4 * queries + 4 * keys) * point.dtype_bytes + statistics
+
+
+def cache_bytes(point: Point) -> int:
+    """Bytes of K and V."""
+    return 2 * point.dtype_bytes * prod(point.kv_shape)
+
+
+def share_of_copy(point: Point, milliseconds: float, ceilings: Ceilings) -> float:
+    """The bytes of K and V a second, as a share of what a copy moves in the same run."""
+    return cache_bytes(point) / milliseconds / 1e6 / ceilings.copy_gbps
 
 
 def floor_ms(point: Point, ceilings: Ceilings) -> dict[str, float]:

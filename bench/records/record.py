@@ -2,14 +2,13 @@
 
 A record says which commit and kernel sources ran on which device with which software. Its `kind`
 is "verify" (which checks passed; a check counts as verified on a device while a record of it has
-passed with the kernel sources of today) or "forward", "backward" and their variants (what was
-measured; see `bench.measuring.measure`), or "first-light", which has both. Records without a kind,
-of schema 1, are of `verify`. One that says "rehearsal" is of no hardware: it is never read, and
-never written to where records are.
+passed with the kernel sources of today) or "forward", "backward" and their variants, "decode",
+"varlen" (what was measured; see `bench.measuring.measure`), or "first-light", which has both.
+Records without a kind, of schema 1, are of `verify`. One that says "rehearsal" is of no hardware:
+it is never read, and never written to where records are.
 """
 
 import json
-import os
 import platform
 import re
 import subprocess
@@ -19,6 +18,7 @@ from importlib import metadata
 from pathlib import Path
 
 from numflash.machine_code import compiler, sources
+from numflash.runtime.files import replace_file
 
 SCHEMA_VERSION = 2
 RESULTS = Path(__file__).parents[1] / "results"
@@ -36,6 +36,7 @@ _PACKAGES = (
     "flash-attn",
     "flash-attn-3",
     "fa3-fwd",
+    "flashinfer-python",
 )
 
 
@@ -112,9 +113,7 @@ def reserve(record: dict, folder: Path) -> Path:
 
 def save(record: dict, path: Path) -> None:
     """Write a record, at once or not at all."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
-    os.replace(partial, path)
+    replace_file(path, json.dumps(record, indent=1, sort_keys=True) + "\n")
 
 
 def write(record: dict, folder: Path) -> Path:

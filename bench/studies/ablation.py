@@ -260,15 +260,16 @@ def block_sizes(family: str, head_dim: int, dtype: str, limits: Architecture) ->
     """Configs of a family that differ in tile sizes and warps, and fit the architecture."""
     traits = static.traits_of(dtype, head_dim)
     default = static.choose_config(family, traits, limits)
-    found, is_sm90 = [default], implementation_of(default).needs_maps
+    found, on_hopper = [default], implementation_of(default).needs_maps
     for tile_m in _TILES_M:
         for tile_n in _TILES_N:
-            for num_warps in _SM90_WARPS if is_sm90 else _WARPS:
+            for num_warps in _SM90_WARPS if on_hopper else _WARPS:
                 try:
                     config = replace(default, tile_m=tile_m, tile_n=tile_n, num_warps=num_warps)
                 except ValueError:
                     continue  # this class of configs has no such tile
-                if is_sm90 and wgmma.misfit(config, traits, limits, config.block_rows):
+                is_forward = on_hopper and family == "forward"
+                if is_forward and wgmma.misfit(config, traits, limits, config.block_rows):
                     continue
                 if (
                     config.smem_bytes(traits) <= limits.max_smem_per_block

@@ -151,7 +151,7 @@ def _without_guard(config, traits, limits):
     from numflash.ptx import device_function
 
     @device_function
-    def nothing(smem, offset, x, y):
+    def nothing(x, y):
         pass
 
     guard, forward.softmax_before_wait = forward.softmax_before_wait, nothing

@@ -177,6 +177,48 @@ def decode(points: list[dict], ceilings: Ceilings | None) -> str:
     return markdown(["decoding", "method", "us", "GB/s", "of copy"], rows)
 
 
+def caches(points: list[dict], ceilings: Ceilings | None) -> str:
+    """Queries over a cache: of each method the share of a copy's bandwidth that K and V take."""
+    names = method_names(points)
+    header = ["queries", "keys", "batch", "page", "GB of K and V", *names]
+    rows = []
+    for entry in points:
+        point = Point.from_dict(entry)
+        page = point.page_size or "-"
+        moved = f"{work.cache_bytes(point) / 1e9:.3g}"
+        cells = [_share(point, entry["methods"].get(name), ceilings) for name in names]
+        rows.append([point.seqlen_q, point.seqlen_k, point.batch, page, moved, *cells])
+    if not names:
+        return "No method has a time at any point."
+    unit = "microseconds" if ceilings is None else "microseconds, and share of a copy's bandwidth"
+    return f"{markdown(header, rows)}\n\nOf each method {unit}: the bytes of K and V alone."
+
+
+def _share(point: Point, method: dict | None, ceilings: Ceilings | None) -> str:
+    if method is None:
+        return "-"
+    if not is_right(method):
+        return "wrong" if "median_ms" in method else _WORDS.get(method["status"], "-")
+    milliseconds = method["median_ms"]
+    text = f"{1e3 * milliseconds:.1f}"
+    if ceilings is None:
+        return text
+    return f"{text} ({work.share_of_copy(point, milliseconds, ceilings):.0%})"
+
+
+def sequences(points: list[dict]) -> str:
+    """TFLOP/s of every method on sequences one after another: of the work that these have."""
+    names = method_names(points)
+    header = ["direction", "head_dim", "sequences", "mean", "longest", *names]
+    rows = []
+    for entry in points:
+        point = Point.from_dict(entry)
+        sizes = point.batch, point.seqlen_k, max(point.seqlens)
+        cells = [_speed(entry["methods"].get(name)) for name in names]
+        rows.append([point.direction, point.head_dim, *sizes, *cells])
+    return markdown(header, rows) if names else "No method has a time at any point."
+
+
 def host(found: dict) -> str:
     """Host time of a call."""
     rows = [

@@ -3,13 +3,11 @@
 from collections.abc import Callable
 
 from numflash.api.block_masks import with_own_block_mask
-from numflash.calls.backward import Backward
-from numflash.calls.fp8_options import refuse_backward
-from numflash.calls.ready import bind_forward, prepare
+from numflash.calls.fp8_options import descales_of
+from numflash.calls.ready import bind_backward, bind_forward
 from numflash.configs import Config
 from numflash.problem.fp8 import Fp8Recipe
-from numflash.problem.options import AttentionOptions
-from numflash.runtime.arrays import library_of, on_stream
+from numflash.problem.options import AttentionOptions, GradientOptions
 
 
 def attention(
@@ -35,6 +33,12 @@ def attention(
     mask_mod: Callable | None = None,
     aux: tuple = (),
     block_mask=None,
+    seqlens_q=None,
+    seqlens_k=None,
+    starts_q=None,
+    starts_k=None,
+    check_lengths: bool = False,
+    batch_invariant: bool = False,
     layout: str = "bshd",
     precision: str | None = None,
     fp8: Fp8Recipe | None = None,
@@ -103,6 +107,18 @@ def attention(
         block_mask: a `BlockMask`, as `create_block_mask` makes it, or FlexAttention's: which
             blocks of queries and keys are computed at all, and the function that decides within
             those that are partly kept, which need not be given as mask_mod again.
+        seqlens_q, seqlens_k: (batch,) int32 on the device: how many queries, and keys, each batch
+            entry really has; the rows behind them are padding, whose result is 0 and whose lse is
+            -inf. causal_align and shift hold for each entry by itself. Nothing waits for the
+            numbers, and a captured graph may be replayed with others; those that lead out of the
+            arrays are cut. `attention_varlen` takes sequences that lie one after another.
+        starts_q, starts_k: (batch,) int32 on the device: the row at which each entry begins.
+        check_lengths: read the lengths back, which waits for the device, and raise ValueError
+            where one leads out of its array.
+        batch_invariant: with seqlens_k or packed sequences, the bits of a query's result depend on
+            its own sequence alone: they are the same in any batch, at any place in it, and whether
+            the query is the last of many or the only one. Costs speed, and memory for long keys
+            (docs/sequences.md).
         layout: "bshd" or "bhsd", of q, k, v and the result.
         precision: "tf32" allows float32 to be multiplied on tensor cores, with operands rounded
             to 10 bits after the point; where there is no such kernel (head dims above 128,
@@ -180,9 +196,14 @@ def attention(
         mask_mod,
         aux,
         block_mask,
+        seqlens_q,
+        seqlens_k,
+        starts_q,
+        starts_k,
         layout,
         precision,
         config,
+        batch_invariant,
         fp8,
         max_rel_error,
         out_dtype,
@@ -190,8 +211,8 @@ def attention(
     options = with_own_block_mask(options, stream)
     if return_decision and precision != "auto":
         raise ValueError(f'return_decision goes with precision="auto", got {precision!r}')
-    descales = q_descale, k_descale, v_descale
-    bound = bind_forward(q, k, v, out, options, stream, descales)
+    descales = descales_of(q_descale, k_descale, v_descale)
+    bound = bind_forward(q, k, v, out, options, stream, descales, check_lengths)
     result, lse, decision = bound.launch(bound.stream)
     if not (return_lse or return_decision):
         return result
@@ -224,6 +245,11 @@ def attention_backward(
     mask_mod: Callable | None = None,
     aux: tuple = (),
     block_mask=None,
+    seqlens_q=None,
+    seqlens_k=None,
+    starts_q=None,
+    starts_k=None,
+    check_lengths: bool = False,
     layout: str = "bshd",
     precision: str | None = None,
     dlse=None,
@@ -242,7 +268,8 @@ def attention_backward(
             and may be None. out may be float32, as out_dtype leaves it; dout has the dtype of q.
         softmax_scale, causal, causal_align, shift, window_size, softcap, alibi_slopes, sinks,
             dropout_p, seed, origin, bias, mask, score_mod, score_mod_grad, mask_mod, aux,
-            block_mask, layout, precision, stream: as given to `attention`.
+            block_mask, seqlens_q, seqlens_k, starts_q, starts_k, check_lengths, layout, precision,
+            stream: as given to `attention`.
         dlse: gradient of lse, where a loss depends on it: shaped like lse, float32, any strides.
         delta: the sum over head_dim_v of dout * out, where the caller has it: shaped like lse,
             float32, any strides.
@@ -255,7 +282,7 @@ def attention_backward(
             and of the array.
         config: kernels to run instead of those that numflash chooses, by family: "backward-dkdv"
             and "backward-dq"; or "backward", one kernel for all gradients, which takes five
-            products a tile instead of seven and num_splits more float32 copies of dq;
+            products a tile instead of seven and num_splits float32 copies of dq, on Hopper one;
             "backward-rows", "backward-columns", "backward-tiles" and "backward-scatter" of arrays.
 
     Returns:
@@ -281,7 +308,8 @@ def attention_backward(
     Needs two float32 workspaces of batch x num_heads_q x seqlen_q, and one more, or one of
     batch x num_heads_q x seqlen_k, for each array of heads in wrt and each array that scores
     read; none for one with an axis of queries and one of keys. One that is read at computed places
-    takes 8 bytes for each of its elements.
+    takes 8 bytes for each of its elements. Where one kernel makes all gradients, as on Hopper from
+    some thousand tiles of keys on, dq in float32 comes to that.
 
     Source: FlashAttention, arXiv 2205.14135, Algorithm 4.
 
@@ -316,24 +344,16 @@ def attention_backward(
         mask_mod,
         aux,
         block_mask,
+        seqlens_q,
+        seqlens_k,
+        starts_q,
+        starts_k,
         layout,
         precision,
         config,
     )
     options = with_own_block_mask(options, stream)
-    refuse_backward(q, k, v, precision)
-    arrays = {"q": q, "k": k, "v": v, "dout": dout, "lse": lse}
-    if delta is None:
-        arrays["out"] = out
-    for name, array in (("dlse", dlse), ("delta", delta)):
-        if array is not None:
-            arrays[name] = array
-    wrt = tuple(wrt) if isinstance(wrt, list) else wrt
-    backward, operands, stream = prepare(Backward, arrays, options, stream, wrt, grad_dtype)
-    library = library_of(q, "q")
-
-    def work(stream: int) -> tuple:
-        gradients = backward(operands, library, stream)
-        return tuple(library.hand_back(g, q, stream) for g in gradients)
-
-    return on_stream(work, stream, backward.device, arrays, operands)
+    asked = GradientOptions(dlse, delta, wrt, grad_dtype)
+    results = out, lse
+    bound = bind_backward(dout, q, k, v, *results, options, asked, stream, check_lengths)
+    return bound.launch(bound.stream)

@@ -26,6 +26,7 @@ from numflash.runtime.arrays import (
     stream_address,
     to_numpy,
 )
+from numflash.runtime.torch_tensors import without_gradient
 from numflash.runtime.views import ArrayView, Operand
 
 EMPTY, PARTIAL, FULL = range(3)
@@ -233,7 +234,7 @@ def create_block_mask(
     blocks = blocks_of_sequences(size, seqlen_q, seqlen_k, batch, heads)
     arrays = arrays_of_aux(aux)
     views = {n: library_of(x, n).view(x, n) for n, x in arrays.items()}
-    first = next(iter(arrays.values())) if like is None and arrays else like
+    first = next(iter(arrays.values())) if like is None and arrays else without_gradient(like)
     if first is None:
         first = current_array("create_block_mask needs like=, an array as q")
     device = library_of(first, "like").view(first, "like").device
@@ -317,7 +318,7 @@ def is_flex_attention(value) -> bool:
 
 
 def own(value, stream=None):
-    """A block mask of FlexAttention's as one of ours, read anew; anything else as it is."""
+    """A block mask of FlexAttention's as one of ours, read again; anything else as it is."""
     if not is_flex_attention(value):
         return value
     return BlockMask.from_flex_attention(value, stream=stream)
@@ -346,14 +347,15 @@ def _made(
         raise TypeError(f"mask_mod must be a function, got {mask_mod!r} ({kind_of(mask_mod)})")
     first = next(iter(arrays.values()))
     operands = {name: library_of(x, name).glance(x)[0] for name, x in arrays.items()}
-    room = Room(library_of(first, "tiles"), device)
+    library = library_of(first, "tiles")
+    room = Room(library, device)
 
     def work(stream: int) -> tuple:
         kept, full, launches, strides = flags(operands, room)
         lists, more = making.lists_of_tiles(blocks, *strides, room)(kept, full)
         for launch in (*launches, *more):
             launch(stream)
-        return lists
+        return tuple(library.hand_back(each, first, stream) for each in lists)
 
     address = None if stream is None else stream_address(stream)
     lists = on_stream(work, address, device, arrays, operands)

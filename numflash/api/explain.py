@@ -1,18 +1,26 @@
 """`numflash.explain_dispatch`: the kernels that a call runs, and why not the others."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from numflash.api.block_masks import with_own_block_mask
 from numflash.calls.arguments import request_of
+from numflash.calls.backward import Backward, views_of_results
 from numflash.calls.forward import selection_of
 from numflash.calls.fp8_forward import auto_requests_of, fp8_request_of
-from numflash.calls.fp8_options import has_fp8, take_apart, with_budget
-from numflash.problem.options import AttentionOptions
+from numflash.calls.fp8_options import (
+    expect_recipe_is_used,
+    has_fp8,
+    refuse_backward,
+    take_apart,
+    with_budget,
+)
+from numflash.problem.options import AttentionOptions, GradientOptions, options_of
 from numflash.runtime.arrays import library_of, metadata
-from numflash.runtime.driver import machine_of
 from numflash.runtime.gpus import Gpu, find
+from numflash.runtime.torch_tensors import without_gradient
 from numflash.runtime.views import ArrayView
-from numflash.selection.choice import Selection, select
+from numflash.selection.choice import Purpose, Selection, split_configs
 from numflash.selection.rules import Choice
 
 _AS_FLOAT16 = (
@@ -20,6 +28,7 @@ _AS_FLOAT16 = (
     "sm_121 only"
 )
 _NO_BACKWARD = "backward: none, there is no backward on 8-bit floats; take gradients in 16 bits"
+_NO_BACKWARD_OF_PAGES = "backward: none, keys in pages of a cache have no gradients"
 
 
 @dataclass(frozen=True)
@@ -31,8 +40,11 @@ class Explanation(Selection):
         geometry: how the forward is laid over the machine; all ones for a portable kernel, but
             for the blocks of its grid.
         combine: the kernel that puts the parts of split keys together; None without splits.
-        delta: the kernel that runs before those of the backward; None on 8-bit floats.
-        backward: the kernels of `attention_backward`, by family; none on 8-bit floats.
+        delta: the kernel that runs before those of the backward; None where there is none.
+        backward: the kernels of `attention_backward`, by family; none on 8-bit floats and pages.
+        arrays: by the array's name, the kernels that begin its gradient.
+        of_backward: all that `attention_backward` runs, by name and in order: delta, those of
+            `backward` and `arrays`, and what adds up their shares.
         in_16_bits: with precision="auto", the kernel for the heads that `forward` leaves out.
         gpu: the GPU that was asked about, where it need not be here.
 
@@ -44,6 +56,7 @@ class Explanation(Selection):
         ('forward', ['backward-dkdv', 'backward-dq'])
     """
 
+    of_backward: Mapping[str, Choice] = field(default_factory=dict)
     in_16_bits: Choice | None = None
     gpu: Gpu | None = None
 
@@ -52,6 +65,8 @@ class Explanation(Selection):
         traits = self.forward.traits
         if traits.fp8 and not self.forward.config.multiplies_codes:
             lines.append(_AS_FLOAT16)
+        if traits.ragged:
+            lines.append("  a kernel before it lists the tiles that the sequences have")
         if self.geometry.pack > 1:
             lines.append(
                 f"  {self.geometry.pack} query heads of a group are packed into the rows of a tile"
@@ -59,8 +74,12 @@ class Explanation(Selection):
         if self.geometry.num_splits > 1:
             lines.append(f"  the keys are split over {self.geometry.num_splits} blocks")
         others = [x for x in (self.combine, self.in_16_bits) if x is not None]
-        lines += map(str, [*others, *self.backward.values()])
-        return "\n".join([*lines, *([_NO_BACKWARD] if traits.fp8 else [])])
+        lines += map(str, others)
+        # Of an empty problem none runs.
+        for name, choice in (self.of_backward or self.backward).items():
+            lines.append(name + str(choice).removeprefix(choice.family))
+        lines += [_NO_BACKWARD] if traits.fp8 else [_NO_BACKWARD_OF_PAGES] if traits.paged else []
+        return "\n".join(lines)
 
 
 def explain_dispatch(q, k, v, *, arch: str | None = None, **options) -> Explanation:
@@ -76,8 +95,9 @@ def explain_dispatch(q, k, v, *, arch: str | None = None, **options) -> Explanat
             the newest before it: A100 80 GB SXM for sm_80, H100 SXM for sm_90, RTX 4090 for
             sm_89; `str` says which. Tuned configs are those that this machine has for that GPU,
             else those shipped. None answers for the device that the arrays lie on.
-        options: the options of `numflash.attention`, without out, stream and return_lse. `config`
-            may be a dictionary that also names configs for the backward, by family.
+        options: the options of `numflash.attention`, without out, stream and return_lse, and those
+            of `numflash.attention_backward`: dlse, delta, wrt and grad_dtype. `config` may be a
+            dictionary that also names configs for the backward, by family.
 
     Returns:
         The chosen kernels. `str` lists, below each, every other candidate and why it will not run.
@@ -85,7 +105,8 @@ def explain_dispatch(q, k, v, *, arch: str | None = None, **options) -> Explanat
     Raises:
         TypeError, ValueError, UnsupportedError: as `numflash.attention`; an arch that is none.
 
-    Nothing is compiled or launched. On 8-bit floats there is no backward: `backward` is empty.
+    Nothing is compiled or launched. On 8-bit floats there is no backward: `backward` is empty, and
+    options of gradients are refused.
 
     Example:
         >>> import numpy as np, numflash
@@ -93,10 +114,14 @@ def explain_dispatch(q, k, v, *, arch: str | None = None, **options) -> Explanat
         >>> print(numflash.explain_dispatch(x, x, x, arch="NVIDIA H200"))  # doctest: +ELLIPSIS
         on NVIDIA H200...
         forward: sm90-...
+        >>> bias = np.empty((16, 1, 4096), "float16")
+        >>> asked = numflash.explain_dispatch(x, x, x, bias=bias, wrt=("bias",), arch="sm_80")
+        >>> list(asked.of_backward)
+        ['delta', 'backward-columns of bias, 0', 'array-sums of bias, 1']
     """
     gpu = None if arch is None else find(arch)
     descales = tuple(options.pop(f"{name}_descale", None) for name in "qkv")
-    options = AttentionOptions.of("explain_dispatch", options, ("arch",))
+    options, asked = options_of("explain_dispatch", options, ("arch",))
     # A number in an array's place is no array.
     options.numbers()
     options = with_own_block_mask(options)
@@ -104,19 +129,23 @@ def explain_dispatch(q, k, v, *, arch: str | None = None, **options) -> Explanat
         options = with_budget(options)
     is_fp8 = options.precision in ("fp8", "auto") or any(x is not None for x in descales)
     if is_fp8 or has_fp8(q, k, v):
+        if asked != GradientOptions():
+            refuse_backward(q, k, v, options.precision or "fp8")
         return _explain_fp8({"q": q, "k": k, "v": v}, descales, options, gpu)
-    if options.fp8 is not None:
-        raise ValueError(f'fp8 goes with precision="fp8", precision is {options.precision!r}')
-    request = request_of(_views({"q": q, "k": k, "v": v}, options, gpu), options)
-    found = select(
-        request.problem,
-        request.traits,
-        machine_of(request.device),
-        options.config,
-        passes=("forward", "backward"),
-        runs=False,
-    )
-    return Explanation(**vars(found), gpu=gpu)
+    expect_recipe_is_used(options)
+    views = _views({"q": q, "k": k, "v": v} | asked.arrays(), options, gpu)
+    of_forward, of_backward = split_configs(options.config)
+    request = request_of(views, options)
+    forward = selection_of(request, of_forward, Purpose.QUESTION)
+    if request.problem.pages is not None and asked == GradientOptions() and not of_backward:
+        return Explanation(**vars(forward), gpu=gpu)
+    views |= views_of_results(request, views)
+    options = options.of_backward(of_backward)
+    backward = Backward(views, options, asked, Purpose.QUESTION)
+    found = vars(forward) | {
+        name: getattr(backward.selection, name) for name in ("delta", "backward", "arrays")
+    }
+    return Explanation(**found, of_backward=backward.kernels, gpu=gpu)
 
 
 def _explain_fp8(arrays: dict, descales, options: AttentionOptions, gpu) -> Explanation:
@@ -124,15 +153,18 @@ def _explain_fp8(arrays: dict, descales, options: AttentionOptions, gpu) -> Expl
     views = _views(arrays, options, gpu)
     if options.precision != "auto":
         request, _ = fp8_request_of(views, options, described)
-        return Explanation(**vars(selection_of(request, options.config, runs=False)), gpu=gpu)
+        return Explanation(
+            **vars(selection_of(request, options.config, Purpose.QUESTION)), gpu=gpu
+        )
     request, _, other = auto_requests_of(views, with_budget(options), described)
-    in_8_bits = selection_of(request, options.config, runs=False)
-    in_16_bits = selection_of(other, None, runs=False).forward
+    in_8_bits = selection_of(request, options.config, Purpose.QUESTION)
+    in_16_bits = selection_of(other, None, Purpose.QUESTION).forward
     return Explanation(**vars(in_8_bits), in_16_bits=in_16_bits, gpu=gpu)
 
 
 def _views(arrays: dict, options: AttentionOptions, gpu: Gpu | None) -> dict[str, ArrayView]:
     arrays = arrays | options.arrays()
+    arrays = {name: without_gradient(array) for name, array in arrays.items()}
     if gpu is None:
         return {n: library_of(x, n).view(x, n) for n, x in arrays.items()}
     return {n: replace(metadata(x, n), device=gpu) for n, x in arrays.items()}

@@ -14,7 +14,9 @@ from numflash.configs import (
     QUANTIZE_CONFIGS,
     Config,
     DequantizeConfig,
+    PrepareConfig,
     QuantizeConfig,
+    RotaryConfig,
     Traits,
     fp8,
     padded_fp8_head_dim,
@@ -41,7 +43,9 @@ from numflash.runtime.errors import UnsupportedError
 from numflash.runtime.mode import SIMULATED
 from numflash.selection.rules import choose, force
 
-_KERNELS = (*FAMILIES, *QUANTIZE_CONFIGS)
+_OF_ROWS = {config.family: config for config in (RotaryConfig, PrepareConfig)}
+_DEFAULTS = QUANTIZE_CONFIGS | _OF_ROWS
+_KERNELS = (*FAMILIES, *_DEFAULTS)
 
 
 class Parser(argparse.ArgumentParser):
@@ -205,7 +209,7 @@ def _config(args: argparse.Namespace, traits: Traits, limits: Architecture) -> C
     if args.kernel == DequantizeConfig.family:
         return DequantizeConfig(fp8.generation(limits), **options)
     if args.kernel != QuantizeConfig.family:
-        return QUANTIZE_CONFIGS[args.kernel]() if args.kernel in QUANTIZE_CONFIGS else None
+        return _DEFAULTS[args.kernel]() if args.kernel in _DEFAULTS else None
     recipe = Fp8Recipe(args.granularity, args.block)
     find = partial(quantize_config, fp8.generation(limits), traits.head_dim, **options)
     if recipe.granularity == "token":

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from importlib import import_module
 
 from numflash.functions.trace import trace
+from numflash.problem.programs import with_pairs
 from numflash.runtime.views import ArrayView, contiguous_strides
 
 _ARRAY = re.compile(r"(\w+)\[(\d)\]")
@@ -20,20 +21,26 @@ def program_of(
     Args:
         score_mod, mask_mod: functions, as FILE.py:NAME, which is run, or MODULE:NAME.
         aux: what they get: an array as DTYPE[AXES], as in "float32[2]", or a number.
-        bias: dtype of a bias with all four axes.
-        mask: whether there is a mask with all four axes.
+        bias: dtype of a bias with all four axes, contiguous; pairs of keys are aligned.
+        mask: whether there is a mask like it.
 
     Raises:
         TypeError, ValueError: one of them is wrong.
     """
     read = [_described(text, f"aux{n}") for n, text in enumerate(aux)]
-    return trace(
+    given = {f"aux{n}": each for n, each in enumerate(read)}
+    if bias is not None:
+        given["bias"] = _array(bias, 4)
+    if mask:
+        given["mask"] = _array("bool", 4)
+    traced = trace(
         None if score_mod is None else _function(score_mod),
         None if mask_mod is None else _function(mask_mod),
         read,
-        bias=None if bias is None else _array(bias, 4),
-        mask=_array("bool", 4) if mask else None,
-    ).program.text
+        bias=given.get("bias"),
+        mask=given.get("mask"),
+    )
+    return with_pairs(*traced, given).text
 
 
 def _function(text: str) -> Callable:

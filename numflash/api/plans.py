@@ -1,27 +1,44 @@
 """Calls prepared before they are launched: plans, and kernels compiled ahead."""
 
 from dataclasses import replace
+from numbers import Integral
+from typing import Any
 
 from numflash.api.block_masks import with_own_block_mask
+from numflash.calls.arguments import request_of
+from numflash.calls.backward import Backward, views_of_results
+from numflash.calls.forward import Forward
 from numflash.calls.fp8_forward import AutoForward, Fp8Forward
-from numflash.calls.fp8_options import MAX_REL_ERROR, refuse_backward
+from numflash.calls.fp8_options import (
+    descales_of,
+    expect_recipe_is_used,
+    refuse_backward,
+    with_budget,
+)
 from numflash.calls.launch import load
-from numflash.calls.ready import BoundForward, bind_forward
-from numflash.configs import Traits, padded_head_dim
-from numflash.configs.features import rows_of
+from numflash.calls.ready import Bound, bind_backward, bind_forward
+from numflash.configs import DTYPES
+from numflash.configs.features import FEATURES
 from numflash.machine_code.compiler import get_cubin
-from numflash.problem.fp8 import Fp8Array, Fp8Recipe
-from numflash.problem.gradients import Gradients
-from numflash.problem.options import AttentionOptions
+from numflash.problem.fp8 import Fp8Array
+from numflash.problem.options import (
+    GRADIENT_OPTIONS,
+    PACKED,
+    AttentionOptions,
+    GradientOptions,
+    expect_bool,
+    expect_one_of,
+    kind_of,
+    options_of,
+)
 from numflash.problem.problem import expect_contiguous_rows, expect_head_dim, expect_precision
-from numflash.runtime.arrays import library_of, stream_address
-from numflash.runtime.driver import limits_of_device, multiprocessors
+from numflash.problem.sequences import MAX_ROWS
+from numflash.runtime.arrays import library_of, metadata, stream_address
+from numflash.runtime.driver import limits_of_device
 from numflash.runtime.mode import SIMULATED
-from numflash.runtime.views import ArrayView, contiguous_strides
+from numflash.runtime.views import ArrayView, fresh
 from numflash.selection import tuned
-from numflash.selection.choice import BACKWARD, HEAD_SUMS, device_key, traits_of_delta
-from numflash.selection.geometry import num_splits
-from numflash.selection.rules import choose
+from numflash.selection.choice import BACKWARD, FUSED, Purpose, device_key, split_configs
 
 _LONG, _MANY = 2**20, 2**10
 
@@ -32,11 +49,16 @@ class Plan:
     Everything is checked, compiled, allocated and packed once, by `numflash.plan`. A launch reads
     q, k and v where they are and writes `out` and `lse`.
 
+    All launches use the same memory. On another stream, or in a CUDA graph, a launch must come
+    after the one before: blocks of Hopper's gradients take turns there, and might wait for ever.
+
     Attributes:
         out: the result, as `attention` returns it.
         lse: the log-sum-exp, as `attention` returns it.
         kernel: that runs: its family, its config and the traits it was compiled for.
         decision: with precision="auto" a `PrecisionDecision`, made again by each launch.
+        gradients: of a plan with dout those that `launch_backward` writes, as
+            `attention_backward` returns them; None without.
 
     Where CuPy sees q for another library, each launch hands the same memory back again, so that
     this library's work comes after the launch: take the results from the plan after each launch.
@@ -44,15 +66,20 @@ class Plan:
     Example:
         >>> import numpy as np, numflash
         >>> q, k, v = np.random.default_rng(0).standard_normal((3, 1, 32, 2, 16)).astype("float16")
-        >>> plan = numflash.plan(q, k, v)
+        >>> plan = numflash.plan(q, k, v, dout=v, wrt=("q",))
         >>> plan.launch() is plan.out, plan.lse.shape
         (True, (1, 2, 32))
+        >>> (dq,) = plan.launch_backward()
+        >>> dq.shape == q.shape
+        True
     """
 
-    def __init__(self, bound: BoundForward):
+    def __init__(self, bound: Bound):
         """Made by `numflash.plan`."""
         self._bound, self.kernel = bound, bound.kernel
+        self._backward: Bound | None = None
         self.out, self.lse, self.decision = bound.hand_back(bound.stream)
+        self.gradients = None
 
     def launch(self, stream=None):
         """Enqueue the kernel and return `out`.
@@ -60,13 +87,44 @@ class Plan:
         Args:
             stream: a CUDA stream or its address; None is the one current when the plan was made.
         """
-        address = self._bound.stream if stream is None else stream_address(stream)
-        self.out, self.lse, self.decision = self._bound.launch(address)
+        self.out, self.lse, self.decision = _launched(self._bound, stream)
         return self.out
+
+    def launch_backward(self, stream=None) -> tuple:
+        """Enqueue the kernels of the gradients, which read `out` and `lse`; return `gradients`.
+
+        Args:
+            stream: a CUDA stream or its address; None is the one current when the plan was made.
+                What fills dout, and `launch`, come before on it.
+
+        Raises:
+            ValueError: the plan was made without dout.
+        """
+        if self._backward is None:
+            raise ValueError("launch_backward needs a plan with dout, and this one has none")
+        self.gradients = _launched(self._backward, stream)
+        return self.gradients
+
+    def _prepare_backward(self, bound: Bound) -> None:
+        self._backward, self.gradients = bound, bound.hand_back(bound.stream)
+
+
+def _launched(bound: Bound, stream) -> tuple:
+    return bound.launch(bound.stream if stream is None else stream_address(stream))
 
 
 def plan(
-    q, k, v, *, out=None, stream=None, q_descale=None, k_descale=None, v_descale=None, **options
+    q,
+    k,
+    v,
+    *,
+    dout=None,
+    out=None,
+    stream=None,
+    q_descale=None,
+    k_descale=None,
+    v_descale=None,
+    **options,
 ) -> Plan:
     """Prepare an attention call that is launched many times on the same arrays.
 
@@ -74,10 +132,14 @@ def plan(
         q, k, v, out, stream, q_descale, k_descale, v_descale: as for `attention`. Changing the
             arrays' contents is what plans are for; they must have a contiguous last axis, because
             a copy would not see the change. With precision="fp8" each launch quantises again.
-        options: the other options of `attention`, without return_lse.
+        dout: gradient of the result, likewise: the plan then has `launch_backward`, too.
+        options: the other options of `attention`, without return_lse; with dout also those of
+            `attention_backward`: dlse, delta, wrt and grad_dtype. `config` then may be a
+            dictionary that also names configs for the backward, by family.
 
     Raises:
-        TypeError, ValueError, UnsupportedError: as `attention`.
+        TypeError, ValueError, UnsupportedError: as `attention` and, with dout,
+            `attention_backward`; an option of gradients without dout.
 
     Example:
         >>> import numpy as np, numflash
@@ -87,14 +149,38 @@ def plan(
         >>> bool(np.allclose(plan.launch(), 1, atol=1e-3))
         True
     """
-    options = AttentionOptions.of("plan", options, ("out", "stream"))
+    options, asked = options_of("plan", options, ("dout", "out", "stream"))
     options = with_own_block_mask(options, stream)
-    for name, array in (("q", q), ("k", k), ("v", v)):
+    arrays = {"q": q, "k": k, "v": v} | ({} if dout is None else {"dout": dout})
+    for name, array in arrays.items():
         array = array.data if isinstance(array, Fp8Array) else array
         view = library_of(array, name).view(array, name)
         expect_contiguous_rows(f"{name} of a plan", view)
-    descales = q_descale, k_descale, v_descale
-    return Plan(bind_forward(q, k, v, out, options, stream, descales))
+    of_forward, of_backward = options, None
+    if dout is None:
+        _expect_no_gradients("a plan with dout", asked)
+    else:
+        refuse_backward(q, k, v, options.precision)
+        of_forward, of_backward = _by_pass(options)
+    descales = descales_of(q_descale, k_descale, v_descale)
+    made = Plan(bind_forward(q, k, v, out, of_forward, stream, descales))
+    if of_backward is not None:
+        results = made.out, made.lse
+        made._prepare_backward(bind_backward(dout, q, k, v, *results, of_backward, asked, stream))
+    return made
+
+
+def _by_pass(options: AttentionOptions) -> tuple[AttentionOptions, AttentionOptions]:
+    """The options of the forward and those of its backward, each with its configs."""
+    of_forward, of_backward = split_configs(options.config)
+    return options._replace(config=of_forward), options.of_backward(of_backward)
+
+
+def _expect_no_gradients(goes_with: str, asked: GradientOptions) -> None:
+    """Raise ValueError if an option of gradients is given."""
+    for option in GRADIENT_OPTIONS:
+        if getattr(asked, option.name) is not option.default:
+            raise ValueError(f"{option.name} is of gradients, and goes with {goes_with}")
 
 
 def warmup(
@@ -104,14 +190,13 @@ def warmup(
     *,
     seqlen_q: int = _LONG,
     seqlen_k: int = _LONG,
-    softcap: bool = False,
-    alibi: bool = False,
-    sinks: bool = False,
-    dropout: bool = False,
-    precision: str | None = None,
-    fp8: Fp8Recipe | None = None,
+    batch: int | None = None,
+    num_heads: int = 1,
+    num_heads_kv: int | None = None,
+    varlen: bool = False,
     backward: bool = False,
     device: int = 0,
+    **options,
 ) -> None:
     """Compile and load ahead what `attention` needs, so that the first call does not wait.
 
@@ -119,92 +204,144 @@ def warmup(
         dtype: "float16", "bfloat16" or "float32".
         head_dim, head_dim_v: as in the arrays to come; head_dim_v defaults to head_dim.
         seqlen_q, seqlen_k: likewise; sequences of up to 32 tokens have kernels of their own.
-        softcap, alibi, sinks, dropout: whether the calls will use them.
-        precision, fp8: as in the calls to come; on 8-bit floats also what quantises.
+        batch, num_heads, num_heads_kv: likewise, where arrays among the options have axes of
+            these, or few queries share heads of K and V. batch None is any: the kernels of one
+            entry, whose keys may be split, and those of many.
+        varlen: whether they are of sequences with lengths of their own, as `attention_varlen`; the
+            seqlens then are those of a sequence, and batch is their number.
         backward: also compile for `attention_backward`.
         device: ordinal of the CUDA device.
+        options: those of the calls to come: the options of `attention`, and with backward also
+            dlse, delta, wrt and grad_dtype of `attention_backward`. Of arrays only the metadata
+            matters: NumPy's will do, and for dlse and delta True. softcap, alibi, sinks and
+            dropout may be True: the calls will use them, with any numbers and arrays.
 
     Raises:
-        TypeError: a head_dim that is not an integer, an fp8 that is no `Fp8Recipe`.
-        ValueError: a dtype that does not exist or does not go with precision, a head_dim below 1.
+        TypeError: an argument of a wrong type, or an option that no call has.
+        ValueError: a dtype that does not exist or does not go with precision, a size below 1,
+            arrays that do not fit the sizes, an option of gradients without backward.
         UnsupportedError: a head_dim above 256, no GPU, or no compiler; a backward on 8-bit floats.
+
+    Kernels for codes with q_descale are compiled by the `plan` of a call.
 
     Example:
         >>> import numflash
         >>> numflash.warmup("bfloat16", head_dim=128, backward=True)
+        >>> numflash.warmup(alibi=True, backward=True, wrt=("q", "alibi_slopes"))
     """
-    asked = {"softcap": softcap, "alibi": alibi, "sinks": sinks, "dropout": dropout}
-    features = tuple(name for name, is_asked in asked.items() if is_asked)
     head_dim_v = head_dim if head_dim_v is None else head_dim_v
     for name, value in (("head_dim", head_dim), ("head_dim_v", head_dim_v)):
         expect_head_dim(name, value)
-    expect_precision(precision, dtype)
-    if precision in ("fp8", "auto"):
+    expect_one_of("dtype", dtype, DTYPES)
+    heads_kv = num_heads if num_heads_kv is None else num_heads_kv
+    for name, value in (
+        ("seqlen_q", seqlen_q),
+        ("seqlen_k", seqlen_k),
+        ("batch", 1 if batch is None else batch),
+        ("num_heads", num_heads),
+        ("num_heads_kv", heads_kv),
+    ):
+        _expect_size(name, value)
+    names = tuple(row.name for row in FEATURES if row.name != row.option)
+    options, asked = options_of("warmup", _with_examples(options, num_heads), names)
+    options.check()
+    expect_precision(options.precision, dtype)
+    kind = {"fp8": Fp8Forward, "auto": AutoForward}.get(options.precision, Forward)
+    if kind is not Forward:
         if backward:
-            refuse_backward(None, None, None, precision)
+            refuse_backward(None, None, None, options.precision)
         if dtype not in ("float16", "bfloat16"):
             raise ValueError(
-                f'dtype must be float16 or bfloat16 for precision="{precision}", got {dtype!r}'
+                f'dtype must be float16 or bfloat16 for precision="{options.precision}", got '
+                f"{dtype!r}"
             )
-        options = AttentionOptions(precision=precision, fp8=fp8, max_rel_error=MAX_REL_ERROR)
-        sizes = (seqlen_q, head_dim), (seqlen_k, head_dim_v)
-        if not SIMULATED:
-            _warm_up_fp8(dtype, *sizes, features, device, options)
-        return
-    vector = 4 if dtype == "float32" else 8
-    traits = Traits(
-        dtype,
-        padded_head_dim(head_dim),
-        padded_head_dim(head_dim_v),
-        features,
-        vectorized=head_dim % vector == 0 and head_dim_v % vector == 0,
-        tf32=precision == "tf32",
-    )
-    if SIMULATED:
-        return
-    limits = limits_of_device(device)
-    families = ["forward", *(("delta", *BACKWARD) if backward else ())]
-    gradients = Gradients.of(features)
-    if backward and gradients.options_of("delta", features):
-        load(get_cubin(HEAD_SUMS.config, HEAD_SUMS.traits, limits), device)
-    for family in families:
-        rows = seqlen_k if family == "backward-dkdv" else seqlen_q
-        # Bulk copies cannot fetch contiguous arrays whose rows are not aligned.
-        no_bulk_copies = None if traits.vectorized else "rows are not aligned to 16 bytes"
-        asked = traits_of_delta(traits, gradients) if family == "delta" else traits
-        choices = [choose(family, asked, limits, rows, no_bulk_copies=no_bulk_copies)]
-        if tuned.enabled():
-            # The sizes that decide which of them a call takes are not known yet.
-            choices += tuned.choices(family, traits, device_key(device), limits)
-        for choice in choices:
-            load(get_cubin(choice.config, choice.traits, limits), device)
-        choice = choices[0]
-        if family == "forward" and choice.has_geometry:
-            blocks = -(-seqlen_q // choice.config.block_rows)
-            num_sms, _ = multiprocessors(device)
-            if num_splits(choice.config, traits, limits, num_sms, blocks, seqlen_k) > 1:
-                split = replace(choice.config, num_splits=2)
-                combine = choose("combine", traits, limits)
-                for each in (replace(choice, config=split), combine):
-                    load(get_cubin(each.config, each.traits, limits), device)
+        options = with_budget(options) if kind is AutoForward else options
+    expect_recipe_is_used(options)
+    if not backward:
+        _expect_no_gradients("backward=True", asked)
+    options = with_own_block_mask(options)
+    expect_bool("varlen", varlen)
+    if varlen:
+        options = options._replace(layout=PACKED)
+    sizes = {
+        "q": (seqlen_q, num_heads, head_dim),
+        "k": (seqlen_k, heads_kv, head_dim),
+        "v": (seqlen_k, heads_kv, head_dim_v),
+    }
+    # Of more keys there are more splits than a record numbers.
+    most = _LONG if options.batch_invariant else MAX_ROWS - 1
+    for entries in (1, _MANY) if batch is None else (batch,):
+        views = _views_of_options(options, device)
+        for name, (seqlen, *rest) in sizes.items():
+            shape = entries, seqlen, *rest
+            if options.layout == "bhsd":
+                shape = entries, rest[0], seqlen, rest[1]
+            elif varlen:
+                shape = min(entries * seqlen, most), *rest
+            views[name] = fresh(shape, dtype, device)
+        for side in "qk" if varlen else "":
+            views[f"cu_seqlens_{side}"] = fresh((entries + 1,), "int32", device)
+        if kind is Forward:
+            _warm_up(views, options, asked, backward)
+        else:
+            kind(views, options)
 
 
-def _warm_up_fp8(dtype, q_size, v_size, features: tuple, device: int, options) -> None:
-    """Make calls ready from shapes alone, without arrays."""
-    kind = AutoForward if options.precision == "auto" else Fp8Forward
-    sizes = {"q": q_size, "k": (v_size[0], q_size[1]), "v": v_size}
-    # One head may be split over its keys, many are not.
-    for batch in (1, _MANY):
-        views = {}
-        for name, (seqlen, columns) in sizes.items():
-            shape = (batch, seqlen, 1, columns)
-            views[name] = ArrayView(0, shape, contiguous_strides(shape), dtype, device)
-        asked = {}
-        for row in rows_of(features):
-            value = row.example(1)
-            if row.is_array:
-                strides = contiguous_strides(value.shape)
-                views[row.option] = ArrayView(0, value.shape, strides, "float32", device)
-            else:
-                asked[row.option] = value
-        kind(views, options._replace(**asked))
+def _warm_up(
+    views: dict[str, ArrayView],
+    options: AttentionOptions,
+    asked: GradientOptions,
+    backward: bool,
+) -> None:
+    """Make calls on these views ready; also their kernels with tuned configs, of any sizes."""
+    of_forward, of_backward = _by_pass(options) if backward else (options, None)
+    request = request_of(views, of_forward)
+    if backward:
+        like = fresh(request.lse_shape, "float32", request.device)
+        given = {
+            name: like if array is True else _view(array, name, request.device)
+            for name, array in asked.arrays().items()
+        }
+        given |= views_of_results(request, given)
+        # First, so that wrong options are found before anything is compiled.
+        Backward(views | given, of_backward, asked, Purpose.AHEAD)
+    Forward(views, of_forward, Purpose.AHEAD)
+    if SIMULATED or not tuned.enabled():
+        return
+    limits = limits_of_device(request.device)
+    for family in ("forward", *((*BACKWARD, FUSED) if backward else ())):
+        # The sizes that decide which of them a call takes are not known yet.
+        for each in tuned.choices(family, request.traits, device_key(request.device), limits):
+            configs = (each.config, each.config.reduction()) if family == FUSED else (each.config,)
+            for config in configs:
+                load(get_cubin(config, each.traits, limits), request.device)
+
+
+def _with_examples(options: dict[str, Any], num_heads: int) -> dict[str, Any]:
+    """The options, with examples of features that are asked for by True."""
+    options = dict(options)
+    for row in FEATURES:
+        if row.name != row.option and row.name in options:
+            expect_bool(row.name, options[row.name])
+        elif not isinstance(options.get(row.name), bool):
+            continue
+        if options.pop(row.name):
+            examples = {row.option: row.example(num_heads)}
+            examples |= {each.name: each.example for each in row.beside}
+            options = examples | options
+    return options
+
+
+def _views_of_options(options: AttentionOptions, device: int) -> dict[str, ArrayView]:
+    return {name: _view(array, name, device) for name, array in options.arrays().items()}
+
+
+def _view(array, name: str, device: int) -> ArrayView:
+    return replace(metadata(array, name), device=device)
+
+
+def _expect_size(name: str, value) -> None:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an integer, got {value!r} ({kind_of(value)})")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")

@@ -7,7 +7,15 @@ from typing import NamedTuple
 from numflash.configs import Traits
 from numflash.configs.features import FEATURES, Features, rows_of
 from numflash.kernels import arguments as records
-from numflash.kernels.arguments import Mask, Scores, Shape, Statistics
+from numflash.kernels.arguments import (
+    Mask,
+    PagedShape,
+    Pages,
+    RaggedShape,
+    Scores,
+    Shape,
+    Statistics,
+)
 from numflash.problem.options import AttentionOptions
 from numflash.problem.problem import (
     AttentionProblem,
@@ -17,7 +25,8 @@ from numflash.problem.problem import (
     expect_like,
     expect_writeable,
 )
-from numflash.problem.tensor_maps import misfit
+from numflash.problem.sequences import ListShape
+from numflash.problem.tensor_maps import misfit, paged_misfit, ragged_misfit
 from numflash.runtime.arrays import copy_rows
 from numflash.runtime.views import ArrayView, Operand, fresh
 
@@ -102,6 +111,7 @@ def arguments_of(problem: AttentionProblem, tensors: dict[str, Tensor]) -> dict[
         scale /= row.unit(getattr(features, row.name))
     return {
         **{name: records.Tensor(each.name, *each.strides[:3]) for name, each in tensors.items()},
+        **_codes(problem, tensors),
         "shape": Shape(
             seqlen_q=problem.seqlen_q,
             seqlen_k=problem.seqlen_k,
@@ -118,10 +128,46 @@ def arguments_of(problem: AttentionProblem, tensors: dict[str, Tensor]) -> dict[
         "softmax_scale": problem.softmax_scale,
         "statistics": Statistics("lse", "delta"),
         "statistics_log2": Statistics("lse_log2", "delta"),
-        "plain_statistics": Statistics("lse", "plain_delta"),
-        "plain_statistics_log2": Statistics("lse_log2", "plain_delta"),
         "in_fp8": None,
     }
+
+
+def _codes(problem: AttentionProblem, tensors: dict[str, Tensor]) -> dict[str, NamedTuple]:
+    """The records of K and V that are codes, by parameter name; none of others."""
+    if problem.codes is None:
+        return {}
+    return {
+        name: coded_keys(name, tensors[name].strides, f"{name}_descale", strides)
+        for name, strides in problem.codes._asdict().items()
+    }
+
+
+def coded_keys(
+    name: str, strides: tuple[int, ...], descale: str, of_descale: tuple[int, int] | None
+) -> records.CodedKeys:
+    """The record of codes, and of their factors; without strides those are 1."""
+    if of_descale is None:
+        return records.CodedKeys(name, *strides[:3], None, 0, 0, 0)
+    return records.CodedKeys(name, *strides[:3], descale, *of_descale, 1)
+
+
+def shape_of_list(
+    problem: AttentionProblem, shape: Shape, listed: ListShape, of_parts: bool = False
+) -> RaggedShape | PagedShape:
+    """The `Shape` of kernels that go through a list of tiles, or of the tiles that have parts."""
+    of_head = problem.seqlen_q
+    of_batch = 0 if problem.lengths.packed else of_head * problem.num_heads_q
+    where = problem.aligned, of_batch, of_head
+    if of_parts:
+        return RaggedShape(*shape, listed.split_tiles, None, None, None, *where)
+    parts = (listed.slots, "parts", "part_lses") if listed.least else (None, None, None)
+    ragged = RaggedShape(*shape, listed.name, *parts, *where)
+    if problem.pages is None:
+        return ragged
+    pages = problem.pages
+    signed = pages.factor - 2**32 if pages.factor >= 2**31 else pages.factor
+    numbers = pages.pitch, pages.count, pages.size, signed, pages.shift
+    return PagedShape(*ragged, Pages("page_table", *numbers))
 
 
 def mask_record(problem: AttentionProblem, by_keys: bool = False) -> NamedTuple:
@@ -152,11 +198,20 @@ def _scores(problem: AttentionProblem, scale: float, features: Features) -> Name
 
 
 def seen_by_bulk_copies(
-    problem: AttentionProblem, tensors: Mapping[str, Tensor], transposed_v: bool = False
+    problem: AttentionProblem,
+    tensors: Mapping[str, Tensor],
+    transposed_v: bool = False,
+    names: tuple[str, ...] = ("q", "k", "v", "out"),
 ) -> AttentionProblem:
-    """The problem, which then knows whether bulk copies can be told of its tensors."""
-    for name in ("q", "k", "v", "out"):
-        if (why := misfit(tensors[name], transposed_v and name == "v")) is not None:
+    """The problem, which then knows whether bulk copies can be told of these tensors."""
+    for name in names:
+        if problem.pages is not None and name in ("k", "v"):
+            why = paged_misfit(tensors[name], problem.lengths.given)
+        elif problem.lengths is not None:
+            why = ragged_misfit(tensors[name])
+        else:
+            why = misfit(tensors[name], transposed_v and name == "v")
+        if why is not None:
             why = f"{name} cannot be described to bulk copies: {why}"
             return replace(problem, no_tensor_maps=why)
     return problem

@@ -11,7 +11,8 @@ from numflash.configs import ClearSumsConfig, RoundSumsConfig
 from numflash.kernels.arguments import Axes, Reduced, given_of
 from numflash.problem.array_gradients import ArrayGradient, given_of_sums
 from numflash.problem.problem import AttentionProblem, num_blocks
-from numflash.selection.choice import HEAD_SUMS, array_sums, fixed_point
+from numflash.selection.choice import array_sums, fixed_point
+from numflash.selection.geometry import blocks_of
 from numflash.selection.rules import Choice
 
 
@@ -21,19 +22,20 @@ class ArrayKernels(NamedTuple):
     Attributes:
         workspaces: (shape, dtype) by name.
         parts: of workspaces those that kernels get: (workspace, from, to).
+        cleared: workspaces that must be 0 where kernels do not write: rows that no sequence has.
         launches: (kernel, blocks, arguments besides those of all kernels), in order.
     """
 
     workspaces: dict[str, tuple[tuple[int, ...], str]]
     parts: dict[str, tuple[str, int, int]]
     launches: list[tuple[Choice, int, dict[str, Any]]]
+    cleared: tuple[str, ...] = ()
 
 
 def kernels_of_array(
     problem: AttentionProblem,
     gradient: ArrayGradient,
     choices: tuple[Choice, ...],
-    arguments: dict[str, Any],
 ) -> ArrayKernels:
     """The kernels for the gradient of an array, which has elements.
 
@@ -41,10 +43,9 @@ def kernels_of_array(
         problem: the call's.
         gradient: of which array, and how it is made.
         choices: of `gradient.kernels`.
-        arguments: of all kernels, by parameter name.
     """
     if gradient.way == "scatter":
-        return _scattered(problem, gradient, choices, arguments)
+        return _scattered(problem, gradient, choices)
     (choice,) = choices
     if gradient.way == "tiles":
         reduced = _reduced(problem, gradient, "i")
@@ -61,21 +62,19 @@ def kernels_of_array(
     blocks = problem.num_blocks(length, problem.num_heads_q, choice.config.block_rows)
     parameter = "row_gradients" if of_queries else "column_gradients"
     reduced = _reduced(problem, gradient, "i" if of_queries else "j")
-    sums = array_sums(gradient.dtype, math.prod(reduced.summed))
-    of_sums = {"shares": shares, "array_gradient": f"d{gradient.name}", "reduced": reduced}
     of_shares = {parameter: shares}
     if not of_queries:
         of_shares["mask"] = mask_record(problem, by_keys=True)
     launches = [
         *_cleared(gradient),
         (choice, blocks, of_shares),
-        (sums, math.prod(reduced.kept), of_sums),
+        _sums(shares, f"d{gradient.name}", reduced, gradient.dtype),
     ]
     return ArrayKernels(workspaces, {}, launches)
 
 
 def sums_of_heads(
-    problem: AttentionProblem, name: str, shape: tuple[int, ...], arguments: dict[str, Any]
+    problem: AttentionProblem, name: str, shape: tuple[int, ...]
 ) -> list[tuple[Choice, int, dict[str, Any]]]:
     """The launches that add up shares of rows to the gradient of an array of heads.
 
@@ -83,25 +82,23 @@ def sums_of_heads(
         problem: the call's.
         name: of the array; its shares are the workspace "row_gradients of NAME".
         shape: of the array, ([batch,] heads), of the larger problem's heads if there is one.
-        arguments: of all kernels, by parameter name.
     """
     heads, shares, result = problem.num_heads_q, f"row_gradients of {name}", f"d{name}"
     batch = problem.batch if len(shape) == 2 else 1
-    if shape[-1] == heads:
-        # One sum for each head, or for each head of each batch entry, as if these were heads.
-        sizes = arguments["shape"]._replace(
-            num_heads_q=batch * heads, batch_size=1 if len(shape) == 2 else problem.batch
-        )
-        of_sums = {"row_gradients": shares, "sums": result, "shape": sizes}
-        return [(HEAD_SUMS, batch * heads, of_sums)]
     summed = Axes(1 if len(shape) == 2 else problem.batch, 1, problem.seqlen_q)
     strides = (shape[-1] if len(shape) == 2 else 0), 1, 0, 0
     reduced = Reduced(Axes(batch, heads, 1), summed, problem.origin.head, *strides)
+    launches = [_sums(shares, result, reduced, "float32")]
+    if shape[-1] > heads:
+        elements = math.prod(shape)
+        launches.insert(0, _clearing(f"the gradient of {name}", result, elements, "float32"))
+    return launches
+
+
+def _sums(shares: str, result: str, reduced: Reduced, dtype: str):
+    """The launch that adds up shares to elements of a result."""
     of_sums = {"shares": shares, "array_gradient": result, "reduced": reduced}
-    return [
-        _clearing(f"the gradient of {name}", result, math.prod(shape), "float32"),
-        (array_sums("float32", math.prod(summed)), batch * heads, of_sums),
-    ]
+    return array_sums(dtype, math.prod(reduced.summed)), math.prod(reduced.kept), of_sums
 
 
 def _cleared(gradient: ArrayGradient) -> list[tuple[Choice, int, dict[str, Any]]]:
@@ -139,7 +136,6 @@ def _scattered(
     problem: AttentionProblem,
     gradient: ArrayGradient,
     choices: tuple[Choice, ...],
-    arguments: dict[str, Any],
 ) -> ArrayKernels:
     """Absolute sums by rows, all of them together, the sums in fixed point, and as floats."""
     name, elements = gradient.name, math.prod(gradient.shape)
@@ -169,14 +165,10 @@ def _scattered(
         blocks = _blocks(problem, choice)
         launches.append((choice, blocks, {"row_gradients": part}))
     # The sum of all rows: by one block for each head, then by one for all.
-    of_rows = arguments["shape"]._replace(num_heads_q=of_reads, batch_size=1)
-    of_heads = of_rows._replace(num_heads_q=1, seqlen_q=of_reads)
-    for rows_of, sums, blocks, shape in (
-        (bounds, by_head, of_reads, of_rows),
-        (by_head, total, 1, of_heads),
-    ):
-        more_sums = {"row_gradients": rows_of, "sums": sums, "shape": shape}
-        launches.append((HEAD_SUMS, blocks, more_sums))
+    of_rows = Reduced(Axes(1, of_reads, 1), Axes(1, 1, problem.seqlen_q), 0, 0, 1, 0, 0)
+    of_heads = Reduced(Axes(1, 1, 1), Axes(1, of_reads, 1), 0, 0, 0, 0, 0)
+    launches.append(_sums(bounds, by_head, of_rows, "float32"))
+    launches.append(_sums(by_head, total, of_heads, "float32"))
     # Zeros of 64 bits are two of 32.
     launches.append(_clearing(f"the gradient of {name}", fixed, 2 * elements, "float32"))
     for choice in choices[len(gradient.reads) :]:
@@ -184,9 +176,9 @@ def _scattered(
     rounded = RoundSumsConfig()
     blocks = num_blocks(f"the gradient of {name}", elements, 1, rounded.block_rows)
     launches.append((fixed_point(rounded, gradient.dtype), blocks, more))
-    return ArrayKernels(workspaces, parts, launches)
+    return ArrayKernels(workspaces, parts, launches, (bounds,))
 
 
 def _blocks(problem: AttentionProblem, choice: Choice) -> int:
     """The grid of a kernel that owns rows of queries."""
-    return problem.num_blocks(problem.seqlen_q, problem.num_heads_q, choice.config.block_rows)
+    return blocks_of(problem, choice.config, problem.num_heads_q)

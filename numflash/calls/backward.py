@@ -4,26 +4,32 @@
 """
 
 import math
-from dataclasses import replace
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import NamedTuple
 
 from numflash.calls.arguments import (
+    Request,
     arguments_of,
     copy_all_rows,
     lse_shape,
     mask_record,
     of_each_query,
+    seen_by_bulk_copies,
+    shape_of_list,
     traits_of,
     with_contiguous_rows,
 )
 from numflash.calls.array_gradients import kernels_of_array, sums_of_heads
 from numflash.calls.forward import Launches
-from numflash.calls.launch import Launcher
+from numflash.calls.launch import Fill, Launcher, Mapped
+from numflash.calls.sequences import ScheduleKernel
+from numflash.configs import implementation_of
+from numflash.kernels.arguments import Between, BundledShape, MappedShape, Statistics
 from numflash.kernels.arguments import Tensor as TensorRecord
 from numflash.problem.array_gradients import ArrayGradient, array_gradients
 from numflash.problem.gradients import Gradients
-from numflash.problem.options import AttentionOptions
+from numflash.problem.options import AttentionOptions, GradientOptions
 from numflash.problem.problem import (
     AttentionProblem,
     as_tensor,
@@ -31,15 +37,38 @@ from numflash.problem.problem import (
     expect_like,
     expect_out_dtype,
 )
+from numflash.problem.sequences import ListShape
+from numflash.problem.tensor_maps import TensorLayout, rows_between_entries
 from numflash.runtime.arrays import ArrayLibrary
 from numflash.runtime.driver import machine_of
+from numflash.runtime.errors import UnsupportedError
 from numflash.runtime.views import ArrayView, Operand, fresh
-from numflash.selection.choice import FUSED, select
+from numflash.selection.choice import FUSED, Purpose, select
+from numflash.selection.geometry import blocks_of, heads_of_backward, tiles_listed
 from numflash.selection.rules import Choice
 
 _OPERANDS = ("q", "k", "v")
+_MAPPED = ("q", "k", "v", "do")
+_DEFAULT = GradientOptions()
 # The caller's product of dO and O, among the operands; "delta" is the workspace of its kernel.
 _GIVEN_DELTA = "given_delta"
+
+
+def views_of_results(request: Request, views: Mapping[str, ArrayView]) -> dict[str, ArrayView]:
+    """What a backward gets from a forward that has not run: views of out, lse and dout.
+
+    Args:
+        request: the forward.
+        views: of the call; with delta the backward has no out.
+    """
+    device, dtype = request.device, request.problem.dtype
+    found = {
+        "dout": fresh(request.out_shape, dtype, device),
+        "lse": fresh(request.lse_shape, "float32", device),
+    }
+    if "delta" not in views:
+        found["out"] = request.tensors["out"].view
+    return found
 
 
 class Allocated(NamedTuple):
@@ -54,35 +83,48 @@ class Backward:
 
     Attributes:
         device: of the arrays.
+        lengths: of sequences that have lengths of their own, else None.
+        selection: the kernels that were chosen.
+        kernels: those that run, by name and in order: the selection's, and what adds up their
+            shares and parts. What lists the tiles of sequences is not among them.
+        kernel: their names.
     """
 
     def __init__(
         self,
         views: dict[str, ArrayView],
         options: AttentionOptions,
-        wrt: tuple[str, ...] | None = None,
-        grad_dtype: str | None = None,
+        asked: GradientOptions = _DEFAULT,
+        purpose: Purpose = Purpose.CALL,
     ):
-        """Check, choose and build. Raises as `numflash.attention_backward`.
+        """Check, choose, and unless it is for a question build.
+
+        Raises as `numflash.attention_backward`.
 
         Args:
             views: of q, k, v, dout and lse; out, or delta in its place; dlse where lse has a
                 gradient; the options that are arrays.
             options: of the call.
-            wrt: what gradients are of; None is the default.
-            grad_dtype: of dq, dk and dv; None is that of q. With float32 that of arrays, too.
+            asked: which gradients, and their dtype; its arrays are among the views.
+            purpose: what it is for.
         """
+        if "page_table" in views:
+            raise UnsupportedError(
+                "page_table does not go with a backward: keys in pages have no gradients"
+            )
         results = tuple(name for name in ("dout", "out") if name in views)
         rows, self._copied = with_contiguous_rows(views, (*_OPERANDS, *results))
         problem, tensors = describe(rows, options)
         q, layout = rows["q"], options.layout
-        grad_dtype = expect_out_dtype("grad_dtype", grad_dtype, q.dtype)
+        grad_dtype = expect_out_dtype("grad_dtype", asked.grad_dtype, q.dtype)
         in_float32 = grad_dtype != q.dtype
-        arrays = {} if wrt is None else array_gradients(problem, rows, options, in_float32)
+        arrays = {}
+        if asked.wrt is not None:
+            arrays = array_gradients(problem, rows, options, in_float32)
         out_is_longer = "out" in views and rows["out"].dtype == "float32" != q.dtype
         gradients = Gradients.of(
             problem.feature_names,
-            wrt,
+            asked.wrt,
             arrays,
             dlse="dlse" in views,
             delta="delta" in views,
@@ -110,7 +152,8 @@ class Backward:
         for name in _OPERANDS:
             gradient = fresh(rows[name].shape, grad_dtype, q.device)
             tensors["d" + name] = as_tensor("d" + name, gradient, layout)
-        self.device, self._gradients = q.device, gradients
+        problem = seen_by_bulk_copies(problem, tensors, names=_MAPPED)
+        self.device, self._gradients, self._tensors = q.device, gradients, tensors
         self._arguments = arguments_of(problem, tensors)
         self._arguments["of_rows"] = SimpleNamespace(**given, plain="plain_delta")
         self._arguments.setdefault("out", TensorRecord(None, 0, 0, 0))
@@ -121,16 +164,25 @@ class Backward:
         self._shapes = {
             name: rows[name].shape for name in gradients.wrt if name not in (*_OPERANDS, *arrays)
         }
+        if problem.lengths is not None and problem.lengths.packed:
+            _refuse_sums_of_sequences(self._shapes)
         # Parts of workspaces: (workspace, from, to).
         self._parts: dict[str, tuple[str, int, int]] = {}
+        self.kernels: dict[str, Choice] = {}
         self._launchers: dict[str, Launcher] = {}
-        selection = select(
+        # Workspaces that must be 0 where kernels do not write.
+        self._cleared: list[str] = []
+        # Of sequences with lengths of their own, the lists of tiles by name.
+        self._lists: dict[str, ListShape] = {}
+        self.lengths = problem.lengths
+        self.selection = selection = select(
             problem,
             traits_of(problem, tensors),
             machine_of(q.device),
             options.config,
             passes=("backward",),
             gradients=gradients,
+            purpose=purpose,
         )
         # One kernel makes dk and dv, or all three, whichever are wanted.
         made = {"q"} & {*gradients.wrt}
@@ -145,8 +197,13 @@ class Backward:
             add(problem, family, choice)
         for gradient in gradients.arrays:
             self._add_array(problem, gradient, selection.arrays[gradient.name])
-        for launcher in self._launchers.values():
-            launcher.build()
+        self.kernel = ", ".join(self.kernels)
+        self._schedule = None
+        if self._lists:
+            shapes = list(self._lists.values())
+            self._schedule = ScheduleKernel(problem.lengths, shapes, self.device)
+        if purpose is not Purpose.QUESTION:
+            self._build()
 
     def _add(self, problem: AttentionProblem, family: str, choice: Choice) -> None:
         """A kernel, and what adds up the shares of rows that it leaves for gradients of options.
@@ -158,42 +215,70 @@ class Backward:
         for option in options:
             shares = f"row_gradients of {option}"
             self._workspaces[shares] = self._of_queries
+            if choice.traits.ragged:
+                self._cleared.append(shares)
             arguments = arguments | {"row_gradients": shares}
         rows, heads = problem.seqlen_q, problem.num_heads_q
-        if family == "backward-dkdv":
+        by_keys = family == "backward-dkdv"
+        if by_keys:
             rows, heads = problem.seqlen_k, problem.num_heads_kv
             arguments = arguments | {"mask": mask_record(problem, by_keys=True)}
         if getattr(choice.config, "apart", False):
             heads *= 2
+        arguments = self._with_list(problem, choice, arguments, by_keys)
         if problem.batch and rows:
-            blocks = problem.num_blocks(rows, heads, choice.config.block_rows)
-            self._launchers[family] = self._launcher(choice, blocks, arguments)
+            if choice.traits.ragged:
+                blocks = blocks_of(problem, choice.config, heads, by_keys=by_keys)
+            else:
+                blocks = problem.num_blocks(rows, heads, choice.config.block_rows)
+            self._launch(family, choice, blocks, arguments)
         for option in options:
-            self._add_head_sums(problem, option)
+            self._add_sums(problem, option)
 
-    def _add_head_sums(self, problem: AttentionProblem, option: str) -> None:
+    def _with_list(
+        self, problem: AttentionProblem, choice: Choice, arguments: dict, by_keys: bool = False
+    ) -> dict:
+        """The arguments of a kernel, with the list of tiles that it goes through, if it does."""
+        if not choice.traits.ragged:
+            return arguments
+        listed = tiles_listed(problem, choice.config, by_keys=by_keys)
+        self._lists[listed.name] = listed
+        return arguments | {"shape": shape_of_list(problem, arguments["shape"], listed)}
+
+    def _add_sums(self, problem: AttentionProblem, option: str) -> None:
         """The gradient of what heads have: the shares of rows, added up."""
         self._results[f"d{option}"] = Allocated(self._shapes[option], "float32")
-        launches = sums_of_heads(problem, option, self._shapes[option], self._arguments)
+        launches = sums_of_heads(problem, option, self._shapes[option])
         for choice, blocks, arguments in launches:
             if blocks:
-                launcher = self._launcher(choice, blocks, self._arguments | arguments)
-                self._launchers[f"{choice.family} of {option}"] = launcher
+                name = f"{choice.family} of {option}"
+                self._launch(name, choice, blocks, self._arguments | arguments)
 
     def _add_fused(self, problem: AttentionProblem, family: str, choice: Choice) -> None:
-        """The one kernel for dq, dk and dv, and the one that adds up its parts of dQ."""
+        """The one kernel for dq, dk and dv, and the one that makes dq of what it leaves."""
         config = choice.config
         arguments = self._arguments | {"num_splits": config.num_splits}
         tiles = -(-problem.seqlen_q // config.tile_m) * problem.num_heads_q * problem.batch
         part = tiles * config.tile_m * choice.traits.head_dim
-        self._workspaces["dq_parts"] = Allocated((config.num_splits * part,), "float32")
-        if problem.batch and problem.seqlen_k:
-            blocks = problem.num_blocks(1, problem.num_heads_kv * config.num_splits, 1)
-            self._launchers[family] = self._launcher(choice, blocks, arguments)
+        blocks = 0
+        if implementation_of(config).needs_maps:
+            # Blocks add to the same sums, in turn.
+            self._workspaces["dq_sums"] = Allocated((part,), "float32")
+            self._workspaces["turns"] = Allocated((tiles,), "int32")
+            self._cleared.append("turns")
+            in_flight = heads_of_backward(problem, machine_of(self.device).l2_bytes)
+            arguments["shape"] = BundledShape(*arguments["shape"], in_flight)
+            blocks = problem.num_blocks(problem.seqlen_k, problem.num_heads_kv, config.tile_n)
+        else:
+            self._workspaces["dq_parts"] = Allocated((config.num_splits * part,), "float32")
+            if problem.seqlen_k:
+                blocks = problem.num_blocks(1, problem.num_heads_kv * config.num_splits, 1)
+        if problem.batch and blocks:
+            self._launch(family, choice, blocks, arguments)
         if tiles and "q" in self._gradients.wrt:
-            reduction = replace(choice, config=config.reduction())
-            launcher = self._launcher(reduction, tiles, arguments)
-            self._launchers[reduction.config.family] = launcher
+            config = config.reduction()
+            reduction = Choice(config.family, config, choice.traits, "with its parts of dQ", ())
+            self._launch(config.family, reduction, tiles, arguments)
 
     def _add_array(
         self, problem: AttentionProblem, gradient: ArrayGradient, choices: tuple[Choice, ...]
@@ -202,26 +287,49 @@ class Backward:
         self._results[f"d{gradient.name}"] = Allocated(gradient.shape, gradient.dtype)
         if not math.prod(gradient.shape):
             return
-        made = kernels_of_array(problem, gradient, choices, self._arguments)
+        made = kernels_of_array(problem, gradient, choices)
         self._workspaces |= {n: Allocated(*each) for n, each in made.workspaces.items()}
         self._parts |= made.parts
+        if self.lengths is not None:
+            self._cleared += made.cleared
         for number, (choice, blocks, arguments) in enumerate(made.launches):
             if blocks:
-                own = "plain_statistics_log2" if choice.has_geometry else "plain_statistics"
-                of_tiles = {"tile_statistics": self._arguments[own], **arguments}
-                launcher = self._launcher(choice, blocks, self._arguments | of_tiles)
-                self._launchers[f"{choice.family} of {gradient.name}, {number}"] = launcher
+                arguments = self._with_list(problem, choice, self._arguments | arguments)
+                name = f"{choice.family} of {gradient.name}, {number}"
+                self._launch(name, choice, blocks, arguments)
 
-    def _launcher(self, choice: Choice, num_blocks: int, arguments: dict) -> Launcher:
-        """A kernel for the problem, with all but addresses bound."""
-        return Launcher(choice.config, choice.traits, self.device, num_blocks, arguments)
+    def _launch(self, name: str, choice: Choice, num_blocks: int, arguments: dict) -> None:
+        """Have a kernel run after those before, with all but addresses bound."""
+        # Tensor cores take lse in base 2.
+        lse = "lse_log2" if implementation_of(choice.config).has_tensor_cores else "lse"
+        arguments = arguments | {"tile_statistics": Statistics(lse, "plain_delta")}
+        if implementation_of(choice.config).needs_maps:
+            arguments |= self._tensor_maps(choice.config)
+            if choice.traits.ragged:
+                arguments["shape"] = MappedShape(*arguments["shape"], self._between())
+        self.kernels[name] = choice
+        self._launchers[name] = Launcher(
+            choice.config, choice.traits, self.device, num_blocks, arguments
+        )
 
-    def __call__(self, operands: dict[str, Operand], library: ArrayLibrary, stream: int):
-        """Allocate and launch; the gradients."""
-        gradients, launches = self.bind(operands, library)
-        for launch in launches.values():
-            launch(stream)
-        return gradients
+    def _tensor_maps(self, config) -> dict[str, Mapped]:
+        """The tensor maps of a kernel by parameter name."""
+        rows = {"q": config.tile_m, "do": config.tile_m, "k": config.tile_n, "v": config.tile_n}
+        described = TensorLayout.of_keys if self.lengths is None else TensorLayout.of_ragged_keys
+        return {
+            f"{name}_map": Mapped(tensor.name, described(tensor, rows[name]))
+            for name, tensor in ((name, self._tensors[name]) for name in _MAPPED)
+        }
+
+    def _between(self) -> Between:
+        """What ragged tensor maps do not say of a padded batch."""
+        return Between(*(rows_between_entries(self._tensors[name]) for name in _MAPPED))
+
+    def _build(self) -> None:
+        if self._schedule is not None:
+            self._schedule.build()
+        for launcher in self._launchers.values():
+            launcher.build()
 
     def bind(self, operands: dict[str, Operand], library: ArrayLibrary) -> tuple[list, Launches]:
         """Allocate; the gradients, and by family, in order, functions that launch."""
@@ -235,5 +343,25 @@ class Backward:
             operands[name] = library.operand(arrays[name])
         for name, (whole, first, end) in self._parts.items():
             operands[name] = library.operand(arrays[whole][first:end])
-        launches = {family: each.bind(operands) for family, each in self._launchers.items()}
+        launches = {}
+        if self.lengths is not None:
+            # Rows that no sequence has.
+            for name in self._results:
+                launches[f"fill {name}"] = Fill(operands[name], 0.0, self.device)
+        for name in self._cleared:
+            launches[f"fill {name}"] = Fill(operands[name], 0.0, self.device)
+        if self._schedule is not None:
+            launches |= self._schedule.bind_or_find(operands, library)
+        launches |= {family: each.bind(operands) for family, each in self._launchers.items()}
         return [arrays["d" + name] for name in self._gradients.wrt], launches
+
+
+def _refuse_sums_of_sequences(shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise UnsupportedError for gradients that are sums over each packed sequence by itself."""
+    for name, shape in shapes.items():
+        if len(shape) == 2:
+            raise UnsupportedError(
+                f"wrt names {name!r} of shape {shape}, and sequences are packed: gradients of "
+                f"what each sequence has by itself are made in padded batches, with seqlens_q and "
+                f"seqlens_k; give {name} of shape ({shape[1]},)"
+            )

@@ -5,7 +5,8 @@ from typing import Any
 
 from numflash.calls.launch import Launcher
 from numflash.configs import MaskListsConfig, MaskScatterConfig, MaskTilesConfig, Traits
-from numflash.kernels.arguments import BlockSizes, RowLists, TileFlags, given_of
+from numflash.kernels.arguments import given_of
+from numflash.kernels.masks.arguments import BlockSizes, RowLists, TileFlags
 from numflash.problem.block_masks import Blocks
 from numflash.problem.problem import num_blocks
 from numflash.runtime.arrays import ArrayLibrary

@@ -12,10 +12,14 @@ _SWIZZLES = {0: 0, 32: 1, 64: 2, 128: 3}
 _L2_PROMOTIONS = {128: 2, 256: 3}
 _INTERLEAVE_NONE = _OUT_OF_BOUNDS_ZERO = 0
 _FIRST_CUDA = 12000
+_ADDRESSES = 2**64
 
 
 def encoder(driver, layout: TensorLayout) -> Callable[[int], bytes]:
     """A function that encodes the map of a tensor of this layout, as the driver does, by address.
+
+    The address is the tensor's. A ragged map begins below it, where nothing is read: the driver
+    asks for the alignment only.
 
     Args:
         driver: `cuda.bindings.driver`, initialised.
@@ -39,8 +43,8 @@ def encoder(driver, layout: TensorLayout) -> Callable[[int], bytes]:
 
     def encode(pointer: int) -> bytes:
         room = ctypes.create_string_buffer(MAP_BYTES + MAP_ALIGNMENT)
-        address = aligned(room)
-        status = encode_tiled(address, *kind, pointer, *tile)
+        address, first = aligned(room), (pointer - layout.shift_bytes) % _ADDRESSES
+        status = encode_tiled(address, *kind, first, *tile)
         if status:
             raise RuntimeError(
                 f"cuTensorMapEncodeTiled reports error {status} for {layout} at {pointer:#x}"

@@ -22,9 +22,11 @@ from numflash.calls.fp8_sources import (
 from numflash.calls.launch import Launcher
 from numflash.configs import FP8_STEP, EstimateConfig, Traits, padded_fp8_head_dim
 from numflash.configs.features import rows_of
-from numflash.kernels.arguments import Descales, QueryDescale, Squares
+from numflash.kernels.arguments import Descales, QueryDescale
+from numflash.kernels.quantize.arguments import Squares
 from numflash.problem.options import ARRAY_OPTIONS, AttentionOptions
 from numflash.problem.problem import AttentionProblem, Tensor, describe
+from numflash.problem.sequences import NAMES as OF_SEQUENCES
 from numflash.runtime.arrays import ArrayLibrary
 from numflash.runtime.errors import UnsupportedError
 from numflash.runtime.views import ArrayView, Operand
@@ -120,6 +122,12 @@ def fp8_request_of(
     Raises:
         TypeError, ValueError, UnsupportedError: as `numflash.attention`.
     """
+    if given := [name for name in OF_SEQUENCES if name in views]:
+        # Of V the tokens are innermost: bulk copies could not end at a sequence's end.
+        raise UnsupportedError(
+            f'precision="fp8" or "auto" and arrays of 8-bit floats do not go with {given[0]}: '
+            "kernels on 8-bit floats know one length for all sequences"
+        )
     sources = make_sources(views, options, dict(described), statistics)
     like = {name: source.view for name, source in sources.items()}
     # The result is of q's type; k and v may have been quantised from others.

@@ -11,9 +11,17 @@ MAX_REL_ERROR = 0.1
 """The error that precision="auto" allows by default."""
 
 
-def has_fp8(*arrays) -> bool:
+def has_fp8(q, k, v) -> bool:
     """Whether some array is an `Fp8Array`."""
-    return any(isinstance(array, Fp8Array) for array in arrays)
+    # Spelled out, because every call asks.
+    return isinstance(q, Fp8Array) or isinstance(k, Fp8Array) or isinstance(v, Fp8Array)
+
+
+def descales_of(q_descale, k_descale, v_descale) -> tuple | None:
+    """The scales of a call's codes; None where it has none."""
+    if q_descale is k_descale is v_descale is None:
+        return None
+    return q_descale, k_descale, v_descale
 
 
 def take_apart(
@@ -47,6 +55,14 @@ def with_budget(options: AttentionOptions) -> AttentionOptions:
     if budget is not None and options.precision != "auto":
         raise ValueError(f'max_rel_error goes with precision="auto", got {options.precision!r}')
     return options._replace(max_rel_error=MAX_REL_ERROR) if budget is None else options
+
+
+def expect_recipe_is_used(options: AttentionOptions) -> None:
+    """Raise ValueError for a recipe of quantisation where nothing is quantised."""
+    if options.fp8 is not None and options.precision not in ("fp8", "auto"):
+        raise ValueError(
+            f'fp8 says how to quantise with precision="fp8"; precision is {options.precision!r}'
+        )
 
 
 def refuse_backward(q, k, v, precision) -> None:

@@ -11,6 +11,7 @@ when an address is first bound and remembered.
 """
 
 import ctypes
+import math
 import struct
 import threading
 from collections.abc import Callable
@@ -108,6 +109,31 @@ class Launcher:
         return self.build().bind(operands)
 
 
+class Fill:
+    """A launch that sets all of a contiguous array to 0, or one of 32 bits to any number."""
+
+    def __init__(self, operand: Operand, value: float, device: int):
+        self._operand, self._value, self._device = operand, value, device
+
+    def __call__(self, stream: int) -> None:
+        """Enqueue it."""
+        array, value = self._operand.array, self._value
+        if SIMULATED:
+            library_of(array, "array").operand(array).array[...] = value
+            return
+        view = library_of(array, "array").view(array)
+        size = math.prod(view.shape) * view.itemsize
+        driver = open_driver()
+        if value == 0:
+            fill, word, count = driver.cuMemsetD8Async, 0, size
+        else:
+            word = int(np.array(value, view.dtype).view(np.uint32))
+            fill, count = driver.cuMemsetD32Async, size // 4
+        if count:
+            pointer = self._operand.pointer
+            checked(in_context(self._device, fill, pointer, word, count, stream))
+
+
 class DriverLaunch:
     """A launch of machine code through the CUDA driver."""
 
@@ -150,14 +176,18 @@ class DriverLaunch:
 
     def bind(self, operands):
         """See `Launcher.bind`."""
-        bound = [_operand(operands, name) for name in self.pointer_names]
-        pointers = [0 if operand is None else operand.pointer for operand in bound]
+        # Most operands are arrays as they are, which is quick to see.
+        bound = [
+            operands[name] if type(name) is str else _operand(operands, name)
+            for name in self.pointer_names
+        ]
         mapped = [operands[name] for name in self.map_names]
-        maps = [
+        values = [
             encode_at(operand.pointer)
             for encode_at, operand in zip(self.encoders, mapped, strict=True)
         ]
-        values = maps + pointers + [operands[name] for name in self.number_names]
+        values += [0 if operand is None else operand.pointer for operand in bound]
+        values += [operands[name] for name in self.number_names]
 
         def launch(stream: int, _keep_alive=(bound, mapped)) -> None:
             in_context(self.device, self._launch, values, stream)

@@ -8,7 +8,7 @@ from numflash.calls.launch import Launcher
 from numflash.configs import DTYPES, Traits, padded_head_dim
 from numflash.configs.features import ABSENT
 from numflash.kernels import arguments as records
-from numflash.kernels.arguments import Shape
+from numflash.kernels.arguments import Shape, SplitTiles
 from numflash.problem.options import LAYOUTS, expect_one_of
 from numflash.problem.problem import (
     Tensor,
@@ -99,6 +99,7 @@ class Merge:
             "out": records.Tensor("out", *tensor.strides[:3]),
             "shape": Shape(seqlen, 0, heads, 1, 0, head_dim_v, batch),
             "num_splits": num_parts,
+            "tiles": SplitTiles(1, 1),
             "features": ABSENT,
         }
         return Launcher(config, traits, self.device, blocks, arguments)

@@ -23,7 +23,7 @@ from numflash.configs import (
 from numflash.configs.formats import FORMATS
 from numflash.configs.fp8 import generation
 from numflash.kernels import arguments as records
-from numflash.kernels.arguments import Codes, Grouped, Signs, Sizes
+from numflash.kernels.quantize.arguments import Codes, Grouped, Signs, Sizes
 from numflash.problem.fp8 import TOKEN_STEP, Fp8Array, Fp8Recipe
 from numflash.problem.options import LAYOUTS, expect_one_of
 from numflash.problem.problem import (

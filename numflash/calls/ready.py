@@ -8,16 +8,20 @@ allocate and launch.
 from collections.abc import Callable
 from typing import Any
 
+from numflash.calls.backward import Backward
 from numflash.calls.forward import Forward
 from numflash.calls.fp8_forward import AutoForward, Fp8Forward
 from numflash.calls.fp8_options import (
+    expect_recipe_is_used,
     has_fp8,
+    refuse_backward,
     take_apart,
     with_budget,
 )
 from numflash.problem.fp8 import Fp8Array, PrecisionDecision
-from numflash.problem.options import AttentionOptions
-from numflash.runtime.arrays import library_of, on_stream, stream_address
+from numflash.problem.options import AttentionOptions, GradientOptions, expect_bool
+from numflash.problem.sequences import expect_inside
+from numflash.runtime.arrays import library_of, on_stream, stream_address, to_numpy
 from numflash.runtime.views import Operand
 from numflash.selection.store import generation
 
@@ -26,12 +30,12 @@ _MAX_READY = 4096
 _ready: dict[tuple, Any] = {}
 
 
-class BoundForward:
-    """A forward call that is checked, allocated and bound.
+class Bound:
+    """A call that is checked, allocated and bound.
 
     Attributes:
         stream: the address of the one that it was allocated on.
-        kernel: which kernel runs.
+        kernel: which kernel computes the result; of a backward, the names of those that run.
     """
 
     def __init__(
@@ -52,31 +56,40 @@ class BoundForward:
 
 
 def bind_forward(
-    q, k, v, out, options: AttentionOptions, stream, descales: tuple = (None, None, None)
-) -> BoundForward:
+    q,
+    k,
+    v,
+    out,
+    options: AttentionOptions,
+    stream,
+    descales: tuple | None = None,
+    check_lengths: bool = False,
+) -> Bound:
     """Check a forward call, allocate and bind it.
 
-    Its `hand_back` gives (out, lse, decision or None) as objects of q's library.
+    Its `hand_back` gives (out, lse, decision or None) as objects of q's library. `descales` are
+    those of q, k and v, if there are any; `check_lengths` reads lengths back and checks them, too.
     """
+    expect_bool("check_lengths", check_lengths)
     arrays, kind, more = {"q": q, "k": k, "v": v}, Forward, ()
     if options.precision == "auto" or options.max_rel_error is not None:
         options = with_budget(options)
-    is_fp8 = options.precision in ("fp8", "auto") or any(x is not None for x in descales)
-    if is_fp8 or has_fp8(q, k, v):
+    if descales is not None or options.precision in ("fp8", "auto") or has_fp8(q, k, v):
         kind, q = Fp8Forward, q.data if isinstance(q, Fp8Array) else q
-        arrays, options, *more = take_apart(arrays, descales, options)
+        arrays, options, *more = take_apart(arrays, descales or (None,) * 3, options)
         if options.precision == "auto":
             kind = AutoForward
-    elif options.fp8 is not None:
-        raise ValueError(
-            f'fp8 says how to quantise with precision="fp8"; precision is {options.precision!r}'
-        )
+    else:
+        expect_recipe_is_used(options)
     if out is not None:
         arrays["out"] = out
     forward, operands, stream = prepare(kind, arrays, options, stream, *more)
+    if check_lengths:
+        _expect_inside(forward, arrays, operands, stream, ("q",))
     library = library_of(q, "q")
 
     def work(stream: int) -> tuple:
+        add_schedule(operands, options)
         return stream, *forward.bind(operands, library)
 
     stream, result, lse, launches = on_stream(work, stream, forward.device, arrays, operands)
@@ -91,7 +104,64 @@ def bind_forward(
             decision = PrecisionDecision(*(library.hand_back(x, q, stream) for x in decided))
         return given, library.hand_back(lse, q, stream), decision
 
-    return BoundForward(tuple(launches.values()), stream, forward.kernel, hand_back)
+    return Bound(tuple(launches.values()), stream, forward.kernel, hand_back)
+
+
+def bind_backward(
+    dout,
+    q,
+    k,
+    v,
+    out,
+    lse,
+    options: AttentionOptions,
+    asked: GradientOptions,
+    stream,
+    check_lengths: bool = False,
+) -> Bound:
+    """Check a backward call, allocate and bind it.
+
+    Its `hand_back` gives the gradients, a tuple of objects of q's library. `check_lengths` as of
+    `bind_forward`.
+    """
+    expect_bool("check_lengths", check_lengths)
+    refuse_backward(q, k, v, options.precision)
+    arrays = {"q": q, "k": k, "v": v, "dout": dout, "lse": lse} | asked.arrays()
+    if asked.delta is None:
+        arrays["out"] = out
+    backward, operands, stream = prepare(Backward, arrays, options, stream, asked.without_arrays())
+    if check_lengths:
+        _expect_inside(backward, arrays, operands, stream, ("q", "k"))
+    library = library_of(q, "q")
+
+    def work(stream: int) -> tuple:
+        add_schedule(operands, options)
+        return stream, *backward.bind(operands, library)
+
+    stream, gradients, launches = on_stream(work, stream, backward.device, arrays, operands)
+
+    def hand_back(stream: int) -> tuple:
+        return tuple(library.hand_back(x, q, stream) for x in gradients)
+
+    return Bound(tuple(launches.values()), stream, backward.kernel, hand_back)
+
+
+def _expect_inside(ready, arrays: dict, operands: dict, stream, sides: tuple[str, ...]) -> None:
+    """Read the lengths of a call's sequences back, and check them. Raises ValueError."""
+    lengths = getattr(ready, "lengths", None)
+    if lengths is None:
+        return
+
+    def work(stream: int) -> dict:
+        return {name: to_numpy(arrays[name]) for name in lengths.given}
+
+    expect_inside(lengths, on_stream(work, stream, ready.device, arrays, operands), sides)
+
+
+def add_schedule(operands: dict[str, Any], options: AttentionOptions) -> None:
+    """Add to operands the `Schedule` of the caller's, if there is one."""
+    if options.schedule is not None:
+        operands["schedule"] = options.schedule
 
 
 def prepare(kind: type, arrays: dict[str, Any], options: AttentionOptions, stream, *more):

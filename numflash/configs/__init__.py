@@ -5,9 +5,9 @@ a free choice among equally right ones: tile sizes, warps, stages. Each kernel f
 "forward", has a config class for each of its implementations: the portable kernels
 (`configs.portable`), those for tensor cores (`configs.mma`), for Hopper's (`configs.wgmma`), and
 on 8-bit floats (`configs.fp8`). `configs.quantize` has those of the kernels around attention on
-8-bit floats. `configs.implementations` has a row for each. Traits and configs have short string
-forms (`configs.letters`), used in file names, test ids and on the command line:
-`float16-d64-dv64-softcap-vec`, `m64n32w4`, `sm80-m128n64w4s1`.
+8-bit floats, `configs.sequences` those around sequences. `configs.implementations` has a row for
+each. Traits and configs have short string forms (`configs.letters`), used in file names, test ids
+and on the command line: `float16-d64-dv64-softcap-vec`, `m64n32w4`, `sm80-m128n64w4s1`.
 
 Everything here is plain arithmetic; nothing imports Numba.
 """
@@ -47,7 +47,6 @@ from numflash.configs.portable import (
     CombineConfig,
     DeltaConfig,
     ForwardConfig,
-    HeadSumsConfig,
     RoundSumsConfig,
     SmemLayout,
 )
@@ -58,6 +57,12 @@ from numflash.configs.quantize import (
     EstimateConfig,
     QuantizeConfig,
     quantize_config,
+)
+from numflash.configs.sequences import (
+    SEQUENCE_CONFIGS,
+    PrepareConfig,
+    RotaryConfig,
+    ScheduleConfig,
 )
 from numflash.configs.traits import (
     DTYPES,
@@ -87,7 +92,6 @@ Config = (
     | BackwardTilesConfig
     | BackwardScatterConfig
     | DeltaConfig
-    | HeadSumsConfig
     | ArraySumsConfig
     | ClearSumsConfig
     | RoundSumsConfig
@@ -96,9 +100,12 @@ Config = (
     | QuantizeConfig
     | AmaxConfig
     | DequantizeConfig
+    | RotaryConfig
+    | PrepareConfig
     | MaskTilesConfig
     | MaskScatterConfig
     | MaskListsConfig
+    | ScheduleConfig
 )
 
 
@@ -127,6 +134,7 @@ __all__ = [
     "MMA_CONFIGS",
     "PORTABLE_CONFIGS",
     "QUANTIZE_CONFIGS",
+    "SEQUENCE_CONFIGS",
     "SLAB_BYTES",
     "WARPGROUP_ROWS",
     "AmaxConfig",
@@ -146,7 +154,6 @@ __all__ = [
     "EstimateConfig",
     "ForwardConfig",
     "Fp8ForwardConfig",
-    "HeadSumsConfig",
     "Implementation",
     "MaskListsConfig",
     "MaskScatterConfig",
@@ -157,9 +164,12 @@ __all__ = [
     "MmaBackwardRowsConfig",
     "MmaConfig",
     "MmaForwardConfig",
+    "PrepareConfig",
     "QuantizeConfig",
     "ReduceDqConfig",
+    "RotaryConfig",
     "RoundSumsConfig",
+    "ScheduleConfig",
     "Sm90ForwardConfig",
     "Sm90Fp8ForwardConfig",
     "SmemLayout",

@@ -6,42 +6,18 @@ Their string form: `w4`. A warp has a block of the mask, or a list.
 from dataclasses import dataclass
 from typing import ClassVar
 
-from numflash.configs.letters import Lettered, number
-from numflash.configs.traits import Traits
+from numflash.configs.letters import number
+from numflash.configs.warps import WarpsConfig
 
 
 @dataclass(frozen=True)
-class _ByWarp(Lettered):
-    """Common to all: each warp has something by itself."""
+class _ByWarp(WarpsConfig):
+    """Common to all."""
 
     num_warps: int = number("w", 4, always=True)
 
     implementation: ClassVar = "block-mask"
     example: ClassVar = "w4"
-
-    def __post_init__(self):
-        if not 0 < self.num_warps <= 32:
-            raise ValueError(
-                f"num_warps of {type(self).__name__} must be 1 to 32, got {self.num_warps}"
-            )
-
-    @property
-    def num_threads(self) -> int:
-        """Threads per block."""
-        return 32 * self.num_warps
-
-    @property
-    def block_rows(self) -> int:
-        """Blocks or lists that one thread block makes."""
-        return self.num_warps
-
-    def misfit(self, traits: Traits) -> str | None:
-        """Why it cannot be built for these traits: it always can."""
-        return None
-
-    def smem_bytes(self, traits: Traits) -> int:
-        """Bytes of dynamic shared memory per block: none."""
-        return 0
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ class Gradient(NamedTuple):
         shares: in NumPy the share of each (batch, head, query). Of an end: (lse, product, value)
             -> shares, with `product` that of dO and O, less the gradient of lse. Of a score:
             (ds, i, j) -> shares, with `ds` the gradient of the score that the feature gives.
-        family: the kernels that leave the shares; `shared.head_sums` adds them up.
+        family: the kernels that leave the shares; `shared.array_sums` adds them up.
         is_default: whether `attention_backward` returns it unless `wrt` says otherwise.
     """
 

@@ -9,7 +9,8 @@ from functools import cache
 from typing import ClassVar
 
 from numflash.configs.letters import switch
-from numflash.configs.mma import MmaForwardConfig, no_softmax, too_new
+from numflash.configs.mma import MmaForwardConfig
+from numflash.configs.mma_rules import no_softmax, too_new
 from numflash.configs.traits import Asked, Traits
 from numflash.runtime.devices import Architecture, blocks_per_sm
 
@@ -134,7 +135,7 @@ def candidates(limits: Architecture) -> tuple[Fp8ForwardConfig, ...]:
 def misfit(
     config: Fp8ForwardConfig, traits: Traits, limits: Architecture, rows: int, warps: int
 ) -> str | None:
-    """Why a candidate is not the one to use; None if it is. As `configs.mma.misfit`."""
+    """Why a candidate is not the one to use; None if it is. As `configs.mma_rules.misfit`."""
     if (why := config.misfit(traits)) is not None:
         return why
     if (needed := config.smem_bytes(traits)) > limits.max_smem_per_block:

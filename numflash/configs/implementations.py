@@ -9,14 +9,16 @@ family. A new generation of GPUs is a new row.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from numflash.configs import fp8, mma, portable, quantize, wgmma
+from numflash.configs import fp8, mma_rules, portable, quantize, wgmma, wgmma_backward
 from numflash.configs.block_masks import BLOCK_MASK_CONFIGS
 from numflash.configs.fp8 import PREFIX, Fp8ForwardConfig
 from numflash.configs.mma import MMA_CONFIGS
 from numflash.configs.portable import PORTABLE_CONFIGS
 from numflash.configs.quantize import QUANTIZE_CONFIGS
+from numflash.configs.sequences import SEQUENCE_CONFIGS
 from numflash.configs.traits import Asked, Traits
 from numflash.configs.wgmma import Sm90ForwardConfig, Sm90Fp8ForwardConfig
+from numflash.configs.wgmma_backward import WGMMA_BACKWARD_CONFIGS
 from numflash.runtime.devices import Architecture
 
 _MOST_REGISTERS = 255
@@ -58,6 +60,8 @@ class Implementation:
             heads, split the keys and have an order of blocks.
         needs_maps: whether bulk copies fetch its tiles, by tensor maps, and warpgroups multiply.
         packs: whether it can have so many packed heads in the rows of a tile.
+        blocks_to_fuse: blocks of keys for each SM from which on its one kernel for dQ, dK and dV
+            comes before its two; None if it never does.
         resident: (config, limits) -> registers that a thread is taken to use where occupancy is
             estimated before a kernel is compiled.
     """
@@ -80,6 +84,7 @@ class Implementation:
     has_tensor_cores: bool = True
     needs_maps: bool = False
     packs: Callable[[int], bool] = lambda pack: True
+    blocks_to_fuse: int | None = None
     resident: Callable[..., int] = lambda config, limits: _MOST_REGISTERS
 
     def called(self, limits: Architecture) -> str:
@@ -126,17 +131,36 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         **_WGMMA,
     ),
     Implementation(
+        name="wgmma-backward",
+        configs=WGMMA_BACKWARD_CONFIGS,
+        begins="sm90",
+        generation=wgmma.generation,
+        candidates=lambda family, traits, limits: wgmma_backward.candidates(family, traits),
+        misfit=lambda config, traits, limits, rows, warps: wgmma_backward.misfit(
+            config, traits, limits, rows
+        ),
+        refuses=wgmma.refuses,
+        cannot_run=wgmma_backward.cannot_run,
+        rule=_WGMMA["rule"],
+        needs_maps=True,
+        # By the tuner's model. With fewer the last blocks leave SMs idle, or wait for each other.
+        blocks_to_fuse=8,
+        resident=wgmma.registers_of_a_block,
+    ),
+    Implementation(
         name="mma",
         configs=MMA_CONFIGS,
         begins="sm",
-        generation=mma.generation,
-        candidates=lambda family, _, limits: mma.candidates(family, mma.generation(limits)),
-        misfit=mma.misfit,
-        refuses=lambda traits, limits, asked: mma.no_products(
-            traits, mma.generation(limits), asked
+        generation=mma_rules.generation,
+        candidates=lambda family, _, limits: mma_rules.candidates(
+            family, mma_rules.generation(limits)
         ),
-        cannot_run=mma.cannot_run,
-        warps=mma.WARPS_PER_SM,
+        misfit=mma_rules.misfit,
+        refuses=lambda traits, limits, asked: mma_rules.no_products(
+            traits, mma_rules.generation(limits), asked
+        ),
+        cannot_run=mma_rules.cannot_run,
+        warps=mma_rules.WARPS_PER_SM,
         rule=_TENSOR_CORES,
         slower="wgmma is faster",
         title="{} (tensor cores)",
@@ -147,9 +171,9 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         generation=fp8.generation,
         candidates=lambda family, traits, limits: fp8.candidates(limits),
         misfit=fp8.misfit,
-        refuses=lambda traits, limits, asked: mma.no_softmax(asked),
+        refuses=lambda traits, limits, asked: mma_rules.no_softmax(asked),
         cannot_run=fp8.cannot_run,
-        warps=mma.WARPS_PER_SM,
+        warps=mma_rules.WARPS_PER_SM,
         rule=_TENSOR_CORES,
         slower="wgmma multiplies codes, mma.sync must make float16 of them",
         title="{} (tensor cores)",
@@ -164,7 +188,8 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         misfit=lambda config, traits, limits, rows, warps: portable.misfit(
             config, traits, limits, rows
         ),
-        cannot_run=lambda config, traits, limits, asked: config.misfit(traits),
+        refuses=portable.refuses,
+        cannot_run=portable.cannot_run,
         adapts=_without_tf32,
         rule="the first that fits of the portable configs",
         slower="tensor cores are faster",
@@ -188,6 +213,16 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         generation=lambda limits: "block-mask",
         candidates=lambda family, traits, limits: (BLOCK_MASK_CONFIGS[family](),),
         misfit=_nothing,
+        has_tensor_cores=False,
+    ),
+    Implementation(
+        name="sequences",
+        configs=SEQUENCE_CONFIGS,
+        generation=lambda limits: "sequences",
+        candidates=lambda family, traits, limits: (SEQUENCE_CONFIGS[family](),),
+        misfit=lambda config, traits, limits, rows, warps: config.misfit(traits),
+        cannot_run=lambda config, traits, limits, asked: config.misfit(traits),
+        adapts=_without_tf32,
         has_tensor_cores=False,
     ),
 )

@@ -7,17 +7,17 @@ dK and dV have blocks of their own, `-linear` for tiles that are not swizzled.
 """
 
 from dataclasses import dataclass, fields, replace
-from functools import cache
 from typing import ClassVar
 
 from numflash.configs.letters import Lettered, chosen, number, switch, word
-from numflash.configs.traits import Asked, Traits
-from numflash.runtime.devices import Architecture, blocks_per_sm
+from numflash.configs.traits import Traits
 
 GENERATIONS = ("sm75", "sm80")
 """sm75 has half-size products of float16 only, and copies that go through registers."""
 MAX_STAGES = 3
-_ROW_STEP, _COLUMN_STEP = 16, 16
+ROW_STEP = 16
+"""Rows of a product."""
+_COLUMN_STEP = 16
 _WORD_BYTES = 4
 
 
@@ -75,10 +75,10 @@ class MmaConfig(Lettered):
                     f"{name} of {type(self).__name__} must be positive, got {getattr(self, name)}"
                 )
         rows, columns = self.row_tile, self.column_tile
-        if rows % (_ROW_STEP * self.num_warps) or columns % _COLUMN_STEP:
+        if rows % (ROW_STEP * self.row_warps) or columns % _COLUMN_STEP:
             raise ValueError(
                 f"{type(self).__name__} {self}: the row tile ({self._row_tile} = {rows}) must be "
-                f"a multiple of {_ROW_STEP} x num_warps and the other tile ({columns}) of "
+                f"a multiple of {ROW_STEP} x num_warps and the other tile ({columns}) of "
                 f"{_COLUMN_STEP}"
             )
         if self.num_threads > 1024:
@@ -103,6 +103,11 @@ class MmaConfig(Lettered):
         return getattr(self, self._row_tile)
 
     @property
+    def row_warps(self) -> int:
+        """Warps that share out the rows of the row tile: all of them."""
+        return self.num_warps
+
+    @property
     def column_tile(self) -> int:
         """The tile that the main loop walks in."""
         return self.tile_n if self._row_tile == "tile_m" else self.tile_m
@@ -115,7 +120,7 @@ class MmaConfig(Lettered):
     @property
     def m_tiles(self) -> int:
         """Products of 16 rows that one warp keeps below each other."""
-        return self.row_tile // (_ROW_STEP * self.num_warps)
+        return self.row_tile // (ROW_STEP * self.row_warps)
 
     @property
     def num_threads(self) -> int:
@@ -172,8 +177,9 @@ class MmaConfig(Lettered):
         return self.m_tiles * self.column_tile // 2
 
     def _gradient_scores(self, traits: Traits) -> int:
-        # S and dP, and the derivative of S if it is kept.
-        return (3 if traits.bends_scores else 2) * self._scores_per_thread()
+        # S and dP, and the derivative of S if it is kept; where an array is read its places.
+        more = traits.bends_scores or traits.read
+        return (3 if more else 2) * self._scores_per_thread()
 
 
 def _words(rows: int, columns: int, traits: Traits) -> int:
@@ -192,12 +198,13 @@ class MmaForwardConfig(MmaConfig):
         return self.tile_n
 
     def tiles(self, traits: Traits) -> dict[str, int]:
-        """The words of each tile in shared memory, in order."""
-        return {
-            "q": _words(self.tile_m, traits.head_dim, traits),
-            "k": self.num_stages * _words(self.tile_n, traits.head_dim, traits),
-            "v": self.num_stages * _words(self.tile_n, traits.head_dim_v, traits),
-        }
+        """The words of each tile in shared memory, in order. Of codes only these have stages."""
+        k, v = (_words(self.tile_n, n, traits) for n in (traits.head_dim, traits.head_dim_v))
+        tiles, stages = {"q": _words(self.tile_m, traits.head_dim, traits)}, self.num_stages
+        if traits.codes:
+            of_codes = {"k_codes": stages * k // 2, "v_codes": stages * v // 2}
+            return tiles | {"k": k, "v": v} | of_codes
+        return tiles | {"k": stages * k, "v": stages * v}
 
     def accumulators_per_thread(self, traits: Traits) -> int:
         """float32 accumulators that a thread keeps through the main loop."""
@@ -319,11 +326,11 @@ class MmaBackwardConfig(MmaConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        m_warps = self.tile_m // _ROW_STEP
+        m_warps = self.tile_m // ROW_STEP
         if self.m_tiles != 1 or self.num_warps % m_warps:
             raise ValueError(
-                f"{type(self).__name__} {self}: tile_n must be {_ROW_STEP} x num_warps, and "
-                f"num_warps a multiple of tile_m / {_ROW_STEP} = {m_warps}"
+                f"{type(self).__name__} {self}: tile_n must be {ROW_STEP} x num_warps, and "
+                f"num_warps a multiple of tile_m / {ROW_STEP} = {m_warps}"
             )
 
     @property
@@ -335,11 +342,13 @@ class MmaBackwardConfig(MmaConfig):
         """Why it cannot be built for these traits; None if it can."""
         if traits.tf32:
             return "dS goes through shared memory transposed, which only 16-bit elements can"
+        if traits.ragged:
+            return "of sequences with lengths of their own dK, dV and dQ come from two kernels"
         if traits.blocks:
             return "with block_mask dK, dV and dQ come from two kernels, each with its own lists"
         if self.tile_m % 32 and self.tile_m != 16:
             return f"tile_m must be 16 or a multiple of 32, got {self.tile_m}"
-        column_warps = self.num_warps * _ROW_STEP // self.tile_m
+        column_warps = self.num_warps * ROW_STEP // self.tile_m
         columns = traits.head_dim // column_warps
         if columns % 32 or (column_warps > 1 and columns & (columns - 1)):
             return (
@@ -400,191 +409,3 @@ MMA_CONFIGS: dict[str, type] = {
     )
 }
 """Kernel family -> its config class."""
-
-# Preferred first. Two products of 16 rows below each other halve the traffic with shared memory.
-_PREFERENCES = {
-    "forward": (
-        "m128n64w4s1",
-        "m128n32w4s1",
-        "m64n64w4s1",
-        "m64n32w4s1",
-        "m64n16w4s1",
-        "m32n64w2s1",
-        "m32n32w2s1",
-        "m16n64w1s2",
-        "m16n32w1s1",
-        "m16n16w1s1",
-    ),
-    "backward-dq": (
-        "m128n64w4s2",
-        "m128n64w4s1",
-        "m128n32w4s2",
-        "m128n32w4s1",
-        "m64n64w4s2",
-        "m64n64w4s1",
-        "m64n32w4s1",
-        "m64n16w4s1",
-        "m32n32w2s1",
-        "m16n32w1s1",
-        "m16n16w1s1",
-    ),
-    "backward": (
-        "m32n128w8s2",
-        "m32n128w8s1",
-        "m64n64w4s1",
-        "m32n64w4s1",
-        "m32n32w2s1",
-        "m16n16w1s1",
-    ),
-    "backward-dkdv": (
-        "m32n128w4s2",
-        "m64n64w4s2",
-        "m64n64w4s1",
-        "m32n64w4s1",
-        "m16n64w4s1",
-        "m64n64w4s1-apart",
-        "m32n64w4s1-apart",
-        "m16n64w4s1-apart",
-        "m32n32w2s1",
-        "m16n32w2s1",
-        "m16n32w2s1-apart",
-        "m32n16w1s1",
-        "m16n16w1s1",
-        "m16n16w1s1-apart",
-    ),
-}
-_PREFERENCES["backward-rows"] = _PREFERENCES["backward-dq"]
-_ONE_STAGE = ("m64n32w4s1", "m32n32w2s1", "m16n16w1s1")
-_PREFERENCES["backward-tiles"] = _ONE_STAGE
-_PREFERENCES["backward-columns"] = _PREFERENCES["backward-scatter"] = ("m64n64w4s1", *_ONE_STAGE)
-_PREFERENCES["reduce-dq"] = _PREFERENCES["backward"]
-WARPS_PER_SM = (8, 4, 1)
-"""Warps that should fit on an SM at once, the best number first."""
-
-_MAX_REGISTERS = 255
-# Elements of one output a thread: the compiler does not unroll longer loops over them. Half of it
-# for tf32, whose loops do more; a little less for Turing where rows are not aligned.
-_MAX_OUTPUTS = 128
-# float32 accumulators a thread can hold next to its operands without spilling, found by compiling:
-# plainly; where features shape or drop scores, or rows are not aligned; where operands are rounded
-# to tf32. Turing's copies take registers, too: its forward, and what keeps dK and dV together,
-# spill earlier than its dQ, but not where nothing is asked for beside head dims that are equal or
-# both small. "lists" is of dQ with a block mask.
-_MAX_ACCUMULATORS = {
-    "sm80": {"plain": 192, "features": 176, "tf32": 112, "lists": 176},
-    "sm75": {
-        "plain": 152,
-        "features": 136,
-        "forward": 136,
-        "dK and dV": 136,
-        "even": 160,
-        "lists": 120,
-    },
-}
-_EVEN_HEAD_DIM = 128
-
-
-# The first compute capability that has the instructions.
-_FIRST = {"sm75": (7, 5), "sm80": (8, 0), "sm89": (8, 9)}
-
-
-def generation(limits: Architecture) -> str:
-    """Which instructions of tensor cores a GPU has."""
-    return "sm75" if limits.compute_capability < _FIRST["sm80"] else "sm80"
-
-
-def too_new(generation: str, limits: Architecture) -> str | None:
-    """Why a GPU does not have the instructions of a generation; None if it does."""
-    if _FIRST[generation] <= limits.compute_capability:
-        return None
-    first = generation.replace("sm", "sm_")
-    return f"its instructions begin with {first}, this GPU is {limits.arch}"
-
-
-def no_softmax(asked: Asked) -> str | None:
-    """Why the softmax of the tensor-core kernels cannot be used; None if it can."""
-    if asked.positive_scale:
-        return None
-    return "softmax_scale is not positive, and the softmax in base 2 folds it into its maximum"
-
-
-def no_products(traits: Traits, generation: str, asked: Asked) -> str | None:
-    """Why the tensor cores of a generation cannot be used; None if they can."""
-    if (why := no_softmax(asked)) is not None:
-        return why
-    if traits.dtype == "float32" and not traits.tf32:
-        return 'float32 is multiplied exactly unless precision="tf32"'
-    if generation == "sm75" and traits.dtype != "float16":
-        return f"Turing's tensor cores have float16, not {'tf32' if traits.tf32 else traits.dtype}"
-    return None
-
-
-def cannot_run(
-    config: MmaConfig, traits: Traits, limits: Architecture, asked: Asked
-) -> str | None:
-    """Why a config cannot compute a problem on a GPU; None if it can."""
-    why = too_new(config.generation, limits) or no_products(traits, config.generation, asked)
-    return why or config.misfit(traits)
-
-
-@cache
-def candidates(family: str, generation: str) -> tuple[MmaConfig, ...]:
-    """The configs that are shipped for a family, preferred first."""
-    texts = _PREFERENCES.get(family, ())
-    return tuple(MMA_CONFIGS[family].parse(f"{generation}-{text}") for text in texts)
-
-
-def _most_accumulators(config: MmaConfig, traits: Traits, kind: str) -> int:
-    """The accumulators that a config can hold, of a kind as in `_MAX_ACCUMULATORS`."""
-    most_of = _MAX_ACCUMULATORS[config.generation]
-    most = most_of["tf32" if traits.tf32 else kind]
-    if traits.blocks and config.family == "backward-dq":
-        most = min(most, most_of["lists"])
-    together = config.family == "backward-dkdv" and not config.apart
-    own = "dK and dV" if together else config.family
-    if own not in most_of:
-        return most
-    d, dv = traits.head_dim, traits.head_dim_v
-    asks_nothing_else = traits == Traits(traits.dtype, d, dv)
-    if asks_nothing_else and (d == dv or max(d, dv) <= _EVEN_HEAD_DIM):
-        return most_of["even"]
-    return min(most, most_of[own])
-
-
-def misfit(
-    config: MmaConfig, traits: Traits, limits: Architecture, rows: int, warps: int
-) -> str | None:
-    """Why a candidate is not the one to use; None if it is.
-
-    At least `warps` must fit on an SM: while some wait for copies and barriers, others compute.
-    """
-    if (why := config.misfit(traits)) is not None:
-        return why
-    if (needed := config.smem_bytes(traits)) > limits.max_smem_per_block:
-        return (
-            f"needs {needed} bytes of shared memory per block, {limits.arch} has "
-            f"{limits.max_smem_per_block}"
-        )
-    # Transposed tiles have room for random bits where they have it for dP beside S.
-    bends = traits.shapes_scores or (traits.drops_weights and config.family != "backward-dkdv")
-    kind = "plain" if traits.vectorized and not bends else "features"
-    most = _most_accumulators(config, traits, kind)
-    columns = traits.head_dim if config.family == "backward-dq" else traits.head_dim_v
-    outputs, most_outputs = config.m_tiles * columns // 2, _MAX_OUTPUTS
-    if traits.tf32:
-        most_outputs //= 2
-    elif config.generation == "sm75" and not traits.vectorized:
-        most_outputs -= 16
-    if outputs > most_outputs:
-        return f"keeps {outputs} outputs a thread, loops over at most {most_outputs} are unrolled"
-    if (accumulators := config.accumulators_per_thread(traits)) > most:
-        return f"keeps {accumulators} accumulators a thread, at most {most} do not spill"
-    if config.block_rows >= max(2 * rows, 2 * _ROW_STEP):
-        return f"computes {config.block_rows} rows at a time, there are {rows}"
-    fit, _ = blocks_per_sm(limits, config.num_threads, _MAX_REGISTERS, needed)
-    if fit * config.num_warps < warps:
-        return (
-            f"needs {needed} bytes of shared memory per block, which leaves room for "
-            f"{fit * config.num_warps} warps per SM instead of {warps}"
-        )
-    return None

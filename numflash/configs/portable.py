@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from numflash.configs.letters import Lettered, number
 from numflash.configs.traits import Traits
+from numflash.configs.warps import WarpsConfig
 from numflash.runtime.devices import Architecture
 
 FLOAT_BYTES = 4
@@ -234,37 +235,11 @@ class BackwardDkDvConfig(_Tiled):
 
 
 @dataclass(frozen=True)
-class _ByRow(Lettered):
+class _ByRow(WarpsConfig):
     """Common to the kernels that go row by row, a warp or a block to each."""
-
-    num_warps: int = number("w")
 
     implementation: ClassVar = "portable"
     example: ClassVar = "w8"
-
-    def __post_init__(self):
-        if not 0 < self.num_warps <= 32:
-            raise ValueError(
-                f"num_warps of {type(self).__name__} must be 1 to 32, got {self.num_warps}"
-            )
-
-    @property
-    def num_threads(self) -> int:
-        """Threads per block."""
-        return 32 * self.num_warps
-
-    @property
-    def block_rows(self) -> int:
-        """Rows that one block computes."""
-        return self.num_warps
-
-    def misfit(self, traits: Traits) -> str | None:
-        """Why it cannot be built for these traits: it always can."""
-        return None
-
-    def smem_bytes(self, traits: Traits) -> int:
-        """Bytes of dynamic shared memory per block: none."""
-        return 0
 
     def accumulators_per_thread(self, traits: Traits) -> int:
         """float32 accumulators that a thread keeps: one, of the value that it sums up."""
@@ -281,23 +256,16 @@ class DeltaConfig(_ByRow):
 
 
 @dataclass(frozen=True)
-class HeadSumsConfig(_ByRow):
-    """Each block adds up what the rows of one query head add to a gradient."""
+class ArraySumsConfig(_ByRow):
+    """Each block adds up what rows or columns of heads add to an element of a gradient."""
 
     num_warps: int = number("w", 8, always=True)
 
-    family: ClassVar = "head-sums"
+    family: ClassVar = "array-sums"
 
     def smem_bytes(self, traits: Traits) -> int:
         """Bytes of dynamic shared memory per block: a sum for each warp."""
         return 4 * self.num_warps
-
-
-@dataclass(frozen=True)
-class ArraySumsConfig(HeadSumsConfig):
-    """Each block adds up what rows or columns of heads add to an element of a gradient."""
-
-    family: ClassVar = "array-sums"
 
 
 @dataclass(frozen=True)
@@ -362,7 +330,6 @@ PORTABLE_CONFIGS: dict[str, type] = {
         BackwardTilesConfig,
         BackwardScatterConfig,
         DeltaConfig,
-        HeadSumsConfig,
         ArraySumsConfig,
         ClearSumsConfig,
         RoundSumsConfig,
@@ -381,7 +348,7 @@ _PREFERENCES = {
     **dict.fromkeys(("backward-columns", "backward-tiles", "backward-scatter"), _OF_SCORES),
     "backward-dkdv": ("m32n64w4", "m32n32w4", "m16n32w4", "m16n16w4", "m8n16w4"),
     "delta": ("w8",),
-    **dict.fromkeys(("head-sums", "array-sums", "clear-sums", "round-sums"), ("w8",)),
+    **dict.fromkeys(("array-sums", "clear-sums", "round-sums"), ("w8",)),
     "combine": ("w4",),
 }
 # float32 accumulators a thread can hold next to its operands without spilling.
@@ -392,6 +359,16 @@ _MAX_ACCUMULATORS = 112
 def candidates(family: str) -> tuple:
     """The configs that are shipped for a family, preferred first; none if it has none."""
     return tuple(PORTABLE_CONFIGS[family].parse(text) for text in _PREFERENCES.get(family, ()))
+
+
+def refuses(traits: Traits, *_) -> str | None:
+    """Why no config can compute a problem; None if one may."""
+    return "it does not decode K and V of 8 bits" if traits.codes else None
+
+
+def cannot_run(config, traits: Traits, *_) -> str | None:
+    """Why a config cannot compute a problem; None if it can."""
+    return refuses(traits) or config.misfit(traits)
 
 
 def misfit(config, traits: Traits, limits: Architecture, rows: int = 2**30) -> str | None:

@@ -13,8 +13,9 @@ from typing import ClassVar
 
 from numflash.configs.formats import FORMATS
 from numflash.configs.letters import Lettered, chosen, number, switch, word
-from numflash.configs.mma import too_new
+from numflash.configs.mma_rules import too_new
 from numflash.configs.traits import Asked, Traits
+from numflash.configs.warps import WarpsConfig, expect_warps
 from numflash.runtime.devices import Architecture
 
 GENERATIONS = ("sm75", "sm80", "sm89")
@@ -40,16 +41,9 @@ def _expect_generation(config) -> None:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {config.format!r}")
 
 
-def _expect_warps(config) -> None:
-    if not 0 < config.num_warps <= 32:
-        raise ValueError(
-            f"num_warps of {type(config).__name__} must be 1 to 32, got {config.num_warps}"
-        )
-
-
 @dataclass(frozen=True)
 class _Threads(Lettered):
-    """Common to all: how threads are counted, and a family of their own."""
+    """Common to those whose threads share rows."""
 
     implementation: ClassVar = "fp8"
 
@@ -96,7 +90,7 @@ class QuantizeConfig(_Threads):
 
     def __post_init__(self):
         _expect_generation(self)
-        _expect_warps(self)
+        expect_warps(self)
         tokens = self.block_tokens
         if tokens & (tokens - 1) or not _TOKEN_STEP <= tokens <= MAX_BLOCK_TOKENS:
             raise ValueError(
@@ -166,17 +160,15 @@ class QuantizeConfig(_Threads):
 
 
 @dataclass(frozen=True)
-class AmaxConfig(_Threads):
+class AmaxConfig(WarpsConfig):
     """A block finds the largest of a group of values."""
 
     num_warps: int = number("w", 1, always=True)
 
+    implementation: ClassVar = "fp8"
     family: ClassVar = "amax"
     example: ClassVar = "w8"
     block_rows: ClassVar = 1
-
-    def __post_init__(self):
-        _expect_warps(self)
 
     def smem_bytes(self, traits: Traits) -> int:
         """Bytes of dynamic shared memory per block: a float a warp."""
@@ -214,7 +206,7 @@ class DequantizeConfig(_Threads):
 
     def __post_init__(self):
         _expect_generation(self)
-        _expect_warps(self)
+        expect_warps(self)
 
     @property
     def block_rows(self) -> int:

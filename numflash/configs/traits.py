@@ -58,6 +58,10 @@ class Traits:
         key_scales: with fp8, scales of K and V may differ within a tile.
         selected: only the heads that a table on the device names are computed.
         blocks: queries and keys of a block of the block mask; () without one.
+        ragged: sequences have lengths of their own, and a list on the device says which tiles
+            there are (`kernels.sequences.schedule`).
+        paged: with ragged, K and V lie in pages of a cache, which a table on the device names.
+        codes: K and V are e4m3 codes in memory, with a scale for each sequence and head; q is not.
         dlse: of the kernel of delta: lse has a gradient of its own.
         given_delta: of the kernel of delta: the product of dO and O is the caller's.
         plain_delta: of the kernel of delta: it also leaves delta unscaled.
@@ -79,6 +83,9 @@ class Traits:
     key_scales: bool = False
     selected: bool = False
     blocks: tuple[int, int] | tuple[()] = ()
+    ragged: bool = False
+    paged: bool = False
+    codes: bool = False
     dlse: bool = False
     given_delta: bool = False
     plain_delta: bool = False
@@ -93,6 +100,9 @@ class Traits:
         "fp8": "fp8",
         "key_scales": "keyscales",
         "selected": "selected",
+        "ragged": "ragged",
+        "paged": "paged",
+        "codes": "codes",
         "dlse": "dlse",
         "given_delta": "delta",
         "plain_delta": "plain",
@@ -128,6 +138,15 @@ class Traits:
         if self.float32_out and self.dtype == "float32":
             raise ValueError(
                 "results of float32 are float32 anyhow: float32_out goes with 16 bits"
+            )
+        if self.ragged and self.fp8:
+            raise ValueError("kernels for fp8 know one length for all sequences: without ragged")
+        if self.paged and not self.ragged:
+            raise ValueError("pages go with sequences that have lengths of their own: ragged")
+        if self.codes and (self.fp8 or self.dtype == "float32"):
+            raise ValueError(
+                f"codes of K and V go with q and products of 16 bits, got "
+                f"{'fp8' if self.fp8 else self.dtype}"
             )
         if self.key_scales and not self.fp8:
             raise ValueError("scales of keys go with fp8")
@@ -229,8 +248,8 @@ class Traits:
 
     @property
     def operand_bytes(self) -> int:
-        """Bytes of one element of q, k and v in global memory."""
-        return 1 if self.fp8 else self.dtype_bytes
+        """Bytes of one element of k and v in global memory."""
+        return 1 if self.fp8 or self.codes else self.dtype_bytes
 
     def __str__(self) -> str:
         flags = [short for name, short in self._FLAGS.items() if getattr(self, name)]

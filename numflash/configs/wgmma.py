@@ -2,10 +2,11 @@
 
 Their string form: `sm90-m128n176w8s2-overlap-pingpong-persistent`, which is tile_m, tile_n, the
 warps that multiply, stages, and the switches that are on. `x8`, `-h4` and `-packed` as in
-`configs.mma`, `b2` where two blocks share an SM; `-r232` gives the warps that multiply 232
-registers a thread instead of the usual; with `-a1` one thread arrives for a warpgroup; with
-`-l128` the L2 cache fetches 128 bytes at once for a bulk copy, not 256; with `-fixed`, which comes
-last, warps keep the registers that they begin with. Those on 8-bit floats begin with `fp8-sm90-`.
+`configs.mma`, `b2` where two blocks share an SM; with `-v3` V has 3 stages; `-r232` gives the
+warps that multiply 232 registers a thread instead of the usual; with `-a1` one thread arrives for
+a warpgroup; with `-l128` the L2 cache fetches 128 bytes at once for a bulk copy, not 256; with
+`-fixed`, which comes last, warps keep the registers that they begin with. Those on 8-bit floats
+begin with `fp8-sm90-`.
 """
 
 from dataclasses import dataclass, replace
@@ -14,7 +15,8 @@ from typing import ClassVar
 
 from numflash.configs.fp8 import PREFIX
 from numflash.configs.letters import number, switch
-from numflash.configs.mma import MmaForwardConfig, no_softmax
+from numflash.configs.mma import MmaForwardConfig
+from numflash.configs.mma_rules import no_softmax
 from numflash.configs.traits import Asked, Traits
 from numflash.runtime.devices import Architecture, architecture
 
@@ -48,6 +50,8 @@ class Sm90ForwardConfig(MmaForwardConfig):
             computes its softmax.
         persistent: a block computes one tile of rows after another, and fetches the next while it
             finishes one.
+        v_stages: buffers of V, if V has more or fewer than K; otherwise 0. V of a tile is used
+            after K of the next, and longer: with two buffers of each its copy begins late.
         consumer_registers: per thread of the warps that multiply; 0 for the usual number.
         arrivals: with which a warpgroup gives back a buffer that its products have read: 4, one of
             each warp, or 1 for all. One is for measurements on a GPU only. It assumes
@@ -60,6 +64,7 @@ class Sm90ForwardConfig(MmaForwardConfig):
             warpgroup that multiplies and one block an SM: threads have 256 each then.
     """
 
+    v_stages: int = number("-v", 0)
     consumer_registers: int = number("-r", 0)
     arrivals: int = number("-a", 4)
     l2_bytes: int = number("-l", 256)
@@ -105,6 +110,11 @@ class Sm90ForwardConfig(MmaForwardConfig):
                 f"{type(self).__name__} {self}: consumer_registers must be a multiple of 8, and "
                 f"leave 24 to the warps that copy"
             )
+        if self.v_stages == self.num_stages:
+            raise ValueError(
+                f"{type(self).__name__} {self}: v_stages says how many stages V has where K has "
+                f"others, got {self.v_stages} for both; leave it out"
+            )
         if self.arrivals not in _ARRIVALS:
             raise ValueError(
                 f"{type(self).__name__} {self}: a warpgroup arrives {self.arrivals} times; it can "
@@ -120,6 +130,11 @@ class Sm90ForwardConfig(MmaForwardConfig):
     def num_warpgroups(self) -> int:
         """Warpgroups that multiply."""
         return self.num_warps // 4
+
+    @property
+    def stages_of_v(self) -> int:
+        """Buffers of V."""
+        return self.v_stages or self.num_stages
 
     @property
     def num_threads(self) -> int:
@@ -142,6 +157,12 @@ class Sm90ForwardConfig(MmaForwardConfig):
     def min_blocks_per_sm(self) -> int:
         """Blocks an SM must have registers for; `setmaxnreg` needs it said."""
         return max(1, self.min_blocks)
+
+    def misfit(self, traits: Traits) -> str | None:
+        """Why it cannot be built for these traits; None if it can."""
+        if traits.ragged and self.num_splits > 1:
+            return "of sequences with lengths of their own it stores whole results, and no parts"
+        return super().misfit(traits)
 
     @property
     def compiled(self) -> "Sm90ForwardConfig":
@@ -174,9 +195,11 @@ class Sm90ForwardConfig(MmaForwardConfig):
         return {
             "q": self.tile_m * row * q_slabs,
             "k": self.num_stages * self.stage_n * row * self.slabs(traits.head_dim),
-            "v": self.num_stages * v_rows * row * self.v_slabs(traits),
+            "v": self.stages_of_v * v_rows * row * self.v_slabs(traits),
             # Full and empty, for Q of each warpgroup and for K and V of each stage.
-            "barriers": _BARRIER_WORDS * (2 * self.num_warpgroups + 4 * self.num_stages),
+            "barriers": 2
+            * _BARRIER_WORDS
+            * (self.num_warpgroups + self.num_stages + self.stages_of_v),
         }
 
     def slabs(self, columns: int) -> int:
@@ -275,6 +298,8 @@ def no_wgmma(traits: Traits, limits: Architecture) -> str | None:
         return "its products are of float16 or bfloat16, not of float32"
     if traits.key_scales:
         return "scales of K or V change within a tile of keys, and it takes one for all of a tile"
+    if traits.codes:
+        return "bulk copies do not decode K and V of 8 bits on their way to shared memory"
     if traits.selected:
         return "it computes all heads, not those that a table names"
     return None
@@ -346,6 +371,11 @@ class Sm90Fp8ForwardConfig(Sm90ForwardConfig):
         super().__post_init__()
         if self.stage_n % SLAB_BYTES:
             raise ValueError(f"{type(self).__name__} {self}: tile_n must be 64, 128 or 256")
+        if self.v_stages:
+            raise ValueError(
+                f"{type(self).__name__} {self}: codes of K and of V have as many stages, got "
+                f"v_stages {self.v_stages}"
+            )
         if self.overlap and self.stage_n != self.tile_n:
             raise ValueError(f"{type(self).__name__} {self}: tiles that overlap have 128 keys")
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from numflash.simulator.engine import current_thread
 from numflash.simulator.errors import SimulationError
 
 
@@ -36,7 +37,9 @@ class GlobalAddress:
     def __init__(self, memory, address):
         self.memory, self.address = memory, int(address)
 
-    def block(self, offset: int, n_bytes: int, alignment: int | None = None) -> np.ndarray:
+    def block(
+        self, offset: int, n_bytes: int, alignment: int | None = None, access: str = "load"
+    ) -> np.ndarray:
         """The n_bytes there, aligned to as many by default. Raises IndexError, ValueError."""
         alignment = alignment or n_bytes
         if self.address % alignment:
@@ -45,6 +48,9 @@ class GlobalAddress:
                 f"multiple of {alignment}"
             )
         region = self.memory.find("global", self.address, n_bytes)
+        block = current_thread().block
+        if access != "none" and block.writes:
+            getattr(block.writes, access)(block.number, self.address, n_bytes)
         return region.bytes[self.address - region.start :][:n_bytes]
 
 

@@ -15,6 +15,11 @@ _ORDERS = {
     "atom": ("relaxed", "acquire", "release", "acq_rel"),
     "red": ("relaxed", "release"),
 }
+_MEANING = {
+    "acquire": ("acquire",),
+    "release": ("release",),
+    "acq_rel": ("acquire", "release"),
+}
 _VECTORS = ("v2", "v4", "v8")
 
 
@@ -48,13 +53,18 @@ def make_atomic(statement, program):
     address_of = address_reader(program, memory)
     readers = [[reader(program, item, bits) for item in items(value)] for value in values]
     flushes = (name, type_) == ("add", "f32")
+    orders = [] if "cta" in parts else [o for p in parts for o in _MEANING.get(p, ())]
 
     def update(warp, addresses, given, mask):
         """Operate in lanes none of which meets another; what was held there."""
-        held = warp.load(space, addresses, size, vector, mask)
-        # PTX ISA 9.7.13.6: sums of float32 in global memory flush subnormal numbers.
         at = int(addresses[mask][0])
-        flush = flushes and (space if space != "generic" else space_of(at)[0]) == "global"
+        is_global = (space if space != "generic" else space_of(at)[0]) == "global"
+        follows = is_global and orders and warp.block.writes
+        if follows and "acquire" in orders:
+            warp.tell("acquire", addresses, size * vector, mask)
+        held = warp.load(space, addresses, size, vector, mask, "none")
+        # PTX ISA 9.7.13.6: sums of float32 in global memory flush subnormal numbers.
+        flush = flushes and is_global
         after = []
         for number, old in enumerate(held):
             # Lanes that take no part have any numbers.
@@ -63,7 +73,9 @@ def make_atomic(statement, program):
             with np.errstate(all="ignore"):
                 new = function(*terms)
             after.append((flushed(new) if flush else new).view(old.dtype))
-        warp.store(space, addresses, size, after, mask)
+        warp.store(space, addresses, size, after, mask, "none")
+        if follows and "release" in orders:
+            warp.tell("release", addresses, size * vector, mask)
         changed = any((x != y)[mask].any() for x, y in zip(held, after, strict=True))
         if changed:
             warp.block.something_happened()

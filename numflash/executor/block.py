@@ -7,6 +7,7 @@ simulator's blocks (copies, mbarriers, products) find here what they ask of a bl
 
 import random
 import re
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -35,7 +36,8 @@ class Block:
     """One block of a launch.
 
     Attributes:
-        position, grid, extents: its place, how many there are, and its threads; x, y, z each.
+        number, position, grid, extents: its place, how many there are, and its threads; x, y, z.
+        writes, patience: the launch's.
         size: threads.
         parts, shared, random, seed, elected_lane, blocks_per_sm, blockIdx: as those of
             `simulator.engine.Block`.
@@ -44,8 +46,9 @@ class Block:
         max_steps: pieces that a warp may execute while nothing happens in the block.
     """
 
-    def __init__(self, launch, position: tuple[int, int, int]):
+    def __init__(self, launch, number: int, position: tuple[int, int, int]):
         program: Program = launch.program
+        self.number, self.writes, self.patience = number, launch.writes, launch.patience
         self.program, self.position, self.blockIdx = program, position, position
         self.grid, self.extents, self.size = launch.grid, launch.block, launch.num_threads
         self.blocks_per_sm, self.seed = launch.blocks_per_sm, launch.seed
@@ -99,6 +102,14 @@ class Block:
     def wake(self, thread) -> None:
         """Threads that wait ask again by themselves."""
 
+    def only_polls(self) -> bool:
+        """No thread runs within another's instruction."""
+        return True
+
+    def step_aside(self, idle: bool) -> bool:
+        """Warps take turns after each piece of a program by themselves."""
+        return False
+
     def something_happened(self) -> None:
         """Let waiting warps look again."""
         self.events += 1
@@ -110,8 +121,10 @@ class Block:
             return True
         return self.random() < _FAILS
 
-    def run(self) -> None:
-        """Run every warp to its end.
+    def run(self) -> Iterator[bool | None]:
+        """Run every warp to its end, and after each turn of one say what it did.
+
+        True for one that only looked at memory, None for one that could not go on.
 
         Raises:
             DeadlockError: warps wait and none can run; or one goes on and on, and nothing happens.
@@ -120,7 +133,7 @@ class Block:
         """
         outer = engine._running
         try:
-            self._run_warps()
+            yield from self._run_warps()
             for part in self.parts.values():
                 part.finish()
         except DeadlockError:
@@ -131,17 +144,21 @@ class Block:
         finally:
             engine.become(outer)
 
-    def _run_warps(self) -> None:
+    def _run_warps(self) -> Iterator[bool | None]:
         waiting: set[Warp] = set()
         most = min(_SPINS, self.max_steps // 2)
-        seen, patience = self.events, _PATIENCE
+        seen, patience, looks = self.events, _PATIENCE, False
         while live := [warp for warp in self.warps if warp.groups]:
             ready = [warp for warp in live if warp not in waiting]
             if ready:
-                others = [w for w in ready if w is not self.laggard and w.steps <= most]
+                # Who looks at memory must not hold up the warp that falls behind.
+                relents = looks and self.random() < engine.RELENTING
+                late = None if relents else self.laggard
+                others = [w for w in ready if w is not late and w.steps <= most]
                 others = others or ready
                 warp = others[int(self.random() * len(others))]
                 done = warp.run(self.turn)
+                looks = warp.looked
                 if not done:
                     waiting.add(warp)
                 if self.events != seen:
@@ -149,18 +166,27 @@ class Block:
                     seen, patience = self.events, _PATIENCE
                     for each in live:
                         each.steps = 0
-                    continue
-                warp.steps += done
-                if warp.steps > self.max_steps:
-                    raise DeadlockError(self._who_spins(warp))
+                elif looks:
+                    # Copies arrive, too, where no warp does anything else.
+                    if all(w.looked or w in waiting for w in live) and self._advance():
+                        waiting.clear()
+                else:
+                    warp.steps += done
+                    if warp.steps > self.max_steps:
+                        raise DeadlockError(self._who_spins(warp))
+                yield looks if done else None
                 continue
             waiting.clear()
-            if any(part.advance() for part in list(self.parts.values())):
+            if self._advance():
                 continue
             if not patience:
-                raise DeadlockError(self._who_waits_where())
+                raise DeadlockError(self.who_waits_where())
             patience -= 1
             self._may_fail = True
+
+    def _advance(self) -> bool:
+        """Let a part make progress that no warp makes; whether there was any."""
+        return any(part.advance() for part in list(self.parts.values()))
 
     def _say_where(self, error: Exception) -> None:
         """Put the statement that failed before an error's message, block and seed behind it."""
@@ -182,11 +208,13 @@ class Block:
             f"warp {warp.number} has executed {warp.steps} pieces of the program while nothing "
             "happened in its block: no barrier, no copy, no atomic operation that changed memory. "
             "A loop waits for what never comes, perhaps from a later block (blocks run one after "
-            f"the other); one that only takes its time needs a larger max_steps\n"
-            f"{self._who_waits_where()}"
+            "the other, unless they acquire and release); one that only takes its time needs a "
+            "larger max_steps\n"
+            f"{self.who_waits_where()}"
         )
 
-    def _who_waits_where(self) -> str:
+    def who_waits_where(self) -> str:
+        """The message of a deadlock."""
         lines = [f"deadlock in block {self.position}; {self._replay()}"]
         for warp in self.warps:
             for group in warp.groups:

@@ -47,6 +47,7 @@ from numflash.ptx.operands import Accumulator, Global, LaterRead, Regs, Shared
 from numflash.ptx.scalars import f32, u32
 from numflash.ptx.wgmma import make_wgmma, make_wgmma_wait_group
 from numflash.simulator import warpgroup
+from numflash.simulator.bulk_copies import BulkCopies
 from numflash.simulator.engine import become
 from numflash.simulator.errors import SimulationError
 
@@ -57,7 +58,6 @@ _PTX_TYPES = {
 _WGMMA = re.compile(
     r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k\d+\.(f32|f16)\.(f16|bf16|e4m3|tf32)\.\3"
 )
-_STORED_TRANSPOSED = "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16"
 _WGMMA_DTYPES = {"f16": "float16", "bf16": "bfloat16", "e4m3": "e4m3", "tf32": "tf32"}
 
 
@@ -114,8 +114,6 @@ def body_operation(statement: Statement, program) -> Callable | None:
             if isinstance(scale_d, Register):
                 return _added_where(scale_d, statement, program)
     opcode, _ = plain(statement.opcode, statement.operands)
-    if opcode == _STORED_TRANSPOSED:
-        return _stored_transposed(statement, program)
     for template in _made_for(statement) or _table().get(opcode, []):
         bindings = template.bindings(statement)
         if bindings is not None and not _has_predicate(bindings, program):
@@ -214,22 +212,6 @@ def _added_where(predicate: Register, statement: Statement, program) -> Callable
         return (adds if found.all() else overwrites)(warp, mask)
 
     return operation
-
-
-def _stored_transposed(statement: Statement, program) -> Callable:
-    """`stmatrix`, transposed: lane (g, t) holds column g of the rows 2 t and 2 t + 1."""
-    instruction = INSTRUCTIONS["stmatrix_x4"]
-    store, template = instruction.body, read_template(instruction)
-    bindings = replace(template, opcode=_STORED_TRANSPOSED).bindings(statement)
-
-    def body(target, offset, frag):
-        # (lane, matrix, half) -> (g, t, matrix, half) -> row 2 t + half, column g
-        halves = np.ascontiguousarray(frag).view(np.uint16).reshape(8, 4, 4, 2)
-        matrices = halves.transpose(2, 1, 3, 0).reshape(4, 8, 8)
-        rows = np.ascontiguousarray(matrices).view(np.uint32)
-        store(target, offset, np.ascontiguousarray(rows.reshape(4, 32).T))
-
-    return _operation(replace(instruction, body=body), bindings, program)
 
 
 def _matches(pattern, operand, found: dict[str, list]) -> bool:
@@ -331,7 +313,9 @@ def _lane_by_lane(instruction: Instruction, order) -> Callable:
     if any(argument is not None and argument.written for _, argument, _ in order):
         raise UnknownError(f"{instruction.name} writes registers")
     body = instruction.body
-    touches_others = instruction.name.startswith(("mbarrier", "cp_async_bulk", "fence"))
+    touches_others = instruction.name.startswith(
+        ("mbarrier", "cp_async_bulk", "cp_reduce_async_bulk", "fence")
+    )
 
     def operation(warp, mask):
         read = {name: argument.read(warp) for name, argument, _ in order if argument}
@@ -351,7 +335,25 @@ def _lane_by_lane(instruction: Instruction, order) -> Callable:
         if touches_others:
             warp.block.something_happened()
 
+    if instruction.name.startswith("cp_async_bulk_wait_group"):
+        return lingering(operation)
     return operation
+
+
+def lingering(operation: Callable) -> Callable:
+    """A wait for bulk stores, which may be over late: others run before."""
+
+    def late(warp, mask):
+        group, block = warp.group, warp.block
+        if group.state is None:
+            group.state = block.part(BulkCopies).rounds()
+        if group.state:
+            group.state -= 1
+            block.something_happened()
+            return WAITS
+        return operation(warp, mask)
+
+    return late
 
 
 def _by_warps(instruction: Instruction, order) -> Callable:

@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 
 from numflash.executor.addresses import GlobalAddress, SharedAddresses, TensorMaps
-from numflash.executor.bodies import body_operation, plain
+from numflash.executor.bodies import body_operation, lingering, plain
 from numflash.executor.operands import address_reader, reader, shared_address_reader
 from numflash.executor.reductions import reduction
 from numflash.executor.text import (
@@ -127,41 +127,8 @@ def _make_wait(statement, operands, matched, program, hints):
 # Bulk copies
 
 
-def _span(warp, address, n_bytes, dtype=np.uint8) -> Span:
-    """n_bytes of global memory at an address. Raises IndexError, ValueError."""
-    address, n_bytes = int(address), int(n_bytes)
-    if n_bytes % 16:
-        raise ValueError(f"a bulk copy of {n_bytes} bytes, which is no multiple of 16")
-    block = GlobalAddress(warp.memory, address).block(0, n_bytes, 16)
-    return Span(block, dtype)
-
-
-def _make_bulk_load(statement, operands, matched, program, hints):
-    check_operands(statement, 4 + hints)
-    target, source, size, barrier = operands
-    targets_of, sources_of = (
-        shared_address_reader(program, target),
-        address_reader(program, source),
-    )
-    barriers_of, size_of = shared_address_reader(program, barrier), reader(program, size, "u32")
-
-    def lanes_do(warp):
-        block, copies = warp.block, warp.block.part(BulkCopies)
-        targets, sources = targets_of(warp), sources_of(warp)
-        barriers, sizes = barriers_of(warp), size_of(warp)
-
-        def lane_does(lane):
-            span = _span(warp, sources[lane], sizes[lane])
-            index = block.mbarrier_index(int(barriers[lane]))
-            copies.load(block.shared.bytes, targets[lane], span, block.mbarriers, index, ())
-
-        return lane_does
-
-    return _lane_by_lane(lanes_do)
-
-
-def _make_bulk_store(statement, operands, matched, program, hints):
-    """A store of consecutive bytes, or a reduction."""
+def _make_bulk_reduction(statement, operands, matched, program, hints):
+    """A reduction other than `cp_reduce_async_bulk_add_f32`."""
     check_operands(statement, 3 + hints)
     target, source, size = operands
     targets_of, sources_of = (
@@ -169,16 +136,15 @@ def _make_bulk_store(statement, operands, matched, program, hints):
         shared_address_reader(program, source),
     )
     size_of = reader(program, size, "u32")
-    combine, dtype = None, np.dtype(np.uint8)
-    if "reduce" in statement.opcode:
-        dtype, combine = _reduction(statement, matched[1], matched[3], bool(matched[2]))
+    dtype, combine = _reduction(statement, matched[1], matched[3], bool(matched[2]))
 
     def lanes_do(warp):
         copies, targets, sources = warp.block.part(BulkCopies), targets_of(warp), sources_of(warp)
         sizes = size_of(warp)
 
         def lane_does(lane):
-            span = _span(warp, targets[lane], sizes[lane], dtype)
+            address = GlobalAddress(warp.memory, targets[lane])
+            span = Span(address.block(0, int(sizes[lane]), 16, "none"), dtype)
             copies.store(span, (), warp.block.shared.bytes, sources[lane], combine)
 
         return lane_does
@@ -300,7 +266,7 @@ def _make_bulk_wait(statement, operands, matched, program, hints):
         wait = copies.wait_for_reads if reads else copies.wait_for_writes
         return lambda lane: wait(pending)
 
-    return _lane_by_lane(lanes_do)
+    return lingering(_lane_by_lane(lanes_do))
 
 
 def _make_nothing(statement, operands, matched, program, hints):
@@ -312,12 +278,10 @@ _TO_SHARED = r"shared\.global\.mbarrier::complete_tx::bytes"
 _MAKERS = {
     r"cp\.async\.(ca|cg)\.shared\.global": _make_copy,
     r"cp\.async\.wait_(group|all)": _make_wait,
-    rf"cp\.async\.bulk\.{_TO_SHARED}": _make_bulk_load,
     rf"cp\.async\.bulk\.tensor\.1d\.{_TO_SHARED}": _make_tensor_load,
     rf"cp\.async\.bulk(\.tensor\.[1-5]d)?\.{_TO_SHARED}\.multicast::cluster": _make_multicast,
-    r"cp\.async\.bulk\.global\.shared\.bulk_group": _make_bulk_store,
     r"cp\.reduce\.async\.bulk\.global\.shared\.bulk_group\.(\w+)(\.noftz)?\.(\w+)": (
-        _make_bulk_store
+        _make_bulk_reduction
     ),
     r"cp\.reduce\.async\.bulk\.tensor\.([1-5])d\.global\.shared\.(\w+)\.bulk_group": (
         _make_tensor_store

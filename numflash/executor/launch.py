@@ -1,8 +1,8 @@
-"""A grid of blocks of an executed kernel: its arguments as bytes, and its blocks one by one."""
+"""A grid of blocks of an executed kernel: its arguments as bytes, and the order of its blocks."""
 
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -11,8 +11,17 @@ from numflash.executor.memory import PARAMETER_WINDOW, array_region
 from numflash.executor.program import Program
 from numflash.executor.text import Parameter, shortened
 from numflash.problem.tensor_maps import MAP_BYTES
+from numflash.simulator import engine
+from numflash.simulator.engine import Patience
+from numflash.simulator.errors import DeadlockError
+from numflash.simulator.resident import Order, num_resident, who_has_not_begun
 from numflash.simulator.tensor_maps import SimulatedTensorMap
+from numflash.simulator.writes import Writes
 
+# The share of warps' turns after which another block goes on.
+_RESTLESSNESS = (1.0, 1 / 8, 1 / 64)
+# What a block that has ended gives.
+_ENDED = object()
 # Bodies ask for the running thread, which is one of the process.
 _one_launch = threading.RLock()
 MAX_STEPS = 300_000
@@ -86,14 +95,66 @@ class Launch:
             self.parameters[parameter.offset :][: len(content)] = np.frombuffer(content, np.uint8)
 
     def run(self) -> None:
-        """Run all blocks, one after the other."""
+        """Run all blocks, one after the other or several together: see `simulator.resident`."""
         nx, ny, nz = self.grid
+        positions = [(x, y, z) for z in range(nz) for y in range(ny) for x in range(nx)]
+        talks = self.program.talks
+        resident = num_resident(talks, len(positions), self.seed)
+        self.writes = Writes(positions) if talks else None
+        self.patience = Patience(resident)
         # Kernels compute with infinities on purpose; NumPy would warn of each.
         with _one_launch, np.errstate(all="ignore"):
-            for z in range(nz):
-                for y in range(ny):
-                    for x in range(nx):
-                        Block(self, (x, y, z)).run()
+            if resident > 1 or talks:
+                self._run_together(positions, resident)
+                return
+            for number, position in enumerate(positions):
+                for _ in Block(self, number, position).run():
+                    pass
+
+    def _run_together(self, positions: list, most: int) -> None:
+        order, patience, num_begun = (
+            Order(len(positions), self.seed, _RESTLESSNESS),
+            self.patience,
+            0,
+        )
+        turns: dict[Block, Iterator] = {}  # of the resident blocks
+        block, looked, outer = None, False, engine._running
+        try:
+            while turns or num_begun < len(positions):
+                while num_begun < len(positions) and len(turns) < most:
+                    begun = Block(self, num_begun, positions[num_begun])
+                    turns[begun] = begun.run()
+                    num_begun += 1
+                if block is None or looked or order.random() < order.restlessness:
+                    # A loop that looks at memory in another way must not hold up who writes, too.
+                    block = order.choose(list(turns), True)
+                done = next(turns[block], _ENDED)
+                looked = done is True
+                if looked:
+                    patience.polls += 1
+                    if patience.polls > patience.most:
+                        raise DeadlockError(self._who_looks(turns, positions, num_begun, most))
+                elif done is not None:
+                    patience.polls = 0
+                if done is _ENDED:
+                    del turns[block]
+                    block = None
+        finally:
+            for left in turns.values():
+                left.close()
+            engine.become(outer)
+
+    @staticmethod
+    def _who_looks(blocks, positions: list, num_begun: int, most: int) -> str:
+        """The message of a deadlock of blocks that wait for each other."""
+        return "\n".join(
+            [
+                "threads look again and again at what nobody writes: all others do, too, or wait, "
+                "or have returned",
+                *(block.who_waits_where() for block in blocks),
+                *who_has_not_begun(positions, num_begun, most),
+            ]
+        )
 
     def _content(self, name: str, parameter: Parameter, argument) -> bytes:
         """The bytes of an argument."""

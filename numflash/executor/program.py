@@ -20,6 +20,7 @@ import numpy as np
 from numflash.executor import arithmetic
 from numflash.executor.memory import CONSTANTS, Region
 from numflash.executor.one_lane import OneLane, is_one_lane
+from numflash.executor.one_lane.accesses import WIDE_SCOPES
 from numflash.executor.operands import WAITS
 from numflash.executor.text import (
     Entry,
@@ -50,6 +51,13 @@ def program_of(ptx: str, entry: str | None, dynamic_bytes: int) -> "Program":
     return Program(parse(ptx, entry), dynamic_bytes)
 
 
+def _says_something(opcode: str) -> bool:
+    """Whether an opcode is what `numflash.ptx.between_blocks` has: a load or store."""
+    head, *parts = opcode.split(".")
+    order = {"ld": "acquire", "st": "release"}.get(head)
+    return order in parts and any(scope in parts for scope in WIDE_SCOPES)
+
+
 class Program:
     """An entry with its pieces and the layout of its memory.
 
@@ -59,6 +67,7 @@ class Program:
         local_bytes: of each lane.
         follows_stores: whether anything reads shared memory by the asynchronous proxy, so that
             stores to it have to be remembered until a fence.
+        talks: whether blocks say something to each other.
     """
 
     def __init__(self, entry: Entry, dynamic_bytes: int):
@@ -71,6 +80,7 @@ class Program:
         self._cut()
         opcodes = {statement.opcode for piece in self.pieces for statement in piece}
         self.follows_stores = any(o.startswith(("wgmma", "cp.async.bulk")) for o in opcodes)
+        self.talks = any(map(_says_something, opcodes))
         self._operations = []
         self._operation_numbers: dict[int, int] = {}  # by the identity of statements
         self._masked_lines = [self._lines(piece, "M") for piece in self.pieces]

@@ -330,7 +330,7 @@ def _parameters(text: str, line: int) -> list[Parameter]:
 
 
 def _refuse_clusters(directives: str, line: int) -> None:
-    """Blocks run one after the other; of a cluster they would have to run together."""
+    """Refuse clusters of several blocks, which would share their memory. Raises PtxError."""
     found = re.search(r"\.(?:reqnctapercluster|maxclusterrank)\s+([\d\s,]+)", directives)
     if found and any(int(n) > 1 for n in re.findall(r"\d+", found[1])):
         raise PtxError(

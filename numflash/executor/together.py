@@ -372,17 +372,21 @@ def _invalidate(statement, program):
 
 
 def _fence_proxy(statement, program):
-    """Of stores to shared memory; global memory is always in order here."""
+    """Of stores to shared memory, of what was acquired from global memory, or of both."""
     spaces = ("", ".global", ".shared::cta", ".shared::cluster")
     _refuse_other(statement, *(f"fence.proxy.async{space}" for space in spaces))
-    if statement.opcode.endswith(".global"):
-        return lambda warp, mask: None
-    fence = INSTRUCTIONS["fence_proxy_async"].body
+    space = statement.opcode.removeprefix("fence.proxy.async")
+    shared, of_global = (
+        INSTRUCTIONS[f"fence_proxy_async{suffix}"].body for suffix in ("", "_global")
+    )
+    fences = [shared] if space != ".global" else []
+    fences += [of_global] if space in ("", ".global") else []
 
     def operation(warp, mask):
         for lane in np.flatnonzero(mask):
             become(warp.threads[lane])
-            fence()
+            for fence in fences:
+                fence()
         warp.block.something_happened()
 
     return operation

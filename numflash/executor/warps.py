@@ -14,6 +14,9 @@ from numflash.executor.special_registers import special_registers
 from numflash.executor.text import TYPE_BYTES
 from numflash.executor.types import BITS
 from numflash.runtime.errors import UnsupportedError
+from numflash.simulator.bulk_copies import BulkCopies
+from numflash.simulator.engine import become
+from numflash.simulator.proxies import AsyncProxy
 
 _LANES = np.arange(32)
 _POISON = {n: np.full(32, (1 << 8 * n) - 1, BITS[n]) for n in (1, 2, 4, 8)}
@@ -51,6 +54,7 @@ class Warp:
     Attributes:
         alive: the lanes that have not returned.
         steps: pieces executed since something happened in the block.
+        looked: whether it has looked at memory by an acquire, which ends its turn.
         group: the group that runs.
     """
 
@@ -68,7 +72,7 @@ class Warp:
         self.alive = 32 * number + _LANES < block.size
         self.groups = [Group(0, self.alive)] if program.pieces else []
         self.group: Group | None = None
-        self.steps = 0
+        self.steps, self.looked = 0, False
         self.memory: Memory = block.memory
         # Accumulators of products under way, and registers that they read: see `products`.
         self.sums, self.being_read = [], []
@@ -86,13 +90,18 @@ class Warp:
     def run(self, most: int) -> int:
         """Execute at most so many pieces. Returns their number, 0 where all groups wait."""
         done, counts = 0, self.block.counts
+        # Lanes that look at memory may wait for others of this warp.
+        fair, self.looked = self.looked and self.block.random() < 0.5, False
         for group in self.groups:
             group.waits = False
         while done < most:
             ready = [group for group in self.groups if not group.waits]
             if not ready:
                 break
-            group = self.group = min(ready, key=lambda group: group.piece)
+            if fair:
+                group = self.group = ready[int(self.block.random() * len(ready))]
+            else:
+                group = self.group = min(ready, key=lambda group: group.piece)
             while done < most:
                 piece = group.piece
                 function = self.program.function(piece, not group.full)
@@ -101,6 +110,8 @@ class Warp:
                     group.waits = True
                     break
                 done += 1
+                if self.looked:
+                    most = done
                 if counts is not None:
                     counts[piece] += 1
                 group.state = None
@@ -144,7 +155,27 @@ class Warp:
 
     # Memory
 
-    def load(self, space: str, address, size: int, count: int, mask) -> list[np.ndarray]:
+    def acquire(self, space: str, address, size: int, count: int, mask) -> list[np.ndarray]:
+        """`load`, of what another block may have released. It ends the warp's turn."""
+        self.looked = True
+        proxy = self.block.part(AsyncProxy)
+        for lane in _LANES if mask is None else np.flatnonzero(mask):
+            proxy.acquire(self.threads[lane])
+        return self.load(space, address, size, count, mask, "acquire")
+
+    def release(self, space: str, address, size: int, values, mask) -> None:
+        """`store`, for another block to acquire."""
+        copies = self.block.part(BulkCopies)
+        for lane in _LANES if mask is None else np.flatnonzero(mask):
+            become(self.threads[lane])
+            copies.check_written("a release")
+        self.store(space, address, size, values, mask, "release")
+        self.block.something_happened()
+        self.block.patience.polls = 0
+
+    def load(
+        self, space: str, address, size: int, count: int, mask, access: str = "load"
+    ) -> list[np.ndarray]:
         """`count` elements of `size` bytes at each lane's address, an array of bits for each."""
         if mask is not None and not mask.any():
             return [_NOTHING[size]] * count
@@ -155,15 +186,17 @@ class Warp:
         else:
             region = self._region(space, low, high, size * count)
             if region is None:
-                return self._lane_by_lane(space, address, size, count, mask)
+                return self._lane_by_lane(space, address, size, count, mask, access)
             start, rows = region.view(size, count)
             index = (address - start) // (size * count)
             found = rows[index if mask is None else np.where(mask, index, 0)]
         if self.block.traffic:
             self.block.traffic.loaded(space, size * count, mask)
+        if space == "global" and self.block.writes:
+            self.tell(access, address, size * count, mask)
         return list(found.T.copy())
 
-    def store(self, space: str, address, size: int, values, mask) -> None:
+    def store(self, space: str, address, size: int, values, mask, access: str = "store") -> None:
         """Write an array of bits for each element to each lane's address."""
         count = len(values)
         lanes = _LANES if mask is None else np.flatnonzero(mask)
@@ -185,11 +218,21 @@ class Warp:
             self._write(region, address[lanes], size, content)
         if self.block.traffic:
             self.block.traffic.stored(space, size * count, mask)
+        if space == "global" and self.block.writes:
+            self.tell(access, address, size * count, mask)
         if space == "shared" and self.program.follows_stores:
             words, n_words = self.block.words, max(1, size * count // 4)
             for lane in lanes:
                 store = words, int(address[lane]) // 4, n_words, self.block.fences
                 self.threads[lane].stores.append(store)
+
+    def tell(self, access: str, address, n_bytes: int, mask) -> None:
+        """Let the launch know what lanes do to global memory, unless it is "none" of its ways."""
+        if access == "none":
+            return
+        tell, number = getattr(self.block.writes, access), self.block.number
+        for each in (address if mask is None else address[mask]).tolist():
+            tell(number, each, n_bytes)
 
     def _write(self, region, address, size: int, content) -> None:
         if not region.writeable:
@@ -221,7 +264,9 @@ class Warp:
         self.memory.find(space, high, n_bytes)
         return None
 
-    def _lane_by_lane(self, space: str, address, size: int, count: int, mask):
+    def _lane_by_lane(self, space: str, address, size: int, count: int, mask, access: str):
+        if space == "global" and self.block.writes:
+            self.tell(access, address, size * count, mask)
         found = np.zeros((count, 32), BITS[size])
         for lane in np.flatnonzero(TRUE if mask is None else mask):
             region = self.memory.find(space, int(address[lane]), size * count)

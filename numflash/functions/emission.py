@@ -6,6 +6,12 @@
     partial_N(s, i, j, known) -> float       derivative of the score by what read N reads, and
     offset_N(s, i, j, known) -> i64          the offset of that, in elements
 
+    score_of_pair(s, right, scale, i, key, step, j, j_right, left, known) -> (s, ds, right, ds)
+    keep_of_pair(i, key, step, j, j_right, left, known) -> (bool, bool)
+
+are of two neighbouring keys, whose elements one read gives, from key + step on, an even number,
+where `left` are left; elsewhere they are j and j_right. The scores are s scale and right scale.
+There are such functions where something is read so (`Program.pairs`).
 `score_by_distance` and `keep_by_distance` are the same with float32 places, of which only i - j
 counts; a program that looks at a place itself has none.
 
@@ -19,9 +25,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from numflash.functions.arrays import PAIR_BYTES
 from numflash.functions.distance import DISTANCE, by_distance
 from numflash.functions.nodes import (
     FUNCTIONS,
+    LEAF,
     LEAVES,
     Node,
     apply,
@@ -48,6 +56,11 @@ _INFIX = {
     "ne": "!=",
 }
 _PLACES_OF_SCORES = frozenset("sij")
+# The node of a read of two neighbours, and that of one of them: the first is 0, the second 1.
+_PAIR, _OF_PAIR = "pair", "of pair"
+_READS = ("load", _PAIR)
+_PLACES_OF_PAIR = "i, key, step, j, j_right, left"
+_ATOMS = frozenset(("const", "number", "argument", *LEAVES))
 
 
 def source_of(program: Program, with_partials: bool = False) -> str:
@@ -69,6 +82,12 @@ def source_of(program: Program, with_partials: bool = False) -> str:
     ):
         functions.append(_function(f"partial_{n}(s, i, j, known)", [value], known))
         functions.append(_function(f"offset_{n}(s, i, j, known)", [read], known, offset=True))
+    if program.pairs & set(order(nodes[:2])):
+        head = f"score_of_pair(s, right, scale, {_PLACES_OF_PAIR}, known)"
+        functions.append(_function(head, _of_pair(nodes[:2], program.pairs), known))
+    if program.pairs & set(order(nodes[2:3])):
+        head = f"keep_of_pair({_PLACES_OF_PAIR}, known)"
+        functions.append(_function(head, _of_pair(nodes[2:3], program.pairs), known))
     if None not in far[:2]:
         functions.append(
             _function("score_by_distance(s, i, j, known)", _rewritten(far[:2]), known)
@@ -92,6 +111,36 @@ def _rewritten(roots: list[Node]) -> list[Node]:
         else:
             new[node] = node
     return [new[root] for root in roots]
+
+
+def _of_pair(roots: list[Node], pairs: frozenset[Node]) -> list[Node]:
+    """The nodes for the first key, then for the second; scores are products, for fmas."""
+    found, scale, key = [], _argument("scale", LEAF["s"]), _argument("key", LEAF["j"])
+    names = {"s": ("s", "right"), "j": ("j", "j_right")}
+    for n in range(2):
+        s, j = (_argument(names[each][n], LEAF[each]) for each in "sj")
+        new = {LEAF["s"]: make("mul", s, scale), LEAF["j"]: j}
+        for node in order(roots):
+            if node in pairs:
+                pair = Node(_PAIR, node.type, (*node.args[:-1], key), node.value)
+                new[node] = Node(_OF_PAIR, node.type, (pair,), n)
+            elif node not in new:
+                args = tuple(new[a] for a in node.args)
+                new[node] = Node(node.op, node.type, args, node.value) if args else node
+        found += [new[root] for root in roots]
+    return _rewritten(found)
+
+
+def _load_of(pair: Node) -> Node:
+    """The read of a first element that a read of two stands for."""
+    return Node("load", pair.type, (*pair.args[:-1], LEAF["j"]), pair.value)
+
+
+def _argument(name: str, leaf: Node) -> Node:
+    """An argument of the generated function in place of a leaf."""
+    node = Node("argument", leaf.type, (), name)
+    node.uses = leaf.uses
+    return node
 
 
 def _product(a: Node, b: Node) -> Node:
@@ -210,7 +259,7 @@ class _Lines:
             if node in in_fma:
                 continue
             expression = self._expression(node, in_fma)
-            if node.op in ("const", *LEAVES) or self._is_known(node) or node.op == "number":
+            if node.op in _ATOMS or self._is_known(node):
                 self.names[node] = expression
             else:
                 name = f"t{len(self.lines)}"
@@ -240,7 +289,7 @@ class _Lines:
 
     def _operands(self, node: Node) -> list[Node]:
         """What the node's own line names."""
-        if node.op != "load":
+        if node.op not in _READS:
             return list(node.args)
         known = self.known is not None
         return [a for a in node.args if not is_const(a, 0) and not (known and _of_head(a))]
@@ -275,12 +324,20 @@ class _Lines:
             return name
         if node.op in LEAVES:
             return node.op
+        if node.op == "argument":
+            return node.value
         if node == DISTANCE:
             return "i - j"
         if node.op == "number":
             return self.given(f"a{node.value}")
         if node.op == "load":
             return self._load(node)
+        if node.op == _PAIR:
+            return self._load_pair(node)
+        if node.op == _OF_PAIR:
+            (pair,) = node.args
+            which = "second" if node.value else "first"
+            return f"{which}_{self.aux[pair.value].dtype}({self.names[pair]})"
         product = next((a for a in node.args if a in in_fma), None)
         if product is not None and node.op in ("add", "sub"):
             return self._fma(node, product)
@@ -305,12 +362,21 @@ class _Lines:
         pointer = self.given(f"a{node.value}")
         return _LOADS[given.dtype](f"{pointer}[{self.offset(node)}]")
 
-    def offset(self, node: Node, of_head: bool = False) -> str:
-        """The offset of a read, in elements; with `of_head` only what a head knows of it."""
+    def _load_pair(self, node: Node) -> str:
+        dtype, pointer = self.aux[node.value].dtype, self.given(f"a{node.value}")
+        # The step last: what comes before it is one address for a row.
+        offset = self.offset(node, known_as=_load_of(node)) + " + step"
+        return f"ld_global_pair_b{8 * PAIR_BYTES[dtype]}({pointer}, {offset}, left)"
+
+    def offset(self, node: Node, of_head: bool = False, known_as: Node | None = None) -> str:
+        """The offset of a read, in elements; with `of_head` only what a head knows of it.
+
+        `known_as` is another read of which a head knows the same.
+        """
         k, terms = node.value, []
         array = self.aux[k]
         if self.known is not None and _head_indices(node):
-            name = self.known.offset(node)
+            name = self.known.offset(known_as or node)
             self.used[name] = None
             terms.append(name)
         for axis, (index, by) in enumerate(zip(node.args, axes_of(node), strict=True)):
@@ -318,7 +384,7 @@ class _Lines:
             if by == "0" or (in_head and self.known is not None) or (of_head and not in_head):
                 continue
             position = self.names[index]
-            if by == "":
+            if by == "" and index.op != "argument":
                 size = self.given(f"a{k}_n{axis}")
                 position = f"max(0, min({position}, {size} - 1))"
             unit = array.unit and axis == array.rank - 1

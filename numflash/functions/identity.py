@@ -16,6 +16,8 @@ from weakref import WeakKeyDictionary, ref
 
 import numpy as np
 
+from numflash.functions.written import WrittenFunction
+
 # Modules whose functions stay what they are.
 _STABLE = frozenset({"_operator", "builtins", "math", "numpy", "operator", "torch"})
 _OWN = frozenset({"numflash", "numflash.functions.math", "numflash.functions.masks"})
@@ -103,6 +105,8 @@ class _Sight:
             return kind, self.key(x.func), self.key(x.args), self.key(x.keywords)
         if isinstance(x, np.generic):
             return kind, x.dtype.str, x.tobytes()
+        if kind is WrittenFunction:
+            return kind, x
         return _key_of_stable(x, kind)
 
     def _keys(self, values) -> tuple:

@@ -20,6 +20,9 @@ from hashlib import blake2b
 
 import numpy as np
 
+MAX_NODES = 2000
+"""Operations of a program; loops of a traced function are written out."""
+
 PLACES = ("b", "h", "i", "j")
 LEAVES = {"s": "f", "b": "i", "h": "i", "i": "i", "j": "i"}
 """Name of an argument of a program's functions -> type."""

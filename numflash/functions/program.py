@@ -1,111 +1,29 @@
-"""A program: what a user's functions make of scores, and which keys they keep; and its text.
+"""A program: what a user's functions make of scores, and which keys they keep.
 
-The text is canonical: programs that compute the same in another order, with other names or with
-operands exchanged, have the same one. It goes wherever a kernel's key goes, and back:
-
-    1;float32[1];score=add(mul(aux0[h],float(sub(j,i))),s);keep=le(j,i)
-
-A version, the kinds of `aux`, then parts: `t0=`, `t1=`, ... for what is used more than once, and
-the results. `parse` checks it as if it came from a stranger, and evaluates none of it.
+Its text (`functions.text`) stands for it in a kernel's key, in caches and between processes.
 """
 
 import math
-import re
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import NamedTuple
 
-import numpy as np
-
+from numflash.functions.arrays import PAIR_BYTES, Array, Number
 from numflash.functions.derivative import derivative
 from numflash.functions.nodes import (
     LEAF,
-    LEAVES,
+    MAX_NODES,
     PLACES,
-    SIGNATURES,
     Node,
     apply,
     const,
     is_const,
     load,
-    make,
     number,
     order,
 )
-
-VERSION = "1"
-"""Of the text."""
-MAX_NODES = 2000
-"""Operations of a program; loops of a traced function are written out."""
-MAX_RANK = 8
-_MAX_LENGTH = 200_000
-# Deeper expressions are written in parts.
-_DEPTH = 12
-
-DTYPES = {
-    "float16": "f",
-    "bfloat16": "f",
-    "float32": "f",
-    "int32": "i",
-    "int64": "i",
-    "uint8": "i",
-    "bool": "b",
-}
-"""dtype of an array of `aux` -> type of its elements in a kernel; int64 is cut to 32 bits."""
-NUMBERS = {"f32": "f", "i32": "i"}
-"""Kind of a number of `aux` -> type."""
-
-
-@dataclass(frozen=True)
-class Array:
-    """An array of `aux`.
-
-    Attributes:
-        dtype: a name in `DTYPES`.
-        rank: its number of axes.
-        unit: elements of the last axis are neighbours; else its stride is an argument.
-    """
-
-    dtype: str
-    rank: int
-    unit: bool = False
-
-    def __post_init__(self):
-        if self.dtype not in DTYPES:
-            raise TypeError(f"arrays of aux must be of {', '.join(DTYPES)}, got {self.dtype}")
-        if not 0 <= self.rank <= MAX_RANK:
-            raise ValueError(f"arrays of aux have up to {MAX_RANK} axes, got {self.rank}")
-        if self.unit and not self.rank:
-            raise ValueError("an array without axes has no neighbours")
-
-    @property
-    def type(self) -> str:
-        """Type of its elements in a kernel."""
-        return DTYPES[self.dtype]
-
-    def __str__(self):
-        return f"{self.dtype}[{self.rank}{'u' if self.unit else ''}]"
-
-
-@dataclass(frozen=True)
-class Number:
-    """A number of `aux` that may change from call to call; `kind` is "f32" or "i32"."""
-
-    kind: str
-
-    def __post_init__(self):
-        if self.kind not in NUMBERS:
-            raise TypeError(f"numbers of aux are f32 or i32, got {self.kind!r}")
-
-    @property
-    def type(self) -> str:
-        """Type in a kernel."""
-        return NUMBERS[self.kind]
-
-    def __str__(self):
-        return self.kind
+from numflash.functions.text import RESULTS, read, written
 
 
 class Partial(NamedTuple):
@@ -190,6 +108,33 @@ class Program:
         return frozenset(by for axes in reads for by in axes) & {"i", "j"}
 
     @cached_property
+    def neighbours(self) -> frozenset[Node]:
+        """The reads that give, for neighbouring keys, neighbouring elements of a row."""
+        return frozenset(
+            node
+            for node in self.nodes
+            if node.op == "load"
+            and (array := self.aux[node.value]).unit
+            and array.dtype in PAIR_BYTES
+            and node.args[-1].op == "j"
+            and not any(index.uses & {"s", "j"} for index in node.args[:-1])
+        )
+
+    @cached_property
+    def pairs(self) -> frozenset[Node]:
+        """The `neighbours` that can be read at once, from an even key on."""
+        return frozenset(node for node in self.neighbours if self.aux[node.value].paired)
+
+    def with_pairs(self, arrays: Container[int]) -> "Program":
+        """The program that reads neighbours of these arrays of `aux` at once, where it can."""
+        paired = {node.value for node in self.neighbours if node.value in arrays}
+        aux = tuple(
+            replace(each, paired=k in paired) if isinstance(each, Array) else each
+            for k, each in enumerate(self.aux)
+        )
+        return self if aux == self.aux else replace(self, aux=aux)
+
+    @cached_property
     def slope(self) -> Node:
         """The derivative of the score by s."""
         if self.given_slope is not None:
@@ -214,6 +159,11 @@ class Program:
                     found.append(Partial(node.value, axes_of(node), node, slope))
         return tuple(sorted(found, key=lambda partial: partial.aux))
 
+    def indexed_axes(self, k: int) -> tuple[int, ...]:
+        """The axes of array k along which more than the first element may be read, in order."""
+        reads = (axes_of(node) for node in self.nodes if node.op == "load" and node.value == k)
+        return tuple(sorted({a for axes in reads for a, by in enumerate(axes) if by != "0"}))
+
     @cached_property
     def fields(self) -> tuple[tuple[str, str], ...]:
         """The leaves of a kernel's record `given`, (name, kind), in order.
@@ -223,13 +173,12 @@ class Program:
         computed. Of number k: `a{k}`, "f32" or "i32". Then `row`, `column` and `first_head`,
         "i32": where the caller's numbers of queries, keys and heads begin.
         """
-        strides, sizes, read = set(), set(), set()
+        sizes, read = set(), set()
         for node in self.nodes:
             if node.op in ("load", "number"):
                 read.add(node.value)
             if node.op == "load":
                 axes = axes_of(node)
-                strides |= {(node.value, axis) for axis, by in enumerate(axes) if by != "0"}
                 sizes |= {(node.value, axis) for axis, by in enumerate(axes) if by == ""}
         fields = []
         for k in sorted(read):
@@ -238,7 +187,7 @@ class Program:
                 continue
             fields.append((f"a{k}", f"pointer:{self.aux[k].dtype}"))
             unit = self.aux[k].rank - 1 if self.aux[k].unit else None
-            fields += [(f"a{k}_s{a}", "i64") for _, a in sorted(strides) if _ == k and a != unit]
+            fields += [(f"a{k}_s{a}", "i64") for a in self.indexed_axes(k) if a != unit]
             fields += [(f"a{k}_n{a}", "i32") for _, a in sorted(sizes) if _ == k]
         if not self.roots:
             return ()
@@ -286,7 +235,7 @@ class Program:
         """The canonical text; "" if the program does nothing."""
         if not self.roots:
             return ""
-        return _written(self)
+        return written(self.aux, self.results)
 
     def also(self, other: "Program") -> "Program":
         """The program that keeps a key where both do; of the other only `keep` is taken.
@@ -351,159 +300,15 @@ def _check_read(node: Node, aux: tuple) -> None:
             raise ValueError(f"an index of aux{k} must not be negative, got {index.value}")
 
 
-def _written(program: Program) -> str:
-    nodes, used = list(program.nodes), Counter(program.roots)
-    for node in nodes:
-        used.update(node.args)
-    texts: dict[Node, str] = {}
-    depths: dict[Node, int] = {}
-    parts = []
-    for node in nodes:
-        depth = 1 + max((depths[a] for a in node.args), default=-1)
-        operands = ",".join(texts[a] for a in node.args)
-        if node.op == "load":
-            text = f"aux{node.value}[{operands}]"
-        elif node.op in SIGNATURES:
-            text = f"{node.op}({operands})"
-        else:
-            text, depth = _leaf_text(node), 0
-        is_atom = node.op not in SIGNATURES and node.op != "load"
-        if not is_atom and (used[node] > 1 or depth >= _DEPTH):
-            parts.append(f"t{len(parts)}={text}")
-            text, depth = f"t{len(parts) - 1}", 0
-        texts[node], depths[node] = text, depth
-    for name, root in program.results.items():
-        if root is not None:
-            parts.append(f"{name}={texts[root]}")
-    return ";".join([VERSION, ",".join(map(str, program.aux)), *parts])
-
-
-def _leaf_text(node: Node) -> str:
-    if node.op == "number":
-        return f"aux{node.value}"
-    if node.op != "const":
-        return node.op
-    if node.type == "b":
-        return "true" if node.value else "false"
-    if node.type == "i":
-        return str(node.value)
-    return str(np.float32(node.value))  # inf, -inf or nan, if it is not finite
-
-
-_KIND = re.compile(r"(?:(f32|i32)|([a-z0-9]{1,10})\[(\d)(u?)\])", re.ASCII)
-_TOKEN = re.compile(
-    r"(-?\d+\.\d+(?:e[+-]?\d+)?|-?\d+e[+-]?\d+|-?inf|nan)|(-?\d+)|aux(\d+)|([a-z]\w*)|([(),\[\]])",
-    re.ASCII,
-)
-
-
 @lru_cache(256)
 def _parsed(text: str) -> Program:
     if text == "":
         return Program()
-    if len(text) > _MAX_LENGTH:
-        raise ValueError(f"the text of a program has up to {_MAX_LENGTH} characters")
-    version, *rest = text.split(";")
-    if version != VERSION or len(rest) < 2:
-        raise ValueError(f"a program must begin like {VERSION};float32[1];..., got {text[:40]!r}")
-    kinds = [_kind(kind) for kind in rest[0].split(",")] if rest[0] else []
-    reader, results = _Reader(tuple(kinds)), {}
-    for part in rest[1:]:
-        name, equals, expression = part.partition("=")
-        if not equals or name in results or (name == "slope" and "given_slope" in results):
-            raise ValueError(f"a part of a program must be a name and an expression, got {part!r}")
-        node = reader.read(expression)
-        if name in ("score", "keep"):
-            results[name] = node
-        elif name == "slope":
-            results["given_slope"] = node
-        elif name == f"t{len(reader.parts)}":
-            reader.parts[name] = node
-        else:
-            raise ValueError(f"{name!r} is no name of a part of a program")
+    aux, results = read(text)
     try:
-        program = Program(reader.aux, **results)
+        program = Program(aux, *map(results.get, RESULTS))
     except TypeError as error:
         raise ValueError(str(error)) from None
     if program.text != text:
         raise ValueError(f"the text of a program must be canonical: {program.text[:200]!r}")
     return program
-
-
-def _kind(text: str) -> Array | Number:
-    match = _KIND.fullmatch(text)
-    try:
-        if match is None:
-            raise TypeError("no such kind")
-        return Number(match[1]) if match[1] else Array(match[2], int(match[3]), bool(match[4]))
-    except TypeError:
-        raise ValueError(f"{text[:40]!r} is no kind of an array or number of aux") from None
-
-
-class _Reader:
-    """Reads expressions: node by node, of known operations on operands of the right types."""
-
-    def __init__(self, aux: tuple):
-        self.aux, self.parts, self.count = aux, {}, 0
-
-    def read(self, text: str) -> Node:
-        """The node of a whole expression."""
-        self.tokens, self.text, at = [], text, 0
-        while at < len(text):
-            match = _TOKEN.match(text, at)
-            if match is None:
-                raise self._wrong()
-            self.tokens.append(match)
-            at = match.end()
-        self.tokens.reverse()
-        node = self._expression(0)
-        if self.tokens:
-            raise self._wrong()
-        return node
-
-    def _wrong(self) -> ValueError:
-        return ValueError(f"{self.text[:80]!r} is no expression of a program")
-
-    def _expression(self, depth: int) -> Node:
-        self.count += 1
-        if not self.tokens or depth > _DEPTH or self.count > 4 * MAX_NODES:
-            raise self._wrong()
-        real, whole, k, name, _ = (token := self.tokens.pop()).groups()
-        if real is not None:
-            return const(float(real), "f")
-        if whole is not None:
-            return const(int(whole), "i")
-        if k is not None:
-            return self._of_aux(int(k), depth)
-        if name in ("true", "false"):
-            return const(name == "true")
-        if name in LEAVES:
-            return LEAF[name]
-        if name in self.parts:
-            return self.parts[name]
-        if name in SIGNATURES and self._next("("):
-            return make(name, *self._operands(")", depth))
-        raise ValueError(f"{token[0]!r} is no operation or operand of a program")
-
-    def _of_aux(self, k: int, depth: int) -> Node:
-        if k >= len(self.aux):
-            raise ValueError(f"the program reads aux{k} of {len(self.aux)}")
-        type = self.aux[k].type
-        return load(k, type, self._operands("]", depth)) if self._next("[") else number(k, type)
-
-    def _next(self, text: str) -> bool:
-        if self.tokens and self.tokens[-1][0] == text:
-            self.tokens.pop()
-            return True
-        return False
-
-    def _operands(self, end: str, depth: int) -> list[Node]:
-        operands = []
-        if self._next(end):
-            return operands
-        while True:
-            operands.append(self._expression(depth + 1))
-            if self._next(end):
-                return operands
-            if not self._next(","):
-                raise self._wrong()

@@ -11,33 +11,23 @@ from collections.abc import Callable
 from numbers import Integral, Real
 from typing import NoReturn
 
-from numflash.functions.nodes import FUNCTIONS, Node, apply, const, load, number, to
-from numflash.functions.program import MAX_NODES, Array, Number
-
-MAX_PATHS = 64
-"""Ways through a function whose Python `if` looks at symbols."""
-
-
-class TraceError(TypeError):
-    """A function does what symbols cannot record; the message says what, and what to write."""
-
-
-class BranchError(TraceError):
-    """A Python `if` asks for the truth of a symbol."""
+from numflash.functions.arrays import Array, Number
+from numflash.functions.named import MEANINGS, clip, meaning_of
+from numflash.functions.nodes import FUNCTIONS, MAX_NODES, Node, const, load, number, to
+from numflash.functions.operators import OPERATORS, operation
+from numflash.functions.paths import BranchError, Path, TraceError
 
 
 class Trace:
     """One call of a function with symbols.
 
     Attributes:
-        decisions: truth values for `if`, in the order in which they are asked for; None if no
-            `if` may ask. What is asked for beyond them is true, and appended.
-        asked: the conditions of the decisions.
+        path: the way that it takes; None if no `if` may look at symbols.
         looked_at_shapes: whether the function used the size of an array as a number.
     """
 
-    def __init__(self, decisions: list[bool] | None = None):
-        self.decisions, self.asked = decisions, []
+    def __init__(self, path: Path | None = None):
+        self.path = path
         self.looked_at_shapes = False
         self._count = 0
 
@@ -55,23 +45,13 @@ class Trace:
         """The truth value for a Python `if`."""
         if condition.op == "const":
             return bool(condition.value)
-        if self.decisions is None:
+        if self.path is None:
             raise BranchError(
                 "a Python `if`, `and`, `or`, `not`, `min`, `max` or chained comparison asks for "
                 "the truth of a number that is known on the device only; write where(), &, | and "
                 "~ instead (numflash.math.where, minimum, maximum)"
             )
-        if condition in self.asked:
-            return self.decisions[self.asked.index(condition)]
-        if len(self.asked) == MAX_PATHS:
-            raise TraceError(
-                f"a loop or an `if` asks more than {MAX_PATHS} times for what is known on the "
-                "device only; write where(), or a loop over a constant number of steps"
-            )
-        self.asked.append(condition)
-        if len(self.asked) > len(self.decisions):
-            self.decisions.append(True)
-        return self.decisions[len(self.asked) - 1]
+        return self.path.decide(condition)
 
 
 def node_of(x) -> Node:
@@ -80,12 +60,14 @@ def node_of(x) -> Node:
     Raises:
         TraceError: neither of both.
     """
-    if isinstance(x, Symbol):
-        return x.node
     if isinstance(x, AuxArray):
         raise TraceError(f"{x.name} is an array; index it, as in {x.name}[head]")
-    if getattr(x, "shape", None) == () and hasattr(x, "item"):
-        x = x.item()  # a number of NumPy, or an array or tensor without axes
+    if not isinstance(x, Symbol) and getattr(x, "shape", None) == () and hasattr(x, "item"):
+        # A number of NumPy, or an array or tensor without axes, for which a front end may give a
+        # symbol: it is read on the device then.
+        x = x.item()
+    if isinstance(x, Symbol):
+        return x.node
     if isinstance(x, bool | int | float):
         return _constant(x)
     if isinstance(x, Integral):
@@ -232,7 +214,7 @@ class Symbol:
 
     def __getattr__(self, name: str):
         # The other methods of tensors are the functions of the same names.
-        if name.startswith("_") or not knows(name):
+        if name.startswith("_") or name not in MEANINGS:
             raise AttributeError(
                 f"a number that is known on the device only has no attribute {name!r}"
             )
@@ -258,21 +240,7 @@ def _operator(op: str, swapped: bool) -> Callable:
     return method
 
 
-_OPERATORS = {
-    "add": "add",
-    "sub": "sub",
-    "mul": "mul",
-    "truediv": "div",
-    "floordiv": "floordiv",
-    "mod": "mod",
-    "pow": "pow",
-    "and": "and",
-    "or": "or",
-    "xor": "xor",
-    "lshift": "shl",
-    "rshift": "shr",
-}
-for _name, _op in _OPERATORS.items():
+for _name, _op in OPERATORS.items():
     setattr(Symbol, f"__{_name}__", _operator(_op, False))
     setattr(Symbol, f"__r{_name}__", _operator(_op, True))
 for _name, _op, _swapped in (
@@ -290,190 +258,32 @@ def call(op: str, *args):
     """An operation of `nodes` on symbols and numbers, of which at least one is a symbol."""
     trace = next(a.trace for a in args if isinstance(a, Symbol))
     nodes = [node_of(a) for a in args]
-    return trace.symbol(_MAKERS[op](*nodes) if op in _MAKERS else apply(op, *nodes))
-
-
-def _floordiv(a: Node, b: Node) -> Node:
-    if "f" in (a.type, b.type):
-        return apply("floor", apply("div", a, b))
-    return apply("floordiv", a, b)
-
-
-def _mod(a: Node, b: Node) -> Node:
-    if "f" in (a.type, b.type):
-        return apply("sub", a, apply("mul", _floordiv(a, b), b))
-    return apply("mod", a, b)
-
-
-def _pow(a: Node, b: Node) -> Node:
-    whole = b.op == "const" and b.type == "i" and 0 <= b.value <= 8
-    if not (whole and a.type == "i"):
-        return apply("pow", a, b)
-    result = const(1)
-    for _ in range(b.value):
-        result = apply("mul", result, a)
-    return result
-
-
-def _bits(op: str) -> Callable:
-    def make(a: Node, b: Node) -> Node:
-        if "f" in (a.type, b.type):
-            raise TraceError(f"`{op}` takes truth values or whole numbers, not floats")
-        return apply(op, a, b)
-
-    return make
-
-
-def _not(a: Node) -> Node:
-    if a.type == "f":
-        raise TraceError("`~` takes a truth value or a whole number, not a float")
-    return apply("not", a)
-
-
-_MAKERS = {
-    "floordiv": _floordiv,
-    "mod": _mod,
-    "pow": _pow,
-    "not": _not,
-    **{op: _bits(op) for op in ("and", "or", "xor", "shl", "shr")},
-}
-
-
-def _clip(x, low=None, high=None, *, min=None, max=None):
-    low, high = (min if low is None else low), (max if high is None else high)
-    x = x if low is None else call("max", x, low)
-    return x if high is None else call("min", x, high)
-
-
-def _where(condition, a, b):
-    return call("where", condition, a, b)
-
-
-def _sign(x):
-    sign = call("where", x > 0, 1, call("where", x < 0, -1, 0))
-    return sign.float() if x.node.type == "f" else sign
-
-
-def _like(value):
-    def make(x, *_, **__):
-        return x.trace.symbol(const(value, x.node.type))
-
-    return make
-
-
-def _full_like(x, value, **_):
-    return x.trace.symbol(to(node_of(value), x.node.type))
-
-
-# Functions of NumPy and PyTorch by their names: an operation, or what it is made of.
-_NAMED: dict[str, str | Callable] = {
-    **{name: name for name in FUNCTIONS},
-    **{name: op for name, op in _OPERATORS.items() if name != "pow"},
-    "pow": "pow",
-    "power": "pow",
-    "float_power": "pow",
-    "subtract": "sub",
-    "multiply": "mul",
-    "div": "div",
-    "divide": "div",
-    "true_divide": "div",
-    "floor_divide": "floordiv",
-    "remainder": "mod",
-    "minimum": "min",
-    "maximum": "max",
-    "fmin": "min",
-    "fmax": "max",
-    "negative": "neg",
-    "neg": "neg",
-    "abs": "abs",
-    "absolute": "abs",
-    "fabs": "abs",
-    "logical_and": lambda a, b: call("and", _truth(a), _truth(b)),
-    "logical_or": lambda a, b: call("or", _truth(a), _truth(b)),
-    "logical_xor": lambda a, b: call("xor", _truth(a), _truth(b)),
-    "logical_not": lambda a: call("not", _truth(a)),
-    "bitwise_and": "and",
-    "bitwise_or": "or",
-    "bitwise_xor": "xor",
-    "bitwise_not": "not",
-    "invert": "not",
-    "bitwise_left_shift": "shl",
-    "bitwise_right_shift": "shr",
-    "left_shift": "shl",
-    "right_shift": "shr",
-    "less": "lt",
-    "lt": "lt",
-    "less_equal": "le",
-    "le": "le",
-    "equal": "eq",
-    "eq": "eq",
-    "not_equal": "ne",
-    "ne": "ne",
-    "greater": lambda a, b: call("lt", b, a),
-    "gt": lambda a, b: call("lt", b, a),
-    "greater_equal": lambda a, b: call("le", b, a),
-    "ge": lambda a, b: call("le", b, a),
-    "where": _where,
-    "clip": _clip,
-    "clamp": _clip,
-    "square": lambda x: x * x,
-    "reciprocal": lambda x: 1.0 / x,
-    "positive": lambda x: x,
-    "sign": _sign,
-    "sgn": _sign,
-    "ceil": lambda x: -call("floor", -x),
-    "log1p": lambda x: call("log", 1.0 + x),
-    "expm1": lambda x: call("exp", x) - 1.0,
-    "log10": lambda x: call("log2", x) * 0.30102999566398120,
-    "relu": lambda x: call("max", x, 0.0),
-    "silu": lambda x: x * call("sigmoid", x),
-    "isnan": lambda x: call("ne", x, x),
-    "zeros_like": _like(0),
-    "ones_like": _like(1),
-    "full_like": _full_like,
-}
-
-
-def _truth(x):
-    return x.bool() if isinstance(x, Symbol) else bool(x)
-
-
-def knows(name: str) -> bool:
-    """Whether a function of this name can be traced."""
-    return name in _NAMED
+    return trace.symbol(operation(op, *nodes))
 
 
 def called(name: str, args: tuple, keywords: dict) -> Symbol:
     """A function of NumPy or PyTorch, or a method of a tensor, by its name."""
-    bare = name.strip("_")
-    if bare not in _NAMED and bare.startswith("r") and bare[1:] in _OPERATORS:
-        bare, args = bare[1:], args[::-1]  # __rsub__ of an array of another library
-    if bare not in _NAMED:
+    meaning, args = meaning_of(name, args)
+    if meaning is None:
         raise TraceError(
             f"{name} is not among the functions that can be traced: "
             f"{', '.join(sorted(FUNCTIONS))}, where, minimum, maximum, abs and arithmetic"
         )
-    meaning = _NAMED[bare]
     keywords = {
         k: v for k, v in keywords.items() if v is not None and k not in ("dtype", "device")
     }
-    args = tuple(_operand(a) for a in args)
+    trace = next(a.trace for a in (*args, *keywords.values()) if isinstance(a, Symbol))
+    nodes = [None if a is None and meaning is clip else node_of(a) for a in args]
+    by_name = {k: node_of(v) for k, v in keywords.items()}
     try:
         if isinstance(meaning, str):
-            return call(meaning, *args, **keywords)
-        return meaning(*args, **{k: _operand(v) for k, v in keywords.items()})
+            return trace.symbol(operation(meaning, *nodes, **by_name))
+        return trace.symbol(meaning(*nodes, **by_name))
     except TraceError:
         raise
     except TypeError:
         given = ", ".join([*("..." for _ in args), *(f"{k}=..." for k in keywords)])
         raise TraceError(f"{name}({given}) cannot be traced with these arguments") from None
-
-
-def _operand(x):
-    """An argument as it can be computed with: a symbol or a number."""
-    if isinstance(x, Symbol) or x is None:
-        return x
-    return node_of(x).value
 
 
 class AuxArray:

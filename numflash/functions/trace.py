@@ -22,19 +22,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from numflash.functions.arrays import Array, Number
 from numflash.functions.identity import key_of
 from numflash.functions.nodes import LEAF, Node, apply, const, load, to
+from numflash.functions.paths import BranchError, Path, TraceError, along_all_paths
 from numflash.functions.plain import aux_taken, takes
-from numflash.functions.program import Array, Number, Program
-from numflash.functions.symbols import (
-    MAX_PATHS,
-    BranchError,
-    Symbol,
-    Trace,
-    TraceError,
-    argument,
-    node_of,
-)
+from numflash.functions.program import Program
+from numflash.functions.symbols import Symbol, Trace, argument, node_of
 
 _OWN = os.path.dirname(os.path.abspath(__file__))
 _PLACE_NAMES = ("batch", "head", "q_idx", "kv_idx")
@@ -228,32 +222,16 @@ class _Runs:
         aux = self._takes(role, function, len(nodes))
         if not branching:
             return self._once(role, function, nodes, aux, type, Trace())
-        # The ways through the function, of which each decides otherwise than those before.
-        decisions: list[bool] = []
-        ways = []
-        while True:
-            path = Trace(decisions)
-            result = self._once(role, function, nodes, aux, type, path)
-            if result in path.asked:  # as of `x and y`, which is x where x is false
-                result = const(decisions[path.asked.index(result)])
-            ways.append((tuple(path.asked), tuple(decisions), result))
-            if len(ways) > MAX_PATHS:
-                raise TypeError(
-                    f"{_named(role, function)} has more than {MAX_PATHS} ways through it, because "
-                    "its `if` and loops ask for numbers that are known on the device only; write "
-                    "where() instead"
-                )
-            decisions = list(decisions[: len(path.asked)])
-            while decisions and not decisions[-1]:
-                decisions.pop()
-            if not decisions:
-                return _joined(ways, 0)
-            decisions[-1] = False
 
-    def _once(self, role, function, nodes, aux, type: str, path: Trace) -> Node:
-        given = [argument(path, name, k, kind, shape) for k, name, kind, shape in aux]
+        def once(path: Path) -> Node:
+            return self._once(role, function, nodes, aux, type, Trace(path))
+
+        return along_all_paths(once, _named(role, function))
+
+    def _once(self, role, function, nodes, aux, type: str, trace: Trace) -> Node:
+        given = [argument(trace, name, k, kind, shape) for k, name, kind, shape in aux]
         try:
-            result = function(*(path.symbol(node) for node in nodes), *given)
+            result = function(*(trace.symbol(node) for node in nodes), *given)
             node = _result(result, type)
         except TraceError as error:
             raise TypeError(_message(role, function, error, str(error))) from None
@@ -266,7 +244,7 @@ class _Runs:
                 "the device only; give it in aux, and take it as an argument"
             )
             raise TypeError(_message(role, function, error, why)) from None
-        self.looked_at_shapes |= path.looked_at_shapes
+        self.looked_at_shapes |= trace.looked_at_shapes
         return node
 
 
@@ -285,15 +263,6 @@ def _result(result: Any, type: str) -> Node:
             "changes scores is score_mod"
         )
     return to(node, type)
-
-
-def _joined(ways: list, depth: int) -> Node:
-    """One node of the ways that agree in their first `depth` decisions."""
-    if len(ways) == 1:
-        return ways[0][2]
-    condition = ways[0][0][depth]
-    sides = ([w for w in ways if w[1][depth] is truth] for truth in (True, False))
-    return apply("where", condition, *(_joined(side, depth + 1) for side in sides))
 
 
 def _check_parameters(role: str, function: Callable, places: int, count: int) -> None:

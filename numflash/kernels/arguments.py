@@ -12,7 +12,7 @@ whose address is filled in when arrays are bound, or None where nothing is read.
 makes them of its own pointers. No Numba is imported here: a launch with a warm cache needs none.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache, reduce
 from typing import NamedTuple, get_args, get_origin
 
@@ -43,6 +43,18 @@ class Element:
     """Stands in a record for the type in brackets: the `storage` of `Tensor[storage]`."""
 
 
+def extends(record: type) -> Callable[[type], type]:
+    """Makes a class of annotations a record: the fields of `record`, and behind them its own."""
+
+    def extended(fields: type) -> type:
+        declared = record.__annotations__ | fields.__annotations__
+        made = NamedTuple(fields.__name__, list(declared.items()))
+        made.__doc__, made.__module__ = fields.__doc__, fields.__module__
+        return made
+
+    return extended
+
+
 class Tensor(NamedTuple):
     """A (batch, row, head, column) array: the strides in elements; columns are neighbours."""
 
@@ -50,6 +62,28 @@ class Tensor(NamedTuple):
     batch: i64
     row: i64
     head: i64
+
+
+class CodedKeys(NamedTuple):
+    """A `Tensor` of e4m3 codes of K or V, which stand for numbers by a factor.
+
+    It is descale[entry * descale_entry + head * descale_head] of sequence `entry`, or 1 where
+    `has_descale` is 0.
+    """
+
+    data: Pointer(u8)
+    batch: i64
+    row: i64
+    head: i64
+    descale: Pointer(f32)
+    descale_entry: i64
+    descale_head: i64
+    has_descale: i32
+
+
+def kv_of(traits: Traits, storage) -> type:
+    """The record of K and V."""
+    return CodedKeys if traits.codes else Tensor[storage]
 
 
 class Part(NamedTuple):
@@ -101,6 +135,95 @@ class Shape(NamedTuple):
     batch_size: i32
 
 
+@extends(Shape)
+class BundledShape:
+    """A `Shape`, and how many key-value heads have their blocks in turn.
+
+    See `tiles.wgmma.turns_of_blocks`.
+    """
+
+    heads_in_flight: i32
+
+
+@extends(Shape)
+class RaggedShape:
+    """A `Shape` of sequences that have lengths of their own.
+
+    Kernels' parameters name the axes of padded arrays. Packed arrays are (tokens, heads, head_dim)
+    with the batch stride 0, and their statistics (num_heads_q, tokens): a sequence begins at its
+    first query or key.
+
+    seqlen_q and seqlen_k are the rows of a batch entry, or with pages of all pages that a sequence
+    may have: no sequence has more. batch_size is 1 where arrays are packed. `records` is a list of
+    tiles (`kernels.sequences.schedule`); for `shared.combine`, of the tiles that are split. The
+    band of a sequence is that of the mask, moved by aligned * (seqlen_k - seqlen_q). The
+    statistics of a head begin at element batch * statistics_batch + head * statistics_head.
+
+    Where tiles are split, record n leaves its part in place slots[n] of `parts` and `part_lses`;
+    slots[n] is -1 if it is the only record of its tile.
+    """
+
+    records: Pointer(i32)  # 8 words, then 8 for each record
+    slots: Pointer(i32)  # (records,)
+    parts: Pointer(f32)  # (slot, packed head, row of the tile, padded head_dim_v)
+    part_lses: Pointer(f32)  # (slot, packed head, row of the tile)
+    aligned: i32
+    statistics_batch: i64
+    statistics_head: i64
+
+
+class Pages(NamedTuple):
+    """The pages of a cache: key j of entry e is row j % size of page table[e * pitch + j // size].
+
+    There are `count` pages. j // size is 2 j * factor, of 64 bits, shifted right by 32 + shift.
+    """
+
+    table: Pointer(i32)  # (entries, pages of an entry)
+    pitch: i64
+    count: i32
+    size: i32
+    factor: i32
+    shift: i32
+
+
+@extends(RaggedShape)
+class PagedShape:
+    """A `RaggedShape` of K and V in `pages`: `batch` of their `Tensor` is the stride of pages."""
+
+    pages: Pages
+
+
+def shape_of(traits: Traits) -> type:
+    """The record of a kernel's sizes."""
+    if traits.paged:
+        return PagedShape
+    return RaggedShape if traits.ragged else Shape
+
+
+class Between(NamedTuple):
+    """The rows from one batch entry to the next in ragged tensor maps; 0 if they are packed.
+
+    `out` is of the result, or in a backward of its gradient.
+    """
+
+    q: i32
+    k: i32
+    v: i32
+    out: i32
+
+
+@extends(RaggedShape)
+class MappedShape:
+    """A `RaggedShape` of a backward whose tensor maps are ragged (`problem.tensor_maps`)."""
+
+    between: Between
+
+
+def mapped_shape_of(traits: Traits) -> type:
+    """The record of the sizes of a backward that has tensor maps."""
+    return MappedShape if traits.ragged else Shape
+
+
 class Mask(NamedTuple):
     """A band: query i sees the keys j with lo <= j - i <= hi."""
 
@@ -123,47 +246,10 @@ class BlockLists(NamedTuple):
     pitch: i32
 
 
-class BlockSizes(NamedTuple):
-    """The blocks of a block mask, and the sequences that they lie in."""
-
-    batch: i32
-    heads: i32
-    rows: i32
-    columns: i32
-    seqlen_q: i32
-    seqlen_k: i32
-
-
-class TileFlags(NamedTuple):
-    """A flag for each block, (batch, head, row, column), with strides in elements."""
-
-    data: Pointer(u8)
-    batch: i64
-    head: i64
-    row: i64
-    column: i64
-
-
-class RowLists(NamedTuple):
-    """FlexAttention's lists: (batch, head, row) counts, (batch, head, row, length) indices."""
-
-    counts: Pointer(i32)
-    indices: Pointer(i32)
-    count_batch: i64
-    count_head: i64
-    count_row: i64
-    batch: i64
-    head: i64
-    row: i64
-    step: i64
-    length: i32
-
-
-class BlockMask(NamedTuple):
+@extends(Mask)
+class BlockMask:
     """A `Mask` of which a row sees only the blocks of keys that its list has."""
 
-    lo: i32
-    hi: i32
     lists: BlockLists
 
 
@@ -240,6 +326,28 @@ class Layout(NamedTuple):
     heads_in_flight: i32
 
 
+@extends(Layout)
+class RaggedLayout:
+    """A `Layout` of a forward whose tensor maps are ragged (`problem.tensor_maps`)."""
+
+    between: Between
+
+
+def mapped_layout_of(traits: Traits) -> type:
+    """The record of the layout of a forward that has tensor maps."""
+    return RaggedLayout if traits.ragged else Layout
+
+
+class SplitTiles(NamedTuple):
+    """The split tiles that `shared.combine` puts together: `rows` rows of `pack` heads a token.
+
+    1 and 1 where all sequences are of one length.
+    """
+
+    rows: i32
+    pack: i32
+
+
 class Transposed(NamedTuple):
     """Codes (batch, head, column, token) whose tokens are neighbours.
 
@@ -282,53 +390,6 @@ class Descales(NamedTuple):
     q: QueryDescale
     k: Descale
     v: Descale
-
-
-class Sizes(NamedTuple):
-    """The sizes of an array that is quantised, or of the result of the way back."""
-
-    seqlen: i32
-    num_heads: i32
-    head_dim: i32
-
-
-class Grouped(NamedTuple):
-    """A maximum or a scale for each group of `tokens` tokens, (batch, head, group)."""
-
-    data: Pointer(f32)
-    batch: i64
-    head: i64
-    tokens: i32
-
-
-class Codes(NamedTuple):
-    """A (batch, row, head, column) array of codes with any strides, in elements."""
-
-    data: Pointer(u8)
-    batch: i64
-    row: i64
-    head: i64
-    column: i64
-
-
-class Signs(NamedTuple):
-    """256 signs for the columns of a row, a bit each: `numflash.reference.hadamard_signs`."""
-
-    w0: i32
-    w1: i32
-    w2: i32
-    w3: i32
-    w4: i32
-    w5: i32
-    w6: i32
-    w7: i32
-
-
-class Squares(NamedTuple):
-    """For each block of `tokens` tokens the sum of squares, and of squared errors of its codes."""
-
-    data: Pointer(f32)
-    tokens: i32
 
 
 def record_of(annotation) -> type:

@@ -2,9 +2,7 @@
 
     Python --numba-cuda--> LLVM IR --NVVM--> LTO-IR --nvJitLink -lto--> cubin
 
-No GPU and no driver are needed. The way through LTO-IR is essential: nvJitLink compiles PTX as
-relocatable code, which spills registers and ignores `setmaxnreg`. The linker's log yields
-registers, spills and warnings.
+No GPU and no driver are needed. `linker` has the second step.
 
 A cubin is cached in memory and on disk under everything that decides its bytes: kernel source,
 config, traits, architecture and compiler versions. Options that Numba's own settings could decide
@@ -14,7 +12,6 @@ Numba is not even imported.
 
 import gc
 import logging
-import re
 import sys
 import threading
 import time
@@ -27,7 +24,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from numflash.configs import Config, Traits
-from numflash.machine_code import cubins
+from numflash.machine_code import cubins, linker
+from numflash.machine_code.linker import INSTALL_HINT, compiler_libraries
 from numflash.machine_code.sources import kernel_hash
 from numflash.runtime.devices import Architecture, blocks_per_sm
 from numflash.runtime.errors import UnsupportedError
@@ -243,7 +241,7 @@ def _compile(
 ) -> Cubin:
     """A kernel compiled once; `min_blocks` as for `_front_end`."""
     kernel, ltoir = _front_end(make, limits, "ltoir", min_blocks)
-    code, log = _link(ltoir, limits.arch)
+    code, log = linker.link(ltoir, limits.arch)
     return Cubin(
         parameters=tuple((path, letter_of(t)) for path, t in kernel.leaves.items()),
         num_threads=kernel.num_threads,
@@ -251,7 +249,7 @@ def _compile(
         min_blocks=min_blocks,
         compile_ms=0.0,
         code=code,
-        **_resources(log),
+        **linker.resources(log),
     )
 
 
@@ -281,7 +279,7 @@ def executable_ptx(config: Config, traits: Traits, limits: Architecture, route: 
     output = {"ptx": "ptx", "lto": "ltoir"}[route]
     min_blocks = getattr(config, "min_blocks_per_sm", None)
     _, code = _front_end(lambda: _make(config, traits), limits, output, min_blocks)
-    return code if route == "ptx" else _link_ptx(code, limits.arch)
+    return code if route == "ptx" else linker.link_ptx(code, limits.arch)
 
 
 def _make(config: Config, traits: Traits):
@@ -342,7 +340,7 @@ def _numba_for(limits: Architecture):
     gc.disable()
     try:
         with (
-            _compiler_libraries(),
+            compiler_libraries(),
             _settings(),
             _without_contraction(),
             without_repeated_work(),
@@ -388,23 +386,6 @@ def _without_contraction():
         nvvm.compile_ir = compile_ir
 
 
-@contextmanager
-def _compiler_libraries():
-    """Raises UnsupportedError where a library of the CUDA toolkit is not found."""
-    try:
-        yield
-    except Exception as error:
-        if type(error).__name__ not in ("DynamicLibNotFoundError", "NvvmSupportError"):
-            raise
-        reason = " ".join(str(error).split())
-        raise UnsupportedError(
-            f"the compiler cannot be loaded: {reason}. {INSTALL_HINT}"
-        ) from error
-
-
-INSTALL_HINT = 'Install the CUDA packages with pip install "numflash[cu13]" (or [cu12]).'
-
-
 def _compute_capability(arch: str) -> tuple:
     digits = arch.removeprefix("sm_")
     number = digits.rstrip("af")
@@ -442,77 +423,6 @@ def letter_of(annotation) -> str:
     return letters.get(getattr(annotation, "__name__", ""), "P")
 
 
-def _link(ltoir: bytes, arch: str) -> tuple[bytes, str]:
-    """The machine code and the assembler's log. Raises RuntimeError with it if it refuses."""
-    with _linked(ltoir, arch, "-verbose") as (nvjitlink, handle):
-        log = bytearray(nvjitlink.get_info_log_size(handle))
-        nvjitlink.get_info_log(handle, log)
-        code = bytearray(nvjitlink.get_linked_cubin_size(handle))
-        nvjitlink.get_linked_cubin(handle, code)
-    return bytes(code), _text(log)
-
-
-def _link_ptx(ltoir: bytes, arch: str) -> str:
-    """The PTX that `_link` assembles. Raises RuntimeError with the log if it is refused."""
-    with _linked(ltoir, arch, "-ptx") as (nvjitlink, handle):
-        code = bytearray(nvjitlink.get_linked_ptx_size(handle))
-        nvjitlink.get_linked_ptx(handle, code)
-    return _text(code)
-
-
-@contextmanager
-def _linked(ltoir: bytes, arch: str, option: str):
-    """(nvJitLink, the handle of a finished link)."""
-    try:
-        from cuda.bindings import nvjitlink
-    except ImportError as error:
-        raise UnsupportedError(f"nvJitLink cannot be imported: {error}. {INSTALL_HINT}") from error
-    options = [f"-arch={arch}", "-lto", option, "-fma=0"]
-    with _compiler_libraries():
-        handle = nvjitlink.create(len(options), options)
-    try:
-        nvjitlink.add_data(handle, nvjitlink.InputType.LTOIR, ltoir, len(ltoir), "kernel")
-        try:
-            nvjitlink.complete(handle)
-        except nvjitlink.nvJitLinkError as error:
-            log = bytearray(nvjitlink.get_error_log_size(handle))
-            nvjitlink.get_error_log(handle, log)
-            raise RuntimeError(f"{error} for {arch}: {_text(log)}") from error
-        yield nvjitlink, handle
-    finally:
-        nvjitlink.destroy(handle)
-
-
-def _text(log: bytearray) -> str:
-    return log.decode(errors="replace").replace("\0", "").strip()
-
-
-def _resources(log: str) -> dict:
-    """Entry, registers, spills and warnings from the assembler's log."""
-
-    def number(pattern: str) -> int:
-        found = re.search(pattern, log)
-        if found is None:
-            raise RuntimeError(f"the linker's log does not say {pattern!r}:\n{log}")
-        return int(found[1])
-
-    entry = re.search(r"Compiling entry function '([^']+)'", log)
-    if entry is None:
-        raise RuntimeError(f"the linker's log names no kernel:\n{log}")
-    return {
-        "entry": entry[1],
-        "registers": number(r"Used (\d+) registers"),
-        "spill_store_bytes": number(r"(\d+) bytes spill stores"),
-        "spill_load_bytes": number(r"(\d+) bytes spill loads"),
-        "stack_bytes": number(r"(\d+) bytes stack frame"),
-        "warnings": tuple(
-            line.strip()
-            for line in log.splitlines()
-            if re.search(r"\bC75\d\d\b|warning|Potential Performance Loss", line, re.IGNORECASE)
-        ),
-    }
-
-
 @cache
 def _toolchain() -> str:
     """The compilers' versions, and what else they make code from."""
@@ -529,7 +439,7 @@ def _toolkit_version() -> str | None:
     try:
         from cuda.bindings import nvjitlink
 
-        with _compiler_libraries():
+        with compiler_libraries():
             return "{}.{}".format(*nvjitlink.version())
     except (ImportError, UnsupportedError):
         return None

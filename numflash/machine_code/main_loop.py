@@ -27,12 +27,14 @@ compute capability 9.0; NVIDIA H100 Tensor Core GPU Architecture, dense rates.
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from numflash.machine_code.sass import Block, Instruction, Loop, basic_blocks, loops
 
 PRODUCTS = ("HGMMA", "QGMMA")
+WARP_PRODUCTS = ("HMMA", "QMMA")
+"""Products of single warps, which are finished before the next instruction reads them."""
 _KINDS = {
     "FFMA": "ffma",
     "FMUL": "fmul",
@@ -70,6 +72,9 @@ class MainLoop:
         instructions: of the path, by kind (`KINDS`).
         skipped: instructions that the path leaves out, by their purpose (`SKIPPED`).
         clocks: the least that a turn takes of each unit.
+        opcodes: of the path, by opcode without modifiers.
+        shapes: of the path's products, m x n x k as their opcodes have it, how many of each a
+            group has: "8 64x128x16"; in order.
     """
 
     groups: tuple[int, ...]
@@ -78,6 +83,8 @@ class MainLoop:
     instructions: dict[str, int]
     skipped: dict[str, int]
     clocks: dict[str, int]
+    opcodes: dict[str, int]
+    shapes: tuple[str, ...]
 
     @property
     def exponentials(self) -> int:
@@ -95,11 +102,22 @@ def read_main_loop(sass: str) -> MainLoop | None:
 
     Where the compiler has made several of it, the one with the fewest instructions on its path.
     """
+    return min(read_main_loops(sass), key=lambda loop: loop.issued, default=None)
+
+
+def read_main_loops(sass: str, products: Sequence[str] = PRODUCTS) -> list[MainLoop]:
+    """The innermost loops with products, one of each role.
+
+    Roles differ in their products, or in whether they have exponentials. Of several alike, as with
+    and without a mask, the one with the fewest instructions on its path.
+    """
     blocks = basic_blocks(sass)
-    with_products = [loop for loop in loops(blocks) if _has_products(blocks, loop.body)]
+    with_products = [x for x in loops(blocks) if _has_products(blocks, x.body, products)]
     innermost = [x for x in with_products if not any(y.body < x.body for y in with_products)]
-    read = [_read(blocks, loop) for loop in innermost]
-    return min(read, key=lambda loop: loop.issued, default=None)
+    best: dict[tuple, MainLoop] = {}
+    for loop in sorted((_read(blocks, x) for x in innermost), key=lambda loop: loop.issued):
+        best.setdefault((tuple(sorted(loop.shapes)), loop.exponentials > 0), loop)
+    return list(best.values())
 
 
 @dataclass(frozen=True)
@@ -145,20 +163,20 @@ def _reached(blocks: list[Block], numbers: Iterable[int]) -> list[Instruction]:
     return [x for number in seen for x in blocks[number].instructions]
 
 
-def _has_products(blocks: list[Block], numbers: Iterable[int]) -> bool:
-    return any(x.name in PRODUCTS for n in numbers for x in blocks[n].instructions)
+def _has_products(blocks: list[Block], numbers: Iterable[int], products: Sequence[str]) -> bool:
+    return any(x.name in products for n in numbers for x in blocks[n].instructions)
 
 
 def _read(blocks: list[Block], loop: Loop) -> MainLoop:
     path = [x for number in loop.path for x in blocks[number].instructions]
-    groups, open_products = [], 0
+    groups, shapes, under_way = [], [], Counter()
     for x in path:
-        open_products += x.name in PRODUCTS
-        if _commits(x):
-            groups.append(open_products)
-            open_products = 0
-    if open_products:
-        groups.append(open_products)
+        if (shape := _shape(x)) is not None:
+            under_way[shape] += 1
+        if under_way and (_commits(x) or x is path[-1]):
+            groups.append(under_way.total())
+            shapes += [f"{count} {shape}" for shape, count in under_way.items()]
+            under_way = Counter()
     counts = dict.fromkeys(KINDS, 0) | Counter(map(_kind, path))
     special = counts["exponentials"] + counts["other_special"]
     return MainLoop(
@@ -173,6 +191,8 @@ def _read(blocks: list[Block], loop: Loop) -> MainLoop:
             "half_rate": _HALF_RATE_CLOCKS * (counts["fmnmx"] + counts["conversions"]),
             "issue": len(path),
         },
+        opcodes=dict(Counter(x.name for x in path)),
+        shapes=tuple(shapes),
     )
 
 
@@ -190,6 +210,14 @@ def _waits_for(x: Instruction) -> int | None:
     """Groups that a wait leaves under way; None if this is none."""
     found = _WAIT.search(x.operands) if x.opcode.startswith("WARPGROUP.DEPBAR") else None
     return int(found[1], 16) if found else None
+
+
+def _shape(x: Instruction) -> str | None:
+    """m x n x k of a product, as its opcode has it: "64x128x16", or "16816" of a warp's."""
+    if x.name not in PRODUCTS + WARP_PRODUCTS:
+        return None
+    found = _SHAPE.search(x.opcode)
+    return found[0][1:] if found else x.opcode.partition(".")[2].split(".")[0]
 
 
 def _tensor_clocks(x: Instruction) -> float:

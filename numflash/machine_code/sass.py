@@ -122,8 +122,8 @@ def find_disassembler() -> Path | None:
     return None
 
 
-def disassemble(code: bytes) -> str:
-    """The text of a cubin's kernels.
+def disassemble(code: bytes, symbol: int | None = None) -> str:
+    """The text of a cubin's kernels, or of the one with this number in its table of symbols.
 
     Raises:
         UnsupportedError: there is no disassembler, or it does not know this GPU.
@@ -134,8 +134,9 @@ def disassemble(code: bytes) -> str:
     with tempfile.TemporaryDirectory() as directory:
         cubin = Path(directory) / "kernel.cubin"
         cubin.write_bytes(code)
+        only = [] if symbol is None else ["-fun", str(symbol)]
         try:
-            done = subprocess.run([program, "-c", cubin], capture_output=True, text=True)
+            done = subprocess.run([program, "-c", *only, cubin], capture_output=True, text=True)
         except OSError as error:
             raise UnsupportedError(f"{program} cannot be run: {error}; {INSTALL_HINT}") from error
     if done.returncode:

@@ -7,7 +7,8 @@ keys are summed over heads in registers; of an array without an axis of keys the
 head are summed first, of one without an axis of queries the "columns".
 
 Any other array is read at places that are computed, or at several. The gradients of its elements
-are integers while they are summed, in fixed point: "scatter".
+are integers while they are summed, in fixed point: "scatter". So are those of all arrays where
+sequences have lengths of their own: their rows and columns are not those of the array.
 """
 
 from collections.abc import Mapping
@@ -104,7 +105,15 @@ def _gradient(
         return UnsupportedError(
             f"wrt names {name!r}, which score_mod reads at a place that depends on the score"
         )
-    axes = _axes(name, view, found[0][1]) if len(found) == 1 else None
+    is_broadcast = 0 in (step for n, step in zip(view.shape, view.strides, strict=True) if n > 1)
+    if problem.lengths is not None and is_broadcast:
+        return UnsupportedError(
+            f"wrt names {name!r}, a broadcast view, and {problem.lengths.given[0]} says that "
+            "sequences have lengths of their own: then the gradient is of an array whose elements "
+            "do not share memory, or that has an axis of one element"
+        )
+    is_by_axes = len(found) == 1 and problem.lengths is None
+    axes = _axes(name, view, found[0][1]) if is_by_axes else None
     if axes is None:
         return ArrayGradient(name, k, view.shape, view.dtype, "scatter", reads, {})
     by_axis = zip(axes, contiguous_strides(view.shape), strict=True)

@@ -1,6 +1,6 @@
 """Block masks: which blocks of queries and keys attention computes, as lists on the device."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from numbers import Integral, Number
 from typing import Any, NamedTuple
@@ -85,6 +85,14 @@ class ListedBlocks:
         """The arrays of lists and of aux, by the names of operands."""
         lists = self.entries, self.counts, self.entries_of_keys, self.counts_of_keys
         return dict(zip(_NAMES, lists, strict=True)) | arrays_of_aux(self.aux)
+
+    def with_arrays(self, given: Mapping[str, Any]) -> "ListedBlocks":
+        """The same blocks with these in the places of all arrays, by the names of `arrays`."""
+        named = zip(names_of_aux(self.aux), self.aux, strict=True)
+        aux = tuple([x if isinstance(x, NUMBER) else given[name] for name, x in named])
+        lists = (given[name] for name in _NAMES)
+        of_function = self.mask_mod, aux, self.is_of_function
+        return ListedBlocks(self.blocks, self.seqlens, *lists, *of_function)
 
     def key(self) -> tuple:
         """A key of a ready call. Arrays are left out: they have keys of their own.

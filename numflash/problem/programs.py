@@ -16,7 +16,8 @@ BIAS_DTYPES = ("float16", "bfloat16", "float32")
 class Extent(NamedTuple):
     """What a bias or a mask broadcasts to, and the device that it must lie on.
 
-    `origin` is (row, column, head) where the arrays are those of a larger problem.
+    `origin` is (row, column, head) where the arrays are those of a larger problem. Of `packed`
+    sequences the seqlens are what the longest has, and an array may have more.
     """
 
     batch: int
@@ -25,6 +26,19 @@ class Extent(NamedTuple):
     seqlen_k: int
     device: Any
     origin: tuple[int, int, int] | None = None
+    packed: bool = False
+
+
+def most_rows(
+    views: Mapping[str, ArrayView], origin: tuple[int, int, int] | None
+) -> tuple[int | None, int | None]:
+    """The queries and the keys that bias and mask of packed sequences have; None: any number."""
+    begins, found = origin or (0, 0, 0), []
+    for axis, begin in ((-2, begins[0]), (-1, begins[1])):
+        shapes = (views[name].shape for name in ("bias", "mask") if name in views)
+        sizes = [shape[axis] for shape in shapes if len(shape) >= -axis and shape[axis] != 1]
+        found.append(max(0, min(sizes) - begin) if sizes else None)
+    return found[0], found[1]
 
 
 def program_of(
@@ -53,7 +67,30 @@ def program_of(
             _expect_lists_of_all(mask, more, extent)
         program, names = program.also(more), names + more_names
     _check_shapes(program, names, views, extent)
+    program = with_pairs(program, names, views, extent.origin)
     return program.text, tuple(_values(program, names, views, numbers, extent.origin))
+
+
+def with_pairs(
+    program: Program,
+    names: tuple[str, ...],
+    views: Mapping[str, ArrayView],
+    origin: tuple[int, int, int] | None = None,
+) -> Program:
+    """The program that reads two neighbours at once where each pair of them is aligned.
+
+    `names` are those of its aux among `views`. A ready call is found again by what `views` say of
+    an address: whether it is a multiple of 16 bytes.
+    """
+    if origin is not None and origin[1] % 2:
+        return program
+    aligned = set()
+    for k in {node.value for node in program.neighbours}:
+        view = views[names[k]]
+        steps = [view.strides[axis] for axis in program.indexed_axes(k)[:-1]]
+        if view.pointer % 16 == 0 and not any(step % 2 for step in steps):
+            aligned.add(k)
+    return program.with_pairs(aligned)
 
 
 def _expect_lists_of_all(mask: ListedBlocks, program: Program, extent: Extent) -> None:
@@ -150,6 +187,9 @@ def _check_broadcast(
     if name not in views:
         return
     view, wanted = views[name], extent[:4]
+    if extent.packed:
+        # Sequences are no longer than these axes: see `most_rows`.
+        wanted = *wanted[:2], *(1, 1, *view.shape)[-2:]
     if view.dtype not in dtypes:
         raise TypeError(f"{name} must be {' or '.join(dtypes)}, got {view.dtype}")
     _expect_device(name, view, extent)

@@ -39,6 +39,11 @@ from numflash.ptx.async_copies import (
     cp_async_commit_group,
 )
 from numflash.ptx.barriers import bar_arrive, bar_sync
+from numflash.ptx.between_blocks import (
+    fence_proxy_async_global,
+    ld_acquire_gpu_u32,
+    st_release_gpu_u32,
+)
 from numflash.ptx.bulk_copies import (
     EVICT_FIRST,
     EVICT_LAST,
@@ -55,7 +60,13 @@ from numflash.ptx.bulk_copies import (
     cp_async_bulk_wait_group_read,
     prefetch_tensormap,
 )
-from numflash.ptx.control_flow import bra_over_store
+from numflash.ptx.bulk_rows import (
+    cp_async_bulk,
+    cp_async_bulk_store,
+    cp_async_bulk_wait_group,
+    cp_reduce_async_bulk_add_f32,
+)
+from numflash.ptx.control_flow import bra_over_barrier
 from numflash.ptx.device import (
     CODE_OPTIONS,
     SIMULATED,
@@ -77,11 +88,15 @@ from numflash.ptx.mbarriers import (
     mbarrier_wait_parity,
 )
 from numflash.ptx.memory import (
+    ld_global_pair_b16,
+    ld_global_pair_b32,
+    ld_global_pair_b64,
     ld_global_v4_f32,
     ld_global_v4_u32,
     ld_shared_u32,
     ld_shared_v2_f32,
     ld_shared_v4_f32,
+    ld_shared_v4_u32,
     mov_shared_address,
     red_global_add_s64,
     st_global_v2_f32,
@@ -105,6 +120,7 @@ from numflash.ptx.tensor_cores import (
     mma_m16n8k16_f16,
     mma_m16n8k32_e4m3,
     stmatrix_x4,
+    stmatrix_x4_trans,
 )
 from numflash.ptx.warpgroups import (
     elect_sync,
@@ -137,11 +153,13 @@ __all__ = [
     "bar_arrive",
     "bar_sync",
     "bits_as_float",
-    "bra_over_store",
+    "bra_over_barrier",
     "cos_approx_ftz_f32",
     "cp_async_4",
     "cp_async_16",
+    "cp_async_bulk",
     "cp_async_bulk_commit_group",
+    "cp_async_bulk_store",
     "cp_async_bulk_tensor_2d",
     "cp_async_bulk_tensor_2d_store",
     "cp_async_bulk_tensor_3d",
@@ -150,8 +168,10 @@ __all__ = [
     "cp_async_bulk_tensor_4d_store",
     "cp_async_bulk_tensor_5d",
     "cp_async_bulk_tensor_5d_store",
+    "cp_async_bulk_wait_group",
     "cp_async_bulk_wait_group_read",
     "cp_async_commit_group",
+    "cp_reduce_async_bulk_add_f32",
     "cuda",
     "cvt_f32_f16",
     "cvt_rmi_f32_f32",
@@ -172,6 +192,7 @@ __all__ = [
     "f32",
     "fence_mbarrier_init",
     "fence_proxy_async",
+    "fence_proxy_async_global",
     "fence_proxy_tensormap",
     "float_as_bits",
     "fma_rn_f32",
@@ -179,11 +200,16 @@ __all__ = [
     "i32",
     "i64",
     "instruction",
+    "ld_acquire_gpu_u32",
+    "ld_global_pair_b16",
+    "ld_global_pair_b32",
+    "ld_global_pair_b64",
     "ld_global_v4_f32",
     "ld_global_v4_u32",
     "ld_shared_u32",
     "ld_shared_v2_f32",
     "ld_shared_v4_f32",
+    "ld_shared_v4_u32",
     "ldmatrix_x4",
     "ldmatrix_x4_trans",
     "lg2_approx_ftz_f32",
@@ -219,11 +245,13 @@ __all__ = [
     "st_global_v2_u32",
     "st_global_v4_f32",
     "st_global_v4_u32",
+    "st_release_gpu_u32",
     "st_shared_f32",
     "st_shared_u32",
     "st_shared_v4_f32",
     "st_shared_v4_u32",
     "stmatrix_x4",
+    "stmatrix_x4_trans",
     "u8",
     "u16",
     "u32",

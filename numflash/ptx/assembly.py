@@ -37,11 +37,13 @@ def inline_assembly(
     touches_memory: bool,
     volatile: bool,
     convergent: bool,
+    constant: bool,
 ) -> Callable:
     """A Numba intrinsic named like `body` that emits `template`.
 
     `volatile` keeps the compiler from merging or dropping it, `touches_memory` from moving loads
-    and stores across it, `convergent` from moving it to a place that only some lanes reach.
+    and stores across it, `convergent` from moving it to a place that only some lanes reach. One
+    that is `constant` depends on its operands alone, addresses among them.
     """
 
     def codegen(context, builder, signature, args):
@@ -63,12 +65,15 @@ def inline_assembly(
                 asm.input(name, np.uint32, [_shared_address(builder, element)])
             elif isinstance(operand, Global):
                 element = builder.gep(values[name], [values[operand.index]])
-                asm.input(name, np.uint64, [builder.ptrtoint(element, ir.IntType(64))])
+                # Of a pointer the compiler shares what several addresses have in common.
+                address = element if constant else builder.ptrtoint(element, ir.IntType(64))
+                asm.input(name, np.uint64, [address])
             elif operand is TensorMap:
                 asm.input(name, np.uint64, [builder.ptrtoint(values[name], ir.IntType(64))])
             else:
                 asm.input(name, operand, [values[name]])
-        returned = asm.emit(template, touches_memory, volatile, convergent)
+        attributes = ("convergent",) if convergent else ("readnone",) if constant else ()
+        returned = asm.emit(template, touches_memory, volatile, attributes)
         return returned if result is not None else context.get_dummy_value()
 
     def typer(*argument_types):
@@ -141,7 +146,7 @@ class _Operands:
         else:
             self.input(name, operand.type, [self.builder.load(p) for p in pointers])
 
-    def emit(self, template: str, touches_memory: bool, volatile: bool, convergent: bool):
+    def emit(self, template: str, touches_memory: bool, volatile: bool, attributes: tuple):
         builder = self.builder
         tied_values = [builder.load(pointer) for _, pointer in self.tied]
         first_input = len(self.output_types) + len(tied_values)
@@ -170,7 +175,7 @@ class _Operands:
             ",".join(constraints),
             side_effect=volatile,
         )
-        returned = builder.call(assembly, values, attrs=("convergent",) if convergent else ())
+        returned = builder.call(assembly, values, attrs=attributes)
         single = len(self.output_types) == 1
         for number, pointer in self.stores:
             builder.store(returned if single else builder.extract_value(returned, number), pointer)

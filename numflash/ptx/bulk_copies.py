@@ -175,7 +175,9 @@ def cp_async_bulk_commit_group():
 @instruction("cp.async.bulk.wait_group.read 0;", sm=90)
 def cp_async_bulk_wait_group_read():
     """Wait until this thread's bulk stores have read shared memory. PTX ISA 9.7.9.27.2.2."""
-    current_thread().block.part(BulkCopies).wait_for_reads()
+    copies = current_thread().block.part(BulkCopies)
+    copies.linger()
+    copies.wait_for_reads()
 
 
 @instruction("prefetch.tensormap [<tensor_map>];", sm=90)

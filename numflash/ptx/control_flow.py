@@ -1,8 +1,7 @@
 """Branches that the assembler must keep. PTX ISA 9.7.12."""
 
 from numflash.ptx.instruction import instruction
-from numflash.ptx.operands import Shared
-from numflash.ptx.scalars import f32, i64, u32
+from numflash.ptx.scalars import f32
 from numflash.runtime.mode import SIMULATED
 
 if SIMULATED:
@@ -11,15 +10,14 @@ if SIMULATED:
 
 @instruction(
     "{ .reg .pred ordered; .reg .f32 sum; add.f32 sum, <x>, <y>; "
-    "setp.geu.f32 ordered, sum, 0f00000000; @ordered bra on<uid>; "
-    "st.shared.f32 [<target>], sum; bar.sync 15, 128; on<uid>: }",
+    "setp.geu.f32 ordered, sum, 0f00000000; @ordered bra on<uid>; bar.sync 15, 128; on<uid>: }",
     sm=75,
 )
-def bra_over_store(target: Shared(u32, "offset"), offset: i64, x: f32, y: f32):
-    """Branch over a store and a barrier, because x + y is not negative; it may be NaN.
+def bra_over_barrier(x: f32, y: f32):
+    """Branch over a barrier, because x + y is not negative; it may be NaN.
 
     It does nothing, but the assembler cannot move instructions after it above those that make x
     and y. PTX ISA 9.7.12.2.
     """
     if x + y < 0:
-        raise SimulationError(f"bra_over_store: {x} + {y} is negative")
+        raise SimulationError(f"bra_over_barrier: {x} + {y} is negative")

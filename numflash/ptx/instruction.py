@@ -38,6 +38,7 @@ from numflash.runtime.mode import SIMULATED
 INSTRUCTIONS: dict[str, "Instruction"] = {}
 
 _WARP_SIZE = 32
+_WORDS = "fI"
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ def instruction(
     newest: int | None = None,
     collective: str | None = None,
     volatile: bool = False,
+    constant: bool = False,
 ):
     """Declare a PTX instruction; see the module's docstring.
 
@@ -76,6 +78,8 @@ def instruction(
         collective: None for one thread, "warp" for all lanes together, "warpgroup" where all four
             warps of one must execute it.
         volatile: keep the compiler from executing it once for several calls.
+        constant: nothing writes the memory that it reads while a kernel runs, so that it may be
+            moved, and executed once for several calls.
     """
 
     def declare(body: Callable) -> Callable:
@@ -94,6 +98,7 @@ def instruction(
             in_memory = any(isinstance(o, Shared | Global) for o in operands.values())
             # An instruction without results has its effect on memory: barriers, commits, waits.
             touches_memory = in_memory or (result is None and not outputs)
+            touches_memory &= not constant
             call = inline_assembly(
                 body,
                 template,
@@ -102,6 +107,7 @@ def instruction(
                 touches_memory=touches_memory,
                 volatile=volatile or touches_memory,
                 convergent=collective is not None,
+                constant=constant,
             )
         INSTRUCTIONS[body.__name__] = Instruction(
             body.__name__, template, sm, collective, operands, result, body, call, newest
@@ -133,13 +139,13 @@ def _simulated(body: Callable, operands: dict[str, object], collective: str | No
             scalars = [x for x, memory in zip(payloads[0], is_memory, strict=True) if not memory]
             warpgroup.execute(body.__name__, *scalars)
         stacked = [
-            list(lanes) if memory else np.array(lanes)
+            list(lanes) if memory else _stacked(lanes)
             for memory, lanes in zip(is_memory, zip(*payloads, strict=True), strict=True)
         ]
         result = body(*stacked)
         for i in written:
-            for lane, payload in enumerate(payloads):
-                payload[i][...] = stacked[i][lane]
+            for payload, registers in zip(payloads, stacked[i], strict=True):
+                payload[i][...] = registers
         return [None] * len(payloads) if result is None else list(result)
 
     def call(*args):
@@ -151,3 +157,12 @@ def _simulated(body: Callable, operands: dict[str, object], collective: str | No
 
     call.__name__, call.__doc__ = body.__name__, body.__doc__
     return call
+
+
+def _stacked(lanes: tuple) -> np.ndarray:
+    """The scalars of all lanes as an array, or their registers as its rows."""
+    first = lanes[0]
+    if isinstance(first, np.ndarray) and first.dtype.char in _WORDS:
+        # As np.stack, which takes five times as long.
+        return np.frombuffer(bytearray().join(lanes), first.dtype).reshape(-1, *first.shape)
+    return np.array(lanes)

@@ -32,46 +32,46 @@ if SIMULATED:
 
 _LANES = np.arange(32)
 _G, _T = _LANES // 4, _LANES % 4
+_WORDS_OF_A_ROW = np.arange(4)
 _ELEMENTS = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 _D_REGISTER = np.arange(4)
-_D_INDEX = _G[:, None] + 8 * (_D_REGISTER // 2), 2 * _T[:, None] + _D_REGISTER % 2
+# Of each register of d its place in the matrix, (32, 4), and the other way round, (16, 8).
+_D_PLACES = 8 * (_G[:, None] + 8 * (_D_REGISTER // 2)) + 2 * _T[:, None] + _D_REGISTER % 2
+_D_REGISTERS = np.argsort(_D_PLACES, None).reshape(16, 8)
 
 
 @cache
-def _a_index_16_bit(registers):
-    """Row and column of both halves of every register of a, (32, registers, 2)."""
+def _a_halves(registers):
+    """Of each element of a its place among the halves of all registers, (16, 4 * registers)."""
     i, h = np.arange(registers)[None, :, None], np.arange(2)
-    rows = _G[:, None, None] + 8 * (i % 2) + 0 * h
-    return rows, 2 * _T[:, None, None] + h + 8 * (i // 2)
+    rows = _G[:, None, None] + 8 * (i % 2)
+    places = 4 * registers * rows + 2 * _T[:, None, None] + h + 8 * (i // 2)
+    return np.argsort(places, None).reshape(16, 4 * registers)
 
 
 @cache
-def _b_index_16_bit(registers):
-    """Row and column of both halves of every register of b, (32, registers, 2)."""
+def _b_halves(registers):
+    """Of each element of b its place among the halves of all registers, (8 * registers, 8)."""
     i, h = np.arange(registers)[None, :, None], np.arange(2)
-    k = 2 * _T[:, None, None] + h + 8 * i
-    return k, _G[:, None, None] + 0 * k
+    places = 8 * (2 * _T[:, None, None] + h + 8 * i) + _G[:, None, None]
+    return np.argsort(places, None).reshape(8 * registers, 8)
 
 
 def _multiply_16_bit(d, a, b, dtype):
-    a_matrix = np.empty((16, 4 * a.shape[1]), np.float64)
-    a_matrix[_a_index_16_bit(a.shape[1])] = _halves(a, _ELEMENTS[dtype])
-    b_matrix = np.empty((8 * b.shape[1], 8), np.float64)
-    b_matrix[_b_index_16_bit(b.shape[1])] = _halves(b, _ELEMENTS[dtype])
-    _accumulate(d, a_matrix, b_matrix, dtype)
+    a_matrix = _halves(a, _a_halves(a.shape[1]), dtype)
+    _accumulate(d, a_matrix, _halves(b, _b_halves(b.shape[1]), dtype), dtype)
 
 
-def _halves(registers, dtype):
-    """(32, registers, 2): the low and the high half of each register."""
-    words = np.ascontiguousarray(registers, u32)
-    return words.view(u16).view(dtype).reshape(*words.shape, 2).astype(np.float64)
+def _halves(registers, places, dtype):
+    """The halves of registers at these places, as float64."""
+    halves = np.ascontiguousarray(registers, u32).view(u16).reshape(-1)
+    return halves.take(places).view(_ELEMENTS[dtype]).astype(np.float64)
 
 
 def _accumulate(d, a_matrix, b_matrix, dtype):
-    d_matrix = np.empty((16, 8), f32)
-    d_matrix[_D_INDEX] = d
-    d[...] = add_products("mma", dtype, a_matrix, b_matrix, d_matrix)[_D_INDEX]
+    total = add_products("mma", dtype, a_matrix, b_matrix, d.reshape(-1).take(_D_REGISTERS))
+    d[...] = total.reshape(-1).take(_D_PLACES)
 
 
 @instruction(
@@ -189,6 +189,25 @@ def stmatrix_x4(target: Shared(u32, "offset"), offset: i64, frag: Regs(u32, 4, "
     """
     rows = np.empty((4, 8, 4), u32)
     rows[:, _G, _T] = frag.T
+    _store_rows(target, offset, rows)
+
+
+@instruction(
+    "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [<target>], <frag>;", sm=90, collective="warp"
+)
+def stmatrix_x4_trans(target: Shared(u32, "offset"), offset: i64, frag: Regs(u32, 4, "r")):
+    """As `stmatrix_x4`, each matrix transposed: frag[m] is column g of its rows 2 t and 2 t + 1.
+
+    The inverse of `ldmatrix_x4_trans`. PTX ISA 9.7.14.5.16.
+    """
+    halves = np.ascontiguousarray(frag).view(u16).reshape(32, 4, 2)
+    elements = np.empty((4, 8, 8), u16)
+    elements[:, 2 * _T, _G], elements[:, 2 * _T + 1, _G] = halves[..., 0].T, halves[..., 1].T
+    _store_rows(target, offset, elements.view(u32))
+
+
+def _store_rows(target, offset, rows) -> None:
+    """Four words to each lane's offset; `rows` are (4 matrices, 8 rows, 4 words)."""
     smem = target[0]
     smem[_row_words("stmatrix", smem, offset)] = rows.reshape(32, 4)
     # A row counts as stored by the lane that names it.
@@ -206,12 +225,14 @@ def _rows(source, offset) -> np.ndarray:
 
 def _row_words(name, smem, offset) -> np.ndarray:
     """The indices of the four words of each lane's row, (32, 4)."""
-    for lane, first in enumerate(offset):
-        if first & 3:
-            raise ValueError(
-                f"{name}: lane {lane} names a row at word {first}, which is not a multiple of "
-                "16 bytes"
-            )
-        if not 0 <= first <= smem.size - 4:
-            raise IndexError(f"{name}: lane {lane} names word {first} of {smem.size}")
-    return np.asarray(offset)[:, None] + np.arange(4)
+    offset = np.asarray(offset)
+    if (offset & 3).any():
+        lane = int((offset & 3).argmax())
+        raise ValueError(
+            f"{name}: lane {lane} names a row at word {offset[lane]}, which is not a multiple of "
+            "16 bytes"
+        )
+    if offset.min() < 0 or offset.max() > smem.size - 4:
+        lane = int(((offset < 0) | (offset > smem.size - 4)).argmax())
+        raise IndexError(f"{name}: lane {lane} names word {offset[lane]} of {smem.size}")
+    return offset[:, None] + _WORDS_OF_A_ROW

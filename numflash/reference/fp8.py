@@ -24,13 +24,8 @@ attention sink (arXiv 2606.06521).
 import numpy as np
 
 from numflash.configs.formats import FORMATS
-from numflash.reference.attention import (
-    end_of_rows,
-    heads_back,
-    heads_first,
-    repeat,
-    scores,
-)
+from numflash.reference.arrays import heads_back, heads_first, repeat
+from numflash.reference.scores import end_of_rows, scores
 
 HEAD_DIM_STEP = 64
 TOKEN_STEP = 64

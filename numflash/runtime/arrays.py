@@ -16,6 +16,8 @@ import numpy as np
 
 from numflash.runtime.errors import UnsupportedError
 from numflash.runtime.mode import SIMULATED
+from numflash.runtime.numpy_arrays import NumPy, type_name
+from numflash.runtime.torch_tensors import Torch, TorchOnHost, dtype_name, is_tensor
 from numflash.runtime.views import ArrayView, Operand, numpy_dtype
 
 
@@ -38,6 +40,9 @@ class ArrayLibrary(Protocol):
     def empty(self, shape: tuple[int, ...], dtype: str, device: int):
         """A new contiguous array on a device, from the library's own pool, aligned to 16 bytes."""
 
+    def from_host(self, array: np.ndarray, device: int):
+        """A copy, made by `empty`, of a contiguous NumPy array."""
+
     def with_contiguous_rows(self, array):
         """The array, copied so that its last dimension is contiguous."""
 
@@ -57,87 +62,6 @@ class ArrayLibrary(Protocol):
         Call it after the kernels that fill the array were launched on the stream: it makes another
         library's work wait for them.
         """
-
-
-# Errors of arrays that NumPy cannot see.
-_NOT_NUMPYS = TypeError, ValueError, RuntimeError, BufferError
-
-
-class _NumPy:
-    """NumPy arrays, and what NumPy can see without a copy; in the simulator only."""
-
-    def _as_numpy(self, array) -> np.ndarray:
-        return np.asarray(array)
-
-    def glance(self, array):
-        try:
-            pointer, array = operand = self.operand(self._as_numpy(array))
-        except _NOT_NUMPYS:
-            return Operand(0, array), None  # no key: `view` says why
-        flags = array.flags.writeable, pointer % 16 == 0
-        return operand, (array.shape, array.strides, array.dtype, *flags)
-
-    def view(self, array, name="array"):
-        try:
-            array = self._as_numpy(array)
-        except _NOT_NUMPYS as error:
-            dtype = getattr(array, "dtype", "an unknown dtype")
-            why = str(error).rstrip(".")
-            raise TypeError(
-                f"{name} must be an array that NumPy can see in the simulator, got "
-                f"{_type_name(array)} of {dtype}: {why}. Give a NumPy array, whose bfloat16 is "
-                "ml_dtypes.bfloat16"
-            ) from error
-        if not array.dtype.isnative:
-            raise TypeError(f"{name} must have this machine's byte order, got {array.dtype}")
-        if any(stride % array.itemsize for stride in array.strides):
-            raise ValueError(
-                f"{name} must have strides of whole elements, {array.itemsize} bytes, got "
-                f"{array.strides} bytes"
-            )
-        return ArrayView(
-            self.operand(array).pointer,
-            array.shape,
-            tuple([stride // array.itemsize for stride in array.strides]),
-            array.dtype.name,
-            device=-1,
-            writeable=array.flags.writeable,
-        )
-
-    def operand(self, array):
-        return Operand(array.__array_interface__["data"][0], array)
-
-    def empty(self, shape, dtype, device):
-        return np.empty(shape, numpy_dtype(dtype))
-
-    def with_contiguous_rows(self, array):
-        return np.ascontiguousarray(array)
-
-    def stream(self, device):
-        return 0
-
-    def ordered_on(self, stream, device):
-        return nullcontext()
-
-    def hand_back(self, array, like, stream):
-        return array
-
-
-class _TorchOnHost(_NumPy):
-    """PyTorch tensors on the CPU; in the simulator only."""
-
-    def _as_numpy(self, array):
-        return array.detach().numpy()
-
-    def glance(self, array):
-        if _records_gradient(array):
-            return Operand(0, array), None  # no key: `view` refuses it
-        return super().glance(array)
-
-    def view(self, array, name="array"):
-        if _records_gradient(array):
-            raise _no_autograd(name)
-        return super().view(array, name)
 
 
 class _CuPy:
@@ -174,6 +98,12 @@ class _CuPy:
         with self.cupy.cuda.Device(device):
             return self.cupy.empty(shape, numpy_dtype(dtype))
 
+    def from_host(self, array, device):
+        made = self.empty(array.shape, array.dtype.name, device)
+        with self._on(device):
+            made.set(array)
+        return made
+
     def with_contiguous_rows(self, array):
         with self._on(array.data.device_id):
             return self.cupy.ascontiguousarray(array)
@@ -185,49 +115,6 @@ class _CuPy:
     def ordered_on(self, stream, device):
         with self._on(device), self.cupy.cuda.ExternalStream(stream, device):
             yield
-
-    def hand_back(self, array, like, stream):
-        return array
-
-
-class _Torch:
-    """PyTorch tensors on a CUDA device."""
-
-    def __init__(self):
-        self.torch = sys.modules["torch"]
-
-    def glance(self, array):
-        if _records_gradient(array):
-            return Operand(0, array), None  # no key: `view` refuses it
-        pointer = array.data_ptr()
-        key = array.shape, array.stride(), array.dtype, array.device, pointer % 16 == 0
-        return Operand(pointer, array), key
-
-    def view(self, array, name="array"):
-        if not array.is_cuda:
-            raise TypeError(f"{name} must be a tensor on a CUDA device, got one on {array.device}")
-        if _records_gradient(array):
-            raise _no_autograd(name)
-        dtype = str(array.dtype).removeprefix("torch.")
-        shape, strides = tuple(array.shape), tuple(array.stride())
-        return ArrayView(array.data_ptr(), shape, strides, dtype, array.device.index)
-
-    def operand(self, array):
-        return Operand(array.data_ptr(), array)
-
-    def empty(self, shape, dtype, device):
-        torch = self.torch
-        return torch.empty(shape, dtype=getattr(torch, dtype), device=torch.device("cuda", device))
-
-    def with_contiguous_rows(self, array):
-        return array.contiguous()
-
-    def stream(self, device):
-        return self.torch.cuda.current_stream(device).cuda_stream
-
-    def ordered_on(self, stream, device):
-        cuda = self.torch.cuda
-        return cuda.stream(cuda.ExternalStream(stream, device=device))
 
     def hand_back(self, array, like, stream):
         return array
@@ -379,48 +266,36 @@ def metadata(array, name: str) -> ArrayView:
     Raises:
         TypeError, ValueError: it is no array.
     """
-    if _is_tensor(array):
-        dtype = str(array.dtype).removeprefix("torch.")
-        return ArrayView(array.data_ptr(), tuple(array.shape), tuple(array.stride()), dtype, -1)
+    if is_tensor(array):
+        shape, strides = tuple(array.shape), tuple(array.stride())
+        return ArrayView(array.data_ptr(), shape, strides, dtype_name(array), -1)
     if isinstance(array, np.ndarray):
-        return _NumPy().view(array, name)
+        return NumPy().view(array, name)
     return library_of(array, name).view(array, name)
 
 
 def _find_library(array, name: str) -> ArrayLibrary:
+    if (own := getattr(type(array), "numflash_library", None)) is not None:
+        return own  # of a front end's own arrays
+    jax = sys.modules.get("jax.core")
+    if jax is not None and isinstance(array, jax.Tracer):
+        raise TypeError(
+            f"{name} is traced by JAX, and this function takes arrays only. Functions of the same "
+            "names in numflash.jax are for jit, grad and vmap"
+        )
     if SIMULATED:
         if not hasattr(array, "__array_interface__") and not hasattr(array, "__array__"):
             raise TypeError(
-                f"{name} must be a NumPy array in the simulator, got {_type_name(array)}"
+                f"{name} must be a NumPy array in the simulator, got {type_name(array)}"
             )
-        return _TorchOnHost() if _is_tensor(array) else _NumPy()
+        return TorchOnHost() if is_tensor(array) else NumPy()
     if "cupy" in sys.modules and isinstance(array, sys.modules["cupy"].ndarray):
         return _CuPy()
-    if _is_tensor(array):
-        return _Torch()
+    if is_tensor(array):
+        return Torch()
     if _is_on_gpu(array):
         return _Foreign()
     raise _not_on_gpu(array, name)
-
-
-def _is_tensor(array) -> bool:
-    """Whether an array is PyTorch's."""
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(array, torch.Tensor)
-
-
-def _records_gradient(tensor) -> bool:
-    """Whether PyTorch would record operations on a tensor now, for a backward through them."""
-    return tensor.requires_grad and sys.modules["torch"].is_grad_enabled()
-
-
-def _no_autograd(name: str) -> UnsupportedError:
-    return UnsupportedError(
-        f"{name} requires a gradient, and numflash does not record what PyTorch would need for "
-        "it: the result would have none. Disable gradients (torch.no_grad(), or "
-        f"{name}.detach()) and take them with numflash.attention_backward, for example in a "
-        "torch.autograd.Function of your own"
-    )
 
 
 # DLPack's device types for CUDA and CUDA managed memory.
@@ -438,14 +313,10 @@ def _is_on_gpu(array) -> bool:
 def _not_on_gpu(array, name: str) -> TypeError:
     return TypeError(
         f"{name} must be an array on a CUDA device (CuPy, PyTorch, JAX, Numba, ...), got "
-        f"{_type_name(array)}. For NumPy arrays on a machine without a GPU, set "
+        f"{type_name(array)}. For NumPy arrays on a machine without a GPU, set "
         "NUMBA_ENABLE_CUDASIM=1 before Python starts: kernels then run in the simulator. With a "
         "GPU: cupy.asarray(array)."
     )
-
-
-def _type_name(array) -> str:
-    return f"{type(array).__module__}.{type(array).__qualname__}"
 
 
 def stream_address(stream) -> int:

@@ -82,6 +82,13 @@ def clocks(device: int) -> tuple[float, float]:
     return clock_khz / 1e3, 2 * memory_khz * 1e3 * bits / 8 / 1e9
 
 
+def device_of(pointer: int) -> int:
+    """The ordinal of the CUDA device on which an address lies. Raises RuntimeError."""
+    driver = open_driver()
+    ordinal = driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
+    return int(checked(driver.cuPointerGetAttribute(ordinal, pointer)))
+
+
 def num_devices() -> int:
     """The number of CUDA devices. Raises UnsupportedError without a driver."""
     return checked(open_driver().cuDeviceGetCount())

@@ -158,8 +158,7 @@ def add_products(
     """
     with np.errstate(all="ignore"):
         exact = a @ b + c
-    if SUMS.model == "exact":
-        with np.errstate(all="ignore"):
+        if SUMS.model == "exact":
             return (exact.astype(np.float16) if to_float16 else exact).astype(np.float32)
     if to_float16:
         raise UnsupportedError(f"{_VARIABLE}={SUMS.model}: the models have no sums of float16")

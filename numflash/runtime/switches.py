@@ -1,6 +1,7 @@
 """Switches of the environment: one reader, so that all of them are spelled alike.
 
-`is_on` reads those that are on or off, `choice` those that name one of several things.
+`is_on` reads those that are on or off, `choice` those that name one of several things,
+`whole_number` numbers.
 """
 
 import os
@@ -47,3 +48,21 @@ def choice(name: str, choices: tuple[str, ...]) -> str:
         listed = ", ".join(choices[:-1]) + f" or {choices[-1]}"
         raise ValueError(f"{name} must be {listed}, got {text!r}")
     return text.lower()
+
+
+def whole_number(name: str, at_least: int) -> int | None:
+    """The integer of an environment variable; None if unset or empty.
+
+    Raises:
+        ValueError: it is no integer, or less than `at_least`.
+    """
+    text = os.environ.get(name, "").strip()
+    if not text:
+        return None
+    try:
+        found = int(text)
+    except ValueError:
+        found = at_least - 1
+    if found < at_least:
+        raise ValueError(f"{name} must be an integer from {at_least} on, got {text!r}")
+    return found

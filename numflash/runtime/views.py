@@ -1,6 +1,6 @@
 """Views of arrays of any library: metadata, and an address."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -111,6 +111,28 @@ def numpy_dtype(name: str) -> np.dtype:
 def overlap(a: ArrayView, b: ArrayView) -> bool:
     """Whether two arrays share an element's memory. Exact; reads metadata only."""
     return np.shares_memory(_ghost(a), _ghost(b))
+
+
+class Apart:
+    """That `out`, which a call writes, shares no memory with the arrays that it reads."""
+
+    def __init__(self, views: dict[str, ArrayView]):
+        self._views = views
+        self._spans = {name: view.span() for name, view in views.items()}
+
+    def expect(self, pointers: dict[str, int], but: tuple[str, ...] = ()) -> None:
+        """Raise ValueError if `out` shares memory with an array, all at these addresses.
+
+        `but` names arrays that it may share memory with.
+        """
+        first, end = (pointers["out"] + offset for offset in self._spans["out"])
+        for name, (low, high) in self._spans.items():
+            # Most arrays lie apart, which is quick to see; those that interleave need a proof.
+            apart = pointers[name] + high <= first or end <= pointers[name] + low
+            if name != "out" and name not in but and not apart:
+                out = replace(self._views["out"], pointer=pointers["out"])
+                if overlap(out, replace(self._views[name], pointer=pointers[name])):
+                    raise ValueError(f"out must not overlap {name}, but they share memory")
 
 
 def _ghost(view: ArrayView) -> np.ndarray:

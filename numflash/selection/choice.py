@@ -7,8 +7,9 @@ machine and the problem. `select` decides, and builds nothing: calls build launc
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from enum import Enum
 
-from numflash.configs import ArraySumsConfig, ClearSumsConfig, Config, HeadSumsConfig, Traits
+from numflash.configs import ArraySumsConfig, ClearSumsConfig, Config, Traits
 from numflash.configs.features import rows_of
 from numflash.problem.classes import ProblemClass
 from numflash.problem.gradients import Gradients
@@ -22,11 +23,13 @@ from numflash.selection import autotune, capture, tuned
 from numflash.selection.entries import DeviceKey
 from numflash.selection.geometry import (
     Geometry,
+    blocks_of,
     heads_in_flight,
     heads_of_a_bundle,
     heads_packed,
     resident_blocks,
     rows_packed,
+    tiles_listed,
     with_splits,
 )
 from numflash.selection.rules import (
@@ -35,9 +38,24 @@ from numflash.selection.rules import (
     choose,
     choose_forward,
     force,
+    with_invariant_sums,
     without_bulk_copies,
 )
 from numflash.selection.spills import spilled_bytes
+
+
+class Purpose(Enum):
+    """What kernels are chosen for.
+
+    Only for a CALL are classes of problems captured and tuned. Kernels compiled AHEAD are for
+    calls of many sizes: they are those by rule, also where a call's sizes will say which of them
+    run. For a QUESTION nothing is compiled, so that a config that spills may not be known as one.
+    """
+
+    CALL = "call"
+    AHEAD = "ahead"
+    QUESTION = "question"
+
 
 FORWARD = ("forward", "combine")
 BACKWARD = ("backward-dkdv", "backward-dq")
@@ -46,10 +64,6 @@ OF_OPTIONS = ("backward-rows",)
 OF_ARRAYS = ("backward-rows", "backward-columns", "backward-tiles", "backward-scatter")
 """The kernels that begin gradients of arrays that scores read."""
 FUSED = "backward"
-HEAD_SUMS = Choice(
-    HeadSumsConfig.family, HeadSumsConfig(), Traits("float32", 32, 32), "the only one", ()
-)
-"""It adds up float32 numbers, whatever a problem is."""
 _ONE_WARP_ADDS = 1024
 
 
@@ -86,9 +100,14 @@ def backward_configs(config) -> dict[str, str | Config]:
         return {}
     if not isinstance(config, dict):
         raise TypeError(f"config of a backward must map families to configs, got {config!r}")
-    return _expect_families(
-        "backward", config, tuple(dict.fromkeys((*BACKWARD, *OF_OPTIONS, *OF_ARRAYS, FUSED)))
-    )
+    families = tuple(dict.fromkeys((*BACKWARD, *OF_OPTIONS, *OF_ARRAYS, FUSED)))
+    config = _expect_families("backward", config, families)
+    if FUSED in config and (others := [family for family in BACKWARD if family in config]):
+        raise ValueError(
+            f"config has {FUSED!r}, one kernel for dq, dk and dv, and {others[0]!r}, which would "
+            "not run: give one of them"
+        )
+    return config
 
 
 def split_configs(config) -> tuple[dict, dict]:
@@ -139,7 +158,7 @@ def select(
     passes: tuple[str, ...] = ("forward",),
     gradients: Gradients | None = None,
     tokens_per_scale: int | None = None,
-    runs: bool = True,
+    purpose: Purpose = Purpose.CALL,
 ) -> Selection:
     """Choose the kernels of a problem.
 
@@ -153,8 +172,7 @@ def select(
         passes: "forward", "backward" or both.
         gradients: of the backward; None for those that it returns by default.
         tokens_per_scale: with 8-bit floats, the fewest that share a scale of K or V.
-        runs: whether this is a call and no question: only for calls are classes captured and
-            tuned.
+        purpose: what they are chosen for.
 
     Raises:
         TypeError, ValueError: the config is none of these families.
@@ -163,20 +181,20 @@ def select(
     forced = _forced_configs(config, passes)
     found = Selection()
     if "forward" in passes:
-        choice = _forward(problem, traits, machine, forced.get("forward"), runs)
+        choice = _forward(problem, traits, machine, forced.get("forward"), purpose)
         if tokens_per_scale is not None and tokens_per_scale % choice.config.tile_n:
             traits = replace(traits, key_scales=True)
-            choice = _forward(problem, traits, machine, forced.get("forward"), runs)
+            choice = _forward(problem, traits, machine, forced.get("forward"), purpose)
         geometry, combine = _lay(choice, problem, machine), None
         if geometry.num_splits > 1:
-            combine = _combine(problem, traits, machine, forced.get("combine"), runs)
+            combine = _combine(problem, traits, machine, forced.get("combine"), purpose)
         found = replace(found, forward=choice, geometry=geometry, combine=combine)
     if "backward" in passes:
         gradients = gradients or Gradients.of(traits.features)
         of_delta = traits_of_delta(traits, gradients)
         delta = choose("delta", of_delta, machine.limits, problem.seqlen_q)
         of_gradients = replace(traits, float32_out=gradients.in_float32)
-        backward = _backward(problem, of_gradients, machine, forced, gradients, runs)
+        backward = _backward(problem, of_gradients, machine, forced, gradients, purpose)
         arrays = _of_arrays(problem, traits, machine, forced, gradients)
         found = replace(found, delta=delta, backward=backward, arrays=arrays)
     return found
@@ -197,19 +215,22 @@ def _forward(
     traits: Traits,
     machine: Machine,
     config: str | Config | None,
-    runs: bool,
+    purpose: Purpose,
 ) -> Choice:
     """The forward kernel, with its splits over keys."""
     limits, num_sms = machine.limits, machine.num_sms
     if config is not None:
         choice = force("forward", config, traits, limits, problem.softmax_scale > 0, problem)
+        if problem.batch_invariant:
+            choice = with_invariant_sums(choice, problem, traits, limits, num_sms)
     else:
-        spills = _spills(limits, runs)
+        spills = _spills(limits, purpose)
         choice = by_rule = choose_forward(problem, traits, limits, num_sms, spills)
-        if not (traits.fp8 or traits.selected):
-            rows = problem.seqlen_q * rows_packed(problem)
-            choice = _tuned(by_rule, problem, traits, machine, rows, runs)
-        if choice is not by_rule and not choice.is_final and choice.has_geometry:
+        if not (traits.fp8 or traits.codes or traits.selected):
+            rows = problem.tokens_q * rows_packed(problem)
+            choice = _tuned(by_rule, problem, traits, machine, rows, purpose)
+        as_tuned = choice.is_final and not problem.num_splits
+        if choice is not by_rule and not as_tuned and choice.has_geometry:
             split = with_splits(choice.config, problem, traits, limits, num_sms)
             choice = replace(choice, config=split)
     if traits.selected:
@@ -224,9 +245,10 @@ def _forward(
 
 def _lay(choice: Choice, problem: AttentionProblem, machine: Machine) -> Geometry:
     """The layout of the chosen forward over the machine."""
-    config, rows, heads = choice.config, problem.seqlen_q, problem.num_heads_q
+    config, heads = choice.config, problem.num_heads_q
     if not choice.has_geometry:
-        return Geometry(blocks=problem.num_blocks(rows, heads, config.block_rows))
+        listed = None if problem.lengths is None else tiles_listed(problem, config)
+        return Geometry(blocks=blocks_of(problem, config, heads), listed=listed)
     pack, num_splits = heads_packed(config, problem), config.num_splits
     heads //= pack
     in_flight, all_heads = config.heads_in_flight, heads * problem.batch
@@ -235,11 +257,16 @@ def _lay(choice: Choice, problem: AttentionProblem, machine: Machine) -> Geometr
         fits = heads_in_flight(problem, choice.traits.operand_bytes, machine.l2_bytes) // pack
         sharing = problem.group_size // pack
         in_flight = heads_of_a_bundle(config, fits, all_heads, machine.num_sms, sharing)
-    blocks = problem.num_blocks(rows * pack, heads * num_splits, config.block_rows)
+    room, listed = resident_blocks(config, choice.traits, machine.limits), None
+    if problem.lengths is None:
+        blocks = blocks_of(problem, config, heads * num_splits, pack)
+    else:
+        slots = machine.num_sms * max(1, room)
+        listed = tiles_listed(problem, config, pack, blocks=slots)
+        blocks = blocks_of(problem, config, heads, pack, listed=listed)
     if getattr(config, "persistent", False):
-        room = resident_blocks(config, choice.traits, machine.limits)
         blocks = min(blocks, machine.num_sms * room)
-    return Geometry(pack, num_splits, min(in_flight, max(1, all_heads)), blocks)
+    return Geometry(pack, num_splits, min(in_flight, max(1, all_heads)), blocks, listed)
 
 
 def _combine(
@@ -247,19 +274,19 @@ def _combine(
     traits: Traits,
     machine: Machine,
     config: str | Config | None,
-    runs: bool,
+    purpose: Purpose,
 ) -> Choice:
     """The kernel that puts the parts of split keys together.
 
     It is the same after 8-bit floats, but then nothing is captured or tuned.
     """
-    plain = replace(traits, fp8=False, key_scales=False, blocks=())
+    plain = replace(traits, fp8=False, key_scales=False, blocks=(), paged=False, codes=False)
     if config is not None:
         return force("combine", config, plain, machine.limits)
     choice = choose("combine", plain, machine.limits)
-    if traits.fp8:
+    if traits.fp8 or traits.codes:
         return choice
-    return _tuned(choice, problem, traits, machine, problem.seqlen_q, runs)
+    return _tuned(choice, problem, plain, machine, problem.tokens_q, purpose)
 
 
 def traits_of_delta(traits: Traits, gradients: Gradients) -> Traits:
@@ -274,6 +301,7 @@ def traits_of_delta(traits: Traits, gradients: Gradients) -> Traits:
         traits,
         features=features,
         blocks=(),
+        ragged=False,
         dlse=gradients.dlse,
         given_delta=gradients.delta,
         float32_out=gradients.float32_out,
@@ -288,37 +316,77 @@ def _backward(
     machine: Machine,
     forced: Mapping[str, str | Config],
     gradients: Gradients,
-    runs: bool,
+    purpose: Purpose,
 ) -> dict[str, Choice]:
     """The kernels of the backward by family, in the order in which they run.
 
-    One kernel for all of dq, dk and dv runs if it is forced, or measured to be faster than two.
+    One kernel for all of dq, dk and dv runs if it is forced, or measured to be faster than two; or
+    by rule, unless two are measured to be faster. Ahead of calls all three are chosen where a rule
+    can choose either.
     """
     limits, positive = machine.limits, problem.softmax_scale > 0
+    no_bulk_copies = without_bulk_copies(problem, pack=1)
     needed = {
         family: gradients.needs(family, traits.features) for family in (*BACKWARD, *OF_OPTIONS)
     }
-    choices, times = {}, []
+    choices, times, by_rule = {}, [], None
     if FUSED in forced and any(needed[family] for family in BACKWARD):
-        choices[FUSED] = force(FUSED, forced[FUSED], traits, limits, positive)
+        choices[FUSED] = force(FUSED, forced[FUSED], traits, limits, positive, problem)
         needed |= dict.fromkeys(BACKWARD, False)
+    elif all(needed[family] for family in BACKWARD) and not forced.keys() & {*BACKWARD}:
+        by_rule = _fused_by_rule(problem, traits, machine, purpose)
     for family in (family for family, is_needed in needed.items() if is_needed):
-        rows = problem.seqlen_k if family == "backward-dkdv" else problem.seqlen_q
+        rows = problem.tokens_k if family == "backward-dkdv" else problem.tokens_q
         if family in forced:
-            choices[family] = force(family, forced[family], traits, limits, positive)
+            choices[family] = force(family, forced[family], traits, limits, positive, problem)
             continue
-        choice = choose(family, traits, limits, rows, positive, spills=_spills(limits, runs))
+        asks = purpose
+        if by_rule is not None and family in BACKWARD and purpose is Purpose.CALL:
+            # Nothing is compiled for two kernels where one runs.
+            asks = Purpose.QUESTION
+        spills = _spills(limits, asks)
+        choice = choose(family, traits, limits, rows, positive, no_bulk_copies, spills)
         if family in BACKWARD:
-            choice = _tuned(choice, problem, traits, machine, rows, runs)
+            choice = _tuned(choice, problem, traits, machine, rows, asks)
             times.append(choice.measured_ms)
         choices[family] = choice
+    fused = by_rule
     if len(times) == len(BACKWARD) and None not in times:
         wanted = ProblemClass.of(FUSED, problem, traits)
-        fused = tuned.measured(wanted, device_key(machine.device), limits)
-        if fused is not None and fused.measured_ms < sum(times):
-            others = {f: choice for f, choice in choices.items() if f not in BACKWARD}
-            return {FUSED: fused, **others}
-    return choices
+        measured = tuned.measured(
+            wanted, device_key(machine.device), limits, bulk_copies=no_bulk_copies is None
+        )
+        if measured is not None:
+            fused = measured if measured.measured_ms < sum(times) else None
+    if fused is None:
+        return choices
+    left_out = () if purpose is Purpose.AHEAD else BACKWARD
+    return {FUSED: fused, **{f: choice for f, choice in choices.items() if f not in left_out}}
+
+
+def _fused_by_rule(
+    problem: AttentionProblem, traits: Traits, machine: Machine, purpose: Purpose
+) -> Choice | None:
+    """The kernel for all of dq, dk and dv, if it comes before two kernels without being measured.
+
+    It has five products for seven, but its blocks add to dq in turn.
+    """
+    limits, rows, spills = machine.limits, problem.tokens_k, _spills(machine.limits, purpose)
+    asked = problem.softmax_scale > 0, without_bulk_copies(problem, pack=1)
+    try:
+        choice = choose(FUSED, traits, limits, rows, *asked)
+    except UnsupportedError:
+        return None
+    least, config = choice.implementation.blocks_to_fuse, choice.config
+    blocks = problem.batch * problem.num_heads_kv * -(-problem.seqlen_k // config.block_rows)
+    if least is None or (blocks < least * machine.num_sms and purpose is not Purpose.AHEAD):
+        return None
+    choice = choose(FUSED, traits, limits, rows, *asked, spills=spills)
+    if spills(choice.config, choice.traits):
+        return None
+    choice = _tuned(choice, problem, traits, machine, rows, purpose)
+    why = f"of one kernel {blocks} blocks share {machine.num_sms} SMs, which is enough"
+    return replace(choice, passed_over=(*choice.passed_over, ("a kernel for dq apart", why)))
 
 
 def _of_arrays(
@@ -345,9 +413,10 @@ def _of_arrays(
     return found
 
 
-def _spills(limits: Architecture, runs: bool) -> Spills:
+def _spills(limits: Architecture, purpose: Purpose) -> Spills:
     """What `rules` asks of a config that fits."""
-    return lambda config, traits: spilled_bytes(config, traits, limits, runs)
+    compiles = purpose is not Purpose.QUESTION
+    return lambda config, traits: spilled_bytes(config, traits, limits, compiles)
 
 
 def _tuned(
@@ -356,15 +425,18 @@ def _tuned(
     traits: Traits,
     machine: Machine,
     rows: int,
-    runs: bool,
+    purpose: Purpose,
 ) -> Choice:
     """The tuned config for a problem in the place of the one by rule, if there is one.
 
     There is none for the caller's functions, block masks and results in float32: what they cost
-    no table knows.
+    no table knows. Nor is there one ahead of calls, whose class is not known, or where sums must
+    not depend on other sequences, from whose number and sizes a class follows.
     """
-    if traits.program or traits.blocks or traits.float32_out:
+    given = traits.program or traits.blocks or traits.float32_out or problem.batch_invariant
+    if given or purpose is Purpose.AHEAD:
         return choice
+    runs = purpose is Purpose.CALL
     wanted = ProblemClass.of(choice.family, problem, traits)
     if runs:
         capture.note(wanted)
@@ -372,7 +444,8 @@ def _tuned(
         return choice
     if not problem.softmax_scale > 0:
         return choice
-    bulk_copies = without_bulk_copies(problem, rows_packed(problem)) is None
+    pack = rows_packed(problem) if choice.family in FORWARD else 1
+    bulk_copies = without_bulk_copies(problem, pack) is None
     key = device_key(machine.device)
     query = wanted, key, machine.limits, rows, choice.config, bulk_copies
     found = tuned.find(*query)

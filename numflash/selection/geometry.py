@@ -2,10 +2,18 @@
 
 from dataclasses import dataclass, replace
 
-from numflash.configs import MmaConfig, Traits, implementation_of
-from numflash.problem.problem import AttentionProblem
+from numflash.configs import Config, MmaConfig, Traits, implementation_of
+from numflash.problem.problem import AttentionProblem, num_blocks
+from numflash.problem.sequences import MAX_SPLITS, ListShape, most_records
 from numflash.runtime.devices import Architecture, blocks_per_sm
 
+INVARIANT_KEYS = 2048
+"""Keys of a split where sums must not depend on other sequences (`batch_invariant`)."""
+LEAST_STAGES = 4
+"""Stages of keys that a split of a sequence with a length of its own has at least."""
+# Records, besides one a tile, for each block that the machine has room for: with four the busiest
+# SM has 1.02 to 1.04 of the mean work, with two up to 1.18 (counted).
+_SHARES_PER_BLOCK = 4
 PACKED_SEQLEN = 32
 """Query heads are packed into the rows of a tile while one head would fill at most half of one."""
 _MAX_SPLITS = 128
@@ -23,12 +31,14 @@ class Geometry:
         num_splits: parts that the keys are dealt out to.
         heads_in_flight: heads whose blocks are interleaved.
         blocks: of the grid; those of persistent kernels take tile after tile.
+        listed: the list of its tiles, of sequences with lengths of their own, else None.
     """
 
     pack: int = 1
     num_splits: int = 1
     heads_in_flight: int = 1
     blocks: int = 0
+    listed: ListShape | None = None
 
 
 def apart_by_blocks(problem: AttentionProblem) -> str | None:
@@ -51,7 +61,7 @@ def rows_packed(problem: AttentionProblem, packed: bool | None = None) -> int:
     if apart_by_blocks(problem) is not None:
         return 1
     if packed is None:
-        few = problem.seqlen_q <= PACKED_SEQLEN
+        few = problem.tokens_q <= PACKED_SEQLEN
         packed = few and problem.traits(vectorized=True).of_a_head is None
     return problem.group_size if packed else 1
 
@@ -68,6 +78,18 @@ def heads_in_flight(problem: AttentionProblem, dtype_bytes: int, l2_bytes: int) 
     # Query heads of a group share K and V, and follow each other.
     heads = l2_bytes // 2 // max(1, head_bytes) * problem.group_size
     return max(1, min(heads, problem.num_heads_q * problem.batch))
+
+
+def heads_of_backward(problem: AttentionProblem, l2_bytes: int) -> int:
+    """Key-value heads whose Q, dO and float32 dQ fit half of the L2 cache together; at least one.
+
+    Blocks of a head add to its dQ one after the other. The more heads take turns, the fewer of one
+    head are there at once, which wait for each other.
+    """
+    columns = problem.head_dim + problem.head_dim_v
+    head_bytes = problem.seqlen_q * problem.group_size * (2 * columns + 4 * problem.head_dim)
+    heads = l2_bytes // 2 // max(1, head_bytes)
+    return max(1, min(heads, problem.num_heads_kv * problem.batch))
 
 
 def heads_of_a_bundle(config: MmaConfig, fits: int, heads: int, num_sms: int, sharing: int) -> int:
@@ -101,6 +123,10 @@ def with_splits(
     num_sms: int,
 ) -> MmaConfig:
     """A forward config with as many splits over keys as fill the machine."""
+    if problem.lengths is not None:
+        return replace(
+            config, num_splits=_splits_of_lengths(config, problem, traits, limits, num_sms)
+        )
     pack = heads_packed(config, problem)
     heads = problem.num_heads_q // pack
     blocks = problem.num_blocks(problem.seqlen_q * pack, heads, config.block_rows)
@@ -110,6 +136,31 @@ def with_splits(
     keys = min(problem.seqlen_k, seen)
     splits = num_splits(config, traits, limits, num_sms, blocks, keys)
     return replace(config, num_splits=splits)
+
+
+def _splits_of_lengths(
+    config: MmaConfig,
+    problem: AttentionProblem,
+    traits: Traits,
+    limits: Architecture,
+    num_sms: int,
+) -> int:
+    """1, or 2 where tiles of sequences with lengths of their own may be split.
+
+    Lengths are not known here: a tile is split on the device, and only if its keys are many.
+    """
+    if implementation_of(config).needs_maps:
+        return 1
+    if problem.num_splits:
+        return min(problem.num_splits, 2)
+    if problem.batch_invariant:
+        return 2 if problem.seqlen_k > INVARIANT_KEYS else 1
+    pack = heads_packed(config, problem)
+    slots = num_sms * max(1, resident_blocks(config, traits, limits))
+    few = blocks_of(problem, config, problem.num_heads_q // pack, pack) < slots
+    is_decoding = problem.tokens_q * pack <= config.block_rows
+    is_long = problem.seqlen_k > 2 * LEAST_STAGES * config.stage_n
+    return 2 if is_long and (few or is_decoding) else 1
 
 
 def resident_blocks(config: MmaConfig, traits: Traits, limits: Architecture) -> int:
@@ -145,3 +196,49 @@ def num_splits(
 def with_keys(num_n_blocks: int, num_splits: int) -> int:
     """The splits that have keys: each but the last has the same number of blocks of keys."""
     return -(-num_n_blocks // -(-num_n_blocks // num_splits))
+
+
+def tiles_listed(
+    problem: AttentionProblem,
+    config: Config,
+    pack: int = 1,
+    by_keys: bool = False,
+    blocks: int = 0,
+) -> ListShape:
+    """The list of tiles that a kernel goes through, of sequences with lengths of their own.
+
+    `blocks` is the number that the machine has room for, of a forward.
+    """
+    own, other = config.tile_m, config.tile_n
+    if by_keys:
+        own, other = other, own
+    else:
+        other = getattr(config, "stage_n", other)
+    listed = problem.list_shape(own, other, pack, by_keys)
+    if by_keys or getattr(config, "num_splits", 1) == 1:
+        return listed
+    if problem.num_splits > 1:
+        tiles = -(-problem.seqlen_k // other)
+        splits = min(problem.num_splits, MAX_SPLITS)
+        return listed._replace(least=max(1, -(-tiles // splits)))
+    if problem.batch_invariant:
+        return listed._replace(least=max(1, INVARIANT_KEYS // other))
+    heads = problem.num_heads_q // pack
+    shares = max(1, _SHARES_PER_BLOCK * blocks // heads)
+    return listed._replace(least=LEAST_STAGES, shares=shares)
+
+
+def blocks_of(
+    problem: AttentionProblem,
+    config: Config,
+    heads: int,
+    pack: int = 1,
+    by_keys: bool = False,
+    listed: ListShape | None = None,
+) -> int:
+    """The grid of a kernel whose blocks each own a tile of queries, or keys, of one of `heads`."""
+    if problem.lengths is not None:
+        listed = listed or problem.list_shape(config.block_rows, 1, pack, by_keys)
+        return num_blocks("the problem", most_records(problem.lengths, listed), heads, 1)
+    rows = problem.seqlen_k if by_keys else problem.seqlen_q * pack
+    return problem.num_blocks(rows, heads, config.block_rows)

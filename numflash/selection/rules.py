@@ -22,16 +22,22 @@ from numflash.configs import (
     wgmma,
 )
 from numflash.problem.problem import AttentionProblem
+from numflash.problem.tensor_maps import torn_pages
 from numflash.runtime.devices import Architecture
 from numflash.runtime.errors import UnsupportedError
 from numflash.selection.geometry import apart_by_blocks, rows_packed, with_splits
 
 _MANY_ROWS = 2**30
+_SAME_INSTRUCTIONS = "batch_invariant: few queries and many must have the same instructions"
 # Rows of the smallest product: fewer cost as much.
 _MIN_ROWS = 16
 
 Spills = Callable[[Config, Traits], int]
 """Bytes that a config's kernel is known to spill; see `selection.spills`."""
+
+
+def _nothing(config: Config) -> None:
+    """No reason against it."""
 
 
 def _no_spills(config: Config, traits: Traits) -> int:
@@ -83,6 +89,7 @@ def choose(
     positive_scale: bool = True,
     no_bulk_copies: str | None = None,
     spills: Spills = _no_spills,
+    excludes: Callable[[Config], str | None] = _nothing,
 ) -> Choice:
     """The kernel to run.
 
@@ -110,7 +117,7 @@ def choose(
             continue
         adapted = row.adapts(traits)
         config, rule, reasons = _first(
-            row, row.candidates(family, traits, limits), adapted, limits, rows, spills
+            row, row.candidates(family, traits, limits), adapted, limits, rows, spills, excludes
         )
         passed_over += reasons
         if config is not None:
@@ -127,6 +134,7 @@ def _first(
     limits: Architecture,
     rows: int,
     spills: Spills,
+    excludes: Callable[[Config], str | None],
 ) -> tuple[Config | None, str, list[tuple[str, str]]]:
     """The first candidate that fits and does not spill, its rule, and reasons against the others.
 
@@ -135,7 +143,9 @@ def _first(
     """
     spilled: dict[Config, int] = {}
     for warps in row.warps:
-        reasons = {x: row.misfit(x, traits, limits, rows, warps) for x in candidates}
+        reasons = {
+            x: excludes(x) or row.misfit(x, traits, limits, rows, warps) for x in candidates
+        }
         fitting = [x for x, why in reasons.items() if why is None and x not in spilled]
         chosen = None
         for config in fitting:
@@ -176,12 +186,90 @@ def choose_forward(
     def spills_split(config: Config, adapted: Traits) -> int:
         return spills(split(config), adapted)
 
-    rows = problem.seqlen_q
-    choice = choose("forward", traits, limits, rows * pack, *asked, spills_split)
+    rows = problem.tokens_q
+    if problem.batch_invariant:
+        return _choose_invariant(problem, traits, limits, rows * pack, split)
+    more = spills_split, lambda config: _torn_pages(config, problem)
+    choice = choose("forward", traits, limits, rows * pack, *asked, *more)
     if not choice.has_geometry and pack > 1:
         # The portable kernels do not pack.
-        choice = choose("forward", traits, limits, rows, *asked, spills_split)
+        choice = choose("forward", traits, limits, rows, *asked, *more)
     return replace(choice, config=split(choice.config))
+
+
+def _torn_pages(config: Config, problem: AttentionProblem) -> str | None:
+    """Why a config that copies boxes cannot read the pages of a problem's cache, or None."""
+    if problem.pages is None or not implementation_of(config).needs_maps:
+        return None
+    return torn_pages(problem.pages.size, config.stage_n)
+
+
+def _choose_invariant(
+    problem: AttentionProblem,
+    traits: Traits,
+    limits: Architecture,
+    rows: int,
+    split: Callable[[Config], Config],
+) -> Choice:
+    """The forward kernel where a row's sums must not depend on what else there is.
+
+    Whatever the rows, it is one kind of instruction, and tiles of as many keys.
+    """
+    many = _of_invariant_sums(problem, traits, limits)
+    asked = problem.softmax_scale > 0, _SAME_INSTRUCTIONS
+
+    def excludes(config: Config) -> str | None:
+        return _other_sums(config, many.config)
+
+    found = [
+        choose("forward", traits, limits, n, *asked, excludes=excludes) for n in (rows, _MANY_ROWS)
+    ]
+    for choice in found:
+        if _other_sums(choice.config, many.config) is None:
+            return replace(choice, config=split(choice.config))
+    raise UnsupportedError(
+        f"batch_invariant=True: no forward kernel of {traits} on {limits.arch} has the sums of "
+        f"{many.config}"
+    )
+
+
+def _of_invariant_sums(problem: AttentionProblem, traits: Traits, limits: Architecture) -> Choice:
+    """The kernel whose instruction and whose tiles of keys `batch_invariant` has.
+
+    It is that of many rows, which are not aligned and whose keys lie in pages: others have room
+    for the same tiles, and a row has the same bits there.
+    """
+    scarcest = replace(traits, vectorized=False, paged=traits.ragged)
+    positive = problem.softmax_scale > 0
+    return choose("forward", scarcest, limits, _MANY_ROWS, positive, _SAME_INSTRUCTIONS)
+
+
+def _other_sums(config: Config, invariant: Config) -> str | None:
+    """Why a row's sums are not those of `batch_invariant`; None if they are."""
+    if implementation_of(config) is not implementation_of(invariant):
+        return f"batch_invariant: its instructions are not those of {invariant}"
+    if config.tile_n != invariant.tile_n:
+        return (
+            f"batch_invariant: its tiles are of {config.tile_n} keys, and sums are those of "
+            f"tiles of {invariant.tile_n}"
+        )
+    return None
+
+
+def with_invariant_sums(
+    choice: Choice,
+    problem: AttentionProblem,
+    traits: Traits,
+    limits: Architecture,
+    num_sms: int,
+) -> Choice:
+    """A choice of the caller's, split where `batch_invariant` does. Raises UnsupportedError."""
+    why = _other_sums(choice.config, _of_invariant_sums(problem, traits, limits).config)
+    if why is not None:
+        raise UnsupportedError(f"config {choice.config} cannot run this forward: {why}")
+    if not choice.has_geometry:
+        return choice
+    return replace(choice, config=with_splits(choice.config, problem, traits, limits, num_sms))
 
 
 def force(
@@ -218,7 +306,7 @@ def force(
         no_bulk_copies = None
         if problem is not None and row.needs_maps:
             pack = problem.group_size if config.packed else 1
-            no_bulk_copies = without_bulk_copies(problem, pack)
+            no_bulk_copies = _torn_pages(config, problem) or without_bulk_copies(problem, pack)
         asked = Asked(positive_scale=positive_scale, no_bulk_copies=no_bulk_copies)
         why = row.cannot_run(config, traits, limits, asked)
         traits = row.adapts(traits)

@@ -11,14 +11,14 @@ from numflash.runtime.devices import Architecture
 from numflash.runtime.mode import SIMULATED
 
 
-def spilled_bytes(config: Config, traits: Traits, limits: Architecture, runs: bool) -> int:
+def spilled_bytes(config: Config, traits: Traits, limits: Architecture, compiles: bool) -> int:
     """Bytes that each thread spills because of the caller's functions; 0 if none is known of.
 
     Args:
         config, traits, limits: the kernel. Without a program, and in the simulator, it is 0.
-        runs: whether this is a call, which compiles what is not known yet; a question does not.
+        compiles: whether what is not known yet is compiled; not for a question.
     """
     if not traits.program or SIMULATED:
         return 0
-    cubin = (get_cubin if runs else known_cubin)(config, traits, limits)
+    cubin = (get_cubin if compiles else known_cubin)(config, traits, limits)
     return 0 if cubin is None else max(cubin.spill_store_bytes, cubin.spill_load_bytes)

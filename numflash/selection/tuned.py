@@ -5,8 +5,9 @@
 3. The nearest that was tuned on another device of this architecture.
 4. The nearest of the tables that numflash ships.
 
-Only kernels for dtypes of the same size and for the same head dims are near. Beyond the first rule
-the splits, packing and order of blocks follow from the problem, as they do for default configs.
+Only kernels for dtypes of the same size and for the same head dims are near; sequences with
+lengths of their own, and pages, are a way off from those without. Beyond the first rule the
+splits, packing and order of blocks follow from the problem, as they do for default configs.
 On Hopper only the first rule lets configs of `mma` and `wgmma` take each other's place.
 NUMFLASH_TUNED=0 turns all of it off.
 """
@@ -20,6 +21,7 @@ from numflash.configs import Config, Traits, implementation_of, parse_config
 from numflash.machine_code.compiler import versions
 from numflash.machine_code.sources import family_hash
 from numflash.problem.classes import ProblemClass
+from numflash.problem.tensor_maps import torn_pages
 from numflash.runtime import switches
 from numflash.runtime.devices import Architecture
 from numflash.runtime.errors import UnsupportedError
@@ -31,6 +33,7 @@ _log = logging.getLogger("numflash")
 # Farther classes are no advice: sizes that differ by a factor of 2 are 1 apart.
 _MAX_DISTANCE = 8
 _OTHER_MASK = 2
+_OTHER_WALK = 2
 _MAX_FOUND = 4096
 
 
@@ -91,11 +94,18 @@ def find(
         return _found.setdefault(key, _find(*key, limits))
 
 
-def measured(wanted: ProblemClass, device: DeviceKey, limits: Architecture) -> Choice | None:
-    """The choice measured on this device for this very class; None if there is none."""
+def measured(
+    wanted: ProblemClass, device: DeviceKey, limits: Architecture, bulk_copies: bool = True
+) -> Choice | None:
+    """The choice measured on this device for this very class; None if there is none.
+
+    Without `bulk_copies` configs for Hopper cannot run the problem, and do not count.
+    """
     _refresh()
     exact = _advise(wanted, device, limits).exact
-    return exact if exact is not None and exact.measured_ms is not None else None
+    if exact is None or exact.measured_ms is None:
+        return None
+    return exact if bulk_copies or not exact.implementation.needs_maps else None
 
 
 def choices(family: str, traits: Traits, device: DeviceKey, limits: Architecture) -> list[Choice]:
@@ -123,6 +133,13 @@ def distance(a: ProblemClass, b: ProblemClass) -> float:
     kinds = "dtype", "vectorized"
     apart += sum(getattr(a.traits, name) != getattr(b.traits, name) for name in kinds)
     apart += len(set(a.traits.features) ^ set(b.traits.features))
+    # Kernels that walk over a list of tiles, or look pages up, have other registers.
+    kinds = "ragged", "paged"
+    apart += _OTHER_WALK * sum(
+        getattr(a.traits, name) != getattr(b.traits, name) for name in kinds
+    )
+    if a.page_size and b.page_size:
+        apart += abs(math.log2(a.page_size / b.page_size)) / 2
     if (a.window is None) != (b.window is None) or (a.window is None and a.mask != b.mask):
         apart += _OTHER_MASK
     elif a.window is not None:
@@ -158,6 +175,8 @@ def _find(
     for choice, proven in advice.near:
         is_hopper = choice.implementation.needs_maps
         if (kind is not None and is_hopper != kind) or (is_hopper and not bulk_copies):
+            continue
+        if is_hopper and wanted.page_size and torn_pages(wanted.page_size, choice.config.stage_n):
             continue
         if unfit(choice.config, choice.traits, limits, rows, proven) is None:
             return choice

@@ -3,9 +3,9 @@
 A tile is what a tensor map and coordinates name, or consecutive bytes (`Span`). A load holds 0xFF
 bytes in its place until it arrives, and nothing else may write there: in some blocks it does as
 soon as someone waits for it, in others at random, in others only when no thread can run. A store's
-tile must stay as it is until its thread has waited; it reaches global memory when the block ends,
-or when its thread has waited for that. A store may reduce: `combine(held, given)` says what it
-makes of two elements.
+tile must stay as it is until its thread has waited; it reaches global memory when its thread has
+waited for that, or when the block ends, or after it has been read, whichever comes first in this
+block. A store may reduce: `combine(held, given)` says what it makes of two elements.
 """
 
 from collections import defaultdict
@@ -24,6 +24,10 @@ from numflash.simulator.tensor_maps import SimulatedTensorMap
 
 # The probability that a load arrives when its barrier is waited for, and at any other time.
 _HASTE = ((1.0, 0.0), (0.5, 0.25), (0.0, 0.0))
+# Times at most that others run while a thread waits for its stores: where blocks run together,
+# where they do not, and where others only look at memory.
+_LINGERING, _LINGERING_ALONE, _LINGERING_FOR_POLLS = 4096, 64, 16
+_ROUNDS = 32
 
 
 class Span:
@@ -37,11 +41,21 @@ class Span:
     rank, alignment = 0, 16
 
     def __init__(self, content: np.ndarray, dtype=np.uint8):
+        if content.size % 16:
+            raise ValueError(f"a bulk copy of {content.size} bytes, which is no multiple of 16")
         self.content, self.n_bytes, self.dtype = content, content.size, np.dtype(dtype)
+
+    @property
+    def extent(self) -> tuple[int, int]:
+        """The address in global memory, and the number of bytes."""
+        return self.content.__array_interface__["data"][0], self.n_bytes
 
     def chunks(self, address: int) -> np.ndarray:
         """Where in shared memory the bytes are, as chunk numbers."""
         return np.arange(address // 16, (address + self.n_bytes) // 16)
+
+    def check(self, coordinates: tuple) -> None:
+        """All the bytes lie in their array: who made them has seen to it."""
 
     def read(self, coordinates: tuple) -> np.ndarray:
         """The bytes, (chunks, 16)."""
@@ -71,10 +85,9 @@ class _Store:
     chunks: np.ndarray
     content: np.ndarray
     combine: Callable | None
+    # What the block had acquired when the store was issued, where blocks run together.
+    seen: np.ndarray | None
     is_read: bool = False
-
-    def write(self) -> None:
-        self.tensor_map.write(self.coordinates, self.content, self.combine)
 
 
 @dataclass(eq=False, slots=True)
@@ -105,6 +118,7 @@ class BulkCopies(Part):
                 f"a bulk load: {barrier} was initialised without a fence_mbarrier_init after it"
             )
         n_bytes = tensor_map.n_bytes
+        self._proxy.check_global("a bulk load")
         self._proxy.begin_arrival("a bulk load", address, n_bytes)
         self.block.shared.bytes[address : address + n_bytes] = POISON
         self._loads.append(_Load(tensor_map, coordinates, address, barrier))
@@ -125,7 +139,10 @@ class BulkCopies(Part):
         coordinates, address = self._place("a bulk store", source, offset, tensor_map, coordinates)
         chunks = tensor_map.chunks(address)
         self._proxy.check("a bulk store", chunks)
-        store = _Store(tensor_map, coordinates, chunks, self._chunks[chunks], combine)
+        self._proxy.check_global("a bulk store")
+        writes = self.block.writes
+        seen = writes.seen_by(self.block.number) if writes else None
+        store = _Store(tensor_map, coordinates, chunks, self._chunks[chunks], combine, seen)
         self._stores[current_thread().index].issued.append(store)
 
     def commit(self) -> None:
@@ -148,8 +165,40 @@ class BulkCopies(Part):
         arriving = max(0, len(groups) - pending)
         for group in groups[:arriving]:
             for store in group:
-                store.write()
+                self._write(store)
         del groups[:arriving]
+
+    def linger(self) -> None:
+        """Let others run before stores are over: not at all, at random, or as long as they can.
+
+        As late as loads arrive in this block.
+        """
+        late, looks, block = 1 - self._when_waited, 0, self.block
+        for _ in range(_LINGERING if block.writes else _LINGERING_ALONE):
+            # Who looks meanwhile at what this thread is going to write does not wait in vain.
+            block.patience.polls = 0
+            idle = block.only_polls()
+            if block.random() >= late or not block.step_aside(idle):
+                break
+            looks = looks + 1 if block.others_only_poll(idle) else 0
+            if looks == _LINGERING_FOR_POLLS:
+                break
+
+    def rounds(self) -> int:
+        """How often the executor lets others run before stores are over: see `linger`."""
+        late, rounds = 1 - self._when_waited, 0
+        while rounds < _ROUNDS and self.block.random() < late:
+            rounds += 1
+        return rounds
+
+    def check_written(self, what: str) -> None:
+        """Raise SimulationError where stores of the running thread are not in global memory."""
+        stores = self._stores[current_thread().index]
+        for store in [*stores.issued, *(store for group in stores.groups for store in group)]:
+            raise SimulationError(
+                f"{what} of thread {current_thread().index}, whose bulk store to "
+                f"{store.coordinates} is under way: a cp_async_bulk_wait_group is missing"
+            )
 
     def advance(self) -> bool:
         """Let a load arrive."""
@@ -177,7 +226,14 @@ class BulkCopies(Part):
         for stores in self._stores.values():
             for group in stores.groups:
                 for store in group:
-                    store.write()
+                    self._write(store)
+
+    def _write(self, store: _Store) -> None:
+        """A store reaches global memory."""
+        if self.block.writes and (extent := store.tensor_map.extent):
+            tell = self.block.writes.add if store.combine else self.block.writes.store
+            tell(self.block.number, *extent, store.seen)
+        store.tensor_map.write(store.coordinates, store.content, store.combine)
 
     def _read(self, store: _Store) -> None:
         """A store reads its tile, which must be as it was when the store was issued."""
@@ -197,7 +253,9 @@ class BulkCopies(Part):
             )
         address = self.block.shared.address(array, offset)
         self.block.shared.check_range(what, address, tensor_map.n_bytes, tensor_map.alignment)
-        return tuple(int(c) for c in coordinates), address
+        coordinates = tuple(int(c) for c in coordinates)
+        tensor_map.check(coordinates)
+        return coordinates, address
 
     def _perhaps_deliver(self) -> None:
         if self._loads and self._any_time and self.block.random() < self._any_time:

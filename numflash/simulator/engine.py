@@ -33,6 +33,10 @@ WARP_SIZE = 32
 _RESTLESSNESS = (1.0, 1 / 64, 1 / 2048)
 # The probability that a block has a warp that runs only when no other can.
 _LAGGARDS = 0.5
+# So often may threads look at memory, one after the other, while no thread does anything else.
+_POLLS = 2048
+RELENTING = 1 / 16
+"""The probability that what falls behind, a warp or a block, runs while a thread polls."""
 
 _running: "Thread | None" = None
 
@@ -66,6 +70,13 @@ class Meeting:
     # (index, thread, payload) of those who came, and who of them waits.
     arrived: list[tuple] = field(default_factory=list)
     waiting: list["Thread"] = field(default_factory=list)
+
+
+class Patience:
+    """Counts looks of threads at memory since anything else happened; `most` are allowed."""
+
+    def __init__(self, num_blocks: int = 1):
+        self.polls, self.most = 0, _POLLS * num_blocks
 
 
 class Thread:
@@ -135,7 +146,13 @@ class Thread:
 
 
 class Block:
-    """One thread block: its threads, its shared memory, and who waits for whom."""
+    """One thread block: its threads, its shared memory, and who waits for whom.
+
+    Attributes:
+        writes: what blocks have written in this launch, where several run together.
+    """
+
+    writes = None
 
     def __init__(
         self,
@@ -171,6 +188,9 @@ class Block:
         self.restlessness = _RESTLESSNESS[int(self.random() * len(_RESTLESSNESS))]
         self.meetings: dict[tuple, Meeting] = {}
         self.parts: dict[type, Part] = {}
+        self._first: Thread | None = None  # to begin before any other goes on
+        self.pollers: list[Thread] = []  # look at memory again and again, and are ready
+        self.patience = Patience()
         self.fences = 0  # of the asynchronous proxy, of all threads
         self.scheduler = None
 
@@ -194,7 +214,7 @@ class Block:
         try:
             self._run_ready_threads(args)
             if self.live:
-                raise DeadlockError(self._who_waits_where())
+                raise DeadlockError(self.who_waits_where())
             self._finish()
         finally:
             self._end_waiting_threads()
@@ -209,7 +229,8 @@ class Block:
             # Threads hand over to each other. Control comes back when one has returned, when one
             # is to begin, and when all that are left wait: for each other, or for a copy.
             while self._someone_can_run():
-                _running = thread = self._pick()
+                _running = thread = self._first or self._pick()
+                self._first = None
                 if thread.greenlet is None:
                     thread.greenlet = STACKS.take(context)
                     returned = thread.greenlet.switch(self.kernel, args)
@@ -239,12 +260,16 @@ class Block:
         return self.num_ready > 0
 
     def _pick(self) -> Thread:
-        """A random ready thread of the favoured warp, taken out in constant time."""
+        """A random ready thread of the favoured warp."""
         random, ready = self.random, self.ready[self.favourite]
         if not ready or ready is self.laggard or random() < self.restlessness:
             ready = self._warp()
             self.favourite = ready[0].warp
-        pick = int(random() * len(ready))
+        return self._take(ready)
+
+    def _take(self, ready: list[Thread]) -> Thread:
+        """A random one of these ready threads, taken out in constant time."""
+        pick = int(self.random() * len(ready))
         ready[pick], ready[-1] = ready[-1], ready[pick]
         self.num_ready -= 1
         return ready.pop()
@@ -279,6 +304,47 @@ class Block:
             # Only the scheduler begins a thread: who begins one lends it part of its own stack.
             self.wake(following)
         self.scheduler.switch()
+
+    def poll(self) -> None:
+        """Let others run before the running thread looks at memory again.
+
+        Raises DeadlockError where threads have looked often, and none did anything else.
+        """
+        thread, patience = current_thread(), self.patience
+        idle = self.only_polls()
+        patience.polls = patience.polls + 1 if idle else 0
+        self.pollers.append(thread)
+        if patience.polls > patience.most:
+            raise DeadlockError(self._who_polls(thread))
+        self.step_aside(idle)
+        self.pollers.remove(thread)
+
+    def only_polls(self) -> bool:
+        """Whether the threads that can run, but for the running one, only look at memory."""
+        if self.num_ready > len(self.pollers):
+            return False
+        return not any(part.advance() for part in self.parts.values())
+
+    def others_only_poll(self, idle: bool) -> bool:
+        """Whether all but the running thread do; `idle` is whether they do in this block."""
+        return idle
+
+    def step_aside(self, idle: bool) -> bool:
+        """Let another thread run first; whether there is one. `idle` is what `only_polls` says."""
+        global _running
+        if not self.num_ready:
+            return False
+        # Who polls must not hold up the warp that falls behind: it may be the one that writes.
+        relents = self.laggard and self.random() < RELENTING
+        following = self._take(self.laggard if relents else self._warp())
+        self.wake(_running)
+        if following.greenlet is None:
+            self._first = following
+            self.scheduler.switch()
+        else:
+            _running = following
+            following.greenlet.switch()
+        return True
 
     def meet(self, thread, key, name, expected, payload, together, wait: bool = True):
         """Arrive at the meeting `key`; the last of `expected` threads ends it for all."""
@@ -348,7 +414,14 @@ class Block:
     def _replay(self) -> str:
         return f"simulator seed {self.seed} (NUMFLASH_SIM_SEED={self.seed} repeats this order)"
 
-    def _who_waits_where(self) -> str:
+    def _who_polls(self, thread: Thread) -> str:
+        return (
+            f"thread {thread.index} looks again and again at what nobody writes: all others do, "
+            f"too, or wait, or have returned\n{self.who_waits_where()}"
+        )
+
+    def who_waits_where(self) -> str:
+        """The message of a deadlock."""
         returned = self.size - self.live
         lines = [
             f"deadlock in block {tuple(self.blockIdx)}: {self.live} of {self.size} threads wait, "
@@ -359,6 +432,9 @@ class Block:
                 f"  {meeting.name}: {len(meeting.arrived)} of {meeting.expected} threads came"
             )
             lines += who_waits(meeting.waiting)
+        if self.pollers:
+            lines.append("  memory that another thread, or block, is to write")
+            lines += who_waits(self.pollers)
         for part in self.parts.values():
             lines += part.report()
         return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Run a kernel in the simulator, block after block; and put the engine under Numba's simulator."""
+"""Run a kernel in the simulator, all its blocks; and put the engine under Numba's simulator."""
 
 import contextlib
 import functools
@@ -13,6 +13,10 @@ from numba.cuda.simulator import kernel as numba_kernel
 
 from numflash.simulator.cuda import Dim3, SimulatedCuda, cuda
 from numflash.simulator.engine import Block
+from numflash.simulator.memory import GlobalPointer
+from numflash.simulator.resident import Grid, ResidentBlock, num_resident, talks
+from numflash.simulator.seed import SEED
+from numflash.simulator.writes import WatchedPointer
 
 # The engine keeps the running thread in a global: one launch at a time in a process.
 _one_launch = threading.RLock()
@@ -23,6 +27,8 @@ def launch(
 ) -> None:
     """Run `kernel(*args)` for every thread of every block.
 
+    Blocks run one after the other, or several together: see `simulator.resident`.
+
     Args:
         kernel: a plain Python function in the style of `numflash.kernels`.
         grid, block: extents, one to three integers each.
@@ -31,11 +37,44 @@ def launch(
         blocks_per_sm: blocks that share the registers of an SM.
     """
     grid, block = _three(grid), _three(block)
+    positions = _positions(grid)
+    talking = talks(kernel)
+    resident = num_resident(talking, len(positions), SEED.value)
     # Kernels compute with infinities on purpose; NumPy would warn of each. Numba's own device
     # functions, which a kernel may be given, ask for the context of the launch.
     with _one_launch, np.errstate(all="ignore"), _numba_context():
-        for position in _positions(grid):
+        if resident > 1 or talking:
+            of_block = kernel, grid, block, dynamic_smem_bytes, blocks_per_sm
+            _run_together(*of_block, positions, resident, [_watched(arg) for arg in args])
+            return
+        for position in positions:
             run_block(kernel, grid, block, position, args, dynamic_smem_bytes, blocks_per_sm)
+
+
+def _run_together(
+    kernel, grid, block, dynamic_smem_bytes, blocks_per_sm, positions, resident, args
+) -> None:
+    threads = [Dim3(*p) for p in _positions(block)]
+
+    def make(number: int, of: Grid) -> ResidentBlock:
+        made = ResidentBlock(
+            *(number, of, args, kernel, threads, Dim3(*positions[number])),
+            *(dynamic_smem_bytes, blocks_per_sm),
+        )
+        made.gridDim, made.blockDim = Dim3(*grid), Dim3(*block)
+        return made
+
+    Grid(make, positions, resident, SEED.value).run()
+
+
+def _watched(argument):
+    """An argument whose pointers tell the launch what is read and written through them."""
+    if isinstance(argument, GlobalPointer):
+        return WatchedPointer(argument)
+    if not isinstance(argument, tuple):
+        return argument
+    fields = [_watched(each) for each in argument]
+    return type(argument)(*fields) if hasattr(argument, "_fields") else tuple(fields)
 
 
 @contextlib.contextmanager

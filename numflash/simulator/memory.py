@@ -172,8 +172,21 @@ class GlobalPointer:
     def __setitem__(self, offset, value):
         self.flat[self._position(offset)] = value
 
-    def block(self, offset: int, n_bytes: int, alignment: int | None = None) -> np.ndarray:
+    def acquire(self, offset):
+        """Element `offset`, by a load that acquires."""
+        return self[offset]
+
+    def release(self, offset, value) -> None:
+        """Element `offset` = value, by a store that releases."""
+        self[offset] = value
+
+    def block(
+        self, offset: int, n_bytes: int, alignment: int | None = None, access: str = "load"
+    ) -> np.ndarray:
         """The n_bytes at element `offset` as bytes, for one vector access.
+
+        `access` is what happens to them at once: "load", "store", or "none" for what has an order
+        of its own, copies that write and reductions.
 
         Raises:
             ValueError: the address is not a multiple of the alignment, n_bytes by default, which

@@ -42,6 +42,8 @@ class AsyncProxy(Part):
         self._unfenced: dict[int, list[slice]] = {}
         # By thread: how many fences there had been with its last one.
         self._fenced: dict[int, int] = {}
+        # Threads that have seen global memory by an acquire since their last fence for it.
+        self._acquired: set[int] = set()
 
     def fence(self, thread: Thread) -> None:
         """What `thread` has stored is visible from here on; and to it, what is stored by now."""
@@ -51,6 +53,23 @@ class AsyncProxy(Part):
         for words in self._unfenced.pop(thread.index, ()):
             own = self._words[words]
             own[own == thread.index + 1] = _CLEAN
+
+    def acquire(self, thread: Thread) -> None:
+        """`thread` has seen what others have done to global memory; its copies do not yet."""
+        self._acquired.add(thread.index)
+
+    def fence_global(self, thread: Thread) -> None:
+        """Copies of `thread` see global memory as it does."""
+        self._acquired.discard(thread.index)
+
+    def check_global(self, what: str) -> None:
+        """Raise SimulationError unless `what` of the running thread sees what it has acquired."""
+        thread = current_thread().index
+        if thread in self._acquired:
+            raise SimulationError(
+                f"{what} of thread {thread}, which has acquired from another block, without a "
+                "fence_proxy_async_global in between"
+            )
 
     def begin_arrival(self, what: str, address: int, n_bytes: int) -> None:
         """A copy will write n_bytes at `address`, a multiple of 16."""

@@ -1,5 +1,6 @@
 """Words for a deadlock's message: which threads wait on which line of a kernel."""
 
+import sys
 from collections import defaultdict
 
 
@@ -13,8 +14,8 @@ def who_waits(threads) -> list[str]:
 
 
 def _place(thread) -> str:
-    """File and line of the kernel code in which a suspended thread waits."""
-    frame = thread.greenlet.gr_frame
+    """File and line of the kernel code in which a thread waits, or the running one is."""
+    frame = thread.greenlet.gr_frame or sys._getframe()
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
         if not module.startswith(("numflash.simulator", "numflash.ptx", "numba.")):

@@ -1,26 +1,18 @@
-"""The work of a block: its tile, head and batch entry, its sequence, and the keys that it sees.
+"""The work of a block: its tile, and the head and batch entry of that tile.
 
     Grid        the tiles of a forward, as the host laid them out over blocks
-    Place       the tile of one block
-    Sequence    the queries and keys of the batch entry that the tile is of
-    Keys        the stages of keys that the rows of the tile see
+    Place       the tile of one block; a RaggedPlace where sequences have lengths of their own
 
-All threads of a block compute them, or one for them. All sizes are below 2 ** 31, and divisions
-are of unsigned 32-bit numbers, which take a quarter of the code of Python's.
+All threads of a block compute them, or one for them. The sequence of a place, and the keys that
+its rows see, are in `tiles.sequences`.
 """
 
 from functools import cache
 from typing import NamedTuple
 
-from numflash.ptx import (
-    device_function,
-    function_of_numbers,
-    i32,
-    i64,
-    mov_ctaid_x,
-    mov_nctaid_x,
-    u32,
-)
+from numflash.ptx import device_function, function_of_numbers, i32, mov_ctaid_x, mov_nctaid_x, u32
+from numflash.tiles.division import divide, quotient, tiles_of
+from numflash.tiles.sequences import Keys, Sequence
 
 
 class Grid(NamedTuple):
@@ -59,78 +51,77 @@ class Place(NamedTuple):
     split: i32
 
 
-class Sequence(NamedTuple):
-    """The queries and keys of a batch entry. Query i sees the keys j with lo <= j - i <= hi.
+class RaggedPlace(NamedTuple):
+    """The tile of a block where sequences have lengths of their own: a `Place`, and more.
 
     Attributes:
-        seqlen_q, seqlen_k: their numbers.
-        first_q, first_k: the rows of the first in their arrays.
-        lo, hi: the band. Both count from the first query and the first key.
+        sequence: its `Sequence`.
+        tiles: `Keys`, the tiles of the other side in its split that the band lets it see.
+        slot: the place of its part among `parts`; -1 if its tile is not split.
     """
 
-    seqlen_q: i32
-    seqlen_k: i32
-    first_q: i32
-    first_k: i32
-    lo: i32
-    hi: i32
+    start: i32
+    head: i32
+    head_kv: i32
+    batch: i32
+    split: i32
+    sequence: Sequence
+    tiles: Keys
+    slot: i32
 
 
-class Keys(NamedTuple):
-    """The stages of keys from `begin` up to, but without, `end`; none where that is not above."""
+# The records of sequences that have lengths of their own: `kernels.sequences.schedule`. On the
+# host `problem.sequences` and `reference.sequences` have the same numbers.
 
-    begin: i32
-    end: i32
-
-
-class Whole(NamedTuple):
-    """Tiles that begin at a key from `first` to `last` need no mask."""
-
-    first: i32
-    last: i32
-
-
-@function_of_numbers
-def quotient(x, by):
-    """x // by of numbers that are not negative."""
-    return i32(u32(x) // u32(by))
-
-
-@function_of_numbers
-def divide(x, by):
-    """(x // by, x % by) of numbers that are not negative."""
-    whole = quotient(x, by)
-    return whole, i32(x - whole * by)
-
-
-@function_of_numbers
-def tiles_of(length, tile):
-    """The number of tiles that cover so many rows."""
-    return quotient(length + tile - 1, tile)
+HEADER_WORDS = RECORD_WORDS = 8
+ENTRY_BITS = 20
+"""The last word of a record has the number of the sequence in these bits; above is the split's."""
 
 
 @device_function
-def token_of_row(row, pack):
-    """The token of a row where `pack` query heads of a token are neighbouring rows."""
-    return quotient(row, pack)
+def _place_of_record(number, head, slot, shape, mask):
+    """The `RaggedPlace` of a record and a query head; `shape` is a `RaggedShape`."""
+    records, at = shape.records, i32(HEADER_WORDS + RECORD_WORDS * number)
+    seqlen_q, seqlen_k = records[at + 1], records[at + 3]
+    word = records[at + 7]
+    shift = i32(shape.aligned * (seqlen_k - seqlen_q))
+    sequence = Sequence(
+        seqlen_q,
+        seqlen_k,
+        records[at],
+        records[at + 2],
+        i32(mask.lo + shift),
+        i32(mask.hi + shift),
+        shift,
+    )
+    return RaggedPlace(
+        records[at + 4],
+        head,
+        quotient(head, shape.group_size),
+        i32(word & ((1 << ENTRY_BITS) - 1)),
+        i32(u32(word) >> u32(ENTRY_BITS)),
+        sequence,
+        Keys(records[at + 5], records[at + 6]),
+        slot,
+    )
 
 
 @device_function
-def first_of_head(tensor, batch, head):
-    """The offset of the first row of a head; `tensor` has the strides `batch` and `head`."""
-    return batch * tensor.batch + head * tensor.head
+def _beyond_records(number, heads, shape):
+    return number >= shape.records[0] * heads
 
 
 @device_function
-def first_of_rows(tensor, batch, head, row):
-    """The offset of a row of a head; `tensor` has the strides `batch`, `head` and `row`."""
-    return first_of_head(tensor, batch, head) + row * tensor.row
+def _never_beyond(number, heads, shape):
+    return False
 
 
-@function_of_numbers
-def first_of_statistics(batch, head, shape):
-    """The offset of a head in an array (batch, num_heads_q, seqlen_q), as lse and delta are."""
-    return i64(batch * shape.num_heads_q + head) * shape.seqlen_q
+def make_is_idle(traits):
+    """is_idle(number, heads, shape): whether a block has no tile.
+
+    The grid has `heads` blocks for each record that there may be; the list may be shorter.
+    """
+    return _beyond_records if traits.ragged else _never_beyond
 
 
 # The place of a block
@@ -150,15 +141,29 @@ def number_of_head_kv(batch, head_kv, shape):
     return i32(batch * quotient(shape.num_heads_q, shape.group_size) + head_kv)
 
 
+@device_function
+def _ragged_place_of_queries(number, shape, mask):
+    record, head = divide(number, shape.num_heads_q)
+    return _place_of_record(record, head, i32(-1), shape, mask)
+
+
+@device_function
+def _ragged_place_of_keys(number, shape, mask):
+    record, head_kv = divide(number, quotient(shape.num_heads_q, shape.group_size))
+    return _place_of_record(record, i32(head_kv * shape.group_size), i32(-1), shape, mask)
+
+
 @cache
-def make_place_of_queries(tile_m):
-    """place_of_queries(number, shape): the `Place` of a tile of tile_m queries of one head.
+def make_place_of_queries(tile_m, traits):
+    """place_of_queries(number, shape, mask): the `Place` of a tile of tile_m queries of one head.
 
     The last rows come first: in a causal problem they see the most keys.
     """
+    if traits.ragged:
+        return _ragged_place_of_queries
 
     @function_of_numbers
-    def place_of_queries(number, shape):
+    def place_of_queries(number, shape, mask):
         num_tiles = tiles_of(shape.seqlen_q, tile_m)
         tile, head, batch = place_in_heads(number, num_tiles, shape.num_heads_q)
         start = i32((num_tiles - 1 - tile) * tile_m)
@@ -168,14 +173,16 @@ def make_place_of_queries(tile_m):
 
 
 @cache
-def make_place_of_keys(tile_n):
-    """place_of_keys(number, shape): the `Place` of a tile of tile_n keys of one head.
+def make_place_of_keys(tile_n, traits):
+    """place_of_keys(number, shape, mask): the `Place` of a tile of tile_n keys of one head.
 
     The first keys come first: in a causal problem the most queries see them.
     """
+    if traits.ragged:
+        return _ragged_place_of_keys
 
     @function_of_numbers
-    def place_of_keys(number, shape):
+    def place_of_keys(number, shape, mask):
         num_tiles = tiles_of(shape.seqlen_k, tile_n)
         num_heads_kv = quotient(shape.num_heads_q, shape.group_size)
         tile, head_kv, batch = place_in_heads(number, num_tiles, num_heads_kv)
@@ -194,13 +201,32 @@ def grid_of(shape, layout):
     )
 
 
+@device_function
+def _ragged_place_of(number, grid, shape, mask):
+    record, packed_head = divide(number, quotient(shape.num_heads_q, grid.pack))
+    return _place_of_record(record, i32(packed_head * grid.pack), i32(-1), shape, mask)
+
+
+@device_function
+def _ragged_place_of_split(number, grid, shape, mask):
+    record, packed_head = divide(number, quotient(shape.num_heads_q, grid.pack))
+    slot = shape.slots[record]
+    return _place_of_record(record, i32(packed_head * grid.pack), slot, shape, mask)
+
+
 @cache
-def make_place_of(tile_m):
-    """place_of(number, grid, shape): the `Place` of a tile of rows, see `make_block_place`."""
+def make_place_of(tile_m, traits, is_split=False):
+    """place_of(number, grid, shape, mask): the `Place` of a tile of rows.
+
+    The order is that of `make_block_place`. Where sequences have lengths of their own, it is that
+    of the records; the heads of a record come one after the other.
+    """
+    if traits.ragged:
+        return _ragged_place_of_split if is_split else _ragged_place_of
     block_place = make_block_place(tile_m)
 
     @function_of_numbers
-    def place_of(number, grid, shape):
+    def place_of(number, grid, shape, mask):
         start, head_of_batch, split = block_place(number, grid)
         batch, head = divide(head_of_batch, shape.num_heads_q)
         return Place(start, head, quotient(head, shape.group_size), batch, split)
@@ -241,14 +267,18 @@ def make_block_place(tile_m):
 
 
 @cache
-def make_walk(tile_m):
-    """walk(grid): (first place, step, number of places); `next_place` leads on."""
+def make_walk(tile_m, traits):
+    """walk(grid, shape): (first place, step, number of places); `next_place` leads on."""
+    ragged = traits.ragged
 
     @device_function
-    def walk(grid):
+    def walk(grid, shape):
         num_rows, num_heads, pack, num_splits, _ = grid
-        num_m_blocks = u32(num_rows + tile_m - 1) // u32(tile_m)
-        num_places = u32(num_m_blocks * (u32(num_heads) // u32(pack)) * u32(num_splits))
+        if ragged:
+            num_places = u32(u32(shape.records[0]) * (u32(shape.num_heads_q) // u32(pack)))
+        else:
+            num_m_blocks = u32(num_rows + tile_m - 1) // u32(tile_m)
+            num_places = u32(num_m_blocks * (u32(num_heads) // u32(pack)) * u32(num_splits))
         place = mov_ctaid_x()
         return place, u32(u32(2) * (mov_nctaid_x() - place) - u32(1)), num_places
 
@@ -263,64 +293,3 @@ def next_place(place, step):
     a long tile gets a short one next, and all have as much to do.
     """
     return u32(place + step), u32(u32(2) * mov_nctaid_x() - step)
-
-
-# The sequence of a place, and the keys that its rows see
-
-
-@device_function
-def sequence_of(shape, mask):
-    """The `Sequence` of each batch entry of arrays in which all are of one length."""
-    return Sequence(shape.seqlen_q, shape.seqlen_k, i32(0), i32(0), mask.lo, mask.hi)
-
-
-@device_function
-def seen_from_keys(sequence):
-    """A `Sequence` with queries for keys and keys for queries: key j sees the queries i."""
-    return Sequence(
-        sequence.seqlen_k,
-        sequence.seqlen_q,
-        sequence.first_k,
-        sequence.first_q,
-        i32(-sequence.hi),
-        i32(-sequence.lo),
-    )
-
-
-@device_function
-def last_of(start, rows, seqlen):
-    """The last of so many rows from `start` on that is in the sequence."""
-    return i32(min(start + rows, seqlen) - 1)
-
-
-@function_of_numbers
-def tiles_seen(first, last, stage_n, sequence):
-    """The `Keys`, in stages of stage_n, that some of the queries `first` to `last` see."""
-    end = max(0, min(sequence.seqlen_k, last + sequence.hi + 1))
-    return Keys(quotient(max(0, first + sequence.lo), stage_n), tiles_of(end, stage_n))
-
-
-@function_of_numbers
-def tiles_seen_whole(first, last, tile_n, sequence):
-    """The tiles of tile_n keys that all of the queries `first` to `last` see, as `Whole`."""
-    end = min(sequence.seqlen_k, first + sequence.hi + 1)
-    return Whole(i32(last + sequence.lo), i32(end - tile_n))
-
-
-@function_of_numbers
-def tokens_of(row, rows, pack, sequence):
-    """(first, last): the tokens of so many rows from `row` on, of heads that are packed."""
-    last_row = last_of(row, rows, sequence.seqlen_q * pack)
-    return token_of_row(row, pack), token_of_row(last_row, pack)
-
-
-@cache
-def make_whole_keys(tile_n, rows):
-    """whole_keys(row, grid, sequence): the tiles that all of `rows` rows from `row` on see."""
-
-    @function_of_numbers
-    def whole_keys(row, grid, sequence):
-        first, last = tokens_of(row, rows, grid.pack, sequence)
-        return tiles_seen_whole(first, last, tile_n, sequence)
-
-    return whole_keys

@@ -36,7 +36,15 @@ import math
 from functools import cache
 from typing import NamedTuple
 
-from numflash.ptx import device_function, ex2_approx_ftz_f32, f32, fma_rn_f32, i32, max_f32, u32
+from numflash.ptx import (
+    device_function,
+    ex2_approx_ftz_f32,
+    f32,
+    fma_rn_f32,
+    i32,
+    max_f32,
+    u32,
+)
 from numflash.tiles.philox import philox
 from numflash.tiles.programs import make_program
 
@@ -207,7 +215,7 @@ class Args(NamedTuple):
     drawn: object
 
 
-def _functions_of(traits):
+def functions_of(traits):
     """The program's functions, with those of its reads where a kernel is about one."""
     return make_program(traits.program, with_partials=traits.read != "")
 
@@ -231,7 +239,7 @@ def make_score(traits, after_features=False):
             return of_features(s, at.first, at.step, args.features)
 
         return score
-    program = _functions_of(traits)
+    program = functions_of(traits)
     of_program, by_distance = program.score, program.score_by_distance
     if traits.read:
         partial, _ = program.partials[int(traits.read)]
@@ -264,7 +272,7 @@ def make_keep(traits):
     """keep(at, args): whether the caller's program lets a query see a key, at an `At`."""
     if not traits.keeps_scores:
         return _keep_all
-    program = _functions_of(traits)
+    program = functions_of(traits)
     of_program, by_distance = program.keep, program.keep_by_distance
 
     @device_function
@@ -292,7 +300,7 @@ def make_offset(traits):
 
     known(given, batch, head) is what a head knows; offset(i, j, known) is in elements.
     """
-    functions = _functions_of(traits)
+    functions = functions_of(traits)
     known_of_head, (_, offset) = functions.known_of_head, functions.partials[int(traits.read)]
 
     @device_function
@@ -339,7 +347,7 @@ def make_args_of_head(traits):
             return Args(of_features(features, batch, head), f32(0), drawn)
 
         return args_of_head
-    known_of_head = _functions_of(traits).known_of_head
+    known_of_head = functions_of(traits).known_of_head
 
     @device_function
     def args_with_program(scores, batch, head):

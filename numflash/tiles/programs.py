@@ -25,13 +25,18 @@ from numflash.ptx import (
     fma_rn_f32,
     i32,
     i64,
+    ld_global_pair_b16,
+    ld_global_pair_b32,
+    ld_global_pair_b64,
     lg2_approx_ftz_f32,
     max_f32,
     min_f32,
     rsqrt_approx_ftz_f32,
     sin_approx_ftz_f32,
     sqrt_approx_ftz_f32,
+    u16,
     u32,
+    u64,
 )
 
 _LOG2_E, _LN_2 = f32(math.log2(math.e)), f32(math.log(2))
@@ -40,6 +45,76 @@ _LOG2_E, _LN_2 = f32(math.log2(math.e)), f32(math.log(2))
 @device_function
 def _from_bf16(bits):
     return bits_as_float(u32(bits) << 16)
+
+
+@device_function
+def _first_float16(pair):
+    return cvt_f32_f16(u16(pair & u32(0xFFFF)))
+
+
+@device_function
+def _second_float16(pair):
+    return cvt_f32_f16(u16(pair >> u32(16)))
+
+
+@device_function
+def _first_bfloat16(pair):
+    return bits_as_float(u32(pair << u32(16)))
+
+
+@device_function
+def _second_bfloat16(pair):
+    return bits_as_float(u32(pair & u32(0xFFFF0000)))
+
+
+@device_function
+def _first_bits(pair):
+    return u32(pair & u64(0xFFFFFFFF))
+
+
+@device_function
+def _second_bits(pair):
+    return u32(pair >> u64(32))
+
+
+@device_function
+def _first_float32(pair):
+    return bits_as_float(_first_bits(pair))
+
+
+@device_function
+def _second_float32(pair):
+    return bits_as_float(_second_bits(pair))
+
+
+@device_function
+def _first_int32(pair):
+    return i32(_first_bits(pair))
+
+
+@device_function
+def _second_int32(pair):
+    return i32(_second_bits(pair))
+
+
+@device_function
+def _first_uint8(pair):
+    return i32(pair & u16(0xFF))
+
+
+@device_function
+def _second_uint8(pair):
+    return i32(pair >> u16(8))
+
+
+@device_function
+def _first_bool(pair):
+    return _first_uint8(pair) != 0
+
+
+@device_function
+def _second_bool(pair):
+    return _second_uint8(pair) != 0
 
 
 @device_function
@@ -124,6 +199,12 @@ _NAMES = {
     "exp": _exp,
     "exp2": ex2_approx_ftz_f32,
     "f32": f32,
+    "first_bfloat16": _first_bfloat16,
+    "first_bool": _first_bool,
+    "first_float16": _first_float16,
+    "first_float32": _first_float32,
+    "first_int32": _first_int32,
+    "first_uint8": _first_uint8,
     "floor": cvt_rmi_f32_f32,
     "floordiv_by_count": _floordiv_by_count,
     "floordiv_counts": _floordiv_counts,
@@ -132,6 +213,9 @@ _NAMES = {
     "from_bf16": _from_bf16,
     "i32": i32,
     "i64": i64,
+    "ld_global_pair_b16": ld_global_pair_b16,
+    "ld_global_pair_b32": ld_global_pair_b32,
+    "ld_global_pair_b64": ld_global_pair_b64,
     "log": _log,
     "log2": lg2_approx_ftz_f32,
     "max_f32": max_f32,
@@ -141,6 +225,12 @@ _NAMES = {
     "mod_i32": _mod_i32,
     "power": _power,
     "rsqrt": rsqrt_approx_ftz_f32,
+    "second_bfloat16": _second_bfloat16,
+    "second_bool": _second_bool,
+    "second_float16": _second_float16,
+    "second_float32": _second_float32,
+    "second_int32": _second_int32,
+    "second_uint8": _second_uint8,
     "sigmoid": _sigmoid,
     "sin": sin_approx_ftz_f32,
     "cos": cos_approx_ftz_f32,
@@ -164,6 +254,13 @@ class Functions(NamedTuple):
         partials: for each of `Program.partials` (partial, offset): partial(s, i, j, known) is the
             derivative of the new score by the element that is read, and offset(s, i, j, known)
             where that lies in its array, in elements. Empty if they were not asked for.
+        score_of_pair: (s, right, scale, i, key, step, j, j_right, left, known) -> (the new score
+            and its derivative for one key, both for the next), of the scores s scale and
+            right scale; None where the score reads nothing by pairs. j and j_right are these keys,
+            inside of the arrays; pairs are read from key + step on, an even number, as far as
+            `left` keys are left there.
+        keep_of_pair: (i, key, step, j, j_right, left, known) -> (whether one key, whether the
+            next takes part); or None.
         score_by_distance, keep_by_distance: as `score` and `keep`, with float32 places i and j of
             which only i - j counts, as for the features of `tiles.features`; None for a program
             that looks at a place itself, or reads by it.
@@ -173,6 +270,8 @@ class Functions(NamedTuple):
     score: object
     keep: object
     partials: tuple = ()
+    score_of_pair: object = None
+    keep_of_pair: object = None
     score_by_distance: object = None
     keep_by_distance: object = None
 

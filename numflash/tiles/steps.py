@@ -18,7 +18,8 @@ number is all that a kernel keeps of a place in a list. Tiles divide blocks (`Tr
 from functools import cache
 
 from numflash.ptx import device_function, function_of_numbers, i32
-from numflash.tiles.blocks import Keys, divide, quotient, tiles_seen, tokens_of
+from numflash.tiles.division import divide, quotient
+from numflash.tiles.sequences import Keys, tiles_seen, tokens_of
 
 
 @cache
@@ -100,6 +101,7 @@ def make_keys_of(config, traits):
     split.
     """
     tile_m, stage_n, is_split = config.tile_m, config.stage_n, config.num_splits > 1
+    ragged = traits.ragged
     steps_of = make_steps_of(traits, stage_n)
     # With a block mask it reads lists, too.
     of_what = device_function if traits.blocks else function_of_numbers
@@ -107,9 +109,12 @@ def make_keys_of(config, traits):
     @of_what
     def keys_of(place, grid, sequence, mask):
         first, last = tokens_of(place.start, tile_m, grid.pack, sequence)
-        tiles = tiles_seen(first, last, stage_n, sequence)
+        if ragged:
+            tiles = place.tiles
+        else:
+            tiles = tiles_seen(first, last, stage_n, sequence)
         begin, end = steps_of(mask, place.batch, place.head, first, tiles)
-        if is_split:
+        if is_split and not ragged:
             share = quotient(max(0, end - begin) + grid.num_splits - 1, grid.num_splits)
             begin = i32(begin + place.split * share)
             end = i32(min(end, begin + share))
@@ -136,7 +141,7 @@ def make_keys_of_part(config, traits, rows):
         seen_begin, seen_end = tiles_seen(first, last, stage_n, sequence)
         seen_begin = min(max(seen_begin, begin), max(begin, end))
         seen_end = max(seen_begin, min(seen_end, end))
-        seen_end = seen_end if row < grid.num_rows else seen_begin
+        seen_end = seen_end if row < sequence.seqlen_q * grid.pack else seen_begin
         return Keys(i32(seen_begin), i32(seen_end))
 
     return keys_of_part
@@ -144,4 +149,4 @@ def make_keys_of_part(config, traits, rows):
 
 @function_of_numbers
 def _all_of_them(row, begin, end, grid, sequence):
-    return Keys(begin, i32(max(begin, end) if row < grid.num_rows else begin))
+    return Keys(begin, i32(max(begin, end) if row < sequence.seqlen_q * grid.pack else begin))

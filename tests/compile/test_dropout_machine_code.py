@@ -15,7 +15,7 @@ from numflash.machine_code.report import inspect_kernel
 from numflash.machine_code.sass import disassemble
 from numflash.runtime.devices import ARCHITECTURES
 from numflash.selection.rules import choose
-from tests.support.covering import FULL
+from tests.support.covering import FULL, some, thorough
 
 FAMILIES = ("forward", "backward-dq", "backward-dkdv")
 CASES = (
@@ -35,7 +35,7 @@ def traits_of(head_dim: int, *features: str) -> Traits:
     return Traits("bfloat16", head_dim, head_dim, features)
 
 
-@pytest.mark.parametrize(("family", "arch", "head_dim"), CASES)
+@pytest.mark.parametrize(("family", "arch", "head_dim"), some(CASES, ("forward", "sm_90a", 64)))
 def test_kernels_with_dropout_do_not_spill(family, arch, head_dim):
     limits = ARCHITECTURES[arch]
     choice = choose(family, traits_of(head_dim, "dropout"), limits)
@@ -43,7 +43,11 @@ def test_kernels_with_dropout_do_not_spill(family, arch, head_dim):
     assert report.faults == (), choice.config
 
 
-@pytest.mark.parametrize(("family", "head_dim"), [("forward", 64), ("backward-dkdv", 128)])
+SERVED = ("forward", 64), ("backward-dkdv", 128)
+
+
+@thorough
+@pytest.mark.parametrize(("family", "head_dim"), SERVED)
 def test_a_run_of_philox_serves_eight_scores(family, head_dim):
     """Each has two products a round; what draws share is computed once."""
     limits = ARCHITECTURES["sm_80"]

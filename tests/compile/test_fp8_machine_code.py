@@ -15,7 +15,7 @@ from numflash.machine_code.report import inspect_kernel
 from numflash.machine_code.sass import count_instructions, disassemble
 from numflash.runtime.devices import architecture
 from numflash.selection.rules import choose
-from tests.support.covering import FULL
+from tests.support.covering import FULL, some, thorough
 
 # sm_86 has the instructions of sm_80 and the shared memory of sm_89.
 ARCHS = ("sm_75", "sm_80", "sm_89", "sm_90a", "sm_120")
@@ -56,7 +56,7 @@ def _name(case) -> str:
     return "-".join([arch, f"d{head_dim}", *(features or ["plain"])])
 
 
-@pytest.mark.parametrize("case", _cases(), ids=_name)
+@pytest.mark.parametrize("case", some(_cases(), every=7), ids=_name)
 def test_what_is_chosen_stays_in_registers_and_multiplies(case):
     arch, head_dim, features = case
     dtype = "bfloat16" if head_dim == 128 else "float16"
@@ -101,7 +101,7 @@ def _hopper_name(case) -> str:
     return "-".join([str(config), dtype, f"d{head_dim}", *features])
 
 
-@pytest.mark.parametrize("case", list(_hopper_cases()), ids=_hopper_name)
+@pytest.mark.parametrize("case", some(_hopper_cases(), every=5), ids=_hopper_name)
 def test_products_of_wgmma_are_as_many_as_there_must_be(case):
     config, dtype, head_dim, features = case
     traits = Traits(dtype, head_dim, head_dim, fp8=True, **features)
@@ -134,6 +134,7 @@ def test_products_are_as_many_as_there_must_be():
     assert (counts["QMMA"], counts["HMMA"]) == (8 * 2 + 8 * 2, 0)
 
 
+@thorough
 def test_products_of_float16_are_twice_as_many():
     counts = products("fp8-sm80-m64n64w4s1", "sm_80")
     assert (counts["QMMA"], counts["HMMA"]) == (0, 8 * 4 + 8 * 4)

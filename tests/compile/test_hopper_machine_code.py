@@ -20,7 +20,7 @@ from numflash.machine_code.sass import disassemble
 from numflash.ptx import device_function
 from numflash.runtime.devices import architecture
 from numflash.selection.rules import choose
-from tests.support.covering import FULL
+from tests.support.covering import FULL, some, thorough
 
 HOPPER = architecture("sm_90a")
 DTYPES = ("float16", "bfloat16")
@@ -30,8 +30,9 @@ REGISTERS, WARPGROUP = 64 * 1024, 128
 # Instructions of a turn: for a score its maximum, exponential, product, sum and half a conversion;
 # for a product its descriptor; the rest, which assemblers from 12.8 to 13.5 write with 35 to 70.
 PER_SCORE, PER_PRODUCT, REST = 4.5, 8, 80
-# Of a turn of the chosen configs, by head_dim, before rows followed their own maxima: the most.
-MOST_ISSUED = {64: 406, 128: 435, 192: 380, 256: 361}
+# Of a turn of the chosen configs, by head_dim: the most. Where uniform registers run out,
+# descriptors are moved in each turn, some 20 instructions (docs/machine-code.md).
+MOST_ISSUED = {64: 390, 128: 403, 192: 364, 256: 345}
 
 
 def chosen(head_dim: int) -> Sm90ForwardConfig:
@@ -57,6 +58,9 @@ def _cases():
     for head_dim, dtype in zip(HEAD_DIMS, DTYPES * 2, strict=True):
         yield chosen(head_dim), dtype, head_dim, PLAIN
     yield chosen(128), "bfloat16", 128, BENT
+    # What first light asks for: more stages of V, more keys in a tile.
+    yield replace(chosen(128), v_stages=3), "bfloat16", 128, PLAIN
+    yield replace(chosen(128), tile_n=176), "bfloat16", 128, PLAIN
     # As few warps as there are, without `setmaxnreg`.
     yield replace(every(128)[-1], fixed=True), "bfloat16", 128, PLAIN
     # Few rows: smaller tiles, and keys in splits.
@@ -68,7 +72,7 @@ def _name(case) -> str:
     return "-".join([str(config), dtype, f"d{head_dim}", *features])
 
 
-@pytest.mark.parametrize("case", list(_cases()), ids=_name)
+@pytest.mark.parametrize("case", some(_cases(), every=7), ids=_name)
 def test_machine_code_is_as_designed(case):
     config, dtype, head_dim, features = case
     traits = Traits(dtype, head_dim, head_dim, **features)
@@ -96,6 +100,20 @@ def _expect_registers(config: Sm90ForwardConfig, at_entry: int, later: dict[str,
     assert copying.named <= copying.available and multiplying.named <= multiplying.available
     taken = copying.available + config.num_warpgroups * multiplying.available
     assert WARPGROUP * taken <= allowed * config.num_threads
+
+
+@thorough
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_sequences_of_any_lengths_cost_the_main_loop_nothing(head_dim):
+    config = chosen(head_dim)
+    one_length = Traits("bfloat16", head_dim, head_dim)
+    report = inspect_kernel(config, replace(one_length, ragged=True), HOPPER)
+    assert report.faults == ()
+    _expect_registers(config, report.registers, report.setmaxnreg)
+    _expect_main_loop(config, one_length, report.main_loop)
+    # One move more, where uniform registers are scarce.
+    of_one_length = inspect_kernel(config, one_length, HOPPER).main_loop
+    assert report.main_loop.issued <= of_one_length.issued + 1
 
 
 def test_what_the_l2_cache_fetches_is_no_matter_of_machine_code():
@@ -131,13 +149,14 @@ def _expect_main_loop(config: Sm90ForwardConfig, traits: Traits, loop: MainLoop)
         assert max(loop.clocks.values()) == loop.clocks["tensor"]
 
 
+@thorough
 def test_without_its_guard_the_softmax_does_not_overlap_more(monkeypatch):
     """Many assemblers move the wait above all exponentials: `python -m bench toolchains`."""
     config, traits = chosen(128), Traits("bfloat16", 128, 128)
     assert config.overlap
 
     @device_function
-    def nothing(smem, offset, x, y):
+    def nothing(x, y):
         pass
 
     guarded = read_main_loop(disassemble(get_cubin(config, traits, HOPPER).code))

@@ -14,6 +14,7 @@ from numflash.machine_code import sass
 from numflash.machine_code.report import Report, inspect_kernel
 from numflash.runtime.devices import ARCHITECTURES, architecture, blocks_per_sm
 from numflash.selection.rules import choose
+from tests.support.covering import some, thorough
 
 KEYS = {
     "kernel",
@@ -140,6 +141,7 @@ def test_readable_report_of_hopper(capsys):
     assert max(map(len, text.splitlines())) < 100
 
 
+@thorough
 def test_sass_of_a_forced_config_of_hopper(capsys):
     config = "sm90-m64n64w4s2"
     text = printed(capsys, *HOPPER, "--config", config, "--sass")
@@ -152,15 +154,16 @@ REPORT = Report(*[0] * len(KEYS))
 FP8 = ["forward", "--precision", "fp8", "--head-dim", "128", "--json"]
 
 
+FP8_CASES = [
+    (["--arch", "sm_89"], ("QMMA",), ("HMMA",)),
+    (["--arch", "120", "--key-scales", "--config", "fp8-sm89-m16n64w1s1"], ("QMMA",), ()),
+    # There mma.sync has e4m3 multiplied as float16.
+    (["--arch", "sm_90", "--config", "fp8-sm80-m64n64w4s1"], ("HMMA", "F2FP"), ("QMMA",)),
+]
+
+
 @pytest.mark.parametrize(
-    ("argv", "present", "absent"),
-    [
-        (["--arch", "sm_89"], ("QMMA",), ("HMMA",)),
-        (["--arch", "120", "--key-scales", "--config", "fp8-sm89-m16n64w1s1"], ("QMMA",), ()),
-        # There mma.sync has e4m3 multiplied as float16.
-        (["--arch", "sm_90", "--config", "fp8-sm80-m64n64w4s1"], ("HMMA", "F2FP"), ("QMMA",)),
-    ],
-    ids=lambda argument: " ".join(argument),
+    ("argv", "present", "absent"), some(FP8_CASES, FP8_CASES[1]), ids=lambda each: " ".join(each)
 )
 def test_fp8_json(capsys, argv, present, absent):
     report = json.loads(printed(capsys, *FP8, *argv))
@@ -175,6 +178,7 @@ def test_fp8_json(capsys, argv, present, absent):
         assert report["instructions"][name] == 0, name
 
 
+@thorough
 def test_fp8_json_of_hopper(capsys):
     report = json.loads(printed(capsys, *FP8, "--arch", "sm_90a"))
     counts, loop = report["instructions"], report["main_loop"]
@@ -197,6 +201,8 @@ def test_fp8_json_of_hopper(capsys):
         (["quantize", "--config", "sm80-t32w1-measure"], "sm80-t32w1-measure", ""),
         (["dequantize", "--hadamard", "--dtype", "float32"], "sm89-w4-hadamard", "float32-d64"),
         (["amax", "--config", "w8"], "w8", ""),
+        (["rotary", "--head-dim", "80"], "w4h4", "float16-d96-dv96-vec"),
+        (["rotary", "--config", "w8h2-interleaved"], "w8h2-interleaved", "float16-d64"),
     ],
     ids=lambda argument: " ".join(argument) if isinstance(argument, list) else "",
 )
@@ -209,6 +215,7 @@ def test_kernels_around_fp8(argv, config, traits, monkeypatch, capsys):
     assert config in str(found) and str(found_traits).startswith(traits)
 
 
+@thorough
 def test_quantize_is_compiled(capsys):
     argv = "quantize", "--arch", "sm_80", "--config", "sm80-t16w1-hadamard"
     report = json.loads(printed(capsys, *argv, "--json"))

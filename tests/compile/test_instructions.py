@@ -11,6 +11,7 @@ from numflash.ptx import INSTRUCTIONS, cuda, device_function, f32, instruction, 
 from numflash.runtime.devices import ARCHITECTURES
 from numflash.runtime.views import Pointer
 from numflash.tiles.quantize.conversions import make_encode
+from tests.support.compilations import kept
 from tests.support.covering import FULL
 from tests.support.instruction_cases import CASES
 
@@ -19,7 +20,12 @@ _CASES = [case for cases in CASES.values() for case in cases]
 
 def _compile(case, arch):
     kernel = Kernel(case.instruction, case.kernel, case.block, case.smem_bytes)
-    return compile_kernel(lambda: kernel, ARCHITECTURES[arch], case.min_blocks)
+    return kept(str(case), lambda: kernel, arch, case.min_blocks)
+
+
+def _compile_together(cases, arch):
+    name = " ".join(map(str, cases))
+    return kept(name, lambda: _one_kernel_of(cases), arch)
 
 
 def _oldest(case) -> str:
@@ -70,7 +76,7 @@ def test_they_assemble_for_the_oldest_gpu_that_has_them(arch, together):
     if len(together) == 1:
         cubin = _compile(together[0], arch)
     else:
-        cubin = compile_kernel(lambda: _one_kernel_of(together), ARCHITECTURES[arch])
+        cubin = _compile_together(together, arch)
     assert cubin.warnings == (), [str(case) for case in together]
     assert cubin.stack_bytes == cubin.spill_store_bytes == 0
 
@@ -106,14 +112,12 @@ def test_it_assembles_for_newer_gpus(arch):
         if _is_alone(together[0]):
             cubin = _compile(together[0], arch)
         else:
-            cubin = compile_kernel(
-                lambda cases=together: _one_kernel_of(cases), ARCHITECTURES[arch]
-            )
+            cubin = _compile_together(together, arch)
         assert cubin.warnings == (), [str(case) for case in together]
 
 
 def _opcodes(kernel, arch):
-    cubin = compile_kernel(lambda: kernel, ARCHITECTURES[arch])
+    cubin = kept(f"opcodes of {kernel.family}", lambda: kernel, arch)
     return [opcode.split(".")[0] for opcode in sass.opcodes(sass.disassemble(cubin.code))]
 
 

@@ -7,8 +7,7 @@ import pytest
 from numflash import masks
 from numflash.functions.trace import trace
 from numflash.machine_code import sass
-from numflash.machine_code.compiler import compile_kernel
-from numflash.runtime.devices import ARCHITECTURES
+from tests.support.compilations import kept
 from tests.support.program_kernel import kernel_of, kernel_of_many
 from tests.support.program_values import metadata
 from tests.support.score_functions import SCORES
@@ -19,8 +18,9 @@ def text_of(name):
     return trace(function, masks.causal, tuple(map(metadata, aux))).program.text
 
 
-def compiled(kernel, arch):
-    cubin = compile_kernel(lambda: kernel, ARCHITECTURES[arch])
+def compiled(make, texts, arch, **options):
+    name = repr((make.__name__, texts, options))
+    cubin = kept(name, lambda: make(texts, **options), arch)
     opcodes = sass.opcodes(sass.disassemble(cubin.code))
     assert cubin.stack_bytes == cubin.spill_store_bytes == 0 and not cubin.warnings
     return opcodes
@@ -28,14 +28,14 @@ def compiled(kernel, arch):
 
 @pytest.mark.parametrize("arch", ["sm_75", "sm_90a"])
 def test_no_function_needs_float64_or_a_subroutine(arch):
-    opcodes = compiled(kernel_of_many(list(map(text_of, SCORES))), arch)
+    opcodes = compiled(kernel_of_many, list(map(text_of, SCORES)), arch)
     wide = [o for o in opcodes if re.match(r"D(ADD|MUL|FMA|SETP|MNMX)|.*F64", o)]
     assert not wide and not [o for o in opcodes if o.startswith("CALL")]
 
 
 def test_a_softcap_is_as_short_as_the_feature():
     """tanh is two instructions of the function unit, its derivative no more."""
-    opcodes = compiled(kernel_of(text_of("softcap of a number")), "sm_80")
+    opcodes = compiled(kernel_of, text_of("softcap of a number"), "sm_80")
     assert sum(o == "MUFU.EX2" for o in opcodes) == sum(o == "MUFU.RCP" for o in opcodes) - 1
 
 
@@ -43,5 +43,5 @@ def test_a_softcap_is_as_short_as_the_feature():
 def test_partials_compile(name):
     function, aux = SCORES[name]
     text = trace(function, aux=tuple(map(metadata, aux))).program.text
-    opcodes = compiled(kernel_of(text, with_partials=True), "sm_80")
+    opcodes = compiled(kernel_of, text, "sm_80", with_partials=True)
     assert not [o for o in opcodes if "F64" in o or o.startswith("CALL")]

@@ -20,6 +20,7 @@ from numflash.machine_code.compiler import compile_ptx, get_cubin
 from numflash.machine_code.report import inspect_kernel
 from numflash.machine_code.sass import disassemble, opcodes
 from numflash.runtime.devices import architecture
+from tests.support.covering import some, thorough
 
 GENERATIONS = {"sm_75": "sm75", "sm_80": "sm80", "sm_89": "sm89", "sm_90a": "sm89"}
 
@@ -46,7 +47,9 @@ ROWS = quantize_case("sm_90a", "bfloat16", 128, block=128, hadamard=True)
 COLUMNS = quantize_case("sm_90a", "float16", 128, block=128, transposed=True)
 
 
-@pytest.mark.parametrize(("config", "traits", "arch"), CASES, ids=lambda part: str(part))
+@pytest.mark.parametrize(
+    ("config", "traits", "arch"), some(CASES, every=6), ids=lambda part: str(part)
+)
 def test_everything_stays_in_registers(config, traits, arch):
     report = inspect_kernel(config, traits, architecture(arch))
     assert report.faults == ()
@@ -75,6 +78,7 @@ def test_a_rotation_is_butterflies_in_registers_and_two_shuffles_an_element():
     assert sum(names[n] for n in ("LDG", "STG")) == 2 * elements // 8 + 1
 
 
+@thorough
 def test_transposed_codes_leave_in_16_bytes():
     names, elements = counts(*COLUMNS)
     assert names["LDG"] == elements // 8
@@ -83,10 +87,14 @@ def test_transposed_codes_leave_in_16_bytes():
     assert names["LDS"] <= elements // 16 + 2  # and the maxima of eight warps
 
 
-@pytest.mark.parametrize(
-    ("family", "text"),
-    [("quantize", "sm80-t32w1-hadamard"), ("quantize", "sm89-t32w2-token"), ("amax", "w1")],
-)
+WITH_SCALES = [
+    ("quantize", "sm80-t32w1-hadamard"),
+    ("quantize", "sm89-t32w2-token"),
+    ("amax", "w1"),
+]
+
+
+@pytest.mark.parametrize(("family", "text"), some(WITH_SCALES, WITH_SCALES[1]))
 def test_scales_are_divided_as_ieee_says(family, text):
     ptx = compile_ptx(
         parse_config(family, text), Traits("float16", 64, 64), architecture("sm_90a")
@@ -96,6 +104,7 @@ def test_scales_are_divided_as_ieee_says(family, text):
     assert not re.search(r"\.ftz|\.approx", ptx)
 
 
+@thorough
 def test_the_way_back_rounds_products_before_it_adds_them():
     config = DequantizeConfig("sm89", hadamard=True)
     traits = Traits("float32", 64, 64)

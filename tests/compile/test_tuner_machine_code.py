@@ -12,6 +12,7 @@ from numflash.machine_code import sass
 from numflash.machine_code.compiler import get_cubin
 from numflash.problem.classes import ProblemClass
 from numflash.runtime.devices import architecture
+from tests.support.covering import some, thorough
 from tuner import model
 from tuner.model import counts, hopper
 from tuner.model.machine_code import MachineCode, analyse
@@ -67,6 +68,7 @@ def test_mask_and_rescaling_are_rare():
     assert rare.matrix == rare.shared == rare.global_bytes == 0
 
 
+@thorough
 def test_fused_backward_walks_in_the_inner_loop():
     code = machine_code("backward", "sm80-m32n128w8s2", "bfloat16-d128-dv128-vec", "sm_90a")
     (walk,) = code.loops
@@ -94,15 +96,14 @@ def test_portable_products_are_loops_of_their_own():
     assert len(copies) == 2
 
 
-@pytest.mark.parametrize(
-    ("family", "config", "traits", "arch"),
-    [
-        FORWARD,
-        ("backward", "sm80-m32n128w8s2", "bfloat16-d128-dv128-vec", "sm_90a"),
-        ("forward", "m64n64w4", "float32-d64-dv64-vec", "sm_90a"),
-    ],
-    ids=lambda text: text,
+KERNELS = (
+    FORWARD,
+    ("backward", "sm80-m32n128w8s2", "bfloat16-d128-dv128-vec", "sm_90a"),
+    ("forward", "m64n64w4", "float32-d64-dv64-vec", "sm_90a"),
 )
+
+
+@pytest.mark.parametrize(("family", "config", "traits", "arch"), some(KERNELS, every=2))
 def test_formulas_agree_with_machine_code(family, config, traits, arch):
     code = machine_code(family, config, traits, arch)
     formula = counts.by_formula(parse_config(family, config), Traits.parse(traits))
@@ -122,6 +123,7 @@ HOPPER = [
 ]
 
 
+@thorough
 @pytest.mark.parametrize(("config", "traits"), HOPPER, ids=lambda text: text)
 def test_formulas_of_warpgroups_agree_with_machine_code(config, traits):
     code = machine_code("forward", config, traits, "sm_90a")
@@ -145,6 +147,7 @@ def test_formulas_of_warpgroups_agree_with_machine_code(config, traits):
     assert predicted.ms == pytest.approx(model.estimate(machine, problem, config).ms, rel=0.08)
 
 
+@thorough
 @pytest.mark.parametrize(
     ("config", "is_feasible"),
     [("sm90-m192n80w12s2-overlap", True), ("sm90-m192n96w12s2-overlap", False)],

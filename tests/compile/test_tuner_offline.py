@@ -25,6 +25,7 @@ from numflash.configs import parse_config
 from numflash.problem.classes import ProblemClass
 from numflash.selection.entries import parse_table
 from tests.conftest import share_compiled
+from tests.support.covering import thorough
 from tuner import model
 from tuner.model.errors import ERRORS
 from tuner.records import Record
@@ -200,6 +201,7 @@ def test_a_bare_machine_ends_with_an_entry_that_dispatch_uses(cache, tmp_path):
     assert explained.startswith(f"forward: {entry.config} (") and rule in explained
 
 
+@thorough
 def test_hopper_is_tuned_with_its_own_kernels(cache, tmp_path):
     report = tmp_path / "r.html"
     options = ("--device", "sm_90a", "--head-dim", 128, "--trials", 4, "--report", report)
@@ -275,6 +277,7 @@ def test_ctrl_c_remembers_the_best_reports_and_says_how_to_go_on(cache, tmp_path
     assert tried(cache)[: len(before)] == before
 
 
+@thorough
 def test_killed_before_the_default_is_known_the_next_run_tries_it(cache):
     first = start(cache, "--trials", 60, program=WITHOUT_DEFAULT)
     began = time.monotonic()
@@ -292,6 +295,7 @@ def test_killed_before_the_default_is_known_the_next_run_tries_it(cache):
     assert entry.config == entry.default_config or gain > ERRORS["sm80 forward"]
 
 
+@thorough
 def test_two_processes_at_once_try_nothing_twice(cache):
     both = [start(cache, "--trials", 6, pause=1) for _ in range(2)]
     outcomes = [end(process) for process in both]

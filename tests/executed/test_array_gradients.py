@@ -5,6 +5,7 @@ import pytest
 
 import numflash
 from tests.executed.conftest import normal
+from tests.support.covering import thorough
 
 OF_SCORES = ("backward-rows", "backward-columns", "backward-tiles", "backward-scatter")
 CASES = {
@@ -18,6 +19,7 @@ def function(score, batch, head, q_idx, kv_idx, rows, keys, table):
     return score * rows[head, q_idx] + keys[kv_idx] + table[head, near]
 
 
+@thorough
 @pytest.mark.parametrize("name", CASES)
 def test_the_bits_are_those_of_the_simulator_and_within_budget(executed, name):
     arch, dtype, config, (queries, keys) = CASES[name]

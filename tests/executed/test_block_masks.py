@@ -5,6 +5,7 @@ import pytest
 
 import numflash
 from tests.executed.conftest import normal
+from tests.support.covering import thorough
 
 KERNELS = {
     "sm80": (
@@ -24,6 +25,7 @@ def window(batch, head, q_idx, kv_idx):
     return (q_idx >= kv_idx) & (q_idx - kv_idx < 40 + 25 * head)
 
 
+@thorough
 @pytest.mark.parametrize("name", KERNELS)
 def test_a_function_with_its_blocks_is_within_its_error_budget(executed, name):
     arch, size, configs = KERNELS[name]

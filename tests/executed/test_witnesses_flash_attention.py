@@ -283,7 +283,7 @@ WRONG = {
         _FORWARD,
     ),
     "a bulk reduction does not add": (
-        "cp.reduce.async.bulk",
+        "cp_reduce_async_bulk_add_f32",
         text(
             r"cp\.reduce\.async\.bulk\.global\.shared::cta\.bulk_group\.add\.f32",
             "cp.async.bulk.global.shared::cta.bulk_group",
@@ -291,12 +291,12 @@ WRONG = {
         _BACKWARD,
     ),
     "a bulk copy begins 16 bytes farther": (
-        "cp.async.bulk",
+        "cp_async_bulk",
         text(r"(bytes \[%\w+\], \[%\w+)(\], %\w+, \[)", r"\1+16\2"),
         _BACKWARD,
     ),
     "stored as it is": (
-        "stmatrix.x4.trans",
+        "stmatrix_x4_trans",
         text(r"(stmatrix\.sync\.aligned\.m8n8\.x4)\.trans", r"\1"),
         _BACKWARD,
     ),

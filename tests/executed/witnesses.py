@@ -47,9 +47,6 @@ _BY_HEART = {
     r"mbarrier\.arrive\.expect_tx(\.release\.c\w+)?\.shared\.b64": "mbarrier_arrive_expect_tx",
     r"setmaxnreg\.dec\..*": "setmaxnreg_dec",
     r"setmaxnreg\.inc\..*": "setmaxnreg_inc",
-    r"stmatrix\.sync\.aligned\.m8n8\.x4\.trans\..*": "stmatrix.x4.trans",
-    r"cp\.reduce\.async\.bulk\.global\..*": "cp.reduce.async.bulk",
-    r"cp\.async\.bulk\.shared\.global\..*": "cp.async.bulk",
     # Ours has another table; the executor looks all of them up.
     r"lop3\.b32": "lop3_select_b32",
 }

@@ -15,14 +15,8 @@ from numflash.configs.wgmma import Sm90ForwardConfig
 from numflash.problem.options import ARRAY_OPTIONS
 from numflash.runtime.driver import limits_of_device
 from numflash.runtime.views import numpy_dtype
-from tests.support.attention_cases import (
-    GPU_CASES,
-    HOPPER_CASES,
-    SIM_CASES,
-    SMALL_CONFIGS,
-    on_hopper,
-    on_tensor_cores,
-)
+from tests.support.attention_cases import GPU_CASES, SIM_CASES, SMALL_CONFIGS, on_tensor_cores
+from tests.support.hopper_cases import HOPPER_CASES, on_hopper
 
 _FORCED = {
     "portable": {

@@ -13,7 +13,7 @@ from numflash.configs import parse_config
 from numflash.configs.fp8 import multiplies_codes
 from numflash.problem.fp8 import Fp8Recipe
 from numflash.problem.options import ARRAY_OPTIONS
-from numflash.reference.attention import heads_first
+from numflash.reference.arrays import heads_first
 from numflash.reference.fp8 import tokens_innermost
 from numflash.runtime.arrays import to_numpy
 from numflash.runtime.driver import limits_of_device

@@ -1,10 +1,12 @@
 """`tests.support.covering`: small sets of cases in which every pair of a table still meets."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 
-from tests.support.covering import covering, meetings
+from tests import conftest
+from tests.support.covering import covering, meetings, some, thorough
 
 AXES = ("sm75", "sm80", "sm90"), ("full", "causal", "window", "tall"), ("f2", "b2"), range(5)
 TABLE = list(itertools.product(*AXES))
@@ -55,3 +57,26 @@ def test_none_is_no_label():
 @pytest.mark.parametrize("rows", [[], [("a", "b")]])
 def test_few_rows_are_all_kept(rows):
     assert covering(rows, lambda row: row, full=False) == rows
+
+
+def test_some_keeps_what_is_named_and_every_nth():
+    rows = list("abcdef")
+    assert some(rows, "b", "e", all_rows=False) == ["b", "e"]
+    assert some(iter(rows), "b", every=3, all_rows=False) == ["a", "b", "d"]
+    assert some(rows, "b", all_rows=True) == rows
+    for whole in (True, False):
+        with pytest.raises(ValueError, match=r"kept must be among the rows, and \['x'\] are not"):
+            some(rows, "x", all_rows=whole)
+
+
+@pytest.mark.parametrize("all_run", [False, True])
+def test_thorough_tests_run_where_all_do(all_run, request, monkeypatch):
+    """Of this test and a thorough one, as `tests/conftest.py` collects them."""
+    (this,) = (item for item in request.session.items if item is request.node)
+    other = type(this).from_parent(this.parent, name="other", callobj=lambda: None)
+    other.add_marker(thorough)
+    left_out, items = [], [this, other]
+    hook = SimpleNamespace(pytest_deselected=lambda items: left_out.extend(items))
+    monkeypatch.setattr(conftest, "ALL", all_run)
+    conftest.pytest_collection_modifyitems(SimpleNamespace(hook=hook), items)
+    assert (items, left_out) == (([this, other], []) if all_run else ([this], [other]))

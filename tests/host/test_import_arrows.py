@@ -31,13 +31,18 @@ ARROWS = {
     "selection": "configs machine_code problem runtime",
     "calls": "configs executor kernels machine_code problem ptx runtime selection simulator",
     "api": "calls configs functions machine_code problem reference runtime selection",
+    "frontends": "api calls configs functions problem runtime selection",
 }
+# Public names of front ends, each a module that lies flat and only imports.
+DOORS = ("flash_attn", "jax", "torch", "transformers")
+ARROWS |= dict.fromkeys(DOORS, "frontends")
 # The same of the other packages; what is not listed stands above all that is.
 TUNER_ARROWS = {
     "records": "",
-    "space": "records",
-    "model": "records space",
-    "measuring": "records",
+    "lengths": "",
+    "space": "lengths records",
+    "model": "lengths records space",
+    "measuring": "lengths records",
     "search": "measuring model records space",
     "report": "records search",
     "tables": "model",
@@ -52,15 +57,17 @@ BENCH_ARROWS = {
     "fp8_accuracy": "records tables",
     "studies": "measuring peers points records tables",
     "first_light": "measuring peers points records studies tables",
-    "speed": "measuring peers points records studies tables",
+    "timing": "measuring peers records tables",
+    "speed": "measuring peers points records studies tables timing",
+    "serving": "measuring peers points records tables timing",
     "report": "fp8_accuracy points records tables",
     "verify": "peers records speed",
 }
 # Within a layer: the files of a folder import none of these folders. The portable kernels stay
 # readable by themselves, and each implementation can be taken out.
 APART = {
-    "configs/portable.py": "configs.mma",
-    "configs/mma.py": "configs.portable configs.wgmma",
+    "configs/portable.py": "configs.mma configs.mma_rules",
+    "configs/mma[_a-z]*.py": "configs.portable configs.wgmma",
     "kernels/portable": "kernels.mma tiles.mma",
     "kernels/mma": "kernels.portable kernels.wgmma",
     "tiles/[a-z]*.py": "tiles.mma tiles.wgmma",
@@ -74,6 +81,9 @@ OUTSIDE = {
     "numba": "ptx machine_code simulator runtime(f)",
     "cuda": "machine_code(f) runtime(f) api(f)",
     "cupy": "runtime(f)",
+    "torch": "frontends",
+    "transformers": "frontends",
+    "jax": "frontends",
 }
 NO_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}
 
@@ -143,6 +153,7 @@ def test_implementations_stay_apart(place):
 
 def test_every_room_is_in_the_table_and_nothing_lies_flat():
     assert {_unit(path) for path in _modules()} == {*ARROWS, "__init__"}
+    assert {path.stem for path in ROOT.glob("*.py")} == {*DOORS, "__init__"}
     for allowed in ARROWS.values():
         assert set(allowed.split()) <= set(ARROWS)
 
@@ -241,7 +252,8 @@ def test_a_wrong_arrow_is_seen(monkeypatch, tmp_path, unit, line, message):
 
 
 def test_importing_numflash_imports_no_compiler_and_no_array_library():
-    absent = ("numba", "llvmlite", "cuda", "torch", "cupy", "optuna", "tuner", "bench")
+    absent = ("numba", "llvmlite", "cuda", "cupy", "optuna", "tuner", "bench")
+    absent += "torch", "jax", "transformers"
     program = f"import sys, numflash; print([m for m in {absent} if m in sys.modules])"
     environment = {n: v for n, v in os.environ.items() if n != "NUMBA_ENABLE_CUDASIM"}
     environment["PYTHONPATH"] = str(ROOT.parent)

@@ -10,12 +10,12 @@ import numflash
 from numflash import reference
 from numflash.calls import ready
 from numflash.calls.launch import Launcher
-from numflash.runtime.arrays import _NumPy
 from numflash.runtime.driver import limits_of_device
-from tests.support.covering import covering
+from numflash.runtime.numpy_arrays import NumPy
+from tests.support.covering import covering, some, thorough
 
 OF_SCORES = ("backward-rows", "backward-columns", "backward-tiles", "backward-scatter")
-CONFIG = {"forward": "m8n8w2", **dict.fromkeys(OF_SCORES, "m8n8w2")}
+CONFIG = {"forward": "m8n8w1", **dict.fromkeys(OF_SCORES, "m8n8w2")}
 BACKWARD = dict.fromkeys(OF_SCORES, "m8n8w2")
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 # Two tiles in each direction, and heads that share keys.
@@ -25,14 +25,14 @@ BATCH, HEADS, QUERIES, KEYS = SHAPE = 2, 2, 13, 11
 @pytest.fixture(autouse=True)
 def poisoned_results(monkeypatch):
     """What is allocated holds 0xFF bytes, NaN, before it is written; no call is remembered."""
-    empty = _NumPy.empty
+    empty = NumPy.empty
 
     def poisoned(self, shape, dtype, device):
         array = empty(self, shape, dtype, device)
         array.view(np.uint8)[...] = 0xFF
         return array
 
-    monkeypatch.setattr(_NumPy, "empty", poisoned)
+    monkeypatch.setattr(NumPy, "empty", poisoned)
     monkeypatch.setattr(ready, "_ready", {})
 
 
@@ -91,13 +91,14 @@ def bias_cases():
     return covering(rows, labels, together=1)
 
 
-@pytest.mark.parametrize(("kept", "causal", "dtype", "dtype_of_bias"), bias_cases())
+@pytest.mark.parametrize(("kept", "causal", "dtype", "dtype_of_bias"), some(bias_cases(), every=6))
 def test_a_bias_has_a_gradient_of_its_own_shape(kept, causal, dtype, dtype_of_bias):
     shape = [n if is_kept else 1 for n, is_kept in zip(SHAPE, kept, strict=True)]
     bias = normal(shape, dtype_of_bias)
     check(dtype, bias=bias, causal=causal, heads_kv=1 if causal else 2)
 
 
+@thorough
 @pytest.mark.parametrize("kept", BROADCASTS[::3])
 def test_an_expanded_bias_has_a_gradient_for_each_element_as_in_torch(kept):
     """Axes of stride 0 are not reduced: only those of one element are."""
@@ -112,11 +113,14 @@ def test_an_expanded_bias_has_a_gradient_for_each_element_as_in_torch(kept):
 def gradients(wrt, q=None, config=BACKWARD, seed=None, **options):
     """Of a call on the usual inputs."""
     q, k, v, dout = inputs() if q is None else q
-    out, lse = numflash.attention(q, k, v, return_lse=True, config="m8n8w2", **options)
+    out, lse = numflash.attention(q, k, v, return_lse=True, config=CONFIG["forward"], **options)
     return numflash.attention_backward(dout, q, k, v, out, lse, wrt=wrt, config=config, **options)
 
 
-@pytest.mark.parametrize("name", ["fewer axes", "transposed", "from the end", "part of rows"])
+STRIDED = ["fewer axes", "transposed", "from the end", "part of rows"]
+
+
+@pytest.mark.parametrize("name", some(STRIDED, "transposed"))
 def test_a_bias_may_have_any_strides_and_its_gradient_is_contiguous(name):
     exact = normal(SHAPE)
     bias = {
@@ -196,7 +200,10 @@ FUNCTIONS = {
 WAYS = {"rows": "backward-rows", "columns": "backward-columns", "tiles": "backward-tiles"}
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+SOME_FUNCTIONS = "rows and keys", "axes in another order", "a table of T5", "several reads"
+
+
+@pytest.mark.parametrize("name", some(FUNCTIONS, *SOME_FUNCTIONS))
 def test_an_array_that_a_function_reads_has_a_gradient(name, launched):
     function, shapes, ways = FUNCTIONS[name]
     aux = tuple(normal(shape, seed=3 + n) for n, shape in enumerate(shapes))
@@ -210,6 +217,7 @@ def test_an_array_that_a_function_reads_has_a_gradient(name, launched):
         assert error.error <= 8 * max(error.naive_error, 2.0**-24)
 
 
+@thorough
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_a_gradient_has_the_dtype_of_its_array(dtype):
     table, rows = normal((HEADS, 16), dtype), normal((HEADS, QUERIES), dtype)
@@ -252,7 +260,7 @@ COMBINED = {
 }
 
 
-@pytest.mark.parametrize("name", COMBINED)
+@pytest.mark.parametrize("name", some(COMBINED, "softcap, ALiBi and sinks"))
 def test_all_ways_go_with_other_features(name):
     """A bias, a row, a key and a table at once, of one function after all features."""
     bias, aux = (
@@ -272,6 +280,7 @@ def test_all_ways_go_with_other_features(name):
     check(wrt=wrt, bias=bias, score_mod=function, aux=aux, **COMBINED[name])
 
 
+@thorough
 @pytest.mark.parametrize("config", ["m16n16w2", "sm80-m16n16w1s1"])
 def test_all_ways_go_with_a_block_mask(config):
     """Blocks that are empty, full and partial, of a mask that differs from head to head."""
@@ -306,7 +315,7 @@ IMPLEMENTATIONS = {
 }
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", some(IMPLEMENTATIONS, "sm80"))
 def test_each_implementation_has_all_ways(name, monkeypatch):
     """With an array of each dtype; of the second function one that nothing bends."""
     arch, dtype, config, options = IMPLEMENTATIONS[name]
@@ -335,6 +344,7 @@ def test_each_implementation_has_all_ways(name, monkeypatch):
     assert all(error.error <= 2 * error.naive_error for error in report.errors[2:])
 
 
+@thorough
 def test_a_part_of_a_larger_problem_writes_its_share():
     """The gradients of three parts add up to that of the whole; the rest of each is 0."""
     q, k, v, dout = inputs(heads_kv=HEADS)
@@ -368,6 +378,7 @@ def test_a_part_of_a_larger_problem_writes_its_share():
 # The same bits, nothing, and what is infinite
 
 
+@thorough
 def test_the_bits_are_the_same_in_every_run(monkeypatch):
     from numflash.simulator import SEED
 
@@ -378,13 +389,14 @@ def test_the_bits_are_the_same_in_every_run(monkeypatch):
 
     options = {"bias": bias, "score_mod": function, "aux": (table, keys)}
     found = set()
-    for seed in (1, 2, 3):
+    for seed in (1, 2):
         monkeypatch.setattr(SEED, "value", seed)
         of_all = gradients(("bias", "aux0", "aux1"), **options)
         found.add(b"".join(x.tobytes() for x in of_all))
     assert len(found) == 1
 
 
+@thorough
 def test_sums_in_fixed_point_do_not_depend_on_the_tiles():
     """The order of the summands does not count, and little of them is lost."""
     table = normal((HEADS, 16))
@@ -401,6 +413,7 @@ def test_sums_in_fixed_point_do_not_depend_on_the_tiles():
         np.testing.assert_allclose(found, exact, atol=1e-6 * abs(exact).max())
 
 
+@thorough
 @pytest.mark.parametrize("factor", [1e-30, 1e30])
 def test_sums_in_fixed_point_have_any_size(factor):
     q, k, v, dout = inputs()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import numflash
-from numflash.runtime.arrays import _NumPy
+from numflash.runtime.numpy_arrays import NumPy
 from tests.support.attention_cases import (
     SIM_CASES,
     SMALL_CONFIGS,
@@ -15,7 +15,9 @@ from tests.support.attention_cases import (
     masks_of,
     on_tensor_cores,
 )
-from tests.support.covering import FULL, covering
+from tests.support.covering import ALL, FULL, covering, thorough
+
+_OPTIONS = sorted({name for case in SIM_CASES for name in case.options})
 
 
 def _cases():
@@ -23,9 +25,10 @@ def _cases():
 
     sm75 and tf32 share all but instructions with sm80. Each of them has masks on each form, each
     other kernel each mask, too, and each form has each mask; of the other cases sm75 has a third,
-    tf32 a sixth.
+    tf32 a sixth. Where not all tests run, each form, mask, option and kind of inputs is there, and
+    of the other cases a sixth on sm80.
     """
-    some = {} if FULL else {"sm75": 3, "tf32": 6}
+    steps = {} if FULL else {"sm75": 3, "tf32": 6}
     table = [
         (implementation, case)
         for implementation in SMALL_CONFIGS
@@ -40,34 +43,49 @@ def _cases():
 
     def labels(row):
         implementation, (form, mask) = row[0], masks_of(row[1])
-        return implementation, form, None if implementation in some else mask, row[1].dtype
+        of_mask = None if implementation in ("sm75", "tf32") else mask
+        return implementation, form, of_mask, row[1].dtype
 
-    chosen = covering(masked, labels)
-    for implementation in SMALL_CONFIGS:
-        others = [row for row in table if row[0] == implementation and not is_of_masks(row[1])]
-        chosen += others[:: some.get(implementation, 1)]
+    chosen = covering(masked, labels, together=2 if ALL else 1)
+    others = {
+        implementation: [row for row in table if row[0] == implementation and row not in masked]
+        for implementation in SMALL_CONFIGS
+    }
+    if ALL:
+        for implementation, rows in others.items():
+            chosen += rows[:: steps.get(implementation, 1)]
+    else:
+        every = [row for rows in others.values() for row in rows]
+        chosen += covering(every, _said, together=1)
+        chosen += [row for row in others["sm80"][::6] if row not in chosen]
     turns, found = Counter(), []
     for implementation, case in chosen:
         configs = SMALL_CONFIGS[implementation]
         turn = configs[turns[implementation] % len(configs)]
         turns[implementation] += 1
-        if implementation == "portable" and turn is not configs[0]:
+        if implementation == "portable":
             case = halved(case)
         found.append(pytest.param(case, turn, id=f"{implementation}-{case}"))
     return found
 
 
+def _said(row) -> tuple:
+    """Of (implementation, case): it, the kind of inputs, and each option."""
+    implementation, case = row
+    return (implementation, case.inputs, *(x if x in case.options else None for x in _OPTIONS))
+
+
 @pytest.fixture
 def poisoned_results(monkeypatch):
     """Fill what the library allocates with NaN, so that what a kernel leaves out shows."""
-    empty = _NumPy.empty
+    empty = NumPy.empty
 
     def poisoned(self, shape, dtype, device):
         array = empty(self, shape, dtype, device)
         array.fill(np.nan)
         return array
 
-    monkeypatch.setattr(_NumPy, "empty", poisoned)
+    monkeypatch.setattr(NumPy, "empty", poisoned)
 
 
 @pytest.mark.parametrize(("case", "configs"), _cases())
@@ -78,6 +96,7 @@ def test_errors_are_within_budget(case, configs, poisoned_results):
     assert report.passed, f"\n{report}"
 
 
+@thorough
 @pytest.mark.parametrize("implementation", ["sm80", "sm75"])
 def test_no_order_of_threads_changes_a_bit(implementation, monkeypatch):
     from numflash.simulator import SEED
@@ -100,6 +119,8 @@ def test_no_order_of_threads_changes_a_bit(implementation, monkeypatch):
     assert run(1) == run(2) == run(3)
 
 
+@thorough
+@pytest.mark.usefixtures("shipped_kernels")
 @pytest.mark.parametrize("head_dim", [64, 256])
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_default_configs_are_within_budget(head_dim, dtype, poisoned_results):
@@ -114,7 +135,7 @@ def test_a_wrong_result_is_not_within_budget():
     exact, _ = numflash.reference.attention(q, q, q)
     right = numflash.check(q, q, q).errors[0]
     assert right.passed
-    from numflash.api.check import measure
+    from numflash.api.comparison import measure
 
     naive, _ = numflash.reference.naive(q, q, q, precision="float32")
     wrong = exact.copy()

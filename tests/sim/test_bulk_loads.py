@@ -39,7 +39,7 @@ def elements(tile: Tile):
     layout, item = tile.layout, np.dtype(tile.storage).itemsize
     steps = [1, *(stride // item for stride in layout.strides)]
     for number in range(int(np.prod(layout.box))):
-        rest, index, inside = number, 0, True
+        rest, index, inside = number, -layout.shift_bytes // item, True
         for d, extent in enumerate(layout.box):
             rest, within = divmod(rest, extent)
             c = tile.coordinates[d] + within
@@ -91,6 +91,19 @@ def test_a_negative_or_far_tile_is_zeros_and_counts():
     (case,) = [c for c in BULK_COPY_CASES if c.variant == "beyond" and c.tensor_maps[0]]
     (got,) = run_simulated(case)
     assert got.size == TILES["beyond"].n_bytes // 4 and not got.any()
+
+
+def test_a_tile_ends_where_its_sequence_does():
+    """The other rows of the box are of other sequences, or of none."""
+    for name, (box, rows) in {
+        "ragged keys": (16, 7),
+        "ragged queries": (16, 14),
+        "a page": (8, 5),
+    }.items():
+        tile = TILES[name]
+        inside = [index for _, index in elements(tile) if index is not None]
+        assert len(inside) == 64 * rows and np.prod(tile.layout.box) == 64 * box
+        assert min(inside) >= 0 and max(inside) < tile.n_elements
 
 
 def test_the_cases_have_every_rank():

@@ -17,6 +17,7 @@ from numflash.ptx import (
     st_shared_v4_f32,
     st_shared_v4_u32,
     stmatrix_x4,
+    stmatrix_x4_trans,
     u32,
 )
 from numflash.simulator import SEED, SimulatedTensorMap, SimulationError
@@ -70,7 +71,9 @@ def test_a_store_needs_commit_and_wait():
     refused(waited_for_by_another, "thread 0 has not waited for")
 
 
-@pytest.mark.parametrize("write", ["words", "vectors", "floats", "float vectors", "matrices"])
+@pytest.mark.parametrize(
+    "write", ["words", "vectors", "floats", "float vectors", "matrices", "transposed"]
+)
 def test_a_store_reads_only_what_its_writer_or_its_thread_has_fenced(write):
     def kernel(map, fenced):
         smem, _ = begin()
@@ -84,9 +87,11 @@ def test_a_store_reads_only_what_its_writer_or_its_thread_has_fenced(write):
         elif write == "floats":
             st_shared_f32(smem, 4 * t, f32(3))
         elif write == "float vectors":
-            st_shared_v4_f32(smem.view(f32), 4 * t, floats)
-        else:
+            st_shared_v4_f32(smem, 4 * t, floats)
+        elif write == "matrices":
             stmatrix_x4(smem, 4 * t, words)
+        else:
+            stmatrix_x4_trans(smem, 4 * t, words)
         if fenced == "by the writer" or (fenced == "by the reader, too early" and t == 0):
             fence_proxy_async()
         cuda.syncthreads()
@@ -100,7 +105,8 @@ def test_a_store_reads_only_what_its_writer_or_its_thread_has_fenced(write):
     run(kernel, tensor()[1], "by the writer")
     run(kernel, tensor()[1], "by the reader")
     # Lanes execute stmatrix together, so that none of them is too early.
-    wrong = ("by nobody",) if write == "matrices" else ("by the reader, too early", "by nobody")
+    together = write in ("matrices", "transposed")
+    wrong = ("by nobody",) if together else ("by the reader, too early", "by nobody")
     for fenced in wrong:
         with pytest.raises(SimulationError, match="without a fence_proxy_async of that thread"):
             for seed in SEEDS:

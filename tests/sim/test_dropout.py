@@ -14,8 +14,8 @@ from numflash import reference
 from numflash.calls import ready
 from numflash.configs import Traits
 from numflash.ptx import cuda, mov_tid_x, u32
-from numflash.runtime.arrays import _NumPy
 from numflash.runtime.driver import limits_of_device
+from numflash.runtime.numpy_arrays import NumPy
 from numflash.runtime.philox import key_of, philox, random_bits
 from numflash.simulator import launch
 from numflash.tiles.features import Drawn
@@ -24,6 +24,7 @@ from numflash.tiles.mma.fragments import accumulator_column, accumulator_row
 from numflash.tiles.philox import philox as philox_on_device
 from numflash.tiles.portable.dropout import make_draw_kept, words_of_bits
 from numflash.tiles.portable.lanes import COLUMN_LANES, ROW_LANES
+from tests.support.covering import some, thorough
 from tests.support.faults import Mutation, load
 
 FEATURES = ("dropout",)
@@ -34,7 +35,7 @@ SIZES = 2, 2, 24, 40  # batch, heads, seqlen_q, seqlen_k
 @pytest.fixture(autouse=True)
 def on(monkeypatch):
     """A function that chooses the simulated GPU. Results hold NaN before they are written."""
-    empty = _NumPy.empty
+    empty = NumPy.empty
 
     def poisoned(self, shape, dtype, device):
         array = empty(self, shape, dtype, device)
@@ -45,7 +46,7 @@ def on(monkeypatch):
         monkeypatch.setenv("NUMFLASH_SIM_ARCH", arch)
         limits_of_device.cache_clear()
 
-    monkeypatch.setattr(_NumPy, "empty", poisoned)
+    monkeypatch.setattr(NumPy, "empty", poisoned)
     monkeypatch.setattr(ready, "_ready", {})
     yield be
     limits_of_device.cache_clear()
@@ -151,6 +152,7 @@ BACKWARDS = {
         {"backward-dq": "sm80-m16n32w1s3", "backward-dkdv": "sm80-m16n32w1s3-apart"},
     ),
     "together": (np.float16, {"backward": "sm80-m32n32w2s1x2"}),
+    "sm90": (np.float16, {"backward-dq": "sm90-m64n64w4s1", "backward-dkdv": "sm90-m64n64w4s1"}),
 }
 
 
@@ -169,9 +171,10 @@ def mask_of_forward(dtype, config, **options):
 def mask_of_gradient(name, dtype, configs, **options):
     """The scores that dQ, dK or dV keeps, (batch, heads, seqlen_q, seqlen_k)."""
     batch, heads, seqlen_q, seqlen_k = SIZES
-    columns = {"q": seqlen_k, "k": seqlen_q, "v": 1}[name]
+    # Bulk copies want rows of 16 bytes.
+    columns = {"q": seqlen_k, "k": seqlen_q, "v": 8}[name]
     q, k = (np.zeros((batch, n, heads, columns), dtype) for n in (seqlen_q, seqlen_k))
-    v, dout = (np.ones((batch, n, heads, 1), dtype) for n in (seqlen_k, seqlen_q))
+    v, dout = (np.ones((batch, n, heads, 8), dtype) for n in (seqlen_k, seqlen_q))
     if name == "q":
         k = eye(seqlen_k, batch, heads, dtype)
     elif name == "k":
@@ -192,7 +195,7 @@ def mask_of_gradient(name, dtype, configs, **options):
 EXPECTED = reference.dropout_mask(*SIZES, dropout_p=P, seed=SEED)
 
 
-@pytest.mark.parametrize("name", FORWARDS)
+@pytest.mark.parametrize("name", some(FORWARDS, "portable", "sm80-splits", "sm90"))
 def test_every_forward_keeps_what_the_reference_does(on, name):
     arch, dtype, config = FORWARDS[name]
     on(arch)
@@ -200,10 +203,10 @@ def test_every_forward_keeps_what_the_reference_does(on, name):
     np.testing.assert_array_equal(got, EXPECTED)
 
 
-@pytest.mark.parametrize("name", BACKWARDS)
+@pytest.mark.parametrize("name", some(BACKWARDS, "apart", "sm90"))
 def test_every_backward_keeps_what_the_reference_does(on, name):
     dtype, configs = BACKWARDS[name]
-    on("sm_75" if name == "sm75" else "sm_80")
+    on({"sm75": "sm_75", "sm90": "sm_90a"}.get(name, "sm_80"))
     for gradient in "qkv":
         got = mask_of_gradient(gradient, dtype, configs, dropout_p=P, seed=SEED)
         np.testing.assert_array_equal(got, EXPECTED, err_msg=f"d{gradient}")
@@ -233,7 +236,7 @@ def results(q, k, v, dout, **options):
     return [x.tobytes() for x in (out, lse, *gradients)]
 
 
-@pytest.mark.parametrize("dtype", SMALL)
+@pytest.mark.parametrize("dtype", some(SMALL, np.float16))
 def test_without_a_share_nothing_changes(dtype):
     arrays = inputs(dtype, seqlen_k=20)
     plain = results(*arrays)
@@ -288,7 +291,7 @@ def test_a_wrong_share_is_refused_though_a_right_call_is_ready():
             numflash.attention(q, k, v, **options)
 
 
-@pytest.mark.parametrize("dtype", SMALL)
+@pytest.mark.parametrize("dtype", some(SMALL, np.float16))
 def test_a_part_of_a_larger_problem_drops_its_share(dtype):
     q, k, v, dout = inputs(dtype, seqlen_q=40, seqlen_k=50, heads=4, heads_kv=4, head_dim=16)
     forward, backward = SMALL[dtype]
@@ -310,16 +313,21 @@ def test_a_part_of_a_larger_problem_drops_its_share(dtype):
 WALKS = {
     "portable": ("sm_80", np.float32, *SMALL[np.float32]),
     "sm80": ("sm_80", np.float16, *SMALL[np.float16]),
-    "sm90": ("sm_90a", np.float16, "sm90-m64n32w4s2-overlap-persistent", None),
+    "sm90": (
+        "sm_90a",
+        np.float16,
+        "sm90-m64n32w4s2-overlap-persistent",
+        {"backward-dq": "sm90-m64n32w4s1", "backward-dkdv": "sm90-m32n64w4s2"},
+    ),
 }
 
 
-@pytest.mark.parametrize("name", WALKS)
+@pytest.mark.parametrize("name", some(WALKS, "sm80"))
 def test_tiles_that_a_list_names_have_their_own_bits(on, name):
     """Every second block is empty: the n-th tile of a walk is not the n-th of the keys."""
     arch, dtype, forward, backward = WALKS[name]
     on(arch)
-    blocks = 64 if backward is None else 16
+    blocks = 64 if name == "sm90" else 16
     rows, columns = 2 * blocks, 4 * blocks
     q, k, v, dout = inputs(dtype, rows, columns, heads=1, head_dim=16)
 
@@ -331,15 +339,16 @@ def test_tiles_that_a_list_names_have_their_own_bits(on, name):
         q,
         k,
         v,
-        dout=None if backward is None else dout,
+        dout=dout,
         block_mask=mask,
-        config={"forward": forward, **(backward or {})},
+        config={"forward": forward, **backward},
         dropout_p=P,
         seed=SEED,
     )
     assert report.passed, f"\n{report}"
 
 
+@thorough
 @pytest.mark.parametrize("dtype", SMALL)
 def test_gradients_of_arrays_that_scores_read_know_of_dropout(dtype):
     q, k, v, dout = inputs(dtype, seqlen_k=30, head_dim=16)
@@ -355,6 +364,7 @@ def test_gradients_of_arrays_that_scores_read_know_of_dropout(dtype):
     assert report.passed, f"\n{report}"
 
 
+@pytest.mark.usefixtures("shipped_kernels")
 def test_heads_with_random_bits_share_no_tile(on):
     on("sm_80")
     q, k, v, _ = inputs(seqlen_q=1, heads=8)

@@ -25,6 +25,7 @@ from tests.sim.test_fp8_attention import (
     tile_n_of,
     tokens_per_scale,
 )
+from tests.support.covering import some, thorough
 
 CONFIG = "fp8-sm80-m16n32w1s1"
 TOKENS = Fp8Recipe("token", seed=3)
@@ -79,8 +80,8 @@ def wrong(result, call: Fp8Call, config=CONFIG) -> list[str]:
 # Forms of arrays
 
 
-@pytest.mark.parametrize("layout", ["bshd", "bhsd"])
-@pytest.mark.parametrize("ndim", [4, 3, 2])
+@pytest.mark.parametrize("layout", some(["bshd", "bhsd"], "bhsd"))
+@pytest.mark.parametrize("ndim", some([4, 3, 2], 3))
 def test_arrays_of_4_3_and_2_dimensions(rng, layout, ndim):
     q, k, v = arrays(rng)
     part = {4: np.s_[:], 3: np.s_[0], 2: np.s_[0, :, 0]}[ndim]
@@ -98,6 +99,7 @@ def test_arrays_of_4_3_and_2_dimensions(rng, layout, ndim):
     assert again.tobytes() == out.tobytes()
 
 
+@thorough
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_head_dims_that_are_no_multiples_of_64(rng, dtype):
     q, k, v = arrays(rng, dims=(80, 48), dtype=numflash.runtime.views.numpy_dtype(dtype))
@@ -156,8 +158,8 @@ def first_tokens(x: Fp8Array, n: int) -> Fp8Array:
     return replace(x, data=data, descale=x.descale[:, :, :n], shape=(batch, n, heads, head_dim))
 
 
-@pytest.mark.parametrize("transposed", [True, False])
-@pytest.mark.parametrize("n", [37, 30, 1])
+@pytest.mark.parametrize("transposed", some([True, False], True))
+@pytest.mark.parametrize("n", some([37, 30, 1], 30))
 def test_one_query_attends_to_a_cache_and_to_the_beginning_of_one(rng, transposed, n):
     q, k, v = arrays(rng, 1, 37, heads=4, heads_kv=2)
     cache = [first_tokens(x, n) for x in cache_of(k, v, transposed)]
@@ -176,6 +178,7 @@ def test_a_cache_may_be_longer_than_what_is_seen(rng):
     assert wrong(attend(q, *cache), call_of(q, k[:, :33], v[:, :33], recipes)) == []
 
 
+@thorough
 def test_a_cache_that_grows_in_place_is_read_anew(rng):
     q, k, v = arrays(rng, 1, 37)
     k8, v8 = cache_of(k, v)
@@ -191,7 +194,10 @@ def test_a_cache_that_grows_in_place_is_read_anew(rng):
     assert out.tobytes() == attend(q, k8, v8)[0].tobytes()
 
 
-@pytest.mark.parametrize("config", ["fp8-sm80-m16n32w1s1x2", "fp8-sm75-m16n32w1s1x5-packed"])
+SPLIT = "fp8-sm80-m16n32w1s1x2", "fp8-sm75-m16n32w1s1x5-packed"
+
+
+@pytest.mark.parametrize("config", some(SPLIT, SPLIT[1]))
 def test_splits_over_keys_change_nothing_but_rounding(rng, config):
     q, k, v = arrays(rng, 1, 150)
     k8, v8 = cache_of(k, v)
@@ -216,7 +222,7 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", some(FORMS, every=3))
 def test_codes_of_the_callers_own_have_a_scale_for_each_head_of_k(rng, form):
     q, k, v = arrays(rng, heads=4, heads_kv=2, dims=(80, 64) if form == "uint8" else (64, 64))
     made = [codes_of_heads(x, 2, "bshd") for x in (q, k, v)]
@@ -257,6 +263,7 @@ def test_scales_may_be_strided_and_shared_by_batch_entries(rng):
 # Plans
 
 
+@thorough
 def test_a_plan_quantises_anew_at_each_launch(rng):
     q, k, v = arrays(rng)
     plan = numflash.plan(q, k, v, precision="fp8", fp8=BLOCKS, config=CONFIG)
@@ -269,6 +276,7 @@ def test_a_plan_quantises_anew_at_each_launch(rng):
             x[...] = rng.standard_normal(x.shape) * 3
 
 
+@thorough
 def test_a_plan_on_a_cache_sees_what_changes_in_it(rng):
     q, k, v = arrays(rng, 1)
     k8, v8 = cache_of(k, v)

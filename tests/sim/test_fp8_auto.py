@@ -10,6 +10,7 @@ import numflash
 from numflash import reference
 from numflash.calls import forward
 from numflash.calls import fp8_forward as fp8_calls
+from tests.support.covering import some, thorough
 
 DATA = Path(__file__).parents[2] / "examples" / "data" / "minilm_layer.npz"
 HEADS_KV, GROUP = 2, 2
@@ -47,12 +48,15 @@ def by_head(out, heads_kv=HEADS_KV) -> np.ndarray:
     return np.moveaxis(out.reshape(batch, seqlen, heads_kv, heads // heads_kv, head_dim), 2, 1)
 
 
-@pytest.mark.parametrize(
-    "dtype, options",
-    [(np.float16, {"causal": True}), (ml_dtypes.bfloat16, {"softcap": 5.0})],
-    ids=["float16-causal", "bfloat16-softcap"],
-)
-def test_each_head_is_that_of_its_precision(dtype, options):
+CALLS = {
+    "float16-causal": (np.float16, {"causal": True}),
+    "bfloat16-softcap": (ml_dtypes.bfloat16, {"softcap": 5.0}),
+}
+
+
+@pytest.mark.parametrize("name", some(CALLS, "float16-causal"))
+def test_each_head_is_that_of_its_precision(name):
+    dtype, options = CALLS[name]
     q, k, v = arrays(np.random.default_rng(0), (1, 4), (1, 4), dtype=dtype)
     out, lse, decision = numflash.attention(
         q, k, v, **AUTO, return_lse=True, return_decision=True, **options
@@ -68,10 +72,10 @@ def test_each_head_is_that_of_its_precision(dtype, options):
         assert (got[chosen] == eight[chosen]).all() and (got[~chosen] == sixteen[~chosen]).all()
 
 
-@pytest.mark.parametrize(
-    "seed, recipe, budget",
-    [(0, "block", 0.06), (0, "block", 0.12), (1, "token", 0.12), (2, "head", 0.06)],
-)
+BUDGETS = [(0, "block", 0.06), (0, "block", 0.12), (1, "token", 0.12), (2, "head", 0.06)]
+
+
+@pytest.mark.parametrize(("seed", "recipe", "budget"), some(BUDGETS, BUDGETS[0]))
 def test_heads_in_8_bits_keep_within_the_budget(seed, recipe, budget):
     rng = np.random.default_rng(seed)
     q, k, v = arrays(rng, rng.uniform(0.2, 3, HEADS_KV), rng.uniform(0.2, 3, HEADS_KV))
@@ -87,6 +91,7 @@ def test_heads_in_8_bits_keep_within_the_budget(seed, recipe, budget):
     assert (errors(out, q, k, v) <= budget).all()
 
 
+@thorough
 def test_the_estimate_is_near_the_error_where_scores_are_small():
     q, k, v = arrays(np.random.default_rng(0), seqlen_q=32, seqlen_k=128)
     out, decision = numflash.attention(q, k, v, **AUTO, return_decision=True)
@@ -123,6 +128,7 @@ def test_each_kernel_passes_over_the_heads_of_the_other(monkeypatch):
     assert np.isnan(by_head(out)).all((2, 3, 4)).tolist() == [[False, True]]
 
 
+@thorough
 def test_one_bad_block_keeps_its_head_in_16_bits():
     q, k, v = arrays(np.random.default_rng(0), seqlen_q=2, seqlen_k=150, batch=2)
     k[0, 140:, 1] *= 30  # only the last blocks of 32 keys
@@ -131,6 +137,7 @@ def test_one_bad_block_keeps_its_head_in_16_bits():
     assert decision.in_fp8.tolist() == [[1, 0], [0, 1]]
 
 
+@thorough
 def test_a_plan_decides_anew_at_each_launch():
     q, k, v = arrays(np.random.default_rng(0))
     plan = numflash.plan(q, k, v, **AUTO)
@@ -142,6 +149,7 @@ def test_a_plan_decides_anew_at_each_launch():
     assert out.tobytes() == numflash.attention(q, k, v, **AUTO).tobytes()
 
 
+@thorough
 def test_a_trained_encoder_s_heads():
     with np.load(DATA) as stored:
         q, k, v = (np.ascontiguousarray(stored[name][:1, :, :4]) for name in "qkv")

@@ -5,6 +5,7 @@ Expected values are computed here from sign, exponent and what is after the poin
 
 import math
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -12,6 +13,7 @@ from numflash.configs.formats import FORMATS
 from numflash.ptx import cvt_rn_f16x2_e4m3x2, f32, lop3_select_b32, prmt_b32, u32
 from numflash.tiles.quantize.conversions import (
     GENERATIONS,
+    make_decode,
     make_decode_halves,
     make_encode,
     make_round_to_e4m3,
@@ -180,6 +182,17 @@ def test_decode(generation):
     for word, target in zip(codes.view(np.uint32).ravel(), got, strict=True):
         decode(word, target)
     assert (got.view(np.uint16) == halves_of_codes("e4m3")[codes]).all()
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_decode_to_bfloat16(generation):
+    codes, target = np.arange(256, dtype=np.uint8), np.zeros((64, 2), np.uint32)
+    decode = make_decode("bfloat16", generation)
+    for word, two in zip(codes.view(np.uint32), target, strict=True):
+        decode(word, two)
+    got = target.view(ml_dtypes.bfloat16).ravel().astype(np.float32)
+    np.testing.assert_array_equal(got, FORMATS["e4m3"].decode(codes))
+    assert make_decode("float16", generation) is make_decode_halves(generation)
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)

@@ -34,7 +34,7 @@ from tests.sim.test_fp8_attention import (
     tokens_per_scale,
 )
 from tests.support.attention_cases import SIM_CASES, AttentionCase, is_of_masks, on_fp8
-from tests.support.covering import FULL
+from tests.support.covering import FULL, some, thorough
 from tests.support.faults import Early, events, load, mutations, source_of
 
 KERNEL, TILES = "numflash.kernels.wgmma.fp8_forward", "numflash.tiles.wgmma"
@@ -102,14 +102,14 @@ def _large():
     """(case, sort, config): several tiles of rows and of keys."""
     causal, window = {"causal": True}, {"window_size": (150, 40)}
     table = (
-        ((1, 140, 300, 1, 1, 64, 64), "overlap-pingpong", "m128n128w8s2", causal),
+        ((1, 100, 270, 1, 1, 64, 64), "overlap-pingpong", "m128n128w8s2", causal),
         ((1, 140, 270, 1, 1, 128, 128), "overlap-pingpong-persistent", "m128n128w8s2", causal),
         ((1, 70, 280, 1, 1, 128, 128), "pingpong-persistent", "m128n128w8s2", {"softcap": 3.0}),
         ((1, 130, 260, 1, 1, 192, 128), "overlap-persistent", "m128n128w8s1", window),
         ((1, 70, 260, 1, 1, 256, 256), "pingpong-persistent", "m128n64w8s2", causal),
         ((1, 70, 200, 1, 1, 128, 256), "persistent", "m64n64w4s3", {"softcap": 2.0, **causal}),
         ((1, 200, 150, 1, 1, 64, 128), "persistent", "m192n128w12s2", window),
-        ((1, 200, 270, 1, 1, 64, 64), "overlap-pingpong", "m192n128w12s3", causal),
+        ((1, 150, 270, 1, 1, 64, 64), "overlap-pingpong", "m192n128w12s3", causal),
         ((1, 9, 400, 4, 1, 64, 64), "packed-overlap", "m64n128w4s2x3", causal),
         ((1, 17, 300, 2, 1, 64, 64), "unpacked-overlap", "m64n128w4s2x2", window),
         ((1, 70, 300, 2, 1, 64, 64), "persistent", "m64n256w4s2", {"alibi_slopes": (2,)}),
@@ -121,7 +121,7 @@ def _large():
 
 
 def _cases():
-    chosen = [*_small(), *_large()]
+    chosen = [*some(_small(), every=5), *some(_large(), every=7)]
     return [pytest.param(*each, i, id="-".join(map(str, each))) for i, each in enumerate(chosen)]
 
 
@@ -132,32 +132,37 @@ def test_results_are_those_of_the_specification(case, sort, config, number, monk
     assert differences(*run(call, config), call, tile_n_of(config)) == []
 
 
-@pytest.mark.parametrize("blocks", [1, 3])
-@pytest.mark.parametrize(
-    "config",
-    ["fp8-sm90-m64n128w4s2-overlap-persistent", "fp8-sm90-m128n64w8s1-pingpong-persistent"],
-)
+BLOCKS = [
+    (config, blocks)
+    for config in ("m64n128w4s2-overlap-persistent", "m128n64w8s1-pingpong-persistent")
+    for blocks in (1, 3)
+]
+
+
+@pytest.mark.parametrize(("config", "blocks"), some(BLOCKS, BLOCKS[2]))
 def test_blocks_take_several_tiles_of_rows(config, blocks, monkeypatch):
     """Of which some see no key: the first rows of these."""
     monkeypatch.setattr(driver, "multiprocessors", lambda device: (blocks, 2**20))
     monkeypatch.setattr(selection, "resident_blocks", lambda *about: 1)
-    shape = (1, 300, 150, 2, 1, 64, 64)
+    shape, config = (1, 300, 150, 2, 1, 64, 64), f"fp8-sm90-{config}"
     call = call_of(AttentionCase("rows", shape, options={"causal": True}), "codes", 1, config)
     out, lse = run(call, config)
     assert (out[0, :150] == 0).all() and (lse[0, :, :150] == -np.inf).all()
     assert differences(out, lse, call, tile_n_of(config)) == []
 
 
+@thorough
 def test_no_order_of_threads_changes_a_bit(monkeypatch):
     config, found = "fp8-sm90-m128n128w8s2-overlap-pingpong-persistent", set()
-    call = call_of(AttentionCase("p", (1, 130, 260, 1, 1, 64, 64), "float16"), "arrays", 2, config)
+    call = call_of(AttentionCase("p", (1, 70, 140, 1, 1, 64, 64), "float16"), "arrays", 2, config)
     for seed in range(2):
         monkeypatch.setattr(SEED, "value", seed)
         found.add(tuple(x.tobytes() for x in run(call, config)))
     assert len(found) == 1
 
 
-@pytest.mark.parametrize("sort", SORTS)
+@pytest.mark.usefixtures("shipped_kernels")
+@pytest.mark.parametrize("sort", some(SORTS, "arrays"))
 def test_by_itself_a_hopper_takes_it(sort):
     """Through dispatch, without a config: more rows than the smaller kernels are for."""
     options, shape = {"causal": True}, (1, 130, 140, 1, 1, 80, 48)
@@ -170,7 +175,10 @@ def test_by_itself_a_hopper_takes_it(sort):
     assert differences(out, lse, call, 128) == []
 
 
-@pytest.mark.parametrize("recipe", [Fp8Recipe("token"), Fp8Recipe("block", 32)])
+@pytest.mark.usefixtures("shipped_kernels")
+@pytest.mark.parametrize(
+    "recipe", some([Fp8Recipe("token"), Fp8Recipe("block", 32)], Fp8Recipe("token"))
+)
 def test_scales_within_a_tile_are_left_to_the_other_kernel(recipe):
     case = AttentionCase("tokens", (1, 70, 100, 1, 1, 64, 64), "float16")
     call = make_call(case, "16-bit", 0, recipes=(recipe,))
@@ -212,10 +220,12 @@ TURNS_ALONE = "fp8-sm90-m128n64w8s2-pingpong"
 def problem(config: str) -> Fp8Call:
     """Tokens of Q with scales of their own; maxima, values and scales change along the keys."""
     head_dim_v, tile_n = (256 if config == WIDE else 64), tile_n_of(config)
+    # Two tiles of rows: with one nothing shows that V is released too early.
+    rows = 60 if config == PLAIN else 70
     rng, keys = np.random.default_rng(0), 3 * tile_n + 10
-    shapes = (70, 1, 64), (keys, 1, 64), (keys, 1, head_dim_v)
+    shapes = (rows, 1, 64), (keys, 1, 64), (keys, 1, head_dim_v)
     q, k, v = (rng.standard_normal((1, *shape)).astype(np.float16) for shape in shapes)
-    q *= np.linspace(1, 4, 70, dtype=np.float16)[:, None, None]
+    q *= np.linspace(1, 4, rows, dtype=np.float16)[:, None, None]
     k *= (1 + 3 * np.sin(np.linspace(0, 4, keys))).astype(np.float16)[:, None, None]
     v *= np.linspace(4, 0.5, keys).astype(np.float16)[:, None, None]
     v += np.float16(1)
@@ -291,7 +301,7 @@ fp8_forward  TURNING  rows of the first warpgroup
 fp8_forward  OVERLAP  weights of the next tile
     add_part(o_acc, 0, part_acc, weights) -> add_part(o_acc, 0, part_acc, next_weights)
 fp8_forward  OVERLAP  V of the stage of K
-    v_stage, v_parity, v_tile = stage, parity, tile -> pass
+    v_of(at.v, v_stage, v_tile)) -> v_of(at.v, stage, tile))
 fp8_forward  PLAIN  the scale of V forgotten
     weights[0], weights[1] = weights[0] * v_scale, weights[1] * v_scale -> pass
 fp8_forward  PLAIN  a scale of Q for all rows

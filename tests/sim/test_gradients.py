@@ -1,6 +1,7 @@
 """What a backward returns gradients of, and what it is given: dlse, delta, wrt."""
 
 import itertools
+from functools import cache
 
 import numpy as np
 import pytest
@@ -9,15 +10,16 @@ import numflash
 from numflash import reference
 from numflash.calls import ready
 from numflash.calls.launch import Launcher
-from numflash.runtime.arrays import _NumPy
 from numflash.runtime.driver import limits_of_device
+from numflash.runtime.numpy_arrays import NumPy
+from tests.support.covering import some, thorough
 from tests.support.faults import Mutation, load
 
 SINKS = np.array([-1.0, 0.5, 2.0, 4.0], np.float32)
 SLOPES = np.array([0.5, 0.25, 0.125, 1.0], np.float32)
 # Gradients of each implementation, by one kernel or by two.
 KERNELS = {
-    "portable": ("sm_80", "float32", {"backward-dq": "m16n16w2", "backward-dkdv": "m16n16w2"}),
+    "portable": ("sm_80", "float32", {"backward-dq": "m8n8w2", "backward-dkdv": "m8n8w2"}),
     "sm80": (
         "sm_80",
         "bfloat16",
@@ -30,13 +32,17 @@ KERNELS = {
         {"backward-dq": "sm75-m16n16w1s1", "backward-dkdv": "sm75-m16n16w1s1-apart"},
     ),
 }
-each_kernel = pytest.mark.parametrize("name", KERNELS)
+each_kernel = pytest.mark.parametrize("name", some(KERNELS, "sm80-together"))
 
 
-def inputs(dtype="float32", seqlen_q=21, seqlen_k=17, heads=4, heads_kv=2, head_dim=20):
-    """q, k, v and dout, one batch entry; and dlse."""
+def inputs(dtype="float32", seqlen_q=None, seqlen_k=None, heads=4, heads_kv=2, head_dim=None):
+    """q, k, v and dout, one batch entry; and dlse. Two small tiles each way, and more queries."""
     from numflash.runtime.views import numpy_dtype
 
+    tile, columns = (16, 20) if numpy_dtype(dtype).itemsize == 2 else (8, 12)
+    seqlen_q = tile + 5 if seqlen_q is None else seqlen_q
+    seqlen_k = tile + 1 if seqlen_k is None else seqlen_k
+    head_dim = columns if head_dim is None else head_dim
     rng = np.random.default_rng(7)
     shapes = [(seqlen_q, heads), (seqlen_k, heads_kv), (seqlen_k, heads_kv), (seqlen_q, heads)]
     arrays = [rng.standard_normal((1, *shape, head_dim)) for shape in shapes]
@@ -47,7 +53,7 @@ def inputs(dtype="float32", seqlen_q=21, seqlen_k=17, heads=4, heads_kv=2, head_
 @pytest.fixture(autouse=True)
 def on(monkeypatch):
     """A function that chooses the simulated GPU. Results hold NaN before they are written."""
-    empty = _NumPy.empty
+    empty = NumPy.empty
 
     def poisoned(self, shape, dtype, device):
         array = empty(self, shape, dtype, device)
@@ -58,7 +64,7 @@ def on(monkeypatch):
         monkeypatch.setenv("NUMFLASH_SIM_ARCH", arch)
         limits_of_device.cache_clear()
 
-    monkeypatch.setattr(_NumPy, "empty", poisoned)
+    monkeypatch.setattr(NumPy, "empty", poisoned)
     monkeypatch.setattr(ready, "_ready", {})
     yield be
     limits_of_device.cache_clear()
@@ -122,7 +128,7 @@ def test_the_gradient_of_lse_is_finite_differences():
             assert np.isclose((up - down) / (2 * step), (gradient * way).sum(), rtol=1e-5), name
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("dtype", some(["float32", "float16"], "float16"))
 def test_lse_of_a_query_without_keys_is_a_constant(on, dtype):
     on("sm_80")
     (q, k, v, dout), dlse = inputs(dtype)
@@ -138,6 +144,7 @@ def test_lse_of_a_query_without_keys_is_a_constant(on, dtype):
             np.testing.assert_array_equal(a, b)
 
 
+@thorough
 def test_a_gradient_of_lse_may_have_any_strides_and_fewer_axes():
     (q, k, v, dout), dlse = inputs()
     out, lse = numflash.attention(q, k, v, return_lse=True)
@@ -187,21 +194,27 @@ LAUNCHES = {
     ("v",): ["delta", "backward-dkdv"],
     ("v", "k"): ["delta", "backward-dkdv"],
     ("k", "q"): ["delta", "backward-dkdv", "backward-dq"],
-    ("sinks",): ["delta", "head-sums"],
-    ("sinks", "q"): ["delta", "head-sums", "backward-dq"],
+    ("sinks",): ["delta", "array-sums"],
+    ("sinks", "q"): ["delta", "array-sums", "backward-dq"],
     ("q", "k", "v"): ["delta", "backward-dkdv", "backward-dq"],
 }
 
 
-@pytest.mark.parametrize("wrt", LAUNCHES, ids="-".join)
-def test_only_wanted_gradients_are_computed_in_the_order_asked_for(launched, wrt):
+@cache
+def every_gradient() -> tuple[tuple, dict[str, np.ndarray]]:
+    """A call with sinks, and all gradients of it by name."""
     (q, k, v, dout), _ = inputs()
     out, lse = numflash.attention(q, k, v, sinks=SINKS, return_lse=True)
-    names = "q", "k", "v", "sinks"
-    every = numflash.attention_backward(dout, q, k, v, out, lse, sinks=SINKS)
-    by_name = dict(zip(names, every, strict=True))
+    call = dout, q, k, v, out, lse
+    found = numflash.attention_backward(*call, sinks=SINKS)
+    return call, dict(zip(("q", "k", "v", "sinks"), found, strict=True))
+
+
+@pytest.mark.parametrize("wrt", some(LAUNCHES, ("k", "q"), ("sinks",)), ids="-".join)
+def test_only_wanted_gradients_are_computed_in_the_order_asked_for(launched, wrt):
+    call, by_name = every_gradient()
     launched.clear()
-    found = numflash.attention_backward(dout, q, k, v, out, lse, sinks=SINKS, wrt=wrt)
+    found = numflash.attention_backward(*call, sinks=SINKS, wrt=wrt)
     assert launched == LAUNCHES[wrt]
     assert type(found) is tuple and len(found) == len(wrt)
     for name, gradient in zip(wrt, found, strict=True):
@@ -226,20 +239,20 @@ def test_one_kernel_for_all_leaves_out_what_nobody_wants(launched, on):
     np.testing.assert_array_equal(dq, every[0])
     launched.clear()
     (found,) = numflash.attention_backward(*call, **options, wrt=("sinks",))
-    assert launched == ["delta", "head-sums"]
+    assert launched == ["delta", "array-sums"]
     np.testing.assert_array_equal(found, dsinks)
 
 
 def test_the_memory_of_gradients_that_nobody_wants_is_not_allocated(monkeypatch):
     (q, k, v, dout), _ = inputs()
     out, lse = numflash.attention(q, k, v, return_lse=True)
-    empty, shapes = _NumPy.empty, []
+    empty, shapes = NumPy.empty, []
 
     def counted(self, shape, dtype, device):
         shapes.append(tuple(shape))
         return empty(self, shape, dtype, device)
 
-    monkeypatch.setattr(_NumPy, "empty", counted)
+    monkeypatch.setattr(NumPy, "empty", counted)
     numflash.attention_backward(dout, q, k, v, out, lse, wrt=("q",))
     assert q.shape in shapes and k.shape not in shapes
     shapes.clear()
@@ -274,16 +287,16 @@ ALIBI_CASES = {
 
 
 ALIBI_KERNELS = {
-    "portable": ("sm_80", "float32", "m16n16w2", tuple(ALIBI_CASES)),
+    "portable": ("sm_80", "float32", "m8n8w2", tuple(ALIBI_CASES)),
     "sm80": ("sm_80", "bfloat16", "sm80-m32n16w1s2", tuple(ALIBI_CASES)[:2]),
     "sm75": ("sm_75", "float16", "sm75-m16n32w1s1", tuple(ALIBI_CASES)[:1]),
 }
 
 
-@pytest.mark.parametrize(
-    ("kernel", "name"),
-    [(kernel, name) for kernel, (*_, names) in ALIBI_KERNELS.items() for name in names],
-)
+ALIBI = [(kernel, name) for kernel, (*_, names) in ALIBI_KERNELS.items() for name in names]
+
+
+@pytest.mark.parametrize(("kernel", "name"), some(ALIBI, ALIBI[1], ALIBI[3]))
 def test_slopes_have_a_gradient(on, kernel, name):
     arch, dtype, config, _ = ALIBI_KERNELS[kernel]
     on(arch)
@@ -315,10 +328,10 @@ def test_the_gradient_of_slopes_takes_its_kernels_only(launched):
     call = dout, q, k, v, out, lse
     launched.clear()
     (found,) = numflash.attention_backward(*call, **options, wrt=("alibi_slopes",))
-    assert launched == ["delta", "backward-rows", "head-sums"]
+    assert launched == ["delta", "backward-rows", "array-sums"]
     launched.clear()
     both = numflash.attention_backward(*call, **options, wrt=("sinks", "alibi_slopes"))
-    assert launched == ["delta", "head-sums", "backward-rows", "head-sums"]
+    assert launched == ["delta", "array-sums", "backward-rows", "array-sums"]
     np.testing.assert_array_equal(both[1], found)
     # By default it is not returned.
     launched.clear()
@@ -326,6 +339,7 @@ def test_the_gradient_of_slopes_takes_its_kernels_only(launched):
     assert "backward-rows" not in launched
 
 
+@thorough
 def test_the_gradient_of_slopes_is_the_same_bits_in_every_run(monkeypatch):
     from numflash.simulator import SEED
 
@@ -358,16 +372,17 @@ FAULTS = {
 }
 
 
-ROWS, FEATURES = "numflash.kernels.portable.backward_rows", "numflash.tiles.features"
+ROWS, FEATURES = "numflash.kernels.shared.backward_rows", "numflash.tiles.features"
+FACTORIES = "numflash.kernels.portable.of_arrays"
 FAULTS_OF_SLOPES = {
     "a distance with a sign": (FEATURES, Mutation("abs", "ds * -abs(distance)", "ds * -distance")),
     "a distance without the shift": (
         ROWS,
-        Mutation("shift", "row + scores.shift - n_start", "row - n_start"),
+        Mutation("shift", "corner.row + scores.shift", "corner.row"),
     ),
     "lanes that are not added up": (
         ROWS,
-        Mutation("lanes", "row_sum_of_lanes(shares[r])", "shares[r]"),
+        Mutation("lanes", "sum_of_row(shares[r])", "shares[r]"),
     ),
 }
 
@@ -376,7 +391,7 @@ FAULTS_OF_SLOPES = {
 def test_a_wrong_gradient_of_slopes_is_found(monkeypatch, fault):
     if fault is not None:
         module, mutation = FAULTS_OF_SLOPES[fault]
-        load((FEATURES, ROWS), module, mutation, monkeypatch)
+        load((FEATURES, ROWS, FACTORIES), module, mutation, monkeypatch)
     (q, k, v, dout), _ = inputs(seqlen_q=9, seqlen_k=12, head_dim=8)
     options = {"alibi_slopes": SLOPES, "wrt": ("alibi_slopes",)}
     report = numflash.check(q, k, v, dout=dout, shift=2, **options)
@@ -390,6 +405,15 @@ def test_a_wrong_gradient_of_lse_is_found(monkeypatch, fault):
     (q, k, v, dout), dlse = inputs(seqlen_q=5, seqlen_k=8)
     report = numflash.check(q, k, v, dout=dout, dlse=dlse, sinks=SINKS)
     assert report.passed == (fault is None), f"\n{report}"
+
+
+@pytest.mark.parametrize("error", [0, 1])
+def test_a_delta_of_the_caller_is_checked(error):
+    (q, k, v, dout), dlse = inputs(seqlen_q=5, seqlen_k=8)
+    out = numflash.attention(q, k, v, sinks=SINKS)
+    delta = (dout.astype(np.float32) * out).sum(-1).swapaxes(1, 2) + np.float32(error)
+    report = numflash.check(q, k, v, dout=dout, dlse=dlse, delta=delta, sinks=SINKS)
+    assert report.passed == (error == 0), f"\n{report}"
 
 
 def test_combinations_of_wrt_are_other_calls():

@@ -12,33 +12,31 @@ import pytest
 
 import numflash
 from bench.points.points import Point
-from numflash.calls import ready
 from numflash.configs.wgmma import Sm90ForwardConfig
 from numflash.runtime import driver
-from numflash.runtime.arrays import _NumPy
 from numflash.runtime.devices import ARCHITECTURES
-from numflash.runtime.driver import limits_of_device
 from numflash.selection import choice as selection
 from numflash.simulator import SEED
 from tests.gpu.test_attention import check_sample, hopper_cases, inputs_of
 from tests.support.attention_cases import (
-    HOPPER_CASES,
     SIM_CASES,
     SMALL_CONFIGS,
     AttentionCase,
     is_of_masks,
     masks_of,
-    on_hopper,
 )
-from tests.support.covering import FULL, covering
+from tests.support.covering import ALL, FULL, covering, some, thorough
+from tests.support.hopper_cases import HOPPER_CASES, on_hopper
 
+FEATURES = "softcap", "alibi_slopes", "sinks", "dropout_p"
 CONFIGS = tuple(configs["forward"] for configs in SMALL_CONFIGS["sm90"])
 
 
 def _cases() -> list[tuple[str, AttentionCase]]:
     """(config, case): each small case on one config, or on all of them, and the larger cases.
 
-    Masks are those of other kernels: of their cases each form and each mask once.
+    Masks are those of other kernels: of their cases each form and each mask once. Where not all
+    tests run, what a config can say is there, each feature, and each head_dim.
     """
     small = on_hopper(SIM_CASES)
     masked = covering([case for case in small if is_of_masks(case)], masks_of, together=1)
@@ -47,25 +45,37 @@ def _cases() -> list[tuple[str, AttentionCase]]:
         found = [(config, case) for case in small for config in CONFIGS]
     else:
         found = [(CONFIGS[i % len(CONFIGS)], case) for i, case in enumerate(small)]
-    return [*found, *HOPPER_CASES]
+    found += HOPPER_CASES
+    return found if ALL else covering(found, _told, together=1, cost=_cost)
+
+
+def _told(row: tuple[str, AttentionCase]) -> tuple:
+    """What a config can say, and what is special about a case."""
+    text, case = row
+    config = Sm90ForwardConfig.parse(text)
+    switches = config.pingpong, config.overlap, config.persistent
+    numbers = (
+        config.num_stages,
+        config.v_stages,
+        config.num_warpgroups,
+        config.num_splits,
+        config.tile_n,
+    )
+    others = config.packed, config.min_blocks, config.fixed, config.l2_bytes
+    features = [name if name in case.options else None for name in FEATURES]
+    return (switches, *numbers, *(str(x) for x in others), case.shape[5], case.inputs, *features)
+
+
+def _cost(row: tuple[str, AttentionCase]) -> float:
+    """Products of a case, and what each tile costs."""
+    batch, seqlen_q, seqlen_k, heads, _, head_dim, _ = row[1].shape
+    return batch * heads * (seqlen_q + 64) * (seqlen_k + 32) * (head_dim + 32)
 
 
 @pytest.fixture(autouse=True)
-def hopper(monkeypatch):
+def hopper(on):
     """A simulated GPU that is a Hopper, and results that hold NaN before they are written."""
-    monkeypatch.setenv("NUMFLASH_SIM_ARCH", "sm_90a")
-    monkeypatch.setattr(ready, "_ready", {})
-    limits_of_device.cache_clear()
-    empty = _NumPy.empty
-
-    def poisoned(self, shape, dtype, device):
-        array = empty(self, shape, dtype, device)
-        array.fill(np.nan)
-        return array
-
-    monkeypatch.setattr(_NumPy, "empty", poisoned)
-    yield
-    limits_of_device.cache_clear()
+    on("sm_90a")
 
 
 @pytest.fixture
@@ -123,13 +133,13 @@ def test_cases_cover_what_a_config_can_say():
     assert {32, 64, 96, 128, 192, 256} <= {case.shape[5] for _, case in _cases()}
 
 
-@pytest.mark.parametrize(
-    ("config", "shape"),
-    [
-        ("sm90-m64n32w4s2-overlap-persistent", (1, 100, 70, 1, 1, 32, 32)),
-        ("sm90-m128n32w8s2-overlap-pingpong", (1, 90, 70, 1, 1, 32, 32)),
-    ],
-)
+ORDERS = [
+    ("sm90-m64n32w4s2-overlap-persistent", (1, 100, 70, 1, 1, 32, 32)),
+    ("sm90-m128n32w8s2-overlap-pingpong", (1, 90, 70, 1, 1, 32, 32)),
+]
+
+
+@pytest.mark.parametrize(("config", "shape"), some(ORDERS, ORDERS[1]))
 def test_no_order_of_threads_changes_a_bit(config, shape, monkeypatch):
     case = AttentionCase("order", shape, "float16", options={"causal": True})
     q, k, v, _ = case.arrays().values()
@@ -155,8 +165,8 @@ _MANY_TILES = {
 }
 
 
-@pytest.mark.parametrize("num_sms", [2, 3])
-@pytest.mark.parametrize("name", _MANY_TILES)
+@pytest.mark.parametrize("num_sms", some([2, 3], 2))
+@pytest.mark.parametrize("name", some(_MANY_TILES, "no-keys-between", "no-keys-first"))
 def test_blocks_take_several_tiles_of_rows(name, num_sms, grid):
     shape, options = _MANY_TILES[name]
     case = AttentionCase(name, shape, ("float16", "bfloat16")[num_sms % 2], options=options)
@@ -166,15 +176,15 @@ def test_blocks_take_several_tiles_of_rows(name, num_sms, grid):
     assert blocks == list(range(num_sms))
 
 
-@pytest.mark.parametrize(
-    ("config", "num_sms"),
-    [
-        ("m128n32w8s2-h1-pingpong-persistent", 2),
-        ("m64n16w4s3x2-h1-unpacked-persistent", 3),
-        # No room for O beside Q.
-        ("m64n96w4s2-h1-overlap-persistent", 2),
-    ],
-)
+PERSISTENT = [
+    ("m128n32w8s2-h1-pingpong-persistent", 2),
+    ("m64n16w4s3x2-h1-unpacked-persistent", 3),
+    # No room for O beside Q.
+    ("m64n96w4s2-h1-overlap-persistent", 2),
+]
+
+
+@pytest.mark.parametrize(("config", "num_sms"), some(PERSISTENT, PERSISTENT[1]))
 def test_other_persistent_configs_take_several_tiles_of_rows(config, num_sms, grid):
     head_dim = 256 if "n96" in config else 64
     rows = 270 if "m128" in config else 140
@@ -194,7 +204,11 @@ def test_a_grid_that_is_not_persistent_has_a_block_for_each_tile(grid):
     assert blocks == list(range(8))
 
 
-@pytest.mark.parametrize(("head_dim", "seqlen_q"), [(64, 70), (128, 70), (192, 33), (256, 33)])
+CHOSEN = (64, 70), (128, 70), (192, 33), (256, 33)
+
+
+@pytest.mark.usefixtures("shipped_kernels")
+@pytest.mark.parametrize(("head_dim", "seqlen_q"), some(CHOSEN, (64, 70)))
 def test_configs_chosen_by_dispatch_are_within_budget(head_dim, seqlen_q):
     shape = (1, seqlen_q, 140, 1, 1, head_dim, head_dim)
     case = AttentionCase(f"default-{head_dim}", shape, "bfloat16", options={"causal": True})
@@ -205,6 +219,8 @@ def test_configs_chosen_by_dispatch_are_within_budget(head_dim, seqlen_q):
     assert report.passed, f"\n{report}"
 
 
+@thorough
+@pytest.mark.usefixtures("shipped_kernels")
 def test_configs_of_the_tests_on_a_gpu_can_run_their_cases():
     limits = ARCHITECTURES["sm_90a"]
     for param in hopper_cases():

@@ -37,6 +37,19 @@ def expected_matrices(x, rows):
     return smem.ravel()
 
 
+def expected_transposed(x, rows):
+    """Half t % 2 of word t // 2 of a row comes from lane 4 g + t's fragment m, for column g."""
+    smem = np.empty((THREADS, 8), np.uint16)
+    halves = x.view(np.uint16).reshape(2, 32, 4, 2)
+    for warp in range(2):
+        for lane in range(32):
+            for m in range(4):
+                for h in range(2):
+                    row = rows[32 * warp + 8 * m + 2 * (lane % 4) + h]
+                    smem[row, lane // 4] = halves[warp, lane, m, h]
+    return smem.view(np.uint32).ravel()
+
+
 EXPECTED = {
     "mbarrier_init": backwards_in_warps,
     "mbarrier_arrive": backwards_in_warps,
@@ -46,6 +59,7 @@ EXPECTED = {
     "elect_sync": lambda x: np.ones(4, np.uint32),
     "mov_shared_address": lambda x: np.stack([4 * x, 0 * x], axis=1).ravel(),
     "stmatrix_x4": expected_matrices,
+    "stmatrix_x4_trans": expected_transposed,
     "mov_nctaid_x": lambda x: x,
     "setmaxnreg_dec_24": lambda x: x[::-1],
     "setmaxnreg_inc_240": lambda x: x[::-1],

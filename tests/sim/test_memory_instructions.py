@@ -10,6 +10,7 @@ from numflash.ptx import (
     ld_shared_u32,
     ld_shared_v2_f32,
     ld_shared_v4_f32,
+    ld_shared_v4_u32,
     st_global_v2_f32,
     st_global_v2_u32,
     st_global_v4_f32,
@@ -43,6 +44,7 @@ GLOBAL_VECTORS = {
 }
 SHARED_VECTORS = {
     "ld_shared_v4_f32": lambda array, i: ld_shared_v4_f32(np.zeros(4, f32), array, i),
+    "ld_shared_v4_u32": lambda array, i: ld_shared_v4_u32(np.zeros(4, u32), array, i),
     "ld_shared_v2_f32": lambda array, i: ld_shared_v2_f32(np.zeros(2, f32), array, i),
     "st_shared_v4_f32": lambda array, i: st_shared_v4_f32(array, i, np.zeros(4, f32)),
     "st_shared_v4_u32": lambda array, i: st_shared_v4_u32(array, i, np.zeros(4, u32)),

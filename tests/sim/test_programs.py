@@ -8,8 +8,9 @@ import numflash
 from numflash import masks
 from numflash import math as nm
 from numflash.functions import emission
+from numflash.functions.arrays import Array, Number
 from numflash.functions.nodes import LEAF, apply, const, load, number, to
-from numflash.functions.program import Array, Number, Program
+from numflash.functions.program import Program
 from numflash.functions.trace import trace
 from numflash.tiles import programs
 from tests.host.numflash.functions.test_program import random_program

@@ -6,8 +6,8 @@ import pytest
 import numflash
 from numflash import reference
 from numflash.calls import ready
-from numflash.runtime.arrays import _NumPy
 from numflash.runtime.driver import limits_of_device
+from numflash.runtime.numpy_arrays import NumPy
 from tests.support.faults import Mutation, load
 
 SINKS = np.array([-1.0, 0.5, 2.0, 4.0], np.float32)
@@ -32,7 +32,7 @@ def inputs(dtype=np.float16, seqlen_q=5, seqlen_k=130, heads=4, heads_kv=2, head
 @pytest.fixture(autouse=True)
 def on(monkeypatch):
     """A function that chooses the simulated GPU. Results hold NaN before they are written."""
-    empty = _NumPy.empty
+    empty = NumPy.empty
 
     def poisoned(self, shape, dtype, device):
         array = empty(self, shape, dtype, device)
@@ -43,7 +43,7 @@ def on(monkeypatch):
         monkeypatch.setenv("NUMFLASH_SIM_ARCH", arch)
         limits_of_device.cache_clear()
 
-    monkeypatch.setattr(_NumPy, "empty", poisoned)
+    monkeypatch.setattr(NumPy, "empty", poisoned)
     monkeypatch.setattr(ready, "_ready", {})
     yield be
     limits_of_device.cache_clear()

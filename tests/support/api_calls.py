@@ -5,6 +5,7 @@ import numpy as np
 import numflash
 from numflash import reference
 from numflash.configs import parse_config
+from numflash.runtime.errors import UnsupportedError
 from numflash.selection.rules import Choice
 
 # A ragged tile of queries, two of keys.
@@ -12,6 +13,7 @@ PORTABLE = {
     "forward": "m8n8w1",
     "backward-dq": "m8n8w1",
     "backward-dkdv": "m8n8w1",
+    "backward-columns": "m8n8w1",
     "delta": "w1",
     "combine": "w2",
 }
@@ -22,6 +24,7 @@ TENSOR_CORES = {
     "forward": "sm80-m16n16w1s1",
     "backward-dq": "sm80-m16n16w1s2",
     "backward-dkdv": "sm80-m16n16w1s2",
+    "backward-columns": "sm80-m16n16w1s1",
 }
 FP8_CONFIG = "fp8-sm80-m16n32w1s1"
 B, SQ, SK, H, HKV, D, DV = 1, 5, 11, 2, 1, 32, 32
@@ -29,7 +32,9 @@ NAN = np.float32(np.nan)
 
 
 def choose_small(family, traits, limits, *_, **others):
-    """float16 on the tensor cores, float32 on the portable kernels."""
+    """float16 on the tensor cores, float32 on the portable kernels; gradients by two kernels."""
+    if family == "backward":
+        raise UnsupportedError("of one kernel for all gradients there is no small config")
     if traits.fp8:
         return Choice(family, parse_config(family, FP8_CONFIG), traits, "small", ())
     on_tensor_cores = traits.dtype == "float16" and family in TENSOR_CORES

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 import numflash
-from numflash.calls import backward, forward, ready
+from numflash.calls import backward, forward, ready, rotary, sequences
 from numflash.configs import BackwardDqConfig
 from numflash.runtime.mode import SIMULATED
 from numflash.runtime.views import numpy_dtype
-from tests.support import fake_gpu
+from tests.support import fake_arrays, fake_gpu
 
 needs_gpu_mode = pytest.mark.skipif(SIMULATED, reason="needs NUMBA_ENABLE_CUDASIM unset")
 
@@ -44,7 +44,7 @@ class Machine:
             def bind(self, operands):
                 return machine.launched.append
 
-        for module in (forward, backward):
+        for module in (forward, backward, rotary, sequences):
             monkeypatch.setattr(module, "Launcher", Launcher)
         monkeypatch.setattr(ready, "_ready", {})
 
@@ -75,6 +75,18 @@ TENSOR_LIKE = types.SimpleNamespace(shape=(2, 9, 4, 16), is_cuda=False)
 
 # name: (what is different from a right call, the error, what the message must contain)
 BAD_FORWARD = {
+    # A number is no array; only a seed may be one.
+    "mask-true": ({"mask": True}, TypeError, "mask must be", "bool"),
+    "bias-number": ({"bias": 2}, TypeError, "bias must be", "int"),
+    "sinks-number": ({"sinks": 0}, TypeError, "sinks must be", "int"),
+    "alibi-number": ({"alibi_slopes": 1}, TypeError, "alibi_slopes must be", "int"),
+    "seqlens-number": ({"seqlens_k": 5}, TypeError, "seqlens_k must be", "int"),
+    "starts-number": ({"starts_q": 5}, TypeError, "starts_q must be", "int"),
+    "invariant-without-lengths": (
+        {"batch_invariant": True},
+        ValueError,
+        "batch_invariant=True goes with sequences that have lengths of their own",
+    ),
     # Types
     "q-list": ({"q": [[1.0]]}, TypeError, "q must be", "list"),
     "k-none": ({"k": None}, TypeError, "k must be", "NoneType"),
@@ -430,7 +442,7 @@ def broadcast(array, shape):
     """A view with stride 0 along the axes that grow."""
     if isinstance(array, np.ndarray):
         return np.lib.stride_tricks.as_strided(array, shape, _strides_of(array, shape))
-    return fake_gpu.CuPyArray(shape, array.dtype, array.data.ptr, _strides_of(array, shape))
+    return fake_arrays.CuPyArray(shape, array.dtype, array.data.ptr, _strides_of(array, shape))
 
 
 def _strides_of(array, shape):

@@ -63,8 +63,9 @@ class Tile:
     @property
     def n_elements(self) -> int:
         """Elements of the array that holds the tensor."""
-        item = np.dtype(self.storage).itemsize
-        return self.layout.strides[-1] // item * self.layout.extents[-1]
+        layout, last = self.layout, len(self.layout.extents) - 1
+        steps = layout.extents[-1] - (last in layout.row_axes)
+        return layout.strides[-1] // np.dtype(self.storage).itemsize * steps
 
     @property
     def n_bytes(self) -> int:
@@ -81,6 +82,10 @@ def _tile(dtype, extents, box, coordinates, swizzle_bytes=128) -> Tile:
     return Tile(TensorLayout(dtype, extents, tuple(strides), box, swizzle_bytes), coordinates)
 
 
+def _ragged_tile(extents, strides, box, axes, coordinates) -> Tile:
+    return Tile(TensorLayout("float16", extents, strides, box, row_axes=axes), coordinates)
+
+
 TILES = {
     "inside": _tile("float16", (128, 40), (64, 16), (64, 8)),
     "over the end": _tile("float16", (100, 21), (64, 16), (64, 9)),
@@ -94,6 +99,20 @@ TILES = {
     "three": _tile("bfloat16", (64, 5, 7), (64, 3, 4), (0, 3, -2)),
     "keys": _tile("bfloat16", (96, 33, 3, 2), (64, 16, 1, 1), (64, 25, 2, 1)),
     "packed": _tile("float16", (80, 4, 9, 2, 2), (64, 4, 8, 1, 1), (64, 0, 5, 1, 1)),
+    # The last 7 of 9 rows, of which the sequence's first is row 6 of 20.
+    "ragged keys": _ragged_tile(
+        *((64, 20, 2, 21), (272, 128, 272), (64, 16, 1, 1), (1, 3)),
+        coordinates=(0, 20 - 9 + 2, 1, 6 + 9),
+    ),
+    "ragged queries": _ragged_tile(
+        *((64, 2, 20, 2, 21), (128, 528, 256, 528), (64, 2, 8, 1, 1), (2, 4)),
+        coordinates=(0, 0, 20 - 9 + 2, 1, 6 + 9),
+    ),
+    # Of a page of 8 rows the first 5.
+    "a page": _ragged_tile(
+        *((64, 8, 2, 9, 5), (256, 128, 256, 2064), (64, 8, 1, 1, 1), (1, 3)),
+        coordinates=(0, 8 - 5, 1, 5, 3),
+    ),
 }
 
 

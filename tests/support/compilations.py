@@ -1,15 +1,24 @@
-"""The kernel that tests of the compiler compile, and processes that compile it."""
+"""The kernel that tests of the compiler compile, and processes that compile it.
 
+`kept` is for kernels of the tests' own, which every run compiles otherwise.
+"""
+
+import hashlib
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
 
 import pytest
 
 from numflash.configs import DeltaConfig, Traits
-from numflash.machine_code import compiler
-from numflash.machine_code.compiler import get_cubin
+from numflash.kernels.kernel import Kernel
+from numflash.machine_code import compiler, cubins, sources
+from numflash.machine_code.compiler import Cubin, get_cubin
 from numflash.machine_code.sass import disassemble
 from numflash.runtime.devices import ARCHITECTURES
 
@@ -33,6 +42,34 @@ print(json.dumps({
     "registers": cubin.registers,
 }))
 """
+
+
+def kept(name: str, make: Callable[[], Kernel], arch: str, min_blocks=None) -> Cubin:
+    """As `compile_kernel`, or what an earlier run made of the same sources with this compiler.
+
+    Args:
+        name: of the kernel, unlike those of other kernels of the tests.
+        make: it, of sources in numflash and tests.
+        arch: the GPU.
+        min_blocks: as `compile_kernel` takes it.
+    """
+    limits = ARCHITECTURES[arch]
+    hashes = sources.source_hash(), _hash_of_tests(), compiler._toolchain()
+    key = "|".join(["tests", name, arch, str(min_blocks), *hashes])
+    cubin = compiler._from_disk(key, limits)
+    if cubin is None:
+        cubin = compiler.compile_kernel(make, limits, min_blocks)
+        header = {name: value for name, value in asdict(cubin).items() if name != "code"}
+        cubins.write(key, header, cubin.code)
+    return cubin
+
+
+@cache
+def _hash_of_tests() -> str:
+    """Of the files that kernels of tests are made of."""
+    folders = Path(__file__).parent, Path(__file__).parents[1] / "compile"
+    files = sorted(path for folder in folders for path in folder.glob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
 def start(program, directory, **variables):

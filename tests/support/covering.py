@@ -1,20 +1,51 @@
-"""Covering sets: of a large table of cases some, in which all that counts still occurs.
+"""How much runs: of all tests some, and of large tables of cases covering sets.
+
+| run | which |
+|---|---|
+| `make test` | all faults of `test_broken_*` and its like, and of each table some cases |
+| NUMFLASH_TEST_ALL=1, as CI does | all tests, covering sets of tables: many minutes |
+| NUMFLASH_TEST_FULL=1 | whole tables: hours |
 
 A fault that no single choice shows takes two that meet: a mask and an implementation, a feature
-and a dtype. `covering` keeps of a table rows in which each such pair occurs, or each choice; the
-whole table runs with NUMFLASH_TEST_FULL=1.
+and a dtype. `covering` keeps of a table rows in which each such pair occurs, or each choice.
+`some` and `thorough` say which tests are left to CI.
 """
 
 from collections.abc import Callable, Hashable, Iterable
 from itertools import chain, combinations
 from typing import TypeVar
 
+import pytest
+
 from numflash.runtime.switches import is_on
 
 FULL = is_on("NUMFLASH_TEST_FULL")
 """Whether tests run whole tables."""
 
+ALL = FULL or is_on("NUMFLASH_TEST_ALL")
+"""Whether all tests run."""
+
+thorough = pytest.mark.thorough
+"""On a test that runs only where all do: `tests/conftest.py` deselects it elsewhere."""
+
 Row = TypeVar("Row")
+
+
+def some(rows: Iterable[Row], *kept: Row, every: int = 0, all_rows: bool = ALL) -> list[Row]:
+    """All rows where all tests run; elsewhere those that are named, or of so many the first.
+
+    Args:
+        rows: cases of a test, or their names.
+        kept: which of them always run, each of which must be there.
+        every: n to keep each n-th, from the first on.
+        all_rows: whether to return all of them.
+    """
+    rows = list(rows)
+    if unknown := [row for row in kept if row not in rows]:
+        raise ValueError(f"kept must be among the rows, and {unknown} are not")
+    if all_rows:
+        return rows
+    return [row for n, row in enumerate(rows) if row in kept or (every and n % every == 0)]
 
 
 def covering(

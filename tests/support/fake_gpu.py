@@ -1,8 +1,8 @@
-"""A GPU that exists only as metadata: stand-ins for CuPy, PyTorch and the CUDA driver.
+"""A GPU that exists only as metadata: a stand-in for the CUDA driver, and machines that have it.
 
-Arrays have addresses, shapes and strides but no memory. The driver records what it is asked to do
-and reads the arguments of a launch where a real driver would. It knows only the calls that a
-launch may make: anything else, above all a synchronisation, is an AttributeError.
+Its arrays are those of `fake_arrays`. The driver records what it is asked to do and reads the
+arguments of a launch where a real driver would. It knows only the calls that a launch may make:
+anything else, above all a synchronisation, is an AttributeError.
 """
 
 import ctypes
@@ -12,9 +12,6 @@ import types
 from functools import cache
 from typing import NamedTuple
 
-import ml_dtypes
-import numpy as np
-
 from numflash.api import plans
 from numflash.calls import fp8_sources, launch, quantization, ready
 from numflash.kernels.factories import make_kernel
@@ -22,252 +19,17 @@ from numflash.machine_code.compiler import Cubin, letter_of
 from numflash.runtime import arrays, driver
 from numflash.selection import choice as selection
 from numflash.selection import spills
+from tests.support.fake_arrays import (
+    DTYPES,
+    CuPyArray,
+    Memory,
+    contiguous,
+    fake_cupy,
+    fake_torch,
+)
 
-_DTYPES = {
-    "float16": np.dtype(np.float16),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "float32": np.dtype(np.float32),
-    "float64": np.dtype(np.float64),
-    "int32": np.dtype(np.int32),
-    "int64": np.dtype(np.int64),
-    "uint64": np.dtype(np.uint64),
-    "uint8": np.dtype(np.uint8),
-    "bool": np.dtype(np.bool_),
-}
-_ALLOCATION = 512
 B, SQ, SK, H, HKV, D, DV = 2, 100, 70, 4, 2, 64, 96
 """Sizes of the arrays that most tests take."""
-
-
-def _contiguous(shape, itemsize):
-    strides = []
-    for extent in reversed(shape):
-        strides.append(itemsize)
-        itemsize *= max(extent, 1)
-    return tuple(reversed(strides)), itemsize
-
-
-class Memory:
-    """Hands out addresses, aligned as CUDA allocators align them."""
-
-    def __init__(self):
-        self.next = 0x7F00_0000_0000
-
-    def take(self, n_bytes: int) -> int:
-        """The address of a new allocation."""
-        address = self.next
-        self.next += -(-n_bytes // _ALLOCATION) * _ALLOCATION + _ALLOCATION
-        return address
-
-
-class _Pointer:
-    __slots__ = ("device_id", "ptr")
-
-    def __init__(self, ptr, device_id):
-        self.ptr, self.device_id = ptr, device_id
-
-
-class CuPyArray:
-    """A CuPy array, as far as numflash reads it. Strides are in bytes."""
-
-    __slots__ = ("data", "dtype", "shape", "strides")
-
-    def __init__(self, shape, dtype, pointer, strides=None, device=0):
-        self.shape, self.dtype = tuple(shape), dtype
-        self.strides = strides or _contiguous(self.shape, dtype.itemsize)[0]
-        self.data = _Pointer(pointer, device)
-
-    def __getitem__(self, index):
-        ghost = np.lib.stride_tricks.as_strided(np.empty(1, self.dtype), self.shape, self.strides)
-        return self._seen_as(ghost, ghost[index])
-
-    def transpose(self, *axes):
-        """A view with permuted axes."""
-        ghost = np.lib.stride_tricks.as_strided(np.empty(1, self.dtype), self.shape, self.strides)
-        return self._seen_as(ghost, ghost.transpose(*axes))
-
-    def _seen_as(self, whole, part):
-        begins = [array.__array_interface__["data"][0] for array in (whole, part)]
-        pointer = self.data.ptr + begins[1] - begins[0]
-        return CuPyArray(part.shape, self.dtype, pointer, part.strides, self.data.device_id)
-
-
-CuPyArray.__module__ = "cupy"
-
-
-def fake_cupy(memory: Memory) -> types.ModuleType:
-    """A module `cupy`.
-
-    `cupy.current` holds the current device and stream; `cupy.allocations` the (stream, device) on
-    which each array was allocated.
-    """
-    cupy = types.ModuleType("cupy")
-    cupy.current = types.SimpleNamespace(device=0, stream=0x5000)
-    cupy.allocations = []
-    cupy.ndarray = CuPyArray
-
-    def empty(shape, dtype):
-        strides, n_bytes = _contiguous(shape, dtype.itemsize)
-        cupy.allocations.append((cupy.current.stream, cupy.current.device))
-        return CuPyArray(shape, dtype, memory.take(n_bytes), strides, cupy.current.device)
-
-    class Device:
-        def __init__(self, device):
-            self.device = device
-
-        def __enter__(self):
-            self.before, cupy.current.device = cupy.current.device, self.device
-
-        def __exit__(self, *_):
-            cupy.current.device = self.before
-
-    class ExternalStream:
-        def __init__(self, ptr, device_id=-1):
-            self.ptr, self.device_id = ptr, device_id
-
-        def __enter__(self):
-            if self.device_id not in (-1, cupy.current.device):
-                raise RuntimeError("the stream's device does not match the current device")
-            self.before, cupy.current.stream = cupy.current.stream, self.ptr
-
-        def __exit__(self, *_):
-            cupy.current.stream = self.before
-
-    def ascontiguousarray(array):
-        if array.data.device_id != cupy.current.device:
-            raise RuntimeError("the array's device does not match the current device")
-        return empty(array.shape, array.dtype)
-
-    cupy.empty, cupy.ascontiguousarray = empty, ascontiguousarray
-
-    def from_dlpack(array):
-        with Device(array.__dlpack_device__()[1]):
-            return array.__dlpack__()
-
-    cupy.from_dlpack = from_dlpack
-    cupy.asarray = lambda array: array.as_cupy
-    cupy.cuda = types.SimpleNamespace(
-        runtime=types.SimpleNamespace(getDevice=lambda: cupy.current.device),
-        get_current_stream=lambda device: ExternalStream(cupy.current.stream, device),
-        Device=Device,
-        ExternalStream=ExternalStream,
-    )
-    return cupy
-
-
-class Exchange(NamedTuple):
-    """When an array went from one library to another, and what CuPy's current stream was then."""
-
-    kind: str
-    stream: int
-    device: int
-    launches: int
-
-
-class ForeignArray:
-    """An array that speaks DLPack only. `log` takes an `Exchange` each time."""
-
-    def __init__(self, seen: CuPyArray, gpu: "Gpu", log: list):
-        self.seen, self.gpu, self.log = seen, gpu, log
-
-    def _note(self, kind: str) -> None:
-        current = self.gpu.cupy.current
-        launches = len(self.gpu.driver.launches)
-        self.log.append(Exchange(kind, current.stream, current.device, launches))
-
-    def __dlpack_device__(self):
-        return 2, self.seen.data.device_id
-
-    def __dlpack__(self):
-        self._note("taken")
-        return self.seen
-
-    def __array_namespace__(self):
-        return self
-
-    def from_dlpack(self, array):
-        self._note("given")
-        return ForeignArray(array, self.gpu, self.log)
-
-
-def fake_torch(memory: Memory) -> types.ModuleType:
-    """A module `torch`, whose tensors are contiguous.
-
-    `torch.current_stream` is an address; `torch.allocations` as those of `fake_cupy`;
-    `torch.grad_enabled` is whether gradients are recorded.
-    """
-    torch = types.ModuleType("torch")
-    torch.grad_enabled = True
-    torch.is_grad_enabled = lambda: torch.grad_enabled
-    torch.current_stream, torch.allocations = 0x6000, []
-
-    class DType:
-        def __init__(self, name):
-            self.name = name
-
-        def __repr__(self):
-            return f"torch.{self.name}"
-
-    class Device:
-        def __init__(self, kind, index=None):
-            self.type, self.index = kind, index
-
-        def __repr__(self):
-            return self.type if self.index is None else f"{self.type}:{self.index}"
-
-        def __eq__(self, other):
-            return repr(self) == repr(other)
-
-        def __hash__(self):
-            return hash((self.type, self.index))
-
-    class Tensor:
-        requires_grad = False
-
-        def __init__(self, shape, dtype, device):
-            self.shape, self.dtype, self.device = tuple(shape), dtype, device
-            self.is_cuda = device.type == "cuda"
-            itemsize = _DTYPES[dtype.name].itemsize
-            strides, n_bytes = _contiguous(self.shape, itemsize)
-            self._strides = tuple(stride // itemsize for stride in strides)
-            self._pointer = memory.take(n_bytes)
-
-        def data_ptr(self):
-            return self._pointer
-
-        def stride(self):
-            return self._strides
-
-        def __array__(self, *_, **__):
-            raise AssertionError("a CUDA tensor was asked for its contents")
-
-    def empty(shape, *, dtype, device):
-        torch.allocations.append((torch.current_stream, device.index))
-        return Tensor(shape, dtype, device)
-
-    class ExternalStream:
-        def __init__(self, address, device=None):
-            self.cuda_stream = address
-
-    class StreamContext:
-        def __init__(self, stream):
-            self.stream = stream
-
-        def __enter__(self):
-            self.before, torch.current_stream = torch.current_stream, self.stream.cuda_stream
-
-        def __exit__(self, *_):
-            torch.current_stream = self.before
-
-    for name in _DTYPES:
-        setattr(torch, name, DType(name))
-    torch.Tensor, torch.device, torch.empty = Tensor, Device, empty
-    torch.cuda = types.SimpleNamespace(
-        current_stream=lambda device: ExternalStream(torch.current_stream, device),
-        ExternalStream=ExternalStream,
-        stream=StreamContext,
-    )
-    return torch
 
 
 class Status(int):
@@ -299,6 +61,16 @@ class EncodedMap(NamedTuple):
     out_of_bounds: int
 
 
+class MemorySet(NamedTuple):
+    """A request to set `count` elements of `itemsize` bytes to a number."""
+
+    pointer: int
+    value: int
+    count: int
+    itemsize: int
+    stream: int
+
+
 _ENCODE = ctypes.CFUNCTYPE(
     ctypes.c_int,
     ctypes.c_void_p,
@@ -322,6 +94,7 @@ class Driver:
         device: the current device, or None without a current context.
         launch_status: what cuLaunchKernel answers.
         maps: one `EncodedMap` for each call of cuTensorMapEncodeTiled.
+        sets: one `MemorySet` for each call of cuMemsetD8Async and cuMemsetD32Async.
         encode_status: what cuTensorMapEncodeTiled answers.
         load_status: what cuFuncLoad answers.
         loaded: (kernel, device) of what was loaded.
@@ -349,6 +122,7 @@ class Driver:
         }
         self.device, self.put_aside, self.launch_status = 0, [], OK
         self.calls, self.launches, self.kernels, self.maps = [], [], [], []
+        self.sets = []
         self.encode_status, self.encode = 0, _ENCODE(self._encode)
         self.load_status, self.loaded, self.loaded_lazily = OK, set(), []
 
@@ -415,6 +189,20 @@ class Driver:
         ctypes.memset(target, 0xEE, 128)
         ctypes.c_uint64.from_address(target).value = len(self.maps) - 1
         return self.encode_status
+
+    def cuMemsetD8Async(self, pointer, value, count, stream):
+        return self._set(pointer, value, count, 1, stream)
+
+    def cuMemsetD32Async(self, pointer, value, count, stream):
+        return self._set(pointer, value, count, 4, stream)
+
+    def _set(self, pointer, value, count, itemsize, stream):
+        assert 0 <= value < 256**itemsize
+        assert pointer % itemsize == 0
+        assert self.device is not None
+        self.calls.append(("cuMemsetAsync", itemsize))
+        self.sets.append(MemorySet(pointer, value, count, itemsize, stream))
+        return (OK,)
 
     def cuLaunchKernel(self, function, *rest):
         *geometry, stream, parameters, extra = rest
@@ -502,8 +290,8 @@ class Gpu:
 
     def array(self, shape, dtype="float16", device=0, offset_bytes=0) -> CuPyArray:
         """A contiguous CuPy array, `offset_bytes` behind an aligned address."""
-        dtype = _DTYPES[dtype]
-        n_bytes = _contiguous(shape, dtype.itemsize)[1] + offset_bytes
+        dtype = DTYPES[dtype]
+        n_bytes = contiguous(shape, dtype.itemsize)[1] + offset_bytes
         return CuPyArray(shape, dtype, self.memory.take(n_bytes) + offset_bytes, device=device)
 
     def tensor(self, shape, dtype="float16", device=("cuda", 0)):
@@ -511,11 +299,15 @@ class Gpu:
         return self.torch.Tensor(shape, getattr(self.torch, dtype), self.torch.device(*device))
 
 
-def install(monkeypatch, capability=(7, 5), num_sms=40, l2_bytes=4 * 2**20) -> Gpu:
-    """Put a fake machine, a T4 unless told otherwise, under numflash for one test."""
+def install(monkeypatch, capability=(7, 5), num_sms=40, l2_bytes=4 * 2**20, own_torch=True) -> Gpu:
+    """Put a fake machine, a T4 unless told otherwise, under numflash for one test.
+
+    Without `own_torch` the real PyTorch stays: `torch_devices` puts its tensors onto the machine.
+    """
     gpu = Gpu(capability, num_sms, l2_bytes)
     monkeypatch.setitem(sys.modules, "cupy", gpu.cupy)
-    monkeypatch.setitem(sys.modules, "torch", gpu.torch)
+    if own_torch:
+        monkeypatch.setitem(sys.modules, "torch", gpu.torch)
     for module in (driver, launch):
         monkeypatch.setattr(module, "open_driver", lambda: gpu.driver)
     monkeypatch.setattr(launch, "get_cubin", fake_get_cubin)

@@ -175,8 +175,10 @@ def load(modules: Iterable[str], faulty: str, fault, monkeypatch) -> ModuleType:
     sources = {name: source_of(name) for name in dict.fromkeys(modules)}
     for name, source in sources.items():
         changed = ModuleType(name)
-        changed.__package__ = name.rpartition(".")[0]
+        changed.__package__, _, last = name.rpartition(".")
         text = fault.apply(source) if name == faulty else source
+        # `from package import module` reads the package's attribute, not `sys.modules`.
         monkeypatch.setitem(sys.modules, name, changed)
+        monkeypatch.setattr(sys.modules[changed.__package__], last, changed)
         exec(compile(text, f"{name} with a fault", "exec"), changed.__dict__)
     return changed

@@ -14,6 +14,7 @@ from numflash.ptx import (
     mov_nctaid_x,
     mov_shared_address,
     stmatrix_x4,
+    stmatrix_x4_trans,
     u32,
     u64,
 )
@@ -89,17 +90,21 @@ def _addresses(x: Pointer(u32), y: Pointer(u32)):
     y[2 * t + 1] = mov_shared_address(smem, 0) & u32(1023)
 
 
-def _store_matrices(x: Pointer(u32), rows: Pointer(u32), y: Pointer(u32)):
+def _store_matrices(instruction):
     """Each thread names the row that `rows` tells it."""
-    smem = cuda.shared.array(0, u32, alignment=16)
-    frag = cuda.local.array(4, u32)
-    t = cuda.threadIdx.x
-    for i in range(4):
-        frag[i] = x[4 * t + i]
-    stmatrix_x4(smem, 4 * rows[t], frag)
-    cuda.syncthreads()
-    for i in range(4):
-        y[4 * t + i] = smem[4 * t + i]
+
+    def store(x: Pointer(u32), rows: Pointer(u32), y: Pointer(u32)):
+        smem = cuda.shared.array(0, u32, alignment=16)
+        frag = cuda.local.array(4, u32)
+        t = cuda.threadIdx.x
+        for i in range(4):
+            frag[i] = x[4 * t + i]
+        instruction(smem, 4 * rows[t], frag)
+        cuda.syncthreads()
+        for i in range(4):
+            y[4 * t + i] = smem[4 * t + i]
+
+    return store
 
 
 def _grid_size(x: Pointer(u32), y: Pointer(u32)):
@@ -157,12 +162,15 @@ def _cases() -> list[InstructionCase]:
             2 * THREADS,
             smem_bytes=1024,
         ),
-        _case(
-            "stmatrix_x4",
-            _store_matrices,
-            (_words(4 * THREADS), matrices),
-            4 * THREADS,
-            smem_bytes=16 * THREADS,
+        *(
+            _case(
+                instruction.__name__,
+                _store_matrices(instruction),
+                (_words(4 * THREADS), matrices),
+                4 * THREADS,
+                smem_bytes=16 * THREADS,
+            )
+            for instruction in (stmatrix_x4, stmatrix_x4_trans)
         ),
         _case("mov_nctaid_x", _grid_size, (_words(THREADS),), THREADS),
     ]

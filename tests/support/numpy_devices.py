@@ -57,6 +57,9 @@ class NumpyDevice:
     def normal(self, shape, dtype, seed):
         return np.random.default_rng(seed).standard_normal(shape, np.float32).astype(dtype)
 
+    def upload(self, array):
+        return array
+
     def round_to(self, dtype):
         return lambda x: x.astype(dtype).astype(np.float32)
 

@@ -4,7 +4,8 @@ from collections import namedtuple
 
 import numpy as np
 
-from numflash.functions.program import Number, Program
+from numflash.functions.arrays import Number
+from numflash.functions.program import Program
 from numflash.kernels.arguments import STORAGE
 from numflash.kernels.kernel import Kernel
 from numflash.ptx import cuda, f32, i32, i64
@@ -37,7 +38,8 @@ def kernel_of(
     offset, each of `shape`.
     """
     program, functions = Program.parse(text), make_program(text, with_partials)
-    known_of_head, score, keep, partials, far_score, far_keep = functions
+    known_of_head, score, keep, partials = functions[:4]
+    far_score, far_keep = functions.score_by_distance, functions.keep_by_distance
     _, heads, rows, columns = shape
     given_type = given_of(program)
 

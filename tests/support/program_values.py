@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from numflash.functions.arrays import Number
 from numflash.functions.nodes import Node, order
-from numflash.functions.program import Number
 
 _BINARY = {
     "add": np.add,

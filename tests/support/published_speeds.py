@@ -16,10 +16,12 @@ tokens, heads x head_dim = 2048); FlashAttention-2's paper (A100); gpu-mode/ring
 
 import heapq
 from dataclasses import dataclass, replace
+from functools import cache
 from unittest import mock
 
-from numflash.configs import parse_config
+from numflash.configs import mma_rules, parse_config
 from numflash.problem.classes import ProblemClass
+from tests.support import published_gradients
 from tuner import model
 from tuner.model import prediction
 from tuner.space import machines
@@ -182,6 +184,14 @@ def forward_of_wgmma() -> list[Point]:
     return points
 
 
+def _preferred_of_mma(problem: ProblemClass, limits):
+    """The config that would run by rule if there were no `wgmma`."""
+    for config in mma_rules.candidates(problem.family, "sm80"):
+        if mma_rules.misfit(config, problem.traits, limits, problem.seqlen_q, 8) is None:
+            return config
+    raise LookupError(f"no config of mma for {problem}")
+
+
 def gradients() -> list[Point]:
     """FlashAttention-2's backward of five products; ours, in two kernels, have seven."""
     h100, points = machines.find("H100"), []
@@ -190,12 +200,30 @@ def gradients() -> list[Point]:
             ms = {}
             for family in ("backward-dq", "backward-dkdv", "delta"):
                 problem = problem_class(d, "full", s, family)
-                ms[family] = _estimate(h100, problem, str(Space(problem, h100).default))
+                config = Space(problem, h100).default
+                if family != "delta":
+                    config = _preferred_of_mma(problem, h100.limits)
+                ms[family] = _estimate(h100, problem, str(config))
             predicted = (ms["backward-dq"] + ms["backward-dkdv"]) * 5 / 7 + ms["delta"]
             published = 2.5 * _published_ms(problem_class(d, "full", s), speed)
             name = f"FlashAttention-2, H100, gradients, head_dim {d}, {s} tokens"
             points.append(Point(name, "sm80 backward", published, predicted, False))
     return points
+
+
+def gradients_of_wgmma() -> list[Point]:
+    """Those of `published_gradients`, but for three of kernels that ours have no like of."""
+    return [
+        Point(
+            f"{each.who}, {each.gpu}, gradients, {each.shape}",
+            "sm90 backward",
+            published_gradients.published_ms(each),
+            published_gradients.predicted_ms(each),
+            each.fits,
+        )
+        for each in published_gradients.PUBLISHED
+        if each not in published_gradients.UNLIKE_OURS
+    ]
 
 
 def decoding() -> list[Point]:
@@ -212,6 +240,13 @@ def decoding() -> list[Point]:
     return points
 
 
+@cache
 def points() -> list[Point]:
     """All of them."""
-    return [*forward_of_mma(), *forward_of_wgmma(), *gradients(), *decoding()]
+    return [
+        *forward_of_mma(),
+        *forward_of_wgmma(),
+        *gradients(),
+        *gradients_of_wgmma(),
+        *decoding(),
+    ]

@@ -174,8 +174,8 @@ def _overwrite(product: Product):
     return kernel
 
 
-def d_register(row: int, column: int) -> tuple[int, int]:
-    """Thread and register of an element of d. PTX ISA 9.7.15.5.1.1, figure of D."""
+def d_register(row, column) -> tuple:
+    """Thread and register of elements of d. PTX ISA 9.7.15.5.1.1, figure of D."""
     warp, in_warp = divmod(row, 16)
     upper, group = divmod(in_warp, 8)
     eighth, within = divmod(column, 8)
@@ -185,8 +185,7 @@ def d_register(row: int, column: int) -> tuple[int, int]:
 def registers_of_d(matrix: np.ndarray) -> np.ndarray:
     """The accumulator registers of 128 threads that hold a matrix."""
     result = np.empty((THREADS, matrix.shape[1] // 2), np.float32)
-    for (row, column), value in np.ndenumerate(matrix):
-        result[d_register(row, column)] = value
+    result[d_register(*np.indices(matrix.shape))] = matrix
     return result.ravel()
 
 
@@ -195,12 +194,12 @@ def _registers_of_a(product: Product, matrix: np.ndarray) -> np.ndarray:
     item = product.k // product.steps // 8  # elements of a register
     codes = matrix.astype(ELEMENTS[product.dtype])
     result = np.empty((THREADS, product.steps, 4, item), codes.dtype)
-    for (row, column), code in np.ndenumerate(codes):
-        warp, in_warp = divmod(row, 16)
-        step, within = divmod(column, 8 * item)
-        half, within = divmod(within, 4 * item)
-        thread = 32 * warp + 4 * (in_warp % 8) + within // item
-        result[thread, step, in_warp // 8 + 2 * half, within % item] = code
+    row, column = np.indices(codes.shape)
+    warp, in_warp = divmod(row, 16)
+    step, within = divmod(column, 8 * item)
+    half, within = divmod(within, 4 * item)
+    thread = 32 * warp + 4 * (in_warp % 8) + within // item
+    result[thread, step, in_warp // 8 + 2 * half, within % item] = codes
     return result.view(np.uint32).ravel()
 
 

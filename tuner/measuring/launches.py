@@ -9,6 +9,7 @@ from numflash.calls.backward import Backward
 from numflash.calls.forward import Forward
 from numflash.configs.features import rows_of
 from numflash.problem.options import ARRAY_OPTIONS, AttentionOptions
+from numflash.reference.varlen import has_lengths
 from numflash.runtime.arrays import library_of
 
 from . import representative
@@ -35,17 +36,31 @@ def make_arrays(device: Device, family: str, call: Call, seed: int) -> dict[str,
         array = device.empty(shape, call.dtype)
         array = array if call.is_aligned else array[..., -call.shapes[name][-1] :]
         device.fill_normal(array, seed + i)
+        if call.is_packed:
+            array = array[0]
+        elif call.page_size and name in ("k", "v"):
+            array = array.reshape(-1, call.page_size, *array.shape[2:])
         arrays[name] = array
     for row in rows_of(call.features):
         if row.is_array:
             arrays[row.option] = device.upload(row.example(call.num_heads_q))
-    return arrays
+    return arrays | {name: device.upload(x) for name, x in call.of_sequences().items()}
 
 
 def options_of(call: Call, arrays: dict[str, Any]) -> dict[str, Any]:
     """The options of a call, arrays included."""
     given = {name: arrays[name] for name in ARRAY_OPTIONS if name in arrays}
     return {**call.options, **given}
+
+
+def forward_results(call: Call, arrays: dict[str, Any]) -> dict[str, Any]:
+    """`out` and `lse` of a call, which a backward reads."""
+    options, run = options_of(call, arrays), numflash.attention
+    if call.is_packed:
+        run = numflash.attention_varlen
+        options = {name: x for name, x in options.items() if name != "layout"}
+    out, lse = run(*(arrays[name] for name in "qkv"), return_lse=True, **options)
+    return {"out": out, "lse": lse}
 
 
 def bind(family: str, config: str, call: Call, arrays: dict[str, Any]) -> Callable[[], Any]:
@@ -81,7 +96,8 @@ def forced(family: str, config: str, q, k, v, options: dict) -> dict[str, Any]:
     if family != "combine":
         return {family: config}
     forward = numflash.explain_dispatch(q, k, v, **options).forward
-    if not forward.has_geometry:
+    never = has_lengths(options) and forward.implementation.needs_maps
+    if never or not forward.has_geometry:
         raise RefusedError("invalid", f"the forward {forward.config} does not split its keys")
     parts = max(2, forward.config.num_splits)
     return {"forward": replace(forward.config, num_splits=parts), family: config}

@@ -4,16 +4,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from numflash.configs.features import rows_of
 from numflash.problem.classes import ProblemClass
+from numflash.problem.options import PACKED
 from numflash.selection.geometry import PACKED_SEQLEN
+
+from ..lengths import Sequences, heads_of, room_of_pages, sequences_of
 
 CHECK_SEQLENS = (113, 257)
 """(seqlen_q, seqlen_k) that no tile divides."""
 FORWARD = ("forward", "combine")
 BACKWARD = ("backward-dkdv", "backward-dq", "backward")
-_HEADS = 32
 _CHECKED_WINDOW = 64
+_PAGES_SEED = 1
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,9 @@ class Call:
         is_aligned: rows are 16-byte aligned.
         features: names of those that the call asks for; arrays are made with the others.
         options: the other options of `numflash.attention`, without config.
+        sequences: of a class whose lengths lie on the device, else None. Then seqlen_q and
+            seqlen_k are means, or with pages what there is room for.
+        page_size: keys of a page that K and V lie in; 0: they lie in none.
     """
 
     batch: int
@@ -39,20 +47,47 @@ class Call:
     is_aligned: bool
     features: tuple[str, ...]
     options: Mapping[str, Any]
+    sequences: Sequences | None = None
+    page_size: int = 0
 
     @property
     def shapes(self) -> dict[str, tuple[int, int, int, int]]:
-        """(batch, seqlen, heads, head_dim) of q, k, v and dout."""
+        """(batch, seqlen, heads, head_dim) of q, k, v and dout; packed, batch is 1."""
         q, k = (
             (self.batch, self.seqlen_q, self.num_heads_q),
             (self.batch, self.seqlen_k, self.num_heads_kv),
         )
+        if self.is_packed:
+            q = 1, sum(self.sequences.seqlens_q), self.num_heads_q
+            k = 1, sum(self.sequences.seqlens_k), self.num_heads_kv
         return {
             "q": (*q, self.head_dim),
             "k": (*k, self.head_dim),
             "v": (*k, self.head_dim_v),
             "dout": (*q, self.head_dim_v),
         }
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether its arrays are (tokens, heads, head_dim)."""
+        return self.sequences is not None and not self.page_size
+
+    def of_sequences(self) -> dict[str, np.ndarray]:
+        """The arrays that say where its sequences lie, by option; pages in any order."""
+        if self.sequences is None:
+            return {}
+        lengths = {
+            side: np.array(x, np.int32) for side, x in zip("qk", self.sequences, strict=True)
+        }
+        if not self.page_size:
+            return {
+                f"cu_seqlens_{side}": np.concatenate([[0], np.cumsum(x)]).astype(np.int32)
+                for side, x in lengths.items()
+            }
+        width = self.seqlen_k // self.page_size
+        pages = np.random.default_rng(_PAGES_SEED).permutation(self.batch * width)
+        table = pages.reshape(self.batch, width).astype(np.int32)
+        return {"seqlens_k": lengths["k"], "page_table": table}
 
     def num_bytes(self, family: str) -> int:
         """Memory of the inputs and results; of the gradients too if the family makes them."""
@@ -67,6 +102,10 @@ class Call:
 
     def multiply_adds(self, window: int | None) -> int:
         """Multiply-adds of a forward whose queries each see all keys, or a window of them."""
+        if self.sequences is not None:
+            pairs = zip(*self.sequences, strict=True)
+            scores = sum(q * (k if window is None else min(k, window)) for q, k in pairs)
+            return self.num_heads_q * scores * self.head_dims
         keys = self.seqlen_k if window is None else min(self.seqlen_k, window)
         return self.batch * self.num_heads_q * self.seqlen_q * keys * self.head_dims
 
@@ -92,13 +131,11 @@ def timed(problem: ProblemClass, batch_heads: int | None = None) -> Call:
         raise ValueError(
             f"batch_heads must be a multiple of the group size, {group}, got {batch_heads}"
         )
-    choices = range(group, max(group, min(batch_heads, _HEADS)) + 1, group)
-    heads = max(n for n in choices if batch_heads % n == 0)
-    traits = problem.traits
+    heads, traits = heads_of(problem, batch_heads), problem.traits
     return Call(
         batch_heads // heads,
         problem.seqlen_q,
-        problem.seqlen_k,
+        room_of_pages(problem) if problem.page_size else problem.seqlen_k,
         heads,
         heads // group,
         traits.head_dim,
@@ -107,6 +144,8 @@ def timed(problem: ProblemClass, batch_heads: int | None = None) -> Call:
         traits.vectorized,
         traits.features,
         _options(problem, problem.seqlen_k, problem.window),
+        sequences_of(problem, batch_heads) if traits.ragged else None,
+        problem.page_size,
     )
 
 
@@ -148,11 +187,19 @@ def checked(problem: ProblemClass, seqlens: tuple[int, int] = CHECK_SEQLENS) -> 
     window = None if problem.window is None else min(problem.window, _CHECKED_WINDOW)
     # Whole vectors are left out where rows must stay aligned.
     padding = (4 if problem.traits.dtype == "float32" else 8) if problem.traits.vectorized else 3
+    sequences, room, page_size = None, seqlen_k, problem.page_size
+    if problem.traits.ragged:
+        # One as the others, one without keys, and a short one.
+        seqlens_q = (seqlen_q,) * 3 if page_size else (seqlen_q, 1, max(1, seqlen_q // 3))
+        sequences = Sequences(seqlens_q, (seqlen_k, 0, max(1, seqlen_k // 5)))
+    if page_size:
+        room = -(-seqlen_k // page_size) * page_size
     return replace(
         timed(replace(problem, batch_heads=2 * group, group_size=group)),
-        batch=1,
+        batch=1 if sequences is None else len(sequences.seqlens_k),
         seqlen_q=seqlen_q,
-        seqlen_k=seqlen_k,
+        seqlen_k=room,
+        sequences=sequences,
         num_heads_q=2 * group,
         num_heads_kv=2,
         head_dim=problem.traits.head_dim - padding,
@@ -175,4 +222,6 @@ def _options(problem: ProblemClass, seqlen_k: int, window: int | None) -> dict[s
         options |= {each.name: each.example for each in row.beside}
     if problem.traits.tf32:
         options["precision"] = "tf32"
+    if problem.traits.ragged and not problem.page_size:
+        options["layout"] = PACKED
     return options

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import numflash
 from numflash.api.check import check
 from numflash.machine_code.compiler import get_cubin
 from numflash.problem.classes import ProblemClass
@@ -20,7 +19,7 @@ from . import channel as channels
 from . import representative
 from .channel import Channel
 from .gpu import Device, open_gpu
-from .launches import RefusedError, bind, forced, make_arrays, options_of
+from .launches import RefusedError, bind, forced, forward_results, make_arrays, options_of
 from .representative import CHECK_SEQLENS, Call
 
 _MEMORY_SHARE = 0.35
@@ -120,10 +119,7 @@ class Worker:
             call = representative.fitting(problem, num_bytes, _CALL_SECONDS * rate * num_sms)
             arrays = make_arrays(self.device, problem.family, call, seed=1)
             if problem.family in representative.BACKWARD:
-                q, k, v = (arrays[name] for name in "qkv")
-                options = options_of(call, arrays)
-                out, lse = numflash.attention(q, k, v, return_lse=True, **options)
-                arrays |= {"out": out, "lse": lse}
+                arrays |= forward_results(call, arrays)
             self._inputs = (problem, call, arrays)
         return call
 

@@ -2,7 +2,8 @@
 
 `prediction` puts together what `counts` (instructions by formula), `machine_code` (instructions of
 a disassembly), `grid` (blocks and tiles of a problem) and `tuner.space.machines` know; `hopper`
-does so for the kernel whose warpgroups multiply asynchronously. `errors` holds the errors of all.
+and `hopper_backward` do so for kernels whose warpgroups multiply asynchronously. `errors` holds
+the errors of all.
 """
 
 from dataclasses import replace
@@ -15,7 +16,7 @@ from numflash.problem.classes import ProblemClass
 
 from ..records import ResourceUsage
 from ..space.machines import Machine
-from . import hopper, prediction
+from . import hopper, hopper_backward, prediction
 from .errors import gain_needed
 from .machine_code import MachineCode
 from .prediction import Prediction, floor_ms, multiply_adds
@@ -57,8 +58,7 @@ def predict(
     Raises:
         ValueError: not even one block fits on an SM, or its tensor cores have no such product.
     """
-    module = hopper if implementation_of(config).needs_maps else prediction
-    return module.predict(machine, problem, config, resources, code)
+    return _module_of(config).predict(machine, problem, config, resources, code)
 
 
 def estimate(machine: Machine, problem: ProblemClass, config: Config) -> Prediction:
@@ -67,8 +67,7 @@ def estimate(machine: Machine, problem: ProblemClass, config: Config) -> Predict
     Raises:
         ValueError: as `predict`.
     """
-    module = hopper if implementation_of(config).needs_maps else prediction
-    return module.estimate(machine, problem, config)
+    return _module_of(config).estimate(machine, problem, config)
 
 
 def at_best(machine: Machine, problem: ProblemClass, config: Config) -> Prediction:
@@ -80,10 +79,16 @@ def at_best(machine: Machine, problem: ProblemClass, config: Config) -> Predicti
     Raises:
         ValueError: as `predict`.
     """
-    module = hopper if implementation_of(config).needs_maps else prediction
-    found = module.at_best(machine, problem, config)
+    found = _module_of(config).at_best(machine, problem, config)
     saved = CODE_SAVES.get(problem.family, CODE_SAVES_OF_OTHERS)
     return replace(found, ms=(1 - saved) * found.ms)
+
+
+def _module_of(config: Config):
+    """The part of the model that knows a config's kernel."""
+    if config.family in prediction.ROW_KERNELS or not implementation_of(config).needs_maps:
+        return prediction
+    return hopper if config.family == "forward" else hopper_backward
 
 
 @cache

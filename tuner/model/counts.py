@@ -18,7 +18,7 @@ _MMA = {"sm80": 16 * 8 * 16, "sm75": 16 * 8 * 8, "tf32": 16 * 8 * 8}
 # Instructions beside each 16-byte copy to shared memory, for its address and bounds: in the
 # docstring of `kernels.mma.forward`; in the portable kernels, which also convert, by disassembly.
 _COPY_FMA, _COPY_ALU = 2, 5
-_PORTABLE_COPY_FMA, _PORTABLE_COPY_ALU = 9, 11
+_PORTABLE_COPY_FMA, _PORTABLE_COPY_ALU = 9, 8
 # Instructions a score of the features, by disassembly.
 _OF_FEATURES = {
     "softcap": Counts(issued=16, special=2, fma=10, alu=4),

@@ -1,23 +1,31 @@
 """A kernel laid out over a problem: blocks, the tiles each visits, bytes of device memory.
 
-Tiles are counted as the kernels do, `tiles.blocks.tiles_seen`, for each
-row block. A problem class stands for the problem with its rounded sizes.
+Tiles are counted as the kernels do, `tiles.sequences.tiles_seen`, for each row block. A problem
+class stands for the problem with its rounded sizes. Of sequences with lengths of their own the
+tiles are those of the list that `numflash.reference.sequences` makes of the lengths that the class
+is measured with, `tuner.lengths`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 import numpy as np
 
-from numflash.configs import Config, MmaConfig, implementation_of
+from numflash.configs import Config, MmaConfig, Traits, implementation_of
 from numflash.problem.classes import ProblemClass
-from numflash.selection.geometry import PACKED_SEQLEN, heads_of_a_bundle
+from numflash.problem.sequences import HEADER_WORDS, NO_LIMIT, RECORD_WORDS, ListShape
+from numflash.reference.sequences import BEGIN, END, ENTRY, ENTRY_BITS, START, Extents, lists_of
+from numflash.selection.geometry import LEAST_STAGES, PACKED_SEQLEN, heads_of_a_bundle
 
+from ..lengths import sequences_of
 from ..space.machines import Machine
 
 _UNBOUNDED = 2**40
 _FLOAT_BYTES = 4
 _MANY_ROUNDS = 64
+_DENSE = Traits("float16", 32, 32)
+# More records than tiles that splits may make, all heads together: those of an H200, four a block.
+_SHARES = 4 * 132
 
 
 @dataclass(frozen=True)
@@ -60,12 +68,16 @@ class Grid:
         heads: how often those are launched.
         packed: query heads in the rows of a tile.
         splits: blocks that share one walk of the problem.
+        entries: sequences whose walks `walks` holds.
+        parts: float32 parts of a row of the result, on average; 0 where all rows are whole.
     """
 
     walks: Walks
     heads: int
     packed: int
     splits: int
+    entries: int = 1
+    parts: float = 0.0
 
     @property
     def blocks(self) -> int:
@@ -89,6 +101,12 @@ def band(problem: ProblemClass) -> tuple[int, int]:
 @lru_cache(maxsize=64)
 def visible_scores(problem: ProblemClass) -> int:
     """Scores that are not masked, over all heads."""
+    if problem.traits.ragged:
+        found, entries = 0, sequences_of(problem)
+        alone = replace(problem, traits=_DENSE, page_size=0, batch_heads=1, group_size=1)
+        for q, k in zip(*entries, strict=True):
+            found += visible_scores(replace(alone, seqlen_q=q, seqlen_k=k))
+        return found * (problem.batch_heads // len(entries.seqlens_q))
     low, high = band(problem)
     rows = np.arange(problem.seqlen_q)
     seen = np.minimum(problem.seqlen_k - 1, rows + high) - np.maximum(0, rows + low) + 1
@@ -96,7 +114,15 @@ def visible_scores(problem: ProblemClass) -> int:
 
 
 def lay(problem: ProblemClass, config: Config) -> Grid:
-    """The blocks of a tiled kernel."""
+    """The blocks of a tiled kernel.
+
+    Args:
+        problem: the class.
+        config: the kernel's, or of the same tiles; one without splits gives each row block of a
+            backward its own block.
+    """
+    if problem.traits.ragged:
+        return _lay_list(problem, config)
     heads, group = problem.batch_heads, problem.group_size
     low, high = band(problem)
     splits = getattr(config, "num_splits", 1)
@@ -105,19 +131,69 @@ def lay(problem: ProblemClass, config: Config) -> Grid:
         packed = heads_packed(problem, config)
         rows = problem.seqlen_q * packed
         walks = _walks(rows, problem.seqlen_k, *tiles, low, high, packed, 1, splits)
-        return Grid(walks, heads // packed, packed, splits)
+        return Grid(walks, heads // packed, packed, splits, parts=splits if splits > 1 else 0)
     rows = problem.seqlen_k
     walks = _walks(rows, problem.seqlen_q, *tiles, -high, -low, 1, group, 1)
-    if problem.family == "backward":
-        walks = _dealt(walks, splits)
+    apart, parts = 2 if getattr(config, "apart", False) else 1, 0
+    if problem.family == "backward" and hasattr(config, "num_splits"):
+        walks, parts = _dealt(walks, splits), splits
+    return Grid(walks, heads // group * apart, 1, splits, parts=parts)
+
+
+def _lay_list(problem: ProblemClass, config: Config) -> Grid:
+    """The blocks of a kernel that goes through a list of tiles."""
+    entries = len(sequences_of(problem).seqlens_q)
+    heads, tiles = problem.batch_heads // entries, (config.row_tile, config.column_tile)
+    if problem.family in ("forward", "backward-dq"):
+        packed = heads_packed(problem, config)
+        shares = 0
+        if getattr(config, "num_splits", 1) > 1:
+            shares = max(1, _SHARES * packed // heads)
+        walks, parts = _walks_of_list(problem, *tiles, packed, shares)
+        return Grid(walks, heads // packed, packed, 1, entries, parts)
+    walks, _ = _walks_of_list(problem, *tiles, 1, 0)
     apart = 2 if getattr(config, "apart", False) else 1
-    return Grid(walks, heads // group * apart, 1, splits)
+    return Grid(walks, heads // problem.group_size * apart, 1, 1, entries)
+
+
+@lru_cache(maxsize=1024)
+def _walks_of_list(
+    problem: ProblemClass, row_tile: int, column_tile: int, packed: int, shares: int
+) -> tuple[Walks, float]:
+    """The walks of one head through all sequences, and the parts of a row on average.
+
+    `shares` are the most records that splits may add; 0 does not split.
+    """
+    by_keys = problem.family not in ("forward", "backward-dq")
+    lo = -NO_LIMIT if problem.window is None else 1 - problem.window
+    hi = NO_LIMIT if problem.mask == "full" else 0
+    least = LEAST_STAGES if shares else 0
+    shape = ListShape(row_tile, column_tile, packed, by_keys, lo, hi, 1, least, shares)
+    lengths = [np.array(x, np.int64) for x in sequences_of(problem)]
+    lists = lists_of(*(Extents(np.cumsum(x) - x, x, False) for x in lengths), shape)
+    records = lists.tiles[HEADER_WORDS:].reshape(-1, RECORD_WORDS).astype(np.int64)
+    start, begin, end = (records[:, word] for word in (START, BEGIN, END))
+    found = np.maximum(0, end - begin)
+
+    # Tiles of which every row sees every column, as `_walks` counts them.
+    q, k = (x[records[:, ENTRY] & (2**ENTRY_BITS - 1)] for x in lengths)
+    lo, hi = lo + k - q, hi + k - q
+    own, columns = (k, q) if by_keys else (q, k)
+    low, high = (-hi, -lo) if by_keys else (lo, hi)
+    last = (np.minimum(start + row_tile, own * packed) - 1) // packed
+    whole_begin = np.maximum(begin, -(-(last + low) // column_tile))
+    whole_end = np.minimum(end, np.minimum(columns, start // packed + high + 1) // column_tile)
+    whole = np.clip(whole_end - whole_begin, 0, found)
+    repeats = problem.group_size if by_keys else 1
+    edges = float((found - whole).mean()) * repeats
+    in_parts = np.minimum(row_tile, own * packed - start)[lists.slots >= 0].sum()
+    parts = float(in_parts / max(1, int(lengths[by_keys].sum()) * packed))
+    return Walks(np.sort(found * repeats)[::-1], edges), parts
 
 
 def heads_packed(problem: ProblemClass, config: Config) -> int:
     """Query heads in the rows of a tile, by the rule of `geometry.rows_packed`."""
-    row = implementation_of(config)
-    if not row.has_tensor_cores or problem.family != "forward":
+    if problem.family != "forward" or not (row := implementation_of(config)).has_tensor_cores:
         return 1
     few = problem.seqlen_q <= PACKED_SEQLEN and problem.traits.of_a_head is None
     packed = problem.group_size if (few if config.packed is None else config.packed) else 1
@@ -143,7 +219,7 @@ def _walks(
     begin = np.maximum(0, first + low) // column_tile
     end = -(-np.minimum(columns, np.maximum(0, last + high + 1)) // column_tile)
     found = np.maximum(0, end - begin)
-    # Tiles of which every row sees every column, as `tiles.blocks.tiles_seen_whole` tells.
+    # Tiles of which every row sees every column, as `tiles.sequences.tiles_seen_whole` tells.
     whole_begin = np.maximum(begin, -(-(last + low) // column_tile))
     whole_end = np.minimum(columns, first + high + 1) // column_tile
     whole = np.clip(whole_end - whole_begin, 0, found)
@@ -154,6 +230,18 @@ def _walks(
         parts = np.clip(found[:, None] - share[:, None] * np.arange(splits), 0, share[:, None])
         found = parts.ravel()
     return Walks(np.sort(found)[::-1], edges)
+
+
+def walks_upwards(
+    problem: ProblemClass, row_tile: int, column_tile: int
+) -> tuple[tuple[int, int], ...]:
+    """(first tile of queries, behind the last) that each block of keys of a head visits."""
+    low, high = band(problem)
+    first = np.arange(0, problem.seqlen_k, row_tile)
+    last = np.minimum(first + row_tile, problem.seqlen_k) - 1
+    begin = np.maximum(0, first - high) // column_tile
+    end = -(-np.minimum(problem.seqlen_q, np.maximum(0, last - low + 1)) // column_tile)
+    return tuple(zip(begin.tolist(), np.maximum(begin, end).tolist(), strict=True))
 
 
 def _dealt(walks: Walks, splits: int) -> Walks:
@@ -168,6 +256,8 @@ def _dealt(walks: Walks, splits: int) -> Walks:
 def heads_in_flight(problem: ProblemClass, grid: Grid, config: MmaConfig, machine: Machine) -> int:
     """Heads of a forward whose blocks are interleaved, by the rule of `selection`."""
     in_flight = config.heads_in_flight
+    if problem.traits.ragged:
+        return grid.heads
     if not in_flight:
         traits = problem.traits
         columns = traits.head_dim + traits.head_dim_v
@@ -220,6 +310,10 @@ def io_bytes(problem: ProblemClass) -> int:
     traits = problem.traits
     queries = problem.batch_heads * problem.seqlen_q
     keys = problem.batch_heads // problem.group_size * problem.seqlen_k
+    if problem.page_size:
+        # Sequences do not fill the room that they have.
+        seqlens_k = sequences_of(problem).seqlens_k
+        keys = problem.batch_heads // problem.group_size * sum(seqlens_k) // len(seqlens_k)
     d, dv, size = traits.head_dim, traits.head_dim_v, traits.dtype_bytes
     rows, columns = queries * d * size, keys * (d + dv) * size
     if problem.family == "forward":
@@ -252,7 +346,7 @@ def memory_bytes(problem: ProblemClass, config: Config, grid: Grid, slots: int, 
     by_queries = problem.family in ("forward", "backward-dq")
     walked = problem.seqlen_k if by_queries else problem.seqlen_q * problem.group_size
     head_bytes = walked * d * size
-    row_blocks = len(grid.walks.tiles) / grid.splits
+    row_blocks = len(grid.walks.tiles) / grid.splits / grid.entries
     # Blocks that read the same keys (or queries) follow each other, unless heads are interleaved.
     readers = row_blocks * grid.splits * (problem.group_size // grid.packed if by_queries else 1)
     at_once = slots / max(1.0, readers)
@@ -264,7 +358,8 @@ def memory_bytes(problem: ProblemClass, config: Config, grid: Grid, slots: int, 
     waves = 1.0
     if at_once * head_bytes > l2:
         waves = max(1.0, at_once * readers / slots)
-    share = grid.walks.total * config.column_tile / max(1, row_blocks * walked)
+    of_one = grid.walks.total / grid.entries
+    share = of_one * config.column_tile / max(1, row_blocks * walked)
     found = least + (waves - 1) * heads * head_bytes * min(1.0, share)
     return found + _parts_bytes(problem, grid)
 
@@ -273,11 +368,8 @@ def _parts_bytes(problem: ProblemClass, grid: Grid) -> float:
     """float32 parts of a result that splits write."""
     traits = problem.traits
     queries = problem.batch_heads * problem.seqlen_q
-    if problem.family == "backward":
-        return float(queries * traits.head_dim * _FLOAT_BYTES * grid.splits)
-    if problem.family == "forward" and grid.splits > 1:
-        return float(queries * (traits.head_dim_v + 1) * _FLOAT_BYTES * grid.splits)
-    return 0.0
+    columns = traits.head_dim if problem.family == "backward" else traits.head_dim_v + 1
+    return float(queries * columns * _FLOAT_BYTES * grid.parts)
 
 
 def part_bytes(problem: ProblemClass, grid: Grid) -> float:

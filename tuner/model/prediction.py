@@ -24,12 +24,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from numflash.configs import (
-    Config,
-    Sm90ForwardConfig,
-    Traits,
-    implementation_of,
-)
+from numflash.configs import Config, Traits, implementation_of
 from numflash.problem.classes import ProblemClass
 from numflash.runtime.devices import blocks_per_sm
 
@@ -77,7 +72,8 @@ _WARP, _FLOAT_BYTES, _MAX_REGISTERS = 32, 4, 255
 # Registers beside accumulators: operands, addresses, bounds. By compiling.
 _OTHER_REGISTERS = {"sm80": 64, "sm75": 100, "portable": 110}
 _FEWEST_OTHER_REGISTERS = 24
-_ROW_KERNELS = ("combine", "delta", "reduce-dq")
+ROW_KERNELS = ("combine", "delta", "reduce-dq")
+"""Families that stream rows, and multiply nothing."""
 _PRODUCTS = {"forward": 2, "backward-dq": 3, "backward-dkdv": 4, "backward": 5}
 
 
@@ -122,7 +118,7 @@ def predict(
     fit = resources.blocks_per_sm
     if fit < 1:
         raise ValueError(f"no block of {config} fits on an SM of {machine.name}")
-    if problem.family in _ROW_KERNELS:
+    if problem.family in ROW_KERNELS:
         return _rows(machine, problem, config, fit)
     work = counts.by_formula(config, problem.traits)
     if code is not None and code.main is not None:
@@ -138,7 +134,7 @@ def estimate(machine: Machine, problem: ProblemClass, config: Config) -> Predict
     """
     traits = problem.traits
     smem = config.smem_bytes(traits)
-    if problem.family in _ROW_KERNELS:
+    if problem.family in ROW_KERNELS:
         fit, _ = blocks_per_sm(machine.limits, config.num_threads, 48, smem)
         return _rows(machine, problem, config, max(1, fit))
     registers, spilled = expected_registers(config, traits)
@@ -164,7 +160,7 @@ def at_best(machine: Machine, problem: ProblemClass, config: Config) -> Predicti
         ValueError: as `predict`.
     """
     traits, limits, smem = problem.traits, machine.limits, config.smem_bytes(problem.traits)
-    is_rows = problem.family in _ROW_KERNELS
+    is_rows = problem.family in ROW_KERNELS
     kept = 0 if is_rows else config.accumulators_per_thread(traits)
     registers = min(_MAX_REGISTERS, kept + _FEWEST_OTHER_REGISTERS)
     most, limited_by = blocks_per_sm(limits, config.num_threads, registers, smem)
@@ -195,8 +191,8 @@ def floor_ms(machine: Machine, problem: ProblemClass) -> dict[str, float]:
     """Milliseconds that no kernel can beat: of each resource alone, and the largest as "floor".
 
     Products and exponentials are those of scores that are not masked, bytes those of inputs read
-    and results written once. The matrix rate is that of `mma.sync`, of `wgmma` where a family has
-    kernels with it, or of FFMA where the tensor cores have no such product.
+    and results written once. The matrix rate is that of `mma.sync`, of `wgmma` where there is
+    one, or of FFMA where the tensor cores have no such product.
     """
     per_ms = machine.num_sms * machine.clock_mhz * 1e3
     parts = {"memory": io_bytes(problem) / machine.memory_gbps / 1e6}
@@ -221,9 +217,7 @@ def _matrix_rate(machine: Machine, problem: ProblemClass) -> float:
         return (machine.mma_tf32 if traits.tf32 else 0) or machine.fp32_lanes
     if traits.dtype == "bfloat16" and machine.arch == "sm_75":
         return machine.fp32_lanes
-    if problem.family == Sm90ForwardConfig.family:
-        return max(machine.mma_f16, machine.wgmma_f16)
-    return machine.mma_f16
+    return max(machine.mma_f16, machine.wgmma_f16)
 
 
 PIPES = ("matrix", "exponential", "fma", "alu", "issue", "shared memory", "L2")

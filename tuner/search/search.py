@@ -1,4 +1,4 @@
-"""The search for the best config of one problem class: ask, compile, judge, tell, choose.
+"""The search for the best config of one problem class: ask, compile, judge, tell.
 
 Optuna proposes; each proposal is moved to the nearest feasible config that nobody has tried.
 Every second proposal is the model's, corrected by measurements. Compilers work ahead in other
@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import numpy as np
 import optuna
@@ -28,6 +27,7 @@ from ..measuring.measurer import Measurer
 from ..records import FAILURES, Record
 from ..space.configs import Space
 from .candidates import Candidates, distinct
+from .contest import USABLE, Contest
 from .ordered import OrderedSampler
 from .pool import CompilePool, Examined
 from .studies import ENVIRONMENT, Ledger
@@ -36,13 +36,8 @@ _FAVOURITES = 8
 """Configs of distinct machine code that the model has tried first."""
 _SLOW, _FEW_SAMPLES = 1.25, 3
 """A config that is so many times as slow as the best after so many samples is stopped."""
-_FINALISTS, _FINAL_ROUNDS = 5, 15
-_TIE = 0.01
-"""Times this close are equal; the config with less shared memory wins."""
 _FEW_TRIALS = 10
 """With so many times the parameters that matter can be told."""
-_USABLE = ("measured", "predicted")
-"""Outcomes of configs that may win."""
 _HOPELESS_RUN = 12
 """So many failures in a row, which need not be the configs' fault, are the environment's."""
 _POLL_SECONDS = 0.1
@@ -147,8 +142,7 @@ class Search:
         favourites = self.candidates.favourites(_FAVOURITES if self._is_guided else 0)
         self._favourites = [self.candidates.texts[number] for number in favourites]
         self._knows_default = self._default not in self.candidates.numbers
-        # Of finalists that were measured again: their last records.
-        self._finals: dict[str, Record] = {}
+        self._contest = Contest(space, self.candidates, measurer, self._first)
         self._broken: set[str] = set()
         self._failed_in_a_row = 0
         self._asks_model = False
@@ -161,11 +155,11 @@ class Search:
 
     def records(self) -> list[Record]:
         """Records of all processes' trials, in order of trial; finalists as last measured."""
-        return [self._finals.get(r.config, r) for r in self.ledger.records()]
+        return [self._contest.finals.get(r.config, r) for r in self.ledger.records()]
 
     def fastest(self) -> Record | None:
         """The fastest record so far, of all processes; None if nothing succeeded."""
-        usable = [r for r in self.ledger.records() if r.outcome in _USABLE]
+        usable = [r for r in self.ledger.records() if r.outcome in USABLE]
         return min(usable, key=lambda record: record.time_ms, default=None)
 
     def run(self, on_record: Callable[[Record], None], on_idle: Callable[[], None]) -> None:
@@ -326,7 +320,7 @@ class Search:
         if best is not None:
             hopeless = self.candidates.at_best >= best.time_ms
         if best is not None and (default := self._time_of_default()) is not None:
-            hopeless |= self.candidates.at_best * (1 + self._gains_needed) >= default
+            hopeless |= self.candidates.at_best * (1 + self._contest.gains_needed) >= default
         # The default and what is remembered are tried in any case.
         firsts = [text for text in self._first if text in self.candidates.numbers]
         hopeless[[self.candidates.numbers[text] for text in firsts]] = False
@@ -338,11 +332,11 @@ class Search:
         if not self._hopeless()[number]:
             return None
         at_best, default = float(self.candidates.at_best[number]), self._time_of_default()
-        if default is not None and default / at_best - 1 <= self._gains_needed[number]:
+        if default is not None and default / at_best - 1 <= self._contest.gains_needed[number]:
             return (
                 f"with as few registers and instructions as can be it would gain "
                 f"{default / at_best - 1:.1%} over the default, and must gain more than "
-                f"{self._gains_needed[number]:.1%}, the model's error, to displace it"
+                f"{self._contest.gains_needed[number]:.1%}, the model's error, to displace it"
             )
         return (
             f"with as few registers and instructions as can be it would take {at_best:.4g} ms, "
@@ -353,17 +347,6 @@ class Search:
         """Milliseconds of the default; None while it was not tried, or where it failed."""
         found = [r.time_ms for r in self.ledger.records() if r.config == self._default]
         return found[0] if found and math.isfinite(found[0]) else None
-
-    @cached_property
-    def _gains_needed(self) -> np.ndarray:
-        """Of each number the fraction by which the default must be slower to give way."""
-        space = self.space
-        return np.array(
-            [
-                model.gain_needed(space.machine, space.problem, config, space.default)
-                for config in self.candidates.configs
-            ]
-        )
 
     def _judge(self, config: Config, examined: Examined) -> Record:
         """The record of a config that came out of the compiler."""
@@ -423,91 +406,11 @@ class Search:
         Raises:
             LookupError: nothing that was tried can be used, or the default was not tried.
         """
-        records = {record.config: record for record in self.ledger.records()}
-        usable = [r for r in records.values() if r.outcome in _USABLE]
-        if not usable:
-            raise LookupError(f"no config of {self.space.problem} worked: {_outcomes(records)}")
-        if self._lacks_default():
-            raise LookupError(
-                f"no config of {self.space.problem} is named the best: its default, "
-                f"{self._default}, was not tried"
-            )
-        usable.sort(key=lambda record: record.time_ms)
-        default = records.get(self._default)
-        usable, within_error = self._beyond_error(usable, default)
-        firsts = [record for record in usable[_FINALISTS:] if record.config in self._first]
-        finalists = usable[:_FINALISTS] + firsts
-        if again and self._measurer is not None and len(finalists) > 1:
-            finalists = self._measured_again(finalists)
-        default = self._finals.get(self._default, default)
-        if default is None:
-            violation = self.space.failure(self.space.default)
-            default = Record(self._default, *(violation or ("invalid", "it is not in the space")))
-        fastest = min(finalists, key=lambda record: record.time_ms)
-        tied = [r for r in finalists if r.time_ms <= (1 + _TIE) * fastest.time_ms]
-        best = min(tied, key=lambda record: (record.resources.smem_bytes, record.time_ms))
-        why = []
-        if best is not fastest:
-            why.append(
-                f"{fastest.config} is faster by less than {_TIE:.0%}, which counts as equal, and "
-                "takes more shared memory"
-            )
-        before = [r for r in usable if r not in finalists and r.config not in self._finals]
-        if any(record.time_ms < best.time_ms for record in before):
-            why.append(
-                "the finalists were measured again, in turn; what looks faster and was not among "
-                "them has times of its first trial"
-            )
-        within_error = [r for r in within_error if r.time_ms < best.time_ms]
-        if within_error:
-            fastest = within_error[0]
-            gain, needed = default.time_ms / fastest.time_ms - 1, self._gain_needed(fastest)
-            why.append(
-                f"{fastest.config} is predicted to gain {gain:.1%} over the default, and must "
-                f"gain more than {needed:.1%}, the model's error, to displace it"
-            )
-        estimated = [r for r in records.values() if r.outcome == "estimated"]
-        estimated = [r for r in estimated if r.predicted_ms < best.time_ms]
-        if estimated and not within_error:
-            fastest = min(estimated, key=lambda record: record.predicted_ms)
-            why.append(f"{fastest.config} was {fastest.reason}")
-        return default, replace(best, reason="; ".join(filter(None, [best.reason, *why])))
-
-    def _measured_again(self, finalists: list[Record]) -> list[Record]:
-        """The finalists, measured in turn; as they were before if every measurement fails."""
-        configs = [record.config for record in finalists]
-        samples = self._measurer.remeasure(self.space.problem, configs, _FINAL_ROUNDS)
-        if not any(samples.values()):
-            return finalists
-        self._finals = {}
-        for record in finalists:
-            times = tuple(samples.get(record.config, ()))
-            self._finals[record.config] = (
-                replace(record, samples_ms=times)
-                if times
-                else record.failed("launch_failed", "it failed when it was measured again")
-            )
-        return [final for final in self._finals.values() if final.outcome in _USABLE]
-
-    def _beyond_error(
-        self, usable: list[Record], default: Record | None
-    ) -> tuple[list[Record], list[Record]]:
-        """(the default and configs whose gain is larger than the model's error, the rest)."""
-        if self._measurer is not None or default is None or not math.isfinite(default.time_ms):
-            return usable, []
-        beyond, within = [], []
-        for record in usable:
-            gain = default.time_ms / record.time_ms - 1
-            is_beyond = record is default or gain > self._gain_needed(record)
-            (beyond if is_beyond else within).append(record)
-        return beyond, within
-
-    def _gain_needed(self, record: Record) -> float:
-        return float(self._gains_needed[self.candidates.numbers[record.config]])
+        return self._contest.winner(self.ledger.records(), self._lacks_default(), again)
 
     def importances(self) -> dict[str, float]:
         """Each dimension's share in the variation of the time; empty while too little is known."""
-        if sum(record.outcome in _USABLE for record in self.ledger.records()) < _FEW_TRIALS:
+        if sum(record.outcome in USABLE for record in self.ledger.records()) < _FEW_TRIALS:
             return {}
         try:
             return optuna.importance.get_param_importances(
@@ -515,11 +418,3 @@ class Search:
             )
         except Exception:  # whatever it is, it costs a chart
             return {}
-
-
-def _outcomes(records: dict[str, Record]) -> str:
-    """The number of each failure, with one reason for each."""
-    found: dict[str, list[str]] = {}
-    for record in records.values():
-        found.setdefault(record.outcome, []).append(record.reason)
-    return "; ".join(f"{len(why)} {outcome} ({why[0]})" for outcome, why in found.items())

@@ -24,14 +24,18 @@ from numflash.configs import (
 )
 from numflash.configs.features import FEATURES, Features
 from numflash.problem.classes import ProblemClass
+from numflash.problem.pages import PageTable
 from numflash.problem.problem import AttentionProblem
+from numflash.problem.sequences import NO_LIMIT, Lengths
+from numflash.problem.tensor_maps import torn_pages
 from numflash.runtime.devices import Architecture, blocks_per_sm
 from numflash.runtime.errors import UnsupportedError
 from numflash.selection.geometry import rows_packed
 from numflash.selection.rules import choose, choose_forward
 
+from ..lengths import heads_of, room_of_pages
 from ..records import ResourceUsage
-from .dimensions import GEOMETRY, HOPPER_ONLY, products, value_of
+from .dimensions import GEOMETRY, HOPPER_CONFIGS, HOPPER_ONLY, products, value_of
 from .machines import Machine
 
 _MIN_REGISTERS = 24
@@ -43,6 +47,8 @@ _WARPGROUP_REGISTERS = 20
 _OUTPUTS_PER_OPERAND = 6
 """As the two above, of the warps that multiply on Hopper: by compiling 35 configs. Configs that
 pass may still spill; all that do not pass did, or were serialised."""
+_GRADIENT_REGISTERS = 16
+"""Registers of a warp that multiplies for gradients on Hopper, beside its accumulators."""
 
 _OF_THE_USER = ("--sram-budget", "--min-occupancy")
 """Constraints that hold for the default, too."""
@@ -93,8 +99,9 @@ class Space:
         """The config that runs untuned."""
         problem, limits = self.problem, self.machine.limits
         if problem.family != "forward":
-            rows = problem.seqlen_k if problem.family == "backward-dkdv" else problem.seqlen_q
-            return choose(problem.family, problem.traits, limits, rows).config
+            return choose(
+                problem.family, problem.traits, limits, self._rows[0], True, self._unaligned
+            ).config
         stands_for = self._stands_for
         choice = choose_forward(stands_for, problem.traits, limits, self.machine.num_sms)
         if choice.has_geometry and problem.group_size > 1 and problem.traits.of_a_head is None:
@@ -102,10 +109,21 @@ class Space:
         return choice.config
 
     @property
+    def _rows(self) -> tuple[int, int]:
+        """Rows that blocks share out, keys where they make dK and dV, and those they walk over."""
+        rows = self.problem.seqlen_q, self.problem.seqlen_k
+        return rows[::-1] if self.problem.family in ("backward", "backward-dkdv") else rows
+
+    @property
+    def _unaligned(self) -> str | None:
+        """Why bulk copies cannot fetch the rows of the class, or None."""
+        return None if self.problem.traits.vectorized else "rows are not aligned"
+
+    @property
     def _stands_for(self) -> AttentionProblem:
         """A problem of the class, its mask aside."""
         problem, traits = self.problem, self.problem.traits
-        return AttentionProblem(
+        dense = AttentionProblem(
             batch=1,
             seqlen_q=problem.seqlen_q,
             seqlen_k=problem.seqlen_k,
@@ -122,8 +140,26 @@ class Space:
                 *(row.absent if row.name in traits.features else None for row in FEATURES)
             ),
             tf32=traits.tf32,
-            no_tensor_maps=None if traits.vectorized else "rows are not aligned",
+            no_tensor_maps=self._unaligned,
         )
+        return self._with_lengths(dense) if traits.ragged else dense
+
+    def _with_lengths(self, dense: AttentionProblem) -> AttentionProblem:
+        """The same of sequences with lengths of their own, as `lengths.sequences_of` has them."""
+        problem, heads = self.problem, heads_of(self.problem)
+        entries = max(1, problem.batch_heads // heads)
+        of_heads = {"num_heads_q": heads, "num_heads_kv": max(1, heads // problem.group_size)}
+        of_heads |= {"band_lo": -NO_LIMIT, "band_hi": NO_LIMIT}
+        if size := problem.page_size:
+            room, count = room_of_pages(problem), problem.seqlen_k // size * entries
+            sizes = {"batch": entries, "seqlen_k": room}
+            pages = PageTable(entries, room // size, room // size, max(1, count), size)
+            lengths = Lengths(entries, problem.seqlen_q, room, False, ("seqlens_k",))
+            return replace(dense, **of_heads, **sizes, lengths=lengths, pages=pages)
+        tokens = {n: getattr(problem, n) * entries for n in ("seqlen_q", "seqlen_k")}
+        given = "cu_seqlens_q", "cu_seqlens_k"
+        lengths = Lengths(entries, *tokens.values(), True, given)
+        return replace(dense, **of_heads, **tokens, lengths=lengths)
 
     @property
     def runs(self) -> bool:
@@ -175,8 +211,9 @@ class Space:
         if not self._on_tensor_cores:
             return PORTABLE_CONFIGS[family](**values)
         generation = values.get("generation", default.generation)
-        if generation in Sm90ForwardConfig.generations:
-            return Sm90ForwardConfig(**values)
+        hopper = HOPPER_CONFIGS.get(family)
+        if hopper is not None and generation in hopper.generations:
+            return hopper(**values)
         of_all = {n: each for n, each in values.items() if n not in HOPPER_ONLY}
         return MMA_CONFIGS[family](**of_all | {"generation": generation})
 
@@ -193,6 +230,10 @@ class Space:
             return "instruction shapes", ("invalid", why)
         if (why := self._torn(config)) is not None:
             return "rows of a warpgroup", ("invalid", why)
+        if row.needs_maps and self.problem.page_size:
+            why = torn_pages(self.problem.page_size, config.stage_n)
+            if why is not None:
+                return "pages", ("invalid", why)
         if (why := self._idle(config)) is not None:
             return "rows of the problem", ("invalid", why)
         needed, granted = config.smem_bytes(traits), limits.max_smem_per_block
@@ -208,7 +249,7 @@ class Space:
             cap, kept = _register_cap(config, limits), config.accumulators_per_thread(traits)
             needed_registers = _registers(kept)
             if row.needs_maps:
-                widest = max(config.tile_n, traits.head_dim_v) // 2
+                widest = max(config.column_tile, traits.head_dim_v) // 2
                 if widest + _MIN_REGISTERS >= cap:
                     why = f"a product has {widest} accumulators, all blocks begin with {cap}"
                     return "registers", ("over_budget", why)
@@ -231,13 +272,10 @@ class Space:
 
     def _idle(self, config: Config) -> str | None:
         """Why most of a block would idle; None if it would not."""
-        rows = self.problem.seqlen_q
-        if self.problem.family == "backward-dkdv":
-            rows = self.problem.seqlen_k
+        rows, keys = self._rows
         if getattr(config, "packed", False):
             rows *= self.problem.group_size
         columns = getattr(config, "column_tile", 0)
-        keys = self.problem.seqlen_q if rows == self.problem.seqlen_k else self.problem.seqlen_k
         if config.block_rows >= 2 * max(rows, 16):
             return f"computes {config.block_rows} rows at a time, there are {rows}"
         if columns >= 2 * max(keys, 16):
@@ -351,11 +389,13 @@ def _registers(accumulators: int) -> int:
     return accumulators + accumulators // _ACCUMULATORS_PER_OPERAND + _MIN_REGISTERS
 
 
-def warpgroup_registers(config: Sm90ForwardConfig, traits: Traits) -> int:
+def warpgroup_registers(config: MmaConfig, traits: Traits) -> int:
     """Registers without which a warp that multiplies on Hopper is sure to spill.
 
     While products overlap the softmax, S, P and O are there at once.
     """
+    if config.family != Sm90ForwardConfig.family:
+        return config.accumulators_per_thread(traits) + _GRADIENT_REGISTERS
     outputs = traits.head_dim_v // 2
     kept = config.accumulators_per_thread(traits) + (config.tile_n // 4 if config.overlap else 0)
     return kept + outputs // _OUTPUTS_PER_OPERAND + _WARPGROUP_REGISTERS

@@ -4,15 +4,35 @@ Choices of one dimension that exclude choices of another are not treated here, e
 belong together by construction, as the warps of a Hopper config and its rows do.
 """
 
-from numflash.configs import WARPGROUP_ROWS, Config, Sm90ForwardConfig, implementation_of, wgmma
+from numflash.configs import (
+    MMA_CONFIGS,
+    WARPGROUP_ROWS,
+    Config,
+    Sm90ForwardConfig,
+    implementation_of,
+    wgmma,
+)
+from numflash.configs.wgmma_backward import WGMMA_BACKWARD_CONFIGS
 from numflash.problem.classes import ProblemClass
 
 from .machines import Machine
 
 GEOMETRY = ("num_splits", "packed", "heads_in_flight")
 """Dimensions that are arguments of a kernel rather than its code."""
-HOPPER_ONLY = {"overlap": False, "pingpong": False, "persistent": False, "consumer_registers": 0}
+HOPPER_ONLY = {
+    "overlap": False,
+    "pingpong": False,
+    "persistent": False,
+    "consumer_registers": 0,
+    "roles": False,
+}
 """Fields that only configs for Hopper have, with the values that all others count as."""
+HOPPER_CONFIGS: dict[str, type] = {
+    family: config
+    for family, config in {"forward": Sm90ForwardConfig, **WGMMA_BACKWARD_CONFIGS}.items()
+    if family in MMA_CONFIGS and family != "reduce-dq"
+}
+"""Kernel family -> its config class for Hopper."""
 
 _BLOCKS_PER_SM = 8
 """With more blocks than this per SM a machine is full, whatever the blocks do."""
@@ -20,6 +40,8 @@ _FEWER_REGISTERS = {1: (), 2: (232,), 3: (152,)}
 """By warpgroups: fewer registers than usual for those that multiply, which leaves the one that
 copies more."""
 _HOPPER_TILES_N = tuple(range(64, 257, 16))
+_WALKED_TILES = (32, 48, 64, 80, 96, 128, 160, 192)
+"""Rows of a tile that Hopper's backward walks in."""
 _OFF_ON = (False, True)
 
 
@@ -39,12 +61,22 @@ def products(
         found = [_portable(problem.family)]
     elif has_wgmma(problem, machine):
         laid_out = _layouts(problem, machine, rows_packed)
-        found = [_hopper(groups) | laid_out for groups in (1, 2, 3)]
-        mma = {"generation": ("sm80",)} | {n: (off,) for n, off in HOPPER_ONLY.items()}
-        found.append(mma | _mma(problem.family) | laid_out)
+        # Bulk copies store whole results of sequences, never parts.
+        unsplit = {"num_splits": (1,)} if problem.traits.ragged else {}
+        if problem.family == Sm90ForwardConfig.family:
+            found = [_hopper(groups) | laid_out | unsplit for groups in (1, 2, 3)]
+        else:
+            found = [_hopper_backward(problem.family, groups) for groups in (1, 2, 3)]
+            if problem.family == "backward-dkdv":
+                roles = {"tile_n": (WARPGROUP_ROWS,), "roles": (True,)}
+                found.append(_hopper_backward(problem.family, 2) | roles)
+        off = {name: (HOPPER_ONLY[name],) for name in found[0] if name in HOPPER_ONLY}
+        found.append({"generation": ("sm80",)} | off | _mma(problem.family) | laid_out)
     else:
         found = [_mma(problem.family) | _layouts(problem, machine, rows_packed)]
     own = default.num_warpgroups - 1 if row.needs_maps else -1
+    if getattr(default, "roles", False):
+        own = -2
     found[own] = {
         name: tuple(sorted({*choices, value_of(default, name)}))
         for name, choices in found[own].items()
@@ -54,7 +86,7 @@ def products(
 
 def has_wgmma(problem: ProblemClass, machine: Machine) -> bool:
     """Whether configs for Hopper can run a class; bulk copies need aligned rows."""
-    if problem.family != Sm90ForwardConfig.family or not problem.traits.vectorized:
+    if problem.family not in HOPPER_CONFIGS or not problem.traits.vectorized:
         return False
     return not problem.traits.fp8 and wgmma.no_wgmma(problem.traits, machine.limits) is None
 
@@ -106,6 +138,23 @@ def _hopper(num_warpgroups: int) -> dict[str, tuple]:
     }
 
 
+def _hopper_backward(family: str, num_warpgroups: int) -> dict[str, tuple]:
+    """The dimensions of gradients for so many warpgroups that multiply."""
+    owned, walked = (WARPGROUP_ROWS * num_warpgroups,), _WALKED_TILES
+    by_queries = family == "backward-dq"
+    found = {
+        "generation": ("sm90",),
+        "tile_m": owned if by_queries else walked,
+        "tile_n": walked if by_queries else owned,
+        "num_warps": (4 * num_warpgroups,),
+        "num_stages": (1, 2, 3),
+        "min_blocks": (0,),
+    }
+    if family == "backward-dkdv":
+        found |= {"apart": (False,), "roles": (False,)}
+    return found | ({"num_splits": (1,)} if family == "backward" else {})
+
+
 def _layouts(problem: ProblemClass, machine: Machine, rows_packed: int) -> dict[str, tuple]:
     """Choices for laying kernels for tensor cores out over the machine."""
     if problem.family == "backward":
@@ -117,6 +166,9 @@ def _layouts(problem: ProblemClass, machine: Machine, rows_packed: int) -> dict[
     fewest = max(1, heads) * -(-problem.seqlen_q // 256)
     most = max(1, _BLOCKS_PER_SM * machine.num_sms // fewest)
     layouts = {"num_splits": tuple(2**i for i in range(8) if 2**i <= most)}
+    if problem.traits.ragged:
+        # Whether a sequence's keys may be split: into how many parts, the device finds.
+        layouts["num_splits"] = (1, 2)
     if problem.group_size > 1 and problem.traits.of_a_head is None:
         layouts["packed"] = _OFF_ON
     layouts["heads_in_flight"] = _orders(problem, machine)
@@ -124,8 +176,13 @@ def _layouts(problem: ProblemClass, machine: Machine, rows_packed: int) -> dict[
 
 
 def _orders(problem: ProblemClass, machine: Machine) -> tuple[int, ...]:
-    """Choices for the heads in flight; 0 is as many as the L2 has room for."""
+    """Choices for the heads in flight; 0 is as many as the L2 has room for.
+
+    In a list of tiles all heads of a tile follow each other.
+    """
     traits = problem.traits
+    if traits.ragged:
+        return (0,)
     head = problem.seqlen_k * (traits.head_dim + traits.head_dim_v) * traits.dtype_bytes
     if head * problem.batch_heads <= machine.l2_bytes // 2:
         return (0,)

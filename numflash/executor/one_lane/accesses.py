@@ -6,6 +6,8 @@ from numflash.executor.types import BITS, DTYPES, name_of
 
 MAKERS = Makers()
 _SPACES = "global shared shared::cta shared::cluster param local const generic"
+WIDE_SCOPES = ("gpu", "sys")
+"""The scopes that other blocks of a grid are in; a cluster has one block."""
 _HINTS = (
     "relaxed weak volatile acquire release cta gpu sys cluster nc ca cg cs lu cv wb wt "
     "L1::evict_first L1::evict_last L1::no_allocate L1::evict_normal L1::evict_unchanged "
@@ -27,7 +29,8 @@ def _ld(making):
     dtype = DTYPES[type_]
     target, memory = making.operands[:2]
     address = making.sources.addresses(memory)
-    call = f"w.load({space!r},{address},{dtype.itemsize},{count},{making.mask})"
+    load = "acquire" if _is_between_blocks(making, "acquire") else "load"
+    call = f"w.{load}({space!r},{address},{dtype.itemsize},{count},{making.mask})"
     lines = [f"t={call}"]
     targets = target.items if isinstance(target, Vector) else (target,)
     if len(targets) != count:
@@ -48,4 +51,10 @@ def _st(making):
         raise UnknownError(f"{making.opcode} of {len(sources)} registers")
     values = ",".join(making.sources.value(item, f"b{8 * size}") for item in sources)
     address = making.sources.addresses(memory)
-    return [f"w.store({space!r},{address},{size},({values},),{making.mask})"]
+    store = "release" if _is_between_blocks(making, "release") else "store"
+    return [f"w.{store}({space!r},{address},{size},({values},),{making.mask})"]
+
+
+def _is_between_blocks(making, order: str) -> bool:
+    """Whether a load or store has this order for other blocks, too."""
+    return making.has(order) and bool(making.first_of(WIDE_SCOPES))

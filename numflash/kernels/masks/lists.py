@@ -6,10 +6,11 @@ exchanged in the strides.
 """
 
 from numflash.configs import MaskListsConfig, Traits
-from numflash.kernels.arguments import BlockSizes, Pointer, TileFlags
+from numflash.kernels.arguments import Pointer
 from numflash.kernels.kernel import Kernel
+from numflash.kernels.masks.arguments import BlockSizes, TileFlags
 from numflash.ptx import cuda, i32, mov_ctaid_x, u32
-from numflash.tiles.blocks import divide
+from numflash.tiles.division import divide
 from numflash.tiles.portable.lanes import FULL_WARP
 
 

@@ -6,10 +6,11 @@ column is passed over, as no kernel can raise an error.
 """
 
 from numflash.configs import MaskScatterConfig, Traits
-from numflash.kernels.arguments import BlockSizes, Pointer, RowLists
+from numflash.kernels.arguments import Pointer
 from numflash.kernels.kernel import Kernel
+from numflash.kernels.masks.arguments import BlockSizes, RowLists
 from numflash.ptx import cuda, device_function, i32, i64, mov_ctaid_x, u8
-from numflash.tiles.blocks import divide
+from numflash.tiles.division import divide
 from numflash.tiles.portable.lanes import FULL_WARP
 
 

@@ -6,18 +6,19 @@ bytes a block.
 """
 
 from numflash.configs import MaskTilesConfig, Traits
-from numflash.kernels.arguments import BlockSizes, Pointer, given_of
+from numflash.kernels.arguments import Pointer, given_of
 from numflash.kernels.kernel import Kernel
+from numflash.kernels.masks.arguments import BlockSizes
 from numflash.ptx import cuda, i32, mov_ctaid_x, u8
-from numflash.tiles.blocks import divide
+from numflash.tiles import programs
+from numflash.tiles.division import divide
 from numflash.tiles.portable.lanes import FULL_WARP
-from numflash.tiles.programs import make_program
 
 
 def make_mask_tiles_kernel(config: MaskTilesConfig, traits: Traits) -> Kernel:
     """The kernel of a program and a block size; see the module's docstring."""
     num_warps, (block_m, block_n) = config.num_warps, traits.blocks
-    functions = make_program(traits.program)
+    functions = programs.make_program(traits.program)
     known_of_head, keep = functions.known_of_head, functions.keep
     n_places = block_m * block_n
 

@@ -26,38 +26,14 @@ from numflash.configs import MmaBackwardConfig, Traits
 from numflash.kernels.arguments import Mask, Pointer, Shape, Statistics, Tensor, scores_of
 from numflash.kernels.kernel import Kernel
 from numflash.kernels.mma.queries import following, make_fetch_queries
-from numflash.ptx import (
-    CP_ASYNC_WAIT_GROUP,
-    cp_async_commit_group,
-    cuda,
-    f32,
-    i32,
-    i64,
-    ld_global_v4_f32,
-    mov_ctaid_x,
-    mov_tid_x,
-    st_global_v4_f32,
-    u32,
-)
-from numflash.tiles.blocks import (
-    first_of_rows,
-    last_of,
-    place_in_heads,
-    quotient,
-    seen_from_keys,
-    sequence_of,
-    tiles_of,
-    tiles_seen,
-    tiles_seen_whole,
-)
-from numflash.tiles.features import make_args_of_head
-from numflash.tiles.mma.copies import (
-    make_copy_tile,
-    make_store_rows,
-    make_store_scores,
-    row_of_head,
-)
-from numflash.tiles.mma.elements import MMA_ELEMENTS, make_transposed_operand
+from numflash.ptx import cuda, f32, i32, i64, mov_ctaid_x, mov_tid_x, u32
+from numflash.ptx.async_copies import CP_ASYNC_WAIT_GROUP, cp_async_commit_group
+from numflash.ptx.memory import ld_global_v4_f32, st_global_v4_f32
+from numflash.tiles import features
+from numflash.tiles.addresses import first_of_rows, row_of_head
+from numflash.tiles.blocks import place_in_heads
+from numflash.tiles.division import quotient, tiles_of
+from numflash.tiles.mma import copies, elements, layouts, products, softmax
 from numflash.tiles.mma.fragments import (
     MMA_ROWS,
     accumulator_column,
@@ -67,17 +43,22 @@ from numflash.tiles.mma.fragments import (
     row_operand_chunk,
     row_operand_row,
 )
-from numflash.tiles.mma.layouts import TileLayout, make_word
-from numflash.tiles.mma.products import make_product_nt, make_product_pn, make_product_tn
+from numflash.tiles.mma.layouts import TileLayout
 from numflash.tiles.mma.scores import make_apply_functions, make_mask_rows, make_mask_scores
-from numflash.tiles.mma.softmax import make_softmax_backward_by_column
 from numflash.tiles.portable.softmax import LOG2_E
 from numflash.tiles.scores import Corner
+from numflash.tiles.sequences import (
+    last_of,
+    seen_from_keys,
+    sequence_of_all,
+    tiles_seen,
+    tiles_seen_whole,
+)
 
 
 def make_backward_kernel(config: MmaBackwardConfig, traits: Traits) -> Kernel:
     """The backward kernel for one config; see the module's docstring."""
-    element = MMA_ELEMENTS[config.generation, traits.dtype]
+    element = elements.MMA_ELEMENTS[config.generation, traits.dtype]
     tile_m, tile_n, num_threads = config.tile_m, config.tile_n, config.num_threads
     num_stages = config.num_stages
     n_tiles = tile_m // 8
@@ -98,26 +79,26 @@ def make_backward_kernel(config: MmaBackwardConfig, traits: Traits) -> Kernel:
 
     asynchronous = config.generation != "sm75" and traits.vectorized
     copy = (num_threads, traits.vectorized, asynchronous)
-    copy_k = make_copy_tile(element, k_layout, tile_n, *copy)
-    copy_v = make_copy_tile(element, v_layout, tile_n, *copy)
+    copy_k = copies.make_copy_tile(element, k_layout, tile_n, *copy)
+    copy_v = copies.make_copy_tile(element, v_layout, tile_n, *copy)
     fetch_queries = make_fetch_queries(config, traits)
-    k_word, v_word, ds_word = make_word(k_layout), make_word(v_layout), make_word(ds_layout)
-    first_of_q, _ = make_transposed_operand(element, k_layout)
-    first_of_do, _ = make_transposed_operand(element, v_layout)
-    multiply_k_q = make_product_nt(element, 1, n_tiles, k_layout, k_layout)
-    multiply_v_do = make_product_nt(element, 1, n_tiles, v_layout, v_layout)
-    multiply_p_do = make_product_pn(element, 1, n_tiles, dv_tiles, v_layout)
-    multiply_ds_q = make_product_pn(element, 1, n_tiles, dk_tiles, k_layout)
-    multiply_ds_k = make_product_tn(element, tile_n, dq_tiles, ds_layout, k_layout)
+    k_word, v_word, ds_word = map(layouts.make_word, (k_layout, v_layout, ds_layout))
+    first_of_q, _ = elements.make_transposed_operand(element, k_layout)
+    first_of_do, _ = elements.make_transposed_operand(element, v_layout)
+    multiply_k_q = products.make_product_nt(element, 1, n_tiles, k_layout, k_layout)
+    multiply_v_do = products.make_product_nt(element, 1, n_tiles, v_layout, v_layout)
+    multiply_p_do = products.make_product_pn(element, 1, n_tiles, dv_tiles, v_layout)
+    multiply_ds_q = products.make_product_pn(element, 1, n_tiles, dk_tiles, k_layout)
+    multiply_ds_k = products.make_product_tn(element, tile_n, dq_tiles, ds_layout, k_layout)
     apply_functions = make_apply_functions(1, n_tiles, traits, False, traits.bends_scores)
     mask_scores, mask_rows = make_mask_scores(1, n_tiles), make_mask_rows(1, n_tiles)
-    softmax_backward = make_softmax_backward_by_column(1, n_tiles, traits)
-    store_ds = make_store_scores(element, n_tiles, ds_layout)
+    softmax_backward = softmax.make_softmax_backward_by_column(1, n_tiles, traits)
+    store_ds = copies.make_store_scores(element, n_tiles, ds_layout)
     store_as = traits.vectorized, traits.float32_out, row_of_head, traits.float32_out
-    store_dk = make_store_rows(element, 1, dk_tiles, *store_as)
-    store_dv = make_store_rows(element, 1, dv_tiles, *store_as)
+    store_dk = copies.make_store_rows(element, 1, dk_tiles, *store_as)
+    store_dv = copies.make_store_rows(element, 1, dv_tiles, *store_as)
     out_storage = f32 if traits.float32_out else element.storage
-    storage, args_of_head = element.storage, make_args_of_head(traits)
+    storage, args_of_head = element.storage, features.make_args_of_head(traits)
     bends, has_functions = traits.shapes_scores, traits.has_functions
     drops = traits.drops_weights
     n_slopes = n_scores if traits.bends_scores else 1
@@ -148,7 +129,7 @@ def make_backward_kernel(config: MmaBackwardConfig, traits: Traits) -> Kernel:
 
         num_heads_kv = quotient(shape.num_heads_q, shape.group_size)
         split, head_kv, batch = place_in_heads(mov_ctaid_x(), num_splits, num_heads_kv)
-        sequence = sequence_of(shape, mask)
+        sequence = sequence_of_all(shape, mask)
         from_keys = seen_from_keys(sequence)
         num_n_blocks = tiles_of(sequence.seqlen_k, tile_n)
         num_m_blocks = tiles_of(shape.seqlen_q, tile_m)

@@ -22,58 +22,32 @@ Source: FlashAttention-2, arXiv 2307.08691, Algorithm 2.
 """
 
 from numflash.configs import MmaBackwardDkDvConfig, Traits
-from numflash.kernels.arguments import Shape, Statistics, Tensor, mask_of, scores_of
+from numflash.kernels.arguments import Statistics, Tensor, mask_of, scores_of, shape_of
 from numflash.kernels.kernel import Kernel
 from numflash.kernels.mma.queries import Walk, make_fetch_queries, make_steps_of_heads
-from numflash.ptx import (
-    CP_ASYNC_WAIT_GROUP,
-    cp_async_commit_group,
-    cuda,
-    f32,
-    i32,
-    mov_ctaid_x,
-    mov_tid_x,
-    u32,
-)
-from numflash.tiles.blocks import (
-    first_of_rows,
-    last_of,
-    make_place_of_keys,
-    seen_from_keys,
-    sequence_of,
-    tiles_seen,
-    tiles_seen_whole,
-)
-from numflash.tiles.features import make_args_of_head
-from numflash.tiles.mma.copies import make_copy_tile, make_store_rows, row_of_head
-from numflash.tiles.mma.elements import MMA_ELEMENTS, make_transposed_operand
-from numflash.tiles.mma.fragments import (
-    MMA_ROWS,
-    accumulator_column,
-    accumulator_row,
-    column_operand_chunk,
-    column_operand_row,
-    first_row_of_warp,
-    row_operand_chunk,
-    row_operand_row,
-)
-from numflash.tiles.mma.layouts import TileLayout, make_word
-from numflash.tiles.mma.products import make_product_nt, make_product_pn
+from numflash.ptx import cuda, f32, i32, mov_ctaid_x, mov_tid_x, u32
+from numflash.ptx.async_copies import CP_ASYNC_WAIT_GROUP, cp_async_commit_group
+from numflash.tiles import addresses, blocks, features, sequences
+from numflash.tiles.addresses import first_of_rows
+from numflash.tiles.division import quotient
+from numflash.tiles.mma import copies, elements, fragments, products, softmax
+from numflash.tiles.mma.fragments import accumulator_column, accumulator_row, first_row_of_warp
+from numflash.tiles.mma.layouts import TileLayout
 from numflash.tiles.mma.scores import make_apply_functions, make_mask_scores
-from numflash.tiles.mma.softmax import make_softmax_backward_by_column
 from numflash.tiles.portable.softmax import LOG2_E
 from numflash.tiles.scores import Corner
+from numflash.tiles.sequences import last_of, seen_from_keys, tiles_seen, tiles_seen_whole
 from numflash.tiles.steps import make_tile_at
 
 
 def make_backward_dkdv_kernel(config: MmaBackwardDkDvConfig, traits: Traits) -> Kernel:
     """The dK and dV kernel for one config; see the module's docstring."""
-    element = MMA_ELEMENTS[config.generation, traits.dtype]
+    element = elements.MMA_ELEMENTS[config.generation, traits.dtype]
     tile_m, tile_n, num_threads = config.tile_m, config.tile_n, config.num_threads
     num_stages = config.num_stages
     m_tiles, n_tiles = config.m_tiles, tile_m // 8
     dk_tiles, dv_tiles = traits.head_dim // 8, traits.head_dim_v // 8
-    rows_per_warp = MMA_ROWS * m_tiles
+    rows_per_warp = fragments.MMA_ROWS * m_tiles
     n_scores = 4 * m_tiles * n_tiles
     n_dk, n_dv, apart = 4 * m_tiles * dk_tiles, 4 * m_tiles * dv_tiles, config.apart
     if apart:
@@ -86,29 +60,31 @@ def make_backward_dkdv_kernel(config: MmaBackwardDkDvConfig, traits: Traits) -> 
     v_layout = TileLayout(traits.head_dim_v // element.per_chunk, config.swizzled)
     q_words, do_words = tile_m * k_layout.pitch, tile_m * v_layout.pitch
 
-    place_of_keys = make_place_of_keys(tile_n)
+    place_of_keys = blocks.make_place_of_keys(tile_n, traits)
+    sequence_of, is_idle = sequences.make_sequence_of(traits), blocks.make_is_idle(traits)
     asynchronous = config.generation != "sm75" and traits.vectorized
     copy = (num_threads, traits.vectorized, asynchronous)
-    copy_k = make_copy_tile(element, k_layout, tile_n, *copy)
-    copy_v = make_copy_tile(element, v_layout, tile_n, *copy)
+    copy_k = copies.make_copy_tile(element, k_layout, tile_n, *copy)
+    copy_v = copies.make_copy_tile(element, v_layout, tile_n, *copy)
     fetch_queries = make_fetch_queries(config, traits)
     count_steps, first_step, next_step = make_steps_of_heads(traits, tile_m)
     tile_at, listed = make_tile_at(traits, tile_m, by_keys=True), bool(traits.blocks)
-    k_word, v_word = make_word(k_layout), make_word(v_layout)
-    first_of_q, _ = make_transposed_operand(element, k_layout)
-    first_of_do, _ = make_transposed_operand(element, v_layout)
-    multiply_k_q = make_product_nt(element, m_tiles, n_tiles, k_layout, k_layout)
-    multiply_v_do = make_product_nt(element, m_tiles, n_tiles, v_layout, v_layout)
-    multiply_p_do = make_product_pn(element, m_tiles, n_tiles, dv_tiles, v_layout)
-    multiply_ds_q = make_product_pn(element, m_tiles, n_tiles, dk_tiles, k_layout)
+    k_row_operand, k_column_operand = fragments.make_operands(k_layout)
+    v_row_operand, v_column_operand = fragments.make_operands(v_layout)
+    first_of_q, _ = elements.make_transposed_operand(element, k_layout)
+    first_of_do, _ = elements.make_transposed_operand(element, v_layout)
+    multiply_k_q = products.make_product_nt(element, m_tiles, n_tiles, k_layout, k_layout)
+    multiply_v_do = products.make_product_nt(element, m_tiles, n_tiles, v_layout, v_layout)
+    multiply_p_do = products.make_product_pn(element, m_tiles, n_tiles, dv_tiles, v_layout)
+    multiply_ds_q = products.make_product_pn(element, m_tiles, n_tiles, dk_tiles, k_layout)
     apply_functions = make_apply_functions(m_tiles, n_tiles, traits, False, traits.bends_scores)
     mask_scores = make_mask_scores(m_tiles, n_tiles)
-    softmax_backward = make_softmax_backward_by_column(m_tiles, n_tiles, traits)
-    store_as = traits.vectorized, traits.float32_out, row_of_head, traits.float32_out
-    store_dk = make_store_rows(element, m_tiles, dk_tiles, *store_as)
-    store_dv = make_store_rows(element, m_tiles, dv_tiles, *store_as)
+    softmax_backward = softmax.make_softmax_backward_by_column(m_tiles, n_tiles, traits)
+    store_as = traits.vectorized, traits.float32_out, addresses.row_of_head, traits.float32_out
+    store_dk = copies.make_store_rows(element, m_tiles, dk_tiles, *store_as)
+    store_dv = copies.make_store_rows(element, m_tiles, dv_tiles, *store_as)
     out_storage = f32 if traits.float32_out else element.storage
-    storage, args_of_head = element.storage, make_args_of_head(traits)
+    storage, args_of_head = element.storage, features.make_args_of_head(traits)
     bends, has_functions = traits.shapes_scores, traits.has_functions
     drops = traits.drops_weights
     n_slopes = n_scores if traits.bends_scores else 1
@@ -124,7 +100,7 @@ def make_backward_dkdv_kernel(config: MmaBackwardDkDvConfig, traits: Traits) -> 
         dk: Tensor[out_storage],  # (batch, seqlen_k, num_heads_kv, head_dim)
         dv: Tensor[out_storage],  # (batch, seqlen_k, num_heads_kv, head_dim_v)
         mask: mask_of(traits),
-        shape: Shape,
+        shape: shape_of(traits),
         scores: scores_of(traits.program),
     ):
         smem = cuda.shared.array(0, u32, alignment=128)
@@ -142,11 +118,15 @@ def make_backward_dkdv_kernel(config: MmaBackwardDkDvConfig, traits: Traits) -> 
             with_dv = block % 2 == 0
             with_dk = not with_dv
             block = u32(block // u32(2))
-        n_start, first_head, head_kv, batch, _ = place_of_keys(block, shape)
+        # The grid is as long as a list of tiles may be: this one may be shorter.
+        if is_idle(block, quotient(shape.num_heads_q, shape.group_size), shape):
+            return
+        place = place_of_keys(block, shape, mask)
+        n_start, first_head, head_kv, batch, _ = place[:5]
         scale_log2 = LOG2_E
         if not bends:
             scale_log2 = scores.scale * LOG2_E
-        sequence = sequence_of(shape, mask)
+        sequence = sequence_of(place, shape, mask)
         # Tiles of queries that see some of these keys, and those that see all of them.
         from_keys = seen_from_keys(sequence)
         last_key = last_of(n_start, tile_n, sequence.seqlen_k)
@@ -157,11 +137,10 @@ def make_backward_dkdv_kernel(config: MmaBackwardDkDvConfig, traits: Traits) -> 
         # This lane's position in the operands, and of its scores in the tile.
         lane = mov_tid_x() % 32
         warp_row = first_row_of_warp(rows_per_warp)
-        row_operand = warp_row + row_operand_row(lane)
-        k_mine = k_smem + k_word(row_operand, row_operand_chunk(lane))
-        v_mine = v_smem + v_word(row_operand, row_operand_chunk(lane))
-        q_mine = q_smem + k_word(column_operand_row(lane), column_operand_chunk(lane))
-        do_mine = do_smem + v_word(column_operand_row(lane), column_operand_chunk(lane))
+        k_mine = k_smem + k_row_operand(warp_row, 0, lane)
+        v_mine = v_smem + v_row_operand(warp_row, 0, lane)
+        q_mine = q_smem + k_column_operand(0, 0, lane)
+        do_mine = do_smem + v_column_operand(0, 0, lane)
         q_transposed, do_transposed = q_smem + first_of_q(lane), do_smem + first_of_do(lane)
         lse_mine = lse_smem + accumulator_column()
         delta_mine = delta_smem + accumulator_column()
@@ -265,7 +244,9 @@ def make_backward_dkdv_kernel(config: MmaBackwardDkDvConfig, traits: Traits) -> 
         block = mov_ctaid_x()
         if apart:
             block = u32(block // u32(2))
-        n_start, _, head_kv, batch, _ = place_of_keys(block, shape)
+        place = place_of_keys(block, shape, mask)
+        n_start, _, head_kv, batch, _ = place[:5]
+        sequence = sequence_of(place, shape, mask)
         row = i32(n_start + accumulator_row(rows_per_warp))
         dk_base = first_of_rows(dk, batch, head_kv, sequence.first_k)
         dv_base = first_of_rows(dv, batch, head_kv, sequence.first_k)

@@ -19,52 +19,30 @@ its own rows of dQ.
 import math
 
 from numflash.configs import MmaBackwardDqConfig, Traits
-from numflash.kernels.arguments import Shape, Statistics, Tensor, mask_of, scores_of
+from numflash.kernels.arguments import Statistics, Tensor, mask_of, scores_of, shape_of
 from numflash.kernels.kernel import Kernel
-from numflash.ptx import (
-    CP_ASYNC_WAIT_GROUP,
-    cp_async_commit_group,
-    cuda,
-    f32,
-    i32,
-    mov_ctaid_x,
-    u32,
-)
-from numflash.tiles.blocks import (
-    first_of_rows,
-    first_of_statistics,
-    last_of,
-    make_place_of_queries,
-    sequence_of,
-    tiles_seen,
-    tiles_seen_whole,
-)
-from numflash.tiles.features import make_args_of_head
-from numflash.tiles.mma.copies import make_copy_tile, make_fetch_tile, make_store_rows, row_of_head
-from numflash.tiles.mma.elements import MMA_ELEMENTS, make_transposed_operand
+from numflash.ptx import cuda, f32, i32, mov_ctaid_x, u32
+from numflash.ptx.async_copies import CP_ASYNC_WAIT_GROUP, cp_async_commit_group
+from numflash.tiles import addresses, blocks, features, sequences, steps
+from numflash.tiles.addresses import first_of_rows
+from numflash.tiles.mma import copies, elements, fragments, products, softmax
 from numflash.tiles.mma.fragments import (
     MMA_ROWS,
     ROW_STEP,
     accumulator_column,
     accumulator_row,
-    column_operand_chunk,
-    column_operand_row,
     first_row_of_warp,
-    row_operand_chunk,
-    row_operand_row,
 )
-from numflash.tiles.mma.layouts import TileLayout, make_word
-from numflash.tiles.mma.products import make_product_nt, make_product_pn
+from numflash.tiles.mma.layouts import TileLayout
 from numflash.tiles.mma.scores import make_apply_functions, make_mask_scores
-from numflash.tiles.mma.softmax import make_softmax_backward_by_row
 from numflash.tiles.portable.softmax import LOG2_E
 from numflash.tiles.scores import Corner
-from numflash.tiles.steps import make_steps_of, make_tile_at
+from numflash.tiles.sequences import last_of, tiles_seen, tiles_seen_whole
 
 
 def make_backward_dq_kernel(config: MmaBackwardDqConfig, traits: Traits) -> Kernel:
     """The dQ kernel for one config; see the module's docstring."""
-    element = MMA_ELEMENTS[config.generation, traits.dtype]
+    element = elements.MMA_ELEMENTS[config.generation, traits.dtype]
     tile_m, tile_n, num_threads = config.tile_m, config.tile_n, config.num_threads
     num_stages = config.num_stages
     m_tiles, n_tiles, dq_tiles = config.m_tiles, tile_n // 8, traits.head_dim // 8
@@ -77,28 +55,31 @@ def make_backward_dq_kernel(config: MmaBackwardDqConfig, traits: Traits) -> Kern
     v_layout = TileLayout(traits.head_dim_v // element.per_chunk, config.swizzled)
     k_words, v_words = tile_n * k_layout.pitch, tile_n * v_layout.pitch
 
-    place_of_queries = make_place_of_queries(tile_m)
-    steps_of, tile_at = make_steps_of(traits, tile_n), make_tile_at(traits, tile_n)
+    place_of_queries = blocks.make_place_of_queries(tile_m, traits)
+    sequence_of, is_idle = sequences.make_sequence_of(traits), blocks.make_is_idle(traits)
+    first_of_statistics = addresses.make_first_of_statistics(traits)
+    steps_of, tile_at = steps.make_steps_of(traits, tile_n), steps.make_tile_at(traits, tile_n)
     asynchronous = config.generation != "sm75" and traits.vectorized
     copy = (num_threads, traits.vectorized, asynchronous)
-    copy_q = make_copy_tile(element, k_layout, tile_m, *copy)
-    copy_do = make_copy_tile(element, v_layout, tile_m, *copy)
-    copy_k = make_copy_tile(element, k_layout, tile_n, *copy)
-    copy_v = make_copy_tile(element, v_layout, tile_n, *copy)
-    fetch_k = make_fetch_tile(copy_k, k_smem, k_words, tile_n)
-    fetch_v = make_fetch_tile(copy_v, v_smem, v_words, tile_n)
-    k_word, v_word = make_word(k_layout), make_word(v_layout)
-    first_of_k, _ = make_transposed_operand(element, k_layout)
-    multiply_q_k = make_product_nt(element, m_tiles, n_tiles, k_layout, k_layout)
-    multiply_do_v = make_product_nt(element, m_tiles, n_tiles, v_layout, v_layout)
-    multiply_ds_k = make_product_pn(element, m_tiles, n_tiles, dq_tiles, k_layout)
+    copy_q = copies.make_copy_tile(element, k_layout, tile_m, *copy)
+    copy_do = copies.make_copy_tile(element, v_layout, tile_m, *copy)
+    copy_k = copies.make_copy_tile(element, k_layout, tile_n, *copy)
+    copy_v = copies.make_copy_tile(element, v_layout, tile_n, *copy)
+    fetch_k = copies.make_fetch_tile(copy_k, k_smem, k_words, tile_n)
+    fetch_v = copies.make_fetch_tile(copy_v, v_smem, v_words, tile_n)
+    k_row_operand, k_column_operand = fragments.make_operands(k_layout)
+    v_row_operand, v_column_operand = fragments.make_operands(v_layout)
+    first_of_k, _ = elements.make_transposed_operand(element, k_layout)
+    multiply_q_k = products.make_product_nt(element, m_tiles, n_tiles, k_layout, k_layout)
+    multiply_do_v = products.make_product_nt(element, m_tiles, n_tiles, v_layout, v_layout)
+    multiply_ds_k = products.make_product_pn(element, m_tiles, n_tiles, dq_tiles, k_layout)
     apply_functions = make_apply_functions(m_tiles, n_tiles, traits, True, traits.bends_scores)
     mask_scores = make_mask_scores(m_tiles, n_tiles)
-    softmax_backward = make_softmax_backward_by_row(m_tiles, n_tiles, traits)
-    store_as = traits.float32_out, row_of_head, traits.float32_out
-    store_dq = make_store_rows(element, m_tiles, dq_tiles, traits.vectorized, *store_as)
+    softmax_backward = softmax.make_softmax_backward_by_row(m_tiles, n_tiles, traits)
+    store_as = traits.float32_out, addresses.row_of_head, traits.float32_out
+    store_dq = copies.make_store_rows(element, m_tiles, dq_tiles, traits.vectorized, *store_as)
     out_storage = f32 if traits.float32_out else element.storage
-    storage, args_of_head = element.storage, make_args_of_head(traits)
+    storage, args_of_head = element.storage, features.make_args_of_head(traits)
     bends, has_functions = traits.shapes_scores, traits.has_functions
     drops = traits.drops_weights
     n_slopes = n_scores if traits.bends_scores else 1
@@ -113,7 +94,7 @@ def make_backward_dq_kernel(config: MmaBackwardDqConfig, traits: Traits) -> Kern
         statistics_log2: Statistics,  # both (batch, num_heads_q, seqlen_q)
         dq: Tensor[out_storage],  # (batch, seqlen_q, num_heads_q, head_dim)
         mask: mask_of(traits),
-        shape: Shape,
+        shape: shape_of(traits),
         scores: scores_of(traits.program),
     ):
         smem = cuda.shared.array(0, u32, alignment=128)
@@ -124,8 +105,12 @@ def make_backward_dq_kernel(config: MmaBackwardDqConfig, traits: Traits) -> Kern
         lses = cuda.local.array(rows, f32)
         deltas = cuda.local.array(rows, f32)
 
-        m_start, head, head_kv, batch, _ = place_of_queries(mov_ctaid_x(), shape)
-        sequence = sequence_of(shape, mask)
+        # The grid is as long as a list of tiles may be: this one may be shorter.
+        if is_idle(mov_ctaid_x(), shape.num_heads_q, shape):
+            return
+        place = place_of_queries(mov_ctaid_x(), shape, mask)
+        m_start, head, head_kv, batch, _ = place[:5]
+        sequence = sequence_of(place, shape, mask)
         q_base = first_of_rows(q, batch, head, sequence.first_q)
         k_base = first_of_rows(k, batch, head_kv, sequence.first_k)
         v_base = first_of_rows(v, batch, head_kv, sequence.first_k)
@@ -144,11 +129,10 @@ def make_backward_dq_kernel(config: MmaBackwardDqConfig, traits: Traits) -> Kern
         # This lane's position in the operands, and of its scores in the tile.
         lane = cuda.threadIdx.x % 32
         warp_row = first_row_of_warp(rows_per_warp)
-        row_operand = warp_row + row_operand_row(lane)
-        q_mine = q_smem + k_word(row_operand, row_operand_chunk(lane))
-        do_mine = do_smem + v_word(row_operand, row_operand_chunk(lane))
-        k_mine = k_smem + k_word(column_operand_row(lane), column_operand_chunk(lane))
-        v_mine = v_smem + v_word(column_operand_row(lane), column_operand_chunk(lane))
+        q_mine = q_smem + k_row_operand(warp_row, 0, lane)
+        do_mine = do_smem + v_row_operand(warp_row, 0, lane)
+        k_mine = k_smem + k_column_operand(0, 0, lane)
+        v_mine = v_smem + v_column_operand(0, 0, lane)
         k_transposed = k_smem + first_of_k(lane)
 
         # Without keys nothing would wait for Q and dO.

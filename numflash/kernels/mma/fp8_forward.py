@@ -48,43 +48,16 @@ from numflash.kernels.arguments import (
     scores_of,
 )
 from numflash.kernels.kernel import Kernel
-from numflash.ptx import (
-    CP_ASYNC_WAIT_GROUP,
-    bits_as_float,
-    cp_async_commit_group,
-    cuda,
-    device_function,
-    f32,
-    i32,
-    i64,
-    ld_shared_u32,
-    mov_tid_x,
-    st_shared_f32,
-    st_shared_u32,
-    u8,
-    u32,
-)
-from numflash.tiles.blocks import (
-    first_of_head,
-    first_of_rows,
-    grid_of,
-    make_place_of,
-    make_whole_keys,
-    number_of_head_kv,
-    quotient,
-    sequence_of,
-    token_of_row,
-)
-from numflash.tiles.features import make_args_of_head
-from numflash.tiles.mma.copies import make_store_rows, row_of_packed_heads
+from numflash.ptx import cuda, device_function, f32, i32, i64, mov_tid_x, u8, u32
+from numflash.ptx.arithmetic import bits_as_float
+from numflash.ptx.async_copies import CP_ASYNC_WAIT_GROUP, cp_async_commit_group
+from numflash.ptx.memory import ld_shared_u32, st_shared_f32, st_shared_u32
+from numflash.tiles import blocks, features, sequences, steps
+from numflash.tiles.addresses import first_of_head, first_of_rows, token_of_row
+from numflash.tiles.blocks import grid_of, number_of_head_kv
+from numflash.tiles.division import quotient
+from numflash.tiles.mma import copies, fp8_products, fp8_softmax, layouts, products, softmax
 from numflash.tiles.mma.fp8_operands import fp8_operands, result_element, scale_of_key
-from numflash.tiles.mma.fp8_products import make_accumulate
-from numflash.tiles.mma.fp8_softmax import (
-    KeyScales,
-    make_add_v_scales,
-    make_scale_keys,
-    make_tile_softmax,
-)
 from numflash.tiles.mma.fragments import (
     MMA_ROWS,
     ROW_STEP,
@@ -95,14 +68,13 @@ from numflash.tiles.mma.fragments import (
     row_operand_chunk,
     row_operand_row,
 )
-from numflash.tiles.mma.layouts import TileLayout, make_word
-from numflash.tiles.mma.products import make_product_nt
+from numflash.tiles.mma.layouts import TileLayout
 from numflash.tiles.mma.scores import make_apply_functions, make_mask_scores
-from numflash.tiles.mma.softmax import make_scale_rows, row_sum_of_quad
+from numflash.tiles.mma.softmax import row_sum_of_quad
 from numflash.tiles.portable.softmax import LN_2, LOG2_E
 from numflash.tiles.rows import make_end_of_row
 from numflash.tiles.scores import NEG_INF, Corner
-from numflash.tiles.steps import make_keys_of, make_tile_at
+from numflash.tiles.sequences import sequence_of_all
 
 
 def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
@@ -126,31 +98,34 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
     v_layout = TileLayout(tile_n // element.per_chunk, config.swizzled)
     k_words, v_words = tile_n * k_layout.pitch, columns_v * v_layout.pitch
 
-    place_of, keys_of = make_place_of(tile_m), make_keys_of(config, traits)
-    tile_at = make_tile_at(traits, tile_n)
-    whole_keys = make_whole_keys(tile_n, tile_m)
-    copy_q = operands.make_copy_rows(k_layout, tile_m, num_threads, row_of_packed_heads)
+    place_of, keys_of = blocks.make_place_of(tile_m, traits), steps.make_keys_of(config, traits)
+    tile_at = steps.make_tile_at(traits, tile_n)
+    whole_keys = sequences.make_whole_keys(tile_n, tile_m)
+    copy_q = operands.make_copy_rows(k_layout, tile_m, num_threads, copies.row_of_packed_heads)
     copy_k = operands.make_copy_rows(k_layout, tile_n, num_threads)
     copy_v = operands.make_copy_columns(v_layout, columns_v, num_threads)
-    k_word, v_word = make_word(k_layout), make_word(v_layout)
-    multiply_q_k = make_product_nt(element, m_tiles, n_tiles, k_layout, k_layout)
-    accumulate_p_v = make_accumulate(element, m_tiles, n_tiles, o_tiles, v_layout)
-    scale_s_rows = make_scale_rows(m_tiles, n_tiles)
-    scale_keys, add_v_scales = (
-        make_scale_keys(m_tiles, n_tiles),
-        make_add_v_scales(m_tiles, n_tiles),
-    )
+    k_word, v_word = layouts.make_word(k_layout), layouts.make_word(v_layout)
+    multiply_q_k = products.make_product_nt(element, m_tiles, n_tiles, k_layout, k_layout)
+    accumulate_p_v = fp8_products.make_accumulate(element, m_tiles, n_tiles, o_tiles, v_layout)
+    scale_s_rows = softmax.make_scale_rows(m_tiles, n_tiles)
+    scale_keys = fp8_softmax.make_scale_keys(m_tiles, n_tiles)
+    add_v_scales = fp8_softmax.make_add_v_scales(m_tiles, n_tiles)
     apply_functions = make_apply_functions(m_tiles, n_tiles, traits, True, False)
     mask_scores = make_mask_scores(m_tiles, n_tiles)
-    tile_softmax = make_tile_softmax(m_tiles, n_tiles, o_tiles, traits.key_scales)
-    scale_rows = make_scale_rows(m_tiles, o_tiles)
+    tile_softmax = fp8_softmax.make_tile_softmax(m_tiles, n_tiles, o_tiles, traits.key_scales)
+    scale_rows = softmax.make_scale_rows(m_tiles, o_tiles)
     end_of_row, lse_of_row = make_end_of_row(traits.features, LN_2, is_split)
     is_float32 = is_split or traits.float32_out
-    store_as = traits.vectorized or is_split, is_float32, row_of_packed_heads, traits.float32_out
-    store_o = make_store_rows(result, m_tiles, o_tiles, *store_as)
-    of_keys = KeyScales(offsets["key_scales"], tile_n)
+    store_as = (
+        traits.vectorized or is_split,
+        is_float32,
+        copies.row_of_packed_heads,
+        traits.float32_out,
+    )
+    store_o = copies.make_store_rows(result, m_tiles, o_tiles, *store_as)
+    of_keys = fp8_softmax.KeyScales(offsets["key_scales"], tile_n)
     k_of_keys, v_log2_of_keys, v_inverse_of_keys = of_keys.k, of_keys.v_log2, of_keys.v_inverse
-    args_of_head, selected = make_args_of_head(traits), traits.selected
+    args_of_head, selected = features.make_args_of_head(traits), traits.selected
     key_scales, bends = traits.key_scales, traits.shapes_scores
     has_functions = traits.has_functions
     out_storage = f32 if is_float32 else result.storage
@@ -199,12 +174,12 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
         weights = cuda.local.array(rows, f32)
 
         grid = grid_of(shape, layout)
-        place = place_of(cuda.blockIdx.x, grid, shape)
+        place = place_of(cuda.blockIdx.x, grid, shape, mask)
         m_start, head, head_kv, batch, split = place
         # Heads that are computed in 16 bits are another kernel's.
         if selected and in_fp8[number_of_head_kv(batch, head_kv, shape)] == 0:
             return
-        sequence = sequence_of(shape, mask)
+        sequence = sequence_of_all(shape, mask)
         num_rows = i32(sequence.seqlen_q * layout.pack)
         q_origin = first_of_rows(q, batch, head, sequence.first_q), layout.pack
         q_descale_base = first_of_head(descales.q, batch, quotient(head, descales.q.group))
@@ -344,7 +319,8 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
             stage = i32(stage + 1 if stage + 1 < num_stages else 0)
 
         # The place is computed again, so that no register keeps it through the loop.
-        m_start, head, _, batch, split = place_of(cuda.blockIdx.x, grid_of(shape, layout), shape)
+        place = place_of(cuda.blockIdx.x, grid_of(shape, layout), shape, mask)
+        m_start, head, _, batch, split = place
         head_of_batch = batch * shape.num_heads_q + head
         row = i32(m_start + accumulator_row(rows_per_warp))
         num_heads = shape.batch_size * shape.num_heads_q

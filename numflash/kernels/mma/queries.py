@@ -9,11 +9,10 @@ from typing import NamedTuple
 
 from numflash.configs import MmaBackwardConfig, MmaBackwardDkDvConfig, Traits
 from numflash.ptx import device_function, i32
-from numflash.tiles.blocks import first_of_rows, first_of_statistics
-from numflash.tiles.mma.copies import make_copy_tile, make_copy_vector, make_fetch_tile
-from numflash.tiles.mma.elements import MMA_ELEMENTS
+from numflash.tiles import addresses, steps
+from numflash.tiles.addresses import first_of_rows
+from numflash.tiles.mma import copies, elements
 from numflash.tiles.mma.layouts import TileLayout
-from numflash.tiles.steps import make_steps_of
 
 
 @cache
@@ -23,18 +22,19 @@ def make_fetch_queries(config: MmaBackwardDkDvConfig | MmaBackwardConfig, traits
     The copies of a tile, (m_block, head), to a stage. `statistics` are a `Statistics`. All threads
     of the block call it together.
     """
-    element, tile_m = MMA_ELEMENTS[config.generation, traits.dtype], config.tile_m
+    element, tile_m = elements.MMA_ELEMENTS[config.generation, traits.dtype], config.tile_m
     offsets = config.smem_offsets(traits)
     lse_smem, delta_smem = offsets["lse"], offsets["delta"]
     q_layout = TileLayout(traits.head_dim // element.per_chunk, config.swizzled)
     do_layout = TileLayout(traits.head_dim_v // element.per_chunk, config.swizzled)
     asynchronous = config.generation != "sm75" and traits.vectorized
     copy = (config.num_threads, traits.vectorized, asynchronous)
-    copy_q = make_copy_tile(element, q_layout, tile_m, *copy)
-    copy_do = make_copy_tile(element, do_layout, tile_m, *copy)
-    fetch_q = make_fetch_tile(copy_q, offsets["q"], tile_m * q_layout.pitch, tile_m)
-    fetch_do = make_fetch_tile(copy_do, offsets["do"], tile_m * do_layout.pitch, tile_m)
-    copy_vector = make_copy_vector(tile_m, config.num_threads, asynchronous)
+    copy_q = copies.make_copy_tile(element, q_layout, tile_m, *copy)
+    copy_do = copies.make_copy_tile(element, do_layout, tile_m, *copy)
+    fetch_q = copies.make_fetch_tile(copy_q, offsets["q"], tile_m * q_layout.pitch, tile_m)
+    fetch_do = copies.make_fetch_tile(copy_do, offsets["do"], tile_m * do_layout.pitch, tile_m)
+    first_of_statistics = addresses.make_first_of_statistics(traits)
+    copy_vector = copies.make_copy_vector(tile_m, config.num_threads, asynchronous)
 
     @device_function
     def fetch_queries(smem, stage, tile, q, do, statistics, batch, sequence, shape):
@@ -87,7 +87,7 @@ def make_steps_of_heads(traits: Traits, tile_m: int):
     first_step(walk) -> the first step; its number is not below its end if there is none
     next_step(walk, number, head, end) -> the step after; behind a head's last the next head's
     """
-    steps_of = make_steps_of(traits, tile_m, by_keys=True)
+    steps_of = steps.make_steps_of(traits, tile_m, by_keys=True)
 
     @device_function
     def count_steps(walk):

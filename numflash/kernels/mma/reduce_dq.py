@@ -7,32 +7,25 @@ from numflash.configs import MmaBackwardConfig, Traits
 from numflash.kernels.arguments import Mask, Pointer, Shape, Tensor
 from numflash.kernels.kernel import Kernel
 from numflash.ptx import cuda, f32, i32, i64, ld_global_v4_f32, mov_ctaid_x
-from numflash.tiles.blocks import (
-    divide,
-    first_of_rows,
-    last_of,
-    make_place_of_queries,
-    quotient,
-    sequence_of,
-    tiles_of,
-    tiles_seen,
-)
-from numflash.tiles.mma.copies import make_store_rows, row_of_head
-from numflash.tiles.mma.elements import MMA_ELEMENTS
+from numflash.tiles import addresses, blocks
+from numflash.tiles.addresses import first_of_rows
+from numflash.tiles.division import divide, quotient, tiles_of
+from numflash.tiles.mma import copies, elements
 from numflash.tiles.mma.fragments import MMA_ROWS
+from numflash.tiles.sequences import last_of, sequence_of_all, tiles_seen
 
 
 def make_reduce_dq_kernel(config: MmaBackwardConfig, traits: Traits) -> Kernel:
     """The kernel that goes with `make_backward_kernel(config, traits)`; see the docstring."""
-    element = MMA_ELEMENTS[config.generation, traits.dtype]
+    element = elements.MMA_ELEMENTS[config.generation, traits.dtype]
     tile_m, tile_n = config.tile_m, config.tile_n
     m_warps = tile_m // MMA_ROWS
     dq_tiles = traits.head_dim // 8 // (config.num_warps // m_warps)
     n_dq, dq_words = 4 * dq_tiles, tile_m * traits.head_dim
-    store_as = traits.float32_out, row_of_head, traits.float32_out
-    store_dq = make_store_rows(element, 1, dq_tiles, traits.vectorized, *store_as)
+    store_as = traits.float32_out, addresses.row_of_head, traits.float32_out
+    store_dq = copies.make_store_rows(element, 1, dq_tiles, traits.vectorized, *store_as)
     out_storage = f32 if traits.float32_out else element.storage
-    place_of_queries = make_place_of_queries(tile_m)
+    place_of_queries = blocks.make_place_of_queries(tile_m, traits)
 
     def reduce_dq(
         dq_parts: Pointer(f32),  # (split, batch, num_heads_q, tiles of queries, tile_m * head_dim)
@@ -46,8 +39,8 @@ def make_reduce_dq_kernel(config: MmaBackwardConfig, traits: Traits) -> Kernel:
         for i in range(n_dq):
             dq_acc[i] = f32(0)
 
-        m_start, head, _, batch, _ = place_of_queries(mov_ctaid_x(), shape)
-        sequence = sequence_of(shape, mask)
+        m_start, head, _, batch, _ = place_of_queries(mov_ctaid_x(), shape, mask)
+        sequence = sequence_of_all(shape, mask)
         num_m_blocks, m_block = tiles_of(shape.seqlen_q, tile_m), quotient(m_start, tile_m)
         last_query = last_of(m_start, tile_m, sequence.seqlen_q)
         n_begin, n_end = tiles_seen(m_start, last_query, tile_n, sequence)

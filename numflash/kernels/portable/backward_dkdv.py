@@ -8,51 +8,28 @@ Source: FlashAttention, arXiv 2205.14135, Algorithm 4.
 """
 
 from numflash.configs import BackwardDkDvConfig, Traits
-from numflash.kernels.arguments import Shape, Statistics, Tensor, mask_of, scores_of
+from numflash.kernels.arguments import Statistics, Tensor, mask_of, scores_of, shape_of
 from numflash.kernels.kernel import Kernel
 from numflash.ptx import cuda, f32, i32, mov_ctaid_x, u32
-from numflash.tiles.blocks import (
-    first_of_rows,
-    first_of_statistics,
-    last_of,
-    make_place_of_keys,
-    seen_from_keys,
-    sequence_of,
-    tiles_seen,
-    tiles_seen_whole,
-)
-from numflash.tiles.features import make_args_of_head
-from numflash.tiles.portable.copies import make_load_tile, make_store_rows
-from numflash.tiles.portable.dropout import make_draw_kept, words_of_bits
+from numflash.tiles import addresses, blocks, features, sequences, steps
+from numflash.tiles.addresses import first_of_rows
+from numflash.tiles.division import quotient
+from numflash.tiles.portable import copies, dropout, gradients, lanes, products
 from numflash.tiles.portable.elements import ELEMENTS
-from numflash.tiles.portable.gradients import (
-    make_load_query_statistics,
-    make_softmax_backward,
-    make_store_scores,
-)
-from numflash.tiles.portable.lanes import (
-    COLUMN_LANES,
-    ROW_LANES,
-    columns_per_thread,
-    groups_per_thread,
-    rows_per_thread,
-)
-from numflash.tiles.portable.products import make_product_nn, make_product_nt
-from numflash.tiles.scores import (
-    Corner,
-    first_row_of_thread,
-    make_apply_functions,
-    make_mask_scores,
-)
-from numflash.tiles.steps import make_steps_of, make_tile_at
+from numflash.tiles.portable.lanes import COLUMN_LANES, ROW_LANES, first_row_of_thread
+from numflash.tiles.portable.scores import make_apply_functions, make_mask_scores
+from numflash.tiles.scores import Corner
+from numflash.tiles.sequences import last_of, seen_from_keys, tiles_seen, tiles_seen_whole
 
 
 def make_backward_dkdv_kernel(config: BackwardDkDvConfig, traits: Traits) -> Kernel:
     """The dK and dV kernel for one config; see the module's docstring."""
     element, result = ELEMENTS[traits.dtype], ELEMENTS[traits.out_dtype]
     tile_m, tile_n, num_threads = config.tile_m, config.tile_n, config.num_threads
-    rows, columns = rows_per_thread(tile_n, config.num_warps), columns_per_thread(tile_m)
-    groups, groups_v = groups_per_thread(traits.head_dim), groups_per_thread(traits.head_dim_v)
+    rows = lanes.rows_per_thread(tile_n, config.num_warps)
+    columns = lanes.columns_per_thread(tile_m)
+    groups = lanes.groups_per_thread(traits.head_dim)
+    groups_v = lanes.groups_per_thread(traits.head_dim_v)
     rows_per_warp = ROW_LANES * rows
     n_scores, n_dk, n_dv = rows * columns, rows * 4 * groups, rows * 4 * groups_v
 
@@ -61,30 +38,32 @@ def make_backward_dkdv_kernel(config: BackwardDkDvConfig, traits: Traits) -> Ker
     k_smem, v_smem, p_smem = (layout.offsets[name] for name in "kvp")
     k_pitch, v_pitch, p_pitch = (layout.pitches[name] for name in "kvp")
 
-    place_of_keys = make_place_of_keys(tile_n)
-    steps_of = make_steps_of(traits, tile_m, by_keys=True)
-    tile_at = make_tile_at(traits, tile_m, by_keys=True)
+    place_of_keys = blocks.make_place_of_keys(tile_n, traits)
+    sequence_of, is_idle = sequences.make_sequence_of(traits), blocks.make_is_idle(traits)
+    first_of_statistics = addresses.make_first_of_statistics(traits)
+    steps_of = steps.make_steps_of(traits, tile_m, by_keys=True)
+    tile_at = steps.make_tile_at(traits, tile_m, by_keys=True)
     copy = (num_threads, traits.vectorized)
-    load_k = make_load_tile(element, tile_n, traits.head_dim, k_pitch, *copy)
-    load_v = make_load_tile(element, tile_n, traits.head_dim_v, v_pitch, *copy)
-    load_q = make_load_tile(element, tile_m, traits.head_dim, k_pitch, *copy)
-    load_do = make_load_tile(element, tile_m, traits.head_dim_v, v_pitch, *copy)
-    load_query_statistics = make_load_query_statistics(columns, COLUMN_LANES)
-    multiply_k_q = make_product_nt(rows, columns, traits.head_dim, k_pitch, k_pitch)
-    multiply_v_do = make_product_nt(rows, columns, traits.head_dim_v, v_pitch, v_pitch)
-    multiply_p_do = make_product_nn(rows, groups_v, tile_m, p_pitch, v_pitch)
-    multiply_ds_q = make_product_nn(rows, groups, tile_m, p_pitch, k_pitch)
+    load_k = copies.make_load_tile(element, tile_n, traits.head_dim, k_pitch, *copy)
+    load_v = copies.make_load_tile(element, tile_n, traits.head_dim_v, v_pitch, *copy)
+    load_q = copies.make_load_tile(element, tile_m, traits.head_dim, k_pitch, *copy)
+    load_do = copies.make_load_tile(element, tile_m, traits.head_dim_v, v_pitch, *copy)
+    load_query_statistics = gradients.make_load_query_statistics(columns, COLUMN_LANES)
+    multiply_k_q = products.make_product_nt(rows, columns, traits.head_dim, k_pitch, k_pitch)
+    multiply_v_do = products.make_product_nt(rows, columns, traits.head_dim_v, v_pitch, v_pitch)
+    multiply_p_do = products.make_product_nn(rows, groups_v, tile_m, p_pitch, v_pitch)
+    multiply_ds_q = products.make_product_nn(rows, groups, tile_m, p_pitch, k_pitch)
     apply_functions = make_apply_functions(rows, columns, traits, False, traits.bends_scores)
     mask_scores = make_mask_scores(rows, columns)
-    draw_kept = make_draw_kept(rows, columns, traits.features, by_row=False)
-    softmax_backward = make_softmax_backward(rows, columns, traits, by_row=False)
-    store_scores = make_store_scores(rows, columns, p_pitch)
-    store_dk = make_store_rows(result, rows, groups, traits.vectorized)
-    store_dv = make_store_rows(result, rows, groups_v, traits.vectorized)
+    draw_kept = dropout.make_draw_kept(rows, columns, traits.features, by_row=False)
+    softmax_backward = gradients.make_softmax_backward(rows, columns, traits, by_row=False)
+    store_scores = gradients.make_store_scores(rows, columns, p_pitch)
+    store_dk = copies.make_store_rows(result, rows, groups, traits.vectorized)
+    store_dv = copies.make_store_rows(result, rows, groups_v, traits.vectorized)
     out_storage = result.storage
-    storage, args_of_head = element.storage, make_args_of_head(traits)
+    storage, args_of_head = element.storage, features.make_args_of_head(traits)
     n_slopes = n_scores if traits.bends_scores else 1
-    n_kept = words_of_bits(n_scores) if traits.drops_weights else 1
+    n_kept = dropout.words_of_bits(n_scores) if traits.drops_weights else 1
 
     def backward_dkdv(
         q: Tensor[storage],  # (batch, seqlen_q, num_heads_q, head_dim)
@@ -95,7 +74,7 @@ def make_backward_dkdv_kernel(config: BackwardDkDvConfig, traits: Traits) -> Ker
         dk: Tensor[out_storage],  # (batch, seqlen_k, num_heads_kv, head_dim)
         dv: Tensor[out_storage],  # (batch, seqlen_k, num_heads_kv, head_dim_v)
         mask: mask_of(traits),
-        shape: Shape,
+        shape: shape_of(traits),
         scores: scores_of(traits.program),
     ):
         smem = cuda.shared.array(0, f32, alignment=16)
@@ -108,8 +87,12 @@ def make_backward_dkdv_kernel(config: BackwardDkDvConfig, traits: Traits) -> Ker
         lses = cuda.local.array(columns, f32)
         deltas = cuda.local.array(columns, f32)
 
-        n_start, first_head, head_kv, batch, _ = place_of_keys(mov_ctaid_x(), shape)
-        sequence = sequence_of(shape, mask)
+        # The grid is as long as a list of tiles may be: this one may be shorter.
+        if is_idle(mov_ctaid_x(), quotient(shape.num_heads_q, shape.group_size), shape):
+            return
+        place = place_of_keys(mov_ctaid_x(), shape, mask)
+        n_start, first_head, head_kv, batch, _ = place[:5]
+        sequence = sequence_of(place, shape, mask)
 
         # This thread's first row and columns, in the tiles.
         row = first_row_of_thread(rows_per_warp)

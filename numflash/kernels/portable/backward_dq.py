@@ -8,50 +8,26 @@ its own rows of dQ.
 """
 
 from numflash.configs import BackwardDqConfig, Traits
-from numflash.kernels.arguments import Shape, Statistics, Tensor, mask_of, scores_of
+from numflash.kernels.arguments import Statistics, Tensor, mask_of, scores_of, shape_of
 from numflash.kernels.kernel import Kernel
 from numflash.ptx import cuda, f32, i32, mov_ctaid_x, u32
-from numflash.tiles.blocks import (
-    first_of_rows,
-    first_of_statistics,
-    last_of,
-    make_place_of_queries,
-    sequence_of,
-    tiles_seen,
-    tiles_seen_whole,
-)
-from numflash.tiles.features import make_args_of_head
-from numflash.tiles.portable.copies import make_load_tile, make_store_rows
-from numflash.tiles.portable.dropout import make_draw_kept, words_of_bits
+from numflash.tiles import addresses, blocks, features, sequences, steps
+from numflash.tiles.addresses import first_of_rows
+from numflash.tiles.portable import copies, dropout, gradients, lanes, products
 from numflash.tiles.portable.elements import ELEMENTS
-from numflash.tiles.portable.gradients import (
-    make_load_query_statistics,
-    make_softmax_backward,
-    make_store_scores,
-)
-from numflash.tiles.portable.lanes import (
-    COLUMN_LANES,
-    ROW_LANES,
-    columns_per_thread,
-    groups_per_thread,
-    rows_per_thread,
-)
-from numflash.tiles.portable.products import make_product_nn, make_product_nt
-from numflash.tiles.scores import (
-    Corner,
-    first_row_of_thread,
-    make_apply_functions,
-    make_mask_scores,
-)
-from numflash.tiles.steps import make_steps_of, make_tile_at
+from numflash.tiles.portable.lanes import COLUMN_LANES, ROW_LANES, first_row_of_thread
+from numflash.tiles.portable.scores import make_apply_functions, make_mask_scores
+from numflash.tiles.scores import Corner
+from numflash.tiles.sequences import last_of, tiles_seen, tiles_seen_whole
 
 
 def make_backward_dq_kernel(config: BackwardDqConfig, traits: Traits) -> Kernel:
     """The dQ kernel for one config; see the module's docstring."""
     element, result = ELEMENTS[traits.dtype], ELEMENTS[traits.out_dtype]
     tile_m, tile_n, num_threads = config.tile_m, config.tile_n, config.num_threads
-    rows, columns = rows_per_thread(tile_m, config.num_warps), columns_per_thread(tile_n)
-    groups = groups_per_thread(traits.head_dim)
+    rows = lanes.rows_per_thread(tile_m, config.num_warps)
+    columns = lanes.columns_per_thread(tile_n)
+    groups = lanes.groups_per_thread(traits.head_dim)
     rows_per_warp = ROW_LANES * rows
     n_scores, n_dq = rows * columns, rows * 4 * groups
 
@@ -60,27 +36,29 @@ def make_backward_dq_kernel(config: BackwardDqConfig, traits: Traits) -> Kernel:
     k_smem, v_smem, ds_smem = (layout.offsets[name] for name in "kvp")
     k_pitch, v_pitch, ds_pitch = (layout.pitches[name] for name in "kvp")
 
-    place_of_queries = make_place_of_queries(tile_m)
-    steps_of, tile_at = make_steps_of(traits, tile_n), make_tile_at(traits, tile_n)
+    place_of_queries = blocks.make_place_of_queries(tile_m, traits)
+    sequence_of, is_idle = sequences.make_sequence_of(traits), blocks.make_is_idle(traits)
+    first_of_statistics = addresses.make_first_of_statistics(traits)
+    steps_of, tile_at = steps.make_steps_of(traits, tile_n), steps.make_tile_at(traits, tile_n)
     copy = (num_threads, traits.vectorized)
-    load_q = make_load_tile(element, tile_m, traits.head_dim, k_pitch, *copy)
-    load_do = make_load_tile(element, tile_m, traits.head_dim_v, v_pitch, *copy)
-    load_k = make_load_tile(element, tile_n, traits.head_dim, k_pitch, *copy)
-    load_v = make_load_tile(element, tile_n, traits.head_dim_v, v_pitch, *copy)
-    load_query_statistics = make_load_query_statistics(rows, ROW_LANES)
-    multiply_q_k = make_product_nt(rows, columns, traits.head_dim, k_pitch, k_pitch)
-    multiply_do_v = make_product_nt(rows, columns, traits.head_dim_v, v_pitch, v_pitch)
-    multiply_ds_k = make_product_nn(rows, groups, tile_n, ds_pitch, k_pitch)
+    load_q = copies.make_load_tile(element, tile_m, traits.head_dim, k_pitch, *copy)
+    load_do = copies.make_load_tile(element, tile_m, traits.head_dim_v, v_pitch, *copy)
+    load_k = copies.make_load_tile(element, tile_n, traits.head_dim, k_pitch, *copy)
+    load_v = copies.make_load_tile(element, tile_n, traits.head_dim_v, v_pitch, *copy)
+    load_query_statistics = gradients.make_load_query_statistics(rows, ROW_LANES)
+    multiply_q_k = products.make_product_nt(rows, columns, traits.head_dim, k_pitch, k_pitch)
+    multiply_do_v = products.make_product_nt(rows, columns, traits.head_dim_v, v_pitch, v_pitch)
+    multiply_ds_k = products.make_product_nn(rows, groups, tile_n, ds_pitch, k_pitch)
     apply_functions = make_apply_functions(rows, columns, traits, True, traits.bends_scores)
     mask_scores = make_mask_scores(rows, columns)
-    draw_kept = make_draw_kept(rows, columns, traits.features, by_row=True)
-    softmax_backward = make_softmax_backward(rows, columns, traits, by_row=True)
-    store_scores = make_store_scores(rows, columns, ds_pitch)
-    store_dq = make_store_rows(result, rows, groups, traits.vectorized)
+    draw_kept = dropout.make_draw_kept(rows, columns, traits.features, by_row=True)
+    softmax_backward = gradients.make_softmax_backward(rows, columns, traits, by_row=True)
+    store_scores = gradients.make_store_scores(rows, columns, ds_pitch)
+    store_dq = copies.make_store_rows(result, rows, groups, traits.vectorized)
     out_storage = result.storage
-    storage, args_of_head = element.storage, make_args_of_head(traits)
+    storage, args_of_head = element.storage, features.make_args_of_head(traits)
     n_slopes = n_scores if traits.bends_scores else 1
-    n_kept = words_of_bits(n_scores) if traits.drops_weights else 1
+    n_kept = dropout.words_of_bits(n_scores) if traits.drops_weights else 1
 
     def backward_dq(
         q: Tensor[storage],  # (batch, seqlen_q, num_heads_q, head_dim)
@@ -90,7 +68,7 @@ def make_backward_dq_kernel(config: BackwardDqConfig, traits: Traits) -> Kernel:
         statistics: Statistics,  # both (batch, num_heads_q, seqlen_q)
         dq: Tensor[out_storage],  # (batch, seqlen_q, num_heads_q, head_dim)
         mask: mask_of(traits),
-        shape: Shape,
+        shape: shape_of(traits),
         scores: scores_of(traits.program),
     ):
         smem = cuda.shared.array(0, f32, alignment=16)
@@ -102,8 +80,12 @@ def make_backward_dq_kernel(config: BackwardDqConfig, traits: Traits) -> Kernel:
         lses = cuda.local.array(rows, f32)
         deltas = cuda.local.array(rows, f32)
 
-        m_start, head, head_kv, batch, _ = place_of_queries(mov_ctaid_x(), shape)
-        sequence = sequence_of(shape, mask)
+        # The grid is as long as a list of tiles may be: this one may be shorter.
+        if is_idle(mov_ctaid_x(), shape.num_heads_q, shape):
+            return
+        place = place_of_queries(mov_ctaid_x(), shape, mask)
+        m_start, head, head_kv, batch, _ = place[:5]
+        sequence = sequence_of(place, shape, mask)
         k_base = first_of_rows(k, batch, head_kv, sequence.first_k)
         v_base = first_of_rows(v, batch, head_kv, sequence.first_k)
         args = args_of_head(scores, batch, head)
@@ -133,10 +115,12 @@ def make_backward_dq_kernel(config: BackwardDqConfig, traits: Traits) -> Kernel:
         for step in range(n_begin, n_end):
             n_block, is_full = tile_at(mask, step)
             n_start = i32(n_block * tile_n)
-            cuda.syncthreads()  # the previous K and V have been read by all
-            load_k(smem, k_smem, k, k_base, n_start, shape.seqlen_k, shape.head_dim)
-            load_v(smem, v_smem, v, v_base, n_start, shape.seqlen_k, shape.head_dim_v)
-            cuda.syncthreads()  # Q, dO, K and V have arrived
+            # All threads have read the K and V before these, whose place they take.
+            cuda.syncthreads()
+            load_k(smem, k_smem, k, k_base, n_start, sequence.seqlen_k, shape.head_dim)
+            load_v(smem, v_smem, v, v_base, n_start, sequence.seqlen_k, shape.head_dim_v)
+            # Q, dO, K and V of all threads must have arrived.
+            cuda.syncthreads()
 
             # S = Q K^T, dP = dO V^T
             multiply_q_k(s_acc, smem, q_mine, k_mine)

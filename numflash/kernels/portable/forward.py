@@ -8,48 +8,28 @@ Source: FlashAttention-2, arXiv 2307.08691, Algorithm 1.
 """
 
 from numflash.configs import ForwardConfig, Traits
-from numflash.kernels.arguments import Pointer, Shape, Tensor, mask_of, scores_of
+from numflash.kernels.arguments import Pointer, Tensor, mask_of, scores_of, shape_of
 from numflash.kernels.kernel import Kernel
 from numflash.ptx import cuda, f32, i32, mov_ctaid_x, u32
-from numflash.tiles.blocks import (
-    first_of_rows,
-    first_of_statistics,
-    last_of,
-    make_place_of_queries,
-    sequence_of,
-    tiles_seen,
-    tiles_seen_whole,
-)
-from numflash.tiles.features import make_args_of_head
-from numflash.tiles.portable.copies import make_load_tile, make_store_rows
-from numflash.tiles.portable.dropout import make_draw_kept, words_of_bits
+from numflash.tiles import addresses, blocks, features, pages, sequences, steps
+from numflash.tiles.addresses import first_of_rows
+from numflash.tiles.portable import copies, dropout, lanes, products, softmax
 from numflash.tiles.portable.elements import ELEMENTS
-from numflash.tiles.portable.lanes import (
-    COLUMN_LANES,
-    ROW_LANES,
-    columns_per_thread,
-    groups_per_thread,
-    rows_per_thread,
-)
-from numflash.tiles.portable.products import make_product_nn, make_product_nt
-from numflash.tiles.portable.softmax import make_online_softmax, row_sum_of_lanes
+from numflash.tiles.portable.lanes import COLUMN_LANES, ROW_LANES, first_row_of_thread
+from numflash.tiles.portable.scores import make_apply_functions, make_mask_scores
+from numflash.tiles.portable.softmax import row_sum_of_lanes
 from numflash.tiles.rows import NATURAL, make_end_of_row
-from numflash.tiles.scores import (
-    NEG_INF,
-    Corner,
-    first_row_of_thread,
-    make_apply_functions,
-    make_mask_scores,
-)
-from numflash.tiles.steps import make_steps_of, make_tile_at
+from numflash.tiles.scores import NEG_INF, Corner
+from numflash.tiles.sequences import last_of, tiles_seen, tiles_seen_whole
 
 
 def make_forward_kernel(config: ForwardConfig, traits: Traits) -> Kernel:
     """The forward kernel for one config; see the module's docstring."""
     element, result = ELEMENTS[traits.dtype], ELEMENTS[traits.out_dtype]
     tile_m, tile_n, num_threads = config.tile_m, config.tile_n, config.num_threads
-    rows, columns = rows_per_thread(tile_m, config.num_warps), columns_per_thread(tile_n)
-    groups = groups_per_thread(traits.head_dim_v)
+    rows = lanes.rows_per_thread(tile_m, config.num_warps)
+    columns = lanes.columns_per_thread(tile_n)
+    groups = lanes.groups_per_thread(traits.head_dim_v)
     rows_per_warp = ROW_LANES * rows
     n_scores, n_out = rows * columns, 4 * groups
     n_o = rows * n_out
@@ -59,23 +39,27 @@ def make_forward_kernel(config: ForwardConfig, traits: Traits) -> Kernel:
     v_smem, p_smem = layout.offsets["v"], layout.offsets["p"]
     k_pitch, v_pitch, p_pitch = (layout.pitches[name] for name in "kvp")
 
-    place_of_queries = make_place_of_queries(tile_m)
-    steps_of, tile_at = make_steps_of(traits, tile_n), make_tile_at(traits, tile_n)
+    place_of_queries = blocks.make_place_of_queries(tile_m, traits)
+    sequence_of, is_idle = sequences.make_sequence_of(traits), blocks.make_is_idle(traits)
+    first_of_statistics = addresses.make_first_of_statistics(traits)
+    steps_of, tile_at = steps.make_steps_of(traits, tile_n), steps.make_tile_at(traits, tile_n)
     copy = (num_threads, traits.vectorized)
-    load_q = make_load_tile(element, tile_m, traits.head_dim, k_pitch, *copy)
-    load_k = make_load_tile(element, tile_n, traits.head_dim, k_pitch, *copy)
-    load_v = make_load_tile(element, tile_n, traits.head_dim_v, v_pitch, *copy)
-    multiply_q_k = make_product_nt(rows, columns, traits.head_dim, k_pitch, k_pitch)
-    multiply_p_v = make_product_nn(rows, groups, tile_n, p_pitch, v_pitch)
+    load_q = copies.make_load_tile(element, tile_m, traits.head_dim, k_pitch, *copy)
+    of_keys = pages.row_in_pages if traits.paged else addresses.row_of_head
+    load_k = copies.make_load_tile(element, tile_n, traits.head_dim, k_pitch, *copy, of_keys)
+    load_v = copies.make_load_tile(element, tile_n, traits.head_dim_v, v_pitch, *copy, of_keys)
+    origin_of_keys = pages.make_origin_of_keys(traits)
+    multiply_q_k = products.make_product_nt(rows, columns, traits.head_dim, k_pitch, k_pitch)
+    multiply_p_v = products.make_product_nn(rows, groups, tile_n, p_pitch, v_pitch)
     apply_functions = make_apply_functions(rows, columns, traits, True, False)
     mask_scores = make_mask_scores(rows, columns)
-    draw_kept = make_draw_kept(rows, columns, traits.features, by_row=True)
-    online_softmax = make_online_softmax(rows, columns, n_out, p_pitch, traits.features)
+    draw_kept = dropout.make_draw_kept(rows, columns, traits.features, by_row=True)
+    online_softmax = softmax.make_online_softmax(rows, columns, n_out, p_pitch, traits.features)
     end_of_row, lse_of_row = make_end_of_row(traits.features, NATURAL)
-    store_o = make_store_rows(result, rows, groups, traits.vectorized)
+    store_o = copies.make_store_rows(result, rows, groups, traits.vectorized)
     out_storage = result.storage
-    storage, args_of_head = element.storage, make_args_of_head(traits)
-    n_kept = words_of_bits(n_scores) if traits.drops_weights else 1
+    storage, args_of_head = element.storage, features.make_args_of_head(traits)
+    n_kept = dropout.words_of_bits(n_scores) if traits.drops_weights else 1
 
     def forward(
         q: Tensor[storage],  # (batch, seqlen_q, num_heads_q, head_dim)
@@ -84,7 +68,7 @@ def make_forward_kernel(config: ForwardConfig, traits: Traits) -> Kernel:
         out: Tensor[out_storage],  # (batch, seqlen_q, num_heads_q, head_dim_v)
         lse: Pointer(f32),  # (batch, num_heads_q, seqlen_q)
         mask: mask_of(traits),
-        shape: Shape,
+        shape: shape_of(traits),
         scores: scores_of(traits.program),
     ):
         smem = cuda.shared.array(0, f32, alignment=16)
@@ -94,11 +78,15 @@ def make_forward_kernel(config: ForwardConfig, traits: Traits) -> Kernel:
         row_sum = cuda.local.array(rows, f32)
         kept = cuda.local.array(n_kept, u32)
 
-        m_start, head, head_kv, batch, _ = place_of_queries(mov_ctaid_x(), shape)
-        sequence = sequence_of(shape, mask)
+        # The grid is as long as a list of tiles may be: this one may be shorter.
+        if is_idle(mov_ctaid_x(), shape.num_heads_q, shape):
+            return
+        place = place_of_queries(mov_ctaid_x(), shape, mask)
+        m_start, head, _, batch, _ = place[:5]
+        sequence = sequence_of(place, shape, mask)
         q_base = first_of_rows(q, batch, head, sequence.first_q)
-        k_base = first_of_rows(k, batch, head_kv, sequence.first_k)
-        v_base = first_of_rows(v, batch, head_kv, sequence.first_k)
+        k_origin = origin_of_keys(k, place, sequence, shape)
+        v_origin = origin_of_keys(v, place, sequence, shape)
         out_base = first_of_rows(out, batch, head, sequence.first_q)
         first_query = first_of_statistics(batch, head, shape) + sequence.first_q
         args = args_of_head(scores, batch, head)
@@ -126,8 +114,8 @@ def make_forward_kernel(config: ForwardConfig, traits: Traits) -> Kernel:
             n_start = i32(n_block * tile_n)
             # All threads have read the K and V before these, whose place they take.
             cuda.syncthreads()
-            load_k(smem, k_smem, k, k_base, n_start, sequence.seqlen_k, shape.head_dim)
-            load_v(smem, v_smem, v, v_base, n_start, sequence.seqlen_k, shape.head_dim_v)
+            load_k(smem, k_smem, k, k_origin, n_start, sequence.seqlen_k, shape.head_dim)
+            load_v(smem, v_smem, v, v_origin, n_start, sequence.seqlen_k, shape.head_dim_v)
             # Q, K and V of all threads must have arrived.
             cuda.syncthreads()
 

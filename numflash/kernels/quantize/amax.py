@@ -10,10 +10,13 @@ from collections.abc import Callable
 from functools import cache
 
 from numflash.configs import AmaxConfig, QuantizeConfig, Traits
-from numflash.kernels.arguments import Pointer, Signs, Sizes, Tensor
+from numflash.kernels.arguments import Pointer, Tensor
 from numflash.kernels.kernel import Kernel
+from numflash.kernels.quantize.arguments import Signs, Sizes
 from numflash.ptx import cuda, device_function, f32, i32, i64, max_f32, mov_ctaid_x, u32
-from numflash.tiles.blocks import divide, first_of_head, place_in_heads, tiles_of
+from numflash.tiles.addresses import first_of_head
+from numflash.tiles.blocks import place_in_heads
+from numflash.tiles.division import divide, tiles_of
 from numflash.tiles.portable.elements import ELEMENTS
 from numflash.tiles.quantize.hadamard import make_apply_signs, make_rotate
 from numflash.tiles.quantize.rows import (

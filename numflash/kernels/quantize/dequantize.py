@@ -8,20 +8,14 @@ from collections.abc import Callable
 from functools import cache
 
 from numflash.configs import DequantizeConfig, Traits
-from numflash.kernels.arguments import Codes, Grouped, Signs, Sizes, Tensor
+from numflash.kernels.arguments import Tensor
 from numflash.kernels.kernel import Kernel
-from numflash.ptx import (
-    cuda,
-    cvt_f32_f16,
-    device_function,
-    f32,
-    i32,
-    mov_ctaid_x,
-    mul_rn_f32,
-    u16,
-    u32,
-)
-from numflash.tiles.blocks import first_of_head, place_in_heads, quotient, tiles_of
+from numflash.kernels.quantize.arguments import Codes, Grouped, Signs, Sizes
+from numflash.ptx import cuda, device_function, f32, i32, mov_ctaid_x, u16, u32
+from numflash.ptx.arithmetic import cvt_f32_f16, mul_rn_f32
+from numflash.tiles.addresses import first_of_head
+from numflash.tiles.blocks import place_in_heads
+from numflash.tiles.division import quotient, tiles_of
 from numflash.tiles.portable.elements import ELEMENTS
 from numflash.tiles.quantize.hadamard import COLUMNS, make_apply_signs, make_rotate
 from numflash.tiles.quantize.rows import make_decode, make_place_of_thread

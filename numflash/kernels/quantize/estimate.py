@@ -16,10 +16,11 @@ A warp estimates one key-value head and decides: 8 bits where the estimate is wi
 import math
 
 from numflash.configs import EstimateConfig, Traits
-from numflash.kernels.arguments import Pointer, Shape, Squares
+from numflash.kernels.arguments import Pointer, Shape
 from numflash.kernels.kernel import Kernel
+from numflash.kernels.quantize.arguments import Squares
 from numflash.ptx import cuda, device_function, f32, fma_rn_f32, i32, i64, max_f32
-from numflash.tiles.blocks import divide, tiles_of
+from numflash.tiles.division import divide, tiles_of
 from numflash.tiles.portable.lanes import FULL_WARP
 
 P_NOISE = f32(7.05e-4)

@@ -31,7 +31,7 @@ from functools import cache
 
 from numflash.configs import QuantizeConfig, Traits
 from numflash.configs.formats import FORMATS
-from numflash.kernels.arguments import Grouped, Pointer, Signs, Sizes, Tensor
+from numflash.kernels.arguments import Pointer, Tensor
 from numflash.kernels.kernel import Kernel
 from numflash.kernels.quantize.amax import (
     SMALLEST_AMAX,
@@ -39,24 +39,15 @@ from numflash.kernels.quantize.amax import (
     make_measure_kernel,
     rows_of,
 )
-from numflash.ptx import (
-    cuda,
-    cvt_f32_f16,
-    device_function,
-    f32,
-    fma_rn_f32,
-    i32,
-    i64,
-    max_f32,
-    st_global_v2_u32,
-    st_global_v4_u32,
-    u8,
-    u16,
-    u32,
-)
-from numflash.tiles.blocks import first_of_head, place_in_heads, quotient, tiles_of
+from numflash.kernels.quantize.arguments import Grouped, Signs, Sizes
+from numflash.ptx import cuda, device_function, f32, i32, i64, u8, u16, u32
+from numflash.ptx.arithmetic import cvt_f32_f16, fma_rn_f32, max_f32
+from numflash.ptx.memory import st_global_v2_u32, st_global_v4_u32
+from numflash.tiles.addresses import first_of_head
+from numflash.tiles.blocks import place_in_heads
+from numflash.tiles.division import quotient, tiles_of
 from numflash.tiles.portable.elements import ELEMENTS
-from numflash.tiles.quantize.conversions import make_encode
+from numflash.tiles.quantize import conversions, transposition
 from numflash.tiles.quantize.rows import (
     Rows,
     make_decode,
@@ -68,7 +59,6 @@ from numflash.tiles.quantize.rows import (
     make_sums_of_block,
     make_tokens,
 )
-from numflash.tiles.quantize.transposition import make_store_columns, make_store_quad
 from numflash.tiles.unrolled import make_unrolled
 
 
@@ -205,7 +195,7 @@ def _make_encode_rows(config: QuantizeConfig, rows: Rows) -> Callable:
 
     `scale` is that of all rows, unless each token has its own of `amaxes`.
     """
-    encode_four = make_encode(config.format, config.generation)
+    encode_four = conversions.make_encode(config.format, config.generation)
     decode = make_decode(config.format, config.generation)
     row_codes = rows.chunks * rows.columns // 4
     is_token, has_statistics = config.scale == "token", config.statistics
@@ -284,8 +274,8 @@ def _make_store_codes(config: QuantizeConfig, traits: Traits, rows: Rows) -> Cal
 
         return store_codes
 
-    store_quad = make_store_quad(block_tokens, columns)
-    store_columns = make_store_columns(block_tokens, head_dim, config.num_threads)
+    store_quad = transposition.make_store_quad(block_tokens, columns)
+    store_columns = transposition.make_store_columns(block_tokens, head_dim, config.num_threads)
 
     @device_function
     def fill_row(r, codes, token, seqlen):

@@ -1,1 +1,1 @@
-"""Kernels that every implementation uses: combine, delta, and the sums that end gradients."""
+"""Kernels that every implementation uses: combine, delta, and gradients of scores' arguments."""

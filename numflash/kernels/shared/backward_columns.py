@@ -12,40 +12,36 @@ from numflash.kernels.arguments import Pointer, Shape, Statistics, Tensor, mask_
 from numflash.kernels.kernel import Kernel
 from numflash.kernels.shared.score_gradients import ScoreGradients
 from numflash.ptx import cuda, f32, i32, i64, mov_ctaid_x, st_shared_f32
-from numflash.tiles.blocks import (
+from numflash.tiles import features, steps
+from numflash.tiles.blocks import place_in_heads
+from numflash.tiles.division import quotient, tiles_of
+from numflash.tiles.portable.elements import ELEMENTS
+from numflash.tiles.sequences import (
     last_of,
-    place_in_heads,
-    quotient,
     seen_from_keys,
-    sequence_of,
-    tiles_of,
+    sequence_of_all,
     tiles_seen,
     tiles_seen_whole,
 )
-from numflash.tiles.features import make_args_of_head
-from numflash.tiles.portable.elements import ELEMENTS
-from numflash.tiles.steps import make_steps_of, make_tile_at
 
 
 def make_columns_kernel(config, traits: Traits, of_tiles: ScoreGradients) -> Kernel:
     """The kernel of an implementation for one config; see the module's docstring."""
     tile_m, tile_n = config.tile_m, config.tile_n
     num_warps, num_threads = config.num_warps, config.num_threads
-    load_queries, load_keys, wait = of_tiles.load_queries, of_tiles.load_keys, of_tiles.wait
-    compute, place = of_tiles.compute, of_tiles.place
+    load_queries, load_keys = of_tiles.load_queries, of_tiles.load_keys
+    commit, wait, compute, place = of_tiles.commit, of_tiles.wait, of_tiles.compute, of_tiles.place
     rows, n_scores = of_tiles.rows, of_tiles.n_scores
     memory, alignment = of_tiles.memory, of_tiles.alignment
     storage = ELEMENTS[traits.dtype].storage
-    columns, column_of, columns_beyond = (
-        of_tiles.columns,
-        of_tiles.column_of,
-        of_tiles.columns_beyond,
-    )
+    columns = of_tiles.columns
+    column_of = of_tiles.column_of
+    columns_beyond = of_tiles.columns_beyond
     sum_of_column, leads_column = of_tiles.sum_of_column, of_tiles.leads_column
     read_float = of_tiles.read_float
-    args_of_head = make_args_of_head(traits)
-    steps_of = make_steps_of(traits, tile_m, by_keys=True)
-    tile_at = make_tile_at(traits, tile_m, by_keys=True)
+    args_of_head = features.make_args_of_head(traits)
+    steps_of = steps.make_steps_of(traits, tile_m, by_keys=True)
+    tile_at = steps.make_tile_at(traits, tile_m, by_keys=True)
 
     def backward_columns(
         q: Tensor[storage],  # (batch, seqlen_q, num_heads_q, head_dim)
@@ -65,7 +61,7 @@ def make_columns_kernel(config, traits: Traits, of_tiles: ScoreGradients) -> Ker
         lses = cuda.local.array(rows, f32)
         deltas = cuda.local.array(rows, f32)
 
-        sequence, inputs = sequence_of(shape, mask), (q, k, v, do, tile_statistics)
+        sequence, inputs = sequence_of_all(shape, mask), (q, k, v, do, tile_statistics)
         num_tiles = tiles_of(sequence.seqlen_k, tile_n)
         n_block, head, batch = place_in_heads(i32(mov_ctaid_x()), num_tiles, shape.num_heads_q)
         n_start, head_kv = i32(n_block * tile_n), quotient(head, shape.group_size)
@@ -80,7 +76,7 @@ def make_columns_kernel(config, traits: Traits, of_tiles: ScoreGradients) -> Ker
         whole = tiles_seen_whole(n_start, last_key, tile_m, from_keys)
         # Without queries nothing would wait for K and V.
         if m_begin < m_end:
-            load_keys(smem, inputs, batch, head_kv, n_start, sequence, shape)
+            load_keys(smem, 0, inputs, batch, head_kv, n_start, sequence, shape)
         for step in range(m_begin, m_end):
             m_block, is_full = tile_at(mask, step)
             m_start = i32(m_block * tile_m)
@@ -88,11 +84,12 @@ def make_columns_kernel(config, traits: Traits, of_tiles: ScoreGradients) -> Ker
             cuda.syncthreads()
             load_queries(smem, lses, deltas, inputs, batch, head, m_start, sequence, shape)
             # K, V, Q and dO of all threads must have arrived.
+            commit()
             wait()
             cuda.syncthreads()
             is_whole = m_start >= whole.first and m_start <= whole.last
             tile, of_rows = (m_start, n_start, is_whole, is_full), (lses, deltas)
-            compute(ds_acc, s_acc, smem, of_rows, tile, sequence, scores, args)
+            compute(ds_acc, s_acc, smem, 0, of_rows, tile, sequence, scores, args)
             for i in range(n_scores):
                 sums[column_of(i)] += ds_acc[i]
 

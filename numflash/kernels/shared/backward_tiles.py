@@ -21,33 +21,25 @@ from numflash.kernels.arguments import (
 from numflash.kernels.kernel import Kernel
 from numflash.kernels.shared.score_gradients import ScoreGradients
 from numflash.ptx import cuda, f32, i32, i64, mov_ctaid_x
-from numflash.tiles.blocks import (
-    Keys,
-    divide,
-    last_of,
-    quotient,
-    sequence_of,
-    tiles_of,
-    tiles_seen,
-    tiles_seen_whole,
-)
-from numflash.tiles.features import make_args_of_head
+from numflash.tiles import features, steps
+from numflash.tiles.division import divide, quotient, tiles_of
 from numflash.tiles.portable.elements import ELEMENTS
-from numflash.tiles.steps import make_steps_of, make_tile_at
+from numflash.tiles.sequences import Keys, last_of, sequence_of_all, tiles_seen, tiles_seen_whole
 
 
 def make_tiles_kernel(config, traits: Traits, of_tiles: ScoreGradients) -> Kernel:
     """The kernel of an implementation for one config; see the module's docstring."""
     tile_m, tile_n = config.tile_m, config.tile_n
-    load_queries, load_keys, wait = of_tiles.load_queries, of_tiles.load_keys, of_tiles.wait
-    compute, place, beyond = of_tiles.compute, of_tiles.place, of_tiles.beyond
+    load_queries, load_keys = of_tiles.load_queries, of_tiles.load_keys
+    commit, wait, compute = of_tiles.commit, of_tiles.wait, of_tiles.compute
+    place, beyond = of_tiles.place, of_tiles.beyond
     rows, n_scores = of_tiles.rows, of_tiles.n_scores
     memory, alignment = of_tiles.memory, of_tiles.alignment
     storage = ELEMENTS[traits.dtype].storage
     result = ELEMENTS[traits.dtype_of_read]
     from_f32 = result.from_f32
-    args_of_head = make_args_of_head(traits)
-    steps_of, tile_at = make_steps_of(traits, tile_n), make_tile_at(traits, tile_n)
+    args_of_head = features.make_args_of_head(traits)
+    steps_of, tile_at = steps.make_steps_of(traits, tile_n), steps.make_tile_at(traits, tile_n)
 
     def backward_tiles(
         q: Tensor[storage],  # (batch, seqlen_q, num_heads_q, head_dim)
@@ -68,7 +60,7 @@ def make_tiles_kernel(config, traits: Traits, of_tiles: ScoreGradients) -> Kerne
         lses = cuda.local.array(rows, f32)
         deltas = cuda.local.array(rows, f32)
 
-        sequence, inputs = sequence_of(shape, mask), (q, k, v, do, tile_statistics)
+        sequence, inputs = sequence_of_all(shape, mask), (q, k, v, do, tile_statistics)
         above, n_block = divide(i32(mov_ctaid_x()), tiles_of(sequence.seqlen_k, tile_n))
         above, m_block = divide(above, tiles_of(sequence.seqlen_q, tile_m))
         first_batch, first_head = divide(above, reduced.kept.heads)
@@ -93,12 +85,13 @@ def make_tiles_kernel(config, traits: Traits, of_tiles: ScoreGradients) -> Kerne
                     cuda.syncthreads()
                     load_queries(smem, lses, deltas, inputs, batch, head, m_start, sequence, shape)
                     head_kv = quotient(head, shape.group_size)
-                    load_keys(smem, inputs, batch, head_kv, n_start, sequence, shape)
+                    load_keys(smem, 0, inputs, batch, head_kv, n_start, sequence, shape)
                     # Q, dO, K and V of all threads must have arrived.
+                    commit()
                     wait()
                     cuda.syncthreads()
                     tile, of_rows = (m_start, n_start, is_whole, is_full), (lses, deltas)
-                    compute(ds_acc, s_acc, smem, of_rows, tile, sequence, scores, args)
+                    compute(ds_acc, s_acc, smem, 0, of_rows, tile, sequence, scores, args)
                     for i in range(n_scores):
                         sums[i] += ds_acc[i]
 

@@ -9,34 +9,33 @@ warp at a time, and the chains in order at the end. The order depends on a split
 not on how many there are, nor on how many warps share the chains. The parts are float32,
 contiguous: (split, batch, seqlen, head, padded head_dim_v) and (split, batch, head, seqlen).
 
+Where sequences have lengths of their own, only some tiles are split. They are listed on the device
+(`sequences.schedule`): a block has a row of a listed tile, and blocks behind the list have nothing
+to do. Then parts are (slot, packed head, row of the tile, padded head_dim_v), and part_lses the
+same without the last axis; the splits of a tile have neighbouring slots.
+
 Source: Flash-Decoding, https://pytorch.org/blog/flash-decoding.
 """
 
+from functools import cache
+from typing import NamedTuple
+
 from numflash.configs import CombineConfig, Traits
 from numflash.configs.features import Features
-from numflash.kernels.arguments import Pointer, Shape, Tensor
+from numflash.kernels.arguments import Pointer, SplitTiles, Tensor, shape_of
 from numflash.kernels.kernel import Kernel
-from numflash.ptx import (
-    cuda,
-    device_function,
-    f32,
-    fma_rn_f32,
-    i32,
-    i64,
-    ld_global_v4_f32,
-    ld_shared_v4_f32,
-    max_f32,
-    st_shared_f32,
-    st_shared_v4_f32,
-)
-from numflash.tiles.blocks import first_of_rows, first_of_statistics, place_in_heads
+from numflash.ptx import cuda, device_function, f32, i32, i64
+from numflash.ptx.arithmetic import fma_rn_f32, max_f32
+from numflash.ptx.memory import ld_global_v4_f32, ld_shared_v4_f32, st_shared_f32, st_shared_v4_f32
+from numflash.tiles import addresses, blocks, rows
+from numflash.tiles.addresses import first_of_rows
+from numflash.tiles.blocks import place_in_heads
+from numflash.tiles.division import divide, quotient
 from numflash.tiles.portable.elements import ELEMENTS
 from numflash.tiles.portable.lanes import FULL_WARP
 from numflash.tiles.portable.softmax import exp_f32
-from numflash.tiles.rows import NATURAL, make_end_of_row
+from numflash.tiles.rows import LOWEST
 
-# The lowest float32 that is a number.
-LOWEST = f32(-(2 - 2**-23) * 2.0**127)
 # Columns that one warp covers with 16 bytes a lane.
 _WARP_COLUMNS = 128
 
@@ -50,16 +49,20 @@ def make_combine_kernel(config: CombineConfig, traits: Traits) -> Kernel:
     groups, chains_per_warp = -(-pitch // _WARP_COLUMNS), chains // num_warps
     n_loads, totals_smem = groups * chains_per_warp, chains * pitch
     n_sums = 4 * n_loads
-    end_of_row, lse_of_row = make_end_of_row(traits.features, NATURAL)
-    add_round, add_last_round = (_make_add_round(config, pitch, last) for last in (False, True))
+    end_of_row, lse_of_row = rows.make_end_of_row(traits.features, rows.NATURAL)
+    ragged, is_idle, row_of = traits.ragged, blocks.make_is_idle(traits), _make_row_of(traits)
+    add_round, add_torn_round = (
+        _make_add_round(config, pitch, torn, ragged) for torn in (False, True)
+    )
 
     def combine(
-        parts: Pointer(f32),  # (split, batch, seqlen_q, num_heads_q, padded head_dim_v)
-        part_lses: Pointer(f32),  # (split, batch, num_heads_q, seqlen_q)
+        parts: Pointer(f32),  # (split, batch, seqlen_q, num_heads_q, padded head_dim_v), or slots
+        part_lses: Pointer(f32),  # (split, batch, num_heads_q, seqlen_q), or slots
         out: Tensor[storage],  # (batch, seqlen_q, num_heads_q, head_dim_v)
         lse: Pointer(f32),  # (batch, num_heads_q, seqlen_q)
-        shape: Shape,
+        shape: shape_of(traits),
         num_splits: i32,
+        tiles: SplitTiles,
         features: Features,
     ):
         smem = cuda.shared.array(0, f32, alignment=16)
@@ -68,14 +71,17 @@ def make_combine_kernel(config: CombineConfig, traits: Traits) -> Kernel:
         part = cuda.local.array(4, f32)
         lane, warp = cuda.threadIdx.x % 32, cuda.threadIdx.x // 32
         # From `blockIdx` the loop over parts is 12 instructions shorter than from `mov_ctaid_x`.
-        row, head, batch = place_in_heads(cuda.blockIdx.x, shape.seqlen_q, shape.num_heads_q)
-        lse_row = first_of_statistics(batch, head, shape) + row
-        lse_step = i64(shape.batch_size) * shape.num_heads_q * shape.seqlen_q
-        part_row = (i64(batch) * shape.seqlen_q + row) * shape.num_heads_q + head
+        if is_idle(cuda.blockIdx.x, tiles.rows * quotient(shape.num_heads_q, tiles.pack), shape):
+            return
+        at = row_of(cuda.blockIdx.x, shape, num_splits, tiles)
+        if ragged and at.row < 0:
+            return
+        lse_step, lse_row, part_row = at.step, at.lse, at.part
+        begin, end = at.splits
 
         # Finite: a row that sees no key has lse -inf in every part, and -inf - -inf would be NaN.
         largest = LOWEST
-        for split in range(lane, num_splits, 32):
+        for split in range(begin + lane, end, 32):
             largest = max_f32(largest, part_lses[split * lse_step + lse_row])
         for distance in (16, 8, 4, 2, 1):
             largest = max_f32(largest, cuda.shfl_xor_sync(FULL_WARP, largest, distance))
@@ -84,13 +90,19 @@ def make_combine_kernel(config: CombineConfig, traits: Traits) -> Kernel:
             totals[i] = f32(0)
         for i in range(n_sums):
             sums[i] = f32(0)
-        whole_rounds = num_splits // chains * chains
-        for first in range(0, whole_rounds, chains):
-            place = i32(first + warp), num_splits, lse_step, lse_row, part_row
+        whole_rounds = end // chains * chains
+        first_round = begin // chains * chains
+        # The first round, if the row's first split is in its middle.
+        if ragged and begin > first_round:
+            place = i32(first_round + warp), begin, end, lse_step, lse_row, part_row
+            add_torn_round(sums, totals, parts, part_lses, largest, place)
+            first_round += chains
+        for first in range(first_round, whole_rounds, chains):
+            place = i32(first + warp), begin, end, lse_step, lse_row, part_row
             add_round(sums, totals, parts, part_lses, largest, place)
-        if whole_rounds < num_splits:
-            place = i32(whole_rounds + warp), num_splits, lse_step, lse_row, part_row
-            add_last_round(sums, totals, parts, part_lses, largest, place)
+        if whole_rounds < end and (not ragged or first_round < end):
+            place = i32(whole_rounds + warp), begin, end, lse_step, lse_row, part_row
+            add_torn_round(sums, totals, parts, part_lses, largest, place)
 
         for i in range(n_loads):
             column = 4 * lane + _WARP_COLUMNS * (i % groups)
@@ -100,11 +112,12 @@ def make_combine_kernel(config: CombineConfig, traits: Traits) -> Kernel:
         if lane == 0:
             for i in range(chains_per_warp):
                 st_shared_f32(smem, totals_smem + warp + num_warps * i, totals[i])
-        # The chains of all warps must have arrived.
+        # Hazard: the chains of a warp would be missing.
         cuda.syncthreads()
 
         # The place is computed again, so that no register keeps it through the loop.
-        row, head, batch = place_in_heads(cuda.blockIdx.x, shape.seqlen_q, shape.num_heads_q)
+        at = row_of(cuda.blockIdx.x, shape, num_splits, tiles)
+        row, head, batch = at.row, at.head, at.batch
         whole = f32(0)
         for chain in range(chains):
             whole += smem[totals_smem + chain]
@@ -126,17 +139,72 @@ def make_combine_kernel(config: CombineConfig, traits: Traits) -> Kernel:
                     if column + j < shape.head_dim_v:
                         out.data[offset + j] = from_f32(sums[j])
         if cuda.threadIdx.x == 0:
-            lse[lse_row] = lse_of_row(top, whole)
+            # Where all are of one length it is `lse_row`; to compute it again takes instructions.
+            lse[at.lse_of_all if ragged else lse_row] = lse_of_row(top, whole)
 
     return Kernel(config.family, combine, num_threads, config.smem_bytes(traits))
 
 
-def _make_add_round(config: CombineConfig, pitch: int, last: bool):
+class _Row(NamedTuple):
+    """A row of the result, and its parts.
+
+    Attributes:
+        row, head, batch: of the result; row is -1 where a tile has no such row.
+        lse_of_all: the offset of its lse in the result.
+        lse: the offset that split 0 has, or would have, in `part_lses`.
+        part: the number of the row that split 0 has, or would have, in `parts`.
+        step: rows from one split to the next, in both.
+        splits: (first, end) of the numbers of its splits.
+    """
+
+    row: i32
+    head: i32
+    batch: i32
+    lse_of_all: i64
+    lse: i64
+    part: i64
+    step: i64
+    splits: tuple
+
+
+@cache
+def _make_row_of(traits: Traits):
+    """row_of(block, shape, num_splits, tiles): the `_Row` of a block."""
+    first_of_statistics = addresses.make_first_of_statistics(traits)
+
+    @device_function
+    def row_of(block, shape, num_splits, tiles):
+        row, head, batch = place_in_heads(block, shape.seqlen_q, shape.num_heads_q)
+        lse = first_of_statistics(batch, head, shape) + row
+        step = i64(shape.batch_size) * shape.num_heads_q * shape.seqlen_q
+        part = (i64(batch) * shape.seqlen_q + row) * shape.num_heads_q + head
+        return _Row(row, head, batch, lse, lse, part, step, (i32(0), num_splits))
+
+    @device_function
+    def row_of_list(block, shape, num_splits, tiles):
+        packed_heads = quotient(shape.num_heads_q, tiles.pack)
+        number, i = divide(block, tiles.rows)
+        number, packed_head = divide(number, packed_heads)
+        at, listed = 8 + 8 * number, shape.records
+        first, seqlen_q, slot, start = listed[at], listed[at + 1], listed[at + 2], listed[at + 4]
+        begin, end, batch = listed[at + 5], listed[at + 6], listed[at + 7]
+        token, packed = divide(i32(start + i), tiles.pack)
+        head = i32(packed_head * tiles.pack + packed)
+        step = i64(packed_heads) * tiles.rows
+        part = i64(slot - begin) * step + packed_head * tiles.rows + i
+        row = i32(first + token if token < seqlen_q else -1)
+        lse = first_of_statistics(batch, head, shape) + row
+        return _Row(row, head, batch, lse, part, part, step, (begin, end))
+
+    return row_of_list if traits.ragged else row_of
+
+
+def _make_add_round(config: CombineConfig, pitch: int, torn: bool, ragged: bool):
     """add_round(sums, totals, parts, part_lses, shift, place)
 
-    A warp adds a split to each of its chains. `place` is (first split of the warp, num_splits,
-    elements of part_lses a split, this row of part_lses, this row of a part). The last round may
-    have fewer splits than chains.
+    A warp adds a split to each of its chains. `place` is (first split of the warp, first split of
+    the row, end of the splits, and `step`, `lse` and `part` of a `_Row`). A torn round may have
+    fewer splits than chains: the last ones are missing, or if `ragged` also the first.
     """
     num_warps, chains = config.num_warps, config.num_chains // config.num_warps
     groups = -(-pitch // _WARP_COLUMNS)
@@ -146,14 +214,14 @@ def _make_add_round(config: CombineConfig, pitch: int, last: bool):
     def add_round(sums, totals, parts, part_lses, shift, place):
         part = cuda.local.array(n_sums, f32)
         weights = cuda.local.array(chains, f32)
-        first, num_splits, lse_step, lse_row, part_row = place
+        first, begin, end, lse_step, lse_row, part_row = place
         lane = cuda.threadIdx.x % 32
         # All loads before the sums, so that they wait for memory together.
         for i in range(n_loads):
             split = first + num_warps * (i // groups)
             # Lanes without columns load the last ones, and do not store them.
             column = min(4 * lane + _WARP_COLUMNS * (i % groups), pitch - 4)
-            if not last or split < num_splits:
+            if not torn or (split < end and (not ragged or split >= begin)):
                 offset = (split * lse_step + part_row) * pitch + column
                 ld_global_v4_f32(part[4 * i : 4 * i + 4], parts, offset)
             else:
@@ -162,7 +230,7 @@ def _make_add_round(config: CombineConfig, pitch: int, last: bool):
         for i in range(chains):
             split = first + num_warps * i
             weights[i] = f32(0)
-            if not last or split < num_splits:
+            if not torn or (split < end and (not ragged or split >= begin)):
                 weights[i] = exp_f32(part_lses[split * lse_step + lse_row] - shift)
             totals[i] += weights[i]
         for i in range(n_sums):

@@ -7,6 +7,8 @@ the phase that must have ended. `make_channel` gives a kernel its verbs:
     by the thread that fills buffers
         claim(barriers, stage, parity)        wait until a buffer is empty
         expect(barriers, stage, n_bytes)      announce the bytes that copies will bring
+    by a warp that writes its share of a buffer by itself, once the buffer is claimed
+        filled(barriers, stage)               say that all lanes have written
     by all threads of a warpgroup that reads them
         wait(barriers, stage, parity)         wait until a buffer is full
         release(barriers, stage)              give a buffer back that a finished product has read
@@ -24,27 +26,25 @@ from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
-from numflash.ptx import (
-    cuda,
-    device_function,
-    i32,
+from numflash.ptx import cuda, device_function, i32, mov_tid_x, u32
+from numflash.ptx.mbarriers import (
     mbarrier_arrive,
     mbarrier_arrive_expect_tx,
     mbarrier_init,
     mbarrier_wait_parity,
-    mov_tid_x,
-    u32,
 )
 from numflash.tiles.wgmma.turns import WARPGROUP, meet
 
 
 class Channel(NamedTuple):
-    """The verbs of a channel; see the module's docstring."""
+    """The verbs of a channel, and its first mbarriers; see the module's docstring."""
 
     full: int
+    empty: int
     init: Callable
     claim: Callable
     expect: Callable
+    filled: Callable
     wait: Callable
     release: Callable
     gather: Callable
@@ -53,8 +53,13 @@ class Channel(NamedTuple):
 
 
 @cache
-def make_channel(full: int, empty: int, stages: int, arrivals: int = 4, readers: int = 1):
+def make_channel(
+    full: int, empty: int, stages: int, arrivals: int = 4, readers: int = 1, writers: int = 1
+):
     """The channel of `stages` buffers, each read by `readers` warpgroups.
+
+    A buffer is full when `writers` threads have arrived at `full` + stage: one that expects bytes,
+    or one of each warp that writes by itself.
 
     `full` and `empty` are the mbarriers of the first buffer, those of the others follow. A
     warpgroup releases a buffer by 4 arrivals, or by 1.
@@ -70,7 +75,7 @@ def make_channel(full: int, empty: int, stages: int, arrivals: int = 4, readers:
     @device_function
     def init(barriers):
         for stage in range(stages):
-            mbarrier_init(barriers, full + stage, 1)
+            mbarrier_init(barriers, full + stage, writers)
             mbarrier_init(barriers, empty + stage, arrivals * readers)
 
     @device_function
@@ -82,6 +87,13 @@ def make_channel(full: int, empty: int, stages: int, arrivals: int = 4, readers:
     def expect(barriers, stage, n_bytes):
         # Hazard: without it the buffer would count as full before its bytes have arrived.
         mbarrier_arrive_expect_tx(barriers, full + stage, n_bytes)
+
+    @device_function
+    def filled(barriers, stage):
+        # Hazard: the buffer would count as full before all lanes have written their share.
+        cuda.syncwarp()
+        if mov_tid_x() % 32 == 0:
+            mbarrier_arrive(barriers, full + stage)
 
     @device_function
     def wait(barriers, stage, parity):
@@ -115,4 +127,6 @@ def make_channel(full: int, empty: int, stages: int, arrivals: int = 4, readers:
         wraps = stage == last_stage
         return i32(0) if wraps else i32(stage + 1), u32(parity ^ u32(wraps))
 
-    return Channel(full, init, claim, expect, wait, release, gather, skip, following)
+    return Channel(
+        full, empty, init, claim, expect, filled, wait, release, gather, skip, following
+    )

@@ -17,53 +17,47 @@ and pingpong; `numflash-inspect forward --arch sm_90a` shows it for any config):
      16 HGMMA         1024 clocks of the SM's tensor cores: 8 for S = Q K^T, 8 for O += P V
      64 MUFU          512 clocks, at 16 exponentials a clock: all of them beside O += P V
      64 FFMA          the exponents
-     66 FMNMX, FADD   the row's maximum and sum; 4 SHFL across its four lanes
+     66 FMNMX         the row's maximum, with 4 SHFL across its four lanes
+     64 FADD          its sum
      32 F2FP          P to bfloat16
-    111 others        descriptors of the products, barriers, the loop
+     83 others        descriptors of the products, barriers, the loop
      64 FMUL          O rescaled, only when a maximum has grown by 2 ** 8
     256 ISETP, FSEL   the mask, only on tiles that an edge crosses
 
-Each scheduler issues 423 instructions in the 1024 clocks of a turn, so two warpgroups that
+Each scheduler issues 393 instructions in the 1024 clocks of a turn, so two warpgroups that
 alternate leave the tensor cores no reason to wait. At head_dim 64 products and exponentials take
-512 clocks each and 394 instructions are issued: three warpgroups share the SM then.
+512 clocks each and 381 instructions are issued: three warpgroups share the SM then.
 
 Source: FlashAttention-3, arXiv 2407.08608, Algorithms 1 and 2.
 """
 
-from numflash.configs.traits import Traits
-from numflash.configs.wgmma import WARPGROUP_ROWS, Sm90ForwardConfig
-from numflash.kernels.arguments import Layout, Part, Pointer, Shape, mask_of, scores_of
+from numflash.configs import WARPGROUP_ROWS, Sm90ForwardConfig, Traits
+from numflash.kernels.arguments import (
+    Part,
+    Pointer,
+    mapped_layout_of,
+    mask_of,
+    scores_of,
+    shape_of,
+)
 from numflash.kernels.kernel import Kernel
 from numflash.kernels.wgmma.ring import make_ring
 from numflash.kernels.wgmma.skeleton import make_skeleton
-from numflash.ptx import (
-    TensorMap,
-    cuda,
-    device_function,
-    f32,
-    i32,
-    make_wgmma_wait_group,
-    u16,
-    u32,
-)
-from numflash.tiles.features import make_args_of_head
-from numflash.tiles.mma.softmax import make_scale_rows
+from numflash.ptx import TensorMap, cuda, device_function, f32, i32, u16, u32
+from numflash.ptx.wgmma import make_wgmma_wait_group
+from numflash.tiles import features, steps
+from numflash.tiles.mma import softmax
 from numflash.tiles.portable.softmax import LOG2_E
-from numflash.tiles.steps import make_tile_at
-from numflash.tiles.wgmma.products import (
-    make_pack,
-    make_product_nt,
-    make_product_pn,
-)
+from numflash.tiles.wgmma import products, turns
 from numflash.tiles.wgmma.scores import make_shape_scores, make_weigh_scores
 from numflash.tiles.wgmma.softmax import begin_rows, make_online_softmax
-from numflash.tiles.wgmma.turns import group_of_thread, make_turns, softmax_before_wait
+from numflash.tiles.wgmma.turns import group_of_thread, softmax_before_wait
 
 
 def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
     """The forward kernel for one config; see the module's docstring."""
     out_storage = f32 if config.num_splits > 1 or traits.float32_out else u16
-    bends, args_of_head = traits.shapes_scores, make_args_of_head(traits)
+    bends, args_of_head = traits.shapes_scores, features.make_args_of_head(traits)
 
     @device_function
     def look_up(rows, shape, scores):
@@ -79,8 +73,8 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
         v_map: TensorMap,  # (batch, num_heads_kv, seqlen_k, head_dim_v)
         out_map: TensorMap,  # (batch, num_heads_q / pack, seqlen_q, pack, head_dim_v)
         mask: mask_of(traits),
-        shape: Shape,
-        layout: Layout,
+        shape: shape_of(traits),
+        layout: mapped_layout_of(traits),
         scores: scores_of(traits.program),
     ):
         results, maps = (out, lse, out_map, scores.features), (q_map, k_map, v_map)
@@ -93,24 +87,25 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
 
 
 def make_attend(config: Sm90ForwardConfig, traits: Traits):
-    """attend(smem, barriers, at, rows, sums, scale_log2, scores, args, keys, stage, parity)
+    """attend(barriers, at, rows, sums, scale_log2, scores, args, keys, stages)
 
     O += softmax(Q K^T) V over the tiles of keys that a warpgroup's rows see; see `skeleton`.
     """
     ring, tile_n, overlap = make_ring(config, traits), config.tile_n, config.overlap
-    K, V, dtype, tile_at = ring.K, ring.V, traits.dtype, make_tile_at(traits, tile_n)
+    K, V, following = ring.K, ring.V, ring.following
+    dtype, tile_at = traits.dtype, steps.make_tile_at(traits, tile_n)
     # Operands count in units of 16 bytes.
     q_step, k_step, v_step = ring.q.words >> 2, ring.k.words >> 2, ring.v.words >> 2
     n_tiles, o_tiles, rows_are_long = tile_n // 8, traits.head_dim_v // 8, traits.head_dim > 128
     n_scores, n_p = 4 * n_tiles, 2 * n_tiles
-    take_turn, pass_turn, _ = make_turns(config.num_warpgroups if config.pingpong else 1)
-    begin_q_k = make_product_nt(dtype, WARPGROUP_ROWS, tile_n, tile_n, traits.head_dim)
-    begin_p_v = make_product_pn(dtype, tile_n, traits.head_dim_v)
+    take_turn, pass_turn, _ = turns.make_turns(config.num_warpgroups if config.pingpong else 1)
+    begin_q_k = products.make_product_nt(dtype, WARPGROUP_ROWS, tile_n, tile_n, traits.head_dim)
+    begin_p_v = products.make_product_pn(dtype, tile_n, traits.head_dim_v)
     wait_for_s, wait_for_next_s = (make_wgmma_wait_group(i, n_scores) for i in range(2))
     wait_for_o = make_wgmma_wait_group(0, 4 * o_tiles)
     shape_scores, online_softmax = make_shape_scores(tile_n, traits), make_online_softmax(n_tiles)
     weigh_scores = make_weigh_scores(tile_n, traits)
-    pack_p, scale_rows = make_pack(dtype, n_tiles), make_scale_rows(1, o_tiles)
+    pack_p, scale_rows = products.make_pack(dtype, n_tiles), softmax.make_scale_rows(1, o_tiles)
 
     @device_function
     def q_of(q, group):
@@ -120,7 +115,8 @@ def make_attend(config: Sm90ForwardConfig, traits: Traits):
         return u32(q + group * q_step)
 
     @device_function
-    def attend(smem, barriers, at, rows, sums, scale_log2, scores, args, keys, stage, parity):
+    def attend(barriers, at, rows, sums, scale_log2, scores, args, keys, stages):
+        stage, parity = stages[0], stages[1]
         s_acc, p_frag = cuda.local.array(n_scores, f32), cuda.local.array(n_p, u32)
         limits, shifts = cuda.local.array(2, f32), cuda.local.array(2, f32)
         factors = cuda.local.array(2, f32)
@@ -144,10 +140,12 @@ def make_attend(config: Sm90ForwardConfig, traits: Traits):
         weigh_scores(s_acc, rows, i32(tile * tile_n), args.drawn)
         pack_p(p_frag, s_acc)
 
-        for n in range(first + 1, end):
+        n = i32(first + 1)
+        while n < end:
             # S = Q K^T of step n, O += P V of step n - 1
-            v_stage, v_parity = stage, parity
-            stage, parity = K.following(stage, parity)
+            v_stage, v_parity = stages[-2], stages[-1]
+            stages = following(stages)
+            stage, parity = stages[0], stages[1]
             take_turn(group)
             if overlap:
                 # Hazard: S would be made of the K of a tile before.
@@ -180,7 +178,7 @@ def make_attend(config: Sm90ForwardConfig, traits: Traits):
             has_grown = online_softmax(s_acc, running, factors, scale_log2)
             weigh_scores(s_acc, rows, i32(tile * tile_n), args.drawn)
             if overlap:
-                softmax_before_wait(smem, 0, row_sum[0], row_sum[1])
+                softmax_before_wait(row_sum[0], row_sum[1])
                 # Hazard: P would change under the product, and O would be rescaled before it is
                 # added to.
                 wait_for_o(o_acc)
@@ -189,15 +187,17 @@ def make_attend(config: Sm90ForwardConfig, traits: Traits):
             pack_p(p_frag, s_acc)
             if has_grown:
                 scale_rows(o_acc, factors)
+            n = i32(n + 1)
 
         # O += P V of the last tile
+        v_stage, v_parity = stages[-2], stages[-1]
         # Hazard: O would get a V that has not arrived.
-        V.wait(barriers, stage, parity)
-        begin_p_v(o_acc, p_frag, u32(at.v + stage * v_step))
+        V.wait(barriers, v_stage, v_parity)
+        begin_p_v(o_acc, p_frag, u32(at.v + v_stage * v_step))
         # Hazard: `finish` reads O.
         wait_for_o(o_acc)
         # Hazard: before this wait for O the next V would have overwritten this one.
-        V.release(barriers, stage)
-        return V.following(stage, parity)
+        V.release(barriers, v_stage)
+        return following(stages)
 
     return attend

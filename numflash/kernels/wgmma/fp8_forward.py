@@ -12,7 +12,7 @@ added in parts of 64. A tile of keys has one scale of K and one of V; where they
 
 A tile of 128 keys costs a warpgroup, at head_dim 128 with overlap and pingpong, 512 clocks of the
 tensor cores (8 QGMMA), 528 of the special-function units (66 exponentials, two of them for the
-weights) and 501 instructions of each scheduler, 64 FFMA of them to add the tile's share to O: the
+weights) and 487 instructions of each scheduler, 64 FFMA of them to add the tile's share to O: the
 clocks that 16 bits leave free are about used up. No GPU has timed it yet.
 
 Source: FlashAttention-3, arXiv 2407.08608, section 3.3.
@@ -20,37 +20,23 @@ Source: FlashAttention-3, arXiv 2407.08608, section 3.3.
 
 from typing import NamedTuple
 
-from numflash.configs.traits import Traits
-from numflash.configs.wgmma import WARPGROUP_ROWS, Sm90Fp8ForwardConfig
+from numflash.configs import WARPGROUP_ROWS, Sm90Fp8ForwardConfig, Traits
 from numflash.kernels.arguments import Descales, Layout, Part, Pointer, Shape, mask_of, scores_of
 from numflash.kernels.kernel import Kernel
 from numflash.kernels.wgmma.ring import make_ring
 from numflash.kernels.wgmma.skeleton import make_skeleton
-from numflash.ptx import (
-    TensorMap,
-    cuda,
-    device_function,
-    f32,
-    i32,
-    make_wgmma_wait_group,
-    u16,
-    u32,
-)
-from numflash.tiles.blocks import first_of_head, token_of_row
-from numflash.tiles.features import make_args_of_head
+from numflash.ptx import TensorMap, cuda, device_function, f32, i32, u16, u32
+from numflash.ptx.wgmma import make_wgmma_wait_group
+from numflash.tiles import features, steps
+from numflash.tiles.addresses import first_of_head, token_of_row
 from numflash.tiles.mma.fp8_operands import scale_of_key
 from numflash.tiles.mma.fragments import MMA_ROWS, ROW_STEP, accumulator_row
 from numflash.tiles.mma.softmax import make_scale_rows
 from numflash.tiles.portable.softmax import LOG2_E
-from numflash.tiles.steps import make_tile_at
-from numflash.tiles.wgmma.fp8 import begin_rows, make_add_part, make_pack, make_tile_softmax
-from numflash.tiles.wgmma.products import (
-    SLAB_BYTES,
-    make_product_nt,
-    make_product_pt,
-)
+from numflash.tiles.wgmma import fp8, products, turns
+from numflash.tiles.wgmma.fp8 import begin_rows
 from numflash.tiles.wgmma.scores import make_shape_scores
-from numflash.tiles.wgmma.turns import group_of_thread, make_turns, softmax_before_wait
+from numflash.tiles.wgmma.turns import group_of_thread, softmax_before_wait
 
 
 class RowScales(NamedTuple):
@@ -90,7 +76,7 @@ def make_fp8_forward_kernel(config: Sm90Fp8ForwardConfig, traits: Traits) -> Ker
 
 def _make_look_up(traits: Traits):
     """look_up(rows, shape, arguments): the `RowScales` of a thread's rows."""
-    bends, args_of_head = traits.shapes_scores, make_args_of_head(traits)
+    bends, args_of_head = traits.shapes_scores, features.make_args_of_head(traits)
 
     @device_function
     def look_up(rows, shape, arguments):
@@ -117,13 +103,13 @@ def _make_look_up(traits: Traits):
 
 
 def make_attend(config: Sm90Fp8ForwardConfig, traits: Traits):
-    """attend(smem, barriers, at, rows, sums, _, arguments, known, keys, stage, parity)
+    """attend(barriers, at, rows, sums, _, arguments, known, keys, stages)
 
     O += softmax(Q K^T) V over the stages of keys that a warpgroup's rows see; see `skeleton`. A
     stage holds one tile of keys, or two. `known` are the `RowScales`.
     """
     ring, tile_n, overlap = make_ring(config, traits), config.tile_n, config.overlap
-    K, V, tile_at = ring.K, ring.V, make_tile_at(traits, tile_n)
+    K, V, tile_at = ring.K, ring.V, steps.make_tile_at(traits, tile_n)
     tiles_per_stage = config.stage_n // tile_n
     last_of_stage = tiles_per_stage - 1
     part_columns, bends = config.part_columns(traits), traits.shapes_scores
@@ -132,16 +118,19 @@ def make_attend(config: Sm90Fp8ForwardConfig, traits: Traits):
     n_scores, n_p = 4 * n_tiles, n_tiles
     # Operands count in units of 16 bytes.
     q_step, k_step, v_step = ring.q.words >> 2, ring.k.words >> 2, ring.v.words >> 2
-    part_step = part_columns * SLAB_BYTES >> 4
-    k_tile_step, v_tile_step = tile_n * SLAB_BYTES >> 4, tile_n >> 4
-    take_turn, pass_turn, _ = make_turns(config.num_warpgroups if config.pingpong else 1)
-    begin_q_k = make_product_nt("e4m3", WARPGROUP_ROWS, config.stage_n, tile_n, traits.head_dim)
-    begin_p_v = make_product_pt(tile_n, part_columns, traits.head_dim_v)
+    part_step = part_columns * products.SLAB_BYTES >> 4
+    k_tile_step, v_tile_step = tile_n * products.SLAB_BYTES >> 4, tile_n >> 4
+    take_turn, pass_turn, _ = turns.make_turns(config.num_warpgroups if config.pingpong else 1)
+    begin_q_k = products.make_product_nt(
+        "e4m3", WARPGROUP_ROWS, config.stage_n, tile_n, traits.head_dim
+    )
+    begin_p_v = products.make_product_pt(tile_n, part_columns, traits.head_dim_v)
     wait_for_s, wait_for_next_s = (make_wgmma_wait_group(i, n_scores) for i in range(2))
-    wait_for_part, add_part = make_wgmma_wait_group(0, n_part), make_add_part(part_columns // 8)
+    wait_for_part = make_wgmma_wait_group(0, n_part)
+    add_part = fp8.make_add_part(part_columns // 8)
     scale_s_rows, scale_rows = make_scale_rows(1, n_tiles), make_scale_rows(1, o_tiles)
-    shape_scores, tile_softmax = make_shape_scores(tile_n, traits), make_tile_softmax(n_tiles)
-    pack_p = make_pack(n_tiles)
+    shape_scores, tile_softmax = make_shape_scores(tile_n, traits), fp8.make_tile_softmax(n_tiles)
+    pack_p = fp8.make_pack(n_tiles)
 
     @device_function
     def q_of(q):
@@ -193,7 +182,8 @@ def make_attend(config: Sm90Fp8ForwardConfig, traits: Traits):
             add_part(o_acc, n_part * part, part_acc, weights)
 
     @device_function
-    def attend(smem, barriers, at, rows, sums, _, arguments, known, keys, stage, parity):
+    def attend(barriers, at, rows, sums, _, arguments, known, keys, stages):
+        stage, parity = stages
         s_acc, p_frag = cuda.local.array(n_scores, f32), cuda.local.array(n_p, u32)
         part_acc = cuda.local.array(n_part, f32)
         limits, units = cuda.local.array(2, f32), cuda.local.array(2, f32)
@@ -222,7 +212,8 @@ def make_attend(config: Sm90Fp8ForwardConfig, traits: Traits):
         weights[0], weights[1] = weights[0] * v_scale, weights[1] * v_scale
         pack_p(p_frag, s_acc)
 
-        for n in range(first * tiles_per_stage + 1, end * tiles_per_stage):
+        n, end = i32(first * tiles_per_stage + 1), i32(end * tiles_per_stage)
+        while n < end:
             # S = Q K^T of tile n, O += weights * (P V) of tile n - 1
             v_stage, v_parity, v_tile = stage, parity, tile
             if tile == last_of_stage:
@@ -274,7 +265,7 @@ def make_attend(config: Sm90Fp8ForwardConfig, traits: Traits):
                 known,
             )
             if overlap:
-                softmax_before_wait(smem, 0, row_sum[0], row_sum[1])
+                softmax_before_wait(row_sum[0], row_sum[1])
                 # Hazard: P would change under the product, which still writes its part of O.
                 wait_for_part(part_acc)
                 # Hazard: before this wait the next V would have overwritten this one.
@@ -284,6 +275,7 @@ def make_attend(config: Sm90Fp8ForwardConfig, traits: Traits):
                 scale_rows(o_acc, factors)
             weights[0], weights[1] = next_weights[0] * v_scale, next_weights[1] * v_scale
             pack_p(p_frag, s_acc)
+            n = i32(n + 1)
 
         # O += weights * (P V) of the last tile
         # Hazard: O would get a V that has not arrived.

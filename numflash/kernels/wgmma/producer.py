@@ -2,48 +2,49 @@
 
 from functools import cache
 
-from numflash.configs.traits import Traits
-from numflash.configs.wgmma import WARPGROUP_ROWS, Sm90ForwardConfig
+from numflash.configs import WARPGROUP_ROWS, Sm90ForwardConfig, Traits
+from numflash.kernels.wgmma.origins import box_in_pages, make_origins, make_pages_of
 from numflash.kernels.wgmma.ring import SLAB_WORDS, make_ring
-from numflash.ptx import (
+from numflash.ptx import device_function, i32, u32
+from numflash.ptx.bulk_copies import (
     EVICT_FIRST,
     EVICT_LAST,
     cp_async_bulk_tensor_4d,
     cp_async_bulk_tensor_5d,
-    device_function,
-    i32,
     prefetch_tensormap,
-    u32,
 )
-from numflash.tiles.blocks import make_place_of, next_place, token_of_row
-from numflash.tiles.steps import make_keys_of, make_tile_at
+from numflash.tiles import blocks, sequences, steps
+from numflash.tiles.addresses import token_of_row
+from numflash.tiles.blocks import next_place
 from numflash.tiles.wgmma.products import SLAB_BYTES
 
 
 @cache
 def make_produce(config: Sm90ForwardConfig, traits: Traits):
-    """produce(smem, barriers, maps, places, grid, sequence, shape, mask)
+    """produce(smem, barriers, maps, work)
 
     All tiles of rows of this block, as the consumers take them: Q of a tile, and K and V tile by
-    tile of keys, each as soon as its buffer is empty. `maps` are those of Q, K and V, `places`
-    the result of `walk`, `grid` and `sequence` as in `tiles.blocks`, `shape` a `Shape`, `mask` the
-    kernel's.
+    tile of keys, each as soon as its buffer is empty. `maps` are those of Q, K and V; `work` is
+    the result of `walk`, a `Grid`, and the kernel's shape, layout and mask.
     """
     ring, stage_n = make_ring(config, traits), config.stage_n
     num_groups, num_stages = config.num_warpgroups, config.num_stages
     Q, K, V, q, k, v = ring.Q, ring.K, ring.V, ring.q, ring.k, ring.v
+    begin, following = ring.begin, ring.following
     q_bytes, k_bytes, v_bytes = u32(ring.q_bytes), u32(ring.k_bytes), u32(ring.v_bytes)
     slab_elements = SLAB_BYTES // config.operand_bytes
     columns_innermost = not traits.fp8
     k_slabs, v_slabs = config.slabs(traits.head_dim), config.v_slabs(traits)
     v_slab_words = v.words // v_slabs
-    place_of, keys_of = make_place_of(config.tile_m), make_keys_of(config, traits)
-    tile_at = make_tile_at(traits, stage_n)
+    place_of = blocks.make_place_of(config.tile_m, traits)
+    keys_of = steps.make_keys_of(config, traits)
+    tile_at, sequence_of = steps.make_tile_at(traits, stage_n), sequences.make_sequence_of(traits)
+    (origins_of_inputs, _), pages_of = make_origins(traits), make_pages_of(traits)
     # K's only buffer is not empty before V has been used, if it holds several tiles.
     k_leads = num_stages > 1 or stage_n == config.tile_n
 
     @device_function
-    def fetch_q(smem, barriers, q_map, group, parity, token, head, batch):
+    def fetch_q(smem, barriers, q_map, group, parity, token, head, entry):
         # Hazard: this Q would overwrite the one before, or O, which takes its place.
         Q.claim(barriers, group, parity)
         # Hazard: Q would count as full before all of its slabs have arrived.
@@ -62,12 +63,12 @@ def make_produce(config: Sm90ForwardConfig, traits: Traits):
                 0,
                 token,
                 head,
-                batch,
+                entry,
             )
 
     @device_function
-    def fetch_k(smem, barriers, k_map, stage, parity, n, head, batch):
-        key, full = i32(n * stage_n), K.full + stage
+    def fetch_k(smem, barriers, k_map, stage, parity, n, head, origin, pages):
+        key, full = i32(n * stage_n + origin.row), K.full + stage
         # Hazard: this K would overwrite the one that a warpgroup still multiplies.
         K.claim(barriers, stage, parity)
         # Hazard: K would count as full before all of its slabs have arrived.
@@ -76,12 +77,12 @@ def make_produce(config: Sm90ForwardConfig, traits: Traits):
             target = i32(k.first + stage * k.words + slab * stage_n * SLAB_WORDS)
             column = i32(slab * slab_elements)
             cp_async_bulk_tensor_4d(
-                smem, target, k_map, barriers, full, EVICT_LAST, column, key, head, batch
+                smem, target, k_map, barriers, full, EVICT_LAST, column, key, head, origin.entry
             )
 
     @device_function
-    def fetch_v(smem, barriers, v_map, stage, parity, n, head, batch):
-        key, full = i32(n * stage_n), V.full + stage
+    def fetch_v(smem, barriers, v_map, stage, parity, n, head, origin, pages):
+        key, full = i32(n * stage_n + origin.row), V.full + stage
         # Hazard: this V would overwrite the one that a warpgroup still multiplies.
         V.claim(barriers, stage, parity)
         # Hazard: V would count as full before all of its slabs have arrived.
@@ -93,45 +94,81 @@ def make_produce(config: Sm90ForwardConfig, traits: Traits):
             if not columns_innermost:
                 inner, outer = i32(key + slab * slab_elements), i32(0)
             cp_async_bulk_tensor_4d(
-                smem, target, v_map, barriers, full, EVICT_LAST, inner, outer, head, batch
+                smem, target, v_map, barriers, full, EVICT_LAST, inner, outer, head, origin.entry
             )
 
     @device_function
-    def produce(smem, barriers, maps, places, grid, sequence, shape, mask):
+    def fetch_paged_k(smem, barriers, k_map, stage, parity, n, head, keys, pages):
+        # A box is a page's part of the stage: rows x SLAB_WORDS words, one below the other.
+        rows, full = min(pages.size, stage_n), K.full + stage
+        # Hazard: this K would overwrite the one that a warpgroup still multiplies.
+        K.claim(barriers, stage, parity)
+        # Hazard: K would count as full before all boxes of all pages have arrived.
+        K.expect(barriers, stage, k_bytes)
+        for first in range(0, stage_n, rows):
+            x, y, page = box_in_pages(i32(n * stage_n + first), keys, pages)
+            for slab in range(k_slabs):
+                target = i32(k.first + stage * k.words + (slab * stage_n + first) * SLAB_WORDS)
+                at = i32(slab * slab_elements), x, head, y, page
+                cp_async_bulk_tensor_5d(smem, target, k_map, barriers, full, EVICT_LAST, *at)
+
+    @device_function
+    def fetch_paged_v(smem, barriers, v_map, stage, parity, n, head, keys, pages):
+        # As of K: V's rows are keys, too.
+        rows, full = min(pages.size, stage_n), V.full + stage
+        # Hazard: this V would overwrite the one that a warpgroup still multiplies.
+        V.claim(barriers, stage, parity)
+        # Hazard: V would count as full before all boxes of all pages have arrived.
+        V.expect(barriers, stage, v_bytes)
+        for first in range(0, stage_n, rows):
+            x, y, page = box_in_pages(i32(n * stage_n + first), keys, pages)
+            for slab in range(v_slabs):
+                target = i32(v.first + stage * v.words + slab * v_slab_words + first * SLAB_WORDS)
+                at = i32(slab * slab_elements), x, head, y, page
+                cp_async_bulk_tensor_5d(smem, target, v_map, barriers, full, EVICT_LAST, *at)
+
+    if traits.paged:
+        fetch_k, fetch_v = fetch_paged_k, fetch_paged_v
+
+    @device_function
+    def produce(smem, barriers, maps, work):
         q_map, k_map, v_map = maps
-        number, far, num_places = places
-        pack = grid.pack
+        (number, far, num_places), grid, shape, layout, mask = work
+        pack, pages = grid.pack, pages_of(shape)
         prefetch_tensormap(q_map)
         prefetch_tensormap(k_map)
         prefetch_tensormap(v_map)
         tokens = i32(u32(WARPGROUP_ROWS) // u32(pack))
         # Buffers are empty at first, as if a phase of parity 1 had ended.
-        stage, parity, q_parity = i32(0), u32(1), u32(1)
+        stages, q_parity = begin(u32(1)), u32(1)
         while number < num_places:
-            place = place_of(number, grid, shape)
-            m_start, head, head_kv, batch, _ = place
+            place = place_of(number, grid, shape, mask)
+            m_start, head, head_kv = place.start, place.head, place.head_kv
+            sequence = sequence_of(place, shape, mask)
+            in_q, in_k, in_v = origins_of_inputs(place, sequence, shape, layout)
             n_begin, n_end = keys_of(place, grid, sequence, mask)
             # The first K while the tile of rows before is finished, and still has Q's buffers.
             if n_begin < n_end:
                 n, _ = tile_at(mask, n_begin)
-                fetch_k(smem, barriers, k_map, stage, parity, n, head_kv, batch)
+                fetch_k(smem, barriers, k_map, stages[0], stages[1], n, head_kv, in_k, pages)
             packed_head = token_of_row(head, pack)
             for group in range(num_groups):
-                token = i32(token_of_row(m_start, pack) + group * tokens)
-                fetch_q(smem, barriers, q_map, group, q_parity, token, packed_head, batch)
+                token = i32(token_of_row(m_start, pack) + group * tokens + in_q.row)
+                fetch_q(smem, barriers, q_map, group, q_parity, token, packed_head, in_q.entry)
             q_parity = u32(q_parity ^ u32(1))
             for step in range(n_begin, n_end):
                 # The next K comes before this V, as the consumers want them.
-                next_k, next_parity = K.following(stage, parity)
+                stage, parity = stages[-2], stages[-1]
+                stages = following(stages)
+                next_k, next_parity = stages[0], stages[1]
                 if k_leads and step + 1 < n_end:
                     n, _ = tile_at(mask, step + 1)
-                    fetch_k(smem, barriers, k_map, next_k, next_parity, n, head_kv, batch)
+                    fetch_k(smem, barriers, k_map, next_k, next_parity, n, head_kv, in_k, pages)
                 n, _ = tile_at(mask, step)
-                fetch_v(smem, barriers, v_map, stage, parity, n, head_kv, batch)
+                fetch_v(smem, barriers, v_map, stage, parity, n, head_kv, in_v, pages)
                 if not k_leads and step + 1 < n_end:
                     n, _ = tile_at(mask, step + 1)
-                    fetch_k(smem, barriers, k_map, next_k, next_parity, n, head_kv, batch)
-                stage, parity = next_k, next_parity
+                    fetch_k(smem, barriers, k_map, next_k, next_parity, n, head_kv, in_k, pages)
             number, far = next_place(number, far)
 
     return produce

@@ -14,38 +14,20 @@ stages of keys that they see. `finish` (`finish`) is the only end of a row.
 
 from typing import NamedTuple
 
-from numflash.configs.traits import Traits
-from numflash.configs.wgmma import WARPGROUP_ROWS, Sm90ForwardConfig
+from numflash.configs import WARPGROUP_ROWS, Sm90ForwardConfig, Traits
 from numflash.kernels.wgmma.finish import make_finish
 from numflash.kernels.wgmma.producer import make_produce
 from numflash.kernels.wgmma.ring import make_ring
-from numflash.ptx import (
-    cp_async_bulk_wait_group_read,
-    cuda,
-    device_function,
-    elect_sync,
-    f32,
-    fence_mbarrier_init,
-    i32,
-    make_setmaxnreg,
-    mov_shared_address,
-    mov_tid_x,
-    u32,
-    u64,
-)
-from numflash.tiles.blocks import (
-    grid_of,
-    make_place_of,
-    make_walk,
-    make_whole_keys,
-    next_place,
-    sequence_of,
-)
+from numflash.ptx import cuda, device_function, f32, i32, mov_tid_x, u32, u64
+from numflash.ptx.bulk_copies import cp_async_bulk_wait_group_read
+from numflash.ptx.memory import mov_shared_address
+from numflash.ptx.warpgroups import elect_sync, fence_mbarrier_init, make_setmaxnreg
+from numflash.tiles import blocks, sequences, steps
+from numflash.tiles.blocks import grid_of, next_place
 from numflash.tiles.scores import NEG_INF
-from numflash.tiles.steps import make_keys_of, make_keys_of_part
-from numflash.tiles.wgmma.products import SLAB_BYTES, make_operand
+from numflash.tiles.wgmma import products, turns
 from numflash.tiles.wgmma.scores import Rows
-from numflash.tiles.wgmma.turns import group_of_thread, leads, make_turns
+from numflash.tiles.wgmma.turns import group_of_thread, leads
 
 
 class Sums(NamedTuple):
@@ -76,43 +58,47 @@ def make_skeleton(config: Sm90ForwardConfig, traits: Traits, look_up, attend, ti
     first while Q is on its way, and the second if their rows see any key:
 
         look_up(rows, shape, given) -> `known`, which the second needs of these rows
-        attend(smem, barriers, at, rows, sums, max_scale, given, known, keys, stage, parity)
-            -> the stage after the last, and its parity
+        attend(barriers, at, rows, sums, max_scale, given, known, keys, stages)
+            -> the `stages` after the last
 
-    `at` are `Operands`, `rows` `Rows`, `sums` `Sums`. `keys` are (first, end) of the steps
-    (`tiles.steps`) of stages of keys that the rows see, each of `tiles_per_stage` tiles, in which
-    a warpgroup takes a turn.
+    `at` are `Operands`, `rows` `Rows`, `sums` `Sums`, `stages` as in `ring`. `keys` are (first,
+    end) of the steps (`tiles.steps`) of stages of keys that the rows see, each of
+    `tiles_per_stage` tiles, in which a warpgroup takes a turn.
     """
     ring, num_groups = make_ring(config, traits), config.num_warpgroups
     Q, K, V, o_replaces_q = ring.Q, ring.K, ring.V, ring.o_replaces_q
+    begin, following = ring.begin, ring.following
     q_first, k_first, v_first = ring.q.first, ring.k.first, ring.v.first
     # From one slab to the next: products ask for it where rows of V are keys.
-    operand = make_operand(config.stage_n * SLAB_BYTES)
+    operand = products.make_operand(config.stage_n * products.SLAB_BYTES)
     num_consumers, n_o = 128 * num_groups, traits.head_dim_v // 2
     give_registers, take_registers = _make_register_exchange(config)
-    take_turn, pass_turn, give_first_turn = make_turns(num_groups if config.pingpong else 1)
+    take_turn, pass_turn, give_first_turn = turns.make_turns(num_groups if config.pingpong else 1)
     produce, finish = make_produce(config, traits), make_finish(config, traits)
-    walk, place_of = make_walk(config.tile_m), make_place_of(config.tile_m)
-    keys_of = make_keys_of(config, traits)
-    keys_of_part = make_keys_of_part(config, traits, WARPGROUP_ROWS)
-    whole_keys = make_whole_keys(config.tile_n, WARPGROUP_ROWS)
+    walk = blocks.make_walk(config.tile_m, traits)
+    place_of = blocks.make_place_of(config.tile_m, traits)
+    sequence_of = sequences.make_sequence_of(traits)
+    keys_of = steps.make_keys_of(config, traits)
+    keys_of_part = steps.make_keys_of_part(config, traits, WARPGROUP_ROWS)
+    whole_keys = sequences.make_whole_keys(config.tile_n, WARPGROUP_ROWS)
 
     @device_function
-    def skip_keys(barriers, group, first, end, stage, parity):
-        """Leave stages of keys to the other warpgroups; the stage after them, and its parity."""
+    def skip_keys(barriers, group, first, end, stages):
+        """Leave stages of keys to the other warpgroups; the `stages` after them."""
         for _ in range(first, end):
             for _ in range(tiles_per_stage):
                 take_turn(group)
                 pass_turn(group)
             # Hazard: the producer waits for all warpgroups, those too whose rows see no such key.
             # It may want K's buffer for the next K before it fetches this V.
-            K.skip(barriers, group, stage, parity)
-            V.skip(barriers, group, stage, parity)
-            stage, parity = K.following(stage, parity)
-        return stage, parity
+            K.skip(barriers, group, stages[0], stages[1])
+            V.skip(barriers, group, stages[-2], stages[-1])
+            stages = following(stages)
+        return stages
 
     @device_function
-    def consume(smem, barriers, results, places, grid, sequence, shape, mask, max_scale, given):
+    def consume(smem, barriers, results, work, max_scale, given):
+        places, grid, shape, layout, mask = work
         sums = Sums(cuda.local.array(n_o, f32), cuda.local.array(2, f32), cuda.local.array(2, f32))
         at = Operands(
             operand(mov_shared_address(smem, q_first)),
@@ -122,9 +108,10 @@ def make_skeleton(config: Sm90ForwardConfig, traits: Traits, look_up, attend, ti
         group = group_of_thread()
         give_first_turn(group)
         number, step, num_places = places
-        stage, parity, q_parity = i32(0), u32(0), u32(0)
+        stages, q_parity = begin(u32(0)), u32(0)
         while number < num_places:
-            place = place_of(number, grid, shape)
+            place = place_of(number, grid, shape, mask)
+            sequence = sequence_of(place, shape, mask)
             n_begin, n_end = keys_of(place, grid, sequence, mask)
             row = i32(place.start + WARPGROUP_ROWS * group)
             first, end = keys_of_part(row, n_begin, n_end, grid, sequence)
@@ -139,24 +126,23 @@ def make_skeleton(config: Sm90ForwardConfig, traits: Traits, look_up, attend, ti
             Q.wait(barriers, group, q_parity)
             q_parity = u32(q_parity ^ u32(1))
 
-            stage, parity = skip_keys(barriers, group, n_begin, first, stage, parity)
+            stages = skip_keys(barriers, group, n_begin, first, stages)
             if first < end:
                 keys = first, end
-                stage, parity = attend(
-                    smem, barriers, at, rows, sums, max_scale, given, known, keys, stage, parity
-                )
+                stages = attend(barriers, at, rows, sums, max_scale, given, known, keys, stages)
             else:
                 # Hazard: no product has held threads together; one may not have seen Q yet.
                 Q.gather(group)
 
             # The place of this tile of rows is computed again: registers are scarce in `attend`.
-            place = place_of(number, grid, shape)
+            place = place_of(number, grid, shape, mask)
+            sequence = sequence_of(place, shape, mask)
             n_begin, n_end = keys_of(place, grid, sequence, mask)
-            stage, parity = skip_keys(barriers, group, end, n_end, stage, parity)
+            stages = skip_keys(barriers, group, end, n_end, stages)
             if not o_replaces_q:
                 # Hazard: products must have read Q; the next comes while these rows are finished.
                 Q.release(barriers, group)
-            finish(sums, max_scale, smem, results, number, grid, shape)
+            finish(sums, max_scale, smem, results, number, grid, shape, layout, mask)
             if o_replaces_q:
                 if leads():
                     # Hazard: the next Q would overwrite O, which a bulk copy still reads.
@@ -182,17 +168,16 @@ def make_skeleton(config: Sm90ForwardConfig, traits: Traits, look_up, attend, ti
         cuda.syncthreads()
 
         grid = grid_of(shape, layout)
-        sequence = sequence_of(shape, mask)
-        places = walk(grid)
+        work = walk(grid, shape), grid, shape, layout, mask
         if mov_tid_x() >= num_consumers:
             # Hazard: consumers wait in `take_registers` until all warps that copy have given.
             give_registers()
             if mov_tid_x() < num_consumers + 32 and elect_sync() != 0:
-                produce(smem, barriers, maps, places, grid, sequence, shape, mask)
+                produce(smem, barriers, maps, work)
         else:
             # Hazard: without it accumulators would not fit into a thread's registers.
             take_registers()
-            consume(smem, barriers, results, places, grid, sequence, shape, mask, max_scale, given)
+            consume(smem, barriers, results, work, max_scale, given)
 
     return run_block
 

@@ -25,21 +25,16 @@ from numflash.ptx import (
     u16,
     u32,
 )
-from numflash.tiles.blocks import token_of_row
+from numflash.tiles.addresses import row_of_head, token_of_row
 from numflash.tiles.mma.elements import MmaElement
 from numflash.tiles.mma.fragments import MMA_ROWS, ROW_STEP
 from numflash.tiles.mma.layouts import TileLayout, make_word
+from numflash.tiles.pages import row_in_pages
 from numflash.tiles.portable.lanes import FULL_WARP
 from numflash.tiles.unrolled import make_unrolled
 
 # Addresses: address(source, origin, row) is the offset of the first element of a row. `source` is
 # a record with `data` and strides, `origin` what the address needs beside them.
-
-
-@device_function
-def row_of_head(source, origin, row):
-    """The address of a row of one head; `origin` is the offset of its row 0."""
-    return origin + row * source.row
 
 
 @device_function
@@ -66,7 +61,8 @@ def make_copy_tile(
     """copy_tile(smem, tile, source, origin, first, end, num_columns)
 
     The tile at word `tile` = rows first to first + rows of `source`, which lie where
-    `address(source, origin, row)` says; zeros from row `end` and from `num_columns` on.
+    `address(source, origin, row)` says; zeros from row `end` and from `num_columns` on, and for
+    rows whose page does not exist.
     """
     chunks, per_chunk = layout.chunks, element.per_chunk
     # Neighbouring threads copy neighbouring chunks: as many of them share a row as divide it.
@@ -79,6 +75,7 @@ def make_copy_tile(
     word = make_word(layout)
     is_float32, cp_async = element.storage is f32, vectorized and asynchronous
     per_word, is_strided = per_chunk // 4, address is row_of_head
+    is_paged = address is row_in_pages
 
     @device_function
     def load_word(source, offset, columns):
@@ -114,13 +111,17 @@ def make_copy_tile(
         for p in range(chunk_passes):
             chunk = my_chunk + p * threads_per_row
             first_target = tile + word(my_row, chunk)
-            offset = address(source, origin, first_row) + per_chunk * chunk
+            if is_strided:
+                offset = address(source, origin, first_row) + per_chunk * chunk
             for r in range(row_passes):
                 row = my_row + r * row_step
                 source_row = i32(first_row + r * row_step)
                 is_inside = source_row < end
                 if not is_strided:
-                    offset = address(source, origin, source_row) + per_chunk * chunk
+                    offset = address(source, origin, source_row)
+                    if is_paged:
+                        is_inside = is_inside and offset >= 0
+                    offset += per_chunk * chunk
                 elif r > 0:
                     offset += step
                 if repeats:

@@ -25,7 +25,8 @@ from numflash.ptx import (
     u8,
     u32,
 )
-from numflash.tiles.mma.copies import make_copy_tile, row_of_head
+from numflash.tiles.addresses import row_of_head
+from numflash.tiles.mma.copies import make_copy_tile
 from numflash.tiles.mma.elements import MMA_ELEMENTS, MmaElement
 from numflash.tiles.mma.layouts import TileLayout, make_word
 from numflash.tiles.portable.elements import ELEMENTS

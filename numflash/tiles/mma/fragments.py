@@ -9,7 +9,10 @@ so that a thread has two rows in each 16, a row lies in four neighbouring lanes,
 neighbouring products are, packed, an operand A of the next product.
 """
 
+from functools import cache
+
 from numflash.ptx import cuda, device_function, mov_tid_x
+from numflash.tiles.mma.layouts import TileLayout, make_word
 
 MMA_ROWS = 16
 MMA_COLUMNS = 8
@@ -61,3 +64,23 @@ def column_operand_chunk(lane):
 def first_row_of_warp(rows_per_warp):
     """This warp's first row in a tile."""
     return cuda.threadIdx.x // 32 * rows_per_warp
+
+
+@cache
+def make_operands(layout: TileLayout):
+    """(row_operand(row, chunk, lane), column_operand(row, chunk, lane)): where a lane reads.
+
+    The word of the tile whose address a lane gives to ldmatrix for the 16 rows x 2 chunks that
+    begin at `row` and `chunk`: rows first, as operand A lies in registers, or chunks first, as B.
+    """
+    word = make_word(layout)
+
+    @device_function
+    def row_operand(row, chunk, lane):
+        return word(row + row_operand_row(lane), chunk + row_operand_chunk(lane))
+
+    @device_function
+    def column_operand(row, chunk, lane):
+        return word(row + column_operand_row(lane), chunk + column_operand_chunk(lane))
+
+    return row_operand, column_operand

@@ -6,10 +6,11 @@ compiler unrolls them for every GPU, and the scores stay in registers.
 
 from functools import cache
 
-from numflash.ptx import cuda, device_function, f32, i32
-from numflash.tiles.blocks import token_of_row
+from numflash.ptx import cuda, device_function, f32, i32, i64
+from numflash.tiles.addresses import token_of_row
 from numflash.tiles.features import At, has_places, make_keep, make_score
 from numflash.tiles.mma.fragments import MMA_COLUMNS, MMA_ROWS, ROW_STEP
+from numflash.tiles.pairs import Pair, make_keep_of_pair, make_score_of_pair
 from numflash.tiles.scores import NEG_INF, make_distance, make_place, make_place_of_score
 from numflash.tiles.unrolled import make_unrolled
 
@@ -76,16 +77,19 @@ def make_apply_functions(m_tiles, n_tiles, traits, by_row, keeps_slopes, after_f
 
     Places that index arrays stop at the ends of sequences only in tiles that reach there: between
     them the compiler has one address for a row, and the distances of columns in the instructions.
+    Where two neighbouring keys of a thread are read at once, queries always stop: there are few.
     """
     indexes, of_slopes = traits.program_indexes, (keeps_slopes, after_features)
-    inside = _make_apply_functions(m_tiles, n_tiles, traits, by_row, frozenset(), *of_slopes)
+    of_pairs = by_row and (make_score_of_pair(traits), make_keep_of_pair(traits)) != (None, None)
+    always = indexes & {"i"} if of_pairs else frozenset()
+    inside = _make_apply_functions(m_tiles, n_tiles, traits, by_row, always, *of_slopes)
     if not indexes:
         return inside
     at_ends = _make_apply_functions(m_tiles, n_tiles, traits, by_row, indexes, *of_slopes)
     last_row = (m_tiles - 1) * MMA_ROWS + ROW_STEP
     last_column = (n_tiles - 1) * MMA_COLUMNS + 1
     last_i, last_j = (last_row, last_column) if by_row else (last_column, last_row)
-    has_i, has_j = "i" in indexes, "j" in indexes
+    has_i, has_j = "i" in indexes - always, "j" in indexes
 
     @device_function
     def apply_functions(s_acc, slopes, corner, scale, scores, args):
@@ -119,10 +123,39 @@ def _make_apply_functions(m_tiles, n_tiles, traits, by_row, stopped, keeps_slope
     return apply_functions
 
 
+@cache
+def _make_pair_at(stopped):
+    """pair_at(corner, r, c, scores): (i, `Pair`) of the score r rows and c columns from a corner.
+
+    And of the one right of it. Rows are queries; the columns of a thread, and the first of a tile,
+    are even. Places are as in `tiles.scores.make_place`.
+    """
+    at_end, place, stopped_place = (
+        "j" in stopped,
+        *(make_place(True, frozenset(each)) for each in (stopped - {"j"}, stopped)),
+    )
+
+    @device_function
+    def pair_at(corner, r, c, scores):
+        i, j = place(corner, r, c, scores)
+        key, step = i32(corner.column + scores.given.column), i64(c)
+        step_right = f32(c + 1 - r)
+        if not at_end:
+            return i, Pair(key, step, j, i32(j + 1), i32(2), step_right)
+        _, j = stopped_place(corner, r, c, scores)
+        _, j_right = stopped_place(corner, r, c + 1, scores)
+        left = i32(corner.sequence.seqlen_k - corner.column - c)
+        return i, Pair(key, step, j, j_right, left, step_right)
+
+    return pair_at
+
+
 def _make_scale_scores(m_tiles, n_tiles, traits, by_row, stopped, keeps_slopes, after_features):
     tiles, score = m_tiles * n_tiles, make_score(traits, after_features)
     place_of_score = make_place_of_score(traits, by_row, stopped)
     distance = make_distance(traits, by_row)
+    of_pair = make_score_of_pair(traits, after_features) if by_row else None
+    pair_at = _make_pair_at(stopped)
 
     @device_function
     def scale_one(s_acc, slopes, e, at, scale, args):
@@ -130,6 +163,23 @@ def _make_scale_scores(m_tiles, n_tiles, traits, by_row, stopped, keeps_slopes, 
         if keeps_slopes:
             slopes[e] = slope
         s_acc[e] = s
+
+    @device_function
+    def scale_pair(s_acc, slopes, e, r, c, corner, first, far, scale, scores, args):
+        i, pair = pair_at(corner, r, c, scores)
+        at = At(first, far, f32(c - r), i, pair.j)
+        s, slope, right, slope_right = of_pair(s_acc[e], s_acc[e + 1], scale, at, pair, args)
+        if keeps_slopes:
+            slopes[e] = slope
+            slopes[e + 1] = slope_right
+        s_acc[e] = s
+        s_acc[e + 1] = right
+
+    @device_function
+    def scale_tile_of_pairs(tile, s_acc, slopes, *rest):
+        e, r, c = 4 * tile, tile // n_tiles * MMA_ROWS, tile % n_tiles * MMA_COLUMNS
+        scale_pair(s_acc, slopes, e, r, c, *rest)
+        scale_pair(s_acc, slopes, e + 2, r + ROW_STEP, c, *rest)
 
     @device_function
     def scale_without_places(s_acc, slopes, corner, scale, scores, args):
@@ -153,11 +203,13 @@ def _make_scale_scores(m_tiles, n_tiles, traits, by_row, stopped, keeps_slopes, 
         scale_one(s_acc, slopes, e + 3, At(first, far, step + below + right, i, j), scale, args)
 
     # A function of the caller's may be long: the compiler would leave the loop as it is.
-    scale_tiles = make_unrolled(scale_tile, tiles) if traits.program_scores else None
+    body = scale_tile if of_pair is None else scale_tile_of_pairs
+    scale_tiles = make_unrolled(body, tiles) if traits.program_scores else None
 
     @device_function
     def scale_scores(s_acc, slopes, corner, scale, scores, args):
-        row, column, shift = corner.row, corner.column, scores.shift
+        row, column = corner.row, corner.column
+        shift = i32(scores.shift + corner.sequence.shift)
         first = f32(i32(row + shift - column if by_row else column + shift - row))
         far = distance(corner, scores)
         if scale_tiles is not None:
@@ -189,7 +241,21 @@ def _make_keep_scores(m_tiles, n_tiles, traits, by_row, stopped):
         keep_one(s_acc, e + 2, corner, far, r + ROW_STEP, c, scores, args)
         keep_one(s_acc, e + 3, corner, far, r + ROW_STEP, c + 1, scores, args)
 
-    keep_tiles = make_unrolled(keep_tile, tiles)
+    of_pair, pair_at = make_keep_of_pair(traits) if by_row else None, _make_pair_at(stopped)
+
+    @device_function
+    def keep_pair(s_acc, e, r, c, corner, scores, args):
+        is_kept, is_right_kept = of_pair(*pair_at(corner, r, c, scores), args)
+        s_acc[e] = s_acc[e] if is_kept else NEG_INF
+        s_acc[e + 1] = s_acc[e + 1] if is_right_kept else NEG_INF
+
+    @device_function
+    def keep_tile_of_pairs(tile, s_acc, corner, far, scores, args):
+        e, r, c = 4 * tile, tile // n_tiles * MMA_ROWS, tile % n_tiles * MMA_COLUMNS
+        keep_pair(s_acc, e, r, c, corner, scores, args)
+        keep_pair(s_acc, e + 2, r + ROW_STEP, c, corner, scores, args)
+
+    keep_tiles = make_unrolled(keep_tile if of_pair is None else keep_tile_of_pairs, tiles)
 
     @device_function
     def keep_scores(s_acc, corner, scores, args):

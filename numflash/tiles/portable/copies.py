@@ -7,7 +7,9 @@ tile is read, and precede when the tile's last readers may still be at work.
 import math
 from functools import cache
 
-from numflash.ptx import cuda, device_function, f32, st_shared_f32, st_shared_v4_f32
+from numflash.ptx import cuda, device_function, f32, i32, st_shared_f32, st_shared_v4_f32
+from numflash.tiles.addresses import row_of_head
+from numflash.tiles.pages import row_in_pages
 from numflash.tiles.portable.elements import Element
 from numflash.tiles.portable.lanes import COLUMN_LANES, OUTPUT_STEP, ROW_LANES
 
@@ -16,12 +18,14 @@ _BATCH = 4
 
 
 @cache
-def make_load_tile(element: Element, rows, columns, pitch, num_threads, vectorized):
-    """load_tile(smem, tile, source, base, first_row, end_row, num_columns)
+def make_load_tile(
+    element: Element, rows, columns, pitch, num_threads, vectorized, address=row_of_head
+):
+    """load_tile(smem, tile, source, origin, first_row, end_row, num_columns)
 
-    smem[tile + pitch * r + c] = the element in row first_row + r and column c of `source`, a
-    record with `data` and `row`, whose first row begins at `base`, for the rows x columns of the
-    tile; zero from end_row and from num_columns on.
+    smem[tile + pitch * r + c] = the element in row first_row + r and column c of `source`, whose
+    rows lie where `address(source, origin, row)` says, for the rows x columns of the tile; zero
+    from end_row and from num_columns on, and for rows whose page does not exist.
     """
     vector = element.vector if vectorized else 1
     # Neighbouring threads read neighbouring bytes: as many of them share a row as divide it.
@@ -30,9 +34,10 @@ def make_load_tile(element: Element, rows, columns, pitch, num_threads, vectoriz
     batch = max(1, min(_BATCH, rows // row_step))
     batch_rows, column_step, n_values = batch * row_step, threads_per_row * vector, batch * vector
     load_vector, to_f32 = element.load_vector, element.to_f32
+    is_paged = address is row_in_pages
 
     @device_function
-    def load_tile(smem, tile, source, base, first_row, end_row, num_columns):
+    def load_tile(smem, tile, source, origin, first_row, end_row, num_columns):
         values = cuda.local.array(n_values, f32)
         my_row = cuda.threadIdx.x // threads_per_row
         my_column = cuda.threadIdx.x % threads_per_row * vector
@@ -41,10 +46,19 @@ def make_load_tile(element: Element, rows, columns, pitch, num_threads, vectoriz
             for row in range(my_row, rows, batch_rows):
                 for i in range(n_values):
                     values[i] = f32(0)
-                offset = base + (first_row + row) * source.row + column
+                if not is_paged:
+                    offset = address(source, origin, first_row + row) + column
                 for i in range(batch):
-                    if row + i * row_step < valid_rows and column < num_columns:
+                    is_inside = row + i * row_step < valid_rows and column < num_columns
+                    if is_paged:
+                        element_offset = address(
+                            source, origin, i32(first_row + row + i * row_step)
+                        )
+                        is_inside = is_inside and element_offset >= 0
+                        element_offset += column
+                    else:
                         element_offset = offset + i * row_step * source.row
+                    if is_inside:
                         if vectorized:
                             load_vector(
                                 values[i * vector : (i + 1) * vector], source.data, element_offset

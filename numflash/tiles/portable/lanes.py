@@ -11,6 +11,8 @@ With the pitches of `configs.SmemLayout` every 16-byte access to shared memory i
 free of bank conflicts (tests/host/numflash/test_lanes.py proves it).
 """
 
+from numflash.ptx import cuda, device_function
+
 ROW_LANES = 4
 COLUMN_LANES = 8
 # Output columns that one warp covers with 16 bytes a lane: head dims are padded to this.
@@ -31,3 +33,9 @@ def columns_per_thread(columns: int) -> int:
 def groups_per_thread(head_dim: int) -> int:
     """Groups of four output columns that one thread owns; head_dim is padded."""
     return head_dim // OUTPUT_STEP
+
+
+@device_function
+def first_row_of_thread(rows_per_warp):
+    """This thread's first row in a tile."""
+    return cuda.threadIdx.x // 32 * rows_per_warp + cuda.threadIdx.x % 32 // COLUMN_LANES

@@ -13,6 +13,7 @@ from functools import cache
 
 from numflash.ptx import (
     bits_as_float,
+    cvt_f32_f16,
     cvt_rn_f16x2_e4m3x2,
     cvt_rn_f16x2_f32,
     cvt_rn_satfinite_e4m3x2_f32,
@@ -129,6 +130,25 @@ def make_decode_halves(generation: str) -> Callable:
         lower = u32(word << u32(7)) & _EACH_SIGN
         target[0] = mul_rn_f16x2(prmt_b32(lower, upper, u32(0x5140)), u32(0x5C005C00))
         target[1] = mul_rn_f16x2(prmt_b32(lower, upper, u32(0x7362)), u32(0x5C005C00))
+
+    return decode
+
+
+@cache
+def make_decode(dtype: str, generation: str) -> Callable:
+    """decode(word, target): as `make_decode_halves`, to float16 or bfloat16, both exact."""
+    halves = make_decode_halves(generation)
+    if dtype == "float16":
+        return halves
+
+    @device_function
+    def decode(word, target):
+        halves(word, target)
+        for i in range(2):
+            # A code has fewer digits than bfloat16: the lower halves of its float32 are zeros.
+            low = float_as_bits(cvt_f32_f16(u16(target[i] & u32(0xFFFF))))
+            high = float_as_bits(cvt_f32_f16(u16(target[i] >> u32(16))))
+            target[i] = prmt_b32(low, high, u32(0x7632))
 
     return decode
 

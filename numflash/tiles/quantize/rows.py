@@ -27,7 +27,7 @@ from numflash.ptx import (
     u16,
     u32,
 )
-from numflash.tiles.blocks import divide
+from numflash.tiles.division import divide
 from numflash.tiles.portable.elements import ELEMENTS
 from numflash.tiles.portable.lanes import FULL_WARP
 from numflash.tiles.quantize.conversions import make_decode_halves

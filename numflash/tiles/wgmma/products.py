@@ -90,6 +90,38 @@ def make_product_nt(dtype, a_rows, b_rows, n_rows, columns):
 
 
 @cache
+def make_product_kn(dtype, a_rows, k_rows, columns):
+    """product_kn(acc, a, b): begin acc = A B of 16-bit elements; both lie in shared memory.
+
+    `a` names 64 rows of A, out of slabs of a_rows; `b` k_rows of B, by rows of k.
+    """
+    multiply, multiply_more = (
+        make_wgmma(columns, dtype, "shared", "mn", accumulates=more, in_place=more)
+        for more in (False, True)
+    )
+    steps, step_bytes, a_slab = k_rows // 16, 16 * SLAB_BYTES, a_rows * SLAB_BYTES >> 4
+
+    @device_function
+    def add_step(step, acc, a, b):
+        slab, within = step // _STEPS_PER_SLAB, step % _STEPS_PER_SLAB * (_STEP_BYTES >> 4)
+        b_step = _descriptor(b, step * (step_bytes >> 4))
+        multiply_more(acc, _descriptor(a, a_slab * slab + within), b_step)
+
+    add_other_steps = make_unrolled(add_step, steps - 1)
+
+    @device_function
+    def product_kn(acc, a, b):
+        # Hazard: the product would read registers that are still being written.
+        wgmma_fence()
+        multiply(acc, _descriptor(a, 0), _descriptor(b, 0))
+        add_other_steps(1, acc, a, b)
+        # Hazard: a wait for products would not wait for this one.
+        wgmma_commit_group()
+
+    return product_kn
+
+
+@cache
 def make_product_pn(dtype, k_rows, columns):
     """product_pn(acc, p_frag, b): begin acc += P B of 16-bit elements; P lies in registers.
 

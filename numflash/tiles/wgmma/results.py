@@ -15,7 +15,7 @@ from numflash.ptx import (
     stmatrix_x4,
     u32,
 )
-from numflash.tiles.blocks import token_of_row
+from numflash.tiles.addresses import token_of_row
 from numflash.tiles.mma.fragments import ROW_STEP, accumulator_column
 from numflash.tiles.wgmma.products import PACK_TWO, SLAB_BYTES
 from numflash.tiles.wgmma.turns import leads, meet

@@ -5,7 +5,7 @@ from functools import cache
 from numflash.ptx import (
     bar_arrive,
     bar_sync,
-    bra_over_store,
+    bra_over_barrier,
     cuda,
     device_function,
     i32,
@@ -41,6 +41,7 @@ def meet(group):
 
     One of them then stores the tile that all have written, or writes for all.
     """
+    # Hazard: one warp would go on before the others have written, or have read.
     bar_sync(_FIRST_MEETING + group, WARPGROUP)
 
 
@@ -77,9 +78,9 @@ def make_turns(num_groups):
 
 
 @device_function
-def softmax_before_wait(smem, offset, x, y):
+def softmax_before_wait(x, y):
     """Keep the softmax whose sums x and y are above a wait for the tensor cores that follows.
 
     Without this the assembler moves the wait up, and nothing runs beside the products.
     """
-    bra_over_store(smem, offset, x, y)
+    bra_over_barrier(x, y)

@@ -8,15 +8,16 @@ from importlib import metadata
 
 import pytest
 
-from numflash.configs import parse_config
+from numflash.configs import Traits, parse_config
 from numflash.kernels.kernel import Kernel
-from numflash.machine_code import compiler
+from numflash.machine_code import compiler, linker
 from numflash.machine_code.compiler import compile_kernel, get_cubin
 from numflash.machine_code.sass import disassemble
 from numflash.ptx import INSTRUCTIONS, cuda, f32, fma_rn_f32, i32, instruction
 from numflash.runtime.devices import ARCHITECTURES
 from numflash.runtime.views import Pointer
 from tests.support.compilations import CONFIG, ELF, LIMITS, TRAITS, finish, forget, start
+from tests.support.covering import some, thorough
 
 
 def test_a_cubin(good):
@@ -72,6 +73,7 @@ def test_the_log(cache_directory, caplog):
     assert ended.endswith(" s")
 
 
+@thorough
 def test_a_kernel_compiles_quickly():
     # About 3 s on a quiet machine, once Numba is imported; the bound is for a busy one.
     program = (
@@ -116,12 +118,13 @@ def test_min_blocks_reaches_the_assembler():
     assert directives(1) == {".maxntid 256", ".minnctapersm 1"}
 
 
-@pytest.mark.parametrize(
-    ("min_blocks", "spills", "directive"), [(0, 0, None), (0, 8, 1), (1, 0, 1), (2, 8, 2)]
-)
+PROMISES = (0, 0, None), (0, 8, 1), (1, 0, 1), (2, 8, 2)
+
+
+@pytest.mark.parametrize(("min_blocks", "spills", "directive"), some(PROMISES, PROMISES[1]))
 def test_the_ptx_is_that_of_the_cubin(min_blocks, spills, directive, cache_directory, monkeypatch):
     """The config's promise to the assembler, or the one that was made because of spills."""
-    link = compiler._link
+    link = linker.link
 
     def link_and_spill(ltoir, arch):
         code, log = link(ltoir, arch)
@@ -130,12 +133,13 @@ def test_the_ptx_is_that_of_the_cubin(min_blocks, spills, directive, cache_direc
         return code, log if roomy else re.sub(r"\d+ (bytes spill)", rf"{spills} \1", log)
 
     linked = []
-    monkeypatch.setattr(compiler, "_link", link_and_spill)
+    monkeypatch.setattr(linker, "link", link_and_spill)
     monkeypatch.setattr(compiler, "_numbers_of_blocks", lambda cubin, limits: [1])
     config = replace(parse_config("forward", "sm80-m16n16w1s1"), min_blocks=min_blocks)
-    assert get_cubin(config, TRAITS, LIMITS).min_blocks == directive
+    traits = Traits("float16", 32, 32)  # a small kernel: each is compiled twice
+    assert get_cubin(config, traits, LIMITS).min_blocks == directive
     forget()  # as inspecting in another process: from the cubin on disk
-    ptx = compiler.compile_ptx(config, TRAITS, LIMITS)
+    ptx = compiler.compile_ptx(config, traits, LIMITS)
     assert re.findall(r"\.minnctapersm (\d+)", ptx) == ([str(directive)] if directive else [])
 
 

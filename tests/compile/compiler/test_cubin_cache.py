@@ -21,6 +21,7 @@ from tests.support.compilations import (
     key_of,
     start,
 )
+from tests.support.covering import thorough
 
 # The numbers in a cubin's header.
 NUMBERS = (
@@ -69,6 +70,7 @@ def test_a_warm_cache_needs_no_numba(cache_directory, good, compilations):
     assert loaded["registers"] == good.registers
 
 
+@thorough
 def test_two_processes_compile_at_once(cache_directory, good):
     children = [start(CHILD, cache_directory.parent) for _ in range(2)]
     for child in [finish(child) for child in children]:

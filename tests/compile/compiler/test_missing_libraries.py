@@ -2,7 +2,7 @@
 
 import pytest
 
-from numflash.machine_code import compiler
+from numflash.machine_code import compiler, linker
 from numflash.machine_code.compiler import get_cubin
 from numflash.runtime.errors import UnsupportedError
 from tests.support.compilations import CONFIG, LIMITS, TRAITS, missing
@@ -29,7 +29,7 @@ def test_nvjitlink_is_missing(monkeypatch):
     missing(monkeypatch, "cuda.bindings.nvjitlink")
     monkeypatch.delattr(cuda.bindings, "nvjitlink", raising=False)
     with pytest.raises(UnsupportedError, match=r'nvJitLink .* pip install "numflash\[cu13\]"'):
-        compiler._link(b"", "sm_80")
+        linker.link(b"", "sm_80")
 
 
 class DynamicLibNotFoundError(RuntimeError):
@@ -55,7 +55,7 @@ def test_a_library_of_the_linker_is_missing(monkeypatch):
 
     monkeypatch.setattr(nvjitlink, "create", not_found)
     with pytest.raises(UnsupportedError, match=r"libnvrtc.so.13.* pip install"):
-        compiler._link(b"", "sm_80")
+        linker.link(b"", "sm_80")
 
 
 def test_errors_of_ones_own_are_not_disguised(monkeypatch):

@@ -8,6 +8,7 @@ from bench.peers import methods as peers
 from bench.studies import ablation, static
 from numflash.configs import parse_config
 from numflash.runtime.devices import ARCHITECTURES
+from numflash.selection.rules import force
 
 
 @pytest.mark.parametrize("arch", ["sm_75", "sm_80", "sm_90a"])
@@ -83,3 +84,14 @@ def test_the_swizzle_frees_ldmatrix_of_conflicts():
     for head_dim in (64, 128, 256):
         assert ablation.bank_conflicts(head_dim, True) == 1
         assert ablation.bank_conflicts(head_dim, False) == 8
+
+
+@pytest.mark.parametrize("family", ["forward", "backward-dq", "backward-dkdv", "backward"])
+def test_block_sizes_on_hopper_are_configs_that_can_be_forced(family):
+    limits = ARCHITECTURES["sm_90a"]
+    found = ablation.block_sizes(family, 128, "bfloat16", limits)
+    traits = static.traits_of("bfloat16", 128)
+    assert found[0] == static.choose_config(family, traits, limits)
+    for config in found:
+        force(family, config, traits, limits)
+    assert family == "backward" or len({(c.tile_m, c.tile_n) for c in found}) > 3

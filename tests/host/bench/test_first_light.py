@@ -4,14 +4,15 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields
 
 import pytest
 
 from bench import __main__ as bench
 from bench import report
-from bench.first_light import background, command, page, plan
+from bench.first_light import background, command, page, plan, tasks
 from bench.measuring import supervisor
 from bench.points.points import Point
 from bench.records import checks, record
@@ -23,6 +24,7 @@ from tests.support.covering import FULL
 from tuner.measuring import clocks
 
 LIMITS = ARCHITECTURES["sm_90a"]
+_POPEN = subprocess.Popen
 
 # A worker that has an answer to every step at once, and deeds to do before some of them.
 _WORKER = """
@@ -39,7 +41,7 @@ def answer(task):
         lost = task["exclude"]
         return {"cases": {name: {"outcome": "crashed" if name in lost else "passed",
                                  "reason": lost.get(name, "")} for name in task["names"]}}
-    if kind == "check":
+    if kind in ("check", "tests"):
         return {"check": "passed", "reason": "", "errors": {"out": [1e-4, 2e-4]}, "kernel": "k"}
     if kind == "ceilings":
         return {"matmul_tflops": 800.0, "copy_gbps": 4000.0, "num_sms": 132, "matmul": "m"}
@@ -116,46 +118,113 @@ def _on_disk(path):
 def test_what_has_no_witness_comes_first(steps, cases):
     titles = [step["title"] for step in steps]
     assert titles[: len(plan.NO_WITNESS)] == list(plan.NO_WITNESS)
-    assert titles[len(plan.NO_WITNESS)].startswith("tensor maps")
     sections = list(dict.fromkeys(step["section"] for step in steps))
     assert sections == [
         *(plan.INSTRUCTIONS, plan.FORWARD, plan.GRADIENTS),
-        *(plan.SPEED, plan.QUESTIONS, plan.TUNER),
+        *(plan.SPEED, plan.QUESTIONS, plan.FRAMEWORKS, plan.TUNER),
     ]
+    # What uses tensor maps is compiled ahead by the time that it comes.
+    last = [s for s in steps if s["section"] == plan.INSTRUCTIONS][-1]
+    assert last["title"].startswith("tensor maps")
     names = [name for step in steps for name in step.get("names", [])]
     assert sorted(names) == sorted(map(str, cases)), "every case, and once"
 
 
 def test_the_forwards_and_the_headline_points(steps):
     shapes = [step["shape"][3:] for step in steps if step["section"] == plan.FORWARD]
-    assert shapes == [[64, 64], [128, 128], [256, 256], [128, 96], [128, 128]]
+    assert shapes == [[64, 64], [128, 128], [256, 256], [128, 96], *[[128, 128]] * 2]
+    sequences, pages = (s for s in steps if s.get("is_packed") or s.get("page_size"))
+    assert "one after another" in sequences["title"] and "pages of 16 keys" in pages["title"]
     timed = [s for s in steps if (s["section"], s["kind"]) == (plan.SPEED, "point")]
-    found = {(s["point"]["head_dim"], s["point"]["seqlen_q"], s["point"]["causal"]) for s in timed}
-    wanted = {(d, n, causal) for d in (64, 128) for n in (4096, 16384) for causal in (False, True)}
+    found = {
+        tuple(s["point"][name] for name in ("direction", "head_dim", "seqlen_q", "causal"))
+        for s in timed
+    }
+    wanted = {("forward", 128, n, causal) for n in (4096, 16384) for causal in (False, True)}
+    wanted |= {(way, 64, 16384, False) for way in ("forward", "backward")}
+    wanted |= {("backward", d, 16384, False) for d in (128, 256)}
     assert wanted <= found
     assert all("torch-cudnn" in s["peers"] and "flash-attention-3" in s["peers"] for s in timed)
 
 
+def test_gradients_are_checked_in_two_kernels_and_in_one(steps):
+    checks = [s for s in steps if s["section"] == plan.GRADIENTS]
+    assert all(s["gradients"] for s in checks)
+    found = {(s["shape"][3], s.get("fused", False)) for s in checks}
+    assert found == {(64, False), (128, False), (256, False), (64, True), (128, True)}
+    # Rows enough for Hopper's kernels.
+    traits = static.traits_of("float16", 128)
+    for family in ("backward-dq", "backward-dkdv"):
+        config = static.choose_config(family, traits, LIMITS, rows=checks[0]["shape"][1])
+        assert config.generation == "sm90"
+
+
+def test_all_of_it_fits_nine_minutes(steps):
+    assert sum(step["expected_s"] for step in steps) < 9 * 60 - 10
+
+
+def _configs(name):
+    """The configs that a method's name forces, by family."""
+    variant = name.partition(":")[2]
+    if "=" not in variant:
+        return {"forward": parse_config("forward", variant)}
+    pairs = (each.split("=") for each in variant.split(","))
+    return {family: parse_config(family, text) for family, text in pairs}
+
+
 def test_every_question_is_of_configs_that_can_be_forced(steps):
     asked = [step for step in steps if step["section"] == plan.QUESTIONS and "labels" in step]
-    fields = {"overlap", "pingpong", "arrivals", "l2_bytes", "tile_n", "fixed"}
-    assert {step["title"].split()[0] for step in asked} == fields
-    tiles = set()
+    titles = {step["title"].split()[0] for step in asked}
+    assert titles == {"overlap", "pingpong", "v_stages", "gradients"}
+    changed = set()
     for step in asked:
         traits = static.traits_of("bfloat16", step["point"]["head_dim"])
-        configs = [parse_config("forward", name.partition(":")[2]) for name in step["labels"]]
-        for config in configs:
-            force("forward", config, traits, LIMITS)
-        tiles |= {config.tile_n for config in configs}
-        today = static.choose_config("forward", traits, LIMITS)
-        assert configs[0] == today
+        configs = [_configs(name) for name in step["labels"]]
+        for family, config in (pair for each in configs for pair in each.items()):
+            force(family, config, traits, LIMITS)
+            assert config == static.choose_config(family, traits, LIMITS) or family == "forward"
+        if step["point"]["direction"] == "backward":
+            ways = [set(each) for each in configs]
+            assert sorted(ways, key=len) == [{"backward"}, {"backward-dq", "backward-dkdv"}]
+            continue
+        base, *others = (each["forward"] for each in configs)
+        assert base == static.choose_config("forward", traits, LIMITS)
         # One thing differs.
-        field = step["title"].split()[0]
-        base, *others = configs[1:] if field == "fixed" else configs
-        assert others and len({getattr(each, field) for each in (base, *others)}) > 1
-        changed = {field: getattr(base, field)}
-        assert all(replace(each, **changed) == base for each in others)
-    assert {128, 160, 176} <= tiles
+        for each in others:
+            (field,) = (
+                x.name for x in fields(base) if getattr(base, x.name) != getattr(each, x.name)
+            )
+            assert field in step["title"]
+            changed.add((field, getattr(each, field)))
+    assert {("tile_n", 176), ("v_stages", 3)} <= changed
+
+
+@pytest.mark.parametrize(
+    ("lines", "status", "outcome"),
+    [
+        ("3 passed, 1 skipped in 4.0s", 0, "passed"),
+        ("5 skipped in 0.1s", 0, "skipped"),
+        ("1 skipped in 0.1s", 5, "skipped"),
+        ("FAILED tests/gpu/test_torch.py::test_x\n1 failed, 3 passed in 2s", 1, "failed"),
+    ],
+)
+def test_tests_of_a_front_end_have_one_outcome(monkeypatch, lines, status, outcome):
+    program = f"import sys; print({lines!r}); sys.exit({status})"
+
+    def popen(command, **options):
+        assert command[-1] == "tests/gpu/test_torch.py"
+        return _POPEN([sys.executable, "-S", "-c", program], **options)
+
+    monkeypatch.setattr(tasks.subprocess, "Popen", popen)
+    task = {"kind": "tests", "module": "json", "path": "tests/gpu/test_torch.py"}
+    notes, settings = [], {"rehearsal": False, "deadline": 1e12}
+    found = tasks.KINDS["tests"](None, task, settings, notes.append)
+    assert found["check"] == outcome and notes
+    assert lines.split("\n")[-1] in found["reason"]
+    lacking = tasks.KINDS["tests"](None, task | {"module": "no_such"}, settings, notes.append)
+    assert lacking == {"check": "skipped", "reason": "no_such is not installed"}
+    late = tasks.KINDS["tests"](None, task, settings | {"deadline": 0.0}, notes.append)
+    assert late["check"] in (outcome, "skipped")
 
 
 def test_other_gpus_have_no_question_of_hopper(cases):
@@ -198,7 +267,7 @@ def test_the_record_is_what_report_and_verify_read(visit, tmp_path, capsys):
     assert f"def {function}(case" in (checks.ROOT / path).read_text()
     assert any(name.endswith("[cp_async_4]") for name in verified)
     points = [Point.from_dict(entry) for entry in found["points"]]
-    assert sum(point.kind == "grid" for point in points) == 8, "forced configs are no headline"
+    assert sum(point.kind == "grid" for point in points) == 10, "forced configs are no headline"
 
 
 @pytest.mark.parametrize("first", [0, 1])
@@ -251,6 +320,7 @@ def test_a_parent_that_dies_at_a_step_leaves_what_was_done(visit, steps, monkeyp
     # At each kind of step, and the last, two copies of the process die while they write the step's
     # result: before the record is replaced, and between the record and the page.
     results = {"check": {"check": "passed", "reason": "", "errors": {}}}
+    results["tests"] = results["check"]
     results["ceilings"] = {"matmul_tflops": 800.0, "copy_gbps": 1.0, "num_sms": 1}
     results["point"] = results["predicted"] = {"methods": {}, "predicted_ms": {}}
     results["parts"] = {"parts": {}}

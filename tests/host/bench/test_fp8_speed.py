@@ -20,7 +20,9 @@ from bench.records.entries import is_right
 from bench.studies import static
 from bench.tables import quantization, tables
 from numflash.runtime.mode import SIMULATED
+from tests.support.covering import thorough
 from tests.support.numpy_devices import NumpyDevice
+from tests.support.small_kernels import prefer_small_kernels
 
 POINT = Point("forward", "grid", "float16", 1, 20, 36, 2, 1, 16, True)
 needs_simulator = pytest.mark.skipif(not SIMULATED, reason="runs the kernels on NumPy arrays")
@@ -91,6 +93,7 @@ def test_flash_attention_3_gets_codes_and_scales(monkeypatch):
     assert decoding.call() == {"out": "decoded"}
 
 
+@thorough
 def test_scales_of_flash_attention_3():
     torch = pytest.importorskip("torch")
     x = torch.randn(2, 24, 4, 16).half()
@@ -124,6 +127,7 @@ def test_what_is_read_in_8_bits_counts_as_such():
 
 @needs_simulator
 def test_a_point_with_fp8(monkeypatch):
+    prefer_small_kernels(monkeypatch)
     # Small tiles, by the names of variants.
     monkeypatch.setitem(peers.PEERS, FP8, peers.find(f"{FP8}:fp8-sm80-m16n32w1s1"))
     monkeypatch.setitem(peers.PEERS, "numflash", peers.find("numflash:sm80-m16n16w1s1"))
@@ -159,6 +163,7 @@ def test_without_a_time_on_8_bits_there_is_no_table():
 
 @pytest.fixture
 def small(monkeypatch):
+    prefer_small_kernels(monkeypatch)
     monkeypatch.setattr(quantize, "SEQLEN", 48)
     monkeypatch.setattr(quantize, "HIDDEN", 128)
     monkeypatch.setattr(quantize, "DTYPE", "float16")

@@ -1,15 +1,30 @@
 """`python -m bench machine-code`: which kernels are compiled, and when one of them got worse."""
 
+import dataclasses
 import json
 
+import numpy as np
 import pytest
 
 from bench import __main__ as bench
-from bench.machine_code import command, compare, figures
-from bench.machine_code.kernels import is_wanted, kernels
-from numflash.configs import FAMILIES, QUANTIZE_CONFIGS, Traits, fp8, parse_config, portable
-from numflash.configs import mma as sm80
+from bench.machine_code import asked, command, compare, figures
+from bench.machine_code.kernels import MAIN_ARCHS, is_wanted, kernels
+from numflash import masks
+from numflash.configs import (
+    BLOCK_MASK_CONFIGS,
+    FAMILIES,
+    QUANTIZE_CONFIGS,
+    SEQUENCE_CONFIGS,
+    Traits,
+    fp8,
+    parse_config,
+    portable,
+)
+from numflash.configs import mma_rules as sm80
 from numflash.configs import wgmma as sm90
+from numflash.configs.features import FEATURES
+from numflash.functions.trace import trace
+from numflash.runtime.arrays import metadata
 from numflash.runtime.devices import ARCHITECTURES
 
 NAME = "forward/sm_80/float16-d64-dv64-vec/sm80-m64n64w4s1"
@@ -338,7 +353,8 @@ def test_every_config_of_the_tables_is_among_the_kernels():
             for config in sm90.candidates(traits):
                 if config.misfit(traits) is None:
                     assert ("forward", str(config.compiled)) in named
-    assert {each.family for each in found} == {*FAMILIES, *QUANTIZE_CONFIGS}
+    families = {*FAMILIES, *QUANTIZE_CONFIGS, *BLOCK_MASK_CONFIGS, *SEQUENCE_CONFIGS}
+    assert {each.family for each in found} == families
 
 
 def test_the_names_of_kernels_can_be_read():
@@ -363,3 +379,50 @@ def test_the_names_of_kernels_can_be_read():
 )
 def test_patterns(only, wanted):
     assert is_wanted(NAME, only) is wanted
+
+
+def test_what_callers_ask_for_is_among_the_kernels():
+    """So that the net sees a change of a function, a block mask, a feature or a gradient."""
+    only = [f"*/{arch}" for arch in MAIN_ARCHS]
+    found = [(each.family, each.arch, Traits.parse(each.traits)) for each in kernels(only)]
+    for arch in MAIN_ARCHS:
+        families = {family for family, its, _ in found if its == arch}
+        assert families >= {*FAMILIES, *BLOCK_MASK_CONFIGS, *SEQUENCE_CONFIGS}
+        for row in FEATURES:
+            of_row = {f for f, its, traits in found if its == arch and row.name in traits.features}
+            assert "forward" in of_row and of_row & {"delta", "backward-dkdv"}, row.name
+    for families, changes in asked.ROWS:
+        for family in families:
+            there = {
+                arch
+                for each, arch, traits in found
+                if each == family and all(getattr(traits, n) == x for n, x in changes.items())
+            }
+            # The one kernel for all gradients does not fit the shared memory of Turing.
+            assert there == {*MAIN_ARCHS} - ({"sm_75"} if family == "backward" else set())
+    # None of the traits is forgotten.
+    for each in dataclasses.fields(Traits)[3:]:
+        assert any(getattr(traits, each.name) != each.default for *_, traits in found), each.name
+
+
+def test_programs_of_the_net_are_those_of_functions():
+    of_aux = {
+        "bias": lambda s, b, h, i, j, bias: s + bias[b, h, i, j],
+        "bias of keys": lambda s, b, h, i, j, bias: s + bias[b, h, 0, j],
+        "table": lambda s, b, h, i, j, table: s + table[h, i - j + 511],
+        "gate": lambda s, b, h, i, j, gate: s * gate[h],
+        "soft cap": masks.soft_cap(30.0),
+    }
+    arrays = {
+        "bias": np.zeros((1, 2, 3, 4), np.float16),
+        "bias of keys": np.zeros((1, 2, 1, 4), np.float16),
+        "table": np.zeros((2, 1023), np.float32),
+        "gate": np.zeros(2, np.float32),
+        "document": np.zeros(4, np.int32),
+    }
+    masks_of = {"document": masks.document, "causal": masks.causal}
+    found = {}
+    for name in (*of_aux, *masks_of):
+        aux = (metadata(arrays[name], name),) if name in arrays else ()
+        found[name] = trace(of_aux.get(name), masks_of.get(name), aux).program.text
+    assert found == asked.PROGRAMS

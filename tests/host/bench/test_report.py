@@ -277,4 +277,4 @@ def test_records_have_names_and_an_order(tmp_path):
     assert read[0] == names[3] and read[-1] == names[2]
     assert len(read) == 4
     assert json.loads((tmp_path / names[0]).read_text())["kind"] == "forward"
-    assert not list(tmp_path.glob("*.partial"))
+    assert not list(tmp_path.glob("*.part"))

@@ -23,6 +23,8 @@ LOOP = MainLoop(
     dict.fromkeys(KINDS, 0) | {"exponentials": 64},
     dict.fromkeys(SKIPPED, 0),
     {},
+    {},
+    (),
 )
 REPORT = SimpleNamespace(
     registers=168,

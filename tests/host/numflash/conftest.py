@@ -5,6 +5,7 @@ import logging
 import pytest
 
 from numflash.api import plans
+from numflash.calls import launch
 from tests.support import fake_gpu
 from tests.support.fake_gpu import DV, HKV, SK, SQ, B, D, H
 
@@ -29,14 +30,16 @@ def qkv(gpu):
 
 @pytest.fixture
 def compiled(monkeypatch):
-    """The kernels that `warmup` compiles."""
-    compiled = []
+    """The kernels that are compiled, each once, in order."""
+    compiled = {}
 
     def get_cubin(config, traits, limits):
-        compiled.append(f"{config.family}|{config}|{traits}")
+        code = getattr(config, "compiled", config)
+        compiled[f"{config.family}|{code}|{traits}"] = True
         return fake_gpu.fake_get_cubin(config, traits, limits)
 
-    monkeypatch.setattr(plans, "get_cubin", get_cubin)
+    for module in (plans, launch):
+        monkeypatch.setattr(module, "get_cubin", get_cubin)
     return compiled
 
 

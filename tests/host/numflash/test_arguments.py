@@ -29,7 +29,7 @@ KERNELS = [
     ("backward-dkdv", "m16n16w4", TRAITS),
     ("backward-dq", "m16n16w4", TRAITS),
     ("delta", "w8", TRAITS),
-    ("head-sums", "w8", TRAITS),
+    ("array-sums", "w8", TRAITS),
     ("combine", "w4", TRAITS),
     ("forward", "sm80-m64n64w4s1", TRAITS),
     ("backward-dkdv", "sm80-m64n64w4s1", TRAITS),
@@ -45,6 +45,7 @@ KERNELS = [
     ("amax", "w8", TRAITS),
     ("estimate", "w1", TRAITS),
     ("dequantize", "sm80-w4", TRAITS),
+    ("rotary", "w4h4", TRAITS),
 ]
 
 

@@ -7,18 +7,17 @@ import re
 import numpy as np
 import pytest
 
-from numflash.configs import parse_config
+from numflash.configs import Traits, parse_config
 from numflash.kernels.arguments import Mask, Shape
 from numflash.ptx import i32, u32
 from numflash.selection.geometry import heads_of_a_bundle
+from numflash.tiles import addresses, division, sequences
 from numflash.tiles import blocks as blocks_of_tiles
-from numflash.tiles.blocks import (
+from numflash.tiles.blocks import make_block_place, make_place_of_keys, make_place_of_queries
+from numflash.tiles.sequences import (
     last_of,
-    make_block_place,
-    make_place_of_keys,
-    make_place_of_queries,
     seen_from_keys,
-    sequence_of,
+    sequence_of_all,
     tiles_seen,
     tiles_seen_whole,
 )
@@ -94,19 +93,20 @@ def test_bundles_are_of_one_size_and_as_large_as_memory_allows():
     assert heads_of_a_bundle(other, 0, 16, 132, 1) == 1
 
 
+TRAITS = Traits("float16", 64, 64)
 SHAPE = Shape(*map(i32, (300, 200, 6, 3, 64, 64, 2)))
 
 
 @pytest.mark.parametrize("tile", [16, 64, 512])
 def test_each_tile_of_a_head_is_one_block_s(tile):
     """Of queries the last come first, of keys the first; then come other heads, then entries."""
-    of_queries, of_keys = make_place_of_queries(tile), make_place_of_keys(tile)
+    of_queries, of_keys = make_place_of_queries(tile, TRAITS), make_place_of_keys(tile, TRAITS)
     queries = [(b, h, m) for b in range(2) for h in range(6) for m in range(0, 300, tile)[::-1]]
-    found = [of_queries(u32(number), SHAPE) for number in range(len(queries))]
+    found = [of_queries(u32(number), SHAPE, None) for number in range(len(queries))]
     assert [(p.batch, p.head, p.start) for p in found] == queries
     assert all(p.head_kv == p.head // 3 and p.split == 0 for p in found)
     keys = [(b, h, n) for b in range(2) for h in range(2) for n in range(0, 200, tile)]
-    found = [of_keys(u32(number), SHAPE) for number in range(len(keys))]
+    found = [of_keys(u32(number), SHAPE, None) for number in range(len(keys))]
     assert [(p.batch, p.head_kv, p.start) for p in found] == keys
     assert all(p.head == p.head_kv * 3 for p in found)
 
@@ -114,7 +114,7 @@ def test_each_tile_of_a_head_is_one_block_s(tile):
 @pytest.mark.parametrize(("lo", "hi"), [(-300, 200), (-300, -100), (-130, -90), (3, 40), (70, 50)])
 def test_tiles_that_are_seen_and_seen_whole_are_those_of_the_mask(lo, hi):
     """Of the keys that tiles of queries see, and of the queries that see tiles of keys."""
-    sequence = sequence_of(SHAPE, Mask(i32(lo), i32(hi)))
+    sequence = sequence_of_all(SHAPE, Mask(i32(lo), i32(hi)))
     distances = np.arange(200) - np.arange(300)[:, None]
     band = (distances >= lo) & (distances <= hi)
     for rows, tile in ((64, 16), (16, 64), (48, 32)):
@@ -138,8 +138,12 @@ def test_tiles_that_are_seen_and_seen_whole_are_those_of_the_mask(lo, hi):
 
 def test_what_the_simulator_remembers_knows_numbers_only():
     """A function_of_numbers that reads where it runs, or memory, would give an old answer."""
-    tree = ast.parse(inspect.getsource(blocks_of_tiles))
-    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    functions = [
+        node
+        for module in (addresses, blocks_of_tiles, division, sequences)
+        for node in ast.walk(ast.parse(inspect.getsource(module)))
+        if isinstance(node, ast.FunctionDef)
+    ]
     remembered = [
         function
         for function in functions

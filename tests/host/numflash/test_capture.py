@@ -9,6 +9,7 @@ import sys
 import tempfile
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 import numflash
@@ -54,6 +55,52 @@ def test_classes_are_captured_once_and_read_back(tmp_path, monkeypatch):
     found = capture.read(path)
     assert len(path.read_text().splitlines()) == len(found) == 2
     assert WANTED in found and replace(WANTED, seqlen_q=1024, seqlen_k=1024) in found
+
+
+@needs_simulator
+def test_sequences_and_pages_are_captured_but_not_where_bits_must_not_depend_on_a_class(
+    tmp_path, monkeypatch
+):
+    path = tmp_path / "classes.txt"
+    monkeypatch.setattr(capture, "_noted", set())
+    monkeypatch.setenv("NUMFLASH_CAPTURE", str(path))
+    q, k = np.zeros((6, 2, 16), np.float16), np.zeros((40, 1, 16), np.float16)
+    of_q, of_k = np.array([0, 1, 6], np.int32), np.array([0, 9, 40], np.int32)
+    numflash.attention_varlen(q, k, k, of_q, of_k, causal=True, batch_invariant=True)
+    assert not path.exists()
+    out, lse = numflash.attention_varlen(q, k, k, of_q, of_k, causal=True, return_lse=True)
+    numflash.attention_varlen_backward(out, q, k, k, out, lse, of_q, of_k, causal=True)
+    pages, table = np.zeros((7, 8, 1, 16), np.float16), np.array([[3, 1], [6, 0]], np.int32)
+    given = {"page_table": table, "seqlens_k": np.array([9, 16], np.int32)}
+    assert numflash.check(q[:2, None], pages, pages, **given).passed
+    sizes = "float16-d32-dv32-vec-ragged causal q4 k32 bh4 g2"
+    wanted = [f"{family} {sizes}" for family in ("forward", "backward-dkdv", "backward-dq")]
+    wanted.append("forward float16-d32-dv32-vec-ragged-paged full q1 k16 bh4 g2 p8")
+    assert set(wanted) <= set(map(str, capture.read(path)))
+
+
+@needs_simulator
+def test_a_tuned_config_serves_sequences_and_never_where_bits_must_not_depend_on_it():
+    q, ends = np.zeros((64, 2, 64), np.float16), np.array([0, 1, 64], np.int32)
+    given = {"cu_seqlens_q": ends, "cu_seqlens_k": ends, "causal": True}
+    text = "forward float16-d64-dv64-vec-ragged causal q32 k32 bh4 g1"
+    store.add(SIMULATED_DEVICE, [entry(text, "sm80-m32n32w2s1")])
+    found = numflash.explain_dispatch(q, q, q, **given).forward
+    assert str(found.config) == "sm80-m32n32w2s1" and found.is_final
+    found = numflash.explain_dispatch(q, q, q, **given, batch_invariant=True).forward
+    assert "tuned" not in found.rule
+
+
+@needs_simulator
+def test_the_splits_that_a_call_asks_for_are_not_those_that_were_tuned():
+    q, k = np.zeros((2, 1, 2, 64), np.float16), np.zeros((2, 4096, 2, 64), np.float16)
+    given = {"seqlens_k": np.array([4096, 9], np.int32)}
+    text = "forward float16-d64-dv64-vec-ragged full q1 k4096 bh4 g1"
+    store.add(SIMULATED_DEVICE, [entry(text, "sm80-m16n32w1s1x2")])
+    for asked, found in ((None, 2), (1, 1), (8, 2)):
+        choice = numflash.explain_dispatch(q, k, k, **given, num_splits=asked).forward
+        assert "tuned on this device for this class" in choice.rule
+        assert choice.config.num_splits == found
 
 
 def test_a_capture_that_cannot_be_written_is_only_a_warning(tmp_path, monkeypatch, caplog):

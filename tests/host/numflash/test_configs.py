@@ -21,7 +21,7 @@ from numflash.configs import (
     MmaForwardConfig,
     Sm90ForwardConfig,
     Traits,
-    mma,
+    mma_rules,
     padded_head_dim,
     parse_config,
     portable,
@@ -33,7 +33,7 @@ HEAD_DIMS = range(32, 257, 32)
 # Those that compute the scores again for gradients of what these are made of.
 OF_SCORES = ("backward-rows", "backward-columns", "backward-tiles", "backward-scatter")
 TILED = ("forward", "backward-dq", "backward-dkdv", *OF_SCORES)
-BY_ROW = ("delta", "head-sums", "array-sums", "clear-sums", "round-sums", "combine")
+BY_ROW = ("delta", "array-sums", "clear-sums", "round-sums", "combine")
 
 
 def all_traits(dtype="float16"):
@@ -93,6 +93,7 @@ HOPPER_TEXTS = [
     "sm90-m128n176w8s2-overlap-pingpong-persistent",
     "sm90-m192n128w12s3x7-h4-unpacked-r152-overlap-persistent",
     "sm90-m64n64w4s2-packed-persistent",
+    "sm90-m128n128w8s2-v3-r232-overlap",
     "sm90-m128n128w8s2-h2-r232-a1-overlap-pingpong",
     "sm90-m64n64w4s2-a1",
     "sm90-m64n128w4s2x2-h2-a1-l128-overlap-persistent-fixed",
@@ -121,6 +122,8 @@ def test_a_config_for_hopper_round_trips_through_its_string(text):
     [
         ("sm90-m64n80w4s1-fast", "a forward config must look like sm90-m128n128w8s2-overlap"),
         ("sm90-m64n80w4s1-persistent-overlap", "a forward config must look like sm90-"),
+        ("sm90-m64n64w4s2-v2", "v_stages says how many stages V has where K has others, got 2"),
+        ("fp8-sm90-m64n64w4s2-v3", "codes of K and of V have as many stages, got v_stages 3"),
         ("sm90-m128n64w4s1", "tile_m must be 16 x num_warps, 4, 8 or 12 of them"),
         ("sm90-m64n272w4s1", "tile_n must be at most 256"),
         ("sm90-m64n64w4s1-linear", "tiles are always swizzled"),
@@ -145,11 +148,6 @@ def test_a_wrong_config_for_hopper_is_refused(text, words):
     with pytest.raises(ValueError) as error:
         parse_config("forward", text)
     assert words in str(error.value)
-
-
-def test_only_the_forward_has_configs_for_hopper():
-    with pytest.raises(ValueError, match="must begin with one of sm75, sm80"):
-        parse_config("backward-dq", "sm90-m64n64w4s1")
 
 
 def test_splits_share_their_machine_code_but_not_with_a_forward_that_is_not_split():
@@ -416,7 +414,9 @@ def test_shared_tiles_follow_each_other_and_begin_16_byte_aligned(family):
 @pytest.mark.parametrize("family", TILED)
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_tensor_core_tiles_follow_each_other_and_begin_in_the_first_bank(family, dtype):
-    for traits, config in itertools.product(all_traits(dtype), mma.candidates(family, "sm80")):
+    for traits, config in itertools.product(
+        all_traits(dtype), mma_rules.candidates(family, "sm80")
+    ):
         tiles, offsets = config.tiles(traits), config.smem_offsets(traits)
         assert list(tiles) == list(offsets)
         end = 0
@@ -463,7 +463,7 @@ def test_candidates_are_configs_of_their_family_and_no_two_are_the_same():
     for family in FAMILIES:
         candidates = [*portable.candidates(family)]
         for generation in ("sm75", "sm80"):
-            candidates += mma.candidates(family, generation)
+            candidates += mma_rules.candidates(family, generation)
         assert {config.family for config in candidates} == {family}
         assert len(set(map(str, candidates))) == len(candidates) > 0
         # Shared memory of the largest is for the largest GPUs, the smallest must do everywhere.

@@ -9,9 +9,11 @@ from numflash.configs import (
     Traits,
     parse_config,
     wgmma,
+    wgmma_backward,
 )
 from numflash.runtime.devices import ARCHITECTURES
-from numflash.selection.rules import choose
+from numflash.runtime.errors import UnsupportedError
+from numflash.selection.rules import choose, force
 from tests.host.numflash.test_dispatch import (
     HEAD_DIMS,
     HOPPER,
@@ -34,7 +36,60 @@ def test_the_forward_on_hopper_is_that_of_wgmma(dtype, columns):
     for limits in ARCHITECTURES.values():
         if limits is not HOPPER:
             assert "sm90" not in str(choose("forward", traits, limits))
-    assert "sm90" not in str(choose("backward-dq", traits, HOPPER))
+
+
+@pytest.mark.parametrize("family", ["backward-dq", "backward-dkdv"])
+@pytest.mark.parametrize("columns", HEAD_DIMS)
+def test_gradients_on_hopper_are_those_of_wgmma(family, columns):
+    traits = Traits("bfloat16", columns, columns)
+    choice = choose(family, traits, HOPPER)
+    assert choice.config == wgmma_backward.candidates(family, traits)[0]
+    assert reasons(choice)["sm80"] == "wgmma is faster"
+    for limits in ARCHITECTURES.values():
+        if limits is not HOPPER:
+            assert "sm90" not in str(choose(family, traits, limits))
+    # A block that has most of an SM for itself should not be the only one of its rows.
+    rows = min(2 * each.block_rows for each in wgmma_backward.candidates(family, traits))
+    few = choose(family, traits, HOPPER, rows - 1)
+    assert few.config.generation == "sm80"
+    assert "rows at a time" in reasons(few)[str(choice.config)]
+    assert choose(family, traits, HOPPER, rows).config.generation == "sm90"
+
+
+@pytest.mark.parametrize("family", ["backward-dq", "backward-dkdv", "backward"])
+def test_candidates_for_gradients_by_wgmma_are_chosen_or_take_fewer_registers(family):
+    """Those behind the first that fits are for functions that make it spill."""
+    for columns, features in itertools.product(HEAD_DIMS, ((), BOTH, ("dropout",))):
+        traits = Traits("bfloat16", columns, columns, features)
+        configs = wgmma_backward.candidates(family, traits)
+        fitting = [c for c in configs if wgmma_backward.misfit(c, traits, HOPPER, 2**30) is None]
+        assert fitting or columns > 128 or features, "no kernel"
+        if fitting:
+            assert choose(family, traits, HOPPER).config == fitting[0]
+        kept = [config.registers[1] - config.accumulators_per_thread(traits) for config in fitting]
+        assert kept == sorted(kept)
+
+
+@pytest.mark.parametrize("family", ["backward-dq", "backward-dkdv"])
+@pytest.mark.parametrize(
+    ("traits", "options", "why"),
+    [
+        ("float32-d64-dv64-vec-tf32", {}, "of float16 or bfloat16, not of float32"),
+        ("float16-d64-dv64-vec", {"positive_scale": False}, "softmax_scale is not positive"),
+        ("float16-d64-dv64-vec", {"no_bulk_copies": "k is odd"}, "k is odd"),
+    ],
+)
+def test_gradients_that_wgmma_cannot_compute_fall_to_others(family, traits, options, why):
+    choice = choose(family, Traits.parse(traits), HOPPER, **options)
+    assert choice.config.implementation != "sm90"
+    assert why in reasons(choice)["sm90"]
+
+
+def test_registers_that_scores_take_make_tiles_narrower():
+    bent = Traits("float16", 128, 128, ("softcap",))
+    choice = choose("backward-dq", bent, HOPPER)
+    assert str(choice.config) == "sm90-m128n64w8s2"
+    assert "accumulators" in reasons(choice)["sm90-m128n128w8s2"]
 
 
 def test_every_candidate_for_wgmma_is_chosen_somewhere_and_fits_with_all_features():
@@ -87,6 +142,14 @@ def test_few_rows_are_left_to_smaller_tiles():
 def test_what_is_too_large_for_wgmma_says_so(config, columns, why):
     traits = Traits("float16", columns, columns, features=("alibi",))
     assert why in wgmma.misfit(parse_config("forward", config), traits, HOPPER, 2**30)
+
+
+def test_parts_of_sequences_are_not_for_wgmma():
+    traits = Traits.parse("float16-d64-dv64-vec-ragged")
+    assert force("forward", "sm90-m64n64w4s1", traits, HOPPER).config.num_splits == 1
+    with pytest.raises(UnsupportedError, match="whole results, and no parts"):
+        force("forward", "sm90-m64n64w4s1x2", traits, HOPPER)
+    assert force("forward", "sm90-m64n64w4s1x2", replace(traits, ragged=False), HOPPER)
 
 
 @pytest.mark.parametrize("columns", [64, 128, 192, 256])

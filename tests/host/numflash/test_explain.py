@@ -158,6 +158,9 @@ def test_a_tensor_on_any_device_will_do(monkeypatch):
         def data_ptr(self):
             return 0
 
+        def detach(self):
+            return self
+
     torch = types.ModuleType("torch")
     torch.Tensor, torch.is_grad_enabled = Tensor, lambda: True
     monkeypatch.setitem(sys.modules, "torch", torch)

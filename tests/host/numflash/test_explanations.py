@@ -1,5 +1,7 @@
 """The rules in the words of explain_dispatch."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -17,7 +19,7 @@ from numflash.runtime.errors import UnsupportedError
 from numflash.runtime.mode import SIMULATED
 from numflash.runtime.views import numpy_dtype
 from numflash.selection import choice as selection
-from numflash.selection.choice import select
+from numflash.selection.choice import BACKWARD, FUSED, select
 from numflash.selection.rules import choose
 from tests.host.numflash.test_dispatch import ADA, AMPERE, EXACT, HOPPER, TURING
 from tests.support import fake_gpu
@@ -55,15 +57,22 @@ LONG = (2, 500, 4, 64)
 
 @pytest.mark.parametrize("limits", [TURING, AMPERE, ADA, HOPPER], ids=lambda limits: limits.arch)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_an_explanation_lists_the_three_kernels_and_why_not_others(machine, limits, dtype):
+def test_an_explanation_lists_the_kernels_and_why_not_others(machine, limits, dtype):
     machine.be(limits)
     q, k, v = machine.arrays(LONG, LONG, LONG, dtype=dtype)
     explanation = numflash.explain_dispatch(q, k, v, causal=True)
     choices = {"forward": explanation.forward, **explanation.backward}
-    assert list(choices) == ["forward", "backward-dkdv", "backward-dq"]
+    # On Hopper one kernel makes all gradients: this machine has few SMs for its blocks.
+    in_one = limits is HOPPER and dtype != "float32"
+    assert list(choices) == ["forward", *([FUSED] if in_one else BACKWARD)]
     for family, choice in choices.items():
         expected = choose(family, Traits(dtype, 64, 64), limits, 500)
-        assert choice == expected
+        if in_one and family == FUSED:
+            *passed_over, (other, why) = choice.passed_over
+            assert (other, "SMs" in why) == ("a kernel for dq apart", True)
+            assert replace(choice, passed_over=tuple(passed_over)) == expected
+        else:
+            assert choice == expected
         assert str(choice) in str(explanation)
         assert f"{family}: {choice.config} ({choice.config.implementation})" in str(explanation)
         for what, why in choice.passed_over:
@@ -204,7 +213,4 @@ def test_an_explanation_is_the_selection_of_the_call(machine, monkeypatch):
     for name in ("forward", "geometry", "combine"):
         assert getattr(selection, name) == getattr(explanation, name)
     assert selection.geometry.blocks == selection.geometry.num_splits * 4
-    assert selection.backward == {} and list(explanation.backward) == [
-        "backward-dkdv",
-        "backward-dq",
-    ]
+    assert selection.backward == {} and list(explanation.backward) == [FUSED]

@@ -40,7 +40,7 @@ def test_every_row_has_its_function_its_case_its_letter_and_its_docstring_line(r
     for each in row.beside:
         assert each.name in inspect.signature(numflash.attention).parameters
         assert re.search(rf"^ +{each.name}: ", numflash.attention.__doc__, re.M)
-    assert row.name in inspect.signature(numflash.warmup).parameters
+    assert re.search(rf"\b{row.name}\b", numflash.warmup.__doc__)
     (option,) = (option for option in OPTIONS if option.name == row.option)
     assert (option.default, option.check, option.is_array) == (
         row.default,

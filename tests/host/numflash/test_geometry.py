@@ -12,11 +12,13 @@ from numflash.configs import (
 )
 from numflash.configs.features import NO_FEATURES, Alibi
 from numflash.problem.problem import AttentionProblem
+from numflash.problem.sequences import Lengths, room_of
 from numflash.runtime.devices import blocks_per_sm
 from numflash.selection.geometry import (
     heads_in_flight,
     num_splits,
     rows_packed,
+    tiles_listed,
     with_keys,
     with_splits,
 )
@@ -148,6 +150,13 @@ def problem(**changes) -> AttentionProblem:
     scalars = {"softmax_scale": 1.0, "band_lo": 0, "band_hi": 0, "shift": 0}
     rest = {"head_dim": 128, "head_dim_v": 64, "dtype": "float16"}
     return AttentionProblem(**{**sizes, **scalars, **rest, **changes})
+
+
+def test_more_splits_than_a_record_numbers_are_as_many_as_it_does():
+    lengths = Lengths(4, 1, 2**20, False, ("seqlens_k",))
+    of = problem(seqlen_k=2**20, num_splits=10**6, lengths=lengths)
+    listed = tiles_listed(of, replace(DECODE, num_splits=2))
+    assert (listed.least, room_of(lengths, listed).least) == (8, 8)
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,7 @@ import pytest
 
 from numflash.configs import SmemLayout, Traits, portable
 from numflash.kernels.arguments import Tensor
-from numflash.tiles import scores
-from numflash.tiles.portable import copies, gradients, lanes, products, softmax
+from numflash.tiles.portable import copies, gradients, lanes, products, scores, softmax
 
 HEAD_DIMS = range(32, 257, 32)
 WARP = range(32)
@@ -80,7 +79,7 @@ class Tile:
 def thread(monkeypatch):
     """Make `numflash.tiles` run as plain Python on a `Thread`."""
     thread = Thread()
-    for module in (copies, gradients, products, scores, softmax):
+    for module in (copies, gradients, lanes, products, scores, softmax):
         for name, value in {
             "cuda": thread,
             "device_function": lambda function: function,
@@ -108,7 +107,7 @@ def place(thread, lane, config) -> tuple[int, int]:
     """The first row and column of a thread, as the kernels compute them."""
     thread.threadIdx.x = lane
     rows = lanes.rows_per_thread(config.row_tile, config.num_warps)
-    row = python(scores.first_row_of_thread)(lanes.ROW_LANES * rows)
+    row = python(lanes.first_row_of_thread)(lanes.ROW_LANES * rows)
     return row, lane % lanes.COLUMN_LANES
 
 

@@ -16,7 +16,7 @@ from numflash.calls import ready
 from numflash.configs import Traits, parse_config
 from numflash.configs.features import Dropout
 from numflash.runtime.mode import SIMULATED
-from tests.support import fake_gpu
+from tests.support import fake_arrays
 from tests.support.fake_gpu import DV, HKV, SK, SQ, B, D, H
 
 pytestmark = pytest.mark.skipif(SIMULATED, reason="needs NUMBA_ENABLE_CUDASIM unset")
@@ -135,15 +135,15 @@ def test_the_gradient_of_sinks_is_added_up_where_the_rows_left_it(gpu, qkv):
     *_, dsinks = numflash.attention_backward(dout, *qkv, out, lse, sinks=sinks)
     delta, sums, *_ = gpu.driver.launches
     assert (dsinks.shape, dsinks.dtype) == ((H,), "float32")
-    assert (delta.family, sums.family, sums.grid) == ("delta", "head-sums", (H, 1, 1))
+    assert (delta.family, sums.family, sums.grid) == ("delta", "array-sums", (H, 1, 1))
     assert "-sinks" in delta.traits and delta.arguments["features.sinks"] == sinks.data.ptr
     left = delta.arguments["row_gradients"]
-    assert left == sums.arguments["row_gradients"] != 0
-    assert sums.arguments["sums"] == dsinks.data.ptr
+    assert left == sums.arguments["shares"] != 0
+    assert sums.arguments["array_gradient"] == dsinks.data.ptr
     # Nothing of it without sinks.
     gpu.driver.launches.clear()
     assert len(numflash.attention_backward(dout, *qkv, out, lse)) == 3
-    assert "head-sums" not in [run.family for run in gpu.driver.launches]
+    assert "array-sums" not in [run.family for run in gpu.driver.launches]
     assert gpu.driver.launches[0].arguments["row_gradients"] == 0
 
 
@@ -167,7 +167,7 @@ def test_gradients_of_arrays_arrive_where_they_are_asked_for(gpu, qkv):
     assert (dtable.shape, dtable.dtype) == (table.shape, "float32")
     delta, tiles, rows, heads, total, clear, scatter, rounded = gpu.driver.launches
     assert [run.family for run in gpu.driver.launches[1:]] == [
-        *("backward-tiles", "backward-rows", "head-sums", "head-sums"),
+        *("backward-tiles", "backward-rows", "array-sums", "array-sums"),
         *("clear-sums", "backward-scatter", "round-sums"),
     ]
     config = parse_config("backward-tiles", tiles.config)
@@ -178,14 +178,15 @@ def test_gradients_of_arrays_arrive_where_they_are_asked_for(gpu, qkv):
     assert tiles.arguments["reduced.summed.heads"] == H
     assert tiles.arguments["tile_statistics.delta"] == delta.arguments["of_rows.plain"]
     assert "absolute" in rows.traits and "absolute" not in scatter.traits
-    assert rows.arguments["row_gradients"] == heads.arguments["row_gradients"]
+    assert rows.arguments["row_gradients"] == heads.arguments["shares"]
     assert (heads.grid, total.grid) == ((B * H, 1, 1), (1, 1, 1))
-    assert (heads.arguments["shape.seqlen_q"], total.arguments["shape.seqlen_q"]) == (SQ, B * H)
-    assert heads.arguments["sums"] == total.arguments["row_gradients"]
+    assert (heads.arguments["reduced.summed.length"], heads.arguments["reduced.head"]) == (SQ, 1)
+    assert total.arguments["reduced.summed.heads"] == B * H
+    assert heads.arguments["array_gradient"] == total.arguments["shares"]
     fixed = clear.arguments["array_gradient"]
     assert clear.arguments["elements"] == 2 * 7 * H
     assert fixed == scatter.arguments["fixed_sums"] == rounded.arguments["fixed_sums"]
-    assert total.arguments["sums"] == rounded.arguments["absolute_sum"]
+    assert total.arguments["array_gradient"] == rounded.arguments["absolute_sum"]
     assert scatter.arguments["absolute_sum"] == rounded.arguments["absolute_sum"]
     assert rounded.arguments["array_gradient"] == dtable.data.ptr
 
@@ -350,7 +351,7 @@ def test_strides_arrive_as_they_are_whatever_their_sign(gpu):
 
 
 def test_strides_beyond_32_bits_arrive_whole(gpu):
-    q = fake_gpu.CuPyArray(
+    q = fake_arrays.CuPyArray(
         (2, 8, 1, 32), np.dtype(np.float16), 0x7F0000000000, (2**40, 2**36, 64, 2)
     )
     numflash.attention(q, q, q)

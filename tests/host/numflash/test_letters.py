@@ -81,6 +81,7 @@ PLAIN = (
     "w4",
     "sm89-t128w8",
     "sm89-w4",
+    "w4h4",
 )
 VALUES = (False, True, None, 1, 2, 3, 8, 32, 128, 232, "sm75", "sm80", "token", "given", "e5m2")
 

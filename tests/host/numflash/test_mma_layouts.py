@@ -17,7 +17,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from numflash.configs import mma
+from numflash.configs import mma_rules
 from numflash.runtime.mode import SIMULATED
 
 if not SIMULATED:
@@ -319,7 +319,7 @@ def shapes():
     found = {
         (rows, config.num_threads)
         for family in ("forward", "backward-dkdv", "backward-dq")
-        for config in mma.candidates(family, "sm80")
+        for config in mma_rules.candidates(family, "sm80")
         for rows in (config.tile_m, config.tile_n)
     }
     return sorted(found)

@@ -5,8 +5,10 @@ import pytest
 from numflash.machine_code.main_loop import (
     KINDS,
     SKIPPED,
+    WARP_PRODUCTS,
     Registers,
     read_main_loop,
+    read_main_loops,
     read_setmaxnreg,
 )
 
@@ -202,3 +204,22 @@ def test_registers_of_warps_are_told_apart():
     assert read_setmaxnreg(listing(["USETMAXREG.DEALLOC.CTAPOOL 0x18", "EXIT"])) == {
         "dec": Registers(24, 0)
     }
+
+
+def test_loops_of_several_roles():
+    """One for each set of products, without a mask; products of warps only where asked for."""
+    plain = ["WARPGROUP.ARRIVE", COMMITTED, wait(0), "MUFU.EX2 R1, R1"]
+    roles = [
+        [".L_a:", *plain, *MASK, "@P1 BRA `(.L_a)"],
+        [".L_b:", *plain, "@P1 BRA `(.L_b)"],
+        [".L_c:", COMMITTED.replace("64x128", "64x64"), *plain, "@P1 BRA `(.L_c)"],
+        [".L_d:", "HMMA.16816.F32 R8, R12, R2, R8", "MUFU.EX2 R1, R1", "@P1 BRA `(.L_d)"],
+    ]
+    sass = listing([line for role in roles for line in role] + ["EXIT"])
+    found = read_main_loops(sass)
+    assert [loop.shapes for loop in found] == [("1 64x128x16",), ("1 64x64x16", "1 64x128x16")]
+    assert [loop.issued for loop in found] == [5, 6]
+    assert found[0].opcodes == {"WARPGROUP": 2, "HGMMA": 1, "MUFU": 1, "BRA": 1}
+    assert read_main_loop(sass) == found[0]
+    (of_warps,) = read_main_loops(sass, WARP_PRODUCTS)
+    assert (of_warps.shapes, of_warps.groups, of_warps.issued) == (("1 16816",), (1,), 3)

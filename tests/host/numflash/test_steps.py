@@ -8,7 +8,8 @@ import pytest
 from numflash.configs import Traits, parse_config
 from numflash.kernels.arguments import BlockLists, BlockMask, Mask
 from numflash.ptx import i32
-from numflash.tiles.blocks import Grid, Keys, Place, Sequence
+from numflash.tiles.blocks import Grid, Place
+from numflash.tiles.sequences import Keys, Sequence
 from numflash.tiles.steps import make_keys_of, make_steps_of, make_tile_at
 
 RNG = np.random.default_rng(3)
@@ -74,7 +75,7 @@ def test_splits_share_the_steps_of_a_list():
     config = parse_config("forward", "sm80-m32n16w1s1x3")
     tiles = np.array([[[0, 1, 1, 0, 1, 0, 0]]], bool)
     mask = mask_of_tiles(tiles, tiles)
-    sequence = Sequence(*map(i32, (64, 7 * 32, 0, 0, -(2**20), 2**20)))
+    sequence = Sequence(*map(i32, (64, 7 * 32, 0, 0, -(2**20), 2**20, 0)))
     keys_of, at = make_keys_of(config, traits), make_tile_at(traits, 16)
     for splits in (2, 3, 5):
         grid = Grid(*map(i32, (64, 1, 1, splits, 1)))

@@ -12,7 +12,7 @@ import pytest
 
 import numflash
 from numflash.runtime.mode import SIMULATED
-from tests.support import fake_gpu
+from tests.support import fake_arrays, fake_gpu
 
 pytestmark = pytest.mark.skipif(SIMULATED, reason="needs NUMBA_ENABLE_CUDASIM unset")
 
@@ -38,7 +38,7 @@ def foreign(gpu, log):
     """Makes an array of a library that speaks DLPack."""
 
     def make(shape, dtype="float16", device=0):
-        return fake_gpu.ForeignArray(gpu.array(shape, dtype, device), gpu, log)
+        return fake_arrays.ForeignArray(gpu.array(shape, dtype, device), gpu, log)
 
     return make
 
@@ -93,6 +93,12 @@ def dequantize(make, **options):
     return numflash.dequantize_fp8(x, **options)
 
 
+def rotary(make, **options):
+    q = make((B, S, H, D))
+    cos, sin, offsets = make((S, 8), "float32"), make((S, 8), "float32"), make((B,), "int32")
+    return (numflash.apply_rotary(q, cos, sin, offsets=offsets, **options),)
+
+
 def planned(make, **options):
     """A plan gives its results once when it is made, and after each launch."""
     q = make((B, S, H, D))
@@ -103,6 +109,7 @@ def planned(make, **options):
 
 
 CALLS = [forward, decode, backward, fused_backward, fp8, fp8_cache, auto, quantize, dequantize]
+CALLS += [rotary]
 
 
 @pytest.mark.parametrize("device", [0, 1])
@@ -129,7 +136,7 @@ def test_results_are_given_after_the_launches_and_on_their_stream(
 @pytest.mark.parametrize("stream", [None, OWN])
 def test_nothing_is_given_before_the_last_launch_of_a_call(gpu, foreign, log, call, stream):
     results = call(foreign, stream=stream)
-    assert all(isinstance(result, fake_gpu.ForeignArray) for result in results)
+    assert all(isinstance(result, fake_arrays.ForeignArray) for result in results)
     given = [each for each in log if each.kind == "given"]
     assert [each.launches for each in given] == [len(gpu.driver.launches)] * len(results)
 
@@ -154,7 +161,7 @@ def test_each_launch_of_a_plan_gives_its_results_anew(gpu, foreign, log, stream)
         before = launches
         given = [each for each in log if each.kind == "given"][-4:]
         assert given == [("given", stream or CUPYS, 0, launches)] * 4
-        assert all(isinstance(result, fake_gpu.ForeignArray) for result in results)
+        assert all(isinstance(result, fake_arrays.ForeignArray) for result in results)
 
 
 def test_a_launch_of_a_plan_gives_on_its_own_stream(gpu, foreign, log):

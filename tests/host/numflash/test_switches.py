@@ -15,7 +15,7 @@ from numflash.problem.classes import ProblemClass
 from numflash.runtime import driver, switches
 from numflash.runtime.mode import SIMULATED
 from numflash.selection import autotune, capture, tuned
-from tests.support.covering import FULL
+from tests.support.covering import FULL, thorough
 
 ROOT = Path(__file__).parents[3]
 OFF = ["0", "00", " 0 ", "-0", "False", "false", "off", "OFF", "no"]
@@ -58,6 +58,7 @@ def test_the_simulator_is_on_where_it_is_on_to_numba(tmp_path, text, simulates):
 SET = "import numba; numba.config.ENABLE_CUDASIM = 1\n"
 
 
+@thorough
 @pytest.mark.parametrize(
     "before, simulates",
     [
@@ -213,3 +214,19 @@ def test_a_choice_is_one_of_its_words(monkeypatch):
     monkeypatch.setenv("NUMFLASH_SIM_CODE", "1")
     with pytest.raises(ValueError, match="NUMFLASH_SIM_CODE must be python, ptx or lto, got '1'"):
         switches.choice("NUMFLASH_SIM_CODE", words)
+
+
+@pytest.mark.parametrize("text, number", [(None, None), ("", None), (" 3\n", 3), ("1", 1)])
+def test_a_number_is_what_it_says_or_nothing(monkeypatch, text, number):
+    monkeypatch.delenv("NUMFLASH_SIM_BLOCKS", raising=False)
+    if text is not None:
+        monkeypatch.setenv("NUMFLASH_SIM_BLOCKS", text)
+    assert switches.whole_number("NUMFLASH_SIM_BLOCKS", 1) == number
+
+
+@pytest.mark.parametrize("text", ["0", "-2", "many", "1.5"])
+def test_a_wrong_number_is_named(monkeypatch, text):
+    monkeypatch.setenv("NUMFLASH_SIM_BLOCKS", text)
+    words = f"NUMFLASH_SIM_BLOCKS must be an integer from 1 on, got '{text}'"
+    with pytest.raises(ValueError, match=re.escape(words)):
+        switches.whole_number("NUMFLASH_SIM_BLOCKS", 1)

@@ -6,7 +6,12 @@ import pytest
 
 from numflash.calls.encoding import _encode_tiled, encoder
 from numflash.problem.problem import Tensor, as_tensor
-from numflash.problem.tensor_maps import TensorLayout, misfit
+from numflash.problem.tensor_maps import (
+    TensorLayout,
+    misfit,
+    ragged_misfit,
+    rows_between_entries,
+)
 from numflash.runtime.views import ArrayView, contiguous_strides
 from tests.support import fake_gpu
 from tests.support.fake_gpu import EncodedMap
@@ -127,6 +132,97 @@ def test_what_cannot_be_described_and_why(shape, strides, pointer, why):
     assert why in misfit(tensor(shape, strides, pointer=pointer))
 
 
+# Ragged
+
+
+def test_packed_sequences_are_two_dimensions_of_rows():
+    """x of 100 tokens, and y from the map's beginning to behind the last token."""
+    x = tensor((1, S, H, D))
+    row = 2 * H * D
+    keys = TensorLayout.of_ragged_keys(x, 176)
+    assert keys == TensorLayout(
+        *("float16", (D, S, H, S + 1), (row, 2 * D, row), (64, 176, 1, 1)), row_axes=(1, 3)
+    )
+    queries = TensorLayout.of_ragged_queries(x, 4)
+    assert queries == TensorLayout(
+        *("float16", (D, 4, S, H // 4, S + 1), (2 * D, row, 8 * D, row), (64, 4, 16, 1, 1)),
+        row_axes=(2, 4),
+    )
+    for layout in (keys, queries):
+        assert (layout.shift, layout.shift_bytes) == (S, S * row)
+    assert TensorLayout.of_keys(x, 176).shift == TensorLayout.of_keys(x, 176).shift_bytes == 0
+
+
+@pytest.mark.parametrize(
+    "shape, strides, between",
+    [
+        ((B, S, H, D), None, S),
+        ((B, S, H, D), (5 * S * H * D, 5 * H * D, D, 1), S),
+        ((B, S, H, D), (7 * 3 * H * D, 3 * H * D, D, 1), 7),
+        ((B, S, H, D), (0, H * D, D, 1), 0),
+        ((1, S, H, D), (-7, H * D, D, 1), 0),
+        ((B, 1, H, D), (H * D, -7, D, 1), 1),
+        ((B, 1, H, D), (0, 0, D, 1), 0),
+        ((1, 1, H, D), (5, -7, D, 1), 0),
+    ],
+)
+def test_entries_of_a_batch_are_rows_of_one_array(shape, strides, between):
+    x = tensor(shape, strides)
+    assert ragged_misfit(x) is None
+    assert rows_between_entries(x) == between
+    for layout in (TensorLayout.of_ragged_keys(x, 64), TensorLayout.of_ragged_queries(x, 2)):
+        assert layout.extents[-1] == (shape[0] - 1) * between + shape[1] + 1
+        assert layout.shift == shape[1]
+        rows = [layout.strides[axis - 1] for axis in layout.row_axes]
+        assert rows[0] == rows[1] > 0 and rows[0] % 16 == 0
+        # The last element lies where the tensor has it.
+        steps = (2, *layout.strides)
+        last = sum((n - 1) * step for n, step in zip(layout.extents, steps, strict=True))
+        by_batch, by_row = (2 * n for n in x.strides[:2])
+        expected = (shape[0] - 1) * by_batch if shape[0] > 1 else 0
+        expected += (shape[1] - 1) * by_row if shape[1] > 1 else 0
+        expected += 2 * ((H - 1) * x.strides[2] + D - 1)
+        assert last - layout.shift_bytes == expected
+
+
+def test_a_batch_by_heads_is_ragged_too():
+    layout = TensorLayout.of_ragged_keys(tensor((B, H, S, D), layout="bhsd"), 64)
+    assert layout.extents == (D, S, H, (B - 1) * H * S + S + 1)
+    assert layout.strides == (2 * D, 2 * S * D, 2 * D)
+
+
+def test_pages_have_a_dimension_of_their_own():
+    layout = TensorLayout.of_pages(tensor((40, 16, H, D)), 8)
+    row = 2 * H * D
+    assert layout == TensorLayout(
+        *("float16", (D, 16, H, 17, 40), (row, 2 * D, row, 16 * row), (64, 8, 1, 1, 1)),
+        row_axes=(1, 3),
+    )
+    assert (layout.shift, layout.shift_bytes) == (16, 16 * row)
+    assert TensorLayout.of_pages(tensor((3, 1, 1, D), (D, -7, 0, 1)), 1).shift_bytes == 2 * D
+
+
+RAGGED_REFUSED = {
+    "rows before batches": (
+        (B, S, H, D),
+        (H * D, B * H * D, D, 1),
+        "its batch stride of 1024 bytes is not a multiple of its row stride of 2048, so that its",
+    ),
+    "backwards": ((B, S, H, D), (-S * H * D, H * D, D, 1), "batch stride of -102400 bytes is not"),
+    "rows backwards": ((B, S, H, D), (S * H * D, -H * D, D, 1), "row stride of -1024 bytes is no"),
+    "row": ((1, S, 1, 33), None, "row stride of 66 bytes is not a multiple of 16"),
+    "head": ((1, S, 2, D), (0, 160, 68, 1), "head stride of 136 bytes is not a multiple"),
+    "no keys": ((B, 0, H, D), None, "it is empty"),
+    "far": ((2, 2, 1, D), (2**38, D, 1, 1), "it is 4294967298 rows long, more than 2147483647"),
+    "reach": ((2, 2, 1, D), (2**39, 2**19, 1, 1), "along the row axis reach 2**40 bytes"),
+}
+
+
+@pytest.mark.parametrize("shape, strides, why", RAGGED_REFUSED.values(), ids=RAGGED_REFUSED)
+def test_what_is_not_ragged_and_why(shape, strides, why):
+    assert why in ragged_misfit(tensor(shape, strides))
+
+
 # What the driver is asked for
 
 
@@ -142,6 +238,20 @@ def test_the_driver_is_told_all_of_a_layout(hopper):
     assert hopper.driver.maps[1][:2] == (0, BASE + 16) and hopper.driver.maps[1].swizzle == 0
     encoder(hopper.driver, replace(layout, l2_bytes=128))(BASE)
     assert hopper.driver.maps[2] == hopper.driver.maps[0]._replace(l2_promotion=2)
+
+
+@on_the_gpu
+@pytest.mark.parametrize(
+    "tokens, first",
+    [(100, BASE - 100 * 1024), (2**33, BASE - 2**43), (2**37, 2**64 + BASE - 2**47)],
+)
+def test_a_ragged_map_begins_below_its_array(hopper, tokens, first):
+    """Even below address 0: sums of addresses have 64 bits, and copies begin in the array."""
+    layout = TensorLayout("float16", (64, tokens, 8, 5), (1024, 128, 1024), (64, 8, 1, 1))
+    encoder(hopper.driver, replace(layout, row_axes=(1, 3)))(BASE)
+    assert hopper.driver.maps == [
+        EncodedMap(6, first, layout.extents, layout.strides, layout.box, (1,) * 4, 0, 3, 3, 0)
+    ]
 
 
 @on_the_gpu

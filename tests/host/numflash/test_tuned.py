@@ -174,6 +174,37 @@ def test_other_kernels_and_far_sizes_are_no_advice(other):
     assert find() is None
 
 
+PAGED = ProblemClass.parse("forward float16-d64-dv64-vec-ragged-paged full q512 k512 bh8 g1 p16")
+
+
+def test_pages_are_a_way_off_from_none_and_from_pages_of_other_sizes():
+    same = replace(PAGED, page_size=16)
+    others = [
+        replace(PAGED, page_size=64),
+        replace(WANTED, traits=replace(WANTED.traits, ragged=True)),
+    ]
+    assert [tuned.distance(PAGED, other) for other in (same, *others, WANTED)] == [0, 1, 2, 4]
+
+
+def test_an_entry_of_tiles_that_pages_tear_is_no_advice_for_them():
+    near = replace(PAGED, page_size=64, seqlen_q=1024)
+    store.add(ELSEWHERE, [entry(near, "sm90-m128n64w8s2"), entry(WANTED, "sm90-m64n64w4s1")])
+    for size, config in ((16, "sm90-m128n64w8s2"), (128, "sm90-m128n64w8s2"), (48, None)):
+        wanted = replace(PAGED, page_size=size)
+        found = tuned.find(wanted, ELSEWHERE, architecture("sm_90a"), 512, BY_RULE["sm90"])
+        assert (found and str(found.config)) == config
+
+
+def test_entries_of_before_and_of_pages_lie_in_one_file():
+    store.add(HERE, [entry()])
+    before = store.path_of(HERE).read_text()
+    store.add(HERE, [entry(PAGED)])
+    assert {found.problem for found in store.read(HERE)} == {WANTED, PAGED}
+    assert find(PAGED).is_final and find().is_final
+    assert str(WANTED) in before and "p16" in store.path_of(HERE).read_text()
+    assert store.validate(store.path_of(HERE)) == []
+
+
 def test_the_nearer_mask_and_features_win():
     store.add(
         HERE,
@@ -285,6 +316,17 @@ def test_explain_dispatch_names_the_rule_and_calls_run_the_config():
 
 
 @needs_simulator
+def test_no_tuned_tile_changes_the_bits_of_a_sequence_with_the_batch():
+    """With batch_invariant=True: entries are of classes, which batches and lengths decide."""
+    q, k, v = arrays()
+    store.add(SIMULATED_DEVICE, [entry(config="sm80-m32n16w2s1")])
+    lengths = {"seqlens_k": np.array([500], np.int32)}
+    assert "tuned" in numflash.explain_dispatch(q, k, v, **lengths).forward.rule
+    found = numflash.explain_dispatch(q, k, v, batch_invariant=True, **lengths)
+    assert "tuned" not in found.forward.rule
+
+
+@needs_simulator
 def test_forced_configs_and_the_switch_come_first(monkeypatch):
     q, k, v = arrays()
     store.add(SIMULATED_DEVICE, [entry(config="sm80-m32n16w2s1")])
@@ -336,3 +378,22 @@ def test_one_kernel_for_all_gradients_runs_where_it_was_measured_faster(
     assert set(backward) == ({"backward"} if runs_fused else {"backward-dkdv", "backward-dq"})
     if runs_fused:
         assert str(backward["backward"].config) == configs["backward"]
+
+
+@needs_simulator
+def test_one_kernel_measured_faster_runs_only_where_bulk_copies_can():
+    """Its class does not say how arrays lie; the two kernels on mma run in any case."""
+    q, k, v = arrays()
+    shared = np.broadcast_to(k[:, :, :1], k.shape)
+    configs = {
+        "backward-dkdv": "sm80-m32n32w2s1",
+        "backward-dq": "sm80-m32n32w2s1",
+        "backward": "sm90-m64n128w8s2",
+    }
+    for family, config in configs.items():
+        time_ms = 1.5 if family == "backward" else 1.0
+        wanted = entry(replace(WANTED, family=family), config, origin="measured", time_ms=time_ms)
+        store.add(DeviceKey("sm_90", "sm_90a", 0), [wanted])
+    assert set(numflash.explain_dispatch(q, k, v, arch="sm_90").backward) == {"backward"}
+    backward = numflash.explain_dispatch(q, shared, v, arch="sm_90").backward
+    assert set(backward) == {"backward-dkdv", "backward-dq"}

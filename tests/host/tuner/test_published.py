@@ -3,8 +3,10 @@
 What is compared with what is said in `tests/support/published_speeds.py`.
 """
 
+import re
 import statistics
 from collections import defaultdict
+from pathlib import Path
 
 import pytest
 
@@ -12,21 +14,20 @@ pytest.importorskip("optuna")
 
 import numpy as np
 
-from tests.support import published_speeds
-from tests.support.published_speeds import problem_class
+from tests.support.published_gradients import PUBLISHED, predicted_ms, published_ms
+from tests.support.published_speeds import points, problem_class
 from tuner import model
 from tuner.model import errors
 from tuner.search.candidates import Candidates
 from tuner.space import machines
 from tuner.space.configs import Space
 
-POINTS = published_speeds.points()
 H100 = machines.find("H100")
 
 
 @pytest.mark.parametrize("kind", errors.ERRORS)
 def test_no_error_is_larger_than_stated_and_none_is_stated_without_need(kind):
-    found = [point for point in POINTS if point.kind == kind]
+    found = [point for point in points() if point.kind == kind]
     worst = max(found, key=lambda point: point.error)
     assert worst.error <= errors.ERRORS[kind], worst
     assert worst.error > errors.ERRORS[kind] - 0.02, worst
@@ -34,7 +35,7 @@ def test_no_error_is_larger_than_stated_and_none_is_stated_without_need(kind):
 
 def test_the_kinds_and_numbers_of_points_are_those_that_are_stated():
     fitted, others = defaultdict(list), defaultdict(list)
-    for point in POINTS:
+    for point in points():
         (fitted if point.fitted else others)[point.kind].append(point.error)
     assert set(others) == set(errors.ERRORS)
     for kind, found in others.items():
@@ -44,12 +45,22 @@ def test_the_kinds_and_numbers_of_points_are_those_that_are_stated():
             line.startswith(f"| {kind} |") and line.endswith(row)
             for line in errors.__doc__.splitlines()
         ), (kind, row)
-    assert f"holds the model against {len(POINTS)} of them" in errors.__doc__
+    assert f"holds the model against {len(points())} of them" in errors.__doc__
 
 
-@pytest.mark.parametrize("kind", ["sm80 forward", "sm90 forward"])
-def test_forwards_are_neither_flattered_nor_wronged(kind):
-    ratios = [p.published / p.predicted for p in POINTS if p.kind == kind and not p.fitted]
+def test_the_table_of_gradients_in_the_documentation_is_the_models():
+    text = (Path(__file__).parents[3] / "docs" / "tuning.md").read_text()
+    stated = {tuple(map(int, each)) for each in re.findall(r"(\d+) \((\d+)\)", text)}
+    found = {
+        (round(each.tflops), round(each.tflops * published_ms(each) / predicted_ms(each)))
+        for each in PUBLISHED
+    }
+    assert len(stated) > 40 and stated - found == set()
+
+
+@pytest.mark.parametrize("kind", ["sm80 forward", "sm90 forward", "sm90 backward"])
+def test_kinds_are_neither_flattered_nor_wronged(kind):
+    ratios = [p.published / p.predicted for p in points() if p.kind == kind and not p.fitted]
     assert np.mean(np.log(ratios)) == pytest.approx(0, abs=0.03)
 
 

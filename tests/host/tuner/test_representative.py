@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from numflash.problem.classes import ProblemClass
@@ -10,6 +11,7 @@ from numflash.problem.options import AttentionOptions
 from numflash.problem.problem import describe
 from numflash.runtime.arrays import library_of
 from tests.support.numpy_devices import FakeDevice
+from tuner import lengths
 from tuner.measuring import representative
 from tuner.measuring.launches import make_arrays
 
@@ -39,6 +41,12 @@ CLASSES = [
     "forward float16-d64-dv64-sinks-dropout-vec full q64 k64 bh4 g2",
     "forward float16-d32-dv32 window128 q64 k64 bh2 g1",
     "backward-dq float16-d32-dv32-vec window1 q64 k64 bh2 g1",
+    "forward float16-d64-dv64-vec-ragged causal q64 k64 bh256 g2",
+    "forward float16-d64-dv64-softcap-ragged full q64 k128 bh64 g1",
+    "forward bfloat16-d64-dv64-vec-ragged full q1 k128 bh128 g4",
+    "backward-dkdv float16-d64-dv64-vec-ragged window16 q64 k64 bh128 g1",
+    "forward float16-d64-dv64-vec-ragged-paged full q1 k128 bh256 g8 p16",
+    "forward float16-d32-dv64-ragged-paged causal q4 k128 bh64 g1 p7",
 ]
 
 
@@ -60,7 +68,10 @@ def test_the_checked_call_is_of_the_same_kernel_and_odd(text):
         wanted.mask.rstrip("0123456789")
     )
     assert call.head_dim < traits.head_dim and call.head_dim_v < traits.head_dim_v
-    assert call.seqlen_q % 2 == call.seqlen_k % 2 == 1
+    if call.sequences is None:
+        assert call.seqlen_q % 2 == call.seqlen_k % 2 == 1
+    else:
+        assert 0 in call.sequences.seqlens_k and max(call.sequences.seqlens_k) % 2 == 1
     assert traits.vectorized or call.head_dim % 2 == call.head_dim_v % 2 == 1
 
 
@@ -75,6 +86,28 @@ def test_heads_of_the_timed_call(batch_heads, group, heads):
     call = representative.timed(ProblemClass.parse(text))
     assert (call.num_heads_q, call.num_heads_kv) == (heads, heads // group)
     assert call.batch * call.num_heads_q == batch_heads
+
+
+def test_sequences_of_a_class_are_long_tailed_and_always_the_same():
+    packed = ProblemClass.parse("forward float16-d64-dv64-vec-ragged causal q64 k256 bh2048 g2")
+    q, k = representative.timed(packed).sequences
+    assert sum(q) == 64 * 64 and sum(k) == 64 * 256 and min(q + k) >= 1
+    assert max(k) > 4 * sorted(k)[32] and [a <= b for a, b in zip(q, k, strict=True)].count(0) == 0
+    assert lengths.long_tailed.__wrapped__(64, 256) == k
+    assert lengths.long_tailed(3, 1) == (1, 1, 1)
+    paged = replace(packed, traits=replace(packed.traits, paged=True), page_size=48)
+    call = representative.timed(paged)
+    assert call.sequences.seqlens_q == (64,) * 64
+    assert call.seqlen_k == max(call.sequences.seqlens_k) == 240
+    table = call.of_sequences()["page_table"]
+    assert sorted(table.ravel()) == list(range(64 * 5)) and (np.diff(table) != 1).any()
+
+
+def test_work_of_sequences_is_that_of_each():
+    text = "forward float16-d64-dv64-vec-ragged full q64 k64 bh128 g1"
+    call = representative.timed(ProblemClass.parse(text))
+    squares = sum(n * n for n in call.sequences.seqlens_k)
+    assert call.multiply_adds(None) == 32 * squares * 128 > 1.1 * 32 * 4 * 64 * 64 * 128
 
 
 def test_a_group_must_divide_the_heads():

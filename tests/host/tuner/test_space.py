@@ -24,6 +24,11 @@ PROBLEMS = [
     "backward-dq float16-d128-dv64-vec window256 q4096 k4096 bh64 g1",
     "backward float16-d128-dv128-vec full q4096 k4096 bh64 g1",
     "combine float16-d64-dv64-vec full q1 k65536 bh32 g1",
+    "forward bfloat16-d128-dv128-vec-ragged causal q1024 k1024 bh512 g4",
+    "forward bfloat16-d128-dv128-vec-ragged-paged full q1 k65536 bh512 g4 p16",
+    "forward float16-d64-dv64-vec-ragged-paged causal q1024 k4096 bh64 g1 p48",
+    "backward-dkdv bfloat16-d128-dv128-vec-ragged causal q1024 k1024 bh512 g4",
+    "combine bfloat16-d128-dv128-vec-ragged full q1 k65536 bh512 g4",
 ]
 RESOURCES = ResourceUsage(128, 0, 32768, 128, 4, "registers")
 
@@ -48,6 +53,29 @@ def test_every_feasible_config_obeys_the_rules_and_the_default_is_among_them(pro
         assert all(each in found.dimensions[name] for name, each in values.items())
         assert parse_config(found.problem.family, str(config)) == config
     assert found.default in found.feasible
+
+
+def test_bulk_copies_read_pages_that_agree_with_their_tiles_and_split_no_sequence():
+    text = "forward float16-d64-dv64-vec-ragged-paged causal q1024 k4096 bh64 g1"
+    for page_size, tiles in (
+        (16, set(range(64, 257, 16))),
+        (48, {96, 144, 192, 240}),
+        (128, {64, 128, 256}),
+        (7, set()),
+    ):
+        found = space(f"{text} p{page_size}", "NVIDIA H200")
+        hopper = [each for each in found.feasible if isinstance(each, Sm90ForwardConfig)]
+        assert {each.stage_n for each in hopper} == tiles
+        assert {each.num_splits for each in hopper} <= {1}
+        assert (found.excluded["pages"] > 0) == (page_size != 16)
+        others = {each.num_splits for each in found.feasible} - {1}
+        assert others == {2} and {each.heads_in_flight for each in found.feasible} == {0}
+
+
+def test_gradients_of_sequences_are_those_of_two_kernels():
+    text = "float16-d64-dv64-vec-ragged causal q1024 k1024 bh64 g1"
+    assert not space(f"backward {text}").runs
+    assert space(f"backward-dq {text}").runs and space(f"backward-dkdv {text}").runs
 
 
 def test_feasible_and_excluded_are_the_whole_product():
@@ -124,6 +152,15 @@ def test_tiles_larger_than_the_problem_are_excluded():
     few = space("forward float16-d64-dv64-vec full q64 k64 bh8 g1")
     assert max(config.tile_m for config in few.feasible) == 64 + 32
     assert max(config.tile_n for config in few.feasible) <= 96
+
+
+def test_blocks_of_one_kernel_for_gradients_share_out_keys():
+    few_queries = space("backward bfloat16-d64-dv64-vec full q64 k8192 bh64 g1", "NVIDIA H200")
+    assert str(few_queries.default) == "sm90-m64n192w12s2"
+    assert few_queries.default in few_queries.feasible
+    few_keys = space("backward bfloat16-d64-dv64-vec full q8192 k64 bh64 g1", "NVIDIA H200")
+    assert few_keys.default.implementation == "sm80"
+    assert all(config.tile_n <= 64 for config in few_keys.feasible)
 
 
 def test_a_shared_memory_budget_is_kept():

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 import numflash
+from numflash.api import check as check_module
 from numflash.problem.classes import ProblemClass
 from numflash.runtime.views import numpy_dtype
 from tests.support.numpy_devices import FakeDevice
-from tuner.measuring import representative, worker
+from tuner.measuring import launches, representative, worker
 from tuner.measuring.measurer import DeviceMeasurer, Limits
 
 ROOT = Path(__file__).parents[3]
@@ -82,6 +83,56 @@ def test_a_worker_checks_and_times_a_kernel(served, monkeypatch, problem, config
     assert served.time(config) == {"ms": 0.25}
     assert [family for family, _ in ran] == launched
     assert ran[0][1] == config
+
+
+@pytest.mark.parametrize(
+    "problem, config, launched",
+    [
+        ("forward float32-d32-dv32-vec-ragged causal q8 k8 bh4 g2", CONFIG, ["forward"]),
+        (
+            "forward float16-d32-dv32-vec-ragged full q1 k40 bh4 g2",
+            "sm80-m16n16w1s1x2",
+            ["forward", "combine"],
+        ),
+        ("combine float16-d32-dv32-vec-ragged full q1 k40 bh4 g2", "w2", ["combine"]),
+        ("backward-dkdv float32-d32-dv32-vec-ragged causal q8 k8 bh4 g2", CONFIG, None),
+        ("backward-dq float16-d32-dv32-vec-ragged full q8 k8 bh4 g1", "sm80-m16n16w1s1", None),
+        ("forward float16-d32-dv32-vec-ragged-paged full q1 k40 bh4 g2 p16", CONFIG, ["forward"]),
+        (
+            "forward float16-d32-dv32-vec-ragged-paged causal q4 k40 bh4 g2 p7",
+            "sm80-m16n16w1s2x2",
+            ["forward", "combine"],
+        ),
+    ],
+    ids=lambda value: value.partition(" full")[0] if isinstance(value, str) else None,
+)
+def test_a_worker_checks_and_times_sequences(served, monkeypatch, problem, config, launched):
+    served.check_seqlens = (3, 70)
+    ran = _ran(monkeypatch)
+    monkeypatch.setattr("tuner.lengths._HEADS", 2)
+    assert served.prepare(problem, config) == {"batch_heads": 4, "warm_ms": 0.25}
+    call, arrays = served._inputs[1:]
+    assert call.sequences is not None and (call.page_size > 0) == ("page_table" in arrays)
+    ran.clear()
+    assert served.time(config) == {"ms": 0.25}
+    assert [family for family, _ in ran] == (launched or [problem.split()[0]])
+
+
+def test_a_wrong_page_is_a_wrong_result(served, monkeypatch):
+    served.check_seqlens = (1, 40)
+    made = worker.make_arrays
+
+    def swapped(*args, **options):
+        arrays = made(*args, **options)
+        arrays["page_table"] = arrays["page_table"][:, ::-1].copy()
+        return arrays
+
+    read = check_module._gathered
+    monkeypatch.setattr(check_module, "_gathered", lambda x, table: read(x, table[:, ::-1]))
+    monkeypatch.setattr(worker, "make_arrays", swapped)
+    problem = "forward float16-d32-dv32-vec-ragged-paged full q1 k32 bh2 g1 p16"
+    with pytest.raises(worker.RefusedError, match="out is off by"):
+        served.prepare(problem, CONFIG)
 
 
 def test_a_wrong_result_is_refused(served, monkeypatch):
@@ -195,7 +246,7 @@ def test_what_a_backward_reads_is_made_once(served, monkeypatch):
     made = []
     attention = numflash.attention
     monkeypatch.setattr(
-        worker.numflash, "attention", lambda *a, **o: (made.append(1), attention(*a, **o))[1]
+        launches.numflash, "attention", lambda *a, **o: (made.append(1), attention(*a, **o))[1]
     )
     problem = ProblemClass.parse(_small("backward-dq"))
     assert served._make_inputs(problem) == served._make_inputs(problem)

@@ -9,6 +9,7 @@ import numflash
 from numflash import masks
 from numflash.calls import block_masks as making
 from numflash.problem.block_masks import ListedBlocks
+from tests.support.covering import thorough
 
 SIZES = (1, 1, 70, 90)
 
@@ -120,6 +121,7 @@ def test_flex_attention_s_fields_are_accepted():
     )
 
 
+@thorough
 def test_attention_takes_flex_attention_s_mask_itself():
     i, j = np.ogrid[:32, :48]
     kinds = brute(np.broadcast_to(i >= j, (32, 48)), 16, 16)[None, None]
@@ -350,6 +352,7 @@ def test_dispatch_is_explained_for_a_gpu_that_is_not_here():
     assert set(found.backward) == {"backward-dq", "backward-dkdv"}
 
 
+@thorough
 def test_pytorch_s_own_block_masks_are_taken():
     torch = pytest.importorskip("torch")
     theirs = pytest.importorskip("torch.nn.attention.flex_attention")

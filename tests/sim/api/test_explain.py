@@ -16,6 +16,8 @@ from tests.support.api_calls import (
     fp8_arrays,
 )
 
+pytestmark = pytest.mark.usefixtures("shipped_kernels")
+
 
 def test_what_is_explained_is_what_runs(rng, monkeypatch):
     q, k, v = arrays(rng, dtype=np.float16)

@@ -7,7 +7,6 @@ import pytest
 
 import numflash
 from numflash import reference
-from numflash.api import plans
 from numflash.calls import backward, quantization, ready
 from numflash.calls import forward as calls
 from numflash.calls import fp8_forward as fp8_calls
@@ -25,6 +24,7 @@ from tests.support.api_calls import (
     arrays,
     assert_close,
 )
+from tests.support.covering import some
 
 # Streams, plans, warmup
 
@@ -83,11 +83,51 @@ def test_a_plan_of_an_empty_problem_launches_nothing():
     assert numflash.plan(q, k, k).launch().shape == q.shape
 
 
+def test_a_plan_with_dout_has_the_gradients_of_what_is_there_at_each_launch(rng, dtype):
+    q, k, v = arrays(rng, dtype=dtype)
+    dout = rng.standard_normal((B, SQ, H, DV)).astype(dtype)
+    bias = rng.standard_normal((1, 1, 1, SK)).astype(dtype)
+    dlse = rng.standard_normal((B, H, SQ)).astype(np.float32)
+    options = {"causal": True, "bias": bias}
+    asked = {"dlse": dlse, "wrt": ("bias", "q", "v"), "grad_dtype": "float32"}
+    plan = numflash.plan(q, k, v, dout=dout, out_dtype="float32", **options, **asked)
+    for _ in range(2):
+        out = plan.launch()
+        got = plan.launch_backward()
+        assert got is plan.gradients
+        expected = numflash.attention_backward(dout, q, k, v, out, plan.lse, **options, **asked)
+        assert all((a == b).all() for a, b in zip(got, expected, strict=True))
+        exact = reference.attention_backward(dout, q, k, v, **options, **asked)
+        assert_close(got[1], exact[1], dtype)
+        for x in (q, k, v, dout, bias, dlse):
+            x[...] = rng.standard_normal(x.shape)
+
+
+def test_a_plan_reads_the_delta_of_the_caller_instead_of_out(rng):
+    q, k, v = arrays(rng)
+    dout = rng.standard_normal((B, SQ, H, DV)).astype(np.float32)
+    delta = np.zeros((B, H, SQ), np.float32)
+    plan = numflash.plan(q, k, v, dout=dout, delta=delta, wrt=("q",))
+    out = plan.launch()
+    delta[...] = (dout * out).sum(-1).swapaxes(1, 2)
+    (dq,) = plan.launch_backward()
+    assert_close(dq, reference.attention_backward(dout, q, k, v)[0])
+
+
+def test_a_plan_without_dout_has_no_gradients(rng):
+    q, k, v = arrays(rng)
+    plan = numflash.plan(q, k, v)
+    assert plan.gradients is None
+    with pytest.raises(ValueError, match="launch_backward needs a plan with dout"):
+        plan.launch_backward()
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_warmup_passes_where_there_is_nothing_to_compile(dtype):
     assert numflash.warmup(dtype, 80, 128, softcap=True, alibi=True, backward=True) is None
     assert ready._ready == {}
     assert dtype == "float32" or numflash.warmup(dtype, precision="fp8") is None
+    assert numflash.warmup(dtype, varlen=True, batch_invariant=True) is None
 
 
 @pytest.mark.parametrize("precision", ["fp8", "auto"])
@@ -100,7 +140,6 @@ def test_warmup_for_8_bit_floats_makes_what_calls_need(rng, precision, monkeypat
 
     for module in (calls, fp8_calls, quantization):
         monkeypatch.setattr(module, "Launcher", noted)
-    monkeypatch.setattr(plans, "SIMULATED", False)
     options = {"precision": precision, "fp8": numflash.Fp8Recipe("head", seed=2)}
     q, k, v = arrays(rng, dtype=np.float16)
     slopes = np.ones(H, np.float32)
@@ -178,11 +217,11 @@ def test_tf32_is_less_exact_than_float32_and_not_wrong(rng):
     assert 1e-5 < errors["tf32", forced] < 5e-3
 
 
-@pytest.mark.parametrize(
-    ("num_splits", "options"),
-    [(2, {"causal": True}), (3, {"window_size": (2, 0)}), (5, {}), (5, {"window_size": (2, 0)})],
-    ids=str,
-)
+WINDOW = {"window_size": (2, 0)}
+SPLITS = [(2, {"causal": True}), (3, WINDOW), (5, {}), (5, WINDOW)]
+
+
+@pytest.mark.parametrize(("num_splits", "options"), some(SPLITS, every=3), ids=str)
 def test_splits_over_the_keys_give_the_whole(rng, num_splits, options):
     # Three blocks of keys: with 5 splits two are left with nothing.
     q = rng.standard_normal((1, SQ, 4, D)).astype(np.float16)

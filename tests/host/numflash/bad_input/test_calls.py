@@ -108,6 +108,12 @@ BAD_BACKWARD = {
         "config of a backward has the keys backward-dkdv, backward-dq, backward-rows, ",
         "got 'forward'",
     ),
+    "config-one-and-two": (
+        {"config": {"backward": "sm80-m32n32w2s2", "backward-dq": "m64n32w4"}},
+        ValueError,
+        "config has 'backward', one kernel for dq, dk and dv, and 'backward-dq'",
+        "give one of them",
+    ),
     "config-delta": ({"config": {"delta": "w8"}}, ValueError, "has the keys", "got 'delta'"),
     "config-text": (
         {"config": {"backward-dq": "64x64"}},

@@ -94,12 +94,22 @@ def test_a_tensor_in_8_bits_that_requires_a_gradient_is_refused(machine):
 class HostTensor:
     """A PyTorch tensor on the CPU, as NumPy and numflash see it."""
 
+    device = types.SimpleNamespace(type="cpu")
+    is_nested = is_quantized = False
+    layout = "torch.strided"
+
     def __init__(self, array, requires_grad=False, problem=None):
         self.array, self.requires_grad, self.problem = array, requires_grad, problem
-        self.dtype = f"torch.{array.dtype.name}"
+        self.dtype, self.itemsize = f"torch.{array.dtype.name}", array.itemsize
 
     def detach(self):
         return HostTensor(self.array, False, self.problem)
+
+    def is_neg(self):
+        return False
+
+    def view(self, dtype):
+        raise self.problem
 
     def numpy(self):
         if self.requires_grad:
@@ -118,6 +128,8 @@ def torch(monkeypatch):
     module = types.ModuleType("torch")
     module.Tensor, module.grad_enabled = HostTensor, True
     module.is_grad_enabled = lambda: module.grad_enabled
+    module.from_numpy, module.uint16 = HostTensor, "torch.uint16"
+    module.strided = HostTensor.layout
     monkeypatch.setitem(sys.modules, "torch", module)
     monkeypatch.setattr(arrays, "_libraries", {})
     return module

@@ -43,10 +43,69 @@ def test_a_plan_refuses_what_it_would_have_to_copy(machine):
         ),
         ({"precision": "int8"}, ValueError, ["precision must be one of tf32", "'int8'"]),
         ({"precision": "fp8", "backward": True}, numflash.UnsupportedError, ["no backward"]),
+        ({"fp8": numflash.Fp8Recipe()}, ValueError, ["fp8 says how", "precision is None"]),
+        ({"wrt": ("q",)}, ValueError, ["wrt is of gradients", "goes with backward=True"]),
+        ({"grad_dtype": "float32"}, ValueError, ["grad_dtype is of gradients"]),
+        ({"backward": True, "wrt": ("x",)}, ValueError, ["wrt must name gradients of", "'x'"]),
+        ({"backward": True, "wrt": ("bias",)}, ValueError, ["wrt names 'bias'"]),
+        ({"backward": True, "grad_dtype": "float64"}, ValueError, ["grad_dtype must be float16"]),
+        ({"out_dtype": "float64"}, ValueError, ["out_dtype must be float16 or float32"]),
+        ({"colour": 1}, TypeError, ["warmup got unknown options: colour", "alibi", "dlse"]),
+        ({"alibi": 1}, TypeError, ["alibi must be True or False, got 1"]),
+        ({"batch": 0}, ValueError, ["batch must be at least 1, got 0"]),
+        ({"num_heads": 2.0}, TypeError, ["num_heads must be an integer, got 2.0"]),
+        ({"num_heads": 3, "num_heads_kv": 2}, ValueError, ["positive multiple", "3 and 2"]),
+        ({"seqlen_q": "8"}, TypeError, ["seqlen_q must be an integer, got '8'"]),
+        ({"bias": np.zeros((3, 1, 1, 1), np.float16)}, ValueError, ["bias must", "(3, 1, 1, 1)"]),
+        ({"schedule": 4}, TypeError, ["schedule must be what plan_varlen returns, got 4"]),
+        ({"num_splits": 2}, ValueError, ["num_splits goes with sequences that have lengths"]),
     ],
 )
 def test_warmup_refuses(machine, arguments, error, words):
     refused(machine, numflash.warmup, arguments, error, words)
+
+
+@pytest.mark.parametrize(
+    "changes, error, words",
+    [
+        ({"wrt": ("q",)}, ValueError, ["wrt is of gradients", "goes with a plan with dout"]),
+        ({"dout": A((2, 100, 4, 96), index=np.s_[..., ::2])}, ValueError, ["dout of a plan must"]),
+        ({"dout": FORWARD["q"], "wrt": "q"}, TypeError, ["wrt must be a tuple of names"]),
+        (
+            {"dout": FORWARD["q"], "precision": "fp8"},
+            numflash.UnsupportedError,
+            ["there is no backward on 8-bit floats"],
+        ),
+        (
+            {"dout": FORWARD["q"], "config": {"sideways": "w8"}},
+            ValueError,
+            ["config of a backward has the keys", "'sideways'"],
+        ),
+    ],
+)
+def test_a_plan_refuses_wrong_options_of_gradients(machine, changes, error, words):
+    with pytest.raises(error) as caught:
+        machine.call(numflash.plan, **FORWARD, **changes)
+    assert all(word in str(caught.value) for word in words) and machine.launched == []
+
+
+@pytest.mark.parametrize(
+    "changes, error, words",
+    [
+        ({"wrt": ("bias",)}, ValueError, ["wrt names 'bias'", "does not have"]),
+        ({"wrt": "q"}, TypeError, ["wrt must be a tuple of names"]),
+        ({"grad_dtype": "float64"}, ValueError, ["grad_dtype must be"]),
+        ({"dlse": A((1, 2, 3), "float32")}, ValueError, ["dlse must have shape"]),
+        ({"delta": A(Q.shape)}, TypeError, ["delta must be float32"]),
+        (
+            {"precision": "fp8", "wrt": ("q",)},
+            numflash.UnsupportedError,
+            ["there is no backward on 8-bit floats"],
+        ),
+    ],
+)
+def test_explain_dispatch_refuses_what_gradients_refuse(machine, changes, error, words):
+    refused(machine, numflash.explain_dispatch, FORWARD | changes, error, words)
 
 
 def test_check_refuses_what_attention_refuses(machine):

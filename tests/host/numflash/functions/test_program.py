@@ -7,10 +7,12 @@ import pytest
 
 from numflash import masks
 from numflash import math as nm
+from numflash.functions.arrays import Array, Number
 from numflash.functions.nodes import (
     COMMUTE,
     FUNCTIONS,
     LEAF,
+    MAX_NODES,
     SIGNATURES,
     apply,
     const,
@@ -19,7 +21,7 @@ from numflash.functions.nodes import (
     number,
     order,
 )
-from numflash.functions.program import MAX_NODES, Array, Number, Program
+from numflash.functions.program import Program
 from numflash.functions.trace import trace
 from tests.support.program_values import metadata, value
 from tests.support.score_functions import SCORES

@@ -12,7 +12,7 @@ import numflash
 from numflash import masks
 from numflash import math as nm
 from numflash.functions import trace as tracing
-from numflash.functions.symbols import MAX_PATHS
+from numflash.functions.paths import MAX_PATHS
 from numflash.functions.trace import describe, trace
 from tests.support.program_values import metadata
 
@@ -62,6 +62,7 @@ def test_functions_are_the_same_program_however_they_are_written():
 
 NAMED = {
     "clip": (lambda x: np.clip(x, -1, 2), lambda x: nm.minimum(nm.maximum(x, -1), 2)),
+    "clip from above": (lambda x: np.clip(x, None, 2), lambda x: nm.minimum(x, 2)),
     "clamp": (lambda x: torch.clamp(x, min=-1.0), lambda x: nm.maximum(x, -1)),
     "square": (np.square, lambda x: x * x),
     "reciprocal": (lambda x: torch.reciprocal(x), lambda x: 1 / x),

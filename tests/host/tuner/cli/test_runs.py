@@ -234,3 +234,26 @@ def test_a_measured_run_closes_its_measurer(run, monkeypatch):
     assert status == 0 and closed == [True]
     assert "measured" in out and "predicted" not in out
     assert [found.origin for found in store.read(A100)] == ["measured"]
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (
+            ("--varlen", "--batch", 6, "--seqlen", 300, "--pass", "forward"),
+            "forward float16-d64-dv64-vec-ragged causal q512 k512 bh128 g1",
+        ),
+        (
+            ("--page-size", 16, "--seqlen-q", 1, "--seqlen", 8192, "--heads-kv", 4),
+            "forward float16-d64-dv64-vec-ragged-paged full q1 k8192 bh64 g4 p16",
+        ),
+    ],
+)
+def test_sequences_and_pages_are_tuned_remembered_and_found(run, options, text):
+    given = ("--dtype", "float16", "--head-dim", 64, "--mask", "causal", *options)
+    status, out, err = run(*OFFLINE, *given, "--trials", 3)
+    assert status == 0 and text in out, err
+    found = {str(each.problem): each for each in store.read(DeviceKey("sm_80", "sm_80", 0))}
+    assert found[text].origin == "predicted" and found[text].config.startswith("sm80-")
+    assert {name.split()[0] for name in found} <= {"forward", "combine"}
+    assert all("paged" not in name for name in found if name.startswith("combine"))

@@ -1,0 +1,89 @@
+"""The order in which blocks of keys add to dQ of a tile of queries, always the same.
+
+Each tile of queries of a query head has a turn, a number that begins at 0. A block adds to the
+tile when the turn equals its rank there, and then adds 1 to the turn; the last block makes it 0
+again, so that a launch may be repeated. Blocks begin in the order of their numbers
+(`cuda.blockIdx`), the last keys of a head come first, and the rank counts the blocks of later keys
+that the tile sees:
+
+    rank = last_block - block
+
+A block therefore waits only for blocks that began before it: the earliest that has not ended waits
+for nobody, and all end, however few run at once and whatever else runs on the GPU. A block walks
+over the tiles that see its keys, the first of them first. With a causal mask the first is on the
+block's own diagonal, so blocks of a head that run at once are at different tiles. Where all tiles
+see all keys a block follows the one before it, some tiles behind. That is predicted to cost
+little, because the blocks of several heads take turns: fewer of one head begin at once.
+
+Source: FlashAttention PR 1893 for the order of causal blocks.
+"""
+
+from functools import cache
+
+from numflash.ptx import function_of_numbers, i32
+from numflash.tiles.blocks import Place
+from numflash.tiles.division import divide, quotient, tiles_of
+
+
+@cache
+def make_place_of_last_keys(tile_n):
+    """place_of_last_keys(number, shape, mask): the `Place` of a tile of tile_n keys; see above.
+
+    `shape` is a `BundledShape`: `heads_in_flight` key-value heads take turns, then the next ones.
+    """
+
+    @function_of_numbers
+    def place_of_last_keys(number, shape, mask):
+        num_blocks = tiles_of(shape.seqlen_k, tile_n)
+        num_heads_kv = quotient(shape.num_heads_q, shape.group_size)
+        bundle = quotient(number, shape.heads_in_flight * num_blocks)
+        first = i32(bundle * shape.heads_in_flight)
+        in_flight = min(shape.heads_in_flight, shape.batch_size * num_heads_kv - first)
+        block, head = divide(number - first * num_blocks, in_flight)
+        batch, head_kv = divide(first + head, num_heads_kv)
+        start = i32((num_blocks - 1 - block) * tile_n)
+        return Place(start, i32(head_kv * shape.group_size), head_kv, batch, i32(0))
+
+    return place_of_last_keys
+
+
+@cache
+def make_last_block(tile_m, tile_n):
+    """last_block(tile, sequence): the last tile of keys whose block adds to a tile of queries.
+
+    Only for tiles that see keys (`is_seen`). Both say from the side of queries what `tiles_seen`
+    says from the side of keys: rows of a tile that are past the end of the sequence count, too.
+    """
+
+    @function_of_numbers
+    def last_block(tile, sequence):
+        last_key = i32(i32(tile * tile_m) + i32(sequence.hi + tile_m - 1))
+        return quotient(min(last_key, i32(sequence.seqlen_k - 1)), tile_n)
+
+    return last_block
+
+
+@cache
+def make_first_block(tile_m, tile_n):
+    """first_block(tile, sequence): the first such tile of keys; see `make_last_block`."""
+
+    @function_of_numbers
+    def first_block(tile, sequence):
+        return quotient(max(i32(0), i32(i32(tile * tile_m) + sequence.lo)), tile_n)
+
+    return first_block
+
+
+@cache
+def make_is_seen(tile_m, tile_n):
+    """is_seen(tile, sequence): whether blocks of keys add to a tile of queries."""
+    last_block = make_last_block(tile_m, tile_n)
+
+    @function_of_numbers
+    def is_seen(tile, sequence):
+        if sequence.seqlen_k == 0 or tile * tile_m + tile_m - 1 + sequence.hi < 0:
+            return False
+        end = min((last_block(tile, sequence) + 1) * tile_n, sequence.seqlen_k)
+        return end > tile * tile_m + sequence.lo
+
+    return is_seen

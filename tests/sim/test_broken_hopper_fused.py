@@ -1,0 +1,162 @@
+"""Hopper's backward in one kernel broken on purpose: waits, releases, fences, turns, and ideas.
+
+As `test_broken_hopper_backward`, whose problems break what this kernel shares with the others.
+"""
+
+import pytest
+
+from tests.support.covering import ALL
+from tests.support.faults import Early, events, load, mutations, source_of
+from tests.support.gradient_problems import GradientProblem, first_failure
+
+CHAIN = (
+    "tiles/wgmma/scores",
+    "tiles/wgmma/transposition",
+    "tiles/wgmma/turns_of_blocks",
+    "kernels/wgmma/gradient_ring",
+    "kernels/wgmma/backward",
+    "kernels/wgmma/reduce_dq",
+)
+SEEDS = range(12)
+
+
+def _problem(config: str, shape: tuple, options: dict | None = None, blocks: int = 2, **more):
+    """A problem for this kernel; `blocks` of it run together."""
+    configs = {"backward": f"sm90-{config}"}
+    return GradientProblem(configs, shape, options or {}, SEEDS, blocks, **more)
+
+
+# One warpgroup and several blocks; dQ by columns, by rows, by the first of two.
+PROBLEMS = {
+    "turns": _problem("m64n64w4s2", (180, 130, 1, 32), {"causal": True}, blocks=3),
+    "columns": _problem("m64n128w8s2", (130, 130, 1, 128)),
+    "rows": _problem("m128n128w8s2", (200, 130, 1, 32)),
+    "first": _problem("m64n128w8s2", (300, 70, 1, 32)),
+    "heads": _problem("m64n64w4s1", (70, 130, 2, 32)),
+    "window": _problem("m64n64w4s2", (130, 200, 1, 32), {"window_size": (20, 30)}),
+    "unseen": _problem(
+        "m64n64w4s2", (190, 70, 1, 32), {"window_size": (20, 30), "causal_align": "top_left"}
+    ),
+    "far": _problem("m64n64w4s1", (64, 40, 1, 32), far=True),
+}
+# Calls that results do not need, as far as the simulator can tell: (function, called, n).
+NOT_NEEDED = {
+    ("_make_tile.tile", "wait_for_dv", 0): "only dO is given back between it and wait_for_dk",
+}
+_SYNCHRONISATION = (
+    r"((OWNED|Q|DO|ROWS|DQ)\.)?(claim|expect|filled|wait|release)|wait_for_\w+|fence_\w+"
+    r"|mbarrier_arrive|bar_sync|cp_async_bulk_(commit|wait)_\w+|st_release_\w+"
+)
+# Releases of which the simulator cannot tell that they come a statement too early.
+NEVER_TOO_EARLY = {
+    ("_make_add_dq.add_dq", "mbarrier_arrive", 0): "no thread runs before it has read the buffer",
+    ("_make_tile.tile", "ROWS.release", 0): "Q.release before it waits for nothing",
+    ("_make_tile.tile", "DO.release", 0): "who fetches claims Q, given back later, before dO",
+}
+
+
+@pytest.fixture(autouse=True)
+def hopper(on):
+    """A simulated GPU that is a Hopper, and results that hold NaN before they are written."""
+    on("sm_90a")
+
+
+def module_of(part: str) -> str:
+    """The module of a part."""
+    return "numflash." + part.replace("/", ".")
+
+
+KERNEL = "kernels/wgmma/backward"
+SOURCE = source_of(module_of(KERNEL))
+
+
+def break_kernels(part: str, fault, monkeypatch) -> None:
+    """Let the kernels be made of a part with a fault."""
+    chain = [module_of(name) for name in CHAIN[CHAIN.index(part) :]]
+    load(chain, module_of(part), fault, monkeypatch)
+
+
+def faults_of_events() -> list:
+    """(fault, problems): no wait, claim or fence may be missing, no release come early."""
+    found = []
+    for fault in events(SOURCE, _SYNCHRONISATION):
+        if (fault.function, fault.called, fault.n) not in NOT_NEEDED:
+            found.append((fault, "no"))
+    for fault in events(SOURCE, r"(Q|DO|ROWS)\.release|mbarrier_arrive|st_release_\w+", Early):
+        if (fault.function, fault.called, fault.n) not in NEVER_TOO_EARLY:
+            found.append((fault, "early"))
+    problems = "turns", "first"
+    return [pytest.param(fault, problems, id=f"{how} {fault}") for fault, how in found]
+
+
+IDEAS = """
+backward  turns  a turn is not taken
+    while ld_acquire_gpu_u32(turns, i64(tile)) != rank: -> while False:
+backward  turns  the turn of another tile is passed on
+    st_release_gpu_u32(turns, i64(tile) -> st_release_gpu_u32(turns, i64(tile // 2)
+backward  turns  nobody stores first
+    if rank == u32(0): -> if rank == u32(999):
+backward  turns  everyone stores
+    if rank == u32(0): -> if rank != u32(999):
+backward  heads  turns of the first head
+    i32(first_head + head) * num_tiles -> i32(first_head) * num_tiles
+backward  first  one buffer of dS
+    ds_now = number & 1 -> ds_now = number & 0
+backward  first  one buffer of dQ
+    return i32(number & 1), u32(number >> 1 & 1) -> return i32(0), u32(number >> 1 & 1)
+backward  columns  dQ of the first columns
+    u32(k_all + group * k_part) -> u32(k_all)
+backward  rows  dQ of the first queries
+    ds_now * ds_step + group * ds_part -> ds_now * ds_step
+backward  columns  parts of dQ on top of each other
+    mov_tid_x() // WARPGROUP * part -> mov_tid_x() // WARPGROUP * 0
+backward  rows  dS of one warpgroup
+    group * slab_words -> group * 0
+backward  first  warpgroups share the keys of one  x2
+    + group * group_step -> + 0
+backward  far  keys past the end are not masked
+    masks_keys=True -> masks_keys=False
+backward  far  edges of the last keys are taken for whole tiles
+    whole = Whole(whole.first, i32(-1)) -> whole = Whole(whole.first, whole.last)
+transposition  turns  steps on top of each other
+    _STEP * _ROW_WORDS * step -> _ROW_WORDS * step
+turns_of_blocks  heads  the first keys come first
+    i32((num_blocks - 1 - block) * tile_n) -> i32(block * tile_n)
+turns_of_blocks  window  the rank of a tile that all see
+    min(last_key, i32(sequence.seqlen_k - 1)) -> i32(sequence.seqlen_k - 1)
+turns_of_blocks  unseen  tiles that no key sees have sums
+    end > tile * tile_m + sequence.lo -> end > 0
+reduce_dq  columns  columns of the first part
+    column_step * part -> 0
+reduce_dq  rows  rows of the first part
+    row + row_step * part -> row
+gradient_ring  turns  nobody adds
+    if mov_tid_x() < num_consumers + 64 + assisting and -> if mov_tid_x() < num_consumers and
+"""
+
+
+def ideas() -> list:
+    """(part, mutation, problems) of IDEAS."""
+    parts = {part.rpartition("/")[2]: part for part in CHAIN}
+    return [
+        pytest.param(parts[part], mutation, (problem,), id=f"{part}: {mutation}")
+        for part, problem, mutation in mutations(IDEAS)
+    ]
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_the_kernel_is_right(name, monkeypatch):
+    for seed in SEEDS if ALL else SEEDS[:1]:
+        assert PROBLEMS[name].is_solved(seed, monkeypatch)
+
+
+@pytest.mark.parametrize(("fault", "problems"), faults_of_events())
+def test_nothing_that_waits_can_be_left_out(fault, problems, monkeypatch):
+    break_kernels(KERNEL, fault, monkeypatch)
+    assert first_failure({name: PROBLEMS[name] for name in problems}, monkeypatch)
+
+
+@pytest.mark.parametrize(("part", "mutation", "problems"), ideas())
+def test_a_broken_kernel_is_caught(part, mutation, problems, monkeypatch):
+    break_kernels(part, mutation, monkeypatch)
+    assert first_failure({name: PROBLEMS[name] for name in problems}, monkeypatch)
