@@ -40,11 +40,14 @@ ARROWS |= dict.fromkeys(DOORS, "frontends")
 TUNER_ARROWS = {
     "records": "",
     "lengths": "",
+    "drawing": "",
     "space": "lengths records",
     "model": "lengths records space",
     "measuring": "lengths records",
     "search": "measuring model records space",
-    "report": "records search",
+    "report": "drawing records search",
+    "pipeline": "model",
+    "explain": "drawing lengths model pipeline records space",
     "tables": "model",
 }
 BENCH_ARROWS = {

@@ -1,0 +1,1 @@
+"""The numbers of the page, without markup: a module for each section."""
