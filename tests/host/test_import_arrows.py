@@ -42,6 +42,7 @@ TUNER_ARROWS = {
     "lengths": "",
     "space": "lengths records",
     "model": "lengths records space",
+    "pipeline": "model space",
     "measuring": "lengths records",
     "search": "measuring model records space",
     "report": "records search",
