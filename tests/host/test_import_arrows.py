@@ -45,6 +45,7 @@ TUNER_ARROWS = {
     "measuring": "lengths records",
     "search": "measuring model records space",
     "report": "records search",
+    "explain": "lengths model records report space",
     "tables": "model",
 }
 BENCH_ARROWS = {
