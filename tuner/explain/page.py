@@ -10,9 +10,9 @@ from types import ModuleType
 
 from numflash.runtime.errors import UnsupportedError, in_one_line
 
-from ..report.charts import Figure
-from ..report.markup import Markup, joined, tag
-from ..report.style import STYLE
+from ..drawing.figures import Figure
+from ..drawing.markup import Markup, joined, tag
+from ..drawing.style import STYLE
 from .asked import Asked, Kernel, NotShownError
 from .facts import call as call_facts
 from .numbers import as_json

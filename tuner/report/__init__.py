@@ -11,12 +11,14 @@ from pathlib import Path
 from numflash.runtime.files import replace_file
 from numflash.runtime.printable import printable
 
+from ..drawing.document import document
+from ..drawing.figures import drawn
+from ..drawing.markup import Markup, escaped, joined, tag
+from ..drawing.tables import folded
 from ..records import FAILURES, Record
 from ..search.results import Result, format_ms
 from . import charts, tables
-from .markup import Markup, escaped, joined, tag
 from .occupancy import occupancy
-from .style import STYLE
 from .tables import format_share, format_speed, format_speedup, format_time
 
 _OPEN_ROWS = 40
@@ -60,34 +62,7 @@ def page(results: list[Result]) -> str:
     if len(results) > 1:
         body.append(tables.summary(results))
     body += [_section(number, result, results) for number, result in enumerate(results, 1)]
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"/>'
-        '<meta name="viewport" content="width=device-width,initial-scale=1"/>'
-        f"{tag('title', title)}<style>{STYLE}</style></head>\n"
-        f"<body>{_HATCH}{tag('main', *body)}</body></html>\n"
-    )
-
-
-_HATCH = tag(
-    "svg",
-    tag(
-        "defs",
-        tag(
-            "pattern",
-            tag("line", x1=0, y1=0, x2=0, y2=6, class_="hatch"),
-            id="hatch",
-            width=6,
-            height=6,
-            patternUnits="userSpaceOnUse",
-            patternTransform="rotate(45)",
-        ),
-    ),
-    xmlns="http://www.w3.org/2000/svg",
-    class_="defs",
-    width=0,
-    height=0,
-    aria_hidden="true",
-)
+    return document(title, *body)
 
 
 def _section(number: int, result: Result, results: list[Result]) -> Markup:
@@ -106,21 +81,21 @@ def _section(number: int, result: Result, results: list[Result]) -> Markup:
         tag("h2", result.problem),
         tag("p", _device(result), class_="muted"),
         _facts(result),
-        tag("div", *map(_figure, figures), class_="charts"),
-        _folded(f"Tried: {tried}", _tried(result), alone and tried <= _OPEN_ROWS),
+        tag("div", *map(drawn, figures), class_="charts"),
+        folded(f"Tried: {tried}", _tried(result), alone and tried <= _OPEN_ROWS),
     ]
     if (switches := tables.switches(result)) is not None:
-        contents.append(_folded("What is on or off", switches, alone))
+        contents.append(folded("What is on or off", switches, alone))
     if result.pruned:
         removed = sum(result.pruned.values())
         summary = f"Pruned before anything was compiled: {removed:,}"
         if result.space_size:
             summary += f" of {result.space_size:,} in the space"
-        contents.append(_folded(summary, tables.pruned(result), alone))
+        contents.append(folded(summary, tables.pruned(result), alone))
     if failed:
         count = sum(len(records) for _, records in failed)
         summary = f"Failed: {count} of {tried} tried"
-        contents.append(_folded(summary, tables.failures(result), alone))
+        contents.append(folded(summary, tables.failures(result), alone))
     return tag("section", *contents, id=f"result-{number}")
 
 
@@ -167,15 +142,6 @@ def _detail(text: str) -> Markup:
 def _tried(result: Result) -> Markup:
     counted = "TFLOP/s counts the matrix products of this kernel over scores that no mask hides."
     return joined([tables.tried(result), tag("p", counted, class_="muted")])
-
-
-def _figure(figure: charts.Figure) -> Markup:
-    drawn = [] if figure.svg is None else [figure.svg]
-    return tag("figure", tag("h3", figure.title), *drawn, tag("figcaption", figure.caption))
-
-
-def _folded(summary: str, contents: Markup, opened: bool) -> Markup:
-    return tag("details", tag("summary", summary), contents, open="" if opened else None)
 
 
 def _subtitle(results: list[Result]) -> Markup:

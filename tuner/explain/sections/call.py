@@ -1,6 +1,6 @@
 """Section 1, the call: what runs, why, and why nothing else does."""
 
-from ...report.markup import Markup, joined, tag
+from ...drawing.markup import Markup, joined, tag
 from ..facts.call import CallFacts, KernelFacts
 from ..numbers import Number
 
