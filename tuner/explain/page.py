@@ -10,9 +10,9 @@ from types import ModuleType
 
 from numflash.runtime.errors import UnsupportedError, in_one_line
 
-from ..drawing.figures import Figure
+from ..drawing.document import document
+from ..drawing.figures import arranged
 from ..drawing.markup import Markup, joined, tag
-from ..drawing.style import STYLE
 from .asked import Asked, Kernel, NotShownError
 from .facts import call as call_facts
 from .numbers import as_json
@@ -71,7 +71,7 @@ def page(asked: Asked) -> str:
     for name in others:
         inside = _drawn(OF_KERNEL, facts["kernels"][name], prefix=f"{name}-")
         body.append(tag("details", tag("summary", f"The kernel {name}"), *inside, id=name))
-    return framed("numflash.explain", body)
+    return document("numflash.explain", *body)
 
 
 def refusal(error: UnsupportedError) -> str:
@@ -80,16 +80,6 @@ def refusal(error: UnsupportedError) -> str:
     return framed(
         "numflash.explain",
         [tag("h1", "numflash.explain"), tag("h2", "No kernel runs this call"), said],
-    )
-
-
-def framed(title: str, body: list[object]) -> str:
-    """A document with the page's style around a body."""
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"/>'
-        '<meta name="viewport" content="width=device-width,initial-scale=1"/>'
-        f"{tag('title', title)}<style>{STYLE}</style></head>\n"
-        f"<body>{tag('main', *body)}</body></html>\n"
     )
 
 
@@ -107,18 +97,12 @@ def _drawn(listed: tuple[Section, ...], facts: Mapping, prefix: str = "") -> Ite
         if isinstance(known, str):
             contents = tag("p", f"{known}.", class_="muted")
         else:
-            contents = tag("div", *map(figure, each.drawing.figures(known)), class_="charts")
+            contents = arranged(each.drawing.figures(known))
         yield _section(prefix + each.name, each.title, contents)
 
 
 def _section(anchor: str, title: str, contents: Markup) -> Markup:
     return tag("section", tag("h2", title), contents, id=anchor)
-
-
-def figure(drawn: Figure) -> Markup:
-    """A figure with its title and caption."""
-    svg = [] if drawn.svg is None else [drawn.svg]
-    return tag("figure", tag("h3", drawn.title), *svg, tag("figcaption", drawn.caption))
 
 
 def _subtitle(call) -> Markup:

@@ -148,7 +148,9 @@ def _tiles_of_lists(
     row, total = whole.start // tiling.row_tile, np.zeros(len(whole), int)
     for repeat in range(found.repeats):
         batch, head = np.divmod(whole.head + repeat, num_heads_q)
-        batch, head = (np.minimum(x, n - 1) for x, n in zip((batch, head), kept.shape, strict=False))
+        batch, head = (
+            np.minimum(x, n - 1) for x, n in zip((batch, head), kept.shape, strict=False)
+        )
         total += up_to[batch, head, row, whole.end] - up_to[batch, head, row, whole.begin]
     if whole is found:
         return total

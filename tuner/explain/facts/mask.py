@@ -123,7 +123,10 @@ def gathered(kinds: np.ndarray, step: tuple[int, int]) -> np.ndarray:
     rows, columns = (-(-n // each) for n, each in zip(kinds.shape, step, strict=True))
     found = kinds
     for least in (True, False):
-        pad = [(0, n * each - m) for n, each, m in zip((rows, columns), step, kinds.shape, strict=True)]
+        pad = [
+            (0, n * each - m)
+            for n, each, m in zip((rows, columns), step, kinds.shape, strict=True)
+        ]
         padded = np.pad(kinds, pad, mode="edge").reshape(rows, step[0], columns, step[1])
         extreme = padded.min(axis=(1, 3)) if least else padded.max(axis=(1, 3))
         found = extreme if least else np.where(found == extreme, extreme, EDGE)
