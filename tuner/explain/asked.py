@@ -6,8 +6,7 @@ from dataclasses import dataclass, replace
 from numflash.api.explain import Explanation, Question
 from numflash.configs import Config, Traits
 from numflash.machine_code.compiler import get_cubin, known_cubin
-from numflash.machine_code.report import NO_SIMULATOR, Report, inspect_kernel
-from numflash.machine_code.sass import disassemble
+from numflash.machine_code.report import NO_SIMULATOR, Report, disassembled, report_of
 from numflash.problem.classes import ProblemClass
 from numflash.problem.problem import AttentionProblem
 from numflash.runtime.driver import device_name
@@ -170,10 +169,11 @@ def _kernel(
         no_code = "it is not in the cache of compiled kernels, and compiling it was not asked for"
     if not no_code:
         try:
-            report = inspect_kernel(config, traits, limits)
             cubin = get_cubin(config, traits, limits)
+            sass = disassembled(cubin)
+            report = report_of(cubin, sass, config, traits, limits)
             resources = ResourceUsage.of(cubin, limits)
-            code = analyse(disassemble(cubin.code))
+            code = None if sass is None else analyse(sass)
         except UnsupportedError as error:
             no_code = str(error)
     return Kernel(

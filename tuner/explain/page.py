@@ -77,10 +77,8 @@ def page(asked: Asked) -> str:
 def refusal(error: UnsupportedError) -> str:
     """The page of a call that no kernel runs."""
     said = tag("p", in_one_line(error), class_="failed")
-    return framed(
-        "numflash.explain",
-        [tag("h1", "numflash.explain"), tag("h2", "No kernel runs this call"), said],
-    )
+    heading = tag("h1", "numflash.explain"), tag("h2", "No kernel runs this call")
+    return document("numflash.explain", *heading, said)
 
 
 def _found(section: Section, asked: Asked, *kernel: Kernel) -> object:
