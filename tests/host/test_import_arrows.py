@@ -28,7 +28,7 @@ ARROWS = {
     "kernels": "configs functions ptx runtime tiles",
     "machine_code": "configs kernels ptx runtime",
     "executor": "configs problem ptx runtime simulator",
-    "selection": "configs machine_code problem runtime",
+    "selection": "configs machine_code problem reference runtime",
     "calls": "configs executor kernels machine_code problem ptx runtime selection simulator",
     "api": "calls configs functions machine_code problem reference runtime selection",
     "frontends": "api calls configs functions problem runtime selection",
