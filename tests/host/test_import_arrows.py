@@ -43,6 +43,7 @@ TUNER_ARROWS = {
     "drawing": "",
     "space": "lengths records",
     "model": "lengths records space",
+    "pipeline": "model space",
     "measuring": "lengths records",
     "search": "measuring model records space",
     "report": "drawing records search",
