@@ -47,7 +47,6 @@ TUNER_ARROWS = {
     "measuring": "lengths records",
     "search": "measuring model records space",
     "report": "drawing records search",
-    "pipeline": "model",
     "explain": "drawing lengths model pipeline records space",
     "tables": "model",
 }
