@@ -98,8 +98,6 @@ def main(argv: list[str] | None = None) -> int:
         return _explain(args)
     except (TypeError, ValueError) as error:
         parser.error(str(error))
-    except OSError as error:
-        parser.exit(1, f"{parser.prog}: error: {args.to}: {error.strerror or error}\n")
 
 
 def _explain(args: argparse.Namespace) -> int:
@@ -108,13 +106,10 @@ def _explain(args: argparse.Namespace) -> int:
     try:
         answer = numflash.explain(*arrays.values(), gpu=args.gpu, data=False, **options)
     except UnsupportedError as error:
-        if args.to is not None:
-            write_page(Question(arrays, options, args.gpu, False, args.to, refusal=error))
-        print(f"numflash-explain: error: {error}", file=sys.stderr)
-        return 1
+        _write(args, Question(arrays, options, args.gpu, False, args.to, refusal=error))
+        return _failed(error)
     question = Question(arrays, options, args.gpu, False, args.to, answer)
-    if args.to is not None:
-        write_page(question, args.compile)
+    _write(args, question)
     if args.json:
         print(json.dumps(as_data(ask(question, args.compile)), indent=1))
     elif args.to is not None:
@@ -122,6 +117,22 @@ def _explain(args: argparse.Namespace) -> int:
     else:
         print(answer)
     return 0
+
+
+def _write(args: argparse.Namespace, question: Question) -> None:
+    """Write the page, if one was asked for; end with 1 where it cannot be written."""
+    if args.to is None:
+        return
+    try:
+        write_page(question, args.compile)
+    except OSError as error:
+        sys.exit(_failed(f"{args.to}: {error.strerror or error}"))
+
+
+def _failed(reason: object) -> int:
+    """Say why nothing came of it; the exit status."""
+    print(f"numflash-explain: error: {reason}", file=sys.stderr)
+    return 1
 
 
 def _course(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:

@@ -125,7 +125,14 @@ def _figure(whole: np.ndarray, seen: Seen) -> Figure:
         shown = [[str(value) for value in line] for line in found]
         parts.append(named(name, x, y, 4, width))
         parts.append(
-            cells(shown, x, y, role, lambda i, j, n=name, f=found: f"{n}[{i}, {j}] = {f[i, j]}", width)
+            cells(
+                shown,
+                x,
+                y,
+                role,
+                lambda i, j, n=name, f=found: f"{n}[{i}, {j}] = {f[i, j]}",
+                width,
+            )
         )
     for sign, x in (("x", lefts[1] - gap / 2 - 1), ("=", lefts[2] - gap / 2 - 1)):
         parts.append(text(x, y + 2 * ROW + 3, sign, "muted", "middle"))

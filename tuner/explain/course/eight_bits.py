@@ -41,7 +41,9 @@ def lesson() -> Lesson:
         "Eight bits and one outlier",
         "One number of 100 among small ones: what happens to the others in eight bits?",
         (
-            _numbers_step(codes, values, integers, float(descale.reshape(-1)[0]), lost, lost_integers),
+            _numbers_step(
+                codes, values, integers, float(descale.reshape(-1)[0]), lost, lost_integers
+            ),
             Step(
                 "Who shares the scale",
                 f"{_TOKENS} tokens of 8 numbers; only the first token has the outlier. One scale "

@@ -102,8 +102,10 @@ def lesson() -> Lesson:
             Check.close("Both give the same P", _weights(lazy), _weights(eager), 5e-4),
             Check(
                 "What is subtracted is never more than the lag behind",
-                all(-1e-3 <= (t - s) * _LOG2_E <= _LAG + 1e-3
-                    for t, s in zip(true, walk.subtracted, strict=True)),
+                all(
+                    -1e-3 <= (t - s) * _LOG2_E <= _LAG + 1e-3
+                    for t, s in zip(true, walk.subtracted, strict=True)
+                ),
                 f"{moves} moves for {growths} new maxima",
             ),
         ),
