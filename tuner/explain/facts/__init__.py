@@ -1,1 +1,1 @@
-"""The numbers of the page, without markup: a module for each section."""
+"""What a page says, as numbers: one module for each section, and no markup."""

@@ -1,1 +1,1 @@
-"""The sections of the page: each draws its facts as figures, and no arithmetic of the domain."""
+"""What a page shows: one module for each section makes figures of its facts."""
