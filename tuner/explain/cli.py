@@ -10,7 +10,6 @@ import json
 import sys
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 
 import numflash
@@ -25,9 +24,7 @@ from numflash.runtime.files import require_replaceable
 from . import write_page
 from .asked import COMPILES, ask
 from .page import as_data
-
-_MOST_ELEMENTS = 2**40
-_DTYPES = {"bfloat16": ml_dtypes.bfloat16}
+from .unread import unread
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -150,21 +147,7 @@ def _arrays(args: argparse.Namespace) -> dict[str, np.ndarray]:
         "k": (batch, seqlen_k, kv_heads, head_dim),
         "v": (batch, seqlen_k, kv_heads, head_dim_v),
     }
-    dtype = np.dtype(_DTYPES.get(args.dtype, args.dtype))
-    return {name: _unread(shape, dtype) for name, shape in shapes.items()}
-
-
-def _unread(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An array of any size that takes no memory: an address and strides.
-
-    Raises:
-        ValueError: it has more elements than an address can reach.
-    """
-    if np.prod(shape, dtype=object) > _MOST_ELEMENTS:
-        raise ValueError(f"an array of {shape} has more than 2**40 elements")
-    strides = np.cumprod([dtype.itemsize, *shape[:0:-1]])[::-1]
-    one = np.zeros(16, dtype)
-    return np.lib.stride_tricks.as_strided(one, shape, tuple(map(int, strides)), writeable=False)
+    return {name: unread(shape, args.dtype) for name, shape in shapes.items()}
 
 
 def _options(args: argparse.Namespace) -> dict[str, object]:
