@@ -9,6 +9,8 @@ import pytest
 
 import numflash
 from numflash.configs import WARPGROUP_ROWS, Traits, parse_config
+from numflash.kernels.wgmma import backward
+from numflash.kernels.wgmma.gradient_ring import channels_of
 from numflash.kernels.wgmma.ring import make_ring
 from numflash.runtime import driver
 from numflash.selection import choice as selection
@@ -94,3 +96,74 @@ def test_the_forward(case, monkeypatch):
         walks.reverse()
     blocks = [walks] if config.persistent else [[walk] for walk in walks]
     assert heard.blocks == [told(program_of(config, traits, mine)) for mine in blocks]
+
+
+def backward_kernel(family, config, traits) -> Kernel:
+    """What numbers mean in one of the backward's kernels."""
+    groups, stages, buffers = config.num_warpgroups, config.num_stages, {}
+    walked = ("k", "v") if family == "backward-dq" else ("q", "do")
+    names = ["OWNED", *(name.upper() for name in walked)]
+    if family != "backward-dq":
+        names.append("ROWS")
+    roles = {4 * group: f"WG {group}" for group in range(groups)} | {4 * groups: "producer"}
+    of_stages = dict.fromkeys(walked, stages)
+    if config.assisting_threads:
+        roles[4 * groups + 1] = "statistics"
+    if family == "backward":
+        channels = backward._channels_of(config, traits)
+        names.append("DQ")
+        buffers["DQ"], of_stages["ds"] = config.dq_buffers(traits), 2
+        roles[4 * groups + 1 + config.assisting_threads // 32] = "adder"
+    else:
+        roles_of_dkdv = family == "backward-dkdv" and config.roles
+        names += ["P"] * roles_of_dkdv
+        channels = channels_of(config, traits, len(names) - 1)
+    buffers = dict.fromkeys(names, stages) | {"OWNED": 1} | buffers
+    return Kernel(
+        family.replace("-", "_"),
+        channels={
+            name: (channel, buffers[name]) for name, channel in zip(names, channels, strict=True)
+        },
+        barriers={1: "dS complete"} if family == "backward" else {},
+        memory=Memory(config.smem_offsets(traits), config.tiles(traits), of_stages),
+        roles=roles,
+    )
+
+
+def run_backward(configs, head_dim, seqlen_q, seqlen_k, heads=1):
+    """Gradients, of the forward's results made by NumPy."""
+    rng = np.random.default_rng(0)
+    shapes = (seqlen_q, heads), (seqlen_k, 1), (seqlen_k, 1)
+    q, k, v = (rng.standard_normal((1, *x, head_dim)).astype(np.float16) for x in shapes)
+    out, lse = np.zeros_like(q), np.zeros((1, heads, seqlen_q), np.float32)
+    numflash.attention_backward(q, q, k, v, out, lse, config=configs)
+
+
+DQ, DKDV = "sm90-m64n32w4s2", "sm90-m32n64w4s2"
+BACKWARDS = {
+    "one kernel": ("backward", "m64n128w8s2", 64, 140, 100),
+    "one kernel, dQ by one of three": ("backward", "m64n192w12s1", 64, 130, 192),
+    "one kernel, one warpgroup": ("backward", "m64n64w4s3", 32, 200, 60),
+    "dQ": ("backward-dq", "m64n32w4s2", 64, 64, 110),
+    "dQ, two warpgroups": ("backward-dq", "m128n32w8s1", 64, 128, 70),
+    "dK and dV": ("backward-dkdv", "m32n128w8s2", 64, 110, 128),
+    "dK and dV, three stages": ("backward-dkdv", "m32n64w4s3", 64, 140, 60),
+    "roles": ("backward-dkdv", "m32n64w8s2-roles", 64, 110, 64),
+    "roles, one stage": ("backward-dkdv", "m64n64w8s1-roles", 64, 110, 64),
+}
+
+
+@pytest.mark.parametrize("case", BACKWARDS.values(), ids=BACKWARDS)
+def test_the_backward(case, monkeypatch):
+    family, text, head_dim, seqlen_q, seqlen_k = case
+    config = parse_config(family, f"sm90-{text}")
+    traits = Traits("float16", head_dim, head_dim)
+    configs = {"backward": str(config)}
+    if family != "backward":
+        configs = {"backward-dq": DQ, "backward-dkdv": DKDV, family: str(config)}
+    heard = record(monkeypatch, backward_kernel(family, config, traits))
+    run_backward(configs, head_dim, seqlen_q, seqlen_k)
+    of_queries = family == "backward-dq"
+    own, walked = (seqlen_q, seqlen_k) if of_queries else (seqlen_k, seqlen_q)
+    mine = told(program_of(config, traits, -(-walked // config.column_tile)))
+    assert heard.blocks == [mine] * -(-own // config.block_rows)
