@@ -97,6 +97,8 @@ def write(path: str | Path, lessons: Sequence[Lesson]) -> None:
 def answer(numbers: Sequence[int], quiet: bool) -> None:
     """Compute lessons and write them to stdout for `run`: what its other process does."""
     output, sys.stdout = sys.stdout.buffer, sys.stderr
+    if not simulating():
+        raise RuntimeError("NUMBA_ENABLE_CUDASIM=1 is set, and Numba's configuration overrules it")
     pickle.dump(compute(numbers, quiet), output)
     output.flush()
 
