@@ -6,6 +6,8 @@ changed fails here.
 
 import numpy as np
 import pytest
+from numflash_tuner.pipeline.programs import program_of
+from numflash_tuner.pipeline.steps import Walk
 
 import numflash
 from numflash.configs import WARPGROUP_ROWS, Traits, parse_config
@@ -15,8 +17,6 @@ from numflash.kernels.wgmma.ring import make_ring
 from numflash.runtime import driver
 from numflash.selection import choice as selection
 from numflash.simulator import warpgroup
-from numflash_tuner.pipeline.programs import program_of
-from numflash_tuner.pipeline.steps import Walk
 from tests.support.program_order import Kernel, Memory, record, told
 
 

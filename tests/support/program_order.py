@@ -10,10 +10,6 @@ from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from numflash.simulator import warpgroup
-from numflash.simulator.bulk_copies import BulkCopies
-from numflash.simulator.engine import Thread, current_thread
-from numflash.simulator.mbarriers import Mbarriers
 from numflash_tuner.pipeline.steps import (
     Arrive,
     Begin,
@@ -28,6 +24,11 @@ from numflash_tuner.pipeline.steps import (
     Wait,
     Work,
 )
+
+from numflash.simulator import warpgroup
+from numflash.simulator.bulk_copies import BulkCopies
+from numflash.simulator.engine import Thread, current_thread
+from numflash.simulator.mbarriers import Mbarriers
 
 Told = tuple
 """A step as it is compared: its verb and what it is about."""
