@@ -37,9 +37,9 @@ def lesson() -> Lesson:
             ),
             Slip(
                 "Blocks cut the depth, too.",
-                "A tile of S needs whole rows of Q and K, so kernels cut queries and keys only. The "
-                "depth is cut inside the tensor cores, 16 numbers of 16 bits at a time, and its "
-                "sum never leaves the registers.",
+                "A tile of S needs whole rows of Q and K, so kernels cut queries and keys only. "
+                "The depth is cut inside the tensor cores, 16 numbers of 16 bits at a time, and "
+                "its sum never leaves the registers.",
             ),
         ),
         (
@@ -80,8 +80,8 @@ def _from_the_kernel(seen: Seen, error: float) -> Step:
         "The kernel throws each tile of S away. Two tricks bring it back. With V the identity, "
         "O = P V is P itself. And P = exp(S - lse), where lse is what a call with "
         "`return_lse=True` returns, so S = log P + lse. Scores of 250 and 1528 would leave "
-        f"exp(250 - 1528) = 0, so we pass `softmax_scale=1/1000` and multiply it back. The largest "
-        f"error is {error:.1e}.",
+        "exp(250 - 1528) = 0, so we pass `softmax_scale=1/1000` and multiply it back. The "
+        f"largest error is {error:.1e}.",
         "kernel",
         Table(
             ("query", *(f"key {j}" for j in range(4))),
@@ -125,7 +125,14 @@ def _figure(whole: np.ndarray, seen: Seen) -> Figure:
         shown = [[str(value) for value in line] for line in found]
         parts.append(named(name, x, y, 4, width))
         parts.append(
-            cells(shown, x, y, role, lambda i, j, n=name, f=found: f"{n}[{i}, {j}] = {f[i, j]}", width)
+            cells(
+                shown,
+                x,
+                y,
+                role,
+                lambda i, j, n=name, f=found: f"{n}[{i}, {j}] = {f[i, j]}",
+                width,
+            )
         )
     for sign, x in (("x", lefts[1] - gap / 2 - 1), ("=", lefts[2] - gap / 2 - 1)):
         parts.append(text(x, y + 2 * ROW + 3, sign, "muted", "middle"))

@@ -71,7 +71,12 @@ def _half(half: slice) -> tuple[np.ndarray, np.ndarray]:
     """The result and lse of one query that sees half of the keys; V is the identity."""
     keys, values = _X[half, None], np.eye(6)[half]
     return numflash.attention(
-        rows([[1.0]]), rows(keys), rows(values), softmax_scale=1.0, return_lse=True, config=PORTABLE
+        rows([[1.0]]),
+        rows(keys),
+        rows(values),
+        softmax_scale=1.0,
+        return_lse=True,
+        config=PORTABLE,
     )
 
 
