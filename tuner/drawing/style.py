@@ -118,6 +118,8 @@ svg .halo{paint-order:stroke;stroke:var(--card);stroke-width:3px;stroke-linejoin
 .floor{stroke:var(--axis);stroke-dasharray:1 3;fill:none}
 .curve{fill:none;stroke:var(--axis)}
 .budget{fill:none;stroke:var(--second);stroke-width:1.5;stroke-dasharray:5 3}
+.between{stroke:var(--card);stroke-width:.7}
+.frame{fill:none;stroke:var(--axis);stroke-width:.8}
 .outline{fill:none;stroke:var(--text);stroke-width:1.6}
 .slash{fill:none;stroke:var(--on-edge);stroke-width:1}
 .area{fill:var(--accent);fill-opacity:.16;stroke:var(--accent);stroke-width:1.3}

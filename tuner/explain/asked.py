@@ -6,8 +6,7 @@ from dataclasses import dataclass, replace
 from numflash.api.explain import Explanation, Question
 from numflash.configs import Config, Traits
 from numflash.machine_code.compiler import get_cubin, known_cubin
-from numflash.machine_code.report import NO_SIMULATOR, Report, inspect_kernel
-from numflash.machine_code.sass import disassemble
+from numflash.machine_code.report import NO_SIMULATOR, Report, disassembled, report_of
 from numflash.problem.classes import ProblemClass
 from numflash.problem.problem import AttentionProblem
 from numflash.runtime.driver import device_name
@@ -67,7 +66,7 @@ class Kernel:
     @property
     def is_tiled(self) -> bool:
         """Whether its blocks walk over tiles of scores."""
-        return self.problem.family in ("forward", "backward-dq", "backward-dkdv", "backward")
+        return self.problem.family in TILED
 
 
 @dataclass(frozen=True)
@@ -97,6 +96,8 @@ class Asked:
         return self.kernels["forward"]
 
 
+TILED = ("forward", "backward-dq", "backward-dkdv", "backward")
+"""Families of kernels whose blocks walk over tiles of scores."""
 COMPILES = ("none", "forward", "all")
 """Which kernels that are not in the cache may be compiled for a page."""
 
@@ -170,10 +171,11 @@ def _kernel(
         no_code = "it is not in the cache of compiled kernels, and compiling it was not asked for"
     if not no_code:
         try:
-            report = inspect_kernel(config, traits, limits)
             cubin = get_cubin(config, traits, limits)
+            sass = disassembled(cubin)
+            report = report_of(cubin, sass, config, traits, limits)
             resources = ResourceUsage.of(cubin, limits)
-            code = analyse(disassemble(cubin.code))
+            code = None if sass is None else analyse(sass)
         except UnsupportedError as error:
             no_code = str(error)
     return Kernel(
@@ -196,7 +198,7 @@ def _prediction(
     code: MachineCode | None,
 ) -> Prediction | None:
     """The model's prediction; None where it knows no such kernel, or there is nothing to do."""
-    known = asked.family in ("forward", "backward-dq", "backward-dkdv", "backward", *ROW_KERNELS)
+    known = asked.family in (*TILED, *ROW_KERNELS)
     if not known or not asked.seqlen_q * asked.seqlen_k * asked.batch_heads:
         return None
     try:

@@ -10,7 +10,6 @@ import json
 import sys
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 
 import numflash
@@ -25,9 +24,7 @@ from numflash.runtime.files import require_replaceable
 from . import write_page
 from .asked import COMPILES, ask
 from .page import as_data
-
-_MOST_ELEMENTS = 2**40
-_DTYPES = {"bfloat16": ml_dtypes.bfloat16}
+from .unread import unread
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -98,8 +95,6 @@ def main(argv: list[str] | None = None) -> int:
         return _explain(args)
     except (TypeError, ValueError) as error:
         parser.error(str(error))
-    except OSError as error:
-        parser.exit(1, f"{parser.prog}: error: {args.to}: {error.strerror or error}\n")
 
 
 def _explain(args: argparse.Namespace) -> int:
@@ -108,13 +103,10 @@ def _explain(args: argparse.Namespace) -> int:
     try:
         answer = numflash.explain(*arrays.values(), gpu=args.gpu, data=False, **options)
     except UnsupportedError as error:
-        if args.to is not None:
-            write_page(Question(arrays, options, args.gpu, False, args.to, refusal=error))
-        print(f"numflash-explain: error: {error}", file=sys.stderr)
-        return 1
+        _write(args, Question(arrays, options, args.gpu, False, args.to, refusal=error))
+        return _failed(error)
     question = Question(arrays, options, args.gpu, False, args.to, answer)
-    if args.to is not None:
-        write_page(question, args.compile)
+    _write(args, question)
     if args.json:
         print(json.dumps(as_data(ask(question, args.compile)), indent=1))
     elif args.to is not None:
@@ -122,6 +114,22 @@ def _explain(args: argparse.Namespace) -> int:
     else:
         print(answer)
     return 0
+
+
+def _write(args: argparse.Namespace, question: Question) -> None:
+    """Write the page, if one was asked for; end with 1 where it cannot be written."""
+    if args.to is None:
+        return
+    try:
+        write_page(question, args.compile)
+    except OSError as error:
+        sys.exit(_failed(f"{args.to}: {error.strerror or error}"))
+
+
+def _failed(reason: object) -> int:
+    """Say why nothing came of it; the exit status."""
+    print(f"numflash-explain: error: {reason}", file=sys.stderr)
+    return 1
 
 
 def _course(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
@@ -139,21 +147,7 @@ def _arrays(args: argparse.Namespace) -> dict[str, np.ndarray]:
         "k": (batch, seqlen_k, kv_heads, head_dim),
         "v": (batch, seqlen_k, kv_heads, head_dim_v),
     }
-    dtype = np.dtype(_DTYPES.get(args.dtype, args.dtype))
-    return {name: _unread(shape, dtype) for name, shape in shapes.items()}
-
-
-def _unread(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An array of any size that takes no memory: an address and strides.
-
-    Raises:
-        ValueError: it has more elements than an address can reach.
-    """
-    if np.prod(shape, dtype=object) > _MOST_ELEMENTS:
-        raise ValueError(f"an array of {shape} has more than 2**40 elements")
-    strides = np.cumprod([dtype.itemsize, *shape[:0:-1]])[::-1]
-    one = np.zeros(16, dtype)
-    return np.lib.stride_tricks.as_strided(one, shape, tuple(map(int, strides)), writeable=False)
+    return {name: unread(shape, args.dtype) for name, shape in shapes.items()}
 
 
 def _options(args: argparse.Namespace) -> dict[str, object]:

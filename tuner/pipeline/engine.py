@@ -27,6 +27,7 @@ from .steps import (
     Multiply,
     Program,
     Release,
+    Send,
     Sync,
     Until,
     Wait,
@@ -101,6 +102,11 @@ class _Engine:
 _LATER = "end", "kind", "label", "owner"
 
 
+def _title(tile: str) -> str:
+    """A tile in shared memory, in words."""
+    return "dO" if tile == "do" else tile.removesuffix("_codes").upper()
+
+
 def _steps(clocks: float) -> list[float]:
     """The clocks of each step of so many."""
     count = max(1, round(clocks / _STEP))
@@ -140,8 +146,8 @@ class _Block:
         return self.prefix + self.program.channels[channel].lane(buffer)
 
     def lane_of_tile(self, name: str, buffer: int) -> str:
-        buffers = self.program.buffers[name]
-        return self.prefix + (f"{name.upper()} {buffer}" if buffers > 1 else name.upper())
+        several = f" {buffer}" if self.program.buffers[name] > 1 else ""
+        return f"{self.prefix}{_title(name)}{several}"
 
     def arrive(self, barrier: str) -> _Event:
         """The event that ends the barrier's phase, once one more has come."""
@@ -170,6 +176,22 @@ class _Block:
             lane = self.lane_of(channel, buffer)
             self.note(lane, state.full[phase].at, "held", state.began[phase][1])
             self.engine.fire(state.empty[phase])
+
+    def close(self) -> None:
+        """All is over: what buffers still hold they have held until now."""
+        for name, channel in self.program.channels.items():
+            for buffer, state in enumerate(self.channels[name]):
+                for phase in state.written if not channel.readers else ():
+                    self.keep(name, buffer, phase)
+        for name, buffer in list(self.held):
+            self.forget(name, buffer)
+
+    def keep(self, channel: str, buffer: int, phase: int) -> None:
+        """What nobody releases is held until it is written again, or until the end."""
+        state, lane = self.channels[channel][buffer], self.lane_of(channel, buffer)
+        end = state.began.get(phase + 1, (self.engine.now,))[0]
+        label = state.began[phase][1]
+        self.engine.note(Span(lane, state.full[phase].at, end, "held", label, self.prefix))
 
     def forget(self, name: str, buffer: int) -> None:
         """A tile is read no more: another takes its place, or all is over."""
@@ -253,14 +275,25 @@ class _Player:
 
     @_take.register
     def _(self, step: Wait) -> _Process:
-        phase = self._visit("wait", *step)
-        state = self.block.channels[step.channel][step.buffer]
-        label = self.block.program.channels[step.channel].title
+        phase, channel = self._visit("wait", *step), self.block.program.channels[step.channel]
+        if channel.readers:
+            # Until it gives the buffer back, a role may wait for the same tile again.
+            phase = self.visits["release", *step]
+        state, label = self.block.channels[step.channel][step.buffer], channel.title
         yield from self._spend(state.full[phase], "wait", label)
 
     @_take.register
     def _(self, step: Release) -> None:
         self.block.released(*step, self._visit("release", *step))
+
+    @_take.register
+    def _(self, step: Send) -> _Process:
+        channel, _, tile = step
+        label = f"{self.block.program.channels[channel].title} {tile}"
+        done = self.engine.use(
+            COPIES, self.rates.copies[channel], "copy", label, self.block.prefix + channel
+        )
+        yield from self._spend(done, "send", label)
 
     @_take.register
     def _(self, step: Begin) -> _Process:
@@ -294,7 +327,7 @@ class _Player:
     @_take.register
     def _(self, step: Copy) -> _Process:
         name, buffer, tile = step
-        label, event = f"{name.upper()} {tile}", _Event()
+        label, event = f"{_title(name)} {tile}", _Event()
         self.block.forget(name, buffer)
         done = self.engine.use(
             COPIES, self.rates.copies[name], "copy", label, self.block.prefix + name
@@ -314,7 +347,7 @@ class _Player:
     @_take.register
     def _(self, step: Load) -> _Process:
         yield from self._take(Copy(*step))
-        yield from self._spend(self.copies.pop(), "wait", f"{step.name.upper()} {step.tile}")
+        yield from self._spend(self.copies.pop(), "wait", f"{_title(step.name)} {step.tile}")
 
     @_take.register
     def _(self, step: Commit) -> None:
@@ -378,8 +411,7 @@ def play(program: Program, rates: Rates, blocks: int = 1) -> Timeline:
     if waiting:
         raise RuntimeError(f"roles that wait for ever: {', '.join(waiting)}")
     for block in dict.fromkeys(player.block for player in players):
-        for name, buffer in list(block.held):
-            block.forget(name, buffer)
+        block.close()
     return _timeline(engine.spans, program, players)
 
 

@@ -126,6 +126,7 @@ def _work(program: Program, machine: Machine) -> dict[str, float]:
         "gradients": _GRADIENT_ISSUED * scores / _ISSUE_LANES + pack,
         "store": 2 * scores / machine.smem_bytes_per_clock,
         "leave": 4 * stored / machine.smem_bytes_per_clock,
+        "decode": scores / machine.alu_lanes,
         "statistics": float(L2_LATENCY),
         "finish": stored / machine.alu_lanes,
     }

@@ -41,7 +41,8 @@ class Laid:
         tiles: of each place, the tiles that it walks over: without those of empty blocks.
         tiling: the tiles of the head that is drawn.
         kinds: EMPTY, EDGE or WHOLE of each of them.
-        masked: where a tile of `EDGE` is of a block that the block mask keeps in part.
+        head: the number of that head among those of all batch entries.
+        splits: blocks that share the walk of each tile of rows, evenly; 1 of listed tiles.
         owns_keys: whether blocks own keys and walk over queries.
         notes: what is drawn, where that is not all, and what stands for numbers that were not
             read.
@@ -51,8 +52,22 @@ class Laid:
     tiles: np.ndarray
     tiling: Tiling
     kinds: np.ndarray
+    head: int
+    splits: int
     owns_keys: bool
     notes: tuple[str, ...] = ()
+
+    def shares(self, row: int) -> list[np.ndarray]:
+        """The tiles that each block visits of those that share a tile of rows, in order."""
+        tiles = np.flatnonzero(self.kinds[row] != EMPTY)
+        if self.splits > 1:
+            share = max(1, -(-len(tiles) // self.splits))
+            return [tiles[n : n + share] for n in range(0, len(tiles), share)]
+        of_row = (self.places.head == self.head) & (
+            self.places.start == row * self.tiling.row_tile
+        )
+        ends = zip(self.places.begin[of_row], self.places.end[of_row], strict=True)
+        return [tiles[(tiles >= begin) & (tiles < end)] for begin, end in sorted(set(ends))]
 
 
 def laid(asked: Asked, kernel: Kernel) -> Laid:
@@ -83,7 +98,8 @@ def _dense(asked: Asked, kernel: Kernel) -> Laid:
             tiles = _tiles_of_lists(found, launch, blocks, heads)
             kinds, which = _with_blocks(kinds, tiling, blocks)
             notes += which
-    return Laid(found, tiles, tiling, kinds, by_keys, tuple(notes))
+    splits = launch.splits if launch.order == "in bundles" else 1
+    return Laid(found, tiles, tiling, kinds, 0, splits, by_keys, tuple(notes))
 
 
 def _launch(asked: Asked, kernel: Kernel) -> Launch:
@@ -186,7 +202,8 @@ def _listed(asked: Asked, kernel: Kernel) -> Laid:
     tiling = Tiling(rows * shape.pack, columns, shape.tile, shape.stage, lo, hi, shape.pack)
     drawn = f"of sequence {entry} of {len(q.length)}, the largest: {sides[0]:,} queries and "
     notes = (drawn + f"{sides[1]:,} keys", *notes)
-    return Laid(found, found.tiles, tiling, tile_kinds(tiling), by_keys, notes)
+    head = entry * problem.num_heads_q
+    return Laid(found, found.tiles, tiling, tile_kinds(tiling), head, 1, by_keys, notes)
 
 
 def _lengths(asked: Asked, kernel: Kernel) -> tuple[Extents, Extents, list[str]]:

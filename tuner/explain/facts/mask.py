@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from numflash.configs import implementation_of
+from numflash.functions.program import Program
 from numflash.selection.layout import EDGE, EMPTY, WHOLE, Tiling, tile_kinds
 
 from ..asked import Asked, Kernel, NotShownError
@@ -31,7 +32,7 @@ class Walk:
         tiles: the tiles of columns that it visits, in order.
         kinds: (units, tiles) uint8: EMPTY (skipped), EDGE (masked) or WHOLE.
         shown: the places in `tiles` that are drawn; -1 stands for those left out.
-        splits: blocks that share it.
+        part, parts: which share of all tiles of the row it is, of how many.
         counts: how many of each kind, by "whole", "masked" and "skipped".
     """
 
@@ -42,7 +43,8 @@ class Walk:
     tiles: np.ndarray
     kinds: np.ndarray
     shown: Sequence[int]
-    splits: Number
+    part: Number
+    parts: Number
     counts: dict[str, Number]
 
 
@@ -123,11 +125,9 @@ def gathered(kinds: np.ndarray, step: tuple[int, int]) -> np.ndarray:
     rows, columns = (-(-n // each) for n, each in zip(kinds.shape, step, strict=True))
     found = kinds
     for least in (True, False):
-        pad = [
-            (0, n * each - m)
-            for n, each, m in zip((rows, columns), step, kinds.shape, strict=True)
-        ]
-        padded = np.pad(kinds, pad, mode="edge").reshape(rows, step[0], columns, step[1])
+        missing = rows * step[0] - kinds.shape[0], columns * step[1] - kinds.shape[1]
+        padded = np.pad(kinds, [(0, n) for n in missing], mode="edge")
+        padded = padded.reshape(rows, step[0], columns, step[1])
         extreme = padded.min(axis=(1, 3)) if least else padded.max(axis=(1, 3))
         found = extreme if least else np.where(found == extreme, extreme, EDGE)
     return found.astype(np.uint8)
@@ -138,7 +138,9 @@ def _walk(kernel: Kernel, found: Laid) -> Walk:
     kinds, tiling = found.kinds, found.tiling
     busy = np.flatnonzero((kinds != EMPTY).any(axis=1))
     row = int(busy[int(_CHOSEN * len(busy))])
-    tiles = np.flatnonzero(kinds[row] != EMPTY)
+    shares = found.shares(row)
+    part = len(shares) // 2
+    tiles = shares[part]
     first = row * tiling.row_tile
     units = _units(kernel, tiling, first)
     of_units = np.repeat(kinds[row : row + 1, tiles], len(units), axis=0)
@@ -161,7 +163,8 @@ def _walk(kernel: Kernel, found: Laid) -> Walk:
         tiles,
         of_units,
         shown,
-        Number(getattr(kernel.config, "num_splits", 1), "chosen"),
+        Number(part, "counted"),
+        Number(len(shares), "counted"),
         {name: Number(int((of_units == kind).sum()), "counted") for name, kind in names.items()},
     )
 
@@ -183,8 +186,8 @@ def _units(kernel: Kernel, tiling: Tiling, first: int) -> list[tuple[str, int, i
 
 
 def _notes(asked: Asked, found: Laid) -> list[str]:
-    notes = list(found.notes)
-    if asked.problem.program and asked.problem.blocks is None:
+    notes, text = list(found.notes), asked.problem.program
+    if text and asked.problem.blocks is None and Program.parse(text).keep is not None:
         notes.append(
             "a function is asked about each score of a tile that is visited; a block mask would "
             "pass over tiles in which it keeps none"
