@@ -64,29 +64,33 @@ def run_forward(config, head_dim, seqlen_q, seqlen_k, causal):
     rng = np.random.default_rng(0)
     q = rng.standard_normal((1, seqlen_q, 1, head_dim)).astype(np.float16)
     k, v = (rng.standard_normal((1, seqlen_k, 1, head_dim)).astype(np.float16) for _ in "kv")
-    numflash.attention(q, k, v, causal=causal, config=str(config))
+    precision = "fp8" if config.operand_bytes == 1 else None
+    numflash.attention(q, k, v, causal=causal, precision=precision, config=str(config))
 
 
 FORWARDS = {
-    "overlap and turns": ("m128n16w8s2-overlap-pingpong", 64, 100, 80, False),
-    "causal": ("m128n16w8s2-overlap-pingpong-persistent", 64, 200, 90, True),
-    "turns": ("m128n16w8s2-pingpong", 64, 128, 70, True),
-    "neither": ("m64n32w4s3", 64, 64, 150, False),
-    "overlap": ("m64n32w4s2-overlap-persistent", 64, 140, 100, True),
-    "stages of V": ("m128n16w8s2-v3-overlap-pingpong", 64, 128, 110, True),
-    "fewer of V": ("m64n16w4s3-v2", 64, 64, 110, False),
-    "one stage": ("m128n32w8s1", 64, 128, 100, True),
-    "three": ("m192n32w12s1-pingpong", 64, 192, 100, False),
-    "O in place of Q": ("m64n96w4s2-overlap-persistent", 256, 70, 130, False),
-    "one arrival": ("m64n16w4s2-a1-overlap", 64, 64, 60, False),
+    "overlap and turns": ("sm90-m128n16w8s2-overlap-pingpong", 64, 100, 80, False),
+    "causal": ("sm90-m128n16w8s2-overlap-pingpong-persistent", 64, 200, 90, True),
+    "turns": ("sm90-m128n16w8s2-pingpong", 64, 128, 70, True),
+    "neither": ("sm90-m64n32w4s3", 64, 64, 150, False),
+    "overlap": ("sm90-m64n32w4s2-overlap-persistent", 64, 140, 100, True),
+    "stages of V": ("sm90-m128n16w8s2-v3-overlap-pingpong", 64, 128, 110, True),
+    "fewer of V": ("sm90-m64n16w4s3-v2", 64, 64, 110, False),
+    "one stage": ("sm90-m128n32w8s1", 64, 128, 100, True),
+    "three": ("sm90-m192n32w12s1-pingpong", 64, 192, 100, False),
+    "O in place of Q": ("sm90-m64n96w4s2-overlap-persistent", 256, 70, 130, False),
+    "one arrival": ("sm90-m64n16w4s2-a1-overlap", 64, 64, 60, False),
+    "8 bits": ("fp8-sm90-m64n128w4s2-overlap", 64, 64, 300, False),
+    "8 bits, two tiles a stage": ("fp8-sm90-m128n64w8s2-pingpong", 64, 128, 300, True),
+    "8 bits, in parts": ("fp8-sm90-m64n128w4s1", 192, 64, 200, False),
 }
 
 
 @pytest.mark.parametrize("case", FORWARDS.values(), ids=FORWARDS)
 def test_the_forward(case, monkeypatch):
     text, head_dim, seqlen_q, seqlen_k, causal = case
-    config = parse_config("forward", f"sm90-{text}")
-    traits = Traits("float16", head_dim, head_dim)
+    config = parse_config("forward", text)
+    traits = Traits("float16", head_dim, head_dim, fp8=text.startswith("fp8"))
     heard = record(monkeypatch, kernel_of(config, traits))
     monkeypatch.setattr(warpgroup, "WARPS_APART", config.arrivals == 4)
     run_forward(config, head_dim, seqlen_q, seqlen_k, causal)

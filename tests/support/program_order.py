@@ -32,8 +32,8 @@ from numflash.simulator.mbarriers import Mbarriers
 
 Told = tuple
 """A step as it is compared: its verb and what it is about."""
-# Where the dynamic part of shared memory begins, bytes.
-_FIRST_BYTE = 1024
+FIRST_BYTE = 1024
+"""The address of the dynamic part of shared memory."""
 
 
 class Memory:
@@ -51,7 +51,7 @@ class Memory:
 
     def place(self, address: int) -> tuple[str, int]:
         """(tile, buffer) at a byte of shared memory."""
-        word = (address - _FIRST_BYTE) // 4
+        word = (address - FIRST_BYTE) // 4
         found = bisect_right(self._places, (word, 2**40)) - 1
         first, words, name, buffers = self._places[found]
         return name, (word - first) // (words // buffers)

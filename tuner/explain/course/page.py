@@ -37,8 +37,8 @@ def _anchor(lesson: Lesson) -> str:
 
 def _section(lesson: Lesson) -> Markup:
     beside = [figure for figure in lesson.figures if not figure.wide]
-    below = [figure for figure in lesson.figures if figure.wide]
-    told = [tag("p", _prose(lesson.question), class_="question"), *map(_step, lesson.steps)]
+    wide = [figure for figure in lesson.figures if figure.wide]
+    told = [*map(_step, lesson.steps)]
     told += [tag("h3", "Where notes err"), tag("dl", *map(_slip, lesson.slips), class_="slips")]
     held = sum(check.holds for check in lesson.checks)
     checked = tag("ul", *map(_check, lesson.checks), class_="checks")
@@ -46,14 +46,15 @@ def _section(lesson: Lesson) -> Markup:
     told.append(tag("details", tag("summary", summary), checked))
     return tag(
         "section",
-        tag("h2", f"{lesson.number}  {lesson.title}"),
+        tag("h2", f"{lesson.number}. {lesson.title}"),
+        tag("p", _prose(lesson.question), class_="prose question"),
+        *map(drawn, wide),
         tag(
             "div",
             tag("div", *told, class_="prose"),
             tag("div", *map(drawn, beside), class_="beside"),
             class_="lesson",
         ),
-        *map(drawn, below),
         id=_anchor(lesson),
     )
 

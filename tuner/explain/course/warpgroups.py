@@ -62,8 +62,8 @@ def lesson() -> Lesson:
                 "Ping-pong is between two buffers of K and V.",
                 "It is between two warpgroups: one multiplies while the other computes its "
                 "softmax. Two buffers are two stages of copies, which is another matter. And the "
-                "two stages of FlashAttention-3's overlap are those of one warpgroup: S of the next "
-                "tile beside the softmax of this one.",
+                "two stages of FlashAttention-3's overlap are those of one warpgroup: S of the "
+                "next tile beside the softmax of this one.",
             ),
             Slip(
                 "FlashAttention-2 reaches 500 to 600 TFLOP/s on an H100.",
@@ -72,8 +72,8 @@ def lesson() -> Lesson:
             ),
             Slip(
                 "Specialised warps are faster because they work in parallel.",
-                "All warps do. A warp that only copies needs few registers, and gives its share to "
-                "those that multiply; and it waits for buffers where they would have to.",
+                "All warps do. A warp that only copies needs few registers, and gives its share "
+                "to those that multiply; and it waits for buffers where they would have to.",
             ),
         ),
         (
@@ -120,10 +120,10 @@ def _clocks_step(rates: Rates, floor: float) -> Step:
         "Two scarce units",
         "A block has two warpgroups that multiply, and a producer that only copies. A warpgroup "
         f"has 64 queries and meets 128 keys at a time. At head_dim 64 its products S and PV take "
-        f"{products:.0f} clocks of the tensor cores and its exponentials {exponentials:.0f} of the "
-        "units that compute them, which do 16 a clock: as long! Maxima and conversions come on "
-        f"top. Two warpgroups need {floor:,.0f} clocks of the tensor cores for a tile, so this is "
-        "the best that can be, if everything else hides behind it.",
+        f"{products:.0f} clocks of the tensor cores and its exponentials {exponentials:.0f} of "
+        "the units that compute them, which do 16 a clock: as long! Maxima and conversions come "
+        f"on top. Two warpgroups need {floor:,.0f} clocks of the tensor cores for a tile, so this "
+        "is the best that can be, if everything else hides behind it.",
         "model",
         Table(
             ("step of a warpgroup", "unit", "clocks"),
@@ -152,9 +152,9 @@ def _turns_step(small: dict, large: dict, gain: float) -> Step:
     ]
     return Step(
         "Turns break the lockstep",
-        "Left alone, both warpgroups do the same at the same time: both multiply and share the "
-        "tensor cores, then both want exponentials while the tensor cores have nothing to do. A "
-        "turn, which is a barrier between the two, lets one multiply while the other is in its "
+        "Left alone, both warpgroups do nearly the same at the same time: both multiply and share "
+        "the tensor cores, then both want exponentials while the tensor cores have nothing to do. "
+        "A turn, which is a barrier between the two, lets one multiply while the other is in its "
         f"softmax: {gain:.2f} times as fast at head_dim 64. Overlap within a warpgroup hides some "
         "of what is left. With head_dim 128 products are twice as long and exponentials are not, "
         "so turns alone keep the tensor cores busy. Copies take no time in this model, to show "
@@ -212,8 +212,9 @@ def _figure(timelines: dict[str, Timeline]) -> Figure:
             ]
         ),
         strip(
-            f"Without turns both warpgroups do the same at once, and a tile takes {first:,} "
-            f"clocks; with turns one multiplies while the other computes, and it takes {last:,}.",
+            "Without turns both warpgroups do nearly the same at once, and a tile takes "
+            f"{first:,} clocks; with turns one multiplies while the other computes, and it takes "
+            f"{last:,}.",
             *parts,
             height=y + 28,
         ),
