@@ -152,6 +152,18 @@ tr:last-child td{border-bottom:0}
 .class{min-width:13em}
 .reason{min-width:16em;overflow-wrap:anywhere}
 .defs{position:absolute}
+.prose{max-width:46em}
+.prose h3{margin:16px 0 2px;font-size:1em}
+.prose h3:first-child{margin-top:0}
+.question{margin:6px 0 12px;font-size:1.12em;padding-left:10px;border-left:3px solid var(--accent)}
+.origin{font-weight:400;font-size:.82em;color:var(--muted);margin-left:.6em}
+.caption{font-size:.86em;margin:6px 0 0}
+.slips{margin:4px 0 0}
+.slips dt{margin-top:6px}
+.slips dd{margin:0 0 0 1.2em}
+.lesson{display:grid;gap:12px 24px;margin-top:12px}
+.beside{display:grid;gap:12px;align-content:start}
+@media (min-width:1000px){.lesson{grid-template-columns:minmax(0,46em) minmax(340px,1fr)}}
 @media print{body{background:none;padding:0;font-size:11px}
   svg,.ramp,.swatch{print-color-adjust:exact}
   svg.strip{min-width:0}

@@ -49,8 +49,7 @@ class CallFacts:
         shape: batch, queries, keys, heads of queries and of keys, columns of Q and K, and of V.
         dtype, mask: of the call; the mask in words.
         options: further options in words.
-        predicted: time of the forward by the model.
-        floor: no kernel is faster on this GPU, by the model.
+        floor: no forward is faster on this GPU, by the model.
         kernels: those that run, in order.
     """
 
@@ -62,7 +61,6 @@ class CallFacts:
     dtype: str
     mask: str
     options: Sequence[str]
-    predicted: Number | None
     floor: Number | None
     kernels: Sequence[KernelFacts]
 
@@ -88,7 +86,6 @@ def find(asked: Asked) -> CallFacts:
         dtype=problem.dtype,
         mask=_mask(asked),
         options=_options(asked),
-        predicted=kernels[0].predicted,
         floor=floor,
         kernels=kernels,
     )
