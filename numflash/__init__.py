@@ -12,7 +12,7 @@ from numflash.api.attention import attention, attention_backward
 from numflash.api.block_masks import BlockMask, create_block_mask, show_mask
 from numflash.api.check import check
 from numflash.api.comparison import CheckReport
-from numflash.api.explain import Explanation, explain_dispatch
+from numflash.api.explain import Explanation, explain, explain_dispatch
 from numflash.api.kvcache import attention_with_kvcache
 from numflash.api.merge import merge_partials
 from numflash.api.plans import Plan, plan, warmup
@@ -54,6 +54,7 @@ __all__ = [
     "check",
     "create_block_mask",
     "dequantize_fp8",
+    "explain",
     "explain_dispatch",
     "masks",
     "math",

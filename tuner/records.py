@@ -10,6 +10,8 @@ import statistics
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from numflash.runtime.devices import Architecture, blocks_per_sm
+
 FAILURES = (
     "invalid",
     "over_budget",
@@ -50,6 +52,23 @@ class ResourceUsage:
     limited_by: str
     warnings: tuple[str, ...] = ()
     compile_ms: float = 0.0
+
+    @classmethod
+    def of(cls, cubin, limits: Architecture) -> "ResourceUsage":
+        """Those of a `machine_code.compiler.Cubin` on an architecture."""
+        blocks, limited_by = blocks_per_sm(
+            limits, cubin.num_threads, cubin.registers, cubin.smem_bytes
+        )
+        return cls(
+            registers=cubin.registers,
+            spill_bytes=cubin.spill_store_bytes + cubin.spill_load_bytes,
+            smem_bytes=cubin.smem_bytes,
+            num_threads=cubin.num_threads,
+            blocks_per_sm=blocks,
+            limited_by=limited_by,
+            warnings=cubin.warnings,
+            compile_ms=round(cubin.compile_ms, 1),
+        )
 
 
 @dataclass(frozen=True)

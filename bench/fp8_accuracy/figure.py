@@ -9,9 +9,9 @@ from pathlib import Path
 
 from bench.fp8_accuracy.inputs import PAPER_HEAD_DIM
 from bench.fp8_accuracy.methods import KERNELS, METHODS, NUMPY, SPECIFICATION
-from tuner.report.axes import Axis, line, text, width_of
-from tuner.report.markup import Markup, tag
-from tuner.report.style import DARK, LIGHT
+from tuner.drawing.axes import Axis, line, text, width_of
+from tuner.drawing.markup import Markup, tag
+from tuner.drawing.style import DARK, LIGHT
 
 _ROW, _BAR = 24, 13
 _PANEL, _GAP, _VALUE = 168, 22, 52

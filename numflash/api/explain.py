@@ -1,10 +1,16 @@
-"""`numflash.explain_dispatch`: the kernels that a call runs, and why not the others."""
+"""`numflash.explain` and `explain_dispatch`: the kernels that a call runs, and why not the others.
+
+The page that `explain` writes is made by the tuner's package, which knows the offline model. It is
+found through the entry point `numflash.explain`: numflash never imports the tuner.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from importlib import metadata as packages
+from os import PathLike
 
 from numflash.api.block_masks import with_own_block_mask
-from numflash.calls.arguments import request_of
+from numflash.calls.arguments import Request, request_of
 from numflash.calls.backward import Backward, views_of_results
 from numflash.calls.forward import selection_of
 from numflash.calls.fp8_forward import auto_requests_of, fp8_request_of
@@ -16,7 +22,10 @@ from numflash.calls.fp8_options import (
     with_budget,
 )
 from numflash.problem.options import AttentionOptions, GradientOptions, options_of
+from numflash.problem.problem import AttentionProblem
 from numflash.runtime.arrays import library_of, metadata
+from numflash.runtime.driver import Machine, machine_of
+from numflash.runtime.errors import UnsupportedError
 from numflash.runtime.gpus import Gpu, find
 from numflash.runtime.torch_tensors import without_gradient
 from numflash.runtime.views import ArrayView
@@ -29,6 +38,8 @@ _AS_FLOAT16 = (
 )
 _NO_BACKWARD = "backward: none, there is no backward on 8-bit floats; take gradients in 16 bits"
 _NO_BACKWARD_OF_PAGES = "backward: none, keys in pages of a cache have no gradients"
+PAGES = "numflash.explain"
+"""The group of entry points that has the writer of pages."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +58,8 @@ class Explanation(Selection):
             `backward` and `arrays`, and what adds up their shares.
         in_16_bits: with precision="auto", the kernel for the heads that `forward` leaves out.
         gpu: the GPU that was asked about, where it need not be here.
+        problem: the call in numbers.
+        machine: the GPU as the choice of kernels sees it.
 
     Example:
         >>> import numpy as np, numflash
@@ -59,6 +72,8 @@ class Explanation(Selection):
     of_backward: Mapping[str, Choice] = field(default_factory=dict)
     in_16_bits: Choice | None = None
     gpu: Gpu | None = None
+    problem: AttentionProblem | None = None
+    machine: Machine | None = None
 
     def __str__(self) -> str:
         lines = [str(self.forward)] if self.gpu is None else [f"on {self.gpu}", str(self.forward)]
@@ -80,6 +95,97 @@ class Explanation(Selection):
             lines.append(name + str(choice).removeprefix(choice.family))
         lines += [_NO_BACKWARD] if traits.fp8 else [_NO_BACKWARD_OF_PAGES] if traits.paged else []
         return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A call that a page explains.
+
+    Attributes:
+        arrays: the caller's q, k and v.
+        options: the caller's, as they were given.
+        gpu: the GPU that was asked about; None for the arrays' own.
+        data: whether the elements of arrays may be read.
+        to: the file to write; None if nobody asked for a page.
+        answer: the kernels; None if none runs this call.
+        refusal: the reason why none does; None if some run.
+    """
+
+    arrays: Mapping[str, object]
+    options: Mapping[str, object]
+    gpu: str | None
+    data: bool
+    to: str | PathLike | None
+    answer: Explanation | None = None
+    refusal: UnsupportedError | None = None
+
+
+def explain(
+    q,
+    k,
+    v,
+    *,
+    gpu: str | None = None,
+    to: str | PathLike | None = None,
+    data: bool = True,
+    **options,
+) -> Explanation:
+    """Say which kernels a call would run, and write a page that shows what they do.
+
+    The page is one file without scripts: why these kernels, the mask over tiles, blocks over
+    multiprocessors in time, one multiprocessor clock by clock, where the time goes, bytes and
+    memory, errors, and scales of 8-bit floats. Times are those of the offline model, unless the
+    page says that they were measured.
+
+    Args:
+        q, k, v: as for `numflash.attention`.
+        gpu: answer for a GPU that need not be here, as `arch` of `explain_dispatch`.
+        to: the page to write, an HTML file; None writes none.
+        data: whether the page may read elements of the arrays, for errors and scales. False reads
+            their metadata only; the page then shows samples of its own, and says so.
+        options: as for `explain_dispatch`.
+
+    Returns:
+        The chosen kernels, as `explain_dispatch` returns them.
+
+    Raises:
+        TypeError, ValueError: as `explain_dispatch`; a gpu that is none.
+        UnsupportedError: no kernel runs this call. The page is written, and says why.
+        OSError: the page cannot be written.
+
+    Example:
+        >>> import numpy as np, numflash
+        >>> x = np.empty((1, 512, 4, 64), "float16")
+        >>> numflash.explain(x, x, x, causal=True, gpu="H200").forward.family
+        'forward'
+    """
+    if not isinstance(data, bool):
+        raise TypeError(f"data must be True or False, got {data!r} ({type(data).__name__})")
+    if to is not None and not isinstance(to, str | PathLike):
+        raise TypeError(f"to must be a path or None, got {to!r} ({type(to).__name__})")
+    asked_gpu = None if gpu is None else find(gpu, "gpu")
+    write, arrays = None if to is None else _page_writer(), {"q": q, "k": k, "v": v}
+    question = Question(arrays, options, gpu, data, to)
+    try:
+        answer = _answer("explain", ("gpu", "to", "data"), arrays, asked_gpu, dict(options))
+    except UnsupportedError as error:
+        if write is not None:
+            write(replace(question, refusal=error))
+        raise
+    if write is not None:
+        write(replace(question, answer=answer))
+    return answer
+
+
+def _page_writer():
+    """The function that writes the page of a `Question`."""
+    found = list(packages.entry_points(group=PAGES))
+    if not found:
+        raise UnsupportedError(
+            "pages are written by the package numflash_tuner, which is not installed beside "
+            "numflash; install numflash with pip"
+        )
+    return found[0].load()
 
 
 def explain_dispatch(q, k, v, *, arch: str | None = None, **options) -> Explanation:
@@ -120,8 +226,16 @@ def explain_dispatch(q, k, v, *, arch: str | None = None, **options) -> Explanat
         ['delta', 'backward-columns of bias, 0', 'array-sums of bias, 1']
     """
     gpu = None if arch is None else find(arch)
+    return _answer("explain_dispatch", ("arch",), {"q": q, "k": k, "v": v}, gpu, options)
+
+
+def _answer(
+    function: str, others: tuple[str, ...], arrays: dict, gpu: Gpu | None, options: dict
+) -> Explanation:
+    """What a function that was asked has to say; `others` are options that only it takes."""
+    q, k, v = arrays.values()
     descales = tuple(options.pop(f"{name}_descale", None) for name in "qkv")
-    options, asked = options_of("explain_dispatch", options, ("arch",))
+    options, asked = options_of(function, options, others)
     # A number in an array's place is no array.
     options.numbers()
     options = with_own_block_mask(options)
@@ -131,21 +245,25 @@ def explain_dispatch(q, k, v, *, arch: str | None = None, **options) -> Explanat
     if is_fp8 or has_fp8(q, k, v):
         if asked != GradientOptions():
             refuse_backward(q, k, v, options.precision or "fp8")
-        return _explain_fp8({"q": q, "k": k, "v": v}, descales, options, gpu)
+        return _explain_fp8(arrays, descales, options, gpu)
     expect_recipe_is_used(options)
-    views = _views({"q": q, "k": k, "v": v} | asked.arrays(), options, gpu)
+    views = _views(arrays | asked.arrays(), options, gpu)
     of_forward, of_backward = split_configs(options.config)
     request = request_of(views, options)
     forward = selection_of(request, of_forward, Purpose.QUESTION)
+    found = vars(forward) | _about(request, gpu)
     if request.problem.pages is not None and asked == GradientOptions() and not of_backward:
-        return Explanation(**vars(forward), gpu=gpu)
+        return Explanation(**found)
     views |= views_of_results(request, views)
     options = options.of_backward(of_backward)
     backward = Backward(views, options, asked, Purpose.QUESTION)
-    found = vars(forward) | {
-        name: getattr(backward.selection, name) for name in ("delta", "backward", "arrays")
-    }
-    return Explanation(**found, of_backward=backward.kernels, gpu=gpu)
+    found |= {name: getattr(backward.selection, name) for name in ("delta", "backward", "arrays")}
+    return Explanation(**found, of_backward=backward.kernels)
+
+
+def _about(request: Request, gpu: Gpu | None) -> dict[str, object]:
+    """What an explanation says of the call itself."""
+    return {"gpu": gpu, "problem": request.problem, "machine": machine_of(request.device)}
 
 
 def _explain_fp8(arrays: dict, descales, options: AttentionOptions, gpu) -> Explanation:
@@ -153,13 +271,12 @@ def _explain_fp8(arrays: dict, descales, options: AttentionOptions, gpu) -> Expl
     views = _views(arrays, options, gpu)
     if options.precision != "auto":
         request, _ = fp8_request_of(views, options, described)
-        return Explanation(
-            **vars(selection_of(request, options.config, Purpose.QUESTION)), gpu=gpu
-        )
+        found = selection_of(request, options.config, Purpose.QUESTION)
+        return Explanation(**vars(found), **_about(request, gpu))
     request, _, other = auto_requests_of(views, with_budget(options), described)
     in_8_bits = selection_of(request, options.config, Purpose.QUESTION)
     in_16_bits = selection_of(other, None, Purpose.QUESTION).forward
-    return Explanation(**vars(in_8_bits), in_16_bits=in_16_bits, gpu=gpu)
+    return Explanation(**vars(in_8_bits), **_about(request, gpu), in_16_bits=in_16_bits)
 
 
 def _views(arrays: dict, options: AttentionOptions, gpu: Gpu | None) -> dict[str, ArrayView]:

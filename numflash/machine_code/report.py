@@ -9,7 +9,7 @@ import logging
 from dataclasses import dataclass, field
 
 from numflash.configs import Config, Traits
-from numflash.machine_code.compiler import get_cubin
+from numflash.machine_code.compiler import Cubin, get_cubin
 from numflash.machine_code.main_loop import MainLoop, Registers, read_main_loop, read_setmaxnreg
 from numflash.machine_code.sass import count_instructions, disassemble
 from numflash.runtime.devices import KB, Architecture, blocks_per_sm
@@ -91,11 +91,22 @@ def inspect_kernel(config: Config, traits: Traits, limits: Architecture) -> Repo
     if SIMULATED:
         raise UnsupportedError(NO_SIMULATOR)
     cubin = get_cubin(config, traits, limits)
+    return report_of(cubin, disassembled(cubin), config, traits, limits)
+
+
+def disassembled(cubin: Cubin) -> str | None:
+    """The text of a kernel; None and a warning in the log where there is no disassembler."""
     try:
-        sass = disassemble(cubin.code)
+        return disassemble(cubin.code)
     except UnsupportedError as error:
         _log.warning("instructions are not counted: %s", error)
-        sass = None
+        return None
+
+
+def report_of(
+    cubin: Cubin, sass: str | None, config: Config, traits: Traits, limits: Architecture
+) -> Report:
+    """The report on a compiled kernel and its text; without one `instructions` is empty."""
     blocks, limited_by = blocks_per_sm(
         limits, cubin.num_threads, cubin.registers, cubin.smem_bytes
     )

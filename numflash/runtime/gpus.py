@@ -51,8 +51,12 @@ class Gpu:
         return f"{self.name}: {self.limits.arch}, {sizes}"
 
 
-def find(name: str) -> Gpu:
+def find(name: str, option: str = "arch") -> Gpu:
     """The GPU with this name, in any case and with or without its brand ("h200"), or "sm_90".
+
+    Args:
+        name: of the GPU or architecture.
+        option: the caller's name for it, for messages.
 
     Raises:
         TypeError: not a string.
@@ -60,7 +64,7 @@ def find(name: str) -> Gpu:
     """
     if not isinstance(name, str):
         raise TypeError(
-            f'arch must be an architecture, as in "sm_90", or the name of a GPU, got {name!r} '
+            f'{option} must be an architecture, as in "sm_90", or the name of a GPU, got {name!r} '
             f"({type(name).__name__})"
         )
     text = name.strip()
@@ -73,7 +77,8 @@ def find(name: str) -> Gpu:
     names = list(dict.fromkeys(by_key[k].name for k in near))[:4]
     hint = f"; did you mean {' or '.join(names)}?" if names else ""
     raise ValueError(
-        'arch must be an architecture, as in "sm_90", or the name of a GPU, as in "NVIDIA H200", '
+        f'{option} must be an architecture, as in "sm_90", or the name of a GPU, as in '
+        f'"NVIDIA H200", '
         f"got {name!r}{hint}"
     )
 

@@ -268,7 +268,7 @@ def make_block_place(tile_m):
 
 @cache
 def make_walk(tile_m, traits):
-    """walk(grid, shape): (first place, step, number of places); `next_place` leads on."""
+    """walk(grid, shape): (first place, number of places); `next_place` leads on."""
     ragged = traits.ragged
 
     @device_function
@@ -279,17 +279,21 @@ def make_walk(tile_m, traits):
         else:
             num_m_blocks = u32(num_rows + tile_m - 1) // u32(tile_m)
             num_places = u32(num_m_blocks * (u32(num_heads) // u32(pack)) * u32(num_splits))
-        place = mov_ctaid_x()
-        return place, u32(u32(2) * (mov_nctaid_x() - place) - u32(1)), num_places
+        return mov_ctaid_x(), num_places
 
     return walk
 
 
 @device_function
-def next_place(place, step):
-    """The place that a block takes after this one, and the next step.
+def next_place(place, odd):
+    """The place that a block takes after this one.
+
+    `odd` is 1 if it has taken an odd number of places, this one among them, and 0 if an even one:
+    a kernel has such a parity anyway, and needs no register for a step.
 
     Rounds alternate direction: where places become cheaper one after the other, a block that got
     a long tile gets a short one next, and all have as much to do.
     """
-    return u32(place + step), u32(u32(2) * mov_nctaid_x() - step)
+    block, blocks = mov_ctaid_x(), mov_nctaid_x()
+    after = u32(blocks - block - u32(1)) if odd != 0 else block
+    return u32(place + u32(2) * after + u32(1))

@@ -101,7 +101,8 @@ def test_machine_code_is_clean(case):
         pairs, lone = (found.count(f"LDG.E{kind}.CONSTANT") for kind in ("", ".U16"))
         assert pairs % (scores // 2) == 0 and pairs == 2 * lone > 0, (pairs, lone)
     if name == "bias by pairs" and arch == "sm_90a":
-        # 32 reads of two, 64 halves made floats and 64 multiply-adds; one by one it is 282 more.
+        # 32 reads of two, 64 halves made floats, 64 multiply-adds, and 55 for two rows' addresses
+        # and descriptors that find no uniform register; one by one it is 282 more.
         plain = inspect_kernel(config, replace(traits, program=""), limits).main_loop
         loop = inspect_kernel(config, traits, limits).main_loop
-        assert str(config).startswith("sm90-m128n128w8s2") and loop.issued - plain.issued < 200
+        assert str(config).startswith("sm90-m128n128w8s2") and loop.issued - plain.issued < 220

@@ -28,7 +28,7 @@ ARROWS = {
     "kernels": "configs functions ptx runtime tiles",
     "machine_code": "configs kernels ptx runtime",
     "executor": "configs problem ptx runtime simulator",
-    "selection": "configs machine_code problem runtime",
+    "selection": "configs machine_code problem reference runtime",
     "calls": "configs executor kernels machine_code problem ptx runtime selection simulator",
     "api": "calls configs functions machine_code problem reference runtime selection",
     "frontends": "api calls configs functions problem runtime selection",
@@ -40,12 +40,14 @@ ARROWS |= dict.fromkeys(DOORS, "frontends")
 TUNER_ARROWS = {
     "records": "",
     "lengths": "",
+    "drawing": "",
     "space": "lengths records",
     "model": "lengths records space",
     "pipeline": "model space",
     "measuring": "lengths records",
     "search": "measuring model records space",
-    "report": "records search",
+    "report": "drawing records search",
+    "explain": "drawing lengths measuring model pipeline records space",
     "tables": "model",
 }
 BENCH_ARROWS = {

@@ -41,8 +41,15 @@ def text_boxes(drawing: ElementTree.Element, sizes: dict[str, float]) -> list[tu
         size = sizes[names[0] if names else ""]
         width, x, y = text_width(line, size), float(element.get("x")), float(element.get("y"))
         left = x - {"middle": width / 2, "end": width}.get(element.get("text-anchor"), 0)
-        found.append((line, (left, y - _ASCENT * size, left + width, y + _DESCENT * size)))
+        box = left, y - _ASCENT * size, left + width, y + _DESCENT * size
+        found.append((line, _turned(box, x, y) if element.get("transform") else box))
     return found
+
+
+def _turned(box: Box, x: float, y: float) -> Box:
+    """The box of a line that is turned to read upwards, by rotate(-90 x y)."""
+    left, top, right, bottom = box
+    return x + top - y, y - (right - x), x + bottom - y, y - (left - x)
 
 
 def faults(drawing: ElementTree.Element, sizes: dict[str, float]) -> list[str]:

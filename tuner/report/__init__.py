@@ -4,21 +4,26 @@ The page is one file without scripts and without anything from elsewhere. A time
 only if it was; predicted ones are marked wherever they stand.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 
 from numflash.runtime.files import replace_file
 from numflash.runtime.printable import printable
 
+from ..drawing.document import document
+from ..drawing.figures import drawn
+from ..drawing.markup import Markup, escaped, joined, tag
+from ..drawing.tables import folded
 from ..records import FAILURES, Record
 from ..search.results import Result, format_ms
 from . import charts, tables
-from .markup import Markup, escaped, joined, tag
 from .occupancy import occupancy
-from .style import STYLE
 from .tables import format_share, format_speed, format_speedup, format_time
 
+NO_PAGES: Mapping[int, str] = MappingProxyType({})
+"""Of a report without pages beside it."""
 _OPEN_ROWS = 40
 _PREDICTED = "Predicted by the offline model, not measured."
 
@@ -46,51 +51,36 @@ def table(results: Sequence[Result]) -> str:
     return "\n".join(lines)
 
 
-def write_html(path: str | Path, results: Sequence[Result]) -> None:
-    """Write the report: one page, complete in itself. Raises OSError if it cannot be written."""
-    replace_file(Path(path), page(list(results)))
+def write_html(
+    path: str | Path, results: Sequence[Result], pages: Mapping[int, str] = NO_PAGES
+) -> None:
+    """Write the report: one page, complete in itself.
+
+    Args:
+        path: the page.
+        results: of the run.
+        pages: by the place of a result, the address of the page that explains its winner.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    replace_file(Path(path), page(list(results), pages))
 
 
-def page(results: list[Result]) -> str:
-    """The report as HTML."""
+def page(results: list[Result], pages: Mapping[int, str] = NO_PAGES) -> str:
+    """The report as HTML; `pages` as for `write_html`."""
     title = "numflash-tune"
     if len(results) == 1:
         title += f": {results[0].problem} on {results[0].device}"
     body: list[object] = [tag("h1", "numflash-tune"), tag("p", _subtitle(results), class_="muted")]
     if len(results) > 1:
         body.append(tables.summary(results))
-    body += [_section(number, result, results) for number, result in enumerate(results, 1)]
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"/>'
-        '<meta name="viewport" content="width=device-width,initial-scale=1"/>'
-        f"{tag('title', title)}<style>{STYLE}</style></head>\n"
-        f"<body>{_HATCH}{tag('main', *body)}</body></html>\n"
-    )
+    for number, result in enumerate(results, 1):
+        body.append(_section(number, result, results, pages.get(number - 1)))
+    return document(title, *body)
 
 
-_HATCH = tag(
-    "svg",
-    tag(
-        "defs",
-        tag(
-            "pattern",
-            tag("line", x1=0, y1=0, x2=0, y2=6, class_="hatch"),
-            id="hatch",
-            width=6,
-            height=6,
-            patternUnits="userSpaceOnUse",
-            patternTransform="rotate(45)",
-        ),
-    ),
-    xmlns="http://www.w3.org/2000/svg",
-    class_="defs",
-    width=0,
-    height=0,
-    aria_hidden="true",
-)
-
-
-def _section(number: int, result: Result, results: list[Result]) -> Markup:
+def _section(number: int, result: Result, results: list[Result], explained: str | None) -> Markup:
     figures = [
         charts.history(result),
         charts.heat_map(result),
@@ -106,22 +96,30 @@ def _section(number: int, result: Result, results: list[Result]) -> Markup:
         tag("h2", result.problem),
         tag("p", _device(result), class_="muted"),
         _facts(result),
-        tag("div", *map(_figure, figures), class_="charts"),
-        _folded(f"Tried: {tried}", _tried(result), alone and tried <= _OPEN_ROWS),
+        *_link(explained),
+        tag("div", *map(drawn, figures), class_="charts"),
+        folded(f"Tried: {tried}", _tried(result), alone and tried <= _OPEN_ROWS),
     ]
     if (switches := tables.switches(result)) is not None:
-        contents.append(_folded("What is on or off", switches, alone))
+        contents.append(folded("What is on or off", switches, alone))
     if result.pruned:
         removed = sum(result.pruned.values())
         summary = f"Pruned before anything was compiled: {removed:,}"
         if result.space_size:
             summary += f" of {result.space_size:,} in the space"
-        contents.append(_folded(summary, tables.pruned(result), alone))
+        contents.append(folded(summary, tables.pruned(result), alone))
     if failed:
         count = sum(len(records) for _, records in failed)
         summary = f"Failed: {count} of {tried} tried"
-        contents.append(_folded(summary, tables.failures(result), alone))
+        contents.append(folded(summary, tables.failures(result), alone))
     return tag("section", *contents, id=f"result-{number}")
+
+
+def _link(explained: str | None) -> list[Markup]:
+    """The way to the page that explains a winner, if there is one."""
+    if explained is None:
+        return []
+    return [tag("p", tag("a", "What the best config does, in pictures", href=explained))]
 
 
 def _facts(result: Result) -> Markup:
@@ -167,15 +165,6 @@ def _detail(text: str) -> Markup:
 def _tried(result: Result) -> Markup:
     counted = "TFLOP/s counts the matrix products of this kernel over scores that no mask hides."
     return joined([tables.tried(result), tag("p", counted, class_="muted")])
-
-
-def _figure(figure: charts.Figure) -> Markup:
-    drawn = [] if figure.svg is None else [figure.svg]
-    return tag("figure", tag("h3", figure.title), *drawn, tag("figcaption", figure.caption))
-
-
-def _folded(summary: str, contents: Markup, opened: bool) -> Markup:
-    return tag("details", tag("summary", summary), contents, open="" if opened else None)
 
 
 def _subtitle(results: list[Result]) -> Markup:

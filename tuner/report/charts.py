@@ -1,12 +1,8 @@
 """The charts of a result, each a `Figure`; those of occupancy are in `report.occupancy`."""
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
 
-from ..records import FAILURES, Record
-from ..search.results import Result, format_ms, parameters, rank_correlation
-from .axes import (
+from ..drawing.axes import (
     BOTTOM,
     IN_SIGHT,
     LEFT,
@@ -19,24 +15,21 @@ from .axes import (
     beyond,
     chart,
     circle,
+    elided,
     frame,
     line,
+    room_of,
     text,
     width_of,
 )
-from .markup import Markup, escaped, joined, tag
-from .style import HEAT_STEPS
+from ..drawing.figures import Figure, key
+from ..drawing.markup import escaped, joined, tag
+from ..drawing.shapes import Bar, bars
+from ..drawing.style import HEAT_STEPS
+from ..records import FAILURES, Record
+from ..search.results import Result, format_ms, parameters, rank_correlation
 
 _STRIP = 12
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A chart with its title and caption; without a chart, the caption says why."""
-
-    title: str
-    caption: Markup
-    svg: Markup | None = None
 
 
 def described(record: Record) -> str:
@@ -47,11 +40,6 @@ def described(record: Record) -> str:
     if record.predicted_ms is not None:
         parts.append(f"{format_ms(record.predicted_ms)} ms predicted")
     return ", ".join(parts) + (f": {record.reason}" if record.reason else "")
-
-
-def key(symbol: str, class_: str, meaning: str) -> Markup:
-    """An entry of a legend."""
-    return tag("span", tag("span", symbol, class_=class_), f" {meaning} ", class_="key")
 
 
 def history(result: Result) -> Figure:
@@ -237,34 +225,10 @@ def importances(result: Result) -> Figure:
     shares = sorted(result.importances.items(), key=lambda item: (-item[1], item[0]))
     if not shares:
         return Figure(title, escaped("Too few trials with a time to tell."))
-    row, left = 24, _room([name for name, _ in shares])
-    x = Axis(0.0, max(max(share for _, share in shares), 1e-9), left, RIGHT - 44)
-    marks = []
-    for i, (name, share) in enumerate(shares):
-        y = 6 + i * row
-        width = max(0.0, x(share) - left)
-        marks += [
-            text(left - 6, y + 13, _elided(name, left - 6), None, "end"),
-            tag("rect", x=left, y=y, width=width, height=row - 8, class_="bar"),
-            text(left + width + 5, y + 13, f"{share:.1%}", "muted"),
-        ]
     label = ", ".join(f"{name} {share:.0%}" for name, share in shares)
-    return Figure(
-        title,
-        escaped("Share of the variation of the time among the trials."),
-        chart(label, *marks, height=len(shares) * row + 8),
-    )
-
-
-def _room(names: Iterable[str]) -> float:
-    """The position at which bars begin, so that their names fit; half of the chart at most."""
-    return min(WIDTH / 2, 8 + max(map(width_of, names)))
-
-
-def _elided(name: str, room: float) -> str:
-    """A name, cut where it has no room."""
-    most = int(room / width_of("x"))
-    return name if len(name) <= most else f"{name[: most - 1]}…"
+    found = [Bar(name, share, f"{share:.1%}") for name, share in shares]
+    caption = escaped("Share of the variation of the time among the trials.")
+    return Figure(title, caption, bars(label, found))
 
 
 def agreement(result: Result) -> Figure:
@@ -333,11 +297,11 @@ def parts(result: Result) -> Figure:
     names = sorted({*times, *result.floor_ms}, key=lambda name: -times.get(name, 0.0))
     totals = [("predicted", result.best.predicted_ms), ("measured", result.best.median_ms)]
     totals = [(name, time) for name, time in totals if time]
-    row, left, top = 34, _room(map(str, names)), 8 + 14 * len(totals)
+    row, left, top = 34, room_of(map(str, names)), 8 + 14 * len(totals)
     end = top + len(names) * row
-    bars = [*times.values(), *result.floor_ms.values()]
-    longest = max(*bars, *(time for _, time in totals), 1e-9)
-    x = Axis(0.0, longest, left, WIDTH - 6 - max(width_of(format_ms(time)) for time in bars))
+    drawn = [*times.values(), *result.floor_ms.values()]
+    longest = max(*drawn, *(time for _, time in totals), 1e-9)
+    x = Axis(0.0, longest, left, WIDTH - 6 - max(width_of(format_ms(time)) for time in drawn))
     marks = []
     for i, (name, time) in enumerate(totals):
         marks.append(line(x(time), 6 + 14 * i, x(time), end, "default" if i == 0 else "axis"))
@@ -346,7 +310,7 @@ def parts(result: Result) -> Figure:
         marks.append(text(side[0], 14 + 14 * i, label, "halo", side[1]))
     for i, name in enumerate(names):
         y = top + i * row
-        shown = _elided(name.replace("_", " "), left - 6)
+        shown = elided(name.replace("_", " "), left - 6)
         marks.append(text(left - 6, y + 12, shown, None, "end"))
         for time, class_, at in (
             (times.get(name), "bar", y + 2),

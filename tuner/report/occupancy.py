@@ -9,11 +9,25 @@ from collections.abc import Callable
 
 from numflash.runtime.devices import KB, Architecture, architecture, blocks_per_sm
 
+from ..drawing.axes import (
+    BOTTOM,
+    LEFT,
+    RIGHT,
+    RING,
+    TOP,
+    Axis,
+    Labels,
+    chart,
+    circle,
+    cross,
+    frame,
+    line,
+)
+from ..drawing.figures import Figure, key
+from ..drawing.markup import Markup, escaped, joined, tag
 from ..records import FAILURES, Record
 from ..search.results import Result
-from .axes import BOTTOM, LEFT, RIGHT, RING, TOP, Axis, Labels, chart, circle, cross, frame, line
-from .charts import Figure, described, key, label_best
-from .markup import Markup, escaped, joined, tag
+from .charts import described, label_best
 
 MAX_REGISTERS = 255
 """Of a thread, on every architecture."""

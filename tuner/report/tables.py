@@ -3,9 +3,10 @@
 import re
 from collections.abc import Iterable
 
+from ..drawing.markup import Markup, tag
+from ..drawing.tables import row, table
 from ..records import FAILURES, Record
 from ..search.results import Result, format_ms, parameters
-from .markup import Markup, escaped, joined, tag
 
 _NUMBER = re.compile(r"\d+(?:\.\d+)?")
 
@@ -18,7 +19,7 @@ def summary(results: list[Result]) -> Markup:
     aligned = ("ms", "TFLOP/s", "speed-up", "spread")
     numbers = [i for i, name in enumerate(head) if name in aligned]
     rows = [
-        _row(
+        row(
             tag("a", result.problem, href=f"#result-{number}"),
             *([result.device] if device else []),
             tag("code", result.default.config),
@@ -34,7 +35,7 @@ def summary(results: list[Result]) -> Markup:
         )
         for number, result in enumerate(results, 1)
     ]
-    return _table(head, rows, numbers)
+    return table(head, rows, numbers)
 
 
 def tried(result: Result) -> Markup:
@@ -49,7 +50,7 @@ def tried(result: Result) -> Markup:
             smem = f"{resources.smem_bytes / 1024:.1f}"
             compiled = (resources.registers, smem, resources.blocks_per_sm)
         rows.append(
-            _row(
+            row(
                 tag("code", record.config),
                 tag("span", record.outcome.replace("_", " "), class_="failed" if failed else None),
                 "-" if failed else format_ms(record.median_ms),
@@ -72,7 +73,7 @@ def tried(result: Result) -> Markup:
         "shared, KB",
         "blocks/SM",
     )
-    return _table(head, rows, numbers=range(2, 9))
+    return table(head, rows, numbers=range(2, 9))
 
 
 def switches(result: Result) -> Markup | None:
@@ -85,9 +86,9 @@ def switches(result: Result) -> Markup | None:
         gain = format_speedup(result.time_ms(off) / result.time_ms(on))
         cells = [x for each in (off, on) for x in (format_time(result, each), each.config)]
         cells[1::2] = [tag("code", config) for config in cells[1::2]]
-        rows.append(_row(tag("code", name), *cells, gain, numbers=(1, 3, 5)))
+        rows.append(row(tag("code", name), *cells, gain, numbers=(1, 3, 5)))
     head = ("switch", "off, ms", "best config without", "on, ms", "best config with", "on/off")
-    return _table(head, rows, numbers=(1, 3, 5)) if rows else None
+    return table(head, rows, numbers=(1, 3, 5)) if rows else None
 
 
 def best_by_switch(result: Result) -> dict[str, tuple[Record, Record]]:
@@ -111,15 +112,15 @@ def pruned(result: Result) -> Markup:
     for name, count in ordered:
         share = f"{count / result.space_size:.1%}" if result.space_size else "-"
         why = result.pruned_examples.get(name, "")
-        rows.append(_row(name, count, share, why, numbers=(1, 2), classes={3: "reason"}))
+        rows.append(row(name, count, share, why, numbers=(1, 2), classes={3: "reason"}))
     header = ("constraint", "configs", "of the space", "for example")
-    return _table(header, rows, numbers=(1, 2))
+    return table(header, rows, numbers=(1, 2))
 
 
 def failures(result: Result) -> Markup:
     """The failed, grouped by outcome and reason, with one of each group as its example."""
     rows = [
-        _row(
+        row(
             tag("span", outcome.replace("_", " "), class_="failed"),
             len(records),
             records[0].reason or "no reason given",
@@ -129,7 +130,7 @@ def failures(result: Result) -> Markup:
         )
         for outcome, records in failure_groups(result.records)
     ]
-    return _table(("outcome", "configs", "reason (of the example)", "example"), rows, numbers=(1,))
+    return table(("outcome", "configs", "reason (of the example)", "example"), rows, numbers=(1,))
 
 
 def failure_groups(records: Iterable[Record]) -> list[tuple[str, list[Record]]]:
@@ -172,26 +173,3 @@ def format_speedup(speedup: float | None) -> str:
 def format_share(share: float | None) -> str:
     """In percent; a dash if unknown."""
     return "-" if share is None else f"{share:.1%}"
-
-
-def _row(
-    *cells: object,
-    numbers: Iterable[int] = (),
-    classes: dict[int, str] | None = None,
-    class_: str | None = None,
-) -> Markup:
-    """A row; columns in `numbers` are aligned to the right."""
-    classes = {**dict.fromkeys(numbers, "n"), **(classes or {})}
-    contents = [tag("td", cell, class_=classes.get(i)) for i, cell in enumerate(cells)]
-    return tag("tr", *contents, class_=class_)
-
-
-def _table(head: tuple[str, ...], rows: list[Markup], numbers: Iterable[int]) -> Markup:
-    """A table that scrolls by itself where the page is narrow."""
-    names = [
-        tag("th", name, scope="col", class_="n" if i in numbers else None)
-        for i, name in enumerate(head)
-    ]
-    body = joined(rows) if rows else escaped("")
-    table = tag("table", tag("thead", tag("tr", *names)), tag("tbody", body))
-    return tag("div", table, class_="scroll", tabindex="0")

@@ -19,7 +19,7 @@ from queue import SimpleQueue
 from types import ModuleType
 
 from numflash.configs import Config, Traits, parse_config
-from numflash.runtime.devices import architecture, blocks_per_sm
+from numflash.runtime.devices import architecture
 from numflash.runtime.errors import in_one_line
 
 from ..model.machine_code import MachineCode, analyse
@@ -54,19 +54,7 @@ def examine(family: str, config: str, traits: str, arch: str) -> Examined:
         cubin = get_cubin(parse_config(family, config), Traits.parse(traits), limits)
     except Exception as error:
         return _failed(error)
-    blocks, limited_by = blocks_per_sm(
-        limits, cubin.num_threads, cubin.registers, cubin.smem_bytes
-    )
-    resources = ResourceUsage(
-        registers=cubin.registers,
-        spill_bytes=cubin.spill_store_bytes + cubin.spill_load_bytes,
-        smem_bytes=cubin.smem_bytes,
-        num_threads=cubin.num_threads,
-        blocks_per_sm=blocks,
-        limited_by=limited_by,
-        warnings=cubin.warnings,
-        compile_ms=round(cubin.compile_ms, 1),
-    )
+    resources = ResourceUsage.of(cubin, limits)
     try:
         return Examined(resources, analyse(disassemble(cubin.code)))
     except UnsupportedError:

@@ -133,7 +133,7 @@ def make_produce(config: Sm90ForwardConfig, traits: Traits):
     @device_function
     def produce(smem, barriers, maps, work):
         q_map, k_map, v_map = maps
-        (number, far, num_places), grid, shape, layout, mask = work
+        (number, num_places), grid, shape, layout, mask = work
         pack, pages = grid.pack, pages_of(shape)
         prefetch_tensormap(q_map)
         prefetch_tensormap(k_map)
@@ -169,6 +169,6 @@ def make_produce(config: Sm90ForwardConfig, traits: Traits):
                 if not k_leads and step + 1 < n_end:
                     n, _ = tile_at(mask, step + 1)
                     fetch_k(smem, barriers, k_map, next_k, next_parity, n, head_kv, in_k, pages)
-            number, far = next_place(number, far)
+            number = next_place(number, u32(q_parity ^ u32(1)))
 
     return produce

@@ -107,7 +107,7 @@ def make_skeleton(config: Sm90ForwardConfig, traits: Traits, look_up, attend, ti
         )
         group = group_of_thread()
         give_first_turn(group)
-        number, step, num_places = places
+        number, num_places = places
         stages, q_parity = begin(u32(0)), u32(0)
         while number < num_places:
             place = place_of(number, grid, shape, mask)
@@ -122,8 +122,9 @@ def make_skeleton(config: Sm90ForwardConfig, traits: Traits, look_up, attend, ti
                 sums.o_acc[i] = f32(0)
             for r in range(2):
                 sums.row_max[r], sums.row_sum[r] = NEG_INF, f32(0)
+            # Which mbarriers are Q's is found out each time: registers are scarce in `attend`.
             # Hazard: S would be made of the Q of the tile of rows before, or of no Q.
-            Q.wait(barriers, group, q_parity)
+            Q.wait(barriers, group_of_thread(), q_parity)
             q_parity = u32(q_parity ^ u32(1))
 
             stages = skip_keys(barriers, group, n_begin, first, stages)
@@ -132,7 +133,7 @@ def make_skeleton(config: Sm90ForwardConfig, traits: Traits, look_up, attend, ti
                 stages = attend(barriers, at, rows, sums, max_scale, given, known, keys, stages)
             else:
                 # Hazard: no product has held threads together; one may not have seen Q yet.
-                Q.gather(group)
+                Q.gather(group_of_thread())
 
             # The place of this tile of rows is computed again: registers are scarce in `attend`.
             place = place_of(number, grid, shape, mask)
@@ -141,15 +142,15 @@ def make_skeleton(config: Sm90ForwardConfig, traits: Traits, look_up, attend, ti
             stages = skip_keys(barriers, group, end, n_end, stages)
             if not o_replaces_q:
                 # Hazard: products must have read Q; the next comes while these rows are finished.
-                Q.release(barriers, group)
+                Q.release(barriers, group_of_thread())
             finish(sums, max_scale, smem, results, number, grid, shape, layout, mask)
             if o_replaces_q:
                 if leads():
                     # Hazard: the next Q would overwrite O, which a bulk copy still reads.
                     cp_async_bulk_wait_group_read()
                 # Hazard: before that wait the next Q would overwrite O.
-                Q.release(barriers, group)
-            number, step = next_place(number, step)
+                Q.release(barriers, group_of_thread())
+            number = next_place(number, q_parity)
         if leads():
             # Hazard: shared memory is gone once the block has ended, and a copy may still read O.
             cp_async_bulk_wait_group_read()

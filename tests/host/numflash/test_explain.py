@@ -296,3 +296,56 @@ def test_an_architecture_finds_what_was_tuned_for_it(remembered):
     q = array(2, 4096, 16, 128)
     choice = numflash.explain_dispatch(q, q, q, causal=True, arch="sm_90").forward
     assert choice.rule.startswith("tuned on this device for this class")
+
+
+class TestPage:
+    """numflash.explain hands what it was asked to the writer of pages."""
+
+    @pytest.fixture
+    def written(self, monkeypatch):
+        found = []
+        monkeypatch.setattr("numflash.api.explain._page_writer", lambda: found.append)
+        return found
+
+    def test_a_question_with_its_answer(self, written):
+        x = np.zeros((1, 64, 2, 64), "float16")
+        answer = numflash.explain(x, x, x, causal=True, gpu="H200", to="page.html")
+        (question,) = written
+        assert question.answer is answer and question.refusal is None
+        assert question.arrays["k"] is x and question.options == {"causal": True}
+        assert (question.gpu, question.data, question.to) == ("H200", True, "page.html")
+        assert answer.problem.seqlen_q == 64 and answer.machine.num_sms == 132
+
+    def test_a_refusal_is_written_and_raised(self, written):
+        x = np.zeros((1, 64, 2, 300), "float16")
+        with pytest.raises(UnsupportedError, match="at most 256") as caught:
+            numflash.explain(x, x, x, gpu="H200", to="page.html")
+        assert written[0].refusal is caught.value and written[0].answer is None
+
+    def test_without_a_page_it_is_explain_dispatch(self):
+        x = np.zeros((1, 64, 2, 64), "float16")
+        assert numflash.explain(x, x, x, gpu="H200") == numflash.explain_dispatch(
+            x, x, x, arch="H200"
+        )
+
+    @pytest.mark.parametrize(
+        "options, error, message",
+        [
+            ({"gpu": "H2000"}, ValueError, "gpu must be an architecture"),
+            ({"gpu": 90}, TypeError, "gpu must be an architecture"),
+            ({"data": 1}, TypeError, "data must be True or False, got 1"),
+            ({"to": 1}, TypeError, "to must be a path or None, got 1"),
+            ({"casual": True}, TypeError, "explain got unknown options: casual; it takes gpu, to"),
+        ],
+    )
+    def test_bad_options(self, written, options, error, message):
+        x = np.zeros((1, 64, 2, 64), "float16")
+        with pytest.raises(error, match=message):
+            numflash.explain(x, x, x, **{"gpu": "H200", "to": "page.html", **options})
+        assert written == []
+
+    def test_a_page_needs_its_writer(self, monkeypatch):
+        monkeypatch.setattr("numflash.api.explain.packages.entry_points", lambda group: [])
+        x = np.zeros((1, 64, 2, 64), "float16")
+        with pytest.raises(UnsupportedError, match="numflash_tuner, which is not installed"):
+            numflash.explain(x, x, x, gpu="H200", to="page.html")

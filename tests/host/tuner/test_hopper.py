@@ -71,6 +71,10 @@ def test_a_warpgroup_by_itself_does_one_thing_after_the_other():
         ("m128n128w8s1", 2 * (1600 - 250)),
         ("m64n128w4s2-overlap", 1600 - 1500 + 1600 - 1000),
         ("m64n128w4s3-overlap", 0),
+        # Of K and V, each by its own stages.
+        ("m64n128w4s2-v3-overlap", 1600 - 1500),
+        ("m64n128w4s3-v2-overlap", 1600 - 1000),
+        ("m64n128w4s1-v2", 1600 - 500 + 1600 - 1500),
     ],
 )
 def test_buffers_are_waited_for(text, expected):

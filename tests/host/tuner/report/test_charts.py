@@ -22,9 +22,9 @@ from tests.support.tuning_results import (
     result,
 )
 from tuner import report
+from tuner.drawing.axes import FONT, Axis, width_of
 from tuner.records import Record
 from tuner.report import charts, tables
-from tuner.report.axes import FONT, Axis, width_of
 from tuner.report.occupancy import corner, occupancy
 
 

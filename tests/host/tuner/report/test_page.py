@@ -18,7 +18,7 @@ from tests.support.tuning_results import (
 )
 from tuner import report
 from tuner.records import FAILURES, Record
-from tuner.report import style, tables
+from tuner.report import tables
 
 # --- the table for a terminal
 
@@ -194,37 +194,3 @@ def test_failures_that_differ_in_numbers_are_one():
         ("spilled", 1),
         ("wrong_result", 1),
     ]
-
-
-# --- colours
-
-
-def luminance(color):
-    parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-
-def contrast(a, b):
-    low, high = sorted((luminance(a), luminance(b)))
-    return (high + 0.05) / (low + 0.05)
-
-
-@pytest.mark.parametrize("scheme", [style.LIGHT, style.DARK])
-def test_contrasts(scheme):
-    for ground, name in itertools.product(
-        ("page", "card"), ("text", "muted", "accent", "second", "failed")
-    ):
-        assert contrast(scheme[ground], scheme[name]) >= 4.5, (ground, name)
-    assert contrast(scheme["card"], scheme["axis"]) >= 3
-    for i in range(style.HEAT_STEPS):
-        assert contrast(scheme[f"heat{i}"], scheme[f"on-heat{i}"]) >= 4.5, i
-    steps = [luminance(scheme[f"heat{i}"]) for i in range(style.HEAT_STEPS)]
-    assert steps in (sorted(steps), sorted(steps, reverse=True))
-
-
-def test_every_colour_of_the_style_is_a_token_of_both_schemes():
-    used = set(re.findall(r"var\(--([\w-]+)\)", style.STYLE))
-    assert used <= set(style.LIGHT) and set(style.LIGHT) == set(style.DARK)
-    rules = style.STYLE.split("@media screen", 1)[1].split("\n", 1)[1]
-    assert not re.search(r"#[0-9a-f]{3,6}\b", rules)

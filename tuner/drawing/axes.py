@@ -1,9 +1,10 @@
-"""Axes of the report's charts: the places of values and ticks, and their drawing.
+"""Axes of charts: the places of values and ticks, and their drawing.
 
 Charts are laid out for their smallest size, so that their text stays legible on a phone.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from .markup import Markup, joined, tag
@@ -72,6 +73,17 @@ def width_of(content: object, size: float = FONT) -> float:
     return _CHARACTER * size * len(str(content))
 
 
+def room_of(names: Iterable[str]) -> float:
+    """The position at which bars begin, so that their names fit; half of a chart at most."""
+    return min(WIDTH / 2, 8 + max(map(width_of, names)))
+
+
+def elided(name: str, room: float) -> str:
+    """A name, cut where it has no room."""
+    most = int(room / width_of("x"))
+    return name if len(name) <= most else f"{name[: most - 1]}…"
+
+
 class Labels:
     """The labels of a chart: each takes the place where it covers the least of the others."""
 
@@ -118,6 +130,12 @@ def text(x: float, y: float, content: object, class_: str | None = None, anchor=
     """A line of text; `anchor` is "start", "middle" or "end"."""
     anchor = None if anchor == "start" else anchor
     return tag("text", content, x=x, y=y, class_=class_, text_anchor=anchor)
+
+
+def upwards(x: float, y: float, content: object, class_: str | None = None) -> Markup:
+    """A line of text that reads from below to above and ends at (x, y)."""
+    turn = f"rotate(-90 {x:g} {y:g})"
+    return tag("text", content, x=x, y=y, class_=class_, text_anchor="end", transform=turn)
 
 
 def line(x1: float, y1: float, x2: float, y2: float, class_: str, title: str = "") -> Markup:

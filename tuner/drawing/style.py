@@ -1,8 +1,10 @@
-"""Colours and layout of the report, for light and dark screens and for paper.
+"""Colours and layout of the pages, for light and dark screens and for paper.
 
 Each scheme names the same tokens. Text on its background has a contrast of 4.5 at least, marks of
 3 (WCAG 2.2, criteria 1.4.3 and 1.4.11); a test computes them. Marks differ in shape as well.
 """
+
+from . import roles
 
 HEAT_STEPS = 7
 """Colours of the heat map: heat0 is the fastest."""
@@ -27,6 +29,7 @@ LIGHT = {
     "heat6": "#e4eef9",
     **{f"on-heat{i}": "#ffffff" for i in range(3)},
     **{f"on-heat{i}": "#0f1722" for i in range(3, HEAT_STEPS)},
+    **roles.tokens("light"),
 }
 DARK = {
     "page": "#12151a",
@@ -48,6 +51,7 @@ DARK = {
     "heat6": "#1d3552",
     **{f"on-heat{i}": "#0b1017" for i in range(4)},
     **{f"on-heat{i}": "#ffffff" for i in range(4, HEAT_STEPS)},
+    **roles.tokens("dark"),
 }
 
 
@@ -63,6 +67,7 @@ STYLE = (
         f"i.heat{i}{{background:var(--heat{i})}}\n"
         for i in range(HEAT_STEPS)
     )
+    + roles.rules()
     + """
 *{box-sizing:border-box}
 body{margin:0;padding:16px;background:var(--page);color:var(--text);
@@ -90,7 +95,14 @@ figure{margin:0;padding:10px 12px;background:var(--card);border:1px solid var(--
 figcaption{color:var(--muted);font-size:.82em;margin-top:4px}
 svg.chart{display:block;width:100%;max-width:460px;height:auto;font-size:11px;
   font-variant-numeric:tabular-nums}
+svg.strip{display:block;width:100%;min-width:840px;height:auto;font-size:12px;
+  font-variant-numeric:tabular-nums}
+.pan{overflow-x:auto}
+.pan:focus-visible,.scroll:focus-visible{outline:2px solid var(--accent);outline-offset:2px}
+.wide{margin-top:12px}
 svg text{fill:var(--text)}
+svg .small{font-size:.84em}
+svg .bold{font-weight:600}
 svg .muted{fill:var(--muted)}
 svg .halo{paint-order:stroke;stroke:var(--card);stroke-width:3px;stroke-linejoin:round}
 .grid{stroke:var(--line)}
@@ -106,6 +118,11 @@ svg .halo{paint-order:stroke;stroke:var(--card);stroke-width:3px;stroke-linejoin
 .floor{stroke:var(--axis);stroke-dasharray:1 3;fill:none}
 .curve{fill:none;stroke:var(--axis)}
 .budget{fill:none;stroke:var(--second);stroke-width:1.5;stroke-dasharray:5 3}
+.between{stroke:var(--card);stroke-width:.7}
+.frame{fill:none;stroke:var(--axis);stroke-width:.8}
+.outline{fill:none;stroke:var(--text);stroke-width:1.6}
+.slash{fill:none;stroke:var(--on-edge);stroke-width:1}
+.area{fill:var(--accent);fill-opacity:.16;stroke:var(--accent);stroke-width:1.3}
 .bar{fill:var(--accent)}
 .bar-floor{fill:var(--axis)}
 svg .label-default{fill:var(--second)}
@@ -113,6 +130,9 @@ svg .label-best{fill:var(--accent);font-weight:600}
 .hatch{stroke:var(--line);stroke-width:2}
 .hatched{fill:url(#hatch);stroke:var(--line)}
 .k-text{color:var(--text)}.k-accent{color:var(--accent)}.k-second{color:var(--second)}.k-axis{color:var(--axis)}
+.swatch{display:inline-block;width:.9em;height:.9em;border-radius:2px;vertical-align:-.1em;
+  margin-right:.3em;border:1px solid transparent}
+i.none{border-color:var(--axis)}
 .ramp i{display:inline-block;width:14px;height:9px;print-color-adjust:exact}
 .key{display:inline-block;margin-right:.8em}
 details{margin-top:10px}
@@ -129,8 +149,22 @@ tr:last-child td{border-bottom:0}
 .class{min-width:13em}
 .reason{min-width:16em;overflow-wrap:anywhere}
 .defs{position:absolute}
+.prose{max-width:46em}
+.prose h3{margin:16px 0 2px;font-size:1em}
+.prose h3:first-child{margin-top:0}
+.question{margin:6px 0 12px;font-size:1.12em;padding-left:10px;border-left:3px solid var(--accent)}
+.origin{font-weight:400;font-size:.82em;color:var(--muted);margin-left:.6em}
+.caption{font-size:.86em;margin:6px 0 0}
+.slips{margin:4px 0 0}
+.slips dt{margin-top:6px}
+.slips dd{margin:0 0 0 1.2em}
+.lesson{display:grid;gap:12px 24px;margin-top:12px}
+.beside{display:grid;gap:12px;align-content:start}
+@media (min-width:1000px){.lesson{grid-template-columns:minmax(0,46em) minmax(340px,1fr)}}
 @media print{body{background:none;padding:0;font-size:11px}
-  svg,.ramp{print-color-adjust:exact}
+  svg,.ramp,.swatch{print-color-adjust:exact}
+  svg.strip{min-width:0}
+  .pan{overflow:visible}
   .scroll{overflow:visible}
   details::details-content{content-visibility:visible;display:block;height:auto}
   td code{white-space:normal;overflow-wrap:anywhere}

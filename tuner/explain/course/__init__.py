@@ -1,0 +1,121 @@
+"""A course on FlashAttention in ten lessons, computed by the kernels in the simulator.
+
+`run` gives lessons, `write` a page of them. A lesson is a module; `LESSONS` names them in order.
+"""
+
+import os
+import pickle
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+
+from numflash.runtime.files import replace_file
+from numflash.runtime.mode import simulating
+
+from . import page
+from .lesson import Lesson
+
+LESSONS = {
+    "blocked_scores": "a product by blocks is the product",
+    "split_softmax": "a softmax in two halves",
+    "online_softmax": "the softmax that goes along with the keys",
+    "blocks_on_sms": "6 blocks on 4 SMs",
+    "who_takes_what": "FlashAttention-1, -2, and split keys",
+    "traffic": "bytes, memory, block sizes",
+    "warpgroups": "specialised warps, turns, overlap",
+    "by_hand": "N = 4, d = 2 by hand",
+    "recomputation": "the backward makes P again",
+    "eight_bits": "eight bits and an outlier",
+}
+"""A module of each lesson, and what it is about; lesson 1 is the first."""
+_ARCH = "NUMFLASH_SIM_ARCH"
+_SIMULATOR = {"NUMBA_ENABLE_CUDASIM": "1", _ARCH: "sm_80", "NUMFLASH_TUNED": "0"}
+
+
+def numbers_of(asked: Sequence[str | int]) -> list[int]:
+    """The lessons that are asked for, each once and in order; all if none is named.
+
+    Raises:
+        ValueError: there is no such lesson; the message lists those that there are.
+
+    Example:
+        >>> numbers_of(["3", "1"])
+        [1, 3]
+    """
+    every = range(1, len(LESSONS) + 1)
+    unknown = [text for text in asked if str(text) not in map(str, every)]
+    if unknown:
+        listed = "\n".join(f"  {n:2}  {LESSONS[name]}" for n, name in enumerate(LESSONS, 1))
+        raise ValueError(f"there is no lesson {', '.join(map(str, unknown))}; there are\n{listed}")
+    return sorted({int(text) for text in asked}) or list(every)
+
+
+def run(numbers: Sequence[str | int] = (), quiet: bool = False) -> list[Lesson]:
+    """Compute lessons, in this process if it simulates an A100, else in one of their own.
+
+    Numba decides between GPU and simulator when it is imported, so a process that uses a GPU
+    cannot simulate.
+
+    Args:
+        numbers: of lessons, from 1 on; none means all.
+        quiet: say nothing. Otherwise each lesson's name is written to stderr as it begins, and how
+            long it took.
+
+    Raises:
+        ValueError: there is no such lesson.
+        RuntimeError: the other process failed; stderr has its words.
+
+    Example:
+        >>> [lesson] = run([2], quiet=True)
+        >>> all(check.holds for check in lesson.checks)
+        True
+    """
+    numbers = numbers_of(numbers)
+    is_here = simulating() and os.environ.get(_ARCH) in (None, "", _SIMULATOR[_ARCH])
+    return compute(numbers, quiet) if is_here else _elsewhere(numbers, quiet)
+
+
+def compute(numbers: Sequence[int], quiet: bool) -> list[Lesson]:
+    """Compute lessons in this process, which must simulate kernels."""
+    names, found = list(LESSONS), []
+    for number in numbers:
+        name, began = names[number - 1], time.perf_counter()
+        if not quiet:
+            print(f"lesson {number}: {LESSONS[name]} ...", end="", file=sys.stderr, flush=True)
+        found.append(import_module(f".{name}", __package__).lesson())
+        if not quiet:
+            print(f" {time.perf_counter() - began:.1f} s", file=sys.stderr, flush=True)
+    return found
+
+
+def write(path: str | Path, lessons: Sequence[Lesson]) -> None:
+    """Write a page of lessons, complete in itself. Raises OSError if it cannot be written."""
+    replace_file(Path(path), page.of(lessons))
+
+
+def answer(numbers: Sequence[int], quiet: bool) -> None:
+    """Compute lessons and write them to stdout for `run`: what its other process does."""
+    output, sys.stdout = sys.stdout.buffer, sys.stderr
+    if not simulating():
+        raise RuntimeError("NUMBA_ENABLE_CUDASIM=1 is set, and Numba's configuration overrules it")
+    pickle.dump(compute(numbers, quiet), output)
+    output.flush()
+
+
+def _elsewhere(numbers: list[int], quiet: bool) -> list[Lesson]:
+    path = os.pathsep.join(path for path in sys.path if path)
+    program = f"from {__name__} import answer; answer({numbers}, {quiet})"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        stdout=subprocess.PIPE,
+        env=dict(os.environ, PYTHONPATH=path, **_SIMULATOR),
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(
+            f"the process that computes the lessons in the simulator ended with {done.returncode}"
+        )
+    return pickle.loads(done.stdout)
