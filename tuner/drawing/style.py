@@ -90,6 +90,7 @@ section{margin-top:28px;padding-top:16px;border-top:1px solid var(--line)}
 .facts dd{margin:0;font-variant-numeric:tabular-nums}
 .facts dd b{font-size:1.15em}
 .charts{display:grid;align-items:start;gap:12px;grid-template-columns:repeat(auto-fill,minmax(min(100%,340px),1fr))}
+.few{grid-template-columns:repeat(auto-fit,minmax(min(100%,340px),1fr))}
 figure{margin:0;padding:10px 12px;background:var(--card);border:1px solid var(--line);
   border-radius:6px;break-inside:avoid;min-width:0}
 figcaption{color:var(--muted);font-size:.82em;margin-top:4px}
@@ -136,6 +137,8 @@ i.none{border-color:var(--axis)}
 .ramp i{display:inline-block;width:14px;height:9px;print-color-adjust:exact}
 .key{display:inline-block;margin-right:.8em}
 details{margin-top:10px}
+figure details{margin-top:6px;font-size:.82em}
+figure summary{color:var(--muted);font-weight:500}
 summary{cursor:pointer;font-weight:600}
 .scroll{overflow-x:auto;background:var(--card);border:1px solid var(--line);border-radius:6px;
   margin-top:6px}
