@@ -12,7 +12,7 @@ from ...drawing.shapes import Bar, bars
 from .lesson import Check, Lesson, Slip, Step
 from .looking import PORTABLE, TENSOR_CORES, matrix, rows
 
-_N, _D = 24, 8
+_N, _D = 16, 8
 _BATCH, _SEQLEN, _HEADS, _HEAD_DIM = 4, 4096, 16, 128
 _MIB = 2**20
 
