@@ -110,7 +110,7 @@ def _roofline(roof: Roofline) -> Figure:
     caption = (
         f"{_giga(roof.flop)} GFLOP without masked scores, {_mib(roof.bytes)} MiB from and to "
         f"device memory. The lowest roof above this kernel is that of {name}: it is predicted to "
-        f"reach {reached / lowest:.0%} of it. The dashed roof are the exponentials: 4 head_dim FLOP go "
+        f"reach {reached / lowest:.0%} of it. Dashed are the exponentials: 4 head_dim FLOP go "
         "with each, and an SM has 16 a clock. The cross is attention that stores S and P."
     )
     rows = [(name, str(getattr(roof, name)), getattr(roof, name).origin) for name in vars(roof)]
