@@ -8,7 +8,8 @@ from itertools import pairwise
 
 import pytest
 from numflash_tuner.pipeline import trace
-from numflash_tuner.pipeline.engine import COPIES, EXPONENTIALS, play
+from numflash_tuner.pipeline.engine import play
+from numflash_tuner.pipeline.player import COPIES, EXPONENTIALS
 from numflash_tuner.pipeline.programs import program_of
 from numflash_tuner.pipeline.rates import Rates, rates_of
 from numflash_tuner.pipeline.steps import Begin, Claim, Fetch, Multiply, Program, Walk
