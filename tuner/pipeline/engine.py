@@ -193,6 +193,11 @@ class _Block:
         label = state.began[phase][1]
         self.engine.note(Span(lane, state.full[phase].at, end, "held", label, self.prefix))
 
+    def was_read(self, operand: tuple[str, int] | None) -> None:
+        """A tile without a channel is held at least until now."""
+        if operand in self.held:
+            self.held[operand][1] = self.engine.now
+
     def forget(self, name: str, buffer: int) -> None:
         """A tile is read no more: another takes its place, or all is over."""
         if (held := self.held.pop((name, buffer), None)) is not None:
@@ -321,8 +326,7 @@ class _Player:
             yield self._multiply(step.product, clocks, label)
         self.block.note(self.lane, began, "products", label)
         for operand in step.operands:
-            if operand in self.block.held:
-                self.block.held[operand][1] = self.engine.now
+            self.block.was_read(operand)
 
     @_take.register
     def _(self, step: Copy) -> _Process:
@@ -376,6 +380,7 @@ class _Player:
         clocks, label = self.rates.work[step.kind], f"{step.kind} {step.tile}"
         if step.kind != "exp":
             yield from self._spend(self.engine.now + clocks, step.kind, label)
+            self.block.was_read(step.reads)
             return
         began = self.engine.now
         for each in _steps(clocks):
