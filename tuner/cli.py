@@ -31,6 +31,8 @@ from numflash.selection.capture import read as read_capture
 
 from . import SAMPLERS, caches
 
+_log = logging.getLogger("numflash")
+
 FAMILIES = {
     "forward": ("forward", "combine"),
     "backward": ("backward-dkdv", "backward-dq", "backward"),
@@ -289,7 +291,7 @@ def _tune(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
             measurer.close()
         if session.results:
             print(report.table(session.results))
-            _write_report(args.report, session.results, report.write_html)
+            _write_report(args.report, session.results)
     return 1 if failed else 0
 
 
@@ -303,15 +305,37 @@ def _expect_writable(path: str | None) -> None:
         raise ValueError(f"--report cannot be written: {error}") from error
 
 
-def _write_report(path: str | None, results: list, write) -> None:
+def _write_report(path: str | None, results: list) -> None:
+    """Write the report, and beside it the page of each winner."""
     if path is None:
         return
+    from . import report
+
     try:
-        write(path, results)
+        report.write_html(path, results, _write_pages(Path(path), results))
     except OSError as error:
         print(f"numflash-tune: cannot write the report: {error}", file=sys.stderr)
     else:
         print(f"report: {Path(path).resolve()}")
+
+
+def _write_pages(path: Path, results: list) -> dict[int, str]:
+    """Explain each winner in a file beside the report; addresses by the place of the result."""
+    from .explain.asked import TILED
+    from .explain.classes import write_page_of_class
+
+    pages = {}
+    for number, result in enumerate(results):
+        if result.winner is None or result.problem.family not in TILED:
+            continue
+        page = path.with_name(f"{path.stem}-{number + 1}{path.suffix}")
+        try:
+            write_page_of_class(page, result.problem, result.device, result.best.config)
+        except (ValueError, UnsupportedError) as error:
+            _log.warning("no page explains %s: %s", result.problem, error)
+        else:
+            pages[number] = page.name
+    return pages
 
 
 def problems_of(args: argparse.Namespace) -> list[ProblemClass]:

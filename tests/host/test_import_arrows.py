@@ -47,7 +47,7 @@ TUNER_ARROWS = {
     "measuring": "lengths records",
     "search": "measuring model records space",
     "report": "drawing records search",
-    "explain": "drawing lengths model pipeline records space",
+    "explain": "drawing lengths measuring model pipeline records space",
     "tables": "model",
 }
 BENCH_ARROWS = {

@@ -10,10 +10,6 @@ from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from numflash.simulator import warpgroup
-from numflash.simulator.bulk_copies import BulkCopies
-from numflash.simulator.engine import Thread, current_thread
-from numflash.simulator.mbarriers import Mbarriers
 from numflash_tuner.pipeline.steps import (
     Arrive,
     Begin,
@@ -29,10 +25,15 @@ from numflash_tuner.pipeline.steps import (
     Work,
 )
 
+from numflash.simulator import warpgroup
+from numflash.simulator.bulk_copies import BulkCopies
+from numflash.simulator.engine import Thread, current_thread
+from numflash.simulator.mbarriers import Mbarriers
+
 Told = tuple
 """A step as it is compared: its verb and what it is about."""
-# Where the dynamic part of shared memory begins, bytes.
-_FIRST_BYTE = 1024
+FIRST_BYTE = 1024
+"""The address of the dynamic part of shared memory."""
 
 
 class Memory:
@@ -50,7 +51,7 @@ class Memory:
 
     def place(self, address: int) -> tuple[str, int]:
         """(tile, buffer) at a byte of shared memory."""
-        word = (address - _FIRST_BYTE) // 4
+        word = (address - FIRST_BYTE) // 4
         found = bisect_right(self._places, (word, 2**40)) - 1
         first, words, name, buffers = self._places[found]
         return name, (word - first) // (words // buffers)

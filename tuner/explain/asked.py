@@ -66,7 +66,7 @@ class Kernel:
     @property
     def is_tiled(self) -> bool:
         """Whether its blocks walk over tiles of scores."""
-        return self.problem.family in ("forward", "backward-dq", "backward-dkdv", "backward")
+        return self.problem.family in TILED
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,8 @@ class Asked:
         return self.kernels["forward"]
 
 
+TILED = ("forward", "backward-dq", "backward-dkdv", "backward")
+"""Families of kernels whose blocks walk over tiles of scores."""
 COMPILES = ("none", "forward", "all")
 """Which kernels that are not in the cache may be compiled for a page."""
 
@@ -196,7 +198,7 @@ def _prediction(
     code: MachineCode | None,
 ) -> Prediction | None:
     """The model's prediction; None where it knows no such kernel, or there is nothing to do."""
-    known = asked.family in ("forward", "backward-dq", "backward-dkdv", "backward", *ROW_KERNELS)
+    known = asked.family in (*TILED, *ROW_KERNELS)
     if not known or not asked.seqlen_q * asked.seqlen_k * asked.batch_heads:
         return None
     try:

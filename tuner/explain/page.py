@@ -67,6 +67,20 @@ def as_data(asked: Asked) -> object:
     return as_json(facts_of(asked))
 
 
+def page_of_kernel(asked: Asked, name: str) -> str:
+    """The page of one kernel of a call as HTML: what the config of a class does."""
+    kernel = asked.kernels[name]
+    facts = {each.name: _found(each, asked, kernel) for each in OF_KERNEL}
+    call = call_facts.find(asked)
+    return document(
+        f"numflash.explain: {kernel.problem}",
+        tag("h1", str(kernel.problem)),
+        tag("p", _subtitle(call), class_="muted"),
+        call_section.facts_of(call, kernel.name),
+        *_drawn(OF_KERNEL, facts),
+    )
+
+
 def page(asked: Asked) -> str:
     """The page as HTML."""
     facts = facts_of(asked)
@@ -74,7 +88,7 @@ def page(asked: Asked) -> str:
     body = [
         tag("h1", "numflash.explain"),
         tag("p", _subtitle(facts["call"]), class_="muted"),
-        call_section.facts_of(facts["call"]),
+        call_section.facts_of(facts["call"], forward),
         _section("call", "The call", call_section.kernels(facts["call"])),
         *_drawn(OF_KERNEL, facts["kernels"][forward]),
         *_drawn(OF_CALL, facts),

@@ -269,13 +269,15 @@ def _chain(config: Sm90ForwardConfig, turn: Turn) -> float:
 def _stall(config: Sm90ForwardConfig, turn: Turn, clocks: float, latency: float) -> float:
     """Clocks of a turn in which K or V are waited for.
 
-    A buffer is filled again while the other stages are used. With one there is half a turn until
-    the next product needs it, less the more warpgroups are still to read it; with overlap V is
-    needed at once.
+    A buffer is filled again while the other stages of K, or of V, are used. With one there is half
+    a turn until the next product needs it, less the more warpgroups are still to read it; with
+    overlap V is needed at once. That more stages of V than of K are ever faster is not known: here
+    they count only where loads are late.
     """
-    ahead, slack = (config.num_stages - 1) * clocks, clocks / (2 * config.num_warpgroups)
-    late = latency + turn.loads - ahead
-    return max(0.0, late - slack) + max(0.0, late - (0.0 if config.overlap else slack))
+    slack, arrives = clocks / (2 * config.num_warpgroups), latency + turn.loads
+    of_k = arrives - (config.num_stages - 1) * clocks - slack
+    of_v = arrives - (config.stages_of_v - 1) * clocks - (0.0 if config.overlap else slack)
+    return max(0.0, of_k) + max(0.0, of_v)
 
 
 def _predicted(

@@ -135,10 +135,11 @@ def _work(program: Program, machine: Machine) -> dict[str, float]:
 def _from_machine_code(report: Report) -> dict[str, float]:
     """Of a warpgroup's main loop: what its instructions take at least."""
     loop = report.main_loop
-    half_rate = loop.clocks["half_rate"]
-    found = {"exp": float(loop.clocks["special"]), "pack": 2.0 * loop.instructions["conversions"]}
+    found = {"exp": float(loop.clocks["special"])}
     if loop.instructions["fmnmx"]:
-        found["max"] = half_rate - found["pack"] + _ACROSS_LANES
+        # A forward, whose conversions are those of P.
+        found["pack"] = 2.0 * loop.instructions["conversions"]
+        found["max"] = loop.clocks["half_rate"] - found["pack"] + _ACROSS_LANES
     if loop.skipped["mask"]:
         found["mask"] = float(loop.skipped["mask"])
     return found

@@ -4,9 +4,10 @@ The page is one file without scripts and without anything from elsewhere. A time
 only if it was; predicted ones are marked wherever they stand.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 
 from numflash.runtime.files import replace_file
 from numflash.runtime.printable import printable
@@ -21,6 +22,8 @@ from . import charts, tables
 from .occupancy import occupancy
 from .tables import format_share, format_speed, format_speedup, format_time
 
+NO_PAGES: Mapping[int, str] = MappingProxyType({})
+"""Of a report without pages beside it."""
 _OPEN_ROWS = 40
 _PREDICTED = "Predicted by the offline model, not measured."
 
@@ -48,24 +51,36 @@ def table(results: Sequence[Result]) -> str:
     return "\n".join(lines)
 
 
-def write_html(path: str | Path, results: Sequence[Result]) -> None:
-    """Write the report: one page, complete in itself. Raises OSError if it cannot be written."""
-    replace_file(Path(path), page(list(results)))
+def write_html(
+    path: str | Path, results: Sequence[Result], pages: Mapping[int, str] = NO_PAGES
+) -> None:
+    """Write the report: one page, complete in itself.
+
+    Args:
+        path: the page.
+        results: of the run.
+        pages: by the place of a result, the address of the page that explains its winner.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    replace_file(Path(path), page(list(results), pages))
 
 
-def page(results: list[Result]) -> str:
-    """The report as HTML."""
+def page(results: list[Result], pages: Mapping[int, str] = NO_PAGES) -> str:
+    """The report as HTML; `pages` as for `write_html`."""
     title = "numflash-tune"
     if len(results) == 1:
         title += f": {results[0].problem} on {results[0].device}"
     body: list[object] = [tag("h1", "numflash-tune"), tag("p", _subtitle(results), class_="muted")]
     if len(results) > 1:
         body.append(tables.summary(results))
-    body += [_section(number, result, results) for number, result in enumerate(results, 1)]
+    for number, result in enumerate(results, 1):
+        body.append(_section(number, result, results, pages.get(number - 1)))
     return document(title, *body)
 
 
-def _section(number: int, result: Result, results: list[Result]) -> Markup:
+def _section(number: int, result: Result, results: list[Result], explained: str | None) -> Markup:
     figures = [
         charts.history(result),
         charts.heat_map(result),
@@ -81,6 +96,7 @@ def _section(number: int, result: Result, results: list[Result]) -> Markup:
         tag("h2", result.problem),
         tag("p", _device(result), class_="muted"),
         _facts(result),
+        *_link(explained),
         tag("div", *map(drawn, figures), class_="charts"),
         folded(f"Tried: {tried}", _tried(result), alone and tried <= _OPEN_ROWS),
     ]
@@ -97,6 +113,13 @@ def _section(number: int, result: Result, results: list[Result]) -> Markup:
         summary = f"Failed: {count} of {tried} tried"
         contents.append(folded(summary, tables.failures(result), alone))
     return tag("section", *contents, id=f"result-{number}")
+
+
+def _link(explained: str | None) -> list[Markup]:
+    """The way to the page that explains a winner, if there is one."""
+    if explained is None:
+        return []
+    return [tag("p", tag("a", "What the best config does, in pictures", href=explained))]
 
 
 def _facts(result: Result) -> Markup:

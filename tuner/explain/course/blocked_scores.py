@@ -37,9 +37,9 @@ def lesson() -> Lesson:
             ),
             Slip(
                 "Blocks cut the depth, too.",
-                "A tile of S needs whole rows of Q and K, so kernels cut queries and keys only. The "
-                "depth is cut inside the tensor cores, 16 numbers of 16 bits at a time, and its "
-                "sum never leaves the registers.",
+                "A tile of S needs whole rows of Q and K, so kernels cut queries and keys only. "
+                "The depth is cut inside the tensor cores, 16 numbers of 16 bits at a time, and "
+                "its sum never leaves the registers.",
             ),
         ),
         (
@@ -80,8 +80,8 @@ def _from_the_kernel(seen: Seen, error: float) -> Step:
         "The kernel throws each tile of S away. Two tricks bring it back. With V the identity, "
         "O = P V is P itself. And P = exp(S - lse), where lse is what a call with "
         "`return_lse=True` returns, so S = log P + lse. Scores of 250 and 1528 would leave "
-        f"exp(250 - 1528) = 0, so we pass `softmax_scale=1/1000` and multiply it back. The largest "
-        f"error is {error:.1e}.",
+        "exp(250 - 1528) = 0, so we pass `softmax_scale=1/1000` and multiply it back. The "
+        f"largest error is {error:.1e}.",
         "kernel",
         Table(
             ("query", *(f"key {j}" for j in range(4))),

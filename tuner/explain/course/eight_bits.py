@@ -47,9 +47,9 @@ def lesson() -> Lesson:
             Step(
                 "Who shares the scale",
                 f"{_TOKENS} tokens of 8 numbers; only the first token has the outlier. One scale "
-                f"for the tensor turns {int(zero['tensor'].sum())} of {zero['tensor'].size} numbers "
-                f"to 0. A scale for each block of {_BLOCK} tokens confines that to the outlier's "
-                f"block, {int(zero['block'].sum())}. A scale for each token leaves "
+                f"for the tensor turns {int(zero['tensor'].sum())} of {zero['tensor'].size} "
+                f"numbers to 0. A scale for each block of {_BLOCK} tokens confines that to the "
+                f"outlier's block, {int(zero['block'].sum())}. A scale for each token leaves "
                 f"{int(zero['token'].sum())}: those beside the outlier.",
                 "kernel",
             ),
@@ -59,14 +59,14 @@ def lesson() -> Lesson:
             Slip(
                 "The scale comes from (min, max), with a zero point.",
                 "That is for integers. Floats are symmetric and have a 0: one number, "
-                f"max |x| / {_E4M3.largest:g}, is enough. Ours is max |x| / {_E4M3.peak:g}: numbers "
-                "just below the largest then lie where steps are half as wide.",
+                f"max |x| / {_E4M3.largest:g}, is enough. Ours is max |x| / {_E4M3.peak:g}: "
+                "numbers just below the largest then lie where steps are half as wide.",
             ),
             Slip(
                 "With an outlier all small numbers become 0.",
-                f"In INT8 {lost_integers} of these 8 do, in e4m3 {lost}. A float keeps its four "
-                f"binary digits down to {_normal()} of the largest number, and something down to "
-                f"{_least()}.",
+                f"In INT8 {lost_integers} of these 8 numbers do, in e4m3 only {lost}. A float "
+                f"keeps its four binary digits down to {_normal()} of the largest number, and "
+                f"something down to {_least()}.",
             ),
             Slip(
                 "Rotation changes attention, or always helps.",
@@ -125,9 +125,9 @@ def _numbers_step(codes, values, integers, descale, lost: int, lost_integers: in
         (
             f"{x:g}",
             f"0x{code:02x}",
-            f"{value:.6g}",
+            f"{value + 0.0:.6g}",
             f"{abs(value / x - 1):.1%}",
-            f"{integer:.4g}",
+            f"{integer + 0.0:.4g}",
         )
         for x, code, value, integer in zip(
             _NUMBERS, codes[0, : len(_NUMBERS)], values, integers, strict=True
@@ -194,9 +194,9 @@ def _rotation_step(errors: dict, changed: float, gain: float, alone: float) -> S
         f"Take a channel that is {_FACTOR:g} times as loud. Where it is loud in Q and K, their "
         "product is huge and so is its rounding error; spread out it is "
         f"{gain:.1f} times smaller. Where it is loud in K alone, rotation gains nothing "
-        f"(a factor of {alone:.2f}). And look at the scales per token: there the loud number is the "
-        "largest of its row, gets the code of 256 and has no error at all, so rotation makes it "
-        "worse.",
+        f"(a factor of {alone:.2f}). And look at the scales per token: there the loud number is "
+        "the largest of its row, gets the code of 256 and has no error at all, so rotation makes "
+        "it worse.",
         "kernel",
         Table(
             ("loud channel", "scale per", "plain", "rotated"),
@@ -247,7 +247,7 @@ def _zeros_figure(zero: dict[str, np.ndarray]) -> Figure:
 def _errors_figure(errors: dict[tuple[str, bool], float]) -> Figure:
     found = [
         Bar(
-            f"{g}{', rotated' if turned else ''}",
+            f"per {g}{', rotated' if turned else ''}",
             error,
             f"{error:.3g}",
             "pv" if turned else "s",

@@ -12,7 +12,7 @@ from ...drawing.shapes import Bar, bars
 from .lesson import Check, Lesson, Slip, Step
 from .looking import PORTABLE, TENSOR_CORES, matrix, rows
 
-_N, _D = 24, 8
+_N, _D = 16, 8
 _BATCH, _SEQLEN, _HEADS, _HEAD_DIM = 4, 4096, 16, 128
 _MIB = 2**20
 
@@ -60,8 +60,8 @@ def lesson() -> Lesson:
                 "See it happen",
                 "With dO the identity, dV = Pᵀ dO is Pᵀ: the backward kernel hands out the P that "
                 f"it made. Of {_N} queries and keys in float32 the largest difference to the "
-                f"forward's P is {single.difference:.1e}, and {single.same_bits:.0%} of the weights "
-                "are equal to the bit. In float16 on tensor cores it is "
+                f"forward's P is {single.difference:.1e}, and {single.same_bits:.0%} of the "
+                "weights are equal to the bit. In float16 on tensor cores it is "
                 f"{half.difference:.1e}, and {half.same_bits:.0%} are equal. They "
                 "need not be equal: exp(s - max) / sum and exp(s - lse) round differently.",
                 "kernel",

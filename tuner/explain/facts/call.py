@@ -9,6 +9,8 @@ from ...model import floor_ms
 from ..asked import Asked, Kernel
 from ..numbers import Number
 
+_OF_MASKS = ("causal", "window_size")
+
 
 @dataclass(frozen=True)
 class KernelFacts:
@@ -49,8 +51,7 @@ class CallFacts:
         shape: batch, queries, keys, heads of queries and of keys, columns of Q and K, and of V.
         dtype, mask: of the call; the mask in words.
         options: further options in words.
-        predicted: time of the forward by the model.
-        floor: no kernel is faster on this GPU, by the model.
+        floor: no forward is faster on this GPU, by the model.
         kernels: those that run, in order.
     """
 
@@ -62,7 +63,6 @@ class CallFacts:
     dtype: str
     mask: str
     options: Sequence[str]
-    predicted: Number | None
     floor: Number | None
     kernels: Sequence[KernelFacts]
 
@@ -88,7 +88,6 @@ def find(asked: Asked) -> CallFacts:
         dtype=problem.dtype,
         mask=_mask(asked),
         options=_options(asked),
-        predicted=kernels[0].predicted,
         floor=floor,
         kernels=kernels,
     )
@@ -108,7 +107,11 @@ def _options(asked: Asked) -> list[str]:
     """Options of the call beside its mask, as they were given; arrays are not written out."""
     shown = (bool, int, float, str, tuple)
     given = asked.question.options.items()
-    return [f"{name}={value}" for name, value in given if isinstance(value, shown)]
+    return [
+        f"{name}={value}"
+        for name, value in given
+        if isinstance(value, shown) and name not in _OF_MASKS
+    ]
 
 
 def _kernel(kernel: Kernel, limits: Architecture) -> KernelFacts:

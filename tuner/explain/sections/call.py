@@ -5,25 +5,25 @@ from ..facts.call import CallFacts, KernelFacts
 from ..numbers import Number
 
 
-def facts_of(facts: CallFacts) -> Markup:
-    """The tiles of figures that the page begins with."""
-    forward = facts.kernels[0]
+def facts_of(facts: CallFacts, name: str) -> Markup:
+    """The tiles of figures that a page begins with; of its kernels that of this name."""
+    (kernel,) = (kernel for kernel in facts.kernels if kernel.name == name)
     call = ", ".join([facts.dtype, facts.mask, *facts.options])
     entries = [
         ("GPU", tag("b", facts.gpu), f"{facts.num_sms} SMs, {facts.arch}, {facts.clock}"),
         ("call", tag("b", _sizes(facts.shape)), call),
-        ("kernel", tag("code", forward.config), forward.implementation),
+        ("kernel", tag("code", kernel.config), kernel.implementation),
     ]
-    if forward.measured is not None:
-        entries.append(("measured", tag("b", with_origin(forward.measured)), "when it was tuned"))
-    if facts.predicted is not None:
-        bound = f"bound by {forward.bound_by}"
-        entries.append(("predicted", tag("b", with_origin(facts.predicted)), bound))
-    if facts.floor is not None:
+    if kernel.measured is not None:
+        entries.append(("measured", tag("b", with_origin(kernel.measured)), "when it was tuned"))
+    if kernel.predicted is not None:
+        bound = f"bound by {kernel.bound_by}"
+        entries.append(("predicted", tag("b", with_origin(kernel.predicted)), bound))
+    if facts.floor is not None and name == "forward":
         entries.append(("at least", tag("b", with_origin(facts.floor)), "on this GPU, any kernel"))
-    if forward.blocks_per_sm is not None:
-        limit = f"limited by {forward.limited_by}"
-        entries.append(("blocks an SM", tag("b", with_origin(forward.blocks_per_sm)), limit))
+    if kernel.blocks_per_sm is not None:
+        limit = f"limited by {kernel.limited_by}"
+        entries.append(("blocks an SM", tag("b", with_origin(kernel.blocks_per_sm)), limit))
     return tag(
         "dl",
         *(

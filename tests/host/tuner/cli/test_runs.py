@@ -165,7 +165,7 @@ def test_a_report_is_not_touched_before_there_is_a_new_one(run, tmp_path, monkey
 
 
 def test_a_report_that_can_no_longer_be_written_costs_the_report_only(run, monkeypatch):
-    def fail(path, results):
+    def fail(path, results, pages):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
 
     monkeypatch.setattr("tuner.report.write_html", fail)

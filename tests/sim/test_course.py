@@ -1,0 +1,49 @@
+"""The course: what each lesson claims is a case; its page; a wrong kernel fails it."""
+
+from functools import cache
+
+import pytest
+
+from numflash.tiles.portable import softmax
+from tests.support.pages import page_faults
+from tuner.explain import course
+from tuner.explain.course import page
+
+# Lesson -> its checks.
+CHECKS = {1: 4, 2: 5, 3: 8, 4: 7, 5: 6, 6: 7, 7: 6, 8: 5, 9: 4, 10: 7}
+
+
+@cache
+def lesson(number):
+    [found] = course.compute([number], quiet=True)
+    return found
+
+
+@pytest.mark.parametrize("number, check", [(n, i) for n in CHECKS for i in range(CHECKS[n])])
+def test_a_claim_holds(number, check):
+    found = lesson(number).checks[check]
+    assert found.holds, f"{found.claim}: {found.seen}"
+
+
+@pytest.mark.parametrize("number", CHECKS)
+def test_a_lesson_is_complete(number):
+    found = lesson(number)
+    assert (found.number, len(found.checks)) == (number, CHECKS[number])
+    assert found.question.endswith("?") and found.steps and found.slips
+    assert found.figures and all(figure.table for figure in found.figures)
+    assert page_faults(page.of([found])) == []
+
+
+def test_the_page_of_all_lessons():
+    text = page.of([lesson(number) for number in CHECKS])
+    assert page_faults(text, most_bytes=300_000) == []
+    assert "✗" not in text and text.count("✓") == sum(CHECKS.values())
+
+
+@pytest.mark.parametrize("number", [2, 8])
+def test_a_wrong_kernel_fails(monkeypatch, number):
+    exact = softmax.exp_f32
+    monkeypatch.setattr(softmax, "exp_f32", lambda x: exact(x * softmax.f32(1.001)))
+    [found] = course.compute([number], quiet=True)
+    failed = [check.claim for check in found.checks if not check.holds]
+    assert failed and "✗ fails" in page.of([found])

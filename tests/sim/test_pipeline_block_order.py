@@ -1,0 +1,83 @@
+"""The programs of kernels whose warps all do the same have the order of the kernels.
+
+As `test_pipeline_order`, for the kernels on `mma.sync` and the portable ones.
+"""
+
+import numpy as np
+import pytest
+from numflash_tuner.pipeline.mma import WARPS
+from numflash_tuner.pipeline.programs import program_of
+from numflash_tuner.pipeline.steps import Walk
+
+import numflash
+from numflash.configs import Traits, parse_config
+from tests.support.block_order import difference, record_block
+from tests.support.program_order import Memory
+
+# (GPU, family, config, dtype, head_dim, queries, keys)
+CASES = {
+    "forward": ("sm_80", "forward", "sm80-m32n32w2s1", "float16", 32, 40, 100),
+    "forward, two stages": ("sm_80", "forward", "sm80-m16n16w1s2", "float16", 32, 16, 70),
+    "forward, three stages": ("sm_80", "forward", "sm80-m16n16w1s3", "float16", 32, 16, 40),
+    "forward, copies through registers": (
+        *("sm_75", "forward", "sm75-m16n16w1s2", "float16", 32, 16, 70),
+    ),
+    "dQ": ("sm_80", "backward-dq", "sm80-m16n16w1s1", "float16", 32, 16, 40),
+    "dQ, two stages": ("sm_80", "backward-dq", "sm80-m16n16w1s2", "float16", 32, 16, 70),
+    "dK and dV": ("sm_80", "backward-dkdv", "sm80-m16n16w1s1", "float16", 32, 40, 16),
+    "dK and dV, two stages": ("sm_80", "backward-dkdv", "sm80-m16n16w1s2", "float16", 32, 70, 16),
+    "one kernel": ("sm_80", "backward", "sm80-m32n32w2s1", "float16", 32, 70, 70),
+    "one kernel, two stages": ("sm_80", "backward", "sm80-m32n32w2s2", "float16", 32, 100, 40),
+    "portable forward": ("sm_80", "forward", "m16n16w2", "float32", 32, 16, 40),
+    "portable dQ": ("sm_80", "backward-dq", "m16n16w2", "float32", 32, 16, 40),
+    "portable dK and dV": ("sm_80", "backward-dkdv", "m16n16w2", "float32", 32, 40, 16),
+}
+OTHERS = {
+    "float16": {"backward-dq": "sm80-m16n16w1s1", "backward-dkdv": "sm80-m16n16w1s1"},
+    "float32": {"backward-dq": "m16n16w2", "backward-dkdv": "m16n16w2"},
+}
+
+
+def run(family, config, dtype, head_dim, seqlen_q, seqlen_k):
+    """The forward, or gradients of results made of nothing."""
+    rng = np.random.default_rng(0)
+    q = rng.standard_normal((1, seqlen_q, 1, head_dim)).astype(dtype)
+    k, v = (rng.standard_normal((1, seqlen_k, 1, head_dim)).astype(dtype) for _ in "kv")
+    if family == "forward":
+        numflash.attention(q, k, v, config=str(config))
+        return
+    configs = {} if family == "backward" else OTHERS[dtype]
+    lse = np.zeros((1, 1, seqlen_q), np.float32)
+    given = configs | {family: str(config)}
+    numflash.attention_backward(q, q, k, v, np.zeros_like(q), lse, config=given)
+
+
+def memory_of(config, traits, buffers) -> Memory:
+    """The map of a block's shared memory."""
+    if hasattr(config, "tiles"):
+        return Memory(config.smem_offsets(traits), config.tiles(traits), buffers)
+    layout = config.smem_layout(traits)
+    ends = [*list(layout.offsets.values())[1:], layout.smem_bytes // 4]
+    words = {
+        name: end - start for (name, start), end in zip(layout.offsets.items(), ends, strict=True)
+    }
+    return Memory(layout.offsets, words, {})
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_the_order(case, on, monkeypatch):
+    arch, family, text, dtype, head_dim, seqlen_q, seqlen_k = case
+    on(arch)
+    config, traits = parse_config(family, text), Traits(dtype, head_dim, head_dim)
+    rows = seqlen_q if family in ("forward", "backward-dq") else seqlen_k
+    walked = seqlen_k if family in ("forward", "backward-dq") else seqlen_q
+    walk, blocks = Walk(-(-walked // config.column_tile)), -(-rows // config.row_tile)
+    walks = [[walk]] * blocks if family != "backward" else [[walk] * blocks]
+    programs = [program_of(config, traits, mine) for mine in walks]
+    memory = memory_of(config, traits, programs[0].buffers)
+    by_lanes = programs[0].unit == "FMA" or arch == "sm_75"
+    heard = record_block(monkeypatch, family.replace("-", "_"), memory, by_lanes)
+    run(family, config, dtype, head_dim, seqlen_q, seqlen_k)
+    assert len(heard.blocks) == len(programs)
+    for steps, program in zip(heard.blocks, programs, strict=True):
+        assert difference(program, WARPS, steps) is None
