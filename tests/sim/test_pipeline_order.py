@@ -17,6 +17,8 @@ from numflash.kernels.wgmma.ring import make_ring
 from numflash.runtime import driver
 from numflash.selection import choice as selection
 from numflash.simulator import warpgroup
+from tests.support.covering import some
+from tests.support.faults import Early, Mutation, Twice, load
 from tests.support.program_order import Kernel, Memory, record, told
 
 
@@ -86,8 +88,8 @@ FORWARDS = {
 }
 
 
-@pytest.mark.parametrize("case", FORWARDS.values(), ids=FORWARDS)
-def test_the_forward(case, monkeypatch):
+def forward_is_as_told(case, monkeypatch) -> bool:
+    """Whether the forward's roles take the steps of its program."""
     text, head_dim, seqlen_q, seqlen_k, causal = case
     config = parse_config("forward", text)
     traits = Traits("float16", head_dim, head_dim, fp8=text.startswith("fp8"))
@@ -99,7 +101,12 @@ def test_the_forward(case, monkeypatch):
         # The longest walks begin first.
         walks.reverse()
     blocks = [walks] if config.persistent else [[walk] for walk in walks]
-    assert heard.blocks == [told(program_of(config, traits, mine)) for mine in blocks]
+    return heard.blocks == [told(program_of(config, traits, mine)) for mine in blocks]
+
+
+@pytest.mark.parametrize("name", some(FORWARDS, "causal", "turns", "stages of V", "8 bits"))
+def test_the_forward(name, monkeypatch):
+    assert forward_is_as_told(FORWARDS[name], monkeypatch)
 
 
 def backward_kernel(family, config, traits) -> Kernel:
@@ -157,8 +164,8 @@ BACKWARDS = {
 }
 
 
-@pytest.mark.parametrize("case", BACKWARDS.values(), ids=BACKWARDS)
-def test_the_backward(case, monkeypatch):
+def backward_is_as_told(case, monkeypatch) -> bool:
+    """Whether the roles of one of the backward's kernels take the steps of its program."""
     family, text, head_dim, seqlen_q, seqlen_k = case
     config = parse_config(family, f"sm90-{text}")
     traits = Traits("float16", head_dim, head_dim)
@@ -170,4 +177,41 @@ def test_the_backward(case, monkeypatch):
     of_queries = family == "backward-dq"
     own, walked = (seqlen_q, seqlen_k) if of_queries else (seqlen_k, seqlen_q)
     mine = told(program_of(config, traits, -(-walked // config.column_tile)))
-    assert heard.blocks == [mine] * -(-own // config.block_rows)
+    return heard.blocks == [mine] * -(-own // config.block_rows)
+
+
+@pytest.mark.parametrize("name", some(BACKWARDS, "one kernel", "dQ", "dK and dV", "roles"))
+def test_the_backward(name, monkeypatch):
+    assert backward_is_as_told(BACKWARDS[name], monkeypatch)
+
+
+# Kernels with another order, which still compute the same: (module, fault, check, case).
+CHANGED = {
+    "the turn is given before S": (
+        *("forward", Early("make_attend.attend", "pass_turn"), forward_is_as_told),
+        FORWARDS["turns"],
+    ),
+    "V is fetched before the next K": (
+        "producer",
+        Mutation("", "k_leads = num_stages > 1 or stage_n == config.tile_n", "k_leads = False"),
+        *(forward_is_as_told, FORWARDS["neither"]),
+    ),
+    "Q is waited for twice": (
+        *("skeleton", Twice("make_skeleton.consume", "Q.wait"), forward_is_as_told),
+        FORWARDS["neither"],
+    ),
+    "dO is waited for before S": (
+        *("backward_dkdv", Early("_make_consume.consume", "DO.wait"), backward_is_as_told),
+        BACKWARDS["dK and dV"],
+    ),
+}
+_CHAIN = "producer", "skeleton", "forward"
+
+
+@pytest.mark.parametrize("changed", some(CHANGED.values(), every=2), ids=some(CHANGED, every=2))
+def test_a_changed_kernel_is_seen(changed, monkeypatch):
+    module, fault, is_as_told, case = changed
+    chain = _CHAIN[_CHAIN.index(module) :] if module in _CHAIN else (module,)
+    names = [f"numflash.kernels.wgmma.{name}" for name in chain]
+    load(names, names[0], fault, monkeypatch)
+    assert not is_as_told(case, monkeypatch)
