@@ -154,6 +154,8 @@ tr:last-child td{border-bottom:0}
 .class{min-width:13em}
 .reason{min-width:16em;overflow-wrap:anywhere}
 .defs{position:absolute}
+.ground{fill:var(--card)}
+svg text{font-family:system-ui,-apple-system,"Segoe UI",Roboto,"Liberation Sans",sans-serif}
 .prose{max-width:46em}
 .prose h3{margin:16px 0 2px;font-size:1em}
 .prose h3:first-child{margin-top:0}
