@@ -108,14 +108,18 @@ def test_a_tile_is_scored_before_its_softmax_and_that_before_its_product(name):
             assert not multiplied or span.end <= min(multiplied)
 
 
-@pytest.mark.parametrize("name", ["forward", "stages of V", "one stage", "8 bits"])
+FORWARDS = "forward", "stages of V", "one stage", "two blocks", "8 bits", "mma", "mma, stages"
+
+
+@pytest.mark.parametrize("name", [*FORWARDS, "portable"])
 def test_a_product_reads_what_has_come_and_is_still_held(name):
-    _, _, timeline = played(name)
+    program, _, timeline = played(name)
     lanes = [lane.name for lane in timeline.lanes if lane.group == "buffer"]
-    held = {x.label: x for lane in lanes for x in timeline.of(lane) if x.kind == "held"}
-    for span in timeline.of("tensor"):
-        tile = span.label.split()[1]
-        read = held[f"{'K' if span.kind == 'S' else 'V'} {tile}"]
+    spans = [span for lane in lanes for span in timeline.of(lane) if span.kind == "held"]
+    held = {(span.owner, span.label): span for span in spans}
+    for span in timeline.of(program.unit):
+        block, tile = span.owner.rpartition(": ")[0], span.label.split()[1]
+        read = held[block, f"{'K' if span.kind == 'S' else 'V'} {tile}"]
         assert read.start <= span.start < span.end <= read.end
 
 
