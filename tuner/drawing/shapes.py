@@ -59,10 +59,14 @@ def _n(value: float) -> str:
     return f"{value:.1f}".removesuffix(".0")
 
 
+# Of the width by `width_of` that a short label of digits and capitals really takes.
+_FILLED = 0.92
+
+
 def boxed_text(box: Box, content: str, class_: str, size: float) -> Markup:
-    """A line of text in the middle of a box, and nothing where it has no room."""
+    """A line of text in the middle of a box; nothing where it has no room."""
     x, y, width, height = box
-    if width_of(content, size) > width or size > height:
+    if _FILLED * width_of(content, size) > width or size > height:
         return Markup("")
     return text(x + width / 2, y + height / 2 + 0.36 * size, content, class_, "middle")
 

@@ -81,6 +81,8 @@ a{color:var(--accent)}
 code{font:.92em ui-monospace,"DejaVu Sans Mono",Menlo,Consolas,monospace;overflow-wrap:anywhere}
 td code{overflow-wrap:normal;white-space:nowrap}
 .muted{color:var(--muted)}
+.kernel{margin:0 0 14px}
+.kernel p{margin:0 0 2px}
 .good{color:var(--good)}
 .failed{color:var(--failed)}
 section{margin-top:28px;padding-top:16px;border-top:1px solid var(--line)}
@@ -90,6 +92,7 @@ section{margin-top:28px;padding-top:16px;border-top:1px solid var(--line)}
 .facts dd{margin:0;font-variant-numeric:tabular-nums}
 .facts dd b{font-size:1.15em}
 .charts{display:grid;align-items:start;gap:12px;grid-template-columns:repeat(auto-fill,minmax(min(100%,340px),1fr))}
+.few{grid-template-columns:repeat(auto-fit,minmax(min(100%,340px),1fr))}
 figure{margin:0;padding:10px 12px;background:var(--card);border:1px solid var(--line);
   border-radius:6px;break-inside:avoid;min-width:0}
 figcaption{color:var(--muted);font-size:.82em;margin-top:4px}
@@ -136,6 +139,8 @@ i.none{border-color:var(--axis)}
 .ramp i{display:inline-block;width:14px;height:9px;print-color-adjust:exact}
 .key{display:inline-block;margin-right:.8em}
 details{margin-top:10px}
+figure details{margin-top:6px;font-size:.82em}
+figure summary{color:var(--muted);font-weight:500}
 summary{cursor:pointer;font-weight:600}
 .scroll{overflow-x:auto;background:var(--card);border:1px solid var(--line);border-radius:6px;
   margin-top:6px}
@@ -153,13 +158,14 @@ tr:last-child td{border-bottom:0}
 .prose h3{margin:16px 0 2px;font-size:1em}
 .prose h3:first-child{margin-top:0}
 .question{margin:6px 0 12px;font-size:1.12em;padding-left:10px;border-left:3px solid var(--accent)}
-.origin{font-weight:400;font-size:.82em;color:var(--muted);margin-left:.6em}
+.origin{font-weight:400;font-size:.78em;color:var(--muted);padding:0 4px;
+  border:1px solid var(--line);border-radius:4px}
 .caption{font-size:.86em;margin:6px 0 0}
 .slips{margin:4px 0 0}
 .slips dt{margin-top:6px}
 .slips dd{margin:0 0 0 1.2em}
-.lesson{display:grid;gap:12px 24px;margin-top:12px}
-.beside{display:grid;gap:12px;align-content:start}
+.lesson{display:grid;gap:12px 24px;margin-top:12px;grid-template-columns:minmax(0,1fr)}
+.beside{display:grid;gap:12px;align-content:start;grid-template-columns:minmax(0,1fr)}
 @media (min-width:1000px){.lesson{grid-template-columns:minmax(0,46em) minmax(340px,1fr)}}
 @media print{body{background:none;padding:0;font-size:11px}
   svg,.ramp,.swatch{print-color-adjust:exact}

@@ -17,16 +17,18 @@ through (`turns`).
 """
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import NamedTuple
 
 from numflash.configs import Config, Traits
 from numflash.problem.classes import ProblemClass
+from numflash.selection.layout import Tiling, order_of, tiles_seen
 
 from ..records import ResourceUsage
 from ..space.machines import Machine
 from . import turns
 from .counts import feature_counts
-from .grid import l2_share, lay, memory_bytes, walks_upwards
+from .grid import l2_share, lay, memory_bytes
 from .hopper import (
     COPIES_NORM,
     LEFT_TO_CHANCE,
@@ -94,6 +96,7 @@ class Form:
         buffers: of dQ.
         order: of `turns.ORDERS`, in which dQ is added; None if nobody waits.
         in_flight: heads whose blocks start in turn.
+        blocks_order: of `layout.ORDERS`, in which blocks work.
     """
 
     row_tile: int
@@ -111,6 +114,7 @@ class Form:
     buffers: int = 1
     order: str | None = None
     in_flight: int = 1
+    blocks_order: str = "first keys first"
 
 
 class Product(NamedTuple):
@@ -182,7 +186,8 @@ def form_of(machine: Machine, config: Config, problem: ProblemClass) -> Form:
     traits, family = problem.traits, problem.family
     d, dv, groups = traits.head_dim, traits.head_dim_v, config.num_warpgroups
     rows, columns = tiles = config.row_tile, config.column_tile
-    scores, more = [product(1, columns, n) for n in (d, dv)], {"stages": config.num_stages}
+    scores = [product(1, columns, n) for n in (d, dv)]
+    more = {"stages": config.num_stages, "blocks_order": order_of(config)}
     if family == "backward-dq":
         products = groups * [*scores, product(1, d, columns, in_registers=True)]
         return make_form(traits, tiles, False, groups, products, 0, outputs=d // 2, **more)
@@ -292,7 +297,7 @@ def predict_form(
         spread = schedule(grid, machine.num_sms, 1, lambda tiles, _: tiles * clocks + around)
     else:
         spread = turns.clocks_of(
-            walks_upwards(problem, form.row_tile, form.column_tile),
+            _walks_upwards(grid.launch.tiling),
             problem.group_size,
             grid.heads,
             machine.num_sms,
@@ -315,6 +320,13 @@ def predict_form(
     alone = max(grid.walks.most, grid.mean_tiles * grid.blocks / machine.num_sms)
     parts["latency"] = float(alone * _chain(machine, form, busy)) / per_ms
     return Prediction(ms, parts, max(parts, key=parts.get), 1)
+
+
+@lru_cache(maxsize=64)
+def _walks_upwards(tiling: Tiling) -> tuple[tuple[int, int], ...]:
+    """(first tile of queries, behind the last) that each block of keys of a head visits."""
+    begin, end, _, _ = tiles_seen(tiling)
+    return tuple(zip(begin.tolist(), end.tolist(), strict=True))
 
 
 def conversion_ms(machine: Machine, problem: ProblemClass) -> float:

@@ -43,6 +43,7 @@ class Laid:
         kinds: EMPTY, EDGE or WHOLE of each of them.
         head: the number of that head among those of all batch entries.
         splits: blocks that share the walk of each tile of rows, evenly; 1 of listed tiles.
+        resident: blocks that share an SM, where there are so many.
         owns_keys: whether blocks own keys and walk over queries.
         notes: what is drawn, where that is not all, and what stands for numbers that were not
             read.
@@ -54,6 +55,7 @@ class Laid:
     kinds: np.ndarray
     head: int
     splits: int
+    resident: int
     owns_keys: bool
     notes: tuple[str, ...] = ()
 
@@ -75,6 +77,14 @@ def laid(asked: Asked, kernel: Kernel) -> Laid:
     if asked.problem.lengths is None:
         return _dense(asked, kernel)
     return _listed(asked, kernel)
+
+
+def _resident(asked: Asked, kernel: Kernel, found: Places) -> int:
+    fit = 1 if kernel.prediction is None else kernel.prediction.blocks_per_sm
+    if kernel.report is not None:
+        fit = kernel.report.blocks_per_sm
+    blocks = int(found.block[-1]) + 1 if len(found) else 0
+    return max(1, min(fit, -(-blocks // asked.machine.num_sms)))
 
 
 class _Blocks(NamedTuple):
@@ -99,7 +109,8 @@ def _dense(asked: Asked, kernel: Kernel) -> Laid:
             kinds, which = _with_blocks(kinds, tiling, blocks)
             notes += which
     splits = launch.splits if launch.order == "in bundles" else 1
-    return Laid(found, tiles, tiling, kinds, 0, splits, by_keys, tuple(notes))
+    resident = _resident(asked, kernel, found)
+    return Laid(found, tiles, tiling, kinds, 0, splits, resident, by_keys, tuple(notes))
 
 
 def _launch(asked: Asked, kernel: Kernel) -> Launch:
@@ -203,7 +214,8 @@ def _listed(asked: Asked, kernel: Kernel) -> Laid:
     drawn = f"of sequence {entry} of {len(q.length)}, the largest: {sides[0]:,} queries and "
     notes = (drawn + f"{sides[1]:,} keys", *notes)
     head = entry * problem.num_heads_q
-    return Laid(found, found.tiles, tiling, tile_kinds(tiling), head, 1, by_keys, notes)
+    resident, kinds = _resident(asked, kernel, found), tile_kinds(tiling)
+    return Laid(found, found.tiles, tiling, kinds, head, 1, resident, by_keys, notes)
 
 
 def _lengths(asked: Asked, kernel: Kernel) -> tuple[Extents, Extents, list[str]]:

@@ -66,8 +66,10 @@ def _tiles(facts: MaskFacts) -> Figure:
         parts.append(upwards(28, _TOP, name, "muted"))
     if facts.walk is not None:
         y = _TOP + facts.walk.row_tile.value // facts.step[0] * height
-        about = f"the row of the walk below: {own} tile {facts.walk.row_tile}"
-        parts.append(rect(_LEFT, y, right - _LEFT, height, "outline", about))
+        first, last = (n // facts.step[1] for n in facts.walk.tiles[[0, -1]].tolist())
+        about = f"the walk below: {own} tile {facts.walk.row_tile}"
+        span = _LEFT + first * width, y, (last - first + 1) * width, height
+        parts.append(rect(*span, "outline", about))
     total = facts.whole.value + facts.masked.value + facts.empty.value
     visited = facts.whole.value + facts.masked.value
     said = f"{visited:,} of {total:,} tiles ({visited / total:.0%}) are visited by each head"
@@ -143,6 +145,7 @@ def _work(facts: MaskFacts) -> Figure:
                 "makes of it."
                 if facts.imbalance.value > 1.02
                 else "All have about the same, so their order does not matter.",
+                f" A bar is the mean of {step} tiles of {own}." if step > 1 else "",
             ]
         ),
         chart(
