@@ -138,14 +138,17 @@ def test_copies_bound_a_turn_at_their_own_rate():
 
 def test_turns_and_overlap_hide_the_softmax_at_head_dim_64():
     """The lesson on ping-pong: clocks of a turn of two warpgroups, with copies hidden."""
-    h100, found = machines.find("H100"), {}
-    for text in ("", "-pingpong", f"-{BOTH}"):
-        config = parse_config("forward", f"sm90-m128n128w8s2{text}")
-        program = program_of(config, NARROW, 40)
-        rates = rates_of(program, h100, config, NARROW).with_copies(0)
-        found[text] = play(program, rates)
-    assert [timeline.turn for timeline in found.values()] == [1788, 1276, 1244]
-    busy = [timeline.busy["tensor"] for timeline in found.values()]
+    found = [
+        trace(
+            machines.find("H100"),
+            parse_config("forward", f"sm90-m128n128w8s2{text}"),
+            *(NARROW, 40),
+            copies=0,
+        )
+        for text in ("", "-pingpong", f"-{BOTH}")
+    ]
+    assert [timeline.turn for timeline in found] == [1788, 1276, 1244]
+    busy = [timeline.busy["tensor"] for timeline in found]
     assert busy == pytest.approx([1024 / 1788, 1024 / 1276, 1024 / 1244], rel=0.02)
 
 
