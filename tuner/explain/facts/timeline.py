@@ -104,7 +104,7 @@ def find(asked: Asked, kernel: Kernel) -> TimelineFacts:
         NotShownError: the kernel has no work, or no program of it is known.
     """
     found = laid(asked, kernel)
-    if not found.kinds.size or not found.tiles.any():
+    if not found.work.any():
         raise NotShownError("no block has anything to do, so no clock passes")
     blocks = found.resident
     walk = _walk(found, blocks)
@@ -125,11 +125,11 @@ def find(asked: Asked, kernel: Kernel) -> TimelineFacts:
 
 def _walk(found: Laid, blocks: int) -> Walk:
     """The longest walk of the head that is drawn; of a long one only so many tiles."""
-    row = int((found.kinds > 0).sum(axis=1).argmax())
+    row = int(found.work.argmax())
     tiles = max(found.shares(row), key=len)
     most = max(_FEWEST_TILES, min(_MOST_TILES, _ALL_TILES // blocks))
-    last = tiles[-most:]
-    masked = [n for n, tile in enumerate(last) if found.kinds[row, tile] == EDGE]
+    last, kinds = tiles[-most:], found.row(row)
+    masked = [n for n, tile in enumerate(last) if kinds[tile] == EDGE]
     return Walk(len(last), (), tuple(masked))
 
 
