@@ -16,10 +16,12 @@ from ..drawing.markup import Markup, joined, tag
 from .asked import Asked, Kernel, NotShownError
 from .facts import bytes as bytes_facts
 from .facts import call as call_facts
+from .facts import numerics as numerics_facts
 from .facts import resources as resource_facts
 from .numbers import as_json
 from .sections import bytes as bytes_section
 from .sections import call as call_section
+from .sections import numerics as numerics_section
 from .sections import resources as resource_section
 
 
@@ -42,7 +44,10 @@ OF_KERNEL: tuple[Section, ...] = (
     Section("resources", "Where the time goes", resource_facts, resource_section),
 )
 """Sections of each kernel whose blocks walk over tiles: find(asked, kernel), figures(facts)."""
-OF_CALL: tuple[Section, ...] = (Section("bytes", "Bytes and memory", bytes_facts, bytes_section),)
+OF_CALL: tuple[Section, ...] = (
+    Section("bytes", "Bytes and memory", bytes_facts, bytes_section),
+    Section("numerics", "Numerics", numerics_facts, numerics_section),
+)
 """Sections of the whole call: find(asked), figures(facts)."""
 
 
