@@ -265,7 +265,11 @@ class Block:
         if not ready or ready is self.laggard or random() < self.restlessness:
             ready = self._warp()
             self.favourite = ready[0].warp
-        return self._take(ready)
+        # As `_take`, which every step would call.
+        pick = int(random() * len(ready))
+        ready[pick], ready[-1] = ready[-1], ready[pick]
+        self.num_ready -= 1
+        return ready.pop()
 
     def _take(self, ready: list[Thread]) -> Thread:
         """A random one of these ready threads, taken out in constant time."""

@@ -8,6 +8,7 @@ import pytest
 import numflash
 from numflash.executor.text import PtxError
 from tests.executed.conftest import normal
+from tests.support.faults import of_each_kind
 
 # Scores are large, so that rows' maxima are followed.
 KERNELS = {
@@ -56,7 +57,9 @@ _SEEDS = range(3)
 _expected: dict[str, list[bytes]] = {}
 
 
-@pytest.mark.parametrize("kernel, instruction, where", DROPPED)
+@pytest.mark.parametrize(
+    "kernel, instruction, where", of_each_kind(DROPPED, lambda row: row[:2], together=2)
+)
 def test_what_is_missing_is_seen(executed, monkeypatch, kernel, instruction, where):
     pattern = rf"(?<=[\s{{;])(@!?%p\d+\s+)?{re.escape(instruction)}[^;]*;"
     assert _is_seen(executed, monkeypatch, kernel, pattern, ";", where)

@@ -5,8 +5,8 @@ As `test_broken_hopper_backward`, whose problems break what this kernel shares w
 
 import pytest
 
-from tests.support.covering import ALL
-from tests.support.faults import Early, events, load, mutations, source_of
+from tests.support.covering import ALL, some
+from tests.support.faults import Early, events, load, mutations, of_each_kind, source_of
 from tests.support.gradient_problems import GradientProblem, first_failure
 
 CHAIN = (
@@ -47,6 +47,8 @@ _SYNCHRONISATION = (
     r"((OWNED|Q|DO|ROWS|DQ)\.)?(claim|expect|filled|wait|release)|wait_for_\w+|fence_\w+"
     r"|mbarrier_arrive|bar_sync|cp_async_bulk_(commit|wait)_\w+|st_release_\w+"
 )
+# What takes many seeds to show, and `test_broken_hopper_kernels` shows of other copies.
+DEAR = "cp_async_bulk_wait_group_read", "DQ.claim"
 # Releases of which the simulator cannot tell that they come a statement too early.
 NEVER_TOO_EARLY = {
     ("_make_add_dq.add_dq", "mbarrier_arrive", 0): "no thread runs before it has read the buffer",
@@ -80,11 +82,13 @@ def faults_of_events() -> list:
     """(fault, problems): no wait, claim or fence may be missing, no release come early."""
     found = []
     for fault in events(SOURCE, _SYNCHRONISATION):
-        if (fault.function, fault.called, fault.n) not in NOT_NEEDED:
+        dear = not ALL and fault.called in DEAR
+        if (fault.function, fault.called, fault.n) not in NOT_NEEDED and not dear:
             found.append((fault, "no"))
     for fault in events(SOURCE, r"(Q|DO|ROWS)\.release|mbarrier_arrive|st_release_\w+", Early):
         if (fault.function, fault.called, fault.n) not in NEVER_TOO_EARLY:
             found.append((fault, "early"))
+    found = of_each_kind(found, lambda row: (row[0].kind,))
     problems = "turns", "first"
     return [pytest.param(fault, problems, id=f"{how} {fault}") for fault, how in found]
 
@@ -140,11 +144,11 @@ def ideas() -> list:
     parts = {part.rpartition("/")[2]: part for part in CHAIN}
     return [
         pytest.param(parts[part], mutation, (problem,), id=f"{part}: {mutation}")
-        for part, problem, mutation in mutations(IDEAS)
+        for part, problem, mutation in of_each_kind(mutations(IDEAS), lambda row: row[:2], 2)
     ]
 
 
-@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("name", some(PROBLEMS, "turns"))
 def test_the_kernel_is_right(name, monkeypatch):
     for seed in SEEDS if ALL else SEEDS[:1]:
         assert PROBLEMS[name].is_solved(seed, monkeypatch)

@@ -14,7 +14,16 @@ from numflash import reference
 from numflash.api.comparison import compare, gradients_by_name
 from numflash.calls import ready
 from tests.sim.test_broken_kernels import first_failure
-from tests.support.faults import Dropped, Mutation, attempts, events, load, source_of
+from tests.support.covering import some
+from tests.support.faults import (
+    Dropped,
+    Mutation,
+    attempts,
+    events,
+    load,
+    of_each_kind,
+    source_of,
+)
 from tests.support.gradient_problems import GRADIENTS
 
 KERNELS = "numflash.kernels.mma"
@@ -90,11 +99,13 @@ def first_failure_of(
 
 def synchronisations() -> list:
     """(family, fault) that leaves out one barrier or wait, for each of them."""
-    return [
-        pytest.param(family, fault, id=f"{family} without {fault}")
+    found = [
+        (family, fault)
         for family in CONFIGS
         for fault in events(source_of(module_of(family)), r"cuda\.syncthreads|wait_for_tile")
     ]
+    found = of_each_kind(found, lambda row: (row[0], row[1].kind), together=2)
+    return [pytest.param(*row, id=f"{row[0]} without {row[1]}") for row in found]
 
 
 # (family, module of the tiles, mutation): one for each idea that a kernel could get wrong.
@@ -181,7 +192,7 @@ MUTATIONS = [
 ]
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", some(CONFIGS, "forward", "backward"))
 def test_a_tensor_core_kernel_is_right_for_every_seed(family, monkeypatch):
     assert first_failure_of(family, monkeypatch, seeds=range(1)) is None
 
@@ -215,8 +226,12 @@ WITHOUT_TILES = {
 }
 
 
+_WITHOUT_TILES = [(f, c) for f, (_, configs, _) in WITHOUT_TILES.items() for c in configs]
+
+
 @pytest.mark.parametrize(
-    ("family", "config"), [(f, c) for f, (_, configs, _) in WITHOUT_TILES.items() for c in configs]
+    ("family", "config"),
+    of_each_kind(_WITHOUT_TILES, lambda row: (row[0], row[1].partition("w2")[2])),
 )
 def test_what_no_tile_needs_is_not_copied(family, config, monkeypatch, record_property):
     """Nobody waits for such a copy, and what comes next may copy to the same bytes."""

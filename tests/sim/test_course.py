@@ -4,11 +4,17 @@ from functools import cache
 
 import pytest
 
-from numflash.tiles.portable import softmax
+from numflash.kernels.portable import forward
+from numflash.kernels.shared import combine
+from numflash.tiles import sequences
+from numflash.tiles.mma import softmax as on_tensor_cores
+from numflash.tiles.portable import gradients, softmax
+from numflash.tiles.quantize import conversions
 from tests.support.pages import page_faults
 from tuner.explain import course
 from tuner.explain.course import page
 
+EXP = softmax.exp_f32
 # Lesson -> its checks.
 CHECKS = {1: 4, 2: 5, 3: 8, 4: 7, 5: 6, 6: 7, 7: 6, 8: 5, 9: 4, 10: 7}
 
@@ -40,10 +46,21 @@ def test_the_page_of_all_lessons():
     assert "✗" not in text and text.count("✓") == sum(CHECKS.values())
 
 
-@pytest.mark.parametrize("number", [2, 8])
-def test_a_wrong_kernel_fails(monkeypatch, number):
-    exact = softmax.exp_f32
-    monkeypatch.setattr(softmax, "exp_f32", lambda x: exact(x * softmax.f32(1.001)))
+@pytest.mark.parametrize(
+    "number, module, name, wrong",
+    [
+        (1, softmax, "exp_f32", lambda x: EXP(x * softmax.f32(1.001))),
+        (2, softmax, "exp_f32", lambda x: EXP(x * softmax.f32(1.001))),
+        pytest.param(3, on_tensor_cores, "LAG", softmax.f32(0), marks=pytest.mark.thorough),
+        (4, forward, "tiles_seen", lambda *_: sequences.Keys(0, 1)),
+        (5, combine, "exp_f32", lambda x: x * 0 + 1),
+        (8, softmax, "exp_f32", lambda x: EXP(x * softmax.f32(1.001))),
+        (9, gradients, "exp_f32", lambda x: EXP(x) * softmax.f32(1.001)),
+        pytest.param(10, conversions, "min_f32", lambda x, _: x * 0, marks=pytest.mark.thorough),
+    ],
+)
+def test_a_wrong_kernel_fails(monkeypatch, number, module, name, wrong):
+    monkeypatch.setattr(module, name, wrong)
     [found] = course.compute([number], quiet=True)
-    failed = [check.claim for check in found.checks if not check.holds]
-    assert failed and "✗ fails" in page.of([found])
+    assert not all(check.holds for check in found.checks)
+    assert "✗ fails" in page.of([found])

@@ -82,7 +82,7 @@ def launched(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize(("configs", "case"), some(_cases(), every=4))
+@pytest.mark.parametrize(("configs", "case"), some(_cases(), every=6))
 def test_errors_are_within_budget(configs, case, launched):
     report = numflash.check(**case.arrays(), config=configs, **case.call_options())
     gradients = ["dq", "dk", "dv", *(["dsinks"] if "sinks" in case.options else [])]
@@ -102,9 +102,9 @@ def gradients_of(case, configs, **more):
 OF_BITS = {"plain": {}, "dropout": {"dropout_p": 0.3, "seed": 2**40 + 1}}
 
 
-@pytest.mark.parametrize("options", OF_BITS.values(), ids=OF_BITS)
-def test_bits_are_those_of_mma_and_no_order_of_threads_changes_them(options, monkeypatch):
-    options = {"causal": True, **options}
+@pytest.mark.parametrize("name", some(OF_BITS, "dropout"))
+def test_bits_are_those_of_mma_and_no_order_of_threads_changes_them(name, monkeypatch):
+    options = {"causal": True, **OF_BITS[name]}
     case = AttentionCase("bits", (1, 100, 90, 2, 1, 64, 64), "float16", options=options)
     on_mma = {"backward-dq": "sm80-m16n16w1s2", "backward-dkdv": "sm80-m16n16w1s2"}
 
@@ -121,8 +121,9 @@ def test_bits_are_those_of_mma_and_no_order_of_threads_changes_them(options, mon
 BY_ROLES = {"plain": ({}, "v"), "softcap": ({"softcap": 2.0}, "kv")}
 
 
-@pytest.mark.parametrize(("more", "same"), BY_ROLES.values(), ids=BY_ROLES)
-def test_by_roles_bits_are_those_of_mma_where_nothing_is_rounded_more(more, same, monkeypatch):
+@pytest.mark.parametrize("name", some(BY_ROLES, "softcap"))
+def test_by_roles_bits_are_those_of_mma_where_nothing_is_rounded_more(name, monkeypatch):
+    more, same = BY_ROLES[name]
     options = {"causal": True, **more}
     case = AttentionCase("bits", (1, 70, 90, 2, 1, 64, 64), "float16", options=options)
 

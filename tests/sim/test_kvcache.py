@@ -14,7 +14,7 @@ from tests.support.covering import some, thorough
 CASES = cases()
 
 
-@pytest.mark.parametrize("case", some(CASES, every=6), ids=str)
+@pytest.mark.parametrize("case", some(CASES, every=12), ids=str)
 def test_results_are_within_their_budgets_and_caches_hold_the_new_rows(case: CacheCase, on):
     on(case.arch)
     for error in errors_of(case, np.random.default_rng(len(str(case)))):

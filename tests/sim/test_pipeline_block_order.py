@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from numflash_tuner.pipeline.mma import WARPS
 from numflash_tuner.pipeline.programs import program_of
-from numflash_tuner.pipeline.steps import Walk
+from numflash_tuner.pipeline.steps import Load, Walk
 
 import numflash
 from numflash.configs import Traits, parse_config
+from numflash.configs.formats import FORMATS
 from tests.support.block_order import difference, record_block
 from tests.support.program_order import Memory
 
@@ -22,6 +23,8 @@ CASES = {
     "forward, copies through registers": (
         *("sm_75", "forward", "sm75-m16n16w1s2", "float16", 32, 16, 70),
     ),
+    "forward, 8 bits": ("sm_89", "forward", "fp8-sm89-m16n64w1s2", "float16", 64, 16, 200),
+    "forward, 8 bits as 16": ("sm_80", "forward", "fp8-sm80-m16n32w1s1", "float16", 64, 16, 70),
     "dQ": ("sm_80", "backward-dq", "sm80-m16n16w1s1", "float16", 32, 16, 40),
     "dQ, two stages": ("sm_80", "backward-dq", "sm80-m16n16w1s2", "float16", 32, 16, 70),
     "dK and dV": ("sm_80", "backward-dkdv", "sm80-m16n16w1s1", "float16", 32, 40, 16),
@@ -44,7 +47,8 @@ def run(family, config, dtype, head_dim, seqlen_q, seqlen_k):
     q = rng.standard_normal((1, seqlen_q, 1, head_dim)).astype(dtype)
     k, v = (rng.standard_normal((1, seqlen_k, 1, head_dim)).astype(dtype) for _ in "kv")
     if family == "forward":
-        numflash.attention(q, k, v, config=str(config))
+        precision = "fp8" if str(config).startswith("fp8") else None
+        numflash.attention(q, k, v, config=str(config), precision=precision)
         return
     configs = {} if family == "backward" else OTHERS[dtype]
     lse = np.zeros((1, 1, seqlen_q), np.float32)
@@ -68,16 +72,35 @@ def memory_of(config, traits, buffers) -> Memory:
 def test_the_order(case, on, monkeypatch):
     arch, family, text, dtype, head_dim, seqlen_q, seqlen_k = case
     on(arch)
-    config, traits = parse_config(family, text), Traits(dtype, head_dim, head_dim)
+    config = parse_config(family, text)
+    traits = Traits(dtype, head_dim, head_dim, fp8=text.startswith("fp8"))
     rows = seqlen_q if family in ("forward", "backward-dq") else seqlen_k
     walked = seqlen_k if family in ("forward", "backward-dq") else seqlen_q
     walk, blocks = Walk(-(-walked // config.column_tile)), -(-rows // config.row_tile)
     walks = [[walk]] * blocks if family != "backward" else [[walk] * blocks]
     programs = [program_of(config, traits, mine) for mine in walks]
     memory = memory_of(config, traits, programs[0].buffers)
-    by_lanes = programs[0].unit == "FMA" or arch == "sm_75"
+    by_lanes = any(isinstance(step, Load) for step in programs[0].roles[WARPS]())
     heard = record_block(monkeypatch, family.replace("-", "_"), memory, by_lanes)
     run(family, config, dtype, head_dim, seqlen_q, seqlen_k)
     assert len(heard.blocks) == len(programs)
     for steps, program in zip(heard.blocks, programs, strict=True):
         assert difference(program, WARPS, steps) is None
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_codes_of_a_cache_are_decoded_behind_their_copies(stages, on, monkeypatch):
+    on("sm_80")
+    rng = np.random.default_rng(0)
+    q = rng.standard_normal((1, 1, 2, 32)).astype(np.float16)
+    caches = FORMATS["e4m3"].encode(rng.standard_normal((2, 1, 80, 1, 32)))
+    config = parse_config("forward", f"sm80-m16n16w1s{stages}")
+    traits = Traits("float16", 32, 32, codes=True, ragged=True)
+    program = program_of(config, traits, 5)
+    heard = record_block(
+        monkeypatch, "forward", memory_of(config, traits, program.buffers), by_lanes=False
+    )
+    lengths = np.array([75], np.int32)
+    numflash.attention_with_kvcache(q, *caches, cache_seqlens=lengths, config=str(config))
+    (steps,) = heard.blocks
+    assert difference(program, WARPS, steps) is None

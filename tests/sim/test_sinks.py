@@ -8,6 +8,7 @@ from numflash import reference
 from numflash.calls import ready
 from numflash.runtime.driver import limits_of_device
 from numflash.runtime.numpy_arrays import NumPy
+from tests.support.covering import some
 from tests.support.faults import Mutation, load
 
 SINKS = np.array([-1.0, 0.5, 2.0, 4.0], np.float32)
@@ -49,7 +50,7 @@ def on(monkeypatch):
     limits_of_device.cache_clear()
 
 
-@pytest.mark.parametrize("name", SPLIT)
+@pytest.mark.parametrize("name", some(SPLIT, "sm80", "fp8-sm90"))
 def test_a_sink_joins_a_row_once_however_its_keys_are_split(on, name):
     arch, forward, backward = SPLIT[name]
     on(arch)

@@ -40,7 +40,7 @@ def _cases():
 
 @pytest.mark.parametrize(
     "case",
-    some(_cases(), every=4),
+    some(_cases(), every=8),
     ids=lambda case: "-".join(map(str, case.values())).replace(" ", ""),
 )
 def test_its_own_grid_by_its_own_rule(case, on):

@@ -142,10 +142,12 @@ def difference(program: Program, role: str, heard: list[tuple]) -> str | None:
     Args:
         program: of the block.
         role: of all its warps.
-        heard: what was; of copies only those of tiles that the program has buffers of.
+        heard: what was; of tiles that the program does not name nothing counts.
     """
-    left = [x for x in heard if x[0] != "copy" or x[1][0] in program.buffers]
-    steps = (step for step in program.roles[role]() if not isinstance(step, Work))
+    steps = [step for step in program.roles[role]() if not isinstance(step, Work)]
+    read = {name for step in steps if isinstance(step, Multiply) for name, _ in step.operands}
+    named = read | set(program.buffers)
+    left = [x for x in heard if x[0] not in ("copy", "touch") or x[1][0] in named]
     for number, step in enumerate(steps):
         count = _count(step, left)
         if count == 0:

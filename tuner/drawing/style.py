@@ -164,8 +164,8 @@ tr:last-child td{border-bottom:0}
 .slips{margin:4px 0 0}
 .slips dt{margin-top:6px}
 .slips dd{margin:0 0 0 1.2em}
-.lesson{display:grid;gap:12px 24px;margin-top:12px}
-.beside{display:grid;gap:12px;align-content:start}
+.lesson{display:grid;gap:12px 24px;margin-top:12px;grid-template-columns:minmax(0,1fr)}
+.beside{display:grid;gap:12px;align-content:start;grid-template-columns:minmax(0,1fr)}
 @media (min-width:1000px){.lesson{grid-template-columns:minmax(0,46em) minmax(340px,1fr)}}
 @media print{body{background:none;padding:0;font-size:11px}
   svg,.ramp,.swatch{print-color-adjust:exact}

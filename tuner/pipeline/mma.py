@@ -42,6 +42,9 @@ class Copies:
 
 def copies_of(config: MmaConfig, traits: Traits) -> Copies:
     """How the kernel of a config copies."""
+    if traits.fp8:
+        # Codes that are multiplied as float16 are converted on their way.
+        return Copies(config.multiplies_codes)
     return Copies(config.generation != "sm75" and traits.vectorized)
 
 

@@ -107,7 +107,7 @@ def _products(
         rate = float(machine.fp32_lanes)
     if not rate:
         raise ValueError(f"{machine.name} has no products as {config} needs them")
-    rate *= 2 if traits.fp8 else 1
+    rate *= 2 if traits.fp8 and config.multiplies_codes else 1
     return {
         name: rows * columns * depth / rate
         for name, (rows, columns, depth) in program.shapes.items()

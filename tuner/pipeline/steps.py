@@ -145,10 +145,12 @@ class Work(NamedTuple):
     Attributes:
         kind: a key of `Rates.work`; "exp" takes the special-function units.
         tile: of the walk.
+        reads: the (tile in shared memory, buffer) that it reads, if it does.
     """
 
     kind: str
     tile: int
+    reads: tuple[str, int] | None = None
 
 
 Step = (

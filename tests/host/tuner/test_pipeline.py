@@ -5,16 +5,18 @@
 
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
-from numflash_tuner.pipeline import trace
-from numflash_tuner.pipeline.engine import COPIES, EXPONENTIALS, play
+from numflash_tuner.pipeline import programs, trace
+from numflash_tuner.pipeline.engine import play
+from numflash_tuner.pipeline.player import COPIES, EXPONENTIALS
 from numflash_tuner.pipeline.programs import program_of
 from numflash_tuner.pipeline.rates import Rates, rates_of
 from numflash_tuner.pipeline.steps import Begin, Claim, Fetch, Multiply, Program, Walk
 from numflash_tuner.space import machines
 
-from numflash.configs import Traits, parse_config
+from numflash.configs import IMPLEMENTATIONS, Traits, parse_config
 
 BOTH = "overlap-pingpong"
 OF_16_BITS, WIDE = Traits("bfloat16", 128, 128), Traits("bfloat16", 256, 256)
@@ -213,6 +215,42 @@ def test_an_empty_walk_takes_no_turn():
     timeline = play(forward(f"m128n128w8s2-{BOTH}", tiles=0), ROUND)
     assert timeline.of("tensor") == []
     assert timeline.end > 0
+
+
+def test_machine_code_says_how_long_the_softmax_takes():
+    h100, config = machines.find("H100"), parse_config("forward", f"sm90-m128n128w8s2-{BOTH}")
+    program = program_of(config, OF_16_BITS, 4)
+    loop = SimpleNamespace(
+        clocks={"tensor": 1024, "special": 528, "half_rate": 196},
+        instructions={"fmnmx": 66, "conversions": 32},
+        skipped={"mask": 259},
+    )
+    found = rates_of(program, h100, config, OF_16_BITS, SimpleNamespace(main_loop=loop))
+    assert found.origin == "machine code"
+    assert [found.work[x] for x in ("exp", "pack", "mask")] == [528, 64, 259]
+    assert found.work["max"] == 2 * 66 + 60
+    assert sum(found.products.values()) == loop.clocks["tensor"]
+    unread = rates_of(program, h100, config, OF_16_BITS, SimpleNamespace(main_loop=None))
+    assert unread.origin == "formula"
+    assert unread.work["exp"] == 64 * 128 / 16
+
+
+def test_few_blocks_get_more_of_the_l2():
+    h100, config = machines.find("H100"), parse_config("forward", "sm90-m128n128w8s2")
+    program = program_of(config, OF_16_BITS, 4)
+    few, many = (rates_of(program, h100, config, OF_16_BITS, blocks=n) for n in (4, 4000))
+    assert few.copies["K"] < many.copies["K"] == 128 * 128 * 2 / 24
+
+
+def test_every_kernel_of_attention_has_a_program():
+    families = "forward", "backward", "backward-dq", "backward-dkdv"
+    kinds = {
+        row.configs[family]
+        for row in IMPLEMENTATIONS
+        for family in families
+        if family in row.configs
+    }
+    assert kinds == set(programs._PROGRAMS)
 
 
 def test_bad_input():

@@ -1,5 +1,6 @@
 """The space of configs: what is feasible, what is not and why."""
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 
 from numflash.configs import MmaConfig, Sm90ForwardConfig, Traits, parse_config
 from numflash.problem.classes import ProblemClass
+from tests.support.covering import ALL, covering
 from tuner.records import ResourceUsage
 from tuner.space import machines
 from tuner.space.configs import Budgets, EmptySpaceError, Space, warpgroup_registers
@@ -38,8 +40,14 @@ def space(problem=FORWARD, machine="NVIDIA A100-SXM4-80GB", budgets=None):
     return Space(ProblemClass.parse(problem), machines.find(machine), budgets or Budgets())
 
 
-@pytest.mark.parametrize("machine", ["Tesla T4", "NVIDIA A100-SXM4-80GB", "NVIDIA H200", "sm_120"])
-@pytest.mark.parametrize("problem", PROBLEMS)
+# Each problem, and all machines in turn.
+MACHINES = "Tesla T4", "NVIDIA A100-SXM4-80GB", "NVIDIA H200", "sm_120"
+PLACES = list(itertools.product(MACHINES, PROBLEMS))
+
+
+@pytest.mark.parametrize(
+    ("machine", "problem"), covering(PLACES, lambda row: row, together=1, full=ALL)
+)
 def test_every_feasible_config_obeys_the_rules_and_the_default_is_among_them(problem, machine):
     if problem.startswith("backward ") and machine == "Tesla T4":
         pytest.skip("there is nothing to find the default in: Turing runs two kernels")
@@ -104,11 +112,18 @@ def test_the_default_is_what_dispatch_would_run():
     assert space().default == parse_config("forward", "sm80-m128n64w4s1")
 
 
-@pytest.mark.parametrize("machine", ["Tesla T4", "NVIDIA H200"])
-@pytest.mark.parametrize("seqlens", [(1, 1), (1, 4096), (16, 4096), (64, 16), (4096, 32)])
-@pytest.mark.parametrize("family", ["forward", "backward-dkdv", "backward-dq"])
+UNTUNED = list(
+    itertools.product(
+        ("Tesla T4", "NVIDIA H200"),
+        ((1, 1), (1, 4096), (16, 4096), (64, 16), (4096, 32)),
+        ("forward", "backward-dkdv", "backward-dq"),
+        ("float16-d64-dv64-vec", "float32-d128-dv128", "float32-d64-dv64-vec"),
+    )
+)
+
+
 @pytest.mark.parametrize(
-    "traits", ["float16-d64-dv64-vec", "float32-d128-dv128", "float32-d64-dv64-vec"]
+    ("machine", "seqlens", "family", "traits"), covering(UNTUNED, lambda row: row, full=ALL)
 )
 def test_what_runs_untuned_is_always_feasible(machine, seqlens, family, traits):
     q, k = seqlens
