@@ -205,7 +205,8 @@ def _prediction(
     code: MachineCode | None,
 ) -> Prediction | None:
     """The model's prediction; None where it knows no such kernel, or there is nothing to do."""
-    known = asked.family in (*TILED, *ROW_KERNELS)
+    # The model has no rates for products of 8-bit floats.
+    known = asked.family in (*TILED, *ROW_KERNELS) and not asked.traits.fp8
     if not known or not asked.seqlen_q * asked.seqlen_k * asked.batch_heads:
         return None
     try:
