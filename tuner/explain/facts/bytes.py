@@ -99,12 +99,16 @@ def find(asked: Asked) -> BytesFacts:
     """The facts of a call.
 
     Raises:
-        NotShownError: it has no scores.
+        NotShownError: it has no scores, or the model knows no such kernel.
     """
     kernel, machine = asked.forward, asked.machine
     problem = kernel.problem
-    if not score_bytes(problem) or kernel.prediction is None:
+    if not score_bytes(problem):
         raise NotShownError("there are no scores, so there is nothing to move or to keep")
+    if kernel.prediction is None:
+        raise NotShownError(
+            "the model counts no bytes of such kernels, as of those on 8-bit floats"
+        )
     laid = lay(problem, kernel.config)
     moved, parts = _moved(kernel, machine), part_bytes(problem, laid)
     each = 2 * (problem.traits.head_dim + problem.traits.head_dim_v)

@@ -12,7 +12,6 @@ from numflash.configs import implementation_of
 from numflash.runtime.arrays import library_of, to_numpy
 from numflash.runtime.mode import SIMULATED
 from numflash.selection.layout import EMPTY
-from numflash.tiles.mma.softmax import LAG
 
 from ..asked import Asked, Kernel, NotShownError
 from ..elements import Elements, Part, elements_of
@@ -27,6 +26,8 @@ _SIMULATED = {"sm90": 64 * 1024 * 128, "portable": 2 * 1024 * 128}
 _SIMULATED_ELSE = 16 * 1024 * 128
 MOST_ROW_KEYS = 2**16
 """Keys of the row that are read."""
+LAG = 8.0
+"""As `tiles.mma.softmax` has it, which is not imported: it would import Numba."""
 _WARP_ROWS, _CHOSEN = 16, 0.6
 _LOG2_E = np.float32(np.log2(np.e))
 # Options of `attention` that a slice takes as they are, and those with a number for each head.
@@ -63,6 +64,7 @@ class Checked:
         part: the slice.
         errors: for each result, by name: "error", "naive" (of an implementation that rounds each
             step to the input precision), "budget", and "share" of the budget.
+        naive: what "naive" is, in words.
         left_out: options that the slice was computed without.
     """
 
@@ -70,6 +72,7 @@ class Checked:
     place: str
     part: Slice
     errors: Mapping[str, Mapping[str, Number]]
+    naive: str
     left_out: Sequence[str]
 
 
@@ -191,6 +194,9 @@ def _checked(asked: Asked, elements: Elements) -> Checked:
         place=place,
         part=part,
         errors={error.name: _numbers(error) for error in found},
+        naive="attention with the same codes and scales in float64"
+        if kernel.traits.fp8
+        else "an implementation that rounds each step to the input precision",
         left_out=left_out,
     )
 
@@ -306,7 +312,7 @@ def _row(asked: Asked, elements: Elements) -> Row | None:
 
 
 def _lag(kernel: Kernel) -> float | None:
-    return float(LAG) if implementation_of(kernel.config).has_tensor_cores else None
+    return LAG if implementation_of(kernel.config).has_tensor_cores else None
 
 
 def _rows_of_warp(kernel: Kernel) -> int:

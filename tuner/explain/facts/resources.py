@@ -12,7 +12,7 @@ from ...model.grid import lay, memory_bytes
 from ...model.machine_code import Counts, MachineCode
 from ...model.prediction import PARTITIONS
 from ...space.machines import Machine
-from ..asked import Asked, Kernel, NotShownError
+from ..asked import Asked, Kernel
 from ..numbers import Number
 from .bytes import standard_bytes
 
@@ -129,19 +129,19 @@ class ResourceFacts:
     """Where the time of a kernel goes.
 
     Attributes:
-        predicted: its time by the model.
+        predicted: its time by the model; None where the model knows no such kernel.
         measured: where it was tuned on this GPU, else None.
-        floor: no kernel is faster.
+        floor: no kernel is faster; None likewise.
         parts: what each part of the machine takes if all others are free, by name.
-        roofline: None where nothing is multiplied.
+        roofline: None where nothing is multiplied, and likewise.
         turn: of the main loop; None where the model knows no such loop.
         share: of an SM.
         no_code: why the turn and the share are by formula; "" if they are of machine code.
     """
 
-    predicted: Number
+    predicted: Number | None
     measured: Number | None
-    floor: Number
+    floor: Number | None
     parts: Mapping[str, Number]
     roofline: Roofline | None
     turn: Turn | None
@@ -150,21 +150,21 @@ class ResourceFacts:
 
 
 def find(asked: Asked, kernel: Kernel) -> ResourceFacts:
-    """The facts of a kernel.
-
-    Raises:
-        NotShownError: the model knows no such kernel, or it has nothing to do.
-    """
-    predicted, measured = kernel.prediction, kernel.choice.measured_ms
-    if predicted is None:
-        raise NotShownError("the offline model has no time for this kernel and call")
-    parts = sorted(predicted.parts.items(), key=lambda part: -part[1])
+    """The facts of a kernel."""
+    found, measured = kernel.prediction, kernel.choice.measured_ms
+    predicted = floor = roofline = None
+    parts: list[tuple[str, float]] = []
+    if found is not None:
+        predicted = Number(found.ms, "model", "ms")
+        floor = Number(floor_ms(asked.machine, kernel.problem)["floor"], "model", "ms")
+        parts = sorted(found.parts.items(), key=lambda part: -part[1])
+        roofline = _roofline(asked.machine, kernel)
     return ResourceFacts(
-        predicted=Number(predicted.ms, "model", "ms"),
+        predicted=predicted,
         measured=None if measured is None else Number(measured, "measured", "ms"),
-        floor=Number(floor_ms(asked.machine, kernel.problem)["floor"], "model", "ms"),
+        floor=floor,
         parts={name: Number(ms, "model", "ms") for name, ms in parts},
-        roofline=_roofline(asked.machine, kernel),
+        roofline=roofline,
         turn=turn_of(asked.machine, kernel),
         share=share_of(kernel, asked.machine.limits),
         no_code=kernel.no_code,
@@ -266,7 +266,9 @@ def _turn_by_counts(machine: Machine, kernel: Kernel) -> Turn | None:
 def _work(
     config: Config, traits: Traits, code: MachineCode | None
 ) -> tuple[Counts, Counts] | None:
-    """(a warp's work of a turn, more of it for a tile that an edge crosses)."""
+    """(a warp's work of a turn, more of it for a tile that an edge crosses); None if unknown."""
+    if traits.fp8:
+        return None
     if implementation_of(config).needs_maps:
         if config.family != "forward":
             return None

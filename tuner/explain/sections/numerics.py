@@ -21,7 +21,10 @@ def figures(facts: NumericsFacts) -> list[Figure]:
     else:
         found = [_errors(facts.checked, facts.elements)]
     if facts.row is None:
-        return [*found, Figure("Online softmax of one row", escaped(f"None: {facts.no_row}."))]
+        return [
+            *found,
+            Figure("Online softmax of one row", escaped(f"Not shown: {facts.no_row}.")),
+        ]
     return [*found, _row(facts.row, facts.elements)]
 
 
@@ -46,9 +49,8 @@ def _errors(checked: Checked, elements: str) -> Figure:
     caption = [
         f"{said}. Computed {checked.place} by the kernel {checked.kernel}, from {elements}: "
         f"{part.queries} queries from {part.first_query:,} on, {part.keys} keys from "
-        f"{part.first_key:,} on, {part.heads} head{'s' if part.heads > 1 else ''}. Naive is an "
-        "implementation that rounds each step to the input precision. The budget is twice its "
-        "error, and the rounding of one result. "
+        f"{part.first_key:,} on, {part.heads} head{'s' if part.heads > 1 else ''}. Naive is "
+        f"{checked.naive}. The budget is twice its error, and the rounding of one result. "
     ]
     if checked.left_out:
         caption.append(f"Computed without {', '.join(checked.left_out)}.")

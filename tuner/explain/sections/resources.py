@@ -42,7 +42,7 @@ _EDGE = 8
 def figures(facts: ResourceFacts) -> list[Figure]:
     """The roofs, the parts, the turn and the share."""
     found = [] if facts.roofline is None else [_roofline(facts.roofline)]
-    found.append(_parts(facts))
+    found += [] if facts.predicted is None else [_parts(facts)]
     found += [] if facts.turn is None else [_turn(facts.turn, facts.no_code)]
     return [*found, _share(facts.share, facts.no_code)]
 
