@@ -18,14 +18,20 @@ from .asked import Asked, Kernel, NotShownError
 from .facts import bytes as bytes_facts
 from .facts import call as call_facts
 from .facts import fp8 as fp8_facts
+from .facts import mask as mask_facts
 from .facts import numerics as numerics_facts
 from .facts import resources as resource_facts
+from .facts import schedule as schedule_facts
+from .facts import timeline as timeline_facts
 from .numbers import as_json
 from .sections import bytes as bytes_section
 from .sections import call as call_section
 from .sections import fp8 as fp8_section
+from .sections import mask as mask_section
 from .sections import numerics as numerics_section
 from .sections import resources as resource_section
+from .sections import schedule as schedule_section
+from .sections import timeline as timeline_section
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,9 @@ class Section:
 
 
 OF_KERNEL: tuple[Section, ...] = (
+    Section("mask", "The mask over tiles", mask_facts, mask_section),
+    Section("schedule", "Blocks over the machine", schedule_facts, schedule_section),
+    Section("timeline", "One SM in clocks", timeline_facts, timeline_section),
     Section("resources", "Where the time goes", resource_facts, resource_section),
 )
 """Sections of each kernel whose blocks walk over tiles: find(asked, kernel), figures(facts)."""
