@@ -91,4 +91,3 @@ def test_figures_have_no_faults(name):
         for row in found.rows:
             if row.group == "unit":
                 assert f"{row.busy.value:.0%}" in names
-        assert not any("max" == e.get("class") for e in drawn.iter(SVG + "text"))
