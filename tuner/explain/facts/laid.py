@@ -29,6 +29,9 @@ from numflash.selection.layout import (
 )
 
 from ...lengths import sequences_of
+from ...model import block_clocks
+from ...model.clocks import BlockClocks
+from ...records import ResourceUsage
 from ..asked import Asked, Kernel, NotShownError
 
 MOST_PLACES = 2**22
@@ -45,7 +48,8 @@ class Laid:
         kinds: EMPTY, EDGE or WHOLE of each tile where a block mask has a say, too; else None.
         head: the number of that head among those of all batch entries.
         splits: blocks that share the walk of each tile of rows, evenly; 1 of listed tiles.
-        resident: blocks that share an SM, where there are so many.
+        count: blocks of the launch; of persistent ones, their walks.
+        fit: blocks that fit on an SM.
         owns_keys: whether blocks own keys and walk over queries.
         launch: of sequences of one length, else None.
         blocks: the block mask, where there is one that was read.
@@ -59,12 +63,17 @@ class Laid:
     kinds: np.ndarray | None
     head: int
     splits: int
-    resident: int
+    count: int
+    fit: int
     owns_keys: bool
     launch: Launch | None = None
     blocks: "_Blocks | None" = None
     listed: Places | None = None
     notes: tuple[str, ...] = ()
+
+    def resident(self, num_sms: int) -> int:
+        """Blocks that share an SM, as many as fit and as there are."""
+        return max(1, min(self.fit, -(-self.count // num_sms)))
 
     @property
     def work(self) -> np.ndarray:
@@ -132,11 +141,24 @@ def places_of(found: Laid, num_heads_q: int) -> tuple[Places, np.ndarray]:
     return at, _tiles_of_lists(at, launch, found.blocks, num_heads_q)
 
 
-def _resident(asked: Asked, kernel: Kernel, blocks: int) -> int:
-    fit = 1 if kernel.prediction is None else kernel.prediction.blocks_per_sm
+def clocks_of(asked: Asked, kernel: Kernel, found: Laid) -> BlockClocks:
+    """The clocks of a block by the calibrated model, of which `Kernel.prediction` is made.
+
+    Raises:
+        NotShownError: the model knows none.
+    """
+    resources = ResourceUsage(0, 0, 0, kernel.config.num_threads, found.fit, "")
+    try:
+        return block_clocks(asked.machine, kernel.problem, kernel.config, resources, kernel.code)
+    except ValueError as error:
+        raise NotShownError(f"the model has no clocks of this kernel: {error}") from error
+
+
+def _fit(kernel: Kernel) -> int:
+    """Blocks that fit on an SM."""
     if kernel.report is not None:
-        fit = kernel.report.blocks_per_sm
-    return max(1, min(fit, -(-blocks // asked.machine.num_sms)))
+        return max(1, kernel.report.blocks_per_sm)
+    return 1 if kernel.prediction is None else kernel.prediction.blocks_per_sm
 
 
 def _dense(asked: Asked, kernel: Kernel) -> Laid:
@@ -164,7 +186,8 @@ def _dense(asked: Asked, kernel: Kernel) -> Laid:
         kinds,
         0,
         launch.splits if order == "in bundles" else 1,
-        _resident(asked, kernel, count),
+        count,
+        _fit(kernel),
         by_keys,
         launch=launch,
         blocks=blocks,
@@ -261,7 +284,8 @@ def _listed(asked: Asked, kernel: Kernel) -> Laid:
         None,
         entry * problem.num_heads_q,
         1,
-        _resident(asked, kernel, blocks),
+        blocks,
+        _fit(kernel),
         by_keys,
         listed=found,
         notes=(f"{of_all}{keys:,} keys", *notes),
