@@ -192,14 +192,13 @@ TILES = np.array([[1, 1, 1, 0], [0, 0, 0, 0], [1, 0, 1, 1]], bool)
 
 def listed_problem(name: str) -> dict:
     """The arguments of `numflash.check`."""
-    rng, options = np.random.default_rng(4), {"causal": True, "causal_align": "top_left"}
+    rng = np.random.default_rng(4)
     rows, heads = ((139, 280), 2) if name == "sequences" else ((190, 250), 1)
     shapes = [(n, h, 32) for n, h in ((rows[0], heads), *[(rows[1], 1)] * 2, (rows[0], heads))]
     if name == "sequences":
-        # Of the second the last keys have the most work.
         ends = {"q": [0, 70, 73, 139], "k": [0, 70, 80, 280]}
         options = {f"cu_seqlens_{side}": np.array(x, np.int32) for side, x in ends.items()}
-        options["window_size"] = None, 60
+        options["causal"] = True
     else:
         shapes = [(1, *shape) for shape in shapes]
         options = {"block_mask": numflash.BlockMask.from_tiles(TILES, block_size=64)}
