@@ -211,7 +211,8 @@ def _problems_for(part: str, fault: Event) -> tuple[str, ...]:
     if called == "gather":
         return ("bypassed",)
     if called == "Q.gather":
-        return ("empty",)
+        # Where each warp gives back, the shuffle that finds its number holds it together, too.
+        return ("empty for one",)
     if fault.function == "make_channel.gather":
         one = " for one" * (called == "meet")
         return (f"empty{one}", f"bypassed{one}")
