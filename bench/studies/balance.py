@@ -22,6 +22,7 @@ from numflash.reference.sequences import (
     Extents,
     lists_of,
 )
+from numflash.selection.layout import taken_by
 
 NUM_SMS = 132
 HEADS = (8, 32)
@@ -96,7 +97,7 @@ def works_of(case: Case, causal: bool, **splits) -> np.ndarray:
 
 
 def dealt(works: np.ndarray, heads: int, num_sms: int = NUM_SMS) -> Dealt:
-    """Records dealt in order, to and fro, as `tiles.blocks.next_place` does.
+    """Records dealt in order, as persistent blocks take them.
 
     Args:
         works: of the records of one head.
@@ -104,9 +105,7 @@ def dealt(works: np.ndarray, heads: int, num_sms: int = NUM_SMS) -> Dealt:
         num_sms: that take them.
     """
     of_all = np.repeat(works, heads)
-    turn, sm = np.divmod(np.arange(len(of_all)), num_sms)
-    sm = np.where(turn % 2, num_sms - 1 - sm, sm)
-    loads = np.bincount(sm, of_all, num_sms)
+    loads = np.bincount(taken_by(len(of_all), num_sms), of_all, num_sms)
     mean = loads.mean()
     return Dealt(float(loads.max() / mean), float(of_all.max() / mean), len(of_all))
 

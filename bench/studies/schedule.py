@@ -13,8 +13,11 @@ dV = P^T dO, dP = dO V^T, dS from P and dP, dQ = dS K, dK = dS^T Q.
 
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from bench.points import work
 from bench.points.points import Point
+from numflash.selection.layout import Tiling, tiles_seen
 
 _FLOAT_BYTES = 4
 # Passes over a matrix of seqlen_q x seqlen_k: write S, read S, write P, read P; and backward
@@ -53,10 +56,7 @@ def forward(point: Point, tile_m: int, tile_n: int, num_splits: int = 1) -> Traf
     """The forward kernel; with num_splits > 1 also the one that joins the parts."""
     row = point.head_dim * point.dtype_bytes
     head = Traffic()
-    for m_start in range(0, point.seqlen_q, tile_m):
-        rows = min(tile_m, point.seqlen_q - m_start)
-        last_key = _keys_seen(point, m_start + rows)
-        tiles = -(-last_key // tile_n)
+    for rows, tiles, _ in _walks(point, tile_m, tile_n):
         # Every part of a split loads its own copy of Q.
         parts = min(num_splits, max(tiles, 1))
         keys = min(tiles * tile_n, point.seqlen_k)
@@ -75,9 +75,7 @@ def backward_dq(point: Point, tile_m: int, tile_n: int) -> Traffic:
     """The kernel of dQ: S, dP and dQ of the tiles that its rows see."""
     row = point.head_dim * point.dtype_bytes
     head = Traffic()
-    for m_start in range(0, point.seqlen_q, tile_m):
-        rows = min(tile_m, point.seqlen_q - m_start)
-        tiles = -(-_keys_seen(point, m_start + rows) // tile_n)
+    for rows, tiles, _ in _walks(point, tile_m, tile_n):
         keys = min(tiles * tile_n, point.seqlen_k)
         head += Traffic(
             3 * _product(tile_m, tile_n, point) * tiles,
@@ -90,13 +88,8 @@ def backward_dq(point: Point, tile_m: int, tile_n: int) -> Traffic:
 def backward_dkdv(point: Point, tile_m: int, tile_n: int) -> Traffic:
     """The kernel of dK and dV: S, dP, dV and dK for every query head of a group."""
     row = point.head_dim * point.dtype_bytes
-    shift = point.seqlen_k - point.seqlen_q
     head = Traffic()
-    for n_start in range(0, point.seqlen_k, tile_n):
-        keys = min(tile_n, point.seqlen_k - n_start)
-        first_row = max(0, n_start - shift) if point.causal else 0
-        first_tile = first_row // tile_m
-        tiles = max(0, -(-point.seqlen_q // tile_m) - first_tile)
+    for keys, tiles, first_tile in _walks(point, tile_n, tile_m, by_keys=True):
         rows = max(0, point.seqlen_q - first_tile * tile_m)
         queries = Traffic(
             4 * _product(tile_m, tile_n, point) * tiles,
@@ -173,13 +166,18 @@ def standard_memory_bytes(point: Point) -> int:
     return (rows + 2 * keys) * point.dtype_bytes + 2 * matrix
 
 
+def _walks(point: Point, row_tile: int, column_tile: int, by_keys: bool = False):
+    """(rows, tiles that it walks over, the first of them) of each block of a head."""
+    queries, keys = point.seqlen_q, point.seqlen_k
+    lo, hi = -queries, keys - queries if point.causal else keys
+    if by_keys:
+        queries, keys, lo, hi = keys, queries, -hi, -lo
+    seen = tiles_seen(Tiling(queries, keys, row_tile, column_tile, lo, hi))
+    rows = np.minimum(row_tile, queries - np.arange(0, queries, row_tile))
+    tiles = seen.end - seen.begin
+    return zip(rows.tolist(), tiles.tolist(), seen.begin.tolist(), strict=True)
+
+
 def _product(tile_m: int, tile_n: int, point: Point) -> int:
     """FLOPs of one matrix product over a whole tile."""
     return 2 * tile_m * tile_n * point.head_dim
-
-
-def _keys_seen(point: Point, end_row: int) -> int:
-    """One past the last key that some query before `end_row` sees."""
-    if not point.causal:
-        return point.seqlen_k
-    return max(0, min(point.seqlen_k, end_row + point.seqlen_k - point.seqlen_q))

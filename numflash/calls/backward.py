@@ -24,8 +24,14 @@ from numflash.calls.array_gradients import kernels_of_array, sums_of_heads
 from numflash.calls.forward import Launches
 from numflash.calls.launch import Fill, Launcher, Mapped
 from numflash.calls.sequences import ScheduleKernel
-from numflash.configs import implementation_of
-from numflash.kernels.arguments import Between, BundledShape, MappedShape, Statistics
+from numflash.configs import Config, implementation_of
+from numflash.kernels.arguments import (
+    Between,
+    BundledShape,
+    MappedShape,
+    Statistics,
+    TurnsShape,
+)
 from numflash.kernels.arguments import Tensor as TensorRecord
 from numflash.problem.array_gradients import ArrayGradient, array_gradients
 from numflash.problem.gradients import Gradients
@@ -37,7 +43,7 @@ from numflash.problem.problem import (
     expect_like,
     expect_out_dtype,
 )
-from numflash.problem.sequences import ListShape
+from numflash.problem.sequences import ListShape, most_records
 from numflash.problem.tensor_maps import TensorLayout, rows_between_entries
 from numflash.runtime.arrays import ArrayLibrary
 from numflash.runtime.driver import machine_of
@@ -243,7 +249,10 @@ class Backward:
             return arguments
         listed = tiles_listed(problem, choice.config, by_keys=by_keys)
         self._lists[listed.name] = listed
-        return arguments | {"shape": shape_of_list(problem, arguments["shape"], listed)}
+        shape = shape_of_list(problem, arguments["shape"], listed)
+        if implementation_of(choice.config).needs_maps:
+            shape = MappedShape(*shape, self._between())
+        return arguments | {"shape": shape}
 
     def _add_sums(self, problem: AttentionProblem, option: str) -> None:
         """The gradient of what heads have: the shares of rows, added up."""
@@ -259,26 +268,52 @@ class Backward:
         config = choice.config
         arguments = self._arguments | {"num_splits": config.num_splits}
         tiles = -(-problem.seqlen_q // config.tile_m) * problem.num_heads_q * problem.batch
+        of_keys = of_queries = arguments["shape"]
+        in_turn, blocks = implementation_of(config).needs_maps, 0
+        if in_turn and choice.traits.ragged:
+            of_keys, of_queries, tiles = self._shapes_in_turn(problem, config)
+            blocks = blocks_of(problem, config, problem.num_heads_kv, by_keys=True)
+        elif in_turn:
+            in_flight = heads_of_backward(problem, machine_of(self.device).l2_bytes)
+            of_keys = of_queries = BundledShape(*of_keys, in_flight)
+            blocks = problem.num_blocks(problem.seqlen_k, problem.num_heads_kv, config.tile_n)
+        elif problem.seqlen_k:
+            blocks = problem.num_blocks(1, problem.num_heads_kv * config.num_splits, 1)
         part = tiles * config.tile_m * choice.traits.head_dim
-        blocks = 0
-        if implementation_of(config).needs_maps:
-            # Blocks add to the same sums, in turn.
+        if in_turn:
+            # Blocks add to the same sums.
             self._workspaces["dq_sums"] = Allocated((part,), "float32")
             self._workspaces["turns"] = Allocated((tiles,), "int32")
             self._cleared.append("turns")
-            in_flight = heads_of_backward(problem, machine_of(self.device).l2_bytes)
-            arguments["shape"] = BundledShape(*arguments["shape"], in_flight)
-            blocks = problem.num_blocks(problem.seqlen_k, problem.num_heads_kv, config.tile_n)
         else:
             self._workspaces["dq_parts"] = Allocated((config.num_splits * part,), "float32")
-            if problem.seqlen_k:
-                blocks = problem.num_blocks(1, problem.num_heads_kv * config.num_splits, 1)
         if problem.batch and blocks:
-            self._launch(family, choice, blocks, arguments)
+            self._launch(family, choice, blocks, arguments | {"shape": of_keys})
         if tiles and "q" in self._gradients.wrt:
             config = config.reduction()
             reduction = Choice(config.family, config, choice.traits, "with its parts of dQ", ())
-            self._launch(config.family, reduction, tiles, arguments)
+            self._launch(config.family, reduction, tiles, arguments | {"shape": of_queries})
+
+    def _shapes_in_turn(
+        self, problem: AttentionProblem, config: Config
+    ) -> tuple[TurnsShape, TurnsShape, int]:
+        """The sizes of the kernel that goes by keys, of that by queries; tiles of queries."""
+        of_keys, of_queries = (
+            tiles_listed(problem, config, by_keys=by_keys, in_turn=True)
+            for by_keys in (True, False)
+        )
+        self._lists |= {listed.name: listed for listed in (of_keys, of_queries)}
+        most = most_records(problem.lengths, of_queries)
+        places = of_queries.tiles_before, most
+        shapes = (
+            TurnsShape(
+                *shape_of_list(problem, self._arguments["shape"], listed),
+                self._between(),
+                *places,
+            )
+            for listed in (of_keys, of_queries)
+        )
+        return *shapes, most * problem.num_heads_q
 
     def _add_array(
         self, problem: AttentionProblem, gradient: ArrayGradient, choices: tuple[Choice, ...]
@@ -305,8 +340,6 @@ class Backward:
         arguments = arguments | {"tile_statistics": Statistics(lse, "plain_delta")}
         if implementation_of(choice.config).needs_maps:
             arguments |= self._tensor_maps(choice.config)
-            if choice.traits.ragged:
-                arguments["shape"] = MappedShape(*arguments["shape"], self._between())
         self.kernels[name] = choice
         self._launchers[name] = Launcher(
             choice.config, choice.traits, self.device, num_blocks, arguments

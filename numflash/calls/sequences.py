@@ -84,6 +84,7 @@ class ScheduleKernel:
             begin = self._words
             split_tiles = begin + HEADER_WORDS + RECORD_WORDS * room.records
             slots = split_tiles + HEADER_WORDS + RECORD_WORDS * room.split_tiles
+            # In a list that is not split the tiles before each sequence come behind the records.
             parts = begin, split_tiles, slots
             self._begins |= dict(zip(shape.operands, parts, strict=False))
             plans[shape.least > 0].append(_plan(shape, begin, room))
@@ -146,10 +147,10 @@ class ScheduleKernel:
 
 
 def _plan(shape: ListShape, begin: int, room: ListRoom) -> ListPlan:
-    tile, stage, pack, by_keys, *band, _, shares = shape
+    tile, stage, pack, by_keys, *band, _, shares, in_turn = shape
     tiles = tile, stage, pack, int(by_keys)
     most = room.tiles, room.records, room.slots, room.split_tiles
-    return ListPlan(begin, *most, *tiles, *band, room.least, shares)
+    return ListPlan(begin, *most, *tiles, *band, room.least, shares, int(in_turn))
 
 
 def _ends_of(lengths: Lengths) -> BothEnds:

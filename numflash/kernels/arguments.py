@@ -224,6 +224,23 @@ def mapped_shape_of(traits: Traits) -> type:
     return MappedShape if traits.ragged else Shape
 
 
+@extends(MappedShape)
+class TurnsShape:
+    """A `MappedShape` of a backward whose blocks add to dQ in turn.
+
+    Tile n of a sequence's queries has the place tiles_before[sequence] + n among `most_tiles` of
+    each query head. Where there is no such place, sequences overlap.
+    """
+
+    tiles_before: Pointer(i32)  # (sequences,)
+    most_tiles: i32
+
+
+def turns_shape_of(traits: Traits) -> type:
+    """The record of the sizes of a backward whose blocks add to dQ in turn."""
+    return TurnsShape if traits.ragged else BundledShape
+
+
 class Mask(NamedTuple):
     """A band: query i sees the keys j with lo <= j - i <= hi."""
 

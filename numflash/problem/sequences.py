@@ -74,6 +74,8 @@ class ListShape(NamedTuple):
             key of a sequence. 0: tiles are not split.
         shares: the device makes splits longer than `least`, so that all tiles together have at
             most so many more records; 0: they have `least`, whatever the lengths are.
+        in_turn: whether the tiles of a sequence come one after the other, the last rows first, and
+            the sequences of most tiles first. Such tiles are not split.
     """
 
     tile: int
@@ -85,13 +87,15 @@ class ListShape(NamedTuple):
     aligned: int = 0
     least: int = 0
     shares: int = 0
+    in_turn: bool = False
 
     @property
     def name(self) -> str:
         """The name of its operand in a call."""
         kind = "-of-keys" if self.by_keys else ""
         splits = f"-splits{self.least}-{self.shares}" if self.least else ""
-        return f"tiles{self.tile}x{self.stage}x{self.pack}{kind}{splits}"
+        order = "-in-turn" if self.in_turn else ""
+        return f"tiles{self.tile}x{self.stage}x{self.pack}{kind}{splits}{order}"
 
     @property
     def slots(self) -> str:
@@ -104,9 +108,16 @@ class ListShape(NamedTuple):
         return f"split-{self.name}"
 
     @property
+    def tiles_before(self) -> str:
+        """The name of the operand that has the number of tiles before each sequence."""
+        return f"tiles-before-{self.name}"
+
+    @property
     def operands(self) -> tuple[str, ...]:
         """The names of all operands that are made for it."""
-        return (self.name, self.split_tiles, self.slots) if self.least else (self.name,)
+        if self.least:
+            return self.name, self.split_tiles, self.slots
+        return (self.name, self.tiles_before) if self.in_turn else (self.name,)
 
 
 class ListRoom(NamedTuple):

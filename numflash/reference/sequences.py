@@ -73,11 +73,13 @@ class Lists(NamedTuple):
         split_tiles: a list of the tiles that have several. Its records have the number of the
             first part for k_first, the number of parts for seqlen_k, the first split and the one
             after the last for begin and end.
+        tiles_before: (entries,) the number of tiles before each sequence.
     """
 
     tiles: np.ndarray
     slots: np.ndarray
     split_tiles: np.ndarray
+    tiles_before: np.ndarray
 
 
 def lists_of(q: Extents, k: Extents, shape, room=None) -> Lists:
@@ -95,7 +97,8 @@ def lists_of(q: Extents, k: Extents, shape, room=None) -> Lists:
         lo, hi = -hi, -lo
     tiles = -(-own.length * shape.pack // shape.tile)
     entry = np.repeat(np.arange(len(tiles)), tiles)
-    start = (np.arange(len(entry)) - (np.cumsum(tiles) - tiles)[entry]) * shape.tile
+    place = np.arange(len(entry)) - (np.cumsum(tiles) - tiles)[entry]
+    start = (tiles[entry] - 1 - place if shape.in_turn else place) * shape.tile
     is_cut = q.is_cut or k.is_cut
     if room is not None and len(entry) > room.tiles:
         entry, start, is_cut = entry[: room.tiles], start[: room.tiles], True
@@ -137,10 +140,14 @@ def lists_of(q: Extents, k: Extents, shape, room=None) -> Lists:
     of_entry = q.first, q.length, k.first, k.length
     words = *(x[entry] for x in of_entry), start, begin, end, entry | split << ENTRY_BITS
     records = np.stack(words, axis=-1)[: len(slots)]
-    work = (records[:, END] - records[:, BEGIN]).clip(0, BINS - 1)
+    work = tiles[entry][: len(slots)] if shape.in_turn else records[:, END] - records[:, BEGIN]
+    work = work.clip(0, BINS - 1)
     order = np.argsort(-work, kind="stable")
     return Lists(
-        _list(records[order], is_cut), slots[order].astype(np.int32), _list(split_tiles, False)
+        _list(records[order], is_cut),
+        slots[order].astype(np.int32),
+        _list(split_tiles, False),
+        (np.cumsum(tiles) - tiles).astype(np.int32),
     )
 
 

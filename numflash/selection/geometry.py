@@ -204,17 +204,19 @@ def tiles_listed(
     pack: int = 1,
     by_keys: bool = False,
     blocks: int = 0,
+    in_turn: bool = False,
 ) -> ListShape:
     """The list of tiles that a kernel goes through, of sequences with lengths of their own.
 
-    `blocks` is the number that the machine has room for, of a forward.
+    `blocks` is the number that the machine has room for, of a forward; `in_turn` is as
+    `ListShape` has it.
     """
     own, other = config.tile_m, config.tile_n
     if by_keys:
         own, other = other, own
     else:
         other = getattr(config, "stage_n", other)
-    listed = problem.list_shape(own, other, pack, by_keys)
+    listed = problem.list_shape(own, other, pack, by_keys)._replace(in_turn=in_turn)
     if by_keys or getattr(config, "num_splits", 1) == 1:
         return listed
     if problem.num_splits > 1:

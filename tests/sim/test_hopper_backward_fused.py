@@ -29,6 +29,7 @@ from tests.support.hopper_cases import on_hopper
 
 # dQ of a tile by one warpgroup alone, by the first of two, by queries.
 FORWARD = "sm80-m32n32w2s1"
+TRAITS = Traits("float16", 64, 64)
 CONFIGS = ("sm90-m64n64w4s1", "sm90-m64n128w8s2", "sm90-m128n128w8s2", "sm90-m64n64w4s3")
 # Several tiles each way, several slabs: name, config, shape, options.
 LARGER = (
@@ -173,8 +174,9 @@ def test_each_block_has_a_rank_of_its_own_and_waits_for_earlier_ones_only():
         lo, hi = (lo if rng.random() < 0.6 else -(2**30)), (hi if rng.random() < 0.8 else 2**30)
         shape = _shape(1, seqlen_q, seqlen_k, 1, 1, 1)
         sequence = sequence_of_all(shape, Mask(lo, hi))
-        place_of, last_block = make_place_of_last_keys(tile_n), make_last_block(tile_m, tile_n)
-        first_block = make_first_block(tile_m, tile_n)
+        place_of = make_place_of_last_keys(tile_n, TRAITS)
+        of_tiles = tile_m, tile_n
+        last_block, first_block = make_last_block(*of_tiles), make_first_block(*of_tiles)
         is_seen, adding, last = make_is_seen(tile_m, tile_n), Counter(), {}
         for number in range(-(-seqlen_k // tile_n)):
             start = place_of(number, shape, None).start
@@ -192,7 +194,7 @@ def test_each_block_has_a_rank_of_its_own_and_waits_for_earlier_ones_only():
 @pytest.mark.parametrize("in_flight", [1, 2, 3, 4, 8])
 def test_blocks_go_through_all_heads_and_keys(in_flight):
     shape, tile_n = _shape(2, 100, 300, 8, 2, in_flight), 64
-    place_of = make_place_of_last_keys(tile_n)
+    place_of = make_place_of_last_keys(tile_n, TRAITS)
     places = [place_of(number, shape, None) for number in range(5 * 8)]
     assert all(place.head == 2 * place.head_kv for place in places)
     found = [(place.batch, place.head_kv, place.start) for place in places]

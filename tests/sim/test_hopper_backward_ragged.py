@@ -27,10 +27,11 @@ UNTOUCHED = 7.0
 
 
 class Case(NamedTuple):
-    """Configs of dQ and of dK and dV, and what they compute: options of a mask and of features."""
+    """Configs of dQ, of dK and dV, and of all three; options of a mask and of features."""
 
     dq: str
     dkdv: str
+    one: str
     options: dict = {}
     heads: tuple[int, int] = (1, 1)
     head_dims: tuple[int, int] = (32, 32)
@@ -40,19 +41,30 @@ class Case(NamedTuple):
     def configs(self) -> dict[str, str]:
         return {"backward-dq": f"sm90-{self.dq}", "backward-dkdv": f"sm90-{self.dkdv}"}
 
+    @property
+    def fused(self) -> dict[str, str]:
+        return {"backward": f"sm90-{self.one}"}
+
 
 CASES = {
-    "all keys": Case("m64n32w4s2", "m32n64w4s2", {}, (2, 1)),
-    "causal": Case("m128n16w8s2", "m32n128w8s2", CAUSAL),
-    "top left": Case("m64n64w4s1", "m64n64w4s1", CAUSAL | TOP_LEFT, dtype="bfloat16"),
-    "window": Case("m64n32w4s3", "m32n64w4s3", {"window_size": (20, 10)}),
-    "window, top left": Case("m64n16w4s2", "m96n64w4s1", {"window_size": (12, 0)} | TOP_LEFT),
-    "groups": Case("m64n32w4s1", "m32n64w4s2", CAUSAL, (4, 2), dtype="bfloat16"),
-    "slabs": Case("m64n32w4s1", "m32n64w4s1", CAUSAL, head_dims=(96, 72)),
-    "dropout": Case("m64n32w4s2", "m64n64w4s1", CAUSAL | {"dropout_p": 0.3, "seed": 5}, (2, 1)),
+    "all keys": Case("m64n32w4s2", "m32n64w4s2", "m64n64w4s2", {}, (2, 1)),
+    "causal": Case("m128n16w8s2", "m32n128w8s2", "m64n64w4s2", CAUSAL),
+    "top left": Case(
+        "m64n64w4s1", "m64n64w4s1", "m64n128w8s2", CAUSAL | TOP_LEFT, dtype="bfloat16"
+    ),
+    "window": Case("m64n32w4s3", "m32n64w4s3", "m64n64w4s1", {"window_size": (20, 10)}),
+    "window, top left": Case(
+        "m64n16w4s2", "m96n64w4s1", "m64n64w4s2", {"window_size": (12, 0)} | TOP_LEFT
+    ),
+    "groups": Case("m64n32w4s1", "m32n64w4s2", "m64n64w4s1", CAUSAL, (4, 2), dtype="bfloat16"),
+    "slabs": Case("m64n32w4s1", "m32n64w4s1", "m128n128w8s1", CAUSAL, head_dims=(96, 72)),
+    "dropout": Case(
+        "m64n32w4s2", "m64n64w4s1", "m64n64w4s2", CAUSAL | {"dropout_p": 0.3, "seed": 5}, (2, 1)
+    ),
     "features": Case(
         "m64n48w4s1",
         "m32n64w4s2",
+        "m64n128w8s1",
         CAUSAL
         | {
             "softcap": 2.0,
@@ -66,11 +78,14 @@ CASES = {
 
 @pytest.fixture(autouse=True)
 def hopper(on, monkeypatch):
-    """A simulated Hopper. What a call fills is not 0, so that zeros that are written show."""
+    """A simulated Hopper. Results are not filled with 0, so that zeros that are written show."""
     on("sm_90a")
-    monkeypatch.setattr(
-        backward, "Fill", lambda operand, _, device: Fill(operand, UNTOUCHED, device)
-    )
+
+    def fill(operand, value, device):
+        is_result = operand.array.itemsize == 2
+        return Fill(operand, UNTOUCHED if is_result else value, device)
+
+    monkeypatch.setattr(backward, "Fill", fill)
 
 
 def arrays_of(case, seed=0):
@@ -96,9 +111,20 @@ KEPT = "top left", "dropout"
 
 @pytest.mark.parametrize("name", some(CASES, *KEPT))
 def test_each_sequence_is_right_and_alone(name):
-    case = CASES[name]
+    expect_right(CASES[name], CASES[name].configs)
+
+
+@pytest.mark.parametrize("blocks", ["1", "5"])
+@pytest.mark.parametrize("name", some(CASES, "causal", "dropout"))
+def test_one_kernel_adds_dq_of_each_sequence_by_itself(name, blocks, monkeypatch):
+    monkeypatch.setenv("NUMFLASH_SIM_BLOCKS", blocks)
+    expect_right(CASES[name], CASES[name].fused)
+
+
+def expect_right(case, configs):
+    """Gradients of each sequence are those of float64, and no row beside them is written."""
     (q, k, v, dout), first_q, first_k = arrays_of(case)
-    gradients = called(case, (q, k, v, dout), first_q, first_k)
+    gradients = called(case, (q, k, v, dout), first_q, first_k, configs)
     free = [np.ones(len(x), bool) for x in (q, k)]
     for number, (at_q, at_k, (n_q, n_k)) in enumerate(zip(first_q, first_k, LENGTHS, strict=True)):
         rows, keys = slice(at_q, at_q + n_q), slice(at_k, at_k + n_k)
@@ -144,8 +170,9 @@ def test_bits_are_those_of_mma_in_any_order_of_threads(name, monkeypatch):
             np.testing.assert_array_equal(got.view(np.uint16), wanted)
 
 
+@pytest.mark.parametrize("kind", ["configs", "fused"])
 @pytest.mark.parametrize("layout", some(["bshd", "bhsd"], "bhsd"))
-def test_a_padded_batch_is_rows_of_one_array(layout):
+def test_a_padded_batch_is_rows_of_one_array(layout, kind):
     """Every array has gaps of its own between entries; what is behind a sequence is NaN."""
     rng, options = np.random.default_rng(1), {"causal": True, "layout": layout}
     lengths_q, lengths_k = np.array([70, 0, 33], np.int32), np.array([50, 9, 100], np.int32)
@@ -164,7 +191,7 @@ def test_a_padded_batch_is_rows_of_one_array(layout):
     k, v = (made(120, 1, first_k, lengths_k, gap) for gap in (1, 3))
     options |= {"seqlens_q": lengths_q, "seqlens_k": lengths_k, "starts_k": first_k}
     out, lse = numflash.attention(q, k, v, return_lse=True, **options)
-    configs = CASES["all keys"].configs
+    configs = getattr(CASES["all keys"], kind)
     gradients = numflash.attention_backward(dout, q, k, v, out, lse, config=configs, **options)
     views = (q, k, v, dout, *gradients)
     q, k, v, dout, *gradients = (x.swapaxes(1, 2) if by_heads else x for x in views)
@@ -176,6 +203,33 @@ def test_a_padded_batch_is_rows_of_one_array(layout):
             np.testing.assert_allclose(x[entry, own].astype(float), wanted, rtol=0, atol=6e-3)
             rest = np.delete(x[entry].astype(float), np.r_[own], 0)
             assert (rest == UNTOUCHED).all()
+
+
+@pytest.mark.parametrize("blocks", ["1", "5"])
+def test_one_kernel_ends_where_sequences_have_the_same_queries(blocks, monkeypatch):
+    """There is no room for the tiles of all: dQ is wrong, but no block waits for ever."""
+    monkeypatch.setenv("NUMFLASH_SIM_BLOCKS", blocks)
+    rng, n_k = np.random.default_rng(2), 70
+    q, dout = rng.standard_normal((2, 100, 1, 32)).astype(np.float16)
+    k, v = rng.standard_normal((2, 3 * n_k, 1, 32)).astype(np.float16)
+    ends = {"starts_q": np.zeros(3, np.int32), "seqlens_q": np.full(3, 100, np.int32)}
+    ends["cu_seqlens_k"] = n_k * np.arange(4, dtype=np.int32)
+    keys = slice(2 * n_k, 3 * n_k)
+    out, lse = reference.attention(q, k[keys], v[keys])
+    # Statistics are those of the last sequence, whose tiles have no place.
+    _, dk, dv, *_ = numflash.attention_varlen_backward(
+        dout,
+        q,
+        k,
+        v,
+        out.astype(np.float16),
+        lse.astype(np.float32),
+        config={"backward": "sm90-m64n64w4s1"},
+        **ends,
+    )
+    expected = expected_of(q, k[keys], v[keys], dout, {})
+    for x, wanted in zip((dk, dv), expected[1:], strict=True):
+        np.testing.assert_allclose(x[keys].astype(float), wanted, rtol=0, atol=6e-3)
 
 
 def test_entries_that_are_no_rows_of_one_array_are_for_other_kernels():

@@ -306,6 +306,7 @@ EXPECTED = {
     "lg2_approx_ftz_f32": in_float64(np.log2, 8),
     "sqrt_approx_ftz_f32": in_float64(np.sqrt),
     "rsqrt_approx_ftz_f32": in_float64(lambda x: 1 / np.sqrt(x)),
+    "tanh_approx_f32": in_float64(np.tanh),
     "sin_approx_ftz_f32": in_float64(np.sin, 2),
     "cos_approx_ftz_f32": in_float64(np.cos, 2),
     "cvt_rmi_f32_f32": lambda x: canonical(np.floor(x.astype("f8")).astype("f4")),

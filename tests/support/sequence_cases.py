@@ -55,7 +55,7 @@ def packed(lengths_q, lengths_k, **more) -> Given:
 
 
 def lists_made(given: Given, shapes, config=None):
-    """([each list], by the kernel; by the reference): with splits three of each shape."""
+    """([each list], by the kernel; by the reference): with splits three, in turn two."""
     kernel = ScheduleKernel(given.lengths, shapes, -1, config)
     library = library_of(next(iter(given.arrays.values())), "q")
     operands = {name: library.operand(x) for name, x in given.arrays.items()}
@@ -64,7 +64,8 @@ def lists_made(given: Given, shapes, config=None):
     for shape, room in zip(shapes, kernel.rooms, strict=True):
         found = lists_of(*given.extents(), shape, room)
         for name in shape.operands:
-            kinds = {shape.name: 0, shape.slots: 1, shape.split_tiles: 2}
+            names = shape.name, shape.slots, shape.split_tiles, shape.tiles_before
+            kinds = {kind: place for place, kind in enumerate(names)}
             wanted.append(found[kinds[name]])
             made.append(operands[name].array[: len(wanted[-1])])
     return made, wanted
@@ -84,6 +85,18 @@ CASES = {
     "of keys, window": (
         packed(UNEVEN_Q, UNEVEN_K),
         ListShape(16, 16, by_keys=True, lo=-9, hi=11, aligned=1),
+    ),
+    "of keys, in turn": (
+        packed(UNEVEN_Q, UNEVEN_K),
+        ListShape(32, 16, by_keys=True, in_turn=True, **CAUSAL),
+    ),
+    "in turn, more tiles than bins": (
+        packed([40, 3, 1], [9, 1030, 1025]),
+        ListShape(1, 16, by_keys=True, in_turn=True),
+    ),
+    "in turn, starts and empty ones": (
+        packed([0, 50, 0, 31], [5, 0, 0, 9], starts_q=ints(0, 31, 4, 0)),
+        ListShape(16, 16, in_turn=True),
     ),
     "a query longer than its keys": (packed([200, 3], [5, 90]), ListShape(16, 16, **CAUSAL)),
     "empty sequences": (packed([0, 0, 5, 0, 40, 0], [3, 0, 0, 0, 17, 0]), ListShape(16, 16)),

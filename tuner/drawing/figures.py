@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from .markup import Markup, joined, tag
 from .tables import folded, row, table
 
-MOST_ROWS = 60
+MOST_ROWS = 40
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def arranged(figures: list[Figure]) -> Markup:
         else:
             groups.append([figure])
     return joined(
-        drawn(group[0]) if group[0].wide else tag("div", *map(drawn, group), class_="charts")
+        drawn(group[0]) if group[0].wide else tag("div", *map(drawn, group), class_="charts few")
         for group in groups
     )
 

@@ -41,6 +41,14 @@ def boxes(found: Iterable[Box], class_: str, title: str = "") -> Markup:
     return tag("path", *about, d=path, class_=class_)
 
 
+def between(x: float, y: float, width: float, height: float, columns: int, rows: int) -> Markup:
+    """The lines between the cells of a grid, in the colour of the card."""
+    down, across = rows * height, columns * width
+    path = "".join(f"M{_n(x + n * width)} {_n(y)}v{_n(down)}" for n in range(1, columns))
+    path += "".join(f"M{_n(x)} {_n(y + n * height)}h{_n(across)}" for n in range(1, rows))
+    return tag("path", d=path, class_="between") if path else Markup("")
+
+
 def slashes(found: Iterable[Box], class_: str = "slash") -> Markup:
     """A diagonal in each of many rectangles: marks them apart without colour."""
     path = "".join(f"M{_n(x)} {_n(y + h)}l{_n(w)} {_n(-h)}" for x, y, w, h in found)
@@ -51,10 +59,14 @@ def _n(value: float) -> str:
     return f"{value:.1f}".removesuffix(".0")
 
 
+# Of the width by `width_of` that a short label of digits and capitals really takes.
+_FILLED = 0.92
+
+
 def boxed_text(box: Box, content: str, class_: str, size: float) -> Markup:
-    """A line of text in the middle of a box, and nothing where it has no room."""
+    """A line of text in the middle of a box; nothing where it has no room."""
     x, y, width, height = box
-    if width_of(content, size) > width or size > height:
+    if _FILLED * width_of(content, size) > width or size > height:
         return Markup("")
     return text(x + width / 2, y + height / 2 + 0.36 * size, content, class_, "middle")
 

@@ -81,6 +81,8 @@ a{color:var(--accent)}
 code{font:.92em ui-monospace,"DejaVu Sans Mono",Menlo,Consolas,monospace;overflow-wrap:anywhere}
 td code{overflow-wrap:normal;white-space:nowrap}
 .muted{color:var(--muted)}
+.kernel{margin:0 0 14px}
+.kernel p{margin:0 0 2px}
 .good{color:var(--good)}
 .failed{color:var(--failed)}
 section{margin-top:28px;padding-top:16px;border-top:1px solid var(--line)}
@@ -90,6 +92,7 @@ section{margin-top:28px;padding-top:16px;border-top:1px solid var(--line)}
 .facts dd{margin:0;font-variant-numeric:tabular-nums}
 .facts dd b{font-size:1.15em}
 .charts{display:grid;align-items:start;gap:12px;grid-template-columns:repeat(auto-fill,minmax(min(100%,340px),1fr))}
+.few{grid-template-columns:repeat(auto-fit,minmax(min(100%,340px),1fr))}
 figure{margin:0;padding:10px 12px;background:var(--card);border:1px solid var(--line);
   border-radius:6px;break-inside:avoid;min-width:0}
 figcaption{color:var(--muted);font-size:.82em;margin-top:4px}
@@ -98,7 +101,8 @@ svg.chart{display:block;width:100%;max-width:460px;height:auto;font-size:11px;
 svg.strip{display:block;width:100%;min-width:840px;height:auto;font-size:12px;
   font-variant-numeric:tabular-nums}
 .pan{overflow-x:auto}
-.pan:focus-visible,.scroll:focus-visible{outline:2px solid var(--accent);outline-offset:2px}
+.pan:focus-visible,.scroll:focus-visible,pre:focus-visible{outline:2px solid var(--accent);
+  outline-offset:2px}
 .wide{margin-top:12px}
 svg text{fill:var(--text)}
 svg .small{font-size:.84em}
@@ -118,6 +122,8 @@ svg .halo{paint-order:stroke;stroke:var(--card);stroke-width:3px;stroke-linejoin
 .floor{stroke:var(--axis);stroke-dasharray:1 3;fill:none}
 .curve{fill:none;stroke:var(--axis)}
 .budget{fill:none;stroke:var(--second);stroke-width:1.5;stroke-dasharray:5 3}
+.between{stroke:var(--card);stroke-width:.7}
+.frame{fill:none;stroke:var(--axis);stroke-width:.8}
 .outline{fill:none;stroke:var(--text);stroke-width:1.6}
 .slash{fill:none;stroke:var(--on-edge);stroke-width:1}
 .area{fill:var(--accent);fill-opacity:.16;stroke:var(--accent);stroke-width:1.3}
@@ -134,6 +140,8 @@ i.none{border-color:var(--axis)}
 .ramp i{display:inline-block;width:14px;height:9px;print-color-adjust:exact}
 .key{display:inline-block;margin-right:.8em}
 details{margin-top:10px}
+figure details{margin-top:6px;font-size:.82em}
+figure summary{color:var(--muted);font-weight:500}
 summary{cursor:pointer;font-weight:600}
 .scroll{overflow-x:auto;background:var(--card);border:1px solid var(--line);border-radius:6px;
   margin-top:6px}
@@ -147,6 +155,24 @@ tr:last-child td{border-bottom:0}
 .class{min-width:13em}
 .reason{min-width:16em;overflow-wrap:anywhere}
 .defs{position:absolute}
+.ground{fill:var(--card)}
+svg text{font-family:system-ui,-apple-system,"Segoe UI",Roboto,"Liberation Sans",sans-serif}
+.prose{max-width:46em}
+.prose h3{margin:16px 0 2px;font-size:1em}
+.prose h3:first-child{margin-top:0}
+.question{margin:6px 0 12px;font-size:1.12em;padding-left:10px;border-left:3px solid var(--accent)}
+.origin{display:inline-block;font-weight:400;font-size:.78em;color:var(--muted);padding:0 4px;
+  border:1px solid var(--line);border-radius:4px}
+.caption{font-size:.86em;margin:6px 0 0}
+pre{overflow-x:auto;margin:8px 0 0;padding:8px 12px;background:var(--card);
+  border:1px solid var(--line);border-radius:6px}
+pre code{overflow-wrap:normal}
+.slips{margin:4px 0 0}
+.slips dt{margin-top:6px}
+.slips dd{margin:0 0 0 1.2em}
+.lesson{display:grid;gap:12px 24px;margin-top:12px;grid-template-columns:minmax(0,1fr)}
+.beside{display:grid;gap:12px;align-content:start;grid-template-columns:minmax(0,1fr)}
+@media (min-width:1000px){.lesson{grid-template-columns:minmax(0,46em) minmax(340px,1fr)}}
 @media print{body{background:none;padding:0;font-size:11px}
   svg,.ramp,.swatch{print-color-adjust:exact}
   svg.strip{min-width:0}

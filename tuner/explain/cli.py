@@ -8,6 +8,7 @@ numflash-explain --course --to course.html
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +22,9 @@ from numflash.runtime.commands import command
 from numflash.runtime.errors import UnsupportedError
 from numflash.runtime.files import require_replaceable
 
-from . import write_page
+from . import course, write_page
 from .asked import COMPILES, ask
+from .course.text import as_text
 from .page import as_data
 from .unread import unread
 
@@ -87,12 +89,12 @@ def main(argv: list[str] | None = None) -> int:
             require_replaceable(args.to)
         except OSError as error:
             parser.error(f"--to {args.to}: {error.strerror or error}")
-    if args.course is not None:
-        return _course(parser, args)
-    if args.gpu is None or args.shape is None:
+    if args.course is None and (args.gpu is None or args.shape is None):
         parser.error("--gpu and --shape say what to explain, or --course; see --help")
     try:
-        return _explain(args)
+        return _explain(args) if args.course is None else _course(args)
+    except RuntimeError as error:
+        return _failed(error)
     except (TypeError, ValueError) as error:
         parser.error(str(error))
 
@@ -103,10 +105,11 @@ def _explain(args: argparse.Namespace) -> int:
     try:
         answer = numflash.explain(*arrays.values(), gpu=args.gpu, data=False, **options)
     except UnsupportedError as error:
-        _write(args, Question(arrays, options, args.gpu, False, args.to, refusal=error))
+        refused = Question(arrays, options, args.gpu, False, args.to, refusal=error)
+        _write(args, lambda: write_page(refused))
         return _failed(error)
     question = Question(arrays, options, args.gpu, False, args.to, answer)
-    _write(args, question)
+    _write(args, lambda: write_page(question, args.compile))
     if args.json:
         print(json.dumps(as_data(ask(question, args.compile)), indent=1))
     elif args.to is not None:
@@ -116,12 +119,12 @@ def _explain(args: argparse.Namespace) -> int:
     return 0
 
 
-def _write(args: argparse.Namespace, question: Question) -> None:
+def _write(args: argparse.Namespace, write: Callable[[], None]) -> None:
     """Write the page, if one was asked for; end with 1 where it cannot be written."""
     if args.to is None:
         return
     try:
-        write_page(question, args.compile)
+        write()
     except OSError as error:
         sys.exit(_failed(f"{args.to}: {error.strerror or error}"))
 
@@ -132,8 +135,19 @@ def _failed(reason: object) -> int:
     return 1
 
 
-def _course(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
-    parser.error("no course yet")
+def _course(args: argparse.Namespace) -> int:
+    """Compute lessons, and write or print them; 1 where one of their checks does not hold.
+
+    Raises:
+        ValueError: there is no such lesson.
+    """
+    lessons = course.run(course.numbers_of(args.course))
+    if args.to is not None:
+        _write(args, lambda: course.write(args.to, lessons))
+        print(args.to)
+    else:
+        print("\n\n".join(map(as_text, lessons)))
+    return 0 if all(check.holds for each in lessons for check in each.checks) else 1
 
 
 def _arrays(args: argparse.Namespace) -> dict[str, np.ndarray]:

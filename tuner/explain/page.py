@@ -13,10 +13,19 @@ from numflash.runtime.errors import UnsupportedError, in_one_line
 from ..drawing.document import document
 from ..drawing.figures import arranged
 from ..drawing.markup import Markup, joined, tag
+from ..drawing.tables import folded
 from .asked import Asked, Kernel, NotShownError
+from .facts import bytes as bytes_facts
 from .facts import call as call_facts
+from .facts import fp8 as fp8_facts
+from .facts import numerics as numerics_facts
+from .facts import resources as resource_facts
 from .numbers import as_json
+from .sections import bytes as bytes_section
 from .sections import call as call_section
+from .sections import fp8 as fp8_section
+from .sections import numerics as numerics_section
+from .sections import resources as resource_section
 
 
 @dataclass(frozen=True)
@@ -34,9 +43,15 @@ class Section:
     drawing: ModuleType
 
 
-OF_KERNEL: tuple[Section, ...] = ()
+OF_KERNEL: tuple[Section, ...] = (
+    Section("resources", "Where the time goes", resource_facts, resource_section),
+)
 """Sections of each kernel whose blocks walk over tiles: find(asked, kernel), figures(facts)."""
-OF_CALL: tuple[Section, ...] = ()
+OF_CALL: tuple[Section, ...] = (
+    Section("bytes", "Bytes and memory", bytes_facts, bytes_section),
+    Section("numerics", "Numerics", numerics_facts, numerics_section),
+    Section("fp8", "FP8", fp8_facts, fp8_section),
+)
 """Sections of the whole call: find(asked), figures(facts)."""
 
 
@@ -107,9 +122,11 @@ def _drawn(listed: tuple[Section, ...], facts: Mapping, prefix: str = "") -> Ite
     for each in listed:
         known = facts[each.name]
         if isinstance(known, str):
-            contents = tag("p", f"{known}.", class_="muted")
+            contents = tag("p", f"{known[0].upper()}{known[1:]}.", class_="muted")
         else:
             contents = arranged(each.drawing.figures(known))
+            if getattr(known, "what_if", False):
+                contents = folded("What if this call were computed on 8-bit floats", contents)
         yield _section(prefix + each.name, each.title, contents)
 
 

@@ -1,9 +1,9 @@
 """A kernel laid out over a problem: blocks, the tiles each visits, bytes of device memory.
 
-Tiles are counted as the kernels do, `tiles.sequences.tiles_seen`, for each row block. A problem
-class stands for the problem with its rounded sizes. Of sequences with lengths of their own the
-tiles are those of the list that `numflash.reference.sequences` makes of the lengths that the class
-is measured with, `tuner.lengths`.
+Where blocks work is said by `numflash.selection.layout`. A problem class stands for the problem
+with its rounded sizes. Of sequences with lengths of their own the tiles are those of the list that
+`numflash.reference.sequences` makes of the lengths that the class is measured with,
+`tuner.lengths`.
 """
 
 from dataclasses import dataclass, replace
@@ -16,6 +16,15 @@ from numflash.problem.classes import ProblemClass
 from numflash.problem.sequences import HEADER_WORDS, NO_LIMIT, RECORD_WORDS, ListShape
 from numflash.reference.sequences import BEGIN, END, ENTRY, ENTRY_BITS, START, Extents, lists_of
 from numflash.selection.geometry import LEAST_STAGES, PACKED_SEQLEN, heads_of_a_bundle
+from numflash.selection.layout import (
+    Launch,
+    Tiling,
+    order_of,
+    owns_keys,
+    places,
+    taken_by,
+    tiles_seen,
+)
 
 from ..lengths import sequences_of
 from ..space.machines import Machine
@@ -70,6 +79,8 @@ class Grid:
         splits: blocks that share one walk of the problem.
         entries: sequences whose walks `walks` holds.
         parts: float32 parts of a row of the result, on average; 0 where all rows are whole.
+        launch: where its blocks work, with no heads in flight; None of a list of tiles, whose
+            heads follow each other tile by tile.
     """
 
     walks: Walks
@@ -78,6 +89,7 @@ class Grid:
     splits: int
     entries: int = 1
     parts: float = 0.0
+    launch: Launch | None = None
 
     @property
     def blocks(self) -> int:
@@ -118,26 +130,34 @@ def lay(problem: ProblemClass, config: Config) -> Grid:
 
     Args:
         problem: the class.
-        config: the kernel's, or of the same tiles; one without splits gives each row block of a
-            backward its own block.
+        config: the kernel's, or of the same tiles and with the `blocks_order` of its blocks.
     """
     if problem.traits.ragged:
         return _lay_list(problem, config)
-    heads, group = problem.batch_heads, problem.group_size
-    low, high = band(problem)
-    splits = getattr(config, "num_splits", 1)
+    order = getattr(config, "blocks_order", None) or order_of(config)
+    packed = 1 if owns_keys(order) else heads_packed(problem, config)
     tiles = config.row_tile, config.column_tile
-    if problem.family in ("forward", "backward-dq"):
-        packed = heads_packed(problem, config)
-        rows = problem.seqlen_q * packed
-        walks = _walks(rows, problem.seqlen_k, *tiles, low, high, packed, 1, splits)
-        return Grid(walks, heads // packed, packed, splits, parts=splits if splits > 1 else 0)
-    rows = problem.seqlen_k
-    walks = _walks(rows, problem.seqlen_q, *tiles, -high, -low, 1, group, 1)
-    apart, parts = 2 if getattr(config, "apart", False) else 1, 0
-    if problem.family == "backward" and hasattr(config, "num_splits"):
-        walks, parts = _dealt(walks, splits), splits
-    return Grid(walks, heads // group * apart, 1, splits, parts=parts)
+    return _laid(problem, order, *tiles, packed, getattr(config, "num_splits", 1))
+
+
+@lru_cache(maxsize=1024)
+def _laid(
+    problem: ProblemClass, order: str, row_tile: int, column_tile: int, packed: int, splits: int
+) -> Grid:
+    low, high = band(problem)
+    queries, keys = problem.seqlen_q, problem.seqlen_k
+    if owns_keys(order):
+        tiling = Tiling(keys, queries, row_tile, column_tile, -high, -low)
+        heads, repeats = problem.batch_heads // problem.group_size, problem.group_size
+    else:
+        tiling = Tiling(queries * packed, keys, row_tile, column_tile, low, high, packed)
+        heads, repeats = problem.batch_heads // packed, 1
+    launch = Launch(tiling, order, heads, splits, repeats=repeats)
+    parts = splits if splits > 1 or order == "dealt keys" else 0
+    # Both blocks of a tile have as much to do where dK and dV are apart.
+    apart = order == "dV and dK apart"
+    walks = _walks(launch._replace(heads=1, order="first keys first" if apart else order))
+    return Grid(walks, heads * (1 + apart), packed, splits, parts=parts, launch=launch)
 
 
 def _lay_list(problem: ProblemClass, config: Config) -> Grid:
@@ -200,57 +220,15 @@ def heads_packed(problem: ProblemClass, config: Config) -> int:
     return packed if row.packs(packed) else 1
 
 
-@lru_cache(maxsize=1024)
-def _walks(
-    rows: int,
-    columns: int,
-    row_tile: int,
-    column_tile: int,
-    low: int,
-    high: int,
-    packed: int,
-    repeats: int,
-    splits: int,
-) -> Walks:
-    """The walks of one head: rows see the columns of a band; each walk `repeats` over heads."""
-    first = np.arange(0, rows, row_tile)
-    last = np.minimum(first + row_tile, rows) - 1
-    first, last = first // packed, last // packed
-    begin = np.maximum(0, first + low) // column_tile
-    end = -(-np.minimum(columns, np.maximum(0, last + high + 1)) // column_tile)
-    found = np.maximum(0, end - begin)
-    # Tiles of which every row sees every column, as `tiles.sequences.tiles_seen_whole` tells.
-    whole_begin = np.maximum(begin, -(-(last + low) // column_tile))
-    whole_end = np.minimum(columns, first + high + 1) // column_tile
-    whole = np.clip(whole_end - whole_begin, 0, found)
-    edges = float((found - whole).mean()) * repeats / splits
-    found = found * repeats
-    if splits > 1:
-        share = -(-found // splits)
-        parts = np.clip(found[:, None] - share[:, None] * np.arange(splits), 0, share[:, None])
-        found = parts.ravel()
-    return Walks(np.sort(found)[::-1], edges)
-
-
-def walks_upwards(
-    problem: ProblemClass, row_tile: int, column_tile: int
-) -> tuple[tuple[int, int], ...]:
-    """(first tile of queries, behind the last) that each block of keys of a head visits."""
-    low, high = band(problem)
-    first = np.arange(0, problem.seqlen_k, row_tile)
-    last = np.minimum(first + row_tile, problem.seqlen_k) - 1
-    begin = np.maximum(0, first - high) // column_tile
-    end = -(-np.minimum(problem.seqlen_q, np.maximum(0, last - low + 1)) // column_tile)
-    return tuple(zip(begin.tolist(), np.maximum(begin, end).tolist(), strict=True))
-
-
-def _dealt(walks: Walks, splits: int) -> Walks:
-    """Row blocks dealt out to `splits` blocks, each of which walks over all of its own."""
-    # The longest and the shortest meet in a block: every splits-th one in the order of keys.
-    ordered = [int(walks.tiles[part::splits].sum()) for part in range(splits)]
-    edges = walks.edges * len(walks.tiles) / splits
-    row_blocks = -(-len(walks.tiles) // splits)
-    return Walks(np.array(sorted(ordered, reverse=True)), edges, row_blocks)
+def _walks(launch: Launch) -> Walks:
+    """The walks of a launch of one head."""
+    seen, found = tiles_seen(launch.tiling), places(launch)
+    of_rows = launch.tiling.row_tiles if launch.order != "dealt keys" else 1
+    blocks = of_rows * launch.splits
+    tiles = np.bincount(found.block, found.tiles, blocks).astype(np.int64)
+    edges = (seen.end - seen.begin) - (seen.whole_end - seen.whole_begin)
+    row_blocks = -(-len(found) // blocks)
+    return Walks(np.sort(tiles)[::-1], float(edges.sum()) * launch.repeats / blocks, row_blocks)
 
 
 def heads_in_flight(problem: ProblemClass, grid: Grid, config: MmaConfig, machine: Machine) -> int:
@@ -269,12 +247,7 @@ def heads_in_flight(problem: ProblemClass, grid: Grid, config: MmaConfig, machin
 
 
 def dealt_out(grid: Grid, heads_in_flight: int, blocks: int) -> tuple[float, int]:
-    """(tiles, walks) of the busiest of so many blocks that share the walks of a grid.
-
-    They go through them as `tiles.blocks.next_place` says, and walks are in the order of
-    `tiles.blocks.make_block_place`: bundles of heads, from long to short in the last, from short
-    to long in the one before, and so on.
-    """
+    """(tiles, walks) of the busiest of so many persistent blocks that share a grid's walks."""
     walks = grid.blocks
     rounds = -(-walks // blocks)
     if grid.walks.is_even or rounds == 1:
@@ -282,25 +255,19 @@ def dealt_out(grid: Grid, heads_in_flight: int, blocks: int) -> tuple[float, int
     if rounds > _MANY_ROUNDS:
         # Rounds alternate direction: a block that is ahead in one falls back in the next.
         return walks / blocks * grid.mean_tiles + grid.walks.most / 2, rounds
-    return _busiest(tuple(grid.walks.tiles.tolist()), grid.heads, heads_in_flight, blocks)
+    if grid.launch is None:
+        return _busiest(np.repeat(grid.walks.tiles, grid.heads), blocks)
+    return _busiest_of(grid.launch._replace(in_flight=heads_in_flight), blocks)
 
 
 @lru_cache(maxsize=1024)
-def _busiest(
-    tiles: tuple[int, ...], heads: int, heads_in_flight: int, blocks: int
-) -> tuple[float, int]:
-    bundles = [heads_in_flight] * (heads // heads_in_flight)
-    if rest := heads % heads_in_flight:
-        bundles.append(rest)
-    # From the last to the first.
-    turned = [np.repeat(tiles[:: (-1) ** i], n) for i, n in enumerate(reversed(bundles))]
-    order = np.concatenate(turned[::-1])
-    rounds = -(-len(order) // blocks)
-    dealt = np.zeros((2, rounds * blocks))
-    dealt[0, : len(order)], dealt[1, : len(order)] = order, 1
-    dealt = dealt.reshape(2, rounds, blocks)
-    dealt[:, 1::2] = dealt[:, 1::2, ::-1]
-    found, walks = dealt.sum(axis=1)
+def _busiest_of(launch: Launch, blocks: int) -> tuple[float, int]:
+    return _busiest(places(launch).tiles, blocks)
+
+
+def _busiest(tiles: np.ndarray, blocks: int) -> tuple[float, int]:
+    taken = taken_by(len(tiles), blocks)
+    found, walks = np.bincount(taken, tiles, blocks), np.bincount(taken, minlength=blocks)
     busiest = int(np.argmax(found + walks))
     return float(found[busiest]), int(walks[busiest])
 

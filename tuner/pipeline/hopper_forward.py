@@ -25,6 +25,7 @@ from .steps import (
     Wait,
     Walk,
     Work,
+    role,
 )
 
 
@@ -32,10 +33,10 @@ def program(config: Sm90ForwardConfig, traits: Traits, walks: Sequence[Walk]) ->
     """What a block does for tiles of rows, one `Walk` over stages of keys for each."""
     groups, attend = config.num_warpgroups, attend_to_codes if traits.fp8 else _attend
     roles: dict[str, Callable[[], Iterator[Step]]] = {
-        f"WG {group}": _role(_consume, config, traits, walks, group, attend)
+        f"WG {group}": role(_consume, config, traits, walks, group, attend)
         for group in range(groups)
     }
-    roles["producer"] = _role(_produce, config, walks)
+    roles["producer"] = role(_produce, config, walks)
     rows, columns, tiles = WARPGROUP_ROWS, config.tile_n, config.tiles(traits)
     shapes = {
         "S": (rows, columns, traits.head_dim),
@@ -58,10 +59,6 @@ def program(config: Sm90ForwardConfig, traits: Traits, walks: Sequence[Walk]) ->
         },
         barriers={f"turn {group}": 2 for group in range(groups)} if config.pingpong else {},
     )
-
-
-def _role(steps: Callable, *args) -> Callable[[], Iterator[Step]]:
-    return lambda: steps(*args)
 
 
 def _produce(config: Sm90ForwardConfig, walks: Sequence[Walk]) -> Iterator[Step]:

@@ -107,7 +107,7 @@ def _products(
         rate = float(machine.fp32_lanes)
     if not rate:
         raise ValueError(f"{machine.name} has no products as {config} needs them")
-    rate *= 2 if traits.fp8 else 1
+    rate *= 2 if traits.fp8 and config.multiplies_codes else 1
     return {
         name: rows * columns * depth / rate
         for name, (rows, columns, depth) in program.shapes.items()
@@ -126,6 +126,7 @@ def _work(program: Program, machine: Machine) -> dict[str, float]:
         "gradients": _GRADIENT_ISSUED * scores / _ISSUE_LANES + pack,
         "store": 2 * scores / machine.smem_bytes_per_clock,
         "leave": 4 * stored / machine.smem_bytes_per_clock,
+        "decode": scores / machine.alu_lanes,
         "statistics": float(L2_LATENCY),
         "finish": stored / machine.alu_lanes,
     }
@@ -134,10 +135,11 @@ def _work(program: Program, machine: Machine) -> dict[str, float]:
 def _from_machine_code(report: Report) -> dict[str, float]:
     """Of a warpgroup's main loop: what its instructions take at least."""
     loop = report.main_loop
-    half_rate = loop.clocks["half_rate"]
-    found = {"exp": float(loop.clocks["special"]), "pack": 2.0 * loop.instructions["conversions"]}
+    found = {"exp": float(loop.clocks["special"])}
     if loop.instructions["fmnmx"]:
-        found["max"] = half_rate - found["pack"] + _ACROSS_LANES
+        # A forward, whose conversions are those of P.
+        found["pack"] = 2.0 * loop.instructions["conversions"]
+        found["max"] = loop.clocks["half_rate"] - found["pack"] + _ACROSS_LANES
     if loop.skipped["mask"]:
         found["mask"] = float(loop.skipped["mask"])
     return found

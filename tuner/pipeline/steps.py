@@ -8,7 +8,7 @@ in the same order (`tests/sim/test_pipeline_order.py`).
 The verbs of a channel are those of `numflash.kernels.wgmma.channels`:
 
     by who fills buffers        Claim, then Fetch (a bulk copy) or Fill (written by itself)
-    by who reads them           Wait, then Release
+    by who reads them           Wait, then Release; Send, by who stores what is there
 
 Other steps:
 
@@ -63,6 +63,14 @@ class Release(NamedTuple):
 
     channel: str
     buffer: int
+
+
+class Send(NamedTuple):
+    """Store a full buffer to global memory, or add it there, and wait until it has been read."""
+
+    channel: str
+    buffer: int
+    tile: int
 
 
 class Begin(NamedTuple):
@@ -137,10 +145,12 @@ class Work(NamedTuple):
     Attributes:
         kind: a key of `Rates.work`; "exp" takes the special-function units.
         tile: of the walk.
+        reads: the (tile in shared memory, buffer) that it reads, if it does.
     """
 
     kind: str
     tile: int
+    reads: tuple[str, int] | None = None
 
 
 Step = (
@@ -149,6 +159,7 @@ Step = (
     | Fill
     | Wait
     | Release
+    | Send
     | Begin
     | Until
     | Multiply
@@ -162,13 +173,19 @@ Step = (
 )
 
 
+def role(steps: Callable[..., Iterator[Step]], *args) -> Callable[[], Iterator[Step]]:
+    """A role of a `Program`: its steps with these arguments, anew at each call."""
+    return lambda: steps(*args)
+
+
 class Channel(NamedTuple):
     """Buffers that roles fill and others empty, in turn.
 
     Attributes:
         title: what lies in them, in words: "K", "Q and dO".
         buffers: how many.
-        readers: roles that release each.
+        readers: roles that release each; 0 where nobody does, because it is filled once, or given
+            back with another.
         writers: roles that fill each.
     """
 

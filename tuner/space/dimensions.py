@@ -20,6 +20,7 @@ from .machines import Machine
 GEOMETRY = ("num_splits", "packed", "heads_in_flight")
 """Dimensions that are arguments of a kernel rather than its code."""
 HOPPER_ONLY = {
+    "v_stages": 0,
     "overlap": False,
     "pingpong": False,
     "persistent": False,
@@ -42,6 +43,8 @@ copies more."""
 _HOPPER_TILES_N = tuple(range(64, 257, 16))
 _WALKED_TILES = (32, 48, 64, 80, 96, 128, 160, 192)
 """Rows of a tile that Hopper's backward walks in."""
+_STAGES_OF_V = (0, 2, 3)
+"""Of the forward: buffers of V where K has others; 0 is as many as K."""
 _OFF_ON = (False, True)
 
 
@@ -130,6 +133,7 @@ def _hopper(num_warpgroups: int) -> dict[str, tuple]:
         "tile_n": _HOPPER_TILES_N,
         "num_warps": (4 * num_warpgroups,),
         "num_stages": (1, 2, 3),
+        "v_stages": _STAGES_OF_V,
         "min_blocks": (0, 2) if num_warpgroups == 1 else (0,),
         "overlap": _OFF_ON,
         "pingpong": _OFF_ON if num_warpgroups > 1 else (False,),

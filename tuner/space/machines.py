@@ -14,7 +14,7 @@ from pathlib import Path
 from numflash.runtime.devices import Architecture, architecture
 
 _TABLE = Path(__file__).with_name("machines.toml")
-_MB = 2**20
+_MB, _GIB = 2**20, 2**30
 # "sm_89", "sm89", "89", "sm_90a"
 _ARCHITECTURE = re.compile(r"(?:sm_?)?(\d{2,3}[af]?)", re.IGNORECASE)
 # Words that people leave out of a GPU's name.
@@ -44,6 +44,7 @@ class Machine:
         alu_lanes: minima, comparisons, selections and logic per clock and SM.
         sfu_lanes: special functions, such as exponentials, per clock and SM.
         smem_bytes_per_clock: bandwidth of an SM's shared memory.
+        memory_bytes: size of the device memory; 0 where nobody said.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Machine:
     smem_bytes_per_clock: int = 128
     wgmma_f16: float = 0.0
     mma_efficiency: float = 0.95
+    memory_bytes: int = 0
 
     @property
     def limits(self) -> Architecture:
@@ -137,6 +139,7 @@ def _machines() -> tuple[Machine, ...]:
             row["memory_gbps"],
             int(row["l2_mb"] * _MB),
             row["source"],
+            row["memory_gb"] * _GIB,
         )
         for row in _table()["machines"]
     )
@@ -165,6 +168,7 @@ def _machine(
     memory_gbps: float,
     l2_bytes: int,
     source: str,
+    memory_bytes: int = 0,
 ) -> Machine:
     """A machine with the rates of a kind, "sm_89" or "sm_89-geforce"."""
     rates = dict(_table()["rates"][kind])
@@ -177,6 +181,7 @@ def _machine(
         memory_gbps=float(memory_gbps),
         l2_bytes=l2_bytes,
         l2_bytes_per_clock=float(l2_per_sm * num_sms),
+        memory_bytes=memory_bytes,
         source=f"{source}. Rates: {rates_source}",
         **rates,
     )

@@ -49,6 +49,9 @@ class ListPlan(NamedTuple):
     The list has room for most_tiles tiles, most_records records, most_slots parts and most_split
     tiles that are split. Splits end at multiples of `least` tiles of `stage`. With `shares` above
     0 they may be longer: so long that the work of all tiles makes at most `shares` of them.
+
+    With `in_turn` the tiles of a sequence come one after the other, the last rows first, and the
+    sequences of most tiles first.
     """
 
     begin: i64
@@ -65,6 +68,7 @@ class ListPlan(NamedTuple):
     aligned: i32
     least: i32
     shares: i32
+    in_turn: i32
 
 
 class AngleTable(NamedTuple):

@@ -2,8 +2,9 @@
 
 A block makes one list. A tile is of queries of one sequence, or of its keys; its work is the
 number of tiles of the other side that the band lets it see. The tiles with the most work come
-first; tiles of equal work are in the order of sequences and rows. The list is the same in every
-run, and the host needs no number of it.
+first; tiles of equal work are in the order of sequences and rows. Where blocks add in turn the
+work is that of the sequence, its number of tiles, and the last rows of a sequence come first. The
+list is the same in every run, and the host needs no number of it.
 
     list        word 0: number of records; word 1: 1 where something was cut, else 0; 6 words of 0
     record      q_first, seqlen_q, k_first, seqlen_k, start, begin, end, entry | split << 20
@@ -101,6 +102,12 @@ def _owning(sequence, plan):
 
 
 @device_function
+def _tiles_of(owning, plan):
+    """The tiles of a sequence."""
+    return tiles_of(owning.seqlen_q * plan.pack, plan.tile)
+
+
+@device_function
 def _last_with(lists, before, count, number):
     """The last of `count` that has no more than `number` before it."""
     low, high = i32(0), i32(count)
@@ -119,7 +126,10 @@ def _tile_of(lists, places, lengths, plan, number):
     entry = _last_with(lists, places.tiles_before, lengths.entries, number)
     sequence, _ = _sequence_of(lengths, plan, entry)
     owning = _owning(sequence, plan)
-    start = i32((number - lists[places.tiles_before + entry]) * plan.tile)
+    place = i32(number - lists[places.tiles_before + entry])
+    if plan.in_turn != 0:
+        place = i32(_tiles_of(owning, plan) - 1 - place)
+    start = i32(place * plan.tile)
     first, last = tokens_of(start, plan.tile, plan.pack, owning)
     return _Tile(entry, sequence, start, tiles_seen(first, last, plan.stage, owning))
 
@@ -159,9 +169,11 @@ def _split_record_of(lists, places, lengths, plan, totals, number):
 
 
 @device_function
-def _bin_of(tile):
+def _bin_of(tile, plan):
     """The place of a tile's work among amounts of work, most first."""
     work = max(i32(tile.keys.end - tile.keys.begin), i32(0))
+    if plan.in_turn != 0:
+        work = i32(_tiles_of(_owning(tile.sequence, plan), plan))
     return i32(BINS - 1 - min(work, BINS - 1))
 
 
@@ -273,7 +285,7 @@ def make_list_maker(num_warps: int, splits: bool) -> Callable:
             if entry < lengths.entries:
                 sequence, is_cut = _sequence_of(lengths, plan, entry)
                 owning = _owning(sequence, plan)
-                tiles = i32(tiles_of(owning.seqlen_q * plan.pack, plan.tile))
+                tiles = i32(_tiles_of(owning, plan))
                 flags = i32(flags | is_cut)
             earlier, of_all = sum_before(tiles, plan.most_tiles, smem, num_counts)
             if entry < lengths.entries:
@@ -378,7 +390,7 @@ def make_list_maker(num_warps: int, splits: bool) -> Callable:
         for begin in range(share_begin, share_end, 32):
             is_there = begin + lane < share_end
             number = i32(begin + lane if is_there else begin)
-            bin_ = _bin_of(record_of(lists, places, lengths, plan, totals, number).tile)
+            bin_ = _bin_of(record_of(lists, places, lengths, plan, totals, number).tile, plan)
             peers = _peers_of(bin_, is_there)
             if is_there and peers & below == u32(0):
                 place = i32(counts + bin_)
@@ -409,7 +421,7 @@ def make_list_maker(num_warps: int, splits: bool) -> Callable:
             is_there = begin + lane < share_end
             number = i32(begin + lane if is_there else begin)
             tile, split, slot = record_of(lists, places, lengths, plan, totals, number)
-            bin_ = _bin_of(tile)
+            bin_ = _bin_of(tile, plan)
             peers = _peers_of(bin_, is_there)
             earlier = i32(cuda.popc(u32(peers & below)))
             counter = i32(counts + bin_)

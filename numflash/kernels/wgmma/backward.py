@@ -41,12 +41,12 @@ Source: FlashAttention-2, arXiv 2307.08691, Algorithm 2; FlashAttention-3, arXiv
 from numflash.configs import WARPGROUP_ROWS, Traits
 from numflash.configs.wgmma_backward import Sm90BackwardConfig
 from numflash.kernels.arguments import (
-    BundledShape,
     Mask,
     Pointer,
     Statistics,
     Tensor,
     scores_of,
+    turns_shape_of,
 )
 from numflash.kernels.kernel import Kernel
 from numflash.kernels.mma.queries import make_steps_of_heads
@@ -60,6 +60,7 @@ from numflash.ptx import (
     f32,
     i32,
     i64,
+    mov_ctaid_x,
     mov_tid_x,
     u32,
 )
@@ -79,8 +80,8 @@ from numflash.ptx.mbarriers import mbarrier_arrive
 from numflash.ptx.memory import mov_shared_address, st_shared_v4_f32
 from numflash.ptx.warpgroups import fence_proxy_async
 from numflash.ptx.wgmma import make_wgmma_wait_group
-from numflash.tiles import features
-from numflash.tiles.division import quotient, tiles_of
+from numflash.tiles import blocks, features
+from numflash.tiles.division import quotient
 from numflash.tiles.mma.elements import MMA_ELEMENTS
 from numflash.tiles.mma.fragments import MMA_ROWS, accumulator_row
 from numflash.tiles.portable.softmax import LOG2_E
@@ -112,6 +113,7 @@ from numflash.tiles.wgmma.turns_of_blocks import (
     make_first_block,
     make_last_block,
     make_place_of_last_keys,
+    make_tile_number,
 )
 
 # The named barrier at which all warpgroups meet when dS of a tile is complete.
@@ -122,7 +124,8 @@ def make_backward_kernel(config: Sm90BackwardConfig, traits: Traits) -> Kernel:
     """The backward kernel for one config; see the module's docstring."""
     out_storage = f32 if traits.float32_out else MMA_ELEMENTS["sm80", traits.dtype].storage
     channels = _channels_of(config, traits)
-    walk_of = make_walk_of(config, traits, make_place_of_last_keys(config.tile_n))
+    walk_of = make_walk_of(config, traits, make_place_of_last_keys(config.tile_n, traits))
+    is_idle = blocks.make_is_idle(traits)
     of_walk = channels[:4], walk_of
     run_block = make_run_block(
         config,
@@ -131,6 +134,7 @@ def make_backward_kernel(config: Sm90BackwardConfig, traits: Traits) -> Kernel:
         make_assist(config, traits, *of_walk),
         _make_consume(config, traits, channels, walk_of),
         _make_add_dq(config, traits, channels, walk_of),
+        registers=config.registers_of(traits),
     )
 
     def backward(
@@ -144,9 +148,12 @@ def make_backward_kernel(config: Sm90BackwardConfig, traits: Traits) -> Kernel:
         dq_sums: Pointer(f32),  # (batch, num_heads_q, tiles of queries, tile_m * head_dim)
         turns: Pointer(u32),  # (batch, num_heads_q, tiles of queries), all 0
         mask: Mask,
-        shape: BundledShape,
+        shape: turns_shape_of(traits),
         scores: scores_of(traits.program),
     ):
+        # The grid is as long as a list of tiles may be: this one may be shorter.
+        if is_idle(mov_ctaid_x(), quotient(shape.num_heads_q, shape.group_size), shape):
+            return
         results = dk, dv, dq_sums, turns
         given = statistics_log2, results, mask, shape, scores
         run_block((q_map, k_map, v_map, do_map), given)
@@ -183,39 +190,48 @@ def _make_add_dq(config: Sm90BackwardConfig, traits: Traits, channels, walk_of):
     tile_n = config.tile_n
     first_block, last_block = make_first_block(tile_m, tile_n), make_last_block(tile_m, tile_n)
     count_steps, first_step, next_step = make_steps_of_heads(traits, tile_m)
+    tile_number, all_have_places = make_tile_number(tile_m, traits), not traits.ragged
+
+    @device_function
+    def add_in_turn(smem, barriers, sums, tile, rank, is_last, buffer):
+        dq_sums, turns = sums
+        source = i32(dq_smem + buffer * words)
+        # Hazard: sums in another order are not the same bits.
+        while ld_acquire_gpu_u32(turns, i64(tile)) != rank:
+            pass
+        # Hazard: the copy would not see what the block before has added.
+        fence_proxy_async_global()
+        if rank == u32(0):
+            cp_async_bulk_store(dq_sums, i64(tile) * words, smem, source, n_bytes)
+        else:
+            cp_reduce_async_bulk_add_f32(dq_sums, i64(tile) * words, smem, source, n_bytes)
+        # Hazard: the two waits below would not wait for this copy.
+        cp_async_bulk_commit_group()
+        # Hazard: the next dQ would overwrite this one while it is read.
+        cp_async_bulk_wait_group_read()
+        mbarrier_arrive(barriers, DQ.empty + buffer)
+        turn = u32(0) if is_last else u32(rank + u32(1))
+        # Hazard: the next block would add before this sum is in memory.
+        cp_async_bulk_wait_group()
+        st_release_gpu_u32(turns, i64(tile), turn)
 
     @device_function
     def add_dq(smem, barriers, given):
         _, (_, _, dq_sums, turns), mask, shape, _ = given
         place, sequence, walk = walk_of(mask, shape)
-        block, num_tiles = quotient(place.start, tile_n), tiles_of(shape.seqlen_q, tile_m)
-        first_head = i32(place.batch * shape.num_heads_q)
+        block = quotient(place.start, tile_n)
         step, head, end = first_step(walk)
         for number in range(count_steps(walk)):
             buffer, parity = dq_buffer(number)
-            source = i32(dq_smem + buffer * words)
             rank = u32(last_block(step, sequence) - block)
-            tile = i32(i32(i32(first_head + head) * num_tiles) + step)
+            is_last = block == first_block(step, sequence)
+            tile = tile_number(step, head, place.batch, sequence, shape)
             # Hazard: warpgroups may not have written this dQ yet.
             DQ.wait(barriers, buffer, parity)
-            # Hazard: sums in another order are not the same bits.
-            while ld_acquire_gpu_u32(turns, i64(tile)) != rank:
-                pass
-            # Hazard: the copy would not see what the block before has added.
-            fence_proxy_async_global()
-            if rank == u32(0):
-                cp_async_bulk_store(dq_sums, i64(tile) * words, smem, source, n_bytes)
+            if all_have_places or tile >= 0:
+                add_in_turn(smem, barriers, (dq_sums, turns), tile, rank, is_last, buffer)
             else:
-                cp_reduce_async_bulk_add_f32(dq_sums, i64(tile) * words, smem, source, n_bytes)
-            # Hazard: the two waits below would not wait for this copy.
-            cp_async_bulk_commit_group()
-            # Hazard: the next dQ would overwrite this one while it is read.
-            cp_async_bulk_wait_group_read()
-            mbarrier_arrive(barriers, DQ.empty + buffer)
-            turn = u32(0) if block == first_block(step, sequence) else u32(rank + u32(1))
-            # Hazard: the next block would add before this sum is in memory.
-            cp_async_bulk_wait_group()
-            st_release_gpu_u32(turns, i64(tile), turn)
+                mbarrier_arrive(barriers, DQ.empty + buffer)
             step, head, end = next_step(walk, step, head, end)
 
     return add_dq

@@ -6,18 +6,17 @@ number in a warpgroup held. Tiles that see no key have no sums: their dQ is zero
 
 from numflash.configs import WARPGROUP_ROWS, Traits
 from numflash.configs.wgmma_backward import Sm90ReduceDqConfig
-from numflash.kernels.arguments import Mask, Pointer, Shape, Tensor
+from numflash.kernels.arguments import Mask, Pointer, Shape, Tensor, TurnsShape
 from numflash.kernels.kernel import Kernel
 from numflash.ptx import cuda, f32, i32, i64, ld_global_v4_f32, mov_ctaid_x
-from numflash.tiles import addresses, blocks
+from numflash.tiles import addresses, blocks, sequences
 from numflash.tiles.addresses import first_of_rows
-from numflash.tiles.division import quotient, tiles_of
+from numflash.tiles.division import quotient
 from numflash.tiles.mma import copies
 from numflash.tiles.mma.elements import MMA_ELEMENTS
 from numflash.tiles.mma.fragments import MMA_ROWS
-from numflash.tiles.sequences import sequence_of_all
 from numflash.tiles.wgmma.turns import WARPGROUP
-from numflash.tiles.wgmma.turns_of_blocks import make_is_seen
+from numflash.tiles.wgmma.turns_of_blocks import make_is_seen, make_tile_number
 
 
 def make_reduce_dq_kernel(config: Sm90ReduceDqConfig, traits: Traits) -> Kernel:
@@ -32,31 +31,37 @@ def make_reduce_dq_kernel(config: Sm90ReduceDqConfig, traits: Traits) -> Kernel:
     store_dq = copies.make_store_rows(element, 1, dq_tiles, traits.vectorized, *store_as)
     out_storage = f32 if traits.float32_out else element.storage
     place_of_queries = blocks.make_place_of_queries(tile_m, traits)
-    is_seen = make_is_seen(tile_m, config.tile_n)
+    sequence_of, is_idle = sequences.make_sequence_of(traits), blocks.make_is_idle(traits)
+    is_seen, tile_number = make_is_seen(tile_m, config.tile_n), make_tile_number(tile_m, traits)
+    all_have_places = not traits.ragged
 
     def reduce_dq(
         dq_sums: Pointer(f32),  # (batch, num_heads_q, tiles of queries, tile_m * head_dim)
         dq: Tensor[out_storage],  # (batch, seqlen_q, num_heads_q, head_dim)
         mask: Mask,
-        shape: Shape,
+        shape: TurnsShape if traits.ragged else Shape,
     ):
+        # The grid is as long as a list of tiles may be: this one may be shorter.
+        if is_idle(mov_ctaid_x(), shape.num_heads_q, shape):
+            return
         dq_acc = cuda.local.array(n_dq, f32)
-        m_start, head, _, batch, _ = place_of_queries(mov_ctaid_x(), shape, mask)
-        sequence = sequence_of_all(shape, mask)
+        place = place_of_queries(mov_ctaid_x(), shape, mask)
+        m_start, head, _, batch, _ = place[:5]
+        sequence = sequence_of(place, shape, mask)
         tile = quotient(m_start, tile_m)
-        number = (batch * shape.num_heads_q + head) * tiles_of(shape.seqlen_q, tile_m) + tile
-        has_sums = is_seen(tile, sequence)
+        number = tile_number(tile, head, batch, sequence, shape)
+        has_sums = is_seen(tile, sequence) and (all_have_places or number >= 0)
         thread = i32(cuda.threadIdx.x)
         row = i32(m_start + thread // 32 * MMA_ROWS + thread % 32 // 4)
         dq_base = first_of_rows(dq, batch, head, sequence.first_q)
         for part in range(parts):
-            place = i64(number) * words + part * part_words + 4 * thread
+            first_sum = i64(number) * words + part * part_words + 4 * thread
             for i in range(n_dq):
                 dq_acc[i] = f32(0)
             if has_sums:
                 for i in range(dq_tiles):
                     frag = dq_acc[4 * i : 4 * i + 4]
-                    ld_global_v4_f32(frag, dq_sums, place + 4 * WARPGROUP * i)
+                    ld_global_v4_f32(frag, dq_sums, first_sum + 4 * WARPGROUP * i)
             column, first = column_step * part, i32(row + row_step * part)
             end, width = sequence.seqlen_q, i32(shape.head_dim - column)
             store_dq(dq_acc, dq, dq_base + column, first, end, width)

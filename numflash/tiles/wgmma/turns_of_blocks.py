@@ -15,22 +15,29 @@ block's own diagonal, so blocks of a head that run at once are at different tile
 see all keys a block follows the one before it, some tiles behind. That is predicted to cost
 little, because the blocks of several heads take turns: fewer of one head begin at once.
 
+Sequences that have lengths of their own have a list of tiles of keys in which those of a sequence
+follow each other, the last one first (`ListShape.in_turn`). All heads of a tile take turns.
+
 Source: FlashAttention PR 1893 for the order of causal blocks.
 """
 
 from functools import cache
 
-from numflash.ptx import function_of_numbers, i32
+from numflash.ptx import device_function, function_of_numbers, i32
+from numflash.tiles import blocks
 from numflash.tiles.blocks import Place
 from numflash.tiles.division import divide, quotient, tiles_of
 
 
 @cache
-def make_place_of_last_keys(tile_n):
+def make_place_of_last_keys(tile_n, traits):
     """place_of_last_keys(number, shape, mask): the `Place` of a tile of tile_n keys; see above.
 
-    `shape` is a `BundledShape`: `heads_in_flight` key-value heads take turns, then the next ones.
+    `shape` is a record of `kernels.arguments.turns_shape_of`. Of a `BundledShape`,
+    `heads_in_flight` key-value heads take turns, then the next ones.
     """
+    if traits.ragged:
+        return blocks.make_place_of_keys(tile_n, traits)
 
     @function_of_numbers
     def place_of_last_keys(number, shape, mask):
@@ -45,6 +52,27 @@ def make_place_of_last_keys(tile_n):
         return Place(start, i32(head_kv * shape.group_size), head_kv, batch, i32(0))
 
     return place_of_last_keys
+
+
+@cache
+def make_tile_number(tile_m, traits):
+    """tile_number(tile, head, batch, sequence, shape)
+
+    The number of a tile of queries of a query head among those that have sums and a turn; -1 if it
+    has none, because sequences overlap. `shape` is a record as above.
+    """
+
+    @function_of_numbers
+    def tile_number(tile, head, batch, sequence, shape):
+        num_tiles = tiles_of(shape.seqlen_q, tile_m)
+        return i32(i32(i32(batch * shape.num_heads_q + head) * num_tiles) + tile)
+
+    @device_function
+    def tile_number_in_list(tile, head, batch, sequence, shape):
+        place = i32(shape.tiles_before[batch] + tile)
+        return i32(head * shape.most_tiles + place if place < shape.most_tiles else -1)
+
+    return tile_number_in_list if traits.ragged else tile_number
 
 
 @cache

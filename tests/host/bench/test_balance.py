@@ -23,18 +23,6 @@ def test_records_are_dealt_to_and_fro():
     assert dealt(np.array([9, 7]), 2, num_sms=2).busiest == 1
 
 
-def test_the_walk_is_that_of_the_kernels():
-    """As `tiles.blocks.next_place`: from place c by 2 (n - c) - 1, then by 2 n less that."""
-    works, num_sms = np.arange(100, 0, -1), 7
-    loads = np.zeros(num_sms)
-    for c in range(num_sms):
-        place, step = c, 2 * (num_sms - c) - 1
-        while place < len(works):
-            loads[c] += works[place]
-            place, step = place + step, 2 * num_sms - step
-    assert dealt(works, 1, num_sms).busiest == loads.max() / loads.mean()
-
-
 def test_work_is_counted_in_tiles_of_keys():
     case = Case(np.array([300]), np.array([600]))
     assert works_of(case, causal=False).tolist() == [6, 6, 6]

@@ -11,6 +11,8 @@ from numflash.configs import Traits, parse_config
 from numflash.kernels.arguments import Mask, Shape
 from numflash.ptx import i32, u32
 from numflash.selection.geometry import heads_of_a_bundle
+from numflash.selection.layout import Launch, Tiling, taken_by
+from numflash.selection.layout import places as places_of
 from numflash.tiles import addresses, division, sequences
 from numflash.tiles import blocks as blocks_of_tiles
 from numflash.tiles.blocks import make_block_place, make_place_of_keys, make_place_of_queries
@@ -49,20 +51,6 @@ def test_the_last_bundle_goes_from_the_last_rows_to_the_first_and_others_to_and_
     assert by_bundle[1] == sorted(by_bundle[1]) and by_bundle[0] == by_bundle[1][::-1]
 
 
-def walk(block, blocks, count):
-    """The places of one block, as `tiles.blocks.next_place` says."""
-    place, step = block, 2 * (blocks - block) - 1
-    while place < count:
-        yield place
-        place, step = place + step, 2 * blocks - step
-
-
-def test_the_walks_of_all_blocks_take_every_place_once():
-    for blocks, count in ((1, 5), (2, 7), (3, 3), (4, 2), (5, 23)):
-        taken = [place for block in range(blocks) for place in walk(block, blocks, count)]
-        assert sorted(taken) == list(range(count))
-
-
 @pytest.mark.parametrize("seqlen", [512, 1024, 2048, 4096, 8192, 16384])
 @pytest.mark.parametrize(
     ("head_dim", "text"), [(64, "m192n128w12s2"), (128, "m128n128w8s2"), (256, "m128n80w8s2")]
@@ -73,10 +61,10 @@ def test_causal_walks_are_even(head_dim, text, seqlen):
     heads = 16384 // seqlen * 2048 // head_dim
     fits = L2_BYTES // 2 // (seqlen * 4 * head_dim)
     in_flight = heads_of_a_bundle(config, fits, heads, NUM_SMS, 1)
-    found = places(config.tile_m, seqlen, heads, 1, 1, in_flight)
+    tiling = Tiling(seqlen, seqlen, config.tile_m, config.tile_n, -seqlen, 0)
+    found = places_of(Launch(tiling, "in bundles", heads, in_flight=in_flight))
     # Tiles of keys that a tile of rows sees, and two for its beginning and end.
-    work = [-(-min(m + config.tile_m, seqlen) // config.tile_n) + 2 for m, _, _ in found]
-    loads = [sum(work[p] for p in walk(b, NUM_SMS, len(work))) for b in range(NUM_SMS)]
+    loads = np.bincount(taken_by(len(found), NUM_SMS), found.tiles + 2, NUM_SMS)
     assert max(loads) < 1.1 * np.mean(loads)
 
 

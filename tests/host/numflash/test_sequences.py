@@ -25,7 +25,7 @@ from tests.support.sequence_cases import CASES, SPLITS, packed
 
 def brute_records(q, k, shape):
     """Each tile's record, found by asking each query about each key."""
-    found = []
+    found, work = [], []
     for entry in range(len(q.length)):
         seqlen_q, seqlen_k = int(q.length[entry]), int(k.length[entry])
         moved = shape.aligned * (seqlen_k - seqlen_q)
@@ -34,14 +34,16 @@ def brute_records(q, k, shape):
         rows = np.repeat(seen, shape.pack, 0)
         if shape.by_keys:
             rows = seen.T
-        for start in range(0, len(rows), shape.tile):
+        starts = range(0, len(rows), shape.tile)
+        for start in reversed(starts) if shape.in_turn else starts:
             others = np.flatnonzero(rows[start : start + shape.tile].any(0))
             tiles = (
                 (others[0] // shape.stage, others[-1] // shape.stage + 1) if len(others) else ()
             )
             first = q.first[entry], seqlen_q, k.first[entry], seqlen_k
             found.append((*map(int, first), start, tiles, entry))
-    work = [min(1023, tiles[1] - tiles[0]) if tiles else 0 for *_, tiles, _ in found]
+            work.append(len(starts) if shape.in_turn else len(range(*tiles or (0,))))
+    work = [min(1023, each) for each in work]
     return [found[n] for n in sorted(range(len(found)), key=lambda n: -work[n])]
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from numflash.configs import Sm90ForwardConfig, parse_config
 from numflash.problem.classes import ProblemClass
+from numflash.selection.layout import persistent_walks, places
 from tuner import model
 from tuner.model import grid, hopper
 from tuner.model.machine_code import Counts, Loop, MachineCode
@@ -71,6 +72,10 @@ def test_a_warpgroup_by_itself_does_one_thing_after_the_other():
         ("m128n128w8s1", 2 * (1600 - 250)),
         ("m64n128w4s2-overlap", 1600 - 1500 + 1600 - 1000),
         ("m64n128w4s3-overlap", 0),
+        # Of K and V, each by its own stages.
+        ("m64n128w4s2-v3-overlap", 1600 - 1500),
+        ("m64n128w4s3-v2-overlap", 1600 - 1000),
+        ("m64n128w4s1-v2", 1600 - 500 + 1600 - 1500),
     ],
 )
 def test_buffers_are_waited_for(text, expected):
@@ -122,30 +127,14 @@ def test_results_in_the_place_of_q_delay_the_next_rows(monkeypatch):
     assert times[1] - times[0] > 0.8 * 32 * 300 / 1830e3
 
 
-def walked(tiles, heads, in_flight, blocks):
-    """Tiles of each block, from the definitions of `make_block_place` and `next_place`."""
-    order, bundles = [], -(-heads // in_flight)
-    for number, first in enumerate(range(0, heads, in_flight)):
-        bundle, longest_first = min(in_flight, heads - first), (bundles - number) % 2 == 1
-        order += [tile for tile in sorted(tiles, reverse=longest_first) for _ in range(bundle)]
-    found = []
-    for block in range(blocks):
-        place, step, own = block, 2 * (blocks - block) - 1, []
-        while place < len(order):
-            own.append(order[place])
-            place, step = place + step, 2 * blocks - step
-        found.append(own)
-    return found
-
-
 @pytest.mark.parametrize("mask", ["full", "causal", "window1024"])
 @pytest.mark.parametrize("in_flight", [1, 3, 5, 16])
 def test_persistent_blocks_walk_as_the_kernel_does(mask, in_flight):
     problem = problem_class(mask=mask, q=4096, k=4096, heads=16)
     laid = grid.lay(problem, parse_config("forward", f"sm90-{BOTH}"))
-    own = walked(laid.walks.tiles.tolist(), 16, in_flight, 132)
-    assert sum(map(len, own)) == laid.blocks
-    busiest = max(sum(each) + len(each) for each in own)
+    found = places(laid.launch._replace(in_flight=in_flight)).tiles
+    assert len(found) == laid.blocks
+    busiest = max(sum(found[own]) + len(own) for own in persistent_walks(len(found), 132))
     tiles, walks = grid.dealt_out(laid, in_flight, 132)
     assert tiles + walks == busiest
 

@@ -8,7 +8,7 @@ import pytest
 from numflash.configs import parse_config
 from numflash.problem.classes import ProblemClass
 from tuner import model
-from tuner.model import grid, hopper_backward, turns
+from tuner.model import hopper_backward, turns
 from tuner.model.hopper_backward import make_form, product
 from tuner.model.machine_code import Counts, Loop, MachineCode
 from tuner.records import ResourceUsage
@@ -235,15 +235,6 @@ def test_heads_that_are_not_played_count_as_much_as_the_others():
     steps = [b - a for a, b in itertools.pairwise(times)]
     assert steps[1] == pytest.approx(2 * steps[0], rel=0.05)
     assert steps[2] == pytest.approx(4 * steps[0], rel=0.05)
-
-
-@pytest.mark.parametrize("mask", ["full", "causal", "window256"])
-def test_walks_upwards_are_those_of_the_grid(mask):
-    problem = problem_class("backward-dkdv", mask=mask, q=1000, k=900)
-    config = parse_config("backward-dkdv", "sm90-m64n128w8s2")
-    found = grid.walks_upwards(problem, 128, 64)
-    lengths = sorted((end - first for first, end in found), reverse=True)
-    assert lengths == grid.lay(problem, config).walks.tiles.tolist()
 
 
 def test_orders_of_a_causal_mask_are_worth_what_they_are_said_to_be():

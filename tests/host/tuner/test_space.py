@@ -252,6 +252,7 @@ def test_on_hopper_both_implementations_are_searched():
     for name, wanted in {
         "tile_m": {64, 128, 192},
         "num_stages": {1, 2, 3},
+        "v_stages": {0, 2, 3},
         "min_blocks": {0, 2},
         "overlap": {False, True},
         "pingpong": {False, True},

@@ -31,7 +31,8 @@ LESSONS = {
     "eight_bits": "eight bits and an outlier",
 }
 """A module of each lesson, and what it is about; lesson 1 is the first."""
-_SIMULATOR = {"NUMBA_ENABLE_CUDASIM": "1", "NUMFLASH_SIM_ARCH": "sm_80", "NUMFLASH_TUNED": "0"}
+_ARCH = "NUMFLASH_SIM_ARCH"
+_SIMULATOR = {"NUMBA_ENABLE_CUDASIM": "1", _ARCH: "sm_80", "NUMFLASH_TUNED": "0"}
 
 
 def numbers_of(asked: Sequence[str | int]) -> list[int]:
@@ -53,10 +54,10 @@ def numbers_of(asked: Sequence[str | int]) -> list[int]:
 
 
 def run(numbers: Sequence[str | int] = (), quiet: bool = False) -> list[Lesson]:
-    """Compute lessons, in this process if it simulates kernels, else in one of its own.
+    """Compute lessons, in this process if it simulates an A100, else in one of their own.
 
-    Numba decides between GPU and simulator when it is imported, so a process that has a GPU cannot
-    simulate.
+    Numba decides between GPU and simulator when it is imported, so a process that uses a GPU
+    cannot simulate.
 
     Args:
         numbers: of lessons, from 1 on; none means all.
@@ -73,7 +74,8 @@ def run(numbers: Sequence[str | int] = (), quiet: bool = False) -> list[Lesson]:
         True
     """
     numbers = numbers_of(numbers)
-    return compute(numbers, quiet) if simulating() else _elsewhere(numbers, quiet)
+    is_here = simulating() and os.environ.get(_ARCH) in (None, "", _SIMULATOR[_ARCH])
+    return compute(numbers, quiet) if is_here else _elsewhere(numbers, quiet)
 
 
 def compute(numbers: Sequence[int], quiet: bool) -> list[Lesson]:
@@ -97,6 +99,8 @@ def write(path: str | Path, lessons: Sequence[Lesson]) -> None:
 def answer(numbers: Sequence[int], quiet: bool) -> None:
     """Compute lessons and write them to stdout for `run`: what its other process does."""
     output, sys.stdout = sys.stdout.buffer, sys.stderr
+    if not simulating():
+        raise RuntimeError("NUMBA_ENABLE_CUDASIM=1 is set, and Numba's configuration overrules it")
     pickle.dump(compute(numbers, quiet), output)
     output.flush()
 

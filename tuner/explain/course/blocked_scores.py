@@ -12,6 +12,18 @@ from .matrices import CELL, ROW, cells, named
 _Q = np.arange(1, 17).reshape(4, 4)
 _K_TRANSPOSED = np.arange(17, 33).reshape(4, 4)
 _SCALE = 1 / 1000
+_CODE = """\
+import numpy as np
+import numflash
+
+# batch, tokens, heads, head_dim
+q = np.arange(1, 17, dtype="float32").reshape(1, 4, 1, 4)
+k = np.arange(17, 33, dtype="float32").reshape(4, 4).T.reshape(1, 4, 1, 4)
+v = np.eye(4, dtype="float32").reshape(1, 4, 1, 4)
+p, lse = numflash.attention(q, k, v, softmax_scale=1 / 1000, return_lse=True)
+s = 1000 * (np.log(p[0, :, 0]) + lse.reshape(4, 1))
+print(s.round())
+"""
 
 
 def lesson() -> Lesson:
@@ -37,9 +49,9 @@ def lesson() -> Lesson:
             ),
             Slip(
                 "Blocks cut the depth, too.",
-                "A tile of S needs whole rows of Q and K, so kernels cut queries and keys only. The "
-                "depth is cut inside the tensor cores, 16 numbers of 16 bits at a time, and its "
-                "sum never leaves the registers.",
+                "A tile of S needs whole rows of Q and K, so kernels cut queries and keys only. "
+                "The depth is cut inside the tensor cores, 16 numbers of 16 bits at a time, and "
+                "its sum never leaves the registers.",
             ),
         ),
         (
@@ -80,8 +92,8 @@ def _from_the_kernel(seen: Seen, error: float) -> Step:
         "The kernel throws each tile of S away. Two tricks bring it back. With V the identity, "
         "O = P V is P itself. And P = exp(S - lse), where lse is what a call with "
         "`return_lse=True` returns, so S = log P + lse. Scores of 250 and 1528 would leave "
-        f"exp(250 - 1528) = 0, so we pass `softmax_scale=1/1000` and multiply it back. The largest "
-        f"error is {error:.1e}.",
+        "exp(250 - 1528) = 0, so we pass `softmax_scale=1/1000` and multiply it back. The "
+        f"largest error is {error:.1e}.",
         "kernel",
         Table(
             ("query", *(f"key {j}" for j in range(4))),
@@ -89,6 +101,7 @@ def _from_the_kernel(seen: Seen, error: float) -> Step:
             range(5),
             f"S as the kernel {PORTABLE} saw it",
         ),
+        _CODE,
     )
 
 

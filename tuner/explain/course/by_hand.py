@@ -100,9 +100,9 @@ def _table(summary: str, found: np.ndarray, form: str) -> Table:
 def _figure(hidden: np.ndarray, p: np.ndarray, out: np.ndarray) -> Figure:
     y, wide, gap = 24.0, CELL + 9, 14.0
     parts, x = [], 4.0
-    kinds = (("S", hidden, ".0f", CELL), ("P", p, ".3f", wide), ("O", out, ".2f", wide))
+    kinds = (("S", hidden, ".0f", CELL), ("P", p, ".4f", wide), ("O", out, ".3f", wide))
     for name, found, form, width in kinds:
-        shown = [[f"{value:{form}}" for value in line] for line in found]
+        shown = [[f"{value:{form}}".removeprefix("0")[:5] for value in line] for line in found]
 
         def role(i, j, name=name, found=found):
             if name == "S":

@@ -19,6 +19,8 @@ _PLAIN_END = 1.5
 """Takes the place of 100 in the tokens without an outlier."""
 _TOKENS, _BLOCK = 32, 16
 _ROWS, _CHANNEL, _FACTOR = 8, 5, 30.0
+_CASES = {"in Q and K": "loud q", "in K alone": "q"}
+"""Where a channel is loud -> the matrix that Q is; K is loud in both."""
 _E4M3 = FORMATS["e4m3"]
 _GRANULARITIES = ("tensor", "block", "token")
 
@@ -29,12 +31,13 @@ def lesson() -> Lesson:
     values = (_E4M3.decode(codes) * descale)[0, : len(_NUMBERS)]
     integers = _as_integers(_NUMBERS)
     zero = {g: _flushed(g) for g in _GRANULARITIES}
-    errors = {case: _errors(*_inputs(case)) for case in ("both", "k")}
-    q, k, scores = _inputs("both")
-    turned = numflash.reference.rotate(q, 0) @ numflash.reference.rotate(k, 0).T
+    matrices = _matrices()
+    errors, scores = _errors(matrices), _scores(matrices, "loud q")
+    q, k = (numflash.reference.rotate(matrices[name], 0) for name in ("loud q", "loud k"))
+    turned = q @ k.T
     changed = float(np.abs(turned - scores).max() / np.abs(scores).max())
-    gain = errors["both"]["tensor", False] / errors["both"]["tensor", True]
-    alone = errors["k"]["tensor", False] / errors["k"]["tensor", True]
+    gain = errors["in Q and K"]["tensor", False] / errors["in Q and K"]["tensor", True]
+    alone = errors["in K alone"]["tensor", False] / errors["in K alone"]["tensor", True]
     lost, lost_integers = int((values == 0).sum()), int((integers == 0).sum())
     return Lesson(
         10,
@@ -47,9 +50,9 @@ def lesson() -> Lesson:
             Step(
                 "Who shares the scale",
                 f"{_TOKENS} tokens of 8 numbers; only the first token has the outlier. One scale "
-                f"for the tensor turns {int(zero['tensor'].sum())} of {zero['tensor'].size} numbers "
-                f"to 0. A scale for each block of {_BLOCK} tokens confines that to the outlier's "
-                f"block, {int(zero['block'].sum())}. A scale for each token leaves "
+                f"for the tensor turns {int(zero['tensor'].sum())} of {zero['tensor'].size} "
+                f"numbers to 0. A scale for each block of {_BLOCK} tokens confines that to the "
+                f"outlier's block, {int(zero['block'].sum())}. A scale for each token leaves "
                 f"{int(zero['token'].sum())}: those beside the outlier.",
                 "kernel",
             ),
@@ -59,14 +62,14 @@ def lesson() -> Lesson:
             Slip(
                 "The scale comes from (min, max), with a zero point.",
                 "That is for integers. Floats are symmetric and have a 0: one number, "
-                f"max |x| / {_E4M3.largest:g}, is enough. Ours is max |x| / {_E4M3.peak:g}: numbers "
-                "just below the largest then lie where steps are half as wide.",
+                f"max |x| / {_E4M3.largest:g}, is enough. Ours is max |x| / {_E4M3.peak:g}: "
+                "numbers just below the largest then lie where steps are half as wide.",
             ),
             Slip(
                 "With an outlier all small numbers become 0.",
-                f"In INT8 {lost_integers} of these 8 do, in e4m3 {lost}. A float keeps its four "
-                f"binary digits down to {_normal()} of the largest number, and something down to "
-                f"{_least()}.",
+                f"In INT8 {lost_integers} of these 8 numbers do, in e4m3 only {lost}. A float "
+                f"keeps its four binary digits down to {_normal()} of the largest number, and "
+                f"something down to {_least()}.",
             ),
             Slip(
                 "Rotation changes attention, or always helps.",
@@ -93,7 +96,7 @@ def lesson() -> Lesson:
             Check("Rotation helps where outliers meet", gain > 4, f"{gain:.1f} times"),
             Check("and does little where they do not", 0.7 < alone < 1.4, f"{alone:.2f} times"),
         ),
-        (_zeros_figure(zero), _errors_figure(errors["both"])),
+        (_zeros_figure(zero), _errors_figure(errors["in Q and K"])),
     )
 
 
@@ -125,9 +128,9 @@ def _numbers_step(codes, values, integers, descale, lost: int, lost_integers: in
         (
             f"{x:g}",
             f"0x{code:02x}",
-            f"{value:.6g}",
+            f"{value + 0.0:.6g}",
             f"{abs(value / x - 1):.1%}",
-            f"{integer:.4g}",
+            f"{integer + 0.0:.4g}",
         )
         for x, code, value, integer in zip(
             _NUMBERS, codes[0, : len(_NUMBERS)], values, integers, strict=True
@@ -157,23 +160,27 @@ def _flushed(granularity: str) -> np.ndarray:
     return _E4M3.decode(codes)[:, : len(_NUMBERS)] == 0
 
 
-def _inputs(case: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Q and K of 64 numbers with a loud channel in both, or in K; and their float64 scores."""
+def _matrices() -> dict[str, np.ndarray]:
+    """Q as it is, and Q and K with a loud channel."""
     q, k = np.random.default_rng(3).standard_normal((2, _ROWS, 64)).astype(np.float32)
-    k[:, _CHANNEL] *= _FACTOR
-    if case == "both":
-        q[:, _CHANNEL] *= _FACTOR
-    return q, k, q.astype(float) @ k.T.astype(float)
+    loud = np.where(np.arange(64) == _CHANNEL, np.float32(_FACTOR), np.float32(1))
+    return {"q": q, "loud q": q * loud, "loud k": k * loud}
 
 
-def _errors(q, k, scores) -> dict[tuple[str, bool], float]:
+def _errors(matrices: dict[str, np.ndarray]) -> dict[str, dict[tuple[str, bool], float]]:
     """Root of the mean square error of Q Kᵀ from codes, by (granularity, rotated)."""
-    found = {}
+    found = {name: {} for name in _CASES}
     for granularity in ("tensor", "token"):
         for hadamard in (False, True):
-            a, b = (_dequantized(x, granularity, hadamard) for x in (q, k))
-            found[granularity, hadamard] = float(np.sqrt(((a @ b.T - scores) ** 2).mean()))
+            coded = {n: _dequantized(x, granularity, hadamard) for n, x in matrices.items()}
+            for name, q in _CASES.items():
+                wrong = coded[q] @ coded["loud k"].T - _scores(matrices, q)
+                found[name][granularity, hadamard] = float(np.sqrt((wrong**2).mean()))
     return found
+
+
+def _scores(matrices: dict[str, np.ndarray], q: str) -> np.ndarray:
+    return matrices[q].astype(float) @ matrices["loud k"].T.astype(float)
 
 
 def _dequantized(x, granularity: str, hadamard: bool) -> np.ndarray:
@@ -186,7 +193,6 @@ def _dequantized(x, granularity: str, hadamard: bool) -> np.ndarray:
 
 
 def _rotation_step(errors: dict, changed: float, gain: float, alone: float) -> Step:
-    names = {"both": "in Q and K", "k": "in K alone"}
     return Step(
         "Rotation",
         "Multiply the rows of Q and K by one random orthogonal matrix R, and no score changes "
@@ -194,14 +200,14 @@ def _rotation_step(errors: dict, changed: float, gain: float, alone: float) -> S
         f"Take a channel that is {_FACTOR:g} times as loud. Where it is loud in Q and K, their "
         "product is huge and so is its rounding error; spread out it is "
         f"{gain:.1f} times smaller. Where it is loud in K alone, rotation gains nothing "
-        f"(a factor of {alone:.2f}). And look at the scales per token: there the loud number is the "
-        "largest of its row, gets the code of 256 and has no error at all, so rotation makes it "
-        "worse.",
+        f"(a factor of {alone:.2f}). And look at the scales per token: there the loud number is "
+        "the largest of its row, gets the code of 256 and has no error at all, so rotation makes "
+        "it worse.",
         "kernel",
         Table(
             ("loud channel", "scale per", "plain", "rotated"),
             [
-                (names[case], g, f"{found[g, False]:.3g}", f"{found[g, True]:.3g}")
+                (case, g, f"{found[g, False]:.3g}", f"{found[g, True]:.3g}")
                 for case, found in errors.items()
                 for g in ("tensor", "token")
             ],
@@ -247,7 +253,7 @@ def _zeros_figure(zero: dict[str, np.ndarray]) -> Figure:
 def _errors_figure(errors: dict[tuple[str, bool], float]) -> Figure:
     found = [
         Bar(
-            f"{g}{', rotated' if turned else ''}",
+            f"per {g}{', rotated' if turned else ''}",
             error,
             f"{error:.3g}",
             "pv" if turned else "s",

@@ -50,8 +50,8 @@ def lesson() -> Lesson:
                 f"{running[2]:.4f}. With 4, 5, 6 the maximum becomes 6. All that was added so far "
                 f"is too large by exp(6 - 3), so sum and O are multiplied by exp(3 - 6) = "
                 f"{factor:.4f}: {running[2]:.4f} x {factor:.4f} + {running[2]:.4f} = "
-                f"{running[5]:.4f}. Six equal queries with a causal mask show it: query i sees the "
-                "keys up to i, so its lse is the state after i keys.",
+                f"{running[5]:.4f}. Six equal queries with a causal mask show it: query i sees "
+                "the keys up to i, so its lse is the state after i keys.",
                 "kernel",
                 Table(
                     ("keys seen", "maximum", "sum relative to it"),
@@ -64,28 +64,28 @@ def lesson() -> Lesson:
                 "What the kernel subtracted",
                 f"We watch two kernels walk over 1, 2, 3 in one tile and 4, 5, 6 in the next. "
                 f"`{PORTABLE}` subtracts {_listed(eager)}, as the textbook does. "
-                f"`{TENSOR_CORES}` subtracts {_listed(lazy)}: it did not follow. It moves only when "
-                f"the maximum has grown by more than a factor of 2^{_LAG:g} = {2**_LAG:g} in P, and "
-                f"exp(6 - 3) is only 2^{3 * _LOG2_E:.1f}. With 7, 8, 9 in the second tile the "
-                f"factor is 2^{6 * _LOG2_E:.1f}, and it subtracts {_listed(jump)}.",
+                f"`{TENSOR_CORES}` subtracts {_listed(lazy)}: it did not follow. It moves only "
+                f"when the maximum has grown by more than a factor of 2^{_LAG:g} = {2**_LAG:g} in "
+                f"P, and exp(6 - 3) is only 2^{3 * _LOG2_E:.1f}. With 7, 8, 9 in the second tile "
+                f"the factor is 2^{6 * _LOG2_E:.1f}, and it subtracts {_listed(jump)}.",
                 "kernel",
             ),
             Step(
                 "Lazy is right, too",
-                "Any number may be subtracted, as long as sum and O share it: it cancels in O / sum. "
-                f"P may then exceed 1, but by no more than {2**_LAG:g}, far from the end of "
+                "Any number may be subtracted, as long as sum and O share it: it cancels in O / "
+                f"sum. P may then exceed 1, but by no more than {2**_LAG:g}, far from the end of "
                 "float16 at 65504. The two kernels agree to "
-                f"{np.abs(_weights(eager) - _weights(lazy)).max():.0e}, a rounding of float16. In the "
-                f"row of the figure the maximum grows {growths} times, and the kernel rescales "
-                f"{moves}.",
+                f"{np.abs(_weights(eager) - _weights(lazy)).max():.0e}, a rounding of float16. In "
+                f"the row of the figure the maximum grows {growths} times, and the kernel "
+                f"rescales {moves}.",
                 "kernel",
             ),
         ),
         (
             Slip(
                 "Every new maximum rescales O.",
-                "It did in FlashAttention-1 and 2. Ours, after FlashAttention-4, rescales rarely. A "
-                "warp decides by one vote, so a row may move because a neighbour must.",
+                "It did in FlashAttention-1 and 2. Ours, after FlashAttention-4, rescales rarely. "
+                "A warp decides by one vote, so a row may move because a neighbour must.",
             ),
             Slip(
                 "O is divided by the sum in each tile.",

@@ -6,15 +6,28 @@ import numpy as np
 
 import numflash
 
+from ...drawing.axes import chart
 from ...drawing.figures import Figure, Table, swatch
 from ...drawing.markup import joined
-from ...drawing.shapes import Bar, bars
+from ...drawing.shapes import Bar, bars, boxes
 from .lesson import Check, Lesson, Slip, Step
 from .looking import PORTABLE, TENSOR_CORES, matrix, rows
+from .matrices import named
 
-_N, _D = 24, 8
+_N, _D = 16, 8
 _BATCH, _SEQLEN, _HEADS, _HEAD_DIM = 4, 4096, 16, 128
 _MIB = 2**20
+_CODE = """\
+import numpy as np
+import numflash
+
+random = np.random.default_rng(1)
+q, k = random.standard_normal((2, 1, 16, 1, 8)).astype("float32")
+identity = np.eye(16, dtype="float32").reshape(1, 16, 1, 16)
+p, lse = numflash.attention(q, k, identity, return_lse=True)
+dq, dk, dv = numflash.attention_backward(identity, q, k, identity, p, lse)
+print(abs(dv[0, :, 0].T - p[0, :, 0]).max())
+"""
 
 
 @dataclass(frozen=True)
@@ -60,11 +73,12 @@ def lesson() -> Lesson:
                 "See it happen",
                 "With dO the identity, dV = Pᵀ dO is Pᵀ: the backward kernel hands out the P that "
                 f"it made. Of {_N} queries and keys in float32 the largest difference to the "
-                f"forward's P is {single.difference:.1e}, and {single.same_bits:.0%} of the weights "
-                "are equal to the bit. In float16 on tensor cores it is "
+                f"forward's P is {single.difference:.1e}, and {single.same_bits:.0%} of the "
+                "weights are equal to the bit. In float16 on tensor cores it is "
                 f"{half.difference:.1e}, and {half.same_bits:.0%} are equal. They "
                 "need not be equal: exp(s - max) / sum and exp(s - lse) round differently.",
                 "kernel",
+                code=_CODE,
             ),
             Step(
                 "What that saves",
@@ -93,7 +107,7 @@ def lesson() -> Lesson:
             Check.close("Gradients against float64", gradients, 0.0, 1e-5),
             Check.equal("lse is smaller than P by seqlen / 2", stored // kept, _SEQLEN // 2),
         ),
-        (_figure(shape, stored, kept),),
+        (_rebuilt_figure(single), _kept_figure(shape, stored, kept)),
     )
 
 
@@ -129,7 +143,43 @@ def _exact_gradients(q, k, v, dout) -> tuple[np.ndarray, ...]:
     return ds @ k, ds.T @ q, p.T @ dout
 
 
-def _figure(shape: str, stored: int, kept: int) -> Figure:
+_STEP, _ROLES = 9.0, ("none", "held", "copy", "walk0")
+_QUARTERS = ("below 1 / 64", "to 1 / 16", "to 1 / 4", "above")
+
+
+def _rebuilt_figure(rebuilt: Rebuilt) -> Figure:
+    parts, y = [], 24.0
+    for x, name, p in ((8.0, "forward", rebuilt.forward), (186.0, "backward", rebuilt.backward)):
+        parts.append(named(f"P of the {name}", x, y, _N, _STEP))
+        kind = np.digitize(p, [1 / 64, 1 / 16, 1 / 4])
+        for n, role in enumerate(_ROLES):
+            found = [
+                (x + _STEP * j, y + _STEP * i, _STEP - 1.5, _STEP - 1.5)
+                for i, j in np.argwhere(kind == n)
+            ]
+            parts.append(boxes(found, role, f"weights {_QUARTERS[n]}"))
+    swatches = map(swatch, _ROLES, _QUARTERS)
+    return Figure(
+        "The same P, made twice",
+        joined([*swatches, "Rows are queries, columns keys."]),
+        chart(
+            "P of the forward and P that the backward made look the same; the largest difference "
+            f"is {rebuilt.difference:.1e}.",
+            *parts,
+            height=y + _STEP * _N + 6,
+        ),
+        Table(
+            ("query", "largest weight", "by the backward", "difference"),
+            [
+                (i, f"{f.max():.7f}", f"{b[f.argmax()]:.7f}", f"{np.abs(f - b).max():.1e}")
+                for i, (f, b) in enumerate(zip(rebuilt.forward, rebuilt.backward, strict=True))
+            ],
+            range(4),
+        ),
+    )
+
+
+def _kept_figure(shape: str, stored: int, kept: int) -> Figure:
     columns = 3 * _BATCH * _HEADS * _SEQLEN * _HEAD_DIM * 2
     found = [
         Bar("P, if it were kept", stored, f"{stored // _MIB:,} MiB", "exp"),
@@ -138,7 +188,14 @@ def _figure(shape: str, stored: int, kept: int) -> Figure:
     ]
     return Figure(
         f"What a forward of {shape} would have to keep",
-        joined([swatch("exp", "not stored"), swatch("s", "inputs"), swatch("pv", "statistics.")]),
+        joined(
+            [
+                swatch("exp", "not stored"),
+                swatch("s", "inputs"),
+                swatch("pv", "statistics."),
+                "Logarithmic.",
+            ]
+        ),
         bars(
             f"P would take {stored // kept:,} times the memory of lse; the axis is logarithmic.",
             found,

@@ -36,9 +36,10 @@ def lesson() -> Lesson:
                 "Three ways to deal out a score matrix",
                 f"{_HEADS} heads and one sequence of {_KEYS // 4:,} tokens, on {num_sms} SMs. "
                 "FlashAttention-1 gives a block a whole head: "
-                f"{_HEADS} blocks, so {num_sms - _HEADS} SMs have nothing to do. FlashAttention-2 also cuts "
-                f"the queries: tiles of {tile_m} make {prompt.geometry.blocks:,} blocks. No block "
-                "needs another's result, because each row of the softmax is in one block.",
+                f"{_HEADS} blocks, so {num_sms - _HEADS} SMs have nothing to do. FlashAttention-2 "
+                f"also cuts the queries: tiles of {tile_m} make {prompt.geometry.blocks:,} "
+                "blocks. No block needs another's result, because each row of the softmax is in "
+                "one block.",
                 "counted",
                 Table(
                     ("", "blocks", "SMs at work"),
@@ -77,7 +78,8 @@ def lesson() -> Lesson:
             Slip(
                 "A block is one query.",
                 "Tensor cores multiply 16 rows at least; a block has 16 to 192 queries here. "
-                "With one query 15 of 16 rows are empty, unless heads that share K and V fill them.",
+                "With one query 15 of 16 rows are empty, unless heads that share K and V fill "
+                "them.",
             ),
         ),
         (

@@ -9,6 +9,8 @@ from ...model import floor_ms
 from ..asked import Asked, Kernel
 from ..numbers import Number
 
+_OF_MASKS = ("causal", "window_size")
+
 
 @dataclass(frozen=True)
 class KernelFacts:
@@ -105,7 +107,11 @@ def _options(asked: Asked) -> list[str]:
     """Options of the call beside its mask, as they were given; arrays are not written out."""
     shown = (bool, int, float, str, tuple)
     given = asked.question.options.items()
-    return [f"{name}={value}" for name, value in given if isinstance(value, shown)]
+    return [
+        f"{name}={value}"
+        for name, value in given
+        if isinstance(value, shown) and name not in _OF_MASKS
+    ]
 
 
 def _kernel(kernel: Kernel, limits: Architecture) -> KernelFacts:

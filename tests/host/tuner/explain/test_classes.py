@@ -11,7 +11,7 @@ from tuner.explain.classes import write_page_of_class
 CASES = (
     ("forward float16-d64-dv64-vec causal q4096 k4096 bh64 g4", "sm90-m128n128w8s2-persistent"),
     ("backward-dq float16-d64-dv64-vec window256 q4096 k4096 bh64 g1", "sm80-m64n64w4s1"),
-    ("forward bfloat16-d64-dv64-vec-alibi causal q512 k512 bh8 g1", "sm80-m64n64w4s1"),
+    ("forward bfloat16-d64-dv64-alibi-vec causal q512 k512 bh8 g1", "sm80-m64n64w4s1"),
     ("forward float16-d64-dv64-vec-ragged causal q1024 k1024 bh64 g1", "sm80-m64n64w4s1"),
     ("forward float32-d64-dv64-vec full q1 k65536 bh8 g8", "m64n32w4"),
 )
@@ -28,7 +28,7 @@ def test_page_of_a_class(problem, config, tmp_path):
 
 def test_the_functions_of_a_class_are_not_known(tmp_path):
     problem = ProblemClass.parse(CASES[0][0])
-    traits = replace(problem.traits, program="1;float32[1];score=mul(s,aux0[h])")
+    traits = replace(problem.traits, program="1;float32[1];score=mul(aux0[h],s)")
     with pytest.raises(ValueError, match="are not known"):
         write_page_of_class(
             tmp_path / "page.html", replace(problem, traits=traits), "H200", CASES[0][1]

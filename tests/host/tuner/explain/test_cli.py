@@ -5,7 +5,8 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from tuner.explain import cli
+from tuner.explain import cli, course
+from tuner.explain.course.lesson import Check, Lesson
 
 CALL = ("--gpu", "H200", "--shape", "2,300,4,64", "--compile", "none")
 
@@ -92,3 +93,36 @@ def test_a_call_that_no_kernel_runs(run, tmp_path):
 def test_gpus_are_listed(run):
     status, out, _ = run("--list-gpus")
     assert status == 0 and "NVIDIA H200" in out.splitlines()
+
+
+class TestCourse:
+    @pytest.fixture(autouse=True)
+    def computed(self, monkeypatch):
+        """Lessons of no kernel; the numbers of those that were asked for."""
+        asked = []
+
+        def run(numbers):
+            asked.append(numbers)
+            check = Check("It holds", numbers != [7], "1")
+            return [Lesson(n, f"Lesson {n}", "Why?", (), (), (check,), ()) for n in numbers]
+
+        monkeypatch.setattr(course, "run", run)
+        return asked
+
+    def test_lessons_are_printed(self, run, computed):
+        status, out, err = run("--course", "3", "1")
+        assert (status, err, computed) == (0, "", [[1, 3]])
+        assert "1  Lesson 1\n" in out and "3  Lesson 3\n" in out and "holds: It holds" in out
+
+    def test_a_check_that_fails_is_told(self, run):
+        status, out, _ = run("--course", "7")
+        assert status == 1 and "FAILS: It holds" in out
+
+    def test_a_page(self, run, tmp_path):
+        page = tmp_path / "course.html"
+        assert run("--course", "--to", page) == (0, f"{page}\n", "")
+        assert "Lesson 10" in page.read_text()
+
+    def test_no_such_lesson(self, run):
+        status, out, err = run("--course", "0", "11")
+        assert status == 2 and out == "" and "there is no lesson 0, 11; there are" in err
