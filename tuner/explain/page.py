@@ -47,6 +47,7 @@ class Section:
 CALL = Section("call", "1 The call")
 OF_KERNEL = (
     Section("mask", "2 The mask over tiles"),
+    Section("schedule", "3 Blocks over the machine"),
     Section("timeline", "4 One SM, clock by clock"),
     Section("resources", "5 Where the time goes"),
 )
