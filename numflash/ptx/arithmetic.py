@@ -109,7 +109,7 @@ def tanh_approx_f32(x: f32) -> f32:
     if x != x:
         return _NAN
     fraction, exponent = math.frexp(math.tanh(x))
-    return f32(math.ldexp(round(fraction * 2048), exponent - 11))
+    return f32(math.ldexp(np.rint(fraction * 2048), exponent - 11))
 
 
 @instruction("cvt.rmi.f32.f32 <ret>, <x>;", sm=75)

@@ -51,14 +51,15 @@ def _growth(growth: Growth) -> Figure:
     for values, class_, name in ((ours, "step", "this call"), (standard, "default", "standard")):
         points = [f"{x(n):.1f} {y(v):.1f}" for n, v in zip(growth.seqlens, values, strict=True)]
         parts.append(tag("path", tag("title", name), d=f"M{'L'.join(points)}", class_=class_))
-    middle = len(ours) // 2
-    for values, name, slope, dy in (
-        (ours, "this call", slopes[0], 16),
-        (standard, "standard", slopes[1], -8),
+    for values, name, slope, dx, dy, anchor in (
+        (ours, "this call", slopes[0], 6, 16, "start"),
+        (standard, "standard", slopes[1], -6, -6, "end"),
     ):
-        at = x(float(growth.seqlens[middle])), y(float(values[middle]))
-        anchor, dx = ("start", 6) if dy > 0 else ("end", -6)
-        labels.add(f"{name}, slope {slope}", "halo", (at[0] + dx, at[1] + dy, anchor))
+        points = [
+            (x(float(growth.seqlens[i])) + dx, y(float(values[i])) + dy, anchor)
+            for i in (8, 10, 12, 6)
+        ]
+        labels.add(f"{name}, slope {slope}", "halo", *points)
     rows = [
         (f"{n:,}", shown(Number(a, "counted")), shown(Number(b, "counted")))
         for n, a, b in zip(growth.seqlens.tolist(), ours, standard, strict=True)
@@ -71,9 +72,12 @@ def _growth(growth: Growth) -> Figure:
     if growth.available is not None:
         level = y(min(max(growth.available.value, y.low), y.high))
         parts.append(line(x.start, level, x.end, level, "floor", "memory of this GPU"))
-        labels.add(
-            f"this GPU: {shown(growth.available)}", "muted halo", (x.start + 4, level - 4, "start")
-        )
+        places = [
+            (at, level + dy, anchor)
+            for dy in (-4, 13)
+            for at, anchor in ((x.start + 4, "start"), (x.end - 4, "end"), (x.end / 2, "middle"))
+        ]
+        labels.add(f"this GPU: {shown(growth.available)}", "muted halo", *places)
         for fits, name in ((growth.standard_fits, "standard"), (growth.ours_fits, "this call")):
             if x.low <= fits.value <= x.high:
                 about = f"{name} fits up to {fits} tokens"

@@ -60,6 +60,7 @@ def _roofline(roof: Roofline) -> Figure:
     )
     y = Axis(min(heights) / 3, max(heights) * 1.8, BOTTOM, TOP, log=True)
     slope = roof.memory.value / 1e3
+    ticks = [tick for tick in x.ticks() if x(tick) < x.end - 12]
 
     def up(level: float) -> Markup:
         """The roof of memory up to a level, then that level."""
@@ -98,7 +99,7 @@ def _roofline(roof: Roofline) -> Figure:
         (other[0] + 8, other[1] - 6, "start"),
     )
     parts = [
-        frame(x, y, "FLOP a byte of device memory", "TFLOP/s"),
+        frame(x, y, "FLOP a byte of device memory", "TFLOP/s", ticks),
         up(tensor),
         line(at, level, x.end, level, "default", f"exponentials: {exponential:,.0f} TFLOP/s"),
         cross(*other, "cross", said),
