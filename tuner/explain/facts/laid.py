@@ -276,7 +276,7 @@ def _listed(asked: Asked, kernel: Kernel) -> Laid:
     if by_keys:
         lo, hi, rows, columns = -hi, -lo, keys, queries
     tiling = Tiling(rows * shape.pack, columns, shape.tile, shape.stage, lo, hi, shape.pack)
-    of_all = f"of sequence {entry} of {len(q.length)}, the largest: {queries:,} queries, "
+    of_all = f"of sequence {entry} of {len(q.length)}, the largest: queries {queries:,}, "
     blocks = int(found.block[-1]) + 1 if len(found) else 0
     return Laid(
         tiling,
@@ -288,7 +288,7 @@ def _listed(asked: Asked, kernel: Kernel) -> Laid:
         _fit(kernel),
         by_keys,
         listed=found,
-        notes=(f"{of_all}{keys:,} keys", *notes),
+        notes=(f"{of_all}keys {keys:,}", *notes),
     )
 
 

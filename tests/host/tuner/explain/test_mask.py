@@ -184,7 +184,7 @@ def test_lengths_that_are_read():
         found = laid(call, kernel)
         assert found.tiling.rows == 1024 * found.tiling.pack
         (note,) = found.notes
-        assert note == "of sequence 1 of 3, the largest: 1,024 queries, 1,024 keys"
+        assert note == "of sequence 1 of 3, the largest: queries 1,024, keys 1,024"
         at, tiles = places_of(found, 4)
         assert set(at.head // 4) == {0, 1, 2} and (tiles > 0).all()
     unread = laid(packed(**arrays), call.forward).notes

@@ -7,14 +7,16 @@ import numpy as np
 import pytest
 
 from tests.support.drawings import SVG
-from tests.support.explained_calls import CALLS, asked, asked_about
+from tests.support.explained_calls import CALLS, asked, asked_about, asked_arrays, unread
 from tests.support.pages import page_faults
 from tuner.drawing.document import document
 from tuner.drawing.figures import arranged
 from tuner.explain.asked import NotShownError
 from tuner.explain.facts import schedule as facts
+from tuner.explain.facts import timeline as timeline_facts
 from tuner.explain.facts.laid import clocks_of, laid, places_of
 from tuner.explain.sections import schedule as section
+from tuner.explain.sections import timeline as timeline_section
 
 
 @pytest.fixture(autouse=True)
@@ -92,6 +94,20 @@ def test_nothing_to_do():
     call = asked_about("no keys")
     with pytest.raises(NotShownError, match="no scores"):
         facts.find(call, call.forward)
+
+
+@pytest.mark.parametrize("gpu", ["H200", "A100"])
+def test_sequences_with_lengths_of_their_own(gpu):
+    ends, x = np.array([0, 100, 1124, 1200, 3000], np.int32), unread((3000, 4, 64), np.float16)
+    lengths = {"cu_seqlens_q": ends, "cu_seqlens_k": ends, "layout": "thd", "causal": True}
+    call = asked_arrays(gpu, {"q": x, "k": x, "v": x}, True, **lengths)
+    for kernel in kernels(call):
+        found = facts.find(call, kernel)
+        of_time = timeline_facts.find(call, kernel)
+        drawn = section.figures(found) + timeline_section.figures(of_time)
+        assert page_faults(document("page", arranged(drawn))) == []
+        listed = laid(call, kernel).listed
+        assert found.places.value == len(listed) and of_time.tiles.value <= listed.tiles.max()
 
 
 @pytest.mark.parametrize("name", [name for name in CALLS if name != "no keys"])
