@@ -178,6 +178,8 @@ pre code{overflow-wrap:normal}
   svg.strip{min-width:0}
   .pan{overflow:visible}
   .scroll{overflow:visible}
+  h2,h3{break-after:avoid}
+  figure details{display:none}
   details::details-content{content-visibility:visible;display:block;height:auto}
   td code{white-space:normal;overflow-wrap:anywhere}
   th,td{padding:2px 5px}

@@ -24,6 +24,7 @@ MOST_BLOCKS = 2
 _TURNS, _MOST_TILES, _FEWEST_TILES, _ALL_TILES = 4.6, 40, 10, 96
 # Pieces of one product between which another role's come are drawn as one.
 _GAP = 0.35
+_WAITS = {"turn": "their turn", "products": "products", "block": "other warps of the block"}
 
 
 class Piece(NamedTuple):
@@ -213,7 +214,7 @@ def _waits(timeline: Timeline, roles: Sequence[str]) -> dict[str, Number]:
     clocks: dict[str, float] = defaultdict(float)
     for span in (span for role in roles for span in timeline.of(role)):
         if span.kind in ("wait", "turn", "products"):
-            what = {"turn": "their turn", "products": "products"}.get(span.kind, span.label)
+            what = _WAITS.get(span.kind) or _WAITS.get(span.label, span.label)
             clocks[what] += max(0.0, min(span.end, end) - max(span.start, start))
     whole = max(1e-9, (end - start) * len(roles))
     shares = {what: Number(each / whole, "model") for what, each in clocks.items() if each > 0}

@@ -151,9 +151,10 @@ def _said(facts: ScheduleFacts) -> list[object]:
         )
     said.append(". ")
     if facts.opposite is not None:
+        longer = f"{facts.opposite.value:+.0%}"
+        longer = "as long" if longer in ("+0%", "-0%") else longer
         said.append(
-            f"Started from the shortest to the longest, the same blocks would take "
-            f"{facts.opposite.value:+.0%}. "
+            f"Started from the shortest to the longest, the same blocks would take {longer}. "
         )
     if facts.every > 1:
         said.append(f"Every {facts.every}th row is drawn, {facts.every} times as high. ")
