@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from .markup import Markup, joined, tag
 from .tables import folded, row, table
 
-MOST_ROWS = 40
+MOST_ROWS = 24
 
 
 @dataclass(frozen=True)

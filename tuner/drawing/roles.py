@@ -52,7 +52,11 @@ def tokens(scheme: str) -> dict[str, str]:
 
 def rules() -> str:
     """The rules of the roles: fill, outline, text on a mark, and swatch."""
-    return "".join(map(_rule, ROLES))
+    return "".join(map(_rule, ROLES)) + "".join(
+        f".lanes.{name}{{fill:none;stroke:var(--{name})}}\n"
+        for name in ROLES
+        if name[-1] in "0123"
+    )
 
 
 def _rule(name: str) -> str:

@@ -41,6 +41,15 @@ def boxes(found: Iterable[Box], class_: str, title: str = "") -> Markup:
     return tag("path", *about, d=path, class_=class_)
 
 
+def lanes(
+    found: Iterable[tuple[float, float, float]], thickness: float, class_: str, title: str = ""
+) -> Markup:
+    """Many rectangles of one height (x, y of the middle, width): half the bytes of `boxes`."""
+    about = [tag("title", title)] if title else []
+    path = "".join(f"M{_n(x)} {_n(y)}h{_n(w)}" for x, y, w in found)
+    return tag("path", *about, d=path, class_=f"lanes {class_}", stroke_width=f"{thickness:.2f}")
+
+
 def between(x: float, y: float, width: float, height: float, columns: int, rows: int) -> Markup:
     """The lines between the cells of a grid, in the colour of the card."""
     down, across = rows * height, columns * width

@@ -168,7 +168,7 @@ def _walk(facts: MaskFacts, walk: Walk) -> Figure:
             middle = left + (at + 0.5) * size
             parts.append(text(middle, 16, str(walk.tiles[place]), "muted small", "middle"))
     tile = facts.column_tile.value
-    for n, (name, first, last) in enumerate(walk.units):
+    for n, (name, _, _) in enumerate(walk.units):
         y, edges = 24 + n * pitch, []
         parts.append(text(left - 10, y + 15, name, None, "end"))
         for at, place in enumerate(walk.shown):
@@ -177,8 +177,7 @@ def _walk(facts: MaskFacts, walk: Walk) -> Figure:
                 parts.append(boxed_text(box, "…", "muted", 9))
                 continue
             kind, column = int(walk.kinds[n, place]), int(walk.tiles[place])
-            about = f"{own} {first:,} to {last:,}, {other} {column * tile:,} to "
-            about += f"{(column + 1) * tile - 1:,}: {_NAMES[kind]}"
+            about = f"{other} {column * tile:,} to {(column + 1) * tile - 1:,}: {_NAMES[kind]}"
             parts.append(rect(*box, _ROLES[kind], about))
             edges += [box] if kind == EDGE else []
         parts += [slashes(edges)] if edges else []

@@ -5,7 +5,7 @@ import numpy as np
 from ...drawing.axes import Axis, line, text
 from ...drawing.figures import Figure, Table, swatch
 from ...drawing.markup import Markup, joined, tag
-from ...drawing.shapes import STRIP_WIDTH, boxes, rect, ruler, strip
+from ...drawing.shapes import STRIP_WIDTH, lanes, rect, ruler, strip
 from ..facts.schedule import QUARTERS, ScheduleFacts
 
 _LEFT, _RIGHT, _TOP = 66, STRIP_WIDTH - 12, 78
@@ -17,15 +17,15 @@ _MOST_TITLES = 160
 def figures(facts: ScheduleFacts) -> list[Figure]:
     """The blocks over the machine in time."""
     x = Axis(0.0, facts.finish.value, _LEFT, _RIGHT)
-    lanes = facts.slots.value
-    row = min(_THICKEST, _HEIGHT / lanes)
-    bottom = _TOP + lanes * row
+    slots = -(-facts.slots.value // facts.every) * facts.every
+    row = min(_THICKEST, _HEIGHT / slots)
+    bottom = _TOP + slots * row
     said = (
         f"Slots are busy {facts.busy.value:.1%} of {facts.finish}: {facts.places} "
         f"{_walks(facts)} over {facts.slots} slots"
     )
     parts = [
-        rect(_LEFT, _TOP, _RIGHT - _LEFT, lanes * row, "none"),
+        rect(_LEFT, _TOP, _RIGHT - _LEFT, slots * row, "none"),
         *_blocks(facts, x, row),
         *_curve(facts, x),
         *_first_idle(facts, x, bottom),
@@ -49,22 +49,21 @@ def _walks(facts: ScheduleFacts) -> str:
 
 def _blocks(facts: ScheduleFacts, x: Axis, row: float) -> list[Markup]:
     """A rectangle for each walk that is drawn; of few, each with its own title."""
-    found: list[list] = [[] for _ in range(QUARTERS)]
-    titles = []
-    spans = zip(*(each.tolist() for each in facts.drawn), strict=True)
+    height = facts.every * row
+    # Thin rows overlap a little, or seams would show between them.
+    thickness = height - 0.6 if height > 4 else height + 0.2
+    spans = list(zip(*(each.tolist() for each in facts.drawn), strict=True))
+    parts, found = [], [[] for _ in range(QUARTERS)]
     for lane, start, end, tiles, quarter in spans:
         a, b = x(start), x(end)
-        gap = min(0.6, 0.15 * (b - a))
-        height = min(facts.every, facts.slots.value - lane) * row
-        box = a, _TOP + lane * row, b - a - gap, height - (0.6 if height > 4 else 0.0)
-        found[quarter].append(box)
-        slot, sm = divmod(lane, facts.sms.value)
-        about = f"SM {sm}, slot {slot}: {tiles} tiles, {start:,.1f} to {end:,.1f} µs"
-        titles.append((quarter, rect(*box, f"walk{quarter}", about)))
-    if len(titles) <= _MOST_TITLES:
-        return [drawn for _, drawn in sorted(titles, key=lambda pair: pair[0])]
-    return [
-        boxes(each, f"walk{quarter}", f"walks of {_range(facts, quarter)} tiles")
+        width, y = b - a - min(0.6, 0.15 * (b - a)), _TOP + lane * row
+        found[quarter].append((a, y + height / 2, width))
+        if len(spans) <= _MOST_TITLES:
+            slot, sm = divmod(lane, facts.sms.value)
+            about = f"SM {sm}, slot {slot}: {tiles} tiles, {start:,.1f} to {end:,.1f} µs"
+            parts.append(rect(a, y, width, min(thickness, height), f"walk{quarter}", about))
+    return parts or [
+        lanes(each, thickness, f"walk{quarter}", f"walks of {_range(facts, quarter)} tiles")
         for quarter, each in enumerate(found)
         if each
     ]
@@ -146,7 +145,10 @@ def _said(facts: ScheduleFacts) -> list[object]:
         f"The last block ends after {facts.finish}",
     ]
     if facts.predicted is not None:
-        said.append(f"; the model predicts {facts.predicted} for the whole kernel")
+        said.append(
+            f"; the model, which also counts the launch and device memory, predicts "
+            f"{facts.predicted}"
+        )
     said.append(". ")
     if facts.opposite is not None:
         said.append(

@@ -84,7 +84,7 @@ def _drawn(row: Row, x: Axis, y: float) -> tuple[list[Markup], float]:
         if b - a < _THIN:
             thin.setdefault(role, []).append(box)
             continue
-        about = f"{name}: {_what(piece)}, {piece.start:,.0f} to {piece.end:,.0f}"
+        about = f"{_what(piece)}, {piece.start:,.0f} to {piece.end:,.0f}"
         parts.append(rect(*box, role, about))
         label = piece.kind if piece.kind in ("wait", "turn") else piece.label
         parts.append(boxed_text(box, label, f"on-{role} small", STRIP_FONT * SMALL))
