@@ -1,6 +1,6 @@
 # make run: install what this machine can use, tune, and do the main job on real input.
 # make test: the same, then every test layer this machine can run.
-# make tables: the shipped tables of configs, before a release.
+# make tables: the shipped tables of configs, before a release. make pictures: those of the docs.
 
 PYTHON ?= python3
 VENV := .venv
@@ -18,7 +18,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Where the environment forbids bytecode each process of a run would compile all sources anew.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: run test lint tables clean
+.PHONY: run test lint tables pictures clean
 
 run: $(VENV)/run.done
 	@$(BIN)/numflash-tune $(TUNE)
@@ -39,6 +39,10 @@ lint: $(VENV)/test.done
 # Shipped tables that are stale, predicted again; goes on where it was stopped.
 tables: $(VENV)/run.done
 	@$(BIN)/python -m tuner.shipping
+
+# Drawn by formula: the same on every machine.
+pictures: $(VENV)/run.done
+	@NUMFLASH_TUNED=0 $(BIN)/python -m numflash_tuner.explain.picture docs/one_sm.svg
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from numflash.runtime.mode import SIMULATED
-from tests.support.covering import ALL
+from tests.support.covering import ALL, each_choice
 
 # The choice of kernels must not depend on this user's tuning; tests of that turn it on.
 os.environ["NUMFLASH_TUNED"] = "0"
@@ -64,12 +64,16 @@ def drop_oldest(folder: Path, most_bytes: int) -> None:
 def pytest_collection_modifyitems(config, items):
     """Mark each test with its layer; skip what this process cannot run, saying why.
 
-    Thorough tests are left out, but where all run.
+    Thorough tests are left out, and of crossed axes all but each choice, except where all run and
+    on a GPU, where the bench chooses.
     """
     if not ALL:
-        left_out = [item for item in items if item.get_closest_marker("thorough")]
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if not item.get_closest_marker("thorough")]
+        kept = [item for item in items if not item.get_closest_marker("thorough")]
+        some = set(each_choice(item for item in kept if _layer(item) != "gpu"))
+        kept = [item for item in kept if item in some or _layer(item) == "gpu"]
+        left_out = set(items) - set(kept)
+        config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+        items[:] = kept
     missing = {
         "sim": None if SIMULATED else "needs NUMBA_ENABLE_CUDASIM=1",
         "executed": None if SIMULATED else "needs NUMBA_ENABLE_CUDASIM=1",
@@ -78,12 +82,17 @@ def pytest_collection_modifyitems(config, items):
         "gpu": "needs NUMBA_ENABLE_CUDASIM unset" if SIMULATED else _no_gpu(),
     }
     for item in items:
-        layer = item.path.relative_to(_HERE).parts[0]
+        layer = _layer(item)
         if layer not in _LAYERS:
             continue
         item.add_marker(getattr(pytest.mark, layer))
         if reason := missing.get(layer):
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _layer(item) -> str:
+    """The folder of a test."""
+    return item.path.relative_to(_HERE).parts[0]
 
 
 def _no_gpu() -> str | None:

@@ -27,6 +27,7 @@ from numflash.calls.sequences import ScheduleKernel
 from numflash.configs import Config, implementation_of
 from numflash.kernels.arguments import (
     Between,
+    BlockMaskInTurn,
     BundledShape,
     MappedShape,
     Statistics,
@@ -288,11 +289,13 @@ class Backward:
         else:
             self._workspaces["dq_parts"] = Allocated((config.num_splits * part,), "float32")
         if problem.batch and blocks:
-            self._launch(family, choice, blocks, arguments | {"shape": of_keys})
+            arguments = arguments | {"mask": _mask_in_turn(problem), "shape": of_keys}
+            self._launch(family, choice, blocks, arguments)
         if tiles and "q" in self._gradients.wrt:
             config = config.reduction()
             reduction = Choice(config.family, config, choice.traits, "with its parts of dQ", ())
-            self._launch(config.family, reduction, tiles, arguments | {"shape": of_queries})
+            arguments = arguments | {"mask": mask_record(problem), "shape": of_queries}
+            self._launch(config.family, reduction, tiles, arguments)
 
     def _shapes_in_turn(
         self, problem: AttentionProblem, config: Config
@@ -387,6 +390,13 @@ class Backward:
             launches |= self._schedule.bind_or_find(operands, library)
         launches |= {family: each.bind(operands) for family, each in self._launchers.items()}
         return [arrays["d" + name] for name in self._gradients.wrt], launches
+
+
+def _mask_in_turn(problem: AttentionProblem) -> NamedTuple:
+    """The record of `turns_mask_of` for a problem."""
+    if problem.blocks is None:
+        return mask_record(problem)
+    return BlockMaskInTurn(*mask_record(problem, by_keys=True), mask_record(problem).lists)
 
 
 def _refuse_sums_of_sequences(shapes: Mapping[str, tuple[int, ...]]) -> None:

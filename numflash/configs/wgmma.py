@@ -300,8 +300,6 @@ def no_wgmma(traits: Traits, limits: Architecture) -> str | None:
         return "scales of K or V change within a tile of keys, and it takes one for all of a tile"
     if traits.codes:
         return "bulk copies do not decode K and V of 8 bits on their way to shared memory"
-    if traits.selected:
-        return "it computes all heads, not those that a table names"
     return None
 
 

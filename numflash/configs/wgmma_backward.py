@@ -246,8 +246,6 @@ class Sm90BackwardConfig(_OnWarpgroups, MmaConfig):
 
     def misfit(self, traits: Traits) -> str | None:
         """Why it cannot be built for these traits; None if it can."""
-        if traits.blocks:
-            return "with block_mask dK, dV and dQ come from two kernels, each with its own lists"
         if (columns := max(traits.head_dim, traits.head_dim_v)) > _MOST_COLUMNS:
             return (
                 f"a block keeps dK and dV of at most {_MOST_COLUMNS} columns, there are {columns}"

@@ -207,6 +207,12 @@ def exp2(x):
     return number(np.exp2(x.astype(f8)).astype(f4))
 
 
+def tanh(x):
+    """The hyperbolic tangent of float32, with 11 bits, as `ptx.tanh_approx_f32` has it."""
+    fraction, exponent = np.frexp(np.tanh(x.astype(f8)))
+    return np.ldexp(np.rint(fraction * 2048), exponent - 11).astype(f4)
+
+
 ROUNDINGS = {"rzi": np.trunc, "rni": np.rint, "rmi": np.floor, "rpi": np.ceil}
 """Roundings of a float to an integer."""
 

@@ -270,6 +270,21 @@ class BlockMask:
     lists: BlockLists
 
 
+@extends(BlockMask)
+class BlockMaskInTurn:
+    """A `BlockMask` by keys of a backward whose blocks add to dQ in turn.
+
+    In the lists by queries a tile of queries has the blocks of keys that add to it.
+    """
+
+    lists_of_queries: BlockLists
+
+
+def turns_mask_of(traits: Traits) -> type:
+    """The record of the mask of a backward whose blocks add to dQ in turn."""
+    return BlockMaskInTurn if traits.blocks else Mask
+
+
 def mask_of(traits: Traits) -> type:
     """The record of a kernel's mask."""
     return BlockMask if traits.blocks else Mask

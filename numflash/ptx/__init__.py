@@ -31,6 +31,7 @@ from numflash.ptx.arithmetic import (
     rsqrt_approx_ftz_f32,
     sin_approx_ftz_f32,
     sqrt_approx_ftz_f32,
+    tanh_approx_f32,
 )
 from numflash.ptx.async_copies import (
     CP_ASYNC_WAIT_GROUP,
@@ -252,6 +253,7 @@ __all__ = [
     "st_shared_v4_u32",
     "stmatrix_x4",
     "stmatrix_x4_trans",
+    "tanh_approx_f32",
     "u8",
     "u16",
     "u32",

@@ -100,6 +100,18 @@ def cos_approx_ftz_f32(x: f32) -> f32:
     return _flushed(np.cos(_flushed(x)))
 
 
+@instruction("tanh.approx.f32 <ret>, <x>;", sm=75)
+def tanh_approx_f32(x: f32) -> f32:
+    """The hyperbolic tangent of x, to 2 ** -11 of it. PTX ISA 9.7.3.23.
+
+    In the simulator it is that of float64 with 11 bits, as far off as the instruction may be.
+    """
+    if x != x:
+        return _NAN
+    fraction, exponent = math.frexp(math.tanh(x))
+    return f32(math.ldexp(np.rint(fraction * 2048), exponent - 11))
+
+
 @instruction("cvt.rmi.f32.f32 <ret>, <x>;", sm=75)
 def cvt_rmi_f32_f32(x: f32) -> f32:
     """The largest whole number that is at most x. PTX ISA 9.7.9.22."""

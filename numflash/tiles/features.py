@@ -43,6 +43,7 @@ from numflash.ptx import (
     fma_rn_f32,
     i32,
     max_f32,
+    tanh_approx_f32,
     u32,
 )
 from numflash.tiles.philox import philox
@@ -61,6 +62,13 @@ def _exp(x):
 def softcap(s, i, j, cap):
     """cap tanh(s), of a score that comes divided by cap."""
     bent = f32(math.tanh(s))
+    return cap * bent, fma_rn_f32(-bent, bent, f32(1))
+
+
+@device_function
+def softcap_of_bfloat16(s, i, j, cap):
+    """As `softcap`, with a tanh that is less exact than float16 and more than bfloat16."""
+    bent = tanh_approx_f32(s)
     return cap * bent, fma_rn_f32(-bent, bent, f32(1))
 
 
@@ -170,17 +178,18 @@ def _ones_gradient(ds, distance):
 class Score(NamedTuple):
     """A score function, the one that finds its `args`, and its gradient if these have one.
 
-    It may look at places.
+    It may look at places. `of_bfloat16` takes its place where inputs are that, if there is one.
     """
 
     function: object
     of_head: object
     has_places: bool
     gradient: object = None
+    of_bfloat16: object = None
 
 
 SCORES = {
-    "softcap": Score(softcap, _softcap_of_head, False),
+    "softcap": Score(softcap, _softcap_of_head, False, of_bfloat16=softcap_of_bfloat16),
     "alibi": Score(alibi, _alibi_of_head, True, _alibi_gradient),
 }
 
@@ -215,6 +224,11 @@ class Args(NamedTuple):
     drawn: object
 
 
+def _function_of(row: Score, traits):
+    """The score function of a row for these traits."""
+    return row.of_bfloat16 or row.function if traits.dtype == "bfloat16" else row.function
+
+
 def functions_of(traits):
     """The program's functions, with those of its reads where a kernel is about one."""
     return make_program(traits.program, with_partials=traits.read != "")
@@ -230,7 +244,7 @@ def make_score(traits, after_features=False):
     score = _plain
     for name in reversed(traits.features):
         if name in SCORES:
-            score = _followed_by(SCORES[name].function, score)
+            score = _followed_by(_function_of(SCORES[name], traits), score)
     of_features = score
     if not traits.program_scores:
 

@@ -33,7 +33,7 @@ def test_no_function_needs_float64_or_a_subroutine(arch):
     assert not wide and not [o for o in opcodes if o.startswith("CALL")]
 
 
-def test_a_softcap_is_as_short_as_the_feature():
+def test_a_derivative_of_tanh_is_made_of_tanh():
     """tanh is two instructions of the function unit, its derivative no more."""
     opcodes = compiled(kernel_of, text_of("softcap of a number"), "sm_80")
     assert sum(o == "MUFU.EX2" for o in opcodes) == sum(o == "MUFU.RCP" for o in opcodes) - 1

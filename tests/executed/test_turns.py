@@ -270,6 +270,25 @@ def test_a_compiled_kernel_gives_the_simulators_bits(executed, resident, monkeyp
         assert gradients(FUSED, monkeypatch, number) == expected
 
 
+def test_a_compiled_kernel_adds_dq_of_each_sequence(executed, resident, monkeypatch):
+    rng = np.random.default_rng(1)
+    q, k, v, dout = (rng.standard_normal((n, 1, 16)) for n in (99, 170, 170, 99))
+    q, k, v, dout = (x.astype(np.float16) for x in (q, k, v, dout))
+    ends = {"cu_seqlens_q": [0, 70, 70, 99], "cu_seqlens_k": [0, 90, 100, 170]}
+    ends = {name: np.array(each, np.int32) for name, each in ends.items()}
+    lse = rng.standard_normal((1, 99)).astype(np.float32) + 4
+
+    def made(number, code=None):
+        resident(number)
+        executed("sm_90a", code=code) if code else executed("sm_90a")
+        monkeypatch.setattr(SEED, "value", number)
+        config = {"backward": FUSED}
+        found = numflash.attention_varlen_backward(dout, q, k, v, q, lse, config=config, **ends)
+        return [x.tobytes() for x in found]
+
+    assert made(3) == made(1, code="python")
+
+
 @pytest.mark.parametrize(
     "old, new, message",
     [

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests import conftest
-from tests.support.covering import covering, meetings, some, thorough
+from tests.support.covering import covering, each_choice, meetings, some, thorough
 
 AXES = ("sm75", "sm80", "sm90"), ("full", "causal", "window", "tall"), ("f2", "b2"), range(5)
 TABLE = list(itertools.product(*AXES))
@@ -67,6 +67,25 @@ def test_some_keeps_what_is_named_and_every_nth():
     for whole in (True, False):
         with pytest.raises(ValueError, match=r"kept must be among the rows, and \['x'\] are not"):
             some(rows, "x", all_rows=whole)
+
+
+def collected(name: str, *rows: str) -> SimpleNamespace:
+    """A test with a row of each `parametrize`, or with none."""
+    more = {"callspec": SimpleNamespace(_idlist=rows)} if rows else {}
+    return SimpleNamespace(nodeid=f"{name}[{'-'.join(rows)}]" if rows else name, **more)
+
+
+def test_of_axes_that_are_crossed_each_choice_is_there():
+    crossed = [collected("crossed", *row) for row in itertools.product("abc", "xy")]
+    table = [collected("table", row) for row in ("a-x", "a-y", "b-x")]
+    items = [crossed[0], collected("alone"), *table, *crossed[1:]]
+    kept = each_choice([*items])
+    assert [item for item in kept if item not in crossed] == items[1:5]
+    chosen = [item.callspec._idlist for item in kept if item in crossed]
+    assert len(chosen) == 3 and [set(axis) for axis in zip(*chosen, strict=True)] == [
+        {*"abc"},
+        {*"xy"},
+    ]
 
 
 @pytest.mark.parametrize("all_run", [False, True])

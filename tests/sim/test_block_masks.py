@@ -84,6 +84,12 @@ KERNELS = {
             "backward-dkdv": "sm90-m32n64w4s3",
         },
     ),
+    "sm90-one-backward": (
+        "sm_90a",
+        "float16",
+        128,
+        {"forward": "sm90-m64n64w4s1", "backward": "sm90-m64n64w4s2"},
+    ),
 }
 FP8 = {
     "fp8-sm89": ("sm_89", 64, "fp8-sm89-m32n64w2s2"),

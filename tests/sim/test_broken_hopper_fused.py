@@ -3,8 +3,12 @@
 As `test_broken_hopper_backward`, whose problems break what this kernel shares with the others.
 """
 
+import numpy as np
 import pytest
 
+import numflash
+from numflash.calls import ready
+from numflash.simulator.errors import DeadlockError, SimulationError
 from tests.support.covering import ALL, some
 from tests.support.faults import Early, events, load, mutations, of_each_kind, source_of
 from tests.support.gradient_problems import GradientProblem, first_failure
@@ -42,6 +46,7 @@ PROBLEMS = {
 # Calls that results do not need, as far as the simulator can tell: (function, called, n).
 NOT_NEEDED = {
     ("_make_tile.tile", "wait_for_dv", 0): "only dO is given back between it and wait_for_dk",
+    ("_make_add_dq.add_dq", "mbarrier_arrive", 0): "of sequences that have the same queries",
 }
 _SYNCHRONISATION = (
     r"((OWNED|Q|DO|ROWS|DQ)\.)?(claim|expect|filled|wait|release)|wait_for_\w+|fence_\w+"
@@ -51,7 +56,7 @@ _SYNCHRONISATION = (
 DEAR = "cp_async_bulk_wait_group_read", "DQ.claim"
 # Releases of which the simulator cannot tell that they come a statement too early.
 NEVER_TOO_EARLY = {
-    ("_make_add_dq.add_dq", "mbarrier_arrive", 0): "no thread runs before it has read the buffer",
+    ("_make_add_dq.add_in_turn", "mbarrier_arrive", 0): "no thread runs before it has read it",
     ("_make_tile.tile", "ROWS.release", 0): "Q.release before it waits for nothing",
     ("_make_tile.tile", "DO.release", 0): "who fetches claims Q, given back later, before dO",
 }
@@ -86,7 +91,7 @@ def faults_of_events() -> list:
         if (fault.function, fault.called, fault.n) not in NOT_NEEDED and not dear:
             found.append((fault, "no"))
     for fault in events(SOURCE, r"(Q|DO|ROWS)\.release|mbarrier_arrive|st_release_\w+", Early):
-        if (fault.function, fault.called, fault.n) not in NEVER_TOO_EARLY:
+        if (fault.function, fault.called, fault.n) not in NEVER_TOO_EARLY | NOT_NEEDED:
             found.append((fault, "early"))
     found = of_each_kind(found, lambda row: (row[0].kind,))
     problems = "turns", "first"
@@ -102,8 +107,6 @@ backward  turns  nobody stores first
     if rank == u32(0): -> if rank == u32(999):
 backward  turns  everyone stores
     if rank == u32(0): -> if rank != u32(999):
-backward  heads  turns of the first head
-    i32(first_head + head) * num_tiles -> i32(first_head) * num_tiles
 backward  first  one buffer of dS
     ds_now = number & 1 -> ds_now = number & 0
 backward  first  one buffer of dQ
@@ -126,6 +129,8 @@ transposition  turns  steps on top of each other
     _STEP * _ROW_WORDS * step -> _ROW_WORDS * step
 turns_of_blocks  heads  the first keys come first
     i32((num_blocks - 1 - block) * tile_n) -> i32(block * tile_n)
+turns_of_blocks  heads  turns of the first head
+    i32(places.first_head + head) * places.num_tiles -> i32(places.first_head) * places.num_tiles
 turns_of_blocks  window  the rank of a tile that all see
     min(last_key, i32(sequence.seqlen_k - 1)) -> i32(sequence.seqlen_k - 1)
 turns_of_blocks  unseen  tiles that no key sees have sums
@@ -164,3 +169,74 @@ def test_nothing_that_waits_can_be_left_out(fault, problems, monkeypatch):
 def test_a_broken_kernel_is_caught(part, mutation, problems, monkeypatch):
     break_kernels(part, mutation, monkeypatch)
     assert first_failure({name: PROBLEMS[name] for name in problems}, monkeypatch)
+
+
+# Tiles that lists say: sequences with lengths of their own, and a block mask
+
+
+LISTED = ("kernels/sequences/schedule", *CHAIN)
+IDEAS_OF_LISTS = """
+schedule  sequences  the first keys of a sequence come first
+    place = i32(_tiles_of(owning, plan) - 1 - place) -> place = i32(place)
+schedule  sequences  tiles with the most work come first
+    work = i32(_tiles_of(_owning(tile.sequence, plan), plan)) -> work = i32(work + 0)
+turns_of_blocks  sequences  sequences share their sums
+    shape.tiles_before[batch]) -> i32(0))
+turns_of_blocks  blocks  blocks that are empty count
+    return u32(end - begin) -> return u32(last_block(tile, sequence) - block)
+turns_of_blocks  blocks  all rows have sums
+    return begin < end -> return True
+backward  blocks  steps are tiles
+    tile, _ = tile_at(mask, step) -> tile = step
+backward  blocks  dQ goes by the lists of keys
+    mask.hi, mask.lists_of_queries -> mask.hi, mask.lists
+"""
+TILES = np.array([[1, 1, 1, 0], [0, 0, 0, 0], [1, 0, 1, 1]], bool)
+
+
+def listed_problem(name: str) -> dict:
+    """The arguments of `numflash.check`."""
+    rng = np.random.default_rng(4)
+    rows, heads = ((139, 280), 2) if name == "sequences" else ((190, 250), 1)
+    shapes = [(n, h, 32) for n, h in ((rows[0], heads), *[(rows[1], 1)] * 2, (rows[0], heads))]
+    if name == "sequences":
+        ends = {"q": [0, 70, 73, 139], "k": [0, 70, 80, 280]}
+        options = {f"cu_seqlens_{side}": np.array(x, np.int32) for side, x in ends.items()}
+        options["causal"] = True
+    else:
+        shapes = [(1, *shape) for shape in shapes]
+        options = {"block_mask": numflash.BlockMask.from_tiles(TILES, block_size=64)}
+    arrays = (rng.standard_normal(shape).astype(np.float16) for shape in shapes)
+    configs = {"forward": "sm80-m32n32w2s1", "backward": "sm90-m64n64w4s1"}
+    return dict(zip(("q", "k", "v", "dout"), arrays, strict=True)) | options | {"config": configs}
+
+
+def is_listed_right(name: str, blocks: int, monkeypatch) -> bool:
+    """Whether gradients are right, with so many blocks together."""
+    monkeypatch.setenv("NUMFLASH_SIM_BLOCKS", str(blocks))
+    ready._ready.clear()
+    try:
+        return numflash.check(**listed_problem(name)).passed
+    except (SimulationError, DeadlockError):
+        return False
+
+
+@pytest.mark.parametrize("name", ["sequences", "blocks"])
+def test_lists_are_right(name, monkeypatch):
+    assert is_listed_right(name, 3, monkeypatch)
+
+
+def ideas_of_lists() -> list:
+    """(part, mutation, problem) of IDEAS_OF_LISTS."""
+    parts = {part.rpartition("/")[2]: part for part in LISTED}
+    return [
+        pytest.param(parts[part], mutation, problem, id=f"{part}: {mutation}")
+        for part, problem, mutation in mutations(IDEAS_OF_LISTS)
+    ]
+
+
+@pytest.mark.parametrize(("part", "mutation", "name"), ideas_of_lists())
+def test_broken_lists_are_caught(part, mutation, name, monkeypatch):
+    chain = [module_of(each) for each in LISTED[LISTED.index(part) :]]
+    load(chain, module_of(part), mutation, monkeypatch)
+    assert not all(is_listed_right(name, blocks, monkeypatch) for blocks in (1, 2))

@@ -19,6 +19,7 @@ from numflash.kernels.wgmma import forward
 from numflash.runtime.driver import limits_of_device
 from numflash.simulator import SEED, warpgroup
 from numflash.simulator.errors import DeadlockError, SimulationError
+from tests.support.covering import ALL as EVERY_FAULT
 from tests.support.covering import some
 from tests.support.faults import (
     Dropped,
@@ -211,10 +212,10 @@ def _problems_for(part: str, fault: Event) -> tuple[str, ...]:
     if called == "gather":
         return ("bypassed",)
     if called == "Q.gather":
-        return ("empty",)
+        # Where each warp gives back, the shuffle that finds its number holds it together, too.
+        return ("empty for one",)
     if fault.function == "make_channel.gather":
-        one = " for one" * (called == "meet")
-        return (f"empty{one}", f"bypassed{one}")
+        return ("empty for one", "bypassed for one") if called == "meet" else ("bypassed",)
     if "if o_replaces_q" in context:
         return ("shared",)
     if "skip" in fault.function:
@@ -401,9 +402,11 @@ def ideas() -> list:
     """(part, mutation, problems) of IDEAS."""
     parts = {part.rpartition("/")[2]: part for part in CHAIN if part.split("/")[1] == "wgmma"}
     parts |= {"rows": "tiles/mma/softmax", "row_ends": "tiles/rows"}
+    # "split" takes many orders, and shows too few arrivals, which "persistent" does, too.
+    rows = [row for row in mutations(IDEAS) if EVERY_FAULT or row[1] != "split"]
     return [
         pytest.param(parts[part], mutation, (problem,), id=f"{part}: {mutation}")
-        for part, problem, mutation in of_each_kind(mutations(IDEAS), lambda row: row[:2], 2)
+        for part, problem, mutation in of_each_kind(rows, lambda row: row[:2], 2)
     ]
 
 

@@ -46,6 +46,17 @@ def test_the_page_of_all_lessons():
     assert "✗" not in text and text.count("✓") == sum(CHECKS.values())
 
 
+PRINTED = {1: "[[ 250.  260.", 2: "0.2331 0.6337", 9: "e-08"}
+
+
+@pytest.mark.parametrize("number", PRINTED)
+def test_code_of_a_lesson_runs(number, capsys):
+    [code] = [step.code for step in lesson(number).steps if step.code]
+    exec(code, {})
+    assert PRINTED[number] in capsys.readouterr().out
+    assert max(map(len, code.splitlines())) <= 80
+
+
 @pytest.mark.parametrize(
     "number, module, name, wrong",
     [

@@ -13,7 +13,7 @@ import pytest
 
 import numflash
 from numflash import masks, math, reference
-from tests.support.covering import FULL, thorough
+from tests.support.covering import FULL, some, thorough
 
 # What users see.
 pytestmark = pytest.mark.usefixtures("shipped_kernels")
@@ -28,7 +28,7 @@ PUBLIC = {
 }
 
 
-@pytest.mark.parametrize("name", PUBLIC)
+@pytest.mark.parametrize("name", some(PUBLIC, every=3))
 def test_a_public_name_has_an_example_that_runs(name):
     docstring = PUBLIC[name].__doc__
     test = doctest.DocTestParser().get_doctest(docstring, {}, name, None, None)

@@ -141,7 +141,18 @@ def test_whole_tiles():
 # The order of sums
 
 
-def test_a_launch_may_be_repeated(monkeypatch):
+LISTED = numflash.BlockMask.from_tiles(
+    np.array([[1, 1, 0], [0, 0, 0], [0, 1, 1]], bool), block_size=64
+)
+LENGTHS = {"seqlens_q": np.array([100], np.int32), "seqlens_k": np.array([130], np.int32)}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"causal": True}, LENGTHS, {"block_mask": LISTED}],
+    ids=["all", "lengths", "blocks"],
+)
+def test_a_launch_may_be_repeated(options, monkeypatch):
     """As a timer does: turns are 0 again when it ends."""
     bound, bind = {}, Backward.bind
 
@@ -152,7 +163,7 @@ def test_a_launch_may_be_repeated(monkeypatch):
 
     monkeypatch.setattr(Backward, "bind", recorded)
     monkeypatch.setattr(ready, "_ready", {})
-    case = AttentionCase("again", (1, 130, 140, 1, 1, 32, 32), "float16", options={"causal": True})
+    case = AttentionCase("again", (1, 130, 140, 1, 1, 32, 32), "float16", options=options)
     gradients = gradients_of(case, {"backward": CONFIGS[0]})
     first = [x.tobytes() for x in gradients]
     for name in ("backward", "reduce-dq"):

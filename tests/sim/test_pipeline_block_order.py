@@ -13,6 +13,8 @@ import numflash
 from numflash.configs import Traits, parse_config
 from numflash.configs.formats import FORMATS
 from tests.support.block_order import difference, record_block
+from tests.support.covering import some
+from tests.support.faults import Twice, load
 from tests.support.program_order import Memory
 
 # (GPU, family, config, dtype, head_dim, queries, keys)
@@ -68,8 +70,13 @@ def memory_of(config, traits, buffers) -> Memory:
     return Memory(layout.offsets, words, {})
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_the_order(case, on, monkeypatch):
+# The default run has each kernel once.
+ONCE = "forward, two stages", "forward, 8 bits", "dQ", "dK and dV, two stages", "one kernel"
+PORTABLE = "portable forward", "portable dQ", "portable dK and dV"
+
+
+def differences(case, on, monkeypatch) -> list[str | None]:
+    """Of each block, how a kernel differs from its program; None where it does not."""
     arch, family, text, dtype, head_dim, seqlen_q, seqlen_k = case
     on(arch)
     config = parse_config(family, text)
@@ -83,9 +90,20 @@ def test_the_order(case, on, monkeypatch):
     by_lanes = any(isinstance(step, Load) for step in programs[0].roles[WARPS]())
     heard = record_block(monkeypatch, family.replace("-", "_"), memory, by_lanes)
     run(family, config, dtype, head_dim, seqlen_q, seqlen_k)
-    assert len(heard.blocks) == len(programs)
-    for steps, program in zip(heard.blocks, programs, strict=True):
-        assert difference(program, WARPS, steps) is None
+    blocks = zip(heard.blocks, programs, strict=True)
+    return [difference(program, WARPS, steps) for steps, program in blocks]
+
+
+@pytest.mark.parametrize("name", some(CASES, *ONCE, *PORTABLE))
+def test_the_order(name, on, monkeypatch):
+    assert set(differences(CASES[name], on, monkeypatch)) == {None}
+
+
+def test_a_changed_kernel_is_seen(on, monkeypatch):
+    module, factory = "numflash.kernels.mma.forward", "make_forward_kernel.forward"
+    load([module], module, Twice(factory, "cuda.syncthreads", 1), monkeypatch)
+    (found,) = differences(CASES["forward, two stages"], on, monkeypatch)
+    assert "Copy(name='k', buffer=0, tile=2), is not heard, but [('sync', 'block')," in found
 
 
 @pytest.mark.parametrize("stages", [1, 2])

@@ -14,6 +14,7 @@ from numflash.runtime import sums
 from numflash.runtime.driver import limits_of_device
 from numflash.runtime.errors import UnsupportedError
 from numflash.runtime.switches import is_on
+from tests.support.covering import ALL, covering
 from tests.support.instruction_harness import run_simulated
 from tests.support.tensor_core_cases import TENSOR_CORE_CASES
 from tests.support.wgmma_cases import WGMMA_CASES
@@ -250,8 +251,12 @@ FAMILIES = {
 }
 
 
+FAMILIES_AND_MODELS = [(family, name) for family in FAMILIES for name in FAMILIES[family][-1]]
+
+
 @pytest.mark.parametrize(
-    ("family", "name"), [(family, name) for family in FAMILIES for name in FAMILIES[family][-1]]
+    ("family", "name"),
+    covering(FAMILIES_AND_MODELS, lambda row: row, together=1, full=ALL),
 )
 def test_errors_stay_within_their_budgets(family, name, model, monkeypatch):
     dtype, precision, config, arch, _ = FAMILIES[family]

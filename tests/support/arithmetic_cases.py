@@ -27,6 +27,7 @@ from numflash.ptx import (
     rsqrt_approx_ftz_f32,
     sin_approx_ftz_f32,
     sqrt_approx_ftz_f32,
+    tanh_approx_f32,
     u16,
     u32,
 )
@@ -85,6 +86,11 @@ def _angles() -> np.ndarray:
     return np.concatenate(
         [SPECIALS[np.abs(SPECIALS) < 4], np.linspace(-3.14, 3.14, 999, dtype="f4")]
     )
+
+
+def _to_bend() -> np.ndarray:
+    ends = [0.0, -0.0, 1e-30, -1e-6, np.inf, -np.inf, np.nan]
+    return np.concatenate([np.array(ends, "f4"), np.linspace(-12, 12, 999, dtype="f4")])
 
 
 def _positive() -> np.ndarray:
@@ -266,6 +272,8 @@ def _arithmetic_cases() -> list[InstructionCase]:
         _sum_case(lg2_approx_ftz_f32, _positive(), 8, tolerance_ulp=2),
         _map_case(sqrt_approx_ftz_f32, _positive(), f32, f32, tolerance_ulp=2),
         _map_case(rsqrt_approx_ftz_f32, _positive(), f32, f32, tolerance_ulp=2),
+        # Both are off by up to 2 ** -11.
+        _map_case(tanh_approx_f32, _to_bend(), f32, f32, tolerance_ulp=2**14),
         _sum_case(sin_approx_ftz_f32, _angles(), 2, tolerance_ulp=8),
         _sum_case(cos_approx_ftz_f32, _angles(), 2, tolerance_ulp=8),
         _map_case(cvt_rmi_f32_f32, bits, f32, f32),

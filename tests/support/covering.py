@@ -8,7 +8,7 @@
 
 A fault that no single choice shows takes two that meet: a mask and an implementation, a feature
 and a dtype. `covering` keeps of a table rows in which each such pair occurs, or each choice.
-`some` and `thorough` say which tests are left to CI.
+`some` and `thorough` say which tests are left to CI, and `each_choice` of axes that are crossed.
 """
 
 from collections.abc import Callable, Hashable, Iterable
@@ -90,6 +90,28 @@ def covering(
         if pairs[i] <= rest:
             chosen.remove(i)
     return [rows[i] for i in sorted(chosen)]
+
+
+def each_choice(items: Iterable) -> list:
+    """Of collected tests those that have each argument of each axis once, in their order.
+
+    A test with `pytest.mark.parametrize` twice, or with a fixture that has parameters, would run
+    for each pair of them. One whose arguments are rows of one table keeps them all.
+    """
+    items, by_test = list(items), {}
+    for item in items:
+        by_test.setdefault(item.nodeid.partition("[")[0], []).append(item)
+
+    def choices(item) -> tuple:
+        # The name of its row in each `parametrize`; `indices` tells no two rows from axes.
+        return tuple(item.callspec._idlist) if hasattr(item, "callspec") else ()
+
+    kept = set()
+    for of_test in by_test.values():
+        several = len(of_test) > 1
+        of_test = covering(of_test, choices, together=1, full=False) if several else of_test
+        kept.update(map(id, of_test))
+    return [item for item in items if id(item) in kept]
 
 
 def meetings(labels: tuple, together: int = 2) -> set[tuple]:

@@ -9,6 +9,7 @@ that waits for nobody. `block_order` does the same for kernels whose warps share
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import zip_longest
 
 from numflash_tuner.pipeline.steps import (
     Arrive,
@@ -187,10 +188,19 @@ _VERBS = {
 }
 
 
-def told(program: Program) -> dict[str, list[Told]]:
-    """The steps of a program's roles as they are heard; of roles that take any."""
-    found = {role: list(_told(steps())) for role, steps in program.roles.items()}
-    return {role: steps for role, steps in found.items() if steps}
+def difference(heard: Record, programs: list[Program]) -> str | None:
+    """Where the kernel's blocks first differ from their programs; None if nowhere."""
+    if len(heard.blocks) != len(programs):
+        return f"{len(heard.blocks)} blocks instead of {len(programs)}"
+    for block, (steps, program) in enumerate(zip(heard.blocks, programs, strict=True)):
+        for role in [*program.roles, *(steps.keys() - program.roles.keys())]:
+            mine = list(_told(program.roles[role]())) if role in program.roles else []
+            pairs = zip_longest(steps.get(role, ()), mine)
+            for number, (one, other) in enumerate(pairs):
+                if one != other:
+                    where = f"block {block}, {role}, step {number}"
+                    return f"{where}: the kernel has {one}, its program {other}"
+    return None
 
 
 def _told(steps: Iterator) -> Iterator[Told]:

@@ -127,7 +127,7 @@ def _published_ms(problem: ProblemClass, tflops: float) -> float:
 
 
 def short_blocks_first(grid, num_sms, resident, clocks) -> float:
-    """As `prediction.schedule`, of blocks started head by head, the shortest first."""
+    """As `dispatch.closed_form`, of blocks started head by head, the shortest first."""
     free = [0.0] * (num_sms * resident)
     for tiles in sorted(grid.walks.tiles.tolist()) * grid.heads:
         heapq.heappush(free, heapq.heappop(free) + clocks(tiles, resident))
@@ -140,7 +140,7 @@ def _estimate(machine, problem: ProblemClass, config: str) -> float:
 
 def _of_flash_attention_2(machine, gpu, head_dim, mask, seqlen, tflops, fitted) -> Point:
     problem = problem_class(head_dim, mask, seqlen)
-    with mock.patch.object(prediction, "schedule", short_blocks_first):
+    with mock.patch.object(prediction, "closed_form", short_blocks_first):
         predicted = _estimate(machine, problem, _MMA_CONFIGS[head_dim])
     name = f"FlashAttention-2, {gpu}, {problem}"
     return Point(name, "sm80 forward", _published_ms(problem, tflops), predicted, fitted)

@@ -1,6 +1,6 @@
 """A page: one HTML document, well-formed as XML too, without scripts, complete in itself."""
 
-from .markup import tag
+from .markup import Markup, tag
 from .style import STYLE
 
 _HATCH = tag(
@@ -33,3 +33,10 @@ def document(title: str, *contents: object) -> str:
         f"{tag('title', title)}<style>{STYLE}</style></head>\n"
         f"<body>{_HATCH}{tag('main', *contents)}</body></html>\n"
     )
+
+
+def standalone(svg: Markup) -> str:
+    """A chart as a file of its own: with its colours, and the ground that they are meant for."""
+    head, rest = svg.split(">", 1)
+    ground = tag("rect", width="100%", height="100%", class_="ground")
+    return f"{head}><style>{STYLE}</style>{ground}{rest}\n"

@@ -101,7 +101,8 @@ svg.chart{display:block;width:100%;max-width:460px;height:auto;font-size:11px;
 svg.strip{display:block;width:100%;min-width:840px;height:auto;font-size:12px;
   font-variant-numeric:tabular-nums}
 .pan{overflow-x:auto}
-.pan:focus-visible,.scroll:focus-visible{outline:2px solid var(--accent);outline-offset:2px}
+.pan:focus-visible,.scroll:focus-visible,pre:focus-visible{outline:2px solid var(--accent);
+  outline-offset:2px}
 .wide{margin-top:12px}
 svg text{fill:var(--text)}
 svg .small{font-size:.84em}
@@ -154,13 +155,18 @@ tr:last-child td{border-bottom:0}
 .class{min-width:13em}
 .reason{min-width:16em;overflow-wrap:anywhere}
 .defs{position:absolute}
+.ground{fill:var(--card)}
+svg text{font-family:system-ui,-apple-system,"Segoe UI",Roboto,"Liberation Sans",sans-serif}
 .prose{max-width:46em}
 .prose h3{margin:16px 0 2px;font-size:1em}
 .prose h3:first-child{margin-top:0}
 .question{margin:6px 0 12px;font-size:1.12em;padding-left:10px;border-left:3px solid var(--accent)}
-.origin{font-weight:400;font-size:.78em;color:var(--muted);padding:0 4px;
+.origin{display:inline-block;font-weight:400;font-size:.78em;color:var(--muted);padding:0 4px;
   border:1px solid var(--line);border-radius:4px}
 .caption{font-size:.86em;margin:6px 0 0}
+pre{overflow-x:auto;margin:8px 0 0;padding:8px 12px;background:var(--card);
+  border:1px solid var(--line);border-radius:6px}
+pre code{overflow-wrap:normal}
 .slips{margin:4px 0 0}
 .slips dt{margin-top:6px}
 .slips dd{margin:0 0 0 1.2em}

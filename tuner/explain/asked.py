@@ -9,6 +9,7 @@ from numflash.machine_code.compiler import get_cubin, known_cubin
 from numflash.machine_code.report import NO_SIMULATOR, Report, disassembled, report_of
 from numflash.problem.classes import ProblemClass
 from numflash.problem.problem import AttentionProblem
+from numflash.runtime.devices import Architecture
 from numflash.runtime.driver import device_name
 from numflash.runtime.errors import UnsupportedError
 from numflash.runtime.mode import SIMULATED
@@ -99,7 +100,7 @@ class Asked:
 TILED = ("forward", "backward-dq", "backward-dkdv", "backward")
 """Families of kernels whose blocks walk over tiles of scores."""
 COMPILES = ("none", "forward", "all")
-"""Which kernels that are not in the cache may be compiled for a page."""
+"""Kernels whose machine code is read: none, the forward and what is in the cache, or all."""
 
 
 def ask(question: Question, compiles: str = "forward") -> Asked:
@@ -107,8 +108,8 @@ def ask(question: Question, compiles: str = "forward") -> Asked:
 
     Args:
         question: with an answer.
-        compiles: one of COMPILES. Kernels that are neither in the cache nor compiled are described
-            by formula, as where there is no compiler.
+        compiles: one of COMPILES. The others are described by formula, as where there is no
+            compiler.
 
     Raises:
         ValueError: the model has no figures of this GPU.
@@ -121,8 +122,7 @@ def ask(question: Question, compiles: str = "forward") -> Asked:
     kernels = {}
     for name, choice in chosen.items():
         geometry = answer.geometry if name == "forward" else Geometry()
-        may_compile = compiles == "all" or compiles == "forward" == choice.family
-        kernels[name] = _kernel(name, choice, geometry, answer.problem, machine, may_compile)
+        kernels[name] = _kernel(name, choice, geometry, answer.problem, machine, compiles)
     return Asked(question, answer, machine, kernels)
 
 
@@ -161,14 +161,12 @@ def _kernel(
     geometry: Geometry,
     problem: AttentionProblem,
     machine: Machine,
-    may_compile: bool,
+    compiles: str,
 ) -> Kernel:
     config, traits, limits = choice.config, choice.traits, machine.limits
     asked = exact_class(choice.family, problem, traits)
     report = code = resources = None
-    no_code = NO_SIMULATOR if SIMULATED else ""
-    if not (SIMULATED or may_compile) and known_cubin(config, traits, limits) is None:
-        no_code = "it is not in the cache of compiled kernels, and compiling it was not asked for"
+    no_code = NO_SIMULATOR if SIMULATED else _no_code(compiles, config, traits, limits)
     if not no_code:
         try:
             cubin = get_cubin(config, traits, limits)
@@ -188,6 +186,15 @@ def _kernel(
         _prediction(machine, asked, config, resources, code),
         no_code,
     )
+
+
+def _no_code(compiles: str, config: Config, traits: Traits, limits: Architecture) -> str:
+    """Why the machine code of a kernel is not looked at; "" if it is."""
+    if compiles == "none":
+        return "machine code was not asked for"
+    if compiles == "forward" != config.family and known_cubin(config, traits, limits) is None:
+        return "it is not in the cache of compiled kernels, and compiling it was not asked for"
+    return ""
 
 
 def _prediction(

@@ -6,6 +6,7 @@ numbers, `sections` draws them. `--json` prints the same facts.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from types import ModuleType
 
 from numflash.runtime.errors import UnsupportedError, in_one_line
@@ -15,17 +16,9 @@ from ..drawing.figures import arranged
 from ..drawing.markup import Markup, joined, tag
 from ..drawing.tables import folded
 from .asked import Asked, Kernel, NotShownError
-from .facts import bytes as bytes_facts
 from .facts import call as call_facts
-from .facts import fp8 as fp8_facts
-from .facts import numerics as numerics_facts
-from .facts import resources as resource_facts
 from .numbers import as_json
-from .sections import bytes as bytes_section
 from .sections import call as call_section
-from .sections import fp8 as fp8_section
-from .sections import numerics as numerics_section
-from .sections import resources as resource_section
 
 
 @dataclass(frozen=True)
@@ -33,24 +26,36 @@ class Section:
     """A section of a page.
 
     Attributes:
-        name: its anchor, and of the modules in `facts` and `sections`.
+        name: its anchor, and of its modules in `facts` and `sections`.
         title: as it stands there.
     """
 
     name: str
     title: str
-    facts: ModuleType
-    drawing: ModuleType
+
+    @property
+    def facts(self) -> ModuleType:
+        """The module that finds the numbers."""
+        return import_module(f".facts.{self.name}", __package__)
+
+    @property
+    def drawing(self) -> ModuleType:
+        """The module that draws them."""
+        return import_module(f".sections.{self.name}", __package__)
 
 
-OF_KERNEL: tuple[Section, ...] = (
-    Section("resources", "Where the time goes", resource_facts, resource_section),
+CALL = Section("call", "1 The call")
+OF_KERNEL = (
+    Section("mask", "2 The mask over tiles"),
+    Section("schedule", "3 Blocks over the machine"),
+    Section("timeline", "4 One SM, clock by clock"),
+    Section("resources", "5 Where the time goes"),
 )
 """Sections of each kernel whose blocks walk over tiles: find(asked, kernel), figures(facts)."""
-OF_CALL: tuple[Section, ...] = (
-    Section("bytes", "Bytes and memory", bytes_facts, bytes_section),
-    Section("numerics", "Numerics", numerics_facts, numerics_section),
-    Section("fp8", "FP8", fp8_facts, fp8_section),
+OF_CALL = (
+    Section("bytes", "6 Bytes and memory"),
+    Section("numerics", "7 Numerics"),
+    Section("fp8", "8 FP8"),
 )
 """Sections of the whole call: find(asked), figures(facts)."""
 
@@ -93,7 +98,7 @@ def page(asked: Asked) -> str:
         tag("h1", "numflash.explain"),
         tag("p", _subtitle(facts["call"]), class_="muted"),
         call_section.facts_of(facts["call"], forward),
-        _section("call", "The call", call_section.kernels(facts["call"])),
+        _section(CALL.name, CALL.title, call_section.kernels(facts["call"])),
         *_drawn(OF_KERNEL, facts["kernels"][forward]),
         *_drawn(OF_CALL, facts),
     ]

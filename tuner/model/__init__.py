@@ -2,8 +2,9 @@
 
 `prediction` puts together what `counts` (instructions by formula), `machine_code` (instructions of
 a disassembly), `grid` (blocks and tiles of a problem) and `tuner.space.machines` know; `hopper`
-and `hopper_backward` do so for kernels whose warpgroups multiply asynchronously. `errors` holds
-the errors of all.
+and `hopper_backward` do so for kernels whose warpgroups multiply asynchronously. Each makes the
+`clocks` of a block first; `dispatch` says when all blocks are done. `errors` holds the errors of
+all.
 """
 
 from dataclasses import replace
@@ -17,6 +18,7 @@ from numflash.problem.classes import ProblemClass
 from ..records import ResourceUsage
 from ..space.machines import Machine
 from . import hopper, hopper_backward, prediction
+from .clocks import BlockClocks
 from .errors import gain_needed
 from .machine_code import MachineCode
 from .prediction import Prediction, floor_ms, multiply_adds
@@ -28,8 +30,10 @@ sm_89 and sm_90a, none was shorter by more than 6.5 % (dQ) and 2.5 % (others).""
 CODE_SAVES_OF_OTHERS = 0.05
 
 __all__ = [
+    "BlockClocks",
     "Prediction",
     "at_best",
+    "block_clocks",
     "estimate",
     "floor_ms",
     "gain_needed",
@@ -59,6 +63,24 @@ def predict(
         ValueError: not even one block fits on an SM, or its tensor cores have no such product.
     """
     return _module_of(config).predict(machine, problem, config, resources, code)
+
+
+def block_clocks(
+    machine: Machine,
+    problem: ProblemClass,
+    config: Config,
+    resources: ResourceUsage,
+    code: MachineCode | None,
+) -> BlockClocks:
+    """The clocks of a block of a compiled kernel: what `predict` makes its time of.
+
+    Args:
+        machine, problem, config, resources, code: as for `predict`.
+
+    Raises:
+        ValueError: as `predict`; a kernel that streams rows has no tiles.
+    """
+    return _module_of(config).block_clocks(machine, problem, config, resources, code)
 
 
 def estimate(machine: Machine, problem: ProblemClass, config: Config) -> Prediction:

@@ -25,6 +25,7 @@ _OF_FEATURES = {
     "alibi": Counts(issued=4, fma=2, alu=2),
     "dropout": Counts(issued=10, fma=2, alu=8),
 }
+_OF_BFLOAT16 = {"softcap": Counts(issued=3, special=1, fma=2)}
 # (fma, alu) for the addresses and bounds of a tile, by disassembly.
 _ADDRESSES = {
     "forward": (10, 70),
@@ -246,9 +247,11 @@ def _with_features(tile: Counts, traits: Traits, scores: int) -> Counts:
 
 def feature_counts(traits: Traits) -> Counts:
     """Instructions that features add to each score."""
-    added = Counts()
+    of_features, added = _OF_FEATURES, Counts()
+    if traits.dtype == "bfloat16":
+        of_features = _OF_FEATURES | _OF_BFLOAT16
     for name in traits.features:
-        added = added.plus(_OF_FEATURES.get(name, Counts()), 1)
+        added = added.plus(of_features.get(name, Counts()), 1)
     return added
 
 

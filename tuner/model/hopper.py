@@ -25,6 +25,8 @@ ours does better, `overlap` is worth more than is said here.
 """
 
 from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple
 
 from numflash.configs import Sm90ForwardConfig, Traits
 from numflash.problem.classes import ProblemClass
@@ -32,7 +34,9 @@ from numflash.runtime.devices import blocks_per_sm
 
 from ..records import ResourceUsage
 from ..space.machines import Machine
+from .clocks import BlockClocks
 from .counts import feature_counts
+from .dispatch import closed_form
 from .grid import Grid, dealt_out, heads_in_flight, l2_share, lay, memory_bytes, part_bytes
 from .machine_code import Counts, MachineCode
 from .prediction import (
@@ -47,7 +51,6 @@ from .prediction import (
     Prediction,
     combine,
     row_bandwidth,
-    schedule,
     smooth_maximum,
 )
 
@@ -157,12 +160,38 @@ def predict(
     Raises:
         ValueError: not even one block fits on an SM, or it has no wgmma.
     """
+    work = _work_of(machine, problem, config, resources, code)
+    return _predicted(machine, problem, config, work, resources.blocks_per_sm, 1.0)
+
+
+def block_clocks(
+    machine: Machine,
+    problem: ProblemClass,
+    config: Sm90ForwardConfig,
+    resources: ResourceUsage,
+    code: MachineCode | None,
+) -> BlockClocks:
+    """The clocks of a block of a compiled kernel, of which `predict` makes its time.
+
+    Args and raises as `predict`.
+    """
+    work = _work_of(machine, problem, config, resources, code)
+    return _costs(machine, problem, config, work, resources.blocks_per_sm, 1.0).clocks
+
+
+def _work_of(
+    machine: Machine,
+    problem: ProblemClass,
+    config: Sm90ForwardConfig,
+    resources: ResourceUsage,
+    code: MachineCode | None,
+) -> Work:
+    """The work of a compiled kernel. Raises ValueError if no block fits."""
     if resources.blocks_per_sm < 1:
         raise ValueError(f"no block of {config} fits on an SM of {machine.name}")
-    work = by_formula(config, problem.traits)
     if code is not None and code.main is not None:
-        work = from_machine_code(code)
-    return _predicted(machine, problem, config, work, resources.blocks_per_sm, 1.0)
+        return from_machine_code(code)
+    return by_formula(config, problem.traits)
 
 
 def estimate(machine: Machine, problem: ProblemClass, config: Sm90ForwardConfig) -> Prediction:
@@ -280,14 +309,23 @@ def _stall(config: Sm90ForwardConfig, turn: Turn, clocks: float, latency: float)
     return max(0.0, of_k) + max(0.0, of_v)
 
 
-def _predicted(
+class _Costs(NamedTuple):
+    """What a launch costs: its blocks, the clocks of one, of a turn, and bytes from memory."""
+
+    grid: Grid
+    clocks: BlockClocks
+    turn: Turn
+    from_memory: float
+
+
+def _costs(
     machine: Machine,
     problem: ProblemClass,
     config: Sm90ForwardConfig,
     work: Work,
     fit: int,
     slower: float,
-) -> Prediction:
+) -> _Costs:
     if not machine.wgmma_f16:
         raise ValueError(f"{machine.name} has no wgmma, which {config} needs")
     grid, groups = lay(problem, config), config.num_warpgroups
@@ -305,6 +343,7 @@ def _predicted(
     start = BLOCK_LATENCY + 2 * MEMORY_LATENCY
     refill = 0.0 if config.o_is_apart(traits) else latency
 
+    @cache
     def each_turn(together: int) -> float:
         clocks = slower * _clocks_of_turn(config, turn, groups * together)
         return clocks + _stall(config, turn, clocks, latency) / together
@@ -313,18 +352,34 @@ def _predicted(
         around = groups * together * (work.place.issued + masked) + turn.softmax
         return around + (refill if config.persistent else 0.0)
 
+    # Blocks that follow each other start while those beside them work.
+    starts = start if places <= slots else start / resident
+    before = 0.0 if config.persistent else starts
+
+    def place(tiles: float, together: int) -> float:
+        return tiles * each_turn(together) + each_place(together) + before
+
+    clocks = BlockClocks(start, place, resident, config.persistent)
+    return _Costs(grid, clocks, turn, from_memory)
+
+
+def _predicted(
+    machine: Machine,
+    problem: ProblemClass,
+    config: Sm90ForwardConfig,
+    work: Work,
+    fit: int,
+    slower: float,
+) -> Prediction:
+    costs = _costs(machine, problem, config, work, fit, slower)
+    grid, clocks, turn, from_memory = costs
+    places, groups = grid.blocks, config.num_warpgroups
+    slots = machine.num_sms * clocks.resident
     if config.persistent:
         tiles, walks = dealt_out(grid, heads_in_flight(problem, grid, config, machine), slots)
-        spread = start + tiles * each_turn(resident) + walks * each_place(resident)
+        spread = clocks.start + clocks.places(tiles, walks)
     else:
-        turns = {together: each_turn(together) for together in range(1, resident + 1)}
-        # Blocks that follow each other start while those beside them work.
-        starts = start if places <= slots else start / resident
-
-        def clocks(tiles: float, together: int) -> float:
-            return tiles * turns[together] + each_place(together) + starts
-
-        spread = schedule(grid, machine.num_sms, resident, clocks)
+        spread = closed_form(grid, machine.num_sms, clocks.resident, clocks.place)
     to_ms = 1 / (machine.clock_mhz * 1e3)
     memory_ms = from_memory / (machine.memory_gbps * MEMORY_EFFICIENCY * 1e6)
     ms = combine(spread * to_ms, memory_ms) + LAUNCH_MS

@@ -27,8 +27,10 @@ from numflash.selection.layout import Tiling, order_of, tiles_seen
 from ..records import ResourceUsage
 from ..space.machines import Machine
 from . import turns
+from .clocks import BlockClocks
 from .counts import feature_counts
-from .grid import l2_share, lay, memory_bytes
+from .dispatch import closed_form
+from .grid import Grid, l2_share, lay, memory_bytes
 from .hopper import (
     COPIES_NORM,
     LEFT_TO_CHANCE,
@@ -49,7 +51,6 @@ from .prediction import (
     Prediction,
     combine,
     row_bandwidth,
-    schedule,
     smooth_maximum,
 )
 
@@ -226,15 +227,41 @@ def predict(
     Raises:
         ValueError: not even one block fits on an SM, or it has no wgmma.
     """
+    return predict_form(machine, problem, _compiled(machine, problem, config, resources, code))
+
+
+def block_clocks(
+    machine: Machine,
+    problem: ProblemClass,
+    config: Config,
+    resources: ResourceUsage,
+    code: MachineCode | None,
+) -> BlockClocks:
+    """The clocks of a block of a compiled kernel, of which `predict` makes its time.
+
+    Args and raises as `predict`.
+    """
+    form = _compiled(machine, problem, config, resources, code)
+    return _costs(machine, problem, form, 1.0).clocks
+
+
+def _compiled(
+    machine: Machine,
+    problem: ProblemClass,
+    config: Config,
+    resources: ResourceUsage,
+    code: MachineCode | None,
+) -> Form:
+    """The form of a compiled kernel. Raises ValueError if no block fits."""
     if resources.blocks_per_sm < 1:
         raise ValueError(f"no block of {config} fits on an SM of {machine.name}")
     form = form_of(machine, config, problem)
-    if code is not None and code.main is not None:
-        # Where warpgroups have loops of their own, the busiest may have no exponentials.
-        counts, special = code.main.counts, form.counts.special
-        counts = replace(counts, special=max(special, counts.special))
-        form = replace(form, counts=counts, rare=code.main.rare)
-    return predict_form(machine, problem, form)
+    if code is None or code.main is None:
+        return form
+    # Where warpgroups have loops of their own, the busiest may have no exponentials.
+    counts, special = code.main.counts, form.counts.special
+    counts = replace(counts, special=max(special, counts.special))
+    return replace(form, counts=counts, rare=code.main.rare)
 
 
 def estimate(machine: Machine, problem: ProblemClass, config: Config) -> Prediction:
@@ -267,14 +294,25 @@ def expected_registers(config: Config, traits: Traits) -> int:
     return config.accumulators_per_thread(traits) + _OTHER_REGISTERS
 
 
-def predict_form(
-    machine: Machine, problem: ProblemClass, form: Form, slower: float = 1.0
-) -> Prediction:
-    """Predict the time of a form; a tile takes `slower` times as long as without spills.
+class _Costs(NamedTuple):
+    """What a launch costs.
 
-    Raises:
-        ValueError: the machine has no wgmma.
+    Attributes:
+        grid: its blocks.
+        clocks: of a block.
+        around: clocks of a block beside its tiles.
+        busy: clocks of a tile that each of PIPES is busy.
+        from_memory: bytes.
     """
+
+    grid: Grid
+    clocks: BlockClocks
+    around: float
+    busy: tuple[float, ...]
+    from_memory: float
+
+
+def _costs(machine: Machine, problem: ProblemClass, form: Form, slower: float) -> _Costs:
     if not machine.wgmma_f16:
         raise ValueError(f"{machine.name} has no wgmma")
     grid, traits, groups = lay(problem, form), problem.traits, form.groups
@@ -290,11 +328,24 @@ def predict_form(
     masked = grid.walks.edges * max(form.rare.issued, _THREADS * form.rare.alu / machine.alu_lanes)
     # Rows that stay, and the first tile; the next block starts while results are being stored.
     owned = form.row_tile * (traits.head_dim + traits.head_dim_v) * _ELEMENT_BYTES
-    around = BLOCK_LATENCY + 2 * MEMORY_LATENCY + (owned + sum(form.fetched)) / l2
-    around += groups * (masked + _ISSUED_PER_BLOCK + _ISSUED_PER_OUTPUT * form.outputs)
+    start = BLOCK_LATENCY + 2 * MEMORY_LATENCY + (owned + sum(form.fetched)) / l2
+    around = start + groups * (masked + _ISSUED_PER_BLOCK + _ISSUED_PER_OUTPUT * form.outputs)
+    block = BlockClocks(start, lambda tiles, _: tiles * clocks + around, 1)
+    return _Costs(grid, block, around, busy, from_memory)
+
+
+def predict_form(
+    machine: Machine, problem: ProblemClass, form: Form, slower: float = 1.0
+) -> Prediction:
+    """Predict the time of a form; a tile takes `slower` times as long as without spills.
+
+    Raises:
+        ValueError: the machine has no wgmma.
+    """
+    grid, clocks, around, busy, from_memory = _costs(machine, problem, form, slower)
     per_ms = machine.clock_mhz * 1e3
-    if form.order is None or traits.ragged:
-        spread = schedule(grid, machine.num_sms, 1, lambda tiles, _: tiles * clocks + around)
+    if form.order is None or problem.traits.ragged:
+        spread = closed_form(grid, machine.num_sms, 1, clocks.place)
     else:
         spread = turns.clocks_of(
             _walks_upwards(grid.launch.tiling),
@@ -302,7 +353,7 @@ def predict_form(
             grid.heads,
             machine.num_sms,
             form.order,
-            clocks,
+            clocks.turn,
             around,
             *(ns * machine.clock_mhz / 1e3 for ns in (TURN_NS, COMPLETE_NS, UNTIL_FREE_NS)),
             form.buffers,

@@ -21,8 +21,7 @@ others, and the model's errors.
 """
 
 from dataclasses import dataclass, replace
-
-import numpy as np
+from typing import NamedTuple
 
 from numflash.configs import Config, Traits, implementation_of
 from numflash.problem.classes import ProblemClass
@@ -31,6 +30,8 @@ from numflash.runtime.devices import blocks_per_sm
 from ..records import ResourceUsage
 from ..space.machines import Machine
 from . import counts
+from .clocks import BlockClocks
+from .dispatch import closed_form
 from .grid import Grid, io_bytes, l2_share, lay, memory_bytes, part_bytes, visible_scores
 from .machine_code import Counts, MachineCode
 
@@ -115,15 +116,41 @@ def predict(
     Raises:
         ValueError: not even one block fits on an SM, or its tensor cores have no such product.
     """
-    fit = resources.blocks_per_sm
-    if fit < 1:
-        raise ValueError(f"no block of {config} fits on an SM of {machine.name}")
+    fit = _fit_of(machine, config, resources)
     if problem.family in ROW_KERNELS:
         return _rows(machine, problem, config, fit)
+    return _tiled(machine, problem, config, _work_of(problem, config, code), fit)
+
+
+def block_clocks(
+    machine: Machine,
+    problem: ProblemClass,
+    config: Config,
+    resources: ResourceUsage,
+    code: MachineCode | None,
+) -> BlockClocks:
+    """The clocks of a block of a compiled kernel, of which `predict` makes its time.
+
+    Args and raises as `predict`; a kernel that streams rows has no tiles.
+    """
+    if problem.family in ROW_KERNELS:
+        raise ValueError(f"{config} of {problem.family} has no tiles")
+    fit = _fit_of(machine, config, resources)
+    return _costs(machine, problem, config, _work_of(problem, config, code), fit).clocks
+
+
+def _fit_of(machine: Machine, config: Config, resources: ResourceUsage) -> int:
+    """Blocks that fit on an SM. Raises ValueError if none does."""
+    if resources.blocks_per_sm < 1:
+        raise ValueError(f"no block of {config} fits on an SM of {machine.name}")
+    return resources.blocks_per_sm
+
+
+def _work_of(problem: ProblemClass, config: Config, code: MachineCode | None) -> counts.Work:
     work = counts.by_formula(config, problem.traits)
     if code is not None and code.main is not None:
         work = counts.complete(work, code.main, code.outside)
-    return _tiled(machine, problem, config, work, fit)
+    return work
 
 
 def estimate(machine: Machine, problem: ProblemClass, config: Config) -> Prediction:
@@ -281,9 +308,29 @@ def _beside_products(c: Counts, warps: int) -> float:
     return warps * (c.issued - c.matrix - c.shared) / PARTITIONS
 
 
-def _tiled(
+class _Costs(NamedTuple):
+    """What a launch costs.
+
+    Attributes:
+        grid: its blocks.
+        clocks: of a block.
+        tile, once: clocks that each of PIPES is busy, for a tile and for the rest of a block.
+        chain, first: clocks of a block's chain for a tile, and before the first.
+        from_memory: bytes.
+    """
+
+    grid: Grid
+    clocks: BlockClocks
+    tile: tuple[float, ...]
+    once: tuple[float, ...]
+    chain: float
+    first: float
+    from_memory: float
+
+
+def _costs(
     machine: Machine, problem: ProblemClass, config: Config, work: counts.Work, fit: int
-) -> Prediction:
+) -> _Costs:
     if work.tile.multiply_adds_tf32 and not machine.mma_tf32:
         raise ValueError(f"the tensor cores of {machine.name} have no tf32, which {config} needs")
     grid = lay(problem, config)
@@ -308,12 +355,13 @@ def _tiled(
     latency = L2_LATENCY + missed * (MEMORY_LATENCY - L2_LATENCY)
     transfer = warps * work.tile.global_bytes / max(1, work.phases) / l2
     chain = _chain(machine, config, work, tile, latency + transfer)
-    first = walks * (BLOCK_LATENCY + 2 * MEMORY_LATENCY) + once[4] * PARTITIONS / warps
+    start = BLOCK_LATENCY + 2 * MEMORY_LATENCY
+    first = walks * start + once[4] * PARTITIONS / warps
 
     issued = [_beside_products(each, warps) for each in (work.tile, around)]
     in_phases = bool(work.tile.matrix)
 
-    def clocks(tiles: float, together: int) -> float:
+    def place(tiles: float, together: int) -> float:
         *pipes, copies = (together * (tiles * t + o) for t, o in zip(tile, once, strict=True))
         if in_phases:
             matrix, *others, _, shared = pipes
@@ -324,7 +372,17 @@ def _tiled(
             working = smooth_maximum(OVERLAP_NORM, *pipes)
         return smooth_maximum(PIPES_NORM, tiles * chain + first, working, copies)
 
-    spread = schedule(grid, machine.num_sms, resident, clocks)
+    clocks = BlockClocks(start, place, resident)
+    return _Costs(grid, clocks, tile, once, chain, first, from_memory)
+
+
+def _tiled(
+    machine: Machine, problem: ProblemClass, config: Config, work: counts.Work, fit: int
+) -> Prediction:
+    costs = _costs(machine, problem, config, work, fit)
+    grid, clocks, tile, once, chain, first, from_memory = costs
+    blocks, slots = grid.blocks, machine.num_sms * clocks.resident
+    spread = closed_form(grid, machine.num_sms, clocks.resident, clocks.place)
     to_ms = 1 / (machine.clock_mhz * 1e3)
     memory_ms = from_memory / (machine.memory_gbps * MEMORY_EFFICIENCY * 1e6)
     ms = combine(spread * to_ms, memory_ms) + LAUNCH_MS
@@ -340,30 +398,6 @@ def _tiled(
     alone = max(grid.walks.most, grid.mean_tiles * blocks / slots) * chain
     parts["latency"] = float(alone + first * max(1.0, blocks / slots)) * to_ms
     return Prediction(ms, parts, max(parts, key=parts.get), fit)
-
-
-def schedule(grid: Grid, num_sms: int, resident: int, clocks) -> float:
-    """Clocks until the last block is done, the longest started first.
-
-    At least the work of an SM, the longest block, and, since some slot must take k of them, k of
-    the first (k - 1) slots + 1 blocks.
-    """
-    blocks, slots, walks = grid.blocks, num_sms * resident, grid.walks
-    balanced = blocks / num_sms * clocks(grid.mean_tiles, resident) / resident
-    longest = clocks(walks.most, 1)
-    waves = -(-blocks // slots)
-    if waves == 1:
-        if walks.is_even:
-            return clocks(walks.most, resident)
-        return max(longest, min(balanced, clocks(walks.most, resident)))
-    # Beyond so many waves the rest of the last one no longer matters.
-    k = np.arange(1, min(waves, 64))
-    firsts = walks.tiles[k * slots // grid.heads]
-    best = int(np.argmax((k + 1) * (firsts + 1)))
-    k, tiles = int(k[best]), float(firsts[best])
-    in_last = resident if k + 1 < waves else -(-(blocks - k * slots) // num_sms)
-    crowded = k * clocks(tiles, resident) + clocks(tiles, in_last)
-    return max(balanced, longest, crowded)
 
 
 def smooth_maximum(norm: float, *times: float) -> float:

@@ -37,6 +37,7 @@ def trace(
     report: Report | None = None,
     blocks: int = 1,
     grid: int = 2**30,
+    copies: float | None = None,
 ) -> Timeline:
     """What one SM does while its blocks run: a model of events, which no GPU has confirmed.
 
@@ -47,6 +48,7 @@ def trace(
         report: on the kernel's machine code; None takes all clocks by formula.
         blocks: that share the SM.
         grid: blocks of the whole launch, which share the L2.
+        copies: clocks of each copy, instead of what its bytes take: 0 where copies are hidden.
 
     Returns:
         Spans in clocks, by lane; see `Timeline`.
@@ -60,4 +62,5 @@ def trace(
         >>> trace(machines.find("H100"), config, traits, 16).turn
     """
     program = program_of(config, traits, walks)
-    return play(program, rates_of(program, machine, config, traits, report, grid), blocks)
+    rates = rates_of(program, machine, config, traits, report, grid)
+    return play(program, rates if copies is None else rates.with_copies(copies), blocks)

@@ -94,6 +94,11 @@ class Block:
         label = state.began[phase][1]
         self.clock.note(Span(lane, state.full[phase].at, end, "held", label, self.name))
 
+    def came_to(self, name: str, buffer: int, began: float, label: str) -> None:
+        """A tile without a channel is there, whose copy began at a time."""
+        self.note(self.lane_of_tile(name, buffer), began, "copy", label)
+        self.held[name, buffer] = [self.clock.now, self.clock.now, label]
+
     def was_read(self, operand: tuple[str, int] | None) -> None:
         """A tile without a channel is held at least until now."""
         if operand in self.held:

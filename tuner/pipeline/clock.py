@@ -6,7 +6,7 @@ steps of equal length, so that roles that ask at once share a unit fairly.
 
 import heapq
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from .timeline import Span
@@ -37,6 +37,10 @@ class Clock:
         """Let a process go on, at once or at a time."""
         self._number += 1
         heapq.heappush(self._queue, (self.now if at is None else at, self._number, process))
+
+    def later(self, at: float, action: Callable[[], None]) -> None:
+        """Do something at a time."""
+        self.begin(_do(action), at)
 
     def fire(self, event: Event) -> None:
         """An event happens, and who waits for it goes on."""
@@ -72,6 +76,11 @@ class Clock:
         if spans and _continues(spans[-1], span):
             span = replace(span, start=spans.pop().start)
         spans.append(span)
+
+
+def _do(action: Callable[[], None]) -> Process:
+    action()
+    yield from ()
 
 
 def steps_of(clocks: float) -> list[float]:

@@ -76,12 +76,14 @@ class Player:
     def _(self, step: Fetch) -> Process:
         channel, buffer, tile = step
         phase, label = self._name(channel, buffer, tile)
-        done = self.clock.use(
-            COPIES, self.rates.copies[channel], "copy", label, self.block.prefix + channel
-        )
-        arrival = self._arrival(channel, buffer, phase)
-        self.clock.begin(arrival, done + self.rates.latency)
+        arrival = self._copy(channel, label) + self.rates.latency
+        self.clock.later(arrival, lambda: self.block.wrote(channel, buffer, phase))
         yield from self._spend(self.clock.now + self.rates.issue, "issue", label)
+
+    def _copy(self, name: str, label: str) -> float:
+        """Ask for the bytes of a channel's buffer, or of a tile; when the last is on its way."""
+        owner = self.block.prefix + name
+        return self.clock.use(COPIES, self.rates.copies[name], "copy", label, owner)
 
     def _name(self, channel: str, buffer: int, tile: int) -> tuple[int, str]:
         """(phase, label) of a tile that begins to come."""
@@ -90,10 +92,6 @@ class Player:
         state = self.block.channels[channel][buffer]
         state.began.setdefault(phase, (self.clock.now, label))
         return phase, label
-
-    def _arrival(self, channel: str, buffer: int, phase: int) -> Process:
-        self.block.wrote(channel, buffer, phase)
-        yield from ()
 
     @_take.register
     def _(self, step: Fill) -> Process:
@@ -119,10 +117,7 @@ class Player:
     def _(self, step: Send) -> Process:
         channel, _, tile = step
         label = f"{self.block.program.channels[channel].title} {tile}"
-        done = self.clock.use(
-            COPIES, self.rates.copies[channel], "copy", label, self.block.prefix + channel
-        )
-        yield from self._spend(done, "send", label)
+        yield from self._spend(self._copy(channel, label), "send", label)
 
     @_take.register
     def _(self, step: Begin) -> Process:
@@ -155,22 +150,16 @@ class Player:
     @_take.register
     def _(self, step: Copy) -> Process:
         name, buffer, tile = step
-        label, event = f"{title_of(name)} {tile}", Event()
+        label, arrived, began = f"{title_of(name)} {tile}", Event(), self.clock.now
         self.block.forget(name, buffer)
-        done = self.clock.use(
-            COPIES, self.rates.copies[name], "copy", label, self.block.prefix + name
-        )
-        self.clock.begin(
-            self._landing(name, buffer, label, event, self.clock.now), done + self.rates.latency
-        )
-        self.copies.append(event)
-        yield from self._spend(self.clock.now + self.rates.issue, "issue", label)
 
-    def _landing(self, name, buffer, label, event, began) -> Process:
-        self.block.note(self.block.lane_of_tile(name, buffer), began, "copy", label)
-        self.block.held[name, buffer] = [self.clock.now, self.clock.now, label]
-        self.clock.fire(event)
-        yield from ()
+        def arrives():
+            self.block.came_to(name, buffer, began, label)
+            self.clock.fire(arrived)
+
+        self.clock.later(self._copy(name, label) + self.rates.latency, arrives)
+        self.copies.append(arrived)
+        yield from self._spend(self.clock.now + self.rates.issue, "issue", label)
 
     @_take.register
     def _(self, step: Load) -> Process:

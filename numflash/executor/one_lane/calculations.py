@@ -117,7 +117,7 @@ _FUNCTIONS = {
     "rsqrt": "(1/np.sqrt({}))",
     "sin": "np.sin({})",
     "cos": "np.cos({})",
-    "tanh": "np.tanh({})",
+    "tanh": "a.tanh({})",
 }
 
 

@@ -47,7 +47,7 @@ from numflash.ptx import cuda, f32, i32, mov_ctaid_x, u32
 from numflash.ptx.async_copies import CP_ASYNC_WAIT_GROUP, cp_async_commit_group
 from numflash.tiles import addresses, blocks, features, pages, sequences, steps
 from numflash.tiles.addresses import first_of_rows, token_of_row
-from numflash.tiles.blocks import grid_of, number_of_head_kv
+from numflash.tiles.blocks import grid_of
 from numflash.tiles.division import quotient
 from numflash.tiles.mma import codes, copies, dropout, elements, fragments, products, softmax
 from numflash.tiles.mma.fragments import (
@@ -64,6 +64,7 @@ from numflash.tiles.portable.softmax import LN_2, LOG2_E
 from numflash.tiles.quantize import conversions, descales
 from numflash.tiles.rows import ends_in_two_steps, make_end_of_only_part, make_end_of_row
 from numflash.tiles.scores import NEG_INF, Corner
+from numflash.tiles.selected import make_is_computed
 
 
 def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
@@ -137,7 +138,7 @@ def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
     bends, has_functions = traits.shapes_scores, traits.has_functions
     drops = traits.drops_weights
     weigh_scores = dropout.make_weigh_scores(m_tiles, n_tiles, traits.features)
-    selected = traits.selected
+    is_computed = make_is_computed(traits)
     out_storage = f32 if is_float32 else storage
     # Copies that may be on their way while the next tile is used: K and V of all stages but one.
     wait_for_tile = CP_ASYNC_WAIT_GROUP[2 * num_stages - 2]
@@ -167,7 +168,7 @@ def make_forward_kernel(config: MmaForwardConfig, traits: Traits) -> Kernel:
         place = place_of(mov_ctaid_x(), grid, shape, mask)
         m_start, head, head_kv, batch, split = place[:5]
         # Heads that are computed on 8-bit floats are another kernel's.
-        if selected and in_fp8[number_of_head_kv(batch, head_kv, shape)] != 0:
+        if not is_computed(in_fp8, place, shape):
             return
         sequence = sequence_of(place, shape, mask)
         num_rows = i32(sequence.seqlen_q * layout.pack)

@@ -54,7 +54,7 @@ from numflash.ptx.async_copies import CP_ASYNC_WAIT_GROUP, cp_async_commit_group
 from numflash.ptx.memory import ld_shared_u32, st_shared_f32, st_shared_u32
 from numflash.tiles import blocks, features, sequences, steps
 from numflash.tiles.addresses import first_of_head, first_of_rows, token_of_row
-from numflash.tiles.blocks import grid_of, number_of_head_kv
+from numflash.tiles.blocks import grid_of
 from numflash.tiles.division import quotient
 from numflash.tiles.mma import copies, fp8_products, fp8_softmax, layouts, products, softmax
 from numflash.tiles.mma.fp8_operands import fp8_operands, result_element, scale_of_key
@@ -74,6 +74,7 @@ from numflash.tiles.mma.softmax import row_sum_of_quad
 from numflash.tiles.portable.softmax import LN_2, LOG2_E
 from numflash.tiles.rows import make_end_of_row
 from numflash.tiles.scores import NEG_INF, Corner
+from numflash.tiles.selected import make_is_computed
 from numflash.tiles.sequences import sequence_of_all
 
 
@@ -125,7 +126,8 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
     store_o = copies.make_store_rows(result, m_tiles, o_tiles, *store_as)
     of_keys = fp8_softmax.KeyScales(offsets["key_scales"], tile_n)
     k_of_keys, v_log2_of_keys, v_inverse_of_keys = of_keys.k, of_keys.v_log2, of_keys.v_inverse
-    args_of_head, selected = features.make_args_of_head(traits), traits.selected
+    args_of_head = features.make_args_of_head(traits)
+    is_computed = make_is_computed(traits)
     key_scales, bends = traits.key_scales, traits.shapes_scores
     has_functions = traits.has_functions
     out_storage = f32 if is_float32 else result.storage
@@ -177,7 +179,7 @@ def make_forward_kernel(config: Fp8ForwardConfig, traits: Traits) -> Kernel:
         place = place_of(cuda.blockIdx.x, grid, shape, mask)
         m_start, head, head_kv, batch, split = place
         # Heads that are computed in 16 bits are another kernel's.
-        if selected and in_fp8[number_of_head_kv(batch, head_kv, shape)] == 0:
+        if not is_computed(in_fp8, place, shape):
             return
         sequence = sequence_of_all(shape, mask)
         num_rows = i32(sequence.seqlen_q * layout.pack)

@@ -31,6 +31,8 @@ The main loop in machine code, a warpgroup and a tile (bfloat16, head_dim 128, 6
 At head_dim 64, in tiles of 64 x 192, the warpgroup with dQ issues 422 for 896 clocks, each of the
 other two 326 for 512.
 
+Tiles may be those of lists: of sequences with lengths of their own, or of a block mask.
+
 No wait is part of a circle. `add_dq` waits for dQ of its own block, and for the turns of blocks
 that began before it. Warpgroups wait until `add_dq` has read the tile before, or with two buffers
 of dQ the one before that. The warps that fetch wait only for warpgroups.
@@ -41,11 +43,12 @@ Source: FlashAttention-2, arXiv 2307.08691, Algorithm 2; FlashAttention-3, arXiv
 from numflash.configs import WARPGROUP_ROWS, Traits
 from numflash.configs.wgmma_backward import Sm90BackwardConfig
 from numflash.kernels.arguments import (
-    Mask,
+    BlockMask,
     Pointer,
     Statistics,
     Tensor,
     scores_of,
+    turns_mask_of,
     turns_shape_of,
 )
 from numflash.kernels.kernel import Kernel
@@ -80,7 +83,7 @@ from numflash.ptx.mbarriers import mbarrier_arrive
 from numflash.ptx.memory import mov_shared_address, st_shared_v4_f32
 from numflash.ptx.warpgroups import fence_proxy_async
 from numflash.ptx.wgmma import make_wgmma_wait_group
-from numflash.tiles import blocks, features
+from numflash.tiles import blocks, features, steps
 from numflash.tiles.division import quotient
 from numflash.tiles.mma.elements import MMA_ELEMENTS
 from numflash.tiles.mma.fragments import MMA_ROWS, accumulator_row
@@ -110,10 +113,12 @@ from numflash.tiles.wgmma.scores import (
 from numflash.tiles.wgmma.transposition import make_store_transposed, transposed_place
 from numflash.tiles.wgmma.turns import WARPGROUP, group_of_thread
 from numflash.tiles.wgmma.turns_of_blocks import (
-    make_first_block,
-    make_last_block,
+    make_adds_last,
+    make_has_place,
     make_place_of_last_keys,
-    make_tile_number,
+    make_places_of,
+    make_rank_of,
+    place_of_tile,
 )
 
 # The named barrier at which all warpgroups meet when dS of a tile is complete.
@@ -147,7 +152,7 @@ def make_backward_kernel(config: Sm90BackwardConfig, traits: Traits) -> Kernel:
         dv: Tensor[out_storage],  # (batch, seqlen_k, num_heads_kv, head_dim_v)
         dq_sums: Pointer(f32),  # (batch, num_heads_q, tiles of queries, tile_m * head_dim)
         turns: Pointer(u32),  # (batch, num_heads_q, tiles of queries), all 0
-        mask: Mask,
+        mask: turns_mask_of(traits),
         shape: turns_shape_of(traits),
         scores: scores_of(traits.program),
     ):
@@ -169,6 +174,20 @@ def _channels_of(config: Sm90BackwardConfig, traits: Traits):
     return *of_rows, make_channel(first, first + buffers, buffers, 1, 1, writers)
 
 
+def _make_mask_of_queries(traits: Traits):
+    """mask_of_queries(mask): the mask by which tiles of queries list keys."""
+
+    @device_function
+    def mask_itself(mask):
+        return mask
+
+    @device_function
+    def mask_of_queries(mask):
+        return BlockMask(mask.lo, mask.hi, mask.lists_of_queries)
+
+    return mask_of_queries if traits.blocks else mask_itself
+
+
 def _make_dq_buffer(buffers: int):
     """dq_buffer(number): the buffer of dQ of a block's tile `number`, and its phase's parity."""
 
@@ -188,48 +207,52 @@ def _make_add_dq(config: Sm90BackwardConfig, traits: Traits, channels, walk_of):
     n_bytes = u32(4 * words)
     dq_buffer = _make_dq_buffer(config.dq_buffers(traits))
     tile_n = config.tile_n
-    first_block, last_block = make_first_block(tile_m, tile_n), make_last_block(tile_m, tile_n)
+    rank_of, adds_last = (make(tile_m, tile_n, traits) for make in (make_rank_of, make_adds_last))
+    places_of, has_place = make_places_of(tile_m, traits), make_has_place(traits)
+    mask_of_queries = _make_mask_of_queries(traits)
+    tile_at = steps.make_tile_at(traits, tile_m, by_keys=True)
     count_steps, first_step, next_step = make_steps_of_heads(traits, tile_m)
-    tile_number, all_have_places = make_tile_number(tile_m, traits), not traits.ragged
 
     @device_function
-    def add_in_turn(smem, barriers, sums, tile, rank, is_last, buffer):
+    def add_in_turn(smem, barriers, sums, at, source, rank, buffer, added):
         dq_sums, turns = sums
-        source = i32(dq_smem + buffer * words)
         # Hazard: sums in another order are not the same bits.
-        while ld_acquire_gpu_u32(turns, i64(tile)) != rank:
+        while ld_acquire_gpu_u32(turns, i64(at)) != rank:
             pass
         # Hazard: the copy would not see what the block before has added.
         fence_proxy_async_global()
         if rank == u32(0):
-            cp_async_bulk_store(dq_sums, i64(tile) * words, smem, source, n_bytes)
+            cp_async_bulk_store(dq_sums, i64(at) * words, smem, source, n_bytes)
         else:
-            cp_reduce_async_bulk_add_f32(dq_sums, i64(tile) * words, smem, source, n_bytes)
+            cp_reduce_async_bulk_add_f32(dq_sums, i64(at) * words, smem, source, n_bytes)
         # Hazard: the two waits below would not wait for this copy.
         cp_async_bulk_commit_group()
         # Hazard: the next dQ would overwrite this one while it is read.
         cp_async_bulk_wait_group_read()
         mbarrier_arrive(barriers, DQ.empty + buffer)
-        turn = u32(0) if is_last else u32(rank + u32(1))
+        turn = u32(0) if adds_last(*added) else u32(rank + u32(1))
         # Hazard: the next block would add before this sum is in memory.
         cp_async_bulk_wait_group()
-        st_release_gpu_u32(turns, i64(tile), turn)
+        st_release_gpu_u32(turns, i64(at), turn)
 
     @device_function
     def add_dq(smem, barriers, given):
         _, (_, _, dq_sums, turns), mask, shape, _ = given
         place, sequence, walk = walk_of(mask, shape)
-        block = quotient(place.start, tile_n)
+        block, places = quotient(place.start, tile_n), places_of(place.batch, shape)
+        by_queries = mask_of_queries(mask)
         step, head, end = first_step(walk)
         for number in range(count_steps(walk)):
             buffer, parity = dq_buffer(number)
-            rank = u32(last_block(step, sequence) - block)
-            is_last = block == first_block(step, sequence)
-            tile = tile_number(step, head, place.batch, sequence, shape)
+            source = i32(dq_smem + buffer * words)
+            tile, _ = tile_at(mask, step)
+            added = block, tile, head, place.batch, sequence, by_queries
+            rank = rank_of(*added)
+            at = place_of_tile(tile, head, places)
             # Hazard: warpgroups may not have written this dQ yet.
             DQ.wait(barriers, buffer, parity)
-            if all_have_places or tile >= 0:
-                add_in_turn(smem, barriers, (dq_sums, turns), tile, rank, is_last, buffer)
+            if has_place(tile, places):
+                add_in_turn(smem, barriers, (dq_sums, turns), at, source, rank, buffer, added)
             else:
                 mbarrier_arrive(barriers, DQ.empty + buffer)
             step, head, end = next_step(walk, step, head, end)
@@ -275,7 +298,7 @@ def _make_consume(config: Sm90BackwardConfig, traits: Traits, channels, walk_of)
         if place.start + tile_n > sequence.seqlen_k:
             # Rows of K past the end are zeros, whose P may be infinite: every tile is masked.
             whole = Whole(whole.first, i32(-1))
-        owned = OwnedKeys(place.start, whole, sequence, from_keys), place.batch
+        owned = OwnedKeys(place.start, whole, sequence, from_keys), place.batch, mask
         for i in range(n_dk):
             dk_acc[i] = f32(0)
         for i in range(n_dv):
@@ -350,8 +373,8 @@ def _make_tile(config: Sm90BackwardConfig, traits: Traits, channels, adds: bool,
     """tile(arrays, smem, barriers, owned, at, step, head, scores): the work on a tile of queries.
 
     `adds` says that this warpgroup computes dQ, `is_first` that no tile was before. `owned` are
-    the block's `OwnedKeys` and its batch entry, `at` the tile's number, its stage and the parity
-    of the stage's phase.
+    the block's `OwnedKeys`, its batch entry and the mask, `at` the tile's number, its stage and
+    the parity of the stage's phase.
     """
     _, Q, DO, ROWS, _ = channels
     tile_m, tile_n, dtype = config.tile_m, config.tile_n, traits.dtype
@@ -395,13 +418,14 @@ def _make_tile(config: Sm90BackwardConfig, traits: Traits, channels, adds: bool,
     store_ds = make_store_transposed(tile_m)
     leave_dq = _make_leave_dq(config, traits, channels)
     args_of_head = features.make_args_of_head(traits)
+    tile_at = steps.make_tile_at(traits, tile_m, by_keys=True)
     bends = traits.shapes_scores
     leaves_dq = adds and not is_first
 
     @device_function
     def tile(arrays, smem, barriers, owned, at, step, head, scores):
         s_acc, dp_acc, slopes, p_packed, ds_packed, kept, dk_acc, dv_acc, dq_acc = arrays
-        keys, batch = owned
+        keys, batch, mask = owned
         number, stage, parity = at
         scale_log2 = LOG2_E
         if not bends:
@@ -423,13 +447,14 @@ def _make_tile(config: Sm90BackwardConfig, traits: Traits, channels, adds: bool,
         # Hazard: dP would be made of a dO that has not arrived.
         DO.wait(barriers, stage, parity)
         begin_dp(dp_acc, u32(v_mine), do_now)
-        m_start, args = i32(step * tile_m), args_of_head(scores, batch, head)
+        m_tile, is_full = tile_at(mask, step)
+        m_start, args = i32(m_tile * tile_m), args_of_head(scores, batch, head)
         draw(kept, keys, m_start, args.drawn)
         # Hazard: lse and delta of this tile may not be there yet.
         ROWS.wait(barriers, stage, parity)
         # Hazard: the product still writes S.
         wait_for_s(s_acc)
-        shape_scores(s_acc, slopes, keys, m_start, False, scores, args)
+        shape_scores(s_acc, slopes, keys, m_start, is_full, scores, args)
         # dV += P^T dO
         probabilities(s_acc, smem, i32(lse_smem + own), scale_log2)
         pack_kept(p_packed, s_acc, kept)

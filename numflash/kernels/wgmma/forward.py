@@ -72,6 +72,7 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
         k_map: TensorMap,  # (batch, num_heads_kv, seqlen_k, head_dim)
         v_map: TensorMap,  # (batch, num_heads_kv, seqlen_k, head_dim_v)
         out_map: TensorMap,  # (batch, num_heads_q / pack, seqlen_q, pack, head_dim_v)
+        in_fp8: Pointer(i32),  # (batch, num_heads_kv)
         mask: mask_of(traits),
         shape: shape_of(traits),
         layout: mapped_layout_of(traits),
@@ -81,7 +82,7 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
         scale_log2 = LOG2_E
         if not bends:
             scale_log2 = scores.scale * LOG2_E
-        run_block(results, maps, mask, shape, layout, scale_log2, scores)
+        run_block(results, maps, in_fp8, mask, shape, layout, scale_log2, scores)
 
     return Kernel(config.family, forward, config.num_threads, config.smem_bytes(traits))
 

@@ -62,6 +62,7 @@ def make_fp8_forward_kernel(config: Sm90Fp8ForwardConfig, traits: Traits) -> Ker
         k_map: TensorMap,  # (batch, num_heads_kv, seqlen_k, head_dim)
         v_map: TensorMap,  # (batch, num_heads_kv, head_dim_v, seqlen_k)
         out_map: TensorMap,  # (batch, num_heads_q / pack, seqlen_q, pack, head_dim_v)
+        in_fp8: Pointer(i32),  # (batch, num_heads_kv)
         mask: mask_of(traits),
         shape: Shape,
         layout: Layout,
@@ -69,7 +70,7 @@ def make_fp8_forward_kernel(config: Sm90Fp8ForwardConfig, traits: Traits) -> Ker
     ):
         results, maps = (out, lse, out_map, scores.features), (q_map, k_map, v_map)
         # Scores are in base 2 before their maximum is taken.
-        run_block(results, maps, mask, shape, layout, f32(1), (descales, scores))
+        run_block(results, maps, in_fp8, mask, shape, layout, f32(1), (descales, scores))
 
     return Kernel(config.family, forward, config.num_threads, config.smem_bytes(traits))
 

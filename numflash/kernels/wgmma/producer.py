@@ -16,6 +16,7 @@ from numflash.ptx.bulk_copies import (
 from numflash.tiles import blocks, sequences, steps
 from numflash.tiles.addresses import token_of_row
 from numflash.tiles.blocks import next_place
+from numflash.tiles.selected import make_is_computed
 from numflash.tiles.wgmma.products import SLAB_BYTES
 
 
@@ -25,7 +26,7 @@ def make_produce(config: Sm90ForwardConfig, traits: Traits):
 
     All tiles of rows of this block, as the consumers take them: Q of a tile, and K and V tile by
     tile of keys, each as soon as its buffer is empty. `maps` are those of Q, K and V; `work` is
-    the result of `walk`, a `Grid`, and the kernel's shape, layout and mask.
+    the result of `walk`, a `Grid`, and the kernel's shape, layout, mask and `in_fp8`.
     """
     ring, stage_n = make_ring(config, traits), config.stage_n
     num_groups, num_stages = config.num_warpgroups, config.num_stages
@@ -38,6 +39,7 @@ def make_produce(config: Sm90ForwardConfig, traits: Traits):
     v_slab_words = v.words // v_slabs
     place_of = blocks.make_place_of(config.tile_m, traits)
     keys_of = steps.make_keys_of(config, traits)
+    is_computed = make_is_computed(traits)
     tile_at, sequence_of = steps.make_tile_at(traits, stage_n), sequences.make_sequence_of(traits)
     (origins_of_inputs, _), pages_of = make_origins(traits), make_pages_of(traits)
     # K's only buffer is not empty before V has been used, if it holds several tiles.
@@ -133,7 +135,7 @@ def make_produce(config: Sm90ForwardConfig, traits: Traits):
     @device_function
     def produce(smem, barriers, maps, work):
         q_map, k_map, v_map = maps
-        (number, num_places), grid, shape, layout, mask = work
+        (number, num_places), grid, shape, layout, mask, in_fp8 = work
         pack, pages = grid.pack, pages_of(shape)
         prefetch_tensormap(q_map)
         prefetch_tensormap(k_map)
@@ -147,6 +149,8 @@ def make_produce(config: Sm90ForwardConfig, traits: Traits):
             sequence = sequence_of(place, shape, mask)
             in_q, in_k, in_v = origins_of_inputs(place, sequence, shape, layout)
             n_begin, n_end = keys_of(place, grid, sequence, mask)
+            if not is_computed(in_fp8, place, shape):
+                n_end = n_begin
             # The first K while the tile of rows before is finished, and still has Q's buffers.
             if n_begin < n_end:
                 n, _ = tile_at(mask, n_begin)

@@ -6,7 +6,7 @@ number in a warpgroup held. Tiles that see no key have no sums: their dQ is zero
 
 from numflash.configs import WARPGROUP_ROWS, Traits
 from numflash.configs.wgmma_backward import Sm90ReduceDqConfig
-from numflash.kernels.arguments import Mask, Pointer, Shape, Tensor, TurnsShape
+from numflash.kernels.arguments import Pointer, Shape, Tensor, TurnsShape, mask_of
 from numflash.kernels.kernel import Kernel
 from numflash.ptx import cuda, f32, i32, i64, ld_global_v4_f32, mov_ctaid_x
 from numflash.tiles import addresses, blocks, sequences
@@ -16,7 +16,11 @@ from numflash.tiles.mma import copies
 from numflash.tiles.mma.elements import MMA_ELEMENTS
 from numflash.tiles.mma.fragments import MMA_ROWS
 from numflash.tiles.wgmma.turns import WARPGROUP
-from numflash.tiles.wgmma.turns_of_blocks import make_is_seen, make_tile_number
+from numflash.tiles.wgmma.turns_of_blocks import (
+    make_has_place,
+    make_has_sums,
+    make_places_of,
+)
 
 
 def make_reduce_dq_kernel(config: Sm90ReduceDqConfig, traits: Traits) -> Kernel:
@@ -32,13 +36,13 @@ def make_reduce_dq_kernel(config: Sm90ReduceDqConfig, traits: Traits) -> Kernel:
     out_storage = f32 if traits.float32_out else element.storage
     place_of_queries = blocks.make_place_of_queries(tile_m, traits)
     sequence_of, is_idle = sequences.make_sequence_of(traits), blocks.make_is_idle(traits)
-    is_seen, tile_number = make_is_seen(tile_m, config.tile_n), make_tile_number(tile_m, traits)
-    all_have_places = not traits.ragged
+    any_adds = make_has_sums(tile_m, config.tile_n, traits)
+    places_of, has_place = make_places_of(tile_m, traits), make_has_place(traits)
 
     def reduce_dq(
         dq_sums: Pointer(f32),  # (batch, num_heads_q, tiles of queries, tile_m * head_dim)
         dq: Tensor[out_storage],  # (batch, seqlen_q, num_heads_q, head_dim)
-        mask: Mask,
+        mask: mask_of(traits),
         shape: TurnsShape if traits.ragged else Shape,
     ):
         # The grid is as long as a list of tiles may be: this one may be shorter.
@@ -49,8 +53,10 @@ def make_reduce_dq_kernel(config: Sm90ReduceDqConfig, traits: Traits) -> Kernel:
         m_start, head, _, batch, _ = place[:5]
         sequence = sequence_of(place, shape, mask)
         tile = quotient(m_start, tile_m)
-        number = tile_number(tile, head, batch, sequence, shape)
-        has_sums = is_seen(tile, sequence) and (all_have_places or number >= 0)
+        places = places_of(batch, shape)
+        first_tile = (places.first_head + head) * places.num_tiles + places.first_tile
+        number = first_tile + tile
+        has_sums = any_adds(tile, head, batch, sequence, mask) and has_place(tile, places)
         thread = i32(cuda.threadIdx.x)
         row = i32(m_start + thread // 32 * MMA_ROWS + thread % 32 // 4)
         dq_base = first_of_rows(dq, batch, head, sequence.first_q)

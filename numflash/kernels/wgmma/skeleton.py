@@ -25,6 +25,7 @@ from numflash.ptx.warpgroups import elect_sync, fence_mbarrier_init, make_setmax
 from numflash.tiles import blocks, sequences, steps
 from numflash.tiles.blocks import grid_of, next_place
 from numflash.tiles.scores import NEG_INF
+from numflash.tiles.selected import make_is_computed
 from numflash.tiles.wgmma import products, turns
 from numflash.tiles.wgmma.scores import Rows
 from numflash.tiles.wgmma.turns import group_of_thread, leads
@@ -51,7 +52,7 @@ class Operands(NamedTuple):
 
 
 def make_skeleton(config: Sm90ForwardConfig, traits: Traits, look_up, attend, tiles_per_stage=1):
-    """run_block(results, maps, mask, shape, layout, max_scale, given): a whole forward.
+    """run_block(results, maps, in_fp8, mask, shape, layout, max_scale, given): a whole forward.
 
     `results` are out, a `Part`, lse, the map of out and the record `Features`; `maps` those of Q,
     K and V; max_scale brings row_max to base 2; `given` goes to these two. Consumers run the
@@ -79,6 +80,7 @@ def make_skeleton(config: Sm90ForwardConfig, traits: Traits, look_up, attend, ti
     place_of = blocks.make_place_of(config.tile_m, traits)
     sequence_of = sequences.make_sequence_of(traits)
     keys_of = steps.make_keys_of(config, traits)
+    is_computed = make_is_computed(traits)
     keys_of_part = steps.make_keys_of_part(config, traits, WARPGROUP_ROWS)
     whole_keys = sequences.make_whole_keys(config.tile_n, WARPGROUP_ROWS)
 
@@ -98,7 +100,7 @@ def make_skeleton(config: Sm90ForwardConfig, traits: Traits, look_up, attend, ti
 
     @device_function
     def consume(smem, barriers, results, work, max_scale, given):
-        places, grid, shape, layout, mask = work
+        places, grid, shape, layout, mask, in_fp8 = work
         sums = Sums(cuda.local.array(n_o, f32), cuda.local.array(2, f32), cuda.local.array(2, f32))
         at = Operands(
             operand(mov_shared_address(smem, q_first)),
@@ -113,6 +115,9 @@ def make_skeleton(config: Sm90ForwardConfig, traits: Traits, look_up, attend, ti
             place = place_of(number, grid, shape, mask)
             sequence = sequence_of(place, shape, mask)
             n_begin, n_end = keys_of(place, grid, sequence, mask)
+            if not is_computed(in_fp8, place, shape):
+                # Of a head of another kernel's nothing but Q is fetched, and nothing is stored.
+                n_end = n_begin
             row = i32(place.start + WARPGROUP_ROWS * group)
             first, end = keys_of_part(row, n_begin, n_end, grid, sequence)
             whole = whole_keys(row, grid, sequence)
@@ -139,11 +144,14 @@ def make_skeleton(config: Sm90ForwardConfig, traits: Traits, look_up, attend, ti
             place = place_of(number, grid, shape, mask)
             sequence = sequence_of(place, shape, mask)
             n_begin, n_end = keys_of(place, grid, sequence, mask)
-            stages = skip_keys(barriers, group, end, n_end, stages)
+            computed = is_computed(in_fp8, place, shape)
+            if computed:
+                stages = skip_keys(barriers, group, end, n_end, stages)
             if not o_replaces_q:
                 # Hazard: products must have read Q; the next comes while these rows are finished.
                 Q.release(barriers, group_of_thread())
-            finish(sums, max_scale, smem, results, number, grid, shape, layout, mask)
+            if computed:
+                finish(sums, max_scale, smem, results, number, grid, shape, layout, mask)
             if o_replaces_q:
                 if leads():
                     # Hazard: the next Q would overwrite O, which a bulk copy still reads.
@@ -156,7 +164,7 @@ def make_skeleton(config: Sm90ForwardConfig, traits: Traits, look_up, attend, ti
             cp_async_bulk_wait_group_read()
 
     @device_function
-    def run_block(results, maps, mask, shape, layout, max_scale, given):
+    def run_block(results, maps, in_fp8, mask, shape, layout, max_scale, given):
         smem = cuda.shared.array(0, u32, alignment=1024)
         barriers = cuda.shared.array(0, u64, alignment=1024)
         if mov_tid_x() == 0:
@@ -169,7 +177,7 @@ def make_skeleton(config: Sm90ForwardConfig, traits: Traits, look_up, attend, ti
         cuda.syncthreads()
 
         grid = grid_of(shape, layout)
-        work = walk(grid, shape), grid, shape, layout, mask
+        work = walk(grid, shape), grid, shape, layout, mask, in_fp8
         if mov_tid_x() >= num_consumers:
             # Hazard: consumers wait in `take_registers` until all warps that copy have given.
             give_registers()

@@ -8,9 +8,10 @@ that the tile sees:
 
     rank = last_block - block
 
-A block therefore waits only for blocks that began before it: the earliest that has not ended waits
-for nobody, and all end, however few run at once and whatever else runs on the GPU. A block walks
-over the tiles that see its keys, the first of them first. With a causal mask the first is on the
+With a block mask it counts the tiles of keys that the list of the tile of queries has. A block
+therefore waits only for blocks that began before it: the earliest that has not ended waits for
+nobody, and all end, however few run at once and whatever else runs on the GPU. A block walks over
+the tiles that see its keys, the first of them first. With a causal mask the first is on the
 block's own diagonal, so blocks of a head that run at once are at different tiles. Where all tiles
 see all keys a block follows the one before it, some tiles behind. That is predicted to cost
 little, because the blocks of several heads take turns: fewer of one head begin at once.
@@ -22,11 +23,13 @@ Source: FlashAttention PR 1893 for the order of causal blocks.
 """
 
 from functools import cache
+from typing import NamedTuple
 
-from numflash.ptx import device_function, function_of_numbers, i32
-from numflash.tiles import blocks
+from numflash.ptx import device_function, function_of_numbers, i32, u32
+from numflash.tiles import blocks, steps
 from numflash.tiles.blocks import Place
 from numflash.tiles.division import divide, quotient, tiles_of
+from numflash.tiles.sequences import Keys
 
 
 @cache
@@ -54,25 +57,59 @@ def make_place_of_last_keys(tile_n, traits):
     return place_of_last_keys
 
 
-@cache
-def make_tile_number(tile_m, traits):
-    """tile_number(tile, head, batch, sequence, shape)
+class Places(NamedTuple):
+    """The places of a batch entry's tiles of queries among all that have sums and a turn.
 
-    The number of a tile of queries of a query head among those that have sums and a turn; -1 if it
-    has none, because sequences overlap. `shape` is a record as above.
+    Attributes:
+        num_tiles: of each query head.
+        first_head: before the entry's heads so many have places.
+        first_tile: before the entry's tiles so many of a head have places.
+    """
+
+    num_tiles: i32
+    first_head: i32
+    first_tile: i32
+
+
+@cache
+def make_places_of(tile_m, traits):
+    """places_of(batch, shape): the `Places` of a batch entry; `shape` is a record as above."""
+
+    @function_of_numbers
+    def places_of(batch, shape):
+        num_tiles = tiles_of(shape.seqlen_q, tile_m)
+        return Places(num_tiles, batch * shape.num_heads_q, 0)
+
+    @device_function
+    def places_in_list(batch, shape):
+        return Places(shape.most_tiles, i32(0), shape.tiles_before[batch])
+
+    return places_in_list if traits.ragged else places_of
+
+
+@function_of_numbers
+def place_of_tile(tile, head, places):
+    """The place of a tile of queries of a query head."""
+    first = i32(i32(places.first_head + head) * places.num_tiles)
+    return i32(first + i32(places.first_tile + tile))
+
+
+@cache
+def make_has_place(traits):
+    """has_place(tile, places): whether a tile of queries has a place.
+
+    Where sequences have lengths of their own, tiles that overlap may have none.
     """
 
     @function_of_numbers
-    def tile_number(tile, head, batch, sequence, shape):
-        num_tiles = tiles_of(shape.seqlen_q, tile_m)
-        return i32(i32(i32(batch * shape.num_heads_q + head) * num_tiles) + tile)
+    def all_have_places(tile, places):
+        return True
 
-    @device_function
-    def tile_number_in_list(tile, head, batch, sequence, shape):
-        place = i32(shape.tiles_before[batch] + tile)
-        return i32(head * shape.most_tiles + place if place < shape.most_tiles else -1)
+    @function_of_numbers
+    def has_place(tile, places):
+        return places.first_tile + tile < places.num_tiles
 
-    return tile_number_in_list if traits.ragged else tile_number
+    return has_place if traits.ragged else all_have_places
 
 
 @cache
@@ -103,8 +140,69 @@ def make_first_block(tile_m, tile_n):
 
 
 @cache
+def make_rank_of(tile_m, tile_n, traits):
+    """rank_of(block, tile, head, batch, sequence, mask)
+
+    How many blocks of keys add to a tile of queries of a query head before this one. `mask` lists
+    by queries, here and below.
+    """
+    last_block, steps_of = make_last_block(tile_m, tile_n), steps.make_steps_of(traits, tile_n)
+
+    @function_of_numbers
+    def rank_of(block, tile, head, batch, sequence, mask):
+        return u32(last_block(tile, sequence) - block)
+
+    @device_function
+    def rank_in_list(block, tile, head, batch, sequence, mask):
+        before = Keys(i32(block + 1), i32(last_block(tile, sequence) + 1))
+        begin, end = steps_of(mask, batch, head, i32(tile * tile_m), before)
+        return u32(end - begin)
+
+    return rank_in_list if traits.blocks else rank_of
+
+
+@cache
+def make_adds_last(tile_m, tile_n, traits):
+    """adds_last(block, tile, head, batch, sequence, mask): whether no block adds after it."""
+    first_block, steps_of = make_first_block(tile_m, tile_n), steps.make_steps_of(traits, tile_n)
+
+    @function_of_numbers
+    def adds_last(block, tile, head, batch, sequence, mask):
+        return block == first_block(tile, sequence)
+
+    @device_function
+    def is_first_in_list(block, tile, head, batch, sequence, mask):
+        after = Keys(i32(first_block(tile, sequence)), i32(block))
+        begin, end = steps_of(mask, batch, head, i32(tile * tile_m), after)
+        return begin == end
+
+    return is_first_in_list if traits.blocks else adds_last
+
+
+@cache
+def make_has_sums(tile_m, tile_n, traits):
+    """has_sums(tile, head, batch, sequence, mask): whether blocks add to a tile of queries."""
+    last_block, first_block = make_last_block(tile_m, tile_n), make_first_block(tile_m, tile_n)
+    is_seen, steps_of = make_is_seen(tile_m, tile_n), steps.make_steps_of(traits, tile_n)
+
+    @function_of_numbers
+    def has_sums(tile, head, batch, sequence, mask):
+        return is_seen(tile, sequence)
+
+    @device_function
+    def has_sums_by_list(tile, head, batch, sequence, mask):
+        if not is_seen(tile, sequence):
+            return False
+        seen = Keys(i32(first_block(tile, sequence)), i32(last_block(tile, sequence) + 1))
+        begin, end = steps_of(mask, batch, head, i32(tile * tile_m), seen)
+        return begin < end
+
+    return has_sums_by_list if traits.blocks else has_sums
+
+
+@cache
 def make_is_seen(tile_m, tile_n):
-    """is_seen(tile, sequence): whether blocks of keys add to a tile of queries."""
+    """is_seen(tile, sequence): whether the band lets a tile of queries see keys."""
     last_block = make_last_block(tile_m, tile_n)
 
     @function_of_numbers

@@ -311,7 +311,6 @@ def test_a_config_that_can_run_runs(config, traits, limits):
             HOPPER,
             ["its products are of float16 or bfloat16, not of float32"],
         ),
-        ("sm90-m64n64w4s1", "bfloat16-d64-dv64-selected", HOPPER, ["it computes all heads"]),
         ("sm90-m64n64w4s1", "bfloat16-d64-dv64-vec-fp8", HOPPER, ["it has no 8-bit floats"]),
         ("fp8-sm90-m64n64w4s1", "bfloat16-d64-dv64-vec", HOPPER, ["computes on 8-bit floats"]),
         ("fp8-sm90-m64n64w4s1", "bfloat16-d64-dv64-vec-fp8", ADA, ["sm_90a only"]),

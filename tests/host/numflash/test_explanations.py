@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import numflash
+from numflash import BlockMask
 from numflash.calls import forward as calls
 from numflash.calls import launch, ready
 from numflash.configs import (
@@ -80,6 +81,28 @@ def test_an_explanation_lists_the_kernels_and_why_not_others(machine, limits, dt
     assert (EXACT in str(explanation)) is (dtype == "float32")
     is_turing = dtype == "bfloat16" and limits is TURING
     assert ("have float16, not bfloat16" in str(explanation)) is is_turing
+
+
+@pytest.mark.parametrize("kind", ["lengths", "blocks"])
+def test_one_kernel_makes_gradients_of_what_lists_say(machine, kind):
+    machine.be(HOPPER)
+    q, k, v = machine.arrays(LONG, LONG, LONG)
+    (lengths,) = machine.arrays((2,), dtype="int32")
+    options = {"seqlens_q": lengths, "seqlens_k": lengths}
+    if kind == "blocks":
+        (tiles,) = machine.arrays((4, 4), dtype="bool")
+        options = {"block_mask": BlockMask.from_tiles(tiles, block_size=128)}
+    explanation = numflash.explain_dispatch(q, k, v, **options)
+    assert list(explanation.backward) == [FUSED]
+    # 192 keys a block; of a block mask 128, which divide its blocks.
+    blocks, keys = (24, 192) if kind == "lengths" else (32, 128)
+    assert explanation.backward[FUSED].config.tile_n == keys
+    why = f"of one kernel {blocks} blocks share 1 SMs, which is enough"
+    assert f"not a kernel for dq apart: {why}" in str(explanation)
+    # Of 132 SMs most would have nothing to do.
+    machine.be(HOPPER, 132)
+    explanation = numflash.explain_dispatch(q, k, v, **options)
+    assert list(explanation.backward) == list(BACKWARD)
 
 
 def test_an_explanation_tells_of_packed_heads_and_splits(machine):

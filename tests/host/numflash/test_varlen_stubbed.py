@@ -58,6 +58,27 @@ def test_a_backward_makes_its_lists_in_one_launch(gpu):
     assert {each.value for each in gpu.driver.sets} == {0}
 
 
+def test_one_kernel_for_all_gradients_knows_the_places_of_tiles(hopper):
+    q, k, v, *ends = arrays_of(hopper)
+    lse = hopper.array((H, TOKENS_Q), "float32")
+    config = {"backward": "sm90-m64n64w4s1"}
+    numflash.attention_varlen_backward(q, q, k, v, q, lse, *ends, config=config)
+    runs = {run.family: run for run in hopper.driver.launches}
+    assert list(runs) == ["schedule", "delta", "backward", "reduce-dq"]
+    one, reduction = runs["backward"].arguments, runs["reduce-dq"].arguments
+    assert one["shape.records"] != reduction["shape.records"]
+    for name in ("shape.tiles_before", "dq_sums"):
+        assert one[name] == reduction[name]
+    most = (TOKENS_Q + SEQUENCES * 63) // 64
+    assert one["shape.most_tiles"] == reduction["shape.most_tiles"] == most
+    # Numbers of tiles stand behind the records, of 8 words each, and a header of 8.
+    assert one["shape.tiles_before"] == reduction["shape.records"] + 4 * 8 * (1 + most)
+    assert runs["reduce-dq"].grid == (most * H, 1, 1)
+    assert runs["backward"].grid == ((TOKENS_K + SEQUENCES * 63) // 64 * HKV, 1, 1)
+    zeros = {each.pointer: each for each in hopper.driver.sets}[one["turns"]]
+    assert (zeros.value, zeros.count * zeros.itemsize) == (0, 4 * most * H)
+
+
 def test_out_of_the_caller_is_not_filled(gpu):
     given = arrays_of(gpu)
     out = gpu.array((TOKENS_Q, H, D))

@@ -11,7 +11,7 @@ import pytest
 from numflash.configs import MMA_CONFIGS, PORTABLE_CONFIGS, parse_config
 from numflash.problem.classes import ProblemClass
 from tuner import model
-from tuner.model import grid, prediction
+from tuner.model import dispatch, grid, prediction
 from tuner.records import ResourceUsage
 from tuner.space import machines
 from tuner.space.configs import Space
@@ -158,7 +158,7 @@ def test_waves_are_those_of_a_scheduler(mask, heads):
     problem = problem_class(mask=mask, q=2048, k=2048, heads=heads)
     laid = grid.lay(problem, parse_config("forward", "sm80-m128n64w4s1"))
     # One block on an SM, so that blocks do not slow each other down.
-    found = prediction.schedule(laid, 108, 1, lambda tiles, together: 10.0 * tiles)
+    found = dispatch.closed_form(laid, 108, 1, lambda tiles, together: 10.0 * tiles)
     true = dealt_out(list(laid.walks.tiles) * laid.heads, 108, 10.0)
     assert 0.85 * true <= found <= 1.001 * true
 

@@ -8,7 +8,7 @@ import pytest
 from numflash.configs import parse_config
 from tests.host.tuner.test_model import A100, config_of, problem_class
 from tuner import model
-from tuner.model import counts, grid, prediction
+from tuner.model import counts, dispatch, grid, prediction
 from tuner.model.machine_code import Counts, Loop
 from tuner.space import machines
 
@@ -68,7 +68,7 @@ def test_each_walk_of_a_block_loads_and_stores_its_keys():
 def test_a_last_wave_with_fewer_blocks_is_shorter():
     walks = grid.Walks(np.array([10]), 0.0)
     laid = grid.Grid(walks, 2 * 108 + 1, 1, 1)
-    assert prediction.schedule(laid, 108, 2, lambda tiles, together: tiles * together) == 20 + 10
+    assert dispatch.closed_form(laid, 108, 2, lambda tiles, together: tiles * together) == 20 + 10
 
 
 def test_keys_beyond_the_l2_are_read_again_by_every_wave():

@@ -108,14 +108,18 @@ def test_a_tile_is_scored_before_its_softmax_and_that_before_its_product(name):
             assert not multiplied or span.end <= min(multiplied)
 
 
-@pytest.mark.parametrize("name", ["forward", "stages of V", "one stage", "8 bits"])
+FORWARDS = "forward", "stages of V", "one stage", "two blocks", "8 bits", "mma", "mma, stages"
+
+
+@pytest.mark.parametrize("name", [*FORWARDS, "portable"])
 def test_a_product_reads_what_has_come_and_is_still_held(name):
-    _, _, timeline = played(name)
+    program, _, timeline = played(name)
     lanes = [lane.name for lane in timeline.lanes if lane.group == "buffer"]
-    held = {x.label: x for lane in lanes for x in timeline.of(lane) if x.kind == "held"}
-    for span in timeline.of("tensor"):
-        tile = span.label.split()[1]
-        read = held[f"{'K' if span.kind == 'S' else 'V'} {tile}"]
+    spans = [span for lane in lanes for span in timeline.of(lane) if span.kind == "held"]
+    held = {(span.owner, span.label): span for span in spans}
+    for span in timeline.of(program.unit):
+        block, tile = span.owner.rpartition(": ")[0], span.label.split()[1]
+        read = held[block, f"{'K' if span.kind == 'S' else 'V'} {tile}"]
         assert read.start <= span.start < span.end <= read.end
 
 
@@ -134,14 +138,17 @@ def test_copies_bound_a_turn_at_their_own_rate():
 
 def test_turns_and_overlap_hide_the_softmax_at_head_dim_64():
     """The lesson on ping-pong: clocks of a turn of two warpgroups, with copies hidden."""
-    h100, found = machines.find("H100"), {}
-    for text in ("", "-pingpong", f"-{BOTH}"):
-        config = parse_config("forward", f"sm90-m128n128w8s2{text}")
-        program = program_of(config, NARROW, 40)
-        rates = rates_of(program, h100, config, NARROW).with_copies(0)
-        found[text] = play(program, rates)
-    assert [timeline.turn for timeline in found.values()] == [1788, 1276, 1244]
-    busy = [timeline.busy["tensor"] for timeline in found.values()]
+    found = [
+        trace(
+            machines.find("H100"),
+            parse_config("forward", f"sm90-m128n128w8s2{text}"),
+            *(NARROW, 40),
+            copies=0,
+        )
+        for text in ("", "-pingpong", f"-{BOTH}")
+    ]
+    assert [timeline.turn for timeline in found] == [1788, 1276, 1244]
+    busy = [timeline.busy["tensor"] for timeline in found]
     assert busy == pytest.approx([1024 / 1788, 1024 / 1276, 1024 / 1244], rel=0.02)
 
 

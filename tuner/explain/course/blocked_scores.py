@@ -12,6 +12,18 @@ from .matrices import CELL, ROW, cells, named
 _Q = np.arange(1, 17).reshape(4, 4)
 _K_TRANSPOSED = np.arange(17, 33).reshape(4, 4)
 _SCALE = 1 / 1000
+_CODE = """\
+import numpy as np
+import numflash
+
+# batch, tokens, heads, head_dim
+q = np.arange(1, 17, dtype="float32").reshape(1, 4, 1, 4)
+k = np.arange(17, 33, dtype="float32").reshape(4, 4).T.reshape(1, 4, 1, 4)
+v = np.eye(4, dtype="float32").reshape(1, 4, 1, 4)
+p, lse = numflash.attention(q, k, v, softmax_scale=1 / 1000, return_lse=True)
+s = 1000 * (np.log(p[0, :, 0]) + lse.reshape(4, 1))
+print(s.round())
+"""
 
 
 def lesson() -> Lesson:
@@ -89,6 +101,7 @@ def _from_the_kernel(seen: Seen, error: float) -> Step:
             range(5),
             f"S as the kernel {PORTABLE} saw it",
         ),
+        _CODE,
     )
 
 

@@ -103,8 +103,9 @@ def lesson() -> Lesson:
         (
             Slip(
                 "Blocks 0 and 1 go to SM 0, 2 and 3 to SM 1, and so on.",
-                "NVIDIA documents no order. Our model deals breadth first, one block to each SM "
-                f"and then a second one: {_listed(two.sms)}. No kernel may depend on it.",
+                "NVIDIA documents no order. By Gilman and others (2020) a block goes to the SM "
+                "with the most room, so each SM gets one before any gets two: "
+                f"{_listed(two.sms)}. No kernel may depend on it.",
             ),
             Slip(
                 "6 blocks on 4 SMs take two rounds.",
@@ -145,11 +146,12 @@ def _place(
     name: str,
     tiles: Sequence[int],
     slots: int,
-    clocks: Callable[[int, int], float] = lambda tiles, together: float(tiles * together),
+    clocks: Callable[[float, int], float] = lambda tiles, together: float(tiles * together),
 ) -> Placed:
     """Blocks by the model's dispatch; clocks(tiles, together) of one that shares its SM."""
     found = dispatched(np.asarray(tiles), clocks, _SMS, slots)
-    return Placed(name, [(int(sm), int(slot), start, end) for sm, slot, start, end in found])
+    columns = found.sm, found.slot, found.start, found.end
+    return Placed(name, list(zip(*(column.tolist() for column in columns), strict=True)))
 
 
 def _busy(placed: Placed, slots: int) -> float:

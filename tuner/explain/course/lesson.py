@@ -11,8 +11,8 @@ import numpy as np
 from ...drawing.figures import Figure, Table
 
 ORIGINS = {
-    "kernel": "by the kernel, in the simulator",
-    "exact": "in float64, without a kernel",
+    "kernel": "by the kernel, simulated",
+    "exact": "in float64",
     "counted": "counted from tiles",
     "model": "by the offline model",
     "published": "published by others",
@@ -29,12 +29,14 @@ class Step:
         text: what is seen, and why.
         origin: of its numbers, one of `ORIGINS`.
         table: its numbers.
+        code: what a student can run, with NUMBA_ENABLE_CUDASIM=1; a test does.
     """
 
     title: str
     text: str
     origin: str
     table: Table | None = None
+    code: str = ""
 
     def __post_init__(self):
         if self.origin not in ORIGINS:

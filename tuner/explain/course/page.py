@@ -12,7 +12,8 @@ TITLE = "FlashAttention in ten lessons"
 _ABOUT = (
     "Each lesson asks a question that students ask, and lets the real kernels answer it: numflash "
     "runs them on a CPU, thread by thread. Under each answer stands what common notes say "
-    "otherwise, and what the lesson checks. No number here is a measured time."
+    "otherwise, and what the lesson checks. No number here is a measured time. Pieces of code run "
+    "as they stand, without a GPU, where NUMBA_ENABLE_CUDASIM=1 is set before Python starts."
 )
 
 
@@ -64,6 +65,8 @@ def _step(step: Step) -> Markup:
     parts = [tag("h3", step.title, " ", origin), tag("p", _prose(step.text))]
     if step.table is not None:
         parts.append(_table(step.table))
+    if step.code:
+        parts.append(tag("pre", tag("code", step.code), tabindex=0))
     return joined(parts)
 
 

@@ -17,6 +17,17 @@ from .matrices import named
 _N, _D = 16, 8
 _BATCH, _SEQLEN, _HEADS, _HEAD_DIM = 4, 4096, 16, 128
 _MIB = 2**20
+_CODE = """\
+import numpy as np
+import numflash
+
+random = np.random.default_rng(1)
+q, k = random.standard_normal((2, 1, 16, 1, 8)).astype("float32")
+identity = np.eye(16, dtype="float32").reshape(1, 16, 1, 16)
+p, lse = numflash.attention(q, k, identity, return_lse=True)
+dq, dk, dv = numflash.attention_backward(identity, q, k, identity, p, lse)
+print(abs(dv[0, :, 0].T - p[0, :, 0]).max())
+"""
 
 
 @dataclass(frozen=True)
@@ -67,6 +78,7 @@ def lesson() -> Lesson:
                 f"{half.difference:.1e}, and {half.same_bits:.0%} are equal. They "
                 "need not be equal: exp(s - max) / sum and exp(s - lse) round differently.",
                 "kernel",
+                code=_CODE,
             ),
             Step(
                 "What that saves",

@@ -11,6 +11,21 @@ from .lesson import Check, Lesson, Slip, Step
 from .looking import PORTABLE, matrix, rows, see
 
 _X = np.arange(1.0, 7.0)
+_CODE = """\
+import numpy as np
+import numflash
+
+q = np.ones((1, 1, 1, 1), "float32")
+k = np.arange(1, 7, dtype="float32").reshape(1, 6, 1, 1)
+v = np.eye(6, dtype="float32").reshape(1, 6, 1, 6)
+options = {"softmax_scale": 1, "return_lse": True}
+halves = [
+    numflash.attention(q, k[:, part], v[:, part], **options)
+    for part in (slice(0, 3), slice(3, 6))
+]
+p, lse = numflash.merge_partials(*zip(*halves))
+print(p.round(4), lse)
+"""
 _HALVES = slice(0, 3), slice(3, 6)
 
 
@@ -47,6 +62,7 @@ def lesson() -> Lesson:
                 f"{', '.join(f'{p:.4f}' for p in seen.p[0])}; the largest error is "
                 f"{np.abs(seen.p[0] - exact).max():.1e}.",
                 "kernel",
+                code=_CODE,
             ),
         ),
         (

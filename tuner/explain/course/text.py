@@ -26,7 +26,7 @@ def _step(step: Step) -> list[str]:
             "    " + "  ".join(str(c).rjust(w) for c, w in zip(row, widths, strict=True))
             for row in rows
         ]
-    return lines
+    return lines + [f"    {line}" for line in step.code.splitlines()]
 
 
 def _check(check: Check) -> str:

@@ -132,11 +132,12 @@ def _work_step(configs: dict, ours: Work, standard: Work, least: int) -> Step:
         f"{_BATCH * _HEADS * _SEQLEN**2 * _BYTES / 1e9:.2f} GB, and standard attention passes "
         f"over it {_STANDARD_PASSES} times. Our kernels never pass over it: a block of {tile} "
         f"queries reads K and V once, so they are read {_SEQLEN // tile} times in all. More "
-        "queries in a block, fewer bytes; that is the N² d² / M of the paper. Blocks find most "
-        "of these bytes in the L2 cache; device memory cannot see fewer than the least.",
+        "queries in a block, fewer bytes; that is the N² d² / M of the FlashAttention paper "
+        "(arXiv 2205.14135), whose Figure 2 the table repeats. Blocks find most of these bytes "
+        "in the L2 cache; device memory cannot see fewer than the least.",
         "counted",
         Table(
-            ("", "standard", "numflash", "ratio", "paper: standard → flash"),
+            ("", "standard", "numflash", "ratio", "the paper: standard → flash"),
             [
                 (
                     "GFLOP",

@@ -8,8 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from numflash.api.block_masks import own
-from numflash.problem.block_masks import ListedBlocks
+from numflash.api.block_masks import FULL, PARTIAL, BlockMask, own
 from numflash.reference.sequences import Extents, extents_of, lists_of
 from numflash.runtime.arrays import to_numpy
 from numflash.selection.geometry import heads_of_backward, tiles_listed
@@ -19,17 +18,24 @@ from numflash.selection.layout import (
     WHOLE,
     Launch,
     Places,
+    Seen,
     Tiling,
     launch_of,
     listed_places,
     order_of,
     owns_keys,
     places,
-    tile_kinds,
+    tiles_seen,
 )
 
 from ...lengths import sequences_of
-from ..asked import Asked, Kernel
+from ...model import block_clocks
+from ...model.clocks import BlockClocks
+from ...records import ResourceUsage
+from ..asked import Asked, Kernel, NotShownError
+
+MOST_PLACES = 2**22
+"""Of more, nobody follows each."""
 
 
 @dataclass(frozen=True)
@@ -37,125 +43,191 @@ class Laid:
     """Where the blocks of a kernel work.
 
     Attributes:
-        places: of all blocks, in their order.
-        tiles: of each place, the tiles that it walks over: without those of empty blocks.
         tiling: the tiles of the head that is drawn.
-        kinds: EMPTY, EDGE or WHOLE of each of them.
+        seen: the tiles that the band leaves of each tile of rows.
+        kinds: EMPTY, EDGE or WHOLE of each tile where a block mask has a say, too; else None.
         head: the number of that head among those of all batch entries.
         splits: blocks that share the walk of each tile of rows, evenly; 1 of listed tiles.
-        resident: blocks that share an SM, where there are so many.
+        count: blocks of the launch; of persistent ones, their walks.
+        fit: blocks that fit on an SM.
         owns_keys: whether blocks own keys and walk over queries.
+        launch: of sequences of one length, else None.
+        blocks: the block mask, where there is one that was read.
+        listed: the places of sequences that have lengths of their own.
         notes: what is drawn, where that is not all, and what stands for numbers that were not
             read.
     """
 
-    places: Places
-    tiles: np.ndarray
     tiling: Tiling
-    kinds: np.ndarray
+    seen: Seen
+    kinds: np.ndarray | None
     head: int
     splits: int
-    resident: int
+    count: int
+    fit: int
     owns_keys: bool
+    launch: Launch | None = None
+    blocks: "_Blocks | None" = None
+    listed: Places | None = None
     notes: tuple[str, ...] = ()
 
-    def shares(self, row: int) -> list[np.ndarray]:
+    def resident(self, num_sms: int) -> int:
+        """Blocks that share an SM, as many as fit and as there are."""
+        return max(1, min(self.fit, -(-self.count // num_sms)))
+
+    @property
+    def work(self) -> np.ndarray:
+        """The tiles that each tile of rows visits."""
+        if self.kinds is not None:
+            return (self.kinds != EMPTY).sum(axis=1)
+        return self.seen.end - self.seen.begin
+
+    @property
+    def whole(self) -> np.ndarray:
+        """Of these, those without a mask."""
+        if self.kinds is not None:
+            return (self.kinds == WHOLE).sum(axis=1)
+        return self.seen.whole_end - self.seen.whole_begin
+
+    def row(self, number: int) -> np.ndarray:
+        """The kinds of a tile of rows, uint8 of (column_tiles,)."""
+        if self.kinds is not None:
+            return self.kinds[number]
+        begin, end, whole_begin, whole_end = (int(each[number]) for each in self.seen)
+        found = np.full(self.tiling.column_tiles, EMPTY, np.uint8)
+        found[begin:end] = EDGE
+        found[whole_begin:whole_end] = WHOLE
+        return found
+
+    def shares(self, number: int) -> list[np.ndarray]:
         """The tiles that each block visits of those that share a tile of rows, in order."""
-        tiles = np.flatnonzero(self.kinds[row] != EMPTY)
-        if self.splits > 1:
+        tiles = np.flatnonzero(self.row(number) != EMPTY)
+        if self.listed is None:
             share = max(1, -(-len(tiles) // self.splits))
             return [tiles[n : n + share] for n in range(0, len(tiles), share)]
-        of_row = (self.places.head == self.head) & (
-            self.places.start == row * self.tiling.row_tile
-        )
-        ends = zip(self.places.begin[of_row], self.places.end[of_row], strict=True)
+        found, start = self.listed, number * self.tiling.row_tile
+        of_row = (found.head == self.head) & (found.start == start)
+        ends = zip(found.begin[of_row], found.end[of_row], strict=True)
         return [tiles[(tiles >= begin) & (tiles < end)] for begin, end in sorted(set(ends))]
 
 
 def laid(asked: Asked, kernel: Kernel) -> Laid:
-    """The blocks of a kernel that walks over tiles."""
-    if asked.problem.lengths is None:
-        return _dense(asked, kernel)
-    return _listed(asked, kernel)
+    """The blocks of a kernel that walks over tiles.
+
+    Raises:
+        NotShownError: there are no scores.
+    """
+    found = _dense(asked, kernel) if asked.problem.lengths is None else _listed(asked, kernel)
+    if not found.tiling.rows or not found.tiling.columns:
+        raise NotShownError("there are no scores, so there is nothing to draw")
+    return found
 
 
-def _resident(asked: Asked, kernel: Kernel, found: Places) -> int:
-    fit = 1 if kernel.prediction is None else kernel.prediction.blocks_per_sm
+def places_of(found: Laid, num_heads_q: int) -> tuple[Places, np.ndarray]:
+    """The places of all blocks, and the tiles that each visits.
+
+    Raises:
+        NotShownError: there are too many.
+    """
+    if found.listed is not None:
+        return found.listed, found.listed.tiles
+    launch = found.launch
+    count = launch.tiling.row_tiles * launch.heads * launch.splits
+    if count > MOST_PLACES:
+        raise NotShownError(f"{count:,} walks are more than are followed one by one")
+    at = places(launch)
+    if found.blocks is None:
+        return at, at.tiles
+    return at, _tiles_of_lists(at, launch, found.blocks, num_heads_q)
+
+
+def clocks_of(asked: Asked, kernel: Kernel, found: Laid) -> BlockClocks:
+    """The clocks of a block by the calibrated model, of which `Kernel.prediction` is made.
+
+    Raises:
+        NotShownError: the model knows none.
+    """
+    resources = ResourceUsage(0, 0, 0, kernel.config.num_threads, found.fit, "")
+    try:
+        return block_clocks(asked.machine, kernel.problem, kernel.config, resources, kernel.code)
+    except ValueError as error:
+        raise NotShownError(f"the model has no clocks of this kernel: {error}") from error
+
+
+def _fit(kernel: Kernel) -> int:
+    """Blocks that fit on an SM."""
     if kernel.report is not None:
-        fit = kernel.report.blocks_per_sm
-    blocks = int(found.block[-1]) + 1 if len(found) else 0
-    return max(1, min(fit, -(-blocks // asked.machine.num_sms)))
-
-
-class _Blocks(NamedTuple):
-    """A block mask on the host: its kinds (batch, heads, rows, columns), with the band's sides."""
-
-    kinds: np.ndarray
-    size: tuple[int, int]
+        return max(1, kernel.report.blocks_per_sm)
+    return 1 if kernel.prediction is None else kernel.prediction.blocks_per_sm
 
 
 def _dense(asked: Asked, kernel: Kernel) -> Laid:
-    launch = _launch(asked, kernel)
-    found, by_keys = places(launch), owns_keys(launch.order)
-    tiling, kinds, notes = launch.tiling, tile_kinds(launch.tiling), []
-    tiles = found.tiles
+    pack, in_flight = kernel.geometry.pack, kernel.geometry.heads_in_flight
+    order = order_of(kernel.config)
+    if order == "last keys first":
+        in_flight = heads_of_backward(asked.problem, asked.machine.l2_bytes)
+    launch = launch_of(kernel.config, asked.problem, pack, in_flight)
+    tiling, by_keys, kinds, notes = launch.tiling, owns_keys(order), None, []
+    blocks = None
     if asked.problem.blocks is not None:
         blocks = _block_mask(asked, by_keys)
         if blocks is None:
             notes.append("the lists of the block mask were not read: all blocks are taken as kept")
-        else:
-            heads = asked.problem.num_heads_q
-            tiles = _tiles_of_lists(found, launch, blocks, heads)
-            kinds, which = _with_blocks(kinds, tiling, blocks)
-            notes += which
-    splits = launch.splits if launch.order == "in bundles" else 1
-    resident = _resident(asked, kernel, found)
-    return Laid(found, tiles, tiling, kinds, 0, splits, resident, by_keys, tuple(notes))
-
-
-def _launch(asked: Asked, kernel: Kernel) -> Launch:
-    pack, in_flight = kernel.geometry.pack, kernel.geometry.heads_in_flight
-    if kernel.problem.family == "backward" and order_of(kernel.config) == "last keys first":
-        in_flight = heads_of_backward(asked.problem, asked.machine.l2_bytes)
-    return launch_of(kernel.config, asked.problem, pack, in_flight)
+        elif tiling.rows and tiling.columns:
+            kinds = _with_blocks(tiling, blocks)
+            if blocks.kinds[..., 0, 0].size > 1:
+                notes.append("of batch entry 0, head 0")
+    count = launch.heads * launch.splits
+    if order != "dealt keys":
+        count *= tiling.row_tiles * (1 + (order == "dV and dK apart"))
+    return Laid(
+        tiling,
+        tiles_seen(tiling),
+        kinds,
+        0,
+        launch.splits if order == "in bundles" else 1,
+        count,
+        _fit(kernel),
+        by_keys,
+        launch=launch,
+        blocks=blocks,
+        notes=tuple(notes),
+    )
 
 
 # A block mask
 
 
+class _Blocks(NamedTuple):
+    """A block mask on the host: EMPTY, EDGE or WHOLE of (batch, heads, rows, columns) of blocks.
+
+    Rows, and the first of its sizes, are of the side that blocks of the kernel own.
+    """
+
+    kinds: np.ndarray
+    size: tuple[int, int]
+
+
 def _block_mask(asked: Asked, by_keys: bool) -> _Blocks | None:
-    """The block mask of the call, its first side the one that blocks own; None if unread."""
-    mask = asked.question.options.get("block_mask")
-    if not asked.question.data or mask is None:
+    """The block mask of the call; None where it may not be read."""
+    mask = own(asked.question.options.get("block_mask"))
+    if not asked.question.data or not isinstance(mask, BlockMask):
         return None
-    mask = own(mask)
-    if not isinstance(mask, ListedBlocks):
-        return None
-    kinds, size = _kinds_of_blocks(mask), mask.block_size
+    tiles = mask.tiles()
+    kinds = np.select([tiles == FULL, tiles == PARTIAL], [WHOLE, EDGE], EMPTY).astype(np.uint8)
+    size = mask.block_size
     return _Blocks(kinds.swapaxes(2, 3), size[::-1]) if by_keys else _Blocks(kinds, size)
 
 
-def _kinds_of_blocks(mask: ListedBlocks) -> np.ndarray:
-    """Blocks that are kept in part are `EDGE`, as `BlockMask.tiles` counts them."""
-    kinds = mask.tiles()
-    return np.where(kinds == 2, WHOLE, np.where(kinds == 1, EDGE, EMPTY)).astype(np.uint8)
-
-
-def _over_tiles(blocks: np.ndarray, tiling: Tiling, size: tuple[int, int]) -> np.ndarray:
-    """(..., row_tiles, column_tiles) of (..., rows, columns) of blocks."""
-    row = np.arange(tiling.row_tiles) * tiling.row_tile // tiling.pack // size[0]
-    column = np.arange(tiling.column_tiles) * tiling.column_tile // size[1]
-    last_row, last_column = (n - 1 for n in blocks.shape[-2:])
-    return blocks[..., np.minimum(row, last_row)[:, None], np.minimum(column, last_column)]
-
-
-def _with_blocks(
-    kinds: np.ndarray, tiling: Tiling, blocks: _Blocks
-) -> tuple[np.ndarray, list[str]]:
+def _with_blocks(tiling: Tiling, blocks: _Blocks) -> np.ndarray:
     """Kinds of the first head's tiles, where both the band and the block mask have a say."""
-    batch, heads = blocks.kinds.shape[:2]
-    notes = ["of batch entry 0, head 0"] if batch * heads > 1 else []
-    return np.minimum(kinds, _over_tiles(blocks.kinds[0, 0], tiling, blocks.size)), notes
+    seen, n = tiles_seen(tiling), np.arange(tiling.column_tiles)
+    begin, end, whole_begin, whole_end = (each[:, None] for each in seen)
+    of_band = ((n >= begin) & (n < end)).astype(np.uint8)
+    of_band += (n >= whole_begin) & (n < whole_end)
+    row = np.arange(tiling.row_tiles) * tiling.row_tile // tiling.pack // blocks.size[0]
+    column = n * tiling.column_tile // blocks.size[1]
+    return np.minimum(of_band, blocks.kinds[0, 0][row[:, None], column])
 
 
 def _tiles_of_lists(
@@ -163,32 +235,26 @@ def _tiles_of_lists(
 ) -> np.ndarray:
     """Of each place the tiles of blocks that are not empty.
 
-    Splits share these evenly, and heads that repeat each have their own list.
+    Splits share these evenly; of heads that repeat each has its own list.
     """
-    tiling = launch.tiling
-    kept = _over_tiles(blocks.kinds, tiling, blocks.size) != EMPTY
-    up_to = np.concatenate([np.zeros_like(kept[..., :1], int), kept.cumsum(-1)], -1)
-    whole = found
-    if launch.splits > 1 and launch.order == "in bundles":
-        whole = places(launch._replace(splits=1))
-        whole = _repeated(whole, launch.splits)
-    row, total = whole.start // tiling.row_tile, np.zeros(len(whole), int)
+    tiling, kept = launch.tiling, (blocks.kinds != EMPTY).astype(np.int64)
+    per_block = blocks.size[1] // tiling.column_tile
+    before = np.pad(kept.cumsum(-1), [(0, 0)] * 3 + [(1, 0)])
+    kept = np.pad(kept, [(0, 0)] * 3 + [(0, 1)])
+    row = found.start // tiling.pack // blocks.size[0]
+    seen = tiles_seen(tiling)
+    begin, end = (each[found.start // tiling.row_tile] for each in (seen.begin, seen.end))
+    total = np.zeros(len(found), np.int64)
     for repeat in range(found.repeats):
-        batch, head = np.divmod(whole.head + repeat, num_heads_q)
-        batch, head = (
-            np.minimum(x, n - 1) for x, n in zip((batch, head), kept.shape, strict=False)
-        )
-        total += up_to[batch, head, row, whole.end] - up_to[batch, head, row, whole.begin]
-    if whole is found:
+        batch, head = np.divmod(found.head + repeat, num_heads_q)
+        where = np.minimum(batch, len(kept) - 1), np.minimum(head, kept.shape[1] - 1), row
+        for tile, sign in ((end, 1), (begin, -1)):
+            block, part = np.divmod(tile, per_block)
+            total += sign * (before[*where, block] * per_block + kept[*where, block] * part)
+    if launch.splits == 1 or launch.order != "in bundles":
         return total
     share = -(-total // launch.splits)
     return np.clip(total - found.split * share, 0, share)
-
-
-def _repeated(found: Places, splits: int) -> Places:
-    """Each place as often as there are splits."""
-    columns = (found.block, found.start, found.head, found.split, found.begin, found.end)
-    return Places(*(np.repeat(x, splits) for x in columns), found.repeats)
 
 
 # Sequences with lengths of their own
@@ -199,23 +265,31 @@ def _listed(asked: Asked, kernel: Kernel) -> Laid:
     by_keys = owns_keys(order_of(config))
     shape = kernel.geometry.listed or tiles_listed(problem, config, by_keys=by_keys)
     q, k, notes = _lengths(asked, kernel)
-    tiles = lists_of(q, k, shape).tiles
-    group = problem.group_size
-    heads = problem.num_heads_q // (group if by_keys else shape.pack)
-    apart, repeats = getattr(config, "apart", False), group if by_keys else 1
-    found = listed_places(tiles, heads, group if by_keys else shape.pack, repeats, apart)
-    entry = int(np.argmax(q.length * k.length)) if len(q.length) else 0
-    sides = [int(x.length[entry]) if len(x.length) else 0 for x in (q, k)]
-    moved = shape.aligned * (sides[1] - sides[0])
-    lo, hi = shape.lo + moved, shape.hi + moved
-    rows, columns = sides[::-1] if by_keys else sides
-    lo, hi = (-hi, -lo) if by_keys else (lo, hi)
+    group, apart = problem.group_size, getattr(config, "apart", False)
+    shared, repeats = (group, group) if by_keys else (shape.pack, 1)
+    heads, tiles = problem.num_heads_q // shared, lists_of(q, k, shape).tiles
+    found = listed_places(tiles, heads, shared, repeats, apart)
+    entry = int(np.argmax(q.length * k.length))
+    queries, keys = int(q.length[entry]), int(k.length[entry])
+    moved = shape.aligned * (keys - queries)
+    lo, hi, rows, columns = shape.lo + moved, shape.hi + moved, queries, keys
+    if by_keys:
+        lo, hi, rows, columns = -hi, -lo, keys, queries
     tiling = Tiling(rows * shape.pack, columns, shape.tile, shape.stage, lo, hi, shape.pack)
-    drawn = f"of sequence {entry} of {len(q.length)}, the largest: {sides[0]:,} queries and "
-    notes = (drawn + f"{sides[1]:,} keys", *notes)
-    head = entry * problem.num_heads_q
-    resident, kinds = _resident(asked, kernel, found), tile_kinds(tiling)
-    return Laid(found, found.tiles, tiling, kinds, head, 1, resident, by_keys, notes)
+    of_all = f"of sequence {entry} of {len(q.length)}, the largest: {queries:,} queries, "
+    blocks = int(found.block[-1]) + 1 if len(found) else 0
+    return Laid(
+        tiling,
+        tiles_seen(tiling),
+        None,
+        entry * problem.num_heads_q,
+        1,
+        blocks,
+        _fit(kernel),
+        by_keys,
+        listed=found,
+        notes=(f"{of_all}{keys:,} keys", *notes),
+    )
 
 
 def _lengths(asked: Asked, kernel: Kernel) -> tuple[Extents, Extents, list[str]]:

@@ -7,9 +7,9 @@ import numpy as np
 
 from numflash.configs import implementation_of
 from numflash.functions.program import Program
-from numflash.selection.layout import EDGE, EMPTY, WHOLE, Tiling, tile_kinds
+from numflash.selection.layout import EDGE, EMPTY, WHOLE, Tiling, tiles_seen
 
-from ..asked import Asked, Kernel, NotShownError
+from ..asked import Asked, Kernel
 from ..numbers import Number
 from .laid import Laid, laid
 
@@ -60,8 +60,8 @@ class MaskFacts:
         squares: uint8 of at most 48 x 48: EMPTY or WHOLE where all tiles of a square are.
         step: tiles of rows and of columns that a square stands for.
         whole, masked, empty: tiles of each kind.
-        work: of each tile of rows, the tiles that it visits.
-        most, mean, imbalance: of `work`: the largest, the mean, and their ratio.
+        work: of each row of squares, the mean number of tiles that a tile of rows visits.
+        least, most, mean, imbalance: of all tiles of rows; the last is most / mean.
         walk: of one block; None where no block has anything to do.
         notes: what is drawn, where that is not all.
     """
@@ -78,6 +78,7 @@ class MaskFacts:
     masked: Number
     empty: Number
     work: Number
+    least: Number
     most: Number
     mean: Number
     imbalance: Number
@@ -92,26 +93,26 @@ def find(asked: Asked, kernel: Kernel) -> MaskFacts:
         NotShownError: there are no rows or no columns.
     """
     found = laid(asked, kernel)
-    kinds, tiling = found.kinds, found.tiling
-    if not kinds.size:
-        raise NotShownError("there are no scores, so there is no mask to draw")
-    step = tuple(-(-n // MOST_SQUARES) for n in kinds.shape)
-    work = (kinds != EMPTY).sum(axis=1)
-    counts = {kind: Number(int((kinds == kind).sum()), "counted") for kind in (WHOLE, EDGE, EMPTY)}
-    most, mean = int(work.max()), float(work.mean())
+    tiling, work, whole = found.tiling, found.work, int(found.whole.sum())
+    shape = tiling.row_tiles, tiling.column_tiles
+    step = tuple(-(-n // MOST_SQUARES) for n in shape)
+    visited, most, mean = int(work.sum()), int(work.max()), float(work.mean())
+    first = np.arange(0, shape[0], step[0])
+    of_squares = np.add.reduceat(work, first) / np.diff(np.append(first, shape[0]))
     return MaskFacts(
         owns_keys=found.owns_keys,
         row_tile=Number(tiling.row_tile, "chosen"),
         column_tile=Number(tiling.column_tile, "chosen"),
-        row_tiles=Number(tiling.row_tiles, "counted"),
-        column_tiles=Number(tiling.column_tiles, "counted"),
+        row_tiles=Number(shape[0], "counted"),
+        column_tiles=Number(shape[1], "counted"),
         pack=Number(tiling.pack, "chosen"),
-        squares=gathered(kinds, step),
+        squares=squares_of(found, step),
         step=step,
-        whole=counts[WHOLE],
-        masked=counts[EDGE],
-        empty=counts[EMPTY],
-        work=Number(work, "counted", "tiles"),
+        whole=Number(whole, "counted"),
+        masked=Number(visited - whole, "counted"),
+        empty=Number(shape[0] * shape[1] - visited, "counted"),
+        work=Number(of_squares, "counted", "tiles"),
+        least=Number(int(work.min()), "counted", "tiles"),
         most=Number(most, "counted", "tiles"),
         mean=Number(mean, "counted", "tiles"),
         imbalance=Number(most / mean if mean else 1.0, "counted"),
@@ -120,37 +121,47 @@ def find(asked: Asked, kernel: Kernel) -> MaskFacts:
     )
 
 
-def gathered(kinds: np.ndarray, step: tuple[int, int]) -> np.ndarray:
+def squares_of(found: Laid, step: tuple[int, int]) -> np.ndarray:
     """Squares of step[0] x step[1] tiles: EMPTY or WHOLE where all of them are, else EDGE."""
-    rows, columns = (-(-n // each) for n, each in zip(kinds.shape, step, strict=True))
-    found = kinds
-    for least in (True, False):
-        missing = rows * step[0] - kinds.shape[0], columns * step[1] - kinds.shape[1]
-        padded = np.pad(kinds, [(0, n) for n in missing], mode="edge")
-        padded = padded.reshape(rows, step[0], columns, step[1])
-        extreme = padded.min(axis=(1, 3)) if least else padded.max(axis=(1, 3))
-        found = extreme if least else np.where(found == extreme, extreme, EDGE)
-    return found.astype(np.uint8)
+    rows = np.arange(0, found.tiling.row_tiles, step[0])
+    columns = np.arange(0, found.tiling.column_tiles, step[1])
+    if found.kinds is not None:
+        least, most = (
+            each.reduceat(each.reduceat(found.kinds, rows, axis=0), columns, axis=1)
+            for each in (np.minimum, np.maximum)
+        )
+        return np.where(least == most, least, EDGE).astype(np.uint8)
+    ends = np.minimum(columns + step[1], found.tiling.column_tiles)
+    seen, extremes = found.seen, (np.minimum, np.maximum, np.maximum, np.minimum)
+    # Rows that see nothing have their begin anywhere, and leave no square whole.
+    nothing = seen.begin == seen.end
+    begin = np.where(nothing, found.tiling.column_tiles, seen.begin)
+    end = np.where(nothing, 0, seen.end)
+    each = begin, end, seen.whole_begin, seen.whole_end
+    begin, end, whole_begin, whole_end = (
+        extreme.reduceat(side, rows)[:, None] for extreme, side in zip(extremes, each, strict=True)
+    )
+    some = (ends > begin) & (columns < end)
+    whole = (columns >= whole_begin) & (ends <= whole_end) & some
+    return some.astype(np.uint8) + whole
 
 
 def _walk(kernel: Kernel, found: Laid) -> Walk:
     """Of the tile of rows at six tenths of those that have any work."""
-    kinds, tiling = found.kinds, found.tiling
-    busy = np.flatnonzero((kinds != EMPTY).any(axis=1))
+    tiling, busy = found.tiling, np.flatnonzero(found.work)
     row = int(busy[int(_CHOSEN * len(busy))])
     shares = found.shares(row)
     part = len(shares) // 2
-    tiles = shares[part]
-    first = row * tiling.row_tile
+    tiles, first = shares[part], row * tiling.row_tile
     units = _units(kernel, tiling, first)
-    of_units = np.repeat(kinds[row : row + 1, tiles], len(units), axis=0)
+    of_units = np.repeat(found.row(row)[None, tiles], len(units), axis=0)
     if len(units) > 1:
-        size = tiling.row_tile // len(units)
-        fine = tile_kinds(tiling._replace(row_tile=size))[:, tiles]
-        for at, (_, begin, _) in enumerate(units):
-            of_units[at] = np.minimum(of_units[at], fine[begin // size])
-            # A block that a block mask keeps in part is masked for all.
-            of_units[at] = np.where(fine[begin // size] == EMPTY, EMPTY, of_units[at])
+        of_units = np.stack(
+            [
+                _of_unit(found, of_block, *unit[1:], tiles)
+                for of_block, unit in zip(of_units, units, strict=True)
+            ]
+        )
     shown = list(range(len(tiles)))
     if len(tiles) > MOST_STEPS:
         shown = [*shown[:FIRST_STEPS], -1, *shown[-LAST_STEPS:]]
@@ -167,6 +178,26 @@ def _walk(kernel: Kernel, found: Laid) -> Walk:
         Number(len(shares), "counted"),
         {name: Number(int((of_units == kind).sum()), "counted") for name, kind in names.items()},
     )
+
+
+def _of_unit(
+    found: Laid, of_block: np.ndarray, first: int, last: int, tiles: np.ndarray
+) -> np.ndarray:
+    """The kinds of a block's tiles for some of its rows: the band leaves them less."""
+    tiling, token = found.tiling, first // found.tiling.pack
+    # A tiling that begins at this row: token i of it is token i + `token`.
+    rows = last // tiling.pack - token + 1
+    alone = tiling._replace(
+        rows=rows, row_tile=rows, lo=tiling.lo + token, hi=tiling.hi + token, pack=1
+    )
+    begin, end, whole_begin, whole_end = (int(each[0]) for each in tiles_seen(alone))
+    some = (tiles >= begin) & (tiles < end)
+    whole = (tiles >= whole_begin) & (tiles < whole_end)
+    of_band = some.astype(np.uint8) + whole
+    if found.kinds is None:
+        return of_band
+    # What a block mask keeps in part is masked for all.
+    return np.where(some, np.minimum(of_band, np.maximum(of_block, EDGE)), EMPTY)
 
 
 def _units(kernel: Kernel, tiling: Tiling, first: int) -> list[tuple[str, int, int]]:

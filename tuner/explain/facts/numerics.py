@@ -11,7 +11,6 @@ from numflash.api.comparison import Error
 from numflash.configs import implementation_of
 from numflash.runtime.arrays import library_of, to_numpy
 from numflash.runtime.mode import SIMULATED
-from numflash.selection.layout import EMPTY
 
 from ..asked import Asked, Kernel, NotShownError
 from ..elements import Elements, Part, elements_of
@@ -279,7 +278,7 @@ def _options(asked: Asked, part: Slice) -> tuple[dict, list[str]]:
 def _row(asked: Asked, elements: Elements) -> Row | None:
     """A row of the tile of rows at six tenths of those that see a key; None if none does."""
     kernel, found = asked.forward, laid(asked, asked.forward)
-    busy = np.flatnonzero((found.kinds != EMPTY).any(axis=1))
+    busy = np.flatnonzero(found.work)
     if not len(busy):
         return None
     tiling, lag = found.tiling, _lag(kernel)

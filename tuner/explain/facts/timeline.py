@@ -17,7 +17,7 @@ from ...pipeline.steps import Walk
 from ...pipeline.timeline import Lane, Span, Timeline
 from ..asked import Asked, Kernel, NotShownError
 from ..numbers import Number, Origin
-from .laid import Laid, laid
+from .laid import Laid, clocks_of, laid
 
 MOST_BLOCKS = 2
 """Blocks whose buffers and roles are drawn; units show the work of all."""
@@ -70,11 +70,13 @@ class TimelineFacts:
         rows: the lanes, in the order of the picture.
         products: names of the products, those that make scores first.
         tiles: of the walk that was followed.
-        blocks: that share the SM, and of which only some may be drawn.
+        blocks, drawn_blocks: that share the SM, and of these those that have rows.
         shown: clocks that are drawn, of `end` until all is done.
         whole: whether all of the walk is drawn.
         turn: clocks until every block is a tile further, by the events.
         least: of these, clocks that products take.
+        calibrated: the same turn by the model that predicts times, which also counts what chance
+            loses.
         unit: what multiplies: "tensor" or "FMA".
         bound_by: the unit that is busy for the largest share.
         waits: label -> share of the steady state that a role which multiplies waits for it, the
@@ -86,11 +88,13 @@ class TimelineFacts:
     products: Sequence[str]
     tiles: Number
     blocks: Number
+    drawn_blocks: int
     shown: Number
     end: Number
     whole: bool
     turn: Number
     least: Number
+    calibrated: Number
     unit: str
     bound_by: str
     waits: dict[str, Number]
@@ -104,9 +108,9 @@ def find(asked: Asked, kernel: Kernel) -> TimelineFacts:
         NotShownError: the kernel has no work, or no program of it is known.
     """
     found = laid(asked, kernel)
-    if not found.kinds.size or not found.tiles.any():
+    if not found.work.any():
         raise NotShownError("no block has anything to do, so no clock passes")
-    blocks = found.resident
+    blocks = found.resident(asked.machine.num_sms)
     walk = _walk(found, blocks)
     try:
         timeline = trace(
@@ -120,20 +124,23 @@ def find(asked: Asked, kernel: Kernel) -> TimelineFacts:
         )
     except ValueError as error:
         raise NotShownError(str(error)) from error
-    return _facts(kernel, timeline, walk.tiles, blocks)
+    calibrated = clocks_of(asked, kernel, found).turn
+    return _facts(kernel, timeline, walk.tiles, blocks, calibrated)
 
 
 def _walk(found: Laid, blocks: int) -> Walk:
     """The longest walk of the head that is drawn; of a long one only so many tiles."""
-    row = int((found.kinds > 0).sum(axis=1).argmax())
+    row = int(found.work.argmax())
     tiles = max(found.shares(row), key=len)
     most = max(_FEWEST_TILES, min(_MOST_TILES, _ALL_TILES // blocks))
-    last = tiles[-most:]
-    masked = [n for n, tile in enumerate(last) if found.kinds[row, tile] == EDGE]
+    last, kinds = tiles[-most:], found.row(row)
+    masked = [n for n, tile in enumerate(last) if kinds[tile] == EDGE]
     return Walk(len(last), (), tuple(masked))
 
 
-def _facts(kernel: Kernel, timeline: Timeline, tiles: int, blocks: int) -> TimelineFacts:
+def _facts(
+    kernel: Kernel, timeline: Timeline, tiles: int, blocks: int, calibrated: float
+) -> TimelineFacts:
     units = [lane for lane in timeline.lanes if lane.group == "unit"]
     (unit,) = (lane.name for lane in units if lane.name in ("tensor", "FMA"))
     first = min(span.start for span in timeline.of(unit))
@@ -149,10 +156,12 @@ def _facts(kernel: Kernel, timeline: Timeline, tiles: int, blocks: int) -> Timel
         products=list(dict.fromkeys(span.kind for span in timeline.of(unit))),
         tiles=Number(tiles, "counted"),
         blocks=Number(blocks, "counted" if kernel.report is None else "machine code"),
+        drawn_blocks=min(blocks, MOST_BLOCKS),
         shown=Number(shown, "model", "clocks"),
         end=Number(timeline.end, "model", "clocks"),
         whole=whole,
         turn=Number(timeline.turn, "model", "clocks"),
+        calibrated=Number(calibrated, "model", "clocks"),
         least=Number(timeline.turn * timeline.busy[unit], "model", "clocks"),
         unit=unit,
         bound_by=max(units, key=lambda lane: timeline.busy[lane.name]).name,

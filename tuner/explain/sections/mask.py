@@ -119,11 +119,10 @@ def _work(facts: MaskFacts) -> Figure:
     x = Axis(0.0, most, 52, 302)
     chosen = -1 if facts.walk is None else facts.walk.row_tile.value // step
     parts, free = [text(0, 15, f"tiles that each tile of {own} visits", "muted")], -np.inf
-    for i in range(rows):
-        of_row = work[i * step : (i + 1) * step]
-        mean, y = float(of_row.mean()), _TOP + i * height
+    for i, mean in enumerate(work.tolist()):
+        y = _TOP + i * height
         role = "walk0" if i == chosen else "full"
-        about = f"{own} tile {i * step}: {int(of_row[0])} tiles"
+        about = f"from {own} tile {i * step}: {mean:.4g} tiles"
         parts.append(rect(52, y + 0.5, max(0.6, x(mean) - 52), height - 1, role, about))
         middle = y + height / 2 + 4
         if i in (0, chosen, rows - 1) and middle - free >= 12:
@@ -135,25 +134,25 @@ def _work(facts: MaskFacts) -> Figure:
     beside = (at - 4, "end") if at > 180 else (at + 4, "start")
     parts.append(text(beside[0], bottom + 13, said, "label-default", beside[1]))
     ratio = f"{facts.imbalance.value:.2f}"
-    rows_of_table = [(n, int(tiles)) for n, tiles in enumerate(work)]
+    rows_of_table = [(i * step, f"{mean:.4g}") for i, mean in enumerate(work.tolist())]
     return Figure(
         "The work of each tile of rows",
         joined(
             [
                 f"The longest walk has {ratio} times the mean. ",
-                "Blocks that start late should have short ones: section 3 shows what their order "
-                "makes of it."
+                "Blocks that start late should have short ones: the schedule shows what their "
+                "order makes of it."
                 if facts.imbalance.value > 1.02
                 else "All have about the same, so their order does not matter.",
                 f" A bar is the mean of {step} tiles of {own}." if step > 1 else "",
             ]
         ),
         chart(
-            f"{work.min()} to {facts.most} tiles; the longest walk has {ratio} times the mean",
+            f"{facts.least.value} to {facts.most}; the longest walk has {ratio} times the mean",
             *parts,
             height=bottom + 20,
         ),
-        Table((f"tile of {own}", "tiles visited"), rows_of_table, (0, 1)),
+        Table((f"from tile of {own}", "tiles visited"), rows_of_table, (0, 1)),
     )
 
 

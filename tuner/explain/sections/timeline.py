@@ -117,44 +117,48 @@ def _what(piece: Piece) -> str:
 def _legend(facts: TimelineFacts) -> list[Markup]:
     scores = [_PRODUCTS[name] for name in facts.products if name in _SCORES]
     sums = [_PRODUCTS[name] for name in facts.products if name not in _SCORES]
-    return [
-        swatch("copy", "copy on its way"),
-        swatch("held", "buffer holds a tile"),
-        swatch("s", ", ".join(scores)),
-        swatch("pv", ", ".join(sums)),
-        swatch("exp", "exponentials"),
-        swatch("max", "maximum, conversion, other work"),
-        swatch("edge", "mask"),
-        swatch("wait", "waits"),
-        swatch("under", "waits for its products"),
-    ]
+    names = {
+        "copy": "copy on its way",
+        "held": "buffer holds a tile",
+        "s": ", ".join(scores),
+        "pv": ", ".join(sums),
+        "exp": "exponentials",
+        "max": "maximum, conversion, other work",
+        "edge": "mask",
+        "wait": "waits",
+        "under": "waits for its products",
+    }
+    drawn = {_role(row, piece) for row in facts.rows for piece in row.pieces}
+    return [swatch(role, name) for role, name in names.items() if role in drawn]
 
 
 def _sentence(facts: TimelineFacts) -> str:
-    unit = _UNITS[facts.unit]
     busy = next(row.busy.value for row in facts.rows if row.name == facts.unit)
-    return f"The {unit} are busy {busy:.0%} of the steady state; a turn takes {facts.turn}"
+    return f"A turn takes {facts.turn}, and the {_UNITS[facts.unit]} are busy {busy:.0%} of it"
 
 
 def _said(facts: TimelineFacts) -> list[object]:
-    blocks = facts.blocks.value
-    who = "the block" if blocks == 1 else f"all {facts.blocks} blocks that share it"
+    """Three clocks of a turn with their names; what bounds it, what is waited for."""
+    several = facts.blocks.value > 1
+    who = f"all {facts.blocks} blocks that share the SM are" if several else "the block is"
+    bound, rows = _UNITS.get(facts.bound_by, facts.bound_by), {row.name: row for row in facts.rows}
     said: list[object] = [
-        tag("b", f"{_sentence(facts)}"),
-        f", until {who} are a tile further: a model of events. "
-        if blocks > 1
-        else f", until {who} is a tile further: a model of events. ",
-        f"Products alone take {facts.least.value:,.0f} of them. ",
+        tag("b", _sentence(facts)),
+        f", until {who} a tile further, by the events drawn here. Products alone take "
+        f"{facts.least.value:,.0f}; the model that predicts times, which also counts what chance "
+        f"loses, says {facts.calibrated.value:,.0f}. Busiest: {bound}, "
+        f"{rows[facts.bound_by].busy.value:.0%}. ",
     ]
     if facts.waits:
         shares = [f"{what} {share.value:.0%}" for what, share in list(facts.waits.items())[:4]]
         said.append(f"Who multiplies waits for {', '.join(shares)} of the time. ")
+    if facts.blocks.value > facts.drawn_blocks:
+        said.append(f"Of {facts.blocks} blocks {facts.drawn_blocks} have rows. ")
     if not facts.whole:
-        said.append(f"Drawn are the first {facts.shown} of {facts.tiles} tiles. ")
+        said.append(f"Drawn are the first {facts.shown} of a walk of {facts.tiles} tiles. ")
+    origin = "from machine code" if facts.rates == "machine code" else "by formula"
     said.append(
-        f"Clocks of the softmax are from {facts.rates}; "
-        if facts.rates == "machine code"
-        else "Clocks of the softmax are by formula; "
+        f"Clocks of the softmax are {origin}, those of copies assumed: an ideal machine, not a "
+        "measurement."
     )
-    said.append("those of copies are assumed. An ideal machine, not a measurement.")
     return said
