@@ -56,7 +56,7 @@ def make_reduce_dq_kernel(config: Sm90ReduceDqConfig, traits: Traits) -> Kernel:
         places = places_of(batch, shape)
         first_tile = (places.first_head + head) * places.num_tiles + places.first_tile
         number = first_tile + tile
-        has_sums = any_adds(tile, head, batch, sequence, mask) and has_place(tile, places)
+        has_sums = has_place(tile, places) and any_adds(tile, head, batch, sequence, mask)
         thread = i32(cuda.threadIdx.x)
         row = i32(m_start + thread // 32 * MMA_ROWS + thread % 32 // 4)
         dq_base = first_of_rows(dq, batch, head, sequence.first_q)
