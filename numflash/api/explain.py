@@ -6,10 +6,10 @@ found through the entry point `numflash.explain`: numflash never imports the tun
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from importlib import metadata as packages
 from os import PathLike
 
 from numflash.api.block_masks import with_own_block_mask
+from numflash.api.pages import page_writer
 from numflash.calls.arguments import Request, request_of
 from numflash.calls.backward import Backward, views_of_results
 from numflash.calls.forward import selection_of
@@ -38,8 +38,6 @@ _AS_FLOAT16 = (
 )
 _NO_BACKWARD = "backward: none, there is no backward on 8-bit floats; take gradients in 16 bits"
 _NO_BACKWARD_OF_PAGES = "backward: none, keys in pages of a cache have no gradients"
-PAGES = "numflash.explain"
-"""The group of entry points that has the writer of pages."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +162,7 @@ def explain(
     if to is not None and not isinstance(to, str | PathLike):
         raise TypeError(f"to must be a path or None, got {to!r} ({type(to).__name__})")
     asked_gpu = None if gpu is None else find(gpu, "gpu")
-    write, arrays = None if to is None else _page_writer(), {"q": q, "k": k, "v": v}
+    write, arrays = None if to is None else page_writer(), {"q": q, "k": k, "v": v}
     question = Question(arrays, options, gpu, data, to)
     try:
         answer = _answer("explain", ("gpu", "to", "data"), arrays, asked_gpu, dict(options))
@@ -175,17 +173,6 @@ def explain(
     if write is not None:
         write(replace(question, answer=answer))
     return answer
-
-
-def _page_writer():
-    """The function that writes the page of a `Question`."""
-    found = list(packages.entry_points(group=PAGES))
-    if not found:
-        raise UnsupportedError(
-            "pages are written by the package numflash_tuner, which is not installed beside "
-            "numflash; install numflash with pip"
-        )
-    return found[0].load()
 
 
 def explain_dispatch(q, k, v, *, arch: str | None = None, **options) -> Explanation:

@@ -5,8 +5,10 @@ import json
 import sys
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 
 from numflash.api.inspect_functions import program_of
+from numflash.api.pages import Inspection, page_writer
 from numflash.configs import (
     DTYPES,
     FAMILIES,
@@ -40,6 +42,7 @@ from numflash.problem.programs import BIAS_DTYPES
 from numflash.runtime.commands import command
 from numflash.runtime.devices import ARCHITECTURES, Architecture, architecture
 from numflash.runtime.errors import UnsupportedError
+from numflash.runtime.files import require_replaceable
 from numflash.runtime.mode import SIMULATED
 from numflash.selection.rules import choose, force
 
@@ -162,6 +165,12 @@ def _parser() -> argparse.ArgumentParser:
     output.add_argument("--json", action="store_true", help="print the report as JSON")
     output.add_argument("--sass", action="store_true", help="print the disassembly instead")
     output.add_argument("--ptx", action="store_true", help="print the PTX instead")
+    output.add_argument(
+        "--html",
+        type=Path,
+        metavar="FILE",
+        help="write the report as a page: the main loop, shared memory and registers drawn",
+    )
     return parser
 
 
@@ -219,6 +228,17 @@ def _config(args: argparse.Namespace, traits: Traits, limits: Architecture) -> C
     return own or find(scale="given")
 
 
+def _writer(path: Path):
+    """The function that writes a page, once it is known that the file can be written.
+
+    Raises:
+        OSError: it cannot.
+        UnsupportedError: nothing here writes pages.
+    """
+    require_replaceable(path)
+    return page_writer()
+
+
 @command
 def main(argv: list[str] | None = None) -> int:
     """Run `numflash-inspect`; the exit status. Bad arguments exit with 2."""
@@ -237,6 +257,7 @@ def main(argv: list[str] | None = None) -> int:
     except (TypeError, ValueError, UnsupportedError) as error:
         parser.error(str(error))
     try:
+        write = None if args.html is None else _writer(args.html)
         if args.ptx:
             print(compile_ptx(config, traits, limits))
         elif args.sass:
@@ -245,6 +266,9 @@ def main(argv: list[str] | None = None) -> int:
             report = inspect_kernel(config, traits, limits)
             if args.json:
                 print(json.dumps(asdict(report), indent=2))
+            elif args.html is not None:
+                write(Inspection(config, traits, limits, report, args.html))
+                print(args.html)
             else:
                 print(describe(report, limits))
                 if traits.program:
@@ -252,6 +276,8 @@ def main(argv: list[str] | None = None) -> int:
                     print(cost_of_functions(report, plain))
     except UnsupportedError as error:
         parser.exit(1, f"{parser.prog}: error: {error}\n")
+    except OSError as error:
+        parser.exit(1, f"{parser.prog}: error: {args.html}: {error.strerror or error}\n")
     return 0
 
 

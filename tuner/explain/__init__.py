@@ -7,11 +7,12 @@ finds out what is known of the kernels, `page` puts all together.
 from pathlib import Path
 
 from numflash.api.explain import Question
+from numflash.api.pages import Inspection
 from numflash.runtime.files import replace_file
 
 
-def write_page(question: Question, compiles: str = "forward") -> None:
-    """Write the page of a question to its file.
+def write_page(question: Question | Inspection, compiles: str = "forward") -> None:
+    """Write the page of a question, or of a kernel's machine code, to its file.
 
     Args:
         question: with an answer, or with the reason why there is none.
@@ -23,9 +24,12 @@ def write_page(question: Question, compiles: str = "forward") -> None:
     """
     # The command says what is wrong with its arguments before it imports the model.
     from .asked import ask
+    from .inspected import inspected
     from .page import page, refusal
 
-    if question.refusal is not None:
+    if isinstance(question, Inspection):
+        text = inspected(question)
+    elif question.refusal is not None:
         text = refusal(question.refusal)
     else:
         text = page(ask(question, compiles))

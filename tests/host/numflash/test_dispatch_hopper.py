@@ -193,7 +193,6 @@ def test_codes_with_bent_scores_do_not_overlap_where_registers_would_spill():
     ("changes", "options", "why"),
     [
         ({"key_scales": True}, {}, "scales of K or V change within a tile of keys"),
-        ({"selected": True}, {}, "not those that a table names"),
         ({}, {"no_bulk_copies": "k is odd"}, "k is odd"),
     ],
 )
@@ -203,6 +202,11 @@ def test_codes_that_are_not_for_wgmma_say_so_first(changes, options, why):
     assert choice.config.implementation == "fp8" and not choice.config.multiplies_codes
     (what, reason), *_ = choice.passed_over
     assert what == "fp8-sm90" and why in reason
+
+
+def test_heads_that_a_table_names_run_on_wgmma():
+    traits = Traits("float16", 128, 128, fp8=True, selected=True)
+    assert choose("forward", traits, HOPPER).config.implementation == "sm90"
 
 
 def test_few_rows_of_codes_are_left_to_smaller_tiles():

@@ -304,7 +304,7 @@ class TestPage:
     @pytest.fixture
     def written(self, monkeypatch):
         found = []
-        monkeypatch.setattr("numflash.api.explain._page_writer", lambda: found.append)
+        monkeypatch.setattr("numflash.api.explain.page_writer", lambda: found.append)
         return found
 
     def test_a_question_with_its_answer(self, written):
@@ -345,7 +345,7 @@ class TestPage:
         assert written == []
 
     def test_a_page_needs_its_writer(self, monkeypatch):
-        monkeypatch.setattr("numflash.api.explain.packages.entry_points", lambda group: [])
+        monkeypatch.setattr("numflash.api.pages.packages.entry_points", lambda group: [])
         x = np.zeros((1, 64, 2, 64), "float16")
         with pytest.raises(UnsupportedError, match="numflash_tuner, which is not installed"):
             numflash.explain(x, x, x, gpu="H200", to="page.html")

@@ -25,6 +25,7 @@ _SIMULATED = {"sm90": 64 * 1024 * 128, "portable": 2 * 1024 * 128}
 _SIMULATED_ELSE = 16 * 1024 * 128
 MOST_ROW_KEYS = 2**16
 """Keys of the row that are read."""
+_MOST_SCORES = 2**38
 LAG = 8.0
 """As `tiles.mma.softmax` has it, which is not imported: it would import Numba."""
 _WARP_ROWS, _CHOSEN = 16, 0.6
@@ -150,10 +151,12 @@ def find(asked: Asked) -> NumericsFacts:
     not_checked = no_row = ""
     try:
         checked = _checked(asked, elements)
-    except NotSimulatedError as error:
+    except (_NoBudgetError, NotSimulatedError) as error:
         not_checked = str(error)
     if asked.problem.codes is not None or asked.forward.traits.fp8:
         no_row = "P is rounded to 8 bits here, in units of each tile: section 8 shows its scales"
+    elif problem.seqlen_q * problem.seqlen_k > _MOST_SCORES:
+        no_row = "there are too many tiles to choose one"
     else:
         row = _row(asked, elements)
         no_row = "" if row is not None else "no row sees a key"
@@ -161,6 +164,10 @@ def find(asked: Asked) -> NumericsFacts:
 
 
 # A slice against its budget
+
+
+class _NoBudgetError(ValueError):
+    """A slice has no errors that could be drawn."""
 
 
 def run_check(arrays: tuple, options: dict) -> tuple[Error, ...]:
@@ -188,6 +195,12 @@ def _checked(asked: Asked, elements: Elements) -> Checked:
     else:
         found = simulate(run_check, arrays, options, arch=asked.machine.arch)
         place = "in the simulator"
+    for error in found:
+        if not np.isfinite([error.error, error.naive_error]).all():
+            raise _NoBudgetError(
+                f"{error.name} has no finite error, scores of the slice overflow in "
+                f"{problem.dtype}"
+            )
     return Checked(
         kernel=config or f"that of the rules for so few queries ({kernel.config.implementation})",
         place=place,

@@ -12,7 +12,7 @@ from ...model.grid import lay, memory_bytes
 from ...model.machine_code import Counts, MachineCode
 from ...model.prediction import PARTITIONS
 from ...space.machines import Machine
-from ..asked import Asked, Kernel
+from ..asked import TILED, Asked, Kernel
 from ..numbers import Number
 from .bytes import standard_bytes
 
@@ -323,6 +323,8 @@ def _buffers(config: Config, traits: Traits, smem_bytes: int) -> list[Buffer]:
 
 
 def _tile_bytes(config: Config, traits: Traits) -> dict[str, int]:
+    if config.family not in TILED:
+        return {"rows": config.smem_bytes(traits)}
     if hasattr(config, "tiles"):
         return {name: _WORD_BYTES * words for name, words in config.tiles(traits).items()}
     layout = config.smem_layout(traits)
@@ -333,6 +335,8 @@ def _tile_bytes(config: Config, traits: Traits) -> dict[str, int]:
 
 def _times(config: Config, name: str, sizes: Mapping[str, int]) -> int:
     """How many buffers of a kind a block has: of what it walks over, its stages."""
+    if config.family not in TILED:
+        return 1
     stages, groups = getattr(config, "num_stages", 1), getattr(config, "num_warpgroups", 1)
     if owns_keys(order_of(config)):
         return stages if name in ("q", "do", "lse", "delta") else 1

@@ -9,7 +9,7 @@ from ...drawing.shapes import STRIP_WIDTH, Bar, Mark, bars, rect, ruler, strip
 from ...drawing.style import HEAT_STEPS
 from ..facts.fp8 import Fp8Facts, Heads, Sizes
 
-_NAME_ROOM, _MOST_CELLS, _ROW = 40.0, 256, 30
+_NAME_ROOM, _MOST_CELLS, _ROW = 40.0, 128, 30
 
 
 def figures(facts: Fp8Facts) -> list[Figure]:
@@ -83,7 +83,7 @@ def _ground(x: Axis, y: Axis) -> Markup:
     for power in range(first, int(np.log2(x.high)) + 1, 4):
         at = x(2.0**power)
         parts.append(line(at, BOTTOM, at, BOTTOM + 4, "axis"))
-        parts.append(text(min(at, x.end - 10), BOTTOM + 16, f"2^{power}", "muted", "middle"))
+        parts.append(text(min(at, x.end - 12), BOTTOM + 16, f"2^{power}", "muted", "middle"))
     return joined([*parts, text(x.end, BOTTOM + 31, "absolute value", "muted", "end")])
 
 

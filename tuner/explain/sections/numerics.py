@@ -16,7 +16,7 @@ _MOST_DOTS, _MOST_TITLES = 1000, 64
 def figures(facts: NumericsFacts) -> list[Figure]:
     """The errors and the row, or why they are not there."""
     if facts.checked is None:
-        reason = f"The kernel was not run: {facts.not_checked}."
+        reason = f"There are no errors to draw: {facts.not_checked}."
         found = [Figure("Error against budget", escaped(reason))]
     else:
         found = [_errors(facts.checked, facts.elements)]
@@ -76,7 +76,7 @@ def _row(row: Row, elements: str) -> Figure:
         parts.append(line(_LEFT, y(tick), _RIGHT, y(tick), "grid"))
         parts.append(text(_LEFT - 6, y(tick) + 4, f"{tick:g}", "muted", "end"))
     parts.append(boxes(_dots(row, x, y), "full"))
-    parts += [_bar(row, i, x, s) for i in range(tiles)]
+    parts += _bars(row, x, s)
     parts.append(_steps(row.largest, x, y, "default", "the true running maximum"))
     parts.append(_steps(row.subtracted, x, y, "outline", "the number that is subtracted"))
     parts += _ends(row, y)
@@ -111,15 +111,21 @@ def _dots(row: Row, x: Axis, y: Axis) -> list[tuple[float, float, float, float]]
     return [(x(key / row.tile.value) - 0.6, y(row.scores[key]) - 0.6, 1.4, 1.4) for key in keys]
 
 
-def _bar(row: Row, i: int, x: Axis, s: Axis) -> Markup:
-    role = "edge" if row.own[i] else "max" if row.others[i] else "full"
-    about = ""
-    if len(row.sums) <= _MOST_TITLES or row.own[i]:
+def _bars(row: Row, x: Axis, s: Axis) -> list[Markup]:
+    """The sum after each tile; of many tiles only the first that rescale can be asked."""
+    gap = 2 if x(1) - x(0) > 6 else 0.0
+    many, found, parts = len(row.sums) > _MOST_TITLES, {"full": [], "edge": [], "max": []}, []
+    for i, total in enumerate(row.sums):
+        role = "edge" if row.own[i] else "max" if row.others[i] else "full"
+        width, top = max(0.3, x(i + 1) - x(i) - gap), s(float(total))
+        box = x(i) + gap / 2, top, width, _SUMS[1] - top
+        if many and not (row.own[i] and len(parts) < _MOST_TITLES):
+            found[role].append(box)
+            continue
         about = f"tile {i}: largest {row.largest[i]:.3f}, subtracted {row.subtracted[i]:.3f}, "
-        about += f"sum {row.sums[i]:.4g}, factor {row.factors[i]:.3g}"
-    gap = 2 if x(1) - x(0) > 6 else 0.4
-    width, top = max(0.4, x(i + 1) - x(i) - gap), s(float(row.sums[i]))
-    return rect(x(i) + gap / 2, top, width, _SUMS[1] - top, role, about)
+        about += f"sum {total:.4g}, factor {row.factors[i]:.3g}"
+        parts.append(rect(*box, role, about))
+    return [*(boxes(each, role) for role, each in found.items() if each), *parts]
 
 
 def _steps(values: np.ndarray, x: Axis, y: Axis, class_: str, about: str) -> Markup:

@@ -43,8 +43,8 @@ def figures(facts: ResourceFacts) -> list[Figure]:
     """The roofs, the parts, the turn and the share."""
     found = [] if facts.roofline is None else [_roofline(facts.roofline)]
     found += [] if facts.predicted is None else [_parts(facts)]
-    found += [] if facts.turn is None else [_turn(facts.turn, facts.no_code)]
-    return [*found, _share(facts.share, facts.no_code)]
+    found += [] if facts.turn is None else [turn_figure(facts.turn, facts.no_code)]
+    return [*found, share_figure(facts.share, facts.no_code)]
 
 
 def _roofline(roof: Roofline) -> Figure:
@@ -163,7 +163,7 @@ def _parts(facts: ResourceFacts) -> Figure:
     )
 
 
-def _turn(turn: Turn, no_code: str) -> Figure:
+def turn_figure(turn: Turn, no_code: str) -> Figure:
     """The clocks of a turn of the main loop, by unit."""
     origin = next(iter(turn.clocks.values())).origin
     source = "from machine code" if origin == "machine code" else "by formula"
@@ -200,7 +200,7 @@ def _turn(turn: Turn, no_code: str) -> Figure:
     )
 
 
-def _share(share: Share, no_code: str) -> Figure:
+def share_figure(share: Share, no_code: str) -> Figure:
     """Shared memory and registers of an SM, with all blocks that fit."""
     blocks = max(1, 1 if share.blocks is None else share.blocks.value)
     memory = Axis(0.0, float(share.sm_bytes.value), _EDGE, STRIP_WIDTH - _EDGE)
