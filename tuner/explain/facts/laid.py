@@ -4,11 +4,9 @@ What cannot be known without reading arrays is taken from what stands for it, an
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
-from numflash.api.block_masks import FULL, PARTIAL, BlockMask, own
 from numflash.reference.sequences import Extents, extents_of, lists_of
 from numflash.runtime.arrays import to_numpy
 from numflash.selection.geometry import heads_of_backward, tiles_listed
@@ -33,6 +31,7 @@ from ...model import block_clocks
 from ...model.clocks import BlockClocks
 from ...records import ResourceUsage
 from ..asked import Asked, Kernel, NotShownError
+from .block_masks import Blocks, block_mask, tiles_of_lists, with_blocks
 
 MOST_PLACES = 2**22
 """Of more, nobody follows each."""
@@ -67,7 +66,7 @@ class Laid:
     fit: int
     owns_keys: bool
     launch: Launch | None = None
-    blocks: "_Blocks | None" = None
+    blocks: Blocks | None = None
     listed: Places | None = None
     notes: tuple[str, ...] = ()
 
@@ -138,7 +137,7 @@ def places_of(found: Laid, num_heads_q: int) -> tuple[Places, np.ndarray]:
     at = places(launch)
     if found.blocks is None:
         return at, at.tiles
-    return at, _tiles_of_lists(at, launch, found.blocks, num_heads_q)
+    return at, tiles_of_lists(at, launch, found.blocks, num_heads_q)
 
 
 def clocks_of(asked: Asked, kernel: Kernel, found: Laid) -> BlockClocks:
@@ -170,11 +169,11 @@ def _dense(asked: Asked, kernel: Kernel) -> Laid:
     tiling, by_keys, kinds, notes = launch.tiling, owns_keys(order), None, []
     blocks = None
     if asked.problem.blocks is not None:
-        blocks = _block_mask(asked, by_keys)
+        blocks = block_mask(asked, by_keys)
         if blocks is None:
             notes.append("the lists of the block mask were not read: all blocks are taken as kept")
         elif tiling.rows and tiling.columns:
-            kinds = _with_blocks(tiling, blocks)
+            kinds = with_blocks(tiling, blocks)
             if blocks.kinds[..., 0, 0].size > 1:
                 notes.append("of batch entry 0, head 0")
     count = launch.heads * launch.splits
@@ -193,68 +192,6 @@ def _dense(asked: Asked, kernel: Kernel) -> Laid:
         blocks=blocks,
         notes=tuple(notes),
     )
-
-
-# A block mask
-
-
-class _Blocks(NamedTuple):
-    """A block mask on the host: EMPTY, EDGE or WHOLE of (batch, heads, rows, columns) of blocks.
-
-    Rows, and the first of its sizes, are of the side that blocks of the kernel own.
-    """
-
-    kinds: np.ndarray
-    size: tuple[int, int]
-
-
-def _block_mask(asked: Asked, by_keys: bool) -> _Blocks | None:
-    """The block mask of the call; None where it may not be read."""
-    mask = own(asked.question.options.get("block_mask"))
-    if not asked.question.data or not isinstance(mask, BlockMask):
-        return None
-    tiles = mask.tiles()
-    kinds = np.select([tiles == FULL, tiles == PARTIAL], [WHOLE, EDGE], EMPTY).astype(np.uint8)
-    size = mask.block_size
-    return _Blocks(kinds.swapaxes(2, 3), size[::-1]) if by_keys else _Blocks(kinds, size)
-
-
-def _with_blocks(tiling: Tiling, blocks: _Blocks) -> np.ndarray:
-    """Kinds of the first head's tiles, where both the band and the block mask have a say."""
-    seen, n = tiles_seen(tiling), np.arange(tiling.column_tiles)
-    begin, end, whole_begin, whole_end = (each[:, None] for each in seen)
-    of_band = ((n >= begin) & (n < end)).astype(np.uint8)
-    of_band += (n >= whole_begin) & (n < whole_end)
-    row = np.arange(tiling.row_tiles) * tiling.row_tile // tiling.pack // blocks.size[0]
-    column = n * tiling.column_tile // blocks.size[1]
-    return np.minimum(of_band, blocks.kinds[0, 0][row[:, None], column])
-
-
-def _tiles_of_lists(
-    found: Places, launch: Launch, blocks: _Blocks, num_heads_q: int
-) -> np.ndarray:
-    """Of each place the tiles of blocks that are not empty.
-
-    Splits share these evenly; of heads that repeat each has its own list.
-    """
-    tiling, kept = launch.tiling, (blocks.kinds != EMPTY).astype(np.int64)
-    per_block = blocks.size[1] // tiling.column_tile
-    before = np.pad(kept.cumsum(-1), [(0, 0)] * 3 + [(1, 0)])
-    kept = np.pad(kept, [(0, 0)] * 3 + [(0, 1)])
-    row = found.start // tiling.pack // blocks.size[0]
-    seen = tiles_seen(tiling)
-    begin, end = (each[found.start // tiling.row_tile] for each in (seen.begin, seen.end))
-    total = np.zeros(len(found), np.int64)
-    for repeat in range(found.repeats):
-        batch, head = np.divmod(found.head + repeat, num_heads_q)
-        where = np.minimum(batch, len(kept) - 1), np.minimum(head, kept.shape[1] - 1), row
-        for tile, sign in ((end, 1), (begin, -1)):
-            block, part = np.divmod(tile, per_block)
-            total += sign * (before[*where, block] * per_block + kept[*where, block] * part)
-    if launch.splits == 1 or launch.order != "in bundles":
-        return total
-    share = -(-total // launch.splits)
-    return np.clip(total - found.split * share, 0, share)
 
 
 # Sequences with lengths of their own

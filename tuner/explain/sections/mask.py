@@ -1,4 +1,4 @@
-"""The mask over tiles: squares, the work of each tile of rows beside them, the walk of a block."""
+"""The mask over tiles: squares, and the work of each tile of rows beside them."""
 
 import numpy as np
 
@@ -6,36 +6,26 @@ from numflash.selection.layout import EDGE, EMPTY, WHOLE
 
 from ...drawing.axes import Axis, chart, line, text, upwards, width_of
 from ...drawing.figures import Figure, Table, swatch
-from ...drawing.markup import Markup, joined, tag
+from ...drawing.markup import joined
 from ...drawing.shapes import (
-    SMALL,
-    STRIP_FONT,
-    STRIP_WIDTH,
     Box,
     between,
-    boxed_text,
     boxes,
     rect,
     slashes,
-    strip,
 )
-from ..facts.mask import MaskFacts, Walk
+from ..facts.mask import MaskFacts
+from . import walk
+from .walk import ROLES, sides
 
 _LEFT, _TOP, _WIDTH, _HEIGHT = 40, 24, 262.0, 288.0
 _MOST, _LEAST = 22.0, 6.0
-_ROLES = {EMPTY: "none", EDGE: "edge", WHOLE: "full"}
-_NAMES = {EMPTY: "skipped", EDGE: "masked", WHOLE: "whole"}
 
 
 def figures(facts: MaskFacts) -> list[Figure]:
     """The tiles, the work of their rows, and the walk of one block."""
     found = [_tiles(facts), _work(facts)]
-    return found if facts.walk is None else [*found, _walk(facts, facts.walk)]
-
-
-def _sides(facts: MaskFacts) -> tuple[str, str]:
-    """What rows and columns are."""
-    return ("keys", "queries") if facts.owns_keys else ("queries", "keys")
+    return found if facts.walk is None else [*found, walk.figure_of(facts, facts.walk)]
 
 
 def _pitch(count: int, room: float) -> float:
@@ -45,13 +35,13 @@ def _pitch(count: int, room: float) -> float:
 def _tiles(facts: MaskFacts) -> Figure:
     rows, columns = facts.squares.shape
     width, height = _pitch(columns, _WIDTH), _pitch(rows, _HEIGHT)
-    found = {kind: _runs(facts.squares == kind, width, height) for kind in _ROLES}
+    found = {kind: _runs(facts.squares == kind, width, height) for kind in ROLES}
     partial = [
         (_LEFT + n * width, _TOP + m * height, width, height)
         for m, n in np.argwhere(facts.squares == EDGE)
     ]
     bottom, right = _TOP + rows * height, _LEFT + columns * width
-    own, other = _sides(facts)
+    own, other = sides(facts)
     parts = [
         boxes(found[EMPTY], "none", f"empty: {facts.empty} tiles, never visited"),
         boxes(found[WHOLE], "full", f"full: {facts.whole} tiles, without a mask"),
@@ -113,7 +103,7 @@ def _squares(facts: MaskFacts) -> str:
 def _work(facts: MaskFacts) -> Figure:
     """Bars at the pitch of the squares: of each row, or each row of squares, the mean."""
     work, step = facts.work.value, facts.step[0]
-    rows, own = len(facts.squares), _sides(facts)[0]
+    rows, own = len(facts.squares), sides(facts)[0]
     height = _pitch(rows, _HEIGHT)
     bottom, most = _TOP + rows * height, max(1.0, float(facts.most.value))
     x = Axis(0.0, most, 52, 302)
@@ -154,64 +144,3 @@ def _work(facts: MaskFacts) -> Figure:
         ),
         Table((f"from tile of {own}", "tiles visited"), rows_of_table, (0, 1)),
     )
-
-
-def _walk(facts: MaskFacts, walk: Walk) -> Figure:
-    """From left to right in time, a row for each unit that masks by itself."""
-    own, other = _sides(facts)
-    left, pitch = 116, 27
-    size = min(34.0, (STRIP_WIDTH - left - 16) / len(walk.shown))
-    parts = [text(left - 10, 16, f"tile of {other}", "muted", "end")]
-    every = next(n for n in (1, 2, 4, 8) if n * size > width_of("000", STRIP_FONT * SMALL) + 3)
-    for at, place in enumerate(walk.shown):
-        if place >= 0 and at % every == 0:
-            middle = left + (at + 0.5) * size
-            parts.append(text(middle, 16, str(walk.tiles[place]), "muted small", "middle"))
-    tile = facts.column_tile.value
-    for n, (name, _, _) in enumerate(walk.units):
-        y, edges = 24 + n * pitch, []
-        parts.append(text(left - 10, y + 15, name, None, "end"))
-        for at, place in enumerate(walk.shown):
-            box = left + at * size, y, size - 1.5, pitch - 5.0
-            if place < 0:
-                parts.append(boxed_text(box, "…", "muted", 9))
-                continue
-            kind, column = int(walk.kinds[n, place]), int(walk.tiles[place])
-            about = f"{other} {column * tile:,} to {(column + 1) * tile - 1:,}: {_NAMES[kind]}"
-            parts.append(rect(*box, _ROLES[kind], about))
-            edges += [box] if kind == EDGE else []
-        parts += [slashes(edges)] if edges else []
-    whole, masked, skipped = (walk.counts[name] for name in ("whole", "masked", "skipped"))
-    said = f"{len(walk.tiles)} steps: {whole} whole, {masked} masked and {skipped} skipped"
-    rows = [
-        (int(tile), *(_NAMES[int(kind)] for kind in walk.kinds[:, i]))
-        for i, tile in enumerate(walk.tiles)
-    ]
-    return Figure(
-        f"The walk of one block: {own} {walk.first} to {walk.last}",
-        joined([*_legend(), f"{said}, from left to right in time. ", *_said(facts, walk)]),
-        strip(said, *parts, height=28 + pitch * len(walk.units)),
-        Table((f"tile of {other}", *(name for name, _, _ in walk.units)), rows, (0,)),
-        wide=True,
-    )
-
-
-def _legend() -> list[Markup]:
-    return [
-        swatch("full", "whole"),
-        swatch("edge", "masked"),
-        swatch("none", "skipped: these rows see nothing there"),
-    ]
-
-
-def _said(facts: MaskFacts, walk: Walk) -> list[object]:
-    if facts.owns_keys:
-        each = "For each tile of queries S and P are computed again, and dK and dV grow."
-    else:
-        each = "Each step multiplies a tile of keys, and only masked ones pay for the mask."
-    said: list[object] = [tag("b", each)]
-    if walk.parts.value > 1:
-        said.append(
-            f" {walk.parts} blocks share the tiles of these rows; this is number {walk.part}."
-        )
-    return said
