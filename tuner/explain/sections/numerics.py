@@ -10,7 +10,7 @@ from ..facts.numerics import Checked, NumericsFacts, Row
 
 _LEFT, _RIGHT = 60, STRIP_WIDTH - 60
 _SCORES, _SUMS = (26.0, 190.0), (218.0, 292.0)
-_MOST_DOTS, _MOST_TITLES = 1000, 64
+_MOST_DOTS, _MOST_TITLES, _MOST_BARS = 1000, 64, 400
 
 
 def figures(facts: NumericsFacts) -> list[Figure]:
@@ -112,14 +112,17 @@ def _dots(row: Row, x: Axis, y: Axis) -> list[tuple[float, float, float, float]]
 
 
 def _bars(row: Row, x: Axis, s: Axis) -> list[Markup]:
-    """The sum after each tile; of many tiles only the first that rescale can be asked."""
+    """The sum after each tile, or each of a few; of many only the first that rescale are named."""
+    step = -(-len(row.sums) // _MOST_BARS)
     gap = 2 if x(1) - x(0) > 6 else 0.0
     many, found, parts = len(row.sums) > _MOST_TITLES, {"full": [], "edge": [], "max": []}, []
-    for i, total in enumerate(row.sums):
-        role = "edge" if row.own[i] else "max" if row.others[i] else "full"
-        width, top = max(0.3, x(i + 1) - x(i) - gap), s(float(total))
+    for i in range(0, len(row.sums), step):
+        end = min(i + step, len(row.sums))
+        own, others, total = row.own[i:end].any(), row.others[i:end].any(), row.sums[end - 1]
+        role = "edge" if own else "max" if others else "full"
+        width, top = max(0.3, x(end) - x(i) - gap), s(float(total))
         box = x(i) + gap / 2, top, width, _SUMS[1] - top
-        if many and not (row.own[i] and len(parts) < _MOST_TITLES):
+        if many and not (own and len(parts) < _MOST_TITLES):
             found[role].append(box)
             continue
         about = f"tile {i}: largest {row.largest[i]:.3f}, subtracted {row.subtracted[i]:.3f}, "
@@ -130,11 +133,12 @@ def _bars(row: Row, x: Axis, s: Axis) -> list[Markup]:
 
 def _steps(values: np.ndarray, x: Axis, y: Axis, class_: str, about: str) -> Markup:
     """A line that is level over each tile."""
-    path = ""
-    for i, value in enumerate(values):
+    path, ends = "", np.flatnonzero(np.append(values[1:] != values[:-1], True))
+    for i, end in zip([0, *(ends[:-1] + 1)], ends, strict=True):
+        value = float(values[i])
         if np.isfinite(value):
             begin = f"V{y(value):.1f}" if path else f"M{x(i):.1f} {y(value):.1f}"
-            path += f"{begin}H{x(i + 1):.1f}"
+            path += f"{begin}H{x(end + 1):.1f}"
     return tag("path", tag("title", about), d=path or f"M{_LEFT} {_SCORES[1]}", class_=class_)
 
 
