@@ -24,6 +24,8 @@ from ..space import machines
 from ..space.machines import Machine
 from ..space.target import local_machine
 
+_MOST_SCORES_IN_TURN = 2**31
+
 
 class NotShownError(LookupError):
     """A section does not apply to a call or a kernel; the message says why."""
@@ -208,6 +210,9 @@ def _prediction(
     # The model has no rates for products of 8-bit floats.
     known = asked.family in (*TILED, *ROW_KERNELS) and not asked.traits.fp8
     if not known or not asked.seqlen_q * asked.seqlen_k * asked.batch_heads:
+        return None
+    # The model plays turns of blocks through tile by tile: of such a call for minutes.
+    if asked.family == "backward" and asked.seqlen_q * asked.seqlen_k > _MOST_SCORES_IN_TURN:
         return None
     try:
         if resources is None:
