@@ -21,7 +21,13 @@ class NotSimulatedError(RuntimeError):
     """The process that simulates has failed; the message says why, in one line."""
 
 
-def simulate(work: Callable, *arguments, arch: str, seconds: float = _MOST_SECONDS):
+def simulate(
+    work: Callable,
+    *arguments,
+    arch: str,
+    seconds: float = _MOST_SECONDS,
+    speaks: bool = False,
+):
     """The result of work(*arguments) where kernels are simulated.
 
     In this process if it simulates this architecture, else in one of its own.
@@ -31,6 +37,8 @@ def simulate(work: Callable, *arguments, arch: str, seconds: float = _MOST_SECON
         arguments: of it; they and the result can be pickled.
         arch: that the simulator models, as in "sm_90a".
         seconds: after which the process is given up.
+        speaks: whether what the work writes to stderr is shown; otherwise its last line is the
+            reason if the process dies.
 
     Raises:
         NotSimulatedError: the work failed, or took too long.
@@ -38,7 +46,7 @@ def simulate(work: Callable, *arguments, arch: str, seconds: float = _MOST_SECON
     if simulating() and limits_of_device(0).arch == arch:
         answer = _answer(work, arguments)
     else:
-        answer = _ask((work, arguments), arch, seconds)
+        answer = _ask((work, arguments), arch, seconds, speaks)
     if isinstance(answer, _Failure):
         raise NotSimulatedError(answer.reason)
     return answer
@@ -58,7 +66,7 @@ def _answer(work: Callable, arguments: tuple):
         return _Failure(in_one_line(error))
 
 
-def _ask(task: tuple, arch: str, seconds: float):
+def _ask(task: tuple, arch: str, seconds: float, speaks: bool):
     """The answer of a process that simulates. Configs are those of rules, not this user's."""
     environment = {
         **os.environ,
@@ -72,7 +80,8 @@ def _ask(task: tuple, arch: str, seconds: float):
         done = subprocess.run(
             command,
             input=pickle.dumps(task),
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=None if speaks else subprocess.PIPE,
             env=environment,
             timeout=seconds,
         )
@@ -81,7 +90,8 @@ def _ask(task: tuple, arch: str, seconds: float):
     except OSError as error:
         return _Failure(f"no process can be started: {in_one_line(error)}")
     if done.returncode:
-        last = done.stderr.decode(errors="replace").strip().splitlines()[-1:] or ["no message"]
+        said = (done.stderr or b"").decode(errors="replace").strip().splitlines()
+        last = said[-1:] or ["no message"]
         return _Failure(f"the process ended with {done.returncode}: {last[0]}")
     return pickle.loads(done.stdout)
 

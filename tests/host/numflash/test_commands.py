@@ -37,6 +37,7 @@ COMMANDS = {
         ),
         False,
     ),
+    "explain-gpus": ((PYTHON, "-m", "numflash_tuner.explain.cli", "--list-gpus"), False),
     "tune-help": ((PYTHON, "-m", "numflash_tuner", "--help"), False),
     "tune-devices": ((PYTHON, "-m", "numflash_tuner", "--list-devices"), False),
     "tune-shipped": ((PYTHON, "-m", "numflash_tuner", "validate", "--shipped"), False),

@@ -109,7 +109,6 @@ def test_every_candidate_for_wgmma_is_chosen_somewhere_and_fits_with_all_feature
     [
         ("float32-d64-dv64-vec", {}, "of float16 or bfloat16, not of float32"),
         ("float32-d64-dv64-vec-tf32", {}, "of float16 or bfloat16, not of float32"),
-        ("float16-d64-dv64-vec-selected", {}, "not those that a table names"),
         ("float16-d64-dv64-vec", {"positive_scale": False}, "softmax_scale is not positive"),
         ("float16-d64-dv64-vec", {"no_bulk_copies": "k is odd"}, "k is odd"),
     ],

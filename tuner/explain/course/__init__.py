@@ -3,9 +3,6 @@
 `run` gives lessons, `write` a page of them. A lesson is a module; `LESSONS` names them in order.
 """
 
-import os
-import pickle
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -13,8 +10,8 @@ from importlib import import_module
 from pathlib import Path
 
 from numflash.runtime.files import replace_file
-from numflash.runtime.mode import simulating
 
+from ..simulated import simulate
 from . import page
 from .lesson import Lesson
 
@@ -31,8 +28,7 @@ LESSONS = {
     "eight_bits": "eight bits and an outlier",
 }
 """A module of each lesson, and what it is about; lesson 1 is the first."""
-_ARCH = "NUMFLASH_SIM_ARCH"
-_SIMULATOR = {"NUMBA_ENABLE_CUDASIM": "1", _ARCH: "sm_80", "NUMFLASH_TUNED": "0"}
+_ARCH, _SECONDS = "sm_80", 600.0
 
 
 def numbers_of(asked: Sequence[str | int]) -> list[int]:
@@ -66,7 +62,7 @@ def run(numbers: Sequence[str | int] = (), quiet: bool = False) -> list[Lesson]:
 
     Raises:
         ValueError: there is no such lesson.
-        RuntimeError: the other process failed; stderr has its words.
+        RuntimeError: the other process failed; the message says why.
 
     Example:
         >>> [lesson] = run([2], quiet=True)
@@ -74,8 +70,7 @@ def run(numbers: Sequence[str | int] = (), quiet: bool = False) -> list[Lesson]:
         True
     """
     numbers = numbers_of(numbers)
-    is_here = simulating() and os.environ.get(_ARCH) in (None, "", _SIMULATOR[_ARCH])
-    return compute(numbers, quiet) if is_here else _elsewhere(numbers, quiet)
+    return simulate(compute, numbers, quiet, arch=_ARCH, seconds=_SECONDS, speaks=not quiet)
 
 
 def compute(numbers: Sequence[int], quiet: bool) -> list[Lesson]:
@@ -94,28 +89,3 @@ def compute(numbers: Sequence[int], quiet: bool) -> list[Lesson]:
 def write(path: str | Path, lessons: Sequence[Lesson]) -> None:
     """Write a page of lessons, complete in itself. Raises OSError if it cannot be written."""
     replace_file(Path(path), page.of(lessons))
-
-
-def answer(numbers: Sequence[int], quiet: bool) -> None:
-    """Compute lessons and write them to stdout for `run`: what its other process does."""
-    output, sys.stdout = sys.stdout.buffer, sys.stderr
-    if not simulating():
-        raise RuntimeError("NUMBA_ENABLE_CUDASIM=1 is set, and Numba's configuration overrules it")
-    pickle.dump(compute(numbers, quiet), output)
-    output.flush()
-
-
-def _elsewhere(numbers: list[int], quiet: bool) -> list[Lesson]:
-    path = os.pathsep.join(path for path in sys.path if path)
-    program = f"from {__name__} import answer; answer({numbers}, {quiet})"
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        stdout=subprocess.PIPE,
-        env=dict(os.environ, PYTHONPATH=path, **_SIMULATOR),
-        check=False,
-    )
-    if done.returncode:
-        raise RuntimeError(
-            f"the process that computes the lessons in the simulator ended with {done.returncode}"
-        )
-    return pickle.loads(done.stdout)
