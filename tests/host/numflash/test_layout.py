@@ -142,7 +142,7 @@ def of_keys(config, shape, mask, in_flight):
     if config.family == "backward" and not hasattr(config, "dq_buffers"):
         return fused_place_of(config, shape)
     if config.family == "backward":
-        place_of = make_place_of_last_keys(config.tile_n)
+        place_of = make_place_of_last_keys(config.tile_n, DENSE)
         shape = BundledShape(*shape, i32(in_flight))
     else:
         place_of = blocks.make_place_of_keys(config.tile_n, DENSE)
