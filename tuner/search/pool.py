@@ -165,8 +165,10 @@ class _Worker:
                 if waited > timeout or closing():
                     raise TimeoutError
             return self._pipe.recv()
-        except Exception:
-            self.stop()
+        except Exception as error:
+            # Who closed the pipe ends by itself, with a status that says more than that of a kill.
+            died = isinstance(error, EOFError | OSError) and not isinstance(error, TimeoutError)
+            self.stop(_EXIT_SECONDS if died else 0.0)
             raise
 
     def _start(self) -> None:
@@ -183,18 +185,18 @@ class _Worker:
             theirs.close()
         self._process = process
 
-    def stop(self) -> None:
-        """End the process."""
+    def stop(self, seconds: float = 0.0) -> None:
+        """End the process; before it is killed it has so many seconds to end by itself."""
         if self._process is not None:
             self._pipe.close()
-            self._process.join(_POLL_SECONDS)
+            self._process.join(max(seconds, _POLL_SECONDS))
             self._process.kill()
             self._process.join()
             self.ending = f"exit status {self._process.exitcode}"
             self._process = None
 
 
-_POLL_SECONDS = 0.2
+_POLL_SECONDS, _EXIT_SECONDS = 0.2, 5.0
 
 
 def _work_off(pipe: Connection, work: Callable[..., Examined]) -> None:
