@@ -12,8 +12,11 @@ from numflash.runtime.views import Operand
 class _Lists:
     """Lists that one kernel makes, and whether they have been made."""
 
-    def __init__(self, launch: Callable[[int], None], operands: dict[str, Operand]):
-        self._launch, self.operands, self._is_made = launch, operands, False
+    def __init__(
+        self, launch: Callable[[int], None], operands: dict[str, Operand], names: list[str]
+    ):
+        self._launch, self.operands, self.names = launch, operands, names
+        self._is_made = False
 
     def make(self, stream: int) -> None:
         """Make them, of the lengths that there are now."""
@@ -70,7 +73,7 @@ class Schedule:
             own = dict(self._operands)
             launch = kernel.bind(own, self._library)
             made = {name: own[name] for name in kernel.operands}
-            self._lists[kernel.key] = _Lists(launch, made)
+            self._lists[kernel.key] = _Lists(launch, made, kernel.names)
         lists = self._lists[kernel.key]
         operands |= lists.operands
         return lists.make_once
@@ -95,7 +98,7 @@ class Schedule:
     def __repr__(self) -> str:
         return (
             f"Schedule({self._entries} sequences, {', '.join(self.arrays)}, "
-            f"{sum(len(lists.operands) for lists in self._lists.values())} lists)"
+            f"{sum(len(lists.names) for lists in self._lists.values())} lists)"
         )
 
     def _expect_for(self, operands: dict[str, Operand]) -> None:

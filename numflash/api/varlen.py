@@ -110,6 +110,8 @@ def attention_varlen_backward(
         dlse, delta, wrt, grad_dtype, stream: as in `attention_backward`; dlse and delta are shaped
             like lse. Of alibi_slopes the gradient is of those of shape (num_heads_q,).
         check_lengths: as in `attention_varlen`; sequences that share a row of k are refused, too.
+            Without it the gradients of such a call are undefined, those of its other sequences
+            too.
 
     Returns:
         A tuple with a gradient for each name in wrt, by default dq, dk and dv; rows that no

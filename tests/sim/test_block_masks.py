@@ -190,6 +190,7 @@ def test_random_blocks_of_each_head_are_within_budget(on, name):
     "sm90-pingpong",
     "sm90-splits",
     "sm90-backward",
+    "sm90-one-backward",
     kept=["sm80-one-stage", "sm90-splits"],
 )
 def test_batches_share_lists_and_the_band_cuts_them(on, name):
@@ -208,6 +209,7 @@ def test_batches_share_lists_and_the_band_cuts_them(on, name):
     "sm90-overlap",
     "sm90-pingpong",
     "sm90-backward",
+    "sm90-one-backward",
     kept=["sm90-overlap"],
 )
 def test_a_function_with_its_blocks_is_causal_bit_for_bit(on, name):
