@@ -93,6 +93,7 @@ def test_maps_arrive_by_value_next_to_the_other_arguments(hopper, dtype, number)
     }
     assert others == {
         "out": out.data.ptr,
+        "in_fp8": 0,
         "lse": lse.data.ptr,
         "out.split": 0,
         "out.batch": S * H * 96,
