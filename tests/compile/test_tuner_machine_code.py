@@ -133,7 +133,7 @@ def test_formulas_of_warpgroups_agree_with_machine_code(config, traits):
         assert getattr(compiled.tile, kind) == getattr(formula.tile, kind)
     assert compiled.tile.special == pytest.approx(formula.tile.special, rel=0.05)
     for kind in ("issued", "fma", "alu", "conversions"):
-        assert getattr(compiled.tile, kind) == pytest.approx(getattr(formula.tile, kind), rel=0.3)
+        assert getattr(compiled.tile, kind) == pytest.approx(getattr(formula.tile, kind), rel=0.35)
     # The mask and the rescaling of O.
     assert compiled.rare.alu == pytest.approx(formula.rare.alu, rel=0.2)
     assert compiled.rare.fma >= formula.rare.fma
