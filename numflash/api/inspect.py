@@ -276,6 +276,8 @@ def main(argv: list[str] | None = None) -> int:
                     print(cost_of_functions(report, plain))
     except UnsupportedError as error:
         parser.exit(1, f"{parser.prog}: error: {error}\n")
+    except BrokenPipeError:
+        raise  # of stdout, which `command` knows
     except OSError as error:
         parser.exit(1, f"{parser.prog}: error: {args.html}: {error.strerror or error}\n")
     return 0
