@@ -5,6 +5,7 @@ import numpy as np
 
 from numflash.api.explain import Question, explain
 from tuner.explain.asked import Asked, ask
+from tuner.explain.unread import unread
 
 BFLOAT16 = ml_dtypes.bfloat16
 CALLS = {
@@ -37,7 +38,7 @@ def asked(
     keys = seqlen_q if seqlen_k is None else seqlen_k
     kv_shape = batch, keys, kv_heads or heads, head_dim
     arrays = {"q": shape, "k": kv_shape, "v": kv_shape}
-    arrays = {name: unread(each, dtype) for name, each in arrays.items()}
+    arrays = {name: unread(each, np.dtype(dtype).name) for name, each in arrays.items()}
     return asked_arrays(gpu, arrays, data, **options)
 
 
@@ -45,10 +46,3 @@ def asked_arrays(gpu: str, arrays: dict, data=False, **options) -> Asked:
     """A call with these arrays."""
     answer = explain(*arrays.values(), gpu=gpu, data=data, **options)
     return ask(Question(arrays, options, gpu, data, None, answer), "none")
-
-
-def unread(shape: tuple[int, ...], dtype) -> np.ndarray:
-    """An array of any size that takes no memory."""
-    strides = np.cumprod([np.dtype(dtype).itemsize, *shape[:0:-1]])[::-1]
-    one = np.zeros(16, dtype)
-    return np.lib.stride_tricks.as_strided(one, shape, tuple(map(int, strides)), writeable=False)

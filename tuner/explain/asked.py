@@ -135,7 +135,13 @@ def machine_of(question: Question) -> Machine:
         ValueError: the model has none.
     """
     if question.gpu is not None:
-        return machines.find(question.gpu)
+        try:
+            return machines.find(question.gpu)
+        except ValueError as error:
+            raise ValueError(
+                "a page needs the offline model's figures of a GPU, and there are none of "
+                f"{question.gpu!r}; numflash-explain --list-gpus lists those that it knows"
+            ) from error
     device = question.answer.machine.device
     # The simulator is an architecture; the GPU that stands for it is in the table.
     return machines.find(device_name(device)) if SIMULATED else local_machine(device)

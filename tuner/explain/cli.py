@@ -89,6 +89,10 @@ def main(argv: list[str] | None = None) -> int:
             require_replaceable(args.to)
         except OSError as error:
             parser.error(f"--to {args.to}: {error.strerror or error}")
+    if args.course is not None and (args.json or args.gpu is not None or args.shape is not None):
+        parser.error(
+            "--course is of no call: it goes with --to, not with --gpu, --shape and --json"
+        )
     if args.course is None and (args.gpu is None or args.shape is None):
         parser.error("--gpu and --shape say what to explain, or --course; see --help")
     try:

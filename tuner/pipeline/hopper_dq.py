@@ -8,12 +8,11 @@ from collections.abc import Iterator, Sequence
 from numflash.configs import WARPGROUP_ROWS, Traits
 from numflash.configs.wgmma_backward import Sm90BackwardDqConfig
 
+from .hopper_queries import produce
 from .steps import (
     REGISTERS,
     Begin,
     Channel,
-    Claim,
-    Fetch,
     Program,
     Release,
     Step,
@@ -33,7 +32,7 @@ def program(config: Sm90BackwardDqConfig, traits: Traits, walks: Sequence[Walk])
     return Program(
         roles={
             **{f"WG {group}": role(_consume, walk, stages) for group in range(groups)},
-            "producer": role(_produce, walk, stages),
+            "producer": role(produce, walk, stages, ("K", "V")),
         },
         shapes={
             "S": (rows, tile_n, traits.head_dim),
@@ -53,16 +52,6 @@ def program(config: Sm90BackwardDqConfig, traits: Traits, walks: Sequence[Walk])
             "V": Channel("V", stages, groups),
         },
     )
-
-
-def _produce(walk: Walk, stages: int) -> Iterator[Step]:
-    """Q and dO, which come once, and then K and V tile by tile."""
-    if walk.tiles:
-        yield Fetch("OWNED", 0, 0)
-    for tile in range(walk.tiles):
-        for channel in ("K", "V"):
-            yield Claim(channel, tile % stages)
-            yield Fetch(channel, tile % stages, tile)
 
 
 def _consume(walk: Walk, stages: int) -> Iterator[Step]:

@@ -116,7 +116,10 @@ def laid(asked: Asked, kernel: Kernel) -> Laid:
     Raises:
         NotShownError: there are no scores.
     """
-    found = _dense(asked, kernel) if asked.problem.lengths is None else _listed(asked, kernel)
+    problem = asked.problem
+    if not problem.batch * problem.num_heads_q:
+        raise NotShownError("there are no heads, so there is nothing to draw")
+    found = _dense(asked, kernel) if problem.lengths is None else _listed(asked, kernel)
     if not found.tiling.rows or not found.tiling.columns:
         raise NotShownError("there are no scores, so there is nothing to draw")
     return found

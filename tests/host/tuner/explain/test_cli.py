@@ -56,6 +56,12 @@ def test_without_a_page_the_kernels_are_printed(run):
     assert status == 0 and out.startswith("on NVIDIA H200") and "\nforward: sm90-" in out
 
 
+def test_a_call_without_heads_has_a_page(run, tmp_path):
+    page = tmp_path / "page.html"
+    assert run(*CALL, "--shape", "0,300,4,64", "--to", page)[0] == 0
+    assert "There are no heads, so there is nothing to draw" in page.read_text()
+
+
 def test_arrays_take_no_memory(run):
     status, out, _ = run(*CALL, "--shape", "16,1048576,64,128")
     assert status == 0 and "forward: sm90-" in out
@@ -74,6 +80,9 @@ def test_arrays_take_no_memory(run):
         (["--gpu", "H200", "--shape", "1,2,3,64", "--config", "m1"], "m1"),
         (["--gpu", "H200", "--shape", "9999999,9999999,9,64"], "more than 2**40 elements"),
         (["--gpu", "H200", "--shape", "1,2,3,64", "--to", "/nowhere/p.html"], "--to /nowhere"),
+        (["--gpu", "sm_87", "--shape", "1,2,3,64", "--json"], "there are none of 'sm_87'"),
+        (["--course", "2", "--json"], "--course is of no call"),
+        (["--course", "--gpu", "H200"], "--course is of no call"),
     ],
 )
 def test_bad_arguments(run, argv, message):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.support.drawings import SVG
-from tests.support.explained_calls import CALLS, asked, asked_about, asked_arrays, unread
+from tests.support.explained_calls import CALLS, asked, asked_about, asked_arrays
 from tests.support.pages import page_faults
 from tuner.drawing.document import document
 from tuner.drawing.figures import arranged
@@ -17,6 +17,7 @@ from tuner.explain.facts import timeline as timeline_facts
 from tuner.explain.facts.laid import clocks_of, laid, places_of
 from tuner.explain.sections import schedule as section
 from tuner.explain.sections import timeline as timeline_section
+from tuner.explain.unread import unread
 
 
 @pytest.fixture(autouse=True)
@@ -98,7 +99,7 @@ def test_nothing_to_do():
 
 @pytest.mark.parametrize("gpu", ["H200", "A100"])
 def test_sequences_with_lengths_of_their_own(gpu):
-    ends, x = np.array([0, 100, 1124, 1200, 3000], np.int32), unread((3000, 4, 64), np.float16)
+    ends, x = np.array([0, 100, 1124, 1200, 3000], np.int32), unread((3000, 4, 64), "float16")
     lengths = {"cu_seqlens_q": ends, "cu_seqlens_k": ends, "layout": "thd", "causal": True}
     call = asked_arrays(gpu, {"q": x, "k": x, "v": x}, True, **lengths)
     for kernel in kernels(call):
