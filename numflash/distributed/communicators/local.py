@@ -4,7 +4,7 @@ import queue
 import threading
 
 from numflash.distributed.arrays import Arrays
-from numflash.distributed.communicators import CommunicatorError
+from numflash.distributed.communicators import Agreed, CommunicatorError
 
 
 class _Meeting:
@@ -21,6 +21,7 @@ class Local:
 
     def __init__(self, meeting: _Meeting, rank: int):
         self._meeting, self.rank, self.size = meeting, rank, meeting.size
+        self.agreed = Agreed()
 
     def exchange(self, sends, receives, what):
         """See `Communicator`."""
