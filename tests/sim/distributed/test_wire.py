@@ -170,6 +170,10 @@ def test_blocks_of_a_scale_lie_on_one_rank():
         expect_layout_for(BLOCKS, Layout.zigzag(72, 3))
     with pytest.raises(ValueError, match="documents of other lengths need"):
         expect_layout_for(BLOCKS, Layout.zigzag_documents([64, 20, 12], 2, multiple=16))
+    # Where the end of a sequence comes first, it shares a block of rows with what follows.
+    pieces = [[(0, 32, 13), (0, 0, 16)], [(0, 16, 16)]]
+    with pytest.raises(ValueError, match="begins at token 0, its row 13"):
+        expect_layout_for(BLOCKS, Layout.of_segments([45], pieces))
     expect_layout_for(BLOCKS, Layout.zigzag(72, 3, multiple=16))
     expect_layout_for(BLOCKS, Layout.zigzag_documents([64, 32, 12], 1, multiple=16))
     for wire in (None, "e4m3", ROTATED):
