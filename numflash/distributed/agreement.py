@@ -1,4 +1,4 @@
-"""Ranks agree on a call before its first message: a message that fits nobody's buffer has no error.
+"""Ranks agree on a call before its first message: messages that do not fit raise no error.
 
 Too many bytes end the receiver's process, too few give garbage, another dtype of as many bytes
 gives wrong numbers. So before the first call of each kind the ranks compare what they ask for, as
@@ -134,7 +134,7 @@ def _texts_of_all(comms: tuple[Communicator, ...], text: str) -> list[str] | Non
     for comm in comms:
         found = comm.agree(json.dumps(texts))
         differs = differs or found is not None
-        texts = texts * comm.size if found is None else sum(map(json.loads, found), [])
+        texts = texts * comm.size if found is None else [x for y in found for x in json.loads(y)]
     return texts if differs else None
 
 

@@ -152,8 +152,8 @@ def test_a_refusal_comes_with_what_ranks_differ_in():
 
     errors = errors_of(3, lambda rank: {"causal": rank == 1}, check)
     expected = (
-        "rank 1 refuses the call: head_dim 1 (rank 2 refuses, too); the ranks also differ: causal: "
-        "rank 1 has True where ranks 0 and 2 have False"
+        "rank 1 refuses the call: head_dim 1 (rank 2 refuses, too); the ranks also differ: "
+        "causal: rank 1 has True where ranks 0 and 2 have False"
     )
     assert list(map(str, errors)) == [expected] * 3
 
@@ -197,7 +197,7 @@ def test_an_error_of_another_kind_leaves_nobody_waiting():
 
 
 def calls(size, asked):
-    """(rounds of each rank, results) of calls one after the other; `asked(rank)` are their items."""
+    """The rounds of each rank for calls one after the other; `asked(rank)` are their items."""
     comms = [Counted(comm) for comm in local(size, timeout=20.0)]
 
     def work(comm):
@@ -260,7 +260,7 @@ def test_a_rank_that_refuses_what_all_know_raises_alone():
     def refuse():
         raise ValueError("requires a gradient")
 
-    with pytest.raises(ValueError, match="^requires a gradient$"):
+    with pytest.raises(ValueError, match=r"^requires a gradient$"):
         agree(comms[0], "attention", items(), refuse)
     assert comms[0].rounds == 1
 
