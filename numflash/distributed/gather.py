@@ -265,7 +265,9 @@ class _Shares:
         sends = [(as_bytes(self._buffer[slice(*m.rows)]), m.peer) for m in give.sends]
         pairs = zip(self._arrived, give.receives, strict=True)
         receives = [(as_bytes(x), m.peer) for x, m in pairs]
-        what = f"gradients of keys and values of heads {self._heads.start} to {self._heads.stop-1}"
+        what = (
+            f"gradients of keys and values of heads {self._heads.start} to {self._heads.stop - 1}"
+        )
         self._under_way = _post(self._problem, give, sends, receives, what), self._heads
 
     def end(self) -> None:
