@@ -204,6 +204,28 @@ def _whole(layout: Layout, owner: int, peer: int) -> tuple[Message, ...]:
     return (Message(peer, (0, tokens), owner),) if tokens else ()
 
 
+class Balance(NamedTuple):
+    """How evenly ranks share their work, 1 being best.
+
+    Attributes:
+        busiest: the work of the busiest rank, over the mean.
+        lockstep: the time of ranks that wait for each other after each step, over that of ranks
+            with equal work.
+    """
+
+    busiest: float
+    lockstep: float
+
+
+def balance(steps: Sequence[tuple[Step, ...]]) -> Balance:
+    """The balance of a ring; of ranks without any work, 1."""
+    work = [[step.scores for step in of_rank] for of_rank in steps]
+    mean = sum(map(sum, work)) / len(work)
+    if not mean:
+        return Balance(1.0, 1.0)
+    return Balance(max(map(sum, work)) / mean, sum(map(max, zip(*work, strict=True))) / mean)
+
+
 @lru_cache(maxsize=256)
 def gathering(layout: Layout, band: Band) -> Sequence[Gathering]:
     """For each rank what it receives, computes and gives back; keys that it does not see stay."""
