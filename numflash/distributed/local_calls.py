@@ -50,6 +50,10 @@ class LocalCalls:
         self.by_position = any(name in self._options for name in BY_POSITION)
         self._has_origin = self.by_position or "sinks" in self._options
 
+    def shape_of(self, option: str) -> tuple[int, ...]:
+        """The shape of an array among the options."""
+        return tuple(self._options[option].shape)
+
     def forward(
         self, calls: tuple[Call, ...], q, k, v, first_head: int = 0, *, float32: bool
     ) -> Iterator[Part]:
@@ -67,6 +71,8 @@ class LocalCalls:
                 results = attention_varlen(*operands, **where, **options, **more)
                 results = tuple(x[None] for x in results)
             yield Part(rows, keys, pack.calls[0].is_own, results)
+            # The next call takes the memory.
+            del results
 
     def backward(
         self,
@@ -89,8 +95,11 @@ class LocalCalls:
         for pack, options in self._asked(calls, q, first_head, in_backward=True):
             rows, keys = _rows_of(pack, q, k)
             names = tuple(x for x in wrt if x in ("q", "k", "v") or x in options)
+            if not names:
+                continue
             single = len(pack.calls) == 1
             cut = {name: _cut(name, x, rows, keys, single) for name, x in given.items()}
+            cut["lse"] = self._arrays.contiguous(cut["lse"])
             first = [cut.pop(x, None) for x in ("dout", "q", "k", "v", "out", "lse")]
             more = {**cut, "wrt": names, **options}
             if self._arrays.dtype_of(q) != "float32":
@@ -105,6 +114,8 @@ class LocalCalls:
                 ]
             results = dict(zip(names, found, strict=True))
             yield Part(rows, keys, pack.calls[0].is_own, results)
+            # The next call takes the memory.
+            del results, found
 
     def _asked(
         self, calls: tuple[Call, ...], q, first_head: int, in_backward: bool
