@@ -371,7 +371,9 @@ def _backward(
     arrays, rank = problem.arrays, problem.rank
     going = tuple(name for name in cargo.gradients if name in wrt)
     shapes = {name: tuple(operands[name].shape) for name in ("q", "k", "v")}
-    shapes |= {name: problem.calls.shape_of(name) for name in wrt if name not in _OPERANDS}
+    shapes |= {
+        name: tuple(problem.calls.of_heads(name).shape) for name in wrt if name not in _OPERANDS
+    }
     kept, shares = _Kept(arrays, shapes), _Shares()
     around = _Round(problem, plan, cargo)
     # Sums of the ranks before this one, by owner.
