@@ -23,6 +23,7 @@ from numflash.frontends.jax.attention import as_array, as_option, attention
 from numflash.frontends.jax.calls import Call
 from numflash.frontends.jax.transforms import batched, manual_axes, only_once, varying
 from numflash.problem.options import AttentionOptions, expect_one_of
+from numflash.runtime.philox import ALIGNMENT
 
 ORDERS = ("zigzag", "contiguous")
 _OPERANDS = ("q", "k", "v")
@@ -70,7 +71,8 @@ def ring_attention(
         options: causal, window_size, softmax_scale, softcap, alibi_slopes, sinks, dropout_p,
             seed, precision and config of `numflash.jax.attention`, for the whole sequence.
             alibi_slopes and sinks are those of all heads, and have gradients. Dropout takes the
-            mask that one device has; the program then holds a call for each pair of devices.
+            mask that one device has: the pieces then are multiples of 16 tokens, and the program
+            holds a call for each pair of devices.
 
     Positions, as rotary embeddings need them, are those of the whole sequence:
     `to_zigzag(jnp.arange(seqlen), devices, axis=0)`, sharded as q is.
@@ -82,7 +84,7 @@ def ring_attention(
     Raises:
         TypeError: an option that is not among these, or of a wrong type.
         ValueError: shapes that do not fit together; an odd number of tokens in zigzag order;
-            axis_name is no axis of a `shard_map` around the call.
+            pieces that do not suit dropout; axis_name is no axis of a `shard_map` around the call.
         UnsupportedError: as `numflash.jax.attention`.
 
     Memory beyond inputs and results: the keys and values of two devices, out in float32 twice; in
@@ -118,6 +120,8 @@ def ring_attention(
     if not operands[0].shape[1]:
         return attention(*operands, return_lse=return_lse)
     layout = _layout(order, operands[0].shape[1], _size_of(axis_name))
+    if asked.dropout_p:
+        _expect_pieces_of_dropout(layout)
     band = Band.of(asked.causal, asked.window_size)
     problem = _Problem(axis_name, layout, band, encoded.text)
     arrays = *operands, *encoded.arrays.values()
@@ -328,9 +332,7 @@ def _backward(problem: _Problem, wrt: tuple[str, ...], arrays: tuple, given: tup
             if not wanted:
                 continue
             rows, keys = slice(*part.q), slice(*part.k)
-            call = Call(
-                text, (*_OPERANDS, "dout", "lse", "delta", *names), wanted, grad_dtype
-            )
+            call = Call(text, (*_OPERANDS, "dout", "lse", "delta", *names), wanted, grad_dtype)
             found = only_once(call)(
                 q[:, rows],
                 k[:, keys],
@@ -438,6 +440,16 @@ def _layout(order: str, tokens: int, size: int) -> Layout:
     return Layout.zigzag(tokens * size, size)
 
 
+def _expect_pieces_of_dropout(layout: Layout) -> None:
+    """Raises ValueError."""
+    length = min(piece.length for held in layout.segments for piece in held)
+    if layout.ranks > 1 and length % ALIGNMENT:
+        raise ValueError(
+            f"dropout_p needs pieces of a multiple of {ALIGNMENT} tokens on each device, to which "
+            f"its random bits belong, got pieces of {length}: pad the sequence"
+        )
+
+
 def _size_of(axis_name: Hashable) -> int:
     """The number of devices along an axis, or several. Raises ValueError."""
     try:
@@ -453,9 +465,7 @@ def _expect_shapes(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]) -
     """Raises ValueError; what remains, each call checks."""
     for name, shape in zip(_OPERANDS, (q, k, v), strict=True):
         if len(shape) != 4:
-            raise ValueError(
-                f"{name} must be (batch, tokens, heads, head_dim), got shape {shape}"
-            )
+            raise ValueError(f"{name} must be (batch, tokens, heads, head_dim), got shape {shape}")
         if shape[1] != q[1]:
             raise ValueError(
                 f"{name} must have the tokens of q, {q[1]} on each device, got shape {shape}"
