@@ -17,6 +17,7 @@ from numflash.distributed.attention import (
 )
 from numflash.distributed.communicators import CommunicatorError
 from numflash.distributed.communicators.local import local
+from numflash.distributed.decode import decode, shard_lengths, shard_positions, token_owner
 from numflash.distributed.layouts import Layout, Segment
 
 __all__ = [
@@ -25,7 +26,11 @@ __all__ = [
     "Segment",
     "attention",
     "attention_backward",
+    "decode",
     "local",
     "ring_attention",
+    "shard_lengths",
+    "shard_positions",
+    "token_owner",
     "ulysses_attention",
 ]

@@ -41,13 +41,13 @@ def attention(
             "ring": keys and values go round. "heads": tokens of all heads are changed for heads of
             all tokens, and back; the ranks must divide num_heads_q, and divide num_heads_kv or be
             a multiple of it. ("heads", "gather") or ("heads", "ring"): heads among neighbours, the
-            other among their groups. "auto": gather if num_heads_kv is not less than the ranks,
-            else ring.
+            other among their groups. "auto": gather, or ring where that takes less memory
+            (few key-value heads), less than max_workspace, or fewer messages at a time.
         wire: None: keys and values travel as they are. "e4m3", or an `Fp8Recipe` with scales of
             tokens or blocks: in 8 bits, quantised once by their owner, whose own queries see them
             so, too. With two methods across groups only.
-        max_workspace: bytes that gather may take beyond inputs and results, at least those of
-            one head; None is two groups of max(1, num_heads_kv // ranks) heads.
+        max_workspace: bytes that gather may take beyond inputs and results: two groups of as
+            many key-value heads as fit, at least one; None is max(1, num_heads_kv // ranks) each.
         causal: each query sees the keys of its document up to its own position.
         window_size: (left, right), by position; -1 or None is no limit.
         return_lse: also return the log-sum-exp.

@@ -13,9 +13,10 @@ from numflash.distributed.communicators import Communicator
 from numflash.distributed.communicators.alone import Alone
 from numflash.distributed.communicators.grid import Grid
 from numflash.distributed.layouts import Layout
-from numflash.distributed.local_calls import LocalCalls, is_given
+from numflash.distributed.local_calls import BY_POSITION, LocalCalls, is_given
 from numflash.distributed.pairs import Band, Call
-from numflash.distributed.problem import Problem
+from numflash.distributed.problem import Problem, sizes_of
+from numflash.distributed.sizes import best_method, expect_heads
 from numflash.distributed.wire import expect_layout_for
 from numflash.problem.options import (
     OPTIONS,
@@ -183,38 +184,56 @@ class RankedCall:
         _expect_workspace(self.max_workspace)
         expect_layout_for(self.wire, self.layout)
         expect_one_of("travels", self.travels, ("auto", "keys", "queries"))
-        library = Arrays.of(operands["q"], "q")
-        views = {}
-        for name, array in arrays.items():
-            if name in operands and Arrays.of(array, name) != library:
-                raise TypeError(f"{name} must be of the library and on the device of q")
-            view = library_of(array, name).view(array, name)
-            views[name] = _as_whole(name, view, operands["q"]) if name in operands else view
-        for name in operands:
-            _expect_tokens(name, views[name], self.layout.tokens(rank), rank)
+        views = self._views(operands, arrays, rank)
+        forced, of_backward = split_configs(options.config)
+        config, wrt = None, ()
         if self.asked is None:
             whole.expect_forward(views, self.layout, options)
         else:
-            for name in self.asked.wrt or ():
-                if isinstance(name, str) and (name == "bias" or name.startswith("aux")):
-                    raise UnsupportedError(
-                        f"wrt over several ranks has no {name!r}: its gradient is of one GPU"
-                    )
-        heads_q, heads_kv = views["q"].shape[2], views["k"].shape[2]
-        wrt = ()
-        if self.asked is not None:
-            of_backward = options.of_backward(split_configs(options.config)[1] or None)
-            wrt = whole.gradients_of_whole(views, self.layout, of_backward, self.asked)
-        if names == ("auto",):
-            names = ("gather",) if heads_kv >= ranks else ("ring",)
-        if names[0] == "heads":
-            heads.expect_heads(self.comms[0].size, heads_q, heads_kv)
-            names = (*names, "gather") if len(names) == 1 else names
+            _expect_no_arrays(self.asked.wrt)
+            options = options.of_backward(of_backward or None)
+            wrt = whole.gradients_of_whole(views, self.layout, options, self.asked)
+        names = self._names(names, views, options)
         self._expect_positions(options, names)
-        config = None
-        if self.asked is None and names[-1] == "gather" and not split_configs(options.config)[0]:
+        if self.asked is None and names[-1] == "gather" and not forced:
             config = whole.pinned_config(views, self.layout, options._replace(config=None))
         return Ready(names, _module(names[0]), config, wrt)
+
+    def _views(
+        self, operands: dict[str, Any], arrays: dict[str, Any], rank: int
+    ) -> dict[str, ArrayView]:
+        """Of all arrays, those of operands with a batch axis. Raises TypeError, ValueError."""
+        library, views = Arrays.of(operands["q"], "q"), {}
+        for name, array in arrays.items():
+            view = library_of(array, name).view(array, name)
+            if name in operands:
+                if Arrays.of(array, name) != library:
+                    raise TypeError(f"{name} must be of the library and on the device of q")
+                view = _as_batch(name, view, operands["q"])
+                _expect_tokens(name, view, self.layout.tokens(rank), rank)
+            views[name] = view
+        return views
+
+    def _names(
+        self, names: tuple[str, ...], views: dict[str, ArrayView], options: AttentionOptions
+    ) -> tuple[str, ...]:
+        """The methods that compute it. Raises ValueError."""
+        q, k, v = (views[name] for name in ("q", "k", "v"))
+        if names[0] == "heads":
+            expect_heads(self.comms[0].size, q.shape[2], k.shape[2])
+            return names if len(names) == 2 else (*names, "gather")
+        if names != ("auto",):
+            return names
+        return (
+            best_method(
+                self.layout,
+                Band.of(options.causal, options.window_size),
+                sizes_of(q, k, v, q.dtype, self.wire),
+                by_position=any(is_given(name, getattr(options, name)) for name in BY_POSITION),
+                max_workspace=self.max_workspace,
+                backward=self.asked is not None,
+            ),
+        )
 
     def _expect_positions(self, options: AttentionOptions, names: tuple[str, ...]) -> None:
         """Check the options that depend on positions. Raises ValueError, UnsupportedError."""
@@ -314,7 +333,16 @@ def _axis_of_tokens(name: str, array) -> int:
     return axes - 1 if name in ("lse", "dlse") else max(0, axes - 3)
 
 
-def _as_whole(name: str, view: ArrayView, q) -> ArrayView:
+def _expect_no_arrays(wrt) -> None:
+    """Raise UnsupportedError for gradients of arrays that scores read."""
+    for name in wrt or ():
+        if isinstance(name, str) and (name == "bias" or name.startswith("aux")):
+            raise UnsupportedError(
+                f"wrt over several ranks has no {name!r}: its gradient is of one GPU"
+            )
+
+
+def _as_batch(name: str, view: ArrayView, q) -> ArrayView:
     """The view with a batch axis. Raises ValueError."""
     axes = len(q.shape)
     if axes not in (3, 4):

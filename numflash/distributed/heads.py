@@ -9,12 +9,13 @@ Source: DeepSpeed Ulysses, arXiv 2309.14509.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from numflash.distributed import steps
 from numflash.distributed.communicators import Communicator
 from numflash.distributed.local_calls import delta_of
 from numflash.distributed.problem import Gradients, Problem
+from numflash.distributed.sizes import Share, shares_of
 from numflash.distributed.steps import Exchange, Regrouping
 from numflash.distributed.wire import wire_of
 
@@ -49,37 +50,6 @@ class RegroupedProblem(Problem):
     def plan(self) -> Regrouping:
         """What this rank exchanges with its group."""
         return steps.regrouping(self.layout, self.within.size)[self.rank]
-
-
-class Share(NamedTuple):
-    """The heads of one rank of a group."""
-
-    q: slice
-    kv: slice
-
-
-def expect_heads(ranks: int, heads_q: int, heads_kv: int) -> None:
-    """Check that ranks of a group can share heads. Raises ValueError."""
-    if heads_q % ranks:
-        raise ValueError(
-            f'method "heads" needs query heads that its ranks can share evenly, got {heads_q} '
-            f"heads and {ranks} ranks"
-        )
-    if heads_kv % ranks and ranks % heads_kv:
-        raise ValueError(
-            'method "heads" needs as many key-value heads as ranks, or a multiple or divisor of '
-            f"that, got {heads_kv} heads and {ranks} ranks"
-        )
-
-
-def shares_of(ranks: int, heads_q: int, heads_kv: int) -> list[Share]:
-    """The heads of each rank of a group. Ranks may share a key-value head."""
-    each, group = heads_q // ranks, heads_q // heads_kv
-    found = []
-    for first in range(0, heads_q, each):
-        last = first + each - 1
-        found.append(Share(slice(first, last + 1), slice(first // group, last // group + 1)))
-    return found
 
 
 def forward(

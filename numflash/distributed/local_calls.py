@@ -108,6 +108,8 @@ class LocalCalls:
                 results = attention_varlen(*operands, **where, **options, **more)
                 results = tuple(x[None] for x in results)
             yield Part(rows, keys, asked.is_own, results)
+            # The next call takes the memory.
+            del results
 
     def backward(
         self,
@@ -149,6 +151,8 @@ class LocalCalls:
                 ]
             results = dict(zip(names, found, strict=True))
             yield Part(rows, keys, asked.is_own, results)
+            # The next call takes the memory.
+            del results, found
 
     def _asked(
         self, calls: tuple[Call, ...], q, in_backward: bool = False
