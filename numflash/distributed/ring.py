@@ -13,7 +13,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from numflash.api.merge import merge_partials
+from numflash.api.merge import merge_onto
 from numflash.distributed import steps
 from numflash.distributed.arrays import Arrays
 from numflash.distributed.layouts import Layout
@@ -299,8 +299,7 @@ class _Total:
             return
         whole, whole_lse = self.get()
         rows = slice(*part.q)
-        outs, lses = [whole[:, rows], out], [whole_lse[:, :, rows], lse]
-        whole[:, rows], whole_lse[:, :, rows] = merge_partials(outs, lses, dtype="float32")
+        merge_onto(whole[:, rows], whole_lse[:, :, rows], out, lse)
 
     def get(self) -> tuple[Any, Any]:
         """Both; before the first part, of queries that see nothing."""
