@@ -6,7 +6,7 @@ arrays, of the simulator, travel as tensors over the same memory.
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
