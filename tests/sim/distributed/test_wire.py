@@ -8,6 +8,7 @@ import pytest
 import numflash
 from numflash import Fp8Recipe, reference
 from numflash.distributed.layouts import Layout
+from numflash.distributed.problem import sizes_of
 from numflash.distributed.wire import expect_layout_for, recipe_of, wire_of
 
 BLOCKS = Fp8Recipe("block", 16, hadamard=False)
@@ -78,7 +79,7 @@ def test_codes_are_those_of_the_specification(wire, on):
 
 
 @pytest.mark.parametrize(
-    ("head_dim", "wire", "share"),
+    ("head_dim", "kind", "share"),
     [
         (128, "e4m3", (128 + 4) / 256),  # 0.52
         (128, Fp8Recipe("block", 128), (128 + 4 / 128) / 256),
@@ -88,14 +89,15 @@ def test_codes_are_those_of_the_specification(wire, on):
     ],
     ids=str,
 )
-def test_bytes_are_as_said(head_dim, wire, share):
+def test_bytes_are_as_said(head_dim, kind, share):
     tokens = 256
     k, v = keys(tokens, head_dim, head_dim)
-    wire = wire_of(wire, k, v)
+    wire = wire_of(kind, k, v)
     messages = wire.messages(wire.new(tokens), 0, tokens)
-    assert sum(each.nbytes for each in messages) == wire.nbytes(tokens)
-    assert wire.nbytes(tokens) == share * (k.nbytes + v.nbytes)
-    assert wire.nbytes(0) == wire.new(0).memory.size == 0
+    sent = sum(each.nbytes for each in messages)
+    assert sent == sizes_of(k, k, v, "float16", kind).keys(tokens)
+    assert sent == share * (k.nbytes + v.nbytes)
+    assert not any(each.nbytes for each in wire.messages(wire.new(0), 0, 0))
 
 
 def test_tokens_that_nobody_sends_are_zeros_if_asked_for(on):
