@@ -31,7 +31,8 @@ ARROWS = {
     "selection": "configs machine_code problem reference runtime",
     "calls": "configs executor kernels machine_code problem ptx runtime selection simulator",
     "api": "calls configs functions machine_code problem reference runtime selection",
-    "frontends": "api calls configs functions problem runtime selection",
+    "distributed": "api calls configs functions problem runtime selection",
+    "frontends": "api calls configs distributed functions problem runtime selection",
 }
 # Public names of front ends, each a module that lies flat and only imports.
 DOORS = ("flash_attn", "jax", "torch", "transformers")
@@ -83,8 +84,8 @@ OUTSIDE = {
     "llvmlite": "ptx machine_code",
     "numba": "ptx machine_code simulator runtime(f)",
     "cuda": "machine_code(f) runtime(f) api(f)",
-    "cupy": "runtime(f)",
-    "torch": "frontends",
+    "cupy": "runtime(f) distributed(f)",
+    "torch": "frontends distributed(f)",
     "transformers": "frontends",
     "jax": "frontends",
 }

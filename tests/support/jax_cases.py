@@ -1,4 +1,4 @@
-"""JAX on the CPU with two devices, and attention in a few lines of it.
+"""JAX on the CPU with four devices, and attention in a few lines of it.
 
 Import it after `pytest.importorskip("jax")`, and before anything is computed.
 """
@@ -11,7 +11,7 @@ import numpy as np
 
 # These take effect when JAX starts its backend.
 jax.config.update("jax_platforms", "cpu")
-jax.config.update("jax_num_cpu_devices", 2)
+jax.config.update("jax_num_cpu_devices", 4)
 # Compiling takes most of a test's time.
 jax.config.update("jax_disable_most_optimizations", True)
 

@@ -5,6 +5,7 @@ buffers      XLA's buffers as arrays, and the memory of a call, which XLA owns
 calls        a call as the text that XLA's programs hold, and the handler that runs it
 transforms   a call with its gradients and its batching rule
 attention    the functions
+ring         attention of a sequence that lies on several devices
 
 On a GPU a handler launches on XLA's stream, on XLA's memory. In the simulator kernels run on the
 buffers of JAX's CPU platform.

@@ -69,8 +69,8 @@ def attention(q, k, v, *, return_lse: bool = False, **options: Any):
             f"numflash.jax.attention got options that it does not take: {', '.join(unknown)}; it "
             f"takes {', '.join(sorted(_TAKEN))}"
         )
-    options = {name: _option(name, value) for name, value in options.items()}
-    q, k, v = (_array(name, x) for name, x in (("q", q), ("k", k), ("v", v)))
+    options = {name: as_option(name, value) for name, value in options.items()}
+    q, k, v = (as_array(name, x) for name, x in (("q", q), ("k", k), ("v", v)))
     # Two axes are those of one head, three those of one batch entry.
     of_one_head = (0, 1) if options.get("layout") == "bhsd" else (0, 2)
     missing = {2: of_one_head, 3: (0,)}.get(q.ndim, ())
@@ -167,7 +167,7 @@ def dot_product_attention(
             **({"return_residual": True} if return_residual else {}),
         )
     arrays = {"query": query, "key": key, "value": value}
-    arrays = {name: _array(name, x) for name, x in arrays.items()}
+    arrays = {name: as_array(name, x) for name, x in arrays.items()}
     for name, array in arrays.items():
         if array.ndim not in (3, 4):
             raise ValueError(f"{name} must have three or four axes, got shape {array.shape}")
@@ -179,7 +179,7 @@ def dot_product_attention(
     query, key, value = arrays.values()
     if value.shape != key.shape:
         raise ValueError(f"value must have the shape of key, {key.shape}, got {value.shape}")
-    if mask is not None and (mask := _array("mask", mask)).dtype != bool:
+    if mask is not None and (mask := as_array("mask", mask)).dtype != bool:
         raise TypeError(f"mask must be boolean, got {mask.dtype}; an additive one is a bias")
     found = attention(
         query,
@@ -213,7 +213,7 @@ def _window(size) -> tuple[int, int]:
     return int(window[0]), int(window[1])
 
 
-def _array(name: str, x):
+def as_array(name: str, x):
     """An array of JAX's; others are taken where they lie. Raises TypeError."""
     if isinstance(x, np.ndarray | np.generic):
         return jnp.asarray(x)
@@ -229,15 +229,15 @@ def _array(name: str, x):
     raise TypeError(f"{name} must be an array of JAX's or NumPy's, got {kind_of(x)}")
 
 
-def _option(name: str, value):
+def as_option(name: str, value):
     """An option with JAX's arrays, and Python's numbers. Raises TypeError."""
     if name == "aux" and isinstance(value, tuple | list):
         return tuple(_number_or_array(f"aux{n}", x) for n, x in enumerate(value))
     if name == "block_mask" and isinstance(value, ListedBlocks):
-        return value.with_arrays({n: _array(n, x) for n, x in value.arrays().items()})
+        return value.with_arrays({n: as_array(n, x) for n, x in value.arrays().items()})
     if name in ARRAY_OPTIONS:
         is_number = value is None or (isinstance(value, NUMBER) and name == "seed")
-        value = value if is_number else _array(name, value)
+        value = value if is_number else as_array(name, value)
         if name in _BROADCAST and value is not None and value.ndim < 4:
             value = value.reshape((1,) * (4 - value.ndim) + value.shape)
         return value.item() if isinstance(value, np.generic) else value
@@ -258,7 +258,7 @@ def _number(name: str, value):
 
 
 def _number_or_array(name: str, x):
-    return x if isinstance(x, NUMBER) else _array(name, x)
+    return x if isinstance(x, NUMBER) else as_array(name, x)
 
 
 def _view(x, name: str):

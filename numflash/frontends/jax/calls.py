@@ -49,11 +49,13 @@ class Call:
         options: the text of its options (`frontends.encoding`).
         names: of its arrays, in order; those of the options come last.
         wrt: of a backward, whose gradients it returns; None of a forward.
+        grad_dtype: of a backward, that of `numflash.attention_backward`.
     """
 
     options: str
     names: tuple[str, ...]
     wrt: tuple[str, ...] | None = None
+    grad_dtype: str | None = None
 
     @property
     def results(self) -> tuple[str, ...]:
@@ -68,6 +70,8 @@ class Call:
     def text(self, specs: tuple[Spec, ...], workspace: int = 0) -> str:
         """All of the call but addresses."""
         said = {"options": self.options, "names": self.names, "wrt": self.wrt, "arrays": specs}
+        if self.grad_dtype is not None:
+            said["grad_dtype"] = self.grad_dtype
         return json.dumps(said | {"workspace": workspace}, separators=(",", ":"))
 
 
@@ -92,7 +96,8 @@ class Ready:
         """
         said = json.loads(text)
         names, wrt = tuple(said["names"]), said["wrt"]
-        call = Call(said["options"], names, None if wrt is None else tuple(wrt))
+        wrt = None if wrt is None else tuple(wrt)
+        call = Call(said["options"], names, wrt, said.get("grad_dtype"))
         specs = [Spec(dtype, tuple(shape)) for dtype, shape in said["arrays"]]
         self._arguments = tuple(zip(names, specs, strict=True))
         self._device, self.room = device, said["workspace"]
@@ -154,7 +159,8 @@ def _bound(call: Call, specs: dict[str, Spec], device: int) -> tuple[Callable, d
     if call.wrt is not None:
         refuse_backward(None, None, None, options.precision)
         options = options.of_backward(of_backward)
-        made = Backward(views, options, GradientOptions(wrt=call.wrt))
+        asked = GradientOptions(wrt=call.wrt, grad_dtype=call.grad_dtype)
+        made = Backward(views, options, asked)
         return made.bind, options.numbers()
     options, kind = options._replace(config=of_forward), Forward
     if options.precision == "auto" or options.max_rel_error is not None:

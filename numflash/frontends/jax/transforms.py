@@ -21,7 +21,7 @@ from numflash.problem.sequences import NAMES as OF_SEQUENCES
 from numflash.runtime.errors import UnsupportedError
 
 # Arrays whose first axis is the batch, and those that broadcast to one of four axes.
-_BY_BATCH = {"q", "k", "v", "dout", "out", "lse", "dlse", *OF_SEQUENCES}
+_BY_BATCH = {"q", "k", "v", "dout", "out", "lse", "dlse", "delta", *OF_SEQUENCES}
 _BROADCAST = {"bias", "mask"}
 _MOST_CALLS = 1024
 
@@ -32,11 +32,11 @@ def launched(call: Call, *arrays) -> tuple:
     text, results = planned(call, specs)
     shapes = [jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)) for dtype, shape in results]
     found = jax.ffi.ffi_call(TARGET, shapes)(*arrays, call=text)
-    axes = _manual_axes(arrays)
-    return tuple(_varying(x, axes) for x in found[: len(call.results)])
+    axes = manual_axes(arrays)
+    return tuple(varying(x, axes) for x in found[: len(call.results)])
 
 
-def _manual_axes(arrays) -> frozenset:
+def manual_axes(arrays) -> frozenset:
     """The axes of `shard_map`'s mesh along which some of the arrays differ."""
     found = frozenset()
     for each in arrays:
@@ -47,9 +47,9 @@ def _manual_axes(arrays) -> frozenset:
     return found
 
 
-def _varying(array, axes: frozenset):
+def varying(array, axes: frozenset):
     """An array as one that differs along these axes: `shard_map` keeps account of that."""
-    missing = tuple(axes - _manual_axes([array]))
+    missing = tuple(axes - manual_axes([array]))
     if not missing:
         return array
     if hasattr(jax.lax, "pcast"):
@@ -133,7 +133,7 @@ def _one_after_another(launch, mapped: list[bool], arrays: tuple) -> tuple:
 
 
 @lru_cache(_MOST_CALLS)
-def _only_once(call: Call):
+def only_once(call: Call):
     """`batched` of a call as a part of a derivative, which is not differentiated again."""
 
     @jax.custom_jvp
@@ -168,7 +168,7 @@ def differentiable(call: Call):
             for name, array, each in given
             if each.perturbed and jnp.issubdtype(array.dtype, jnp.floating)
         }
-        out, lse = _only_once(call)(*arrays)
+        out, lse = only_once(call)(*arrays)
         out, lse = checkpoint_name(out, "numflash_out"), checkpoint_name(lse, "numflash_lse")
         return (out, lse), (arrays, (out, lse), wrt)
 
@@ -183,7 +183,7 @@ def differentiable(call: Call):
             names, given = [*names, "dlse"], [*given, dlse]
         wanted = tuple(name for name in call.names if name in wrt)
         asked = Call(call.options, (*names, *call.names[3:]), wanted)
-        found = dict(zip(wanted, _only_once(asked)(*given, *arrays[3:]), strict=True))
+        found = dict(zip(wanted, only_once(asked)(*given, *arrays[3:]), strict=True))
         return tuple(found.get(name) for name in call.names)
 
     attend.defvjp(forward, backward, symbolic_zeros=True)
@@ -197,5 +197,5 @@ def _compiled(call: Call):
 
 def attended(call: Call, *arrays) -> tuple:
     """(out, lse) of a forward. Outside of `jit` it is compiled by itself, which runs faster."""
-    axes = _manual_axes(arrays)
-    return _compiled(call)(*(_varying(x, axes) for x in arrays))
+    axes = manual_axes(arrays)
+    return _compiled(call)(*(varying(x, axes) for x in arrays))
