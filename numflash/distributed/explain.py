@@ -239,7 +239,7 @@ def explain(
         >>> round(explanation.balance.lockstep, 2)
         1.0
         >>> print(explanation.of_rank(1).splitlines()[4].strip())
-        queries 0 to 2047, keys 0 to 1023, 32 heads, sees all, shift 0, 34.4 GFLOP
+        queries 0 to 2047, keys 0 to 1023, 32 heads, sees all, shift 0, 34.36 GFLOP
     """
     AttentionOptions.of("explain", {"causal": causal, "window_size": window_size}).check()
     band = Band.of(causal, window_size)
