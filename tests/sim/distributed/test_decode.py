@@ -6,13 +6,14 @@ from functools import partial
 import numpy as np
 import pytest
 
-from numflash import UnsupportedError, reference
+from numflash import UnsupportedError, dequantize_fp8, quantize_fp8, reference
 from numflash.distributed.communicators.local import local
 from numflash.distributed.decode import decode, shard_lengths, shard_positions, token_owner
 from tests.support.ranks import on_ranks
 
 BATCH, HEADS, HEADS_KV, DIM, DIM_V = 2, 4, 2, 16, 8
 PAGE = 4
+SPLIT = slice(0, 8), slice(8, 12)
 
 
 class Counting:
@@ -134,6 +135,29 @@ def test_pages_are_dealt_sinks_count_once_and_bytes_are_as_said(scatter_heads, o
         assert comm.agreements == 1
 
 
+@pytest.mark.parametrize("has_lengths", [False, True])
+def test_shards_of_codes_have_scales_of_their_own(has_lengths, on):
+    on("sm_80")
+    q, k, v = operands(12)
+    v[:, 8:] *= 10
+    shards = [[quantize_fp8(x[:, rows], "head") for x in (k, v)] for rows in SPLIT]
+
+    def work(comm):
+        k8, v8 = shards[comm.rank]
+        codes = k8.data[..., :DIM].copy(), v8.data[..., :DIM_V].copy()
+        more = {"k_descale": k8.descale[..., 0], "v_descale": v8.descale[..., 0]}
+        if has_lengths:
+            more["seqlens_k"] = np.full(BATCH, codes[0].shape[1], np.int32)
+        return decode(q, *codes, comm=comm, return_lse=True, **more)
+
+    k, v = (
+        np.concatenate([dequantize_fp8(each[i], "float32") for each in shards], 1) for i in (0, 1)
+    )
+    results = on_ranks(2, work)
+    np.testing.assert_allclose(results[0][0], exact(q, k, v)[0], atol=2e-2)
+    expect_same_bits(results)
+
+
 def test_sequences_without_a_key_give_zeros(on):
     on("sm_80")
     q, k, v = operands(0)
@@ -236,7 +260,7 @@ def test_a_refusal_on_one_rank_and_ranks_that_differ_raise_on_all(on):
 
     def refused(comm):
         lengths = np.zeros(BATCH, np.int64 if comm.rank else np.int32)
-        with pytest.raises(TypeError, match="rank 1 refuses.*int32"):
+        with pytest.raises(TypeError, match=r"rank 1 refuses.*int32"):
             decode(q, k, v, comm=comm, seqlens_k=lengths)
 
     def differing(comm):
