@@ -95,15 +95,15 @@ class Layout:
         The order for windows and for full masks; under a causal mask the last rank has the most
         work. Arguments and errors as of `zigzag`; seqlen may be the lengths of documents.
         """
-        given = [seqlen] if isinstance(seqlen, Integral) else seqlen
+        given = seqlen if isinstance(seqlen, Iterable) else [seqlen]
         lengths, ranks, multiple = _checked(given, ranks, multiple)
         at = _cut(sum(lengths), ranks, multiple)
         starts = list(accumulate(lengths, initial=0))
         held = []
         for begin, end in pairwise(at):
             pieces = []
-            for document, (start, length) in enumerate(zip(starts, lengths, strict=False)):
-                first, last = max(begin, start), min(end, start + length)
+            for document, (start, stop) in enumerate(pairwise(starts)):
+                first, last = max(begin, start), min(end, stop)
                 pieces.append(Segment(document, first - start, max(0, last - first)))
             held.append(_joined(pieces))
         return cls(lengths, tuple(held))
@@ -121,9 +121,10 @@ class Layout:
 
         Raises:
             TypeError: not whole numbers.
-            ValueError: a token that no rank holds, or two do; a segment outside its document.
+            ValueError: no ranks; a token that no rank holds, or two do; a segment outside its
+                document.
         """
-        lengths, _, _ = _checked(lengths, max(len(segments), 1), 1)
+        lengths, _, _ = _checked(lengths, len(segments), 1)
         held = []
         for rank, pieces in enumerate(segments):
             for piece in pieces:
@@ -141,7 +142,15 @@ class Layout:
     @property
     def seqlen(self) -> int:
         """Tokens of all documents."""
-        return sum(self.lengths)
+        return self.starts[-1] + self.lengths[-1] if self.lengths else 0
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        """Computed once: schedules are looked up at each call, and layouts may be long."""
+        return hash((self.lengths, self.segments))
 
     @cached_property
     def starts(self) -> tuple[int, ...]:
@@ -149,16 +158,27 @@ class Layout:
         return tuple(accumulate(self.lengths, initial=0))[:-1]
 
     def tokens(self, rank: int) -> int:
-        """How many tokens a rank holds."""
-        return sum(segment.length for segment in self.segments[rank])
+        """How many tokens a rank holds.
+
+        Raises:
+            ValueError: no such rank; as all that take one.
+        """
+        self._expect_rank(rank)
+        return self._tokens[rank]
+
+    @cached_property
+    def _tokens(self) -> tuple[int, ...]:
+        return tuple(sum(segment.length for segment in held) for held in self.segments)
 
     def rows(self, rank: int) -> list[tuple[int, int]]:
         """(begin, end) of each of a rank's segments among its own rows."""
-        ends = list(accumulate((s.length for s in self.segments[rank]), initial=0))
+        self._expect_rank(rank)
+        ends = accumulate((s.length for s in self.segments[rank]), initial=0)
         return list(pairwise(ends))
 
     def places(self, rank: int) -> list[tuple[int, int]]:
         """(begin, end) of each of a rank's segments among the global rows."""
+        self._expect_rank(rank)
         found = []
         for segment in self.segments[rank]:
             begin = self.starts[segment.document] + segment.first
@@ -171,6 +191,7 @@ class Layout:
         Returns:
             (tokens,) int32, on the host.
         """
+        self._expect_rank(rank)
         parts = [np.arange(s.first, s.end, dtype=np.int32) for s in self.segments[rank]]
         return np.concatenate([np.empty(0, np.int32), *parts])
 
@@ -220,10 +241,21 @@ class Layout:
         """The layout of groups of `size` neighbouring ranks, each group as one rank.
 
         A group's segments are ordered by document and position; those that meet become one.
+
+        Raises:
+            ValueError: groups of another size are left over.
         """
+        _expect_whole("size", size, 1)
+        if self.ranks % size:
+            raise ValueError(f"size must divide the number of ranks, {self.ranks}, got {size}")
         groups = range(0, self.ranks, size)
         held = [sorted(sum(self.segments[first : first + size], ())) for first in groups]
         return Layout(self.lengths, tuple(map(_joined, held)))
+
+    def _expect_rank(self, rank: int) -> None:
+        """Raises ValueError."""
+        if not 0 <= rank < self.ranks:
+            raise ValueError(f"rank must be from 0 to {self.ranks - 1}, got {rank}")
 
     def _expect_every_token_once(self) -> None:
         """Raises ValueError."""
@@ -268,6 +300,10 @@ def _cut(length: int, parts: int, multiple: int) -> list[int]:
 
 def _checked(lengths, ranks, multiple) -> tuple[tuple[int, ...], int, int]:
     """Raises TypeError, ValueError."""
+    if not isinstance(lengths, Iterable):
+        raise TypeError(
+            f"lengths must be those of the documents, got {lengths!r} ({type(lengths).__name__})"
+        )
     lengths = tuple(lengths)
     for length in lengths:
         _expect_whole("a length", length, 0)
@@ -285,11 +321,16 @@ def _expect_whole(name: str, value, least: int) -> None:
 
 def _expect_segment(rank: int, piece, lengths: tuple[int, ...]) -> None:
     """Raises TypeError, ValueError."""
-    rule = f"a segment of rank {rank} must be (document, first position, length)"
+    name = f"a segment of rank {rank}"
     if not isinstance(piece, tuple | list) or len(piece) != 3:
-        raise TypeError(f"{rule}, got {piece!r}")
-    for number in piece:
-        _expect_whole(rule, number, 0)
+        raise TypeError(f"{name} must be (document, first position, length), got {piece!r}")
+    for part, number in zip(("document", "first position", "length"), piece, strict=True):
+        _expect_whole(f"the {part} of {name}", number, 0)
     document, first, length = piece
-    if document >= len(lengths) or first + length > lengths[document]:
-        raise ValueError(f"{rule} inside its document, got {piece!r} of documents {lengths}")
+    if document >= len(lengths):
+        raise ValueError(f"{name} must be of one of {len(lengths)} documents, got {piece!r}")
+    if first + length > lengths[document]:
+        raise ValueError(
+            f"{name} must lie inside document {document}, of {lengths[document]} tokens, got "
+            f"{piece!r}"
+        )

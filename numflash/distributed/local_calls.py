@@ -10,9 +10,13 @@ from numflash.api.attention import attention, attention_backward
 from numflash.api.varlen import attention_varlen, attention_varlen_backward
 from numflash.distributed.arrays import Arrays
 from numflash.distributed.pairs import Call, Pack, packs
+from numflash.problem.options import OPTIONS
+from numflash.selection.choice import split_configs
 
 # Options that make a score depend on its position or its head.
 BY_POSITION = ("alibi_slopes", "dropout_p", "bias", "mask", "score_mod", "mask_mod")
+_DEFAULTS = {option.name: option.default for option in OPTIONS}
+_OF_FORWARD = tuple(option.name for option in OPTIONS if not option.in_backward)
 
 
 class Part(NamedTuple):
@@ -43,30 +47,69 @@ class LocalCalls:
         Args:
             options: those of `attention` that hold for the whole problem, without causal and
                 window_size. `alibi_slopes` and `sinks` are those of all heads of the problem.
+                `config` may be a dictionary that names kernels of both passes.
             arrays: of the operands.
         """
-        self._options = {name: x for name, x in options.items() if _is_given(x)}
+        given = {name: x for name, x in options.items() if is_given(name, x)}
         self._arrays = arrays
-        self.by_position = any(name in self._options for name in BY_POSITION)
-        self._has_origin = self.by_position or "sinks" in self._options
+        self.by_position = any(name in given for name in BY_POSITION)
+        self._has_origin = self.by_position or "sinks" in given
+        of_forward, of_backward = split_configs(given.pop("config", None))
+        self._forward = given | ({"config": of_forward} if of_forward else {})
+        given = {name: x for name, x in given.items() if name not in _OF_FORWARD}
+        self._backward = given | ({"config": of_backward} if of_backward else {})
+
+    def with_config(self, config: str) -> "LocalCalls":
+        """The same calls, whose forward runs this config."""
+        found = object.__new__(LocalCalls)
+        found.__dict__ |= self.__dict__
+        found._forward = self._forward | {"config": config}
+        return found
+
+    def of_heads(self, name: str):
+        """The array of "sinks" or "alibi_slopes", of all heads of the problem."""
+        return self._backward[name]
 
     def forward(
-        self, calls: tuple[Call, ...], q, k, v, first_head: int = 0, *, float32: bool
+        self,
+        calls: tuple[Call, ...],
+        q,
+        k,
+        v,
+        first_head: int = 0,
+        *,
+        float32: bool,
+        into=None,
     ) -> Iterator[Part]:
-        """out and lse of each call; `first_head` is the number of the first query head."""
+        """out and lse of each call.
+
+        Args:
+            calls: which.
+            q, k, v: of this rank.
+            first_head: the number of the first query head in the whole problem.
+            float32: whether out is float32, and not of the dtype of q.
+            into: an array for out of all queries, any strides: each call writes its own rows.
+        """
         more: dict[str, Any] = {"return_lse": True}
         if float32 and self._arrays.dtype_of(q) != "float32":
             more["out_dtype"] = "float32"
-        for pack, options in self._asked(calls, q, first_head, in_backward=False):
-            rows, keys = _rows_of(pack, q, k)
+        for asked in self._asked(calls, q):
+            pack, rows, keys = asked.pack, asked.rows(q), asked.keys(k)
+            options = asked.options(self._forward, first_head)
             if len(pack.calls) == 1:
+                if into is not None:
+                    more["out"] = into[:, slice(*rows)]
                 operands = (x[:, slice(*at)] for x, at in ((q, rows), (k, keys), (v, keys)))
                 results = attention(*operands, **options, **more)
             else:
+                if into is not None:
+                    more["out"] = into[0]
                 operands, where = (x[0] for x in (q, k, v)), self._records(pack)
                 results = attention_varlen(*operands, **where, **options, **more)
                 results = tuple(x[None] for x in results)
-            yield Part(rows, keys, pack.calls[0].is_own, results)
+            yield Part(rows, keys, asked.is_own, results)
+            # The next call takes the memory.
+            del results
 
     def backward(
         self,
@@ -86,11 +129,14 @@ class LocalCalls:
         """
         q, k = operands["q"], operands["k"]
         given = {name: x for name, x in operands.items() if x is not None}
-        for pack, options in self._asked(calls, q, first_head, in_backward=True):
-            rows, keys = _rows_of(pack, q, k)
+        for asked in self._asked(calls, q, in_backward=True):
+            pack, rows, keys = asked.pack, asked.rows(q), asked.keys(k)
+            options = asked.options(self._backward, first_head)
             names = tuple(x for x in wrt if x in ("q", "k", "v") or x in options)
+            if not names:
+                continue
             single = len(pack.calls) == 1
-            cut = {name: _cut(name, x, rows, keys, single) for name, x in given.items()}
+            cut = {name: self._cut(name, x, rows, keys, single) for name, x in given.items()}
             first = [cut.pop(x, None) for x in ("dout", "q", "k", "v", "out", "lse")]
             more = {**cut, "wrt": names, **options}
             if self._arrays.dtype_of(q) != "float32":
@@ -104,35 +150,91 @@ class LocalCalls:
                     x[None] if y in of_tokens else x for x, y in zip(found, names, strict=True)
                 ]
             results = dict(zip(names, found, strict=True))
-            yield Part(rows, keys, pack.calls[0].is_own, results)
+            yield Part(rows, keys, asked.is_own, results)
+            # The next call takes the memory.
+            del results, found
 
     def _asked(
-        self, calls: tuple[Call, ...], q, first_head: int, in_backward: bool
-    ) -> Iterator[tuple[Pack, dict[str, Any]]]:
-        """The calls, put together where that is possible, and the options of each."""
-        for pack in packs(calls, self.by_position or q.shape[0] != 1):
-            options = dict(self._options)
-            if in_backward:
-                for name in ("batch_invariant", "max_rel_error"):
-                    options.pop(name, None)
-            if not pack.calls[0].is_own:
-                options.pop("sinks", None)
-            options["window_size"] = tuple(-1 if x is None else x for x in pack.window)
-            if len(pack.calls) == 1:
-                (call,) = pack.calls
-                row, column = call.origin
-                options["causal_align"], options["shift"] = "top_left", call.shift
-                if self._has_origin:
-                    options["origin"] = row, column, first_head
-                    if self.by_position:
-                        options["shift"] = row - column
-            else:
-                options["shift"] = pack.offset
-            yield pack, options
+        self, calls: tuple[Call, ...], q, in_backward: bool = False
+    ) -> "tuple[_Asked, ...]":
+        apart = self.by_position or q.shape[0] != 1
+        return _asked(calls, apart, self.by_position, self._has_origin, in_backward)
+
+    def _cut(self, name: str, x, rows: tuple[int, int], keys: tuple[int, int], single: bool):
+        """What a call gets of an operand of its backward."""
+        if not single:
+            return self._arrays.contiguous(x[0]) if name == "lse" else x[0]
+        if name in ("lse", "delta", "dlse"):
+            x = x[:, :, slice(*rows)]
+            return self._arrays.contiguous(x) if name == "lse" else x
+        return x[:, slice(*(keys if name in ("k", "v") else rows))]
 
     def _records(self, pack: Pack) -> dict[str, Any]:
         """Where the sequences of several calls begin and end."""
         return dict(zip(_NAMES, _on_device(self._arrays, pack), strict=True))
+
+
+class _Asked(NamedTuple):
+    """Calls put together, and the options that only they have."""
+
+    pack: Pack
+    own: dict[str, Any]
+    place: tuple[int, int] | None
+    is_own: bool
+
+    def options(self, of_all: dict[str, Any], first_head: int) -> dict[str, Any]:
+        """With the options of all calls."""
+        found = {**of_all, **self.own}
+        if not self.is_own:
+            found.pop("sinks", None)
+        if self.place is not None:
+            found["origin"] = *self.place, first_head
+        return found
+
+    def rows(self, q) -> tuple[int, int]:
+        """(begin, end) of its queries."""
+        return self.pack.calls[0].q if len(self.pack.calls) == 1 else (0, q.shape[1])
+
+    def keys(self, k) -> tuple[int, int]:
+        """(begin, end) of its keys."""
+        return self.pack.calls[0].k if len(self.pack.calls) == 1 else (0, k.shape[1])
+
+
+@lru_cache(maxsize=4096)
+def _asked(
+    calls: tuple[Call, ...], apart: bool, by_position: bool, has_origin: bool, in_backward: bool
+) -> tuple[_Asked, ...]:
+    """The calls, put together where that is possible, and the options of each."""
+    found = []
+    for pack in packs(calls, apart):
+        for each in _keys_apart(pack) if in_backward else (pack,):
+            call, place = each.calls[0], None
+            own = {"window_size": tuple(-1 if x is None else x for x in each.window)}
+            if len(each.calls) == 1:
+                own |= {"causal_align": "top_left", "shift": call.shift}
+                if has_origin:
+                    place = call.origin
+                if by_position:
+                    own["shift"] = call.origin[0] - call.origin[1]
+            else:
+                own["shift"] = each.offset
+                # Of a head; each sequence has positions of its own.
+                place = (0, 0) if has_origin else None
+            found.append(_Asked(each, own, place, call.is_own))
+    return tuple(found)
+
+
+def _keys_apart(pack: Pack) -> list[Pack]:
+    """Packs in which no two calls have the same key: one gradient is made of each row."""
+    groups: list[list[Call]] = []
+    for call in pack.calls:
+        for group in groups:
+            if all(call.k[1] <= each.k[0] or each.k[1] <= call.k[0] for each in group):
+                group.append(call)
+                break
+        else:
+            groups.append([call])
+    return [pack._replace(calls=type(pack.calls)(group)) for group in groups]
 
 
 _NAMES = ("starts_q", "seqlens_q", "starts_k", "seqlens_k")
@@ -149,25 +251,11 @@ def _on_device(arrays: Arrays, pack: Pack) -> tuple[Any, ...]:
     return tuple(map(arrays.from_host, found))
 
 
-def _rows_of(pack: Pack, q, k) -> tuple[tuple[int, int], tuple[int, int]]:
-    if len(pack.calls) == 1:
-        return pack.calls[0].q, pack.calls[0].k
-    return (0, q.shape[1]), (0, k.shape[1])
-
-
-def _cut(name: str, x, rows: tuple[int, int], keys: tuple[int, int], single: bool):
-    """What a call gets of an operand of its backward."""
-    if not single:
-        return x[0]
-    if name in ("lse", "delta", "dlse"):
-        return x[:, :, slice(*rows)]
-    return x[:, slice(*(keys if name in ("k", "v") else rows))]
-
-
-def _is_given(option) -> bool:
-    """Whether an option says something: a default would be the same for every call."""
-    return option is not None and option is not False and not _is_nothing(option)
-
-
-def _is_nothing(option) -> bool:
-    return isinstance(option, int | float | tuple) and option in (0, ())
+def is_given(name: str, option) -> bool:
+    """Whether an option of `attention` says something else than its default."""
+    default = _DEFAULTS[name]
+    if option is default:
+        return False
+    are_alike = isinstance(option, bool) == isinstance(default, bool)
+    is_plain = isinstance(option, int | float | str | tuple)
+    return not (is_plain and are_alike and option == default)

@@ -4,7 +4,8 @@ A *band* is what a query sees, by position in its document: keys from `left` bef
 after it. A query always sees its own position.
 """
 
-from collections.abc import Sequence
+from bisect import bisect
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
@@ -56,15 +57,62 @@ class Call(NamedTuple):
         return self.shift + (self.q[1] - self.q[0]) - (self.k[1] - self.k[0])
 
 
+class Calls(tuple[Call, ...]):
+    """Calls, hashed once: what is made of them is kept, and looked up at each step."""
+
+    def __hash__(self) -> int:
+        try:
+            return self._hash
+        except AttributeError:
+            self._hash = super().__hash__()
+            return self._hash
+
+
 class Pack(NamedTuple):
-    """Calls that one call of attention makes together: equal windows, and offsets."""
+    """Calls that one call of attention makes together.
+
+    Attributes:
+        window: of each of them.
+        offset: of each of them.
+        calls: no query is in two.
+    """
 
     window: Band
     offset: int
-    calls: tuple[Call, ...]
+    calls: Calls
 
 
-@lru_cache(maxsize=65536)
+class Held(NamedTuple):
+    """A segment among others.
+
+    Attributes:
+        number: its place in their list.
+        begin: its first row in their array.
+        segment: itself.
+    """
+
+    number: int
+    begin: int
+    segment: Segment
+
+
+def by_document(segments: Iterable[Segment]) -> dict[int, list[Held]]:
+    """The segments of each document, in their order."""
+    found: dict[int, list[Held]] = {}
+    begin = 0
+    for number, segment in enumerate(segments):
+        found.setdefault(segment.document, []).append(Held(number, begin, segment))
+        begin += segment.length
+    return found
+
+
+def sees(query: Segment, key: Segment, band: Band) -> bool:
+    """Whether a query of one segment sees a key of the other, both of one document."""
+    return (band.right is None or key.first < query.end + band.right) and (
+        band.left is None or query.first - band.left < key.end
+    )
+
+
 def visible(shift: int, num_q: int, num_k: int, band: Band) -> int:
     """How many of num_q x num_k scores are visible, with the first query `shift` after key 0."""
     whole = num_q * num_k
@@ -80,7 +128,7 @@ def calls_of(
     *,
     own: bool,
     by_position: bool = False,
-) -> tuple[Call, ...]:
+) -> Calls:
     """The calls of one rank's queries on one rank's keys: few and large.
 
     Args:
@@ -90,27 +138,22 @@ def calls_of(
         by_position: whether scores depend on positions (ALiBi, dropout, functions, a bias): then
             only neighbouring tokens share a call.
     """
-    if own and not by_position and band == Band(None, 0) and _one_document(queries):
+    if own and queries and not by_position and band == Band(None, 0) and _is_rising(queries):
         # What lies between two segments is hidden from neither or both: one triangle.
-        n = sum(segment.length for segment in queries)
-        first = queries[0].first if queries else 0
-        triangle = Call(
-            (0, n), (0, n), 0, band, (first, first), _document(queries), True, n * (n + 1) // 2
-        )
-        return (triangle,) if n else ()
-    found, q_begin = [], 0
+        n, (document, first, _) = sum(segment.length for segment in queries), queries[0]
+        scores, at = n * (n + 1) // 2, (first, first)
+        return Calls([Call((0, n), (0, n), 0, band, at, document, True, scores)])
+    found, q_begin, of_document = [], 0, by_document(keys)
     for i, query in enumerate(queries):
-        k_begin = 0
-        for j, key in enumerate(keys):
-            if query.document == key.document:
-                call = pair(query, q_begin, key, k_begin, band, own and i == j)
-                found += [call] if call else []
-            k_begin += key.length
+        for j, k_begin, key in of_document.get(query.document, ()):
+            call = pair(query, q_begin, key, k_begin, band, own and i == j)
+            if call:
+                found.append(call)
         q_begin += query.length
     if not by_position:
         for side in ("k", "q"):
             found = _joined(found, side)
-    return tuple(found)
+    return Calls(found)
 
 
 def pair(
@@ -118,25 +161,21 @@ def pair(
 ) -> Call | None:
     """The call of two segments of one document, or None where nothing is seen.
 
-    Rows that see nothing at either end, and keys that nobody sees behind the last that is seen,
-    are left out. Keys before the first that is seen stay: kernels skip whole tiles of them, and
-    where tiles begin decides the bits of a result.
+    Rows that see nothing, and keys behind the last that is seen, are left out. Keys before the
+    first that is seen stay: kernels skip whole tiles of them, and where tiles begin decides the
+    bits of a result.
     """
-    num_q, num_k, shift = query.length, key.length, query.first - key.first
-    first, last = 0, num_q
+    if not sees(query, key, band):
+        return None
+    shift, first, last, seen = query.first - key.first, 0, query.length, key.length
     if band.right is not None:
         first = max(first, -shift - band.right)
     if band.left is not None:
-        last = min(last, num_k + band.left - shift)
-    if first >= last:
-        return None
-    seen = num_k if band.right is None else min(num_k, last + shift + band.right)
-    if seen <= 0:
-        return None
+        last = min(last, seen + band.left - shift)
+    if band.right is not None:
+        seen = min(seen, last + shift + band.right)
     num_q, shift = last - first, shift + first
     scores = visible(shift, num_q, seen, band)
-    if not scores:
-        return None
     whole = scores == num_q * seen
     return Call(
         (q_begin + first, q_begin + last),
@@ -150,24 +189,44 @@ def pair(
     )
 
 
-def packs(calls: Sequence[Call], by_position: bool) -> tuple[Pack, ...]:
-    """Calls of several documents, put together where attention can make them in one call."""
-    if by_position or len({call.document for call in calls}) < 2:
-        return tuple(Pack(call.window, call.offset, (call,)) for call in calls)
-    found: dict[tuple, list[Call]] = {}
-    rows: dict[tuple, list[tuple[int, int]]] = {}
+@lru_cache(maxsize=4096)
+def packs(calls: Calls, apart: bool) -> tuple[Pack, ...]:
+    """Calls put together where attention can make them in one call.
+
+    Args:
+        calls: of one step.
+        apart: whether each call stays alone, as calls of one document do anyway.
+    """
+    if apart or len({call.document for call in calls}) < 2:
+        return tuple(Pack(call.window, call.offset, Calls([call])) for call in calls)
+    found: dict[tuple, list[_Apart]] = {}
     for call in calls:
-        key, number = (call.window, call.offset, call.is_own), 0
-        # Rows that are in one call twice would be written twice.
-        while any(_meet(call.q, q) for q in rows.get((*key, number), ())):
-            number += 1
-        found.setdefault((*key, number), []).append(call)
-        rows.setdefault((*key, number), []).append(call.q)
-    return tuple(Pack(key[0], key[1], tuple(group)) for key, group in found.items())
+        groups = found.setdefault((call.window, call.offset, call.is_own), [])
+        if not any(group.add(call) for group in groups):
+            groups.append(_Apart(call))
+    return tuple(
+        Pack(window, offset, Calls(group.calls))
+        for (window, offset, _), groups in found.items()
+        for group in groups
+    )
 
 
-def _meet(one: tuple[int, int], other: tuple[int, int]) -> bool:
-    return one[0] < other[1] and other[0] < one[1]
+class _Apart:
+    """Calls of which no two have the same query: a row that two of them write would be lost."""
+
+    def __init__(self, call: Call):
+        self.calls, self._rows = [call], [call.q]
+
+    def add(self, call: Call) -> bool:
+        """Whether the call could be added."""
+        at = bisect(self._rows, call.q)
+        if at and self._rows[at - 1][1] > call.q[0]:
+            return False
+        if at < len(self._rows) and self._rows[at][0] < call.q[1]:
+            return False
+        self._rows.insert(at, call.q)
+        self.calls.append(call)
+        return True
 
 
 def _up_to(past: int, num_q: int, num_k: int) -> int:
@@ -181,13 +240,9 @@ def _up_to(past: int, num_q: int, num_k: int) -> int:
     return below(past + num_q) - below(past)
 
 
-def _one_document(segments: Sequence[Segment]) -> bool:
-    rising = all(a.end <= b.first for a, b in pairwise(segments))
-    return len({segment.document for segment in segments}) <= 1 and rising
-
-
-def _document(segments: Sequence[Segment]) -> int:
-    return segments[0].document if segments else 0
+def _is_rising(segments: Sequence[Segment]) -> bool:
+    """Whether these are segments of one document, by position."""
+    return all(a.document == b.document and a.end <= b.first for a, b in pairwise(segments))
 
 
 def _joined(calls: list[Call], side: str) -> list[Call]:

@@ -12,11 +12,13 @@ travels.
     regroup    between tokens of all heads and heads of all tokens ("heads", Ulysses)
 """
 
+from bisect import bisect
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
 from numflash.distributed.layouts import Layout, Segment
-from numflash.distributed.pairs import Band, Call, calls_of, pair
+from numflash.distributed.pairs import Band, Calls, Held, by_document, calls_of, pair, sees
 
 
 class Message(NamedTuple):
@@ -59,7 +61,7 @@ class Step(NamedTuple):
     """
 
     fetch: Exchange
-    calls: tuple[Call, ...]
+    calls: Calls
     give: Exchange
     owner: int
 
@@ -84,7 +86,7 @@ class Gathering(NamedTuple):
 
     fetch: Exchange
     own: tuple[tuple[tuple[int, int], tuple[int, int]], ...]
-    calls: tuple[Call, ...]
+    calls: Calls
     give: Exchange
     is_whole: bool
 
@@ -105,8 +107,23 @@ class Regrouping(NamedTuple):
     tokens: int
 
 
+class PerRank(Sequence):
+    """Something for each rank, made when it is asked for: a rank mostly reads its own."""
+
+    def __init__(self, ranks: int, make: Callable[[int], object]):
+        self._made, self._make = [None] * ranks, make
+
+    def __len__(self) -> int:
+        return len(self._made)
+
+    def __getitem__(self, rank):
+        if self._made[rank] is None:
+            self._made[rank] = self._make(rank)
+        return self._made[rank]
+
+
 @lru_cache(maxsize=256)
-def ring(layout: Layout, band: Band, by_position: bool = False) -> tuple[tuple[Step, ...], ...]:
+def ring(layout: Layout, band: Band, by_position: bool = False) -> Sequence[tuple[Step, ...]]:
     """For each rank its steps of a ring in which keys and values travel, and their gradients.
 
     In step s rank r has the keys of rank r - s. They go on to r + 1 as long as a later step sees
@@ -119,7 +136,7 @@ def ring(layout: Layout, band: Band, by_position: bool = False) -> tuple[tuple[S
 @lru_cache(maxsize=256)
 def ring_of_queries(
     layout: Layout, band: Band, by_position: bool = False
-) -> tuple[tuple[Step, ...], ...]:
+) -> Sequence[tuple[Step, ...]]:
     """For each rank its steps of a ring in which queries travel, and their gradients.
 
     The mirror of `ring`: in step s rank r has the queries of rank r + s, and sends them to r - 1.
@@ -127,34 +144,58 @@ def ring_of_queries(
     return _ring(layout, band, by_position, -1)
 
 
-def _ring(layout, band, by_position, way) -> tuple[tuple[Step, ...], ...]:
+def _ring(layout: Layout, band: Band, by_position: bool, way: int) -> Sequence[tuple[Step, ...]]:
     n, held = layout.ranks, layout.segments
+    of_rank = [by_document(segments) for segments in held]
 
-    def calls_at(owner: int, step: int) -> tuple[Call, ...]:
-        visited = held[(owner + way * step) % n]
-        queries, keys = (visited, held[owner]) if way > 0 else (held[owner], visited)
-        return calls_of(queries, keys, band, own=step == 0, by_position=by_position)
+    def sides(owner: int, step: int) -> tuple[int, int]:
+        """Whose queries and whose keys meet when an owner's tokens have made so many steps."""
+        visited = (owner + way * step) % n
+        return (visited, owner) if way > 0 else (owner, visited)
 
-    calls = [[calls_at(owner, step) for step in range(n)] for owner in range(n)]
+    def is_useful(owner: int, step: int) -> bool:
+        queries, keys = sides(owner, step)
+        return _sees_any(of_rank[queries], of_rank[keys], band)
+
     # The last step in which somebody computes with an owner's tokens.
-    last = [max((s for s in range(n) if calls[owner][s]), default=0) for owner in range(n)]
-    steps: list[list[Step]] = [[] for _ in range(n)]
-    for step in range(max(last, default=0) + 1):
-        for rank in range(n):
-            here, coming = (rank - way * step) % n, (rank - way * (step + 1)) % n
-            before, behind = (rank - way) % n, (rank + way) % n
-            fetch = Exchange(
-                _whole(layout, here, behind) if step < last[here] else (),
-                _whole(layout, coming, before) if step < last[coming] else (),
+    last = [
+        next((step for step in range(n - 1, 0, -1) if is_useful(owner, step)), 0)
+        for owner in range(n)
+    ]
+
+    def step_of(rank: int, step: int) -> Step:
+        here, coming = (rank - way * step) % n, (rank - way * (step + 1)) % n
+        before, behind = (rank - way) % n, (rank + way) % n
+        goes_on, comes = step < last[here], step < last[coming]
+        fetch = Exchange(
+            _whole(layout, here, behind) if goes_on else (),
+            _whole(layout, coming, before) if comes else (),
+        )
+        sends, receives = fetch
+        if step == last[here] > 0:
+            sends = _whole(layout, here, here)
+        if step == last[rank] > 0:
+            receives += _whole(layout, rank, (rank + way * step) % n)
+        calls = Calls()
+        if step <= last[here]:
+            queries, keys = sides(here, step)
+            calls = calls_of(
+                held[queries], held[keys], band, own=step == 0, by_position=by_position
             )
-            onwards, home = step < last[here], step == last[here] > 0
-            sends = _whole(layout, here, behind if onwards else here) if onwards or home else ()
-            receives = _whole(layout, coming, before) if step < last[coming] else ()
-            if step == last[rank] > 0:
-                receives += _whole(layout, rank, (rank + way * step) % n)
-            work = calls[here][step] if step <= last[here] else ()
-            steps[rank].append(Step(fetch, work, Exchange(sends, receives), here))
-    return tuple(map(tuple, steps))
+        return Step(fetch, calls, Exchange(sends, receives), here)
+
+    num_steps = max(last) + 1
+    return PerRank(n, lambda rank: tuple(step_of(rank, step) for step in range(num_steps)))
+
+
+def _sees_any(queries: dict[int, list[Held]], keys: dict[int, list[Held]], band: Band) -> bool:
+    """Whether a query sees a key."""
+    return any(
+        sees(query.segment, key.segment, band)
+        for document in queries.keys() & keys.keys()
+        for query in queries[document]
+        for key in keys[document]
+    )
 
 
 def _whole(layout: Layout, owner: int, peer: int) -> tuple[Message, ...]:
@@ -163,39 +204,63 @@ def _whole(layout: Layout, owner: int, peer: int) -> tuple[Message, ...]:
     return (Message(peer, (0, tokens), owner),) if tokens else ()
 
 
+class Balance(NamedTuple):
+    """How evenly ranks share their work, 1 being best.
+
+    Attributes:
+        busiest: the work of the busiest rank, over the mean.
+        lockstep: the time of ranks that wait for each other after each step, over that of ranks
+            with equal work.
+    """
+
+    busiest: float
+    lockstep: float
+
+
+def balance(steps: Sequence[tuple[Step, ...]]) -> Balance:
+    """The balance of a ring; of ranks without any work, 1."""
+    work = [[step.scores for step in of_rank] for of_rank in steps]
+    mean = sum(map(sum, work)) / len(work)
+    if not mean:
+        return Balance(1.0, 1.0)
+    return Balance(max(map(sum, work)) / mean, sum(map(max, zip(*work, strict=True))) / mean)
+
+
 @lru_cache(maxsize=256)
-def gathering(layout: Layout, band: Band) -> tuple[Gathering, ...]:
+def gathering(layout: Layout, band: Band) -> Sequence[Gathering]:
     """For each rank what it receives, computes and gives back; keys that it does not see stay."""
-    n, held = layout.ranks, layout.segments
-    fetches = [([], []) for _ in range(n)]
-    for source in range(n):
-        for piece, own, place in zip(
-            held[source], layout.rows(source), layout.places(source), strict=True
-        ):
-            for rank in range(n):
-                if rank != source and _is_seen(held[rank], piece, band):
-                    fetches[source][0].append(Message(rank, own, source))
-                    fetches[rank][1].append(Message(source, place, source))
-    found = []
-    for rank in range(n):
-        sends, receives = map(tuple, fetches[rank])
-        # Gradients go the other way. A message's owner is whose tokens it has, in both.
-        give = Exchange(receives, sends)
-        own = tuple(zip(layout.rows(rank), layout.places(rank), strict=True))
+    n = layout.ranks
+    own = [list(zip(layout.rows(r), layout.places(r), strict=True)) for r in range(n)]
+    of_rank = [by_document(segments) for segments in layout.segments]
+
+    def is_seen(rank: int, key: Segment) -> bool:
+        return any(sees(query, key, band) for _, _, query in of_rank[rank].get(key.document, ()))
+
+    def gathering_of(rank: int) -> Gathering:
+        sends, receives = [], []
+        others = [peer for peer in range(n) if peer != rank]
+        for piece, (rows, _) in zip(layout.segments[rank], own[rank], strict=True):
+            sends += [Message(peer, rows, rank) for peer in others if is_seen(peer, piece)]
+        for peer in others:
+            for piece, (_, place) in zip(layout.segments[peer], own[peer], strict=True):
+                if is_seen(rank, piece):
+                    receives.append(Message(peer, place, peer))
+        fetch, give = _there_and_back(sends, receives)
         arrived = sum(end - begin for _, (begin, end), _ in receives)
         is_whole = arrived + layout.tokens(rank) == layout.seqlen
         calls = _calls_on_whole(layout, rank, band)
-        found.append(Gathering(Exchange(sends, receives), own, calls, give, is_whole))
-    return tuple(found)
+        return Gathering(fetch, tuple(own[rank]), calls, give, is_whole)
+
+    return PerRank(n, gathering_of)
 
 
-def _is_seen(queries: tuple[Segment, ...], key: Segment, band: Band) -> bool:
-    return any(
-        query.document == key.document and pair(query, 0, key, 0, band, False) for query in queries
-    )
+def _there_and_back(sends: list[Message], receives: list[Message]) -> tuple[Exchange, Exchange]:
+    """An exchange, and that in which all goes back to where it came from."""
+    there = Exchange(tuple(sends), tuple(receives))
+    return there, Exchange(there.receives, there.sends)
 
 
-def _calls_on_whole(layout: Layout, rank: int, band: Band) -> tuple[Call, ...]:
+def _calls_on_whole(layout: Layout, rank: int, band: Band) -> Calls:
     """One call for each segment, on its document's keys from the first on.
 
     They begin there on every rank, so that tiles do, too, and a query's result has the same bits
@@ -206,45 +271,40 @@ def _calls_on_whole(layout: Layout, rank: int, band: Band) -> tuple[Call, ...]:
         document = Segment(segment.document, 0, layout.lengths[segment.document])
         start = layout.starts[segment.document]
         calls.append(pair(segment, begin, document, start, band, True))
-    return tuple(calls)
+    return Calls(calls)
 
 
 @lru_cache(maxsize=256)
-def regrouping(layout: Layout, size: int) -> tuple[Regrouping, ...]:
+def regrouping(layout: Layout, size: int) -> Sequence[Regrouping]:
     """For each rank how its group of `size` neighbouring ranks changes tokens for heads.
 
-    A message's peer is its number within the group. The tokens of a group are those of
-    `layout.merged(size)`, in its order.
+    A message's peer is its number within the group, its owner a rank of the layout. The tokens of
+    a group are those of `layout.merged(size)`, in its order.
     """
-    merged, found = layout.merged(size), []
-    for rank in range(layout.ranks):
-        first, me = rank - rank % size, rank % size
-        group = rank // size
-        mine = _places_in(merged, group, layout.segments[rank])
+    merged = layout.merged(size)
+
+    def regrouping_of(rank: int) -> Regrouping:
+        group, me = divmod(rank, size)
+        wholes, begins = merged.segments[group], [begin for begin, _ in merged.rows(group)]
+
+        def places(owner: int) -> list[tuple[int, int]]:
+            """(begin, end) of each of a rank's segments among the rows of the group."""
+            found = []
+            for segment in layout.segments[owner]:
+                # The last that begins no later: a group's segments are in order.
+                at = bisect(wholes, (*segment[:2], layout.seqlen)) - 1
+                begin = begins[at] + segment.first - wholes[at].first
+                found.append((begin, begin + segment.length))
+            return found
+
         sends, receives = [], []
         for peer in range(size):
-            if peer == me:
-                continue
-            theirs = layout.segments[first + peer]
-            sends += [Message(peer, rows, rank) for rows in layout.rows(rank)]
-            receives += [
-                Message(peer, rows, first + peer) for rows in _places_in(merged, group, theirs)
-            ]
-        there, back = (
-            Exchange(tuple(sends), tuple(receives)),
-            Exchange(tuple(receives), tuple(sends)),
-        )
-        own = tuple(zip(layout.rows(rank), mine, strict=True))
-        found.append(Regrouping(there, back, own, merged.tokens(group)))
-    return tuple(found)
+            if peer != me:
+                owner = group * size + peer
+                sends += [Message(peer, rows, rank) for rows in layout.rows(rank)]
+                receives += [Message(peer, rows, owner) for rows in places(owner)]
+        there, back = _there_and_back(sends, receives)
+        own = tuple(zip(layout.rows(rank), places(rank), strict=True))
+        return Regrouping(there, back, own, merged.tokens(group))
 
-
-def _places_in(merged: Layout, group: int, segments: tuple[Segment, ...]) -> list[tuple[int, int]]:
-    """(begin, end) of each segment among the rows of a group."""
-    found = []
-    for segment in segments:
-        for whole, (begin, _) in zip(merged.segments[group], merged.rows(group), strict=True):
-            if whole.document == segment.document and whole.first <= segment.first < whole.end:
-                at = begin + segment.first - whole.first
-                found.append((at, at + segment.length))
-    return found
+    return PerRank(layout.ranks, regrouping_of)

@@ -7,6 +7,7 @@ import pytest
 
 import numflash
 from numflash.executor.text import PtxError
+from numflash.simulator import SEED, SimulationError
 from tests.executed.conftest import normal
 from tests.support.faults import of_each_kind
 
@@ -76,9 +77,34 @@ def test_a_comment_changes_nothing(executed, monkeypatch, kernel):
     assert not _is_seen(executed, monkeypatch, kernel, "ret;", "ret; // the end", "first")
 
 
+def test_a_buffer_of_dq_returned_early_is_seen(executed, monkeypatch):
+    """Before the reduction has read it; few orders of warps show it."""
+    early = r"(cp\.async\.bulk\.wait_group\.read 0;)(.*?)(mbarrier\.arrive\.shared[^;]*;)"
+    kernels_with_it = []
+
+    def mutate(ptx: str) -> str:
+        changed, count = re.subn(early, r"\2\3 \1", ptx, flags=re.DOTALL)
+        kernels_with_it.append(count)
+        return changed
+
+    arrays = [normal((1, 180, 1, 32), np.float16, seed) for seed in range(5)]
+    lse = normal((1, 1, 180), np.float32, 5)
+    executed("sm_90a", mutate)
+    config = {"backward": "sm90-m64n64w4s2"}
+    for seed in range(12):
+        monkeypatch.setattr(SEED, "value", seed)
+        try:
+            numflash.attention_backward(*arrays, lse, causal=True, config=config)
+        except SimulationError as error:
+            assert "changed after the store was issued" in str(error)
+            break
+    else:
+        pytest.fail("nobody has seen it")
+    assert sum(kernels_with_it) == 1
+
+
 def _is_seen(executed, monkeypatch, kernel: str, pattern: str, other: str, where: str) -> bool:
     """Whether a kernel with the change fails, or differs, in one of a few orders of warps."""
-    from numflash.simulator import SEED
 
     def mutate(ptx: str) -> str:
         found = list(re.finditer(pattern, ptx))

@@ -3,6 +3,8 @@
 As `test_broken_hopper_backward`, whose problems break what this kernel shares with the others.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -10,7 +12,7 @@ import numflash
 from numflash.calls import ready
 from numflash.simulator.errors import DeadlockError, SimulationError
 from tests.support.covering import ALL, some
-from tests.support.faults import Early, events, load, mutations, of_each_kind, source_of
+from tests.support.faults import Early, Mutation, events, load, mutations, of_each_kind, source_of
 from tests.support.gradient_problems import GradientProblem, first_failure
 
 CHAIN = (
@@ -54,10 +56,13 @@ _SYNCHRONISATION = (
 )
 # What takes many seeds to show, and `test_broken_hopper_kernels` shows of other copies.
 DEAR = "cp_async_bulk_wait_group_read", "DQ.claim"
-# Releases of which the simulator cannot tell that they come a statement too early.
+# Releases that come a statement too early and do no harm, in any order of threads.
 NEVER_TOO_EARLY = {
-    ("_make_add_dq.add_in_turn", "mbarrier_arrive", 0): "no thread runs before it has read it",
     ("_make_tile.tile", "ROWS.release", 0): "Q.release before it waits for nothing",
+    # The thread that fetches a stage's dO has claimed the stage's Q before. That claim passes when
+    # all warps are behind `Q.release`, so behind `wait_for_dk`: groups end in the order in which
+    # they were issued, and dV, which reads dO, was issued before dK. All warps' products have read
+    # dO by then. `test_a_release_that_another_hides` takes the order of the claims away.
     ("_make_tile.tile", "DO.release", 0): "who fetches claims Q, given back later, before dO",
 }
 
@@ -73,7 +78,7 @@ def module_of(part: str) -> str:
     return "numflash." + part.replace("/", ".")
 
 
-KERNEL = "kernels/wgmma/backward"
+KERNEL, FETCHING = "kernels/wgmma/backward", "kernels/wgmma/queries"
 SOURCE = source_of(module_of(KERNEL))
 
 
@@ -163,6 +168,29 @@ def test_the_kernel_is_right(name, monkeypatch):
 def test_nothing_that_waits_can_be_left_out(fault, problems, monkeypatch):
     break_kernels(KERNEL, fault, monkeypatch)
     assert first_failure({name: PROBLEMS[name] for name in problems}, monkeypatch)
+
+
+def fetch_dO_first() -> Mutation:
+    """The thread that fetches claims and fetches a stage's dO, then its Q."""
+    source = source_of(module_of(FETCHING))
+    begins = "# Hazard: this Q would", "# Hazard: this dO would", "stage, parity = Q.following"
+    q, do = (source.index(f"{' ' * 12}{text}") for text in begins[:2])
+    end = source.index(f"{' ' * 12}{begins[2]}", do)
+    return Mutation("dO first", source[q:end], source[do:end] + source[q:do])
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_a_release_that_another_hides(early, monkeypatch):
+    """dO given back early is seen where dO is claimed before Q."""
+    fetching, kernel = module_of(FETCHING), module_of(KERNEL)
+    if early:
+        load([fetching], fetching, fetch_dO_first(), monkeypatch)
+        load([kernel], kernel, Early("_make_tile.tile", "DO.release"), monkeypatch)
+    else:
+        load([fetching, kernel], fetching, fetch_dO_first(), monkeypatch)
+    seeds = SEEDS if early or ALL else SEEDS[:1]
+    problems = {"first": replace(PROBLEMS["first"], seeds=seeds)}
+    assert bool(first_failure(problems, monkeypatch)) is early
 
 
 @pytest.mark.parametrize(("part", "mutation", "problems"), ideas())

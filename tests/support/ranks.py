@@ -1,7 +1,10 @@
 """Ranks as threads of this process."""
 
+import random
 import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from numflash.distributed.communicators.local import local
@@ -34,3 +37,43 @@ def on_ranks(size: int, work: Callable[[Any], Any], comms=None, timeout: float =
         raise (ours or raised)[0]
     assert not any(thread.is_alive() for thread in threads)
     return results
+
+
+class Late:
+    """A rank whose messages are delivered by a thread of its own, each after a random time.
+
+    As on a GPU: what is posted is done in that order, while the caller goes on. Messages may read
+    what is sent long after they were posted, and write what is received long before the wait.
+    """
+
+    def __init__(self, comm, seed: int, longest: float = 0.01):
+        self._comm, self.rank, self.size = comm, comm.rank, comm.size
+        self._random, self._longest = random.Random(seed * comm.size + comm.rank), longest
+        self._worker = ThreadPoolExecutor(1)
+
+    def exchange(self, sends, receives, what):
+        """See `Communicator`."""
+        for array, _ in receives:
+            array[...] = 0xFF  # NaN until it arrives, in any of the dtypes that travel
+        delays = [self._random.random() * self._longest for _ in range(2)]
+
+        def deliver() -> None:
+            time.sleep(delays[0])
+            wait = self._comm.exchange(sends, receives, what)
+            time.sleep(delays[1])
+            wait()
+
+        return self._worker.submit(deliver).result
+
+    def all_gather(self, array, what):
+        """See `Communicator`."""
+        return self._comm.all_gather(array, what)
+
+    def agree(self, text):
+        """See `Communicator`."""
+        return self._comm.agree(text)
+
+
+def late(size: int, seed: int, timeout: float = 60.0) -> list[Late]:
+    """Communicators of `size` ranks, by rank; seeds differ in when messages come."""
+    return [Late(comm, seed) for comm in local(size, timeout=timeout)]

@@ -1,16 +1,51 @@
 """What moves the bytes between ranks. numflash has no transport of its own.
 
+alone           a group of one rank
 local           ranks that are threads of one process, on one GPU, several, or in the simulator
 torch_groups    a ProcessGroup of torch.distributed: NCCL, gloo, ...
 cupy_nccl       CuPy's NcclCommunicator, or its NCCLBackend
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, Protocol
 
 
 class CommunicatorError(RuntimeError):
     """A peer died, never came, or sent something else; the communicator can't be used again."""
+
+
+class Agreed:
+    """What the ranks of a communicator have agreed on so far; `agreement` keeps it.
+
+    Attributes:
+        digests: of kinds of calls, by keys of this process.
+    """
+
+    def __init__(self):
+        self.digests: dict[Hashable, bytes] = {}
+        self._known: dict[tuple, tuple] = {}
+
+    def has(self, digest: bytes | None, place: tuple[int, ...]) -> bool:
+        """Whether all ranks have agreed on it; `place` tells the other communicators."""
+        return (digest, place) in self._known
+
+    def add(self, digest: bytes, place: tuple[int, ...], others: tuple) -> None:
+        """Remember it, and keep the communicators whose addresses `place` has.
+
+        The oldest is forgotten first: all ranks add in the same order, so they forget alike.
+        """
+        self._known[digest, place] = others
+        if len(self._known) > _MOST_AGREED:
+            del self._known[next(iter(self._known))]
+
+    def remember(self, key: Hashable, digest: bytes) -> None:
+        """Remember the digest of a key."""
+        if len(self.digests) >= _MOST_AGREED:
+            self.digests.clear()
+        self.digests[key] = digest
+
+
+_MOST_AGREED = 4096
 
 
 class Communicator(Protocol):
@@ -24,10 +59,12 @@ class Communicator(Protocol):
     Attributes:
         rank: this rank's number.
         size: how many ranks there are.
+        agreed: what the ranks have agreed on.
     """
 
     rank: int
     size: int
+    agreed: Agreed
 
     def exchange(
         self, sends: list[tuple[Any, int]], receives: list[tuple[Any, int]], what: str

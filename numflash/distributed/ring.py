@@ -1,0 +1,479 @@
+"""Ring: keys and values go from rank to rank; in the backward also their gradients, or queries.
+
+A rank computes with what is here while what comes next is on its way. It holds two pieces of each
+kind that travels: the one that is here, which also leaves, and the one that arrives.
+
+Results are float32 until the last step, and parts join them in the order of the steps. Gradients
+that travel are one step behind the operands: the sum of the ranks before arrives while this rank
+computes its own, and is added to it. It begins at the owner, and from the last step that adds to
+it goes straight home. So the bits depend on the layout, not on what arrives when.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from numflash.api.merge import merge_partials
+from numflash.distributed import steps
+from numflash.distributed.arrays import Arrays
+from numflash.distributed.layouts import Layout
+from numflash.distributed.local_calls import Part
+from numflash.distributed.pairs import Band
+from numflash.distributed.problem import Gradients, Problem
+from numflash.distributed.steps import Exchange, Step
+from numflash.problem.options import expect_one_of
+from numflash.runtime.views import numpy_dtype
+
+_CHUNK_BYTES = 2**26
+"""Of float32 numbers at once, where delta is made from dout and out."""
+
+_OPERANDS = ("q", "k", "v")
+"""Whose gradients have rows; those of options have none."""
+
+
+class Cargo(NamedTuple):
+    """Arrays in one piece of memory, which travels as one message.
+
+    Attributes:
+        memory: all of it, flat, uint8.
+        views: (batch, tokens, heads, head_dim), or (batch, heads, tokens), by name.
+    """
+
+    memory: Any
+    views: dict[str, Any]
+
+
+def forward(problem: Problem, q, k, v, first_head: int = 0, *, float32: bool) -> tuple[Any, Any]:
+    """Attention of this rank's queries over the keys of all ranks.
+
+    Args:
+        problem: this rank's.
+        q, k, v: its rows, (batch, tokens, heads, head_dim).
+        first_head: the number of the first query head in the whole problem.
+        float32: whether out is float32, and not of the dtype of q.
+
+    Returns:
+        out (batch, tokens, heads, head_dim_v) and lse (batch, heads, tokens) float32; 0 and -inf
+        for a query that sees nothing.
+
+    Raises:
+        CommunicatorError: a peer is gone or did not come.
+    """
+    plan, arrays = _plan(problem, steps.ring), problem.arrays
+    dtype = arrays.dtype_of(q)
+    total = _Total(arrays, (*q.shape[:3], v.shape[3]))
+    calls = [call for step in plan for call in step.calls]
+    # A single call's result needs no float32 to be added in.
+    in_float32 = float32 or len(calls) != 1 or calls[0].q != (0, q.shape[1])
+    keys = _Round(problem, plan, _Keys(arrays, k, v))
+    for number, step in enumerate(plan):
+        arrived = keys.post(number)
+        for part in problem.calls.forward(
+            step.calls, q, **keys.views, first_head=first_head, float32=in_float32
+        ):
+            total.add(part)
+            # One part at a time: the next one takes its memory.
+            del part
+        arrived()
+        keys.turn()
+    out, lse = total.get()
+    return arrays.astype(out, "float32" if float32 else dtype), lse
+
+
+def backward(
+    problem: Problem,
+    operands: dict[str, Any],
+    first_head: int = 0,
+    wrt: tuple[str, ...] = ("q", "k", "v"),
+    *,
+    travels: str = "auto",
+) -> Gradients:
+    """The gradients of `forward`, of this rank's rows.
+
+    Args:
+        problem: this rank's.
+        operands: dout, q, k, v, out, lse and dlse of its rows; dlse may be None or left out.
+        first_head: as of `forward`.
+        wrt: of "q", "k", "v", "sinks" and "alibi_slopes".
+        travels: "keys", "queries", or "auto": which of the two moves fewer bytes.
+
+    Returns:
+        a float32 gradient by each name in wrt. Those of sinks and alibi_slopes are of the whole
+        problem's heads, this rank's share only: it is to be added over the ranks.
+
+    Raises:
+        CommunicatorError: a peer is gone or did not come.
+        ValueError: another `travels`.
+    """
+    expect_one_of("travels", travels, ("auto", "keys", "queries"))
+    arrays, operands = problem.arrays, dict(operands)
+    operands["delta"] = _delta(arrays, operands)
+    operands["out"] = operands["dlse"] = None
+    q, k, v = (operands[name] for name in ("q", "k", "v"))
+    if travels == "auto":
+        sizes = Sizes(q.shape[2], k.shape[2], q.shape[3], v.shape[3], _itemsize(arrays, q))
+        travels = what_travels(problem.layout, problem.band, problem.calls.by_position, sizes, wrt)
+    if travels == "keys":
+        plan, cargo = _plan(problem, steps.ring), _Keys(arrays, k, v)
+    else:
+        plan = _plan(problem, steps.ring_of_queries)
+        cargo = _Queries(arrays, operands)
+    return _backward(problem, plan, cargo, operands, first_head, wrt)
+
+
+class Sizes(NamedTuple):
+    """What decides how many bytes of one batch entry travel.
+
+    Attributes:
+        heads_q, heads_kv: of a rank's queries and keys.
+        head_dim, head_dim_v: of one head.
+        itemsize: bytes of an element of q, k, v and dout.
+    """
+
+    heads_q: int
+    heads_kv: int
+    head_dim: int
+    head_dim_v: int
+    itemsize: int
+
+
+def what_travels(
+    layout: Layout, band: Band, by_position: bool, sizes: Sizes, wrt: tuple[str, ...]
+) -> str:
+    """In which backward all ranks together send fewer bytes: "keys" or "queries".
+
+    The same on all ranks. Keys where both are equal.
+    """
+    sent = bytes_of_backwards(layout, band, by_position, sizes, wrt)
+    return "queries" if sent["queries"] < sent["keys"] else "keys"
+
+
+def bytes_of_backwards(
+    layout: Layout, band: Band, by_position: bool, sizes: Sizes, wrt: tuple[str, ...]
+) -> dict[str, int]:
+    """The bytes that all ranks send in a backward, for each batch entry, by what travels.
+
+    A key is K and V, and float32 dK and dV; a query is Q, dout, float32 lse and delta, and
+    float32 dQ. What pads a bundle of queries is not counted: less than 512 bytes a message.
+    """
+    pair_dims = sizes.head_dim + sizes.head_dim_v
+    key = sizes.heads_kv * pair_dims * sizes.itemsize
+    query = sizes.heads_q * (pair_dims * sizes.itemsize + 8)
+    dims = {"k": sizes.head_dim, "v": sizes.head_dim_v}
+    key_sums = sizes.heads_kv * 4 * sum(dims[name] for name in dims if name in wrt)
+    query_sums = sizes.heads_q * 4 * (sizes.head_dim if "q" in wrt else 0)
+    rings = {"keys": (steps.ring, key, key_sums)}
+    rings["queries"] = steps.ring_of_queries, query, query_sums
+    found = {}
+    for name, (ring, operand, sums) in rings.items():
+        fetched, given = _tokens_sent(ring, layout, band, by_position)
+        found[name] = fetched * operand + given * sums
+    return found
+
+
+@lru_cache(maxsize=256)
+def _tokens_sent(ring: Callable, layout: Layout, band: Band, by_position: bool) -> tuple[int, int]:
+    """How many tokens all ranks send: of operands, and of sums."""
+    every = [step for plan in ring(layout, band, by_position) for step in plan]
+    exchanges = [step.fetch for step in every], [step.give for step in every]
+    fetched, given = (
+        sum(_tokens(message) for exchange in side for message in exchange.sends)
+        for side in exchanges
+    )
+    return fetched, given
+
+
+class _Keys:
+    """Keys and values, and float32 gradients of them: each two side by side in one buffer.
+
+    A buffer is (tokens, batch, heads_kv, head_dim + head_dim_v).
+    """
+
+    what = "keys and values"
+    gradients = ("k", "v")
+
+    def __init__(self, arrays: Arrays, k, v):
+        self._arrays, self.given = arrays, {"k": k, "v": v}
+        self._batch, self._heads = k.shape[0], k.shape[2]
+        self._dims = {"k": k.shape[3], "v": v.shape[3]}
+
+    def own(self) -> Cargo:
+        """This rank's, copied."""
+        cargo = self.new(self.given["k"].shape[1])
+        for name, array in self.given.items():
+            cargo.views[name][...] = array
+        return cargo
+
+    def new(self, tokens: int) -> Cargo:
+        """Room for those of another rank."""
+        return self._room(tokens, ("k", "v"), self._arrays.dtype_of(self.given["k"]))
+
+    def new_sums(self, tokens: int, names: tuple[str, ...]) -> Cargo:
+        """Room for their gradients."""
+        return self._room(tokens, names, "float32")
+
+    def _room(self, tokens: int, names: tuple[str, ...], dtype: str) -> Cargo:
+        width = sum(self._dims[name] for name in names)
+        buffer = self._arrays.empty((tokens, self._batch, self._heads, width), dtype)
+        by_batch, views, at = buffer.swapaxes(0, 1), {}, 0
+        for name in names:
+            views[name] = by_batch[..., at : at + self._dims[name]]
+            at += self._dims[name]
+        return Cargo(self._arrays.as_bytes(buffer), views)
+
+
+class _Queries:
+    """Queries with dout, lse and delta, and the float32 gradient of the queries."""
+
+    what = "queries"
+    gradients = ("q",)
+    _names = ("q", "dout", "lse", "delta")
+
+    def __init__(self, arrays: Arrays, operands: dict[str, Any]):
+        self._arrays, self.given = arrays, {name: operands[name] for name in self._names}
+
+    def own(self) -> Cargo:
+        """This rank's, copied."""
+        cargo = self.new(self.given["q"].shape[1])
+        for name, array in self.given.items():
+            cargo.views[name][...] = array
+        return cargo
+
+    def new(self, tokens: int) -> Cargo:
+        """Room for those of another rank."""
+        parts = {}
+        for name, array in self.given.items():
+            batch, *others = array.shape
+            is_row = len(others) == 2
+            shape = (batch, others[0], tokens) if is_row else (batch, tokens, *others[1:])
+            parts[name] = shape, self._arrays.dtype_of(array)
+        bundle = self._arrays.bundle(parts)
+        return Cargo(bundle.memory, bundle)
+
+    def new_sums(self, tokens: int, names: tuple[str, ...]) -> Cargo:
+        """Room for the gradients of queries."""
+        batch, _, heads, head_dim = self.given["q"].shape
+        array = self._arrays.empty((batch, tokens, heads, head_dim), "float32")
+        return Cargo(self._arrays.as_bytes(array), {"q": array})
+
+
+class _Round:
+    """What goes round, as this rank sees it.
+
+    Attributes:
+        views: of the operands that are here, by name.
+    """
+
+    def __init__(self, problem: Problem, plan: tuple[Step, ...], cargo: "_Keys | _Queries"):
+        self._problem, self._plan, self._cargo = problem, plan, cargo
+        self._here = cargo.own() if plan and plan[0].fetch.sends else None
+        self._coming: Cargo | None = None
+        self.views = cargo.given
+
+    def post(self, number: int) -> Callable[[], None]:
+        """Send what is here on, and make room for what comes; the wait for both."""
+        exchange = self._plan[number].fetch
+        coming = [self._cargo.new(_tokens(message)) for message in exchange.receives]
+        self._coming = coming[0] if coming else None
+        what = f"ring step {number + 1} of {len(self._plan)}, {self._cargo.what}"
+        return _post(self._problem, exchange, self._here, coming, what)
+
+    def turn(self) -> None:
+        """What came is here."""
+        self._here, self._coming = self._coming, None
+        self.views = self._here.views if self._here else self._cargo.given
+
+
+class _Total:
+    """out and lse of the keys so far."""
+
+    def __init__(self, arrays: Arrays, shape: tuple[int, int, int, int]):
+        self._arrays, self._shape = arrays, shape
+        self._out = self._lse = None
+
+    def add(self, part: Part) -> None:
+        """Merge what one call gave."""
+        out, lse = part.results
+        if self._out is None and part.q == (0, self._shape[1]):
+            self._out, self._lse = out, lse
+            return
+        whole, whole_lse = self.get()
+        rows = slice(*part.q)
+        outs, lses = [whole[:, rows], out], [whole_lse[:, :, rows], lse]
+        whole[:, rows], whole_lse[:, :, rows] = merge_partials(outs, lses, dtype="float32")
+
+    def get(self) -> tuple[Any, Any]:
+        """Both; before the first part, of queries that see nothing."""
+        if self._out is None:
+            batch, tokens, heads, _ = self._shape
+            self._out = self._arrays.zeros(self._shape, "float32")
+            self._lse = self._arrays.empty((batch, heads, tokens), "float32")
+            self._lse[...] = float("-inf")
+        return self._out, self._lse
+
+
+class _Shares:
+    """Gradients of one step that are to travel: those of equal rows are added, others kept apart.
+
+    They wait here for the sum of the ranks before.
+    """
+
+    def __init__(self):
+        self._found: dict[tuple[str, tuple[int, int]], Any] = {}
+
+    def add(self, name: str, rows: tuple[int, int], gradient) -> None:
+        """Add to the share of these rows."""
+        held = self._found.get((name, rows))
+        if held is None:
+            self._found[name, rows] = gradient
+        else:
+            held += gradient
+
+    def pour(self, views: dict[str, Any]) -> None:
+        """Add all to (batch, tokens, heads, head_dim) arrays, in the order in which rows came."""
+        for (name, rows), gradient in self._found.items():
+            views[name][:, slice(*rows)] += gradient
+        self._found.clear()
+
+
+class _Kept:
+    """Gradients that stay on this rank, of all steps."""
+
+    def __init__(self, arrays: Arrays, shapes: dict[str, tuple[int, ...]]):
+        self._arrays, self._shapes = arrays, shapes
+        self._found: dict[str, Any] = {}
+
+    def add(self, name: str, rows: tuple[int, int], gradient) -> None:
+        """Add to the gradient's rows."""
+        if name not in _OPERANDS:
+            self._found[name] = self.get(name)
+            self._found[name] += gradient
+        elif name not in self._found and rows == (0, self._shapes[name][1]):
+            self._found[name] = gradient
+        else:
+            self.get(name)[:, slice(*rows)] += gradient
+
+    def get(self, name: str):
+        """The gradient, zeros where nothing was added."""
+        if name not in self._found:
+            self._found[name] = self._arrays.zeros(self._shapes[name], "float32")
+        return self._found[name]
+
+
+def _backward(
+    problem: Problem,
+    plan: tuple[Step, ...],
+    cargo: "_Keys | _Queries",
+    operands: dict[str, Any],
+    first_head: int,
+    wrt: tuple[str, ...],
+) -> Gradients:
+    arrays, rank = problem.arrays, problem.rank
+    going = tuple(name for name in cargo.gradients if name in wrt)
+    shapes = {name: tuple(operands[name].shape) for name in ("q", "k", "v")}
+    shapes |= {
+        name: tuple(problem.calls.of_heads(name).shape) for name in wrt if name not in _OPERANDS
+    }
+    kept, shares = _Kept(arrays, shapes), _Shares()
+    around = _Round(problem, plan, cargo)
+    # Sums of the ranks before this one, by owner.
+    landed: dict[int, Cargo] = {}
+    given = _no_wait
+    for number, step in enumerate(plan):
+        fetched = around.post(number)
+        for part in problem.calls.backward(step.calls, operands | around.views, first_head, wrt):
+            _take(part, going, shares, kept)
+            del part
+        given()
+        if going:
+            given = _give(problem, plan, number, cargo, going, shares, landed)
+        fetched()
+        around.turn()
+    given()
+    found = landed[rank].views if rank in landed else {}
+    return {name: found[name] if name in found else kept.get(name) for name in wrt}
+
+
+def _take(part: Part, going: tuple[str, ...], shares: _Shares, kept: _Kept) -> None:
+    """The gradients of one call, to those that travel and those that stay."""
+    for name, gradient in part.results.items():
+        rows = part.k if name in ("k", "v") else part.q
+        (shares if name in going else kept).add(name, rows, gradient)
+
+
+def _give(
+    problem: Problem,
+    plan: tuple[Step, ...],
+    number: int,
+    cargo: "_Keys | _Queries",
+    going: tuple[str, ...],
+    shares: _Shares,
+    landed: dict[int, Cargo],
+) -> Callable[[], None]:
+    """Add the shares of a step to the sum of the ranks before, and send it on or home."""
+    step, total = plan[number], landed.pop(plan[number].owner, None)
+    tokens = problem.layout.tokens(step.owner)
+    if number == 0:
+        total = cargo.new_sums(tokens, going)
+        for view in total.views.values():
+            view[...] = 0
+    if total is not None:
+        shares.pour(total.views)
+    if number == 0 and not step.give.sends:
+        landed[step.owner] = total
+    coming = {
+        message.owner: cargo.new_sums(_tokens(message), going) for message in step.give.receives
+    }
+    landed |= coming
+    what = f"ring step {number + 1} of {len(plan)}, gradients of {cargo.what}"
+    return _post(problem, step.give, total, list(coming.values()), what)
+
+
+def _post(
+    problem: Problem, exchange: Exchange, leaving: Cargo | None, coming: list[Cargo], what: str
+) -> Callable[[], None]:
+    """Post the messages of an exchange, all of them whole; the wait for them."""
+    if not exchange:
+        return _no_wait
+    sends = [(leaving.memory, message.peer) for message in exchange.sends]
+    peers = [message.peer for message in exchange.receives]
+    receives = [(each.memory, peer) for each, peer in zip(coming, peers, strict=True)]
+    return problem.comm.exchange(sends, receives, what)
+
+
+def _no_wait() -> None:
+    """Nothing was posted."""
+
+
+def _tokens(message: steps.Message) -> int:
+    begin, end = message.rows
+    return end - begin
+
+
+def _plan(problem: Problem, ring: Callable) -> tuple[Step, ...]:
+    """This rank's steps."""
+    return ring(problem.layout, problem.band, problem.calls.by_position)[problem.rank]
+
+
+def _delta(arrays: Arrays, operands: dict[str, Any]):
+    """rowsum(dout * out) - dlse, (batch, heads, tokens) float32: all that a backward wants of out.
+
+    A part of the rows at a time, so that there is no float32 copy of out.
+    """
+    dout, out, dlse = operands["dout"], operands["out"], operands.get("dlse")
+    batch, tokens, heads, head_dim_v = out.shape
+    delta = arrays.empty((batch, heads, tokens), "float32")
+    rows = max(1, _CHUNK_BYTES // max(1, 4 * batch * heads * head_dim_v))
+    for begin in range(0, tokens, rows):
+        at = slice(begin, begin + rows)
+        product = arrays.astype(dout[:, at], "float32") * arrays.astype(out[:, at], "float32")
+        delta[:, :, at] = product.sum(-1).swapaxes(1, 2)
+    if dlse is not None:
+        delta -= dlse
+        # A query without keys has a constant lse.
+        delta[operands["lse"] == float("-inf")] = 0
+    return delta
+
+
+def _itemsize(arrays: Arrays, array) -> int:
+    return numpy_dtype(arrays.dtype_of(array)).itemsize

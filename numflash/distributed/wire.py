@@ -1,0 +1,295 @@
+"""Keys and values as they travel: in their own numbers, or in 8 bits.
+
+A buffer holds the keys and values of some tokens, tokens outermost, so that a run of tokens is
+contiguous and is sent from its place to its place. Methods know `Wire` alone:
+
+    wire = wire_of(problem.wire, k, v)
+    buffer = wire.new(tokens)
+    wire.fill(buffer, begin, k, v)              # own tokens; what travels in 8 bits is quantised
+    wire.messages(buffer, begin, end)           # bytes of a run, to be sent or to be filled
+    k, v = wire.unpack(buffer)                  # as operands of attention
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from numflash.api.quantize import dequantize_fp8, quantize_fp8
+from numflash.configs import padded_fp8_head_dim
+from numflash.distributed.arrays import Arrays, Bundle
+from numflash.distributed.layouts import Layout
+from numflash.problem.fp8 import Fp8Array, Fp8Recipe
+
+FORMAT = "e4m3"
+_ROTATED_STEP = 64
+
+
+class Wire(Protocol):
+    """How keys and values of one set of heads travel."""
+
+    def new(self, tokens: int, *, zeroed: bool = False) -> Bundle:
+        """A buffer for the keys and values of so many tokens; its `memory` is one message."""
+
+    def fill(self, buffer: Bundle, begin: int, k, v) -> None:
+        """Put own tokens into a buffer.
+
+        Args:
+            buffer: of `new`.
+            begin: the row of the first of them.
+            k: (batch, tokens, heads, head_dim).
+            v: (batch, tokens, heads, head_dim_v).
+        """
+
+    def messages(self, buffer: Bundle, begin: int, end: int) -> list:
+        """The memory of rows begin to end, in flat arrays of bytes: views of the buffer."""
+
+    def unpack(self, buffer: Bundle) -> tuple[Any, Any]:
+        """k and v of all rows: (batch, tokens, heads, head_dim or head_dim_v)."""
+
+    def rounded(self, k, v) -> tuple[Any, Any]:
+        """k and v as those who receive them see them."""
+
+    def nbytes(self, tokens: int) -> int:
+        """Bytes of the messages of so many tokens."""
+
+
+@dataclass(frozen=True)
+class _Keys:
+    """The keys and values of some heads: library and device, sizes, and dtype."""
+
+    arrays: Arrays
+    batch: int
+    heads: int
+    head_dim: int
+    head_dim_v: int
+    dtype: str
+
+    @classmethod
+    def of(cls, k, v) -> "_Keys":
+        arrays = Arrays.of(k, "k")
+        batch, _, heads, head_dim = k.shape
+        return cls(arrays, batch, heads, head_dim, v.shape[3], arrays.dtype_of(k))
+
+    def new(self, parts: dict, zeroed: bool) -> Bundle:
+        buffer = self.arrays.bundle(parts)
+        if zeroed:
+            buffer.memory[...] = 0
+        return buffer
+
+
+class OwnNumbers:
+    """Keys and values that travel as they are: (tokens, batch, heads, head_dim + head_dim_v)."""
+
+    def __init__(self, keys: _Keys):
+        self._keys = keys
+
+    def new(self, tokens, *, zeroed=False):
+        """See `Wire`."""
+        x = self._keys
+        shape = tokens, x.batch, x.heads, x.head_dim + x.head_dim_v
+        return x.new({"kv": (shape, x.dtype)}, zeroed)
+
+    def fill(self, buffer, begin, k, v):
+        """See `Wire`."""
+        rows = buffer["kv"][begin : begin + k.shape[1]].swapaxes(0, 1)
+        rows[..., : self._keys.head_dim] = k
+        rows[..., self._keys.head_dim :] = v
+
+    def messages(self, buffer, begin, end):
+        """See `Wire`."""
+        return [self._keys.arrays.as_bytes(buffer["kv"][begin:end])]
+
+    def unpack(self, buffer):
+        """See `Wire`; views of the buffer."""
+        rows = buffer["kv"].swapaxes(0, 1)
+        return rows[..., : self._keys.head_dim], rows[..., self._keys.head_dim :]
+
+    def rounded(self, k, v):
+        """See `Wire`."""
+        return k, v
+
+    def nbytes(self, tokens):
+        """See `Wire`."""
+        x = self._keys
+        row = x.batch * x.heads * (x.head_dim + x.head_dim_v)
+        return tokens * row * (4 if x.dtype == "float32" else 2)
+
+
+class Codes:
+    """Keys and values that travel as e4m3 codes with scales, quantised by their owner.
+
+    The owner, too, computes with what it has quantised: so a result does not depend on who owns
+    which tokens.
+    """
+
+    def __init__(self, keys: _Keys, recipe: Fp8Recipe, in_codes: bool):
+        """See `wire_of`."""
+        self._keys, self._recipe, self._in_codes = keys, recipe, in_codes
+        # Of a row that is rotated all columns count, also those that are padding.
+        dim = keys.head_dim
+        self._columns_k = padded_fp8_head_dim(dim) if recipe.hadamard else dim
+        self._tokens_per_scale = recipe.block if recipe.granularity == "block" else 1
+
+    def new(self, tokens, *, zeroed=False):
+        """See `Wire`."""
+        x, scales = self._keys, -(-tokens // self._tokens_per_scale)
+        codes = tokens, x.batch, x.heads, self._columns_k + x.head_dim_v
+        parts = {"codes": (codes, "uint8"), "scales": ((scales, x.batch, x.heads, 2), "float32")}
+        return x.new(parts, zeroed)
+
+    def fill(self, buffer, begin, k, v):
+        """See `Wire`."""
+        tokens = k.shape[1]
+        if not tokens:
+            return
+        rows = buffer["codes"][begin : begin + tokens].swapaxes(0, 1)
+        columns = slice(0, self._columns_k), slice(self._columns_k, None)
+        scales = buffer["scales"][self._scales(begin, begin + tokens)]
+        for i, (x, recipe) in enumerate(((k, self._recipe), (v, self._recipe_of_v))):
+            found = quantize_fp8(x, recipe.granularity, recipe.block, recipe.hadamard, recipe.seed)
+            into = rows[..., columns[i]]
+            into[...] = found.data[..., : into.shape[3]]
+            scales[..., i] = found.descale.swapaxes(1, 2).swapaxes(0, 1)
+
+    def messages(self, buffer, begin, end):
+        """See `Wire`."""
+        parts = buffer["codes"][begin:end], buffer["scales"][self._scales(begin, end)]
+        return [self._keys.arrays.as_bytes(part) for part in parts]
+
+    def unpack(self, buffer):
+        """See `Wire`: in the dtype of the keys, or with `in_codes` as `CodedRows`."""
+        rows, x = buffer["codes"].swapaxes(0, 1), self._keys
+        recipes = self._recipe, self._recipe_of_v
+        columns = rows[..., : self._columns_k], rows[..., self._columns_k :]
+        dims, found = (x.head_dim, x.head_dim_v), []
+        for i, (recipe, codes, dim) in enumerate(zip(recipes, columns, dims, strict=True)):
+            scales = buffer["scales"][..., i].swapaxes(0, 1).swapaxes(1, 2)
+            shape = (*codes.shape[:3], dim)
+            codes = self._filled_up(codes)
+            whole = Fp8Array(codes, x.arrays.contiguous(scales), recipe, shape, x.dtype)
+            found.append(CodedRows(whole) if self._in_codes else dequantize_fp8(whole))
+        return tuple(found)
+
+    def rounded(self, k, v):
+        """See `Wire`."""
+        buffer = self.new(k.shape[1])
+        self.fill(buffer, 0, k, v)
+        return self.unpack(buffer)
+
+    def nbytes(self, tokens):
+        """See `Wire`."""
+        x, scales = self._keys, -(-tokens // self._tokens_per_scale)
+        row = self._columns_k + x.head_dim_v
+        return x.batch * x.heads * (tokens * row + scales * 2 * 4)
+
+    @property
+    def _recipe_of_v(self) -> Fp8Recipe:
+        """Scores stay as they are if q and k are rotated; V has nothing to be rotated with."""
+        return replace(self._recipe, hadamard=False)
+
+    def _scales(self, begin: int, end: int) -> slice:
+        return slice(begin // self._tokens_per_scale, -(-end // self._tokens_per_scale))
+
+    def _filled_up(self, codes):
+        """The codes as kernels read them: rows padded with zeros, at multiples of 16 bytes."""
+        columns = codes.shape[3]
+        padded = padded_fp8_head_dim(columns)
+        if columns == padded and not (self._columns_k + self._keys.head_dim_v) % 16:
+            return codes
+        whole = self._keys.arrays.zeros((*codes.shape[:3], padded), "uint8")
+        whole[..., :columns] = codes
+        return whole
+
+
+class CodedRows:
+    """An `Fp8Array` of which x[:, begin:end] is one of some rows.
+
+    begin is a multiple of the tokens that share a scale.
+
+    Attributes:
+        whole: all rows.
+        shape: of the array that was quantised.
+    """
+
+    def __init__(self, whole: Fp8Array):
+        self.whole, self.shape = whole, whole.shape
+
+    def __getitem__(self, key: tuple[slice, slice]) -> Fp8Array:
+        begin, end, _ = key[1].indices(self.shape[1])
+        x, step = self.whole, 1
+        if x.recipe.granularity == "block":
+            step = x.recipe.block
+        if begin % step:
+            raise ValueError(
+                f"rows of codes can be cut at multiples of {step} tokens, which share a scale, "
+                f"got {begin}"
+            )
+        scales = x.descale[:, :, begin // step : -(-end // step)]
+        shape = (self.shape[0], end - begin, *self.shape[2:])
+        return replace(x, data=x.data[:, begin:end], descale=scales, shape=shape)
+
+
+def wire_of(wire: str | Fp8Recipe | None, k, v, *, in_codes: bool = False) -> Wire:
+    """How the keys and values of these heads travel.
+
+    Args:
+        wire: as of `recipe_of`.
+        k: (batch, tokens, heads, head_dim), CuPy's, PyTorch's or in the simulator NumPy's; of the
+            heads that travel together.
+        v: (batch, tokens, heads, head_dim_v).
+        in_codes: whether `unpack` leaves codes to be multiplied in 8 bits. Otherwise it gives
+            numbers of the dtype of k, which kernels of 16 bits multiply, with queries that are
+            not rounded.
+    """
+    keys, recipe = _Keys.of(k, v), recipe_of(wire, k.shape[3])
+    return OwnNumbers(keys) if recipe is None else Codes(keys, recipe, in_codes)
+
+
+def recipe_of(wire: str | Fp8Recipe | None, head_dim: int) -> Fp8Recipe | None:
+    """How keys and values are quantised before they travel.
+
+    Args:
+        wire: None: they travel in their own numbers. "e4m3": a scale for each token and head, and
+            keys are rotated if no more columns travel because of that. A recipe of the caller's
+            own.
+        head_dim: of the keys.
+
+    Raises:
+        TypeError: none of these.
+        ValueError: another name, or a recipe by which a scale would depend on who owns a token.
+    """
+    if wire is None:
+        return None
+    if isinstance(wire, Fp8Recipe):
+        if wire.granularity not in ("token", "block"):
+            raise ValueError(
+                'wire must have a scale for each "token" or "block" of tokens: with one for each '
+                f"{wire.granularity!r} a number would depend on who owns which tokens"
+            )
+        return wire
+    if not isinstance(wire, str):
+        kind = type(wire).__name__
+        raise TypeError(f'wire must be None, "{FORMAT}" or an Fp8Recipe, got {wire!r} ({kind})')
+    if wire != FORMAT:
+        raise ValueError(f'wire must be None, "{FORMAT}" or an Fp8Recipe, got {wire!r}')
+    return Fp8Recipe("token", hadamard=head_dim % _ROTATED_STEP == 0)
+
+
+def expect_layout_for(wire: str | Fp8Recipe | None, layout: Layout) -> None:
+    """Check that tokens that share a scale lie on one rank, one after the other.
+
+    Raises:
+        TypeError, ValueError: as `recipe_of`; ValueError: a segment begins within a block.
+    """
+    recipe = recipe_of(wire, _ROTATED_STEP)
+    if recipe is None or recipe.granularity == "token":
+        return
+    for rank in range(layout.ranks):
+        for rows, place in zip(layout.rows(rank), layout.places(rank), strict=True):
+            if rows[0] % recipe.block or place[0] % recipe.block:
+                raise ValueError(
+                    f"with wire={wire!r} {recipe.block} tokens share a scale, and segments must "
+                    f"begin at multiples of {recipe.block}; rank {rank} has one that begins at "
+                    f"token {place[0]}, its row {rows[0]}. Make the layout with "
+                    f"multiple={recipe.block} (documents of other lengths need "
+                    'Fp8Recipe("token"), a scale for each token)'
+                )
