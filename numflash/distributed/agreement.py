@@ -241,7 +241,8 @@ def _quick(name: str, value) -> Hashable:
     kind = type(value)
     if kind is Shard:
         shape = value.array.shape
-        return value.axis, (*shape[: value.axis], *shape[value.axis + 1 :]), value.array.dtype
+        axis = value.axis % len(shape)
+        return axis, (*shape[:axis], *shape[axis + 1 :]), value.array.dtype
     if name in _CHANGING and isinstance(value, Real):
         return kind
     if kind in (bool, int, float, str) or value is None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from numflash.distributed.agreement import Shard, agree
 from numflash.runtime.mode import SIMULATED
 from numflash.runtime.torch_tensors import dtype_name, is_tensor
 from numflash.runtime.views import numpy_dtype
@@ -160,9 +161,14 @@ def shard(layout, x, rank: int, axis: int):
 
 def gather(layout, x, comm, axis: int):
     """See `Layout.gather`."""
-    _expect_ranks(layout, comm)
-    _expect_tokens(x, axis, layout.tokens(comm.rank), f"the layout gives rank {comm.rank}")
-    arrays = Arrays.of(x, "x")
+
+    def check() -> Arrays:
+        arrays = Arrays.of(x, "x")
+        _expect_ranks(layout, comm)
+        _expect_tokens(x, axis, layout.tokens(comm.rank), f"the layout gives rank {comm.rank}")
+        return arrays
+
+    arrays = agree(comm, "Layout.gather", {"layout": layout, "x": Shard(x, axis)}, check)
     dtype, axis = arrays.dtype_of(x), axis % len(x.shape)
     received = []
     for rank in range(layout.ranks):

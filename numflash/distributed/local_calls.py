@@ -259,3 +259,36 @@ def is_given(name: str, option) -> bool:
     are_alike = isinstance(option, bool) == isinstance(default, bool)
     is_plain = isinstance(option, int | float | str | tuple)
     return not (is_plain and are_alike and option == default)
+
+
+def delta_of(arrays: Arrays, operands: dict[str, Any]):
+    """All that a backward wants of out and dlse: the row sums of dout * out, less dlse.
+
+    A part of the rows at a time, so that there is no float32 copy of out.
+
+    Args:
+        arrays: of the operands.
+        operands: dout and out (batch, tokens, heads, head_dim_v), lse and dlse (batch, heads,
+            tokens), dlse may be missing; or delta, which is returned.
+
+    Returns:
+        (batch, heads, tokens) float32.
+    """
+    if operands.get("delta") is not None:
+        return operands["delta"]
+    dout, out, dlse = operands["dout"], operands["out"], operands.get("dlse")
+    batch, tokens, heads, head_dim_v = out.shape
+    delta = arrays.empty((batch, heads, tokens), "float32")
+    rows = max(1, _CHUNK_BYTES // max(1, 4 * batch * heads * head_dim_v))
+    for begin in range(0, tokens, rows):
+        at = slice(begin, begin + rows)
+        product = arrays.astype(dout[:, at], "float32") * arrays.astype(out[:, at], "float32")
+        delta[:, :, at] = product.sum(-1).swapaxes(1, 2)
+    if dlse is not None:
+        delta -= dlse
+        # A query without keys has a constant lse.
+        delta[operands["lse"] == float("-inf")] = 0
+    return delta
+
+
+_CHUNK_BYTES = 2**24

@@ -13,19 +13,16 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from numflash.api.merge import merge_partials
+from numflash.api.merge import merge_onto
 from numflash.distributed import steps
 from numflash.distributed.arrays import Arrays
 from numflash.distributed.layouts import Layout
-from numflash.distributed.local_calls import Part
+from numflash.distributed.local_calls import Part, delta_of
 from numflash.distributed.pairs import Band
 from numflash.distributed.problem import Gradients, Problem
 from numflash.distributed.steps import Exchange, Step
 from numflash.problem.options import expect_one_of
 from numflash.runtime.views import numpy_dtype
-
-_CHUNK_BYTES = 2**26
-"""Of float32 numbers at once, where delta is made from dout and out."""
 
 _OPERANDS = ("q", "k", "v")
 """Whose gradients have rows; those of options have none."""
@@ -107,7 +104,7 @@ def backward(
     """
     expect_one_of("travels", travels, ("auto", "keys", "queries"))
     arrays, operands = problem.arrays, dict(operands)
-    operands["delta"] = _delta(arrays, operands)
+    operands["delta"] = delta_of(arrays, operands)
     operands["out"] = operands["dlse"] = None
     q, k, v = (operands[name] for name in ("q", "k", "v"))
     if travels == "auto":
@@ -299,8 +296,7 @@ class _Total:
             return
         whole, whole_lse = self.get()
         rows = slice(*part.q)
-        outs, lses = [whole[:, rows], out], [whole_lse[:, :, rows], lse]
-        whole[:, rows], whole_lse[:, :, rows] = merge_partials(outs, lses, dtype="float32")
+        merge_onto(whole[:, rows], whole_lse[:, :, rows], out, lse)
 
     def get(self) -> tuple[Any, Any]:
         """Both; before the first part, of queries that see nothing."""
@@ -453,26 +449,6 @@ def _tokens(message: steps.Message) -> int:
 def _plan(problem: Problem, ring: Callable) -> tuple[Step, ...]:
     """This rank's steps."""
     return ring(problem.layout, problem.band, problem.calls.by_position)[problem.rank]
-
-
-def _delta(arrays: Arrays, operands: dict[str, Any]):
-    """rowsum(dout * out) - dlse, (batch, heads, tokens) float32: all that a backward wants of out.
-
-    A part of the rows at a time, so that there is no float32 copy of out.
-    """
-    dout, out, dlse = operands["dout"], operands["out"], operands.get("dlse")
-    batch, tokens, heads, head_dim_v = out.shape
-    delta = arrays.empty((batch, heads, tokens), "float32")
-    rows = max(1, _CHUNK_BYTES // max(1, 4 * batch * heads * head_dim_v))
-    for begin in range(0, tokens, rows):
-        at = slice(begin, begin + rows)
-        product = arrays.astype(dout[:, at], "float32") * arrays.astype(out[:, at], "float32")
-        delta[:, :, at] = product.sum(-1).swapaxes(1, 2)
-    if dlse is not None:
-        delta -= dlse
-        # A query without keys has a constant lse.
-        delta[operands["lse"] == float("-inf")] = 0
-    return delta
 
 
 def _itemsize(arrays: Arrays, array) -> int:

@@ -96,3 +96,29 @@ class Communicator(Protocol):
 
         Waits on the host. Raises CommunicatorError.
         """
+
+
+def in_groups(
+    sends: list[tuple[Any, int]], receives: list[tuple[Any, int]], size: int
+) -> list[tuple[list[tuple[Any, int]], list[tuple[Any, int]]]]:
+    """Messages in groups of as many operations as NCCL takes, the same on all ranks.
+
+    The n-th message from one rank to another is in the same group on both of them: a group ends
+    only when each of its messages has met its other end. Messages without bytes are left out.
+    """
+    each = max(1, _MOST_OPERATIONS // (2 * max(1, size - 1)))
+    groups: list[tuple[list, list]] = []
+    for side, ends in enumerate((sends, receives)):
+        counts: dict[int, int] = {}
+        for array, peer in ends:
+            if not array.nbytes:
+                continue
+            n = counts[peer] = counts.get(peer, -1) + 1
+            while len(groups) <= n // each:
+                groups.append(([], []))
+            groups[n // each][side].append((array, peer))
+    return groups
+
+
+_MOST_OPERATIONS = 256
+"""Of a group: with more NCCL was seen to hang."""
