@@ -14,7 +14,7 @@ from numflash.api.check import check
 from numflash.api.comparison import CheckReport
 from numflash.api.explain import Explanation, explain, explain_dispatch
 from numflash.api.kvcache import attention_with_kvcache
-from numflash.api.merge import merge_partials
+from numflash.api.merge import merge_onto, merge_partials
 from numflash.api.plans import Plan, plan, warmup
 from numflash.api.quantize import dequantize_fp8, quantize_fp8
 from numflash.api.rotary import apply_rotary, rotary_tables
@@ -58,6 +58,7 @@ __all__ = [
     "explain_dispatch",
     "masks",
     "math",
+    "merge_onto",
     "merge_partials",
     "plan",
     "plan_varlen",

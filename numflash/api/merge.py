@@ -1,6 +1,6 @@
-"""`merge_partials`: attention over all keys from attention over parts of them."""
+"""`merge_partials`, `merge_onto`: attention over all keys from attention over parts of them."""
 
-from numflash.calls.merging import Merge, parts_of
+from numflash.calls.merging import Merge, MergeOnto, parts_of
 from numflash.calls.ready import remembered, run
 from numflash.runtime.arrays import library_of
 
@@ -37,7 +37,7 @@ def merge_partials(outs, lses, *, layout: str = "bshd", dtype: str | None = None
 
     Parts are copied next to each other as float32 first, unless outs and lses are contiguous
     float32 arrays with head_dim_v a multiple of 32 and layout "bshd". The kernel is enqueued, not
-    waited for.
+    waited for. `merge_onto` merges one part in place.
 
     Example:
         >>> import numpy as np, numflash
@@ -79,3 +79,56 @@ def merge_partials(outs, lses, *, layout: str = "bshd", dtype: str | None = None
 
     out, lse = run(remembered(key, make), arrays, operands, stream)
     return out, lse
+
+
+def merge_onto(out, lse, part, part_lse, *, layout: str = "bshd", stream=None) -> None:
+    """Merge a part of attention onto what other keys gave, in place.
+
+        lse' = log(exp(lse) + exp(part_lse))
+        out' = exp(lse - lse') out + exp(part_lse - lse') part
+
+    What `merge_partials` does with two parts, in one pass over memory and without more of it: the
+    step of a ring, where parts come one after the other.
+
+    Args:
+        out: (batch, seqlen_q, num_heads_q, head_dim_v) float32, with contiguous rows; written. It
+            may be some rows of a larger array. With layout "bhsd" the two middle axes are
+            swapped. Three dimensions mean one batch entry, two one head.
+        lse: (batch, num_heads_q, seqlen_q) float32, with a contiguous last axis; written. -inf
+            where a query has seen no key yet: what out holds there does not matter.
+        part: shaped like out, of float16, bfloat16 or float32, with contiguous rows, in memory of
+            its own: attention of the same queries over other keys.
+        part_lse: shaped like lse, float32, any strides: -inf where a query sees none of them.
+        layout: "bshd" or "bhsd", of out and part.
+        stream: a CUDA stream, or its address, to launch on; None is the current one of the array
+            library of out.
+
+    Raises:
+        TypeError: an argument of a wrong type or dtype, or not on a CUDA device.
+        ValueError: shapes that do not fit together, an array that cannot be written, rows that
+            are not contiguous, a part that shares memory with out.
+        UnsupportedError: head_dim_v above 256.
+
+    A query that sees no key so far and none of the part's gets 0 and -inf. Where a part weighs
+    nothing its rows are not read. Nothing is allocated. The kernel is enqueued, not waited for.
+
+    Example:
+        >>> import numpy as np, numflash
+        >>> q, k, v = np.random.default_rng(0).standard_normal((3, 1, 32, 1, 16)).astype("float32")
+        >>> out, lse = numflash.attention(q, k[:, :16], v[:, :16], return_lse=True)
+        >>> part = numflash.attention(q, k[:, 16:], v[:, 16:], return_lse=True)
+        >>> numflash.merge_onto(out, lse, *part)
+        >>> bool(np.allclose(out, numflash.attention(q, k, v), atol=1e-6))
+        True
+    """
+    arrays = {"out": out, "lse": lse, "part": part, "part_lse": part_lse}
+    key, operands = (MergeOnto, layout), {}
+    for name, array in arrays.items():
+        operands[name], identity = library_of(array, name).glance(array)
+        key = *key, identity
+
+    def make() -> MergeOnto:
+        views = {name: library_of(array, name).view(array, name) for name, array in arrays.items()}
+        return MergeOnto(views, layout)
+
+    run(remembered(key, make), arrays, operands, stream)

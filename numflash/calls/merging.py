@@ -1,11 +1,11 @@
-"""Parts of attention over different keys, made ready to be merged by the combine kernel."""
+"""Parts of attention over different keys, made ready to be merged."""
 
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from numflash.calls.launch import Launcher
-from numflash.configs import DTYPES, Traits, padded_head_dim
+from numflash.configs import DTYPES, MergeOntoConfig, Traits, padded_head_dim
 from numflash.configs.features import ABSENT
 from numflash.kernels import arguments as records
 from numflash.kernels.arguments import Shape, SplitTiles
@@ -13,13 +13,15 @@ from numflash.problem.options import LAYOUTS, expect_one_of
 from numflash.problem.problem import (
     Tensor,
     as_tensor,
+    expect_contiguous_rows,
     expect_head_dim,
     expect_like,
+    expect_writeable,
     num_blocks,
 )
 from numflash.runtime.arrays import ArrayLibrary
 from numflash.runtime.driver import limits_of_device
-from numflash.runtime.views import ArrayView, Operand, fresh
+from numflash.runtime.views import Apart, ArrayView, Operand, fresh
 from numflash.selection.rules import choose
 
 _ALIGNMENT = 16
@@ -38,7 +40,7 @@ def parts_of(view: ArrayView) -> list[ArrayView]:
 
 
 class Merge:
-    """A merge made ready: its kernel bound to everything but addresses.
+    """A merge into new arrays made ready: its kernel bound to everything but addresses.
 
     Attributes:
         device: of the kernel.
@@ -152,3 +154,81 @@ class Merge:
         if axes == 3:
             return part[0].swapaxes(0, 1) if self.layout == "bhsd" else part[0]
         return part[0, :, 0]
+
+
+class MergeOnto:
+    """A merge of one part onto what is there made ready: its kernel bound to all but addresses.
+
+    Attributes:
+        device: of the kernel.
+    """
+
+    def __init__(self, views: dict[str, ArrayView], layout: str):
+        """Check and compile.
+
+        Args:
+            views: of the arrays of `merge_onto`, by name.
+            layout: as for `merge_onto`.
+
+        Raises:
+            TypeError, ValueError, UnsupportedError: as `merge_onto`.
+        """
+        expect_one_of("layout", layout, LAYOUTS)
+        out, part, self.device = views["out"], views["part"], views["out"].device
+        if part.dtype not in DTYPES:
+            raise TypeError(
+                f"part must have one of the dtypes {', '.join(DTYPES)}, got {part.dtype}"
+            )
+        tensors = {name: as_tensor(name, views[name], layout) for name in ("out", "part")}
+        batch, seqlen, heads, head_dim_v = tensors["out"].shape
+        expect_head_dim("head_dim of out", head_dim_v)
+        shapes = {"out": out.shape, "lse": (batch, heads, seqlen)[4 - len(out.shape) :]}
+        for name, view in views.items():
+            dtype = part.dtype if name == "part" else "float32"
+            shape = shapes["lse" if name.endswith("lse") else "out"]
+            expect_like(name, view, tuple(shape), dtype, self.device, of="out")
+        expect_contiguous_rows("part", part)
+        for name in ("out", "lse"):
+            expect_writeable(name, views[name])
+        self._apart = Apart({"out": out, "part": part})
+        self._names = tuple(views)
+        self._launcher = self._make_launcher(tensors, views)
+        if self._launcher is not None:
+            self._launcher.build()
+
+    def _make_launcher(
+        self, tensors: dict[str, Tensor], views: dict[str, ArrayView]
+    ) -> Launcher | None:
+        batch, seqlen, heads, head_dim_v = tensors["out"].shape
+        if not batch * seqlen * heads:
+            return None
+        vectorized = all(tensor.is_vectorizable for tensor in tensors.values())
+        row = padded_head_dim(head_dim_v)
+        config = MergeOntoConfig()
+        traits = Traits(views["part"].dtype, row, row, vectorized=vectorized)
+        blocks = num_blocks("the merge", seqlen, heads * batch, config.rows(traits))
+        records_of = {name: tensor.strides[:3] for name, tensor in tensors.items()}
+        for name in ("lse", "part_lse"):
+            # (batch, head, row), without the axes that the caller's do not have.
+            strides = (0, 0, 0, *views[name].strides)[-3:]
+            records_of[name] = strides[0], strides[2], strides[1]
+        arguments: dict[str, Any] = {
+            name: records.Tensor(name, *strides) for name, strides in records_of.items()
+        }
+        arguments["shape"] = Shape(seqlen, 0, heads, 1, 0, head_dim_v, batch)
+        return Launcher(config, traits, self.device, blocks, arguments)
+
+    def bind(
+        self, *operands_and_library: Operand | ArrayLibrary
+    ) -> tuple[dict[str, Callable[[int], None]]]:
+        """The function that launches; nothing is allocated.
+
+        Args:
+            operands_and_library: the arrays in the order of the views, and the array library.
+        """
+        *given, _ = operands_and_library
+        operands = dict(zip(self._names, given, strict=True))
+        self._apart.expect({name: operands[name].pointer for name in ("out", "part")})
+        if self._launcher is None:
+            return ({},)
+        return ({"merge-onto": self._launcher.bind(operands)},)

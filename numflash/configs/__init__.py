@@ -24,6 +24,7 @@ from numflash.configs.implementations import (
     Implementation,
     implementation_of,
 )
+from numflash.configs.merging import MERGING_CONFIGS, MergeOntoConfig
 from numflash.configs.mma import (
     MMA_CONFIGS,
     MmaBackwardConfig,
@@ -105,6 +106,7 @@ Config = (
     | MaskTilesConfig
     | MaskScatterConfig
     | MaskListsConfig
+    | MergeOntoConfig
     | ScheduleConfig
 )
 
@@ -131,6 +133,7 @@ __all__ = [
     "HEAD_DIM_STEP",
     "IMPLEMENTATIONS",
     "MAX_HEAD_DIM",
+    "MERGING_CONFIGS",
     "MMA_CONFIGS",
     "PORTABLE_CONFIGS",
     "QUANTIZE_CONFIGS",
@@ -158,6 +161,7 @@ __all__ = [
     "MaskListsConfig",
     "MaskScatterConfig",
     "MaskTilesConfig",
+    "MergeOntoConfig",
     "MmaBackwardConfig",
     "MmaBackwardDkDvConfig",
     "MmaBackwardDqConfig",

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from numflash.configs import fp8, mma_rules, portable, quantize, wgmma, wgmma_backward
 from numflash.configs.block_masks import BLOCK_MASK_CONFIGS
 from numflash.configs.fp8 import PREFIX, Fp8ForwardConfig
+from numflash.configs.merging import MERGING_CONFIGS
 from numflash.configs.mma import MMA_CONFIGS
 from numflash.configs.portable import PORTABLE_CONFIGS
 from numflash.configs.quantize import QUANTIZE_CONFIGS
@@ -212,6 +213,14 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
         configs=BLOCK_MASK_CONFIGS,
         generation=lambda limits: "block-mask",
         candidates=lambda family, traits, limits: (BLOCK_MASK_CONFIGS[family](),),
+        misfit=_nothing,
+        has_tensor_cores=False,
+    ),
+    Implementation(
+        name="merging",
+        configs=MERGING_CONFIGS,
+        generation=lambda limits: "merging",
+        candidates=lambda family, traits, limits: (MERGING_CONFIGS[family](),),
         misfit=_nothing,
         has_tensor_cores=False,
     ),

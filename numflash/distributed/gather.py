@@ -13,11 +13,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from numflash.distributed import steps
-from numflash.distributed.layouts import Layout
 from numflash.distributed.local_calls import Part
 from numflash.distributed.problem import Gradients, Problem
 from numflash.distributed.steps import Exchange, Gathering
-from numflash.distributed.wire import Wire, wire_of
 
 _OF_TOKENS = ("q", "k", "v")
 
@@ -46,7 +44,8 @@ def forward(problem: Problem, q, k, v, first_head: int = 0, *, float32: bool) ->
     group, several = heads_q // k.shape[2], len(problem.layout.lengths) > 1
     if several:
         lse[...] = float("-inf")
-    for heads, keys, values in _fetched(problem, plan, k, v, backward=False):
+    at_once = problem.heads_at_once(q, k, v, backward=False)
+    for heads, keys, values in _fetched(problem, plan, k, v, at_once):
         mine = slice(heads.start * group, heads.stop * group)
         operands = q[:, :, mine], keys, values, first_head + mine.start
         for part in problem.calls.forward(
@@ -87,9 +86,9 @@ def backward(
         for name in wrt
         if name in _OF_TOKENS
     }
-    shares = _Shares(problem, plan, found, k, v)
-    group = q.shape[2] // k.shape[2]
-    for heads, keys, values in _fetched(problem, plan, k, v, backward=True):
+    at_once, group = problem.heads_at_once(q, k, v, backward=True), q.shape[2] // k.shape[2]
+    shares = _Shares(problem, plan, found, k, v, at_once)
+    for heads, keys, values in _fetched(problem, plan, k, v, at_once):
         mine = slice(heads.start * group, heads.stop * group)
         of_group = {
             name: x[:, mine] if name in ("lse", "delta", "dlse") else x[:, :, mine]
@@ -115,29 +114,6 @@ def backward(
     return found
 
 
-def heads_at_once(
-    layout: Layout, batch: int, heads_kv: int, key_bytes: int, most_bytes: int | None
-) -> int:
-    """The key-value heads whose keys and values are fetched together: the same on all ranks.
-
-    It divides heads_kv, so that all groups are equal. It is one where `most_bytes` is too little
-    even for that.
-
-    Args:
-        layout: who holds what.
-        batch: entries.
-        heads_kv: key-value heads.
-        key_bytes: that one key of one head takes at a time, with its value: in two buffers where
-            there are more heads than these, and in a backward in the shares of gradients, those
-            that leave and those that arrive.
-        most_bytes: of all of it; None for a group for each rank.
-    """
-    most = max(1, heads_kv // layout.ranks)
-    if most_bytes is not None:
-        most = most_bytes // max(1, layout.seqlen * batch * key_bytes)
-    return max(n for n in range(1, heads_kv + 1) if heads_kv % n == 0 and n <= max(1, most))
-
-
 def is_alone(plan: Gathering) -> bool:
     """Whether all keys are this rank's, where they belong: nothing is fetched or copied."""
     return not plan.fetch and plan.is_whole and all(rows == place for rows, place in plan.own)
@@ -147,30 +123,19 @@ def _plan(problem: Problem) -> Gathering:
     return steps.gathering(problem.layout, problem.band)[problem.rank]
 
 
-def _wire(problem: Problem, k, v, backward: bool) -> tuple[Wire, int]:
-    """How keys and values travel, and how many heads of them together."""
-    wire = wire_of(problem.wire, k[:, :0, :1], v[:, :0, :1])
-    batch, _, heads, head_dim = k.shape
-    key_bytes = 2 * (wire.nbytes(2**10) // (2**10 * max(1, batch)))
-    if backward:
-        key_bytes += 2 * 4 * (head_dim + v.shape[3])
-    at_once = heads_at_once(problem.layout, batch, heads, key_bytes, problem.max_workspace)
-    return wire_of(problem.wire, k[:, :, :at_once], v[:, :, :at_once]), at_once
-
-
 def _fetched(
-    problem: Problem, plan: Gathering, k, v, backward: bool
+    problem: Problem, plan: Gathering, k, v, at_once: int
 ) -> Iterator[tuple[slice, Any, Any]]:
-    """Key-value heads, and their keys and values of the whole sequence; the next are under way.
+    """So many heads at a time with their keys and values of all tokens; the next are under way.
 
     Keys that nobody here sees are zeros: a hidden NaN would spoil what shares a tile with it.
     """
     heads_kv = k.shape[2]
     if is_alone(plan):
-        wire = wire_of(problem.wire, k, v)
+        wire = problem.wire_of(k, v)
         yield slice(0, heads_kv), *wire.rounded(k, v)
         return
-    wire, at_once = _wire(problem, k, v, backward)
+    wire = problem.wire_of(k[:, :, :at_once], v[:, :, :at_once])
     groups = [slice(n, n + at_once) for n in range(0, heads_kv, at_once)]
     seqlen, zeroed = problem.layout.seqlen, not plan.is_whole
     buffers = [wire.new(seqlen, zeroed=zeroed) for _ in groups[:2]]
@@ -215,7 +180,9 @@ class _Shares:
     what it held has arrived.
     """
 
-    def __init__(self, problem: Problem, plan: Gathering, found: dict[str, Any], k, v):
+    def __init__(
+        self, problem: Problem, plan: Gathering, found: dict[str, Any], k, v, at_once: int
+    ):
         """Bind the gradients of this rank's own tokens, which shares are added to."""
         self._problem, self._plan, self._found = problem, plan, found
         self._names = tuple(name for name in ("k", "v") if name in found)
@@ -226,7 +193,6 @@ class _Shares:
         self._buffer = self._arrived = None
         if self._is_alone or not self._names:
             return
-        _, at_once = _wire(problem, k, v, backward=True)
         arrays, self._columns, at = problem.arrays, {}, 0
         for name, x in (("k", k), ("v", v)):
             if name in found:

@@ -39,6 +39,10 @@ class LocalCalls:
     """The calls of one rank, with the options of one problem.
 
     All arrays are (batch, tokens, heads, head_dim), lse and delta (batch, heads, tokens).
+
+    Attributes:
+        by_position: whether a score depends on its position or its head.
+        in_codes: whether forwards multiply in 8 bits.
     """
 
     def __init__(self, options: dict[str, Any], arrays: Arrays):
@@ -54,6 +58,7 @@ class LocalCalls:
         self._arrays = arrays
         self.by_position = any(name in given for name in BY_POSITION)
         self._has_origin = self.by_position or "sinks" in given
+        self.in_codes = given.get("precision") == "fp8"
         of_forward, of_backward = split_configs(given.pop("config", None))
         self._forward = given | ({"config": of_forward} if of_forward else {})
         given = {name: x for name, x in given.items() if name not in _OF_FORWARD}
@@ -157,7 +162,8 @@ class LocalCalls:
     def _asked(
         self, calls: tuple[Call, ...], q, in_backward: bool = False
     ) -> "tuple[_Asked, ...]":
-        apart = self.by_position or q.shape[0] != 1
+        # Kernels on 8-bit floats know one length for all sequences.
+        apart = self.by_position or self.in_codes or q.shape[0] != 1
         return _asked(calls, apart, self.by_position, self._has_origin, in_backward)
 
     def _cut(self, name: str, x, rows: tuple[int, int], keys: tuple[int, int], single: bool):
@@ -259,3 +265,36 @@ def is_given(name: str, option) -> bool:
     are_alike = isinstance(option, bool) == isinstance(default, bool)
     is_plain = isinstance(option, int | float | str | tuple)
     return not (is_plain and are_alike and option == default)
+
+
+def delta_of(arrays: Arrays, operands: dict[str, Any]):
+    """All that a backward wants of out and dlse: the row sums of dout * out, less dlse.
+
+    A part of the rows at a time, so that there is no float32 copy of out.
+
+    Args:
+        arrays: of the operands.
+        operands: dout and out (batch, tokens, heads, head_dim_v), lse and dlse (batch, heads,
+            tokens), dlse may be missing; or delta, which is returned.
+
+    Returns:
+        (batch, heads, tokens) float32.
+    """
+    if operands.get("delta") is not None:
+        return operands["delta"]
+    dout, out, dlse = operands["dout"], operands["out"], operands.get("dlse")
+    batch, tokens, heads, head_dim_v = out.shape
+    delta = arrays.empty((batch, heads, tokens), "float32")
+    rows = max(1, _CHUNK_BYTES // max(1, 4 * batch * heads * head_dim_v))
+    for begin in range(0, tokens, rows):
+        at = slice(begin, begin + rows)
+        product = arrays.astype(dout[:, at], "float32") * arrays.astype(out[:, at], "float32")
+        delta[:, :, at] = product.sum(-1).swapaxes(1, 2)
+    if dlse is not None:
+        delta -= dlse
+        # A query without keys has a constant lse.
+        delta[operands["lse"] == float("-inf")] = 0
+    return delta
+
+
+_CHUNK_BYTES = 2**24

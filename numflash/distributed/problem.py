@@ -8,6 +8,9 @@ from numflash.distributed.communicators import Communicator
 from numflash.distributed.layouts import Layout
 from numflash.distributed.local_calls import LocalCalls
 from numflash.distributed.pairs import Band
+from numflash.distributed.sizes import Sizes, gathered_at_once
+from numflash.distributed.wire import Wire, recipe_of, wire_of
+from numflash.runtime.views import numpy_dtype
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,7 @@ class Problem:
         arrays: of this rank.
         max_workspace: bytes that a method may take beyond inputs and results, None for its own
             default.
-        wire: None, or "e4m3": keys and values travel in 8 bits.
+        wire: how keys and values travel, as `wire.recipe_of` reads it.
     """
 
     layout: Layout
@@ -31,7 +34,7 @@ class Problem:
     calls: LocalCalls
     arrays: Arrays
     max_workspace: int | None = None
-    wire: str | None = None
+    wire: Any = None
 
     @property
     def rank(self) -> int:
@@ -42,6 +45,22 @@ class Problem:
     def tokens(self) -> int:
         """Tokens of this rank."""
         return self.layout.tokens(self.rank)
+
+    def wire_of(self, k, v) -> Wire:
+        """How these keys and values travel."""
+        return wire_of(self.wire, k, v, in_codes=self.calls.in_codes)
+
+    def heads_at_once(self, q, k, v, *, backward: bool) -> int:
+        """The key-value heads that gather fetches together."""
+        sizes = sizes_of(q, k, v, self.arrays.dtype_of(q), self.wire)
+        return gathered_at_once(self.layout, sizes, self.max_workspace, backward=backward)
+
+
+def sizes_of(q, k, v, dtype: str, wire) -> Sizes:
+    """Of one token: of arrays of a rank, or views of them, (batch, tokens, heads, head_dim)."""
+    (batch, _, heads_q, head_dim), (heads_kv, head_dim_v) = q.shape, v.shape[2:]
+    recipe, itemsize = recipe_of(wire, head_dim), numpy_dtype(dtype).itemsize
+    return Sizes(heads_q, heads_kv, head_dim, head_dim_v, itemsize, batch, recipe)
 
 
 Gradients = dict[str, Any]

@@ -43,6 +43,7 @@ FACTORIES = {
     ("block-mask", "mask-tiles"): "masks.tiles.make_mask_tiles_kernel",
     ("block-mask", "mask-scatter"): "masks.scatter.make_mask_scatter_kernel",
     ("block-mask", "mask-lists"): "masks.lists.make_mask_lists_kernel",
+    ("merging", "merge-onto"): "shared.merge_onto.make_merge_onto_kernel",
     ("sequences", "schedule"): "sequences.schedule.make_schedule_kernel",
 }
 """(row of `configs.implementations`, kernel family) -> factory(config, traits) -> Kernel, by name

@@ -1,0 +1,401 @@
+"""A call over several ranks: checked, agreed on, and bound to the method that computes it."""
+
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from numflash.calls.ready import remembered
+from numflash.distributed import gather, heads, steps, whole
+from numflash.distributed.agreement import Shard, agree
+from numflash.distributed.arrays import Arrays
+from numflash.distributed.communicators import Communicator
+from numflash.distributed.communicators.alone import Alone
+from numflash.distributed.communicators.grid import Grid
+from numflash.distributed.layouts import Layout
+from numflash.distributed.local_calls import BY_POSITION, LocalCalls, is_given
+from numflash.distributed.pairs import Band, Call
+from numflash.distributed.problem import Problem, sizes_of
+from numflash.distributed.sizes import best_method, expect_heads
+from numflash.distributed.wire import expect_layout_for, recipe_of
+from numflash.problem.options import (
+    OPTIONS,
+    AttentionOptions,
+    GradientOptions,
+    expect_one_of,
+    kind_of,
+)
+from numflash.runtime.arrays import library_of
+from numflash.runtime.errors import UnsupportedError
+from numflash.runtime.philox import ALIGNMENT
+from numflash.runtime.views import ArrayView
+from numflash.selection.choice import split_configs
+from numflash.selection.store import generation
+
+METHODS = ("auto", "gather", "ring", "heads")
+ACROSS = ("gather", "ring")
+_OF_LAYOUT = ("causal_align", "shift", "origin")
+_LENGTHS = "the layout says how long documents are, and who holds which tokens of them"
+_REFUSED = {
+    "block_mask": "its blocks are of one GPU's rows and columns; give mask_mod",
+    **dict.fromkeys(("seqlens_q", "seqlens_k", "starts_q", "starts_k"), _LENGTHS),
+    **dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), _LENGTHS),
+    "fp8": 'scales would depend on who holds which tokens; wire="e4m3" quantises at the owner',
+    "max_rel_error": 'precision="auto" decides by heads of one GPU',
+}
+_ELSEWHERE = ("layout", "schedule", "page_table", "appended", "cached", "num_splits", "out_dtype")
+_TAKEN = tuple(x.name for x in OPTIONS if x.name not in (*_REFUSED, *_OF_LAYOUT, *_ELSEWHERE))
+_ONE_SEQUENCE = ("dropout_p", "bias", "mask", "score_mod", "mask_mod")
+
+
+class Ready(NamedTuple):
+    """A call that is checked.
+
+    Attributes:
+        names: of its methods: that of all ranks; or "heads", and that across groups.
+        method: the module that computes it.
+        config: that forwards run, if the caller names none; None if each call has its own.
+        wrt: of a backward, what it returns gradients of.
+    """
+
+    names: tuple[str, ...]
+    method: ModuleType
+    config: str | None
+    wrt: tuple[str, ...] = ()
+
+
+@dataclass
+class RankedCall:
+    """What a caller asks for, besides operands."""
+
+    function: str
+    layout: Any
+    comm: Any
+    method: Any
+    wire: Any
+    max_workspace: Any
+    options: dict[str, Any]
+    asked: GradientOptions | None = None
+    travels: str = "auto"
+    comms: tuple[Communicator, ...] = field(init=False)
+
+    def __post_init__(self):
+        self.comms = _comms(self.comm)
+
+    def agreed(self, operands: dict[str, Any]) -> Ready:
+        """The call checked, once all ranks ask for the same. Raises as `attention`."""
+        items = {
+            name: Shard(x, _axis_of_tokens(name, x)) for name, x in operands.items()
+        } | self.options
+        items |= {"layout": self.layout, "method": self.method, "wire": self.wire}
+        items["max_workspace"] = self.max_workspace
+        if self.asked is not None:
+            items |= {"wrt": self.asked.wrt, "grad_dtype": self.asked.grad_dtype}
+            items["travels"] = self.travels
+        call = f"numflash.distributed.{self.function}"
+        return agree(self.comms, call, items, lambda: self._checked(operands))
+
+    def problem(self, ready: Ready, q) -> Problem:
+        """The problem of this rank."""
+        arrays = Arrays.of(q, "q")
+        given = {name: x for name, x in self.options.items() if name not in _NOT_OF_CALLS}
+        if given.get("precision") == "fp8":
+            # A scale for each query: how they are spread over ranks then does not matter.
+            recipe = recipe_of(self.wire, q.shape[3])
+            given["fp8"] = replace(recipe, granularity="token")
+        calls, band = (
+            LocalCalls(given, arrays),
+            Band.of(self.options["causal"], self.options["window_size"]),
+        )
+        if ready.config is not None:
+            calls = calls.with_config(ready.config)
+        comm, of_all = self.comms[0], (self.max_workspace, self.wire)
+        if ready.names[0] != "heads":
+            return Problem(self.layout, comm, band, calls, arrays, *of_all)
+        across = self.comms[1] if len(self.comms) > 1 else _alone()
+        problem = Problem(self._across(ready.names), across, band, calls, arrays)
+        # Quantised once: across groups, where there are several.
+        within_wire, across_wire = (self.wire, None) if len(self.comms) == 1 else (None, self.wire)
+        return heads.RegroupedProblem(
+            layout=self.layout,
+            comm=Grid(comm, across),
+            band=band,
+            calls=calls,
+            arrays=arrays,
+            max_workspace=self.max_workspace,
+            wire=within_wire,
+            within=comm,
+            across=replace(problem, max_workspace=self.max_workspace, wire=across_wire),
+            method=_module(ready.names[1]),
+            more={"travels": self.travels} if ready.names[1] == "ring" else {},
+        )
+
+    def of_backward(self, ready: Ready) -> dict[str, str]:
+        """What only the backward of its method takes."""
+        return {"travels": self.travels} if ready.names == ("ring",) else {}
+
+    def _checked(self, operands: dict[str, Any]) -> Ready:
+        """The checks of this rank alone, remembered. Raises as `attention`."""
+        options = self._options()
+        ranks = tuple((comm.rank, comm.size) for comm in self.comms)
+        arrays = {**operands, **options.arrays()}
+        key = [RankedCall, generation(), self.function, ranks, self.asked, self.travels]
+        key += [self.layout, self.method, self.wire, self.max_workspace]
+        for name, array in arrays.items():
+            key += name, type(array), library_of(array, name).glance(array)[1]
+        return remembered((*key, *options.key()), lambda: self._check(operands, arrays, options))
+
+    def _options(self) -> AttentionOptions:
+        """Raises TypeError, ValueError, UnsupportedError."""
+        for name, value in self.options.items():
+            if name in _OF_LAYOUT and is_given(name, value):
+                raise ValueError(
+                    f"{self.function} over several ranks has no {name}: positions are those that "
+                    f"the layout says, got {value!r}"
+                )
+            if name in _REFUSED and is_given(name, value):
+                raise UnsupportedError(
+                    f"{self.function} over several ranks takes no {name}: {_REFUSED[name]}"
+                )
+            if name not in (*_TAKEN, *_OF_LAYOUT, *_REFUSED, "out_dtype"):
+                raise TypeError(
+                    f"{self.function} over several ranks got the unknown option {name}; it takes "
+                    f"{', '.join(_TAKEN)}"
+                )
+        precision = self.options.get("precision")
+        if precision == "auto" or (precision == "fp8" and self.wire is None):
+            raise UnsupportedError(
+                f"{self.function} over several ranks takes no precision={precision!r}: "
+                f'{_REFUSED["fp8"]}, and precision="fp8" then multiplies these codes'
+            )
+        if precision == "fp8" and self.asked is not None:
+            raise UnsupportedError(
+                f"{self.function} has no precision='fp8': it takes gradients in 16 bits, of the "
+                "numbers that codes of keys and values stand for"
+            )
+        return AttentionOptions.of(self.function, self.options)
+
+    def _check(
+        self, operands: dict[str, Any], arrays: dict[str, Any], options: AttentionOptions
+    ) -> Ready:
+        """The checks of this rank alone. Raises as `attention`."""
+        if not isinstance(self.layout, Layout):
+            raise TypeError(
+                f"layout must be a numflash.distributed.Layout, got {kind_of(self.layout)}"
+            )
+        names = _methods(self.method, len(self.comms))
+        ranks, rank = 1, 0
+        for comm in reversed(self.comms):
+            ranks, rank = ranks * comm.size, rank * comm.size + comm.rank
+        if self.layout.ranks != ranks:
+            raise ValueError(
+                f"layout must have as many ranks as comm, {ranks}, got {self.layout.ranks}"
+            )
+        _expect_workspace(self.max_workspace)
+        expect_layout_for(self.wire, self.layout)
+        if options.precision == "fp8":
+            options = options._replace(fp8=recipe_of(self.wire, operands["q"].shape[-1]))
+        expect_one_of("travels", self.travels, ("auto", "keys", "queries"))
+        views = self._views(operands, arrays, rank)
+        forced, of_backward = split_configs(options.config)
+        config, wrt = None, ()
+        if self.asked is None:
+            whole.expect_forward(views, self.layout, options)
+        else:
+            _expect_no_arrays(self.asked.wrt)
+            options = options.of_backward(of_backward or None)
+            wrt = whole.gradients_of_whole(views, self.layout, options, self.asked)
+        names = self._names(names, views, options)
+        if options.precision == "fp8" and names == ("heads", "gather") and len(self.comms) == 1:
+            raise UnsupportedError(
+                'precision="fp8" over several ranks is for what gathers or sends round keys and '
+                f"values, also across groups; got method={self.method!r}"
+            )
+        self._expect_positions(options, names)
+        if self.asked is None and names[-1] == "gather" and not forced:
+            config = whole.pinned_config(views, self.layout, options._replace(config=None))
+        return Ready(names, _module(names[0]), config, wrt)
+
+    def _views(
+        self, operands: dict[str, Any], arrays: dict[str, Any], rank: int
+    ) -> dict[str, ArrayView]:
+        """Of all arrays, those of operands with a batch axis. Raises TypeError, ValueError."""
+        library, views = Arrays.of(operands["q"], "q"), {}
+        for name, array in arrays.items():
+            view = library_of(array, name).view(array, name)
+            if name in operands:
+                if Arrays.of(array, name) != library:
+                    raise TypeError(f"{name} must be of the library and on the device of q")
+                view = _as_batch(name, view, operands["q"])
+                _expect_tokens(name, view, self.layout.tokens(rank), rank)
+            views[name] = view
+        return views
+
+    def _names(
+        self, names: tuple[str, ...], views: dict[str, ArrayView], options: AttentionOptions
+    ) -> tuple[str, ...]:
+        """The methods that compute it. Raises ValueError."""
+        q, k, v = (views[name] for name in ("q", "k", "v"))
+        if names[0] == "heads":
+            expect_heads(self.comms[0].size, q.shape[2], k.shape[2])
+            return names if len(names) == 2 else (*names, "gather")
+        if names != ("auto",):
+            return names
+        return (
+            best_method(
+                self.layout,
+                Band.of(options.causal, options.window_size),
+                sizes_of(q, k, v, q.dtype, self.wire),
+                by_position=any(is_given(name, getattr(options, name)) for name in BY_POSITION),
+                max_workspace=self.max_workspace,
+                backward=self.asked is not None,
+            ),
+        )
+
+    def _expect_positions(self, options: AttentionOptions, names: tuple[str, ...]) -> None:
+        """Check the options that depend on positions. Raises ValueError, UnsupportedError."""
+        given = [name for name in _ONE_SEQUENCE if is_given(name, getattr(options, name))]
+        if given and len(self.layout.lengths) != 1:
+            raise UnsupportedError(
+                f"{given[0]} over several ranks is for one document: its rows and columns are "
+                f"those of one sequence, and the layout has {len(self.layout.lengths)} documents"
+            )
+        if "dropout_p" in given:
+            layout, band = self._across(names), Band.of(options.causal, options.window_size)
+            begins = {n for call in _calls(layout, band, names[-1]) for n in call.origin}
+            if any(n % ALIGNMENT for n in begins):
+                raise ValueError(
+                    f"with dropout_p calls must begin at multiples of {ALIGNMENT} tokens, to "
+                    f"which random bits belong: make the layout with multiple={ALIGNMENT}, and "
+                    "with a ring a window that is such a multiple"
+                )
+
+    def _across(self, names: tuple[str, ...]) -> Layout:
+        """The layout of the method across groups."""
+        return _merged(self.layout, self.comms[0].size) if names[0] == "heads" else self.layout
+
+
+def _calls(layout: Layout, band: Band, method: str) -> list[Call]:
+    """Those of all ranks, where scores depend on positions."""
+    if method == "gather":
+        return [call for plan in steps.gathering(layout, band) for call in plan.calls]
+    ring = steps.ring(layout, band, True)
+    return [call for plan in ring for step in plan for call in step.calls]
+
+
+_NOT_OF_CALLS = ("causal", "window_size", "out_dtype", *_OF_LAYOUT)
+
+
+def _comms(comm) -> tuple[Communicator, ...]:
+    """One communicator, or those within and across groups. Raises TypeError."""
+    found = tuple(comm) if isinstance(comm, tuple | list) else (comm,)
+    verbs = ("rank", "size", "agreed", "exchange", "all_gather", "agree")
+    if len(found) not in (1, 2) or not all(hasattr(x, verb) for x in found for verb in verbs):
+        raise TypeError(
+            "comm must be a communicator, as numflash.distributed.local, of_torch and of_cupy "
+            f"make them, or a pair of them, got {comm!r}"
+        )
+    return found
+
+
+def _methods(method, comms: int) -> tuple[str, ...]:
+    """The names of a method. Raises TypeError, ValueError."""
+    if isinstance(method, tuple | list):
+        if len(method) != 2 or method[0] != "heads" or method[1] not in ACROSS:
+            raise ValueError(
+                f'a pair of methods must be ("heads", "gather") or ("heads", "ring"), got {method}'
+            )
+        names = tuple(method)
+    else:
+        expect_one_of("method", method, METHODS)
+        names = (method,)
+    if len(names) != comms:
+        raise ValueError(
+            'comm must be a pair of communicators with method=("heads", "gather") or ("heads", '
+            f'"ring"), and one with others, got {comms} and method={method!r}'
+        )
+    return names
+
+
+def _module(name: str) -> ModuleType:
+    if name == "ring":
+        from numflash.distributed import ring
+
+        return ring
+    return {"gather": gather, "heads": heads}[name]
+
+
+@lru_cache(maxsize=256)
+def _merged(layout: Layout, size: int) -> Layout:
+    return layout.merged(size)
+
+
+@lru_cache(maxsize=1)
+def _alone() -> Communicator:
+    return Alone()
+
+
+def _expect_workspace(value) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"max_workspace must be a number of bytes or None, got {value!r}")
+    if value < 0:
+        raise ValueError(f"max_workspace must be at least 0, got {value}")
+
+
+def _axis_of_tokens(name: str, array) -> int:
+    """Of an array of this rank, with or without a batch axis."""
+    axes = len(getattr(array, "shape", ()))
+    return axes - 1 if name in ("lse", "dlse") else max(0, axes - 3)
+
+
+def _expect_no_arrays(wrt) -> None:
+    """Raise UnsupportedError for gradients of arrays that scores read."""
+    for name in wrt or ():
+        if isinstance(name, str) and (name == "bias" or name.startswith("aux")):
+            raise UnsupportedError(
+                f"wrt over several ranks has no {name!r}: its gradient is of one GPU"
+            )
+
+
+def _as_batch(name: str, view: ArrayView, q) -> ArrayView:
+    """The view with a batch axis. Raises ValueError."""
+    axes = len(q.shape)
+    if axes not in (3, 4):
+        raise ValueError(
+            "q must have 3 dimensions (tokens, heads, head_dim) or 4 (batch, tokens, heads, "
+            f"head_dim), got {axes}"
+        )
+    wanted = axes - 1 if name in ("lse", "dlse") else axes
+    if len(view.shape) != wanted:
+        raise ValueError(
+            f"{name} must have {wanted} dimensions, as q has {axes}, got {len(view.shape)}"
+        )
+    if axes == 4:
+        return view
+    return replace(view, shape=(1, *view.shape), strides=(0, *view.strides))
+
+
+def _expect_tokens(name: str, view: ArrayView, tokens: int, rank: int) -> None:
+    axis = -1 if name in ("lse", "dlse") else 1
+    if view.shape[axis] != tokens:
+        raise ValueError(
+            f"{name} must have the {tokens} tokens that the layout gives rank {rank}, got "
+            f"{view.shape[axis]}"
+        )
+
+
+def with_batch(operands: dict[str, Any]) -> dict[str, Any]:
+    """The operands with a batch axis."""
+    if len(operands["q"].shape) == 4:
+        return dict(operands)
+    return {name: x[None] for name, x in operands.items()}
+
+
+def sum_over_ranks(problem: Problem, share, name: str):
+    """The gradient of what ranks share, in float32 and in the order of ranks."""
+    total = None
+    for each in problem.comm.all_gather(problem.arrays.contiguous(share), f"gradients of {name}"):
+        total = each if total is None else total + each
+    return total

@@ -1,0 +1,276 @@
+"""Attention by heads: ranks change tokens of all heads for heads of all tokens, and back.
+
+Within a group of neighbouring ranks each gets some query heads of all the group's tokens, and the
+key-value heads that these use, which are never repeated. Another method computes across groups;
+where all ranks are one group, it has one rank.
+
+Source: DeepSpeed Ulysses, arXiv 2309.14509.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from numflash.distributed import steps
+from numflash.distributed.communicators import Communicator
+from numflash.distributed.local_calls import delta_of
+from numflash.distributed.problem import Gradients, Problem
+from numflash.distributed.sizes import Share, shares_of
+from numflash.distributed.steps import Exchange, Regrouping
+
+_OF_TOKENS = ("q", "k", "v")
+
+
+class Method(Protocol):
+    """What computes across groups: `gather` or `ring`."""
+
+    forward: Callable[..., tuple[Any, Any]]
+    backward: Callable[..., Gradients]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegroupedProblem(Problem):
+    """A problem whose ranks change heads for tokens.
+
+    Attributes:
+        within: the ranks of this rank's group, which are neighbours.
+        across: the problem of the groups, of each one rank: the ranks with this one's number in
+            their groups.
+        method: that computes it.
+        more: options of the method's backward.
+    """
+
+    within: Communicator
+    across: Problem
+    method: Method
+    more: dict[str, Any]
+
+    @property
+    def plan(self) -> Regrouping:
+        """What this rank exchanges with its group."""
+        return steps.regrouping(self.layout, self.within.size)[self.rank]
+
+
+def forward(
+    problem: RegroupedProblem, q, k, v, first_head: int = 0, *, float32: bool
+) -> tuple[Any, Any]:
+    """Attention of this rank's queries over the keys of all ranks.
+
+    Args:
+        problem: this rank's.
+        q: (batch, tokens, heads_q, head_dim) of this rank.
+        k, v: (batch, tokens, heads_kv, head_dim or head_dim_v) of this rank.
+        first_head: the number of the first query head in the whole problem.
+        float32: whether out is float32, and not of the dtype of q.
+
+    Returns:
+        out (batch, tokens, heads_q, head_dim_v) and lse (batch, heads_q, tokens) float32.
+
+    Raises:
+        CommunicatorError: a peer is gone or did not come.
+    """
+    arrays, shares = problem.arrays, shares_of(problem.within.size, q.shape[2], k.shape[2])
+    mine = shares[problem.within.rank]
+    # One after the other: what is sent of one is free before the other needs room.
+    (queries,) = _to_heads(problem, [q.swapaxes(0, 1)], shares, "queries")
+    keys, values = _keys_to_heads(problem, k, v, shares)
+    results = problem.method.forward(
+        problem.across,
+        queries.swapaxes(0, 1),
+        keys,
+        values,
+        first_head + mine.q.start,
+        float32=float32,
+    )
+    del queries, keys, values
+    batch, tokens, heads_q, _ = q.shape
+    out = arrays.empty((batch, tokens, heads_q, v.shape[3]), arrays.dtype_of(results[0]))
+    lse = arrays.empty((batch, heads_q, tokens), "float32")
+    computed = results[0].swapaxes(0, 1), results[1].swapaxes(1, 2).swapaxes(0, 1)
+    of_tokens = out.swapaxes(0, 1), lse.swapaxes(1, 2).swapaxes(0, 1)
+    for rank, found in _to_tokens(problem, computed, "results"):
+        for whole, (rows, part) in zip(of_tokens, found, strict=True):
+            whole[slice(*rows), :, shares[rank].q] = part
+    return out, lse
+
+
+def backward(
+    problem: RegroupedProblem,
+    operands: dict[str, Any],
+    first_head: int = 0,
+    wrt: tuple[str, ...] = _OF_TOKENS,
+) -> Gradients:
+    """The gradients of `forward`, of this rank's rows.
+
+    Args:
+        problem: this rank's.
+        operands: dout, q, k, v, lse and out, or in its place delta, of this rank's rows; dlse,
+            where lse has a gradient of its own, else None or left out.
+        first_head: as of `forward`.
+        wrt: of "q", "k", "v", "sinks" and "alibi_slopes".
+
+    Returns:
+        A float32 gradient by each name in wrt. Those of sinks and alibi_slopes have the shapes of
+        the whole problem's, and are this rank's share: the sum over ranks is the gradient.
+
+    Raises:
+        CommunicatorError: a peer is gone or did not come.
+    """
+    arrays = problem.arrays
+    dout, q, k, v = (operands[name] for name in ("dout", *_OF_TOKENS))
+    shares = shares_of(problem.within.size, q.shape[2], k.shape[2])
+    mine = shares[problem.within.rank]
+    of_rows = [x.swapaxes(0, 1) for x in (q, dout)]
+    of_rows += [
+        x.swapaxes(1, 2).swapaxes(0, 1) for x in (operands["lse"], delta_of(arrays, operands))
+    ]
+    queries, of_out, lse, delta = _to_heads(
+        problem, of_rows, shares, "queries and their gradients"
+    )
+    keys, values = _keys_to_heads(problem, k, v, shares)
+    of_heads = {
+        "q": queries.swapaxes(0, 1),
+        "dout": of_out.swapaxes(0, 1),
+        "lse": arrays.contiguous(lse.swapaxes(0, 1).swapaxes(1, 2)),
+        "delta": delta.swapaxes(0, 1).swapaxes(1, 2),
+        "k": keys,
+        "v": values,
+    }
+    del queries, of_out, lse, delta, keys, values
+    first = first_head + mine.q.start
+    found = problem.method.backward(problem.across, of_heads, first, wrt, **problem.more)
+    del of_heads
+    names = [name for name in _OF_TOKENS if name in wrt]
+    computed = [found[name].swapaxes(0, 1) for name in names]
+    sums = {
+        name: arrays.zeros(tuple(x.shape), "float32")
+        for name, x in (("q", q), ("k", k), ("v", v))
+        if name in names
+    }
+    # By rank: several may have a share of a key-value head.
+    for rank, parts in _to_tokens(problem, computed, "gradients"):
+        for name, (rows, part) in zip(names, parts, strict=True):
+            heads = shares[rank].q if name == "q" else shares[rank].kv
+            whole = sums[name].swapaxes(0, 1)[slice(*rows), :, heads]
+            whole += part
+    return found | sums
+
+
+def _to_heads(problem: RegroupedProblem, wholes: list, shares: list[Share], what: str) -> list:
+    """This rank's query heads of the group's tokens.
+
+    Args:
+        problem: this rank's.
+        wholes: (tokens, batch, heads_q, ...) of this rank each.
+        shares: of the ranks.
+        what: they are.
+    """
+    arrays, plan, me = problem.arrays, problem.plan, problem.within.rank
+
+    def cut(rank: int) -> list:
+        return [x[:, :, shares[rank].q] for x in wholes]
+
+    found = []
+    for x, own in zip(wholes, cut(me), strict=True):
+        shape = plan.tokens, *own.shape[1:]
+        found.append(arrays.empty(shape, arrays.dtype_of(x)))
+    sent = {
+        rank: [arrays.contiguous(x) for x in cut(rank)]
+        for rank in range(len(shares))
+        if rank != me
+    }
+    wait = _post(problem, plan.there, lambda rank: sent[rank], lambda rank: found, what)
+    for whole, own in zip(found, cut(me), strict=True):
+        for rows, place in plan.own:
+            whole[slice(*place)] = own[slice(*rows)]
+    wait()
+    return found
+
+
+def _keys_to_heads(problem: RegroupedProblem, k, v, shares: list[Share]) -> tuple[Any, Any]:
+    """This rank's key-value heads of the group's tokens, (batch, tokens, heads, head_dim)."""
+    plan, me = problem.plan, problem.within.rank
+    heads = shares[me].kv
+    wire = problem.wire_of(k[:, :, heads], v[:, :, heads])
+    buffer, sent = wire.new(plan.tokens), {}
+    for rank, share in enumerate(shares):
+        if rank != me and k.shape[1]:
+            sent[rank] = wire.new(k.shape[1])
+            wire.fill(sent[rank], 0, k[:, :, share.kv], v[:, :, share.kv])
+    for rows, place in plan.own:
+        own = slice(None), slice(*rows), heads
+        wire.fill(buffer, place[0], k[own], v[own])
+
+    def messages(x, rows: tuple[int, int]) -> list:
+        return wire.messages(x, *rows)
+
+    what = f"heads for tokens within a group of {problem.within.size}, keys and values"
+    sends = [(x, m.peer) for m in plan.there.sends for x in messages(sent[m.peer], m.rows)]
+    receives = [(x, m.peer) for m in plan.there.receives for x in messages(buffer, m.rows)]
+    if plan.there:
+        problem.within.exchange(sends, receives, what)()
+    return wire.unpack(buffer)
+
+
+def _to_tokens(
+    problem: RegroupedProblem, computed: Iterable, what: str
+) -> Iterable[tuple[int, list]]:
+    """What the ranks of the group have computed for this rank's tokens, in the order of ranks.
+
+    Args:
+        problem: this rank's.
+        computed: (tokens of the group, batch, heads, ...) of this rank each.
+        what: it is.
+
+    Yields:
+        (rank, for each array ((begin, end) of this rank's own rows, (rows, batch, heads, ...))).
+    """
+    arrays, plan, me = problem.arrays, problem.plan, problem.within.rank
+    computed = [arrays.contiguous(x) for x in computed]
+    arrived = {
+        message: [
+            arrays.empty((message.rows[1] - message.rows[0], *x.shape[1:]), arrays.dtype_of(x))
+            for x in computed
+        ]
+        for message in plan.back.receives
+    }
+    as_bytes = arrays.as_bytes
+    sends = [
+        (as_bytes(x[slice(*message.rows)]), message.peer)
+        for message in plan.back.sends
+        for x in computed
+    ]
+    receives = [(as_bytes(x), m.peer) for m, found in arrived.items() for x in found]
+    if plan.back:
+        name = f"tokens for heads within a group of {problem.within.size}, {what}"
+        problem.within.exchange(sends, receives, name)()
+    for rank in range(problem.within.size):
+        if rank == me:
+            for rows, place in plan.own:
+                yield rank, [(rows, x[slice(*place)]) for x in computed]
+        for message, found in arrived.items():
+            if message.peer == rank:
+                yield rank, [(message.rows, x) for x in found]
+
+
+def _post(
+    problem: RegroupedProblem,
+    exchange: Exchange,
+    sent: Callable[[int], list],
+    received: Callable[[int], list],
+    what: str,
+) -> Callable[[], None]:
+    """Post the rows of each message, of each array that is sent to, or filled by, a rank."""
+    if not exchange:
+        return _nothing
+    as_bytes = problem.arrays.as_bytes
+    sides = (
+        [(as_bytes(x[slice(*m.rows)]), m.peer) for m in side for x in of(m.peer)]
+        for side, of in ((exchange.sends, sent), (exchange.receives, received))
+    )
+    name = f"heads for tokens within a group of {problem.within.size}, {what}"
+    return problem.within.exchange(*sides, name)
+
+
+def _nothing() -> None:
+    pass
