@@ -18,15 +18,18 @@ from numflash.distributed.attention import (
 from numflash.distributed.communicators import CommunicatorError
 from numflash.distributed.communicators.local import local
 from numflash.distributed.decode import decode, shard_lengths, shard_positions, token_owner
+from numflash.distributed.explain import Explanation, explain
 from numflash.distributed.layouts import Layout, Segment
 
 __all__ = [
     "CommunicatorError",
+    "Explanation",
     "Layout",
     "Segment",
     "attention",
     "attention_backward",
     "decode",
+    "explain",
     "local",
     "ring_attention",
     "shard_lengths",

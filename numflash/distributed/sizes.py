@@ -222,6 +222,7 @@ def memory_of_gather(
     group = sizes.of_heads(at_once)
     buffers = 1 if at_once == sizes.heads_kv else 2
     found = {"keys and values": buffers * group.keys(layout.seqlen)}
+    found |= _as_numbers(group, layout.seqlen)
     if backward:
         _, arriving = tokens_of(plan.give)
         found["shares of dK and dV"] = group.key_sums(layout.seqlen)
@@ -257,6 +258,8 @@ def memory_of_ring(
     plan, tokens = ring(layout, band, by_position)[rank], layout.tokens(rank)
     operands = sizes.queries if travels == "queries" else sizes.keys
     found = {_NAMES[travels]: _most_at_a_time(plan, operands)}
+    longest = max((layout.tokens(step.owner) for step in plan if step.calls), default=0)
+    found |= _as_numbers(sizes, tokens if travels == "queries" else longest)
     if travels is None:
         merges = sum(len(step.calls) for step in plan) > 1
         if merges and sizes.itemsize < 4:
@@ -272,6 +275,13 @@ def memory_of_ring(
     found["a part of what stays"] = stays(max(_longest(step, side) for step in plan))
     found["delta"] = sizes.rows(tokens)
     return found
+
+
+def _as_numbers(sizes: Sizes, tokens: int) -> Memory:
+    """Keys and values that have travelled as codes, once more in the dtype of the queries."""
+    if sizes.recipe is None:
+        return {}
+    return {"keys and values as numbers": sizes._replace(recipe=None).keys(tokens)}
 
 
 _NAMES = {None: "keys and values", "keys": "keys and values", "queries": "queries"}
@@ -346,11 +356,12 @@ def memory_of_heads(sizes: Sizes, tokens: int, home: Sizes, *, backward: bool = 
     own_tokens = tokens * sizes.heads_q // home.heads_q
     row = sizes.out(tokens, sizes.itemsize) + sizes.rows(tokens)
     operands = sizes.q(tokens) + sizes.keys(tokens) + (row + sizes.rows(tokens)) * backward
+    numbers = _as_numbers(sizes, tokens)
     results, arriving = row, home.out(own_tokens, home.itemsize) + home.rows(own_tokens)
     if backward:
         results = sizes.query_sums(tokens) + sizes.key_sums(tokens)
         arriving = home.query_sums(own_tokens) + home.key_sums(own_tokens)
-    return {"heads of all tokens": results + max(operands, arriving)}
+    return {"heads of all tokens": results + max(operands, arriving)} | numbers
 
 
 def memory_of(

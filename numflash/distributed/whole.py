@@ -10,6 +10,7 @@ from dataclasses import replace
 from numflash.calls.arguments import Request, request_of
 from numflash.calls.backward import Backward
 from numflash.calls.forward import selection_of
+from numflash.calls.fp8_forward import fp8_request_of
 from numflash.configs.features import default_gradients
 from numflash.distributed.layouts import Layout
 from numflash.distributed.local_calls import BY_POSITION, is_given
@@ -35,7 +36,10 @@ def request_of_whole(
     Raises:
         TypeError, ValueError, UnsupportedError: as `numflash.attention`.
     """
-    return request_of(*_whole(views, layout, options))
+    whole, options = _whole(views, layout, options)
+    if options.precision == "fp8":
+        return fp8_request_of(whole, options)[0]
+    return request_of(whole, options)
 
 
 def pinned_config(
