@@ -57,7 +57,8 @@ def measure(
         if "median_ms" in still:
             entry["exposed_ms"] = entry["median_ms"] - still["median_ms"]
         entry |= {"expected": list(explained.sent), "lockstep": explained.balance.lockstep}
-    return {"case": str(case), "ranks": size, "direction": direction, "methods": methods}
+    asked = {"kind": "distributed", "case": str(case), "ranks": size, "direction": direction}
+    return {**asked, "methods": methods}
 
 
 def _together(entries: list[dict]) -> dict:

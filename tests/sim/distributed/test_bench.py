@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from bench import report
 from bench.distributed import measuring
 from bench.distributed.cases import Case
 from bench.distributed.command import table
@@ -37,6 +38,8 @@ def test_a_method_is_checked_counted_and_timed(monkeypatch, direction):
     peer = point["methods"]["ring-flash-attention"]
     assert peer["status"] == "unavailable" and "torchrun" in peer["reason"]
     assert " yes " in table([point], in_turn=True)
+    # What reads all records passes it over.
+    assert report.newest_points([{"points": [point]}], direction) == []
 
 
 def test_wrong_results_are_not_timed(monkeypatch):
