@@ -17,6 +17,7 @@ from bench.machine_code import asked
 from numflash.configs import (
     BLOCK_MASK_CONFIGS,
     FAMILIES,
+    MERGING_CONFIGS,
     PORTABLE_CONFIGS,
     QUANTIZE_CONFIGS,
     SEQUENCE_CONFIGS,
@@ -24,6 +25,7 @@ from numflash.configs import (
     Config,
     DequantizeConfig,
     EstimateConfig,
+    MergeOntoConfig,
     PrepareConfig,
     RotaryConfig,
     Traits,
@@ -44,7 +46,13 @@ OTHER_ARCHS = ("sm_86", "sm_89", "sm_120")
 _DTYPES = {64: "float16", 128: "bfloat16", 256: "float16"}
 _ONE_HEAD_DIM = 128
 _ATTENTION = ("forward", "backward-dkdv", "backward-dq", "backward")
-_FAMILIES = (*FAMILIES, *QUANTIZE_CONFIGS, *BLOCK_MASK_CONFIGS, *SEQUENCE_CONFIGS)
+_FAMILIES = (
+    *FAMILIES,
+    *QUANTIZE_CONFIGS,
+    *BLOCK_MASK_CONFIGS,
+    *SEQUENCE_CONFIGS,
+    *MERGING_CONFIGS,
+)
 _OF_EVERY_ARCH = ("forward", "backward-dkdv")
 _NO_BULK_COPIES = "the net asks for the kernel without bulk copies"
 # The larger the head dims, the scarcer are registers.
@@ -97,6 +105,7 @@ def kernels(only: Sequence[str] = ()) -> list[NamedKernel]:
         _quantisation(),
         _rotary(),
         _prepare(),
+        _merging(),
         _asked(),
     ):
         code = getattr(config, "compiled", config)
@@ -267,3 +276,11 @@ def _prepare() -> _Found:
         yield PrepareConfig(), Traits("float16", 128, 128, codes=True), arch
     for arch in OTHER_ARCHS:
         yield PrepareConfig(), Traits("float16", 96, 96, vectorized=False), arch
+
+
+def _merging() -> _Found:
+    """As `numflash.merge_onto` asks for them."""
+    for arch, dtype in itertools.product(MAIN_ARCHS, ("float32", "float16")):
+        yield MergeOntoConfig(), Traits(dtype, 128, 128), arch
+    for arch in OTHER_ARCHS:
+        yield MergeOntoConfig(), Traits("bfloat16", 96, 96, vectorized=False), arch

@@ -16,6 +16,7 @@ from numflash.configs import (
     QUANTIZE_CONFIGS,
     Config,
     DequantizeConfig,
+    MergeOntoConfig,
     PrepareConfig,
     QuantizeConfig,
     RotaryConfig,
@@ -46,7 +47,7 @@ from numflash.runtime.files import require_replaceable
 from numflash.runtime.mode import SIMULATED
 from numflash.selection.rules import choose, force
 
-_OF_ROWS = {config.family: config for config in (RotaryConfig, PrepareConfig)}
+_OF_ROWS = {config.family: config for config in (RotaryConfig, PrepareConfig, MergeOntoConfig)}
 _DEFAULTS = QUANTIZE_CONFIGS | _OF_ROWS
 _KERNELS = (*FAMILIES, *_DEFAULTS)
 

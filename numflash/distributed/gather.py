@@ -16,7 +16,6 @@ from numflash.distributed import steps
 from numflash.distributed.local_calls import Part
 from numflash.distributed.problem import Gradients, Problem
 from numflash.distributed.steps import Exchange, Gathering
-from numflash.distributed.wire import wire_of
 
 _OF_TOKENS = ("q", "k", "v")
 
@@ -133,10 +132,10 @@ def _fetched(
     """
     heads_kv = k.shape[2]
     if is_alone(plan):
-        wire = wire_of(problem.wire, k, v)
+        wire = problem.wire_of(k, v)
         yield slice(0, heads_kv), *wire.rounded(k, v)
         return
-    wire = wire_of(problem.wire, k[:, :, :at_once], v[:, :, :at_once])
+    wire = problem.wire_of(k[:, :, :at_once], v[:, :, :at_once])
     groups = [slice(n, n + at_once) for n in range(0, heads_kv, at_once)]
     seqlen, zeroed = problem.layout.seqlen, not plan.is_whole
     buffers = [wire.new(seqlen, zeroed=zeroed) for _ in groups[:2]]

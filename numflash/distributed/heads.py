@@ -17,7 +17,6 @@ from numflash.distributed.local_calls import delta_of
 from numflash.distributed.problem import Gradients, Problem
 from numflash.distributed.sizes import Share, shares_of
 from numflash.distributed.steps import Exchange, Regrouping
-from numflash.distributed.wire import wire_of
 
 _OF_TOKENS = ("q", "k", "v")
 
@@ -192,7 +191,7 @@ def _keys_to_heads(problem: RegroupedProblem, k, v, shares: list[Share]) -> tupl
     """This rank's key-value heads of the group's tokens, (batch, tokens, heads, head_dim)."""
     plan, me = problem.plan, problem.within.rank
     heads = shares[me].kv
-    wire = wire_of(problem.wire, k[:, :, heads], v[:, :, heads])
+    wire = problem.wire_of(k[:, :, heads], v[:, :, heads])
     buffer, sent = wire.new(plan.tokens), {}
     for rank, share in enumerate(shares):
         if rank != me and k.shape[1]:

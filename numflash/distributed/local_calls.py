@@ -39,6 +39,10 @@ class LocalCalls:
     """The calls of one rank, with the options of one problem.
 
     All arrays are (batch, tokens, heads, head_dim), lse and delta (batch, heads, tokens).
+
+    Attributes:
+        by_position: whether a score depends on its position or its head.
+        in_codes: whether forwards multiply in 8 bits.
     """
 
     def __init__(self, options: dict[str, Any], arrays: Arrays):
@@ -54,6 +58,7 @@ class LocalCalls:
         self._arrays = arrays
         self.by_position = any(name in given for name in BY_POSITION)
         self._has_origin = self.by_position or "sinks" in given
+        self.in_codes = given.get("precision") == "fp8"
         of_forward, of_backward = split_configs(given.pop("config", None))
         self._forward = given | ({"config": of_forward} if of_forward else {})
         given = {name: x for name, x in given.items() if name not in _OF_FORWARD}
@@ -157,7 +162,8 @@ class LocalCalls:
     def _asked(
         self, calls: tuple[Call, ...], q, in_backward: bool = False
     ) -> "tuple[_Asked, ...]":
-        apart = self.by_position or q.shape[0] != 1
+        # Kernels on 8-bit floats know one length for all sequences.
+        apart = self.by_position or self.in_codes or q.shape[0] != 1
         return _asked(calls, apart, self.by_position, self._has_origin, in_backward)
 
     def _cut(self, name: str, x, rows: tuple[int, int], keys: tuple[int, int], single: bool):

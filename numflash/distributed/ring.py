@@ -10,33 +10,31 @@ it goes straight home. So the bits depend on the layout, not on what arrives whe
 """
 
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 from numflash.api.merge import merge_onto
 from numflash.distributed import steps
 from numflash.distributed.arrays import Arrays
-from numflash.distributed.layouts import Layout
 from numflash.distributed.local_calls import Part, delta_of
-from numflash.distributed.pairs import Band
-from numflash.distributed.problem import Gradients, Problem
+from numflash.distributed.problem import Gradients, Problem, sizes_of
+from numflash.distributed.sizes import what_travels
 from numflash.distributed.steps import Exchange, Step
 from numflash.problem.options import expect_one_of
-from numflash.runtime.views import numpy_dtype
 
 _OPERANDS = ("q", "k", "v")
 """Whose gradients have rows; those of options have none."""
 
 
 class Cargo(NamedTuple):
-    """Arrays in one piece of memory, which travels as one message.
+    """Arrays that travel together.
 
     Attributes:
-        memory: all of it, flat, uint8.
-        views: (batch, tokens, heads, head_dim), or (batch, heads, tokens), by name.
+        messages: their memory, flat, uint8.
+        views: (batch, tokens, heads, head_dim), or (batch, heads, tokens), by name; of keys and
+            values what their `Wire` unpacks.
     """
 
-    memory: Any
+    messages: list
     views: dict[str, Any]
 
 
@@ -62,7 +60,7 @@ def forward(problem: Problem, q, k, v, first_head: int = 0, *, float32: bool) ->
     calls = [call for step in plan for call in step.calls]
     # A single call's result needs no float32 to be added in.
     in_float32 = float32 or len(calls) != 1 or calls[0].q != (0, q.shape[1])
-    keys = _Round(problem, plan, _Keys(arrays, k, v))
+    keys = _Round(problem, plan, _Keys(problem, k, v))
     for number, step in enumerate(plan):
         arrived = keys.post(number)
         for part in problem.calls.forward(
@@ -108,115 +106,62 @@ def backward(
     operands["out"] = operands["dlse"] = None
     q, k, v = (operands[name] for name in ("q", "k", "v"))
     if travels == "auto":
-        sizes = Sizes(q.shape[2], k.shape[2], q.shape[3], v.shape[3], _itemsize(arrays, q))
+        sizes = sizes_of(q, k, v, arrays.dtype_of(q), problem.wire)
         travels = what_travels(problem.layout, problem.band, problem.calls.by_position, sizes, wrt)
     if travels == "keys":
-        plan, cargo = _plan(problem, steps.ring), _Keys(arrays, k, v)
+        plan, cargo = _plan(problem, steps.ring), _Keys(problem, k, v)
     else:
         plan = _plan(problem, steps.ring_of_queries)
+        operands["k"], operands["v"] = problem.wire_of(k, v).rounded(k, v)
         cargo = _Queries(arrays, operands)
     return _backward(problem, plan, cargo, operands, first_head, wrt)
 
 
-class Sizes(NamedTuple):
-    """What decides how many bytes of one batch entry travel.
-
-    Attributes:
-        heads_q, heads_kv: of a rank's queries and keys.
-        head_dim, head_dim_v: of one head.
-        itemsize: bytes of an element of q, k, v and dout.
-    """
-
-    heads_q: int
-    heads_kv: int
-    head_dim: int
-    head_dim_v: int
-    itemsize: int
-
-
-def what_travels(
-    layout: Layout, band: Band, by_position: bool, sizes: Sizes, wrt: tuple[str, ...]
-) -> str:
-    """In which backward all ranks together send fewer bytes: "keys" or "queries".
-
-    The same on all ranks. Keys where both are equal.
-    """
-    sent = bytes_of_backwards(layout, band, by_position, sizes, wrt)
-    return "queries" if sent["queries"] < sent["keys"] else "keys"
-
-
-def bytes_of_backwards(
-    layout: Layout, band: Band, by_position: bool, sizes: Sizes, wrt: tuple[str, ...]
-) -> dict[str, int]:
-    """The bytes that all ranks send in a backward, for each batch entry, by what travels.
-
-    A key is K and V, and float32 dK and dV; a query is Q, dout, float32 lse and delta, and
-    float32 dQ. What pads a bundle of queries is not counted: less than 512 bytes a message.
-    """
-    pair_dims = sizes.head_dim + sizes.head_dim_v
-    key = sizes.heads_kv * pair_dims * sizes.itemsize
-    query = sizes.heads_q * (pair_dims * sizes.itemsize + 8)
-    dims = {"k": sizes.head_dim, "v": sizes.head_dim_v}
-    key_sums = sizes.heads_kv * 4 * sum(dims[name] for name in dims if name in wrt)
-    query_sums = sizes.heads_q * 4 * (sizes.head_dim if "q" in wrt else 0)
-    rings = {"keys": (steps.ring, key, key_sums)}
-    rings["queries"] = steps.ring_of_queries, query, query_sums
-    found = {}
-    for name, (ring, operand, sums) in rings.items():
-        fetched, given = _tokens_sent(ring, layout, band, by_position)
-        found[name] = fetched * operand + given * sums
-    return found
-
-
-@lru_cache(maxsize=256)
-def _tokens_sent(ring: Callable, layout: Layout, band: Band, by_position: bool) -> tuple[int, int]:
-    """How many tokens all ranks send: of operands, and of sums."""
-    every = [step for plan in ring(layout, band, by_position) for step in plan]
-    exchanges = [step.fetch for step in every], [step.give for step in every]
-    fetched, given = (
-        sum(_tokens(message) for exchange in side for message in exchange.sends)
-        for side in exchanges
-    )
-    return fetched, given
-
-
 class _Keys:
-    """Keys and values, and float32 gradients of them: each two side by side in one buffer.
+    """Keys and values as their wire has them, and float32 gradients of them.
 
-    A buffer is (tokens, batch, heads_kv, head_dim + head_dim_v).
+    Gradients lie side by side: (tokens, batch, heads_kv, head_dim + head_dim_v).
     """
 
     what = "keys and values"
     gradients = ("k", "v")
 
-    def __init__(self, arrays: Arrays, k, v):
-        self._arrays, self.given = arrays, {"k": k, "v": v}
+    def __init__(self, problem: Problem, k, v):
+        self._arrays, self._k, self._v = problem.arrays, k, v
+        self._wire = problem.wire_of(k, v)
         self._batch, self._heads = k.shape[0], k.shape[2]
         self._dims = {"k": k.shape[3], "v": v.shape[3]}
 
     def own(self) -> Cargo:
         """This rank's, copied."""
-        cargo = self.new(self.given["k"].shape[1])
-        for name, array in self.given.items():
-            cargo.views[name][...] = array
+        cargo = self.new(self._k.shape[1])
+        self._wire.fill(cargo.views, 0, self._k, self._v)
         return cargo
+
+    def of_owner(self, cargo: Cargo | None) -> dict[str, Any]:
+        """The operands of this rank, as the others see them; `cargo` is what it sends of them."""
+        if cargo is None or self._wire.is_exact:
+            return dict(zip(self.gradients, self._wire.rounded(self._k, self._v), strict=True))
+        return self.opened(cargo)
+
+    def opened(self, cargo: Cargo) -> dict[str, Any]:
+        """The operands that have arrived."""
+        return dict(zip(self.gradients, self._wire.unpack(cargo.views), strict=True))
 
     def new(self, tokens: int) -> Cargo:
         """Room for those of another rank."""
-        return self._room(tokens, ("k", "v"), self._arrays.dtype_of(self.given["k"]))
+        buffer = self._wire.new(tokens)
+        return Cargo(self._wire.messages(buffer, 0, tokens), buffer)
 
     def new_sums(self, tokens: int, names: tuple[str, ...]) -> Cargo:
         """Room for their gradients."""
-        return self._room(tokens, names, "float32")
-
-    def _room(self, tokens: int, names: tuple[str, ...], dtype: str) -> Cargo:
         width = sum(self._dims[name] for name in names)
-        buffer = self._arrays.empty((tokens, self._batch, self._heads, width), dtype)
+        buffer = self._arrays.empty((tokens, self._batch, self._heads, width), "float32")
         by_batch, views, at = buffer.swapaxes(0, 1), {}, 0
         for name in names:
             views[name] = by_batch[..., at : at + self._dims[name]]
             at += self._dims[name]
-        return Cargo(self._arrays.as_bytes(buffer), views)
+        return Cargo([self._arrays.as_bytes(buffer)], views)
 
 
 class _Queries:
@@ -227,31 +172,39 @@ class _Queries:
     _names = ("q", "dout", "lse", "delta")
 
     def __init__(self, arrays: Arrays, operands: dict[str, Any]):
-        self._arrays, self.given = arrays, {name: operands[name] for name in self._names}
+        self._arrays, self._given = arrays, {name: operands[name] for name in self._names}
 
     def own(self) -> Cargo:
         """This rank's, copied."""
-        cargo = self.new(self.given["q"].shape[1])
-        for name, array in self.given.items():
+        cargo = self.new(self._given["q"].shape[1])
+        for name, array in self._given.items():
             cargo.views[name][...] = array
         return cargo
+
+    def of_owner(self, cargo: Cargo | None) -> dict[str, Any]:
+        """The operands of this rank; `cargo` is what it sends of them."""
+        return self._given
+
+    def opened(self, cargo: Cargo) -> dict[str, Any]:
+        """The operands that have arrived."""
+        return cargo.views
 
     def new(self, tokens: int) -> Cargo:
         """Room for those of another rank."""
         parts = {}
-        for name, array in self.given.items():
+        for name, array in self._given.items():
             batch, *others = array.shape
             is_row = len(others) == 2
             shape = (batch, others[0], tokens) if is_row else (batch, tokens, *others[1:])
             parts[name] = shape, self._arrays.dtype_of(array)
         bundle = self._arrays.bundle(parts)
-        return Cargo(bundle.memory, bundle)
+        return Cargo([bundle.memory], bundle)
 
     def new_sums(self, tokens: int, names: tuple[str, ...]) -> Cargo:
         """Room for the gradients of queries."""
-        batch, _, heads, head_dim = self.given["q"].shape
+        batch, _, heads, head_dim = self._given["q"].shape
         array = self._arrays.empty((batch, tokens, heads, head_dim), "float32")
-        return Cargo(self._arrays.as_bytes(array), {"q": array})
+        return Cargo([self._arrays.as_bytes(array)], {"q": array})
 
 
 class _Round:
@@ -265,7 +218,7 @@ class _Round:
         self._problem, self._plan, self._cargo = problem, plan, cargo
         self._here = cargo.own() if plan and plan[0].fetch.sends else None
         self._coming: Cargo | None = None
-        self.views = cargo.given
+        self.views = cargo.of_owner(self._here)
 
     def post(self, number: int) -> Callable[[], None]:
         """Send what is here on, and make room for what comes; the wait for both."""
@@ -276,9 +229,10 @@ class _Round:
         return _post(self._problem, exchange, self._here, coming, what)
 
     def turn(self) -> None:
-        """What came is here."""
+        """What came is here. Where nothing came, no call will read the operands."""
         self._here, self._coming = self._coming, None
-        self.views = self._here.views if self._here else self._cargo.given
+        if self._here is not None:
+            self.views = self._cargo.opened(self._here)
 
 
 class _Total:
@@ -431,9 +385,9 @@ def _post(
     """Post the messages of an exchange, all of them whole; the wait for them."""
     if not exchange:
         return _no_wait
-    sends = [(leaving.memory, message.peer) for message in exchange.sends]
-    peers = [message.peer for message in exchange.receives]
-    receives = [(each.memory, peer) for each, peer in zip(coming, peers, strict=True)]
+    sends = [(x, message.peer) for message in exchange.sends for x in leaving.messages]
+    pairs = zip(coming, exchange.receives, strict=True)
+    receives = [(x, message.peer) for each, message in pairs for x in each.messages]
     return problem.comm.exchange(sends, receives, what)
 
 
@@ -449,7 +403,3 @@ def _tokens(message: steps.Message) -> int:
 def _plan(problem: Problem, ring: Callable) -> tuple[Step, ...]:
     """This rank's steps."""
     return ring(problem.layout, problem.band, problem.calls.by_position)[problem.rank]
-
-
-def _itemsize(arrays: Arrays, array) -> int:
-    return numpy_dtype(arrays.dtype_of(array)).itemsize

@@ -24,7 +24,13 @@ _ROTATED_STEP = 64
 
 
 class Wire(Protocol):
-    """How keys and values of one set of heads travel."""
+    """How keys and values of one set of heads travel.
+
+    Attributes:
+        is_exact: whether what arrives is what was sent off, and not rounded.
+    """
+
+    is_exact: bool
 
     def new(self, tokens: int, *, zeroed: bool = False) -> Bundle:
         """A buffer for the keys and values of so many tokens; its `memory` is one message."""
@@ -47,9 +53,6 @@ class Wire(Protocol):
 
     def rounded(self, k, v) -> tuple[Any, Any]:
         """k and v as those who receive them see them."""
-
-    def nbytes(self, tokens: int) -> int:
-        """Bytes of the messages of so many tokens."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,8 @@ class _Keys:
 class OwnNumbers:
     """Keys and values that travel as they are: (tokens, batch, heads, head_dim + head_dim_v)."""
 
+    is_exact = True
+
     def __init__(self, keys: _Keys):
         self._keys = keys
 
@@ -107,12 +112,6 @@ class OwnNumbers:
         """See `Wire`."""
         return k, v
 
-    def nbytes(self, tokens):
-        """See `Wire`."""
-        x = self._keys
-        row = x.batch * x.heads * (x.head_dim + x.head_dim_v)
-        return tokens * row * (4 if x.dtype == "float32" else 2)
-
 
 class Codes:
     """Keys and values that travel as e4m3 codes with scales, quantised by their owner.
@@ -120,6 +119,8 @@ class Codes:
     The owner, too, computes with what it has quantised: so a result does not depend on who owns
     which tokens.
     """
+
+    is_exact = False
 
     def __init__(self, keys: _Keys, recipe: Fp8Recipe, in_codes: bool):
         """See `wire_of`."""
@@ -174,12 +175,6 @@ class Codes:
         buffer = self.new(k.shape[1])
         self.fill(buffer, 0, k, v)
         return self.unpack(buffer)
-
-    def nbytes(self, tokens):
-        """See `Wire`."""
-        x, scales = self._keys, -(-tokens // self._tokens_per_scale)
-        row = self._columns_k + x.head_dim_v
-        return x.batch * x.heads * (tokens * row + scales * 2 * 4)
 
     @property
     def _recipe_of_v(self) -> Fp8Recipe:

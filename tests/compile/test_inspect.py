@@ -203,6 +203,7 @@ def test_fp8_json_of_hopper(capsys):
         (["amax", "--config", "w8"], "w8", ""),
         (["rotary", "--head-dim", "80"], "w4h4", "float16-d96-dv96-vec"),
         (["rotary", "--config", "w8h2-interleaved"], "w8h2-interleaved", "float16-d64"),
+        (["merge-onto", "--head-dim", "100"], "w8", "float16-d128-dv128"),
     ],
     ids=lambda argument: " ".join(argument) if isinstance(argument, list) else "",
 )

@@ -226,6 +226,7 @@ Our own compiled kernels run in the executor, which shows that compilers kept th
 | decoding from pages, and what it reads | float64, the bits of the source, bytes | `test_decoding.py` |
 | appending to a cache, and attention over it | float64; the cache has the bits of the source | `test_kvcache.py` |
 | rotary embeddings | the bits of the source | `test_rotary.py` |
+| a part merged onto what is there | float64, and the bits of the source | `test_merge_onto.py` |
 
 ## Where others and our checks differ
 

@@ -153,6 +153,7 @@ WITHOUT_SOFTMAX |= (
     }
     | {("sequences", "schedule"): "makes lists, no scores; test_schedule.py is about it"}
     | {("sequences", "rotary"): "rotates rows, no scores; test_rotary.py is about it"}
+    | {("merging", "merge-onto"): "makes no scores; test_merge_onto.py is about it"}
     | {("sequences", "prepare"): "moves rows, no scores; test_kvcache.py is about it"}
     | {
         ("portable", family): "ends gradients of arrays; test_array_gradients.py is about it"

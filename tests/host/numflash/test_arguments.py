@@ -46,6 +46,7 @@ KERNELS = [
     ("estimate", "w1", TRAITS),
     ("dequantize", "sm80-w4", TRAITS),
     ("rotary", "w4h4", TRAITS),
+    ("merge-onto", "w8", TRAITS),
 ]
 
 

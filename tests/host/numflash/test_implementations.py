@@ -16,6 +16,7 @@ from numflash.configs import (
     BLOCK_MASK_CONFIGS,
     FAMILIES,
     IMPLEMENTATIONS,
+    MERGING_CONFIGS,
     QUANTIZE_CONFIGS,
     SEQUENCE_CONFIGS,
     Asked,
@@ -45,8 +46,8 @@ def test_every_config_is_of_one_row():
     kinds = [kind for row in IMPLEMENTATIONS for kind in row.configs.values()]
     assert len(set(kinds)) == len(kinds)
     of_attention = {*FAMILIES, *QUANTIZE_CONFIGS}
-    of_lists = {*BLOCK_MASK_CONFIGS, *SEQUENCE_CONFIGS}
-    assert {kind.family for kind in kinds} == of_attention | of_lists
+    around = {*BLOCK_MASK_CONFIGS, *SEQUENCE_CONFIGS, *MERGING_CONFIGS}
+    assert {kind.family for kind in kinds} == of_attention | around
     for row in IMPLEMENTATIONS:
         for family, kind in row.configs.items():
             assert kind.family == family and implementation_of(kind) is row

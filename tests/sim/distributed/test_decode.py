@@ -6,33 +6,15 @@ from functools import partial
 import numpy as np
 import pytest
 
-from numflash import UnsupportedError, reference
+from numflash import UnsupportedError, dequantize_fp8, quantize_fp8, reference
 from numflash.distributed.communicators.local import local
 from numflash.distributed.decode import decode, shard_lengths, shard_positions, token_owner
+from tests.support.counting import counting
 from tests.support.ranks import on_ranks
 
 BATCH, HEADS, HEADS_KV, DIM, DIM_V = 2, 4, 2, 16, 8
 PAGE = 4
-
-
-class Counting:
-    """A communicator that counts the bytes that leave its rank."""
-
-    def __init__(self, comm):
-        self._comm, self.rank, self.size, self.agreed = comm, comm.rank, comm.size, comm.agreed
-        self.sent = self.agreements = 0
-
-    def exchange(self, sends, receives, what):
-        self.sent += sum(array.nbytes for array, _ in sends)
-        return self._comm.exchange(sends, receives, what)
-
-    def all_gather(self, array, what):
-        self.sent += (self.size - 1) * array.nbytes
-        return self._comm.all_gather(array, what)
-
-    def agree(self, text):
-        self.agreements += 1
-        return self._comm.agree(text)
+SPLIT = slice(0, 8), slice(8, 12)
 
 
 def operands(seqlen, tokens=1, dtype="float16", seed=0):
@@ -107,7 +89,7 @@ def test_pages_are_dealt_sinks_count_once_and_bytes_are_as_said(scatter_heads, o
     q, k, v = operands(21, tokens=2)
     sinks = np.array([0.5, -1.0, 2.0, -np.inf], np.float32)
     seqlens = np.array(lengths, np.int32)
-    comms = [Counting(comm) for comm in local(ranks)]
+    comms = counting(ranks)
 
     def work(comm):
         deal = partial(dealt, lengths=lengths, rank=comm.rank, ranks=ranks)
@@ -132,6 +114,29 @@ def test_pages_are_dealt_sinks_count_once_and_bytes_are_as_said(scatter_heads, o
     for comm in comms:
         assert comm.sent == 2 * (ranks - 1) * BATCH * 2 * heads * (DIM_V + 1) * 4  # two calls
         assert comm.agreements == 1
+
+
+@pytest.mark.parametrize("has_lengths", [False, True])
+def test_shards_of_codes_have_scales_of_their_own(has_lengths, on):
+    on("sm_80")
+    q, k, v = operands(12)
+    v[:, 8:] *= 10
+    shards = [[quantize_fp8(x[:, rows], "head") for x in (k, v)] for rows in SPLIT]
+
+    def work(comm):
+        k8, v8 = shards[comm.rank]
+        codes = k8.data[..., :DIM].copy(), v8.data[..., :DIM_V].copy()
+        more = {"k_descale": k8.descale[..., 0], "v_descale": v8.descale[..., 0]}
+        if has_lengths:
+            more["seqlens_k"] = np.full(BATCH, codes[0].shape[1], np.int32)
+        return decode(q, *codes, comm=comm, return_lse=True, **more)
+
+    k, v = (
+        np.concatenate([dequantize_fp8(each[i], "float32") for each in shards], 1) for i in (0, 1)
+    )
+    results = on_ranks(2, work)
+    np.testing.assert_allclose(results[0][0], exact(q, k, v)[0], atol=2e-2)
+    expect_same_bits(results)
 
 
 def test_sequences_without_a_key_give_zeros(on):
@@ -232,11 +237,11 @@ def test_heads_that_do_not_divide_are_refused_on_all_ranks():
 def test_a_refusal_on_one_rank_and_ranks_that_differ_raise_on_all(on):
     on("sm_80")
     q, k, v = operands(4)
-    comms = [Counting(comm) for comm in local(2)]
+    comms = counting(2)
 
     def refused(comm):
         lengths = np.zeros(BATCH, np.int64 if comm.rank else np.int32)
-        with pytest.raises(TypeError, match="rank 1 refuses.*int32"):
+        with pytest.raises(TypeError, match=r"rank 1 refuses.*int32"):
             decode(q, k, v, comm=comm, seqlens_k=lengths)
 
     def differing(comm):
