@@ -74,12 +74,12 @@ ERRORS = {
     "decode": {"out", "lse"},
     "context": {"out", *GRADIENTS},
     "context in order": {"out", *GRADIENTS},
-    "checkpoint": {"out", *GRADIENTS},
     "in place of torch's": {"in a block", "in the process"},
 }
 ERRORS_OF_FOUR = {
-    **dict.fromkeys(("gather", "ring", "heads and gather", "heads and ring"), WHOLE),
-    "context": {"out", *GRADIENTS},
+    "ring": WHOLE,
+    "heads and gather": WHOLE,
+    "context, heads and ring": {"out", *GRADIENTS},
 }
 
 

@@ -13,9 +13,8 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from numflash.distributed import Layout
+from numflash.distributed import Layout, of_torch
 from numflash.distributed.communicators import Communicator
-from numflash.distributed.communicators.torch_groups import of_torch
 from numflash.frontends.torch.distributed import distributed_attention
 from numflash.frontends.torch.untraced import untraced
 from numflash.problem.options import expect_one_of, kind_of
@@ -150,8 +149,9 @@ class ContextParallel:
         tokens = q.shape[1]
         if refused := [name for name in ("mask", "bias") if name in options]:
             raise UnsupportedError(
-                f"{_INSIDE} takes no attn_mask ({refused[0]}): whose rows and columns it has, only "
-                "the whole sequence says. Give is_causal, or numflash.torch.distributed_attention"
+                f"{_INSIDE} takes no attn_mask (a {refused[0]}): it cannot tell which rows and "
+                "columns of the whole sequence it has. Give is_causal, or call "
+                "numflash.torch.distributed_attention"
             )
         if k.shape[1] != tokens:
             raise UnsupportedError(

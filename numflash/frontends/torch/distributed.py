@@ -66,8 +66,9 @@ def distributed_attention(
         >>> from numflash.distributed import Layout, local
         >>> q, k, v = torch.randn(3, 1, 32, 2, 16).unbind()
         >>> (comm,) = local(1)  # of_torch(group) in a process of several
+        >>> layout = Layout.zigzag(32, comm.size)
         >>> out = numflash.torch.distributed_attention(
-        ...     q.requires_grad_(), k, v, layout=Layout.zigzag(32, comm.size), comm=comm, causal=True
+        ...     q.requires_grad_(), k, v, layout=layout, comm=comm, causal=True
         ... )
         >>> out.sum().backward()
         >>> q.grad.shape
@@ -77,8 +78,8 @@ def distributed_attention(
         calls.expect_tensor(name, x)
     if traced.is_traced(q, k, v):
         raise UnsupportedError(
-            "distributed_attention can be no part of a graph of PyTorch's: it takes plain tensors, "
-            "outside of torch.func, make_fx and dispatch modes"
+            "distributed_attention can be no part of a graph of PyTorch's: it takes plain "
+            "tensors, outside of torch.func, make_fx and dispatch modes"
         )
     q, k, v = calls.under_autocast(q, k, v)
     if forward_ad._current_level >= 0:
