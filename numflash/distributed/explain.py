@@ -5,16 +5,9 @@ from numbers import Real
 
 from numflash.configs import DTYPES
 from numflash.distributed.layouts import Layout, expect_whole
+from numflash.distributed.memory import Memory, best_method, memory_of, memory_of_heads
 from numflash.distributed.pairs import Band
-from numflash.distributed.sizes import (
-    Memory,
-    Sizes,
-    best_method,
-    expect_heads,
-    memory_of,
-    memory_of_heads,
-    what_travels,
-)
+from numflash.distributed.sizes import Sizes, expect_heads, what_travels
 from numflash.distributed.steps import Balance
 from numflash.distributed.turns import Turn, Turns, of_gather, of_heads, of_ring, share_of
 from numflash.distributed.wire import expect_layout_for, recipe_of

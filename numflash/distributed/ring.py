@@ -10,19 +10,16 @@ it goes straight home. So the bits depend on the layout, not on what arrives whe
 """
 
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 from numflash.api.merge import merge_onto
 from numflash.distributed import steps
 from numflash.distributed.arrays import Arrays
-from numflash.distributed.layouts import Layout
 from numflash.distributed.local_calls import Part, delta_of
-from numflash.distributed.pairs import Band
-from numflash.distributed.problem import Gradients, Problem
+from numflash.distributed.problem import Gradients, Problem, sizes_of
+from numflash.distributed.sizes import what_travels
 from numflash.distributed.steps import Exchange, Step
 from numflash.problem.options import expect_one_of
-from numflash.runtime.views import numpy_dtype
 
 _OPERANDS = ("q", "k", "v")
 """Whose gradients have rows; those of options have none."""
@@ -109,7 +106,7 @@ def backward(
     operands["out"] = operands["dlse"] = None
     q, k, v = (operands[name] for name in ("q", "k", "v"))
     if travels == "auto":
-        sizes = Sizes(q.shape[2], k.shape[2], q.shape[3], v.shape[3], _itemsize(arrays, q))
+        sizes = sizes_of(q, k, v, arrays.dtype_of(q), problem.wire)
         travels = what_travels(problem.layout, problem.band, problem.calls.by_position, sizes, wrt)
     if travels == "keys":
         plan, cargo = _plan(problem, steps.ring), _Keys(problem, k, v)
@@ -118,68 +115,6 @@ def backward(
         operands["k"], operands["v"] = problem.wire_of(k, v).rounded(k, v)
         cargo = _Queries(arrays, operands)
     return _backward(problem, plan, cargo, operands, first_head, wrt)
-
-
-class Sizes(NamedTuple):
-    """What decides how many bytes of one batch entry travel.
-
-    Attributes:
-        heads_q, heads_kv: of a rank's queries and keys.
-        head_dim, head_dim_v: of one head.
-        itemsize: bytes of an element of q, k, v and dout.
-    """
-
-    heads_q: int
-    heads_kv: int
-    head_dim: int
-    head_dim_v: int
-    itemsize: int
-
-
-def what_travels(
-    layout: Layout, band: Band, by_position: bool, sizes: Sizes, wrt: tuple[str, ...]
-) -> str:
-    """In which backward all ranks together send fewer bytes: "keys" or "queries".
-
-    The same on all ranks. Keys where both are equal.
-    """
-    sent = bytes_of_backwards(layout, band, by_position, sizes, wrt)
-    return "queries" if sent["queries"] < sent["keys"] else "keys"
-
-
-def bytes_of_backwards(
-    layout: Layout, band: Band, by_position: bool, sizes: Sizes, wrt: tuple[str, ...]
-) -> dict[str, int]:
-    """The bytes that all ranks send in a backward, for each batch entry, by what travels.
-
-    A key is K and V, and float32 dK and dV; a query is Q, dout, float32 lse and delta, and
-    float32 dQ. What pads a bundle of queries is not counted: less than 512 bytes a message.
-    """
-    pair_dims = sizes.head_dim + sizes.head_dim_v
-    key = sizes.heads_kv * pair_dims * sizes.itemsize
-    query = sizes.heads_q * (pair_dims * sizes.itemsize + 8)
-    dims = {"k": sizes.head_dim, "v": sizes.head_dim_v}
-    key_sums = sizes.heads_kv * 4 * sum(dims[name] for name in dims if name in wrt)
-    query_sums = sizes.heads_q * 4 * (sizes.head_dim if "q" in wrt else 0)
-    rings = {"keys": (steps.ring, key, key_sums)}
-    rings["queries"] = steps.ring_of_queries, query, query_sums
-    found = {}
-    for name, (ring, operand, sums) in rings.items():
-        fetched, given = _tokens_sent(ring, layout, band, by_position)
-        found[name] = fetched * operand + given * sums
-    return found
-
-
-@lru_cache(maxsize=256)
-def _tokens_sent(ring: Callable, layout: Layout, band: Band, by_position: bool) -> tuple[int, int]:
-    """How many tokens all ranks send: of operands, and of sums."""
-    every = [step for plan in ring(layout, band, by_position) for step in plan]
-    exchanges = [step.fetch for step in every], [step.give for step in every]
-    fetched, given = (
-        sum(_tokens(message) for exchange in side for message in exchange.sends)
-        for side in exchanges
-    )
-    return fetched, given
 
 
 class _Keys:
@@ -468,7 +403,3 @@ def _tokens(message: steps.Message) -> int:
 def _plan(problem: Problem, ring: Callable) -> tuple[Step, ...]:
     """This rank's steps."""
     return ring(problem.layout, problem.band, problem.calls.by_position)[problem.rank]
-
-
-def _itemsize(arrays: Arrays, array) -> int:
-    return numpy_dtype(arrays.dtype_of(array)).itemsize

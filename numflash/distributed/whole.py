@@ -109,7 +109,8 @@ def gradients_of_whole(
 
 def are_together(layout: Layout, batch: int, options: AttentionOptions) -> bool:
     """Whether one call computes several documents of a rank, as packed sequences."""
-    apart = any(is_given(name, getattr(options, name)) for name in BY_POSITION)
+    apart = options.precision == "fp8"  # kernels on 8-bit floats know one length for all
+    apart = apart or any(is_given(name, getattr(options, name)) for name in BY_POSITION)
     return len(layout.lengths) > 1 and batch == 1 and not apart
 
 

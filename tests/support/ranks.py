@@ -3,7 +3,7 @@
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -49,8 +49,7 @@ class Late:
     """
 
     def __init__(self, comm, seed: int, longest: float = 0.01):
-        self._comm, self.rank, self.size = comm, comm.rank, comm.size
-        self.agreed = comm.agreed
+        self._comm, self.rank, self.size, self.agreed = comm, comm.rank, comm.size, comm.agreed
         self._random, self._longest = random.Random(seed * comm.size + comm.rank), longest
         self._worker = ThreadPoolExecutor(1)
 
@@ -70,13 +69,20 @@ class Late:
 
     def all_gather(self, array, what):
         """See `Communicator`."""
-        return self._comm.all_gather(array, what)
+        return self._worker.submit(self._comm.all_gather, array, what).result()
 
     def agree(self, text):
         """See `Communicator`."""
-        return self._comm.agree(text)
+        return self._worker.submit(self._comm.agree, text).result()
 
 
 def late(size: int, seed: int, timeout: float = 60.0) -> list[Late]:
     """Communicators of `size` ranks, by rank; seeds differ in when messages come."""
     return [Late(comm, seed) for comm in local(size, timeout=timeout)]
+
+
+def grid(within: int, across: int, make: Callable[[int], Sequence] = local) -> list[tuple]:
+    """For each rank of `across` groups of `within` ranks its pair of communicators."""
+    groups = [make(within) for _ in range(across)]
+    lines = [make(across) for _ in range(within)]
+    return [(groups[a][w], lines[w][a]) for a in range(across) for w in range(within)]

@@ -13,8 +13,9 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from numflash.distributed import Layout, of_torch
+from numflash.distributed import Layout
 from numflash.distributed.communicators import Communicator
+from numflash.distributed.communicators.torch_groups import of_torch
 from numflash.frontends.torch.distributed import distributed_attention
 from numflash.frontends.torch.untraced import untraced
 from numflash.problem.options import expect_one_of, kind_of

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from numflash.distributed import Layout, attention, attention_backward
-from numflash.distributed.agreement import agree
+from numflash.distributed.agreement import Shard, agree
 from numflash.frontends.torch import calls, traced
 from numflash.frontends.torch.operators import no_second
 from numflash.frontends.torch.untraced import untraced
@@ -86,7 +86,9 @@ def distributed_attention(
     ranks = {"layout": layout, "comm": comm, "method": method}
     ranks |= {"wire": wire, "max_workspace": max_workspace}
     if options.get("dropout_p") and options.get("seed") is None:
-        options["seed"] = _seed_of_first_rank(comm, options["dropout_p"], q.device)
+        operands = {name: Shard(x, x.dim() - 3) for name, x in zip("qkv", (q, k, v), strict=True)}
+        asked = {"window_size": (-1, -1), **operands, **ranks, **options}
+        options["seed"] = _seed_of_first_rank(asked, q.device)
     tensors = {name: x for name, x in options.items() if isinstance(x, Tensor)}
     _expect_gradients(options)
     learned = (q, k, v, *tensors.values())
@@ -99,14 +101,15 @@ def distributed_attention(
     return attention(q, k, v, return_lse=return_lse, **ranks, **options)
 
 
-def _seed_of_first_rank(comm, dropout_p: float, device: torch.device) -> Tensor | None:
+def _seed_of_first_rank(asked: dict[str, Any], device: torch.device) -> Tensor | None:
     """A seed that all ranks have; None where comm is none, which the call itself refuses."""
+    comm = asked.pop("comm")
     comms = tuple(comm) if isinstance(comm, tuple | list) else (comm,)
     if not all(hasattr(each, "all_gather") and hasattr(each, "agree") for each in comms):
         return None
-    # Whoever asks for something else says so here, in the round of his own call.
-    asked = {"dropout_p": dropout_p, "seed": "drawn by the first rank"}
-    agree(comms, "attention", asked, lambda: None)
+    # A rank that asks for something else is in the round of its own call.
+    asked["seed"] = "one that the first rank draws"
+    agree(comms, "numflash.distributed.attention", asked, lambda: None)
     seed = torch.randint(_MAX_SEED, (1,), device=device)
     for each in comms:
         seed = each.all_gather(seed, "the seed of dropout")[0]

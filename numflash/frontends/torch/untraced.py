@@ -28,7 +28,9 @@ def keep_untraced() -> None:
 def untraced(function: Function) -> Function:
     """A decorator of a function of numflash.torch that is for no graph, as `keep_untraced`."""
     name = f"numflash.torch.{function.__name__}"
-    _keep_untraced(function, f"{name} is for no graph of PyTorch's: it moves tensors between ranks")
+    _keep_untraced(
+        function, f"{name} is for no graph of PyTorch's: it moves tensors between ranks"
+    )
     return function
 
 

@@ -13,10 +13,10 @@ from tests.support.ranks import on_ranks
 
 SEQLEN, HEADS, HEADS_KV, DIM = 48, 2, 1, 16
 BLOCKS = Fp8Recipe("block", 16, hadamard=False)
-WIRES = ["e4m3", BLOCKS]
 BUDGET = 5e-2
 """Of the root mean square of out: 2.6e-2 to 3.6e-2 were seen, the rounding of e4m3 alone."""
-PRECISIONS = {"sm_80": None, "sm_89": "fp8"}
+# Wire, and whether the codes that travel are multiplied.
+CASES = [("e4m3", None), ("e4m3", "fp8"), (BLOCKS, "fp8")]
 
 
 def operands(seqlen=SEQLEN, head_dim=DIM):
@@ -42,38 +42,52 @@ def whole(layout, arrays, comms=None, **options):
     return on_ranks(layout.ranks, work, comms)[0]
 
 
-@pytest.mark.parametrize("arch", PRECISIONS)
-@pytest.mark.parametrize("wire", WIRES, ids=str)
-def test_bits_of_gather_do_not_depend_on_the_ranks(wire, arch, on):
-    on(arch)
+@pytest.mark.parametrize(("wire", "precision"), CASES, ids=str)
+def test_bits_of_gather_do_not_depend_on_the_ranks(wire, precision, on):
+    on("sm_89" if precision else "sm_80")
     q, k, v, _ = operands()
-    options = {"wire": wire, "method": "gather", "precision": PRECISIONS[arch]}
+    options = {"wire": wire, "method": "gather", "precision": precision}
+    multiple = 1 if wire == "e4m3" else 16
     results = [
-        whole(Layout.zigzag(SEQLEN, ranks, multiple=16), (q, k, v), **options)
-        for ranks in (1, 2, 3)
+        whole(Layout.zigzag(SEQLEN, ranks, multiple=multiple), (q, k, v), **options)
+        for ranks in (1, 3)
     ]
     out, lse = reference.attention(q, k, v, causal=True)
     assert 1e-2 < rms(results[0][0] - out) / rms(out) < BUDGET
     assert rms(results[0][1] - lse) < BUDGET
-    for found in results[1:]:
-        for one, other in zip(results[0], found, strict=True):
-            np.testing.assert_array_equal(one, other)
+    for one, other in zip(*results, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.parametrize("arch", PRECISIONS)
-@pytest.mark.parametrize("wire", WIRES, ids=str)
-def test_a_ring_sees_what_the_owners_see(wire, arch, on):
+@pytest.mark.parametrize(("wire", "precision"), CASES, ids=str)
+def test_a_ring_sees_what_the_owners_see(wire, precision, on):
     """Exact attention to the rounded keys and values, in the numbers of the kernels."""
-    on(arch)
-    q, k, v, _ = operands()
-    layout = Layout.zigzag(SEQLEN, 2, multiple=16)
-    options = {"wire": wire, "precision": PRECISIONS[arch], "window_size": (20, 0)}
-    out, lse = whole(layout, (q, k, v), method="ring", causal=False, **options)
+    on("sm_89" if precision else "sm_80")
+    q, k, v, _ = operands(64)
+    options = {"wire": wire, "precision": precision, "window_size": (20, 0), "causal": False}
+    out, lse = whole(Layout.zigzag(64, 2, multiple=16), (q, k, v), method="ring", **options)
     rounded = wire_of(wire, k, v).rounded(k, v)
     wanted = reference.attention(q, *rounded, window_size=(20, 0))
     # In 8 bits queries and weights are rounded, too.
-    budget = 1e-3 if PRECISIONS[arch] is None else BUDGET
+    budget = BUDGET if precision else 1e-3
     assert rms(out - wanted[0]) / rms(wanted[0]) < budget and rms(lse - wanted[1]) < budget
+
+
+@pytest.mark.parametrize("method", ["gather", "ring"])
+def test_codes_of_documents_are_multiplied(method, on):
+    """In one call for each, as these kernels know one length."""
+    on("sm_89")
+    lengths = [20, 12]
+    q, k, v, _ = operands(sum(lengths))
+    layout = Layout.zigzag_documents(lengths, 2)
+    found = whole(layout, (q, k, v), method=method, wire="e4m3", precision="fp8")
+    rounded, begin = wire_of("e4m3", k, v).rounded(k, v), 0
+    for length in lengths:
+        own = slice(begin, begin + length)
+        out, lse = reference.attention(*(x[:, own] for x in (q, *rounded)), causal=True)
+        assert rms(found[0][:, own] - out) / rms(out) < BUDGET
+        assert rms(found[1][:, :, own] - lse) < BUDGET
+        begin += length
 
 
 @pytest.mark.parametrize(

@@ -107,8 +107,8 @@ def test_the_table_of_a_window():
         "   2  step 2 of 2    0-1  24.05 MFLOP  32.06 MFLOP          0              0",
         "",
         "sent by a rank, at most: 128 KiB",
-        "memory beyond operands and results: 644.8 KiB (keys and values 256 KiB, out in float32 "
-        "256 KiB, a part of out and lse 132.8 KiB)",
+        "memory beyond operands and results: 644.8 KiB (keys and values 256 KiB, results in "
+        "float32 256 KiB, a part 132.8 KiB)",
     ]
 
 
