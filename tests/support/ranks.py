@@ -49,8 +49,7 @@ class Late:
     """
 
     def __init__(self, comm, seed: int, longest: float = 0.01):
-        self._comm, self.rank, self.size = comm, comm.rank, comm.size
-        self.agreed = comm.agreed
+        self._comm, self.rank, self.size, self.agreed = comm, comm.rank, comm.size, comm.agreed
         self._random, self._longest = random.Random(seed * comm.size + comm.rank), longest
         self._worker = ThreadPoolExecutor(1)
 
