@@ -187,7 +187,7 @@ def attention_backward(
     for name in ready.wrt:
         gradient = found.pop(name)
         if name in ("q", "k", "v"):
-            gradient = arrays.astype(gradient, dtype)
+            gradient = arrays.contiguous(arrays.astype(gradient, dtype))
             results.append(gradient[0] if len(q.shape) == 3 else gradient)
         else:
             results.append(sum_over_ranks(problem, gradient, name))

@@ -14,9 +14,10 @@ from numflash.distributed.communicators.alone import Alone
 from numflash.distributed.communicators.grid import Grid
 from numflash.distributed.layouts import Layout
 from numflash.distributed.local_calls import BY_POSITION, LocalCalls, is_given
+from numflash.distributed.memory import best_method
 from numflash.distributed.pairs import Band, Call
 from numflash.distributed.problem import Problem, sizes_of
-from numflash.distributed.sizes import best_method, expect_heads
+from numflash.distributed.sizes import expect_heads
 from numflash.distributed.wire import expect_layout_for, recipe_of
 from numflash.problem.options import (
     OPTIONS,

@@ -60,6 +60,7 @@ BENCH_ARROWS = {
     "machine_code": "tables",
     "fp8_accuracy": "records tables",
     "studies": "measuring peers points records tables",
+    "distributed": "measuring points records tables",
     "first_light": "measuring peers points records studies tables",
     "timing": "measuring peers records tables",
     "speed": "measuring peers points records studies tables timing",
