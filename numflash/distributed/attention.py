@@ -67,8 +67,8 @@ def attention(
         TypeError, ValueError, UnsupportedError: as `numflash.attention`; a layout of other tokens
             or ranks; heads that ranks cannot share; causal_align, shift or origin, which the
             layout says; block_mask, lengths, precision="auto", "fp8" without wire or by heads
-            alone, and with several documents dropout, bias, mask and functions. Before anything travels, and on all ranks
-            alike, also where they differ in what they ask for.
+            alone, and with several documents dropout, bias, mask and functions. Before anything
+            travels, and on all ranks alike, also where they differ in what they ask for.
         CommunicatorError: a rank is gone, or did not come within the deadline of its group.
 
     Memory beyond inputs and results, of each rank, S tokens in all, of 16 bits: gather two buffers
@@ -187,7 +187,7 @@ def attention_backward(
     for name in ready.wrt:
         gradient = found.pop(name)
         if name in ("q", "k", "v"):
-            gradient = arrays.astype(gradient, dtype)
+            gradient = arrays.contiguous(arrays.astype(gradient, dtype))
             results.append(gradient[0] if len(q.shape) == 3 else gradient)
         else:
             results.append(sum_over_ranks(problem, gradient, name))

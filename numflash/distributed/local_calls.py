@@ -134,6 +134,7 @@ class LocalCalls:
         """
         q, k = operands["q"], operands["k"]
         given = {name: x for name, x in operands.items() if x is not None}
+        is_short = self._arrays.dtype_of(q) != "float32"
         for asked in self._asked(calls, q, in_backward=True):
             pack, rows, keys = asked.pack, asked.rows(q), asked.keys(k)
             options = asked.options(self._backward, first_head)
@@ -144,7 +145,7 @@ class LocalCalls:
             cut = {name: self._cut(name, x, rows, keys, single) for name, x in given.items()}
             first = [cut.pop(x, None) for x in ("dout", "q", "k", "v", "out", "lse")]
             more = {**cut, "wrt": names, **options}
-            if self._arrays.dtype_of(q) != "float32":
+            if is_short:
                 more["grad_dtype"] = "float32"
             if single:
                 found = attention_backward(*first, **more)

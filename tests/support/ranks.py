@@ -25,6 +25,8 @@ def on_ranks(size: int, work: Callable[[Any], Any], comms=None, timeout: float =
             results[rank] = work(comms[rank])
         except BaseException as error:
             errors[rank] = error
+            if hasattr(comms[rank], "abandon"):
+                comms[rank].abandon(repr(error))  # so that nobody waits for the deadline
 
     threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(size)]
     for thread in threads:
@@ -47,7 +49,8 @@ class Late:
     """
 
     def __init__(self, comm, seed: int, longest: float = 0.01):
-        self._comm, self.rank, self.size, self.agreed = comm, comm.rank, comm.size, comm.agreed
+        self._comm, self.rank, self.size = comm, comm.rank, comm.size
+        self.agreed = comm.agreed
         self._random, self._longest = random.Random(seed * comm.size + comm.rank), longest
         self._worker = ThreadPoolExecutor(1)
 

@@ -282,7 +282,7 @@ def of_cupy(
             positive.
 
     Example:
-        >>> from numflash.distributed.communicators.cupy_nccl import of_cupy
+        >>> from numflash.distributed import of_cupy
         >>> try:
         ...     of_cupy("cuda:0")
         ... except TypeError as error:
