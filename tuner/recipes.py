@@ -17,7 +17,6 @@ def recipe_of(problem: ProblemClass) -> Fp8Recipe:
 
 def several_scales(problem: ProblemClass, tile_n: int) -> str | None:
     """Why tiles of so many keys cannot have one scale each, as a class's kernels need, or None."""
-    traits = problem.traits
-    if not traits.fp8 or traits.key_scales or _KEYS_PER_SCALE % tile_n == 0:
+    if problem.traits.key_scales or _KEYS_PER_SCALE % tile_n == 0:
         return None
     return f"its tiles of {tile_n} keys have several scales, each of {_KEYS_PER_SCALE} keys"

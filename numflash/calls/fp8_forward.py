@@ -164,7 +164,7 @@ def fp8_request_of(
 
 
 def fp8_traits_of(problem: AttentionProblem, vectorized: bool) -> Traits:
-    """The traits of a forward on 8-bit floats; `vectorized` says whether rows of out are aligned."""
+    """The traits of a forward on 8-bit floats; `vectorized`: rows of out are aligned."""
     return replace(
         problem.traits(vectorized),
         head_dim=padded_fp8_head_dim(problem.head_dim),

@@ -232,7 +232,7 @@ class Space:
         row = implementation_of(config)
         if row.has_tensor_cores and (why := config.misfit(traits)) is not None:
             return "instruction shapes", ("invalid", why)
-        if (why := several_scales(self.problem, config.tile_n)) is not None:
+        if traits.fp8 and (why := several_scales(self.problem, config.tile_n)) is not None:
             return "scales of keys", ("invalid", why)
         if (why := self._torn(config)) is not None:
             return "rows of a warpgroup", ("invalid", why)
