@@ -77,6 +77,15 @@ def test_shared_memory_and_registers_prune_by_the_sizes_of_codes():
     assert not any(str(each) == "sm80-m128n128w8s3" for each in in_16_bits)
 
 
+def test_registers_that_were_seen_to_suffice_are_not_said_to_be_too_few():
+    # Compiled without a spill: 96 accumulators in 128 registers.
+    for gpu, config in (
+        ("sm_89", "fp8-sm89-m128n128w8s1b2"),
+        ("H200", "fp8-sm89-m128n32w4s1b4-half"),
+    ):
+        assert config in map(str, space_of(machine=machines.find(gpu)).feasible)
+
+
 def test_the_model_says_that_it_does_not_know_them_and_how_to_go_on():
     assert guide.unknown(IN_16_BITS) is None
     why = guide.unknown(FP8)
