@@ -4,6 +4,7 @@ import argparse
 import sys
 
 from bench import report, serving, speed, verify
+from bench.distributed import command as distributed
 from bench.first_light import command as first_light
 from bench.fp8_accuracy import study as fp8_accuracy
 from bench.machine_code import command as machine_code
@@ -25,6 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     fp8_accuracy.add_command(commands)
     toolchains.add_command(commands)
     balance.add_command(commands)
+    distributed.add_command(commands)
     machine_code.add_command(commands)
     arguments = parser.parse_args(argv)
     return arguments.run(arguments)

@@ -1,6 +1,8 @@
 """Attention on PyTorch tensors, with gradients: see `numflash.frontends.torch`."""
 
 from numflash.frontends.torch.attention import attention, attention_varlen
+from numflash.frontends.torch.context_parallel import context_parallel
+from numflash.frontends.torch.distributed import distributed_attention
 from numflash.frontends.torch.enabling import disable, enable, is_enabled, replacing_sdpa
 from numflash.frontends.torch.explaining import explain
 from numflash.frontends.torch.kvcache import attention_with_kvcache
@@ -13,7 +15,9 @@ __all__ = [
     "attention",
     "attention_varlen",
     "attention_with_kvcache",
+    "context_parallel",
     "disable",
+    "distributed_attention",
     "enable",
     "explain",
     "is_enabled",

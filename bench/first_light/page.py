@@ -30,6 +30,8 @@ _ONE_CHECK = ("check", "tests")
 """Kinds of steps that are one check each."""
 _SAME = 0.01
 """Times that differ by less are called equal."""
+_PRECISE_US = 10
+"""Microseconds below which two decimals are shown."""
 _REASON, _FEW = 240, 6
 """Characters of a reason, and names that share one, that are shown."""
 _OUTCOMES = ("passed", "failed", "crashed", "skipped", "not run")
@@ -181,7 +183,8 @@ def _answers(record: dict) -> str:
         [step["title"], answer(step["labels"], step["methods"])]
         for step in _steps(record, plan.QUESTIONS, "point")
     ]
-    rows += [[step["title"], _apart(step)] for step in _steps(record, plan.QUESTIONS, "parts")]
+    for kind in ("parts", "turns"):
+        rows += [[step["title"], _apart(step)] for step in _steps(record, plan.QUESTIONS, kind)]
     return tables.markdown(["question", "answer"], rows) if rows else "None was answered."
 
 
@@ -212,12 +215,14 @@ def answer(labels: dict[str, str], methods: dict[str, dict]) -> str:
 
 
 def _apart(step: dict) -> str:
-    """The time of each kernel of a call."""
-    parts = step["parts"]
+    """The time of each kernel of a call, or of each part of a turn."""
     texts = []
-    for name, entry in parts.items():
-        known = "median_ms" in entry
-        texts.append(f"{name} {1e3 * entry['median_ms']:.1f} us" if known else f"{name} rehearsed")
+    for name, entry in step["parts"].items():
+        text = "rehearsed"
+        if "median_ms" in entry:
+            microseconds = 1e3 * entry["median_ms"]
+            text = f"{microseconds:.{1 if microseconds >= _PRECISE_US else 2}f} us"
+        texts.append(f"{name} {text}")
     return ", ".join(texts)
 
 

@@ -52,6 +52,9 @@ _INSTRUCTION_S, _COMPILED_S = 1.5, 0.3
 _FORWARD_S, _BACKWARD_S = 8.0, 14.0
 _CEILINGS_S, _POINT_S, _CONFIG_S = 3.0, 8.0, 5.0
 _PARTS_S, _CANDIDATES_S, _TESTS_S = 5.0, 6.0, 15.0
+# Of a config whose kernels an earlier point has compiled; of a kernel with a change that is timed
+# beside it; of the times of a turn.
+_KNOWN_S, _CHANGED_S, _TURNS_S = 1.0, 7.0, 4.0
 
 
 def steps(cases: Iterable[Any], limits: Architecture, rehearsal: bool) -> list[dict]:
@@ -185,8 +188,12 @@ def _headlines() -> list[dict]:
     return [_timed(SPEED, point, list(HEADLINE_PEERS)) for point in (*forward, *backward)]
 
 
-def _timed(section: str, point: Point, names: list[str], title: str = "", **what) -> dict:
-    seconds = _POINT_S + _CONFIG_S * sum(":" in name for name in names)
+def _timed(
+    section: str, point: Point, names: list[str], title: str = "", known: int = 0, **what
+) -> dict:
+    """A point. Of the configs that are forced an earlier step has compiled the first `known`."""
+    costs = [_CHANGED_S if ",dq=" in name else _CONFIG_S for name in names if ":" in name]
+    seconds = _POINT_S + known * _KNOWN_S + sum(costs[known:])
     what |= {"point": point.as_dict(), "peers": names}
     return _step(section, title or str(point), seconds, "point", **what)
 
@@ -216,7 +223,7 @@ def _questions(limits: Architecture) -> list[dict]:
 
 
 def _questions_of_gradients(limits: Architecture) -> list[dict]:
-    """One kernel or two, and how long each of two takes, on Hopper.
+    """One kernel or two, how long each of two takes, and how the one adds dQ, on Hopper.
 
     dK and dV alone have four of the five products, and nothing of dQ: if shared memory binds as
     the tuner's model says, they are as much faster than the whole as their bytes are fewer.
@@ -238,17 +245,37 @@ def _questions_of_gradients(limits: Architecture) -> list[dict]:
         mask = "causal" if causal else "no mask"
         title = f"gradients in one kernel or two at head_dim {head_dim}, {mask}"
         point = _grid_point(head_dim, 16384, causal, "question", "backward")
-        found.append(_question(title, point, labels))
+        # With a mask the same kernels run.
+        found.append(_question(title, point, labels, known=1 + causal))
         if head_dim == 128 and not causal:
             texts = {family: str(config) for family, config in two.items()}
             what = {"point": point.as_dict(), "config": texts}
             title = "gradients at head_dim 128, kernel by kernel"
             found.append(_step(QUESTIONS, title, _PARTS_S, "parts", **what))
-    return found
+            found.append(_order_of_dq(point, fused))
+    title = "a turn at dQ, of tiles of 64 x 128"
+    return [*found, _step(QUESTIONS, title, _TURNS_S, "turns")]
 
 
-def _question(title: str, point: Point, labels: dict[str, str]) -> dict:
-    return _timed(QUESTIONS, point, list(labels), title, labels=labels)
+def _order_of_dq(point: Point, config: Any) -> dict:
+    """Whether dQ's buffers, the place at which it is left, and where blocks begin matter."""
+    as_it_is = ablation.variants_named({"backward": config})
+    labels = {as_it_is: "as today"}
+    labels |= {
+        f"{as_it_is},dq={change}": label
+        for change, label in (
+            ("one-buffer", "one buffer of dQ"),
+            ("at-end", "dQ left at the end of its tile"),
+            ("shifted", "blocks begin at tiles of their own"),
+        )
+    }
+    title = f"gradients in one kernel at head_dim {point.head_dim}, the way of dQ"
+    return _question(title, point, labels)
+
+
+def _question(title: str, point: Point, labels: dict[str, str], known: int = 1) -> dict:
+    """As `_timed`: today's choice, the first of the labels, was timed among the headlines."""
+    return _timed(QUESTIONS, point, list(labels), title, known, labels=labels)
 
 
 def _name(config: Any) -> str:

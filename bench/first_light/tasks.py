@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.first_light import background, rehearsal
+from bench.first_light import background, rehearsal, turn_times
 from bench.measuring import measure, worker
 from bench.measuring.device import open_device
 from bench.peers import methods as peers
@@ -183,6 +183,25 @@ def _parts(device, task, settings, begin) -> dict:
     return {"parts": parts, "kernel": ready.kernel}
 
 
+def _turn_times(device, task, settings, begin) -> dict:
+    """Milliseconds of a turn, and until a buffer is free, as "parts"."""
+
+    def milliseconds_of(name: str, call) -> float:
+        begin(name)
+        samples = interleave.time_interleaved(
+            [Method(name, call)],
+            device.time_method,
+            budget_ms=settings["budget_ms"] / len(turn_times.TIMES),
+            on_failure=_raise,
+        )
+        return interleave.summarise(samples[name])["median_ms"]
+
+    begin(None)
+    given = settings["device"], settings["rehearsal"], milliseconds_of
+    found = turn_times.measure(device, *given)
+    return {"parts": {name: {"median_ms": each} for name, each in found.items()}}
+
+
 def _raise(name: str, error: Exception) -> None:
     raise error
 
@@ -258,6 +277,7 @@ KINDS: dict[str, worker.Kind] = {
     "instructions": _instructions,
     "check": _check,
     "parts": _parts,
+    "turns": _turn_times,
     "tests": _tests,
     "predicted": _predicted,
 }

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from bench.peers import fp8 as peers_fp8
-from bench.peers import sequences
+from bench.peers import one_kernel, sequences
 from bench.points.interleave import Method
 from bench.points.points import Point
 
@@ -267,6 +267,7 @@ def find(name: str) -> Peer:
     """The peer of a name; variants: "numflash:CONFIG", "numflash-fp8:CONFIG", "cupy:FUNCTION".
 
     A backward's CONFIG is family=config pairs: "numflash:backward-dq=m64n64w4,backward-dkdv=...".
+    To "numflash:backward=CONFIG" ",dq=CHANGE" adds one of the changes of `one_kernel`.
 
     Raises:
         ValueError: there is none.
@@ -280,6 +281,8 @@ def find(name: str) -> Peer:
         config: Any = variant
         if "=" in variant:
             config = dict(pair.split("=", 1) for pair in variant.split(","))
+            if (change := config.pop("dq", None)) is not None:
+                return Peer(name, ("numflash",), one_kernel.changed(change, config["backward"]))
         return Peer(name, ("numflash",), numflash(config))
     if kind == FP8 and variant:
         return _fp8(name, ("numflash",), peers_fp8.quantized(variant))

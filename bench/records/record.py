@@ -3,7 +3,8 @@
 A record says which commit and kernel sources ran on which device with which software. Its `kind`
 is "verify" (which checks passed; a check counts as verified on a device while a record of it has
 passed with the kernel sources of today) or "forward", "backward" and their variants, "decode",
-"varlen" (what was measured; see `bench.measuring.measure`), or "first-light", which has both.
+"varlen" (what was measured; see `bench.measuring.measure`), "distributed" (the same over ranks;
+`bench.distributed.measuring`), or "first-light", which has both.
 Records without a kind, of schema 1, are of `verify`. One that says "rehearsal" is of no hardware:
 it is never read, and never written to where records are.
 """

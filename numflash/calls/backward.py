@@ -4,7 +4,7 @@
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -34,6 +34,7 @@ from numflash.kernels.arguments import (
     TurnsShape,
 )
 from numflash.kernels.arguments import Tensor as TensorRecord
+from numflash.kernels.kernel import Kernel
 from numflash.problem.array_gradients import ArrayGradient, array_gradients
 from numflash.problem.gradients import Gradients
 from numflash.problem.options import AttentionOptions, GradientOptions
@@ -366,6 +367,10 @@ class Backward:
             self._schedule.build()
         for launcher in self._launchers.values():
             launcher.build()
+
+    def replace(self, name: str, make: Callable[[dict[str, object]], Kernel]) -> None:
+        """Have another kernel run in the place of one of `kernels`: see `Launcher.replace`."""
+        self._launchers[name].replace(make)
 
     def bind(self, operands: dict[str, Operand], library: ArrayLibrary) -> tuple[list, Launches]:
         """Allocate; the gradients, and by family, in order, functions that launch."""

@@ -23,7 +23,8 @@ import numpy as np
 from numflash.calls.encoding import aligned, encoder
 from numflash.configs import Config, Traits
 from numflash.kernels.arguments import assembled, value_at
-from numflash.machine_code.compiler import Cubin, get_cubin, warn_of_spills
+from numflash.kernels.kernel import Kernel
+from numflash.machine_code.compiler import Cubin, compile_kernel, get_cubin, warn_of_spills
 from numflash.machine_code.ptx_worker import ptx_of
 from numflash.problem.tensor_maps import MAP_ALIGNMENT, MAP_BYTES, TensorLayout
 from numflash.runtime.arrays import library_of
@@ -82,20 +83,42 @@ class Launcher:
             self._launch = self._built()
         return self._launch
 
+    def replace(self, make: Callable[[dict[str, object]], Kernel]) -> None:
+        """Launch another kernel, which no cache keeps, with the same arguments and extents.
+
+        Args:
+            make: makes it, given the arguments.
+        """
+        kernel, min_blocks = make(self._arguments), self._min_blocks
+        if SIMULATED:
+            self._launch = SimulatedLaunch(kernel, *self._laid_out, min_blocks or 1)
+            return
+        cubin = compile_kernel(lambda: kernel, limits_of_device(self._device), min_blocks)
+        self._launch = self._on_device(cubin)
+
     def _built(self):
         config, traits = self._config, self._traits
-        laid_out = self._num_blocks, self._arguments
         limits = limits_of_device(self._device)
         if not SIMULATED:
-            cubin = get_cubin(config, traits, limits)
-            warn_of_spills(str(self), cubin)
-            return DriverLaunch(cubin, self._device, *laid_out)
+            return self._on_device(get_cubin(config, traits, limits))
         kernel = _simulated_kernel(config, traits)
-        laid_out = *laid_out, getattr(config, "min_blocks_per_sm", None) or 1
+        laid_out = *self._laid_out, self._min_blocks or 1
         code = choice("NUMFLASH_SIM_CODE", _SIMULATED_CODE)
         if code == "python":
             return SimulatedLaunch(kernel, *laid_out)
         return ExecutedLaunch(ptx_of(config, traits, limits, code), kernel, *laid_out)
+
+    def _on_device(self, cubin: Cubin) -> "DriverLaunch":
+        warn_of_spills(str(self), cubin)
+        return DriverLaunch(cubin, self._device, *self._laid_out)
+
+    @property
+    def _laid_out(self) -> tuple[int, dict[str, object]]:
+        return self._num_blocks, self._arguments
+
+    @property
+    def _min_blocks(self) -> int | None:
+        return getattr(self._config, "min_blocks_per_sm", None)
 
     def __str__(self) -> str:
         return f"{self._config.family} {self._config} {self._traits}"

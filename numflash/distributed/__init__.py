@@ -16,18 +16,25 @@ from numflash.distributed.attention import (
     ulysses_attention,
 )
 from numflash.distributed.communicators import CommunicatorError
+from numflash.distributed.communicators.cupy_nccl import of_cupy
 from numflash.distributed.communicators.local import local
+from numflash.distributed.communicators.torch_groups import of_torch
 from numflash.distributed.decode import decode, shard_lengths, shard_positions, token_owner
+from numflash.distributed.explain import Explanation, explain
 from numflash.distributed.layouts import Layout, Segment
 
 __all__ = [
     "CommunicatorError",
+    "Explanation",
     "Layout",
     "Segment",
     "attention",
     "attention_backward",
     "decode",
+    "explain",
     "local",
+    "of_cupy",
+    "of_torch",
     "ring_attention",
     "shard_lengths",
     "shard_positions",

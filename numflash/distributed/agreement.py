@@ -143,8 +143,15 @@ def _texts_of_all(comms: tuple[Communicator, ...], text: str) -> list[str] | Non
 
 def _digest_of(memory: Agreed, call: str, items: Mapping, comms: tuple) -> bytes:
     """The digest of a call's kind; of one that was seen before without writing its texts."""
+    parts: list = [call]
     try:
-        key = call, *((name, _quick(name, x)) for name, x in items.items() if x is not None)
+        for name, value in items.items():
+            kind = type(value)
+            if kind in _PLAIN and name not in _CHANGING:
+                parts += name, kind, value
+            elif value is not None:
+                parts += name, _quick(name, value)
+        key = tuple(parts)
         found = memory.digests.get(key)
     except (_NoKeyError, TypeError):  # or one that cannot be hashed
         return _digest(_texts(call, items, comms, changing=False))
@@ -231,6 +238,8 @@ def _dtype(array) -> str:
 
 # A key of an item: quicker than its text, and of this process only
 
+_PLAIN = frozenset((bool, int, float, str))
+
 
 class _NoKeyError(Exception):
     """An item has no key."""
@@ -245,7 +254,7 @@ def _quick(name: str, value) -> Hashable:
         return axis, (*shape[:axis], *shape[axis + 1 :]), value.array.dtype
     if name in _CHANGING and isinstance(value, Real):
         return kind
-    if kind in (bool, int, float, str) or value is None:
+    if kind in _PLAIN or value is None:
         return kind, value
     if kind is tuple or kind is list:
         return tuple([_quick(name, each) for each in value])

@@ -45,7 +45,8 @@ def attention(
             (few key-value heads), less than max_workspace, or fewer messages at a time.
         wire: None: keys and values travel as they are. "e4m3", or an `Fp8Recipe` with scales of
             tokens or blocks: in 8 bits, quantised once by their owner, whose own queries see them
-            so, too. With two methods across groups only.
+            so, too. They become 16 bits again where they arrive; precision="fp8" multiplies the
+            codes. With two methods across groups only.
         max_workspace: bytes that gather may take beyond inputs and results: two groups of as
             many key-value heads as fit, at least one; None is max(1, num_heads_kv // ranks) each.
         causal: each query sees the keys of its document up to its own position.
@@ -65,9 +66,9 @@ def attention(
     Raises:
         TypeError, ValueError, UnsupportedError: as `numflash.attention`; a layout of other tokens
             or ranks; heads that ranks cannot share; causal_align, shift or origin, which the
-            layout says; block_mask, lengths, precision "fp8" and "auto", and with several
-            documents dropout, bias, mask and functions. Before anything travels, and on all ranks
-            alike, also where they differ in what they ask for.
+            layout says; block_mask, lengths, precision="auto", "fp8" without wire or by heads
+            alone, and with several documents dropout, bias, mask and functions. Before anything
+            travels, and on all ranks alike, also where they differ in what they ask for.
         CommunicatorError: a rank is gone, or did not come within the deadline of its group.
 
     Memory beyond inputs and results, of each rank, S tokens in all, of 16 bits: gather two buffers
@@ -186,7 +187,7 @@ def attention_backward(
     for name in ready.wrt:
         gradient = found.pop(name)
         if name in ("q", "k", "v"):
-            gradient = arrays.astype(gradient, dtype)
+            gradient = arrays.contiguous(arrays.astype(gradient, dtype))
             results.append(gradient[0] if len(q.shape) == 3 else gradient)
         else:
             results.append(sum_over_ranks(problem, gradient, name))

@@ -14,10 +14,11 @@ from numflash.distributed.communicators.alone import Alone
 from numflash.distributed.communicators.grid import Grid
 from numflash.distributed.layouts import Layout
 from numflash.distributed.local_calls import BY_POSITION, LocalCalls, is_given
+from numflash.distributed.memory import best_method
 from numflash.distributed.pairs import Band, Call
 from numflash.distributed.problem import Problem, sizes_of
-from numflash.distributed.sizes import best_method, expect_heads
-from numflash.distributed.wire import expect_layout_for
+from numflash.distributed.sizes import expect_heads
+from numflash.distributed.wire import expect_layout_for, recipe_of
 from numflash.problem.options import (
     OPTIONS,
     AttentionOptions,
@@ -99,6 +100,10 @@ class RankedCall:
         """The problem of this rank."""
         arrays = Arrays.of(q, "q")
         given = {name: x for name, x in self.options.items() if name not in _NOT_OF_CALLS}
+        if given.get("precision") == "fp8":
+            # A scale for each query: how they are spread over ranks then does not matter.
+            recipe = recipe_of(self.wire, q.shape[3])
+            given["fp8"] = replace(recipe, granularity="token")
         calls, band = (
             LocalCalls(given, arrays),
             Band.of(self.options["causal"], self.options["window_size"]),
@@ -158,10 +163,16 @@ class RankedCall:
                     f"{self.function} over several ranks got the unknown option {name}; it takes "
                     f"{', '.join(_TAKEN)}"
                 )
-        if self.options.get("precision") in ("fp8", "auto"):
+        precision = self.options.get("precision")
+        if precision == "auto" or (precision == "fp8" and self.wire is None):
             raise UnsupportedError(
-                f"{self.function} over several ranks takes no "
-                f"precision={self.options['precision']!r}: {_REFUSED['fp8']}"
+                f"{self.function} over several ranks takes no precision={precision!r}: "
+                f'{_REFUSED["fp8"]}, and precision="fp8" then multiplies these codes'
+            )
+        if precision == "fp8" and self.asked is not None:
+            raise UnsupportedError(
+                f"{self.function} has no precision='fp8': it takes gradients in 16 bits, of the "
+                "numbers that codes of keys and values stand for"
             )
         return AttentionOptions.of(self.function, self.options)
 
@@ -183,6 +194,8 @@ class RankedCall:
             )
         _expect_workspace(self.max_workspace)
         expect_layout_for(self.wire, self.layout)
+        if options.precision == "fp8":
+            options = options._replace(fp8=recipe_of(self.wire, operands["q"].shape[-1]))
         expect_one_of("travels", self.travels, ("auto", "keys", "queries"))
         views = self._views(operands, arrays, rank)
         forced, of_backward = split_configs(options.config)
@@ -194,6 +207,11 @@ class RankedCall:
             options = options.of_backward(of_backward or None)
             wrt = whole.gradients_of_whole(views, self.layout, options, self.asked)
         names = self._names(names, views, options)
+        if options.precision == "fp8" and names == ("heads", "gather") and len(self.comms) == 1:
+            raise UnsupportedError(
+                'precision="fp8" over several ranks is for what gathers or sends round keys and '
+                f"values, also across groups; got method={self.method!r}"
+            )
         self._expect_positions(options, names)
         if self.asked is None and names[-1] == "gather" and not forced:
             config = whole.pinned_config(views, self.layout, options._replace(config=None))

@@ -16,7 +16,6 @@ from numflash.distributed import steps
 from numflash.distributed.local_calls import Part
 from numflash.distributed.problem import Gradients, Problem
 from numflash.distributed.steps import Exchange, Gathering
-from numflash.distributed.wire import wire_of
 
 _OF_TOKENS = ("q", "k", "v")
 
@@ -82,13 +81,10 @@ def backward(
     """
     plan, arrays = _plan(problem), problem.arrays
     q, k, v = (operands[name] for name in _OF_TOKENS)
-    found = {
-        name: arrays.zeros(tuple(operands[name].shape), "float32")
-        for name in wrt
-        if name in _OF_TOKENS
-    }
+    found = {"q": arrays.zeros(tuple(q.shape), "float32")} if "q" in wrt else {}
     at_once, group = problem.heads_at_once(q, k, v, backward=True), q.shape[2] // k.shape[2]
-    shares = _Shares(problem, plan, found, k, v, at_once)
+    shares = _Shares(problem, plan, {"k": k, "v": v}, wrt, at_once)
+    found |= shares.gradients
     for heads, keys, values in _fetched(problem, plan, k, v, at_once):
         mine = slice(heads.start * group, heads.stop * group)
         of_group = {
@@ -106,6 +102,8 @@ def backward(
             for name, gradient in part.results.items():
                 if name not in _OF_TOKENS:
                     found[name] = found[name] + gradient if name in found else gradient
+            # The next call takes the memory.
+            del part, gradient
         shares.give()
     shares.end()
     for name in wrt:
@@ -133,14 +131,23 @@ def _fetched(
     """
     heads_kv = k.shape[2]
     if is_alone(plan):
-        wire = wire_of(problem.wire, k, v)
+        wire = problem.wire_of(k, v)
         yield slice(0, heads_kv), *wire.rounded(k, v)
         return
-    wire = wire_of(problem.wire, k[:, :, :at_once], v[:, :, :at_once])
+    wire = problem.wire_of(k[:, :, :at_once], v[:, :, :at_once])
     groups = [slice(n, n + at_once) for n in range(0, heads_kv, at_once)]
     seqlen, zeroed = problem.layout.seqlen, not plan.is_whole
     buffers = [wire.new(seqlen, zeroed=zeroed) for _ in groups[:2]]
     places = dict(plan.own)
+    sent = [(m.peer, places[m.rows]) for m in plan.fetch.sends]
+    received = [(m.peer, m.rows) for m in plan.fetch.receives]
+    messages = [
+        [
+            [(x, peer) for peer, rows in side for x in wire.messages(buffer, *rows)]
+            for side in (sent, received)
+        ]
+        for buffer in buffers
+    ]
 
     def post(number: int) -> Callable[[], None]:
         buffer, heads = buffers[number % 2], groups[number]
@@ -148,13 +155,7 @@ def _fetched(
             mine = slice(None), slice(*rows), heads
             wire.fill(buffer, place[0], k[mine], v[mine])
         what = f"keys and values of heads {heads.start} to {heads.stop - 1} of {heads_kv}"
-        sent = [(m.peer, places[m.rows]) for m in plan.fetch.sends]
-        received = [(m.peer, m.rows) for m in plan.fetch.receives]
-        sides = (
-            [(x, peer) for peer, rows in side for x in wire.messages(buffer, *rows)]
-            for side in (sent, received)
-        )
-        return _post(problem, plan.fetch, *sides, what)
+        return _post(problem, plan.fetch, *messages[number % 2], what)
 
     wait = post(0)
     for number, heads in enumerate(groups):
@@ -179,35 +180,39 @@ class _Shares:
 
     A buffer holds those of one group of heads, of dK and dV side by side. It is filled again once
     what it held has arrived.
+
+    Attributes:
+        gradients: of this rank's tokens, by name: the sums of what has arrived.
     """
 
     def __init__(
-        self, problem: Problem, plan: Gathering, found: dict[str, Any], k, v, at_once: int
+        self,
+        problem: Problem,
+        plan: Gathering,
+        operands: dict[str, Any],
+        wrt: tuple[str, ...],
+        at_once: int,
     ):
-        """Bind the gradients of this rank's own tokens, which shares are added to."""
-        self._problem, self._plan, self._found = problem, plan, found
-        self._names = tuple(name for name in ("k", "v") if name in found)
-        self._is_alone = is_alone(plan)
-        self._is_clear = False
-        self._heads = slice(0, 0)
+        """Take room for as many heads at once."""
+        self._problem, self._plan = problem, plan
+        self._heads, self._is_clear = slice(0, 0), False
         self._under_way: tuple[Callable[[], None], slice] | None = None
-        self._buffer = self._arrived = None
-        if self._is_alone or not self._names:
-            return
-        arrays, self._columns, at = problem.arrays, {}, 0
-        for name, x in (("k", k), ("v", v)):
-            if name in found:
+        self._columns, at = {}, 0
+        for name, x in operands.items():
+            if name in wrt:
                 self._columns[name] = slice(at, at + x.shape[3])
                 at += x.shape[3]
-        row = k.shape[0], at_once, at
-        self._buffer = arrays.empty((problem.layout.seqlen, *row), "float32")
-        receives = plan.give.receives
-        tokens = sum(m.rows[1] - m.rows[0] for m in receives)
-        arrived, at, self._arrived = arrays.empty((tokens, *row), "float32"), 0, []
-        for message in receives:
-            end = at + message.rows[1] - message.rows[0]
-            self._arrived.append(arrived[at:end])
-            at = end
+        batch, tokens, heads, _ = operands["k"].shape
+        arrays = problem.arrays
+        self._sums = arrays.zeros((tokens, batch, heads, at), "float32")
+        self.gradients = self._by_name(self._sums)
+        self._buffer = None
+        if self._columns and not is_alone(plan):
+            row = batch, at_once, at
+            self._buffer = arrays.empty((problem.layout.seqlen, *row), "float32")
+            as_bytes, give = arrays.as_bytes, plan.give
+            self._sends = [(as_bytes(self._buffer[slice(*m.rows)]), m.peer) for m in give.sends]
+            self._arrive(row)
 
     def begin(self, heads: slice) -> None:
         """Say which heads the next shares are of."""
@@ -215,51 +220,66 @@ class _Shares:
 
     def add(self, part: Part) -> None:
         """Add what one call gave, once the group before has arrived."""
-        for name in self._names:
-            if self._is_alone:
-                rows = self._found[name][:, slice(*part.k)]
-            else:
-                self._clear()
-                rows = self._buffer[slice(*part.k), ..., self._columns[name]].swapaxes(0, 1)
-            rows += part.results[name]
+        if self._buffer is not None:
+            self._clear()
+        whole = self._sums if self._buffer is None else self._buffer
+        for name, x in self._by_name(whole[slice(*part.k)]).items():
+            x += part.results[name]
 
     def give(self) -> None:
         """Send the shares of these heads home."""
         if self._buffer is None:
             return
         self._clear()
-        give, as_bytes = self._plan.give, self._problem.arrays.as_bytes
-        sends = [(as_bytes(self._buffer[slice(*m.rows)]), m.peer) for m in give.sends]
-        pairs = zip(self._arrived, give.receives, strict=True)
-        receives = [(as_bytes(x), m.peer) for x, m in pairs]
-        what = (
-            f"gradients of keys and values of heads {self._heads.start} to {self._heads.stop - 1}"
-        )
-        self._under_way = _post(self._problem, give, sends, receives, what), self._heads
+        first, last = self._heads.start, self._heads.stop - 1
+        what = f"gradients of keys and values of heads {first} to {last}"
+        wait = _post(self._problem, self._plan.give, self._sends, self._receives, what)
+        self._under_way = wait, self._heads
 
     def end(self) -> None:
-        """Add what is still under way."""
+        """Add what is still under way, in the order of ranks."""
         if self._under_way is None:
             return
-        wait, heads = self._under_way
-        self._under_way = None
+        (wait, heads), self._under_way = self._under_way, None
         wait()
-        rank = self._problem.rank
-        for owner in range(self._problem.layout.ranks):
-            if owner == rank:
-                for rows, place in self._plan.own:
-                    self._add_home(rows, heads, self._buffer[slice(*place)])
-            for message, share in zip(self._plan.give.receives, self._arrived, strict=True):
-                if message.peer == owner:
-                    self._add_home(message.rows, heads, share)
+        for rows, share in self._arrived:
+            own = self._sums[slice(*rows), :, heads]
+            own += share
 
-    def _add_home(self, rows: tuple[int, int], heads: slice, share) -> None:
-        """A share, (tokens, batch, heads, columns), to the gradients of this rank's tokens."""
-        for name, columns in self._columns.items():
-            own = self._found[name][:, slice(*rows), heads]
-            own += share[..., columns].swapaxes(0, 1)
+    def _arrive(self, row: tuple[int, int, int]) -> None:
+        """Room for the shares of other ranks; what one has of neighbouring rows as one piece."""
+        arrays, receives = self._problem.arrays, self._plan.give.receives
+        order = sorted(range(len(receives)), key=lambda n: (receives[n].peer, receives[n].rows))
+        tokens = sum(end - begin for _, (begin, end), _ in receives)
+        room, at, places = arrays.empty((tokens, *row), "float32"), 0, {}
+        pieces: list[list[int]] = []
+        for n in order:
+            peer, (begin, end), _ = receives[n]
+            places[n] = at, at + end - begin
+            if pieces and pieces[-1][0] == peer and pieces[-1][2] == begin:
+                pieces[-1][2] = end
+            else:
+                pieces.append([peer, begin, end, at])
+            at += end - begin
+        self._receives = [
+            (arrays.as_bytes(room[slice(*places[n])]), message.peer)
+            for n, message in enumerate(receives)
+        ]
+        found = [
+            (peer, (begin, end), room[at : at + end - begin]) for peer, begin, end, at in pieces
+        ]
+        rank = self._problem.rank
+        found += [(rank, rows, self._buffer[slice(*place)]) for rows, place in self._plan.own]
+        found.sort(key=lambda piece: piece[:2])
+        self._arrived = [piece[1:] for piece in found]
+
+    def _by_name(self, rows) -> dict[str, Any]:
+        """dK and dV of (tokens, batch, heads, columns): (batch, tokens, heads, head_dim)."""
+        by_batch = rows.swapaxes(0, 1)
+        return {name: by_batch[..., columns] for name, columns in self._columns.items()}
 
     def _clear(self) -> None:
+        """Make room for the shares of the next heads."""
         if not self._is_clear:
             self.end()
             self._buffer[...] = 0

@@ -21,6 +21,11 @@ class Segment(NamedTuple):
         document: its number.
         first: the position of its first token in the document.
         length: of its tokens.
+
+    Example:
+        >>> from numflash.distributed import Layout
+        >>> Layout.contiguous(16, ranks=2).segments[1]
+        (Segment(document=0, first=8, length=8),)
     """
 
     document: int
@@ -245,7 +250,7 @@ class Layout:
         Raises:
             ValueError: groups of another size are left over.
         """
-        _expect_whole("size", size, 1)
+        expect_whole("size", size, 1)
         if self.ranks % size:
             raise ValueError(f"size must divide the number of ranks, {self.ranks}, got {size}")
         groups = range(0, self.ranks, size)
@@ -306,13 +311,14 @@ def _checked(lengths, ranks, multiple) -> tuple[tuple[int, ...], int, int]:
         )
     lengths = tuple(lengths)
     for length in lengths:
-        _expect_whole("a length", length, 0)
-    _expect_whole("ranks", ranks, 1)
-    _expect_whole("multiple", multiple, 1)
+        expect_whole("a length", length, 0)
+    expect_whole("ranks", ranks, 1)
+    expect_whole("multiple", multiple, 1)
     return tuple(map(int, lengths)), int(ranks), int(multiple)
 
 
-def _expect_whole(name: str, value, least: int) -> None:
+def expect_whole(name: str, value, least: int) -> None:
+    """Check a number. Raises TypeError, ValueError."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer, got {value!r} ({type(value).__name__})")
     if value < least:
@@ -325,7 +331,7 @@ def _expect_segment(rank: int, piece, lengths: tuple[int, ...]) -> None:
     if not isinstance(piece, tuple | list) or len(piece) != 3:
         raise TypeError(f"{name} must be (document, first position, length), got {piece!r}")
     for part, number in zip(("document", "first position", "length"), piece, strict=True):
-        _expect_whole(f"the {part} of {name}", number, 0)
+        expect_whole(f"the {part} of {name}", number, 0)
     document, first, length = piece
     if document >= len(lengths):
         raise ValueError(f"{name} must be of one of {len(lengths)} documents, got {piece!r}")

@@ -39,6 +39,10 @@ class LocalCalls:
     """The calls of one rank, with the options of one problem.
 
     All arrays are (batch, tokens, heads, head_dim), lse and delta (batch, heads, tokens).
+
+    Attributes:
+        by_position: whether a score depends on its position or its head.
+        in_codes: whether forwards multiply in 8 bits.
     """
 
     def __init__(self, options: dict[str, Any], arrays: Arrays):
@@ -54,6 +58,7 @@ class LocalCalls:
         self._arrays = arrays
         self.by_position = any(name in given for name in BY_POSITION)
         self._has_origin = self.by_position or "sinks" in given
+        self.in_codes = given.get("precision") == "fp8"
         of_forward, of_backward = split_configs(given.pop("config", None))
         self._forward = given | ({"config": of_forward} if of_forward else {})
         given = {name: x for name, x in given.items() if name not in _OF_FORWARD}
@@ -129,6 +134,7 @@ class LocalCalls:
         """
         q, k = operands["q"], operands["k"]
         given = {name: x for name, x in operands.items() if x is not None}
+        is_short = self._arrays.dtype_of(q) != "float32"
         for asked in self._asked(calls, q, in_backward=True):
             pack, rows, keys = asked.pack, asked.rows(q), asked.keys(k)
             options = asked.options(self._backward, first_head)
@@ -139,7 +145,7 @@ class LocalCalls:
             cut = {name: self._cut(name, x, rows, keys, single) for name, x in given.items()}
             first = [cut.pop(x, None) for x in ("dout", "q", "k", "v", "out", "lse")]
             more = {**cut, "wrt": names, **options}
-            if self._arrays.dtype_of(q) != "float32":
+            if is_short:
                 more["grad_dtype"] = "float32"
             if single:
                 found = attention_backward(*first, **more)
@@ -157,7 +163,8 @@ class LocalCalls:
     def _asked(
         self, calls: tuple[Call, ...], q, in_backward: bool = False
     ) -> "tuple[_Asked, ...]":
-        apart = self.by_position or q.shape[0] != 1
+        # Kernels on 8-bit floats know one length for all sequences.
+        apart = self.by_position or self.in_codes or q.shape[0] != 1
         return _asked(calls, apart, self.by_position, self._has_origin, in_backward)
 
     def _cut(self, name: str, x, rows: tuple[int, int], keys: tuple[int, int], single: bool):

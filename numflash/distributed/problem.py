@@ -9,7 +9,7 @@ from numflash.distributed.layouts import Layout
 from numflash.distributed.local_calls import LocalCalls
 from numflash.distributed.pairs import Band
 from numflash.distributed.sizes import Sizes, gathered_at_once
-from numflash.distributed.wire import recipe_of
+from numflash.distributed.wire import Wire, recipe_of, wire_of
 from numflash.runtime.views import numpy_dtype
 
 
@@ -45,6 +45,10 @@ class Problem:
     def tokens(self) -> int:
         """Tokens of this rank."""
         return self.layout.tokens(self.rank)
+
+    def wire_of(self, k, v) -> Wire:
+        """How these keys and values travel."""
+        return wire_of(self.wire, k, v, in_codes=self.calls.in_codes)
 
     def heads_at_once(self, q, k, v, *, backward: bool) -> int:
         """The key-value heads that gather fetches together."""

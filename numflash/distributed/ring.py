@@ -19,7 +19,6 @@ from numflash.distributed.local_calls import Part, delta_of
 from numflash.distributed.problem import Gradients, Problem, sizes_of
 from numflash.distributed.sizes import what_travels
 from numflash.distributed.steps import Exchange, Step
-from numflash.distributed.wire import wire_of
 from numflash.problem.options import expect_one_of
 
 _OPERANDS = ("q", "k", "v")
@@ -114,7 +113,7 @@ def backward(
         plan, cargo = _plan(problem, steps.ring), _Keys(problem, k, v)
     else:
         plan = _plan(problem, steps.ring_of_queries)
-        operands["k"], operands["v"] = wire_of(problem.wire, k, v).rounded(k, v)
+        operands["k"], operands["v"] = problem.wire_of(k, v).rounded(k, v)
         cargo = _Queries(arrays, operands)
     return _backward(problem, plan, cargo, operands, first_head, wrt)
 
@@ -130,7 +129,7 @@ class _Keys:
 
     def __init__(self, problem: Problem, k, v):
         self._arrays, self._k, self._v = problem.arrays, k, v
-        self._wire = wire_of(problem.wire, k, v)
+        self._wire = problem.wire_of(k, v)
         self._batch, self._heads = k.shape[0], k.shape[2]
         self._dims = {"k": k.shape[3], "v": v.shape[3]}
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 from numflash.calls.arguments import Request, request_of
 from numflash.calls.backward import Backward
 from numflash.calls.forward import selection_of
+from numflash.calls.fp8_forward import fp8_request_of
 from numflash.configs.features import default_gradients
 from numflash.distributed.layouts import Layout
 from numflash.distributed.local_calls import BY_POSITION, is_given
@@ -35,7 +36,10 @@ def request_of_whole(
     Raises:
         TypeError, ValueError, UnsupportedError: as `numflash.attention`.
     """
-    return request_of(*_whole(views, layout, options))
+    whole, options = _whole(views, layout, options)
+    if options.precision == "fp8":
+        return fp8_request_of(whole, options)[0]
+    return request_of(whole, options)
 
 
 def pinned_config(
@@ -105,7 +109,8 @@ def gradients_of_whole(
 
 def are_together(layout: Layout, batch: int, options: AttentionOptions) -> bool:
     """Whether one call computes several documents of a rank, as packed sequences."""
-    apart = any(is_given(name, getattr(options, name)) for name in BY_POSITION)
+    apart = options.precision == "fp8"  # kernels on 8-bit floats know one length for all
+    apart = apart or any(is_given(name, getattr(options, name)) for name in BY_POSITION)
     return len(layout.lengths) > 1 and batch == 1 and not apart
 
 

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, PartitionSpec  # noqa: E402
 import numflash  # noqa: E402
 from numflash import reference  # noqa: E402
 from numflash.distributed.layouts import Layout  # noqa: E402
+from numflash.frontends.jax import ring  # noqa: E402
 from numflash.jax import attention, from_zigzag, ring_attention, to_zigzag  # noqa: E402
 from tests.support.covering import some  # noqa: E402
 from tests.support.jax_cases import expect_close, normal, qkv  # noqa: E402
@@ -138,13 +139,12 @@ def test_results_of_16_bits_are_rounded_once():
 def test_other_axes_of_the_mesh_stay_apart():
     mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("data", "seq"))
     spec = PartitionSpec("data", "seq")
-    attend = jax.jit(
-        sharded(
-            lambda q, k, v: ring_attention(q, k, v, axis_name="seq", causal=True),
-            mesh=mesh,
-            in_specs=(spec,) * 3,
-            out_specs=spec,
-        )
+    # Not compiled by the caller, either.
+    attend = sharded(
+        lambda q, k, v: ring_attention(q, k, v, axis_name="seq", causal=True),
+        mesh=mesh,
+        in_specs=(spec,) * 3,
+        out_specs=spec,
     )
     given = qkv(2, 16, 1, 1, 8)
     found = attend(*(to_zigzag(x, 2) for x in given))
@@ -159,6 +159,12 @@ def test_one_device_has_the_bits_of_attention():
     for a, b in zip(jax.tree.leaves(found[0]), jax.tree.leaves(expected[0]), strict=True):
         assert (np.asarray(a) == np.asarray(b)).all()
     expect_close(found, expected)
+
+
+def test_parts_in_which_a_row_sees_nothing_leave_it_empty():
+    nothing = jnp.zeros((1, 4, 1, 2)), jnp.full((1, 1, 4), -jnp.inf)
+    out, lse = ring._merged(nothing, nothing, (0, 4), 4)
+    assert (out == 0).all() and jnp.isneginf(lse).all()
 
 
 def hops(function, *given):

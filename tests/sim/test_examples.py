@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import numflash
-from numflash import masks, math, reference
+from numflash import distributed, masks, math, reference
 from tests.support.covering import FULL, some, thorough
 
 # What users see.
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 PUBLIC = {
     f"{module.__name__}.{name}": getattr(module, name)
-    for module in (numflash, reference, masks, math)
+    for module in (numflash, reference, masks, math, distributed)
     for name in module.__all__
     if callable(getattr(module, name))
 }

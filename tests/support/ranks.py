@@ -3,14 +3,14 @@
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from numflash.distributed.communicators.local import local
 
 
-def on_ranks(size: int, work: Callable[[Any], Any], comms=None, timeout: float = 60.0) -> list:
+def on_ranks(size: int, work: Callable[[Any], Any], comms=None, timeout: float = 300.0) -> list:
     """What `work(comm)` returned on each rank, by rank.
 
     Raises:
@@ -25,6 +25,8 @@ def on_ranks(size: int, work: Callable[[Any], Any], comms=None, timeout: float =
             results[rank] = work(comms[rank])
         except BaseException as error:
             errors[rank] = error
+            if hasattr(comms[rank], "abandon"):
+                comms[rank].abandon(repr(error))  # so that nobody waits for the deadline
 
     threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(size)]
     for thread in threads:
@@ -49,7 +51,7 @@ class Late:
     """
 
     def __init__(self, comm, seed: int, longest: float = 0.01):
-        self._comm, self.rank, self.size = comm, comm.rank, comm.size
+        self._comm, self.rank, self.size, self.agreed = comm, comm.rank, comm.size, comm.agreed
         self._random, self._longest = random.Random(seed * comm.size + comm.rank), longest
         self._worker, self._wanted = ThreadPoolExecutor(1), []
 
@@ -79,13 +81,20 @@ class Late:
 
     def all_gather(self, array, what):
         """See `Communicator`."""
-        return self._comm.all_gather(array, what)
+        return self._worker.submit(self._comm.all_gather, array, what).result()
 
     def agree(self, text):
         """See `Communicator`."""
-        return self._comm.agree(text)
+        return self._worker.submit(self._comm.agree, text).result()
 
 
-def late(size: int, seed: int, timeout: float = 60.0) -> list[Late]:
+def late(size: int, seed: int, timeout: float = 300.0) -> list[Late]:
     """Communicators of `size` ranks, by rank; seeds differ in when messages come."""
     return [Late(comm, seed) for comm in local(size, timeout=timeout)]
+
+
+def grid(within: int, across: int, make: Callable[[int], Sequence] = local) -> list[tuple]:
+    """For each rank of `across` groups of `within` ranks its pair of communicators."""
+    groups = [make(within) for _ in range(across)]
+    lines = [make(across) for _ in range(within)]
+    return [(groups[a][w], lines[w][a]) for a in range(across) for w in range(within)]

@@ -11,7 +11,17 @@ from typing import Any, Protocol
 
 
 class CommunicatorError(RuntimeError):
-    """A peer died, never came, or sent something else; the communicator can't be used again."""
+    """A peer died, never came, or sent something else; the communicator can't be used again.
+
+    Example:
+        >>> from numflash.distributed import CommunicatorError, local
+        >>> comm, _ = local(2, timeout=0.1)
+        >>> try:
+        ...     comm.agree("a text")
+        ... except CommunicatorError as error:
+        ...     print(error)
+        the agreement of ranks: rank 1 did not come within 0.1 s
+    """
 
 
 class Agreed:

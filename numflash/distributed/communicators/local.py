@@ -222,7 +222,7 @@ def local(size: int, *, timeout: float = 300.0) -> tuple[Local, ...]:
 
     Example:
         >>> from concurrent.futures import ThreadPoolExecutor
-        >>> from numflash.distributed.communicators.local import local
+        >>> from numflash.distributed import local
         >>> def work(comm):
         ...     return comm.agree("causal" if comm.rank else "full")
         >>> with ThreadPoolExecutor(2) as pool:

@@ -43,8 +43,8 @@ class OnTorch:
         there, here = self._stream(array.device), self._stream(into.device)
         for mark in marks:
             here.wait_event(mark)
-            there.wait_event(mark)
-        # A copy between devices is on the current streams of both.
+        # PyTorch copies between devices on the current stream of the source's, between waits of
+        # each of both streams for the other.
         with self._cuda.stream(there), self._cuda.stream(here):
             into.copy_(array, non_blocking=True)
         return self._recorded(here)
@@ -68,14 +68,20 @@ class OnCupy:
 
     def mark(self, array):
         """An event behind the work on the current stream of the array's device."""
-        device = array.device.id
-        # The number of a default stream is that of the current device's.
+        return self.mark_of(array.device.id)
+
+    def mark_of(self, device: int):
+        """An event behind the work on the current stream of a device."""
+        # The number of a default stream means that of the current device.
         with self._cuda.Device(device):
             return self.recorded(self._cuda.get_current_stream(device))
 
     def wait(self, array, mark) -> None:
         """Let what follows on that stream wait for a mark."""
-        device = array.device.id
+        self.wait_on(array.device.id, mark)
+
+    def wait_on(self, device: int, mark) -> None:
+        """Let what follows on the current stream of a device wait for a mark."""
         with self._cuda.Device(device):
             self._cuda.get_current_stream(device).wait_event(mark)
 

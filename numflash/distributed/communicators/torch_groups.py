@@ -112,7 +112,7 @@ class TorchGroup:
         """The bytes of all ranks, as many each."""
         torch = self._torch
         # The first call of NCCL must be one of all ranks, which this is.
-        on_gpu = self._backends.get("cuda", "gloo") != "gloo" or "cpu" not in self._backends
+        on_gpu = self._backends.get("cuda", "gloo") != "gloo" and torch.cuda.is_available()
         device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else "cpu"
         sent = torch.tensor(list(own), dtype=torch.uint8, device=device)
         whole = sent.new_empty(self.size * len(own))
@@ -197,20 +197,25 @@ def of_torch(group: Any = None, timeout: float | None = None) -> TorchGroup:
         UnsupportedError: torch.distributed was not initialised, or is not there.
 
     Example:
-        >>> import torch.distributed as dist
-        >>> from numflash.distributed.communicators.torch_groups import of_torch
-        >>> dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
-        >>> comm = of_torch(timeout=60.0)
-        >>> comm.rank, comm.size, comm.agree("a text")
-        (0, 1, None)
-        >>> dist.destroy_process_group()
+        >>> from numflash.distributed import of_torch
+        >>> try:
+        ...     comm = of_torch(timeout=60.0)
+        ... except RuntimeError as error:
+        ...     print(error)
+        there is no process group: call torch.distributed.init_process_group first
     """
-    import torch.distributed as dist
-
     if timeout is not None and not timeout > 0:
         raise ValueError(f"timeout must be positive, or None for the group's, got {timeout}")
-    if not dist.is_available() or not dist.is_initialized():
-        raise UnsupportedError("torch.distributed is not initialised: init_process_group first")
+    try:
+        import torch.distributed as dist
+
+        is_there = dist.is_available() and dist.is_initialized()
+    except ImportError:
+        is_there = False
+    if not is_there:
+        raise UnsupportedError(
+            "there is no process group: call torch.distributed.init_process_group first"
+        )
     group = dist.group.WORLD if group is None else group
     if group is dist.GroupMember.NON_GROUP_MEMBER:
         raise ValueError("group must have this process as a member")

@@ -126,7 +126,7 @@ def ring_attention(
     problem = _Problem(axis_name, layout, band, encoded.text)
     arrays = *operands, *encoded.arrays.values()
     axes = manual_axes(arrays)
-    out, lse = _differentiable(problem)(*(varying(x, axes) for x in arrays))
+    out, lse = _compiled(problem)(*(varying(x, axes) for x in arrays))
     return (out, lse) if return_lse else out
 
 
@@ -291,6 +291,12 @@ def _differentiable(problem: _Problem):
 
     attend.defvjp(forward, backward, symbolic_zeros=True)
     return attend
+
+
+@lru_cache(_MOST_PROBLEMS)
+def _compiled(problem: _Problem):
+    # Outside of `jit`, too: there `shard_map` has no rule for such functions.
+    return jax.jit(_differentiable(problem))
 
 
 def _forward(problem: _Problem, launcher, arrays: tuple) -> tuple:

@@ -10,6 +10,8 @@ kvcache      over a cache that is written in place, in eager mode and as operato
 mapped       the same under the transforms of torch.func
 sdpa         torch's scaled_dot_product_attention, by numflash where numflash can
 enabling     numflash in torch's place
+distributed  over the ranks of a communicator, in eager mode
+context_parallel  the same for sdpa, over the ranks of a DeviceMesh
 explaining   which of the two runs, and why
 untraced     numflash's own functions, which Dynamo is not to trace
 """

@@ -19,6 +19,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from numflash.configs.traits import MAX_HEAD_DIM
+from numflash.frontends.torch import context_parallel
 from numflash.frontends.torch.attention import attention
 from numflash.frontends.torch.calls import DTYPES, under_autocast
 from numflash.runtime.errors import UnsupportedError
@@ -133,6 +134,12 @@ def scaled_dot_product_attention(
 def attended(*call) -> Tensor | Reason:
     """The result of a call, in the order of torch's parameters, or why torch's own must run."""
     arranged = arrange(*call)
+    if context_parallel.opened:
+        return context_parallel.attended(arranged, _on_one_device)
+    return _on_one_device(arranged)
+
+
+def _on_one_device(arranged: "Arranged | Reason") -> Tensor | Reason:
     if isinstance(arranged, Reason):
         return arranged
     q, k, v, options, _ = arranged

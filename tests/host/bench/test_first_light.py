@@ -14,6 +14,8 @@ from bench import __main__ as bench
 from bench import report
 from bench.first_light import background, command, page, plan, tasks
 from bench.measuring import supervisor
+from bench.peers import methods as peers
+from bench.peers import one_kernel
 from bench.points.points import Point
 from bench.records import checks, record
 from bench.studies import static
@@ -45,6 +47,8 @@ def answer(task):
         return {"check": "passed", "reason": "", "errors": {"out": [1e-4, 2e-4]}, "kernel": "k"}
     if kind == "ceilings":
         return {"matmul_tflops": 800.0, "copy_gbps": 4000.0, "num_sms": 132, "matmul": "m"}
+    if kind == "turns":
+        return {"parts": {"a turn": {"median_ms": 0.00137}}}
     if kind == "parts":
         return {"parts": {"forward": {"median_ms": 0.05}, "combine": {"median_ms": 0.01}}}
     names = task.get("peers", ["numflash", "numflash:a", "numflash:b"])
@@ -168,7 +172,7 @@ def _configs(name):
     variant = name.partition(":")[2]
     if "=" not in variant:
         return {"forward": parse_config("forward", variant)}
-    pairs = (each.split("=") for each in variant.split(","))
+    pairs = (each.split("=") for each in variant.partition(",dq=")[0].split(","))
     return {family: parse_config(family, text) for family, text in pairs}
 
 
@@ -183,6 +187,17 @@ def test_every_question_is_of_configs_that_can_be_forced(steps):
         for family, config in (pair for each in configs for pair in each.items()):
             force(family, config, traits, LIMITS)
             assert config == static.choose_config(family, traits, LIMITS) or family == "forward"
+        if "the way of dQ" in step["title"]:
+            # The kernel as it is, and each change to it.
+            (fused,) = {each["backward"] for each in configs}
+            changes = [each.partition(",dq=")[2] for each in step["labels"]]
+            assert changes == ["", *one_kernel.CHANGES]
+            for name in step["labels"]:
+                assert peers.find(name).unavailable() is None
+            point = Point.from_dict(step["point"])
+            assert one_kernel.start_of(point, fused, 132, 1).group > 1
+            assert fused.dq_buffers(traits) == 2
+            continue
         if step["point"]["direction"] == "backward":
             ways = [set(each) for each in configs]
             assert sorted(ways, key=len) == [{"backward"}, {"backward-dq", "backward-dkdv"}]
@@ -251,7 +266,7 @@ def test_the_whole_of_it(visit, steps, capsys):
     # ms, TFLOP/s, of the matrix product's 800, and over each peer.
     assert cells[1:] == ["2.000", "500", "62%", "1.12", "1.25", "1.38", "1.50", "-"]
     assert "**overlap on**, by 12.5%, as today" in text
-    assert "forward 50.0 us, combine 10.0 us" in text
+    assert "forward 50.0 us, combine 10.0 us" in text and "a turn 1.37 us" in text
     assert re.search(r"\| 2.000 +\| a +\| 2.250 \| 0.89 +\| 1.19 ", text)
     assert "## Not run" not in text
 
@@ -323,7 +338,7 @@ def test_a_parent_that_dies_at_a_step_leaves_what_was_done(visit, steps, monkeyp
     results["tests"] = results["check"]
     results["ceilings"] = {"matmul_tflops": 800.0, "copy_gbps": 1.0, "num_sms": 1}
     results["point"] = results["predicted"] = {"methods": {}, "predicted_ms": {}}
-    results["parts"] = {"parts": {}}
+    results["parts"] = results["turns"] = {"parts": {}}
     replace_file = os.replace
 
     def die_after(written, result, on_result):

@@ -12,9 +12,10 @@ import pytest
 
 from bench import __main__ as bench
 from bench import report
-from bench.first_light import background, page, plan, rehearsal, tasks
+from bench.first_light import background, page, plan, rehearsal, tasks, turn_times
 from bench.first_light.rehearsal import SimulatedDevice
 from bench.records import checks, record
+from numflash.kernels.kernel import Kernel
 from numflash.machine_code.compiler import Cubin
 from numflash.runtime.mode import SIMULATED
 from tests.support import instruction_harness
@@ -59,6 +60,8 @@ def test_the_whole_of_it_is_rehearsed(rehearsed):
         frozenset({"forward", "combine"}),
         frozenset(of_gradients),
     }
+    (turns,) = (step["parts"] for step in found["steps"] if step["kind"] == "turns")
+    assert list(turns) == [each.name for each in turn_times.TIMES]
 
 
 @thorough
@@ -117,6 +120,34 @@ def _settings(tmp_path, **more):
 
 def _run(task, tmp_path):
     return tasks.KINDS[task["kind"]](SimulatedDevice(), task, _settings(tmp_path), print)
+
+
+@in_the_simulator
+def test_turns_are_timed_where_sums_are_right(tmp_path, monkeypatch):
+    class Clock(SimulatedDevice):
+        def time_method(self, method):
+            method.call()
+            return 12.0
+
+    def run():
+        return tasks.KINDS["turns"](Clock(), {}, _settings(tmp_path), print)["parts"]
+
+    # Three blocks in turn; one block, which adds twice, alone and beside the simulated GPU's.
+    assert [each["median_ms"] for each in run().values()] == [4.0, 6.0, 6.0]
+    adds = turn_times.kernel_of(64).function
+    monkeypatch.setattr(turn_times, "kernel_of", lambda words: _adding_once_more(adds))
+    with pytest.raises(RuntimeError, match=r"a turn.*: 64 of 64 sums are wrong"):
+        run()
+
+
+def _adding_once_more(adds):
+    """The kernel with a lap more than asked for."""
+
+    def wrong(sums, turns, blocks, laps, in_turn):
+        adds(sums, turns, blocks, laps + 1, in_turn)
+
+    wrong.__signature__ = inspect.signature(adds)
+    return Kernel("turn-times", wrong, 32, 1024)
 
 
 @in_the_simulator

@@ -9,31 +9,12 @@ import pytest
 from numflash import UnsupportedError, dequantize_fp8, quantize_fp8, reference
 from numflash.distributed.communicators.local import local
 from numflash.distributed.decode import decode, shard_lengths, shard_positions, token_owner
+from tests.support.counting import counting
 from tests.support.ranks import on_ranks
 
 BATCH, HEADS, HEADS_KV, DIM, DIM_V = 2, 4, 2, 16, 8
 PAGE = 4
 SPLIT = slice(0, 8), slice(8, 12)
-
-
-class Counting:
-    """A communicator that counts the bytes that leave its rank."""
-
-    def __init__(self, comm):
-        self._comm, self.rank, self.size, self.agreed = comm, comm.rank, comm.size, comm.agreed
-        self.sent = self.agreements = 0
-
-    def exchange(self, sends, receives, what):
-        self.sent += sum(array.nbytes for array, _ in sends)
-        return self._comm.exchange(sends, receives, what)
-
-    def all_gather(self, array, what):
-        self.sent += (self.size - 1) * array.nbytes
-        return self._comm.all_gather(array, what)
-
-    def agree(self, text):
-        self.agreements += 1
-        return self._comm.agree(text)
 
 
 def operands(seqlen, tokens=1, dtype="float16", seed=0):
@@ -108,7 +89,7 @@ def test_pages_are_dealt_sinks_count_once_and_bytes_are_as_said(scatter_heads, o
     q, k, v = operands(21, tokens=2)
     sinks = np.array([0.5, -1.0, 2.0, -np.inf], np.float32)
     seqlens = np.array(lengths, np.int32)
-    comms = [Counting(comm) for comm in local(ranks)]
+    comms = counting(ranks)
 
     def work(comm):
         deal = partial(dealt, lengths=lengths, rank=comm.rank, ranks=ranks)
@@ -256,7 +237,7 @@ def test_heads_that_do_not_divide_are_refused_on_all_ranks():
 def test_a_refusal_on_one_rank_and_ranks_that_differ_raise_on_all(on):
     on("sm_80")
     q, k, v = operands(4)
-    comms = [Counting(comm) for comm in local(2)]
+    comms = counting(2)
 
     def refused(comm):
         lengths = np.zeros(BATCH, np.int64 if comm.rank else np.int32)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
+from numflash.distributed import agreement
 from numflash.distributed.agreement import Shard, agree
 from numflash.distributed.communicators.alone import Alone
 from numflash.distributed.communicators.local import local
@@ -217,7 +218,19 @@ def test_numbers_that_change_from_call_to_call_do_not_count():
     aux = np.zeros(3, "float32")
     asked = [{"seed": n, "aux": (n, 0.5 * n, aux), "causal": True} for n in range(3)]
     assert calls(2, lambda rank: asked) == [1, 1]
+    without_key = [{**each, "config": {"forward": "m64"}} for each in asked]
+    assert calls(2, lambda rank: without_key) == [1, 1]
     assert calls(2, lambda rank: [{"causal": n} for n in range(3)]) == [3, 3]
+
+
+def test_texts_are_written_for_a_new_kind_of_call_only(monkeypatch):
+    written = []
+    texts = agreement._texts
+    monkeypatch.setattr(
+        agreement, "_texts", lambda *x, **y: (written.append(1), texts(*x, **y))[1]
+    )
+    calls(2, lambda rank: [items() for _ in range(5)])
+    assert len(written) == 4  # of each rank one to remember, and one to compare
 
 
 def test_functions_that_mean_the_same_are_the_same_on_all_ranks():
@@ -309,6 +322,19 @@ def test_groups_of_groups_agree_and_differ_as_one(odd):
     assert f"softcap: rank{'s' if len(sides) > 1 else ''} {listed}{sides[-1]} ha" in text
 
 
+def test_an_error_of_another_kind_is_that_of_its_rank_in_groups_of_groups():
+    def work(pair):
+        def check():
+            if (pair[1].rank, pair[0].rank) == (1, 0):
+                raise MemoryError("no memory")
+
+        agree(pair, "attention", items(), check)
+
+    errors = on_ranks(4, work, two_levels(2, 2))
+    assert [type(error) for error in errors] == [RuntimeError] * 2 + [MemoryError, RuntimeError]
+    assert str(errors[0]) == "rank 2 refuses the call: no memory"
+
+
 def test_what_was_agreed_with_other_groups_is_asked_again():
     (inner,), first, second = local(1), local(2), local(2)
     rounds = []
@@ -348,5 +374,6 @@ def test_items_without_a_quick_key_are_remembered_by_their_text():
 
 def test_the_oldest_agreement_is_forgotten_first(monkeypatch):
     monkeypatch.setattr("numflash.distributed.communicators._MOST_AGREED", 2)
-    asked = [{"n": n} for n in (0, 1, 2, 2, 1, 0)]
-    assert calls(2, lambda rank: asked) == [4, 4]
+    for numbers, rounds in (((0, 1, 2, 2, 1), 3), ((0, 1, 2, 0), 4)):
+        asked = [{"n": n} for n in numbers]
+        assert calls(2, lambda rank, asked=asked: asked) == [rounds, rounds]

@@ -5,16 +5,18 @@ from itertools import product
 import pytest
 
 from numflash.distributed.layouts import Layout
-from numflash.distributed.pairs import Band
-from numflash.distributed.sizes import (
-    Sizes,
+from numflash.distributed.memory import (
     best_method,
-    expect_heads,
-    gathered_at_once,
-    in_one_message,
     memory_of_gather,
     memory_of_heads,
     memory_of_ring,
+)
+from numflash.distributed.pairs import Band
+from numflash.distributed.sizes import (
+    Sizes,
+    expect_heads,
+    gathered_at_once,
+    in_one_message,
     sent_in_backwards,
     shares_of,
     what_travels,
@@ -173,14 +175,15 @@ def test_memory_is_that_of_the_table():
     ring = memory_of_ring(LONG, CAUSAL, 3, LARGE)
     assert {name: size / MIB for name, size in ring.items()} == {
         "keys and values": 128,
-        "out in float32": 256,
-        "a part of out and lse": 256 + rows,
+        "results in float32": 256,
+        "a part": 256 + rows,
     }
     backward = memory_of_ring(LONG, CAUSAL, 3, LARGE, travels="keys")
     assert {name: size / MIB for name, size in backward.items()} == {
         "keys and values": 128,
         "dK and dV on their way": 3 * 128,
-        "a part of what stays": 256,
+        "results in float32": 256,
+        "a part": 256,
         "delta": rows,
     }
     assert {n: s / MIB for n, s in memory_of_gather(LONG, CAUSAL, 3, LARGE).items()} == {
@@ -192,6 +195,10 @@ def test_memory_is_that_of_the_table():
         "keys and values": 128,
         "shares of dK and dV": 128,
         "arriving shares": 7 * 2 * 8,
+        # dQ of both chunks, which are neighbours, in the 4 heads of the group; dK and dV of the
+        # 9 chunks that they see.
+        "a part": 32 + 9 * 8,
+        "results in float32": 256 + 2 * 64,
     }
     mine = share_of(LARGE, 8)
     assert memory_of_heads(mine, 2**17, LARGE) == {

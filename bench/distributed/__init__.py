@@ -1,0 +1,1 @@
+"""`python -m bench distributed`: attention over several GPUs."""
