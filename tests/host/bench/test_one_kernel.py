@@ -1,5 +1,6 @@
 """The one kernel for gradients with a change: right, in turn, and of today's sources."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,11 +10,13 @@ from bench.peers import methods as peers
 from bench.peers import one_kernel
 from bench.points.points import Point
 from numflash import reference
-from numflash.calls import ready
+from numflash.calls import launch, ready
 from numflash.configs import Traits
 from numflash.configs.wgmma_backward import Sm90BackwardConfig
+from numflash.machine_code.compiler import letter_of
 from numflash.runtime import driver
 from numflash.runtime.mode import SIMULATED
+from tests.support import fake_gpu
 
 in_the_simulator = pytest.mark.skipif(not SIMULATED, reason="needs NUMBA_ENABLE_CUDASIM=1")
 CONFIG = "sm90-m64n64w4s2"
@@ -78,6 +81,45 @@ def test_a_group_that_does_not_run_together_waits_for_ever(inputs, on_hopper, mo
     monkeypatch.setattr(driver, "machine_of", lambda device: SimpleNamespace(num_sms=RESIDENT + 1))
     with pytest.raises(DeadlockError, match="1 blocks have not begun"):
         _gradients(f"numflash:backward={CONFIG},dq=shifted", inputs, 0, monkeypatch)
+
+
+@pytest.mark.skipif(SIMULATED, reason="needs NUMBA_ENABLE_CUDASIM unset")
+def test_a_gpu_launches_the_changed_kernel_with_the_arguments_of_the_other(monkeypatch):
+    gpu = fake_gpu.install(monkeypatch, (9, 0), num_sms=132, l2_bytes=50 * 2**20)
+
+    def compile_kernel(make, limits, min_blocks):
+        assert (limits.arch, min_blocks) == ("sm_90a", 1)
+        kernel, code = make(), "backward|changed|traits"
+        leaves = tuple((path, letter_of(kind)) for path, kind in kernel.leaves.items())
+        monkeypatch.setitem(fake_gpu._parameters, code, leaves)
+        cubin = fake_gpu.fake_get_cubin(config, Traits("float16", 128, 128), limits)
+        return replace(cubin, code=code.encode(), smem_bytes=kernel.smem_bytes)
+
+    monkeypatch.setattr(launch, "compile_kernel", compile_kernel)
+    config = Sm90BackwardConfig.parse("sm90-m64n128w8s2")
+    point = Point("backward", "question", "float16", 1, 512, 512, 2, 2, 128, False)
+    arrays = {name: gpu.array(point.q_shape) for name in ("q", "k", "v", "dout", "out")}
+    arrays["lse"] = gpu.array((1, 2, 512), "float32")
+    ways = []
+    for name in (f"numflash:backward={config}", f"numflash:backward={config},dq=one-buffer"):
+        gpu.driver.launches.clear()
+        results = peers.find(name).prepare(point, arrays).call()
+        assert {each: array.shape for each, array in results.items()} == dict.fromkeys(
+            NAMES, point.q_shape
+        )
+        ways.append({run.family: run for run in gpu.driver.launches})
+    plain, changed = (runs["backward"] for runs in ways)
+    assert list(ways[0]) == list(ways[1]) == ["delta", "backward", "reduce-dq"]
+    assert (changed.config, changed.grid, changed.block) == ("changed", plain.grid, plain.block)
+    # A buffer of 64 x 128 float32, and its two barriers.
+    assert plain.smem_bytes - changed.smem_bytes == 4 * 64 * 128 + 16
+    # All but what each call allocates.
+    kept = {"shape", "scores", "mask", "q_map", "k_map", "v_map", "do_map"}
+    arguments = [
+        {name: x for name, x in run.arguments.items() if name.partition(".")[0] in kept}
+        for run in (plain, changed)
+    ]
+    assert arguments[0] == arguments[1] and len(arguments[0]) > 10
 
 
 def test_blocks_begin_in_groups_that_run_together():
