@@ -5,6 +5,7 @@ is the time less that with a communicator that moves nothing.
 """
 
 import statistics
+import threading
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -42,7 +43,8 @@ def measure(
         `median_ms`, and of numflash's `exposed_ms`, `sent`, `expected` (bytes of each rank, and
         what `explain` says) and `lockstep`. Empty in a process that is none of these ranks.
     """
-    found = ranks.run(size, lambda rank: _on_rank(rank, case, direction, rounds))
+    whole = _Whole(case, direction)
+    found = ranks.run(size, lambda rank: _on_rank(rank, case, direction, rounds, whole))
     if not found:
         return {}
     methods = {name: _together([each[name] for each in found]) for name in found[0]}
@@ -55,7 +57,8 @@ def measure(
         if "median_ms" in still:
             entry["exposed_ms"] = entry["median_ms"] - still["median_ms"]
         entry |= {"expected": list(explained.sent), "lockstep": explained.balance.lockstep}
-    return {"case": str(case), "ranks": size, "direction": direction, "methods": methods}
+    asked = {"kind": "distributed", "case": str(case), "ranks": size, "direction": direction}
+    return {**asked, "methods": methods}
 
 
 def _together(entries: list[dict]) -> dict:
@@ -76,16 +79,32 @@ def _together(entries: list[dict]) -> dict:
     return entry
 
 
-def _on_rank(rank: Rank, case: Case, direction: str, rounds: int) -> dict[str, dict]:
+class _Whole:
+    """Operands of all tokens, and one GPU's results: made once for all ranks of a process."""
+
+    def __init__(self, case: Case, direction: str):
+        self._asked, self._lock = (case, direction), threading.Lock()
+        self._found: tuple[dict, dict] | None = None
+
+    def on(self, device) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Both, by name, on a device; the same numbers in each process."""
+        with self._lock:
+            if self._found is None:
+                arrays = _wholes(device, *self._asked)
+                self._found = arrays, _attend(*self._asked, arrays)
+                device.synchronize()
+            return self._found
+
+
+def _on_rank(
+    rank: Rank, case: Case, direction: str, rounds: int, whole: _Whole
+) -> dict[str, dict]:
     """Entries of this rank's methods."""
     layout = case.layout(rank.comm.size)
-    wholes = _wholes(rank.device, case, direction)
-    expected = _attend(case, direction, wholes)
     own, expected = (
-        {name: layout.shard(x, rank.comm.rank) for name, x in arrays.items() if name != "lse"}
-        for arrays in (wholes, expected)
+        {name: layout.shard(x, rank.comm.rank) for name, x in arrays.items()}
+        for arrays in whole.on(rank.device)
     )
-    del wholes
     if direction == "backward":
         out, lse = _forward(case, layout, rank.comm, METHODS[0], own)
         own |= {"out": out, "lse": lse}

@@ -188,6 +188,8 @@ def in_context(mesh, seqlen: int, call=None, order="zigzag", learns=True, **more
     exact = in_float64(whole | {"dlse": whole["dlse"] * 0}, [seqlen], causal=True)
     call = call or nt.scaled_dot_product_attention
     with nt.context_parallel(mesh, order=order, **more) as context:
+        # A mesh's own order, flattened.
+        assert (context.rank, context.size) == (dist.get_rank(), dist.get_world_size())
         layout = context.layout(seqlen)
         q, k, v, dout = (
             layout.shard(whole[name], context.rank).transpose(1, 2).clone().requires_grad_()

@@ -112,7 +112,7 @@ class TorchGroup:
         """The bytes of all ranks, as many each."""
         torch = self._torch
         # The first call of NCCL must be one of all ranks, which this is.
-        on_gpu = self._backends.get("cuda", "gloo") != "gloo" or "cpu" not in self._backends
+        on_gpu = self._backends.get("cuda", "gloo") != "gloo" and torch.cuda.is_available()
         device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else "cpu"
         sent = torch.tensor(list(own), dtype=torch.uint8, device=device)
         whole = sent.new_empty(self.size * len(own))
