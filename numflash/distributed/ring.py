@@ -70,6 +70,7 @@ def forward(problem: Problem, q, k, v, first_head: int = 0, *, float32: bool) ->
             # One part at a time: the next one takes its memory.
             del part
         arrived()
+        del arrived
         keys.turn()
     out, lse = total.get()
     return arrays.astype(out, "float32" if float32 else dtype), lse
@@ -335,9 +336,12 @@ def _backward(
             _take(part, going, shares, kept)
             del part
         given()
+        # What has left is freed before what comes takes memory.
+        given = _no_wait
         if going:
             given = _give(problem, plan, number, cargo, going, shares, landed)
         fetched()
+        del fetched
         around.turn()
     given()
     found = landed[rank].views if rank in landed else {}

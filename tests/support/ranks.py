@@ -42,30 +42,42 @@ def on_ranks(size: int, work: Callable[[Any], Any], comms=None, timeout: float =
 
 
 class Late:
-    """A rank whose messages are delivered by a thread of its own, each after a random time.
+    """A rank whose messages are moved by a thread of its own, in the order they are posted.
 
-    As on a GPU: what is posted is done in that order, while the caller goes on. Messages may read
-    what is sent long after they were posted, and write what is received long before the wait.
+    Each at random: some time after it was posted, while the caller goes on, or not before the
+    caller waits for it or for a later one. So what is sent is read long after it was posted, and
+    what is received is written long before the wait, or in it. Until then it is NaN, in any of
+    the dtypes that travel.
     """
 
     def __init__(self, comm, seed: int, longest: float = 0.01):
         self._comm, self.rank, self.size, self.agreed = comm, comm.rank, comm.size, comm.agreed
         self._random, self._longest = random.Random(seed * comm.size + comm.rank), longest
-        self._worker = ThreadPoolExecutor(1)
+        self._worker, self._wanted = ThreadPoolExecutor(1), []
 
     def exchange(self, sends, receives, what):
         """See `Communicator`."""
         for array, _ in receives:
-            array[...] = 0xFF  # NaN until it arrives, in any of the dtypes that travel
-        delays = [self._random.random() * self._longest for _ in range(2)]
+            array[...] = 0xFF
+        wanted = threading.Event()
+        delay, in_wait = self._random.random() * self._longest, self._random.random() < 0.5
+        self._wanted.append(wanted)
+        number = len(self._wanted)
 
         def deliver() -> None:
-            time.sleep(delays[0])
-            wait = self._comm.exchange(sends, receives, what)
-            time.sleep(delays[1])
-            wait()
+            if in_wait:
+                wanted.wait()
+            time.sleep(delay)
+            self._comm.exchange(sends, receives, what)()
 
-        return self._worker.submit(deliver).result
+        delivered = self._worker.submit(deliver)
+
+        def wait_for_it() -> None:
+            for each in self._wanted[:number]:
+                each.set()
+            delivered.result()
+
+        return wait_for_it
 
     def all_gather(self, array, what):
         """See `Communicator`."""
