@@ -4,39 +4,31 @@ numflash-tune                                        this machine's GPU, common 
 numflash-tune --device "NVIDIA A100" --offline       predict for a GPU that is not here
 numflash-tune --capture FILE -- python program.py    note the problems of a program
 numflash-tune --from-capture FILE                    and tune that
+numflash-tune --precision fp8                        the forward on 8-bit floats, on a GPU
 numflash-tune show | validate | export | merge | clear
 """
 
 import argparse
 import difflib
-import itertools
 import logging
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
-from numflash.configs import DTYPES, MAX_HEAD_DIM, Traits
+from numflash.configs import DTYPES
 from numflash.configs.features import FEATURES
-from numflash.problem.classes import ProblemClass
-from numflash.problem.options import PACKED, AttentionOptions
-from numflash.problem.problem import AttentionProblem, describe
 from numflash.runtime.commands import command
 from numflash.runtime.errors import UnsupportedError
 from numflash.runtime.files import require_replaceable
 from numflash.runtime.printable import printable
-from numflash.runtime.views import ArrayView, contiguous_strides
 from numflash.selection.capture import read as read_capture
 
 from . import SAMPLERS, caches
+from .problems import FAMILIES, expect_positive, predictable, problems_of
 
 _log = logging.getLogger("numflash")
 
-FAMILIES = {
-    "forward": ("forward", "combine"),
-    "backward": ("backward-dkdv", "backward-dq", "backward"),
-}
 _TRIALS = 48
 _INTERRUPTED = 130
 # As `ProblemClass.of` rounds.
@@ -95,7 +87,17 @@ def make_parser() -> argparse.ArgumentParser:
     )
     for row in FEATURES:
         what.add_argument(f"--{row.name}", action="store_true", help=f"with {row.title}")
-    what.add_argument("--precision", choices=("tf32",), help="float32 on the tensor cores")
+    what.add_argument(
+        "--precision",
+        choices=("tf32", "fp8"),
+        help="tf32: float32 on the tensor cores; fp8: the forward of 16-bit arrays on 8-bit "
+        "floats, which only a GPU can judge",
+    )
+    what.add_argument(
+        "--key-scales",
+        action="store_true",
+        help="with --precision fp8: fewer keys share a scale than lie in a tile",
+    )
     what.add_argument(
         "--from-capture", metavar="FILE", help="the classes that --capture noted, instead"
     )
@@ -216,6 +218,7 @@ def _tune(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
         from . import report
         from .measuring.measurer import DeviceMeasurer, DeviceUnavailableError
+        from .search import guide
         from .search.pool import NoCompilerError
         from .search.search import StoppingRules, make_sampler
         from .search.session import Options, Session
@@ -231,16 +234,18 @@ def _tune(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     try:
         problems = problems_of(args)
         target = find_target(args.device, args.offline)
+        if target.ordinal is None:
+            problems = predictable(problems, guide.unknown)
         options = Options(
             rules=StoppingRules(
-                _positive("--trials", args.trials),
-                _positive("--time-budget", args.time_budget),
-                None if args.target is None else _positive("--target", args.target) / 100,
+                expect_positive("--trials", args.trials),
+                expect_positive("--time-budget", args.time_budget),
+                None if args.target is None else expect_positive("--target", args.target) / 100,
             ),
             budgets=Budgets(_bytes(args.sram_budget), args.min_occupancy),
             sampler=args.sampler,
             seed=args.seed,
-            jobs=_positive("--jobs", args.jobs),
+            jobs=expect_positive("--jobs", args.jobs),
             storage=args.storage,
         )
         make_sampler(args.sampler, args.seed)
@@ -336,118 +341,6 @@ def _write_pages(path: Path, results: list) -> dict[int, str]:
         else:
             pages[number] = page.name
     return pages
-
-
-def problems_of(args: argparse.Namespace) -> list[ProblemClass]:
-    """The classes to tune. Raises ValueError, OSError."""
-    passes = args.passes or list(FAMILIES)
-    if args.page_size is not None:
-        _expect_forward(args)
-        passes = ["forward"]
-    families = [family for name in passes for family in FAMILIES[name]]
-    if args.from_capture is not None:
-        try:
-            found = read_capture(args.from_capture)
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{args.from_capture} is no capture: {error}") from error
-        chosen = [problem for problem in found if problem.family in families]
-        if not chosen:
-            raise ValueError(f"{args.from_capture} holds no class of {', '.join(passes)}")
-        return chosen
-    if args.precision == "tf32" and args.dtype != ["float32"]:
-        given = " ".join(args.dtype)
-        raise ValueError(f"--precision tf32 goes with --dtype float32, got --dtype {given}")
-    problems = []
-    for dtype, head_dim, seqlen, mask in itertools.product(
-        args.dtype, args.head_dim, args.seqlen, args.mask
-    ):
-        problem = _problem(args, dtype, head_dim, seqlen, mask)
-        # Rows are 16-byte aligned where head dims allow it.
-        vector = 4 if dtype == "float32" else 8
-        aligned = problem.head_dim % vector == 0 and problem.head_dim_v % vector == 0
-        traits = problem.traits(vectorized=aligned)
-        problems += [_class_of(family, problem, traits) for family in families]
-    return list(dict.fromkeys(problems))
-
-
-def _expect_forward(args: argparse.Namespace) -> None:
-    """Check what goes with --page-size. Raises ValueError."""
-    _positive("--page-size", args.page_size)
-    if args.passes and args.passes != ["forward"]:
-        raise ValueError("--page-size goes with --pass forward: a cache has no gradients")
-    if args.varlen:
-        raise ValueError(
-            "--page-size goes without --varlen: sequences in pages have lengths anyway"
-        )
-
-
-def _class_of(family: str, problem: AttentionProblem, traits: Traits) -> ProblemClass:
-    """The class of a kernel of a problem; what combines parts reads no pages."""
-    traits = replace(traits, paged=False) if family == "combine" else traits
-    return ProblemClass.of(family, problem, traits)
-
-
-def _problem(
-    args: argparse.Namespace, dtype: str, head_dim: int, seqlen: int, mask: str
-) -> AttentionProblem:
-    """The problem of one combination of options. Raises TypeError, ValueError."""
-    seqlen_q = seqlen if args.seqlen_q is None else args.seqlen_q
-    heads_kv = args.heads if args.heads_kv is None else args.heads_kv
-    head_dim_v = head_dim if args.head_dim_v is None else args.head_dim_v
-    sizes = {"seqlen": seqlen, "seqlen-q": seqlen_q, "batch": args.batch, "heads": args.heads}
-    for name, size in sizes.items():
-        _positive(f"--{name}", size)
-    if heads_kv < 1 or args.heads % heads_kv:
-        raise ValueError(f"--heads-kv must divide --heads, {args.heads}, got {heads_kv}")
-    for option, value in (("--head-dim", head_dim), ("--head-dim-v", head_dim_v)):
-        if not 1 <= value <= MAX_HEAD_DIM:
-            raise ValueError(f"{option} must be 1 to {MAX_HEAD_DIM}, got {value}")
-
-    def view(*shape: int, dtype: str = dtype) -> ArrayView:
-        return ArrayView(0, shape, contiguous_strides(shape), dtype, 0)
-
-    of_q, of_k, more = (args.batch, seqlen_q), (args.batch, seqlen), {}
-    options = AttentionOptions(precision=args.precision, **_mask_options(mask))
-    if args.varlen:
-        of_q, of_k = (args.batch * seqlen_q,), (args.batch * seqlen,)
-        ends = view(args.batch + 1, dtype="int32")
-        more = {"cu_seqlens_q": ends, "cu_seqlens_k": ends}
-        options = options._replace(layout=PACKED)
-    elif args.page_size is not None:
-        width = max(1, seqlen // args.page_size)
-        of_k = args.batch * width, args.page_size
-        more = {"page_table": view(args.batch, width, dtype="int32")}
-        more |= {"seqlens_k": view(args.batch, dtype="int32")}
-    views = {
-        "q": view(*of_q, args.heads, head_dim),
-        "k": view(*of_k, heads_kv, head_dim),
-        "v": view(*of_k, heads_kv, head_dim_v),
-        **more,
-    }
-    for row in FEATURES:
-        value = row.example(args.heads)
-        if getattr(args, row.name) and row.is_array:
-            views[row.option] = view(*value.shape, dtype="float32")
-        elif getattr(args, row.name):
-            options = options._replace(**{row.option: value})
-    return describe(views, options)[0]
-
-
-def _mask_options(text: str) -> dict:
-    """The options of `attention` for a mask, as in "causal" or "window1024"."""
-    if text in ("full", "causal"):
-        return {"causal": text == "causal"}
-    width = text.removeprefix("window")
-    if text.startswith("window") and width.isdecimal() and int(width) > 0:
-        left = (int(width) - 1) // 2
-        return {"window_size": (left, int(width) - 1 - left)}
-    raise ValueError(f"--mask must be full, causal or windowN, as in window1024, got {text!r}")
-
-
-def _positive(option: str, value):
-    if value is not None and not 0 < value < float("inf"):
-        raise ValueError(f"{option} must be positive, got {value}")
-    return value
 
 
 def _bytes(text: str | None) -> int | None:

@@ -22,6 +22,7 @@ from numflash.selection import store
 from numflash.selection.entries import Entry
 
 from . import cli, model, tables
+from .problems import problems_of
 from .search.progress import format_duration
 from .search.results import Result
 from .search.search import StoppingRules
@@ -91,7 +92,7 @@ def _problems() -> list[ProblemClass]:
     """The classes of a table."""
     parser, found = cli.make_parser(), []
     for options in _PROBLEMS:
-        found += cli.problems_of(parser.parse_args(["--dtype", "float16", *options.split()]))
+        found += problems_of(parser.parse_args(["--dtype", "float16", *options.split()]))
     return list(dict.fromkeys(found))
 
 

@@ -6,7 +6,7 @@ turn issues, a slot of a scheduler each. A kernel whose warps have several roles
 
     clocks          that the turn's products take of the SM's tensor cores at least; of warpgroups
     slots, /score   all instructions, and these for each score of a thread. Scores are counted by
-                    their exponentials, rounded down to a multiple of 8: the rest rescale sums
+                    their exponentials, rounded down to a multiple of 4: the rest rescale sums
     overlapped      exponentials issued while the warpgroup's own products are under way, of all
     uniform         descriptors and addresses in uniform registers, moves to these included
     registers       at the start, and the highest that warps which multiply name after `setmaxnreg`
@@ -113,7 +113,7 @@ def pipe_of(opcode: str) -> str:
 
 def scores_of(loop: MainLoop) -> int:
     """Scores of a thread a turn; 0 where a loop has no exponentials."""
-    return loop.exponentials // 8 * 8
+    return loop.exponentials // 4 * 4
 
 
 def rows_of(label: str, budget: Budget) -> list[list[str]]:
@@ -162,9 +162,14 @@ def foreign_budgets(paths: Iterable[Path], matching: str) -> Iterator[tuple[str,
         sass = disassemble(kernel.code, kernel.symbol)
         budget = budget_of(sass, kernel.registers, kernel.stack_bytes)
         if budget.loops:
-            stem = path.name.split("-")[0].removesuffix(".so")
+            stem = _stem(Path(kernel.file) if path.is_dir() else path)
             numbers[stem] = numbers.get(stem, 0) + 1
             yield f"{stem} {numbers[stem]}", str(kernel), budget
+
+
+def _stem(path: Path) -> str:
+    """What a file's kernels are called: a cubin's name, or the first word of a wheel's."""
+    return path.stem if path.suffix == ".cubin" else path.name.split("-")[0].removesuffix(".so")
 
 
 def defaults(archs: Iterable[str]) -> list[NamedKernel]:

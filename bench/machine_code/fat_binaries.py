@@ -49,6 +49,7 @@ class ForeignKernel:
         registers, stack_bytes: per thread, when it starts.
         symbol: its number in the table of symbols of `code`.
         code: the cubin.
+        file: in which it lies: a path, or "MEMBER of PATH".
     """
 
     name: str
@@ -57,6 +58,7 @@ class ForeignKernel:
     stack_bytes: int
     symbol: int
     code: bytes
+    file: str
 
     def __str__(self) -> str:
         return f"{self.arch}/{self.name}"
@@ -66,7 +68,8 @@ def kernels_in(path: Path, matching: str = "") -> list[ForeignKernel]:
     """The kernels of a wheel, library, cubin or folder, each name once for each GPU.
 
     Args:
-        path: a folder stands for all files below it.
+        path: a folder stands for all files below it. Files in a folder may hold other kernels of
+            the same name: compilers at run time do not always say the shape in it.
         matching: a regular expression that is searched for in "sm_90/NAME".
 
     Raises:
@@ -74,13 +77,13 @@ def kernels_in(path: Path, matching: str = "") -> list[ForeignKernel]:
         UnsupportedError: a cubin is compressed by zstd and there is no decoder.
         OSError: a file cannot be read.
     """
-    pattern, found, cubins = re.compile(matching), {}, 0
+    pattern, found, cubins, apart = re.compile(matching), {}, 0, path.is_dir()
     for name, content in _contents(path):
         for code in _cubins(content, name):
             cubins += 1
             for kernel in _kernels_of(code, name):
                 if pattern.search(str(kernel)):
-                    found.setdefault(str(kernel), kernel)
+                    found.setdefault((str(kernel), name if apart else ""), kernel)
     if not cubins:
         raise ValueError(f"{path} holds no cubin, the machine code that nvcc and others make")
     if not found:
@@ -217,12 +220,12 @@ def lz4_decompressed(data: bytes) -> bytes:
 def _kernels_of(code: bytes, name: str) -> Iterator[ForeignKernel]:
     """The kernels of a cubin; functions that only kernels call are none."""
     try:
-        yield from _read_cubin(code)
+        yield from _read_cubin(code, name)
     except (struct.error, IndexError, ValueError) as error:
         raise ValueError(f"{name}: a cubin cannot be read: {error}") from error
 
 
-def _read_cubin(code: bytes) -> list[ForeignKernel]:
+def _read_cubin(code: bytes, file: str) -> list[ForeignKernel]:
     (start,) = struct.unpack_from("<Q", code, 0x28)
     size, count, names_at = struct.unpack_from("<HHH", code, 0x3A)
     sections = [_SECTION.unpack_from(code, start + i * size) for i in range(count)]
@@ -247,7 +250,7 @@ def _read_cubin(code: bytes) -> list[ForeignKernel]:
                 of_it = attributes.get(number, {})
                 numbers = of_it.get(_REGISTERS, 0), of_it.get(_STACK, 0)
                 name = text(section[6], symbol[0])
-                found.append(ForeignKernel(name, arch, *numbers, number, code))
+                found.append(ForeignKernel(name, arch, *numbers, number, code, file))
     return found
 
 

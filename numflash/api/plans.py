@@ -7,8 +7,8 @@ from typing import Any
 from numflash.api.block_masks import with_own_block_mask
 from numflash.calls.arguments import request_of
 from numflash.calls.backward import Backward, views_of_results
-from numflash.calls.forward import Forward
-from numflash.calls.fp8_forward import AutoForward, Fp8Forward
+from numflash.calls.forward import Forward, selection_of
+from numflash.calls.fp8_forward import AutoForward, Fp8Forward, fp8_request_of
 from numflash.calls.fp8_options import (
     descales_of,
     expect_recipe_is_used,
@@ -17,7 +17,7 @@ from numflash.calls.fp8_options import (
 )
 from numflash.calls.launch import load
 from numflash.calls.ready import Bound, bind_backward, bind_forward
-from numflash.configs import DTYPES
+from numflash.configs import DTYPES, Traits
 from numflash.configs.features import FEATURES
 from numflash.machine_code.compiler import get_cubin
 from numflash.problem.fp8 import Fp8Array
@@ -283,8 +283,14 @@ def warmup(
             views[f"cu_seqlens_{side}"] = fresh((entries + 1,), "int32", device)
         if kind is Forward:
             _warm_up(views, options, asked, backward)
-        else:
+        elif kind is AutoForward:
             kind(views, options)
+        else:
+            kind(views, options, purpose=Purpose.AHEAD)
+            request, _ = fp8_request_of(views, options)
+            chosen = selection_of(request, options.config, Purpose.AHEAD).forward
+            traits = replace(request.traits, key_scales=chosen.traits.key_scales)
+            _load_tuned(("forward",), traits, request.device)
 
 
 def _warm_up(
@@ -306,15 +312,21 @@ def _warm_up(
         # First, so that wrong options are found before anything is compiled.
         Backward(views | given, of_backward, asked, Purpose.AHEAD)
     Forward(views, of_forward, Purpose.AHEAD)
+    families = ("forward", *((*BACKWARD, FUSED) if backward else ()))
+    _load_tuned(families, request.traits, request.device)
+
+
+def _load_tuned(families: tuple[str, ...], traits: Traits, device: int) -> None:
+    """Compile and load the kernels with tuned configs that calls with these traits may take."""
     if SIMULATED or not tuned.enabled():
         return
-    limits = limits_of_device(request.device)
-    for family in ("forward", *((*BACKWARD, FUSED) if backward else ())):
+    limits = limits_of_device(device)
+    for family in families:
         # The sizes that decide which of them a call takes are not known yet.
-        for each in tuned.choices(family, request.traits, device_key(request.device), limits):
+        for each in tuned.choices(family, traits, device_key(device), limits):
             configs = (each.config, each.config.reduction()) if family == FUSED else (each.config,)
             for config in configs:
-                load(get_cubin(config, each.traits, limits), request.device)
+                load(get_cubin(config, each.traits, limits), device)
 
 
 def _with_examples(options: dict[str, Any], num_heads: int) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from numflash.problem.sequences import NAMES as OF_SEQUENCES
 from numflash.runtime.arrays import ArrayLibrary
 from numflash.runtime.errors import UnsupportedError
 from numflash.runtime.views import ArrayView, Operand
+from numflash.selection.choice import Purpose
 
 Sources = dict[str, Source]
 """Makers of codes and scales of "q", "k" and "v"."""
@@ -48,11 +49,12 @@ class Fp8Forward:
         views: dict[str, ArrayView],
         options: AttentionOptions,
         described: AllDescribed = (),
+        purpose: Purpose = Purpose.CALL,
     ):
         """Check, choose and build. Raises as `numflash.attention`."""
         request, self._sources = fp8_request_of(views, options, described)
         self.device, self._results = request.device, Results(views, request)
-        self._kernels = kernels_of(request, options.config)
+        self._kernels = kernels_of(request, options.config, purpose)
         self.kernel = self._kernels.name
         _build(*self._sources.values(), self._kernels)
 
@@ -148,15 +150,9 @@ def fp8_request_of(
             )
     out = described_out(views, q, problem, options)
     tensors = {name: _codes(name, source) for name, source in sources.items()} | {"out": out}
-    traits = replace(
-        problem.traits(out.is_vectorizable),
-        head_dim=padded_fp8_head_dim(problem.head_dim),
-        head_dim_v=padded_fp8_head_dim(problem.head_dim_v),
-        fp8=True,
-    )
     request = Request(
         problem=seen_by_bulk_copies(problem, tensors, transposed_v=True),
-        traits=traits,
+        traits=fp8_traits_of(problem, out.is_vectorizable),
         tensors=tensors,
         arguments=_arguments(problem, out, sources),
         device=q.device,
@@ -165,6 +161,16 @@ def fp8_request_of(
         tokens_per_scale=min(2 ** sources[name].tokens_shift for name in "kv"),
     )
     return request, sources
+
+
+def fp8_traits_of(problem: AttentionProblem, vectorized: bool) -> Traits:
+    """The traits of a forward on 8-bit floats; `vectorized`: rows of out are aligned."""
+    return replace(
+        problem.traits(vectorized),
+        head_dim=padded_fp8_head_dim(problem.head_dim),
+        head_dim_v=padded_fp8_head_dim(problem.head_dim_v),
+        fp8=True,
+    )
 
 
 def auto_requests_of(

@@ -74,22 +74,17 @@ def forward(
     # One after the other: what is sent of one is free before the other needs room.
     (queries,) = _to_heads(problem, [q.swapaxes(0, 1)], shares, "queries")
     keys, values = _keys_to_heads(problem, k, v, shares)
-    results = problem.method.forward(
-        problem.across,
-        queries.swapaxes(0, 1),
-        keys,
-        values,
-        first_head + mine.q.start,
-        float32=float32,
-    )
-    del queries, keys, values
+    operands = queries.swapaxes(0, 1), keys, values, first_head + mine.q.start
+    found = problem.method.forward(problem.across, *operands, float32=float32)
+    del queries, keys, values, operands
     batch, tokens, heads_q, _ = q.shape
-    out = arrays.empty((batch, tokens, heads_q, v.shape[3]), arrays.dtype_of(results[0]))
+    out = arrays.empty((batch, tokens, heads_q, v.shape[3]), arrays.dtype_of(found[0]))
     lse = arrays.empty((batch, heads_q, tokens), "float32")
-    computed = results[0].swapaxes(0, 1), results[1].swapaxes(1, 2).swapaxes(0, 1)
+    computed = [found[0].swapaxes(0, 1), found[1].swapaxes(1, 2).swapaxes(0, 1)]
+    del found
     of_tokens = out.swapaxes(0, 1), lse.swapaxes(1, 2).swapaxes(0, 1)
-    for rank, found in _to_tokens(problem, computed, "results"):
-        for whole, (rows, part) in zip(of_tokens, found, strict=True):
+    for rank, parts in _to_tokens(problem, computed, "results"):
+        for whole, (rows, part) in zip(of_tokens, parts, strict=True):
             whole[slice(*rows), :, shares[rank].q] = part
     return out, lse
 
@@ -141,7 +136,7 @@ def backward(
     found = problem.method.backward(problem.across, of_heads, first, wrt, **problem.more)
     del of_heads
     names = [name for name in _OF_TOKENS if name in wrt]
-    computed = [found[name].swapaxes(0, 1) for name in names]
+    computed = [found.pop(name).swapaxes(0, 1) for name in names]
     sums = {
         name: arrays.zeros(tuple(x.shape), "float32")
         for name, x in (("q", q), ("k", k), ("v", v))
@@ -212,21 +207,20 @@ def _keys_to_heads(problem: RegroupedProblem, k, v, shares: list[Share]) -> tupl
     return wire.unpack(buffer)
 
 
-def _to_tokens(
-    problem: RegroupedProblem, computed: Iterable, what: str
-) -> Iterable[tuple[int, list]]:
+def _to_tokens(problem: RegroupedProblem, computed: list, what: str) -> Iterable[tuple[int, list]]:
     """What the ranks of the group have computed for this rank's tokens, in the order of ranks.
 
     Args:
         problem: this rank's.
-        computed: (tokens of the group, batch, heads, ...) of this rank each.
+        computed: (tokens of the group, batch, heads, ...) of this rank each; contiguous after it.
         what: it is.
 
     Yields:
         (rank, for each array ((begin, end) of this rank's own rows, (rows, batch, heads, ...))).
     """
     arrays, plan, me = problem.arrays, problem.plan, problem.within.rank
-    computed = [arrays.contiguous(x) for x in computed]
+    for n, x in enumerate(computed):
+        computed[n] = arrays.contiguous(x)
     arrived = {
         message: [
             arrays.empty((message.rows[1] - message.rows[0], *x.shape[1:]), arrays.dtype_of(x))

@@ -181,10 +181,9 @@ def select(
     forced = _forced_configs(config, passes)
     found = Selection()
     if "forward" in passes:
-        choice = _forward(problem, traits, machine, forced.get("forward"), purpose)
-        if tokens_per_scale is not None and tokens_per_scale % choice.config.tile_n:
-            traits = replace(traits, key_scales=True)
-            choice = _forward(problem, traits, machine, forced.get("forward"), purpose)
+        choice = _forward(
+            problem, traits, machine, forced.get("forward"), purpose, tokens_per_scale
+        )
         geometry, combine = _lay(choice, problem, machine), None
         if geometry.num_splits > 1:
             combine = _combine(problem, traits, machine, forced.get("combine"), purpose)
@@ -216,19 +215,22 @@ def _forward(
     machine: Machine,
     config: str | Config | None,
     purpose: Purpose,
+    tokens_per_scale: int | None = None,
 ) -> Choice:
-    """The forward kernel, with its splits over keys."""
+    """The forward kernel, with its splits over keys.
+
+    On 8-bit floats its tiles hold keys of one scale, or it looks each key's scale up: which of
+    the two follows from the tiles by rule, and tuned ones must agree with it.
+    """
     limits, num_sms = machine.limits, machine.num_sms
-    if config is not None:
-        choice = force("forward", config, traits, limits, problem.softmax_scale > 0, problem)
-        if problem.batch_invariant:
-            choice = with_invariant_sums(choice, problem, traits, limits, num_sms)
-    else:
-        spills = _spills(limits, purpose)
-        choice = by_rule = choose_forward(problem, traits, limits, num_sms, spills)
-        if not (traits.fp8 or traits.codes or traits.selected):
+    choice = by_rule = _untuned(problem, traits, machine, config, purpose)
+    if tokens_per_scale is not None and tokens_per_scale % choice.config.tile_n:
+        traits, tokens_per_scale = replace(traits, key_scales=True), None
+        choice = by_rule = _untuned(problem, traits, machine, config, purpose)
+    if config is None:
+        if not (traits.codes or traits.selected):
             rows = problem.tokens_q * rows_packed(problem)
-            choice = _tuned(by_rule, problem, traits, machine, rows, purpose)
+            choice = _tuned(by_rule, problem, traits, machine, rows, purpose, tokens_per_scale)
         as_tuned = choice.is_final and not problem.num_splits
         if choice is not by_rule and not as_tuned and choice.has_geometry:
             split = with_splits(choice.config, problem, traits, limits, num_sms)
@@ -240,6 +242,23 @@ def _forward(
                 + "; ".join(f"{what}: {why}" for what, why in choice.passed_over[:1])
             )
         choice = replace(choice, config=replace(choice.config, num_splits=1))
+    return choice
+
+
+def _untuned(
+    problem: AttentionProblem,
+    traits: Traits,
+    machine: Machine,
+    config: str | Config | None,
+    purpose: Purpose,
+) -> Choice:
+    """The forward kernel that the caller asks for, or that by rule."""
+    limits, num_sms = machine.limits, machine.num_sms
+    if config is None:
+        return choose_forward(problem, traits, limits, num_sms, _spills(limits, purpose))
+    choice = force("forward", config, traits, limits, problem.softmax_scale > 0, problem)
+    if problem.batch_invariant:
+        choice = with_invariant_sums(choice, problem, traits, limits, num_sms)
     return choice
 
 
@@ -278,13 +297,13 @@ def _combine(
 ) -> Choice:
     """The kernel that puts the parts of split keys together.
 
-    It is the same after 8-bit floats, but then nothing is captured or tuned.
+    It is the same after 8-bit floats, and its class that of 16 bits.
     """
     plain = replace(traits, fp8=False, key_scales=False, blocks=(), paged=False, codes=False)
     if config is not None:
         return force("combine", config, plain, machine.limits)
     choice = choose("combine", plain, machine.limits)
-    if traits.fp8 or traits.codes:
+    if traits.codes:
         return choice
     return _tuned(choice, problem, plain, machine, problem.tokens_q, purpose)
 
@@ -426,8 +445,11 @@ def _tuned(
     machine: Machine,
     rows: int,
     purpose: Purpose,
+    tokens_per_scale: int | None = None,
 ) -> Choice:
     """The tuned config for a problem in the place of the one by rule, if there is one.
+
+    With `tokens_per_scale`, of 8-bit floats, it is one whose tiles hold keys of one scale.
 
     There is none for the caller's functions, block masks and results in float32: what they cost
     no table knows. Nor is there one ahead of calls, whose class is not known, or where sums must
@@ -447,10 +469,10 @@ def _tuned(
     pack = rows_packed(problem) if choice.family in FORWARD else 1
     bulk_copies = without_bulk_copies(problem, pack) is None
     key = device_key(machine.device)
-    query = wanted, key, machine.limits, rows, choice.config, bulk_copies
+    query = wanted, key, machine.limits, rows, choice.config, bulk_copies, tokens_per_scale
     found = tuned.find(*query)
-    is_measured = found is not None and found.measured_ms is not None
-    if runs and not is_measured and autotune.tune(wanted, machine.device):
+    is_new = runs and tuned.measured(wanted, key, machine.limits, bulk_copies) is None
+    if is_new and autotune.tune(wanted, machine.device):
         found = tuned.find(*query)
     if found is None:
         return choice

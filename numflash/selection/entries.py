@@ -13,7 +13,7 @@ from datetime import UTC, datetime, timedelta
 from numbers import Real
 from typing import Any
 
-from numflash.configs import parse_config
+from numflash.configs import implementation_of, parse_config
 from numflash.problem.classes import ProblemClass
 from numflash.runtime.printable import printable
 
@@ -74,7 +74,7 @@ class Entry:
 
     Raises:
         ValueError: one of them cannot be that: sizes of a class are powers of two, and the configs
-            are of its family.
+            are of its family, and on 8-bit floats where it is.
     """
 
     problem: ProblemClass
@@ -97,7 +97,9 @@ class Entry:
         for name in ("config", "default_config"):
             text = getattr(self, name)
             _require(isinstance(text, str), name, "the string form of a config", text)
-            parse_config(self.problem.family, text)
+            is_fp8 = implementation_of(parse_config(self.problem.family, text)).fp8
+            floats = f"a config {'' if self.problem.traits.fp8 else 'not '}on 8-bit floats"
+            _require(is_fp8 == self.problem.traits.fp8, name, floats, text)
         for name in ("time_ms", "default_ms"):
             value = getattr(self, name)
             if name == "default_ms" and value is None:

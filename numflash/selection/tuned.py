@@ -5,7 +5,8 @@
 3. The nearest that was tuned on another device of this architecture.
 4. The nearest of the tables that numflash ships.
 
-Only kernels for dtypes of the same size and for the same head dims are near; sequences with
+Only kernels for dtypes of the same size and for the same head dims are near, and of 8-bit floats
+those that look up as many scales; sequences with
 lengths of their own, and pages, are a way off from those without. Beyond the first rule the
 splits, packing and order of blocks follow from the problem, as they do for default configs.
 On Hopper only the first rule lets configs of `mma` and `wgmma` take each other's place.
@@ -69,6 +70,7 @@ def find(
     rows: int,
     default: Config | None = None,
     bulk_copies: bool = True,
+    tokens_per_scale: int | None = None,
 ) -> Choice | None:
     """The tuned config for a problem; None if none is near.
 
@@ -80,12 +82,14 @@ def find(
         default: the config by rule. Where it is for Hopper only such a config may take its place
             unless the class itself was tuned, and where it is not none may; None allows any.
         bulk_copies: whether configs for Hopper can run the problem.
+        tokens_per_scale: keys that share a scale, which a config's tiles must divide; None where
+            tiles may hold keys of several scales, or there are none.
 
     The config cache is read once, and again when this process has added to it.
     """
     _refresh()
     kind = None if default is None else implementation_of(default).needs_maps
-    key = wanted, device, rows, kind, bulk_copies
+    key = wanted, device, rows, kind, bulk_copies, tokens_per_scale
     try:
         return _found[key]
     except KeyError:
@@ -121,11 +125,10 @@ def choices(family: str, traits: Traits, device: DeviceKey, limits: Architecture
 
 def distance(a: ProblemClass, b: ProblemClass) -> float:
     """The distance of two classes; infinite if the one's config is no advice for the other."""
-    kernels = [
-        (c.family, c.traits.dtype_bytes, c.traits.tf32, c.traits.head_dim, c.traits.head_dim_v)
-        for c in (a, b)
-    ]
-    if kernels[0] != kernels[1]:
+    kinds = "dtype_bytes", "tf32", "fp8", "key_scales", "head_dim", "head_dim_v"
+    if a.family != b.family or any(
+        getattr(a.traits, name) != getattr(b.traits, name) for name in kinds
+    ):
         return math.inf
     # float16 and bfloat16 differ in one letter of the instructions.
     sizes = "seqlen_q", "seqlen_k", "batch_heads", "group_size"
@@ -165,16 +168,26 @@ def _read() -> list[dict[DeviceKey, list[Entry]]]:
 
 
 def _find(
-    wanted, device: DeviceKey, rows: int, kind: bool | None, bulk_copies: bool, limits
+    wanted,
+    device: DeviceKey,
+    rows: int,
+    kind: bool | None,
+    bulk_copies: bool,
+    tokens_per_scale: int | None,
+    limits,
 ) -> Choice | None:
     """As `find`; `kind` is whether the default is for Hopper, None where that does not matter."""
+
+    def can_run(choice: Choice) -> bool:
+        is_torn = tokens_per_scale is not None and tokens_per_scale % choice.config.tile_n
+        return not is_torn and (bulk_copies or not choice.implementation.needs_maps)
+
     advice = _advise(wanted, device, limits)
-    exact = advice.exact
-    if exact is not None and (bulk_copies or not exact.implementation.needs_maps):
-        return exact
+    if advice.exact is not None and can_run(advice.exact):
+        return advice.exact
     for choice, proven in advice.near:
         is_hopper = choice.implementation.needs_maps
-        if (kind is not None and is_hopper != kind) or (is_hopper and not bulk_copies):
+        if (kind is not None and is_hopper != kind) or not can_run(choice):
             continue
         if is_hopper and wanted.page_size and torn_pages(wanted.page_size, choice.config.stage_n):
             continue

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -20,8 +21,8 @@ FORWARD = ProblemClass.parse("forward float16-d64-dv64-vec causal q512 k512 bh16
 PROGRAM = """
 import cupy, numflash
 q = cupy.zeros((2, 512, 8, 64), "float16")
-numflash.attention(q, q, q, causal=True)
-print(numflash.explain_dispatch(q, q, q, causal=True).forward.rule)
+numflash.attention(q, q, q, causal=True, precision=PRECISION)
+print(numflash.explain_dispatch(q, q, q, causal=True, precision=PRECISION).forward.rule)
 """
 
 
@@ -42,6 +43,9 @@ def environment(tmp_path, monkeypatch):
         ProblemClass.parse("backward-dkdv bfloat16-d64-dv64-vec causal q512 k512 bh16 g1"),
         ProblemClass.parse("backward-dq bfloat16-d64-dv64-vec causal q512 k512 bh16 g1"),
         ProblemClass.parse("backward float16-d64-dv64-vec full q512 k512 bh16 g1"),
+        ProblemClass.parse("forward bfloat16-d128-dv128-vec-fp8 causal q512 k512 bh16 g1"),
+        ProblemClass.parse("forward float16-d64-dv64-vec-fp8 full q1 k16384 bh16 g4"),
+        ProblemClass.parse("forward float16-d64-dv64-vec-fp8-keyscales full q512 k512 bh16 g1"),
         ProblemClass.parse("forward float32-d64-dv64-vec window128 q512 k512 bh16 g1"),
     ],
     ids=lambda problem: f"{problem.family}-{problem.traits}",
@@ -56,25 +60,32 @@ def test_the_default_of_every_family_is_checked_and_measured(problem, environmen
     assert len(again[config]) == 3
 
 
-def test_a_short_run_is_remembered_and_used(environment, tmp_path):
+@pytest.mark.parametrize("precision", [None, "fp8"])
+def test_a_short_run_is_remembered_and_used(environment, tmp_path, precision):
     report = tmp_path / "report.html"
     options = "--pass forward --dtype float16 --head-dim 64 --mask causal --seqlen 512"
     options += f" --batch 2 --heads 8 --trials 6 --report {report}"
+    options += f" --precision {precision}" if precision else ""
     command = [sys.executable, "-m", "numflash_tuner", *options.split()]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (entry,) = store.read(device_key(0))
-    assert entry.origin == "measured" and entry.problem == FORWARD
+    traits = replace(FORWARD.traits, fp8=precision == "fp8")
+    assert entry.origin == "measured" and entry.problem == replace(FORWARD, traits=traits)
     assert "predicted against measured" in report.read_text().lower()
-    out = subprocess.run(
-        [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True
-    )
-    assert "tuned on this device for this class (measured" in out.stdout, out.stderr
+    assert "tuned on this device for this class (measured" in _run(environment, precision)
 
 
-def test_a_class_is_tuned_on_first_use(environment):
+@pytest.mark.parametrize("precision", [None, "fp8"])
+def test_a_class_is_tuned_on_first_use(environment, precision):
     environment["NUMFLASH_AUTOTUNE"] = "8"
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True
-    )
-    assert "tuned on this device for this class (measured" in done.stdout, done.stderr
+    assert "tuned on this device for this class (measured" in _run(environment, precision)
+
+
+def _run(environment, precision) -> str:
+    """What PROGRAM prints with a precision."""
+    program = PROGRAM.replace("PRECISION", repr(precision))
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout

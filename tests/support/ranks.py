@@ -10,7 +10,7 @@ from typing import Any
 from numflash.distributed.communicators.local import local
 
 
-def on_ranks(size: int, work: Callable[[Any], Any], comms=None, timeout: float = 60.0) -> list:
+def on_ranks(size: int, work: Callable[[Any], Any], comms=None, timeout: float = 300.0) -> list:
     """What `work(comm)` returned on each rank, by rank.
 
     Raises:
@@ -49,8 +49,7 @@ class Late:
     """
 
     def __init__(self, comm, seed: int, longest: float = 0.01):
-        self._comm, self.rank, self.size = comm, comm.rank, comm.size
-        self.agreed = comm.agreed
+        self._comm, self.rank, self.size, self.agreed = comm, comm.rank, comm.size, comm.agreed
         self._random, self._longest = random.Random(seed * comm.size + comm.rank), longest
         self._worker = ThreadPoolExecutor(1)
 
@@ -77,7 +76,7 @@ class Late:
         return self._worker.submit(self._comm.agree, text).result()
 
 
-def late(size: int, seed: int, timeout: float = 60.0) -> list[Late]:
+def late(size: int, seed: int, timeout: float = 300.0) -> list[Late]:
     """Communicators of `size` ranks, by rank; seeds differ in when messages come."""
     return [Late(comm, seed) for comm in local(size, timeout=timeout)]
 

@@ -7,6 +7,7 @@ from typing import Any
 import numflash
 from numflash.calls.backward import Backward
 from numflash.calls.forward import Forward
+from numflash.calls.fp8_forward import Fp8Forward
 from numflash.configs.features import rows_of
 from numflash.problem.options import ARRAY_OPTIONS, AttentionOptions
 from numflash.reference.varlen import has_lengths
@@ -67,7 +68,8 @@ def bind(family: str, config: str, call: Call, arrays: dict[str, Any]) -> Callab
     """A function that launches a family's kernel on these arrays, after the kernels it needs.
 
     A forward that splits the keys, and a backward that splits dQ, includes the kernel that puts
-    the parts together.
+    the parts together. On 8-bit floats only the kernel that reads codes is launched, not those
+    that make them.
     """
     options = options_of(call, arrays)
     configs = forced(family, config, *(arrays[name] for name in "qkv"), options)
@@ -76,6 +78,7 @@ def bind(family: str, config: str, call: Call, arrays: dict[str, Any]) -> Callab
     asked = AttentionOptions(**options, config=configs)
     operands = {name: library.operand(array) for name, array in arrays.items()} | asked.numbers()
     kind = Forward if family in representative.FORWARD else Backward
+    kind = Fp8Forward if call.is_fp8 else kind
     ready = kind(views, asked)
     *_, launches = ready.bind(operands, library)
     stream = library.stream(ready.device)

@@ -12,6 +12,7 @@ from numflash.problem.options import PACKED
 from numflash.selection.geometry import PACKED_SEQLEN
 
 from ..lengths import Sequences, heads_of, room_of_pages, sequences_of
+from ..recipes import recipe_of
 
 CHECK_SEQLENS = (113, 257)
 """(seqlen_q, seqlen_k) that no tile divides."""
@@ -28,7 +29,8 @@ class Call:
     Attributes:
         batch, seqlen_q, seqlen_k, num_heads_q, num_heads_kv, head_dim, head_dim_v: sizes.
         dtype: of q, k and v.
-        is_aligned: rows are 16-byte aligned.
+        is_aligned: rows are 16-byte aligned. On 8-bit floats those of q, k and v always are, and
+            those of the result where head_dim_v is a multiple of 8.
         features: names of those that the call asks for; arrays are made with the others.
         options: the other options of `numflash.attention`, without config.
         sequences: of a class whose lengths lie on the device, else None. Then seqlen_q and
@@ -72,6 +74,11 @@ class Call:
         """Whether its arrays are (tokens, heads, head_dim)."""
         return self.sequences is not None and not self.page_size
 
+    @property
+    def is_fp8(self) -> bool:
+        """Whether q, k and v are quantised."""
+        return self.options.get("precision") == "fp8"
+
     def of_sequences(self) -> dict[str, np.ndarray]:
         """The arrays that say where its sequences lie, by option; pages in any order."""
         if self.sequences is None:
@@ -95,6 +102,10 @@ class Call:
         rows_q = self.batch * self.seqlen_q * self.num_heads_q
         rows_k = self.batch * self.seqlen_k * self.num_heads_kv
         q_and_out, k_and_v = rows_q * self.head_dims, rows_k * self.head_dims
+        if self.is_fp8:
+            # Codes beside q, k and v, and scales, of which a token may have its own.
+            codes = rows_q * self.head_dim + rows_k * self.head_dims + 4 * (rows_q + 2 * rows_k)
+            return (q_and_out + k_and_v) * element + 4 * rows_q + codes
         if family in FORWARD:
             return (q_and_out + k_and_v) * element + 4 * rows_q
         # q, out, dout, dq; k, v, dk, dv; lse, delta and lse_log2.
@@ -132,6 +143,8 @@ def timed(problem: ProblemClass, batch_heads: int | None = None) -> Call:
             f"batch_heads must be a multiple of the group size, {group}, got {batch_heads}"
         )
     heads, traits = heads_of(problem, batch_heads), problem.traits
+    # Of 8-bit floats only the result may have rows that are not aligned.
+    is_torn = traits.fp8 and not traits.vectorized
     return Call(
         batch_heads // heads,
         problem.seqlen_q,
@@ -139,9 +152,9 @@ def timed(problem: ProblemClass, batch_heads: int | None = None) -> Call:
         heads,
         heads // group,
         traits.head_dim,
-        traits.head_dim_v,
+        traits.head_dim_v - is_torn,
         traits.dtype,
-        traits.vectorized,
+        traits.vectorized or traits.fp8,
         traits.features,
         _options(problem, problem.seqlen_k, problem.window),
         sequences_of(problem, batch_heads) if traits.ragged else None,
@@ -222,6 +235,8 @@ def _options(problem: ProblemClass, seqlen_k: int, window: int | None) -> dict[s
         options |= {each.name: each.example for each in row.beside}
     if problem.traits.tf32:
         options["precision"] = "tf32"
+    if problem.traits.fp8:
+        options |= {"precision": "fp8", "fp8": recipe_of(problem)}
     if problem.traits.ragged and not problem.page_size:
         options["layout"] = PACKED
     return options

@@ -9,7 +9,7 @@ constraint that excludes them. `judge_resources` judges a config by its compiled
 import itertools
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 
 from numflash.configs import (
@@ -34,8 +34,9 @@ from numflash.selection.geometry import rows_packed
 from numflash.selection.rules import choose, choose_forward
 
 from ..lengths import heads_of, room_of_pages
+from ..recipes import several_scales
 from ..records import ResourceUsage
-from .dimensions import GEOMETRY, HOPPER_CONFIGS, HOPPER_ONLY, products, value_of
+from .dimensions import GEOMETRY, kind_of, preferred, products, value_of
 from .machines import Machine
 
 _MIN_REGISTERS = 24
@@ -107,6 +108,11 @@ class Space:
         if choice.has_geometry and problem.group_size > 1 and problem.traits.of_a_head is None:
             return replace(choice.config, packed=rows_packed(stands_for) > 1)
         return choice.config
+
+    @property
+    def preferred(self) -> tuple[Config, ...]:
+        """The configs that numflash chooses the default from, preferred first."""
+        return preferred(self.problem, self.machine)
 
     @property
     def _rows(self) -> tuple[int, int]:
@@ -210,12 +216,10 @@ class Space:
         family, default = self.problem.family, self.default
         if not self._on_tensor_cores:
             return PORTABLE_CONFIGS[family](**values)
-        generation = values.get("generation", default.generation)
-        hopper = HOPPER_CONFIGS.get(family)
-        if hopper is not None and generation in hopper.generations:
-            return hopper(**values)
-        of_all = {n: each for n, each in values.items() if n not in HOPPER_ONLY}
-        return MMA_CONFIGS[family](**of_all | {"generation": generation})
+        values = {"generation": default.generation} | values
+        kind = kind_of(self.problem, values["generation"])
+        names = {each.name for each in fields(kind)}
+        return kind(**{name: each for name, each in values.items() if name in names})
 
     def failure(self, config: Config) -> Failure | None:
         """Why a config may not be tried; None if it may."""
@@ -228,6 +232,8 @@ class Space:
         row = implementation_of(config)
         if row.has_tensor_cores and (why := config.misfit(traits)) is not None:
             return "instruction shapes", ("invalid", why)
+        if traits.fp8 and (why := several_scales(self.problem, config.tile_n)) is not None:
+            return "scales of keys", ("invalid", why)
         if (why := self._torn(config)) is not None:
             return "rows of a warpgroup", ("invalid", why)
         if row.needs_maps and self.problem.page_size:
@@ -247,9 +253,10 @@ class Space:
             if (why := self._pointless_cap(config, limits)) is not None:
                 return "register caps", ("invalid", why)
             cap, kept = _register_cap(config, limits), config.accumulators_per_thread(traits)
-            needed_registers = _registers(kept)
+            needed_registers = _registers(kept, traits)
             if row.needs_maps:
-                widest = max(config.column_tile, traits.head_dim_v) // 2
+                columns = config.part_columns(traits) if traits.fp8 else traits.head_dim_v
+                widest = max(config.column_tile, columns) // 2
                 if widest + _MIN_REGISTERS >= cap:
                     why = f"a product has {widest} accumulators, all blocks begin with {cap}"
                     return "registers", ("over_budget", why)
@@ -384,8 +391,13 @@ def _combinations(dimensions: dict[str, tuple]) -> Iterator[dict]:
         yield dict(zip(dimensions, chosen, strict=True))
 
 
-def _registers(accumulators: int) -> int:
-    """Registers without which a kernel with so many accumulators is sure to spill."""
+def _registers(accumulators: int, traits: Traits) -> int:
+    """Registers without which a kernel with so many accumulators is sure to spill.
+
+    On 8-bit floats 96 accumulators were compiled into 128 registers: operands take few.
+    """
+    if traits.fp8:
+        return accumulators + _MIN_REGISTERS
     return accumulators + accumulators // _ACCUMULATORS_PER_OPERAND + _MIN_REGISTERS
 
 
@@ -397,7 +409,11 @@ def warpgroup_registers(config: MmaConfig, traits: Traits) -> int:
     if config.family != Sm90ForwardConfig.family:
         return config.accumulators_per_thread(traits) + _GRADIENT_REGISTERS
     outputs = traits.head_dim_v // 2
-    kept = config.accumulators_per_thread(traits) + (config.tile_n // 4 if config.overlap else 0)
+    overlapping = config.probability_registers if config.overlap else 0
+    kept = config.accumulators_per_thread(traits) + overlapping
+    if traits.fp8:
+        # Nobody has counted the registers of its operands.
+        return kept + _WARPGROUP_REGISTERS
     return kept + outputs // _OUTPUTS_PER_OPERAND + _WARPGROUP_REGISTERS
 
 

@@ -5,13 +5,17 @@ belong together by construction, as the warps of a Hopper config and its rows do
 """
 
 from numflash.configs import (
+    IMPLEMENTATIONS,
     MMA_CONFIGS,
     WARPGROUP_ROWS,
     Config,
+    Fp8ForwardConfig,
     Sm90ForwardConfig,
+    Sm90Fp8ForwardConfig,
     implementation_of,
     wgmma,
 )
+from numflash.configs import fp8 as fp8_configs
 from numflash.configs.wgmma_backward import WGMMA_BACKWARD_CONFIGS
 from numflash.problem.classes import ProblemClass
 
@@ -28,6 +32,8 @@ HOPPER_ONLY = {
     "roles": False,
 }
 """Fields that only configs for Hopper have, with the values that all others count as."""
+_ABSENT = {**HOPPER_ONLY, "half": False}
+"""Likewise fields that not all configs of a space have."""
 HOPPER_CONFIGS: dict[str, type] = {
     family: config
     for family, config in {"forward": Sm90ForwardConfig, **WGMMA_BACKWARD_CONFIGS}.items()
@@ -43,6 +49,9 @@ copies more."""
 _HOPPER_TILES_N = tuple(range(64, 257, 16))
 _WALKED_TILES = (32, 48, 64, 80, 96, 128, 160, 192)
 """Rows of a tile that Hopper's backward walks in."""
+_FP8_TILES_N = {1: (64, 128, 192, 256), 2: (32, 64, 96, 128, 192, 256)}
+"""By bytes of an operand: keys of a tile on 8-bit floats; rows of V are 64 bytes, or several."""
+_HOPPER_FP8_TILES_N = (64, 128, 256)
 _STAGES_OF_V = (0, 2, 3)
 """Of the forward: buffers of V where K has others; 0 is as many as K."""
 _OFF_ON = (False, True)
@@ -62,6 +71,8 @@ def products(
     row = implementation_of(default)
     if not row.has_tensor_cores:
         found = [_portable(problem.family)]
+    elif problem.traits.fp8:
+        found = _fp8(problem, machine, default, rows_packed)
     elif has_wgmma(problem, machine):
         laid_out = _layouts(problem, machine, rows_packed)
         # Bulk copies store whole results of sequences, never parts.
@@ -91,12 +102,28 @@ def has_wgmma(problem: ProblemClass, machine: Machine) -> bool:
     """Whether configs for Hopper can run a class; bulk copies need aligned rows."""
     if problem.family not in HOPPER_CONFIGS or not problem.traits.vectorized:
         return False
-    return not problem.traits.fp8 and wgmma.no_wgmma(problem.traits, machine.limits) is None
+    return wgmma.no_wgmma(problem.traits, machine.limits) is None
+
+
+def preferred(problem: ProblemClass, machine: Machine) -> tuple[Config, ...]:
+    """The configs that numflash chooses from by rule, of the fastest implementation first."""
+    traits, limits = problem.traits, machine.limits
+    rows = (row for row in IMPLEMENTATIONS if row.serves(problem.family, traits, limits))
+    return tuple(x for row in rows for x in row.candidates(problem.family, traits, limits))
+
+
+def kind_of(problem: ProblemClass, generation: str) -> type | None:
+    """The class of a class's configs for tensor cores, by a generation of instructions."""
+    of_mma, of_hopper = MMA_CONFIGS.get(problem.family), HOPPER_CONFIGS.get(problem.family)
+    if problem.traits.fp8:
+        of_mma, of_hopper = Fp8ForwardConfig, Sm90Fp8ForwardConfig
+    is_hopper = of_hopper is not None and generation in of_hopper.generations
+    return of_hopper if is_hopper else of_mma
 
 
 def value_of(config: Config, name: str) -> object:
     """A config's choice in a dimension."""
-    return getattr(config, name, HOPPER_ONLY.get(name))
+    return getattr(config, name, _ABSENT.get(name))
 
 
 def _portable(family: str) -> dict[str, tuple]:
@@ -140,6 +167,32 @@ def _hopper(num_warpgroups: int) -> dict[str, tuple]:
         "persistent": _OFF_ON,
         "consumer_registers": (0, *_FEWER_REGISTERS[num_warpgroups]),
     }
+
+
+def _fp8(
+    problem: ProblemClass, machine: Machine, default: Config, rows_packed: int
+) -> list[dict[str, tuple]]:
+    """The products of the forward on 8-bit floats.
+
+    e4m3 is multiplied as it is where that is an instruction of its own; everywhere else, and
+    there as well, as float16. The two have other tiles, and so products of their own.
+    """
+    laid_out = _layouts(problem, machine, rows_packed)
+    generation = fp8_configs.generation(machine.limits)
+    halves = (False,)
+    if generation == "sm89":
+        halves = (True, False) if fp8_configs.multiplies_codes(machine.limits) else (True,)
+    found = []
+    if has_wgmma(problem, machine):
+        tiles = {"tile_n": _HOPPER_FP8_TILES_N, "v_stages": (0,), "half": (False,)}
+        found = [_hopper(groups) | tiles | laid_out for groups in (1, 2, 3)]
+    off = {name: (HOPPER_ONLY[name],) for name in found[0] if name in HOPPER_ONLY} if found else {}
+    for half in halves:
+        of_codes = generation == "sm89" and not half
+        own = {"generation": (generation,), "half": (half,)}
+        tiles = {"tile_n": _FP8_TILES_N[1 if of_codes else 2]}
+        found.append(own | off | _mma(problem.family) | tiles | laid_out)
+    return found
 
 
 def _hopper_backward(family: str, num_warpgroups: int) -> dict[str, tuple]:
@@ -187,7 +240,7 @@ def _orders(problem: ProblemClass, machine: Machine) -> tuple[int, ...]:
     traits = problem.traits
     if traits.ragged:
         return (0,)
-    head = problem.seqlen_k * (traits.head_dim + traits.head_dim_v) * traits.dtype_bytes
+    head = problem.seqlen_k * (traits.head_dim + traits.head_dim_v) * traits.operand_bytes
     if head * problem.batch_heads <= machine.l2_bytes // 2:
         return (0,)
     return tuple(n for n in (0, 1, 4, 16, 64) if n < problem.batch_heads) or (0,)

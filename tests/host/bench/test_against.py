@@ -72,6 +72,16 @@ def test_kernels_are_found_wherever_cubins_lie(tmp_path, name, content):
     assert names(kernels_in(path, "sm_90/.*backward")) == BOTH[1:]
 
 
+def test_kernels_of_one_name_in_a_folder_are_others(tmp_path, monkeypatch):
+    """Compilers at run time write a file for each shape, whose kernels are called alike."""
+    for name, registers in (("peer-d64", 168), ("peer-d128", 255)):
+        write(tmp_path, f"{name}.cubin", cubin({"kernel": (registers, 0)}))
+    assert [kernel.registers for kernel in kernels_in(tmp_path)] == [255, 168]
+    monkeypatch.setattr(against, "disassemble", lambda code, symbol: SASS)
+    text = against.report([tmp_path], "", [])
+    assert "| peer-d128 1 " in text and "peer-d64 1: sm_90/kernel" in text
+
+
 def test_the_gpu_of_a_cubin_of_older_compilers(tmp_path):
     path = write(tmp_path, "old.cubin", cubin({"k": (1, 2)}, flags=0x5A0556, version=7))
     assert names(kernels_in(path)) == ["sm_86/k"]

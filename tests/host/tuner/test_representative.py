@@ -6,6 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from numflash.calls.forward import selection_of
+from numflash.calls.fp8_forward import fp8_request_of
 from numflash.problem.classes import ProblemClass
 from numflash.problem.options import AttentionOptions
 from numflash.problem.problem import describe
@@ -24,6 +26,9 @@ def _arrays(call, family="forward"):
 
 def _describe(call, arrays):
     views = {name: library_of(x, name).view(x, name) for name, x in arrays.items()}
+    if call.is_fp8:
+        request, _ = fp8_request_of(views, AttentionOptions(**call.options))
+        return request.problem, selection_of(request, None).forward.traits
     problem, tensors = describe(views, AttentionOptions(**call.options))
     return problem, problem.traits(all(tensor.is_vectorizable for tensor in tensors.values()))
 
@@ -47,6 +52,9 @@ CLASSES = [
     "backward-dkdv float16-d64-dv64-vec-ragged window16 q64 k64 bh128 g1",
     "forward float16-d64-dv64-vec-ragged-paged full q1 k128 bh256 g8 p16",
     "forward float16-d32-dv64-ragged-paged causal q4 k128 bh64 g1 p7",
+    "forward float16-d64-dv128-vec-fp8 causal q64 k64 bh4 g2",
+    "forward bfloat16-d64-dv64-softcap-fp8 window16 q128 k128 bh4 g1",
+    "forward bfloat16-d64-dv64-vec-fp8-keyscales full q64 k64 bh2 g1",
 ]
 
 
@@ -145,3 +153,13 @@ def test_gradients_take_memory_too():
     call = representative.timed(backward)
     arrays = 8 * 64 * 64 * 2
     assert call.num_bytes("backward-dq") == arrays + 3 * 4 * 64
+
+
+def test_memory_holds_codes_and_scales_beside_the_arrays_that_are_quantised():
+    text = "forward float16-d64-dv64-vec{} full q512 k1024 bh4 g2"
+    plain, fp8 = (
+        representative.timed(ProblemClass.parse(text.format(each))) for each in ("", "-fp8")
+    )
+    codes = 4 * 512 * 64 + 2 * 1024 * (64 + 64)
+    more = fp8.num_bytes("forward") - plain.num_bytes("forward")
+    assert codes < more <= codes + 4 * (4 * 512 + 2 * 2 * 1024)

@@ -31,6 +31,8 @@ PROBLEMS = [
     "forward float16-d64-dv64-vec-ragged-paged causal q1024 k4096 bh64 g1 p48",
     "backward-dkdv bfloat16-d128-dv128-vec-ragged causal q1024 k1024 bh512 g4",
     "combine bfloat16-d128-dv128-vec-ragged full q1 k65536 bh512 g4",
+    "forward float16-d128-dv64-vec-fp8 causal q4096 k4096 bh64 g4",
+    "forward bfloat16-d64-dv64-fp8-keyscales full q1 k65536 bh32 g4",
 ]
 RESOURCES = ResourceUsage(128, 0, 32768, 128, 4, "registers")
 

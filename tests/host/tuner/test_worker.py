@@ -88,6 +88,46 @@ def test_a_worker_checks_and_times_a_kernel(served, monkeypatch, problem, config
 @pytest.mark.parametrize(
     "problem, config, launched",
     [
+        (_small("forward", "float16-d64-dv64-vec-fp8"), "fp8-sm80-m16n32w1s1", ["forward"]),
+        (
+            _small("forward", "bfloat16-d64-dv64-softcap-fp8-keyscales"),
+            "fp8-sm80-m16n32w1s2x2-packed",
+            ["forward", "combine"],
+        ),
+    ],
+    ids=lambda value: value.partition(" full")[0] if isinstance(value, str) else None,
+)
+def test_a_worker_checks_8_bit_floats_and_times_the_kernel_that_reads_codes(
+    served, monkeypatch, problem, config, launched
+):
+    ran = _ran(monkeypatch)
+    assert served.prepare(problem, config) == {"batch_heads": 2, "warm_ms": 0.25}
+    # In the check, and before the first warm-up, q, k and v are quantised; never when timed.
+    made = [family for family, _ in ran if family not in launched]
+    assert made and len(made) % 2 == 0 and all("quantize" in each for each in made)
+    ran.clear()
+    assert served.time(config) == {"ms": 0.25}
+    assert [family for family, _ in ran] == launched
+    assert ran[0][1] == config
+
+
+def test_a_kernel_on_8_bit_floats_that_is_off_is_refused(served, monkeypatch):
+    api = importlib.import_module("numflash.api.attention")
+    right = api.attention
+
+    def attention(*args, **options):
+        out, lse = right(*args, **options)
+        return out + np.float16(0.5), lse
+
+    monkeypatch.setattr(api, "attention", attention)
+    with pytest.raises(worker.RefusedError, match="out is off by") as caught:
+        served.prepare(_small("forward", "float16-d64-dv64-vec-fp8"), "fp8-sm80-m16n32w1s1")
+    assert caught.value.args[0] == "wrong_result" and served.device.launches == 0
+
+
+@pytest.mark.parametrize(
+    "problem, config, launched",
+    [
         ("forward float32-d32-dv32-vec-ragged causal q8 k8 bh4 g2", CONFIG, ["forward"]),
         (
             "forward float16-d32-dv32-vec-ragged full q1 k40 bh4 g2",

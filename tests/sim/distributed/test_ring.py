@@ -7,13 +7,16 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from numflash import reference
 from numflash.api.comparison import compare
-from numflash.distributed import ring
+from numflash.distributed import ring, steps
 from numflash.distributed.arrays import Arrays
+from numflash.distributed.communicators.local import local
 from numflash.distributed.layouts import Layout
 from numflash.distributed.local_calls import LocalCalls
 from numflash.distributed.pairs import Band
-from numflash.distributed.problem import Problem
+from numflash.distributed.problem import Problem, sizes_of
+from numflash.distributed.sizes import sent_in_backwards
 from tests.support.covering import some
 from tests.support.ranks import late, on_ranks
 

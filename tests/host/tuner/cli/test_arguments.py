@@ -63,6 +63,13 @@ from tuner.space import target as targets
         (("--frobnicate",), "unrecognized arguments: --frobnicate"),
         (("nonsense",), "unrecognized arguments: nonsense. Subcommands, which come first, are"),
         (("--quiet", "show"), "did you mean numflash-tune show? Subcommands, which come first,"),
+        (("--precision", "fp8"), "cannot predict forward float16-d64-dv64-vec-fp8 full q4096"),
+        (("--precision", "fp8", "--dtype", "float32"), "got --dtype float32"),
+        (("--precision", "fp8", "--pass", "backward"), "no gradients on 8-bit floats"),
+        (("--precision", "fp8", "--varlen"), "--varlen goes with 16 and 32 bits, not with"),
+        (("--precision", "fp8", "--page-size", "16"), "--page-size goes with 16 and 32 bits"),
+        (("--precision", "fp8", "--dropout"), "--dropout goes with 16 and 32 bits, not with"),
+        (("--key-scales",), "--key-scales goes with --precision fp8"),
         (("--precision", "tf32"), "tf32 goes with --dtype float32, got --dtype float16 bfloat16"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
@@ -216,6 +223,16 @@ def test_classes_are_every_combination_once():
         ("float16-d64-dv64-vec", "causal"),
     }
     assert all(text.endswith("q1024 k1024 bh64 g1") for text in found)
+
+
+def test_classes_on_8_bit_floats_are_forwards_with_padded_head_dims():
+    given = "--precision", "fp8", "--mask", "full", "--head-dim", "96", "--dtype", "bfloat16"
+    sizes = "full q4096 k4096 bh64 g1"
+    assert classes(*given) == [f"forward bfloat16-d128-dv128-vec-fp8 {sizes}"]
+    # What is quantised has any alignment; rows of the result have head_dim_v numbers.
+    assert classes(*given, "--head-dim-v", "63", "--key-scales") == [
+        f"forward bfloat16-d128-dv64-fp8-keyscales {sizes}"
+    ]
 
 
 @pytest.mark.parametrize(

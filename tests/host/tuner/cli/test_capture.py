@@ -54,6 +54,22 @@ def test_a_program_notes_its_classes_and_these_are_tuned(run, tmp_path, monkeypa
     assert tuned <= set(noted)
 
 
+FP8_CLASS = CLASS.replace("float32", "float16").replace("-vec", "-vec-fp8")
+
+
+def test_offline_classes_on_8_bit_floats_are_left_out_of_a_capture(run, refused, tmp_path):
+    (tmp_path / "noted").write_text(f"{FP8_CLASS}\n{CLASS}\n")
+    command = (*OFFLINE, "--from-capture", "noted", "--trials", 1, "--quiet")
+    status, out, err = run(*command)
+    assert status == 0 and CLASS in out and "fp8" not in out
+    assert err.count("\n") == 1
+    assert err.startswith(
+        f"numflash-tune: left out, as the offline model cannot predict {FP8_CLASS}"
+    )
+    (tmp_path / "noted").write_text(f"{FP8_CLASS}\n")
+    assert "cannot predict" in refused(*command)
+
+
 @pytest.mark.parametrize(
     ("program", "status"),
     [("import sys; sys.exit(3)", 3), ("import os; os.kill(os.getpid(), 9)", 137)],

@@ -257,3 +257,26 @@ def test_sequences_and_pages_are_tuned_remembered_and_found(run, options, text):
     assert found[text].origin == "predicted" and found[text].config.startswith("sm80-")
     assert {name.split()[0] for name in found} <= {"forward", "combine"}
     assert all("paged" not in name for name in found if name.startswith("combine"))
+
+
+def test_a_measured_run_on_8_bit_floats_is_remembered_and_reported(run, tmp_path, monkeypatch):
+    watch = Stopwatch()
+    watch.close = lambda: None
+    monkeypatch.setattr("tuner.measuring.measurer.DeviceMeasurer", lambda *given, **more: watch)
+    h200 = DeviceKey("NVIDIA H200", "sm_90a", 132)
+    local = targets.Target(h200, machines.find(h200.name), 0)
+    monkeypatch.setattr(targets, "find_target", lambda device, offline: local)
+    asked = ("--precision", "fp8", "--dtype", "float16", "--head-dim", 64, "--mask", "full")
+    status, out, err = run(*asked, "--trials", 12, "--report", "r.html")
+    assert status == 0 and "measured" in out and "predicted" not in out, err
+    (found,) = store.read(h200)
+    assert str(found.problem) == "forward float16-d64-dv64-vec-fp8 full q4096 k4096 bh64 g1"
+    assert found.default_config == "fp8-sm90-m128n128w8s2-overlap-pingpong-persistent"
+    assert found.config.startswith("fp8-sm") and found.config in out
+    page = Page()
+    page.feed((tmp_path / "r.html").read_text())
+    page.close()
+    assert page.open == [] and found.config in page.text and "Tried: 12" in page.text
+    assert "The model was not asked about the best config." in page.text
+    # The page of the winner.
+    assert found.config in (tmp_path / "r-1.html").read_text()

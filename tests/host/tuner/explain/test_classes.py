@@ -13,6 +13,14 @@ CASES = (
     ("backward-dq float16-d64-dv64-vec window256 q4096 k4096 bh64 g1", "sm80-m64n64w4s1"),
     ("forward bfloat16-d64-dv64-alibi-vec causal q512 k512 bh8 g1", "sm80-m64n64w4s1"),
     ("forward float16-d64-dv64-vec-ragged causal q1024 k1024 bh64 g1", "sm80-m64n64w4s1"),
+    (
+        "forward float16-d64-dv64-vec-fp8 causal q512 k512 bh8 g1",
+        "fp8-sm90-m128n128w8s2-overlap-persistent",
+    ),
+    (
+        "forward float16-d64-dv64-vec-fp8-keyscales full q512 k512 bh8 g2",
+        "fp8-sm89-m64n64w4s1-half",
+    ),
     ("forward float32-d64-dv64-vec full q1 k65536 bh8 g8", "m64n32w4"),
 )
 
