@@ -1,6 +1,6 @@
 """PyTorch: attention that autograd differentiates, that compiles, exports and maps.
 
-calls             a forward and a backward call, as all layers make them; options apart from tensors
+calls             the forward and the backward that all layers call; options apart from tensors
 attention         the public functions, and their gradients in eager mode
 traced            options where something traces: as tensors and a text
 operators         numflash::attention and numflash::attention_backward: fakes, gradients, autocast
