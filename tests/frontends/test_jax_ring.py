@@ -16,7 +16,7 @@ from numflash import reference  # noqa: E402
 from numflash.distributed.layouts import Layout  # noqa: E402
 from numflash.frontends.jax import ring  # noqa: E402
 from numflash.jax import attention, from_zigzag, ring_attention, to_zigzag  # noqa: E402
-from tests.support.covering import some  # noqa: E402
+from tests.support.covering import some, thorough  # noqa: E402
 from tests.support.jax_cases import expect_close, normal, qkv  # noqa: E402
 
 
@@ -149,6 +149,28 @@ def test_other_axes_of_the_mesh_stay_apart():
     given = qkv(2, 16, 1, 1, 8)
     found = attend(*(to_zigzag(x, 2) for x in given))
     expect_close(from_zigzag(found, 2), reference.attention(*given, causal=True)[0])
+
+
+@thorough
+def test_a_mapped_axis_and_a_checkpoint_change_nothing():
+    given = normal(*[(2, 1, 16, 1, 8)] * 3)
+
+    def gradients(function, spec):
+        step = sharded(
+            function,
+            mesh=Mesh(np.array(jax.devices()[:2]), ("seq",)),
+            in_specs=(spec,) * 3,
+            out_specs=spec,
+        )
+        return jax.jit(jax.grad(lambda x: (step(*x) ** 2).sum()))
+
+    def attend(q, k, v):
+        return ring_attention(q, k, v, axis_name="seq", causal=True)
+
+    mapped = gradients(jax.vmap(attend), PartitionSpec(None, None, "seq"))(given)
+    alone = gradients(jax.checkpoint(attend), PartitionSpec(None, "seq"))
+    for n in range(2):
+        expect_close([x[n] for x in mapped], alone([x[n] for x in given]))
 
 
 def test_one_device_has_the_bits_of_attention():

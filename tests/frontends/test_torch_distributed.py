@@ -39,7 +39,7 @@ def seen_by(ranks, folder):
         for rank in range(ranks)
     ]
     try:
-        said = [process.communicate(timeout=400)[1] for process in processes]
+        said = [process.communicate(timeout=900)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()
