@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import numflash
+from numflash.api import plans
 from numflash.calls import ready
 from numflash.problem.classes import ProblemClass
 from numflash.selection import autotune, capture, store, tuned
@@ -127,6 +128,24 @@ def test_calls_are_captured_but_not_questions_nor_what_is_compiled_ahead(capture
     # The kernel that puts parts together is that of 16 bits.
     combine = "combine float16-d64-dv64-vec full q512 k512 bh8 g1"
     assert list(map(str, captured())) == [str(FP8), str(KEY_SCALES), combine]
+
+
+def test_warmup_compiles_what_was_tuned_for_these_scales(monkeypatch):
+    compiled = set()
+    monkeypatch.setattr(plans, "SIMULATED", False)
+    monkeypatch.setattr(plans, "get_cubin", lambda config, *given: compiled.add(str(config)))
+    monkeypatch.setattr(plans, "load", lambda *given: None)
+    store.add(
+        SIMULATED_DEVICE,
+        [entry(FP8, "fp8-sm80-m32n32w2s1"), entry(KEY_SCALES, "fp8-sm80-m16n32w1s2"), entry()],
+    )
+    for recipe, wanted in (
+        (None, "fp8-sm80-m32n32w2s1"),
+        (numflash.Fp8Recipe("token"), "fp8-sm80-m16n32w1s2"),
+    ):
+        compiled.clear()
+        numflash.warmup("float16", head_dim=64, precision="fp8", fp8=recipe)
+        assert compiled == {wanted}
 
 
 def test_a_class_whose_tiles_a_recipe_rules_out_is_not_tuned_again(monkeypatch):
