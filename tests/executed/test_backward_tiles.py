@@ -15,6 +15,7 @@ from numflash.machine_code import compiler, cubins, sources
 from numflash.simulator import SimulationError
 from tests.support import backward_tiles, bulk_row_cases
 from tests.support.bulk_row_cases import BULK_ROW_CASES, ROW, expected_sums
+from tests.support.covering import thorough
 
 _FORM = ("bfloat16", 2, 96)
 # The same kernels, compiled by a process that does not simulate.
@@ -93,6 +94,7 @@ def test_a_tile_that_is_not_transposed_is_wrong():
     assert not (expected == got).all()
 
 
+@thorough
 def test_rows_are_added_in_turn():
     y, turn = sums()
     assert (y == expected_sums(*BULK_ROW_CASES[1].inputs)).all() and turn == 2

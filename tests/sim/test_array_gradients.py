@@ -200,7 +200,7 @@ FUNCTIONS = {
 WAYS = {"rows": "backward-rows", "columns": "backward-columns", "tiles": "backward-tiles"}
 
 
-SOME_FUNCTIONS = "rows and keys", "axes in another order", "a table of T5", "several reads"
+SOME_FUNCTIONS = "rows and keys", "axes in another order", "several reads"
 
 
 @pytest.mark.parametrize("name", some(FUNCTIONS, *SOME_FUNCTIONS))
@@ -260,6 +260,7 @@ COMBINED = {
 }
 
 
+@thorough
 @pytest.mark.parametrize("name", some(COMBINED, "softcap, ALiBi and sinks"))
 def test_all_ways_go_with_other_features(name):
     """A bias, a row, a key and a table at once, of one function after all features."""

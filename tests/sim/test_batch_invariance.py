@@ -116,14 +116,13 @@ def test_the_place_in_a_batch_and_neighbours_do_not_count():
 CONFIGS = "m16n16w1s1", "m32n16w2s2-packed", "m16n16w1s2-unpacked"
 
 
+@thorough
 @pytest.mark.parametrize("config", some(CONFIGS, "m32n16w2s2-packed"))
 def test_the_other_numbers_of_a_config_do_not_count(config):
     assert Batch((1, 2)).results(config=f"sm80-{config}") == Batch((1, 2)).results()
 
 
-@pytest.mark.parametrize(
-    ("page", "shift"), some([(1, 0), (7, 0), (64, 0), (5, 1)], (7, 0), (5, 1))
-)
+@pytest.mark.parametrize(("page", "shift"), some([(1, 0), (7, 0), (64, 0), (5, 1)], (5, 1)))
 def test_where_keys_lie_does_not_count(page, shift):
     """Pages of several sizes, also of arrays that are not aligned."""
     rng = np.random.default_rng(page)

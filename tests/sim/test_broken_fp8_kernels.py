@@ -357,7 +357,7 @@ MUTATIONS = [
 
 
 # With each scales each module, and each of both instructions.
-SOME_MUTATIONS = of_each_kind(MUTATIONS, lambda row: (row[0], str(row[2]), row[3]), together=2)
+SOME_MUTATIONS = of_each_kind(MUTATIONS, lambda row: (row[0], str(row[2]), row[3]))
 
 
 @pytest.mark.parametrize("config", some(ALL, *HALF))

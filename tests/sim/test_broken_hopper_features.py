@@ -113,7 +113,7 @@ def faults() -> list:
     """(module, mutation, problem) of FAULTS."""
     return [
         pytest.param(MODULES[part], mutation, problem, id=f"{part}: {mutation}")
-        for part, problem, mutation in of_each_kind(mutations(FAULTS), lambda row: row[:2])
+        for part, problem, mutation in of_each_kind(mutations(FAULTS), lambda row: row[:1])
     ]
 
 
@@ -123,7 +123,7 @@ def hopper(on):
     on("sm_90a")
 
 
-@pytest.mark.parametrize("name", some(PROBLEMS, "dq", "packed-dkdv"))
+@pytest.mark.parametrize("name", some(PROBLEMS, "dq"))
 def test_the_kernels_are_right(name):
     assert PROBLEMS[name].is_solved()
 

@@ -5,6 +5,7 @@ import time
 
 from bench import __main__ as bench
 from bench.records import checks, record
+from tests.support.covering import thorough
 
 _TESTS = """
 import os, time
@@ -95,6 +96,7 @@ def test_checks_are_counted_by_config():
     }
 
 
+@thorough
 def test_every_check_of_the_forward_is_in_one_group():
     found = checks.collect(group for group in checks.GROUPS if "orward" in group.name)
     hopper, rest = map(set, found.values())

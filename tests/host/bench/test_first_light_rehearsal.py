@@ -208,6 +208,7 @@ runpy.run_module("bench.first_light.background", run_name="__main__")
 """
 
 
+@thorough
 def test_on_a_bare_image_all_begins_and_instructions_are_compiled_ahead(tmp_path, monkeypatch):
     names = list(background.cases())
     done = subprocess.run(

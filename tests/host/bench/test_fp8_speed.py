@@ -125,6 +125,7 @@ def test_what_is_read_in_8_bits_counts_as_such():
     assert work.gbps(point, 2.0, 1) == pytest.approx(work.min_bytes(point, 1) / 2e6)
 
 
+@thorough
 @needs_simulator
 def test_a_point_with_fp8(monkeypatch):
     prefer_small_kernels(monkeypatch)

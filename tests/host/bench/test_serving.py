@@ -19,7 +19,7 @@ from bench.points.work import Ceilings
 from bench.records import record
 from bench.tables import tables
 from numflash.runtime.mode import SIMULATED
-from tests.support.covering import some
+from tests.support.covering import some, thorough
 from tests.support.numpy_devices import NumpyDevice
 from tests.support.small_kernels import prefer_small_kernels
 
@@ -140,6 +140,7 @@ def test_numflash_is_right_on_caches_and_sequences(point):
     assert "not" in str(measure.kernels_of(NumpyDevice(), point))
 
 
+@thorough
 @needs_simulator
 @pytest.mark.usefixtures("small_kernels")
 @pytest.mark.parametrize("point", some([POINTS[1], PACKED], PACKED), ids=str)

@@ -2,6 +2,7 @@
 
 import ast
 import itertools
+import re
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -97,8 +98,10 @@ def test_nobody_asks_for_the_type_of_a_config():
     found = []
     for package in (numflash, tuner, bench):
         for path in Path(package.__file__).parent.rglob("*.py"):
-            tree = ast.parse(path.read_text())
-            found += [f"{path}:{x.lineno}" for x in ast.walk(tree) if _asks_for_a_type(x)]
+            text = path.read_text()
+            if re.search(r"\b(isinstance|type)\(.*?Config\b", text, re.S):
+                tree = ast.parse(text)
+                found += [f"{path}:{x.lineno}" for x in ast.walk(tree) if _asks_for_a_type(x)]
     assert found == []
 
 

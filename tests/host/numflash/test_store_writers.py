@@ -16,6 +16,7 @@ from numflash.runtime.cache_folder import folder_for
 from numflash.selection import store
 from numflash.selection.entries import Row, format_table
 from tests.support.config_cache import A100, ENTRY, H200, OTHER, names, put
+from tests.support.covering import ALL
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -113,7 +114,7 @@ for n in range(most):
 
 
 def test_processes_that_add_at_once_lose_nothing(warnings):
-    workers, most = 4, 25
+    workers, most = 4 if ALL else 2, 25
     processes = [run(ADD_MANY, str(n), str(most)) for n in range(workers)]
     put(b"broken")
     assert [process.stdout.readline() for process in processes] == ["ready\n"] * workers

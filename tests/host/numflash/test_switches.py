@@ -15,7 +15,7 @@ from numflash.problem.classes import ProblemClass
 from numflash.runtime import driver, switches
 from numflash.runtime.mode import SIMULATED
 from numflash.selection import autotune, capture, tuned
-from tests.support.covering import FULL, thorough
+from tests.support.covering import ALL, FULL, some, thorough
 
 ROOT = Path(__file__).parents[3]
 OFF = ["0", "00", " 0 ", "-0", "False", "false", "off", "OFF", "no"]
@@ -50,7 +50,9 @@ SIMULATES = {"00": False, " 1 ": True, "true": False, "": False}
 SIMULATES |= {"False": False, "off": False, "0": False, "01": True} if FULL else {}
 
 
-@pytest.mark.parametrize(("text", "simulates"), SIMULATES.items())
+@pytest.mark.parametrize(
+    ("text", "simulates"), some(SIMULATES.items(), (" 1 ", True), ("true", False))
+)
 def test_the_simulator_is_on_where_it_is_on_to_numba(tmp_path, text, simulates):
     assert answers(tmp_path, NUMBA_ENABLE_CUDASIM=text) == [simulates] * 3
 
@@ -77,7 +79,7 @@ def test_numbas_file_counts_as_it_does_to_numba(tmp_path):
     pytest.importorskip("yaml")
     (tmp_path / ".numba_config.yaml").write_text("enable_cudasim: 1\n")
     assert answers(tmp_path) == [True] * 3
-    assert answers(tmp_path, NUMBA_ENABLE_CUDASIM="0") == [False] * 3
+    assert not ALL or answers(tmp_path, NUMBA_ENABLE_CUDASIM="0") == [False] * 3
 
 
 def test_what_the_environment_says_later_changes_nothing(monkeypatch):

@@ -9,6 +9,7 @@ import time
 import pytest
 
 from numflash.configs import Traits, parse_config
+from tests.support.covering import thorough
 from tuner.records import ResourceUsage
 from tuner.search.pool import CompilePool, Examined, NoCompilerError
 
@@ -106,6 +107,7 @@ def test_what_fails_costs_its_own_config():
     }
 
 
+@thorough
 def test_a_process_that_leaves_is_reported_with_its_status():
     with CompilePool("sm_80", 1, work=leave) as pool:
         failure = pool.submit(config(FINE), TRAITS).result(timeout=30).failure
@@ -129,6 +131,7 @@ def test_compilers_know_neither_the_simulator_nor_the_main_module(monkeypatch):
     assert sys.modules["__main__"] is main
 
 
+@thorough
 def test_without_the_simulator_it_stays_unset(monkeypatch):
     monkeypatch.delenv("NUMBA_ENABLE_CUDASIM", raising=False)
     with CompilePool("sm_80", 1, work=examine_process) as pool:
@@ -136,6 +139,7 @@ def test_without_the_simulator_it_stays_unset(monkeypatch):
     assert "NUMBA_ENABLE_CUDASIM" not in os.environ
 
 
+@thorough
 def test_closing_does_not_wait_for_compilers(capfd):
     with CompilePool("sm_80", 1, work=work) as pool:
         busy, waiting = (pool.submit(config(text), TRAITS) for text in (HANGS, FINE))

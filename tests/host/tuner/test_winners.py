@@ -17,6 +17,7 @@ from tests.host.tuner.test_search import (
     run,
     space_of,
 )
+from tests.support.covering import thorough
 from tests.support.synthetic_recording import recording_of
 from tuner.measuring.replay import Recording, Replay
 from tuner.model import errors
@@ -71,6 +72,7 @@ def test_a_prediction_displaces_the_default_only_beyond_the_models_error():
     assert chosen({DEFAULT: 1.0, A: 1.1}) == (DEFAULT, DEFAULT) and reasons[-1] == ""
 
 
+@thorough
 def test_between_two_kernels_both_errors_count():
     problem = ProblemClass.parse("forward float16-d64-dv64-vec causal q512 k512 bh1024 g1")
     space = Space(problem, machines.find("H100"))
@@ -88,6 +90,7 @@ def test_between_two_kernels_both_errors_count():
     assert reasons[-1].startswith(f"{other} is predicted to gain 15.3% over the default")
 
 
+@thorough
 def test_offline_nothing_is_tried_that_the_model_cannot_tell_from_what_was():
     space = space_of(FORWARD)
     candidates = Candidates(space)
@@ -103,6 +106,7 @@ def test_offline_nothing_is_tried_that_the_model_cannot_tell_from_what_was():
     assert len(told) < len(candidates.configs) / 3
 
 
+@thorough
 def test_offline_a_twin_of_what_failed_is_tried():
     space = space_of(FORWARD)
     candidates = Candidates(space)

@@ -12,6 +12,7 @@ import numflash
 from numflash.api import check as check_module
 from numflash.problem.classes import ProblemClass
 from numflash.runtime.views import numpy_dtype
+from tests.support.covering import thorough
 from tests.support.numpy_devices import FakeDevice
 from tuner.measuring import launches, representative, worker
 from tuner.measuring.measurer import DeviceMeasurer, Limits
@@ -58,10 +59,10 @@ def _small(family, traits="float32-d32-dv32-vec"):
 @pytest.mark.parametrize(
     "problem, config, launched",
     [
-        (_small("forward"), CONFIG, ["forward"]),
+        pytest.param(_small("forward"), CONFIG, ["forward"], marks=thorough),
         (_small("forward", "float16-d32-dv32-softcap-alibi"), CONFIG, ["forward"]),
         (_small("backward-dkdv"), CONFIG, ["backward-dkdv"]),
-        (_small("backward-dq"), CONFIG, ["backward-dq"]),
+        pytest.param(_small("backward-dq"), CONFIG, ["backward-dq"], marks=thorough),
         (
             _small("backward", "float16-d32-dv32-vec"),
             "sm80-m16n16w1s1x2",
@@ -128,16 +129,28 @@ def test_a_kernel_on_8_bit_floats_that_is_off_is_refused(served, monkeypatch):
 @pytest.mark.parametrize(
     "problem, config, launched",
     [
-        ("forward float32-d32-dv32-vec-ragged causal q8 k8 bh4 g2", CONFIG, ["forward"]),
+        pytest.param(
+            "forward float32-d32-dv32-vec-ragged causal q8 k8 bh4 g2",
+            *(CONFIG, ["forward"]),
+            marks=thorough,
+        ),
         (
             "forward float16-d32-dv32-vec-ragged full q1 k40 bh4 g2",
             "sm80-m16n16w1s1x2",
             ["forward", "combine"],
         ),
         ("combine float16-d32-dv32-vec-ragged full q1 k40 bh4 g2", "w2", ["combine"]),
-        ("backward-dkdv float32-d32-dv32-vec-ragged causal q8 k8 bh4 g2", CONFIG, None),
+        pytest.param(
+            "backward-dkdv float32-d32-dv32-vec-ragged causal q8 k8 bh4 g2",
+            *(CONFIG, None),
+            marks=thorough,
+        ),
         ("backward-dq float16-d32-dv32-vec-ragged full q8 k8 bh4 g1", "sm80-m16n16w1s1", None),
-        ("forward float16-d32-dv32-vec-ragged-paged full q1 k40 bh4 g2 p16", CONFIG, ["forward"]),
+        pytest.param(
+            "forward float16-d32-dv32-vec-ragged-paged full q1 k40 bh4 g2 p16",
+            *(CONFIG, ["forward"]),
+            marks=thorough,
+        ),
         (
             "forward float16-d32-dv32-vec-ragged-paged causal q4 k40 bh4 g2 p7",
             "sm80-m16n16w1s2x2",

@@ -13,6 +13,7 @@ pytest.importorskip("optuna")
 from numflash.selection import store
 from numflash.selection.entries import DeviceKey
 from tests.host.tuner.test_session import InstantPool, Stopwatch
+from tests.support.covering import thorough
 from tests.support.tuning_entries import A100, CLASS, OFFLINE, SMALL
 from tuner import cli
 from tuner.search.candidates import distinct
@@ -87,6 +88,7 @@ def test_before_it_starts_it_says_how_much_it_plans_and_how_long_that_takes(run,
     assert err.splitlines()[0].endswith("20 trials, 10 each; 0 are left: nothing is left to try")
 
 
+@thorough
 def test_the_plan_of_the_commands_example_is_24_classes(monkeypatch):
     """And is said when a few kernels are compiled, not 24."""
     submit, submitted = InstantPool.submit, []
@@ -239,9 +241,10 @@ def test_a_measured_run_closes_its_measurer(run, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        (
+        pytest.param(
             ("--varlen", "--batch", 6, "--seqlen", 300, "--pass", "forward"),
             "forward float16-d64-dv64-vec-ragged causal q512 k512 bh128 g1",
+            marks=thorough,
         ),
         (
             ("--page-size", 16, "--seqlen-q", 1, "--seqlen", 8192, "--heads-kv", 4),
