@@ -46,6 +46,8 @@ _REFUSED = {
 }
 _ELSEWHERE = ("layout", "schedule", "page_table", "appended", "cached", "num_splits", "out_dtype")
 _TAKEN = tuple(x.name for x in OPTIONS if x.name not in (*_REFUSED, *_OF_LAYOUT, *_ELSEWHERE))
+_PLAIN = frozenset((*_TAKEN, "out_dtype"))
+"""Options that need no look before `problem.describe` checks them."""
 _ONE_SEQUENCE = ("dropout_p", "bias", "mask", "score_mod", "mask_mod")
 
 
@@ -149,6 +151,8 @@ class RankedCall:
     def _options(self) -> AttentionOptions:
         """Raises TypeError, ValueError, UnsupportedError."""
         for name, value in self.options.items():
+            if name in _PLAIN:
+                continue
             if name in _OF_LAYOUT and is_given(name, value):
                 raise ValueError(
                     f"{self.function} over several ranks has no {name}: positions are those that "
@@ -158,7 +162,7 @@ class RankedCall:
                 raise UnsupportedError(
                     f"{self.function} over several ranks takes no {name}: {_REFUSED[name]}"
                 )
-            if name not in (*_TAKEN, *_OF_LAYOUT, *_REFUSED, "out_dtype"):
+            if name not in _OF_LAYOUT and name not in _REFUSED:
                 raise TypeError(
                     f"{self.function} over several ranks got the unknown option {name}; it takes "
                     f"{', '.join(_TAKEN)}"

@@ -1,6 +1,7 @@
 """One problem over several ranks, as a rank sees it; every method reads it."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from numflash.distributed.arrays import Arrays
@@ -53,7 +54,7 @@ class Problem:
     def heads_at_once(self, q, k, v, *, backward: bool) -> int:
         """The key-value heads that gather fetches together."""
         sizes = sizes_of(q, k, v, self.arrays.dtype_of(q), self.wire)
-        return gathered_at_once(self.layout, sizes, self.max_workspace, backward=backward)
+        return _gathered_at_once(self.layout, sizes, self.max_workspace, backward=backward)
 
 
 def sizes_of(q, k, v, dtype: str, wire) -> Sizes:
@@ -62,6 +63,8 @@ def sizes_of(q, k, v, dtype: str, wire) -> Sizes:
     recipe, itemsize = recipe_of(wire, head_dim), numpy_dtype(dtype).itemsize
     return Sizes(heads_q, heads_kv, head_dim, head_dim_v, itemsize, batch, recipe)
 
+
+_gathered_at_once = lru_cache(maxsize=1024)(gathered_at_once)
 
 Gradients = dict[str, Any]
 """By name: q, k, v as of `attention_backward`; sinks and alibi_slopes of this rank's rows only."""
