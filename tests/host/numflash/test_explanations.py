@@ -237,3 +237,19 @@ def test_an_explanation_is_the_selection_of_the_call(machine, monkeypatch):
         assert getattr(selection, name) == getattr(explanation, name)
     assert selection.geometry.blocks == selection.geometry.num_splits * 4
     assert selection.backward == {} and list(explanation.backward) == [FUSED]
+
+
+def test_persistent_kernels_leave_multiprocessors_to_others(machine, monkeypatch):
+    """As NCCL's kernels, which run beside those of attention over several GPUs."""
+    machine.be(HOPPER, 132, 50 * 2**20)
+    (q,) = machine.arrays((4, 4096, 16, 128))
+    blocks = {}
+    for spare in ("", "8", "500"):
+        monkeypatch.setenv("NUMFLASH_SPARE_SMS", spare)
+        explanation = numflash.explain_dispatch(q, q, q, causal=True)
+        assert explanation.forward.config.persistent
+        blocks[spare] = explanation.geometry.blocks
+    assert blocks == {"": 132, "8": 124, "500": 1}
+    monkeypatch.setenv("NUMFLASH_SPARE_SMS", "few")
+    with pytest.raises(ValueError, match="NUMFLASH_SPARE_SMS must be an integer from 0 on"):
+        numflash.explain_dispatch(q, q, q, causal=True)
