@@ -43,6 +43,7 @@ _REFUSED = {
     **dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), _LENGTHS),
     "fp8": 'scales would depend on who holds which tokens; wire="e4m3" quantises at the owner',
     "max_rel_error": 'precision="auto" decides by heads of one GPU',
+    "batch_invariant": "each rank has calls of its own, in other batches than one GPU",
 }
 _ELSEWHERE = ("layout", "schedule", "page_table", "appended", "cached", "num_splits", "out_dtype")
 _TAKEN = tuple(x.name for x in OPTIONS if x.name not in (*_REFUSED, *_OF_LAYOUT, *_ELSEWHERE))

@@ -249,6 +249,8 @@ def explain(
     if size > 1:
         expect_heads(size, num_heads_q, num_heads_kv)
         merged, mine = layout.merged(size), share_of(sizes, size)
+    # Of two methods keys and values are quantised for the second.
+    within = sizes if isinstance(method, str) else sizes._replace(recipe=None)
     asked = {"max_workspace": max_workspace, "backward": backward}
     if across == "auto":
         across = best_method(merged, band, mine, by_position=by_position, **asked)
@@ -266,11 +268,11 @@ def explain(
     names: tuple[str, ...] = (across,)
     if size > 1:
         of_heads_alone = [
-            memory_of_heads(mine, tokens, sizes, backward=backward)
+            memory_of_heads(share_of(within, size), tokens, within, backward=backward)
             for tokens in map(merged.tokens, range(merged.ranks))
         ]
         memory = [of_heads_alone[r // size] | memory[r // size] for r in range(layout.ranks)]
-        turns = of_heads(layout, sizes, size, turns, backward=backward)
+        turns = of_heads(layout, within, size, turns, backward=backward)
         names = ("heads", across) if merged.ranks > 1 else ("heads",)
     d, dv = sizes.head_dim, sizes.head_dim_v
     per_score = 2 * (3 * d + 2 * dv) if backward else 2 * (d + dv)

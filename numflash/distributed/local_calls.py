@@ -143,6 +143,9 @@ class LocalCalls:
                 continue
             single = len(pack.calls) == 1
             cut = {name: self._cut(name, x, rows, keys, single) for name, x in given.items()}
+            if not single and "sinks" in names:
+                # Of all rows with an lse sinks have a gradient, also of those in no sequence.
+                cut["lse"] = cut["lse"] + _outside(self._arrays, pack, q.shape[1])
             first = [cut.pop(x, None) for x in ("dout", "q", "k", "v", "out", "lse")]
             more = {**cut, "wrt": names, **options}
             if is_short:
@@ -256,6 +259,15 @@ def _on_device(arrays: Arrays, pack: Pack) -> tuple[Any, ...]:
         found.append(np.array([begin for begin, _ in rows], np.int32))
         found.append(np.array([end - begin for begin, end in rows], np.int32))
     return tuple(map(arrays.from_host, found))
+
+
+@lru_cache(maxsize=256)
+def _outside(arrays: Arrays, pack: Pack, tokens: int) -> Any:
+    """(tokens,) float32 on the device: -inf for rows that no call of a pack has, else 0."""
+    found = np.full(tokens, -np.inf, np.float32)
+    for call in pack.calls:
+        found[slice(*call.q)] = 0
+    return arrays.from_host(found)
 
 
 def is_given(name: str, option) -> bool:

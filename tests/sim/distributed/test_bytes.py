@@ -24,6 +24,11 @@ CASES = {
     "documents gathered": (Layout.zigzag_documents([9, 5], 2), CAUSAL, {"method": "gather"}),
     "one rank empty": (Layout.of_segments([8], [[(0, 0, 8)], []]), {}, {"method": "ring"}),
     "two methods": (Layout.zigzag(8, 4), CAUSAL, {"method": ("heads", "ring")}),
+    "two methods, codes": (
+        Layout.zigzag(8, 4),
+        CAUSAL,
+        {"method": ("heads", "ring"), "wire": "e4m3"},
+    ),
 }
 
 

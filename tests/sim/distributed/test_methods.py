@@ -176,7 +176,9 @@ def report_of(found: dict, asked: Asked, whole: dict):
         return compare(found, **whole, precision="float16", **options)
     ends = np.cumsum((0, *LENGTHS), dtype=np.int32)
     options |= {"cu_seqlens_q": ends, "cu_seqlens_k": ends, "layout": "thd"}
-    found, whole = ({name: x[0] for name, x in each.items()} for each in (found, whole))
+    found, whole = (
+        {name: x if x.ndim == 1 else x[0] for name, x in each.items()} for each in (found, whole)
+    )
     return compare_each(found, **whole, precision="float16", **options)
 
 
@@ -191,6 +193,18 @@ def test_results_and_gradients_are_within_one_gpus_budgets(name, ranks, option, 
     asked = of_heads(ASKED[option], heads)
     whole, layout = inputs(asked, heads), layout_of(asked, ranks)
     found = results_of(comms_of(name, ranks), METHODS[name][0], layout, asked, whole)
+    report = report_of(found, asked, whole)
+    assert report.passed, f"\n{report}"
+
+
+@pytest.mark.parametrize("name", some(METHODS, "gather", "ring"))
+def test_sinks_of_documents_have_the_gradient_of_each_row_once(name):
+    """Each rank has two pieces of a document, in calls of their own that take all its rows."""
+    asked = of_heads(
+        Asked({"causal": True, "sinks": _rising(4)}, "documents", wrt=("sinks",)), "alike"
+    )
+    whole, layout = inputs(asked, "alike"), layout_of(asked, 2)
+    found = results_of(comms_of(name, 2), METHODS[name][0], layout, asked, whole)
     report = report_of(found, asked, whole)
     assert report.passed, f"\n{report}"
 

@@ -55,6 +55,11 @@ REFUSED = {
         UnsupportedError,
         "dropout_p over several ranks is for one document.* 2 documents",
     ),
+    "batch_invariant": (
+        {"layout": DOCUMENTS, "batch_invariant": True},
+        UnsupportedError,
+        "takes no batch_invariant: each rank has calls of its own",
+    ),
     "functions in documents": (
         {"layout": DOCUMENTS, "score_mod": _identity},
         UnsupportedError,
