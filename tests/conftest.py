@@ -7,6 +7,7 @@ The simulator is chosen when Numba is imported, so one process runs either `host
 import gc
 import os
 import zlib
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -42,8 +43,7 @@ def pytest_collection(session):
 
 
 def pytest_collection_finish(session):
-    """Collect garbage from here on, but never look again at what was collected above."""
-    gc.collect()
+    """Collect garbage from here on, but never look at what was made above."""
     gc.freeze()
     gc.enable()
 
@@ -92,7 +92,12 @@ def pytest_collection_modifyitems(config, items):
 
 def _layer(item) -> str:
     """The folder of a test."""
-    return item.path.relative_to(_HERE).parts[0]
+    return _layer_of(item.path)
+
+
+@cache
+def _layer_of(path: Path) -> str:
+    return path.relative_to(_HERE).parts[0]
 
 
 def _no_gpu() -> str | None:
