@@ -64,12 +64,12 @@ def drop_oldest(folder: Path, most_bytes: int) -> None:
 def pytest_collection_modifyitems(config, items):
     """Mark each test with its layer; skip what this process cannot run, saying why.
 
-    Thorough tests are left out, and of crossed axes all but each choice, except where all run and
-    on a GPU, where the bench chooses.
+    Thorough tests are left out, of crossed axes all but each choice, and of long tables most rows,
+    except where all run and on a GPU, where the bench chooses.
     """
     if not ALL:
         kept = [item for item in items if not item.get_closest_marker("thorough")]
-        some = set(each_choice(item for item in kept if _layer(item) != "gpu"))
+        some = set(thinned(each_choice(item for item in kept if _layer(item) != "gpu")))
         kept = [item for item in kept if item in some or _layer(item) == "gpu"]
         left_out = set(items) - set(kept)
         config.hook.pytest_deselected(items=[item for item in items if item in left_out])

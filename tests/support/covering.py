@@ -8,12 +8,15 @@
 
 A fault that no single choice shows takes two that meet: a mask and an implementation, a feature
 and a dtype. `covering` keeps of a table rows in which each such pair occurs, or each choice.
-`some` and `thorough` say which tests are left to CI, and `each_choice` of axes that are crossed.
+`some` and `thorough` say which tests are left to CI, `each_choice` of axes that are crossed, and
+`thinned` of long tables.
 """
 
 from collections.abc import Callable, Hashable, Iterable
+from functools import cache
 from heapq import heapify, heappop, heappush
 from itertools import chain, combinations
+from types import ModuleType
 from typing import TypeVar
 
 import pytest
@@ -112,6 +115,28 @@ def each_choice(items: Iterable) -> list:
         of_test = covering(of_test, choices, together=1, full=False) if several else of_test
         kept.update(map(id, of_test))
     return [item for item in items if id(item) in kept]
+
+
+def thinned(items: Iterable, most: int = 6) -> list:
+    """Of collected tests at most so many of each function, spread evenly, in their order.
+
+    A module that puts faults into kernels keeps all: their rows are chosen by kind.
+    """
+    items, by_test = list(items), {}
+    for item in items:
+        by_test.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    left_out = set()
+    for of_test in by_test.values():
+        if len(of_test) > most and not _breaks_kernels(of_test[0].module):
+            kept = {len(of_test) * n // most for n in range(most)}
+            left_out.update(id(item) for n, item in enumerate(of_test) if n not in kept)
+    return [item for item in items if id(item) not in left_out]
+
+
+@cache
+def _breaks_kernels(module: ModuleType) -> bool:
+    of_faults = "tests.support.faults"
+    return any(getattr(x, "__module__", "") == of_faults for x in vars(module).values())
 
 
 def meetings(labels: tuple, together: int = 2) -> set[tuple]:
