@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from numflash.runtime.mode import SIMULATED
-from tests.support.covering import ALL, each_choice
+from tests.support.covering import ALL, each_choice, thinned
 
 # The choice of kernels must not depend on this user's tuning; tests of that turn it on.
 os.environ["NUMFLASH_TUNED"] = "0"
