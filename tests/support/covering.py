@@ -13,7 +13,6 @@ and a dtype. `covering` keeps of a table rows in which each such pair occurs, or
 """
 
 from collections.abc import Callable, Hashable, Iterable
-from functools import cache
 from heapq import heapify, heappop, heappush
 from itertools import chain, combinations
 from types import ModuleType
@@ -133,7 +132,6 @@ def thinned(items: Iterable, most: int = 6) -> list:
     return [item for item in items if id(item) not in left_out]
 
 
-@cache
 def _breaks_kernels(module: ModuleType) -> bool:
     of_faults = "tests.support.faults"
     return any(getattr(x, "__module__", "") == of_faults for x in vars(module).values())
