@@ -32,6 +32,7 @@ def pytest_configure(config):
     for layer in _LAYERS:
         config.addinivalue_line("markers", f"{layer}: tests of the {layer} layer")
     config.addinivalue_line("markers", "thorough: tests that run with NUMFLASH_TEST_ALL=1")
+    config.addinivalue_line("markers", "whole: tests whose table is not thinned")
     _COMPILED.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not hasattr(config, "workerinput"):  # once, not in every worker
         drop_oldest(_COMPILED, _MOST_COMPILED_BYTES)

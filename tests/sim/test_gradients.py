@@ -324,6 +324,7 @@ def test_slopes_have_a_gradient(on, kernel, name):
         assert error.error < 4 * error.naive_error
 
 
+@thorough
 def test_the_gradient_of_slopes_takes_its_kernels_only(launched):
     (q, k, v, dout), _ = inputs()
     options = {"alibi_slopes": SLOPES, "sinks": SINKS}
@@ -419,6 +420,7 @@ def test_a_delta_of_the_caller_is_checked(error):
     assert report.passed == (error == 0), f"\n{report}"
 
 
+@thorough
 def test_combinations_of_wrt_are_other_calls():
     (q, k, v, dout), _ = inputs(seqlen_q=3, seqlen_k=4)
     out, lse = numflash.attention(q, k, v, return_lse=True)

@@ -15,7 +15,6 @@ and a dtype. `covering` keeps of a table rows in which each such pair occurs, or
 from collections.abc import Callable, Hashable, Iterable
 from heapq import heapify, heappop, heappush
 from itertools import chain, combinations
-from types import ModuleType
 from typing import TypeVar
 
 import pytest
@@ -30,6 +29,9 @@ ALL = FULL or is_on("NUMFLASH_TEST_ALL")
 
 thorough = pytest.mark.thorough
 """On a test that runs only where all do: `tests/conftest.py` deselects it elsewhere."""
+
+whole = pytest.mark.whole
+"""On a test whose table is chosen to cover all kinds, and has each row wherever it runs."""
 
 Row = TypeVar("Row")
 
@@ -119,22 +121,24 @@ def each_choice(items: Iterable) -> list:
 def thinned(items: Iterable, most: int = 6) -> list:
     """Of collected tests at most so many of each function, spread evenly, in their order.
 
-    A module that puts faults into kernels keeps all: their rows are chosen by kind.
+    A module that puts faults into kernels keeps all: their rows are chosen by kind. So do tests
+    that are marked `whole`.
     """
     items, by_test = list(items), {}
     for item in items:
         by_test.setdefault(item.nodeid.partition("[")[0], []).append(item)
     left_out = set()
     for of_test in by_test.values():
-        if len(of_test) > most and not _breaks_kernels(of_test[0].module):
+        if len(of_test) > most and not _is_whole(of_test[0]):
             kept = {len(of_test) * n // most for n in range(most)}
             left_out.update(id(item) for n, item in enumerate(of_test) if n not in kept)
     return [item for item in items if id(item) not in left_out]
 
 
-def _breaks_kernels(module: ModuleType) -> bool:
+def _is_whole(item) -> bool:
     of_faults = "tests.support.faults"
-    return any(getattr(x, "__module__", "") == of_faults for x in vars(module).values())
+    breaks = any(getattr(x, "__module__", "") == of_faults for x in vars(item.module).values())
+    return breaks or item.get_closest_marker("whole") is not None
 
 
 def meetings(labels: tuple, together: int = 2) -> set[tuple]:
