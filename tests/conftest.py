@@ -7,12 +7,13 @@ The simulator is chosen when Numba is imported, so one process runs either `host
 import gc
 import os
 import zlib
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 from numflash.runtime.mode import SIMULATED
-from tests.support.covering import ALL, each_choice
+from tests.support.covering import ALL, each_choice, thinned
 
 # The choice of kernels must not depend on this user's tuning; tests of that turn it on.
 os.environ["NUMFLASH_TUNED"] = "0"
@@ -31,6 +32,7 @@ def pytest_configure(config):
     for layer in _LAYERS:
         config.addinivalue_line("markers", f"{layer}: tests of the {layer} layer")
     config.addinivalue_line("markers", "thorough: tests that run with NUMFLASH_TEST_ALL=1")
+    config.addinivalue_line("markers", "whole: tests whose table is not thinned")
     _COMPILED.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not hasattr(config, "workerinput"):  # once, not in every worker
         drop_oldest(_COMPILED, _MOST_COMPILED_BYTES)
@@ -42,8 +44,7 @@ def pytest_collection(session):
 
 
 def pytest_collection_finish(session):
-    """Collect garbage from here on, but never look again at what was collected above."""
-    gc.collect()
+    """Collect garbage from here on, but never look at what was made above."""
     gc.freeze()
     gc.enable()
 
@@ -64,12 +65,12 @@ def drop_oldest(folder: Path, most_bytes: int) -> None:
 def pytest_collection_modifyitems(config, items):
     """Mark each test with its layer; skip what this process cannot run, saying why.
 
-    Thorough tests are left out, and of crossed axes all but each choice, except where all run and
-    on a GPU, where the bench chooses.
+    Thorough tests are left out, of crossed axes all but each choice, and of long tables most rows,
+    except where all run and on a GPU, where the bench chooses.
     """
     if not ALL:
         kept = [item for item in items if not item.get_closest_marker("thorough")]
-        some = set(each_choice(item for item in kept if _layer(item) != "gpu"))
+        some = set(thinned(each_choice(item for item in kept if _layer(item) != "gpu")))
         kept = [item for item in kept if item in some or _layer(item) == "gpu"]
         left_out = set(items) - set(kept)
         config.hook.pytest_deselected(items=[item for item in items if item in left_out])
@@ -92,7 +93,12 @@ def pytest_collection_modifyitems(config, items):
 
 def _layer(item) -> str:
     """The folder of a test."""
-    return item.path.relative_to(_HERE).parts[0]
+    return _layer_of(item.path)
+
+
+@cache
+def _layer_of(path: Path) -> str:
+    return path.relative_to(_HERE).parts[0]
 
 
 def _no_gpu() -> str | None:

@@ -6,6 +6,7 @@ import pytest
 import numflash
 from numflash.simulator import DeadlockError
 from tests.executed.by_hand import AXPY, run
+from tests.support.covering import thorough
 
 
 def test_what_a_predicate_holds_before_it_is_written_is_anything():
@@ -55,9 +56,13 @@ def test_a_loop_that_waits_for_memory_names_its_line():
 @pytest.mark.parametrize(
     "lock",
     [
-        "atom.global.cas.b32 %r2, [%rd3], 7, 1; setp.ne.u32 %p1, %r2, 7;",
+        pytest.param(
+            "atom.global.cas.b32 %r2, [%rd3], 7, 1; setp.ne.u32 %p1, %r2, 7;", marks=thorough
+        ),
         "atom.global.exch.b32 %r2, [%rd3], 1; setp.ne.u32 %p1, %r2, 0;",
-        "atom.global.add.u32 %r2, [%rd3], 0; setp.eq.u32 %p1, %r2, %r2;",
+        pytest.param(
+            "atom.global.add.u32 %r2, [%rd3], 0; setp.eq.u32 %p1, %r2, %r2;", marks=thorough
+        ),
     ],
 )
 def test_a_lock_that_nobody_opens_is_found(lock):

@@ -13,6 +13,7 @@ from numflash.ptx.operands import Global, Regs, Shared
 from numflash.ptx.scalars import f32, i32, i64, u16, u32, u64
 from numflash.ptx.warpgroups import make_setmaxnreg
 from numflash.ptx.wgmma import make_wgmma, make_wgmma_wait_group
+from tests.support.covering import whole
 
 _REGISTERS = {f32: "f32", i32: "b32", u32: "b32", u16: "b16", i64: "b64", u64: "b64"}
 # Kernels ask for these when they are made.
@@ -104,6 +105,7 @@ def test_there_are_scalar_instructions():
     assert len(SCALAR) >= 19
 
 
+@whole
 @pytest.mark.parametrize("name", SCALAR)
 def test_a_one_lane_instruction_computes_what_its_body_does(name):
     instruction = INSTRUCTIONS[name]

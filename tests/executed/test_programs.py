@@ -19,6 +19,7 @@ from numflash.functions.trace import trace
 from numflash.machine_code import compiler, cubins, sources
 from tests.host.numflash.functions.test_program import random_program
 from tests.support import program_kernel
+from tests.support.covering import ALL
 from tests.support.program_kernel import SHAPE, THREADS, run, values_of
 from tests.support.program_values import metadata
 from tests.support.score_functions import SCORES
@@ -33,7 +34,7 @@ texts = pickle.load(sys.stdin.buffer)
 _, ptx = compiler._front_end(lambda: kernel_of_many(texts), ARCHITECTURES["sm_80"], "ptx")
 sys.stdout.buffer.write(ptx.encode() if isinstance(ptx, str) else ptx)
 """
-RANDOM = {f"random {seed}": random_program(seed) for seed in range(12)}
+RANDOM = {f"random {seed}": random_program(seed) for seed in range(12 if ALL else 3)}
 
 
 def program_and_aux(name):

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 
 from tests import conftest
-from tests.support.covering import covering, each_choice, meetings, some, thorough
+from tests.support.covering import covering, each_choice, meetings, some, thinned, thorough
+from tests.support.faults import load
 
 AXES = ("sm75", "sm80", "sm90"), ("full", "causal", "window", "tall"), ("f2", "b2"), range(5)
 TABLE = list(itertools.product(*AXES))
@@ -99,3 +100,21 @@ def test_thorough_tests_run_where_all_do(all_run, request, monkeypatch):
     monkeypatch.setattr(conftest, "ALL", all_run)
     conftest.pytest_collection_modifyitems(SimpleNamespace(hook=hook), items)
     assert (items, left_out) == (([this, other], []) if all_run else ([this], [other]))
+
+
+def test_of_long_tables_a_few_rows_are_kept_and_of_faults_all():
+    plain, breaking = SimpleNamespace(), SimpleNamespace(load=load)
+    names = "long", "short"
+    items = [collected(name, f"{n}") for name in names for n in range(13 if name == "long" else 6)]
+    for item in items:
+        item.module, item.get_closest_marker = plain, {}.get
+    kept = thinned(iter(items))
+    assert [item.nodeid for item in kept[:6]] == [f"long[{n}]" for n in (0, 2, 4, 6, 8, 10)]
+    assert kept[6:] == items[13:]
+    marked = [*items]
+    for item in marked[:13]:
+        item.get_closest_marker = {"whole": "a mark"}.get
+    assert thinned(marked) == marked
+    for item in items:
+        item.module = breaking
+    assert thinned(items) == items

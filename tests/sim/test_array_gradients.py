@@ -120,6 +120,7 @@ def gradients(wrt, q=None, config=BACKWARD, seed=None, **options):
 STRIDED = ["fewer axes", "transposed", "from the end", "part of rows"]
 
 
+@thorough
 @pytest.mark.parametrize("name", some(STRIDED, "transposed"))
 def test_a_bias_may_have_any_strides_and_its_gradient_is_contiguous(name):
     exact = normal(SHAPE)
@@ -444,6 +445,7 @@ def test_gradients_of_nothing(shape):
     assert found.shape == (heads, 16) and not found.any()
 
 
+@thorough
 def test_only_kernels_of_wanted_gradients_run(launched):
     bias = normal((1, HEADS, 1, KEYS))
     q, k, v, dout = inputs()

@@ -15,7 +15,7 @@ from tests.support.attention_cases import (
     masks_of,
     on_tensor_cores,
 )
-from tests.support.covering import ALL, FULL, covering, thorough
+from tests.support.covering import ALL, FULL, covering, thorough, whole
 
 _OPTIONS = sorted({name for case in SIM_CASES for name in case.options})
 
@@ -88,6 +88,7 @@ def poisoned_results(monkeypatch):
     monkeypatch.setattr(NumPy, "empty", poisoned)
 
 
+@whole
 @pytest.mark.parametrize(("case", "configs"), _cases())
 def test_errors_are_within_budget(case, configs, poisoned_results):
     report = numflash.check(**case.arrays(), config=configs, **case.call_options())

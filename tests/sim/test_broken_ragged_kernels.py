@@ -107,7 +107,8 @@ FAULTS = {
 
 
 # Those of tensor cores: portable kernels have the same ones.
-SOME_FAULTS = [n for n in FAULTS if "portable" not in n and n != "top left is bottom right"]
+NEEDLESS = "top left is bottom right", "dK of rows behind a sequence is written"
+SOME_FAULTS = [n for n in FAULTS if "portable" not in n and n not in NEEDLESS]
 
 
 @pytest.mark.parametrize("name", some(FAULTS, *SOME_FAULTS))

@@ -15,7 +15,7 @@ from tests.support.coded_cache_cases import CASES, E4M3, errors_of
 from tests.support.covering import some, thorough
 
 
-@pytest.mark.parametrize("case", some(CASES, every=6), ids=str)
+@pytest.mark.parametrize("case", some(CASES, every=12), ids=str)
 def test_results_are_within_their_budgets_and_new_rows_have_their_codes(case: CacheCase, on):
     on(case.arch)
     for error in errors_of(case, np.random.default_rng(len(str(case)))):
@@ -84,7 +84,7 @@ def test_a_sequence_has_the_same_bits_alone_and_in_any_batch(on):
         np.testing.assert_array_equal(alone[0], together[i])
 
 
-@pytest.mark.parametrize("num_splits", [1, 3])
+@pytest.mark.parametrize("num_splits", some([1, 3], 3))
 def test_parts_have_their_factors(on, num_splits):
     on("sm_80")
     q, k, v, options = call(rows=404)

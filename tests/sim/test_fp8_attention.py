@@ -256,7 +256,7 @@ def _cases():
     return found
 
 
-@pytest.mark.parametrize(("case", "sort", "config", "number"), some(_cases(), every=5))
+@pytest.mark.parametrize(("case", "sort", "config", "number"), some(_cases(), every=9))
 def test_results_are_those_of_the_specification(case, sort, config, number):
     call = make_call(case, sort, number)
     assert differences(*run(call, config), call, tile_n_of(config)) == []
@@ -279,7 +279,7 @@ def test_no_order_of_threads_changes_a_bit(config, monkeypatch):
     assert len(found) == 1
 
 
-@pytest.mark.parametrize("config", ["fp8-sm89-m16n64w1s1", "fp8-sm80-m16n32w1s1x2"])
+@pytest.mark.parametrize("config", some(["fp8-sm89-m16n64w1s1", "fp8-sm80-m16n32w1s1x2"], every=2))
 def test_queries_that_see_no_key_give_zeros(config):
     call = make_call(problem(21, 5, causal=True), "arrays", 1)
     out, lse = run(call, config)
@@ -287,7 +287,7 @@ def test_queries_that_see_no_key_give_zeros(config):
     assert (out[0, 16:] != 0).any() and np.isfinite(lse[0, 0, 16:]).all()
 
 
-@pytest.mark.parametrize("config", ["fp8-sm89-m16n64w1s1", "fp8-sm75-m16n32w1s1"])
+@pytest.mark.parametrize("config", some(["fp8-sm89-m16n64w1s1", "fp8-sm75-m16n32w1s1"], every=2))
 def test_without_keys_all_is_zero(config):
     q, k = np.ones((1, 3, 1, 64), np.float16), np.ones((1, 0, 1, 64), np.float16)
     out, lse = numflash.attention(q, k, k, precision="fp8", return_lse=True, config=config)

@@ -121,7 +121,7 @@ def _large():
 
 
 def _cases():
-    chosen = [*some(_small(), every=5), *some(_large(), every=7)]
+    chosen = [*some(_small(), every=9), *some(_large(), every=14)]
     return [pytest.param(*each, i, id="-".join(map(str, each))) for i, each in enumerate(chosen)]
 
 
@@ -326,15 +326,13 @@ def faults() -> list:
     early = Early("make_attend.attend", "V.release", 1)
     found.append(pytest.param(KERNEL, OVERLAP, early, id=f"early {early}"))
     configs = {"PLAIN": PLAIN, "OVERLAP": OVERLAP, "WIDE": WIDE, "TURNING": TURNING}
-    for module, config, mutation in of_each_kind(mutations(IDEAS), lambda row: row[:2], 2):
+    for module, config, mutation in of_each_kind(mutations(IDEAS), lambda row: row[:2]):
         name = KERNEL if module == "fp8_forward" else f"{TILES}.{module}"
         found.append(pytest.param(name, configs[config], mutation, id=str(mutation)))
     return found
 
 
-@pytest.mark.parametrize(
-    "config", some([PLAIN, OVERLAP, WIDE, TURNING, TURNS_ALONE], OVERLAP, WIDE)
-)
+@pytest.mark.parametrize("config", some([PLAIN, OVERLAP, WIDE, TURNING, TURNS_ALONE], OVERLAP))
 def test_the_kernel_is_right_for_every_seed(config, monkeypatch):
     seeds = range(3 if FULL else 1)
     assert first_failure_of(monkeypatch, config, seeds=seeds) is None

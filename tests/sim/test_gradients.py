@@ -128,6 +128,7 @@ def test_the_gradient_of_lse_is_finite_differences():
             assert np.isclose((up - down) / (2 * step), (gradient * way).sum(), rtol=1e-5), name
 
 
+@thorough
 @pytest.mark.parametrize("dtype", some(["float32", "float16"], "float16"))
 def test_lse_of_a_query_without_keys_is_a_constant(on, dtype):
     on("sm_80")
@@ -210,7 +211,7 @@ def every_gradient() -> tuple[tuple, dict[str, np.ndarray]]:
     return call, dict(zip(("q", "k", "v", "sinks"), found, strict=True))
 
 
-@pytest.mark.parametrize("wrt", some(LAUNCHES, ("k", "q"), ("sinks",)), ids="-".join)
+@pytest.mark.parametrize("wrt", some(LAUNCHES, ("sinks",)), ids="-".join)
 def test_only_wanted_gradients_are_computed_in_the_order_asked_for(launched, wrt):
     call, by_name = every_gradient()
     launched.clear()
@@ -221,6 +222,7 @@ def test_only_wanted_gradients_are_computed_in_the_order_asked_for(launched, wrt
         np.testing.assert_array_equal(gradient, by_name[name])
 
 
+@thorough
 def test_one_kernel_for_all_leaves_out_what_nobody_wants(launched, on):
     on("sm_80")
     (q, k, v, dout), _ = inputs("float16")
@@ -243,6 +245,7 @@ def test_one_kernel_for_all_leaves_out_what_nobody_wants(launched, on):
     np.testing.assert_array_equal(found, dsinks)
 
 
+@thorough
 def test_the_memory_of_gradients_that_nobody_wants_is_not_allocated(monkeypatch):
     (q, k, v, dout), _ = inputs()
     out, lse = numflash.attention(q, k, v, return_lse=True)
@@ -296,7 +299,7 @@ ALIBI_KERNELS = {
 ALIBI = [(kernel, name) for kernel, (*_, names) in ALIBI_KERNELS.items() for name in names]
 
 
-@pytest.mark.parametrize(("kernel", "name"), some(ALIBI, ALIBI[1], ALIBI[3]))
+@pytest.mark.parametrize(("kernel", "name"), some(ALIBI, ALIBI[3]))
 def test_slopes_have_a_gradient(on, kernel, name):
     arch, dtype, config, _ = ALIBI_KERNELS[kernel]
     on(arch)
@@ -321,6 +324,7 @@ def test_slopes_have_a_gradient(on, kernel, name):
         assert error.error < 4 * error.naive_error
 
 
+@thorough
 def test_the_gradient_of_slopes_takes_its_kernels_only(launched):
     (q, k, v, dout), _ = inputs()
     options = {"alibi_slopes": SLOPES, "sinks": SINKS}
@@ -387,7 +391,7 @@ FAULTS_OF_SLOPES = {
 }
 
 
-@pytest.mark.parametrize("fault", [None, *FAULTS_OF_SLOPES])
+@pytest.mark.parametrize("fault", some([None, *FAULTS_OF_SLOPES], every=2))
 def test_a_wrong_gradient_of_slopes_is_found(monkeypatch, fault):
     if fault is not None:
         module, mutation = FAULTS_OF_SLOPES[fault]
@@ -398,7 +402,7 @@ def test_a_wrong_gradient_of_slopes_is_found(monkeypatch, fault):
     assert report.passed == (fault is None), f"\n{report}"
 
 
-@pytest.mark.parametrize("fault", [None, *FAULTS])
+@pytest.mark.parametrize("fault", some([None, *FAULTS], every=2))
 def test_a_wrong_gradient_of_lse_is_found(monkeypatch, fault):
     if fault is not None:
         load((DELTA,), DELTA, FAULTS[fault], monkeypatch)
@@ -416,6 +420,7 @@ def test_a_delta_of_the_caller_is_checked(error):
     assert report.passed == (error == 0), f"\n{report}"
 
 
+@thorough
 def test_combinations_of_wrt_are_other_calls():
     (q, k, v, dout), _ = inputs(seqlen_q=3, seqlen_k=4)
     out, lse = numflash.attention(q, k, v, return_lse=True)

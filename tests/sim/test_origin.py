@@ -49,7 +49,7 @@ def inputs(dtype, head_dim=32):
 
 
 @pytest.mark.parametrize("slopes", some(SLOPES, "by batch entry"))
-@pytest.mark.parametrize("name", some(KERNELS, "sm80-split", "sm90"))
+@pytest.mark.parametrize("name", some(KERNELS, "sm80-split"))
 def test_a_part_of_the_heads_and_queries_computes_its_share(on, name, slopes):
     arch, dtype, precision, config = KERNELS[name]
     on(arch)

@@ -14,7 +14,7 @@ import numflash
 from numflash import reference
 from numflash.reference.varlen import each_alone
 from numflash.runtime.views import numpy_dtype
-from tests.support.covering import covering, some
+from tests.support.covering import covering, some, thorough
 
 AXES = {
     "dtype": ("float16", "bfloat16"),
@@ -38,6 +38,7 @@ def _cases():
     return [dict(zip(AXES, row, strict=True)) for row in found]
 
 
+@thorough
 @pytest.mark.parametrize(
     "case",
     some(_cases(), every=8),

@@ -8,7 +8,8 @@
 
 A fault that no single choice shows takes two that meet: a mask and an implementation, a feature
 and a dtype. `covering` keeps of a table rows in which each such pair occurs, or each choice.
-`some` and `thorough` say which tests are left to CI, and `each_choice` of axes that are crossed.
+`some` and `thorough` say which tests are left to CI, `each_choice` of axes that are crossed, and
+`thinned` of long tables.
 """
 
 from collections.abc import Callable, Hashable, Iterable
@@ -28,6 +29,9 @@ ALL = FULL or is_on("NUMFLASH_TEST_ALL")
 
 thorough = pytest.mark.thorough
 """On a test that runs only where all do: `tests/conftest.py` deselects it elsewhere."""
+
+whole = pytest.mark.whole
+"""On a test whose table is chosen to cover all kinds, and has each row wherever it runs."""
 
 Row = TypeVar("Row")
 
@@ -112,6 +116,29 @@ def each_choice(items: Iterable) -> list:
         of_test = covering(of_test, choices, together=1, full=False) if several else of_test
         kept.update(map(id, of_test))
     return [item for item in items if id(item) in kept]
+
+
+def thinned(items: Iterable, most: int = 6) -> list:
+    """Of collected tests at most so many of each function, spread evenly, in their order.
+
+    A module that puts faults into kernels keeps all: their rows are chosen by kind. So do tests
+    that are marked `whole`.
+    """
+    items, by_test = list(items), {}
+    for item in items:
+        by_test.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    left_out = set()
+    for of_test in by_test.values():
+        if len(of_test) > most and not _is_whole(of_test[0]):
+            kept = {len(of_test) * n // most for n in range(most)}
+            left_out.update(id(item) for n, item in enumerate(of_test) if n not in kept)
+    return [item for item in items if id(item) not in left_out]
+
+
+def _is_whole(item) -> bool:
+    of_faults = "tests.support.faults"
+    breaks = any(getattr(x, "__module__", "") == of_faults for x in vars(item.module).values())
+    return breaks or item.get_closest_marker("whole") is not None
 
 
 def meetings(labels: tuple, together: int = 2) -> set[tuple]:

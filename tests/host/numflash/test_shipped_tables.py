@@ -103,10 +103,10 @@ def test_a_fresh_table_is_fresh_whether_it_has_entries_or_not(folder):
         ({"compilers": {"numba": "0.1"}}, "numba 0.1, now "),
     ],
 )
-@pytest.mark.parametrize("entries", [[], [entry()]], ids=["empty", "with an entry"])
-def test_a_table_made_with_something_else_is_stale(folder, capsys, then, reason, entries):
+@pytest.mark.parametrize("count", [0, 1], ids=["empty", "with an entry"])
+def test_a_table_made_with_something_else_is_stale(folder, capsys, then, reason, count):
     path = folder / "a.json"
-    tables.write(path, {DEVICE: entries}, tables.made_now() | then)
+    tables.write(path, {DEVICE: count * [entry()]}, tables.made_now() | then)
     assert any(each.startswith(reason) for each in tables.staleness(path))
     assert tables.warning(path).startswith("a.json is stale, made with ")
     assert caches.main(["validate", "--shipped"]) == 1

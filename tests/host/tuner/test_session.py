@@ -22,6 +22,7 @@ from numflash.machine_code.sources import family_hash
 from numflash.problem.classes import ProblemClass
 from numflash.selection import store
 from numflash.selection.entries import DeviceKey
+from tests.support.covering import ALL
 from tuner import autotune, model, report
 from tuner.records import Record, ResourceUsage
 from tuner.search import session
@@ -330,7 +331,8 @@ def test_trials_are_shared_by_runs_that_compare_and_by_no_others(tmp_path, monke
 
 def test_journals_hold_values_that_other_tools_of_optuna_show(tmp_path):
     watch = Stopwatch()
-    (result,) = tune(watch, problems=[FORWARD], trials=25)
+    trials = 25 if ALL else 8
+    (result,) = tune(watch, problems=[FORWARD], trials=trials)
     (name,) = journals(tmp_path)
     backend = JournalFileBackend(str(tmp_path / "cache" / "studies" / name))
     storage = optuna.storages.JournalStorage(backend)
@@ -338,7 +340,7 @@ def test_journals_hold_values_that_other_tools_of_optuna_show(tmp_path):
     study = optuna.load_study(study_name=summary.study_name, storage=storage)
     done = [trial for trial in study.trials if trial.state.is_finished() and trial.user_attrs]
     tried = [trial for trial in done if "record" in trial.user_attrs]
-    assert len(tried) == 25
+    assert len(tried) == trials
     for trial in tried:
         config = parse_config("forward", trial.user_attrs["config"])
         assert len(trial.params) > 5

@@ -60,6 +60,7 @@ def test_check_on_8_bit_floats_takes_layouts_and_fewer_axes(rng):
     assert numflash.check(q[0, 0], k[0, 0], v[0, 0], **options).passed
 
 
+@thorough
 def test_check_takes_a_chosen_precision(rng):
     q, k, v = arrays(rng, dtype=np.float16)
     for budget in (1e-3, 1.0):

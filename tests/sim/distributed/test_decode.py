@@ -10,6 +10,7 @@ from numflash import UnsupportedError, dequantize_fp8, quantize_fp8, reference
 from numflash.distributed.communicators.local import local
 from numflash.distributed.decode import decode, shard_lengths, shard_positions, token_owner
 from tests.support.counting import counting
+from tests.support.covering import some
 from tests.support.ranks import on_ranks
 
 BATCH, HEADS, HEADS_KV, DIM, DIM_V = 2, 4, 2, 16, 8
@@ -82,7 +83,7 @@ def test_dense_shards_one_of_them_empty(ranks, on):
     expect_same_bits(results)
 
 
-@pytest.mark.parametrize("scatter_heads", [False, True])
+@pytest.mark.parametrize("scatter_heads", some([False, True], True))
 def test_pages_are_dealt_sinks_count_once_and_bytes_are_as_said(scatter_heads, on):
     on("sm_80")
     ranks, lengths = 2, [21, 3]  # of the second sequence rank 1 has nothing
@@ -116,7 +117,7 @@ def test_pages_are_dealt_sinks_count_once_and_bytes_are_as_said(scatter_heads, o
         assert comm.agreements == 1
 
 
-@pytest.mark.parametrize("has_lengths", [False, True])
+@pytest.mark.parametrize("has_lengths", some([False, True], True))
 def test_shards_of_codes_have_scales_of_their_own(has_lengths, on):
     on("sm_80")
     q, k, v = operands(12)

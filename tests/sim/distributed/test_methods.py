@@ -87,13 +87,16 @@ def rows() -> list[tuple[str, int, str, str]]:
     ]
     if ALL:
         return covering(every, lambda row: (row[:2], *row[2:]), cost=lambda row: row[1])
+    # `test_ring` has most other options.
+    kept = {"causal", "full", "window", "few tokens", "mask_mod", "dropout", "dlse"}
+    kept.add("window in documents")
     found = []
     for n, option in enumerate(ASKED):
         place = PLACES[n % len(PLACES)]
         heads = [row[3] for row in every if row[:3] == (*place, option)]
         # Four query heads take twice as long as two.
         found.append((*place, option, heads[n % max(1, len(heads) - 1)]))
-    return found
+    return [row for row in found if row[2] in kept]
 
 
 def of_heads(asked: Asked, heads: str) -> Asked:
@@ -209,7 +212,7 @@ def test_sinks_of_documents_have_the_gradient_of_each_row_once(name):
     assert report.passed, f"\n{report}"
 
 
-@pytest.mark.parametrize("name", some(METHODS, "gather", "heads and gather"))
+@pytest.mark.parametrize("name", some(METHODS, "heads and ring"))
 def test_the_bits_do_not_depend_on_when_messages_come(name):
     ranks = METHODS[name][1][-2:][0]
     asked, layout = ASKED["causal"]._replace(tokens=10), Layout.zigzag(10, ranks)
