@@ -150,9 +150,12 @@ def shard(layout, x, rank: int, axis: int):
     parts = [x[_along(x, axis, slice(*place))] for place in places]
     if len(parts) == 1:
         return parts[0]
+    try:
+        arrays = Arrays.of(x, "x")
+    except TypeError:  # of another library, as NumPy's of whoever reads data
+        return x[_along(x, axis, layout.indices(rank))]
     shape = list(x.shape)
     shape[axis] = layout.tokens(rank)
-    arrays = Arrays.of(x, "x")
     whole = arrays.empty(tuple(shape), arrays.dtype_of(x))
     for part, rows in zip(parts, layout.rows(rank), strict=True):
         whole[_along(x, axis, slice(*rows))] = part
@@ -188,7 +191,7 @@ def gather(layout, x, comm, axis: int):
     return whole
 
 
-def _along(x, axis: int, rows: slice) -> tuple[slice, ...]:
+def _along(x, axis: int, rows: slice | np.ndarray) -> tuple[slice | np.ndarray, ...]:
     return (*[slice(None)] * (axis % len(x.shape)), rows)
 
 

@@ -41,8 +41,8 @@ def attention(
             "ring": keys and values go round. "heads": tokens of all heads are changed for heads of
             all tokens, and back; the ranks must divide num_heads_q, and divide num_heads_kv or be
             a multiple of it. ("heads", "gather") or ("heads", "ring"): heads among neighbours, the
-            other among their groups. "auto": gather, or ring where that takes less memory
-            (few key-value heads), less than max_workspace, or fewer messages at a time.
+            other among their groups. "auto": gather, or ring where gather would take more
+            memory than that (than max_workspace, if given) or too many messages at a time.
         wire: None: keys and values travel as they are. "e4m3", or an `Fp8Recipe` with scales of
             tokens or blocks: in 8 bits, quantised once by their owner, whose own queries see them
             so, too. They become 16 bits again where they arrive; precision="fp8" multiplies the
@@ -73,7 +73,7 @@ def attention(
 
     Memory beyond inputs and results, of each rank, S tokens in all, of 16 bits: gather two buffers
     of S keys and values of a group of heads; ring two of a rank's keys and values, and out in
-    float32; heads q, k, v and out once more.
+    float32, of which each call adds a part; heads q, k, v and out once more.
 
     Nothing waits on the host where the communicator does not. Sources: Llama 3, arXiv 2407.21783
     (gather); Ring Attention, arXiv 2310.01889; Ulysses, arXiv 2309.14509.

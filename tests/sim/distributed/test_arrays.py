@@ -47,6 +47,15 @@ def test_what_is_gathered_is_what_was_cut(name, axis, made):
     assert on_ranks(3, work, late(3, seed=1)) == [values(whole)] * 3
 
 
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_arrays_of_another_library_are_cut(name, monkeypatch):
+    """As NumPy's outside of the simulator, of whoever reads data."""
+    monkeypatch.setattr("numflash.distributed.arrays.SIMULATED", False)
+    layout, x = LAYOUTS[name], np.arange(2 * LAYOUTS[name].seqlen).reshape(2, -1)
+    for rank in range(layout.ranks):
+        assert layout.shard(x, rank).tolist() == x[:, layout.indices(rank)].tolist()
+
+
 def test_a_part_of_one_segment_is_a_view(made):
     whole = made(np.zeros((1, 12, 2), "float32"))
     part = Layout.contiguous(12, 3).shard(whole, 1)
