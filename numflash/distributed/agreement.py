@@ -14,12 +14,13 @@ NUMFLASH_DISTRIBUTED_CHECK=1, on all ranks, compares each call, and finds both a
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from numbers import Integral, Real
 from typing import Any, TypeVar
 
-from numflash.distributed.communicators import Agreed, Communicator
+from numflash.distributed.communicators import Agreed, Communicator, CommunicatorError
 from numflash.functions.identity import key_of
 from numflash.functions.trace import trace
 from numflash.runtime.errors import UnsupportedError
@@ -75,7 +76,8 @@ def agree(
         TypeError, ValueError, UnsupportedError: a rank's check refused. All raise what it raised,
             with its number; where all refuse alike, what each has raised itself. Any other
             exception of a check is raised on its own rank, and is a RuntimeError on the others.
-        CommunicatorError: a rank is gone, or did not come within the deadline.
+        CommunicatorError: a rank is gone, or did not come within the deadline; or a call before
+            ended on this rank in the middle.
 
     Example:
         >>> from numflash.distributed.agreement import agree
@@ -86,6 +88,12 @@ def agree(
     comms = comms if isinstance(comms, tuple) else (comms,)
     if all(comm.size == 1 for comm in comms):
         return check()
+    for comm in comms:
+        if comm.agreed.fault is not None:
+            raise CommunicatorError(
+                f"{call}: the communicator cannot be used any more after a fault: "
+                f"{comm.agreed.fault}"
+            )
     result, refusal, digest, texts = None, None, None, {}
     memory, place = comms[0].agreed, tuple(map(id, comms[1:]))
     checks_each_call = False
@@ -112,6 +120,23 @@ def agree(
         raise refusal
     memory.add(digest, place, comms[1:])
     return result
+
+
+@contextmanager
+def on_its_way(comms: tuple[Communicator, ...], call: str) -> Iterator[None]:
+    """Around the messages of a call: where it ends in the middle, its communicators are spent.
+
+    Else a rank that catches the error and calls again would send its peers, which still wait, the
+    messages of another step.
+    """
+    try:
+        yield
+    except BaseException as error:
+        fault = f"{call} ended on this rank with {type(error).__name__}: {error}"
+        for comm in comms:
+            if comm.size > 1:
+                comm.agreed.fault = fault
+        raise
 
 
 def _kind_of(refusal: Exception) -> str:

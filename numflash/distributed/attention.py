@@ -1,5 +1,6 @@
 """Attention over several GPUs and its gradients, as people call them."""
 
+from numflash.distributed.agreement import on_its_way
 from numflash.distributed.call import RankedCall, sum_over_ranks, with_batch
 from numflash.distributed.communicators import Communicator
 from numflash.distributed.layouts import Layout
@@ -102,7 +103,8 @@ def attention(
     operands = with_batch({"q": q, "k": k, "v": v})
     problem = call.problem(ready, operands["q"])
     in_float32 = out_dtype == "float32"
-    out, lse = ready.method.forward(problem, *operands.values(), float32=in_float32)
+    with on_its_way(call.comms, "attention"):
+        out, lse = ready.method.forward(problem, *operands.values(), float32=in_float32)
     if len(q.shape) == 3:
         out, lse = out[0], lse[0]
     return (out, lse) if return_lse else out
@@ -180,17 +182,18 @@ def attention_backward(
     ready = call.agreed(given)
     operands = with_batch(given)
     problem = call.problem(ready, operands["q"])
-    found = ready.method.backward(problem, operands, 0, ready.wrt, **call.of_backward(ready))
-    arrays = problem.arrays
-    dtype = grad_dtype or arrays.dtype_of(q)
-    results = []
-    for name in ready.wrt:
-        gradient = found.pop(name)
-        if name in ("q", "k", "v"):
-            gradient = arrays.contiguous(arrays.astype(gradient, dtype))
-            results.append(gradient[0] if len(q.shape) == 3 else gradient)
-        else:
-            results.append(sum_over_ranks(problem, gradient, name))
+    with on_its_way(call.comms, "attention_backward"):
+        found = ready.method.backward(problem, operands, 0, ready.wrt, **call.of_backward(ready))
+        arrays = problem.arrays
+        dtype = grad_dtype or arrays.dtype_of(q)
+        results = []
+        for name in ready.wrt:
+            gradient = found.pop(name)
+            if name in ("q", "k", "v"):
+                gradient = arrays.contiguous(arrays.astype(gradient, dtype))
+                results.append(gradient[0] if len(q.shape) == 3 else gradient)
+            else:
+                results.append(sum_over_ranks(problem, gradient, name))
     return tuple(results)
 
 

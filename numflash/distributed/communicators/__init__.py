@@ -29,9 +29,12 @@ class Agreed:
 
     Attributes:
         digests: of kinds of calls, by keys of this process.
+        fault: of a call that ended on this rank in the middle, so that messages of later calls
+            would meet those of its peers that wait; or None.
     """
 
     def __init__(self):
+        self.fault: str | None = None
         self.digests: dict[Hashable, bytes] = {}
         self._known: dict[tuple, tuple] = {}
 

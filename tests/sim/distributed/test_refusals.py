@@ -1,10 +1,20 @@
 """What `numflash.distributed.attention` refuses, before anything travels and on all ranks."""
 
+import threading
+
 import numpy as np
 import pytest
 
 from numflash import UnsupportedError
-from numflash.distributed import Layout, attention, attention_backward, call, local
+from numflash.distributed import (
+    CommunicatorError,
+    Layout,
+    attention,
+    attention_backward,
+    call,
+    local,
+    local_calls,
+)
 from tests.support.ranks import grid, on_ranks
 
 SHAPE = 1, 8, 2, 16
@@ -117,6 +127,30 @@ def test_a_refusal_on_one_rank_raises_on_all():
 
     first, second = _all_raise(work, 2)
     assert first == second and "rank 1 refuses the call: q must have the 4 tokens" in first
+
+
+def test_a_rank_whose_call_ends_in_the_middle_cannot_call_again(monkeypatch):
+    """Its peers wait for the rest of that call, and would take the next one's messages for it."""
+    own, given = X[:, :2], {"layout": Layout.contiguous(6, 3), "method": "ring"}
+
+    def compute(*operands, **options):
+        if threading.current_thread().name == "rank 0":
+            raise MemoryError("no room")
+        return on_one_gpu(*operands, **options)
+
+    on_one_gpu = local_calls.attention
+    monkeypatch.setattr(local_calls, "attention", compute)
+
+    def work(comm):
+        threading.current_thread().name = f"rank {comm.rank}"
+        with pytest.raises(CommunicatorError if comm.rank else MemoryError):
+            attention(own, own, own, comm=comm, **given)
+        with pytest.raises(CommunicatorError, match="after a fault") as caught:
+            attention(own, own, own, comm=comm, **given)
+        return str(caught.value)
+
+    found = on_ranks(3, work, comms=local(3, timeout=5.0))
+    assert "ended on this rank with MemoryError: no room" in found[0]
 
 
 def test_heads_that_cannot_be_shared_are_named():
