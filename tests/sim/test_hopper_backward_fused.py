@@ -150,6 +150,7 @@ LISTED = numflash.BlockMask.from_tiles(
 LENGTHS = {"seqlens_q": np.array([100], np.int32), "seqlens_k": np.array([130], np.int32)}
 
 
+@thorough
 @pytest.mark.parametrize(
     "options",
     [
