@@ -9,7 +9,7 @@ import numflash
 from numflash.executor.text import PtxError
 from numflash.simulator import SEED, SimulationError
 from tests.executed.conftest import normal
-from tests.support.covering import some
+from tests.support.covering import some, thorough
 from tests.support.faults import of_each_kind
 
 # Scores are large, so that rows' maxima are followed.
@@ -73,6 +73,7 @@ def test_what_is_another_instruction_is_seen(executed, monkeypatch, kernel, patt
     assert _is_seen(executed, monkeypatch, kernel, pattern, other, "first")
 
 
+@thorough
 @pytest.mark.parametrize("kernel", some(KERNELS, "sm90"))
 def test_a_comment_changes_nothing(executed, monkeypatch, kernel):
     """Nor does the order of warps: what is seen above is the change."""

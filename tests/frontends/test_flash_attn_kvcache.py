@@ -14,7 +14,7 @@ torch = pytest.importorskip("torch", reason="needs PyTorch: pip install numflash
 
 import numflash.flash_attn as flash_attn  # noqa: E402
 from tests.frontends.flash_attn_reference import attend, is_close_enough, rotate  # noqa: E402
-from tests.support.covering import ALL, covering
+from tests.support.covering import ALL, covering  # noqa: E402
 
 AXES = {
     "heads_kv": (4, 1, 2),

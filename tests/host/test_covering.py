@@ -108,13 +108,13 @@ def test_of_long_tables_a_few_rows_are_kept_and_of_faults_all():
     items = [collected(name, f"{n}") for name in names for n in range(13 if name == "long" else 6)]
     for item in items:
         item.module, item.get_closest_marker = plain, {}.get
-    kept = thinned(iter(items))
+    kept = thinned(iter(items), 6)
     assert [item.nodeid for item in kept[:6]] == [f"long[{n}]" for n in (0, 2, 4, 6, 8, 10)]
     assert kept[6:] == items[13:]
     marked = [*items]
     for item in marked[:13]:
         item.get_closest_marker = {"whole": "a mark"}.get
-    assert thinned(marked) == marked
+    assert thinned(marked, 6) == marked
     for item in items:
         item.module = breaking
     assert thinned(items) == items

@@ -146,6 +146,7 @@ def test_where_keys_lie_does_not_count(page, shift):
         assert bits_of(out[entry], lse[entry]) == together[number][-1:]
 
 
+@thorough
 def test_on_portable_kernels():
     batch = Batch((3, 0), np.float32)
     together = batch.results()
@@ -164,6 +165,7 @@ def test_as_many_keys_as_are_split_really(monkeypatch):
     assert alone(q, k, v) == decoded(q, k, v, range(3))
 
 
+@thorough
 def test_other_tiles_have_other_bits():
     """Without batch_invariant a config of other tiles is taken, and the bits are others."""
     q, k, v = Batch((2,)).parts[0][1:]

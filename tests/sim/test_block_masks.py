@@ -170,7 +170,7 @@ def check(name, arrays, **options):
     assert report.passed, f"\n{report}"
 
 
-KEPT = "portable", "sm75", "sm90-pingpong", "sm90-backward"
+KEPT = "portable", "sm80-two-stages", "sm90-pingpong", "sm90-backward"
 
 
 @pytest.mark.parametrize("name", some(KERNELS, *KEPT))
@@ -299,7 +299,9 @@ def test_documents_of_each_batch_entry_with_everything_else(on, name):
     ("config", "arch", "dtype"),
     [
         ("sm80-m16n16w1s2x3-packed", "sm_80", "float16"),
-        ("sm90-m64n32w4s2x2-packed-overlap-persistent", "sm_90a", "bfloat16"),
+        pytest.param(
+            *("sm90-m64n32w4s2x2-packed-overlap-persistent", "sm_90a", "bfloat16"), marks=thorough
+        ),
     ],
 )
 def test_decoding_packs_heads_that_share_a_list_and_splits_its_steps(on, config, arch, dtype):

@@ -236,6 +236,7 @@ def results(q, k, v, dout, **options):
     return [x.tobytes() for x in (out, lse, *gradients)]
 
 
+@thorough
 @pytest.mark.parametrize("dtype", some(SMALL, np.float16))
 def test_without_a_share_nothing_changes(dtype):
     arrays = inputs(dtype, seqlen_k=20)
@@ -245,6 +246,7 @@ def test_without_a_share_nothing_changes(dtype):
     assert results(*arrays, dropout_p=2.0**-18, seed=5) == plain
 
 
+@thorough
 def test_seeds_of_all_kinds_mean_the_same():
     arrays = inputs(seqlen_q=9, seqlen_k=20, heads=1)
     for seed, others in (

@@ -197,6 +197,7 @@ def test_a_cache_that_grows_in_place_is_read_anew(rng):
 SPLIT = "fp8-sm80-m16n32w1s1x2", "fp8-sm75-m16n32w1s1x5-packed"
 
 
+@thorough
 @pytest.mark.parametrize("config", some(SPLIT, SPLIT[1]))
 def test_splits_over_keys_change_nothing_but_rounding(rng, config):
     q, k, v = arrays(rng, 1, 150)

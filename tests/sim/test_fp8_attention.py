@@ -256,7 +256,7 @@ def _cases():
     return found
 
 
-@pytest.mark.parametrize(("case", "sort", "config", "number"), some(_cases(), every=9))
+@pytest.mark.parametrize(("case", "sort", "config", "number"), some(_cases(), every=12))
 def test_results_are_those_of_the_specification(case, sort, config, number):
     call = make_call(case, sort, number)
     assert differences(*run(call, config), call, tile_n_of(config)) == []

@@ -139,6 +139,7 @@ BLOCKS = [
 ]
 
 
+@thorough
 @pytest.mark.parametrize(("config", "blocks"), some(BLOCKS, BLOCKS[2]))
 def test_blocks_take_several_tiles_of_rows(config, blocks, monkeypatch):
     """Of which some see no key: the first rows of these."""
@@ -175,6 +176,7 @@ def test_by_itself_a_hopper_takes_it(sort):
     assert differences(out, lse, call, 128) == []
 
 
+@thorough
 @pytest.mark.usefixtures("shipped_kernels")
 @pytest.mark.parametrize(
     "recipe", some([Fp8Recipe("token"), Fp8Recipe("block", 32)], Fp8Recipe("token"))
@@ -192,6 +194,7 @@ def test_scales_within_a_tile_are_left_to_the_other_kernel(recipe):
         run(call, SMALL[0])
 
 
+@thorough
 def test_codes_that_lie_apart_are_read_where_they_lie():
     """Slices along every axis, and heads before tokens."""
     case = AttentionCase("apart", (2, 70, 140, 2, 2, 64, 64), options={"layout": "bhsd"})
@@ -345,6 +348,7 @@ def test_a_broken_kernel_is_caught(module, config, fault, monkeypatch, record_pr
     assert caught
 
 
+@thorough
 @pytest.mark.parametrize("config", some([OVERLAP, WIDE, TURNING], OVERLAP))
 def test_one_arrival_takes_products_to_be_over_for_all_warps_at_once(config, monkeypatch):
     """As in `test_broken_hopper_kernels`; buffers must be filled twice."""

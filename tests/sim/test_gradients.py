@@ -167,6 +167,7 @@ def test_a_gradient_of_lse_may_have_any_strides_and_fewer_axes():
 # The product of dO and O
 
 
+@thorough
 @each_kernel
 def test_a_delta_of_the_caller_s_replaces_out(on, name):
     arch, dtype, config = KERNELS[name]

@@ -89,6 +89,7 @@ def gradients_of(case, configs, integers=False, **more):
     return numflash.attention_backward(dout, *arrays.values(), out, lse, **given)
 
 
+@thorough
 def test_bits_of_dk_and_dv_are_those_of_two_kernels_and_no_order_of_threads_changes_any(
     monkeypatch,
 ):
@@ -149,6 +150,7 @@ LISTED = numflash.BlockMask.from_tiles(
 LENGTHS = {"seqlens_q": np.array([100], np.int32), "seqlens_k": np.array([130], np.int32)}
 
 
+@thorough
 @pytest.mark.parametrize(
     "options",
     [

@@ -184,6 +184,7 @@ PERSISTENT = [
 ]
 
 
+@thorough
 @pytest.mark.parametrize(("config", "num_sms"), some(PERSISTENT, PERSISTENT[1]))
 def test_other_persistent_configs_take_several_tiles_of_rows(config, num_sms, grid):
     head_dim = 256 if "n96" in config else 64
@@ -196,6 +197,7 @@ def test_other_persistent_configs_take_several_tiles_of_rows(config, num_sms, gr
     assert blocks[:num_sms] == list(range(num_sms))
 
 
+@thorough
 def test_a_grid_that_is_not_persistent_has_a_block_for_each_tile(grid):
     case = AttentionCase("blocks", (2, 70, 40, 2, 2, 32, 32), "float16", options={"causal": True})
     blocks = grid(1)
@@ -233,6 +235,7 @@ def test_configs_of_the_tests_on_a_gpu_can_run_their_cases():
         assert chosen.forward.config.smem_bytes(chosen.forward.traits) <= limits.max_smem_per_block
 
 
+@thorough
 def test_the_check_of_long_sequences_on_a_gpu_can_fail():
     point = Point("forward", "here", "float16", 1, 70, 70, 2, 1, 64, True)
     q, k, v = inputs_of(np, point)

@@ -186,6 +186,7 @@ def test_nothing_new_and_nobody(on):
     assert not out.any()
 
 
+@thorough
 def test_a_graph_replays_with_other_lengths_pages_and_rows(on, monkeypatch):
     """What a call launches, launched again after everything that lies on the device is another."""
     on("sm_80")

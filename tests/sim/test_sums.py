@@ -14,7 +14,7 @@ from numflash.runtime import sums
 from numflash.runtime.driver import limits_of_device
 from numflash.runtime.errors import UnsupportedError
 from numflash.runtime.switches import is_on
-from tests.support.covering import ALL, covering
+from tests.support.covering import ALL, covering, thorough
 from tests.support.instruction_harness import run_simulated
 from tests.support.tensor_core_cases import TENSOR_CORE_CASES
 from tests.support.wgmma_cases import WGMMA_CASES
@@ -208,6 +208,7 @@ def has(name: str, case) -> bool:
     return any((name, instruction, OF_16_BITS.get(x, x)) in HARDWARE for x in used)
 
 
+@thorough
 @pytest.mark.parametrize("name", ["ampere", "ada", "hopper"])
 def test_what_instructions_may_differ_by_on_hardware_is_enough(name, model):
     """The tolerances of tests/gpu: exact cases stay exact, others are within theirs."""

@@ -118,7 +118,7 @@ def each_choice(items: Iterable) -> list:
     return [item for item in items if id(item) in kept]
 
 
-def thinned(items: Iterable, most: int = 6) -> list:
+def thinned(items: Iterable, most: int = 4) -> list:
     """Of collected tests at most so many of each function, spread evenly, in their order.
 
     A module that puts faults into kernels keeps all: their rows are chosen by kind. So do tests

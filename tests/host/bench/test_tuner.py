@@ -6,6 +6,7 @@ pytest.importorskip("optuna")
 
 from bench import __main__ as bench
 from numflash.problem.classes import ProblemClass
+from tests.support.covering import thorough
 from tests.support.synthetic_recording import recording_of
 from tuner.measuring.replay import save
 from tuner.space import machines
@@ -23,6 +24,7 @@ def recording(tmp_path):
     return path
 
 
+@thorough
 def test_a_recording_is_replayed_with_several_seeds(recording, capsys):
     assert bench.main(["tuner", "--replay", str(recording), "--seeds", "3"]) == 0
     out = capsys.readouterr().out

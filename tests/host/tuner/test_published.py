@@ -14,7 +14,7 @@ pytest.importorskip("optuna")
 
 import numpy as np
 
-from tests.support.covering import some
+from tests.support.covering import some, thorough
 from tests.support.published_gradients import PUBLISHED, predicted_ms, published_ms
 from tests.support.published_speeds import points, problem_class
 from tuner import model
@@ -65,6 +65,7 @@ def test_kinds_are_neither_flattered_nor_wronged(kind):
     assert np.mean(np.log(ratios)) == pytest.approx(0, abs=0.03)
 
 
+@thorough
 @pytest.mark.parametrize("seqlen", some([512, 1024], 512))
 @pytest.mark.parametrize("batch", some([16, 32], 16))
 def test_short_causal_sequences_on_an_h100_stay_with_wgmma(seqlen, batch):

@@ -12,7 +12,7 @@ import sqlalchemy.exc
 from optuna.exceptions import StorageInternalError
 from optuna.storages import InMemoryStorage
 
-from tests.support.covering import ALL
+from tests.support.covering import ALL, thorough
 from tests.support.ledgers import configs_of, expect_all_open, keep, ledger_of
 from tuner.records import Record
 from tuner.search import storages
@@ -256,6 +256,7 @@ def test_tables_of_another_version_of_optuna_are_an_error(tmp_path):
             ledger_of(f"sqlite:///{path}")
 
 
+@thorough
 def test_processes_that_begin_at_once_make_one_storage(tmp_path, monkeypatch):
     kinds = "sqlite:///{}.db", "{}.journal"
     urls = [

@@ -145,7 +145,11 @@ def test_a_kernel_on_8_bit_floats_that_is_off_is_refused(served, monkeypatch):
             *(CONFIG, None),
             marks=thorough,
         ),
-        ("backward-dq float16-d32-dv32-vec-ragged full q8 k8 bh4 g1", "sm80-m16n16w1s1", None),
+        pytest.param(
+            "backward-dq float16-d32-dv32-vec-ragged full q8 k8 bh4 g1",
+            *("sm80-m16n16w1s1", None),
+            marks=thorough,
+        ),
         pytest.param(
             "forward float16-d32-dv32-vec-ragged-paged full q1 k40 bh4 g2 p16",
             *(CONFIG, ["forward"]),

@@ -50,7 +50,7 @@ def on(layout: Layout, method: str, options: dict) -> tuple[np.ndarray, np.ndarr
     return on_ranks(layout.ranks, work)[0]
 
 
-@pytest.mark.parametrize("option", some(OPTIONS, "window", "features"))
+@pytest.mark.parametrize("option", some(OPTIONS, "features"))
 def test_one_sequence(option):
     options = OPTIONS[option]
     config = config_of(Layout.zigzag(TOKENS, 1), options)

@@ -128,6 +128,7 @@ def test_a_plan_makes_no_study(run, tmp_path, monkeypatch):
     assert not (tmp_path / "cache" / "studies").exists()
 
 
+@thorough
 def test_a_plan_reads_a_storage_of_the_users(run, tmp_path):
     url = f"sqlite:///{tmp_path / 'studies.db'}"
     command = (*OFFLINE, *SMALL, "--storage", url)
