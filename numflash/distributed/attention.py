@@ -100,7 +100,7 @@ def attention(
     call = RankedCall("attention", layout, comm, method, wire, max_workspace, options)
     ready = call.agreed({"q": q, "k": k, "v": v})
     operands = with_batch({"q": q, "k": k, "v": v})
-    problem = call.problem(ready, operands["q"])
+    problem = ready.problem(options)
     in_float32 = out_dtype == "float32"
     out, lse = ready.method.forward(problem, *operands.values(), float32=in_float32)
     if len(q.shape) == 3:
@@ -179,8 +179,8 @@ def attention_backward(
         given["dlse"] = dlse
     ready = call.agreed(given)
     operands = with_batch(given)
-    problem = call.problem(ready, operands["q"])
-    found = ready.method.backward(problem, operands, 0, ready.wrt, **call.of_backward(ready))
+    problem = ready.problem(options)
+    found = ready.method.backward(problem, operands, 0, ready.wrt, **ready.of_backward)
     arrays = problem.arrays
     dtype = grad_dtype or arrays.dtype_of(q)
     results = []

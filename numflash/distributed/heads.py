@@ -8,7 +8,7 @@ Source: DeepSpeed Ulysses, arXiv 2309.14509.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from numflash.distributed import steps
@@ -44,6 +44,11 @@ class RegroupedProblem(Problem):
     across: Problem
     method: Method
     more: dict[str, Any]
+
+    def with_options(self, options: dict[str, Any]) -> "RegroupedProblem":
+        """See `Problem.with_options`."""
+        across = self.across.with_options(options)
+        return replace(self, calls=across.calls, across=across)
 
     @property
     def plan(self) -> Regrouping:

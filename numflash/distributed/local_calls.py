@@ -55,7 +55,7 @@ class LocalCalls:
             arrays: of the operands.
         """
         given = {name: x for name, x in options.items() if is_given(name, x)}
-        self._arrays = arrays
+        self._arrays, self._options = arrays, options
         self.by_position = any(name in given for name in BY_POSITION)
         self._has_origin = self.by_position or "sinks" in given
         self.in_codes = given.get("precision") == "fp8"
@@ -64,12 +64,9 @@ class LocalCalls:
         given = {name: x for name, x in given.items() if name not in _OF_FORWARD}
         self._backward = given | ({"config": of_backward} if of_backward else {})
 
-    def with_config(self, config: str) -> "LocalCalls":
-        """The same calls, whose forward runs this config."""
-        found = object.__new__(LocalCalls)
-        found.__dict__ |= self.__dict__
-        found._forward = self._forward | {"config": config}
-        return found
+    def with_options(self, options: dict[str, Any]) -> "LocalCalls":
+        """The same calls with more options."""
+        return LocalCalls(self._options | options, self._arrays)
 
     def of_heads(self, name: str):
         """The array of "sinks" or "alibi_slopes", of all heads of the problem."""

@@ -1,6 +1,6 @@
 """One problem over several ranks, as a rank sees it; every method reads it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -46,6 +46,10 @@ class Problem:
     def tokens(self) -> int:
         """Tokens of this rank."""
         return self.layout.tokens(self.rank)
+
+    def with_options(self, options: dict[str, Any]) -> "Problem":
+        """The same problem with more options of its calls."""
+        return replace(self, calls=self.calls.with_options(options))
 
     def wire_of(self, k, v) -> Wire:
         """How these keys and values travel."""
