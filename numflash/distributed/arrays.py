@@ -7,7 +7,7 @@ import math
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -54,7 +54,7 @@ class Arrays:
             f"got {type(array).__module__}.{type(array).__qualname__}"
         )
 
-    @property
+    @cached_property
     def is_torch(self) -> bool:
         """Whether arrays are PyTorch's."""
         return self.library.__name__ == "torch"
@@ -69,6 +69,8 @@ class Arrays:
         if self.is_torch:
             kind = getattr(self.library, dtype)
             return self.library.empty(shape, dtype=kind, device=self.device)
+        if self.device is None:
+            return self.library.empty(shape, numpy_dtype(dtype))
         with self._on_device():
             return self.library.empty(shape, numpy_dtype(dtype))
 
@@ -114,7 +116,11 @@ class Arrays:
         Args:
             parts: (shape, dtype) by name.
         """
-        size, places = _places(tuple(parts.items()))
+        return self.bundle_at(places_in_bundle(tuple(parts.items())))
+
+    def bundle_at(self, size_and_places: "Places") -> "Bundle":
+        """`bundle`, of arrays whose places are known."""
+        size, places = size_and_places
         memory = self.empty((size,), "uint8")
         views = {name: self.typed(memory[at], *kind) for name, at, kind in places}
         return Bundle(memory, views)
@@ -130,9 +136,19 @@ def _name_of(dtype) -> str:
     return dtype.name if isinstance(dtype, np.dtype) else str(dtype).removeprefix("torch.")
 
 
+Places = tuple[int, tuple[tuple[str, slice, tuple[str, tuple[int, ...]]], ...]]
+
+
 @lru_cache(maxsize=4096)
-def _places(parts: tuple) -> tuple[int, tuple[tuple[str, slice, tuple], ...]]:
-    """The bytes of a bundle, and for each of its arrays (name, which of them, (dtype, shape))."""
+def places_in_bundle(parts: tuple[tuple[str, tuple[tuple[int, ...], str]], ...]) -> Places:
+    """Where `Arrays.bundle` puts arrays.
+
+    Args:
+        parts: (name, (shape, dtype)) of each.
+
+    Returns:
+        the bytes of all, and for each (name, its bytes among them, (dtype, shape)).
+    """
     found, at = [], 0
     for name, (shape, dtype) in parts:
         begin = -(-at // _ALIGNMENT) * _ALIGNMENT

@@ -10,12 +10,13 @@ Source: Llama 3, arXiv 2407.21783, section 3.3.2, context parallelism by all-gat
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from numflash.distributed import steps
 from numflash.distributed.local_calls import Part
 from numflash.distributed.problem import Gradients, Problem
 from numflash.distributed.steps import Exchange, Gathering
+from numflash.distributed.wire import Wire
 
 _OF_TOKENS = ("q", "k", "v")
 
@@ -36,22 +37,21 @@ def forward(problem: Problem, q, k, v, first_head: int = 0, *, float32: bool) ->
     Raises:
         CommunicatorError: a peer is gone or did not come.
     """
-    plan, arrays = _plan(problem), problem.arrays
+    plan, arrays = _planned(problem, q, k, v, backward=False), problem.arrays
     batch, tokens, heads_q, _ = q.shape
     dtype = "float32" if float32 else arrays.dtype_of(q)
     out = arrays.empty((batch, tokens, heads_q, v.shape[3]), dtype)
     lse = arrays.empty((batch, heads_q, tokens), "float32")
-    group, several = heads_q // k.shape[2], len(problem.layout.lengths) > 1
+    several = len(problem.layout.lengths) > 1
     if several:
         lse[...] = float("-inf")
-    at_once = problem.heads_at_once(q, k, v, backward=False)
-    for heads, keys, values in _fetched(problem, plan, k, v, at_once):
-        mine = slice(heads.start * group, heads.stop * group)
+    calls, verb = plan.steps.calls, problem.calls.forward
+    for group, keys, values in _fetched(problem, plan, k, v):
+        mine = group.q
         operands = q[:, :, mine], keys, values, first_head + mine.start
-        for part in problem.calls.forward(
-            plan.calls, *operands, float32=float32, into=out[:, :, mine]
-        ):
-            rows, (_, found) = lse[:, mine, slice(*part.q)], part.results
+        of_group = lse[:, mine]
+        for part in verb(calls, *operands, float32=float32, into=out[:, :, mine]):
+            rows, (_, found) = of_group[:, :, slice(*part.q)], part.results
             # Parts of several documents have -inf in each other's rows.
             rows[...] = arrays.library.maximum(rows, found) if several else found
     return out, lse
@@ -79,22 +79,23 @@ def backward(
     Raises:
         CommunicatorError: a peer is gone or did not come.
     """
-    plan, arrays = _plan(problem), problem.arrays
+    arrays = problem.arrays
     q, k, v = (operands[name] for name in _OF_TOKENS)
+    plan = _planned(problem, q, k, v, backward=True)
     found = {"q": arrays.zeros(tuple(q.shape), "float32")} if "q" in wrt else {}
-    at_once, group = problem.heads_at_once(q, k, v, backward=True), q.shape[2] // k.shape[2]
-    shares = _Shares(problem, plan, {"k": k, "v": v}, wrt, at_once)
+    shares = _Shares(problem, plan, {"k": k, "v": v}, wrt)
     found |= shares.gradients
-    for heads, keys, values in _fetched(problem, plan, k, v, at_once):
-        mine = slice(heads.start * group, heads.stop * group)
+    for group, keys, values in _fetched(problem, plan, k, v):
+        mine = group.q
         of_group = {
             name: x[:, mine] if name in ("lse", "delta", "dlse") else x[:, :, mine]
             for name, x in operands.items()
             if x is not None and name not in ("k", "v")
         }
         of_group |= {"k": keys, "v": values}
-        shares.begin(heads)
-        for part in problem.calls.backward(plan.calls, of_group, first_head + mine.start, wrt):
+        shares.begin(group.kv)
+        first = first_head + mine.start
+        for part in problem.calls.backward(plan.steps.calls, of_group, first, wrt):
             if "q" in found:
                 rows = found["q"][:, slice(*part.q), mine]
                 rows += part.results["q"]
@@ -118,51 +119,98 @@ def is_alone(plan: Gathering) -> bool:
     return not plan.fetch and plan.is_whole and all(rows == place for rows, place in plan.own)
 
 
-def _plan(problem: Problem) -> Gathering:
-    return steps.gathering(problem.layout, problem.band)[problem.rank]
+class _Group(NamedTuple):
+    """Heads whose keys and values are fetched together.
+
+    Attributes:
+        q: the query heads.
+        kv: the key-value heads.
+        what: names them in errors.
+    """
+
+    q: slice
+    kv: slice
+    what: str
 
 
-def _fetched(
-    problem: Problem, plan: Gathering, k, v, at_once: int
-) -> Iterator[tuple[slice, Any, Any]]:
+class _Plan(NamedTuple):
+    """What a rank does, in numbers of its arrays.
+
+    Attributes:
+        steps: by tokens.
+        groups: in their order; all have as many heads.
+        wire: of the keys and values of one group; of all heads where nothing is fetched.
+        own: of this rank's tokens (rows, the first place) each.
+        sends, receives: (bytes of a buffer of `wire`, the other rank) of each message.
+    """
+
+    steps: Gathering
+    groups: tuple[_Group, ...]
+    wire: Wire
+    own: tuple[tuple[slice, int], ...]
+    sends: tuple[tuple[slice, int], ...]
+    receives: tuple[tuple[slice, int], ...]
+
+    @property
+    def at_once(self) -> int:
+        """Key-value heads of a group."""
+        return self.groups[0].kv.stop
+
+
+def _planned(problem: Problem, q, k, v, *, backward: bool) -> _Plan:
+    return problem.once(
+        ("gather", backward), lambda: _plan_of(problem, q, k, v, backward=backward)
+    )
+
+
+def _plan_of(problem: Problem, q, k, v, *, backward: bool) -> _Plan:
+    plan = steps.gathering(problem.layout, problem.band)[problem.rank]
+    heads_kv, seqlen = k.shape[2], problem.layout.seqlen
+    each = heads_kv if is_alone(plan) else problem.heads_at_once(q, k, v, backward=backward)
+    group, groups = q.shape[2] // heads_kv, []
+    for n in range(0, heads_kv, each):
+        what = f"keys and values of heads {n} to {n + each - 1} of {heads_kv}"
+        groups.append(_Group(slice(n * group, (n + each) * group), slice(n, n + each), what))
+    wire, places = problem.wire_of(k[:, :, :each], v[:, :, :each]), dict(plan.own)
+    sent = [(message.peer, places[message.rows]) for message in plan.fetch.sends]
+    received = [(message.peer, message.rows) for message in plan.fetch.receives]
+    sends, receives = (
+        tuple((span, peer) for peer, rows in side for span in wire.spans(seqlen, *rows))
+        for side in (sent, received)
+    )
+    own = tuple((slice(*rows), place[0]) for rows, place in plan.own)
+    return _Plan(plan, tuple(groups), wire, own, sends, receives)
+
+
+def _fetched(problem: Problem, plan: _Plan, k, v) -> Iterator[tuple[_Group, Any, Any]]:
     """So many heads at a time with their keys and values of all tokens; the next are under way.
 
     Keys that nobody here sees are zeros: a hidden NaN would spoil what shares a tile with it.
     """
-    heads_kv = k.shape[2]
-    if is_alone(plan):
-        wire = problem.wire_of(k, v)
-        yield slice(0, heads_kv), *wire.rounded(k, v)
+    wire, groups = plan.wire, plan.groups
+    if is_alone(plan.steps):
+        yield groups[0], *wire.rounded(k, v)
         return
-    wire = problem.wire_of(k[:, :, :at_once], v[:, :, :at_once])
-    groups = [slice(n, n + at_once) for n in range(0, heads_kv, at_once)]
-    seqlen, zeroed = problem.layout.seqlen, not plan.is_whole
+    seqlen, zeroed = problem.layout.seqlen, not plan.steps.is_whole
     buffers = [wire.new(seqlen, zeroed=zeroed) for _ in groups[:2]]
-    places = dict(plan.own)
-    sent = [(m.peer, places[m.rows]) for m in plan.fetch.sends]
-    received = [(m.peer, m.rows) for m in plan.fetch.receives]
     messages = [
-        [
-            [(x, peer) for peer, rows in side for x in wire.messages(buffer, *rows)]
-            for side in (sent, received)
-        ]
-        for buffer in buffers
+        [[(x.memory[span], peer) for span, peer in side] for side in (plan.sends, plan.receives)]
+        for x in buffers
     ]
 
     def post(number: int) -> Callable[[], None]:
-        buffer, heads = buffers[number % 2], groups[number]
-        for rows, place in plan.own:
-            mine = slice(None), slice(*rows), heads
-            wire.fill(buffer, place[0], k[mine], v[mine])
-        what = f"keys and values of heads {heads.start} to {heads.stop - 1} of {heads_kv}"
-        return _post(problem, plan.fetch, *messages[number % 2], what)
+        buffer, heads = buffers[number % 2], groups[number].kv
+        for rows, begin in plan.own:
+            wire.fill(buffer, begin, k[:, rows, heads], v[:, rows, heads])
+        fetch = plan.steps.fetch
+        return _post(problem, fetch, *messages[number % 2], groups[number].what)
 
     wait = post(0)
-    for number, heads in enumerate(groups):
+    for number, group in enumerate(groups):
         wait()
         if number + 1 < len(groups):
             wait = post(number + 1)
-        yield heads, *wire.unpack(buffers[number % 2])
+        yield group, *wire.unpack(buffers[number % 2])
 
 
 def _post(
@@ -188,13 +236,12 @@ class _Shares:
     def __init__(
         self,
         problem: Problem,
-        plan: Gathering,
+        plan: _Plan,
         operands: dict[str, Any],
         wrt: tuple[str, ...],
-        at_once: int,
     ):
         """Take room for as many heads at once."""
-        self._problem, self._plan = problem, plan
+        self._problem, self._plan = problem, plan.steps
         self._heads, self._is_clear = slice(0, 0), False
         self._under_way: tuple[Callable[[], None], slice] | None = None
         self._columns, at = {}, 0
@@ -207,10 +254,10 @@ class _Shares:
         self._sums = arrays.zeros((tokens, batch, heads, at), "float32")
         self.gradients = self._by_name(self._sums)
         self._buffer = None
-        if self._columns and not is_alone(plan):
-            row = batch, at_once, at
+        if self._columns and not is_alone(plan.steps):
+            row = batch, plan.at_once, at
             self._buffer = arrays.empty((problem.layout.seqlen, *row), "float32")
-            as_bytes, give = arrays.as_bytes, plan.give
+            as_bytes, give = arrays.as_bytes, plan.steps.give
             self._sends = [(as_bytes(self._buffer[slice(*m.rows)]), m.peer) for m in give.sends]
             self._arrive(row)
 

@@ -107,8 +107,7 @@ def backward(
     operands["out"] = operands["dlse"] = None
     q, k, v = (operands[name] for name in ("q", "k", "v"))
     if travels == "auto":
-        sizes = sizes_of(q, k, v, arrays.dtype_of(q), problem.wire)
-        travels = what_travels(problem.layout, problem.band, problem.calls.by_position, sizes, wrt)
+        travels = problem.once(("travels", wrt), lambda: _what_travels(problem, q, k, v, wrt))
     if travels == "keys":
         plan, cargo = _plan(problem, steps.ring), _Keys(problem, k, v)
     else:
@@ -116,6 +115,11 @@ def backward(
         operands["k"], operands["v"] = problem.wire_of(k, v).rounded(k, v)
         cargo = _Queries(arrays, operands)
     return _backward(problem, plan, cargo, operands, first_head, wrt)
+
+
+def _what_travels(problem: Problem, q, k, v, wrt: tuple[str, ...]) -> str:
+    sizes = sizes_of(q, k, v, problem.arrays.dtype_of(q), problem.wire)
+    return what_travels(problem.layout, problem.band, problem.calls.by_position, sizes, wrt)
 
 
 class _Keys:
@@ -406,4 +410,8 @@ def _tokens(message: steps.Message) -> int:
 
 def _plan(problem: Problem, ring: Callable) -> tuple[Step, ...]:
     """This rank's steps."""
-    return ring(problem.layout, problem.band, problem.calls.by_position)[problem.rank]
+
+    def make() -> tuple[Step, ...]:
+        return ring(problem.layout, problem.band, problem.calls.by_position)[problem.rank]
+
+    return problem.once(ring, make)
