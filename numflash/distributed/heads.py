@@ -9,9 +9,10 @@ Source: DeepSpeed Ulysses, arXiv 2309.14509.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from numflash.distributed import steps
+from numflash.distributed.arrays import Arrays
 from numflash.distributed.communicators import Communicator
 from numflash.distributed.local_calls import delta_of
 from numflash.distributed.problem import Gradients, Problem
@@ -53,7 +54,13 @@ class RegroupedProblem(Problem):
     @property
     def plan(self) -> Regrouping:
         """What this rank exchanges with its group."""
-        return steps.regrouping(self.layout, self.within.size)[self.rank]
+        return self.once(
+            Regrouping, lambda: steps.regrouping(self.layout, self.within.size)[self.rank]
+        )
+
+    def shares(self, heads_q: int, heads_kv: int) -> list[Share]:
+        """The heads of each rank of the group."""
+        return self.once("shares", lambda: shares_of(self.within.size, heads_q, heads_kv))
 
 
 def forward(
@@ -74,7 +81,7 @@ def forward(
     Raises:
         CommunicatorError: a peer is gone or did not come.
     """
-    arrays, shares = problem.arrays, shares_of(problem.within.size, q.shape[2], k.shape[2])
+    arrays, shares = problem.arrays, problem.shares(q.shape[2], k.shape[2])
     mine = shares[problem.within.rank]
     # One after the other: what is sent of one is free before the other needs room.
     (queries,) = _to_heads(problem, [q.swapaxes(0, 1)], shares, "queries")
@@ -118,7 +125,7 @@ def backward(
     """
     arrays = problem.arrays
     dout, q, k, v = (operands[name] for name in ("dout", *_OF_TOKENS))
-    shares = shares_of(problem.within.size, q.shape[2], k.shape[2])
+    shares = problem.shares(q.shape[2], k.shape[2])
     mine = shares[problem.within.rank]
     of_rows = [x.swapaxes(0, 1) for x in (q, dout)]
     of_rows += [
@@ -167,20 +174,18 @@ def _to_heads(problem: RegroupedProblem, wholes: list, shares: list[Share], what
     """
     arrays, plan, me = problem.arrays, problem.plan, problem.within.rank
 
-    def cut(rank: int) -> list:
-        return [x[:, :, shares[rank].q] for x in wholes]
-
-    found = []
-    for x, own in zip(wholes, cut(me), strict=True):
-        shape = plan.tokens, *own.shape[1:]
-        found.append(arrays.empty(shape, arrays.dtype_of(x)))
+    owns = [x[:, :, shares[me].q] for x in wholes]
+    found = [arrays.empty((plan.tokens, *x.shape[1:]), arrays.dtype_of(x)) for x in owns]
     sent = {
-        rank: [arrays.contiguous(x) for x in cut(rank)]
-        for rank in range(len(shares))
+        rank: [_Rows.of_array(arrays, arrays.contiguous(x[:, :, share.q])) for x in wholes]
+        for rank, share in enumerate(shares)
         if rank != me
     }
-    wait = _post(problem, plan.there, lambda rank: sent[rank], lambda rank: found, what)
-    for whole, own in zip(found, cut(me), strict=True):
+    room = [_Rows.of_array(arrays, x) for x in found]
+    sends = [(x.cut(m.rows), m.peer) for m in plan.there.sends for x in sent[m.peer]]
+    receives = [(x.cut(m.rows), m.peer) for m in plan.there.receives for x in room]
+    wait = _post(problem, plan.there, sends, receives, "heads for tokens", what)
+    for whole, own in zip(found, owns, strict=True):
         for rows, place in plan.own:
             whole[slice(*place)] = own[slice(*rows)]
     wait()
@@ -204,11 +209,9 @@ def _keys_to_heads(problem: RegroupedProblem, k, v, shares: list[Share]) -> tupl
     def messages(x, rows: tuple[int, int]) -> list:
         return wire.messages(x, *rows)
 
-    what = f"heads for tokens within a group of {problem.within.size}, keys and values"
     sends = [(x, m.peer) for m in plan.there.sends for x in messages(sent[m.peer], m.rows)]
     receives = [(x, m.peer) for m in plan.there.receives for x in messages(buffer, m.rows)]
-    if plan.there:
-        problem.within.exchange(sends, receives, what)()
+    _post(problem, plan.there, sends, receives, "heads for tokens", "keys and values")()
     return wire.unpack(buffer)
 
 
@@ -226,49 +229,52 @@ def _to_tokens(problem: RegroupedProblem, computed: list, what: str) -> Iterable
     arrays, plan, me = problem.arrays, problem.plan, problem.within.rank
     for n, x in enumerate(computed):
         computed[n] = arrays.contiguous(x)
+    tokens, ranks = problem.tokens, range(problem.within.size)
+    # Each of the others has all of this rank's tokens.
     arrived = {
-        message: [
-            arrays.empty((message.rows[1] - message.rows[0], *x.shape[1:]), arrays.dtype_of(x))
-            for x in computed
-        ]
-        for message in plan.back.receives
+        rank: [arrays.empty((tokens, *x.shape[1:]), arrays.dtype_of(x)) for x in computed]
+        for rank in ranks
+        if rank != me and tokens
     }
-    as_bytes = arrays.as_bytes
-    sends = [
-        (as_bytes(x[slice(*message.rows)]), message.peer)
-        for message in plan.back.sends
-        for x in computed
-    ]
-    receives = [(as_bytes(x), m.peer) for m, found in arrived.items() for x in found]
-    if plan.back:
-        name = f"tokens for heads within a group of {problem.within.size}, {what}"
-        problem.within.exchange(sends, receives, name)()
-    for rank in range(problem.within.size):
+    room = {rank: [_Rows.of_array(arrays, x) for x in found] for rank, found in arrived.items()}
+    leaving = [_Rows.of_array(arrays, x) for x in computed]
+    sends = [(x.cut(m.rows), m.peer) for m in plan.back.sends for x in leaving]
+    receives = [(x.cut(m.rows), m.peer) for m in plan.back.receives for x in room[m.peer]]
+    _post(problem, plan.back, sends, receives, "tokens for heads", what)()
+    for rank in ranks:
         if rank == me:
             for rows, place in plan.own:
                 yield rank, [(rows, x[slice(*place)]) for x in computed]
-        for message, found in arrived.items():
-            if message.peer == rank:
-                yield rank, [(message.rows, x) for x in found]
+        elif tokens:
+            yield rank, [((0, tokens), x) for x in arrived[rank]]
+
+
+class _Rows(NamedTuple):
+    """The bytes of a contiguous array, and how many a row of its first axis has."""
+
+    memory: Any
+    bytes: int
+
+    @classmethod
+    def of_array(cls, arrays: Arrays, x) -> "_Rows":
+        """Of an array."""
+        memory = arrays.as_bytes(x)
+        return cls(memory, memory.shape[0] // max(1, x.shape[0]))
+
+    def cut(self, rows: tuple[int, int]):
+        """The bytes of rows begin to end."""
+        begin, end = rows
+        return self.memory[begin * self.bytes : end * self.bytes]
 
 
 def _post(
-    problem: RegroupedProblem,
-    exchange: Exchange,
-    sent: Callable[[int], list],
-    received: Callable[[int], list],
-    what: str,
+    problem: RegroupedProblem, exchange: Exchange, sends: list, receives: list, how: str, what: str
 ) -> Callable[[], None]:
-    """Post the rows of each message, of each array that is sent to, or filled by, a rank."""
+    """Post the messages of an exchange, if it has any."""
     if not exchange:
         return _nothing
-    as_bytes = problem.arrays.as_bytes
-    sides = (
-        [(as_bytes(x[slice(*m.rows)]), m.peer) for m in side for x in of(m.peer)]
-        for side, of in ((exchange.sends, sent), (exchange.receives, received))
-    )
-    name = f"heads for tokens within a group of {problem.within.size}, {what}"
-    return problem.within.exchange(*sides, name)
+    name = f"{how} within a group of {problem.within.size}, {what}"
+    return problem.within.exchange(sends, receives, name)
 
 
 def _nothing() -> None:
