@@ -9,6 +9,7 @@ added in the order of ranks.
 Source: Llama 3, arXiv 2407.21783, section 3.3.2, context parallelism by all-gather.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -223,6 +224,59 @@ def _nothing() -> None:
     pass
 
 
+class _Home(NamedTuple):
+    """How shares of gradients go home, in numbers of their arrays.
+
+    Attributes:
+        columns: by name, those of dK and dV.
+        row: (batch, heads of a group, columns of dK and dV), of one token.
+        tokens: that arrive.
+        sends, receives: (bytes of all tokens' shares, or of what arrives; the other rank) of each
+            message.
+        pieces: in the order of ranks (own rows, whether this rank made them, where they lie among
+            all tokens, or among those that arrive). What one rank has of neighbouring rows is one.
+    """
+
+    columns: dict[str, slice]
+    row: tuple[int, int, int]
+    tokens: int
+    sends: list[tuple[slice, int]]
+    receives: list[tuple[slice, int]]
+    pieces: list[tuple[slice, bool, slice]]
+
+
+def _home_of(rank: int, plan: _Plan, batch: int, dims: dict[str, int]) -> _Home:
+    columns, width = {}, 0
+    for name, dim in dims.items():
+        columns[name] = slice(width, width + dim)
+        width += dim
+    row = batch, plan.at_once, width
+    size, (sends, receives) = 4 * math.prod(row), plan.steps.give
+    order = sorted(range(len(receives)), key=lambda n: (receives[n].peer, receives[n].rows))
+    at, spans, pieces = 0, {}, []
+    for n in order:
+        peer, (begin, end), _ = receives[n]
+        past = at + end - begin
+        spans[n] = slice(at * size, past * size)
+        if pieces and pieces[-1][:2] == (peer, begin):
+            _, _, (first, _), (room, _) = pieces.pop()
+        else:
+            first, room = begin, at
+        pieces.append((peer, end, (first, end), (room, past)))
+        at = past
+    found = [(peer, rows, False, place) for peer, _, rows, place in pieces]
+    found += [(rank, rows, True, place) for rows, place in plan.steps.own]
+    found.sort(key=lambda piece: piece[:2])
+    return _Home(
+        columns,
+        row,
+        at,
+        [(slice(m.rows[0] * size, m.rows[1] * size), m.peer) for m in sends],
+        [(spans[n], message.peer) for n, message in enumerate(receives)],
+        [(slice(*rows), is_own, slice(*place)) for _, rows, is_own, place in found],
+    )
+
+
 class _Shares:
     """Gradients of keys and values: this rank's shares of all ranks' tokens, which go home.
 
@@ -233,6 +287,8 @@ class _Shares:
         gradients: of this rank's tokens, by name: the sums of what has arrived.
     """
 
+    _under_way: tuple[Callable[[], None], slice] | None
+
     def __init__(
         self,
         problem: Problem,
@@ -240,26 +296,26 @@ class _Shares:
         operands: dict[str, Any],
         wrt: tuple[str, ...],
     ):
-        """Take room for as many heads at once."""
-        self._problem, self._plan = problem, plan.steps
-        self._heads, self._is_clear = slice(0, 0), False
-        self._under_way: tuple[Callable[[], None], slice] | None = None
-        self._columns, at = {}, 0
-        for name, x in operands.items():
-            if name in wrt:
-                self._columns[name] = slice(at, at + x.shape[3])
-                at += x.shape[3]
+        """Take room for the heads of a group."""
+        dims = {name: x.shape[3] for name, x in operands.items() if name in wrt}
         batch, tokens, heads, _ = operands["k"].shape
+        home = problem.once(("home", *dims), lambda: _home_of(problem.rank, plan, batch, dims))
+        self._problem, self._plan, self._home = problem, plan.steps, home
+        self._heads, self._is_clear = slice(0, 0), False
+        self._under_way = self._buffer = None
         arrays = problem.arrays
-        self._sums = arrays.zeros((tokens, batch, heads, at), "float32")
+        self._sums = arrays.zeros((tokens, batch, heads, home.row[2]), "float32")
         self.gradients = self._by_name(self._sums)
-        self._buffer = None
-        if self._columns and not is_alone(plan.steps):
-            row = batch, plan.at_once, at
-            self._buffer = arrays.empty((problem.layout.seqlen, *row), "float32")
-            as_bytes, give = arrays.as_bytes, plan.steps.give
-            self._sends = [(as_bytes(self._buffer[slice(*m.rows)]), m.peer) for m in give.sends]
-            self._arrive(row)
+        if not dims or is_alone(plan.steps):
+            return
+        self._buffer = arrays.empty((problem.layout.seqlen, *home.row), "float32")
+        room = arrays.empty((home.tokens, *home.row), "float32")
+        leaving, arriving = map(arrays.as_bytes, (self._buffer, room))
+        self._sends = [(leaving[span], peer) for span, peer in home.sends]
+        self._receives = [(arriving[span], peer) for span, peer in home.receives]
+        self._arrived = [
+            (rows, (self._buffer if is_own else room)[at]) for rows, is_own, at in home.pieces
+        ]
 
     def begin(self, heads: slice) -> None:
         """Say which heads the next shares are of."""
@@ -290,40 +346,13 @@ class _Shares:
         (wait, heads), self._under_way = self._under_way, None
         wait()
         for rows, share in self._arrived:
-            own = self._sums[slice(*rows), :, heads]
+            own = self._sums[rows, :, heads]
             own += share
-
-    def _arrive(self, row: tuple[int, int, int]) -> None:
-        """Room for the shares of other ranks; what one has of neighbouring rows as one piece."""
-        arrays, receives = self._problem.arrays, self._plan.give.receives
-        order = sorted(range(len(receives)), key=lambda n: (receives[n].peer, receives[n].rows))
-        tokens = sum(end - begin for _, (begin, end), _ in receives)
-        room, at, places = arrays.empty((tokens, *row), "float32"), 0, {}
-        pieces: list[list[int]] = []
-        for n in order:
-            peer, (begin, end), _ = receives[n]
-            places[n] = at, at + end - begin
-            if pieces and pieces[-1][0] == peer and pieces[-1][2] == begin:
-                pieces[-1][2] = end
-            else:
-                pieces.append([peer, begin, end, at])
-            at += end - begin
-        self._receives = [
-            (arrays.as_bytes(room[slice(*places[n])]), message.peer)
-            for n, message in enumerate(receives)
-        ]
-        found = [
-            (peer, (begin, end), room[at : at + end - begin]) for peer, begin, end, at in pieces
-        ]
-        rank = self._problem.rank
-        found += [(rank, rows, self._buffer[slice(*place)]) for rows, place in self._plan.own]
-        found.sort(key=lambda piece: piece[:2])
-        self._arrived = [piece[1:] for piece in found]
 
     def _by_name(self, rows) -> dict[str, Any]:
         """dK and dV of (tokens, batch, heads, columns): (batch, tokens, heads, head_dim)."""
         by_batch = rows.swapaxes(0, 1)
-        return {name: by_batch[..., columns] for name, columns in self._columns.items()}
+        return {name: by_batch[..., columns] for name, columns in self._home.columns.items()}
 
     def _clear(self) -> None:
         """Make room for the shares of the next heads."""

@@ -219,10 +219,13 @@ class _Round:
         views: of the operands that are here, by name.
     """
 
+    _here: Cargo | None
+    _coming: Cargo | None
+
     def __init__(self, problem: Problem, plan: tuple[Step, ...], cargo: "_Keys | _Queries"):
         self._problem, self._plan, self._cargo = problem, plan, cargo
         self._here = cargo.own() if plan and plan[0].fetch.sends else None
-        self._coming: Cargo | None = None
+        self._coming = None
         self.views = cargo.of_owner(self._here)
 
     def post(self, number: int) -> Callable[[], None]:
@@ -273,8 +276,10 @@ class _Shares:
     They wait here for the sum of the ranks before.
     """
 
+    _found: dict[tuple[str, tuple[int, int]], Any]
+
     def __init__(self):
-        self._found: dict[tuple[str, tuple[int, int]], Any] = {}
+        self._found = {}
 
     def add(self, name: str, rows: tuple[int, int], gradient) -> None:
         """Add to the share of these rows."""
@@ -294,9 +299,11 @@ class _Shares:
 class _Kept:
     """Gradients that stay on this rank, of all steps."""
 
+    _found: dict[str, Any]
+
     def __init__(self, arrays: Arrays, shapes: dict[str, tuple[int, ...]]):
         self._arrays, self._shapes = arrays, shapes
-        self._found: dict[str, Any] = {}
+        self._found = {}
 
     def add(self, name: str, rows: tuple[int, int], gradient) -> None:
         """Add to the gradient's rows."""
