@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import repeat
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -359,11 +360,13 @@ _VARYING = (*ARRAY_OPTIONS, *FUNCTIONS, "aux")
 """Options of which equal calls may have others."""
 
 
+_VERBS = ("rank", "size", "agreed", "exchange", "all_gather", "agree")
+
+
 def _comms(comm) -> tuple[Communicator, ...]:
     """One communicator, or those within and across groups. Raises TypeError."""
     found = tuple(comm) if isinstance(comm, tuple | list) else (comm,)
-    verbs = ("rank", "size", "agreed", "exchange", "all_gather", "agree")
-    if len(found) not in (1, 2) or not all(hasattr(x, verb) for x in found for verb in verbs):
+    if len(found) not in (1, 2) or not all(all(map(hasattr, repeat(x), _VERBS)) for x in found):
         raise TypeError(
             "comm must be a communicator, as numflash.distributed.local, of_torch and of_cupy "
             f"make them, or a pair of them, got {comm!r}"

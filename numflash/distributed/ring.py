@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from numflash.api.merge import merge_onto
 from numflash.distributed import steps
-from numflash.distributed.arrays import Arrays
+from numflash.distributed.arrays import Arrays, Places, places_in_bundle
 from numflash.distributed.local_calls import Part, delta_of
 from numflash.distributed.problem import Gradients, Problem, sizes_of
 from numflash.distributed.sizes import what_travels
@@ -113,7 +113,7 @@ def backward(
     else:
         plan = _plan(problem, steps.ring_of_queries)
         operands["k"], operands["v"] = problem.wire_of(k, v).rounded(k, v)
-        cargo = _Queries(arrays, operands)
+        cargo = _Queries(problem, operands)
     return _backward(problem, plan, cargo, operands, first_head, wrt)
 
 
@@ -176,8 +176,9 @@ class _Queries:
     gradients = ("q",)
     _names = ("q", "dout", "lse", "delta")
 
-    def __init__(self, arrays: Arrays, operands: dict[str, Any]):
-        self._arrays, self._given = arrays, {name: operands[name] for name in self._names}
+    def __init__(self, problem: Problem, operands: dict[str, Any]):
+        self._problem, self._arrays = problem, problem.arrays
+        self._given = {name: operands[name] for name in self._names}
 
     def own(self) -> Cargo:
         """This rank's, copied."""
@@ -196,14 +197,19 @@ class _Queries:
 
     def new(self, tokens: int) -> Cargo:
         """Room for those of another rank."""
-        parts = {}
+        places = self._problem.once(("queries", tokens), lambda: self._places(tokens))
+        bundle = self._arrays.bundle_at(places)
+        return Cargo([bundle.memory], bundle)
+
+    def _places(self, tokens: int) -> Places:
+        """Of so many, in a bundle."""
+        parts = []
         for name, array in self._given.items():
             batch, *others = array.shape
             is_row = len(others) == 2
             shape = (batch, others[0], tokens) if is_row else (batch, tokens, *others[1:])
-            parts[name] = shape, self._arrays.dtype_of(array)
-        bundle = self._arrays.bundle(parts)
-        return Cargo([bundle.memory], bundle)
+            parts.append((name, (shape, self._arrays.dtype_of(array))))
+        return places_in_bundle(tuple(parts))
 
     def new_sums(self, tokens: int, names: tuple[str, ...]) -> Cargo:
         """Room for the gradients of queries."""
