@@ -9,15 +9,14 @@ Source: DeepSpeed Ulysses, arXiv 2309.14509.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from numflash.distributed import steps
-from numflash.distributed.arrays import Arrays
 from numflash.distributed.communicators import Communicator
 from numflash.distributed.local_calls import delta_of
 from numflash.distributed.problem import Gradients, Problem
 from numflash.distributed.sizes import Share, shares_of
-from numflash.distributed.steps import Exchange, Regrouping
+from numflash.distributed.steps import Message, Regrouping
 
 _OF_TOKENS = ("q", "k", "v")
 
@@ -177,14 +176,11 @@ def _to_heads(problem: RegroupedProblem, wholes: list, shares: list[Share], what
     owns = [x[:, :, shares[me].q] for x in wholes]
     found = [arrays.empty((plan.tokens, *x.shape[1:]), arrays.dtype_of(x)) for x in owns]
     sent = {
-        rank: [_Rows.of_array(arrays, arrays.contiguous(x[:, :, share.q])) for x in wholes]
+        rank: [arrays.contiguous(x[:, :, share.q]) for x in wholes]
         for rank, share in enumerate(shares)
         if rank != me
     }
-    room = [_Rows.of_array(arrays, x) for x in found]
-    sends = [(x.cut(m.rows), m.peer) for m in plan.there.sends for x in sent[m.peer]]
-    receives = [(x.cut(m.rows), m.peer) for m in plan.there.receives for x in room]
-    wait = _post(problem, plan.there, sends, receives, "heads for tokens", what)
+    wait = _post_rows(problem, found, sent, what, back=False)
     for whole, own in zip(found, owns, strict=True):
         for rows, place in plan.own:
             whole[slice(*place)] = own[slice(*rows)]
@@ -206,12 +202,19 @@ def _keys_to_heads(problem: RegroupedProblem, k, v, shares: list[Share]) -> tupl
         own = slice(None), slice(*rows), heads
         wire.fill(buffer, place[0], k[own], v[own])
 
-    def messages(x, rows: tuple[int, int]) -> list:
-        return wire.messages(x, *rows)
-
-    sends = [(x, m.peer) for m in plan.there.sends for x in messages(sent[m.peer], m.rows)]
-    receives = [(x, m.peer) for m in plan.there.receives for x in messages(buffer, m.rows)]
-    _post(problem, plan.there, sends, receives, "heads for tokens", "keys and values")()
+    spans = wire.spans
+    sends = [
+        (sent[peer].memory[span], peer)
+        for peer, rows, _ in plan.there.sends
+        for span in spans(k.shape[1], *rows)
+    ]
+    receives = [
+        (buffer.memory[span], peer)
+        for peer, rows, _ in plan.there.receives
+        for span in spans(plan.tokens, *rows)
+    ]
+    if plan.there:
+        _post(problem, sends, receives, "heads for tokens", "keys and values")()
     return wire.unpack(buffer)
 
 
@@ -236,11 +239,7 @@ def _to_tokens(problem: RegroupedProblem, computed: list, what: str) -> Iterable
         for rank in ranks
         if rank != me and tokens
     }
-    room = {rank: [_Rows.of_array(arrays, x) for x in found] for rank, found in arrived.items()}
-    leaving = [_Rows.of_array(arrays, x) for x in computed]
-    sends = [(x.cut(m.rows), m.peer) for m in plan.back.sends for x in leaving]
-    receives = [(x.cut(m.rows), m.peer) for m in plan.back.receives for x in room[m.peer]]
-    _post(problem, plan.back, sends, receives, "tokens for heads", what)()
+    _post_rows(problem, computed, arrived, what, back=True)()
     for rank in ranks:
         if rank == me:
             for rows, place in plan.own:
@@ -249,30 +248,48 @@ def _to_tokens(problem: RegroupedProblem, computed: list, what: str) -> Iterable
             yield rank, [((0, tokens), x) for x in arrived[rank]]
 
 
-class _Rows(NamedTuple):
-    """The bytes of a contiguous array, and how many a row of its first axis has."""
+def _post_rows(
+    problem: RegroupedProblem, wholes: list, parts: dict[int, list], what: str, *, back: bool
+) -> Callable[[], None]:
+    """Post rows of arrays; the wait for them.
 
-    memory: Any
-    bytes: int
+    Args:
+        problem: this rank's.
+        wholes: of the group's tokens, contiguous; they are filled, or with `back` sent.
+        parts: for each other rank, of this rank's tokens, contiguous; they are sent, or filled.
+        what: they are.
+        back: which way.
+    """
+    plan, as_bytes = problem.plan, problem.arrays.as_bytes
+    if not plan.there:
+        return _nothing
+    of_group = [as_bytes(x) for x in wholes]
+    of_peers = {peer: [as_bytes(x) for x in each] for peer, each in parts.items()}
+    widths = tuple([x.shape[0] // max(1, plan.tokens) for x in of_group])
+    here, there = problem.once(
+        ("spans", widths), lambda: [_spans(side, widths) for side in plan.there]
+    )
+    sides = (
+        [(of_peers[peer][n][span], peer) for peer, n, span in here],
+        [(of_group[n][span], peer) for peer, n, span in there],
+    )
+    if back:
+        return _post(problem, *reversed(sides), "tokens for heads", what)
+    return _post(problem, *sides, "heads for tokens", what)
 
-    @classmethod
-    def of_array(cls, arrays: Arrays, x) -> "_Rows":
-        """Of an array."""
-        memory = arrays.as_bytes(x)
-        return cls(memory, memory.shape[0] // max(1, x.shape[0]))
 
-    def cut(self, rows: tuple[int, int]):
-        """The bytes of rows begin to end."""
-        begin, end = rows
-        return self.memory[begin * self.bytes : end * self.bytes]
+def _spans(messages: tuple[Message, ...], widths: tuple[int, ...]) -> list[tuple[int, int, slice]]:
+    """(rank, array, bytes) of each message of arrays whose rows have so many bytes."""
+    return [
+        (peer, n, slice(begin * width, end * width))
+        for peer, (begin, end), _ in messages
+        for n, width in enumerate(widths)
+    ]
 
 
 def _post(
-    problem: RegroupedProblem, exchange: Exchange, sends: list, receives: list, how: str, what: str
+    problem: RegroupedProblem, sends: list, receives: list, how: str, what: str
 ) -> Callable[[], None]:
-    """Post the messages of an exchange, if it has any."""
-    if not exchange:
-        return _nothing
     name = f"{how} within a group of {problem.within.size}, {what}"
     return problem.within.exchange(sends, receives, name)
 
