@@ -288,7 +288,7 @@ def key_of_item(name: str, value, of_array: Callable[[Any], Hashable]) -> Hashab
     kind = type(value)
     if name in _CHANGING and isinstance(value, Real):
         return kind
-    if kind in _PLAIN or value is None:
+    if kind in _PLAIN or value is None or isinstance(value, Real):
         return kind, value
     if kind is tuple or kind is list:
         return kind, *[key_of_item(name, each, of_array) for each in value]

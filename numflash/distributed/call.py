@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import repeat
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from numflash.calls.ready import remembered
 from numflash.distributed import gather, heads, steps, whole
@@ -146,12 +146,12 @@ class RankedCall:
             for name, array in operands.items():
                 parts += name, _glance(array)
             for name, value in self.options.items():
-                if value is not None:
-                    parts += name, key_of_item(name, value, _glance)
+                of_array = _glance if name in _VARYING else _no_key
+                parts += name, key_of_item(name, value, of_array)
             if asked is not None:
-                parts += asked.grad_dtype, self.travels, key_of_item("wrt", asked.wrt, _glance)
+                parts += asked.grad_dtype, self.travels, key_of_item("wrt", asked.wrt, _no_key)
             for name in ("method", "wire", "max_workspace"):
-                parts.append(key_of_item(name, getattr(self, name), _glance))
+                parts.append(key_of_item(name, getattr(self, name), _no_key))
         except (NoKeyError, TypeError):
             return None
         return tuple(parts)
@@ -353,6 +353,11 @@ def _glance(array) -> tuple:
     if key is None:
         raise NoKeyError
     return type(array), key
+
+
+def _no_key(array) -> NoReturn:
+    """For an array in the place of a number: its metadata does not say which one."""
+    raise NoKeyError
 
 
 _NOT_OF_CALLS = ("causal", "window_size", "out_dtype", *_OF_LAYOUT)

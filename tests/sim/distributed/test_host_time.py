@@ -129,3 +129,25 @@ def test_options_of_each_call_are_its_own(asked, method):
         assert {options["seed"] for options in asked} == {seed}
         of_sinks = [options["sinks"] for options in asked if "sinks" in options]
         assert of_sinks and all(each is sinks for each in of_sinks)
+
+
+@pytest.mark.parametrize("kind", [float, np.float32, np.float64])
+def test_numbers_of_each_call_are_its_own(asked, kind):
+    q = np.zeros((1, TOKENS, HEADS_Q, HEAD_DIM), "float16")
+    given = {"layout": LAYOUT, "comm": Still(), "method": "ring"}
+    for scale in (0.5, 0.25, 0.5):
+        asked.clear()
+        attention(q, q, q, softmax_scale=kind(scale), **given)
+        assert {options["softmax_scale"] for options in asked} == {scale}
+
+
+def test_a_warm_call_refuses_what_a_cold_one_does(asked):
+    q = np.zeros((1, TOKENS, HEADS_Q, HEAD_DIM), "float16")
+    given = {"layout": LAYOUT, "comm": Still(), "method": "ring"}
+    attention(q, q, q, causal=True, **given)
+    attention(q, q, q, **given)
+    for causal in (np.bool_(True), np.bool_(False)):
+        with pytest.raises(TypeError, match="causal must be"):
+            attention(q, q, q, causal=causal, **given)
+    with pytest.raises(TypeError, match="aux"):
+        attention(q, q, q, aux=None, **given)
