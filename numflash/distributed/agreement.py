@@ -34,6 +34,7 @@ FUNCTIONS = ("score_mod", "mask_mod", "score_mod_grad")
 _CHANGING = ("seed", "aux")
 """Numbers that change from call to call: compared with what is new, and where each call is."""
 _ERRORS = {kind.__name__: kind for kind in (TypeError, ValueError, UnsupportedError)}
+_CHECK = "NUMFLASH_DISTRIBUTED_CHECK"
 _LONGEST = 300
 """Characters of a value in an error."""
 
@@ -56,6 +57,7 @@ def agree(
     call: str,
     items: Mapping[str, Any],
     check: Callable[[], Result],
+    key: Hashable | None = None,
 ) -> Result:
     """What `check` returns, once all ranks are known to ask for the same.
 
@@ -69,6 +71,8 @@ def agree(
             by field, score_mod, mask_mod and score_mod_grad by the text of what they compute, and
             numbers, strings, tuples and None as they are. None is as good as absent.
         check: the checks of this rank alone; it must not communicate.
+        key: all that items and the result of check depend on: `recalled` then finds that result.
+            None: nothing finds it.
 
     Raises:
         ValueError: the ranks differ; on all of them, and with the same message, which names the
@@ -86,8 +90,9 @@ def agree(
         'ready'
     """
     comms = comms if isinstance(comms, tuple) else (comms,)
+    memory, place = comms[0].agreed, _place(comms)
     if all(comm.size == 1 for comm in comms):
-        return check()
+        return memory.keep(key, place, None, check())
     for comm in comms:
         if comm.agreed.fault is not None:
             raise CommunicatorError(
@@ -95,14 +100,13 @@ def agree(
                 f"{comm.agreed.fault}"
             )
     result, refusal, digest, texts = None, None, None, {}
-    memory, place = comms[0].agreed, tuple(map(id, comms[1:]))
     checks_each_call = False
     try:
-        checks_each_call = is_on("NUMFLASH_DISTRIBUTED_CHECK")
+        checks_each_call = is_on(_CHECK)
         result = check()
         digest = _digest_of(memory, call, items, comms)
         if not checks_each_call and memory.has(digest, place):
-            return result
+            return memory.keep(key, place, digest, result)
     except Exception as error:
         refusal = error
     try:
@@ -119,7 +123,32 @@ def agree(
     if refusal is not None:
         raise refusal
     memory.add(digest, place, comms[1:])
-    return result
+    return memory.keep(key, place, digest, result)
+
+
+def recalled(comms: tuple[Communicator, ...], key: Hashable | None) -> Any:
+    """What `agree` returned for an equal key, if the ranks still know that call; else None.
+
+    Args:
+        comms: as of `agree`.
+        key: as of `agree`.
+    """
+    memory, place = comms[0].agreed, _place(comms)
+    digest, result = memory.kept(key, place)
+    if digest is None:
+        return result
+    if any(comm.agreed.fault is not None for comm in comms):
+        return None  # `agree` says so
+    try:
+        is_known = not is_on(_CHECK) and memory.has(digest, place)
+    except ValueError:
+        return None  # `agree` says what is wrong with it
+    return result if is_known else None
+
+
+def _place(comms: tuple[Communicator, ...]) -> tuple[int, ...]:
+    """What tells the other communicators of the first one."""
+    return tuple(map(id, comms[1:])) if len(comms) > 1 else ()
 
 
 @contextmanager
@@ -175,10 +204,10 @@ def _digest_of(memory: Agreed, call: str, items: Mapping, comms: tuple) -> bytes
             if kind in _PLAIN and name not in _CHANGING:
                 parts += name, kind, value
             elif value is not None:
-                parts += name, _quick(name, value)
+                parts += name, key_of_item(name, value, _key_of_array)
         key = tuple(parts)
         found = memory.digests.get(key)
-    except (_NoKeyError, TypeError):  # or one that cannot be hashed
+    except (NoKeyError, TypeError):  # or one that cannot be hashed
         return _digest(_texts(call, items, comms, changing=False))
     if found is None:
         found = _digest(_texts(call, items, comms, changing=False))
@@ -266,32 +295,50 @@ def _dtype(array) -> str:
 _PLAIN = frozenset((bool, int, float, str))
 
 
-class _NoKeyError(Exception):
+class NoKeyError(Exception):
     """An item has no key."""
 
 
-def _quick(name: str, value) -> Hashable:
-    """Raises _NoKeyError."""
+def key_of_item(name: str, value, of_array: Callable[[Any], Hashable]) -> Hashable:
+    """A key of an item of `agree`: items with equal keys have equal texts.
+
+    Numbers that change from call to call are in it by their type.
+
+    Args:
+        name: of the item.
+        value: of the item.
+        of_array: makes the key of an array, alone or in a tuple, and of a `Shard`.
+
+    Raises:
+        NoKeyError: nobody can tell whether it means what it meant before.
+    """
     kind = type(value)
-    if kind is Shard:
-        shape = value.array.shape
-        axis = value.axis % len(shape)
-        return axis, (*shape[:axis], *shape[axis + 1 :]), value.array.dtype
     if name in _CHANGING and isinstance(value, Real):
         return kind
-    if kind in _PLAIN or value is None:
+    if kind in _PLAIN or value is None or isinstance(value, Real):
         return kind, value
     if kind is tuple or kind is list:
-        return tuple([_quick(name, each) for each in value])
-    if _is_array(value):
-        return tuple(value.shape), value.dtype
+        return kind, *[key_of_item(name, each, of_array) for each in value]
+    if kind is dict:
+        return kind, *[(each, key_of_item(name, x, of_array)) for each, x in value.items()]
+    if kind is Shard or _is_array(value):
+        return of_array(value)
     if name in FUNCTIONS:
         key = key_of(value)
     else:
         key = value if is_dataclass(value) and value.__hash__ is not None else None
     if key is None:
-        raise _NoKeyError
+        raise NoKeyError
     return key
+
+
+def _key_of_array(array) -> Hashable:
+    """Of its dtype and shape; of a `Shard` without the axis of the tokens."""
+    if type(array) is not Shard:
+        return tuple(array.shape), array.dtype
+    shape = array.array.shape
+    axis = array.axis % len(shape)
+    return axis, (*shape[:axis], *shape[axis + 1 :]), array.array.dtype
 
 
 # Where they differ

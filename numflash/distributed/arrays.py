@@ -7,13 +7,14 @@ import math
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
 
 from numflash.distributed.agreement import Shard, agree
 from numflash.runtime.mode import SIMULATED
-from numflash.runtime.torch_tensors import dtype_name, is_tensor
+from numflash.runtime.torch_tensors import is_tensor
 from numflash.runtime.views import numpy_dtype
 
 _ALIGNMENT = 128
@@ -53,7 +54,7 @@ class Arrays:
             f"got {type(array).__module__}.{type(array).__qualname__}"
         )
 
-    @property
+    @cached_property
     def is_torch(self) -> bool:
         """Whether arrays are PyTorch's."""
         return self.library.__name__ == "torch"
@@ -61,13 +62,15 @@ class Arrays:
     @staticmethod
     def dtype_of(array) -> str:
         """The name of an array's dtype."""
-        return dtype_name(array) if is_tensor(array) else array.dtype.name
+        return _name_of(array.dtype)
 
     def empty(self, shape: tuple[int, ...], dtype: str):
         """A new contiguous array."""
         if self.is_torch:
             kind = getattr(self.library, dtype)
             return self.library.empty(shape, dtype=kind, device=self.device)
+        if self.device is None:
+            return self.library.empty(shape, numpy_dtype(dtype))
         with self._on_device():
             return self.library.empty(shape, numpy_dtype(dtype))
 
@@ -113,21 +116,45 @@ class Arrays:
         Args:
             parts: (shape, dtype) by name.
         """
-        ends, at = {}, 0
-        for name, (shape, dtype) in parts.items():
-            begin = -(-at // _ALIGNMENT) * _ALIGNMENT
-            at = begin + math.prod(shape) * numpy_dtype(dtype).itemsize
-            ends[name] = begin, at
-        memory = self.empty((at,), "uint8")
-        views = {
-            name: self.typed(memory[slice(*ends[name])], dtype, shape)
-            for name, (shape, dtype) in parts.items()
-        }
+        return self.bundle_at(places_in_bundle(tuple(parts.items())))
+
+    def bundle_at(self, size_and_places: "Places") -> "Bundle":
+        """`bundle`, of arrays whose places are known."""
+        size, places = size_and_places
+        memory = self.empty((size,), "uint8")
+        views = {name: self.typed(memory[at], *kind) for name, at, kind in places}
         return Bundle(memory, views)
 
     def _on_device(self) -> AbstractContextManager:
         """CuPy allocates on the current device, which this makes `device`."""
         return nullcontext() if self.device is None else self.library.cuda.Device(self.device)
+
+
+@lru_cache(maxsize=64)
+def _name_of(dtype) -> str:
+    """The name of NumPy's, CuPy's or PyTorch's dtype."""
+    return dtype.name if isinstance(dtype, np.dtype) else str(dtype).removeprefix("torch.")
+
+
+Places = tuple[int, tuple[tuple[str, slice, tuple[str, tuple[int, ...]]], ...]]
+
+
+@lru_cache(maxsize=4096)
+def places_in_bundle(parts: tuple[tuple[str, tuple[tuple[int, ...], str]], ...]) -> Places:
+    """Where `Arrays.bundle` puts arrays.
+
+    Args:
+        parts: (name, (shape, dtype)) of each.
+
+    Returns:
+        the bytes of all, and for each (name, its bytes among them, (dtype, shape)).
+    """
+    found, at = [], 0
+    for name, (shape, dtype) in parts:
+        begin = -(-at // _ALIGNMENT) * _ALIGNMENT
+        at = begin + math.prod(shape) * numpy_dtype(dtype).itemsize
+        found.append((name, slice(begin, at), (dtype, shape)))
+    return at, tuple(found)
 
 
 class Bundle(dict):

@@ -101,7 +101,7 @@ def attention(
     call = RankedCall("attention", layout, comm, method, wire, max_workspace, options)
     ready = call.agreed({"q": q, "k": k, "v": v})
     operands = with_batch({"q": q, "k": k, "v": v})
-    problem = call.problem(ready, operands["q"])
+    problem = ready.problem(options)
     in_float32 = out_dtype == "float32"
     with on_its_way(call.comms, "attention"):
         out, lse = ready.method.forward(problem, *operands.values(), float32=in_float32)
@@ -181,9 +181,9 @@ def attention_backward(
         given["dlse"] = dlse
     ready = call.agreed(given)
     operands = with_batch(given)
-    problem = call.problem(ready, operands["q"])
+    problem = ready.problem(options)
     with on_its_way(call.comms, "attention_backward"):
-        found = ready.method.backward(problem, operands, 0, ready.wrt, **call.of_backward(ready))
+        found = ready.method.backward(problem, operands, 0, ready.wrt, **ready.of_backward)
         arrays = problem.arrays
         dtype = grad_dtype or arrays.dtype_of(q)
         results = []

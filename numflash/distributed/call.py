@@ -2,12 +2,20 @@
 
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import repeat
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from numflash.calls.ready import remembered
 from numflash.distributed import gather, heads, steps, whole
-from numflash.distributed.agreement import Shard, agree
+from numflash.distributed.agreement import (
+    FUNCTIONS,
+    NoKeyError,
+    Shard,
+    agree,
+    key_of_item,
+    recalled,
+)
 from numflash.distributed.arrays import Arrays
 from numflash.distributed.communicators import Communicator
 from numflash.distributed.communicators.alone import Alone
@@ -20,6 +28,7 @@ from numflash.distributed.problem import Problem, sizes_of
 from numflash.distributed.sizes import expect_heads
 from numflash.distributed.wire import expect_layout_for, recipe_of
 from numflash.problem.options import (
+    ARRAY_OPTIONS,
     OPTIONS,
     AttentionOptions,
     GradientOptions,
@@ -52,20 +61,40 @@ _PLAIN = frozenset((*_TAKEN, "out_dtype"))
 _ONE_SEQUENCE = ("dropout_p", "bias", "mask", "score_mod", "mask_mod")
 
 
-class Ready(NamedTuple):
+class Checked(NamedTuple):
     """A call that is checked.
 
     Attributes:
         names: of its methods: that of all ranks; or "heads", and that across groups.
-        method: the module that computes it.
         config: that forwards run, if the caller names none; None if each call has its own.
         wrt: of a backward, what it returns gradients of.
     """
 
     names: tuple[str, ...]
-    method: ModuleType
     config: str | None
     wrt: tuple[str, ...] = ()
+
+
+class Ready(NamedTuple):
+    """A call that is checked and agreed on, and what equal calls have in common.
+
+    Attributes:
+        method: the module that computes it.
+        wrt: of a backward, what it returns gradients of.
+        of_backward: what only the backward of its method takes.
+    """
+
+    method: ModuleType
+    wrt: tuple[str, ...]
+    of_backward: dict[str, str]
+    common: Problem
+    varying: tuple[str, ...]
+
+    def problem(self, options: dict[str, Any]) -> Problem:
+        """The problem of this rank, with the options of a call."""
+        if not self.varying:
+            return self.common
+        return self.common.with_options({name: options[name] for name in self.varying})
 
 
 @dataclass
@@ -88,6 +117,16 @@ class RankedCall:
 
     def agreed(self, operands: dict[str, Any]) -> Ready:
         """The call checked, once all ranks ask for the same. Raises as `attention`."""
+        key = self._key(operands)
+        ready = recalled(self.comms, key)
+        if ready is None:
+            call = f"numflash.distributed.{self.function}"
+            items = self._items(operands)
+            ready = agree(self.comms, call, items, lambda: self._ready(operands, key), key)
+        return ready
+
+    def _items(self, operands: dict[str, Any]) -> dict[str, Any]:
+        """What the ranks must share."""
         items = {
             name: Shard(x, _axis_of_tokens(name, x)) for name, x in operands.items()
         } | self.options
@@ -96,28 +135,54 @@ class RankedCall:
         if self.asked is not None:
             items |= {"wrt": self.asked.wrt, "grad_dtype": self.asked.grad_dtype}
             items["travels"] = self.travels
-        call = f"numflash.distributed.{self.function}"
-        return agree(self.comms, call, items, lambda: self._checked(operands))
+        return items
 
-    def problem(self, ready: Ready, q) -> Problem:
-        """The problem of this rank."""
-        arrays = Arrays.of(q, "q")
-        given = {name: x for name, x in self.options.items() if name not in _NOT_OF_CALLS}
+    def _key(self, operands: dict[str, Any]) -> tuple | None:
+        """Of all that the checks, and what the ranks must share, depend on.
+
+        None: nobody can tell whether all is as it was before.
+        """
+        asked, parts = self.asked, [RankedCall, generation(), self.function, self.layout]
+        try:
+            for name, array in operands.items():
+                parts += name, _glance(array)
+            for name, value in self.options.items():
+                of_array = _glance if name in _VARYING else _no_key
+                parts += name, key_of_item(name, value, of_array)
+            if asked is not None:
+                parts += asked.grad_dtype, self.travels, key_of_item("wrt", asked.wrt, _no_key)
+            for name in ("method", "wire", "max_workspace"):
+                parts.append(key_of_item(name, getattr(self, name), _no_key))
+        except (NoKeyError, TypeError):
+            return None
+        return tuple(parts)
+
+    def _ready(self, operands: dict[str, Any], key: tuple | None) -> Ready:
+        """Raises as `attention`."""
+        checked = self._checked(operands, key)
+        varying = tuple(name for name in _VARYING if self.options.get(name) is not None)
+        q = with_batch({"q": operands["q"]})["q"]
+        of_backward = {"travels": self.travels} if checked.names == ("ring",) else {}
+        common = self._problem(checked, q, varying)
+        return Ready(_module(checked.names[0]), checked.wrt, of_backward, common, varying)
+
+    def _problem(self, checked: Checked, q, varying: tuple[str, ...]) -> Problem:
+        """The problem of this rank, without the options that vary."""
+        arrays, without = Arrays.of(q, "q"), (*_NOT_OF_CALLS, *varying)
+        given = {name: x for name, x in self.options.items() if name not in without}
         if given.get("precision") == "fp8":
             # A scale for each query: how they are spread over ranks then does not matter.
             recipe = recipe_of(self.wire, q.shape[3])
             given["fp8"] = replace(recipe, granularity="token")
-        calls, band = (
-            LocalCalls(given, arrays),
-            Band.of(self.options["causal"], self.options["window_size"]),
-        )
-        if ready.config is not None:
-            calls = calls.with_config(ready.config)
+        if checked.config is not None:
+            given["config"] = checked.config
+        calls = LocalCalls(given, arrays)
+        band = Band.of(self.options["causal"], self.options["window_size"])
         comm, of_all = self.comms[0], (self.max_workspace, self.wire)
-        if ready.names[0] != "heads":
+        if checked.names[0] != "heads":
             return Problem(self.layout, comm, band, calls, arrays, *of_all)
         across = self.comms[1] if len(self.comms) > 1 else _alone()
-        problem = Problem(self._across(ready.names), across, band, calls, arrays)
+        problem = Problem(self._across(checked.names), across, band, calls, arrays)
         # Quantised once: across groups, where there are several.
         within_wire, across_wire = (self.wire, None) if len(self.comms) == 1 else (None, self.wire)
         return heads.RegroupedProblem(
@@ -130,24 +195,18 @@ class RankedCall:
             wire=within_wire,
             within=comm,
             across=replace(problem, max_workspace=self.max_workspace, wire=across_wire),
-            method=_module(ready.names[1]),
-            more={"travels": self.travels} if ready.names[1] == "ring" else {},
+            method=_module(checked.names[1]),
+            more={"travels": self.travels} if checked.names[1] == "ring" else {},
         )
 
-    def of_backward(self, ready: Ready) -> dict[str, str]:
-        """What only the backward of its method takes."""
-        return {"travels": self.travels} if ready.names == ("ring",) else {}
-
-    def _checked(self, operands: dict[str, Any]) -> Ready:
+    def _checked(self, operands: dict[str, Any], key: tuple | None) -> Checked:
         """The checks of this rank alone, remembered. Raises as `attention`."""
         options = self._options()
-        ranks = tuple((comm.rank, comm.size) for comm in self.comms)
         arrays = {**operands, **options.arrays()}
-        key = [RankedCall, generation(), self.function, ranks, self.asked, self.travels]
-        key += [self.layout, self.method, self.wire, self.max_workspace]
-        for name, array in arrays.items():
-            key += name, type(array), library_of(array, name).glance(array)[1]
-        return remembered((*key, *options.key()), lambda: self._check(operands, arrays, options))
+        if key is None:
+            return self._check(operands, arrays, options)
+        key += tuple((comm.rank, comm.size) for comm in self.comms)
+        return remembered(key, lambda: self._check(operands, arrays, options))
 
     def _options(self) -> AttentionOptions:
         """Raises TypeError, ValueError, UnsupportedError."""
@@ -183,7 +242,7 @@ class RankedCall:
 
     def _check(
         self, operands: dict[str, Any], arrays: dict[str, Any], options: AttentionOptions
-    ) -> Ready:
+    ) -> Checked:
         """The checks of this rank alone. Raises as `attention`."""
         if not isinstance(self.layout, Layout):
             raise TypeError(
@@ -220,7 +279,7 @@ class RankedCall:
         self._expect_positions(options, names)
         if self.asked is None and names[-1] == "gather" and not forced:
             config = whole.pinned_config(views, self.layout, options._replace(config=None))
-        return Ready(names, _module(names[0]), config, wrt)
+        return Checked(names, config, wrt)
 
     def _views(
         self, operands: dict[str, Any], arrays: dict[str, Any], rank: int
@@ -289,14 +348,31 @@ def _calls(layout: Layout, band: Band, method: str) -> list[Call]:
     return [call for plan in ring for step in plan for call in step.calls]
 
 
+def _glance(array) -> tuple:
+    """A key of an array's metadata. Raises NoKeyError, TypeError: it is none."""
+    key = library_of(array, "array").glance(array)[1]
+    if key is None:
+        raise NoKeyError
+    return type(array), key
+
+
+def _no_key(array) -> NoReturn:
+    """For an array in the place of a number: its metadata does not say which one."""
+    raise NoKeyError
+
+
 _NOT_OF_CALLS = ("causal", "window_size", "out_dtype", *_OF_LAYOUT)
+_VARYING = (*ARRAY_OPTIONS, *FUNCTIONS, "aux")
+"""Options of which equal calls may have others."""
+
+
+_VERBS = ("rank", "size", "agreed", "exchange", "all_gather", "agree")
 
 
 def _comms(comm) -> tuple[Communicator, ...]:
     """One communicator, or those within and across groups. Raises TypeError."""
     found = tuple(comm) if isinstance(comm, tuple | list) else (comm,)
-    verbs = ("rank", "size", "agreed", "exchange", "all_gather", "agree")
-    if len(found) not in (1, 2) or not all(hasattr(x, verb) for x in found for verb in verbs):
+    if len(found) not in (1, 2) or not all(all(map(hasattr, repeat(x), _VERBS)) for x in found):
         raise TypeError(
             "comm must be a communicator, as numflash.distributed.local, of_torch and of_cupy "
             f"make them, or a pair of them, got {comm!r}"

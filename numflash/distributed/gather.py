@@ -9,13 +9,15 @@ added in the order of ranks.
 Source: Llama 3, arXiv 2407.21783, section 3.3.2, context parallelism by all-gather.
 """
 
+import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from numflash.distributed import steps
 from numflash.distributed.local_calls import Part
 from numflash.distributed.problem import Gradients, Problem
 from numflash.distributed.steps import Exchange, Gathering
+from numflash.distributed.wire import Wire
 
 _OF_TOKENS = ("q", "k", "v")
 
@@ -36,22 +38,21 @@ def forward(problem: Problem, q, k, v, first_head: int = 0, *, float32: bool) ->
     Raises:
         CommunicatorError: a peer is gone or did not come.
     """
-    plan, arrays = _plan(problem), problem.arrays
+    plan, arrays = _planned(problem, q, k, v, backward=False), problem.arrays
     batch, tokens, heads_q, _ = q.shape
     dtype = "float32" if float32 else arrays.dtype_of(q)
     out = arrays.empty((batch, tokens, heads_q, v.shape[3]), dtype)
     lse = arrays.empty((batch, heads_q, tokens), "float32")
-    group, several = heads_q // k.shape[2], len(problem.layout.lengths) > 1
+    several = len(problem.layout.lengths) > 1
     if several:
         lse[...] = float("-inf")
-    at_once = problem.heads_at_once(q, k, v, backward=False)
-    for heads, keys, values in _fetched(problem, plan, k, v, at_once):
-        mine = slice(heads.start * group, heads.stop * group)
+    calls, verb = plan.steps.calls, problem.calls.forward
+    for group, keys, values in _fetched(problem, plan, k, v):
+        mine = group.q
         operands = q[:, :, mine], keys, values, first_head + mine.start
-        for part in problem.calls.forward(
-            plan.calls, *operands, float32=float32, into=out[:, :, mine]
-        ):
-            rows, (_, found) = lse[:, mine, slice(*part.q)], part.results
+        of_group = lse[:, mine]
+        for part in verb(calls, *operands, float32=float32, into=out[:, :, mine]):
+            rows, (_, found) = of_group[:, :, slice(*part.q)], part.results
             # Parts of several documents have -inf in each other's rows.
             rows[...] = arrays.library.maximum(rows, found) if several else found
     return out, lse
@@ -79,22 +80,23 @@ def backward(
     Raises:
         CommunicatorError: a peer is gone or did not come.
     """
-    plan, arrays = _plan(problem), problem.arrays
+    arrays = problem.arrays
     q, k, v = (operands[name] for name in _OF_TOKENS)
+    plan = _planned(problem, q, k, v, backward=True)
     found = {"q": arrays.zeros(tuple(q.shape), "float32")} if "q" in wrt else {}
-    at_once, group = problem.heads_at_once(q, k, v, backward=True), q.shape[2] // k.shape[2]
-    shares = _Shares(problem, plan, {"k": k, "v": v}, wrt, at_once)
+    shares = _Shares(problem, plan, {"k": k, "v": v}, wrt)
     found |= shares.gradients
-    for heads, keys, values in _fetched(problem, plan, k, v, at_once):
-        mine = slice(heads.start * group, heads.stop * group)
+    for group, keys, values in _fetched(problem, plan, k, v):
+        mine = group.q
         of_group = {
             name: x[:, mine] if name in ("lse", "delta", "dlse") else x[:, :, mine]
             for name, x in operands.items()
             if x is not None and name not in ("k", "v")
         }
         of_group |= {"k": keys, "v": values}
-        shares.begin(heads)
-        for part in problem.calls.backward(plan.calls, of_group, first_head + mine.start, wrt):
+        shares.begin(group.kv)
+        first = first_head + mine.start
+        for part in problem.calls.backward(plan.steps.calls, of_group, first, wrt):
             if "q" in found:
                 rows = found["q"][:, slice(*part.q), mine]
                 rows += part.results["q"]
@@ -118,51 +120,98 @@ def is_alone(plan: Gathering) -> bool:
     return not plan.fetch and plan.is_whole and all(rows == place for rows, place in plan.own)
 
 
-def _plan(problem: Problem) -> Gathering:
-    return steps.gathering(problem.layout, problem.band)[problem.rank]
+class _Group(NamedTuple):
+    """Heads whose keys and values are fetched together.
+
+    Attributes:
+        q: the query heads.
+        kv: the key-value heads.
+        what: names them in errors.
+    """
+
+    q: slice
+    kv: slice
+    what: str
 
 
-def _fetched(
-    problem: Problem, plan: Gathering, k, v, at_once: int
-) -> Iterator[tuple[slice, Any, Any]]:
+class _Plan(NamedTuple):
+    """What a rank does, in numbers of its arrays.
+
+    Attributes:
+        steps: by tokens.
+        groups: in their order; all have as many heads.
+        wire: of the keys and values of one group; of all heads where nothing is fetched.
+        own: of this rank's tokens (rows, the first place) each.
+        sends, receives: (bytes of a buffer of `wire`, the other rank) of each message.
+    """
+
+    steps: Gathering
+    groups: tuple[_Group, ...]
+    wire: Wire
+    own: tuple[tuple[slice, int], ...]
+    sends: tuple[tuple[slice, int], ...]
+    receives: tuple[tuple[slice, int], ...]
+
+    @property
+    def at_once(self) -> int:
+        """Key-value heads of a group."""
+        return self.groups[0].kv.stop
+
+
+def _planned(problem: Problem, q, k, v, *, backward: bool) -> _Plan:
+    return problem.once(
+        ("gather", backward), lambda: _plan_of(problem, q, k, v, backward=backward)
+    )
+
+
+def _plan_of(problem: Problem, q, k, v, *, backward: bool) -> _Plan:
+    plan = steps.gathering(problem.layout, problem.band)[problem.rank]
+    heads_kv, seqlen = k.shape[2], problem.layout.seqlen
+    each = heads_kv if is_alone(plan) else problem.heads_at_once(q, k, v, backward=backward)
+    group, groups = q.shape[2] // heads_kv, []
+    for n in range(0, heads_kv, each):
+        what = f"keys and values of heads {n} to {n + each - 1} of {heads_kv}"
+        groups.append(_Group(slice(n * group, (n + each) * group), slice(n, n + each), what))
+    wire, places = problem.wire_of(k[:, :, :each], v[:, :, :each]), dict(plan.own)
+    sent = [(message.peer, places[message.rows]) for message in plan.fetch.sends]
+    received = [(message.peer, message.rows) for message in plan.fetch.receives]
+    sends, receives = (
+        tuple((span, peer) for peer, rows in side for span in wire.spans(seqlen, *rows))
+        for side in (sent, received)
+    )
+    own = tuple((slice(*rows), place[0]) for rows, place in plan.own)
+    return _Plan(plan, tuple(groups), wire, own, sends, receives)
+
+
+def _fetched(problem: Problem, plan: _Plan, k, v) -> Iterator[tuple[_Group, Any, Any]]:
     """So many heads at a time with their keys and values of all tokens; the next are under way.
 
     Keys that nobody here sees are zeros: a hidden NaN would spoil what shares a tile with it.
     """
-    heads_kv = k.shape[2]
-    if is_alone(plan):
-        wire = problem.wire_of(k, v)
-        yield slice(0, heads_kv), *wire.rounded(k, v)
+    wire, groups = plan.wire, plan.groups
+    if is_alone(plan.steps):
+        yield groups[0], *wire.rounded(k, v)
         return
-    wire = problem.wire_of(k[:, :, :at_once], v[:, :, :at_once])
-    groups = [slice(n, n + at_once) for n in range(0, heads_kv, at_once)]
-    seqlen, zeroed = problem.layout.seqlen, not plan.is_whole
+    seqlen, zeroed = problem.layout.seqlen, not plan.steps.is_whole
     buffers = [wire.new(seqlen, zeroed=zeroed) for _ in groups[:2]]
-    places = dict(plan.own)
-    sent = [(m.peer, places[m.rows]) for m in plan.fetch.sends]
-    received = [(m.peer, m.rows) for m in plan.fetch.receives]
     messages = [
-        [
-            [(x, peer) for peer, rows in side for x in wire.messages(buffer, *rows)]
-            for side in (sent, received)
-        ]
-        for buffer in buffers
+        [[(x.memory[span], peer) for span, peer in side] for side in (plan.sends, plan.receives)]
+        for x in buffers
     ]
 
     def post(number: int) -> Callable[[], None]:
-        buffer, heads = buffers[number % 2], groups[number]
-        for rows, place in plan.own:
-            mine = slice(None), slice(*rows), heads
-            wire.fill(buffer, place[0], k[mine], v[mine])
-        what = f"keys and values of heads {heads.start} to {heads.stop - 1} of {heads_kv}"
-        return _post(problem, plan.fetch, *messages[number % 2], what)
+        buffer, heads = buffers[number % 2], groups[number].kv
+        for rows, begin in plan.own:
+            wire.fill(buffer, begin, k[:, rows, heads], v[:, rows, heads])
+        fetch = plan.steps.fetch
+        return _post(problem, fetch, *messages[number % 2], groups[number].what)
 
     wait = post(0)
-    for number, heads in enumerate(groups):
+    for number, group in enumerate(groups):
         wait()
         if number + 1 < len(groups):
             wait = post(number + 1)
-        yield heads, *wire.unpack(buffers[number % 2])
+        yield group, *wire.unpack(buffers[number % 2])
 
 
 def _post(
@@ -175,6 +224,59 @@ def _nothing() -> None:
     pass
 
 
+class _Home(NamedTuple):
+    """How shares of gradients go home, in numbers of their arrays.
+
+    Attributes:
+        columns: by name, those of dK and dV.
+        row: (batch, heads of a group, columns of dK and dV), of one token.
+        tokens: that arrive.
+        sends, receives: (bytes of all tokens' shares, or of what arrives; the other rank) of each
+            message.
+        pieces: in the order of ranks (own rows, whether this rank made them, where they lie among
+            all tokens, or among those that arrive). What one rank has of neighbouring rows is one.
+    """
+
+    columns: dict[str, slice]
+    row: tuple[int, int, int]
+    tokens: int
+    sends: list[tuple[slice, int]]
+    receives: list[tuple[slice, int]]
+    pieces: list[tuple[slice, bool, slice]]
+
+
+def _home_of(rank: int, plan: _Plan, batch: int, dims: dict[str, int]) -> _Home:
+    columns, width = {}, 0
+    for name, dim in dims.items():
+        columns[name] = slice(width, width + dim)
+        width += dim
+    row = batch, plan.at_once, width
+    size, (sends, receives) = 4 * math.prod(row), plan.steps.give
+    order = sorted(range(len(receives)), key=lambda n: (receives[n].peer, receives[n].rows))
+    at, spans, pieces = 0, {}, []
+    for n in order:
+        peer, (begin, end), _ = receives[n]
+        past = at + end - begin
+        spans[n] = slice(at * size, past * size)
+        if pieces and pieces[-1][:2] == (peer, begin):
+            _, _, (first, _), (room, _) = pieces.pop()
+        else:
+            first, room = begin, at
+        pieces.append((peer, end, (first, end), (room, past)))
+        at = past
+    found = [(peer, rows, False, place) for peer, _, rows, place in pieces]
+    found += [(rank, rows, True, place) for rows, place in plan.steps.own]
+    found.sort(key=lambda piece: piece[:2])
+    return _Home(
+        columns,
+        row,
+        at,
+        [(slice(m.rows[0] * size, m.rows[1] * size), m.peer) for m in sends],
+        [(spans[n], message.peer) for n, message in enumerate(receives)],
+        [(slice(*rows), is_own, slice(*place)) for _, rows, is_own, place in found],
+    )
+
+
 class _Shares:
     """Gradients of keys and values: this rank's shares of all ranks' tokens, which go home.
 
@@ -185,34 +287,35 @@ class _Shares:
         gradients: of this rank's tokens, by name: the sums of what has arrived.
     """
 
+    _under_way: tuple[Callable[[], None], slice] | None
+
     def __init__(
         self,
         problem: Problem,
-        plan: Gathering,
+        plan: _Plan,
         operands: dict[str, Any],
         wrt: tuple[str, ...],
-        at_once: int,
     ):
-        """Take room for as many heads at once."""
-        self._problem, self._plan = problem, plan
-        self._heads, self._is_clear = slice(0, 0), False
-        self._under_way: tuple[Callable[[], None], slice] | None = None
-        self._columns, at = {}, 0
-        for name, x in operands.items():
-            if name in wrt:
-                self._columns[name] = slice(at, at + x.shape[3])
-                at += x.shape[3]
+        """Take room for the heads of a group."""
+        dims = {name: x.shape[3] for name, x in operands.items() if name in wrt}
         batch, tokens, heads, _ = operands["k"].shape
+        home = problem.once(("home", *dims), lambda: _home_of(problem.rank, plan, batch, dims))
+        self._problem, self._plan, self._home = problem, plan.steps, home
+        self._heads, self._is_clear = slice(0, 0), False
+        self._under_way = self._buffer = None
         arrays = problem.arrays
-        self._sums = arrays.zeros((tokens, batch, heads, at), "float32")
+        self._sums = arrays.zeros((tokens, batch, heads, home.row[2]), "float32")
         self.gradients = self._by_name(self._sums)
-        self._buffer = None
-        if self._columns and not is_alone(plan):
-            row = batch, at_once, at
-            self._buffer = arrays.empty((problem.layout.seqlen, *row), "float32")
-            as_bytes, give = arrays.as_bytes, plan.give
-            self._sends = [(as_bytes(self._buffer[slice(*m.rows)]), m.peer) for m in give.sends]
-            self._arrive(row)
+        if not dims or is_alone(plan.steps):
+            return
+        self._buffer = arrays.empty((problem.layout.seqlen, *home.row), "float32")
+        room = arrays.empty((home.tokens, *home.row), "float32")
+        leaving, arriving = map(arrays.as_bytes, (self._buffer, room))
+        self._sends = [(leaving[span], peer) for span, peer in home.sends]
+        self._receives = [(arriving[span], peer) for span, peer in home.receives]
+        self._arrived = [
+            (rows, (self._buffer if is_own else room)[at]) for rows, is_own, at in home.pieces
+        ]
 
     def begin(self, heads: slice) -> None:
         """Say which heads the next shares are of."""
@@ -243,40 +346,13 @@ class _Shares:
         (wait, heads), self._under_way = self._under_way, None
         wait()
         for rows, share in self._arrived:
-            own = self._sums[slice(*rows), :, heads]
+            own = self._sums[rows, :, heads]
             own += share
-
-    def _arrive(self, row: tuple[int, int, int]) -> None:
-        """Room for the shares of other ranks; what one has of neighbouring rows as one piece."""
-        arrays, receives = self._problem.arrays, self._plan.give.receives
-        order = sorted(range(len(receives)), key=lambda n: (receives[n].peer, receives[n].rows))
-        tokens = sum(end - begin for _, (begin, end), _ in receives)
-        room, at, places = arrays.empty((tokens, *row), "float32"), 0, {}
-        pieces: list[list[int]] = []
-        for n in order:
-            peer, (begin, end), _ = receives[n]
-            places[n] = at, at + end - begin
-            if pieces and pieces[-1][0] == peer and pieces[-1][2] == begin:
-                pieces[-1][2] = end
-            else:
-                pieces.append([peer, begin, end, at])
-            at += end - begin
-        self._receives = [
-            (arrays.as_bytes(room[slice(*places[n])]), message.peer)
-            for n, message in enumerate(receives)
-        ]
-        found = [
-            (peer, (begin, end), room[at : at + end - begin]) for peer, begin, end, at in pieces
-        ]
-        rank = self._problem.rank
-        found += [(rank, rows, self._buffer[slice(*place)]) for rows, place in self._plan.own]
-        found.sort(key=lambda piece: piece[:2])
-        self._arrived = [piece[1:] for piece in found]
 
     def _by_name(self, rows) -> dict[str, Any]:
         """dK and dV of (tokens, batch, heads, columns): (batch, tokens, heads, head_dim)."""
         by_batch = rows.swapaxes(0, 1)
-        return {name: by_batch[..., columns] for name, columns in self._columns.items()}
+        return {name: by_batch[..., columns] for name, columns in self._home.columns.items()}
 
     def _clear(self) -> None:
         """Make room for the shares of the next heads."""

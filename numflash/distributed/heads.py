@@ -8,7 +8,7 @@ Source: DeepSpeed Ulysses, arXiv 2309.14509.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from numflash.distributed import steps
@@ -16,7 +16,7 @@ from numflash.distributed.communicators import Communicator
 from numflash.distributed.local_calls import delta_of
 from numflash.distributed.problem import Gradients, Problem
 from numflash.distributed.sizes import Share, shares_of
-from numflash.distributed.steps import Exchange, Regrouping
+from numflash.distributed.steps import Message, Regrouping
 
 _OF_TOKENS = ("q", "k", "v")
 
@@ -45,10 +45,21 @@ class RegroupedProblem(Problem):
     method: Method
     more: dict[str, Any]
 
+    def with_options(self, options: dict[str, Any]) -> "RegroupedProblem":
+        """See `Problem.with_options`."""
+        across = self.across.with_options(options)
+        return replace(self, calls=across.calls, across=across)
+
     @property
     def plan(self) -> Regrouping:
         """What this rank exchanges with its group."""
-        return steps.regrouping(self.layout, self.within.size)[self.rank]
+        return self.once(
+            Regrouping, lambda: steps.regrouping(self.layout, self.within.size)[self.rank]
+        )
+
+    def shares(self, heads_q: int, heads_kv: int) -> list[Share]:
+        """The heads of each rank of the group."""
+        return self.once("shares", lambda: shares_of(self.within.size, heads_q, heads_kv))
 
 
 def forward(
@@ -69,7 +80,7 @@ def forward(
     Raises:
         CommunicatorError: a peer is gone or did not come.
     """
-    arrays, shares = problem.arrays, shares_of(problem.within.size, q.shape[2], k.shape[2])
+    arrays, shares = problem.arrays, problem.shares(q.shape[2], k.shape[2])
     mine = shares[problem.within.rank]
     # One after the other: what is sent of one is free before the other needs room.
     (queries,) = _to_heads(problem, [q.swapaxes(0, 1)], shares, "queries")
@@ -113,7 +124,7 @@ def backward(
     """
     arrays = problem.arrays
     dout, q, k, v = (operands[name] for name in ("dout", *_OF_TOKENS))
-    shares = shares_of(problem.within.size, q.shape[2], k.shape[2])
+    shares = problem.shares(q.shape[2], k.shape[2])
     mine = shares[problem.within.rank]
     of_rows = [x.swapaxes(0, 1) for x in (q, dout)]
     of_rows += [
@@ -162,20 +173,15 @@ def _to_heads(problem: RegroupedProblem, wholes: list, shares: list[Share], what
     """
     arrays, plan, me = problem.arrays, problem.plan, problem.within.rank
 
-    def cut(rank: int) -> list:
-        return [x[:, :, shares[rank].q] for x in wholes]
-
-    found = []
-    for x, own in zip(wholes, cut(me), strict=True):
-        shape = plan.tokens, *own.shape[1:]
-        found.append(arrays.empty(shape, arrays.dtype_of(x)))
+    owns = [x[:, :, shares[me].q] for x in wholes]
+    found = [arrays.empty((plan.tokens, *x.shape[1:]), arrays.dtype_of(x)) for x in owns]
     sent = {
-        rank: [arrays.contiguous(x) for x in cut(rank)]
-        for rank in range(len(shares))
+        rank: [arrays.contiguous(x[:, :, share.q]) for x in wholes]
+        for rank, share in enumerate(shares)
         if rank != me
     }
-    wait = _post(problem, plan.there, lambda rank: sent[rank], lambda rank: found, what)
-    for whole, own in zip(found, cut(me), strict=True):
+    wait = _post_rows(problem, found, sent, what, back=False)
+    for whole, own in zip(found, owns, strict=True):
         for rows, place in plan.own:
             whole[slice(*place)] = own[slice(*rows)]
     wait()
@@ -196,14 +202,19 @@ def _keys_to_heads(problem: RegroupedProblem, k, v, shares: list[Share]) -> tupl
         own = slice(None), slice(*rows), heads
         wire.fill(buffer, place[0], k[own], v[own])
 
-    def messages(x, rows: tuple[int, int]) -> list:
-        return wire.messages(x, *rows)
-
-    what = f"heads for tokens within a group of {problem.within.size}, keys and values"
-    sends = [(x, m.peer) for m in plan.there.sends for x in messages(sent[m.peer], m.rows)]
-    receives = [(x, m.peer) for m in plan.there.receives for x in messages(buffer, m.rows)]
+    spans = wire.spans
+    sends = [
+        (sent[peer].memory[span], peer)
+        for peer, rows, _ in plan.there.sends
+        for span in spans(k.shape[1], *rows)
+    ]
+    receives = [
+        (buffer.memory[span], peer)
+        for peer, rows, _ in plan.there.receives
+        for span in spans(plan.tokens, *rows)
+    ]
     if plan.there:
-        problem.within.exchange(sends, receives, what)()
+        _post(problem, sends, receives, "heads for tokens", "keys and values")()
     return wire.unpack(buffer)
 
 
@@ -221,49 +232,66 @@ def _to_tokens(problem: RegroupedProblem, computed: list, what: str) -> Iterable
     arrays, plan, me = problem.arrays, problem.plan, problem.within.rank
     for n, x in enumerate(computed):
         computed[n] = arrays.contiguous(x)
+    tokens, ranks = problem.tokens, range(problem.within.size)
+    # Each of the others has all of this rank's tokens.
     arrived = {
-        message: [
-            arrays.empty((message.rows[1] - message.rows[0], *x.shape[1:]), arrays.dtype_of(x))
-            for x in computed
-        ]
-        for message in plan.back.receives
+        rank: [arrays.empty((tokens, *x.shape[1:]), arrays.dtype_of(x)) for x in computed]
+        for rank in ranks
+        if rank != me and tokens
     }
-    as_bytes = arrays.as_bytes
-    sends = [
-        (as_bytes(x[slice(*message.rows)]), message.peer)
-        for message in plan.back.sends
-        for x in computed
-    ]
-    receives = [(as_bytes(x), m.peer) for m, found in arrived.items() for x in found]
-    if plan.back:
-        name = f"tokens for heads within a group of {problem.within.size}, {what}"
-        problem.within.exchange(sends, receives, name)()
-    for rank in range(problem.within.size):
+    _post_rows(problem, computed, arrived, what, back=True)()
+    for rank in ranks:
         if rank == me:
             for rows, place in plan.own:
                 yield rank, [(rows, x[slice(*place)]) for x in computed]
-        for message, found in arrived.items():
-            if message.peer == rank:
-                yield rank, [(message.rows, x) for x in found]
+        elif tokens:
+            yield rank, [((0, tokens), x) for x in arrived[rank]]
+
+
+def _post_rows(
+    problem: RegroupedProblem, wholes: list, parts: dict[int, list], what: str, *, back: bool
+) -> Callable[[], None]:
+    """Post rows of arrays; the wait for them.
+
+    Args:
+        problem: this rank's.
+        wholes: of the group's tokens, contiguous; they are filled, or with `back` sent.
+        parts: for each other rank, of this rank's tokens, contiguous; they are sent, or filled.
+        what: they are.
+        back: which way.
+    """
+    plan, as_bytes = problem.plan, problem.arrays.as_bytes
+    if not plan.there:
+        return _nothing
+    of_group = [as_bytes(x) for x in wholes]
+    of_peers = {peer: [as_bytes(x) for x in each] for peer, each in parts.items()}
+    widths = tuple([x.shape[0] // max(1, plan.tokens) for x in of_group])
+    here, there = problem.once(
+        ("spans", widths), lambda: [_spans(side, widths) for side in plan.there]
+    )
+    sides = (
+        [(of_peers[peer][n][span], peer) for peer, n, span in here],
+        [(of_group[n][span], peer) for peer, n, span in there],
+    )
+    if back:
+        return _post(problem, *reversed(sides), "tokens for heads", what)
+    return _post(problem, *sides, "heads for tokens", what)
+
+
+def _spans(messages: tuple[Message, ...], widths: tuple[int, ...]) -> list[tuple[int, int, slice]]:
+    """(rank, array, bytes) of each message of arrays whose rows have so many bytes."""
+    return [
+        (peer, n, slice(begin * width, end * width))
+        for peer, (begin, end), _ in messages
+        for n, width in enumerate(widths)
+    ]
 
 
 def _post(
-    problem: RegroupedProblem,
-    exchange: Exchange,
-    sent: Callable[[int], list],
-    received: Callable[[int], list],
-    what: str,
+    problem: RegroupedProblem, sends: list, receives: list, how: str, what: str
 ) -> Callable[[], None]:
-    """Post the rows of each message, of each array that is sent to, or filled by, a rank."""
-    if not exchange:
-        return _nothing
-    as_bytes = problem.arrays.as_bytes
-    sides = (
-        [(as_bytes(x[slice(*m.rows)]), m.peer) for m in side for x in of(m.peer)]
-        for side, of in ((exchange.sends, sent), (exchange.receives, received))
-    )
-    name = f"heads for tokens within a group of {problem.within.size}, {what}"
-    return problem.within.exchange(*sides, name)
+    name = f"{how} within a group of {problem.within.size}, {what}"
+    return problem.within.exchange(sends, receives, name)
 
 
 def _nothing() -> None:

@@ -55,7 +55,8 @@ class LocalCalls:
             arrays: of the operands.
         """
         given = {name: x for name, x in options.items() if is_given(name, x)}
-        self._arrays = arrays
+        self._arrays, self._options = arrays, options
+        self._known: dict[tuple, tuple[_Made, ...]] = {}
         self.by_position = any(name in given for name in BY_POSITION)
         self._has_origin = self.by_position or "sinks" in given
         self.in_codes = given.get("precision") == "fp8"
@@ -64,12 +65,9 @@ class LocalCalls:
         given = {name: x for name, x in given.items() if name not in _OF_FORWARD}
         self._backward = given | ({"config": of_backward} if of_backward else {})
 
-    def with_config(self, config: str) -> "LocalCalls":
-        """The same calls, whose forward runs this config."""
-        found = object.__new__(LocalCalls)
-        found.__dict__ |= self.__dict__
-        found._forward = self._forward | {"config": config}
-        return found
+    def with_options(self, options: dict[str, Any]) -> "LocalCalls":
+        """The same calls with more options."""
+        return LocalCalls(self._options | options, self._arrays)
 
     def of_heads(self, name: str):
         """The array of "sinks" or "alibi_slopes", of all heads of the problem."""
@@ -95,24 +93,16 @@ class LocalCalls:
             float32: whether out is float32, and not of the dtype of q.
             into: an array for out of all queries, any strides: each call writes its own rows.
         """
-        more: dict[str, Any] = {"return_lse": True}
-        if float32 and self._arrays.dtype_of(q) != "float32":
-            more["out_dtype"] = "float32"
-        for asked in self._asked(calls, q):
-            pack, rows, keys = asked.pack, asked.rows(q), asked.keys(k)
-            options = asked.options(self._forward, first_head)
-            if len(pack.calls) == 1:
-                if into is not None:
-                    more["out"] = into[:, slice(*rows)]
-                operands = (x[:, slice(*at)] for x, at in ((q, rows), (k, keys), (v, keys)))
-                results = attention(*operands, **options, **more)
-            else:
-                if into is not None:
-                    more["out"] = into[0]
-                operands, where = (x[0] for x in (q, k, v)), self._records(pack)
-                results = attention_varlen(*operands, **where, **options, **more)
+        more = {}
+        for made in self._made(calls, q, k, first_head, float32=float32):
+            at = made.at
+            if into is not None:
+                more["out"] = into[at["q"]]
+            verb = attention if made.is_single else attention_varlen
+            results = verb(q[at["q"]], k[at["k"]], v[at["v"]], **made.options, **more)
+            if not made.is_single:
                 results = tuple(x[None] for x in results)
-            yield Part(rows, keys, asked.is_own, results)
+            yield Part(made.q, made.k, made.is_own, results)
             # The next call takes the memory.
             del results
 
@@ -132,56 +122,102 @@ class LocalCalls:
             wrt: as of `attention_backward`. Gradients of sinks and alibi_slopes come only of the
                 calls that have them.
         """
-        q, k = operands["q"], operands["k"]
         given = {name: x for name, x in operands.items() if x is not None}
-        is_short = self._arrays.dtype_of(q) != "float32"
-        for asked in self._asked(calls, q, in_backward=True):
-            pack, rows, keys = asked.pack, asked.rows(q), asked.keys(k)
-            options = asked.options(self._backward, first_head)
-            names = tuple(x for x in wrt if x in ("q", "k", "v") or x in options)
-            if not names:
-                continue
-            single = len(pack.calls) == 1
-            cut = {name: self._cut(name, x, rows, keys, single) for name, x in given.items()}
-            if not single and "sinks" in names:
-                # Of all rows with an lse sinks have a gradient, also of those in no sequence.
-                cut["lse"] = cut["lse"] + _outside(self._arrays, pack, q.shape[1])
-            first = [cut.pop(x, None) for x in ("dout", "q", "k", "v", "out", "lse")]
-            more = {**cut, "wrt": names, **options}
-            if is_short:
-                more["grad_dtype"] = "float32"
-            if single:
-                found = attention_backward(*first, **more)
-            else:
-                found = attention_varlen_backward(*first, **self._records(pack), **more)
-                of_tokens = ("q", "k", "v")
-                found = [
-                    x[None] if y in of_tokens else x for x, y in zip(found, names, strict=True)
-                ]
+        q, k, contiguous = given["q"], given["k"], self._arrays.contiguous
+        for made in self._made(calls, q, k, first_head, float32=True, wrt=wrt):
+            names, at = made.options["wrt"], made.at
+            cut = {name: x[at[name]] for name, x in given.items()}
+            if made.hidden is not None:
+                cut["lse"] = cut["lse"] + made.hidden
+            cut["lse"] = contiguous(cut["lse"])
+            first = [cut.pop(x, None) for x in _POSITIONAL]
+            verb = attention_backward if made.is_single else attention_varlen_backward
+            found = verb(*first, **cut, **made.options)
             results = dict(zip(names, found, strict=True))
-            yield Part(rows, keys, asked.is_own, results)
+            if not made.is_single:
+                results |= {name: x[None] for name, x in results.items() if name in _OF_TOKENS}
+            yield Part(made.q, made.k, made.is_own, results)
             # The next call takes the memory.
             del results, found
 
-    def _asked(
-        self, calls: tuple[Call, ...], q, in_backward: bool = False
-    ) -> "tuple[_Asked, ...]":
+    def _made(
+        self,
+        calls: tuple[Call, ...],
+        q,
+        k,
+        first_head: int,
+        *,
+        float32: bool,
+        wrt: tuple[str, ...] | None = None,
+    ) -> "tuple[_Made, ...]":
+        """The calls on such arrays, made once. With `wrt` those of a backward."""
+        is_short = float32 and self._arrays.dtype_of(q) != "float32"
+        batch, rows, *_ = q.shape
+        key = calls, batch, rows, k.shape[1], first_head, is_short, wrt
+        found = self._known.get(key)
+        if found is not None:
+            return found
         # Kernels on 8-bit floats know one length for all sequences.
-        apart = self.by_position or self.in_codes or q.shape[0] != 1
-        return _asked(calls, apart, self.by_position, self._has_origin, in_backward)
+        apart, made = self.by_position or self.in_codes or batch != 1, []
+        in_backward = wrt is not None
+        of_all = self._backward if in_backward else self._forward
+        for asked in _asked(calls, apart, self.by_position, self._has_origin, in_backward):
+            options = asked.options(of_all, first_head)
+            if in_backward:
+                names = tuple(x for x in wrt if x in _OF_TOKENS or x in options)
+                if not names:
+                    continue
+                options["wrt"] = names
+            else:
+                options["return_lse"] = True
+            if is_short:
+                options["grad_dtype" if in_backward else "out_dtype"] = "float32"
+            pack, is_single, hidden = asked.pack, len(asked.pack.calls) == 1, None
+            if is_single:
+                of_q, of_k = pack.calls[0].q, pack.calls[0].k
+            else:
+                of_q, of_k = (0, rows), (0, k.shape[1])
+                options |= zip(_NAMES, _on_device(self._arrays, pack), strict=True)
+                if in_backward and "sinks" in names:
+                    hidden = _outside(self._arrays, pack, rows)
+            at = _places(of_q, of_k) if is_single else dict.fromkeys(_OPERANDS, 0)
+            made.append(_Made(of_q, of_k, asked.is_own, is_single, at, options, hidden))
+        self._known[key] = tuple(made)
+        return self._known[key]
 
-    def _cut(self, name: str, x, rows: tuple[int, int], keys: tuple[int, int], single: bool):
-        """What a call gets of an operand of its backward."""
-        if not single:
-            return self._arrays.contiguous(x[0]) if name == "lse" else x[0]
-        if name in ("lse", "delta", "dlse"):
-            x = x[:, :, slice(*rows)]
-            return self._arrays.contiguous(x) if name == "lse" else x
-        return x[:, slice(*(keys if name in ("k", "v") else rows))]
 
-    def _records(self, pack: Pack) -> dict[str, Any]:
-        """Where the sequences of several calls begin and end."""
-        return dict(zip(_NAMES, _on_device(self._arrays, pack), strict=True))
+_OF_TOKENS = ("q", "k", "v")
+_POSITIONAL = ("dout", "q", "k", "v", "out", "lse")
+_OPERANDS = (*_POSITIONAL, "delta", "dlse")
+
+
+class _Made(NamedTuple):
+    """One call of attention, but for its arrays.
+
+    Attributes:
+        q, k, is_own: as of its `Part`.
+        is_single: whether it has one document.
+        at: by the name of an operand, what it takes of it: as an index.
+        options: of the call, by name.
+        hidden: what is added to lse, or None: -inf for rows in no sequence of the call, because of
+            all rows with an lse sinks have a gradient.
+    """
+
+    q: tuple[int, int]
+    k: tuple[int, int]
+    is_own: bool
+    is_single: bool
+    at: dict[str, Any]
+    options: dict[str, Any]
+    hidden: Any
+
+
+def _places(q: tuple[int, int], k: tuple[int, int]) -> dict[str, tuple[slice, ...]]:
+    """Rows q and k of each operand, as indices."""
+    every, rows, keys = slice(None), slice(*q), slice(*k)
+    found = dict.fromkeys(("dout", "q", "out"), (every, rows))
+    found |= dict.fromkeys(("k", "v"), (every, keys))
+    return found | dict.fromkeys(("lse", "delta", "dlse"), (every, every, rows))
 
 
 class _Asked(NamedTuple):
@@ -200,14 +236,6 @@ class _Asked(NamedTuple):
         if self.place is not None:
             found["origin"] = *self.place, first_head
         return found
-
-    def rows(self, q) -> tuple[int, int]:
-        """(begin, end) of its queries."""
-        return self.pack.calls[0].q if len(self.pack.calls) == 1 else (0, q.shape[1])
-
-    def keys(self, k) -> tuple[int, int]:
-        """(begin, end) of its keys."""
-        return self.pack.calls[0].k if len(self.pack.calls) == 1 else (0, k.shape[1])
 
 
 @lru_cache(maxsize=4096)

@@ -1,8 +1,9 @@
 """One problem over several ranks, as a rank sees it; every method reads it."""
 
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 from numflash.distributed.arrays import Arrays
 from numflash.distributed.communicators import Communicator
@@ -12,6 +13,8 @@ from numflash.distributed.pairs import Band
 from numflash.distributed.sizes import Sizes, gathered_at_once
 from numflash.distributed.wire import Wire, recipe_of, wire_of
 from numflash.runtime.views import numpy_dtype
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class Problem:
         max_workspace: bytes that a method may take beyond inputs and results, None for its own
             default.
         wire: how keys and values travel, as `wire.recipe_of` reads it.
+        made: what `once` has made, by name. Arrays of a problem always have the same shapes.
     """
 
     layout: Layout
@@ -36,6 +40,14 @@ class Problem:
     arrays: Arrays
     max_workspace: int | None = None
     wire: Any = None
+    made: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    def once(self, name: Hashable, make: Callable[[], Result]) -> Result:
+        """What `make` makes, made once: from shapes, but neither from arrays nor from options."""
+        found = self.made.get(name)
+        if found is None:
+            found = self.made[name] = make()
+        return found
 
     @property
     def rank(self) -> int:
@@ -47,9 +59,16 @@ class Problem:
         """Tokens of this rank."""
         return self.layout.tokens(self.rank)
 
+    def with_options(self, options: dict[str, Any]) -> "Problem":
+        """The same problem with more options of its calls."""
+        return replace(self, calls=self.calls.with_options(options))
+
     def wire_of(self, k, v) -> Wire:
         """How these keys and values travel."""
-        return wire_of(self.wire, k, v, in_codes=self.calls.in_codes)
+        return self.once(
+            ("wire", k.shape[2]),
+            lambda: wire_of(self.wire, k, v, in_codes=self.calls.in_codes),
+        )
 
     def heads_at_once(self, q, k, v, *, backward: bool) -> int:
         """The key-value heads that gather fetches together."""

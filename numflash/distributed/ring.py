@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from numflash.api.merge import merge_onto
 from numflash.distributed import steps
-from numflash.distributed.arrays import Arrays
+from numflash.distributed.arrays import Arrays, Places, places_in_bundle
 from numflash.distributed.local_calls import Part, delta_of
 from numflash.distributed.problem import Gradients, Problem, sizes_of
 from numflash.distributed.sizes import what_travels
@@ -107,15 +107,19 @@ def backward(
     operands["out"] = operands["dlse"] = None
     q, k, v = (operands[name] for name in ("q", "k", "v"))
     if travels == "auto":
-        sizes = sizes_of(q, k, v, arrays.dtype_of(q), problem.wire)
-        travels = what_travels(problem.layout, problem.band, problem.calls.by_position, sizes, wrt)
+        travels = problem.once(("travels", wrt), lambda: _what_travels(problem, q, k, v, wrt))
     if travels == "keys":
         plan, cargo = _plan(problem, steps.ring), _Keys(problem, k, v)
     else:
         plan = _plan(problem, steps.ring_of_queries)
         operands["k"], operands["v"] = problem.wire_of(k, v).rounded(k, v)
-        cargo = _Queries(arrays, operands)
+        cargo = _Queries(problem, operands)
     return _backward(problem, plan, cargo, operands, first_head, wrt)
+
+
+def _what_travels(problem: Problem, q, k, v, wrt: tuple[str, ...]) -> str:
+    sizes = sizes_of(q, k, v, problem.arrays.dtype_of(q), problem.wire)
+    return what_travels(problem.layout, problem.band, problem.calls.by_position, sizes, wrt)
 
 
 class _Keys:
@@ -172,8 +176,9 @@ class _Queries:
     gradients = ("q",)
     _names = ("q", "dout", "lse", "delta")
 
-    def __init__(self, arrays: Arrays, operands: dict[str, Any]):
-        self._arrays, self._given = arrays, {name: operands[name] for name in self._names}
+    def __init__(self, problem: Problem, operands: dict[str, Any]):
+        self._problem, self._arrays = problem, problem.arrays
+        self._given = {name: operands[name] for name in self._names}
 
     def own(self) -> Cargo:
         """This rank's, copied."""
@@ -192,14 +197,19 @@ class _Queries:
 
     def new(self, tokens: int) -> Cargo:
         """Room for those of another rank."""
-        parts = {}
+        places = self._problem.once(("queries", tokens), lambda: self._places(tokens))
+        bundle = self._arrays.bundle_at(places)
+        return Cargo([bundle.memory], bundle)
+
+    def _places(self, tokens: int) -> Places:
+        """Of so many, in a bundle."""
+        parts = []
         for name, array in self._given.items():
             batch, *others = array.shape
             is_row = len(others) == 2
             shape = (batch, others[0], tokens) if is_row else (batch, tokens, *others[1:])
-            parts[name] = shape, self._arrays.dtype_of(array)
-        bundle = self._arrays.bundle(parts)
-        return Cargo([bundle.memory], bundle)
+            parts.append((name, (shape, self._arrays.dtype_of(array))))
+        return places_in_bundle(tuple(parts))
 
     def new_sums(self, tokens: int, names: tuple[str, ...]) -> Cargo:
         """Room for the gradients of queries."""
@@ -215,10 +225,13 @@ class _Round:
         views: of the operands that are here, by name.
     """
 
+    _here: Cargo | None
+    _coming: Cargo | None
+
     def __init__(self, problem: Problem, plan: tuple[Step, ...], cargo: "_Keys | _Queries"):
         self._problem, self._plan, self._cargo = problem, plan, cargo
         self._here = cargo.own() if plan and plan[0].fetch.sends else None
-        self._coming: Cargo | None = None
+        self._coming = None
         self.views = cargo.of_owner(self._here)
 
     def post(self, number: int) -> Callable[[], None]:
@@ -269,8 +282,10 @@ class _Shares:
     They wait here for the sum of the ranks before.
     """
 
+    _found: dict[tuple[str, tuple[int, int]], Any]
+
     def __init__(self):
-        self._found: dict[tuple[str, tuple[int, int]], Any] = {}
+        self._found = {}
 
     def add(self, name: str, rows: tuple[int, int], gradient) -> None:
         """Add to the share of these rows."""
@@ -290,9 +305,11 @@ class _Shares:
 class _Kept:
     """Gradients that stay on this rank, of all steps."""
 
+    _found: dict[str, Any]
+
     def __init__(self, arrays: Arrays, shapes: dict[str, tuple[int, ...]]):
         self._arrays, self._shapes = arrays, shapes
-        self._found: dict[str, Any] = {}
+        self._found = {}
 
     def add(self, name: str, rows: tuple[int, int], gradient) -> None:
         """Add to the gradient's rows."""
@@ -406,4 +423,8 @@ def _tokens(message: steps.Message) -> int:
 
 def _plan(problem: Problem, ring: Callable) -> tuple[Step, ...]:
     """This rank's steps."""
-    return ring(problem.layout, problem.band, problem.calls.by_position)[problem.rank]
+
+    def make() -> tuple[Step, ...]:
+        return ring(problem.layout, problem.band, problem.calls.by_position)[problem.rank]
+
+    return problem.once(ring, make)

@@ -6,16 +6,18 @@ contiguous and is sent from its place to its place. Methods know `Wire` alone:
     wire = wire_of(problem.wire, k, v)
     buffer = wire.new(tokens)
     wire.fill(buffer, begin, k, v)              # own tokens; what travels in 8 bits is quantised
-    wire.messages(buffer, begin, end)           # bytes of a run, to be sent or to be filled
+    wire.spans(tokens, begin, end)              # bytes of a run, to be sent or to be filled
     k, v = wire.unpack(buffer)                  # as operands of attention
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Protocol
 
 from numflash.api.quantize import dequantize_fp8, quantize_fp8
 from numflash.configs import padded_fp8_head_dim
-from numflash.distributed.arrays import Arrays, Bundle
+from numflash.distributed.arrays import Arrays, Bundle, Places, places_in_bundle
 from numflash.distributed.layouts import Layout
 from numflash.problem.fp8 import Fp8Array, Fp8Recipe
 
@@ -45,6 +47,12 @@ class Wire(Protocol):
             v: (batch, tokens, heads, head_dim_v).
         """
 
+    def spans(self, tokens: int, begin: int, end: int) -> list[slice]:
+        """Which bytes of a buffer's `memory` rows begin to end are, in it for so many tokens.
+
+        So many messages travel for them.
+        """
+
     def messages(self, buffer: Bundle, begin: int, end: int) -> list:
         """The memory of rows begin to end, in flat arrays of bytes: views of the buffer."""
 
@@ -72,8 +80,8 @@ class _Keys:
         batch, _, heads, head_dim = k.shape
         return cls(arrays, batch, heads, head_dim, v.shape[3], arrays.dtype_of(k))
 
-    def new(self, parts: dict, zeroed: bool) -> Bundle:
-        buffer = self.arrays.bundle(parts)
+    def new(self, places: Places, zeroed: bool) -> Bundle:
+        buffer = self.arrays.bundle_at(places)
         if zeroed:
             buffer.memory[...] = 0
         return buffer
@@ -86,12 +94,11 @@ class OwnNumbers:
 
     def __init__(self, keys: _Keys):
         self._keys = keys
+        self._places, self.spans = _remembered(self._places, self.spans)
 
     def new(self, tokens, *, zeroed=False):
         """See `Wire`."""
-        x = self._keys
-        shape = tokens, x.batch, x.heads, x.head_dim + x.head_dim_v
-        return x.new({"kv": (shape, x.dtype)}, zeroed)
+        return self._keys.new(self._places(tokens), zeroed)
 
     def fill(self, buffer, begin, k, v):
         """See `Wire`."""
@@ -99,9 +106,13 @@ class OwnNumbers:
         rows[..., : self._keys.head_dim] = k
         rows[..., self._keys.head_dim :] = v
 
+    def spans(self, tokens, begin, end):
+        """See `Wire`."""
+        return _spans(self._places(tokens), {"kv": slice(begin, end)})
+
     def messages(self, buffer, begin, end):
         """See `Wire`."""
-        return [self._keys.arrays.as_bytes(buffer["kv"][begin:end])]
+        return [buffer.memory[x] for x in self.spans(len(buffer["kv"]), begin, end)]
 
     def unpack(self, buffer):
         """See `Wire`; views of the buffer."""
@@ -111,6 +122,11 @@ class OwnNumbers:
     def rounded(self, k, v):
         """See `Wire`."""
         return k, v
+
+    def _places(self, tokens: int) -> Places:
+        x = self._keys
+        shape = tokens, x.batch, x.heads, x.head_dim + x.head_dim_v
+        return places_in_bundle((("kv", (shape, x.dtype)),))
 
 
 class Codes:
@@ -129,13 +145,11 @@ class Codes:
         dim = keys.head_dim
         self._columns_k = padded_fp8_head_dim(dim) if recipe.hadamard else dim
         self._tokens_per_scale = recipe.block if recipe.granularity == "block" else 1
+        self._places, self.spans = _remembered(self._places, self.spans)
 
     def new(self, tokens, *, zeroed=False):
         """See `Wire`."""
-        x, scales = self._keys, -(-tokens // self._tokens_per_scale)
-        codes = tokens, x.batch, x.heads, self._columns_k + x.head_dim_v
-        parts = {"codes": (codes, "uint8"), "scales": ((scales, x.batch, x.heads, 2), "float32")}
-        return x.new(parts, zeroed)
+        return self._keys.new(self._places(tokens), zeroed)
 
     def fill(self, buffer, begin, k, v):
         """See `Wire`."""
@@ -151,10 +165,14 @@ class Codes:
             into[...] = found.data[..., : into.shape[3]]
             scales[..., i] = found.descale.swapaxes(1, 2).swapaxes(0, 1)
 
+    def spans(self, tokens, begin, end):
+        """See `Wire`."""
+        rows = {"codes": slice(begin, end), "scales": self._scales(begin, end)}
+        return _spans(self._places(tokens), rows)
+
     def messages(self, buffer, begin, end):
         """See `Wire`."""
-        parts = buffer["codes"][begin:end], buffer["scales"][self._scales(begin, end)]
-        return [self._keys.arrays.as_bytes(part) for part in parts]
+        return [buffer.memory[x] for x in self.spans(len(buffer["codes"]), begin, end)]
 
     def unpack(self, buffer):
         """See `Wire`: in the dtype of the keys, or with `in_codes` as `CodedRows`."""
@@ -176,6 +194,12 @@ class Codes:
         self.fill(buffer, 0, k, v)
         return self.unpack(buffer)
 
+    def _places(self, tokens: int) -> Places:
+        x, scales = self._keys, -(-tokens // self._tokens_per_scale)
+        codes = tokens, x.batch, x.heads, self._columns_k + x.head_dim_v
+        scales = (scales, x.batch, x.heads, 2), "float32"
+        return places_in_bundle((("codes", (codes, "uint8")), ("scales", scales)))
+
     @property
     def _recipe_of_v(self) -> Fp8Recipe:
         """Scores stay as they are if q and k are rotated; V has nothing to be rotated with."""
@@ -193,6 +217,21 @@ class Codes:
         whole = self._keys.arrays.zeros((*codes.shape[:3], padded), "uint8")
         whole[..., :columns] = codes
         return whole
+
+
+def _remembered(*functions: Callable) -> list[Callable]:
+    """Functions of a wire that find again what they found for as many tokens."""
+    return [lru_cache(maxsize=256)(each) for each in functions]
+
+
+def _spans(places: Places, rows: dict[str, slice]) -> list[slice]:
+    """The bytes of rows of each array of a bundle."""
+    found = []
+    for name, memory, (_, shape) in places[1]:
+        row = (memory.stop - memory.start) // max(1, shape[0])
+        begin, end = rows[name].start, rows[name].stop
+        found.append(slice(memory.start + begin * row, memory.start + end * row))
+    return found
 
 
 class CodedRows:

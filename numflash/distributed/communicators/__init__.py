@@ -37,6 +37,7 @@ class Agreed:
         self.fault: str | None = None
         self.digests: dict[Hashable, bytes] = {}
         self._known: dict[tuple, tuple] = {}
+        self._results: dict[tuple, tuple[bytes | None, Any]] = {}
 
     def has(self, digest: bytes | None, place: tuple[int, ...]) -> bool:
         """Whether all ranks have agreed on it; `place` tells the other communicators."""
@@ -57,8 +58,34 @@ class Agreed:
             self.digests.clear()
         self.digests[key] = digest
 
+    def keep(self, key: Hashable | None, place: tuple[int, ...], digest: bytes | None, result):
+        """The result, kept for a key that is not None.
+
+        Args:
+            key: of this process; one that cannot be hashed keeps nothing.
+            place: as of `has`.
+            digest: of the call; None where there are no others to agree with.
+            result: of the checks of the call.
+        """
+        try:
+            if key is not None:
+                if len(self._results) >= _MOST_AGREED:
+                    self._results.clear()
+                self._results[key, place] = digest, result
+        except TypeError:
+            pass
+        return result
+
+    def kept(self, key: Hashable | None, place: tuple[int, ...]) -> tuple[bytes | None, Any]:
+        """(digest, result) of a key; (None, None) where nothing was kept."""
+        try:
+            return self._results.get((key, place), _NOTHING)
+        except TypeError:
+            return _NOTHING
+
 
 _MOST_AGREED = 4096
+_NOTHING = (None, None)
 
 
 class Communicator(Protocol):
