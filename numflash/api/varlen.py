@@ -106,7 +106,8 @@ def attention_varlen_backward(
         dout: gradient of the result, shaped like it.
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, schedule, options: as
             given there.
-        out, lse: as returned by `attention_varlen(..., return_lse=True)`.
+        out, lse: as returned by `attention_varlen(..., return_lse=True)`. In rows that no sequence
+            has lse is -inf there, and must be: all others count for the gradient of sinks.
         dlse, delta, wrt, grad_dtype, stream: as in `attention_backward`; dlse and delta are shaped
             like lse. Of alibi_slopes the gradient is of those of shape (num_heads_q,).
         check_lengths: as in `attention_varlen`; sequences that share a row of k are refused, too.
