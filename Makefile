@@ -30,7 +30,8 @@ test: $(VENV)/test.done lint
 	@$(BIN)/python -m pytest -q -n 2 --dist worksteal \
 		tests/host/numflash/bad_input tests/host/numflash/test_*_stubbed.py \
 		tests/host/numflash/test_tensor_map*.py tests/host/numflash/test_memory.py \
-		tests/host/numflash/test_stream_order.py tests/compile tests/gpu
+		tests/host/numflash/test_stream_order.py tests/host/bench/test_one_kernel.py \
+		tests/compile tests/gpu
 
 lint: $(VENV)/test.done
 	@$(BIN)/ruff check .

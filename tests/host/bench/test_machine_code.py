@@ -13,6 +13,7 @@ from numflash import masks
 from numflash.configs import (
     BLOCK_MASK_CONFIGS,
     FAMILIES,
+    MERGING_CONFIGS,
     QUANTIZE_CONFIGS,
     SEQUENCE_CONFIGS,
     Traits,
@@ -353,7 +354,13 @@ def test_every_config_of_the_tables_is_among_the_kernels():
             for config in sm90.candidates(traits):
                 if config.misfit(traits) is None:
                     assert ("forward", str(config.compiled)) in named
-    families = {*FAMILIES, *QUANTIZE_CONFIGS, *BLOCK_MASK_CONFIGS, *SEQUENCE_CONFIGS}
+    families = {
+        *FAMILIES,
+        *QUANTIZE_CONFIGS,
+        *BLOCK_MASK_CONFIGS,
+        *SEQUENCE_CONFIGS,
+        *MERGING_CONFIGS,
+    }
     assert {each.family for each in found} == families
 
 
