@@ -1,4 +1,4 @@
-"""Attention over ranks on GPUs: threads with streams of their own on one; NCCL where there are two.
+"""Attention over ranks on GPUs: threads with streams of their own on one, NCCL over two.
 
 What only a device shows: the order of streams and events. Operands are written late on a rank's
 stream, so that a message or a call that does not wait for it has zeros.
