@@ -158,7 +158,7 @@ def attention_backward(
     Memory beyond inputs and results, of each rank: float32 results, where they are returned in 16
     bits; and gather two buffers of S keys and values of a group of heads, and twice their float32
     gradients; ring a rank's keys and values twice, and their float32 gradients three times; heads
-    q, k, v, dout and their gradients once more.
+    q, k, v, dout and their gradients once more; and with each method the gradients of one call.
 
     Example:
         >>> import numpy as np

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import repeat
+from numbers import Integral
 from types import ModuleType
 from typing import Any, NamedTuple, NoReturn
 
@@ -420,7 +421,7 @@ def _alone() -> Communicator:
 def _expect_workspace(value) -> None:
     if value is None:
         return
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"max_workspace must be a number of bytes or None, got {value!r}")
     if value < 0:
         raise ValueError(f"max_workspace must be at least 0, got {value}")

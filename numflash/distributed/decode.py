@@ -206,7 +206,7 @@ def _checked(q, k_shard, options, of_shard, groups: int) -> dict[str, Any]:
     tokens, heads = q.shape[1:3]
     for name, off in _REFUSED.items():
         given = options.pop(name, off)
-        if name == "window_size" and given is not None:
+        if name == "window_size" and isinstance(given, tuple | list):
             given = tuple(-1 if side is None else side for side in given)
         if given is not None and (off is None or given != off):
             raise UnsupportedError(f"decode has no {name}: {_NO_POSITIONS}")

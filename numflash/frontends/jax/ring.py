@@ -120,9 +120,9 @@ def ring_attention(
     if not operands[0].shape[1]:
         return attention(*operands, return_lse=return_lse)
     layout = _layout(order, operands[0].shape[1], _size_of(axis_name))
-    if asked.dropout_p:
-        _expect_pieces_of_dropout(layout)
     band = Band.of(asked.causal, asked.window_size)
+    if asked.dropout_p:
+        _expect_pieces_of_dropout(layout, band)
     problem = _Problem(axis_name, layout, band, encoded.text)
     arrays = *operands, *encoded.arrays.values()
     axes = manual_axes(arrays)
@@ -446,8 +446,13 @@ def _layout(order: str, tokens: int, size: int) -> Layout:
     return Layout.zigzag(tokens * size, size)
 
 
-def _expect_pieces_of_dropout(layout: Layout) -> None:
+def _expect_pieces_of_dropout(layout: Layout, band: Band) -> None:
     """Raises ValueError."""
+    if layout.ranks > 1 and (band.right or 0) % ALIGNMENT:
+        raise ValueError(
+            f"dropout_p needs a window_size whose right side is a multiple of {ALIGNMENT} tokens, "
+            f"to which its random bits belong, or -1, got {band.right}"
+        )
     length = min(piece.length for held in layout.segments for piece in held)
     if layout.ranks > 1 and length % ALIGNMENT:
         raise ValueError(

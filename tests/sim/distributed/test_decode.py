@@ -196,6 +196,7 @@ POSITIONS = "a rank knows the rows of its shard, not the positions"
     ("options", "error", "message"),
     [
         ({"window_size": (4, None)}, UnsupportedError, f"decode has no window_size: {POSITIONS}"),
+        ({"window_size": 5}, UnsupportedError, f"decode has no window_size: {POSITIONS}"),
         ({"alibi_slopes": np.ones(4, "f4")}, UnsupportedError, "decode has no alibi_slopes"),
         ({"causal": True}, UnsupportedError, f"no causal with 2 queries: {POSITIONS}"),
         ({"dropout_p": 0.5}, UnsupportedError, "decode has no dropout_p"),
