@@ -260,7 +260,7 @@ def test_an_odd_share_is_refused_in_zigzag_order():
 def test_dropout_needs_pieces_that_its_random_bits_share():
     with pytest.raises(ValueError, match=r"pieces of a multiple of 16 tokens .* got pieces of 4"):
         on_devices(2, dropout_p=0.5, seed=1)(Q, K, V)
-    with pytest.raises(ValueError, match="right side is a multiple of 16 tokens.* got 3"):
+    with pytest.raises(ValueError, match=r"right side is a multiple of 16 tokens.* got 3"):
         on_devices(2, dropout_p=0.5, seed=1, window_size=(-1, 3))(*qkv(1, 64, 1, 1, 8))
 
 
