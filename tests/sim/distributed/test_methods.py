@@ -18,7 +18,7 @@ from numflash.distributed import (
 )
 from numflash.distributed import steps as schedules
 from numflash.distributed.steps import Exchange
-from tests.support.covering import ALL, covering, some
+from tests.support.covering import ALL, FULL, covering, some
 from tests.support.ranks import grid, late, on_ranks
 
 HEADS = {"alike": (2, 2), "one key-value head": (2, 1), "grouped": (4, 2)}
@@ -85,24 +85,18 @@ def rows() -> list[tuple[str, int, str, str]]:
         for (name, n), option, heads in product(PLACES, ASKED, HEADS)
         if name != "heads" or HEADS[heads][0] % n == 0
     ]
-    if ALL:
-        # Each option with each method; on how many ranks, they take turns.
-        turns = {option: n for n, option in enumerate(ASKED)}
-        every = [
-            row
-            for row in every
-            if row[1] == METHODS[row[0]][1][turns[row[2]] % len(METHODS[row[0]][1])]
-        ]
-        return covering(every, lambda row: (row[0], *row[2:]), cost=lambda row: row[1])
-    # `test_ring` has most other options.
-    kept = "causal", "window", "mask_mod", "dropout"
+    if FULL:
+        return covering(every, lambda row: (row[:2], *row[2:]), cost=lambda row: row[1])
     found = []
     for n, option in enumerate(ASKED):
-        place = PLACES[n % len(PLACES)]
-        heads = [row[3] for row in every if row[:3] == (*place, option)]
-        # Four query heads take twice as long as two.
-        found.append((*place, option, heads[n % max(1, len(heads) - 1)]))
-    return [row for row in found if row[2] in kept]
+        # Two methods far from each other; all take turns.
+        for place in (PLACES[n % len(PLACES)], PLACES[(n + 5) % len(PLACES)])[: 1 + ALL]:
+            heads = [row[3] for row in every if row[:3] == (*place, option)]
+            # Four query heads take twice as long as two.
+            found.append((*place, option, heads[n % max(1, len(heads) - 1)]))
+    # `test_ring` has most other options.
+    kept = "causal", "window", "mask_mod", "dropout"
+    return [row for row in found if ALL or row[2] in kept]
 
 
 def of_heads(asked: Asked, heads: str) -> Asked:
