@@ -3,7 +3,7 @@
 | run | which |
 |---|---|
 | `make test` | of each table some cases, and of faults one of each kind (`faults.of_each_kind`) |
-| NUMFLASH_TEST_ALL=1, as CI does | all tests, covering sets; simulated tables to 20 rows: an hour |
+| NUMFLASH_TEST_ALL=1, as CI does | all tests, covering sets; simulated ones to 20 rows: an hour |
 | NUMFLASH_TEST_FULL=1 | whole tables: hours |
 
 A fault that no single choice shows takes two that meet: a mask and an implementation, a feature
