@@ -7,6 +7,18 @@ from numflash.distributed import Explanation, Layout, explain
 RANKS = (1, 2, 4, 8)
 METHODS = ("gather", "ring", "heads")
 DIRECTIONS = ("forward", "backward")
+OF_BOTH = (
+    "problem",
+    "direction",
+    "ranks",
+    "method",
+    "ms",
+    "share of one GPU's speed",
+    "exposed ms",
+    "lockstep",
+    "MiB sent",
+)
+"""Columns of what is measured, and of the model's table."""
 
 
 class Case(NamedTuple):

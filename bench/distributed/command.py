@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bench.distributed import model
-from bench.distributed.cases import DIRECTIONS, METHODS, RANKS, Case, cases
+from bench.distributed.cases import DIRECTIONS, METHODS, OF_BOTH, RANKS, Case, cases
 from bench.distributed.measuring import STILL, measure
 from bench.distributed.ranks import Processes, Ranks, Threads, is_under_torchrun, local_rank
 from bench.measuring.device import open_device
@@ -25,18 +25,7 @@ from bench.measuring.session import NO_GPU
 from bench.records import record
 from bench.tables.tables import markdown
 
-COLUMNS = (
-    "problem",
-    "direction",
-    "ranks",
-    "method",
-    "ms",
-    "share of one GPU's speed",
-    "exposed ms",
-    "lockstep",
-    "MiB sent",
-    "as explained",
-)
+COLUMNS = (*OF_BOTH, "as explained")
 
 
 def add_command(commands) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from bench.distributed.cases import DIRECTIONS, METHODS, RANKS, Case
+from bench.distributed.cases import DIRECTIONS, METHODS, OF_BOTH, RANKS, Case
 from bench.tables.tables import markdown
 
 FLOPS = {"forward": 600e12, "backward": 450e12}
@@ -13,18 +13,7 @@ HEADING = (
     f"their bytes at {BANDWIDTH / 1e9:.0f} GB/s in each direction, all three assumed; launches "
     "and merges cost nothing in it."
 )
-COLUMNS = (
-    "problem",
-    "direction",
-    "ranks",
-    "method",
-    "ms",
-    "share of one GPU's speed",
-    "exposed ms",
-    "lockstep",
-    "MiB sent",
-    "MiB beyond results",
-)
+COLUMNS = (*OF_BOTH, "MiB beyond results")
 
 
 def rows(cases: Iterable[Case]) -> Iterable[list[str]]:

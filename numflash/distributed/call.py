@@ -4,11 +4,10 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import repeat
 from numbers import Integral
-from types import ModuleType
 from typing import Any, NamedTuple, NoReturn
 
 from numflash.calls.ready import remembered
-from numflash.distributed import gather, heads, steps, whole
+from numflash.distributed import gather, heads, ring, steps, whole
 from numflash.distributed.agreement import (
     FUNCTIONS,
     NoKeyError,
@@ -25,7 +24,7 @@ from numflash.distributed.layouts import Layout
 from numflash.distributed.local_calls import BY_POSITION, LocalCalls, is_given
 from numflash.distributed.memory import best_method
 from numflash.distributed.pairs import Band, Call
-from numflash.distributed.problem import Problem, sizes_of
+from numflash.distributed.problem import Method, Problem, sizes_of
 from numflash.distributed.sizes import expect_heads
 from numflash.distributed.wire import expect_layout_for, recipe_of
 from numflash.problem.options import (
@@ -43,7 +42,8 @@ from numflash.runtime.views import ArrayView
 from numflash.selection.choice import split_configs
 from numflash.selection.store import generation
 
-METHODS = ("auto", "gather", "ring", "heads")
+_MODULES = {"gather": gather, "ring": ring, "heads": heads}
+METHODS = ("auto", *_MODULES)
 ACROSS = ("gather", "ring")
 _OF_LAYOUT = ("causal_align", "shift", "origin")
 _LENGTHS = "the layout says how long documents are, and who holds which tokens of them"
@@ -85,7 +85,7 @@ class Ready(NamedTuple):
         of_backward: what only the backward of its method takes.
     """
 
-    method: ModuleType
+    method: Method
     wrt: tuple[str, ...]
     of_backward: dict[str, str]
     common: Problem
@@ -165,7 +165,7 @@ class RankedCall:
         q = with_batch({"q": operands["q"]})["q"]
         of_backward = {"travels": self.travels} if checked.names == ("ring",) else {}
         common = self._problem(checked, q, varying)
-        return Ready(_module(checked.names[0]), checked.wrt, of_backward, common, varying)
+        return Ready(_MODULES[checked.names[0]], checked.wrt, of_backward, common, varying)
 
     def _problem(self, checked: Checked, q, varying: tuple[str, ...]) -> Problem:
         """The problem of this rank, without the options that vary."""
@@ -196,7 +196,7 @@ class RankedCall:
             wire=within_wire,
             within=comm,
             across=replace(problem, max_workspace=self.max_workspace, wire=across_wire),
-            method=_module(checked.names[1]),
+            method=_MODULES[checked.names[1]],
             more={"travels": self.travels} if checked.names[1] == "ring" else {},
         )
 
@@ -345,8 +345,9 @@ def _calls(layout: Layout, band: Band, method: str) -> list[Call]:
     """Those of all ranks, where scores depend on positions."""
     if method == "gather":
         return [call for plan in steps.gathering(layout, band) for call in plan.calls]
-    ring = steps.ring(layout, band, True)
-    return [call for plan in ring for step in plan for call in step.calls]
+    return [
+        call for plan in steps.ring(layout, band, True) for step in plan for call in step.calls
+    ]
 
 
 def _glance(array) -> tuple:
@@ -398,14 +399,6 @@ def _methods(method, comms: int) -> tuple[str, ...]:
             f'"ring"), and one with others, got {comms} and method={method!r}'
         )
     return names
-
-
-def _module(name: str) -> ModuleType:
-    if name == "ring":
-        from numflash.distributed import ring
-
-        return ring
-    return {"gather": gather, "heads": heads}[name]
 
 
 @lru_cache(maxsize=256)

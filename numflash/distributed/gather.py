@@ -23,21 +23,7 @@ _OF_TOKENS = ("q", "k", "v")
 
 
 def forward(problem: Problem, q, k, v, first_head: int = 0, *, float32: bool) -> tuple[Any, Any]:
-    """Attention of this rank's queries over the keys of all ranks.
-
-    Args:
-        problem: this rank's.
-        q: (batch, tokens, heads_q, head_dim) of this rank.
-        k, v: (batch, tokens, heads_kv, head_dim or head_dim_v) of this rank.
-        first_head: the number of the first query head in the whole problem.
-        float32: whether out is float32, and not of the dtype of q.
-
-    Returns:
-        out (batch, tokens, heads_q, head_dim_v) and lse (batch, heads_q, tokens) float32.
-
-    Raises:
-        CommunicatorError: a peer is gone or did not come.
-    """
+    """See `Method.forward`."""
     plan, arrays = _planned(problem, q, k, v, backward=False), problem.arrays
     batch, tokens, heads_q, _ = q.shape
     dtype = "float32" if float32 else arrays.dtype_of(q)
@@ -64,22 +50,7 @@ def backward(
     first_head: int = 0,
     wrt: tuple[str, ...] = _OF_TOKENS,
 ) -> Gradients:
-    """The gradients of `forward`, of this rank's rows.
-
-    Args:
-        problem: this rank's.
-        operands: dout, q, k, v, lse and out, or in its place delta, of this rank's rows; dlse,
-            where lse has a gradient of its own, else None or left out.
-        first_head: as of `forward`.
-        wrt: of "q", "k", "v", "sinks" and "alibi_slopes".
-
-    Returns:
-        A float32 gradient by each name in wrt. Those of sinks and alibi_slopes have the shapes of
-        the whole problem's, and are this rank's share: the sum over ranks is the gradient.
-
-    Raises:
-        CommunicatorError: a peer is gone or did not come.
-    """
+    """See `Method.backward`."""
     arrays = problem.arrays
     q, k, v = (operands[name] for name in _OF_TOKENS)
     plan = _planned(problem, q, k, v, backward=True)

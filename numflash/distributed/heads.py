@@ -9,23 +9,16 @@ Source: DeepSpeed Ulysses, arXiv 2309.14509.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 from numflash.distributed import steps
 from numflash.distributed.communicators import Communicator
 from numflash.distributed.local_calls import delta_of
-from numflash.distributed.problem import Gradients, Problem
+from numflash.distributed.problem import Gradients, Method, Problem
 from numflash.distributed.sizes import Share, shares_of
 from numflash.distributed.steps import Message, Regrouping
 
 _OF_TOKENS = ("q", "k", "v")
-
-
-class Method(Protocol):
-    """What computes across groups: `gather` or `ring`."""
-
-    forward: Callable[..., tuple[Any, Any]]
-    backward: Callable[..., Gradients]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,21 +58,7 @@ class RegroupedProblem(Problem):
 def forward(
     problem: RegroupedProblem, q, k, v, first_head: int = 0, *, float32: bool
 ) -> tuple[Any, Any]:
-    """Attention of this rank's queries over the keys of all ranks.
-
-    Args:
-        problem: this rank's.
-        q: (batch, tokens, heads_q, head_dim) of this rank.
-        k, v: (batch, tokens, heads_kv, head_dim or head_dim_v) of this rank.
-        first_head: the number of the first query head in the whole problem.
-        float32: whether out is float32, and not of the dtype of q.
-
-    Returns:
-        out (batch, tokens, heads_q, head_dim_v) and lse (batch, heads_q, tokens) float32.
-
-    Raises:
-        CommunicatorError: a peer is gone or did not come.
-    """
+    """See `Method.forward`."""
     arrays, shares = problem.arrays, problem.shares(q.shape[2], k.shape[2])
     mine = shares[problem.within.rank]
     # One after the other: what is sent of one is free before the other needs room.
@@ -106,22 +85,7 @@ def backward(
     first_head: int = 0,
     wrt: tuple[str, ...] = _OF_TOKENS,
 ) -> Gradients:
-    """The gradients of `forward`, of this rank's rows.
-
-    Args:
-        problem: this rank's.
-        operands: dout, q, k, v, lse and out, or in its place delta, of this rank's rows; dlse,
-            where lse has a gradient of its own, else None or left out.
-        first_head: as of `forward`.
-        wrt: of "q", "k", "v", "sinks" and "alibi_slopes".
-
-    Returns:
-        A float32 gradient by each name in wrt. Those of sinks and alibi_slopes have the shapes of
-        the whole problem's, and are this rank's share: the sum over ranks is the gradient.
-
-    Raises:
-        CommunicatorError: a peer is gone or did not come.
-    """
+    """See `Method.backward`."""
     arrays = problem.arrays
     dout, q, k, v = (operands[name] for name in ("dout", *_OF_TOKENS))
     shares = problem.shares(q.shape[2], k.shape[2])

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from numflash.distributed.arrays import Arrays
 from numflash.distributed.communicators import Communicator
@@ -87,3 +87,51 @@ _gathered_at_once = lru_cache(maxsize=1024)(gathered_at_once)
 
 Gradients = dict[str, Any]
 """By name: q, k, v as of `attention_backward`; sinks and alibi_slopes of this rank's rows only."""
+
+
+class Method(Protocol):
+    """How ranks compute a problem together: the modules `gather`, `ring` and `heads`."""
+
+    def forward(
+        self, problem: Problem, q, k, v, first_head: int = 0, *, float32: bool
+    ) -> tuple[Any, Any]:
+        """Attention of this rank's queries over the keys of all ranks.
+
+        Args:
+            problem: this rank's.
+            q: (batch, tokens, heads_q, head_dim) of this rank.
+            k, v: (batch, tokens, heads_kv, head_dim or head_dim_v) of this rank.
+            first_head: the number of the first query head in the whole problem.
+            float32: whether out is float32, and not of the dtype of q.
+
+        Returns:
+            out (batch, tokens, heads_q, head_dim_v) and lse (batch, heads_q, tokens) float32; 0
+            and -inf for a query that sees nothing.
+
+        Raises:
+            CommunicatorError: a peer is gone or did not come.
+        """
+
+    def backward(
+        self,
+        problem: Problem,
+        operands: dict[str, Any],
+        first_head: int = 0,
+        wrt: tuple[str, ...] = ("q", "k", "v"),
+    ) -> Gradients:
+        """The gradients of `forward`, of this rank's rows.
+
+        Args:
+            problem: this rank's.
+            operands: dout, q, k, v, lse and out, or in its place delta, of this rank's rows; dlse,
+                where lse has a gradient of its own, else None or left out.
+            first_head: as of `forward`.
+            wrt: of "q", "k", "v", "sinks" and "alibi_slopes".
+
+        Returns:
+            A float32 gradient by each name in wrt. Those of sinks and alibi_slopes have the shapes
+            of the whole problem's, and are this rank's share: the sum over ranks is the gradient.
+
+        Raises:
+            CommunicatorError: a peer is gone or did not come.
+        """

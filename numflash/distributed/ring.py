@@ -39,21 +39,7 @@ class Cargo(NamedTuple):
 
 
 def forward(problem: Problem, q, k, v, first_head: int = 0, *, float32: bool) -> tuple[Any, Any]:
-    """Attention of this rank's queries over the keys of all ranks.
-
-    Args:
-        problem: this rank's.
-        q, k, v: its rows, (batch, tokens, heads, head_dim).
-        first_head: the number of the first query head in the whole problem.
-        float32: whether out is float32, and not of the dtype of q.
-
-    Returns:
-        out (batch, tokens, heads, head_dim_v) and lse (batch, heads, tokens) float32; 0 and -inf
-        for a query that sees nothing.
-
-    Raises:
-        CommunicatorError: a peer is gone or did not come.
-    """
+    """See `Method.forward`."""
     plan, arrays = _plan(problem, steps.ring), problem.arrays
     dtype = arrays.dtype_of(q)
     total = _Total(arrays, (*q.shape[:3], v.shape[3]))
@@ -84,21 +70,11 @@ def backward(
     *,
     travels: str = "auto",
 ) -> Gradients:
-    """The gradients of `forward`, of this rank's rows.
+    """See `Method.backward`.
 
-    Args:
-        problem: this rank's.
-        operands: dout, q, k, v, out, lse and dlse of its rows; dlse may be None or left out.
-        first_head: as of `forward`.
-        wrt: of "q", "k", "v", "sinks" and "alibi_slopes".
-        travels: "keys", "queries", or "auto": which of the two moves fewer bytes.
-
-    Returns:
-        a float32 gradient by each name in wrt. Those of sinks and alibi_slopes are of the whole
-        problem's heads, this rank's share only: it is to be added over the ranks.
+    `travels` is what goes round: "keys", "queries", or "auto", which of the two moves fewer bytes.
 
     Raises:
-        CommunicatorError: a peer is gone or did not come.
         ValueError: another `travels`.
     """
     expect_one_of("travels", travels, ("auto", "keys", "queries"))

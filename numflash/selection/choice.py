@@ -19,7 +19,6 @@ from numflash.runtime.driver import Machine, device_name, limits_of_device, mult
 from numflash.runtime.errors import UnsupportedError
 from numflash.runtime.gpus import Gpu
 from numflash.runtime.mode import SIMULATED
-from numflash.runtime.switches import whole_number
 from numflash.selection import autotune, capture, tuned
 from numflash.selection.entries import DeviceKey
 from numflash.selection.geometry import (
@@ -30,6 +29,7 @@ from numflash.selection.geometry import (
     heads_packed,
     resident_blocks,
     rows_packed,
+    sms_of_persistent_kernels,
     tiles_listed,
     with_splits,
 )
@@ -57,13 +57,6 @@ class Purpose(Enum):
     AHEAD = "ahead"
     QUESTION = "question"
 
-
-SPARE_SMS = "NUMFLASH_SPARE_SMS"
-"""The switch that leaves multiprocessors to others, as NCCL's kernels beside attention.
-
-A persistent kernel starts no more blocks than run together. Where others hold a multiprocessor,
-its block begins when they end, with all its tiles still to come.
-"""
 
 FORWARD = ("forward", "combine")
 BACKWARD = ("backward-dkdv", "backward-dq")
@@ -292,8 +285,7 @@ def _lay(choice: Choice, problem: AttentionProblem, machine: Machine) -> Geometr
         listed = tiles_listed(problem, config, pack, blocks=slots)
         blocks = blocks_of(problem, config, heads, pack, listed=listed)
     if getattr(config, "persistent", False):
-        spare = whole_number(SPARE_SMS, at_least=0) or 0
-        blocks = min(blocks, max(1, machine.num_sms - spare) * room)
+        blocks = min(blocks, sms_of_persistent_kernels(machine.num_sms) * room)
     return Geometry(pack, num_splits, min(in_flight, max(1, all_heads)), blocks, listed)
 
 

@@ -6,6 +6,7 @@ from numflash.configs import Config, MmaConfig, Traits, implementation_of
 from numflash.problem.problem import AttentionProblem, num_blocks
 from numflash.problem.sequences import MAX_SPLITS, ListShape, most_records
 from numflash.runtime.devices import Architecture, blocks_per_sm
+from numflash.runtime.switches import whole_number
 
 INVARIANT_KEYS = 2048
 """Keys of a split where sums must not depend on other sequences (`batch_invariant`)."""
@@ -90,6 +91,18 @@ def heads_of_backward(problem: AttentionProblem, l2_bytes: int) -> int:
     head_bytes = problem.seqlen_q * problem.group_size * (2 * columns + 4 * problem.head_dim)
     heads = l2_bytes // 2 // max(1, head_bytes)
     return max(1, min(heads, problem.num_heads_kv * problem.batch))
+
+
+def sms_of_persistent_kernels(num_sms: int) -> int:
+    """Multiprocessors for a persistent kernel: but those that NUMFLASH_SPARE_SMS leaves to others.
+
+    It starts no more blocks than run together. Where NCCL's kernels hold a multiprocessor, its
+    block begins when they end, with all its tiles still to come.
+
+    Raises:
+        ValueError: the switch is no integer from 0 on.
+    """
+    return max(1, num_sms - (whole_number("NUMFLASH_SPARE_SMS", at_least=0) or 0))
 
 
 def heads_of_a_bundle(config: MmaConfig, fits: int, heads: int, num_sms: int, sharing: int) -> int:

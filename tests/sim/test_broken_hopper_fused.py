@@ -264,7 +264,7 @@ def ideas_of_lists() -> list:
     return [
         pytest.param(parts[part], mutation, problem, id=f"{part}: {mutation}")
         for part, problem, mutation in of_each_kind(
-            [row for row in mutations(IDEAS_OF_LISTS) if ALL or row[0] != "schedule"],
+            mutations(IDEAS_OF_LISTS),
             lambda row: row[:1],
             cost=lambda row: DEAR_PROBLEMS.get(row[1], 1),
         )

@@ -195,8 +195,6 @@ _SYNCHRONISATION = (
     r"|cp_async_bulk_(wait_group_read|commit_group)|fence_\w+|wgmma_(fence|commit_group)"
     r"|give_\w+|take_\w+|pass_turn|cuda\.sync(threads|warp)"
 )
-# What takes many seeds to show, and `test_broken_mma_kernels` and `test_broken_kernels` show, too.
-DEAR = "cuda.syncthreads", "cuda.syncwarp"
 _OF_8_BITS = "make_product_pt.product_pt"
 # And of those that only kernels for pages have: `test_broken_ragged_kernels` has their faults.
 # The backward's product has its own in `test_backward_tiles`, what its warps fill by themselves in
@@ -233,8 +231,7 @@ def faults_of_events() -> list:
         for fault in events(SOURCES[part], _SYNCHRONISATION):
             if (fault.function, fault.called, fault.n) in NOT_NEEDED:
                 continue
-            dear = not EVERY_FAULT and fault.called in DEAR
-            if fault.function not in _OF_OTHERS and not dear:
+            if fault.function not in _OF_OTHERS:
                 found.append((part, fault, "no"))
         for fault in events(SOURCES[part], r"[QKV]\.release", Early):
             if (fault.function, fault.called, fault.n) not in NEVER_TOO_EARLY:

@@ -5,12 +5,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from numflash.calls import ready
 from numflash.machine_code.compiler import versions
 from numflash.machine_code.sources import family_hash
 from numflash.problem.classes import ProblemClass
 from numflash.runtime.devices import architecture
 from numflash.runtime.mode import SIMULATED
-from numflash.selection import tuned
+from numflash.selection import store, tuned
 from numflash.selection.entries import DeviceKey, Entry
 
 WANTED = ProblemClass.parse("forward float16-d64-dv64-vec full q512 k512 bh8 g1")
@@ -36,6 +37,17 @@ def entry(problem=WANTED, config="sm80-m64n32w4s2", **changes):
         default_ms=2.0,
     )
     return replace(found, **changes)
+
+
+def use_empty_cache(folder, monkeypatch) -> None:
+    """A config cache in this folder, no shipped tables, and tuned configs turned on."""
+    monkeypatch.setenv("NUMFLASH_CACHE_DIR", str(folder))
+    monkeypatch.setenv("NUMFLASH_TUNED", "1")
+    monkeypatch.setattr(store, "read_shipped", dict)
+    for name, empty in (("_found", {}), ("_advice", {}), ("_tables", []), ("_state", [])):
+        monkeypatch.setattr(tuned, name, empty)
+    monkeypatch.setattr(tuned, "_warned", set())
+    monkeypatch.setattr(ready, "_ready", {})
 
 
 def find(wanted=WANTED, device=HERE, rows=512):

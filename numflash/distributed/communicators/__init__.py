@@ -6,6 +6,7 @@ torch_groups    a ProcessGroup of torch.distributed: NCCL, gloo, ...
 cupy_nccl       CuPy's NcclCommunicator, or its NCCLBackend
 """
 
+import hashlib
 from collections.abc import Callable, Hashable
 from typing import Any, Protocol
 
@@ -162,3 +163,18 @@ def in_groups(
 
 _MOST_OPERATIONS = 256
 """Of a group: with more NCCL was seen to hang."""
+
+
+def texts_that_differ(text: str, gather_bytes: Callable[[bytes], list[bytes]]) -> list[str] | None:
+    """What `Communicator.agree` returns: 32 bytes of each rank travel, texts where those differ.
+
+    Args:
+        text: this rank's.
+        gather_bytes: gives the bytes of all ranks, by rank, of as many of this rank.
+    """
+    said = text.encode()
+    if len(set(gather_bytes(hashlib.sha256(said).digest()))) == 1:
+        return None
+    sizes = [int.from_bytes(x, "little") for x in gather_bytes(len(said).to_bytes(8, "little"))]
+    padded = gather_bytes(said.ljust(max(sizes), b"\0"))
+    return [each[:size].decode() for each, size in zip(padded, sizes, strict=True)]

@@ -6,7 +6,6 @@ watches events, and where a message takes too long it aborts the communicator, w
 kernels of NCCL that wait. What they should have brought is then garbage, and the next call raises.
 """
 
-import hashlib
 import threading
 import time
 import weakref
@@ -18,7 +17,12 @@ from typing import Any
 import numpy as np
 
 from numflash.distributed.arrays import Arrays
-from numflash.distributed.communicators import Agreed, CommunicatorError, in_groups
+from numflash.distributed.communicators import (
+    Agreed,
+    CommunicatorError,
+    in_groups,
+    texts_that_differ,
+)
 from numflash.distributed.communicators.ordering import OnCupy
 
 _PAUSE = 0.02
@@ -167,14 +171,7 @@ class CupyNccl:
         """See `Communicator`: 32 bytes of each rank, and texts only where those differ."""
         what = "the agreement of ranks"
         self._expect_no_fault(what)
-        digests = self._gather_bytes(hashlib.sha256(text.encode()).digest(), what)
-        if len(set(digests)) == 1:
-            return None
-        said = text.encode()
-        sizes = self._gather_bytes(len(said).to_bytes(8, "little"), what)
-        sizes = [int.from_bytes(each, "little") for each in sizes]
-        padded = self._gather_bytes(said.ljust(max(sizes), b"\0"), what)
-        return [each[:size].decode() for each, size in zip(padded, sizes, strict=True)]
+        return texts_that_differ(text, lambda own: self._gather_bytes(own, what))
 
     def _post(self, sends, receives, stream) -> None:
         """Post one group of messages."""

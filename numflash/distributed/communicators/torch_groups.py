@@ -4,7 +4,6 @@ NCCL orders messages by streams, and its watchdog keeps the deadline; gloo's wai
 arrays, of the simulator, travel as tensors over the same memory.
 """
 
-import hashlib
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +13,12 @@ from typing import Any
 import numpy as np
 
 from numflash.distributed.arrays import Arrays
-from numflash.distributed.communicators import Agreed, CommunicatorError, in_groups
+from numflash.distributed.communicators import (
+    Agreed,
+    CommunicatorError,
+    in_groups,
+    texts_that_differ,
+)
 from numflash.runtime.errors import UnsupportedError
 from numflash.runtime.torch_tensors import is_tensor
 
@@ -72,14 +76,7 @@ class TorchGroup:
         """See `Communicator`: 32 bytes of each rank, and texts only where those differ."""
         what = "the agreement of ranks"
         self._expect_no_fault(what)
-        digests = self._gather_bytes(hashlib.sha256(text.encode()).digest(), what)
-        if len(set(digests)) == 1:
-            return None
-        said = text.encode()
-        sizes = self._gather_bytes(len(said).to_bytes(8, "little"), what)
-        sizes = [int.from_bytes(each, "little") for each in sizes]
-        padded = self._gather_bytes(said.ljust(max(sizes), b"\0"), what)
-        return [each[:size].decode() for each, size in zip(padded, sizes, strict=True)]
+        return texts_that_differ(text, lambda own: self._gather_bytes(own, what))
 
     def _post(self, sends, receives, what: str, posted: list, held: Any) -> None:
         """Post messages in one group; `posted` gets works and what each of them is."""

@@ -13,13 +13,12 @@ import numpy as np
 import pytest
 
 import numflash
-from numflash.calls import ready
 from numflash.calls.arguments import request_of
 from numflash.calls.forward import selection_of
 from numflash.problem.options import AttentionOptions
 from numflash.runtime.arrays import library_of
 from numflash.runtime.mode import SIMULATED
-from numflash.selection import autotune, capture, store, tuned
+from numflash.selection import autotune, capture, store
 from tests.support.tuned_classes import (
     HERE,
     SIMULATED_DEVICE,
@@ -28,19 +27,14 @@ from tests.support.tuned_classes import (
     entry,
     find,
     needs_simulator,
+    use_empty_cache,
 )
 
 
 @pytest.fixture(autouse=True)
 def empty_cache(tmp_path, monkeypatch):
     """A config cache of the test's own, no shipped tables, and tuned configs turned on."""
-    monkeypatch.setenv("NUMFLASH_CACHE_DIR", str(tmp_path))
-    monkeypatch.setenv("NUMFLASH_TUNED", "1")
-    monkeypatch.setattr(store, "read_shipped", dict)
-    for name, empty in (("_found", {}), ("_advice", {}), ("_tables", []), ("_state", [])):
-        monkeypatch.setattr(tuned, name, empty)
-    monkeypatch.setattr(tuned, "_warned", set())
-    monkeypatch.setattr(ready, "_ready", {})
+    use_empty_cache(tmp_path, monkeypatch)
 
 
 @needs_simulator

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 import numflash
-from numflash.calls import ready
 from numflash.configs import parse_config
 from numflash.problem.classes import ProblemClass
 from numflash.runtime import driver
@@ -25,6 +24,7 @@ from tests.support.tuned_classes import (
     entry,
     find,
     needs_simulator,
+    use_empty_cache,
 )
 
 OTHER = DeviceKey("NVIDIA A30", "sm_80", 56)
@@ -33,13 +33,7 @@ OTHER = DeviceKey("NVIDIA A30", "sm_80", 56)
 @pytest.fixture(autouse=True)
 def empty_cache(tmp_path, monkeypatch):
     """A config cache of the test's own, no shipped tables, and tuned configs turned on."""
-    monkeypatch.setenv("NUMFLASH_CACHE_DIR", str(tmp_path))
-    monkeypatch.setenv("NUMFLASH_TUNED", "1")
-    monkeypatch.setattr(store, "read_shipped", dict)
-    for name, empty in (("_found", {}), ("_advice", {}), ("_tables", []), ("_state", [])):
-        monkeypatch.setattr(tuned, name, empty)
-    monkeypatch.setattr(tuned, "_warned", set())
-    monkeypatch.setattr(ready, "_ready", {})
+    use_empty_cache(tmp_path, monkeypatch)
 
 
 ELSEWHERE = DeviceKey("NVIDIA H200", "sm_90a", 132)

@@ -7,10 +7,16 @@ import pytest
 
 import numflash
 from numflash.api import plans
-from numflash.calls import ready
 from numflash.problem.classes import ProblemClass
-from numflash.selection import autotune, capture, store, tuned
-from tests.support.tuned_classes import SIMULATED_DEVICE, WANTED, arrays, entry, needs_simulator
+from numflash.selection import autotune, capture, store
+from tests.support.tuned_classes import (
+    SIMULATED_DEVICE,
+    WANTED,
+    arrays,
+    entry,
+    needs_simulator,
+    use_empty_cache,
+)
 
 pytestmark = needs_simulator
 FP8 = ProblemClass.parse("forward float16-d64-dv64-vec-fp8 full q512 k512 bh8 g1")
@@ -20,13 +26,7 @@ KEY_SCALES = replace(FP8, traits=replace(FP8.traits, key_scales=True))
 @pytest.fixture(autouse=True)
 def empty_cache(tmp_path, monkeypatch):
     """A config cache of the test's own, no shipped tables, and tuned configs turned on."""
-    monkeypatch.setenv("NUMFLASH_CACHE_DIR", str(tmp_path))
-    monkeypatch.setenv("NUMFLASH_TUNED", "1")
-    monkeypatch.setattr(store, "read_shipped", dict)
-    for name, empty in (("_found", {}), ("_advice", {}), ("_tables", []), ("_state", [])):
-        monkeypatch.setattr(tuned, name, empty)
-    monkeypatch.setattr(tuned, "_warned", set())
-    monkeypatch.setattr(ready, "_ready", {})
+    use_empty_cache(tmp_path, monkeypatch)
 
 
 @pytest.fixture
