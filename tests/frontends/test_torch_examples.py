@@ -1,7 +1,10 @@
 """What people are shown of torch's attention by numflash runs: the example and the page."""
 
 import doctest
+import os
 import runpy
+import subprocess
+import sys
 import textwrap
 from pathlib import Path
 
@@ -12,6 +15,7 @@ torch = pytest.importorskip("torch", reason='needs PyTorch: pip install "numflas
 import numflash  # noqa: E402
 import numflash.torch as nt  # noqa: E402
 from numflash.frontends.torch.explaining import SdpaExplanation  # noqa: E402
+from tests.support.covering import thorough  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,6 +34,20 @@ def test_a_model_like_gpt2_learns(launched, capsys):
     families = launched.take()
     assert families.count("forward") == families.count("backward-dq") == calls
     assert "forward: sm80-" in capsys.readouterr().out and not nt.is_enabled()
+
+
+@thorough
+def test_two_processes_train_as_one_does():
+    done = subprocess.run(
+        [sys.executable, "examples/train_distributed.py"],
+        cwd=ROOT,
+        env={**os.environ, "NUMBA_ENABLE_CUDASIM": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 processes, step 3: loss" in done.stdout and "losses differ by" in done.stdout
 
 
 def test_the_code_of_the_page_runs(launched, capsys):
