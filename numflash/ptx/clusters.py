@@ -114,7 +114,7 @@ def cp_async_bulk_tensor_5d_multicast(
     c3: i32,
     c4: i32,
 ):
-    """As `cp_async_bulk_tensor_4d_multicast` in five dimensions."""
+    """As `cp_async_bulk_tensor_4d_multicast` in five dimensions. PTX ISA 9.7.9.27.1.2."""
     _load(target, target_offset, tensor_map, barriers, index, (c0, c1, c2, c3, c4), blocks)
 
 
