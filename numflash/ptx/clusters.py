@@ -65,13 +65,15 @@ def barrier_cluster_wait():
 
 @instruction(
     "{ .reg .b32 there; mapa.shared::cluster.u32 there, <barriers>, <rank>; "
-    "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there]; }",
+    "mbarrier.arrive.shared::cluster.b64 _, [there]; }",
     sm=90,
 )
 def mbarrier_arrive_remote(barriers: Shared(u64, "index"), index: i32, rank: u32):
     """Arrive once at the mbarrier that the block of this rank has at the same address.
 
-    The own rank is one of them. PTX ISA 9.7.9 (mapa), 9.7.13.15.13.
+    The own rank is one of them. Says that a buffer has been read, and no more: its scope is the
+    block, as in CUTLASS (ClusterBarrier::arrive). With `.release.cluster` the assembler puts a
+    fence of the whole GPU before each arrival. PTX ISA 9.7.9 (mapa), 9.7.13.15.13.
     """
     current_thread().block.part(Member).arrive_remote(barriers, index, int(rank))
 
