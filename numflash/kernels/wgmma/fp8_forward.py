@@ -136,17 +136,17 @@ def make_attend(config: Sm90Fp8ForwardConfig, traits: Traits):
     @device_function
     def q_of(q):
         """Operand Q of this warpgroup, computed again: its many steps would be kept otherwise."""
-        return u32(q + group_of_thread() * q_step)
+        return products.advance(q, group_of_thread(), q_step)
 
     @device_function
     def k_of(k, stage, tile):
         """Operand K of one of the tiles of a stage."""
-        return u32(k + stage * k_step + tile * k_tile_step)
+        return products.advance(products.advance(k, stage, k_step), tile, k_tile_step)
 
     @device_function
     def v_of(v, stage, tile):
         """Operand V of one of the tiles of a stage."""
-        return u32(v + stage * v_step + tile * v_tile_step)
+        return products.advance(products.advance(v, stage, v_step), tile, v_tile_step)
 
     @device_function
     def scales_of_tile(descales, known, n_start, end):
@@ -177,7 +177,7 @@ def make_attend(config: Sm90Fp8ForwardConfig, traits: Traits):
     def add_tile(o_acc, part_acc, p_frag, v_operand, weights):
         """O += weights * (P V), begun and waited for."""
         for part in range(num_parts):
-            begin_p_v(part_acc, p_frag, u32(v_operand + part * part_step))
+            begin_p_v(part_acc, p_frag, products.behind(v_operand, part * part_step))
             # Hazard: the tensor cores still write this part, and read P and V.
             wait_for_part(part_acc)
             add_part(o_acc, n_part * part, part_acc, weights)
