@@ -200,8 +200,9 @@ class Sm90ForwardConfig(MmaForwardConfig):
         """The words of each tile in shared memory, in order; the barriers come last."""
         tiles = self._tiles(traits)
         if self.o_is_apart(traits):
-            barriers = tiles.pop("barriers")
-            tiles |= {"o": self._o_words(traits), "barriers": barriers}
+            # Slabs begin at multiples of 1024 bytes: what is no slab stays behind them.
+            rest = {name: tiles.pop(name) for name in ("key_scales", "barriers")}
+            tiles |= {"o": self._o_words(traits), **rest}
         return tiles
 
     def _tiles(self, traits: Traits) -> dict[str, int]:
