@@ -3,7 +3,7 @@
 The block is that of `forward` (`skeleton`), the numerics are those of `kernels.mma.fp8_forward`:
 P is e4m3 in units of its tile's largest score. A tile's P V goes to accumulators `part_acc` of its
 own, and is added to O in float32 with its weight. So it does not matter that FP8 tensor cores are
-reported to add with 14 bits, and the scales of V cost nothing.
+reported to add with 14 bits, and the scale of V of a tile costs nothing.
 
 e4m3 products read both operands along k, which for P V are the keys: V comes with tokens
 innermost, in the order in which P leaves the accumulators. Results of more than 128 columns are
@@ -13,7 +13,9 @@ stage of keys has its scales in shared memory (`key_scales`), and P holds V's.
 A tile of 128 keys costs a warpgroup, at head_dim 128 with overlap and pingpong, 512 clocks of the
 tensor cores (8 QGMMA), 528 of the special-function units (66 exponentials, two of them for the
 weights) and 487 instructions of each scheduler, 64 FFMA of them to add the tile's share to O: the
-clocks that 16 bits leave free are about used up. No GPU has timed it yet.
+clocks that 16 bits leave free are about used up. Where keys have scales of their own, 64 FMUL, 64
+FFMA and 24 LDS come in addition. Then the schedulers bound it, not the tensor cores, by 627
+instructions without overlap, for which there are no registers. No GPU has timed any of it yet.
 
 Source: FlashAttention-3, arXiv 2407.08608, section 3.3.
 """
@@ -198,9 +200,7 @@ def make_attend(config: Sm90Fp8ForwardConfig, traits: Traits):
         if key_scales:
             add_v_scales(s_acc, scales, smem, i32(of_v_log2 + at))
             scales[0], scales[1] = f32(1), f32(1)
-        return tile_softmax(
-            s_acc, running, factors, scales, weights, smem, i32(of_v_inverse + at)
-        )
+        return tile_softmax(s_acc, running, factors, scales, weights, smem, i32(of_v_inverse + at))
 
     @device_function
     def give_scales(barriers, group, stage, tile):
