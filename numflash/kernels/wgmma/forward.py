@@ -88,7 +88,7 @@ def make_forward_kernel(config: Sm90ForwardConfig, traits: Traits) -> Kernel:
 
 
 def make_attend(config: Sm90ForwardConfig, traits: Traits):
-    """attend(barriers, at, rows, sums, scale_log2, scores, args, keys, stages)
+    """attend(smem, barriers, at, rows, sums, scale_log2, scores, args, keys, stages)
 
     O += softmax(Q K^T) V over the tiles of keys that a warpgroup's rows see; see `skeleton`.
     """
@@ -116,7 +116,7 @@ def make_attend(config: Sm90ForwardConfig, traits: Traits):
         return products.advance(q, group, q_step)
 
     @device_function
-    def attend(barriers, at, rows, sums, scale_log2, scores, args, keys, stages):
+    def attend(smem, barriers, at, rows, sums, scale_log2, scores, args, keys, stages):
         stage, parity = stages[0], stages[1]
         s_acc, p_frag = cuda.local.array(n_scores, f32), cuda.local.array(n_p, u32)
         limits, shifts = cuda.local.array(2, f32), cuda.local.array(2, f32)
