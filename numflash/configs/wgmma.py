@@ -4,8 +4,8 @@ Their string form: `sm90-m128n176w8s2-overlap-pingpong-persistent`, which is til
 warps that multiply, stages, and the switches that are on. `x8`, `-h4` and `-packed` as in
 `configs.mma`, `b2` where two blocks share an SM; with `-v3` V has 3 stages; `-r232` gives the
 warps that multiply 232 registers a thread instead of the usual; with `-a1` one thread arrives for
-a warpgroup; with `-l128` the L2 cache fetches 128 bytes at once for a bulk copy, not 256; with
-`-fixed`, which comes last, warps keep the registers that they begin with. Those on 8-bit floats
+a warpgroup; with `-l128` the L2 cache fetches 128 bytes at once for a bulk copy, not 256; with `-c2` two blocks
+share what they fetch of K and V; with `-fixed`, which comes last, warps keep the registers that they begin with. Those on 8-bit floats
 begin with `fp8-sm90-`.
 """
 
@@ -36,6 +36,7 @@ _MOST_COLUMNS, _PART_COLUMNS = 128, 64
 _MAX_SMEM_BYTES = architecture("sm_90a").max_smem_per_block
 _ARRIVALS = (1, 4)
 _L2_BYTES = (128, 256)
+_CLUSTERS = (1, 2)
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ class Sm90ForwardConfig(MmaForwardConfig):
             another warp's product read it (`kernels.wgmma.channels.make_channel`).
         l2_bytes: bytes that the L2 cache fetches at once for a bulk copy: 256 or 128. It is an
             argument of the tensor maps, so that the machine code is the same.
+        cluster: blocks that are neighbours and see the same keys: 1, or 2 of which each fetches
+            half of K and V for both.
         fixed: warps keep the registers that they begin with, without `setmaxnreg`. Only for one
             warpgroup that multiplies and one block an SM: threads have 256 each then.
     """
@@ -68,6 +71,7 @@ class Sm90ForwardConfig(MmaForwardConfig):
     consumer_registers: int = number("-r", 0)
     arrivals: int = number("-a", 4)
     l2_bytes: int = number("-l", 256)
+    cluster: int = number("-c", 1)
     overlap: bool = switch("overlap")
     pingpong: bool = switch("pingpong")
     persistent: bool = switch("persistent")
@@ -125,6 +129,10 @@ class Sm90ForwardConfig(MmaForwardConfig):
                 f"{type(self).__name__} {self}: the L2 cache fetches 128 or 256 bytes, "
                 f"not {self.l2_bytes}"
             )
+        if self.cluster not in _CLUSTERS:
+            raise ValueError(
+                f"{type(self).__name__} {self}: a cluster has 1 block or 2, not {self.cluster}"
+            )
 
     @property
     def num_warpgroups(self) -> int:
@@ -140,6 +148,16 @@ class Sm90ForwardConfig(MmaForwardConfig):
     def num_threads(self) -> int:
         """Threads per block."""
         return 32 * self.num_warps + _PRODUCER_THREADS
+
+    @property
+    def block_rows(self) -> int:
+        """Rows of the output that one block computes, or the blocks of a cluster together."""
+        return self.cluster * self.tile_m
+
+    @property
+    def box_n(self) -> int:
+        """Rows of K and V that a block fetches at once: its share of a stage."""
+        return self.stage_n // self.cluster
 
     @property
     def registers(self) -> tuple[int, int]:
@@ -162,7 +180,7 @@ class Sm90ForwardConfig(MmaForwardConfig):
         """Why it cannot be built for these traits; None if it can."""
         if traits.ragged and self.num_splits > 1:
             return "of sequences with lengths of their own it stores whole results, and no parts"
-        return super().misfit(traits)
+        return super().misfit(traits) or traits.torn(self.block_rows, self.stage_n)
 
     @property
     def compiled(self) -> "Sm90ForwardConfig":

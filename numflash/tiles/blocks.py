@@ -267,8 +267,11 @@ def make_block_place(tile_m):
 
 
 @cache
-def make_walk(tile_m, traits):
-    """walk(grid, shape): (first place, number of places); `next_place` leads on."""
+def make_walk(tile_m, traits, cluster=1):
+    """walk(grid, shape): (first place, number of places); `next_place` leads on.
+
+    Where blocks are in clusters a cluster takes places, of tile_m rows, as otherwise a block does.
+    """
     ragged = traits.ragged
 
     @device_function
@@ -279,14 +282,14 @@ def make_walk(tile_m, traits):
         else:
             num_m_blocks = u32(num_rows + tile_m - 1) // u32(tile_m)
             num_places = u32(num_m_blocks * (u32(num_heads) // u32(pack)) * u32(num_splits))
-        return mov_ctaid_x(), num_places
+        return u32(mov_ctaid_x() // u32(cluster)), num_places
 
     return walk
 
 
 @device_function
-def next_place(place, odd):
-    """The place that a block takes after this one.
+def next_place(place, odd, cluster):
+    """The place that a block, or a cluster of so many, takes after this one.
 
     `odd` is 1 if it has taken an odd number of places, this one among them, and 0 if an even one:
     a kernel has such a parity anyway, and needs no register for a step.
@@ -294,6 +297,6 @@ def next_place(place, odd):
     Rounds alternate direction: where places become cheaper one after the other, a block that got
     a long tile gets a short one next, and all have as much to do.
     """
-    block, blocks = mov_ctaid_x(), mov_nctaid_x()
+    block, blocks = u32(mov_ctaid_x() // u32(cluster)), u32(mov_nctaid_x() // u32(cluster))
     after = u32(blocks - block - u32(1)) if odd != 0 else block
     return u32(place + u32(2) * after + u32(1))

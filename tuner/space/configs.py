@@ -237,7 +237,7 @@ class Space:
         if (why := self._torn(config)) is not None:
             return "rows of a warpgroup", ("invalid", why)
         if row.needs_maps and self.problem.page_size:
-            why = torn_pages(self.problem.page_size, config.stage_n)
+            why = torn_pages(self.problem.page_size, config.box_n)
             if why is not None:
                 return "pages", ("invalid", why)
         if (why := self._idle(config)) is not None:

@@ -1,7 +1,8 @@
 """The shared memory of a block: the buffers of Q, K, V and O, and the channels of the first three.
 
 K and V have buffers of `stage_n` keys, which all warpgroups read: `num_stages` each, or V others
-(`stages_of_v`). Q and O have one for each warpgroup.
+(`stages_of_v`). Q and O have one for each warpgroup. The blocks of a cluster have the same keys in
+their buffers.
 
 A walk through the buffers of K and V keeps `stages`: (stage, parity) of both where they have
 equally many, otherwise (stage of K, its parity, stage of V, its parity). The first two are always
@@ -71,8 +72,9 @@ def make_ring(config: Sm90ForwardConfig, traits: Traits) -> Ring:
     v_full = k_full + 2 * stages
     # Where O takes Q's place, one thread gives Q back: the one that has stored O.
     q_arrivals = 1 if o_replaces_q else config.arrivals
-    K = make_channel(k_full, k_full + stages, stages, config.arrivals, groups)
-    V = make_channel(v_full, v_full + v_stages, v_stages, config.arrivals, groups)
+    of_keys = {"arrivals": config.arrivals, "readers": groups, "cluster": config.cluster}
+    K = make_channel(k_full, k_full + stages, stages, **of_keys)
+    V = make_channel(v_full, v_full + v_stages, v_stages, **of_keys)
     begin, following = _make_steps(K, V, stages != v_stages)
     return Ring(
         q=Buffers(offsets["q"], tiles["q"] // groups),
