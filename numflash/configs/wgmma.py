@@ -27,6 +27,8 @@ SLAB_BYTES = 128
 # Registers a thread of the warpgroup that copies, and of those that multiply, by how many these
 # are and how many blocks share an SM: the most that 64 Ki registers allow.
 _REGISTERS = {(1, 1): (56, 256), (1, 2): (24, 232), (2, 1): (24, 240), (3, 1): (32, 160)}
+# Of blocks in clusters: the thread that copies for both does not do with 24, by compiling.
+_CLUSTER_REGISTERS = _REGISTERS | {(2, 1): (40, 232)}
 # Registers of each of 256 threads where one block has an SM and no thread gives any away.
 _EVEN_REGISTERS = 256
 _PRODUCER_THREADS = 128
@@ -108,6 +110,11 @@ class Sm90ForwardConfig(MmaForwardConfig):
                 f"{type(self).__name__} {self}: with fixed registers there is no choice of "
                 f"consumer_registers, got {self.consumer_registers}"
             )
+        if self.consumer_registers == self._usual_registers[1]:
+            raise ValueError(
+                f"{type(self).__name__} {self}: {self.consumer_registers} is the usual number of "
+                "consumer_registers; leave it out"
+            )
         few, many = self.registers
         if not self.fixed and (many % 8 or not 24 <= few < many <= 256):
             raise ValueError(
@@ -164,12 +171,17 @@ class Sm90ForwardConfig(MmaForwardConfig):
         """Registers a thread of the warpgroup that copies, and of those that multiply."""
         if self.fixed:
             return _EVEN_REGISTERS, _EVEN_REGISTERS
-        usual = _REGISTERS[self.num_warpgroups, self.min_blocks_per_sm]
+        usual = self._usual_registers
         if not self.consumer_registers:
             return usual
         pool = usual[0] + usual[1] * self.num_warpgroups
         left = pool - self.consumer_registers * self.num_warpgroups
         return left // 8 * 8, self.consumer_registers
+
+    @property
+    def _usual_registers(self) -> tuple[int, int]:
+        found = _REGISTERS if self.cluster == 1 else _CLUSTER_REGISTERS
+        return found[self.num_warpgroups, self.min_blocks_per_sm]
 
     @property
     def min_blocks_per_sm(self) -> int:

@@ -65,7 +65,7 @@ def barrier_cluster_wait():
 
 @instruction(
     "{ .reg .b32 there; mapa.shared::cluster.u32 there, <barriers>, <rank>; "
-    "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there]; }",
+    "mbarrier.arrive.shared::cluster.b64 _, [there]; }",
     sm=90,
 )
 def mbarrier_arrive_remote(barriers: Shared(u64, "index"), index: i32, rank: u32):

@@ -11,6 +11,7 @@ from functools import cache
 from typing import NamedTuple
 
 from numflash.ptx import device_function, function_of_numbers, i32, mov_ctaid_x, mov_nctaid_x, u32
+from numflash.ptx.clusters import mov_clusterid_x, mov_nclusterid_x
 from numflash.tiles.division import divide, quotient, tiles_of
 from numflash.tiles.sequences import Keys, Sequence
 
@@ -272,7 +273,7 @@ def make_walk(tile_m, traits, cluster=1):
 
     Where blocks are in clusters a cluster takes places, of tile_m rows, as otherwise a block does.
     """
-    ragged = traits.ragged
+    ragged, first = traits.ragged, mov_ctaid_x if cluster == 1 else mov_clusterid_x
 
     @device_function
     def walk(grid, shape):
@@ -282,14 +283,14 @@ def make_walk(tile_m, traits, cluster=1):
         else:
             num_m_blocks = u32(num_rows + tile_m - 1) // u32(tile_m)
             num_places = u32(num_m_blocks * (u32(num_heads) // u32(pack)) * u32(num_splits))
-        return u32(mov_ctaid_x() // u32(cluster)), num_places
+        return first(), num_places
 
     return walk
 
 
 @device_function
-def next_place(place, odd, cluster):
-    """The place that a block, or a cluster of so many, takes after this one.
+def next_place(place, odd):
+    """The place that a block takes after this one.
 
     `odd` is 1 if it has taken an odd number of places, this one among them, and 0 if an even one:
     a kernel has such a parity anyway, and needs no register for a step.
@@ -297,6 +298,14 @@ def next_place(place, odd, cluster):
     Rounds alternate direction: where places become cheaper one after the other, a block that got
     a long tile gets a short one next, and all have as much to do.
     """
-    block, blocks = u32(mov_ctaid_x() // u32(cluster)), u32(mov_nctaid_x() // u32(cluster))
+    block, blocks = mov_ctaid_x(), mov_nctaid_x()
     after = u32(blocks - block - u32(1)) if odd != 0 else block
+    return u32(place + u32(2) * after + u32(1))
+
+
+@device_function
+def next_place_of_cluster(place, odd):
+    """The place that a cluster takes after this one: as `next_place`, all its blocks the same."""
+    cluster, clusters = mov_clusterid_x(), mov_nclusterid_x()
+    after = u32(clusters - cluster - u32(1)) if odd != 0 else cluster
     return u32(place + u32(2) * after + u32(1))

@@ -14,7 +14,7 @@ from numflash.ptx.bulk_copies import (
 )
 from numflash.tiles import blocks, sequences, steps
 from numflash.tiles.addresses import token_of_row
-from numflash.tiles.blocks import next_place
+from numflash.tiles.blocks import next_place, next_place_of_cluster
 from numflash.tiles.selected import make_is_computed
 from numflash.tiles.wgmma import clusters
 from numflash.tiles.wgmma.products import SLAB_BYTES
@@ -38,6 +38,7 @@ def make_produce(config: Sm90ForwardConfig, traits: Traits):
     k_slabs, v_slabs = config.slabs(traits.head_dim), config.v_slabs(traits)
     v_slab_words = v.words // v_slabs
     place_of = blocks.make_place_of(config.block_rows, traits)
+    following_place = next_place if cluster == 1 else next_place_of_cluster
     own_rows = clusters.make_own_rows(cluster, config.tile_m, traits)
     load_4d, load_5d = clusters.make_loads(cluster)
     # Of each slab a block fetches its share of the rows: of keys, or of V's columns in 8 bits.
@@ -75,16 +76,19 @@ def make_produce(config: Sm90ForwardConfig, traits: Traits):
 
     @device_function
     def fetch_k(smem, barriers, k_map, stage, parity, n, head, origin, pages):
-        first, full = first_key(), K.full + stage
-        key = i32(n * stage_n + first + origin.row)
+        key, full = i32(n * stage_n + origin.row), K.full + stage
+        first = first_key()
+        key = i32(key + first)
         # Hazard: this K would overwrite the one that a warpgroup still multiplies.
         K.claim(barriers, stage, parity)
         # Hazard: K would count as full before all of its slabs have arrived.
         K.expect(barriers, stage, k_bytes)
         for slab in range(k_slabs):
             target = i32(k.first + stage * k.words + (slab * stage_n + first) * SLAB_WORDS)
-            at = i32(slab * slab_elements), key, head, origin.entry
-            load_4d(smem, target, k_map, barriers, full, EVICT_LAST, *at)
+            column = i32(slab * slab_elements)
+            load_4d(
+                smem, target, k_map, barriers, full, EVICT_LAST, column, key, head, origin.entry
+            )
 
     @device_function
     def fetch_v(smem, barriers, v_map, stage, parity, n, head, origin, pages):
@@ -100,8 +104,9 @@ def make_produce(config: Sm90ForwardConfig, traits: Traits):
             inner, outer = i32(slab * slab_elements), i32(key + first)
             if not columns_innermost:
                 inner, outer = i32(key + slab * slab_elements), first
-            at = inner, outer, head, origin.entry
-            load_4d(smem, target, v_map, barriers, full, EVICT_LAST, *at)
+            load_4d(
+                smem, target, v_map, barriers, full, EVICT_LAST, inner, outer, head, origin.entry
+            )
 
     @device_function
     def fetch_paged_k(smem, barriers, k_map, stage, parity, n, head, keys, pages):
@@ -179,6 +184,6 @@ def make_produce(config: Sm90ForwardConfig, traits: Traits):
                 if not k_leads and step + 1 < n_end:
                     n, _ = tile_at(mask, step + 1)
                     fetch_k(smem, barriers, k_map, next_k, next_parity, n, head_kv, in_k, pages)
-            number = next_place(number, u32(q_parity ^ u32(1)), cluster)
+            number = following_place(number, u32(q_parity ^ u32(1)))
 
     return produce

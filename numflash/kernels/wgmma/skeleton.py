@@ -27,7 +27,7 @@ from numflash.ptx.bulk_copies import cp_async_bulk_wait_group_read
 from numflash.ptx.memory import mov_shared_address
 from numflash.ptx.warpgroups import elect_sync, fence_mbarrier_init, make_setmaxnreg
 from numflash.tiles import blocks, sequences, steps
-from numflash.tiles.blocks import grid_of, next_place
+from numflash.tiles.blocks import grid_of, next_place, next_place_of_cluster
 from numflash.tiles.scores import NEG_INF
 from numflash.tiles.selected import make_is_computed
 from numflash.tiles.wgmma import clusters, products, turns
@@ -84,6 +84,7 @@ def make_skeleton(config: Sm90ForwardConfig, traits: Traits, look_up, attend, ti
     cluster = config.cluster
     walk = blocks.make_walk(config.block_rows, traits, cluster)
     place_of = blocks.make_place_of(config.block_rows, traits)
+    following_place = next_place if cluster == 1 else next_place_of_cluster
     own_rows = clusters.make_own_rows(cluster, config.tile_m, traits)
     sequence_of = sequences.make_sequence_of(traits)
     keys_of = steps.make_keys_of(config, traits)
@@ -166,7 +167,7 @@ def make_skeleton(config: Sm90ForwardConfig, traits: Traits, look_up, attend, ti
                     cp_async_bulk_wait_group_read()
                 # Hazard: before that wait the next Q would overwrite O.
                 Q.release(barriers, group_of_thread())
-            number = next_place(number, q_parity, cluster)
+            number = following_place(number, q_parity)
         if leads():
             # Hazard: shared memory is gone once the block has ended, and a copy may still read O.
             cp_async_bulk_wait_group_read()
