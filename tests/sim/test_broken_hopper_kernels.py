@@ -322,7 +322,7 @@ producer  persistent  too few bytes of V
     u32(ring.v_bytes) -> u32(ring.v_bytes // 2)
 ring  persistent  bytes of K without its second slab
     k_bytes=4 * k_words -> k_bytes=2 * k_words
-producer  slabs  slabs of K on top of each other
+producer  slabs  slabs of K on top of each other  x2
     (slab * stage_n + first) * SLAB_WORDS -> first * SLAB_WORDS
 producer  slabs  slabs of V on top of each other  x2
     slab * v_slab_words -> slab * 0
@@ -418,7 +418,7 @@ clusters  cluster  halves changed over
     mov_cluster_ctarank() * share -> (1 - mov_cluster_ctarank()) * share * 2
 clusters  cluster  a copy for the first block only
     u16((1 << cluster) - 1) -> u16(1)
-producer  cluster  half of K to the place of the other
+producer  cluster  half of K to the place of the other  x2
     (slab * stage_n + first) * SLAB_WORDS -> slab * stage_n * SLAB_WORDS
 producer  cluster  half of V of the other's keys
     i32(slab * slab_elements), i32(key + first) -> i32(slab * slab_elements), key
