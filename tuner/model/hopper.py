@@ -343,7 +343,7 @@ def _costs(
     resident = min(fit, -(-places // machine.num_sms))
     slots = machine.num_sms * resident
     turn = _turn(machine, config, traits, work, l2_share(machine, places))
-    from_memory = memory_bytes(problem, config, grid, slots, machine.l2_bytes)
+    from_memory = memory_bytes(problem, config, grid, slots * config.cluster, machine.l2_bytes)
     fetched = config.tile_n * (traits.head_dim + traits.head_dim_v) * traits.dtype_bytes
     at_once = min(slots, places * problem.group_size / problem.batch_heads)
     missed = min(1.0, at_once * from_memory / max(1.0, places * grid.mean_tiles * fetched))
