@@ -33,11 +33,12 @@ _STORE = (
 )
 
 
-def _template(text: str, n: int) -> str:
+def tensor_template(text: str, n: int) -> str:
+    """An instruction of `n` dimensions, of the text for any: its number and its coordinates."""
     return text.format(n=n, coordinates=", ".join(f"<c{i}>" for i in range(n)))
 
 
-@instruction(_template(_LOAD, 2), sm=90)
+@instruction(tensor_template(_LOAD, 2), sm=90)
 def cp_async_bulk_tensor_2d(
     target: Shared(u32, "target_offset"),
     target_offset: i32,
@@ -55,7 +56,7 @@ def cp_async_bulk_tensor_2d(
     _load(target, target_offset, tensor_map, barriers, index, (c0, c1))
 
 
-@instruction(_template(_LOAD, 3), sm=90)
+@instruction(tensor_template(_LOAD, 3), sm=90)
 def cp_async_bulk_tensor_3d(
     target: Shared(u32, "target_offset"),
     target_offset: i32,
@@ -71,7 +72,7 @@ def cp_async_bulk_tensor_3d(
     _load(target, target_offset, tensor_map, barriers, index, (c0, c1, c2))
 
 
-@instruction(_template(_LOAD, 4), sm=90)
+@instruction(tensor_template(_LOAD, 4), sm=90)
 def cp_async_bulk_tensor_4d(
     target: Shared(u32, "target_offset"),
     target_offset: i32,
@@ -88,7 +89,7 @@ def cp_async_bulk_tensor_4d(
     _load(target, target_offset, tensor_map, barriers, index, (c0, c1, c2, c3))
 
 
-@instruction(_template(_LOAD, 5), sm=90)
+@instruction(tensor_template(_LOAD, 5), sm=90)
 def cp_async_bulk_tensor_5d(
     target: Shared(u32, "target_offset"),
     target_offset: i32,
@@ -106,7 +107,7 @@ def cp_async_bulk_tensor_5d(
     _load(target, target_offset, tensor_map, barriers, index, (c0, c1, c2, c3, c4))
 
 
-@instruction(_template(_STORE, 2), sm=90)
+@instruction(tensor_template(_STORE, 2), sm=90)
 def cp_async_bulk_tensor_2d_store(
     tensor_map: TensorMap,
     c0: i32,
@@ -121,7 +122,7 @@ def cp_async_bulk_tensor_2d_store(
     _store(tensor_map, (c0, c1), source, source_offset)
 
 
-@instruction(_template(_STORE, 3), sm=90)
+@instruction(tensor_template(_STORE, 3), sm=90)
 def cp_async_bulk_tensor_3d_store(
     tensor_map: TensorMap,
     c0: i32,
@@ -134,7 +135,7 @@ def cp_async_bulk_tensor_3d_store(
     _store(tensor_map, (c0, c1, c2), source, source_offset)
 
 
-@instruction(_template(_STORE, 4), sm=90)
+@instruction(tensor_template(_STORE, 4), sm=90)
 def cp_async_bulk_tensor_4d_store(
     tensor_map: TensorMap,
     c0: i32,
@@ -148,7 +149,7 @@ def cp_async_bulk_tensor_4d_store(
     _store(tensor_map, (c0, c1, c2, c3), source, source_offset)
 
 
-@instruction(_template(_STORE, 5), sm=90)
+@instruction(tensor_template(_STORE, 5), sm=90)
 def cp_async_bulk_tensor_5d_store(
     tensor_map: TensorMap,
     c0: i32,
