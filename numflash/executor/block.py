@@ -3,6 +3,7 @@
 Parts of the simulator's blocks (copies, mbarriers, products) find here what they ask of a block.
 """
 
+import math
 import random
 import re
 
@@ -12,6 +13,8 @@ from numflash.executor.memory import RANK_BYTES, Memory, Region
 from numflash.executor.program import Program
 from numflash.executor.together import NamedBarrier
 from numflash.executor.warps import Warp
+from numflash.simulator.clusters import Member
+from numflash.simulator.errors import SimulationError
 from numflash.simulator.parts import Part
 
 # The share of `try_wait`s that give up although they could wait.
@@ -24,7 +27,7 @@ class Block:
 
     Attributes:
         cluster, rank: that it is of, and its place there.
-        number: the cluster's, whose blocks are one to `Writes`.
+        number: its place in the launch.
         position, grid, extents: its place, how many there are, and its threads; x, y, z.
         writes, patience: the launch's.
         size: threads.
@@ -38,7 +41,8 @@ class Block:
 
     def __init__(self, launch, cluster, rank: int, position: tuple[int, int, int]):
         program: Program = launch.program
-        self.cluster, self.rank, self.number = cluster, rank, cluster.number
+        self.cluster, self.rank = cluster, rank
+        self.number = cluster.number * math.prod(program.entry.cluster) + rank
         self.writes, self.patience = launch.writes, launch.patience
         self.program, self.position, self.blockIdx = program, position, position
         self.grid, self.extents, self.size = launch.grid, launch.block, launch.num_threads
@@ -55,7 +59,7 @@ class Block:
             Region("shared memory", self.window + _SHARED_START, visible),
             Region("the parameters", 0, launch.parameters, writeable=False),
             launch.constants,
-            cluster,
+            self.reach,
         )
         self.tensor_maps = launch.tensor_maps
         self.parts: dict[type, Part] = {}
@@ -65,20 +69,52 @@ class Block:
         self.threads = [thread for warp in self.warps for thread in warp.threads]
 
     @property
-    def live_threads(self) -> int:
+    def live(self) -> int:
         """Threads of warps that have not returned, whole warps."""
         return 32 * sum(bool(warp.groups) for warp in self.warps)
+
+    def reach(self, rank: int) -> Region | None:
+        """The shared memory of a rank of the cluster; None where there is no such.
+
+        Raises SimulationError where its block has not begun, or has ended.
+        """
+        if not 0 <= rank < len(self.cluster.blocks):
+            return None
+        block = self.part(Member).peer("an access to shared memory", rank)
+        if not block.has_begun:
+            raise SimulationError(
+                f"the shared memory of block {block.position}, which has not begun yet: a "
+                "barrier.cluster before is missing"
+            )
+        return block.memory.shared
+
+    def whose(self, address: int, what: str) -> "Block":
+        """The block in whose shared memory an address is, to which `what` is done.
+
+        Raises SimulationError where there is none, or it has ended.
+        """
+        rank = address // RANK_BYTES
+        return self if rank == self.rank else self.part(Member).peer(what, rank)
 
     def shared_as(self, type_) -> np.ndarray:
         """All of shared memory as elements of a type."""
         return self.shared.bytes.view(type_)
 
     def mbarrier_index(self, address: int) -> int:
-        """The element of `mbarriers` at an address. Raises ValueError."""
-        offset = address - self.window
-        if offset % 8 or not 0 <= offset < self.shared.bytes.size:
+        """The element of `mbarriers` at an address. Raises IndexError, ValueError."""
+        offset = self.offset(address)
+        if offset % 8:
             raise ValueError(f"there can be no mbarrier at shared address {address:#x}")
         return offset // 8
+
+    def offset(self, address: int) -> int:
+        """Where the byte at an address is in the block's own `shared`. Raises IndexError."""
+        offset = address - self.window
+        if not 0 <= offset < self.shared.bytes.size:
+            raise IndexError(
+                f"shared address {address:#x} lies outside the block's {self.memory.shared}"
+            )
+        return offset
 
     def part(self, kind: type[Part]) -> Part:
         """The block's one `kind`."""
@@ -100,7 +136,7 @@ class Block:
 
     def something_happened(self) -> None:
         """Let waiting warps look again, those of other blocks of the cluster, too."""
-        self.cluster.events += 1
+        self.cluster.something_happened()
 
     def may_fail(self) -> bool:
         """Whether a `try_wait` that could wait gives up instead."""

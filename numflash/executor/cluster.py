@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from numflash.executor.block import Block
 from numflash.executor.together import NamedBarrier
 from numflash.executor.warps import Warp
-from numflash.simulator import engine
-from numflash.simulator.errors import DeadlockError, SimulationError
+from numflash.simulator import clusters, engine
+from numflash.simulator.errors import DeadlockError
 
 # Pieces that a warp executes before another may: a cluster has one of them.
 _TURNS = (1, 16, 1024)
@@ -35,9 +35,9 @@ class Cluster:
 
     Attributes:
         blocks: by rank.
-        barrier, arrivals: of `barrier.cluster`: the threads that came, and by (rank, warp) the
-            generation that a warp has arrived for.
-        events: counts what happens, of which waiting warps may have waited for something.
+        barrier, arrivals: of `barrier.cluster`: the threads that came, and by warp the generation
+            that it has arrived for.
+        events: counts what happens; waiting warps may have waited for it.
     """
 
     def __init__(self, launch, number: int, positions: list[tuple[int, int, int]]):
@@ -48,6 +48,7 @@ class Cluster:
         self.blocks = [
             Block(launch, self, rank, position) for rank, position in enumerate(positions)
         ]
+        clusters.Cluster(self.blocks)  # as the simulator's parts know it
         self.warps = [warp for block in self.blocks for warp in block.warps]
         self._block = first = self.blocks[0]  # that runs, or was the last to
         self.random = first.random
@@ -60,33 +61,25 @@ class Cluster:
             self.laggards = tuple(late.block.warps) if whole else (late,)
 
     @property
-    def live_threads(self) -> int:
+    def live(self) -> int:
         """Threads of warps that have not returned, whole warps."""
-        return sum(block.live_threads for block in self.blocks)
+        return sum(block.live for block in self.blocks)
 
-    def reach(self, rank: int) -> Block:
-        """The block of a rank, whose shared memory is about to be touched.
+    def something_happened(self) -> None:
+        """Let waiting warps look again."""
+        self.events += 1
 
-        Raises:
-            SimulationError: there is none, it has not begun, or it has ended.
+    def has_met(self, generation: int) -> bool:
+        """Whether all threads have come to this generation of the barrier.
+
+        Who has come sees what the others have done to global memory.
         """
-        if not 0 <= rank < len(self.blocks):
-            raise SimulationError(
-                f"the block of rank {rank} of a cluster whose ranks are 0 to "
-                f"{len(self.blocks) - 1}"
-            )
-        block = self.blocks[rank]
-        if not block.has_begun:
-            raise SimulationError(
-                f"the shared memory of block {block.position}, of rank {rank}, which has not begun "
-                "yet: a barrier.cluster before is missing"
-            )
-        if block.has_ended:
-            raise SimulationError(
-                f"the shared memory of block {block.position}, of rank {rank}, which has ended: a "
-                "barrier.cluster at its end is missing"
-            )
-        return block
+        barrier, before = self.barrier, self.barrier.generation
+        over = barrier.has_ended(generation, self)
+        writes = self.blocks[0].writes
+        if writes and barrier.generation != before:
+            writes.meet([block.number for block in self.blocks])
+        return over
 
     def may_fail(self) -> bool:
         """Whether a `try_wait` must give up, so that its loop looks again; once."""

@@ -1,7 +1,12 @@
-"""Clusters of one block: its shared memory is the cluster's, and its rank is 0."""
+"""Between the blocks of a cluster: the barrier of all their threads, and whose an address is.
+
+An address in the cluster's shared memory names a block by its rank, also that of a block's own
+variable (`memory.RANK_BYTES`).
+"""
 
 import numpy as np
 
+from numflash.executor.memory import RANK_BYTES, SHARED_WINDOW
 from numflash.executor.operands import WAITS, are_here, reader, write
 from numflash.executor.text import UnknownError
 from numflash.simulator.errors import SimulationError
@@ -16,7 +21,7 @@ _BARRIERS = {
 
 
 def make_cluster_barrier(statement, program):
-    """`barrier.cluster`: every thread of the block arrives, and waits for all of them later."""
+    """`barrier.cluster`: every thread of the cluster arrives, and waits for all of them later."""
     action = _BARRIERS.get(statement.opcode)
     if action is None:
         raise UnknownError(f"the executor does not know {statement.opcode}")
@@ -24,57 +29,74 @@ def make_cluster_barrier(statement, program):
     def arrive(warp, mask):
         if not are_here(warp, mask):
             return WAITS
-        block = warp.block
-        if warp.number in block.cluster_arrivals:
+        cluster, arrivals = warp.block.cluster, warp.block.cluster.arrivals
+        if warp in arrivals:
             raise SimulationError("barrier.cluster.arrive again without a wait between")
-        barrier = block.cluster_barrier
-        block.cluster_arrivals[warp.number] = barrier.arrive("of the cluster", None)
-        block.something_happened()
+        arrivals[warp] = cluster.barrier.arrive("of the cluster", None)
+        cluster.something_happened()
         return None
 
     def wait(warp, mask):
         if not are_here(warp, mask):
             return WAITS
-        block = warp.block
-        generation = block.cluster_arrivals.get(warp.number)
+        cluster = warp.block.cluster
+        generation = cluster.arrivals.get(warp)
         if generation is None:
             raise SimulationError("barrier.cluster.wait without an arrive before")
-        if not block.cluster_barrier.has_ended(generation, block):
-            came = f"{block.cluster_barrier.arrived} of {block.live_threads} threads came"
+        if not cluster.has_met(generation):
+            came = f"{cluster.barrier.arrived} of {cluster.live} threads came"
             warp.group.waits_for = f"the cluster: {came}"
             return WAITS
-        del block.cluster_arrivals[warp.number]
+        del cluster.arrivals[warp]
         return None
 
     return arrive if action == "arrive" else wait
 
 
 def make_mapa(statement, program):
-    """`mapa`: where a block of the cluster has what is at an address of the running one."""
-    size = _size(statement)
+    """`mapa`: where a block of the cluster has what another has at an address."""
+    size, window = _size(statement), _window(statement)
     target, address, rank = statement.operands
     address_of, rank_of = reader(program, address, f"b{size}"), reader(program, rank, "u32")
 
     def operation(warp, mask):
-        ranks = rank_of(warp)[mask]
-        if ranks.any():
+        ranks, count = rank_of(warp), len(warp.block.cluster.blocks)
+        if (ranks[mask] >= count).any():
+            wrong = int(ranks[mask & (ranks >= count)][0])
             raise SimulationError(
-                f"mapa to the block of rank {int(ranks[ranks != 0][0])}: the cluster has one, of "
-                "rank 0"
+                f"mapa to the block of rank {wrong}: the ranks of the cluster are 0 to {count - 1}"
             )
-        write(warp, target, address_of(warp), mask)
+        addresses = address_of(warp).astype(np.int64)
+        others = ranks.astype(np.int64) - _ranks(warp, addresses - window, mask)
+        write(warp, target, (addresses + others * RANK_BYTES).astype(f"u{size // 8}"), mask)
 
     return operation
 
 
 def make_rank(statement, program):
     """`getctarank`: whose shared memory an address is in."""
-    _size(statement)
+    window, (target, address) = _window(statement), statement.operands
+    address_of = reader(program, address, f"b{_size(statement)}")
 
     def operation(warp, mask):
-        write(warp, statement.operands[0], np.zeros(32, np.uint32), mask)
+        ranks = _ranks(warp, address_of(warp).astype(np.int64) - window, mask)
+        write(warp, target, ranks.astype(np.uint32), mask)
 
     return operation
+
+
+def _ranks(warp, addresses, mask):
+    """Whose these addresses in the cluster's shared memory are. Raises IndexError."""
+    ranks, count = addresses // RANK_BYTES, len(warp.block.cluster.blocks)
+    nobodys = mask & ((ranks < 0) | (ranks >= count))
+    if nobodys.any():
+        raise IndexError(f"{int(addresses[nobodys][0]):#x} is no address in shared memory")
+    return ranks
+
+
+def _window(statement) -> int:
+    """Where the cluster's shared memory begins among addresses of the statement's kind."""
+    return 0 if _SPACES[1] in statement.opcode else SHARED_WINDOW
 
 
 def _size(statement) -> int:

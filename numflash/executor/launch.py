@@ -106,7 +106,7 @@ class Launch:
         clusters = self._clusters()
         talks = self.program.talks
         resident = num_resident(talks, len(clusters), self.seed)
-        self.writes = Writes([positions[0] for positions in clusters]) if talks else None
+        self.writes = Writes(list(chain.from_iterable(clusters))) if talks else None
         self.patience = Patience(resident)
         # Kernels compute with infinities on purpose; NumPy would warn of each.
         with _one_launch, np.errstate(all="ignore"):

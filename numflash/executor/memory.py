@@ -7,6 +7,7 @@ parameters, lie where no array of the host does.
 
 import bisect
 import math
+from collections.abc import Callable
 
 import numpy as np
 
@@ -70,20 +71,25 @@ def array_region(name: str, array: np.ndarray) -> Region:
 
 
 class Memory:
-    """All memory that a block can reach but local memory, which is each lane's."""
+    """All memory that a block can reach but local memory, which is each lane's.
+
+    Args:
+        global_regions, shared, parameters, constants: the block's own.
+        reach: gives the shared memory of another rank; None where the cluster has no such.
+    """
 
     def __init__(
-        self, global_regions: list[Region], shared: Region, parameters, constants, cluster
+        self, global_regions: list[Region], shared: Region, parameters, constants, reach: Callable
     ):
         self.shared, self.parameters, self.constants = shared, parameters, constants
-        self._cluster = cluster
+        self._reach = reach
         self.globals = sorted([*global_regions, constants], key=lambda region: region.start)
         self._starts = [region.start for region in self.globals]
 
     def find(self, space: str, low: int, n_bytes: int) -> Region:
         """The region of a space that holds n_bytes at an address.
 
-        Raises IndexError, and what `Cluster.reach` does of another block's shared memory.
+        Raises IndexError, and what `Block.reach` does of another block's shared memory.
         """
         regions = self._regions(space, low)
         if regions is self.globals:
@@ -104,10 +110,8 @@ class Memory:
             return [self.shared]
         if space == "shared::cluster":
             rank = address // RANK_BYTES
-            is_there = 0 <= rank < len(self._cluster.blocks)
-            if is_there and rank != self.shared.start // RANK_BYTES:
-                return [self._cluster.reach(rank).memory.shared]
-            return [self.shared]
+            is_own = rank == self.shared.start // RANK_BYTES
+            return [self.shared if is_own else self._reach(rank) or self.shared]
         return [self.parameters] if space == "param" else self.globals
 
 

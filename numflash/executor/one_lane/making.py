@@ -97,7 +97,6 @@ class Sources:
         text = f"{self.value(base, f'b{bits}')}.astype(a.i8)"
         return f"({text}+{memory.offset})" if memory.offset else text
 
-
     def _address(self, symbol: Symbol, offset: int, dtype) -> str:
         """The address of a variable or parameter, and bytes behind it."""
         address = self.constant(self.address_of(symbol.name) + symbol.offset + offset, dtype)
