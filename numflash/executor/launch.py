@@ -103,10 +103,10 @@ class Launch:
 
         Raises ValueError where the grid has no whole clusters; and what `Cluster.run` does.
         """
-        clusters = self._clusters()
-        talks = self.program.talks
-        resident = num_resident(talks, len(clusters), self.seed)
-        self.writes = Writes(list(chain.from_iterable(clusters))) if talks else None
+        clusters, talks = self._clusters(), self.program.talks
+        positions = list(chain.from_iterable(clusters))
+        resident = max(1, num_resident(talks, len(positions), self.seed) // len(clusters[0]))
+        self.writes = Writes(positions) if talks else None
         self.patience = Patience(resident)
         # Kernels compute with infinities on purpose; NumPy would warn of each.
         with _one_launch, np.errstate(all="ignore"):

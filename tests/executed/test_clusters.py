@@ -166,6 +166,52 @@ def assert_seen(execute, expected, message: str = "") -> None:
     pytest.fail("nobody has seen it")
 
 
+# Through global memory, with blocks of other clusters running
+
+TALK = f"""{PLACE}
+    mad.lo.u32 %r4, %r15, 100, %r1;
+    mul.wide.u32 %rd4, %r15, 128;
+    add.s64 %rd5, %rd3, %rd4;
+    st.global.u32 [%rd5], %r4;
+    {MEET}
+    sub.u32 %r5, %r15, %r14;
+    add.u32 %r5, %r5, %r12;
+    mul.wide.u32 %rd6, %r5, 128;
+    add.s64 %rd6, %rd3, %rd6;
+    ld.global.u32 %r6, [%rd6];
+    mov.u32 %r7, 0;
+    setp.ge.u32 %p1, %r15, 2;
+    @%p1 bra LATER;
+    setp.eq.u32 %p2, %r15, 1;
+    setp.eq.u32 %p3, %r1, 0;
+    and.pred %p2, %p2, %p3;
+    mov.u32 %r8, 1;
+    @%p2 st.release.gpu.global.u32 [%rd1+1024], %r8;
+    bra OVER;
+LATER:
+    ld.acquire.gpu.global.u32 %r8, [%rd1+1024];
+    setp.eq.u32 %p2, %r8, 0;
+    @%p2 bra LATER;
+    ld.global.u32 %r7, [%rd3];
+OVER:
+    add.u32 %r6, %r6, %r7;
+    st.global.u32 [%rd5+512], %r6;"""
+
+
+def told(body: str, seed: int) -> np.ndarray:
+    x = np.zeros(257, np.uint32)
+    return run(body, x=x, grid=4, cluster=2, seed=seed)[128:256].reshape(4, 32)
+
+
+def test_a_block_releases_what_its_cluster_has_done():
+    lanes = np.arange(32)
+    expected = np.stack([100 + lanes, lanes, 300 + 2 * lanes, 200 + 2 * lanes])
+    for seed in SEEDS:
+        assert (told(TALK, seed) == expected).all()
+    without = TALK.replace(MEET, "")
+    assert_seen(lambda seed: told(without, seed), expected, "has not acquired a release")
+
+
 # A ring of stages, each fetched in parts by all blocks for all
 
 STAGES, TILES, TILE_BYTES = 2, 6, 512
