@@ -34,7 +34,8 @@ class Cluster:
         self.blocks = blocks
         self.phase = self.arrived = 0
         self.waiting: list[Thread] = []
-        for rank, block in enumerate(blocks):
+        # A block alone becomes a member when it asks.
+        for rank, block in enumerate(blocks if len(blocks) > 1 else ()):
             block.parts[Member] = Member(block, self, rank)
 
     @property

@@ -182,8 +182,7 @@ class Grid:
             blocks = [self._make(number, self) for number in numbers]
             for block in blocks:
                 block.peers = [each for each in blocks if each is not block]
-            if self._cluster > 1:
-                Cluster(blocks)
+            Cluster(blocks)
             self._begun += self._cluster
             self.resident += blocks
         return bool(self.resident)
