@@ -20,7 +20,7 @@ PARAMETER_WINDOW = 1 << 42
 CONSTANTS = 1 << 43
 _WINDOW_BYTES = 1 << 32
 RANK_BYTES = 1 << 24
-"""From the shared memory of a block to that of the next rank, as in the hardware's addresses."""
+"""From the shared memory of a block to that of the next rank, as in addresses of sm_90."""
 
 WINDOWS = {
     "global": 0,
