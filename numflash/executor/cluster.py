@@ -9,7 +9,6 @@ import random
 from collections.abc import Iterator
 
 from numflash.executor.block import Block
-from numflash.executor.together import NamedBarrier
 from numflash.executor.warps import Warp
 from numflash.simulator import clusters, engine
 from numflash.simulator.errors import DeadlockError
@@ -35,8 +34,8 @@ class Cluster:
 
     Attributes:
         blocks: by rank.
-        barrier, arrivals: of `barrier.cluster`: the threads that came, and by warp the generation
-            that it has arrived for.
+        meetings, arrivals: of `barrier.cluster`: how many there have been, and by warp how many
+            there were when it arrived, until it has waited.
         events: counts what happens; waiting warps may have waited for it.
     """
 
@@ -44,7 +43,7 @@ class Cluster:
         self.number, self.program, self.seed = number, launch.program, launch.seed
         self.max_steps = launch.max_steps
         self.events, self._may_fail = 0, False
-        self.barrier, self.arrivals = NamedBarrier(), {}
+        self.meetings, self.arrivals = 0, {}
         self.blocks = [
             Block(launch, self, rank, position) for rank, position in enumerate(positions)
         ]
@@ -60,26 +59,26 @@ class Cluster:
             whole = len(self.blocks) > 1 and fate.random() < _LATE_BLOCKS
             self.laggards = tuple(late.block.warps) if whole else (late,)
 
-    @property
-    def live(self) -> int:
-        """Threads of warps that have not returned, whole warps."""
-        return sum(block.live for block in self.blocks)
-
     def something_happened(self) -> None:
         """Let waiting warps look again."""
         self.events += 1
 
-    def has_met(self, generation: int) -> bool:
-        """Whether all threads have come to this generation of the barrier.
+    def who_has_not_come(self) -> list[Warp]:
+        """The warps that the barrier waits for: those that have returned are none of them."""
+        live = (warp for warp in self.warps if warp.groups)
+        return [warp for warp in live if self.arrivals.get(warp) != self.meetings]
 
-        Who has come sees what the others have done to global memory.
+    def has_met(self, number: int) -> bool:
+        """Whether all have come to the meeting of this number.
+
+        Blocks see then what the others have done to global memory.
         """
-        barrier, before = self.barrier, self.barrier.generation
-        over = barrier.has_ended(generation, self)
-        writes = self.blocks[0].writes
-        if writes and barrier.generation != before:
-            writes.meet([block.number for block in self.blocks])
-        return over
+        if number == self.meetings and not self.who_has_not_come():
+            self.meetings += 1
+            self.something_happened()
+            if writes := self.blocks[0].writes:
+                writes.meet([block.number for block in self.blocks])
+        return number < self.meetings
 
     def may_fail(self) -> bool:
         """Whether a `try_wait` must give up, so that its loop looks again; once."""

@@ -32,7 +32,7 @@ def make_cluster_barrier(statement, program):
         cluster, arrivals = warp.block.cluster, warp.block.cluster.arrivals
         if warp in arrivals:
             raise SimulationError("barrier.cluster.arrive again without a wait between")
-        arrivals[warp] = cluster.barrier.arrive("of the cluster", None)
+        arrivals[warp] = cluster.meetings
         cluster.something_happened()
         return None
 
@@ -40,11 +40,13 @@ def make_cluster_barrier(statement, program):
         if not are_here(warp, mask):
             return WAITS
         cluster = warp.block.cluster
-        generation = cluster.arrivals.get(warp)
-        if generation is None:
+        number = cluster.arrivals.get(warp)
+        if number is None:
             raise SimulationError("barrier.cluster.wait without an arrive before")
-        if not cluster.has_met(generation):
-            came = f"{cluster.barrier.arrived} of {cluster.live} threads came"
+        if not cluster.has_met(number):
+            missing = cluster.who_has_not_come()
+            live = sum(block.live for block in cluster.blocks)
+            came = f"{live - 32 * len(missing)} of {live} threads came"
             warp.group.waits_for = f"the cluster: {came}"
             return WAITS
         del cluster.arrivals[warp]

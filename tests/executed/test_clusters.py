@@ -358,6 +358,31 @@ def test_a_fault_of_the_ring_is_seen(fault):
     assert_seen(lambda seed: tiles(body, 2, seed), np.arange(TILES * TILE_BYTES // 4), message)
 
 
+# The barrier
+
+
+def test_the_barrier_is_for_those_that_have_not_returned():
+    """Also for who arrives and returns: others are waited for all the same."""
+    body = f"""{PLACE}
+    shr.u32 %r2, %r1, 5;
+    mad.lo.u32 %r2, %r14, 2, %r2;
+    mul.wide.u32 %rd4, %r15, 256;
+    add.s64 %rd3, %rd3, %rd4;
+    setp.eq.u32 %p1, %r2, 1;
+    @%p1 barrier.cluster.arrive;
+    setp.lt.u32 %p2, %r2, 2;
+    @%p2 ret;
+    setp.eq.u32 %p3, %r2, 2;
+    mov.u32 %r4, 7;
+    @%p3 st.global.u32 [%rd3], %r4;
+    {MEET}
+    ld.global.u32 %r5, [%rd3-128];
+    @!%p3 st.global.u32 [%rd3], %r5;"""
+    for seed in range(30):
+        x = run(body, x=np.zeros((4, 32), np.uint32), grid=2, block=64, cluster=2, seed=seed)
+        assert (x == np.array([0, 0, 7, 7])[:, None]).all()
+
+
 # What is wrong
 
 BARRIER = f""".shared .align 16 .b8 room[64];
