@@ -233,9 +233,14 @@ def test_nobody_passes_before_all_have_come(each_seed):
 
 def test_the_barrier_does_not_wait_for_threads_that_have_returned(each_seed):
     def kernel(passed):
-        if cuda.threadIdx.x >= 8:
-            sync_cluster()
-            passed.append(1)
+        _, barriers = begin(count=24)
+        if cuda.threadIdx.x < 8:
+            mbarrier_wait_parity(barriers, 0, 0)  # the others have come
+            return
+        barrier_cluster_arrive()
+        mbarrier_arrive(barriers, 0)
+        barrier_cluster_wait()
+        passed.append(1)
 
     run(kernel, passed := [])
     assert len(passed) == 2 * 24
@@ -415,6 +420,24 @@ def test_bytes_may_arrive_before_a_block_announces_them_and_end_nothing(each_see
     run(kernel, map)
 
 
+def test_bytes_that_nobody_announces_end_nothing():
+    def kernel(map):
+        smem, barriers = begin()
+        t, rank = cuda.threadIdx.x, int(mov_cluster_ctarank())
+        if rank == 1 and t == 0:
+            multicast(smem, barriers, map, blocks=0b01)
+        sync_cluster()
+        if rank == 0:
+            if t == 0:
+                mbarrier_arrive(barriers, 0)
+            mbarrier_wait_parity(barriers, 0, 0)
+        sync_cluster()
+
+    found = errors(kernel, tensor()[1])
+    assert all(re.search("lacks 0 of 1 arrivals and -1024 bytes|ended", text) for text in found)
+    assert {text.split(":")[0] for text in found} == {"DeadlockError", "SimulationError"}
+
+
 def test_only_the_blocks_of_the_mask_get_a_tile(each_seed):
     def kernel(map, seen):
         smem, barriers = begin()
@@ -453,9 +476,9 @@ def test_each_block_s_mbarrier_is_one_that_copies_see():
     refused(kernel, "without a fence_mbarrier_init|has ended", tensor()[1])
 
 
-@pytest.mark.parametrize("fence", ["none", "writer", "issuer"])
+@pytest.mark.parametrize("fence", ["none", "writer", "issuer", "thread 0"])
 def test_a_copy_does_not_overtake_another_block_s_stores(fence):
-    """Only the writer's fence helps: the thread that copies is in another block."""
+    """Only the writer's fence helps: the thread that copies, 0, is in another block."""
 
     def kernel(map):
         smem, barriers = begin()
@@ -463,6 +486,9 @@ def test_a_copy_does_not_overtake_another_block_s_stores(fence):
         if rank == 1:
             st_shared_u32(smem, t, u32(1))
             if fence == "writer":
+                fence_proxy_async()
+            cuda.syncthreads()
+            if fence == "thread 0" and t == 0:
                 fence_proxy_async()
         sync_cluster()
         if rank == 0 and t == 0:
@@ -522,7 +548,7 @@ def test_a_block_does_not_end_while_another_copies_into_it():
     )
 
 
-def test_a_block_that_waits_for_a_copy_is_not_held_up_by_one_that_looks_at_memory(each_seed):
+def test_a_block_that_waits_for_a_copy_is_not_held_up_by_one_that_looks_at_memory():
     def kernel(map, turn):
         smem, barriers = begin()
         t, rank = cuda.threadIdx.x, int(mov_cluster_ctarank())
@@ -539,4 +565,5 @@ def test_a_block_that_waits_for_a_copy_is_not_held_up_by_one_that_looks_at_memor
         mbarrier_wait_parity(barriers, 0, 0)
         sync_cluster()
 
-    run(kernel, tensor()[1], pointer(np.zeros(1, np.uint32)))
+    for SEED.value in range(12):
+        run(kernel, tensor()[1], pointer(np.zeros(1, np.uint32)))
