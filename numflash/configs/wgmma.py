@@ -4,9 +4,9 @@ Their string form: `sm90-m128n176w8s2-overlap-pingpong-persistent`, which is til
 warps that multiply, stages, and the switches that are on. `x8`, `-h4` and `-packed` as in
 `configs.mma`, `b2` where two blocks share an SM; with `-v3` V has 3 stages; `-r232` gives the
 warps that multiply 232 registers a thread instead of the usual; with `-a1` one thread arrives for
-a warpgroup; with `-l128` the L2 cache fetches 128 bytes at once for a bulk copy, not 256; with `-c2` two blocks
-share what they fetch of K and V; with `-fixed`, which comes last, warps keep the registers that they begin with. Those on 8-bit floats
-begin with `fp8-sm90-`.
+a warpgroup; with `-l128` the L2 cache fetches 128 bytes at once for a bulk copy, not 256; with
+`-c2` two blocks fetch K and V for each other; with `-fixed`, which comes last, warps keep the
+registers that they begin with. Those on 8-bit floats begin with `fp8-sm90-`.
 """
 
 from dataclasses import dataclass, replace

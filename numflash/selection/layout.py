@@ -289,7 +289,7 @@ def launch_of(
             together.
     """
     if getattr(config, "cluster", 1) > 1:
-        raise ValueError(f"blocks of {config} are in clusters, and where they work is not followed")
+        raise ValueError(f"where blocks of {config} work, in clusters, is not followed")
     order, queries, keys = order_of(config), problem.seqlen_q, problem.seqlen_k
     lo, hi, splits = problem.band_lo, problem.band_hi, getattr(config, "num_splits", 1)
     if owns_keys(order):

@@ -273,7 +273,7 @@ def make_walk(tile_m, traits, cluster=1):
 
     Where blocks are in clusters a cluster takes places, of tile_m rows, as otherwise a block does.
     """
-    ragged, first = traits.ragged, mov_ctaid_x if cluster == 1 else mov_clusterid_x
+    ragged, alone = traits.ragged, cluster == 1
 
     @device_function
     def walk(grid, shape):
@@ -283,7 +283,7 @@ def make_walk(tile_m, traits, cluster=1):
         else:
             num_m_blocks = u32(num_rows + tile_m - 1) // u32(tile_m)
             num_places = u32(num_m_blocks * (u32(num_heads) // u32(pack)) * u32(num_splits))
-        return first(), num_places
+        return mov_ctaid_x() if alone else mov_clusterid_x(), num_places
 
     return walk
 

@@ -403,7 +403,7 @@ finish  persistent  lse in base 2
 row_ends  persistent  rows without keys
     if total != f32(0) else f32(0) ->
 channels  cluster  released in the own block only
-    mbarrier_arrive_remote(barriers, empty + stage, block) -> mbarrier_arrive(barriers, empty + stage)
+    arrive_remote(barriers, empty + stage, block) -> arrive(barriers, empty + stage)
 channels  cluster  released in one block only
     if block < cluster: -> if block < 1:
 channels  cluster  a buffer that is empty in one block
@@ -429,7 +429,7 @@ finish  cluster  results of the first block
 skeleton  cluster  blocks that take places of their own
     make_walk(config.block_rows, traits, cluster) -> make_walk(config.block_rows, traits)
 blocks  cluster  clusters that are counted as blocks
-    clusters = mov_clusterid_x(), mov_nclusterid_x() -> clusters = mov_clusterid_x(), mov_nctaid_x()
+    cluster, clusters = mov_clusterid_x(), mov_nclusterid_x() -> cluster = clusters = mov_ctaid_x()
 turns  overlap  a turn for oneself
     following = 0 if group == last else group + 1 -> following = group
 turns  overlap  turns and meetings in one place

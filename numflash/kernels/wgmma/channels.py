@@ -19,9 +19,9 @@ the phase that must have ended. `make_channel` gives a kernel its verbs:
     by one thread, before all others
         init(barriers)                        make the mbarriers
 
-A bulk copy completes at the mbarrier `full` + stage. Where the producers of a cluster's blocks fill
-each other's buffers, a buffer may be filled when it is empty in all of them: `empty` counts the
-readers of all blocks, and a release arrives in each.
+A bulk copy completes at the mbarrier `full` + stage. Where the producers of a cluster's blocks
+fill each other's buffers, a buffer may be filled when it is empty in all of them: `empty` counts
+the readers of all blocks, and a release arrives in each.
 """
 
 from collections.abc import Callable

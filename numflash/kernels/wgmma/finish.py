@@ -21,12 +21,12 @@ from numflash.tiles.wgmma.turns import group_of_thread
 def make_finish(config: Sm90ForwardConfig, traits: Traits):
     """finish(sums, max_scale, smem, results, number, grid, shape, layout, mask)
 
-    O divided by its sums and lse, of the rows of this warpgroup; `number` is the place of the block,
-    or of its cluster.
-    `sums` are its `Sums` (`skeleton`); max_scale brings row_max to base 2. `results` are out, a
-    `Part`, lse, the map of out and the record `Features`; `grid` is a `Grid`, `shape` a `Shape`. O
-    is on its way through shared memory afterwards (`make_store_slabs`), or in `out` where that is
-    float32: with splits, or because the caller wants it.
+    O divided by its sums and lse, of the rows of this warpgroup; `number` is the place of the
+    block, or of its cluster. `sums` are its `Sums` (`skeleton`); max_scale brings row_max to base
+    2. `results` are out, a `Part`, lse, the map of out and the record `Features`; `grid` is a
+    `Grid`, `shape` a `Shape`. O is on its way through shared memory afterwards
+    (`make_store_slabs`), or in `out` where that is float32: with splits, or because the caller
+    wants it.
     """
     o = make_ring(config, traits).o
     is_split = config.num_splits > 1

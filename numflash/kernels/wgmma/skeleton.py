@@ -8,9 +8,9 @@ rows in the same order, and meet at channels (`channels`) only:
     consumers       for each tile of rows: wait for Q; skip the keys that none of their rows see;
                     attend to those they see; skip the rest; release Q; finish the rows
 
-Where two blocks are a cluster, they are one of twice as many rows to all of this: both walk over the
-same places and keys, each computes its own rows of a place, and each producer fetches half of K
-and V for both (`tiles.wgmma.clusters`).
+Where two blocks are a cluster, they are one of twice as many rows to all of this: both walk over
+the same places and keys, each computes its own rows of a place, and each producer fetches half of
+K and V for both (`tiles.wgmma.clusters`).
 
 `attend` is the algorithm, and a forward's own: O, row_max and row_sum of 64 rows, from all the
 stages of keys that they see. `finish` (`finish`) is the only end of a row.
