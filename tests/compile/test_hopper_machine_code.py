@@ -7,6 +7,7 @@ with every feature.
 """
 
 import itertools
+import struct
 from collections import Counter
 from dataclasses import replace
 
@@ -132,13 +133,15 @@ def test_clusters_cost_the_main_loop_next_to_nothing(head_dim):
     _expect_main_loop(pairs, traits, report.main_loop)
     alone = inspect_kernel(config, traits, HOPPER)
     assert report.main_loop.issued <= alone.main_loop.issued + MOST_OF_CLUSTERS
-    # They meet at the beginning and at the end; copies of K and V are for both, those of Q are not.
-    sass = disassemble(get_cubin(pairs, traits, HOPPER).code)
-    found = Counter(opcodes(sass))
+    # They meet at the beginning and at the end. Copies of K and V are for both, of Q they are not.
+    code = get_cubin(pairs, traits, HOPPER).code
+    found = Counter(opcodes(disassemble(code)))
     assert found["UCGABAR_ARV"] == found["UCGABAR_WAIT"] == found["MEMBAR.ALL.GPU"] == 2
     assert found["UTMALDG.4D.MULTICAST"] and not found["UTMALDG.4D"]
     assert found["UTMALDG.5D"] and not found["UTMALDG.5D.MULTICAST"]
     assert ".reqnctapercluster 2, 1, 1" in compile_ptx(pairs, traits, HOPPER)
+    # And so the driver reads it: EIATTR_CTA_PER_CLUSTER, with its length and three numbers.
+    assert b"\x04\x3d\x0c\x00" + struct.pack("<3I", 2, 1, 1) in code
     assert "cluster" not in compile_ptx(config, traits, HOPPER).partition("{")[0]
 
 
